@@ -1,0 +1,1 @@
+"""The outside world: configuration, Ray clusters, storage, the checkpoint registry and the command line."""

@@ -1,0 +1,96 @@
+"""Faults on purpose, on the local cluster only: kill a worker or its node, or add a node, at a named step of a run."""
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from types import TracebackType
+from typing import Any, Self
+
+from cluster.config import RunConfig
+from cluster.flags import ConfigError
+from cluster.local import LocalCluster
+from cluster.progress import say
+from cluster.storage import NotFoundError, open_storage
+
+_POLL_S = 0.1
+
+
+class Kind(StrEnum):
+    KILL_WORKER = "kill-worker"  # SIGKILL to the process of the highest rank
+    KILL_NODE = "kill-node"  # SIGKILL to the node that holds the highest rank
+    ADD_NODE = "add-node"  # one more node joins
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens once the run has completed `step`."""
+
+    kind: Kind
+    step: int
+
+
+def parse_faults(words: Sequence[str]) -> list[Fault]:
+    """Faults in the order of their steps, from words such as `kill-node@40`. Raises `ConfigError`."""
+    faults = []
+    for word in words:
+        kind, _, step = word.partition("@")
+        if kind not in list(Kind) or not step.isdecimal():
+            raise ConfigError(f"--chaos {word!r}: expected FAULT@STEP with a fault among {', '.join(Kind)}")
+        faults.append(Fault(Kind(kind), int(step)))
+    return sorted(faults, key=lambda fault: fault.step)
+
+
+class Chaos:
+    """While its context lasts, watches the run's ledger and injects each fault when its step is reached."""
+
+    def __init__(self, faults: Sequence[Fault], *, cluster: LocalCluster | None, config: RunConfig) -> None:
+        self._faults = list(faults)
+        self._cluster = cluster
+        self._run = open_storage(config.storage.uri).child(f"runs/{config.run_id}")
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._inject, daemon=True)
+
+    def __enter__(self) -> Self:
+        if self._faults:
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        if self._faults:
+            self._thread.join()
+
+    def _inject(self) -> None:
+        assert self._cluster is not None, "only a local cluster's processes may be killed"
+        for fault in self._faults:
+            workers: list[dict[str, Any]] = []
+            while not workers:
+                if self._ended.wait(_POLL_S):
+                    return
+                workers = self._workers_at(fault.step)
+            match fault.kind:
+                case Kind.KILL_WORKER:
+                    say(f"chaos: SIGKILL to worker {workers[-1]['pid']} at step {fault.step}")
+                    os.kill(workers[-1]["pid"], signal.SIGKILL)
+                case Kind.KILL_NODE:
+                    say(f"chaos: SIGKILL to {workers[-1]['node']} at step {fault.step}")
+                    self._cluster.kill_node(workers[-1]["node"])
+                case Kind.ADD_NODE:
+                    say(f"chaos: {self._cluster.add_node()} joined at step {fault.step}")
+
+    def _workers_at(self, step: int) -> list[dict[str, Any]]:
+        """The workers by rank, once the current attempt has completed `step`; until then none."""
+        try:
+            lines = [json.loads(line) for line in self._run.read_bytes("ledger.jsonl").split(b"\n")[:-1]]
+        except NotFoundError:
+            return []
+        if not lines or "event" in lines[-1] and lines[-1]["event"] == "finish" or lines[-1].get("step", 0) < step:
+            return []
+        workers: list[dict[str, Any]] = [line for line in lines if line.get("event") == "start"][-1]["workers"]
+        return workers

@@ -1,0 +1,130 @@
+"""The `raymill` command: one subcommand a task, `--help` as the manual, one clear line and an exit code on errors.
+
+Exit codes: 0 done, 1 failed, 2 misused. With --json the last line of standard output is one JSON object; everything
+that is said on the way goes to standard error.
+"""
+
+import argparse
+import json
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from cluster import commands
+from cluster.config import EvaluateConfig, RunConfig, ServeConfig
+from cluster.flags import ConfigError, Parser, add_config_arguments
+from model.errors import UserError
+
+def main(argv: Sequence[str] | None = None) -> int:
+    signal.signal(signal.SIGTERM, _exit_on_signal)
+    try:
+        arguments = _parser().parse_args(argv)
+        result = arguments.run(arguments)
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2 if isinstance(error, ConfigError) else 1
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return 130
+    if result is not None:
+        sys.stdout.write((json.dumps(result) if arguments.json else _as_text(result)) + "\n")
+    return 0
+
+
+def _exit_on_signal(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)  # as a shell reports it; contexts on the way out end what they started
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="raymill", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, run: Callable[[argparse.Namespace], dict[str, Any] | None], about: str) -> Parser:
+        sub = commands.add_parser(name, help=about, description=about)
+        sub.add_argument("--json", action="store_true", help="print one JSON object as the last line of output")
+        sub.set_defaults(run=run)
+        return sub
+
+    for name, (_, about) in commands.STAGES.items():
+        sub = command(name, commands.stage(name), about)
+        sub.add_argument("config", nargs="?", type=Path, help="YAML file; flags override its settings")
+        if name == "pretrain":
+            sub.add_argument(
+                "--chaos",
+                nargs="+",
+                default=[],
+                metavar="FAULT@STEP",
+                help="inject faults on the local cluster: kill-worker@20 kill-node@40 add-node@60",
+            )
+        add_config_arguments(sub, RunConfig)
+
+    sub = command("evaluate", commands.evaluate, "loss, perplexity and bits per byte of a checkpoint")
+    _checkpoint_argument(sub)
+    add_config_arguments(sub, EvaluateConfig)
+
+    sub = command("export", commands.export, "copy a checkpoint without its training state, ready for Hugging Face")
+    _checkpoint_argument(sub)
+    sub.add_argument("destination", type=Path, help="folder to make")
+    _storage_argument(sub)
+
+    sub = command("report", commands.report, "draw a run: loss, learning rate, throughput, world size, events")
+    sub.add_argument("run_uri", metavar="RUN", help="run id, or path or URI of a run's folder")
+    _storage_argument(sub)
+
+    sub = command("publish", commands.publish_checkpoint, "make a checkpoint the latest one")
+    _checkpoint_argument(sub)
+    _storage_argument(sub)
+
+    sub = commands.add_parser("checkpoint", help="look at checkpoints", description="look at checkpoints")
+    commands_of_checkpoint = sub.add_subparsers(metavar="COMMAND", required=True)
+    for name, run, about in (
+        ("show", commands.checkpoint_show, "verify a checkpoint and print its hashes"),
+        ("list", commands.checkpoint_list, "list the published checkpoints"),
+    ):
+        sub = commands_of_checkpoint.add_parser(name, help=about, description=about)
+        sub.add_argument("--json", action="store_true", help="print one JSON object as the last line of output")
+        sub.set_defaults(run=run)
+        if name == "show":
+            _checkpoint_argument(sub)
+        _storage_argument(sub)
+
+    sub = command("serve", commands.serve, "serve a checkpoint behind an OpenAI-compatible endpoint until SIGTERM or Ctrl-C")
+    _checkpoint_argument(sub)
+    add_config_arguments(sub, ServeConfig)
+
+    sub = command("complete", commands.complete, "complete a prompt at the endpoint that `raymill serve` started here")
+    sub.add_argument("prompt")
+    sub.add_argument("--url", help="endpoint, such as http://127.0.0.1:8000")
+    sub.add_argument("--api-key-file", type=Path, help="file with the API key")
+    sub.add_argument("--max-tokens", type=int, default=64)
+    sub.add_argument("--temperature", type=float, default=0.8)
+    sub.add_argument("--seed", type=int)
+    _storage_argument(sub)
+
+    sub = command("demo", commands.demo, "a corpus to a served model on a 3-node local cluster, with a node killed on purpose")
+    sub.add_argument("--keep", action="store_true", help="keep the endpoint up until Ctrl-C")
+    _storage_argument(sub)
+    return parser
+
+
+def _checkpoint_argument(parser: Parser) -> None:
+    parser.add_argument("checkpoint", help="path or URI of a checkpoint's or run's folder, or `latest`")
+
+
+def _storage_argument(parser: Parser) -> None:
+    parser.add_argument(
+        "--storage.uri", dest="storage.uri", default=".raymill", metavar="URI", help="root of runs and registry"
+    )
+
+
+
+def _as_text(result: dict[str, Any]) -> str:
+    width = max(len(name) for name in result)
+    return "\n".join(f"{name:{width}}  {value}" for name, value in result.items())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

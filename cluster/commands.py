@@ -1,0 +1,131 @@
+"""What each subcommand of `raymill` does, from its parsed arguments to the result that is printed."""
+
+import argparse
+import os
+import signal
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from cluster.chaos import Chaos, parse_faults
+from cluster.config import EvaluateConfig, RunConfig, ServeConfig
+from cluster.demo import run_demo
+from cluster.endpoint import Endpoint, deploy, stream_completion
+from cluster.flags import ConfigError, config_from_arguments
+from cluster.progress import ProgressView, say
+from cluster.registry import publications, publish, resolve_checkpoint
+from cluster.stage import connected, cpus_per_node, run_module, run_stage
+from cluster.storage import absolute_uri, open_storage
+from model.checkpoint import CheckpointError, read_metadata, verify_checkpoint
+
+Command = Callable[[argparse.Namespace], dict[str, Any] | None]
+
+STAGES = {
+    "tokenize": ("jobs.tokenize_corpus", "corpus to token shards"),
+    "pretrain": ("jobs.pretrain", "token shards to a trained, published checkpoint; makes the shards where missing"),
+    "pipeline": ("jobs.pipeline", "corpus to evaluated checkpoint and report, all stages in one job"),
+}
+
+
+def stage(name: str) -> Command:
+    """The command that submits the stage as a job and follows it."""
+
+    def run(arguments: argparse.Namespace) -> dict[str, Any]:
+        config = config_from_arguments(arguments, RunConfig)
+        faults = parse_faults(getattr(arguments, "chaos", []))
+        if faults and config.cluster.address is not None:
+            raise ConfigError("--chaos kills nodes of the local cluster; leave out --cluster.address")
+        with (
+            connected(config.cluster, cpus_per_node=cpus_per_node(config)) as connection,
+            ProgressView() as view,
+            Chaos(faults, cluster=connection.local, config=config),
+        ):
+            return run_stage(connection, STAGES[name][0], config, on_line=view.line)
+
+    return run
+
+
+def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
+    config = config_from_arguments(arguments, EvaluateConfig)
+    with connected(config.cluster, cpus_per_node=cpus_per_node(config)) as connection, ProgressView() as view:
+        return run_stage(connection, "jobs.evaluate", config, on_line=view.line)
+
+
+def export(arguments: argparse.Namespace) -> dict[str, Any]:
+    destination = str(arguments.destination.absolute())
+    return run_module("jobs.export", arguments.checkpoint, destination, "--storage.uri", storage_uri(arguments))
+
+
+def report(arguments: argparse.Namespace) -> dict[str, Any]:
+    return run_module("jobs.report", arguments.run_uri, "--storage.uri", storage_uri(arguments))
+
+
+def publish_checkpoint(arguments: argparse.Namespace) -> dict[str, Any]:
+    publication = publish(open_storage(storage_uri(arguments)), arguments.checkpoint)
+    return {"checkpoint": publication.checkpoint, "parameter_hash": publication.parameter_hash}
+
+
+def checkpoint_show(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Also of a damaged checkpoint: `valid` is false then, and `problems` says why."""
+    folder = open_storage(arguments.checkpoint).local_path("")
+    if arguments.checkpoint == "latest" or folder is None:
+        folder = resolve_checkpoint(arguments.checkpoint, storage_uri(arguments))
+    if not folder.is_dir():
+        raise CheckpointError(f"unknown checkpoint {arguments.checkpoint}: no folder is there")
+    problems = verify_checkpoint(folder)
+    metadata = vars(read_metadata(folder)) if (folder / "raymill.json").exists() else {}
+    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
+    return {"checkpoint": str(folder), "valid": not problems, "problems": problems, "files": files, **metadata}
+
+
+def checkpoint_list(arguments: argparse.Namespace) -> dict[str, Any]:
+    storage = open_storage(storage_uri(arguments))
+    return {"published": [vars(publication) for publication in publications(storage)]}
+
+
+def serve(arguments: argparse.Namespace) -> None:
+    """Serves until a signal; on a cluster of others it deploys and leaves."""
+    config = config_from_arguments(arguments, ServeConfig)
+    with connected(config.cluster, cpus_per_node=_replica_cpus(config)) as connection, ProgressView() as view:
+        endpoint = deploy(connection, config, on_line=view.line)
+        arguments.show({"url": endpoint.url, "model": endpoint.model})
+        if connection.local is None:
+            say(f"{endpoint.url} stays up; end it with Ray Serve's own tools")
+            return
+        say(f"serving {endpoint.model} at {endpoint.url}; Ctrl-C ends it")
+        threading.Event().wait()
+
+
+def _replica_cpus(config: ServeConfig) -> int:
+    worker_nodes = max(1, config.cluster.num_nodes - 1)
+    return -(-config.replicas.max_replicas // worker_nodes) * config.replicas.threads_per_replica
+
+
+def complete(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """Streams the text to standard output as it comes, or returns all of it with --json."""
+    endpoint = Endpoint.load(storage_uri(arguments), url=arguments.url, api_key_file=arguments.api_key_file)
+    request = {
+        "prompt": arguments.prompt,
+        "max_tokens": arguments.max_tokens,
+        "temperature": arguments.temperature,
+        "seed": arguments.seed,
+    }
+    show = (lambda text: None) if arguments.json else _write_now
+    completion = stream_completion(endpoint, request, on_text=show)
+    return completion if arguments.json else None
+
+
+def _write_now(text: str) -> None:
+    os.write(1, text.encode())
+
+
+def demo(arguments: argparse.Namespace) -> dict[str, Any]:
+    return run_demo(storage_uri(arguments), keep=arguments.keep)
+
+
+def storage_uri(arguments: argparse.Namespace) -> str:
+    return absolute_uri(getattr(arguments, "storage.uri"))
+
+
+def wait_for_signal() -> None:
+    signal.pause()

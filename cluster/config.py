@@ -1,0 +1,270 @@
+"""The typed configuration: `RunConfig` for a run, `EvaluateConfig` for an evaluation, `ServeConfig` for serving.
+
+YAML is the source of truth; every setting is also a command-line flag (`--train.learning-rate 1e-3`). The trees
+are frozen and refuse unknown keys with a suggestion. Secrets are never settings: they come from the environment
+or from files named by a setting.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
+
+from model.config import GPTConfig, resolve_preset
+
+
+def _model_shape(value: Any) -> Any:
+    return resolve_preset(value) if isinstance(value, dict) else value
+
+
+ModelShape = Annotated[GPTConfig, BeforeValidator(_model_shape), PlainSerializer(dataclasses.asdict)]
+
+
+class Settings(BaseModel):
+    """Base of every branch: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class DataConfig(Settings):
+    """From text to token shards."""
+
+    source: str | list[str] = Field(
+        default_factory=list,
+        description="corpus: a path, file:// or s3:// URI, or a list of them; globs allowed. "
+        "Endings: .txt .jsonl .parquet, .gz and .zst of the first two",
+    )
+    text_field: str = Field(default="text", description="field (jsonl) or column (parquet) that holds the text")
+    tokenizer: str | None = Field(
+        default=None, description="URI of a tokenizer.json or of a folder with one; trained from the corpus when unset"
+    )
+    vocab_size: int = Field(default=4096, ge=257, le=1_000_000, description="ids of the trained vocabulary")
+    normalize: list[Literal["nfc", "lowercase", "collapse_spaces"]] = Field(
+        default_factory=list, description="text normalization of a trained tokenizer, recorded in it; GPT-2 has none"
+    )
+    tokenizer_sample_bytes: int = Field(
+        default=256 << 20, ge=1, description="text that the tokenizer is trained on, bytes from the front of the corpus"
+    )
+    invalid_utf8: Literal["replace", "skip", "fail"] = Field(
+        default="replace", description="a document that is not UTF-8: put U+FFFD, drop it, or stop"
+    )
+    max_document_bytes: int = Field(default=64 << 20, ge=1, description="longer documents are dropped and counted, bytes")
+    dedup: bool = Field(default=True, description="drop documents whose text occurred before")
+    val_fraction: float = Field(
+        default=0.05, ge=0, lt=1, description="share of documents held out, chosen by each document's own hash"
+    )
+    shard_bytes: int = Field(default=16 << 20, ge=1, description="text per shard in bytes: the unit of work and of resuming")
+
+
+class TrainConfig(Settings):
+    """From tokens to weights. The global batch is constant whatever the number of workers."""
+
+    max_tokens: int = Field(default=10_000_000, ge=1, description="tokens to train on; the last step is not exceeded")
+    global_batch_size: int = Field(default=64, ge=1, description="sequences per optimizer step, over all workers")
+    micro_batch_size: int = Field(default=8, ge=1, description="sequences per lane; divides global_batch_size")
+    seq_len: int | None = Field(default=None, ge=1, description="tokens per sequence; model.n_positions when unset")
+    learning_rate: float = Field(default=6e-4, gt=0, description="peak learning rate")
+    min_learning_rate_ratio: float = Field(
+        default=0.1, ge=0, le=1, description="learning rate at the horizon, as a share of the peak"
+    )
+    warmup_tokens: int | None = Field(
+        default=None, ge=0, description="linear warm-up, tokens; 375M or 2% of max_tokens, the smaller, when unset"
+    )
+    decay_tokens: int | None = Field(default=None, ge=1, description="horizon of the cosine, tokens; max_tokens when unset")
+    weight_decay: float = Field(default=0.1, ge=0, description="AdamW decay of matrices; biases and LayerNorms have none")
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW, decay of the first moment")
+    beta2: float = Field(default=0.95, ge=0, lt=1, description="AdamW, decay of the second moment")
+    epsilon: float = Field(default=1e-8, gt=0, description="AdamW, added to the root of the second moment")
+    grad_clip: float = Field(default=1.0, ge=0, description="largest norm of the summed gradient; 0 never clips")
+    precision: Literal["fp32", "bf16"] = Field(
+        default="fp32", description="compute precision; bf16 is autocast over fp32 master weights"
+    )
+    exact: bool = Field(
+        default=True, description="the same bits for any number of workers; false is stock DistributedDataParallel"
+    )
+    seed: int = Field(default=0, ge=0, lt=2**63, description="initial weights, sample order, dropout")
+    eval_every_steps: int = Field(default=100, ge=1, description="steps between validations; the last step always validates")
+    eval_max_tokens: int = Field(default=1_000_000, ge=1, description="validation tokens, from the front of the split")
+    sample_prompts: list[str] = Field(
+        default_factory=list, description="prompts completed at every validation, with a fixed seed"
+    )
+    sample_tokens: int = Field(default=64, ge=1, description="new tokens per sample prompt")
+
+
+class ScalingConfig(Settings):
+    """How many training workers, and what each may use."""
+
+    min_workers: int = Field(default=1, ge=1, description="training waits below this many workers")
+    max_workers: int = Field(default=2, ge=1, description="training grows up to this many workers")
+    threads_per_worker: int = Field(default=1, ge=1, description="compute threads, and logical CPUs, of a worker")
+    use_gpu: bool = Field(default=False, description="one GPU per worker")
+    resize_check_s: float = Field(default=10.0, gt=0, description="seconds between looks for newly available workers")
+    max_failures: int = Field(
+        default=-1, ge=-1, description="worker-group failures before the run gives up; -1 never does"
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min_workers > self.max_workers:
+            raise ValueError(f"min_workers={self.min_workers} exceeds max_workers={self.max_workers}")
+        return self
+
+
+class ClusterConfig(Settings):
+    """Which Ray cluster."""
+
+    address: str | None = Field(
+        default=None, description="Ray Jobs address (http://host:8265) of a running cluster; a local one when unset"
+    )
+    num_nodes: int = Field(default=3, ge=1, le=16, description="raylets of the local cluster, the head among them")
+    cpus_per_node: int | None = Field(
+        default=None, ge=1, description="logical CPUs of each local node; just enough for max_workers when unset"
+    )
+
+
+class StorageConfig(Settings):
+    """Where everything durable lives."""
+
+    uri: str = Field(
+        default=".raymill", description="root of tokens, runs and checkpoints: a path, file:// or s3://bucket/prefix"
+    )
+
+
+class CheckpointConfig(Settings):
+    """When checkpoints are written and which are kept."""
+
+    save_every_steps: int = Field(default=100, ge=1, description="steps between checkpoints; the last step always saves")
+    num_to_keep: int = Field(default=3, ge=1, description="newest checkpoints kept; published ones are kept besides")
+
+
+class RunConfig(Settings):
+    """Everything that a job needs."""
+
+    run_id: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
+        description="name of the run; naming an existing one resumes it. A new one is made when unset",
+    )
+    data: DataConfig = DataConfig()
+    model: ModelShape = GPTConfig()
+    train: TrainConfig = TrainConfig()
+    scaling: ScalingConfig = ScalingConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    storage: StorageConfig = StorageConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        train = self.train
+        if train.global_batch_size % train.micro_batch_size:
+            raise ValueError(
+                f"train.micro_batch_size={train.micro_batch_size} does not divide "
+                f"train.global_batch_size={train.global_batch_size}"
+            )
+        if num_lanes(self) < self.scaling.max_workers:
+            raise ValueError(
+                f"scaling.max_workers={self.scaling.max_workers} exceeds the {num_lanes(self)} lanes of a step "
+                "(train.global_batch_size / train.micro_batch_size): a worker would have nothing to do"
+            )
+        if seq_len(self) > self.model.n_positions:
+            raise ValueError(f"train.seq_len={seq_len(self)} exceeds model.n_positions={self.model.n_positions}")
+        if train.max_tokens < tokens_per_step(self):
+            raise ValueError(
+                f"train.max_tokens={train.max_tokens} is less than one step of {tokens_per_step(self)} tokens "
+                "(train.global_batch_size x sequence length)"
+            )
+        return self
+
+
+def seq_len(config: RunConfig) -> int:
+    """Tokens per training sequence."""
+    return config.train.seq_len or config.model.n_positions
+
+
+def num_lanes(config: RunConfig) -> int:
+    """Micro-batches per optimizer step, over all workers."""
+    return config.train.global_batch_size // config.train.micro_batch_size
+
+
+def tokens_per_step(config: RunConfig) -> int:
+    return config.train.global_batch_size * seq_len(config)
+
+
+def max_steps(config: RunConfig) -> int:
+    """Optimizer steps of the whole run: `max_tokens` is never exceeded."""
+    return config.train.max_tokens // tokens_per_step(config)
+
+
+class ReplicaConfig(Settings):
+    """How many replicas, and what each may use."""
+
+    min_replicas: int = Field(default=1, ge=0, description="replicas kept when idle; 0 scales to zero")
+    max_replicas: int = Field(default=1, ge=1, description="replicas under load")
+    target_ongoing_requests: float = Field(
+        default=8.0, gt=0, description="requests per replica that autoscaling aims at"
+    )
+    max_ongoing_requests: int = Field(default=64, ge=1, description="requests a replica accepts at once; more wait outside")
+    threads_per_replica: int = Field(default=1, ge=1, description="compute threads, and logical CPUs, of a replica")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas={self.min_replicas} exceeds max_replicas={self.max_replicas}")
+        return self
+
+
+class EngineConfig(Settings):
+    """The continuous batching engine of one replica."""
+
+    max_num_seqs: int = Field(default=16, ge=1, description="sequences decoded together: slots of the KV cache")
+    max_waiting: int = Field(default=128, ge=0, description="sequences that may wait for a slot; more get 429")
+    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="precision of weights and KV cache")
+
+
+class ServeConfig(Settings):
+    """Everything that the endpoint needs. The model's shape comes from the checkpoint, never from here."""
+
+    checkpoint: str = Field(
+        default="latest", description="path or URI of a checkpoint folder, or `latest`: the newest published one"
+    )
+    model_name: str | None = Field(default=None, description="id under /v1/models; the checkpoint's own name when unset")
+    host: str = Field(default="127.0.0.1", description="address to listen on; others than loopback need an API key")
+    port: int = Field(default=8000, ge=1, le=65535, description="TCP port to listen on")
+    api_key_file: str | None = Field(
+        default=None, description="file with one API key a line, made with a fresh key (0600) when missing"
+    )
+    replicas: ReplicaConfig = ReplicaConfig()
+    engine: EngineConfig = EngineConfig()
+    cluster: ClusterConfig = ClusterConfig(num_nodes=2)
+    storage: StorageConfig = StorageConfig()
+
+
+class EvaluateConfig(Settings):
+    """Everything that an evaluation needs. The model's shape and its tokenizer come from the checkpoint."""
+
+    checkpoint: str = Field(
+        default="latest", description="path or URI of a checkpoint's or run's folder, or `latest`: the newest published"
+    )
+    data: DataConfig = Field(
+        default=DataConfig(),
+        description="documents to evaluate on; the validation split that the checkpoint was trained with when unset",
+    )
+    max_tokens: int = Field(default=10_000_000, ge=1, description="tokens to evaluate on, from the front")
+    batch_size: int = Field(default=8, ge=1, description="sequences computed together")
+    seq_len: int | None = Field(default=None, ge=1, description="tokens per sequence; the model's n_positions when unset")
+    precision: Literal["fp32", "bf16"] = Field(default="fp32", description="compute precision; bf16 is autocast")
+    num_workers: int = Field(default=2, ge=1, description="batches computed at once; the result does not depend on it")
+    threads_per_worker: int = Field(default=1, ge=1, description="compute threads, and logical CPUs, of a worker")
+    cluster: ClusterConfig = ClusterConfig()
+    storage: StorageConfig = StorageConfig()
+
+
+def to_yaml(config: RunConfig | ServeConfig | EvaluateConfig) -> str:
+    """The whole resolved tree as YAML; `load_config` reads it back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def write_config(config: RunConfig | ServeConfig | EvaluateConfig, path: Path) -> None:
+    path.write_text(to_yaml(config), encoding="utf-8")

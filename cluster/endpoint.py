@@ -1,0 +1,93 @@
+"""The endpoint as its clients on this machine see it: deployed, remembered, asked for a completion."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from cluster.config import ServeConfig
+from cluster.stage import Connection, run_stage
+from cluster.storage import NotFoundError, open_storage
+from model.errors import UserError
+
+_FILE = "endpoint.json"
+_DONE = "[DONE]"
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where an endpoint answers, and the file with the key that it asks for."""
+
+    url: str
+    model: str
+    api_key_file: str | None
+
+    @classmethod
+    def load(cls, storage_uri: str, *, url: str | None, api_key_file: Path | None) -> "Endpoint":
+        """The one at `url`, or the last that was served from this storage. Raises `UserError` when there is none."""
+        if url is not None:
+            return cls(url.rstrip("/"), "", str(api_key_file) if api_key_file else None)
+        try:
+            return cls(**json.loads(open_storage(storage_uri).read_bytes(_FILE)))
+        except NotFoundError:
+            raise UserError(
+                f"no endpoint was started from {storage_uri}: run `raymill serve latest`, or give --url"
+            ) from None
+
+    @property
+    def headers(self) -> dict[str, str]:
+        if self.api_key_file is None:
+            return {}
+        key = Path(self.api_key_file).read_text(encoding="utf-8").split()[0]
+        return {"Authorization": f"Bearer {key}"}
+
+
+def deploy(connection: Connection, config: ServeConfig, *, on_line: Callable[[str], None]) -> Endpoint:
+    """Deploys the checkpoint on the cluster, waits until it answers, and remembers where it is."""
+    result = run_stage(connection, "serving.app", config, on_line=on_line)
+    endpoint = Endpoint(result["url"], result["model"], config.api_key_file)
+    open_storage(config.storage.uri).write_bytes(_FILE, json.dumps(asdict(endpoint)).encode())
+    return endpoint
+
+
+def stream_completion(endpoint: Endpoint, request: dict[str, Any], *, on_text: Callable[[str], None]) -> dict[str, Any]:
+    """Asks for one completion and passes its text on as it comes. Returns the text and its timing, in seconds."""
+    start = time.perf_counter()
+    texts: list[str] = []
+    result: dict[str, Any] = {"model": endpoint.model, "prompt": request["prompt"], "ttft_s": None}
+    try:
+        with httpx.Client(base_url=endpoint.url, headers=endpoint.headers, timeout=120) as client:
+            if not endpoint.model:
+                models = client.get("/v1/models")
+                _raise_for(models)
+                result["model"] = models.json()["data"][0]["id"]
+            body = {"model": result["model"], "stream": True, "stream_options": {"include_usage": True}} | request
+            with client.stream("POST", "/v1/completions", json=body) as response:
+                if response.is_error:
+                    response.read()
+                _raise_for(response)
+                for line in response.iter_lines():
+                    data = line.removeprefix("data: ")
+                    if not data or data == _DONE:
+                        continue
+                    chunk = json.loads(data)
+                    if "error" in chunk:
+                        raise UserError(f"the endpoint stopped: {chunk['error']['message']}")
+                    result |= {"usage": chunk["usage"]} if chunk.get("usage") else {}
+                    for choice in chunk["choices"]:
+                        result["ttft_s"] = result["ttft_s"] or round(time.perf_counter() - start, 4)
+                        result["finish_reason"] = choice["finish_reason"]
+                        texts.append(choice["text"])
+                        on_text(choice["text"])
+    except httpx.TransportError as error:
+        raise UserError(f"no endpoint answers at {endpoint.url} ({error}): start one with `raymill serve`") from None
+    return result | {"text": "".join(texts), "total_s": round(time.perf_counter() - start, 4)}
+
+
+def _raise_for(response: httpx.Response) -> None:
+    if response.is_error:
+        raise UserError(f"{response.url} answered {response.status_code}: {response.json()['error']['message']}")

@@ -1,0 +1,144 @@
+"""Every setting of the configuration tree as a command-line flag, laid over a YAML file, with errors for people."""
+
+import argparse
+import dataclasses
+import difflib
+import secrets
+import time
+from pathlib import Path
+from typing import Any, Never, TypeVar, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from cluster.config import DataConfig, EvaluateConfig, RunConfig, ServeConfig, StorageConfig
+from cluster.storage import absolute_uri
+from model.config import PRESETS, GPTConfig
+from model.errors import UserError
+
+Config = TypeVar("Config", RunConfig, ServeConfig, EvaluateConfig)
+
+
+class ConfigError(UserError):
+    """The command line or the configuration file is misused: exit code 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line with a suggestion, raised as `ConfigError`."""
+
+    def error(self, message: str) -> Never:
+        unknown = message.removeprefix("unrecognized arguments: ")
+        if unknown != message:
+            flag = unknown.split()[0].split("=")[0]
+            message = f"unknown argument {flag}{_suggestion(flag, list(self._option_string_actions))}"
+        raise ConfigError(f"{message} (see `{self.prog} --help`)")
+
+
+def add_config_arguments(parser: argparse.ArgumentParser, root: type[BaseModel]) -> None:
+    """Adds one flag for each setting of `root`; the caller adds `config`, the YAML file that they are laid over."""
+    for path, help_text, is_list in _leaves(root):
+        flag = f"--{path}"
+        names = [flag.replace("_", "-")] + ([flag] if "_" in flag else [])
+        parser.add_argument(
+            *names, dest=path, default=None, nargs="+" if is_list else None, metavar="VALUE", help=help_text
+        )
+
+
+def config_from_arguments(arguments: argparse.Namespace, root: type[Config]) -> Config:
+    """The validated tree of the file and the flags. Raises `ConfigError` naming every setting that does not fit."""
+    values = _read_yaml(arguments.config) if arguments.config else {}
+    if arguments.config is None and root is RunConfig and arguments.__dict__.get("data.source") is None:
+        raise ConfigError("no configuration: name a YAML file, or at least --data.source")
+    for path, _, is_list in _leaves(root):
+        value = getattr(arguments, path)
+        if value is None:
+            continue
+        branch = values
+        *parents, name = path.split(".")
+        for parent in parents:
+            branch = branch.setdefault(parent, {})
+        branch[name] = value if is_list else None if value in ("null", "none") else value
+    return _settled(validate_config(values, root))
+
+
+def validate_config(values: dict[str, Any], root: type[Config]) -> Config:
+    try:
+        return root.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explained(problem, root) for problem in error.errors())) from None
+
+
+def _settled(config: Config) -> Config:
+    """Paths made absolute, since a job runs in another folder; and a run id, if none was given."""
+    update: dict[str, Any] = {}
+    for name, value in config:
+        match value:
+            case StorageConfig():
+                update[name] = value.model_copy(update={"uri": absolute_uri(value.uri)})
+            case DataConfig():
+                sources = [value.source] if isinstance(value.source, str) else value.source
+                tokenizer = value.tokenizer and absolute_uri(value.tokenizer)
+                paths = {"source": [absolute_uri(uri) for uri in sources], "tokenizer": tokenizer}
+                update[name] = value.model_copy(update=paths)
+            case str() if name == "api_key_file" or (name == "checkpoint" and value != "latest"):
+                update[name] = absolute_uri(value)
+            case None if name == "run_id":
+                update[name] = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
+    return config.model_copy(update=update)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds no settings; expected `section:` lines with `name: value` below them")
+    return values
+
+
+def _leaves(root: type[BaseModel], prefix: str = "") -> list[tuple[str, str, bool]]:
+    """(dotted path, help, whether it takes several values) of each setting."""
+    leaves = []
+    for name, info in root.model_fields.items():
+        kind = info.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            leaves += _leaves(kind, f"{prefix}{name}.")
+        elif kind is GPTConfig:
+            leaves.append((f"{prefix}{name}.preset", f"shape by name, one of {', '.join(PRESETS)}", False))
+            for field in dataclasses.fields(GPTConfig):
+                leaves.append((f"{prefix}{name}.{field.name}", f"{field.metadata['help']} ({field.default})", False))
+        else:
+            leaves.append((f"{prefix}{name}", _help(info), _holds_list(kind)))
+    return [(path, text.replace("%", "%%"), is_list) for path, text, is_list in leaves] if not prefix else leaves
+
+
+def _help(info: FieldInfo) -> str:
+    default = info.get_default(call_default_factory=True)
+    choices = get_args(info.annotation) if all(isinstance(a, str) for a in get_args(info.annotation)) else ()
+    notes = [f"one of {', '.join(choices)}"] if choices else []
+    notes += [f"default {default}"] if default not in (None, []) else []
+    return f"{info.description}" + (f" ({'; '.join(notes)})" if notes else "")
+
+
+def _holds_list(kind: Any) -> bool:
+    return get_origin(kind) is list or any(get_origin(part) is list for part in get_args(kind))
+
+
+def _suggestion(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _explained(problem: Any, root: type[BaseModel]) -> str:
+    path = [str(part) for part in problem["loc"]]
+    name = ".".join(path)
+    if problem["type"] == "extra_forbidden":
+        siblings = [".".join(leaf.split(".")[: len(path)]) for leaf, _, _ in _leaves(root)]
+        return f"unknown setting {name}{_suggestion(name, sorted(set(siblings)))}"
+    message = problem["msg"].removeprefix("Value error, ")
+    shown = "" if problem["type"] == "value_error" else f", not {problem['input']!r}"
+    return f"{name}: {message}{shown}" if name else message

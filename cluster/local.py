@@ -1,0 +1,215 @@
+"""A Ray cluster of several real raylets on this machine: loopback only, token auth, one process group a node.
+
+Every node is a `ray start --block` in its own process group. Ray binds a node's processes to the life of that
+command, and the command is bound to the life of this process, so nothing outlives its owner, even one that was
+killed; and nothing that this module did not start is ever signalled.
+"""
+
+import ctypes
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import httpx
+import psutil
+
+from model.errors import UserError
+
+NODE_NAME_VARIABLE = "RAYMILL_NODE"
+"""Environment variable by which a process on a local node knows the node's name."""
+
+_START_TIMEOUT_S = 90.0
+_STOP_TIMEOUT_S = 5.0
+_OBJECT_STORE_BYTES = 256 << 20
+
+# Ray's defaults take 14 s to see a killed raylet and 65 s to see a hung one. A killed raylet refuses the connection
+# at once, so three short periods name it dead; the long timeout spares a node that is merely busy.
+_ENVIRONMENT = {
+    "RAY_AUTH_MODE": "token",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "1",
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "10000",
+    "RAY_health_check_failure_threshold": "3",
+    "RAY_DISABLE_IMPORT_WARNING": "1",
+    "RAY_COLOR_PREFIX": "0",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class ClusterError(UserError):
+    """A cluster that could not be started or reached."""
+
+
+def _die_with_parent() -> None:
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that nobody listens on now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _with_descendants(pid: int) -> list[psutil.Process]:
+    try:
+        process = psutil.Process(pid)
+        return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+class LocalCluster:
+    """Starts on entering the context, ends on leaving it. The head carries no work unless it is the only node."""
+
+    def __init__(self, *, num_nodes: int, cpus_per_node: int) -> None:
+        self._num_nodes = num_nodes
+        self._cpus_per_node = cpus_per_node
+        self._directory = Path(
+            tempfile.mkdtemp(prefix="raymill-")
+        )  # 0700; Ray's socket paths must stay short
+        self._nodes: dict[str, subprocess.Popen[bytes]] = {}
+        self._num_started = 0
+        self._gcs_port, self._jobs_port = free_port(), free_port()
+        self.token = secrets.token_hex(32)
+        self.environment = _ENVIRONMENT | {"RAY_AUTH_TOKEN_PATH": str(self._directory / "token")}
+        """What a process needs to join; set before it imports ray, which reads the variables once."""
+
+    @property
+    def address(self) -> str:
+        """For `ray.init`."""
+        return f"127.0.0.1:{self._gcs_port}"
+
+    @property
+    def jobs_url(self) -> str:
+        """For Ray's Jobs API."""
+        return f"http://127.0.0.1:{self._jobs_port}"
+
+    @property
+    def node_names(self) -> list[str]:
+        """The nodes that were started and not killed, the head first."""
+        return list(self._nodes)
+
+    def __enter__(self) -> Self:
+        token_path = Path(self.environment["RAY_AUTH_TOKEN_PATH"])
+        token_path.touch(mode=0o600)
+        token_path.write_text(self.token)
+        try:
+            self._start_head()
+            for _ in range(self._num_nodes - 1):
+                self.add_node(wait=False)
+            self._wait(lambda: self._num_alive() == self._num_nodes, what=f"{self._num_nodes} nodes to join")
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def add_node(self, *, wait: bool = True) -> str:
+        """Starts one more worker node and returns its name."""
+        name = f"node-{self._num_started}"
+        alive = self._num_alive() if wait else 0
+        self._start_node(name, ["--address", self.address], num_cpus=self._cpus_per_node)
+        if wait:
+            self._wait(lambda: self._num_alive() > alive, what=f"{name} to join")
+        return name
+
+    def kill_node(self, name: str) -> None:
+        """SIGKILL to the node: its raylet, its workers and all that they hold are gone at once."""
+        process = self._nodes.pop(name)
+        process.kill()  # the kernel then kills the raylet, and the raylet's end its workers
+        process.wait(_STOP_TIMEOUT_S)
+
+    def stop(self) -> None:
+        """Ends every process that the nodes started, gently and then not, and removes the cluster's files."""
+        started = [process for node in self._nodes.values() for process in _with_descendants(node.pid)]
+        for node in self._nodes.values():
+            node.terminate()
+        _, remaining = psutil.wait_procs(started, timeout=_STOP_TIMEOUT_S)
+        for process in remaining:
+            process.kill()
+        psutil.wait_procs(remaining, timeout=_STOP_TIMEOUT_S)
+        for node in self._nodes.values():
+            node.wait()
+        self._nodes.clear()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _start_head(self) -> None:
+        ports = {
+            "--port": self._gcs_port,
+            "--dashboard-port": self._jobs_port,
+            "--ray-client-server-port": free_port(),
+        }
+        flags = ["--head", "--dashboard-host", "127.0.0.1"]
+        flags += [word for flag, port in ports.items() for word in (flag, str(port))]
+        self._start_node("head", flags, num_cpus=self._cpus_per_node if self._num_nodes == 1 else 0)
+        self._wait(lambda: self._num_alive() == 1, what="the head to answer")
+
+    def _start_node(self, name: str, flags: Iterable[str], *, num_cpus: int) -> None:
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
+        command += ["--node-ip-address", "127.0.0.1", "--num-cpus", str(num_cpus), "--num-gpus", "0"]
+        command += ["--object-store-memory", str(_OBJECT_STORE_BYTES), "--log-color", "false"]
+        # Port 0 lets each worker process take any free one: several nodes share one address here.
+        command += ["--min-worker-port", "0", "--max-worker-port", "0"]
+        command += ["--dashboard-agent-listen-port", str(free_port())]
+        # A session folder of its own: nodes that start together would race for the names of their sockets.
+        command += ["--temp-dir", str(self._directory / name)]
+        with (self._directory / f"{name}.log").open("wb") as log:
+            self._nodes[name] = subprocess.Popen(
+                [*command, *flags],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=os.environ | self.environment | {NODE_NAME_VARIABLE: name},
+                start_new_session=True,
+                preexec_fn=_die_with_parent,  # noqa: PLW1509  one system call, made from the main thread
+            )
+        self._num_started += 1
+
+    def _num_alive(self) -> int:
+        try:
+            response = httpx.get(
+                f"{self.jobs_url}/api/v0/nodes",
+                params={"filter_keys": "state", "filter_predicates": "=", "filter_values": "ALIVE"},
+                headers={"Authorization": f"Bearer {self.token}"},
+                timeout=30,
+            )
+        except httpx.TransportError:  # the dashboard is not up yet
+            return 0
+        return len(response.json()["data"]["result"]["result"]) if response.is_success else 0
+
+    def _wait(self, condition: Callable[[], bool], *, what: str) -> None:
+        deadline = time.monotonic() + _START_TIMEOUT_S
+        while not condition():
+            for name, process in self._nodes.items():
+                if process.poll() is not None:
+                    log = (self._directory / f"{name}.log").read_text(errors="replace")
+                    raise ClusterError(
+                        f"the local cluster's {name} ended while starting; its log ends:\n{log[-2000:]}"
+                    )
+            if time.monotonic() > deadline:
+                raise ClusterError(
+                    f"the local cluster took over {_START_TIMEOUT_S:.0f} s waiting for {what}; "
+                    "the machine may be short of memory or processes"
+                )
+            time.sleep(0.25)

@@ -1,0 +1,112 @@
+"""How far a stage is: stages report in marked lines, whoever watches draws a bar at a terminal or prints lines."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+_MARK = "raymill-progress: "
+_REPORT_INTERVAL_S = 1.0
+_LINE_INTERVAL_S = 10.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """`done` of `total` units, and a few words on how it goes."""
+
+    label: str
+    done: float
+    total: float
+    unit: str
+    note: str
+
+
+def say(text: str) -> None:
+    """One line for the person who watches; standard output is for results."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
+def report_progress(label: str, *, done: float, total: float, unit: str, note: str = "") -> None:
+    """Called by a stage; `ProgressView` shows it."""
+    say(_MARK + json.dumps(asdict(Report(label, done, total, unit, note))))
+
+
+@contextmanager
+def progress(label: str, *, total_bytes: int) -> Iterator[Callable[[int], None]]:
+    """Gives a function to call with the bytes that were just finished."""
+    done_bytes, reported = 0, time.monotonic()
+
+    def show() -> None:
+        report_progress(label, done=round(done_bytes / 1e6, 2), total=round(total_bytes / 1e6, 2), unit="MB")
+
+    def advance(num_bytes: int) -> None:
+        nonlocal done_bytes, reported
+        done_bytes += num_bytes
+        if time.monotonic() - reported >= _REPORT_INTERVAL_S:
+            reported = time.monotonic()
+            show()
+
+    yield advance
+    show()
+
+
+class ProgressView:
+    """Shows a stage's log: bars for its reports at a terminal, a line now and then elsewhere, other lines as they are."""
+
+    def __init__(self) -> None:
+        self._bars = _bars() if sys.stderr.isatty() else None
+        self._tasks: dict[str, TaskID] = {}
+        self._printed_at: dict[str, float] = {}
+
+    def __enter__(self) -> Self:
+        if self._bars is not None:
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def line(self, text: str) -> None:
+        """One line of a stage's log."""
+        if text.startswith(_MARK):
+            self._show(Report(**json.loads(text[len(_MARK) :])))
+        elif self._bars is not None:
+            self._bars.console.print(text, markup=False, highlight=False)
+        else:
+            say(text)
+
+    def _show(self, report: Report) -> None:
+        if self._bars is not None:
+            if report.label not in self._tasks:
+                self._tasks[report.label] = self._bars.add_task(report.label, total=report.total, unit="", note="")
+            self._bars.update(
+                self._tasks[report.label], completed=report.done, unit=report.unit, note=report.note
+            )
+            return
+        now, is_done = time.monotonic(), report.done >= report.total
+        if is_done or now - self._printed_at.get(report.label, -_LINE_INTERVAL_S) >= _LINE_INTERVAL_S:
+            self._printed_at[report.label] = now
+            note = f", {report.note}" if report.note else ""
+            say(f"{report.label}: {report.done:g} of {report.total:g} {report.unit}{note}")
+
+
+def _bars() -> Progress:
+    columns = (
+        TextColumn("{task.description:>12}"),
+        BarColumn(),
+        TextColumn("{task.completed:g} of {task.total:g} {task.fields[unit]}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    return Progress(*columns, console=Console(stderr=True))

@@ -1,0 +1,108 @@
+"""The registry of published checkpoints: what `latest` means, and how any checkpoint reference becomes a folder.
+
+A publication is one small numbered file under `registry/`; the highest number is the latest. Two publishers cannot
+take the same number, and none is ever rewritten.
+"""
+
+import json
+import logging
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from cluster.storage import AlreadyExistsError, Entry, Storage, absolute_uri, open_storage, split_uri
+from model.checkpoint import MANIFEST, CheckpointError, is_hf_folder, read_metadata, verify_checkpoint
+
+LATEST = "latest"
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Publication:
+    """One published checkpoint."""
+
+    checkpoint: str  # URI of its folder
+    parameter_hash: str
+    run_id: str
+    step: int
+    time: float  # seconds since 1970
+
+
+def publish(storage: Storage, checkpoint: str) -> Publication:
+    """Makes the checkpoint the latest one. Raises `CheckpointError` when it is not valid."""
+    folder = resolve_checkpoint(checkpoint, storage.uri)
+    metadata = read_metadata(folder)
+    publication = Publication(
+        absolute_uri(checkpoint), str(metadata.parameter_hash), metadata.run_id, metadata.step, round(time.time(), 3)
+    )
+    while True:
+        numbers = [int(entry.key.removeprefix("registry/").removesuffix(".json")) for entry in _entries(storage)]
+        key = f"registry/{max(numbers, default=0) + 1:06d}.json"
+        try:
+            storage.write_bytes(key, json.dumps(asdict(publication)).encode(), if_absent=True)
+        except AlreadyExistsError:  # another publisher took the number
+            continue
+        return publication
+
+
+def publications(storage: Storage) -> list[Publication]:
+    """Everything published, oldest first."""
+    return [Publication(**json.loads(storage.read_bytes(entry.key))) for entry in _entries(storage)]
+
+
+def resolve_checkpoint(reference: str, storage_uri: str) -> Path:
+    """A local folder with the verified checkpoint that `reference` names.
+
+    `latest` is the newest published one that is valid; a damaged one is named in the log and passed over. A URI
+    names a checkpoint's folder, or a run's, whose newest valid checkpoint is meant; a remote one is copied here.
+    Raises `CheckpointError`.
+    """
+    if reference == LATEST:
+        return _newest(
+            [publication.checkpoint for publication in publications(open_storage(storage_uri))],
+            none=f"nothing is published in {storage_uri}: finish a run there, or name a checkpoint's folder",
+        )
+    folder = open_storage(reference)
+    keys = [entry.key for entry in folder.list()]
+    if not keys:
+        raise CheckpointError(f"unknown checkpoint {reference}: no folder with files is there")
+    nested = sorted(key.removesuffix(f"/{MANIFEST}") for key in keys if key.endswith(f"/{MANIFEST}"))
+    if MANIFEST not in keys and nested:
+        return _newest(
+            [folder.child(name).uri for name in nested], none=f"no checkpoint under {reference} is valid"
+        )
+    local = _fetched(reference)
+    problems = [] if is_hf_folder(local) else verify_checkpoint(local)
+    if problems:
+        raise CheckpointError(f"checkpoint {reference} is not valid: {'; '.join(problems)}")
+    return local
+
+
+def _newest(checkpoints: list[str], *, none: str) -> Path:
+    for checkpoint in reversed(checkpoints):
+        local = _fetched(checkpoint)
+        problems = verify_checkpoint(local)
+        if not problems:
+            return local
+        _log.warning("checkpoint %s is skipped: %s", checkpoint, "; ".join(problems))
+    raise CheckpointError(none)
+
+
+def _fetched(uri: str) -> Path:
+    """The folder itself where it is on this machine, a copy under the user's cache otherwise."""
+    storage = open_storage(uri)
+    local = storage.local_path("")
+    if local is not None:
+        return local
+    version = storage.stat(MANIFEST)
+    name = storage.uri.removeprefix("s3://").replace("/", "--") + (f"--{version.version}" if version else "")
+    copy = Path.home() / ".cache" / "raymill" / "checkpoints" / name.replace('"', "")
+    if not (copy / MANIFEST).exists():
+        parent, key = split_uri(uri)
+        parent.download_folder(key, copy, last=MANIFEST)
+    return copy
+
+
+def _entries(storage: Storage) -> list[Entry]:
+    return storage.list("registry/")

@@ -1,0 +1,197 @@
+"""How a stage runs: as a Ray job of a snapshot of the code, with live logs, an exit code and one JSON result.
+
+A job's working directory is a snapshot of the four code folders and the resolved `run.yaml`, so a cluster needs no
+installation of this package and a run says exactly which settings it had.
+"""
+
+import asyncio
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import ray
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+from cluster.config import ClusterConfig, RunConfig, ServeConfig, write_config
+from cluster.flags import ConfigError, Parser, add_config_arguments, config_from_arguments
+from cluster.local import ClusterError, LocalCluster
+from cluster.progress import ProgressView
+from model.errors import UserError
+
+CODE_FOLDERS = ("model", "cluster", "jobs", "serving")
+
+_RESULT_MARK = "raymill-result: "
+_REPOSITORY = Path(__file__).resolve().parent.parent
+_POLL_S = 0.5
+
+Config = TypeVar("Config", RunConfig, ServeConfig)
+
+
+class StageFailed(UserError):
+    """A stage ended without a result; its own log said why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Connection:
+    """A cluster that takes jobs."""
+
+    jobs_url: str
+    headers: dict[str, str]
+    local: LocalCluster | None
+
+
+@contextmanager
+def connected(config: ClusterConfig, *, cpus_per_node: int) -> Iterator[Connection]:
+    """The cluster at `config.address`, or a local one that lives as long as the context."""
+    if config.address is not None:
+        token = _token()
+        yield Connection(config.address, {"Authorization": f"Bearer {token}"} if token else {}, None)
+        return
+    with LocalCluster(num_nodes=config.num_nodes, cpus_per_node=config.cpus_per_node or cpus_per_node) as cluster:
+        yield Connection(cluster.jobs_url, {"Authorization": f"Bearer {cluster.token}"}, cluster)
+
+
+def _token() -> str | None:
+    if path := os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        return Path(path).read_text(encoding="utf-8").strip()
+    return os.environ.get("RAY_AUTH_TOKEN")
+
+
+def cpus_per_node(config: RunConfig) -> int:
+    """Logical CPUs of each local node, such that the workers of one node fewer than planned still find a place."""
+    worker_nodes = max(1, config.cluster.num_nodes - 1)
+    workers_per_node = -(-config.scaling.max_workers // worker_nodes)
+    return workers_per_node * config.scaling.threads_per_worker
+
+
+def run_stage(
+    connection: Connection,
+    module: str,
+    config: RunConfig | ServeConfig,
+    *,
+    arguments: tuple[str, ...] = (),
+    on_line: Callable[[str], None],
+) -> dict[str, Any]:
+    """Runs `python -m MODULE run.yaml` on the cluster, passes its log on line by line, and returns its result.
+
+    Raises `StageFailed` when the job ends without one, and `ClusterError` when the cluster cannot be reached.
+    """
+    client = _jobs_client(connection)
+    with tempfile.TemporaryDirectory(prefix="raymill-job-") as folder:
+        snapshot_code(Path(folder))
+        write_config(config, Path(folder) / "run.yaml")
+        job_id = client.submit_job(
+            entrypoint=" ".join(["exec python -m", module, "run.yaml", *arguments]),
+            runtime_env={"working_dir": folder, "env_vars": _job_environment()},
+        )
+    try:
+        return _follow(client, job_id, on_line)
+    except BaseException:
+        if client.get_job_status(job_id) in (JobStatus.PENDING, JobStatus.RUNNING):
+            client.stop_job(job_id)
+        raise
+
+
+def snapshot_code(folder: Path) -> None:
+    """Copies the code folders into `folder`."""
+    for name in CODE_FOLDERS:
+        shutil.copytree(_REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+
+
+def code_version() -> str:
+    """SHA-256 over the names and bytes of the code folders' Python files: the version that a checkpoint records."""
+    digest = hashlib.sha256()
+    for name in CODE_FOLDERS:
+        for path in sorted((_REPOSITORY / name).rglob("*.py")):
+            digest.update(path.relative_to(_REPOSITORY).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def stage_main(run: Callable[[Config], dict[str, Any]], root: type[Config] = RunConfig, *, needs_ray: bool = True) -> int:  # type: ignore[assignment]
+    """The whole command line of a stage module: settings in, one JSON result out, and the exit code.
+
+    Inside a Ray job it joins the job's cluster; started by hand it starts a local one and submits itself there.
+    """
+    # Run as a script, the module is called __main__; its spec knows the real name.
+    module = str(sys.modules["__main__"].__spec__.name)  # type: ignore[union-attr]
+    try:
+        parser = Parser(prog=f"python -m {module}", description=sys.modules["__main__"].__doc__)
+        parser.add_argument("config", nargs="?", type=Path, help="YAML file; flags override its settings")
+        add_config_arguments(parser, root)
+        config = config_from_arguments(parser.parse_args(), root)
+        if needs_ray and "RAY_ADDRESS" not in os.environ and isinstance(config, RunConfig):
+            with connected(config.cluster, cpus_per_node=cpus_per_node(config)) as connection:
+                with ProgressView() as view:
+                    result = run_stage(connection, module, config, on_line=view.line)
+        else:
+            if needs_ray:
+                ray.init(log_to_driver=True, logging_level="WARNING")
+            result = run(config)
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2 if isinstance(error, ConfigError) else 1
+    sys.stdout.write(f"{_RESULT_MARK}{json.dumps(result)}\n")
+    return 0
+
+
+def run_module(module: str, *arguments: str) -> dict[str, Any]:
+    """Runs a stage that needs no cluster as `python -m MODULE ARGUMENTS` here, and returns its result."""
+    command = [sys.executable, "-m", module, *arguments]
+    environment = os.environ | {"PYTHONPATH": str(_REPOSITORY)}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False)
+    results = [found for line in done.stdout.splitlines() if (found := parse_result(line)) is not None]
+    if done.returncode or not results:
+        raise StageFailed(f"{module} ended with exit code {done.returncode}; its message is above")
+    return results[-1]
+
+
+def parse_result(line: str) -> dict[str, Any] | None:
+    """The result that a line of a stage's output carries, if it is that line."""
+    return json.loads(line[len(_RESULT_MARK) :]) if line.startswith(_RESULT_MARK) else None
+
+
+def _job_environment() -> dict[str, str]:
+    """Variables that a job needs from its submitter: where S3 is. Credentials stay the cluster's own affair, except
+    on a local cluster, whose nodes inherit this process's whole environment anyway."""
+    names = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")
+    return {name: os.environ[name] for name in names if name in os.environ} | {"PYTHONUNBUFFERED": "1"}
+
+
+def _jobs_client(connection: Connection) -> JobSubmissionClient:
+    try:
+        return JobSubmissionClient(connection.jobs_url, headers=connection.headers)
+    except (ConnectionError, RuntimeError) as error:
+        raise ClusterError(f"no Ray Jobs API answers at {connection.jobs_url}: {str(error).splitlines()[0]}") from None
+
+
+def _follow(client: JobSubmissionClient, job_id: str, on_line: Callable[[str], None]) -> dict[str, Any]:
+    result: dict[str, Any] | None = None
+
+    async def tail() -> None:
+        nonlocal result
+        rest = ""
+        async for text in client.tail_job_logs(job_id):
+            *lines, rest = (rest + text).split("\n")
+            for line in lines:
+                found = parse_result(line)
+                result = result if found is None else found
+                if found is None:
+                    on_line(line)
+
+    asyncio.run(tail())
+    while (status := client.get_job_status(job_id)) in (JobStatus.PENDING, JobStatus.RUNNING):
+        time.sleep(_POLL_S)
+    if status == JobStatus.SUCCEEDED and result is not None:
+        return result
+    info = client.get_job_info(job_id)
+    raise StageFailed(f"{info.entrypoint.split()[3]} ended with exit code {info.driver_exit_code}; its log is above")

@@ -1,0 +1,113 @@
+"""What every storage can do: keys such as `tokens/ab12/manifest.json` under a root, and the errors of it."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from model.errors import UserError
+
+
+class StorageError(UserError):
+    """A location that cannot be used as asked: the text names it, the reason and the remedy."""
+
+
+class NotFoundError(StorageError):
+    """Nothing is stored under the key."""
+
+
+class AlreadyExistsError(StorageError):
+    """`if_absent` was asked and something is stored under the key."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One stored file. `version` changes with its bytes: modification time in ns, or S3's entity tag."""
+
+    key: str
+    size: int
+    version: str
+
+
+Entries = list[Entry]
+
+
+class Storage(ABC):
+    """A root for keys. Picklable; touches neither disk nor network before it is asked to."""
+
+    @property
+    @abstractmethod
+    def uri(self) -> str:
+        """Absolute: a plain path for a local folder, s3://bucket/prefix otherwise."""
+
+    @abstractmethod
+    def read_bytes(self, key: str, *, start: int = 0, end: int | None = None) -> bytes:
+        """Bytes [start, end) of the file, all of it by default. Raises `NotFoundError`."""
+
+    @abstractmethod
+    def write_bytes(self, key: str, data: bytes, *, if_absent: bool = False) -> None:
+        """Stores all of `data` or nothing, durably. Raises `AlreadyExistsError` if `if_absent` forbids it."""
+
+    @abstractmethod
+    def list(self, prefix: str = "") -> Entries:
+        """Files whose key starts with `prefix`, in the order of their keys; empty when there are none."""
+
+    @abstractmethod
+    def stat(self, key: str) -> Entry | None:
+        """Size and version of a file; None when nothing is stored under the key."""
+
+    @abstractmethod
+    def delete(self, key: str) -> None:
+        """Removes the file; no error when it is not there."""
+
+    @abstractmethod
+    def open(self, key: str) -> BinaryIO:
+        """A seekable, buffered reader. Raises `NotFoundError`."""
+
+    @abstractmethod
+    def upload_file(self, source: Path, key: str) -> None:
+        """Stores a file of any size under the key: all of it or nothing, durably."""
+
+    @abstractmethod
+    def download_file(self, key: str, target: Path) -> None:
+        """Copies what the key holds to a local file. Raises `NotFoundError`."""
+
+    @abstractmethod
+    def local_path(self, key: str) -> Path | None:
+        """Where the file lies on this machine, for memory maps; None when it does not."""
+
+    @abstractmethod
+    def child(self, key: str) -> "Storage":
+        """The storage rooted at the folder `key`."""
+
+    def exists(self, key: str) -> bool:
+        return self.stat(key) is not None
+
+    def upload_folder(self, local: Path, key: str, *, last: str | None = None) -> None:
+        """Copies a folder's files under `key`, the one called `last` (a manifest) after all others."""
+        folder = self.child(key)
+        names = [path.relative_to(local).as_posix() for path in local.rglob("*") if path.is_file()]
+        for name in sorted(names, key=lambda name: (name == last, name)):
+            folder.upload_file(local / name, name)
+
+    def download_folder(self, key: str, local: Path, *, last: str | None = None) -> None:
+        """Copies the files under `key` into a folder. Raises `NotFoundError` when there are none."""
+        folder = self.child(key)
+        names = [entry.key for entry in folder.list()]
+        if not names:
+            raise NotFoundError(f"{folder.uri} is empty or does not exist; check the location")
+        for name in sorted(names, key=lambda name: (name == last, name)):
+            target = local / checked_key(name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            folder.download_file(name, target)
+
+
+def checked_key(key: str) -> str:
+    """Keys also come from manifests, which others may have written: none may leave its root."""
+    if key.startswith("/") or ".." in key.split("/"):
+        raise StorageError(f"the key {key!r} leaves its folder; keys are relative and hold no '..'")
+    return key
+
+
+def join_uri(folder: str, key: str) -> str:
+    return f"{folder.rstrip('/')}/{key}" if key else folder

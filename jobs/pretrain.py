@@ -1,0 +1,163 @@
+"""Stage: train the model on the token store with Ray Train, elastically, and publish the final checkpoint."""
+
+import dataclasses
+import secrets
+import sys
+import threading
+from contextlib import contextmanager
+from collections.abc import Iterator
+from typing import Any
+
+import ray.train
+import yaml
+from ray.train import FailureConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from cluster.config import RunConfig, max_steps, to_yaml
+from cluster.flags import ConfigError, validate_config
+from cluster.progress import report_progress, say
+from cluster.registry import publications, publish
+from cluster.stage import StageFailed, code_version, stage_main
+from cluster.storage import Storage, open_storage, split_uri
+from jobs.checkpoints import RunCheckpoints
+from jobs.ledger import Ledger
+from jobs.tokenize_corpus import tokenize
+from jobs.train_loop import MAX_FRUITLESS_ATTEMPTS, RunPlan, run_storage, train
+from jobs.train_tokenizer import ensure_tokenizer
+
+CONFIG_FILE = "config.yaml"
+
+_PROGRESS_INTERVAL_S = 2.0
+
+
+def pretrain(config: RunConfig) -> dict[str, Any]:
+    """Trains the run to its end and returns its figures. Makes the tokenizer and the token store where missing.
+
+    Raises `ConfigError` when `run_id` names a run with other settings, `StageFailed` when the run gave up.
+    """
+    tokenizer, _ = ensure_tokenizer(config)
+    store = tokenize(config)
+    model = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
+    config = config.model_copy(update={"model": model})
+    run = run_storage(config)
+    _enter(run, config)
+    storage = open_storage(config.storage.uri)
+    published = [publication.checkpoint for publication in publications(storage)]
+    plan = RunPlan(
+        config=config,
+        tokens_uri=split_uri(store["manifest"])[0].uri,
+        tokenizer_json=tokenizer.to_json(),
+        code_version=code_version(),
+        pinned=frozenset(uri.rsplit("/", 1)[1] for uri in published if uri.startswith(f"{run.uri}/")),
+    )
+    say(f"run {config.run_id}: {max_steps(config)} steps; the same --run-id resumes it")
+    if not Ledger.read(run).events("finish"):
+        with _watched(run, total=max_steps(config)):
+            _fit(plan)
+    ledger = Ledger.read(run)
+    if not ledger.events("finish"):
+        raise StageFailed(
+            f"run {config.run_id} gave up: {MAX_FRUITLESS_ATTEMPTS} attempts in a row got no further than step "
+            f"{len(ledger.steps)}; the reason is in the log above, the ledger in {run.uri}"
+        )
+    checkpoint = RunCheckpoints(run).uri(ledger.events("checkpoint")[-1]["checkpoint"].rsplit("/", 1)[1])
+    if checkpoint not in published:
+        publish(storage, checkpoint)
+    return _figures(run, ledger, checkpoint)
+
+
+def _enter(run: Storage, config: RunConfig) -> None:
+    """Records the run's settings, or checks that a resumed run has the same ones."""
+    if not run.exists(CONFIG_FILE):
+        run.write_bytes(CONFIG_FILE, to_yaml(config).encode())
+        return
+    before = validate_config(yaml.safe_load(run.read_bytes(CONFIG_FILE)), RunConfig)
+    if (before.model, before.train) != (config.model, config.train):
+        old, new = before.model_dump(mode="json"), config.model_dump(mode="json")
+        changed = [
+            f"{branch}.{name} was {old[branch][name]}, now {new[branch][name]}"
+            for branch in ("model", "train")
+            for name in new[branch]
+            if old[branch][name] != new[branch][name]
+        ]
+        raise ConfigError(f"run {config.run_id} has other settings: {'; '.join(changed)}. Choose another --run-id")
+
+
+def _fit(plan: RunPlan) -> None:
+    scaling = plan.config.scaling
+    fixed = scaling.min_workers == scaling.max_workers
+    trainer = TorchTrainer(
+        _train_worker,
+        train_loop_config={"plan": plan},
+        torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=scaling.max_workers if fixed else (scaling.min_workers, scaling.max_workers),
+            use_gpu=scaling.use_gpu,
+            resources_per_worker={"CPU": scaling.threads_per_worker} | ({"GPU": 1} if scaling.use_gpu else {}),
+            elastic_resize_monitor_interval_s=scaling.resize_check_s,
+        ),
+        run_config=ray.train.RunConfig(
+            # Ray Train's own record of the run is disposable: the ledger and the checkpoints decide.
+            name=f"attempts-{secrets.token_hex(4)}",
+            storage_path=f"{plan.run.uri}/ray",
+            failure_config=FailureConfig(max_failures=scaling.max_failures),
+        ),
+    )
+    trainer.fit()
+
+
+def _train_worker(settings: dict[str, Any]) -> None:
+    context = ray.train.get_context()
+    train(settings["plan"], rank=context.get_world_rank(), world_size=context.get_world_size())
+
+
+@contextmanager
+def _watched(run: Storage, *, total: int) -> Iterator[None]:
+    """Reports the run's progress from its ledger, as anyone could who only sees its storage."""
+    done = threading.Event()
+
+    def watch() -> None:
+        seen = 0
+        while not done.wait(_PROGRESS_INTERVAL_S):
+            ledger = Ledger.read(run)
+            for event in ledger.events("start")[seen:]:
+                say(f"attempt {event['attempt']}: {event['world_size']} workers, from step {event['step']}")
+                seen += 1
+            if ledger.steps:
+                line = ledger.steps[-1]
+                note = f"loss {line['loss']:.3f}, {line['tokens_per_s']:.0f} tokens/s, {line['world_size']} workers"
+                report_progress("training", done=line["step"], total=total, unit="steps", note=note)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
+
+
+def _figures(run: Storage, ledger: Ledger, checkpoint: str) -> dict[str, Any]:
+    last, validation = ledger.steps[-1], ledger.events("validation")[-1]
+    recoveries = ledger.recoveries()
+    training_s = sum(line["wall_s"] for line in ledger.steps)
+    return {
+        "run_id": run.uri.rsplit("/", 1)[1],
+        "run_dir": run.uri,
+        "checkpoint": checkpoint,
+        "parameter_hash": ledger.events("checkpoint")[-1]["parameter_hash"],
+        "step": last["step"],
+        "tokens_seen": last["tokens_seen"],
+        "train_loss": last["loss"],
+        "val_loss": validation["val_loss"],
+        "val_bits_per_byte": validation["val_bits_per_byte"],
+        "tokens_per_s": round(last["tokens_seen"] / training_s, 1),
+        "world_sizes": ledger.world_sizes,
+        "restarts": len(ledger.world_sizes) - 1,
+        "lost_steps": sum(recovery.lost_steps for recovery in recoveries),
+        "recovery_s": max((recovery.seconds for recovery in recoveries), default=0.0),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(stage_main(pretrain))

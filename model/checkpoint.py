@@ -1,0 +1,221 @@
+"""The checkpoint contract: one folder, hashed, complete or absent, which Hugging Face's transformers can read.
+
+    config.json                the shape, in Hugging Face's GPT-2 keys
+    model.safetensors          the weights, fp32
+    tokenizer.json             the vocabulary; tokenizer_config.json says how transformers loads it
+    raymill.json               `Metadata`: where the weights come from
+    train_state.safetensors    optimizer moments, only while a run may go on
+    manifest.json              size and SHA-256 of each of the above, written last
+
+The folder is written beside its place and renamed into it. No valid manifest, no checkpoint. Nothing is pickled.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from model.errors import UserError
+from model.gpt import GPT
+from model.hf import build_model, config_from_hf, config_to_hf, load_hf, tokenizer_config_to_hf
+from model.tokenizer import Tokenizer, from_gpt2_files
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+REQUIRED_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "raymill.json")
+TRAIN_STATE = "train_state.safetensors"
+
+
+class CheckpointError(UserError):
+    """A folder that is no complete, unaltered checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metadata:
+    """Where a checkpoint's weights come from (raymill.json)."""
+
+    run_id: str
+    step: int
+    tokens_seen: int
+    data_manifest_hash: str
+    code_version: str
+    parameter_hash: str | None = None  # set by write_checkpoint
+    val_loss: float | None = None  # nats per token
+    val_bits_per_byte: float | None = None
+
+
+def parameter_hash(state: Mapping[str, Tensor]) -> str:
+    """SHA-256, in hex, over the parameters in the order of their names.
+
+    Each adds `name \\0 dtype \\0 d0,d1,… \\0` in UTF-8 (dtype as torch prints it, without `torch.`) and then its
+    elements, row-major and little-endian.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        digest.update(f"{name}\0{dtype}\0{','.join(map(str, tensor.shape))}\0".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def write_checkpoint(
+    folder: Path,
+    *,
+    model: GPT,
+    tokenizer: Tokenizer,
+    metadata: Metadata,
+    train_state: Mapping[str, Tensor] | None,
+) -> Metadata:
+    """Writes the checkpoint and returns its metadata with the parameter hash set.
+
+    A crash at any point leaves `folder` as it was. An existing one is replaced, by two renames.
+    """
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    metadata = dataclasses.replace(metadata, parameter_hash=parameter_hash(state))
+    staging = folder.with_name(f".{folder.name}.writing")
+    shutil.rmtree(staging, ignore_errors=True)  # what a crash left
+    staging.mkdir(parents=True)
+
+    _write_json(staging / "config.json", config_to_hf(model.config, eot_id=tokenizer.eot_id))
+    save_file(state, staging / "model.safetensors", metadata={"format": "pt"})
+    (staging / "tokenizer.json").write_bytes(tokenizer.to_json())
+    _write_json(staging / "tokenizer_config.json", tokenizer_config_to_hf(model.config))
+    _write_json(staging / "raymill.json", dataclasses.asdict(metadata))
+    if train_state is not None:
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in train_state.items()}, staging / TRAIN_STATE
+        )
+    files = {path.name: _fingerprint(path) for path in sorted(staging.iterdir())}
+    for name in files:
+        _sync(staging / name)
+    _write_json(staging / MANIFEST, {"format_version": FORMAT_VERSION, "files": files})
+    _sync(staging / MANIFEST)
+    _sync(staging)
+
+    if folder.exists():
+        replaced = folder.with_name(f".{folder.name}.replaced")
+        shutil.rmtree(replaced, ignore_errors=True)
+        folder.rename(replaced)
+        staging.rename(folder)
+        shutil.rmtree(replaced)
+    else:
+        staging.rename(folder)
+    _sync(folder.parent)
+    return metadata
+
+
+def verify_checkpoint(folder: Path) -> list[str]:
+    """What is wrong with the checkpoint, one sentence a problem, each naming its file. Empty means valid."""
+    if not folder.is_dir():
+        return [f"{folder} is no folder"]
+    try:
+        files = _manifest_files(folder)
+    except CheckpointError as error:
+        return [str(error)]
+    problems = [f"{MANIFEST} does not list {name}" for name in REQUIRED_FILES if name not in files]
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            problems.append(f"{name} is missing")
+        elif (size := path.stat().st_size) != expected["size"]:
+            problems.append(f"{name} has {size} bytes, {MANIFEST} says {expected['size']}")
+        elif (found := _fingerprint(path)["sha256"]) != expected["sha256"]:
+            problems.append(f"{name} is altered: its SHA-256 is {found}, {MANIFEST} says {expected['sha256']}")
+    return problems
+
+
+def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, verify: bool = True) -> GPT:
+    """The model in evaluation mode. A folder that transformers saved, with no manifest, loads too, unverified.
+
+    Raises `CheckpointError` naming what is wrong, `UnsupportedModelError` for a model that `GPT` can't compute.
+    """
+    if is_hf_folder(folder):
+        return load_hf(folder).to(dtype)
+    if verify and (problems := verify_checkpoint(folder)):
+        raise CheckpointError(f"checkpoint {folder} is not valid: {'; '.join(problems)}. Use another checkpoint")
+    config = config_from_hf(_read_json(folder / "config.json"))
+    return build_model(config, load_file(folder / "model.safetensors"), source=folder).to(dtype)
+
+
+def load_tokenizer(folder: Path) -> Tokenizer | None:
+    """The checkpoint's tokenizer; None where a folder that transformers saved holds none."""
+    if (folder / "tokenizer.json").exists():
+        return Tokenizer.from_file(folder / "tokenizer.json")
+    if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
+        return from_gpt2_files(folder / "vocab.json", folder / "merges.txt")
+    if is_hf_folder(folder):
+        return None
+    raise CheckpointError(f"checkpoint {folder} is not valid: tokenizer.json is missing")
+
+
+def read_metadata(folder: Path) -> Metadata:
+    return Metadata(**_read_json(folder / "raymill.json"))
+
+
+def read_train_state(folder: Path) -> dict[str, Tensor]:
+    if not (folder / TRAIN_STATE).exists():
+        raise CheckpointError(f"checkpoint {folder} has no {TRAIN_STATE}: training can't go on from it")
+    return load_file(folder / TRAIN_STATE)
+
+
+def is_hf_folder(folder: Path) -> bool:
+    """Whether transformers saved it. With raymill.json and without a manifest it is a torn checkpoint instead."""
+    return (folder / "config.json").exists() and not any(
+        (folder / name).exists() for name in (MANIFEST, "raymill.json")
+    )
+
+
+def _manifest_files(folder: Path) -> dict[str, dict[str, Any]]:
+    manifest = _read_json(folder / MANIFEST)
+    try:
+        version, files = manifest["format_version"], dict(manifest["files"])
+        well_formed = all(
+            Path(name).name == name and isinstance(entry["size"], int) and isinstance(entry["sha256"], str)
+            for name, entry in files.items()
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{MANIFEST} is altered: expected format_version and files") from error
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{MANIFEST} has format_version {version!r}, this version of raymill reads {FORMAT_VERSION}"
+        )
+    if not well_formed:
+        raise CheckpointError(f"{MANIFEST} is altered: expected a file name with its size and sha256 in each entry")
+    return files
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path.name} is missing in {path.parent}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path.name} in {path.parent} is not JSON: {error}") from error
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _sync(path: Path) -> None:
+    """Until its fsync a file's, or a folder's, content may be lost by a crash of the machine."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

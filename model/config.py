@@ -1,0 +1,95 @@
+"""The shape of a GPT-2 style decoder: its fields in GPT-2's own words, its presets, its parameter count."""
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
+
+Activation = Literal["gelu", "gelu_exact", "relu"]
+"""`gelu` is GPT-2's tanh approximation (`gelu_new` in Hugging Face), `gelu_exact` the erf form."""
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Shape of the decoder. Raises `ValueError` with the numbers when the fields do not fit together."""
+
+    vocab_size: int = field(default=50257, metadata={"help": "number of token ids; a run takes it from its tokenizer"})
+    n_positions: int = field(default=1024, metadata={"help": "context length in tokens"})
+    n_layer: int = field(default=12, metadata={"help": "number of transformer blocks"})
+    n_head: int = field(default=12, metadata={"help": "attention heads per block; divides n_embd"})
+    n_embd: int = field(default=768, metadata={"help": "width of the residual stream"})
+    n_inner: int | None = field(default=None, metadata={"help": "width of the feed-forward layer; 4 x n_embd when unset"})
+    activation_function: Activation = field(default="gelu", metadata={"help": "feed-forward activation"})
+    tie_word_embeddings: bool = field(default=True, metadata={"help": "output head shares the token embedding's weights"})
+    dropout: float = field(default=0.0, metadata={"help": "dropout probability in training, 0 <= p < 1"})
+    layer_norm_epsilon: float = field(default=1e-5, metadata={"help": "epsilon inside the LayerNorms"})
+    initializer_range: float = field(default=0.02, metadata={"help": "standard deviation of the initial weights"})
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd", "ffn_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.n_embd % self.n_head:
+            raise ValueError(
+                f"n_head={self.n_head} does not divide n_embd={self.n_embd}; "
+                f"choose a head count among the divisors of {self.n_embd}"
+            )
+        if self.activation_function not in get_args(Activation):
+            raise ValueError(
+                f"activation_function is {self.activation_function!r}, expected one of {', '.join(get_args(Activation))}"
+            )
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout is {self.dropout}, expected 0 <= p < 1")
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def ffn_width(self) -> int:
+        return 4 * self.n_embd if self.n_inner is None else self.n_inner
+
+
+def num_parameters(config: GPTConfig) -> int:
+    """Trainable parameters, token and position embeddings included, a tied head counted once."""
+    c, h = config.n_embd, config.ffn_width
+    block = 2 * 2 * c + (3 * c * c + 3 * c) + (c * c + c) + (c * h + h) + (h * c + c)
+    head = 0 if config.tie_word_embeddings else config.vocab_size * c
+    return config.vocab_size * c + config.n_positions * c + config.n_layer * block + 2 * c + head
+
+
+# Shapes from the GPT-2 (2019) and GPT-3 (2020, table 2.1) papers. GPT-3 13B's table entry of width 5140 is not
+# divisible by its 40 heads; 5120 is used, as everywhere else.
+PRESETS: dict[str, dict[str, Any]] = {
+    "gpt2-124m": {"n_layer": 12, "n_head": 12, "n_embd": 768},
+    "gpt2-355m": {"n_layer": 24, "n_head": 16, "n_embd": 1024},
+    "gpt2-774m": {"n_layer": 36, "n_head": 20, "n_embd": 1280},
+    "gpt2-1.5b": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
+    "gpt3-125m": {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 2048},
+    "gpt3-350m": {"n_layer": 24, "n_head": 16, "n_embd": 1024, "n_positions": 2048},
+    "gpt3-760m": {"n_layer": 24, "n_head": 16, "n_embd": 1536, "n_positions": 2048},
+    "gpt3-1.3b": {"n_layer": 24, "n_head": 32, "n_embd": 2048, "n_positions": 2048},
+    "gpt3-2.7b": {"n_layer": 32, "n_head": 32, "n_embd": 2560, "n_positions": 2048},
+    "gpt3-6.7b": {"n_layer": 32, "n_head": 32, "n_embd": 4096, "n_positions": 2048},
+    "gpt3-13b": {"n_layer": 40, "n_head": 40, "n_embd": 5120, "n_positions": 2048},
+    "gpt3-175b": {"n_layer": 96, "n_head": 96, "n_embd": 12288, "n_positions": 2048},
+    # One head and ReLU, so that the attention scale 1/sqrt(d_head) is 1/sqrt(768).
+    "seed": {"n_layer": 12, "n_head": 1, "n_embd": 768, "activation_function": "relu"},
+    "small-10m": {"n_layer": 6, "n_head": 6, "n_embd": 384, "n_positions": 256},
+    "demo": {"n_layer": 4, "n_head": 4, "n_embd": 256, "n_positions": 256},
+    "tiny": {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 64},
+}
+
+
+def resolve_preset(values: dict[str, Any]) -> GPTConfig:
+    """A `GPTConfig` from its fields and an optional `preset` whose fields they override.
+
+    Raises `ValueError` for an unknown preset or field.
+    """
+    values = dict(values)
+    preset = values.pop("preset", None)
+    if preset is not None and preset not in PRESETS:
+        raise ValueError(f"preset {preset!r} is unknown, expected one of {', '.join(PRESETS)}")
+    known = {f.name for f in fields(GPTConfig)}
+    for name in values:
+        if name not in known:
+            raise ValueError(f"{name!r} is not a model setting, expected one of preset, {', '.join(sorted(known))}")
+    return GPTConfig(**(PRESETS.get(preset, {}) | values))

@@ -1,0 +1,238 @@
+"""GPT-2 in one file, in order of composition: projection, attention, feed-forward, block, decoder, loss.
+
+Shapes: B sequences, T tokens of each, C = n_embd, H heads of width D = C / H, V vocabulary, N = B x T,
+S slots of the KV cache, P cached positions.
+
+Parameters are named and laid out as Hugging Face's GPT2LMHeadModel stores them, so a checkpoint is one as it is.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import GPTConfig
+from model.kv_cache import CacheWindow, KVCache
+
+IGNORE_INDEX = -100
+"""Target of a position that the loss does not count."""
+
+DEFAULT_CHUNK_TOKENS = 512
+
+
+class Projection(nn.Module):
+    """Affine map whose weight is stored (in, out), GPT-2's own layout (`Conv1D` in Hugging Face)."""
+
+    def __init__(self, num_in: int, num_out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_in, num_out))
+        self.bias = nn.Parameter(torch.empty(num_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight)  # (N, out)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.c_attn = Projection(config.n_embd, 3 * config.n_embd)
+        self.c_proj = Projection(config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor, window: CacheWindow | None) -> Tensor:
+        B, T, C = x.shape  # noqa: N806
+        q, k, v = (
+            part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, H, T, D)
+            for part in self.c_attn(x).split(C, dim=2)
+        )
+        mask, is_causal = None, True
+        if window is not None:
+            k, v = window.update(self.layer, k, v)  # (B, H, P, D)
+            mask, is_causal = window.mask, window.is_causal
+        # Scores are scaled by 1 / sqrt(D).
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0, is_causal=is_causal
+        )  # (B, H, T, D)
+        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        return F.dropout(y, self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.activation = config.activation_function
+        self.dropout = config.dropout
+        self.c_fc = Projection(config.n_embd, config.ffn_width)
+        self.c_proj = Projection(config.ffn_width, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.c_fc(x)  # (B, T, ffn_width)
+        match self.activation:
+            case "gelu":
+                x = F.gelu(x, approximate="tanh")
+            case "gelu_exact":
+                x = F.gelu(x)
+            case "relu":
+                x = F.relu(x)
+        return F.dropout(self.c_proj(x), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, window: CacheWindow | None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), window)
+        return x + self.mlp(self.ln_2(x))
+
+
+def embedding(num_rows: int, width: int) -> nn.Embedding:
+    """Uninitialised; nn.Embedding's own constructor would draw random numbers."""
+    return nn.Embedding.from_pretrained(torch.empty(num_rows, width), freeze=False)
+
+
+class Transformer(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.wte = embedding(config.vocab_size, config.n_embd)
+        self.wpe = embedding(config.n_positions, config.n_embd)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+
+    def forward(self, token_ids: Tensor, positions: Tensor, window: CacheWindow | None) -> Tensor:
+        x = self.wte(token_ids) + self.wpe(positions)  # (B, T, C)
+        x = F.dropout(x, self.dropout, self.training)
+        for block in self.h:
+            x = block(x, window)
+        return self.ln_f(x)
+
+
+class GPT(nn.Module):
+    """The decoder. Its weights are uninitialised memory until `init_weights` or `load_state_dict`."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = Transformer(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = embedding(config.vocab_size, config.n_embd)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, C): the token embedding itself when tied."""
+        return (self.transformer.wte if self.config.tie_word_embeddings else self.lm_head).weight
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """GPT-2's initialisation: normal weights, zero biases, and the projections that end in the residual stream
+        scaled by 1 / sqrt(2 x n_layer). The random numbers are drawn on the CPU, so a seed means the same anywhere."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if name.endswith(".bias"):
+                parameter.zero_()
+            elif ".ln_" in name:
+                parameter.fill_(1.0)
+            else:
+                std = self.config.initializer_range
+                if name.endswith("c_proj.weight"):
+                    std /= math.sqrt(2 * self.config.n_layer)
+                parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+
+    def forward(
+        self,
+        token_ids: Tensor,
+        *,
+        kv_cache: KVCache | None = None,
+        slots: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states (B, T, C) after the final LayerNorm, from token_ids (B, T).
+
+        Without a cache each row attends to itself; `positions` then defaults to 0 … T-1. With one, the keys and
+        values of row b are written at `positions[b]` of `slots[b]`, and its tokens attend to all positions of that
+        slot up to their own: rows of different lengths decode together. A row padded on the right is harmless,
+        as what its padding writes is overwritten before any position may see it.
+        """
+        if positions is None:
+            positions = torch.arange(token_ids.shape[1], device=token_ids.device).expand_as(token_ids)
+        window = None
+        if kv_cache is not None:
+            assert slots is not None, "a KV cache needs the slot of each row"
+            window = kv_cache.window(slots, positions)
+        return self.transformer(token_ids, positions, window)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., V), at least fp32, from hidden (..., C)."""
+        logits = F.linear(hidden, self.head_weight)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def loss(self, token_ids: Tensor, targets: Tensor, *, chunk_tokens: int = DEFAULT_CHUNK_TOKENS) -> Tensor:
+        """Summed cross-entropy (scalar, at least fp32) of targets (B, T); IGNORE_INDEX is not counted."""
+        hidden = self.forward(token_ids).flatten(0, 1)  # (N, C)
+        return ChunkedCrossEntropy.apply(
+            hidden, self.head_weight, targets.flatten(), chunk_tokens, torch.is_grad_enabled()
+        )
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy of hidden @ weight.T, of which only `chunk_tokens` rows of logits exist at a time.
+
+    The gradient of the logits, softmax - one_hot, is known as soon as they are, so the forward pass turns each chunk
+    into its share of the gradients while it is still in the processor's cache: no logits are kept or recomputed.
+    Backward only scales. (Liger kernel, arXiv 2410.10989, section 3.2.)
+    """
+
+    @staticmethod
+    def forward(  # noqa: PLR0917 — autograd passes no keywords
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int, with_grad: bool
+    ) -> Tensor:
+        device_type = hidden.device.type
+        autocast = torch.is_autocast_enabled(device_type)
+        compute_dtype = torch.get_autocast_dtype(device_type) if autocast else hidden.dtype
+        loss_dtype = torch.promote_types(compute_dtype, torch.float32)
+        counted = targets != IGNORE_INDEX
+        labels = targets.where(counted, 0)
+        losses = torch.empty(targets.shape, dtype=loss_dtype, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if with_grad else None
+        grad_weight = torch.zeros_like(weight) if with_grad else None
+        with torch.autocast(device_type, enabled=False):
+            w = weight.to(compute_dtype)
+            for start in range(0, len(targets), chunk_tokens):
+                rows = slice(start, start + chunk_tokens)
+                h, label = hidden[rows].to(compute_dtype), labels[rows, None]  # (chunk, C), (chunk, 1)
+                scores = F.log_softmax((h @ w.T).to(loss_dtype), dim=-1)  # (chunk, V)
+                losses[rows] = -scores.gather(1, label).squeeze(1)
+                if grad_hidden is None or grad_weight is None:
+                    continue
+                grad = scores.exp_().scatter_add_(1, label, torch.full_like(scores[:, :1], -1.0))
+                grad = grad.mul_(counted[rows, None]).to(compute_dtype)
+                grad_hidden[rows] = grad @ w
+                if compute_dtype == weight.dtype:
+                    grad_weight.addmm_(grad.T, h)
+                else:  # sums of chunks in the weight's own, wider type
+                    grad_weight.add_(grad.T @ h)
+        if with_grad:
+            ctx.save_for_backward(grad_hidden, grad_weight)
+        return losses.where(counted, 0).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        (grad_loss,) = grad_outputs
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return (
+            grad_hidden * grad_loss.to(grad_hidden.dtype),
+            grad_weight * grad_loss.to(grad_weight.dtype),
+            None,
+            None,
+            None,
+        )

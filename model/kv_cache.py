@@ -1,0 +1,74 @@
+"""The keys and values of past tokens, in a fixed pool of slots: one sequence holds one slot.
+
+Shapes: L layers, S slots, H heads, D = head width, B rows of a call, T new tokens of a row, P cached positions read.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.config import GPTConfig
+
+
+class KVCache:
+    """Keys and values (L, S, H, max_len, D). A slot needs no clearing: a row only sees positions up to its own,
+    and those its own sequence has written."""
+
+    def __init__(
+        self, config: GPTConfig, *, num_slots: int, max_len: int, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        shape = (config.n_layer, num_slots, config.n_head, max_len, config.head_dim)
+        # Zeros, not empty memory: a masked position still meets its weight of 0, and 0 x NaN is NaN.
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+
+    @staticmethod
+    def num_bytes(config: GPTConfig, *, num_slots: int, max_len: int, dtype: torch.dtype) -> int:
+        return 2 * config.n_layer * num_slots * max_len * config.n_embd * dtype.itemsize
+
+    def window(self, slots: Tensor, positions: Tensor) -> "CacheWindow":
+        """What rows `slots` (B,) see from `positions` (B, T), which ascend by one within a row."""
+        num_positions = int(positions.max()) + 1
+        num_new = positions.shape[1]
+        # As many new tokens as positions: every row starts at 0, which is the plain causal case (prefill).
+        is_causal = num_new == num_positions
+        mask = None
+        if not is_causal and positions.numel() > 1:
+            seen = torch.arange(num_positions, device=positions.device) <= positions[:, :, None]  # (B, T, P)
+            mask = torch.zeros(seen.shape, dtype=self.keys.dtype, device=positions.device)
+            mask = mask.masked_fill(~seen, -math.inf)[:, None]  # (B, 1, T, P)
+        slot_list = slots.tolist()
+        first = slot_list[0]
+        in_order = slot_list == list(range(first, first + len(slot_list)))
+        return CacheWindow(
+            cache=self,
+            slots=slots,
+            positions=positions,
+            slot_range=slice(first, first + len(slot_list)) if in_order else None,
+            num_positions=num_positions,
+            mask=mask,
+            is_causal=is_causal and num_new > 1,
+        )
+
+
+@dataclass(frozen=True)
+class CacheWindow:
+    """One forward call's view of the cache, the same for every layer."""
+
+    cache: KVCache
+    slots: Tensor  # (B,)
+    positions: Tensor  # (B, T)
+    slot_range: slice | None  # consecutive slots are read in place, without the copy that gathering makes
+    num_positions: int
+    mask: Tensor | None  # (B, 1, T, P), added to the scores
+    is_causal: bool
+
+    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes the new keys and values (B, H, T, D) of `layer`; returns all that the rows may see, (B, H, P, D)."""
+        rows = self.slots if self.slot_range is None else self.slot_range
+        pool_keys, pool_values = self.cache.keys[layer], self.cache.values[layer]  # (S, H, max_len, D)
+        pool_keys[self.slots[:, None], :, self.positions] = keys.transpose(1, 2)  # (B, T, H, D)
+        pool_values[self.slots[:, None], :, self.positions] = values.transpose(1, 2)
+        return pool_keys[rows, :, : self.num_positions], pool_values[rows, :, : self.num_positions]

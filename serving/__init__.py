@@ -1,0 +1,1 @@
+"""The OpenAI-compatible endpoint: HTTP ingress, continuous batching engine, replicas."""

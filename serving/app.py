@@ -1,0 +1,127 @@
+"""Deploys the endpoint: the one name that manifests (`serving.app:build_app`) and `python -m serving.app` know.
+
+Never write `from __future__ import annotations` here: Ray Serve would hand `build_app` a plain dict.
+"""
+
+import errno
+import ipaddress
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+from ray import serve
+from ray.serve.config import AutoscalingConfig, BackpressureConfig
+
+from cluster.config import ServeConfig
+from cluster.registry import LATEST, resolve_checkpoint
+from cluster.stage import stage_main
+from cluster.storage import open_storage
+from model.errors import UserError
+from serving.access import read_key_hashes
+from serving.replica import Replica
+from serving.served_model import read_served_model
+
+APP_NAME = "raymill"
+READY_TIMEOUT_S = 60.0
+LONGEST_STREAM_S = 120.0  # a replica that leaves finishes its streams first
+
+
+def build_app(config: ServeConfig) -> serve.Application:
+    """The application for `serve.run` or a Ray Serve config file."""
+    if not _is_loopback(config.host) and config.api_key_file is None:
+        raise UserError(
+            f"host is {config.host}, which others can reach, and api_key_file is unset: name a key file, "
+            "or listen on 127.0.0.1"
+        )
+    replicas = config.replicas
+    fixed = replicas.min_replicas == replicas.max_replicas
+    # A full replica answers 429 in OpenAI's shape. Ray Serve's own limit lies above it, so that only a flood meets the
+    # proxy's refusal, which has the same status and a bare string for a body.
+    flood_limit = 2 * replicas.max_ongoing_requests
+    deployment = serve.deployment(
+        Replica,
+        name="Replica",
+        num_replicas=replicas.min_replicas if fixed else None,
+        autoscaling_config=None if fixed else autoscaling(config),
+        ray_actor_options={"num_cpus": replicas.threads_per_replica},
+        max_ongoing_requests=flood_limit,
+        max_queued_requests=flood_limit,
+        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
+        graceful_shutdown_timeout_s=LONGEST_STREAM_S,
+        health_check_period_s=1,  # a dead engine is replaced within seconds; the default is 10 s
+        health_check_timeout_s=5,
+        max_constructor_retry_count=3,  # a checkpoint that does not load will not the twentieth time either
+    )
+    key_hashes = () if config.api_key_file is None else read_key_hashes(Path(config.api_key_file))
+    return deployment.bind(config, key_hashes=key_hashes)
+
+
+def autoscaling(config: ServeConfig) -> AutoscalingConfig:
+    """Up within seconds of load, down after a minute without; Ray Serve's defaults are 30 s and 10 minutes."""
+    return AutoscalingConfig(
+        min_replicas=config.replicas.min_replicas,
+        max_replicas=config.replicas.max_replicas,
+        target_ongoing_requests=config.replicas.target_ongoing_requests,
+        metrics_interval_s=1,
+        look_back_period_s=5,
+        upscale_delay_s=2,
+        downscale_delay_s=60,
+    )
+
+
+def run(config: ServeConfig) -> dict[str, Any]:
+    """Deploys on the cluster that the caller has joined, and returns once the endpoint answers. It stays up until
+    the caller ends Ray Serve or the cluster. Raises `UserError` for a port in use or an unusable checkpoint."""
+    folder = resolve_checkpoint(config.checkpoint, storage_uri=config.storage.uri)
+    model = read_served_model(folder, name=config.model_name)
+    app = build_app(_pinned(config, folder))
+    if not serve.status().proxies:
+        _require_free_port(config.host, config.port)
+    serve.start(proxy_location="HeadOnly", http_options={"host": config.host, "port": config.port})
+    serve.run(app, name=APP_NAME, route_prefix="/", blocking=False)
+    url = f"http://{config.host}:{config.port}"
+    _wait_until_ready(url)
+    return {"url": url, "model": model.name}
+
+
+def _pinned(config: ServeConfig, folder: Path) -> ServeConfig:
+    """With the checkpoint's absolute path where it is on disk: what `latest` means is decided once for all replicas,
+    and their working directory is not ours. A remote one stays a URI, for each node to fetch."""
+    storage_uri = config.storage.uri if config.checkpoint == LATEST else config.checkpoint
+    if open_storage(storage_uri).local_path("") is None:
+        return config
+    return config.model_copy(update={"checkpoint": str(folder.absolute())})
+
+
+def _is_loopback(host: str) -> bool:
+    return host == "localhost" or ipaddress.ip_address(host).is_loopback
+
+
+def _require_free_port(host: str, port: int) -> None:
+    """Ray Serve's proxy would share the port with another's (SO_REUSEPORT), and each get some of the requests."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that linger do not count
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise UserError(f"cannot listen on {host}:{port}: {error.strerror}") from None
+            raise UserError(
+                f"port {port} on {host} is in use by another process; end it, or choose another port with --port"
+            ) from None
+
+
+def _wait_until_ready(url: str) -> None:
+    """The proxy learns of a new route shortly after `serve.run` returns."""
+    deadline = time.monotonic() + READY_TIMEOUT_S
+    while httpx.get(f"{url}/ready", timeout=READY_TIMEOUT_S).status_code != 200:
+        if time.monotonic() > deadline:
+            raise UserError(f"{url}/ready did not answer 200 within {READY_TIMEOUT_S:.0f} s; see the replica's log")
+        time.sleep(0.1)
+
+
+if __name__ == "__main__":
+    sys.exit(stage_main(run, ServeConfig))

@@ -1,0 +1,62 @@
+"""Text from tokens as they come: holds back what may still change, and ends the text before a stop string."""
+
+import codecs
+from collections.abc import Sequence
+
+
+class Detokenizer:
+    """Feeds on the bytes of tokens. What it gives out, joined, is the whole output decoded at once (errors replaced),
+    cut before the stop string that is complete first, however the bytes are spread over tokens."""
+
+    def __init__(self, *, stop: Sequence[str] = ()) -> None:
+        self._stop = stop
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = ""
+        self.num_released_chars = 0
+        self.stopped = False
+
+    @property
+    def num_chars(self) -> int:
+        """Characters so far, held ones included: where the text of the next token starts."""
+        return self.num_released_chars + len(self._held)
+
+    @property
+    def holds_text(self) -> bool:
+        return bool(self._held)
+
+    def push(self, token: bytes) -> str:
+        """The text that is final with this token."""
+        assert not self.stopped, "the text has ended"
+        self._held += self._decoder.decode(token)
+        return self._release(final=False)
+
+    def finish(self) -> str:
+        """The rest of the text: no more tokens come."""
+        if self.stopped:
+            return ""
+        self._held += self._decoder.decode(b"", final=True)
+        return self._release(final=True)
+
+    def _release(self, *, final: bool) -> str:
+        num_final = _first_complete(self._held, self._stop)
+        self.stopped = num_final is not None
+        if num_final is None:
+            num_final = len(self._held) - (0 if final else _longest_start_of_stop(self._held, self._stop))
+        text, self._held = self._held[:num_final], "" if self.stopped else self._held[num_final:]
+        self.num_released_chars += len(text)
+        return text
+
+
+def _first_complete(text: str, stop: Sequence[str]) -> int | None:
+    """Where the stop string that ends first in `text` starts (of several that end there, the longest)."""
+    matches = [(start + len(s), start) for s in stop if (start := text.find(s)) >= 0]
+    return min(matches)[1] if matches else None
+
+
+def _longest_start_of_stop(text: str, stop: Sequence[str]) -> int:
+    """Length of the longest end of `text` that a stop string starts with."""
+    longest = max((len(s) for s in stop), default=1) - 1
+    for length in range(min(longest, len(text)), 0, -1):
+        if any(s.startswith(text[-length:]) for s in stop):
+            return length
+    return 0

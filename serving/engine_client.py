@@ -1,0 +1,186 @@
+"""The replica's side of the engine process: starts it, hands it sequences, spreads its reports over the requests."""
+
+import asyncio
+import itertools
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterable
+from pathlib import Path
+
+from model.errors import UserError
+from serving.messages import FrameBuffer, SequenceRequest, TokenEvent, encode_frame, parse_report, submit_message
+
+READ_BYTES = 1 << 16
+SHUTDOWN_TIMEOUT_S = 5.0
+
+
+class EngineDied(Exception):
+    """The engine process has ended; no answer comes any more."""
+
+
+class Generation:
+    """The events of one request's sequences, in the order in which they happen, until each has finished."""
+
+    def __init__(self, client: "EngineClient", seq_ids: Iterable[int]) -> None:
+        self._client = client
+        self._open = set(seq_ids)
+        self._events: asyncio.Queue[TokenEvent | None] = asyncio.Queue()
+
+    def close(self) -> None:
+        """Ends the sequences that still run: their slots are free for others from the next step."""
+        for seq_id in list(self._open):
+            self.cancel(seq_id)
+
+    async def __aiter__(self) -> AsyncIterator[TokenEvent]:
+        """Raises `EngineDied` when the engine does."""
+        while self._open:
+            event = await self._events.get()
+            if event is None:
+                raise EngineDied(self._client.death_notice)
+            if event.seq_id in self._open:  # not one that was cancelled after this was sent
+                if event.finish_reason is not None:
+                    self._open.remove(event.seq_id)
+                yield event
+
+    def cancel(self, seq_id: int) -> None:
+        self._open.discard(seq_id)
+        self._client.cancel(seq_id)
+
+    def put(self, event: TokenEvent | None) -> None:
+        self._events.put_nowait(event)
+
+
+class EngineClient:
+    """One engine process. All methods run in the event loop that `start` ran in."""
+
+    def __init__(
+        self, process: subprocess.Popen[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self._process = process
+        self._reader = reader
+        self._writer = writer
+        self._seq_ids = itertools.count()
+        self._generations: dict[int, Generation] = {}  # by open sequence
+        self._reports: asyncio.Task[None] | None = None
+        self.num_running = 0
+        self.num_waiting = 0
+        self.death_notice = ""
+
+    @classmethod
+    async def start(
+        cls, checkpoint: Path, *, dtype: str, num_slots: int, eos_id: int | None, threads: int
+    ) -> "EngineClient":
+        """Returns once the weights are loaded. Raises `UserError` for an unusable checkpoint."""
+        ours, theirs = socket.socketpair()
+        arguments = {
+            "--socket": theirs.fileno(),
+            "--checkpoint": checkpoint.absolute(),
+            "--dtype": dtype,
+            "--num-slots": num_slots,
+            "--threads": threads,
+        } | ({} if eos_id is None else {"--eos-id": eos_id})
+        # Neither fork nor multiprocessing: both break inside a Ray worker. The folder above this package is where
+        # `-m` finds it.
+        process = subprocess.Popen(
+            [sys.executable, "-m", "serving.engine_process", *(str(x) for item in arguments.items() for x in item)],
+            cwd=Path(__file__).parents[1],
+            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+            pass_fds=[theirs.fileno()],
+        )
+        theirs.close()
+        reader, writer = await asyncio.open_connection(sock=ours)
+        client = cls(process, reader, writer)
+        try:
+            await client._wait_until_ready()
+        except (UserError, EngineDied):
+            await client.close()
+            raise
+        client._reports = asyncio.create_task(client._dispatch_reports())
+        return client
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        return not self.death_notice
+
+    @property
+    def num_open_sequences(self) -> int:
+        """Submitted and not ended: those that run and those that wait."""
+        return len(self._generations)
+
+    @property
+    def num_open_requests(self) -> int:
+        return len(set(self._generations.values()))
+
+    def next_seq_id(self) -> int:
+        return next(self._seq_ids)
+
+    def submit(self, requests: list[SequenceRequest]) -> Generation:
+        """Raises `EngineDied` when there is no engine."""
+        if not self.alive:
+            raise EngineDied(self.death_notice)
+        generation = Generation(self, [request.seq_id for request in requests])
+        for request in requests:
+            self._generations[request.seq_id] = generation
+            self._writer.write(encode_frame(submit_message(request)))
+        return generation
+
+    def cancel(self, seq_id: int) -> None:
+        if self._generations.pop(seq_id, None) is not None and self.alive:
+            self._writer.write(encode_frame({"cancel": seq_id}))
+
+    async def close(self) -> None:
+        """Ends the process: it goes when its socket closes, or is killed."""
+        self._writer.close()
+        try:
+            await asyncio.to_thread(self._process.wait, SHUTDOWN_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            await asyncio.to_thread(self._process.wait)
+
+    async def _wait_until_ready(self) -> None:
+        frames = FrameBuffer()
+        while True:
+            data = await self._reader.read(READ_BYTES)
+            if not data:
+                raise EngineDied(await self._describe_death())
+            for message in frames.feed(data):
+                if "error" in message:
+                    raise UserError(message["error"])
+                return
+
+    async def _dispatch_reports(self) -> None:
+        frames = FrameBuffer()
+        while data := await self._read():
+            for message in frames.feed(data):
+                report = parse_report(message)
+                self.num_running, self.num_waiting = report.num_running, report.num_waiting
+                for event in report.events:
+                    self._deliver(event)
+        self.death_notice = await self._describe_death()
+        for generation in set(self._generations.values()):
+            generation.put(None)
+        self._generations.clear()
+
+    async def _read(self) -> bytes:
+        try:
+            return await self._reader.read(READ_BYTES)
+        except ConnectionError:  # killed with our commands unread
+            return b""
+
+    def _deliver(self, event: TokenEvent) -> None:
+        generation = self._generations.get(event.seq_id)
+        if generation is None:  # cancelled while the step ran
+            return
+        if event.finish_reason is not None:
+            del self._generations[event.seq_id]
+        generation.put(event)
+
+    async def _describe_death(self) -> str:
+        exit_code = await asyncio.to_thread(self._process.wait)
+        return f"engine process {self.pid} ended with exit code {exit_code}; its own log says why"

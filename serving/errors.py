@@ -1,0 +1,86 @@
+"""Errors of the HTTP interface: one exception, its OpenAI-shaped body, and a constructor for each kind."""
+
+import json
+from typing import Any
+
+
+class ApiError(Exception):
+    """An answer other than 200. `message` is for the client: what was wrong, what was expected, with the numbers."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        error_type: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.error_type = error_type
+        self.param = param
+        self.code = code
+        self.headers = headers or {}
+
+    def body(self) -> dict[str, Any]:
+        error = {"message": self.message, "type": self.error_type, "param": self.param, "code": self.code}
+        return {"error": error}
+
+    def event(self) -> str:
+        """As a server-sent event, for a failure after the status has gone out."""
+        return f"data: {json.dumps(self.body())}\n\n"
+
+
+def invalid_request(message: str, *, param: str | None = None, code: str | None = None, status: int = 400) -> ApiError:
+    return ApiError(status, message, error_type="invalid_request_error", param=param, code=code)
+
+
+def context_length_exceeded(*, num_prompt_tokens: int, max_tokens: int, context_tokens: int) -> ApiError:
+    return invalid_request(
+        f"This model's maximum context length is {context_tokens} tokens, but {num_prompt_tokens + max_tokens} were "
+        f"requested ({num_prompt_tokens} in the prompt, {max_tokens} in max_tokens); shorten the prompt or max_tokens.",
+        param="max_tokens" if num_prompt_tokens < context_tokens else "prompt",
+        code="context_length_exceeded",
+    )
+
+
+def unauthorized() -> ApiError:
+    """Says the same whatever was wrong with the key."""
+    return ApiError(
+        401,
+        "A valid API key is required, as the header `Authorization: Bearer KEY`.",
+        error_type="authentication_error",
+        code="invalid_api_key",
+        headers={"WWW-Authenticate": "Bearer"},
+    )
+
+
+def model_not_found(name: str, *, served: str) -> ApiError:
+    return ApiError(
+        404,
+        f"The model {ascii(name[:64])} does not exist; this endpoint serves {served!r}.",
+        error_type="not_found_error",
+        param="model",
+        code="model_not_found",
+    )
+
+
+def overloaded(message: str) -> ApiError:
+    return ApiError(429, message, error_type="rate_limit_error", code="overloaded", headers={"Retry-After": "1"})
+
+
+def engine_unavailable() -> ApiError:
+    return ApiError(
+        503,
+        "The engine of this replica has stopped and is being replaced; try again.",
+        error_type="server_error",
+        code="engine_unavailable",
+        headers={"Retry-After": "5"},
+    )
+
+
+def internal_error(message: str = "The server failed to handle the request.") -> ApiError:
+    return ApiError(500, message, error_type="server_error", code="internal_error")

@@ -1,0 +1,111 @@
+"""What a replica measures of itself, in Prometheus' text format and under vLLM's names, so its dashboards work."""
+
+import time
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from serving.engine_client import EngineClient
+
+# Bucket bounds in seconds, vLLM's own.
+TTFT_BUCKETS_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
+ITL_BUCKETS_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
+E2E_BUCKETS_S = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
+
+ABORTED = "abort"  # a sequence whose client went away, or whose engine did
+
+
+class ReplicaMetrics:
+    """Where vLLM counts requests, these count sequences: each prompt and each choice of a request is one."""
+
+    def __init__(
+        self,
+        *,
+        engine: EngineClient,
+        num_slots: int,
+        model_name: str,
+        replica: str,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._clock = clock
+        self._registry = registry = CollectorRegistry()
+        self._labels = {"model_name": model_name, "replica": replica}
+        names = tuple(self._labels)
+
+        running = Gauge("vllm:num_requests_running", "Sequences that hold a KV cache slot", names, registry=registry)
+        waiting = Gauge("vllm:num_requests_waiting", "Sequences that wait for a slot", names, registry=registry)
+        usage = Gauge("vllm:kv_cache_usage_perc", "Share of the slots in use, 0 to 1", names, registry=registry)
+        running.labels(**self._labels).set_function(lambda: engine.num_running)
+        waiting.labels(**self._labels).set_function(lambda: engine.num_waiting)
+        usage.labels(**self._labels).set_function(lambda: engine.num_running / num_slots)
+
+        self._success = Counter(
+            "vllm:request_success", "Sequences ended, by reason", (*names, "finished_reason"), registry=registry
+        )
+        self._prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens admitted")
+        self._generation_tokens = self._counter("vllm:generation_tokens", "Tokens generated")
+        self._ttft_s = self._histogram(
+            "vllm:time_to_first_token_seconds", "From admission to the first token", TTFT_BUCKETS_S
+        )
+        self._itl_s = self._histogram(
+            "vllm:inter_token_latency_seconds", "Between two tokens of a sequence", ITL_BUCKETS_S
+        )
+        self._e2e_s = self._histogram(
+            "vllm:e2e_request_latency_seconds", "From admission to the end of a sequence", E2E_BUCKETS_S
+        )
+
+    def start_request(self, seq_ids: list[int], *, num_prompt_tokens: int) -> "RequestTimer":
+        self._prompt_tokens.inc(num_prompt_tokens)
+        return RequestTimer(self, seq_ids)
+
+    def render(self) -> bytes:
+        return generate_latest(self._registry)
+
+    def now_s(self) -> float:
+        return self._clock()
+
+    def observe_first_token(self, since_start_s: float) -> None:
+        self._generation_tokens.inc()
+        self._ttft_s.observe(since_start_s)
+
+    def observe_next_token(self, since_last_s: float) -> None:
+        self._generation_tokens.inc()
+        self._itl_s.observe(since_last_s)
+
+    def observe_end(self, finish_reason: str, *, since_start_s: float) -> None:
+        self._success.labels(**self._labels, finished_reason=finish_reason).inc()
+        if finish_reason != ABORTED:
+            self._e2e_s.observe(since_start_s)
+
+    def _counter(self, name: str, text: str) -> Counter:
+        return Counter(name, text, tuple(self._labels), registry=self._registry).labels(**self._labels)
+
+    def _histogram(self, name: str, text: str, buckets_s: tuple[float, ...]) -> Histogram:
+        histogram = Histogram(name, text, tuple(self._labels), registry=self._registry, buckets=buckets_s)
+        return histogram.labels(**self._labels)
+
+
+class RequestTimer:
+    """The times of one request's sequences, from its admission on."""
+
+    def __init__(self, metrics: ReplicaMetrics, seq_ids: list[int]) -> None:
+        self._metrics = metrics
+        self._start_s = metrics.now_s()
+        self._last_token_s: dict[int, float | None] = dict.fromkeys(seq_ids)  # of the open sequences
+
+    def token(self, seq_id: int) -> None:
+        now_s, last_s = self._metrics.now_s(), self._last_token_s[seq_id]
+        if last_s is None:
+            self._metrics.observe_first_token(now_s - self._start_s)
+        else:
+            self._metrics.observe_next_token(now_s - last_s)
+        self._last_token_s[seq_id] = now_s
+
+    def finished(self, seq_id: int, finish_reason: str) -> None:
+        del self._last_token_s[seq_id]
+        self._metrics.observe_end(finish_reason, since_start_s=self._metrics.now_s() - self._start_s)
+
+    def close(self) -> None:
+        """Whatever has not finished is aborted."""
+        for seq_id in list(self._last_token_s):
+            self.finished(seq_id, ABORTED)

@@ -1,0 +1,206 @@
+"""Readers: every ending gives the same documents, unusable ones are named by reason, damaged files stop the job."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from cluster.config import DataConfig
+from cluster.storage import NotFoundError, StorageError, open_storage
+from jobs.documents import CorpusError, Document, Drop, list_corpus, read_documents
+
+TEXTS = ["first document\r\nwith two lines\n", "zweites Dokument: ÄÖÜ 你好 😀", "  third, blanks kept  "]
+
+PACKERS = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
+
+
+def read(path: Path, offsets: list[int] | None = None, **settings: Any) -> list[Document]:
+    return list(read_documents(str(path), DataConfig(**settings), offsets=offsets))
+
+
+def kept(path: Path, **settings: Any) -> list[str]:
+    return [document.text.decode() for document in read(path, **settings) if not document.drop]
+
+
+def drops(path: Path, **settings: Any) -> list[Drop | None]:
+    return [document.drop for document in read(path, **settings)]
+
+
+def write_lines(path: Path, lines: list[bytes | dict[str, Any]]) -> Path:
+    encoded = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
+    path.write_bytes(b"".join(line + b"\n" for line in encoded))
+    return path
+
+
+@pytest.mark.parametrize("ending", PACKERS)
+def test_jsonl_and_its_archives(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"corpus.jsonl{ending}"
+    lines = b"".join(json.dumps({"id": 1, "text": text}).encode() + b"\n" for text in TEXTS)
+    path.write_bytes(PACKERS[ending](lines))
+    documents = read(path)
+    assert [document.text.decode() for document in documents] == TEXTS
+    for wanted in ([], [0], [1, 2], [0, 2]):
+        again = read(path, offsets=[documents[place].offset for place in wanted])
+        assert again == [documents[place] for place in wanted]
+
+
+@pytest.mark.parametrize("ending", PACKERS)
+def test_txt_and_its_archives(tmp_path: Path, ending: str) -> None:
+    for number, text in enumerate(TEXTS):
+        (tmp_path / f"{number}.txt{ending}").write_bytes(PACKERS[ending](text.encode()))
+    listing = list_corpus(str(tmp_path))
+    assert [kept(Path(entry.key)) for entry in listing.files] == [[text] for text in TEXTS]
+    assert read(tmp_path / f"0.txt{ending}", offsets=[]) == []
+
+
+def test_archives_of_several_members_are_read_to_the_end(tmp_path: Path) -> None:
+    for ending in (".gz", ".zst"):
+        path = tmp_path / f"a.jsonl{ending}"
+        path.write_bytes(b"".join(PACKERS[ending](json.dumps({"text": text}).encode() + b"\n") for text in TEXTS))
+        assert kept(path) == TEXTS
+
+
+def test_parquet(tmp_path: Path) -> None:
+    path = tmp_path / "corpus.parquet"
+    texts = [*TEXTS, None, *(f"row {number}" for number in range(1000))]
+    columns = {"text": texts, "label": texts, "number": list(range(len(texts)))}
+    table = pa.table(columns, schema=pa.schema({"text": pa.string(), "label": pa.dictionary(pa.int32(), pa.string()), "number": pa.int64()}))
+    pq.write_table(table, path, row_group_size=300)
+    documents = read(path)
+    assert [document.text.decode() for document in documents if not document.drop] == [text for text in texts if text]
+    assert documents[3] == Document(3, drop=Drop.MISSING_TEXT)
+    assert read(path, text_field="label") == documents
+    wanted = [0, 3, 299, 300, 700, 1003]
+    assert read(path, offsets=wanted) == [documents[row] for row in wanted]
+    with pytest.raises(CorpusError, match="no column 'body'; set data.text_field to one of text, label, number"):
+        read(path, text_field="body")
+    with pytest.raises(CorpusError, match="'number' of .* holds int64, not strings"):
+        read(path, text_field="number")
+
+
+def test_reasons_to_drop_a_text_file(tmp_path: Path) -> None:
+    contents = {
+        Drop.EMPTY: b"",
+        Drop.BINARY: b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR",
+        Drop.TOO_LONG: b"x" * 101,
+        None: b"x" * 100,
+    }
+    for reason, content in contents.items():
+        path = tmp_path / f"{reason}.txt"
+        path.write_bytes(content)
+        assert drops(path, max_document_bytes=100) == [reason]
+    path.write_bytes(b" \n\t\r\n ")
+    assert drops(path) == [Drop.EMPTY]
+    path.write_bytes("UTF-16 text".encode("utf-16"))
+    assert drops(path) == [Drop.BINARY]
+
+
+def test_reasons_to_drop_a_line(tmp_path: Path) -> None:
+    lines: list[tuple[bytes | dict[str, Any], Drop | None]] = [
+        ({"text": "good"}, None),
+        (b'{"text": "no end', Drop.INVALID_JSON),
+        (b"[" * 100_000, Drop.INVALID_JSON),
+        (b'{"text": "x", "n": ' + b"1" * 5000 + b"}", Drop.INVALID_JSON),
+        (b'["text"]', Drop.MISSING_TEXT),
+        ({"text": None}, Drop.MISSING_TEXT),
+        ({"text": 7}, Drop.MISSING_TEXT),
+        ({"title": "x"}, Drop.MISSING_TEXT),
+        ({"text": ""}, Drop.EMPTY),
+        ({"text": "\u0000"}, Drop.BINARY),
+        (b"\x00\x01", Drop.BINARY),
+        ({"text": "y" * 201_000}, Drop.TOO_LONG),
+        ({"text": "a", "other": "z" * 4_000_000}, Drop.TOO_LONG),
+        ({"text": "last, without a line end"}, None),
+    ]
+    path = write_lines(tmp_path / "a.jsonl", [line for line, _ in lines])
+    path.write_bytes(path.read_bytes().rstrip(b"\n"))
+    documents = read(path, max_document_bytes=200_000)
+    assert [document.drop for document in documents] == [reason for _, reason in lines]
+    assert read(path, [document.offset for document in documents], max_document_bytes=200_000) == documents
+
+
+def test_blank_lines_hold_no_document(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [b"", {"text": "one"}, b"   ", {"text": "two"}, b""])
+    assert kept(path) == ["one", "two"]
+    assert drops(path) == [None, None]
+
+
+def test_byte_order_mark_is_not_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfhello")
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "hello"}\n')
+    assert kept(tmp_path / "a.txt") == kept(tmp_path / "a.jsonl") == ["hello"]
+    assert read(tmp_path / "a.jsonl", offsets=[0]) == read(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "replaced", "position"),
+    [
+        ("a.txt", b"caf\xe9 noir", "caf\ufffd noir", 3),
+        ("a.jsonl", b'{"text": "one"}\n{"text": "caf\xe9"}\n', "caf\ufffd", 29),
+        ("b.jsonl", b'{"text": "one"}\n{"text": "caf\\ud800"}\n', "caf\ufffd\ufffd\ufffd", 19),
+    ],
+)
+def test_policies_for_invalid_utf8(tmp_path: Path, name: str, content: bytes, replaced: str, position: int) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    documents = read(path, invalid_utf8="replace")
+    assert documents[-1].text.decode() == replaced
+    assert [document.replaced for document in documents] == [False] * (len(documents) - 1) + [True]
+    assert drops(path, invalid_utf8="skip")[-1] == Drop.INVALID_UTF8
+    with pytest.raises(CorpusError, match=f"{name} is not UTF-8 at byte {position}; convert the file"):
+        read(path, invalid_utf8="fail")
+
+
+@pytest.mark.parametrize("ending", [".txt.gz", ".jsonl.gz", ".jsonl.zst", ".parquet"])
+def test_a_truncated_file_is_named(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"corpus{ending}"
+    if ending == ".parquet":
+        pq.write_table(pa.table({"text": TEXTS * 100}), path)
+    else:
+        content = b"".join(json.dumps({"text": f"{text} {n}"}).encode() + b"\n" for n in range(500) for text in TEXTS)
+        path.write_bytes(PACKERS[path.suffix](content))
+    assert kept(path)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(CorpusError, match=f"corpus{ending} cannot be read to its end .*; replace the file"):
+        read(path)
+
+
+def test_listing_is_in_canonical_order_and_names_what_it_skips(tmp_path: Path) -> None:
+    storage = open_storage(str(tmp_path))
+    for name in ("z/1.txt", "z/2.JSONL.GZ", "a/b.parquet", "a/readme.md", "a/c.csv"):
+        storage.write_bytes(name, b"x")
+    listing = list_corpus([f"{tmp_path}/z", f"{tmp_path}/a", f"{tmp_path}/**/1.txt"])
+    names = [Path(entry.key).relative_to(tmp_path).as_posix() for entry in listing.files]
+    assert names == ["z/1.txt", "z/2.JSONL.GZ", "a/b.parquet"]
+    assert listing.skipped == [f"{tmp_path}/a/c.csv", f"{tmp_path}/a/readme.md"]
+    with pytest.raises(CorpusError, match=r"c\.csv has an unknown ending; expected \.txt \.jsonl \.parquet"):
+        list_corpus(f"{tmp_path}/a/c.csv")
+    with pytest.raises(CorpusError, match="none of the 1 files at .* has a known ending"):
+        list_corpus(f"{tmp_path}/a/*.csv")
+    with pytest.raises(NotFoundError, match="nothing is at"):
+        list_corpus(f"{tmp_path}/nowhere/*.txt")
+    with pytest.raises(CorpusError, match=r"data\.source is empty"):
+        list_corpus([])
+
+
+def test_s3_documents_are_the_local_ones(tmp_path: Path, s3_bucket: str) -> None:
+    lines = [{"text": text} for text in TEXTS]
+    write_lines(tmp_path / "a.jsonl", lines)  # type: ignore[arg-type]
+    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress((tmp_path / "a.jsonl").read_bytes()))
+    pq.write_table(pa.table({"text": TEXTS}), tmp_path / "a.parquet")
+    open_storage(f"s3://{s3_bucket}").upload_folder(tmp_path, "corpus")
+    remote = list_corpus(f"s3://{s3_bucket}/corpus")
+    assert [entry.key.rpartition("/")[2] for entry in remote.files] == ["a.jsonl", "a.jsonl.zst", "a.parquet"]
+    for entry in remote.files:
+        local = read(tmp_path / entry.key.rpartition("/")[2])
+        assert list(read_documents(entry.key, DataConfig())) == local
+        last = [local[-1].offset]
+        assert list(read_documents(entry.key, DataConfig(), offsets=last)) == local[-1:]
+    gone = f"s3://{s3_bucket}/corpus/none.jsonl.gz"
+    with pytest.raises(StorageError, match="none.jsonl.gz does not exist"):
+        list(read_documents(gone, DataConfig()))

@@ -1,0 +1,40 @@
+"""Models small enough that an exact check of every number takes milliseconds."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.config import GPTConfig
+from model.gpt import GPT
+from model.tokenizer import Tokenizer, train_bpe
+
+
+def small_model(seed: int = 0, **changes: object) -> GPT:
+    """Weights are spread wider than GPT-2's 0.02, so that attention and logits are far from uniform."""
+    shape: dict[str, object] = {"vocab_size": 97, "n_positions": 48, "n_layer": 2, "n_head": 4, "n_embd": 32}
+    model = GPT(GPTConfig(**(shape | {"initializer_range": 0.2} | changes)))
+    model.init_weights(seed)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # zero biases would hide a bias that is never added
+            parameter.data.normal_(0.0, 0.1, generator=generator)
+    return model.eval()
+
+
+@pytest.fixture
+def model() -> GPT:
+    return small_model()
+
+
+@pytest.fixture(scope="session")
+def corpus() -> list[str]:
+    """About 1 MB of real text with some non-ASCII: this repository and the standard library's sources."""
+    sources = [*Path(pytest.__file__).parent.glob("*.py"), *Path(torch.__file__).parent.glob("nn/modules/*.py")]
+    texts = [path.read_text(encoding="utf-8") for path in sorted(sources)]
+    return [*texts, "Größe, naïveté, 東京, 🙂🙃, здравствуй, \u00a0\u3000 a\tb\r\n\x00"]
+
+
+@pytest.fixture(scope="session")
+def tokenizer(corpus: list[str]) -> Tokenizer:
+    return train_bpe(corpus[:6], vocab_size=600)

@@ -1,0 +1,166 @@
+"""A checkpoint is whole or it is not there, and says which file is wrong."""
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.checkpoint import (
+    CheckpointError,
+    Metadata,
+    load_model,
+    load_tokenizer,
+    parameter_hash,
+    read_metadata,
+    read_train_state,
+    verify_checkpoint,
+    write_checkpoint,
+)
+from model.gpt import GPT
+from model.tokenizer import Tokenizer
+from tests.model.conftest import small_model
+
+METADATA = Metadata(
+    run_id="run-1", step=7, tokens_seen=448, data_manifest_hash="ab" * 32, code_version="0.1.0", val_loss=1.5
+)
+TRAIN_STATE = {"exp_avg.transformer.wte.weight": torch.arange(6.0), "step": torch.tensor(7.0)}
+
+
+def write(folder: Path, model: GPT, tokenizer: Tokenizer, *, step: int = 7) -> Metadata:
+    metadata = replace(METADATA, step=step)
+    return write_checkpoint(folder, model=model, tokenizer=tokenizer, metadata=metadata, train_state=TRAIN_STATE)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, model: GPT, tokenizer: Tokenizer) -> Path:
+    write(tmp_path / "step-7", model, tokenizer)
+    return tmp_path / "step-7"
+
+
+def test_everything_comes_back_with_the_same_bits(checkpoint: Path, model: GPT, tokenizer: Tokenizer) -> None:
+    assert verify_checkpoint(checkpoint) == []
+    loaded = load_model(checkpoint)
+    assert loaded.config == model.config
+    assert not loaded.training
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+    assert parameter_hash(loaded.state_dict()) == parameter_hash(model.state_dict())
+    assert read_metadata(checkpoint) == replace(METADATA, parameter_hash=parameter_hash(model.state_dict()))
+    train_state = read_train_state(checkpoint)
+    assert all(torch.equal(train_state[name], tensor) for name, tensor in TRAIN_STATE.items())
+    read = load_tokenizer(checkpoint)
+    assert read is not None
+    assert read.hash == tokenizer.hash == hashlib.sha256((checkpoint / "tokenizer.json").read_bytes()).hexdigest()
+    assert load_model(checkpoint, dtype=torch.bfloat16).head_weight.dtype == torch.bfloat16
+
+
+def test_parameter_hash_is_the_documented_encoding() -> None:
+    state = {
+        "b": torch.tensor([[1.0, 2.0], [3.0, 4.0]]).T,  # not contiguous: the order is row-major
+        "a": torch.tensor(1.0, dtype=torch.bfloat16),
+    }
+    encoding = b"a\0bfloat16\0\0" + b"\x80\x3f" + b"b\0float32\x002,2\0" + struct.pack("<4f", 1, 3, 2, 4)
+    assert parameter_hash(state) == hashlib.sha256(encoding).hexdigest()
+
+
+def test_parameter_hash_sees_name_dtype_shape_and_each_bit() -> None:
+    base = {"w": torch.zeros(2, 3)}
+    flipped = torch.zeros(2, 3)
+    flipped[1, 2] = -0.0
+    others = [{"v": base["w"]}, {"w": torch.zeros(3, 2)}, {"w": torch.zeros(2, 3, dtype=torch.int32)}, {"w": flipped}]
+    assert len({parameter_hash(state) for state in [base, *others]}) == 5
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+@pytest.mark.parametrize("damage", [flip, truncate, Path.unlink])
+def test_any_altered_torn_or_missing_file_is_named(
+    checkpoint: Path, damage: Callable[[Path], None], tmp_path: Path, model: GPT, tokenizer: Tokenizer
+) -> None:
+    for name in sorted(path.name for path in checkpoint.iterdir()):
+        write(checkpoint, model, tokenizer)
+        damage(checkpoint / name)
+        problems = verify_checkpoint(checkpoint)
+        assert any(name in problem for problem in problems), (name, problems)
+        with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+            load_model(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("manifest", "said"),
+    [
+        ({"format_version": 2, "files": {}}, "format_version 2, this version of raymill reads 1"),
+        ({"format_version": 1, "files": {"../x": {"size": 1, "sha256": "0"}}}, "manifest.json is altered"),
+        ({"format_version": 1, "files": {}}, "does not list model.safetensors"),
+        ({"format_version": 1, "files": 3}, "manifest.json is altered"),
+        ([], "manifest.json is altered"),
+    ],
+)
+def test_a_manifest_that_does_not_vouch_for_the_folder_is_refused(
+    checkpoint: Path, manifest: object, said: str
+) -> None:
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    assert any(said in problem for problem in verify_checkpoint(checkpoint))
+
+
+def test_missing_checkpoint_and_missing_train_state_are_said(tmp_path: Path, model: GPT, tokenizer: Tokenizer) -> None:
+    with pytest.raises(CheckpointError, match="is no folder"):
+        load_model(tmp_path / "nowhere")
+    write_checkpoint(tmp_path / "c", model=model, tokenizer=tokenizer, metadata=METADATA, train_state=None)
+    with pytest.raises(CheckpointError, match=r"no train_state\.safetensors"):
+        read_train_state(tmp_path / "c")
+
+
+def crash_at(folder: Path, point: int, model: GPT, tokenizer: Tokenizer) -> bool:
+    """Writes step 8 in a child process that dies before its `point`-th write, sync or rename; whether it died."""
+    child = os.fork()
+    if child == 0:
+        calls = iter(range(1000))
+
+        def dying(function: Callable) -> Callable:
+            def call(*args: object, **kwargs: object) -> object:
+                if next(calls) == point:
+                    os._exit(137)
+                return function(*args, **kwargs)
+
+            return call
+
+        Path.write_text, Path.write_bytes = dying(Path.write_text), dying(Path.write_bytes)
+        Path.rename, os.fsync = dying(Path.rename), dying(os.fsync)
+        write(folder, model, tokenizer, step=8)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 137
+
+
+def test_a_crash_anywhere_while_writing_leaves_nothing_or_a_whole_checkpoint(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    old, new, folder = small_model(1, n_layer=1), small_model(2, n_layer=1), tmp_path / "step-8"
+    num_points = 0
+    while crash_at(folder, num_points, new, tokenizer):
+        assert not folder.exists() or verify_checkpoint(folder) == []
+        num_points += 1
+    assert num_points >= 12
+    assert load_model(folder).head_weight.equal(new.head_weight)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-8"]  # what the crashes left was cleared away
+    # Replacing has one more moment, between its two renames, when the folder is absent: never is it torn.
+    absent = 0
+    for point in range(num_points + 1):
+        write(folder, old, tokenizer, step=8)
+        assert crash_at(folder, point, new, tokenizer)
+        absent += not folder.exists()
+        assert not folder.exists() or verify_checkpoint(folder) == []
+    assert absent == 1

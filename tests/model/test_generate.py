@@ -1,0 +1,55 @@
+"""The plain generator: with the cache as without it, and its ends."""
+
+import pytest
+import torch
+
+from model.generate import ContextLengthError, generate
+from model.gpt import GPT
+from model.sampling import SamplingParams
+
+GREEDY = SamplingParams(temperature=0)
+PROMPT = [3, 14, 15, 92, 65]
+
+
+def test_greedy_follows_the_largest_logit(model: GPT) -> None:
+    sequence = list(PROMPT)
+    for _ in range(40):
+        sequence.append(int(model.logits(model(torch.tensor([sequence])))[0, -1].argmax()))
+    expected = sequence[len(PROMPT) :]
+    assert generate(model, PROMPT, max_tokens=40, params=GREEDY) == expected
+    assert generate(model, PROMPT, max_tokens=40, params=GREEDY, use_cache=False) == expected
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_sampling_with_the_cache_equals_sampling_without(model: GPT, seed: int) -> None:
+    params = SamplingParams(temperature=0.8, top_k=50, top_p=0.95, presence_penalty=0.5, seed=seed)
+    cached = generate(model, PROMPT, max_tokens=30, params=params)
+    assert cached == generate(model, PROMPT, max_tokens=30, params=params, use_cache=False)
+    assert len(cached) == 30
+    # Taken up again in the middle, a sequence goes on as it would have.
+    plain = SamplingParams(seed=seed)
+    whole = generate(model, PROMPT, max_tokens=30, params=plain)
+    assert generate(model, PROMPT + whole[:12], max_tokens=18, params=plain) == whole[12:]
+
+
+def test_requests_without_a_seed_differ(model: GPT) -> None:
+    assert len({tuple(generate(model, PROMPT, max_tokens=20, params=SamplingParams())) for _ in range(3)}) > 1
+
+
+def test_it_ends_before_the_end_of_text_and_when_told_to_stop(model: GPT) -> None:
+    tokens = generate(model, PROMPT, max_tokens=20, params=SamplingParams(seed=3))
+    eos = tokens[7]
+    ended = generate(model, PROMPT, max_tokens=20, params=SamplingParams(seed=3), eos_id=eos)
+    assert ended == tokens[: tokens.index(eos)]
+    stopped = generate(model, PROMPT, max_tokens=20, params=SamplingParams(seed=3), stop=lambda ids: len(ids) == 4)
+    assert stopped == tokens[:4]
+
+
+def test_context_overflow_names_both_numbers(model: GPT) -> None:
+    assert len(generate(model, PROMPT, max_tokens=43, params=GREEDY)) == 43
+    with pytest.raises(ContextLengthError, match="context length is 48 tokens, but 49 were requested"):
+        generate(model, PROMPT, max_tokens=44, params=GREEDY)
+    with pytest.raises(ContextLengthError, match="no token"):
+        generate(model, [], max_tokens=1, params=GREEDY)
+    with pytest.raises(ContextLengthError, match="max_tokens is 0"):
+        generate(model, PROMPT, max_tokens=0, params=GREEDY)

@@ -1,0 +1,55 @@
+"""AdamW is its formula, the learning rate its schedule."""
+
+import pytest
+import torch
+
+from model.gpt import GPT
+from model.optimizer import decay_parameter_names, learning_rate
+
+
+def test_torchs_fused_adamw_is_the_formula_in_float64() -> None:
+    lr, beta1, beta2, eps, decay = 6e-4, 0.9, 0.95, 1e-8, 0.1
+    generator = torch.Generator().manual_seed(0)
+    parameter = torch.nn.Parameter(torch.randn(50, generator=generator, dtype=torch.float64))
+    optimizer = torch.optim.AdamW([parameter], lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=decay, fused=True)
+    w, m, v = parameter.detach().clone(), torch.zeros(50, dtype=torch.float64), torch.zeros(50, dtype=torch.float64)
+    for t in range(1, 101):
+        gradient = torch.randn(50, generator=generator, dtype=torch.float64) * 10 ** (t % 5 - 2)
+        parameter.grad = gradient.clone()
+        optimizer.step()
+        m = beta1 * m + (1 - beta1) * gradient
+        v = beta2 * v + (1 - beta2) * gradient**2
+        m_hat, v_hat = m / (1 - beta1**t), v / (1 - beta2**t)
+        w = w - lr * (m_hat / (v_hat.sqrt() + eps) + decay * w)
+        assert (parameter.detach() - w).abs().max() <= 1e-12
+
+
+def gpt3_rate(tokens_seen: float) -> float:
+    return learning_rate(
+        int(tokens_seen), peak=6e-4, warmup_tokens=375_000_000, decay_tokens=260_000_000_000, min_ratio=0.1
+    )
+
+
+def test_gpt3_schedule() -> None:
+    assert gpt3_rate(0) == 0
+    assert gpt3_rate(187.5e6) == pytest.approx(3e-4, rel=1e-12)
+    assert gpt3_rate(375e6) == pytest.approx(6e-4, rel=1e-12)
+    assert gpt3_rate((375e6 + 260e9) / 2) == pytest.approx((6e-4 + 6e-5) / 2, rel=1e-9)
+    assert gpt3_rate(260e9) == pytest.approx(6e-5, rel=1e-12)
+    assert gpt3_rate(300e9) == gpt3_rate(260e9)
+    rates = [gpt3_rate(tokens) for tokens in range(375_000_000, 260_000_000_000, 2_000_000_000)]
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_schedule_without_warmup_and_with_warmup_to_the_end() -> None:
+    assert learning_rate(0, peak=1.0, warmup_tokens=0, decay_tokens=10, min_ratio=0.0) == 1.0
+    assert learning_rate(9, peak=1.0, warmup_tokens=10, decay_tokens=10, min_ratio=0.5) == 0.9
+    assert learning_rate(10, peak=1.0, warmup_tokens=10, decay_tokens=10, min_ratio=0.5) == 0.5
+
+
+def test_matrices_and_embeddings_decay_and_nothing_else(model: GPT) -> None:
+    decaying = decay_parameter_names(model)
+    assert {"transformer.wte.weight", "transformer.wpe.weight", "transformer.h.1.attn.c_proj.weight"} <= decaying
+    spared = {name for name, _ in model.named_parameters()} - decaying
+    assert all(name.endswith(".bias") or ".ln_" in name for name in spared)
+    assert not any(name.endswith(".bias") or ".ln_" in name for name in decaying)

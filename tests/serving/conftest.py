@@ -1,0 +1,53 @@
+"""A tiny model with lively logits, its checkpoint folder, and prompts of different lengths."""
+
+from pathlib import Path
+
+import pytest
+
+from model.checkpoint import Metadata, parameter_hash, write_checkpoint
+from model.config import GPTConfig
+from model.gpt import GPT
+from model.tokenizer import Tokenizer, train_bpe
+
+RUN_ID = "tiny-run"
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return train_bpe(
+        ["the quick brown fox jumps over the lazy dog, and naïve cafés sell €5 tea\n" * 9], vocab_size=300, normalize=[]
+    )
+
+
+@pytest.fixture(scope="session")
+def model(tokenizer: Tokenizer) -> GPT:
+    """Initialised wide (0.3 instead of 0.02), so that greedy output wanders instead of repeating one token."""
+    config = GPTConfig(
+        vocab_size=tokenizer.vocab_size, n_positions=128, n_layer=2, n_head=2, n_embd=32, initializer_range=0.3
+    )
+    gpt = GPT(config)
+    gpt.init_weights(1)
+    return gpt.eval()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(model: GPT, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoints") / "step-7"
+    metadata = Metadata(
+        run_id=RUN_ID,
+        step=7,
+        tokens_seen=7000,
+        data_manifest_hash="d" * 64,
+        code_version="test",
+        parameter_hash=parameter_hash(model.state_dict()),
+        val_loss=None,
+        val_bits_per_byte=None,
+    )
+    write_checkpoint(folder, model=model, tokenizer=tokenizer, metadata=metadata, train_state=None)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prompts(model: GPT) -> list[list[int]]:
+    """Eight, of 1 to 57 tokens."""
+    return [[(7 * i + 11 * k) % model.config.vocab_size for k in range(1 + 8 * i)] for i in range(8)]

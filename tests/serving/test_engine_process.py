@@ -1,0 +1,139 @@
+"""The engine process: same tokens through the socket, and its death and its replica's are noticed by the other."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from model.errors import UserError
+from model.generate import generate
+from model.gpt import GPT
+from model.sampling import SamplingParams
+from serving.engine_client import EngineClient, EngineDied, Generation
+from serving.messages import Candidates, FinishReason, FrameBuffer, SequenceRequest, TokenEvent, encode_frame
+from serving.messages import parse_report, parse_request, submit_message
+
+GREEDY = SamplingParams(temperature=0.0)
+START = """
+import asyncio, sys
+from pathlib import Path
+from serving.engine_client import EngineClient
+
+async def main():
+    client = await EngineClient.start(Path(sys.argv[1]), dtype="float32", num_slots=2, eos_id=None, threads=1)
+    print(client.pid, flush=True)
+    await asyncio.sleep(600)
+
+asyncio.run(main())
+"""
+
+
+@asynccontextmanager
+async def engine(checkpoint: Path, *, num_slots: int = 4) -> AsyncIterator[EngineClient]:
+    client = await EngineClient.start(checkpoint, dtype="float32", num_slots=num_slots, eos_id=None, threads=1)
+    try:
+        yield client
+    finally:
+        await client.close()
+    assert not psutil.pid_exists(client.pid)
+
+
+def request(client: EngineClient, prompt_ids: list[int], *, max_tokens: int = 20) -> SequenceRequest:
+    return SequenceRequest(client.next_seq_id(), prompt_ids, max_tokens, GREEDY)
+
+
+async def collect(generation: Generation) -> list[int | None]:
+    return [event.token_id async for event in generation]
+
+
+async def wait_until(condition: Callable[[], bool], *, timeout_s: float = 10) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true"
+        await asyncio.sleep(0.01)
+
+
+def test_frames_arrive_whole_however_they_are_cut() -> None:
+    messages = [{"a": [1, None, "é"]}, [], {"b": "x" * 1000}]
+    stream = b"".join(encode_frame(message) for message in messages)
+    for size in (1, 3, 7, len(stream)):
+        buffer = FrameBuffer()
+        assert [m for i in range(0, len(stream), size) for m in buffer.feed(stream[i : i + size])] == messages
+
+
+def test_messages_survive_the_wire() -> None:
+    sampling = SamplingParams(temperature=0.5, logit_bias=((3, -1.5), (7, 2.0)), seed=2**63 - 1)
+    sent = SequenceRequest(1, [1, 2], 3, sampling, ignore_eos=True, num_logprobs=2, prompt_logprobs=True)
+    [message] = FrameBuffer().feed(encode_frame(submit_message(sent)))
+    assert parse_request(message["submit"]) == sent
+    event = TokenEvent(1, 5, FinishReason.STOP, Candidates(-0.5, [[5, -0.5]]), [None, Candidates(-1.0, [])])  # type: ignore[list-item]
+    [message] = FrameBuffer().feed(encode_frame([[event], 1, 2]))
+    report = parse_report(message)
+    assert report == ([event], 1, 2)
+    assert report.events[0].finish_reason is FinishReason.STOP
+
+
+def test_tokens_equal_generate_and_cancel_frees_the_slot(
+    checkpoint: Path, model: GPT, prompts: list[list[int]]
+) -> None:
+    async def scenario() -> None:
+        async with engine(checkpoint) as client:
+            generations = [client.submit([request(client, prompt)]) for prompt in prompts]
+            for prompt, output in zip(prompts, await asyncio.gather(*map(collect, generations)), strict=True):
+                assert output == generate(model, prompt, max_tokens=20, params=GREEDY, eos_id=None)
+            assert client.num_open_sequences == 0
+
+            endless = client.submit([request(client, [1], max_tokens=127) for _ in range(5)])
+            assert (client.num_open_sequences, client.num_open_requests) == (5, 1)
+            async for _event in endless:
+                break
+            endless.close()
+            assert client.num_open_sequences == 0
+            await wait_until(lambda: (client.num_running, client.num_waiting) == (0, 0))
+            assert await collect(client.submit([request(client, prompts[3])])) == generate(
+                model, prompts[3], max_tokens=20, params=GREEDY, eos_id=None
+            )
+
+    asyncio.run(scenario())
+
+
+def test_a_killed_engine_ends_open_requests_and_is_no_longer_alive(checkpoint: Path) -> None:
+    async def scenario() -> None:
+        async with engine(checkpoint, num_slots=1) as client:
+            requests = [client.submit([request(client, [1], max_tokens=127)]) for _ in range(8)]
+            await anext(aiter(requests[0]))
+            assert client.alive
+            os.kill(client.pid, signal.SIGKILL)
+            outcomes = await asyncio.gather(*map(collect, requests), return_exceptions=True)
+            assert all(isinstance(outcome, EngineDied) for outcome in outcomes[1:])
+            assert not client.alive
+            assert "-9" in client.death_notice
+            with pytest.raises(EngineDied):
+                client.submit([request(client, [1])])
+
+    asyncio.run(scenario())
+
+
+def test_the_engine_ends_with_its_replica(checkpoint: Path) -> None:
+    parent = subprocess.Popen([sys.executable, "-c", START, checkpoint], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    child_pid = int(parent.stdout.readline())
+    assert psutil.pid_exists(child_pid)
+    child = psutil.Process(child_pid)
+    parent.kill()
+    parent.wait()
+    child.wait(timeout=10)
+    parent.stdout.close()
+
+
+def test_an_unusable_checkpoint_is_an_error_for_people(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=str(tmp_path)):
+        asyncio.run(EngineClient.start(tmp_path, dtype="float32", num_slots=1, eos_id=None, threads=1))

@@ -1,0 +1,183 @@
+"""Requests that are right are understood, and each kind of wrong one gets a 400 that names the field."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serving.errors import ApiError
+from serving.protocol import CompletionRequest, parse_completion, parse_json_object
+
+
+def body(**fields: Any) -> bytes:
+    return json.dumps({"model": "m", "prompt": "hi"} | fields).encode()
+
+
+def refusal(raw: bytes) -> ApiError:
+    with pytest.raises(ApiError) as caught:
+        parse_completion(raw)
+    error = caught.value.body()["error"]
+    assert caught.value.status == 400
+    assert error["type"] == "invalid_request_error"
+    assert error["message"].isprintable() and len(error["message"]) < 400
+    return caught.value
+
+
+def test_defaults_are_those_of_openai() -> None:
+    request = parse_completion(body(stop=None, seed=None, max_tokens=None))
+    assert (request.max_tokens, request.temperature, request.top_p, request.n) == (16, 1.0, 1.0, 1)
+    assert (request.stream, request.echo, request.logprobs, request.seed, request.stop) == (
+        False,
+        False,
+        None,
+        None,
+        (),
+    )
+
+
+@pytest.mark.parametrize(
+    ("prompt", "parsed"),
+    [
+        ("hi", ["hi"]),
+        ("", [""]),
+        (["a", "b"], ["a", "b"]),
+        ([1, 2], [[1, 2]]),
+        ([[1], [2, 3]], [[1], [2, 3]]),
+        ("NUL \x00 and \x1b[31m", ["NUL \x00 and \x1b[31m"]),
+    ],
+)
+def test_a_prompt_is_always_a_list_of_prompts(prompt: Any, parsed: Any) -> None:
+    assert parse_completion(body(prompt=prompt)).prompt == parsed
+
+
+def test_every_field_is_taken() -> None:
+    request = parse_completion(
+        body(
+            max_tokens=3, temperature=0, top_p=0.5, top_k=-1, min_p=0.1, n=2, stream=True,
+            stream_options={"include_usage": True}, stop=["a", "bc"], seed=-1, user="u", logprobs=5, echo=True,
+            logit_bias={"17": -100}, presence_penalty=-2, frequency_penalty=2, repetition_penalty=1.1, ignore_eos=True,
+        )
+    )  # fmt: skip
+    assert request == CompletionRequest(
+        model="m", prompt="hi", max_tokens=3, temperature=0.0, top_p=0.5, top_k=-1, min_p=0.1, n=2, stream=True,
+        stream_options={"include_usage": True}, stop=("a", "bc"), seed=-1, user="u", logprobs=5, echo=True,
+        logit_bias={"17": -100.0}, presence_penalty=-2.0, frequency_penalty=2.0, repetition_penalty=1.1,
+        ignore_eos=True,
+    )  # fmt: skip
+    assert request.logit_bias == {17: -100.0}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"temperature": "nan"}, "temperature"),
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": 2.1}, "temperature"),
+        ({"temperature": True}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"n": 10**9}, "n"),
+        ({"n": 10**400}, "n"),
+        ({"n": True}, "n"),
+        ({"n": 1.0}, "n"),
+        ({"n": "1"}, "n"),
+        ({"n": 0}, "n"),
+        ({"best_of": 2}, "best_of"),
+        ({"suffix": "x"}, "suffix"),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 10**12}, "max_tokens"),
+        ({"prompt": None}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [[]]}, "prompt"),
+        ({"prompt": 3}, "prompt"),
+        ({"prompt": ["x"] * 33}, "prompt"),
+        ({"prompt": [1, "a"]}, "prompt"),
+        ({"prompt": [1, True]}, "prompt"),
+        ({"prompt": [1.0]}, "prompt"),
+        ({"prompt": [[1], "a"]}, "prompt"),
+        ({"stop": ["a"] * 5}, "stop"),
+        ({"stop": ""}, "stop"),
+        ({"stop": [1]}, "stop"),
+        ({"stop": "x" * 10**5}, "stop"),
+        ({"logit_bias": {"AI": 1}}, "logit_bias"),
+        ({"logit_bias": {"1": 1e9}}, "logit_bias.1"),
+        ({"logit_bias": {str(i): 0 for i in range(301)}}, "logit_bias"),
+        ({"logprobs": -1}, "logprobs"),
+        ({"logprobs": 10**6}, "logprobs"),
+        ({"presence_penalty": 1e9}, "presence_penalty"),
+        ({"seed": 2**100}, "seed"),
+        ({"seed": "x"}, "seed"),
+        ({"stream": "yes"}, "stream"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x"),
+        ({"response_format": {}}, "response_format"),
+        ({"model": None}, "model"),
+        ({"model": 7}, "model"),
+        ({"user": "x" * 257}, "user"),
+    ],
+)  # fmt: skip
+def test_a_wrong_field_is_named(fields: dict[str, Any], param: str) -> None:
+    assert refusal(body(**fields)).param == param
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"{",
+        b"[1]",
+        b"3",
+        b"\xff\xfe",
+        '{"model":"m","prompt":"hi"}'.encode("utf-16"),
+        b'{"model":"m","prompt":"hi","temperature":NaN}',
+        b'{"model":"m","prompt":"hi","temperature":-Infinity}',
+        b'{"model":"m","prompt":"hi","temperature":1e999}',
+        b'{"model":"m","prompt":"hi","n":' + b"9" * 5000 + b"}",
+        b'{"model":"m","model":"m","prompt":"hi"}',
+        b'{"prompt":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    ],
+)
+def test_what_is_no_strict_json_object_is_refused(raw: bytes) -> None:
+    assert refusal(raw).code == "invalid_json"
+
+
+def test_half_a_surrogate_pair_is_no_text() -> None:
+    assert refusal(b'{"model":"m","prompt":"\\ud800"}').param == "prompt"
+    assert parse_completion(b'{"model":"m","prompt":"\\ud83d\\ude00"}').prompt == ["\N{GRINNING FACE}"]
+
+
+def test_an_unknown_field_is_refused_with_a_suggestion() -> None:
+    error = refusal(body(temprature=1))
+    assert error.code == "unknown_parameter"
+    assert "temperature" in error.message
+    assert "\x1b" not in refusal(body(**{"\x1b[31m" + "x" * 1000: 1})).message
+
+
+def test_bounds_and_value_are_in_the_message() -> None:
+    message = refusal(body(temperature=2.5)).message
+    assert "2.5" in message and "less than or equal to 2" in message
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=3), children, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.sampled_from([*CompletionRequest.model_fields]), json_values))
+def test_any_values_give_a_request_or_a_400(fields: dict[str, Any]) -> None:
+    try:
+        request = parse_completion(json.dumps(fields).encode())
+    except ApiError as error:
+        assert error.status == 400
+    else:
+        assert request.model == fields["model"]
+
+
+@given(st.dictionaries(st.text(max_size=5), json_values))
+def test_strict_json_reads_what_is_right(fields: dict[str, Any]) -> None:
+    assert parse_json_object(json.dumps(fields).encode()) == fields
