@@ -90,7 +90,7 @@ class Chaos:
             lines = [json.loads(line) for line in self._run.read_bytes("ledger.jsonl").split(b"\n")[:-1]]
         except NotFoundError:
             return []
-        if not lines or "event" in lines[-1] and lines[-1]["event"] == "finish" or lines[-1].get("step", 0) < step:
+        if not lines or ("event" in lines[-1] and lines[-1]["event"] == "finish") or lines[-1].get("step", 0) < step:
             return []
         workers: list[dict[str, Any]] = [line for line in lines if line.get("event") == "start"][-1]["workers"]
         return workers

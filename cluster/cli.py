@@ -18,10 +18,12 @@ from cluster.config import EvaluateConfig, RunConfig, ServeConfig
 from cluster.flags import ConfigError, Parser, add_config_arguments
 from model.errors import UserError
 
+
 def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _exit_on_signal)
     try:
         arguments = _parser().parse_args(argv)
+        arguments.show = lambda result: _show(result, as_json=arguments.json)
         result = arguments.run(arguments)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
@@ -30,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write("interrupted\n")
         return 130
     if result is not None:
-        sys.stdout.write((json.dumps(result) if arguments.json else _as_text(result)) + "\n")
+        arguments.show(result)
     return 0
 
 
@@ -40,10 +42,10 @@ def _exit_on_signal(number: int, frame: FrameType | None) -> None:
 
 def _parser() -> Parser:
     parser = Parser(prog="raymill", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def command(name: str, run: Callable[[argparse.Namespace], dict[str, Any] | None], about: str) -> Parser:
-        sub = commands.add_parser(name, help=about, description=about)
+        sub = subparsers.add_parser(name, help=about, description=about)
         sub.add_argument("--json", action="store_true", help="print one JSON object as the last line of output")
         sub.set_defaults(run=run)
         return sub
@@ -78,7 +80,7 @@ def _parser() -> Parser:
     _checkpoint_argument(sub)
     _storage_argument(sub)
 
-    sub = commands.add_parser("checkpoint", help="look at checkpoints", description="look at checkpoints")
+    sub = subparsers.add_parser("checkpoint", help="look at checkpoints", description="look at checkpoints")
     commands_of_checkpoint = sub.add_subparsers(metavar="COMMAND", required=True)
     for name, run, about in (
         ("show", commands.checkpoint_show, "verify a checkpoint and print its hashes"),
@@ -91,7 +93,9 @@ def _parser() -> Parser:
             _checkpoint_argument(sub)
         _storage_argument(sub)
 
-    sub = command("serve", commands.serve, "serve a checkpoint behind an OpenAI-compatible endpoint until SIGTERM or Ctrl-C")
+    sub = command(
+        "serve", commands.serve, "serve a checkpoint behind an OpenAI-compatible endpoint until SIGTERM or Ctrl-C"
+    )
     _checkpoint_argument(sub)
     add_config_arguments(sub, ServeConfig)
 
@@ -104,7 +108,9 @@ def _parser() -> Parser:
     sub.add_argument("--seed", type=int)
     _storage_argument(sub)
 
-    sub = command("demo", commands.demo, "a corpus to a served model on a 3-node local cluster, with a node killed on purpose")
+    sub = command(
+        "demo", commands.demo, "a corpus to a served model on a 3-node local cluster, with a node killed on purpose"
+    )
     sub.add_argument("--keep", action="store_true", help="keep the endpoint up until Ctrl-C")
     _storage_argument(sub)
     return parser
@@ -120,10 +126,11 @@ def _storage_argument(parser: Parser) -> None:
     )
 
 
-
-def _as_text(result: dict[str, Any]) -> str:
+def _show(result: dict[str, Any], *, as_json: bool) -> None:
     width = max(len(name) for name in result)
-    return "\n".join(f"{name:{width}}  {value}" for name, value in result.items())
+    text = "\n".join(f"{name:{width}}  {value}" for name, value in result.items())
+    sys.stdout.write((json.dumps(result) if as_json else text) + "\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -50,12 +50,16 @@ class DataConfig(Settings):
     invalid_utf8: Literal["replace", "skip", "fail"] = Field(
         default="replace", description="a document that is not UTF-8: put U+FFFD, drop it, or stop"
     )
-    max_document_bytes: int = Field(default=64 << 20, ge=1, description="longer documents are dropped and counted, bytes")
+    max_document_bytes: int = Field(
+        default=64 << 20, ge=1, description="longer documents are dropped and counted, bytes"
+    )
     dedup: bool = Field(default=True, description="drop documents whose text occurred before")
     val_fraction: float = Field(
         default=0.05, ge=0, lt=1, description="share of documents held out, chosen by each document's own hash"
     )
-    shard_bytes: int = Field(default=16 << 20, ge=1, description="text per shard in bytes: the unit of work and of resuming")
+    shard_bytes: int = Field(
+        default=16 << 20, ge=1, description="text per shard in bytes: the unit of work and of resuming"
+    )
 
 
 class TrainConfig(Settings):
@@ -72,8 +76,12 @@ class TrainConfig(Settings):
     warmup_tokens: int | None = Field(
         default=None, ge=0, description="linear warm-up, tokens; 375M or 2% of max_tokens, the smaller, when unset"
     )
-    decay_tokens: int | None = Field(default=None, ge=1, description="horizon of the cosine, tokens; max_tokens when unset")
-    weight_decay: float = Field(default=0.1, ge=0, description="AdamW decay of matrices; biases and LayerNorms have none")
+    decay_tokens: int | None = Field(
+        default=None, ge=1, description="horizon of the cosine, tokens; max_tokens when unset"
+    )
+    weight_decay: float = Field(
+        default=0.1, ge=0, description="AdamW decay of matrices; biases and LayerNorms have none"
+    )
     beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW, decay of the first moment")
     beta2: float = Field(default=0.95, ge=0, lt=1, description="AdamW, decay of the second moment")
     epsilon: float = Field(default=1e-8, gt=0, description="AdamW, added to the root of the second moment")
@@ -85,7 +93,9 @@ class TrainConfig(Settings):
         default=True, description="the same bits for any number of workers; false is stock DistributedDataParallel"
     )
     seed: int = Field(default=0, ge=0, lt=2**63, description="initial weights, sample order, dropout")
-    eval_every_steps: int = Field(default=100, ge=1, description="steps between validations; the last step always validates")
+    eval_every_steps: int = Field(
+        default=100, ge=1, description="steps between validations; the last step always validates"
+    )
     eval_max_tokens: int = Field(default=1_000_000, ge=1, description="validation tokens, from the front of the split")
     sample_prompts: list[str] = Field(
         default_factory=list, description="prompts completed at every validation, with a fixed seed"
@@ -135,7 +145,9 @@ class StorageConfig(Settings):
 class CheckpointConfig(Settings):
     """When checkpoints are written and which are kept."""
 
-    save_every_steps: int = Field(default=100, ge=1, description="steps between checkpoints; the last step always saves")
+    save_every_steps: int = Field(
+        default=100, ge=1, description="steps between checkpoints; the last step always saves"
+    )
     num_to_keep: int = Field(default=3, ge=1, description="newest checkpoints kept; published ones are kept besides")
 
 
@@ -205,7 +217,9 @@ class ReplicaConfig(Settings):
     target_ongoing_requests: float = Field(
         default=8.0, gt=0, description="requests per replica that autoscaling aims at"
     )
-    max_ongoing_requests: int = Field(default=64, ge=1, description="requests a replica accepts at once; more wait outside")
+    max_ongoing_requests: int = Field(
+        default=64, ge=1, description="requests a replica accepts at once; more wait outside"
+    )
     threads_per_replica: int = Field(default=1, ge=1, description="compute threads, and logical CPUs, of a replica")
 
     @model_validator(mode="after")
@@ -229,7 +243,9 @@ class ServeConfig(Settings):
     checkpoint: str = Field(
         default="latest", description="path or URI of a checkpoint folder, or `latest`: the newest published one"
     )
-    model_name: str | None = Field(default=None, description="id under /v1/models; the checkpoint's own name when unset")
+    model_name: str | None = Field(
+        default=None, description="id under /v1/models; the checkpoint's own name when unset"
+    )
     host: str = Field(default="127.0.0.1", description="address to listen on; others than loopback need an API key")
     port: int = Field(default=8000, ge=1, le=65535, description="TCP port to listen on")
     api_key_file: str | None = Field(
@@ -253,7 +269,9 @@ class EvaluateConfig(Settings):
     )
     max_tokens: int = Field(default=10_000_000, ge=1, description="tokens to evaluate on, from the front")
     batch_size: int = Field(default=8, ge=1, description="sequences computed together")
-    seq_len: int | None = Field(default=None, ge=1, description="tokens per sequence; the model's n_positions when unset")
+    seq_len: int | None = Field(
+        default=None, ge=1, description="tokens per sequence; the model's n_positions when unset"
+    )
     precision: Literal["fp32", "bf16"] = Field(default="fp32", description="compute precision; bf16 is autocast")
     num_workers: int = Field(default=2, ge=1, description="batches computed at once; the result does not depend on it")
     threads_per_worker: int = Field(default=1, ge=1, description="compute threads, and logical CPUs, of a worker")

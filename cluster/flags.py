@@ -84,8 +84,18 @@ def _settled(config: Config) -> Config:
             case str() if name == "api_key_file" or (name == "checkpoint" and value != "latest"):
                 update[name] = absolute_uri(value)
             case None if name == "run_id":
-                update[name] = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
+                update[name] = new_run_id()
     return config.model_copy(update=update)
+
+
+def new_run_id() -> str:
+    """Sorts by time; the random end tells apart runs of one second."""
+    return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
+
+
+def read_config(path: Path, root: type[Config]) -> Config:
+    """The validated tree of a YAML file as it stands. Raises `ConfigError`."""
+    return validate_config(_read_yaml(path), root)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -81,14 +81,13 @@ class LocalCluster:
     def __init__(self, *, num_nodes: int, cpus_per_node: int) -> None:
         self._num_nodes = num_nodes
         self._cpus_per_node = cpus_per_node
-        self._directory = Path(
-            tempfile.mkdtemp(prefix="raymill-")
-        )  # 0700; Ray's socket paths must stay short
+        self._directory = Path(tempfile.mkdtemp(prefix="raymill-"))  # 0700; Ray's socket paths must stay short
         self._nodes: dict[str, subprocess.Popen[bytes]] = {}
         self._num_started = 0
         self._gcs_port, self._jobs_port = free_port(), free_port()
         self.token = secrets.token_hex(32)
-        self.environment = _ENVIRONMENT | {"RAY_AUTH_TOKEN_PATH": str(self._directory / "token")}
+        interpreter = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        self.environment = _ENVIRONMENT | {"RAY_AUTH_TOKEN_PATH": str(self._directory / "token"), "PATH": interpreter}
         """What a process needs to join; set before it imports ray, which reads the variables once."""
 
     @property
@@ -114,7 +113,7 @@ class LocalCluster:
             self._start_head()
             for _ in range(self._num_nodes - 1):
                 self.add_node(wait=False)
-            self._wait(lambda: self._num_alive() == self._num_nodes, what=f"{self._num_nodes} nodes to join")
+            self._wait(lambda: len(self._alive_nodes()) == self._num_nodes, what=f"{self._num_nodes} nodes to join")
         except BaseException:
             self.stop()
             raise
@@ -128,10 +127,10 @@ class LocalCluster:
     def add_node(self, *, wait: bool = True) -> str:
         """Starts one more worker node and returns its name."""
         name = f"node-{self._num_started}"
-        alive = self._num_alive() if wait else 0
+        before = self._alive_nodes() if wait else set()
         self._start_node(name, ["--address", self.address], num_cpus=self._cpus_per_node)
         if wait:
-            self._wait(lambda: self._num_alive() > alive, what=f"{name} to join")
+            self._wait(lambda: not self._alive_nodes() <= before, what=f"{name} to join")
         return name
 
     def kill_node(self, name: str) -> None:
@@ -163,7 +162,7 @@ class LocalCluster:
         flags = ["--head", "--dashboard-host", "127.0.0.1"]
         flags += [word for flag, port in ports.items() for word in (flag, str(port))]
         self._start_node("head", flags, num_cpus=self._cpus_per_node if self._num_nodes == 1 else 0)
-        self._wait(lambda: self._num_alive() == 1, what="the head to answer")
+        self._wait(lambda: len(self._alive_nodes()) == 1, what="the head to answer")
 
     def _start_node(self, name: str, flags: Iterable[str], *, num_cpus: int) -> None:
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
@@ -186,7 +185,8 @@ class LocalCluster:
             )
         self._num_started += 1
 
-    def _num_alive(self) -> int:
+    def _alive_nodes(self) -> set[str]:
+        """Ids of the nodes that the head counts as alive; a node that was just killed is still among them."""
         try:
             response = httpx.get(
                 f"{self.jobs_url}/api/v0/nodes",
@@ -195,8 +195,10 @@ class LocalCluster:
                 timeout=30,
             )
         except httpx.TransportError:  # the dashboard is not up yet
-            return 0
-        return len(response.json()["data"]["result"]["result"]) if response.is_success else 0
+            return set()
+        if not response.is_success:
+            return set()
+        return {node["node_id"] for node in response.json()["data"]["result"]["result"]}
 
     def _wait(self, condition: Callable[[], bool], *, what: str) -> None:
         deadline = time.monotonic() + _START_TIMEOUT_S
@@ -204,9 +206,7 @@ class LocalCluster:
             for name, process in self._nodes.items():
                 if process.poll() is not None:
                     log = (self._directory / f"{name}.log").read_text(errors="replace")
-                    raise ClusterError(
-                        f"the local cluster's {name} ended while starting; its log ends:\n{log[-2000:]}"
-                    )
+                    raise ClusterError(f"the local cluster's {name} ended while starting; its log ends:\n{log[-2000:]}")
             if time.monotonic() > deadline:
                 raise ClusterError(
                     f"the local cluster took over {_START_TIMEOUT_S:.0f} s waiting for {what}; "

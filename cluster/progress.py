@@ -1,6 +1,7 @@
 """How far a stage is: stages report in marked lines, whoever watches draws a bar at a terminal or prints lines."""
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,12 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 _MARK = "raymill-progress: "
 _REPORT_INTERVAL_S = 1.0
 _LINE_INTERVAL_S = 10.0
+
+# What Ray Train's controller tells of every start and look around; the run's own lines say it in fewer words.
+_ROUTINE = re.compile(
+    r"\(\w+ pid=\d+.*?\) (Requesting resources|Detected |Attempting to start training|Started training worker group"
+    r"|- \(ip=|Did not detect any changes|Setting up process group|Deciding to|.* core_worker\.cc:2465)"
+)
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,8 @@ class ProgressView:
         """One line of a stage's log."""
         if text.startswith(_MARK):
             self._show(Report(**json.loads(text[len(_MARK) :])))
+        elif _ROUTINE.match(text):
+            return
         elif self._bars is not None:
             self._bars.console.print(text, markup=False, highlight=False)
         else:
@@ -90,9 +99,7 @@ class ProgressView:
         if self._bars is not None:
             if report.label not in self._tasks:
                 self._tasks[report.label] = self._bars.add_task(report.label, total=report.total, unit="", note="")
-            self._bars.update(
-                self._tasks[report.label], completed=report.done, unit=report.unit, note=report.note
-            )
+            self._bars.update(self._tasks[report.label], completed=report.done, unit=report.unit, note=report.note)
             return
         now, is_done = time.monotonic(), report.done >= report.total
         if is_done or now - self._printed_at.get(report.label, -_LINE_INTERVAL_S) >= _LINE_INTERVAL_S:

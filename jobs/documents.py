@@ -192,7 +192,7 @@ class _Reader:
             return Document(offset, drop=Drop.MISSING_TEXT)
         # A lone surrogate ("\ud800") is valid JSON without UTF-8: the three bytes made here are invalid too.
         document = self.judged(text.encode(errors="surrogatepass"), offset)
-        return document if document.drop else replace(document, replaced=document.replaced or decoded.replaced)
+        return replace(document, replaced=True) if decoded.replaced and not document.drop else document
 
     def parquet(self, file: BinaryIO, offsets: Sequence[int] | None) -> Iterator[Document]:
         parquet = pq.ParquetFile(file)

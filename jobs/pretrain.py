@@ -1,11 +1,12 @@
 """Stage: train the model on the token store with Ray Train, elastically, and publish the final checkpoint."""
 
 import dataclasses
+import os
 import secrets
 import sys
 import threading
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ray.train
@@ -17,7 +18,7 @@ from cluster.config import RunConfig, max_steps, to_yaml
 from cluster.flags import ConfigError, validate_config
 from cluster.progress import report_progress, say
 from cluster.registry import publications, publish
-from cluster.stage import StageFailed, code_version, stage_main
+from cluster.stage import StageFailedError, code_version, stage_main
 from cluster.storage import Storage, open_storage, split_uri
 from jobs.checkpoints import RunCheckpoints
 from jobs.ledger import Ledger
@@ -29,11 +30,17 @@ CONFIG_FILE = "config.yaml"
 
 _PROGRESS_INTERVAL_S = 2.0
 
+_RAY_TRAIN_SETTINGS = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}  # a failure is seen four times as soon
+
+# An elastic group is only started on nodes that are there, so a start that takes longer was planned on a node whose
+# death was not known yet. Ray Train would wait a minute for it; measured recovery from a lost node fell from 76 s.
+_ELASTIC_SETTINGS = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "6"}
+
 
 def pretrain(config: RunConfig) -> dict[str, Any]:
     """Trains the run to its end and returns its figures. Makes the tokenizer and the token store where missing.
 
-    Raises `ConfigError` when `run_id` names a run with other settings, `StageFailed` when the run gave up.
+    Raises `ConfigError` when `run_id` names a run with other settings, `StageFailedError` when the run gave up.
     """
     tokenizer, _ = ensure_tokenizer(config)
     store = tokenize(config)
@@ -56,7 +63,7 @@ def pretrain(config: RunConfig) -> dict[str, Any]:
             _fit(plan)
     ledger = Ledger.read(run)
     if not ledger.events("finish"):
-        raise StageFailed(
+        raise StageFailedError(
             f"run {config.run_id} gave up: {MAX_FRUITLESS_ATTEMPTS} attempts in a row got no further than step "
             f"{len(ledger.steps)}; the reason is in the log above, the ledger in {run.uri}"
         )
@@ -86,6 +93,7 @@ def _enter(run: Storage, config: RunConfig) -> None:
 def _fit(plan: RunPlan) -> None:
     scaling = plan.config.scaling
     fixed = scaling.min_workers == scaling.max_workers
+    os.environ |= _RAY_TRAIN_SETTINGS | ({} if fixed else _ELASTIC_SETTINGS)
     trainer = TorchTrainer(
         _train_worker,
         train_loop_config={"plan": plan},
@@ -117,14 +125,15 @@ def _watched(run: Storage, *, total: int) -> Iterator[None]:
     done = threading.Event()
 
     def watch() -> None:
-        seen = 0
+        seen = last_step = 0
         while not done.wait(_PROGRESS_INTERVAL_S):
             ledger = Ledger.read(run)
             for event in ledger.events("start")[seen:]:
                 say(f"attempt {event['attempt']}: {event['world_size']} workers, from step {event['step']}")
                 seen += 1
-            if ledger.steps:
-                line = ledger.steps[-1]
+            line = ledger.steps[-1] if ledger.steps else {"step": 0}
+            if line["step"] != last_step:
+                last_step = line["step"]
                 note = f"loss {line['loss']:.3f}, {line['tokens_per_s']:.0f} tokens/s, {line['world_size']} workers"
                 report_progress("training", done=line["step"], total=total, unit="steps", note=note)
 
@@ -148,6 +157,7 @@ def _figures(run: Storage, ledger: Ledger, checkpoint: str) -> dict[str, Any]:
         "parameter_hash": ledger.events("checkpoint")[-1]["parameter_hash"],
         "step": last["step"],
         "tokens_seen": last["tokens_seen"],
+        "first_loss": ledger.steps[0]["loss"],
         "train_loss": last["loss"],
         "val_loss": validation["val_loss"],
         "val_bits_per_byte": validation["val_bits_per_byte"],

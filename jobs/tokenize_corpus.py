@@ -9,12 +9,12 @@ import sys
 from typing import Any
 
 from cluster.config import DataConfig, RunConfig
+from cluster.progress import say
 from cluster.stage import stage_main
 from cluster.storage import Storage, join_uri, open_storage
 from jobs.corpus_index import index_corpus, source_hash
 from jobs.documents import Listing, empty_corpus, list_corpus
 from jobs.packing import count_drops, drop_duplicates, plan_shards
-from jobs.progress import say
 from jobs.shard_writer import write_shards
 from jobs.token_store import MANIFEST, SOURCES, Manifest, TokenStoreError, canonical_json, read_manifest
 from jobs.train_tokenizer import ensure_tokenizer

@@ -11,10 +11,10 @@ import ray
 from ray.exceptions import RayTaskError
 
 from cluster.config import DataConfig, RunConfig
+from cluster.progress import say
 from cluster.stage import stage_main
 from cluster.storage import NotFoundError, join_uri, open_storage, split_uri
 from jobs.documents import Listing, empty_corpus, list_corpus, read_documents
-from jobs.progress import say
 from jobs.token_store import canonical_json
 from model.errors import UserError
 from model.tokenizer import Tokenizer, train_bpe

@@ -78,7 +78,8 @@ def write_checkpoint(
 ) -> Metadata:
     """Writes the checkpoint and returns its metadata with the parameter hash set.
 
-    A crash at any point leaves `folder` as it was. An existing one is replaced, by two renames.
+    A crash at any point leaves `folder` absent or whole. An existing one is replaced, by two renames, between which
+    it is absent.
     """
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     metadata = dataclasses.replace(metadata, parameter_hash=parameter_hash(state))
@@ -102,15 +103,13 @@ def write_checkpoint(
     _sync(staging / MANIFEST)
     _sync(staging)
 
+    replaced = folder.with_name(f".{folder.name}.replaced")
     if folder.exists():
-        replaced = folder.with_name(f".{folder.name}.replaced")
         shutil.rmtree(replaced, ignore_errors=True)
         folder.rename(replaced)
-        staging.rename(folder)
-        shutil.rmtree(replaced)
-    else:
-        staging.rename(folder)
+    staging.rename(folder)
     _sync(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
     return metadata
 
 
@@ -209,7 +208,8 @@ def _read_json(path: Path) -> Any:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    # Without a newline at the end, so that JSON cut short anywhere is no JSON.
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False), encoding="utf-8")
 
 
 def _sync(path: Path) -> None:

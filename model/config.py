@@ -16,9 +16,13 @@ class GPTConfig:
     n_layer: int = field(default=12, metadata={"help": "number of transformer blocks"})
     n_head: int = field(default=12, metadata={"help": "attention heads per block; divides n_embd"})
     n_embd: int = field(default=768, metadata={"help": "width of the residual stream"})
-    n_inner: int | None = field(default=None, metadata={"help": "width of the feed-forward layer; 4 x n_embd when unset"})
+    n_inner: int | None = field(
+        default=None, metadata={"help": "width of the feed-forward layer; 4 x n_embd when unset"}
+    )
     activation_function: Activation = field(default="gelu", metadata={"help": "feed-forward activation"})
-    tie_word_embeddings: bool = field(default=True, metadata={"help": "output head shares the token embedding's weights"})
+    tie_word_embeddings: bool = field(
+        default=True, metadata={"help": "output head shares the token embedding's weights"}
+    )
     dropout: float = field(default=0.0, metadata={"help": "dropout probability in training, 0 <= p < 1"})
     layer_norm_epsilon: float = field(default=1e-5, metadata={"help": "epsilon inside the LayerNorms"})
     initializer_range: float = field(default=0.02, metadata={"help": "standard deviation of the initial weights"})
@@ -74,7 +78,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # One head and ReLU, so that the attention scale 1/sqrt(d_head) is 1/sqrt(768).
     "seed": {"n_layer": 12, "n_head": 1, "n_embd": 768, "activation_function": "relu"},
     "small-10m": {"n_layer": 6, "n_head": 6, "n_embd": 384, "n_positions": 256},
-    "demo": {"n_layer": 4, "n_head": 4, "n_embd": 256, "n_positions": 256},
+    "demo": {"n_layer": 4, "n_head": 4, "n_embd": 192, "n_positions": 128},
     "tiny": {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 64},
 }
 

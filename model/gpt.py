@@ -193,7 +193,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # noqa: PLR0917 — autograd passes no keywords
+    def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int, with_grad: bool
     ) -> Tensor:
         device_type = hidden.device.type

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -110,8 +111,12 @@ def load_hf(folder: Path) -> GPT:
 
     Raises `UnsupportedModelError` for another architecture, pickled weights, missing or unexpected parameters.
     """
-    config = config_from_hf(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    return build_model(config, normalize_names(read_weights(folder), config), source=folder)
+    try:
+        config = config_from_hf(json.loads((folder / "config.json").read_bytes()))
+        weights = read_weights(folder)
+    except (ValueError, SafetensorError) as error:
+        raise UnsupportedModelError(f"{folder}: config.json or the weights are damaged: {error}") from error
+    return build_model(config, normalize_names(weights, config), source=folder)
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

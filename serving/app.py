@@ -42,7 +42,6 @@ def build_app(config: ServeConfig) -> serve.Application:
     # proxy's refusal, which has the same status and a bare string for a body.
     flood_limit = 2 * replicas.max_ongoing_requests
     deployment = serve.deployment(
-        Replica,
         name="Replica",
         num_replicas=replicas.min_replicas if fixed else None,
         autoscaling_config=None if fixed else autoscaling(config),
@@ -54,7 +53,7 @@ def build_app(config: ServeConfig) -> serve.Application:
         health_check_period_s=1,  # a dead engine is replaced within seconds; the default is 10 s
         health_check_timeout_s=5,
         max_constructor_retry_count=3,  # a checkpoint that does not load will not the twentieth time either
-    )
+    )(Replica)
     key_hashes = () if config.api_key_file is None else read_key_hashes(Path(config.api_key_file))
     return deployment.bind(config, key_hashes=key_hashes)
 
@@ -117,10 +116,20 @@ def _require_free_port(host: str, port: int) -> None:
 def _wait_until_ready(url: str) -> None:
     """The proxy learns of a new route shortly after `serve.run` returns."""
     deadline = time.monotonic() + READY_TIMEOUT_S
-    while httpx.get(f"{url}/ready", timeout=READY_TIMEOUT_S).status_code != 200:
+    while not _is_ready(url):
         if time.monotonic() > deadline:
-            raise UserError(f"{url}/ready did not answer 200 within {READY_TIMEOUT_S:.0f} s; see the replica's log")
+            raise UserError(
+                f"{url}/ready did not answer within {READY_TIMEOUT_S:.0f} s. Where Ray Serve already runs on this "
+                "cluster, it keeps the host and port that it was started with"
+            )
         time.sleep(0.1)
+
+
+def _is_ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/ready", timeout=READY_TIMEOUT_S).status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 if __name__ == "__main__":

@@ -28,8 +28,9 @@ class ChoiceOutput:
         self._started = False
         self.num_output_tokens = 0
 
-    def push(self, event: TokenEvent) -> Choice | None:
-        """The part of the choice that this event makes final, if any. `finish_reason` is set on the last part."""
+    def push(self, event: TokenEvent) -> Choice:
+        """The part of the choice that this event makes final. It may be empty: a stream has a part for each token, so
+        that a client sees when tokens come. `finish_reason` is set on the last part."""
         text = ""
         if not self._started and self._request.echo:
             text = self._echo(event.prompt_logprobs)
@@ -44,8 +45,6 @@ class ChoiceOutput:
             text += self._detokenizer.finish()
         finish_reason = FinishReason.STOP if self._detokenizer.stopped else event.finish_reason
         entries = self._take_entries(all_of_them=finish_reason is not None and not self._detokenizer.stopped)
-        if not (text or finish_reason or (entries and self._request.logprobs is not None)):
-            return None
         logprobs = None if self._request.logprobs is None else self._logprobs(entries)
         return Choice(text=text, index=self._index, logprobs=logprobs, finish_reason=finish_reason)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from model.sampling import SamplingParams
 from serving.choice_output import ChoiceOutput, join_parts
-from serving.engine_client import EngineClient, EngineDied, Generation
+from serving.engine_client import EngineClient, EngineDiedError, Generation
 from serving.errors import ApiError, engine_unavailable, internal_error, invalid_request, overloaded
 from serving.messages import FinishReason, SequenceRequest
 from serving.metrics import ReplicaMetrics, RequestTimer
@@ -84,13 +84,11 @@ class Completion:
                 if event.token_id is not None:
                     self._timer.token(event.seq_id)
                 part = self._choices[event.seq_id].push(event)
-                if part is None:
-                    continue
                 if part.finish_reason is not None:
                     self._timer.finished(event.seq_id, part.finish_reason)
                     self._generation.cancel(event.seq_id)  # a stop string ends what the engine would go on with
                 yield part
-        except EngineDied:
+        except EngineDiedError:
             raise engine_unavailable() from None
 
     def _usage(self) -> Usage:
@@ -154,7 +152,7 @@ async def start_completion(
     ]
     try:
         generation = engine.submit(sequences)
-    except EngineDied:
+    except EngineDiedError:
         raise engine_unavailable() from None
     timer = metrics.start_request(
         [sequence.seq_id for sequence in sequences], num_prompt_tokens=sum(len(prompt_ids) for prompt_ids in prompts)

@@ -25,8 +25,7 @@ class Detokenizer:
         return bool(self._held)
 
     def push(self, token: bytes) -> str:
-        """The text that is final with this token."""
-        assert not self.stopped, "the text has ended"
+        """The text that is final with this token. Not after `stopped`."""
         self._held += self._decoder.decode(token)
         return self._release(final=False)
 

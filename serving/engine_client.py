@@ -16,7 +16,7 @@ READ_BYTES = 1 << 16
 SHUTDOWN_TIMEOUT_S = 5.0
 
 
-class EngineDied(Exception):
+class EngineDiedError(Exception):
     """The engine process has ended; no answer comes any more."""
 
 
@@ -34,11 +34,11 @@ class Generation:
             self.cancel(seq_id)
 
     async def __aiter__(self) -> AsyncIterator[TokenEvent]:
-        """Raises `EngineDied` when the engine does."""
+        """Raises `EngineDiedError` when the engine does."""
         while self._open:
             event = await self._events.get()
             if event is None:
-                raise EngineDied(self._client.death_notice)
+                raise EngineDiedError(self._client.death_notice)
             if event.seq_id in self._open:  # not one that was cancelled after this was sent
                 if event.finish_reason is not None:
                     self._open.remove(event.seq_id)
@@ -94,7 +94,7 @@ class EngineClient:
         client = cls(process, reader, writer)
         try:
             await client._wait_until_ready()
-        except (UserError, EngineDied):
+        except (UserError, EngineDiedError):
             await client.close()
             raise
         client._reports = asyncio.create_task(client._dispatch_reports())
@@ -121,9 +121,9 @@ class EngineClient:
         return next(self._seq_ids)
 
     def submit(self, requests: list[SequenceRequest]) -> Generation:
-        """Raises `EngineDied` when there is no engine."""
+        """Raises `EngineDiedError` when there is no engine."""
         if not self.alive:
-            raise EngineDied(self.death_notice)
+            raise EngineDiedError(self.death_notice)
         generation = Generation(self, [request.seq_id for request in requests])
         for request in requests:
             self._generations[request.seq_id] = generation
@@ -148,7 +148,7 @@ class EngineClient:
         while True:
             data = await self._reader.read(READ_BYTES)
             if not data:
-                raise EngineDied(await self._describe_death())
+                raise EngineDiedError(await self._describe_death())
             for message in frames.feed(data):
                 if "error" in message:
                     raise UserError(message["error"])

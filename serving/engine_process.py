@@ -1,12 +1,13 @@
 """The engine's own process: loads the checkpoint, then steps while there is work; it ends when its replica does."""
 
 import argparse
+import contextlib
 import select
 import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -39,7 +40,7 @@ class Channel:
             wait = False
 
 
-def run_engine(engine: Engine, channel: Channel) -> None:
+def run_engine(engine: Engine, channel: Channel) -> NoReturn:
     """Commands in, one report per step out, until the replica is gone."""
     while True:
         for message in channel.receive(wait=not engine.has_work):
@@ -67,11 +68,11 @@ def main() -> int:
     except UserError as error:
         channel.send({"error": str(error)})
         return 1
+    engine = Engine(model, num_slots=args.num_slots, eos_id=args.eos_id)
     channel.send({"ready": True})
-    try:
-        run_engine(Engine(model, num_slots=args.num_slots, eos_id=args.eos_id), channel)
-    except (EOFError, ConnectionError):
-        return 0
+    with contextlib.suppress(EOFError, ConnectionError):
+        run_engine(engine, channel)
+    return 0
 
 
 if __name__ == "__main__":

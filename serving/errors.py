@@ -61,7 +61,7 @@ def unauthorized() -> ApiError:
 def model_not_found(name: str, *, served: str) -> ApiError:
     return ApiError(
         404,
-        f"The model {ascii(name[:64])} does not exist; this endpoint serves {served!r}.",
+        f"The model {name[:64]!a} does not exist; this endpoint serves {served!r}.",
         error_type="not_found_error",
         param="model",
         code="model_not_found",

@@ -11,7 +11,7 @@ from cluster.config import ServeConfig
 from cluster.registry import resolve_checkpoint
 from model.sampling import SamplingParams
 from serving.completions import AdmissionLimits
-from serving.engine_client import EngineClient, EngineDied
+from serving.engine_client import EngineClient, EngineDiedError
 from serving.ingress import build_http_app
 from serving.messages import FinishReason, SequenceRequest
 from serving.metrics import ReplicaMetrics
@@ -20,7 +20,7 @@ from serving.served_model import read_served_model
 
 @serve.ingress()
 class Replica:
-    async def __init__(self, config: ServeConfig, *, key_hashes: tuple[str, ...]) -> None:
+    async def __init__(self, config: ServeConfig, *, key_hashes: tuple[str, ...]) -> None:  # type: ignore[misc]
         """Returns when the model answers: Ray Serve sends requests from then on."""
         folder = resolve_checkpoint(config.checkpoint, storage_uri=config.storage.uri)
         self._config = config
@@ -55,7 +55,7 @@ class Replica:
     def check_health(self) -> None:
         """Ray Serve replaces a replica for which this raises."""
         if not self._engine.alive:
-            raise EngineDied(self._engine.death_notice)
+            raise EngineDiedError(self._engine.death_notice)
 
     async def __del__(self) -> None:
         await self._engine.close()
@@ -67,4 +67,6 @@ class Replica:
         )
         async for event in self._engine.submit([request]):
             if event.finish_reason is FinishReason.ERROR:
-                raise EngineDied(f"the model {self._model.name} fails its self-test: its logits are not finite numbers")
+                raise EngineDiedError(
+                    f"the model {self._model.name} fails its self-test: its logits are not finite numbers"
+                )

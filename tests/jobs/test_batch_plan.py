@@ -93,9 +93,7 @@ def test_a_run_sees_each_row_once_an_epoch(world_size: int) -> None:
     for step in range(5):  # 120 samples, two epochs, the border in the middle of step 2
         for rank in range(world_size):
             for lane in lanes_of_rank(rank, world_size=world_size, num_lanes=num_lanes):
-                indices = lane_sample_indices(
-                    step, lane, global_batch_size=batch, micro_batch_size=micro_batch_size
-                )
+                indices = lane_sample_indices(step, lane, global_batch_size=batch, micro_batch_size=micro_batch_size)
                 seen += rows_of_samples(indices, seed=3, num_rows=num_rows).tolist()
     assert sorted(seen[:60]) == sorted(seen[60:]) == list(range(60))
     assert seen[:60] != seen[60:]

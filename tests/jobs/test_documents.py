@@ -69,7 +69,10 @@ def test_parquet(tmp_path: Path) -> None:
     path = tmp_path / "corpus.parquet"
     texts = [*TEXTS, None, *(f"row {number}" for number in range(1000))]
     columns = {"text": texts, "label": texts, "number": list(range(len(texts)))}
-    table = pa.table(columns, schema=pa.schema({"text": pa.string(), "label": pa.dictionary(pa.int32(), pa.string()), "number": pa.int64()}))
+    table = pa.table(
+        columns,
+        schema=pa.schema({"text": pa.string(), "label": pa.dictionary(pa.int32(), pa.string()), "number": pa.int64()}),
+    )
     pq.write_table(table, path, row_group_size=300)
     documents = read(path)
     assert [document.text.decode() for document in documents if not document.drop] == [text for text in texts if text]
@@ -77,9 +80,9 @@ def test_parquet(tmp_path: Path) -> None:
     assert read(path, text_field="label") == documents
     wanted = [0, 3, 299, 300, 700, 1003]
     assert read(path, offsets=wanted) == [documents[row] for row in wanted]
-    with pytest.raises(CorpusError, match="no column 'body'; set data.text_field to one of text, label, number"):
+    with pytest.raises(CorpusError, match=r"no column 'body'; set data.text_field to one of text, label, number"):
         read(path, text_field="body")
-    with pytest.raises(CorpusError, match="'number' of .* holds int64, not strings"):
+    with pytest.raises(CorpusError, match=r"'number' of .* holds int64, not strings"):
         read(path, text_field="number")
 
 
@@ -180,7 +183,7 @@ def test_listing_is_in_canonical_order_and_names_what_it_skips(tmp_path: Path) -
     assert listing.skipped == [f"{tmp_path}/a/c.csv", f"{tmp_path}/a/readme.md"]
     with pytest.raises(CorpusError, match=r"c\.csv has an unknown ending; expected \.txt \.jsonl \.parquet"):
         list_corpus(f"{tmp_path}/a/c.csv")
-    with pytest.raises(CorpusError, match="none of the 1 files at .* has a known ending"):
+    with pytest.raises(CorpusError, match=r"none of the 1 files at .* has a known ending"):
         list_corpus(f"{tmp_path}/a/*.csv")
     with pytest.raises(NotFoundError, match="nothing is at"):
         list_corpus(f"{tmp_path}/nowhere/*.txt")
@@ -202,5 +205,5 @@ def test_s3_documents_are_the_local_ones(tmp_path: Path, s3_bucket: str) -> None
         last = [local[-1].offset]
         assert list(read_documents(entry.key, DataConfig(), offsets=last)) == local[-1:]
     gone = f"s3://{s3_bucket}/corpus/none.jsonl.gz"
-    with pytest.raises(StorageError, match="none.jsonl.gz does not exist"):
+    with pytest.raises(StorageError, match=r"none.jsonl.gz does not exist"):
         list(read_documents(gone, DataConfig()))

@@ -106,5 +106,5 @@ def test_a_damaged_store_is_named(tmp_path: Path) -> None:
     with pytest.raises(TokenStoreError, match=r"manifest\.json is damaged"):
         TokenStream.open(storage, split="train", seq_len=8)
     (tmp_path / MANIFEST).unlink()
-    with pytest.raises(TokenStoreError, match="holds no manifest.json: tokenizing was not finished"):
+    with pytest.raises(TokenStoreError, match=r"holds no manifest.json: tokenizing was not finished"):
         TokenStream.open(storage, split="train", seq_len=8)

@@ -219,7 +219,9 @@ def test_a_missing_bucket_is_named(ray_workers: int, tmp_path: Path) -> None:
         tokenize(data_config(str(tmp_path), "s3://nowhere/raymill"))
 
 
-@pytest.mark.parametrize(("num_documents", "val_fraction", "splits"), [(1, 0.5, "T"), (2, 0.001, "TV"), (2, 0.999, "TV")])
+@pytest.mark.parametrize(
+    ("num_documents", "val_fraction", "splits"), [(1, 0.5, "T"), (2, 0.001, "TV"), (2, 0.999, "TV")]
+)
 def test_small_corpora_still_train_and_validate(
     num_documents: int, val_fraction: float, splits: str, ray_workers: int, tmp_path: Path
 ) -> None:

@@ -32,7 +32,7 @@ def test_two_trainings_give_one_tokenizer(ray_workers: int, corpus: Path, tmp_pa
 
 
 def test_it_is_trained_once_until_what_shapes_it_changes(ray_workers: int, tmp_path: Path) -> None:
-    corpus = make_corpus(tmp_path / "texts", num_documents=20)
+    corpus = make_corpus(tmp_path / "texts", num_documents=40)
     _, uri = ensure_tokenizer(data_config(str(corpus), tmp_path))
     written_ns = Path(uri).stat().st_mtime_ns
     assert ensure_tokenizer(data_config(str(corpus), tmp_path, val_fraction=0.5))[1] == uri

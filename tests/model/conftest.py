@@ -1,6 +1,8 @@
 """Models small enough that an exact check of every number takes milliseconds."""
 
+import unittest
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +12,9 @@ from model.gpt import GPT
 from model.tokenizer import Tokenizer, train_bpe
 
 
-def small_model(seed: int = 0, **changes: object) -> GPT:
+def small_model(seed: int = 0, **changes: Any) -> GPT:
     """Weights are spread wider than GPT-2's 0.02, so that attention and logits are far from uniform."""
-    shape: dict[str, object] = {"vocab_size": 97, "n_positions": 48, "n_layer": 2, "n_head": 4, "n_embd": 32}
+    shape: dict[str, Any] = {"vocab_size": 97, "n_positions": 48, "n_layer": 2, "n_head": 4, "n_embd": 32}
     model = GPT(GPTConfig(**(shape | {"initializer_range": 0.2} | changes)))
     model.init_weights(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -29,8 +31,12 @@ def model() -> GPT:
 
 @pytest.fixture(scope="session")
 def corpus() -> list[str]:
-    """About 1 MB of real text with some non-ASCII: this repository and the standard library's sources."""
-    sources = [*Path(pytest.__file__).parent.glob("*.py"), *Path(torch.__file__).parent.glob("nn/modules/*.py")]
+    """Over 1 MB of real text with some non-ASCII: sources of installed libraries."""
+    sources = [
+        *Path(pytest.__file__).parent.glob("*.py"),
+        *Path(torch.__file__).parent.glob("nn/modules/*.py"),
+        *Path(unittest.__file__).parent.glob("*.py"),
+    ]
     texts = [path.read_text(encoding="utf-8") for path in sorted(sources)]
     return [*texts, "Größe, naïveté, 東京, 🙂🙃, здравствуй, \u00a0\u3000 a\tb\r\n\x00"]
 

@@ -11,7 +11,7 @@ from tests.model.conftest import small_model
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_it_counts_what_torch_counts(*, tied: bool) -> None:
-    model = small_model(n_layer=3, n_embd=64, tie_word_embeddings=tied)
+    model = small_model(n_layer=3, n_embd=128, tie_word_embeddings=tied)
     token_ids = torch.zeros(2, 48, dtype=torch.long)
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         model.loss(token_ids, token_ids).backward()

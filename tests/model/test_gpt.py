@@ -1,6 +1,7 @@
 """The network computes what GPT-2 is defined as: shapes, gradients, causality, loss, cache."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -24,9 +25,8 @@ def plain_loss(model: GPT, token_ids: torch.Tensor, targets: torch.Tensor) -> to
 
 
 def gradients(model: GPT, loss: torch.Tensor) -> dict[str, torch.Tensor]:
-    model.zero_grad()
-    loss.backward()
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -72,11 +72,11 @@ def test_gradients_equal_finite_differences(activation: str) -> None:
     for name, parameter in model.named_parameters():
         direction = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
         with torch.no_grad():
-            parameter += h * direction
+            parameter.add_(direction, alpha=h)
             above = model.loss(token_ids, targets).item()
-            parameter -= 2 * h * direction
+            parameter.add_(direction, alpha=-2 * h)
             below = model.loss(token_ids, targets).item()
-            parameter += h * direction
+            parameter.add_(direction, alpha=h)
         assert (exact[name] * direction).sum().item() == pytest.approx((above - below) / (2 * h), rel=1e-5, abs=1e-6), (
             name
         )
@@ -121,7 +121,7 @@ class LargestTensor(TorchDispatchMode):
 
     largest = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         numels = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
         self.largest = max([self.largest, *numels])

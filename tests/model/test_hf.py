@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +18,16 @@ METADATA = Metadata(run_id="r", step=1, tokens_seen=1, data_manifest_hash="0" * 
 ACTIVATIONS = {"gelu_new": "gelu", "gelu": "gelu_exact", "relu": "relu"}
 
 
-def random_hf_model(**changes: object) -> GPT2LMHeadModel:
+def random_hf_model(**changes: Any) -> GPT2LMHeadModel:
     torch.manual_seed(0)
-    shape = {"vocab_size": 97, "n_positions": 48, "n_layer": 2, "n_head": 4, "n_embd": 32, "initializer_range": 0.2}
+    shape: dict[str, Any] = {
+        "vocab_size": 97,
+        "n_positions": 48,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_embd": 32,
+        "initializer_range": 0.2,
+    }
     model = GPT2LMHeadModel(GPT2Config(**(shape | changes))).eval()
     for parameter in model.parameters():
         parameter.data.add_(torch.randn_like(parameter) * 0.05)  # biases and LayerNorms are constant at first
@@ -125,4 +133,13 @@ def test_pickled_weights_are_refused(tmp_path: Path) -> None:
     torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(UnsupportedModelError, match=r"pytorch_model\.bin is a pickle"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_file_cut_short_is_said(tmp_path: Path, name: str) -> None:
+    random_hf_model().save_pretrained(tmp_path)
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(UnsupportedModelError, match="damaged"):
         load_model(tmp_path)

@@ -1,5 +1,6 @@
 """Text survives; ids are GPT-2's; nothing that a user writes becomes a control token."""
 
+import json
 import os
 import random
 import shutil
@@ -130,6 +131,6 @@ def test_what_cannot_be_mapped_is_said(tokenizer: Tokenizer) -> None:
     with pytest.raises(TokenizerError, match="does not load"):
         Tokenizer.from_json(b"{}")
     with pytest.raises(TokenizerError, match="expected BPE and ByteLevel"):
-        Tokenizer.from_json(tokenizer.to_json().replace(b'"decoder":{', b'"decoder":null,"x":{'))
-    with pytest.raises(TokenizerError, match="has no <|endoftext|> token"):
+        Tokenizer(json.loads(tokenizer.to_json()) | {"decoder": None})
+    with pytest.raises(TokenizerError, match=r"has no <\|endoftext\|> token"):
         Tokenizer.from_json(tokenizer.to_json().replace(b"<|endoftext|>", b"<|other|>"))

@@ -1,5 +1,6 @@
 """Incremental text equals the whole text, whatever the tokens' borders."""
 
+import itertools
 from collections.abc import Sequence
 
 import pytest
@@ -32,7 +33,7 @@ def cut_at_first_complete_stop(text: str, stop: Sequence[str]) -> tuple[str, boo
 
 def split(data: bytes, cuts: list[int]) -> list[bytes]:
     borders = sorted({0, len(data), *(cut % (len(data) + 1) for cut in cuts)})
-    return [data[a:b] for a, b in zip(borders, borders[1:], strict=False)]
+    return [data[a:b] for a, b in itertools.pairwise(borders)]
 
 
 @given(st.binary() | st.text().map(str.encode), st.lists(st.integers(min_value=0)))

@@ -1,11 +1,14 @@
 """What the engine generates for a sequence equals what `model.generate` does, whatever shares its steps."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
+from model.checkpoint import load_model
 from model.generate import generate
 from model.gpt import GPT
 from model.sampling import SamplingParams
@@ -130,3 +133,18 @@ def test_logits_that_are_no_numbers_end_their_own_sequence_only(model: GPT, prom
     for r in (short_one, in_the_same_slot):
         expected = generate(model, r.prompt_ids, max_tokens=r.max_tokens, params=GREEDY, eos_id=None)
         assert tokens(events[r.seq_id]) == expected
+
+
+@pytest.mark.parametrize("activation", ["gelu_new", "gelu", "relu"])
+def test_logprobs_equal_those_of_transformers(tmp_path: Path, activation: str) -> None:
+    torch.manual_seed(0)
+    shape = {"vocab_size": 211, "n_positions": 64, "n_embd": 24, "n_layer": 2, "n_head": 3, "initializer_range": 0.3}
+    theirs = GPT2LMHeadModel(GPT2Config(**shape, activation_function=activation, bos_token_id=0, eos_token_id=0)).eval()
+    theirs.save_pretrained(tmp_path)
+    engine = Engine(load_model(tmp_path), num_slots=1, eos_id=None)
+    events = run(engine, [request(0, [5, 200, 17], num_logprobs=0)])[0]
+    with torch.no_grad():
+        expected = theirs(torch.tensor([[5, 200, 17, *tokens(events)]])).logits[0].log_softmax(-1)[2:-1]
+    assert tokens(events) == expected.argmax(-1).tolist()
+    for event, best in zip(events, expected.max(-1).values.tolist(), strict=True):
+        assert event.logprobs is not None and event.logprobs.logprob == pytest.approx(best, abs=1e-4)

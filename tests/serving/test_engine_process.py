@@ -17,9 +17,18 @@ from model.errors import UserError
 from model.generate import generate
 from model.gpt import GPT
 from model.sampling import SamplingParams
-from serving.engine_client import EngineClient, EngineDied, Generation
-from serving.messages import Candidates, FinishReason, FrameBuffer, SequenceRequest, TokenEvent, encode_frame
-from serving.messages import parse_report, parse_request, submit_message
+from serving.engine_client import EngineClient, EngineDiedError, Generation
+from serving.messages import (
+    Candidates,
+    FinishReason,
+    FrameBuffer,
+    SequenceRequest,
+    TokenEvent,
+    encode_frame,
+    parse_report,
+    parse_request,
+    submit_message,
+)
 
 GREEDY = SamplingParams(temperature=0.0)
 START = """
@@ -113,10 +122,10 @@ def test_a_killed_engine_ends_open_requests_and_is_no_longer_alive(checkpoint: P
             assert client.alive
             os.kill(client.pid, signal.SIGKILL)
             outcomes = await asyncio.gather(*map(collect, requests), return_exceptions=True)
-            assert all(isinstance(outcome, EngineDied) for outcome in outcomes[1:])
+            assert all(isinstance(outcome, EngineDiedError) for outcome in outcomes[1:])
             assert not client.alive
             assert "-9" in client.death_notice
-            with pytest.raises(EngineDied):
+            with pytest.raises(EngineDiedError):
                 client.submit([request(client, [1])])
 
     asyncio.run(scenario())

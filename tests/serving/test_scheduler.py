@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from model.sampling import SamplingParams
 from serving.messages import FinishReason, SequenceRequest
-from serving.scheduler import Plan, Scheduler, State
+from serving.scheduler import Plan, Scheduler, Sequence, State
 
 EOS = 0
 
@@ -57,7 +57,7 @@ def test_reasons_to_finish() -> None:
     assert kept.output_ids == [EOS]
 
 
-def _admitted(target: Scheduler, of: SequenceRequest):  # noqa: ANN202
+def _admitted(target: Scheduler, of: SequenceRequest) -> Sequence:
     sequence = target.add(of)
     assert target.plan().prefill == [sequence]
     return sequence

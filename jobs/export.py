@@ -1,0 +1,77 @@
+"""Copies a checkpoint without its training state: a smaller checkpoint, and a folder that transformers reads.
+
+python -m jobs.export CHECKPOINT DEST
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from cluster.flags import Parser
+from cluster.registry import resolve_checkpoint
+from cluster.stage import print_result
+from cluster.storage import absolute_uri, open_storage, split_uri
+from model.checkpoint import (
+    MANIFEST,
+    CheckpointError,
+    Metadata,
+    is_hf_folder,
+    load_model,
+    load_tokenizer,
+    read_metadata,
+    verify_checkpoint,
+    write_checkpoint,
+)
+
+
+def export(checkpoint: str, destination: str, *, storage_uri: str) -> dict[str, Any]:
+    """Writes the verified checkpoint to a new or empty folder, local or remote, and verifies the copy.
+
+    Raises `CheckpointError`.
+    """
+    target = open_storage(destination)
+    local = target.local_path("")
+    occupied = target.list() if local is None else local.is_file() or (local.is_dir() and any(local.iterdir()))
+    if occupied:
+        raise CheckpointError(f"{target.uri} exists and is not empty; name a new folder")
+    source = resolve_checkpoint(checkpoint, storage_uri)
+    if is_hf_folder(source):
+        raise CheckpointError(f"{source} is a plain Hugging Face folder already; copy it as it is")
+    with tempfile.TemporaryDirectory(prefix="raymill-export-") as scratch:
+        folder = local or Path(scratch) / "checkpoint"
+        metadata = _rewrite(source, folder)
+        if local is None:
+            parent, name = split_uri(destination)
+            parent.upload_folder(folder, name, last=MANIFEST)
+        files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    return {"checkpoint": absolute_uri(destination), "parameter_hash": metadata.parameter_hash, "files": files}
+
+
+def _rewrite(source: Path, folder: Path) -> Metadata:
+    tokenizer, expected = load_tokenizer(source), read_metadata(source)
+    assert tokenizer is not None, "only plain Hugging Face folders may lack one"
+    model = load_model(source, verify=False)  # as it was verified just now
+    metadata = write_checkpoint(folder, model=model, tokenizer=tokenizer, metadata=expected, train_state=None)
+    problems = verify_checkpoint(folder)
+    if metadata != expected:
+        problems.append(f"the weights' hash is {metadata.parameter_hash}, {source} records {expected.parameter_hash}")
+    if problems:
+        raise CheckpointError(f"the copy {folder} is not valid: {'; '.join(problems)}; export again")
+    return metadata
+
+
+def main() -> int:
+    def run() -> dict[str, Any]:
+        parser = Parser(prog="python -m jobs.export", description=__doc__)
+        parser.add_argument("checkpoint", help="path or URI of a checkpoint's or run's folder, or `latest`")
+        parser.add_argument("destination", help="new or empty folder, a path or URI")
+        parser.add_argument("--storage.uri", dest="storage_uri", default=".raymill", help="root of the registry")
+        arguments = parser.parse_args()
+        return export(arguments.checkpoint, arguments.destination, storage_uri=arguments.storage_uri)
+
+    return print_result(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

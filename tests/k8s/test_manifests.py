@@ -1,0 +1,44 @@
+"""Every object of every kustomization against the schemas, the operator's rules, the checklist and the code it starts."""
+
+import pytest
+
+from tests.k8s import network_rules, operator_rules, run_rules, security_rules
+from tests.k8s.manifests import CRDS, KUSTOMIZATIONS, Rule, cluster_spec, find, name_of, of_kind, pods, render
+from tests.k8s.schema_rules import builtin_problems, crd_problems
+
+RULES = (*operator_rules.RULES, *security_rules.RULES, *network_rules.RULES, *run_rules.RULES)
+
+needs_crds = pytest.mark.skipif(not CRDS.is_dir(), reason=f"no KubeRay CRDs at {CRDS}")
+
+
+@pytest.mark.parametrize("kustomization", KUSTOMIZATIONS)
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_obeys(rule: Rule, kustomization: str) -> None:
+    assert rule(render(kustomization)) == []
+
+
+@needs_crds
+@pytest.mark.parametrize("kustomization", KUSTOMIZATIONS)
+def test_ray_kinds_fit_their_crds(kustomization: str) -> None:
+    assert crd_problems(render(kustomization)) == []
+
+
+@pytest.mark.parametrize("kustomization", KUSTOMIZATIONS)
+def test_builtin_kinds_and_pods_fit_their_schemas(kustomization: str) -> None:
+    assert builtin_problems(render(kustomization)) == []
+
+
+@pytest.mark.parametrize("kustomization", KUSTOMIZATIONS)
+def test_holds_all_that_runs(kustomization: str) -> None:
+    objects = render(kustomization)
+    names = [name_of(manifest) for manifest in of_kind(objects, "RayJob", "RayService")]
+    assert sorted(names) == ["RayJob/pretrain", "RayJob/tokenize", "RayService/completions"]
+    assert len(list(pods(objects))) == 8  # a head and a group each, and the jobs' submitters
+
+
+def test_gpu_trainers_go_from_none_to_the_runs_workers() -> None:
+    objects = render("overlays/gpu")
+    (group,) = cluster_spec(find(objects, "RayJob/pretrain"))["workerGroupSpecs"]
+    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert (group["minReplicas"], group["maxReplicas"], limits["nvidia.com/gpu"]) == (0, 8, "1")
+    assert run_rules.run_config(objects).scaling.max_workers == 8

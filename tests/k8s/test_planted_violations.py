@@ -1,0 +1,101 @@
+"""Each rule catches what it is for: `planted_violations.yaml` spoils good manifests one by one."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.k8s import network_rules, operator_rules, run_rules, schema_rules, security_rules
+from tests.k8s.manifests import CRDS, Manifest, find, render
+
+_RULES = {
+    rule.__name__: rule
+    for module in (operator_rules, security_rules, network_rules, run_rules, schema_rules)
+    for rule in module.RULES
+}
+_VIOLATIONS: list[dict[str, Any]] = yaml.safe_load(
+    (Path(__file__).parent / "planted_violations.yaml").read_text(encoding="utf-8")
+)
+_SHORTHANDS = {
+    "box.": "worker.containers.0.",
+    "head.": "cluster.headGroupSpec.template.spec.",
+    "worker.": "cluster.workerGroupSpecs.0.template.spec.",
+}
+
+
+@pytest.mark.parametrize("violation", _VIOLATIONS, ids=lambda violation: f"{violation['rule']}: {violation['says']}")
+def test_is_caught(violation: dict[str, Any]) -> None:
+    if violation["rule"] == "crd_problems" and not CRDS.is_dir():
+        pytest.skip(f"no KubeRay CRDs at {CRDS}")
+    problems = _RULES[violation["rule"]](_spoilt(violation))
+    assert any(violation["says"] in problem for problem in problems), problems
+
+
+def test_every_rule_has_a_violation() -> None:
+    assert {violation["rule"] for violation in _VIOLATIONS} == set(_RULES)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"import_path": "serving.app:run"}, "does not take a ServeConfig"),
+        ({"import_path": "serving.app:build"}, "does not take a ServeConfig"),
+        ({"args": {"replica": {}}}, "replica"),
+        ({"args": {"api_key_file": "/etc/keys"}}, "/etc/keys is not mounted"),
+        ({"args": {"host": "127.0.0.1"}}, "two addresses"),
+        ({"args": {"storage": {"uri": "s3://other"}}}, "reads from s3://other"),
+        ({"args": {"replicas": {"max_replicas": 9}}}, "ask for up to 9"),
+        ({"route_prefx": "/"}, "route_prefx"),
+    ],
+    ids=json.dumps,
+)
+def test_is_caught_inside_the_serve_config(change: dict[str, Any], says: str) -> None:
+    objects = render("base")
+    service = find(objects, "RayService/completions")
+    deploy = yaml.safe_load(service["spec"]["serveConfigV2"])
+    application = deploy["applications"][0]
+    application |= change | {"args": application["args"] | change.get("args", {})}
+    service["spec"]["serveConfigV2"] = yaml.safe_dump(deploy)
+    problems = [problem for rule in run_rules.RULES for problem in rule(objects)]
+    assert any(says in problem for problem in problems), problems
+
+
+def _spoilt(violation: dict[str, Any]) -> list[Manifest]:
+    objects = copy.deepcopy(render("base"))
+    if "add" in violation:
+        return [*objects, violation["add"]]
+    manifest = find(objects, violation.get("in", "RayJob/pretrain"))
+    changes = [(path, value) for path, value in violation.get("put", {}).items()]
+    if "remove" in violation:
+        parent, key = _place(manifest, violation["remove"])
+        del parent[key]
+    for path, value in changes:
+        parent, key = _place(manifest, path)
+        parent[key] = value
+    return objects
+
+
+def _place(manifest: Manifest, path: str) -> tuple[Any, Any]:
+    """The container of the field that `path` names, and its key there."""
+    for short, long in _SHORTHANDS.items():
+        path = long + path.removeprefix(short) if path.startswith(short) else path
+    path = path.replace(
+        "cluster.", "spec.rayClusterSpec." if manifest["kind"] == "RayJob" else "spec.rayClusterConfig."
+    )
+    steps = path.split(".")
+    value: Any = manifest
+    while steps:
+        # Keys may hold dots themselves (`run.yaml`, `nvidia.com/gpu`): the last one is all that is no key on its own.
+        if isinstance(value, list):
+            step: Any = int(steps[0])
+        elif len(steps) == 1 or steps[0] not in value:
+            return value, ".".join(steps)
+        else:
+            step = steps[0]
+        if len(steps) == 1:
+            return value, step
+        value, steps = value[step], steps[1:]
+    raise AssertionError(path)
