@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import signal
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +11,7 @@ from cluster.config import EvaluateConfig, RunConfig, ServeConfig
 from cluster.demo import run_demo
 from cluster.endpoint import Endpoint, deploy, stream_completion
 from cluster.flags import ConfigError, config_from_arguments
-from cluster.progress import ProgressView, say
+from cluster.progress import say
 from cluster.registry import publications, publish, resolve_checkpoint
 from cluster.stage import connected, cpus_per_node, run_module, run_stage
 from cluster.storage import absolute_uri, open_storage
@@ -37,18 +36,17 @@ def stage(name: str) -> Command:
             raise ConfigError("--chaos kills nodes of the local cluster; leave out --cluster.address")
         with (
             connected(config.cluster, cpus_per_node=cpus_per_node(config)) as connection,
-            ProgressView() as view,
             Chaos(faults, cluster=connection.local, config=config),
         ):
-            return run_stage(connection, STAGES[name][0], config, on_line=view.line)
+            return run_stage(connection, STAGES[name][0], config)
 
     return run
 
 
 def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     config = config_from_arguments(arguments, EvaluateConfig)
-    with connected(config.cluster, cpus_per_node=cpus_per_node(config)) as connection, ProgressView() as view:
-        return run_stage(connection, "jobs.evaluate", config, on_line=view.line)
+    with connected(config.cluster, cpus_per_node=cpus_per_node(config)) as connection:
+        return run_stage(connection, "jobs.evaluate", config)
 
 
 def export(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -86,8 +84,8 @@ def checkpoint_list(arguments: argparse.Namespace) -> dict[str, Any]:
 def serve(arguments: argparse.Namespace) -> None:
     """Serves until a signal; on a cluster of others it deploys and leaves."""
     config = config_from_arguments(arguments, ServeConfig)
-    with connected(config.cluster, cpus_per_node=_replica_cpus(config)) as connection, ProgressView() as view:
-        endpoint = deploy(connection, config, on_line=view.line)
+    with connected(config.cluster, cpus_per_node=_replica_cpus(config)) as connection:
+        endpoint = deploy(connection, config)
         arguments.show({"url": endpoint.url, "model": endpoint.model})
         if connection.local is None:
             say(f"{endpoint.url} stays up; end it with Ray Serve's own tools")
@@ -125,7 +123,3 @@ def demo(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def storage_uri(arguments: argparse.Namespace) -> str:
     return absolute_uri(getattr(arguments, "storage.uri"))
-
-
-def wait_for_signal() -> None:
-    signal.pause()

@@ -218,7 +218,7 @@ class ReplicaConfig(Settings):
         default=8.0, gt=0, description="requests per replica that autoscaling aims at"
     )
     max_ongoing_requests: int = Field(
-        default=64, ge=1, description="requests a replica accepts at once; more wait outside"
+        default=64, ge=1, description="completions a replica takes on at once; more get 429"
     )
     threads_per_replica: int = Field(default=1, ge=1, description="compute threads, and logical CPUs, of a replica")
 

@@ -20,7 +20,7 @@ from cluster.config import EvaluateConfig, ReplicaConfig, RunConfig, ServeConfig
 from cluster.endpoint import Endpoint, deploy
 from cluster.flags import new_run_id, read_config
 from cluster.local import free_port
-from cluster.progress import ProgressView, say
+from cluster.progress import say
 from cluster.stage import connected, cpus_per_node, run_module, run_stage
 from cluster.storage import open_storage
 
@@ -33,7 +33,7 @@ _CORPUS_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393
 
 
 def run_demo(storage_uri: str, *, keep: bool) -> dict[str, Any]:
-    """Runs every stage on one local cluster and returns their figures. With `keep` the endpoint stays until a signal."""
+    """Every stage on one local cluster; returns their figures. With `keep` the endpoint stays until a signal."""
     start = time.monotonic()
     corpus, source = fetch_corpus(Path(open_storage(storage_uri).local_path("") or ".raymill") / "corpus")
     say(f"corpus: {source}")
@@ -50,8 +50,8 @@ def run_demo(storage_uri: str, *, keep: bool) -> dict[str, Any]:
     with connected(config.cluster, cpus_per_node=cpus_per_node(config)) as connection:
 
         def stage(title: str, module: str, stage_config: Any) -> dict[str, Any]:
-            with _told(title), ProgressView() as view:
-                return run_stage(connection, module, stage_config, on_line=view.line)
+            with _told(title):
+                return run_stage(connection, module, stage_config)
 
         tokens = stage("tokenizing", "jobs.tokenize_corpus", config)
         with Chaos(faults, cluster=connection.local, config=config):
@@ -61,14 +61,14 @@ def run_demo(storage_uri: str, *, keep: bool) -> dict[str, Any]:
         )
         with _told("drawing the report"):
             report = run_module("jobs.report", run["run_dir"])
-        with _told("serving with 2 replicas"), ProgressView() as view:
+        with _told("serving with 2 replicas"):
             serving = ServeConfig(
                 port=free_port(),
                 api_key_file=str(corpus.parent.parent / "api_key"),
                 replicas=ReplicaConfig(min_replicas=2, max_replicas=2),
                 storage=config.storage,
             )
-            endpoint = deploy(connection, serving, on_line=view.line)
+            endpoint = deploy(connection, serving)
         completions = [ask(endpoint, prompt) for prompt in PROMPTS]
         result = tokens | run | {"evaluation": evaluation, "completions": completions, "corpus": source}
         result |= {"html": report["html"], "figures": report["figures"], "url": endpoint.url, "model": endpoint.model}
@@ -151,7 +151,7 @@ def _tell(result: dict[str, Any]) -> None:
         "tokens": f"{result['tokens']:,} from {result['bytes']:,} bytes of text",
         "training": f"{result['step']} steps, {result['tokens_seen']:,} tokens, {result['tokens_per_s']:,.0f} tokens/s",
         "workers": f"{' -> '.join(map(str, result['world_sizes']))} (a node killed, later one added)",
-        "lost to the kill": f"{result['lost_steps']} steps in {result['restarts']} restarts; {result['recovery_s']:.1f} s at most",
+        "lost": f"{result['lost_steps']} steps in {result['restarts']} restarts, {result['recovery_s']:.1f} s at most",
         "training loss": f"{result['first_loss']:.3f} -> {result['train_loss']:.3f} nats per token",
         "validation": f"{result['val_loss']:.3f} nats per token, {result['val_bits_per_byte']:.3f} bits per byte",
         "report": result["html"],

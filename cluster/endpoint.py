@@ -46,9 +46,9 @@ class Endpoint:
         return {"Authorization": f"Bearer {key}"}
 
 
-def deploy(connection: Connection, config: ServeConfig, *, on_line: Callable[[str], None]) -> Endpoint:
+def deploy(connection: Connection, config: ServeConfig) -> Endpoint:
     """Deploys the checkpoint on the cluster, waits until it answers, and remembers where it is."""
-    result = run_stage(connection, "serving.app", config, on_line=on_line)
+    result = run_stage(connection, "serving.app", config)
     endpoint = Endpoint(result["url"], result["model"], config.api_key_file)
     open_storage(config.storage.uri).write_bytes(_FILE, json.dumps(asdict(endpoint)).encode())
     return endpoint

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -84,6 +85,8 @@ class LocalCluster:
         self._directory = Path(tempfile.mkdtemp(prefix="raymill-"))  # 0700; Ray's socket paths must stay short
         self._nodes: dict[str, subprocess.Popen[bytes]] = {}
         self._num_started = 0
+        # The kernel ends a node with the very thread that started it, so that thread must last as long as the cluster.
+        self._starter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="node-starter")
         self._gcs_port, self._jobs_port = free_port(), free_port()
         self.token = secrets.token_hex(32)
         interpreter = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
@@ -151,6 +154,7 @@ class LocalCluster:
         for node in self._nodes.values():
             node.wait()
         self._nodes.clear()
+        self._starter.shutdown()
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def _start_head(self) -> None:
@@ -174,15 +178,16 @@ class LocalCluster:
         # A session folder of its own: nodes that start together would race for the names of their sockets.
         command += ["--temp-dir", str(self._directory / name)]
         with (self._directory / f"{name}.log").open("wb") as log:
-            self._nodes[name] = subprocess.Popen(
+            self._nodes[name] = self._starter.submit(
+                subprocess.Popen,
                 [*command, *flags],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 env=os.environ | self.environment | {NODE_NAME_VARIABLE: name},
                 start_new_session=True,
-                preexec_fn=_die_with_parent,  # noqa: PLW1509  one system call, made from the main thread
-            )
+                preexec_fn=_die_with_parent,  # one system call, safe beside other threads
+            ).result()
         self._num_started += 1
 
     def _alive_nodes(self) -> set[str]:

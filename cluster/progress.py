@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -17,11 +18,12 @@ _MARK = "raymill-progress: "
 _REPORT_INTERVAL_S = 1.0
 _LINE_INTERVAL_S = 10.0
 
-# What Ray Train's controller tells of every start and look around; the run's own lines say it in fewer words.
-_ROUTINE = re.compile(
-    r"\(\w+ pid=\d+.*?\) (Requesting resources|Detected |Attempting to start training|Started training worker group"
-    r"|- \(ip=|Did not detect any changes|Setting up process group|Deciding to|.* core_worker\.cc:2465)"
+# Ray's own voice: lines of its processes and its dated log lines. They go to the log file only, but for the last line
+# of a worker's traceback, which says what happened.
+_RAY_LINE = re.compile(
+    r"\((\w+ pid=|raylet\b|autoscaler\b)|(INFO )?\d{4}-\d\d-\d\d [\d:,]+\s(INFO|WARNING|serve )|Running entrypoint for job "
 )
+_WORKER_ERROR = re.compile(r"\(RayTrainWorker.*?\) (\w+\.)*\w*(Error|Exception): ")
 
 
 @dataclass(frozen=True)
@@ -66,14 +68,19 @@ def progress(label: str, *, total_bytes: int) -> Iterator[Callable[[int], None]]
 
 
 class ProgressView:
-    """Shows a stage's log: bars for its reports at a terminal, a line now and then elsewhere, other lines as they are."""
+    """Shows a stage's log as it comes: bars for its reports at a terminal, a line now and then elsewhere, and its own
+    lines. The whole log, Ray's lines among them, is kept in a file."""
 
-    def __init__(self) -> None:
+    def __init__(self, log: Path) -> None:
+        self.log = log
         self._bars = _bars() if sys.stderr.isatty() else None
         self._tasks: dict[str, TaskID] = {}
         self._printed_at: dict[str, float] = {}
+        self._in_ray_block = False
 
     def __enter__(self) -> Self:
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.log.open("a", encoding="utf-8", buffering=1)
         if self._bars is not None:
             self._bars.start()
         return self
@@ -83,14 +90,19 @@ class ProgressView:
     ) -> None:
         if self._bars is not None:
             self._bars.stop()
+        self._file.close()
 
     def line(self, text: str) -> None:
         """One line of a stage's log."""
         if text.startswith(_MARK):
             self._show(Report(**json.loads(text[len(_MARK) :])))
-        elif _ROUTINE.match(text):
             return
-        elif self._bars is not None:
+        self._file.write(f"{text}\n")
+        is_indented = not text or text[0] in " \t"
+        self._in_ray_block = bool(_RAY_LINE.match(text)) or (self._in_ray_block and is_indented)
+        if self._in_ray_block and not _WORKER_ERROR.match(text):
+            return
+        if self._bars is not None:
             self._bars.console.print(text, markup=False, highlight=False)
         else:
             say(text)

@@ -27,6 +27,7 @@ from cluster.config import ClusterConfig, EvaluateConfig, RunConfig, ServeConfig
 from cluster.flags import ConfigError, Parser, add_config_arguments, config_from_arguments
 from cluster.local import ClusterError, LocalCluster
 from cluster.progress import ProgressView
+from cluster.storage import open_storage
 from model.errors import UserError
 
 CODE_FOLDERS = ("model", "cluster", "jobs", "serving")
@@ -34,6 +35,7 @@ CODE_FOLDERS = ("model", "cluster", "jobs", "serving")
 _RESULT_MARK = "raymill-result: "
 _REPOSITORY = Path(__file__).resolve().parent.parent
 _POLL_S = 0.5
+_MISUSED = 2  # exit code
 
 Config = TypeVar("Config", RunConfig, ServeConfig, EvaluateConfig)
 
@@ -80,13 +82,11 @@ def run_stage(
     connection: Connection,
     module: str,
     config: RunConfig | ServeConfig | EvaluateConfig,
-    *,
-    arguments: tuple[str, ...] = (),
-    on_line: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Runs `python -m MODULE run.yaml` on the cluster, passes its log on line by line, and returns its result.
+    """Runs `python -m MODULE run.yaml` on the cluster, shows its log as it comes, and returns its result.
 
-    Raises `StageFailedError` when the job ends without one, and `ClusterError` when the cluster cannot be reached.
+    Raises `StageFailedError` when the job ends without one, `ConfigError` when it found itself misused, and
+    `ClusterError` when the cluster cannot be reached.
     """
     client = _jobs_client(connection)
     for logger in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.runtime_env"):
@@ -95,11 +95,13 @@ def run_stage(
         snapshot_code(Path(folder))
         write_config(config, Path(folder) / "run.yaml")
         job_id = client.submit_job(
-            entrypoint=" ".join(["exec python -m", module, "run.yaml", *arguments]),
+            entrypoint=f"exec python -m {module} run.yaml",
             runtime_env={"working_dir": folder, "env_vars": _job_environment(connection)},
         )
+    folder_of_logs = open_storage(config.storage.uri).local_path("logs") or Path(".raymill/logs")
     try:
-        return _follow(client, job_id, on_line)
+        with ProgressView(folder_of_logs.absolute() / f"{module}-{job_id}.log") as view:
+            return _follow(client, job_id, view)
     except BaseException:
         if client.get_job_status(job_id) in (JobStatus.PENDING, JobStatus.RUNNING):
             client.stop_job(job_id)
@@ -141,8 +143,7 @@ def stage_main(
         config = config_from_arguments(parser.parse_args(), root)
         if needs_ray and "RAY_ADDRESS" not in os.environ and not isinstance(config, ServeConfig):
             with connected(config.cluster, cpus_per_node=cpus_per_node(config)) as connection:
-                with ProgressView() as view:
-                    return run_stage(connection, module, config, on_line=view.line)
+                return run_stage(connection, module, config)
         if needs_ray:
             ray.init(log_to_driver=True, logging_level=logging.WARNING)
         return run(config)
@@ -156,7 +157,7 @@ def print_result(compute: Callable[[], dict[str, Any]]) -> int:
         result = compute()
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
-        return 2 if isinstance(error, ConfigError) else 1
+        return _MISUSED if isinstance(error, ConfigError) else 1
     sys.stdout.write(f"{_RESULT_MARK}{json.dumps(result)}\n")
     return 0
 
@@ -194,7 +195,7 @@ def _jobs_client(connection: Connection) -> JobSubmissionClient:
         raise ClusterError(f"no Ray Jobs API answers at {connection.jobs_url}: {str(error).splitlines()[0]}") from None
 
 
-def _follow(client: JobSubmissionClient, job_id: str, on_line: Callable[[str], None]) -> dict[str, Any]:
+def _follow(client: JobSubmissionClient, job_id: str, view: ProgressView) -> dict[str, Any]:
     result: dict[str, Any] | None = None
 
     async def tail() -> None:
@@ -206,14 +207,13 @@ def _follow(client: JobSubmissionClient, job_id: str, on_line: Callable[[str], N
                 found = parse_result(line)
                 result = result if found is None else found
                 if found is None:
-                    on_line(line)
+                    view.line(line)
 
     asyncio.run(tail())
     while (status := client.get_job_status(job_id)) in (JobStatus.PENDING, JobStatus.RUNNING):
         time.sleep(_POLL_S)
     if status == JobStatus.SUCCEEDED and result is not None:
         return result
-    info = client.get_job_info(job_id)
-    raise StageFailedError(
-        f"{info.entrypoint.split()[3]} ended with exit code {info.driver_exit_code}; its log is above"
-    )
+    code = client.get_job_info(job_id).driver_exit_code
+    kind = ConfigError if code == _MISUSED else StageFailedError
+    raise kind(f"job {job_id} ended with exit code {code}; its message is above, its whole log in {view.log}")

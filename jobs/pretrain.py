@@ -13,6 +13,7 @@ import ray.train
 import yaml
 from ray.train import FailureConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.config import ScalingConfig
 
 from cluster.config import RunConfig, max_steps, to_yaml
 from cluster.flags import ConfigError, validate_config
@@ -98,7 +99,7 @@ def _fit(plan: RunPlan) -> None:
         _train_worker,
         train_loop_config={"plan": plan},
         torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo"),
-        scaling_config=ray.train.ScalingConfig(
+        scaling_config=ScalingConfig(
             num_workers=scaling.max_workers if fixed else (scaling.min_workers, scaling.max_workers),
             use_gpu=scaling.use_gpu,
             resources_per_worker={"CPU": scaling.threads_per_worker} | ({"GPU": 1} if scaling.use_gpu else {}),

@@ -38,7 +38,8 @@ class GPTConfig:
             )
         if self.activation_function not in get_args(Activation):
             raise ValueError(
-                f"activation_function is {self.activation_function!r}, expected one of {', '.join(get_args(Activation))}"
+                f"activation_function is {self.activation_function!r}, "
+                f"expected one of {', '.join(get_args(Activation))}"
             )
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout is {self.dropout}, expected 0 <= p < 1")
@@ -78,7 +79,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # One head and ReLU, so that the attention scale 1/sqrt(d_head) is 1/sqrt(768).
     "seed": {"n_layer": 12, "n_head": 1, "n_embd": 768, "activation_function": "relu"},
     "small-10m": {"n_layer": 6, "n_head": 6, "n_embd": 384, "n_positions": 256},
-    "demo": {"n_layer": 4, "n_head": 4, "n_embd": 192, "n_positions": 128},
+    "demo": {"n_layer": 3, "n_head": 4, "n_embd": 128, "n_positions": 128},
     "tiny": {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 64},
 }
 

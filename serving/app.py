@@ -96,7 +96,10 @@ def _pinned(config: ServeConfig, folder: Path) -> ServeConfig:
 
 
 def _is_loopback(host: str) -> bool:
-    return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name, which may be anything
+        return False
 
 
 def _require_free_port(host: str, port: int) -> None:

@@ -98,7 +98,7 @@ def test_what_is_missing_or_does_not_fit_is_named(plan: RunPlan, ray_workers: in
         )
     moved = newest_checkpoint(plan).rename(tmp_path / "moved")
     try:
-        with pytest.raises(TokenStoreError, match="no token store under .* name its storage with --storage.uri"):
+        with pytest.raises(TokenStoreError, match=r"no token store under .* name its storage with --storage\.uri"):
             evaluate(EvaluateConfig.model_validate({"checkpoint": str(moved), "storage": {"uri": str(tmp_path)}}))
     finally:
         moved.rename(checkpoint)

@@ -64,6 +64,7 @@ def _expectations() -> list[tuple[Peer, Peer, int, bool]]:
         table += [(node, _INTERNET, 443, True), (node, _INTERNET, 80, False), (node, _INTERNET, 6443, is_head)]
         table += [(node, _DNS, 53, True)]
     table += [(_SUBMITTER, _METADATA, 80, False), (_SUBMITTER, _INTERNET, 443, False), (_SUBMITTER, _DNS, 53, True)]
+    table += [(_OUTSIDER, _SUBMITTER, 8000, False), (_OUTSIDER, _STRANGER, 8000, False)]
     return [*table, (_STRANGER, _INTERNET, 443, False), (_STRANGER, _METADATA, 80, False)]
 
 
@@ -72,7 +73,7 @@ def network_problems(objects: list[Manifest]) -> list[str]:
     return [
         f"{source.name} {'cannot' if expected else 'can'} reach {target.name} on port {port}"
         for source, target, port, expected in _expectations()
-        if _may_talk(policies, source, target, port) is not expected
+        if _may_talk(policies, source, target, port, trust_source=not expected) is not expected
     ]
 
 
@@ -93,10 +94,11 @@ def label_problems(objects: list[Manifest]) -> list[str]:
     return problems
 
 
-def _may_talk(policies: list[Manifest], source: Peer, target: Peer, port: int) -> bool:
-    return _side_allows(policies, "Egress", source, target, port) and _side_allows(
-        policies, "Ingress", target, source, port
-    )
+def _may_talk(policies: list[Manifest], source: Peer, target: Peer, port: int, *, trust_source: bool) -> bool:
+    """Whether both sides allow it. A target of ours must refuse by itself, whatever its source's own policies say:
+    with `trust_source` only the target's count."""
+    leaves = (trust_source and target.namespace == _HOME) or _side_allows(policies, "Egress", source, target, port)
+    return leaves and _side_allows(policies, "Ingress", target, source, port)
 
 
 def _side_allows(policies: list[Manifest], direction: str, owner: Peer, other: Peer, port: int) -> bool:

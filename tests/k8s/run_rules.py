@@ -4,12 +4,14 @@ import importlib
 import importlib.util
 import inspect
 import shlex
+from collections.abc import Callable
 from pathlib import PurePosixPath
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
-from ray.serve.schema import ServeDeploySchema
+from pydantic import BaseModel, ValidationError
+from ray import serve
+from ray.serve.schema import HTTPOptionsSchema, ServeApplicationSchema, ServeDeploySchema
 
 from cluster.config import RunConfig, ServeConfig
 from tests.k8s.manifests import Manifest, cluster_spec, find, name_of, of_kind, quantity
@@ -19,9 +21,12 @@ def run_config(objects: list[Manifest]) -> RunConfig:
     return RunConfig.model_validate(yaml.safe_load(find(objects, "ConfigMap/run-config")["data"]["run.yaml"]))
 
 
-def serve_args(objects: list[Manifest]) -> dict[str, Any]:
-    deploy = yaml.safe_load(find(objects, "RayService/completions")["spec"]["serveConfigV2"])
-    return deploy["applications"][0]["args"]
+def serve_config(service: Manifest) -> ServeConfig:
+    return ServeConfig.model_validate(_deployment(service)["applications"][0]["args"])
+
+
+def _deployment(service: Manifest) -> dict[str, Any]:
+    return yaml.safe_load(service["spec"]["serveConfigV2"])
 
 
 def config_problems(objects: list[Manifest]) -> list[str]:
@@ -34,16 +39,24 @@ def config_problems(objects: list[Manifest]) -> list[str]:
     except ValidationError as error:
         problems.append(f"run.yaml: {error}")
     for service in of_kind(objects, "RayService"):
-        deploy = yaml.safe_load(service["spec"]["serveConfigV2"])
+        deployment = _deployment(service)
         try:
-            ServeDeploySchema.model_validate(deploy)
-            config = ServeConfig.model_validate(deploy["applications"][0]["args"])
-        except (ValidationError, ValueError) as error:
+            ServeDeploySchema.model_validate(deployment)
+            config = serve_config(service)
+        except ValidationError as error:
             problems.append(f"{name_of(service)}: serveConfigV2: {error}")
             continue
-        http = deploy["http_options"]
+        http = deployment["http_options"]
         if (http["host"], http["port"]) != (config.host, config.port):
             problems.append(f"{name_of(service)}: http_options and args name two addresses")
+        levels: list[tuple[dict[str, Any], type[BaseModel]]] = [
+            (deployment, ServeDeploySchema),
+            (http, HTTPOptionsSchema),
+        ]
+        levels += [(application, ServeApplicationSchema) for application in deployment["applications"]]
+        for values, schema in levels:  # Ray Serve ignores a field that it does not know
+            unknown = sorted(values.keys() - schema.model_fields.keys())
+            problems += [f"{name_of(service)}: serveConfigV2: {key} is unknown" for key in unknown]
     return problems
 
 
@@ -54,57 +67,62 @@ def entry_problems(objects: list[Manifest]) -> list[str]:
         _, _, module, path = shlex.split(job["spec"]["entrypoint"])
         if importlib.util.find_spec(module) is None:
             problems.append(f"{name_of(job)}: no module {module}")
-        problems += _mount_problems(job, path, "configMap", "run-config")
+        groups = [cluster_spec(job)["headGroupSpec"]]
+        problems += _mount_problems(name_of(job), groups, path, kind="configMap", volume="run-config")
     for service in of_kind(objects, "RayService"):
-        for application in yaml.safe_load(service["spec"]["serveConfigV2"])["applications"]:
+        cluster = cluster_spec(service)
+        groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+        for application in _deployment(service)["applications"]:
             module, _, name = application["import_path"].partition(":")
             builder = getattr(importlib.import_module(module), name, None)
-            if (
-                builder is None
-                or next(iter(inspect.signature(builder).parameters.values())).annotation is not ServeConfig
-            ):
-                problems.append(f"{name_of(service)}: {application['import_path']} does not take a ServeConfig")
-            problems += _mount_problems(
-                service, application["args"]["api_key_file"], "secret", "api-keys", workers=True
-            )
+            if builder is None or not _builds_from_serve_config(builder):
+                problems.append(f"{name_of(service)}: {application['import_path']} is no builder from a ServeConfig")
+            path = application["args"]["api_key_file"]
+            problems += _mount_problems(name_of(service), groups, path, kind="secret", volume="api-keys")
     return problems
 
 
-def _mount_problems(manifest: Manifest, path: str, kind: str, volume: str, *, workers: bool = False) -> list[str]:
-    cluster = cluster_spec(manifest)
-    for group in [cluster["headGroupSpec"], *(cluster["workerGroupSpecs"] if workers else [])]:
+def _builds_from_serve_config(builder: Callable[..., Any]) -> bool:
+    """Ray Serve makes the arguments an object of the annotated class; with any other annotation they stay a dict."""
+    signature = inspect.signature(builder)
+    annotations = [parameter.annotation for parameter in signature.parameters.values()]
+    return annotations == [ServeConfig] and signature.return_annotation is serve.Application
+
+
+def _mount_problems(name: str, groups: list[Manifest], path: str, *, kind: str, volume: str) -> list[str]:
+    for group in groups:
         spec = group["template"]["spec"]
         mounts = {mount["name"]: mount["mountPath"] for mount in spec["containers"][0]["volumeMounts"]}
         volumes = {v["name"] for v in spec["volumes"] if kind in v}
         if volume not in volumes or mounts.get(volume) != str(PurePosixPath(path).parent):
-            return [f"{name_of(manifest)}: {path} is not mounted from {kind} {volume}"]
+            return [f"{name}: {path} is not mounted from {kind} {volume}"]
     return []
 
 
 def storage_problems(objects: list[Manifest]) -> list[str]:
     """Jobs publish where the endpoint looks, and that is not a pod's own disk."""
-    written, read = run_config(objects).storage.uri, ServeConfig.model_validate(serve_args(objects)).storage.uri
-    problems = [] if written == read else [f"jobs write to {written}, the endpoint reads from {read}"]
-    if not written.startswith("s3://"):
-        problems.append(f"{written} goes with its pod: storage.uri must be s3://")
+    written = run_config(objects).storage.uri
+    problems = [] if written.startswith("s3://") else [f"{written} goes with its pod: storage.uri must be s3://"]
+    for service in of_kind(objects, "RayService"):
+        read = serve_config(service).storage.uri
+        problems += [] if written == read else [f"jobs write to {written}, {name_of(service)} reads from {read}"]
     return problems
 
 
 def capacity_problems(objects: list[Manifest]) -> list[str]:
-    """The groups can hold the workers and replicas that the settings ask for."""
-    run, serve = run_config(objects), ServeConfig.model_validate(serve_args(objects))
-    trainers = cluster_spec(find(objects, "RayJob/pretrain"))["workerGroupSpecs"]
-    servers = cluster_spec(find(objects, "RayService/completions"))["workerGroupSpecs"]
-    places = {
-        "training workers": _places(trainers, run.scaling.threads_per_worker, gpus=int(run.scaling.use_gpu)),
-        "replicas": _places(servers, serve.replicas.threads_per_replica, gpus=0),
-    }
-    wanted = {"training workers": run.scaling.max_workers, "replicas": serve.replicas.max_replicas}
-    return [
-        f"room for {places[what]} {what}, but the settings ask for up to {count}"
-        for what, count in wanted.items()
-        if places[what] != count
+    """The groups can hold the workers and replicas that the settings ask for, and no more."""
+    trainer, server = find(objects, "RayJob/pretrain"), find(objects, "RayService/completions")
+    scaling, replicas = run_config(objects).scaling, serve_config(server).replicas
+    checks = [
+        (trainer, scaling.threads_per_worker, int(scaling.use_gpu), scaling.max_workers, "training workers"),
+        (server, replicas.threads_per_replica, 0, replicas.max_replicas, "replicas"),
     ]
+    problems = []
+    for manifest, cpus, gpus, wanted, what in checks:
+        places = _places(cluster_spec(manifest)["workerGroupSpecs"], cpus, gpus=gpus)
+        if places != wanted:
+            problems.append(f"{name_of(manifest)}: room for {places} {what}, but the settings ask for up to {wanted}")
+    return problems
 
 
 def gpu_problems(objects: list[Manifest]) -> list[str]:

@@ -1,7 +1,11 @@
 """Every object of every kustomization against the schemas, the operator's rules, the checklist and the code it starts."""
 
-import pytest
+from pathlib import Path
 
+import pytest
+from ray import serve
+
+from serving.app import build_app
 from tests.k8s import network_rules, operator_rules, run_rules, security_rules
 from tests.k8s.manifests import CRDS, KUSTOMIZATIONS, Rule, cluster_spec, find, name_of, of_kind, pods, render
 from tests.k8s.schema_rules import builtin_problems, crd_problems
@@ -42,3 +46,12 @@ def test_gpu_trainers_go_from_none_to_the_runs_workers() -> None:
     limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
     assert (group["minReplicas"], group["maxReplicas"], limits["nvidia.com/gpu"]) == (0, 8, "1")
     assert run_rules.run_config(objects).scaling.max_workers == 8
+
+
+@pytest.mark.parametrize("kustomization", KUSTOMIZATIONS)
+def test_endpoint_builds_from_its_manifest(kustomization: str, tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("a key\n")
+    config = run_rules.serve_config(find(render(kustomization), "RayService/completions"))
+    app = build_app(config.model_copy(update={"api_key_file": str(keys)}))
+    assert isinstance(app, serve.Application)

@@ -1,7 +1,5 @@
 """Each rule catches what it is for: `planted_violations.yaml` spoils good manifests one by one."""
 
-import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -34,45 +32,44 @@ def test_is_caught(violation: dict[str, Any]) -> None:
     assert any(violation["says"] in problem for problem in problems), problems
 
 
-def test_every_rule_has_a_violation() -> None:
-    assert {violation["rule"] for violation in _VIOLATIONS} == set(_RULES)
+_SERVE_VIOLATIONS: list[tuple[str, dict[str, Any], str]] = [
+    ("config_problems", {"args": {"replica": {}}}, "replica"),
+    ("config_problems", {"args": {"host": "127.0.0.1"}}, "two addresses"),
+    ("config_problems", {"route_prefx": "/"}, "route_prefx is unknown"),
+    ("entry_problems", {"import_path": "serving.app:run"}, "is no builder"),
+    ("entry_problems", {"import_path": "serving.app:build"}, "is no builder"),
+    ("entry_problems", {"args": {"api_key_file": "/etc/keys"}}, "/etc/keys is not mounted"),
+    ("storage_problems", {"args": {"storage": {"uri": "s3://other"}}}, "reads from s3://other"),
+    ("capacity_problems", {"args": {"replicas": {"max_replicas": 9}}}, "ask for up to 9"),
+]
 
 
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        ({"import_path": "serving.app:run"}, "does not take a ServeConfig"),
-        ({"import_path": "serving.app:build"}, "does not take a ServeConfig"),
-        ({"args": {"replica": {}}}, "replica"),
-        ({"args": {"api_key_file": "/etc/keys"}}, "/etc/keys is not mounted"),
-        ({"args": {"host": "127.0.0.1"}}, "two addresses"),
-        ({"args": {"storage": {"uri": "s3://other"}}}, "reads from s3://other"),
-        ({"args": {"replicas": {"max_replicas": 9}}}, "ask for up to 9"),
-        ({"route_prefx": "/"}, "route_prefx"),
-    ],
-    ids=json.dumps,
-)
-def test_is_caught_inside_the_serve_config(change: dict[str, Any], says: str) -> None:
+@pytest.mark.parametrize(("rule", "change", "says"), _SERVE_VIOLATIONS, ids=str)
+def test_is_caught_inside_the_serve_config(rule: str, change: dict[str, Any], says: str) -> None:
     objects = render("base")
     service = find(objects, "RayService/completions")
     deploy = yaml.safe_load(service["spec"]["serveConfigV2"])
     application = deploy["applications"][0]
     application |= change | {"args": application["args"] | change.get("args", {})}
     service["spec"]["serveConfigV2"] = yaml.safe_dump(deploy)
-    problems = [problem for rule in run_rules.RULES for problem in rule(objects)]
+    problems = _RULES[rule](objects)
     assert any(says in problem for problem in problems), problems
 
 
+def test_every_rule_has_a_violation() -> None:
+    planted = {violation["rule"] for violation in _VIOLATIONS} | {rule for rule, _, _ in _SERVE_VIOLATIONS}
+    assert planted == set(_RULES)
+
+
 def _spoilt(violation: dict[str, Any]) -> list[Manifest]:
-    objects = copy.deepcopy(render("base"))
+    objects = render("base")
     if "add" in violation:
         return [*objects, violation["add"]]
     manifest = find(objects, violation.get("in", "RayJob/pretrain"))
-    changes = [(path, value) for path, value in violation.get("put", {}).items()]
     if "remove" in violation:
         parent, key = _place(manifest, violation["remove"])
         del parent[key]
-    for path, value in changes:
+    for path, value in violation.get("put", {}).items():
         parent, key = _place(manifest, path)
         parent[key] = value
     return objects

@@ -1,0 +1,162 @@
+"""A run as its ledger tells it: attempts, interruptions, lost steps, and the figures that sum it up."""
+
+from collections import Counter
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from cluster.config import RunConfig, max_steps
+from jobs.ledger import Ledger, Line
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The steps that one attempt completed, whether they count or were taken again later."""
+
+    attempt: int
+    world_size: int
+    first_step: int
+    last_step: int
+
+
+@dataclass(frozen=True)
+class Interruption:
+    """The start of a later attempt."""
+
+    attempt: int
+    step: int  # the step that it went on after
+    world_size: int
+    previous_world_size: int
+    lost_steps: int
+    seconds: float | None  # from the last step before to the first one after; None when no step came after
+
+    @property
+    def is_resize(self) -> bool:
+        return self.world_size != self.previous_world_size
+
+    @property
+    def label(self) -> str:
+        return f"resize {self.previous_world_size} → {self.world_size}" if self.is_resize else "restart"
+
+
+def segments(ledger: Ledger) -> list[Segment]:
+    found: dict[int, Segment] = {}
+    for line in _step_lines(ledger):
+        attempt, step = line["attempt"], line["step"]
+        first = found[attempt].first_step if attempt in found else step
+        found[attempt] = Segment(attempt, line["world_size"], first, step)
+    return list(found.values())
+
+
+def interruptions(ledger: Ledger) -> list[Interruption]:
+    starts, recoveries = ledger.events("start"), {recovery.attempt: recovery for recovery in ledger.recoveries()}
+    found = []
+    for before, start in pairwise(starts):
+        recovery = recoveries.get(start["attempt"])
+        lost, seconds = (recovery.lost_steps, recovery.seconds) if recovery else (0, None)
+        sizes = (start["world_size"], before["world_size"])
+        found.append(Interruption(start["attempt"], start["step"], *sizes, lost, seconds))
+    return found
+
+
+def lost_steps(ledger: Ledger) -> list[Line]:
+    """The lines of steps that were lost and taken again."""
+    counted = {id(line) for line in ledger.steps}
+    return [line for line in _step_lines(ledger) if id(line) not in counted]
+
+
+def seconds_by_phase(ledger: Ledger) -> dict[str, list[float]]:
+    """Of each step that counts, seconds in each phase, with its checkpoint and the rest of its wall time."""
+    steps = ledger.steps
+    saving = {event["step"]: event["seconds"] for event in ledger.events("checkpoint")}
+    names = dict.fromkeys(name for line in steps for name in line["seconds"])  # in the order of a step
+    phases = {name: [line["seconds"].get(name, 0.0) for line in steps] for name in names}
+    phases["other"] = [max(0.0, line["wall_s"] - sum(line["seconds"].values())) for line in steps]
+    phases["checkpoint"] = [saving.get(line["step"], 0.0) for line in steps]
+    return {name: seconds for name, seconds in phases.items() if any(seconds)}
+
+
+def statistics(ledger: Ledger, config: RunConfig) -> list[tuple[str, str]]:
+    """(name, value with its unit) of what sums the run up, from the ledger alone; the settings give the plan."""
+    steps, again, stops = ledger.steps, lost_steps(ledger), interruptions(ledger)
+    wall_s = ledger.lines[-1]["time"] - ledger.lines[0]["time"]
+    useful_s, again_s = sum(line["wall_s"] for line in steps), sum(line["wall_s"] for line in again)
+    idle_s = sum(stop.seconds or 0.0 for stop in stops)
+    worker_s = sum(line["world_size"] * line["wall_s"] for line in [*steps, *again])
+    kind, units = ("GPU", 1) if config.scaling.use_gpu else ("CPU", config.scaling.threads_per_worker)
+    numbers = ", ".join(f"{first}–{last}" if last > first else f"{first}" for first, last in lost_ranges(ledger))
+    last = steps[-1]
+    rows = [
+        ("Tokens trained on", f"{last['tokens_seen']:,}"),
+        ("Steps", f"{last['step']:,} of {max_steps(config):,}" + ("" if ledger.events("finish") else ", unfinished")),
+        ("Wall time", duration(wall_s)),
+        (f"{kind}-hours", f"{worker_s * units / 3600:,.4g}"),
+        ("Workers, by attempt", ", ".join(map(str, ledger.world_sizes))),
+        ("Restarts", f"{len(stops)}, {sum(stop.is_resize for stop in stops)} of them with another number of workers"),
+        ("Steps lost and taken again", f"{len(again)}" + (f" ({numbers})" if again else "")),
+        ("Time lost", f"{idle_s + again_s:,.1f} s, {again_s:,.1f} s of it in steps taken again"),
+        ("Goodput", f"{useful_s / wall_s:.1%} of the wall time went into steps that count"),
+        ("Throughput", f"{last['tokens_seen'] / useful_s:,.0f} tokens/s"),
+        ("Training loss", f"{steps[0]['loss']:.4f} → {last['loss']:.4f} nats/token"),
+    ]
+    if known := [line["mfu"] for line in steps if line["mfu"] is not None]:
+        rows.append(("Model FLOPs utilization", f"{sum(known) / len(known):.1%} of the GPUs' peak"))
+    if validations := ledger.events("validation"):
+        rows.append(("Validation loss", f"{validations[-1]['val_loss']:.4f} nats/token"))
+        rows.append(("Bits per byte", f"{validations[-1]['val_bits_per_byte']:.4f}"))
+    if checkpoints := ledger.events("checkpoint"):
+        rows.append(("Checkpoint", checkpoints[-1]["checkpoint"]))
+        rows.append(("Parameter hash", checkpoints[-1]["parameter_hash"]))
+    return rows
+
+
+def lost_ranges(ledger: Ledger) -> list[tuple[int, int]]:
+    """First and last of each stretch of steps that were lost together."""
+    ranges: list[tuple[int, int]] = []
+    for line in lost_steps(ledger):
+        if ranges and line["step"] == ranges[-1][1] + 1:
+            ranges[-1] = (ranges[-1][0], line["step"])
+        else:
+            ranges.append((line["step"], line["step"]))
+    return ranges
+
+
+def event_rows(ledger: Ledger) -> list[tuple[Line, str, str]]:
+    """(line, name, what it says) of each event, in order."""
+    stops = {stop.attempt: stop for stop in interruptions(ledger)}
+    rows = []
+    for line in ledger.events():
+        name, text = line["event"], _described(line)
+        if name == "start" and (stop := stops.get(line["attempt"])):
+            name = stop.label
+            text += f"; {stop.lost_steps} steps lost"
+            text += f", {stop.seconds:.1f} s between steps" if stop.seconds is not None else ", no step completed"
+        rows.append((line, name, text))
+    return rows
+
+
+def duration(seconds: float) -> str:
+    """Such as `1 h 02 min 03 s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours:,} h {minutes:02} min {rest:02} s"
+    return f"{minutes} min {rest:02} s" if minutes else f"{seconds:.1f} s"
+
+
+def _described(line: Line) -> str:
+    match line["event"]:
+        case "start":
+            nodes = Counter(worker["node"] for worker in line["workers"])
+            place = ", ".join(f"{count} on {node}" for node, count in nodes.items())
+            source = f"checkpoint {line['checkpoint']}" if line["checkpoint"] else "fresh weights"
+            return f"attempt {line['attempt']}: workers {place}; from {source}"
+        case "validation":
+            return f"{line['val_loss']:.4f} nats/token, {line['val_bits_per_byte']:.4f} bits/byte"
+        case "checkpoint":
+            return f"{line['checkpoint']}, parameter hash {line['parameter_hash'][:12]}…, {line['seconds']:.2f} s"
+    return ", ".join(f"{name} {value}" for name, value in line.items() if name not in ("event", "time", "step"))
+
+
+def _step_lines(ledger: Ledger) -> list[dict[str, Any]]:
+    return [line for line in ledger.lines if "event" not in line]

@@ -1,0 +1,259 @@
+"""The report tells a run from its ledger alone: figures, one page without outside requests, and what was lost."""
+
+import base64
+import html.parser
+import json
+import math
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.config import RunConfig, to_yaml
+from cluster.stage import parse_result
+from cluster.storage import Storage, open_storage
+from jobs.ledger import LEDGER, Ledger
+from jobs.report import ReportError, find_run, make_report
+from jobs.report_figures import smoothed
+from jobs.run_history import duration, interruptions, lost_ranges, seconds_by_phase, segments, statistics
+from tests.jobs.runs import trained_run
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+FIGURES = {"loss", "learning_rate", "throughput", "world_size", "step_time"}
+TOKENS_PER_STEP = 8 * 64
+
+
+def eventful_lines() -> list[dict[str, Any]]:
+    """300 steps: 2 workers, a kill at step 123, 1 worker from 120 on, 2 from 200 on, a kill at 265, 2 from 260 on."""
+    rng = random.Random(0)
+    clock = 1_700_000_000.0
+    lines: list[dict[str, Any]] = []
+
+    def add(line: dict[str, Any], *, after_s: float) -> None:
+        nonlocal clock
+        clock += after_s
+        lines.append({"time": round(clock, 3), **line})
+
+    for attempt, (world_size, first, last) in enumerate(
+        [(2, 1, 123), (1, 121, 200), (2, 201, 265), (2, 261, 300)], start=1
+    ):
+        workers = [{"pid": 100 + rank, "node": f"node-{rank + 1}"} for rank in range(world_size)]
+        checkpoint = f"step-{first - 1:09d}" if first > 1 else None
+        start = {"event": "start", "attempt": attempt, "world_size": world_size, "step": first - 1}
+        add({**start, "checkpoint": checkpoint, "workers": workers}, after_s=5.0 if attempt > 1 else 0.0)
+        for step in range(first, last + 1):
+            wall_s = 1.0 / world_size + rng.uniform(0, 0.05)
+            add(
+                {
+                    "step": step,
+                    "tokens_seen": step * TOKENS_PER_STEP,
+                    "lr": 1e-3 * min(step / 20, 1) * (0.55 + 0.45 * math.cos(math.pi * step / 300)),
+                    "loss": 2.3 + 3.5 * math.exp(-step / 60) + rng.gauss(0, 0.06),
+                    "world_size": world_size,
+                    "attempt": attempt,
+                    "seconds": {
+                        "load": 0.01,
+                        "forward": 0.3 / world_size,
+                        "backward": 0.6 / world_size,
+                        "sync": 0.03 * (world_size - 1),
+                        "update": 0.02,
+                    },
+                    "wall_s": round(wall_s, 6),
+                    "tokens_per_s": round(TOKENS_PER_STEP / wall_s, 1),
+                    "mfu": None,
+                },
+                after_s=wall_s,
+            )
+            if step % 50 == 0:
+                loss = 2.4 + 3.5 * math.exp(-step / 60)
+                samples = [{"prompt": "<script>alert(1)</script>", "text": f" & what step {step} says"}]
+                validation = {"event": "validation", "step": step, "val_loss": loss, "val_bits_per_byte": loss / 2}
+                add({**validation, "samples": samples}, after_s=0.1)
+            if step % 40 == 0:
+                saved = {"event": "checkpoint", "step": step, "checkpoint": f"/mill/step-{step:09d}"}
+                add({**saved, "parameter_hash": f"{step:064x}", "seconds": 0.2}, after_s=0.2)
+    add({"event": "finish", "step": 300}, after_s=0.0)
+    return lines
+
+
+def write_run(run: Storage, lines: list[dict[str, Any]]) -> None:
+    config = {"run_id": "eventful", "train": {"max_tokens": 300 * TOKENS_PER_STEP, "global_batch_size": 8}}
+    settings = RunConfig.model_validate(config | {"model": {"preset": "tiny"}, "scaling": {"max_workers": 1}})
+    run.write_bytes("config.yaml", to_yaml(settings).encode())
+    run.write_bytes(LEDGER, "".join(json.dumps(line) + "\n" for line in lines).encode())
+
+
+@pytest.fixture
+def eventful(tmp_path: Path) -> Storage:
+    run = open_storage(str(tmp_path)).child("runs/eventful")
+    write_run(run, eventful_lines())
+    return run
+
+
+class Page(html.parser.HTMLParser):
+    """What a reader gets of a page: its texts, its images, and everything that names another resource."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.cells: list[str] = []
+        self.images: list[dict[str, str]] = []
+        self.references: list[str] = []
+        self.tags: set[str] = set()
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = {name: value or "" for name, value in attrs}
+        self.tags.add(tag)
+        self.references += [value for name, value in values.items() if name in ("src", "srcset", "href")]
+        if tag == "img":
+            self.images.append(values)
+
+    def handle_data(self, data: str) -> None:
+        if data.strip():
+            self.cells.append(data.strip())
+
+    def value_of(self, name: str) -> str:
+        return self.cells[self.cells.index(name) + 1]
+
+
+def test_history_of_a_kill_and_a_resize(eventful: Storage) -> None:
+    ledger = Ledger.read(eventful)
+    assert [(s.attempt, s.world_size, s.first_step, s.last_step) for s in segments(ledger)] == [
+        (1, 2, 1, 123),
+        (2, 1, 121, 200),
+        (3, 2, 201, 265),
+        (4, 2, 261, 300),
+    ]
+    assert [(stop.step, stop.label, stop.lost_steps) for stop in interruptions(ledger)] == [
+        (120, "resize 2 → 1", 3),
+        (200, "resize 1 → 2", 0),
+        (260, "restart", 5),
+    ]
+    assert all(5 < (stop.seconds or 0) < 8 for stop in interruptions(ledger))
+    assert lost_ranges(ledger) == [(121, 123), (261, 265)]
+    phases = seconds_by_phase(ledger)
+    assert list(phases) == ["load", "forward", "backward", "sync", "update", "other", "checkpoint"]
+    assert all(len(seconds) == 300 for seconds in phases.values())
+    assert sum(phases["checkpoint"]) == pytest.approx(7 * 0.2)
+
+
+def test_statistics_are_those_of_the_ledger(eventful: Storage) -> None:
+    ledger = Ledger.read(eventful)
+    config = RunConfig.model_validate(
+        {
+            "train": {"max_tokens": 300 * TOKENS_PER_STEP, "global_batch_size": 8},
+            "model": {"preset": "tiny"},
+            "scaling": {"max_workers": 1, "threads_per_worker": 3},
+        }
+    )
+    values = dict(statistics(ledger, config))
+    steps = [line for line in ledger.lines if "event" not in line]
+    assert len(steps) == 308
+    cpu_hours = sum(line["world_size"] * line["wall_s"] for line in steps) * 3 / 3600
+    assert float(values["CPU-hours"]) == pytest.approx(cpu_hours, rel=1e-3)
+    assert values["Steps"] == "300 of 300"
+    assert values["Tokens trained on"] == "153,600"
+    assert values["Workers, by attempt"] == "2, 1, 2, 2"
+    assert values["Restarts"] == "3, 2 of them with another number of workers"
+    assert values["Steps lost and taken again"] == "8 (121–123, 261–265)"
+    assert values["Parameter hash"] == f"{280:064x}"
+    wall_s = ledger.lines[-1]["time"] - ledger.lines[0]["time"]
+    assert values["Wall time"] == duration(wall_s)
+    useful_s = sum(line["wall_s"] for line in ledger.steps)
+    assert values["Goodput"].startswith(f"{useful_s / wall_s:.1%} ")
+    idle_s = sum(stop.seconds or 0 for stop in interruptions(ledger))
+    again_s = sum(line["wall_s"] for line in steps if line not in ledger.steps)
+    assert values["Time lost"] == f"{idle_s + again_s:.1f} s, {again_s:.1f} s of it in steps taken again"
+
+
+def test_page_and_figures(eventful: Storage, tmp_path: Path) -> None:
+    result = make_report(eventful)
+    assert result["figures"].keys() == FIGURES
+    page = Page(Path(result["html"]).read_text())
+    assert Path(result["html"]) == tmp_path / "runs/eventful/report/index.html"
+    assert len(page.images) == len(FIGURES)
+    for image, path in zip(page.images, result["figures"].values(), strict=True):
+        png = Path(path).read_bytes()
+        assert png.startswith(b"\x89PNG")
+        assert base64.b64decode(image["src"].removeprefix("data:image/png;base64,")) == png
+        assert len(image["alt"]) > 60
+    assert "from 5." in page.images[0]["alt"]
+    assert "resize 2 → 1 after step 120" in page.images[0]["alt"]
+    assert len(page.references) == 2 * len(FIGURES), "each figure has a dark form"
+    assert all(reference.startswith("data:") for reference in page.references)
+    assert "script" not in page.tags
+    assert "prefers-color-scheme: dark" in Path(result["html"]).read_text()
+    assert page.value_of("Steps lost and taken again") == "8 (121–123, 261–265)"
+    assert page.value_of("train.global_batch_size") == "8"
+    said = r"attempt 2: workers 1 on node-1; from checkpoint step-000000120; 3 steps lost, 6\.\d s between steps"
+    assert re.fullmatch(said, page.value_of("resize 2 → 1"))
+    assert page.value_of("<script>alert(1)</script>") == "& what step 50 says"
+
+
+def test_a_real_run_is_drawn_even_when_unfinished(tmp_path: Path) -> None:
+    plan = trained_run(str(tmp_path))
+    page = Page(Path(make_report(plan.run)["html"]).read_text())
+    ledger = Ledger.read(plan.run)
+    assert page.value_of("Steps") == "8 of 8"
+    assert page.value_of("Parameter hash") == ledger.events("checkpoint")[-1]["parameter_hash"]
+    assert page.value_of("Validation loss") == f"{ledger.events('validation')[-1]['val_loss']:.4f} nats/token"
+    assert page.value_of("Restarts").startswith("0")
+
+    write_run(plan.run, eventful_lines()[:2])  # one step and no validation, checkpoint or finish
+    result = make_report(plan.run)
+    assert result["figures"].keys() == FIGURES
+    assert Page(Path(result["html"]).read_text()).value_of("Steps") == "1 of 300, unfinished"
+
+
+def test_a_report_in_s3(s3_bucket: str) -> None:
+    storage = open_storage(f"s3://{s3_bucket}/mill")
+    write_run(storage.child("runs/eventful"), eventful_lines()[:80])
+    result = make_report(find_run("eventful", storage.uri))
+    assert result["html"] == f"s3://{s3_bucket}/mill/runs/eventful/report/index.html"
+    assert storage.read_bytes("runs/eventful/report/loss.png").startswith(b"\x89PNG")
+    assert storage.exists("runs/eventful/report/index.html")
+
+
+def test_runs_are_found_by_id_and_by_folder(eventful: Storage, tmp_path: Path) -> None:
+    for reference in ("eventful", eventful.uri, f"file://{eventful.uri}"):
+        assert find_run(reference, str(tmp_path)).uri == eventful.uri
+    with pytest.raises(ReportError, match=r"unknown run 'evenful': no ledger.jsonl in .*/runs/evenful.* has eventful"):
+        find_run("evenful", str(tmp_path))
+    with pytest.raises(ReportError, match=r"unknown run .*/none': .* has no runs"):
+        find_run(str(tmp_path / "none"), str(tmp_path / "empty"))
+    write_run(eventful, eventful_lines()[:1])
+    with pytest.raises(ReportError, match="no completed step yet"):
+        make_report(eventful)
+
+
+def test_the_command_prints_one_result(eventful: Storage, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "jobs.report", "eventful", "--storage.uri", str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    result = parse_result(done.stdout.splitlines()[-1])
+    assert result is not None
+    assert result["figures"].keys() == FIGURES
+
+
+def test_smoothing_keeps_attempts_apart() -> None:
+    steps = [line for line in eventful_lines() if "event" not in line]
+    ledger = Ledger(steps)
+    sizes = [float(line["world_size"]) for line in ledger.steps]
+    assert smoothed(sizes, ledger).tolist() == pytest.approx(sizes)
+    ramp = smoothed([float(line["step"]) for line in ledger.steps], ledger)
+    assert ramp[50] == pytest.approx(51)
+    assert ramp[0] == pytest.approx(2.5)  # the mean of steps 1 to 4: nothing is made up before the first
+    assert smoothed([3.0], Ledger(steps[:1])).tolist() == [3.0]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(1.24, "1.2 s"), (61, "1 min 01 s"), (3661.4, "1 h 01 min 01 s"), (360000, "100 h 00 min 00 s")],
+)
+def test_durations_read_well(seconds: float, text: str) -> None:
+    assert duration(seconds) == text

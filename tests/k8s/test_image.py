@@ -1,0 +1,49 @@
+"""The Dockerfile, as far as it can be checked without a container runtime: it is read, not built."""
+
+import re
+import tomllib
+from pathlib import Path
+
+from tests.k8s.manifests import K8S, cluster_spec, of_kind, render
+
+_REPOSITORY = K8S.parent
+
+
+def _instructions() -> list[tuple[str, str]]:
+    text = (K8S / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    return [(name, " ".join(rest.split())) for name, _, rest in (line.partition(" ") for line in lines)]
+
+
+def test_base_is_pinned_and_can_be_replaced() -> None:
+    (argument,) = (rest for name, rest in _instructions() if name == "ARG")
+    name, _, image = argument.partition("=")
+    assert re.fullmatch(r"docker\.io/library/python:3\.11\.\d+-slim-\w+", image)
+    assert ("FROM", f"${{{name}}}") in _instructions()
+
+
+def test_ends_as_the_user_that_pods_run_as() -> None:
+    users = [rest for name, rest in _instructions() if name == "USER"]
+    (user,) = {
+        cluster_spec(job)["headGroupSpec"]["template"]["spec"]["securityContext"]["runAsUser"]
+        for job in of_kind(render("base"), "RayJob")
+    }
+    assert users == [f"{user}:{user}"]
+
+
+def test_copies_what_is_there_and_all_the_code() -> None:
+    copied = [rest.split()[:-1] for name, rest in _instructions() if name == "COPY"]
+    sources = {source for sources in copied for source in sources}
+    assert [source for source in sources if not (_REPOSITORY / source).exists()] == []
+    packages = tomllib.loads((_REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"][
+        "packages"
+    ]
+    assert set(packages) <= sources
+    allowed = {line[1:] for line in Path(K8S / "Dockerfile.dockerignore").read_text().splitlines() if line[0] == "!"}
+    assert allowed == sources
+
+
+def test_ray_is_the_version_that_the_manifests_name() -> None:
+    (pinned,) = re.findall(r"^ray(?:\[.*\])?==(\S+)$", (_REPOSITORY / ".ci/constraints.txt").read_text(), re.MULTILINE)
+    named = {cluster_spec(manifest)["rayVersion"] for manifest in of_kind(render("base"), "RayJob", "RayService")}
+    assert named == {pinned}
