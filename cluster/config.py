@@ -270,9 +270,11 @@ class EvaluateConfig(Settings):
     max_tokens: int = Field(default=10_000_000, ge=1, description="tokens to evaluate on, from the front")
     batch_size: int = Field(default=8, ge=1, description="sequences computed together")
     seq_len: int | None = Field(
-        default=None, ge=1, description="tokens per sequence; the model's n_positions when unset"
+        default=None, ge=1, description="tokens per sequence; as the run trained, or else n_positions, when unset"
     )
-    precision: Literal["fp32", "bf16"] = Field(default="fp32", description="compute precision; bf16 is autocast")
+    precision: Literal["fp32", "bf16"] | None = Field(
+        default=None, description="compute precision, bf16 is autocast; as the run trained, or else fp32, when unset"
+    )
     num_workers: int = Field(default=2, ge=1, description="batches computed at once; the result does not depend on it")
     threads_per_worker: int = Field(default=1, ge=1, description="compute threads, and logical CPUs, of a worker")
     cluster: ClusterConfig = ClusterConfig()

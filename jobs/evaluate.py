@@ -18,12 +18,13 @@ import ray
 import torch
 from ray.exceptions import RayTaskError
 
-from cluster.config import EvaluateConfig, RunConfig
+from cluster.config import EvaluateConfig, RunConfig, seq_len
 from cluster.flags import ConfigError
 from cluster.progress import report_progress
 from cluster.registry import LATEST, resolve_checkpoint
 from cluster.stage import stage_main
 from cluster.storage import Storage, absolute_uri, open_storage, split_uri
+from jobs.run_history import CONFIG_FILE, recorded_config
 from jobs.token_store import MANIFEST, Manifest, Split, TokenStoreError, read_manifest
 from jobs.token_stream import TokenStream
 from jobs.tokenize_corpus import tokenize
@@ -64,6 +65,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     Raises `CheckpointError` for the checkpoint, `TokenStoreError` for the text to evaluate on.
     """
     folder = resolve_checkpoint(config.checkpoint, config.storage.uri)
+    config = _as_trained(folder, config)
     model = load_model(folder, verify=False)  # as it was verified just now
     tokens, split = _documents(folder, config) if config.data.source else _validation_split(folder, config)
     manifest = read_manifest(tokens)
@@ -83,6 +85,17 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "bits_per_byte": loss / math.log(2) / bytes_per_token,
         "tokens_per_s": round(rows.num_tokens / seconds, 1),
     }
+
+
+def _as_trained(folder: Path, config: EvaluateConfig) -> EvaluateConfig:
+    """The configuration with what is unset taken from the checkpoint's run, where it is known: positions that were
+    never trained would spoil the loss, and the loss in another precision is not the trainer's."""
+    run = None if is_hf_folder(folder) else storage_of(config).child(f"runs/{read_metadata(folder).run_id}")
+    if run is None or not run.exists(CONFIG_FILE):
+        return config
+    trained = recorded_config(run)
+    update = {"seq_len": config.seq_len or seq_len(trained), "precision": config.precision or trained.train.precision}
+    return config.model_copy(update=update)
 
 
 def storage_of(config: EvaluateConfig) -> Storage:
@@ -118,17 +131,19 @@ def _documents(folder: Path, config: EvaluateConfig) -> tuple[Storage, Split]:
 
 
 def _rows(tokens: Storage, manifest: Manifest, split: Split, model: GPT, config: EvaluateConfig) -> Rows:
-    seq_len, num_tokens = config.seq_len or model.config.n_positions, manifest.total("tokens", split)
-    if seq_len > model.config.n_positions:
-        raise ConfigError(f"seq_len={seq_len} exceeds the model's n_positions={model.config.n_positions}")
+    row_tokens, num_tokens = config.seq_len or model.config.n_positions, manifest.total("tokens", split)
+    if row_tokens > model.config.n_positions:
+        raise ConfigError(f"seq_len={row_tokens} exceeds the model's n_positions={model.config.n_positions}")
     if manifest.vocab_size > model.config.vocab_size:
         raise CheckpointError(
             f"the tokenizer has {manifest.vocab_size} ids, the model only {model.config.vocab_size}: they don't match"
         )
-    if num_tokens <= seq_len:
-        raise TokenStoreError(f"the text has {num_tokens} tokens, a row needs {seq_len + 1}; add text or lower seq_len")
-    num_rows = min((num_tokens - 1) // seq_len, max(1, config.max_tokens // seq_len))
-    return Rows(tokens, split, seq_len, num_rows, config.batch_size, config.precision)
+    if num_tokens <= row_tokens:
+        raise TokenStoreError(
+            f"the text has {num_tokens} tokens, a row needs {row_tokens + 1}; add text or lower seq_len"
+        )
+    num_rows = min((num_tokens - 1) // row_tokens, max(1, config.max_tokens // row_tokens))
+    return Rows(tokens, split, row_tokens, num_rows, config.batch_size, config.precision or "fp32")
 
 
 def _batch_losses(model: GPT, rows: Rows, config: EvaluateConfig) -> list[float]:

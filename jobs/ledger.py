@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from cluster.storage import NotFoundError, Storage
@@ -28,10 +28,12 @@ class LedgerWriter:
         self._run = run
         path = run.local_path(LEDGER)
         self._is_mirrored = path is None
-        self._path = path or Path(mkdtemp(prefix="raymill-ledger-")) / LEDGER
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         if path is None:
-            self._path.write_bytes(_stored(run))
+            self._scratch = TemporaryDirectory(prefix="raymill-ledger-")
+            path = Path(self._scratch.name) / LEDGER
+            path.write_bytes(_stored(run))
+        self._path = path
+        self._path.parent.mkdir(parents=True, exist_ok=True)
         data = self._path.read_bytes() if self._path.exists() else b""
         self._file = self._path.open("ab")
         self._file.truncate(data.rfind(b"\n") + 1)  # a crash's unfinished line

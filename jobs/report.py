@@ -7,19 +7,14 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-import yaml
-
-from cluster.config import RunConfig
-from cluster.flags import Parser, validate_config
+from cluster.flags import Parser
 from cluster.stage import print_result
 from cluster.storage import Storage, join_uri, open_storage
 from jobs.ledger import LEDGER, Ledger
 from jobs.report_figures import DARK, LIGHT, draw, pictures
 from jobs.report_page import Figure, page
-from jobs.run_history import statistics
+from jobs.run_history import recorded_config, statistics
 from model.errors import UserError
-
-CONFIG_FILE = "config.yaml"
 
 
 class ReportError(UserError):
@@ -45,7 +40,7 @@ def make_report(run: Storage) -> dict[str, Any]:
     ledger = Ledger.read(run)
     if not ledger.steps:
         raise ReportError(f"{run.uri} has no completed step yet; make the report once it has one")
-    values = yaml.safe_load(run.read_bytes(CONFIG_FILE))
+    config = recorded_config(run)
     figures, uris = [], {}
     for name, picture in pictures(ledger).items():
         figures.append(Figure(picture.description, draw(picture, ledger, LIGHT), draw(picture, ledger, DARK)))
@@ -55,8 +50,8 @@ def make_report(run: Storage) -> dict[str, Any]:
         run.uri.rpartition("/")[2],
         ledger,
         figures=figures,
-        statistics=statistics(ledger, validate_config(values, RunConfig)),
-        settings=list(_flattened(values)),
+        statistics=statistics(ledger, config),
+        settings=list(_flattened(config.model_dump(mode="json"))),
     )
     run.write_bytes("report/index.html", html.encode())
     return {"html": join_uri(run.uri, "report/index.html"), "figures": uris}

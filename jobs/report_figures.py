@@ -129,7 +129,7 @@ def _style(axes: Axes, ledger: Ledger, title: str, theme: Theme) -> None:
     axes.set_xlim(steps[0]["step"] - margin, steps[-1]["step"] + margin)
     axes.set_title(title, loc="left", color=theme.text, fontweight="bold")
     axes.set_xlabel("optimizer step", color=theme.text)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set_facecolor(theme.background)
     axes.grid(color=theme.grid, linewidth=0.6)
@@ -173,7 +173,7 @@ def _learning_rate(axes: Axes, ledger: Ledger, theme: Theme) -> None:
     axes.set_ylabel("learning rate (dimensionless)", color=theme.text)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     rates = [line["lr"] for line in ledger.steps]
-    axes.plot([line["step"] for line in ledger.steps], rates, color=theme.series, linewidth=1.8, label="learning rate")
+    axes.plot([line["step"] for line in ledger.steps], rates, ".-", color=theme.series, ms=3, label="learning rate")
     axes.set_ylim(0, 1.1 * max(rates))
 
 
@@ -206,7 +206,8 @@ def _step_time(axes: Axes, ledger: Ledger, theme: Theme) -> None:
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     steps = [line["step"] for line in ledger.steps]
     axes.stackplot(
-        *(steps, [factor * seconds for seconds in phases.values()]),
+        [steps[0] - 0.5, *steps, steps[-1] + 0.5],  # a step is as wide as one, also where it is the only one
+        [factor * np.pad(seconds, 1, mode="edge") for seconds in phases.values()],
         labels=list(phases),
         colors=[theme.phases[index % len(theme.phases)] for index in range(len(phases))],
         edgecolor=theme.background,

@@ -1,12 +1,18 @@
-"""A run as its ledger tells it: attempts, interruptions, lost steps, and the figures that sum it up."""
+"""A run as its settings and its ledger tell it: attempts, interruptions, lost steps, and what sums it up."""
 
 from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import yaml
+
 from cluster.config import RunConfig, max_steps
+from cluster.flags import validate_config
+from cluster.storage import Storage
 from jobs.ledger import Ledger, Line
+
+CONFIG_FILE = "config.yaml"
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,11 @@ class Interruption:
     @property
     def label(self) -> str:
         return f"resize {self.previous_world_size} → {self.world_size}" if self.is_resize else "restart"
+
+
+def recorded_config(run: Storage) -> RunConfig:
+    """The settings that the run was started with. Raises `NotFoundError`."""
+    return validate_config(yaml.safe_load(run.read_bytes(CONFIG_FILE)), RunConfig)
 
 
 def segments(ledger: Ledger) -> list[Segment]:

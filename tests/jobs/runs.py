@@ -33,7 +33,7 @@ def make_store(storage_uri: str, tokenizer: Tokenizer, texts: dict[Split, str]) 
     return manifest
 
 
-def trained_run(storage_uri: str) -> RunPlan:
+def trained_run(storage_uri: str, *, precision: str = "fp32") -> RunPlan:
     """A finished run of eight steps that validated at steps 4 and 8 and saved at 3, 6 and 8."""
     texts: dict[Split, str] = {"train": make_text(1500), "val": make_text(400, seed=1)}
     tokenizer = train_bpe(texts.values(), vocab_size=300)
@@ -41,12 +41,14 @@ def trained_run(storage_uri: str) -> RunPlan:
     config = RunConfig.model_validate(
         {
             "run_id": "tiny",
-            "model": {"preset": "tiny", "n_positions": 32, "vocab_size": tokenizer.vocab_size},
+            "model": {"preset": "tiny", "n_positions": 48, "vocab_size": tokenizer.vocab_size},
             "train": {
                 "max_tokens": 8 * 4 * 32,
                 "global_batch_size": 4,
                 "micro_batch_size": 2,
+                "seq_len": 32,  # less than the model could take
                 "learning_rate": 1e-2,
+                "precision": precision,
                 "eval_every_steps": 4,
                 "sample_prompts": ["tell me <b>more</b> & more"],
                 "sample_tokens": 8,

@@ -23,6 +23,15 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> RunPlan:
     return trained_run(str(tmp_path_factory.mktemp("storage")))
 
 
+def test_it_computes_in_the_precision_of_the_run(ray_workers: int, tmp_path: Path) -> None:
+    plan = trained_run(str(tmp_path), precision="bf16")
+    expected = Ledger.read(plan.run).events("validation")[-1]["val_loss"]
+    checkpoint = str(newest_checkpoint(plan))
+    assert evaluate(EvaluateConfig(checkpoint=checkpoint, batch_size=2))["loss"] == pytest.approx(expected, abs=1e-6)
+    in_fp32 = evaluate(EvaluateConfig(checkpoint=checkpoint, batch_size=2, precision="fp32"))["loss"]
+    assert 1e-6 < abs(in_fp32 - expected) < 0.05
+
+
 def test_it_equals_the_trainers_validation_for_any_workers(plan: RunPlan, ray_workers: int) -> None:
     checkpoint = newest_checkpoint(plan)
     first, *others = [
@@ -87,8 +96,8 @@ def test_the_checkpoints_place_names_the_storage() -> None:
 
 def test_what_is_missing_or_does_not_fit_is_named(plan: RunPlan, ray_workers: int, tmp_path: Path) -> None:
     checkpoint = str(newest_checkpoint(plan))
-    with pytest.raises(ConfigError, match="seq_len=33 exceeds the model's n_positions=32"):
-        evaluate(EvaluateConfig(checkpoint=checkpoint, seq_len=33))
+    with pytest.raises(ConfigError, match="seq_len=49 exceeds the model's n_positions=48"):
+        evaluate(EvaluateConfig(checkpoint=checkpoint, seq_len=49))
     with pytest.raises(CheckpointError, match="unknown checkpoint"):
         evaluate(EvaluateConfig(checkpoint=str(tmp_path / "none")))
     (tmp_path / "short.txt").write_text("short")
