@@ -68,29 +68,35 @@ class Chaos:
 
     def _inject(self) -> None:
         assert self._cluster is not None, "only a local cluster's processes may be killed"
+        killed_attempt = 0
         for fault in self._faults:
-            workers: list[dict[str, Any]] = []
-            while not workers:
+            start: dict[str, Any] | None = None
+            while start is None:
                 if self._ended.wait(_POLL_S):
                     return
-                workers = self._workers_at(fault.step)
+                start = self._attempt_at(fault.step)
+                # After a kill the ledger still shows the attempt that was hit, until the next one has started.
+                if start is not None and start["attempt"] <= killed_attempt:
+                    start = None
+            worker = start["workers"][-1]
             match fault.kind:
                 case Kind.KILL_WORKER:
-                    say(f"chaos: SIGKILL to worker {workers[-1]['pid']} at step {fault.step}")
-                    os.kill(workers[-1]["pid"], signal.SIGKILL)
+                    say(f"chaos: SIGKILL to worker {worker['pid']} after step {fault.step}")
+                    os.kill(worker["pid"], signal.SIGKILL)
+                    killed_attempt = start["attempt"]
                 case Kind.KILL_NODE:
-                    say(f"chaos: SIGKILL to {workers[-1]['node']} at step {fault.step}")
-                    self._cluster.kill_node(workers[-1]["node"])
+                    say(f"chaos: SIGKILL to {worker['node']} after step {fault.step}")
+                    self._cluster.kill_node(worker["node"])
+                    killed_attempt = start["attempt"]
                 case Kind.ADD_NODE:
-                    say(f"chaos: {self._cluster.add_node()} joined at step {fault.step}")
+                    say(f"chaos: {self._cluster.add_node()} joined after step {fault.step}")
 
-    def _workers_at(self, step: int) -> list[dict[str, Any]]:
-        """The workers by rank, once the current attempt has completed `step`; until then none."""
+    def _attempt_at(self, step: int) -> dict[str, Any] | None:
+        """The start event of the current attempt, once the run has completed `step`; until then None."""
         try:
             lines = [json.loads(line) for line in self._run.read_bytes("ledger.jsonl").split(b"\n")[:-1]]
         except NotFoundError:
-            return []
-        if not lines or ("event" in lines[-1] and lines[-1]["event"] == "finish") or lines[-1].get("step", 0) < step:
-            return []
-        workers: list[dict[str, Any]] = [line for line in lines if line.get("event") == "start"][-1]["workers"]
-        return workers
+            return None
+        steps = [line["step"] for line in lines if "event" not in line]
+        starts = [line for line in lines if line.get("event") == "start"]
+        return starts[-1] if starts and steps and steps[-1] >= step else None

@@ -65,11 +65,12 @@ def _parser() -> Parser:
 
     sub = command("evaluate", commands.evaluate, "loss, perplexity and bits per byte of a checkpoint")
     _checkpoint_argument(sub)
+    _config_option(sub)
     add_config_arguments(sub, EvaluateConfig)
 
     sub = command("export", commands.export, "copy a checkpoint without its training state, ready for Hugging Face")
     _checkpoint_argument(sub)
-    sub.add_argument("destination", type=Path, help="folder to make")
+    sub.add_argument("destination", help="folder or s3:// URI to make")
     _storage_argument(sub)
 
     sub = command("report", commands.report, "draw a run: loss, learning rate, throughput, world size, events")
@@ -97,6 +98,7 @@ def _parser() -> Parser:
         "serve", commands.serve, "serve a checkpoint behind an OpenAI-compatible endpoint until SIGTERM or Ctrl-C"
     )
     _checkpoint_argument(sub)
+    _config_option(sub)
     add_config_arguments(sub, ServeConfig)
 
     sub = command("complete", commands.complete, "complete a prompt at the endpoint that `raymill serve` started here")
@@ -118,6 +120,10 @@ def _parser() -> Parser:
 
 def _checkpoint_argument(parser: Parser) -> None:
     parser.add_argument("checkpoint", help="path or URI of a checkpoint's or run's folder, or `latest`")
+
+
+def _config_option(parser: Parser) -> None:
+    parser.add_argument("--config", type=Path, help="YAML file; flags override its settings")
 
 
 def _storage_argument(parser: Parser) -> None:

@@ -50,7 +50,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def export(arguments: argparse.Namespace) -> dict[str, Any]:
-    destination = str(arguments.destination.absolute())
+    destination = absolute_uri(arguments.destination)
     return run_module("jobs.export", arguments.checkpoint, destination, "--storage.uri", storage_uri(arguments))
 
 

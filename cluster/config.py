@@ -12,11 +12,11 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
-from model.config import GPTConfig, resolve_preset
+from model.config import GPTConfig, preset_fields
 
 
 def _model_shape(value: Any) -> Any:
-    return resolve_preset(value) if isinstance(value, dict) else value
+    return preset_fields(value) if isinstance(value, dict) else value
 
 
 ModelShape = Annotated[GPTConfig, BeforeValidator(_model_shape), PlainSerializer(dataclasses.asdict)]

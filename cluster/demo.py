@@ -78,7 +78,8 @@ def run_demo(storage_uri: str, *, keep: bool) -> dict[str, Any]:
             key = Path(str(endpoint.api_key_file)).read_text(encoding="utf-8").split()[0]
             say(
                 f"\nThe endpoint stays up until Ctrl-C.  URL {endpoint.url}/v1  key {key}\n"
-                f"curl {endpoint.url}/v1/completions -H 'Authorization: Bearer {key}' -H 'Content-Type: application/json'"
+                f"curl {endpoint.url}/v1/completions -H 'Authorization: Bearer {key}'"
+                " -H 'Content-Type: application/json'"
                 f' -d \'{{"model": "{endpoint.model}", "prompt": "To be", "max_tokens": 40}}\''
             )
             threading.Event().wait()
@@ -114,7 +115,9 @@ def _unpack(archive: Path, folder: Path) -> None:
     with tarfile.open(archive) as tar:
         for member in tar:
             path = Path(member.name)
-            is_text = path.parent.name == "texts" and path.name != "metadata.txt" and not path.name.startswith("paradise")
+            is_text = (
+                path.parent.name == "texts" and path.name != "metadata.txt" and not path.name.startswith("paradise")
+            )
             is_modern = path.parent.parent.name == "miltondata" or path.name.endswith("_gut.txt")
             if member.isfile() and path.suffix == ".txt" and is_text and is_modern:
                 file = tar.extractfile(member)

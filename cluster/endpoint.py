@@ -42,8 +42,11 @@ class Endpoint:
     def headers(self) -> dict[str, str]:
         if self.api_key_file is None:
             return {}
-        key = Path(self.api_key_file).read_text(encoding="utf-8").split()[0]
-        return {"Authorization": f"Bearer {key}"}
+        path = Path(self.api_key_file)
+        keys = path.read_text(encoding="utf-8").split() if path.is_file() else []
+        if not keys:
+            raise UserError(f"no API key is in {path}: name the key file of `raymill serve` with --api-key-file")
+        return {"Authorization": f"Bearer {keys[0]}"}
 
 
 def deploy(connection: Connection, config: ServeConfig) -> Endpoint:
@@ -90,4 +93,8 @@ def stream_completion(endpoint: Endpoint, request: dict[str, Any], *, on_text: C
 
 def _raise_for(response: httpx.Response) -> None:
     if response.is_error:
-        raise UserError(f"{response.url} answered {response.status_code}: {response.json()['error']['message']}")
+        try:
+            message = response.json()["error"]["message"]
+        except (ValueError, KeyError):  # not an endpoint of ours
+            message = " ".join(response.text[:200].split())
+        raise UserError(f"{response.url} answered {response.status_code}: {message}")

@@ -25,7 +25,10 @@ class ConfigError(UserError):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line with a suggestion, raised as `ConfigError`."""
+    """argparse whose errors are one line with a suggestion, raised as `ConfigError`; flags are never abbreviated."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message: str) -> Never:
         unknown = message.removeprefix("unrecognized arguments: ")
@@ -58,6 +61,8 @@ def config_from_arguments(arguments: argparse.Namespace, root: type[Config]) -> 
         *parents, name = path.split(".")
         for parent in parents:
             branch = branch.setdefault(parent, {})
+            if not isinstance(branch, dict):
+                raise ConfigError(f"{parent} holds {branch!r} in {arguments.config}; expected `name: value` lines")
         branch[name] = value if is_list else None if value in ("null", "none") else value
     return _settled(validate_config(values, root))
 
@@ -104,7 +109,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from None
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds no settings; expected `section:` lines with `name: value` below them")
     return values

@@ -21,7 +21,8 @@ _LINE_INTERVAL_S = 10.0
 # Ray's own voice: lines of its processes and its dated log lines. They go to the log file only, but for the last line
 # of a worker's traceback, which says what happened.
 _RAY_LINE = re.compile(
-    r"\((\w+ pid=|raylet\b|autoscaler\b)|(INFO )?\d{4}-\d\d-\d\d [\d:,]+\s(INFO|WARNING|serve )|Running entrypoint for job "
+    r"\((\w+ pid=|\w+:.* pid=|pid=|raylet\b|autoscaler\b)"
+    r"|(INFO )?\d{4}-\d\d-\d\d [\d:,]+\s(INFO|WARNING|serve )|Running entrypoint for job "
 )
 _WORKER_ERROR = re.compile(r"\(RayTrainWorker.*?\) (\w+\.)*\w*(Error|Exception): ")
 

@@ -10,7 +10,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cluster.storage import AlreadyExistsError, Entry, Storage, absolute_uri, open_storage, split_uri
+from cluster.storage import AlreadyExistsError, Entry, NotFoundError, Storage, absolute_uri, open_storage, split_uri
 from model.checkpoint import MANIFEST, CheckpointError, is_hf_folder, read_metadata, verify_checkpoint
 
 LATEST = "latest"
@@ -79,8 +79,11 @@ def resolve_checkpoint(reference: str, storage_uri: str) -> Path:
 
 def _newest(checkpoints: list[str], *, none: str) -> Path:
     for checkpoint in reversed(checkpoints):
-        local = _fetched(checkpoint)
-        problems = verify_checkpoint(local)
+        try:
+            local = _fetched(checkpoint)
+            problems = verify_checkpoint(local)
+        except NotFoundError as error:  # deleted since
+            problems = [str(error)]
         if not problems:
             return local
         _log.warning("checkpoint %s is skipped: %s", checkpoint, "; ".join(problems))

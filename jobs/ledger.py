@@ -114,6 +114,8 @@ class Ledger:
         for line in self.lines:
             if line.get("event") == "start":
                 count += 1
+            elif line.get("event") == "gave_up":
+                count = 0  # whoever resumes the run has mended something
             elif "event" not in line and line["step"] > furthest:
                 furthest, count = line["step"], 0
         return count

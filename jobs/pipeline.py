@@ -16,7 +16,9 @@ def pipeline(config: RunConfig) -> dict[str, Any]:
     """The figures of every stage. A stage whose result is there already is not repeated."""
     tokens = tokenize(config)
     run = pretrain(config)
-    evaluation = evaluate(EvaluateConfig(checkpoint=run["checkpoint"], storage=config.storage))
+    evaluation = evaluate(
+        EvaluateConfig(checkpoint=run["checkpoint"], max_tokens=config.train.eval_max_tokens, storage=config.storage)
+    )
     report = make_report(open_storage(run["run_dir"]))
     return tokens | run | {"evaluation": evaluation} | report
 

@@ -10,24 +10,22 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray.train
-import yaml
 from ray.train import FailureConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.config import ScalingConfig
 
 from cluster.config import RunConfig, max_steps, to_yaml
-from cluster.flags import ConfigError, validate_config
+from cluster.flags import ConfigError
 from cluster.progress import report_progress, say
 from cluster.registry import publications, publish
 from cluster.stage import StageFailedError, code_version, stage_main
 from cluster.storage import Storage, open_storage, split_uri
 from jobs.checkpoints import RunCheckpoints
 from jobs.ledger import Ledger
+from jobs.run_history import CONFIG_FILE, recorded_config
 from jobs.tokenize_corpus import tokenize
 from jobs.train_loop import MAX_FRUITLESS_ATTEMPTS, RunPlan, run_storage, train
 from jobs.train_tokenizer import ensure_tokenizer
-
-CONFIG_FILE = "config.yaml"
 
 _PROGRESS_INTERVAL_S = 2.0
 
@@ -64,9 +62,10 @@ def pretrain(config: RunConfig) -> dict[str, Any]:
             _fit(plan)
     ledger = Ledger.read(run)
     if not ledger.events("finish"):
+        step = ledger.steps[-1]["step"] if ledger.steps else 0
         raise StageFailedError(
-            f"run {config.run_id} gave up: {MAX_FRUITLESS_ATTEMPTS} attempts in a row got no further than step "
-            f"{len(ledger.steps)}; the reason is in the log above, the ledger in {run.uri}"
+            f"run {config.run_id} gave up: {MAX_FRUITLESS_ATTEMPTS} attempts in a row got no further than step {step}; "
+            f"the reason is in the log above, the ledger in {run.uri}"
         )
     checkpoint = RunCheckpoints(run).uri(ledger.events("checkpoint")[-1]["checkpoint"].rsplit("/", 1)[1])
     if checkpoint not in published:
@@ -79,7 +78,7 @@ def _enter(run: Storage, config: RunConfig) -> None:
     if not run.exists(CONFIG_FILE):
         run.write_bytes(CONFIG_FILE, to_yaml(config).encode())
         return
-    before = validate_config(yaml.safe_load(run.read_bytes(CONFIG_FILE)), RunConfig)
+    before = recorded_config(run)
     if (before.model, before.train) != (config.model, config.train):
         old, new = before.model_dump(mode="json"), config.model_dump(mode="json")
         changed = [

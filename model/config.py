@@ -85,10 +85,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def resolve_preset(values: dict[str, Any]) -> GPTConfig:
-    """A `GPTConfig` from its fields and an optional `preset` whose fields they override.
+    """A `GPTConfig` from its fields and an optional `preset` whose fields they override."""
+    return GPTConfig(**preset_fields(values))
 
-    Raises `ValueError` for an unknown preset or field.
-    """
+
+def preset_fields(values: dict[str, Any]) -> dict[str, Any]:
+    """The fields in `values` over those of its `preset`. Raises `ValueError` for an unknown preset or field."""
     values = dict(values)
     preset = values.pop("preset", None)
     if preset is not None and preset not in PRESETS:
@@ -97,4 +99,4 @@ def resolve_preset(values: dict[str, Any]) -> GPTConfig:
     for name in values:
         if name not in known:
             raise ValueError(f"{name!r} is not a model setting, expected one of preset, {', '.join(sorted(known))}")
-    return GPTConfig(**(PRESETS.get(preset, {}) | values))
+    return PRESETS.get(preset, {}) | values

@@ -1,0 +1,36 @@
+"""Tiny checkpoints, written for real, and ways to damage one."""
+
+from pathlib import Path
+
+from model.checkpoint import MANIFEST, Metadata, write_checkpoint
+from model.config import resolve_preset
+from model.gpt import GPT
+from model.tokenizer import train_bpe
+
+DAMAGES = ("flip", "truncate", "remove")
+FILES = (MANIFEST, "model.safetensors", "config.json", "tokenizer.json", "raymill.json")
+
+
+def write_tiny(folder: Path, *, step: int = 1, run_id: str = "tiny") -> Metadata:
+    """A checkpoint whose weights, and so its parameter hash, depend on the step."""
+    tokenizer = train_bpe(["to be or not to be"], vocab_size=257)
+    model = GPT(resolve_preset({"preset": "tiny", "n_layer": 1, "vocab_size": tokenizer.vocab_size}))
+    model.init_weights(step)
+    metadata = Metadata(run_id=run_id, step=step, tokens_seen=step * 64, data_manifest_hash="d", code_version="c")
+    return write_checkpoint(
+        folder, model=model, tokenizer=tokenizer, metadata=metadata, train_state=dict(model.state_dict())
+    )
+
+
+def damage(folder: Path, name: str, how: str) -> None:
+    """Flips a bit in the middle of the file, cuts off its last byte, or removes it."""
+    path = folder / name
+    content = bytearray(path.read_bytes())
+    match how:
+        case "flip":
+            content[len(content) // 2] ^= 1
+            path.write_bytes(content)
+        case "truncate":
+            path.write_bytes(content[:-1])
+        case "remove":
+            path.unlink()

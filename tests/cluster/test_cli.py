@@ -1,0 +1,199 @@
+"""The `raymill` command as scripts see it: exit codes, one line on errors, one JSON object at the end of the output.
+
+Only what needs no cluster; most of it in this process, since a Python that imports Ray takes seconds to start.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.cli import main
+from model.checkpoint import MANIFEST
+from tests.checkpoints import write_tiny
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+COMMANDS = {
+    "tokenize": ["CONFIG", "--data.source", "--storage.uri", "--json"],
+    "pretrain": ["--train.learning-rate", "--scaling.max-workers", "--cluster.address", "--chaos", "--model.n-layer"],
+    "pipeline": ["--checkpoint.save-every-steps"],
+    "evaluate": ["CHECKPOINT", "--max-tokens", "--precision"],
+    "export": ["DESTINATION", "--storage.uri"],
+    "report": ["RUN", "--storage.uri"],
+    "publish": ["CHECKPOINT"],
+    "checkpoint show": ["CHECKPOINT", "--json"],
+    "checkpoint list": ["--storage.uri"],
+    "serve": ["--port", "--api-key-file", "--replicas.max-replicas"],
+    "complete": ["PROMPT", "--max-tokens", "--url"],
+    "demo": ["--keep"],
+}
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Runs in an empty folder, so that `.raymill` is there and not in the repository."""
+    monkeypatch.chdir(tmp_path)
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+
+
+def raymill(*argv: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-m", "cluster.cli", *argv]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+
+
+def last_json(output: str) -> dict[str, Any]:
+    value = json.loads(output.splitlines()[-1])
+    assert isinstance(value, dict)
+    return value
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_is_the_manual(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*name.split(), "--help"])
+    assert ended.value.code == 0
+    manual = capsys.readouterr().out.lower()
+    assert all(word.lower() in manual for word in COMMANDS[name])
+
+
+def test_the_first_help_names_every_command() -> None:
+    done = raymill("--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert all(f" {name.split()[0]} " in done.stdout for name in COMMANDS)
+    assert "Exit codes: 0 done, 1 failed, 2 misused" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], ["COMMAND", "raymill --help"]),
+        (["checkpoint"], ["COMMAND", "raymill checkpoint --help"]),
+        (["pretrian"], ["'pretrian'", "'pretrain'"]),
+        (["pretrain"], ["--data.source"]),
+        (["pretrain", "none.yaml"], ["none.yaml", "No such file"]),
+        (["pretrain", "--data.source", "x", "--train.learnin-rate", "1"], ["did you mean --train.learning-rate?"]),
+        (["pretrain", "--data.source", "x", "--train.learning-rate", "fast"], ["train.learning_rate", "'fast'"]),
+        (["pretrain", "--data.source", "x", "--model.n-head", "5"], ["n_head=5", "n_embd=768"]),
+        (["pretrain", "--data.source", "x", "--chaos", "kill@3"], ["'kill@3'", "kill-worker", "kill-node"]),
+        (
+            ["pretrain", "--data.source", "x", "--chaos", "kill-node@3", "--cluster.address", "http://127.0.0.1:1"],
+            ["--chaos", "--cluster.address"],
+        ),
+        (["serve", "latest", "--port", "70000"], ["port", "65535", "70000"]),
+        (["evaluate"], ["checkpoint"]),
+        (["complete", "x", "--max-tokens", "many"], ["--max-tokens", "'many'"]),
+    ],
+    ids=" ".join,
+)
+def test_misuse_is_one_line_and_exit_code_2(
+    argv: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(argv) == 2
+    streams = capsys.readouterr()
+    assert streams.out == ""
+    assert streams.err.startswith("error: ")
+    assert streams.err.count("\n") == 1
+    assert all(word in streams.err for word in words), streams.err
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["checkpoint", "show", "nowhere"], ["unknown checkpoint nowhere"]),
+        (["checkpoint", "show", "latest"], ["nothing is published in"]),
+        (["publish", "nowhere"], ["unknown checkpoint nowhere"]),
+        (["complete", "hi"], ["no endpoint was started from", "raymill serve latest", "--url"]),
+        (["complete", "hi", "--url", "http://127.0.0.1:9"], ["no endpoint answers at http://127.0.0.1:9"]),
+        (["complete", "hi", "--url", "http://127.0.0.1:9", "--api-key-file", "none"], ["no API key is in none"]),
+        (
+            ["tokenize", "--data.source", "x", "--cluster.address", "http://127.0.0.1:9"],
+            ["no Ray Jobs API answers at http://127.0.0.1:9"],
+        ),
+        (["publish", "ftp://host/x"], ["'ftp://host/x'", "s3://bucket/prefix"]),
+    ],
+    ids=" ".join,
+)
+def test_failure_is_one_line_and_exit_code_1(
+    argv: list[str], words: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(argv) == 1
+    streams = capfd.readouterr()
+    assert streams.out == ""
+    errors = [line for line in streams.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert all(word in errors[0] for word in words), streams.err
+
+
+def test_another_service_is_no_endpoint(s3_server: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["complete", "hi", "--url", s3_server]) == 1
+    assert f"error: {s3_server}/v1/models answered 40" in capsys.readouterr().err
+
+
+def test_a_missing_bucket_is_named(s3_server: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["checkpoint", "show", "latest", "--storage.uri", "s3://no-such-bucket/x"]) == 1
+    assert "no bucket 'no-such-bucket'" in capsys.readouterr().err
+
+
+def test_a_process_ends_with_the_codes_and_without_a_traceback() -> None:
+    misused, failed = raymill("pretrain", "none.yaml", "--json"), raymill("checkpoint", "show", "nowhere", "--json")
+    assert (misused.returncode, failed.returncode) == (2, 1)
+    for done in (misused, failed):
+        assert done.stdout == ""
+        assert done.stderr.startswith("error: ")
+        assert done.stderr.count("\n") == 1
+
+
+def test_a_checkpoint_is_shown(tmp_path: Path) -> None:
+    metadata = write_tiny(tmp_path / "step-1")
+    done = raymill("checkpoint", "show", "step-1", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    shown = last_json(done.stdout)
+    assert (shown["valid"], shown["problems"]) == (True, [])
+    assert shown["parameter_hash"] == metadata.parameter_hash
+    assert shown["checkpoint"] == str(tmp_path / "step-1")
+    assert shown["files"] == {path.name: path.stat().st_size for path in (tmp_path / "step-1").iterdir()}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "raymill.json", "tokenizer.json"])
+@pytest.mark.parametrize("how", ["flip", "truncate", "remove"])
+def test_a_damaged_checkpoint_is_shown_with_its_problem(
+    tmp_path: Path, name: str, how: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tests.checkpoints import damage
+
+    write_tiny(tmp_path / "step-1")
+    damage(tmp_path / "step-1", name, how)
+    assert main(["checkpoint", "show", "step-1", "--json"]) == 0
+    shown = last_json(capsys.readouterr().out)
+    assert shown["valid"] is False
+    assert len(shown["problems"]) == 1
+    assert name in shown["problems"][0]
+
+
+def test_a_torn_checkpoint_is_not_valid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tiny(tmp_path / "step-1")
+    (tmp_path / "step-1" / MANIFEST).unlink()
+    assert main(["checkpoint", "show", "step-1", "--json"]) == 0
+    shown = last_json(capsys.readouterr().out)
+    assert (shown["valid"], MANIFEST in shown["problems"][0]) == (False, True)
+
+
+def test_publish_then_list_then_latest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hashes = [write_tiny(tmp_path / f"step-{step}", step=step).parameter_hash for step in (1, 2)]
+    for step in (1, 2):
+        assert main(["publish", f"step-{step}", "--json"]) == 0
+        assert last_json(capsys.readouterr().out)["parameter_hash"] == hashes[step - 1]
+    assert main(["checkpoint", "list", "--json"]) == 0
+    published = last_json(capsys.readouterr().out)["published"]
+    assert [entry["parameter_hash"] for entry in published] == hashes
+    assert main(["checkpoint", "show", "latest"]) == 0
+    assert str(hashes[1]) in capsys.readouterr().out

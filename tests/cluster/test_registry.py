@@ -1,0 +1,135 @@
+"""The registry: what is published is found again, damaged checkpoints never are, and numbers are taken once."""
+
+import logging
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from cluster.registry import publications, publish, resolve_checkpoint
+from cluster.storage import open_storage
+from model.checkpoint import MANIFEST, CheckpointError, parameter_hash
+from model.checkpoint import load_model as load
+from tests.checkpoints import DAMAGES, damage, write_tiny
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A storage root; copies of remote checkpoints go to a home folder beside it."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    return tmp_path / "root"
+
+
+def steps(root: Path, *numbers: int) -> list[Path]:
+    folders = [root / f"runs/r/checkpoints/step-{number:09d}" for number in numbers]
+    for number, folder in zip(numbers, folders, strict=True):
+        write_tiny(folder, step=number, run_id="r")
+    return folders
+
+
+def test_the_newest_publication_is_the_latest(root: Path) -> None:
+    storage = open_storage(str(root))
+    first, second = steps(root, 1, 2)
+    assert publications(storage) == []
+    published = [publish(storage, str(folder)) for folder in (second, first)]
+    assert publications(storage) == published
+    assert [(entry.run_id, entry.step, entry.checkpoint) for entry in published] == [
+        ("r", 2, str(second)),
+        ("r", 1, str(first)),
+    ]
+    assert resolve_checkpoint("latest", str(root)) == first
+    assert parameter_hash(load(first).state_dict()) == published[1].parameter_hash
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_damaged_latest_is_named_and_passed_over(root: Path, how: str, caplog: pytest.LogCaptureFixture) -> None:
+    storage = open_storage(str(root))
+    older, newer = steps(root, 1, 2)
+    for folder in (older, newer):
+        publish(storage, str(folder))
+    damage(newer, "model.safetensors", how)
+    with caplog.at_level(logging.WARNING):
+        assert resolve_checkpoint("latest", str(root)) == older
+    assert str(newer) in caplog.text
+    assert "model.safetensors" in caplog.text
+    shutil.rmtree(older)
+    with pytest.raises(CheckpointError, match="nothing is published"):
+        resolve_checkpoint("latest", str(root))
+
+
+def test_nothing_published_says_what_to_do(root: Path) -> None:
+    with pytest.raises(CheckpointError, match=f"nothing is published in {root}: finish a run"):
+        resolve_checkpoint("latest", str(root))
+
+
+def test_only_valid_checkpoints_are_published(root: Path) -> None:
+    (folder,) = steps(root, 1)
+    damage(folder, "tokenizer.json", "flip")
+    with pytest.raises(CheckpointError, match=r"step-000000001 is not valid: .*tokenizer\.json is altered"):
+        publish(open_storage(str(root)), str(folder))
+    with pytest.raises(CheckpointError, match="unknown checkpoint"):
+        publish(open_storage(str(root)), str(root / "nowhere"))
+    assert publications(open_storage(str(root))) == []
+
+
+def test_a_checkpoint_is_named_by_its_folder_or_its_run(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first, second, third = steps(root, 9, 10, 11)
+    assert resolve_checkpoint(str(first), str(root)) == first
+    assert resolve_checkpoint(f"file://{second}", str(root)) == second
+    assert resolve_checkpoint(str(root / "runs/r"), str(root)) == third
+    damage(third, "config.json", "flip")
+    (second / MANIFEST).unlink()
+    with caplog.at_level(logging.WARNING):
+        assert resolve_checkpoint(str(root / "runs/r"), str(root)) == first
+    assert f"{third} is skipped: config.json is altered" in caplog.text
+    with pytest.raises(CheckpointError, match=r"config\.json is altered"):
+        resolve_checkpoint(str(third), str(root))
+    with pytest.raises(CheckpointError, match=r"manifest\.json is missing"):
+        resolve_checkpoint(str(second), str(root))
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_an_unknown_checkpoint_is_named(root: Path, number: int) -> None:
+    steps(root, *range(1, number))
+    with pytest.raises(CheckpointError, match=f"unknown checkpoint {root}/runs/r/checkpoints/step-7"):
+        resolve_checkpoint(f"{root}/runs/r/checkpoints/step-7", str(root))
+
+
+def test_a_remote_checkpoint_is_copied_here(root: Path, s3_bucket: str, caplog: pytest.LogCaptureFixture) -> None:
+    uri = f"s3://{s3_bucket}/some"
+    storage = open_storage(uri)
+    folders = steps(root, 1, 2)
+    names = [f"runs/r/checkpoints/{folder.name}" for folder in folders]
+    for folder, name in zip(folders, names, strict=True):
+        storage.upload_folder(folder, name, last=MANIFEST)
+        publish(storage, f"{uri}/{name}")
+    copy = resolve_checkpoint("latest", uri)
+    assert copy.is_relative_to(Path.home())
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == {
+        path.name: path.read_bytes() for path in folders[1].iterdir()
+    }
+    assert resolve_checkpoint(f"{uri}/runs/r", uri) == resolve_checkpoint(f"{uri}/{names[1]}", uri) == copy
+
+    # The folder is replaced by another checkpoint: the copy of the old one is not taken for it.
+    storage.upload_folder(folders[0], names[1], last=MANIFEST)
+    replaced = resolve_checkpoint("latest", uri)
+    assert parameter_hash(load(replaced).state_dict()) == publications(storage)[0].parameter_hash
+
+    for entry in storage.list(f"{names[1]}/"):
+        storage.delete(entry.key)
+    with caplog.at_level(logging.WARNING):
+        resolved = resolve_checkpoint("latest", uri)
+    assert f"{uri}/{names[1]} is skipped" in caplog.text
+    assert parameter_hash(load(resolved).state_dict()) == publications(storage)[0].parameter_hash
+
+
+@pytest.mark.parametrize("place", ["local", "s3"])
+def test_publishers_never_share_a_number(root: Path, place: str, request: pytest.FixtureRequest) -> None:
+    (folder,) = steps(root, 1)
+    uri = str(root) if place == "local" else f"s3://{request.getfixturevalue('s3_bucket')}"
+    storage = open_storage(uri)
+    with ThreadPoolExecutor(8) as threads:
+        published = list(threads.map(lambda _: publish(storage, str(folder)), range(16)))
+    assert [entry.key for entry in storage.list("registry/")] == [f"registry/{n:06d}.json" for n in range(1, 17)]
+    assert sorted(entry.time for entry in publications(storage)) == sorted(entry.time for entry in published)
