@@ -71,7 +71,7 @@ def checkpoint_show(arguments: argparse.Namespace) -> dict[str, Any]:
     if not folder.is_dir():
         raise CheckpointError(f"unknown checkpoint {arguments.checkpoint}: no folder is there")
     problems = verify_checkpoint(folder)
-    metadata = vars(read_metadata(folder)) if (folder / "raymill.json").exists() else {}
+    metadata = {"parameter_hash": None} if problems else vars(read_metadata(folder))
     files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
     return {"checkpoint": str(folder), "valid": not problems, "problems": problems, "files": files, **metadata}
 

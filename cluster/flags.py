@@ -30,11 +30,15 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, **settings)
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuses here what `parse_args` would refuse later: only a subcommand's own parser can suggest its flags."""
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            flag = unknown[0].split("=")[0]
+            self.error(f"unknown argument {flag}{_suggestion(flag, list(self._option_string_actions))}")
+        return namespace, unknown
+
     def error(self, message: str) -> Never:
-        unknown = message.removeprefix("unrecognized arguments: ")
-        if unknown != message:
-            flag = unknown.split()[0].split("=")[0]
-            message = f"unknown argument {flag}{_suggestion(flag, list(self._option_string_actions))}"
         raise ConfigError(f"{message} (see `{self.prog} --help`)")
 
 

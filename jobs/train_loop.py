@@ -342,7 +342,8 @@ class Attempt:
             self.state = TrainState(model, config.train, device=device)
             return 0
         folder = self.checkpoints.fetch(name, scratch)
-        self.state = TrainState(load_model(folder, verify=False), config.train, device=device)
+        model = load_model(folder, verify=False).train()  # loaded for inference: without dropout
+        self.state = TrainState(model, config.train, device=device)
         self.state.load_moments(read_train_state(folder))
         return read_metadata(folder).step
 

@@ -1,0 +1,157 @@
+"""The local cluster, with real raylets: out of others' reach, nodes come and go, and nothing outlives its owner."""
+
+import ipaddress
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from cluster.local import ClusterError, LocalCluster, free_port
+
+pytestmark = pytest.mark.cluster
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def wait_until(condition: Callable[[], bool], *, timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true"
+        time.sleep(0.1)
+
+
+def alive_nodes(cluster: LocalCluster) -> set[str]:
+    """Ids of the nodes that the head counts as alive, asked as anyone with the token may."""
+    headers = {"Authorization": f"Bearer {cluster.token}"}
+    answer = httpx.get(f"{cluster.jobs_url}/api/v0/nodes", headers=headers, timeout=30).raise_for_status()
+    nodes: list[dict[str, Any]] = answer.json()["data"]["result"]["result"]
+    return {node["node_id"] for node in nodes if node["state"] == "ALIVE"}
+
+
+def started_since(before: set[psutil.Process]) -> list[psutil.Process]:
+    return [process for process in psutil.Process().children(recursive=True) if process not in before]
+
+
+@pytest.fixture(scope="module")
+def before() -> set[psutil.Process]:
+    """This process's children that are not the cluster's."""
+    return set(psutil.Process().children(recursive=True))
+
+
+@pytest.fixture(scope="module")
+def cluster(before: set[psutil.Process]) -> Iterator[LocalCluster]:
+    with LocalCluster(num_nodes=2, cpus_per_node=1) as cluster:
+        yield cluster
+
+
+def test_it_is_out_of_others_reach(cluster: LocalCluster, before: set[psutil.Process]) -> None:
+    listening = {
+        connection.laddr.ip
+        for process in started_since(before)
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert listening
+    assert all(ipaddress.ip_address(ip).is_loopback for ip in listening), listening
+
+    token_path = Path(cluster.environment["RAY_AUTH_TOKEN_PATH"])
+    assert token_path.read_text() == cluster.token
+    assert len(cluster.token) >= 32
+    assert stat.S_IMODE(token_path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(token_path.parent.stat().st_mode) == 0o700
+    command_lines = [" ".join(process.cmdline()) for process in started_since(before)]
+    assert not any(cluster.token in line for line in command_lines)  # everyone may read those
+
+
+@pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer wrong"}], ids=["no token", "wrong token"])
+def test_jobs_need_the_token(cluster: LocalCluster, headers: dict[str, str]) -> None:
+    url = f"{cluster.jobs_url}/api/jobs/"
+    assert httpx.get(url, headers=headers).status_code in (401, 403)
+    assert httpx.post(url, headers=headers, json={"entrypoint": "true"}).status_code in (401, 403)
+    right = {"Authorization": f"Bearer {cluster.token}"}
+    assert httpx.get(url, headers=right).json() == []
+
+
+def test_nodes_come_and_go(cluster: LocalCluster, before: set[psutil.Process]) -> None:
+    """A node that a thread added outlives the thread: the kernel would end it with its own starter."""
+    assert cluster.node_names == ["head", "node-1"]
+    first = alive_nodes(cluster)
+    assert len(first) == 2
+
+    adder = threading.Thread(target=cluster.add_node)
+    adder.start()
+    adder.join()
+    assert cluster.node_names == ["head", "node-1", "node-2"]
+    (added,) = alive_nodes(cluster) - first
+
+    of_node_1 = [process for process in started_since(before) if process.environ().get("RAYMILL_NODE") == "node-1"]
+    assert "raylet" in {process.name() for process in of_node_1}
+    cluster.kill_node("node-1")
+    assert cluster.node_names == ["head", "node-2"]
+    _, remaining = psutil.wait_procs(of_node_1, timeout=20)
+    assert remaining == []
+    wait_until(lambda: len(alive_nodes(cluster)) == 2)
+    assert added in alive_nodes(cluster)
+
+    assert cluster.add_node() == "node-3"
+    assert len(alive_nodes(cluster)) == 3
+
+
+def test_stop_leaves_nothing(cluster: LocalCluster, before: set[psutil.Process]) -> None:
+    processes = started_since(before)
+    assert len(processes) > 6
+    cluster.stop()
+    assert not any(process.is_running() for process in processes)
+    assert started_since(before) == []
+    assert not Path(cluster.environment["RAY_AUTH_TOKEN_PATH"]).parent.exists()
+    assert cluster.node_names == []
+    cluster.stop()  # once more is no error
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL])
+def test_a_killed_owner_leaves_nothing_running(number: int) -> None:
+    folder = tempfile.mkdtemp(prefix="own-")  # Ray's socket paths must stay short, so not below tmp_path
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "TMPDIR": folder}
+    owner = subprocess.Popen(
+        [sys.executable, "-m", "tests.cluster.own_cluster"], env=environment, cwd=REPOSITORY, stdout=subprocess.PIPE
+    )
+    try:
+        assert owner.stdout is not None
+        assert owner.stdout.readline().startswith(b"127.0.0.1:")
+        processes = psutil.Process(owner.pid).children(recursive=True)
+        assert {"raylet", "gcs_server"} <= {process.name() for process in processes}
+        owner.send_signal(number)
+        assert owner.wait(10) == -number
+        _, remaining = psutil.wait_procs(processes, timeout=30)
+        assert remaining == []
+    finally:
+        owner.kill()
+        owner.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_a_node_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head's port is taken meanwhile: an error with the end of the log, and nothing left."""
+    children = set(psutil.Process().children(recursive=True))
+    cluster = LocalCluster(num_nodes=1, cpus_per_node=1)
+    monkeypatch.setenv("PYTHONHOME", "/nonexistent")  # no Python starts with it
+    with pytest.raises(ClusterError, match="head ended while starting; its log ends:"):
+        cluster.__enter__()
+    assert started_since(children) == []
+    assert not Path(cluster.environment["RAY_AUTH_TOKEN_PATH"]).parent.exists()
+
+
+def test_free_ports_are_free() -> None:
+    assert len({free_port() for _ in range(20)}) > 1
