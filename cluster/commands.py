@@ -15,7 +15,11 @@ from cluster.progress import say
 from cluster.registry import publications, publish, resolve_checkpoint
 from cluster.stage import connected, cpus_per_node, run_module, run_stage
 from cluster.storage import absolute_uri, open_storage
-from model.checkpoint import CheckpointError, read_metadata, verify_checkpoint
+from model.checkpoint import (
+    CheckpointError,
+    read_metadata,
+    verify_checkpoint,
+)
 
 Command = Callable[[argparse.Namespace], dict[str, Any] | None]
 

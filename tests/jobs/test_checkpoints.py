@@ -23,7 +23,11 @@ def run(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
 def save(run: Storage, *steps: int) -> RunCheckpoints:
     checkpoints = RunCheckpoints(run)
     for step in steps:
-        checkpoints.save(checkpoint_name(step), lambda folder, step=step: write_tiny(folder, step=step))  # type: ignore[misc]
+
+        def write(folder: Path, step: int = step) -> None:
+            write_tiny(folder, step=step)
+
+        checkpoints.save(checkpoint_name(step), write)
     return checkpoints
 
 
