@@ -29,6 +29,7 @@ from model.errors import UserError
 NODE_NAME_VARIABLE = "RAYMILL_NODE"
 """Environment variable by which a process on a local node knows the node's name."""
 
+_START_NODE = Path(__file__).resolve().with_name("start_node.py")
 _START_TIMEOUT_S = 90.0
 _STOP_TIMEOUT_S = 5.0
 _OBJECT_STORE_BYTES = 256 << 20
@@ -38,6 +39,7 @@ _OBJECT_STORE_BYTES = 256 << 20
 _ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # keeps addresses on loopback, see start_node.py
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "1",
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "1000",
@@ -169,7 +171,7 @@ class LocalCluster:
         self._wait(lambda: len(self._alive_nodes()) == 1, what="the head to answer")
 
     def _start_node(self, name: str, flags: Iterable[str], *, num_cpus: int) -> None:
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
+        command = [sys.executable, str(_START_NODE), "start", "--block", "--disable-usage-stats"]
         command += ["--node-ip-address", "127.0.0.1", "--num-cpus", str(num_cpus), "--num-gpus", "0"]
         command += ["--object-store-memory", str(_OBJECT_STORE_BYTES), "--log-color", "false"]
         # Port 0 lets each worker process take any free one: several nodes share one address here.

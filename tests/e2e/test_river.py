@@ -55,7 +55,16 @@ def test_text_becomes_a_served_model_in_s3(tmp_path: Path, s3_bucket: str) -> No
             Bucket=s3_bucket, Key=f"corpus/{number:02d}.txt", Body=f"Document {number}. {words}".encode()
         )
     storage = ["--storage.uri", f"s3://{s3_bucket}/store"]
-    settings = ["--model.preset", "tiny", "--data.vocab-size", "400", "--data.val-fraction", "0.2", "--train.max-tokens", "16384"]
+    settings = [
+        "--model.preset",
+        "tiny",
+        "--data.vocab-size",
+        "400",
+        "--data.val-fraction",
+        "0.2",
+        "--train.max-tokens",
+        "16384",
+    ]
     settings += ["--train.global-batch-size", "8", "--train.micro-batch-size", "2", "--train.seq-len", "64"]
     settings += ["--checkpoint.save-every-steps", "10", "--train.eval-max-tokens", "4096"]
 
