@@ -6,6 +6,7 @@ take the same number, and none is ever rewritten.
 
 import json
 import logging
+import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -70,8 +71,7 @@ def resolve_checkpoint(reference: str, storage_uri: str) -> Path:
     nested = sorted(key.removesuffix(f"/{MANIFEST}") for key in keys if key.endswith(f"/{MANIFEST}"))
     if MANIFEST not in keys and nested:
         return _newest([folder.child(name).uri for name in nested], none=f"no checkpoint under {reference} is valid")
-    local = _fetched(reference)
-    problems = [] if is_hf_folder(local) else verify_checkpoint(local)
+    local, problems = _checked(reference)
     if problems:
         raise CheckpointError(f"checkpoint {reference} is not valid: {'; '.join(problems)}")
     return local
@@ -80,14 +80,22 @@ def resolve_checkpoint(reference: str, storage_uri: str) -> Path:
 def _newest(checkpoints: list[str], *, none: str) -> Path:
     for checkpoint in reversed(checkpoints):
         try:
-            local = _fetched(checkpoint)
-            problems = verify_checkpoint(local)
+            local, problems = _checked(checkpoint)
         except NotFoundError as error:  # deleted since
             problems = [str(error)]
         if not problems:
             return local
         _log.warning("checkpoint %s is skipped: %s", checkpoint, "; ".join(problems))
     raise CheckpointError(none)
+
+
+def _checked(uri: str) -> tuple[Path, list[str]]:
+    """A local folder with the checkpoint, and what is wrong with it. A damaged copy is not kept for the next time."""
+    local = _fetched(uri)
+    problems = [] if is_hf_folder(local) else verify_checkpoint(local)
+    if problems and open_storage(uri).local_path("") is None:
+        shutil.rmtree(local)
+    return local, problems
 
 
 def _fetched(uri: str) -> Path:
