@@ -1,7 +1,7 @@
 """A Ray cluster of several real raylets on this machine: loopback only, token auth, one process group a node.
 
 Every node is a `ray start --block` in its own process group. Ray binds a node's processes to the life of that
-command, and the command is bound to the life of this process, so nothing outlives its owner, even one that was
+command, and the command is bound to the life of this process, so nothing outlives its owner for long, even one that was
 killed; and nothing that this module did not start is ever signalled.
 """
 
