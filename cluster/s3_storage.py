@@ -1,32 +1,21 @@
 """Storage in S3 or a store that speaks its protocol; credentials and endpoint come from the environment."""
 
-import io
-import os
 import re
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import boto3
-from boto3.exceptions import S3UploadFailedError
 from botocore.config import Config
-from botocore.exceptions import (
-    BotoCoreError,
-    ClientError,
-    ConnectTimeoutError,
-    EndpointConnectionError,
-    IncompleteReadError,
-    NoCredentialsError,
-    PartialCredentialsError,
-    ReadTimeoutError,
-    ResponseStreamingError,
-)
+from botocore.exceptions import ClientError, IncompleteReadError, ReadTimeoutError, ResponseStreamingError
 
+from cluster.ranged_reader import ranged_reader
+from cluster.s3_errors import MISSING_KEY, REFUSED_CONDITION, code_of, endpoint, explained_errors
 from cluster.storage_interface import (
     AlreadyExistsError,
+    ConflictError,
     Entries,
     Entry,
     NotFoundError,
@@ -36,34 +25,20 @@ from cluster.storage_interface import (
     join_uri,
 )
 
-_READ_BLOCK_BYTES = 8 << 20
+_PIECE_BYTES = 256 << 10
 _MAX_ATTEMPTS = 4
-
-_DENIED = "access denied ({code}); check the credentials and the bucket's policy"
-_ELSEWHERE = "the bucket lies in another region ({code}); set AWS_DEFAULT_REGION to it"
-_REASONS = {
-    "PreconditionFailed": "the object changed while it was read; run again once nobody writes to it",
-    "RequestTimeTooSkewed": "refused because this machine's clock is wrong; set it",
-    **dict.fromkeys(("403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"), _DENIED),
-    **dict.fromkeys(("ExpiredToken", "InvalidToken"), _DENIED),
-    **dict.fromkeys(("301", "PermanentRedirect", "AuthorizationHeaderMalformed"), _ELSEWHERE),
-}
-
-
-def _endpoint() -> str | None:
-    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
 
 
 @cache
-def _client(endpoint: str | None) -> Any:
+def _client(url: str | None) -> Any:
     config = Config(
         retries={"mode": "standard", "total_max_attempts": _MAX_ATTEMPTS},
         connect_timeout=5,
         read_timeout=60,
         # Stores other than AWS rarely have a DNS name for each bucket.
-        s3={"addressing_style": "path" if endpoint else "auto"},
+        s3={"addressing_style": "path" if url else "auto"},
     )
-    return boto3.client("s3", endpoint_url=endpoint, config=config)
+    return boto3.client("s3", endpoint_url=url, config=config)
 
 
 @dataclass(frozen=True)
@@ -92,42 +67,63 @@ class S3Storage(Storage):
         return "/".join(part for part in (self.prefix, checked_key(key).strip("/")) if part)
 
     def _explained(self, key: str) -> AbstractContextManager[None]:
-        return _explained_errors(join_uri(self.uri, key), self.bucket)
+        return explained_errors(join_uri(self.uri, key), self.bucket)
 
     def read_bytes(self, key: str, *, start: int = 0, end: int | None = None) -> bytes:
         if end is not None and end <= start:
             return b""  # an HTTP range cannot be empty
-        whole = not start and end is None
-        return self.get(key, {} if whole else {"Range": f"bytes={start}-{'' if end is None else end - 1}"})
+        return self._read(key, start, end)
 
-    def get(self, key: str, arguments: dict[str, str]) -> bytes:
-        """The body of a GetObject call with more arguments, such as `Range`."""
-        attempts = 0
+    def _read(self, key: str, start: int, end: int | None, version: str | None = None) -> bytes:
+        """Bytes [start, end) of one version. botocore repeats requests that fail, but not a body that breaks off or
+        is short: it is continued where it ended, until it brought less than a piece four times in a row."""
+        content, tries = bytearray(), 0
         with self._explained(key):
-            while True:
-                answer = _client(_endpoint()).get_object(Bucket=self.bucket, Key=self._object_key(key), **arguments)
-                try:
-                    return cast("bytes", answer["Body"].read())
-                except (ResponseStreamingError, IncompleteReadError, ReadTimeoutError):
-                    # botocore retries requests, not bodies that break off.
-                    attempts += 1
-                    if attempts == _MAX_ATTEMPTS:
-                        raise
+            while tries < _MAX_ATTEMPTS:
+                position = start + len(content)
+                answer = self._get(key, position, end, version)
+                version = answer["ETag"]
+                total = int(answer.get("ContentRange", f"/{answer['ContentLength']}").rpartition("/")[2])
+                with suppress(ResponseStreamingError, IncompleteReadError, ReadTimeoutError):
+                    for piece in answer["Body"].iter_chunks(_PIECE_BYTES):
+                        content += piece
+                if start + len(content) >= (total if end is None else min(end, total)):
+                    return bytes(content)
+                tries = 0 if start + len(content) - position >= _PIECE_BYTES else tries + 1
+        raise StorageError(f"{join_uri(self.uri, key)}: the transfer broke off {tries} times; run again")
 
-    def write_bytes(self, key: str, data: bytes, *, if_absent: bool = False) -> None:
-        condition = {"IfNoneMatch": "*"} if if_absent else {}
+    def _get(self, key: str, position: int, end: int | None, version: str | None) -> dict[str, Any]:
+        """The answer to GetObject for the bytes [position, end) of a version."""
+        wanted: dict[str, str] = {} if version is None else {"IfMatch": version}
+        if position or end is not None:
+            wanted["Range"] = f"bytes={position}-{'' if end is None else end - 1}"
+        answer: dict[str, Any] = _client(endpoint()).get_object(Bucket=self.bucket, Key=self._object_key(key), **wanted)
+        if "Range" in wanted and not answer.get("ContentRange", "").startswith(f"bytes {position}-"):
+            raise StorageError(f"{join_uri(self.uri, key)}: the store ignores byte ranges; copy the file elsewhere")
+        return answer
+
+    def write_bytes(self, key: str, data: bytes, *, if_absent: bool = False, if_version: str | None = None) -> str:
+        condition = {"IfNoneMatch": "*"} if if_absent else _if_match(if_version)
         with self._explained(key):
             try:
-                _client(_endpoint()).put_object(Bucket=self.bucket, Key=self._object_key(key), Body=data, **condition)
+                answer = _client(endpoint()).put_object(
+                    Bucket=self.bucket, Key=self._object_key(key), Body=data, **condition
+                )
             except ClientError as error:
-                if _code(error) in ("PreconditionFailed", "ConditionalRequestConflict"):
+                if if_absent and code_of(error) in REFUSED_CONDITION:
                     raise AlreadyExistsError(f"{join_uri(self.uri, key)} exists already") from error
+                self._raise_conflict(key, error, if_version)
                 raise
+        return str(answer["ETag"]).strip('"')
+
+    def _raise_conflict(self, key: str, error: ClientError, if_version: str | None) -> None:
+        if if_version is not None and code_of(error) in (*REFUSED_CONDITION, *MISSING_KEY):
+            raise ConflictError(f"{join_uri(self.uri, key)} was changed or removed by somebody else") from error
 
     def list(self, prefix: str = "") -> Entries:
         root = f"{self.prefix}/" if self.prefix else ""
         with self._explained(prefix):
-            pages = _client(_endpoint()).get_paginator("list_objects_v2")
+            pages = _client(endpoint()).get_paginator("list_objects_v2")
             return [
                 Entry(item["Key"].removeprefix(root), item["Size"], item["ETag"].strip('"'))
                 for page in pages.paginate(Bucket=self.bucket, Prefix=root + prefix)
@@ -139,89 +135,35 @@ class S3Storage(Storage):
         # A listing rather than HEAD, whose bare 404 does not tell a missing object from a missing bucket.
         name = self._object_key(key)
         with self._explained(key):
-            answer = _client(_endpoint()).list_objects_v2(Bucket=self.bucket, Prefix=name, MaxKeys=1)
+            answer = _client(endpoint()).list_objects_v2(Bucket=self.bucket, Prefix=name, MaxKeys=1)
         found = [item for item in answer.get("Contents", []) if item["Key"] == name]
         return Entry(key, found[0]["Size"], found[0]["ETag"].strip('"')) if found else None
 
-    def delete(self, key: str) -> None:
+    def delete(self, key: str, *, if_version: str | None = None) -> None:
         with self._explained(key):
-            _client(_endpoint()).delete_object(Bucket=self.bucket, Key=self._object_key(key))
+            try:
+                _client(endpoint()).delete_object(
+                    Bucket=self.bucket, Key=self._object_key(key), **_if_match(if_version)
+                )
+            except ClientError as error:
+                self._raise_conflict(key, error, if_version)
+                raise
 
     def open(self, key: str) -> BinaryIO:
         entry = self.stat(key)
         if entry is None:
             raise NotFoundError(f"{join_uri(self.uri, key)} does not exist; check the URI")
-        reader = _RangedReader(self, entry)
-        return cast("BinaryIO", io.BufferedReader(reader, buffer_size=_READ_BLOCK_BYTES))
+        version = f'"{entry.version}"'
+        return ranged_reader(entry.size, lambda start, end: self._read(key, start, end, version))
 
     def upload_file(self, source: Path, key: str) -> None:
         with self._explained(key):
-            _client(_endpoint()).upload_file(str(source), self.bucket, self._object_key(key))
+            _client(endpoint()).upload_file(str(source), self.bucket, self._object_key(key))
 
     def download_file(self, key: str, target: Path) -> None:
         with self._explained(key):
-            _client(_endpoint()).download_file(self.bucket, self._object_key(key), str(target))
+            _client(endpoint()).download_file(self.bucket, self._object_key(key), str(target))
 
 
-class _RangedReader(io.RawIOBase):
-    """An object read by ranges, all of the version that was there when it was opened."""
-
-    def __init__(self, storage: S3Storage, entry: Entry) -> None:
-        self._storage = storage
-        self._entry = entry
-        self._position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._entry.size}[whence]
-        self._position = max(0, base + offset)
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        end = min(self._position + len(buffer), self._entry.size)
-        if end <= self._position:
-            return 0
-        wanted = {"Range": f"bytes={self._position}-{end - 1}", "IfMatch": f'"{self._entry.version}"'}
-        data = self._storage.get(self._entry.key, wanted)
-        buffer[: len(data)] = data
-        self._position += len(data)
-        return len(data)
-
-
-@contextmanager
-def _explained_errors(uri: str, bucket: str) -> Iterator[None]:
-    try:
-        yield
-    except S3UploadFailedError as error:  # wraps what went wrong
-        raise _explain(uri, bucket, error.__context__) from error
-    except (ClientError, BotoCoreError) as error:
-        raise _explain(uri, bucket, error) from error
-
-
-def _code(error: ClientError) -> str:
-    return str(error.response["Error"]["Code"])
-
-
-def _explain(uri: str, bucket: str, error: BaseException | None) -> StorageError:
-    host = (_endpoint() or "AWS").rpartition("@")[2]
-    if isinstance(error, NoCredentialsError | PartialCredentialsError):
-        return StorageError(f"{uri}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile")
-    if isinstance(error, EndpointConnectionError | ConnectTimeoutError):
-        return StorageError(f"{uri}: {host} cannot be reached; check AWS_ENDPOINT_URL and the network")
-    if not isinstance(error, ClientError):
-        return StorageError(f"{uri}: the transfer broke off ({type(error).__name__}) each time; run again")
-    code = _code(error)
-    if code == "NoSuchBucket":
-        return NotFoundError(f"{uri}: there is no bucket {bucket!r} at {host}; create it or correct the URI")
-    if code in ("NoSuchKey", "404"):
-        return NotFoundError(f"{uri} does not exist; check the URI")
-    reason = _REASONS.get(code, "S3 answered {code}; run again, or see the store's own log")
-    return StorageError(f"{uri}: {reason.format(code=code)}")
+def _if_match(version: str | None) -> dict[str, str]:
+    return {} if version is None else {"IfMatch": f'"{version}"'}

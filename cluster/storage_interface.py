@@ -7,6 +7,9 @@ from typing import BinaryIO
 
 from model.errors import UserError
 
+HF = "hf://"
+"""Scheme of the Hugging Face Hub."""
+
 
 class StorageError(UserError):
     """A location that cannot be used as asked: the text names it, the reason and the remedy."""
@@ -20,9 +23,13 @@ class AlreadyExistsError(StorageError):
     """`if_absent` was asked and something is stored under the key."""
 
 
+class ConflictError(StorageError):
+    """`if_version` was asked and the key holds another version, or nothing any more."""
+
+
 @dataclass(frozen=True)
 class Entry:
-    """One stored file. `version` changes with its bytes: modification time in ns, or S3's entity tag."""
+    """One stored file. `version` changes with its bytes: modification time in ns, or an entity tag."""
 
     key: str
     size: int
@@ -38,15 +45,19 @@ class Storage(ABC):
     @property
     @abstractmethod
     def uri(self) -> str:
-        """Absolute: a plain path for a local folder, s3://bucket/prefix otherwise."""
+        """Absolute: a plain path for a local folder, otherwise s3://bucket/prefix or hf://datasets/owner/name@…"""
 
     @abstractmethod
     def read_bytes(self, key: str, *, start: int = 0, end: int | None = None) -> bytes:
         """Bytes [start, end) of the file, all of it by default. Raises `NotFoundError`."""
 
     @abstractmethod
-    def write_bytes(self, key: str, data: bytes, *, if_absent: bool = False) -> None:
-        """Stores all of `data` or nothing, durably. Raises `AlreadyExistsError` if `if_absent` forbids it."""
+    def write_bytes(self, key: str, data: bytes, *, if_absent: bool = False, if_version: str | None = None) -> str:
+        """Stores all of `data` or nothing, durably, and returns the version, another one at each write.
+
+        `if_absent` only creates: raises `AlreadyExistsError`. `if_version` only replaces that version: raises
+        `ConflictError`. Of many who ask for the same at once, one succeeds.
+        """
 
     @abstractmethod
     def list(self, prefix: str = "") -> Entries:
@@ -57,8 +68,8 @@ class Storage(ABC):
         """Size and version of a file; None when nothing is stored under the key."""
 
     @abstractmethod
-    def delete(self, key: str) -> None:
-        """Removes the file; no error when it is not there."""
+    def delete(self, key: str, *, if_version: str | None = None) -> None:
+        """Removes the file; no error when it is not there. With `if_version` as for a write: `ConflictError`."""
 
     @abstractmethod
     def open(self, key: str) -> BinaryIO:

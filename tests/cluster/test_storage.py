@@ -1,10 +1,14 @@
 """Storage: disk and S3 behave the same, writes are whole or absent, and errors say what to do."""
 
 import json
+import multiprocessing
+import os
 import pickle
+import socket
+import tempfile
 import threading
+import time
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import boto3
@@ -12,6 +16,7 @@ import pytest
 
 from cluster.storage import (
     AlreadyExistsError,
+    ConflictError,
     NotFoundError,
     Storage,
     StorageError,
@@ -94,9 +99,64 @@ def test_only_one_of_many_creates_a_file(storage: Storage) -> None:
     assert storage.read_bytes("lease") == str(winners[0]).encode()
 
 
+def test_each_write_has_another_version_which_a_condition_may_ask_for(storage: Storage) -> None:
+    versions = [storage.write_bytes("lease", b"%d" % number) for number in range(50)]
+    assert len(set(versions)) == 50
+    entry = storage.stat("lease")
+    assert entry and entry.version == versions[-1]
+    newer = storage.write_bytes("lease", b"mine", if_version=versions[-1])
+    assert newer not in versions
+    for outdated in (versions[0], versions[-1]):
+        with pytest.raises(ConflictError, match="lease was changed or removed by somebody else"):
+            storage.write_bytes("lease", b"theirs", if_version=outdated)
+        with pytest.raises(ConflictError):
+            storage.delete("lease", if_version=outdated)
+    assert storage.read_bytes("lease") == b"mine"
+    assert [entry.key for entry in storage.list()] == ["lease"]
+    storage.delete("lease", if_version=newer)
+    assert not storage.exists("lease")
+    with pytest.raises(ConflictError):
+        storage.write_bytes("lease", b"back", if_version=newer)
+    assert not storage.exists("lease")
+
+
+def _count(uri: str, times: int) -> None:
+    storage = open_storage(uri)
+    for _ in range(times):
+        while True:
+            before = storage.stat("counter")
+            assert before is not None
+            number = int(storage.read_bytes("counter"))
+            try:
+                storage.write_bytes("counter", b"%d" % (number + 1), if_version=before.version)
+                break
+            except ConflictError:
+                continue
+
+
+def test_processes_that_count_in_one_local_file_lose_no_count(tmp_path: Path) -> None:
+    open_storage(str(tmp_path)).write_bytes("counter", b"0")
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_count, args=(str(tmp_path), 100)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert open_storage(str(tmp_path)).read_bytes("counter") == b"300"
+
+
+def test_a_local_version_differs_where_the_clock_goes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = open_storage(str(tmp_path))
+    monkeypatch.setattr(time, "time_ns", iter([5_000, 5_000, 4_000, 3_000]).__next__)
+    versions = [storage.write_bytes("file", b"x") for _ in range(4)]
+    assert versions == sorted(set(versions))
+
+
 def test_reader_seeks(storage: Storage) -> None:
     storage.write_bytes("lines", b"".join(b"line %d\n" % number for number in range(1000)))
     with storage.open("lines") as file:
+        assert len(file.read()) == 8890
+        file.seek(0)
         assert file.readline() == b"line 0\n"
         file.seek(-9, 2)
         assert file.read() == b"line 999\n"
@@ -162,7 +222,9 @@ def test_uris(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, name = split_uri("runs/a.txt")
     assert (folder.uri, name) == (f"{tmp_path}/runs", "a.txt")
     assert open_storage("s3://bucket").child("a").child("b").uri == "s3://bucket/a/b"
-    with pytest.raises(StorageError, match=r"cannot open 'gs://bucket/x': expected a path, file:///.* or s3://"):
+    with pytest.raises(
+        StorageError, match=r"cannot open 'gs://bucket/x': expected a path, file:///.*, s3://.* or hf://"
+    ):
         open_storage("gs://bucket/x")
     with pytest.raises(StorageError) as caught:
         open_storage("s3://KEY:sesame@bucket/x")
@@ -174,6 +236,45 @@ def test_links_that_loop_end(tmp_path: Path) -> None:
     (tmp_path / "a" / "file.txt").write_text("x")
     (tmp_path / "a" / "loop").symlink_to(tmp_path)
     assert [entry.key for entry in glob_uris(f"{tmp_path}/**/*.txt")] == [f"{tmp_path}/a/file.txt"]
+
+
+def test_only_regular_files_are_listed_and_nothing_hangs(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "link.txt").symlink_to("a.txt")
+    (tmp_path / "itself.txt").symlink_to("itself.txt")
+    (tmp_path / "nothing.txt").symlink_to("nowhere")
+    (tmp_path / "device.txt").symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / "pipe.txt")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(os.path.relpath(tmp_path / "socket.txt"))  # an absolute path may be too long for a socket
+        storage = open_storage(str(tmp_path))
+        assert [entry.key for entry in storage.list()] == ["a.txt", "link.txt"]
+        assert [entry.key for entry in glob_uris(f"{tmp_path}/*.txt")] == [f"{tmp_path}/{n}.txt" for n in ("a", "link")]
+        for name in ("pipe.txt", "device.txt", "socket.txt", "itself.txt", "nothing.txt", "."):
+            with pytest.raises(StorageError, match=f"{tmp_path}/?{name}".removesuffix(".")):
+                storage.open(name)
+            with pytest.raises(NotFoundError, match="nothing is at"):
+                glob_uris(f"{tmp_path}/{name if name != '.' else 'none'}")
+
+
+def test_a_folder_that_cannot_be_read_is_named() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "open").mkdir()
+        (folder / "open" / "a.txt").write_text("x")
+        (folder / "closed").mkdir(mode=0)
+        folder.chmod(0o755)
+        user = os.geteuid()
+        if user == 0:  # whom no mode keeps out
+            os.seteuid(65534)
+        try:
+            with pytest.raises(StorageError, match=f"{folder}/closed: permission denied; check the path, its rights"):
+                open_storage(name).list()
+            with pytest.raises(StorageError, match="closed: permission denied"):
+                glob_uris(f"{folder}/**/*.txt")
+            assert [entry.key for entry in glob_uris(f"{folder}/open/*.txt")] == [f"{folder}/open/a.txt"]
+        finally:
+            os.seteuid(user)
 
 
 def test_a_failed_local_write_leaves_the_old_bytes_and_no_litter(tmp_path: Path) -> None:
@@ -240,30 +341,3 @@ def test_denied(s3_server: str, s3_bucket: str) -> None:
     boto3.client("s3", endpoint_url=s3_server).put_bucket_policy(Bucket=s3_bucket, Policy=policy)
     with pytest.raises(StorageError, match="access denied"):
         open_storage(f"s3://{s3_bucket}").read_bytes("x")
-
-
-def test_a_body_that_breaks_off_is_read_again(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    body = b"x" * 100
-    asked: list[str] = []
-
-    class Server(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            asked.append(self.path)
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body if len(asked) == 3 else body[:50])
-            self.close_connection = True
-
-        def log_message(self, *arguments: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_address[1]}")
-        storage = open_storage("s3://bucket")
-        assert storage.read_bytes("broken-twice") == body
-        assert len(asked) == 3
-        with pytest.raises(StorageError, match="s3://bucket/broken: the transfer broke off"):
-            storage.read_bytes("broken")
-        server.shutdown()
