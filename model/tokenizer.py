@@ -68,6 +68,11 @@ class Tokenizer:
         """Canonical tokenizer.json: keys sorted, no spaces, UTF-8."""
         return json.dumps(self._content, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
+    @property
+    def backend(self) -> tokenizers.Tokenizer:
+        """What `tokenizers` made of the content; to be read only."""
+        return self._backend
+
     @cached_property
     def hash(self) -> str:
         """SHA-256, in hex, of the canonical tokenizer.json."""
