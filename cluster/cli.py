@@ -8,7 +8,7 @@ import argparse
 import json
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 from cluster import commands
 from cluster.config import EvaluateConfig, RunConfig, ServeConfig
 from cluster.flags import ConfigError, Parser, add_config_arguments
+from cluster.stage import ModuleFailedError
 from model.errors import UserError
 
 
@@ -26,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.show = lambda result: _show(result, as_json=arguments.json)
         result = arguments.run(arguments)
     except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
+        if not isinstance(error, ModuleFailedError):  # which has said it itself
+            sys.stderr.write(f"error: {error}\n")
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
@@ -62,6 +64,8 @@ def _parser() -> Parser:
                 help="inject faults on the local cluster: kill-worker@20 kill-node@40 add-node@60",
             )
         add_config_arguments(sub, RunConfig)
+
+    _data_commands(subparsers)
 
     sub = command("evaluate", commands.evaluate, "loss, perplexity and bits per byte of a checkpoint")
     _checkpoint_argument(sub)
@@ -118,6 +122,24 @@ def _parser() -> Parser:
     return parser
 
 
+def _data_commands(subparsers: Any) -> None:
+    data_commands = subparsers.add_parser("data", help=commands.DATA, description=commands.DATA).add_subparsers(
+        metavar="COMMAND", required=True
+    )
+    for name, about in commands.DATA_COMMANDS.items():
+        sub = data_commands.add_parser(name, help=about, description=about)
+        sub.add_argument("--json", action="store_true", help="print one JSON object as the last line of output")
+        sub.set_defaults(run=commands.data_preview if name == "preview" else commands.data_command(name))
+        if name == "preview":
+            sub.add_argument("config", nargs="?", type=Path, help="YAML file; flags override its settings")
+            add_config_arguments(sub, RunConfig)
+        else:
+            sub.add_argument(
+                "store", nargs="?", help="folder, manifest or key of a token store; the only one when unset"
+            )
+            _storage_argument(sub)
+
+
 def _checkpoint_argument(parser: Parser) -> None:
     parser.add_argument("checkpoint", help="path or URI of a checkpoint's or run's folder, or `latest`")
 
@@ -133,10 +155,21 @@ def _storage_argument(parser: Parser) -> None:
 
 
 def _show(result: dict[str, Any], *, as_json: bool) -> None:
-    width = max(len(name) for name in result)
-    text = "\n".join(f"{name:{width}}  {value}" for name, value in result.items())
-    sys.stdout.write((json.dumps(result) if as_json else text) + "\n")
+    sys.stdout.write((json.dumps(result) if as_json else "\n".join(_lines(result))) + "\n")
     sys.stdout.flush()
+
+
+def _lines(result: dict[str, Any]) -> Iterator[str]:
+    """A line a value; what is nested stands below its name, indented."""
+    width = max(map(len, result), default=0)
+    for name, value in result.items():
+        inner = value if isinstance(value, list) else [value]
+        if inner and all(isinstance(item, dict) for item in inner):
+            yield name
+            for item in inner:
+                yield from (f"  {line}" for line in _lines(item))
+        else:
+            yield f"{name:{width}}  {value}"
 
 
 if __name__ == "__main__":

@@ -2,12 +2,14 @@
 
 import argparse
 import os
+import tempfile
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from cluster.chaos import Chaos, parse_faults
-from cluster.config import EvaluateConfig, RunConfig, ServeConfig
+from cluster.config import EvaluateConfig, RunConfig, ServeConfig, write_config
 from cluster.demo import run_demo
 from cluster.endpoint import Endpoint, deploy, stream_completion
 from cluster.flags import ConfigError, config_from_arguments
@@ -43,6 +45,34 @@ def stage(name: str) -> Command:
             Chaos(faults, cluster=connection.local, config=config),
         ):
             return run_stage(connection, STAGES[name][0], config)
+
+    return run
+
+
+DATA = "look at a corpus before a job is spent, and at a token store afterwards"
+
+DATA_COMMANDS = {
+    "preview": "documents, tokens and drop rates of a corpus, estimated from a sample",
+    "stats": "documents, tokens and bytes of a token store, by split and source",
+    "verify": "recompute the hash of every shard of a token store",
+    "report": "what was dropped and why, with samples",
+}
+
+
+def data_preview(arguments: argparse.Namespace) -> dict[str, Any]:
+    config = config_from_arguments(arguments, RunConfig)
+    with tempfile.TemporaryDirectory(prefix="raymill-preview-") as folder:
+        path = Path(folder, "run.yaml")
+        write_config(config, path)
+        return run_module("jobs.preview_data", str(path))
+
+
+def data_command(name: str) -> Command:
+    """The command that looks at a token store."""
+
+    def run(arguments: argparse.Namespace) -> dict[str, Any]:
+        reference = [arguments.store] if arguments.store else []
+        return run_module("jobs.inspect_store", name, *reference, "--storage.uri", storage_uri(arguments))
 
     return run
 

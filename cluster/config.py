@@ -28,15 +28,27 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+TOKENS = "tokens://"
+"""Before the location of a finished token store in `data.source`, whose shards are a source as they are."""
+
+QualityRule = Literal["word_count", "word_length", "symbol_ratio", "line_marks", "alphabetic_words", "stop_words"]
+"""Names of `data.quality_rules`."""
+
+
 class DataConfig(Settings):
     """From text to token shards."""
 
     source: str | list[str] = Field(
         default_factory=list,
-        description="corpus: a path, file:// or s3:// URI, or a list of them; globs allowed. "
-        "Endings: .txt .jsonl .parquet, .gz and .zst of the first two",
+        description="corpus: a path, file://, s3:// or hf://datasets/OWNER/NAME@REVISION URI, or a list of them; globs "
+        "allowed; tokens://PATH is a finished token store. Endings: .txt .jsonl .csv .parquet, .gz and .zst of the "
+        "first three",
     )
-    text_field: str = Field(default="text", description="field (jsonl) or column (parquet) that holds the text")
+    weights: list[Annotated[float, Field(gt=0)]] = Field(
+        default_factory=list,
+        description="share of the training rows from each source, relative to each other; as they come when empty",
+    )
+    text_field: str = Field(default="text", description="field (jsonl) or column (csv, parquet) that holds the text")
     tokenizer: str | None = Field(
         default=None, description="URI of a tokenizer.json or of a folder with one; trained from the corpus when unset"
     )
@@ -51,15 +63,43 @@ class DataConfig(Settings):
         default="replace", description="a document that is not UTF-8: put U+FFFD, drop it, or stop"
     )
     max_document_bytes: int = Field(
-        default=64 << 20, ge=1, description="longer documents are dropped and counted, bytes"
+        default=16 << 20, ge=1, description="longer documents are dropped and counted, bytes; a longer txt file is cut"
     )
-    dedup: bool = Field(default=True, description="drop documents whose text occurred before")
+    max_compression_ratio: float = Field(
+        default=100.0, gt=1, description="a .gz or .zst that unpacks to more than this many times its size is refused"
+    )
+    max_unreadable_fraction: float = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        description="stop when a larger share of the documents is binary, not UTF-8 or without the text field",
+    )
+    dedup: bool = Field(
+        default=True, description="drop documents whose text occurred before, but for case, blanks and Unicode form"
+    )
+    near_dedup_threshold: float | None = Field(
+        default=None, gt=0, le=1, description="drop documents at least this similar (Jaccard, word 3-grams) to another"
+    )
+    quality_rules: list[QualityRule] = Field(
+        default_factory=list,
+        description="rules that a document must pass, with the bounds of Gopher (Rae et al., 2021)",
+    )
+    decontaminate_ngram: int | None = Field(
+        default=None, ge=4, description="drop training documents that share this many words in a row with validation"
+    )
     val_fraction: float = Field(
         default=0.05, ge=0, lt=1, description="share of documents held out, chosen by each document's own hash"
     )
     shard_bytes: int = Field(
-        default=16 << 20, ge=1, description="text per shard in bytes: the unit of work and of resuming"
+        default=16 << 20, ge=1, description="source bytes per shard: the unit of work and of resuming"
     )
+
+    @model_validator(mode="after")
+    def _one_weight_a_source(self) -> Self:
+        num_sources = 1 if isinstance(self.source, str) else len(self.source)
+        if self.weights and len(self.weights) != num_sources:
+            raise ValueError(f"{len(self.weights)} weights for {num_sources} sources; give one a source, or none")
+        return self
 
 
 class TrainConfig(Settings):
@@ -93,6 +133,15 @@ class TrainConfig(Settings):
         default=True, description="the same bits for any number of workers; false is stock DistributedDataParallel"
     )
     seed: int = Field(default=0, ge=0, lt=2**63, description="initial weights, sample order, dropout")
+    shuffle_window_rows: int = Field(
+        default=1 << 20, ge=1, description="rows shuffled together; windows follow each other in the order of the store"
+    )
+    document_mask: bool = Field(
+        default=False, description="no token attends to another document in its row; positions restart at each document"
+    )
+    while_tokenizing: bool = Field(
+        default=False, description="start on the sealed part of the token store while the rest is being written"
+    )
     eval_every_steps: int = Field(
         default=100, ge=1, description="steps between validations; the last step always validates"
     )

@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from cluster.config import DataConfig, EvaluateConfig, RunConfig, ServeConfig, StorageConfig
+from cluster.config import TOKENS, DataConfig, EvaluateConfig, RunConfig, ServeConfig, StorageConfig
 from cluster.storage import absolute_uri
 from model.config import PRESETS, GPTConfig
 from model.errors import UserError
@@ -88,13 +88,19 @@ def _settled(config: Config) -> Config:
             case DataConfig():
                 sources = [value.source] if isinstance(value.source, str) else value.source
                 tokenizer = value.tokenizer and absolute_uri(value.tokenizer)
-                paths = {"source": [absolute_uri(uri) for uri in sources], "tokenizer": tokenizer}
+                paths = {"source": [_absolute_source(uri) for uri in sources], "tokenizer": tokenizer}
                 update[name] = value.model_copy(update=paths)
             case str() if name == "api_key_file" or (name == "checkpoint" and value != "latest"):
                 update[name] = absolute_uri(value)
             case None if name == "run_id":
                 update[name] = new_run_id()
     return config.model_copy(update=update)
+
+
+def _absolute_source(uri: str) -> str:
+    if uri.startswith(TOKENS):
+        return TOKENS + absolute_uri(uri.removeprefix(TOKENS))
+    return absolute_uri(uri)
 
 
 def new_run_id() -> str:

@@ -44,6 +44,14 @@ class StageFailedError(UserError):
     """A stage ended without a result; its own log said why."""
 
 
+class ModuleFailedError(StageFailedError):
+    """A module run beside this process failed and has said why."""
+
+
+class ModuleMisusedError(ModuleFailedError, ConfigError):
+    """It found itself misused."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Connection:
     """A cluster that takes jobs."""
@@ -71,11 +79,13 @@ def _token() -> str | None:
 
 
 def cpus_per_node(config: RunConfig | EvaluateConfig) -> int:
-    """Logical CPUs of each local node, such that the workers of one node fewer than planned still find a place."""
+    """Logical CPUs of each local node, such that the workers of one node fewer than planned still find a place, and
+    one more where tokenizing runs beside them."""
     worker_nodes = max(1, config.cluster.num_nodes - 1)
     if isinstance(config, EvaluateConfig):
         return -(-config.num_workers // worker_nodes) * config.threads_per_worker
-    return -(-config.scaling.max_workers // worker_nodes) * config.scaling.threads_per_worker
+    training = -(-config.scaling.max_workers // worker_nodes) * config.scaling.threads_per_worker
+    return training + config.train.while_tokenizing
 
 
 def run_stage(
@@ -169,7 +179,8 @@ def run_module(module: str, *arguments: str) -> dict[str, Any]:
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False)
     results = [found for line in done.stdout.splitlines() if (found := parse_result(line)) is not None]
     if done.returncode or not results:
-        raise StageFailedError(f"{module} ended with exit code {done.returncode}; its message is above")
+        kind = ModuleMisusedError if done.returncode == _MISUSED else ModuleFailedError
+        raise kind(f"{module} ended with exit code {done.returncode}; its message is above")
     return results[-1]
 
 

@@ -1,82 +1,109 @@
-"""What documents a corpus holds: place, size, hash and reason to drop of each, read in parallel, file by file."""
+"""What documents a chunk holds: hash, size and reason to drop of each, found by one task and kept for a restart."""
 
 import hashlib
-import struct
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
 from cluster.config import DataConfig
-from cluster.progress import progress
-from cluster.storage import Entry
+from cluster.storage import Storage
+from jobs.corpus_chunks import Chunk, Part
+from jobs.data_progress import DataProgress
 from jobs.data_tasks import Task, run_tasks
-from jobs.documents import Drop, read_documents
+from jobs.documents import Document, Drop, read_documents
+from jobs.near_duplicates import NGRAM_WORDS, signature
+from jobs.normal_text import HASH_BYTES, document_hash, normalized, word_ngrams
+from jobs.quality import failed_rule
 
-INDEX_DTYPE = np.dtype(
-    [
-        ("file", "<i4"),  # place in the listing
-        ("offset", "<i8"),  # as in `Document.offset`
-        ("size", "<i8"),  # bytes of text; 0 when dropped
-        ("drop", "u1"),  # drop code
-        ("replaced", "u1"),  # 1 when bytes that were not UTF-8 became U+FFFD
-        ("hash", "u1", 32),  # SHA-256 of the text
-    ]
-)
-"""A document in the index (N,), which is in canonical order: order of the sources, path, place in the file."""
-
-_PACKED = struct.Struct("<iqqBB")  # one record before its hash, five times as fast as NumPy's own conversion
-
-CorpusIndex = npt.NDArray[Any]
+INDEX = "index"
 
 DROP_CODES = [None, *Drop]
 """A drop code is a place in this list; 0 is kept."""
 
-_GROUP_BYTES = 16 << 20  # small files are read together: a task costs about 10 ms
-_GROUP_FILES = 256
-_PART_DOCUMENTS = 1 << 15  # a file's index travels in parts, so that no worker holds a large one
+
+@dataclass(frozen=True)
+class ChunkIndex:
+    """The N documents of a chunk, in their order."""
+
+    hashes: npt.NDArray[np.uint8]  # (N, 16) of the normalized text; zeros when dropped
+    drops: npt.NDArray[np.uint8]  # (N,) drop codes
+    signatures: npt.NDArray[Any]  # (N, K) for near-duplicates; (N, 0) when these are not asked for
+    digest: str  # SHA-256 of all texts, which tells whether a second reader saw the same
+
+    def to_bytes(self) -> bytes:
+        return save(
+            {"hashes": self.hashes, "drops": self.drops, "signatures": self.signatures}, {"digest": self.digest}
+        )
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> Self:
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        return cls(**load(content), digest=header["__metadata__"]["digest"])
 
 
-def index_corpus(files: list[Entry], data: DataConfig) -> CorpusIndex:
-    """The same index for any number of workers."""
-    tasks = list(_file_groups(files))
-    parts: dict[tuple[int, int], CorpusIndex] = {}
-    with progress("indexing documents", total_bytes=sum(entry.size for entry in files)) as advance:
-        for number, part, result in run_tasks(tasks, partial(index_files, data=data)):
-            if result:
-                parts[number, part] = np.frombuffer(result, dtype=INDEX_DTYPE)
-            else:
-                advance(tasks[number]["bytes"])
-    return np.concatenate([np.empty(0, INDEX_DTYPE), *(parts[key] for key in sorted(parts))])
+def index_corpus(store: Storage, chunks: Sequence[Chunk], data: DataConfig) -> Iterator[tuple[int, bytes]]:
+    """(chunk number, content of its `ChunkIndex`) as they get ready. Needs Ray."""
+    tasks = [{"chunk": chunk.number, "parts": [asdict(part) for part in chunk.parts]} for chunk in chunks]
+    total_bytes = sum(chunk.bytes for chunk in chunks)
+    with DataProgress("indexing documents", total_bytes=total_bytes, num_tasks=len(tasks)) as progress:
+        for result in run_tasks(tasks, partial(index_chunk, store=store, data=data)):
+            index = ChunkIndex.from_bytes(result.content)
+            chunk = chunks[result.number]
+            progress.advance(chunk.bytes, documents=len(index.drops), rss_bytes=result.rss_bytes)
+            yield chunk.number, result.content
 
 
-def _file_groups(files: list[Entry]) -> Iterator[Task]:
-    first, size = 0, 0
-    for end, entry in enumerate(files, start=1):
-        size += entry.size
-        if end == len(files) or end - first == _GROUP_FILES or size >= _GROUP_BYTES:
-            yield {"first": first, "uris": [member.key for member in files[first:end]], "bytes": size}
-            first, size = end, 0
+def index_chunk(task: Task, *, store: Storage, data: DataConfig) -> Iterator[bytes]:
+    """Yields the index of a chunk once it is stored; a stored one is not made again."""
+    key = f"{INDEX}/{task['chunk']:05d}.safetensors"
+    content = _stored(store, key)
+    if content is None:
+        content = _indexed([Part(**part) for part in task["parts"]], data).to_bytes()
+        store.write_bytes(key, content)
+    yield content
 
 
-def index_files(task: Task, *, data: DataConfig) -> Iterator[bytes]:
-    """Parts of the index of a group of files; an empty one says that the group is done."""
-    part = bytearray()
-    for file, uri in enumerate(task["uris"], start=task["first"]):
-        for document in read_documents(uri, data):
-            code = DROP_CODES.index(document.drop)
-            part += _PACKED.pack(file, document.offset, len(document.text), code, document.replaced)
-            part += hashlib.sha256(document.text).digest()
-            if len(part) == _PART_DOCUMENTS * INDEX_DTYPE.itemsize:
-                yield bytes(part)
-                part.clear()
-    if part:
-        yield bytes(part)
-    yield b""
+def _stored(store: Storage, key: str) -> bytes | None:
+    if not store.exists(key):
+        return None
+    content = store.read_bytes(key)
+    try:
+        ChunkIndex.from_bytes(content)
+    except (SafetensorError, ValueError, KeyError, TypeError):
+        return None  # cut off on a disk that lost power
+    return content
 
 
-def source_hash(index: CorpusIndex) -> str:
-    """The same for the same documents in the same order, whatever files and places hold them."""
-    return hashlib.sha256(index["drop"].tobytes() + index["hash"].tobytes()).hexdigest()
+def _indexed(parts: Sequence[Part], data: DataConfig) -> ChunkIndex:
+    digest = hashlib.sha256()
+    hashes, drops, signatures = bytearray(), bytearray(), []
+    for _, document in read_chunk(parts, data, digest):
+        drop = document.drop
+        if drop is None and data.quality_rules and (rule := failed_rule(document.text, data.quality_rules)):
+            drop = Drop(rule)
+        text = normalized(document.text) if drop is None else b""
+        drops.append(DROP_CODES.index(drop))
+        hashes += document_hash(text) if drop is None else bytes(HASH_BYTES)
+        if data.near_dedup_threshold is not None:
+            signatures.append(signature(word_ngrams(text, NGRAM_WORDS)))
+    return ChunkIndex(
+        hashes=np.frombuffer(hashes, np.uint8).reshape(-1, HASH_BYTES),
+        drops=np.frombuffer(drops, np.uint8),
+        signatures=np.array(signatures) if signatures else np.empty((len(drops), 0), np.uint8),
+        digest=digest.hexdigest(),
+    )
+
+
+def read_chunk(parts: Sequence[Part], data: DataConfig, digest: "hashlib._Hash") -> Iterator[tuple[Part, Document]]:
+    """The documents of a chunk in canonical order; their texts go into `digest`."""
+    for part in parts:
+        for document in read_documents(part, data):
+            digest.update(document.text.encode() + b"\0")
+            yield part, document

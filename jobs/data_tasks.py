@@ -4,9 +4,11 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import psutil
 import ray.data
 
 from model.errors import UserError
@@ -15,15 +17,24 @@ Task = dict[str, Any]
 """What to do, as JSON values."""
 
 Work = Callable[[Task], Iterator[bytes]]
-"""Does a task and yields its results, part by part."""
+"""Does a task and yields its results."""
 
 
-def run_tasks(tasks: list[Task], work: Work) -> Iterator[tuple[int, int, bytes]]:
-    """(task number, part number, result) of every part, in the order in which tasks get ready.
+@dataclass(frozen=True)
+class Result:
+    number: int  # of the task
+    content: bytes
+    rss_bytes: int  # resident memory of the worker
+
+
+def run_tasks(tasks: list[Task], work: Work) -> Iterator[Result]:
+    """Every result, in the order in which tasks get ready.
 
     A task whose worker or node dies is run again; an error in it stops all, as the `UserError` that it is if it is
     one. `work` is sent by name: it lives in a module that is not run as a script.
     """
+    if not tasks:
+        return
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -36,16 +47,15 @@ def run_tasks(tasks: list[Task], work: Work) -> Iterator[tuple[int, int, bytes]]
     for row in dataset.iter_rows():
         if row["error"]:
             raise UserError(row["error"])
-        yield row["number"], row["part"], row["result"]
+        yield Result(row["number"], row["content"], row["rss_bytes"])
 
 
 def _perform(batch: dict[str, Any], *, work: Work) -> Iterator[dict[str, Any]]:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a task owns one CPU
-    number = int(batch["number"][0])
-    part = 0
+    row = {"number": [int(batch["number"][0])], "content": [b""], "rss_bytes": [0], "error": [""]}
     try:
-        for part, result in enumerate(work(json.loads(batch["task"][0]))):
-            yield {"number": [number], "part": [part], "result": [result], "error": [""]}
+        for content in work(json.loads(batch["task"][0])):
+            yield row | {"content": [content], "rss_bytes": [psutil.Process().memory_info().rss]}
     except UserError as error:
         # As a value, because Ray Data wraps an exception in its own and loses the one inside.
-        yield {"number": [number], "part": [part], "result": [b""], "error": [str(error)]}
+        yield row | {"error": [str(error)]}

@@ -1,139 +1,183 @@
-"""Shards written in parallel, each by one task: read its documents, encode them, store them, vouch for them.
+"""Shards written in parallel, each by one task: read a chunk, encode what is kept of it, store it, vouch for it.
 
-A shard's sidecar (`shard-00000.json`) says what it was made of and what its bytes are. A shard whose sidecar agrees
-with the plan and with the bytes is not written again; that is how a killed job goes on.
+A chunk's sidecar (`shard-00000.json`) says what its shards were made of and what their bytes are. A chunk whose
+sidecar agrees with the plan and with the bytes is not written again; that is how a killed job goes on.
 """
 
-import dataclasses
 import hashlib
 import json
-import re
-from collections.abc import Iterable, Iterator, Sequence
-from functools import cache, partial
-from itertools import groupby
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 
 from cluster.config import DataConfig
-from cluster.progress import progress
-from cluster.storage import NotFoundError, Storage
-from jobs.data_tasks import Task, run_tasks
-from jobs.documents import CorpusError, read_documents
-from jobs.packing import ShardPlan
-from jobs.token_store import Shard, canonical_json, token_dtype
+from cluster.storage import Storage
+from jobs.corpus_chunks import Part
+from jobs.corpus_index import DROP_CODES, read_chunk
+from jobs.corpus_listing import CorpusError
+from jobs.data_tasks import Task
+from jobs.decontamination import shares_ngram, validation_ngrams
+from jobs.documents import Document, Drop
+from jobs.selection import HELD_OUT
+from jobs.text_pieces import cut_text
+from jobs.token_store import DropSample, Shard, Split, canonical_json, token_dtype
+from model.bulk_encoder import BulkEncoder, Encoder, PlainEncoder
 from model.tokenizer import Tokenizer
 
-_PIECE_CHARS = 1 << 18
-_BATCH_CHARS = 1 << 20  # text encoded at once
-_BORDER = re.compile(r"(?<=[^\W\d_])(?=\s)")
+_MAX_SAMPLES = 5
+_PREVIEW_CHARS = 200
 
 
-def write_shards(
-    store: Storage, plans: Sequence[ShardPlan], uris: Sequence[str], *, tokenizer: Tokenizer, data: DataConfig
-) -> list[Shard]:
-    """Writes those that are missing; returns all of them, in the order of the plans."""
-    tasks = [_task(plan, uris) for plan in plans]
-    work = partial(write_shard, store=store, tokenizer_json=tokenizer.to_json(), data=data)
-    shards: dict[int, Shard] = {}
-    with progress("tokenizing", total_bytes=sum(task["bytes"] for task in tasks)) as advance:
-        for number, _, result in run_tasks(tasks, work):
-            shards[number] = Shard(**json.loads(result))
-            advance(tasks[number]["bytes"])
-    return [shards[number] for number in range(len(tasks))]
+@dataclass
+class ChunkResult:
+    """What became of a chunk."""
+
+    shards: list[Shard] = field(default_factory=list)
+    documents: int = 0
+    replaced: int = 0
+    contaminated: int = 0
+    samples: dict[str, list[DropSample]] = field(default_factory=dict)
+
+    def to_bytes(self) -> bytes:
+        return canonical_json(asdict(self))
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> Self:
+        return cls.from_values(json.loads(content))
+
+    @classmethod
+    def from_values(cls, values: dict[str, Any]) -> Self:
+        samples = {reason: [DropSample(**sample) for sample in found] for reason, found in values["samples"].items()}
+        return cls(**values | {"shards": [Shard(**shard) for shard in values["shards"]], "samples": samples})
+
+    def sample(self, reason: str, part: Part, document: Document) -> None:
+        found = self.samples.setdefault(reason, [])
+        if len(found) < _MAX_SAMPLES:
+            preview = document.preview or document.text[:_PREVIEW_CHARS]
+            found.append(DropSample(part.file, document.offset, document.size, preview))
 
 
-def _task(plan: ShardPlan, uris: Sequence[str]) -> Task:
-    pairs = zip(plan.documents["file"].tolist(), plan.documents["offset"].tolist(), strict=True)
-    return {
-        "file": plan.file,
-        "split": plan.split,
-        "bytes": int(plan.documents["size"].sum()),
-        "text_hash": hashlib.sha256(plan.documents["hash"].tobytes()).hexdigest(),
-        "pieces": [(uris[file], [offset for _, offset in group]) for file, group in groupby(pairs, lambda p: p[0])],
-    }
+@dataclass(frozen=True)
+class ChunkWriter:
+    """Everything that the writers of all chunks share."""
+
+    store: Storage
+    tokenizer_json: bytes
+    data: DataConfig
+    is_bulk: bool  # whether the driver has proven that tiktoken gives the tokenizer's ids
+    ngrams_hash: str  # of validation_ngrams; "" when nothing is decontaminated
+
+    def __call__(self, task: Task) -> Iterator[bytes]:
+        """Yields the `ChunkResult` as JSON once the shards and then their sidecar are stored."""
+        tokenizer, encoder = _encoder(self.tokenizer_json, is_bulk=self.is_bulk)
+        codes = self.store.read_bytes(task["codes"])
+        made_of = {
+            "digest": task["digest"],
+            "codes": hashlib.sha256(codes).hexdigest(),
+            "tokenizer": tokenizer.hash,
+            "ngrams": self.ngrams_hash,
+        }
+        sidecar = f"shard-{task['chunk']:05d}.json"
+        result = self._finished(sidecar, made_of)
+        if result is None:
+            result = self._write(task, codes, tokenizer, encoder)
+            self.store.write_bytes(sidecar, canonical_json({"made_of": made_of, "result": asdict(result)}))
+        yield result.to_bytes()
+
+    def _finished(self, sidecar: str, made_of: dict[str, str]) -> ChunkResult | None:
+        if not self.store.exists(sidecar):
+            return None
+        try:
+            values = json.loads(self.store.read_bytes(sidecar))
+        except ValueError:
+            return None  # cut off on a disk that lost power
+        result = ChunkResult.from_values(values["result"]) if values["made_of"] == made_of else None
+        return result if result and all(self._is_stored(shard) for shard in result.shards) else None
+
+    def _is_stored(self, shard: Shard) -> bool:
+        return self.store.exists(shard.file) and file_sha256(self.store, shard.file) == shard.sha256
+
+    def _write(self, task: Task, codes: bytes, tokenizer: Tokenizer, encoder: Encoder) -> ChunkResult:
+        parts = [Part(**part) for part in task["parts"]]
+        digest = hashlib.sha256()
+        result = ChunkResult(documents=len(codes))
+        ngrams = validation_ngrams(self.store, self.ngrams_hash) if self.ngrams_hash else None
+        names: dict[Split, str] = {split: f"{name}-{task['chunk']:05d}.bin" for split, name in _FILE_NAMES.items()}
+        with ExitStack() as stack:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="raymill-shard-")))
+            dtype = token_dtype(tokenizer.vocab_size)
+            writers = {
+                split: _ShardFile(stack.enter_context((folder / name).open("w+b")), tokenizer.eot_id, dtype)
+                for split, name in names.items()
+            }
+            numbered = enumerate(read_chunk(parts, self.data, digest))
+            for number, (part, document) in numbered:
+                code = codes[number] if number < len(codes) else None
+                if code is None or (document.drop and code != DROP_CODES.index(document.drop)):
+                    raise _changed(parts)
+                if code not in (0, HELD_OUT):
+                    result.sample(str(DROP_CODES[code]), part, document)
+                elif code == 0 and ngrams is not None and shares_ngram(document.text, ngrams, self.data):
+                    result.contaminated += 1
+                    result.sample(Drop.CONTAMINATED, part, document)
+                else:
+                    result.replaced += document.replaced
+                    writers["val" if code == HELD_OUT else "train"].add(document, encoder)
+            if digest.hexdigest() != task["digest"]:
+                raise _changed(parts)
+            for split, writer in writers.items():
+                if writer.documents:
+                    result.shards.append(Shard(names[split], split, task["source"], **writer.finished()))
+                    self.store.upload_file(folder / names[split], names[split])
+        return result
 
 
-def write_shard(task: Task, *, store: Storage, tokenizer_json: bytes, data: DataConfig) -> Iterator[bytes]:
-    """Yields the shard's `Shard` as JSON once its bytes and then its sidecar are stored."""
-    tokenizer = _tokenizer(tokenizer_json)
-    made_of = {"text_hash": task["text_hash"], "tokenizer_hash": tokenizer.hash}
-    shard = _finished(store, task["file"], made_of)
-    if shard is None:
-        shard, content = _encoded(task, tokenizer, data)
-        store.write_bytes(shard.file, content)
-        store.write_bytes(_sidecar(shard.file), canonical_json(made_of | {"shard": dataclasses.asdict(shard)}))
-    yield json.dumps(dataclasses.asdict(shard)).encode()
+_FILE_NAMES: dict[Split, str] = {"train": "shard", "val": "val"}
+
+
+def _changed(parts: Sequence[Part]) -> CorpusError:
+    names = ", ".join(dict.fromkeys(part.uri for part in parts[:3]))
+    return CorpusError(f"the corpus changed while it was tokenized (one of {names}); run again")
+
+
+class _ShardFile:
+    """A shard on its way to the store: in a local file, as it may be larger than memory allows."""
+
+    def __init__(self, file: BinaryIO, eot_id: int, dtype: np.dtype[Any]) -> None:
+        self._file = file
+        self._dtype = dtype
+        self._end = np.array([eot_id], dtype=dtype).tobytes()
+        self._tokens = self._bytes = self.documents = 0
+
+    def add(self, document: Document, encoder: Encoder) -> None:
+        for piece in cut_text(document.text):
+            ids = encoder.encode(piece)
+            self._file.write(ids.astype(self._dtype).data)
+            self._tokens += len(ids)
+        self._file.write(self._end)
+        self._tokens += 1
+        self.documents += 1
+        self._bytes += document.size
+
+    def finished(self) -> dict[str, Any]:
+        """The figures of the `Shard`; its bytes are in the file."""
+        self._file.seek(0)
+        sha256 = hashlib.file_digest(self._file, "sha256").hexdigest()  # type: ignore[arg-type]
+        return {"tokens": self._tokens, "documents": self.documents, "bytes": self._bytes, "sha256": sha256}
 
 
 @cache
-def _tokenizer(content: bytes) -> Tokenizer:
-    return Tokenizer.from_json(content)
+def _encoder(content: bytes, *, is_bulk: bool) -> tuple[Tokenizer, Encoder]:
+    tokenizer = Tokenizer.from_json(content)
+    return tokenizer, BulkEncoder.of(tokenizer) if is_bulk else PlainEncoder(tokenizer)
 
 
-def _sidecar(file: str) -> str:
-    return f"{file.removesuffix('.bin')}.json"
-
-
-def _finished(store: Storage, file: str, made_of: dict[str, str]) -> Shard | None:
-    try:
-        sidecar = json.loads(store.read_bytes(_sidecar(file)))
-        content_hash = hashlib.sha256(store.read_bytes(file)).hexdigest()
-    except NotFoundError:
-        return None
-    same = {name: sidecar[name] for name in made_of} == made_of and sidecar["shard"]["sha256"] == content_hash
-    return Shard(**sidecar["shard"]) if same else None
-
-
-def _encoded(task: Task, tokenizer: Tokenizer, data: DataConfig) -> tuple[Shard, bytes]:
-    dtype = token_dtype(tokenizer.vocab_size)
-    content = bytearray()
-    text_hashes = hashlib.sha256()
-    documents = 0
-    for batch in _batches(_texts(task, data, text_hashes)):
-        for (_, is_last), ids in zip(batch, tokenizer.encode_batch([piece for piece, _ in batch]), strict=True):
-            content += np.array(ids + [tokenizer.eot_id] * is_last, dtype=dtype).tobytes()
-            documents += is_last
-    if text_hashes.hexdigest() != task["text_hash"]:
-        names = ", ".join(uri for uri, _ in task["pieces"])
-        raise CorpusError(f"the corpus changed while it was tokenized (one of {names}); run again")
-    tokens = len(content) // dtype.itemsize
-    sha256 = hashlib.sha256(content).hexdigest()
-    return Shard(task["file"], task["split"], tokens, documents, task["bytes"], sha256), bytes(content)
-
-
-def _texts(task: Task, data: DataConfig, text_hashes: "hashlib._Hash") -> Iterator[str]:
-    for uri, offsets in task["pieces"]:
-        for document in read_documents(uri, data, offsets=offsets):
-            text_hashes.update(hashlib.sha256(document.text).digest())
-            yield document.text.decode()
-
-
-def _batches(texts: Iterable[str]) -> Iterator[list[tuple[str, bool]]]:
-    """Pieces of documents, and whether each ends its document, in batches that bound the encoder's memory."""
-    batch: list[tuple[str, bool]] = []
-    size = 0
-    for text in texts:
-        pieces = list(cut_text(text))
-        for number, piece in enumerate(pieces, start=1):
-            batch.append((piece, number == len(pieces)))
-            size += len(piece)
-            if size >= _BATCH_CHARS:
-                yield batch
-                batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def cut_text(text: str, *, piece_chars: int = _PIECE_CHARS) -> Iterator[str]:
-    """A long text in pieces: the encoder takes about 130 times a text's size in memory.
-
-    A piece ends where a letter is followed by a blank. The patterns of GPT-2's tokenizer and of its followers never
-    join these two, so the pieces' ids, end to end, are the text's. Only a text without such a place is cut anywhere.
-    """
-    start = 0
-    while len(text) - start > 2 * piece_chars:
-        border = _BORDER.search(text, start + piece_chars, start + 2 * piece_chars)
-        end = border.start() if border else start + 2 * piece_chars
-        yield text[start:end]
-        start = end
-    yield text[start:]
+def file_sha256(store: Storage, key: str) -> str:
+    with store.open(key) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]

@@ -1,7 +1,10 @@
 """The token store's contract: the manifest that lists shards of token ids, and its exact bytes.
 
-The manifest holds no URI, name of a source or time: the same text makes the same manifest wherever it lies.
-It is written last: a folder without one is not a store.
+The manifest holds no path and no time: the same text makes the same manifest wherever it lies (only `hf://` sources
+leave a trace, their pinned revision). It is written last: a folder without one is not a finished store.
+
+While a store grows, `sealed.json` lists what is sealed: for each source the shards up to the first that is missing,
+of both splits. A sealed shard never changes, so a reader of the prefix reads what the finished store will hold.
 """
 
 import dataclasses
@@ -15,9 +18,11 @@ import numpy as np
 from cluster.storage import NotFoundError, Storage
 from model.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+SEALED = "sealed.json"
 SOURCES = "sources.json"
+TOKENIZER = "tokenizer.json"
 
 Split = Literal["train", "val"]
 
@@ -32,10 +37,21 @@ class Shard:
 
     file: str
     split: Split
+    source: int  # place in data.source
     tokens: int  # end-of-text tokens among them
     documents: int
     bytes: int  # of UTF-8 text, end-of-text tokens not counted
     sha256: str
+
+
+@dataclass(frozen=True)
+class DropSample:
+    """A dropped document: what a person needs to judge the rule that dropped it."""
+
+    file: int  # place in the listing, which sources.json holds
+    document: int  # place in the file
+    bytes: int
+    preview: str  # the front of its text
 
 
 @dataclass(frozen=True)
@@ -47,9 +63,13 @@ class Manifest:
     eot_id: int
     source_hash: str  # of every document's hash or reason to be dropped, in canonical order
     config_hash: str  # of the settings that shape the shards
+    weights: tuple[float, ...]  # share of the training rows from each source, summing to 1; empty: as they come
+    revisions: dict[str, str]  # commit of each hf:// source
     dropped: dict[str, int]  # documents by reason
+    drop_samples: dict[str, list[DropSample]]  # the first few of each reason
     replaced_utf8: int  # documents kept with U+FFFD in place of bytes that were not UTF-8
-    shards: tuple[Shard, ...]
+    shards: tuple[Shard, ...]  # in canonical order: by source, then place in it
+    complete: bool = True  # False in sealed.json
 
     def total(self, field: Literal["tokens", "documents", "bytes"], split: Split | None = None) -> int:
         return sum(getattr(shard, field) for shard in self.shards if split in (None, shard.split))
@@ -72,12 +92,24 @@ class Manifest:
                 f"the token store has format {values['format_version']}, not {FORMAT_VERSION}; tokenize again"
             )
         known = {field.name for field in dataclasses.fields(cls)}
-        shards = tuple(Shard(**shard) for shard in values["shards"])
-        return cls(**{name: value for name, value in values.items() if name in known} | {"shards": shards})
+        built = {
+            "shards": tuple(Shard(**shard) for shard in values["shards"]),
+            "weights": tuple(values["weights"]),
+            "drop_samples": {
+                reason: [DropSample(**sample) for sample in samples]
+                for reason, samples in values["drop_samples"].items()
+            },
+        }
+        return cls(**{name: value for name, value in values.items() if name in known} | built)
 
     @property
     def hash(self) -> str:
         return hashlib.sha256(self.to_json()).hexdigest()
+
+    @property
+    def identity(self) -> str:
+        """What decides the shards, in one hash: the same while the store grows as when it is finished."""
+        return hashlib.sha256(canonical_json([self.source_hash, self.config_hash, self.tokenizer_hash])).hexdigest()
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -89,14 +121,14 @@ def canonical_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, indent=1).encode() + b"\n"
 
 
-def read_manifest(store: Storage) -> Manifest:
+def read_manifest(store: Storage, *, name: str = MANIFEST) -> Manifest:
     """The manifest, after checking that every shard is there in its full size. Raises `TokenStoreError`."""
     try:
-        manifest = Manifest.from_json(store.read_bytes(MANIFEST))
+        manifest = Manifest.from_json(store.read_bytes(name))
     except NotFoundError as error:
-        raise TokenStoreError(f"{store.uri} holds no {MANIFEST}: tokenizing was not finished; run it again") from error
+        raise TokenStoreError(f"{store.uri} holds no {name}: tokenizing was not finished; run it again") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise TokenStoreError(f"{store.uri}/{MANIFEST} is damaged ({error}); delete it and tokenize again") from error
+        raise TokenStoreError(f"{store.uri}/{name} is damaged ({error}); delete it and tokenize again") from error
     sizes = {entry.key: entry.size for entry in store.list()}
     for shard in manifest.shards:
         expected = shard.tokens * token_dtype(manifest.vocab_size).itemsize

@@ -1,44 +1,99 @@
 """Stage: the corpus as a token store, with the same bytes for any number of workers, kills and restarts.
 
-Two passes over the files. The first indexes the documents; from that the driver decides, in canonical order, what is
-kept and where it goes. The second writes the shards. The manifest comes last: without one there is no store.
+Two passes over the chunks of the corpus. The first indexes the documents; from that the driver decides, in canonical
+order, which are kept. The second writes the shards. Each task leaves its result in the store, so a job that was
+killed goes on where it was. The manifest comes last: without one there is no store.
 """
 
 import hashlib
 import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from cluster.config import DataConfig, RunConfig
+from cluster.lease import Lease
 from cluster.progress import say
 from cluster.stage import stage_main
 from cluster.storage import Storage, join_uri, open_storage
-from jobs.corpus_index import index_corpus, source_hash
-from jobs.documents import Listing, empty_corpus, list_corpus
-from jobs.packing import count_drops, drop_duplicates, plan_shards
-from jobs.shard_writer import write_shards
-from jobs.token_store import MANIFEST, SOURCES, Manifest, TokenStoreError, canonical_json, read_manifest
-from jobs.train_tokenizer import ensure_tokenizer
+from jobs.corpus_chunks import Chunk, interleaved, plan_chunks
+from jobs.corpus_index import INDEX, index_corpus
+from jobs.corpus_listing import CorpusError, Listing, empty_corpus, list_corpus
+from jobs.data_progress import DataProgress
+from jobs.data_tasks import run_tasks
+from jobs.decontamination import store_validation_ngrams
+from jobs.documents import UNREADABLE, Drop
+from jobs.file_pieces import PIECES, cut_files
+from jobs.ready_shards import copy_shards
+from jobs.sealed_prefix import SealedPrefix
+from jobs.selection import Selection, Summary
+from jobs.shard_writer import ChunkResult, ChunkWriter
+from jobs.token_store import (
+    MANIFEST,
+    SEALED,
+    SOURCES,
+    TOKENIZER,
+    Manifest,
+    TokenStoreError,
+    canonical_json,
+    read_manifest,
+)
+from jobs.train_tokenizer import ensure_tokenizer, text_sample
+from model.bulk_encoder import bulk_encoder
 from model.tokenizer import Tokenizer
 
-_SHAPING = {"text_field", "invalid_utf8", "max_document_bytes", "dedup", "val_fraction", "shard_bytes"}
-"""The settings that shape the shards, beside the corpus and its tokenizer."""
+_SHAPING = {
+    "weights",
+    "text_field",
+    "invalid_utf8",
+    "max_document_bytes",
+    "dedup",
+    "near_dedup_threshold",
+    "quality_rules",
+    "decontaminate_ngram",
+    "val_fraction",
+    "shard_bytes",
+}
+"""The settings that shape the store, beside the corpus and its tokenizer."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be tokenized, with what, and where to."""
+
+    listing: Listing
+    tokenizer: Tokenizer
+    store: Storage
+
+
+def plan_store(config: RunConfig) -> Plan:
+    """Lists the corpus and trains its tokenizer where there is none; the store's place follows from both. Needs Ray."""
+    listing = list_corpus(config.data.source)
+    tokenizer, _ = ensure_tokenizer(config, listing)
+    shaping = [_shaping(config.data), listing.identity(), sorted(listing.token_stores.items()), tokenizer.hash]
+    key = hashlib.sha256(canonical_json(shaping)).hexdigest()[:12]
+    return Plan(listing, tokenizer, open_storage(config.storage.uri).child(f"tokens/{key}"))
+
+
+def token_store(config: RunConfig) -> Storage:
+    """The folder of the store of `config.data`, finished or not. Needs Ray."""
+    return plan_store(config).store
 
 
 def tokenize(config: RunConfig) -> dict[str, Any]:
     """Makes the token store of `config.data` under `config.storage`, or finds it there. Needs Ray.
 
-    Raises `CorpusError`, also when no document is left to tokenize.
+    Raises `CorpusError`, also when no document is left to tokenize, and `LeaseHeldError` while another run writes it.
     """
-    listing = list_corpus(config.data.source)
-    for uri in listing.skipped:
+    plan = plan_store(config)
+    for uri in plan.listing.skipped:
         say(f"skipped {uri}: its ending is unknown")
-    tokenizer, _ = ensure_tokenizer(config, listing)
-    shaping = _shaping(config.data)
-    key = hashlib.sha256(canonical_json([shaping, listing.identity(), tokenizer.hash])).hexdigest()[:12]
-    store = open_storage(config.storage.uri).child(f"tokens/{key}")
-    manifest = _finished(store) or _build(store, listing, tokenizer, config.data)
+    manifest = _finished(plan.store)
+    if manifest is None:
+        with Lease(plan.store) as lease:
+            manifest = _Build(plan, config.data, lease).manifest()
     return {
-        "manifest": join_uri(store.uri, MANIFEST),
+        "manifest": join_uri(plan.store.uri, MANIFEST),
         "manifest_hash": manifest.hash,
         "documents": manifest.total("documents"),
         "tokens": manifest.total("tokens"),
@@ -65,28 +120,117 @@ def _finished(store: Storage) -> Manifest | None:
         return None
 
 
-def _build(store: Storage, listing: Listing, tokenizer: Tokenizer, data: DataConfig) -> Manifest:
-    index = index_corpus(listing.files, data)
-    if data.dedup:
-        index = drop_duplicates(index)
-    dropped = count_drops(index)
-    if index["drop"].all():
-        raise empty_corpus(len(listing.files), dropped)
-    plans = plan_shards(index, val_fraction=data.val_fraction, shard_bytes=data.shard_bytes)
-    uris = [entry.key for entry in listing.files]
-    manifest = Manifest(
-        tokenizer_hash=tokenizer.hash,
-        vocab_size=tokenizer.vocab_size,
-        eot_id=tokenizer.eot_id,
-        source_hash=source_hash(index),
-        config_hash=hashlib.sha256(canonical_json(_shaping(data))).hexdigest(),
-        dropped=dropped,
-        replaced_utf8=int(index["replaced"][index["drop"] == 0].sum()),
-        shards=tuple(write_shards(store, plans, uris, tokenizer=tokenizer, data=data)),
-    )
-    store.write_bytes(SOURCES, canonical_json({"files": listing.identity(), "skipped": listing.skipped}))
-    store.write_bytes(MANIFEST, manifest.to_json())
-    return manifest
+@dataclass(frozen=True)
+class _Build:
+    plan: Plan
+    data: DataConfig
+    lease: Lease
+
+    def manifest(self) -> Manifest:
+        """Writes what is missing of the store."""
+        store, listing, tokenizer = self.plan.store, self.plan.listing, self.plan.tokenizer
+        is_bulk = self._is_bulk_proven()
+        store.write_bytes(TOKENIZER, tokenizer.to_json())
+        store.write_bytes(SOURCES, canonical_json({"files": listing.identity(), "skipped": listing.skipped}))
+        chunks = plan_chunks(
+            listing.files,
+            cut_files(store, listing.files, self.data),
+            shard_bytes=self.data.shard_bytes,
+            max_document_bytes=self.data.max_document_bytes,
+        )
+        summary, tasks = self._select(chunks)
+        results = copy_shards(store, listing.token_stores, tokenizer, first_chunk=len(chunks))
+        with SealedPrefix(store, self._manifest(summary, {}), chunks, ready=results) as sealed:
+            for chunk, result in self._write(chunks, tasks, is_bulk=is_bulk):
+                results[chunk] = result
+                self.lease.check()
+                sealed.add(chunk, result)
+        manifest = self._manifest(summary, results)
+        if not manifest.shards:
+            raise empty_corpus(len(listing.files), manifest.dropped)
+        self.lease.check()
+        store.write_bytes(MANIFEST, manifest.to_json())
+        for entry in [*store.list(f"{INDEX}/"), *store.list(f"{PIECES}/")]:
+            store.delete(entry.key)
+        store.delete(SEALED)
+        return manifest
+
+    def _is_bulk_proven(self) -> bool:
+        """Whether tiktoken gives the tokenizer's ids, also for the front of the corpus; says so if not."""
+        _, reason = bulk_encoder(self.plan.tokenizer, sample=text_sample(self.plan.listing, self.data))
+        if reason:
+            say(f"encoding with `tokenizers`, about eight times slower than with tiktoken's core: {reason}")
+        return reason is None
+
+    def _select(self, chunks: Sequence[Chunk]) -> tuple[Summary, list[dict[str, Any]]]:
+        """Decides what is kept; the tasks of the writers, whose decisions are stored, in the order of the chunks."""
+        store = self.plan.store
+        with Selection(self.data, num_chunks=len(chunks)) as selection:
+            for number, content in index_corpus(store, chunks, self.data):
+                selection.add(number, content)
+            summary = selection.decide()
+            self._judge(summary)
+            tasks = []
+            for chunk in chunks:
+                key = f"{INDEX}/{chunk.number:05d}.codes"
+                store.write_bytes(key, selection.codes(chunk.number).tobytes())
+                parts = [asdict(part) for part in chunk.parts]
+                digest = selection.digest(chunk.number)
+                tasks.append(
+                    {"chunk": chunk.number, "source": chunk.source, "parts": parts, "codes": key, "digest": digest}
+                )
+        return summary, tasks
+
+    def _judge(self, summary: Summary) -> None:
+        total = summary.documents + sum(summary.dropped.values())
+        if not summary.documents and not self.plan.listing.token_stores:
+            raise empty_corpus(len(self.plan.listing.files), summary.dropped)
+        unreadable = {reason: summary.dropped[reason] for reason in UNREADABLE if summary.dropped[reason]}
+        if sum(unreadable.values()) > self.data.max_unreadable_fraction * total:
+            counts = ", ".join(f"{count} {reason}" for reason, count in unreadable.items())
+            raise CorpusError(
+                f"{sum(unreadable.values())} of {total} documents cannot be read ({counts}), more than the share of "
+                f"data.max_unreadable_fraction={self.data.max_unreadable_fraction}; `raymill data preview` shows some"
+            )
+
+    def _write(
+        self, chunks: Sequence[Chunk], tasks: list[dict[str, Any]], *, is_bulk: bool
+    ) -> Iterator[tuple[int, ChunkResult]]:
+        store, data = self.plan.store, self.data
+        codes_of = [task["codes"] for task in tasks]
+        ngrams_hash = store_validation_ngrams(store, chunks, codes_of, data) if data.decontaminate_ngram else ""
+        writer = ChunkWriter(store, self.plan.tokenizer.to_json(), data, is_bulk, ngrams_hash)
+        ordered = interleaved(chunks)
+        total_bytes = sum(chunk.bytes for chunk in chunks)
+        with DataProgress("tokenizing", total_bytes=total_bytes, num_tasks=len(chunks)) as progress:
+            for answer in run_tasks([tasks[chunk.number] for chunk in ordered], writer):
+                chunk, result = ordered[answer.number], ChunkResult.from_bytes(answer.content)
+                tokens = sum(shard.tokens for shard in result.shards)
+                progress.advance(chunk.bytes, documents=result.documents, tokens=tokens, rss_bytes=answer.rss_bytes)
+                yield chunk.number, result
+
+    def _manifest(self, summary: Summary, results: dict[int, ChunkResult]) -> Manifest:
+        """Of the results so far, in canonical order."""
+        ordered = [results[number] for number in sorted(results)]
+        samples: dict[str, list[Any]] = {}
+        contaminated = sum(result.contaminated for result in ordered)
+        for result in ordered:
+            for reason, found in result.samples.items():
+                samples[reason] = [*samples.get(reason, []), *found][:5]
+        weights = [weight / sum(self.data.weights) for weight in self.data.weights]
+        return Manifest(
+            tokenizer_hash=self.plan.tokenizer.hash,
+            vocab_size=self.plan.tokenizer.vocab_size,
+            eot_id=self.plan.tokenizer.eot_id,
+            source_hash=summary.source_hash,
+            config_hash=hashlib.sha256(canonical_json(_shaping(self.data))).hexdigest(),
+            weights=tuple(weights),
+            revisions=self.plan.listing.revisions,
+            dropped=summary.dropped | {Drop.CONTAMINATED.value: contaminated},
+            drop_samples=samples,
+            replaced_utf8=sum(result.replaced for result in ordered),
+            shards=tuple(shard for result in ordered for shard in result.shards),
+        )
 
 
 if __name__ == "__main__":

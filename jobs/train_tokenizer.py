@@ -4,7 +4,8 @@ import hashlib
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import groupby, islice
 from typing import Any
 
 import ray
@@ -14,7 +15,12 @@ from cluster.config import DataConfig, RunConfig
 from cluster.progress import say
 from cluster.stage import stage_main
 from cluster.storage import NotFoundError, join_uri, open_storage, split_uri
-from jobs.documents import Listing, empty_corpus, list_corpus, read_documents
+from jobs.corpus_chunks import whole_file
+from jobs.corpus_listing import CorpusFile, Listing, empty_corpus, list_corpus
+from jobs.documents import read_documents
+from jobs.normal_text import document_hash, normalized
+from jobs.quality import failed_rule
+from jobs.ready_shards import store_tokenizer
 from jobs.token_store import canonical_json
 from model.errors import UserError
 from model.tokenizer import Tokenizer, train_bpe
@@ -29,6 +35,7 @@ _SHAPING = {
     "invalid_utf8",
     "max_document_bytes",
     "dedup",
+    "quality_rules",
 }
 
 
@@ -38,8 +45,11 @@ def ensure_tokenizer(config: RunConfig, listing: Listing | None = None) -> tuple
     It is stored under a key of the settings and files that shape it, so a changed corpus gets a new one.
     """
     if config.data.tokenizer is not None:
-        return _load(config.data.tokenizer)
+        return load_tokenizer(config.data.tokenizer)
     listing = listing or list_corpus(config.data.source)
+    if listing.token_stores:
+        location = next(iter(listing.token_stores.values()))
+        return store_tokenizer(location), join_uri(location, TOKENIZER_FILE)
     shaping = [config.data.model_dump(mode="json", include=_SHAPING), listing.identity()]
     key = hashlib.sha256(canonical_json(shaping)).hexdigest()[:12]
     folder = open_storage(config.storage.uri).child(f"tokenizers/{key}")
@@ -48,7 +58,7 @@ def ensure_tokenizer(config: RunConfig, listing: Listing | None = None) -> tuple
         say(f"training a tokenizer of up to {config.data.vocab_size} ids on {len(listing.files)} files")
         task = ray.remote(num_cpus=1)(_train)
         try:
-            trained = ray.get(task.remote([entry.key for entry in listing.files], config.data))
+            trained = ray.get(task.remote(listing.files, config.data))
         except RayTaskError as error:
             if isinstance(error.cause, UserError):
                 raise error.cause from error
@@ -60,7 +70,8 @@ def ensure_tokenizer(config: RunConfig, listing: Listing | None = None) -> tuple
     return tokenizer, uri
 
 
-def _load(uri: str) -> tuple[Tokenizer, str]:
+def load_tokenizer(uri: str) -> tuple[Tokenizer, str]:
+    """A tokenizer by the location of its tokenizer.json or of the folder with it, and that location."""
     file_uri = uri if uri.endswith(".json") else join_uri(uri.rstrip("/"), TOKENIZER_FILE)
     storage, name = split_uri(file_uri)
     try:
@@ -69,30 +80,51 @@ def _load(uri: str) -> tuple[Tokenizer, str]:
         raise NotFoundError(f"data.tokenizer={uri!r}: {error}") from error
 
 
-def _train(uris: list[str], data: DataConfig) -> bytes:
+def _train(files: list[CorpusFile], data: DataConfig) -> bytes:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the task owns one CPU
-    sample = sample_texts(uris, data)
+    sample = sample_texts(files, data)
     return train_bpe(sample, vocab_size=data.vocab_size, normalize=data.normalize).to_json()
 
 
-def sample_texts(uris: list[str], data: DataConfig) -> Iterator[str]:
-    """The first `data.tokenizer_sample_bytes` of the kept documents in canonical order; the last may be cut."""
-    remaining = data.tokenizer_sample_bytes
+def sample_texts(files: Sequence[CorpusFile], data: DataConfig) -> Iterator[str]:
+    """The first `data.tokenizer_sample_bytes` of the kept documents, an equal share from each source's front.
+
+    The last document of a share may be cut. Raises `CorpusError` when no document is kept.
+    """
+    num_sources = len({file.source for file in files})
     seen: set[bytes] = set()
     dropped: Counter[str] = Counter()
-    for uri in uris:
-        for document in read_documents(uri, data):
-            digest = hashlib.sha256(document.text).digest()
-            if document.drop:
-                dropped[document.drop] += 1
-            elif not (data.dedup and digest in seen):
-                seen.add(digest)
-                yield document.text[:remaining].decode(errors="ignore")
-                remaining -= len(document.text)
-                if remaining <= 0:
-                    return
+    for _, group in groupby(files, key=lambda file: file.source):
+        remaining = max(1, data.tokenizer_sample_bytes // num_sources)
+        for text in _kept_texts(group, data, seen, dropped):
+            encoded = text.encode()
+            yield encoded[:remaining].decode(errors="ignore")
+            remaining -= len(encoded)
+            if remaining <= 0:
+                break
     if not seen:
-        raise empty_corpus(len(uris), dropped)
+        raise empty_corpus(len(files), dropped)
+
+
+def _kept_texts(
+    files: Iterator[CorpusFile], data: DataConfig, seen: set[bytes], dropped: Counter[str]
+) -> Iterator[str]:
+    for number, file in enumerate(files):
+        for document in read_documents(whole_file(number, file), data):
+            drop = document.drop or failed_rule(document.text, data.quality_rules)
+            if drop:
+                dropped[drop] += 1
+                continue
+            digest = document_hash(normalized(document.text))
+            if not (data.dedup and digest in seen):
+                seen.add(digest)
+                yield document.text
+
+
+def text_sample(listing: Listing, data: DataConfig, *, num_texts: int = 20) -> list[str]:
+    """A few texts from the corpus's front, each cut to some kilobytes."""
+    texts = _kept_texts(iter(listing.files), data, set(), Counter())
+    return [text[:8192] for text in islice(texts, num_texts)]
 
 
 def run(config: RunConfig) -> dict[str, Any]:

@@ -12,19 +12,31 @@ import zstandard
 
 from cluster.config import DataConfig
 from cluster.storage import NotFoundError, StorageError, open_storage
-from jobs.documents import CorpusError, Document, Drop, list_corpus, read_documents
+from jobs.corpus_chunks import plan_chunks, whole_file
+from jobs.corpus_listing import CorpusError, list_corpus
+from jobs.documents import Document, Drop, read_documents
 
 TEXTS = ["first document\r\nwith two lines\n", "zweites Dokument: ÄÖÜ 你好 😀", "  third, blanks kept  "]
 
 PACKERS = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
 
 
-def read(path: Path, offsets: list[int] | None = None, **settings: Any) -> list[Document]:
-    return list(read_documents(str(path), DataConfig(**settings), offsets=offsets))
+def read(uri: Path | str, **settings: Any) -> list[Document]:
+    return list(read_documents(whole_file(0, list_corpus(str(uri)).files[0]), DataConfig(**settings)))
+
+
+def read_in_chunks(uri: Path | str, *, shard_bytes: int, max_document_bytes: int = 1 << 20) -> list[Document]:
+    """The documents of all parts that the file is divided into, of which there must be several."""
+    files = list_corpus(str(uri)).files
+    chunks = plan_chunks(files, {}, shard_bytes=shard_bytes, max_document_bytes=max_document_bytes)
+    parts = [part for chunk in chunks for part in chunk.parts]
+    assert len(parts) > 1
+    data = DataConfig(max_document_bytes=max_document_bytes)
+    return [document for part in parts for document in read_documents(part, data)]
 
 
 def kept(path: Path, **settings: Any) -> list[str]:
-    return [document.text.decode() for document in read(path, **settings) if not document.drop]
+    return [document.text for document in read(path, **settings) if not document.drop]
 
 
 def drops(path: Path, **settings: Any) -> list[Drop | None]:
@@ -43,10 +55,7 @@ def test_jsonl_and_its_archives(tmp_path: Path, ending: str) -> None:
     lines = b"".join(json.dumps({"id": 1, "text": text}).encode() + b"\n" for text in TEXTS)
     path.write_bytes(PACKERS[ending](lines))
     documents = read(path)
-    assert [document.text.decode() for document in documents] == TEXTS
-    for wanted in ([], [0], [1, 2], [0, 2]):
-        again = read(path, offsets=[documents[place].offset for place in wanted])
-        assert again == [documents[place] for place in wanted]
+    assert [document.text for document in documents] == TEXTS
 
 
 @pytest.mark.parametrize("ending", PACKERS)
@@ -54,8 +63,7 @@ def test_txt_and_its_archives(tmp_path: Path, ending: str) -> None:
     for number, text in enumerate(TEXTS):
         (tmp_path / f"{number}.txt{ending}").write_bytes(PACKERS[ending](text.encode()))
     listing = list_corpus(str(tmp_path))
-    assert [kept(Path(entry.key)) for entry in listing.files] == [[text] for text in TEXTS]
-    assert read(tmp_path / f"0.txt{ending}", offsets=[]) == []
+    assert [kept(Path(entry.uri)) for entry in listing.files] == [[text] for text in TEXTS]
 
 
 def test_archives_of_several_members_are_read_to_the_end(tmp_path: Path) -> None:
@@ -75,11 +83,10 @@ def test_parquet(tmp_path: Path) -> None:
     )
     pq.write_table(table, path, row_group_size=300)
     documents = read(path)
-    assert [document.text.decode() for document in documents if not document.drop] == [text for text in texts if text]
+    assert [document.text for document in documents if not document.drop] == [text for text in texts if text]
     assert documents[3] == Document(3, drop=Drop.MISSING_TEXT)
     assert read(path, text_field="label") == documents
-    wanted = [0, 3, 299, 300, 700, 1003]
-    assert read(path, offsets=wanted) == [documents[row] for row in wanted]
+    assert read_in_chunks(path, shard_bytes=2000) == documents
     with pytest.raises(CorpusError, match=r"no column 'body'; set data.text_field to one of text, label, number"):
         read(path, text_field="body")
     with pytest.raises(CorpusError, match=r"'number' of .* holds int64, not strings"):
@@ -90,7 +97,6 @@ def test_reasons_to_drop_a_text_file(tmp_path: Path) -> None:
     contents = {
         Drop.EMPTY: b"",
         Drop.BINARY: b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR",
-        Drop.TOO_LONG: b"x" * 101,
         None: b"x" * 100,
     }
     for reason, content in contents.items():
@@ -109,6 +115,7 @@ def test_reasons_to_drop_a_line(tmp_path: Path) -> None:
         (b'{"text": "no end', Drop.INVALID_JSON),
         (b"[" * 100_000, Drop.INVALID_JSON),
         (b'{"text": "x", "n": ' + b"1" * 5000 + b"}", Drop.INVALID_JSON),
+        (b'{"text": "x", "n": NaN}', None),
         (b'["text"]', Drop.MISSING_TEXT),
         ({"text": None}, Drop.MISSING_TEXT),
         ({"text": 7}, Drop.MISSING_TEXT),
@@ -124,7 +131,7 @@ def test_reasons_to_drop_a_line(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes().rstrip(b"\n"))
     documents = read(path, max_document_bytes=200_000)
     assert [document.drop for document in documents] == [reason for _, reason in lines]
-    assert read(path, [document.offset for document in documents], max_document_bytes=200_000) == documents
+    assert read_in_chunks(path, shard_bytes=50_000, max_document_bytes=200_000) == documents
 
 
 def test_blank_lines_hold_no_document(tmp_path: Path) -> None:
@@ -137,7 +144,8 @@ def test_byte_order_mark_is_not_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfhello")
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "hello"}\n')
     assert kept(tmp_path / "a.txt") == kept(tmp_path / "a.jsonl") == ["hello"]
-    assert read(tmp_path / "a.jsonl", offsets=[0]) == read(tmp_path / "a.jsonl")
+    (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbftext\r\nhello\r\n")
+    assert kept(tmp_path / "a.csv") == ["hello"]
 
 
 @pytest.mark.parametrize(
@@ -152,7 +160,7 @@ def test_policies_for_invalid_utf8(tmp_path: Path, name: str, content: bytes, re
     path = tmp_path / name
     path.write_bytes(content)
     documents = read(path, invalid_utf8="replace")
-    assert documents[-1].text.decode() == replaced
+    assert documents[-1].text == replaced
     assert [document.replaced for document in documents] == [False] * (len(documents) - 1) + [True]
     assert drops(path, invalid_utf8="skip")[-1] == Drop.INVALID_UTF8
     with pytest.raises(CorpusError, match=f"{name} is not UTF-8 at byte {position}; convert the file"):
@@ -175,16 +183,16 @@ def test_a_truncated_file_is_named(tmp_path: Path, ending: str) -> None:
 
 def test_listing_is_in_canonical_order_and_names_what_it_skips(tmp_path: Path) -> None:
     storage = open_storage(str(tmp_path))
-    for name in ("z/1.txt", "z/2.JSONL.GZ", "a/b.parquet", "a/readme.md", "a/c.csv"):
+    for name in ("z/1.txt", "z/2.JSONL.GZ", "a/b.parquet", "a/readme.md", "a/c.pdf"):
         storage.write_bytes(name, b"x")
     listing = list_corpus([f"{tmp_path}/z", f"{tmp_path}/a", f"{tmp_path}/**/1.txt"])
-    names = [Path(entry.key).relative_to(tmp_path).as_posix() for entry in listing.files]
+    names = [Path(entry.uri).relative_to(tmp_path).as_posix() for entry in listing.files]
     assert names == ["z/1.txt", "z/2.JSONL.GZ", "a/b.parquet"]
-    assert listing.skipped == [f"{tmp_path}/a/c.csv", f"{tmp_path}/a/readme.md"]
-    with pytest.raises(CorpusError, match=r"c\.csv has an unknown ending; expected \.txt \.jsonl \.parquet"):
-        list_corpus(f"{tmp_path}/a/c.csv")
+    assert listing.skipped == [f"{tmp_path}/a/c.pdf", f"{tmp_path}/a/readme.md"]
+    with pytest.raises(CorpusError, match=r"c\.pdf has an unknown ending; expected \.txt \.jsonl \.csv \.parquet"):
+        list_corpus(f"{tmp_path}/a/c.pdf")
     with pytest.raises(CorpusError, match=r"none of the 1 files at .* has a known ending"):
-        list_corpus(f"{tmp_path}/a/*.csv")
+        list_corpus(f"{tmp_path}/a/*.pdf")
     with pytest.raises(NotFoundError, match="nothing is at"):
         list_corpus(f"{tmp_path}/nowhere/*.txt")
     with pytest.raises(CorpusError, match=r"data\.source is empty"):
@@ -198,12 +206,64 @@ def test_s3_documents_are_the_local_ones(tmp_path: Path, s3_bucket: str) -> None
     pq.write_table(pa.table({"text": TEXTS}), tmp_path / "a.parquet")
     open_storage(f"s3://{s3_bucket}").upload_folder(tmp_path, "corpus")
     remote = list_corpus(f"s3://{s3_bucket}/corpus")
-    assert [entry.key.rpartition("/")[2] for entry in remote.files] == ["a.jsonl", "a.jsonl.zst", "a.parquet"]
-    for entry in remote.files:
-        local = read(tmp_path / entry.key.rpartition("/")[2])
-        assert list(read_documents(entry.key, DataConfig())) == local
-        last = [local[-1].offset]
-        assert list(read_documents(entry.key, DataConfig(), offsets=last)) == local[-1:]
-    gone = f"s3://{s3_bucket}/corpus/none.jsonl.gz"
-    with pytest.raises(StorageError, match=r"none.jsonl.gz does not exist"):
-        list(read_documents(gone, DataConfig()))
+    assert [file.uri.rpartition("/")[2] for file in remote.files] == ["a.jsonl", "a.jsonl.zst", "a.parquet"]
+    for file in remote.files:
+        assert read(file.uri) == read(tmp_path / file.uri.rpartition("/")[2])
+    with pytest.raises(StorageError, match=r"none.jsonl.gz"):
+        list_corpus(f"s3://{s3_bucket}/corpus/none.jsonl.gz")
+
+
+def test_a_file_that_changed_after_its_listing_is_noticed(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [{"text": "one"}])
+    listed = whole_file(0, list_corpus(str(path)).files[0])
+    write_lines(path, [{"text": "two"}])
+    with pytest.raises(CorpusError, match=r"a\.jsonl changed after it was listed; run again"):
+        list(read_documents(listed, DataConfig()))
+
+
+def test_csv_records_with_quotes_line_ends_and_missing_fields(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    rows = ["id,text", "1,plain", '2,"with, comma"', '3,"two\nlines and ""quotes"""', "4", '5,""', "", '6,"last"']
+    path.write_text("\r\n".join(rows), newline="")
+    assert kept(path) == ["plain", "with, comma", 'two\nlines and "quotes"', "last"]
+    assert [drop for drop in drops(path) if drop] == [Drop.MISSING_TEXT, Drop.EMPTY]
+    with pytest.raises(CorpusError, match=r"no column 'body'; set data\.text_field to one of id, text"):
+        read(path, text_field="body")
+
+
+def test_a_stray_quote_costs_its_line_only(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text('text\none\n"never closed\n' + "".join(f"line {n}\n" for n in range(200_000)))
+    documents = read(path, max_document_bytes=1000)
+    assert [document.drop for document in documents if document.drop] == [Drop.INVALID_CSV]
+    assert [document.text for document in documents if not document.drop][:3] == ["one", "line 0", "line 1"]
+    assert len(documents) == 200_002
+
+
+@pytest.mark.parametrize("ending", ["", ".gz"])
+def test_a_long_text_is_cut_at_line_ends_and_nothing_is_lost(tmp_path: Path, ending: str) -> None:
+    text = "".join(f"line {number} of a long text ÄÖÜ\n" for number in range(5000))
+    path = tmp_path / f"a.txt{ending}"
+    path.write_bytes(PACKERS[ending](text.encode()))
+    documents = read(path, max_document_bytes=4000)
+    assert "".join(document.text for document in documents) == text
+    assert max(document.size for document in documents) <= 4000
+    assert all(document.text.endswith("\n") for document in documents)
+    if not ending:
+        assert read_in_chunks(path, shard_bytes=1000, max_document_bytes=4000) == documents
+
+
+def test_a_text_without_line_ends_is_cut_between_characters(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("語" * 10_000)
+    documents = read(path, max_document_bytes=1000)
+    assert "".join(document.text for document in documents) == "語" * 10_000
+    assert not any(document.replaced for document in documents)
+    assert read_in_chunks(path, shard_bytes=1000, max_document_bytes=1000) == documents
+
+
+def test_a_bomb_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt.gz"
+    path.write_bytes(gzip.compress(bytes(100 << 20)))
+    with pytest.raises(CorpusError, match=r"a\.txt\.gz unpacks to more than 67108864 bytes; .*max_compression_ratio"):
+        read(path, max_document_bytes=200 << 20)

@@ -13,7 +13,10 @@ import psutil
 import pytest
 
 from cluster.storage import StorageError, open_storage, split_uri
-from jobs.documents import CorpusError, list_corpus, read_documents
+from jobs.corpus_chunks import whole_file
+from jobs.corpus_listing import CorpusError, list_corpus
+from jobs.documents import Drop, read_documents
+from jobs.normal_text import document_hash, normalized
 from jobs.token_store import Manifest, read_manifest, token_dtype
 from jobs.tokenize_corpus import tokenize
 from jobs.train_tokenizer import ensure_tokenizer
@@ -58,23 +61,27 @@ def test_result_manifest_and_files_agree(result: dict) -> None:
         assert ids.count(manifest.eot_id) == shard.documents
         assert ids[-1] == manifest.eot_id
     assert result["tokens"] == result["train_tokens"] + result["val_tokens"] == sum(s.tokens for s in manifest.shards)
-    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+    names = {path.name for path in folder.rglob("*") if path.is_file() and ".partial-lock" not in path.name}
+    sidecars = {name for name in names if name.startswith("shard-") and name.endswith(".json")}
+    assert names == {*result["shards"], *sidecars, "manifest.json", "sources.json", "tokenizer.json"}
 
 
 def test_every_document_is_kept_once_or_counted(result: dict, corpus: Path) -> None:
     config = data_config(str(corpus), "unused")
-    all_documents = [d for entry in list_corpus(str(corpus)).files for d in read_documents(entry.key, config.data)]
+    all_documents = [
+        document
+        for number, file in enumerate(list_corpus(str(corpus)).files)
+        for document in read_documents(whole_file(number, file), config.data)
+    ]
     unusable = [document.drop for document in all_documents if document.drop]
     texts = list(dict.fromkeys(document.text for document in all_documents if not document.drop))
     assert result["documents"] == len(texts) == 601
-    assert result["bytes"] == sum(map(len, texts))
-    assert result["dropped"] == {
+    assert result["bytes"] == sum(len(text.encode()) for text in texts)
+    assert result["dropped"] == dict.fromkeys(map(str, Drop), 0) | {
         "empty": 1,
         "binary": 1,
-        "invalid_utf8": 0,
         "invalid_json": 1,
         "missing_text": 1,
-        "too_long": 0,
         "duplicate": 2,
     }
     assert len(unusable) + 2 + len(texts) == len(all_documents)
@@ -92,12 +99,17 @@ def test_every_document_is_kept_once_or_counted(result: dict, corpus: Path) -> N
             else:
                 document.append(token)
 
-    def held_out(text: bytes) -> bool:
-        return int.from_bytes(hashlib.sha256(text).digest()[:8]) / 2**64 < 0.2
+    def held_out(text: str) -> bool:
+        return int.from_bytes(document_hash(normalized(text))[:8]) / 2**64 < 0.2
 
     # Order included: canonical within each split.
-    assert stored["train"] == [text.decode() for text in texts if not held_out(text)]
-    assert stored["val"] == [text.decode() for text in texts if held_out(text)]
+    assert stored["train"] == [text for text in texts if not held_out(text)]
+    assert stored["val"] == [text for text in texts if held_out(text)]
+    reasons = {"empty", "binary", "invalid_json", "missing_text", "duplicate"}
+    assert {reason: len(samples) for reason, samples in manifest.drop_samples.items()} == dict.fromkeys(reasons, 1) | {
+        "duplicate": 2
+    }
+    assert manifest.drop_samples["invalid_json"][0].preview.startswith("{broken")
 
 
 def test_one_worker_killed_half_way_and_started_again_makes_the_same_bytes(
@@ -112,7 +124,7 @@ def test_one_worker_killed_half_way_and_started_again_makes_the_same_bytes(
     written: list[Path] = []
     deadline_s = time.monotonic() + 60
     while len(written) < 4 and time.monotonic() < deadline_s and job.poll() is None:
-        written = sorted((tmp_path / "storage").glob("tokens/*/*-0*.json"))
+        written = sorted((tmp_path / "storage").glob("tokens/*/shard-0*.json"))
         time.sleep(0.002)
     processes = [*psutil.Process(job.pid).children(recursive=True), psutil.Process(job.pid)]
     for process in processes:
@@ -124,9 +136,13 @@ def test_one_worker_killed_half_way_and_started_again_makes_the_same_bytes(
     survivors = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.bin")}
     assert 4 <= len(survivors) < len(result["shards"]), "the job was to be killed between two shards"
     assert not (folder / "manifest.json").exists()
-    vouched = {f"{path.stem}.bin" for path in folder.glob("*-0*.json")}
+    vouched = {
+        shard["file"]
+        for path in folder.glob("shard-0*.json")
+        for shard in json.loads(path.read_bytes())["result"]["shards"]
+    }
 
-    # A shard whose bytes no longer are what its sidecar says is written again, the others are not.
+    # A chunk whose bytes no longer are what its sidecar says is written again, the others are not.
     spoiled = sorted(vouched)[0]
     content = bytearray((folder / spoiled).read_bytes())
     content[7] ^= 1
@@ -138,7 +154,7 @@ def test_one_worker_killed_half_way_and_started_again_makes_the_same_bytes(
     assert {key: resumed[key] for key in resumed if key != "manifest"} == {
         key: result[key] for key in result if key != "manifest"
     }
-    untouched = vouched - {spoiled}
+    untouched = {name for name in vouched if not name.endswith(spoiled.removeprefix("shard"))}
     assert {name: (folder / name).stat().st_mtime_ns for name in untouched} == {n: survivors[n] for n in untouched}
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from cluster.config import DataConfig
 from cluster.storage import NotFoundError, open_storage, split_uri
-from jobs.documents import CorpusError, list_corpus
+from jobs.corpus_listing import CorpusError, list_corpus
 from jobs.train_tokenizer import ensure_tokenizer, run, sample_texts
 from model.tokenizer import train_bpe
 from tests.jobs.corpora import data_config, make_corpus
@@ -26,8 +26,8 @@ def test_two_trainings_give_one_tokenizer(ray_workers: int, corpus: Path, tmp_pa
     assert uri != other_uri
     assert tokenizer.hash == again.hash == hashlib.sha256(Path(uri).read_bytes()).hexdigest()
     assert tokenizer.vocab_size == 400
-    uris = [entry.key for entry in list_corpus(str(corpus)).files]
-    here = train_bpe(sample_texts(uris, config.data), vocab_size=400, normalize=())
+    files = list_corpus(str(corpus)).files
+    here = train_bpe(sample_texts(files, config.data), vocab_size=400, normalize=())
     assert here.hash == tokenizer.hash
 
 
@@ -68,10 +68,10 @@ def test_a_tiny_corpus_has_a_smaller_vocabulary(
 def test_the_sample_is_the_front_of_the_kept_text(tmp_path: Path) -> None:
     for number, text in enumerate(["first ", "", "first ", "zweite Ä", "third"]):
         (tmp_path / f"{number}.txt").write_text(text)
-    uris = [entry.key for entry in list_corpus(str(tmp_path)).files]
+    files = list_corpus(str(tmp_path)).files
 
     def sample(num_bytes: int, *, dedup: bool = True) -> list[str]:
-        return list(sample_texts(uris, DataConfig(tokenizer_sample_bytes=num_bytes, dedup=dedup)))
+        return list(sample_texts(files, DataConfig(tokenizer_sample_bytes=num_bytes, dedup=dedup)))
 
     assert sample(1000) == ["first ", "zweite Ä", "third"]
     assert sample(1000, dedup=False) == ["first ", "first ", "zweite Ä", "third"]

@@ -1,0 +1,75 @@
+"""How far reading and tokenizing are, for the person who watches and as Ray's metrics."""
+
+import time
+from contextlib import AbstractContextManager
+from types import TracebackType
+
+from ray.util.metrics import Counter, Gauge
+
+from cluster.progress import report_progress
+
+_REPORT_INTERVAL_S = 1.0
+
+
+class DataProgress(AbstractContextManager["DataProgress"]):
+    """Counts what tasks finish; the figures leave as progress lines and as the metrics `raymill_data_*`."""
+
+    def __init__(self, label: str, *, total_bytes: int, num_tasks: int) -> None:
+        self._label = label
+        self._total_bytes = total_bytes
+        self._queued = num_tasks
+        self._bytes = self._documents = self._tokens = self._peak_rss_bytes = 0
+        self._started = self._reported = time.monotonic()
+        tags = {"stage": label}
+        self._counters = {
+            name: Counter(f"raymill_data_{name}", description=text, tag_keys=("stage",))
+            for name, text in {
+                "source_bytes_total": "Source bytes finished",
+                "documents_total": "Documents finished, dropped ones among them",
+                "tokens_total": "Tokens written",
+            }.items()
+        }
+        self._gauges = {
+            name: Gauge(f"raymill_data_{name}", description=text, tag_keys=("stage",))
+            for name, text in {
+                "queued_tasks": "Tasks that are not finished",
+                "worker_rss_bytes": "Resident memory of the worker that last finished a task",
+            }.items()
+        }
+        for metric in (*self._counters.values(), *self._gauges.values()):
+            metric.set_default_tags(tags)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self._show()
+
+    def advance(self, num_bytes: int, *, documents: int, tokens: int = 0, rss_bytes: int) -> None:
+        """One task is done."""
+        self._queued -= 1
+        self._bytes += num_bytes
+        self._documents += documents
+        self._tokens += tokens
+        self._peak_rss_bytes = max(self._peak_rss_bytes, rss_bytes)
+        increments = {"source_bytes_total": num_bytes, "documents_total": documents, "tokens_total": tokens}
+        for name, value in increments.items():
+            if value:
+                self._counters[name].inc(value)
+        self._gauges["queued_tasks"].set(self._queued)
+        self._gauges["worker_rss_bytes"].set(rss_bytes)
+        if time.monotonic() - self._reported >= _REPORT_INTERVAL_S:
+            self._reported = time.monotonic()
+            self._show()
+
+    def _show(self) -> None:
+        seconds = max(1e-9, time.monotonic() - self._started)
+        tokens = f"{self._tokens:,} tokens, " if self._tokens else ""
+        report_progress(
+            self._label,
+            done=round(self._bytes / 1e6, 2),
+            total=round(self._total_bytes / 1e6, 2),
+            unit="MB",
+            note=f"{self._documents:,} documents, {tokens}{self._bytes / 1e6 / seconds:.1f} MB/s, "
+            f"workers up to {self._peak_rss_bytes >> 20} MiB, {self._queued} tasks queued",
+        )

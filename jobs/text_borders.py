@@ -1,0 +1,112 @@
+"""Where one line, csv record or stretch of text ends in a stream of bytes; nothing is held but the one at hand.
+
+A range [start, end) owns what begins in it, so the ranges of a file, read by different workers, together give each
+line and each stretch once.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import BinaryIO
+
+_BLOCK_BYTES = 1 << 20
+_BLANK = re.compile(rb"[ \t]")
+
+
+def lines(file: BinaryIO, start: int = 0, end: int | None = None, *, limit: int) -> Iterator[tuple[int, bytes, bool]]:
+    """(offset, line, whole) of each line that begins in [start, end); of one over `limit` bytes only its front."""
+    position = start
+    if start:
+        file.seek(start - 1)  # a line that begins at `start` has its line feed there
+        position += _skip_line(file) - 1
+    while end is None or position < end:
+        line = file.readline(limit)
+        if not line:
+            return
+        offset, position = position, position + len(line)
+        is_whole = len(line) < limit or line.endswith(b"\n")
+        if not is_whole:
+            position += _skip_line(file)
+        yield offset, line, is_whole
+
+
+def _skip_line(file: BinaryIO) -> int:
+    """Bytes up to the next line, which are passed over."""
+    skipped = 0
+    while rest := file.readline(_BLOCK_BYTES):
+        skipped += len(rest)
+        if rest.endswith(b"\n"):
+            break
+    return skipped
+
+
+def records(file: BinaryIO, *, limit: int) -> Iterator[tuple[int, bytes, bool]]:
+    """(offset, record, whole) of each csv record (RFC 4180): lines up to one that closes all quotes.
+
+    After `limit` bytes without that, the quote is taken for a stray one: its line alone is given as not whole, and
+    the next line begins a record. Of a line over `limit` bytes only the front is given.
+    """
+    source = lines(file, limit=limit)
+    again: list[tuple[int, bytes, bool]] = []  # lines after a stray quote, the next one last
+    pending: list[tuple[int, bytes, bool]] = []  # lines of an open record
+    size = quotes = 0
+    while True:
+        found = again.pop() if again else next(source, None)
+        if found is not None:
+            pending.append(found)
+            _, line, is_whole = found
+            size += len(line)
+            quotes += line.count(b'"')
+            if is_whole and quotes % 2 == 0:
+                yield pending[0][0], b"".join(line for _, line, _ in pending), True
+                pending, size, quotes = [], 0, 0
+                continue
+            if is_whole and size < limit:
+                continue
+        elif not pending:
+            return
+        yield pending[0][0], pending[0][1], False
+        again += reversed(pending[1:])
+        pending, size, quotes = [], 0, 0
+
+
+def cut_stream(
+    file: BinaryIO, start: int, end: int | None, *, step: int, slack: int, front: bytes = b""
+) -> Iterator[tuple[int, bytes]]:
+    """(offset, text) of a long text's stretches whose nominal place, a multiple of `step`, lies in [start, end).
+
+    The real border is the first line end in the `slack` bytes after the nominal one, or else a blank, or else the
+    border of a UTF-8 character: it depends on those bytes only, so any range finds it alone. `front` are the bytes
+    that were read already from `start` = 0 on.
+    """
+    buffer, position = front, start
+    if start:
+        file.seek(start)
+        buffer = file.read(slack)
+        border = _border(buffer)
+        buffer, position = buffer[border:], start + border
+    nominal = start
+    while end is None or nominal < end:
+        nominal += step
+        wanted = nominal + slack - position
+        buffer += file.read(max(0, wanted - len(buffer)))
+        if position + len(buffer) <= nominal:  # the text ends before the next border
+            if buffer:
+                yield position, buffer
+            return
+        size = nominal - position
+        size += _border(buffer[size:wanted])
+        yield position, buffer[:size]
+        buffer, position = buffer[size:], position + size
+
+
+def _border(window: bytes) -> int:
+    """Bytes of the window that still belong to the stretch before it."""
+    line_end = window.find(b"\n")
+    if line_end >= 0:
+        return line_end + 1
+    if blank := _BLANK.search(window):
+        return blank.start()
+    end = len(window) - 1
+    while end > 0 and window[end] & 0xC0 == 0x80:
+        end -= 1
+    return max(end, 0)

@@ -1,0 +1,24 @@
+"""The tokenize stage of a config file with so many workers on a cluster of its own, between two lines of input."""
+
+import json
+import sys
+from pathlib import Path
+
+import ray
+
+from cluster.config import RunConfig
+from jobs.tokenize_corpus import tokenize
+
+if __name__ == "__main__":
+    ray.init(
+        address="local",
+        num_cpus=int(sys.argv[2]),
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=256 << 20,
+    )
+    config = RunConfig.model_validate_json(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    print("ready", flush=True)
+    sys.stdin.readline()
+    print(json.dumps(tokenize(config)), flush=True)
+    sys.stdin.readline()  # the processes' figures are read while they live
