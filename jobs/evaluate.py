@@ -5,6 +5,7 @@ batches up in their order: the result is the same for any number of workers.
 """
 
 import hashlib
+import json
 import math
 import re
 import sys
@@ -25,11 +26,19 @@ from cluster.registry import LATEST, resolve_checkpoint
 from cluster.stage import stage_main
 from cluster.storage import Storage, absolute_uri, open_storage, split_uri
 from jobs.run_history import CONFIG_FILE, recorded_config
-from jobs.token_store import MANIFEST, Manifest, Split, TokenStoreError, read_manifest
-from jobs.token_stream import TokenStream
+from jobs.token_store import FORMAT_VERSION, MANIFEST, Manifest, Split, TokenStoreError, read_manifest
+from jobs.token_stream import ShardChain, TokenStream
 from jobs.tokenize_corpus import tokenize
 from jobs.train_tokenizer import TOKENIZER_FILE
-from model.checkpoint import CheckpointError, is_hf_folder, load_model, load_tokenizer, parameter_hash, read_metadata
+from model.checkpoint import (
+    CheckpointError,
+    Metadata,
+    is_hf_folder,
+    load_model,
+    load_tokenizer,
+    parameter_hash,
+    read_metadata,
+)
 from model.errors import UserError
 from model.gpt import GPT
 
@@ -48,6 +57,7 @@ class Rows:
     num_rows: int
     batch_size: int
     precision: str
+    document_mask: bool
 
     @property
     def num_tokens(self) -> int:
@@ -65,16 +75,25 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     Raises `CheckpointError` for the checkpoint, `TokenStoreError` for the text to evaluate on.
     """
     folder = resolve_checkpoint(config.checkpoint, config.storage.uri)
-    config = _as_trained(folder, config)
+    trained = _training_config(folder, config)
+    if trained is not None:
+        # Positions that were never trained would spoil the loss, and in another precision it is not the trainer's.
+        config = config.model_copy(
+            update={
+                "seq_len": config.seq_len or seq_len(trained),
+                "precision": config.precision or trained.train.precision,
+            }
+        )
     model = load_model(folder, verify=False)  # as it was verified just now
     tokens, split = _documents(folder, config) if config.data.source else _validation_split(folder, config)
     manifest = read_manifest(tokens)
-    rows = _rows(tokens, manifest, split, model, config)
+    document_mask = trained is not None and trained.train.document_mask
+    rows = _rows(tokens, manifest, split, model, config, document_mask=document_mask)
     start = time.perf_counter()
     losses = _batch_losses(model, rows, config)
     seconds = time.perf_counter() - start
     loss = sum(losses) / rows.num_tokens
-    bytes_per_token = manifest.total("bytes", split) / manifest.total("tokens", split)
+    bytes_per_token = ShardChain.end_to_end(manifest, split).bytes_per_token(rows.num_tokens + 1)
     return {
         "checkpoint": LATEST if config.checkpoint == LATEST else absolute_uri(config.checkpoint),
         "parameter_hash": parameter_hash(model.state_dict()),
@@ -87,15 +106,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     }
 
 
-def _as_trained(folder: Path, config: EvaluateConfig) -> EvaluateConfig:
-    """The configuration with what is unset taken from the checkpoint's run, where it is known: positions that were
-    never trained would spoil the loss, and the loss in another precision is not the trainer's."""
-    run = None if is_hf_folder(folder) else storage_of(config).child(f"runs/{read_metadata(folder).run_id}")
-    if run is None or not run.exists(CONFIG_FILE):
-        return config
-    trained = recorded_config(run)
-    update = {"seq_len": config.seq_len or seq_len(trained), "precision": config.precision or trained.train.precision}
-    return config.model_copy(update=update)
+def _training_config(folder: Path, config: EvaluateConfig) -> RunConfig | None:
+    """The settings of the checkpoint's run, where it is known."""
+    if is_hf_folder(folder):
+        return None
+    run = storage_of(config).child(f"runs/{read_metadata(folder).run_id}")
+    return recorded_config(run) if run.exists(CONFIG_FILE) else None
 
 
 def storage_of(config: EvaluateConfig) -> Storage:
@@ -105,17 +121,26 @@ def storage_of(config: EvaluateConfig) -> Storage:
 
 
 def _validation_split(folder: Path, config: EvaluateConfig) -> tuple[Storage, Split]:
-    """What the checkpoint's run validated on, found by the manifest hash that the checkpoint records."""
+    """What the checkpoint's run validated on, found by the hashes that the checkpoint records."""
     if is_hf_folder(folder):
         raise CheckpointError(f"checkpoint {folder} records no validation split; name a text with --data.source")
-    wanted, storage = read_metadata(folder).data_manifest_hash, storage_of(config)
+    metadata, storage = read_metadata(folder), storage_of(config)
     for entry in storage.list("tokens/"):
-        if entry.key.endswith(f"/{MANIFEST}") and hashlib.sha256(storage.read_bytes(entry.key)).hexdigest() == wanted:
+        if entry.key.endswith(f"/{MANIFEST}") and is_trained_on(storage.read_bytes(entry.key), metadata):
             return storage.child(entry.key.removesuffix(f"/{MANIFEST}")), "val"
+    wanted = metadata.data_manifest_hash or metadata.data_identity or "unknown"
     raise TokenStoreError(
         f"no token store under {storage.uri}/tokens has the manifest hash {wanted[:12]}… that the checkpoint was "
         "trained with; name its storage with --storage.uri, or a text with --data.source"
     )
+
+
+def is_trained_on(manifest: bytes, metadata: Metadata) -> bool:
+    """Whether a token store's manifest is of the data that the checkpoint was trained with."""
+    if metadata.data_manifest_hash is not None:
+        return hashlib.sha256(manifest).hexdigest() == metadata.data_manifest_hash
+    is_current = json.loads(manifest)["format_version"] == FORMAT_VERSION
+    return is_current and Manifest.from_json(manifest).identity == metadata.data_identity
 
 
 def _documents(folder: Path, config: EvaluateConfig) -> tuple[Storage, Split]:
@@ -130,7 +155,9 @@ def _documents(folder: Path, config: EvaluateConfig) -> tuple[Storage, Split]:
     return split_uri(store["manifest"])[0], "train"
 
 
-def _rows(tokens: Storage, manifest: Manifest, split: Split, model: GPT, config: EvaluateConfig) -> Rows:
+def _rows(
+    tokens: Storage, manifest: Manifest, split: Split, model: GPT, config: EvaluateConfig, *, document_mask: bool
+) -> Rows:
     row_tokens, num_tokens = config.seq_len or model.config.n_positions, manifest.total("tokens", split)
     if row_tokens > model.config.n_positions:
         raise ConfigError(f"seq_len={row_tokens} exceeds the model's n_positions={model.config.n_positions}")
@@ -143,7 +170,7 @@ def _rows(tokens: Storage, manifest: Manifest, split: Split, model: GPT, config:
             f"the text has {num_tokens} tokens, a row needs {row_tokens + 1}; add text or lower seq_len"
         )
     num_rows = min((num_tokens - 1) // row_tokens, max(1, config.max_tokens // row_tokens))
-    return Rows(tokens, split, row_tokens, num_rows, config.batch_size, config.precision or "fp32")
+    return Rows(tokens, split, row_tokens, num_rows, config.batch_size, config.precision or "fp32", document_mask)
 
 
 def _batch_losses(model: GPT, rows: Rows, config: EvaluateConfig) -> list[float]:
@@ -180,10 +207,11 @@ def _worker_losses(model: GPT, rows: Rows, batches: range, num_threads: int) -> 
     """(number, summed loss) of each of the worker's batches."""
     torch.set_num_threads(num_threads)
     stream = TokenStream.open(rows.tokens, split=rows.split, seq_len=rows.seq_len)
+    eot_id = stream.manifest.eot_id if rows.document_mask else None
     for batch in batches:
         inputs, targets = stream.rows(rows.batches[batch])  # (B, T) each
         with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=rows.precision == "bf16"):
-            yield batch, float(model.loss(inputs, targets))
+            yield batch, float(model.loss(inputs, targets, eot_id=eot_id))
 
 
 if __name__ == "__main__":

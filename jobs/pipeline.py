@@ -14,8 +14,8 @@ from jobs.tokenize_corpus import tokenize
 
 def pipeline(config: RunConfig) -> dict[str, Any]:
     """The figures of every stage. A stage whose result is there already is not repeated."""
+    run = pretrain(config)  # which tokenizes, before or meanwhile
     tokens = tokenize(config)
-    run = pretrain(config)
     evaluation = evaluate(
         EvaluateConfig(checkpoint=run["checkpoint"], max_tokens=config.train.eval_max_tokens, storage=config.storage)
     )

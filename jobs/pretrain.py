@@ -6,7 +6,7 @@ import secrets
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import ray.train
@@ -19,12 +19,16 @@ from cluster.flags import ConfigError
 from cluster.progress import report_progress, say
 from cluster.registry import publications, publish
 from cluster.stage import StageFailedError, code_version, stage_main
-from cluster.storage import Storage, open_storage, split_uri
+from cluster.storage import Storage, open_storage
+from jobs.attempt import MAX_FRUITLESS_ATTEMPTS
+from jobs.background_tokenizing import tokenizing, wait_for_first_rows
 from jobs.checkpoints import RunCheckpoints
 from jobs.ledger import Ledger
 from jobs.run_history import CONFIG_FILE, recorded_config
-from jobs.tokenize_corpus import tokenize
-from jobs.train_loop import MAX_FRUITLESS_ATTEMPTS, RunPlan, run_storage, train
+from jobs.run_plan import RunPlan, run_storage
+from jobs.token_store import MANIFEST
+from jobs.tokenize_corpus import token_store, tokenize
+from jobs.train_loop import train
 from jobs.train_tokenizer import ensure_tokenizer
 
 _PROGRESS_INTERVAL_S = 2.0
@@ -42,7 +46,10 @@ def pretrain(config: RunConfig) -> dict[str, Any]:
     Raises `ConfigError` when `run_id` names a run with other settings, `StageFailedError` when the run gave up.
     """
     tokenizer, _ = ensure_tokenizer(config)
-    store = tokenize(config)
+    tokens = token_store(config)
+    growing = config.train.while_tokenizing and not tokens.exists(MANIFEST)
+    if not growing:
+        tokenize(config)
     model = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
     config = config.model_copy(update={"model": model})
     run = run_storage(config)
@@ -51,15 +58,19 @@ def pretrain(config: RunConfig) -> dict[str, Any]:
     published = [publication.checkpoint for publication in publications(storage)]
     plan = RunPlan(
         config=config,
-        tokens_uri=split_uri(store["manifest"])[0].uri,
+        tokens_uri=tokens.uri,
         tokenizer_json=tokenizer.to_json(),
         code_version=code_version(),
         pinned=frozenset(uri.rsplit("/", 1)[1] for uri in published if uri.startswith(f"{run.uri}/")),
+        growing=growing,
     )
     say(f"run {config.run_id}: {max_steps(config)} steps; the same --run-id resumes it")
-    if not Ledger.read(run).events("finish"):
-        with _watched(run, total=max_steps(config)):
-            _fit(plan)
+    with tokenizing(config, run) if growing else nullcontext():
+        if not Ledger.read(run).events("finish"):
+            if growing:
+                wait_for_first_rows(plan)
+            with _watched(run, total=max_steps(config)):
+                _fit(plan)
     ledger = Ledger.read(run)
     if not ledger.events("finish"):
         step = ledger.steps[-1]["step"] if ledger.steps else 0

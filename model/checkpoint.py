@@ -46,8 +46,9 @@ class Metadata:
     run_id: str
     step: int
     tokens_seen: int
-    data_manifest_hash: str
+    data_manifest_hash: str | None  # of the token store; None while that was still being written
     code_version: str
+    data_identity: str | None = None  # of the token store as well, and known from its start
     parameter_hash: str | None = None  # set by write_checkpoint
     val_loss: float | None = None  # nats per token
     val_bits_per_byte: float | None = None

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import GPTConfig
+from model.document_mask import document_mask
 from model.kv_cache import CacheWindow, KVCache
 
 IGNORE_INDEX = -100
@@ -44,13 +45,13 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = Projection(config.n_embd, 3 * config.n_embd)
         self.c_proj = Projection(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, window: CacheWindow | None) -> Tensor:
+    def forward(self, x: Tensor, window: CacheWindow | None, mask: Tensor | None) -> Tensor:
         B, T, C = x.shape  # noqa: N806
         q, k, v = (
             part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, H, T, D)
             for part in self.c_attn(x).split(C, dim=2)
         )
-        mask, is_causal = None, True
+        is_causal = mask is None
         if window is not None:
             k, v = window.update(self.layer, k, v)  # (B, H, P, D)
             mask, is_causal = window.mask, window.is_causal
@@ -90,8 +91,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, window: CacheWindow | None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), window)
+    def forward(self, x: Tensor, window: CacheWindow | None, mask: Tensor | None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), window, mask)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -109,11 +110,11 @@ class Transformer(nn.Module):
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
 
-    def forward(self, token_ids: Tensor, positions: Tensor, window: CacheWindow | None) -> Tensor:
+    def forward(self, token_ids: Tensor, positions: Tensor, window: CacheWindow | None, mask: Tensor | None) -> Tensor:
         x = self.wte(token_ids) + self.wpe(positions)  # (B, T, C)
         x = F.dropout(x, self.dropout, self.training)
         for block in self.h:
-            x = block(x, window)
+            x = block(x, window, mask)
         return self.ln_f(x)
 
 
@@ -155,10 +156,12 @@ class GPT(nn.Module):
         kv_cache: KVCache | None = None,
         slots: Tensor | None = None,
         positions: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """Hidden states (B, T, C) after the final LayerNorm, from token_ids (B, T).
 
-        Without a cache each row attends to itself; `positions` then defaults to 0 … T-1. With one, the keys and
+        Without a cache each row attends to itself, causally or where `mask` (B, 1, T, T) is true; `positions` then
+        defaults to 0 … T-1. With one, the keys and
         values of row b are written at `positions[b]` of `slots[b]`, and its tokens attend to all positions of that
         slot up to their own: rows of different lengths decode together. A row padded on the right is harmless,
         as what its padding writes is overwritten before any position may see it.
@@ -167,18 +170,29 @@ class GPT(nn.Module):
             positions = torch.arange(token_ids.shape[1], device=token_ids.device).expand_as(token_ids)
         window = None
         if kv_cache is not None:
-            assert slots is not None, "a KV cache needs the slot of each row"
+            assert slots is not None and mask is None, "a KV cache needs the slot of each row, and masks by itself"
             window = kv_cache.window(slots, positions)
-        return self.transformer(token_ids, positions, window)
+        return self.transformer(token_ids, positions, window, mask)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., V), at least fp32, from hidden (..., C)."""
         logits = F.linear(hidden, self.head_weight)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-    def loss(self, token_ids: Tensor, targets: Tensor, *, chunk_tokens: int = DEFAULT_CHUNK_TOKENS) -> Tensor:
-        """Summed cross-entropy (scalar, at least fp32) of targets (B, T); IGNORE_INDEX is not counted."""
-        hidden = self.forward(token_ids).flatten(0, 1)  # (N, C)
+    def loss(
+        self,
+        token_ids: Tensor,
+        targets: Tensor,
+        *,
+        eot_id: int | None = None,
+        chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
+    ) -> Tensor:
+        """Summed cross-entropy (scalar, at least fp32) of targets (B, T); IGNORE_INDEX is not counted.
+
+        With `eot_id` the documents in a row see nothing of each other (`model/document_mask.py`).
+        """
+        positions, mask = (None, None) if eot_id is None else document_mask(token_ids, eot_id=eot_id)
+        hidden = self.forward(token_ids, positions=positions, mask=mask).flatten(0, 1)  # (N, C)
         return ChunkedCrossEntropy.apply(
             hidden, self.head_weight, targets.flatten(), chunk_tokens, torch.is_grad_enabled()
         )

@@ -2,15 +2,18 @@
 
 import hashlib
 import random
+import re
 from pathlib import Path
 
 import numpy as np
 
 from cluster.config import RunConfig, to_yaml
 from cluster.storage import open_storage
+from jobs.run_plan import RunPlan
 from jobs.token_store import MANIFEST, Manifest, Shard, Split, token_dtype
-from jobs.train_loop import RunPlan, train
+from jobs.train_loop import train
 from model.tokenizer import Tokenizer, train_bpe
+from tests.jobs.stores import manifest_of
 
 
 def make_text(num_words: int, *, seed: int = 0) -> str:
@@ -20,20 +23,22 @@ def make_text(num_words: int, *, seed: int = 0) -> str:
 
 
 def make_store(storage_uri: str, tokenizer: Tokenizer, texts: dict[Split, str]) -> Manifest:
-    """A token store of one document a split, under `tokens/made`."""
+    """A token store of documents of 20 words, under `tokens/made`."""
     store = open_storage(storage_uri).child("tokens/made")
     shards = []
     for split, text in texts.items():
-        content = np.array([*tokenizer.encode(text), tokenizer.eot_id], token_dtype(tokenizer.vocab_size)).tobytes()
+        documents = re.findall(r"(?:\S+\s*){1,20}", text)
+        ids = [token for document in documents for token in [*tokenizer.encode(document), tokenizer.eot_id]]
+        content = np.array(ids, token_dtype(tokenizer.vocab_size)).tobytes()
         store.write_bytes(f"{split}.bin", content)
         digest = hashlib.sha256(content).hexdigest()
-        shards.append(Shard(f"{split}.bin", split, len(content) // 2, 1, len(text.encode()), digest))
-    manifest = Manifest(tokenizer.hash, tokenizer.vocab_size, tokenizer.eot_id, "s", "c", {}, 0, tuple(shards))
+        shards.append(Shard(f"{split}.bin", split, 0, len(content) // 2, 1, len(text.encode()), digest))
+    manifest = manifest_of(shards, tokenizer=tokenizer)
     store.write_bytes(MANIFEST, manifest.to_json())
     return manifest
 
 
-def trained_run(storage_uri: str, *, precision: str = "fp32") -> RunPlan:
+def trained_run(storage_uri: str, *, precision: str = "fp32", document_mask: bool = False) -> RunPlan:
     """A finished run of eight steps that validated at steps 4 and 8 and saved at 3, 6 and 8."""
     texts: dict[Split, str] = {"train": make_text(1500), "val": make_text(400, seed=1)}
     tokenizer = train_bpe(texts.values(), vocab_size=300)
@@ -49,6 +54,7 @@ def trained_run(storage_uri: str, *, precision: str = "fp32") -> RunPlan:
                 "seq_len": 32,  # less than the model could take
                 "learning_rate": 1e-2,
                 "precision": precision,
+                "document_mask": document_mask,
                 "eval_every_steps": 4,
                 "sample_prompts": ["tell me <b>more</b> & more"],
                 "sample_tokens": 8,

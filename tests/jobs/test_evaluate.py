@@ -1,5 +1,6 @@
 """Evaluation equals the trainer's own validation, whoever computes it, and says what it cannot find."""
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -10,10 +11,10 @@ from cluster.config import EvaluateConfig
 from cluster.flags import ConfigError
 from cluster.registry import publish
 from cluster.storage import open_storage
-from jobs.evaluate import evaluate, storage_of
+from jobs.evaluate import evaluate, is_trained_on, storage_of
 from jobs.ledger import Ledger
-from jobs.token_store import TokenStoreError
-from jobs.train_loop import RunPlan
+from jobs.run_plan import RunPlan
+from jobs.token_store import MANIFEST, TokenStoreError
 from model.checkpoint import CheckpointError, load_model, load_tokenizer, read_metadata
 from tests.jobs.runs import make_text, newest_checkpoint, trained_run
 
@@ -30,6 +31,26 @@ def test_it_computes_in_the_precision_of_the_run(ray_workers: int, tmp_path: Pat
     assert evaluate(EvaluateConfig(checkpoint=checkpoint, batch_size=2))["loss"] == pytest.approx(expected, abs=1e-6)
     in_fp32 = evaluate(EvaluateConfig(checkpoint=checkpoint, batch_size=2, precision="fp32"))["loss"]
     assert 1e-6 < abs(in_fp32 - expected) < 0.05
+
+
+def test_it_masks_documents_as_the_run_did(ray_workers: int, tmp_path: Path) -> None:
+    plan = trained_run(str(tmp_path), document_mask=True)
+    expected = Ledger.read(plan.run).events("validation")[-1]["val_loss"]
+    checkpoint = str(newest_checkpoint(plan))
+    assert evaluate(EvaluateConfig(checkpoint=checkpoint, batch_size=3))["loss"] == pytest.approx(expected, abs=1e-6)
+    (plan.run.local_path("config.yaml") or tmp_path).unlink()  # without it nobody knows of the mask
+    unmasked = evaluate(EvaluateConfig(checkpoint=checkpoint, batch_size=3, seq_len=32))["loss"]
+    assert abs(unmasked - expected) > 1e-5
+
+
+def test_a_checkpoint_of_an_unfinished_store_finds_it_when_it_is_finished(plan: RunPlan) -> None:
+    made = read_metadata(newest_checkpoint(plan))
+    manifest = open_storage(plan.tokens_uri).read_bytes(MANIFEST)
+    early = dataclasses.replace(made, data_manifest_hash=None)
+    assert is_trained_on(manifest, made)
+    assert is_trained_on(manifest, early)
+    assert not is_trained_on(manifest, dataclasses.replace(early, data_identity="0" * 64))
+    assert not is_trained_on(manifest, dataclasses.replace(made, data_manifest_hash="0" * 64))
 
 
 def test_it_equals_the_trainers_validation_for_any_workers(plan: RunPlan, ray_workers: int) -> None:

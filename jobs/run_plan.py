@@ -1,0 +1,64 @@
+"""What the driver settles before a run trains, where the run keeps its things, and the rows that it reads."""
+
+from dataclasses import dataclass
+from functools import partial
+
+from cluster.config import RunConfig, seq_len
+from cluster.storage import Storage, open_storage
+from jobs.token_store import Split, TokenStoreError
+from jobs.token_stream import TokenStream
+
+TOKENIZING_FAILED = "tokenizing-failed"
+"""In the run's storage: why the growing token store will not be finished."""
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What the driver settled before training: plain values, the same for every attempt and every worker."""
+
+    config: RunConfig  # with the model's vocabulary and the run id filled in
+    tokens_uri: str
+    tokenizer_json: bytes
+    code_version: str
+    pinned: frozenset[str]  # names of published checkpoints of this run
+    growing: bool = False  # the token store is still being written
+
+    @property
+    def run(self) -> Storage:
+        return run_storage(self.config)
+
+
+def run_storage(config: RunConfig) -> Storage:
+    """Where the run keeps its ledger, checkpoints and report."""
+    return open_storage(config.storage.uri).child(f"runs/{config.run_id}")
+
+
+def warmup_tokens(config: RunConfig) -> int:
+    """375M tokens as GPT-3 had, scaled down to 2% of runs that are shorter than 18.75B tokens."""
+    if config.train.warmup_tokens is not None:
+        return config.train.warmup_tokens
+    return min(375_000_000, config.train.max_tokens // 50)
+
+
+def check_writer(run: Storage) -> None:
+    """Raises `TokenStoreError` when the driver found that tokenizing failed."""
+    if run.exists(TOKENIZING_FAILED):
+        raise TokenStoreError(run.read_bytes(TOKENIZING_FAILED).decode())
+
+
+def open_stream(plan: RunPlan, split: Split) -> TokenStream:
+    """The run's rows of a split, which may still be growing."""
+    return TokenStream.open(
+        open_storage(plan.tokens_uri),
+        split=split,
+        seq_len=seq_len(plan.config),
+        seed=plan.config.train.seed,
+        window_rows=plan.config.train.shuffle_window_rows,
+        growing=plan.growing,
+        check=partial(check_writer, plan.run),
+    )
+
+
+def num_validation_rows(stream: TokenStream, config: RunConfig) -> int:
+    """The rows that a validation computes; waits until so many are sealed."""
+    return stream.count_rows(at_most=max(1, config.train.eval_max_tokens // seq_len(config)))

@@ -1,0 +1,57 @@
+"""The document mask: a document in a packed row computes as if it were alone, and without the mask nothing changes."""
+
+import torch
+
+from model.document_mask import document_mask
+from model.gpt import GPT
+from tests.model.conftest import small_model
+
+EOT = 96
+
+
+def packed(*lengths: int, first_is_cut: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """A row (1, T + 1) of random documents, and its parts: each with the end-of-text token that it starts with."""
+    generator = torch.Generator().manual_seed(sum(lengths))
+    end = torch.tensor([EOT])
+    documents = [torch.randint(0, EOT, (length,), generator=generator) for length in lengths]
+    parts = [torch.cat([end, document]) for document in documents]
+    if first_is_cut:
+        parts[0] = documents[0]
+    return torch.cat([*parts, end])[None], parts
+
+
+def test_positions_and_mask_by_example() -> None:
+    positions, mask = document_mask(torch.tensor([[5, 6, EOT, 7, EOT, EOT, 8]]), eot_id=EOT)
+    assert positions.tolist() == [[0, 1, 0, 1, 0, 0, 1]]
+    assert mask.shape == (1, 1, 7, 7)
+    seen = [row.nonzero().flatten().tolist() for row in mask[0, 0]]
+    assert seen == [[0], [0, 1], [2], [2, 3], [4], [5], [5, 6]]
+
+
+def test_a_document_computes_as_if_it_were_alone(model: GPT) -> None:
+    """Logits and gradients, for documents that start inside the row, at its front, cut, and empty."""
+    rows = [packed(*lengths, first_is_cut=cut) for lengths, cut in [((7, 12, 0, 9), True), ((1, 5, 21), False)]]
+    parameters = list(model.parameters())
+    for tokens, parts in rows:
+        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        positions, mask = document_mask(inputs, eot_id=EOT)
+        alone = torch.cat([model.logits(model(part[None]))[0] for part in parts])
+        logits = model.logits(model(inputs, positions=positions, mask=mask))[0]
+        torch.testing.assert_close(logits, alone, rtol=0, atol=1e-5)
+        loss = model.loss(inputs, targets, eot_id=EOT)
+        # Each document's last target, an end-of-text token, is the first input of the next one.
+        ends = torch.tensor([len(part) for part in parts]).cumsum(0).tolist()
+        pieces = [targets[:, end - len(part) : end] for end, part in zip(ends, parts, strict=True)]
+        losses = [model.loss(part[None], piece) for part, piece in zip(parts, pieces, strict=True)]
+        torch.testing.assert_close(loss, torch.stack(losses).sum(), rtol=1e-6, atol=0)
+        expected = torch.autograd.grad(torch.stack(losses).sum(), parameters)
+        for gradient, other in zip(torch.autograd.grad(loss, parameters), expected, strict=True):
+            torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-4)
+        assert (model.loss(inputs, targets) - loss).abs().item() > 1e-2  # unmasked they do see each other
+
+
+def test_without_an_end_the_mask_is_the_causal_one() -> None:
+    model = small_model().double()
+    tokens = torch.randint(0, EOT, (2, 31), generator=torch.Generator().manual_seed(0))
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    torch.testing.assert_close(model.loss(inputs, targets, eot_id=EOT), model.loss(inputs, targets))
