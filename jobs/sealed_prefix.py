@@ -48,8 +48,9 @@ class SealedPrefix(AbstractContextManager["SealedPrefix"]):
 
     def _write(self) -> None:
         numbers = [*sealed_chunks(self._chunks, self._results), *self._ready]
-        shards = tuple(shard for number in numbers for shard in self._results[number].shards)
-        self._store.write_bytes(SEALED, replace(self._manifest, shards=shards).to_json())
+        shards = (shard for number in numbers for shard in self._results[number].shards)
+        ordered = tuple(sorted(shards, key=lambda shard: shard.source))
+        self._store.write_bytes(SEALED, replace(self._manifest, shards=ordered).to_json())
 
 
 def sealed_chunks(chunks: Mapping[int, Sequence[int]], done: Mapping[int, object]) -> list[int]:

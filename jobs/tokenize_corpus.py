@@ -34,6 +34,7 @@ from jobs.token_store import (
     SOURCES,
     TOKENIZER,
     Manifest,
+    Shard,
     TokenStoreError,
     canonical_json,
     read_manifest,
@@ -229,8 +230,12 @@ class _Build:
             dropped=summary.dropped | {Drop.CONTAMINATED.value: contaminated},
             drop_samples=samples,
             replaced_utf8=sum(result.replaced for result in ordered),
-            shards=tuple(shard for result in ordered for shard in result.shards),
+            shards=tuple(sorted((shard for result in ordered for shard in result.shards), key=_source)),
         )
+
+
+def _source(shard: Shard) -> int:
+    return shard.source
 
 
 if __name__ == "__main__":
