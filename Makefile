@@ -8,7 +8,7 @@ BENCH_INSTALLED := $(VENV)/.installed-bench
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-all lint format bench bench-data clean
+.PHONY: demo test test-all test-chaos lint format bench bench-data clean
 
 demo: $(INSTALLED)
 	$(BIN)/raymill demo
@@ -18,6 +18,9 @@ test: $(INSTALLED)
 
 test-all: $(INSTALLED)
 	$(BIN)/pytest
+
+test-chaos: $(INSTALLED)
+	$(BIN)/pytest tests/chaos
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -1,0 +1,145 @@
+"""Where runs are disturbed: a local cluster, one corpus, and the undisturbed run that all others must equal."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from cluster.config import RunConfig
+from cluster.flags import validate_config
+from cluster.local import LocalCluster
+from cluster.stage import Connection, run_stage
+from cluster.storage import open_storage
+from jobs.ledger import Ledger
+
+NUM_STEPS = 240
+
+SETTINGS: dict[str, Any] = {
+    "model": {"preset": "tiny", "dropout": 0.1},
+    "data": {"vocab_size": 300, "val_fraction": 0.2},
+    "train": {
+        "max_tokens": NUM_STEPS * 32 * 32,
+        "global_batch_size": 32,
+        "micro_batch_size": 4,
+        "seq_len": 32,
+        "learning_rate": 3e-3,
+        "eval_every_steps": 80,
+    },
+    "checkpoint": {"save_every_steps": 40},
+}
+
+
+@dataclass
+class Tally:
+    """What all cells together saw."""
+
+    recoveries_s: list[float] = field(default_factory=list)
+    lost_steps: list[int] = field(default_factory=list)
+    useful_s: float = 0.0
+    wall_s: float = 0.0
+
+
+class Watch:
+    """A running attempt as its ledger shows it."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._run = open_storage(config.storage.uri).child(f"runs/{config.run_id}")
+        self.ended = threading.Event()
+
+    def ledger(self) -> Ledger:
+        return Ledger.read(self._run)
+
+    def wait(self, condition: Callable[[Ledger], bool], *, timeout_s: float = 180) -> None:
+        deadline_s = time.monotonic() + timeout_s
+        while not condition(self.ledger()):
+            if self.ended.wait(0.05) or time.monotonic() > deadline_s:
+                raise TimeoutError("the run never got there")
+
+    def wait_for_step(self, step: int, *, after_attempt: int = 0) -> dict[str, Any]:
+        """Waits until an attempt later than `after_attempt` has completed the step; its `start` event."""
+
+        def reached(ledger: Ledger) -> bool:
+            starts = ledger.events("start")
+            lines = [line for line in ledger.lines if "event" not in line]
+            return bool(starts and lines) and (
+                starts[-1]["attempt"] > after_attempt
+                and lines[-1]["attempt"] == starts[-1]["attempt"]
+                and lines[-1]["step"] >= step
+            )
+
+        self.wait(reached)
+        return self.ledger().events("start")[-1]
+
+
+class Arena:
+    def __init__(self, cluster: LocalCluster, folder: Path) -> None:
+        self.cluster, self.folder, self.tally = cluster, folder, Tally()
+        self.connection = Connection(cluster.jobs_url, {"Authorization": f"Bearer {cluster.token}"}, cluster)
+        corpus = folder / "corpus"
+        corpus.mkdir()
+        for number in range(12):
+            words = " ".join(str((number * 7919 + i * i) % 997) for i in range(1500))
+            (corpus / f"{number:02d}.txt").write_text(words)
+        quiet = self.config("quiet", min_workers=2, max_workers=2)
+        self.quiet = run_stage(self.connection, "jobs.pretrain", quiet)
+        self.quiet_losses = self.losses(quiet)
+
+    def config(self, run_id: str, *, storage_uri: str | None = None, **scaling: Any) -> RunConfig:
+        storage = {"uri": storage_uri or str(self.folder / "storage")}
+        values = SETTINGS | {"scaling": scaling, "storage": storage, "run_id": run_id}
+        values["data"] = values["data"] | {"source": str(self.folder / "corpus")}
+        return validate_config(values, RunConfig)
+
+    def losses(self, config: RunConfig) -> list[float]:
+        steps = Watch(config).ledger().steps
+        assert [line["step"] for line in steps] == list(range(1, NUM_STEPS + 1))
+        return [line["loss"] for line in steps]
+
+    def run(self, config: RunConfig, inject: Callable[[Watch], None]) -> tuple[dict[str, Any], Ledger]:
+        """The run's result while `inject` disturbs it from a thread; its bits must be those of the quiet run."""
+        watch, problems = Watch(config), []
+
+        def disturb() -> None:
+            try:
+                inject(watch)
+            except Exception as error:  # raised below, in the thread that pytest sees
+                problems.append(error)
+
+        thread = threading.Thread(target=disturb)
+        started = time.monotonic()
+        thread.start()
+        try:
+            result = run_stage(self.connection, "jobs.pretrain", config)
+        finally:
+            watch.ended.set()
+            thread.join()
+        assert not problems, problems
+        ledger = watch.ledger()
+        assert result["parameter_hash"] == self.quiet["parameter_hash"]
+        assert self.losses(config) == self.quiet_losses
+        recoveries = ledger.recoveries()
+        self.tally.recoveries_s += [recovery.seconds for recovery in recoveries]
+        self.tally.lost_steps += [recovery.lost_steps for recovery in recoveries]
+        self.tally.useful_s += sum(line["wall_s"] for line in ledger.steps)
+        self.tally.wall_s += time.monotonic() - started
+        return result, ledger
+
+    def restore_nodes(self, count: int) -> None:
+        """Nodes join until the cluster has so many workers again."""
+        while len(self.cluster.node_names) < count + 1:
+            self.cluster.add_node()
+
+
+def kill(worker: dict[str, Any], number: int = signal.SIGKILL) -> None:
+    os.kill(worker["pid"], number)
+
+
+def processes_of_node(cluster: LocalCluster, name: str) -> list[psutil.Process]:
+    node = psutil.Process(cluster._nodes[name].pid)
+    return [node, *node.children(recursive=True)]

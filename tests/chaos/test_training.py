@@ -1,0 +1,145 @@
+"""Training under faults, each a cell: whatever happens, the bits are those of the quiet run.
+
+A seed draws moments and victims; it stands in the test's name. Faults are named as in the table of jobs/README.md.
+"""
+
+import random
+import signal
+import time
+
+import pytest
+
+from tests.chaos.arena import NUM_STEPS, Arena, Watch, kill, processes_of_node
+from tests.chaos.conftest import NUM_NODES
+
+ELASTIC = {"min_workers": 1, "max_workers": 3, "resize_check_s": 2}
+
+
+@pytest.fixture(autouse=True)
+def full_strength(arena: Arena) -> None:
+    arena.restore_nodes(NUM_NODES)
+
+
+def test_ten_kills_of_a_worker(arena: Arena, summary: dict) -> None:
+    rng = random.Random(1)
+    steps = sorted(rng.sample(range(10, NUM_STEPS - 20, 3), 10))
+
+    def inject(watch: Watch) -> None:
+        attempt = 0
+        for step in steps:
+            start = watch.wait_for_step(step, after_attempt=attempt)
+            kill(rng.choice(start["workers"]))
+            attempt = start["attempt"]
+
+    _, ledger = arena.run(arena.config("kills", min_workers=2, max_workers=2), inject)
+    recoveries = ledger.recoveries()
+    assert len(recoveries) == 10
+    assert max(recovery.lost_steps for recovery in recoveries) <= 1
+    summary["kill_recoveries_s"] = [recovery.seconds for recovery in recoveries]
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_worker_that_stops_for_ever(arena: Arena, seed: int) -> None:
+    rng = random.Random(seed)
+    stopped = []
+
+    def inject(watch: Watch) -> None:
+        start = watch.wait_for_step(rng.randrange(10, NUM_STEPS // 2))
+        worker = rng.choice(start["workers"])
+        kill(worker, signal.SIGSTOP)
+        stopped.append(time.monotonic())
+        watch.wait_for_step(0, after_attempt=start["attempt"])
+        stopped.append(time.monotonic())
+
+    _, ledger = arena.run(arena.config(f"hang-{seed}", min_workers=2, max_workers=2), inject)
+    assert ledger.events("hang")
+    assert stopped[1] - stopped[0] <= 45
+
+
+def test_a_straggler_is_named_and_nothing_restarts(arena: Arena) -> None:
+    def inject(watch: Watch) -> None:
+        start = watch.wait_for_step(20)
+        worker = start["workers"][-1]
+        until_s = time.monotonic() + 15
+        while time.monotonic() < until_s and not watch.ended.is_set():
+            kill(worker, signal.SIGSTOP)
+            time.sleep(0.45)
+            kill(worker, signal.SIGCONT)
+            time.sleep(0.05)
+
+    result, _ = arena.run(arena.config("straggler", min_workers=2, max_workers=2), inject)
+    assert result["restarts"] == 0
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_node_dies_and_another_joins(arena: Arena, seed: int) -> None:
+    rng = random.Random(seed)
+
+    def inject(watch: Watch) -> None:
+        start = watch.wait_for_step(rng.randrange(10, 60))
+        arena.cluster.kill_node(rng.choice(start["workers"])["node"])
+        watch.wait_for_step(rng.randrange(80, 120), after_attempt=start["attempt"])
+        arena.cluster.add_node()
+
+    result, ledger = arena.run(arena.config(f"node-{seed}", **ELASTIC), inject)
+    assert len(set(result["world_sizes"])) >= 2
+    assert max(recovery.lost_steps for recovery in ledger.recoveries()) <= 1
+
+
+def test_two_nodes_of_three_die_and_the_run_waits(arena: Arena) -> None:
+    def inject(watch: Watch) -> None:
+        start = watch.wait_for_step(30)
+        for worker in start["workers"][:2]:
+            arena.cluster.kill_node(worker["node"])
+        time.sleep(10)
+        last = watch.ledger().steps[-1]["step"]
+        time.sleep(3)
+        assert watch.ledger().steps[-1]["step"] == last, "training went on below min_workers"
+        arena.restore_nodes(NUM_NODES)
+        watch.wait_for_step(last, after_attempt=start["attempt"])
+
+    arena.run(arena.config("two-nodes", min_workers=2, max_workers=3, resize_check_s=2), inject)
+
+
+def test_a_node_that_is_cut_off_and_comes_back(arena: Arena) -> None:
+    """All processes of a node stop, as in a partition, and go on after their replacement has started."""
+
+    def inject(watch: Watch) -> None:
+        start = watch.wait_for_step(30)
+        name = start["workers"][-1]["node"]
+        frozen = processes_of_node(arena.cluster, name)
+        for process in frozen:
+            process.suspend()
+        watch.wait_for_step(40, after_attempt=start["attempt"])
+        for process in frozen:
+            if process.is_running():
+                process.resume()
+
+    _, ledger = arena.run(arena.config("cut-off", **ELASTIC), inject)
+    attempts = [line["attempt"] for line in ledger.lines if "event" not in line]
+    assert attempts == sorted(attempts), "a worker of the old group wrote after the new one had begun"
+
+
+def test_a_worker_that_is_told_to_go(arena: Arena) -> None:
+    def inject(watch: Watch) -> None:
+        start = watch.wait_for_step(30)
+        kill(start["workers"][0], signal.SIGTERM)
+
+    _, ledger = arena.run(arena.config("preempted", min_workers=2, max_workers=2), inject)
+    assert all(recovery.lost_steps <= 1 for recovery in ledger.recoveries())
+
+
+def test_shrinking_and_growing_lose_nothing(arena: Arena) -> None:
+    rng = random.Random(3)
+
+    def inject(watch: Watch) -> None:
+        attempt = 0
+        for step in (30, 90, 150):
+            start = watch.wait_for_step(step, after_attempt=attempt)
+            attempt = start["attempt"]
+            arena.cluster.kill_node(rng.choice(start["workers"])["node"])
+            arena.cluster.add_node()
+
+    result, ledger = arena.run(arena.config("resizes", **ELASTIC), inject)
+    assert len(result["world_sizes"]) >= 4
+    assert max(recovery.lost_steps for recovery in ledger.recoveries()) <= 1
