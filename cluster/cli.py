@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _exit_on_signal(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_IGN)  # once is enough
     sys.exit(128 + number)  # as a shell reports it; contexts on the way out end what they started
 
 
@@ -80,6 +81,9 @@ def _parser() -> Parser:
     sub = command("report", commands.report, "draw a run: loss, learning rate, throughput, world size, events")
     sub.add_argument("run_uri", metavar="RUN", help="run id, or path or URI of a run's folder")
     _storage_argument(sub)
+
+    for name, (_, about) in commands.RUN_COMMANDS.items():
+        _run_arguments(command(name, commands.look_at_run(name), about), name)
 
     sub = command("publish", commands.publish_checkpoint, "make a checkpoint the latest one")
     _checkpoint_argument(sub)
@@ -138,6 +142,15 @@ def _data_commands(subparsers: Any) -> None:
                 "store", nargs="?", help="folder, manifest or key of a token store; the only one when unset"
             )
             _storage_argument(sub)
+
+
+def _run_arguments(parser: Parser, name: str) -> None:
+    num_runs = 2 if name == "diff" else 1
+    parser.add_argument("runs", nargs=num_runs, metavar="RUN", help="run id, or path or URI of a run's folder")
+    if name == "replay":
+        parser.add_argument("--steps", metavar="A..B", help="first and last step; all when unset")
+        parser.add_argument("--workers", type=int, help="processes that train; 1 when unset")
+    _storage_argument(parser)
 
 
 def _checkpoint_argument(parser: Parser) -> None:

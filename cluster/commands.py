@@ -15,7 +15,7 @@ from cluster.endpoint import Endpoint, deploy, stream_completion
 from cluster.flags import ConfigError, config_from_arguments
 from cluster.progress import say
 from cluster.registry import publications, publish, resolve_checkpoint
-from cluster.stage import connected, cpus_per_node, run_module, run_stage
+from cluster.stage import ModuleFailedError, connected, cpus_per_node, run_module, run_stage
 from cluster.storage import absolute_uri, open_storage
 from model.checkpoint import (
     CheckpointError,
@@ -90,6 +90,29 @@ def export(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def report(arguments: argparse.Namespace) -> dict[str, Any]:
     return run_module("jobs.report", arguments.run_uri, "--storage.uri", storage_uri(arguments))
+
+
+RUN_COMMANDS = {
+    "why-slow": ("jobs.why_slow", "say what bounds a run, and by which numbers"),
+    "verify": ("jobs.verify_run", "recompute the hashes of a run's checkpoints and of its data"),
+    "replay": ("jobs.replay_run", "take steps of a run again and compare their bits"),
+    "diff": ("jobs.diff_runs", "find the first step where two runs part"),
+}
+
+
+def look_at_run(name: str) -> Command:
+    """The command that looks at a run; exit code 1 where it finds the run, or two, not as they should be."""
+
+    def run(arguments: argparse.Namespace) -> dict[str, Any]:
+        options = [f"--{name}={value}" for name in ("steps", "workers") if (value := getattr(arguments, name, None))]
+        module = RUN_COMMANDS[name][0]
+        result = run_module(module, *arguments.runs, *options, "--storage.uri", storage_uri(arguments))
+        if not result.get("equal", result.get("valid", True)):
+            arguments.show(result)
+            raise ModuleFailedError(result["verdict"])
+        return result
+
+    return run
 
 
 def publish_checkpoint(arguments: argparse.Namespace) -> dict[str, Any]:

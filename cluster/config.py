@@ -132,7 +132,18 @@ class TrainConfig(Settings):
     exact: bool = Field(
         default=True, description="the same bits for any number of workers; false is stock DistributedDataParallel"
     )
+    shard_optimizer: bool = Field(
+        default=False, description="each worker keeps AdamW's moments of its own part of the weights only (ZeRO-1)"
+    )
     seed: int = Field(default=0, ge=0, lt=2**63, description="initial weights, sample order, dropout")
+    max_skipped_steps: int = Field(
+        default=3, ge=0, description="bad steps in a row whose updates are left out before the run is rolled back"
+    )
+    max_rollbacks: int = Field(default=3, ge=0, description="rollbacks after which the run stops instead")
+    spike_factor: float = Field(
+        default=0.0, ge=0, description="a loss this many median absolute deviations above the median is bad; 0 is off"
+    )
+    spike_window: int = Field(default=64, ge=8, le=4096, description="steps that a loss is compared with to be a spike")
     shuffle_window_rows: int = Field(
         default=1 << 20, ge=1, description="rows shuffled together; windows follow each other in the order of the store"
     )
@@ -150,6 +161,19 @@ class TrainConfig(Settings):
         default_factory=list, description="prompts completed at every validation, with a fixed seed"
     )
     sample_tokens: int = Field(default=64, ge=1, description="new tokens per sample prompt")
+    timing: bool = Field(default=True, description="time each step by phase, of every worker")
+    layer_statistics_every_steps: int = Field(
+        default=50, ge=0, description="steps between measurements of each layer's gradient, weights and update; 0 never"
+    )
+    hash_every_steps: int = Field(
+        default=0, ge=0, description="steps between parameter hashes in the ledger; 0 at checkpoints only"
+    )
+
+    @model_validator(mode="after")
+    def _shards_only_exact(self) -> Self:
+        if self.shard_optimizer and not self.exact:
+            raise ValueError("train.shard_optimizer needs train.exact: shards are what the exact sum's ranks own")
+        return self
 
 
 class ScalingConfig(Settings):
@@ -162,6 +186,18 @@ class ScalingConfig(Settings):
     resize_check_s: float = Field(default=10.0, gt=0, description="seconds between looks for newly available workers")
     max_failures: int = Field(
         default=-1, ge=-1, description="worker-group failures before the run gives up; -1 never does"
+    )
+    max_fruitless_attempts: int = Field(
+        default=6, ge=1, description="attempts in a row that get no further, after which the run gives up"
+    )
+    hang_timeout_s: float = Field(
+        default=30.0, ge=0, description="seconds without a sign of life before a worker is killed; 0 never does"
+    )
+    standby: bool = Field(
+        default=True, description="keep loaded worker processes on each node, 0.4 GB each, for the next restart"
+    )
+    start_timeout_s: float = Field(
+        default=60.0, gt=0, description="seconds without workers after which the run says what it is waiting for"
     )
 
     @model_validator(mode="after")
@@ -197,7 +233,19 @@ class CheckpointConfig(Settings):
     save_every_steps: int = Field(
         default=100, ge=1, description="steps between checkpoints; the last step always saves"
     )
-    num_to_keep: int = Field(default=3, ge=1, description="newest checkpoints kept; published ones are kept besides")
+    num_to_keep: int = Field(
+        default=3, ge=1, description="newest checkpoints kept, at least two; published ones besides"
+    )
+    keep_best: int = Field(default=0, ge=0, description="checkpoints of the lowest validation loss kept besides")
+    keep_every_steps: int | None = Field(default=None, ge=1, description="checkpoints of each such step kept besides")
+    snapshot_bytes: int = Field(
+        default=16 << 30,
+        ge=0,
+        description="memory of each node for copies of the training state, which outlive its workers; 0 keeps none",
+    )
+    spool_bytes: int = Field(
+        default=32 << 30, ge=1, description="local disk for checkpoints on the way to remote storage; the newest always"
+    )
 
 
 class RunConfig(Settings):

@@ -29,6 +29,9 @@ from model.errors import UserError
 NODE_NAME_VARIABLE = "RAYMILL_NODE"
 """Environment variable by which a process on a local node knows the node's name."""
 
+STOP_WAIT_S = 30
+"""Seconds that a job has to save after SIGTERM, before it is killed; Ray's default is 3."""
+
 _START_NODE = Path(__file__).resolve().with_name("start_node.py")
 _START_TIMEOUT_S = 90.0
 _STOP_TIMEOUT_S = 5.0
@@ -41,6 +44,7 @@ _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # keeps addresses on loopback, see start_node.py
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "1",
+    "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S),
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "10000",

@@ -34,7 +34,7 @@ def _client(url: str | None) -> Any:
     config = Config(
         retries={"mode": "standard", "total_max_attempts": _MAX_ATTEMPTS},
         connect_timeout=5,
-        read_timeout=60,
+        read_timeout=15,  # without a byte; a store that swallows requests must not hold up its return for a minute
         # Stores other than AWS rarely have a DNS name for each bucket.
         s3={"addressing_style": "path" if url else "auto"},
     )
@@ -159,6 +159,14 @@ class S3Storage(Storage):
     def upload_file(self, source: Path, key: str) -> None:
         with self._explained(key):
             _client(endpoint()).upload_file(str(source), self.bucket, self._object_key(key))
+
+    def abort_uploads(self) -> None:
+        name = {"Bucket": self.bucket}
+        with self._explained(""):
+            pages = _client(endpoint()).get_paginator("list_multipart_uploads")
+            for page in pages.paginate(**name, Prefix=f"{self.prefix}/" if self.prefix else ""):
+                for upload in page.get("Uploads", []):
+                    _client(endpoint()).abort_multipart_upload(**name, Key=upload["Key"], UploadId=upload["UploadId"])
 
     def download_file(self, key: str, target: Path) -> None:
         with self._explained(key):

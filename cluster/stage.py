@@ -25,7 +25,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from cluster.config import ClusterConfig, EvaluateConfig, RunConfig, ServeConfig, write_config
 from cluster.flags import ConfigError, Parser, add_config_arguments, config_from_arguments
-from cluster.local import ClusterError, LocalCluster
+from cluster.local import STOP_WAIT_S, ClusterError, LocalCluster
 from cluster.progress import ProgressView
 from cluster.storage import open_storage
 from model.errors import UserError
@@ -35,6 +35,7 @@ CODE_FOLDERS = ("model", "cluster", "jobs", "serving")
 _RESULT_MARK = "raymill-result: "
 _REPOSITORY = Path(__file__).resolve().parent.parent
 _POLL_S = 0.5
+_STOP_MARGIN_S = 5.0
 _MISUSED = 2  # exit code
 
 Config = TypeVar("Config", RunConfig, ServeConfig, EvaluateConfig)
@@ -115,7 +116,15 @@ def run_stage(
     except BaseException:
         if client.get_job_status(job_id) in (JobStatus.PENDING, JobStatus.RUNNING):
             client.stop_job(job_id)
+            _wait_for_end(client, job_id)
         raise
+
+
+def _wait_for_end(client: JobSubmissionClient, job_id: str) -> None:
+    """A stage that was told to stop may still save; Ray kills it after `STOP_WAIT_S`."""
+    deadline = time.monotonic() + STOP_WAIT_S + _STOP_MARGIN_S
+    while client.get_job_status(job_id) == JobStatus.RUNNING and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
 
 
 def snapshot_code(folder: Path) -> None:
@@ -161,24 +170,30 @@ def stage_main(
     return print_result(result)
 
 
-def print_result(compute: Callable[[], dict[str, Any]]) -> int:
-    """Prints the result in the line that `parse_result` knows, or the error for the user; gives the exit code."""
+def print_result(
+    compute: Callable[[], dict[str, Any]], *, is_good: Callable[[dict[str, Any]], bool] = lambda result: True
+) -> int:
+    """Prints the result in the line that `parse_result` knows, or the error for the user; gives the exit code, which
+    is 1 for a result that is not good too."""
     try:
         result = compute()
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return _MISUSED if isinstance(error, ConfigError) else 1
     sys.stdout.write(f"{_RESULT_MARK}{json.dumps(result)}\n")
-    return 0
+    return 0 if is_good(result) else 1
 
 
 def run_module(module: str, *arguments: str) -> dict[str, Any]:
-    """Runs a stage that needs no cluster as `python -m MODULE ARGUMENTS` here, and returns its result."""
+    """Runs a stage that needs no cluster as `python -m MODULE ARGUMENTS` here, and returns its result.
+
+    Also a result that the module found not good, which its exit code 1 says.
+    """
     command = [sys.executable, "-m", module, *arguments]
     environment = os.environ | {"PYTHONPATH": str(_REPOSITORY)}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False)
     results = [found for line in done.stdout.splitlines() if (found := parse_result(line)) is not None]
-    if done.returncode or not results:
+    if done.returncode not in (0, 1) or not results:
         kind = ModuleMisusedError if done.returncode == _MISUSED else ModuleFailedError
         raise kind(f"{module} ended with exit code {done.returncode}; its message is above")
     return results[-1]

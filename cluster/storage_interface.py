@@ -91,6 +91,9 @@ class Storage(ABC):
     def child(self, key: str) -> "Storage":
         """The storage rooted at the folder `key`."""
 
+    def abort_uploads(self) -> None:  # noqa: B027 (most storages keep no such)
+        """Frees what uploads that never ended hold below this root, where the storage keeps such."""
+
     def exists(self, key: str) -> bool:
         return self.stat(key) is not None
 

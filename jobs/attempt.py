@@ -3,70 +3,124 @@
 import os
 import socket
 import tempfile
-import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cluster.config import max_steps, seq_len, tokens_per_step
+from cluster.config import max_steps, tokens_per_step
+from cluster.lease import LeaseLostError
 from cluster.local import NODE_NAME_VARIABLE
 from jobs.batch_gradient import BatchGradient
-from jobs.checkpoints import RunCheckpoints, checkpoint_name
-from jobs.ledger import Ledger, LedgerWriter
+from jobs.checkpoints import RunCheckpoints
+from jobs.failures import why_give_up
+from jobs.guards import Decision, GuardState, Verdict, Windows, longest
+from jobs.incidents import write_down
+from jobs.ledger import Ledger
+from jobs.mixed_hardware import differences, hardware
+from jobs.outage import patiently
+from jobs.preemption import Notice, Notices, Signals
 from jobs.run_plan import RunPlan, open_stream, warmup_tokens
-from jobs.step_timer import StepTimer
+from jobs.run_writer import RunWriter
+from jobs.snapshots import Snapshot, Snapshots
+from jobs.step_record import StepRecord
 from jobs.train_state import TrainState
 from jobs.validation import Validation
 from jobs.worker_group import WorkerGroup
-from model.checkpoint import Metadata, load_model, read_metadata, read_train_state, write_checkpoint
-from model.flops import flops_per_token, peak_flops_per_s
+from model.checkpoint import CheckpointError, Metadata, load_model, read_metadata, read_train_state
 from model.gpt import GPT
 from model.optimizer import learning_rate
 from model.tokenizer import Tokenizer
 
-MAX_FRUITLESS_ATTEMPTS = 6
-"""Attempts in a row that get no further than the ones before, after which the run gives up."""
+
+@dataclass(frozen=True)
+class _Beginning:
+    """What rank 0 found for all."""
+
+    rollbacks: Windows  # what to leave out
+    checkpoint: str | None = None  # to go on from,
+    snapshot: Snapshot | None = None  # or rather this; from fresh weights where both are missing
+    saved_step: int = 0  # of the newest checkpoint beside the snapshot
+    stop_reason: str | None = None  # why the attempt cannot go on, which no further one could mend
 
 
 class Attempt:
     """One worker's model and rows, and on rank 0 the pen that writes the ledger and the checkpoints."""
 
-    def __init__(self, plan: RunPlan, group: WorkerGroup) -> None:
+    state: TrainState
+    guard: GuardState  # belongs to the state
+
+    def __init__(
+        self,
+        plan: RunPlan,
+        group: WorkerGroup,
+        *,
+        rollbacks: Windows = (),
+        signals: Callable[[], Signals] = Signals,
+    ) -> None:
+        """`rollbacks` are those that this process knows of; the ledger and the checkpoint tell of earlier ones."""
         config = plan.config
         torch.set_num_threads(config.scaling.threads_per_worker)
         torch.use_deterministic_algorithms(config.train.exact)
+        # Its debugging aid, NaN in all fresh memory, costs a pass over each activation.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         self.plan, self.group = plan, group
         self.tokenizer = Tokenizer.from_json(plan.tokenizer_json)
         self.checkpoints = RunCheckpoints(plan.run)
+        self.writer: RunWriter | None = None
         # Rank 0 chooses the checkpoint for all: another rank might see a newer or a damaged one.
-        chosen = group.broadcast(self._newest_checkpoint() if group.rank == 0 else None)
+        self.snapshots = Snapshots(plan, group)
+        begun = group.broadcast(self._begin(rollbacks) if group.rank == 0 else None)
+        self._stop_reason = begun.stop_reason
+        self.ledger = self.writer.ledger if self.writer else None
+        if self._stop_reason:
+            return
         with tempfile.TemporaryDirectory(prefix="raymill-resume-") as scratch:
-            self.first_step = 1 + self._restore(chosen, Path(scratch))
+            restored_step = self._restore(begun, Path(scratch))
+        self.guard = replace(self.guard, rollbacks=longest(self.guard.rollbacks, begun.rollbacks))
+        self.first_step, self.guard = self.guard.entering(restored_step + 1)
         self.train_rows, val_rows = open_stream(plan, "train"), open_stream(plan, "val")
         eot_id = self.tokenizer.eot_id if config.train.document_mask else None
         self.gradient = BatchGradient(config, self.state, self.train_rows, group, eot_id=eot_id)
         self.validation = Validation(config, self.state, val_rows, group, eot_id=eot_id)
-        self.ledger = LedgerWriter(plan.run) if group.rank == 0 else None
-        before = Ledger.read(plan.run) if group.rank == 0 else Ledger([])
-        self._is_hopeless = group.broadcast(before.fruitless_attempts() >= MAX_FRUITLESS_ATTEMPTS)
+        before = self.writer.before if self.writer else Ledger([])
+        if self.writer:
+            self.writer.start_saving(self.state, self.tokenizer)
         self.attempt = 1 + len(before.world_sizes)
         workers = group.gather({"pid": os.getpid(), "node": os.environ.get(NODE_NAME_VARIABLE, socket.gethostname())})
-        if self.ledger and not self._is_hopeless:
+        self.notices = Notices(plan.run, group, signals, device=self.state.device)
+        kinds = group.gather(hardware(self.state.device))
+        nodes = [worker["node"] for worker in workers]
+        self.record = StepRecord(
+            plan, self.state, group, ledger=self.ledger, attempt=self.attempt, nodes=nodes
+        )
+        if self.ledger:
             self.ledger.event(
                 "start",
                 attempt=self.attempt,
                 world_size=group.world_size,
-                step=self.first_step - 1,
-                checkpoint=chosen,
+                step=restored_step,
+                checkpoint=begun.checkpoint,
+                from_memory=begun.snapshot is not None,
                 workers=workers,
+                data_identity=self.train_rows.manifest.identity,
+                code_version=plan.code_version,
             )
+            if reasons := differences(kinds):
+                self.ledger.event("tolerance_mode", attempt=self.attempt, reasons=reasons)
+        if begun.snapshot and restored_step - begun.saved_step >= config.checkpoint.save_every_steps:
+            self.save(restored_step, {})  # the one that was due had not been stored yet
+        self.snapshots.tell_standby()
 
     def is_hopeless(self) -> bool:
-        """Whether the attempts before this one got nowhere; recorded for the driver to tell."""
-        if self.ledger and self._is_hopeless:
-            self.ledger.event("gave_up", attempts=MAX_FRUITLESS_ATTEMPTS, step=self.first_step - 1)
-        return self._is_hopeless
+        """Whether the attempts before this one got nowhere, or none can; recorded for the driver to tell."""
+        if self._stop_reason and self.writer:
+            steps = self.writer.before.steps
+            self.writer.ledger.event("gave_up", reason=self._stop_reason, step=steps[-1]["step"] if steps else 0)
+            self.writer.ledger.close()
+        return self._stop_reason is not None
 
     def rate(self, step: int) -> float:
         train = self.plan.config.train
@@ -85,43 +139,13 @@ class Attempt:
             self.ledger.event("validation", step=step, **figures, samples=self.validation.samples(self.tokenizer))
         return figures
 
-    def record(self, step: int, timer: StepTimer, *, loss: float, lr: float, grad_norm: float) -> None:
-        if self.ledger is None:
-            return
-        config, wall_s = self.plan.config, timer.wall_s()
-        batch = config.train.global_batch_size
-        training_s = wall_s - timer.seconds.get("validation", 0.0)
-        tokens_per_s = tokens_per_step(config) / training_s
-        self.ledger.step(
-            step=step,
-            tokens_seen=step * tokens_per_step(config),
-            samples=[(step - 1) * batch, step * batch],
-            lr=lr,
-            loss=loss,
-            grad_norm=grad_norm,
-            world_size=self.group.world_size,
-            attempt=self.attempt,
-            seconds={name: round(value, 6) for name, value in timer.seconds.items()},
-            wall_s=round(wall_s, 6),
-            tokens_per_s=round(tokens_per_s, 1),
-            mfu=self._mfu(tokens_per_s),
-        )
-
-    def _mfu(self, tokens_per_s: float) -> float | None:
-        """Share of the GPUs' known peak that the model's arithmetic uses; None where no peak is known."""
-        if self.state.device.type != "cuda":
-            return None
-        peak = peak_flops_per_s(torch.cuda.get_device_name(self.state.device))
-        if peak is None:
-            return None
-        config = self.plan.config
-        return tokens_per_s * flops_per_token(config.model, seq_len(config)) / (peak * self.group.world_size)
-
     def save(self, step: int, validation: dict[str, Any]) -> None:
-        """Rank 0 writes the checkpoint; the others go on and wait for it in the next step's exchange."""
-        if self.ledger is None:
+        """Copies the state; rank 0 has the copy stored beside the training."""
+        # All ranks: each holds a part where the optimizer is sharded.
+        moments = self.state.flat_moments() if self.writer or self.state.is_sharded else {}
+        if self.writer is None:
             return
-        config, manifest, start = self.plan.config, self.train_rows.manifest, time.perf_counter()
+        config, manifest = self.plan.config, self.train_rows.manifest
         metadata = Metadata(
             run_id=str(config.run_id),
             step=step,
@@ -129,49 +153,83 @@ class Attempt:
             data_manifest_hash=manifest.hash if manifest.complete else None,
             data_identity=manifest.identity,
             code_version=self.plan.code_version,
+            guard=self.guard.to_json(),
             **validation,
         )
+        self.writer.save(metadata, moments)
 
-        def write(folder: Path) -> None:
-            nonlocal metadata
-            metadata = write_checkpoint(
-                folder,
-                model=self.state.model,
-                tokenizer=self.tokenizer,
-                metadata=metadata,
-                train_state=self.state.moments(),
-            )
+    def keep(self, step: int) -> None:
+        """Takes a snapshot of the state after a step of which the ledger has the line."""
+        self.snapshots.after_step(step, self.state, attempt=self.attempt, carried=self.guard.to_json())
 
-        self.checkpoints.save(checkpoint_name(step), write)
-        self.ledger.event(
-            "checkpoint",
-            step=step,
-            checkpoint=self.checkpoints.uri(checkpoint_name(step)),
-            parameter_hash=metadata.parameter_hash,
-            seconds=round(time.perf_counter() - start, 6),
-        )
-        self.checkpoints.thin_out(num_to_keep=config.checkpoint.num_to_keep, pinned=set(self.plan.pinned))
+    def finish(self, step: int) -> None:
+        """Returns once the run's storage has its last checkpoint and all of its ledger; `step` was the last one."""
+        self.notices.close()
+        if self.writer:
+            self.writer.finish(step=step if step == max_steps(self.plan.config) else None)
 
-    def finish(self) -> None:
+    def tell_preempted(self, step: int, notice: Notice) -> None:
+        """After the save that a notice asked for."""
         if self.ledger:
-            self.ledger.event("finish", step=max_steps(self.plan.config))
+            self.ledger.event("preempted", step=step, notice=notice.name.lower())
 
-    def _newest_checkpoint(self) -> str | None:
-        with tempfile.TemporaryDirectory(prefix="raymill-newest-") as scratch:
-            folder = self.checkpoints.load_newest(Path(scratch))
-            return folder.name if folder else None
+    def leave(self, step: int, decision: Decision) -> Windows | None:
+        """Ends the attempt at a step that cannot stand; gives what to leave out where another attempt goes on."""
+        goes_on = decision.verdict is Verdict.ROLL_BACK
+        if self.ledger and goes_on:
+            first, last = decision.state.rollbacks[-1]
+            batch = self.plan.config.train.global_batch_size
+            samples = [(first - 1) * batch, last * batch]
+            self.ledger.event("rollback", step=step, first=first, last=last, samples=samples, reason=decision.reason)
+        elif self.ledger:
+            self.ledger.event("gave_up", step=step, reason=f"step {step}: {decision.reason}")
+        self.notices.close()
+        if self.writer:
+            self.writer.finish(step=None)
+        return decision.state.rollbacks if goes_on else None
 
-    def _restore(self, name: str | None, scratch: Path) -> int:
-        """Fresh weights or the checkpoint's; returns the step it was taken at."""
-        config = self.plan.config
+    def _begin(self, rollbacks: Windows) -> "_Beginning":
+        try:
+            self.writer = RunWriter(self.plan)
+            ledger = self.writer.ledger
+            patiently(lambda: write_down(self.plan.run, ledger), "incidents")
+            lines = ledger.read().lines
+            recorded = tuple((line["first"], line["last"]) for line in lines if line.get("event") == "rollback")
+            rollbacks = longest(rollbacks, recorded)
+            max_attempts = self.plan.config.scaling.max_fruitless_attempts
+            if reason := why_give_up(lines, max_fruitless_attempts=max_attempts):
+                return _Beginning(rollbacks, stop_reason=reason)
+            left_out = GuardState(rollbacks=rollbacks).leaves_out
+            saved_step = self.writer.newest_step(left_out=left_out)
+            snapshot = self.snapshots.newest(
+                explained_step=max((line["step"] for line in lines if line.get("event") in (None, "skip")), default=0),
+                at_least=saved_step,
+                is_left_out=left_out,
+            )
+            if snapshot is not None:
+                return _Beginning(rollbacks, snapshot=snapshot, saved_step=saved_step)
+            return _Beginning(rollbacks, checkpoint=self.writer.newest_checkpoint(left_out=left_out))
+        except (LeaseLostError, CheckpointError) as error:
+            return _Beginning(rollbacks, stop_reason=str(error))
+
+    def _restore(self, begun: "_Beginning", scratch: Path) -> int:
+        """Fresh weights, the snapshot's or the checkpoint's; returns the step it was taken at."""
+        config, name = self.plan.config, begun.checkpoint
         device = torch.device("cuda", torch.cuda.current_device()) if config.scaling.use_gpu else torch.device("cpu")
+        if begun.snapshot is not None:
+            self.state = TrainState(GPT(config.model), config.train, device=device, group=self.group)
+            self.guard = GuardState.from_json(self.snapshots.restore(begun.snapshot, self.state))
+            return begun.snapshot.step
         if name is None:
             model = GPT(config.model)
             model.init_weights(config.train.seed)
-            self.state = TrainState(model, config.train, device=device)
+            self.state = TrainState(model, config.train, device=device, group=self.group)
+            self.guard = GuardState()
             return 0
         folder = self.checkpoints.fetch(name, scratch)
         model = load_model(folder, verify=False).train()  # loaded for inference: without dropout
-        self.state = TrainState(model, config.train, device=device)
+        self.state = TrainState(model, config.train, device=device, group=self.group)
         self.state.load_moments(read_train_state(folder))
-        return read_metadata(folder).step
+        metadata = read_metadata(folder)
+        self.guard = GuardState.from_json(metadata.guard) if metadata.guard else GuardState(last_applied=metadata.step)
+        return metadata.step

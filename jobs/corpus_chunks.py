@@ -28,6 +28,7 @@ class Part:
     end: int
     size: int  # bytes of the file
     offset: int = 0  # of this file's first byte in the file that it is a piece of
+    piece_of: str = ""  # that file's URI
 
 
 def whole_file(number: int, file: CorpusFile) -> Part:

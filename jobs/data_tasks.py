@@ -3,13 +3,16 @@
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import psutil
 import ray.data
+from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
+from ray.util.annotations import RayDeprecationWarning
 
 from model.errors import UserError
 
@@ -18,6 +21,9 @@ Task = dict[str, Any]
 
 Work = Callable[[Task], Iterator[bytes]]
 """Does a task and yields its results."""
+
+WORKER_DEATHS = (WorkerCrashedError, NodeDiedError, OutOfMemoryError)
+_MAX_RETRIES = 3  # Ray Data would go on for ever with a file that crashes its reader
 
 
 @dataclass(frozen=True)
@@ -30,8 +36,9 @@ class Result:
 def run_tasks(tasks: list[Task], work: Work) -> Iterator[Result]:
     """Every result, in the order in which tasks get ready.
 
-    A task whose worker or node dies is run again; an error in it stops all, as the `UserError` that it is if it is
-    one. `work` is sent by name: it lives in a module that is not run as a script.
+    A task whose worker or node dies is run again, a few times, as the task itself may be what kills it; an error in it
+    stops all, as the `UserError` that it is if it is one. `work` is sent by name: it lives in a module that is not run
+    as a script.
     """
     if not tasks:
         return
@@ -39,15 +46,31 @@ def run_tasks(tasks: list[Task], work: Work) -> Iterator[Result]:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.max_errored_blocks = 0
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it logs what it raises
     rows = [{"number": number, "task": json.dumps(task)} for number, task in enumerate(tasks)]
-    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-        partial(_perform, work=work), batch_size=1, batch_format="numpy", num_cpus=1
+    items = ray.data.from_items(rows, override_num_blocks=len(rows))
+    perform = partial(_perform, work=work)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RayDeprecationWarning)  # which names no other way to set `max_retries`
+        dataset = items.map_batches(perform, batch_size=1, batch_format="numpy", num_cpus=1, max_retries=_MAX_RETRIES)
+    unfinished = dict(enumerate(tasks))
+    try:
+        for row in dataset.iter_rows():
+            if row["error"]:
+                raise UserError(row["error"])
+            unfinished.pop(row["number"], None)
+            yield Result(row["number"], row["content"], row["rss_bytes"])
+    except WORKER_DEATHS as error:
+        uris = [part["uri"] for task in unfinished.values() for part in task.get("parts", [task.get("file", task)])]
+        raise worker_died(uris) from error
+
+
+def worker_died(uris: Sequence[str]) -> UserError:
+    """What to say after one of `WORKER_DEATHS` at work on some files."""
+    return UserError(
+        f"a worker died each time at one of {len(uris)} files, {', '.join(uris[:3])} first; such a file crashes its "
+        "reader or needs more memory than there is: find it with `raymill data preview` and take it out of data.source"
     )
-    for row in dataset.iter_rows():
-        if row["error"]:
-            raise UserError(row["error"])
-        yield Result(row["number"], row["content"], row["rss_bytes"])
 
 
 def _perform(batch: dict[str, Any], *, work: Work) -> Iterator[dict[str, Any]]:

@@ -28,11 +28,13 @@ from jobs.decompression import decompressed
 from jobs.text_borders import cut_stream, lines, records
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 LINE_FACTOR = {"jsonl": 6, "csv": 2}
 """Bytes that a byte of text is written as, at most: JSON's \\u0041, csv's doubled quote."""
 LINE_MARGIN_BYTES = 1 << 20
 """Room for what else stands in a line."""
 
+_STRINGS = (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), pa.binary_view())
 _PREVIEW_BYTES = 200
 
 
@@ -83,7 +85,7 @@ def read_documents(part: Part, data: DataConfig) -> Iterator[Document]:
     reader = _Reader(part, data)
     with storage.open(name) as file, named_damage(part.uri):
         entry = storage.stat(name)
-        if entry is None or entry.version != part.version:
+        if entry is None or (entry.version, entry.size) != (part.version, part.size):
             raise CorpusError(f"{part.uri} changed after it was listed; run again")
         if part.kind == "parquet":
             yield from reader.parquet(file)
@@ -97,11 +99,15 @@ def named_damage(uri: str) -> Iterator[None]:
     """Names the file in what its damage raises."""
     try:
         yield
-    except (OSError, pa.ArrowInvalid) as error:
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:  # the last: a damaged name of a column
         reason = str(error).rstrip(".").partition("\n")[0]
         raise CorpusError(
             f"{uri} cannot be read to its end ({reason}); replace the file or take it out of data.source"
         ) from error
+
+
+def endless_header(uri: str) -> CorpusError:
+    return CorpusError(f"the header of {uri} does not end: a quote is not closed, or lines do not end; mend the file")
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,7 @@ class _Reader:
 
     @property
     def uri(self) -> str:
-        return self.part.uri
+        return self.part.piece_of or self.part.uri
 
     @property
     def end(self) -> int | None:
@@ -120,13 +126,15 @@ class _Reader:
 
     def dropped(self, raw: bytes, offset: int, drop: Drop) -> Document:
         preview = raw[:_PREVIEW_BYTES].decode(errors="replace").strip()
+        if raw.startswith(_UTF16_MARKS):
+            preview = f"UTF-16, convert it to UTF-8: {raw[:_PREVIEW_BYTES].decode('utf-16', errors='replace')}"
         return Document(self.part.offset + offset, drop=drop, size=len(raw), preview=preview)
 
     def judged(self, raw: bytes, offset: int) -> Document:
         """The document that the bytes of a text make, kept or dropped."""
         if len(raw) > self.data.max_document_bytes:
             return self.dropped(raw, offset, Drop.TOO_LONG)
-        if b"\0" in raw:
+        if b"\0" in raw or raw.startswith(_UTF16_MARKS):
             return self.dropped(raw, offset, Drop.BINARY)
         if not raw or raw.isspace():
             return self.dropped(raw, offset, Drop.EMPTY)
@@ -198,22 +206,27 @@ class _Reader:
         column: int | None = None
         for offset, record, is_whole in records(file, limit=limit):
             if not is_whole:
+                if column is None:
+                    raise endless_header(self.uri)
                 yield self.dropped(record, offset, Drop.TOO_LONG if len(record) == limit else Drop.INVALID_CSV)
                 continue
             decoded = self.decoded(record if offset else record.removeprefix(_BYTE_ORDER_MARK), offset)
-            values = next(csv.reader(io.StringIO(decoded.text, newline="")), [])
+            rows = csv.reader(io.StringIO(decoded.text, newline=""))  # several where CR ends the lines
             if column is None:
-                column = self.column_of(values)
+                column = self.column_of(next(rows, []))
             elif decoded.drop:
                 yield decoded
-            elif len(values) > column:
-                document = self.judged_text(values[column], offset)
-                yield replace(document, replaced=decoded.replaced and not document.drop)
-            elif values:
-                yield self.dropped(record, offset, Drop.MISSING_TEXT)
+            for values in rows:
+                if len(values) > column:
+                    document = self.judged_text(values[column], offset)
+                    yield replace(document, replaced=decoded.replaced and not document.drop)
+                elif values:
+                    yield self.dropped(record, offset, Drop.MISSING_TEXT)
 
     def column_of(self, names: list[str]) -> int:
         field = self.data.text_field
+        if "\0" in "".join(names):
+            raise CorpusError(f"{self.uri} is binary or UTF-16, not text in UTF-8; convert it or take it out")
         if field not in names:
             raise CorpusError(
                 f"{self.uri} has no column {field!r}; set data.text_field to one of {', '.join(names)[:200]}"
@@ -227,25 +240,31 @@ class _Reader:
         for group in range(parquet.num_row_groups):
             metadata = parquet.metadata.row_group(group)
             first = metadata.column(0)
-            begins = min(filter(None, (first.dictionary_page_offset, first.data_page_offset)))
+            begins = min(filter(None, (first.dictionary_page_offset, first.data_page_offset)), default=0)
+            if metadata.num_rows and not 0 < begins < self.part.size:  # no part would own it
+                raise pa.ArrowInvalid(f"row group {group} begins at byte {begins} of {self.part.size}")
             if self.part.start <= begins < self.part.end:
-                for number, raw in enumerate(self.column_values(parquet, group), start=row):
-                    missing = Document(number, drop=Drop.MISSING_TEXT)
-                    yield missing if raw is None else self.judged(raw, number)
+                number = row
+                for number, raw in enumerate(self.column_values(parquet, group), start=row + 1):
+                    missing = Document(number - 1, drop=Drop.MISSING_TEXT)
+                    yield missing if raw is None else self.judged(raw, number - 1)
+                if number - row != metadata.num_rows:  # Arrow is content with fewer
+                    raise pa.ArrowInvalid(f"row group {group} has {number - row} of {metadata.num_rows} rows")
             row += metadata.num_rows
+        if row != parquet.metadata.num_rows:
+            raise pa.ArrowInvalid(f"the row groups have {row} of {parquet.metadata.num_rows} rows")
 
     def check_column(self, schema: pa.Schema) -> None:
         field = self.data.text_field
-        self.column_of(schema.names)
-        kind = schema.field(field).type
+        kind = schema.field(self.column_of(schema.names)).type
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-        if kind not in (pa.string(), pa.large_string(), pa.binary(), pa.large_binary()):
+        if kind not in _STRINGS:
             raise CorpusError(f"column {field!r} of {self.uri} holds {kind}, not strings; set data.text_field")
 
     def column_values(self, parquet: pq.ParquetFile, group: int) -> Iterator[bytes | None]:
         columns = [self.data.text_field]
         for batch in parquet.iter_batches(256, row_groups=[group], columns=columns, use_threads=False):
-            column = batch.column(0)
+            column = batch.column(batch.schema.names.index(self.data.text_field))  # of "a.b", column "a" comes too
             if pa.types.is_dictionary(column.type):
                 column = column.dictionary_decode()
             for value in column.cast(pa.large_binary()):

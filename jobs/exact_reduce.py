@@ -2,19 +2,14 @@
 
 Floating-point addition is not associative, so the order of a sum is part of its result. Here the order is a fixed
 binary tree over the lanes [0, num_lanes), each node split at its middle. A rank reduces its contiguous lanes to the
-maximal subtrees that they fill; the ranks exchange those by parameter chunk (all-to-all); each finishes the tree
-over its own chunk; an all-gather brings the whole back. With a power-of-two world each rank holds exactly one
-subtree and the bytes moved equal a ring all-reduce's.
-
-P is the number of summed values, W the world size, K the subtrees of one rank.
+maximal subtrees that they fill (`lane_sums`); the ranks exchange those by bucket and part, and each finishes the tree
+over its own parts (`bucket_exchange`). With a power-of-two world each rank holds exactly one subtree.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
-import torch.distributed as dist
 from torch import Tensor
-
-from jobs.batch_plan import lanes_of_rank
 
 
 def halves(node: range) -> tuple[range, range]:
@@ -44,41 +39,30 @@ def tree_sum(root: range, value_of: Callable[[range], Tensor | None]) -> Tensor:
     return tree_sum(left, value_of).add_(tree_sum(right, value_of))
 
 
-def reduce_lanes(lanes: range, *, num_lanes: int, lane_value: Callable[[int], Tensor]) -> list[Tensor]:
-    """One rank's subtree sums (K tensors). Lanes are computed in order; log2(num_lanes) sums are held at most."""
+@dataclass(frozen=True)
+class LaneStep:
+    """What becomes of one lane's value, so that lanes taken in order sum along the tree in few buffers ("slots")."""
 
-    def leaf(node: range) -> Tensor | None:
-        return lane_value(node.start) if len(node) == 1 else None
+    slot: int
+    adds: bool  # to the slot's value, its left sibling; else it replaces what the slot held
+    merges: int = 0  # then so many times slot n is added to slot n - 1, from `slot` down
 
-    return [tree_sum(subtree, leaf) for subtree in maximal_subtrees(lanes, root=range(num_lanes))]
-
-
-def exchange(subtree_sums: list[Tensor], *, rank: int, world_size: int, num_lanes: int) -> Tensor:
-    """The whole tree's sum (P,), the same bits on every rank, from each rank's `reduce_lanes`."""
-    root = range(num_lanes)
-    nodes_of_rank = [
-        maximal_subtrees(lanes_of_rank(r, world_size=world_size, num_lanes=num_lanes), root=root)
-        for r in range(world_size)
-    ]
-    assert len(subtree_sums) == len(nodes_of_rank[rank])
-    if world_size == 1:
-        return subtree_sums[0]
-    num_values = subtree_sums[0].numel()
-    chunk = -(-num_values // world_size)
-    sent = subtree_sums[0].new_zeros(world_size, len(subtree_sums), chunk)  # (W, K, chunk)
-    for k, value in enumerate(subtree_sums):
-        for r, part in enumerate(value.split(chunk)):
-            sent[r, k, : part.numel()] = part
-    counts = [len(nodes) for nodes in nodes_of_rank]
-    received = sent.new_empty(sum(counts), chunk)  # a row for each subtree of each rank
-    dist.all_to_all_single(received.view(-1), sent.view(-1), [count * chunk for count in counts])
-    by_node = dict(zip(_flatten(nodes_of_rank), received.unbind(), strict=True))
-    own = tree_sum(root, by_node.get)  # (chunk,)
-    whole = own.new_empty(world_size, chunk)
-    dist.all_gather(list(whole.unbind()), own)
-    return whole.view(-1)[:num_values]
+    def __post_init__(self) -> None:
+        assert 0 <= self.merges <= self.slot
 
 
-def _flatten(nodes_of_rank: list[list[range]]) -> Iterator[range]:
-    for nodes in nodes_of_rank:
-        yield from nodes
+def lane_steps(lanes: range, *, num_lanes: int) -> list[LaneStep]:
+    """A step for each of a rank's lanes; after the last one slot k holds the sum of the rank's k-th subtree."""
+    subtrees = maximal_subtrees(lanes, root=range(num_lanes))
+    return [step for slot, subtree in enumerate(subtrees) for step in _steps_under(subtree, slot)]
+
+
+def _steps_under(node: range, slot: int) -> list[LaneStep]:
+    if len(node) == 1:
+        return [LaneStep(slot, adds=False)]
+    left, right = halves(node)
+    steps = _steps_under(left, slot)
+    if len(right) == 1:
+        return [*steps, LaneStep(slot, adds=True)]
+    *others, last = _steps_under(right, slot + 1)
+    return [*steps, *others, replace(last, merges=last.merges + 1)]

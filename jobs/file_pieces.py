@@ -17,7 +17,7 @@ from jobs.corpus_chunks import Part, needs_cutting, text_step
 from jobs.corpus_listing import CorpusFile
 from jobs.data_tasks import Task, run_tasks
 from jobs.decompression import decompressed
-from jobs.documents import LINE_FACTOR, LINE_MARGIN_BYTES, named_damage
+from jobs.documents import LINE_FACTOR, LINE_MARGIN_BYTES, endless_header, named_damage
 from jobs.text_borders import cut_stream, lines, records
 
 PIECES = "pieces"
@@ -49,7 +49,7 @@ def cut_file(task: Task, *, store: Storage, data: DataConfig) -> Iterator[bytes]
             entry = folder.stat(name)
             assert entry is not None
             uri, size = join_uri(folder.uri, name), len(content)
-            parts.append(asdict(Part(number, uri, entry.version, file.kind, "", 0, size, size, offset)))
+            parts.append(asdict(Part(number, uri, entry.version, file.kind, "", 0, size, size, offset, file.uri)))
         folder.write_bytes("pieces.json", json.dumps(parts).encode())
     yield folder.read_bytes("pieces.json")
 
@@ -64,7 +64,9 @@ def _pieces(file: CorpusFile, data: DataConfig) -> Iterator[tuple[int, bytes]]:
             return
         limit = LINE_FACTOR[file.kind] * data.max_document_bytes + LINE_MARGIN_BYTES
         units = lines(text, limit=limit) if file.kind == "jsonl" else records(text, limit=limit)
-        header = next(units, (0, b"", True))[1] if file.kind == "csv" else b""
+        header, is_whole = next(units, (0, b"", True))[1:] if file.kind == "csv" else (b"", True)
+        if not is_whole:
+            raise endless_header(file.uri)
         piece, start = bytearray(header), 0
         for offset, unit, is_whole in units:
             if len(piece) == len(header):

@@ -4,58 +4,157 @@ Steps that were lost to a failure are taken again and stand in the ledger again;
 one counts. A reader therefore needs no index, and a crash costs at most an unfinished last line.
 """
 
+import errno
 import json
+import os
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from cluster.storage import NotFoundError, Storage
+from cluster.lease import LeaseLostError
+from cluster.storage import AlreadyExistsError, ConflictError, NotFoundError, Storage, StorageError
+from jobs.fence import Fence
+from jobs.node_spool import node_spool
+from jobs.outage import Outage, patiently
 
 LEDGER = "ledger.jsonl"
 
-_MIRROR_INTERVAL_S = 10.0
+_MIRROR_INTERVAL_S = 1.0
+_MIRROR_BYTES_PER_S = 1e6  # so a ledger of 30 MB is copied each half minute
 
 Line = dict[str, Any]
 
 
 class LedgerWriter:
-    """Appends lines; to object storage, where nothing can be appended, it copies the whole file now and then."""
+    """Appends lines. No storage ever holds up or ends the training that writes them.
 
-    def __init__(self, run: Storage) -> None:
-        self._run = run
+    A local file gets each line at once. To object storage, where nothing can be appended, a thread copies the whole
+    file now and then, from the node's spool, where the next attempt on this node finds what was not copied.
+    """
+
+    def __init__(self, run: Storage, fence: Fence | None = None) -> None:
+        """Raises `StorageError` when what the run's ledger holds cannot be read."""
+        self._run, self._fence = run, fence
         path = run.local_path(LEDGER)
         self._is_mirrored = path is None
+        self._version: str | None = None
         if path is None:
-            self._scratch = TemporaryDirectory(prefix="raymill-ledger-")
-            path = Path(self._scratch.name) / LEDGER
-            path.write_bytes(_stored(run))
+            self._version = _version(run)
+            path = _spooled(run, generation=fence.generation if fence else 0)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data = path.read_bytes() if path.exists() else b""
         self._path = path
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        data = self._path.read_bytes() if self._path.exists() else b""
-        self._file = self._path.open("ab")
-        self._file.truncate(data.rfind(b"\n") + 1)  # a crash's unfinished line
-        self._mirrored_at = time.monotonic()
+        self._file = path.open("a+b", buffering=0)
+        self._size = data.rfind(b"\n") + 1
+        self._file.truncate(self._size)  # a crash's unfinished line
+        self._waiting = b""  # lines that the disk did not take yet
+        self._num_mirrored = 0
+        self._lost: LeaseLostError | None = None
+        self._outage = Outage("ledger", self._append_event)
+        self._appending, self._mirroring = threading.RLock(), threading.Lock()
+        self._is_urgent, self._closing = threading.Event(), threading.Event()
+        self._mirror = threading.Thread(target=self._keep_mirrored, name="ledger", daemon=True)
+        if self._is_mirrored:
+            self._mirror.start()
 
     def event(self, name: str, **fields: Any) -> None:
-        self._append({"event": name, "time": round(time.time(), 3), **fields})
-        self.mirror()
+        """Raises `LeaseLostError` when this is not the run's writer any more."""
+        self._append_event(name, **fields)
+        self._is_urgent.set()
 
     def step(self, **fields: Any) -> None:
+        """Raises `LeaseLostError` when this is not the run's writer any more."""
         self._append({"time": round(time.time(), 3), **fields})
-        if time.monotonic() - self._mirrored_at > _MIRROR_INTERVAL_S:
-            self.mirror()
+
+    def read(self) -> "Ledger":
+        """What it holds, also of what the storage does not have yet."""
+        return Ledger.parse(self._content())
 
     def mirror(self) -> None:
+        """Returns once the run's storage has every line. Raises `StorageError`, or `OSError` where a disk is full."""
+        with self._appending:
+            self._write_waiting()
+            os.fsync(self._file.fileno())
+        if not self._is_mirrored:
+            return
+        with self._mirroring:
+            content = self._content()
+            if len(content) == self._num_mirrored:
+                return
+            version = self._version
+            try:
+                self._version = self._run.write_bytes(LEDGER, content, if_absent=not version, if_version=version)
+            except (AlreadyExistsError, ConflictError):
+                if self._fence is not None:
+                    self._fence.check()
+                self._version = _version(self._run)  # the answer to our own write got lost
+                self._version = self._run.write_bytes(
+                    LEDGER, content, if_absent=not self._version, if_version=self._version
+                )
+            self._num_mirrored = len(content)
+
+    def close(self) -> None:
+        """Returns once the run's storage has every line, however long that takes. Raises `LeaseLostError`."""
+        self._closing.set()
+        self._is_urgent.set()
+        patiently(self.mirror, "ledger")
         if self._is_mirrored:
-            self._run.write_bytes(LEDGER, self._path.read_bytes())
-            self._mirrored_at = time.monotonic()
+            self._mirror.join()
+            self._path.unlink(missing_ok=True)
+        self._file.close()
+
+    def _content(self) -> bytes:
+        return os.pread(self._file.fileno(), self._size, 0)  # a newer writer may have removed its name
+
+    def _append_event(self, name: str, **fields: Any) -> None:
+        self._append({"event": name, "time": round(time.time(), 3), **fields})
 
     def _append(self, line: Line) -> None:
-        self._file.write(json.dumps(line).encode() + b"\n")
-        self._file.flush()
+        with self._appending:
+            if self._lost is not None:
+                raise self._lost
+            self._waiting += json.dumps(line).encode() + b"\n"
+            try:
+                self._write_waiting()
+            except LeaseLostError:
+                raise
+            except (StorageError, OSError) as error:
+                if b"storage_down" not in self._waiting:
+                    self._outage.failed(error)
+            else:
+                if not self._is_mirrored:
+                    self._outage.over()
+
+    def _write_waiting(self) -> None:
+        if not self._is_mirrored and self._fence is not None:
+            self._fence.check()
+        try:
+            written = self._file.write(self._waiting)
+            if written < len(self._waiting):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
+        except OSError:
+            self._file.truncate(self._size)
+            raise
+        self._size += written
+        self._waiting = b""
+
+    def _keep_mirrored(self) -> None:
+        while not self._closing.is_set():
+            self._is_urgent.wait(_MIRROR_INTERVAL_S)
+            self._is_urgent.clear()
+            try:
+                self.mirror()
+            except LeaseLostError as error:
+                self._lost = error
+                return
+            except (StorageError, OSError) as error:
+                self._closing.wait(self._outage.failed(error))
+            else:
+                self._outage.over()
+                self._closing.wait(self._size / _MIRROR_BYTES_PER_S)
 
 
 @dataclass(frozen=True)
@@ -76,13 +175,22 @@ class Ledger:
     @classmethod
     def read(cls, run: Storage) -> "Ledger":
         """An empty one when the run has none. An unfinished last line is left out."""
-        complete = _stored(run).rpartition(b"\n")[0]
+        return cls.parse(_stored(run))
+
+    @classmethod
+    def parse(cls, content: bytes) -> "Ledger":
+        complete = content.rpartition(b"\n")[0]
         return cls([json.loads(line) for line in complete.splitlines()])
 
     @property
     def steps(self) -> list[Line]:
-        """The line that counts of each step, in order."""
-        by_step = {line["step"]: line for line in self.lines if "event" not in line}
+        """The line that counts of each step, in order. Steps that the guard skipped or rolled back have none."""
+        by_step: dict[int, Line] = {}
+        for line in self.lines:
+            if "event" not in line:
+                by_step[line["step"]] = line
+            elif line["event"] == "rollback":
+                by_step = {n: kept for n, kept in by_step.items() if not line["first"] <= n <= line["last"]}
         return [by_step[step] for step in sorted(by_step)]
 
     def events(self, *names: str) -> list[Line]:
@@ -108,21 +216,29 @@ class Ledger:
                     yield Recovery(start["attempt"], lost, round(line["time"] - last_step["time"], 3))
                 start, last_step = None, line
 
-    def fruitless_attempts(self) -> int:
-        """Attempts since the run last got further than ever before: a run that only restarts is stuck."""
-        furthest, count = 0, 0
-        for line in self.lines:
-            if line.get("event") == "start":
-                count += 1
-            elif line.get("event") == "gave_up":
-                count = 0  # whoever resumes the run has mended something
-            elif "event" not in line and line["step"] > furthest:
-                furthest, count = line["step"], 0
-        return count
-
 
 def _stored(run: Storage) -> bytes:
     try:
         return run.read_bytes(LEDGER)
     except NotFoundError:
         return b""
+
+
+def _version(run: Storage) -> str | None:
+    entry = run.stat(LEDGER)
+    return entry.version if entry else None
+
+
+def _spooled(run: Storage, *, generation: int) -> Path:
+    """This node's copy of the ledger, begun with what the run has, and with what a killed writer did not bring there.
+
+    One for each writer: a stale one may still be appending to its own.
+    """
+    stored, spool = _stored(run), node_spool(run)
+    left = {path: path.read_bytes() for path in spool.glob("ledger-*")}
+    begun = max([content for content in left.values() if content.startswith(stored)], key=len, default=stored)
+    path = spool / f"ledger-{generation:04d}.jsonl"
+    path.write_bytes(begun)
+    for other in left.keys() - {path}:
+        other.unlink()
+    return path

@@ -5,6 +5,7 @@ import os
 import secrets
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -16,24 +17,35 @@ from ray.train.v2.api.config import ScalingConfig
 
 from cluster.config import RunConfig, max_steps, to_yaml
 from cluster.flags import ConfigError
+from cluster.lease import Lease
 from cluster.progress import report_progress, say
 from cluster.registry import publications, publish
 from cluster.stage import StageFailedError, code_version, stage_main
-from cluster.storage import Storage, open_storage
-from jobs.attempt import MAX_FRUITLESS_ATTEMPTS
+from cluster.storage import Storage, StorageError, open_storage
 from jobs.background_tokenizing import tokenizing, wait_for_first_rows
 from jobs.checkpoints import RunCheckpoints
+from jobs.fence import Fence
+from jobs.incidents import noting_user_errors
+from jobs.keepers import Keepers
 from jobs.ledger import Ledger
+from jobs.preemption import stopping_on_sigterm
+from jobs.pulse import watched
 from jobs.run_history import CONFIG_FILE, recorded_config
+from jobs.run_messages import TOLD, Patience, told
 from jobs.run_plan import RunPlan, run_storage
+from jobs.standby import worker_environment
 from jobs.token_store import MANIFEST
 from jobs.tokenize_corpus import token_store, tokenize
+from jobs.train_callbacks import FailureRecorder, SignalListener, signals
 from jobs.train_loop import train
 from jobs.train_tokenizer import ensure_tokenizer
 
 _PROGRESS_INTERVAL_S = 2.0
 
-_RAY_TRAIN_SETTINGS = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}  # a failure is seen four times as soon
+_RAY_TRAIN_SETTINGS = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a failure is seen ten times as soon
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # and a node that is being drained, five times
+}
 
 # An elastic group is only started on nodes that are there, so a start that takes longer was planned on a node whose
 # death was not known yet. Ray Train would wait a minute for it; measured recovery from a lost node fell from 76 s.
@@ -43,7 +55,8 @@ _ELASTIC_SETTINGS = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "6"}
 def pretrain(config: RunConfig) -> dict[str, Any]:
     """Trains the run to its end and returns its figures. Makes the tokenizer and the token store where missing.
 
-    Raises `ConfigError` when `run_id` names a run with other settings, `StageFailedError` when the run gave up.
+    Raises `ConfigError` when `run_id` names a run with other settings, `LeaseHeldError` when somebody else is training
+    it, `StageFailedError` when the run gave up.
     """
     tokenizer, _ = ensure_tokenizer(config)
     tokens = token_store(config)
@@ -52,6 +65,13 @@ def pretrain(config: RunConfig) -> dict[str, Any]:
         tokenize(config)
     model = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
     config = config.model_copy(update={"model": model})
+    with Lease(run_storage(config)) as lease:
+        return _train_and_publish(config, lease, tokens=tokens, tokenizer_json=tokenizer.to_json(), growing=growing)
+
+
+def _train_and_publish(
+    config: RunConfig, lease: Lease, *, tokens: Storage, tokenizer_json: bytes, growing: bool
+) -> dict[str, Any]:
     run = run_storage(config)
     _enter(run, config)
     storage = open_storage(config.storage.uri)
@@ -59,25 +79,29 @@ def pretrain(config: RunConfig) -> dict[str, Any]:
     plan = RunPlan(
         config=config,
         tokens_uri=tokens.uri,
-        tokenizer_json=tokenizer.to_json(),
+        tokenizer_json=tokenizer_json,
         code_version=code_version(),
         pinned=frozenset(uri.rsplit("/", 1)[1] for uri in published if uri.startswith(f"{run.uri}/")),
         growing=growing,
+        launcher=Fence(run, launcher=None).generation,
+        launch=f"raymill-{secrets.token_hex(8)}",
     )
     say(f"run {config.run_id}: {max_steps(config)} steps; the same --run-id resumes it")
     with tokenizing(config, run) if growing else nullcontext():
         if not Ledger.read(run).events("finish"):
             if growing:
                 wait_for_first_rows(plan)
-            with _watched(run, total=max_steps(config)):
+            with stopping_on_sigterm(run), _watched(plan), Keepers(plan):
                 _fit(plan)
     ledger = Ledger.read(run)
+    lease.check()
     if not ledger.events("finish"):
-        step = ledger.steps[-1]["step"] if ledger.steps else 0
-        raise StageFailedError(
-            f"run {config.run_id} gave up: {MAX_FRUITLESS_ATTEMPTS} attempts in a row got no further than step {step}; "
-            f"the reason is in the log above, the ledger in {run.uri}"
-        )
+        last = ledger.events("gave_up", "preempted")[-1]
+        if last["event"] == "preempted":
+            raise StageFailedError(
+                f"run {config.run_id} was stopped after step {last['step']}, as asked; the same --run-id goes on there"
+            )
+        raise StageFailedError(f"run {config.run_id} gave up: {last['reason']}; more is in {run.uri}")
     checkpoint = RunCheckpoints(run).uri(ledger.events("checkpoint")[-1]["checkpoint"].rsplit("/", 1)[1])
     if checkpoint not in published:
         publish(storage, checkpoint)
@@ -119,29 +143,40 @@ def _fit(plan: RunPlan) -> None:
             # Ray Train's own record of the run is disposable: the ledger and the checkpoints decide.
             name=f"attempts-{secrets.token_hex(4)}",
             storage_path=f"{plan.run.uri}/ray",
+            worker_runtime_env={"env_vars": worker_environment(str(plan.launch))},  # type: ignore[call-arg]
             failure_config=FailureConfig(max_failures=scaling.max_failures),
+            callbacks=[FailureRecorder(plan), SignalListener()],  # type: ignore[list-item]  # typed as its old API
         ),
     )
     trainer.fit()
 
 
 def _train_worker(settings: dict[str, Any]) -> None:
-    context = ray.train.get_context()
-    train(settings["plan"], rank=context.get_world_rank(), world_size=context.get_world_size())
+    context, plan = ray.train.get_context(), settings["plan"]
+    rank, timeout_s = context.get_world_rank(), plan.config.scaling.hang_timeout_s
+    with noting_user_errors(plan.run, rank=rank), watched(plan.run.uri, rank=rank, hang_timeout_s=timeout_s) as pulse:
+        train(plan, rank=rank, world_size=context.get_world_size(), pulse=pulse, signals=signals)
 
 
 @contextmanager
-def _watched(run: Storage, *, total: int) -> Iterator[None]:
+def _watched(plan: RunPlan) -> Iterator[None]:
     """Reports the run's progress from its ledger, as anyone could who only sees its storage."""
-    done = threading.Event()
+    run, total, done = plan.run, max_steps(plan.config), threading.Event()
+    patience = Patience(run, plan.config.scaling)
 
     def watch() -> None:
         seen = last_step = 0
         while not done.wait(_PROGRESS_INTERVAL_S):
-            ledger = Ledger.read(run)
-            for event in ledger.events("start")[seen:]:
-                say(f"attempt {event['attempt']}: {event['world_size']} workers, from step {event['step']}")
-                seen += 1
+            try:
+                ledger = Ledger.read(run)
+            except StorageError:  # an outage, which the run itself tells of
+                continue
+            events = ledger.events(*TOLD)
+            for event in events[seen:]:
+                say(told(event))
+            seen = len(events)
+            if message := patience.message(ledger, now_s=time.monotonic()):
+                say(message)
             line = ledger.steps[-1] if ledger.steps else {"step": 0}
             if line["step"] != last_step:
                 last_step = line["step"]

@@ -17,7 +17,8 @@ from jobs.corpus_listing import empty_corpus, list_corpus
 from jobs.documents import Document, Drop, read_documents
 from jobs.normal_text import document_hash, normalized
 from jobs.quality import failed_rule
-from jobs.train_tokenizer import load_tokenizer
+from jobs.text_pieces import cut_text
+from jobs.train_tokenizer import TRAINING_PIECE_CHARS, load_tokenizer
 from model.bulk_encoder import bulk_encoder
 from model.tokenizer import Tokenizer, train_bpe
 
@@ -121,9 +122,9 @@ def _front(part: Part, data: DataConfig) -> Iterator[Document]:
 
 def _trained(texts: Sequence[str], data: DataConfig) -> Tokenizer:
     used = 0
-    chosen = []
+    chosen: list[str] = []
     for text in sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest()):
-        chosen.append(text)
+        chosen += cut_text(text, piece_chars=TRAINING_PIECE_CHARS)
         used += len(text)
         if used >= _TRAINING_BYTES:
             break

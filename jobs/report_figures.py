@@ -7,11 +7,13 @@ shape or line too.
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, StrMethodFormatter
 
@@ -65,7 +67,8 @@ def draw(picture: Picture, ledger: Ledger, theme: Theme) -> bytes:
     picture.draw(axes, ledger, theme)
     _mark_interruptions(axes, ledger, theme)
     # Below the axes, where no line is.
-    figure.legend(loc="outside lower left", ncols=4, frameon=False, labelcolor=theme.text, fontsize="small")
+    if axes.get_legend_handles_labels()[0]:
+        figure.legend(loc="outside lower left", ncols=4, frameon=False, labelcolor=theme.text, fontsize="small")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", facecolor=theme.background)
     return buffer.getvalue()
@@ -104,6 +107,22 @@ def pictures(ledger: Ledger) -> dict[str, Picture]:
         "step_time": Picture(
             "Time of a step", f"Mean time of a step by phase, stacked, over {span}: {shares}.", _step_time
         ),
+        **(_layer_pictures(span) if ledger.events("layers") else {}),
+    }
+
+
+def _layer_pictures(span: str) -> dict[str, Picture]:
+    return {
+        f"layer_{field}": Picture(
+            f"{title} of each layer",
+            f"{title} of each layer over {span}, as a heat map on a logarithmic scale, the embeddings lowest.",
+            partial(_layers, field=field),
+        )
+        for field, title in (
+            ("gradient_norm", "Gradient norm"),
+            ("weight_norm", "Weight norm"),
+            ("update_ratio", "Update ratio"),
+        )
     }
 
 
@@ -210,7 +229,25 @@ def _step_time(axes: Axes, ledger: Ledger, theme: Theme) -> None:
         [factor * np.pad(seconds, 1, mode="edge") for seconds in phases.values()],
         labels=list(phases),
         colors=[theme.phases[index % len(theme.phases)] for index in range(len(phases))],
+        hatch=["" if index < len(theme.phases) else "////" for index in range(len(phases))],
         edgecolor=theme.background,
         linewidth=0.4,
     )
     axes.set_ylim(bottom=0)
+
+
+def _layers(axes: Axes, ledger: Ledger, theme: Theme, *, field: str) -> None:
+    measured = {line["step"]: line for line in ledger.events("layers")}  # of steps taken again the last counts
+    steps = sorted(measured)
+    names = measured[steps[-1]]["layers"]
+    values = np.array([measured[step][field] for step in steps], dtype=np.float64).T  # (layer, step)
+    values[~(values > 0)] = np.nan  # has no logarithm
+    middles = (np.array(steps[1:]) + steps[:-1]) / 2
+    edges = np.concatenate([[ledger.steps[0]["step"] - 0.5], middles, [ledger.steps[-1]["step"] + 0.5]])
+    low, high = (np.nanmin(values), np.nanmax(values)) if np.isfinite(values).any() else (1.0, 10.0)
+    scale = LogNorm(low, max(high, 1.01 * low))
+    mesh = axes.pcolormesh(edges, np.arange(len(names) + 1) - 0.5, values, norm=scale, cmap="cividis")
+    axes.set_yticks(range(len(names)), names, fontsize=min(8.0, 160 / len(names)))
+    axes.grid(visible=False)
+    bar = axes.figure.colorbar(mesh, ax=axes)
+    bar.ax.tick_params(which="both", colors=theme.text)

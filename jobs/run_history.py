@@ -11,8 +11,12 @@ from cluster.config import RunConfig, max_steps
 from cluster.flags import validate_config
 from cluster.storage import Storage
 from jobs.ledger import Ledger, Line
+from jobs.step_timer import PHASES, REST, UNTIMED
 
 CONFIG_FILE = "config.yaml"
+
+_MEASUREMENTS = ("phases", "layers")
+"""Events that a run has hundreds of."""
 
 
 @dataclass(frozen=True)
@@ -77,14 +81,13 @@ def lost_steps(ledger: Ledger) -> list[Line]:
 
 
 def seconds_by_phase(ledger: Ledger) -> dict[str, list[float]]:
-    """Of each step that counts, seconds in each phase, with its checkpoint and the rest of its wall time."""
+    """Of each step that counts, rank 0's seconds in each phase, which sum to its wall time."""
     steps = ledger.steps
-    saving = {event["step"]: event["seconds"] for event in ledger.events("checkpoint")}
-    names = dict.fromkeys(name for line in steps for name in line["seconds"])  # in the order of a step
-    phases = {name: [line["seconds"].get(name, 0.0) for line in steps] for name in names}
-    phases["other"] = [max(0.0, line["wall_s"] - sum(line["seconds"].values())) for line in steps]
-    phases["checkpoint"] = [saving.get(line["step"], 0.0) for line in steps]
-    return {name: seconds for name, seconds in phases.items() if any(seconds)}
+    return {
+        name: [line["seconds"].get(name, 0.0) for line in steps]
+        for name in (*PHASES, REST, UNTIMED)
+        if any(line["seconds"].get(name) for line in steps)
+    }
 
 
 def statistics(ledger: Ledger, config: RunConfig) -> list[tuple[str, str]]:
@@ -137,6 +140,8 @@ def event_rows(ledger: Ledger) -> list[tuple[Line, str, str]]:
     stops = {stop.attempt: stop for stop in interruptions(ledger)}
     rows = []
     for line in ledger.events():
+        if line["event"] in _MEASUREMENTS:
+            continue
         name, text = line["event"], _described(line)
         if name == "start" and (stop := stops.get(line["attempt"])):
             name = stop.label

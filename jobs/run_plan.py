@@ -1,9 +1,10 @@
 """What the driver settles before a run trains, where the run keeps its things, and the rows that it reads."""
 
+import hashlib
 from dataclasses import dataclass
 from functools import partial
 
-from cluster.config import RunConfig, seq_len
+from cluster.config import RunConfig, max_steps, seq_len
 from cluster.storage import Storage, open_storage
 from jobs.token_store import Split, TokenStoreError
 from jobs.token_stream import TokenStream
@@ -22,10 +23,24 @@ class RunPlan:
     code_version: str
     pinned: frozenset[str]  # names of published checkpoints of this run
     growing: bool = False  # the token store is still being written
+    launcher: int = 0  # the driver's number among the run's writers; those of older ones are turned away
+    until: int | None = None  # a replay ends after this step
+    launch: str | None = None  # names the keepers of this launch's snapshots; None where there are none
 
     @property
     def run(self) -> Storage:
         return run_storage(self.config)
+
+    @property
+    def identity(self) -> str:
+        """Of all that a training state depends on, and of the launch."""
+        train, model = self.config.train.model_dump_json(), self.config.model
+        parts = (self.launch, self.run.uri, train, model, self.tokens_uri, self.tokenizer_json)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    @property
+    def last_step(self) -> int:
+        return self.until or max_steps(self.config)
 
 
 def run_storage(config: RunConfig) -> Storage:

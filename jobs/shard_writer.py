@@ -142,7 +142,7 @@ _FILE_NAMES: dict[Split, str] = {"train": "shard", "val": "val"}
 
 
 def _changed(parts: Sequence[Part]) -> CorpusError:
-    names = ", ".join(dict.fromkeys(part.uri for part in parts[:3]))
+    names = ", ".join(dict.fromkeys(part.piece_of or part.uri for part in parts[:3]))
     return CorpusError(f"the corpus changed while it was tokenized (one of {names}); run again")
 
 

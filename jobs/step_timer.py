@@ -1,22 +1,126 @@
-"""Where the time of a training step goes."""
+"""Where the time of a training step goes: every moment between two lines of the ledger belongs to one phase."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import deque
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, get_args
+
+import torch
+
+Phase = Literal[
+    "load", "forward", "loss", "backward", "sync", "update", "snapshot", "checkpoint", "validation", "statistics"
+]
+PHASES: tuple[str, ...] = get_args(Phase)
+"""`loss` is the head and its cross-entropy, with their gradient; `sync` what of the exchange is not overlapped."""
+
+REST = "stall"
+"""What no phase claims."""
+
+UNTIMED = "step"
+"""The one phase of a step whose parts are not timed."""
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """What passed since the line before: the parts of `seconds` sum to the whole."""
+
+    wall_s: float
+    seconds: dict[str, float] = field(default_factory=dict)  # by phase
+    num_lanes: int = 0  # backward passes among them
+
+
+class Clock(Protocol):
+    """Marks moments, and tells the time between two of them once it is known."""
+
+    def mark(self) -> Any: ...
+
+    def elapsed_s(self, start: Any, end: Any) -> float | None: ...
+
+
+class HostClock:
+    def mark(self) -> float:
+        return time.perf_counter()
+
+    def elapsed_s(self, start: float, end: float) -> float:
+        return end - start
+
+
+class CudaClock:
+    """Marks moments in the GPU's own queue, and never waits for it: a phase that is still under way counts in a later
+    step."""
+
+    def mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def elapsed_s(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float | None:
+        return start.elapsed_time(end) / 1000 if end.query() else None
 
 
 class StepTimer:
-    """Seconds of one step by phase."""
+    """Seconds by phase, from one `take` to the next. A phase inside another one interrupts it."""
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._start = time.perf_counter()
+    def __init__(self, *, is_on: bool = True, clock: Clock | None = None) -> None:
+        self._is_on = is_on
+        self._clock: Clock = clock or HostClock()
+        self._names = [REST]  # the phases that are open
+        self._mark = self._clock.mark()
+        self._spans: deque[tuple[str, Any, Any]] = deque()
+        self._num_lanes = 0
+        self._taken = time.perf_counter()
 
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+    def phase(self, name: Phase) -> AbstractContextManager[None]:
+        return _Open(self, name) if self._is_on else nullcontext()
 
-    def wall_s(self) -> float:
-        return time.perf_counter() - self._start
+    def take(self) -> StepTime:
+        """What passed since the last call."""
+        before, self._taken = self._taken, time.perf_counter()
+        wall_s = self._taken - before
+        if not self._is_on:
+            return StepTime(wall_s, {UNTIMED: wall_s})
+        self._switch()
+        sums: dict[str, float] = {}
+        while self._spans:
+            name, start, end = self._spans[0]
+            elapsed_s = self._clock.elapsed_s(start, end)
+            if elapsed_s is None:
+                break
+            sums[name] = sums.get(name, 0.0) + elapsed_s
+            self._spans.popleft()
+        num_lanes, self._num_lanes = self._num_lanes, 0
+        return StepTime(wall_s, {name: sums[name] for name in (*PHASES, REST) if name in sums}, num_lanes)
+
+    def _switch(self) -> None:
+        """Ends the span of the phase that is open."""
+        mark = self._clock.mark()
+        self._spans.append((self._names[-1], self._mark, mark))
+        self._mark = mark
+
+    def open(self, name: Phase) -> None:
+        self._switch()
+        self._names.append(name)
+        self._num_lanes += name == "backward"
+
+    def close(self) -> None:
+        self._switch()
+        self._names.pop()
+
+
+class _Open:
+    """As a context manager made by a generator does, in half of its time."""
+
+    def __init__(self, timer: StepTimer, name: Phase) -> None:
+        self._timer, self._name = timer, name
+
+    def __enter__(self) -> None:
+        self._timer.open(self._name)
+
+    def __exit__(self, *error: object) -> None:
+        self._timer.close()
+
+
+def step_timer(device: torch.device, *, is_on: bool) -> StepTimer:
+    """A timer for what this process computes on the device."""
+    return StepTimer(is_on=is_on, clock=CudaClock() if device.type == "cuda" and is_on else HostClock())

@@ -4,12 +4,19 @@ A range [start, end) owns what begins in it, so the ranges of a file, read by di
 line and each stretch once.
 """
 
+import io
 import re
 from collections.abc import Iterator
 from typing import BinaryIO
 
 _BLOCK_BYTES = 1 << 20
 _BLANK = re.compile(rb"[ \t]")
+
+_CLOSING = rb'(?:[^"]++|"")*+"[^,\r\n]*+'
+_FIELD = rb'(?:"' + _CLOSING + rb'|[^",\r\n][^,\r\n]*+|)'
+_FIELDS = re.compile(_FIELD + rb"(?:[,\r\n]" + _FIELD + rb")*+")
+_FIELDS_AFTER_QUOTE = re.compile(_CLOSING + rb"(?:[,\r\n]" + _FIELD + rb")*+")
+"""Fields as Python's `csv` reads them: a quote is one at a field's front only, elsewhere a character (5" of rain)."""
 
 
 def lines(file: BinaryIO, start: int = 0, end: int | None = None, *, limit: int) -> Iterator[tuple[int, bytes, bool]]:
@@ -45,28 +52,45 @@ def records(file: BinaryIO, *, limit: int) -> Iterator[tuple[int, bytes, bool]]:
     After `limit` bytes without that, the quote is taken for a stray one: its line alone is given as not whole, and
     the next line begins a record. Of a line over `limit` bytes only the front is given.
     """
-    source = lines(file, limit=limit)
-    again: list[tuple[int, bytes, bool]] = []  # lines after a stray quote, the next one last
-    pending: list[tuple[int, bytes, bool]] = []  # lines of an open record
-    size = quotes = 0
-    while True:
-        found = again.pop() if again else next(source, None)
+    sources = [lines(file, limit=limit)]  # below the last one: what follows the lines that are read again
+    record, start, front, is_open = bytearray(), 0, 0, False  # `front`: bytes of its first line
+    again_until = alone_until = 0  # lines are read a second time, and not a third: then each is a record
+    while sources or record:
+        found = next(sources[-1], None) if sources else None
         if found is not None:
-            pending.append(found)
-            _, line, is_whole = found
-            size += len(line)
-            quotes += line.count(b'"')
-            if is_whole and quotes % 2 == 0:
-                yield pending[0][0], b"".join(line for _, line, _ in pending), True
-                pending, size, quotes = [], 0, 0
+            offset, line, is_whole = found
+            if not record:
+                start, front = offset, len(line)
+            record += line
+            is_open = _ends_in_quotes(line, is_open=is_open)
+            if is_whole and not is_open:
+                yield start, bytes(record), True
+                record = bytearray()
                 continue
-            if is_whole and size < limit:
+            if is_whole and len(record) < limit and start >= alone_until:
                 continue
-        elif not pending:
-            return
-        yield pending[0][0], pending[0][1], False
-        again += reversed(pending[1:])
-        pending, size, quotes = [], 0, 0
+        elif sources:
+            sources.pop()
+            continue
+        yield start, bytes(record[:front]), False
+        if start < again_until:
+            alone_until = again_until
+        if rest := record[front:]:
+            again_until = start + len(record)
+            sources.append(_moved(lines(io.BytesIO(rest), limit=limit), start + front))
+        record, is_open = bytearray(), False
+
+
+def _moved(found: Iterator[tuple[int, bytes, bool]], by: int) -> Iterator[tuple[int, bytes, bool]]:
+    return ((by + offset, line, is_whole) for offset, line, is_whole in found)
+
+
+def _ends_in_quotes(line: bytes, *, is_open: bool) -> bool:
+    """Whether the line ends within a quoted field; `is_open` says whether it begins in one."""
+    if b'"' not in line:
+        return is_open
+    found = (_FIELDS_AFTER_QUOTE if is_open else _FIELDS).match(line)
+    return found is None or found.end() < len(line)
 
 
 def cut_stream(

@@ -7,7 +7,7 @@ killed goes on where it was. The manifest comes last: without one there is no st
 
 import hashlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -87,10 +87,12 @@ def tokenize(config: RunConfig) -> dict[str, Any]:
     Raises `CorpusError`, also when no document is left to tokenize, and `LeaseHeldError` while another run writes it.
     """
     plan = plan_store(config)
-    for uri in plan.listing.skipped:
-        say(f"skipped {uri}: its ending is unknown")
+    if skipped := plan.listing.skipped:
+        say(f"skipped {len(skipped)} files of unknown ending, such as {skipped[0]!r}; sources.json names them all")
     manifest = _finished(plan.store)
-    if manifest is None:
+    if manifest is not None:
+        _check_readable(manifest.total("documents"), manifest.dropped, config.data)
+    else:
         with Lease(plan.store) as lease:
             manifest = _Build(plan, config.data, lease).manifest()
     return {
@@ -119,6 +121,17 @@ def _finished(store: Storage) -> Manifest | None:
     except TokenStoreError as error:
         say(f"mending the token store: {error}")
         return None
+
+
+def _check_readable(documents: int, dropped: Mapping[str, int], data: DataConfig) -> None:
+    unreadable = {reason: dropped[reason] for reason in UNREADABLE if dropped[reason]}
+    total = documents + sum(dropped.values())
+    if sum(unreadable.values()) > data.max_unreadable_fraction * total:
+        counts = ", ".join(f"{count} {reason}" for reason, count in unreadable.items())
+        raise CorpusError(
+            f"{sum(unreadable.values())} of {total} documents cannot be read ({counts}), more than the share of "
+            f"data.max_unreadable_fraction={data.max_unreadable_fraction}; `raymill data preview` shows some"
+        )
 
 
 @dataclass(frozen=True)
@@ -183,16 +196,9 @@ class _Build:
         return summary, tasks
 
     def _judge(self, summary: Summary) -> None:
-        total = summary.documents + sum(summary.dropped.values())
         if not summary.documents and not self.plan.listing.token_stores:
             raise empty_corpus(len(self.plan.listing.files), summary.dropped)
-        unreadable = {reason: summary.dropped[reason] for reason in UNREADABLE if summary.dropped[reason]}
-        if sum(unreadable.values()) > self.data.max_unreadable_fraction * total:
-            counts = ", ".join(f"{count} {reason}" for reason, count in unreadable.items())
-            raise CorpusError(
-                f"{sum(unreadable.values())} of {total} documents cannot be read ({counts}), more than the share of "
-                f"data.max_unreadable_fraction={self.data.max_unreadable_fraction}; `raymill data preview` shows some"
-            )
+        _check_readable(summary.documents, summary.dropped, self.data)
 
     def _write(
         self, chunks: Sequence[Chunk], tasks: list[dict[str, Any]], *, is_bulk: bool

@@ -1,112 +1,193 @@
-"""What a training step changes: the weights and AdamW's moments, each in one flat buffer.
+"""What a training step changes: the weights and AdamW's moments, in flat buffers.
 
-The model's parameters and gradients are views into flat fp32 buffers, matrices first and the undecayed biases and
-LayerNorms after them, so a lane's gradient is summed, clipped and applied as one vector. The slot behind the
-gradient carries the lane's loss through the same sum.
+The model's parameters and gradients are views into flat fp32 buffers (`flat_layout`), so a lane's gradient is summed,
+clipped and applied as one vector. With `train.shard_optimizer` (ZeRO-1, arXiv 1910.02054) a rank holds moments only of
+the parts that it owns, and updates only those weights, which then go round to all: the same bits, as AdamW works value
+by value.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from cluster.config import TrainConfig
+from jobs.bucket_exchange import gather_parts
+from jobs.flat_layout import FlatLayout, at
+from jobs.step_timer import StepTimer
+from jobs.worker_group import WorkerGroup
 from model.gpt import GPT
-from model.optimizer import decay_parameter_names
 
-# Parameters start at multiples of 64 bytes, as torch's own allocations do: vector kernels may round differently on
-# other alignments.
-_ALIGNMENT = 16
-_NORM_BLOCK = 1 << 16
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+ALONE = WorkerGroup(rank=0, world_size=1)
+
+
+@dataclass(frozen=True)
+class StatePart:
+    """The state at some places of the flat buffers, which only the model's shape decides.
+
+    The parts of all ranks of any world make the whole state, in a world of any size.
+    """
+
+    places: list[range]
+    tensors: dict[str, Tensor]  # "values" and MOMENTS, (sum of the places' lengths,) each
+    num_updates: int
 
 
 class TrainState:
     """The model, its flat buffers and its optimizer."""
 
-    def __init__(self, model: GPT, config: TrainConfig, *, device: torch.device) -> None:
-        self.model, self.device = model, device
-        decayed = decay_parameter_names(model)
-        parameters = dict(model.named_parameters())
-        self._offsets: dict[str, int] = {}
-        end, boundary = 0, 0
-        for name in sorted(parameters, key=lambda name: name not in decayed):
-            boundary = boundary if name in decayed else boundary or end
-            self._offsets[name] = end
-            end += -(-parameters[name].numel() // _ALIGNMENT) * _ALIGNMENT
-        self._values = torch.zeros(end, device=device)
-        self.gradient = torch.zeros(end + 1, device=device)  # (P + 1,): the last is the loss
-        for name, parameter in parameters.items():
-            view = self._view(self._values, name)
+    def __init__(self, model: GPT, config: TrainConfig, *, device: torch.device, group: WorkerGroup = ALONE) -> None:
+        self.model, self.device, self.num_updates = model, device, 0
+        self.bytes_sent = 0  # of weights, by this rank
+        self.layout = layout = FlatLayout.of(model)
+        self._group, self._grad_clip = group, config.grad_clip
+        self.is_sharded = config.shard_optimizer and group.world_size > 1
+        self.values = torch.zeros(layout.size, device=device)  # (P,)
+        self.gradient = torch.zeros(layout.size, device=device)  # (P,)
+        for name, parameter in model.named_parameters():
+            view = layout.view(self.values, name, parameter)
             view.copy_(parameter.detach())
-            parameter.data, parameter.grad = view, self._view(self.gradient, name)
-        self._groups = [nn.Parameter(self._values[:boundary]), nn.Parameter(self._values[boundary:])]
-        self._groups[0].grad, self._groups[1].grad = self.gradient[:boundary], self.gradient[boundary:end]
+            parameter.data, parameter.grad = view, layout.view(self.gradient, name, parameter)
+        self._owned = self._shares() if self.is_sharded else [range(layout.size)]
+        self._moments = {name: torch.zeros(sum(map(len, self._owned)), device=device) for name in MOMENTS}
+        self._make_optimizer(config)
+
+    def _make_optimizer(self, config: TrainConfig) -> None:
+        decayed, undecayed = range(self.layout.boundary), range(self.layout.boundary, self.layout.size)
+        groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+        moments, start = [], 0
+        for place in self._owned:
+            for is_decayed, half in ((True, decayed), (False, undecayed)):
+                segment = range(max(place.start, half.start), min(place.stop, half.stop))
+                if not segment:
+                    continue
+                weights = nn.Parameter(at(self.values, segment))
+                weights.grad = at(self.gradient, segment)
+                groups[is_decayed].append(weights)
+                own = range(start, start := start + len(segment))
+                moments.append((weights, {name: at(flat, own) for name, flat in self._moments.items()}))
         self.optimizer = torch.optim.AdamW(
             [
-                {"params": self._groups[:1], "weight_decay": config.weight_decay},
-                {"params": self._groups[1:], "weight_decay": 0.0},
+                {"params": groups[True], "weight_decay": config.weight_decay},
+                {"params": groups[False], "weight_decay": 0.0},
             ],
             betas=(config.beta1, config.beta2),
             eps=config.epsilon,
             fused=True,
         )
-        self._grad_clip = config.grad_clip
+        for weights, views in moments:
+            self.optimizer.state[weights] = {"step": torch.zeros((), device=self.device), **views}
 
-    def apply(self, summed: Tensor, *, learning_rate: float) -> tuple[float, float]:
-        """One AdamW step with the gradient of the whole batch (P + 1,). Returns (loss, gradient norm)."""
-        self.gradient.copy_(summed)
-        loss = float(self.gradient[-1])
-        norm = gradient_norm(self.gradient[:-1])
+    def apply(self, *, norm: float, learning_rate: float, timer: StepTimer | None = None) -> None:
+        """One AdamW step with the gradient of the whole batch, whose norm is given; every rank takes it.
+
+        The weights' way round, where the optimizer is sharded, is phase `sync` of the timer.
+        """
         if self._grad_clip and norm > self._grad_clip:
-            self.gradient.mul_(self._grad_clip / norm)
+            for place in self._owned:
+                at(self.gradient, place).mul_(self._grad_clip / norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
-        return loss, norm
+        self.num_updates += 1
+        if not self.is_sharded:
+            return
+        with timer.phase("sync") if timer else nullcontext():
+            for bucket in self.layout.buckets:
+                self.bytes_sent += gather_parts(self.values, bucket, self._group)
+
+    def flat_moments(self) -> dict[str, Tensor]:
+        """AdamW's moments (P,) for a checkpoint: where they lie, not a copy, unless the optimizer is sharded.
+
+        Of a sharded optimizer all ranks must ask together, and rank 0 gets them; the others get an empty dict.
+        """
+        if not self.is_sharded:
+            return dict(self._moments)
+        whole = {name: self._on_rank_0(own) for name, own in self._moments.items()}
+        return {name: flat for name, flat in whole.items() if flat is not None}
+
+    def by_parameter(self, flat: Tensor) -> dict[str, Tensor]:
+        """Views of a flat buffer (P,)."""
+        return {name: self.layout.view(flat, name, weights) for name, weights in self.model.named_parameters()}
+
+    def is_finite(self) -> bool:
+        """Whether every weight is: one pass, and nothing allocated."""
+        return all(math.isfinite(float(bound)) for bound in self.values.aminmax())
 
     def moments(self) -> dict[str, Tensor]:
-        """AdamW's state by parameter, for a checkpoint."""
-        tensors = {"step": torch.tensor(self._num_updates(), dtype=torch.int64)}
-        for moment in ("exp_avg", "exp_avg_sq"):
-            flat = self._flat_moment(moment)
-            tensors |= {f"{moment}.{name}": self._view(flat, name).clone() for name in self._offsets}
-        return tensors
+        """A copy of AdamW's state by parameter, as `load_moments` takes it; asked for as `flat_moments` is."""
+        flat = {name: values.clone() for name, values in self.flat_moments().items()}
+        return checkpoint_moments(self, flat, num_updates=self.num_updates) if flat else {}
 
     def load_moments(self, tensors: Mapping[str, Tensor]) -> None:
-        """The reverse of `moments`."""
-        for group in self._groups:
-            self.optimizer.state[group] = {
-                "step": torch.tensor(float(tensors["step"])),
-                "exp_avg": torch.zeros_like(group.data),
-                "exp_avg_sq": torch.zeros_like(group.data),
-            }
-        for moment in ("exp_avg", "exp_avg_sq"):
-            flat = torch.zeros_like(self._values)
-            for name in self._offsets:
-                self._view(flat, name).copy_(tensors[f"{moment}.{name}"])
-            for group, part in zip(self._groups, self._split(flat), strict=True):
-                self.optimizer.state[group][moment].copy_(part)
+        """The reverse of `moments`, of which each rank takes what it owns."""
+        self._set_num_updates(int(tensors["step"]))
+        for moment, own in self._moments.items():
+            flat = torch.zeros_like(self.values)
+            for name, parameter in self.model.named_parameters():
+                self.layout.view(flat, name, parameter).copy_(tensors[f"{moment}.{name}"])
+            own.copy_(_joined(flat, self._owned))
 
-    def _view(self, flat: Tensor, name: str) -> Tensor:
-        parameter = self.model.get_parameter(name)
-        start = self._offsets[name]
-        return flat[start : start + parameter.numel()].view(parameter.shape)
+    def own_state(self) -> StatePart:
+        """A copy of this rank's share of the state, 1 / W of it whether or not the optimizer is sharded."""
+        shares = self._shares()
+        moments = {
+            name: flat.clone() if self.is_sharded else _joined(flat, shares) for name, flat in self._moments.items()
+        }
+        return StatePart(shares, {"values": _joined(self.values, shares), **moments}, self.num_updates)
 
-    def _split(self, flat: Tensor) -> tuple[Tensor, Tensor]:
-        boundary = self._groups[0].numel()
-        return flat[:boundary], flat[boundary:]
+    def load_state(self, parts: Iterable[StatePart]) -> None:
+        """Takes over the state from parts that together make the whole, from a world of any size."""
+        whole = {name: torch.zeros_like(self.values) for name in MOMENTS} | {"values": self.values}
+        num_loaded = 0
+        for part in parts:
+            num_loaded += sum(map(len, part.places))
+            self._set_num_updates(part.num_updates)
+            for name, values in part.tensors.items():
+                for place, piece in zip(part.places, values.split([len(place) for place in part.places]), strict=True):
+                    at(whole[name], place).copy_(piece)
+        assert num_loaded == self.layout.size, f"{num_loaded} of {self.layout.size} values"
+        for moment, own in self._moments.items():
+            own.copy_(_joined(whole[moment], self._owned))
 
-    def _num_updates(self) -> int:
-        state = self.optimizer.state.get(self._groups[0])
-        return int(state["step"]) if state else 0
+    def _shares(self) -> list[range]:
+        return self.layout.parts(self._group.rank, world_size=self._group.world_size)
 
-    def _flat_moment(self, moment: str) -> Tensor:
-        if not self._num_updates():
-            return torch.zeros_like(self._values)
-        return torch.cat([self.optimizer.state[group][moment] for group in self._groups])
+    def _set_num_updates(self, number: int) -> None:
+        self.num_updates = number
+        for state in self.optimizer.state.values():
+            state["step"].fill_(number)
+
+    def _on_rank_0(self, own: Tensor) -> Tensor | None:
+        """The whole of a sharded moment (P,) on rank 0."""
+        if self._group.rank:
+            dist.send(own, 0)
+            return None
+        flat = torch.zeros_like(self.values)
+        for rank in range(self._group.world_size):
+            places = self.layout.parts(rank, world_size=self._group.world_size)
+            part = own if rank == 0 else own.new_empty(sum(map(len, places)))
+            if rank:
+                dist.recv(part, rank)
+            for place, piece in zip(places, part.split([len(place) for place in places]), strict=True):
+                at(flat, place).copy_(piece)
+        return flat
 
 
-def gradient_norm(gradient: Tensor) -> float:
-    """Euclidean norm (P,) → scalar, summed in float64 over fixed blocks: the same bits however it is computed."""
-    blocks = gradient.split(_NORM_BLOCK)
-    return float(torch.stack([block.double().square().sum() for block in blocks]).sum().sqrt())
+def _joined(flat: Tensor, places: list[range]) -> Tensor:
+    """A copy of the places of a flat buffer, end to end."""
+    return torch.cat([at(flat, place) for place in places])
+
+
+def checkpoint_moments(state: TrainState, flat: Mapping[str, Tensor], *, num_updates: int) -> dict[str, Tensor]:
+    """What a checkpoint holds of flat moments (P,)."""
+    tensors = {"step": torch.tensor(num_updates, dtype=torch.int64)}
+    for moment in MOMENTS:
+        tensors |= {f"{moment}.{name}": view for name, view in state.by_parameter(flat[moment]).items()}
+    return tensors

@@ -17,15 +17,18 @@ from cluster.stage import stage_main
 from cluster.storage import NotFoundError, join_uri, open_storage, split_uri
 from jobs.corpus_chunks import whole_file
 from jobs.corpus_listing import CorpusFile, Listing, empty_corpus, list_corpus
+from jobs.data_tasks import WORKER_DEATHS, worker_died
 from jobs.documents import read_documents
 from jobs.normal_text import document_hash, normalized
 from jobs.quality import failed_rule
 from jobs.ready_shards import store_tokenizer
+from jobs.text_pieces import cut_text
 from jobs.token_store import canonical_json
 from model.errors import UserError
 from model.tokenizer import Tokenizer, train_bpe
 
 TOKENIZER_FILE = "tokenizer.json"
+TRAINING_PIECE_CHARS = 1024
 
 _SHAPING = {
     "text_field",
@@ -63,6 +66,8 @@ def ensure_tokenizer(config: RunConfig, listing: Listing | None = None) -> tuple
             if isinstance(error.cause, UserError):
                 raise error.cause from error
             raise
+        except WORKER_DEATHS as error:
+            raise worker_died([file.uri for file in listing.files]) from error
         folder.write_bytes(TOKENIZER_FILE, trained)
     tokenizer = Tokenizer.from_json(folder.read_bytes(TOKENIZER_FILE))
     if tokenizer.vocab_size < config.data.vocab_size:
@@ -89,7 +94,8 @@ def _train(files: list[CorpusFile], data: DataConfig) -> bytes:
 def sample_texts(files: Sequence[CorpusFile], data: DataConfig) -> Iterator[str]:
     """The first `data.tokenizer_sample_bytes` of the kept documents, an equal share from each source's front.
 
-    The last document of a share may be cut. Raises `CorpusError` when no document is kept.
+    In pieces of whole words, as training takes time by the square of a word's length: DNA is one of a megabyte. The
+    last document of a share may be cut. Raises `CorpusError` when no document is kept.
     """
     num_sources = len({file.source for file in files})
     seen: set[bytes] = set()
@@ -98,7 +104,7 @@ def sample_texts(files: Sequence[CorpusFile], data: DataConfig) -> Iterator[str]
         remaining = max(1, data.tokenizer_sample_bytes // num_sources)
         for text in _kept_texts(group, data, seen, dropped):
             encoded = text.encode()
-            yield encoded[:remaining].decode(errors="ignore")
+            yield from cut_text(encoded[:remaining].decode(errors="ignore"), piece_chars=TRAINING_PIECE_CHARS)
             remaining -= len(encoded)
             if remaining <= 0:
                 break

@@ -13,18 +13,20 @@ The folder is written beside its place and renamed into it. No valid manifest, n
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from model.config import GPTConfig
+from model.durable_files import fingerprint, move_into_place, not_finite, safetensors_pieces, sync, write_file
 from model.errors import UserError
+from model.failpoints import failpoint
 from model.gpt import GPT
 from model.hf import build_model, config_from_hf, config_to_hf, load_hf, tokenizer_config_to_hf
 from model.tokenizer import Tokenizer, from_gpt2_files
@@ -39,6 +41,10 @@ class CheckpointError(UserError):
     """A folder that is no complete, unaltered checkpoint."""
 
 
+class NotFiniteError(CheckpointError):
+    """Weights or moments that are not finite: never written, as no training recovers from them."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Metadata:
     """Where a checkpoint's weights come from (raymill.json)."""
@@ -49,6 +55,8 @@ class Metadata:
     data_manifest_hash: str | None  # of the token store; None while that was still being written
     code_version: str
     data_identity: str | None = None  # of the token store as well, and known from its start
+    generation: int = 0  # of the attempt that wrote it: a later one has a higher number
+    guard: dict[str, Any] | None = None  # what the training's guard remembers; see jobs/guards.py
     parameter_hash: str | None = None  # set by write_checkpoint
     val_loss: float | None = None  # nats per token
     val_bits_per_byte: float | None = None
@@ -77,40 +85,61 @@ def write_checkpoint(
     metadata: Metadata,
     train_state: Mapping[str, Tensor] | None,
 ) -> Metadata:
+    """Writes the model's checkpoint as `write_state` does."""
+    state = model.state_dict()
+    return write_state(
+        folder, config=model.config, state=state, tokenizer=tokenizer, metadata=metadata, train_state=train_state
+    )
+
+
+def write_state(
+    folder: Path,
+    *,
+    config: GPTConfig,
+    state: Mapping[str, Tensor],
+    tokenizer: Tokenizer,
+    metadata: Metadata,
+    train_state: Mapping[str, Tensor] | None,
+) -> Metadata:
     """Writes the checkpoint and returns its metadata with the parameter hash set.
 
     A crash at any point leaves `folder` absent or whole. An existing one is replaced, by two renames, between which
-    it is absent.
+    it is absent. Raises `NotFiniteError` before anything is written, and `OSError`, which leaves nothing either.
     """
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    if damaged := not_finite(state) + not_finite(train_state or {}):
+        raise NotFiniteError(
+            f"step {metadata.step} is not saved: {len(damaged)} tensors hold NaN or infinity, the first is "
+            f"{damaged[0]}; lower train.learning_rate"
+        )
     metadata = dataclasses.replace(metadata, parameter_hash=parameter_hash(state))
     staging = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(staging, ignore_errors=True)  # what a crash left
     staging.mkdir(parents=True)
-
-    _write_json(staging / "config.json", config_to_hf(model.config, eot_id=tokenizer.eot_id))
-    save_file(state, staging / "model.safetensors", metadata={"format": "pt"})
-    (staging / "tokenizer.json").write_bytes(tokenizer.to_json())
-    _write_json(staging / "tokenizer_config.json", tokenizer_config_to_hf(model.config))
-    _write_json(staging / "raymill.json", dataclasses.asdict(metadata))
+    contents: dict[str, Iterable[bytes | memoryview]] = {
+        "config.json": [_json(config_to_hf(config, eot_id=tokenizer.eot_id))],
+        "model.safetensors": safetensors_pieces(state),
+        "tokenizer.json": [tokenizer.to_json()],
+        "tokenizer_config.json": [_json(tokenizer_config_to_hf(config))],
+        "raymill.json": [_json(dataclasses.asdict(metadata))],
+    }
     if train_state is not None:
-        save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in train_state.items()}, staging / TRAIN_STATE
-        )
-    files = {path.name: _fingerprint(path) for path in sorted(staging.iterdir())}
-    for name in files:
-        _sync(staging / name)
-    _write_json(staging / MANIFEST, {"format_version": FORMAT_VERSION, "files": files})
-    _sync(staging / MANIFEST)
-    _sync(staging)
-
-    replaced = folder.with_name(f".{folder.name}.replaced")
-    if folder.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        folder.rename(replaced)
-    staging.rename(folder)
-    _sync(folder.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+        contents[TRAIN_STATE] = safetensors_pieces(train_state)
+    try:
+        files = {name: write_file(staging / name, pieces) for name, pieces in contents.items()}
+        manifest = _json({"format_version": FORMAT_VERSION, "files": files})
+        failpoint("before_manifest")
+        with (staging / MANIFEST).open("wb") as file:
+            file.write(manifest[: len(manifest) // 2])
+            file.flush()
+            failpoint("mid_manifest")
+            file.write(manifest[len(manifest) // 2 :])
+        sync(staging / MANIFEST)
+        sync(staging)
+        failpoint("after_manifest")
+        move_into_place(staging, folder)
+    except OSError:
+        shutil.rmtree(staging, ignore_errors=True)  # a full disk gets its space back
+        raise
     return metadata
 
 
@@ -129,7 +158,7 @@ def verify_checkpoint(folder: Path) -> list[str]:
             problems.append(f"{name} is missing")
         elif (size := path.stat().st_size) != expected["size"]:
             problems.append(f"{name} has {size} bytes, {MANIFEST} says {expected['size']}")
-        elif (found := _fingerprint(path)["sha256"]) != expected["sha256"]:
+        elif (found := fingerprint(path)["sha256"]) != expected["sha256"]:
             problems.append(f"{name} is altered: its SHA-256 is {found}, {MANIFEST} says {expected['sha256']}")
     return problems
 
@@ -143,8 +172,7 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, verify: bool
         return load_hf(folder).to(dtype)
     if verify and (problems := verify_checkpoint(folder)):
         raise CheckpointError(f"checkpoint {folder} is not valid: {'; '.join(problems)}. Use another checkpoint")
-    config = config_from_hf(_read_json(folder / "config.json"))
-    return build_model(config, load_file(folder / "model.safetensors"), source=folder).to(dtype)
+    return build_model(read_config(folder), load_file(folder / "model.safetensors"), source=folder).to(dtype)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer | None:
@@ -156,6 +184,10 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
     if is_hf_folder(folder):
         return None
     raise CheckpointError(f"checkpoint {folder} is not valid: tokenizer.json is missing")
+
+
+def read_config(folder: Path) -> GPTConfig:
+    return config_from_hf(_read_json(folder / "config.json"))
 
 
 def read_metadata(folder: Path) -> Metadata:
@@ -194,11 +226,6 @@ def _manifest_files(folder: Path) -> dict[str, dict[str, Any]]:
     return files
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
@@ -208,15 +235,6 @@ def _read_json(path: Path) -> Any:
         raise CheckpointError(f"{path.name} in {path.parent} is not JSON: {error}") from error
 
 
-def _write_json(path: Path, value: Any) -> None:
+def _json(value: Any) -> bytes:
     # Without a newline at the end, so that JSON cut short anywhere is no JSON.
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False), encoding="utf-8")
-
-
-def _sync(path: Path) -> None:
-    """Until its fsync a file's, or a folder's, content may be lost by a crash of the machine."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False).encode()

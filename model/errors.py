@@ -3,3 +3,7 @@
 
 class UserError(Exception):
     """Something that the user can mend. The text says what was wrong, what was expected, and what to do."""
+
+    def __str__(self) -> str:
+        # A file's name may hold line ends, control sequences of terminals, and bytes that are no text at all.
+        return "".join(char if char.isprintable() else repr(char)[1:-1] for char in super().__str__())

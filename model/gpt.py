@@ -7,20 +7,17 @@ Parameters are named and laid out as Hugging Face's GPT2LMHeadModel stores them,
 """
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.autograd_ops import affine, cross_entropy, embed
 from model.config import GPTConfig
 from model.document_mask import document_mask
 from model.kv_cache import CacheWindow, KVCache
 
-IGNORE_INDEX = -100
-"""Target of a position that the loss does not count."""
-
-DEFAULT_CHUNK_TOKENS = 512
+DEFAULT_CHUNK_TOKENS = 1024
 
 
 class Projection(nn.Module):
@@ -32,7 +29,7 @@ class Projection(nn.Module):
         self.bias = nn.Parameter(torch.empty(num_out))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight)  # (N, out)
+        y = affine(x.reshape(-1, x.shape[-1]), self.weight, self.bias)  # (N, out)
         return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -105,13 +102,14 @@ class Transformer(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.dropout = config.dropout
+        self.is_tied = config.tie_word_embeddings
         self.wte = embedding(config.vocab_size, config.n_embd)
         self.wpe = embedding(config.n_positions, config.n_embd)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
 
     def forward(self, token_ids: Tensor, positions: Tensor, window: CacheWindow | None, mask: Tensor | None) -> Tensor:
-        x = self.wte(token_ids) + self.wpe(positions)  # (B, T, C)
+        x = embed(token_ids, self.wte.weight, adds=self.is_tied) + embed(positions, self.wpe.weight, adds=False)
         x = F.dropout(x, self.dropout, self.training)
         for block in self.h:
             x = block(x, window, mask)
@@ -191,62 +189,17 @@ class GPT(nn.Module):
 
         With `eot_id` the documents in a row see nothing of each other (`model/document_mask.py`).
         """
+        return self.loss_of(self.hidden(token_ids, eot_id=eot_id), targets, chunk_tokens=chunk_tokens)
+
+    def hidden(self, token_ids: Tensor, *, eot_id: int | None = None) -> Tensor:
+        """The first half of `loss`: hidden states (B, T, C)."""
         positions, mask = (None, None) if eot_id is None else document_mask(token_ids, eot_id=eot_id)
-        hidden = self.forward(token_ids, positions=positions, mask=mask).flatten(0, 1)  # (N, C)
-        return ChunkedCrossEntropy.apply(
-            hidden, self.head_weight, targets.flatten(), chunk_tokens, torch.is_grad_enabled()
-        )
+        return self.forward(token_ids, positions=positions, mask=mask)
 
-
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy of hidden @ weight.T, of which only `chunk_tokens` rows of logits exist at a time.
-
-    The gradient of the logits, softmax - one_hot, is known as soon as they are, so the forward pass turns each chunk
-    into its share of the gradients while it is still in the processor's cache: no logits are kept or recomputed.
-    Backward only scales. (Liger kernel, arXiv 2410.10989, section 3.2.)
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int, with_grad: bool
+    def loss_of(
+        self, hidden: Tensor, targets: Tensor, *, scale: float = 1.0, chunk_tokens: int = DEFAULT_CHUNK_TOKENS
     ) -> Tensor:
-        device_type = hidden.device.type
-        autocast = torch.is_autocast_enabled(device_type)
-        compute_dtype = torch.get_autocast_dtype(device_type) if autocast else hidden.dtype
-        loss_dtype = torch.promote_types(compute_dtype, torch.float32)
-        counted = targets != IGNORE_INDEX
-        labels = targets.where(counted, 0)
-        losses = torch.empty(targets.shape, dtype=loss_dtype, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if with_grad else None
-        grad_weight = torch.zeros_like(weight) if with_grad else None
-        with torch.autocast(device_type, enabled=False):
-            w = weight.to(compute_dtype)
-            for start in range(0, len(targets), chunk_tokens):
-                rows = slice(start, start + chunk_tokens)
-                h, label = hidden[rows].to(compute_dtype), labels[rows, None]  # (chunk, C), (chunk, 1)
-                scores = F.log_softmax((h @ w.T).to(loss_dtype), dim=-1)  # (chunk, V)
-                losses[rows] = -scores.gather(1, label).squeeze(1)
-                if grad_hidden is None or grad_weight is None:
-                    continue
-                grad = scores.exp_().scatter_add_(1, label, torch.full_like(scores[:, :1], -1.0))
-                grad = grad.mul_(counted[rows, None]).to(compute_dtype)
-                grad_hidden[rows] = grad @ w
-                if compute_dtype == weight.dtype:
-                    grad_weight.addmm_(grad.T, h)
-                else:  # sums of chunks in the weight's own, wider type
-                    grad_weight.add_(grad.T @ h)
-        if with_grad:
-            ctx.save_for_backward(grad_hidden, grad_weight)
-        return losses.where(counted, 0).sum()
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        (grad_loss,) = grad_outputs
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return (
-            grad_hidden * grad_loss.to(grad_hidden.dtype),
-            grad_weight * grad_loss.to(grad_weight.dtype),
-            None,
-            None,
-            None,
+        """The second half of `loss`, times `scale`, from hidden (B, T, C) and targets (B, T)."""
+        return cross_entropy(
+            hidden.flatten(0, 1), self.head_weight, targets.flatten(), scale=scale, chunk_tokens=chunk_tokens
         )

@@ -8,6 +8,7 @@ import http.client
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -39,6 +40,7 @@ class FaultProxy:
     script: list[Cut | Refused | None] = field(default_factory=list)
     ranges: list[str | None] = field(default_factory=list)  # of the GETs of objects
     down: bool = False  # resets every connection
+    bytes_per_s: float | None = None  # at which bodies of requests are taken in
 
 
 @contextmanager
@@ -52,6 +54,9 @@ def running_proxy(upstream: str) -> Iterator[FaultProxy]:
 
         def handle_any(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            for _ in range(0, len(body), 100):
+                if proxy.bytes_per_s:
+                    time.sleep(100 / proxy.bytes_per_s)
             if proxy.down:
                 return self.reset()
             is_object = urlsplit(self.path).path.count("/") >= 2 and "list-type" not in self.path

@@ -26,6 +26,10 @@ COMMANDS = {
     "evaluate": ["CHECKPOINT", "--max-tokens", "--precision"],
     "export": ["DESTINATION", "--storage.uri"],
     "report": ["RUN", "--storage.uri"],
+    "why-slow": ["RUN", "--json"],
+    "verify": ["RUN", "--json"],
+    "replay": ["RUN", "--steps A..B", "--workers", "--json"],
+    "diff": ["RUN RUN", "--json"],
     "publish": ["CHECKPOINT"],
     "checkpoint show": ["CHECKPOINT", "--json"],
     "checkpoint list": ["--storage.uri"],
@@ -196,3 +200,25 @@ def test_publish_then_list_then_latest(tmp_path: Path, capsys: pytest.CaptureFix
     assert [entry["parameter_hash"] for entry in published] == hashes
     assert main(["checkpoint", "show", "latest"]) == 0
     assert str(hashes[1]) in capsys.readouterr().out
+
+
+def test_what_is_not_as_it_should_be_has_its_exit_code(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A run compared with itself, and with one whose fifth loss is another."""
+    runs = tmp_path / ".raymill/runs"
+    for name, loss in (("a", 1.0), ("b", 1.25)):
+        (runs / name).mkdir(parents=True)
+        (runs / name / "config.yaml").write_text("model: {preset: tiny}\n")
+        lines = [{"step": step, "loss": loss if step == 5 else 1.0} for step in range(1, 8)]
+        (runs / name / "ledger.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main(["diff", "a", "a", "--json"]) == 0
+    assert last_json(capfd.readouterr().out)["verdict"] == "equal for 7 steps"
+    assert main(["diff", "a", "b", "--json"]) == 1
+    captured = capfd.readouterr()
+    result = last_json(captured.out)
+    assert (result["equal"], result["step"], result["fields"]) == (False, 5, {"loss": [1.0, 1.25]})
+    assert captured.err == ""
+    assert main(["diff", "a", "c"]) == 1
+    captured = capfd.readouterr()
+    assert (captured.out, captured.err.count("\n")) == ("", 1)
+    assert captured.err.startswith("error: unknown run 'c'")
+    assert main(["replay", "a", "--steps", "5..3"]) == 2

@@ -1,4 +1,4 @@
-"""A small corpus with one of everything, and the settings to tokenize it in many shards."""
+"""A small corpus with one of everything, the settings to tokenize it in many shards, and what the shards hold."""
 
 import gzip
 import json
@@ -6,10 +6,14 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.config import RunConfig
+from cluster.storage import split_uri
+from jobs.token_store import TOKENIZER, Manifest, read_manifest, token_dtype
+from model.tokenizer import Tokenizer
 
 
 def data_config(source: Any, storage: Path | str, **settings: Any) -> RunConfig:
@@ -38,3 +42,19 @@ def make_corpus(folder: Path, *, num_documents: int = 600) -> Path:
     (folder / "e-latin1.txt").write_bytes("Ein Stück Text".encode("latin-1"))
     (folder / "readme.md").write_text("no corpus file")
     return folder
+
+
+def manifest_of(result: dict[str, Any]) -> Manifest:
+    return read_manifest(split_uri(result["manifest"])[0])
+
+
+def texts_of(result: dict[str, Any]) -> list[str]:
+    """The stored documents' texts, training split first."""
+    store, _ = split_uri(result["manifest"])
+    manifest, tokenizer = read_manifest(store), Tokenizer.from_json(store.read_bytes(TOKENIZER))
+    texts = []
+    for shard in sorted(manifest.shards, key=lambda shard: (shard.split, shard.file)):
+        ids = np.frombuffer(store.read_bytes(shard.file), token_dtype(manifest.vocab_size))
+        ends = np.flatnonzero(ids == manifest.eot_id)
+        texts += [tokenizer.decode(part[:-1].tolist()) for part in np.split(ids, ends[:-1] + 1)]
+    return texts

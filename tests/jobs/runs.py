@@ -4,13 +4,15 @@ import hashlib
 import random
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from cluster.config import RunConfig, to_yaml
 from cluster.storage import open_storage
+from jobs.checkpoints import RunCheckpoints
 from jobs.run_plan import RunPlan
-from jobs.token_store import MANIFEST, Manifest, Shard, Split, token_dtype
+from jobs.token_store import MANIFEST, TOKENIZER, Manifest, Shard, Split, token_dtype
 from jobs.train_loop import train
 from model.tokenizer import Tokenizer, train_bpe
 from tests.jobs.stores import manifest_of
@@ -34,44 +36,57 @@ def make_store(storage_uri: str, tokenizer: Tokenizer, texts: dict[Split, str]) 
         digest = hashlib.sha256(content).hexdigest()
         shards.append(Shard(f"{split}.bin", split, 0, len(content) // 2, 1, len(text.encode()), digest))
     manifest = manifest_of(shards, tokenizer=tokenizer)
+    store.write_bytes(TOKENIZER, tokenizer.to_json())
     store.write_bytes(MANIFEST, manifest.to_json())
     return manifest
 
 
-def trained_run(storage_uri: str, *, precision: str = "fp32", document_mask: bool = False) -> RunPlan:
-    """A finished run of eight steps that validated at steps 4 and 8 and saved at 3, 6 and 8."""
+def tiny_plan(
+    storage_uri: str,
+    *,
+    tokens_in: str | None = None,
+    num_steps: int = 8,
+    train: dict[str, Any] | None = None,
+    **branches: Any,
+) -> RunPlan:
+    """A run that is ready to train. Its tokens may lie in another storage."""
     texts: dict[Split, str] = {"train": make_text(1500), "val": make_text(400, seed=1)}
     tokenizer = train_bpe(texts.values(), vocab_size=300)
-    make_store(storage_uri, tokenizer, texts)
+    make_store(tokens_in or storage_uri, tokenizer, texts)
+    settings = {
+        "max_tokens": num_steps * 4 * 32,
+        "global_batch_size": 4,
+        "micro_batch_size": 2,
+        "seq_len": 32,  # less than the model could take
+        "learning_rate": 1e-2,
+        "eval_every_steps": 4,
+        "sample_prompts": ["tell me <b>more</b> & more"],
+        "sample_tokens": 8,
+    }
     config = RunConfig.model_validate(
         {
             "run_id": "tiny",
             "model": {"preset": "tiny", "n_positions": 48, "vocab_size": tokenizer.vocab_size},
-            "train": {
-                "max_tokens": 8 * 4 * 32,
-                "global_batch_size": 4,
-                "micro_batch_size": 2,
-                "seq_len": 32,  # less than the model could take
-                "learning_rate": 1e-2,
-                "precision": precision,
-                "document_mask": document_mask,
-                "eval_every_steps": 4,
-                "sample_prompts": ["tell me <b>more</b> & more"],
-                "sample_tokens": 8,
-            },
+            "train": settings | (train or {}),
             "checkpoint": {"save_every_steps": 3},
             "scaling": {"max_workers": 1},
             "storage": {"uri": storage_uri},
         }
+        | branches
     )
-    tokens_uri = open_storage(storage_uri).child("tokens/made").uri
+    tokens_uri = open_storage(tokens_in or storage_uri).child("tokens/made").uri
     plan = RunPlan(config, tokens_uri, tokenizer.to_json(), code_version="test", pinned=frozenset())
     plan.run.write_bytes("config.yaml", to_yaml(config).encode())
+    return plan
+
+
+def trained_run(storage_uri: str, *, precision: str = "fp32", document_mask: bool = False) -> RunPlan:
+    """A finished run of eight steps that validated at steps 4 and 8 and saved at 3, 6 and 8."""
+    plan = tiny_plan(storage_uri, train={"precision": precision, "document_mask": document_mask})
     train(plan, rank=0, world_size=1)
     return plan
 
 
 def newest_checkpoint(plan: RunPlan) -> Path:
-    folder = plan.run.local_path("checkpoints/step-000000008")
-    assert folder is not None
-    return folder
+    checkpoints = RunCheckpoints(plan.run)
+    return checkpoints.fetch(checkpoints.names[-1], Path())

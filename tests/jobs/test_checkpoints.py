@@ -1,14 +1,14 @@
 """A run's checkpoints: the newest whole one is found, damaged ones are named, and thinning keeps what it must."""
 
 import logging
+import os
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
+from cluster.config import CheckpointConfig
 from cluster.storage import Storage, open_storage
-from jobs.checkpoints import RunCheckpoints, checkpoint_name, superseded
+from jobs.checkpoints import RunCheckpoints, checkpoint_name
 from model.checkpoint import MANIFEST, read_metadata, verify_checkpoint
 from tests.checkpoints import DAMAGES, FILES, damage, write_tiny
 
@@ -29,16 +29,6 @@ def save(run: Storage, *steps: int) -> RunCheckpoints:
 
         checkpoints.save(checkpoint_name(step), write)
     return checkpoints
-
-
-@given(st.sets(st.integers(1, 10**9)), st.integers(1, 5), st.sets(st.integers(0, 40)))
-def test_the_newest_and_the_pinned_are_kept(steps: set[int], num_to_keep: int, pinned_at: set[int]) -> None:
-    names = [checkpoint_name(step) for step in steps]
-    pinned = {names[i] for i in pinned_at if i < len(names)}
-    gone = superseded(names, num_to_keep=num_to_keep, pinned=pinned)
-    newest = {checkpoint_name(step) for step in sorted(steps)[-num_to_keep:]}
-    assert set(gone) == set(names) - newest - pinned
-    assert gone == sorted(gone)
 
 
 def test_saved_checkpoints_are_found_newest_first(run: Storage, tmp_path: Path) -> None:
@@ -121,22 +111,78 @@ def test_leftovers_are_no_checkpoints(run: Storage, tmp_path: Path) -> None:
 
 
 def test_thinning_leaves_nothing_of_what_it_deletes(run: Storage, tmp_path: Path) -> None:
-    checkpoints = save(run, 1, 2, 3, 4)
-    checkpoints.thin_out(num_to_keep=1, pinned={checkpoint_name(2)})
-    assert checkpoints.names == [checkpoint_name(2), checkpoint_name(4)]
+    checkpoints = save(run, 1, 2, 3, 4, 5)
+    keep = CheckpointConfig(num_to_keep=1)
+    gone = checkpoints.thin_out(keep, verified=checkpoints.names, pinned={checkpoint_name(2)})
+    assert gone == [checkpoint_name(step) for step in (1, 3)]
+    assert checkpoints.names == [checkpoint_name(step) for step in (2, 4, 5)]
     assert {entry.key.split("/")[1] for entry in run.list("checkpoints/")} == set(checkpoints.names)
     for name in checkpoints.names:
         assert verify_checkpoint(checkpoints.fetch(name, tmp_path / "scratch")) == []
-    checkpoints.thin_out(num_to_keep=2, pinned=set())
-    assert len(checkpoints.names) == 2
 
 
-def test_a_deletion_cut_short_leaves_no_checkpoint(tmp_path: Path) -> None:
+def test_a_deletion_cut_short_leaves_no_checkpoint_and_is_ended_by_the_next(run: Storage, tmp_path: Path) -> None:
     """The manifest goes first, so whatever moment a kill comes at, the rest is no checkpoint."""
-    checkpoints = save(open_storage(str(tmp_path)), 1, 2, 3)
-    half_gone = tmp_path / "checkpoints" / checkpoint_name(1)
-    (half_gone / MANIFEST).unlink()
-    (half_gone / "config.json").unlink()
-    checkpoints.thin_out(num_to_keep=1, pinned=set())
-    assert checkpoints.names == [checkpoint_name(3)]
-    assert not (tmp_path / "checkpoints" / checkpoint_name(2)).exists()
+    checkpoints = save(run, 1, 2, 3, 4)
+    run.delete(f"checkpoints/{checkpoint_name(1)}/{MANIFEST}")
+    run.delete(f"checkpoints/{checkpoint_name(1)}/config.json")
+    assert checkpoints.names == [checkpoint_name(step) for step in (2, 3, 4)]
+    for _ in range(2):
+        checkpoints.thin_out(CheckpointConfig(num_to_keep=1), verified=checkpoints.names)
+        assert {entry.key.split("/")[1] for entry in run.list("checkpoints/")} == {
+            checkpoint_name(3),
+            checkpoint_name(4),
+        }
+
+
+def test_an_unfinished_upload_goes_once_two_newer_ones_are_verified(run: Storage) -> None:
+    checkpoints = save(run, 1, 2, 3)
+    run.delete(f"checkpoints/{checkpoint_name(2)}/{MANIFEST}")
+    checkpoints.thin_out(CheckpointConfig(num_to_keep=1), verified=checkpoints.names)
+    assert run.list(f"checkpoints/{checkpoint_name(2)}/"), "older than one verified checkpoint alone"
+    save(run, 4)
+    checkpoints.thin_out(CheckpointConfig(num_to_keep=1), verified=checkpoints.names)
+    assert not run.list(f"checkpoints/{checkpoint_name(2)}/")
+
+
+def test_a_quarantined_one_is_passed_over_and_never_deleted(run: Storage, tmp_path: Path) -> None:
+    checkpoints = save(run, 1, 2, 3, 4)
+    before = run.list(f"checkpoints/{checkpoint_name(1)}/")
+    for name in (checkpoint_name(1), checkpoint_name(4)):
+        checkpoints.quarantine(name, ["altered"])
+    assert checkpoints.names == [checkpoint_name(2), checkpoint_name(3)]
+    assert checkpoints.quarantined == [checkpoint_name(1), checkpoint_name(4)]
+    found = checkpoints.find(tmp_path)
+    assert found.folder is not None
+    assert (found.folder.name, found.damaged) == (checkpoint_name(3), {})
+    checkpoints.thin_out(CheckpointConfig(num_to_keep=1), verified=checkpoints.names)
+    after = {entry.key: entry for entry in run.list(f"checkpoints/{checkpoint_name(1)}/")}
+    assert [after[entry.key] for entry in before] == before, "all of its bytes are kept"
+
+
+def test_what_a_killed_attempt_left_in_the_spool_is_published(run: Storage, tmp_path: Path) -> None:
+    """Only what is newer than all that is published, and whole."""
+    checkpoints = save(run, 2)
+    for step in (1, 3, 4, 5):
+        write_tiny(checkpoints.spool / checkpoint_name(step), step=step)
+    damage(checkpoints.spool / checkpoint_name(4), "model.safetensors", "flip")
+    (checkpoints.spool / checkpoint_name(5) / MANIFEST).unlink()
+    (checkpoints.spool / f".{checkpoint_name(6)}.writing").mkdir()
+    checkpoints.recover()
+    assert checkpoints.names == [checkpoint_name(2), checkpoint_name(3)]
+    assert list(checkpoints.spool.iterdir()) == []
+    folder = checkpoints.load_newest(tmp_path)
+    assert folder is not None
+    assert read_metadata(folder).step == 3
+
+
+def test_parts_of_uploads_that_never_ended_are_freed(s3_bucket: str, tmp_path: Path) -> None:
+    import boto3
+
+    client = boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"])
+    run = open_storage(f"s3://{s3_bucket}/runs/r")
+    for key in ("runs/r/checkpoints/step-000000009/model.safetensors", "runs/r2/checkpoints/x"):
+        client.create_multipart_upload(Bucket=s3_bucket, Key=key)
+    RunCheckpoints(run).recover()
+    uploads = client.list_multipart_uploads(Bucket=s3_bucket)["Uploads"]
+    assert [upload["Key"] for upload in uploads] == ["runs/r2/checkpoints/x"], "another run's is not ours"

@@ -1,24 +1,15 @@
-"""The exact gradient: the same bits of the sum for any number of processes, where a plain all-reduce has others."""
+"""The order of the exact sum: its tree, and the steps that sum a rank's lanes along it in few buffers."""
 
 import itertools
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from jobs.batch_plan import lanes_of_rank
-from jobs.exact_reduce import halves, maximal_subtrees, reduce_lanes, tree_sum
-from tests.jobs.reduce_worlds import NUM_LANES, digest, lane_value
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-MAX_WORLD_SIZE = 5
+from jobs.exact_reduce import halves, lane_steps, maximal_subtrees, tree_sum
+from tests.jobs.reference_reduce import reduce_lanes, reduce_worlds
 
 
 def nodes_of(root: range) -> set[range]:
@@ -72,47 +63,40 @@ def test_the_sum_follows_the_tree() -> None:
     assert float(from_the_left) != float(canonical)
 
 
+def lane_value(lane: int) -> Tensor:
+    """(64,), over many magnitudes, so that each order of summing rounds differently."""
+    generator = torch.Generator().manual_seed(lane)
+    return torch.randn(64, generator=generator) * 10.0 ** torch.randint(-3, 4, (1,), generator=generator)
+
+
+def stepped(lanes: range, num_lanes: int) -> list[Tensor]:
+    """The slots after the rank's lanes went through their steps."""
+    steps = lane_steps(lanes, num_lanes=num_lanes)
+    slots = [torch.full((64,), torch.nan) for _ in range(1 + max(step.slot for step in steps))]
+    for lane, step in zip(lanes, steps, strict=True):
+        slots[step.slot] = slots[step.slot] + lane_value(lane) if step.adds else lane_value(lane)
+        for target in range(step.slot - 1, step.slot - 1 - step.merges, -1):
+            slots[target] += slots[target + 1]
+    return slots
+
+
 @given(st.integers(1, 40), st.integers(1, 8))
 def test_ranks_together_make_the_whole_tree(num_lanes: int, world_size: int) -> None:
-    """In one process: each rank's subtree sums, finished by the tree, are the sum that one rank alone makes."""
+    """In one process: each rank's slots, finished by the tree, are the sum that one rank alone makes."""
     world_size = min(world_size, num_lanes)
     by_node: dict[range, Tensor] = {}
-    computed: list[int] = []
-
-    def value(lane: int) -> Tensor:
-        computed.append(lane)
-        return lane_value(lane)
-
     for rank in range(world_size):
         lanes = lanes_of_rank(rank, world_size=world_size, num_lanes=num_lanes)
-        sums = reduce_lanes(lanes, num_lanes=num_lanes, lane_value=value)
-        by_node |= dict(zip(maximal_subtrees(lanes, root=range(num_lanes)), sums, strict=True))
-    assert computed == list(range(num_lanes))
-    (alone,) = reduce_lanes(range(num_lanes), num_lanes=num_lanes, lane_value=lane_value)
+        subtrees = maximal_subtrees(lanes, root=range(num_lanes))
+        slots = stepped(lanes, num_lanes)
+        for slot, expected in zip(slots, reduce_lanes(lanes, num_lanes=num_lanes, lane_value=lane_value), strict=False):
+            assert torch.equal(slot, expected)
+        by_node |= dict(zip(subtrees, slots, strict=False))
+    alone = reduce_worlds(1, num_lanes=num_lanes, lane_value=lane_value)
     assert torch.equal(tree_sum(range(num_lanes), by_node.get), alone)
 
 
-@pytest.fixture(scope="module")
-def digests(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[str]]]:
-    """What real processes found, worlds of 1 to 5 of them in turn."""
-    folder = tmp_path_factory.mktemp("worlds")
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.jobs.reduce_worlds", str(MAX_WORLD_SIZE), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, dict[str, list[str]]] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
-@pytest.mark.parametrize("num_lanes", NUM_LANES)
-def test_any_number_of_processes_gives_the_same_bits(digests: dict[str, dict[str, list[str]]], num_lanes: int) -> None:
-    (alone,) = reduce_lanes(range(num_lanes), num_lanes=num_lanes, lane_value=lane_value)
-    for world_size in range(1, MAX_WORLD_SIZE + 1):
-        assert digests[f"{num_lanes} lanes, {world_size} ranks"]["exact"] == [digest(alone)] * world_size
-
-
-@pytest.mark.parametrize("num_lanes", NUM_LANES)
-def test_a_plain_all_reduce_does_not(digests: dict[str, dict[str, list[str]]], num_lanes: int) -> None:
-    """Shows that the test above can fail."""
-    sizes = range(1, MAX_WORLD_SIZE + 1)
-    assert len({digests[f"{num_lanes} lanes, {size} ranks"]["plain"][0] for size in sizes}) > 1
+def test_slots_are_as_few_as_the_tree_is_high() -> None:
+    for height in range(7):
+        steps = lane_steps(range(2**height), num_lanes=2**height)
+        assert max(step.slot for step in steps) == max(height - 1, 0)

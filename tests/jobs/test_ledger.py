@@ -35,7 +35,10 @@ def test_lines_read_back_and_a_later_writer_goes_on(run: Storage) -> None:
     first.event("start", attempt=1, world_size=3, step=0)
     first.step(step=1, loss=0.1 + 0.2)
     first.event("checkpoint", step=1)
-    LedgerWriter(run).event("start", attempt=2, world_size=2, step=1)
+    first.close()
+    second = LedgerWriter(run)
+    second.event("start", attempt=2, world_size=2, step=1)
+    second.close()
     ledger = Ledger.read(run)
     assert [line.get("event") for line in ledger.lines] == ["start", None, "checkpoint", "start"]
     assert ledger.steps[0]["loss"] == 0.1 + 0.2, "the same float, to the bit"
@@ -47,7 +50,9 @@ def test_a_torn_last_line_is_dropped_and_written_over(run: Storage) -> None:
     whole = json.dumps({"time": 1.0, "step": 1, "loss": 2.0}).encode() + b"\n"
     run.write_bytes(LEDGER, whole + whole[:20])
     assert [line["step"] for line in Ledger.read(run).lines] == [1]
-    LedgerWriter(run).event("start", attempt=2, world_size=1, step=1)
+    writer = LedgerWriter(run)
+    writer.event("start", attempt=2, world_size=1, step=1)
+    writer.close()
     assert run.read_bytes(LEDGER).startswith(whole + b'{"event": "start"')
     assert [line["step"] for line in Ledger.read(run).lines] == [1, 1]
     run.write_bytes(LEDGER, whole[:20])
@@ -69,14 +74,3 @@ def test_recoveries_count_lost_steps_and_seconds() -> None:
     )
     assert ledger.recoveries() == [Recovery(2, lost_steps=2, seconds=6.5), Recovery(4, lost_steps=0, seconds=4.5)]
     assert lines_of((0, "start", 1, 0), (1, "start", 2, 0), (2, 1)).recoveries() == []
-
-
-def test_attempts_are_fruitless_until_one_gets_further() -> None:
-    words: list[tuple[Any, ...]] = [(0, "start", 1, 0), (1, 1), (2, 2)]
-    assert lines_of(*words).fruitless_attempts() == 0
-    words += [(3, "start", 2, 0), (4, 1), (5, 2)]  # only as far as before
-    assert lines_of(*words).fruitless_attempts() == 1
-    words += [(6, "start", 3, 0), (7, "start", 4, 0), (8, 1)]
-    assert lines_of(*words).fruitless_attempts() == 3
-    assert lines_of(*words, (9, 2), (10, 3)).fruitless_attempts() == 0
-    assert lines_of().fruitless_attempts() == 0

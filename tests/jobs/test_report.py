@@ -47,7 +47,8 @@ def eventful_lines() -> list[dict[str, Any]]:
         start = {"event": "start", "attempt": attempt, "world_size": world_size, "step": first - 1}
         add({**start, "checkpoint": checkpoint, "workers": workers}, after_s=5.0 if attempt > 1 else 0.0)
         for step in range(first, last + 1):
-            wall_s = 1.0 / world_size + rng.uniform(0, 0.05)
+            saving_s = 0.2 if step % 40 == 1 and step > 1 else 0.0  # of the step before, in the line that follows it
+            wall_s = 1.0 / world_size + rng.uniform(0, 0.05) + saving_s
             add(
                 {
                     "step": step,
@@ -62,6 +63,8 @@ def eventful_lines() -> list[dict[str, Any]]:
                         "backward": 0.6 / world_size,
                         "sync": 0.03 * (world_size - 1),
                         "update": 0.02,
+                        "checkpoint": saving_s,
+                        "stall": 0.01,
                     },
                     "wall_s": round(wall_s, 6),
                     "tokens_per_s": round(TOKENS_PER_STEP / wall_s, 1),
@@ -76,7 +79,7 @@ def eventful_lines() -> list[dict[str, Any]]:
                 add({**validation, "samples": samples}, after_s=0.1)
             if step % 40 == 0:
                 saved = {"event": "checkpoint", "step": step, "checkpoint": f"/mill/step-{step:09d}"}
-                add({**saved, "parameter_hash": f"{step:064x}", "seconds": 0.2}, after_s=0.2)
+                add({**saved, "parameter_hash": f"{step:064x}", "seconds": 0.9}, after_s=0.0)
     add({"event": "finish", "step": 300}, after_s=0.0)
     return lines
 
@@ -137,7 +140,7 @@ def test_history_of_a_kill_and_a_resize(eventful: Storage) -> None:
     assert all(5 < (stop.seconds or 0) < 8 for stop in interruptions(ledger))
     assert lost_ranges(ledger) == [(121, 123), (261, 265)]
     phases = seconds_by_phase(ledger)
-    assert list(phases) == ["load", "forward", "backward", "sync", "update", "other", "checkpoint"]
+    assert list(phases) == ["load", "forward", "backward", "sync", "update", "checkpoint", "stall"]
     assert all(len(seconds) == 300 for seconds in phases.values())
     assert sum(phases["checkpoint"]) == pytest.approx(7 * 0.2)
 
@@ -193,6 +196,22 @@ def test_page_and_figures(eventful: Storage, tmp_path: Path) -> None:
     said = r"attempt 2: workers 1 on node-1; from checkpoint step-000000120; 3 steps lost, 6\.\d s between steps"
     assert re.fullmatch(said, page.value_of("resize 2 → 1"))
     assert page.value_of("<script>alert(1)</script>") == "& what step 50 says"
+
+
+def test_layers_are_drawn_where_they_were_measured(eventful: Storage) -> None:
+    def measured(step: int, size: float) -> dict[str, Any]:
+        layers = {"layers": ["wpe", "h.0.attn"], "weight_norm": [1.0, 1.0], "update_ratio": [0.0, None]}
+        return {"event": "layers", "time": 0.0, "step": step, "gradient_norm": [size, 2 * size], **layers}
+
+    lines = eventful_lines()
+    write_run(eventful, [*lines, *(measured(step, 100 / step) for step in (50, 100, 100, 300))])
+    result = make_report(eventful)
+    assert result["figures"].keys() == FIGURES | {
+        f"layer_{n}" for n in ("gradient_norm", "weight_norm", "update_ratio")
+    }
+    page = Page(Path(result["html"]).read_text())
+    assert "Gradient norm of each layer over steps 1 to 300" in page.images[5]["alt"]
+    assert "layers" not in page.cells, "hundreds of measurements are no events to read"
 
 
 def test_a_real_run_is_drawn_even_when_unfinished(tmp_path: Path) -> None:

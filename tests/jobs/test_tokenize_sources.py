@@ -5,19 +5,16 @@ import gzip
 import json
 import random
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import zstandard
 
-from cluster.storage import open_storage, split_uri
+from cluster.storage import open_storage
 from jobs.corpus_listing import CorpusError
 from jobs.inspect_store import find_store, report, stats, verify
-from jobs.token_store import TOKENIZER, Manifest, TokenStoreError, read_manifest, token_dtype
+from jobs.token_store import TokenStoreError
 from jobs.tokenize_corpus import tokenize
-from model.tokenizer import Tokenizer
-from tests.jobs.corpora import data_config
+from tests.jobs.corpora import data_config, manifest_of, texts_of
 
 RNG = random.Random(1)
 WORDS = ["".join(RNG.choices("aeioustrnlm", k=RNG.randint(2, 9))) for _ in range(3000)]
@@ -28,22 +25,6 @@ def made_up(num_words: int) -> str:
 
 
 TEXTS = [f'{made_up(RNG.randint(20, 200))}, "quoted"\nsecond line {number}' for number in range(400)]
-
-
-def texts_of(result: dict[str, Any]) -> list[str]:
-    """The stored documents' texts, training split first."""
-    store, _ = split_uri(result["manifest"])
-    manifest, tokenizer = read_manifest(store), Tokenizer.from_json(store.read_bytes(TOKENIZER))
-    texts = []
-    for shard in sorted(manifest.shards, key=lambda shard: (shard.split, shard.file)):
-        ids = np.frombuffer(store.read_bytes(shard.file), token_dtype(manifest.vocab_size))
-        ends = np.flatnonzero(ids == manifest.eot_id)
-        texts += [tokenizer.decode(part[:-1].tolist()) for part in np.split(ids, ends[:-1] + 1)]
-    return texts
-
-
-def manifest_of(result: dict[str, Any]) -> Manifest:
-    return read_manifest(split_uri(result["manifest"])[0])
 
 
 def write(path: Path, texts: list[str]) -> None:

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import random
+import time
 from pathlib import Path
 
 import pytest
@@ -84,3 +86,14 @@ def test_an_empty_corpus_stops_the_training(ray_workers: int, tmp_path: Path) ->
     (tmp_path / "a.txt").write_bytes(b"\x00")
     with pytest.raises(CorpusError, match=r"the corpus is empty: 1 files, 1 documents dropped \(1 binary\)"):
         ensure_tokenizer(data_config(str(tmp_path), tmp_path / "storage"))
+
+
+def test_a_word_of_a_megabyte_takes_no_hours(tmp_path: Path) -> None:
+    bases = "".join(random.Random(0).choices("ACGT", k=200_000))  # in one piece this trains for half a minute
+    (tmp_path / "a.txt").write_text(bases)
+    files = list_corpus(f"{tmp_path}/a.txt").files
+    pieces = list(sample_texts(files, DataConfig()))
+    assert "".join(pieces) == bases
+    started_s = time.monotonic()
+    assert train_bpe(pieces, vocab_size=1000).vocab_size == 1000
+    assert time.monotonic() - started_s < 15

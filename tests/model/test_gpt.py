@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from model.autograd_ops import IGNORE_INDEX
 from model.config import PRESETS, GPTConfig, num_parameters, resolve_preset
-from model.gpt import GPT, IGNORE_INDEX
+from model.gpt import GPT
 from model.kv_cache import KVCache
 from tests.model.conftest import small_model
 

@@ -1,0 +1,62 @@
+"""Runs calls in order beside the caller: in a thread on a CPU, on a stream of its own on a GPU."""
+
+import queue
+import threading
+from collections.abc import Callable
+
+import torch
+
+Call = Callable[[], None]
+
+
+class BackgroundThread:
+    """A call that fails ends the work: `wait` raises its error."""
+
+    def __init__(self) -> None:
+        self._calls: queue.SimpleQueue[Call] = queue.SimpleQueue()
+        self._done = threading.Semaphore(0)
+        self._num_waiting = 0
+        self._error: BaseException | None = None
+        # A daemon: a process whose peers are gone must be able to end while a call still waits for them.
+        threading.Thread(target=self._run, name="exchange", daemon=True).start()
+
+    def submit(self, call: Call) -> None:
+        self._num_waiting += 1
+        self._calls.put(call)
+
+    def wait(self) -> None:
+        """Until all submitted calls have run."""
+        while self._num_waiting:
+            self._done.acquire()
+            self._num_waiting -= 1
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        while True:
+            call = self._calls.get()
+            if self._error is None:
+                try:
+                    call()
+                except BaseException as error:
+                    self._error = error
+            self._done.release()
+
+
+class SideStream:
+    """Calls that only enqueue kernels and collectives, which then run beside the caller's stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._stream = device, torch.cuda.Stream(device)
+
+    def submit(self, call: Call) -> None:
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            call()
+
+    def wait(self) -> None:
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
+
+def background(device: torch.device) -> BackgroundThread | SideStream:
+    return SideStream(device) if device.type == "cuda" else BackgroundThread()

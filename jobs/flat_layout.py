@@ -1,0 +1,83 @@
+"""Where each parameter lies in the flat buffers, and how these are cut into buckets, parts and blocks.
+
+Matrices come first and the undecayed biases and LayerNorms after them, each in the order in which backward finishes
+their gradients. A bucket is exchanged as soon as backward is done with it. Of each bucket every rank owns a part, of
+whole blocks. Blocks do not depend on the world size: the gradient's norm is summed over them.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor, nn
+
+from model.gpt import GPT
+from model.optimizer import decay_parameter_names
+
+BLOCK = 1024
+"""Values of a block."""
+
+# Parameters start at multiples of 64 bytes, as torch's own allocations do: vector kernels may round differently on
+# other alignments.
+_ALIGNMENT = 16
+
+_BUCKETS = 8
+_BUCKET_UNIT = 16 * BLOCK  # worlds of up to 16 ranks, if a power of two, divide a bucket evenly
+_MAX_BUCKET = 384 * _BUCKET_UNIT  # 25 MB of fp32, as DistributedDataParallel's
+
+
+@dataclass(frozen=True)
+class FlatLayout:
+    """Places in units of values."""
+
+    places: dict[str, range]  # by parameter
+    boundary: int  # decayed values lie before it
+    size: int  # P, whole blocks
+
+    @classmethod
+    def of(cls, model: GPT) -> "FlatLayout":
+        decayed = decay_parameter_names(model)
+        backward_order = list(reversed(dict(model.named_parameters()).items()))
+        places: dict[str, range] = {}
+        end, boundary = 0, 0
+        for name, parameter in sorted(backward_order, key=lambda item: item[0] not in decayed):
+            places[name] = range(end, end + parameter.numel())
+            end += _rounded(parameter.numel(), _ALIGNMENT)
+            boundary = end if name in decayed else boundary
+        return cls(places, boundary, _rounded(end, BLOCK))
+
+    @cached_property
+    def buckets(self) -> list[range]:
+        size = min(_MAX_BUCKET, _rounded(-(-self.size // _BUCKETS), _BUCKET_UNIT))
+        return [range(start, min(start + size, self.size)) for start in range(0, self.size, size)]
+
+    def parts(self, rank: int, *, world_size: int) -> list[range]:
+        """What the rank owns of each bucket, in the order of buckets; may be empty."""
+        return [part_of(bucket, rank, world_size=world_size) for bucket in self.buckets]
+
+    def buckets_of(self, name: str) -> list[int]:
+        place = self.places[name]
+        return [
+            index
+            for index, bucket in enumerate(self.buckets)
+            if place.start < bucket.stop and bucket.start < place.stop
+        ]
+
+    def view(self, flat: Tensor, name: str, parameter: nn.Parameter) -> Tensor:
+        place = self.places[name]
+        return flat[place.start : place.stop].view(parameter.shape)
+
+
+def part_of(bucket: range, rank: int, *, world_size: int) -> range:
+    """The blocks of the bucket that the rank owns: sizes differ by one block at most."""
+    num_blocks = len(bucket) // BLOCK
+    first, end = (rank * num_blocks // world_size, (rank + 1) * num_blocks // world_size)
+    return range(bucket.start + first * BLOCK, bucket.start + end * BLOCK)
+
+
+def at(flat: Tensor, place: range) -> Tensor:
+    """The view of a flat buffer (P,) at a place."""
+    return flat[place.start : place.stop]
+
+
+def _rounded(number: int, unit: int) -> int:
+    return -(-number // unit) * unit

@@ -1,0 +1,47 @@
+"""Whether an attempt's workers compute alike: bits are promised on one kind of hardware, library and thread count."""
+
+import platform
+from pathlib import Path
+
+import torch
+
+Hardware = dict[str, str]
+
+
+def hardware(device: torch.device) -> Hardware:
+    """What decides how this worker rounds."""
+    found = {
+        "torch": torch.__version__,
+        "threads": str(torch.get_num_threads()),
+        "cpu": _cpu_model(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+    if device.type == "cuda":
+        found["gpu"] = torch.cuda.get_device_name(device)
+        found["cuda"] = str(torch.version.cuda)
+    return found
+
+
+def differences(workers: list[Hardware]) -> list[str]:
+    """In what the workers, by rank, are not alike, a line each; empty where bits are promised."""
+    names = sorted({name for worker in workers for name in worker})
+    lines = []
+    for name in names:
+        ranks: dict[str, list[str]] = {}
+        for rank, worker in enumerate(workers):
+            ranks.setdefault(worker.get(name, "none"), []).append(str(rank))
+        if len(ranks) > 1:
+            values = ", ".join(f"{value} (rank {' '.join(of)})" for value, of in sorted(ranks.items()))
+            lines.append(f"{name}: {values}")
+    return lines
+
+
+def _cpu_model() -> str:
+    """As Linux names it, with the matrix units, which the name leaves open; elsewhere the architecture."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return platform.machine()
+    lines = cpuinfo.read_text().partition("\n\n")[0].splitlines()
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    units = [flag for flag in fields.get("flags", "").split() if flag.startswith(("amx_", "avx512_bf16", "avx_vnni"))]
+    return " ".join([fields.get("model name", platform.machine()), *units])

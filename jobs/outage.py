@@ -1,0 +1,54 @@
+"""Storage that is out of reach: tried again for as long as it takes, and told of when it goes and when it is back."""
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+from cluster.lease import LeaseLostError
+from cluster.storage import NotFoundError, StorageError
+
+_log = logging.getLogger(__name__)
+
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.25, 5.0
+
+Result = TypeVar("Result")
+
+
+class Outage:
+    """The outages that one writer meets."""
+
+    def __init__(self, what: str, tell: Callable[..., None]) -> None:
+        """`tell` is called as tell("storage_down", what=…, reason=…) and tell("storage_back", what=…, tries=…)."""
+        self._what, self._tell = what, tell
+        self._tries = 0
+
+    def failed(self, error: Exception) -> float:
+        """Seconds to wait before the next try."""
+        self._tries += 1
+        if self._tries == 1:
+            _log.warning("%s: the storage is down, training goes on: %s", self._what, error)
+            self._tell("storage_down", what=self._what, reason=str(error))
+        return min(_FIRST_WAIT_S * 2 ** (self._tries - 1), _LONGEST_WAIT_S) if self._tries < 20 else _LONGEST_WAIT_S
+
+    def over(self) -> None:
+        """The storage answered."""
+        if self._tries:
+            tries, self._tries = self._tries, 0
+            _log.warning("%s: the storage is back after %d failed tries", self._what, tries)
+            self._tell("storage_back", what=self._what, tries=tries)
+
+
+def patiently(call: Callable[[], Result], what: str) -> Result:
+    """The result of the call, once the storage gives it. What is not there, or not ours any more, is raised at once."""
+    outage = Outage(what, lambda name, **fields: None)
+    while True:
+        try:
+            result = call()
+        except (NotFoundError, LeaseLostError):
+            raise
+        except (StorageError, OSError) as error:
+            threading.Event().wait(outage.failed(error))
+        else:
+            outage.over()
+            return result

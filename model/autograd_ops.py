@@ -1,0 +1,197 @@
+"""The decoder's operations with gradients by hand, which autograd's own would allocate, convert or compute twice.
+
+Shapes: N tokens, C width, V vocabulary, K tokens of a chunk. A weight's gradient is written straight to its sink where
+it has one (`training_memory`), in bits that do not depend on whether it has.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.training_memory import copy_of, sink_of
+
+IGNORE_INDEX = -100
+"""Target of a position that the loss does not count."""
+
+_BLOCK_VALUES = 1 << 18
+"""Scores that are exponentiated together on a CPU: their fp32 form, 1 MB, stays in its cache."""
+
+
+def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x @ weight + bias, of x (N, in) and a weight (in, out), in autocast's type where that is on."""
+    if not torch.is_grad_enabled():
+        return torch.addmm(bias, x, weight)
+    dtype = _compute_dtype(x)
+    return _Affine.apply(x.to(dtype), weight, bias, _in_type(weight, dtype), sink_of(weight))
+
+
+class _Affine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, w: Tensor, sink: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, w)
+        ctx.sink, ctx.dtype = sink, weight.dtype
+        return torch.addmm(bias.to(x.dtype), x, w)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None]:
+        (grad,) = grads  # (N, out)
+        x, w = ctx.saved_tensors
+        grad_x = grad @ w.T if ctx.needs_input_grad[0] else None
+        grad_weight = _Sum(ctx.sink, dtype=ctx.dtype).add_product(x.T, grad)
+        return grad_x, grad_weight.result(), grad.sum(0, dtype=ctx.dtype), None, None
+
+
+def embed(indices: Tensor, weight: Tensor, *, adds: bool) -> Tensor:
+    """Rows (..., C) of a weight (V, C). With `adds` its sink has the head's share before backward comes here."""
+    if not torch.is_grad_enabled():
+        return F.embedding(indices, weight)
+    return _Embed.apply(weight, indices, sink_of(weight), adds)
+
+
+class _Embed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, indices: Tensor, sink: Tensor | None, adds: bool) -> Tensor:
+        ctx.save_for_backward(indices)
+        ctx.shape, ctx.dtype, ctx.sink, ctx.adds = weight.shape, weight.dtype, sink, adds
+        return F.embedding(indices, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
+        (indices,) = ctx.saved_tensors
+        grad = grads[0].reshape(-1, ctx.shape[1]).to(ctx.dtype)  # (N, C)
+        # Rows are summed first and then added, as autograd sums two uses of a weight.
+        rows, places = indices.flatten().unique(return_inverse=True)
+        sums = grad.new_zeros(len(rows), ctx.shape[1]).index_add_(0, places, grad)
+        if ctx.sink is not None and ctx.adds:
+            ctx.sink.index_add_(0, rows, sums)
+            return None, None, None, None
+        whole = grad.new_empty(ctx.shape) if ctx.sink is None else ctx.sink.detach()
+        return whole.zero_().index_copy_(0, rows, sums), None, None, None
+
+
+def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, scale: float, chunk_tokens: int) -> Tensor:
+    """`scale` times the summed cross-entropy (scalar, at least fp32) of hidden (N, C) @ weight.T (C, V) and targets
+    (N,), of which only `chunk_tokens` rows of scores exist at a time."""
+    w = _in_type(weight, _compute_dtype(hidden))
+    with_grad = torch.is_grad_enabled()
+    return _ChunkedCrossEntropy.apply(hidden, weight, targets, w, sink_of(weight), scale, chunk_tokens, with_grad)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """The gradient of the scores, softmax - one_hot, is known as soon as they are, so the forward pass turns each chunk
+    into its share of the gradients: no scores are kept or recomputed. (Liger kernel, arXiv 2410.10989, section 3.2.)
+
+    The softmax is never divided by its sum: the small side of each product is.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        w: Tensor,
+        sink: Tensor | None,
+        scale: float,
+        chunk_tokens: int,
+        with_grad: bool,
+    ) -> Tensor:
+        counted = targets != IGNORE_INDEX
+        labels = targets.where(counted, 0)
+        losses = torch.empty(targets.shape, dtype=torch.promote_types(w.dtype, torch.float32), device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if with_grad else None
+        grad_weight = _Sum(sink, dtype=weight.dtype)
+        for start in range(0, len(targets), chunk_tokens):
+            rows = slice(start, start + chunk_tokens)
+            h = hidden[rows].to(w.dtype)  # (K, C)
+            # As (V, K), not (K, V): in bf16 on a CPU two of the three products then take half the time.
+            scores = torch.mm(w, h.T)
+            places = labels[rows], torch.arange(len(h), device=h.device)
+            of_label = scores[places].to(losses.dtype)  # (K,)
+            largest, total = _exponentiate(scores, losses.dtype)  # (K,) each
+            losses[rows] = largest + total.log() - of_label
+            if grad_hidden is None:
+                continue
+            # In the wider type: the two are almost equal where the model is almost sure.
+            scores[places] = (of_label.sub_(largest).exp_() - total).to(w.dtype)
+            factors = (counted[rows] * scale / total)[:, None]  # (K, 1)
+            grad_hidden[rows] = torch.mm(scores.T, w) * factors
+            grad_weight.add_product(scores, (h * factors).to(w.dtype))
+        if grad_hidden is not None:
+            ctx.save_for_backward(grad_hidden)
+            ctx.grad_weight = grad_weight
+        return losses.where(counted, 0).sum() * scale
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_loss,) = grads
+        (grad_hidden,) = ctx.saved_tensors
+        grad_weight = ctx.grad_weight.result()
+        if grad_loss.device.type != "cpu" or grad_loss != 1:  # a pass over both; to look at a GPU's value would wait
+            grad_hidden, grad_weight = grad_hidden * grad_loss, grad_weight.mul(grad_loss)
+        return grad_hidden, grad_weight, *[None] * 6
+
+
+def _exponentiate(scores: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Puts exp(scores - largest) in the place of scores (V, K). Returns the largest score and the sum (K,) each."""
+    num_columns = scores.shape[1]
+    num_rows = max(1, _BLOCK_VALUES // num_columns) if scores.device.type == "cpu" else len(scores)
+    blocks = scores.split(num_rows)
+    scratch = scores if scores.dtype == dtype else scores.new_empty(num_rows, num_columns, dtype=dtype)
+
+    def wide(block: Tensor) -> Tensor:
+        return block if block.dtype == dtype else scratch[: len(block)].copy_(block)
+
+    largest = wide(blocks[0]).amax(0)
+    for block in blocks[1:]:
+        torch.maximum(largest, wide(block).amax(0), out=largest)
+    total = torch.zeros_like(largest)
+    for block in blocks:
+        values = wide(block).sub_(largest).exp_()
+        total += values.sum(0)
+        if values.dtype != block.dtype:
+            block.copy_(values)
+    return largest, total
+
+
+class _Sum:
+    """A sum of matrix products in a weight's own type, in its sink or in fresh memory."""
+
+    def __init__(self, sink: Tensor | None, *, dtype: torch.dtype) -> None:
+        self._value, self._dtype, self._is_empty = sink, dtype, True
+
+    def add_product(self, left: Tensor, right: Tensor) -> "_Sum":
+        if left.dtype != self._dtype:
+            product = left @ right
+            if self._value is None:
+                self._value = product.to(self._dtype)
+            elif self._is_empty:
+                self._value.copy_(product)
+            else:
+                self._value.add_(product)
+        elif not self._is_empty:
+            assert self._value is not None
+            self._value.addmm_(left, right)
+        elif self._value is not None:
+            torch.mm(left, right, out=self._value)
+        else:
+            self._value = left @ right
+        self._is_empty = False
+        return self
+
+    def result(self) -> Tensor:
+        """A tensor of its own, so that autograd keeps it as the parameter's gradient and makes no copy."""
+        assert self._value is not None
+        return self._value.detach()
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    device_type = x.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
+
+
+def _in_type(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    copy = copy_of(weight)
+    return copy if copy is not None and copy.dtype == dtype else weight.detach().to(dtype)

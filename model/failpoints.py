@@ -1,0 +1,50 @@
+"""Named places where a test may stop the process: RAYMILL_FAILPOINT=NAME:NTH:exit|sleep|raise.
+
+The NTH time that the process comes by the place, it dies as by SIGKILL, sleeps for good, or gets an `OSError`.
+"""
+
+import os
+import threading
+import time
+
+VARIABLE = "RAYMILL_FAILPOINT"
+FAILPOINTS = (
+    "after_lease",
+    "before_file",
+    "mid_file",
+    "after_file",
+    "before_fsync",
+    "before_manifest",
+    "mid_manifest",
+    "after_manifest",
+    "before_rename",
+    "after_rename",
+    "before_upload_complete",
+    "mid_delete",
+)
+
+_counting = threading.Lock()
+_passed: dict[str, int] = {}
+
+
+def failpoint(name: str) -> None:
+    """Does nothing unless the variable names this place."""
+    armed = os.environ.get(VARIABLE)
+    if armed is None:
+        return
+    wanted, nth, action = armed.split(":")
+    if name != wanted:
+        return
+    with _counting:
+        _passed[armed] = _passed.get(armed, 0) + 1
+        if _passed[armed] != int(nth):
+            return
+    match action:
+        case "exit":
+            os._exit(137)
+        case "sleep":
+            time.sleep(1e6)
+        case "raise":
+            raise OSError(f"failpoint {name}")
+        case _:
+            raise ValueError(f"{VARIABLE} ends in {action!r}, expected exit, sleep or raise")

@@ -1,0 +1,203 @@
+"""What keeps a run going, or stops it with a reason: hangs, stragglers, SIGTERM, and failures that come again.
+
+Everything is real: raylets, Ray Train, signals. One local cluster serves the whole module.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.config import RunConfig, write_config
+from cluster.flags import validate_config
+from cluster.local import LocalCluster
+from cluster.stage import Connection, StageFailedError, run_stage
+from cluster.storage import open_storage
+from jobs.ledger import Ledger
+
+pytestmark = pytest.mark.cluster
+
+NUM_STEPS = 400
+
+SETTINGS: dict[str, Any] = {
+    "model": {"preset": "tiny"},
+    "data": {"vocab_size": 300, "val_fraction": 0.2},
+    "train": {
+        "max_tokens": NUM_STEPS * 8 * 32,
+        "global_batch_size": 8,
+        "micro_batch_size": 1,
+        "seq_len": 32,
+        "learning_rate": 3e-3,
+        "eval_every_steps": NUM_STEPS,
+    },
+    "checkpoint": {"save_every_steps": 100},
+    "scaling": {"min_workers": 2, "max_workers": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def connection() -> Iterator[Connection]:
+    with LocalCluster(num_nodes=2, cpus_per_node=3) as cluster:
+        yield Connection(cluster.jobs_url, {"Authorization": f"Bearer {cluster.token}"}, cluster)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds the corpus and the storage."""
+    folder = tmp_path_factory.mktemp("interruptions")
+    (folder / "corpus").mkdir()
+    for number in range(12):
+        words = " ".join(str((number * 7919 + i * i) % 997) for i in range(1500))
+        (folder / "corpus" / f"{number:02d}.txt").write_text(words)
+    return folder
+
+
+def run_config(folder: Path, run_id: str, **scaling: Any) -> RunConfig:
+    values = SETTINGS | {"storage": {"uri": str(folder / "storage")}, "run_id": run_id}
+    values["scaling"] = values["scaling"] | scaling
+    values["data"] = values["data"] | {"source": str(folder / "corpus")}
+    return validate_config(values, RunConfig)
+
+
+def ledger_of(config: RunConfig) -> Ledger:
+    return Ledger.read(open_storage(config.storage.uri).child(f"runs/{config.run_id}"))
+
+
+def losses(config: RunConfig) -> list[tuple[int, float]]:
+    return [(line["step"], line["loss"]) for line in ledger_of(config).steps]
+
+
+@pytest.fixture(scope="module")
+def alone(connection: Connection, folder: Path) -> tuple[str, list[tuple[int, float]]]:
+    """The parameter hash and the loss column of an undisturbed run."""
+    config = run_config(folder, "alone", min_workers=1, max_workers=1)
+    return run_stage(connection, "jobs.pretrain", config)["parameter_hash"], losses(config)
+
+
+class Running:
+    """A run in the background, whose workers can be sent signals."""
+
+    def __init__(self, connection: Connection, config: RunConfig) -> None:
+        self._config, self._threads = config, ThreadPoolExecutor(max_workers=1)
+        self.result: Future[dict[str, Any]] = self._threads.submit(run_stage, connection, "jobs.pretrain", config)
+
+    def until(self, condition: Callable[[Ledger], object], timeout_s: float = 90) -> Ledger:
+        deadline = time.monotonic() + timeout_s
+        while not condition(ledger := ledger_of(self._config)):
+            assert time.monotonic() < deadline, ledger.events()
+            assert not self.result.done(), self.result.result()
+            time.sleep(0.05)
+        return ledger
+
+    def worker(self, rank: int) -> int:
+        return int(ledger_of(self._config).events("start")[-1]["workers"][rank]["pid"])
+
+
+def at_step(step: int) -> Callable[[Ledger], object]:
+    return lambda ledger: ledger.steps and ledger.steps[-1]["step"] >= step
+
+
+def test_a_stopped_worker_is_named_killed_and_replaced(
+    connection: Connection, folder: Path, alone: tuple[str, list[tuple[int, float]]]
+) -> None:
+    config = run_config(folder, "hang")
+    run = Running(connection, config)
+    run.until(at_step(30))
+    os.kill(run.worker(1), signal.SIGSTOP)
+    result = run.result.result(150)
+    ledger = ledger_of(config)
+    (hang,) = ledger.events("hang")
+    assert (hang["rank"], hang["health"]) == (1, "silent")
+    assert [line["kind"] for line in ledger.events("failure")] == ["died"]
+    (recovery,) = ledger.recoveries()
+    print(
+        f"from the last step before the hang to the first after it: {recovery.seconds} s, steps lost: {recovery.lost_steps}"
+    )
+    assert recovery.seconds <= 45
+    kept = [path.name for path in (folder / "storage/runs/hang/hangs").iterdir()]
+    assert any("rank-0" in name for name in kept), kept
+    assert any("rank-1-silent" in name for name in kept), kept
+    assert (result["parameter_hash"], losses(config)) == alone
+
+
+def test_sigterm_makes_a_checkpoint_and_a_straggler_no_restart(
+    connection: Connection, folder: Path, alone: tuple[str, list[tuple[int, float]]]
+) -> None:
+    config = run_config(folder, "term", hang_timeout_s=5)
+    run = Running(connection, config)
+    run.until(at_step(20))
+    worker = run.worker(1)
+    os.kill(worker, signal.SIGTERM)
+    sent_at = time.time()
+    ledger = run.until(lambda ledger: ledger.events("checkpoint"))
+    saved = ledger.events("checkpoint")[0]
+    print(f"SIGTERM to checkpoint: {saved['time'] - sent_at:.2f} s")
+    assert 20 <= saved["step"] < 100
+    os.kill(worker, signal.SIGTERM)
+    run.until(lambda ledger: len(ledger.events("preempted")) > 1)
+    for _ in range(8):  # longer than the timeout
+        os.kill(worker, signal.SIGSTOP)
+        time.sleep(0.9)
+        os.kill(worker, signal.SIGCONT)
+        time.sleep(0.1)
+        if run.result.done():
+            break
+    assert run.result.result(120)["restarts"] == 0
+    assert ledger_of(config).events("hang") == []
+    assert ledger_of(config).events("preempted")[0]["step"] == saved["step"]
+    assert losses(config) == alone[1]
+
+
+def test_sigterm_to_the_launcher_leaves_its_last_step(
+    connection: Connection, folder: Path, alone: tuple[str, list[tuple[int, float]]]
+) -> None:
+    config = run_config(folder, "launcher")
+    write_config(config, folder / "run.yaml")
+    command = [sys.executable, "-m", "cluster.cli", "pretrain", str(folder / "run.yaml")]
+    assert connection.local is not None
+    environment = os.environ | connection.local.environment
+    launcher = subprocess.Popen([*command, "--cluster.address", connection.jobs_url], env=environment)
+    try:
+        deadline = time.monotonic() + 90
+        while not at_step(30)(ledger_of(config)):
+            assert launcher.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        launcher.terminate()
+        sent_at = time.monotonic()
+        assert launcher.wait(60) == 128 + signal.SIGTERM
+    finally:
+        launcher.kill()
+    ledger = ledger_of(config)
+    last = ledger.steps[-1]["step"]
+    print(f"SIGTERM to the launcher's end: {time.monotonic() - sent_at:.1f} s, after step {last}")
+    assert last < NUM_STEPS
+    assert [(line["step"], line["notice"]) for line in ledger.events("preempted")] == [(last, "stop")]
+    assert ledger.events("checkpoint")[-1]["step"] == last
+    result = run_stage(connection, "jobs.pretrain", config)
+    assert (result["parameter_hash"], losses(config)) == alone
+
+
+def test_a_failure_that_comes_again_ends_the_run_with_its_reason(
+    connection: Connection, folder: Path, alone: tuple[str, list[tuple[int, float]]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A shard is missing: the second attempt fails as the first one did, and there is no third."""
+    config = run_config(folder, "damaged")
+    (shard,) = folder.glob("storage/tokens/*/shard-00000.bin")
+    shard.rename(shard.with_suffix(".away"))
+    try:
+        with pytest.raises(StageFailedError):
+            run_stage(connection, "jobs.pretrain", config)
+    finally:
+        shard.with_suffix(".away").rename(shard)
+    ledger = ledger_of(config)
+    assert 1 <= len(ledger.events("failure")) <= 2
+    assert "shard-00000.bin" in ledger.events("gave_up")[-1]["reason"]
+    assert "gave up" in capfd.readouterr().err

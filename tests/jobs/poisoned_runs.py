@@ -1,0 +1,59 @@
+"""Real training in processes of their own, whose loss turns to NaN at chosen lanes, or that die at a chosen step."""
+
+import multiprocessing
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from jobs.batch_gradient import BatchGradient
+from jobs.run_plan import RunPlan
+from jobs.train_loop import train
+
+
+@dataclass(frozen=True)
+class Faults:
+    poisoned: frozenset[tuple[int, int]] = frozenset()  # (step, lane): the loss there is NaN, and so is its gradient
+    scaled: tuple[tuple[int, float], ...] = ()  # (step, factor): the loss of the whole step is so many times larger
+    dies_at: int | None = None  # the step in whose middle the process ends, as by SIGKILL
+
+
+def run_world(plan: RunPlan, faults: Faults = Faults(), *, world_size: int = 1) -> None:
+    """Trains the plan, with one process for each rank, to its end or to the fault's."""
+    with tempfile.TemporaryDirectory() as folder:
+        context = multiprocessing.get_context("forkserver")  # imports once, not once a process
+        context.set_forkserver_preload([__name__])
+        arguments = [(plan, faults, rank, world_size, str(Path(folder) / "meeting")) for rank in range(world_size)]
+        processes = [context.Process(target=_work, args=each) for each in arguments]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(60)
+        codes: Sequence[int | None] = [process.exitcode for process in processes]
+        for process in processes:
+            process.kill()
+    expected = 0 if faults.dies_at is None else 137
+    assert codes == [expected] * world_size, codes
+
+
+def _work(plan: RunPlan, faults: Faults, rank: int, world_size: int, meeting: str) -> None:
+    lane_backward = BatchGradient._lane_backward
+
+    def faulty(self: BatchGradient, loss_of: Any, step: int, lane: int, *rest: Any, scale: float) -> Tensor:
+        if step == faults.dies_at:
+            os._exit(137)
+        if (step, lane) in faults.poisoned:
+            scale = float("nan")
+        return lane_backward(self, loss_of, step, lane, *rest, scale=scale * dict(faults.scaled).get(step, 1.0))
+
+    BatchGradient._lane_backward = faulty  # type: ignore[method-assign, assignment]
+    if world_size > 1:
+        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size)
+    train(plan, rank=rank, world_size=world_size)
+    if world_size > 1:
+        dist.destroy_process_group()

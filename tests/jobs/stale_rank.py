@@ -1,0 +1,14 @@
+"""A rank 0 that trains a tiny run, whose plan it gets as a pickled file: `python -m tests.jobs.stale_rank PLAN`."""
+
+import pickle
+import sys
+from pathlib import Path
+
+from cluster.lease import LeaseLostError
+from jobs.train_loop import train
+
+if __name__ == "__main__":
+    try:
+        train(pickle.loads(Path(sys.argv[1]).read_bytes()), rank=0, world_size=1)
+    except LeaseLostError as error:
+        print(f"lost: {error}", flush=True)

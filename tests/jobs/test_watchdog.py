@@ -1,0 +1,112 @@
+"""The watchdog: its judgement by a table, and real processes that stop, stand still, or are merely slow."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from jobs.incidents import INCIDENTS
+from jobs.watchdog import HANGS, Beat, Health, Place, health
+
+COLLECTIVE = ['File "/venv/torch/distributed/distributed_c10d.py", line 1, in all_gather\n']
+READING = ['File "/work/jobs/token_stream.py", line 1, in samples\n']
+
+
+@pytest.mark.parametrize(
+    ("place", "usual_step_s", "stack", "silent_s", "unmoved_s", "expected"),
+    [
+        (Place.STEP, 0.1, [], 1, 20, Health.WELL),
+        (Place.STEP, 0.1, [], 30, 30, Health.SILENT),
+        (Place.STEP, 0.1, [], 1, 28, Health.SLOW),
+        (Place.STEP, 0.1, [], 1, 38, Health.STUCK),
+        (Place.STEP, 10.0, [], 1, 150, Health.WELL),  # long steps have a long deadline
+        (Place.STEP, 10.0, [], 1, 201, Health.STUCK),
+        (Place.STEP, 0.1, COLLECTIVE, 1, 100, Health.SLOW),  # a victim is not blamed
+        (Place.STEP, 0.1, COLLECTIVE, 1, 751, Health.FORSAKEN),
+        (Place.STEP, 0.1, READING, 1, 3600, Health.WELL),  # an outage of the storage ends no training
+        (Place.AROUND, None, [], 1, 3600, Health.WELL),
+        (Place.AROUND, None, [], 31, 31, Health.SILENT),
+        (Place.FIRST_STEP, None, [], 1, 200, Health.WELL),
+        (Place.VALIDATION, 0.1, [], 1, 301, Health.STUCK),
+    ],
+)
+def test_who_hangs(
+    place: Place, usual_step_s: float | None, stack: list[str], silent_s: float, unmoved_s: float, expected: Health
+) -> None:
+    beat = Beat(place, 1, usual_step_s, stack)
+    assert Beat.from_json(beat.to_json()) == beat
+    assert health(beat, silent_s=silent_s, unmoved_s=unmoved_s, hang_timeout_s=30) is expected
+
+
+WORKER = """
+import os, signal, sys, time
+from jobs.pulse import watched
+from jobs.watchdog import Place
+
+def stand_still():
+    time.sleep(600)
+
+with watched(sys.argv[1], rank=3, hang_timeout_s=2.0) as pulse:
+    for _ in range(5):
+        pulse.at(Place.STEP)
+        time.sleep(0.1)
+    print("ready", flush=True)
+    if sys.argv[2] == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if sys.argv[2] == "stand":
+        stand_still()
+    for _ in range(40):
+        pulse.at(Place.STEP)
+        time.sleep(0.1)
+"""
+
+
+def start(run_uri: Path, how: str) -> subprocess.Popen[bytes]:
+    environment = os.environ | {"PYTHONPATH": str(Path.cwd())}
+    worker = subprocess.Popen(
+        [sys.executable, "-c", WORKER, str(run_uri), how], stdout=subprocess.PIPE, env=environment
+    )
+    assert worker.stdout is not None
+    assert worker.stdout.readline() == b"ready\n"
+    return worker
+
+
+def stacks(run_uri: Path) -> str:
+    deadline = time.monotonic() + 10
+    while not list((run_uri / INCIDENTS).glob("*.json")):  # noted after the kill
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return "".join(path.read_text() for path in sorted((run_uri / HANGS).iterdir()))
+
+
+@pytest.mark.parametrize(("how", "verdict"), [("stop", "silent"), ("stand", "stuck")])
+def test_a_hanging_worker_is_killed_and_its_stack_kept(tmp_path: Path, how: str, verdict: str) -> None:
+    began = time.monotonic()
+    worker = start(tmp_path, how)
+    assert worker.wait(20) == -signal.SIGKILL
+    assert time.monotonic() - began < 10
+    text = stacks(tmp_path)
+    assert f"rank 3, process {worker.pid}: {verdict}" in text
+    if how == "stop":
+        assert ": T\n" in text  # the kernel's word for it
+    else:
+        assert "in stand_still" in text
+    note = next((tmp_path / INCIDENTS).iterdir()).read_text()
+    assert '"event": "hang"' in note
+    assert '"rank": 3' in note
+
+
+def test_a_straggler_is_spared(tmp_path: Path) -> None:
+    """Stopped for nine tenths of its time, longer than the timeout in all."""
+    worker = start(tmp_path, "slow")
+    for _ in range(5):
+        os.kill(worker.pid, signal.SIGSTOP)
+        time.sleep(0.9)
+        os.kill(worker.pid, signal.SIGCONT)
+        time.sleep(0.1)
+    assert worker.wait(20) == 0
+    assert not (tmp_path / INCIDENTS).exists()

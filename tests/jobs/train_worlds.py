@@ -1,0 +1,188 @@
+"""Trains a small model over real gloo processes, for worlds of several sizes in turn, and prints what came of it.
+
+    python -m tests.jobs.train_worlds MAX_WORLD_SIZE FOLDER
+
+Prints one JSON object: by case and world, the parameter hash and losses of every rank, and the bytes sent a step.
+The world "resized" is one run whose world has another size at each step.
+"""
+
+import itertools
+import json
+import multiprocessing
+import random
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cluster.config import RunConfig
+from jobs.batch_gradient import BatchGradient
+from jobs.step_timer import StepTimer
+from jobs.train_state import TrainState
+from jobs.worker_group import WorkerGroup
+from model.checkpoint import parameter_hash
+from model.gpt import GPT
+
+NUM_STEPS = 4
+RESIZES = random.Random(8).choices(range(1, 6), k=NUM_STEPS)  # the world's size at each step
+SEQ_LEN, VOCAB = 16, 301
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Case:
+    precision: str = "fp32"
+    activation: str = "gelu"
+    num_lanes: int = 7
+    sharded: bool = False
+    exact: bool = True
+
+    @property
+    def numbers(self) -> "Case":
+        """The case whose bits this one must have."""
+        return Case(self.precision, self.activation, self.num_lanes)
+
+    def config(self) -> RunConfig:
+        model = {
+            "preset": "tiny",
+            "vocab_size": VOCAB,
+            "n_positions": SEQ_LEN,
+            "n_embd": 72,
+            "n_head": 4,
+            "activation_function": self.activation,
+            "dropout": 0.1,
+        }
+        train = {
+            "global_batch_size": 2 * self.num_lanes,
+            "micro_batch_size": 2,
+            "max_tokens": 1000 * SEQ_LEN,
+            "precision": self.precision,
+            "exact": self.exact,
+            "shard_optimizer": self.sharded,
+        }
+        return RunConfig.model_validate({"model": model, "train": train, "scaling": {"max_workers": 1}})
+
+
+CASES = [
+    *(
+        Case(precision, activation, sharded=sharded)
+        for precision, activation, sharded in itertools.product(("fp32", "bf16"), ("gelu", "relu"), (False, True))
+    ),
+    Case(num_lanes=8),
+    Case(num_lanes=8, sharded=True),
+    Case(exact=False),
+]
+
+
+class MadeRows:
+    """Each sample's row is a function of its number."""
+
+    def samples(self, indices: Any) -> tuple[Tensor, Tensor]:
+        rows = [np.random.default_rng(int(index)).integers(VOCAB, size=SEQ_LEN + 1) for index in indices]
+        batch = torch.from_numpy(np.stack(rows))
+        return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+
+    def read_ahead(self, indices: Any) -> None:
+        pass
+
+
+class Trainer:
+    """One rank's model in one world."""
+
+    def __init__(self, case: Case, group: WorkerGroup) -> None:
+        config = case.config()
+        torch.use_deterministic_algorithms(case.exact)
+        model = GPT(config.model)
+        model.init_weights(0)
+        self.state = TrainState(model, config.train, device=CPU, group=group)
+        self.gradient = BatchGradient(config, self.state, MadeRows(), group, eot_id=None)  # type: ignore[arg-type]
+
+    def steps(self, steps: range) -> list[float]:
+        losses = []
+        for step in steps:
+            measured = self.gradient.of_step(step, StepTimer())
+            self.state.apply(norm=measured.norm, learning_rate=1e-2)
+            losses.append(measured.loss)
+        return losses
+
+    @property
+    def hash(self) -> str:
+        return parameter_hash(self.state.model.state_dict())
+
+
+def worlds(rank: int, max_world_size: int, folder: Path) -> Iterator[tuple[str, WorkerGroup, range]]:
+    """The worlds that the rank is part of: a name, the group, the steps to take in it."""
+    plan = [(f"{size}", size, range(1, NUM_STEPS + 1)) for size in range(1, max_world_size + 1)]
+    plan += [("resized", size, range(step, step + 1)) for step, size in enumerate(RESIZES, start=1)]
+    for number, (name, size, steps) in enumerate(plan):
+        if rank < size:
+            store = f"file://{folder}/world-{number}"
+            dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
+            yield name, WorkerGroup(rank, size), steps
+            dist.barrier()
+            dist.destroy_process_group()
+
+
+def hand_over(trainer: Trainer, group: WorkerGroup, path: Path, *, in_parts: bool) -> None:
+    """The state to the next world: as in-memory snapshots do, or as checkpoints do."""
+    state = trainer.state
+    kept = {"parts": group.gather(state.own_state())} if in_parts else {"moments": state.moments()}
+    if group.rank == 0:
+        torch.save(kept | {"weights": state.model.state_dict()}, path)
+
+
+def take_over(trainer: Trainer, path: Path) -> None:
+    kept = torch.load(path, weights_only=False)
+    if "parts" in kept:
+        trainer.state.load_state(reversed(kept["parts"]))
+    else:
+        trainer.state.model.load_state_dict(kept["weights"])
+        trainer.state.load_moments(kept["moments"])
+
+
+def run_rank(rank: int, max_world_size: int, folder: Path) -> list[dict[str, Any]]:
+    torch.set_num_threads(1)
+    found = []
+    resized: dict[Case, list[float]] = {case: [] for case in CASES}
+    for name, group, steps in worlds(rank, max_world_size, folder):
+        for number, case in enumerate(CASES):
+            if name == "resized" and not case.exact:
+                continue
+            trainer, path = Trainer(case, group), folder / f"state-{number}"
+            if steps.start > 1:
+                take_over(trainer, path)
+            losses = trainer.steps(steps)
+            if name == "resized":
+                resized[case] += losses
+                hand_over(trainer, group, path, in_parts=steps.start % 2 == 0)
+                if steps.stop <= NUM_STEPS:
+                    continue
+            ranks = group.gather({"hash": trainer.hash, "losses": resized[case] or losses})
+            sent = trainer.gradient.exchange.bytes_sent if case.exact else 0
+            sent += trainer.state.bytes_sent
+            parameters = sum(parameter.numel() for parameter in trainer.state.model.parameters())
+            found.append(
+                {
+                    "case": asdict(case),
+                    "world": name,
+                    "hashes": [rank["hash"] for rank in ranks],
+                    "losses": ranks[0]["losses"],  # rank 0 was part of every world
+                    "bytes_per_step": sum(group.gather(sent)) / group.world_size / len(steps),
+                    "ring_bytes": 2 * (group.world_size - 1) / group.world_size * 4 * parameters,
+                }
+            )
+    return found
+
+
+if __name__ == "__main__":
+    world_size, folder = int(sys.argv[1]), Path(sys.argv[2])
+    # Forked while this process has no other thread: torch is imported once for all ranks.
+    with multiprocessing.get_context("fork").Pool(world_size) as pool:
+        results = pool.starmap(run_rank, [(rank, world_size, folder) for rank in range(world_size)], chunksize=1)
+    print(json.dumps(results[0]))
