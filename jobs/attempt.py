@@ -93,9 +93,7 @@ class Attempt:
         self.notices = Notices(plan.run, group, signals, device=self.state.device)
         kinds = group.gather(hardware(self.state.device))
         nodes = [worker["node"] for worker in workers]
-        self.record = StepRecord(
-            plan, self.state, group, ledger=self.ledger, attempt=self.attempt, nodes=nodes
-        )
+        self.record = StepRecord(plan, self.state, group, ledger=self.ledger, attempt=self.attempt, nodes=nodes)
         if self.ledger:
             self.ledger.event(
                 "start",

@@ -50,7 +50,8 @@ class Cell:
             "max_tokens": 10_000 * self.num_tokens,
             "precision": self.precision,
         }
-        return RunConfig.model_validate({"model": {"preset": self.preset}, "train": train})
+        scaling = {"max_workers": 1}
+        return RunConfig.model_validate({"model": {"preset": self.preset}, "train": train, "scaling": scaling})
 
     def batches(self) -> Tensor:
         """(NUM_BATCHES, B, T + 1), the same for every contender."""
@@ -164,7 +165,7 @@ class Contender:
         self._process.join()
 
 
-def _serve(pipe: Connection, name: str, cell: Cell, compiled: bool, num_threads: int) -> None:  # noqa: FBT001
+def _serve(pipe: Connection, name: str, cell: Cell, compiled: bool, num_threads: int) -> None:
     torch.set_num_threads(num_threads)
     torch.manual_seed(0)
     step, number = CONTENDERS[name](cell, compiled=compiled), 0
