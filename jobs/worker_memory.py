@@ -11,5 +11,6 @@ MEMORY_SETTINGS = {
 
 A step allocates and frees the same gigabytes as the one before. Left alone, glibc gives large pieces back to the
 kernel each time and gets them again as untouched pages of 4 kB: of a step's time a tenth and more. With these it keeps
-them, in pages of 2 MB where the kernel has them. One arena, as an arena of a thread (Ray Train's) cannot hold more than 64 MB.
+them, in pages of 2 MB where the kernel has them. One arena, as an arena of a thread (Ray Train's) cannot hold more than
+64 MB.
 """
