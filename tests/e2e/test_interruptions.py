@@ -22,7 +22,7 @@ from cluster.stage import Connection, StageFailedError, run_stage
 from cluster.storage import open_storage
 from jobs.ledger import Ledger
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 NUM_STEPS = 400
 
