@@ -195,8 +195,8 @@ class ScalingConfig(Settings):
     )
     standby: bool = Field(
         default=False,
-        description="keep loaded worker processes on each node, 0.4 GB each, for the next restart: for nodes with CPUs to "
-        "spare, as loading them takes 4 CPU-seconds each",
+        description="keep loaded worker processes on each node, 0.4 GB each, for the next restart: for nodes with CPUs "
+        "to spare, as loading takes 4 CPU-seconds each",
     )
     start_timeout_s: float = Field(
         default=60.0, gt=0, description="seconds without workers after which the run says what it is waiting for"

@@ -11,7 +11,7 @@ from cluster.config import CheckpointConfig
 from cluster.storage import AlreadyExistsError, Storage, StorageError
 from jobs.fence import Fence
 from jobs.node_spool import node_spool
-from jobs.retention import checkpoint_name, step_of, superseded
+from jobs.retention import checkpoint_name, is_checkpoint_name, step_of, superseded
 from model.checkpoint import MANIFEST, verify_checkpoint
 from model.durable_files import move_into_place
 from model.failpoints import failpoint
@@ -193,7 +193,7 @@ class RunCheckpoints:
         folders: dict[str, set[str]] = {}
         for entry in self._storage.list():
             name, _, file = entry.key.partition("/")
-            if file and not name.startswith("."):
+            if file and is_checkpoint_name(name):  # not the spool, nor what people put beside
                 folders.setdefault(name, set()).add(file)
         if self._local is not None and self._local.is_dir():  # a deletion that was cut off may leave an empty one
             for path in self._local.glob("step-*"):

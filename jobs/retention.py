@@ -1,5 +1,6 @@
 """Which checkpoints may go: a decision on names and numbers alone."""
 
+import re
 from collections.abc import Collection, Mapping
 
 from cluster.config import CheckpointConfig
@@ -10,6 +11,10 @@ _MIN_VERIFIED = 2
 def checkpoint_name(step: int, generation: int = 0) -> str:
     """Sorted by name, checkpoints are in the order of their steps and then of their writers."""
     return f"step-{step:09d}-{generation:04d}" if generation else f"step-{step:09d}"
+
+
+def is_checkpoint_name(name: str) -> bool:
+    return re.fullmatch(r"step-\d{9}(-\d{4,})?", name) is not None
 
 
 def step_of(name: str) -> int:

