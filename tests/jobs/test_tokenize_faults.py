@@ -55,7 +55,8 @@ def start(cluster: LocalCluster, corpus: Path, folder: Path) -> subprocess.Popen
 def finish(job: subprocess.Popen[str]) -> dict[str, Any]:
     output, log = job.communicate(timeout=120)
     results = [found for line in output.splitlines() if (found := parse_result(line))]
-    assert job.returncode == 0 and results, log[-3000:]
+    assert job.returncode == 0, f"the log ends:\n{log[-6000:]}"
+    assert results
     return {name: value for name, value in results[-1].items() if name != "manifest"}
 
 
@@ -68,8 +69,10 @@ def wait_for_progress(folder: Path, *, files: int) -> None:
 
 
 def workers_of(cluster: LocalCluster) -> list[psutil.Process]:
+    """Not the agents, with which their node would die."""
     own = [child for node in cluster._nodes.values() for child in psutil.Process(node.pid).children(recursive=True)]
-    return [process for process in own if process.is_running() and "ray::" in " ".join(process.cmdline()[:1])]
+    titles = {process: " ".join(process.cmdline()[:1]) for process in own if process.is_running()}
+    return [process for process, title in titles.items() if title.startswith("ray::") and "Agent" not in title]
 
 
 @pytest.fixture(scope="module")
