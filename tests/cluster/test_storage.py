@@ -136,7 +136,7 @@ def _count(uri: str, times: int) -> None:
 
 def test_processes_that_count_in_one_local_file_lose_no_count(tmp_path: Path) -> None:
     open_storage(str(tmp_path)).write_bytes("counter", b"0")
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")  # a fresh interpreter does not find the tests
     processes = [context.Process(target=_count, args=(str(tmp_path), 30)) for _ in range(3)]
     for process in processes:
         process.start()
