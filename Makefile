@@ -8,7 +8,7 @@ BENCH_INSTALLED := $(VENV)/.installed-bench
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-all test-chaos lint format bench bench-data clean
+.PHONY: demo test test-all test-chaos lint format bench bench-train bench-data clean
 
 demo: $(INSTALLED)
 	$(BIN)/raymill demo
@@ -32,8 +32,10 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED)
-	$(BIN)/python -m tests.benchmarks.bench_training
+bench: bench-train bench-data
+
+bench-train: $(INSTALLED)
+	$(BIN)/python -m tests.benchmarks.bench_train
 
 bench-data: $(BENCH_INSTALLED)
 	$(BIN)/python -m tests.benchmarks.bench_data

@@ -13,6 +13,8 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 
+from jobs.normal_text import mix64
+
 Indices = npt.NDArray[np.int64]
 
 WEIGHT_SLOTS = 10_000
@@ -91,13 +93,6 @@ def _slots_of_sources(weights: Sequence[float]) -> Indices:
     return counts
 
 
-def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """The finalizer of splitmix64 (Steele, Lea, Flood, 2014): each output bit depends on each input bit."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
 def _permuted(places: Indices, key: str, size: int) -> Indices:
     """The numbers at `places` (N,) of a permutation of [0, size), without a table of it.
 
@@ -113,7 +108,7 @@ def _permuted(places: Indices, key: str, size: int) -> Indices:
     while outside.any():
         left, right = values[outside] >> half, values[outside] & mask
         for round_key in keys:
-            left, right = right, left ^ (_mix(right + round_key) & mask)
+            left, right = right, left ^ (mix64(right + round_key) & mask)
         values[outside] = (left << half) | right
         outside = values >= size
     return values.astype(np.int64)

@@ -1,11 +1,7 @@
-"""One training loop in a process of its own, which takes a step whenever it is told to: a contender of `bench_train`."""
+"""The training steps that `bench_train` compares: raymill's own, Hugging Face's GPT-2 and a plain loop."""
 
-import multiprocessing
-import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -17,13 +13,11 @@ from jobs.batch_gradient import BatchGradient
 from jobs.step_timer import StepTimer
 from jobs.train_state import TrainState
 from jobs.worker_group import WorkerGroup
-from jobs.worker_memory import MEMORY_SETTINGS
 from model.config import PRESETS
 from model.gpt import GPT
 from tests.benchmarks.plain_gpt2 import PlainGPT2, Shape, training_step
 
 NUM_BATCHES = 8
-LOADING_S = 240.0  # torch.compile among it
 
 Step = Callable[[int], float]
 """Trains on the batch of this number; returns the loss."""
@@ -42,7 +36,7 @@ class Cell:
     def num_tokens(self) -> int:
         return self.batch_size * self.seq_len
 
-    def config(self, *, compiled: bool = False) -> RunConfig:
+    def config(self) -> RunConfig:
         train = {
             "global_batch_size": self.batch_size,
             "micro_batch_size": self.batch_size,
@@ -74,9 +68,9 @@ class _Rows:
         pass
 
 
-def raymill(cell: Cell, *, compiled: bool) -> Step:
+def raymill(cell: Cell) -> Step:
     """The parts that `jobs/train_loop.py` steps with, and its settings."""
-    config, group = cell.config(compiled=compiled), WorkerGroup(rank=0, world_size=1)
+    config, group = cell.config(), WorkerGroup(rank=0, world_size=1)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
     model = GPT(config.model)
@@ -95,14 +89,13 @@ def raymill(cell: Cell, *, compiled: bool) -> Step:
     return step
 
 
-def plain(cell: Cell, *, compiled: bool) -> Step:
+def plain(cell: Cell) -> Step:
     shape = {"vocab_size": 50257, "n_positions": 1024} | PRESETS[cell.preset]
     model = PlainGPT2(Shape(**shape))
-    loss_of = torch.compile(model) if compiled else model
-    return _over_batches(cell, training_step(model, loss_of, is_bf16=cell.precision == "bf16"))
+    return _over_batches(cell, training_step(model, model, is_bf16=cell.precision == "bf16"))
 
 
-def hugging_face(cell: Cell, *, compiled: bool) -> Step:
+def hugging_face(cell: Cell) -> Step:
     shape = {"vocab_size": 50257, "n_positions": 1024} | PRESETS[cell.preset]
     dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     model = GPT2LMHeadModel(GPT2Config(**shape, **dropout, use_cache=False, attn_implementation="sdpa"))
@@ -111,7 +104,7 @@ def hugging_face(cell: Cell, *, compiled: bool) -> Step:
         logits = model(inputs).logits
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
-    step = training_step(model, torch.compile(loss_of) if compiled else loss_of, is_bf16=cell.precision == "bf16")
+    step = training_step(model, loss_of, is_bf16=cell.precision == "bf16")
     return _over_batches(cell, step)
 
 
@@ -120,60 +113,4 @@ def _over_batches(cell: Cell, step: Callable[[Tensor, Tensor], float]) -> Step:
     return lambda number: step(*pairs[number % len(pairs)])
 
 
-CONTENDERS: dict[str, Callable[..., Step]] = {"raymill": raymill, "Hugging Face": hugging_face, "plain": plain}
-
-
-@dataclass(frozen=True)
-class Taken:
-    """Of one step."""
-
-    wall_s: float
-    cpu_s: float
-    loss: float
-
-
-class Contender:
-    """A loop's process. raymill's has the memory settings of its training workers; the others start as they are."""
-
-    def __init__(self, name: str, cell: Cell, *, compiled: bool, num_threads: int) -> None:
-        self.name = f"{name}, compiled" if compiled else name
-        settings = MEMORY_SETTINGS if name == "raymill" else {}
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        before = dict(os.environ)
-        os.environ |= settings  # read when the process starts
-        try:
-            arguments = (theirs, name, cell, compiled, num_threads)
-            self._process = context.Process(target=_serve, args=arguments, daemon=True)
-            self._process.start()
-        finally:
-            for variable in settings:
-                os.environ.pop(variable)
-            os.environ |= before
-
-    def wait_until_ready(self) -> None:
-        assert self._pipe.poll(LOADING_S), f"{self.name} took more than {LOADING_S:.0f} s to load"
-        self._pipe.recv()
-
-    def step(self) -> Taken:
-        self._pipe.send("step")
-        taken: Taken = self._pipe.recv()
-        return taken
-
-    def end(self) -> None:
-        self._pipe.send("end")
-        self._process.join()
-
-
-def _serve(pipe: Connection, name: str, cell: Cell, compiled: bool, num_threads: int) -> None:
-    torch.set_num_threads(num_threads)
-    torch.manual_seed(0)
-    step, number = CONTENDERS[name](cell, compiled=compiled), 0
-    for number in range(2):
-        step(number)
-    pipe.send("ready")
-    while pipe.recv() == "step":
-        number += 1
-        wall, cpu = time.perf_counter(), time.process_time()
-        loss = step(number)
-        pipe.send(Taken(time.perf_counter() - wall, time.process_time() - cpu, loss))
+CONTENDERS: dict[str, Callable[[Cell], Step]] = {"raymill": raymill, "Hugging Face": hugging_face, "plain": plain}
