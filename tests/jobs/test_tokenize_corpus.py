@@ -171,6 +171,16 @@ def test_s3_sources_and_storage_give_the_same_manifest(result: dict, corpus: Pat
     assert sources["skipped"] == [f"s3://{s3_bucket}/data/texts/readme.md"]
 
 
+def test_renamed_files_give_the_same_manifest(result: dict, corpus: Path, tmp_path: Path) -> None:
+    renamed = tmp_path / "renamed"
+    renamed.mkdir()
+    for path in corpus.iterdir():
+        os.link(path, renamed / f"new-{path.name}")
+    again = tokenize(data_config(str(renamed), tmp_path / "storage"))
+    assert again["shards"] == result["shards"]
+    assert again["manifest_hash"] == result["manifest_hash"]
+
+
 def test_a_finished_store_is_reused_a_damaged_one_mended_a_changed_corpus_made_anew(
     ray_workers: int, tmp_path: Path
 ) -> None:
