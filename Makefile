@@ -20,7 +20,7 @@ test-all: $(INSTALLED)
 	$(BIN)/pytest
 
 test-chaos: $(INSTALLED)
-	$(BIN)/pytest tests/chaos
+	$(BIN)/pytest -m chaos tests/chaos tests/jobs
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

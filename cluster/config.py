@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
+from cluster.batch_schedule import BatchSchedule
 from model.config import GPTConfig, preset_fields
 
 
@@ -34,6 +35,9 @@ TOKENS = "tokens://"
 QualityRule = Literal["word_count", "word_length", "symbol_ratio", "line_marks", "alphabetic_words", "stop_words"]
 """Names of `data.quality_rules`."""
 
+SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
+"""Of a text in `data.validation`."""
+
 
 class DataConfig(Settings):
     """From text to token shards."""
@@ -47,6 +51,10 @@ class DataConfig(Settings):
     weights: list[Annotated[float, Field(gt=0)]] = Field(
         default_factory=list,
         description="share of the training rows from each source, relative to each other; as they come when empty",
+    )
+    validation: dict[SetName, str] = Field(
+        default_factory=dict,
+        description="further texts that every validation measures, name to source; NAME=SOURCE ... as a flag",
     )
     text_field: str = Field(default="text", description="field (jsonl) or column (csv, parquet) that holds the text")
     tokenizer: str | None = Field(
@@ -108,8 +116,19 @@ class TrainConfig(Settings):
     max_tokens: int = Field(default=10_000_000, ge=1, description="tokens to train on; the last step is not exceeded")
     global_batch_size: int = Field(default=64, ge=1, description="sequences per optimizer step, over all workers")
     micro_batch_size: int = Field(default=8, ge=1, description="sequences per lane; divides global_batch_size")
+    batch_ramp_tokens: int = Field(
+        default=0, ge=0, description="tokens over which the batch grows linearly to global_batch_size; 0 has it at once"
+    )
+    batch_ramp_start: int | None = Field(
+        default=None, ge=1, description="sequences of the first step, where the batch grows"
+    )
     seq_len: int | None = Field(default=None, ge=1, description="tokens per sequence; model.n_positions when unset")
     learning_rate: float = Field(default=6e-4, gt=0, description="peak learning rate")
+    schedule: Literal["cosine", "wsd"] = Field(
+        default="cosine",
+        description="learning rate after the warm-up: cosine down to the horizon; or wsd, the peak until a last, "
+        "linear stretch of cooldown_tokens down to the horizon",
+    )
     min_learning_rate_ratio: float = Field(
         default=0.1, ge=0, le=1, description="learning rate at the horizon, as a share of the peak"
     )
@@ -117,7 +136,10 @@ class TrainConfig(Settings):
         default=None, ge=0, description="linear warm-up, tokens; 375M or 2% of max_tokens, the smaller, when unset"
     )
     decay_tokens: int | None = Field(
-        default=None, ge=1, description="horizon of the cosine, tokens; max_tokens when unset"
+        default=None, ge=1, description="horizon of the learning rate, tokens; max_tokens when unset"
+    )
+    cooldown_tokens: int | None = Field(
+        default=None, ge=1, description="last stretch of schedule wsd, tokens; 20% of the horizon when unset"
     )
     weight_decay: float = Field(
         default=0.1, ge=0, description="AdamW decay of matrices; biases and LayerNorms have none"
@@ -168,6 +190,32 @@ class TrainConfig(Settings):
     hash_every_steps: int = Field(
         default=0, ge=0, description="steps between parameter hashes in the ledger; 0 at checkpoints only"
     )
+
+    @model_validator(mode="after")
+    def _cooldown_fits(self) -> Self:
+        if self.cooldown_tokens is None:
+            return self
+        if self.schedule != "wsd":
+            raise ValueError(f"train.cooldown_tokens={self.cooldown_tokens} needs train.schedule=wsd; cosine has none")
+        horizon, warmup = self.decay_tokens or self.max_tokens, self.warmup_tokens or 0
+        if warmup + self.cooldown_tokens > horizon:
+            raise ValueError(
+                f"train.cooldown_tokens={self.cooldown_tokens} after train.warmup_tokens={warmup} exceeds the horizon "
+                f"of {horizon} tokens (train.decay_tokens, or else train.max_tokens)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _ramp_fits(self) -> Self:
+        start, micro = self.batch_ramp_start, self.micro_batch_size
+        if (start is None) != (self.batch_ramp_tokens == 0):
+            raise ValueError("train.batch_ramp_tokens and train.batch_ramp_start belong together; set both, or neither")
+        if start is not None and (start % micro or start >= self.global_batch_size):
+            raise ValueError(
+                f"train.batch_ramp_start={start} has to be a multiple of train.micro_batch_size={micro}, less than "
+                f"train.global_batch_size={self.global_batch_size}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _shards_only_exact(self) -> Self:
@@ -274,17 +322,18 @@ class RunConfig(Settings):
                 f"train.micro_batch_size={train.micro_batch_size} does not divide "
                 f"train.global_batch_size={train.global_batch_size}"
             )
-        if num_lanes(self) < self.scaling.max_workers:
+        schedule, batch = batch_schedule(self), "batch_ramp_start" if train.batch_ramp_start else "global_batch_size"
+        if schedule.num_lanes(1) < self.scaling.max_workers:
             raise ValueError(
-                f"scaling.max_workers={self.scaling.max_workers} exceeds the {num_lanes(self)} lanes of a step "
-                "(train.global_batch_size / train.micro_batch_size): a worker would have nothing to do"
+                f"scaling.max_workers={self.scaling.max_workers} exceeds the {schedule.num_lanes(1)} lanes of a step "
+                f"(train.{batch} / train.micro_batch_size): a worker would have nothing to do"
             )
         if seq_len(self) > self.model.n_positions:
             raise ValueError(f"train.seq_len={seq_len(self)} exceeds model.n_positions={self.model.n_positions}")
-        if train.max_tokens < tokens_per_step(self):
+        if schedule.max_steps < 1:
             raise ValueError(
-                f"train.max_tokens={train.max_tokens} is less than one step of {tokens_per_step(self)} tokens "
-                "(train.global_batch_size x sequence length)"
+                f"train.max_tokens={train.max_tokens} is less than one step of {schedule.step_tokens(1)} tokens "
+                f"(train.{batch} x sequence length)"
             )
         return self
 
@@ -294,18 +343,22 @@ def seq_len(config: RunConfig) -> int:
     return config.train.seq_len or config.model.n_positions
 
 
-def num_lanes(config: RunConfig) -> int:
-    """Micro-batches per optimizer step, over all workers."""
-    return config.train.global_batch_size // config.train.micro_batch_size
-
-
-def tokens_per_step(config: RunConfig) -> int:
-    return config.train.global_batch_size * seq_len(config)
+def batch_schedule(config: RunConfig) -> BatchSchedule:
+    """The lanes, samples and tokens of every step."""
+    train = config.train
+    return BatchSchedule(
+        seq_len=seq_len(config),
+        micro_batch_size=train.micro_batch_size,
+        full_lanes=train.global_batch_size // train.micro_batch_size,
+        max_tokens=train.max_tokens,
+        start_lanes=(train.batch_ramp_start or train.global_batch_size) // train.micro_batch_size,
+        ramp_tokens=train.batch_ramp_tokens,
+    )
 
 
 def max_steps(config: RunConfig) -> int:
-    """Optimizer steps of the whole run: `max_tokens` is never exceeded."""
-    return config.train.max_tokens // tokens_per_step(config)
+    """Optimizer steps of the whole run: `train.max_tokens` is never exceeded."""
+    return batch_schedule(config).max_steps
 
 
 class ReplicaConfig(Settings):

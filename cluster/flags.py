@@ -68,7 +68,16 @@ def config_from_arguments(arguments: argparse.Namespace, root: type[Config]) -> 
             if not isinstance(branch, dict):
                 raise ConfigError(f"{parent} holds {branch!r} in {arguments.config}; expected `name: value` lines")
         branch[name] = value if is_list else None if value in ("null", "none") else value
+        if path == "data.validation":
+            branch[name] = dict(_named(path, item) for item in value)
     return _settled(validate_config(values, root))
+
+
+def _named(path: str, item: str) -> tuple[str, str]:
+    name, separator, value = item.partition("=")
+    if not separator:
+        raise ConfigError(f"--{path} {item}: expected NAME=SOURCE")
+    return name, value
 
 
 def validate_config(values: dict[str, Any], root: type[Config]) -> Config:
@@ -88,7 +97,11 @@ def _settled(config: Config) -> Config:
             case DataConfig():
                 sources = [value.source] if isinstance(value.source, str) else value.source
                 tokenizer = value.tokenizer and absolute_uri(value.tokenizer)
-                paths = {"source": [_absolute_source(uri) for uri in sources], "tokenizer": tokenizer}
+                paths = {
+                    "source": [_absolute_source(uri) for uri in sources],
+                    "validation": {name: _absolute_source(uri) for name, uri in value.validation.items()},
+                    "tokenizer": tokenizer,
+                }
                 update[name] = value.model_copy(update=paths)
             case str() if name == "api_key_file" or (name == "checkpoint" and value != "latest"):
                 update[name] = absolute_uri(value)
@@ -145,12 +158,12 @@ def _help(info: FieldInfo) -> str:
     default = info.get_default(call_default_factory=True)
     choices = get_args(info.annotation) if all(isinstance(a, str) for a in get_args(info.annotation)) else ()
     notes = [f"one of {', '.join(choices)}"] if choices else []
-    notes += [f"default {default}"] if default not in (None, []) else []
+    notes += [f"default {default}"] if default not in (None, [], {}) else []
     return f"{info.description}" + (f" ({'; '.join(notes)})" if notes else "")
 
 
 def _holds_list(kind: Any) -> bool:
-    return get_origin(kind) is list or any(get_origin(part) is list for part in get_args(kind))
+    return get_origin(kind) in (list, dict) or any(get_origin(part) is list for part in get_args(kind))
 
 
 def _suggestion(word: str, known: list[str]) -> str:

@@ -4,13 +4,15 @@ import os
 import socket
 import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 
-from cluster.config import max_steps, tokens_per_step
+from cluster.config import batch_schedule
 from cluster.lease import LeaseLostError
 from cluster.local import NODE_NAME_VARIABLE
 from jobs.batch_gradient import BatchGradient
@@ -22,7 +24,7 @@ from jobs.ledger import Ledger
 from jobs.mixed_hardware import differences, hardware
 from jobs.outage import patiently
 from jobs.preemption import Notice, Notices, Signals
-from jobs.run_plan import RunPlan, open_stream, warmup_tokens
+from jobs.run_plan import RunPlan, cooldown_tokens, open_stream, open_validation_sets, warmup_tokens
 from jobs.run_writer import RunWriter
 from jobs.snapshots import Snapshot, Snapshots
 from jobs.step_record import StepRecord
@@ -33,6 +35,7 @@ from model.checkpoint import CheckpointError, Metadata, load_model, read_metadat
 from model.gpt import GPT
 from model.optimizer import learning_rate
 from model.tokenizer import Tokenizer
+from model.training_memory import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -61,12 +64,22 @@ class Attempt:
         signals: Callable[[], Signals] = Signals,
     ) -> None:
         """`rollbacks` are those that this process knows of; the ledger and the checkpoint tell of earlier ones."""
-        config = plan.config
+        self.plan, self.group = plan, group
+        self._opened = ExitStack()
+        try:
+            self._open(rollbacks, signals)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, rollbacks: Windows, signals: Callable[[], Signals]) -> None:
+        plan, group, config = self.plan, self.group, self.plan.config
         torch.set_num_threads(config.scaling.threads_per_worker)
+        keep_freed_memory()
         torch.use_deterministic_algorithms(config.train.exact)
         # Its debugging aid, NaN in all fresh memory, costs a pass over each activation.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        self.plan, self.group = plan, group
+        self.plan, self.group, self.schedule = plan, group, batch_schedule(config)
         self.tokenizer = Tokenizer.from_json(plan.tokenizer_json)
         self.checkpoints = RunCheckpoints(plan.run)
         self.writer: RunWriter | None = None
@@ -84,13 +97,16 @@ class Attempt:
         self.train_rows, val_rows = open_stream(plan, "train"), open_stream(plan, "val")
         eot_id = self.tokenizer.eot_id if config.train.document_mask else None
         self.gradient = BatchGradient(config, self.state, self.train_rows, group, eot_id=eot_id)
-        self.validation = Validation(config, self.state, val_rows, group, eot_id=eot_id)
+        self._opened.callback(self.gradient.close)
+        sets = open_validation_sets(plan)
+        self.validation = Validation(config, self.state, val_rows, group, eot_id=eot_id, sets=sets)
         before = self.writer.before if self.writer else Ledger([])
         if self.writer:
             self.writer.start_saving(self.state, self.tokenizer)
         self.attempt = 1 + len(before.world_sizes)
         workers = group.gather({"pid": os.getpid(), "node": os.environ.get(NODE_NAME_VARIABLE, socket.gethostname())})
         self.notices = Notices(plan.run, group, signals, device=self.state.device)
+        self._opened.callback(self.notices.close)
         kinds = group.gather(hardware(self.state.device))
         nodes = [worker["node"] for worker in workers]
         self.record = StepRecord(plan, self.state, group, ledger=self.ledger, attempt=self.attempt, nodes=nodes)
@@ -112,6 +128,18 @@ class Attempt:
             self.save(restored_step, {})  # the one that was due had not been stored yet
         self.snapshots.tell_standby()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends its threads, at whatever point it failed. What was not stored then, the next attempt makes again."""
+        self._opened.close()
+
     def is_hopeless(self) -> bool:
         """Whether the attempts before this one got nowhere, or none can; recorded for the driver to tell."""
         if self._stop_reason and self.writer:
@@ -123,18 +151,20 @@ class Attempt:
     def rate(self, step: int) -> float:
         train = self.plan.config.train
         return learning_rate(
-            step * tokens_per_step(self.plan.config),
+            self.schedule.tokens_seen(step),
             peak=train.learning_rate,
             warmup_tokens=warmup_tokens(self.plan.config),
             decay_tokens=train.decay_tokens or train.max_tokens,
             min_ratio=train.min_learning_rate_ratio,
+            cooldown_tokens=cooldown_tokens(self.plan.config),
         )
 
     def validate(self, step: int) -> dict[str, Any]:
-        """The figures of the validation, which the ledger gets with samples."""
-        figures = self.validation.measure()
+        """The figures of the held-out split, which the ledger gets with samples and the figures of other sets."""
+        figures, sets = self.validation.measure(), self.validation.measure_sets()
         if self.ledger:
-            self.ledger.event("validation", step=step, **figures, samples=self.validation.samples(self.tokenizer))
+            samples = self.validation.samples(self.tokenizer)
+            self.ledger.event("validation", step=step, **figures, **({"sets": sets} if sets else {}), samples=samples)
         return figures
 
     def save(self, step: int, validation: dict[str, Any]) -> None:
@@ -147,7 +177,7 @@ class Attempt:
         metadata = Metadata(
             run_id=str(config.run_id),
             step=step,
-            tokens_seen=step * tokens_per_step(config),
+            tokens_seen=self.schedule.tokens_seen(step),
             data_manifest_hash=manifest.hash if manifest.complete else None,
             data_identity=manifest.identity,
             code_version=self.plan.code_version,
@@ -162,9 +192,8 @@ class Attempt:
 
     def finish(self, step: int) -> None:
         """Returns once the run's storage has its last checkpoint and all of its ledger; `step` was the last one."""
-        self.notices.close()
         if self.writer:
-            self.writer.finish(step=step if step == max_steps(self.plan.config) else None)
+            self.writer.finish(step=step if step == self.schedule.max_steps else None)
 
     def tell_preempted(self, step: int, notice: Notice) -> None:
         """After the save that a notice asked for."""
@@ -176,12 +205,11 @@ class Attempt:
         goes_on = decision.verdict is Verdict.ROLL_BACK
         if self.ledger and goes_on:
             first, last = decision.state.rollbacks[-1]
-            batch = self.plan.config.train.global_batch_size
-            samples = [(first - 1) * batch, last * batch]
+            left_out = self.schedule.samples_of(first, last)
+            samples = [left_out.start, left_out.stop]
             self.ledger.event("rollback", step=step, first=first, last=last, samples=samples, reason=decision.reason)
         elif self.ledger:
             self.ledger.event("gave_up", step=step, reason=f"step {step}: {decision.reason}")
-        self.notices.close()
         if self.writer:
             self.writer.finish(step=None)
         return decision.state.rollbacks if goes_on else None
@@ -189,6 +217,7 @@ class Attempt:
     def _begin(self, rollbacks: Windows) -> "_Beginning":
         try:
             self.writer = RunWriter(self.plan)
+            self._opened.callback(self.writer.abandon)
             ledger = self.writer.ledger
             patiently(lambda: write_down(self.plan.run, ledger), "incidents")
             lines = ledger.read().lines

@@ -13,7 +13,7 @@ class BackgroundThread:
     """A call that fails ends the work: `wait` raises its error."""
 
     def __init__(self) -> None:
-        self._calls: queue.SimpleQueue[Call] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
         self._done = threading.Semaphore(0)
         self._num_waiting = 0
         self._error: BaseException | None = None
@@ -32,9 +32,12 @@ class BackgroundThread:
         if self._error is not None:
             raise self._error
 
+    def close(self) -> None:
+        """Ends the thread, once a call that is running ends."""
+        self._calls.put(None)
+
     def _run(self) -> None:
-        while True:
-            call = self._calls.get()
+        while (call := self._calls.get()) is not None:
             if self._error is None:
                 try:
                     call()
@@ -53,6 +56,9 @@ class SideStream:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             call()
+
+    def close(self) -> None:
+        pass
 
     def wait(self) -> None:
         torch.cuda.current_stream(self._device).wait_stream(self._stream)

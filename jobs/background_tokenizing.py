@@ -10,7 +10,7 @@ import numpy as np
 import ray
 from ray.data import DataContext, ExecutionResources
 
-from cluster.config import RunConfig, ScalingConfig
+from cluster.config import RunConfig, ScalingConfig, batch_schedule
 from cluster.progress import say
 from cluster.storage import Storage
 from jobs.run_plan import TOKENIZING_FAILED, RunPlan, num_validation_rows, open_stream
@@ -57,5 +57,5 @@ def free_cpus(scaling: ScalingConfig, num_cpus: float) -> float:
 def wait_for_first_rows(plan: RunPlan) -> None:
     """Until the sealed part holds the rows of every validation and of the first step."""
     num_validation_rows(open_stream(plan, "val"), plan.config)
-    open_stream(plan, "train").wait_for(np.arange(plan.config.train.global_batch_size))
+    open_stream(plan, "train").wait_for(np.array(batch_schedule(plan.config).samples(1)))
     say("training starts on the sealed part of the token store")

@@ -1,7 +1,7 @@
 """The gradient of a step's whole batch: the exact sum over lanes, or stock DistributedDataParallel.
 
-B sequences in a micro-batch, T tokens of each, P parameters. A step's batch is `num_lanes` micro-batches; its loss is
-the mean over all counted tokens of all lanes.
+B sequences in a micro-batch, T tokens of each, P parameters. A step's batch is as many micro-batches ("lanes") as the
+schedule says; its loss is the mean over all counted tokens of all lanes.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cluster.config import RunConfig, max_steps, num_lanes, tokens_per_step
+from cluster.config import RunConfig, batch_schedule
 from jobs.batch_plan import Indices, lane_sample_indices, lanes_of_rank
 from jobs.bucket_exchange import BucketExchange
 from jobs.exact_reduce import lane_steps, maximal_subtrees, tree_sum
@@ -42,30 +42,37 @@ class BatchGradient:
         self, config: RunConfig, state: TrainState, rows: TokenStream, group: WorkerGroup, *, eot_id: int | None
     ) -> None:
         self._config, self._state, self._rows, self._group = config, state, rows, group
-        self._lanes = lanes_of_rank(group.rank, world_size=group.world_size, num_lanes=num_lanes(config))
+        self._schedule = batch_schedule(config)
         self._loss = _LaneLoss(state.model, eot_id)
         is_rounded = config.train.precision == "bf16"
         self._rounded = state.values.new_empty(state.layout.boundary, dtype=torch.bfloat16) if is_rounded else None
         self._ddp = None if config.train.exact else DistributedDataParallel(self._loss)
         if config.train.exact:
-            self._steps = lane_steps(self._lanes, num_lanes=num_lanes(config))
-            num_slots = 1 + max(step.slot for step in self._steps)
+            lane_counts = self._schedule.lane_counts
+            self._lane_steps = {count: lane_steps(self._own(count), num_lanes=count) for count in lane_counts}
+            num_slots = 1 + max(step.slot for steps in self._lane_steps.values() for step in steps)
             slots = [state.gradient, *(torch.zeros_like(state.gradient) for _ in range(1, num_slots))]
             self.exchange = BucketExchange(
-                state.layout, slots, group, num_lanes=num_lanes(config), sharded=state.is_sharded
+                state.layout, slots, group, lane_counts=lane_counts, sharded=state.is_sharded
             )
             self._sums = LaneSums(state.model, state.layout, slots, on_final=self.exchange.start)
 
     def of_step(self, step: int, timer: StepTimer) -> Measured:
         """Puts the gradient of the whole batch into the state's buffer (only where its optimizer is sharded, this
         rank's own parts of it)."""
-        steps = range(step, min(step + 1, max_steps(self._config)) + 1)  # the next one's rows come meanwhile
+        steps = range(step, min(step + 1, self._schedule.max_steps) + 1)  # the next one's rows come meanwhile
         with timer.phase("load"):
-            self._rows.read_ahead(np.concatenate([self._samples_of(s, lane) for s in steps for lane in self._lanes]))
+            samples = [self._samples_of(each, lane) for each in steps for lane in self._lanes(each)]
+            self._rows.read_ahead(np.concatenate(samples))
         with weight_copies(self._rounded_weights()):
             return (
                 self._exact_gradient(step, timer) if self._ddp is None else self._ddp_gradient(self._ddp, step, timer)
             )
+
+    def close(self) -> None:
+        """Ends what works beside the training thread."""
+        if self._ddp is None:
+            self.exchange.close()
 
     def _rounded_weights(self) -> Places:
         """The matrices as every lane of a step computes with them. They hold for that step only."""
@@ -81,10 +88,12 @@ class BatchGradient:
 
     def _exact_gradient(self, step: int, timer: StepTimer) -> Measured:
         losses: dict[range, Tensor] = {}
-        for lane, lane_step in zip(self._lanes, self._steps, strict=True):
-            with self._sums.lane(lane_step, is_last=lane == self._lanes[-1]):
+        lanes, num_lanes = self._lanes(step), self._schedule.num_lanes(step)
+        self.exchange.begin(num_lanes)
+        for lane, lane_step in zip(lanes, self._lane_steps[num_lanes], strict=True):
+            with self._sums.lane(lane_step, is_last=lane == lanes[-1]):
                 losses[range(lane, lane + 1)] = self._lane_backward(self._loss, step, lane, timer, scale=1.0)
-        subtrees = maximal_subtrees(self._lanes, root=range(num_lanes(self._config)))
+        subtrees = maximal_subtrees(lanes, root=range(num_lanes))
         with timer.phase("sync"):
             return Measured(*self.exchange.finish([tree_sum(subtree, losses.get) for subtree in subtrees]))
 
@@ -92,8 +101,9 @@ class BatchGradient:
         """Stock DistributedDataParallel: local accumulation, one all-reduce overlapped with the last backward."""
         self._state.gradient.zero_()
         loss = torch.zeros((), device=self._state.device)
-        for lane in self._lanes:
-            ddp.require_backward_grad_sync = lane == self._lanes[-1]
+        lanes = self._lanes(step)
+        for lane in lanes:
+            ddp.require_backward_grad_sync = lane == lanes[-1]
             # DDP takes the mean over ranks; this sum wants their total.
             loss += self._lane_backward(ddp, step, lane, timer, scale=float(self._group.world_size))
         with timer.phase("sync"):
@@ -109,15 +119,20 @@ class BatchGradient:
         # Dropout, if any, is a function of (seed, step, lane), whichever rank computes the lane.
         _seed(hash((config.train.seed, step, lane)) % 2**63, state.device)
         with timer.phase("forward"), autocast(config, state.device):
-            loss: Tensor = loss_of(inputs, targets, timer, scale=scale / tokens_per_step(config))
+            loss: Tensor = loss_of(inputs, targets, timer, scale=scale / self._schedule.step_tokens(step))
         with timer.phase("backward"):
             loss.backward()
         return loss.detach()
 
+    def _lanes(self, step: int) -> range:
+        return self._own(self._schedule.num_lanes(step))
+
+    def _own(self, num_lanes: int) -> range:
+        return lanes_of_rank(self._group.rank, world_size=self._group.world_size, num_lanes=num_lanes)
+
     def _samples_of(self, step: int, lane: int) -> Indices:
-        train = self._config.train
-        sizes = {"global_batch_size": train.global_batch_size, "micro_batch_size": train.micro_batch_size}
-        return lane_sample_indices(step - 1, lane, **sizes)
+        size = self._schedule.micro_batch_size
+        return lane_sample_indices(self._schedule.samples(step), lane, micro_batch_size=size)
 
 
 def _seed(seed: int, device: torch.device) -> None:

@@ -1,7 +1,7 @@
 """Which rows of the token store make which lane of which step: pure functions of (seed, step, lane).
 
-A sample's global index counts samples over the whole run: `step * global_batch_size + place in the batch`. It takes
-the next row of a source; rows are shuffled within windows that follow each other, anew each epoch of the source.
+A sample's global index counts samples over the whole run, the batches of its steps end to end. It takes the next row
+of a source; rows are shuffled within windows that follow each other, anew each epoch of the source.
 Nothing is buffered, nothing iterates: a run's whole data position is one integer: the tokens seen.
 """
 
@@ -114,9 +114,9 @@ def _permuted(places: Indices, key: str, size: int) -> Indices:
     return values.astype(np.int64)
 
 
-def lane_sample_indices(step: int, lane: int, *, global_batch_size: int, micro_batch_size: int) -> Indices:
-    """Global indices of the samples (micro_batch_size,) of one lane of a step; steps count from 0."""
-    first = step * global_batch_size + lane * micro_batch_size
+def lane_sample_indices(batch: range, lane: int, *, micro_batch_size: int) -> Indices:
+    """Global indices of the samples (micro_batch_size,) of one lane of the step whose batch has the samples `batch`."""
+    first = batch.start + lane * micro_batch_size
     return np.arange(first, first + micro_batch_size, dtype=np.int64)
 
 

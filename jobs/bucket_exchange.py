@@ -20,31 +20,34 @@ from jobs.worker_group import WorkerGroup
 class BucketExchange:
     """`slots` hold this rank's subtree sums (P,), the first K of them; the first one becomes the whole sum.
 
-    With `sharded` only this rank's own parts of it do.
+    With `sharded` only this rank's own parts of it do. `lane_counts` are all that steps may begin with.
     """
 
     def __init__(
-        self, layout: FlatLayout, slots: list[Tensor], group: WorkerGroup, *, num_lanes: int, sharded: bool
+        self, layout: FlatLayout, slots: list[Tensor], group: WorkerGroup, *, lane_counts: list[int], sharded: bool
     ) -> None:
         self._layout, self._slots, self._group, self._sharded = layout, slots, group, sharded
-        self._root, world_size = range(num_lanes), group.world_size
-        self._nodes = [
-            maximal_subtrees(lanes_of_rank(r, world_size=world_size, num_lanes=num_lanes), root=self._root)
-            for r in range(world_size)
-        ]
-        self._own_parts = layout.parts(group.rank, world_size=world_size)
+        self._nodes_of = {count: _nodes(count, world_size=group.world_size) for count in lane_counts}
+        self._own_parts = layout.parts(group.rank, world_size=group.world_size)
         longest = max(len(part) for part in self._own_parts)
-        num_foreign = sum(len(nodes) for nodes in self._nodes) - len(self._nodes[group.rank])
+        num_foreign = max(sum(map(len, nodes)) - len(nodes[group.rank]) for nodes in self._nodes_of.values())
         self._received = slots[0].new_empty(num_foreign, longest)
         self._block_sums: list[Tensor] = []
         self._background = background(slots[0].device)
         self.bytes_sent = 0
         """Since the start, by this rank."""
 
+    def begin(self, num_lanes: int) -> None:
+        """Before the buckets of a step of so many lanes."""
+        self._root, self._nodes = range(num_lanes), self._nodes_of[num_lanes]
+
     def start(self, bucket: int) -> None:
         """Exchanges a bucket whose subtree sums are final; every rank starts the buckets in order."""
         if self._group.world_size > 1:
             self._background.submit(lambda: self._exchange(bucket))
+
+    def close(self) -> None:
+        self._background.close()
 
     def finish(self, losses: list[Tensor]) -> tuple[float, float]:
         """Waits for all buckets. Returns the loss, from the K subtrees' sums of it, and the gradient's norm."""
@@ -98,6 +101,12 @@ class BucketExchange:
         self._block_sums.append(block_square_sums(result))
         if not self._sharded:
             self.bytes_sent += gather_parts(self._slots[0], self._layout.buckets[bucket], self._group)
+
+
+def _nodes(num_lanes: int, *, world_size: int) -> list[list[range]]:
+    """The subtrees that each rank holds the sums of."""
+    lanes = [lanes_of_rank(rank, world_size=world_size, num_lanes=num_lanes) for rank in range(world_size)]
+    return [maximal_subtrees(each, root=range(num_lanes)) for each in lanes]
 
 
 def gather_parts(flat: Tensor, bucket: range, group: WorkerGroup) -> int:

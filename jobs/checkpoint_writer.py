@@ -67,7 +67,7 @@ class CheckpointWriter:
         self._spooled: Path | None = None  # written to the spool, not yet published
         self._copied: Copy | None = None  # what that was made from, without its memory
         self._free: list[Tensors] = []
-        self._is_finishing = False
+        self._is_finishing = self._is_abandoned = False
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="checkpoints", daemon=True)
         self._thread.start()
@@ -102,6 +102,12 @@ class CheckpointWriter:
         self._thread.join()
         self._raise_failure()
 
+    def abandon(self) -> None:
+        """Starts nothing more, and does not wait for what is being stored."""
+        with self._changed:
+            self._pending, self._is_abandoned = None, True
+            self._changed.notify_all()
+
     def _raise_failure(self) -> None:
         if self._failure is not None:
             raise self._failure
@@ -126,8 +132,8 @@ class CheckpointWriter:
     def _has_work(self) -> bool:
         """Waits for work; False once there will be none."""
         with self._changed:
-            self._changed.wait_for(lambda: self._pending or self._spooled or self._is_finishing)
-            return bool(self._pending or self._spooled)
+            self._changed.wait_for(lambda: self._pending or self._spooled or self._is_finishing or self._is_abandoned)
+            return bool(self._pending or self._spooled) and not self._is_abandoned
 
     def _store(self) -> None:
         """Spools what is pending, publishes the newest of the spool. Raises `StorageError` or `OSError`."""

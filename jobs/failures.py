@@ -4,6 +4,8 @@ import re
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 
+import torch.distributed as dist
+
 from jobs.ledger import Line
 
 _LONGEST_REASON = 600
@@ -21,6 +23,16 @@ class Kind(StrEnum):
 # As the last line of what Ray Train reports tells them apart.
 _DIED = re.compile(r"actor (is dead|died)|worker process has died|node (is dead|has died)", re.IGNORECASE)
 _LOST = re.compile(r"gloo|NCCL|Connection (closed|reset)|DistBackendError|DistNetworkError")
+
+
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Whether a connection to another worker broke; torch has no type of its own for what gloo says."""
+    return bool(_LOST.search(one_line(str(error)))) or isinstance(error, dist.DistError)
+
+
+def is_lost_node(error: Exception) -> bool:
+    """Whether a worker died with its node."""
+    return bool(re.search(r"node (is dead|has died)", str(error), re.IGNORECASE))
 
 
 def main_cause(errors: Mapping[int, str]) -> tuple[int, Kind, str]:

@@ -106,6 +106,11 @@ class LedgerWriter:
             self._path.unlink(missing_ok=True)
         self._file.close()
 
+    def abandon(self) -> None:
+        """Ends the mirroring; the next writer on this node finds what was not copied."""
+        self._closing.set()
+        self._is_urgent.set()
+
     def _content(self) -> bytes:
         return os.pread(self._file.fileno(), self._size, 0)  # a newer writer may have removed its name
 

@@ -11,9 +11,11 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import ray.train
-from ray.train import FailureConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.exceptions import RayActorError
+from ray.train import ControllerError, FailureConfig
+from ray.train.torch import TorchTrainer
 from ray.train.v2.api.config import ScalingConfig
+from ray.util import get_node_ip_address
 
 from cluster.config import RunConfig, max_steps, to_yaml
 from cluster.flags import ConfigError
@@ -24,21 +26,23 @@ from cluster.stage import StageFailedError, code_version, stage_main
 from cluster.storage import Storage, StorageError, open_storage
 from jobs.background_tokenizing import tokenizing, wait_for_first_rows
 from jobs.checkpoints import RunCheckpoints
+from jobs.failures import one_line
 from jobs.fence import Fence
-from jobs.incidents import noting_user_errors
 from jobs.keepers import Keepers
 from jobs.ledger import Ledger
 from jobs.preemption import stopping_on_sigterm
-from jobs.pulse import watched
+from jobs.rendezvous import meeting_place
 from jobs.run_history import CONFIG_FILE, recorded_config
 from jobs.run_messages import TOLD, Patience, told
 from jobs.run_plan import RunPlan, run_storage
 from jobs.standby import worker_environment
 from jobs.token_store import MANIFEST
 from jobs.tokenize_corpus import token_store, tokenize
-from jobs.train_callbacks import FailureRecorder, SignalListener, signals
-from jobs.train_loop import train
+from jobs.train_callbacks import FailureRecorder, SignalListener
 from jobs.train_tokenizer import ensure_tokenizer
+from jobs.train_worker import train_worker
+from jobs.validation_sets import validation_stores
+from jobs.worker_backend import Drains, NodeLosses, WorkerBackend
 
 _PROGRESS_INTERVAL_S = 2.0
 
@@ -58,19 +62,22 @@ def pretrain(config: RunConfig) -> dict[str, Any]:
     Raises `ConfigError` when `run_id` names a run with other settings, `LeaseHeldError` when somebody else is training
     it, `StageFailedError` when the run gave up.
     """
-    tokenizer, _ = ensure_tokenizer(config)
+    tokenizer, tokenizer_uri = ensure_tokenizer(config)
     tokens = token_store(config)
     growing = config.train.while_tokenizing and not tokens.exists(MANIFEST)
     if not growing:
         tokenize(config)
+    sets = validation_stores(config, tokenizer_uri=tokenizer_uri)
     model = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
     config = config.model_copy(update={"model": model})
     with Lease(run_storage(config)) as lease:
-        return _train_and_publish(config, lease, tokens=tokens, tokenizer_json=tokenizer.to_json(), growing=growing)
+        return _train_and_publish(
+            config, lease, tokens=tokens, tokenizer_json=tokenizer.to_json(), growing=growing, sets=sets
+        )
 
 
 def _train_and_publish(
-    config: RunConfig, lease: Lease, *, tokens: Storage, tokenizer_json: bytes, growing: bool
+    config: RunConfig, lease: Lease, *, tokens: Storage, tokenizer_json: bytes, growing: bool, sets: dict[str, str]
 ) -> dict[str, Any]:
     run = run_storage(config)
     _enter(run, config)
@@ -85,14 +92,20 @@ def _train_and_publish(
         growing=growing,
         launcher=Fence(run, launcher=None).generation,
         launch=f"raymill-{secrets.token_hex(8)}",
+        validation_uris=sets,
     )
     say(f"run {config.run_id}: {max_steps(config)} steps; the same --run-id resumes it")
     with tokenizing(config, run) if growing else nullcontext():
         if not Ledger.read(run).events("finish"):
             if growing:
                 wait_for_first_rows(plan)
-            with stopping_on_sigterm(run), _watched(plan), Keepers(plan):
-                _fit(plan)
+            with (
+                stopping_on_sigterm(run),
+                _watched(plan),
+                Keepers(plan),
+                meeting_place(get_node_ip_address()) as address,
+            ):
+                _fit(plan, address)
     ledger = Ledger.read(run)
     lease.check()
     if not ledger.events("finish"):
@@ -125,14 +138,31 @@ def _enter(run: Storage, config: RunConfig) -> None:
         raise ConfigError(f"run {config.run_id} has other settings: {'; '.join(changed)}. Choose another --run-id")
 
 
-def _fit(plan: RunPlan) -> None:
+def _fit(plan: RunPlan, address: str) -> None:
+    """Where Ray Train's controller fails, another one goes on from the same snapshots, as long as the run gets on."""
+    furthest = -1
+    while True:
+        try:
+            _trainer(plan, address).fit()
+            return
+        except (ControllerError, RayActorError) as error:
+            steps = Ledger.read(plan.run).steps
+            step = steps[-1]["step"] if steps else 0
+            if step <= furthest:
+                raise
+            furthest = step
+            say(f"Ray Train's controller failed after step {step} and is started again: {one_line(str(error))}")
+
+
+def _trainer(plan: RunPlan, address: str) -> TorchTrainer:
     scaling = plan.config.scaling
     fixed = scaling.min_workers == scaling.max_workers
     os.environ |= _RAY_TRAIN_SETTINGS | ({} if fixed else _ELASTIC_SETTINGS)
-    trainer = TorchTrainer(
-        _train_worker,
-        train_loop_config={"plan": plan},
-        torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo"),
+    callbacks = [FailureRecorder(plan), SignalListener(), Drains(), NodeLosses(is_elastic=not fixed)]
+    return TorchTrainer(
+        train_worker,
+        train_loop_config={"plan": plan, "address": address},
+        torch_config=WorkerBackend(),
         scaling_config=ScalingConfig(
             num_workers=scaling.max_workers if fixed else (scaling.min_workers, scaling.max_workers),
             use_gpu=scaling.use_gpu,
@@ -145,17 +175,9 @@ def _fit(plan: RunPlan) -> None:
             storage_path=f"{plan.run.uri}/ray",
             worker_runtime_env={"env_vars": worker_environment(str(plan.launch))},  # type: ignore[call-arg]
             failure_config=FailureConfig(max_failures=scaling.max_failures),
-            callbacks=[FailureRecorder(plan), SignalListener()],  # type: ignore[list-item]  # typed as its old API
+            callbacks=callbacks,  # type: ignore[arg-type]  # typed as its old API
         ),
     )
-    trainer.fit()
-
-
-def _train_worker(settings: dict[str, Any]) -> None:
-    context, plan = ray.train.get_context(), settings["plan"]
-    rank, timeout_s = context.get_world_rank(), plan.config.scaling.hang_timeout_s
-    with noting_user_errors(plan.run, rank=rank), watched(plan.run.uri, rank=rank, hang_timeout_s=timeout_s) as pulse:
-        train(plan, rank=rank, world_size=context.get_world_size(), pulse=pulse, signals=signals)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cluster.config import num_lanes, to_yaml
+from cluster.config import batch_schedule, to_yaml
 from cluster.flags import ConfigError, Parser
 from cluster.progress import say
 from cluster.stage import code_version, print_result
@@ -53,10 +53,9 @@ def replay(run: Storage, *, steps: range, num_workers: int = 1) -> dict[str, Any
             f"steps {steps[0]}..{steps[-1]} are not in the ledger of {run.uri}, which has "
             f"{min(recorded, default=0)}..{max(recorded, default=0)}"
         )
-    if not 1 <= num_workers <= num_lanes(config):
-        raise ConfigError(
-            f"--workers {num_workers}: the run has {num_lanes(config)} lanes, one for each worker at least"
-        )
+    num_lanes = batch_schedule(config).num_lanes(1)  # no later step has fewer
+    if not 1 <= num_workers <= num_lanes:
+        raise ConfigError(f"--workers {num_workers}: the run has {num_lanes} lanes, one for each worker at least")
     tokens = find_tokens(run, data_identity(ledger))
     with tempfile.TemporaryDirectory(prefix="raymill-replay-") as folder:
         plan = RunPlan(

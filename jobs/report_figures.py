@@ -86,6 +86,8 @@ def pictures(ledger: Ledger) -> dict[str, Picture]:
     loss = f"Training loss over {span}, from {first['loss']:.3f} to {last['loss']:.3f} nats per token"
     if validations:
         loss += f", and validation loss, {validations[-1]['val_loss']:.3f} at its end"
+        sets = validations[-1].get("sets", {})
+        loss += "".join(f", {name} {figures['val_loss']:.3f}" for name, figures in sets.items())
     return {
         "loss": Picture("Loss", f"{loss}. Marked: {stops}, {len(ledger.events('checkpoint'))} checkpoints.", _loss),
         "learning_rate": Picture(
@@ -183,6 +185,11 @@ def _loss(axes: Axes, ledger: Ledger, theme: Theme) -> None:
     _plot_smoothed(axes, ledger, "loss", theme, label="training")
     if validations := {line["step"]: line["val_loss"] for line in ledger.events("validation")}:
         axes.plot(*zip(*sorted(validations.items()), strict=True), "D-", color=theme.accent, ms=5, label="validation")
+    sets = {line["step"]: line.get("sets", {}) for line in ledger.events("validation")}
+    for number, name in enumerate(dict.fromkeys(name for measured in sets.values() for name in measured)):
+        points = [(step, measured[name]["val_loss"]) for step, measured in sorted(sets.items()) if name in measured]
+        color = theme.phases[(2 + number) % len(theme.phases)]
+        axes.plot(*zip(*points, strict=True), "s--", color=color, ms=4, label=f"validation, {name}")
     if saved := sorted({line["step"] for line in ledger.events("checkpoint")}):
         floor = axes.get_xaxis_transform()  # y in shares of the axes
         axes.plot(saved, [0.02] * len(saved), "^", color=theme.text, ms=5, transform=floor, label="checkpoint")

@@ -1,6 +1,7 @@
 """A run as its settings and its ledger tell it: attempts, interruptions, lost steps, and what sums it up."""
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -118,6 +119,8 @@ def statistics(ledger: Ledger, config: RunConfig) -> list[tuple[str, str]]:
     if validations := ledger.events("validation"):
         rows.append(("Validation loss", f"{validations[-1]['val_loss']:.4f} nats/token"))
         rows.append(("Bits per byte", f"{validations[-1]['val_bits_per_byte']:.4f}"))
+        for name, figures in validations[-1].get("sets", {}).items():
+            rows.append((f"Validation set {name}", _figures(figures)))
     if checkpoints := ledger.events("checkpoint"):
         rows.append(("Checkpoint", checkpoints[-1]["checkpoint"]))
         rows.append(("Parameter hash", checkpoints[-1]["parameter_hash"]))
@@ -168,10 +171,15 @@ def _described(line: Line) -> str:
             source = f"checkpoint {line['checkpoint']}" if line["checkpoint"] else "fresh weights"
             return f"attempt {line['attempt']}: workers {place}; from {source}"
         case "validation":
-            return f"{line['val_loss']:.4f} nats/token, {line['val_bits_per_byte']:.4f} bits/byte"
+            sets = [f"; {name} {_figures(figures)}" for name, figures in line.get("sets", {}).items()]
+            return _figures(line) + "".join(sets)
         case "checkpoint":
             return f"{line['checkpoint']}, parameter hash {line['parameter_hash'][:12]}…, {line['seconds']:.2f} s"
     return ", ".join(f"{name} {value}" for name, value in line.items() if name not in ("event", "time", "step"))
+
+
+def _figures(measured: Mapping[str, Any]) -> str:
+    return f"{measured['val_loss']:.4f} nats/token, {measured['val_bits_per_byte']:.4f} bits/byte"
 
 
 def _step_lines(ledger: Ledger) -> list[dict[str, Any]]:

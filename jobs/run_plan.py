@@ -1,7 +1,7 @@
 """What the driver settles before a run trains, where the run keeps its things, and the rows that it reads."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from cluster.config import RunConfig, max_steps, seq_len
@@ -26,6 +26,7 @@ class RunPlan:
     launcher: int = 0  # the driver's number among the run's writers; those of older ones are turned away
     until: int | None = None  # a replay ends after this step
     launch: str | None = None  # names the keepers of this launch's snapshots; None where there are none
+    validation_uris: dict[str, str] = field(default_factory=dict)  # token stores of the sets of `data.validation`
 
     @property
     def run(self) -> Storage:
@@ -55,6 +56,14 @@ def warmup_tokens(config: RunConfig) -> int:
     return min(375_000_000, config.train.max_tokens // 50)
 
 
+def cooldown_tokens(config: RunConfig) -> int | None:
+    """The last stretch of schedule wsd, 20% of the horizon when unset; None with the cosine, which has none."""
+    train = config.train
+    if train.schedule == "cosine":
+        return None
+    return train.cooldown_tokens or (train.decay_tokens or train.max_tokens) // 5
+
+
 def check_writer(run: Storage) -> None:
     """Raises `TokenStoreError` when the driver found that tokenizing failed."""
     if run.exists(TOKENIZING_FAILED):
@@ -72,6 +81,14 @@ def open_stream(plan: RunPlan, split: Split) -> TokenStream:
         growing=plan.growing,
         check=partial(check_writer, plan.run),
     )
+
+
+def open_validation_sets(plan: RunPlan) -> dict[str, TokenStream]:
+    """The rows of each text of `data.validation`, by name."""
+    return {
+        name: TokenStream.open(open_storage(uri), split="train", seq_len=seq_len(plan.config))
+        for name, uri in plan.validation_uris.items()
+    }
 
 
 def num_validation_rows(stream: TokenStream, config: RunConfig) -> int:

@@ -112,6 +112,12 @@ class RunWriter:
             self.ledger.event("finish", step=step)
         self.ledger.close()
 
+    def abandon(self) -> None:
+        """Leaves what is not stored yet to the next attempt, which fences this one off."""
+        if self._saving is not None:
+            self._saving.abandon()
+        self.ledger.abandon()
+
     def _pinned(self) -> set[str]:
         """Names of this run's published checkpoints, also of those published since the run began."""
         prefix = f"{self._plan.run.uri}/checkpoints/"

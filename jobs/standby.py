@@ -20,7 +20,7 @@ LAUNCH_VARIABLE = "RAYMILL_LAUNCH"
 """Environment variable of a training worker's process, also of one that stands by: whose it is."""
 
 # The last one is imported by the first optimizer that a process makes.
-_MODULES = ("jobs.pretrain", "ray.train.torch", "torch._dynamo")
+_MODULES = ("jobs.train_worker", "ray.train.torch")
 
 _KEEP_ALIVE_S = 1 << 30  # until the job ends, and Ray its processes
 _SETTLED_S = 3.0  # a new group has taken its processes and its first steps

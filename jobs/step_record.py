@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from cluster.config import seq_len, tokens_per_step
+from cluster.config import batch_schedule, seq_len
 from jobs.layer_statistics import LayerStatistics
 from jobs.ledger import LedgerWriter
 from jobs.rank_phases import WINDOW_STEPS, RankPhases, as_fields
@@ -34,6 +34,7 @@ class StepRecord:
         train = plan.config.train
         self._config, self._state, self._group, self._ledger = plan.config, state, group, ledger
         self._attempt, self._nodes, self._last_step = attempt, nodes, plan.last_step
+        self._schedule = batch_schedule(plan.config)
         self._phases = RankPhases(group, device=state.device) if train.timing else None
         self.timer: StepTimer = step_timer(state.device, is_on=train.timing)
         self.layers = LayerStatistics(state, group, self.timer, every_steps=train.layer_statistics_every_steps)
@@ -55,16 +56,17 @@ class StepRecord:
             ranks = self._phases.add(time, closes_window=step % WINDOW_STEPS == 0 or step == self._last_step)
         if self._ledger is None:
             return
-        batch = config.train.global_batch_size
+        schedule, batch = self._schedule, self._schedule.samples(step)
+        samples = [batch.start, batch.stop]
         if skipped:
-            samples = [(step - 1) * batch, step * batch]
             self._ledger.event("skip", step=step, samples=samples, reason=skipped, attempt=self._attempt)
             return
-        tokens_per_s = tokens_per_step(config) / (time.wall_s - sum(time.seconds.get(n, 0.0) for n in _NOT_TRAINING))
+        training_s = time.wall_s - sum(time.seconds.get(n, 0.0) for n in _NOT_TRAINING)
+        tokens_per_s = schedule.step_tokens(step) / training_s
         self._ledger.step(
             step=step,
-            tokens_seen=step * tokens_per_step(config),
-            samples=[(step - 1) * batch, step * batch],
+            tokens_seen=schedule.tokens_seen(step),
+            samples=samples,
             lr=lr,
             loss=loss,
             grad_norm=grad_norm,

@@ -21,7 +21,7 @@ def train(
     pulse: Pulse | None = None,
     signals: Callable[[], Signals] = Signals,
 ) -> None:
-    """Trains to the end of the run, or until a worker is lost: then the next attempt goes on from a checkpoint.
+    """Trains to the end of the run, or until a worker is lost: then the next attempt goes on from the newest state.
 
     `pulse` shows a watchdog where this worker is; `signals` tells what its process was sent.
     """
@@ -30,7 +30,8 @@ def train(
     group, pulse = WorkerGroup(rank, world_size), pulse or Pulse()
     rollbacks: Windows | None = ()
     while rollbacks is not None:  # a rollback is a restart that Ray Train has no part in
-        rollbacks = take_steps(Attempt(plan, group, rollbacks=rollbacks, signals=signals), pulse)
+        with Attempt(plan, group, rollbacks=rollbacks, signals=signals) as attempt:
+            rollbacks = take_steps(attempt, pulse)
 
 
 def take_steps(attempt: Attempt, pulse: Pulse) -> Windows | None:

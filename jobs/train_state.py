@@ -7,13 +7,14 @@ by value.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
+from torch.optim.adamw import adamw  # the optimizer's class imports torch._dynamo, which takes a second
 
 from cluster.config import TrainConfig
 from jobs.bucket_exchange import gather_parts
@@ -39,6 +40,18 @@ class StatePart:
     num_updates: int
 
 
+@dataclass(frozen=True)
+class _Segment:
+    """Weights that AdamW treats alike, a view of the flat buffers each."""
+
+    values: Tensor
+    gradient: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    count: Tensor  # of updates, where AdamW's kernel reads it
+    weight_decay: float
+
+
 class TrainState:
     """The model, its flat buffers and its optimizer."""
 
@@ -46,7 +59,7 @@ class TrainState:
         self.model, self.device, self.num_updates = model, device, 0
         self.bytes_sent = 0  # of weights, by this rank
         self.layout = layout = FlatLayout.of(model)
-        self._group, self._grad_clip = group, config.grad_clip
+        self._group, self._config = group, config
         self.is_sharded = config.shard_optimizer and group.world_size > 1
         self.values = torch.zeros(layout.size, device=device)  # (P,)
         self.gradient = torch.zeros(layout.size, device=device)  # (P,)
@@ -56,45 +69,53 @@ class TrainState:
             parameter.data, parameter.grad = view, layout.view(self.gradient, name, parameter)
         self._owned = self._shares() if self.is_sharded else [range(layout.size)]
         self._moments = {name: torch.zeros(sum(map(len, self._owned)), device=device) for name in MOMENTS}
-        self._make_optimizer(config)
+        self._segments: dict[float, list[_Segment]] = {}
+        for segment in self._make_segments(config):
+            self._segments.setdefault(segment.weight_decay, []).append(segment)
 
-    def _make_optimizer(self, config: TrainConfig) -> None:
+    def _make_segments(self, config: TrainConfig) -> Iterator[_Segment]:
         decayed, undecayed = range(self.layout.boundary), range(self.layout.boundary, self.layout.size)
-        groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-        moments, start = [], 0
+        start = 0
         for place in self._owned:
-            for is_decayed, half in ((True, decayed), (False, undecayed)):
+            for half, weight_decay in ((decayed, config.weight_decay), (undecayed, 0.0)):
                 segment = range(max(place.start, half.start), min(place.stop, half.stop))
-                if not segment:
-                    continue
-                weights = nn.Parameter(at(self.values, segment))
-                weights.grad = at(self.gradient, segment)
-                groups[is_decayed].append(weights)
-                own = range(start, start := start + len(segment))
-                moments.append((weights, {name: at(flat, own) for name, flat in self._moments.items()}))
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": groups[True], "weight_decay": config.weight_decay},
-                {"params": groups[False], "weight_decay": 0.0},
-            ],
-            betas=(config.beta1, config.beta2),
-            eps=config.epsilon,
-            fused=True,
-        )
-        for weights, views in moments:
-            self.optimizer.state[weights] = {"step": torch.zeros((), device=self.device), **views}
+                if segment:
+                    own = range(start, start := start + len(segment))
+                    yield _Segment(
+                        values=at(self.values, segment),
+                        gradient=at(self.gradient, segment),
+                        exp_avg=at(self._moments["exp_avg"], own),
+                        exp_avg_sq=at(self._moments["exp_avg_sq"], own),
+                        count=torch.zeros((), device=self.device),
+                        weight_decay=weight_decay,
+                    )
 
     def apply(self, *, norm: float, learning_rate: float, timer: StepTimer | None = None) -> None:
         """One AdamW step with the gradient of the whole batch, whose norm is given; every rank takes it.
 
         The weights' way round, where the optimizer is sharded, is phase `sync` of the timer.
         """
-        if self._grad_clip and norm > self._grad_clip:
+        grad_clip = self._config.grad_clip
+        if grad_clip and norm > grad_clip:
             for place in self._owned:
-                at(self.gradient, place).mul_(self._grad_clip / norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.optimizer.step()
+                at(self.gradient, place).mul_(grad_clip / norm)
+        for weight_decay, segments in self._segments.items():
+            adamw(
+                [segment.values for segment in segments],
+                [segment.gradient for segment in segments],
+                [segment.exp_avg for segment in segments],
+                [segment.exp_avg_sq for segment in segments],
+                [],
+                [segment.count for segment in segments],  # counted up in place
+                fused=True,
+                amsgrad=False,
+                maximize=False,
+                lr=learning_rate,
+                weight_decay=weight_decay,
+                beta1=self._config.beta1,
+                beta2=self._config.beta2,
+                eps=self._config.epsilon,
+            )
         self.num_updates += 1
         if not self.is_sharded:
             return
@@ -161,8 +182,9 @@ class TrainState:
 
     def _set_num_updates(self, number: int) -> None:
         self.num_updates = number
-        for state in self.optimizer.state.values():
-            state["step"].fill_(number)
+        for segments in self._segments.values():
+            for segment in segments:
+                segment.count.fill_(number)
 
     def _on_rank_0(self, own: Tensor) -> Tensor | None:
         """The whole of a sharded moment (P,) on rank 0."""

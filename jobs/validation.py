@@ -1,7 +1,7 @@
 """Validation during training: the same figures for any number of workers, and samples of fixed prompts."""
 
 import math
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
@@ -18,26 +18,40 @@ from model.tokenizer import Tokenizer
 
 
 class Validation:
-    """Measures the model on the validation rows."""
+    """Measures the model on the validation rows, and on those of further `sets`, by name."""
 
     def __init__(
-        self, config: RunConfig, state: TrainState, rows: TokenStream, group: WorkerGroup, *, eot_id: int | None
+        self,
+        config: RunConfig,
+        state: TrainState,
+        rows: TokenStream,
+        group: WorkerGroup,
+        *,
+        eot_id: int | None,
+        sets: Mapping[str, TokenStream] | None = None,
     ) -> None:
         self._config, self._state, self._rows, self._group = config, state, rows, group
-        self._eot_id = eot_id
+        self._eot_id, self._sets = eot_id, sets or {}
+
+    def measure(self) -> dict[str, float]:
+        """`val_loss` (nats per token) and `val_bits_per_byte` of the held-out split."""
+        return self._measured(self._rows)
+
+    def measure_sets(self) -> dict[str, dict[str, float]]:
+        """The same figures of each further set."""
+        return {name: self._measured(rows) for name, rows in self._sets.items()}
 
     @torch.no_grad()
-    def measure(self) -> dict[str, Any]:
-        """`val_loss` (nats per token) and `val_bits_per_byte`."""
+    def _measured(self, rows: TokenStream) -> dict[str, float]:
         config, model, group = self._config, self._state.model, self._group
-        num_rows = num_validation_rows(self._rows, config)
+        num_rows = num_validation_rows(rows, config)
         size = config.train.micro_batch_size
         batches = [range(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
         # Each slot has one contributor, so the all-reduce adds zeros only, and rounds nothing.
         losses = torch.zeros(len(batches), dtype=torch.float64, device=self._state.device)
         model.eval()
         for index in range(group.rank, len(batches), group.world_size):
-            inputs, targets = (part.to(self._state.device) for part in self._rows.rows(batches[index]))
+            inputs, targets = (part.to(self._state.device) for part in rows.rows(batches[index]))
             with autocast(config, self._state.device):
                 losses[index] = model.loss(inputs, targets, eot_id=self._eot_id).double()
         model.train()
@@ -46,7 +60,7 @@ class Validation:
         loss = float(losses.sum()) / (num_rows * seq_len(config))
         return {
             "val_loss": loss,
-            "val_bits_per_byte": loss / math.log(2) / self._rows.bytes_per_token(num_rows),
+            "val_bits_per_byte": loss / math.log(2) / rows.bytes_per_token(num_rows),
         }
 
     @torch.no_grad()

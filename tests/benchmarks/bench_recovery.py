@@ -78,17 +78,19 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] if path.exists() else []
 
 
-def kill_workers(read: Callable[[], Record], *, num_kills: int, rng: random.Random, name: str) -> list[Kill]:
+def kill_workers(
+    read: Callable[[], Record], *, num_kills: int, rng: random.Random, name: str, settle_s: float = SETTLE_S
+) -> list[Kill]:
     """Kills a random worker of the newest attempt, waits for the next attempt's first step, and so on."""
     kills: list[Kill] = []
     for number in range(1, num_kills + 1):
-        kills.append(_kill_one(read, num_attempts=number, rng=rng))
+        kills.append(_kill_one(read, num_attempts=number, rng=rng, settle_s=settle_s))
         say(f"{name} kill {number}: {kills[-1].recovery_s} s, {kills[-1].lost_steps} steps lost")
     return kills
 
 
-def _kill_one(read: Callable[[], Record], *, num_attempts: int, rng: random.Random) -> Kill:
-    before = _wait(lambda: _settled(read(), num_attempts, seconds=SETTLE_S))
+def _kill_one(read: Callable[[], Record], *, num_attempts: int, rng: random.Random, settle_s: float) -> Kill:
+    before = _wait(lambda: _settled(read(), num_attempts, seconds=settle_s))
     time.sleep(rng.random())
     killed_at = time.time()
     os.kill(rng.choice(before.pids), signal.SIGKILL)

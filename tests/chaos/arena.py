@@ -1,7 +1,10 @@
 """Where runs are disturbed: a local cluster, one corpus, and the undisturbed run that all others must equal."""
 
 import os
+import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -129,6 +132,15 @@ class Arena:
         self.tally.useful_s += sum(line["wall_s"] for line in ledger.steps)
         self.tally.wall_s += time.monotonic() - started
         return result, ledger
+
+    def drain(self, name: str, *, deadline_s: int) -> None:
+        """Has the head tell that the node will be taken away, as a cloud's notice of preemption does."""
+        raylet = next(p for p in processes_of_node(self.cluster, name) if p.name() == "raylet")
+        node_id = next(match[1] for word in raylet.cmdline() if (match := re.fullmatch(r"--node_id=(\w+)", word)))
+        command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", self.cluster.address]
+        command += ["--node-id", node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
+        command += ["--reason-message", "taken away", "--deadline-remaining-seconds", str(deadline_s)]
+        subprocess.run(command, env=os.environ | self.cluster.environment, check=True, timeout=60)
 
     def restore_nodes(self, count: int) -> None:
         """Nodes join until the cluster has so many workers again."""

@@ -1,7 +1,9 @@
-"""Fixtures of `make test-chaos`, and its last line: one JSON object that sums up all cells."""
+"""Fixtures of `make test-chaos`, and its last line: one JSON object that sums up all cells.
+
+A cell is a test with the marker `chaos`: those of this folder, on one local cluster, and those of single parts.
+"""
 
 import json
-import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,14 +18,13 @@ _SUMMARY = pytest.StashKey[dict]()
 
 
 @pytest.fixture(scope="session")
-def arena(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Arena]:
+def arena(s3_server: str, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Arena]:
+    """The cluster starts after the S3 server, whose keys its nodes inherit."""
     with LocalCluster(num_nodes=NUM_NODES + 1, cpus_per_node=1) as cluster:
         arena = Arena(cluster, tmp_path_factory.mktemp("chaos"))
         yield arena
         tally = arena.tally
         request.config.stash[_SUMMARY] |= {
-            "median_recovery_s": round(statistics.median(tally.recoveries_s), 2) if tally.recoveries_s else None,
-            "max_recovery_s": max(tally.recoveries_s, default=None),
             "max_lost_steps": max(tally.lost_steps, default=None),
             "goodput": round(tally.useful_s / tally.wall_s, 3) if tally.wall_s else None,
         }
@@ -43,17 +44,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.slow)
+            item.add_marker(pytest.mark.chaos)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    cells = [
-        report
-        for outcome in ("passed", "failed", "error")
-        for report in terminalreporter.getreports(outcome)
-        if "tests/chaos/" in report.nodeid and getattr(report, "when", "call") in ("call", "setup")
-    ]
-    cells = [report for report in cells if report.when == "call" or report.failed]
-    if cells and config.stash[_SUMMARY]:
+    reports = [report for outcome in ("passed", "failed", "error") for report in terminalreporter.getreports(outcome)]
+    cells = [report for report in reports if "chaos" in report.keywords and (report.when == "call" or report.failed)]
+    if config.stash[_SUMMARY]:
         failed = sum(report.failed for report in cells)
         config.stash[_SUMMARY] |= {"cells": len(cells), "failed": failed}
 

@@ -5,12 +5,15 @@ A seed draws moments and victims; it stands in the test's name. Faults are named
 
 import random
 import signal
+import statistics
 import time
 
 import pytest
 
+from tests.benchmarks.bench_recovery import kill_workers, stock_record, stock_training
 from tests.chaos.arena import NUM_STEPS, Arena, Watch, kill, processes_of_node
 from tests.chaos.conftest import NUM_NODES
+from tests.cluster.fault_proxy import running_proxy
 
 ELASTIC = {"min_workers": 1, "max_workers": 3, "resize_check_s": 2}
 
@@ -20,22 +23,33 @@ def full_strength(arena: Arena) -> None:
     arena.restore_nodes(NUM_NODES)
 
 
-def test_ten_kills_of_a_worker(arena: Arena, summary: dict) -> None:
+def test_ten_kills_of_a_worker_beside_plain_ray_train(arena: Arena, summary: dict) -> None:
     rng = random.Random(1)
     steps = sorted(rng.sample(range(10, NUM_STEPS - 20, 3), 10))
+    killed_at: dict[int, float] = {}
 
     def inject(watch: Watch) -> None:
         attempt = 0
         for step in steps:
             start = watch.wait_for_step(step, after_attempt=attempt)
-            kill(rng.choice(start["workers"]))
             attempt = start["attempt"]
+            killed_at[attempt] = time.time()
+            kill(rng.choice(start["workers"]))
 
     _, ledger = arena.run(arena.config("kills", min_workers=2, max_workers=2), inject)
-    recoveries = ledger.recoveries()
-    assert len(recoveries) == 10
-    assert max(recovery.lost_steps for recovery in recoveries) <= 1
-    summary["kill_recoveries_s"] = [recovery.seconds for recovery in recoveries]
+    assert len(ledger.recoveries()) == len(killed_at) == 10
+    assert max(recovery.lost_steps for recovery in ledger.recoveries()) <= 1
+    first_steps = {line["attempt"]: line["time"] for line in reversed(ledger.lines) if "event" not in line}
+    recoveries_s = [first_steps[attempt + 1] - at for attempt, at in killed_at.items()]
+    with stock_training(arena.cluster, arena.folder):
+        log = arena.folder / "stock.jsonl"
+        stock = kill_workers(lambda: stock_record(log), num_kills=5, rng=rng, name="plain Ray Train", settle_s=2)
+    summary["median_recovery_s"] = round(statistics.median(recoveries_s), 2)
+    summary["max_recovery_s"] = round(max(recoveries_s), 2)
+    summary["stock_recovery_s"] = statistics.median(kill.recovery_s for kill in stock)
+    summary["stock_max_lost_steps"] = max(kill.lost_steps for kill in stock)
+    print(summary)
+    assert summary["median_recovery_s"] <= min(6, summary["stock_recovery_s"] / 2)
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -67,8 +81,9 @@ def test_a_straggler_is_named_and_nothing_restarts(arena: Arena) -> None:
             kill(worker, signal.SIGCONT)
             time.sleep(0.05)
 
-    result, _ = arena.run(arena.config("straggler", min_workers=2, max_workers=2), inject)
+    result, ledger = arena.run(arena.config("straggler", min_workers=2, max_workers=2), inject)
     assert result["restarts"] == 0
+    assert [event["rank"] for event in ledger.events("straggler")][:1] == [1]
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -127,6 +142,44 @@ def test_a_worker_that_is_told_to_go(arena: Arena) -> None:
 
     _, ledger = arena.run(arena.config("preempted", min_workers=2, max_workers=2), inject)
     assert all(recovery.lost_steps <= 1 for recovery in ledger.recoveries())
+
+
+def test_a_node_that_will_be_taken_away(arena: Arena) -> None:
+    """Its notice comes 15 s ahead: there is a checkpoint before the node is gone."""
+
+    def inject(watch: Watch) -> None:
+        start = watch.wait_for_step(30)
+        name = start["workers"][0]["node"]
+        arena.drain(name, deadline_s=15)
+        watch.wait(lambda ledger: bool(ledger.events("preempted")))
+        watch.wait(lambda ledger: bool(ledger.events("checkpoint")))
+        arena.cluster.kill_node(name)
+
+    result, ledger = arena.run(arena.config("drained", **ELASTIC), inject)
+    assert ledger.events("checkpoint")[0]["step"] == ledger.events("preempted")[0]["step"]
+    assert all(recovery.lost_steps <= 1 for recovery in ledger.recoveries())
+    assert len(result["world_sizes"]) > 1
+
+
+def test_a_store_that_is_down_for_two_minutes(
+    arena: Arena, s3_bucket: str, s3_server: str, monkeypatch: pytest.MonkeyPatch, summary: dict
+) -> None:
+    back_at: list[float] = []
+    with running_proxy(s3_server) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        config = arena.config("outage", storage_uri=f"s3://{s3_bucket}/storage", min_workers=2, max_workers=2)
+
+        def inject(watch: Watch) -> None:
+            watch.wait_for_step(30)
+            proxy.down = True
+            watch.ended.wait(120)
+            proxy.down = False
+            back_at.append(time.time())
+
+        result, ledger = arena.run(config, inject)
+    assert result["restarts"] == 0
+    summary["newest_checkpoint_after_outage_s"] = round(ledger.events("checkpoint")[-1]["time"] - back_at[0], 1)
+    assert 0 < summary["newest_checkpoint_after_outage_s"] <= 30
 
 
 def test_shrinking_and_growing_lose_nothing(arena: Arena) -> None:

@@ -13,11 +13,10 @@ from cluster.config import (
     EvaluateConfig,
     RunConfig,
     ServeConfig,
+    batch_schedule,
     max_steps,
-    num_lanes,
     seq_len,
     to_yaml,
-    tokens_per_step,
     write_config,
 )
 from cluster.flags import ConfigError, read_config, validate_config
@@ -53,8 +52,10 @@ def test_steps_use_the_tokens_up_and_never_exceed_them(
         {"model": {"preset": "tiny"}, "train": train, "scaling": {"max_workers": lanes}},
         RunConfig,
     )
-    assert num_lanes(config) == lanes
-    assert tokens_per_step(config) == tokens
+    schedule = batch_schedule(config)
+    assert {schedule.num_lanes(step) for step in (1, 2, 10**9)} == {lanes}
+    assert schedule.step_tokens(7) == tokens
+    assert schedule.tokens_seen(7) == 7 * tokens
     assert max_steps(config) * tokens <= tokens + surplus < (max_steps(config) + 1) * tokens
 
 
@@ -74,7 +75,12 @@ def test_fields_override_their_preset() -> None:
         validate_config(
             {
                 "run_id": "a.run-1",
-                "data": {"source": ["/a/*.txt", "s3://b/c"], "normalize": ["nfc"], "tokenizer": "/t"},
+                "data": {
+                    "source": ["/a/*.txt", "s3://b/c"],
+                    "normalize": ["nfc"],
+                    "tokenizer": "/t",
+                    "validation": {"news-1.a": "/n.txt"},
+                },
                 "model": {"preset": "tiny", "n_inner": 65, "dropout": 0.1, "tie_word_embeddings": False},
                 "train": {"learning_rate": 1e-3, "warmup_tokens": 0, "sample_prompts": ["a: b\n# c", "no", "∂"]},
                 "scaling": {"min_workers": 2, "max_workers": 8},
@@ -125,6 +131,27 @@ def test_a_tree_cannot_be_changed() -> None:
         ),
         ({"model": {"preset": "tiny"}, "train": {"seq_len": 65}}, ["train.seq_len=65", "model.n_positions=64"]),
         ({"model": {"preset": "tiny"}, "train": {"max_tokens": 4095}}, ["train.max_tokens=4095", "4096"]),
+        (
+            {"train": {"batch_ramp_tokens": 10**5, "batch_ramp_start": 8}},
+            ["scaling.max_workers=2", "1 lanes", "train.batch_ramp_start"],
+        ),
+        ({"train": {"batch_ramp_tokens": 10**5}}, ["train.batch_ramp_tokens", "train.batch_ramp_start", "both"]),
+        ({"train": {"batch_ramp_start": 16}}, ["train.batch_ramp_tokens", "train.batch_ramp_start", "both"]),
+        (
+            {"train": {"batch_ramp_tokens": 10**5, "batch_ramp_start": 12}},
+            ["train.batch_ramp_start=12", "multiple", "train.micro_batch_size=8"],
+        ),
+        (
+            {"train": {"batch_ramp_tokens": 10**5, "batch_ramp_start": 64}},
+            ["train.batch_ramp_start=64", "less than", "train.global_batch_size=64"],
+        ),
+        ({"train": {"schedule": "linear"}}, ["train.schedule", "'cosine' or 'wsd'", "'linear'"]),
+        ({"train": {"cooldown_tokens": 5}}, ["train.cooldown_tokens=5", "train.schedule=wsd"]),
+        (
+            {"train": {"schedule": "wsd", "cooldown_tokens": 60, "warmup_tokens": 50, "decay_tokens": 100}},
+            ["train.cooldown_tokens=60", "train.warmup_tokens=50", "100 tokens"],
+        ),
+        ({"data": {"validation": {"a/b": "x.txt"}}}, ["data.validation.a/b", "pattern"]),
         ({"scaling": {"min_workers": 3}}, ["min_workers=3", "max_workers=2"]),
         ({"train": {"learning_rate": -1}}, ["train.learning_rate", "greater than 0", "-1"]),
         ({"train": {"learning_rate": float("nan")}}, ["train.learning_rate", "finite"]),

@@ -69,6 +69,13 @@ def test_a_preset_by_flag_keeps_the_fields_that_were_named(file: str) -> None:
     assert config.model == GPTConfig(n_layer=3, n_head=4, n_embd=128, n_positions=100)
 
 
+def test_validation_sets_are_named_by_a_flag(file: str) -> None:
+    config = parsed(file, "--data.validation", "news=n.txt", "law=tokens://s3://b/a=b")
+    assert config.data.validation == {"news": str(Path.cwd() / "n.txt"), "law": "tokens://s3://b/a=b"}
+    assert "--data.validation n.txt: expected NAME=SOURCE" in refusal(file, "--data.validation", "n.txt")
+    assert "data.validation.a/b" in refusal(file, "--data.validation", "a/b=n.txt")
+
+
 @pytest.mark.parametrize("word", ["null", "none"])
 def test_null_unsets(file: str, word: str) -> None:
     assert parsed(file).train.seq_len == 32

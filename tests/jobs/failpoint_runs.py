@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # the optimizer imports it when it is first used: here once instead of in each process
 
 from jobs.checkpoint_writer import CheckpointWriter
 from jobs.checkpoints import RunCheckpoints, step_of

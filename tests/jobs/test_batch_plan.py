@@ -143,9 +143,10 @@ def test_shards_of_a_step_are_disjoint_and_cover_it(
 
 
 def samples_of_rank(step: int, rank: int, world_size: int, num_lanes: int, micro_batch_size: int) -> np.ndarray:
-    sizes = {"global_batch_size": num_lanes * micro_batch_size, "micro_batch_size": micro_batch_size}
+    size = num_lanes * micro_batch_size
+    batch = range(step * size, (step + 1) * size)
     lanes = lanes_of_rank(rank, world_size=world_size, num_lanes=num_lanes)
-    return np.concatenate([lane_sample_indices(step, lane, **sizes) for lane in lanes])
+    return np.concatenate([lane_sample_indices(batch, lane, micro_batch_size=micro_batch_size) for lane in lanes])
 
 
 def test_more_ranks_than_lanes_is_refused() -> None:

@@ -46,24 +46,32 @@ def reference(case: Case) -> tuple[str, list[float]]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     trainer, config = Trainer(case, WorkerGroup(0, 1)), case.config()
-    state, losses = trainer.state, []
+    state, losses, first_sample = trainer.state, [], 0
     for step in range(1, NUM_STEPS + 1):
+        num_lanes = {1: 5, 2: 7, 3: 9, 4: 13}[step] if case.start_lanes else case.num_lanes
         lane_losses: dict[range, Tensor] = {}
 
-        def lane_value(lane: int, step: int = step, lane_losses: dict[range, Tensor] = lane_losses) -> Tensor:
+        def lane_value(
+            lane: int,
+            step: int = step,
+            first_sample: int = first_sample,
+            num_lanes: int = num_lanes,
+            lane_losses: dict[range, Tensor] = lane_losses,
+        ) -> Tensor:
             state.gradient.zero_()
-            first = ((step - 1) * case.num_lanes + lane) * 2
+            first = first_sample + lane * 2
             inputs, targets = MadeRows().samples(range(first, first + 2))
             torch.manual_seed(hash((config.train.seed, step, lane)) % 2**63)
             with autocast(config, CPU):
-                scale = 1.0 / (case.num_lanes * 2 * inputs.shape[1])
+                scale = 1.0 / (num_lanes * 2 * inputs.shape[1])
                 loss = state.model.loss_of(state.model.hidden(inputs), targets, scale=scale)
             loss.backward()
             lane_losses[range(lane, lane + 1)] = loss.detach()
             return state.gradient.clone()
 
-        summed = reduce_worlds(1, num_lanes=case.num_lanes, lane_value=lane_value)
-        losses.append(float(tree_sum(range(case.num_lanes), lane_losses.get)))
+        summed = reduce_worlds(1, num_lanes=num_lanes, lane_value=lane_value)
+        losses.append(float(tree_sum(range(num_lanes), lane_losses.get)))
+        first_sample += num_lanes * 2
         state.gradient.copy_(summed)
         state.apply(norm=gradient_norm(summed), learning_rate=1e-2)
     torch.set_num_threads(threads)

@@ -262,6 +262,7 @@ def small_disk(folder: Path) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@pytest.mark.chaos
 def test_a_full_disk_costs_checkpoints_and_nothing_else(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk"):
         saving = Saving(open_storage(str(tmp_path / "disk")))
@@ -290,6 +291,7 @@ def test_a_full_disk_costs_checkpoints_and_nothing_else(tmp_path: Path) -> None:
     assert "No space left" in down[0]["reason"] or "too large" in down[0]["reason"]
 
 
+@pytest.mark.chaos
 @pytest.mark.skipif(os.getuid() != 0, reason="mounts")
 def test_a_folder_that_is_read_only_for_a_while_is_waited_for(tmp_path: Path) -> None:
     saving, folder = Saving(open_storage(str(tmp_path))), tmp_path / "checkpoints"

@@ -48,6 +48,7 @@ def test_a_crash_on_the_way_to_object_storage(s3_bucket: str, tmp_path: Path) ->
     check_crashes(f"s3://{s3_bucket}/storage", tmp_path, num_seeds=1, places=places)
 
 
+@pytest.mark.chaos
 @pytest.mark.slow
 @pytest.mark.parametrize("is_remote", [False, True])
 def test_twenty_seeds_of_crashes(s3_bucket: str, tmp_path: Path, is_remote: bool) -> None:

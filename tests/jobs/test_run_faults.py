@@ -48,6 +48,7 @@ def long_plan(storage_uri: str, *, tokens_in: str | None = None) -> RunPlan:
     )
 
 
+@pytest.mark.chaos
 @pytest.mark.parametrize("fault", ["down", "slow"])
 def test_a_store_out_of_reach_costs_no_restart_and_no_time(
     s3_bucket: str,
@@ -97,6 +98,7 @@ def wait_for(is_true: Callable[[], bool], *, timeout_s: float = 60.0) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.chaos
 @pytest.mark.parametrize("kind", ["local", pytest.param("s3", marks=pytest.mark.slow)])
 def test_a_rank_that_was_stopped_and_goes_on_after_its_replacement(
     s3_bucket: str, tmp_path: Path, undisturbed: tuple[str, list[float]], kind: str
@@ -159,6 +161,7 @@ def eight_steps(tmp_path: Path, *, save_every_steps: int = 4) -> RunPlan:
     return tiny_plan(str(tmp_path), checkpoint={"save_every_steps": save_every_steps, "num_to_keep": 9})
 
 
+@pytest.mark.chaos
 @pytest.mark.parametrize("how", ["flip", "truncate", "remove", "no manifest", "garbled manifest"])
 def test_a_corrupt_newest_is_marked_told_of_and_passed_over(tmp_path: Path, how: str) -> None:
     plan = eight_steps(tmp_path)
@@ -184,6 +187,7 @@ def test_a_corrupt_newest_is_marked_told_of_and_passed_over(tmp_path: Path, how:
     assert step_of(RunCheckpoints(run).names[-1]) == 8
 
 
+@pytest.mark.chaos
 def test_with_all_of_them_corrupt_the_run_stops_and_deletes_nothing(tmp_path: Path) -> None:
     plan = eight_steps(tmp_path)
     run = stopped(plan, tmp_path)

@@ -42,11 +42,12 @@ class Case:
     num_lanes: int = 7
     sharded: bool = False
     exact: bool = True
+    start_lanes: int | None = None  # of the first step, where the batch grows
 
     @property
     def numbers(self) -> "Case":
         """The case whose bits this one must have."""
-        return Case(self.precision, self.activation, self.num_lanes)
+        return Case(self.precision, self.activation, self.num_lanes, start_lanes=self.start_lanes)
 
     def config(self) -> RunConfig:
         model = {
@@ -66,6 +67,8 @@ class Case:
             "exact": self.exact,
             "shard_optimizer": self.sharded,
         }
+        if self.start_lanes:
+            train |= {"batch_ramp_start": 2 * self.start_lanes, "batch_ramp_tokens": 20 * 2 * SEQ_LEN}
         return RunConfig.model_validate({"model": model, "train": train, "scaling": {"max_workers": 1}})
 
 
@@ -76,6 +79,8 @@ CASES = [
     ),
     Case(num_lanes=8),
     Case(num_lanes=8, sharded=True),
+    Case(num_lanes=13, start_lanes=5),  # 5, 7, 9, then 13 lanes
+    Case(num_lanes=13, start_lanes=5, sharded=True),
     Case(exact=False),
 ]
 

@@ -47,6 +47,28 @@ def test_schedule_without_warmup_and_with_warmup_to_the_end() -> None:
     assert learning_rate(10, peak=1.0, warmup_tokens=10, decay_tokens=10, min_ratio=0.5) == 0.5
 
 
+def test_warmup_stable_decay() -> None:
+    def rate(tokens_seen: int, *, cooldown_tokens: int = 200, warmup_tokens: int = 100) -> float:
+        return learning_rate(
+            tokens_seen,
+            peak=1.0,
+            warmup_tokens=warmup_tokens,
+            decay_tokens=1000,
+            min_ratio=0.1,
+            cooldown_tokens=cooldown_tokens,
+        )
+
+    assert [rate(tokens) for tokens in (0, 50, 100, 500, 800)] == [0.0, 0.5, 1.0, 1.0, 1.0]
+    assert rate(850) == pytest.approx(0.775, rel=1e-12)
+    assert rate(900) == pytest.approx(0.55, rel=1e-12)
+    assert rate(1000) == rate(5000) == 0.1
+    falls = [rate(tokens) - rate(tokens + 1) for tokens in range(800, 1000)]
+    assert max(falls) == pytest.approx(min(falls), rel=1e-9)
+    # A warm-up that reaches into the cooldown shortens it, without a jump.
+    assert rate(900, warmup_tokens=900) == 1.0
+    assert rate(950, warmup_tokens=900) == pytest.approx(0.55, rel=1e-12)
+
+
 def test_matrices_and_embeddings_decay_and_nothing_else(model: GPT) -> None:
     decaying = decay_parameter_names(model)
     assert {"transformer.wte.weight", "transformer.wpe.weight", "transformer.h.1.attn.c_proj.weight"} <= decaying

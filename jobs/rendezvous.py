@@ -1,0 +1,109 @@
+"""Where the workers of a group meet: at its start, and again whenever one of them was lost and replaced.
+
+They meet in rounds. A round is over once any worker lost another one. The next one begins when every rank has come:
+those that are left, with all that they have loaded, and what Ray Train started in the place of the lost one.
+"""
+
+import gc
+import secrets
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from jobs.failures import is_lost_peer, one_line
+
+_POLL_S = 0.02
+_CONNECT_TIMEOUT = timedelta(seconds=30)
+_TIMEOUT = timedelta(minutes=30)  # of a message; an outage of the storage makes some wait for the one that waits for it
+
+
+@contextmanager
+def meeting_place(host: str) -> Iterator[str]:
+    """Keeps what the workers of a launch meet by, as long as the context lasts; gives its address."""
+    with socket.create_server((host, 0)) as listener:
+        port = listener.getsockname()[1]
+        store = dist.TCPStore(
+            host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach(), use_libuv=True
+        )
+        yield f"{host}:{port}"
+        del store
+
+
+class Rendezvous:
+    """One worker's way to the others of its group."""
+
+    def __init__(self, address: str, *, group: str, rank: int, world_size: int, backend: str) -> None:
+        """`group` names what Ray Train starts together: the same for a worker and its replacement, and no other."""
+        host, _, port = address.rpartition(":")
+        store = dist.TCPStore(host, int(port), is_master=False, wait_for_workers=False)
+        self._store = dist.PrefixStore(group, store)
+        self._rank, self._world_size, self._backend = rank, world_size, backend
+        self._id = secrets.token_hex(8)
+        self._store.compare_set("round", "", "0")
+
+    def attend(self, work: Callable[[], None]) -> bool:
+        """Meets the others and does the work with them. False when one of them was lost: then meet again."""
+        number = self._meet()
+        try:
+            work()
+        except RuntimeError as error:
+            if not is_lost_peer(error):
+                raise
+            sys.stderr.write(f"rank {self._rank} lost another worker and waits for it: {one_line(str(error))}\n")
+        else:
+            dist.destroy_process_group()
+            return True
+        self._end(number)
+        gc.collect()  # the model and its buffers, which the error's traceback held
+        # So that those who wait for this one's messages get their error too.
+        _whole_group().abort()
+        dist.destroy_process_group()
+        return False
+
+    def _meet(self) -> int:
+        while True:
+            number = int(self._store.get("round"))
+            # Where this rank's predecessor took part, the others may not have noticed its end.
+            if self._store.compare_set(f"{number}/{self._rank}/came", "", self._id).decode() != self._id:
+                self._end(number)
+                continue
+            # Twice, as one that came may have died while it waited for the others.
+            if self._all(number, "came") and self._all(number, "stayed") and self._connect(number):
+                return number
+
+    def _all(self, number: int, what: str) -> bool:
+        """Waits until every rank says so; False when the round is over before that."""
+        self._store.set(f"{number}/{self._rank}/{what}", self._id)
+        places = [f"{number}/{rank}/{what}" for rank in range(self._world_size)]
+        while not self._store.check(places):
+            if int(self._store.get("round")) != number:
+                return False
+            time.sleep(_POLL_S)
+        return True
+
+    def _connect(self, number: int) -> bool:
+        store = dist.PrefixStore(str(number), self._store)
+        rank, world_size = self._rank, self._world_size
+        try:
+            dist.init_process_group(
+                self._backend, store=store, rank=rank, world_size=world_size, timeout=_CONNECT_TIMEOUT
+            )
+        except RuntimeError:  # one of them is gone already
+            self._end(number)
+            return False
+        _whole_group().set_timeout(_TIMEOUT)
+        return True
+
+    def _end(self, number: int) -> None:
+        self._store.compare_set("round", str(number), str(number + 1))
+
+
+def _whole_group() -> dist.ProcessGroup:
+    group = dist.group.WORLD
+    assert group is not None
+    return group

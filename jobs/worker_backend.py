@@ -1,0 +1,91 @@
+"""What Ray Train is told of the worker group: that each worker may be replaced alone, while the others live on.
+
+The workers connect by themselves (`rendezvous`), at the start and after each loss. Ray Train's public way is to start
+the whole group again, which costs every worker its process and all that it has loaded: measured here, two thirds of a
+restart. The names from `_internal` are those of its support for torchft, which works the same way.
+"""
+
+import threading
+import time
+from typing import Any
+
+from ray.train.torch import TorchConfig
+from ray.train.torch.config import _TorchBackend
+from ray.train.v2._internal.callbacks.preemption_callback import PreemptionCallback
+from ray.train.v2._internal.execution.callback import ReplicaGroupCallback, WorkerGroupCallback
+from ray.util import placement_group_table, remove_placement_group
+
+from jobs.failures import is_lost_node
+
+_NO_PLACE_S = 6.0
+_POLL_S = 0.5
+
+
+class _Backend(_TorchBackend):
+    has_replica_groups = True
+    share_cuda_visible_devices = False  # a replacement is not told of the others' devices
+
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        """Nothing: workers meet in their own time."""
+
+    def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
+        """Nothing: they part before they return, and one that is lost cannot."""
+
+
+class WorkerBackend(TorchConfig):
+    """In the place of `TorchConfig`."""
+
+    @property
+    def backend_cls(self) -> type[_Backend]:
+        return _Backend
+
+
+class NodeLosses(WorkerGroupCallback):
+    """Has Ray Train plan anew, with the nodes that are there, when a node died or a worker has no place any more."""
+
+    def __init__(self, *, is_elastic: bool) -> None:
+        self._is_elastic = is_elastic
+
+    def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
+        """Ends the whole group with a node: Ray Train fails for good where a worker that it takes for alive, as those
+        of a dying node are for a moment, does not answer while it replaces another one."""
+        if not any(is_lost_node(error) for error in worker_group_status.errors.values()):
+            return
+        for status in worker_group_status.worker_statuses.values():
+            status.error = status.error or RuntimeError("Connection closed: the node of another worker has died")
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        """Watches the places: Ray Train waits for that of a replacement as long as it takes, though a smaller group
+        could train."""
+        self._ended = threading.Event()
+        if not self._is_elastic:
+            return
+        place = worker_group.get_worker_group_state().placement_group_handle.placement_group
+        threading.Thread(target=_watch, args=(place, self._ended), name="node-losses", daemon=True).start()
+
+    def before_worker_group_shutdown(self, worker_group: Any) -> None:
+        self._ended.set()
+
+    def before_worker_group_abort(self, worker_group_context: Any) -> None:
+        self._ended.set()
+
+
+def _watch(place: Any, ended: threading.Event) -> None:
+    lost_at: float | None = None
+    while not ended.wait(_POLL_S):
+        is_lost = placement_group_table(place)["state"] == "RESCHEDULING"
+        lost_at = (lost_at or time.monotonic()) if is_lost else None
+        if lost_at and time.monotonic() - lost_at > _NO_PLACE_S:
+            remove_placement_group(place)
+            return
+
+
+class Drains(PreemptionCallback, ReplicaGroupCallback):
+    """Ray Train's watch for nodes that are being drained, which it leaves out where workers are replaced alone."""
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        self._worker_group = worker_group
+        super().after_worker_group_start(worker_group)
+
+    def after_replica_group_start(self, replica_group: Any) -> None:
+        super().after_worker_group_start(self._worker_group)  # with the new worker

@@ -1,0 +1,81 @@
+"""Workers meet, lose one another at random moments, and meet again with the replacement: nobody else is restarted."""
+
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from jobs.rendezvous import meeting_place
+
+WORLD_SIZE, ROUNDS = 3, 60
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+class Group:
+    def __init__(self, address: str, folder: Path) -> None:
+        self._address, self._folder, self.num_started = address, folder, 0
+        self.processes = [self.start(rank) for rank in range(WORLD_SIZE)]
+
+    def start(self, rank: int) -> subprocess.Popen[bytes]:
+        self.num_started += 1
+        command = [sys.executable, "-m", "tests.jobs.meeting_worker", self._address, str(rank), str(WORLD_SIZE)]
+        environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "GLOO_SOCKET_IFNAME": "lo"}
+        with (self._folder / f"{rank}.log").open("ab") as log:
+            return subprocess.Popen([*command, str(ROUNDS)], env=environment, stdout=log, stderr=subprocess.STDOUT)
+
+    def replace(self, rank: int) -> None:
+        self.processes[rank].kill()
+        self.processes[rank].wait()
+        self.processes[rank] = self.start(rank)
+
+    def lines(self, rank: int, word: str) -> list[list[str]]:
+        lines = (self._folder / f"{rank}.log").read_text().splitlines()
+        return [line.split()[1:] for line in lines if line.startswith(word)]
+
+    def wait_for_meeting(self, number: int) -> None:
+        """Until the newest process of every rank has met the others, for the `number`-th time in all at least."""
+        deadline = time.monotonic() + 60
+        while any(
+            len(self.lines(rank, "met")) < number or self.lines(rank, "met")[-1] != [str(process.pid)]
+            for rank, process in enumerate(self.processes)
+        ):
+            assert time.monotonic() < deadline, [self.lines(rank, "met") for rank in range(WORLD_SIZE)]
+            time.sleep(0.02)
+
+
+@pytest.mark.parametrize("victims", [[1], [0], [2, 0], [1, 1]])
+def test_only_the_lost_are_started_again(victims: list[int], tmp_path: Path) -> None:
+    rng = random.Random(str(victims))
+    with meeting_place("127.0.0.1") as address:
+        group = Group(address, tmp_path)
+        group.wait_for_meeting(1)
+        for victim in victims:
+            before = [process.pid for process in group.processes]
+            time.sleep(rng.random() / 4)
+            group.replace(victim)
+            group.wait_for_meeting(1)
+            assert [p.pid == pid for p, pid in zip(group.processes, before, strict=True)].count(False) == 1
+        assert [process.wait(timeout=60) for process in group.processes] == [0] * WORLD_SIZE
+        for rank in range(WORLD_SIZE):
+            whole = [["sum", str(number), str(float(3 + 3 * number))][1:] for number in range(ROUNDS)]
+            assert group.lines(rank, "sum")[-ROUNDS:] == whole
+        assert group.num_started == WORLD_SIZE + len(victims)
+
+
+def test_two_lost_at_once_and_one_lost_again_before_it_met_anyone(tmp_path: Path) -> None:
+    with meeting_place("127.0.0.1") as address:
+        group = Group(address, tmp_path)
+        group.wait_for_meeting(1)
+        for rank in (1, 2):
+            group.processes[rank].kill()
+            group.processes[rank].wait()
+        group.processes[1] = group.start(1)
+        time.sleep(4)  # it has come, and waits for the other
+        group.replace(1)
+        group.processes[2] = group.start(2)
+        assert [process.wait(timeout=60) for process in group.processes] == [0] * WORLD_SIZE
+        assert len(group.lines(0, "met")) == 2
