@@ -24,7 +24,7 @@ from jobs.token_stream import TokenStream
 from jobs.train_state import TrainState
 from jobs.worker_group import WorkerGroup
 from model.gpt import GPT
-from model.training_memory import Places, weight_copies
+from model.training_memory import Places, large_zeros, weight_copies
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,16 @@ class BatchGradient:
         self._config, self._state, self._rows, self._group = config, state, rows, group
         self._schedule = batch_schedule(config)
         self._loss = _LaneLoss(state.model, eot_id)
-        is_rounded = config.train.precision == "bf16"
-        self._rounded = state.values.new_empty(state.layout.boundary, dtype=torch.bfloat16) if is_rounded else None
+        self._rounded = None
+        if config.train.precision == "bf16":
+            self._rounded = large_zeros(state.layout.boundary, dtype=torch.bfloat16, device=state.device)
         self._ddp = None if config.train.exact else DistributedDataParallel(self._loss)
         if config.train.exact:
             lane_counts = self._schedule.lane_counts
             self._lane_steps = {count: lane_steps(self._own(count), num_lanes=count) for count in lane_counts}
             num_slots = 1 + max(step.slot for steps in self._lane_steps.values() for step in steps)
-            slots = [state.gradient, *(torch.zeros_like(state.gradient) for _ in range(1, num_slots))]
+            more = [large_zeros(state.layout.size, device=state.device) for _ in range(1, num_slots)]
+            slots = [state.gradient, *more]
             self.exchange = BucketExchange(
                 state.layout, slots, group, lane_counts=lane_counts, sharded=state.is_sharded
             )

@@ -9,12 +9,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
 from jobs.exact_reduce import LaneStep
 from jobs.flat_layout import FlatLayout
-from model.training_memory import Places, gradient_sinks
+from model.training_memory import Places, Scratch, gradient_sinks, large_zeros, scratch_memory
 
 
 class LaneSums:
@@ -32,7 +31,8 @@ class LaneSums:
         }
         self._step: LaneStep | None = None
         self._largest = max(self._parameters.values(), key=nn.Parameter.numel)
-        self._scratch: Tensor | None = None
+        self._second: Tensor | None = None
+        self._scratch = Scratch()
         for name, parameter in self._parameters.items():
             parameter.register_post_accumulate_grad_hook(partial(self._take, name))
 
@@ -50,7 +50,7 @@ class LaneSums:
         if is_last:
             self._tell_final()
         try:
-            with gradient_sinks(self._sinks(step)):
+            with gradient_sinks(self._sinks(step)), scratch_memory(self._scratch):
                 yield
         finally:
             self._step = None
@@ -62,9 +62,10 @@ class LaneSums:
         if not step.adds:
             return {parameter: self._views[name][step.slot] for name, parameter in self._parameters.items()}
         # A tied embedding without a sink has two whole gradients, which autograd adds.
-        if self._scratch is None:
-            self._scratch = torch.empty_like(self._largest)
-        return {self._largest: self._scratch}
+        if self._second is None:
+            flat = large_zeros(self._largest.numel(), device=self._largest.device)
+            self._second = flat.view_as(self._largest)
+        return {self._largest: self._second}
 
     def _take(self, name: str, parameter: nn.Parameter) -> None:
         if self._step is None:

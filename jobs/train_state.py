@@ -22,6 +22,7 @@ from jobs.flat_layout import FlatLayout, at
 from jobs.step_timer import StepTimer
 from jobs.worker_group import WorkerGroup
 from model.gpt import GPT
+from model.training_memory import large_zeros
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -61,14 +62,14 @@ class TrainState:
         self.layout = layout = FlatLayout.of(model)
         self._group, self._config = group, config
         self.is_sharded = config.shard_optimizer and group.world_size > 1
-        self.values = torch.zeros(layout.size, device=device)  # (P,)
-        self.gradient = torch.zeros(layout.size, device=device)  # (P,)
+        self.values = large_zeros(layout.size, device=device)  # (P,)
+        self.gradient = large_zeros(layout.size, device=device)  # (P,)
         for name, parameter in model.named_parameters():
             view = layout.view(self.values, name, parameter)
             view.copy_(parameter.detach())
             parameter.data, parameter.grad = view, layout.view(self.gradient, name, parameter)
         self._owned = self._shares() if self.is_sharded else [range(layout.size)]
-        self._moments = {name: torch.zeros(sum(map(len, self._owned)), device=device) for name in MOMENTS}
+        self._moments = {name: large_zeros(sum(map(len, self._owned)), device=device) for name in MOMENTS}
         self._segments: dict[float, list[_Segment]] = {}
         for segment in self._make_segments(config):
             self._segments.setdefault(segment.weight_decay, []).append(segment)

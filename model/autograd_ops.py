@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.training_memory import copy_of, sink_of
+from model.training_memory import copy_of, scratch_like, sink_of
 
 IGNORE_INDEX = -100
 """Target of a position that the loss does not count."""
@@ -102,12 +102,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         labels = targets.where(counted, 0)
         losses = torch.empty(targets.shape, dtype=torch.promote_types(w.dtype, torch.float32), device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if with_grad else None
-        grad_weight = _Sum(sink, dtype=weight.dtype)
+        product = scratch_like(w, "head gradient", w.shape) if w.dtype != weight.dtype else None
+        grad_weight = _Sum(sink, dtype=weight.dtype, scratch=product)
         for start in range(0, len(targets), chunk_tokens):
             rows = slice(start, start + chunk_tokens)
             h = hidden[rows].to(w.dtype)  # (K, C)
             # As (V, K), not (K, V): in bf16 on a CPU two of the three products then take half the time.
-            scores = torch.mm(w, h.T)
+            scores = torch.mm(w, h.T, out=scratch_like(w, "scores", (len(w), len(h))))
             places = labels[rows], torch.arange(len(h), device=h.device)
             of_label = scores[places].to(losses.dtype)  # (K,)
             largest, total = _exponentiate(scores, losses.dtype)  # (K,) each
@@ -157,14 +158,17 @@ def _exponentiate(scores: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 class _Sum:
-    """A sum of matrix products in a weight's own type, in its sink or in fresh memory."""
+    """A sum of matrix products in a weight's own type, in its sink or in fresh memory.
 
-    def __init__(self, sink: Tensor | None, *, dtype: torch.dtype) -> None:
-        self._value, self._dtype, self._is_empty = sink, dtype, True
+    A product of another type comes to lie in `scratch`, if there is any, before it is added.
+    """
+
+    def __init__(self, sink: Tensor | None, *, dtype: torch.dtype, scratch: Tensor | None = None) -> None:
+        self._value, self._dtype, self._scratch, self._is_empty = sink, dtype, scratch, True
 
     def add_product(self, left: Tensor, right: Tensor) -> "_Sum":
         if left.dtype != self._dtype:
-            product = left @ right
+            product = torch.mm(left, right, out=self._scratch)
             if self._value is None:
                 self._value = product.to(self._dtype)
             elif self._is_empty:

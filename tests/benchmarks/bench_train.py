@@ -1,18 +1,30 @@
-"""Training tokens/s of one process and one thread: raymill's step beside Hugging Face's GPT-2 and a plain loop.
+"""Training in numbers: raymill's step beside Hugging Face's and a plain loop's, then exact mode beside stock DDP.
 
-All do the same work on the same batches: forward, loss, backward, clipping, AdamW, without torch.compile. They take
-turns, so that a change of the machine's speed meets all. Prints a line a contender and, last, one JSON object.
+    python -m tests.benchmarks.bench_train [--rounds 5] [--small]
+
+First, one process and one thread: every contender does the same work on the same batches, forward, loss, backward,
+clipping, AdamW. raymill's step takes turns with one peer at a time, so that a change of the machine's speed meets both
+and two models are in memory at most; a ratio is the median of its rounds' ratios, and the best peer decides. Compiling
+is not timed. Then what `bench_exact` says. Prints a table of each and, last, one JSON object.
 """
 
 import argparse
+import gc
 import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-from tests.benchmarks.train_steps import CONTENDERS, Cell
+from tests.benchmarks.bench_exact import measure, print_table
+from tests.benchmarks.gemm_peak import gemm_peak
+from tests.benchmarks.train_steps import COMPILED_PEERS, PEERS, Cell, Step, raymill, why_not_compiled
+
+NUM_WARM_UPS = 2
 
 CELLS = [
     Cell("small-10m", batch_size=4, seq_len=256, precision="fp32"),
@@ -22,41 +34,101 @@ CELLS = [
 ]
 
 
-def seconds_of_steps(cell: Cell, *, num_rounds: int) -> dict[str, list[float]]:
-    """By contender, after a round that warms up."""
-    steps = {name: make(cell) for name, make in CONTENDERS.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(num_rounds + 1):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step(number)
-            if number:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+@dataclass
+class Taken:
+    """What a contender's steps took, round by round; `cpu` is processor time, which other programs hardly move."""
+
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+
+    def time(self, step: Step, number: int) -> None:
+        start, start_cpu = time.perf_counter(), time.process_time()
+        step(number)
+        self.wall.append(time.perf_counter() - start)
+        self.cpu.append(time.process_time() - start_cpu)
+
+    def __add__(self, other: "Taken") -> "Taken":
+        return Taken(self.wall + other.wall, self.cpu + other.cpu)
+
+
+def take_turns(ours: Step, peer: Step, *, num_rounds: int) -> tuple[Taken, Taken]:
+    """Either one begins every other round."""
+    for number in range(NUM_WARM_UPS):
+        ours(number)
+        peer(number)
+    taken = Taken(), Taken()
+    for number in range(num_rounds):
+        turns = list(zip(taken, (ours, peer), strict=True))
+        for contender, step in turns if number % 2 else reversed(turns):
+            contender.time(step, number)
+    return taken
+
+
+def compare(cell: Cell, peers: dict[str, Callable[[Cell], Step]], *, num_rounds: int) -> dict[str, float]:
+    """Prints the cell's lines. Ratios above 1 say that raymill is the faster one."""
+    gc.collect()
+    peak = gemm_peak(cell.precision)
+    step, total = raymill(cell), Taken()
+    ratios: dict[str, float] = {}
+    cpu_ratios: dict[str, float] = {}
+    figures: dict[str, float] = {}
+    for name, make in peers.items():
+        ours, theirs = take_turns(step, make(cell), num_rounds=num_rounds)
+        torch.compiler.reset()
+        gc.collect()  # models are parts of cycles
+        total += ours
+        ratios[name], cpu_ratios[name] = ratio(theirs.wall, ours.wall), ratio(theirs.cpu, ours.cpu)
+        figures |= _row(cell, name, theirs, f"  ratio {ratios[name]:.2f}, of processor time {cpu_ratios[name]:.2f}")
+    # One thread that waits for nothing: its processor time is what a step takes on an idle machine.
+    fraction = cell.num_flops / statistics.median(total.cpu) / peak
+    best = min(ratios, key=lambda name: ratios[name])
+    text = f"  {fraction:.0%} of the GEMM peak, {peak / 1e9:.0f} GFLOP/s; {ratios[best]:.2f} x the best peer, {best}"
+    figures |= _row(cell, "raymill", total, text)
+    return figures | {
+        f"{cell.label}_ratio": round(ratios[best], 3),
+        f"{cell.label}_cpu_ratio": round(min(cpu_ratios.values()), 3),
+        f"{cell.label}_gemm_fraction": round(fraction, 3),
+        f"{cell.label}_gemm_peak_gflops": round(peak / 1e9, 1),
+    }
+
+
+def ratio(theirs: list[float], ours: list[float]) -> float:
+    return statistics.median(their / our for their, our in zip(theirs, ours, strict=True))
+
+
+def _row(cell: Cell, name: str, taken: Taken, text: str) -> dict[str, float]:
+    median = statistics.median(taken.wall)
+    spread = (max(taken.wall) - min(taken.wall)) / median
+    rate = cell.num_tokens / median
+    print(f"{cell.label:14} {name:22} {rate:7,.0f} tokens/s  spread {spread:4.0%}{text}", flush=True)
+    return {f"{cell.label}_{name.lower().replace(' ', '_')}_tokens_per_s": round(rate, 1)}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each contender beside each other")
     parser.add_argument("--small", action="store_true", help="the 10M shape only")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    result, ratios = {}, []
-    for cell in CELLS[:2] if arguments.small else CELLS:
-        label = f"{cell.preset}_{cell.precision}"
-        seconds = seconds_of_steps(cell, num_rounds=arguments.rounds)
-        for name, values in seconds.items():
-            median = statistics.median(values)
-            spread = (max(values) - min(values)) / median
-            print(f"{label:16}  {name:12}  {cell.num_tokens / median:8.0f} tokens/s  spread {spread:.0%}", flush=True)
-            result[f"{label}_{name}_tokens_per_s"] = round(cell.num_tokens / median, 1)
-        ours = seconds.pop("raymill")
-        ratios.append(
-            min(statistics.median(b / a for a, b in zip(ours, peer, strict=True)) for peer in seconds.values())
-        )
-        result[f"{label}_ratio"] = round(ratios[-1], 3)
-        print(f"{label:16}  ratio to the best peer {ratios[-1]:.2f}", flush=True)
-    print(json.dumps({"best_peer_ratio": round(min(ratios), 3)} | result))
+    peers, problem = PEERS, why_not_compiled()
+    if problem is None:
+        peers = PEERS | COMPILED_PEERS
+    else:
+        print(f"without torch.compile, which does not work here: {problem}")
+    cells = CELLS[:2] if arguments.small else CELLS
+    figures: dict[str, Any] = {"compiled": problem is None}
+    for cell in cells:
+        figures |= compare(cell, peers, num_rounds=arguments.rounds)
+    print("\nexact mode under Ray Train beside stock DistributedDataParallel, two workers of one thread each")
+    exact = measure()
+    print_table(exact)
+    smallest = {
+        "best_peer_ratio": min(figures[f"{cell.label}_ratio"] for cell in cells),
+        "best_peer_cpu_ratio": min(figures[f"{cell.label}_cpu_ratio"] for cell in cells),
+        "exact_over_ddp_ratio": exact["exact_over_ddp_ratio"],
+        "gemm_fraction": min(figures[f"{cell.label}_gemm_fraction"] for cell in cells),
+    }
+    print(json.dumps(smallest | figures | exact))
     return 0
 
 

@@ -14,13 +14,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cluster.config import RunConfig, num_lanes, seq_len
+from cluster.config import RunConfig, batch_schedule, seq_len
 from jobs.batch_gradient import BatchGradient
 from jobs.step_timer import StepTimer
 from jobs.train_state import TrainState
 from jobs.worker_group import WorkerGroup
 from model.gpt import GPT
 from model.optimizer import decay_parameter_names
+from model.training_memory import keep_freed_memory
 
 WORLD_SIZE = 2
 VOCAB_SIZE = 4096  # what a trained tokenizer has by default; GPT-2's would triple the model
@@ -67,6 +68,7 @@ class ExactTrainer:
     def __init__(self, rank: int, *, sharded: bool) -> None:
         config, group = run_config(sharded=sharded), WorkerGroup(rank, WORLD_SIZE)
         torch.set_num_threads(1)
+        keep_freed_memory()
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
         model = GPT(config.model)
@@ -101,7 +103,7 @@ def stock_step(rank: int) -> StepFunction:
     """The loop that one would write with stock parts, for the same batch."""
     torch.set_num_threads(1)
     config = run_config()
-    rows, lanes = MadeRows(config), num_lanes(config)
+    rows, lanes = MadeRows(config), batch_schedule(config).num_lanes(1)
     model = GPT(config.model)
     model.init_weights(0)
     decayed = decay_parameter_names(model)

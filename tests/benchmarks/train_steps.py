@@ -1,11 +1,16 @@
-"""The training steps that `bench_train` compares: raymill's own, Hugging Face's GPT-2 and a plain loop."""
+"""The training steps that `bench_train` compares: raymill's own, Hugging Face's GPT-2 and a plain loop.
 
-from collections.abc import Callable
+The two peers come as they are and with their forward pass, loss and backward pass under torch.compile.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from cluster.config import RunConfig
@@ -14,7 +19,9 @@ from jobs.step_timer import StepTimer
 from jobs.train_state import TrainState
 from jobs.worker_group import WorkerGroup
 from model.config import PRESETS
+from model.flops import flops_per_token
 from model.gpt import GPT
+from model.training_memory import keep_freed_memory
 from tests.benchmarks.plain_gpt2 import PlainGPT2, Shape, training_step
 
 NUM_BATCHES = 8
@@ -35,6 +42,15 @@ class Cell:
     @property
     def num_tokens(self) -> int:
         return self.batch_size * self.seq_len
+
+    @property
+    def label(self) -> str:
+        return f"{self.preset}_{self.precision}"
+
+    @property
+    def num_flops(self) -> int:
+        """Of a step."""
+        return self.num_tokens * flops_per_token(self.config().model, self.seq_len)
 
     def config(self) -> RunConfig:
         train = {
@@ -68,11 +84,21 @@ class _Rows:
         pass
 
 
-def raymill(cell: Cell) -> Step:
-    """The parts that `jobs/train_loop.py` steps with, and its settings."""
-    config, group = cell.config(), WorkerGroup(rank=0, world_size=1)
+@contextmanager
+def _exactly() -> Iterator[None]:
+    """As a worker of raymill computes, and no peer has to."""
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def raymill(cell: Cell) -> Step:
+    """The parts that `jobs/train_loop.py` steps with, and its settings."""
+    keep_freed_memory()  # for the whole process: its peers gain by it as well
+    config, group = cell.config(), WorkerGroup(rank=0, world_size=1)
     model = GPT(config.model)
     model.init_weights(0)
     state = TrainState(model.train(), config.train, device=torch.device("cpu"), group=group)
@@ -80,37 +106,57 @@ def raymill(cell: Cell) -> Step:
     gradient, timer = BatchGradient(config, state, rows, group, eot_id=None), StepTimer()
 
     def step(number: int) -> float:
-        measured = gradient.of_step(number + 1, timer)
-        with timer.phase("update"):
-            state.apply(norm=measured.norm, learning_rate=6e-4)
+        with _exactly():
+            measured = gradient.of_step(number + 1, timer)
+            with timer.phase("update"):
+                state.apply(norm=measured.norm, learning_rate=6e-4)
         timer.take()
         return measured.loss
 
     return step
 
 
-def plain(cell: Cell) -> Step:
-    shape = {"vocab_size": 50257, "n_positions": 1024} | PRESETS[cell.preset]
-    model = PlainGPT2(Shape(**shape))
-    return _over_batches(cell, training_step(model, model, is_bf16=cell.precision == "bf16"))
+def plain(cell: Cell, *, is_compiled: bool) -> Step:
+    model = PlainGPT2(Shape(**_shape(cell)))
+    return _step(cell, model, model, is_compiled=is_compiled)
 
 
-def hugging_face(cell: Cell) -> Step:
-    shape = {"vocab_size": 50257, "n_positions": 1024} | PRESETS[cell.preset]
+def hugging_face(cell: Cell, *, is_compiled: bool) -> Step:
     dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    model = GPT2LMHeadModel(GPT2Config(**shape, **dropout, use_cache=False, attn_implementation="sdpa"))
+    model = GPT2LMHeadModel(GPT2Config(**_shape(cell), **dropout, use_cache=False, attn_implementation="sdpa"))
 
     def loss_of(inputs: Tensor, targets: Tensor) -> Tensor:
         logits = model(inputs).logits
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
+    return _step(cell, model, loss_of, is_compiled=is_compiled)
+
+
+def _shape(cell: Cell) -> dict[str, int]:
+    return {"vocab_size": 50257, "n_positions": 1024} | PRESETS[cell.preset]
+
+
+def _step(cell: Cell, model: nn.Module, loss_of: Callable[..., Tensor], *, is_compiled: bool) -> Step:
+    loss_of = torch.compile(loss_of, dynamic=False) if is_compiled else loss_of
     step = training_step(model, loss_of, is_bf16=cell.precision == "bf16")
-    return _over_batches(cell, step)
-
-
-def _over_batches(cell: Cell, step: Callable[[Tensor, Tensor], float]) -> Step:
     pairs = [(batch[:, :-1].contiguous(), batch[:, 1:].contiguous()) for batch in cell.batches()]
     return lambda number: step(*pairs[number % len(pairs)])
 
 
-CONTENDERS: dict[str, Callable[[Cell], Step]] = {"raymill": raymill, "Hugging Face": hugging_face, "plain": plain}
+PEERS: dict[str, Callable[[Cell], Step]] = {
+    "Hugging Face": partial(hugging_face, is_compiled=False),
+    "plain": partial(plain, is_compiled=False),
+}
+COMPILED_PEERS: dict[str, Callable[[Cell], Step]] = {
+    "Hugging Face compiled": partial(hugging_face, is_compiled=True),
+    "plain compiled": partial(plain, is_compiled=True),
+}
+
+
+def why_not_compiled() -> str | None:
+    """What torch.compile lacks on this machine, such as a C++ compiler; None where it works."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(64))
+    except RuntimeError as error:
+        return str(error).strip().splitlines()[0]
+    return None
