@@ -111,8 +111,8 @@ class LocalCluster:
 
     @property
     def node_names(self) -> list[str]:
-        """The nodes that were started and not killed, the head first."""
-        return list(self._nodes)
+        """The nodes that were started and run, the head first."""
+        return [name for name, process in self._nodes.items() if process.poll() is None]
 
     def __enter__(self) -> Self:
         token_path = Path(self.environment["RAY_AUTH_TOKEN_PATH"])
@@ -122,7 +122,11 @@ class LocalCluster:
             self._start_head()
             for _ in range(self._num_nodes - 1):
                 self.add_node(wait=False)
-            self._wait(lambda: len(self._alive_nodes()) == self._num_nodes, what=f"{self._num_nodes} nodes to join")
+            self._wait(
+                lambda: len(self._alive_nodes()) == self._num_nodes,
+                what=f"{self._num_nodes} nodes to join",
+                starting=list(self._nodes),
+            )
         except BaseException:
             self.stop()
             raise
@@ -139,7 +143,7 @@ class LocalCluster:
         before = self._alive_nodes() if wait else set()
         self._start_node(name, ["--address", self.address], num_cpus=self._cpus_per_node)
         if wait:
-            self._wait(lambda: not self._alive_nodes() <= before, what=f"{name} to join")
+            self._wait(lambda: not self._alive_nodes() <= before, what=f"{name} to join", starting=[name])
         return name
 
     def kill_node(self, name: str) -> None:
@@ -172,7 +176,7 @@ class LocalCluster:
         flags = ["--head", "--dashboard-host", "127.0.0.1"]
         flags += [word for flag, port in ports.items() for word in (flag, str(port))]
         self._start_node("head", flags, num_cpus=self._cpus_per_node if self._num_nodes == 1 else 0)
-        self._wait(lambda: len(self._alive_nodes()) == 1, what="the head to answer")
+        self._wait(lambda: len(self._alive_nodes()) == 1, what="the head to answer", starting=["head"])
 
     def _start_node(self, name: str, flags: Iterable[str], *, num_cpus: int) -> None:
         command = [sys.executable, str(_START_NODE), "start", "--block", "--disable-usage-stats"]
@@ -211,11 +215,11 @@ class LocalCluster:
             return set()
         return {node["node_id"] for node in response.json()["data"]["result"]["result"]}
 
-    def _wait(self, condition: Callable[[], bool], *, what: str) -> None:
+    def _wait(self, condition: Callable[[], bool], *, what: str, starting: Iterable[str]) -> None:
         deadline = time.monotonic() + _START_TIMEOUT_S
         while not condition():
-            for name, process in self._nodes.items():
-                if process.poll() is not None:
+            for name in starting:
+                if self._nodes[name].poll() is not None:
                     log = (self._directory / f"{name}.log").read_text(errors="replace")
                     raise ClusterError(f"the local cluster's {name} ended while starting; its log ends:\n{log[-2000:]}")
             if time.monotonic() > deadline:

@@ -21,7 +21,9 @@ class Kind(StrEnum):
 
 
 # As the last line of what Ray Train reports tells them apart.
-_DIED = re.compile(r"actor (is dead|died)|worker process has died|node (is dead|has died)", re.IGNORECASE)
+_DIED = re.compile(
+    r"actor (is dead|died)|worker process has died|node (is dead|has died|was terminated)", re.IGNORECASE
+)
 _LOST = re.compile(r"gloo|NCCL|Connection (closed|reset)|DistBackendError|DistNetworkError")
 
 
@@ -32,7 +34,7 @@ def is_lost_peer(error: RuntimeError) -> bool:
 
 def is_lost_node(error: Exception) -> bool:
     """Whether a worker died with its node."""
-    return bool(re.search(r"node (is dead|has died)", str(error), re.IGNORECASE))
+    return bool(re.search(r"node (is dead|has died|was terminated)", str(error), re.IGNORECASE))
 
 
 def main_cause(errors: Mapping[int, str]) -> tuple[int, Kind, str]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from cluster.config import RunConfig
+from cluster.config import RunConfig, max_steps
 from cluster.flags import validate_config
 from cluster.local import LocalCluster
 from cluster.stage import Connection, run_stage
@@ -22,6 +22,7 @@ from cluster.storage import open_storage
 from jobs.ledger import Ledger
 
 NUM_STEPS = 240
+NUM_LONG_STEPS = 900
 
 SETTINGS: dict[str, Any] = {
     "model": {"preset": "tiny", "dropout": 0.1},
@@ -42,10 +43,7 @@ SETTINGS: dict[str, Any] = {
 class Tally:
     """What all cells together saw."""
 
-    recoveries_s: list[float] = field(default_factory=list)
     lost_steps: list[int] = field(default_factory=list)
-    useful_s: float = 0.0
-    wall_s: float = 0.0
 
 
 class Watch:
@@ -63,6 +61,11 @@ class Watch:
         while not condition(self.ledger()):
             if self.ended.wait(0.05) or time.monotonic() > deadline_s:
                 raise TimeoutError("the run never got there")
+
+    def wait_for_workers(self, number: int) -> dict[str, Any]:
+        """Waits until an attempt has that many workers; its `start` event."""
+        self.wait(lambda ledger: bool(ledger.world_sizes) and ledger.world_sizes[-1] >= number)
+        return self.ledger().events("start")[-1]
 
     def wait_for_step(self, step: int, *, after_attempt: int = 0) -> dict[str, Any]:
         """Waits until an attempt later than `after_attempt` has completed the step; its `start` event."""
@@ -91,7 +94,6 @@ class Arena:
             (corpus / f"{number:02d}.txt").write_text(words)
         quiet = self.config("quiet", min_workers=2, max_workers=2)
         self.quiet = run_stage(self.connection, "jobs.pretrain", quiet)
-        self.quiet_losses = self.losses(quiet)
 
     def config(self, run_id: str, *, storage_uri: str | None = None, **scaling: Any) -> RunConfig:
         storage = {"uri": storage_uri or str(self.folder / "storage")}
@@ -99,13 +101,23 @@ class Arena:
         values["data"] = values["data"] | {"source": str(self.folder / "corpus")}
         return validate_config(values, RunConfig)
 
+    def long_config(self, run_id: str) -> RunConfig:
+        """Of two workers, for minutes."""
+        config = self.config(run_id, min_workers=2, max_workers=2)
+        values = config.model_dump() | {"model": {"preset": "demo"}}
+        values["train"] |= {"seq_len": 64, "max_tokens": NUM_LONG_STEPS * 32 * 64, "micro_batch_size": 16}
+        return validate_config(values, RunConfig)
+
     def losses(self, config: RunConfig) -> list[float]:
         steps = Watch(config).ledger().steps
-        assert [line["step"] for line in steps] == list(range(1, NUM_STEPS + 1))
+        assert [line["step"] for line in steps] == list(range(1, max_steps(config) + 1))
         return [line["loss"] for line in steps]
 
-    def run(self, config: RunConfig, inject: Callable[[Watch], None]) -> tuple[dict[str, Any], Ledger]:
+    def run(
+        self, config: RunConfig, inject: Callable[[Watch], None], *, quiet: dict[str, Any] | None = None
+    ) -> tuple[dict[str, Any], Ledger]:
         """The run's result while `inject` disturbs it from a thread; its bits must be those of the quiet run."""
+        quiet = quiet or self.quiet
         watch, problems = Watch(config), []
 
         def disturb() -> None:
@@ -115,7 +127,6 @@ class Arena:
                 problems.append(error)
 
         thread = threading.Thread(target=disturb)
-        started = time.monotonic()
         thread.start()
         try:
             result = run_stage(self.connection, "jobs.pretrain", config)
@@ -124,13 +135,9 @@ class Arena:
             thread.join()
         assert not problems, problems
         ledger = watch.ledger()
-        assert result["parameter_hash"] == self.quiet["parameter_hash"]
-        assert self.losses(config) == self.quiet_losses
-        recoveries = ledger.recoveries()
-        self.tally.recoveries_s += [recovery.seconds for recovery in recoveries]
-        self.tally.lost_steps += [recovery.lost_steps for recovery in recoveries]
-        self.tally.useful_s += sum(line["wall_s"] for line in ledger.steps)
-        self.tally.wall_s += time.monotonic() - started
+        assert result["parameter_hash"] == quiet["parameter_hash"]
+        assert self.losses(config) == [line["loss"] for line in Ledger.read(open_storage(quiet["run_dir"])).steps]
+        self.tally.lost_steps += [recovery.lost_steps for recovery in ledger.recoveries()]
         return result, ledger
 
     def drain(self, name: str, *, deadline_s: int) -> None:

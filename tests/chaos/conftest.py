@@ -26,7 +26,6 @@ def arena(s3_server: str, tmp_path_factory: pytest.TempPathFactory, request: pyt
         tally = arena.tally
         request.config.stash[_SUMMARY] |= {
             "max_lost_steps": max(tally.lost_steps, default=None),
-            "goodput": round(tally.useful_s / tally.wall_s, 3) if tally.wall_s else None,
         }
 
 
