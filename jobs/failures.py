@@ -21,9 +21,8 @@ class Kind(StrEnum):
 
 
 # As the last line of what Ray Train reports tells them apart.
-_DIED = re.compile(
-    r"actor (is dead|died)|worker process has died|node (is dead|has died|was terminated)", re.IGNORECASE
-)
+_NODE_DIED = re.compile(r"node (is dead|has died|was terminated)", re.IGNORECASE)
+_DIED = re.compile(rf"actor (is dead|died)|worker process has died|{_NODE_DIED.pattern}", re.IGNORECASE)
 _LOST = re.compile(r"gloo|NCCL|Connection (closed|reset)|DistBackendError|DistNetworkError")
 
 
@@ -34,7 +33,7 @@ def is_lost_peer(error: RuntimeError) -> bool:
 
 def is_lost_node(error: Exception) -> bool:
     """Whether a worker died with its node."""
-    return bool(re.search(r"node (is dead|has died|was terminated)", str(error), re.IGNORECASE))
+    return bool(_NODE_DIED.search(str(error)))
 
 
 def main_cause(errors: Mapping[int, str]) -> tuple[int, Kind, str]:

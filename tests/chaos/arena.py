@@ -8,7 +8,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +36,6 @@ SETTINGS: dict[str, Any] = {
     },
     "checkpoint": {"save_every_steps": 40},
 }
-
-
-@dataclass
-class Tally:
-    """What all cells together saw."""
-
-    lost_steps: list[int] = field(default_factory=list)
 
 
 class Watch:
@@ -85,7 +77,8 @@ class Watch:
 
 class Arena:
     def __init__(self, cluster: LocalCluster, folder: Path) -> None:
-        self.cluster, self.folder, self.tally = cluster, folder, Tally()
+        self.cluster, self.folder = cluster, folder
+        self.lost_steps: list[int] = []  # by all recoveries so far
         self.connection = Connection(cluster.jobs_url, {"Authorization": f"Bearer {cluster.token}"}, cluster)
         corpus = folder / "corpus"
         corpus.mkdir()
@@ -137,7 +130,7 @@ class Arena:
         ledger = watch.ledger()
         assert result["parameter_hash"] == quiet["parameter_hash"]
         assert self.losses(config) == [line["loss"] for line in Ledger.read(open_storage(quiet["run_dir"])).steps]
-        self.tally.lost_steps += [recovery.lost_steps for recovery in ledger.recoveries()]
+        self.lost_steps += [recovery.lost_steps for recovery in ledger.recoveries()]
         return result, ledger
 
     def drain(self, name: str, *, deadline_s: int) -> None:

@@ -23,10 +23,7 @@ def arena(s3_server: str, tmp_path_factory: pytest.TempPathFactory, request: pyt
     with LocalCluster(num_nodes=NUM_NODES + 1, cpus_per_node=1) as cluster:
         arena = Arena(cluster, tmp_path_factory.mktemp("chaos"))
         yield arena
-        tally = arena.tally
-        request.config.stash[_SUMMARY] |= {
-            "max_lost_steps": max(tally.lost_steps, default=None),
-        }
+        request.config.stash[_SUMMARY]["max_lost_steps"] = max(arena.lost_steps, default=None)
 
 
 @pytest.fixture(scope="session")

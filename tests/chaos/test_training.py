@@ -12,7 +12,7 @@ import pytest
 
 from cluster.stage import run_stage
 from tests.benchmarks.bench_recovery import kill_workers, stock_record, stock_training
-from tests.chaos.arena import NUM_STEPS, Arena, Watch, kill, processes_of_node
+from tests.chaos.arena import NUM_LONG_STEPS, NUM_STEPS, Arena, Watch, kill, processes_of_node
 from tests.chaos.conftest import NUM_NODES
 from tests.cluster.fault_proxy import running_proxy
 
@@ -60,7 +60,7 @@ def test_goodput_where_a_worker_is_lost_each_minute(arena: Arena, summary: dict)
 
     def inject(watch: Watch) -> None:
         start = watch.wait_for_step(1)
-        while not watch.ended.wait(rng.expovariate(1 / 60)):
+        while not watch.ended.wait(rng.expovariate(1 / 60)) and watch.ledger().steps[-1]["step"] < NUM_LONG_STEPS - 50:
             kill(rng.choice(start["workers"]))
             summary["goodput_kills"] = summary.get("goodput_kills", 0) + 1
             start = watch.wait_for_step(1, after_attempt=start["attempt"])
