@@ -65,6 +65,7 @@ class Attempt:
     ) -> None:
         """`rollbacks` are those that this process knows of; the ledger and the checkpoint tell of earlier ones."""
         self.plan, self.group = plan, group
+        self._kept: tuple[int, dict[str, Any], int] | None = None  # step, guard, number of updates
         self._opened = ExitStack()
         try:
             self._open(rollbacks, signals)
@@ -188,7 +189,16 @@ class Attempt:
 
     def keep(self, step: int) -> None:
         """Takes a snapshot of the state after a step of which the ledger has the line."""
-        self.snapshots.after_step(step, self.state, attempt=self.attempt, carried=self.guard.to_json())
+        carried = self.guard.to_json()
+        self._kept = (step, carried, self.state.num_updates)
+        self.snapshots.after_step(step, self.state, attempt=self.attempt, carried=carried)
+
+    def rescue(self) -> None:
+        """Once another worker is lost: takes the snapshot that was not due, of the last step that is whole."""
+        if self._kept is None or self._kept[2] != self.state.num_updates:  # updated since, by a step without its line
+            return
+        step, carried, _ = self._kept
+        self.snapshots.rescue(step, self.state, attempt=self.attempt, carried=carried)
 
     def finish(self, step: int) -> None:
         """Returns once the run's storage has its last checkpoint and all of its ledger; `step` was the last one."""

@@ -52,7 +52,7 @@ class Snapshots:
         self._node_of_rank: list[str] = group.gather(self._node) if self._launch else []
         self._memory: tuple[Path, Slots] | None = None
         self._retry_at = 0.0
-        self._interval, self._num_written, self._next_step = 1, 0, 0
+        self._interval, self._num_written, self._next_step, self._last_written = 1, 0, 0, 0
         self._copy_s: list[float] = []
         self._step_s: list[float] = []
         self._last: tuple[int, float] | None = None
@@ -115,12 +115,21 @@ class Snapshots:
             self._step_s.append(start - self._last[1])
         if step >= self._next_step:
             self._write(step, state, attempt=attempt, carried=carried)
+            self._last_written = step
             self._copy_s.append(time.perf_counter() - start)
             self._num_written += 1
             if self._num_written == _FIRST_AGREEMENT or self._num_written % _AGREEMENT_EVERY == 0:
                 self._agree(attempt)
             self._next_step = step + self._interval
         self._last = (step, time.perf_counter())
+
+    def rescue(self, step: int, state: TrainState, *, attempt: int, carried: dict[str, Any]) -> None:
+        """Takes a snapshot that was not due, once another worker is lost: this one may hold the only newer state.
+
+        Not of a sharded optimizer, whose lost share has no newer form than its own last snapshot.
+        """
+        if self._launch is not None and not state.is_sharded and step > self._last_written:
+            self._write(step, state, attempt=attempt, carried=carried)
 
     def _write(self, step: int, state: TrainState, *, attempt: int, carried: dict[str, Any]) -> None:
         group, is_sharded = self._group, state.is_sharded

@@ -5,6 +5,7 @@ from typing import Any
 
 from cluster.config import max_steps
 from jobs.attempt import Attempt
+from jobs.failures import is_lost_peer
 from jobs.guards import GuardPolicy, Verdict, Windows, decide, roll_back
 from jobs.preemption import Notice, Signals
 from jobs.pulse import Pulse
@@ -31,7 +32,12 @@ def train(
     rollbacks: Windows | None = ()
     while rollbacks is not None:  # a rollback is a restart that Ray Train has no part in
         with Attempt(plan, group, rollbacks=rollbacks, signals=signals) as attempt:
-            rollbacks = take_steps(attempt, pulse)
+            try:
+                rollbacks = take_steps(attempt, pulse)
+            except RuntimeError as error:
+                if is_lost_peer(error):
+                    attempt.rescue()
+                raise
 
 
 def take_steps(attempt: Attempt, pulse: Pulse) -> Windows | None:

@@ -14,11 +14,13 @@ import jobs.attempt
 from cluster.config import TrainConfig
 from jobs.keeper import CHUNK_BYTES, SnapshotMemory
 from jobs.ledger import Ledger
+from jobs.run_plan import RunPlan
 from jobs.snapshot_choice import choose
 from jobs.snapshot_slots import Header, Slots
 from jobs.snapshots import Snapshot, Snapshots, state_part, whole_state
 from jobs.train_loop import train
 from jobs.train_state import TrainState
+from jobs.worker_group import WorkerGroup
 from model.checkpoint import parameter_hash
 from tests.jobs.runs import tiny_plan
 from tests.jobs.test_train_state import RATE, apply, gradients, make_model
@@ -142,51 +144,65 @@ class KilledError(Exception):
     """Stands for a SIGKILL."""
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_a_run_that_goes_on_from_memory_ends_with_the_bits_of_an_undisturbed_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dropout: float
-) -> None:
-    """One worker, killed right after the snapshots of steps 2 and 7, between which a checkpoint comes."""
-    memory, kill_after = make_memory(), [2, 7]
+class OwnMemory(Snapshots):
+    """The keeper is this process."""
 
-    class OwnMemory(Snapshots):
-        """The keeper is this process."""
+    memory: SnapshotMemory
+    raise_after: dict[int, Exception]  # by step
+    every_steps = 1
 
-        def _write(self, step: int, state: TrainState, *, attempt: int, carried: dict[str, Any]) -> None:
-            arrays = [tensor.numpy().view(np.uint8) for tensor in whole_state(state).tensors.values()]
-            header = replace(header_of(state, step=step, attempt=attempt), carried=carried)
-            opened(memory, "state", sum(array.size for array in arrays)).write(header, arrays)
+    def __init__(self, plan: RunPlan, group: WorkerGroup) -> None:
+        super().__init__(plan, group)
+        self._launch = "this process"
 
-        def newest(self, *, explained_step: int, at_least: int, is_left_out: Callable[[int], bool]) -> Snapshot | None:
-            choice = choose(
-                memory.holdings(verify=True),
-                explained_step=explained_step,
-                at_least=at_least,
-                is_left_out=is_left_out,
-            )
-            headers = [memory.header(holders[0]) for holders in choice.holders] if choice else []
-            return Snapshot(choice, [header for header in headers if header]) if choice else None
+    def _write(self, step: int, state: TrainState, *, attempt: int, carried: dict[str, Any]) -> None:
+        arrays = [tensor.numpy().view(np.uint8) for tensor in whole_state(state).tensors.values()]
+        header = replace(header_of(state, step=step, attempt=attempt), carried=carried)
+        opened(self.memory, "state", sum(array.size for array in arrays)).write(header, arrays)
 
-        def restore(self, snapshot: Snapshot, state: TrainState) -> dict[str, Any]:
-            (holders,), (header,) = snapshot.choice.holders, snapshot.headers
-            data = memory.chunk(holders[0], 0)
-            assert data is not None
-            state.load_state([state_part(header, data[: header.num_bytes])])
-            return header.carried
+    def newest(self, *, explained_step: int, at_least: int, is_left_out: Callable[[int], bool]) -> Snapshot | None:
+        choice = choose(
+            self.memory.holdings(verify=True),
+            explained_step=explained_step,
+            at_least=at_least,
+            is_left_out=is_left_out,
+        )
+        headers = [self.memory.header(holders[0]) for holders in choice.holders] if choice else []
+        return Snapshot(choice, [header for header in headers if header]) if choice else None
 
-        def after_step(self, step: int, state: TrainState, *, attempt: int, carried: dict[str, Any]) -> None:
+    def restore(self, snapshot: Snapshot, state: TrainState) -> dict[str, Any]:
+        (holders,), (header,) = snapshot.choice.holders, snapshot.headers
+        data = self.memory.chunk(holders[0], 0)
+        assert data is not None
+        state.load_state([state_part(header, data[: header.num_bytes])])
+        return header.carried
+
+    def after_step(self, step: int, state: TrainState, *, attempt: int, carried: dict[str, Any]) -> None:
+        if step % self.every_steps == 0:
             self._write(step, state, attempt=attempt, carried=carried)
-            if step in kill_after:
-                kill_after.remove(step)
-                raise KilledError
+        if step in self.raise_after:
+            raise self.raise_after.pop(step)
 
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("every_steps", "error"), [(1, KilledError()), (4, RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed"))]
+)
+def test_a_run_that_goes_on_from_memory_ends_with_the_bits_of_an_undisturbed_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dropout: float, every_steps: int, error: Exception
+) -> None:
+    """One worker, killed right after the snapshots of steps 2 and 7, between which a checkpoint comes; or one that
+    loses another then, with no snapshot due."""
+    monkeypatch.setattr(OwnMemory, "memory", make_memory(), raising=False)
+    monkeypatch.setattr(OwnMemory, "raise_after", {2: error, 7: error}, raising=False)
+    monkeypatch.setattr(OwnMemory, "every_steps", every_steps)
     shape = {"preset": "tiny", "n_positions": 48, "vocab_size": 300, "dropout": dropout}
     undisturbed = tiny_plan(str(tmp_path / "undisturbed"), model=shape)
     train(undisturbed, rank=0, world_size=1)
     monkeypatch.setattr(jobs.attempt, "Snapshots", OwnMemory)
     disturbed = tiny_plan(str(tmp_path / "disturbed"), model=shape)
     for _ in range(2):
-        with pytest.raises(KilledError):
+        with pytest.raises(type(error)):
             train(disturbed, rank=0, world_size=1)
     train(disturbed, rank=0, world_size=1)
 
