@@ -4,8 +4,6 @@ import re
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 
-import torch.distributed as dist
-
 from jobs.ledger import Line
 
 _LONGEST_REASON = 600
@@ -28,7 +26,7 @@ _LOST = re.compile(r"gloo|NCCL|Connection (closed|reset)|DistBackendError|DistNe
 
 def is_lost_peer(error: RuntimeError) -> bool:
     """Whether a connection to another worker broke; torch has no type of its own for what gloo says."""
-    return bool(_LOST.search(one_line(str(error)))) or isinstance(error, dist.DistError)
+    return bool(_LOST.search(f"{type(error).__name__}: {one_line(str(error))}"))
 
 
 def is_lost_node(error: Exception) -> bool:

@@ -13,7 +13,6 @@ from typing import Any
 import ray.train
 from ray.exceptions import RayActorError
 from ray.train import ControllerError, FailureConfig
-from ray.train.torch import TorchTrainer
 from ray.train.v2.api.config import ScalingConfig
 from ray.util import get_node_ip_address
 
@@ -42,7 +41,7 @@ from jobs.train_callbacks import FailureRecorder, SignalListener
 from jobs.train_tokenizer import ensure_tokenizer
 from jobs.train_worker import train_worker
 from jobs.validation_sets import validation_stores
-from jobs.worker_backend import Drains, NodeLosses, WorkerBackend
+from jobs.worker_backend import Drains, NodeLosses, Trainer, WorkerBackend
 
 _PROGRESS_INTERVAL_S = 2.0
 
@@ -154,12 +153,12 @@ def _fit(plan: RunPlan, address: str) -> None:
             say(f"Ray Train's controller failed after step {step} and is started again: {one_line(str(error))}")
 
 
-def _trainer(plan: RunPlan, address: str) -> TorchTrainer:
+def _trainer(plan: RunPlan, address: str) -> Trainer:
     scaling = plan.config.scaling
     fixed = scaling.min_workers == scaling.max_workers
     os.environ |= _RAY_TRAIN_SETTINGS | ({} if fixed else _ELASTIC_SETTINGS)
     callbacks = [FailureRecorder(plan), SignalListener(), Drains(), NodeLosses(is_elastic=not fixed)]
-    return TorchTrainer(
+    return Trainer(
         train_worker,
         train_loop_config={"plan": plan, "address": address},
         torch_config=WorkerBackend(),

@@ -11,14 +11,17 @@ from typing import Any
 
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.preemption_callback import PreemptionCallback
 from ray.train.v2._internal.execution.callback import ReplicaGroupCallback, WorkerGroupCallback
+from ray.train.v2.torch.torch_trainer import TorchTrainer
 from ray.util import placement_group_table, remove_placement_group
 
 from jobs.failures import is_lost_node
 
 _NO_PLACE_S = 6.0
 _POLL_S = 0.5
+_SETTLED_S = 8.0
 
 
 class _Backend(_TorchBackend):
@@ -88,4 +91,13 @@ class Drains(PreemptionCallback, ReplicaGroupCallback):
         super().after_worker_group_start(worker_group)
 
     def after_replica_group_start(self, replica_group: Any) -> None:
-        super().after_worker_group_start(self._worker_group)  # with the new worker
+        """Tells the watch of the new worker, which first needs the processors more than a new watch does."""
+        threading.Timer(_SETTLED_S, lambda: super(Drains, self).after_worker_group_start(self._worker_group)).start()
+
+
+class Trainer(TorchTrainer):
+    """Without Ray Train's own datasets, for which it would start a process with each worker: rows come from shards."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = super()._create_default_callbacks()
+        return [callback for callback in callbacks if not isinstance(callback, DatasetsCallback)]

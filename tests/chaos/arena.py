@@ -27,10 +27,10 @@ SETTINGS: dict[str, Any] = {
     "model": {"preset": "tiny", "dropout": 0.1},
     "data": {"vocab_size": 300, "val_fraction": 0.2},
     "train": {
-        "max_tokens": NUM_STEPS * 32 * 32,
-        "global_batch_size": 32,
-        "micro_batch_size": 4,
-        "seq_len": 32,
+        "max_tokens": NUM_STEPS * 64 * 64,
+        "global_batch_size": 64,
+        "micro_batch_size": 8,
+        "seq_len": 64,
         "learning_rate": 3e-3,
         "eval_every_steps": 80,
     },
@@ -98,7 +98,12 @@ class Arena:
         """Of two workers, for minutes."""
         config = self.config(run_id, min_workers=2, max_workers=2)
         values = config.model_dump() | {"model": {"preset": "demo"}}
-        values["train"] |= {"seq_len": 64, "max_tokens": NUM_LONG_STEPS * 32 * 64, "micro_batch_size": 16}
+        values["train"] |= {
+            "seq_len": 64,
+            "max_tokens": NUM_LONG_STEPS * 32 * 64,
+            "global_batch_size": 32,
+            "micro_batch_size": 16,
+        }
         return validate_config(values, RunConfig)
 
     def losses(self, config: RunConfig) -> list[float]:
