@@ -77,7 +77,8 @@ class Attempt:
         plan, group, config = self.plan, self.group, self.plan.config
         torch.set_num_threads(config.scaling.threads_per_worker)
         keep_freed_memory()
-        torch.use_deterministic_algorithms(config.train.exact)
+        # As torch.use_deterministic_algorithms, which also imports the compiler: a second of each start.
+        torch.set_deterministic_debug_mode("error" if config.train.exact else "default")
         # Its debugging aid, NaN in all fresh memory, costs a pass over each activation.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         self.plan, self.group, self.schedule = plan, group, batch_schedule(config)
@@ -189,7 +190,7 @@ class Attempt:
 
     def keep(self, step: int) -> None:
         """Takes a snapshot of the state after a step of which the ledger has the line."""
-        carried = self.guard.to_json()
+        carried = {"guard": self.guard.to_json(), "line": self.record.line}
         self._kept = (step, carried, self.state.num_updates)
         self.snapshots.after_step(step, self.state, attempt=self.attempt, carried=carried)
 
@@ -238,16 +239,27 @@ class Attempt:
                 return _Beginning(rollbacks, stop_reason=reason)
             left_out = GuardState(rollbacks=rollbacks).leaves_out
             saved_step = self.writer.newest_step(left_out=left_out)
-            snapshot = self.snapshots.newest(
-                explained_step=max((line["step"] for line in lines if line.get("event") in (None, "skip")), default=0),
-                at_least=saved_step,
-                is_left_out=left_out,
-            )
+            last = max((line["step"] for line in lines if line.get("event") in (None, "skip")), default=0)
+            snapshot = self._newest_snapshot(last, at_least=saved_step, is_left_out=left_out)
             if snapshot is not None:
                 return _Beginning(rollbacks, snapshot=snapshot, saved_step=saved_step)
             return _Beginning(rollbacks, checkpoint=self.writer.newest_checkpoint(left_out=left_out))
         except (LeaseLostError, CheckpointError) as error:
             return _Beginning(rollbacks, stop_reason=str(error))
+
+    def _newest_snapshot(self, recorded: int, *, at_least: int, is_left_out: Callable[[int], bool]) -> Snapshot | None:
+        """Of a step that the ledger has; or of the one after it, whose line a lost rank 0 did not come to write."""
+        limits: dict[str, Any] = {"at_least": at_least, "is_left_out": is_left_out}
+        config, owed = self.plan.config, recorded + 1
+        if owed % config.train.eval_every_steps and owed % config.checkpoint.save_every_steps:  # it has its line alone
+            snapshot = self.snapshots.newest(explained_step=owed, **limits)
+            if snapshot is None or snapshot.step <= recorded:
+                return snapshot
+            if line := snapshot.headers[0].carried["line"]:
+                assert self.writer is not None, "rank 0 has it"
+                self.writer.ledger.step(**line)
+                return snapshot
+        return self.snapshots.newest(explained_step=recorded, **limits)
 
     def _restore(self, begun: "_Beginning", scratch: Path) -> int:
         """Fresh weights, the snapshot's or the checkpoint's; returns the step it was taken at."""
@@ -255,7 +267,7 @@ class Attempt:
         device = torch.device("cuda", torch.cuda.current_device()) if config.scaling.use_gpu else torch.device("cpu")
         if begun.snapshot is not None:
             self.state = TrainState(GPT(config.model), config.train, device=device, group=self.group)
-            self.guard = GuardState.from_json(self.snapshots.restore(begun.snapshot, self.state))
+            self.guard = GuardState.from_json(self.snapshots.restore(begun.snapshot, self.state)["guard"])
             return begun.snapshot.step
         if name is None:
             model = GPT(config.model)

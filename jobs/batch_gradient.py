@@ -19,6 +19,7 @@ from jobs.exact_reduce import lane_steps, maximal_subtrees, tree_sum
 from jobs.flat_layout import at
 from jobs.gradient_norm import gradient_norm
 from jobs.lane_sums import LaneSums
+from jobs.outage import patiently
 from jobs.step_timer import StepTimer
 from jobs.token_stream import TokenStream
 from jobs.train_state import TrainState
@@ -116,7 +117,7 @@ class BatchGradient:
         """`scale` times the lane's share of the batch's loss, whose gradient goes to the parameters."""
         config, state = self._config, self._state
         with timer.phase("load"):
-            batch = self._rows.samples(self._samples_of(step, lane))
+            batch = patiently(lambda: self._rows.samples(self._samples_of(step, lane)), "tokens")
             inputs, targets = (part.to(state.device) for part in batch)  # (B, T) each
         # Dropout, if any, is a function of (seed, step, lane), whichever rank computes the lane.
         _seed(hash((config.train.seed, step, lane)) % 2**63, state.device)

@@ -18,16 +18,16 @@ Result = TypeVar("Result")
 class Outage:
     """The outages that one writer meets."""
 
-    def __init__(self, what: str, tell: Callable[..., None]) -> None:
+    def __init__(self, what: str, tell: Callable[..., None], *, effect: str = "training goes on") -> None:
         """`tell` is called as tell("storage_down", what=…, reason=…) and tell("storage_back", what=…, tries=…)."""
-        self._what, self._tell = what, tell
+        self._what, self._tell, self._effect = what, tell, effect
         self._tries = 0
 
     def failed(self, error: Exception) -> float:
         """Seconds to wait before the next try."""
         self._tries += 1
         if self._tries == 1:
-            _log.warning("%s: the storage is down, training goes on: %s", self._what, error)
+            _log.warning("%s: the storage is down, %s: %s", self._what, self._effect, error)
             self._tell("storage_down", what=self._what, reason=str(error))
         return min(_FIRST_WAIT_S * 2 ** (self._tries - 1), _LONGEST_WAIT_S) if self._tries < 20 else _LONGEST_WAIT_S
 
@@ -41,7 +41,7 @@ class Outage:
 
 def patiently(call: Callable[[], Result], what: str) -> Result:
     """The result of the call, once the storage gives it. What is not there, or not ours any more, is raised at once."""
-    outage = Outage(what, lambda name, **fields: None)
+    outage = Outage(what, lambda name, **fields: None, effect="it is waited for")
     while True:
         try:
             result = call()

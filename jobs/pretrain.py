@@ -29,6 +29,7 @@ from jobs.failures import one_line
 from jobs.fence import Fence
 from jobs.keepers import Keepers
 from jobs.ledger import Ledger
+from jobs.outage import patiently
 from jobs.preemption import stopping_on_sigterm
 from jobs.rendezvous import meeting_place
 from jobs.run_history import CONFIG_FILE, recorded_config
@@ -145,7 +146,7 @@ def _fit(plan: RunPlan, address: str) -> None:
             _trainer(plan, address).fit()
             return
         except (ControllerError, RayActorError) as error:
-            steps = Ledger.read(plan.run).steps
+            steps = patiently(lambda: Ledger.read(plan.run), "ledger").steps
             step = steps[-1]["step"] if steps else 0
             if step <= furthest:
                 raise

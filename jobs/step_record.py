@@ -1,5 +1,6 @@
 """What the ledger gets of each step: its line, and now and then the phases of all ranks and the norms of all layers."""
 
+import time
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ class StepRecord:
         self._config, self._state, self._group, self._ledger = plan.config, state, group, ledger
         self._attempt, self._nodes, self._last_step = attempt, nodes, plan.last_step
         self._schedule = batch_schedule(plan.config)
+        self.line: dict[str, Any] | None = None
+        """Of the last step, as every rank has it; None of one that was skipped."""
         self._phases = RankPhases(group, device=state.device) if train.timing else None
         self.timer: StepTimer = step_timer(state.device, is_on=train.timing)
         self.layers = LayerStatistics(state, group, self.timer, every_steps=train.layer_statistics_every_steps)
@@ -50,34 +53,38 @@ class StepRecord:
         if self._ledger and hash_every and step % hash_every == 0:
             with self.timer.phase("statistics"):
                 fields["parameter_hash"] = parameter_hash(self._state.model.state_dict())
-        time = self.timer.take()
+        took = self.timer.take()
         ranks = []
         if self._phases:
-            ranks = self._phases.add(time, closes_window=step % WINDOW_STEPS == 0 or step == self._last_step)
-        if self._ledger is None:
-            return
+            ranks = self._phases.add(took, closes_window=step % WINDOW_STEPS == 0 or step == self._last_step)
         schedule, batch = self._schedule, self._schedule.samples(step)
         samples = [batch.start, batch.stop]
         if skipped:
-            self._ledger.event("skip", step=step, samples=samples, reason=skipped, attempt=self._attempt)
+            self.line = None
+            if self._ledger:
+                self._ledger.event("skip", step=step, samples=samples, reason=skipped, attempt=self._attempt)
             return
-        training_s = time.wall_s - sum(time.seconds.get(n, 0.0) for n in _NOT_TRAINING)
+        training_s = took.wall_s - sum(took.seconds.get(n, 0.0) for n in _NOT_TRAINING)
         tokens_per_s = schedule.step_tokens(step) / training_s
-        self._ledger.step(
-            step=step,
-            tokens_seen=schedule.tokens_seen(step),
-            samples=samples,
-            lr=lr,
-            loss=loss,
-            grad_norm=grad_norm,
-            world_size=self._group.world_size,
-            attempt=self._attempt,
-            seconds={name: round(value, 6) for name, value in time.seconds.items()},
-            wall_s=round(time.wall_s, 6),
-            tokens_per_s=round(tokens_per_s, 1),
-            mfu=self._mfu(tokens_per_s),
+        self.line = {
+            "time": round(time.time(), 3),
+            "step": step,
+            "tokens_seen": schedule.tokens_seen(step),
+            "samples": samples,
+            "lr": lr,
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "world_size": self._group.world_size,
+            "attempt": self._attempt,
+            "seconds": {name: round(value, 6) for name, value in took.seconds.items()},
+            "wall_s": round(took.wall_s, 6),
+            "tokens_per_s": round(tokens_per_s, 1),
+            "mfu": self._mfu(tokens_per_s),
             **fields,
-        )
+        }
+        if self._ledger is None:
+            return
+        self._ledger.step(**self.line)
         if self.layers.fields:
             self._ledger.event("layers", step=step, **self.layers.fields)
         if ranks and self._phases:

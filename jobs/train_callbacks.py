@@ -1,6 +1,7 @@
 """What Ray Train calls in its controller and in its workers: failures are noted, SIGTERM and drains become notices."""
 
 import signal
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from ray.train.v2._internal.execution.context import TrainContext, get_train_con
 
 from jobs.failures import main_cause
 from jobs.incidents import note
+from jobs.outage import patiently
 from jobs.preemption import Signals
 from jobs.run_plan import RunPlan
 
@@ -22,7 +24,12 @@ class FailureRecorder(UserCallback):
 
     def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, BaseException]) -> None:
         rank, kind, reason = main_cause({rank: str(error) for rank, error in worker_exceptions.items()})
-        note(self._plan.run, "failure", rank=rank, kind=kind, reason=reason)
+        run = self._plan.run  # whose storage may be out of reach, which must not stop the controller
+
+        def write() -> None:
+            patiently(lambda: note(run, "failure", rank=rank, kind=kind, reason=reason), "a failure")
+
+        threading.Thread(target=write, name="failures", daemon=True).start()
 
 
 _num_sigterms = 0

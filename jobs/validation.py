@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from cluster.config import RunConfig, seq_len
 from jobs.batch_gradient import autocast
+from jobs.outage import patiently
 from jobs.run_plan import num_validation_rows
 from jobs.token_stream import TokenStream
 from jobs.train_state import TrainState
@@ -51,7 +52,8 @@ class Validation:
         losses = torch.zeros(len(batches), dtype=torch.float64, device=self._state.device)
         model.eval()
         for index in range(group.rank, len(batches), group.world_size):
-            inputs, targets = (part.to(self._state.device) for part in rows.rows(batches[index]))
+            batch = patiently(lambda: rows.rows(batches[index]), "tokens")  # noqa: B023 (called at once)
+            inputs, targets = (part.to(self._state.device) for part in batch)
             with autocast(config, self._state.device):
                 losses[index] = model.loss(inputs, targets, eot_id=self._eot_id).double()
         model.train()

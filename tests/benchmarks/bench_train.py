@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from tests.benchmarks import bench_insight
 from tests.benchmarks.bench_exact import measure, print_table
 from tests.benchmarks.gemm_peak import gemm_peak
 from tests.benchmarks.train_steps import COMPILED_PEERS, PEERS, Cell, Step, raymill, why_not_compiled
@@ -122,13 +123,17 @@ def main() -> int:
     print("\nexact mode under Ray Train beside stock DistributedDataParallel, two workers of one thread each")
     exact = measure()
     print_table(exact)
+    insight = bench_insight.measure("small-10m")
+    costs = {name: insight[f"cpu_{name}_overhead"] for name in ("timing", "statistics")}
+    print("\n" + ", ".join(f"{name} of each step costs {cost:.2%}" for name, cost in costs.items()) + " of its time")
     smallest = {
         "best_peer_ratio": min(figures[f"{cell.label}_ratio"] for cell in cells),
         "best_peer_cpu_ratio": min(figures[f"{cell.label}_cpu_ratio"] for cell in cells),
         "exact_over_ddp_ratio": exact["exact_over_ddp_ratio"],
+        "insight_overhead": round(sum(costs.values()), 5),
         "gemm_fraction": min(figures[f"{cell.label}_gemm_fraction"] for cell in cells),
     }
-    print(json.dumps(smallest | figures | exact))
+    print(json.dumps(smallest | figures | exact | {f"insight_{name}": value for name, value in insight.items()}))
     return 0
 
 
