@@ -372,6 +372,9 @@ class ReplicaConfig(Settings):
     max_ongoing_requests: int = Field(
         default=64, ge=1, description="completions a replica takes on at once; more get 429"
     )
+    max_requests_per_key: int | None = Field(
+        default=None, ge=1, description="completions of one API key in flight on a replica; more get 429"
+    )
     threads_per_replica: int = Field(default=1, ge=1, description="compute threads, and logical CPUs, of a replica")
 
     @model_validator(mode="after")
@@ -389,6 +392,20 @@ class EngineConfig(Settings):
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="precision of weights and KV cache")
 
 
+class HttpConfig(Settings):
+    """How long, and how often, a client may hold on to the endpoint's HTTP server."""
+
+    header_timeout_s: float = Field(default=10.0, gt=0, description="for a request's headers, seconds")
+    body_timeout_s: float = Field(default=15.0, gt=0, description="for a request's body, seconds")
+    write_timeout_s: float = Field(default=30.0, gt=0, description="for a reader that does not read, seconds")
+    request_timeout_s: float = Field(
+        default=600.0, gt=0, description="longest time that x-request-timeout-seconds may ask for, seconds"
+    )
+    max_connections: int = Field(
+        default=1000, ge=1, description="connections to a proxy; above it the longest idle one is closed"
+    )
+
+
 class ServeConfig(Settings):
     """Everything that the endpoint needs. The model's shape comes from the checkpoint, never from here."""
 
@@ -403,6 +420,10 @@ class ServeConfig(Settings):
     api_key_file: str | None = Field(
         default=None, description="file with one API key a line, made with a fresh key (0600) when missing"
     )
+    admin_key_file: str | None = Field(
+        default=None, description="file like api_key_file, with keys for /admin; there is no /admin when unset"
+    )
+    http: HttpConfig = HttpConfig()
     replicas: ReplicaConfig = ReplicaConfig()
     engine: EngineConfig = EngineConfig()
     cluster: ClusterConfig = ClusterConfig(num_nodes=2)

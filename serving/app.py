@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import ray
 from ray import serve
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
 
@@ -20,7 +21,8 @@ from cluster.registry import LATEST, resolve_checkpoint
 from cluster.stage import stage_main
 from cluster.storage import open_storage
 from model.errors import UserError
-from serving.access import read_key_hashes
+from serving.access import AccessRules, read_key_hashes
+from serving.front_door import proxy_environment
 from serving.replica import Replica
 from serving.served_model import read_served_model
 
@@ -38,8 +40,8 @@ def build_app(config: ServeConfig) -> serve.Application:
         )
     replicas = config.replicas
     fixed = replicas.min_replicas == replicas.max_replicas
-    # A full replica answers 429 in OpenAI's shape. Ray Serve's own limit lies above it, so that only a flood meets the
-    # proxy's refusal, which has the same status and a bare string for a body.
+    # A full replica answers 429 itself. Ray Serve's own limit lies above it, so that only a flood meets the proxy's
+    # refusal, which front_door.py puts into OpenAI's shape.
     flood_limit = 2 * replicas.max_ongoing_requests
     deployment = serve.deployment(
         name="Replica",
@@ -54,8 +56,19 @@ def build_app(config: ServeConfig) -> serve.Application:
         health_check_timeout_s=5,
         max_constructor_retry_count=3,  # a checkpoint that does not load will not the twentieth time either
     )(Replica)
-    key_hashes = () if config.api_key_file is None else read_key_hashes(Path(config.api_key_file))
-    return deployment.bind(config, key_hashes=key_hashes)
+    return deployment.bind(config, access=read_access_rules(config))
+
+
+def read_access_rules(config: ServeConfig) -> AccessRules:
+    """From the key files of `config`."""
+    user, admin = (
+        () if path is None else read_key_hashes(Path(path)) for path in (config.api_key_file, config.admin_key_file)
+    )
+    if both := set(user) & set(admin):
+        raise UserError(
+            f"{len(both)} of the keys in {config.admin_key_file} is an API key too; an admin key opens /admin only"
+        )
+    return AccessRules(user, admin, config.replicas.max_requests_per_key)
 
 
 def autoscaling(config: ServeConfig) -> AutoscalingConfig:
@@ -79,11 +92,19 @@ def run(config: ServeConfig) -> dict[str, Any]:
     app = build_app(_pinned(config, folder))
     if not serve.status().proxies:
         _require_free_port(config.host, config.port)
-    serve.start(proxy_location="HeadOnly", http_options={"host": config.host, "port": config.port})
+        start_proxies(config)
     serve.run(app, name=APP_NAME, route_prefix="/", blocking=False)
     url = f"http://{config.host}:{config.port}"
     _wait_until_ready(url)
     return {"url": url, "model": model.name}
+
+
+def start_proxies(config: ServeConfig) -> None:
+    """Starts Ray Serve from a task, whose environment its proxies inherit: there is no other way to give them
+    settings."""
+    environment = {"env_vars": proxy_environment(config.http)}
+    start = ray.remote(num_cpus=0, runtime_env=environment)(serve.start)
+    ray.get(start.remote(proxy_location="HeadOnly", http_options={"host": config.host, "port": config.port}))
 
 
 def _pinned(config: ServeConfig, folder: Path) -> ServeConfig:

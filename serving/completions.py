@@ -2,19 +2,20 @@
 
 import asyncio
 import hashlib
+import json
 import secrets
-import time
-import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from typing import Any
 
 from model.sampling import SamplingParams
+from serving.answers import Answer
 from serving.choice_output import ChoiceOutput, join_parts
 from serving.engine_client import EngineClient, EngineDiedError, Generation
 from serving.errors import ApiError, engine_unavailable, internal_error, invalid_request, overloaded
 from serving.messages import FinishReason, SequenceRequest
 from serving.metrics import ReplicaMetrics, RequestTimer
-from serving.protocol import Choice, CompletionRequest, CompletionResponse, Usage
+from serving.protocol import Choice, CompletionRequest, Usage
 from serving.served_model import ServedModel
 
 
@@ -33,15 +34,14 @@ class Completion:
         self,
         request: CompletionRequest,
         *,
+        answer: Answer,
         model: ServedModel,
         sequences: list[SequenceRequest],
         generation: Generation,
         timer: RequestTimer,
     ) -> None:
-        self._id = f"cmpl-{uuid.uuid4().hex}"
-        self._created = int(time.time())
         self._request = request
-        self._model = model
+        self._answer = answer
         self._generation = generation
         self._timer = timer
         self._choices = {
@@ -54,12 +54,12 @@ class Completion:
         self._generation.close()
         self._timer.close()
 
-    async def respond(self) -> CompletionResponse:
-        """The whole answer. Raises `ApiError` when the engine fails."""
+    async def respond(self) -> str:
+        """The whole answer, as JSON. Raises `ApiError` when the engine fails."""
         parts: dict[int, list[Choice]] = {}
         async for part in self._parts():
             parts.setdefault(part.index, []).append(part)
-        return self._response([join_parts(parts[index]) for index in sorted(parts)], usage=self._usage())
+        return to_json(self._answer.whole([join_parts(parts[index]) for index in sorted(parts)], self._usage()))
 
     async def stream(self) -> AsyncIterator[str]:
         """Server-sent events. A failure is an event too, and then no `[DONE]` follows: a client cannot mistake half
@@ -67,12 +67,12 @@ class Completion:
         options = self._request.stream_options
         try:
             async for part in self._parts():
-                yield f"data: {self._response([part], usage=None).model_dump_json()}\n\n"
+                yield f"data: {to_json(self._answer.part(part))}\n\n"
         except ApiError as error:
             yield error.event()
             return
         if options is not None and options.include_usage:
-            yield f"data: {self._response([], usage=self._usage()).model_dump_json()}\n\n"
+            yield f"data: {to_json(self._answer.usage_part(self._usage()))}\n\n"
         yield "data: [DONE]\n\n"
 
     async def _parts(self) -> AsyncIterator[Choice]:
@@ -99,20 +99,11 @@ class Completion:
             total_tokens=self._num_prompt_tokens + num_output_tokens,
         )
 
-    def _response(self, choices: list[Choice], *, usage: Usage | None) -> CompletionResponse:
-        return CompletionResponse(
-            id=self._id,
-            created=self._created,
-            model=self._model.name,
-            system_fingerprint=self._model.version,
-            choices=choices,
-            usage=usage,
-        )
-
 
 async def start_completion(
     request: CompletionRequest,
     *,
+    answer: Answer,
     model: ServedModel,
     engine: EngineClient,
     metrics: ReplicaMetrics,
@@ -157,7 +148,7 @@ async def start_completion(
     timer = metrics.start_request(
         [sequence.seq_id for sequence in sequences], num_prompt_tokens=sum(len(prompt_ids) for prompt_ids in prompts)
     )
-    return Completion(request, model=model, sequences=sequences, generation=generation, timer=timer)
+    return Completion(request, answer=answer, model=model, sequences=sequences, generation=generation, timer=timer)
 
 
 def choice_seed(seed: int, index: int) -> int:
@@ -165,6 +156,10 @@ def choice_seed(seed: int, index: int) -> int:
     if index == 0:
         return seed
     return int.from_bytes(hashlib.sha256(f"{seed}:{index}".encode()).digest()[:8]) >> 1
+
+
+def to_json(answer: dict[str, Any]) -> str:
+    return json.dumps(answer, ensure_ascii=False, separators=(",", ":"))
 
 
 def _refuse_when_full(engine: EngineClient, num_sequences: int, limits: AdmissionLimits) -> None:

@@ -10,7 +10,15 @@ from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 
 from model.errors import UserError
-from serving.messages import FrameBuffer, SequenceRequest, TokenEvent, encode_frame, parse_report, submit_message
+from serving.messages import (
+    FinishReason,
+    FrameBuffer,
+    SequenceRequest,
+    TokenEvent,
+    encode_frame,
+    parse_report,
+    submit_message,
+)
 
 READ_BYTES = 1 << 16
 SHUTDOWN_TIMEOUT_S = 5.0
@@ -66,6 +74,7 @@ class EngineClient:
         self._reports: asyncio.Task[None] | None = None
         self.num_running = 0
         self.num_waiting = 0
+        self.num_failed_sequences = 0  # ended by logits that are not finite numbers
         self.death_notice = ""
 
     @classmethod
@@ -174,6 +183,7 @@ class EngineClient:
             return b""
 
     def _deliver(self, event: TokenEvent) -> None:
+        self.num_failed_sequences += event.finish_reason is FinishReason.ERROR
         generation = self._generations.get(event.seq_id)
         if generation is None:  # cancelled while the step ran
             return

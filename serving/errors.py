@@ -58,6 +58,19 @@ def unauthorized() -> ApiError:
     )
 
 
+def forbidden() -> ApiError:
+    return ApiError(
+        403,
+        "This key does not open /admin; use a key of admin_key_file.",
+        error_type="permission_error",
+        code="admin_key_required",
+    )
+
+
+def not_found(path: str) -> ApiError:
+    return ApiError(404, f"There is nothing at {path[:64]!a}.", error_type="not_found_error", code="not_found")
+
+
 def model_not_found(name: str, *, served: str) -> ApiError:
     return ApiError(
         404,
@@ -70,6 +83,31 @@ def model_not_found(name: str, *, served: str) -> ApiError:
 
 def overloaded(message: str) -> ApiError:
     return ApiError(429, message, error_type="rate_limit_error", code="overloaded", headers={"Retry-After": "1"})
+
+
+def too_many_requests(limit: int) -> ApiError:
+    return ApiError(
+        429,
+        f"This key has its limit of {limit} requests in flight; wait for one to end",
+        error_type="rate_limit_error",
+        code="rate_limit_exceeded",
+        headers={"Retry-After": "1"},
+    )
+
+
+def closing(status: int, message: str, *, code: str) -> ApiError:
+    """For a request of which the rest is not read: the connection ends with this answer."""
+    return ApiError(status, message, error_type="invalid_request_error", code=code, headers={"Connection": "close"})
+
+
+def interrupted() -> ApiError:
+    return ApiError(
+        503,
+        "The replica that worked on this request went away or ran out of time; try again.",
+        error_type="server_error",
+        code="interrupted",
+        headers={"Retry-After": "1"},
+    )
 
 
 def engine_unavailable() -> ApiError:

@@ -1,5 +1,7 @@
 """The HTTP routes of a replica: each reads its request strictly and answers in OpenAI's shape, errors too."""
 
+import asyncio
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -9,21 +11,26 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.stage import code_version
-from serving.access import is_authorized
+from serving.access import AccessRules, RequestsInFlight, authorize
+from serving.answers import Answer, AnswerHead, TextAnswer
+from serving.chat import NOTE_HEADER, ChatAnswer, as_completion, parse_chat
 from serving.completions import AdmissionLimits, Completion, start_completion
 from serving.engine_client import EngineClient
-from serving.errors import ApiError, engine_unavailable, internal_error, invalid_request, model_not_found, unauthorized
+from serving.errors import ApiError, engine_unavailable, internal_error, invalid_request, model_not_found
 from serving.metrics import ReplicaMetrics
+from serving.page_routes import page_router
 from serving.protocol import (
     MAX_BODY_BYTES,
+    CompletionRequest,
     DetokenizeRequest,
     TokenizeRequest,
     parse_completion,
     parse_request,
 )
 from serving.served_model import ServedModel
+from serving.xray import Xray, XrayRequest
 
-OPEN_PATHS = ("/health", "/ready")  # for probes, which have no key
+METERED_PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/xray")  # count against a key's limit
 
 
 def build_http_app(
@@ -32,24 +39,44 @@ def build_http_app(
     engine: EngineClient,
     metrics: ReplicaMetrics,
     limits: AdmissionLimits,
-    key_hashes: tuple[str, ...],
+    access: AccessRules,
+    xray: Xray,
 ) -> ASGIApp:
-    """`key_hashes` are those of the API keys; none lets everybody in."""
+    """All routes, behind `access`."""
     # The interactive documentation and the schema would tell strangers what this endpoint can do.
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    app.include_router(page_router())
+    add_state_routes(app, model=model, engine=engine, metrics=metrics)
+    add_error_handlers(app)
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         parsed = parse_completion(await read_json_body(request))
         require_model(parsed.model)
-        completion = await start_completion(parsed, model=model, engine=engine, metrics=metrics, limits=limits)
-        if parsed.stream:
-            return EventStream(completion)
+        head = AnswerHead.new("cmpl", model=model.name, version=model.version)
+        return await answer(parsed, TextAnswer(head))
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        parsed = parse_chat(await read_json_body(request))
+        require_model(parsed.model)
+        completion = await asyncio.to_thread(as_completion, parsed, model)  # tokenizes
+        head = AnswerHead.new("chatcmpl", model=model.name, version=model.version)
+        return await answer(completion, ChatAnswer(head, num_top=parsed.top_logprobs), headers=NOTE_HEADER)
+
+    async def answer(
+        request: CompletionRequest, shape: Answer, *, headers: Mapping[str, str] | None = None
+    ) -> Response:
+        completion = await start_completion(
+            request, answer=shape, model=model, engine=engine, metrics=metrics, limits=limits
+        )
+        if request.stream:
+            return EventStream(completion, headers=headers or {})
         try:
-            answer = await completion.respond()
+            body = await completion.respond()
         finally:
             completion.close()
-        return Response(answer.model_dump_json(), media_type="application/json")
+        return Response(body, media_type="application/json", headers=headers)
 
     @app.get("/v1/models")
     async def list_models() -> dict[str, Any]:
@@ -77,6 +104,27 @@ def build_http_app(
         tokens = b"".join(model.token_bytes(i) for i in model.checked_ids(parsed.tokens, param="tokens"))
         return {"prompt": tokens.decode("utf-8", errors="replace")}
 
+    @app.get("/v1/xray")
+    async def xray_limits() -> dict[str, Any]:
+        return await xray.card()
+
+    @app.post("/v1/xray")
+    async def look_inside(request: Request) -> Response:
+        parsed = parse_request(await read_json_body(request), XrayRequest)
+        require_model(parsed.model)
+        status, body = await xray.answer(parsed)
+        return Response(body, status_code=status, media_type="application/json")
+
+    def require_model(name: str | None) -> None:
+        if name is not None and name != model.name:
+            raise model_not_found(name, served=model.name)
+
+    return Gate(app, access=access, model_version=model.version)
+
+
+def add_state_routes(app: FastAPI, *, model: ServedModel, engine: EngineClient, metrics: ReplicaMetrics) -> None:
+    """How the replica is doing."""
+
     @app.get("/health")
     async def health() -> dict[str, str]:
         """The replica's process answers."""
@@ -97,6 +145,10 @@ def build_http_app(
     @app.get("/metrics")
     async def render_metrics() -> Response:
         return Response(metrics.render(), media_type="text/plain; version=0.0.4")
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Every error in OpenAI's shape."""
 
     @app.exception_handler(ApiError)
     async def api_error(_request: Request, error: ApiError) -> Response:
@@ -119,19 +171,14 @@ def build_http_app(
         """A defect of ours: the traceback is in the replica's log, not in the answer."""
         return error_response(internal_error())
 
-    def require_model(name: str | None) -> None:
-        if name is not None and name != model.name:
-            raise model_not_found(name, served=model.name)
-
-    return Gate(app, key_hashes=key_hashes, model_version=model.version)
-
 
 class Gate:
-    """Around all routes: lets no request without a key through, and names the model's version on each answer."""
+    """Around all routes: lets no request without its key through, and names the model's version on each answer."""
 
-    def __init__(self, app: ASGIApp, *, key_hashes: tuple[str, ...], model_version: str) -> None:
+    def __init__(self, app: ASGIApp, *, access: AccessRules, model_version: str) -> None:
         self._app = app
-        self._key_hashes = key_hashes
+        self._access = access
+        self._in_flight = RequestsInFlight(access.max_requests_per_key)
         self._model_version = model_version
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -144,18 +191,20 @@ class Gate:
                 MutableHeaders(scope=message)["x-model-version"] = self._model_version
             await send(message)
 
-        refused = self._key_hashes and scope["path"] not in OPEN_PATHS
-        if refused and not is_authorized(scope["headers"], self._key_hashes):
-            await error_response(unauthorized())(scope, receive, send_with_version)
-            return
-        await self._app(scope, receive, send_with_version)
+        try:
+            key = authorize(scope["path"], scope["headers"], self._access)
+            with self._in_flight.of(key if scope["path"] in METERED_PATHS else None):
+                await self._app(scope, receive, send_with_version)
+        except ApiError as error:
+            await error_response(error)(scope, receive, send_with_version)
 
 
 class EventStream(StreamingResponse):
     """A streamed completion, closed however the response ends: a client that goes away frees its slots."""
 
-    def __init__(self, completion: Completion) -> None:
-        super().__init__(completion.stream(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+    def __init__(self, completion: Completion, *, headers: Mapping[str, str]) -> None:
+        headers = {"Cache-Control": "no-cache"} | dict(headers)
+        super().__init__(completion.stream(), media_type="text/event-stream", headers=headers)
         self._completion = completion
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

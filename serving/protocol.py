@@ -1,13 +1,12 @@
 """The requests and answers of the HTTP interface: strict JSON, OpenAI's completions, vLLM's tokenize."""
 
 import difflib
-import json
-import math
-from typing import Annotated, Any, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
 
 from serving.errors import ApiError, invalid_request
+from serving.strict_json import parse_json_object, shown
 
 MAX_BODY_BYTES = 1 << 20
 MAX_PROMPTS = 32
@@ -15,7 +14,14 @@ MAX_CHOICES = 8
 MAX_STOP_STRINGS = 4
 MAX_LOGPROBS = 5
 DEFAULT_MAX_TOKENS = 16
-UNSUPPORTED_FIELDS = ("best_of", "suffix")  # OpenAI's, known and left out
+# Known from OpenAI's and vLLM's interfaces and left out: the answer would not be what was asked for.
+UNSUPPORTED_FIELDS = (
+    "best_of", "suffix", "tools", "tool_choice", "parallel_tool_calls", "functions", "function_call",
+    "response_format", "modalities", "audio", "prediction", "reasoning_effort", "web_search_options",
+    "chat_template", "chat_template_kwargs", "add_generation_prompt", "structured_outputs", "guided_json",
+    "guided_regex", "guided_choice", "guided_grammar", "use_beam_search", "length_penalty", "min_tokens",
+    "stop_token_ids", "bad_words", "prompt_embeds", "prompt_logprobs", "logits_processors",
+)  # fmt: skip
 
 Prompts = list[str] | list[list[int]]
 
@@ -71,13 +77,11 @@ class StreamOptions(Request):
     include_usage: bool = False
 
 
-class CompletionRequest(Request):
-    """Body of POST /v1/completions; ranges and defaults are OpenAI's, `top_k`, `min_p`, `repetition_penalty` and
+class GenerationRequest(Request):
+    """What completions and chat share; ranges and defaults are OpenAI's, `top_k`, `min_p`, `repetition_penalty` and
     `ignore_eos` vLLM's."""
 
     model: str
-    prompt: Annotated[Prompts, PlainValidator(_prompts)]
-    max_tokens: int = Field(DEFAULT_MAX_TOKENS, ge=0, le=2**31)
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=-1, le=2**31)
@@ -88,13 +92,20 @@ class CompletionRequest(Request):
     stop: Annotated[tuple[str, ...], PlainValidator(_stop_strings)] = ()
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     user: str | None = Field(None, max_length=256)
-    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    echo: bool = False
     logit_bias: Annotated[dict[int, Bias], BeforeValidator(_token_id_keys), Field(max_length=300)] = {}
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
     repetition_penalty: float = Field(1.0, gt=0, le=2)
     ignore_eos: bool = False
+
+
+class CompletionRequest(GenerationRequest):
+    """Body of POST /v1/completions."""
+
+    prompt: Annotated[Prompts, PlainValidator(_prompts)]
+    max_tokens: int = Field(DEFAULT_MAX_TOKENS, ge=0, le=2**31)
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    echo: bool = False
 
 
 class TokenizeRequest(Request):
@@ -129,26 +140,14 @@ class Usage(BaseModel):
     total_tokens: int
 
 
-class CompletionResponse(BaseModel):
-    """A whole answer, or one event of a streamed one."""
-
-    id: str
-    object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str
-    system_fingerprint: str | None
-    choices: list[Choice]
-    usage: Usage | None
-
-
 RequestType = TypeVar("RequestType", bound=Request)
 
 
 def parse_request(body: bytes, request_type: type[RequestType]) -> RequestType:
     """Raises `ApiError` (400) that names the field. A field that is null counts as not given."""
     fields = parse_json_object(body)
-    for name in fields:
-        if name not in request_type.model_fields:
+    for name, value in fields.items():
+        if name not in request_type.model_fields and not (value is None and name in UNSUPPORTED_FIELDS):
             _refuse_field(name, list(request_type.model_fields))
     try:
         return request_type(**{name: value for name, value in fields.items() if value is not None})
@@ -158,75 +157,30 @@ def parse_request(body: bytes, request_type: type[RequestType]) -> RequestType:
 
 def parse_completion(body: bytes) -> CompletionRequest:
     request = parse_request(body, CompletionRequest)
-    if request.stream_options is not None and not request.stream:
-        raise invalid_request("stream_options is allowed with stream=true only", param="stream_options")
+    require_stream_for_options(request)
     if request.max_tokens == 0 and not request.echo:
         raise invalid_request("max_tokens=0 is allowed with echo=true only", param="max_tokens")
     return request
 
 
-def parse_json_object(body: bytes) -> dict[str, Any]:
-    """One JSON object, more strictly than `json.loads`: UTF-8 only, no NaN or Infinity, no key twice, no text that
-    cannot be encoded. Raises `ApiError` (400)."""
-    try:
-        fields = json.loads(
-            body.decode("utf-8"),
-            object_pairs_hook=_unique_keys,
-            parse_constant=_refuse_constant,
-            parse_float=_finite_float,
-        )
-    except (ValueError, RecursionError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else ascii(str(error))[1:-1]
-        raise invalid_request(f"The body is not valid JSON: {reason}", code="invalid_json") from None
-    if not isinstance(fields, dict):
-        raise invalid_request("The body must be a JSON object", code="invalid_json")
-    for name, value in fields.items():
-        try:
-            json.dumps({name: value}, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise invalid_request(
-                f"{_shown(name)} contains half of a surrogate pair, which is no character", param=_shown(name)
-            ) from None
-    return fields
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in fields:
-            raise ValueError(f"the key {_shown(name)} occurs twice")
-        fields[name] = value
-    return fields
-
-
-def _refuse_constant(literal: str) -> NoReturn:
-    raise ValueError(f"{literal} is not a JSON number")
-
-
-def _finite_float(literal: str) -> float:
-    if not math.isfinite(value := float(literal)):
-        raise ValueError(f"{literal[:32]} is too large a number")
-    return value
-
-
-def _shown(name: str) -> str:
-    """A client's own text in a message: short, and without control characters."""
-    return ascii(name[:64])[1:-1]
+def require_stream_for_options(request: GenerationRequest) -> None:
+    if request.stream_options is not None and not request.stream:
+        raise invalid_request("stream_options is allowed with stream=true only", param="stream_options")
 
 
 def _refuse_field(name: str, known: list[str]) -> NoReturn:
-    shown = _shown(name)
+    param = shown(name)
     if name in UNSUPPORTED_FIELDS:
-        raise invalid_request(f"{shown} is not supported; leave it out", param=shown, code="unsupported_parameter")
+        raise invalid_request(f"{param} is not supported; leave it out", param=param, code="unsupported_parameter")
     similar = difflib.get_close_matches(name[:64], known, n=1)
     hint = f"; did you mean {similar[0]}?" if similar else ""
-    raise invalid_request(f"Unknown field: {shown}{hint}", param=shown, code="unknown_parameter")
+    raise invalid_request(f"Unknown field: {param}{hint}", param=param, code="unknown_parameter")
 
 
 def _from_pydantic(error: ValidationError) -> ApiError:
     """The first problem, in words."""
     first = error.errors(include_url=False)[0]
-    param = ".".join(_shown(str(part)) for part in first["loc"])
+    param = ".".join(shown(str(part)) for part in first["loc"])
     if first["type"] == "missing":
         return invalid_request(f"{param} is missing", param=param, code="missing_required_parameter")
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")

@@ -87,8 +87,13 @@ class ServedModel:
             "owned_by": "raymill",
             "max_model_len": self.config.n_positions,
             "version": self.version,
-            "lineage": None if self.metadata is None else dataclasses.asdict(self.metadata),
+            "chat_tuned": False,
+            "lineage": None if self.metadata is None else self._lineage(self.metadata),
         }
+
+    def _lineage(self, metadata: Metadata) -> dict[str, Any]:
+        tokenizer_hash = None if self.tokenizer is None else self.tokenizer.hash
+        return dataclasses.asdict(metadata) | {"tokenizer_hash": tokenizer_hash}
 
 
 def read_served_model(folder: Path, *, name: str | None) -> ServedModel:

@@ -1,8 +1,10 @@
 """A tiny model with lively logits, its checkpoint folder, and prompts of different lengths."""
 
+import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from model.checkpoint import Metadata, parameter_hash, write_checkpoint
 from model.config import GPTConfig
@@ -10,6 +12,7 @@ from model.gpt import GPT
 from model.tokenizer import Tokenizer, train_bpe
 
 RUN_ID = "tiny-run"
+FRAGILE_POSITION = 120
 
 
 @pytest.fixture(scope="session")
@@ -51,3 +54,18 @@ def checkpoint(model: GPT, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPa
 def prompts(model: GPT) -> list[list[int]]:
     """Eight, of 1 to 57 tokens."""
     return [[(7 * i + 11 * k) % model.config.vocab_size for k in range(1 + 8 * i)] for i in range(8)]
+
+
+@pytest.fixture(scope="session")
+def fragile_checkpoint(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model, whose logits are no numbers from position `FRAGILE_POSITION` on; as a folder of transformers,
+    since raymill writes no such weights."""
+    folder = tmp_path_factory.mktemp("checkpoints") / "fragile"
+    folder.mkdir()
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copy(checkpoint / name, folder)
+    tensors = load_file(checkpoint / "model.safetensors")
+    [name] = [name for name in tensors if "wpe" in name]
+    tensors[name][FRAGILE_POSITION:] = float("nan")
+    save_file(tensors, folder / "model.safetensors")
+    return folder

@@ -1,4 +1,4 @@
-"""Keys: made private, kept as hashes, and nothing but one right Authorization header passes."""
+"""Keys: made private, kept as hashes; what each opens, and how many requests of one run at once."""
 
 import hashlib
 import stat
@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from cluster.config import ServeConfig
 from model.errors import UserError
-from serving.access import is_authorized, read_key_hashes
+from serving.access import AccessRules, RequestsInFlight, authorize, presented_key, read_key_hashes
+from serving.app import read_access_rules
+from serving.errors import ApiError
 
 
 def test_a_missing_key_file_is_made_with_one_private_key(tmp_path: Path) -> None:
@@ -43,4 +46,65 @@ def test_an_empty_key_file_lets_nobody_in_by_mistake(tmp_path: Path) -> None:
 def test_only_a_known_key_passes(tmp_path: Path, values: list[bytes], passes: bool) -> None:
     (tmp_path / "keys").write_text("one\ntwo\n")
     headers = [(b"host", b"x"), *((b"authorization", value) for value in values)]
-    assert is_authorized(headers, read_key_hashes(tmp_path / "keys")) is passes
+    key = presented_key(headers, read_key_hashes(tmp_path / "keys"))
+    assert (key is not None) is passes
+    assert key in (None, *read_key_hashes(tmp_path / "keys"))
+
+
+def hashed(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("path", "key", "outcome"),
+    [
+        ("/v1/completions", "user", "user"),
+        ("/v1/completions", "admin", 401),
+        ("/v1/completions", None, 401),
+        ("/health", None, None),
+        ("/ready", "wrong", None),
+        ("/metrics", None, 401),
+        ("/nowhere", None, 401),
+        ("/admin", None, 401),
+        ("/admin/promote", "wrong", 401),
+        ("/admin/promote", "user", 403),
+        ("/admin/promote", "admin", "admin"),
+        ("/administer", "admin", 401),
+    ],
+)
+def test_what_a_key_opens(path: str, key: str | None, outcome: str | int | None) -> None:
+    rules = AccessRules((hashed("other"), hashed("user")), (hashed("admin"),))
+    headers = [] if key is None else [(b"authorization", f"Bearer {key}".encode())]
+    if isinstance(outcome, int):
+        with pytest.raises(ApiError) as caught:
+            authorize(path, headers, rules)
+        assert caught.value.status == outcome
+    else:
+        assert authorize(path, headers, rules) == (outcome and hashed(outcome))
+
+
+@pytest.mark.parametrize("users", [(), (hashed("user"),)])
+def test_without_admin_keys_there_is_no_admin(users: tuple[str, ...]) -> None:
+    with pytest.raises(ApiError) as caught:
+        authorize("/admin/promote", [(b"authorization", b"Bearer user")], AccessRules(users))
+    assert caught.value.status == 404
+    assert authorize("/v1/models", [(b"authorization", b"Bearer user")], AccessRules(users)) == (users or (None,))[0]
+
+
+def test_a_key_is_for_users_or_for_admins(tmp_path: Path) -> None:
+    (tmp_path / "user").write_text("one\ntwo\n")
+    (tmp_path / "admin").write_text("two\n")
+    with pytest.raises(UserError, match="opens /admin only"):
+        read_access_rules(ServeConfig(api_key_file=str(tmp_path / "user"), admin_key_file=str(tmp_path / "admin")))
+
+
+def test_requests_in_flight_are_counted_by_key() -> None:
+    in_flight = RequestsInFlight(2)
+    with in_flight.of("a"), in_flight.of("a"), in_flight.of("b"), in_flight.of(None):
+        with pytest.raises(ApiError) as caught, in_flight.of("a"):
+            pass
+        assert (caught.value.status, caught.value.headers["Retry-After"]) == (429, "1")
+    with pytest.raises(ValueError, match="x"), in_flight.of("a"):
+        raise ValueError("x")
+    with in_flight.of("a"), in_flight.of("a"):
+        pass

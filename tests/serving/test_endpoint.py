@@ -3,11 +3,11 @@
 import asyncio
 import json
 import os
-import re
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,7 @@ import httpx
 import openai
 import psutil
 import pytest
-import ray
 import torch
-from ray import serve
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from cluster.config import EngineConfig, ReplicaConfig, ServeConfig
@@ -28,6 +26,7 @@ from model.gpt import GPT
 from model.sampling import SamplingParams
 from model.tokenizer import Tokenizer
 from serving.app import run
+from tests.serving.endpoint_parts import free_port, metric, ray_cluster, wait_until
 
 KEY = "sk-test"
 MODEL = "tiny"
@@ -37,23 +36,8 @@ GREEDY = SamplingParams(temperature=0.0)
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as env:
-        env.setenv("RAY_AUTH_MODE", "disabled")  # the cluster listens on loopback, for this module only
-        env.delenv("RAY_AUTH_TOKEN", raising=False)
-        env.delenv("RAY_ADDRESS", raising=False)
-        ray.init(
-            address="local",
-            num_cpus=2,
-            object_store_memory=80 << 20,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-            _node_ip_address="127.0.0.1",
-            runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parents[2])}},
-        )
+    with ray_cluster():
         yield
-        serve.shutdown()
-        ray.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +49,7 @@ def key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return free_port()
 
 
 def config(checkpoint: Path, *, port: int, **settings: Any) -> ServeConfig:
@@ -109,19 +91,6 @@ def client(url: str) -> Iterator[openai.OpenAI]:
 def http(url: str) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEY}"}, timeout=30) as http:
         yield http
-
-
-def metric(http: httpx.Client, name: str, **labels: str) -> float:
-    """The sum over the lines of /metrics that have these labels."""
-    lines = re.findall(rf"^{re.escape(name)}{{(.*)}} (.*)$", http.get("/metrics").text, re.MULTILINE)
-    return sum(float(v) for found, v in lines if all(f'{k}="{label}"' in found for k, label in labels.items()))
-
-
-def wait_until(condition: Callable[[], bool], *, timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true"
-        time.sleep(0.02)
 
 
 def test_greedy_text_is_that_of_generate(client: openai.OpenAI, model: GPT, tokenizer: Tokenizer) -> None:
@@ -311,7 +280,8 @@ def test_wrong_requests_get_the_right_status_in_the_shape_of_openai(
     assert answer.status_code == status
     assert set(answer.json()) == {"error"}
     assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
-    assert answer.headers["x-model-version"] and answer.headers["x-request-id"]
+    assert answer.headers["x-request-id"]
+    assert status == 413 or answer.headers["x-model-version"]  # no replica sees a body that is too large
     if status == 405:
         assert answer.headers["allow"] == "POST"
 
@@ -346,6 +316,67 @@ def test_a_full_replica_answers_429_and_a_client_that_leaves_frees_its_slots(
     assert client.completions.create(model=MODEL, prompt="x", max_tokens=5).choices[0].finish_reason
 
 
+MESSAGES: list[Any] = [
+    {"role": "system", "content": "be brief"},
+    {"role": "user", "content": [{"type": "text", "text": "tea "}, {"type": "text", "text": "or €5?"}]},
+]
+RENDERED = "System: be brief\nUser: tea or €5?\nAssistant:"
+
+
+def test_chat_goes_on_with_the_rendered_dialogue(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": MODEL, "max_tokens": 20, "seed": 4, "n": 2, "stop": ["qu"]}
+    text = client.completions.create(prompt=RENDERED, **asked, logprobs=2)
+    raw = client.chat.completions.with_raw_response.create(messages=MESSAGES, **asked, logprobs=True, top_logprobs=2)
+    chat = raw.parse()
+    assert "not chat-tuned" in raw.headers["x-model-note"]
+    assert chat.id.startswith("chatcmpl-") and chat.object == "chat.completion" and chat.usage == text.usage
+    for ours, expected in zip(chat.choices, text.choices, strict=True):
+        assert (ours.message.role, ours.message.content) == ("assistant", expected.text)
+        assert (ours.index, ours.finish_reason) == (expected.index, expected.finish_reason)
+        assert ours.logprobs is not None and ours.logprobs.content is not None and expected.logprobs is not None
+        assert [token.token for token in ours.logprobs.content] == expected.logprobs.tokens
+        assert [token.logprob for token in ours.logprobs.content] == pytest.approx(
+            expected.logprobs.token_logprobs, abs=1e-5
+        )
+        assert all(len(token.top_logprobs) == 2 for token in ours.logprobs.content)
+        whole = b"".join(bytes(token.bytes or []) for token in ours.logprobs.content).decode(errors="replace")
+        assert whole.startswith(expected.text)
+
+
+def test_a_chat_stream_is_the_answer_in_parts(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": MODEL, "messages": MESSAGES, "max_completion_tokens": 15, "seed": 4, "n": 2}
+    whole = client.chat.completions.create(**asked)
+    parts = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    assert parts[-1].choices == [] and parts[-1].usage == whole.usage
+    assert {part.object for part in parts} == {"chat.completion.chunk"} and len({part.id for part in parts}) == 1
+    for choice in whole.choices:
+        mine = [c for part in parts for c in part.choices if c.index == choice.index]
+        assert "".join(c.delta.content or "" for c in mine) == choice.message.content
+        assert [c.delta.role for c in mine] == ["assistant"] + [None] * (len(mine) - 1)
+        assert [c.finish_reason for c in mine] == [None] * (len(mine) - 1) + [choice.finish_reason]
+
+
+def test_a_chat_without_a_limit_fills_the_context_and_no_more(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model=MODEL, messages=MESSAGES, extra_body={"ignore_eos": True}, logit_bias={"10": -100}
+    )
+    assert answer.usage is not None and answer.usage.total_tokens == 128
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "word " * 200}])
+    assert caught.value.code == "context_length_exceeded"
+
+
+def test_the_lineage_of_a_model(client: openai.OpenAI, checkpoint: Path, tokenizer: Tokenizer) -> None:
+    metadata = read_metadata(checkpoint)
+    model: Any = client.models.retrieve(MODEL)
+    assert model.id == MODEL and [m.id for m in client.models.list()] == [MODEL]
+    assert model.lineage["run_id"] == metadata.run_id and model.lineage["step"] == metadata.step
+    assert model.lineage["data_manifest_hash"] == metadata.data_manifest_hash
+    assert model.lineage["code_version"] == metadata.code_version
+    assert model.lineage["tokenizer_hash"] == tokenizer.hash
+    assert model.chat_tuned is False
+
+
 def engine_pid(checkpoint: Path) -> int:
     [pid] = [
         process.pid
@@ -368,6 +399,25 @@ def test_a_killed_engine_ends_streams_with_an_error_and_is_replaced(
     wait_until(lambda: http.get("/ready").status_code == 200, timeout_s=30)
     assert engine_pid(checkpoint) != killed
     assert client.completions.create(model=MODEL, prompt="x", max_tokens=5).choices[0].finish_reason
+
+
+def test_a_killed_replica_fails_no_request_before_its_first_byte_and_ends_streams_with_an_error(
+    http: httpx.Client, checkpoint: Path
+) -> None:
+    asked = {"model": MODEL, "prompt": [1], "max_tokens": 120, "seed": 1, "ignore_eos": True}
+    expected = http.post("/v1/completions", json=asked).json()["choices"]
+    admitted = metric(http, "vllm:prompt_tokens_total") + 20 + 1
+    streamed = flood() | {"prompt": [[1]] * 20}
+    with ThreadPoolExecutor() as pool, http.stream("POST", "/v1/completions", json=streamed) as answer:
+        lines = (line for line in answer.iter_lines() if line)
+        next(lines)
+        whole = pool.submit(httpx.post, f"{http.base_url}/v1/completions", json=asked, headers=http.headers, timeout=60)
+        wait_until(lambda: metric(http, "vllm:prompt_tokens_total") == admitted, timeout_s=5)
+        os.kill(psutil.Process(engine_pid(checkpoint)).ppid(), signal.SIGKILL)
+        *_, last = lines
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "interrupted"
+        assert whole.result().status_code == 200, whole.result().text
+    assert whole.result().json()["choices"] == expected
 
 
 def test_a_folder_saved_by_transformers_is_served_with_its_logits(url: str, port: int, tmp_path: Path) -> None:

@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from serving.chat import ChatRequest, Message, parse_chat, render
 from serving.errors import ApiError
-from serving.protocol import CompletionRequest, parse_completion, parse_json_object
+from serving.protocol import UNSUPPORTED_FIELDS, CompletionRequest, parse_completion
+from serving.strict_json import parse_json_object
 
 
 def body(**fields: Any) -> bytes:
@@ -161,6 +163,64 @@ def test_bounds_and_value_are_in_the_message() -> None:
     assert "2.5" in message and "less than or equal to 2" in message
 
 
+@pytest.mark.parametrize("name", UNSUPPORTED_FIELDS)
+def test_a_known_field_is_never_ignored(name: str) -> None:
+    assert refusal(body(**{name: 1})).code == "unsupported_parameter"
+    assert parse_completion(body(**{name: None}))
+    with pytest.raises(ApiError, match="not supported"):
+        parse_chat(chat_body(**{name: 1}))
+
+
+def test_json_may_be_32_levels_deep() -> None:
+    def nested(levels: int) -> bytes:
+        return b'{"a":' + b"[" * (levels - 1) + b"]" * (levels - 1) + b"}"
+
+    assert parse_json_object(nested(32))
+    with pytest.raises(ApiError, match="at most 32 levels"):
+        parse_json_object(nested(33))
+
+
+def chat_body(**fields: Any) -> bytes:
+    return json.dumps({"model": "m", "messages": [{"role": "user", "content": "hi"}]} | fields).encode()
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": None}, "messages"),
+        ({"messages": "hi"}, "messages"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
+        ({"messages": [{"role": "user"}]}, "messages.0.content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": 1}]}]}, "messages.0.content"),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": []}]}, "messages.0.tool_calls"),
+        ({"max_tokens": 1, "max_completion_tokens": 1}, "max_tokens"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"logprobs": 2}, "logprobs"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 6}, "top_logprobs"),
+        ({"stream_options": {}}, "stream_options"),
+        ({"prompt": "x"}, "prompt"),
+        ({"temperature": 3}, "temperature"),
+    ],
+)
+def test_a_wrong_field_of_a_chat_is_named(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(ApiError) as caught:
+        parse_chat(chat_body(**fields))
+    assert (caught.value.status, caught.value.param) == (400, param)
+
+
+def test_a_chat_is_rendered_turn_by_turn() -> None:
+    messages = [
+        Message(role="developer", content="be brief"),
+        Message(role="user", content="hi", name="Ann"),
+        Message(role="assistant", content="ho"),
+        Message(role="user", content=""),
+    ]
+    assert render(messages) == "System: be brief\nAnn: hi\nAssistant: ho\nUser: \nAssistant:"
+
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
     lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=3), children, max_size=3),
@@ -172,6 +232,16 @@ json_values = st.recursive(
 def test_any_values_give_a_request_or_a_400(fields: dict[str, Any]) -> None:
     try:
         request = parse_completion(json.dumps(fields).encode())
+    except ApiError as error:
+        assert error.status == 400
+    else:
+        assert request.model == fields["model"]
+
+
+@given(st.dictionaries(st.sampled_from([*ChatRequest.model_fields]), json_values))
+def test_any_values_give_a_chat_or_a_400(fields: dict[str, Any]) -> None:
+    try:
+        request = parse_chat(json.dumps(fields).encode())
     except ApiError as error:
         assert error.status == 400
     else:

@@ -1,0 +1,233 @@
+"""What happens inside one query: the decoder's steps one by one, with what passes through them and the time they take.
+
+It computes what `GPT` and `generate` compute, more slowly, as SDPA never gives its weights away.
+
+Shapes: N new tokens of a call, P tokens read so far, C model width, H heads of width D, V vocabulary, B = 1.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from model.gpt import GPT, Block, CausalSelfAttention
+from model.sampling import SamplingParams, SamplingRow, adjusted, distribution, sample
+
+Clock = Callable[[], float]
+
+
+class Stage(NamedTuple):
+    name: str
+    layer: int | None
+    shape: tuple[int, ...]
+    seconds: float
+
+
+class Span(NamedTuple):
+    """One piece of a query's time, on the clock that was given."""
+
+    name: str
+    start_s: float
+    end_s: float
+
+
+class Attention(NamedTuple):
+    """What one layer's attention did."""
+
+    weights: Tensor  # (H, N, P), fp32; a row sums to 1, and is 0 right of its own position
+    values: Tensor  # (H, P, D)
+    output: Tensor  # (1, N, C): weights x values, heads side by side, projected
+
+
+class Reading(NamedTuple):
+    """What reading some tokens gave."""
+
+    stages: list[Stage]
+    attention: list[Attention]  # by layer
+    logits: Tensor  # (N, V), fp32
+
+
+@dataclass(frozen=True)
+class Query:
+    """A prompt and its continuation. The last token is drawn and not read: it has no row in any `Reading`."""
+
+    token_ids: list[int]
+    num_prompt_tokens: int
+    drawn_probabilities: list[float]  # of each new token, after temperature, top-k, top-p and min-p; 1 when greedy
+    readings: list[Reading]  # of the prompt, then of each new token
+    spans: list[Span]
+
+    @property
+    def logits(self) -> Tensor:
+        """(T, V): what followed each token that was read."""
+        return torch.cat([reading.logits for reading in self.readings])
+
+    def attention_rows(self, *, layer: int, head: int) -> list[Tensor]:
+        """For each token that was read its weights on the tokens up to itself: 1, 2, … T of them."""
+        rows = [row for reading in self.readings for row in reading.attention[layer].weights[head]]
+        return [row[: position + 1] for position, row in enumerate(rows)]
+
+
+class Candidate(NamedTuple):
+    token_id: int
+    logit: float
+    probability: float
+    rank: int  # 1 is the most probable; equals share the better rank
+
+
+class Prediction(NamedTuple):
+    """What the model expects at a place."""
+
+    entropy_nats: float
+    top: list[Candidate]
+
+
+class Neighbour(NamedTuple):
+    token_id: int
+    cosine: float
+
+
+class Reader:
+    """Reads a sequence piece by piece, and keeps the keys and values of what it has read."""
+
+    def __init__(self, model: GPT, *, clock: Clock = time.monotonic) -> None:
+        self._model = model
+        self._clock = clock
+        config, parameter = model.config, next(model.parameters())
+        empty = torch.empty((config.n_head, 0, config.head_dim), dtype=parameter.dtype, device=parameter.device)
+        self._past = [(empty, empty)] * config.n_layer
+
+    @torch.inference_mode()
+    def read(self, token_ids: Sequence[int]) -> Reading:
+        """The next tokens, at the positions after those that were read before."""
+        transformer = self._model.transformer
+        stages: list[Stage] = []
+        attention: list[Attention] = []
+        last_s = self._clock()
+
+        def done(name: str, value: Tensor, *, layer: int | None = None) -> None:
+            nonlocal last_s
+            now_s = self._clock()
+            stages.append(Stage(name, layer, tuple(value.shape), now_s - last_s))
+            last_s = now_s
+
+        first, device = self._past[0][0].shape[1], self._past[0][0].device
+        ids = torch.tensor([token_ids], device=device)  # (1, N)
+        x = transformer.wte(ids)  # (1, N, C)
+        done("token embedding", x)
+        x = x + transformer.wpe(torch.arange(first, first + len(token_ids), device=device))
+        done("position embedding", x)
+        for layer, block in enumerate(transformer.h):
+            assert isinstance(block, Block)
+            attended, self._past[layer] = attend(block.attn, block.ln_1(x), self._past[layer])
+            x = x + attended.output
+            done("attention", attended.weights[None], layer=layer)  # (1, H, N, P)
+            x = x + block.mlp(block.ln_2(x))
+            done("mlp", x, layer=layer)
+            attention.append(attended)
+        x = transformer.ln_f(x)
+        done("final norm", x)
+        logits = self._model.logits(x)  # (1, N, V)
+        done("logits", logits)
+        done("softmax", logits.softmax(dim=-1))
+        return Reading(stages, attention, logits[0])
+
+
+def attend(
+    attention: CausalSelfAttention, x: Tensor, past: tuple[Tensor, Tensor]
+) -> tuple[Attention, tuple[Tensor, Tensor]]:
+    """Attention of x (1, N, C) to itself and to `past` keys and values (H, P - N, D), with all weights; and what is
+    the past from then on."""
+    _, num_new, width = x.shape
+    q, k, v = (
+        part.view(num_new, attention.n_head, -1).transpose(0, 1)  # (H, N, D)
+        for part in attention.c_attn(x)[0].split(width, dim=-1)
+    )
+    keys, values = torch.cat((past[0], k), dim=1), torch.cat((past[1], v), dim=1)  # (H, P, D)
+    scores = (q @ keys.transpose(1, 2)).float() / math.sqrt(q.shape[-1])  # (H, N, P)
+    seen = torch.ones(scores.shape[1:], dtype=torch.bool, device=x.device).tril(keys.shape[1] - num_new)
+    weights = scores.masked_fill(~seen, -math.inf).softmax(dim=-1)
+    heads = (weights.to(values.dtype) @ values).transpose(0, 1)  # (N, H, D)
+    output = attention.c_proj(heads.reshape(1, num_new, width))
+    return Attention(weights, values, output), (keys, values)
+
+
+def run_query(
+    model: GPT,
+    prompt_ids: Sequence[int],
+    *,
+    max_tokens: int,
+    params: SamplingParams,
+    eos_id: int | None = None,
+    clock: Clock = time.monotonic,
+) -> Query:
+    """Prefill, then sample and decode up to `max_tokens` times; `eos_id`, when drawn, is the last token. The tokens
+    are those of `generate`. The caller has checked that all of them fit into the context.
+
+    Raises `FloatingPointError` when the logits are not finite numbers.
+    """
+    params = params.with_seed()
+    reader = Reader(model, clock=clock)
+    spans: list[Span] = []
+    drawn: list[float] = []
+    output_ids: list[int] = []
+
+    def read(name: str, token_ids: Sequence[int]) -> Reading:
+        start_s = clock()
+        reading = reader.read(token_ids)
+        spans.append(Span(name, start_s, clock()))
+        return reading
+
+    readings = [read("prefill", prompt_ids)]
+    while len(output_ids) < max_tokens:
+        start_s = clock()
+        row = SamplingRow(params, prompt_ids, output_ids, position=len(prompt_ids) + len(output_ids))
+        logits = readings[-1].logits[-1]  # (V,)
+        token_id = sample(logits, params, prompt_ids=prompt_ids, output_ids=output_ids, position=row.position)
+        is_greedy = params.temperature == 0
+        drawn.append(1.0 if is_greedy else float(distribution(adjusted(logits, row), params)[token_id]))
+        output_ids.append(token_id)
+        spans.append(Span("sample", start_s, clock()))
+        if token_id == eos_id or len(output_ids) == max_tokens:
+            break
+        readings.append(read("decode", [token_id]))
+    return Query([*prompt_ids, *output_ids], len(prompt_ids), drawn, readings, spans)
+
+
+def predictions(logits: Tensor, *, num_top: int) -> list[Prediction]:
+    """Entropy and most probable tokens of each row of logits (T, V)."""
+    logprobs = logits.log_softmax(dim=-1)
+    entropies = -(logprobs.exp() * logprobs).nan_to_num(0.0).sum(dim=-1)  # p log p is 0 where p is
+    values, ids = logits.topk(min(num_top, logits.shape[-1]), dim=-1)  # (T, num_top)
+    probabilities = logprobs.gather(1, ids).exp()
+    ranks = 1 + (values[:, None] > values[..., None]).sum(dim=-1)
+    rows = zip(entropies.tolist(), *(part.tolist() for part in (ids, values, probabilities, ranks)), strict=True)
+    return [Prediction(entropy, list(map(Candidate, *top))) for entropy, *top in rows]
+
+
+def score(logits: Tensor, token_ids: Sequence[int]) -> list[Candidate]:
+    """How each row of logits (T, V) rates its own token of `token_ids`, T of them."""
+    own = logits.gather(1, torch.tensor(token_ids, dtype=torch.long, device=logits.device)[:, None])  # (T, 1)
+    probabilities = (own - logits.logsumexp(dim=-1, keepdim=True)).exp()[:, 0]
+    ranks = 1 + (logits > own).sum(dim=-1)
+    rows = zip(token_ids, own[:, 0].tolist(), probabilities.tolist(), ranks.tolist(), strict=True)
+    return [Candidate(*row) for row in rows]
+
+
+@torch.inference_mode()
+def neighbours(model: GPT, token_ids: Sequence[int], *, num_nearest: int) -> list[list[Neighbour]]:
+    """The other tokens whose embedding vectors point most nearly the same way as each token's own."""
+    table = model.transformer.wte.weight  # (V, C)
+    norms = torch.linalg.vector_norm(table, dim=-1, dtype=torch.float32)  # (V,)
+    ids = torch.tensor(token_ids, device=table.device)
+    cosines = (table[ids] @ table.T).float() / (norms[ids, None] * norms).clamp(min=1e-12)  # (T, V)
+    cosines.scatter_(1, ids[:, None], -math.inf)
+    values, nearest = cosines.topk(min(num_nearest, len(table) - 1), dim=-1)
+    return [
+        [Neighbour(*pair) for pair in zip(*row, strict=True)]
+        for row in zip(nearest.tolist(), values.tolist(), strict=True)
+    ]

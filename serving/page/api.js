@@ -1,0 +1,74 @@
+// Asks the endpoint. The key lives in this module's memory and nowhere else.
+
+let key = null;
+
+export class ApiError extends Error {
+  constructor(status, body, retryAfter) {
+    super(body?.error?.message ?? `The endpoint answered ${status}.`);
+    this.status = status;
+    this.retryAfterMs = 1000 * Number(retryAfter ?? 1);
+  }
+}
+
+export function useKey(value) {
+  key = value;
+}
+
+async function ask(path, { body, signal } = {}) {
+  const headers = body ? { "Content-Type": "application/json" } : {};
+  if (key) headers.Authorization = `Bearer ${key}`;
+  const response = await fetch(path, { method: body ? "POST" : "GET", headers, signal, body: body && JSON.stringify(body) });
+  if (response.ok) return response;
+  const text = await response.text();
+  let parsed = null;
+  try {
+    parsed = JSON.parse(text);
+  } catch { /* a proxy's refusal is plain text */ }
+  throw new ApiError(response.status, parsed, response.headers.get("Retry-After"));
+}
+
+export async function askJson(path, options) {
+  return (await ask(path, options)).json();
+}
+
+// The answer of /v1/xray, and how long it took from here. The endpoint takes one at a time: this page's own wait for
+// each other, those of others are waited for.
+let last = Promise.resolve();
+export function xray(body, signal) {
+  const answer = last.then(() => askXray(body, signal));
+  last = answer.catch(() => {});
+  return answer;
+}
+
+async function askXray(body, signal) {
+  for (let attempt = 1; ; attempt += 1) {
+    const start = performance.now();
+    try {
+      const answer = await askJson("/v1/xray", { body, signal });
+      return { ...answer, wall_ms: performance.now() - start };
+    } catch (error) {
+      if (error.status !== 429 || attempt === 8) throw error;
+      await new Promise((resolve) => setTimeout(resolve, error.retryAfterMs));
+    }
+  }
+}
+
+// The events of a streamed completion, until its `[DONE]`.
+export async function* streamCompletion(body, signal) {
+  const response = await ask("/v1/completions", { body: { ...body, stream: true }, signal });
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let buffer = "";
+  for (;;) {
+    const { done, value } = await reader.read();
+    if (done) throw new Error("The stream broke off before its end.");
+    const events = (buffer + value).split("\n\n");
+    buffer = events.pop();
+    for (const event of events) {
+      const data = event.replace(/^data: /, "");
+      if (data === "[DONE]") return;
+      const parsed = JSON.parse(data);
+      if (parsed.error) throw new ApiError(500, parsed);
+      yield parsed;
+    }
+  }
+}

@@ -1,0 +1,138 @@
+"""Requests that must be refused, each with its right answer, as one table. Those that need a raw socket, time or a
+second model are in test_hostile.py under the same numbers."""
+
+import gzip
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+MODEL = "tiny"
+COMPLETIONS, CHAT = "POST /v1/completions", "POST /v1/chat/completions"
+
+
+@dataclass(frozen=True)
+class Hostile:
+    number: int  # several rows may be one kind
+    name: str
+    route: str
+    status: int
+    code: str | None = None
+    param: str | None = None
+    body: bytes = b""
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+def raw(number: int, name: str, content: bytes, status: int, code: str | None = None, **more: Any) -> Hostile:
+    return Hostile(number, name, COMPLETIONS, status, code, body=content, **more)
+
+
+def completion(
+    number: int, name: str, param: str, *, status: int = 400, code: str | None = None, **fields: Any
+) -> Hostile:
+    """One whose JSON is right and whose field `param` is not."""
+    content = {"model": MODEL, "prompt": "x", "max_tokens": 1} | fields
+    return Hostile(number, name, COMPLETIONS, status, code, param, json.dumps(content).encode())
+
+
+def chat(number: int, name: str, param: str, *, code: str | None = None, **fields: Any) -> Hostile:
+    content = {"model": MODEL, "messages": [{"role": "user", "content": "x"}], "max_tokens": 1} | fields
+    return Hostile(number, name, CHAT, 400, code, param, json.dumps(content).encode())
+
+
+def literal(number: int, name: str, text: str) -> Hostile:
+    return raw(number, name, b'{"model":"tiny","prompt":"x","temperature":' + text.encode() + b"}", 400, "invalid_json")
+
+
+INVALID_JSON = [
+    raw(1, "empty body", b"", 400, "invalid_json"),
+    raw(2, "broken JSON", b'{"model":', 400, "invalid_json"),
+    raw(3, "an array", b"[1]", 400, "invalid_json"),
+    raw(3, "a number", b"3", 400, "invalid_json"),
+    raw(4, "invalid UTF-8", b'{"model":"tiny","prompt":"\xff"}', 400, "invalid_json"),
+    raw(5, "UTF-16", '{"model":"tiny","prompt":"x"}'.encode("utf-16"), 400, "invalid_json"),
+    raw(5, "byte order mark", '{"model":"tiny","prompt":"x"}'.encode("utf-8-sig"), 400, "invalid_json"),
+    raw(6, "half a surrogate pair", b'{"model":"tiny","prompt":"\\ud800"}', 400, param="prompt"),
+    literal(8, "NaN", "NaN"),
+    literal(8, "Infinity", "-Infinity"),
+    literal(8, "overflow", "1e999"),
+    literal(13, "5,000 digits", "9" * 5000),
+    raw(30, "a key twice", b'{"model":"tiny","model":"tiny","prompt":"x"}', 400, "invalid_json"),
+    raw(31, "nested 100,000 deep", b'{"prompt":' + b"[" * 100_000 + b"]" * 100_000 + b"}", 400, "invalid_json"),
+    raw(31, "nested 33 deep", b'{"prompt":' + b"[" * 32 + b"]" * 32 + b"}", 400, "invalid_json"),
+]
+
+WRONG_VALUES = [
+    completion(9, "NaN as text", "temperature", temperature="nan"),
+    *(completion(10, f"temperature {t}", "temperature", temperature=t) for t in (-1, 2.1, 1e308)),
+    *(completion(11, f"top_p {p}", "top_p", top_p=p) for p in (-0.1, 0, 1.1)),
+    completion(12, "10^9 choices", "n", n=10**9),
+    completion(13, "10^400 choices", "n", n=10**400),
+    *(completion(14, f"n {n!r}", "n", n=n) for n in (True, 1.0, "1", 0, -1)),
+    completion(15, "best_of", "best_of", code="unsupported_parameter", best_of=1000, stream=True),
+    *(completion(16, f"max_tokens {m}", "max_tokens", max_tokens=m) for m in (0, -1, 10**12)),
+    completion(17, "longer than the context", "max_tokens", code="context_length_exceeded", max_tokens=128),
+    completion(19, "no prompt", "prompt", prompt=None, code="missing_required_parameter"),
+    completion(19, "an empty list", "prompt", prompt=[]),
+    completion(20, "10^5 prompts", "prompt", prompt=["x"] * 10**5),
+    *(completion(21, f"token id {i!r}", "prompt", prompt=[i]) for i in (-1, 10**6, 2**63, 1.5, True)),
+    completion(22, "ids and text mixed", "prompt", prompt=[1, "a"]),
+    completion(22, "lists and text mixed", "prompt", prompt=[[1], "a"]),
+    completion(23, "10^5 stop strings", "stop", stop=["a"] * 10**5),
+    completion(23, "five stop strings", "stop", stop=["a"] * 5),
+    completion(23, "an empty stop string", "stop", stop=""),
+    completion(23, "a long stop string", "stop", stop="x" * 10**5),
+    completion(23, "a number to stop at", "stop", stop=[1]),
+    completion(24, "a bias beyond the vocabulary", "logit_bias", logit_bias={"99999": 1}),
+    completion(25, "a bias for a word", "logit_bias", logit_bias={"AI": 1}),
+    completion(25, "a huge bias", "logit_bias.1", logit_bias={"1": 1e9}),
+    completion(25, "50,000 biases", "logit_bias", logit_bias={str(i): 1 for i in range(50_000)}),
+    *(completion(26, f"logprobs {k}", "logprobs", logprobs=k) for k in (-1, 10**6)),
+    *(completion(27, f"{name} penalty", f"{name}_penalty", **{f"{name}_penalty": 1e9})
+      for name in ("presence", "frequency", "repetition")),
+    *(completion(28, f"seed {s!r}"[:20], "seed", seed=s) for s in (2**100, "x")),
+    completion(29, "unknown field", "temprature", code="unknown_parameter", temprature=1),
+    completion(32, "no model", "model", model=None, code="missing_required_parameter"),
+    completion(32, "a path as model", "model", status=404, code="model_not_found", model="../../etc"),
+    completion(32, "a line break in the model", "model", status=404, code="model_not_found", model="a\r\nb: c"),
+    completion(32, "a long model", "model", status=404, code="model_not_found", model="x" * 10**6),
+    completion(33, "stream as text", "stream", stream="yes"),
+    completion(33, "options without a stream", "stream_options", stream_options={"include_usage": True}),
+    completion(34, "suffix", "suffix", code="unsupported_parameter", suffix="x"),
+    chat(34, "tools", "tools", code="unsupported_parameter", tools=[]),
+    chat(34, "an image", "messages.0.content", messages=[
+        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]}
+    ]),
+    chat(35, "unknown role", "messages.0.role", messages=[{"role": "root", "content": "x"}]),
+    chat(35, "no content", "messages.0.content", messages=[{"role": "user", "content": None}]),
+    chat(35, "no messages", "messages", messages=[]),
+    chat(35, "30,000 messages", "messages", messages=[{"role": "user", "content": ""}] * 30_000),
+    chat(35, "template settings", "chat_template_kwargs", code="unsupported_parameter", chat_template_kwargs={"a": 1}),
+    completion(36, "a response format", "response_format", code="unsupported_parameter", response_format={"type": "x"}),
+    completion(36, "a grammar", "guided_grammar", code="unsupported_parameter", guided_grammar="(" * 99),
+]  # fmt: skip
+
+OUTSIDE_THE_BODY = [
+    raw(18, "2 MiB", b'{"prompt":"' + b"x" * (2 << 20), 413, "body_too_large"),
+    raw(18, "50 MB", b'{"prompt":"' + b"x" * 50_000_000, 413, "body_too_large"),
+    raw(25, "10^6 biases", json.dumps({str(i): 1 for i in range(10**6)}).encode(), 413, "body_too_large"),
+    raw(37, "text", b"{}", 415, headers={"Content-Type": "text/plain"}),
+    raw(37, "no type", b"{}", 415, headers={"Content-Type": ""}),
+    raw(38, "a gzip bomb", gzip.compress(b"x" * 10**8), 415, headers={"Content-Encoding": "gzip"}),
+    *(Hostile(39, f"{m} {path}", f"{m} {path}", 405)
+      for m in ("GET", "PUT", "DELETE") for path in ("/v1/completions", "/v1/chat/completions", "/tokenize")),
+    *(Hostile(40, path, f"GET {path}", 404) for path in (
+        "/nowhere", "//", "/v1//completions", "/v1/models/../../etc/passwd", "/v1/completions/", "/%2e%2e/x", "/V1/models",
+    )),
+    *(Hostile(41, f"key {key[:20]!r}", "GET /v1/models", 401, "invalid_api_key", headers={"Authorization": key})
+      for key in ("", "Bearer", "Bearer sk-wrong", "Basic sk-test", "Bearer sk-test,sk-test")),
+    *(Hostile(41, f"{path} without a key", f"GET {path}", 401, "invalid_api_key", headers={"Authorization": ""})
+      for path in ("/v1/models", "/metrics", "/version", "/nowhere", "/docs")),
+    Hostile(41, "a user's key for /admin", "POST /admin/promote", 403, "admin_key_required"),
+    Hostile(41, "an admin's key for /v1", "GET /v1/models", 401, headers={"Authorization": "Bearer sk-admin"}),
+    Hostile(42, "100 KB of headers", "GET /v1/models", 431, "headers_too_large", headers={"x-a": "a" * 100_000}),
+    Hostile(42, "200 headers", "GET /v1/models", 431, "headers_too_large", headers={f"x-{i}": "a" for i in range(200)}),
+    *(Hostile(58, path, f"GET {path}", 404)
+      for path in ("/docs", "/redoc", "/openapi.json", "/-/routes", "/docs/oauth2-redirect")),
+]  # fmt: skip
+
+TABLE = INVALID_JSON + WRONG_VALUES + OUTSIDE_THE_BODY
