@@ -2,14 +2,12 @@
 
 import asyncio
 import itertools
-import os
-import socket
 import subprocess
-import sys
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 
 from model.errors import UserError
+from serving.child_process import start_child
 from serving.messages import (
     FinishReason,
     FrameBuffer,
@@ -82,25 +80,14 @@ class EngineClient:
         cls, checkpoint: Path, *, dtype: str, num_slots: int, eos_id: int | None, threads: int
     ) -> "EngineClient":
         """Returns once the weights are loaded. Raises `UserError` for an unusable checkpoint."""
-        ours, theirs = socket.socketpair()
         arguments = {
-            "--socket": theirs.fileno(),
             "--checkpoint": checkpoint.absolute(),
             "--dtype": dtype,
             "--num-slots": num_slots,
             "--threads": threads,
-        } | ({} if eos_id is None else {"--eos-id": eos_id})
-        # Neither fork nor multiprocessing: both break inside a Ray worker. The folder above this package is where
-        # `-m` finds it.
-        process = subprocess.Popen(
-            [sys.executable, "-m", "serving.engine_process", *(str(x) for item in arguments.items() for x in item)],
-            cwd=Path(__file__).parents[1],
-            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-            pass_fds=[theirs.fileno()],
-        )
-        theirs.close()
-        reader, writer = await asyncio.open_connection(sock=ours)
-        client = cls(process, reader, writer)
+            "--eos-id": eos_id,
+        }
+        client = cls(*await start_child("serving.engine_process", arguments, threads=threads))
         try:
             await client._wait_until_ready()
         except (UserError, EngineDiedError):

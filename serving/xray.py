@@ -8,11 +8,8 @@ keeps its pages once for all who map it) and ends when it has been idle.
 
 import asyncio
 import json
-import os
-import socket
 import struct
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +17,7 @@ from typing import Annotated, Any
 from pydantic import Field, PlainValidator
 
 from model.checkpoint import MANIFEST, read_metadata
+from serving.child_process import start_child
 from serving.errors import ApiError, overloaded
 from serving.protocol import Request
 
@@ -144,16 +142,8 @@ class XrayProcess:
 
     @classmethod
     async def start(cls, folder: Path, *, name: str | None, dtype: str) -> "XrayProcess":
-        ours, theirs = socket.socketpair()
-        arguments = ["--socket", str(theirs.fileno()), "--checkpoint", str(folder), "--dtype", dtype]
-        process = subprocess.Popen(
-            [sys.executable, "-m", "serving.xray_process", *arguments, *([] if name is None else ["--name", name])],
-            cwd=Path(__file__).parents[1],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            pass_fds=[theirs.fileno()],
-        )
-        theirs.close()
-        return cls(process, *await asyncio.open_connection(sock=ours))
+        arguments = {"--checkpoint": folder, "--dtype": dtype, "--name": name}
+        return cls(*await start_child("serving.xray_process", arguments, threads=1))
 
     async def ask(self, message: str) -> tuple[int, bytes]:
         self._writer.write(f"{message}\n".encode())
