@@ -10,6 +10,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from jobs.cluster_view import renew_view
 from jobs.keeper import Keeper
 from jobs.run_plan import RunPlan
 from jobs.snapshot_choice import Holding, copies
@@ -83,6 +84,8 @@ class Keepers:
     def _start_missing(self) -> None:
         nodes = [node for node in ray.nodes() if node["Alive"]]
         capable = [node["NodeID"] for node in nodes if node["Resources"].get("CPU")]
+        if set(capable) != set(self._keepers):
+            renew_view()
         self._keepers = {node: keeper for node, keeper in self._keepers.items() if node in capable}
         for node in capable:
             if node not in self._keepers:

@@ -17,6 +17,7 @@ from ray.train.v2._internal.execution.callback import ReplicaGroupCallback, Work
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 from ray.util import placement_group_table, remove_placement_group
 
+from jobs.cluster_view import renew_view
 from jobs.failures import is_lost_node
 
 _NO_PLACE_S = 6.0
@@ -54,6 +55,7 @@ class NodeLosses(WorkerGroupCallback):
         of a dying node are for a moment, does not answer while it replaces another one."""
         if not any(is_lost_node(error) for error in worker_group_status.errors.values()):
             return
+        renew_view()
         for status in worker_group_status.worker_statuses.values():
             status.error = status.error or RuntimeError("Connection closed: the node of another worker has died")
 

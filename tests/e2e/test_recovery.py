@@ -21,7 +21,7 @@ from jobs.ledger import Ledger
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
-NUM_STEPS = 60
+NUM_STEPS = 200
 
 
 @pytest.fixture(scope="module")
