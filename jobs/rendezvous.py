@@ -20,7 +20,8 @@ import torch.distributed as dist
 from jobs.failures import is_lost_peer, one_line
 
 _POLL_S = 0.02
-_CONNECT_S = 2.0
+_WATCH_S = 0.5
+_GRACE_S = 1.0
 _TIMEOUT = timedelta(minutes=30)  # of a message; an outage of the storage makes some wait for the one that waits for it
 
 
@@ -39,11 +40,22 @@ def meeting_place(host: str) -> Iterator[str]:
 class Rendezvous:
     """One worker's way to the others of its group."""
 
-    def __init__(self, address: str, *, group: str, rank: int, world_size: int, backend: str) -> None:
-        """`group` names what Ray Train starts together: the same for a worker and its replacement, and no other."""
+    def __init__(
+        self,
+        address: str,
+        *,
+        group: str,
+        rank: int,
+        world_size: int,
+        backend: str,
+        is_waiting: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """`group` names what Ray Train starts together: the same for a worker and its replacement, and no other.
+        `is_waiting` tells whether the training thread waits for other workers."""
         self._address, self._group = address, group
         self._store = self._open_store()
         self._rank, self._world_size, self._backend = rank, world_size, backend
+        self._is_waiting = is_waiting
         self._id = secrets.token_hex(8)
         self._store.compare_set("round", "", "0")
 
@@ -53,7 +65,7 @@ class Rendezvous:
 
     def attend(self, work: Callable[[], None]) -> bool:
         """Meets the others and does the work with them. False when one of them was lost: then meet again."""
-        number = self._meet()
+        number, left = self._meet()
         try:
             work()
         except RuntimeError as error:
@@ -63,6 +75,8 @@ class Rendezvous:
         else:
             dist.destroy_process_group()
             return True
+        finally:
+            left.set()
         self._end(number)
         gc.collect()  # the model and its buffers, which the error's traceback held
         # So that those who wait for this one's messages get their error too.
@@ -72,7 +86,8 @@ class Rendezvous:
         dist.destroy_process_group()
         return False
 
-    def _meet(self) -> int:
+    def _meet(self) -> tuple[int, threading.Event]:
+        """The number of the round, whose watch ends with the event."""
         while True:
             number = int(self._store.get("round"))
             # Where this rank's predecessor took part, the others may not have noticed its end.
@@ -80,8 +95,8 @@ class Rendezvous:
                 self._end(number)
                 continue
             # Twice, as one that came may have died while it waited for the others.
-            if self._all(number, "came") and self._all(number, "stayed") and self._connect(number):
-                return number
+            if self._all(number, "came") and self._all(number, "stayed") and (left := self._connect(number)):
+                return number, left
 
     def _all(self, number: int, what: str) -> bool:
         """Waits until every rank says so; False when the round is over before that."""
@@ -93,27 +108,34 @@ class Rendezvous:
             time.sleep(_POLL_S)
         return True
 
-    def _connect(self, number: int) -> bool:
-        store = dist.PrefixStore(str(number), self._store)
-        rank, world_size, connected = self._rank, self._world_size, threading.Event()
-        threading.Thread(target=self._leave_when_over, args=(number, connected), daemon=True).start()
+    def _connect(self, number: int) -> threading.Event | None:
+        store, left = dist.PrefixStore(str(number), self._store), threading.Event()
+        rank, world_size = self._rank, self._world_size
+        threading.Thread(target=self._watch, args=(number, left), name="rendezvous", daemon=True).start()
         try:
             dist.init_process_group(self._backend, store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT)
         except RuntimeError:  # one of them is gone already
+            left.set()
             self._end(number)
-            return False
-        finally:
-            connected.set()
-        return True
+            return None
+        return left
 
-    def _leave_when_over(self, number: int, connected: threading.Event) -> None:
-        """Ends this process, which is replaced then, if it goes on connecting to one that died in this very moment:
-        gloo takes one timeout for connections and for messages."""
-        store = None
-        while not connected.wait(_CONNECT_S):
-            store = store or self._open_store()  # of its own, as a store serves one caller at a time
-            if int(store.get("round")) != number:
-                sys.stderr.write(f"rank {self._rank} waits for one that is gone, and leaves\n")
+    def _watch(self, number: int, left: threading.Event) -> None:
+        """Gets this worker out of a round that is over, where it waits on: for one that died while they connected, or
+        for a message whose end gloo did not notice (a send to one that was killed, seen once in some tens of kills)."""
+        store, waits_since = self._open_store(), None  # of its own, as a store serves one caller at a time
+        has_aborted = False
+        while not left.wait(_WATCH_S):
+            if int(store.get("round")) == number or not self._is_waiting():
+                waits_since = None
+                continue
+            waits_since = waits_since or time.monotonic()
+            waited_s = time.monotonic() - waits_since
+            if waited_s > _GRACE_S and not has_aborted and dist.group.WORLD is not None:
+                has_aborted = True
+                dist.group.WORLD.abort()
+            if waited_s > 2 * _GRACE_S:
+                sys.stderr.write(f"rank {self._rank} cannot leave a round that is over: it ends, to be replaced\n")
                 os._exit(1)
 
     def _end(self, number: int) -> None:

@@ -14,7 +14,7 @@ from jobs.rendezvous import Rendezvous
 from jobs.run_plan import RunPlan
 from jobs.train_callbacks import signals
 from jobs.train_loop import train
-from jobs.watchdog import Place
+from jobs.watchdog import COLLECTIVES, Place
 
 
 def train_worker(settings: dict[str, Any]) -> None:
@@ -34,6 +34,7 @@ def train_worker(settings: dict[str, Any]) -> None:
             rank=rank,
             world_size=world_size,
             backend="nccl" if scaling.use_gpu else "gloo",
+            is_waiting=lambda: pulse.beat().is_in(COLLECTIVES),
         )
         while not rendezvous.attend(
             lambda: train(plan, rank=rank, world_size=world_size, pulse=pulse, signals=signals)

@@ -32,7 +32,7 @@ _FORSAKEN_FACTOR = 20  # the one that is waited for has been killed by then, or 
 _KEEP_STACK_FACTOR = 0.9  # before anybody is killed
 
 # What a stack with a frame in one of these waits for: other workers, or storage, whose outages end no training.
-_COLLECTIVES = ("/torch/distributed/", "/jobs/worker_group.py", "/jobs/bucket_exchange.py", "/jobs/background.py")
+COLLECTIVES = ("/torch/distributed/", "/jobs/worker_group.py", "/jobs/bucket_exchange.py", "/jobs/background.py")
 _STORAGE = ("/jobs/token_stream.py", "/jobs/outage.py", "/jobs/checkpoint_writer.py", "/cluster/")
 
 
@@ -87,7 +87,7 @@ def health(beat: Beat, *, silent_s: float, unmoved_s: float, hang_timeout_s: flo
     else:
         deadline_s = _UNKNOWN_FACTOR * hang_timeout_s
         suspicious_s = _KEEP_STACK_FACTOR * deadline_s
-    is_waiting = beat.is_in(_COLLECTIVES)
+    is_waiting = beat.is_in(COLLECTIVES)
     if unmoved_s >= (_FORSAKEN_FACTOR if is_waiting else 1) * deadline_s:
         return Health.FORSAKEN if is_waiting else Health.STUCK
     return Health.SLOW if unmoved_s >= suspicious_s else Health.WELL

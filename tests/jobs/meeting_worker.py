@@ -32,7 +32,13 @@ def main(address: str, rank: int, world_size: int, num_rounds: int) -> None:
             print("sum", number, float(own[0]), flush=True)
             time.sleep(0.01)
 
-    while not rendezvous.attend(work):
+    def deaf() -> None:
+        try:
+            work()
+        except RuntimeError:
+            time.sleep(600)  # as one that waits for a message whose end nobody notices
+
+    while not rendezvous.attend(deaf if "DEAF_RANK" in os.environ and rank == int(os.environ["DEAF_RANK"]) else work):
         pass
 
 

@@ -79,3 +79,15 @@ def test_two_lost_at_once_and_one_lost_again_before_it_met_anyone(tmp_path: Path
         group.processes[2] = group.start(2)
         assert [process.wait(timeout=60) for process in group.processes] == [0] * WORLD_SIZE
         assert len(group.lines(0, "met")) == 2
+
+
+def test_one_that_cannot_leave_a_round_that_is_over_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEAF_RANK", "0")
+    with meeting_place("127.0.0.1") as address:
+        group = Group(address, tmp_path)
+        group.wait_for_meeting(1)
+        monkeypatch.delenv("DEAF_RANK")
+        group.replace(1)
+        assert group.processes[0].wait(timeout=30) == 1
+        group.processes[0] = group.start(0)
+        assert [process.wait(timeout=60) for process in group.processes] == [0] * WORLD_SIZE
