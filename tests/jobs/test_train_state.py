@@ -160,7 +160,7 @@ def test_nothing_that_is_not_a_number_passes_unseen() -> None:
 @given(st.integers(1, 200_000), st.integers(0, 3))
 def test_the_norm_is_the_euclidean_one(size: int, seed: int) -> None:
     vector = torch.randn(size, generator=torch.Generator().manual_seed(seed))
-    assert gradient_norm(vector) == pytest.approx(float(vector.double().norm()), rel=1e-7)
+    assert gradient_norm(vector) == pytest.approx(float(vector.double().norm()), rel=1e-6)
 
 
 @pytest.mark.parametrize("num_before", [0, 1, 3])
