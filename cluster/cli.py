@@ -14,8 +14,9 @@ from types import FrameType
 from typing import Any
 
 from cluster import commands
-from cluster.config import EvaluateConfig, RunConfig, ServeConfig
+from cluster.config import EvaluateConfig, RunConfig
 from cluster.flags import ConfigError, Parser, add_config_arguments
+from cluster.serve_config import ServeConfig
 from cluster.stage import ModuleFailedError
 from model.errors import UserError
 

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from cluster.chaos import Chaos, parse_faults
-from cluster.config import EvaluateConfig, RunConfig, ServeConfig, write_config
+from cluster.config import EvaluateConfig, RunConfig, write_config
 from cluster.demo import run_demo
 from cluster.endpoint import Endpoint, deploy, stream_completion
 from cluster.flags import ConfigError, config_from_arguments
 from cluster.progress import say
 from cluster.registry import publications, publish, resolve_checkpoint
+from cluster.serve_config import ServeConfig
 from cluster.stage import ModuleFailedError, connected, cpus_per_node, run_module, run_stage
 from cluster.storage import absolute_uri, open_storage
 from model.checkpoint import (

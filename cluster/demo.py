@@ -16,11 +16,12 @@ from typing import Any
 import openai
 
 from cluster.chaos import Chaos, parse_faults
-from cluster.config import EvaluateConfig, ReplicaConfig, RunConfig, ServeConfig, StorageConfig, max_steps
+from cluster.config import EvaluateConfig, RunConfig, StorageConfig, max_steps
 from cluster.endpoint import Endpoint, deploy
 from cluster.flags import new_run_id, read_config
 from cluster.local import free_port
 from cluster.progress import say
+from cluster.serve_config import ReplicaConfig, ServeConfig
 from cluster.stage import connected, cpus_per_node, run_module, run_stage
 from cluster.storage import open_storage
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 
-from cluster.config import ServeConfig
+from cluster.serve_config import ServeConfig
 from cluster.stage import Connection, run_stage
 from cluster.storage import NotFoundError, open_storage
 from model.errors import UserError

@@ -12,7 +12,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from cluster.config import TOKENS, DataConfig, EvaluateConfig, RunConfig, ServeConfig, StorageConfig
+from cluster.config import TOKENS, DataConfig, EvaluateConfig, RunConfig, StorageConfig
+from cluster.serve_config import ServeConfig
 from cluster.storage import absolute_uri
 from model.config import PRESETS, GPTConfig
 from model.errors import UserError

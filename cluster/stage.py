@@ -23,10 +23,11 @@ from typing import Any, TypeVar
 import ray
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from cluster.config import ClusterConfig, EvaluateConfig, RunConfig, ServeConfig, write_config
+from cluster.config import ClusterConfig, EvaluateConfig, RunConfig, write_config
 from cluster.flags import ConfigError, Parser, add_config_arguments, config_from_arguments
 from cluster.local import STOP_WAIT_S, ClusterError, LocalCluster
 from cluster.progress import ProgressView
+from cluster.serve_config import ServeConfig
 from cluster.storage import open_storage
 from model.errors import UserError
 

@@ -16,8 +16,8 @@ import ray
 from ray import serve
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
 
-from cluster.config import ServeConfig
 from cluster.registry import LATEST, resolve_checkpoint
+from cluster.serve_config import ServeConfig
 from cluster.stage import stage_main
 from cluster.storage import open_storage
 from model.errors import UserError

@@ -17,7 +17,7 @@ import uvicorn.config
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cluster.config import HttpConfig
+from cluster.serve_config import HttpConfig
 from serving import http_server
 from serving.errors import ApiError, closing, interrupted, invalid_request, not_found
 from serving.protocol import MAX_BODY_BYTES

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from cluster.config import HttpConfig
+from cluster.serve_config import HttpConfig
 from serving.errors import ApiError, closing
 
 MAX_HEADER_BYTES = 64 << 10  # of all headers together, and of the request line

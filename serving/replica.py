@@ -7,8 +7,8 @@ There is no handle between them, as each streamed token would pay 0.6 ms for it.
 from ray import serve
 from starlette.types import ASGIApp
 
-from cluster.config import ServeConfig
 from cluster.registry import resolve_checkpoint
+from cluster.serve_config import ServeConfig
 from serving.access import AccessRules
 from serving.completions import AdmissionLimits
 from serving.engine_client import EngineClient

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from cluster.config import EvaluateConfig, RunConfig, ServeConfig, Settings
+from cluster.config import EvaluateConfig, RunConfig, Settings
 from cluster.flags import ConfigError, Parser, add_config_arguments, config_from_arguments, new_run_id
+from cluster.serve_config import ServeConfig
 from model.config import GPTConfig
 
 YAML = """

@@ -13,7 +13,8 @@ from pydantic import BaseModel, ValidationError
 from ray import serve
 from ray.serve.schema import HTTPOptionsSchema, ServeApplicationSchema, ServeDeploySchema
 
-from cluster.config import RunConfig, ServeConfig
+from cluster.config import RunConfig
+from cluster.serve_config import ServeConfig
 from tests.k8s.manifests import Manifest, cluster_spec, find, name_of, of_kind, quantity
 
 

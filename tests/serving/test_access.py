@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config import ServeConfig
+from cluster.serve_config import ServeConfig
 from model.errors import UserError
 from serving.access import AccessRules, RequestsInFlight, authorize, presented_key, read_key_hashes
 from serving.app import read_access_rules

@@ -18,7 +18,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from cluster.config import EngineConfig, ReplicaConfig, ServeConfig
+from cluster.serve_config import EngineConfig, ReplicaConfig, ServeConfig
 from model.checkpoint import read_metadata
 from model.errors import UserError
 from model.generate import generate

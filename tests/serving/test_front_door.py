@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cluster.config import HttpConfig
+from cluster.serve_config import HttpConfig
 from serving.front_door import FrontDoor, clamped_timeout_s, clean_request_id
 
 OK = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]}

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cluster.config import EngineConfig, HttpConfig, ReplicaConfig, ServeConfig
+from cluster.serve_config import EngineConfig, HttpConfig, ReplicaConfig, ServeConfig
 from model.tokenizer import Tokenizer
 from serving.app import run
 from tests.serving.conftest import FRAGILE_POSITION

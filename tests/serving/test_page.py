@@ -12,7 +12,7 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from cluster.config import EngineConfig, ServeConfig
+from cluster.serve_config import EngineConfig, ServeConfig
 from model.checkpoint import read_metadata, write_checkpoint
 from model.gpt import GPT
 from model.tokenizer import Tokenizer

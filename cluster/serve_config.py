@@ -1,0 +1,76 @@
+"""The typed configuration of the endpoint: `ServeConfig`, of the same kind as the trees in config.py."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from cluster.config import ClusterConfig, Settings, StorageConfig
+
+
+class ReplicaConfig(Settings):
+    """How many replicas, and what each may use."""
+
+    min_replicas: int = Field(default=1, ge=0, description="replicas kept when idle; 0 scales to zero")
+    max_replicas: int = Field(default=1, ge=1, description="replicas under load")
+    target_ongoing_requests: float = Field(
+        default=8.0, gt=0, description="requests per replica that autoscaling aims at"
+    )
+    max_ongoing_requests: int = Field(
+        default=64, ge=1, description="completions a replica takes on at once; more get 429"
+    )
+    max_requests_per_key: int | None = Field(
+        default=None, ge=1, description="completions of one API key in flight on a replica; more get 429"
+    )
+    threads_per_replica: int = Field(default=1, ge=1, description="compute threads, and logical CPUs, of a replica")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas={self.min_replicas} exceeds max_replicas={self.max_replicas}")
+        return self
+
+
+class EngineConfig(Settings):
+    """The continuous batching engine of one replica."""
+
+    max_num_seqs: int = Field(default=16, ge=1, description="sequences decoded together: slots of the KV cache")
+    max_waiting: int = Field(default=128, ge=0, description="sequences that may wait for a slot; more get 429")
+    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="precision of weights and KV cache")
+
+
+class HttpConfig(Settings):
+    """How long, and how often, a client may hold on to the endpoint's HTTP server."""
+
+    header_timeout_s: float = Field(default=10.0, gt=0, description="for a request's headers, seconds")
+    body_timeout_s: float = Field(default=15.0, gt=0, description="for a request's body, seconds")
+    write_timeout_s: float = Field(default=30.0, gt=0, description="for a reader that does not read, seconds")
+    request_timeout_s: float = Field(
+        default=600.0, gt=0, description="longest time that x-request-timeout-seconds may ask for, seconds"
+    )
+    max_connections: int = Field(
+        default=1000, ge=1, description="connections to a proxy; above it the longest idle one is closed"
+    )
+
+
+class ServeConfig(Settings):
+    """Everything that the endpoint needs. The model's shape comes from the checkpoint, never from here."""
+
+    checkpoint: str = Field(
+        default="latest", description="path or URI of a checkpoint folder, or `latest`: the newest published one"
+    )
+    model_name: str | None = Field(
+        default=None, description="id under /v1/models; the checkpoint's own name when unset"
+    )
+    host: str = Field(default="127.0.0.1", description="address to listen on; others than loopback need an API key")
+    port: int = Field(default=8000, ge=1, le=65535, description="TCP port to listen on")
+    api_key_file: str | None = Field(
+        default=None, description="file with one API key a line, made with a fresh key (0600) when missing"
+    )
+    admin_key_file: str | None = Field(
+        default=None, description="file like api_key_file, with keys for /admin; there is no /admin when unset"
+    )
+    http: HttpConfig = HttpConfig()
+    replicas: ReplicaConfig = ReplicaConfig()
+    engine: EngineConfig = EngineConfig()
+    cluster: ClusterConfig = ClusterConfig(num_nodes=2)
+    storage: StorageConfig = StorageConfig()
