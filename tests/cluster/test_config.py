@@ -12,7 +12,6 @@ from pydantic import ValidationError
 from cluster.config import (
     EvaluateConfig,
     RunConfig,
-    ServeConfig,
     batch_schedule,
     max_steps,
     seq_len,
@@ -20,6 +19,7 @@ from cluster.config import (
     write_config,
 )
 from cluster.flags import ConfigError, read_config, validate_config
+from cluster.serve_config import ServeConfig
 from model.config import GPTConfig
 
 REPOSITORY = Path(__file__).resolve().parents[2]
