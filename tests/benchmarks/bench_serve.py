@@ -1,0 +1,215 @@
+"""Serving in numbers: raymill's endpoint beside vLLM's CPU build and `transformers.generate`.
+
+    python -m tests.benchmarks.bench_serve [--rounds 3] [--requests 64]
+
+GPT-2's 124M shape with random weights in bf16, two threads, prompts of 128 random tokens, 64 greedy new tokens, 1 and
+16 streams, each of which sends its next request when its last one has ended. Servers stream over HTTP to one client.
+Contenders take turns, and all but one stand still; a ratio is the median of its rounds' ratios, and above 1 it says
+that raymill is the faster one. `http_over_engine` is how much slower the endpoint is than its engine alone;
+`bandwidth_fraction` the rate at which one stream's tokens read the weights, of that at which this machine reads memory.
+Prints a table as it goes and, last, one JSON object. A contender that is missing or fails ends it with exit code 1.
+"""
+
+import argparse
+import contextlib
+import json
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+from model.checkpoint import Metadata, parameter_hash, write_checkpoint
+from model.config import PRESETS, GPTConfig, num_parameters
+from model.gpt import GPT
+from model.tokenizer import Tokenizer, from_gpt2_files, train_bpe
+from tests.benchmarks.http_load import MODEL, NEW_TOKENS, PROMPT_TOKENS, BenchError, Load
+from tests.benchmarks.serve_contenders import REPOSITORY, Contender, LineContender, Raymill, Vllm
+
+FOLDER = REPOSITORY / ".benchmarks" / "serve"  # always the same one: vLLM keeps what it compiled by the model's path
+STREAMS = (16, 1)
+CONFIG = GPTConfig(**PRESETS["gpt2-124m"])
+RAY_ROLES = {"proxy": "ray::ProxyActor", "replica": "ray::ServeReplica"}
+
+Rounds = dict[tuple[str, int], list[Load]]  # by contender and number of streams
+
+
+def every_id_tokenizer(folder: Path) -> Tokenizer:
+    """With a text for each of the model's ids, as vLLM needs one: bytes, two letters, then four of them."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    bytes_only = json.loads(train_bpe([], vocab_size=257).to_json())["model"]["vocab"]
+    pairs = [(a, b) for a in letters for b in letters]
+    words = ["".join(pair) for pair in pairs]
+    merges = [*pairs, *((a, b) for a in words for b in words)][: CONFIG.vocab_size - 257]
+    texts = [*sorted((t for t in bytes_only if len(t) == 1), key=bytes_only.__getitem__), *map("".join, merges)]
+    vocab, merge_lines = folder / "vocab.json", folder / "merges.txt"
+    vocab.write_text(json.dumps({text: number for number, text in enumerate(texts)}))
+    merge_lines.write_text("\n".join(" ".join(pair) for pair in merges))
+    return from_gpt2_files(vocab, merge_lines)
+
+
+def write_model(folder: Path) -> Path:
+    """A checkpoint folder of raymill's, which vLLM and transformers read as it is."""
+    model = GPT(CONFIG)
+    model.init_weights(1)
+    metadata = Metadata(
+        run_id=MODEL,
+        step=0,
+        tokens_seen=0,
+        data_manifest_hash=None,
+        code_version="benchmark",
+        parameter_hash=parameter_hash(model.state_dict()),
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = folder / "checkpoint"
+    shutil.rmtree(checkpoint, ignore_errors=True)
+    tokenizer = every_id_tokenizer(folder)
+    write_checkpoint(checkpoint, model=model, tokenizer=tokenizer, metadata=metadata, train_state=None)
+    return checkpoint
+
+
+def random_prompts(count: int, *, seed: str) -> list[list[int]]:
+    source = random.Random(seed)
+    return [[source.randrange(CONFIG.vocab_size - 1) for _ in range(PROMPT_TOKENS)] for _ in range(count)]
+
+
+def read_bandwidth() -> float:
+    """Bytes per second; in a process of its own, as many threads as all others have."""
+    command = [sys.executable, "-m", "tests.benchmarks.serve_process", "bandwidth", "-"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    return float(json.loads(done.stdout)["bytes_per_s"])
+
+
+def weight_bytes_per_token() -> int:
+    """In bf16. A token looks up one row of the position embedding, and reads all else."""
+    return 2 * (num_parameters(CONFIG) - CONFIG.n_positions * CONFIG.n_embd)
+
+
+def take_turns(contenders: list[Contender], *, num_rounds: int, num_requests: int) -> tuple[Rounds, dict[str, float]]:
+    """The loads, and the CPU seconds of the parts of raymill's HTTP path with 16 streams. The order of the contenders
+    turns round by round."""
+    rounds: Rounds = defaultdict(list)
+    http_cpu_s: dict[str, float] = defaultdict(float)
+    for number in range(num_rounds + 1):  # the first one warms up
+        for contender in contenders if number % 2 else reversed(contenders):
+            contender.resume()
+            for num_streams in STREAMS:
+                count = num_streams if number == 0 else requests_of(contender, num_streams, num_requests)
+                prompts = random_prompts(count, seed=f"{number} {num_streams}")
+                before_s = contender.cpu_s()
+                load = contender.measure(prompts, num_streams=num_streams)
+                if load.num_tokens != NEW_TOKENS * count:
+                    raise BenchError(f"{contender.name} gave {load.num_tokens} tokens for {count} requests")
+                if number == 0:
+                    continue
+                rounds[contender.name, num_streams].append(load)
+                if contender.name == "raymill" and num_streams == STREAMS[0]:
+                    for part, name in RAY_ROLES.items():
+                        spent = {k: s - before_s.get(k, 0.0) for k, s in contender.cpu_s().items() if name in k}
+                        http_cpu_s[part] += sum(spent.values())
+                print(row(f"{number}  {contender.name}", num_streams, [load]), flush=True)
+            contender.pause()
+    return rounds, http_cpu_s
+
+
+def requests_of(contender: Contender, num_streams: int, num_requests: int) -> int:
+    """Rounds down to whole batches; transformers is slow, and its batches differ little."""
+    if contender.name == "transformers":
+        num_requests //= 2
+    return max(num_requests // 16 * num_streams, 1) if num_streams > 1 else max(num_requests // 10, 1)
+
+
+def percentiles_ms(seconds: list[float]) -> tuple[float, float]:
+    """Median and 99th percentile."""
+    cuts = statistics.quantiles(seconds, n=100, method="inclusive")
+    return round(1000 * cuts[49], 2), round(1000 * cuts[98], 2)
+
+
+def row(name: str, num_streams: int, loads: list[Load]) -> str:
+    rates = [load.tokens_per_s for load in loads]
+    text = f"{name:16} {num_streams:2} streams {statistics.median(rates):7.1f} tokens/s"
+    if len(rates) > 1:
+        text += f"  spread {(max(rates) - min(rates)) / statistics.median(rates):4.0%}"
+    for label, seconds in latencies(loads).items():
+        text += f"  {label} p50 {percentiles_ms(seconds)[0]:7.1f} p99 {percentiles_ms(seconds)[1]:7.1f} ms"
+    return text
+
+
+def latencies(loads: list[Load]) -> dict[str, list[float]]:
+    """None where there is no stream to watch."""
+    ttft_s, itl_s = ([s for load in loads for s in getattr(load, name)] for name in ("ttft_s", "itl_s"))
+    return {"ttft": ttft_s, "itl": itl_s} if ttft_s else {}
+
+
+def figures(rounds: Rounds, http_cpu_s: dict[str, float], bandwidth: float) -> dict[str, float]:
+    def ratio(peer: str, num_streams: int, of: Callable[[Load], float]) -> float:
+        pairs = zip(rounds["raymill", num_streams], rounds[peer, num_streams], strict=True)
+        return round(statistics.median(of(ours) / of(theirs) for ours, theirs in pairs), 3)
+
+    def rate(load: Load) -> float:
+        return load.tokens_per_s
+
+    many, one = STREAMS
+    result = {
+        "vllm_ratio_1": ratio("vllm", one, rate),
+        "vllm_ratio_16": ratio("vllm", many, rate),
+        "http_over_engine": round(1 / ratio("engine", many, rate), 3),
+        "http_over_engine_1": round(1 / ratio("engine", one, rate), 3),
+        "ttft_ratio_16": ratio("vllm", many, lambda load: 1 / statistics.median(load.ttft_s)),
+        "ttft_ratio_1": ratio("vllm", one, lambda load: 1 / statistics.median(load.ttft_s)),
+        "transformers_ratio_1": ratio("transformers", one, rate),
+        "transformers_ratio_16": ratio("transformers", many, rate),
+        "memory_gb_per_s": round(bandwidth / 1e9, 2),
+    }
+    for (name, num_streams), loads in rounds.items():
+        label = f"{name}_{num_streams}"
+        result[f"{label}_tokens_per_s"] = round(statistics.median(load.tokens_per_s for load in loads), 1)
+        for kind, seconds in latencies(loads).items():
+            result[f"{label}_{kind}_p50_ms"], result[f"{label}_{kind}_p99_ms"] = percentiles_ms(seconds)
+    read = weight_bytes_per_token() * result["raymill_1_tokens_per_s"]
+    num_tokens = sum(load.num_tokens for load in rounds["raymill", many])
+    cpu_ms = {f"{part}_cpu_ms_per_token": round(1000 * s / num_tokens, 3) for part, s in http_cpu_s.items()}
+    return {"bandwidth_fraction": round(read / bandwidth, 3)} | result | cpu_ms
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3, help="timed rounds, after one to warm up")
+    parser.add_argument("--requests", type=int, default=64, help="of a round with 16 streams; a tenth with one")
+    arguments = parser.parse_args()
+    try:
+        result = compare(num_rounds=arguments.rounds, num_requests=arguments.requests)
+    except BenchError as error:
+        print(f"no comparison: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(result))
+    return 0
+
+
+def compare(*, num_rounds: int, num_requests: int) -> dict[str, float]:
+    print(f"writing a checkpoint, measuring the memory, starting the contenders; logs: {FOLDER}", flush=True)
+    checkpoint = write_model(FOLDER)
+    bandwidth = read_bandwidth()
+    with contextlib.ExitStack() as running:
+        contenders: list[Contender] = []
+        for contender in (
+            Vllm(checkpoint, log=FOLDER / "vllm.log"),
+            LineContender("engine", checkpoint, log=FOLDER / "engine.log"),
+            LineContender("transformers", checkpoint, log=FOLDER / "transformers.log"),
+            Raymill(checkpoint, log=FOLDER / "raymill.log"),
+        ):
+            contenders.append(running.enter_context(contender))
+            contender.pause()
+        rounds, http_cpu_s = take_turns(contenders, num_rounds=num_rounds, num_requests=num_requests)
+    bandwidth = max(bandwidth, read_bandwidth())
+    print(f"\n{'medians':16}")
+    for (name, num_streams), loads in rounds.items():
+        print(row(name, num_streams, loads))
+    return figures(rounds, http_cpu_s, bandwidth)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

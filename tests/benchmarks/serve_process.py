@@ -1,0 +1,141 @@
+"""What `bench_serve` starts beside vLLM, each a process of its own: raymill's endpoint, its engine alone, transformers.
+
+    python -m tests.benchmarks.serve_process endpoint|engine|transformers|bandwidth FOLDER
+
+A line of JSON says that it is ready. The endpoint lives until its standard input ends. The others then answer each line
+`{"prompts", "num_streams"}` with `{"num_tokens", "wall_s"}`.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.benchmarks.http_load import MODEL, NEW_TOKENS, BenchError
+
+NUM_THREADS = 2
+NUM_SLOTS = 16
+BANDWIDTH_BYTES = 1 << 30
+
+Generate = Callable[[list[list[int]], int], int]
+
+
+def serve_endpoint(folder: Path) -> None:
+    from cluster.serve_config import EngineConfig, ReplicaConfig, ServeConfig
+    from serving.app import run
+    from tests.serving.endpoint_parts import free_port, ray_cluster
+
+    config = ServeConfig(
+        checkpoint=str(folder),
+        model_name=MODEL,
+        port=free_port(),
+        replicas=ReplicaConfig(threads_per_replica=NUM_THREADS),
+        engine=EngineConfig(max_num_seqs=NUM_SLOTS, dtype="bfloat16"),
+    )
+    with ray_cluster():
+        say(run(config))
+        sys.stdin.read()
+
+
+def engine_alone(folder: Path) -> Generate:
+    """The streams of `http_load.closed_loop` without HTTP, Ray and the socket."""
+    from model.checkpoint import load_model
+    from model.sampling import SamplingParams
+    from serving.engine import Engine
+    from serving.messages import SequenceRequest
+
+    engine = Engine(load_model(folder, dtype=torch.bfloat16), num_slots=NUM_SLOTS, eos_id=None)
+    greedy = SamplingParams(temperature=0.0)
+
+    def generate(prompts: list[list[int]], num_streams: int) -> int:
+        num_tokens, next_up = 0, iter(enumerate(prompts))
+
+        def submit_next() -> None:
+            for number, prompt in next_up:
+                engine.submit(SequenceRequest(number, prompt, NEW_TOKENS, greedy, ignore_eos=True))
+                return
+
+        for _ in range(num_streams):
+            submit_next()
+        while engine.has_work:
+            for event in engine.step().events:
+                num_tokens += event.token_id is not None
+                if event.finish_reason is not None:
+                    submit_next()
+        return num_tokens
+
+    return generate
+
+
+def transformers_alone(folder: Path) -> Generate:
+    """Streams are the rows of a batch, and the next batch starts when the last one has ended: there is no other way."""
+    from transformers import GPT2LMHeadModel
+
+    model = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.bfloat16).eval()
+
+    def generate(prompts: list[list[int]], num_streams: int) -> int:
+        num_tokens = 0
+        for start in range(0, len(prompts), num_streams):
+            batch = torch.tensor(prompts[start : start + num_streams])
+            tokens = model.generate(
+                batch,
+                attention_mask=torch.ones_like(batch),
+                do_sample=False,
+                min_new_tokens=NEW_TOKENS,
+                max_new_tokens=NEW_TOKENS,
+                pad_token_id=0,
+            )
+            num_tokens += tokens[:, batch.shape[1] :].numel()
+        return num_tokens
+
+    return generate
+
+
+def read_bandwidth() -> float:
+    """Bytes per second at which this machine reads memory with as many threads: the best of several sums."""
+    buffer = torch.ones(BANDWIDTH_BYTES // 4)
+    buffer.sum()
+    seconds = []
+    for _ in range(7):
+        start = time.perf_counter()
+        buffer.sum()
+        seconds.append(time.perf_counter() - start)
+    return BANDWIDTH_BYTES / min(seconds)
+
+
+def answer_lines(generate: Generate) -> None:
+    say({"ready": True})
+    for line in sys.stdin:
+        request = json.loads(line)
+        start = time.perf_counter()
+        num_tokens = generate(request["prompts"], request["num_streams"])
+        say({"num_tokens": num_tokens, "wall_s": time.perf_counter() - start})
+
+
+def say(message: Any) -> None:
+    print(json.dumps(message), flush=True)
+
+
+def main() -> int:
+    role, folder = sys.argv[1], Path(sys.argv[2])
+    torch.set_num_threads(NUM_THREADS)
+    match role:
+        case "endpoint":
+            serve_endpoint(folder)
+        case "engine":
+            answer_lines(engine_alone(folder))
+        case "transformers":
+            answer_lines(transformers_alone(folder))
+        case "bandwidth":
+            say({"bytes_per_s": read_bandwidth()})
+        case _:
+            raise BenchError(f"{role} is nothing to start")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
