@@ -33,9 +33,21 @@ class ReplicaConfig(Settings):
 class EngineConfig(Settings):
     """The continuous batching engine of one replica."""
 
-    max_num_seqs: int = Field(default=16, ge=1, description="sequences decoded together: slots of the KV cache")
+    max_num_seqs: int = Field(default=16, ge=1, description="sequences decoded together")
     max_waiting: int = Field(default=128, ge=0, description="sequences that may wait for a slot; more get 429")
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="precision of weights and KV cache")
+    kernels: Literal["auto", "native", "torch"] = Field(
+        default="auto",
+        description="native: compiled for this CPU when first used, by g++ or $CXX; torch: PyTorch's own; auto: native "
+        "where there is a compiler",
+    )
+    kv_cache_tokens: int | None = Field(
+        default=None, ge=16, description="tokens that the KV cache holds; max_num_seqs whole contexts when unset"
+    )
+    prefix_cache: bool = Field(default=True, description="prompts that start alike are read once while the cache lasts")
+    prefill_tokens_per_step: int = Field(
+        default=256, ge=1, description="prompt tokens read in a step, for which the running sequences wait"
+    )
 
 
 class HttpConfig(Settings):

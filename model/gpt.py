@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from model.autograd_ops import affine, cross_entropy, embed
 from model.config import GPTConfig
 from model.document_mask import document_mask
-from model.kv_cache import CacheWindow, KVCache
+from model.kv_cache import Cache, Window
 
 DEFAULT_CHUNK_TOKENS = 1024
 
@@ -42,7 +42,7 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = Projection(config.n_embd, 3 * config.n_embd)
         self.c_proj = Projection(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, window: CacheWindow | None, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, window: Window | None, mask: Tensor | None) -> Tensor:
         B, T, C = x.shape  # noqa: N806
         q, k, v = (
             part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, H, T, D)
@@ -88,7 +88,7 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, window: CacheWindow | None, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, window: Window | None, mask: Tensor | None) -> Tensor:
         x = x + self.attn(self.ln_1(x), window, mask)
         return x + self.mlp(self.ln_2(x))
 
@@ -108,7 +108,7 @@ class Transformer(nn.Module):
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
 
-    def forward(self, token_ids: Tensor, positions: Tensor, window: CacheWindow | None, mask: Tensor | None) -> Tensor:
+    def forward(self, token_ids: Tensor, positions: Tensor, window: Window | None, mask: Tensor | None) -> Tensor:
         x = embed(token_ids, self.wte.weight, adds=self.is_tied) + embed(positions, self.wpe.weight, adds=False)
         x = F.dropout(x, self.dropout, self.training)
         for block in self.h:
@@ -151,7 +151,7 @@ class GPT(nn.Module):
         self,
         token_ids: Tensor,
         *,
-        kv_cache: KVCache | None = None,
+        kv_cache: Cache | None = None,
         slots: Tensor | None = None,
         positions: Tensor | None = None,
         mask: Tensor | None = None,

@@ -5,11 +5,47 @@ Shapes: L layers, S slots, H heads, D = head width, B rows of a call, T new toke
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from model.config import GPTConfig
+
+
+class Window(Protocol):
+    """What the rows of one forward call see of a cache."""
+
+    @property
+    def mask(self) -> Tensor | None:
+        """(B, 1, T, P), added to the scores."""
+
+    @property
+    def is_causal(self) -> bool:
+        """The rows start at position 0, and each token sees those before it."""
+
+    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes the new keys and values (B, H, T, D) of `layer`; returns all that the rows may see, (B, H, P, D)."""
+
+
+class Cache(Protocol):
+    """Keys and values of past tokens, whoever keeps them."""
+
+    def window(self, slots: Tensor, positions: Tensor) -> Window:
+        """What the rows that `slots` names see from `positions` (B, T), which ascend by one within a row."""
+
+
+def visible_mask(positions: Tensor, num_positions: int, *, dtype: torch.dtype) -> tuple[bool, Tensor | None]:
+    """Whether positions (B, T) are the plain causal case, and else the mask (B, 1, T, P) under which each sees those up
+    to its own; none where one position sees all."""
+    num_new = positions.shape[1]
+    if num_new == num_positions:  # every row starts at 0: prefill
+        return num_new > 1, None
+    if positions.numel() == 1:
+        return False, None
+    seen = torch.arange(num_positions, device=positions.device) <= positions[:, :, None]  # (B, T, P)
+    mask = torch.zeros(seen.shape, dtype=dtype, device=positions.device)
+    return False, mask.masked_fill(~seen, -math.inf)[:, None]
 
 
 class KVCache:
@@ -28,33 +64,26 @@ class KVCache:
     def num_bytes(config: GPTConfig, *, num_slots: int, max_len: int, dtype: torch.dtype) -> int:
         return 2 * config.n_layer * num_slots * max_len * config.n_embd * dtype.itemsize
 
-    def window(self, slots: Tensor, positions: Tensor) -> "CacheWindow":
+    def window(self, slots: Tensor, positions: Tensor) -> "SlotWindow":
         """What rows `slots` (B,) see from `positions` (B, T), which ascend by one within a row."""
         num_positions = int(positions.max()) + 1
-        num_new = positions.shape[1]
-        # As many new tokens as positions: every row starts at 0, which is the plain causal case (prefill).
-        is_causal = num_new == num_positions
-        mask = None
-        if not is_causal and positions.numel() > 1:
-            seen = torch.arange(num_positions, device=positions.device) <= positions[:, :, None]  # (B, T, P)
-            mask = torch.zeros(seen.shape, dtype=self.keys.dtype, device=positions.device)
-            mask = mask.masked_fill(~seen, -math.inf)[:, None]  # (B, 1, T, P)
+        is_causal, mask = visible_mask(positions, num_positions, dtype=self.keys.dtype)
         slot_list = slots.tolist()
         first = slot_list[0]
         in_order = slot_list == list(range(first, first + len(slot_list)))
-        return CacheWindow(
+        return SlotWindow(
             cache=self,
             slots=slots,
             positions=positions,
             slot_range=slice(first, first + len(slot_list)) if in_order else None,
             num_positions=num_positions,
             mask=mask,
-            is_causal=is_causal and num_new > 1,
+            is_causal=is_causal,
         )
 
 
 @dataclass(frozen=True)
-class CacheWindow:
+class SlotWindow:
     """One forward call's view of the cache, the same for every layer."""
 
     cache: KVCache

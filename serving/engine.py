@@ -1,36 +1,37 @@
-"""The engine: continuous batching over a pool of KV cache slots. It knows token ids; text, HTTP and Ray are elsewhere.
+"""The engine: continuous batching over a pool of KV cache blocks. It knows token ids; text, HTTP and Ray are elsewhere.
 
-Shapes: B sequences of a step, T prompt tokens, C model width, V vocabulary.
+Shapes: N tokens that a step reads, C model width, M rows that a token is drawn for, V vocabulary.
 """
 
 import torch
 from torch import Tensor
 
-from model.gpt import GPT
-from model.kv_cache import KVCache
 from model.sampling import SamplingRow, sample_batch
+from serving.block_pool import BlockPool
 from serving.messages import Candidates, FinishReason, SequenceRequest, StepReport, TokenEvent
-from serving.scheduler import Scheduler, Sequence
+from serving.runner import Reading, Runner
+from serving.scheduler import Chunk, Scheduler, Sequence
 
-PREFILL_TOKENS_PER_STEP = 512
 PROMPT_LOGPROBS_CHUNK_TOKENS = 128  # 128 x 50,257 logits are 26 MB
 
 
 class Engine:
     """What it generates for a sequence is what `model.generate` does, whatever else shares its steps."""
 
-    def __init__(self, model: GPT, *, num_slots: int, eos_id: int | None) -> None:
-        self._model = model.eval()
-        parameter = next(model.parameters())
-        self._device = parameter.device
-        self._kv_cache = KVCache(
-            model.config,
-            num_slots=num_slots,
-            max_len=model.config.n_positions,
-            dtype=parameter.dtype,
-            device=parameter.device,
+    def __init__(
+        self,
+        runner: Runner,
+        pool: BlockPool,
+        *,
+        max_num_seqs: int,
+        prefill_tokens_per_step: int,
+        eos_id: int | None,
+    ) -> None:
+        self._runner = runner
+        self._pool = pool
+        self._scheduler = Scheduler(
+            pool, max_num_seqs=max_num_seqs, eos_id=eos_id, prefill_tokens_per_step=prefill_tokens_per_step
         )
-        self._scheduler = Scheduler(num_slots=num_slots, eos_id=eos_id, prefill_tokens_per_step=PREFILL_TOKENS_PER_STEP)
 
     @property
     def has_work(self) -> bool:
@@ -44,79 +45,73 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> StepReport:
-        """Admit, prefill, decode, emit."""
-        plan = self._scheduler.plan()
-        events = [self._prefill(sequence) for sequence in plan.prefill]
-        if plan.decode:
-            events += self._decode(plan.decode)
-        return StepReport(events, self._scheduler.num_running, self._scheduler.num_waiting)
+        """Admit, read, draw, emit."""
+        chunks = self._scheduler.plan()
+        events: list[TokenEvent] = []
+        if chunks:
+            hidden = self._runner.forward([_reading(chunk) for chunk in chunks])  # (N, C)
+            parts = hidden.split([chunk.last - chunk.first for chunk in chunks])
+            for chunk, part in zip(chunks, parts, strict=True):
+                self._keep_prompt_logprobs(chunk, part)
+            drawing = [(chunk, part[-1]) for chunk, part in zip(chunks, parts, strict=True) if chunk.draws]
+            for chunk in chunks:
+                if not chunk.draws:
+                    self._scheduler.advance(chunk, None)
+            if drawing:
+                logits = self._runner.logits(torch.stack([row for _, row in drawing]))  # (M, V)
+                events = self._emit([chunk for chunk, _ in drawing], logits)
+        scheduler = self._scheduler
+        return StepReport(events, scheduler.num_running, scheduler.num_waiting, round(self._pool.usage, 4))
 
-    def _prefill(self, sequence: Sequence) -> TokenEvent:
-        """Reads one prompt; its last logits give the first token."""
-        request = sequence.request
-        token_ids = torch.tensor([request.prompt_ids], device=self._device)  # (1, T)
-        hidden = self._model(
-            token_ids,
-            kv_cache=self._kv_cache,
-            slots=torch.tensor([sequence.slot], device=self._device),
-            positions=torch.arange(token_ids.shape[1], device=self._device)[None],  # (1, T)
-        )[0]  # (T, C)
-        prompt_logprobs = self._prompt_logprobs(hidden, request) if request.prompt_logprobs else None
-        [event] = self._emit([sequence], self._model.logits(hidden[-1:]))
-        return event._replace(prompt_logprobs=prompt_logprobs)
-
-    def _decode(self, sequences: list[Sequence]) -> list[TokenEvent]:
-        """One token for each; rows differ in length, so each has its own position."""
-        token_ids = torch.tensor([[s.output_ids[-1]] for s in sequences], device=self._device)  # (B, 1)
-        positions = [[len(s.request.prompt_ids) + len(s.output_ids) - 1] for s in sequences]
-        hidden = self._model(
-            token_ids,
-            kv_cache=self._kv_cache,
-            slots=torch.tensor([s.slot for s in sequences], device=self._device),
-            positions=torch.tensor(positions, device=self._device),  # (B, 1)
-        )  # (B, 1, C)
-        return self._emit(sequences, self._model.logits(hidden[:, 0]))
-
-    def _emit(self, sequences: list[Sequence], logits: Tensor) -> list[TokenEvent]:
-        """Samples from logits (B, V). A row with NaN or infinity ends its own sequence and no other."""
+    def _emit(self, chunks: list[Chunk], logits: Tensor) -> list[TokenEvent]:
+        """Samples from logits (M, V). A row with NaN or infinity ends its own sequence and no other."""
         usable = logits.isfinite().all(dim=-1).tolist()
-        drawing = [i for i, s in enumerate(sequences) if usable[i] and s.request.max_tokens > 0]
-        tokens = dict(zip(drawing, self._sample([sequences[i] for i in drawing], logits[drawing]), strict=True))
+        drawing = [i for i, c in enumerate(chunks) if usable[i] and c.sequence.request.max_tokens > 0]
+        rows = logits if len(drawing) == len(chunks) else logits[drawing]
+        tokens = dict(zip(drawing, _sample([chunks[i].sequence for i in drawing], rows), strict=True))
         events = []
-        for i, sequence in enumerate(sequences):
-            request, token_id, logprobs = sequence.request, tokens.get(i), None
-            if token_id is not None and request.num_logprobs is not None:
-                [logprobs] = _candidates(logits[i : i + 1], [token_id], request.num_logprobs)
-            finish_reason = self._scheduler.advance(sequence, token_id) if usable[i] else self._fail(sequence)
-            events.append(TokenEvent(request.seq_id, token_id, finish_reason, logprobs, prompt_logprobs=None))
+        for i, chunk in enumerate(chunks):
+            sequence, token_id, logprobs = chunk.sequence, tokens.get(i), None
+            if token_id is not None and sequence.request.num_logprobs is not None:
+                [logprobs] = _candidates(logits[i : i + 1], [token_id], sequence.request.num_logprobs)
+            finish_reason = self._scheduler.advance(chunk, token_id) if usable[i] else self._fail(sequence)
+            events.append(
+                TokenEvent(sequence.request.seq_id, token_id, finish_reason, logprobs, sequence.prompt_logprobs or None)
+            )
+            sequence.prompt_logprobs = []
         return events
 
-    def _sample(self, sequences: list[Sequence], logits: Tensor) -> list[int]:
-        rows = [
-            SamplingRow(
-                s.request.sampling,
-                s.request.prompt_ids,
-                s.output_ids,
-                position=len(s.request.prompt_ids) + len(s.output_ids),
-            )
-            for s in sequences
-        ]
-        return sample_batch(logits, rows) if rows else []
-
     def _fail(self, sequence: Sequence) -> FinishReason:
-        # The slot's next owner masks what this one has left there, but 0 x NaN is NaN.
-        self._kv_cache.keys[:, sequence.slot] = 0
-        self._kv_cache.values[:, sequence.slot] = 0
-        return self._scheduler.finish(sequence, FinishReason.ERROR)
+        self._runner.clear(self._pool.held_once(sequence.blocks))
+        return self._scheduler.fail(sequence)
 
-    def _prompt_logprobs(self, hidden: Tensor, request: SequenceRequest) -> list[Candidates | None]:
-        """Log-probability of each prompt token after the first, from hidden (T, C); the first has none."""
-        candidates: list[Candidates | None] = [None]
-        for start in range(0, len(hidden) - 1, PROMPT_LOGPROBS_CHUNK_TOKENS):
-            targets = request.prompt_ids[1 + start : 1 + start + PROMPT_LOGPROBS_CHUNK_TOKENS]
-            logits = self._model.logits(hidden[start : start + len(targets)])  # (chunk, V)
-            candidates += _candidates(logits, targets, request.num_logprobs or 0)
-        return candidates
+    def _keep_prompt_logprobs(self, chunk: Chunk, hidden: Tensor) -> None:
+        """Log-probability of each prompt token after a chunk's, from hidden (chunk, C); the first token has none."""
+        request = chunk.sequence.request
+        if not request.prompt_logprobs or chunk.sequence.output_ids:
+            return
+        candidates = chunk.sequence.prompt_logprobs
+        if chunk.first == 0:
+            candidates.append(None)
+        targets = request.prompt_ids[chunk.first + 1 : chunk.last + 1]
+        for start in range(0, len(targets), PROMPT_LOGPROBS_CHUNK_TOKENS):
+            some = targets[start : start + PROMPT_LOGPROBS_CHUNK_TOKENS]
+            logits = self._runner.logits(hidden[start : start + len(some)])  # (some, V)
+            candidates += _candidates(logits, some, request.num_logprobs or 0)
+
+
+def _reading(chunk: Chunk) -> Reading:
+    sequence = chunk.sequence
+    if sequence.output_ids:
+        return Reading([sequence.output_ids[-1]], chunk.first, sequence.blocks)
+    return Reading(sequence.request.prompt_ids[chunk.first : chunk.last], chunk.first, sequence.blocks)
+
+
+def _sample(sequences: list[Sequence], logits: Tensor) -> list[int]:
+    rows = [
+        SamplingRow(s.request.sampling, s.request.prompt_ids, s.output_ids, position=s.num_tokens) for s in sequences
+    ]
+    return sample_batch(logits, rows) if rows else []
 
 
 def _candidates(logits: Tensor, token_ids: list[int], num_top: int) -> list[Candidates]:

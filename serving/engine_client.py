@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 
+from cluster.serve_config import EngineConfig
 from model.errors import UserError
 from serving.child_process import start_child
 from serving.messages import (
@@ -72,18 +73,16 @@ class EngineClient:
         self._reports: asyncio.Task[None] | None = None
         self.num_running = 0
         self.num_waiting = 0
+        self.kv_cache_usage = 0.0  # share of the blocks that are held
         self.num_failed_sequences = 0  # ended by logits that are not finite numbers
         self.death_notice = ""
 
     @classmethod
-    async def start(
-        cls, checkpoint: Path, *, dtype: str, num_slots: int, eos_id: int | None, threads: int
-    ) -> "EngineClient":
+    async def start(cls, checkpoint: Path, *, config: EngineConfig, eos_id: int | None, threads: int) -> "EngineClient":
         """Returns once the weights are loaded. Raises `UserError` for an unusable checkpoint."""
         arguments = {
             "--checkpoint": checkpoint.absolute(),
-            "--dtype": dtype,
-            "--num-slots": num_slots,
+            "--config": config.model_dump_json(),
             "--threads": threads,
             "--eos-id": eos_id,
         }
@@ -156,6 +155,7 @@ class EngineClient:
             for message in frames.feed(data):
                 report = parse_report(message)
                 self.num_running, self.num_waiting = report.num_running, report.num_waiting
+                self.kv_cache_usage = report.kv_cache_usage
                 for event in report.events:
                     self._deliver(event)
         self.death_notice = await self._describe_death()

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import logging
 import select
 import socket
 import sys
@@ -11,10 +12,17 @@ from typing import Any, NoReturn
 
 import torch
 
+from cluster.serve_config import EngineConfig
 from model.checkpoint import load_model
 from model.errors import UserError
+from model.gpt import GPT
+from serving.block_pool import BlockPool, num_blocks_for
 from serving.engine import Engine
 from serving.messages import FrameBuffer, encode_frame, parse_request
+from serving.native_library import NoNativeLibraryError
+from serving.native_runner import NativeRunner
+from serving.runner import Runner
+from serving.torch_runner import TorchRunner
 
 RECEIVE_BYTES = 1 << 16
 
@@ -51,24 +59,56 @@ def run_engine(engine: Engine, channel: Channel) -> NoReturn:
         channel.send(engine.step())
 
 
+def build_engine(model: GPT, config: EngineConfig, *, eos_id: int | None, threads: int) -> Engine:
+    """Raises `UserError` for a cache that is too small for the model, and without kernels that must be native."""
+    n_positions = model.config.n_positions
+    kv_cache_tokens = config.kv_cache_tokens or config.max_num_seqs * n_positions
+    if kv_cache_tokens < n_positions:
+        raise UserError(
+            f"engine.kv_cache_tokens={kv_cache_tokens} is less than one context of this model, {n_positions} tokens"
+        )
+    pool = BlockPool(num_blocks_for(kv_cache_tokens), keep_prefixes=config.prefix_cache)
+    return Engine(
+        _build_runner(model, config.kernels, num_blocks=pool.num_blocks, threads=threads),
+        pool,
+        max_num_seqs=config.max_num_seqs,
+        prefill_tokens_per_step=config.prefill_tokens_per_step,
+        eos_id=eos_id,
+    )
+
+
+def _build_runner(model: GPT, kernels: str, *, num_blocks: int, threads: int) -> Runner:
+    torch.set_num_threads(threads)
+    if kernels != "torch":
+        try:
+            runner = NativeRunner(model, num_blocks=num_blocks, threads=threads)
+        except NoNativeLibraryError as error:
+            if kernels == "native":
+                raise UserError(f"engine.kernels=native, but {error}") from None
+            logging.getLogger(__name__).warning("PyTorch computes, several times slower: %s", error)
+        else:
+            torch.set_num_threads(1)  # sampling alone; two pools of threads would get into each other's way
+            return runner
+    return TorchRunner(model, num_blocks=num_blocks)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--socket", type=int, required=True, help="file descriptor of the connection to the replica")
     parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], required=True)
-    parser.add_argument("--num-slots", type=int, required=True, help="sequences decoded together")
+    parser.add_argument("--config", type=EngineConfig.model_validate_json, required=True, help="as JSON")
     parser.add_argument("--eos-id", type=int, help="token that ends a text; none for a checkpoint without tokenizer")
     parser.add_argument("--threads", type=int, required=True, help="compute threads")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
     channel = Channel(socket.socket(fileno=args.socket))
     try:
         # The replica has the folder from `resolve_checkpoint`, which verified it.
-        model = load_model(args.checkpoint, dtype=getattr(torch, args.dtype), verify=False)
+        model = load_model(args.checkpoint, dtype=getattr(torch, args.config.dtype), verify=False)
+        engine = build_engine(model, args.config, eos_id=args.eos_id, threads=args.threads)
     except UserError as error:
         channel.send({"error": str(error)})
         return 1
-    engine = Engine(model, num_slots=args.num_slots, eos_id=args.eos_id)
+    del model  # the kernels have the weights in their own order
     channel.send({"ready": True})
     with contextlib.suppress(EOFError, ConnectionError):
         run_engine(engine, channel)

@@ -53,6 +53,7 @@ class StepReport(NamedTuple):
     events: list[TokenEvent]
     num_running: int
     num_waiting: int
+    kv_cache_usage: float  # share of the KV cache blocks that are held, 0 to 1
 
 
 def submit_message(request: SequenceRequest) -> dict[str, Any]:
@@ -66,8 +67,8 @@ def parse_request(fields: dict[str, Any]) -> SequenceRequest:
 
 
 def parse_report(fields: list[Any]) -> StepReport:
-    events, num_running, num_waiting = fields
-    return StepReport([_parse_event(*event) for event in events], num_running, num_waiting)
+    events, *figures = fields
+    return StepReport([_parse_event(*event) for event in events], *figures)
 
 
 def _parse_event(

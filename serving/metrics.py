@@ -22,7 +22,6 @@ class ReplicaMetrics:
         self,
         *,
         engine: EngineClient,
-        num_slots: int,
         model_name: str,
         replica: str,
         clock: Callable[[], float] = time.monotonic,
@@ -32,12 +31,12 @@ class ReplicaMetrics:
         self._labels = {"model_name": model_name, "replica": replica}
         names = tuple(self._labels)
 
-        running = Gauge("vllm:num_requests_running", "Sequences that hold a KV cache slot", names, registry=registry)
-        waiting = Gauge("vllm:num_requests_waiting", "Sequences that wait for a slot", names, registry=registry)
-        usage = Gauge("vllm:kv_cache_usage_perc", "Share of the slots in use, 0 to 1", names, registry=registry)
+        running = Gauge("vllm:num_requests_running", "Sequences that hold KV cache blocks", names, registry=registry)
+        waiting = Gauge("vllm:num_requests_waiting", "Sequences that wait for blocks", names, registry=registry)
+        usage = Gauge("vllm:kv_cache_usage_perc", "Share of the blocks in use, 0 to 1", names, registry=registry)
         running.labels(**self._labels).set_function(lambda: engine.num_running)
         waiting.labels(**self._labels).set_function(lambda: engine.num_waiting)
-        usage.labels(**self._labels).set_function(lambda: engine.num_running / num_slots)
+        usage.labels(**self._labels).set_function(lambda: engine.kv_cache_usage)
 
         self._success = Counter(
             "vllm:request_success", "Sequences ended, by reason", (*names, "finished_reason"), registry=registry

@@ -29,8 +29,7 @@ class Replica:
         self._model = read_served_model(folder, name=config.model_name)
         self._engine = await EngineClient.start(
             folder,
-            dtype=config.engine.dtype,
-            num_slots=config.engine.max_num_seqs,
+            config=config.engine,
             eos_id=self._model.eos_id,
             threads=config.replicas.threads_per_replica,
         )
@@ -45,9 +44,7 @@ class Replica:
         return build_http_app(
             model=model,
             engine=self._engine,
-            metrics=ReplicaMetrics(
-                engine=self._engine, num_slots=engine.max_num_seqs, model_name=model.name, replica=replica_id
-            ),
+            metrics=ReplicaMetrics(engine=self._engine, model_name=model.name, replica=replica_id),
             limits=AdmissionLimits(
                 max_requests=self._config.replicas.max_ongoing_requests,
                 max_sequences=engine.max_num_seqs + engine.max_waiting,

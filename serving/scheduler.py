@@ -1,18 +1,17 @@
-"""Which sequences run in a step: slots, the waiting queue, and all transitions of a sequence's state. No tensors."""
+"""Which tokens a step reads: admission, the waiting queue, and all transitions of a sequence's state. No tensors."""
 
-import heapq
 from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import NamedTuple
 
-from serving.messages import FinishReason, SequenceRequest
+from serving.block_pool import BLOCK_TOKENS, BlockPool
+from serving.messages import Candidates, FinishReason, SequenceRequest
 
 
 class State(Enum):
-    WAITING = auto()  # accepted; no slot yet
-    PREFILL = auto()  # holds a slot; its prompt is read in this step
-    DECODE = auto()  # holds a slot; gains one token a step
+    WAITING = auto()  # accepted; holds nothing yet
+    RUNNING = auto()  # holds KV cache blocks for all tokens that it may get
     FINISHED = auto()  # ended; holds nothing
 
 
@@ -20,31 +19,48 @@ class State(Enum):
 class Sequence:
     request: SequenceRequest
     state: State = State.WAITING
-    slot: int = -1  # meaningful in PREFILL and DECODE only
     output_ids: list[int] = field(default_factory=list)
+    blocks: list[int] = field(default_factory=list)  # of the KV cache, in the order of their tokens
+    num_read: int = 0  # tokens whose keys and values are in the cache
+    sealed_prefix: bytes = b""  # of the full blocks among them
+    prompt_logprobs: list[Candidates | None] = field(default_factory=list)  # of the tokens read, when asked for
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.request.prompt_ids + self.output_ids
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.request.prompt_ids) + len(self.output_ids)
 
 
-class Plan(NamedTuple):
-    """One step: `prefill` reads its prompts, `decode` (in the order of its slots) gains a token each."""
+class Chunk(NamedTuple):
+    """Tokens `first` to `last` - 1 of a sequence. A step reads them, and draws a token where they are all there are."""
 
-    prefill: list[Sequence]
-    decode: list[Sequence]
+    sequence: Sequence
+    first: int
+    last: int
+
+    @property
+    def draws(self) -> bool:
+        return self.last == self.sequence.num_tokens
 
 
 class Scheduler:
-    """First come, first served. A slot holds a whole context, so an admitted sequence always runs to its end.
+    """First come, first served. A sequence is admitted when there are blocks for its prompt and all tokens that it may
+    get, so an admitted one always runs to its end.
 
-    `prefill_tokens_per_step` bounds how long running sequences wait for others' prompts: a step admits prompts
-    while they fit into it, and at least one.
+    A step gives each running sequence its next token, and reads up to `prefill_tokens_per_step` tokens of prompts: so
+    long do the others wait.
     """
 
-    def __init__(self, *, num_slots: int, eos_id: int | None, prefill_tokens_per_step: int) -> None:
+    def __init__(self, pool: BlockPool, *, max_num_seqs: int, eos_id: int | None, prefill_tokens_per_step: int) -> None:
+        self._pool = pool
+        self._max_num_seqs = max_num_seqs
         self._eos_id = eos_id
         self._prefill_tokens_per_step = prefill_tokens_per_step
-        # The lowest free slot first: neighbours in the cache are read without a copy.
-        self._free_slots = list(range(num_slots))
         self._waiting: deque[Sequence] = deque()
-        self._running: dict[int, Sequence] = {}
+        self._running: dict[int, Sequence] = {}  # in order of admission
 
     @property
     def num_waiting(self) -> int:
@@ -59,34 +75,42 @@ class Scheduler:
         self._waiting.append(sequence)
         return sequence
 
-    def plan(self) -> Plan:
-        """Admits what fits, and says what this step does."""
-        decode = sorted(self._running.values(), key=lambda sequence: sequence.slot)
-        prefill: list[Sequence] = []
+    def plan(self) -> list[Chunk]:
+        """Admits what fits, and says what this step reads."""
         budget = self._prefill_tokens_per_step
-        while self._waiting and self._free_slots:
-            num_tokens = len(self._waiting[0].request.prompt_ids)
-            if prefill and num_tokens > budget:
-                break
-            budget -= num_tokens
-            prefill.append(self._admit(self._waiting.popleft()))
-        return Plan(prefill, decode)
+        chunks = []
+        for sequence in self._running.values():
+            if sequence.output_ids:
+                chunks.append(Chunk(sequence, sequence.num_read, sequence.num_tokens))
+            elif budget > 0:
+                chunks.append(_prompt_chunk(sequence, budget))
+                budget -= chunks[-1].last - chunks[-1].first
+        while budget > 0 and (admitted := self._admit()) is not None:
+            chunks.append(_prompt_chunk(admitted, budget))
+            budget -= chunks[-1].last - chunks[-1].first
+        return chunks
 
-    def advance(self, sequence: Sequence, token_id: int | None) -> FinishReason | None:
-        """Records the token that a step gave `sequence`; says why it has finished, if it has."""
-        request = sequence.request
+    def advance(self, chunk: Chunk, token_id: int | None) -> FinishReason | None:
+        """Records that a chunk was read and the token that it drew, if any; says why its sequence has finished, if it
+        has."""
+        sequence, request = chunk.sequence, chunk.sequence.request
+        drew = chunk.draws
+        sequence.num_read = chunk.last
+        self._seal(sequence, first=chunk.first)
+        if not drew:
+            return None
         if token_id is not None:
             sequence.output_ids.append(token_id)
         if token_id is not None and token_id == self._eos_id and not request.ignore_eos:
-            return self.finish(sequence, FinishReason.STOP)
+            return self._finish(sequence, FinishReason.STOP)
         if len(sequence.output_ids) >= request.max_tokens:
-            return self.finish(sequence, FinishReason.LENGTH)
-        sequence.state = State.DECODE
+            return self._finish(sequence, FinishReason.LENGTH)
         return None
 
-    def finish(self, sequence: Sequence, reason: FinishReason) -> FinishReason:
-        self._release(sequence)
-        return reason
+    def fail(self, sequence: Sequence) -> FinishReason:
+        """What it left in its blocks is given to nobody else."""
+        self._pool.forget(sequence.blocks)
+        return self._finish(sequence, FinishReason.ERROR)
 
     def cancel(self, seq_id: int) -> None:
         """Forgets a sequence, whatever its state. One that has finished meanwhile is no error."""
@@ -95,14 +119,38 @@ class Scheduler:
             return
         self._waiting = deque(s for s in self._waiting if s.request.seq_id != seq_id)
 
-    def _admit(self, sequence: Sequence) -> Sequence:
-        sequence.state = State.PREFILL
-        sequence.slot = heapq.heappop(self._free_slots)
-        self._running[sequence.request.seq_id] = sequence
+    def _admit(self) -> Sequence | None:
+        if not self._waiting or len(self._running) >= self._max_num_seqs:
+            return None
+        sequence, request = self._waiting[0], self._waiting[0].request
+        # The prompt's log-probabilities need all of it to be read.
+        known = [] if request.prompt_logprobs else request.prompt_ids
+        allocation = self._pool.allocate(len(request.prompt_ids) + request.max_tokens, prompt_ids=known)
+        if allocation is None:
+            return None
+        self._waiting.popleft()
+        sequence.blocks, sequence.num_read = allocation
+        self._seal(sequence, first=0)
+        sequence.state = State.RUNNING
+        self._running[request.seq_id] = sequence
         return sequence
+
+    def _seal(self, sequence: Sequence, *, first: int) -> None:
+        """The blocks that became full since `first` tokens were read."""
+        for index in range(first // BLOCK_TOKENS, sequence.num_read // BLOCK_TOKENS):
+            tokens = sequence.token_ids[index * BLOCK_TOKENS : (index + 1) * BLOCK_TOKENS]
+            sequence.sealed_prefix = self._pool.seal(sequence.blocks[index], tokens, before=sequence.sealed_prefix)
+
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> FinishReason:
+        self._release(sequence)
+        return reason
 
     def _release(self, sequence: Sequence) -> None:
         del self._running[sequence.request.seq_id]
-        heapq.heappush(self._free_slots, sequence.slot)
+        self._pool.release(sequence.blocks)
         sequence.state = State.FINISHED
-        sequence.slot = -1
+        sequence.blocks = []
+
+
+def _prompt_chunk(sequence: Sequence, budget: int) -> Chunk:
+    return Chunk(sequence, sequence.num_read, min(sequence.num_tokens, sequence.num_read + budget))

@@ -1,6 +1,7 @@
 """What the engine generates for a sequence equals what `model.generate` does, whatever shares its steps."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +9,31 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from cluster.serve_config import EngineConfig
 from model.checkpoint import load_model
+from model.config import GPTConfig
+from model.errors import UserError
 from model.generate import generate
 from model.gpt import GPT
 from model.sampling import SamplingParams
 from serving.engine import Engine
+from serving.engine_process import build_engine
 from serving.messages import FinishReason, SequenceRequest, TokenEvent
+from serving.native_runner import NativeRunner
+from serving.runner import Reading
 
 GREEDY = SamplingParams(temperature=0.0)
+EngineOf = Callable[..., Engine]
+
+
+@pytest.fixture(params=["native", "torch"])
+def engine_of(request: pytest.FixtureRequest) -> EngineOf:
+    """Makes an engine for a model, on the kernels of this round."""
+
+    def make(model: GPT, *, eos_id: int | None = None, **settings: Any) -> Engine:
+        return build_engine(model, EngineConfig(kernels=request.param, **settings), eos_id=eos_id, threads=2)
+
+    return make
 
 
 def request(
@@ -42,32 +60,36 @@ def tokens(events: list[TokenEvent]) -> list[int]:
     return [e.token_id for e in events if e.token_id is not None]
 
 
-@pytest.mark.parametrize(("num_slots", "per_step"), [(8, 8), (8, 1), (3, 2), (1, 8)])
-def test_greedy_equals_generate(model: GPT, prompts: list[list[int]], num_slots: int, per_step: int) -> None:
+@pytest.mark.parametrize(("max_num_seqs", "per_step"), [(8, 8), (8, 1), (3, 2), (1, 8)])
+def test_greedy_equals_generate(
+    engine_of: EngineOf, model: GPT, prompts: list[list[int]], max_num_seqs: int, per_step: int
+) -> None:
     requests = [request(i, prompt, max_tokens=10 + 7 * i) for i, prompt in enumerate(prompts)]
-    events = run(Engine(model, num_slots=num_slots, eos_id=None), requests, per_step=per_step)
+    events = run(engine_of(model, max_num_seqs=max_num_seqs), requests, per_step=per_step)
     expected = [generate(model, r.prompt_ids, max_tokens=r.max_tokens, params=GREEDY, eos_id=None) for r in requests]
     assert [tokens(events[r.seq_id]) for r in requests] == expected
     assert len({token for output in expected for token in output}) > 30
 
 
-def test_a_seeded_sequence_is_the_same_alone_and_among_others(model: GPT, prompts: list[list[int]]) -> None:
+def test_a_seeded_sequence_is_the_same_alone_and_among_others(
+    engine_of: EngineOf, model: GPT, prompts: list[list[int]]
+) -> None:
     requests = [
         request(i, prompt, sampling=SamplingParams(temperature=1.3, top_k=40, repetition_penalty=1.2, seed=100 + i))
         for i, prompt in enumerate(prompts)
     ]
-    together = run(Engine(model, num_slots=5, eos_id=None), requests, per_step=2)
+    together = run(engine_of(model, max_num_seqs=5), requests, per_step=2)
     for r in requests:
-        alone = run(Engine(model, num_slots=1, eos_id=None), [r])
+        alone = run(engine_of(model, max_num_seqs=1), [r])
         plain = generate(model, r.prompt_ids, max_tokens=r.max_tokens, params=r.sampling, eos_id=None)
         assert tokens(together[r.seq_id]) == tokens(alone[r.seq_id]) == plain
 
 
-def test_end_of_text_ends_a_sequence_unless_ignored(model: GPT, prompts: list[list[int]]) -> None:
+def test_end_of_text_ends_a_sequence_unless_ignored(engine_of: EngineOf, model: GPT, prompts: list[list[int]]) -> None:
     free = generate(model, prompts[3], max_tokens=20, params=GREEDY, eos_id=None)
     eos_id = free[5]
     end = free.index(eos_id)
-    engine = Engine(model, num_slots=2, eos_id=eos_id)
+    engine = engine_of(model, max_num_seqs=2, eos_id=eos_id)
     events = run(engine, [request(0, prompts[3]), request(1, prompts[3], ignore_eos=True)])
     assert tokens(events[0]) == free[: end + 1]
     assert events[0][-1].finish_reason is FinishReason.STOP
@@ -75,10 +97,10 @@ def test_end_of_text_ends_a_sequence_unless_ignored(model: GPT, prompts: list[li
     assert events[1][-1].finish_reason is FinishReason.LENGTH
 
 
-def test_logprobs_are_those_of_one_forward_pass(model: GPT, prompts: list[list[int]]) -> None:
+def test_logprobs_are_those_of_one_forward_pass(engine_of: EngineOf, model: GPT, prompts: list[list[int]]) -> None:
     requests = [request(i, p, num_logprobs=3, prompt_logprobs=True) for i, p in enumerate(prompts)]
     requests.append(request(99, prompts[7], max_tokens=0, num_logprobs=0, prompt_logprobs=True))
-    events = run(Engine(model, num_slots=9, eos_id=None), requests)
+    events = run(engine_of(model, max_num_seqs=9), requests)
     for r in requests:
         output = tokens(events[r.seq_id])
         with torch.no_grad():
@@ -100,8 +122,10 @@ def test_logprobs_are_those_of_one_forward_pass(model: GPT, prompts: list[list[i
     assert tokens(events[99]) == []
 
 
-def test_a_cancelled_sequence_frees_its_slot_and_disturbs_nobody(model: GPT, prompts: list[list[int]]) -> None:
-    engine = Engine(model, num_slots=2, eos_id=None)
+def test_a_cancelled_sequence_frees_its_slot_and_disturbs_nobody(
+    engine_of: EngineOf, model: GPT, prompts: list[list[int]]
+) -> None:
+    engine = engine_of(model, max_num_seqs=2)
     for i in range(3):
         engine.submit(request(i, prompts[i + 4], max_tokens=30))
     first = engine.step()
@@ -118,11 +142,13 @@ def test_a_cancelled_sequence_frees_its_slot_and_disturbs_nobody(model: GPT, pro
         assert output == generate(model, prompts[i + 4], max_tokens=30, params=GREEDY, eos_id=None)
 
 
-def test_logits_that_are_no_numbers_end_their_own_sequence_only(model: GPT, prompts: list[list[int]]) -> None:
+def test_logits_that_are_no_numbers_end_their_own_sequence_only(
+    engine_of: EngineOf, model: GPT, prompts: list[list[int]]
+) -> None:
     broken = copy.deepcopy(model)
     with torch.no_grad():
         broken.transformer.wpe.weight[40:] = float("nan")  # whoever gets that far
-    engine = Engine(broken, num_slots=2, eos_id=None)
+    engine = engine_of(broken, max_num_seqs=2)
     long_one, short_one, in_the_same_slot = (
         request(0, prompts[4], max_tokens=30),
         request(1, prompts[0], max_tokens=30),
@@ -136,15 +162,105 @@ def test_logits_that_are_no_numbers_end_their_own_sequence_only(model: GPT, prom
 
 
 @pytest.mark.parametrize("activation", ["gelu_new", "gelu", "relu"])
-def test_logprobs_equal_those_of_transformers(tmp_path: Path, activation: str) -> None:
+def test_logprobs_equal_those_of_transformers(engine_of: EngineOf, tmp_path: Path, activation: str) -> None:
     torch.manual_seed(0)
     shape = {"vocab_size": 211, "n_positions": 64, "n_embd": 24, "n_layer": 2, "n_head": 3, "initializer_range": 0.3}
     theirs = GPT2LMHeadModel(GPT2Config(**shape, activation_function=activation, bos_token_id=0, eos_token_id=0)).eval()
     theirs.save_pretrained(tmp_path)
-    engine = Engine(load_model(tmp_path), num_slots=1, eos_id=None)
+    engine = engine_of(load_model(tmp_path), max_num_seqs=1)
     events = run(engine, [request(0, [5, 200, 17], num_logprobs=0)])[0]
     with torch.no_grad():
         expected = theirs(torch.tensor([[5, 200, 17, *tokens(events)]])).logits[0].log_softmax(-1)[2:-1]
     assert tokens(events) == expected.argmax(-1).tolist()
     for event, best in zip(events, expected.max(-1).values.tolist(), strict=True):
         assert event.logprobs is not None and event.logprobs.logprob == pytest.approx(best, abs=1e-4)
+
+
+def logprobs_of(engine: Engine, requests: list[SequenceRequest], **arrival: int) -> dict[int, list[float]]:
+    """Every bit of the numbers that the tokens were drawn from, as far as they are reported."""
+    events = run(engine, requests, **arrival)
+    return {seq_id: [v for e in es if e.logprobs for _, v in e.logprobs.top] for seq_id, es in events.items()}
+
+
+def test_the_bits_do_not_depend_on_what_shares_a_step_nor_on_chunks_nor_on_the_cache(model: GPT) -> None:
+    """The native kernels only: PyTorch's own sums depend on the shape of the batch."""
+    prompts = [[(7 * i + 11 * k) % model.config.vocab_size for k in range(1 + 13 * i)] for i in range(8)]
+    requests = [request(i, prompt, num_logprobs=5) for i, prompt in enumerate(prompts)]
+
+    def engine(**settings: Any) -> Engine:
+        config = EngineConfig(kernels="native", **{"max_num_seqs": 8, "prefix_cache": False} | settings)
+        return build_engine(model, config, eos_id=None, threads=2)
+
+    expected = logprobs_of(engine(), requests)
+    assert len({value for values in expected.values() for value in values}) > 400
+    assert logprobs_of(engine(prefill_tokens_per_step=7), requests) == expected
+    assert logprobs_of(engine(max_num_seqs=3), requests, per_step=1) == expected
+    for r in requests:
+        assert logprobs_of(engine(max_num_seqs=1), [r]) == {r.seq_id: expected[r.seq_id]}
+    cached = engine(prefix_cache=True)
+    assert logprobs_of(cached, requests) == expected
+    assert logprobs_of(cached, requests) == expected  # now from the cache
+
+
+def test_a_cached_prompt_is_not_read_again(engine_of: EngineOf, model: GPT, prompts: list[list[int]]) -> None:
+    engine = engine_of(model, max_num_seqs=1, prefill_tokens_per_step=16)
+    prompt = prompts[7]  # 57 tokens: four steps, or one when three blocks are there already
+    steps = []
+    for seq_id in range(2):
+        engine.submit(request(seq_id, prompt, max_tokens=1))
+        steps.append(0)
+        while engine.has_work:
+            [*events] = engine.step().events
+            steps[-1] += 1
+        [event] = events
+        assert event.token_id == generate(model, prompt, max_tokens=1, params=GREEDY)[0]
+    assert steps == [4, 1]
+
+
+def test_a_small_cache_makes_sequences_wait_and_nothing_else(
+    engine_of: EngineOf, model: GPT, prompts: list[list[int]]
+) -> None:
+    engine = engine_of(model, max_num_seqs=8, kv_cache_tokens=model.config.n_positions)
+    requests = [request(i, prompt) for i, prompt in enumerate(prompts)]
+    for r in requests:
+        engine.submit(r)
+    report = engine.step()
+    assert 0 < report.num_waiting < 8 and 0 < report.kv_cache_usage <= 1
+    events = {r.seq_id: [e for e in report.events if e.seq_id == r.seq_id] for r in requests}
+    while engine.has_work:
+        report = engine.step()
+        for event in report.events:
+            events[event.seq_id].append(event)
+    assert report.kv_cache_usage == 0
+    for r in requests:
+        assert tokens(events[r.seq_id]) == generate(model, r.prompt_ids, max_tokens=20, params=GREEDY)
+
+
+def test_a_cache_smaller_than_a_context_is_refused(engine_of: EngineOf, model: GPT) -> None:
+    with pytest.raises(UserError, match="kv_cache_tokens=64 is less than one context of this model, 128 tokens"):
+        engine_of(model, kv_cache_tokens=64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"n_embd": 24, "n_head": 3},
+        {"n_embd": 100, "n_head": 1, "activation_function": "gelu_exact"},
+        {"n_embd": 80, "n_head": 1, "activation_function": "relu", "tie_word_embeddings": False},
+        {"n_embd": 66, "n_head": 2, "n_inner": 130},
+    ],
+)
+def test_native_logits_are_those_of_the_model(shape: dict[str, Any], dtype: torch.dtype) -> None:
+    model = GPT(GPTConfig(**{"vocab_size": 211, "n_positions": 64, "n_layer": 2, "initializer_range": 0.2} | shape))
+    model.init_weights(3)
+    model = model.to(dtype).eval()
+    runner = NativeRunner(model, num_blocks=6, threads=3)
+    token_ids = [(5 * i * i + 3) % 211 for i in range(45)]
+    hidden = runner.forward([Reading(token_ids[:30], 0, [4, 1, 3])])
+    hidden = torch.cat([hidden, runner.forward([Reading(token_ids[30:], 30, [4, 1, 3])])])
+    with torch.no_grad():
+        expected = model.float()(torch.tensor([token_ids]))[0]
+        torch.testing.assert_close(hidden, expected, atol=1e-4 if dtype == torch.float32 else 0.15, rtol=0)
+        logits = runner.logits(hidden)
+        torch.testing.assert_close(logits, model.logits(hidden), atol=1e-4 if dtype == torch.float32 else 0.1, rtol=0)

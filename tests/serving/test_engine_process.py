@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from cluster.serve_config import EngineConfig
 from model.errors import UserError
 from model.generate import generate
 from model.gpt import GPT
@@ -34,10 +35,11 @@ GREEDY = SamplingParams(temperature=0.0)
 START = """
 import asyncio, sys
 from pathlib import Path
+from cluster.serve_config import EngineConfig
 from serving.engine_client import EngineClient
 
 async def main():
-    client = await EngineClient.start(Path(sys.argv[1]), dtype="float32", num_slots=2, eos_id=None, threads=1)
+    client = await EngineClient.start(Path(sys.argv[1]), config=EngineConfig(max_num_seqs=2), eos_id=None, threads=1)
     print(client.pid, flush=True)
     await asyncio.sleep(600)
 
@@ -47,7 +49,7 @@ asyncio.run(main())
 
 @asynccontextmanager
 async def engine(checkpoint: Path, *, num_slots: int = 4) -> AsyncIterator[EngineClient]:
-    client = await EngineClient.start(checkpoint, dtype="float32", num_slots=num_slots, eos_id=None, threads=1)
+    client = await EngineClient.start(checkpoint, config=EngineConfig(max_num_seqs=num_slots), eos_id=None, threads=1)
     try:
         yield client
     finally:
@@ -145,4 +147,4 @@ def test_the_engine_ends_with_its_replica(checkpoint: Path) -> None:
 
 def test_an_unusable_checkpoint_is_an_error_for_people(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=str(tmp_path)):
-        asyncio.run(EngineClient.start(tmp_path, dtype="float32", num_slots=1, eos_id=None, threads=1))
+        asyncio.run(EngineClient.start(tmp_path, config=EngineConfig(max_num_seqs=1), eos_id=None, threads=1))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.serve_config import EngineConfig
 from model.sampling import SamplingParams
 from serving.engine_client import EngineClient, EngineDiedError
 from serving.health import HealthCheck
@@ -17,7 +18,9 @@ def test_only_weights_that_fail_the_self_test_end_a_replica(
     fragile_checkpoint: Path, weights_are_to_blame: bool
 ) -> None:
     async def scenario() -> None:
-        client = await EngineClient.start(fragile_checkpoint, dtype="float32", num_slots=2, eos_id=None, threads=1)
+        client = await EngineClient.start(
+            fragile_checkpoint, config=EngineConfig(max_num_seqs=2), eos_id=None, threads=1
+        )
         bad = [0] * (FRAGILE_POSITION + 1)
         health = HealthCheck(client, prompt_ids=bad if weights_are_to_blame else [0])
         try:

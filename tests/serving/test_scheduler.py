@@ -1,49 +1,54 @@
-"""Admission, order and release of slots, without a model."""
+"""Admission, order, chunks of prompts and release of blocks, without a model."""
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from model.sampling import SamplingParams
+from serving.block_pool import BlockPool
 from serving.messages import FinishReason, SequenceRequest
-from serving.scheduler import Plan, Scheduler, Sequence, State
+from serving.scheduler import Chunk, Scheduler, Sequence, State
 
 EOS = 0
 
 
-def request(seq_id: int, *, num_prompt: int = 1, max_tokens: int = 3, ignore_eos: bool = False) -> SequenceRequest:
+def request(
+    seq_id: int, *, num_prompt: int = 1, max_tokens: int = 3, ignore_eos: bool = False, prompt_logprobs: bool = False
+) -> SequenceRequest:
     return SequenceRequest(
         seq_id=seq_id,
         prompt_ids=[1] * num_prompt,
         max_tokens=max_tokens,
         sampling=SamplingParams(),
         ignore_eos=ignore_eos,
+        prompt_logprobs=prompt_logprobs,
     )
 
 
-def scheduler(*, num_slots: int = 2, budget: int = 100) -> Scheduler:
-    return Scheduler(num_slots=num_slots, eos_id=EOS, prefill_tokens_per_step=budget)
+def scheduler(
+    *, max_num_seqs: int = 2, num_blocks: int = 100, budget: int = 100, keep_prefixes: bool = False
+) -> Scheduler:
+    pool = BlockPool(num_blocks, keep_prefixes=keep_prefixes)
+    return Scheduler(pool, max_num_seqs=max_num_seqs, eos_id=EOS, prefill_tokens_per_step=budget)
 
 
-def ids(plan: Plan) -> tuple[list[int], list[int]]:
-    return [s.request.seq_id for s in plan.prefill], [s.request.seq_id for s in plan.decode]
-
-
-def step(target: Scheduler, *, token_id: int = 5) -> tuple[list[int], list[int]]:
+def step(target: Scheduler, *, token_id: int = 5) -> list[tuple[int, int, int]]:
+    """What was read: (sequence, first, last)."""
     plan = target.plan()
-    for sequence in [*plan.prefill, *plan.decode]:
-        target.advance(sequence, token_id)
-    return ids(plan)
+    read = [(chunk.sequence.request.seq_id, chunk.first, chunk.last) for chunk in plan]
+    for chunk in plan:
+        target.advance(chunk, token_id if chunk.draws else None)
+    return read
 
 
-def test_a_sequence_waits_prefills_decodes_and_frees_its_slot() -> None:
-    target = scheduler(num_slots=1)
+def test_a_sequence_waits_is_read_and_frees_its_place() -> None:
+    target = scheduler(max_num_seqs=1)
     first, second = target.add(request(1, max_tokens=2)), target.add(request(2, max_tokens=1))
     assert (first.state, second.state, target.num_waiting) == (State.WAITING, State.WAITING, 2)
-    assert step(target) == ([1], [])
-    assert (first.state, first.slot, target.num_running) == (State.DECODE, 0, 1)
-    assert step(target) == ([], [1])
-    assert first.state is State.FINISHED
-    assert step(target) == ([2], [])
+    assert step(target) == [(1, 0, 1)]
+    assert (first.state, len(first.blocks), target.num_running) == (State.RUNNING, 1, 1)
+    assert step(target) == [(1, 1, 2)]
+    assert first.state is State.FINISHED and first.output_ids == [5, 5]
+    assert step(target) == [(2, 0, 1)]
     assert (second.state, target.num_running, target.num_waiting) == (State.FINISHED, 0, 0)
 
 
@@ -54,26 +59,59 @@ def test_reasons_to_finish() -> None:
     assert target.advance(_admitted(target, request(3, max_tokens=0)), None) is FinishReason.LENGTH
     kept = _admitted(target, request(4, max_tokens=2, ignore_eos=True))
     assert target.advance(kept, EOS) is None
-    assert kept.output_ids == [EOS]
+    assert kept.sequence.output_ids == [EOS]
 
 
-def _admitted(target: Scheduler, of: SequenceRequest) -> Sequence:
+def _admitted(target: Scheduler, of: SequenceRequest) -> Chunk:
     sequence = target.add(of)
-    assert target.plan().prefill == [sequence]
-    return sequence
+    [chunk] = [chunk for chunk in target.plan() if chunk.sequence is sequence]
+    return chunk
 
 
-def test_prompts_of_a_step_stay_within_the_budget_but_one_always_goes() -> None:
-    target = scheduler(num_slots=8, budget=10)
-    for seq_id, num_prompt in enumerate([50, 6, 4, 1]):
-        target.add(request(seq_id, num_prompt=num_prompt))
-    assert step(target) == ([0], [])
-    assert step(target) == ([1, 2], [0])
-    assert step(target) == ([3], [0, 1, 2])
+def test_prompts_are_read_in_chunks_within_the_budget_while_others_go_on() -> None:
+    target = scheduler(max_num_seqs=8, budget=10)
+    for seq_id, num_prompt in enumerate([4, 25, 3, 1]):
+        target.add(request(seq_id, num_prompt=num_prompt, max_tokens=9))
+    assert step(target) == [(0, 0, 4), (1, 0, 6)]
+    assert step(target) == [(0, 4, 5), (1, 6, 16)]
+    assert step(target) == [(0, 5, 6), (1, 16, 25), (2, 0, 1)]
+    assert step(target) == [(0, 6, 7), (1, 25, 26), (2, 1, 3), (3, 0, 1)]
+
+
+def test_a_sequence_waits_for_blocks_for_all_that_it_may_get() -> None:
+    target = scheduler(max_num_seqs=8, num_blocks=4)
+    target.add(request(0, num_prompt=20, max_tokens=20))  # 3 blocks
+    target.add(request(1, num_prompt=10, max_tokens=10))  # 2 blocks
+    target.add(request(2, num_prompt=1, max_tokens=1))  # would fit, but came later
+    assert step(target) == [(0, 0, 20)]
+    assert target.num_waiting == 2
+    target.cancel(0)
+    assert step(target) == [(1, 0, 10), (2, 0, 1)]
+
+
+def test_the_same_start_of_a_prompt_is_read_once() -> None:
+    target = scheduler(keep_prefixes=True)
+    target.add(request(0, num_prompt=40, max_tokens=1))
+    assert step(target) == [(0, 0, 40)]
+    target.add(request(1, num_prompt=50, max_tokens=1))
+    target.add(request(2, num_prompt=32, max_tokens=1))  # its last token has to be read for the first one drawn
+    assert step(target) == [(1, 32, 50), (2, 16, 32)]
+    target.add(request(3, num_prompt=40, max_tokens=1, prompt_logprobs=True))
+    assert step(target) == [(3, 0, 40)]
+
+
+def test_what_a_failed_sequence_left_is_found_by_nobody() -> None:
+    target = scheduler(keep_prefixes=True, budget=20)
+    target.add(request(0, num_prompt=40, max_tokens=1))
+    [chunk] = target.plan()
+    target.advance(chunk, None)
+    assert target.fail(chunk.sequence) is FinishReason.ERROR
+    target.add(request(1, num_prompt=40, max_tokens=1))
+    assert step(target) == [(1, 0, 20)]
 
 
 def test_cancel_in_every_state() -> None:
-    target = scheduler(num_slots=1)
+    target = scheduler(max_num_seqs=1)
     running, waiting = target.add(request(1)), target.add(request(2))
     step(target)
     target.cancel(2)
@@ -82,24 +120,28 @@ def test_cancel_in_every_state() -> None:
     assert running.state is State.FINISHED and target.num_running == 0
     target.cancel(1)
     target.add(request(3))
-    assert step(target) == ([3], [])
+    assert step(target) == [(3, 0, 1)]
 
 
-@given(st.lists(st.tuples(st.sampled_from(["add", "step", "step", "cancel"]), st.integers(0, 30)), max_size=60))
-def test_whatever_happens_slots_are_held_once_and_everybody_ends(actions: list[tuple[str, int]]) -> None:
-    target = scheduler(num_slots=3, budget=10)
-    added, finished, cancelled = [], set(), set()
-    order = []
+@given(st.lists(st.tuples(st.sampled_from(["add", "step", "step", "cancel"]), st.integers(0, 60)), max_size=60))
+def test_whatever_happens_tokens_are_read_once_and_everybody_ends(actions: list[tuple[str, int]]) -> None:
+    pool = BlockPool(12, keep_prefixes=True)
+    target = Scheduler(pool, max_num_seqs=3, eos_id=EOS, prefill_tokens_per_step=10)
+    added: list[Sequence] = []
+    finished: set[int] = set()
+    cancelled: set[int] = set()
+    order: list[int] = []
 
     def run_step() -> None:
         plan = target.plan()
-        running = [*plan.prefill, *plan.decode]
-        slots = [s.slot for s in running]
-        assert len(set(slots)) == len(slots) <= 3 and set(slots) <= {0, 1, 2}
-        assert [s.slot for s in plan.decode] == sorted(s.slot for s in plan.decode)
-        order.extend(s.request.seq_id for s in plan.prefill)
-        for sequence in running:
-            if target.advance(sequence, 5) is not None:
+        assert len(plan) <= 3 and sum(c.last - c.first for c in plan if not c.sequence.output_ids) <= 10
+        for chunk in plan:
+            sequence = chunk.sequence
+            assert chunk.first == sequence.num_read < chunk.last <= sequence.num_tokens
+            assert len(sequence.blocks) * 16 >= len(sequence.request.prompt_ids) + sequence.request.max_tokens
+            if sequence.request.seq_id not in order:
+                order.append(sequence.request.seq_id)
+            if target.advance(chunk, 5 if chunk.draws else None) is not None:
                 finished.add(sequence.request.seq_id)
                 assert len(sequence.output_ids) == sequence.request.max_tokens
 
@@ -113,8 +155,8 @@ def test_whatever_happens_slots_are_held_once_and_everybody_ends(actions: list[t
             target.cancel(seq_id)
         elif action == "step":
             run_step()
-    for _ in range(5 * len(added)):
+    for _ in range(12 * len(added)):
         run_step()
     assert finished | cancelled == set(range(len(added))) and not finished & cancelled
-    assert (target.num_running, target.num_waiting) == (0, 0)
+    assert (target.num_running, target.num_waiting, pool.usage) == (0, 0, 0)
     assert order == sorted(order)

@@ -18,6 +18,7 @@ import psutil
 import pytest
 import torch
 
+from cluster.serve_config import EngineConfig
 from model.checkpoint import read_metadata, write_checkpoint
 from model.generate import generate
 from model.gpt import GPT
@@ -41,12 +42,12 @@ PHASES = ["queue", "tokenize", "prefill", "sample", "decode", "detokenize", "ins
 @asynccontextmanager
 async def endpoint(folder: Path, **settings: Any) -> AsyncIterator[tuple[httpx.AsyncClient, Xray]]:
     served = read_served_model(folder, name="tiny")
-    engine = await EngineClient.start(folder, dtype="float32", num_slots=2, eos_id=served.eos_id, threads=1)
+    engine = await EngineClient.start(folder, config=EngineConfig(max_num_seqs=2), eos_id=served.eos_id, threads=1)
     xray = Xray(folder, name="tiny", dtype="float32")
     app = build_http_app(
         model=served,
         engine=engine,
-        metrics=ReplicaMetrics(engine=engine, num_slots=2, model_name="tiny", replica="r"),
+        metrics=ReplicaMetrics(engine=engine, model_name="tiny", replica="r"),
         limits=AdmissionLimits(max_requests=9, max_sequences=9),
         access=AccessRules(**settings),
         xray=xray,

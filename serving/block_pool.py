@@ -1,0 +1,91 @@
+"""The blocks of the KV cache: who holds them, and which of them already hold the start of a prompt. No tensors."""
+
+import hashlib
+from array import array
+from collections.abc import Sequence
+
+BLOCK_TOKENS = 16
+
+_ROOT = b""  # the prefix before the first block
+
+
+class BlockPool:
+    """A block is free, or held by one or more sequences. A full block is found again by all tokens up to its end, also
+    after it was freed, until somebody else gets it: the one that has been free for longest goes first."""
+
+    def __init__(self, num_blocks: int, *, keep_prefixes: bool) -> None:
+        self.num_blocks = num_blocks
+        self._keep_prefixes = keep_prefixes
+        self._num_holders = [0] * num_blocks
+        self._free = dict.fromkeys(range(num_blocks))  # in the order in which they became free
+        self._block_of: dict[bytes, int] = {}  # by prefix
+        self._prefix_of: dict[int, bytes] = {}  # by block
+
+    @property
+    def usage(self) -> float:
+        """Share of the blocks that are held, 0 to 1."""
+        return 1 - len(self._free) / self.num_blocks
+
+    def allocate(self, num_tokens: int, *, prompt_ids: Sequence[int]) -> tuple[list[int], int] | None:
+        """Blocks for `num_tokens`, and how many of the prompt's tokens they hold already: all but the last at most, as
+        its logits are needed. None when there is no room."""
+        found = self._find(prompt_ids)
+        num_new = num_blocks_for(num_tokens) - len(found)
+        if num_new > len(self._free) - sum(block in self._free for block in found):
+            return None
+        for block in found:
+            self._free.pop(block, None)
+        blocks = found + [self._take() for _ in range(num_new)]
+        for block in blocks:
+            self._num_holders[block] += 1
+        return blocks, len(found) * BLOCK_TOKENS
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """The last ones become free first, as a shorter prefix serves more prompts."""
+        for block in reversed(blocks):
+            self._num_holders[block] -= 1
+            if self._num_holders[block] == 0:
+                self._free[block] = None
+
+    def seal(self, block: int, token_ids: Sequence[int], *, before: bytes = _ROOT) -> bytes:
+        """Says that a block is full: it holds `token_ids`, after the prefix `before`. Returns the prefix to its end."""
+        prefix = _prefix(before, token_ids)
+        if self._keep_prefixes and prefix not in self._block_of:
+            self._block_of[prefix] = block
+            self._prefix_of[block] = prefix
+        return prefix
+
+    def forget(self, blocks: Sequence[int]) -> None:
+        """They are not found any more."""
+        for block in blocks:
+            if (prefix := self._prefix_of.pop(block, None)) is not None:
+                del self._block_of[prefix]
+
+    def held_once(self, blocks: Sequence[int]) -> list[int]:
+        """Those of `blocks` that no second sequence holds."""
+        return [block for block in blocks if self._num_holders[block] == 1]
+
+    def _find(self, prompt_ids: Sequence[int]) -> list[int]:
+        found: list[int] = []
+        prefix = _ROOT
+        for start in range(0, len(prompt_ids) - BLOCK_TOKENS, BLOCK_TOKENS):
+            prefix = _prefix(prefix, prompt_ids[start : start + BLOCK_TOKENS])
+            if (block := self._block_of.get(prefix)) is None:
+                break
+            found.append(block)
+        return found
+
+    def _take(self) -> int:
+        block = next(iter(self._free))
+        del self._free[block]
+        self.forget([block])
+        return block
+
+
+def num_blocks_for(num_tokens: int) -> int:
+    return -(-num_tokens // BLOCK_TOKENS)
+
+
+def _prefix(before: bytes, token_ids: Sequence[int]) -> bytes:
+    """A hash that nobody can find a second prompt for, which would be answered by the first one's keys and values."""
+    return hashlib.blake2b(before + array("I", token_ids).tobytes(), digest_size=16).digest()

@@ -1,0 +1,337 @@
+// The decoder's forward pass on CPU cores, for many sequences at once: each token of a pass names its position and the
+// KV cache blocks of its sequence. Prompts and single tokens are the same to it.
+//
+// A token's result has the same bits whatever else is in its pass and however its prompt was cut into passes: every sum
+// runs over its own numbers in an order that nothing else decides.
+//
+// Shapes: N tokens of a pass, C width, H heads of width D (DP with padding), F feed-forward width, V vocabulary.
+
+#include "matrix.h"
+#include "numbers.h"
+#include "team.h"
+
+namespace {
+
+constexpr int ROWS = 64;  // of a piece of work: their inputs and a panel fit into a core's cache
+constexpr int BLOCK = LANES;  // positions of a KV cache block
+
+enum Activation { GELU, GELU_EXACT, RELU };
+
+F32 activate(F32 x, int activation) {
+    switch (activation) {
+        case GELU: return x / (1.0f + exponential(-1.5957691216f * (x + 0.044715f * x * x * x)));  // tanh as a sigmoid
+        case RELU: return x > 0.0f || x != x ? x : F32{};
+        default:
+            for (int i = 0; i < LANES; i++) x[i] *= 0.5f * (1.0f + std::erf(x[i] * 0.70710678f));
+            return x;
+    }
+}
+
+struct Shape {
+    int32_t layers, width, heads, ffn_width, vocabulary, positions, activation, num_blocks;
+    float epsilon;
+};
+
+struct Norm {
+    std::vector<float> weight, bias;
+};
+
+struct Pass {
+    int num_tokens, table_width;
+    const int32_t *token_ids, *positions, *rows;  // (N,); a row of `tables` for each token
+    const int32_t* tables;  // (rows, table_width): the blocks of a sequence, in order
+    float* hidden;  // (N, C)
+};
+
+class Decoder {
+public:
+    virtual ~Decoder() = default;
+    virtual void set_norm(int layer, int which, const float* weight, const float* bias) = 0;
+    virtual void set_matrix(int layer, int which, const float* weight, int in_stride, int out_stride, const float* bias) = 0;
+    virtual void forward(const Pass& pass) = 0;
+    virtual void logits(int num_rows, const float* hidden, float* logits) = 0;
+};
+
+enum { LN_1, LN_2 };  // which norm of a layer; layer L has the final one
+enum { QKV, ATTENTION_OUT, FFN_IN, FFN_OUT };  // which matrix of a layer; layer L has these two:
+enum { HEAD, TOKENS };
+
+template <class Kind>
+class DecoderOf : public Decoder {
+    using Number = typename Kind::Number;
+    static constexpr int GROUP = Kind::GROUP;
+
+public:
+    DecoderOf(const Shape& shape, int num_threads, const float* positions)
+        : s_(shape), head_width_(shape.width / shape.heads), padded_((head_width_ + LANES - 1) / LANES * LANES),
+          positions_(positions, positions + size_t(shape.positions) * shape.width), norms_(2 * shape.layers + 1), matrices_(4 * shape.layers + 2), team_(num_threads) {
+        const size_t cache = size_t(s_.layers) * s_.num_blocks * s_.heads * BLOCK * padded_;
+        keys_ = Buffer<Number>(cache);
+        values_ = Buffer<Number>(cache);
+    }
+
+    void set_norm(int layer, int which, const float* weight, const float* bias) override {
+        norms_[2 * layer + which] = {{weight, weight + s_.width}, {bias, bias + s_.width}};
+    }
+
+    void set_matrix(int layer, int which, const float* weight, int in_stride, int out_stride,
+                    const float* bias) override {
+        const int C = s_.width, F = s_.ffn_width, V = s_.vocabulary;
+        const bool is_head = layer == s_.layers;
+        const int num_in = !is_head && which == FFN_OUT ? F : C;
+        const int num_out = is_head ? V : which == QKV ? 3 * C : which == FFN_IN ? F : C;
+        matrices_[4 * layer + which] = Matrix<Kind>(num_in, num_out, weight, in_stride, out_stride, bias);
+    }
+
+    void forward(const Pass& pass) override {
+        const int N = pass.num_tokens, C = s_.width, F = s_.ffn_width;
+        reserve(N);
+        float* x = pass.hidden;
+        // A few pieces for each thread; the heads of a piece lie side by side in the cache.
+        const int heads_each = std::clamp(N * s_.heads / (4 * team_.num_threads), 1, s_.heads);
+        const int head_groups = (s_.heads + heads_each - 1) / heads_each;
+        team_.run(12 * s_.layers + 2, [&] {
+            int phase = 0;
+            each_row(phase++, N, [&](int n) { embed(pass.token_ids[n], pass.positions[n], x + size_t(n) * C); });
+            for (int layer = 0; layer < s_.layers; layer++) {
+                each_row(phase++, N, [&](int n) { pack_normed(x, n, norms_[2 * layer + LN_1]); });
+                project(phase++, N, matrix(layer, QKV), [&](float* to, F32 y) { store(to, y); }, qkv_.data, 3 * C);
+                each_row(phase++, N, [&](int n) { remember(layer, pass, n); });
+                team_.share(phase++, N * head_groups, [&](int i) {
+                    const int first = i % head_groups * heads_each;
+                    attend(layer, pass, i / head_groups, first, std::min(first + heads_each, s_.heads));
+                });
+                each_row(phase++, N, [&](int n) { pack(attended_.data, n, C); });
+                project(phase++, N, matrix(layer, ATTENTION_OUT), add, x, C);
+                each_row(phase++, N, [&](int n) { pack_normed(x, n, norms_[2 * layer + LN_2]); });
+                project(phase++, N, matrix(layer, FFN_IN),
+                        [&](float* to, F32 y) { store(to, activate(y, s_.activation)); }, ffn_.data, F);
+                each_row(phase++, N, [&](int n) { pack(ffn_.data, n, F); });
+                project(phase++, N, matrix(layer, FFN_OUT), add, x, C);
+            }
+            each_row(phase++, N, [&](int n) { normalize(x + size_t(n) * C, norms_.back(), x + size_t(n) * C); });
+        });
+    }
+
+    void logits(int num_rows, const float* hidden, float* logits) override {
+        reserve(num_rows);
+        team_.run(2, [&] {
+            each_row(0, num_rows, [&](int n) { pack(hidden, n, s_.width); });
+            project(1, num_rows, matrix(s_.layers, HEAD), [](float* to, F32 y) { store(to, y); }, logits, s_.vocabulary);
+        });
+    }
+
+private:
+    const Matrix<Kind>& matrix(int layer, int which) const { return matrices_[4 * layer + which]; }
+
+    static void add(float* to, F32 y) { store(to, load(to) + y); }
+
+    void reserve(int num_rows) {
+        if (num_rows <= capacity_) return;
+        capacity_ = (num_rows + ROWS - 1) / ROWS * ROWS;
+        const size_t widest = std::max({s_.width, s_.ffn_width}) + GROUP;
+        packed_ = Buffer<int32_t>(capacity_ * widest);
+        qkv_ = Buffer<float>(size_t(capacity_) * 3 * s_.width + LANES);
+        attended_ = Buffer<float>(size_t(capacity_) * (s_.width + padded_));
+        ffn_ = Buffer<float>(size_t(capacity_) * s_.ffn_width + LANES);
+        queries_ = Buffer<int32_t>(size_t(capacity_) * s_.heads * padded_);
+    }
+
+    template <class Row>
+    void each_row(int phase, int num_rows, const Row& row) {
+        team_.share(phase, num_rows, row);
+    }
+
+    // to(n, :) = finish of packed row n times the matrix, plus its bias.
+    template <class Finish>
+    void project(int phase, int num_rows, const Matrix<Kind>& weights, const Finish& finish, float* to, int stride) {
+        const int row_blocks = (num_rows + ROWS - 1) / ROWS;
+        team_.share(phase, row_blocks * weights.panels, [&](int piece) {
+            const int first = piece / weights.panels * ROWS, p = piece % weights.panels;
+            const float* bias = weights.bias.data() + p * PANEL;
+            const int num_columns = std::min(PANEL, weights.num_out - p * PANEL);
+            multiply<Kind>(weights.panel(p), packed_.data, weights.groups, first, std::min(first + ROWS, num_rows),
+                           [&](int row, const F32* sums) {
+                               float* at = to + size_t(row) * stride + p * PANEL;
+                               for (int v = 0; v < 3; v++) {
+                                   const F32 y = sums[v] + load(bias + v * LANES);
+                                   const int valid = num_columns - v * LANES;
+                                   if (valid >= LANES) {
+                                       finish(at + v * LANES, y);
+                                   } else if (valid > 0) {
+                                       float last[LANES] = {};
+                                       std::copy_n(at + v * LANES, valid, last);
+                                       finish(last, y);
+                                       std::copy_n(last, valid, at + v * LANES);
+                                   }
+                               }
+                           });
+        });
+    }
+
+    void embed(int token_id, int position, float* to) const {
+        const int C = s_.width;
+        const Matrix<Kind>& tokens = tokens_or_head();
+        for (int c = 0; c < C; c++) to[c] = tokens.at(c, token_id) + positions_[size_t(position) * C + c];
+    }
+
+    const Matrix<Kind>& tokens_or_head() const {
+        const Matrix<Kind>& tokens = matrix(s_.layers, TOKENS);
+        return tokens.num_out > 0 ? tokens : matrix(s_.layers, HEAD);
+    }
+
+    void normalize(const float* x, const Norm& norm, float* to) const {
+        const int C = s_.width;
+        const float mean = sum_of(C, [&](int c) { return load(x + c); }, [&](int c) { return x[c]; }) / C;
+        const float variance = sum_of(
+            C, [&](int c) { const F32 off = load(x + c) - mean; return off * off; },
+            [&](int c) { return (x[c] - mean) * (x[c] - mean); }) / C;
+        const float scale = 1.0f / std::sqrt(variance + s_.epsilon);
+        for (int c = 0; c < C; c++) to[c] = (x[c] - mean) * scale * norm.weight[c] + norm.bias[c];
+    }
+
+    void pack_normed(const float* x, int n, const Norm& norm) {
+        std::vector<float> normed(s_.width);
+        normalize(x + size_t(n) * s_.width, norm, normed.data());
+        pack_values(normed.data(), s_.width, packed_.data + size_t(n) * groups(s_.width));
+    }
+
+    void pack(const float* from, int n, int width) {
+        pack_values(from + size_t(n) * width, width, packed_.data + size_t(n) * groups(width));
+    }
+
+    static int groups(int width) { return (width + GROUP - 1) / GROUP; }
+
+    static void pack_values(const float* from, int width, int32_t* to) {
+        auto* numbers = reinterpret_cast<Number*>(to);
+        for (int k = 0; k < width; k++) numbers[k] = Kind::from(from[k]);
+        for (int k = width; k < groups(width) * GROUP; k++) numbers[k] = Number{};
+    }
+
+    // Keys of a block: [D / GROUP][position][GROUP]; values: [position][DP].
+    Number* block_of(const Buffer<Number>& cache, int layer, int block, int head) const {
+        return cache.data + ((size_t(layer) * s_.num_blocks + block) * s_.heads + head) * BLOCK * padded_;
+    }
+
+    int block_at(const Pass& pass, int n, int index) const {
+        return pass.tables[size_t(pass.rows[n]) * pass.table_width + index];
+    }
+
+    void remember(int layer, const Pass& pass, int n) {
+        const int C = s_.width, D = head_width_, position = pass.positions[n], lane = position % BLOCK;
+        const int block = block_at(pass, n, position / BLOCK);
+        const float* row = qkv_.data + size_t(n) * 3 * C;
+        for (int head = 0; head < s_.heads; head++) {
+            pack_values(row + head * D, D, queries_.data + (size_t(n) * s_.heads + head) * padded_);
+            Number* keys = block_of(keys_, layer, block, head);
+            Number* values = block_of(values_, layer, block, head) + lane * padded_;
+            for (int d = 0; d < D; d++) {
+                keys[(d / GROUP * BLOCK + lane) * GROUP + d % GROUP] = Kind::from(row[C + head * D + d]);
+                values[d] = Kind::from(row[2 * C + head * D + d]);
+            }
+        }
+    }
+
+    // softmax(q k / sqrt(D)) v of a token and some heads, over its sequence up to itself.
+    void attend(int layer, const Pass& pass, int n, int first_head, int last_head) {
+        const int num_positions = pass.positions[n] + 1, num_blocks = (num_positions + BLOCK - 1) / BLOCK;
+        const int row = num_blocks * BLOCK, G = groups(head_width_);
+        const float scale = 1.0f / std::sqrt(float(head_width_));
+        thread_local std::vector<float> scores, mixed;
+        scores.resize(size_t(last_head - first_head) * row);
+        mixed.assign(size_t(last_head - first_head) * padded_, 0.0f);
+        for (int b = 0; b < num_blocks; b++) {
+            const Number* keys = block_of(keys_, layer, block_at(pass, n, b), first_head);
+            for (int head = first_head; head < last_head; head++, keys += BLOCK * padded_) {
+                const int32_t* query = queries_.data + (size_t(n) * s_.heads + head) * padded_;
+                F32 dots = dot_products(reinterpret_cast<const I32*>(keys), query, G) * scale;
+                if (b + 1 == num_blocks) dots = POSITIONS < num_positions - b * BLOCK ? dots : splat(-INFINITY);
+                store(&scores[(head - first_head) * row + b * BLOCK], dots);
+            }
+        }
+        for (int head = first_head; head < last_head; head++) softmax(&scores[(head - first_head) * row], row);
+        for (int b = 0; b < num_blocks; b++) {
+            const int here = std::min(BLOCK, num_positions - b * BLOCK);
+            const Number* values = block_of(values_, layer, block_at(pass, n, b), first_head);
+            for (int head = first_head; head < last_head; head++, values += BLOCK * padded_) {
+                const float* weights = &scores[(head - first_head) * row + b * BLOCK];
+                float* to = &mixed[(head - first_head) * padded_];
+                int d = 0;
+                for (; d + 4 * LANES <= padded_; d += 4 * LANES) mix<4>(values + d, weights, here, to + d);
+                for (; d < padded_; d += LANES) mix<1>(values + d, weights, here, to + d);
+            }
+        }
+        for (int head = first_head; head < last_head; head++)
+            std::copy_n(&mixed[(head - first_head) * padded_], head_width_,
+                        attended_.data + size_t(n) * s_.width + head * head_width_);
+    }
+
+    // Of the query with the 16 keys of a block.
+    static F32 dot_products(const I32* keys, const int32_t* query, int groups) {
+        F32 sums[4] = {};  // one alone would wait for itself
+        int g = 0;
+        for (; g + 4 <= groups; g += 4)
+            for (int i = 0; i < 4; i++) sums[i] = Kind::multiply_add(sums[i], keys[g + i], query[g + i]);
+        for (; g < groups; g++) sums[0] = Kind::multiply_add(sums[0], keys[g], query[g]);
+        return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    }
+
+    static void softmax(float* scores, int count) {
+        F32 best = splat(-INFINITY), total = {};
+        for (int i = 0; i < count; i += LANES) {
+            const F32 dots = load(scores + i);
+            best = dots > best ? dots : best;
+        }
+        const F32 top = splat(highest(best));
+        for (int i = 0; i < count; i += LANES) {
+            const F32 dots = load(scores + i), weights = dots == -INFINITY ? F32{} : exponential(dots - top);
+            store(scores + i, weights);
+            total += weights;
+        }
+        const float share = 1.0f / sum(total);
+        for (int i = 0; i < count; i += LANES) store(scores + i, load(scores + i) * share);
+    }
+
+    // Adds the values of a block, weighted, to `vectors` times 16 columns.
+    template <int vectors>
+    void mix(const Number* values, const float* weights, int num_positions, float* to) const {
+        F32 sums[vectors];
+        for (int v = 0; v < vectors; v++) sums[v] = load(to + v * LANES);
+        for (int p = 0; p < num_positions; p++, values += padded_)
+            for (int v = 0; v < vectors; v++) sums[v] += weights[p] * Kind::values(values + v * LANES);
+        for (int v = 0; v < vectors; v++) store(to + v * LANES, sums[v]);
+    }
+
+    const Shape s_;
+    const int head_width_, padded_;
+    std::vector<float> positions_;  // (n_positions, C)
+    std::vector<Norm> norms_;
+    std::vector<Matrix<Kind>> matrices_;
+    Buffer<Number> keys_, values_;  // [layer][block][head] blocks
+    Buffer<int32_t> packed_, queries_;
+    Buffer<float> qkv_, attended_, ffn_;
+    int capacity_ = 0;
+    Team team_;
+};
+
+}  // namespace
+
+extern "C" {
+
+void* raymill_create(const Shape* shape, int is_bf16, int num_threads, const float* positions) {
+    if (is_bf16) return static_cast<Decoder*>(new DecoderOf<Bf16>(*shape, num_threads, positions));
+    return static_cast<Decoder*>(new DecoderOf<Fp32>(*shape, num_threads, positions));
+}
+void raymill_set_norm(void* d, int layer, int which, const float* weight, const float* bias) {
+    static_cast<Decoder*>(d)->set_norm(layer, which, weight, bias);
+}
+void raymill_set_matrix(void* d, int layer, int which, const float* weight, int in_stride, int out_stride,
+                        const float* bias) {
+    static_cast<Decoder*>(d)->set_matrix(layer, which, weight, in_stride, out_stride, bias);
+}
+void raymill_forward(void* d, const Pass* pass) { static_cast<Decoder*>(d)->forward(*pass); }
+void raymill_logits(void* d, int num_rows, const float* hidden, float* logits) {
+    static_cast<Decoder*>(d)->logits(num_rows, hidden, logits);
+}
+void raymill_destroy(void* d) { delete static_cast<Decoder*>(d); }
+}

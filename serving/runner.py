@@ -1,0 +1,29 @@
+"""What computes a step: the decoder on chunks of many sequences, with its KV cache in blocks.
+
+Two of them: the CPU kernels of native_runner.py, and PyTorch for everything else (torch_runner.py).
+Shapes: N tokens of all chunks, C model width, M rows, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+
+class Reading(NamedTuple):
+    """Tokens of one sequence that a step reads: ids, the position of the first, the sequence's blocks in order."""
+
+    token_ids: list[int]
+    position: int
+    blocks: list[int]
+
+
+class Runner(Protocol):
+    def forward(self, readings: Sequence[Reading]) -> Tensor:
+        """Hidden states (N, C), one reading after the other; their keys and values are in the cache then."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(M, V), fp32, of hidden states (M, C)."""
+
+    def clear(self, blocks: Sequence[int]) -> None:
+        """Removes numbers that are none, which masked positions would still spread (0 x NaN is NaN)."""
