@@ -35,7 +35,10 @@ class EngineConfig(Settings):
 
     max_num_seqs: int = Field(default=16, ge=1, description="sequences decoded together")
     max_waiting: int = Field(default=128, ge=0, description="sequences that may wait for a slot; more get 429")
-    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="precision of weights and KV cache")
+    dtype: Literal["float32", "bfloat16", "int8"] = Field(
+        default="float32",
+        description="precision of weights and KV cache; int8, with native kernels only, has a cache of bfloat16",
+    )
     kernels: Literal["auto", "native", "torch"] = Field(
         default="auto",
         description="native: compiled for this CPU when first used, by g++ or $CXX; torch: PyTorch's own; auto: native "

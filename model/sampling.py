@@ -1,9 +1,9 @@
 """From logits to the next token: penalties, temperature, top-k, top-p, min-p, and one keyed random number.
 
 The random number is a pure function of (seed, position), so a request's tokens do not depend on what shares its batch.
-It is turned into a token by the inverse of the cumulative distribution in the order of ids, in float64: a rounding
-difference d in the logits can change the token only if the number falls within about d of a border. (Borders in the
-order of probabilities would move by whole tokens where two of them are nearly equal.)
+It is turned into a token by the inverse of the cumulative distribution in the order of ids: a rounding difference d in
+the logits can change the token only if the number falls within about d of a border. (Borders in the order of
+probabilities would move by whole tokens where two of them are nearly equal.)
 
 Shapes: B rows of a batch, V vocabulary.
 """
@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model.errors import UserError
@@ -65,6 +66,10 @@ class SamplingParams:
         penalties = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty)
         return bool(self.logit_bias) or penalties != (0, 0, 1)
 
+    @property
+    def truncates(self) -> bool:
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
 
 @dataclass(frozen=True)
 class SamplingRow:
@@ -88,20 +93,46 @@ def sample_batch(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
     """The next token of each row of logits (B, V): what `sample` gives for it alone."""
     if any(row.params.adjusts_logits for row in rows):
         logits = torch.stack([adjusted(row_logits, row) for row_logits, row in zip(logits, rows, strict=True)])
-    best_logits, best_ids = logits.max(dim=-1)  # (B,): NaN wins where there is one
-    if not best_logits.isfinite().all():
+    best = logits.amax(dim=-1)  # (B,): NaN wins where there is one
+    if not best.isfinite().all():
         raise FloatingPointError("the model's logits are not finite numbers")
-    tokens: list[int] = best_ids.tolist()
     drawn = [b for b, row in enumerate(rows) if row.params.temperature > 0]
+    if len(drawn) < len(rows):
+        tokens: list[int] = logits.argmax(dim=-1).tolist()
+    else:
+        tokens = [0] * len(rows)
     if drawn:
-        probabilities = torch.stack([distribution(logits[b], rows[b].params) for b in drawn])  # (drawn, V)
-        numbers = torch.tensor([[uniform(rows[b].params.seed, rows[b].position)] for b in drawn], dtype=torch.float64)
-        borders = probabilities.cumsum(dim=-1)
-        # The first border above the number: a token of probability 0 has no room between borders.
-        found = torch.searchsorted(borders, numbers.to(borders.device) * borders[:, -1:], right=True)
-        for b, token in zip(drawn, found[:, 0].tolist(), strict=True):
+        temperatures = torch.tensor([[rows[b].params.temperature] for b in drawn], device=logits.device)
+        weights = _weights(logits[drawn], best[drawn, None], temperatures)  # (drawn, V)
+        for weight, b in zip(weights, drawn, strict=True):
+            if rows[b].params.truncates:
+                weight.copy_(truncated(weight, rows[b].params))
+        numbers = [uniform(rows[b].params.seed, rows[b].position) for b in drawn]
+        for b, token in zip(drawn, _draw(weights, numbers), strict=True):
             tokens[b] = token
     return tokens
+
+
+def _weights(logits: Tensor, best: Tensor, temperature: Tensor | float) -> Tensor:
+    """Probabilities (B, V) over the most probable token's, fp32."""
+    return ((logits.float() - best) / temperature).exp_()
+
+
+def _draw(weights: Tensor, numbers: list[float]) -> list[int]:
+    """The token of weights (B, V) in whose share of the total, in the order of ids, each number of [0, 1) falls.
+
+    Sums of 256 tokens first, and then within the one that is found: all sums would take longer than the model's step.
+    """
+    padded = F.pad(weights, (0, -weights.shape[1] % 256)).unflatten(1, (-1, 256))  # (B, V / 256, 256)
+    borders = padded.sum(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    targets = torch.tensor(numbers, dtype=torch.float64, device=weights.device)[:, None] * borders[:, -1:]  # (B, 1)
+    # The first border above the number: what has no weight has no room between borders.
+    group = torch.searchsorted(borders, targets, right=True)
+    before = F.pad(borders, (1, 0)).gather(1, group)
+    inside = padded[torch.arange(len(padded), device=weights.device), group[:, 0]].double().cumsum(dim=-1)  # (B, 256)
+    last = (inside < inside[:, -1:]).sum(dim=-1, keepdim=True)  # rounding leads beyond it at most
+    found = torch.minimum(torch.searchsorted(inside, targets - before, right=True), last)
+    return (256 * group + found)[:, 0].tolist()
 
 
 def adjusted(logits: Tensor, row: SamplingRow) -> Tensor:
@@ -125,23 +156,29 @@ def adjusted(logits: Tensor, row: SamplingRow) -> Tensor:
 def distribution(logits: Tensor, params: SamplingParams) -> Tensor:
     """Probabilities (V,), float64, after temperature (> 0), top-k, top-p and min-p, in this order. Among equals the
     lower id is kept."""
-    probabilities = torch.softmax(logits.double() / params.temperature, dim=-1)
-    if 0 < params.top_k < len(probabilities):
-        border = probabilities.topk(params.top_k).values[-1]
-        above, equal = probabilities > border, probabilities == border
+    weights = truncated(_weights(logits, logits.max(), params.temperature), params).double()
+    return weights / weights.sum()
+
+
+def truncated(weights: Tensor, params: SamplingParams) -> Tensor:
+    """Weights (V,) with zeros for the tokens that top-k, top-p and min-p leave out."""
+    if 0 < params.top_k < len(weights):
+        border = weights.topk(params.top_k).values[-1]
+        above, equal = weights > border, weights == border
         keep = above | (equal & (equal.cumsum(dim=0) <= params.top_k - above.sum()))
-        probabilities = torch.where(keep, probabilities, 0.0)
+        weights = torch.where(keep, weights, 0.0)
     if params.top_p < 1:
-        needed = params.top_p * probabilities.sum()
+        total = weights.sum(dtype=torch.float64)
+        needed = params.top_p * total
         # Tokens below (total - needed) / V can't add up to the difference, so none of them is needed: sort the rest.
-        floor = (probabilities.sum() - needed) / len(probabilities)
-        candidates = (probabilities >= floor).nonzero()[:, 0]
-        ranked, order = probabilities[candidates].sort(descending=True, stable=True)
+        floor = (total - needed) / len(weights)
+        candidates = (weights >= floor).nonzero()[:, 0]
+        ranked, order = weights[candidates].double().sort(descending=True, stable=True)
         kept = candidates[order[ranked.cumsum(dim=0) - ranked < needed]]
-        probabilities = torch.zeros_like(probabilities).index_copy(0, kept, probabilities[kept])
+        weights = torch.zeros_like(weights).index_copy(0, kept, weights[kept])
     if params.min_p > 0:
-        probabilities = torch.where(probabilities >= params.min_p * probabilities.max(), probabilities, 0.0)
-    return probabilities / probabilities.sum()
+        weights = torch.where(weights >= params.min_p * weights.max(), weights, 0.0)
+    return weights
 
 
 def uniform(seed: int | None, position: int) -> float:

@@ -65,7 +65,8 @@ class Engine:
 
     def _emit(self, chunks: list[Chunk], logits: Tensor) -> list[TokenEvent]:
         """Samples from logits (M, V). A row with NaN or infinity ends its own sequence and no other."""
-        usable = logits.isfinite().all(dim=-1).tolist()
+        extremes = torch.stack((logits.amin(dim=-1), logits.amax(dim=-1)))  # NaN wins in both
+        usable = extremes.isfinite().all(dim=0).tolist()
         drawing = [i for i, c in enumerate(chunks) if usable[i] and c.sequence.request.max_tokens > 0]
         rows = logits if len(drawing) == len(chunks) else logits[drawing]
         tokens = dict(zip(drawing, _sample([chunks[i].sequence for i in drawing], rows), strict=True))

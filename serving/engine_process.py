@@ -25,6 +25,8 @@ from serving.runner import Runner
 from serving.torch_runner import TorchRunner
 
 RECEIVE_BYTES = 1 << 16
+# What a checkpoint is loaded in; the kernels make int8 of it.
+COMPUTED_IN = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.float32}
 
 
 class Channel:
@@ -69,7 +71,7 @@ def build_engine(model: GPT, config: EngineConfig, *, eos_id: int | None, thread
         )
     pool = BlockPool(num_blocks_for(kv_cache_tokens), keep_prefixes=config.prefix_cache)
     return Engine(
-        _build_runner(model, config.kernels, num_blocks=pool.num_blocks, threads=threads),
+        _build_runner(model, config, num_blocks=pool.num_blocks, threads=threads),
         pool,
         max_num_seqs=config.max_num_seqs,
         prefill_tokens_per_step=config.prefill_tokens_per_step,
@@ -77,18 +79,20 @@ def build_engine(model: GPT, config: EngineConfig, *, eos_id: int | None, thread
     )
 
 
-def _build_runner(model: GPT, kernels: str, *, num_blocks: int, threads: int) -> Runner:
+def _build_runner(model: GPT, config: EngineConfig, *, num_blocks: int, threads: int) -> Runner:
     torch.set_num_threads(threads)
-    if kernels != "torch":
+    if config.kernels != "torch":
         try:
-            runner = NativeRunner(model, num_blocks=num_blocks, threads=threads)
+            runner = NativeRunner(model, dtype=config.dtype, num_blocks=num_blocks, threads=threads)
         except NoNativeLibraryError as error:
-            if kernels == "native":
+            if config.kernels == "native":
                 raise UserError(f"engine.kernels=native, but {error}") from None
             logging.getLogger(__name__).warning("PyTorch computes, several times slower: %s", error)
         else:
             torch.set_num_threads(1)  # sampling alone; two pools of threads would get into each other's way
             return runner
+    if config.dtype == "int8":
+        raise UserError("engine.dtype=int8 needs the native kernels; expected float32 or bfloat16 without them")
     return TorchRunner(model, num_blocks=num_blocks)
 
 
@@ -103,7 +107,7 @@ def main() -> int:
     channel = Channel(socket.socket(fileno=args.socket))
     try:
         # The replica has the folder from `resolve_checkpoint`, which verified it.
-        model = load_model(args.checkpoint, dtype=getattr(torch, args.config.dtype), verify=False)
+        model = load_model(args.checkpoint, dtype=COMPUTED_IN[args.config.dtype], verify=False)
         engine = build_engine(model, args.config, eos_id=args.eos_id, threads=args.threads)
     except UserError as error:
         channel.send({"error": str(error)})

@@ -15,6 +15,7 @@ from model.gpt import GPT
 from serving.native_library import load_library
 from serving.runner import Reading
 
+KINDS = {"float32": 0, "bfloat16": 1, "int8": 2}
 ACTIVATIONS = {"gelu": 0, "gelu_exact": 1, "relu": 2}
 LN_1, LN_2 = 0, 1
 QKV, ATTENTION_OUT, FFN_IN, FFN_OUT = 0, 1, 2, 3
@@ -39,9 +40,13 @@ class Pass(ctypes.Structure):
 
 
 class NativeRunner:
-    """A `Runner`. Takes the weights in their own precision (fp32 or bf16); sums are fp32."""
+    """A `Runner`. Sums are fp32 whatever the weights are.
 
-    def __init__(self, model: GPT, *, num_blocks: int, threads: int) -> None:
+    int8: each column of a weight and each row of inputs in 255 steps of its own size ("vector-wise quantization",
+    Dettmers et al., 2022); keys and values in bf16.
+    """
+
+    def __init__(self, model: GPT, *, dtype: str, num_blocks: int, threads: int) -> None:
         """Raises `NoNativeLibraryError` where the kernels cannot be had."""
         self._library = load_library()
         self._declare()
@@ -57,10 +62,9 @@ class NativeRunner:
             num_blocks=num_blocks,
             epsilon=config.layer_norm_epsilon,
         )
-        is_bf16 = next(model.parameters()).dtype == torch.bfloat16
         positions = _as_float(model.transformer.wpe.weight)
         self._decoder = ctypes.c_void_p(
-            self._library.raymill_create(ctypes.byref(shape), is_bf16, threads, positions.data_ptr())
+            self._library.raymill_create(ctypes.byref(shape), KINDS[dtype], threads, positions.data_ptr())
         )
         weights = dict(model.named_parameters())
         for layer in range(config.n_layer):

@@ -58,13 +58,15 @@ enum { HEAD, TOKENS };
 
 template <class Kind>
 class DecoderOf : public Decoder {
-    using Number = typename Kind::Number;
-    static constexpr int GROUP = Kind::GROUP;
+    using Cached = typename Kind::Cached;
+    using Number = typename Cached::Number;
+    static constexpr int GROUP = Cached::GROUP;
 
 public:
     DecoderOf(const Shape& shape, int num_threads, const float* positions)
         : s_(shape), head_width_(shape.width / shape.heads), padded_((head_width_ + LANES - 1) / LANES * LANES),
-          positions_(positions, positions + size_t(shape.positions) * shape.width), norms_(2 * shape.layers + 1), matrices_(4 * shape.layers + 2), team_(num_threads) {
+          positions_(positions, positions + size_t(shape.positions) * shape.width), norms_(2 * shape.layers + 1),
+          matrices_(4 * shape.layers + 2), team_(num_threads) {
         const size_t cache = size_t(s_.layers) * s_.num_blocks * s_.heads * BLOCK * padded_;
         keys_ = Buffer<Number>(cache);
         values_ = Buffer<Number>(cache);
@@ -129,8 +131,8 @@ private:
     void reserve(int num_rows) {
         if (num_rows <= capacity_) return;
         capacity_ = (num_rows + ROWS - 1) / ROWS * ROWS;
-        const size_t widest = std::max({s_.width, s_.ffn_width}) + GROUP;
-        packed_ = Buffer<int32_t>(capacity_ * widest);
+        packed_ = Buffer<int32_t>(size_t(capacity_) * std::max(s_.width, s_.ffn_width));
+        units_.resize(capacity_);
         qkv_ = Buffer<float>(size_t(capacity_) * 3 * s_.width + LANES);
         attended_ = Buffer<float>(size_t(capacity_) * (s_.width + padded_));
         ffn_ = Buffer<float>(size_t(capacity_) * s_.ffn_width + LANES);
@@ -148,13 +150,12 @@ private:
         const int row_blocks = (num_rows + ROWS - 1) / ROWS;
         team_.share(phase, row_blocks * weights.panels, [&](int piece) {
             const int first = piece / weights.panels * ROWS, p = piece % weights.panels;
-            const float* bias = weights.bias.data() + p * PANEL;
             const int num_columns = std::min(PANEL, weights.num_out - p * PANEL);
             multiply<Kind>(weights.panel(p), packed_.data, weights.groups, first, std::min(first + ROWS, num_rows),
-                           [&](int row, const F32* sums) {
+                           [&](int row, const typename Kind::Sums* sums) {
                                float* at = to + size_t(row) * stride + p * PANEL;
                                for (int v = 0; v < 3; v++) {
-                                   const F32 y = sums[v] + load(bias + v * LANES);
+                                   const F32 y = weights.result(sums[v], p * PANEL + v * LANES, units_[row]);
                                    const int valid = num_columns - v * LANES;
                                    if (valid >= LANES) {
                                        finish(at + v * LANES, y);
@@ -193,19 +194,12 @@ private:
     void pack_normed(const float* x, int n, const Norm& norm) {
         std::vector<float> normed(s_.width);
         normalize(x + size_t(n) * s_.width, norm, normed.data());
-        pack_values(normed.data(), s_.width, packed_.data + size_t(n) * groups(s_.width));
+        units_[n] = pack_row<Kind>(normed.data(), s_.width, packed_.data + size_t(n) * matrix(0, QKV).groups);
     }
 
     void pack(const float* from, int n, int width) {
-        pack_values(from + size_t(n) * width, width, packed_.data + size_t(n) * groups(width));
-    }
-
-    static int groups(int width) { return (width + GROUP - 1) / GROUP; }
-
-    static void pack_values(const float* from, int width, int32_t* to) {
-        auto* numbers = reinterpret_cast<Number*>(to);
-        for (int k = 0; k < width; k++) numbers[k] = Kind::from(from[k]);
-        for (int k = width; k < groups(width) * GROUP; k++) numbers[k] = Number{};
+        const int groups = (width + Kind::GROUP - 1) / Kind::GROUP;
+        units_[n] = pack_row<Kind>(from + size_t(n) * width, width, packed_.data + size_t(n) * groups);
     }
 
     // Keys of a block: [D / GROUP][position][GROUP]; values: [position][DP].
@@ -222,12 +216,12 @@ private:
         const int block = block_at(pass, n, position / BLOCK);
         const float* row = qkv_.data + size_t(n) * 3 * C;
         for (int head = 0; head < s_.heads; head++) {
-            pack_values(row + head * D, D, queries_.data + (size_t(n) * s_.heads + head) * padded_);
+            pack_row<Cached>(row + head * D, D, queries_.data + (size_t(n) * s_.heads + head) * padded_);
             Number* keys = block_of(keys_, layer, block, head);
             Number* values = block_of(values_, layer, block, head) + lane * padded_;
             for (int d = 0; d < D; d++) {
-                keys[(d / GROUP * BLOCK + lane) * GROUP + d % GROUP] = Kind::from(row[C + head * D + d]);
-                values[d] = Kind::from(row[2 * C + head * D + d]);
+                keys[(d / GROUP * BLOCK + lane) * GROUP + d % GROUP] = Cached::from(row[C + head * D + d]);
+                values[d] = Cached::from(row[2 * C + head * D + d]);
             }
         }
     }
@@ -235,7 +229,7 @@ private:
     // softmax(q k / sqrt(D)) v of a token and some heads, over its sequence up to itself.
     void attend(int layer, const Pass& pass, int n, int first_head, int last_head) {
         const int num_positions = pass.positions[n] + 1, num_blocks = (num_positions + BLOCK - 1) / BLOCK;
-        const int row = num_blocks * BLOCK, G = groups(head_width_);
+        const int row = num_blocks * BLOCK, G = (head_width_ + GROUP - 1) / GROUP;
         const float scale = 1.0f / std::sqrt(float(head_width_));
         thread_local std::vector<float> scores, mixed;
         scores.resize(size_t(last_head - first_head) * row);
@@ -271,8 +265,8 @@ private:
         F32 sums[4] = {};  // one alone would wait for itself
         int g = 0;
         for (; g + 4 <= groups; g += 4)
-            for (int i = 0; i < 4; i++) sums[i] = Kind::multiply_add(sums[i], keys[g + i], query[g + i]);
-        for (; g < groups; g++) sums[0] = Kind::multiply_add(sums[0], keys[g], query[g]);
+            for (int i = 0; i < 4; i++) sums[i] = Cached::multiply_add(sums[i], keys[g + i], query[g + i]);
+        for (; g < groups; g++) sums[0] = Cached::multiply_add(sums[0], keys[g], query[g]);
         return (sums[0] + sums[1]) + (sums[2] + sums[3]);
     }
 
@@ -298,7 +292,7 @@ private:
         F32 sums[vectors];
         for (int v = 0; v < vectors; v++) sums[v] = load(to + v * LANES);
         for (int p = 0; p < num_positions; p++, values += padded_)
-            for (int v = 0; v < vectors; v++) sums[v] += weights[p] * Kind::values(values + v * LANES);
+            for (int v = 0; v < vectors; v++) sums[v] += weights[p] * Cached::values(values + v * LANES);
         for (int v = 0; v < vectors; v++) store(to + v * LANES, sums[v]);
     }
 
@@ -309,6 +303,7 @@ private:
     std::vector<Matrix<Kind>> matrices_;
     Buffer<Number> keys_, values_;  // [layer][block][head] blocks
     Buffer<int32_t> packed_, queries_;
+    std::vector<float> units_;  // of packed rows
     Buffer<float> qkv_, attended_, ffn_;
     int capacity_ = 0;
     Team team_;
@@ -318,9 +313,14 @@ private:
 
 extern "C" {
 
-void* raymill_create(const Shape* shape, int is_bf16, int num_threads, const float* positions) {
-    if (is_bf16) return static_cast<Decoder*>(new DecoderOf<Bf16>(*shape, num_threads, positions));
-    return static_cast<Decoder*>(new DecoderOf<Fp32>(*shape, num_threads, positions));
+// `kind`: 0 is fp32, 1 bf16, 2 int8.
+void* raymill_create(const Shape* shape, int kind, int num_threads, const float* positions) {
+    switch (kind) {
+        case 0: return static_cast<Decoder*>(new DecoderOf<Fp32>(*shape, num_threads, positions));
+        case 1: return static_cast<Decoder*>(new DecoderOf<Bf16>(*shape, num_threads, positions));
+        case 2: return static_cast<Decoder*>(new DecoderOf<Int8>(*shape, num_threads, positions));
+        default: return nullptr;
+    }
 }
 void raymill_set_norm(void* d, int layer, int which, const float* weight, const float* bias) {
     static_cast<Decoder*>(d)->set_norm(layer, which, weight, bias);

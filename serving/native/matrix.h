@@ -45,16 +45,30 @@ struct Matrix {
     int num_in = 0, num_out = 0, groups = 0, panels = 0;
     Buffer<typename Kind::Number> numbers;
     std::vector<float> bias;  // (N padded)
+    std::vector<float> unit, offset;  // (N padded), of quantized weights: see result()
 
     Matrix() = default;
     Matrix(int num_in, int num_out, const float* weight, size_t in_stride, size_t out_stride, const float* bias_values)
         : num_in(num_in), num_out(num_out), groups((num_in + Kind::GROUP - 1) / Kind::GROUP),
           panels((num_out + PANEL - 1) / PANEL), numbers(size_t(panels) * groups * PANEL * Kind::GROUP, true),
           bias(size_t(panels) * PANEL, 0.0f) {
+        std::vector<float> per_unit(num_out, 1.0f);
+        if constexpr (Kind::QUANTIZED) {
+            unit.assign(bias.size(), 0.0f);
+            offset.assign(bias.size(), 0.0f);
+            for (int n = 0; n < num_out; n++) {
+                for (int k = 0; k < num_in; k++) unit[n] = std::max(unit[n], std::abs(weight[k * in_stride + n * out_stride]));
+                unit[n] /= 127;
+                per_unit[n] = unit[n] > 0 ? 1 / unit[n] : 0.0f;
+            }
+        }
         for (int first = 0; first < num_out; first += PANEL)
             for (int k = 0; k < num_in; k++)
-                for (int n = first; n < std::min(first + PANEL, num_out); n++)
-                    numbers.data[index(k, n)] = Kind::from(weight[k * in_stride + n * out_stride]);
+                for (int n = first; n < std::min(first + PANEL, num_out); n++) {
+                    const auto number = Kind::from(weight[k * in_stride + n * out_stride] * per_unit[n]);
+                    numbers.data[index(k, n)] = number;
+                    if constexpr (Kind::QUANTIZED) offset[n] += Kind::ZERO * float(number);
+                }
         if (bias_values != nullptr) std::copy_n(bias_values, num_out, bias.begin());
     }
 
@@ -62,7 +76,17 @@ struct Matrix {
         const size_t group = size_t(n / PANEL) * groups + k / Kind::GROUP;
         return (group * PANEL + n % PANEL) * Kind::GROUP + k % Kind::GROUP;
     }
-    float at(int k, int n) const { return Kind::value(numbers.data[index(k, n)]); }
+    float at(int k, int n) const {
+        const float value = Kind::value(numbers.data[index(k, n)]);
+        return Kind::QUANTIZED ? value * unit[n] : value;
+    }
+    // Of the sums of 16 columns from n on, with inputs in units of `input_unit`.
+    F32 result(typename Kind::Sums sums, int n, float input_unit) const {
+        if constexpr (Kind::QUANTIZED)
+            return (__builtin_convertvector(sums, F32) - load(&offset[n])) * (load(&unit[n]) * input_unit) + load(&bias[n]);
+        else
+            return sums + load(&bias[n]);
+    }
     const I32* panel(int p) const {
         return reinterpret_cast<const I32*>(numbers.data) + size_t(p) * groups * (PANEL / LANES);
     }
@@ -71,7 +95,7 @@ struct Matrix {
 // Calls done(row, sums) with the products of M rows of inputs (groups each) and a panel.
 template <class Kind, int M, class Done>
 inline void multiply_tile(const I32* panel, const int32_t* inputs, int groups, int row, const Done& done) {
-    F32 sums[M][3] = {};
+    typename Kind::Sums sums[M][3] = {};
     for (int g = 0; g < groups; g++, panel += 3) {
         const I32 w0 = panel[0], w1 = panel[1], w2 = panel[2];
 #pragma GCC unroll 8

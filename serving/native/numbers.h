@@ -68,7 +68,7 @@ inline F32 exponential(F32 x) {
     for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
         p = p * r + c;
     p = p * r * r + r + 1.0f;
-    return bits<F32>(bits<I32>(p) + (__builtin_convertvector(n, I32) << 23));
+    return F32(I32(p) + (__builtin_convertvector(n, I32) << 23));
 }
 
 // How numbers are stored, and how sums of their products are formed: a lane holds GROUP of them, which follow each other
@@ -76,18 +76,24 @@ inline F32 exponential(F32 x) {
 
 struct Fp32 {
     using Number = float;
+    using Sums = F32;
+    using Cached = Fp32;  // keys and values
     static constexpr int GROUP = 1;
+    static constexpr bool QUANTIZED = false;
     static Number from(float x) { return x; }
     static float value(Number x) { return x; }
     static F32 values(const Number* x) { return load(x); }
     static F32 multiply_add(F32 sums, I32 weights, int32_t input) {
-        return sums + bits<F32>(weights) * bits<float>(input);
+        return sums + F32(weights) * bits<float>(input);
     }
 };
 
 struct Bf16 {
     using Number = uint16_t;
+    using Sums = F32;
+    using Cached = Bf16;
     static constexpr int GROUP = 2;
+    static constexpr bool QUANTIZED = false;
     static Number from(float x) {  // to nearest, ties to even
         const uint32_t u = bits<uint32_t>(x);
         return x != x ? 0x7fc0 : (u + 0x7fff + ((u >> 16) & 1)) >> 16;
@@ -96,19 +102,67 @@ struct Bf16 {
     static F32 values(const Number* x) {
 #ifdef __AVX512F__
         const __m256i numbers = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
-        return bits<F32>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16));
+        return F32(_mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16));
 #else
         const U16 numbers = *reinterpret_cast<const U16Any*>(x);
-        return bits<F32>(__builtin_convertvector(numbers, U32) << 16);
+        return F32(__builtin_convertvector(numbers, U32) << 16);
 #endif
     }
     static F32 multiply_add(F32 sums, I32 weights, int32_t input) {
 #ifdef __AVX512BF16__
-        return bits<F32>(_mm512_dpbf16_ps(bits<__m512>(sums), bits<__m512bh>(weights),
-                                          bits<__m512bh>(_mm512_set1_epi32(input))));
+        return F32(_mm512_dpbf16_ps(__m512(sums), __m512bh(weights), __m512bh(_mm512_set1_epi32(input))));
 #else
-        sums += bits<F32>(weights << 16) * bits<float>(input << 16);
-        return sums + bits<F32>(weights & int32_t(0xffff0000)) * bits<float>(input & int32_t(0xffff0000));
+        sums += F32(weights << 16) * bits<float>(input << 16);
+        return sums + F32(weights & int32_t(0xffff0000)) * bits<float>(input & int32_t(0xffff0000));
 #endif
     }
 };
+
+// Weights of -127 … 127 in units of their column's scale; inputs of 0 … 255 in units of their row's, where 128 is zero.
+struct Int8 {
+    using Number = int8_t;
+    using Sums = I32;  // whole numbers, whose order does not matter
+    using Cached = Bf16;
+    static constexpr int GROUP = 4;
+    static constexpr bool QUANTIZED = true;
+    static constexpr int ZERO = 128;
+    static Number from(float x) { return Number(std::lrint(x)); }
+    static float value(Number x) { return x; }
+    static I32 multiply_add(I32 sums, I32 weights, int32_t input) {
+#ifdef __AVX512VNNI__
+        return I32(_mm512_dpbusd_epi32(__m512i(sums), _mm512_set1_epi32(input), __m512i(weights)));
+#else
+        for (int i = 0; i < 32; i += 8) sums += (weights << (24 - i) >> 24) * (input >> i & 255);
+        return sums;
+#endif
+    }
+};
+
+// Writes a row of inputs, padded with zeros; returns the unit that they are in.
+template <class Kind>
+float pack_row(const float* from, int width, int32_t* to) {
+    const int padded = (width + Kind::GROUP - 1) / Kind::GROUP * Kind::GROUP;
+    if constexpr (Kind::QUANTIZED) {
+        F32 peaks = {}, broken = {};  // NaN when a value is no number, which rounding would hide
+        int k = 0;
+        for (; k + LANES <= width; k += LANES) {
+            const F32 x = load(from + k), size = x < 0.0f ? -x : x;
+            peaks = size > peaks ? size : peaks;
+            broken += x * 0.0f;
+        }
+        for (; k < width; k++) {
+            peaks[0] = std::max(peaks[0], std::abs(from[k]));
+            broken[0] += from[k] * 0.0f;
+        }
+        const float peak = highest(peaks), unit = peak > 0 ? peak / 127 : 1.0f, per_unit = 1 / unit;
+        auto* numbers = reinterpret_cast<uint8_t*>(to);
+        for (k = 0; k < width; k++) numbers[k] = uint8_t(int(from[k] * per_unit + (Kind::ZERO + 0.5f)));  // all positive
+        for (; k < padded; k++) numbers[k] = Kind::ZERO;
+        return unit + sum(broken);
+    } else {
+        auto* numbers = reinterpret_cast<typename Kind::Number*>(to);
+        for (int k = 0; k < width; k++) numbers[k] = Kind::from(from[k]);
+        for (int k = width; k < padded; k++) numbers[k] = {};
+        return 1.0f;
+    }
+}
