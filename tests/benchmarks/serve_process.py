@@ -15,17 +15,20 @@ from typing import Any
 
 import torch
 
+from cluster.serve_config import EngineConfig
 from tests.benchmarks.http_load import MODEL, NEW_TOKENS, BenchError
 
 NUM_THREADS = 2
 NUM_SLOTS = 16
 BANDWIDTH_BYTES = 1 << 30
+# Rounds repeat their prompts, which vLLM reads anew each time too.
+ENGINE = EngineConfig(max_num_seqs=NUM_SLOTS, dtype="bfloat16", prefix_cache=False)
 
 Generate = Callable[[list[list[int]], int], int]
 
 
 def serve_endpoint(folder: Path) -> None:
-    from cluster.serve_config import EngineConfig, ReplicaConfig, ServeConfig
+    from cluster.serve_config import ReplicaConfig, ServeConfig
     from serving.app import run
     from tests.serving.endpoint_parts import free_port, ray_cluster
 
@@ -34,7 +37,7 @@ def serve_endpoint(folder: Path) -> None:
         model_name=MODEL,
         port=free_port(),
         replicas=ReplicaConfig(threads_per_replica=NUM_THREADS),
-        engine=EngineConfig(max_num_seqs=NUM_SLOTS, dtype="bfloat16"),
+        engine=ENGINE,
     )
     with ray_cluster():
         say(run(config))
@@ -45,10 +48,11 @@ def engine_alone(folder: Path) -> Generate:
     """The streams of `http_load.closed_loop` without HTTP, Ray and the socket."""
     from model.checkpoint import load_model
     from model.sampling import SamplingParams
-    from serving.engine import Engine
+    from serving.engine_process import build_engine
     from serving.messages import SequenceRequest
 
-    engine = Engine(load_model(folder, dtype=torch.bfloat16), num_slots=NUM_SLOTS, eos_id=None)
+    model = load_model(folder, dtype=torch.bfloat16)
+    engine = build_engine(model, ENGINE, eos_id=None, threads=NUM_THREADS)
     greedy = SamplingParams(temperature=0.0)
 
     def generate(prompts: list[list[int]], num_streams: int) -> int:
