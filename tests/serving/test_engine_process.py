@@ -24,6 +24,7 @@ from serving.messages import (
     FinishReason,
     FrameBuffer,
     SequenceRequest,
+    StepReport,
     TokenEvent,
     encode_frame,
     parse_report,
@@ -86,9 +87,9 @@ def test_messages_survive_the_wire() -> None:
     [message] = FrameBuffer().feed(encode_frame(submit_message(sent)))
     assert parse_request(message["submit"]) == sent
     event = TokenEvent(1, 5, FinishReason.STOP, Candidates(-0.5, [[5, -0.5]]), [None, Candidates(-1.0, [])])  # type: ignore[list-item]
-    [message] = FrameBuffer().feed(encode_frame([[event], 1, 2]))
+    [message] = FrameBuffer().feed(encode_frame(StepReport([event], 1, 2, 0.25)))
     report = parse_report(message)
-    assert report == ([event], 1, 2)
+    assert report == ([event], 1, 2, 0.25)
     assert report.events[0].finish_reason is FinishReason.STOP
 
 
