@@ -1,8 +1,13 @@
-"""What Ray takes the cluster for when it plans an elastic group."""
+"""What Ray takes the cluster for when it plans an elastic group, and what is there."""
+
+import socket
+import time
+from collections.abc import Iterable
 
 import ray
 
 _ANSWER_S = 2.0
+_POLL_S = 0.2
 
 
 def renew_view() -> None:
@@ -12,3 +17,28 @@ def renew_view() -> None:
     except ValueError:  # there is none where no group is elastic
         return
     ray.wait([coordinator._tick.remote()], timeout=_ANSWER_S)
+
+
+def gone_nodes(node_ids: Iterable[str]) -> set[str]:
+    """Those of the nodes that have died. Asks their raylets too, as the head learns of a death some seconds later."""
+    known = {node["NodeID"]: node for node in ray.nodes()}
+    return {node_id for node_id in node_ids if not _answers(known.get(node_id))}
+
+
+def wait_until_known(gone: set[str], *, timeout_s: float) -> None:
+    """Returns when the head knows that these nodes have died, so that it plans nothing on them, or when time is up."""
+    deadline_s = time.monotonic() + timeout_s
+    while any(node["Alive"] and node["NodeID"] in gone for node in ray.nodes()) and time.monotonic() < deadline_s:
+        time.sleep(_POLL_S)
+
+
+def _answers(node: dict | None) -> bool:
+    if node is None or not node["Alive"]:
+        return False
+    try:
+        socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=_ANSWER_S).close()
+    except ConnectionRefusedError:
+        return False
+    except OSError:  # a node that is cut off or stopped: the head decides, by its health checks
+        return True
+    return True

@@ -20,7 +20,9 @@ class Kind(StrEnum):
 
 # As the last line of what Ray Train reports tells them apart.
 _NODE_DIED = re.compile(r"node (is dead|has died|was terminated)", re.IGNORECASE)
-_DIED = re.compile(rf"actor (is dead|died)|worker process has died|{_NODE_DIED.pattern}", re.IGNORECASE)
+_DIED = re.compile(
+    rf"actor (is dead|died|\w+ is unavailable)|worker process has died|{_NODE_DIED.pattern}", re.IGNORECASE
+)
 _LOST = re.compile(r"gloo|NCCL|Connection (closed|reset)|DistBackendError|DistNetworkError")
 
 

@@ -5,6 +5,8 @@ the whole group again, which costs every worker its process and all that it has 
 restart. The names from `_internal` are those of its support for torchft, which works the same way.
 """
 
+import os
+import sys
 import threading
 import time
 from typing import Any
@@ -17,10 +19,12 @@ from ray.train.v2._internal.execution.callback import ReplicaGroupCallback, Work
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 from ray.util import placement_group_table, remove_placement_group
 
-from jobs.cluster_view import renew_view
+from jobs.cluster_view import gone_nodes, renew_view, wait_until_known
 from jobs.failures import is_lost_node
 
 _NO_PLACE_S = 6.0
+_STUCK_S = 15.0
+_DEATH_KNOWN_S = 20.0
 _POLL_S = 0.5
 _SETTLED_S = 8.0
 
@@ -53,8 +57,14 @@ class NodeLosses(WorkerGroupCallback):
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
         """Ends the whole group with a node: Ray Train fails for good where a worker that it takes for alive, as those
         of a dying node are for a moment, does not answer while it replaces another one."""
-        if not any(is_lost_node(error) for error in worker_group_status.errors.values()):
+        errors = worker_group_status.errors
+        if not errors:
             return
+        workers = self._worker_group.get_workers()
+        gone = gone_nodes({workers[rank].metadata.node_id for rank in errors})
+        if not gone and not any(is_lost_node(error) for error in errors.values()):
+            return
+        wait_until_known(gone, timeout_s=_DEATH_KNOWN_S)
         renew_view()
         for status in worker_group_status.worker_statuses.values():
             status.error = status.error or RuntimeError("Connection closed: the node of another worker has died")
@@ -62,6 +72,7 @@ class NodeLosses(WorkerGroupCallback):
     def after_worker_group_start(self, worker_group: Any) -> None:
         """Watches the places: Ray Train waits for that of a replacement as long as it takes, though a smaller group
         could train."""
+        self._worker_group = worker_group
         self._ended = threading.Event()
         if not self._is_elastic:
             return
@@ -82,6 +93,11 @@ def _watch(place: Any, ended: threading.Event) -> None:
         lost_at = (lost_at or time.monotonic()) if is_lost else None
         if lost_at and time.monotonic() - lost_at > _NO_PLACE_S:
             remove_placement_group(place)
+            if not ended.wait(_STUCK_S):
+                # Ray forgets a replacement that waits for a place that is taken away: seen once. The launcher starts
+                # another controller.
+                sys.stderr.write("the controller waits for a worker that never comes: it ends, to be replaced\n")
+                os._exit(1)
             return
 
 

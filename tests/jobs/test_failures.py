@@ -11,6 +11,10 @@ GLOO = (
     "Traceback (most recent call last):\n  …\nRuntimeError: [gloo/transport/tcp/pair.cc:547] Connection closed by peer"
 )
 MEMORY = "Traceback (most recent call last):\n  …\nRuntimeError: not enough memory: you tried to allocate 123 bytes.\n"
+UNAVAILABLE = (
+    "The actor 24a72b is unavailable: The actor is temporarily unavailable: RpcError: RPC error: failed to connect to all "
+    "addresses; last error: UNKNOWN: ipv4:127.0.0.1:41841: Failed to connect to remote host: Connection refused"
+)
 DEAD = "The actor died unexpectedly before finishing this task.\nThe actor is dead because its worker process has died."
 
 
@@ -20,6 +24,7 @@ DEAD = "The actor died unexpectedly before finishing this task.\nThe actor is de
         ({0: GLOO, 1: DEAD}, (1, Kind.DIED, DEAD.splitlines()[-1])),
         ({0: GLOO, 1: MEMORY}, (1, Kind.RAISED, MEMORY.splitlines()[-1])),
         ({0: GLOO}, (0, Kind.LOST, GLOO.splitlines()[-1])),
+        ({0: GLOO, 2: UNAVAILABLE}, (2, Kind.DIED, UNAVAILABLE)),
         ({2: ""}, (2, Kind.RAISED, "no reason was given")),
     ],
 )
