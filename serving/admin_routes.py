@@ -116,13 +116,8 @@ def _gate_rows(asked: PromoteRequest, live: ServedModel) -> tuple[tuple[int, ...
         raise invalid_request(
             f"gate_rows: {num_tokens} tokens, at most {MAX_GATE_TOKENS} are measured", param="gate_rows"
         )
-    for row in rows:
-        if len(row) > longest:
-            raise invalid_request(
-                f"gate_rows: a row has {len(row)} tokens, the context holds {longest}", param="gate_rows"
-            )
-        live.checked_ids(row, param="gate_rows")
-    return tuple(tuple(row) for row in rows if len(row) > 1)
+    cut = [live.checked_ids(row[:longest], param="gate_rows") for row in rows]
+    return tuple(tuple(row) for row in cut if len(row) > 1)
 
 
 async def _asked(call: Any) -> Any:
