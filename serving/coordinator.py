@@ -40,7 +40,6 @@ class Coordinator:
         self._key = f"{ENDPOINTS}{config.delivery.endpoint or f'{config.host}-{config.port}'.replace(':', '.')}.json"
         self._file_version: str | None = None
         self._stored: Delivery | None = None
-        self._tried: Delivery | None = None  # to store
         self._retry_at_s = 0.0
         self._phase_began_s = time.monotonic()
         self._reports: dict[str, tuple[float, ReplicaReport]] = {}
@@ -138,16 +137,16 @@ class Coordinator:
 
     async def _change(self, state: Delivery) -> None:
         """Stores the state, then acts on it. A storage that is down delays no decision: it is tried again later."""
-        if state is self._stored or (state is self._tried and time.monotonic() < self._retry_at_s):
-            return
         before = self._delivery
-        try:
-            self._file_version = await asyncio.to_thread(self._store, state)
-            self._stored = state
-        except StorageError as error:
-            if state is not self._tried:
-                _log.warning("the state of this endpoint is not stored: %s", error)
-            self._tried, self._retry_at_s = state, time.monotonic() + RETRY_STORING_S
+        is_due = state is not before or time.monotonic() > self._retry_at_s
+        if state is not self._stored and is_due:
+            try:
+                self._file_version = await asyncio.to_thread(self._store, state)
+                self._stored = state
+            except StorageError as error:
+                if state is not before:
+                    _log.warning("the state of this endpoint is not stored: %s", error)
+                self._retry_at_s = time.monotonic() + RETRY_STORING_S
         self._delivery = state
         if before is None or state.phase is not before.phase or state.live != before.live:
             self._phase_began_s = time.monotonic()

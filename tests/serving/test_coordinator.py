@@ -78,3 +78,17 @@ def test_a_storage_that_takes_nothing_refuses_a_promotion_but_not_a_rollback(tmp
         assert (await one.status())["delivery"]["phase"] == "steady"
 
     asyncio.run(check())
+
+
+def test_a_promotion_that_is_not_stored_does_not_begin(tmp_path: Path) -> None:
+    async def check() -> None:
+        one = coordinator(tmp_path)
+        await one.begin("tiny", OLD)
+        (tmp_path / "endpoints").rename(tmp_path / "away")
+        (tmp_path / "endpoints").write_text("a file where the folder should be")
+        with pytest.raises(DeliveryError, match="could not be stored"):
+            await one.promote(NEW, Terms(watch_s=0))
+        status = await one.status()
+        assert status["delivery"]["phase"] == "steady" and status["is_stored"] is True
+
+    asyncio.run(check())
