@@ -153,10 +153,13 @@ def test_the_old_engine_ends_and_the_new_lineage_shows(
     assert len(processes("serving.engine_process")) == 4, "the old version could return at once"
     assert admin.promote(checkpoint).status_code == 409
     with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEYS[0]}"}) as http:
-        card = http.get("/v1/models/tiny").json()
-        assert card["lineage"]["step"] == 8 and card["version"] == version(other)
-        assert card["delivery"]["phase"] == "watching"
-        assert card["delivery"]["previous"]["lineage"]["step"] == 7
+
+        def card() -> dict[str, Any]:
+            return dict(http.get("/v1/models/tiny").json())
+
+        wait_until(lambda: card()["delivery"]["phase"] == "watching", timeout_s=5)
+        assert card()["lineage"]["step"] == 8 and card()["version"] == version(other)
+        assert card()["delivery"]["previous"]["lineage"]["step"] == 7
         assert http.post("/admin/rollback", json={}).status_code == 403
     pinned = served_checkpoints(open_storage(str(folder / "storage")))
     assert pinned == {str(checkpoint), str(other)}
