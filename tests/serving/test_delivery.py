@@ -190,7 +190,9 @@ def bad_checkpoint(kind: str, folder: Path, other: Path, tokenizer: Tokenizer) -
         size = 290 if kind == "vocabulary" else tokenizer.vocab_size
         theirs = train_bpe([f"{kind}: another text, with other words in it; " * 9], vocab_size=size, normalize=[])
         shape = GPTConfig(vocab_size=size, n_positions=128, n_layer=1, n_head=2, n_embd=32)
-        write_model(place, GPT(shape), theirs)
+        gpt = GPT(shape)
+        gpt.init_weights(3)
+        write_model(place, gpt, theirs)
     return place
 
 
@@ -285,14 +287,15 @@ def test_a_canary_has_its_share_of_the_keys_until_it_is_finished(
                 found.append(ask(http, user=f"user-{number % 3}"))
             return found
 
+        wait_until(lambda: answers() == expected, timeout_s=5)
         assert answers() == expected == answers(), "a key keeps its version on both replicas"
         assert admin.http.post("/admin/finish", json={}).status_code == 200
-        admin.wait_for("watching")
-        assert set(answers()[1:]) == {new}
+        wait_until(lambda: set(answers()) == {new}, timeout_s=5)
         assert admin.http.post("/admin/rollback", json={}).json()["phase"] == "steady"
         wait_until(lambda: set(answers()) == {old}, timeout_s=10)
 
 
+@pytest.mark.slow
 def test_a_killed_replica_comes_back_with_what_is_live(admin: Admin, url: str, checkpoint: Path, other: Path) -> None:
     """One is killed while the candidate is loaded, one after the switch; none serves what it was started with."""
     before = {replica["replica"] for replica in admin.status()["replicas"]}
@@ -315,6 +318,7 @@ def kill_replica() -> None:
     os.kill(engines[0].ppid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_killed_coordinator_forgets_nothing(
     admin: Admin, url: str, checkpoint: Path, other: Path, prompts: list[list[int]], texts: dict[str, list[str]]
 ) -> None:
@@ -359,7 +363,9 @@ def test_the_commands_of_an_operator(
         return code, json.loads(said.out or "{}"), said.err
 
     old, new = version(checkpoint), version(other)
-    gate = ["--gate-source", "none"]
+    text = folder / "held-out.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog, and naïve cafés sell €5 tea")
+    gate = ["--gate-source", str(text), "--max-loss-increase", "100"]
     code, result, said = raymill("promote", str(other), "--canary", "50", *gate)
     assert code == 0 and (result["phase"], result["live"], result["candidate"]) == ("canary", old, new), said
     code, result, said = raymill("promote", "--finish")
@@ -368,8 +374,3 @@ def test_the_commands_of_an_operator(
     assert code == 0 and (result["phase"], result["live"]) == ("steady", old), said
     code, result, said = raymill("promote", str(folder / "nowhere"), *gate)
     assert code == 1 and "unknown checkpoint" in said
-    text = folder / "held-out.txt"
-    text.write_text("the quick brown fox jumps over the lazy dog, and naïve cafés sell €5 tea")
-    code, result, said = raymill("promote", str(other), "--gate-source", str(text), "--max-loss-increase", "0")
-    better = "refused" not in said
-    assert code == (0 if better else 1) and ("nats per token" in said or better)
