@@ -79,7 +79,7 @@ class Follower:
         while True:
             await asyncio.sleep(self._config.delivery.poll_s)
             asked_at_s = time.monotonic()
-            report = ReplicaReport(self._replica, self.versions.route.epoch, self.versions.report())
+            report = ReplicaReport(self._replica, self.versions.delivery.epoch, self.versions.report())
             try:
                 reply: Reply = await answer_of(self.coordinator.exchange.remote(self._deployment, report))
             except CoordinatorAwayError as error:

@@ -60,7 +60,14 @@ class Admin:
         return dict(self.status()["delivery"])
 
     def wait_for(self, phase: str, *, timeout_s: float = 60) -> dict[str, Any]:
-        wait_until(lambda: self.delivery["phase"] == phase, timeout_s=timeout_s)
+        """Until the endpoint is in the phase, and every replica serves accordingly."""
+
+        def is_there() -> bool:
+            state = self.status()
+            epochs = {replica["epoch"] for replica in state["replicas"]}
+            return state["delivery"]["phase"] == phase and epochs == {state["delivery"]["epoch"]}
+
+        wait_until(is_there, timeout_s=timeout_s)
         return self.delivery
 
     def promoted(self, checkpoint: Path, **terms: Any) -> dict[str, Any]:
