@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from cluster import commands
+from cluster import commands, delivery_commands
 from cluster.config import EvaluateConfig, RunConfig
 from cluster.flags import ConfigError, Parser, add_config_arguments
 from cluster.serve_config import ServeConfig
@@ -103,21 +103,7 @@ def _parser() -> Parser:
             _checkpoint_argument(sub)
         _storage_argument(sub)
 
-    sub = command(
-        "serve", commands.serve, "serve a checkpoint behind an OpenAI-compatible endpoint until SIGTERM or Ctrl-C"
-    )
-    _checkpoint_argument(sub)
-    _config_option(sub)
-    add_config_arguments(sub, ServeConfig)
-
-    sub = command("complete", commands.complete, "complete a prompt at the endpoint that `raymill serve` started here")
-    sub.add_argument("prompt")
-    sub.add_argument("--url", help="endpoint, such as http://127.0.0.1:8000")
-    sub.add_argument("--api-key-file", type=Path, help="file with the API key")
-    sub.add_argument("--max-tokens", type=int, default=64)
-    sub.add_argument("--temperature", type=float, default=0.8)
-    sub.add_argument("--seed", type=int)
-    _storage_argument(sub)
+    _endpoint_commands(command)
 
     sub = command(
         "demo", commands.demo, "a corpus to a served model on a 3-node local cluster, with a node killed on purpose"
@@ -151,6 +137,49 @@ def _run_arguments(parser: Parser, name: str) -> None:
     if name == "replay":
         parser.add_argument("--steps", metavar="A..B", help="first and last step; all when unset")
         parser.add_argument("--workers", type=int, help="processes that train; 1 when unset")
+    _storage_argument(parser)
+
+
+def _endpoint_commands(command: Callable[..., Parser]) -> None:
+    sub = command(
+        "serve", commands.serve, "serve a checkpoint behind an OpenAI-compatible endpoint until SIGTERM or Ctrl-C"
+    )
+    _checkpoint_argument(sub)
+    sub.add_argument("--follow", metavar="RUN", help="promote each newer checkpoint of a run as it appears")
+    _config_option(sub)
+    add_config_arguments(sub, ServeConfig)
+
+    sub = command("complete", commands.complete, "complete a prompt at the endpoint that `raymill serve` started here")
+    sub.add_argument("prompt")
+    sub.add_argument("--url", help="endpoint, such as http://127.0.0.1:8000")
+    sub.add_argument("--api-key-file", type=Path, help="file with the API key")
+    sub.add_argument("--max-tokens", type=int, default=64)
+    sub.add_argument("--temperature", type=float, default=0.8)
+    sub.add_argument("--seed", type=int)
+    _storage_argument(sub)
+
+    sub = command("promote", delivery_commands.promote, "make the running endpoint serve another checkpoint")
+    sub.add_argument("checkpoint", nargs="?", help="path or URI of a checkpoint's or run's folder, or `latest`")
+    sub.add_argument("--canary", type=float, metavar="PERCENT", help="share of the requests that it serves first")
+    sub.add_argument("--finish", action="store_true", help="give all requests to the canary that is on")
+    sub.add_argument("--follow", metavar="RUN", help="promote each newer checkpoint of a run as it appears")
+    sub.add_argument("--watch-s", type=float, help="seconds in which it may be rolled back; the endpoint's own")
+    sub.add_argument(
+        "--gate-source",
+        metavar="FILE",
+        help="held-out text, or token rows as .json, on which its loss is compared with the live version's; the run's "
+        "validation rows when unset, `none` for no comparison",
+    )
+    sub.add_argument("--max-loss-increase", type=float, help="nats per token that it may be worse; the endpoint's")
+    _operator_arguments(sub)
+
+    sub = command("rollback", delivery_commands.rollback, "make the running endpoint serve the version before")
+    _operator_arguments(sub)
+
+
+def _operator_arguments(parser: Parser) -> None:
+    parser.add_argument("--url", help="endpoint, such as http://127.0.0.1:8000")
+    parser.add_argument("--admin-key-file", type=Path, help="file with the admin key")
     _storage_argument(parser)
 
 

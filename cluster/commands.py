@@ -10,6 +10,8 @@ from typing import Any
 
 from cluster.chaos import Chaos, parse_faults
 from cluster.config import EvaluateConfig, RunConfig, write_config
+from cluster.delivery import Operator
+from cluster.delivery_commands import follow_run, gate_of
 from cluster.demo import run_demo
 from cluster.endpoint import Endpoint, deploy, stream_completion
 from cluster.flags import ConfigError, config_from_arguments
@@ -140,11 +142,16 @@ def checkpoint_list(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def serve(arguments: argparse.Namespace) -> None:
-    """Serves until a signal; on a cluster of others it deploys and leaves."""
+    """Serves until a signal; on a cluster of others it deploys and leaves, unless it is to follow a run."""
     config = config_from_arguments(arguments, ServeConfig)
+    if arguments.follow is not None and config.admin_key_file is None:
+        raise ConfigError("--follow promotes through /admin: name a file for its key with --admin-key-file")
     with connected(config.cluster, cpus_per_node=_replica_cpus(config)) as connection:
         endpoint = deploy(connection, config)
         arguments.show({"url": endpoint.url, "model": endpoint.model})
+        if arguments.follow is not None:
+            gate = gate_of(None, config.storage.uri)
+            follow_run(Operator(endpoint), arguments.follow, config.storage.uri, terms={}, gate=gate)
         if connection.local is None:
             say(f"{endpoint.url} stays up; end it with Ray Serve's own tools")
             return

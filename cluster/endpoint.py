@@ -25,12 +25,15 @@ class Endpoint:
     url: str
     model: str
     api_key_file: str | None
+    admin_key_file: str | None = None
 
     @classmethod
-    def load(cls, storage_uri: str, *, url: str | None, api_key_file: Path | None) -> "Endpoint":
+    def load(
+        cls, storage_uri: str, *, url: str | None, api_key_file: Path | None = None, admin_key_file: Path | None = None
+    ) -> "Endpoint":
         """The one at `url`, or the last that was served from this storage. Raises `UserError` when there is none."""
         if url is not None:
-            return cls(url.rstrip("/"), "", str(api_key_file) if api_key_file else None)
+            return cls(url.rstrip("/"), "", *(str(path) if path else None for path in (api_key_file, admin_key_file)))
         try:
             return cls(**json.loads(open_storage(storage_uri).read_bytes(_FILE)))
         except NotFoundError:
@@ -40,19 +43,29 @@ class Endpoint:
 
     @property
     def headers(self) -> dict[str, str]:
-        if self.api_key_file is None:
-            return {}
-        path = Path(self.api_key_file)
-        keys = path.read_text(encoding="utf-8").split() if path.is_file() else []
-        if not keys:
-            raise UserError(f"no API key is in {path}: name the key file of `raymill serve` with --api-key-file")
-        return {"Authorization": f"Bearer {keys[0]}"}
+        return {} if self.api_key_file is None else _bearer(Path(self.api_key_file), flag="--api-key-file")
+
+    @property
+    def admin_headers(self) -> dict[str, str]:
+        if self.admin_key_file is None:
+            raise UserError(
+                f"{self.url} is changed with an admin key only: start `raymill serve` with --admin-key-file FILE, or "
+                "name its file here"
+            )
+        return _bearer(Path(self.admin_key_file), flag="--admin-key-file")
+
+
+def _bearer(path: Path, *, flag: str) -> dict[str, str]:
+    keys = path.read_text(encoding="utf-8").split() if path.is_file() else []
+    if not keys:
+        raise UserError(f"no API key is in {path}: name the key file of `raymill serve` with {flag}")
+    return {"Authorization": f"Bearer {keys[0]}"}
 
 
 def deploy(connection: Connection, config: ServeConfig) -> Endpoint:
     """Deploys the checkpoint on the cluster, waits until it answers, and remembers where it is."""
     result = run_stage(connection, "serving.app", config)
-    endpoint = Endpoint(result["url"], result["model"], config.api_key_file)
+    endpoint = Endpoint(result["url"], result["model"], config.api_key_file, config.admin_key_file)
     open_storage(config.storage.uri).write_bytes(_FILE, json.dumps(asdict(endpoint)).encode())
     return endpoint
 
@@ -66,13 +79,13 @@ def stream_completion(endpoint: Endpoint, request: dict[str, Any], *, on_text: C
         with httpx.Client(base_url=endpoint.url, headers=endpoint.headers, timeout=120) as client:
             if not endpoint.model:
                 models = client.get("/v1/models")
-                _raise_for(models)
+                raise_for(models)
                 result["model"] = models.json()["data"][0]["id"]
             body = {"model": result["model"], "stream": True, "stream_options": {"include_usage": True}} | request
             with client.stream("POST", "/v1/completions", json=body) as response:
                 if response.is_error:
                     response.read()
-                _raise_for(response)
+                raise_for(response)
                 for line in response.iter_lines():
                     data = line.removeprefix("data: ")
                     if not data or data == _DONE:
@@ -91,7 +104,8 @@ def stream_completion(endpoint: Endpoint, request: dict[str, Any], *, on_text: C
     return result | {"text": "".join(texts), "total_s": round(time.perf_counter() - start, 4)}
 
 
-def _raise_for(response: httpx.Response) -> None:
+def raise_for(response: httpx.Response) -> None:
+    """Raises `UserError` with the endpoint's own words."""
     if response.is_error:
         try:
             message = response.json()["error"]["message"]

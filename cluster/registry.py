@@ -15,6 +15,8 @@ from cluster.storage import AlreadyExistsError, Entry, NotFoundError, Storage, a
 from model.checkpoint import MANIFEST, CheckpointError, is_hf_folder, read_metadata, verify_checkpoint
 
 LATEST = "latest"
+ENDPOINTS = "endpoints/"
+"""Below it each endpoint keeps what it serves, with the checkpoints that it needs under `pinned`."""
 
 _log = logging.getLogger(__name__)
 
@@ -52,8 +54,19 @@ def publications(storage: Storage) -> list[Publication]:
     return [Publication(**json.loads(storage.read_bytes(entry.key))) for entry in _entries(storage)]
 
 
+def served_checkpoints(storage: Storage) -> set[str]:
+    """URIs of the checkpoints that endpoints serve, are about to serve, or would go back to."""
+    states = [json.loads(storage.read_bytes(entry.key)) for entry in storage.list(ENDPOINTS)]
+    return {uri for state in states for uri in state["pinned"]}
+
+
 def resolve_checkpoint(reference: str, storage_uri: str) -> Path:
-    """A local folder with the verified checkpoint that `reference` names.
+    """A local folder with the verified checkpoint that `reference` names, see `find_checkpoint`."""
+    return find_checkpoint(reference, storage_uri)[1]
+
+
+def find_checkpoint(reference: str, storage_uri: str) -> tuple[str, Path]:
+    """The URI of the verified checkpoint that `reference` names, and a local folder with it.
 
     `latest` is the newest published one that is valid; a damaged one is named in the log and passed over. A URI
     names a checkpoint's folder, or a run's, whose newest valid checkpoint is meant; a remote one is copied here.
@@ -74,17 +87,17 @@ def resolve_checkpoint(reference: str, storage_uri: str) -> Path:
     local, problems = _checked(reference)
     if problems:
         raise CheckpointError(f"checkpoint {reference} is not valid: {'; '.join(problems)}")
-    return local
+    return folder.uri, local
 
 
-def _newest(checkpoints: list[str], *, none: str) -> Path:
+def _newest(checkpoints: list[str], *, none: str) -> tuple[str, Path]:
     for checkpoint in reversed(checkpoints):
         try:
             local, problems = _checked(checkpoint)
         except NotFoundError as error:  # deleted since
             problems = [str(error)]
         if not problems:
-            return local
+            return checkpoint, local
         _log.warning("checkpoint %s is skipped: %s", checkpoint, "; ".join(problems))
     raise CheckpointError(none)
 

@@ -67,6 +67,27 @@ class HttpConfig(Settings):
     )
 
 
+class DeliveryConfig(Settings):
+    """How a checkpoint that is promoted is judged, unless `raymill promote` says otherwise."""
+
+    endpoint: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9._-]+$",
+        description="name of this endpoint's state under endpoints/ in the storage, its own among all that share the "
+        "storage; host and port when unset",
+    )
+    watch_s: float = Field(default=60.0, ge=0, description="time in which a new version may be rolled back, seconds")
+    max_loss_increase: float = Field(
+        default=0.05, ge=0, description="above the live version's loss on the gate's text, nats per token"
+    )
+    max_error_rate: float = Field(default=0.01, ge=0, le=1, description="of a new version's sequences")
+    max_latency_ratio: float | None = Field(
+        default=3.0, gt=0, description="seconds a token of a new version, against the version before"
+    )
+    load_timeout_s: float = Field(default=600.0, gt=0, description="until every replica has loaded it, seconds")
+    poll_s: float = Field(default=0.5, gt=0, description="between a replica's reports to the coordinator, seconds")
+
+
 class ServeConfig(Settings):
     """Everything that the endpoint needs. The model's shape comes from the checkpoint, never from here."""
 
@@ -85,6 +106,7 @@ class ServeConfig(Settings):
         default=None, description="file like api_key_file, with keys for /admin; there is no /admin when unset"
     )
     http: HttpConfig = HttpConfig()
+    delivery: DeliveryConfig = DeliveryConfig()
     replicas: ReplicaConfig = ReplicaConfig()
     engine: EngineConfig = EngineConfig()
     cluster: ClusterConfig = ClusterConfig(num_nodes=2)

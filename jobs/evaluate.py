@@ -85,7 +85,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             }
         )
     model = load_model(folder, verify=False)  # as it was verified just now
-    tokens, split = _documents(folder, config) if config.data.source else _validation_split(folder, config)
+    tokens, split = _documents(folder, config) if config.data.source else validation_split(folder, config)
     manifest = read_manifest(tokens)
     document_mask = trained is not None and trained.train.document_mask
     rows = _rows(tokens, manifest, split, model, config, document_mask=document_mask)
@@ -120,7 +120,7 @@ def storage_of(config: EvaluateConfig) -> Storage:
     return open_storage(place["storage"] if place and config.checkpoint != LATEST else config.storage.uri)
 
 
-def _validation_split(folder: Path, config: EvaluateConfig) -> tuple[Storage, Split]:
+def validation_split(folder: Path, config: EvaluateConfig) -> tuple[Storage, Split]:
     """What the checkpoint's run validated on, found by the hashes that the checkpoint records."""
     if is_hf_folder(folder):
         raise CheckpointError(f"checkpoint {folder} records no validation split; name a text with --data.source")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from cluster.registry import publications
+from cluster.registry import publications, served_checkpoints
 from cluster.storage import open_storage
 from jobs.checkpoint_writer import CheckpointWriter, checkpoint_fields
 from jobs.checkpoints import RunCheckpoints, step_of
@@ -119,7 +119,8 @@ class RunWriter:
         self.ledger.abandon()
 
     def _pinned(self) -> set[str]:
-        """Names of this run's published checkpoints, also of those published since the run began."""
+        """Names of this run's checkpoints that are published or served, also since the run began."""
         prefix = f"{self._plan.run.uri}/checkpoints/"
-        published = [found.checkpoint for found in publications(open_storage(self._plan.config.storage.uri))]
-        return {uri.removeprefix(prefix) for uri in published if uri.startswith(prefix)} | self._plan.pinned
+        storage = open_storage(self._plan.config.storage.uri)
+        used = {found.checkpoint for found in publications(storage)} | served_checkpoints(storage)
+        return {uri.removeprefix(prefix) for uri in used if uri.startswith(prefix)} | self._plan.pinned

@@ -8,6 +8,7 @@ import ipaddress
 import socket
 import sys
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from cluster.registry import LATEST, resolve_checkpoint
 from cluster.serve_config import ServeConfig
 from cluster.stage import stage_main
-from cluster.storage import open_storage
+from cluster.storage import absolute_uri
 from model.errors import UserError
 from serving.access import AccessRules, read_key_hashes
+from serving.coordinator import Coordinator
 from serving.front_door import proxy_environment
 from serving.replica import Replica
 from serving.served_model import read_served_model
@@ -32,7 +34,12 @@ LONGEST_STREAM_S = 120.0  # a replica that leaves finishes its streams first
 
 
 def build_app(config: ServeConfig) -> serve.Application:
-    """The application for `serve.run` or a Ray Serve config file."""
+    """The application for a Ray Serve config file: of the same checkpoint in the settings, it goes on with what was
+    promoted meanwhile, also on a new cluster."""
+    return _app(config, deployment=f"config file: {config.checkpoint}")
+
+
+def _app(config: ServeConfig, *, deployment: str) -> serve.Application:
     if not _is_loopback(config.host) and config.api_key_file is None:
         raise UserError(
             f"host is {config.host}, which others can reach, and api_key_file is unset: name a key file, "
@@ -43,7 +50,7 @@ def build_app(config: ServeConfig) -> serve.Application:
     # A full replica answers 429 itself. Ray Serve's own limit lies above it, so that only a flood meets the proxy's
     # refusal, which front_door.py puts into OpenAI's shape.
     flood_limit = 2 * replicas.max_ongoing_requests
-    deployment = serve.deployment(
+    replica = serve.deployment(
         name="Replica",
         num_replicas=replicas.min_replicas if fixed else None,
         autoscaling_config=None if fixed else autoscaling(config),
@@ -56,7 +63,22 @@ def build_app(config: ServeConfig) -> serve.Application:
         health_check_timeout_s=5,
         max_constructor_retry_count=3,  # a checkpoint that does not load will not the twentieth time either
     )(Replica)
-    return deployment.bind(config, access=read_access_rules(config))
+    coordinator = serve.deployment(
+        name="Coordinator",
+        num_replicas=1,
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=1000,  # each replica's report, and what operators ask
+        graceful_shutdown_timeout_s=1,
+        health_check_period_s=1,
+        health_check_timeout_s=5,
+        max_constructor_retry_count=3,
+    )(Coordinator)
+    return replica.bind(
+        config,
+        access=read_access_rules(config),
+        coordinator=coordinator.bind(config, deployment=deployment),
+        deployment=deployment,
+    )
 
 
 def read_access_rules(config: ServeConfig) -> AccessRules:
@@ -87,9 +109,10 @@ def autoscaling(config: ServeConfig) -> AutoscalingConfig:
 def run(config: ServeConfig) -> dict[str, Any]:
     """Deploys on the cluster that the caller has joined, and returns once the endpoint answers. It stays up until
     the caller ends Ray Serve or the cluster. Raises `UserError` for a port in use or an unusable checkpoint."""
+    config = _absolute(config)
     folder = resolve_checkpoint(config.checkpoint, storage_uri=config.storage.uri)
     model = read_served_model(folder, name=config.model_name)
-    app = build_app(_pinned(config, folder))
+    app = _app(config, deployment=f"started {uuid.uuid4().hex}")  # serves what was asked for now
     if not serve.status().proxies:
         _require_free_port(config.host, config.port)
         start_proxies(config)
@@ -107,13 +130,11 @@ def start_proxies(config: ServeConfig) -> None:
     ray.get(start.remote(proxy_location="HeadOnly", http_options={"host": config.host, "port": config.port}))
 
 
-def _pinned(config: ServeConfig, folder: Path) -> ServeConfig:
-    """With the checkpoint's absolute path where it is on disk: what `latest` means is decided once for all replicas,
-    and their working directory is not ours. A remote one stays a URI, for each node to fetch."""
-    storage_uri = config.storage.uri if config.checkpoint == LATEST else config.checkpoint
-    if open_storage(storage_uri).local_path("") is None:
-        return config
-    return config.model_copy(update={"checkpoint": str(folder.absolute())})
+def _absolute(config: ServeConfig) -> ServeConfig:
+    """The working directory of replicas is not ours."""
+    checkpoint = config.checkpoint if config.checkpoint == LATEST else absolute_uri(config.checkpoint)
+    storage = config.storage.model_copy(update={"uri": absolute_uri(config.storage.uri)})
+    return config.model_copy(update={"checkpoint": checkpoint, "storage": storage})
 
 
 def _is_loopback(host: str) -> bool:

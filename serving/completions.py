@@ -14,6 +14,7 @@ from serving.answers import Answer
 from serving.choice_output import ChoiceOutput, join_parts
 from serving.engine_client import EngineClient, EngineDiedError, Generation
 from serving.errors import ApiError, engine_unavailable, internal_error, invalid_request, overloaded
+from serving.loaded_version import LoadedVersion
 from serving.messages import FinishReason, SequenceRequest
 from serving.metrics import ReplicaMetrics, RequestTimer
 from serving.protocol import Choice, CompletionRequest, Usage
@@ -105,13 +106,13 @@ async def start_completion(
     request: CompletionRequest,
     *,
     answer: Answer,
-    model: ServedModel,
-    engine: EngineClient,
+    version: LoadedVersion,
     metrics: ReplicaMetrics,
     limits: AdmissionLimits,
 ) -> Completion:
-    """Admits a request to the engine. Raises `ApiError`: 400 for a request that cannot be served, 429 when there is
-    no room for it now, 503 without an engine."""
+    """Admits a request to the engine of `version`. Raises `ApiError`: 400 for a request that cannot be served, 429
+    when there is no room for it now, 503 without an engine."""
+    model, engine = version.model, version.engine
     num_sequences = len(request.prompt) * request.n
     if num_sequences > limits.max_sequences:
         raise invalid_request(
@@ -147,7 +148,9 @@ async def start_completion(
     except EngineDiedError:
         raise engine_unavailable() from None
     timer = metrics.start_request(
-        [sequence.seq_id for sequence in sequences], num_prompt_tokens=sum(len(prompt_ids) for prompt_ids in prompts)
+        [sequence.seq_id for sequence in sequences],
+        num_prompt_tokens=sum(len(prompt_ids) for prompt_ids in prompts),
+        stats=version.stats,
     )
     return Completion(request, answer=answer, model=model, sequences=sequences, generation=generation, timer=timer)
 

@@ -130,5 +130,15 @@ def engine_unavailable() -> ApiError:
     )
 
 
+def draining() -> ApiError:
+    return ApiError(
+        503,
+        "The endpoint is draining: it finishes what runs and takes nothing new.",
+        error_type="server_error",
+        code="draining",
+        headers={"Retry-After": "30"},
+    )
+
+
 def internal_error(message: str = "The server failed to handle the request.") -> ApiError:
     return ApiError(500, message, error_type="server_error", code="internal_error")

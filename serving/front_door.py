@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from cluster.serve_config import HttpConfig
 from serving import http_server
 from serving.errors import ApiError, closing, interrupted, invalid_request, not_found
+from serving.newest_route import NewestRoute
 from serving.protocol import MAX_BODY_BYTES
 from serving.relay import ASK_HEADER, YES_HEADER, Relay, RelayedAnswer
 
@@ -46,7 +47,7 @@ def middlewares() -> list[Middleware]:
     config = HttpConfig.model_validate_json(os.environ.get(SETTINGS_VARIABLE, "{}"))
     http_server.BoundedHttpProtocol.config_of_bounds = config
     uvicorn.config.HTTP_PROTOCOLS["auto"] = f"{http_server.__name__}:BoundedHttpProtocol"
-    return [Middleware(FrontDoor, config=config)]
+    return [Middleware(FrontDoor, config=config), Middleware(NewestRoute)]
 
 
 class FrontDoor:

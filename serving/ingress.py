@@ -1,10 +1,10 @@
 """The HTTP routes of a replica: each reads its request strictly and answers in OpenAI's shape, errors too."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
@@ -15,12 +15,12 @@ from serving.access import AccessRules, RequestsInFlight, authorize
 from serving.answers import Answer, AnswerHead, TextAnswer
 from serving.chat import NOTE_HEADER, ChatAnswer, as_completion, parse_chat
 from serving.completions import AdmissionLimits, Completion, start_completion
-from serving.engine_client import EngineClient
-from serving.errors import ApiError, engine_unavailable, internal_error, invalid_request, model_not_found
+from serving.errors import ApiError, draining, engine_unavailable, internal_error
+from serving.json_body import read_json_body
+from serving.loaded_version import LoadedVersion
 from serving.metrics import ReplicaMetrics
 from serving.page_routes import page_router
 from serving.protocol import (
-    MAX_BODY_BYTES,
     CompletionRequest,
     DetokenizeRequest,
     TokenizeRequest,
@@ -28,71 +28,99 @@ from serving.protocol import (
     parse_request,
 )
 from serving.relay import YES_HEADER, RelayClient
+from serving.routed_request import RoutedRequest
 from serving.served_model import ServedModel
-from serving.xray import Xray, XrayRequest
+from serving.versions import Versions
+from serving.xray import XrayRequest
 
 METERED_PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/xray")  # count against a key's limit
 
 
 def build_http_app(
     *,
-    model: ServedModel,
-    engine: EngineClient,
+    versions: Versions,
     metrics: ReplicaMetrics,
     limits: AdmissionLimits,
     access: AccessRules,
-    xray: Xray,
+    admin: APIRouter,
 ) -> ASGIApp:
     """All routes, behind `access`."""
     # The interactive documentation and the schema would tell strangers what this endpoint can do.
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.include_router(page_router())
-    add_state_routes(app, model=model, engine=engine, metrics=metrics)
+    app.include_router(admin)
+    add_state_routes(app, versions=versions, metrics=metrics)
+    add_tool_routes(app)
     add_error_handlers(app)
     relay = RelayClient()
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         parsed = parse_completion(await read_json_body(request))
-        require_model(parsed.model)
-        head = AnswerHead.new("cmpl", model=model.name, version=model.version)
-        return await answer(parsed, TextAnswer(head))
+
+        def shape(model: ServedModel) -> Answer:
+            return TextAnswer(AnswerHead.new("cmpl", model=model.name, version=model.version))
+
+        version = RoutedRequest.of(request).take(parsed.model, user=parsed.user)
+        return await answer(parsed, shape, request, version=version)
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
         parsed = parse_chat(await read_json_body(request))
-        require_model(parsed.model)
-        completion = await asyncio.to_thread(as_completion, parsed, model)  # tokenizes
-        head = AnswerHead.new("chatcmpl", model=model.name, version=model.version)
-        return await answer(completion, ChatAnswer(head, num_top=parsed.top_logprobs), headers=NOTE_HEADER)
+        version = RoutedRequest.of(request).take(parsed.model, user=parsed.user)
+        completion = await asyncio.to_thread(as_completion, parsed, version.model)  # tokenizes
+
+        def shape(model: ServedModel) -> Answer:
+            head = AnswerHead.new("chatcmpl", model=model.name, version=model.version)
+            return ChatAnswer(head, num_top=parsed.top_logprobs)
+
+        return await answer(completion, shape, request, version=version, headers=NOTE_HEADER)
 
     async def answer(
-        request: CompletionRequest, shape: Answer, *, headers: Mapping[str, str] | None = None
+        parsed: CompletionRequest,
+        shape: Callable[[ServedModel], Answer],
+        request: Request,
+        *,
+        version: LoadedVersion,
+        headers: Mapping[str, str] | None = None,
     ) -> Response:
-        completion = await start_completion(
-            request, answer=shape, model=model, engine=engine, metrics=metrics, limits=limits
-        )
-        if request.stream:
-            return EventStream(completion, headers=headers or {}, relay=relay)
         try:
-            body = await completion.respond()
-        finally:
-            completion.close()
+            completion = await start_completion(
+                parsed, answer=shape(version.model), version=version, metrics=metrics, limits=limits
+            )
+            if parsed.stream:
+                return EventStream(completion, headers=headers or {}, relay=relay)
+            try:
+                body = await completion.respond()
+            finally:
+                completion.close()
+        except ApiError as error:
+            # Nothing has gone out yet: what a new version fails to answer, the one before answers whole.
+            other = RoutedRequest.of(request).take_other() if error.status >= 500 else None
+            if other is None:
+                raise
+            return await answer(parsed, shape, request, version=other, headers=headers)
         return Response(body, media_type="application/json", headers=headers)
 
     @app.get("/v1/models")
-    async def list_models() -> dict[str, Any]:
-        return {"object": "list", "data": [model.card()]}
+    async def list_models(request: Request) -> dict[str, Any]:
+        return {"object": "list", "data": [RoutedRequest.of(request).card()]}
 
     @app.get("/v1/models/{name:path}")
-    async def get_model(name: str) -> dict[str, Any]:
-        require_model(name)
-        return model.card()
+    async def get_model(request: Request, name: str) -> dict[str, Any]:
+        RoutedRequest.of(request).take(name)
+        return RoutedRequest.of(request).card()
+
+    return Gate(app, access=access, versions=versions)
+
+
+def add_tool_routes(app: FastAPI) -> None:
+    """What shows how a model reads and computes."""
 
     @app.post("/tokenize")
     async def tokenize(request: Request) -> dict[str, Any]:
         parsed = parse_request(await read_json_body(request), TokenizeRequest)
-        require_model(parsed.model)
+        model = RoutedRequest.of(request).take(parsed.model).model
         tokens = model.require_tokenizer().encode(parsed.prompt)
         names = [model.token_name(token_id) for token_id in tokens] if parsed.return_token_strs else None
         max_model_len = model.config.n_positions
@@ -101,30 +129,23 @@ def build_http_app(
     @app.post("/detokenize")
     async def detokenize(request: Request) -> dict[str, str]:
         parsed = parse_request(await read_json_body(request), DetokenizeRequest)
-        require_model(parsed.model)
+        model = RoutedRequest.of(request).take(parsed.model).model
         model.require_tokenizer()
         tokens = b"".join(model.token_bytes(i) for i in model.checked_ids(parsed.tokens, param="tokens"))
         return {"prompt": tokens.decode("utf-8", errors="replace")}
 
     @app.get("/v1/xray")
-    async def xray_limits() -> dict[str, Any]:
-        return await xray.card()
+    async def xray_limits(request: Request) -> dict[str, Any]:
+        return await RoutedRequest.of(request).take().xray.card()
 
     @app.post("/v1/xray")
     async def look_inside(request: Request) -> Response:
         parsed = parse_request(await read_json_body(request), XrayRequest)
-        require_model(parsed.model)
-        status, body = await xray.answer(parsed)
+        status, body = await RoutedRequest.of(request).take(parsed.model).xray.answer(parsed)
         return Response(body, status_code=status, media_type="application/json")
 
-    def require_model(name: str | None) -> None:
-        if name is not None and name != model.name:
-            raise model_not_found(name, served=model.name)
 
-    return Gate(app, access=access, model_version=model.version)
-
-
-def add_state_routes(app: FastAPI, *, model: ServedModel, engine: EngineClient, metrics: ReplicaMetrics) -> None:
+def add_state_routes(app: FastAPI, *, versions: Versions, metrics: ReplicaMetrics) -> None:
     """How the replica is doing."""
 
     @app.get("/health")
@@ -134,10 +155,13 @@ def add_state_routes(app: FastAPI, *, model: ServedModel, engine: EngineClient, 
 
     @app.get("/ready")
     async def ready() -> dict[str, str]:
-        """The engine has passed its self-test and runs."""
-        if not engine.alive:
+        """The engine has passed its self-test and runs, and takes requests."""
+        live = versions.live
+        if not live.engine.alive:
             raise engine_unavailable()
-        return {"status": "ready", "model": model.name, "version": model.version}
+        if versions.delivery.draining:
+            raise draining()
+        return {"status": "ready", "model": live.model.name, "version": live.model.version}
 
     @app.get("/version")
     async def version() -> dict[str, str]:
@@ -175,30 +199,38 @@ def add_error_handlers(app: FastAPI) -> None:
 
 
 class Gate:
-    """Around all routes: lets no request without its key through, and names the model's version on each answer."""
+    """Around all routes: lets no request without its key through, keeps the version that answers a request loaded to
+    the end of the answer, and names it there."""
 
-    def __init__(self, app: ASGIApp, *, access: AccessRules, model_version: str) -> None:
+    def __init__(self, app: ASGIApp, *, access: AccessRules, versions: Versions) -> None:
         self._app = app
         self._access = access
         self._in_flight = RequestsInFlight(access.max_requests_per_key)
-        self._model_version = model_version
+        self._versions = versions
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        routed = RoutedRequest(self._versions, scope["headers"])
+        routed.put_into(scope)
 
         async def send_with_version(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["x-model-version"] = self._model_version
+                MutableHeaders(scope=message).update(routed.headers)
             await send(message)
 
+        is_metered = scope["path"] in METERED_PATHS
         try:
-            key = authorize(scope["path"], scope["headers"], self._access)
-            with self._in_flight.of(key if scope["path"] in METERED_PATHS else None):
+            routed.key = authorize(scope["path"], scope["headers"], self._access)
+            if is_metered and self._versions.delivery.draining:
+                raise draining()
+            with self._in_flight.of(routed.key if is_metered else None):
                 await self._app(scope, receive, send_with_version)
         except ApiError as error:
             await error_response(error)(scope, receive, send_with_version)
+        finally:
+            routed.close()
 
 
 class EventStream(StreamingResponse):
@@ -229,18 +261,3 @@ class EventStream(StreamingResponse):
 
 def error_response(error: ApiError) -> JSONResponse:
     return JSONResponse(error.body(), status_code=error.status, headers=error.headers)
-
-
-async def read_json_body(request: Request) -> bytes:
-    """The raw body, refused before it is read where its headers say that it is too large or not plain JSON."""
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type != "application/json":
-        raise invalid_request("The header Content-Type must be application/json", status=415)
-    if request.headers.get("content-encoding", "identity").lower() != "identity":
-        raise invalid_request("A compressed body is not supported; send it plain", status=415)
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            raise invalid_request(f"The body exceeds {MAX_BODY_BYTES} bytes; send less", status=413)
-    return bytes(body)

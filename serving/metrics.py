@@ -5,7 +5,9 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from serving.engine_client import EngineClient
+from serving.loaded_version import StatsCounter
+from serving.messages import FinishReason
+from serving.versions import Versions
 
 # Bucket bounds in seconds, vLLM's own.
 TTFT_BUCKETS_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
@@ -21,7 +23,7 @@ class ReplicaMetrics:
     def __init__(
         self,
         *,
-        engine: EngineClient,
+        versions: Versions,
         model_name: str,
         replica: str,
         clock: Callable[[], float] = time.monotonic,
@@ -34,9 +36,9 @@ class ReplicaMetrics:
         running = Gauge("vllm:num_requests_running", "Sequences that hold KV cache blocks", names, registry=registry)
         waiting = Gauge("vllm:num_requests_waiting", "Sequences that wait for blocks", names, registry=registry)
         usage = Gauge("vllm:kv_cache_usage_perc", "Share of the blocks in use, 0 to 1", names, registry=registry)
-        running.labels(**self._labels).set_function(lambda: engine.num_running)
-        waiting.labels(**self._labels).set_function(lambda: engine.num_waiting)
-        usage.labels(**self._labels).set_function(lambda: engine.kv_cache_usage)
+        running.labels(**self._labels).set_function(lambda: versions.num_running)
+        waiting.labels(**self._labels).set_function(lambda: versions.num_waiting)
+        usage.labels(**self._labels).set_function(lambda: versions.kv_cache_usage)
 
         self._success = Counter(
             "vllm:request_success", "Sequences ended, by reason", (*names, "finished_reason"), registry=registry
@@ -53,9 +55,10 @@ class ReplicaMetrics:
             "vllm:e2e_request_latency_seconds", "From admission to the end of a sequence", E2E_BUCKETS_S
         )
 
-    def start_request(self, seq_ids: list[int], *, num_prompt_tokens: int) -> "RequestTimer":
+    def start_request(self, seq_ids: list[int], *, num_prompt_tokens: int, stats: StatsCounter) -> "RequestTimer":
+        """`stats` are the ones of the version that answers."""
         self._prompt_tokens.inc(num_prompt_tokens)
-        return RequestTimer(self, seq_ids)
+        return RequestTimer(self, seq_ids, stats)
 
     def render(self) -> bytes:
         return generate_latest(self._registry)
@@ -87,8 +90,9 @@ class ReplicaMetrics:
 class RequestTimer:
     """The times of one request's sequences, from its admission on."""
 
-    def __init__(self, metrics: ReplicaMetrics, seq_ids: list[int]) -> None:
+    def __init__(self, metrics: ReplicaMetrics, seq_ids: list[int], stats: StatsCounter) -> None:
         self._metrics = metrics
+        self._stats = stats
         self._start_s = metrics.now_s()
         self._last_token_s: dict[int, float | None] = dict.fromkeys(seq_ids)  # of the open sequences
 
@@ -99,10 +103,14 @@ class RequestTimer:
         else:
             self._metrics.observe_next_token(now_s - last_s)
         self._last_token_s[seq_id] = now_s
+        self._stats.token()
 
     def finished(self, seq_id: int, finish_reason: str) -> None:
         del self._last_token_s[seq_id]
-        self._metrics.observe_end(finish_reason, since_start_s=self._metrics.now_s() - self._start_s)
+        since_start_s = self._metrics.now_s() - self._start_s
+        self._metrics.observe_end(finish_reason, since_start_s=since_start_s)
+        if finish_reason != ABORTED:
+            self._stats.ended(since_start_s=since_start_s, failed=finish_reason == FinishReason.ERROR)
 
     def close(self) -> None:
         """Whatever has not finished is aborted."""

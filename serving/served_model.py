@@ -12,6 +12,7 @@ from model.config import GPTConfig
 from model.hf import config_from_hf
 from model.tokenizer import Tokenizer, TokenizerError
 from serving.errors import context_length_exceeded, invalid_request
+from serving.promotion import Version
 
 
 @dataclass(frozen=True)
@@ -88,12 +89,16 @@ class ServedModel:
             "max_model_len": self.config.n_positions,
             "version": self.version,
             "chat_tuned": False,
-            "lineage": None if self.metadata is None else self._lineage(self.metadata),
+            "lineage": self.lineage,
         }
 
-    def _lineage(self, metadata: Metadata) -> dict[str, Any]:
+    @property
+    def lineage(self) -> dict[str, Any] | None:
+        """Run, step, data, tokenizer and code; only raymill's own checkpoints know them."""
+        if self.metadata is None:
+            return None
         tokenizer_hash = None if self.tokenizer is None else self.tokenizer.hash
-        return dataclasses.asdict(metadata) | {"tokenizer_hash": tokenizer_hash}
+        return dataclasses.asdict(self.metadata) | {"tokenizer_hash": tokenizer_hash}
 
 
 def read_served_model(folder: Path, *, name: str | None) -> ServedModel:
@@ -116,6 +121,26 @@ def read_served_model(folder: Path, *, name: str | None) -> ServedModel:
         metadata=metadata,
         version=version[:16],
     )
+
+
+def version_of(model: ServedModel, *, checkpoint: str) -> Version:
+    """What the coordinator keeps of it; `checkpoint` is its URI."""
+    return Version(checkpoint=checkpoint, version=model.version, lineage=model.lineage)
+
+
+def misfit(live: ServedModel, candidate: ServedModel) -> str:
+    """Why `candidate` cannot take the place of `live` without a client noticing; empty when it can."""
+    if candidate.version == live.version:
+        return f"has the weights that are served now ({live.version})"
+    if (size := candidate.config.vocab_size) != live.config.vocab_size:
+        return f"has a vocabulary of {size} ids, the live version one of {live.config.vocab_size}"
+    hashes = [None if model.tokenizer is None else model.tokenizer.hash for model in (live, candidate)]
+    if hashes[0] != hashes[1]:
+        named = ["none" if found is None else found[:12] for found in hashes]
+        return f"has another tokenizer ({named[1]}) than the live version ({named[0]})"
+    if candidate.config.n_positions < live.config.n_positions:
+        return f"has a context of {candidate.config.n_positions} tokens, the live version {live.config.n_positions}"
+    return ""
 
 
 def _files_hash(paths: list[Path]) -> str:

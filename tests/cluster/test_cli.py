@@ -35,6 +35,8 @@ COMMANDS = {
     "checkpoint list": ["--storage.uri"],
     "serve": ["--port", "--api-key-file", "--replicas.max-replicas"],
     "complete": ["PROMPT", "--max-tokens", "--url"],
+    "promote": ["--canary", "--finish", "--follow RUN", "--gate-source", "--admin-key-file"],
+    "rollback": ["--url", "--admin-key-file"],
     "demo": ["--keep"],
 }
 
@@ -95,6 +97,9 @@ def test_the_first_help_names_every_command() -> None:
         (["serve", "latest", "--port", "70000"], ["port", "65535", "70000"]),
         (["evaluate"], ["checkpoint"]),
         (["complete", "x", "--max-tokens", "many"], ["--max-tokens", "'many'"]),
+        (["promote"], ["--follow", "--finish"]),
+        (["promote", "x", "--finish"], ["--follow", "--finish"]),
+        (["serve", "latest", "--follow", "run"], ["--admin-key-file"]),
     ],
     ids=" ".join,
 )
@@ -118,6 +123,9 @@ def test_misuse_is_one_line_and_exit_code_2(
         (["complete", "hi"], ["no endpoint was started from", "raymill serve latest", "--url"]),
         (["complete", "hi", "--url", "http://127.0.0.1:9"], ["no endpoint answers at http://127.0.0.1:9"]),
         (["complete", "hi", "--url", "http://127.0.0.1:9", "--api-key-file", "none"], ["no API key is in none"]),
+        (["promote", "x"], ["no endpoint was started from", "raymill serve latest", "--url"]),
+        (["rollback", "--url", "http://127.0.0.1:9"], ["admin key", "--admin-key-file"]),
+        (["rollback", "--url", "http://127.0.0.1:9", "--admin-key-file", "none"], ["no API key is in none"]),
         (
             ["tokenize", "--data.source", "x", "--cluster.address", "http://127.0.0.1:9"],
             ["no Ray Jobs API answers at http://127.0.0.1:9"],

@@ -1,5 +1,6 @@
 """The registry: what is published is found again, damaged checkpoints never are, and numbers are taken once."""
 
+import json
 import logging
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.registry import publications, publish, resolve_checkpoint
+from cluster.registry import publications, publish, resolve_checkpoint, served_checkpoints
 from cluster.storage import open_storage
 from model.checkpoint import MANIFEST, CheckpointError, parameter_hash
 from model.checkpoint import load_model as load
@@ -133,3 +134,11 @@ def test_publishers_never_share_a_number(root: Path, place: str, request: pytest
         published = list(threads.map(lambda _: publish(storage, str(folder)), range(16)))
     assert [entry.key for entry in storage.list("registry/")] == [f"registry/{n:06d}.json" for n in range(1, 17)]
     assert sorted(entry.time for entry in publications(storage)) == sorted(entry.time for entry in published)
+
+
+def test_what_endpoints_serve_is_known(root: Path) -> None:
+    storage = open_storage(str(root))
+    assert served_checkpoints(storage) == set()
+    for name, uris in (("a", ["/x", "/y"]), ("b", ["/y", "s3://bucket/z"])):
+        storage.write_bytes(f"endpoints/{name}.json", json.dumps({"pinned": uris, "delivery": {}}).encode())
+    assert served_checkpoints(storage) == {"/x", "/y", "s3://bucket/z"}

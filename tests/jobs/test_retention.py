@@ -1,10 +1,18 @@
 """Retention: whatever the settings, the newest, the best, the milestones, the pinned and two verified ones stay."""
 
+import json
+from pathlib import Path
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.config import CheckpointConfig
+from cluster.storage import open_storage
+from jobs.checkpoints import RunCheckpoints
+from jobs.ledger import Ledger
 from jobs.retention import checkpoint_name, step_of, superseded
+from tests.jobs.runs import tiny_plan, train
 
 STEPS = st.sets(st.integers(1, 60), max_size=25)
 
@@ -65,3 +73,15 @@ def test_what_may_go(
     most = keep.num_to_keep + 2 + keep.keep_best + len(complete & pinned) + len(milestones)
     assert len(left) <= most, "everything else goes"
     assert set(gone) & incomplete == {step for step in incomplete - pinned if step < trusted[0]}
+
+
+@pytest.mark.parametrize("are_served", [False, True])
+def test_a_run_keeps_what_endpoints_serve(tmp_path: Path, *, are_served: bool) -> None:
+    plan = tiny_plan(str(tmp_path), checkpoint={"save_every_steps": 1, "num_to_keep": 1, "keep_best": 0})
+    uris = [plan.run.child(f"checkpoints/{checkpoint_name(step, 1)}").uri for step in range(1, 9)]
+    pinned = json.dumps({"pinned": uris if are_served else []}).encode()
+    open_storage(str(tmp_path)).write_bytes("endpoints/e.json", pinned)
+    train(plan, rank=0, world_size=1)
+    saved = [line["step"] for line in Ledger.read(plan.run).events("checkpoint")]
+    kept = [step_of(name) for name in RunCheckpoints(plan.run).names]
+    assert kept == (saved if are_served else saved[-2:])

@@ -17,8 +17,9 @@ import httpx
 import psutil
 import pytest
 import torch
+from fastapi import APIRouter
 
-from cluster.serve_config import EngineConfig
+from cluster.serve_config import ServeConfig
 from model.checkpoint import read_metadata, write_checkpoint
 from model.generate import generate
 from model.gpt import GPT
@@ -26,11 +27,12 @@ from model.sampling import SamplingParams
 from model.tokenizer import Tokenizer
 from serving.access import AccessRules
 from serving.completions import AdmissionLimits
-from serving.engine_client import EngineClient
 from serving.ingress import build_http_app
 from serving.metrics import ReplicaMetrics
 from serving.page_routes import PAGE_PATHS
-from serving.served_model import read_served_model
+from serving.promotion import Delivery
+from serving.served_model import read_served_model, version_of
+from serving.versions import Versions
 from serving.xray import Xray, run_checkpoints
 
 KEY = "sk-xray"
@@ -41,23 +43,21 @@ PHASES = ["queue", "tokenize", "prefill", "sample", "decode", "detokenize", "ins
 
 @asynccontextmanager
 async def endpoint(folder: Path, **settings: Any) -> AsyncIterator[tuple[httpx.AsyncClient, Xray]]:
-    served = read_served_model(folder, name="tiny")
-    engine = await EngineClient.start(folder, config=EngineConfig(max_num_seqs=2), eos_id=served.eos_id, threads=1)
-    xray = Xray(folder, name="tiny", dtype="float32")
+    live = version_of(read_served_model(folder, name="tiny"), checkpoint=str(folder))
+    versions = Versions(ServeConfig(), Delivery(deployment="test", model_name="tiny", live=live))
+    await versions.wait_until_live()
     app = build_http_app(
-        model=served,
-        engine=engine,
-        metrics=ReplicaMetrics(engine=engine, model_name="tiny", replica="r"),
+        versions=versions,
+        metrics=ReplicaMetrics(versions=versions, model_name="tiny", replica="r"),
         limits=AdmissionLimits(max_requests=9, max_sequences=9),
         access=AccessRules(**settings),
-        xray=xray,
+        admin=APIRouter(),
     )
     try:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=60) as http:
-            yield http, xray
+            yield http, versions.live.xray
     finally:
-        xray.close()
-        await engine.close()
+        await versions.close()
 
 
 Check = Callable[[httpx.AsyncClient, Xray], Coroutine[Any, Any, None]]

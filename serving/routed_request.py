@@ -1,0 +1,79 @@
+"""The version that one request is given, from the moment when it is known who asks until the answer has gone out."""
+
+from collections.abc import MutableMapping
+from typing import Any
+
+from starlette.requests import Request
+
+from serving.errors import model_not_found
+from serving.loaded_version import LoadedVersion
+from serving.promotion import ROUTE_HEADER, Route
+from serving.versions import Versions
+
+SESSION_HEADER = b"x-session-id"
+_SCOPE_KEY = "raymill.routed"
+
+
+class RoutedRequest:
+    """Holds its version: an engine that is not needed any more ends after the last of those who hold it."""
+
+    def __init__(self, versions: Versions, headers: list[tuple[bytes, bytes]]) -> None:
+        self._versions = versions
+        self._sessions = [value.decode("latin-1") for name, value in headers if name == SESSION_HEADER]
+        self._held: LoadedVersion | None = None
+        self._is_second_try = False
+        self.key: str | None = None  # hash of the API key
+        for name, value in headers:
+            if name == ROUTE_HEADER.encode() and (route := Route.from_header(value.decode("latin-1"))):
+                versions.learn(route)
+
+    @classmethod
+    def of(cls, request: Request) -> "RoutedRequest":
+        routed = request.scope[_SCOPE_KEY]
+        assert isinstance(routed, cls)
+        return routed
+
+    def put_into(self, scope: MutableMapping[str, Any]) -> None:
+        scope[_SCOPE_KEY] = self
+
+    def take(self, model: str | None = None, *, user: str | None = None) -> LoadedVersion:
+        """The version that answers the request, which asks for `model` if it names one. While a canary is on it is
+        the one of the API key; else of `user`, of the session header, or any. Raises `ApiError` (404)."""
+        served = self._versions.delivery.model_name
+        if model is not None and model != served:
+            raise model_not_found(model, served=served)
+        self._hold(self._versions.pick(self.key or user or next(iter(self._sessions), None)))
+        assert self._held is not None
+        return self._held
+
+    def take_other(self) -> LoadedVersion | None:
+        """In place of the version that failed, once; None where there is no other."""
+        assert self._held is not None
+        other = None if self._is_second_try else self._versions.other_than(self._held)
+        if other is not None:
+            self._is_second_try = True
+            self._hold(other)
+        return other
+
+    def card(self) -> dict[str, Any]:
+        """The model as its entry under /v1/models, with the versions that are about."""
+        state = self._versions.delivery
+        about = {"live": state.live, "candidate": state.candidate, "previous": state.previous}
+        shown = {role: found and found.model_dump(include={"version", "lineage"}) for role, found in about.items()}
+        return self.take().model.card() | {"delivery": {"phase": state.phase, **shown}}
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Of the answer. The route may be newer than the one that was taken, never older."""
+        held = self._held or self._versions.live
+        return {"x-model-version": held.model.version, ROUTE_HEADER: self._versions.route.to_header()}
+
+    def close(self) -> None:
+        self._hold(None)
+
+    def _hold(self, version: LoadedVersion | None) -> None:
+        if self._held is not None:
+            self._held.open_requests -= 1
+        self._held = version
+        if version is not None:
+            version.open_requests += 1
