@@ -12,7 +12,7 @@ from cluster.serve_config import ServeConfig
 from serving.access import AccessRules
 from serving.completions import AdmissionLimits
 from serving.engine_client import EngineClient
-from serving.health import HealthCheck
+from serving.health import HealthCheck, leave
 from serving.ingress import build_http_app
 from serving.metrics import ReplicaMetrics
 from serving.served_model import read_served_model
@@ -36,6 +36,7 @@ class Replica:
         self._xray = Xray(folder, name=config.model_name, dtype=config.engine.dtype)
         self._health = HealthCheck(self._engine, prompt_ids=[0])
         await self._health.self_test()
+        self._engine.on_death = leave
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """Called by Ray Serve after the constructor."""
