@@ -5,26 +5,18 @@ import hashlib
 import json
 import secrets
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from typing import Any
 
 from model.sampling import SamplingParams
+from serving.admission import AdmissionLimits, refuse_when_full, waited_too_long
 from serving.answers import Answer
 from serving.choice_output import ChoiceOutput, join_parts
 from serving.engine_client import EngineClient, EngineDiedError, Generation
-from serving.errors import ApiError, engine_unavailable, internal_error, invalid_request, overloaded
+from serving.errors import ApiError, engine_unavailable, internal_error, invalid_request
 from serving.messages import FinishReason, SequenceRequest
 from serving.metrics import ReplicaMetrics, RequestTimer
 from serving.protocol import Choice, CompletionRequest, Usage
 from serving.served_model import ServedModel
-
-
-@dataclass(frozen=True)
-class AdmissionLimits:
-    """What a replica takes on at once; more gets 429."""
-
-    max_requests: int
-    max_sequences: int  # running and waiting ones; each prompt and each choice of a request is one
 
 
 class Completion:
@@ -47,6 +39,8 @@ class Completion:
         self._choices = {
             sequence.seq_id: ChoiceOutput(index, sequence, request, model) for index, sequence in enumerate(sequences)
         }
+        self._parts = self._generated_parts()
+        self._first_part: Choice | None = None
         # A prompt counts once, however many choices it has.
         self._num_prompt_tokens = sum(len(sequence.prompt_ids) for sequence in sequences[:: request.n])
 
@@ -54,10 +48,15 @@ class Completion:
         self._generation.close()
         self._timer.close()
 
+    async def begin(self) -> None:
+        """Waits for the first token, and so until the request can be answered: what fails before it has a status.
+        Raises `ApiError`."""
+        self._first_part = await anext(self._parts)
+
     async def respond(self) -> str:
         """The whole answer, as JSON. Raises `ApiError` when the engine fails."""
         parts: dict[int, list[Choice]] = {}
-        async for part in self._parts():
+        async for part in self._all_parts():
             parts.setdefault(part.index, []).append(part)
         return to_json(self._answer.whole([join_parts(parts[index]) for index in sorted(parts)], self._usage()))
 
@@ -66,7 +65,7 @@ class Completion:
         an answer for a whole one."""
         options = self._request.stream_options
         try:
-            async for part in self._parts():
+            async for part in self._all_parts():
                 yield f"data: {to_json(self._answer.part(part))}\n\n"
         except ApiError as error:
             yield error.event()
@@ -75,7 +74,13 @@ class Completion:
             yield f"data: {to_json(self._answer.usage_part(self._usage()))}\n\n"
         yield "data: [DONE]\n\n"
 
-    async def _parts(self) -> AsyncIterator[Choice]:
+    async def _all_parts(self) -> AsyncIterator[Choice]:
+        assert self._first_part is not None, "begin() comes first"
+        yield self._first_part
+        async for part in self._parts:
+            yield part
+
+    async def _generated_parts(self) -> AsyncIterator[Choice]:
         try:
             async for event in self._generation:
                 if event.finish_reason is FinishReason.ERROR:
@@ -109,8 +114,8 @@ async def start_completion(
     metrics: ReplicaMetrics,
     limits: AdmissionLimits,
 ) -> Completion:
-    """Admits a request to the engine. Raises `ApiError`: 400 for a request that cannot be served, 429 when there is
-    no room for it now, 503 without an engine."""
+    """Admits a request to the engine, and returns with its first token. Raises `ApiError`: 400 for a request that
+    cannot be served, 429 when there is no room for it now, 503 without an engine."""
     num_sequences = len(request.prompt) * request.n
     if num_sequences > limits.max_sequences:
         raise invalid_request(
@@ -118,7 +123,7 @@ async def start_completion(
             f"this endpoint holds {limits.max_sequences} at once",
             param="n",
         )
-    _refuse_when_full(engine, num_sequences, limits)
+    refuse_when_full(engine, num_sequences, limits, wait_s=metrics.predicted_wait_s())
     model.checked_ids(list(request.logit_bias), param="logit_bias")
     if request.stop:
         model.require_tokenizer()
@@ -126,7 +131,7 @@ async def start_completion(
     prompts = await asyncio.to_thread(
         lambda: [model.prompt_ids(prompt, max_tokens=request.max_tokens) for prompt in request.prompt]
     )
-    _refuse_when_full(engine, num_sequences, limits)
+    refuse_when_full(engine, num_sequences, limits, wait_s=metrics.predicted_wait_s())
     sequences = [
         SequenceRequest(
             seq_id=engine.next_seq_id(),
@@ -148,7 +153,19 @@ async def start_completion(
     timer = metrics.start_request(
         [sequence.seq_id for sequence in sequences], num_prompt_tokens=sum(len(prompt_ids) for prompt_ids in prompts)
     )
-    return Completion(request, answer=answer, model=model, sequences=sequences, generation=generation, timer=timer)
+    completion = Completion(
+        request, answer=answer, model=model, sequences=sequences, generation=generation, timer=timer
+    )
+    try:
+        async with asyncio.timeout(limits.max_queue_s):
+            await completion.begin()
+    except TimeoutError:
+        completion.close()
+        raise waited_too_long(limits) from None
+    except BaseException:  # a client that leaves too
+        completion.close()
+        raise
+    return completion
 
 
 def choice_seed(seed: int, index: int) -> int:
@@ -160,16 +177,6 @@ def choice_seed(seed: int, index: int) -> int:
 
 def to_json(answer: dict[str, Any]) -> str:
     return json.dumps(answer, ensure_ascii=False, separators=(",", ":"))
-
-
-def _refuse_when_full(engine: EngineClient, num_sequences: int, limits: AdmissionLimits) -> None:
-    if engine.num_open_requests >= limits.max_requests:
-        raise overloaded(f"The replica is at its limit of {limits.max_requests} requests; try again later")
-    if engine.num_open_sequences + num_sequences > limits.max_sequences:
-        raise overloaded(
-            f"The replica is at its limit of {limits.max_sequences} running and waiting sequences "
-            f"({engine.num_open_sequences} now, {num_sequences} asked for); try again later"
-        )
 
 
 def _sampling(request: CompletionRequest, *, seed: int) -> SamplingParams:

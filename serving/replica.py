@@ -4,13 +4,16 @@ There is no handle between them, as each streamed token would pay 0.6 ms for it.
 (no `from __future__ import annotations`): Ray Serve reads them.
 """
 
+import time
+
 from ray import serve
 from starlette.types import ASGIApp
 
 from cluster.registry import resolve_checkpoint
 from cluster.serve_config import ServeConfig
 from serving.access import AccessRules
-from serving.completions import AdmissionLimits
+from serving.admission import AdmissionLimits
+from serving.autoscaling import KV_USE, WAITING
 from serving.engine_client import EngineClient
 from serving.health import HealthCheck, leave
 from serving.ingress import build_http_app
@@ -23,6 +26,7 @@ from serving.xray import Xray
 class Replica:
     async def __init__(self, config: ServeConfig, *, access: AccessRules) -> None:  # type: ignore[misc]
         """Returns when the model answers: Ray Serve sends requests from then on."""
+        began_s = time.monotonic()
         folder = resolve_checkpoint(config.checkpoint, storage_uri=config.storage.uri)
         self._config = config
         self._access = access
@@ -37,6 +41,7 @@ class Replica:
         self._health = HealthCheck(self._engine, prompt_ids=[0])
         await self._health.self_test()
         self._engine.on_death = leave
+        self._start_s = time.monotonic() - began_s
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """Called by Ray Serve after the constructor."""
@@ -45,14 +50,25 @@ class Replica:
         return build_http_app(
             model=model,
             engine=self._engine,
-            metrics=ReplicaMetrics(engine=self._engine, model_name=model.name, replica=replica_id),
+            metrics=ReplicaMetrics(
+                engine=self._engine,
+                num_slots=engine.max_num_seqs,
+                model_name=model.name,
+                replica=replica_id,
+                start_s=self._start_s,
+            ),
             limits=AdmissionLimits(
                 max_requests=self._config.replicas.max_ongoing_requests,
                 max_sequences=engine.max_num_seqs + engine.max_waiting,
+                max_queue_s=engine.max_queue_s,
             ),
             access=self._access,
             xray=self._xray,
         )
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Asked by Ray Serve each second, for `ScalingPolicy`."""
+        return {WAITING: self._engine.num_waiting, KV_USE: self._engine.num_running / self._config.engine.max_num_seqs}
 
     async def check_health(self) -> None:
         """Ray Serve replaces a replica for which this raises."""

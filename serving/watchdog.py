@@ -1,6 +1,7 @@
 """Replica and engine process watch each other: whichever does not run any more is killed by the other, as Ray notices a
 dead process at once, and a stopped one after half a minute."""
 
+import contextlib
 import socket
 import sys
 import threading
@@ -65,10 +66,8 @@ def _watch(line: socket.socket, peer: psutil.Process) -> None:
 
 def _exchange(line: socket.socket) -> bool:
     """One beat out; whether any came in. Raises `EOFError` when the other end is closed."""
-    try:
+    with contextlib.suppress(BlockingIOError):  # nobody reads
         line.send(b".")
-    except BlockingIOError:  # nobody reads
-        pass
     try:
         if not line.recv(READ_BYTES):
             raise EOFError

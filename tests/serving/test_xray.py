@@ -25,7 +25,7 @@ from model.gpt import GPT
 from model.sampling import SamplingParams
 from model.tokenizer import Tokenizer
 from serving.access import AccessRules
-from serving.completions import AdmissionLimits
+from serving.admission import AdmissionLimits
 from serving.engine_client import EngineClient
 from serving.ingress import build_http_app
 from serving.metrics import ReplicaMetrics
@@ -47,8 +47,8 @@ async def endpoint(folder: Path, **settings: Any) -> AsyncIterator[tuple[httpx.A
     app = build_http_app(
         model=served,
         engine=engine,
-        metrics=ReplicaMetrics(engine=engine, model_name="tiny", replica="r"),
-        limits=AdmissionLimits(max_requests=9, max_sequences=9),
+        metrics=ReplicaMetrics(engine=engine, num_slots=2, model_name="tiny", replica="r", start_s=1),
+        limits=AdmissionLimits(max_requests=9, max_sequences=9, max_queue_s=9),
         access=AccessRules(**settings),
         xray=xray,
     )
