@@ -86,6 +86,10 @@ def _parser() -> Parser:
     for name, (_, about) in commands.RUN_COMMANDS.items():
         _run_arguments(command(name, commands.look_at_run(name), about), name)
 
+    _lend_arguments(
+        command("lend", commands.lend_workers, "have a running elastic run shrink for a while, and grow again")
+    )
+
     sub = command("publish", commands.publish_checkpoint, "make a checkpoint the latest one")
     _checkpoint_argument(sub)
     _storage_argument(sub)
@@ -110,14 +114,9 @@ def _parser() -> Parser:
     _config_option(sub)
     add_config_arguments(sub, ServeConfig)
 
-    sub = command("complete", commands.complete, "complete a prompt at the endpoint that `raymill serve` started here")
-    sub.add_argument("prompt")
-    sub.add_argument("--url", help="endpoint, such as http://127.0.0.1:8000")
-    sub.add_argument("--api-key-file", type=Path, help="file with the API key")
-    sub.add_argument("--max-tokens", type=int, default=64)
-    sub.add_argument("--temperature", type=float, default=0.8)
-    sub.add_argument("--seed", type=int)
-    _storage_argument(sub)
+    _complete_arguments(
+        command("complete", commands.complete, "complete a prompt at the endpoint that `raymill serve` started here")
+    )
 
     sub = command(
         "demo", commands.demo, "a corpus to a served model on a 3-node local cluster, with a node killed on purpose"
@@ -151,6 +150,25 @@ def _run_arguments(parser: Parser, name: str) -> None:
     if name == "replay":
         parser.add_argument("--steps", metavar="A..B", help="first and last step; all when unset")
         parser.add_argument("--workers", type=int, help="processes that train; 1 when unset")
+    _storage_argument(parser)
+
+
+def _complete_arguments(parser: Parser) -> None:
+    parser.add_argument("prompt")
+    parser.add_argument("--url", help="endpoint, such as http://127.0.0.1:8000")
+    parser.add_argument("--api-key-file", type=Path, help="file with the API key")
+    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--temperature", type=float, default=0.8)
+    parser.add_argument("--seed", type=int)
+    _storage_argument(parser)
+
+
+def _lend_arguments(parser: Parser) -> None:
+    parser.add_argument("run_id", metavar="RUN", help="run id")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--workers", type=int, choices=range(1, 65), metavar="N", help="workers that it does without")
+    what.add_argument("--return", dest="give_back", action="store_true", help="ends the loan")
+    parser.add_argument("--for", dest="for_s", type=float, default=300.0, metavar="SECONDS", help="300 when unset")
     _storage_argument(parser)
 
 
