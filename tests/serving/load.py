@@ -11,6 +11,7 @@ from enum import StrEnum
 from typing import Any
 
 import httpx
+from starlette.types import ASGIApp
 
 from model.generate import generate
 from model.gpt import GPT
@@ -64,6 +65,7 @@ class Load:
     url: str
     model: str
     asks: list[Ask]
+    app: ASGIApp | None = None  # asked in the place of `url`, without a network
     outcomes: list[Outcome] = field(default_factory=list)
 
     async def run_clients(self, num_clients: int, *, until: Callable[[], bool], max_requests: int, seed: int) -> None:
@@ -111,19 +113,24 @@ class Load:
             if not streamed:
                 texts.append(json.loads(await answer.aread())["choices"][0]["text"])
                 return End.DONE, ""
+            ends: list[tuple[End, str]] = []
             async for line in answer.aiter_lines():
-                if line == "data: [DONE]":
-                    return End.DONE, ""
-                if line:
-                    event = json.loads(line.removeprefix("data: "))
-                    if "error" in event:
-                        return End.ERROR_EVENT, event["error"]["code"]
+                if not line:
+                    continue
+                assert not ends, f"{line} after the end"
+                event = {} if line == "data: [DONE]" else json.loads(line.removeprefix("data: "))
+                if not event:
+                    ends.append((End.DONE, ""))
+                elif "error" in event:
+                    ends.append((End.ERROR_EVENT, event["error"]["code"]))
+                else:
                     texts.append(event["choices"][0]["text"])
-            return End.CUT, "the stream ended without [DONE] or an error"
+            return ends[0] if ends else (End.CUT, "the stream ended without [DONE] or an error")
 
     def _http(self) -> httpx.AsyncClient:
+        transport = None if self.app is None else httpx.ASGITransport(self.app)
         limits = httpx.Limits(max_connections=None)
-        return httpx.AsyncClient(base_url=self.url, timeout=None, limits=limits)
+        return httpx.AsyncClient(base_url=self.url, timeout=None, limits=limits, transport=transport)
 
     def check(self, *, allowed: set[tuple[bool, End]]) -> Counter[tuple[bool, End]]:
         """That each request ended in one of the `allowed` (streamed, end), and that no text is wrong: a whole answer
