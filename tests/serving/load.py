@@ -68,8 +68,10 @@ class Load:
     app: ASGIApp | None = None  # asked in the place of `url`, without a network
     outcomes: list[Outcome] = field(default_factory=list)
 
-    async def run_clients(self, num_clients: int, *, until: Callable[[], bool], max_requests: int, seed: int) -> None:
-        """Closed loop: each client asks again as soon as it has its answer, until `until`."""
+    async def run_clients(
+        self, num_clients: int, *, until: Callable[[], bool], max_requests: int, seed: int, streams: bool = True
+    ) -> None:
+        """Closed loop: each client asks again as soon as it has its answer, until `until`. Every second one streams."""
         rng = random.Random(seed)
 
         async def client(http: httpx.AsyncClient, streamed: bool) -> None:
@@ -78,7 +80,7 @@ class Load:
 
         async with self._http() as http, asyncio.TaskGroup() as group:
             for i in range(num_clients):
-                group.create_task(client(http, i % 2 == 1))
+                group.create_task(client(http, streams and i % 2 == 1))
 
     async def run_arrivals(self, rate_per_s: float, *, num_requests: int, streamed: bool = False) -> None:
         """Open loop: requests arrive whether or not others have been answered."""

@@ -79,6 +79,10 @@ def gauges(url: str) -> dict[str, tuple[float, float, float]]:
     raise AssertionError(f"{found} answer of {NUM_REPLICAS} replicas")
 
 
+def both_are_busy(url: str) -> bool:
+    return all(running == NUM_SLOTS for running, _, _ in gauges(url).values())
+
+
 @pytest.fixture(autouse=True)
 def both_replicas_are_back_and_idle(url: str, checkpoint: Path) -> Iterator[None]:
     yield
@@ -108,6 +112,7 @@ def test_a_replica_that_dies_or_hangs_under_load(
             nonlocal over
             for _ in range(num_faults):
                 await answered(40)
+                await asyncio.to_thread(wait_until, partial(both_are_busy, load.url), timeout_s=30)
                 victim = replicas(checkpoint)[0]
                 os.kill(victim.pid, fault)
                 gone_after_s.append(await asyncio.to_thread(wait_until, partial(is_gone, victim), timeout_s=20))
