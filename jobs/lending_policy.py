@@ -1,7 +1,7 @@
 """How many workers Ray Train runs while some of them are lent: its own elastic policy, with fewer to hand out.
 
-A resize is the one that a node which comes or goes brings about: the group starts again from the newest snapshot, which
-each step leaves in memory, and its result has the same bits at any size.
+A resize is the one that a node which comes or goes brings about: the group starts again from the newest snapshot in
+memory, and its result has the same bits at any size.
 """
 
 from typing import Any
