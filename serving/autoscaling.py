@@ -34,7 +34,7 @@ class Observation:
     num_replicas: int  # those that start, too
     num_ongoing: float  # requests, at the replicas and before them
     num_waiting: float  # sequences without a slot
-    kv_use: float  # in replicas: 1.5 is one full cache and a half
+    kv_use: float  # of cache or slots, whichever is fuller, in replicas: 1.5 is one full replica and a half
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ class ReplicaMetrics:
         self,
         *,
         engine: EngineClient,
+        num_slots: int,
         model_name: str,
         replica: str,
         start_s: float,

@@ -68,7 +68,9 @@ class Replica:
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Asked by Ray Serve each second, for `ScalingPolicy`."""
-        return {WAITING: self._engine.num_waiting, KV_USE: self._engine.num_running / self._config.engine.max_num_seqs}
+        engine = self._engine
+        in_use = max(engine.kv_cache_usage, engine.num_running / self._config.engine.max_num_seqs)
+        return {WAITING: engine.num_waiting, KV_USE: in_use}
 
     async def check_health(self) -> None:
         """Ray Serve replaces a replica for which this raises."""

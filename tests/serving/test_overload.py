@@ -26,6 +26,7 @@ from tests.serving.load import Ask, End, Load, greedy_asks, percentile
 MODEL = "long"
 NUM_SLOTS, MAX_TOKENS = 4, 250
 MAX_QUEUE_S = 0.4  # about half of what an answer takes
+ENGINE = EngineConfig(max_num_seqs=NUM_SLOTS, max_queue_s=MAX_QUEUE_S)
 OVERLOAD = 5
 MAX_GROWTH_BYTES = 48 << 20
 
@@ -122,7 +123,7 @@ def test_five_times_too_many_for_a_replica(folder: Path, asks: list[Ask]) -> Non
 
     async def scenario() -> Overloaded:
         model = read_served_model(folder, name=MODEL)
-        engine = await EngineClient.start(folder, dtype="float32", num_slots=NUM_SLOTS, eos_id=model.eos_id, threads=1)
+        engine = await EngineClient.start(folder, config=ENGINE, eos_id=model.eos_id, threads=1)
         metrics = ReplicaMetrics(engine=engine, num_slots=NUM_SLOTS, model_name=MODEL, replica="r", start_s=1)
         limits = AdmissionLimits(max_requests=64, max_sequences=128, max_queue_s=MAX_QUEUE_S)
         xray = Xray(folder, name=MODEL, dtype="float32")
@@ -144,7 +145,7 @@ def test_five_times_too_many_for_an_endpoint(folder: Path, asks: list[Ask]) -> N
     config = ServeConfig(
         checkpoint=str(folder),
         port=free_port(),
-        engine=EngineConfig(max_num_seqs=NUM_SLOTS, max_queue_s=MAX_QUEUE_S),
+        engine=ENGINE,
     )
     with ray_cluster():
         load = Load(str(run(config)["url"]), MODEL, asks)
