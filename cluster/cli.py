@@ -86,6 +86,10 @@ def _parser() -> Parser:
     for name, (_, about) in commands.RUN_COMMANDS.items():
         _run_arguments(command(name, commands.look_at_run(name), about), name)
 
+    _lend_arguments(
+        command("lend", commands.lend_workers, "have a running elastic run shrink for a while, and grow again")
+    )
+
     sub = command("publish", commands.publish_checkpoint, "make a checkpoint the latest one")
     _checkpoint_argument(sub)
     _storage_argument(sub)
@@ -180,6 +184,15 @@ def _endpoint_commands(command: Callable[..., Parser]) -> None:
 def _operator_arguments(parser: Parser) -> None:
     parser.add_argument("--url", help="endpoint, such as http://127.0.0.1:8000")
     parser.add_argument("--admin-key-file", type=Path, help="file with the admin key")
+    _storage_argument(parser)
+
+
+def _lend_arguments(parser: Parser) -> None:
+    parser.add_argument("run_id", metavar="RUN", help="run id")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--workers", type=int, choices=range(1, 65), metavar="N", help="workers that it does without")
+    what.add_argument("--return", dest="give_back", action="store_true", help="ends the loan")
+    parser.add_argument("--for", dest="for_s", type=float, default=300.0, metavar="SECONDS", help="300 when unset")
     _storage_argument(parser)
 
 

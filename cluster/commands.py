@@ -15,6 +15,7 @@ from cluster.delivery_commands import follow_run, gate_of
 from cluster.demo import run_demo
 from cluster.endpoint import Endpoint, deploy, stream_completion
 from cluster.flags import ConfigError, config_from_arguments
+from cluster.lending import Loan, give_back, lend, read_loan
 from cluster.progress import say
 from cluster.registry import publications, publish, resolve_checkpoint
 from cluster.serve_config import ServeConfig
@@ -25,6 +26,7 @@ from model.checkpoint import (
     read_metadata,
     verify_checkpoint,
 )
+from model.errors import UserError
 
 Command = Callable[[argparse.Namespace], dict[str, Any] | None]
 
@@ -116,6 +118,19 @@ def look_at_run(name: str) -> Command:
         return result
 
     return run
+
+
+def lend_workers(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Writes, ends or shows a loan of a run's workers."""
+    run = open_storage(storage_uri(arguments)).child(f"runs/{arguments.run_id}")
+    if not any(run.list()):
+        raise UserError(f"no run {arguments.run_id} in {storage_uri(arguments)}: `raymill lend` takes a run id")
+    if arguments.give_back:
+        give_back(run)
+    elif arguments.workers:
+        lend(run, Loan(arguments.workers, arguments.for_s))
+    loan = read_loan(run)
+    return {"run_id": arguments.run_id, "lent_workers": loan.num_workers if loan else 0, "for_s": loan and loan.for_s}
 
 
 def publish_checkpoint(arguments: argparse.Namespace) -> dict[str, Any]:

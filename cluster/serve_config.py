@@ -21,6 +21,13 @@ class ReplicaConfig(Settings):
     max_requests_per_key: int | None = Field(
         default=None, ge=1, description="completions of one API key in flight on a replica; more get 429"
     )
+    scale_up_after_s: float = Field(default=2.0, ge=0, description="seconds of load that needs more replicas")
+    scale_down_after_s: float = Field(
+        default=180.0, ge=0, description="seconds of load that needs fewer replicas, after which some are drained"
+    )
+    scale_to_zero_after_s: float = Field(
+        default=300.0, ge=0, description="seconds without a request before the last replica ends, if min_replicas is 0"
+    )
     threads_per_replica: int = Field(default=1, ge=1, description="compute threads, and logical CPUs, of a replica")
 
     @model_validator(mode="after")
@@ -35,6 +42,11 @@ class EngineConfig(Settings):
 
     max_num_seqs: int = Field(default=16, ge=1, description="sequences decoded together")
     max_waiting: int = Field(default=128, ge=0, description="sequences that may wait for a slot; more get 429")
+    max_queue_s: float = Field(
+        default=30.0,
+        gt=0,
+        description="longest wait for a first token, seconds; who waits, or would wait, more gets 429",
+    )
     dtype: Literal["float32", "bfloat16", "int8"] = Field(
         default="float32",
         description="precision of weights and KV cache; int8, with native kernels only, has a cache of bfloat16",

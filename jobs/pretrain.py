@@ -161,6 +161,7 @@ def _trainer(plan: RunPlan, address: str) -> Trainer:
     callbacks = [FailureRecorder(plan), SignalListener(), Drains(), NodeLosses(is_elastic=not fixed)]
     return Trainer(
         train_worker,
+        run_uri=plan.run.uri,
         train_loop_config={"plan": plan, "address": address},
         torch_config=WorkerBackend(),
         scaling_config=ScalingConfig(

@@ -16,11 +16,13 @@ from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.preemption_callback import PreemptionCallback
 from ray.train.v2._internal.execution.callback import ReplicaGroupCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 from ray.util import placement_group_table, remove_placement_group
 
 from jobs.cluster_view import gone_nodes, renew_view, wait_until_known
 from jobs.failures import is_lost_node
+from jobs.lending_policy import LendingPolicy
 
 _NO_PLACE_S = 6.0
 _STUCK_S = 15.0
@@ -114,7 +116,18 @@ class Drains(PreemptionCallback, ReplicaGroupCallback):
 
 
 class Trainer(TorchTrainer):
-    """Without Ray Train's own datasets, for which it would start a process with each worker: rows come from shards."""
+    """Without Ray Train's own datasets, for which it would start a process with each worker: rows come from shards.
+    An elastic group may lend some of its workers."""
+
+    def __init__(self, *args: Any, run_uri: str, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self._run_uri = run_uri
+
+    def _initialize_and_run_controller(self, **parts: Any) -> Any:
+        stock = parts["scaling_policy"]
+        if isinstance(stock, ElasticScalingPolicy):
+            parts["scaling_policy"] = LendingPolicy(stock.scaling_config, self._run_uri)
+        return super()._initialize_and_run_controller(**parts)
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks = super()._create_default_callbacks()

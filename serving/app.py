@@ -9,13 +9,14 @@ import socket
 import sys
 import time
 import uuid
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import httpx
 import ray
 from ray import serve
-from ray.serve.config import AutoscalingConfig, BackpressureConfig
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, BackpressureConfig
 
 from cluster.registry import LATEST, resolve_checkpoint
 from cluster.serve_config import ServeConfig
@@ -23,6 +24,7 @@ from cluster.stage import stage_main
 from cluster.storage import absolute_uri
 from model.errors import UserError
 from serving.access import AccessRules, read_key_hashes
+from serving.autoscaling import ScalingPolicy, ScalingRules
 from serving.coordinator import Coordinator
 from serving.front_door import proxy_environment
 from serving.replica import Replica
@@ -94,15 +96,25 @@ def read_access_rules(config: ServeConfig) -> AccessRules:
 
 
 def autoscaling(config: ServeConfig) -> AutoscalingConfig:
-    """Up within seconds of load, down after a minute without; Ray Serve's defaults are 30 s and 10 minutes."""
+    """By `ScalingPolicy` with figures of the last seconds. Its delays are in the place of Ray Serve's own."""
+    replicas = config.replicas
+    rules = ScalingRules(
+        min_replicas=replicas.min_replicas,
+        max_replicas=replicas.max_replicas,
+        target_ongoing_requests=replicas.target_ongoing_requests,
+        num_slots=config.engine.max_num_seqs,
+        up_after_s=replicas.scale_up_after_s,
+        down_after_s=replicas.scale_down_after_s,
+        to_zero_after_s=replicas.scale_to_zero_after_s,
+    )
     return AutoscalingConfig(
-        min_replicas=config.replicas.min_replicas,
-        max_replicas=config.replicas.max_replicas,
-        target_ongoing_requests=config.replicas.target_ongoing_requests,
+        min_replicas=replicas.min_replicas,
+        max_replicas=replicas.max_replicas,
+        policy=AutoscalingPolicy(policy_function=ScalingPolicy, policy_kwargs=asdict(rules)),
         metrics_interval_s=1,
         look_back_period_s=5,
-        upscale_delay_s=2,
-        downscale_delay_s=60,
+        upscale_delay_s=0,
+        downscale_delay_s=0,
     )
 
 

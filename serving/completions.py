@@ -4,29 +4,21 @@ import asyncio
 import hashlib
 import secrets
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from typing import Any
 
 import orjson
 
 from model.sampling import SamplingParams
+from serving.admission import AdmissionLimits, refuse_when_full, waited_too_long
 from serving.answers import Answer
 from serving.choice_output import ChoiceOutput, join_parts
-from serving.engine_client import EngineClient, EngineDiedError, Generation
-from serving.errors import ApiError, engine_unavailable, internal_error, invalid_request, overloaded
+from serving.engine_client import EngineDiedError, Generation
+from serving.errors import ApiError, engine_unavailable, internal_error, invalid_request
 from serving.loaded_version import LoadedVersion
 from serving.messages import FinishReason, SequenceRequest
 from serving.metrics import ReplicaMetrics, RequestTimer
 from serving.protocol import Choice, CompletionRequest, Usage
 from serving.served_model import ServedModel
-
-
-@dataclass(frozen=True)
-class AdmissionLimits:
-    """What a replica takes on at once; more gets 429."""
-
-    max_requests: int
-    max_sequences: int  # running and waiting ones; each prompt and each choice of a request is one
 
 
 class Completion:
@@ -49,6 +41,8 @@ class Completion:
         self._choices = {
             sequence.seq_id: ChoiceOutput(index, sequence, request, model) for index, sequence in enumerate(sequences)
         }
+        self._parts = self._generated_parts()
+        self._first_part: Choice | None = None
         # A prompt counts once, however many choices it has.
         self._num_prompt_tokens = sum(len(sequence.prompt_ids) for sequence in sequences[:: request.n])
 
@@ -56,10 +50,15 @@ class Completion:
         self._generation.close()
         self._timer.close()
 
+    async def begin(self) -> None:
+        """Waits for the first token, and so until the request can be answered: what fails before it has a status.
+        Raises `ApiError`."""
+        self._first_part = await anext(self._parts)
+
     async def respond(self) -> bytes:
         """The whole answer, as JSON. Raises `ApiError` when the engine fails."""
         parts: dict[int, list[Choice]] = {}
-        async for part in self._parts():
+        async for part in self._all_parts():
             parts.setdefault(part.index, []).append(part)
         return to_json(self._answer.whole([join_parts(parts[index]) for index in sorted(parts)], self._usage()))
 
@@ -68,7 +67,7 @@ class Completion:
         an answer for a whole one."""
         options = self._request.stream_options
         try:
-            async for part in self._parts():
+            async for part in self._all_parts():
                 yield b"data: %b\n\n" % to_json(self._answer.part(part))
         except ApiError as error:
             yield error.event().encode()
@@ -77,7 +76,13 @@ class Completion:
             yield b"data: %b\n\n" % to_json(self._answer.usage_part(self._usage()))
         yield b"data: [DONE]\n\n"
 
-    async def _parts(self) -> AsyncIterator[Choice]:
+    async def _all_parts(self) -> AsyncIterator[Choice]:
+        assert self._first_part is not None, "begin() comes first"
+        yield self._first_part
+        async for part in self._parts:
+            yield part
+
+    async def _generated_parts(self) -> AsyncIterator[Choice]:
         try:
             async for event in self._generation:
                 if event.finish_reason is FinishReason.ERROR:
@@ -110,8 +115,8 @@ async def start_completion(
     metrics: ReplicaMetrics,
     limits: AdmissionLimits,
 ) -> Completion:
-    """Admits a request to the engine of `version`. Raises `ApiError`: 400 for a request that cannot be served, 429
-    when there is no room for it now, 503 without an engine."""
+    """Admits a request to the engine of `version`, and returns with its first token. Raises `ApiError`: 400 for a
+    request that cannot be served, 429 when there is no room for it now, 503 without an engine."""
     model, engine = version.model, version.engine
     num_sequences = len(request.prompt) * request.n
     if num_sequences > limits.max_sequences:
@@ -120,7 +125,7 @@ async def start_completion(
             f"this endpoint holds {limits.max_sequences} at once",
             param="n",
         )
-    _refuse_when_full(engine, num_sequences, limits)
+    refuse_when_full(engine, num_sequences, limits, wait_s=metrics.predicted_wait_s(engine))
     model.checked_ids(list(request.logit_bias), param="logit_bias")
     if request.stop:
         model.require_tokenizer()
@@ -128,7 +133,7 @@ async def start_completion(
     prompts = await asyncio.to_thread(
         lambda: [model.prompt_ids(prompt, max_tokens=request.max_tokens) for prompt in request.prompt]
     )
-    _refuse_when_full(engine, num_sequences, limits)
+    refuse_when_full(engine, num_sequences, limits, wait_s=metrics.predicted_wait_s(engine))
     sequences = [
         SequenceRequest(
             seq_id=engine.next_seq_id(),
@@ -152,7 +157,19 @@ async def start_completion(
         num_prompt_tokens=sum(len(prompt_ids) for prompt_ids in prompts),
         stats=version.stats,
     )
-    return Completion(request, answer=answer, model=model, sequences=sequences, generation=generation, timer=timer)
+    completion = Completion(
+        request, answer=answer, model=model, sequences=sequences, generation=generation, timer=timer
+    )
+    try:
+        async with asyncio.timeout(limits.max_queue_s):
+            await completion.begin()
+    except TimeoutError:
+        completion.close()
+        raise waited_too_long(limits) from None
+    except BaseException:  # a client that leaves too
+        completion.close()
+        raise
+    return completion
 
 
 def choice_seed(seed: int, index: int) -> int:
@@ -164,16 +181,6 @@ def choice_seed(seed: int, index: int) -> int:
 
 def to_json(answer: dict[str, Any]) -> bytes:
     return orjson.dumps(answer)
-
-
-def _refuse_when_full(engine: EngineClient, num_sequences: int, limits: AdmissionLimits) -> None:
-    if engine.num_open_requests >= limits.max_requests:
-        raise overloaded(f"The replica is at its limit of {limits.max_requests} requests; try again later")
-    if engine.num_open_sequences + num_sequences > limits.max_sequences:
-        raise overloaded(
-            f"The replica is at its limit of {limits.max_sequences} running and waiting sequences "
-            f"({engine.num_open_sequences} now, {num_sequences} asked for); try again later"
-        )
 
 
 def _sampling(request: CompletionRequest, *, seed: int) -> SamplingParams:

@@ -2,8 +2,10 @@
 
 import asyncio
 import itertools
+import socket
 import subprocess
-from collections.abc import AsyncIterator, Iterable
+import time
+from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
 
 from cluster.serve_config import EngineConfig
@@ -18,6 +20,7 @@ from serving.messages import (
     parse_report,
     submit_message,
 )
+from serving.watchdog import watch_peer
 
 READ_BYTES = 1 << 16
 SHUTDOWN_TIMEOUT_S = 5.0
@@ -75,7 +78,9 @@ class EngineClient:
         self.num_waiting = 0
         self.kv_cache_usage = 0.0  # share of the blocks that are held
         self.num_failed_sequences = 0  # ended by logits that are not finite numbers
+        self.last_progress_s = time.monotonic()  # a report, or work for an engine without any
         self.death_notice = ""
+        self.on_death: Callable[[str], None] | None = None  # called with the notice, before any request learns of it
 
     @classmethod
     async def start(cls, checkpoint: Path, *, config: EngineConfig, eos_id: int | None, threads: int) -> "EngineClient":
@@ -86,12 +91,23 @@ class EngineClient:
             "--threads": threads,
             "--eos-id": eos_id,
         }
-        client = cls(*await start_child("serving.engine_process", arguments, threads=threads))
+        line, their_line = socket.socketpair()
+        with their_line:
+            client = cls(
+                *await start_child(
+                    "serving.engine_process",
+                    arguments | {"--watchdog": their_line.fileno()},
+                    threads=threads,
+                    pass_fds=[their_line.fileno()],
+                )
+            )
         try:
             await client._wait_until_ready()
         except (UserError, EngineDiedError):
+            line.close()
             await client.close()
             raise
+        watch_peer(line, peer_pid=client.pid)
         client._reports = asyncio.create_task(client._dispatch_reports())
         return client
 
@@ -119,6 +135,8 @@ class EngineClient:
         """Raises `EngineDiedError` when there is no engine."""
         if not self.alive:
             raise EngineDiedError(self.death_notice)
+        if not self._generations:
+            self.last_progress_s = time.monotonic()
         generation = Generation(self, [request.seq_id for request in requests])
         for request in requests:
             self._generations[request.seq_id] = generation
@@ -129,8 +147,13 @@ class EngineClient:
         if self._generations.pop(seq_id, None) is not None and self.alive:
             self._writer.write(encode_frame({"cancel": seq_id}))
 
+    def kill(self) -> None:
+        """For an engine that makes no progress."""
+        self._process.kill()
+
     async def close(self) -> None:
         """Ends the process: it goes when its socket closes, or is killed."""
+        self.on_death = None
         self._writer.close()
         try:
             await asyncio.to_thread(self._process.wait, SHUTDOWN_TIMEOUT_S)
@@ -153,12 +176,15 @@ class EngineClient:
         frames = FrameBuffer()
         while data := await self._read():
             for message in frames.feed(data):
+                self.last_progress_s = time.monotonic()
                 report = parse_report(message)
                 self.num_running, self.num_waiting = report.num_running, report.num_waiting
                 self.kv_cache_usage = report.kv_cache_usage
                 for event in report.events:
                     self._deliver(event)
         self.death_notice = await self._describe_death()
+        if self.on_death is not None:
+            self.on_death(self.death_notice)
         for generation in set(self._generations.values()):
             generation.put(None)
         self._generations.clear()

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import logging
+import os
 import select
 import socket
 import sys
@@ -23,6 +24,7 @@ from serving.native_library import NoNativeLibraryError
 from serving.native_runner import NativeRunner
 from serving.runner import Runner
 from serving.torch_runner import TorchRunner
+from serving.watchdog import watch_peer
 
 RECEIVE_BYTES = 1 << 16
 # What a checkpoint is loaded in; the kernels make int8 of it.
@@ -103,6 +105,7 @@ def main() -> int:
     parser.add_argument("--config", type=EngineConfig.model_validate_json, required=True, help="as JSON")
     parser.add_argument("--eos-id", type=int, help="token that ends a text; none for a checkpoint without tokenizer")
     parser.add_argument("--threads", type=int, required=True, help="compute threads")
+    parser.add_argument("--watchdog", type=int, required=True, help="file descriptor on which the replica beats")
     args = parser.parse_args()
     channel = Channel(socket.socket(fileno=args.socket))
     try:
@@ -113,6 +116,7 @@ def main() -> int:
         channel.send({"error": str(error)})
         return 1
     del model  # the kernels have the weights in their own order
+    watch_peer(socket.socket(fileno=args.watchdog), peer_pid=os.getppid())
     channel.send({"ready": True})
     with contextlib.suppress(EOFError, ConnectionError):
         run_engine(engine, channel)

@@ -91,8 +91,9 @@ def step_not_found(step: int, *, known: str) -> ApiError:
     )
 
 
-def overloaded(message: str) -> ApiError:
-    return ApiError(429, message, error_type="rate_limit_error", code="overloaded", headers={"Retry-After": "1"})
+def overloaded(message: str, *, retry_after_s: int = 1) -> ApiError:
+    headers = {"Retry-After": str(retry_after_s)}
+    return ApiError(429, message, error_type="rate_limit_error", code="overloaded", headers=headers)
 
 
 def too_many_requests(limit: int) -> ApiError:

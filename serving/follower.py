@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from ray.exceptions import RayError, RayTaskError
@@ -32,15 +32,25 @@ class Follower:
 
     versions: Versions
 
-    def __init__(self, config: ServeConfig, coordinator: DeploymentHandle, *, deployment: str, replica: str) -> None:
+    def __init__(
+        self,
+        config: ServeConfig,
+        coordinator: DeploymentHandle,
+        *,
+        deployment: str,
+        replica: str,
+        on_live_death: Callable[[str], None],
+    ) -> None:
+        """`on_live_death`: see `Versions`."""
         self._config = config
         self.coordinator = coordinator
         self._deployment = deployment
         self._replica = replica
+        self._on_live_death = on_live_death
 
     async def start(self) -> None:
         """Returns when what is live answers. Raises `CheckpointError` and `RuntimeError` for what cannot be served."""
-        self.versions = Versions(self._config, await self._join())
+        self.versions = Versions(self._config, await self._join(), on_live_death=self._on_live_death)
         self._following = asyncio.create_task(self._follow())
         await self.versions.wait_until_live()
 

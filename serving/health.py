@@ -1,10 +1,24 @@
-"""Whether a replica should go on: its engine runs, and its weights give numbers."""
+"""Whether a replica should go on: its engine runs and makes progress, and its weights give numbers."""
 
 import asyncio
+import os
+import sys
+import time
+from typing import NoReturn
 
 from model.sampling import SamplingParams
 from serving.engine_client import EngineClient, EngineDiedError
 from serving.messages import FinishReason, SequenceRequest
+
+STALLED_S = 60.0  # the longest step: a prompt that fills the context of a large model
+
+
+def leave(death_notice: str) -> NoReturn:
+    """Ends this replica with its engine, and at once. What waits for a first byte is then given to another replica,
+    while a replica that stays until Ray Serve has looked three times would refuse it, and attract more by its haste."""
+    sys.stderr.write(f"{death_notice}; the replica ends with it\n")
+    sys.stderr.flush()
+    os._exit(1)
 
 
 class HealthCheck:
@@ -21,6 +35,8 @@ class HealthCheck:
         """Asked every second. Raises `EngineDiedError` for a replica to be replaced."""
         if not self._engine.alive:
             raise EngineDiedError(self._engine.death_notice)
+        if self._engine.num_open_sequences and time.monotonic() - self._engine.last_progress_s > STALLED_S:
+            self._engine.kill()
         if self._retest is not None and self._retest.done():
             self._retest.result()
             self._retest = None

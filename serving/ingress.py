@@ -12,9 +12,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.stage import code_version
 from serving.access import AccessRules, RequestsInFlight, authorize
+from serving.admission import AdmissionLimits
 from serving.answers import Answer, AnswerHead, TextAnswer
 from serving.chat import NOTE_HEADER, ChatAnswer, as_completion, parse_chat
-from serving.completions import AdmissionLimits, Completion, start_completion
+from serving.completions import Completion, start_completion
 from serving.errors import ApiError, draining, engine_unavailable, internal_error
 from serving.json_body import read_json_body
 from serving.loaded_version import LoadedVersion

@@ -4,6 +4,8 @@ There is no handle between them, as each streamed token would pay 0.6 ms for it.
 (no `from __future__ import annotations`): Ray Serve reads them.
 """
 
+import time
+
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
@@ -11,8 +13,10 @@ from starlette.types import ASGIApp
 from cluster.serve_config import ServeConfig
 from serving.access import AccessRules
 from serving.admin_routes import admin_router
-from serving.completions import AdmissionLimits
+from serving.admission import AdmissionLimits
+from serving.autoscaling import KV_USE, WAITING
 from serving.follower import Follower
+from serving.health import leave
 from serving.ingress import build_http_app
 from serving.metrics import ReplicaMetrics
 
@@ -24,25 +28,40 @@ class Replica:
     ) -> None:
         """Returns when the model answers: Ray Serve sends requests from then on. `deployment` tells the coordinator
         apart from that of an endpoint that this one replaces."""
+        began_s = time.monotonic()
         self._config = config
         self._access = access
         self._id = serve.get_replica_context().replica_id.unique_id
-        self._follower = Follower(config, coordinator, deployment=deployment, replica=self._id)
+        self._follower = Follower(config, coordinator, deployment=deployment, replica=self._id, on_live_death=leave)
         await self._follower.start()
+        self._start_s = time.monotonic() - began_s
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """Called by Ray Serve after the constructor."""
         versions, engine = self._follower.versions, self._config.engine
         return build_http_app(
             versions=versions,
-            metrics=ReplicaMetrics(versions=versions, model_name=versions.delivery.model_name, replica=self._id),
+            metrics=ReplicaMetrics(
+                versions=versions,
+                num_slots=engine.max_num_seqs,
+                model_name=versions.delivery.model_name,
+                replica=self._id,
+                start_s=self._start_s,
+            ),
             limits=AdmissionLimits(
                 max_requests=self._config.replicas.max_ongoing_requests,
                 max_sequences=engine.max_num_seqs + engine.max_waiting,
+                max_queue_s=engine.max_queue_s,
             ),
             access=self._access,
             admin=admin_router(self._follower),
         )
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Asked by Ray Serve each second, for `ScalingPolicy`."""
+        versions = self._follower.versions
+        in_use = max(versions.kv_cache_usage, versions.num_running / self._config.engine.max_num_seqs)
+        return {WAITING: versions.num_waiting, KV_USE: in_use}
 
     async def check_health(self) -> None:
         """Ray Serve replaces a replica for which this raises."""

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 
 from cluster.serve_config import ServeConfig
 from serving.loaded_version import LoadedVersion
@@ -38,7 +39,11 @@ class Slot:
 class Versions:
     """All methods run in one event loop."""
 
-    def __init__(self, config: ServeConfig, delivery: Delivery) -> None:
+    def __init__(
+        self, config: ServeConfig, delivery: Delivery, *, on_live_death: Callable[[str], None] | None = None
+    ) -> None:
+        """`on_live_death` is told of the end of a live engine that no other version can stand in for."""
+        self._on_live_death = on_live_death
         self.config = config
         self.delivery = delivery
         self.route = delivery.route
@@ -144,6 +149,7 @@ class Versions:
                 slot.loaded = loaded = await LoadedVersion.load(
                     slot.version, name=self.delivery.model_name, config=self.config
                 )
+                loaded.engine.on_death = lambda notice: self._engine_died(slot, notice)
                 terms = self.delivery.terms
                 if self.delivery.phase is Phase.LOADING and slot.version == self.delivery.candidate and terms:
                     await self._measure(slot, loaded, terms)
@@ -151,6 +157,11 @@ class Versions:
             except Exception as error:  # a stranger's files may raise anything; that refuses them, and is reported
                 _log.warning("%s cannot be served", slot.version.checkpoint, exc_info=True)
                 slot.problem = str(error) or repr(error)
+
+    def _engine_died(self, slot: Slot, notice: str) -> None:
+        is_live = slot.version.serial == self.route.primary
+        if self._on_live_death is not None and is_live and not self._trusted:
+            self._on_live_death(notice)
 
     async def _measure(self, slot: Slot, loaded: LoadedVersion, terms: Terms) -> None:
         if terms.gate_rows:

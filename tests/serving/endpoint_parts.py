@@ -1,5 +1,6 @@
 """A Ray cluster of its own for endpoint tests, and what they ask the endpoint besides completions."""
 
+import contextlib
 import re
 import socket
 import time
@@ -8,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 import ray
 from ray import serve
@@ -48,8 +50,27 @@ def metric(http: httpx.Client, name: str, **labels: str) -> float:
     return sum(float(v) for found, v in lines if all(f'{k}="{label}"' in found for k, label in labels.items()))
 
 
-def wait_until(condition: Callable[[], bool], *, timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
+def children_with(word: str) -> list[psutil.Process]:
+    """The live processes that this test's own Ray has started and whose command line has `word`."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.status() != psutil.STATUS_ZOMBIE and word in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
+def num_running_replicas() -> int | None:
+    """As Ray Serve sees it, which counts a stopped replica too; None while any starts or leaves."""
+    states = dict(serve.status().applications["raymill"].deployments["Replica"].replica_states)
+    running = states.pop("RUNNING", 0)
+    return None if states else running
+
+
+def wait_until(condition: Callable[[], bool], *, timeout_s: float) -> float:
+    """Seconds that it took."""
+    start_s = time.monotonic()
     while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true"
+        assert time.monotonic() < start_s + timeout_s, "the condition did not come true"
         time.sleep(0.02)
+    return time.monotonic() - start_s

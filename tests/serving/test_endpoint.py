@@ -403,7 +403,7 @@ def test_a_killed_engine_ends_streams_with_an_error_and_is_replaced(
         next(lines)
         os.kill(killed, signal.SIGKILL)
         *_, last = lines
-    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_unavailable"
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "interrupted"
     wait_until(lambda: http.get("/ready").status_code == 200, timeout_s=30)
     assert engine_pid(checkpoint) != killed
     assert client.completions.create(model=MODEL, prompt="x", max_tokens=5).choices[0].finish_reason

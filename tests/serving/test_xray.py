@@ -26,7 +26,7 @@ from model.gpt import GPT
 from model.sampling import SamplingParams
 from model.tokenizer import Tokenizer
 from serving.access import AccessRules
-from serving.completions import AdmissionLimits
+from serving.admission import AdmissionLimits
 from serving.ingress import build_http_app
 from serving.metrics import ReplicaMetrics
 from serving.page_routes import PAGE_PATHS
@@ -48,8 +48,8 @@ async def endpoint(folder: Path, **settings: Any) -> AsyncIterator[tuple[httpx.A
     await versions.wait_until_live()
     app = build_http_app(
         versions=versions,
-        metrics=ReplicaMetrics(versions=versions, model_name="tiny", replica="r"),
-        limits=AdmissionLimits(max_requests=9, max_sequences=9),
+        metrics=ReplicaMetrics(versions=versions, num_slots=2, model_name="tiny", replica="r", start_s=1),
+        limits=AdmissionLimits(max_requests=9, max_sequences=9, max_queue_s=9),
         access=AccessRules(**settings),
         admin=APIRouter(),
     )

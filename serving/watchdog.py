@@ -1,0 +1,81 @@
+"""Replica and engine process watch each other: whichever does not run any more is killed by the other, as Ray notices a
+dead process at once, and a stopped one after half a minute."""
+
+import contextlib
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+import psutil
+
+BEAT_S = 0.5
+STOPPED_S = 3.0  # silent without any CPU time: stopped by a signal, or frozen
+SILENT_S = 30.0  # silent though it computes: its interpreter never gets to the thread that beats
+READ_BYTES = 1 << 12
+
+
+def is_hung(*, silent_s: float, cpu_s: float) -> bool:
+    """Of a process that has used `cpu_s` since its last sign of life. One that waits for a busy processor still gets
+    some of it within seconds, a stopped one gets none."""
+    return silent_s >= (SILENT_S if cpu_s > 0 else STOPPED_S)
+
+
+class Silence:
+    """How long the other side has said nothing, while this side was able to listen."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._last_look_s = clock()
+        self.seconds = 0.0
+
+    def observe(self, *, heard: bool) -> None:
+        """After each look, which come `BEAT_S` apart. A longer pause was ours (a machine that slept, a starved
+        thread), and counts as one."""
+        now_s = self._clock()
+        self.seconds = 0.0 if heard else self.seconds + min(now_s - self._last_look_s, 2 * BEAT_S)
+        self._last_look_s = now_s
+
+
+def watch_peer(line: socket.socket, *, peer_pid: int) -> None:
+    """Beats on `line` from a thread of its own, as the other end does, and kills a peer that hangs. A thread beats
+    through steps and prompts of any length, since torch computes without Python's lock."""
+    line.setblocking(False)
+    threading.Thread(target=_watch, args=(line, psutil.Process(peer_pid)), daemon=True, name="watchdog").start()
+
+
+def _watch(line: socket.socket, peer: psutil.Process) -> None:
+    silence, cpu_s_when_heard = Silence(), _cpu_s(peer)
+    with line:
+        while True:
+            try:
+                heard = _exchange(line)
+                cpu_s = _cpu_s(peer)
+            except (EOFError, ConnectionError, psutil.NoSuchProcess):
+                return
+            silence.observe(heard=heard)
+            if heard:
+                cpu_s_when_heard = cpu_s
+            elif is_hung(silent_s=silence.seconds, cpu_s=cpu_s - cpu_s_when_heard):
+                sys.stderr.write(f"process {peer.pid} has given no sign of life for {silence.seconds:.1f} s: killed\n")
+                peer.kill()
+                return
+            time.sleep(BEAT_S)
+
+
+def _exchange(line: socket.socket) -> bool:
+    """One beat out; whether any came in. Raises `EOFError` when the other end is closed."""
+    with contextlib.suppress(BlockingIOError):  # nobody reads
+        line.send(b".")
+    try:
+        if not line.recv(READ_BYTES):
+            raise EOFError
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _cpu_s(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return times.user + times.system

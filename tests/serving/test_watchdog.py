@@ -1,0 +1,102 @@
+"""Replica and engine process: whichever is stopped, the other ends it within seconds."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from model.sampling import SamplingParams
+from serving import health
+from serving.engine_client import EngineClient, EngineDiedError
+from serving.health import HealthCheck
+from serving.messages import SequenceRequest
+from serving.watchdog import BEAT_S, SILENT_S, STOPPED_S, Silence, is_hung
+from tests.serving.test_engine_process import START, engine
+
+NOTICED_S = 5.0
+
+
+def test_a_process_that_computes_is_given_more_time_than_one_that_is_stopped() -> None:
+    assert is_hung(silent_s=STOPPED_S, cpu_s=0) and not is_hung(silent_s=STOPPED_S - 0.1, cpu_s=0)
+    assert is_hung(silent_s=SILENT_S, cpu_s=9) and not is_hung(silent_s=SILENT_S - 0.1, cpu_s=0.01)
+
+
+def test_silence_counts_only_the_time_in_which_we_listened() -> None:
+    now_s = 0.0
+    silence = Silence(lambda: now_s)
+
+    def look(after_s: float, *, heard: bool) -> float:
+        nonlocal now_s
+        now_s += after_s
+        silence.observe(heard=heard)
+        return silence.seconds
+
+    assert look(BEAT_S, heard=False) == BEAT_S
+    assert look(3600, heard=False) == 3 * BEAT_S  # the machine slept
+    assert look(BEAT_S, heard=True) == 0
+    assert look(BEAT_S, heard=False) == BEAT_S
+
+
+def test_a_stopped_replica_is_killed_by_its_engine(checkpoint: Path) -> None:
+    replica = subprocess.Popen([sys.executable, "-c", START, checkpoint], stdout=subprocess.PIPE, text=True)
+    assert replica.stdout is not None
+    child = psutil.Process(int(replica.stdout.readline()))
+    os.kill(replica.pid, signal.SIGSTOP)
+    stopped_s = time.monotonic()
+    assert replica.wait(timeout=20) == -signal.SIGKILL
+    assert STOPPED_S - 2 * BEAT_S < time.monotonic() - stopped_s < NOTICED_S
+    child.wait(timeout=10)
+    replica.stdout.close()
+
+
+def open_request(client: EngineClient) -> SequenceRequest:
+    return SequenceRequest(client.next_seq_id(), [1], 127, SamplingParams(temperature=0.0), ignore_eos=True)
+
+
+@pytest.mark.parametrize("idle", [True, False])
+def test_a_stopped_engine_is_killed_by_its_replica(checkpoint: Path, idle: bool) -> None:
+    async def scenario() -> None:
+        async with engine(checkpoint) as client:
+            generation = None if idle else client.submit([open_request(client)])
+            notices: list[str] = []
+            client.on_death = notices.append
+            os.kill(client.pid, signal.SIGSTOP)
+            await until(lambda: bool(notices), timeout_s=NOTICED_S)
+            assert "-9" in notices[0]
+            if generation is not None:
+                with pytest.raises(EngineDiedError):
+                    [event async for event in generation]
+
+    asyncio.run(scenario())
+
+
+def test_an_engine_that_beats_and_makes_no_progress_is_killed(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        async with engine(checkpoint) as client:
+            check = HealthCheck(client, prompt_ids=[0])
+            monkeypatch.setattr(health, "STALLED_S", 0.2)
+            await asyncio.sleep(0.3)
+            check.check()  # idle is no stall
+            client.submit([open_request(client)])
+            check.check()
+            os.kill(client.pid, signal.SIGSTOP)  # well within what the watchdog allows for
+            await asyncio.sleep(0.5)
+            check.check()
+            await until(lambda: not client.alive, timeout_s=1)
+
+    asyncio.run(scenario())
+
+
+async def until(condition: Callable[[], bool], *, timeout_s: float) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.02)
