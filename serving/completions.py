@@ -2,11 +2,12 @@
 
 import asyncio
 import hashlib
-import json
 import secrets
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
+
+import orjson
 
 from model.sampling import SamplingParams
 from serving.answers import Answer
@@ -54,26 +55,26 @@ class Completion:
         self._generation.close()
         self._timer.close()
 
-    async def respond(self) -> str:
+    async def respond(self) -> bytes:
         """The whole answer, as JSON. Raises `ApiError` when the engine fails."""
         parts: dict[int, list[Choice]] = {}
         async for part in self._parts():
             parts.setdefault(part.index, []).append(part)
         return to_json(self._answer.whole([join_parts(parts[index]) for index in sorted(parts)], self._usage()))
 
-    async def stream(self) -> AsyncIterator[str]:
+    async def stream(self) -> AsyncIterator[bytes]:
         """Server-sent events. A failure is an event too, and then no `[DONE]` follows: a client cannot mistake half
         an answer for a whole one."""
         options = self._request.stream_options
         try:
             async for part in self._parts():
-                yield f"data: {to_json(self._answer.part(part))}\n\n"
+                yield b"data: %b\n\n" % to_json(self._answer.part(part))
         except ApiError as error:
-            yield error.event()
+            yield error.event().encode()
             return
         if options is not None and options.include_usage:
-            yield f"data: {to_json(self._answer.usage_part(self._usage()))}\n\n"
-        yield "data: [DONE]\n\n"
+            yield b"data: %b\n\n" % to_json(self._answer.usage_part(self._usage()))
+        yield b"data: [DONE]\n\n"
 
     async def _parts(self) -> AsyncIterator[Choice]:
         try:
@@ -158,8 +159,8 @@ def choice_seed(seed: int, index: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{index}".encode()).digest()[:8]) >> 1
 
 
-def to_json(answer: dict[str, Any]) -> str:
-    return json.dumps(answer, ensure_ascii=False, separators=(",", ":"))
+def to_json(answer: dict[str, Any]) -> bytes:
+    return orjson.dumps(answer)
 
 
 def _refuse_when_full(engine: EngineClient, num_sequences: int, limits: AdmissionLimits) -> None:

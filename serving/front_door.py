@@ -21,6 +21,7 @@ from cluster.serve_config import HttpConfig
 from serving import http_server
 from serving.errors import ApiError, closing, interrupted, invalid_request, not_found
 from serving.protocol import MAX_BODY_BYTES
+from serving.relay import ASK_HEADER, YES_HEADER, Relay, RelayedAnswer
 
 SETTINGS_VARIABLE = "RAYMILL_HTTP"
 HIDDEN_PATHS = ("/-/routes",)  # Ray Serve's own; it keeps /-/healthz, which Kubernetes asks for
@@ -52,6 +53,7 @@ class FrontDoor:
     def __init__(self, app: ASGIApp, *, config: HttpConfig) -> None:
         self._app = app
         self._config = config
+        self._relay = Relay()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -68,10 +70,11 @@ class FrontDoor:
             await send_error(error, send, request_id=request_id)
             return
         if body is not None:
-            await Exchange(self._app, scope, body, receive=receive, send=send, request_id=request_id).run()
+            exchange = Exchange(self._app, scope, body, receive=receive, send=send, request_id=request_id)
+            await exchange.run(self._relay)
 
     def _forwarded_headers(self, headers: list[tuple[bytes, bytes]], request_id: bytes) -> list[tuple[bytes, bytes]]:
-        dropped = (*DROPPED_HEADERS, TIMEOUT_HEADER, b"x-request-id")
+        dropped = (*DROPPED_HEADERS, TIMEOUT_HEADER, ASK_HEADER, b"x-request-id")
         # Ray Serve reads further headers as UTF-8 and fails on others; only Authorization is ours to judge.
         kept = [(n, v) for n, v in headers if n not in dropped and (v.isascii() or n == b"authorization")]
         kept.append((b"x-request-id", request_id))
@@ -120,16 +123,22 @@ class Exchange:
         self._send = send
         self._request_id = request_id
         self._client_gone = False
+        self._relayed: RelayedAnswer
         self._started = False
         self._is_event_stream = False
         self._replaced = False
         self._finished = False
 
-    async def run(self) -> None:
+    async def run(self, relay: Relay) -> None:
         for _ in range(MAX_ATTEMPTS):
             self._body_given = False
+            self._relayed = await relay.open()
             # A copy: Ray Serve writes into the scope.
-            await self._app(dict(self._scope), self._next_message, self._pass_on)
+            scope = {**self._scope, "headers": [*self._scope["headers"], self._relayed.header]}
+            try:
+                await self._app(scope, self._next_message, self._pass_on)
+            finally:
+                await self._relayed.close()
             if self._started or self._client_gone:
                 break
         if self._finished or self._client_gone:
@@ -158,10 +167,18 @@ class Exchange:
                 self._replaced = True
                 await send_error(of_proxy(message["status"], headers), self._send, request_id=self._request_id)
                 self._finished = True
+            if YES_HEADER in headers:
+                kept = [(name, value) for name, value in message["headers"] if name != YES_HEADER]
+                await self._send({**message, "headers": kept})
+                self._relayed.start(self._send)
+                return
         if self._replaced:
             return
         if message["type"] == "http.response.body":
-            self._finished = not message.get("more_body", False)
+            last = not message.get("more_body", False)
+            if last and self._relayed.started and not await self._relayed.end():
+                return
+            self._finished = last
         await self._send(message)
 
 

@@ -27,6 +27,7 @@ from serving.protocol import (
     parse_completion,
     parse_request,
 )
+from serving.relay import YES_HEADER, RelayClient
 from serving.served_model import ServedModel
 from serving.xray import Xray, XrayRequest
 
@@ -48,6 +49,7 @@ def build_http_app(
     app.include_router(page_router())
     add_state_routes(app, model=model, engine=engine, metrics=metrics)
     add_error_handlers(app)
+    relay = RelayClient()
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
@@ -71,7 +73,7 @@ def build_http_app(
             request, answer=shape, model=model, engine=engine, metrics=metrics, limits=limits
         )
         if request.stream:
-            return EventStream(completion, headers=headers or {})
+            return EventStream(completion, headers=headers or {}, relay=relay)
         try:
             body = await completion.respond()
         finally:
@@ -202,14 +204,25 @@ class Gate:
 class EventStream(StreamingResponse):
     """A streamed completion, closed however the response ends: a client that goes away frees its slots."""
 
-    def __init__(self, completion: Completion, *, headers: Mapping[str, str]) -> None:
+    def __init__(self, completion: Completion, *, headers: Mapping[str, str], relay: RelayClient) -> None:
         headers = {"Cache-Control": "no-cache"} | dict(headers)
-        super().__init__(completion.stream(), media_type="text/event-stream", headers=headers)
+        self._events = completion.stream()
+        super().__init__(self._events, media_type="text/event-stream", headers=headers)
         self._completion = completion
+        self._relay = relay
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await super().__call__(scope, receive, send)
+            writer = await self._relay.open(scope["headers"])
+            if writer is None:
+                await super().__call__(scope, receive, send)
+                return
+            headers = [*self.raw_headers, (YES_HEADER, b"1")]
+            await send({"type": "http.response.start", "status": self.status_code, "headers": headers})
+            async for event in self._events:
+                writer.write(event)
+            writer.end()
+            await send({"type": "http.response.body", "body": b""})
         finally:
             self._completion.close()
 

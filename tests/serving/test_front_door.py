@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.serve_config import HttpConfig
 from serving.front_door import FrontDoor, clamped_timeout_s, clean_request_id
+from serving.relay import ASK_HEADER
 
 OK = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]}
 
@@ -127,7 +128,7 @@ def test_headers_that_ray_serve_would_obey_are_kept_from_it() -> None:
         ),
     )
     headers = dict(seen)
-    assert set(headers) == {b"host", b"x-request-timeout-seconds", b"x-request-id", b"x-mine"}
+    assert set(headers) == {b"host", b"x-request-timeout-seconds", b"x-request-id", b"x-mine", ASK_HEADER}
     assert headers[b"x-request-timeout-seconds"] == b"600.0"
     assert headers[b"x-request-id"].isalnum()
 

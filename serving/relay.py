@@ -1,0 +1,214 @@
+"""The way of a streamed answer's bytes from a replica to the proxy on its machine, around Ray Serve.
+
+Through Ray Serve each token would be a message between actors, 0.8 ms of processor time. So only the start and the end
+of the answer go there, with all that hangs on them (choice of a replica, retries, cancellation, draining); what lies
+between is written to a socket, one frame for each part: number of the answer, length, bytes. Length 0 is its end.
+
+A proxy listens under a random name in Linux's abstract namespace, which leaves no file behind, and tells replicas the
+name and the answer's number in a header. A replica that cannot reach it, on another machine, answers through Ray Serve.
+"""
+
+import asyncio
+import itertools
+import os
+import secrets
+import socket
+import struct
+import sys
+from collections.abc import Iterable, Mapping
+
+from starlette.types import Send
+
+ASK_HEADER, YES_HEADER = b"x-raymill-relay", b"x-raymill-relayed"
+END_TIMEOUT_S = 5.0  # for an end that Ray Serve has already told of
+_NAME_PREFIX = "\0raymill-relay-"
+_FRAME = struct.Struct(">QI")
+_PEER_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
+
+
+class RelayedAnswer:
+    """The proxy's end of one answer."""
+
+    def __init__(self, relay: "Relay", number: int) -> None:
+        self._relay = relay
+        self._number = number
+        self._waiting = bytearray()
+        self._arrived = asyncio.Event()
+        self._ended = asyncio.Event()
+        self._pump: asyncio.Task[None] | None = None
+
+    @property
+    def header(self) -> tuple[bytes, bytes]:
+        return ASK_HEADER, f"{self._relay.name}/{self._number}".encode()
+
+    @property
+    def started(self) -> bool:
+        return self._pump is not None
+
+    def start(self, send: Send) -> None:
+        """Passes on what comes."""
+        self._pump = asyncio.create_task(self._pass_on(send))
+
+    async def end(self) -> bool:
+        """Waits until all of a started answer has been passed on; False where its end does not come."""
+        assert self._pump is not None
+        try:
+            async with asyncio.timeout(END_TIMEOUT_S):
+                await self._ended.wait()
+        except TimeoutError:
+            return False
+        await self._pump
+        return True
+
+    async def close(self) -> None:
+        """Nothing more is passed on."""
+        self._relay.answers.pop(self._number, None)
+        if self._pump is not None:
+            self._pump.cancel()
+            await asyncio.wait([self._pump])
+
+    def put(self, data: bytes) -> None:
+        self._waiting += data
+        if not data:
+            self._ended.set()
+        self._arrived.set()
+
+    async def _pass_on(self, send: Send) -> None:
+        while not self._ended.is_set() or self._waiting:
+            await self._arrived.wait()
+            self._arrived.clear()
+            if self._waiting:  # several parts are one where the client is slow
+                data, self._waiting = bytes(self._waiting), bytearray()
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+
+
+class Relay:
+    """A proxy's socket, and the answers that come in over it."""
+
+    def __init__(self) -> None:
+        self.name = secrets.token_hex(16)
+        self.answers: dict[int, RelayedAnswer] = {}
+        self._numbers = itertools.count()
+        self._server: asyncio.Server | None = None
+        self._starting = asyncio.Lock()
+
+    async def open(self) -> RelayedAnswer:
+        async with self._starting:
+            if self._server is None and sys.platform == "linux":
+                loop = asyncio.get_running_loop()
+                path = _NAME_PREFIX + self.name
+                self._server = await loop.create_unix_server(lambda: _Incoming(self.answers), path)
+        number = next(self._numbers)
+        self.answers[number] = RelayedAnswer(self, number)
+        return self.answers[number]
+
+
+class _Incoming(asyncio.Protocol):
+    """A replica's connection to a proxy."""
+
+    def __init__(self, answers: Mapping[int, RelayedAnswer]) -> None:
+        self._answers = answers
+        self._buffer = bytearray()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        if not _is_our_own(transport.get_extra_info("socket")):
+            transport.close()
+
+    def data_received(self, data: bytes) -> None:
+        self._buffer += data
+        start = 0
+        while len(self._buffer) - start >= _FRAME.size:
+            number, length = _FRAME.unpack_from(self._buffer, start)
+            end = start + _FRAME.size + length
+            if len(self._buffer) < end:
+                break
+            if number in self._answers:  # not one that the client has left
+                self._answers[number].put(bytes(self._buffer[start + _FRAME.size : end]))
+            start = end
+        del self._buffer[:start]
+
+
+class RelayWriter:
+    """A replica's end of one answer."""
+
+    def __init__(self, connection: "_Outgoing", number: int) -> None:
+        self._connection = connection
+        self._number = number
+
+    def write(self, data: bytes) -> None:
+        """Not empty. Raises `ConnectionError` once the proxy has gone."""
+        self._connection.write(_FRAME.pack(self._number, len(data)) + data)
+
+    def end(self) -> None:
+        self._connection.write(_FRAME.pack(self._number, 0))
+        self._connection.flush()
+
+
+class RelayClient:
+    """A replica's connections, one to each proxy on its machine."""
+
+    def __init__(self) -> None:
+        self._connections: dict[str, _Outgoing] = {}
+        self._connecting = asyncio.Lock()
+
+    async def open(self, headers: Iterable[tuple[bytes, bytes]]) -> RelayWriter | None:
+        """For the request with these headers; None where the answer goes through Ray Serve."""
+        asked = [value for name, value in headers if name == ASK_HEADER]
+        if len(asked) != 1:
+            return None
+        name, _, number = asked[0].decode("ascii", errors="replace").partition("/")
+        if not number.isdecimal() or len(number) > 18:
+            return None
+        async with self._connecting:
+            connection = self._connections.get(name)
+            if connection is None or connection.is_closing:
+                connection = await self._connect(name)
+                if connection is None:
+                    return None
+                open_ones = {n: c for n, c in self._connections.items() if not c.is_closing}
+                self._connections = open_ones | {name: connection}
+        return RelayWriter(connection, int(number))
+
+    async def _connect(self, name: str) -> "_Outgoing | None":
+        # By hand: uvloop cannot connect to a name that starts with a zero byte.
+        end = socket.socket(socket.AF_UNIX)
+        end.setblocking(False)
+        try:
+            end.connect(_NAME_PREFIX + name)
+        except OSError:  # not on this machine
+            end.close()
+            return None
+        if not _is_our_own(end):
+            end.close()
+            return None
+        return (await asyncio.get_running_loop().create_unix_connection(_Outgoing, sock=end))[1]
+
+
+class _Outgoing(asyncio.Protocol):
+    """A connection of a replica's. Writes what the answers of one step have in one go."""
+
+    def connection_made(self, transport: asyncio.WriteTransport) -> None:  # type: ignore[override]
+        self._transport = transport
+        self._waiting = bytearray()
+
+    @property
+    def is_closing(self) -> bool:
+        return self._transport.is_closing()
+
+    def write(self, data: bytes) -> None:
+        if self.is_closing:
+            raise ConnectionError("the proxy has gone")
+        if not self._waiting:
+            asyncio.get_running_loop().call_soon(self.flush)  # after the tasks that the same step has woken
+        self._waiting += data
+
+    def flush(self) -> None:
+        if self._waiting:
+            self._transport.write(bytes(self._waiting))
+            self._waiting.clear()
+
+
+def _is_our_own(end: socket.socket) -> bool:
+    """The other end is a process of the same user: the namespace has no permissions of its own."""
+    raw = end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
+    return _PEER_CREDENTIALS.unpack(raw)[1] == os.getuid()
