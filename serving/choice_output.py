@@ -37,9 +37,10 @@ class ChoiceOutput:
         self._started = True
         if event.token_id is not None:
             self.num_output_tokens += 1
-            if event.finish_reason is not FinishReason.STOP:  # the end-of-text token is no text
-                offset = self._echoed_chars + self._detokenizer.num_chars
-                self._entries.append(TokenEntry(event.token_id, event.logprobs, offset))
+            offset = self._echoed_chars + self._detokenizer.num_chars
+            self._entries.append(TokenEntry(event.token_id, event.logprobs, offset))
+            # The end-of-text token is no text, but has its entry: lm-eval takes the last one for the new token's.
+            if event.finish_reason is not FinishReason.STOP:
                 text += self._detokenizer.push(self._model.token_bytes(event.token_id))
         if event.finish_reason is not None:
             text += self._detokenizer.finish()
