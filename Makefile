@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+CLIENTS_INSTALLED := $(VENV)/.installed-clients
 BENCH_INSTALLED := $(VENV)/.installed-bench
 VLLM_VENV := .venv-vllm
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
@@ -18,7 +19,7 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/pytest -m "not slow"
 
-test-all: $(INSTALLED)
+test-all: $(CLIENTS_INSTALLED)
 	$(BIN)/pytest
 
 test-chaos: $(INSTALLED)
@@ -50,6 +51,10 @@ $(INSTALLED): pyproject.toml .ci/constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip setuptools
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable '.[dev]'
+	touch $@
+
+$(CLIENTS_INSTALLED): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable '.[clients]'
 	touch $@
 
 $(BENCH_INSTALLED): $(INSTALLED)

@@ -45,9 +45,16 @@ def _content(value: Any) -> Any:
     return "".join(part["text"] for part in value)
 
 
+class TextPart(Request):
+    """For the JSON schema; `_content` reads them."""
+
+    type: Literal["text"]
+    text: str
+
+
 class Message(Request):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_content)]
+    content: Annotated[str, BeforeValidator(_content, json_schema_input_type=str | list[TextPart])]
     name: str | None = Field(None, max_length=64)
 
 

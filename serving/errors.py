@@ -81,6 +81,16 @@ def model_not_found(name: str, *, served: str) -> ApiError:
     )
 
 
+def step_not_found(step: int, *, known: str) -> ApiError:
+    return ApiError(
+        404,
+        f"No checkpoint of step {step} is here; those are: {known}",
+        error_type="not_found_error",
+        param="step",
+        code="step_not_found",
+    )
+
+
 def overloaded(message: str) -> ApiError:
     return ApiError(429, message, error_type="rate_limit_error", code="overloaded", headers={"Retry-After": "1"})
 

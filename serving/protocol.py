@@ -1,9 +1,10 @@
 """The requests and answers of the HTTP interface: strict JSON, OpenAI's completions, vLLM's tokenize."""
 
 import difflib
+import re
 from typing import Annotated, Any, NoReturn, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
 
 from serving.errors import ApiError, invalid_request
 from serving.strict_json import parse_json_object, shown
@@ -58,13 +59,29 @@ def _stop_strings(value: Any) -> tuple[str, ...]:
 
 
 def _token_id_keys(value: Any) -> Any:
-    if not isinstance(value, dict) or not all(key.isdecimal() and len(key) <= 10 for key in value):
+    if not isinstance(value, dict) or not all(re.fullmatch("[0-9]{1,10}", key) for key in value):
         raise ValueError('expected an object from token ids to biases, such as {"50256": -100}')
     return {int(key): bias for key, bias in value.items()}
 
 
+# Numbers as small as these would overflow or vanish in the sampler, where they decide nothing any more: the most
+# probable token is far more probable than others, or more than 1e-9 of all.
+GREEDY_BELOW, SMALLEST_TOP_P = 1e-5, 1e-9
+Temperature = Annotated[float, Field(ge=0, le=2), AfterValidator(lambda value: 0.0 if value < GREEDY_BELOW else value)]
+TopP = Annotated[float, Field(gt=0, le=1), AfterValidator(lambda value: max(value, SMALLEST_TOP_P))]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
+
+# What the validators above take, for the JSON schema.
+TokenIds = Annotated[list[int], Field(min_length=1)]
+SeveralPrompts = Field(min_length=1, max_length=MAX_PROMPTS)
+WrittenPrompts = str | TokenIds | Annotated[list[str], SeveralPrompts] | Annotated[list[TokenIds], SeveralPrompts]
+StopString = Annotated[str, Field(min_length=1, max_length=1024)]
+StopStrings = StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)]
+WrittenBiases = Annotated[
+    dict[Annotated[str, Field(pattern="^[0-9]{1,10}$")], Bias],
+    Field(max_length=300, json_schema_extra={"additionalProperties": False}),
+]
 
 
 class Request(BaseModel):
@@ -82,27 +99,29 @@ class GenerationRequest(Request):
     `ignore_eos` vLLM's."""
 
     model: str
-    temperature: float = Field(1.0, ge=0, le=2)
-    top_p: float = Field(1.0, gt=0, le=1)
+    temperature: Temperature = 1.0
+    top_p: TopP = 1.0
     top_k: int = Field(0, ge=-1, le=2**31)
     min_p: float = Field(0.0, ge=0, le=1)
     n: int = Field(1, ge=1, le=MAX_CHOICES)
     stream: bool = False
     stream_options: StreamOptions | None = None
-    stop: Annotated[tuple[str, ...], PlainValidator(_stop_strings)] = ()
+    stop: Annotated[tuple[str, ...], PlainValidator(_stop_strings, json_schema_input_type=StopStrings)] = ()
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     user: str | None = Field(None, max_length=256)
-    logit_bias: Annotated[dict[int, Bias], BeforeValidator(_token_id_keys), Field(max_length=300)] = {}
+    logit_bias: Annotated[
+        dict[int, Bias], Field(max_length=300), BeforeValidator(_token_id_keys, json_schema_input_type=WrittenBiases)
+    ] = {}
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
-    repetition_penalty: float = Field(1.0, gt=0, le=2)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=2)
     ignore_eos: bool = False
 
 
 class CompletionRequest(GenerationRequest):
     """Body of POST /v1/completions."""
 
-    prompt: Annotated[Prompts, PlainValidator(_prompts)]
+    prompt: Annotated[Prompts, PlainValidator(_prompts, json_schema_input_type=WrittenPrompts)]
     max_tokens: int = Field(DEFAULT_MAX_TOKENS, ge=0, le=2**31)
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool = False

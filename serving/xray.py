@@ -19,7 +19,7 @@ from pydantic import Field, PlainValidator
 from model.checkpoint import MANIFEST, read_metadata
 from serving.child_process import start_child
 from serving.errors import ApiError, overloaded
-from serving.protocol import Request
+from serving.protocol import Request, Temperature, TopP
 
 MAX_NEW_TOKENS = 32
 MAX_SEQUENCE_TOKENS = 160  # prompt and new ones
@@ -46,8 +46,8 @@ class XrayRequest(Request):
     model: str
     prompt: Annotated[str | list[int], PlainValidator(_prompt)]
     max_tokens: int = Field(16, ge=0, le=MAX_NEW_TOKENS)
-    temperature: float = Field(0.0, ge=0, le=2)
-    top_p: float = Field(1.0, gt=0, le=1)
+    temperature: Temperature = 0.0
+    top_p: TopP = 1.0
     top_k: int = Field(0, ge=-1, le=2**31)
     min_p: float = Field(0.0, ge=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)

@@ -16,7 +16,7 @@ import torch
 from model.checkpoint import load_model
 from model.errors import UserError
 from model.gpt import GPT
-from serving.errors import ApiError, internal_error, invalid_request
+from serving.errors import ApiError, internal_error, invalid_request, step_not_found
 from serving.served_model import ServedModel, read_served_model
 from serving.xray import ANSWER_HEAD, XrayRequest, run_checkpoints
 from serving.xray_answer import xray_answer
@@ -39,8 +39,7 @@ class Models:
             return self._load(self._folder)
         checkpoints = run_checkpoints(self._folder)
         if step not in checkpoints:
-            steps = ", ".join(map(str, checkpoints)) or "none"
-            raise invalid_request(f"No checkpoint of step {step} is here; those are: {steps}", param="step", status=404)
+            raise step_not_found(step, known=", ".join(map(str, checkpoints)) or "none")
         try:
             return self._load(checkpoints[step])
         except UserError as error:

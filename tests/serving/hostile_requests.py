@@ -89,6 +89,7 @@ WRONG_VALUES = [
     *(completion(26, f"logprobs {k}", "logprobs", logprobs=k) for k in (-1, 10**6)),
     *(completion(27, f"{name} penalty", f"{name}_penalty", **{f"{name}_penalty": 1e9})
       for name in ("presence", "frequency", "repetition")),
+    completion(27, "a penalty that vanishes", "repetition_penalty", repetition_penalty=5e-324),
     *(completion(28, f"seed {s!r}"[:20], "seed", seed=s) for s in (2**100, "x")),
     completion(29, "unknown field", "temprature", code="unknown_parameter", temprature=1),
     completion(32, "no model", "model", model=None, code="missing_required_parameter"),

@@ -1,0 +1,135 @@
+"""The endpoint's OpenAPI document, which it does not publish: request bodies from its own models, answers written down
+here as OpenAI has them."""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic.json_schema import models_json_schema
+
+from serving.chat import ChatRequest
+from serving.protocol import Choice, CompletionRequest, DetokenizeRequest, Request, TokenizeRequest, Usage
+from tests.serving.hostile_requests import MODEL
+
+REFERENCE = "#/components/schemas/{model}"
+
+
+class Answer(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Error(Answer):
+    message: str = Field(min_length=1)
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(Answer):
+    error: Error
+
+
+class Head(Answer):
+    id: str
+    object: str
+    created: int
+    model: str
+    system_fingerprint: str
+
+
+class CompletionAnswer(Head):
+    choices: list[Choice] = Field(min_length=1)
+    usage: Usage
+
+
+class TokenLogprob(Answer):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChosenLogprob(TokenLogprob):
+    top_logprobs: list[TokenLogprob]
+
+
+class ChatMessage(Answer):
+    role: str
+    content: str
+    refusal: None
+
+
+class ChatChoice(Answer):
+    index: int
+    message: ChatMessage
+    logprobs: create_model("ChatLogprobs", content=(list[ChosenLogprob], ...)) | None  # type: ignore[misc, valid-type]
+    finish_reason: str
+
+
+class ChatAnswer(Head):
+    choices: list[ChatChoice] = Field(min_length=1)
+    usage: Usage
+
+
+class TokenizeAnswer(Answer):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class DetokenizeAnswer(Answer):
+    prompt: str
+
+
+ROUTES: dict[str, tuple[type[Request], type[Answer]]] = {
+    "/v1/completions": (CompletionRequest, CompletionAnswer),
+    "/v1/chat/completions": (ChatRequest, ChatAnswer),
+    "/tokenize": (TokenizeRequest, TokenizeAnswer),
+    "/detokenize": (DetokenizeRequest, DetokenizeAnswer),
+}
+
+
+def openapi() -> dict[str, Any]:
+    models = [model for route in ROUTES.values() for model in route] + [ErrorAnswer]
+    _, definitions = models_json_schema([(m, "validation") for m in models], ref_template=REFERENCE)
+    schemas = definitions["$defs"]
+    for request, _ in ROUTES.values():
+        _as_the_endpoint_reads(schemas[request.__name__])
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "raymill", "version": "1"},
+        "paths": {
+            path: {
+                "post": {
+                    "requestBody": {"required": True, "content": _json(request.__name__)},
+                    "responses": {
+                        "200": {"description": "done", "content": _json(answer.__name__) | _events(path)},
+                        **{
+                            str(status): {"description": "refused", "content": _json(ErrorAnswer.__name__)}
+                            for status in (400, 404, 413, 415)
+                        },
+                    },
+                }
+            }
+            for path, (request, answer) in ROUTES.items()
+        },
+        "components": {"schemas": schemas},
+    }
+
+
+def _as_the_endpoint_reads(schema: dict[str, Any]) -> None:
+    """A field that is null counts as absent, and there is one model."""
+    for name, field in schema["properties"].items():
+        if name == "model":
+            field["enum"] = [MODEL]
+        if name not in schema["required"]:
+            schema["properties"][name] = {"anyOf": [field, {"type": "null"}]}
+
+
+def _json(model: str) -> dict[str, Any]:
+    return {"application/json": {"schema": {"$ref": REFERENCE.format(model=model)}}}
+
+
+def _events(path: str) -> dict[str, Any]:
+    """Where the answer may be a stream: the shape of each of its events."""
+    event = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string", "minLength": 1}}}
+    return {"text/event-stream": {"schema": event}} if path.startswith("/v1/") else {}
