@@ -4,15 +4,26 @@ import contextlib
 import re
 import socket
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 import ray
+from fastapi import APIRouter
 from ray import serve
+from starlette.types import ASGIApp
+
+from cluster.serve_config import ServeConfig
+from serving.access import AccessRules
+from serving.admission import AdmissionLimits
+from serving.ingress import build_http_app
+from serving.metrics import ReplicaMetrics
+from serving.promotion import Delivery
+from serving.served_model import read_served_model, version_of
+from serving.versions import Versions
 
 
 @contextmanager
@@ -74,3 +85,32 @@ def wait_until(condition: Callable[[], bool], *, timeout_s: float) -> float:
         assert time.monotonic() < start_s + timeout_s, "the condition did not come true"
         time.sleep(0.02)
     return time.monotonic() - start_s
+
+
+@asynccontextmanager
+async def replica_app(
+    folder: Path, *, name: str, config: ServeConfig | None = None, access: AccessRules | None = None
+) -> AsyncIterator[tuple[ASGIApp, Versions]]:
+    """A replica's routes and its engine process, without Ray."""
+    config = config or ServeConfig()
+    live = version_of(read_served_model(folder, name=name), checkpoint=str(folder))
+    versions = Versions(config, Delivery(deployment="test", model_name=name, live=live))
+    await versions.wait_until_live()
+    engine = config.engine
+    limits = AdmissionLimits(
+        max_requests=config.replicas.max_ongoing_requests,
+        max_sequences=engine.max_num_seqs + engine.max_waiting,
+        max_queue_s=engine.max_queue_s,
+    )
+    metrics = ReplicaMetrics(
+        versions=versions, num_slots=engine.max_num_seqs, model_name=name, replica="r", start_s=1.0
+    )
+    try:
+        yield (
+            build_http_app(
+                versions=versions, metrics=metrics, limits=limits, access=access or AccessRules(), admin=APIRouter()
+            ),
+            versions,
+        )
+    finally:
+        await versions.close()

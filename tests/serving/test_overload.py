@@ -12,15 +12,9 @@ from model.checkpoint import Metadata, parameter_hash, write_checkpoint
 from model.config import GPTConfig
 from model.gpt import GPT
 from model.tokenizer import Tokenizer
-from serving.access import AccessRules
-from serving.admission import AdmissionLimits, predicted_wait_s
+from serving.admission import predicted_wait_s
 from serving.app import run
-from serving.engine_client import EngineClient
-from serving.ingress import build_http_app
-from serving.metrics import ReplicaMetrics
-from serving.served_model import read_served_model
-from serving.xray import Xray
-from tests.serving.endpoint_parts import children_with, free_port, ray_cluster
+from tests.serving.endpoint_parts import children_with, free_port, ray_cluster, replica_app
 from tests.serving.load import Ask, End, Load, greedy_asks, percentile
 
 MODEL = "long"
@@ -122,20 +116,10 @@ def test_five_times_too_many_for_a_replica(folder: Path, asks: list[Ask]) -> Non
     """A replica's routes and its engine process, without Ray."""
 
     async def scenario() -> Overloaded:
-        model = read_served_model(folder, name=MODEL)
-        engine = await EngineClient.start(folder, config=ENGINE, eos_id=model.eos_id, threads=1)
-        metrics = ReplicaMetrics(engine=engine, num_slots=NUM_SLOTS, model_name=MODEL, replica="r", start_s=1)
-        limits = AdmissionLimits(max_requests=64, max_sequences=128, max_queue_s=MAX_QUEUE_S)
-        xray = Xray(folder, name=MODEL, dtype="float32")
-        app = build_http_app(
-            model=model, engine=engine, metrics=metrics, limits=limits, access=AccessRules(), xray=xray
-        )
-        try:
+        async with replica_app(folder, name=MODEL, config=ServeConfig(engine=ENGINE)) as (app, versions):
             load = Load("http://replica", MODEL, asks, app=app)
-            return await overload(load, num_requests=60, processes=[psutil.Process(), psutil.Process(engine.pid)])
-        finally:
-            xray.close()
-            await engine.close()
+            processes = [psutil.Process(), psutil.Process(versions.live.engine.pid)]
+            return await overload(load, num_requests=60, processes=processes)
 
     check(asyncio.run(scenario()), num_requests=60)
 

@@ -17,23 +17,16 @@ import httpx
 import psutil
 import pytest
 import torch
-from fastapi import APIRouter
 
-from cluster.serve_config import ServeConfig
 from model.checkpoint import read_metadata, write_checkpoint
 from model.generate import generate
 from model.gpt import GPT
 from model.sampling import SamplingParams
 from model.tokenizer import Tokenizer
 from serving.access import AccessRules
-from serving.admission import AdmissionLimits
-from serving.ingress import build_http_app
-from serving.metrics import ReplicaMetrics
 from serving.page_routes import PAGE_PATHS
-from serving.promotion import Delivery
-from serving.served_model import read_served_model, version_of
-from serving.versions import Versions
 from serving.xray import Xray, run_checkpoints
+from tests.serving.endpoint_parts import replica_app
 
 KEY = "sk-xray"
 PROMPT = "the quick naïve fox"
@@ -43,21 +36,11 @@ PHASES = ["queue", "tokenize", "prefill", "sample", "decode", "detokenize", "ins
 
 @asynccontextmanager
 async def endpoint(folder: Path, **settings: Any) -> AsyncIterator[tuple[httpx.AsyncClient, Xray]]:
-    live = version_of(read_served_model(folder, name="tiny"), checkpoint=str(folder))
-    versions = Versions(ServeConfig(), Delivery(deployment="test", model_name="tiny", live=live))
-    await versions.wait_until_live()
-    app = build_http_app(
-        versions=versions,
-        metrics=ReplicaMetrics(versions=versions, num_slots=2, model_name="tiny", replica="r", start_s=1),
-        limits=AdmissionLimits(max_requests=9, max_sequences=9, max_queue_s=9),
-        access=AccessRules(**settings),
-        admin=APIRouter(),
-    )
-    try:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=60) as http:
-            yield http, versions.live.xray
-    finally:
-        await versions.close()
+    async with (
+        replica_app(folder, name="tiny", access=AccessRules(**settings)) as (app, versions),
+        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=60) as http,
+    ):
+        yield http, versions.live.xray
 
 
 Check = Callable[[httpx.AsyncClient, Xray], Coroutine[Any, Any, None]]
