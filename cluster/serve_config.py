@@ -51,10 +51,11 @@ class EngineConfig(Settings):
         default="float32",
         description="precision of weights and KV cache; int8, with native kernels only, has a cache of bfloat16",
     )
+    device: Literal["cpu", "cuda"] = Field(default="cpu", description="cuda: one GPU for each replica")
     kernels: Literal["auto", "native", "torch"] = Field(
         default="auto",
         description="native: compiled for this CPU when first used, by g++ or $CXX; torch: PyTorch's own; auto: native "
-        "where there is a compiler",
+        "where there is a compiler, and torch on a GPU",
     )
     kv_cache_tokens: int | None = Field(
         default=None, ge=16, description="tokens that the KV cache holds; max_num_seqs whole contexts when unset"

@@ -56,7 +56,10 @@ def _app(config: ServeConfig, *, deployment: str) -> serve.Application:
         name="Replica",
         num_replicas=replicas.min_replicas if fixed else None,
         autoscaling_config=None if fixed else autoscaling(config),
-        ray_actor_options={"num_cpus": replicas.threads_per_replica},
+        ray_actor_options={
+            "num_cpus": replicas.threads_per_replica,
+            "num_gpus": 1 if config.engine.device == "cuda" else 0,
+        },
         max_ongoing_requests=flood_limit,
         max_queued_requests=flood_limit,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),

@@ -83,7 +83,7 @@ def build_engine(model: GPT, config: EngineConfig, *, eos_id: int | None, thread
 
 def _build_runner(model: GPT, config: EngineConfig, *, num_blocks: int, threads: int) -> Runner:
     torch.set_num_threads(threads)
-    if config.kernels != "torch":
+    if config.kernels != "torch" and config.device == "cpu":
         try:
             runner = NativeRunner(model, dtype=config.dtype, num_blocks=num_blocks, threads=threads)
         except NoNativeLibraryError as error:
@@ -95,7 +95,9 @@ def _build_runner(model: GPT, config: EngineConfig, *, num_blocks: int, threads:
             return runner
     if config.dtype == "int8":
         raise UserError("engine.dtype=int8 needs the native kernels; expected float32 or bfloat16 without them")
-    return TorchRunner(model, num_blocks=num_blocks)
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("engine.device=cuda, but PyTorch sees no GPU here; expected cpu, or a node with one")
+    return TorchRunner(model.to(config.device), num_blocks=num_blocks)
 
 
 def main() -> int:
