@@ -22,13 +22,11 @@ from serving.engine import Engine
 from serving.messages import FrameBuffer, encode_frame, parse_request
 from serving.native_library import NoNativeLibraryError
 from serving.native_runner import NativeRunner
-from serving.runner import Runner
+from serving.runner import LOADED_IN, Runner
 from serving.torch_runner import TorchRunner
 from serving.watchdog import watch_peer
 
 RECEIVE_BYTES = 1 << 16
-# What a checkpoint is loaded in; the kernels make int8 of it.
-COMPUTED_IN = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.float32}
 
 
 class Channel:
@@ -112,7 +110,7 @@ def main() -> int:
     channel = Channel(socket.socket(fileno=args.socket))
     try:
         # The replica has the folder from `resolve_checkpoint`, which verified it.
-        model = load_model(args.checkpoint, dtype=COMPUTED_IN[args.config.dtype], verify=False)
+        model = load_model(args.checkpoint, dtype=LOADED_IN[args.config.dtype], verify=False)
         engine = build_engine(model, args.config, eos_id=args.eos_id, threads=args.threads)
     except UserError as error:
         channel.send({"error": str(error)})

@@ -7,7 +7,11 @@ Shapes: N tokens of all chunks, C model width, M rows, V vocabulary.
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
+
+# What a checkpoint is loaded in, by `engine.dtype`; the native kernels make int8 of it.
+LOADED_IN = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.float32}
 
 
 class Reading(NamedTuple):

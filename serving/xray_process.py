@@ -17,6 +17,7 @@ from model.checkpoint import load_model
 from model.errors import UserError
 from model.gpt import GPT
 from serving.errors import ApiError, internal_error, invalid_request, step_not_found
+from serving.runner import LOADED_IN
 from serving.served_model import ServedModel, read_served_model
 from serving.xray import ANSWER_HEAD, XrayRequest, run_checkpoints
 from serving.xray_answer import xray_answer
@@ -70,11 +71,11 @@ def main() -> int:
     parser.add_argument("--socket", type=int, required=True, help="file descriptor of the connection to the replica")
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--name", help="the model's id; the checkpoint's own when not given")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], required=True)
+    parser.add_argument("--dtype", choices=list(LOADED_IN), required=True)
     args = parser.parse_args()
     os.nice(LOW_PRIORITY)
     torch.set_num_threads(1)
-    models = Models(args.checkpoint, name=args.name, dtype=getattr(torch, args.dtype))
+    models = Models(args.checkpoint, name=args.name, dtype=LOADED_IN[args.dtype])
     connection = socket.socket(fileno=args.socket)
     with contextlib.suppress(ConnectionError), connection.makefile("rb") as lines:
         for line in lines:

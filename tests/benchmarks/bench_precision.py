@@ -19,15 +19,16 @@ from cluster.progress import say
 from cluster.serve_config import EngineConfig
 from model.checkpoint import load_model, load_tokenizer
 from model.sampling import SamplingParams
-from serving.engine_process import COMPUTED_IN, build_engine
+from serving.engine_process import build_engine
 from serving.messages import SequenceRequest
+from serving.runner import LOADED_IN
 
 GREEDY = SamplingParams(temperature=0.0)
 
 
 def measure(folder: Path, rows: list[list[int]], dtype: str) -> dict[str, Any]:
     config = EngineConfig(dtype=dtype, kernels="native", prefix_cache=False)  # type: ignore[arg-type]
-    model = load_model(folder, dtype=COMPUTED_IN[dtype])
+    model = load_model(folder, dtype=LOADED_IN[dtype])
     engine = build_engine(model, config, eos_id=None, threads=torch.get_num_threads())
     for number, row in enumerate(rows):
         request = SequenceRequest(number, row, max_tokens=0, sampling=GREEDY, num_logprobs=0, prompt_logprobs=True)
@@ -54,7 +55,7 @@ def main() -> None:
     ids = tokenizer.encode(arguments.text.read_text(encoding="utf-8"))[: arguments.max_tokens]
     length = load_model(arguments.checkpoint).config.n_positions
     rows = [ids[start : start + length] for start in range(0, len(ids) - 1, length)]
-    figures = {dtype: measure(arguments.checkpoint, rows, dtype) for dtype in COMPUTED_IN}
+    figures = {dtype: measure(arguments.checkpoint, rows, dtype) for dtype in LOADED_IN}
     exact = figures["float32"]["perplexity"]
     costs = {f"{name}_over_float32": round(figures[name]["perplexity"] / exact, 5) for name in ("bfloat16", "int8")}
     print(json.dumps(figures | costs | {"num_tokens": len(ids)}))

@@ -18,6 +18,7 @@ import psutil
 import pytest
 import torch
 
+from cluster.serve_config import EngineConfig, ServeConfig
 from model.checkpoint import read_metadata, write_checkpoint
 from model.generate import generate
 from model.gpt import GPT
@@ -307,5 +308,21 @@ def test_the_page_is_open_and_what_it_shows_is_not(folder: Path) -> None:
     async def main() -> None:
         async with endpoint(folder, user_key_hashes=(hashlib.sha256(KEY.encode()).hexdigest(),)) as parts:
             await check(*parts)
+
+    asyncio.run(main())
+
+
+def test_an_int8_endpoint_is_looked_into_as_well(folder: Path) -> None:
+    """In float32: the x-ray computes with PyTorch, which has no such products."""
+
+    async def main() -> None:
+        config = ServeConfig(engine=EngineConfig(dtype="int8"))
+        async with (
+            replica_app(folder, name="tiny", config=config) as (app, _),
+            httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=60) as http,
+        ):
+            fields = {"model": "tiny", "prompt": PROMPT, "max_tokens": 3, "temperature": 0}
+            assert (await http.post("/v1/completions", json=fields)).json()["usage"]["completion_tokens"] == 3
+            assert len((await look(http))["tokens"]) > 4
 
     asyncio.run(main())
