@@ -163,22 +163,33 @@ def distribution(logits: Tensor, params: SamplingParams) -> Tensor:
 def truncated(weights: Tensor, params: SamplingParams) -> Tensor:
     """Weights (V,) with zeros for the tokens that top-k, top-p and min-p leave out."""
     if 0 < params.top_k < len(weights):
-        border = weights.topk(params.top_k).values[-1]
-        above, equal = weights > border, weights == border
-        keep = above | (equal & (equal.cumsum(dim=0) <= params.top_k - above.sum()))
-        weights = torch.where(keep, weights, 0.0)
+        weights = _heaviest(weights, params.top_k)
     if params.top_p < 1:
-        total = weights.sum(dtype=torch.float64)
-        needed = params.top_p * total
-        # Tokens below (total - needed) / V can't add up to the difference, so none of them is needed: sort the rest.
-        floor = (total - needed) / len(weights)
-        candidates = (weights >= floor).nonzero()[:, 0]
-        ranked, order = weights[candidates].double().sort(descending=True, stable=True)
-        kept = candidates[order[ranked.cumsum(dim=0) - ranked < needed]]
-        weights = torch.zeros_like(weights).index_copy(0, kept, weights[kept])
+        weights = _heaviest(weights, _num_needed(weights, params.top_p))
     if params.min_p > 0:
         weights = torch.where(weights >= params.min_p * weights.max(), weights, 0.0)
     return weights
+
+
+def _heaviest(weights: Tensor, count: int) -> Tensor:
+    """Weights (V,) with zeros for all but `count`; among equals the lower ids are kept."""
+    border = weights.topk(count).values[-1]
+    above, equal = weights > border, weights == border
+    keep = above | (equal & (equal.cumsum(dim=0) <= count - above.sum()))
+    return torch.where(keep, weights, 0.0)
+
+
+def _num_needed(weights: Tensor, top_p: float) -> int:
+    """The fewest of weights (V,) that reach this share of their sum."""
+    needed = top_p * weights.sum(dtype=torch.float64)
+    count = 256  # almost always enough, and found in a fraction of the time that ranking all of them takes
+    while True:
+        count = min(count, len(weights))
+        ranked = weights.topk(count).values.double()
+        kept = ranked.cumsum(dim=0) - ranked < needed
+        if count == len(weights) or not kept[-1]:
+            return int(kept.sum())
+        count *= 16
 
 
 def uniform(seed: int | None, position: int) -> float:
