@@ -26,6 +26,11 @@ class BlockPool:
         """Share of the blocks that are held, 0 to 1."""
         return 1 - len(self._free) / self.num_blocks
 
+    def missing(self, prompt_ids: Sequence[int]) -> list[bytes]:
+        """The prefixes to the end of each full block of the prompt that nothing holds yet."""
+        prefixes = _prefixes(prompt_ids) if self._keep_prefixes else []
+        return prefixes[len(self._find(prompt_ids)) :]
+
     def allocate(self, num_tokens: int, *, prompt_ids: Sequence[int]) -> tuple[list[int], int] | None:
         """Blocks for `num_tokens`, and how many of the prompt's tokens they hold already: all but the last at most, as
         its logits are needed. None when there is no room."""
@@ -67,9 +72,7 @@ class BlockPool:
 
     def _find(self, prompt_ids: Sequence[int]) -> list[int]:
         found: list[int] = []
-        prefix = _ROOT
-        for start in range(0, len(prompt_ids) - BLOCK_TOKENS, BLOCK_TOKENS):
-            prefix = _prefix(prefix, prompt_ids[start : start + BLOCK_TOKENS])
+        for prefix in _prefixes(prompt_ids):
             if (block := self._block_of.get(prefix)) is None:
                 break
             found.append(block)
@@ -84,6 +87,14 @@ class BlockPool:
 
 def num_blocks_for(num_tokens: int) -> int:
     return -(-num_tokens // BLOCK_TOKENS)
+
+
+def _prefixes(prompt_ids: Sequence[int]) -> list[bytes]:
+    """To the end of each full block, but for one that ends with the prompt."""
+    prefixes = [_ROOT]
+    for start in range(0, len(prompt_ids) - BLOCK_TOKENS, BLOCK_TOKENS):
+        prefixes.append(_prefix(prefixes[-1], prompt_ids[start : start + BLOCK_TOKENS]))
+    return prefixes[1:]
 
 
 def _prefix(before: bytes, token_ids: Sequence[int]) -> bytes:

@@ -23,6 +23,7 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)  # of the KV cache, in the order of their tokens
     num_read: int = 0  # tokens whose keys and values are in the cache
     sealed_prefix: bytes = b""  # of the full blocks among them
+    promised: list[bytes] = field(default_factory=list)  # prefixes to the end of blocks that it is about to read
     prompt_logprobs: list[Candidates | None] = field(default_factory=list)  # of the tokens read, when asked for
 
     @property
@@ -48,7 +49,8 @@ class Chunk(NamedTuple):
 
 class Scheduler:
     """First come, first served. A sequence is admitted when there are blocks for its prompt and all tokens that it may
-    get, so an admitted one always runs to its end.
+    get, so an admitted one always runs to its end. One whose prompt starts as another one that is being read waits for
+    that, and shares its blocks: the choices of a request read their prompt once.
 
     A step gives each running sequence its next token, and reads up to `prefill_tokens_per_step` tokens of prompts: so
     long do the others wait.
@@ -61,6 +63,7 @@ class Scheduler:
         self._prefill_tokens_per_step = prefill_tokens_per_step
         self._waiting: deque[Sequence] = deque()
         self._running: dict[int, Sequence] = {}  # in order of admission
+        self._promised: set[bytes] = set()
 
     @property
     def num_waiting(self) -> int:
@@ -99,6 +102,7 @@ class Scheduler:
         self._seal(sequence, first=chunk.first)
         if not drew:
             return None
+        self._end_promise(sequence)
         if token_id is not None:
             sequence.output_ids.append(token_id)
         if token_id is not None and token_id == self._eos_id and not request.ignore_eos:
@@ -125,11 +129,16 @@ class Scheduler:
         sequence, request = self._waiting[0], self._waiting[0].request
         # The prompt's log-probabilities need all of it to be read.
         known = [] if request.prompt_logprobs else request.prompt_ids
+        missing = self._pool.missing(known)
+        if missing and missing[0] in self._promised:
+            return None
         allocation = self._pool.allocate(len(request.prompt_ids) + request.max_tokens, prompt_ids=known)
         if allocation is None:
             return None
         self._waiting.popleft()
         sequence.blocks, sequence.num_read = allocation
+        sequence.promised = missing
+        self._promised.update(missing)
         self._seal(sequence, first=0)
         sequence.state = State.RUNNING
         self._running[request.seq_id] = sequence
@@ -141,12 +150,17 @@ class Scheduler:
             tokens = sequence.token_ids[index * BLOCK_TOKENS : (index + 1) * BLOCK_TOKENS]
             sequence.sealed_prefix = self._pool.seal(sequence.blocks[index], tokens, before=sequence.sealed_prefix)
 
+    def _end_promise(self, sequence: Sequence) -> None:
+        self._promised.difference_update(sequence.promised)
+        sequence.promised = []
+
     def _finish(self, sequence: Sequence, reason: FinishReason) -> FinishReason:
         self._release(sequence)
         return reason
 
     def _release(self, sequence: Sequence) -> None:
         del self._running[sequence.request.seq_id]
+        self._end_promise(sequence)
         self._pool.release(sequence.blocks)
         sequence.state = State.FINISHED
         sequence.blocks = []

@@ -100,6 +100,25 @@ def test_the_same_start_of_a_prompt_is_read_once() -> None:
     assert step(target) == [(3, 0, 40)]
 
 
+def test_a_prompt_that_is_being_read_is_waited_for_and_shared() -> None:
+    target = scheduler(max_num_seqs=8, keep_prefixes=True, budget=30)
+    for seq_id in range(3):  # the choices of one request
+        target.add(request(seq_id, num_prompt=50, max_tokens=2))
+    target.add(request(3, num_prompt=4))  # came later
+    assert step(target) == [(0, 0, 30)]
+    assert step(target) == [(0, 30, 50)]
+    assert step(target) == [(0, 50, 51), (1, 48, 50), (2, 48, 50), (3, 0, 4)]
+
+
+def test_a_reader_that_leaves_makes_nobody_wait() -> None:
+    target = scheduler(keep_prefixes=True, budget=30)
+    for seq_id in range(2):
+        target.add(request(seq_id, num_prompt=50))
+    assert step(target) == [(0, 0, 30)]
+    target.cancel(0)
+    assert step(target) == [(1, 16, 46)]  # of what it left, a whole block
+
+
 def test_what_a_failed_sequence_left_is_found_by_nobody() -> None:
     target = scheduler(keep_prefixes=True, budget=20)
     target.add(request(0, num_prompt=40, max_tokens=1))
