@@ -10,14 +10,17 @@ from cluster.batch_schedule import BatchSchedule
 
 @st.composite
 def schedules(draw: st.DrawFn) -> BatchSchedule:
+    """Of one step at least, as settings have to be."""
     start_lanes, micro_batch_size, seq_len = (draw(st.integers(1, 12)) for _ in range(3))
+    full_lanes, ramp_tokens = start_lanes + draw(st.integers(0, 40)), draw(st.integers(0, 20_000))
+    first_lanes = start_lanes if ramp_tokens else full_lanes
     return BatchSchedule(
         seq_len=seq_len,
         micro_batch_size=micro_batch_size,
-        full_lanes=start_lanes + draw(st.integers(0, 40)),
-        max_tokens=start_lanes * micro_batch_size * seq_len + draw(st.integers(0, 30_000)),
+        full_lanes=full_lanes,
+        max_tokens=first_lanes * micro_batch_size * seq_len + draw(st.integers(0, 30_000)),
         start_lanes=start_lanes,
-        ramp_tokens=draw(st.integers(0, 20_000)),
+        ramp_tokens=ramp_tokens,
     )
 
 
