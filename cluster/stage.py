@@ -36,6 +36,8 @@ CODE_FOLDERS = ("model", "cluster", "jobs", "serving")
 _RESULT_MARK = "raymill-result: "
 _REPOSITORY = Path(__file__).resolve().parent.parent
 _POLL_S = 0.5
+_NO_AGENT = "No available agent"
+_AGENT_TIMEOUT_S = 60.0
 _STOP_MARGIN_S = 5.0
 _MISUSED = 2  # exit code
 
@@ -106,7 +108,8 @@ def run_stage(
     with tempfile.TemporaryDirectory(prefix="raymill-job-") as folder:
         snapshot_code(Path(folder))
         write_config(config, Path(folder) / "run.yaml")
-        job_id = client.submit_job(
+        job_id = _submit(
+            client,
             entrypoint=f"exec python -m {module} run.yaml",
             runtime_env={"working_dir": folder, "env_vars": _job_environment(connection)},
         )
@@ -119,6 +122,18 @@ def run_stage(
             client.stop_job(job_id)
             _wait_for_end(client, job_id)
         raise
+
+
+def _submit(client: JobSubmissionClient, **job: Any) -> str:
+    """The job's id. A cluster that has just started answers before the agent that starts jobs is there."""
+    deadline_s = time.monotonic() + _AGENT_TIMEOUT_S
+    while True:
+        try:
+            return client.submit_job(**job)
+        except RuntimeError as error:
+            if _NO_AGENT not in str(error) or time.monotonic() > deadline_s:
+                raise
+        time.sleep(_POLL_S)
 
 
 def _wait_for_end(client: JobSubmissionClient, job_id: str) -> None:

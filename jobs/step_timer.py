@@ -69,18 +69,19 @@ class StepTimer:
         self._mark = self._clock.mark()
         self._spans: deque[tuple[str, Any, Any]] = deque()
         self._num_lanes = 0
-        self._taken = time.perf_counter()
+        self._taken = self._now_s()
 
     def phase(self, name: Phase) -> AbstractContextManager[None]:
         return _Open(self, name) if self._is_on else nullcontext()
 
     def take(self) -> StepTime:
         """What passed since the last call."""
-        before, self._taken = self._taken, time.perf_counter()
+        if self._is_on:
+            self._switch()
+        before, self._taken = self._taken, self._now_s()
         wall_s = self._taken - before
         if not self._is_on:
             return StepTime(wall_s, {UNTIMED: wall_s})
-        self._switch()
         sums: dict[str, float] = {}
         while self._spans:
             name, start, end = self._spans[0]
@@ -91,6 +92,10 @@ class StepTimer:
             self._spans.popleft()
         num_lanes, self._num_lanes = self._num_lanes, 0
         return StepTime(wall_s, {name: sums[name] for name in (*PHASES, REST) if name in sums}, num_lanes)
+
+    def _now_s(self) -> float:
+        """The moment just marked where that is the host's, so that the phases sum to the whole."""
+        return self._mark if self._is_on and isinstance(self._clock, HostClock) else time.perf_counter()
 
     def _switch(self) -> None:
         """Ends the span of the phase that is open."""

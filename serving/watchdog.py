@@ -11,30 +11,30 @@ from collections.abc import Callable
 import psutil
 
 BEAT_S = 0.5
-STOPPED_S = 3.0  # silent without any CPU time: stopped by a signal, or frozen
+STOPPED_S = 3.0  # silent and without any CPU time for so long: stopped by a signal, or frozen
 SILENT_S = 30.0  # silent though it computes: its interpreter never gets to the thread that beats
 READ_BYTES = 1 << 12
 
 
-def is_hung(*, silent_s: float, cpu_s: float) -> bool:
-    """Of a process that has used `cpu_s` since its last sign of life. One that waits for a busy processor still gets
-    some of it within seconds, a stopped one gets none."""
-    return silent_s >= (SILENT_S if cpu_s > 0 else STOPPED_S)
+def is_hung(*, silent_s: float, idle_s: float) -> bool:
+    """Of a process without a sign of life for `silent_s`, in which it used no CPU time for the last `idle_s`. One that
+    waits for a busy processor still gets some of it within seconds, a stopped one gets none."""
+    return silent_s >= SILENT_S or idle_s >= STOPPED_S
 
 
 class Silence:
-    """How long the other side has said nothing, while this side was able to listen."""
+    """For how long the other side has given no sign, while this side was able to see one."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._last_look_s = clock()
         self.seconds = 0.0
 
-    def observe(self, *, heard: bool) -> None:
+    def observe(self, *, sign: bool) -> None:
         """After each look, which come `BEAT_S` apart. A longer pause was ours (a machine that slept, a starved
         thread), and counts as one."""
         now_s = self._clock()
-        self.seconds = 0.0 if heard else self.seconds + min(now_s - self._last_look_s, 2 * BEAT_S)
+        self.seconds = 0.0 if sign else self.seconds + min(now_s - self._last_look_s, 2 * BEAT_S)
         self._last_look_s = now_s
 
 
@@ -46,7 +46,7 @@ def watch_peer(line: socket.socket, *, peer_pid: int) -> None:
 
 
 def _watch(line: socket.socket, peer: psutil.Process) -> None:
-    silence, cpu_s_when_heard = Silence(), _cpu_s(peer)
+    silence, idleness, last_cpu_s = Silence(), Silence(), _cpu_s(peer)
     with line:
         while True:
             try:
@@ -54,10 +54,10 @@ def _watch(line: socket.socket, peer: psutil.Process) -> None:
                 cpu_s = _cpu_s(peer)
             except (EOFError, ConnectionError, psutil.NoSuchProcess):
                 return
-            silence.observe(heard=heard)
-            if heard:
-                cpu_s_when_heard = cpu_s
-            elif is_hung(silent_s=silence.seconds, cpu_s=cpu_s - cpu_s_when_heard):
+            silence.observe(sign=heard)
+            idleness.observe(sign=heard or cpu_s > last_cpu_s)
+            last_cpu_s = cpu_s
+            if is_hung(silent_s=silence.seconds, idle_s=idleness.seconds):
                 sys.stderr.write(f"process {peer.pid} has given no sign of life for {silence.seconds:.1f} s: killed\n")
                 peer.kill()
                 return

@@ -34,7 +34,7 @@ def test_the_wait_is_that_for_the_slots_that_become_free_before() -> None:
 @pytest.fixture(scope="module")
 def long_model(tokenizer: Tokenizer) -> GPT:
     """Large enough that refusals, on the same two processors, cost little beside its answers."""
-    shape = {"n_positions": 256, "n_layer": 4, "n_head": 4, "n_embd": 256}
+    shape = {"n_positions": 256, "n_layer": 8, "n_head": 8, "n_embd": 512}
     model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, initializer_range=0.3, **shape))
     model.init_weights(1)
     return model.eval()
@@ -133,6 +133,8 @@ def test_five_times_too_many_for_an_endpoint(folder: Path, asks: list[Ask]) -> N
     )
     with ray_cluster():
         load = Load(str(run(config)["url"]), MODEL, asks)
-        processes = [p for word in ("ServeReplica", "ProxyActor", "long-1") for p in children_with(word)]
+        processes = [
+            p for word in ("ServeReplica:raymill:Replica", "ProxyActor", "long-1") for p in children_with(word)
+        ]
         assert len(processes) == 3, processes
         check(asyncio.run(overload(load, num_requests=400, processes=processes)), num_requests=400)

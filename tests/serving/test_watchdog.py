@@ -24,24 +24,25 @@ NOTICED_S = 5.0
 
 
 def test_a_process_that_computes_is_given_more_time_than_one_that_is_stopped() -> None:
-    assert is_hung(silent_s=STOPPED_S, cpu_s=0) and not is_hung(silent_s=STOPPED_S - 0.1, cpu_s=0)
-    assert is_hung(silent_s=SILENT_S, cpu_s=9) and not is_hung(silent_s=SILENT_S - 0.1, cpu_s=0.01)
+    assert is_hung(silent_s=STOPPED_S + 0.5, idle_s=STOPPED_S)  # stopped in the middle of its work
+    assert not is_hung(silent_s=STOPPED_S + 0.5, idle_s=STOPPED_S - 0.1)
+    assert is_hung(silent_s=SILENT_S, idle_s=0) and not is_hung(silent_s=SILENT_S - 0.1, idle_s=0.5)
 
 
 def test_silence_counts_only_the_time_in_which_we_listened() -> None:
     now_s = 0.0
     silence = Silence(lambda: now_s)
 
-    def look(after_s: float, *, heard: bool) -> float:
+    def look(after_s: float, *, sign: bool) -> float:
         nonlocal now_s
         now_s += after_s
-        silence.observe(heard=heard)
+        silence.observe(sign=sign)
         return silence.seconds
 
-    assert look(BEAT_S, heard=False) == BEAT_S
-    assert look(3600, heard=False) == 3 * BEAT_S  # the machine slept
-    assert look(BEAT_S, heard=True) == 0
-    assert look(BEAT_S, heard=False) == BEAT_S
+    assert look(BEAT_S, sign=False) == BEAT_S
+    assert look(3600, sign=False) == 3 * BEAT_S  # the machine slept
+    assert look(BEAT_S, sign=True) == 0
+    assert look(BEAT_S, sign=False) == BEAT_S
 
 
 def test_a_stopped_replica_is_killed_by_its_engine(checkpoint: Path) -> None:
