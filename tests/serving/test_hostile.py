@@ -46,6 +46,7 @@ def address(fragile_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
         admin_key_file=str(keys / "admin"),
         http=BOUNDS,
         replicas=ReplicaConfig(max_ongoing_requests=20, max_requests_per_key=12),
+        # PyTorch is slow enough for a flood to last.
         engine=EngineConfig(kernels="torch", max_num_seqs=NUM_SLOTS, max_waiting=MAX_WAITING),
     )
     with ray_cluster():
