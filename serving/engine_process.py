@@ -87,7 +87,7 @@ def _build_runner(model: GPT, config: EngineConfig, *, num_blocks: int, threads:
         except NoNativeLibraryError as error:
             if config.kernels == "native":
                 raise UserError(f"engine.kernels=native, but {error}") from None
-            logging.getLogger(__name__).warning("PyTorch computes, several times slower: %s", error)
+            logging.getLogger(__name__).warning("PyTorch computes, which is slower: %s", error)
         else:
             torch.set_num_threads(1)  # sampling alone; two pools of threads would get into each other's way
             return runner
