@@ -1,6 +1,8 @@
 """A tiny model with lively logits, its checkpoint folder, and prompts of different lengths."""
 
+import contextlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,13 @@ from model.tokenizer import Tokenizer, train_bpe
 
 RUN_ID = "tiny-run"
 FRAGILE_POSITION = 120
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """In an empty folder: endpoints without a storage of their own keep their state in `.raymill` there."""
+    with contextlib.chdir(tmp_path_factory.mktemp("cwd")):
+        yield
 
 
 @pytest.fixture(scope="session")
