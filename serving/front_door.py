@@ -138,6 +138,7 @@ class Exchange:
             scope = {**self._scope, "headers": [*self._scope["headers"], self._relayed.header]}
             try:
                 await self._app(scope, self._next_message, self._pass_on)
+                await self._finish_relayed()
             finally:
                 await self._relayed.close()
             if self._started or self._client_gone:
@@ -149,6 +150,13 @@ class Exchange:
         elif self._is_event_stream:
             # Without it the stream would just stop. Any other answer is cut, which its length betrays.
             await self._send({"type": "http.response.body", "body": interrupted().event().encode()})
+
+    async def _finish_relayed(self) -> None:
+        """Ends an answer that has come in whole, whose replica died before it could tell Ray Serve."""
+        if self._relayed.has_ended and not self._finished and not self._client_gone:
+            await self._relayed.end()
+            self._finished = True
+            await self._send({"type": "http.response.body", "body": b""})
 
     async def _next_message(self) -> Message:
         if not self._body_given:

@@ -45,6 +45,11 @@ class RelayedAnswer:
     def started(self) -> bool:
         return self._pump is not None
 
+    @property
+    def has_ended(self) -> bool:
+        """Its end has come in, and with it all of it."""
+        return self.started and self._ended.is_set()
+
     def start(self, send: Send) -> None:
         """Passes on what comes."""
         self._pump = asyncio.create_task(self._pass_on(send))
