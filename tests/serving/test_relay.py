@@ -45,6 +45,14 @@ async def before_its_start(writer: RelayWriter, send: Send) -> None:
     await send(END)
 
 
+async def stops_before_it_says_so(writer: RelayWriter, send: Send) -> None:
+    await send(START)
+    for part in PARTS:
+        writer.write(part)
+    writer.end()
+    await asyncio.sleep(0.05)
+
+
 async def breaks_off(writer: RelayWriter, send: Send) -> None:
     await send(START)
     writer.write(PARTS[0])
@@ -60,7 +68,7 @@ def body(sent: list[Message]) -> bytes:
     return b"".join(message["body"] for message in sent[1:])
 
 
-@pytest.mark.parametrize("answer", [whole, before_its_start])
+@pytest.mark.parametrize("answer", [whole, before_its_start, stops_before_it_says_so])
 def test_an_answer_arrives_whole_and_in_order(answer: Callable[[RelayWriter, Send], Awaitable[None]]) -> None:
     sent = ask(replica(answer))
     assert sent[0] == OK  # without the header that is between us
