@@ -25,6 +25,10 @@ class RefusedError(UserError):
     """The endpoint did not take the checkpoint, or gave it back."""
 
 
+class AwayError(UserError):
+    """No endpoint answers, or it cannot just now."""
+
+
 class Operator:
     """Of one endpoint, through its /admin routes."""
 
@@ -78,7 +82,7 @@ class Operator:
         while True:
             try:
                 return dict(self.status()["delivery"])
-            except UserError:
+            except AwayError:
                 if time.monotonic() > deadline_s:
                     raise
             time.sleep(POLL_S)
@@ -94,6 +98,8 @@ class Operator:
             )
         if response.status_code in (400, 409):
             raise RefusedError(response.json()["error"]["message"])
+        if response.status_code >= 500:
+            raise AwayError(f"{response.url} answered {response.status_code}: {response.text[:300]}")
         raise_for(response)
         return dict(response.json())
 
@@ -103,7 +109,7 @@ def _answered(url: str) -> Iterator[None]:
     try:
         yield
     except httpx.TransportError as error:
-        raise UserError(f"no endpoint answers at {url} ({error}): start one with `raymill serve`") from None
+        raise AwayError(f"no endpoint answers at {url} ({error}): start one with `raymill serve`") from None
 
 
 def follow(

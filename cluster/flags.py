@@ -104,7 +104,7 @@ def _settled(config: Config) -> Config:
                     "tokenizer": tokenizer,
                 }
                 update[name] = value.model_copy(update=paths)
-            case str() if name == "api_key_file" or (name == "checkpoint" and value != "latest"):
+            case str() if name in ("api_key_file", "admin_key_file") or (name == "checkpoint" and value != "latest"):
                 update[name] = absolute_uri(value)
             case None if name == "run_id":
                 update[name] = new_run_id()

@@ -356,11 +356,14 @@ def test_the_commands_of_an_operator(
     admin: Admin, url: str, checkpoint: Path, other: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def raymill(*words: str) -> tuple[int, dict[str, Any], str]:
-        code = main([*words, "--url", url, "--admin-key-file", str(folder / "admin"), "--json"])
+        code = main([words[0], "--url", url, "--admin-key-file", str(folder / "admin"), "--json", *words[1:]])
         said = capsys.readouterr()
         return code, json.loads(said.out or "{}"), said.err
 
     old, new = version(checkpoint), version(other)
+    (folder / "wrong").write_text("sk-wrong")
+    code, result, said = raymill("rollback", "--admin-key-file", str(folder / "wrong"))
+    assert code == 1 and "answered 401" in said
     text = folder / "held-out.txt"
     text.write_text("the quick brown fox jumps over the lazy dog, and naïve cafés sell €5 tea")
     gate = ["--gate-source", str(text), "--max-loss-increase", "100"]
