@@ -18,7 +18,6 @@ typedef int32_t I32 __attribute__((vector_size(64)));
 typedef uint32_t U32 __attribute__((vector_size(64)));
 typedef uint16_t U16 __attribute__((vector_size(32)));
 typedef float F32Any __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t I32Any __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint16_t U16Any __attribute__((vector_size(32), aligned(2), may_alias));
 
 template <class To, class From>

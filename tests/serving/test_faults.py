@@ -66,7 +66,8 @@ def all_replicas_run(checkpoint: Path) -> bool:
 
 
 def gauges(url: str) -> dict[str, tuple[float, float, float]]:
-    """Running, waiting and cache use of each replica: /metrics is that of the replica that answers."""
+    """Running, waiting and cache use of each replica: /metrics is that of the replica that answers. Nothing while one
+    of them does not, as the proxy learns of a new one a moment after Ray Serve."""
     names = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
     found: dict[str, tuple[float, float, float]] = {}
     for _ in range(50):
@@ -76,11 +77,11 @@ def gauges(url: str) -> dict[str, tuple[float, float, float]]:
         found[replica] = tuple(float(line[2]) for line in lines if line)  # type: ignore[assignment]
         if len(found) == NUM_REPLICAS:
             return found
-    raise AssertionError(f"{found} answer of {NUM_REPLICAS} replicas")
+    return {}
 
 
 def both_are_busy(url: str) -> bool:
-    return all(running == NUM_SLOTS for running, _, _ in gauges(url).values())
+    return [running for running, _, _ in gauges(url).values()] == [NUM_SLOTS] * NUM_REPLICAS
 
 
 @pytest.fixture(autouse=True)

@@ -8,12 +8,12 @@ import psutil
 import pytest
 
 from cluster.serve_config import EngineConfig, ServeConfig
-from model.checkpoint import Metadata, parameter_hash, write_checkpoint
 from model.config import GPTConfig
 from model.gpt import GPT
 from model.tokenizer import Tokenizer
 from serving.admission import predicted_wait_s
 from serving.app import run
+from tests.serving.delivery_parts import write_model
 from tests.serving.endpoint_parts import children_with, free_port, ray_cluster, replica_app
 from tests.serving.load import Ask, End, Load, greedy_asks, percentile
 
@@ -42,19 +42,7 @@ def long_model(tokenizer: Tokenizer) -> GPT:
 
 @pytest.fixture(scope="module")
 def folder(long_model: GPT, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoints") / "long-1"
-    metadata = Metadata(
-        run_id=MODEL,
-        step=1,
-        tokens_seen=1,
-        data_manifest_hash="d" * 64,
-        code_version="test",
-        parameter_hash=parameter_hash(long_model.state_dict()),
-        val_loss=None,
-        val_bits_per_byte=None,
-    )
-    write_checkpoint(folder, model=long_model, tokenizer=tokenizer, metadata=metadata, train_state=None)
-    return folder
+    return write_model(tmp_path_factory.mktemp("checkpoints") / "long-1", long_model, tokenizer)
 
 
 @pytest.fixture(scope="module")
