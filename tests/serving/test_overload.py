@@ -116,6 +116,7 @@ def test_five_times_too_many_for_a_replica(folder: Path, asks: list[Ask]) -> Non
 def test_five_times_too_many_for_an_endpoint(folder: Path, asks: list[Ask]) -> None:
     config = ServeConfig(
         checkpoint=str(folder),
+        model_name=MODEL,
         port=free_port(),
         engine=ENGINE,
     )
