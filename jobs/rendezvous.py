@@ -73,8 +73,11 @@ class Rendezvous:
                 raise
             sys.stderr.write(f"rank {self._rank} lost another worker and waits for it: {one_line(str(error))}\n")
         else:
-            dist.destroy_process_group()
-            return True
+            # One that left earlier would break the connections that the others' last messages still need; and rank 0
+            # may be lost while it stores what all have made, which its replacement can't make alone.
+            if self._all(number, "done"):
+                dist.destroy_process_group()
+                return True
         finally:
             left.set()
         self._end(number)

@@ -26,9 +26,9 @@ def train(
 
     `pulse` shows a watchdog where this worker is; `signals` tells what its process was sent.
     """
-    if plan.growing and plan.run.exists(TOKENIZING_FAILED):
-        return  # a failed attempt is started again, but not for this reason, which the driver tells
     group, pulse = WorkerGroup(rank, world_size), pulse or Pulse()
+    if plan.growing and group.broadcast(plan.run.exists(TOKENIZING_FAILED) if rank == 0 else None):
+        return  # a failed attempt is started again, but not for this reason, which the driver tells
     rollbacks: Windows | None = ()
     while rollbacks is not None:  # a rollback is a restart that Ray Train has no part in
         with Attempt(plan, group, rollbacks=rollbacks, signals=signals) as attempt:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -31,7 +30,7 @@ from serving.app import run
 from serving.promotion import Route
 from tests.serving.conftest import FRAGILE_POSITION
 from tests.serving.delivery_parts import Admin, Load, as_transformers_folder, greedy_texts, write_model
-from tests.serving.endpoint_parts import free_port, ray_cluster, wait_until
+from tests.serving.endpoint_parts import children_with, free_port, ray_cluster, wait_until
 
 KEYS = [f"sk-user-{number}" for number in range(40)]
 ADMIN_KEY = "sk-admin"
@@ -136,21 +135,12 @@ def test_a_promotion_under_two_thousand_requests(
     promote_under_load(admin, load(url, prompts, texts), checkpoint, other, before=1000, after=1000)
 
 
-def processes(word: str) -> list[psutil.Process]:
-    """Of this test's cluster, whose command line has the word."""
-    return [
-        process
-        for process in psutil.Process().children(recursive=True)
-        if process.status() != psutil.STATUS_ZOMBIE and any(word in part for part in process.cmdline())
-    ]
-
-
 def test_the_old_engine_ends_and_the_new_lineage_shows(
     admin: Admin, url: str, checkpoint: Path, other: Path, folder: Path
 ) -> None:
     assert admin.promote(other, watch_s=1000).status_code == 202
     admin.wait_for("watching")
-    assert len(processes("serving.engine_process")) == 4, "the old version could return at once"
+    assert len(children_with("serving.engine_process")) == 4, "the old version could return at once"
     assert admin.promote(checkpoint).status_code == 409
     with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEYS[0]}"}) as http:
         card = http.get("/v1/models/tiny").json()
@@ -163,7 +153,7 @@ def test_the_old_engine_ends_and_the_new_lineage_shows(
     assert admin.http.post("/admin/rollback", json={}).status_code == 200
     state = admin.delivery
     assert state["live"]["version"] == version(checkpoint) and state["outcome"]["result"] == "rolled_back"
-    wait_until(lambda: len(processes("serving.engine_process")) == 2, timeout_s=10)
+    wait_until(lambda: len(children_with("serving.engine_process")) == 2, timeout_s=10)
 
 
 def bad_checkpoint(kind: str, folder: Path, other: Path, tokenizer: Tokenizer) -> Path:
@@ -307,12 +297,12 @@ def test_a_killed_replica_comes_back_with_what_is_live(admin: Admin, url: str, c
     with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEYS[0]}"}, timeout=30) as http:
         assert {ask(http) for _ in range(30)} == {version(other)}
     state = admin.promoted(checkpoint, watch_s=0)
-    assert len(processes("serving.engine_process")) >= 2 and state["previous"]["version"] == version(other)
+    assert len(children_with("serving.engine_process")) >= 2 and state["previous"]["version"] == version(other)
 
 
 def kill_replica() -> None:
     """The one that has run longest."""
-    engines = sorted(processes("serving.engine_process"), key=lambda process: process.create_time())
+    engines = sorted(children_with("serving.engine_process"), key=lambda process: process.create_time())
     os.kill(engines[0].ppid(), signal.SIGKILL)
 
 
@@ -324,7 +314,7 @@ def test_a_killed_coordinator_forgets_nothing(
     with load.running():
         assert admin.promote(other, watch_s=1000).status_code == 202
         before = admin.wait_for("watching")
-        [coordinator] = processes("ServeReplica:raymill:Coordinator")
+        [coordinator] = children_with("ServeReplica:raymill:Coordinator")
         coordinator.kill()
         load.wait_for_more(20)
 

@@ -26,7 +26,7 @@ from model.gpt import GPT
 from model.sampling import SamplingParams
 from model.tokenizer import Tokenizer
 from serving.app import run
-from tests.serving.endpoint_parts import free_port, metric, ray_cluster, wait_until
+from tests.serving.endpoint_parts import children_with, free_port, metric, ray_cluster, wait_until
 
 KEY = "sk-test"
 MODEL = "tiny"
@@ -139,7 +139,7 @@ def test_a_stream_is_the_answer_in_parts(client: openai.OpenAI, http: httpx.Clie
 def test_streams_go_around_ray_serve(http: httpx.Client) -> None:
     answer = http.post("/v1/completions", json={"model": MODEL, "prompt": "tea", "stream": True})
     assert answer.status_code == 200 and not [name for name in answer.headers if "relay" in name]
-    [proxy] = [p for p in psutil.Process().children(recursive=True) if "ray::ProxyActor" in "".join(p.cmdline())]
+    [proxy] = children_with("ray::ProxyActor")
     sockets = [connection for connection in proxy.net_connections("unix") if "raymill-relay" in str(connection.laddr)]
     assert len(sockets) == 2  # that which listens, and the replica's
 
@@ -386,12 +386,8 @@ def test_the_lineage_of_a_model(client: openai.OpenAI, checkpoint: Path, tokeniz
 
 
 def engine_pid(checkpoint: Path) -> int:
-    [pid] = [
-        process.pid
-        for process in psutil.Process().children(recursive=True)
-        if process.status() != psutil.STATUS_ZOMBIE and str(checkpoint) in process.cmdline()
-    ]
-    return pid
+    [engine] = children_with(str(checkpoint))
+    return engine.pid
 
 
 def test_a_killed_engine_ends_streams_with_an_error_and_is_replaced(
