@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from cluster import commands, delivery_commands
+from cluster import commands, delivery_commands, plan_command
 from cluster.config import EvaluateConfig, RunConfig
 from cluster.flags import ConfigError, Parser, add_config_arguments
 from cluster.serve_config import ServeConfig
@@ -68,6 +68,10 @@ def _parser() -> Parser:
         add_config_arguments(sub, RunConfig)
 
     _data_commands(subparsers)
+
+    plan_command.add_plan_arguments(
+        command("plan", plan_command.plan, "what a run will take: operations, days, cost, memory, checkpoints, links")
+    )
 
     sub = command("evaluate", commands.evaluate, "loss, perplexity and bits per byte of a checkpoint")
     _checkpoint_argument(sub)

@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import secrets
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Never, TypeVar, get_args, get_origin
 
@@ -13,12 +14,13 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from cluster.config import TOKENS, DataConfig, EvaluateConfig, RunConfig, StorageConfig
+from cluster.plan_config import PlanConfig
 from cluster.serve_config import ServeConfig
 from cluster.storage import absolute_uri
 from model.config import PRESETS, GPTConfig
 from model.errors import UserError
 
-Config = TypeVar("Config", RunConfig, ServeConfig, EvaluateConfig)
+Config = TypeVar("Config", RunConfig, ServeConfig, EvaluateConfig, PlanConfig)
 
 
 class ConfigError(UserError):
@@ -43,9 +45,13 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message} (see `{self.prog} --help`)")
 
 
-def add_config_arguments(parser: argparse.ArgumentParser, root: type[BaseModel]) -> None:
+def add_config_arguments(
+    parser: argparse.ArgumentParser, root: type[BaseModel], *, leave_out: Collection[str] = ()
+) -> None:
     """Adds one flag for each setting of `root`; the caller adds `config`, the YAML file that they are laid over."""
     for path, help_text, is_list in _leaves(root):
+        if path in leave_out:
+            continue
         flag = f"--{path}"
         names = [flag.replace("_", "-")] + ([flag] if "_" in flag else [])
         parser.add_argument(
@@ -53,11 +59,22 @@ def add_config_arguments(parser: argparse.ArgumentParser, root: type[BaseModel])
         )
 
 
-def config_from_arguments(arguments: argparse.Namespace, root: type[Config]) -> Config:
+def config_from_arguments(arguments: argparse.Namespace, root: type[Config], *, needs_source: bool = True) -> Config:
     """The validated tree of the file and the flags. Raises `ConfigError` naming every setting that does not fit."""
     values = _read_yaml(arguments.config) if arguments.config else {}
-    if arguments.config is None and root is RunConfig and arguments.__dict__.get("data.source") is None:
+    is_run = needs_source and root is RunConfig
+    if arguments.config is None and is_run and arguments.__dict__.get("data.source") is None:
         raise ConfigError("no configuration: name a YAML file, or at least --data.source")
+    return _settled(validate_config(_overlaid(values, arguments, root), root))
+
+
+def settings_from_flags(arguments: argparse.Namespace, root: type[BaseModel]) -> dict[str, Any]:
+    """What the flags alone say."""
+    return _overlaid({}, arguments, root)
+
+
+def _overlaid(values: dict[str, Any], arguments: argparse.Namespace, root: type[BaseModel]) -> dict[str, Any]:
+    """`values`, with the flags laid over."""
     for path, _, is_list in _leaves(root):
         value = getattr(arguments, path)
         if value is None:
@@ -71,7 +88,7 @@ def config_from_arguments(arguments: argparse.Namespace, root: type[Config]) -> 
         branch[name] = value if is_list else None if value in ("null", "none") else value
         if path == "data.validation":
             branch[name] = dict(_named(path, item) for item in value)
-    return _settled(validate_config(values, root))
+    return values
 
 
 def _named(path: str, item: str) -> tuple[str, str]:

@@ -14,7 +14,8 @@ from jobs.step_timer import StepTimer, step_timer
 from jobs.train_state import TrainState
 from jobs.worker_group import WorkerGroup
 from model.checkpoint import parameter_hash
-from model.flops import flops_per_token, peak_flops_per_s
+from model.flops import flops_per_token
+from model.gpus import gpu_of
 
 _NOT_TRAINING = ("validation", "checkpoint")
 
@@ -96,9 +97,8 @@ class StepRecord:
         """Share of the GPUs' known peak that the model's arithmetic uses; None where no peak is known."""
         if self._state.device.type != "cuda":
             return None
-        peak = peak_flops_per_s(torch.cuda.get_device_name(self._state.device))
-        if peak is None:
+        gpu = gpu_of(torch.cuda.get_device_name(self._state.device))
+        if gpu is None:
             return None
-        return (
-            tokens_per_s * flops_per_token(self._config.model, seq_len(self._config)) / (peak * self._group.world_size)
-        )
+        flops_per_s = tokens_per_s * flops_per_token(self._config.model, seq_len(self._config))
+        return flops_per_s / (gpu.peak_flops_per_s * self._group.world_size)

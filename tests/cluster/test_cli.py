@@ -23,6 +23,7 @@ COMMANDS = {
     "tokenize": ["CONFIG", "--data.source", "--storage.uri", "--json"],
     "pretrain": ["--train.learning-rate", "--scaling.max-workers", "--cluster.address", "--chaos", "--model.n-layer"],
     "pipeline": ["--checkpoint.save-every-steps"],
+    "plan": ["CONFIG", "--gpu", "--count", "--mfu", "--sustained-tflops", "--price", "--train.max-tokens", "--json"],
     "evaluate": ["CHECKPOINT", "--max-tokens", "--precision"],
     "export": ["DESTINATION", "--storage.uri"],
     "report": ["RUN", "--storage.uri"],

@@ -16,6 +16,7 @@ from torch import Tensor
 from jobs.batch_gradient import autocast
 from jobs.exact_reduce import tree_sum
 from jobs.gradient_norm import gradient_norm
+from jobs.plan_formulas import num_subtrees_of_rank, sent_bytes
 from jobs.worker_group import WorkerGroup
 from model.checkpoint import parameter_hash
 from tests.jobs.reference_reduce import reduce_worlds
@@ -111,3 +112,17 @@ def test_powers_of_two_send_a_rings_bytes(outcomes: list[Outcome], case: Case) -
             print(f"{run['world']} ranks: {overhead:+.1%} of a ring's bytes")
             assert overhead >= 0
             assert overhead <= 0.02 or run["world"] not in "24"
+
+
+@pytest.mark.parametrize("case", [case for case in EXACT if case.start_lanes is None], ids=str)
+def test_the_planner_knows_what_is_sent(outcomes: list[Outcome], case: Case) -> None:
+    for run in outcomes:
+        if run["case"] != asdict(case) or run["world"] not in "2345":
+            continue
+        world_size = int(run["world"])
+        num_values = round(run["ring_bytes"] * world_size / (world_size - 1) / 8)
+        planned = [
+            sent_bytes(num_values, world_size=world_size, num_subtrees=count)
+            for count in num_subtrees_of_rank(case.num_lanes, world_size=world_size)
+        ]
+        assert run["bytes_per_step"] == pytest.approx(sum(planned) / world_size, rel=0.03), run["world"]

@@ -1,0 +1,56 @@
+"""Known GPUs: what they compute at most, hold and pass on, and what an hour of one is assumed to cost."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One kind, by NVIDIA's data sheets. 1 GB is 1e9 bytes; link speeds are those of one direction."""
+
+    device_name: str
+    """Part of `torch.cuda.get_device_name()`."""
+
+    peak_flops_per_s: float
+    """Dense 16-bit matrix peak, without the sheets' factor 2 for sparsity: bf16, and fp16 of V100 and T4, which have
+    no bf16."""
+
+    memory_bytes: float
+    link_bytes_per_s: float
+    """Between the GPUs of a node: NVLink, or PCIe where there is none."""
+
+    host_bytes_per_s: float
+    """To the memory of its node, by PCIe."""
+
+    network_bytes_per_s: float
+    """Its share of the links between nodes: what the usual servers of eight have (DGX A100 200 Gbit/s for each GPU, DGX
+    H100 400; 12.5 for PCIe cards, an assumption)."""
+
+    price_per_hour: float
+    """An assumption: dollars on demand, a round number of the order that clouds asked in 2024 and 2025."""
+
+
+_GB, _TF, _GBIT = 1e9, 1e12, 1e9 / 8
+
+# By the name that a user gives.
+GPUS: dict[str, Gpu] = {
+    "h100-pcie": Gpu("H100 PCIe", 756 * _TF, 80 * _GB, 64 * _GB, 64 * _GB, 100 * _GBIT, 2.5),
+    "h100-nvl": Gpu("H100 NVL", 835 * _TF, 94 * _GB, 300 * _GB, 64 * _GB, 100 * _GBIT, 2.8),
+    "h100": Gpu("H100", 989 * _TF, 80 * _GB, 450 * _GB, 64 * _GB, 400 * _GBIT, 3.0),
+    "h200": Gpu("H200", 989 * _TF, 141 * _GB, 450 * _GB, 64 * _GB, 400 * _GBIT, 3.5),
+    "b200": Gpu("B200", 2250 * _TF, 180 * _GB, 900 * _GB, 64 * _GB, 400 * _GBIT, 5.0),
+    "a100-40gb": Gpu("A100-SXM4-40GB", 312 * _TF, 40 * _GB, 300 * _GB, 32 * _GB, 200 * _GBIT, 1.5),
+    "a100": Gpu("A100", 312 * _TF, 80 * _GB, 300 * _GB, 32 * _GB, 200 * _GBIT, 2.0),
+    "a10g": Gpu("A10G", 70 * _TF, 24 * _GB, 32 * _GB, 32 * _GB, 12.5 * _GBIT, 1.0),
+    "a10": Gpu("A10", 125 * _TF, 24 * _GB, 32 * _GB, 32 * _GB, 12.5 * _GBIT, 0.75),
+    "l40s": Gpu("L40S", 362 * _TF, 48 * _GB, 32 * _GB, 32 * _GB, 12.5 * _GBIT, 1.5),
+    "l4": Gpu("L4", 121 * _TF, 24 * _GB, 32 * _GB, 32 * _GB, 12.5 * _GBIT, 0.7),
+    "v100": Gpu("V100", 125 * _TF, 32 * _GB, 150 * _GB, 16 * _GB, 12.5 * _GBIT, 1.0),
+    "t4": Gpu("T4", 65 * _TF, 16 * _GB, 16 * _GB, 16 * _GB, 12.5 * _GBIT, 0.35),
+    "rtx-4090": Gpu("RTX 4090", 165 * _TF, 24 * _GB, 32 * _GB, 32 * _GB, 12.5 * _GBIT, 0.5),
+    "rtx-3090": Gpu("RTX 3090", 71 * _TF, 24 * _GB, 32 * _GB, 32 * _GB, 12.5 * _GBIT, 0.3),
+}
+
+
+def gpu_of(device_name: str) -> Gpu | None:
+    """A GPU by the name that it tells; None for one that is not in the table, as a guess would make false figures."""
+    return next((gpu for gpu in GPUS.values() if gpu.device_name in device_name), None)

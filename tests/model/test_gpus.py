@@ -1,0 +1,33 @@
+"""GPUs by the names that they tell and the names that users give."""
+
+import pytest
+
+from model.gpus import GPUS, gpu_of
+
+
+@pytest.mark.parametrize(
+    ("told", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA A10G", "a10g"),
+        ("NVIDIA A10", "a10"),
+        ("NVIDIA L40S", "l40s"),
+        ("Tesla V100-SXM2-32GB", "v100"),
+        ("NVIDIA GeForce RTX 4090", "rtx-4090"),
+    ],
+)
+def test_a_gpu_is_known_by_its_device_name(told: str, name: str) -> None:
+    assert gpu_of(told) is GPUS[name]
+
+
+def test_no_peak_is_guessed() -> None:
+    assert gpu_of("AMD EPYC") is None
+
+
+def test_peaks_are_the_dense_ones_of_the_data_sheets() -> None:
+    assert GPUS["h100"].peak_flops_per_s == 989e12
+    assert GPUS["a100"].peak_flops_per_s == 312e12
+    assert GPUS["v100"].peak_flops_per_s == 125e12
