@@ -15,6 +15,9 @@ K8S = Path(__file__).parents[2] / "k8s"
 CRDS = Path(__file__).parents[2].parent / "shared" / "crds"
 KUSTOMIZATIONS = ["base", *sorted(f"overlays/{folder.name}" for folder in (K8S / "overlays").iterdir())]
 
+CLUSTER_KINDS = ("RayCluster", "RayJob", "RayService")
+"""What holds a Ray cluster."""
+
 Manifest = dict[str, Any]
 Rule = Callable[[list[Manifest]], list[str]]
 """Takes all objects of one kustomization, gives what is wrong in words; nothing is wrong when it is empty."""
@@ -54,8 +57,9 @@ def find(objects: list[Manifest], name: str) -> Manifest:
 
 
 def cluster_spec(manifest: Manifest) -> Manifest:
-    """The RayCluster inside a RayJob or RayService."""
-    return manifest["spec"]["rayClusterSpec" if manifest["kind"] == "RayJob" else "rayClusterConfig"]
+    """What a RayCluster is made of, also inside a RayJob or RayService."""
+    inside = {"RayJob": "rayClusterSpec", "RayService": "rayClusterConfig"}.get(manifest["kind"])
+    return manifest["spec"][inside] if inside else manifest["spec"]
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class Pod:
 
     where: str
     role: str
-    """`head`, `worker` or `submitter`."""
+    """`head`, `worker`, `submitter` or `redis`."""
     template: Manifest
 
     @property
@@ -77,14 +81,21 @@ class Pod:
 
 
 def pods(objects: list[Manifest]) -> Iterator[Pod]:
-    """Every pod template of the Ray objects."""
-    for manifest in of_kind(objects, "RayJob", "RayService"):
+    """Every pod template."""
+    for manifest in of_kind(objects, *CLUSTER_KINDS):
         name, cluster = name_of(manifest), cluster_spec(manifest)
         yield Pod(f"{name} head", "head", cluster["headGroupSpec"]["template"])
         for group in cluster["workerGroupSpecs"]:
             yield Pod(f"{name} group {group['groupName']}", "worker", group["template"])
         if "submitterPodTemplate" in manifest["spec"]:
             yield Pod(f"{name} submitter", "submitter", manifest["spec"]["submitterPodTemplate"])
+    for manifest in of_kind(objects, "StatefulSet"):
+        yield Pod(name_of(manifest), manifest["metadata"]["name"], manifest["spec"]["template"])
+
+
+def ray_pods(objects: list[Manifest]) -> list[Pod]:
+    """Those of them that run a Ray node."""
+    return [pod for pod in pods(objects) if pod.role in ("head", "worker")]
 
 
 _SUFFIXES = {"m": 1e-3, "": 1.0, "Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30, "Ti": 2.0**40}

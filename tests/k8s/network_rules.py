@@ -39,7 +39,10 @@ _SUBMITTER = Peer("submitter", {"app.kubernetes.io/component": "pretrain", "raym
 _METADATA = Peer("the cloud's metadata service", namespace="", address="169.254.169.254")
 _INTERNET = Peer("object storage", namespace="", address="52.216.0.1")
 
-_COMPONENTS = ("tokenize", "pretrain", "completions")
+_REDIS = Peer("redis", {"raymill/role": "redis", "app.kubernetes.io/component": "platform"})
+_USER = Peer("a user of the shared cluster", {"raymill/role": "user"})
+
+_COMPONENTS = ("tokenize", "pretrain", "evaluate", "completions", "shared")
 _HEADS = [_node(component, "head") for component in _COMPONENTS]
 _WORKERS = [_node(component, "worker") for component in _COMPONENTS]
 _RAY_PORTS = (6379, 8265, 10001, 8000, 8080, 30000)
@@ -63,7 +66,12 @@ def _expectations() -> list[tuple[Peer, Peer, int, bool]]:
         table += [(node, _METADATA, port, False) for port in (80, 443, 6443)]
         table += [(node, _INTERNET, 443, True), (node, _INTERNET, 80, False), (node, _INTERNET, 6443, is_head)]
         table += [(node, _DNS, 53, True)]
+        table += [(_USER, node, port, node.name == "shared head" and port == 8265) for port in _RAY_PORTS]
+        keeps_state = is_head and node.name in ("completions head", "shared head")
+        table += [(node, _REDIS, 6379, keeps_state), (node, _REDIS, 6380, False), (_REDIS, node, 8265, False)]
     table += [(_SUBMITTER, _METADATA, 80, False), (_SUBMITTER, _INTERNET, 443, False), (_SUBMITTER, _DNS, 53, True)]
+    table += [(source, _REDIS, 6379, False) for source in (_STRANGER, _OUTSIDER, _SUBMITTER, _USER, _OPERATOR)]
+    table += [(_REDIS, _INTERNET, 443, False), (_REDIS, _METADATA, 80, False)]
     table += [(_OUTSIDER, _SUBMITTER, 8000, False), (_OUTSIDER, _STRANGER, 8000, False)]
     return [*table, (_STRANGER, _INTERNET, 443, False), (_STRANGER, _METADATA, 80, False)]
 
@@ -80,7 +88,7 @@ def network_problems(objects: list[Manifest]) -> list[str]:
 def label_problems(objects: list[Manifest]) -> list[str]:
     """The policies go by labels that each pod template must carry, for its own component."""
     problems = []
-    for pod in pods(objects):
+    for pod in [pod for pod in pods(objects) if pod.role != "redis"]:
         owner = pod.where.split()[0].partition("/")[2]
         role = "submitter" if pod.role == "submitter" else "node"
         labels = pod.template["metadata"]["labels"]

@@ -4,24 +4,25 @@ import re
 
 import yaml
 
-from tests.k8s.manifests import Manifest, cluster_spec, name_of, of_kind, pods, quantity
+from tests.k8s.manifests import CLUSTER_KINDS, Manifest, cluster_spec, name_of, of_kind, pods, quantity, ray_pods
 
-_LONGEST_NAME = 47  # of a RayJob or RayService: pod names grow from it
+_LONGEST_NAME = 47  # of Ray's kinds: pod names grow from it
 _NODE_DEATH_S = 60  # a group that idles out sooner than a dead node is noticed makes its replacements flap
 _MIN_VERSION_FOR_TOKENS = (2, 52)
+_MOST_QUEUED_GROUPS = 7
 
 
 def name_problems(objects: list[Manifest]) -> list[str]:
     return [
         f"{name_of(manifest)}: a name is a DNS label of at most {_LONGEST_NAME} characters that begins with a letter"
-        for manifest in of_kind(objects, "RayJob", "RayService")
+        for manifest in of_kind(objects, *CLUSTER_KINDS)
         if not re.fullmatch(rf"[a-z]([a-z0-9-]{{0,{_LONGEST_NAME - 2}}}[a-z0-9])?", manifest["metadata"]["name"])
     ]
 
 
 def autoscaler_problems(objects: list[Manifest]) -> list[str]:
     problems = []
-    for manifest in of_kind(objects, "RayJob", "RayService"):
+    for manifest in of_kind(objects, *CLUSTER_KINDS):
         name, cluster = name_of(manifest), cluster_spec(manifest)
         options, groups = cluster.get("autoscalerOptions", {}), cluster["workerGroupSpecs"]
         if not cluster.get("enableInTreeAutoscaling") or options.get("version") != "v2":
@@ -48,12 +49,12 @@ def autoscaler_problems(objects: list[Manifest]) -> list[str]:
 
 def cluster_problems(objects: list[Manifest]) -> list[str]:
     problems = []
-    for manifest in of_kind(objects, "RayJob", "RayService"):
+    for manifest in of_kind(objects, *CLUSTER_KINDS):
         name, cluster = name_of(manifest), cluster_spec(manifest)
         auth = cluster.get("authOptions", {})
         if auth.get("mode") != "token":
             problems.append(f"{name}: authOptions.mode is not token: an open Ray port is remote code execution")
-        if auth.get("enableK8sTokenAuth"):
+        if auth.get("enableK8sTokenAuth") and manifest["kind"] != "RayCluster":
             problems.append(f"{name}: enableK8sTokenAuth is for a RayCluster only")
         if tuple(int(part) for part in cluster["rayVersion"].split(".")[:2]) < _MIN_VERSION_FOR_TOKENS:
             problems.append(f"{name}: token auth needs rayVersion 2.52 or later, not {cluster['rayVersion']}")
@@ -110,9 +111,7 @@ def service_problems(objects: list[Manifest]) -> list[str]:
 def memory_problems(objects: list[Manifest]) -> list[str]:
     """Ray's object store takes 30% of the memory, and goes to disk when /dev/shm has less."""
     problems = []
-    for pod in pods(objects):
-        if pod.role == "submitter":
-            continue
+    for pod in ray_pods(objects):
         (shm,) = (volume["emptyDir"] for volume in pod.spec["volumes"] if volume["name"] == "shm")
         size, memory = quantity(shm["sizeLimit"]), quantity(pod.container["resources"]["limits"]["memory"])
         if not 0.3 * memory <= size <= memory:
@@ -120,4 +119,70 @@ def memory_problems(objects: list[Manifest]) -> list[str]:
     return problems
 
 
-RULES = (name_problems, autoscaler_problems, cluster_problems, job_problems, service_problems, memory_problems)
+def recovery_problems(objects: list[Manifest]) -> list[str]:
+    """What is to outlive its head keeps its state in Redis, with a password from a Secret and said in one place only."""
+    problems = []
+    for manifest in of_kind(objects, *CLUSTER_KINDS):
+        name, cluster = name_of(manifest), cluster_spec(manifest)
+        options = cluster.get("gcsFaultToleranceOptions")
+        if options is None:
+            if manifest["kind"] != "RayJob":  # which is tried again, on a new cluster
+                problems.append(f"{name}: no gcsFaultToleranceOptions: the cluster ends with its head")
+            continue
+        services = {f"{o['metadata']['name']}:{o['spec']['ports'][0]['port']}" for o in of_kind(objects, "Service")}
+        if options.get("backend", "redis") == "redis" and options.get("redisAddress") not in services:
+            problems.append(f"{name}: no service at redisAddress {options.get('redisAddress')}")
+        if "secretKeyRef" not in options.get("redisPassword", {}).get("valueFrom", {}):
+            problems.append(f"{name}: redisPassword must come from a Secret")
+        if "ray.io/ft-enabled" in manifest["metadata"].get("annotations", {}):
+            problems.append(f"{name}: ray.io/ft-enabled stands beside gcsFaultToleranceOptions")
+        for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
+            own = {variable["name"] for variable in group["template"]["spec"]["containers"][0].get("env", [])}
+            if own & {"RAY_REDIS_ADDRESS", "REDIS_PASSWORD"} or "redis-password" in group["rayStartParams"]:
+                problems.append(f"{name}: Redis stands in a pod beside gcsFaultToleranceOptions")
+    return problems
+
+
+def queue_problems(objects: list[Manifest]) -> list[str]:
+    """What Kueue asks of a job in a queue, and that the queue covers each resource that its pods request."""
+    problems = []
+    covered = {
+        resource
+        for queue in of_kind(objects, "ClusterQueue")
+        for group in queue["spec"]["resourceGroups"]
+        for resource in group["coveredResources"]
+    }
+    queues = {queue["metadata"]["name"] for queue in of_kind(objects, "LocalQueue")}
+    for manifest in of_kind(objects, *CLUSTER_KINDS):
+        name, metadata = name_of(manifest), manifest["metadata"]
+        queue = metadata["labels"].get("kueue.x-k8s.io/queue-name")
+        if queue is None:
+            if manifest["spec"].get("suspend"):
+                problems.append(f"{name}: is suspended, and no queue would start it")
+            continue
+        if queue not in queues:
+            problems.append(f"{name}: there is no LocalQueue {queue}")
+        if metadata.get("annotations", {}).get("kueue.x-k8s.io/elastic-job") != "true":
+            problems.append(f"{name}: Kueue refuses a cluster that scales, unless it is an elastic-job")
+        if len(cluster_spec(manifest)["workerGroupSpecs"]) > _MOST_QUEUED_GROUPS:
+            problems.append(f"{name}: Kueue takes at most {_MOST_QUEUED_GROUPS} worker groups")
+        requested = {
+            resource
+            for pod in pods([manifest])
+            for container in pod.spec["containers"]
+            for resource in container["resources"]["requests"]
+        }
+        problems += [f"{name}: the ClusterQueue does not cover {resource}" for resource in requested - covered]
+    return problems
+
+
+RULES = (
+    name_problems,
+    autoscaler_problems,
+    cluster_problems,
+    job_problems,
+    service_problems,
+    memory_problems,
+    recovery_problems,
+    queue_problems,
+)

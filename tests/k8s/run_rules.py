@@ -13,13 +13,18 @@ from pydantic import BaseModel, ValidationError
 from ray import serve
 from ray.serve.schema import HTTPOptionsSchema, ServeApplicationSchema, ServeDeploySchema
 
-from cluster.config import RunConfig
+from cluster.config import EvaluateConfig, RunConfig
 from cluster.serve_config import ServeConfig
-from tests.k8s.manifests import Manifest, cluster_spec, find, name_of, of_kind, quantity
+from tests.k8s.manifests import CLUSTER_KINDS, Manifest, cluster_spec, find, name_of, of_kind, quantity
 
 
 def run_config(objects: list[Manifest]) -> RunConfig:
     return RunConfig.model_validate(yaml.safe_load(find(objects, "ConfigMap/run-config")["data"]["run.yaml"]))
+
+
+def evaluate_config(objects: list[Manifest]) -> EvaluateConfig:
+    data = find(objects, "ConfigMap/run-config")["data"]
+    return EvaluateConfig.model_validate(yaml.safe_load(data["evaluate.yaml"]))
 
 
 def serve_config(service: Manifest) -> ServeConfig:
@@ -39,6 +44,10 @@ def config_problems(objects: list[Manifest]) -> list[str]:
             problems.append("run.yaml: a job that is retried needs a run_id, and any job a data.source")
     except ValidationError as error:
         problems.append(f"run.yaml: {error}")
+    try:
+        evaluate_config(objects)
+    except ValidationError as error:
+        problems.append(f"evaluate.yaml: {error}")
     for service in of_kind(objects, "RayService"):
         deployment = _deployment(service)
         try:
@@ -70,6 +79,8 @@ def entry_problems(objects: list[Manifest]) -> list[str]:
             problems.append(f"{name_of(job)}: no module {module}")
         groups = [cluster_spec(job)["headGroupSpec"]]
         problems += _mount_problems(name_of(job), groups, path, kind="configMap", volume="run-config")
+        if PurePosixPath(path).name not in find(objects, "ConfigMap/run-config")["data"]:
+            problems.append(f"{name_of(job)}: {path} is not among the settings")
     for service in of_kind(objects, "RayService"):
         cluster = cluster_spec(service)
         groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
@@ -104,9 +115,9 @@ def storage_problems(objects: list[Manifest]) -> list[str]:
     """Jobs publish where the endpoint looks, and that is not a pod's own disk."""
     written = run_config(objects).storage.uri
     problems = [] if written.startswith("s3://") else [f"{written} goes with its pod: storage.uri must be s3://"]
-    for service in of_kind(objects, "RayService"):
-        read = serve_config(service).storage.uri
-        problems += [] if written == read else [f"jobs write to {written}, {name_of(service)} reads from {read}"]
+    readers = {name_of(service): serve_config(service).storage.uri for service in of_kind(objects, "RayService")}
+    readers["evaluate.yaml"] = evaluate_config(objects).storage.uri
+    problems += [f"jobs write to {written}, {name} reads from {uri}" for name, uri in readers.items() if uri != written]
     return problems
 
 
@@ -114,7 +125,9 @@ def capacity_problems(objects: list[Manifest]) -> list[str]:
     """The groups can hold the workers and replicas that the settings ask for, and no more."""
     trainer, server = find(objects, "RayJob/pretrain"), find(objects, "RayService/completions")
     scaling, replicas = run_config(objects).scaling, serve_config(server).replicas
+    evaluator, evaluation = find(objects, "RayJob/evaluate"), evaluate_config(objects)
     checks = [
+        (evaluator, evaluation.threads_per_worker, 0, evaluation.num_workers, "evaluating workers"),
         (trainer, scaling.threads_per_worker, int(scaling.use_gpu), scaling.max_workers, "training workers"),
         (server, replicas.threads_per_replica, 0, replicas.max_replicas, "replicas"),
     ]
@@ -129,7 +142,7 @@ def capacity_problems(objects: list[Manifest]) -> list[str]:
 def gpu_problems(objects: list[Manifest]) -> list[str]:
     """A group with GPUs tolerates their taint and goes down to none; a run that needs no GPU gets none."""
     problems = []
-    for manifest in of_kind(objects, "RayJob", "RayService"):
+    for manifest in of_kind(objects, *CLUSTER_KINDS):
         for group in cluster_spec(manifest)["workerGroupSpecs"]:
             spec, where = group["template"]["spec"], f"{name_of(manifest)} group {group['groupName']}"
             if not _gpus(group):
@@ -138,7 +151,8 @@ def gpu_problems(objects: list[Manifest]) -> list[str]:
                 problems.append(f"{where}: does not tolerate the taint of GPU nodes")
             if group["minReplicas"] != 0:
                 problems.append(f"{where}: holds GPUs while idle")
-            if name_of(manifest) != "RayJob/pretrain" or not run_config(objects).scaling.use_gpu:
+            by_run = name_of(manifest) == "RayJob/pretrain" and run_config(objects).scaling.use_gpu
+            if not by_run and manifest["kind"] != "RayCluster":  # whose users know
                 problems.append(f"{where}: asks for GPUs that nothing uses")
     return problems
 

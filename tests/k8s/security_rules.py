@@ -1,13 +1,15 @@
-"""The security checklist, as rules over rendered objects. `network_rules` has who may talk to whom."""
+"""The security checklist, as rules over rendered objects. `network_rules` has who may talk to whom, `life_rules` who goes
+when."""
 
 import re
 from collections.abc import Iterator
 
 import yaml
 
-from tests.k8s.manifests import Manifest, Pod, cluster_spec, find, name_of, of_kind, pods
+from tests.k8s.manifests import CLUSTER_KINDS, Manifest, cluster_spec, name_of, of_kind, pods
 
-_EXTERNAL_SECRETS = {"api-keys", "s3-credentials"}  # made by hand, see k8s/README.md
+_EXTERNAL_SECRETS = {"api-keys", "redis", "s3-credentials"}  # made by hand, see k8s/README.md
+_CLUSTER_SCOPED = {"Namespace", "PriorityClass", "ClusterQueue", "ResourceFlavor"}
 _SECRET_NAME = re.compile(r"(^|_)(token|secret|password|credentials?|access_key|api_?key)(_|$)", re.IGNORECASE)
 _SECRET_VALUE = re.compile(r"AKIA[0-9A-Z]{16}|-----BEGIN|\bsk-[\w-]{20}")
 
@@ -18,8 +20,11 @@ def namespace_problems(objects: list[Manifest]) -> list[str]:
     if namespace["metadata"]["labels"].get("pod-security.kubernetes.io/enforce") != "restricted":
         problems.append("the namespace does not enforce the restricted pod security standard")
     for manifest in objects:
-        if manifest["kind"] != "Namespace" and manifest["metadata"].get("namespace") != namespace["metadata"]["name"]:
-            problems.append(f"{name_of(manifest)} is not in the namespace")
+        expected = None if manifest["kind"] in _CLUSTER_SCOPED else namespace["metadata"]["name"]
+        if manifest["metadata"].get("namespace") != expected:
+            problems.append(
+                f"{name_of(manifest)} is not in the namespace" if expected else f"{name_of(manifest)} is in one"
+            )
     return problems
 
 
@@ -28,7 +33,7 @@ def _containers(objects: list[Manifest]) -> Iterator[tuple[str, Manifest]]:
     for pod in pods(objects):
         for container in [*pod.spec["containers"], *pod.spec.get("initContainers", [])]:
             yield f"{pod.where} container {container['name']}", container
-    for manifest in of_kind(objects, "RayJob", "RayService"):
+    for manifest in of_kind(objects, *CLUSTER_KINDS):
         yield f"{name_of(manifest)} autoscaler", cluster_spec(manifest)["autoscalerOptions"]
 
 
@@ -67,7 +72,7 @@ def scratch_problems(objects: list[Manifest]) -> list[str]:
         mounts = {mount["mountPath"] for mount in container.get("volumeMounts", [])}
         if "/tmp" not in mounts:
             problems.append(f"{where}: nothing writable at /tmp")
-    for pod in pods(objects):
+    for pod in [pod for pod in pods(objects) if pod.role != "redis"]:
         volumes = {volume["name"]: volume for volume in pod.spec["volumes"]}
         for mount in pod.container["volumeMounts"]:
             volume = volumes.get(mount["name"], {})
@@ -103,6 +108,19 @@ def identity_problems(objects: list[Manifest]) -> list[str]:
         if account.get("automountServiceAccountToken") is not False
     ]
     problems += [f"{name_of(o)}: needs no right" for o in of_kind(objects, "ClusterRole", "ClusterRoleBinding")]
+    for role in of_kind(objects, "Role"):
+        for rule in role["rules"]:
+            if "*" in [*rule["verbs"], *rule["resources"], *rule["apiGroups"]]:
+                problems.append(f"{name_of(role)}: a right to everything")
+            if "secrets" in rule["resources"]:
+                problems.append(f"{name_of(role)}: nobody reads Secrets by it")
+            if set(rule["verbs"]) - {"get", "list", "create", "patch"}:
+                problems.append(f"{name_of(role)}: {rule['verbs']} is more than `raymill cluster` does")
+    problems += [
+        f"{name_of(binding)}: gives a pod's account rights"
+        for binding in of_kind(objects, "RoleBinding")
+        if any(subject["kind"] != "Group" for subject in binding["subjects"])
+    ]
     return problems
 
 
@@ -113,47 +131,12 @@ def exposure_problems(objects: list[Manifest]) -> list[str]:
         for service in of_kind(objects, "Service")
         if service["spec"].get("type", "ClusterIP") != "ClusterIP"
     ]
-    for manifest in of_kind(objects, "RayJob", "RayService"):
+    for manifest in of_kind(objects, *CLUSTER_KINDS):
         head = cluster_spec(manifest)["headGroupSpec"]
         if head.get("serviceType") != "ClusterIP" or head.get("enableIngress"):
             problems.append(f"{name_of(manifest)}: the head's service must be a ClusterIP without ingress")
         if manifest["spec"].get("serveService", {}).get("spec", {}).get("type", "ClusterIP") != "ClusterIP":
             problems.append(f"{name_of(manifest)}: the endpoint's service must be a ClusterIP")
-    return problems
-
-
-def _drain_s(pod: Pod, objects: list[Manifest]) -> float:
-    name = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
-    own = {variable["name"]: variable.get("value") for variable in pod.container.get("env", [])}
-    return float(own.get(name) or find(objects, "ConfigMap/ray-environment")["data"][name])
-
-
-def termination_problems(objects: list[Manifest]) -> list[str]:
-    problems = []
-    for pod in pods(objects):
-        if pod.role == "submitter":
-            continue
-        grace_s = pod.spec.get("terminationGracePeriodSeconds", 30)
-        command = pod.container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", ["sleep", "0"])
-        needed_s = float(command[1]) + _drain_s(pod, objects)
-        if grace_s < 60 or grace_s <= needed_s:
-            problems.append(f"{pod.where}: {grace_s} s of grace, but at least 60 and over {needed_s:.0f} are needed")
-    return problems
-
-
-def disruption_problems(objects: list[Manifest]) -> list[str]:
-    """A PodDisruptionBudget over pods without a scale subresource takes an integer minAvailable only."""
-    problems = []
-    budgets = of_kind(objects, "PodDisruptionBudget")
-    for budget in budgets:
-        if type(budget["spec"].get("minAvailable")) is not int or "maxUnavailable" in budget["spec"]:
-            problems.append(f"{name_of(budget)}: must say minAvailable, as an integer")
-    guarded = [budget["spec"]["selector"]["matchLabels"].items() for budget in budgets]
-    for pod in pods(objects):
-        component = pod.template["metadata"]["labels"]["app.kubernetes.io/component"]
-        labels = {"app.kubernetes.io/component": component, "ray.io/node-type": pod.role}.items()
-        if component != "tokenize" and pod.role == "worker" and not any(selector <= labels for selector in guarded):
-            problems.append(f"{pod.where}: no PodDisruptionBudget guards it")
     return problems
 
 
@@ -174,7 +157,8 @@ def image_problems(objects: list[Manifest]) -> list[str]:
     for where, container in _containers(objects):
         if "image" not in container:  # the autoscaler's is the head's
             continue
-        images.add(container["image"])
+        if container["name"] != "redis":
+            images.add(container["image"])
         tag = container["image"].rpartition("/")[2].partition(":")[2]
         if "@sha256:" not in container["image"] and tag in ("", "latest"):
             problems.append(f"{where}: image {container['image']} is not pinned")
@@ -213,10 +197,13 @@ def reference_problems(objects: list[Manifest]) -> list[str]:
         named += [volume["configMap"]["name"] for volume in volumes if "configMap" in volume]
         secrets = [source["secretRef"]["name"] for source in sources if "secretRef" in source]
         secrets += [volume["secret"]["secretName"] for volume in volumes if "secret" in volume]
+        sources = [variable.get("valueFrom", {}) for variable in pod.container.get("env", [])]
+        secrets += [source["secretKeyRef"]["name"] for source in sources if "secretKeyRef" in source]
         problems += [f"{pod.where}: ConfigMap {name} does not exist" for name in named if name not in config_maps]
         problems += [f"{pod.where}: nobody makes Secret {name}" for name in secrets if name not in _EXTERNAL_SECRETS]
         mounted = {mount["name"] for mount in pod.container["volumeMounts"]}
-        problems += [f"{pod.where}: volume {v} does not exist" for v in mounted - {v["name"] for v in volumes}]
+        there = {v["name"] for v in volumes} | ({"data"} if pod.role == "redis" else set())  # its claim
+        problems += [f"{pod.where}: volume {v} does not exist" for v in mounted - there]
     return problems
 
 
@@ -226,8 +213,6 @@ RULES = (
     scratch_problems,
     identity_problems,
     exposure_problems,
-    termination_problems,
-    disruption_problems,
     resource_problems,
     image_problems,
     secret_problems,

@@ -4,7 +4,7 @@ import re
 import tomllib
 from pathlib import Path
 
-from tests.k8s.manifests import K8S, cluster_spec, of_kind, render
+from tests.k8s.manifests import CLUSTER_KINDS, K8S, cluster_spec, of_kind, render
 
 _REPOSITORY = K8S.parent
 
@@ -16,7 +16,8 @@ def _instructions() -> list[tuple[str, str]]:
 
 
 def test_base_is_pinned_and_can_be_replaced() -> None:
-    (argument,) = (rest for name, rest in _instructions() if name == "ARG")
+    argument, index = (rest for name, rest in _instructions() if name == "ARG")
+    assert index == "TORCH_INDEX="
     name, _, image = argument.partition("=")
     assert re.fullmatch(r"docker\.io/library/python:3\.11\.\d+-slim-\w+", image)
     assert ("FROM", f"${{{name}}}") in _instructions()
@@ -45,5 +46,5 @@ def test_copies_what_is_there_and_all_the_code() -> None:
 
 def test_ray_is_the_version_that_the_manifests_name() -> None:
     (pinned,) = re.findall(r"^ray(?:\[.*\])?==(\S+)$", (_REPOSITORY / ".ci/constraints.txt").read_text(), re.MULTILINE)
-    named = {cluster_spec(manifest)["rayVersion"] for manifest in of_kind(render("base"), "RayJob", "RayService")}
+    named = {cluster_spec(manifest)["rayVersion"] for manifest in of_kind(render("base"), *CLUSTER_KINDS)}
     assert named == {pinned}

@@ -6,11 +6,24 @@ import pytest
 from ray import serve
 
 from serving.app import build_app
-from tests.k8s import network_rules, operator_rules, run_rules, security_rules
-from tests.k8s.manifests import CRDS, KUSTOMIZATIONS, Rule, cluster_spec, find, name_of, of_kind, pods, render
+from tests.k8s import life_rules, network_rules, operator_rules, run_rules, security_rules
+from tests.k8s.manifests import (
+    CLUSTER_KINDS,
+    CRDS,
+    KUSTOMIZATIONS,
+    Rule,
+    cluster_spec,
+    find,
+    name_of,
+    of_kind,
+    pods,
+    ray_pods,
+    render,
+)
 from tests.k8s.schema_rules import builtin_problems, crd_problems
 
-RULES = (*operator_rules.RULES, *security_rules.RULES, *network_rules.RULES, *run_rules.RULES)
+QUEUE = "kueue.x-k8s.io/queue-name"
+RULES = (*operator_rules.RULES, *security_rules.RULES, *life_rules.RULES, *network_rules.RULES, *run_rules.RULES)
 
 needs_crds = pytest.mark.skipif(not CRDS.is_dir(), reason=f"no KubeRay CRDs at {CRDS}")
 
@@ -35,9 +48,10 @@ def test_builtin_kinds_and_pods_fit_their_schemas(kustomization: str) -> None:
 @pytest.mark.parametrize("kustomization", KUSTOMIZATIONS)
 def test_holds_all_that_runs(kustomization: str) -> None:
     objects = render(kustomization)
-    names = [name_of(manifest) for manifest in of_kind(objects, "RayJob", "RayService")]
-    assert sorted(names) == ["RayJob/pretrain", "RayJob/tokenize", "RayService/completions"]
-    assert len(list(pods(objects))) == 8  # a head and a group each, and the jobs' submitters
+    names = [name_of(manifest) for manifest in of_kind(objects, *CLUSTER_KINDS)]
+    jobs = ["RayJob/evaluate", "RayJob/pretrain", "RayJob/tokenize"]
+    assert sorted(names) == ["RayCluster/shared", *jobs, "RayService/completions"]
+    assert len(list(pods(objects))) == 14  # a head and a group each, the jobs' submitters, and Redis
 
 
 def test_gpu_trainers_go_from_none_to_the_runs_workers() -> None:
@@ -46,6 +60,17 @@ def test_gpu_trainers_go_from_none_to_the_runs_workers() -> None:
     limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
     assert (group["minReplicas"], group["maxReplicas"], limits["nvidia.com/gpu"]) == (0, 8, "1")
     assert run_rules.run_config(objects).scaling.max_workers == 8
+
+
+def test_spot_moves_the_trainers_only() -> None:
+    on_spot = [pod.where for pod in ray_pods(render("overlays/spot")) if "nodeSelector" in pod.spec]
+    assert on_spot == ["RayJob/pretrain group trainers"]
+
+
+def test_kueue_holds_every_job_until_there_is_room() -> None:
+    objects = render("overlays/kueue")
+    queued = {name_of(o): o["spec"].get("suspend") for o in objects if QUEUE in o["metadata"]["labels"]}
+    assert queued == {name_of(o): True for o in of_kind(objects, "RayCluster", "RayJob")}
 
 
 @pytest.mark.parametrize("kustomization", KUSTOMIZATIONS)

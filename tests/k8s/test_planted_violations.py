@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.k8s import network_rules, operator_rules, run_rules, schema_rules, security_rules
+from tests.k8s import life_rules, network_rules, operator_rules, run_rules, schema_rules, security_rules
 from tests.k8s.manifests import CRDS, Manifest, find, render
 
 _RULES = {
     rule.__name__: rule
-    for module in (operator_rules, security_rules, network_rules, run_rules, schema_rules)
+    for module in (operator_rules, security_rules, life_rules, network_rules, run_rules, schema_rules)
     for rule in module.RULES
 }
 _VIOLATIONS: list[dict[str, Any]] = yaml.safe_load(
@@ -62,7 +62,7 @@ def test_every_rule_has_a_violation() -> None:
 
 
 def _spoilt(violation: dict[str, Any]) -> list[Manifest]:
-    objects = render("base")
+    objects = render(violation.get("of", "base"))
     if "add" in violation:
         return [*objects, violation["add"]]
     manifest = find(objects, violation.get("in", "RayJob/pretrain"))
@@ -79,9 +79,8 @@ def _place(manifest: Manifest, path: str) -> tuple[Any, Any]:
     """The container of the field that `path` names, and its key there."""
     for short, long in _SHORTHANDS.items():
         path = long + path.removeprefix(short) if path.startswith(short) else path
-    path = path.replace(
-        "cluster.", "spec.rayClusterSpec." if manifest["kind"] == "RayJob" else "spec.rayClusterConfig."
-    )
+    inside = {"RayJob": "spec.rayClusterSpec.", "RayService": "spec.rayClusterConfig."}.get(manifest["kind"], "spec.")
+    path = path.replace("cluster.", inside)
     steps = path.split(".")
     value: Any = manifest
     while steps:

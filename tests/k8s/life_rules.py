@@ -1,0 +1,123 @@
+"""Who comes and goes when: how a pod ends, what a node drain may take, priorities, the quota, spot nodes."""
+
+from tests.k8s.manifests import (
+    CLUSTER_KINDS,
+    Manifest,
+    Pod,
+    cluster_spec,
+    find,
+    name_of,
+    of_kind,
+    pods,
+    quantity,
+    ray_pods,
+)
+
+_SPOT = "raymill/capacity"  # key of the label and the taint of spot nodes
+_SPOT_NOTICE_S = 25  # the least that a cloud gives
+_PRIORITIES = {"submitter": "raymill-batch", "head": "raymill-head", "redis": "raymill-head"}
+
+
+def _drain_s(pod: Pod, objects: list[Manifest]) -> float:
+    name = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
+    own = {variable["name"]: variable.get("value") for variable in pod.container.get("env", [])}
+    return float(own.get(name) or find(objects, "ConfigMap/ray-environment")["data"][name])
+
+
+def termination_problems(objects: list[Manifest]) -> list[str]:
+    problems = []
+    for pod in ray_pods(objects):
+        grace_s = pod.spec.get("terminationGracePeriodSeconds", 30)
+        command = pod.container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", ["sleep", "0"])
+        needed_s = float(command[1]) + _drain_s(pod, objects)
+        if grace_s < 60 or grace_s <= needed_s:
+            problems.append(f"{pod.where}: {grace_s} s of grace, but at least 60 and over {needed_s:.0f} are needed")
+    return problems
+
+
+def disruption_problems(objects: list[Manifest]) -> list[str]:
+    """A PodDisruptionBudget over pods without a scale subresource takes an integer minAvailable only."""
+    problems = []
+    budgets = of_kind(objects, "PodDisruptionBudget")
+    for budget in budgets:
+        if type(budget["spec"].get("minAvailable")) is not int or "maxUnavailable" in budget["spec"]:
+            problems.append(f"{name_of(budget)}: must say minAvailable, as an integer")
+    guarded = [budget["spec"]["selector"]["matchLabels"].items() for budget in budgets]
+    for pod in pods(objects):
+        component = pod.template["metadata"]["labels"]["app.kubernetes.io/component"]
+        labels = {"app.kubernetes.io/component": component, "ray.io/node-type": pod.role}.items()
+        if (
+            component in ("pretrain", "completions")
+            and pod.role == "worker"
+            and not any(selector <= labels for selector in guarded)
+        ):
+            problems.append(f"{pod.where}: no PodDisruptionBudget guards it")
+    return problems
+
+
+def priority_problems(objects: list[Manifest]) -> list[str]:
+    """Heads stay longest, then the endpoint; what can be taken up again neither stays nor drives others out."""
+    problems = []
+    classes = {o["metadata"]["name"]: o for o in of_kind(objects, "PriorityClass")}
+    if not classes["raymill-head"]["value"] > classes["raymill-serving"]["value"] > classes["raymill-batch"]["value"]:
+        problems.append("the priorities are not in the order head, serving, batch")
+    if classes["raymill-batch"].get("preemptionPolicy") != "Never":
+        problems.append("PriorityClass/raymill-batch: a job would take the room of others")
+    problems += [f"{name_of(o)}: is every pod's" for o in classes.values() if o.get("globalDefault")]
+    for pod in pods(objects):
+        serves = pod.template["metadata"]["labels"]["app.kubernetes.io/component"] == "completions"
+        expected = _PRIORITIES.get(pod.role, "raymill-serving" if serves else "raymill-batch")
+        if pod.spec.get("priorityClassName") != expected:
+            problems.append(f"{pod.where}: its priority must be {expected}")
+    return problems
+
+
+def quota_problems(objects: list[Manifest]) -> list[str]:
+    """The namespace is bounded, opens no port to the outside, and has room for each cluster at its largest."""
+    (quota,) = of_kind(objects, "ResourceQuota")
+    hard = quota["spec"]["hard"]
+    problems = [
+        f"{name_of(quota)}: {what} must be 0"
+        for what in ("services.loadbalancers", "services.nodeports")
+        if hard.get(what) != "0"
+    ]
+    for manifest in of_kind(objects, *CLUSTER_KINDS):
+        cluster = cluster_spec(manifest)
+        groups = [
+            (cluster["headGroupSpec"], 1),
+            *((group, group["maxReplicas"]) for group in cluster["workerGroupSpecs"]),
+        ]
+        for resource in ("cpu", "memory", "nvidia.com/gpu"):
+            wanted = sum(
+                number
+                * quantity(group["template"]["spec"]["containers"][0]["resources"]["requests"].get(resource, "0"))
+                for group, number in groups
+            )
+            if wanted > quantity(hard.get(f"requests.{resource}", "0")):
+                problems.append(f"{name_of(manifest)}: at its largest it exceeds the quota of {resource}")
+    return problems
+
+
+def spot_problems(objects: list[Manifest]) -> list[str]:
+    """Only what can be taken up again stands on nodes that the cloud takes back, and drains within its notice."""
+    problems = []
+    for pod in pods(objects):
+        tolerates = any(t["key"] == _SPOT for t in pod.spec.get("tolerations", []))
+        if not tolerates:
+            continue
+        if pod.spec.get("nodeSelector", {}).get(_SPOT) != "spot":
+            problems.append(f"{pod.where}: tolerates spot nodes, but does not ask for one")
+        if pod.spec.get("priorityClassName") != "raymill-batch" or pod.role != "worker":
+            problems.append(f"{pod.where}: must not stand on a spot node")
+        elif _drain_s(pod, objects) >= _SPOT_NOTICE_S:
+            problems.append(f"{pod.where}: drains longer than the {_SPOT_NOTICE_S} s of notice")
+    return problems
+
+
+RULES = (
+    termination_problems,
+    disruption_problems,
+    priority_problems,
+    quota_problems,
+    spot_problems,
+)
