@@ -16,6 +16,7 @@ from typing import Any
 from cluster import commands, delivery_commands, plan_command
 from cluster.config import EvaluateConfig, RunConfig
 from cluster.flags import ConfigError, Parser, add_config_arguments
+from cluster.kube_commands import add_cluster_commands
 from cluster.serve_config import ServeConfig
 from cluster.stage import ModuleFailedError
 from model.errors import UserError
@@ -112,6 +113,8 @@ def _parser() -> Parser:
         _storage_argument(sub)
 
     _endpoint_commands(command)
+
+    add_cluster_commands(subparsers)
 
     sub = command(
         "demo", commands.demo, "a corpus to a served model on a 3-node local cluster, with a node killed on purpose"

@@ -38,6 +38,12 @@ COMMANDS = {
     "complete": ["PROMPT", "--max-tokens", "--url"],
     "promote": ["--canary", "--finish", "--follow RUN", "--gate-source", "--admin-key-file"],
     "rollback": ["--url", "--admin-key-file"],
+    "cluster render": ["OVERLAY", "--component"],
+    "cluster apply": ["--dry-run", "--namespace"],
+    "cluster scale": ["NAME", "--group", "--min", "--max", "--suspend", "--resume"],
+    "cluster status": ["--json"],
+    "cluster why-pending": ["--namespace"],
+    "cluster why-not-idle": ["--url"],
     "demo": ["--keep"],
 }
 
