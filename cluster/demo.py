@@ -8,21 +8,18 @@ import tarfile
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import openai
 
-from cluster.chaos import Chaos, parse_faults
-from cluster.config import EvaluateConfig, RunConfig, StorageConfig, max_steps
-from cluster.endpoint import Endpoint, deploy
+from cluster.chaos import Fault, parse_faults
+from cluster.config import RunConfig, StorageConfig, max_steps
+from cluster.endpoint import Endpoint
 from cluster.flags import new_run_id, read_config
-from cluster.local import free_port
 from cluster.progress import say
+from cluster.river import river
 from cluster.serve_config import ReplicaConfig, ServeConfig
-from cluster.stage import connected, cpus_per_node, run_module, run_stage
 from cluster.storage import open_storage
 
 CONFIG = Path(__file__).resolve().parent.parent / "jobs" / "configs" / "demo.yaml"
@@ -36,43 +33,15 @@ _CORPUS_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393
 def run_demo(storage_uri: str, *, keep: bool) -> dict[str, Any]:
     """Every stage on one local cluster; returns their figures. With `keep` the endpoint stays until a signal."""
     start = time.monotonic()
-    corpus, source = fetch_corpus(Path(open_storage(storage_uri).local_path("") or ".raymill") / "corpus")
+    config, source = demo_config(storage_uri)
     say(f"corpus: {source}")
-    config = read_config(CONFIG, RunConfig)
-    config = config.model_copy(
-        update={
-            "run_id": f"demo-{new_run_id()}",
-            "data": config.data.model_copy(update={"source": [str(corpus)]}),
-            "storage": StorageConfig(uri=storage_uri),
-        }
-    )
-    faults = parse_faults([f"kill-node@{max_steps(config) * 4 // 10}", f"add-node@{max_steps(config) // 2}"])
-    say("\n== starting a local Ray cluster: a head and two worker nodes")
-    with connected(config.cluster, cpus_per_node=cpus_per_node(config)) as connection:
-
-        def stage(title: str, module: str, stage_config: Any) -> dict[str, Any]:
-            with _told(title):
-                return run_stage(connection, module, stage_config)
-
-        tokens = stage("tokenizing", "jobs.tokenize_corpus", config)
-        with Chaos(faults, cluster=connection.local, config=config):
-            run = stage("training, with a node killed and one added on purpose", "jobs.pretrain", config)
-        evaluation = stage(
-            "evaluating", "jobs.evaluate", EvaluateConfig(checkpoint=run["checkpoint"], storage=config.storage)
-        )
-        with _told("drawing the report"):
-            report = run_module("jobs.report", run["run_dir"])
-        with _told("serving with 2 replicas"):
-            serving = ServeConfig(
-                port=free_port(),
-                api_key_file=str(corpus.parent.parent / "api_key"),
-                replicas=ReplicaConfig(min_replicas=2, max_replicas=2),
-                storage=config.storage,
-            )
-            endpoint = deploy(connection, serving)
+    with river(config, faults=demo_faults(config), serving=demo_serving(config)) as found:
+        endpoint = found.endpoint
+        assert endpoint is not None, "the demo serves"
         completions = [ask(endpoint, prompt) for prompt in PROMPTS]
-        result = tokens | run | {"evaluation": evaluation, "completions": completions, "corpus": source}
-        result |= {"html": report["html"], "figures": report["figures"], "url": endpoint.url, "model": endpoint.model}
+        result = found.tokens | found.run | {"evaluation": found.evaluation, "completions": completions}
+        result |= {"corpus": source, "stage_s": found.stage_s, "url": endpoint.url, "model": endpoint.model}
+        result |= {"html": found.report["html"], "figures": found.report["figures"]}
         result["wall_s"] = round(time.monotonic() - start, 1)
         _tell(result)
         if keep:
@@ -85,6 +54,30 @@ def run_demo(storage_uri: str, *, keep: bool) -> dict[str, Any]:
             )
             threading.Event().wait()
     return result
+
+
+def demo_config(storage_uri: str) -> tuple[RunConfig, str]:
+    """The demo's run, with its corpus fetched where it is not there yet, and what that is."""
+    corpus, source = fetch_corpus(Path(open_storage(storage_uri).local_path("") or ".raymill") / "corpus")
+    config = read_config(CONFIG, RunConfig)
+    update = {
+        "run_id": f"demo-{new_run_id()}",
+        "data": config.data.model_copy(update={"source": [str(corpus)]}),
+        "storage": StorageConfig(uri=storage_uri),
+    }
+    return config.model_copy(update=update), source
+
+
+def demo_faults(config: RunConfig) -> list[Fault]:
+    return parse_faults([f"kill-node@{max_steps(config) * 4 // 10}", f"add-node@{max_steps(config) // 2}"])
+
+
+def demo_serving(config: RunConfig) -> ServeConfig:
+    return ServeConfig(
+        api_key_file=str(Path(open_storage(config.storage.uri).local_path("") or ".raymill") / "api_key"),
+        replicas=ReplicaConfig(min_replicas=2, max_replicas=2),
+        storage=config.storage,
+    )
 
 
 def fetch_corpus(folder: Path) -> tuple[Path, str]:
@@ -171,11 +164,3 @@ def _tell(result: dict[str, Any]) -> None:
     for completion in result["completions"]:
         say(f"\n{completion['prompt']}|{completion['text']}")
         say(f"   first token after {completion['ttft_s'] * 1e3:.0f} ms, all after {completion['total_s'] * 1e3:.0f} ms")
-
-
-@contextmanager
-def _told(title: str) -> Iterator[None]:
-    say(f"\n== {title}")
-    start = time.monotonic()
-    yield
-    say(f"   {time.monotonic() - start:.1f} s")

@@ -102,7 +102,7 @@ def sample_texts(files: Sequence[CorpusFile], data: DataConfig) -> Iterator[str]
     dropped: Counter[str] = Counter()
     for _, group in groupby(files, key=lambda file: file.source):
         remaining = max(1, data.tokenizer_sample_bytes // num_sources)
-        for text in _kept_texts(group, data, seen, dropped):
+        for text in kept_texts(group, data, seen, dropped):
             encoded = text.encode()
             yield from cut_text(encoded[:remaining].decode(errors="ignore"), piece_chars=TRAINING_PIECE_CHARS)
             remaining -= len(encoded)
@@ -112,9 +112,14 @@ def sample_texts(files: Sequence[CorpusFile], data: DataConfig) -> Iterator[str]
         raise empty_corpus(len(files), dropped)
 
 
-def _kept_texts(
-    files: Iterator[CorpusFile], data: DataConfig, seen: set[bytes], dropped: Counter[str]
+def kept_texts(
+    files: Iterator[CorpusFile],
+    data: DataConfig,
+    seen: set[bytes] | None = None,
+    dropped: Counter[str] | None = None,
 ) -> Iterator[str]:
+    """The documents that are kept, in order, of texts not `seen` before; counts what is `dropped` and why."""
+    seen, dropped = (set() if seen is None else seen), (Counter() if dropped is None else dropped)
     for number, file in enumerate(files):
         for document in read_documents(whole_file(number, file), data):
             drop = document.drop or failed_rule(document.text, data.quality_rules)
@@ -129,7 +134,7 @@ def _kept_texts(
 
 def text_sample(listing: Listing, data: DataConfig, *, num_texts: int = 20) -> list[str]:
     """A few texts from the corpus's front, each cut to some kilobytes."""
-    texts = _kept_texts(iter(listing.files), data, set(), Counter())
+    texts = kept_texts(iter(listing.files), data)
     return [text[:8192] for text in islice(texts, num_texts)]
 
 
