@@ -55,6 +55,9 @@ class PlanConfig(Settings):
         gt=0,
         description="seconds from a failure to the next step; an assumption (a lost worker of a small model: 4 s)",
     )
+    replace_s: float = Field(
+        default=600, ge=0, description="seconds until a lost node is replaced, for --simulate; an assumption"
+    )
     steps: int | None = Field(
         default=None, ge=1, description="optimizer steps that you expect; a warning says where the settings disagree"
     )

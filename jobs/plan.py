@@ -4,6 +4,7 @@ python -m jobs.plan RUN.yaml PLAN.yaml
 """
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from cluster.config import RunConfig, batch_schedule, seq_len
 from cluster.flags import Parser, read_config
 from cluster.plan_config import PlanConfig
 from cluster.stage import print_result
+from cluster.storage import open_storage
 from jobs.flat_layout import FlatLayout
+from jobs.ledger import Ledger
 from jobs.memory_plan import gpu_memory, host_memory, layout_of
 from jobs.plan_formulas import (
     STATE_BYTES,
@@ -25,7 +28,11 @@ from jobs.plan_formulas import (
     petaflop_s_days,
 )
 from jobs.plan_table import table
-from jobs.plan_warnings import FULL_MEMORY, warnings
+from jobs.plan_warnings import FULL_MEMORY, other_work, warnings
+from jobs.prediction import predict
+from jobs.run_history import recorded_config
+from jobs.scale_simulation import simulate
+from jobs.scale_table import scale_table
 from jobs.token_store import token_dtype
 from model.config import PRESETS, num_parameters, resolve_preset
 from model.flops import flops_per_token
@@ -40,7 +47,6 @@ def planned_vocabulary(config: RunConfig) -> RunConfig:
 
 def make_plan(config: RunConfig, options: PlanConfig) -> dict[str, Any]:
     """Figures by name, in FLOPs, seconds, bytes and dollars where the name says no other unit; the memory by part."""
-    config = planned_vocabulary(config)
     count, gpu = options.count or config.scaling.max_workers, options.hardware
     schedule, num_tokens, size = batch_schedule(config), config.train.max_tokens, num_parameters(config.model)
     layout = layout_of(config.model)
@@ -163,14 +169,27 @@ def _data(config: RunConfig, options: PlanConfig, tokens_per_s: float) -> dict[s
     }
 
 
+def _calibration(found: dict[str, Any], config: RunConfig) -> dict[str, Any]:
+    run = open_storage(found["run_dir"])
+    return predict(found, Ledger.read(run), rehearsed=recorded_config(run), planned=config)
+
+
 def main() -> int:
     def run() -> dict[str, Any]:
         parser = Parser(prog="python -m jobs.plan", description=__doc__)
         parser.add_argument("run", type=Path, help="YAML file with the run's settings")
         parser.add_argument("plan", type=Path, help="YAML file with the plan's own")
+        parser.add_argument("--rehearsal", type=Path, help="JSON file with what `--calibrate` measured")
+        parser.add_argument("--simulate", action="store_true", help="the run at 8 to 4,096 GPUs instead")
         arguments = parser.parse_args()
-        options = read_config(arguments.plan, PlanConfig)
-        plan = make_plan(read_config(arguments.run, RunConfig), options)
+        config, options = read_config(arguments.run, RunConfig), read_config(arguments.plan, PlanConfig)
+        if arguments.simulate:
+            found = simulate(planned_vocabulary(config), options)
+            return found | {"table": scale_table(found)}
+        plan = make_plan(planned_vocabulary(config), options)
+        if arguments.rehearsal:
+            plan["calibration"] = found = _calibration(json.loads(arguments.rehearsal.read_bytes()), config)
+            plan["warnings"] = [*other_work(found), *plan["warnings"]]
         return plan | {"table": table(plan, options)}
 
     return print_result(run)

@@ -31,7 +31,7 @@ def table(plan: Mapping[str, Any], options: PlanConfig) -> str:
     lines: list[str] = []
     for text in plan["warnings"]:
         lines += textwrap.wrap(f"warning: {text}", _WIDTH, subsequent_indent=" " * 9)
-    for title, rows in _sections(plan, options):
+    for title, rows in [*_calibrated(plan), *_sections(plan, options)]:
         lines += ["", title, *(f"  {name:<{_LABEL}}{value}" for name, value in rows)]
     lines += ["", "Assumed"]
     for text in _assumptions(plan, options):
@@ -43,6 +43,24 @@ def size(num_bytes: float, per: str = "") -> str:
     """With four digits and a decimal prefix: `2.095 TB`."""
     factor, prefix = next(((f, p) for f, p in _PREFIXES if num_bytes >= f), (1, ""))
     return f"{num_bytes / factor:.4g} {prefix}B{per}"
+
+
+def _calibrated(plan: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    """What a rehearsal says of the machine at hand."""
+    if (found := plan.get("calibration")) is None:
+        return
+    stages = ", ".join(f"{name} {seconds:,.0f} s" for name, seconds in found["stage_s"].items())
+    steps = ", ".join(f"{seconds:.3g} s with {size}" for size, seconds in found["step_s"].items())
+    yield (
+        f"On this machine, from a rehearsal of {found['took_s']:,.0f} s",
+        [
+            ("wall time", f"{duration(found['wall_s'])}"),
+            ("by stage", stages),
+            ("a step", f"{steps} workers; {found['tokens_per_s']:,.0f} tokens/s"),
+            ("a validation", f"{found['validation_s']:.3g} s"),
+            ("a restart", ", ".join(f"{seconds:.1f} s" for seconds in found["recovery_s"]) or "none rehearsed"),
+        ],
+    )
 
 
 def _sections(plan: Mapping[str, Any], options: PlanConfig) -> Iterator[tuple[str, list[tuple[str, str]]]]:

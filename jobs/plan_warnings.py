@@ -10,6 +10,9 @@ from jobs.run_plan import warmup_tokens
 _TOLERANCE = 0.02
 """By which two figures may differ and still be meant as the same."""
 
+_BUSY = 0.2
+"""Share of the CPUs' time that others may have before it is worth a warning."""
+
 FULL_MEMORY = 0.9
 """Share of a GPU's memory that a plan may fill: allocator and libraries take the rest."""
 
@@ -20,6 +23,15 @@ def warnings(config: RunConfig, options: PlanConfig, plan: dict[str, Any]) -> li
     return [text for part in found for text in part] + [
         text for part in (_schedule(config), _sizes(config, options, plan), _keeping(config, plan)) for text in part
     ]
+
+
+def other_work(calibration: dict[str, Any]) -> Iterator[str]:
+    """Of a rehearsal on a machine that was not its own."""
+    if (busy := calibration["busy_before"]) > _BUSY:
+        yield (
+            f"Other programs kept {busy:.0%} of this machine's CPUs busy when the rehearsal began: its figures are for "
+            "a machine that shares its time like this."
+        )
 
 
 def _memory(config: RunConfig, options: PlanConfig, plan: dict[str, Any]) -> Iterator[str]:
