@@ -1,0 +1,86 @@
+"""Small tasks in context: whether a model goes on as what stands before in its context says, and not as its weights do.
+
+All tokens are random ids, so that nothing that was learned by heart helps. B sequences, T tokens of each, V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.gpt import GPT
+
+_NUM_SEQUENCES = 64
+_MAX_TOKENS = 256
+_NUM_KEYS = 4  # of the few-shot task
+
+
+@dataclass(frozen=True)
+class Task:
+    """Token ids (B, T), and at which of them (T,) the model is asked; `chance` is a guesser's accuracy."""
+
+    ids: Tensor
+    asked: Tensor
+    chance: float
+
+
+def copy(vocab_size: int, length: int, generator: torch.Generator) -> Task:
+    """A sequence twice: the second time, every token can be copied from its place in the first."""
+    half = length // 2
+    first = torch.randint(vocab_size, (_NUM_SEQUENCES, half), generator=generator)
+    asked = torch.zeros(2 * half, dtype=torch.bool)
+    asked[half + 1 :] = True
+    return Task(torch.cat([first, first], dim=1), asked, 1 / vocab_size)
+
+
+def induction(vocab_size: int, length: int, generator: torch.Generator) -> Task:
+    """Random tokens, then one that occurred before: what follows it is what followed then (Olsson et al., 2022)."""
+    ids = torch.randint(vocab_size, (_NUM_SEQUENCES, length), generator=generator)
+    places = torch.randint(1, length - 3, (_NUM_SEQUENCES,), generator=generator)
+    rows = torch.arange(_NUM_SEQUENCES)
+    ids[:, -2], ids[:, -1] = ids[rows, places], ids[rows, places + 1]
+    asked = torch.zeros(length, dtype=torch.bool)
+    asked[-1] = True
+    return Task(ids, asked, 1 / vocab_size)
+
+
+def few_shot(vocab_size: int, length: int, generator: torch.Generator) -> Task:
+    """Pairs of a key and its value, the same few keys again and again in another order: asked are values of keys that
+    had their turn. To name any of the values is a guess of one in `_NUM_KEYS`."""
+    num_turns = length // (2 * _NUM_KEYS)
+    pairs = torch.stack(
+        [torch.randperm(vocab_size, generator=generator)[: 2 * _NUM_KEYS] for _ in range(_NUM_SEQUENCES)]
+    ).view(_NUM_SEQUENCES, _NUM_KEYS, 2)
+    turns = [
+        torch.stack([pair[torch.randperm(_NUM_KEYS, generator=generator)] for pair in pairs]).flatten(1)
+        for _ in range(num_turns)
+    ]
+    asked = torch.zeros(num_turns * 2 * _NUM_KEYS, dtype=torch.bool)
+    asked[2 * _NUM_KEYS + 1 :: 2] = True
+    return Task(torch.cat(turns, dim=1), asked, 1 / _NUM_KEYS)
+
+
+TASKS: dict[str, Callable[[int, int, torch.Generator], Task]] = {
+    "copy": copy,
+    "induction": induction,
+    "few-shot": few_shot,
+}
+
+
+@torch.inference_mode()
+def accuracy(model: GPT, task: Task) -> float:
+    """Share of the asked tokens that the model finds the likeliest."""
+    hidden = model.forward(task.ids[:, :-1])  # (B, T - 1, C)
+    asked = task.asked[1:]
+    found = model.logits(hidden[:, asked]).argmax(-1)  # (B, asked)
+    return float((found == task.ids[:, 1:][:, asked]).double().mean())
+
+
+def probe(model: GPT, *, seq_len: int, seed: int = 0) -> dict[str, float]:
+    """Accuracy by task, on sequences of at most `seq_len` tokens, the longest that the model was trained on."""
+    length = min(seq_len, _MAX_TOKENS)
+    return {
+        name: accuracy(model, task(model.config.vocab_size, length, torch.Generator().manual_seed(seed)))
+        for name, task in TASKS.items()
+    }
