@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from cluster import commands, delivery_commands, plan_command
+from cluster import commands, delivery_commands, plan_command, shapes_command
 from cluster.config import EvaluateConfig, RunConfig
 from cluster.flags import ConfigError, Parser, add_config_arguments
 from cluster.kube_commands import add_cluster_commands
@@ -74,6 +74,10 @@ def _parser() -> Parser:
         command("plan", plan_command.plan, "what a run will take: operations, days, cost, memory, checkpoints, links")
     )
 
+    shapes_command.add_inspect_arguments(
+        command("inspect", shapes_command.inspect, "the shape and bytes of a batch at every stage of the model")
+    )
+
     sub = command("evaluate", commands.evaluate, "loss, perplexity and bits per byte of a checkpoint")
     _checkpoint_argument(sub)
     _config_option(sub)
@@ -84,8 +88,18 @@ def _parser() -> Parser:
     sub.add_argument("destination", help="folder or s3:// URI to make")
     _storage_argument(sub)
 
-    sub = command("report", commands.report, "draw a run: loss, learning rate, throughput, world size, events")
+    sub = command(
+        "report",
+        commands.report,
+        "draw a run: loss, workers, throughput, a step's time, cost, plan and actual",
+    )
     sub.add_argument("run_uri", metavar="RUN", help="run id, or path or URI of a run's folder")
+    sub.add_argument("--price", type=float, help="dollars for an hour of a GPU, or of a CPU where there is none")
+    sub.add_argument("--plan", type=Path, metavar="FILE", help="what `raymill plan --json` printed, to compare with")
+    _storage_argument(sub)
+
+    sub = command("compare", commands.compare, "put runs side by side: curves, settings that differ, final figures")
+    sub.add_argument("runs", nargs="+", metavar="RUN", help="run id, or path or URI of a run's folder")
     _storage_argument(sub)
 
     for name, (_, about) in commands.RUN_COMMANDS.items():

@@ -94,7 +94,12 @@ def export(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def report(arguments: argparse.Namespace) -> dict[str, Any]:
-    return run_module("jobs.report", arguments.run_uri, "--storage.uri", storage_uri(arguments))
+    options = [f"--{name}={value}" for name in ("price", "plan") if (value := getattr(arguments, name)) is not None]
+    return run_module("jobs.report", arguments.run_uri, *options, "--storage.uri", storage_uri(arguments))
+
+
+def compare(arguments: argparse.Namespace) -> dict[str, Any]:
+    return run_module("jobs.compare_runs", *arguments.runs, "--storage.uri", storage_uri(arguments))
 
 
 RUN_COMMANDS = {
@@ -102,6 +107,7 @@ RUN_COMMANDS = {
     "verify": ("jobs.verify_run", "recompute the hashes of a run's checkpoints and of its data"),
     "replay": ("jobs.replay_run", "take steps of a run again and compare their bits"),
     "diff": ("jobs.diff_runs", "find the first step where two runs part"),
+    "probe": ("jobs.probe_run", "measure what each kept checkpoint does in context: copying, induction, few-shot"),
 }
 
 

@@ -13,7 +13,7 @@ from cluster.flags import Parser
 from cluster.stage import print_result
 from cluster.storage import Storage
 from jobs.ledger import Ledger, Line
-from jobs.report import find_run
+from jobs.named_run import find_run
 from jobs.run_data import data_identity
 from jobs.run_history import recorded_config
 

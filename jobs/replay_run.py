@@ -24,7 +24,7 @@ from jobs.checkpoints import RunCheckpoints, step_of
 from jobs.diff_runs import first_difference, step_values
 from jobs.guards import GuardState
 from jobs.ledger import LEDGER, Ledger
-from jobs.report import find_run
+from jobs.named_run import find_run
 from jobs.run_data import data_identity, find_tokens
 from jobs.run_history import CONFIG_FILE, recorded_config
 from jobs.run_plan import RunPlan

@@ -4,42 +4,31 @@ python -m jobs.report RUN
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from cluster.flags import Parser
 from cluster.stage import print_result
-from cluster.storage import Storage, join_uri, open_storage
-from jobs.ledger import LEDGER, Ledger
-from jobs.report_figures import DARK, LIGHT, draw, pictures
+from cluster.storage import Storage, join_uri
+from jobs.ledger import Ledger
+from jobs.named_run import begun_ledger, find_run
+from jobs.plan_actual import plan_rows, read_plan
+from jobs.report_figures import draw, pictures
 from jobs.report_page import Figure, page
-from jobs.run_history import recorded_config, statistics
-from model.errors import UserError
+from jobs.report_theme import DARK, LIGHT
+from jobs.run_data import data_identity, find_tokens
+from jobs.run_history import cost_rows, recorded_config, statistics
+from jobs.token_store import TokenStoreError, read_manifest
+from jobs.why_slow import why_slow
 
 
-class ReportError(UserError):
-    """There is no such run, or nothing to draw of it yet."""
+def make_report(run: Storage, *, price: float | None = None, plan: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Writes `report/` into the run's folder and returns the URIs of the page and of each figure.
 
-
-def find_run(reference: str, storage_uri: str) -> Storage:
-    """The run's storage, from its id under `storage_uri` or from its folder's path or URI. Raises `ReportError`."""
-    runs = open_storage(storage_uri).child("runs")
-    candidates = [open_storage(reference)] if "/" in reference else [runs.child(reference), open_storage(reference)]
-    for run in candidates:
-        if run.exists(LEDGER):
-            return run
-    known = sorted({entry.key.split("/")[0] for entry in runs.list() if entry.key.endswith(f"/{LEDGER}")})
-    raise ReportError(
-        f"unknown run {reference!r}: no {LEDGER} in {' or '.join(run.uri for run in candidates)}; "
-        + (f"{runs.uri} has {', '.join(known[-8:])}" if known else f"{runs.uri} has no runs")
-    )
-
-
-def make_report(run: Storage) -> dict[str, Any]:
-    """Writes `report/` into the run's folder and returns the URIs of the page and of each figure."""
-    ledger = Ledger.read(run)
-    if not ledger.steps:
-        raise ReportError(f"{run.uri} has no completed step yet; make the report once it has one")
+    `price` is that of an hour of a GPU, or of a CPU where there is none; `plan` is what `raymill plan --json` printed.
+    """
+    ledger = begun_ledger(run)
     config = recorded_config(run)
     figures, uris = [], {}
     for name, picture in pictures(ledger).items():
@@ -50,17 +39,32 @@ def make_report(run: Storage) -> dict[str, Any]:
         run.uri.rpartition("/")[2],
         ledger,
         figures=figures,
-        statistics=statistics(ledger, config),
-        settings=list(_flattened(config.model_dump(mode="json"))),
+        verdict=why_slow(ledger)["verdict"],
+        statistics=[*statistics(ledger, config), *cost_rows(ledger, config, price=price)],
+        plan=plan_rows(ledger, config, plan),
+        drops=_drops(run, ledger),
+        settings=list(flattened(config.model_dump(mode="json"))),
     )
     run.write_bytes("report/index.html", html.encode())
     return {"html": join_uri(run.uri, "report/index.html"), "figures": uris}
 
 
-def _flattened(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+def _drops(run: Storage, ledger: Ledger) -> list[tuple[str, str, str]]:
+    """(reason, documents, share of all) of what the run's token store left out, and what it kept."""
+    try:
+        manifest = read_manifest(find_tokens(run, data_identity(ledger)))
+    except TokenStoreError:
+        return []
+    kept = manifest.total("documents")
+    counts = {"kept": kept} | {f"dropped: {reason}": count for reason, count in manifest.dropped.items() if count}
+    return [(name, f"{count:,}", f"{count / sum(counts.values()):.2%}") for name, count in counts.items()]
+
+
+def flattened(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted name, value as it is shown) of each setting."""
     for name, value in values.items():
         if isinstance(value, dict):
-            yield from _flattened(value, f"{prefix}{name}.")
+            yield from flattened(value, f"{prefix}{name}.")
         else:
             shown = "" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
             yield f"{prefix}{name}", shown
@@ -71,8 +75,11 @@ def main() -> int:
         parser = Parser(prog="python -m jobs.report", description=__doc__)
         parser.add_argument("run", metavar="RUN", help="run id, or path or URI of a run's folder")
         parser.add_argument("--storage.uri", dest="storage_uri", default=".raymill", help="root of the runs")
+        parser.add_argument("--price", type=float, help="dollars for an hour of a GPU, or of a CPU where there is none")
+        parser.add_argument("--plan", type=Path, help="file with what `raymill plan --json` printed")
         arguments = parser.parse_args()
-        return make_report(find_run(arguments.run, arguments.storage_uri))
+        plan = read_plan(arguments.plan) if arguments.plan else None
+        return make_report(find_run(arguments.run, arguments.storage_uri), price=arguments.price, plan=plan)
 
     return print_result(run)
 

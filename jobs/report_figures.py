@@ -1,10 +1,5 @@
-"""The figures of a run over its steps, as PNG, for light and for dark pages.
+"""The figures of a run over its steps, as PNG, for light and for dark pages."""
 
-The colours are Okabe and Ito's, which people who see fewer colours can tell apart; what differs in colour differs in
-shape or line too.
-"""
-
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,43 +7,18 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, StrMethodFormatter
 
 from jobs.ledger import Ledger
+from jobs.report_theme import Theme, new_figure, png, style
+from jobs.report_waterfall import waterfall
 from jobs.run_history import interruptions, lost_ranges, seconds_by_phase, segments
+from jobs.why_slow import why_slow
 
 Array = npt.NDArray[np.float64]
 
-_SIZE_INCHES = (9.0, 3.8)
-_DOTS_PER_INCH = 150
 _SMOOTHED_SHARE = 1 / 50  # of the steps, averaged into one point
-
-
-@dataclass(frozen=True)
-class Theme:
-    background: str
-    text: str
-    grid: str
-    series: str
-    accent: str
-    restart: str
-    resize: str
-    phases: tuple[str, ...]
-
-
-LIGHT = Theme(
-    *("#ffffff", "#222222", "#dddddd"),
-    *("#0072b2", "#d55e00", "#d55e00", "#7a3b69"),
-    ("#56b4e9", "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#999999", "#f0e442"),
-)
-DARK = Theme(
-    *("#16181c", "#e6e6e6", "#3a3d44"),
-    *("#56b4e9", "#e69f00", "#e69f00", "#cc79a7"),
-    ("#56b4e9", "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#999999", "#f0e442"),
-)
 
 
 @dataclass(frozen=True)
@@ -56,26 +26,32 @@ class Picture:
     title: str
     description: str  # for those who do not see it
     draw: Callable[[Axes, Ledger, Theme], None]
+    below: Callable[[Axes, Ledger, Theme], None] | None = None  # a strip under it, over the same steps
+    is_over_steps: bool = True
 
 
 def draw(picture: Picture, ledger: Ledger, theme: Theme) -> bytes:
     """The picture as PNG."""
-    figure = Figure(figsize=_SIZE_INCHES, dpi=_DOTS_PER_INCH, layout="constrained", facecolor=theme.background)
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    _style(axes, ledger, picture.title, theme)
-    picture.draw(axes, ledger, theme)
-    _mark_interruptions(axes, ledger, theme)
-    # Below the axes, where no line is.
-    if axes.get_legend_handles_labels()[0]:
-        figure.legend(loc="outside lower left", ncols=4, frameon=False, labelcolor=theme.text, fontsize="small")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", facecolor=theme.background)
-    return buffer.getvalue()
+    figure = new_figure(theme, height_inches=5.0 if picture.below else 3.8)
+    panels = [(figure.subplots(), picture.draw)]
+    if picture.below:
+        figure.clear()
+        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+        panels = [(upper, picture.draw), (lower, picture.below)]
+    panels[0][0].set_title(picture.title, loc="left", color=theme.text, fontweight="bold")
+    for axes, drawn in panels:
+        style(axes, theme)
+        if picture.is_over_steps:
+            _over_steps(axes, ledger, theme, is_lowest=axes is panels[-1][0])
+        drawn(axes, ledger, theme)
+        if picture.is_over_steps:
+            _mark_interruptions(axes, ledger, theme)
+    return png(figure, theme)
 
 
 def pictures(ledger: Ledger) -> dict[str, Picture]:
     """What there is to draw, by name."""
+    verdict = why_slow(ledger)["verdict"]
     first, last = ledger.steps[0], ledger.steps[-1]
     validations = ledger.events("validation")
     span = f"steps {first['step']} to {last['step']}"
@@ -89,7 +65,13 @@ def pictures(ledger: Ledger) -> dict[str, Picture]:
         sets = validations[-1].get("sets", {})
         loss += "".join(f", {name} {figures['val_loss']:.3f}" for name, figures in sets.items())
     return {
-        "loss": Picture("Loss", f"{loss}. Marked: {stops}, {len(ledger.events('checkpoint'))} checkpoints.", _loss),
+        "loss": Picture(
+            "Loss, and workers",
+            f"{loss}; below it the number of workers, by attempt {', '.join(map(str, ledger.world_sizes))}. "
+            f"Marked: {stops}, {len(ledger.events('checkpoint'))} checkpoints.",
+            _loss,
+            below=_world_size,
+        ),
         "learning_rate": Picture(
             "Learning rate",
             f"Learning rate over {span}: first {rates[0]:.3g}, peak {max(rates):.3g}, last {rates[-1]:.3g}.",
@@ -101,16 +83,24 @@ def pictures(ledger: Ledger) -> dict[str, Picture]:
             f"{np.median([line['tokens_per_s'] for line in ledger.steps]):,.0f}. Marked: {stops}.",
             _throughput,
         ),
-        "world_size": Picture(
-            "Workers",
-            f"Number of workers over {span}, by attempt: {', '.join(map(str, ledger.world_sizes))}. Marked: {stops}.",
-            _world_size,
-        ),
         "step_time": Picture(
             "Time of a step", f"Mean time of a step by phase, stacked, over {span}: {shares}.", _step_time
         ),
+        "waterfall": Picture(
+            "Where the time of a step goes, in the mean",
+            f"The mean time of a step, phase after phase from left to right: {shares}. {verdict}",
+            partial(waterfall, verdict=verdict),
+            is_over_steps=False,
+        ),
+        **(_mfu_picture(ledger, span) if any(line["mfu"] is not None for line in ledger.steps) else {}),
         **(_layer_pictures(span) if ledger.events("layers") else {}),
     }
+
+
+def _mfu_picture(ledger: Ledger, span: str) -> dict[str, Picture]:
+    known = [line["mfu"] for line in ledger.steps if line["mfu"] is not None]
+    said = f"Model FLOPs utilization over {span}; the median is {np.median(known):.1%} of the GPUs' bf16 peak."
+    return {"mfu": Picture("Model FLOPs utilization", said, _mfu)}
 
 
 def _layer_pictures(span: str) -> dict[str, Picture]:
@@ -144,21 +134,14 @@ def _window_means(values: Array, half: int) -> Array:
     return np.asarray((sums[high] - sums[low]) / (high - low), dtype=np.float64)
 
 
-def _style(axes: Axes, ledger: Ledger, title: str, theme: Theme) -> None:
+def _over_steps(axes: Axes, ledger: Ledger, theme: Theme, *, is_lowest: bool) -> None:
     steps = ledger.steps
     margin = max(0.5, 0.01 * (steps[-1]["step"] - steps[0]["step"]))
     axes.set_xlim(steps[0]["step"] - margin, steps[-1]["step"] + margin)
-    axes.set_title(title, loc="left", color=theme.text, fontweight="bold")
-    axes.set_xlabel("optimizer step", color=theme.text)
+    if is_lowest:
+        axes.set_xlabel("optimizer step", color=theme.text)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    axes.set_facecolor(theme.background)
-    axes.grid(color=theme.grid, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=theme.text)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(theme.text)
 
 
 def _mark_interruptions(axes: Axes, ledger: Ledger, theme: Theme) -> None:
@@ -210,19 +193,23 @@ def _throughput(axes: Axes, ledger: Ledger, theme: Theme) -> None:
     axes.set_ylim(0, 1.1 * max(line["tokens_per_s"] for line in ledger.steps))
 
 
+def _mfu(axes: Axes, ledger: Ledger, theme: Theme) -> None:
+    axes.set_ylabel("share of the bf16 peak (%)", color=theme.text)
+    known = [line for line in ledger.steps if line["mfu"] is not None]
+    values = [100 * line["mfu"] for line in known]
+    axes.plot([line["step"] for line in known], values, ".", color=theme.series, markersize=3, label="MFU, each step")
+    axes.set_ylim(0, 1.1 * max(values))
+
+
 def _world_size(axes: Axes, ledger: Ledger, theme: Theme) -> None:
-    axes.set_ylabel("workers (count)", color=theme.text)
+    axes.set_ylabel("workers", color=theme.text)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     parts = segments(ledger)
-    width = parts[-1].last_step - parts[0].first_step + 1
     for part in parts:
         ends, height = (part.first_step - 0.5, part.last_step + 0.5), part.world_size
         label = "workers" if part is parts[0] else None
-        axes.plot(ends, (height, height), color=theme.series, linewidth=5, solid_capstyle="butt", label=label)
-        if part.last_step - part.first_step > width / 10:  # else labels could meet
-            middle, text = ((ends[0] + ends[1]) / 2, height), f"attempt {part.attempt}"
-            axes.annotate(text, middle, (0, 6), textcoords="offset points", ha="center", color=theme.text)
-    axes.set_ylim(0, max(part.world_size for part in parts) + 0.8)
+        axes.plot(ends, (height, height), color=theme.text, linewidth=4, solid_capstyle="butt", label=label)
+    axes.set_ylim(0, max(part.world_size for part in parts) + 0.5)
 
 
 def _step_time(axes: Axes, ledger: Ledger, theme: Theme) -> None:
@@ -258,3 +245,4 @@ def _layers(axes: Axes, ledger: Ledger, theme: Theme, *, field: str) -> None:
     axes.grid(visible=False)
     bar = axes.figure.colorbar(mesh, ax=axes)
     bar.ax.tick_params(which="both", colors=theme.text)
+    bar.set_label(f"{field.replace('_', ' ')} (no unit)", color=theme.text)

@@ -43,33 +43,55 @@ def page(
     ledger: Ledger,
     *,
     figures: Sequence[Figure],
+    verdict: str,
     statistics: Sequence[tuple[str, str]],
+    plan: Sequence[tuple[str, str, str]],
+    drops: Sequence[tuple[str, str, str]],
     settings: Sequence[tuple[str, str]],
 ) -> str:
     samples = _samples(ledger)
+    body = f"""<h1>Run {escape(run_id)}</h1>
+<p>{escape(verdict)}</p>
+{_pairs(statistics)}
+<h2>Plan and actual</h2>
+{grid("Plan and actual", ("", "Planned", "Actual"), plan)}
+<h2>Curves</h2>
+{"".join(map(_picture, figures))}
+{f"<h2>Samples</h2>{samples}" if samples else ""}
+{f"<h2>Documents</h2>{grid('Documents', ('', 'Number', 'Share'), drops)}" if drops else ""}
+<h2>Events</h2>
+{_events(ledger)}
+<details><summary>Settings</summary>{_pairs(settings)}</details>
+"""
+    return document(f"Run {run_id}", body)
+
+
+def document(title: str, body: str) -> str:
+    """A page that asks no server for anything, in the colours that the reader's system prefers."""
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Run {escape(run_id)}</title>
+<title>{escape(title)}</title>
 <style>{_STYLE}</style>
 </head>
 <body>
 <main>
-<h1>Run {escape(run_id)}</h1>
-{_pairs(statistics)}
-<h2>Curves</h2>
-{"".join(map(_picture, figures))}
-{f"<h2>Samples</h2>{samples}" if samples else ""}
-<h2>Events</h2>
-{_events(ledger)}
-<details><summary>Settings</summary>{_pairs(settings)}</details>
-</main>
+{body}</main>
 </body>
 </html>
 """
+
+
+def grid(caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table whose first column names its rows."""
+    cells = "".join(
+        f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{escape(value)}</td>" for value in row[1:])}</tr>\n'
+        for row in rows
+    )
+    return _table(caption, heads, cells)
 
 
 def _picture(figure: Figure) -> str:

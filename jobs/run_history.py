@@ -16,6 +16,9 @@ from jobs.step_timer import PHASES, REST, UNTIMED
 
 CONFIG_FILE = "config.yaml"
 
+ASSUMED_PRICES = {"GPU": 2.0, "CPU": 0.05}
+"""Dollars for an hour, round numbers of the order that clouds ask."""
+
 _MEASUREMENTS = ("phases", "layers")
 """Events that a run has hundreds of."""
 
@@ -97,15 +100,14 @@ def statistics(ledger: Ledger, config: RunConfig) -> list[tuple[str, str]]:
     wall_s = ledger.lines[-1]["time"] - ledger.lines[0]["time"]
     useful_s, again_s = sum(line["wall_s"] for line in steps), sum(line["wall_s"] for line in again)
     idle_s = sum(stop.seconds or 0.0 for stop in stops)
-    worker_s = sum(line["world_size"] * line["wall_s"] for line in [*steps, *again])
-    kind, units = ("GPU", 1) if config.scaling.use_gpu else ("CPU", config.scaling.threads_per_worker)
+    kind, hours = worker_hours(ledger, config)
     numbers = ", ".join(f"{first}–{last}" if last > first else f"{first}" for first, last in lost_ranges(ledger))
     last = steps[-1]
     rows = [
         ("Tokens trained on", f"{last['tokens_seen']:,}"),
         ("Steps", f"{last['step']:,} of {max_steps(config):,}" + ("" if ledger.events("finish") else ", unfinished")),
         ("Wall time", duration(wall_s)),
-        (f"{kind}-hours", f"{worker_s * units / 3600:,.4g}"),
+        (f"{kind}-hours", f"{hours:,.4g}"),
         ("Workers, by attempt", ", ".join(map(str, ledger.world_sizes))),
         ("Restarts", f"{len(stops)}, {sum(stop.is_resize for stop in stops)} of them with another number of workers"),
         ("Steps lost and taken again", f"{len(again)}" + (f" ({numbers})" if again else "")),
@@ -125,6 +127,27 @@ def statistics(ledger: Ledger, config: RunConfig) -> list[tuple[str, str]]:
         rows.append(("Checkpoint", checkpoints[-1]["checkpoint"]))
         rows.append(("Parameter hash", checkpoints[-1]["parameter_hash"]))
     return rows
+
+
+def worker_hours(ledger: Ledger, config: RunConfig) -> tuple[str, float]:
+    """What was computed on, `GPU` or `CPU`, and the hours of it in all steps, those taken again among them."""
+    worker_s = sum(line["world_size"] * line["wall_s"] for line in _step_lines(ledger))
+    kind, units = ("GPU", 1) if config.scaling.use_gpu else ("CPU", config.scaling.threads_per_worker)
+    return kind, worker_s * units / 3600
+
+
+def cost_rows(ledger: Ledger, config: RunConfig, *, price: float | None) -> list[tuple[str, str]]:
+    """(name, value) of what the run cost, at a price for an hour that is assumed where none is given."""
+    kind, hours = worker_hours(ledger, config)
+    asked = ASSUMED_PRICES[kind] if price is None else price
+    note = ", an assumption (--price)" if price is None else ""
+    return [("Cost", f"${hours * asked:,.2f} at ${asked:g} for a {kind}-hour{note}")]
+
+
+def final_figures(ledger: Ledger, config: RunConfig) -> list[tuple[str, str]]:
+    """What tells one run from another at its end; the rest of `statistics` is about one run alone."""
+    apart = ("Workers, by attempt", "Checkpoint", "Parameter hash", "Time lost")
+    return [row for row in statistics(ledger, config) if row[0] not in apart]
 
 
 def lost_ranges(ledger: Ledger) -> list[tuple[int, int]]:

@@ -12,8 +12,8 @@ import numpy as np
 from cluster.flags import Parser
 from cluster.stage import print_result
 from jobs.ledger import Ledger
+from jobs.named_run import begun_ledger, find_run
 from jobs.rank_phases import RankTime, from_fields, stragglers
-from jobs.report import ReportError, find_run
 from jobs.run_history import lost_steps
 from jobs.step_timer import PHASES, REST, UNTIMED
 
@@ -206,11 +206,7 @@ def main() -> int:
         parser.add_argument("run", metavar="RUN", help="run id, or path or URI of a run's folder")
         parser.add_argument("--storage.uri", dest="storage_uri", default=".raymill", help="root of the runs")
         arguments = parser.parse_args()
-        found = find_run(arguments.run, arguments.storage_uri)
-        ledger = Ledger.read(found)
-        if not ledger.steps:
-            raise ReportError(f"{found.uri} has no completed step yet; ask again once it has one")
-        return why_slow(ledger)
+        return why_slow(begun_ledger(find_run(arguments.run, arguments.storage_uri)))
 
     return print_result(run)
 

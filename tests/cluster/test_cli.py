@@ -23,7 +23,19 @@ COMMANDS = {
     "tokenize": ["CONFIG", "--data.source", "--storage.uri", "--json"],
     "pretrain": ["--train.learning-rate", "--scaling.max-workers", "--cluster.address", "--chaos", "--model.n-layer"],
     "pipeline": ["--checkpoint.save-every-steps"],
-    "plan": ["CONFIG", "--gpu", "--count", "--mfu", "--sustained-tflops", "--price", "--train.max-tokens", "--json"],
+    "plan": [
+        "CONFIG",
+        "--gpu",
+        "--count",
+        "--mfu",
+        "--sustained-tflops",
+        "--price",
+        "--calibrate",
+        "--simulate",
+        "--demo",
+    ],
+    "inspect": ["CONFIG", "--shapes", "--model.preset"],
+    "compare": ["RUN", "--storage.uri"],
     "evaluate": ["CHECKPOINT", "--max-tokens", "--precision"],
     "export": ["DESTINATION", "--storage.uri"],
     "report": ["RUN", "--storage.uri"],
@@ -31,6 +43,7 @@ COMMANDS = {
     "verify": ["RUN", "--json"],
     "replay": ["RUN", "--steps A..B", "--workers", "--json"],
     "diff": ["RUN RUN", "--json"],
+    "probe": ["RUN", "--json"],
     "publish": ["CHECKPOINT"],
     "checkpoint show": ["CHECKPOINT", "--json"],
     "checkpoint list": ["--storage.uri"],
@@ -76,6 +89,16 @@ def test_help_is_the_manual(name: str, capsys: pytest.CaptureFixture[str]) -> No
     assert ended.value.code == 0
     manual = capsys.readouterr().out.lower()
     assert all(word.lower() in manual for word in COMMANDS[name])
+
+
+def test_inspect_shows_shapes(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["inspect", "--shapes", "--model.preset", "gpt2-124m"]
+    assert main(words) == 0
+    shown = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "block: query, key, value B T 3C 8 x 1,024 x 2,304 75.497 MB 12" in shown
+    assert "124,439,808 parameters" in shown
+    assert main([*words, "--json"]) == 0
+    assert last_json(capsys.readouterr().out)["parameters"] == 124_439_808
 
 
 def test_the_first_help_names_every_command() -> None:

@@ -15,16 +15,32 @@ from typing import Any
 import pytest
 
 from cluster.config import RunConfig, to_yaml
+from cluster.flags import ConfigError
+from cluster.plan_config import PlanConfig
 from cluster.stage import parse_result
 from cluster.storage import Storage, open_storage
 from jobs.ledger import LEDGER, Ledger
-from jobs.report import ReportError, find_run, make_report
+from jobs.named_run import RunError, find_run
+from jobs.plan import make_plan
+from jobs.plan_actual import read_plan
+from jobs.plan_table import size
+from jobs.report import make_report
 from jobs.report_figures import smoothed
-from jobs.run_history import duration, interruptions, lost_ranges, seconds_by_phase, segments, statistics
+from jobs.run_history import (
+    duration,
+    interruptions,
+    lost_ranges,
+    recorded_config,
+    seconds_by_phase,
+    segments,
+    statistics,
+)
+from jobs.why_slow import why_slow
+from model.config import num_parameters
 from tests.jobs.runs import trained_run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-FIGURES = {"loss", "learning_rate", "throughput", "world_size", "step_time"}
+FIGURES = {"loss", "learning_rate", "throughput", "step_time", "waterfall"}
 TOKENS_PER_STEP = 8 * 64
 
 
@@ -192,6 +208,10 @@ def test_page_and_figures(eventful: Storage, tmp_path: Path) -> None:
     assert "script" not in page.tags
     assert "prefers-color-scheme: dark" in Path(result["html"]).read_text()
     assert page.value_of("Steps lost and taken again") == "8 (121–123, 261–265)"
+    verdict = why_slow(Ledger.read(eventful))["verdict"]
+    assert verdict in page.cells
+    assert verdict in page.images[4]["alt"], "the waterfall has it too"
+    assert re.fullmatch(r"\$0\.\d\d at \$0\.05 for a CPU-hour, an assumption \(--price\)", page.value_of("Cost"))
     assert page.value_of("train.global_batch_size") == "8"
     said = r"attempt 2: workers 1 on node-1; from checkpoint step-000000120; 3 steps lost, 6\.\d s between steps"
     assert re.fullmatch(said, page.value_of("resize 2 → 1"))
@@ -222,11 +242,40 @@ def test_a_real_run_is_drawn_even_when_unfinished(tmp_path: Path) -> None:
     assert page.value_of("Parameter hash") == ledger.events("checkpoint")[-1]["parameter_hash"]
     assert page.value_of("Validation loss") == f"{ledger.events('validation')[-1]['val_loss']:.4f} nats/token"
     assert page.value_of("Restarts").startswith("0")
+    planned, stored = page.cells[page.cells.index("A checkpoint") :][1:3]
+    assert planned == size(12 * num_parameters(plan.config.model))
+    assert float(planned.split()[0]) < float(stored.split()[0]) < 1.1 * float(planned.split()[0]), "and a header"
+    assert page.cells[page.cells.index("kept") :][1:3] == ["2", "100.00%"]
 
     write_run(plan.run, eventful_lines()[:2])  # one step and no validation, checkpoint or finish
     result = make_report(plan.run)
     assert result["figures"].keys() == FIGURES
     assert Page(Path(result["html"]).read_text()).value_of("Steps") == "1 of 300, unfinished"
+
+
+def test_a_run_beside_its_plan(eventful: Storage, tmp_path: Path) -> None:
+    plan = make_plan(recorded_config(eventful), PlanConfig(count=2))
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(plan))
+    result = make_report(eventful, price=1.5, plan=read_plan(path))
+    page = Page(Path(result["html"]).read_text())
+    assert page.value_of("Cost").endswith("at $1.5 for a CPU-hour")
+    row = page.cells.index("Throughput", page.cells.index("Plan and actual"))
+    assert page.cells[row + 1] == f"{plan['tokens_per_s']:,.0f} tokens/s"
+    calibrated = plan | {"calibration": {"stage_s": {"train": 321.0}, "tokens_per_s": 7.0}}
+    page = Page(Path(make_report(eventful, plan=calibrated)["html"]).read_text())
+    assert page.value_of("Wall time of training") == "5 min 21 s"
+    path.write_text("{}")
+    with pytest.raises(ConfigError, match="holds no plan"):
+        read_plan(path)
+
+
+def test_an_mfu_is_drawn_where_it_is_known(eventful: Storage) -> None:
+    write_run(eventful, [line | {"mfu": 0.41} if "event" not in line else line for line in eventful_lines()])
+    result = make_report(eventful)
+    assert result["figures"].keys() == FIGURES | {"mfu"}
+    page = Page(Path(result["html"]).read_text())
+    assert "the median is 41.0% of the GPUs' bf16 peak" in page.images[5]["alt"]
 
 
 def test_a_report_in_s3(s3_bucket: str) -> None:
@@ -241,12 +290,12 @@ def test_a_report_in_s3(s3_bucket: str) -> None:
 def test_runs_are_found_by_id_and_by_folder(eventful: Storage, tmp_path: Path) -> None:
     for reference in ("eventful", eventful.uri, f"file://{eventful.uri}"):
         assert find_run(reference, str(tmp_path)).uri == eventful.uri
-    with pytest.raises(ReportError, match=r"unknown run 'evenful': no ledger.jsonl in .*/runs/evenful.* has eventful"):
+    with pytest.raises(RunError, match=r"unknown run 'evenful': no ledger.jsonl in .*/runs/evenful.* has eventful"):
         find_run("evenful", str(tmp_path))
-    with pytest.raises(ReportError, match=r"unknown run .*/none': .* has no runs"):
+    with pytest.raises(RunError, match=r"unknown run .*/none': .* has no runs"):
         find_run(str(tmp_path / "none"), str(tmp_path / "empty"))
     write_run(eventful, eventful_lines()[:1])
-    with pytest.raises(ReportError, match="no completed step yet"):
+    with pytest.raises(RunError, match="no completed step yet"):
         make_report(eventful)
 
 
