@@ -88,7 +88,7 @@ def draw(runs: Sequence[Run], theme: Theme) -> bytes:
     most = max(run.ledger.steps[-1]["tokens_seen"] for run in runs)
     factor, unit = next(((f, u) for f, u in ((1e9, "billion "), (1e6, "million ")) if most >= f), (1.0, ""))
     axes.set_xlabel(f"{unit}tokens seen", color=theme.text)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     axes.set_ylabel("loss (nats/token)", color=theme.text)
     for number, run in enumerate(runs):
         look: dict[str, Any] = {"color": _COLORS[number], "linestyle": _DASHES[number]}
@@ -100,8 +100,8 @@ def draw(runs: Sequence[Run], theme: Theme) -> bytes:
         points = [(seen[step], loss) for step, loss in sorted(validations.items()) if step in seen]
         if points:
             look["linestyle"] = "none"
-            marker = "osD^vPX*"[number]
-            axes.plot(*zip(*points, strict=True), marker=marker, ms=6, label=f"{run.name}, validation", **look)
+            look |= {"marker": "osD^vPX*"[number], "markersize": 5 + number, "fillstyle": "none"}  # none hides another
+            axes.plot(*zip(*points, strict=True), label=f"{run.name}, validation", **look)
     return png(figure, theme, columns=2)
 
 

@@ -10,7 +10,7 @@ from jobs.ledger import Ledger
 from jobs.report_theme import Theme
 from jobs.run_history import seconds_by_phase
 
-_LINE_CHARS = 110
+_LINE_CHARS = 90
 
 
 def waterfall(axes: Axes, ledger: Ledger, theme: Theme, *, verdict: str) -> None:

@@ -141,7 +141,9 @@ def cost_rows(ledger: Ledger, config: RunConfig, *, price: float | None) -> list
     kind, hours = worker_hours(ledger, config)
     asked = ASSUMED_PRICES[kind] if price is None else price
     note = ", an assumption (--price)" if price is None else ""
-    return [("Cost", f"${hours * asked:,.2f} at ${asked:g} for a {kind}-hour{note}")]
+    cost = hours * asked
+    shown = f"{cost:,.2f}" if cost >= 1 else f"{cost:.2g}"
+    return [("Cost", f"${shown} at ${asked:g} for a {kind}-hour{note}")]
 
 
 def final_figures(ledger: Ledger, config: RunConfig) -> list[tuple[str, str]]:

@@ -63,8 +63,9 @@ class Scale:
     read_bytes_per_s: float  # of token ids, by all
     text_bytes_per_s: float  # that tokenizing beside it has to bring
     health_calls_per_s: float
-    goodput_stock: float  # checkpoints, and waiting for the lost node's replacement
-    goodput: float  # snapshots, and going on without the node meanwhile
+    goodput: float  # with snapshots, going on without the lost node until it is replaced
+    goodput_elastic: float  # with checkpoints alone, going on like this
+    goodput_waiting: float  # with checkpoints alone, waiting for the replacement
 
     @property
     def efficiency(self) -> float:
@@ -127,8 +128,9 @@ def _scale(config: RunConfig, options: PlanConfig, layout: FlatLayout, size: int
         read_bytes_per_s=token_dtype(config.model.vocab_size).itemsize * step_tokens / step_s,
         text_bytes_per_s=options.text_bytes_per_token * step_tokens / step_s,
         health_calls_per_s=size / HEALTH_CHECK_S,
-        goodput_stock=simulated_goodput(interval_s=checkpoint_every_s, cost_s=wait_s, absent=1.0, **failures),
         goodput=simulated_goodput(interval_s=kept_every_s, cost_s=snapshot_s, absent=absent, **failures),
+        goodput_elastic=simulated_goodput(interval_s=checkpoint_every_s, cost_s=wait_s, absent=absent, **failures),
+        goodput_waiting=simulated_goodput(interval_s=checkpoint_every_s, cost_s=wait_s, absent=1.0, **failures),
     )
 
 

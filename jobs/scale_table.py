@@ -17,14 +17,15 @@ _COLUMNS = (
 )
 _STATE_COLUMNS = (
     ("GPUs", lambda row: f"{row['num_gpus']:,}"),
-    ("failure every", lambda row: duration(row["mtbf_s"])),
+    ("failure every", lambda row: f"{row['mtbf_s'] / 3600:,.4g} h"),
     ("snapshot", lambda row: seconds(row["snapshot_s"])),
     ("every", lambda row: f"{row['snapshot_every']} steps"),
     ("checkpoint waits", lambda row: seconds(row["checkpoint_wait_s"])),
     ("stored in", lambda row: seconds(row["checkpoint_store_s"])),
     ("every", lambda row: duration(row["checkpoint_every_s"])),
     ("goodput", lambda row: f"{row['goodput']:.2%}"),
-    ("checkpoints alone", lambda row: f"{row['goodput_stock']:.2%}"),
+    ("without snapshots", lambda row: f"{row['goodput_elastic']:.2%}"),
+    ("and waiting", lambda row: f"{row['goodput_waiting']:.2%}"),
 )
 _DATA_COLUMNS = (
     ("GPUs", lambda row: f"{row['num_gpus']:,}"),

@@ -211,7 +211,7 @@ def test_page_and_figures(eventful: Storage, tmp_path: Path) -> None:
     verdict = why_slow(Ledger.read(eventful))["verdict"]
     assert verdict in page.cells
     assert verdict in page.images[4]["alt"], "the waterfall has it too"
-    assert re.fullmatch(r"\$0\.\d\d at \$0\.05 for a CPU-hour, an assumption \(--price\)", page.value_of("Cost"))
+    assert re.fullmatch(r"\$0\.00\d+ at \$0\.05 for a CPU-hour, an assumption \(--price\)", page.value_of("Cost"))
     assert page.value_of("train.global_batch_size") == "8"
     said = r"attempt 2: workers 1 on node-1; from checkpoint step-000000120; 3 steps lost, 6\.\d s between steps"
     assert re.fullmatch(said, page.value_of("resize 2 → 1"))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import Tensor
 
 from model.probes import TASKS, Task, accuracy, probe
 from tests.model.conftest import small_model
@@ -44,17 +45,18 @@ def test_the_same_seed_asks_the_same() -> None:
     assert probe(model, seq_len=40).keys() == TASKS.keys()
 
 
-def test_training_on_a_task_is_measured() -> None:
-    """A model that is trained on few-shot sequences comes to solve others of them."""
-    torch.manual_seed(0)
-    model = small_model(n_positions=32, vocab_size=24, n_embd=48, initializer_range=0.05).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    generator = torch.Generator().manual_seed(1)
-    for _ in range(300):
-        task = TASKS["few-shot"](24, 32, generator)
-        targets = task.ids[:, 1:].masked_fill(~task.asked[1:], -100)
-        optimizer.zero_grad()
-        (model.loss(task.ids[:, :-1], targets) / (targets != -100).sum()).backward()
-        optimizer.step()
-    found = accuracy(model.eval(), TASKS["few-shot"](24, 32, torch.Generator().manual_seed(2)))
-    assert found > 0.6, "one in four by naming any of the values"
+class LookingBack:
+    """Goes on as the context did the last time; where that is unknown, with token 0."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = [[by_looking_back([*row, 0], place + 1) or 0 for place in range(len(row))] for row in ids.tolist()]
+        return torch.nn.functional.one_hot(torch.tensor(rows), VOCAB).float()  # (B, T, V)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_who_looks_back_is_measured_to_do_so(name: str) -> None:
+    found = accuracy(LookingBack(), made(name))  # type: ignore[arg-type]
+    assert found > (0.75 if name != "few-shot" else 0.99)

@@ -1,6 +1,7 @@
 """Stages and weights on paper against a real forward pass, and GPT-2 small pinned."""
 
 import math
+from functools import partial
 
 import torch
 
@@ -55,10 +56,12 @@ def test_whole_logits_would_take_13_gb() -> None:
 def test_a_real_forward_pass_has_these_shapes() -> None:
     model = small_model(n_layer=2)
     seen: dict[str, tuple[int, ...]] = {}
+
+    def note(name: str, module: torch.nn.Module, inputs: object, output: torch.Tensor) -> None:
+        seen[name] = tuple(output.shape)
+
     for name, path in MODULES.items():
-        model.get_submodule(path).register_forward_hook(
-            lambda module, inputs, output, name=name: seen.setdefault(name, tuple(output.shape))
-        )
+        model.get_submodule(path).register_forward_hook(partial(note, name))
     token_ids = torch.zeros(3, 16, dtype=torch.long)
     hidden = model.forward(token_ids)
     found = {stage.name: stage.shape for stage in stages(model.config, batch_size=3, seq_len=16)}
