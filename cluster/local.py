@@ -110,6 +110,11 @@ class LocalCluster:
         return f"http://127.0.0.1:{self._jobs_port}"
 
     @property
+    def scrape_targets(self) -> Path:
+        """A file for Prometheus' `file_sd_configs`, which Ray keeps up: the metrics ports of all nodes."""
+        return self._directory / "head" / "prom_metrics_service_discovery.json"
+
+    @property
     def node_names(self) -> list[str]:
         """The nodes that were started and run, the head first."""
         return [name for name, process in self._nodes.items() if process.poll() is None]

@@ -1,11 +1,12 @@
 """How far reading and tokenizing are, for the person who watches and as Ray's metrics."""
 
 import time
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from types import TracebackType
 
-from ray.util.metrics import Counter, Gauge
-
+from cluster.metric_export import Metrics
+from cluster.metric_table import Exporter
 from cluster.progress import report_progress
 
 _REPORT_INTERVAL_S = 1.0
@@ -20,24 +21,7 @@ class DataProgress(AbstractContextManager["DataProgress"]):
         self._queued = num_tasks
         self._bytes = self._documents = self._tokens = self._peak_rss_bytes = 0
         self._started = self._reported = time.monotonic()
-        tags = {"stage": label}
-        self._counters = {
-            name: Counter(f"raymill_data_{name}", description=text, tag_keys=("stage",))
-            for name, text in {
-                "source_bytes_total": "Source bytes finished",
-                "documents_total": "Documents finished, dropped ones among them",
-                "tokens_total": "Tokens written",
-            }.items()
-        }
-        self._gauges = {
-            name: Gauge(f"raymill_data_{name}", description=text, tag_keys=("stage",))
-            for name, text in {
-                "queued_tasks": "Tasks that are not finished",
-                "worker_rss_bytes": "Resident memory of the worker that last finished a task",
-            }.items()
-        }
-        for metric in (*self._counters.values(), *self._gauges.values()):
-            metric.set_default_tags(tags)
+        self.metrics = Metrics(Exporter.DATA, stage=label)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -52,17 +36,21 @@ class DataProgress(AbstractContextManager["DataProgress"]):
         self._documents += documents
         self._tokens += tokens
         self._peak_rss_bytes = max(self._peak_rss_bytes, rss_bytes)
-        increments = {"source_bytes_total": num_bytes, "documents_total": documents, "tokens_total": tokens}
-        for name, value in increments.items():
-            if value:
-                self._counters[name].inc(value)
-        self._gauges["queued_tasks"].set(self._queued)
-        self._gauges["worker_rss_bytes"].set(rss_bytes)
+        for name, value in (("source_bytes", num_bytes), ("documents", documents), ("tokens", tokens)):
+            self.metrics.of(f"raymill_data_{name}").inc(value)
+        self.metrics.of("raymill_data_queued_tasks").set(self._queued)
+        self.metrics.of("raymill_data_worker_rss_bytes").set(rss_bytes)
         if time.monotonic() - self._reported >= _REPORT_INTERVAL_S:
             self._reported = time.monotonic()
             self._show()
 
+    def drop(self, documents: Mapping[str, int]) -> None:
+        """Documents left out, by reason."""
+        for reason, count in documents.items():
+            self.metrics.of("raymill_data_dropped_documents", reason=reason).inc(count)
+
     def _show(self) -> None:
+        self.metrics.publish()
         seconds = max(1e-9, time.monotonic() - self._started)
         tokens = f"{self._tokens:,} tokens, " if self._tokens else ""
         report_progress(

@@ -155,7 +155,7 @@ class _Build:
         summary, tasks = self._select(chunks)
         results = copy_shards(store, listing.token_stores, tokenizer, first_chunk=len(chunks))
         with SealedPrefix(store, self._manifest(summary, {}), chunks, ready=results) as sealed:
-            for chunk, result in self._write(chunks, tasks, is_bulk=is_bulk):
+            for chunk, result in self._write(chunks, tasks, is_bulk=is_bulk, dropped=summary.dropped):
                 results[chunk] = result
                 self.lease.check()
                 sealed.add(chunk, result)
@@ -201,7 +201,7 @@ class _Build:
         _check_readable(summary.documents, summary.dropped, self.data)
 
     def _write(
-        self, chunks: Sequence[Chunk], tasks: list[dict[str, Any]], *, is_bulk: bool
+        self, chunks: Sequence[Chunk], tasks: list[dict[str, Any]], *, is_bulk: bool, dropped: Mapping[str, int]
     ) -> Iterator[tuple[int, ChunkResult]]:
         store, data = self.plan.store, self.data
         codes_of = [task["codes"] for task in tasks]
@@ -210,10 +210,12 @@ class _Build:
         ordered = interleaved(chunks)
         total_bytes = sum(chunk.bytes for chunk in chunks)
         with DataProgress("tokenizing", total_bytes=total_bytes, num_tasks=len(chunks)) as progress:
+            progress.drop(dropped)
             for answer in run_tasks([tasks[chunk.number] for chunk in ordered], writer):
                 chunk, result = ordered[answer.number], ChunkResult.from_bytes(answer.content)
                 tokens = sum(shard.tokens for shard in result.shards)
                 progress.advance(chunk.bytes, documents=result.documents, tokens=tokens, rss_bytes=answer.rss_bytes)
+                progress.drop({Drop.CONTAMINATED.value: result.contaminated})
                 yield chunk.number, result
 
     def _manifest(self, summary: Summary, results: dict[int, ChunkResult]) -> Manifest:

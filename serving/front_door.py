@@ -11,12 +11,16 @@ import math
 import os
 import re
 import uuid
+from collections.abc import Callable
+from enum import StrEnum
 from http import HTTPStatus
 
 import uvicorn.config
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from cluster.metric_export import Metrics
+from cluster.metric_table import Exporter
 from cluster.serve_config import HttpConfig
 from serving import http_server
 from serving.errors import ApiError, closing, interrupted, invalid_request, not_found
@@ -32,6 +36,24 @@ TIMEOUT_HEADER = b"x-request-timeout-seconds"
 REQUEST_ID = re.compile(rb"[A-Za-z0-9-]{1,64}")
 MAX_DISCARDED_BYTES = 64 << 20  # of a body too large, read so that its sender reads our answer
 MAX_ATTEMPTS = 3
+COUNTED_PATHS = ("/v1/completions", "/v1/chat/completions")
+
+
+class Outcome(StrEnum):
+    """How a completion ended, as its client saw it: what the endpoint's objective is measured by."""
+
+    OK = "ok"
+    INVALID = "invalid"  # a request that cannot be answered: 4xx
+    REFUSED = "refused"  # 429: more than the endpoint takes on
+    FAILED = "failed"  # 5xx
+    CUT = "cut"  # a stream that the front door had to end with an error, or an answer that is not whole
+    LEFT = "left"  # the client went away first
+
+
+def outcome_of(status: int) -> Outcome:
+    if status == HTTPStatus.TOO_MANY_REQUESTS:
+        return Outcome.REFUSED
+    return Outcome.FAILED if status >= 500 else Outcome.INVALID if status >= 400 else Outcome.OK
 
 
 def proxy_environment(config: HttpConfig) -> dict[str, str]:
@@ -47,19 +69,33 @@ def middlewares() -> list[Middleware]:
     config = HttpConfig.model_validate_json(os.environ.get(SETTINGS_VARIABLE, "{}"))
     http_server.BoundedHttpProtocol.config_of_bounds = config
     uvicorn.config.HTTP_PROTOCOLS["auto"] = f"{http_server.__name__}:BoundedHttpProtocol"
-    return [Middleware(FrontDoor, config=config), Middleware(NewestRoute)]
+    metrics = Metrics(Exporter.PROXY)
+    counters = {outcome: metrics.of("raymill:http_answers", outcome=outcome) for outcome in Outcome}
+    metrics.keep_published()
+    count = lambda outcome: counters[outcome].inc()  # noqa: E731
+    return [Middleware(FrontDoor, config=config, count=count), Middleware(NewestRoute)]
 
 
 class FrontDoor:
-    def __init__(self, app: ASGIApp, *, config: HttpConfig) -> None:
+    def __init__(self, app: ASGIApp, *, config: HttpConfig, count: Callable[[Outcome], None]) -> None:
+        """`count` is told of each completion's end."""
         self._app = app
         self._config = config
+        self._count = count
         self._relay = Relay()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        outcome = Outcome.FAILED
+        try:
+            outcome = await self._answer(scope, receive, send)
+        finally:
+            if scope["path"] in COUNTED_PATHS:
+                self._count(outcome)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> Outcome:
         request_id = clean_request_id(scope["headers"])
         scope = {**scope, "headers": self._forwarded_headers(scope["headers"], request_id)}
         try:
@@ -69,10 +105,11 @@ class FrontDoor:
             body = await self._read_body(scope, receive)
         except ApiError as error:
             await send_error(error, send, request_id=request_id)
-            return
-        if body is not None:
-            exchange = Exchange(self._app, scope, body, receive=receive, send=send, request_id=request_id)
-            await exchange.run(self._relay)
+            return outcome_of(error.status)
+        if body is None:
+            return Outcome.LEFT
+        exchange = Exchange(self._app, scope, body, receive=receive, send=send, request_id=request_id)
+        return await exchange.run(self._relay)
 
     def _forwarded_headers(self, headers: list[tuple[bytes, bytes]], request_id: bytes) -> list[tuple[bytes, bytes]]:
         dropped = (*DROPPED_HEADERS, TIMEOUT_HEADER, ASK_HEADER, b"x-request-id")
@@ -126,11 +163,12 @@ class Exchange:
         self._client_gone = False
         self._relayed: RelayedAnswer
         self._started = False
+        self._status = 0
         self._is_event_stream = False
         self._replaced = False
         self._finished = False
 
-    async def run(self, relay: Relay) -> None:
+    async def run(self, relay: Relay) -> Outcome:
         for _ in range(MAX_ATTEMPTS):
             self._body_given = False
             self._relayed = await relay.open()
@@ -143,13 +181,17 @@ class Exchange:
                 await self._relayed.close()
             if self._started or self._client_gone:
                 break
-        if self._finished or self._client_gone:
-            return
+        if self._finished:
+            return outcome_of(self._status)
+        if self._client_gone:
+            return Outcome.LEFT
         if not self._started:
             await send_error(interrupted(), self._send, request_id=self._request_id)
-        elif self._is_event_stream:
+            return Outcome.FAILED
+        if self._is_event_stream:
             # Without it the stream would just stop. Any other answer is cut, which its length betrays.
             await self._send({"type": "http.response.body", "body": interrupted().event().encode()})
+        return Outcome.CUT
 
     async def _finish_relayed(self) -> None:
         """Ends an answer that has come in whole, whose replica died before it could tell Ray Serve."""
@@ -168,7 +210,7 @@ class Exchange:
 
     async def _pass_on(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            self._started = True
+            self._started, self._status = True, message["status"]
             headers = dict(message["headers"])
             media_type = headers.get(b"content-type", b"")
             self._is_event_stream = media_type.startswith(b"text/event-stream")

@@ -3,18 +3,15 @@
 import time
 from collections.abc import Callable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import generate_latest
 
+from cluster.metric_export import Metrics
+from cluster.metric_table import Exporter
 from serving.admission import predicted_wait_s
 from serving.engine_client import EngineClient
 from serving.loaded_version import StatsCounter
 from serving.messages import FinishReason
 from serving.versions import Versions
-
-# Bucket bounds in seconds, vLLM's own.
-TTFT_BUCKETS_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
-ITL_BUCKETS_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
-E2E_BUCKETS_S = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
 
 RESIDENCE_WEIGHT = 0.1  # of the latest sequence
 ABORTED = "abort"  # a sequence whose client went away, or whose engine did
@@ -36,39 +33,19 @@ class ReplicaMetrics:
         self._clock = clock
         self._num_slots = num_slots
         self._residence_s = 0.0  # mean time from a sequence's first token to its end, of recent ones
-        self._registry = registry = CollectorRegistry()
-        self._labels = {"model_name": model_name, "replica": replica}
-        names = tuple(self._labels)
-
-        running = Gauge("vllm:num_requests_running", "Sequences that hold KV cache blocks", names, registry=registry)
-        waiting = Gauge("vllm:num_requests_waiting", "Sequences that wait for blocks", names, registry=registry)
-        usage = Gauge("vllm:kv_cache_usage_perc", "Share of the blocks in use, 0 to 1", names, registry=registry)
-        running.labels(**self._labels).set_function(lambda: versions.num_running)
-        waiting.labels(**self._labels).set_function(lambda: versions.num_waiting)
-        usage.labels(**self._labels).set_function(lambda: versions.kv_cache_usage)
-
-        predicted = Gauge("raymill:predicted_queue_seconds", "What a new sequence waits", names, registry=registry)
-        predicted.labels(**self._labels).set_function(lambda: self.predicted_wait_s(versions.live.engine))
-
-        start = Gauge(
-            "raymill:replica_start_seconds", "From its constructor to its self-test", names, registry=registry
-        )
-        start.labels(**self._labels).set(start_s)
-
-        self._success = Counter(
-            "vllm:request_success", "Sequences ended, by reason", (*names, "finished_reason"), registry=registry
-        )
-        self._prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens admitted")
-        self._generation_tokens = self._counter("vllm:generation_tokens", "Tokens generated")
-        self._ttft_s = self._histogram(
-            "vllm:time_to_first_token_seconds", "From admission to the first token", TTFT_BUCKETS_S
-        )
-        self._itl_s = self._histogram(
-            "vllm:inter_token_latency_seconds", "Between two tokens of a sequence", ITL_BUCKETS_S
-        )
-        self._e2e_s = self._histogram(
-            "vllm:e2e_request_latency_seconds", "From admission to the end of a sequence", E2E_BUCKETS_S
-        )
+        self.exported = metrics = Metrics(Exporter.REPLICA, model_name=model_name, replica=replica)
+        metrics.of("vllm:num_requests_running").set_function(lambda: versions.num_running)
+        metrics.of("vllm:num_requests_waiting").set_function(lambda: versions.num_waiting)
+        metrics.of("vllm:kv_cache_usage_perc").set_function(lambda: versions.kv_cache_usage)
+        metrics.of("raymill:predicted_queue_seconds").set_function(lambda: self.predicted_wait_s(versions.live.engine))
+        metrics.of("raymill:replica_start_seconds").set(start_s)
+        for reason in (*FinishReason, ABORTED):
+            metrics.of("vllm:request_success", finished_reason=reason)
+        self._prompt_tokens = metrics.of("vllm:prompt_tokens")
+        self._generation_tokens = metrics.of("vllm:generation_tokens")
+        self._ttft_s = metrics.of("vllm:time_to_first_token_seconds")
+        self._itl_s = metrics.of("vllm:inter_token_latency_seconds")
+        self._e2e_s = metrics.of("vllm:e2e_request_latency_seconds")
 
     def predicted_wait_s(self, engine: EngineClient) -> float:
         """How long a sequence that came now would wait for a slot of `engine`."""
@@ -82,7 +59,7 @@ class ReplicaMetrics:
         return RequestTimer(self, seq_ids, stats)
 
     def render(self) -> bytes:
-        return generate_latest(self._registry)
+        return generate_latest(self.exported.registry)
 
     def now_s(self) -> float:
         return self._clock()
@@ -96,19 +73,12 @@ class ReplicaMetrics:
         self._itl_s.observe(since_last_s)
 
     def observe_end(self, finish_reason: str, *, since_start_s: float, since_first_token_s: float | None) -> None:
-        self._success.labels(**self._labels, finished_reason=finish_reason).inc()
+        self.exported.of("vllm:request_success", finished_reason=finish_reason).inc()
         if since_first_token_s is not None:
             weight = RESIDENCE_WEIGHT if self._residence_s else 1.0
             self._residence_s += weight * (since_first_token_s - self._residence_s)
         if finish_reason != ABORTED:
             self._e2e_s.observe(since_start_s)
-
-    def _counter(self, name: str, text: str) -> Counter:
-        return Counter(name, text, tuple(self._labels), registry=self._registry).labels(**self._labels)
-
-    def _histogram(self, name: str, text: str, buckets_s: tuple[float, ...]) -> Histogram:
-        histogram = Histogram(name, text, tuple(self._labels), registry=self._registry, buckets=buckets_s)
-        return histogram.labels(**self._labels)
 
 
 class RequestTimer:

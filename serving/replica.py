@@ -4,12 +4,14 @@ There is no handle between them, as each streamed token would pay 0.6 ms for it.
 (no `from __future__ import annotations`): Ray Serve reads them.
 """
 
+import asyncio
 import time
 
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
+from cluster.metric_export import PUBLISH_INTERVAL_S, Metrics
 from cluster.serve_config import ServeConfig
 from serving.access import AccessRules
 from serving.admin_routes import admin_router
@@ -39,15 +41,17 @@ class Replica:
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """Called by Ray Serve after the constructor."""
         versions, engine = self._follower.versions, self._config.engine
+        metrics = ReplicaMetrics(
+            versions=versions,
+            num_slots=engine.max_num_seqs,
+            model_name=versions.delivery.model_name,
+            replica=self._id,
+            start_s=self._start_s,
+        )
+        self._publishing = asyncio.create_task(self._publish(metrics.exported))
         return build_http_app(
             versions=versions,
-            metrics=ReplicaMetrics(
-                versions=versions,
-                num_slots=engine.max_num_seqs,
-                model_name=versions.delivery.model_name,
-                replica=self._id,
-                start_s=self._start_s,
-            ),
+            metrics=metrics,
             limits=AdmissionLimits(
                 max_requests=self._config.replicas.max_ongoing_requests,
                 max_sequences=engine.max_num_seqs + engine.max_waiting,
@@ -56,6 +60,13 @@ class Replica:
             access=self._access,
             admin=admin_router(self._follower),
         )
+
+    async def _publish(self, metrics: Metrics) -> None:
+        """In this loop, as the versions that it asks change in it."""
+        application = serve.get_replica_context().app_name
+        while True:
+            await asyncio.sleep(PUBLISH_INTERVAL_S)
+            metrics.publish(application=application)
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Asked by Ray Serve each second, for `ScalingPolicy`."""

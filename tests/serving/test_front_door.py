@@ -11,17 +11,22 @@ from hypothesis import strategies as st
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.serve_config import HttpConfig
-from serving.front_door import FrontDoor, clamped_timeout_s, clean_request_id
+from serving.front_door import FrontDoor, Outcome, clamped_timeout_s, clean_request_id
 from serving.relay import ASK_HEADER
 
 OK = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]}
 
 
-def scope(*headers: tuple[bytes, bytes]) -> Scope:
-    return {"type": "http", "http_version": "1.1", "path": "/x", "headers": [(b"host", b"x"), *headers]}
+def scope(*headers: tuple[bytes, bytes], path: str = "/v1/completions") -> Scope:
+    return {"type": "http", "http_version": "1.1", "path": path, "headers": [(b"host", b"x"), *headers]}
 
 
-def ask(app: ASGIApp, *messages: Message, headers: tuple[tuple[bytes, bytes], ...] = ()) -> list[Message]:
+def ask(
+    app: ASGIApp,
+    *messages: Message,
+    headers: tuple[tuple[bytes, bytes], ...] = (),
+    count: Callable[[Outcome], None] = lambda outcome: None,
+) -> list[Message]:
     """What goes out to a client that sends `messages`, and then stays on the line."""
     sent: list[Message] = []
     incoming = list(messages) or [{"type": "http.request", "body": b"{}", "more_body": False}]
@@ -34,7 +39,8 @@ def ask(app: ASGIApp, *messages: Message, headers: tuple[tuple[bytes, bytes], ..
     async def send(message: Message) -> None:
         sent.append(message)
 
-    asyncio.run(FrontDoor(app, config=HttpConfig(body_timeout_s=0.2))(scope(*headers), receive, send))
+    config = HttpConfig(body_timeout_s=0.2)
+    asyncio.run(FrontDoor(app, config=config, count=count)(scope(*headers), receive, send))
     return sent
 
 
@@ -131,6 +137,36 @@ def test_headers_that_ray_serve_would_obey_are_kept_from_it() -> None:
     assert set(headers) == {b"host", b"x-request-timeout-seconds", b"x-request-id", b"x-mine", ASK_HEADER}
     assert headers[b"x-request-timeout-seconds"] == b"600.0"
     assert headers[b"x-request-id"].isalnum()
+
+
+def test_each_completion_is_counted_once_by_how_its_client_saw_it_end() -> None:
+    def says(status: int) -> ASGIApp:
+        async def answer(send: Send) -> None:
+            headers = [(b"x-model-version", b"1")]
+            await send({"type": "http.response.start", "status": status, "headers": headers})
+            await send({"type": "http.response.body", "body": b"{}"})
+
+        return dies(0, answer)
+
+    async def leaves(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        await receive()
+
+    body, gone = {"type": "http.request", "body": b"{}", "more_body": False}, {"type": "http.disconnect"}
+    cases: list[tuple[ASGIApp, list[Message], Outcome]] = [
+        (dies(2, whole), [], Outcome.OK),
+        (says(400), [], Outcome.INVALID),
+        (says(429), [], Outcome.REFUSED),
+        (says(500), [], Outcome.FAILED),
+        (dies(3, whole), [], Outcome.FAILED),
+        (dies(0, half), [], Outcome.CUT),
+        (leaves, [body, gone], Outcome.LEFT),
+        (dies(0, whole), [gone], Outcome.LEFT),
+    ]
+    for app, messages, expected in cases:
+        counted: list[Outcome] = []
+        ask(app, *messages, count=counted.append)
+        assert counted == [expected]
 
 
 @given(st.binary(max_size=12))

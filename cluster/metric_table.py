@@ -1,0 +1,199 @@
+"""The one table of metrics: what raymill exports and what its dashboards and alerts read, with units and meanings.
+
+Nothing else makes a metric (`metric_export.py` refuses a name that is not here), and no panel or rule reads another.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Kind(StrEnum):
+    COUNTER = "counter"  # only grows while its process lives; Prometheus sees it as NAME_total
+    GAUGE = "gauge"  # the value now
+    HISTOGRAM = "histogram"  # NAME_bucket, NAME_sum and NAME_count
+
+
+class Exporter(StrEnum):
+    """Which process tells of it. All reach Prometheus through the metrics port of the process's Ray node."""
+
+    LAUNCHER = "launcher"  # the driver of jobs.pretrain, from the run's ledger
+    DATA = "data"  # the driver of a stage that reads a corpus
+    REPLICA = "replica"  # each replica of the endpoint
+    PROXY = "proxy"  # each HTTP proxy of the endpoint
+    RAY = "ray"  # Ray itself; listed are those that dashboards and alerts read
+
+
+COMMON_LABELS: dict[Exporter, tuple[str, ...]] = {
+    Exporter.LAUNCHER: ("run",),
+    Exporter.DATA: ("stage",),
+    Exporter.REPLICA: ("model_name", "replica"),  # beside `application`, which Ray Serve knows
+    Exporter.PROXY: (),
+    Exporter.RAY: (),
+}
+
+# Units as Grafana spells them.
+SECONDS, BYTES, RATIO, PERCENT, COUNT = "s", "bytes", "percentunit", "percent", "short"
+BYTES_PER_S, COUNTS_PER_S, REQUESTS_PER_S = "Bps", "cps", "reqps"
+TOKENS, TOKENS_PER_S, NATS, BITS = "suffix: tokens", "suffix: tokens/s", "suffix: nats/token", "suffix: bits/byte"
+STEPS, WORKERS, NODES, REPLICAS, MONEY = (f"suffix: {name}" for name in ("steps", "workers", "nodes", "replicas", "¤"))
+
+PER_S = {COUNT: COUNTS_PER_S, BYTES: BYTES_PER_S, TOKENS: TOKENS_PER_S}
+"""The unit of a counter's growth."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    name: str  # as its exporter says it, without _total
+    kind: Kind
+    exporter: Exporter
+    unit: str
+    help: str
+    labels: tuple[str, ...] = ()  # beside the exporter's common ones
+    values: tuple[str, ...] = ()  # of its label, where there are a few that are known
+    buckets: tuple[float, ...] = ()  # upper bounds, of a histogram
+
+    @property
+    def all_labels(self) -> tuple[str, ...]:
+        return (*COMMON_LABELS[self.exporter], *self.labels)
+
+    @property
+    def series(self) -> tuple[str, ...]:
+        """The names that Prometheus finds at a Ray node's metrics port."""
+        if self.exporter is Exporter.RAY:
+            return (self.name,)
+        name = f"ray_{self.name.replace(':', '_')}"
+        match self.kind:
+            case Kind.COUNTER:
+                return (f"{name}_total",)
+            case Kind.GAUGE:
+                return (name,)
+            case Kind.HISTOGRAM:
+                return (f"{name}_bucket", f"{name}_sum", f"{name}_count")
+
+
+# Bucket bounds in seconds, vLLM's own.
+_TTFT_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
+_ITL_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
+_E2E_S = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
+
+
+PHASES = ("load", "forward", "loss", "backward", "sync", "update", "snapshot", "checkpoint", "validation", "statistics")
+FAILURES = ("user_error", "raised", "died", "lost", "hang")
+FINISH_REASONS = ("stop", "length", "error", "abort")
+OUTCOMES = ("ok", "invalid", "refused", "failed", "cut", "left")
+
+
+def _run(name: str, unit: str, text: str, *labels: str, values: tuple[str, ...] = ()) -> Metric:
+    """A gauge, as also what only grows is the whole run's figure: it goes on where a launch before this one ended."""
+    return Metric(f"raymill_{name}", Kind.GAUGE, Exporter.LAUNCHER, unit, text, labels, values)
+
+
+def _data(kind: Kind, name: str, unit: str, text: str, *labels: str) -> Metric:
+    return Metric(f"raymill_data_{name}", kind, Exporter.DATA, unit, text, labels)
+
+
+def _replica(kind: Kind, name: str, unit: str, text: str) -> Metric:
+    return Metric(name, kind, Exporter.REPLICA, unit, text)
+
+
+def _histogram(name: str, text: str, buckets_s: tuple[float, ...]) -> Metric:
+    return Metric(name, Kind.HISTOGRAM, Exporter.REPLICA, SECONDS, text, buckets=buckets_s)
+
+
+def _ray(name: str, unit: str, text: str, *labels: str) -> Metric:
+    return Metric(f"ray_{name}", Kind.GAUGE, Exporter.RAY, unit, text, labels)
+
+
+TABLE: tuple[Metric, ...] = (
+    # Training
+    _run("train_running", COUNT, "1 while the launcher waits for the run's end, 0 once it has ended"),
+    _run("train_step", STEPS, "Optimizer steps completed"),
+    _run("train_planned_steps", STEPS, "Optimizer steps of the whole run"),
+    _run("train_tokens_seen", TOKENS, "Tokens trained on"),
+    _run("train_loss", NATS, "Cross-entropy of the last step"),
+    _run("train_learning_rate", COUNT, "Learning rate of the last step"),
+    _run("train_grad_norm", COUNT, "Norm of the summed gradient before clipping"),
+    _run("train_tokens_per_second", TOKENS_PER_S, "Of the last step, without validation and checkpoints"),
+    _run("train_mfu", RATIO, "Model FLOPs utilization, on GPUs whose peak is known"),
+    _run("train_step_seconds", SECONDS, "Wall time of the last step, of rank 0"),
+    _run("train_phase_seconds", SECONDS, "Its parts, which sum to it", "phase", values=(*PHASES, "stall", "step")),
+    _run("train_world_size", WORKERS, "Workers of the attempt that is on"),
+    _run("train_validation_loss", NATS, "Of the held-out split (val) and of each further text", "set"),
+    _run("train_validation_bits_per_byte", BITS, "The same per byte of text", "set"),
+    _run("train_restarts", COUNT, "Attempts after the first one"),
+    _run("train_resizes", COUNT, "Those of them with another number of workers than the one before"),
+    _run("train_failures", COUNT, "Failures of a worker group, by kind, and hangs", "kind", values=FAILURES),
+    _run("train_lost_steps", STEPS, "Completed steps that were lost and taken again"),
+    _run("train_skipped_steps", STEPS, "Steps whose update the guard left out, for NaN or a spike"),
+    _run("train_rollbacks", COUNT, "Times that the guard went back to an earlier state"),
+    _run("train_goodput", RATIO, "Share of the wall time, from the run's first line on, in steps that count"),
+    _run("train_last_step_timestamp_seconds", SECONDS, "When the last step was completed, Unix time"),
+    _run("train_last_checkpoint_timestamp_seconds", SECONDS, "When the last checkpoint was stored, Unix time"),
+    _run("train_last_snapshot_timestamp_seconds", SECONDS, "When a node's memory last got a snapshot, Unix time"),
+    # Cost
+    _run("cost_device_seconds", SECONDS, "GPU-seconds, or CPU-seconds, that workers held during attempts", "device"),
+    _run("cost_money_per_hour", MONEY, "What the workers of now cost, where scaling.price_per_device_hour is set"),
+    _run("cost_money", MONEY, "Of the run so far, where scaling.price_per_device_hour is set"),
+    # Data
+    _data(Kind.COUNTER, "source_bytes", BYTES, "Source bytes finished"),
+    _data(Kind.COUNTER, "documents", COUNT, "Documents finished, dropped ones among them"),
+    _data(Kind.COUNTER, "tokens", TOKENS, "Tokens written"),
+    _data(Kind.COUNTER, "dropped_documents", COUNT, "Documents left out, told when that is decided", "reason"),
+    _data(Kind.GAUGE, "queued_tasks", COUNT, "Tasks that are not finished"),
+    _data(Kind.GAUGE, "worker_rss_bytes", BYTES, "Resident memory of the worker that last finished a task"),
+    # Serving, under vLLM's names; where vLLM counts requests, these count sequences
+    _replica(Kind.GAUGE, "vllm:num_requests_running", COUNT, "Sequences that hold KV cache blocks"),
+    _replica(Kind.GAUGE, "vllm:num_requests_waiting", COUNT, "Sequences that wait for blocks"),
+    _replica(Kind.GAUGE, "vllm:kv_cache_usage_perc", RATIO, "Share of the blocks in use, 0 to 1"),
+    Metric(
+        "vllm:request_success",
+        Kind.COUNTER,
+        Exporter.REPLICA,
+        COUNT,
+        "Sequences ended, by reason",
+        ("finished_reason",),
+        FINISH_REASONS,
+    ),
+    _replica(Kind.COUNTER, "vllm:prompt_tokens", TOKENS, "Prompt tokens admitted"),
+    _replica(Kind.COUNTER, "vllm:generation_tokens", TOKENS, "Tokens generated"),
+    _histogram("vllm:time_to_first_token_seconds", "From admission to the first token", _TTFT_S),
+    _histogram("vllm:inter_token_latency_seconds", "Between two tokens of a sequence", _ITL_S),
+    _histogram("vllm:e2e_request_latency_seconds", "From admission to the end of a sequence", _E2E_S),
+    _replica(Kind.GAUGE, "raymill:predicted_queue_seconds", SECONDS, "What a new sequence waits"),
+    _replica(Kind.GAUGE, "raymill:replica_start_seconds", SECONDS, "From its constructor to its self-test"),
+    Metric(
+        "raymill:http_answers",
+        Kind.COUNTER,
+        Exporter.PROXY,
+        COUNT,
+        "Completions as their clients saw them end: answered, invalid (4xx), refused (429), failed (5xx), cut in the "
+        "middle, or left by the client",
+        ("outcome",),
+        OUTCOMES,
+    ),
+    # Ray's own
+    _ray("node_cpu_utilization", PERCENT, "CPU of a node in use, 0 to 100", "ip"),
+    _ray("node_mem_used", BYTES, "Memory of a node in use", "ip"),
+    _ray("node_mem_total", BYTES, "Memory of a node", "ip"),
+    _ray("node_disk_utilization_percentage", PERCENT, "Disk of a node in use, 0 to 100", "ip"),
+    _ray("node_network_send_speed", BYTES_PER_S, "Bytes sent by a node", "ip"),
+    _ray("node_network_receive_speed", BYTES_PER_S, "Bytes received by a node", "ip"),
+    _ray("node_gpus_utilization", PERCENT, "Use of each GPU, 0 to 100", "ip", "GpuIndex"),
+    _ray("node_gram_used", "decmbytes", "Memory of each GPU in use", "ip", "GpuIndex"),
+    _ray("cluster_active_nodes", NODES, "Nodes that are alive, by type", "node_type"),
+    _ray("cluster_pending_nodes", NODES, "Nodes that the autoscaler waits for", "node_type"),
+    _ray("resources", COUNT, "Logical CPUs and GPUs, by state (USED, AVAILABLE)", "Name", "State"),
+    _ray("object_store_memory", BYTES, "Memory of the object store, by location", "Location"),
+    _ray("serve_deployment_replica_healthy", REPLICAS, "Healthy replicas", "application", "deployment"),
+    _ray("serve_autoscaling_target_replicas", REPLICAS, "Replicas that there should be", "application", "deployment"),
+)
+
+METRICS: dict[str, Metric] = {metric.name: metric for metric in TABLE}
+
+SERIES: dict[str, Metric] = {name: metric for metric in TABLE for name in metric.series}
+"""By the names in Prometheus."""
+
+
+def metrics_of(exporter: Exporter) -> Iterator[Metric]:
+    return (metric for metric in TABLE if metric.exporter is exporter)

@@ -1,0 +1,79 @@
+"""A real Prometheus on loopback, as Debian ships it, and what tests ask it."""
+
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from cluster.local import free_port
+
+needs_prometheus = pytest.mark.skipif(
+    shutil.which("prometheus") is None or shutil.which("promtool") is None,
+    reason="no Prometheus here: apt-get install prometheus",
+)
+
+
+@dataclass(frozen=True)
+class Prometheus:
+    http: httpx.Client
+
+    def get(self, path: str, **parameters: Any) -> Any:
+        answer = self.http.get(f"/api/v1/{path}", params=parameters)
+        assert answer.is_success, f"{parameters}: {answer.text}"
+        return answer.json()["data"]
+
+    def format(self, expr: str) -> str:
+        """Fails where it is no PromQL."""
+        return str(self.get("format_query", query=expr))
+
+    def names(self) -> set[str]:
+        """Of all series that it has scraped."""
+        return set(self.get("label/__name__/values"))
+
+    def history(self, expr: str, *, since_s: float) -> list[Any]:
+        """Series with their values, a second apart."""
+        return list(self.get("query_range", query=expr, start=since_s, end=time.time(), step=1)["result"])
+
+
+@contextmanager
+def prometheus(folder: Path, *, scrape_targets: Path | None = None) -> Iterator[Prometheus]:
+    """Scrapes the targets of a service discovery file each second."""
+    scrape = {"job_name": "ray", "file_sd_configs": [{"files": [str(scrape_targets)], "refresh_interval": "1s"}]}
+    config = {"global": {"scrape_interval": "1s"}, "scrape_configs": [scrape] if scrape_targets else []}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
+    address = f"127.0.0.1:{free_port()}"
+    command = ["prometheus", f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'data'}"]
+    command += [f"--web.listen-address={address}", "--log.level=warn"]
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        with httpx.Client(base_url=f"http://{address}", timeout=30) as http:
+            wait_for(lambda: _is_ready(http, process, folder / "log"), timeout_s=60)
+            yield Prometheus(http)
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def _is_ready(http: httpx.Client, process: subprocess.Popen[bytes], log: Path) -> bool:
+    assert process.poll() is None, log.read_text()
+    try:
+        return http.get("/-/ready").is_success
+    except httpx.TransportError:
+        return False
+
+
+def wait_for(condition: Any, *, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true in time"
+        time.sleep(0.2)
