@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from cluster import commands, delivery_commands, plan_command, shapes_command
+from cluster import commands, dashboard_commands, delivery_commands, plan_command, shapes_command
 from cluster.config import EvaluateConfig, RunConfig
 from cluster.flags import ConfigError, Parser, add_config_arguments
 from cluster.kube_commands import add_cluster_commands
@@ -69,6 +69,7 @@ def _parser() -> Parser:
         add_config_arguments(sub, RunConfig)
 
     _data_commands(subparsers)
+    _dashboard_commands(subparsers)
 
     plan_command.add_plan_arguments(
         command("plan", plan_command.plan, "what a run will take: operations, days, cost, memory, checkpoints, links")
@@ -154,6 +155,24 @@ def _data_commands(subparsers: Any) -> None:
                 "store", nargs="?", help="folder, manifest or key of a token store; the only one when unset"
             )
             _storage_argument(sub)
+
+
+def _dashboard_commands(subparsers: Any) -> None:
+    about = dashboard_commands.ABOUT
+    commands_of_dashboards = subparsers.add_parser(
+        "dashboards",
+        help=about,
+        description=f"{about}. Grafana is the one at GRAFANA_URL; its token is in GRAFANA_TOKEN, or in the file that "
+        "GRAFANA_TOKEN_FILE names.",
+    ).add_subparsers(metavar="COMMAND", required=True)
+    for name, about in dashboard_commands.COMMANDS.items():
+        sub = commands_of_dashboards.add_parser(name, help=about, description=about)
+        sub.add_argument("--json", action="store_true", help="print one JSON object as the last line of output")
+        sub.set_defaults(run=getattr(dashboard_commands, name))
+        if name == "export":
+            sub.add_argument("folder", help="such as k8s/monitoring")
+        if name != "diff":
+            sub.add_argument("--prometheus-url", metavar="URL", help="of the data source, as Grafana reaches it")
 
 
 def _run_arguments(parser: Parser, name: str) -> None:

