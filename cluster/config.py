@@ -249,6 +249,11 @@ class ScalingConfig(Settings):
     start_timeout_s: float = Field(
         default=60.0, gt=0, description="seconds without workers after which the run says what it is waiting for"
     )
+    price_per_device_hour: float | None = Field(
+        default=None,
+        ge=0,
+        description="money for an hour of a GPU, or of a CPU where workers have none, for the cost metrics",
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:

@@ -1,9 +1,10 @@
 """What each dashboard shows: panels made from the metric table, which gives their units and explanations."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-from cluster.metric_table import COUNT, METRICS, PER_S, RATIO, REQUESTS_PER_S, TOKENS_PER_S, WORKERS, Exporter, Kind
+from cluster.metric_table import COUNT, METRICS, MONEY, PER_S, RATIO, REQUESTS_PER_S, TOKENS_PER_S, Exporter, Kind
 from cluster.slo import FAST_BURN, OBJECTIVE, PERIOD, SLOW_BURN, budget_left, burn_rate, error_ratio
 
 RATE = "$__rate_interval"
@@ -58,27 +59,27 @@ def series(name: str, suffix: str = "", **labels: str) -> str:
     return full + ("{" + ",".join(f"{key}{value}" for key, value in chosen.items()) + "}" if chosen else "")
 
 
-def lines(title: str, *names: str, by: str = "", op: str = "max", stat: bool = False, stacked: bool = False) -> Panel:
+def lines(title: str, *names: str, by: str = "", op: str = "max", stacked: bool = False, **options: Any) -> Panel:
     """A line for each metric, or for each value of the label `by`. Of counters it is the growth a second."""
     metrics = [METRICS[name] for name in names]
     grouping = f" by ({by})" if by else ""
     queries = []
     for metric in metrics:
-        legend = (
-            " ".join(f"{{{{{label}}}}}" for label in by.split(", ")) if by else metric.help if len(names) > 1 else title
+        legend = " ".join(f"{{{{{label}}}}}" for label in by.split(", ")) if by else title
+        legend = metric.help if len(names) > 1 else legend
+        is_counter, value = metric.kind is Kind.COUNTER, series(metric.name)
+        queries.append(
+            Query(f"sum{grouping} (rate({value}[{RATE}]))" if is_counter else f"{op}{grouping} ({value})", legend)
         )
-        if metric.kind is Kind.COUNTER:
-            queries.append(Query(f"sum{grouping} (rate({series(metric.name)}[{RATE}]))", legend))
-        else:
-            queries.append(Query(f"{op}{grouping} ({series(metric.name)})", legend))
     first = metrics[0]
     unit = PER_S[first.unit] if first.kind is Kind.COUNTER else first.unit
     about = ". ".join(metric.help for metric in metrics) + "."
-    return Panel(title, tuple(queries), unit, about, stat, stacked, first.values if by in first.labels else ())
+    known = first.values if by in first.labels else ()
+    return Panel(title, tuple(queries), unit, about, is_stacked=stacked, names=known, **options)
 
 
 def stat(title: str, name: str) -> Panel:
-    return lines(title, name, stat=True)
+    return lines(title, name, is_stat=True)
 
 
 def quantiles(title: str, name: str) -> Panel:
@@ -94,19 +95,22 @@ def age(title: str, name: str, *, bad_s: float) -> Panel:
     return Panel(title, (query,), "s", about, is_stat=True, thresholds=(bad_s / 2, bad_s))
 
 
-def computed(title: str, unit: str, about: str, **exprs: str) -> Panel:
-    """By expressions of their own, the legend's words first."""
-    return Panel(title, tuple(Query(expr, legend.replace("_", " ")) for legend, expr in exprs.items()), unit, about)
+def computed(title: str, unit: str, about: str, exprs: Mapping[str, str]) -> Panel:
+    """By expressions of their own, by legend."""
+    return Panel(title, tuple(Query(expr, legend) for legend, expr in exprs.items()), unit, about)
 
 
-def as_stat(panel: Panel, thresholds: tuple[float, float] | None = None) -> Panel:
-    return replace(panel, is_stat=True, thresholds=thresholds)
+def number(title: str, unit: str, about: str, expr: str, *, thresholds: tuple[float, float] | None = None) -> Panel:
+    return Panel(title, (Query(expr, title),), unit, about, is_stat=True, thresholds=thresholds)
 
 
-def _total(name: str, op: str = "max", **labels: str) -> str:
-    return f"{op} ({series(name, **labels)})"
+def _now(name: str) -> str:
+    return f"max ({series(name)})"
 
 
+_HEALTHY, _DROPPED = "ray_serve_deployment_replica_healthy", "raymill_data_dropped_documents"
+_STEP, _TOKENS, _COST = map(_now, ("raymill_train_step", "raymill_train_tokens_seen", "raymill_cost_money"))
+_BURN = "1 just uses up the budget."
 _DEVICES, _USED = '=~"CPU|GPU"', '="USED"'
 _RUN = Variable("run", "raymill_train_step")
 _APPLICATION = Variable("application", "vllm:num_requests_running", is_multi=True)
@@ -117,14 +121,7 @@ TRAINING = Dashboard(
     {
         "Now": [
             stat("Running", "raymill_train_running"),
-            as_stat(
-                computed(
-                    "Done",
-                    RATIO,
-                    "Share of the run's steps.",
-                    done=f"{_total('raymill_train_step')} / {_total('raymill_train_planned_steps')}",
-                )
-            ),
+            number("Done", RATIO, "Share of the run's steps.", f"{_STEP} / {_now('raymill_train_planned_steps')}"),
             stat("Loss", "raymill_train_loss"),
             stat("Throughput", "raymill_train_tokens_per_second"),
             stat("Workers", "raymill_train_world_size"),
@@ -163,8 +160,8 @@ TRAINING = Dashboard(
             computed(
                 "Documents left out",
                 COUNT,
-                f"{METRICS['raymill_data_dropped_documents'].help}.",
-                **{"{{reason}}": f"max by (reason) ({series('raymill_data_dropped_documents')})"},
+                f"{METRICS[_DROPPED].help}.",
+                {"{{reason}}": f"max by (reason) ({series(_DROPPED)})"},
             ),
             lines("Tasks left", "raymill_data_queued_tasks", by="stage"),
             lines("Memory of a worker", "raymill_data_worker_rss_bytes", by="stage"),
@@ -179,19 +176,14 @@ SERVING = Dashboard(
     "raymill: serving",
     {
         "Now": [
-            as_stat(
-                computed(
-                    "Completions",
-                    REQUESTS_PER_S,
-                    "All that were asked for, a second.",
-                    completions=f"sum (rate({series('raymill:http_answers')}[{RATE}]))",
-                )
+            number(
+                "Completions", REQUESTS_PER_S, "All that end.", f"sum (rate({series('raymill:http_answers')}[{RATE}]))"
             ),
-            as_stat(lines("Tokens generated a second", "vllm:generation_tokens")),
-            as_stat(lines("Running", "vllm:num_requests_running", op="sum")),
-            as_stat(lines("Waiting", "vllm:num_requests_waiting", op="sum")),
+            lines("Tokens generated a second", "vllm:generation_tokens", is_stat=True),
+            lines("Running", "vllm:num_requests_running", op="sum", is_stat=True),
+            lines("Waiting", "vllm:num_requests_waiting", op="sum", is_stat=True),
             stat("Wait of a new sequence", "raymill:predicted_queue_seconds"),
-            as_stat(lines("Healthy replicas", "ray_serve_deployment_replica_healthy", op="sum")),
+            lines("Healthy replicas", _HEALTHY, op="sum", is_stat=True),
         ],
         "Answers": [
             lines("Completions a second, by how they ended", "raymill:http_answers", by="outcome", stacked=True),
@@ -201,20 +193,13 @@ SERVING = Dashboard(
         ],
         "Engine": [
             lines("Sequences", "vllm:num_requests_running", "vllm:num_requests_waiting", op="sum"),
-            replace(lines("KV cache in use", "vllm:kv_cache_usage_perc", by="replica"), top=1),
+            lines("KV cache in use", "vllm:kv_cache_usage_perc", by="replica", top=1),
             lines("Tokens a second", "vllm:prompt_tokens", "vllm:generation_tokens"),
             lines("Sequences ended a second, by reason", "vllm:request_success", by="finished_reason"),
             lines("Wait of a new sequence", "raymill:predicted_queue_seconds", by="replica"),
             lines("Start of a replica", "raymill:replica_start_seconds", by="replica"),
         ],
-        "Replicas": [
-            lines(
-                "Replicas",
-                "ray_serve_deployment_replica_healthy",
-                "ray_serve_autoscaling_target_replicas",
-                op="sum",
-            ),
-        ],
+        "Replicas": [lines("Replicas", _HEALTHY, "ray_serve_autoscaling_target_replicas", op="sum")],
     },
     (_APPLICATION,),
     ("promotion",),
@@ -231,23 +216,23 @@ CLUSTER = Dashboard(
                 "CPUs and GPUs taken",
                 COUNT,
                 "Logical resources in use, and all there are.",
-                **{
+                {
                     "{{Name}} taken": f"sum by (Name) ({series('ray_resources', Name=_DEVICES, State=_USED)})",
                     "{{Name}} in all": f"sum by (Name) ({series('ray_resources', Name=_DEVICES)})",
                 },
             ),
         ],
         "Load": [
-            replace(lines("CPU", "ray_node_cpu_utilization", by="ip"), top=100),
+            lines("CPU", "ray_node_cpu_utilization", by="ip", top=100),
             computed(
                 "Memory",
                 RATIO,
                 "Share of each node's memory in use.",
-                **{"{{ip}}": f"max by (ip) ({series('ray_node_mem_used')} / {series('ray_node_mem_total')})"},
+                {"{{ip}}": f"max by (ip) ({series('ray_node_mem_used')} / {series('ray_node_mem_total')})"},
             ),
-            replace(lines("GPU", "ray_node_gpus_utilization", by="ip, GpuIndex"), top=100),
+            lines("GPU", "ray_node_gpus_utilization", by="ip, GpuIndex", top=100),
             lines("GPU memory", "ray_node_gram_used", by="ip, GpuIndex"),
-            replace(lines("Disk", "ray_node_disk_utilization_percentage", by="ip"), top=100),
+            lines("Disk", "ray_node_disk_utilization_percentage", by="ip", top=100),
             lines("Network", "ray_node_network_send_speed", "ray_node_network_receive_speed", op="sum"),
             lines("Object store", "ray_object_store_memory", by="Location", op="sum"),
         ],
@@ -259,33 +244,19 @@ COST = Dashboard(
     "raymill: cost",
     {
         "Cost of the run": [
-            lines("Device time", "raymill_cost_device_seconds", by="device", stat=True),
+            lines("Device time", "raymill_cost_device_seconds", by="device", is_stat=True),
             stat("Money", "raymill_cost_money"),
             stat("Money an hour", "raymill_cost_money_per_hour"),
-            as_stat(
-                computed(
-                    "Money for a million tokens",
-                    METRICS["raymill_cost_money"].unit,
-                    "Of the run so far.",
-                    money=f"{_total('raymill_cost_money')} / {_total('raymill_train_tokens_seen')} * 1e6",
-                )
-            ),
-            as_stat(
-                computed(
-                    "Tokens a device-second",
-                    TOKENS_PER_S,
-                    "Tokens trained on, by the GPU-seconds or CPU-seconds held.",
-                    tokens=f"{_total('raymill_train_tokens_seen')} / {_total('raymill_cost_device_seconds')}",
-                )
+            number("Money for a million tokens", MONEY, "Of the run so far.", f"{_COST} / {_TOKENS} * 1e6"),
+            number(
+                "Tokens a device-second",
+                TOKENS_PER_S,
+                "Tokens trained on, by the GPU-seconds or CPU-seconds held.",
+                f"{_TOKENS} / {_now('raymill_cost_device_seconds')}",
             ),
             stat("Goodput", "raymill_train_goodput"),
             lines("Money so far", "raymill_cost_money"),
-            computed(
-                "Workers paid for",
-                WORKERS,
-                f"{METRICS['raymill_train_world_size'].help}.",
-                workers=_total("raymill_train_world_size"),
-            ),
+            lines("Workers paid for", "raymill_train_world_size"),
         ],
     },
     (_RUN,),
@@ -297,36 +268,26 @@ OBJECTIVES = Dashboard(
     "raymill: objective of the endpoint",
     {
         "Availability": [
-            as_stat(
-                computed(
-                    f"Answered, {PERIOD}",
-                    RATIO,
-                    f"Share of the valid completions that were answered whole; the objective is {OBJECTIVE:.1%}.",
-                    answered=f"1 - {error_ratio(PERIOD)}",
-                )
+            number(
+                f"Answered, {PERIOD}",
+                RATIO,
+                f"Share of the valid completions that were answered whole; the objective is {OBJECTIVE:.1%}.",
+                f"1 - {error_ratio(PERIOD)}",
             ),
-            as_stat(
-                computed("Error budget left", RATIO, f"Of the {PERIOD}; below 0 it is overspent.", left=budget_left())
-            ),
-            as_stat(
-                computed("Burn rate, 1 h", COUNT, "1 just uses up the budget.", burn=burn_rate("1h")),
-                (1, FAST_BURN),
-            ),
-            as_stat(
-                computed("Burn rate, 6 h", COUNT, "1 just uses up the budget.", burn=burn_rate("6h")),
-                (1, SLOW_BURN),
-            ),
+            number("Error budget left", RATIO, f"Of the {PERIOD}; below 0 it is overspent.", budget_left()),
+            number("Burn rate, 1 h", COUNT, _BURN, burn_rate("1h"), thresholds=(1, FAST_BURN)),
+            number("Burn rate, 6 h", COUNT, _BURN, burn_rate("6h"), thresholds=(1, SLOW_BURN)),
             replace(
                 computed(
                     "Burn rate of the error budget",
                     COUNT,
-                    f"Alerts fire where both 1 h and 5 m exceed {FAST_BURN:g}, or both 6 h and 30 m exceed "
+                    f"{_BURN} Alerts fire where both 1 h and 5 m exceed {FAST_BURN:g}, or both 6 h and 30 m exceed "
                     f"{SLOW_BURN:g}.",
-                    **{window: burn_rate(window) for window in ("5m", "30m", "1h", "6h")},
+                    {window: burn_rate(window) for window in ("5m", "30m", "1h", "6h")},
                 ),
                 thresholds=(SLOW_BURN, FAST_BURN),
             ),
-            computed("Failed completions", RATIO, "Share of the valid ones.", failed=error_ratio(RATE)),
+            computed("Failed completions", RATIO, "Share of the valid ones.", {"failed": error_ratio(RATE)}),
         ],
     },
     annotations=("promotion",),

@@ -26,7 +26,7 @@ _NODES = {"raymill/role": "node"}
 
 def files(prometheus_url: str = IN_CLUSTER_PROMETHEUS) -> dict[str, str]:
     """The content of each, by its path."""
-    texts = {f"dashboards/{uid}.json": json.dumps(body, indent=1) + "\n" for uid, body in documents().items()}
+    texts = {f"dashboards/{uid}.json": _json(body) for uid, body in documents().items()}
     parts = {
         "provisioning/dashboards.yaml": ("Grafana's provider of the folder dashboards/.", _provider()),
         "provisioning/datasource.yaml": (
@@ -57,6 +57,12 @@ def write_files(folder: Path, prometheus_url: str = IN_CLUSTER_PROMETHEUS) -> li
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(text, encoding="utf-8")
     return sorted(written)
+
+
+def _json(dashboard: dict[str, Any]) -> str:
+    """A panel a line, so that changes can be read."""
+    panels = ",\n".join(json.dumps(panel) for panel in dashboard["panels"])
+    return json.dumps(dashboard | {"panels": []}, indent=1).replace('"panels": []', f'"panels": [\n{panels}\n]') + "\n"
 
 
 def _yaml(body: Any) -> str:

@@ -54,6 +54,9 @@ class Keepers:
         assert plan.launch is not None
         self._plan, self._launch = plan, plan.launch
         self._keepers: dict[str, Any] = {}
+        self._newest_step = -1
+        self.snapshot_time_s: float | None = None
+        """When a newer one was first seen, Unix time."""
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._work, name="keepers", daemon=True)
 
@@ -77,8 +80,12 @@ class Keepers:
             if time.monotonic() < copied_until:
                 continue
             answers = ask({node: keeper.holdings.remote(verify=False) for node, keeper in self._keepers.items()})
+            holdings = [held for found in answers.values() for held in found]
+            newest = max((held.step for held in holdings), default=-1)
+            if newest != self._newest_step:
+                self._newest_step, self.snapshot_time_s = newest, time.time()
             start = time.monotonic()
-            self._copy([held for holdings in answers.values() for held in holdings], list(answers))
+            self._copy(holdings, list(answers))
             copied_until = time.monotonic() + (time.monotonic() - start) / _COPY_SHARE
 
     def _start_missing(self) -> None:

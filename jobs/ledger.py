@@ -222,6 +222,26 @@ class Ledger:
                 start, last_step = None, line
 
 
+class LedgerTail:
+    """The lines of a run as they are added, each read once."""
+
+    def __init__(self, run: Storage) -> None:
+        self._run, self._size = run, 0
+        self.ledger = Ledger([])
+        """All lines so far."""
+
+    def read(self) -> list[Line]:
+        """The new ones. Raises `StorageError`."""
+        entry = self._run.stat(LEDGER)
+        if entry is None or entry.size <= self._size:
+            return []
+        content = self._run.read_bytes(LEDGER, start=self._size).rpartition(b"\n")[0] + b"\n"
+        new = Ledger.parse(content).lines
+        self._size += len(content) if new else 0
+        self.ledger.lines.extend(new)
+        return new
+
+
 def _stored(run: Storage) -> bytes:
     try:
         return run.read_bytes(LEDGER)

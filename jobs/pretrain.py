@@ -4,10 +4,7 @@ import dataclasses
 import os
 import secrets
 import sys
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import ray.train
@@ -19,10 +16,10 @@ from ray.util import get_node_ip_address
 from cluster.config import RunConfig, max_steps, to_yaml
 from cluster.flags import ConfigError
 from cluster.lease import Lease
-from cluster.progress import report_progress, say
+from cluster.progress import say
 from cluster.registry import publications, publish
 from cluster.stage import StageFailedError, code_version, stage_main
-from cluster.storage import Storage, StorageError, open_storage
+from cluster.storage import Storage, open_storage
 from jobs.background_tokenizing import tokenizing, wait_for_first_rows
 from jobs.checkpoints import RunCheckpoints
 from jobs.failures import one_line
@@ -33,8 +30,8 @@ from jobs.outage import patiently
 from jobs.preemption import stopping_on_sigterm
 from jobs.rendezvous import meeting_place
 from jobs.run_history import CONFIG_FILE, recorded_config
-from jobs.run_messages import TOLD, Patience, told
 from jobs.run_plan import RunPlan, run_storage
+from jobs.run_watcher import watching
 from jobs.standby import worker_environment
 from jobs.token_store import MANIFEST
 from jobs.tokenize_corpus import token_store, tokenize
@@ -43,8 +40,6 @@ from jobs.train_tokenizer import ensure_tokenizer
 from jobs.train_worker import train_worker
 from jobs.validation_sets import validation_stores
 from jobs.worker_backend import Drains, NodeLosses, Trainer, WorkerBackend
-
-_PROGRESS_INTERVAL_S = 2.0
 
 _RAY_TRAIN_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a failure is seen ten times as soon
@@ -101,8 +96,8 @@ def _train_and_publish(
                 wait_for_first_rows(plan)
             with (
                 stopping_on_sigterm(run),
-                _watched(plan),
-                Keepers(plan),
+                Keepers(plan) as keepers,
+                watching(plan, snapshot_time_s=lambda: keepers.snapshot_time_s),
                 meeting_place(get_node_ip_address()) as address,
             ):
                 _fit(plan, address)
@@ -179,40 +174,6 @@ def _trainer(plan: RunPlan, address: str) -> Trainer:
             callbacks=callbacks,  # type: ignore[arg-type]  # typed as its old API
         ),
     )
-
-
-@contextmanager
-def _watched(plan: RunPlan) -> Iterator[None]:
-    """Reports the run's progress from its ledger, as anyone could who only sees its storage."""
-    run, total, done = plan.run, max_steps(plan.config), threading.Event()
-    patience = Patience(run, plan.config.scaling)
-
-    def watch() -> None:
-        seen = last_step = 0
-        while not done.wait(_PROGRESS_INTERVAL_S):
-            try:
-                ledger = Ledger.read(run)
-            except StorageError:  # an outage, which the run itself tells of
-                continue
-            events = ledger.events(*TOLD)
-            for event in events[seen:]:
-                say(told(event))
-            seen = len(events)
-            if message := patience.message(ledger, now_s=time.monotonic()):
-                say(message)
-            line = ledger.steps[-1] if ledger.steps else {"step": 0}
-            if line["step"] != last_step:
-                last_step = line["step"]
-                note = f"loss {line['loss']:.3f}, {line['tokens_per_s']:.0f} tokens/s, {line['world_size']} workers"
-                report_progress("training", done=line["step"], total=total, unit="steps", note=note)
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        done.set()
-        watcher.join()
 
 
 def _figures(run: Storage, ledger: Ledger, checkpoint: str) -> dict[str, Any]:

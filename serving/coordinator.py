@@ -9,6 +9,7 @@ import logging
 import time
 from typing import Any, NamedTuple
 
+from cluster.grafana import Annotation, Annotator
 from cluster.registry import ENDPOINTS
 from cluster.serve_config import ServeConfig
 from cluster.storage import AlreadyExistsError, ConflictError, StorageError, open_storage
@@ -44,6 +45,7 @@ class Coordinator:
         self._phase_began_s = time.monotonic()
         self._reports: dict[str, tuple[float, ReplicaReport]] = {}
         self._lock = asyncio.Lock()  # one change at a time
+        self._annotator = Annotator.from_environment()
         self._delivery = self._restored()
 
     async def exchange(self, deployment: str, report: ReplicaReport) -> Reply:
@@ -151,7 +153,11 @@ class Coordinator:
         if before is None or state.phase is not before.phase or state.live != before.live:
             self._phase_began_s = time.monotonic()
             outcome = f"; {state.outcome.result}: {state.outcome.reason}" if state.outcome else ""
-            _log.warning("%s, live is %s%s", state.phase, state.live.checkpoint, outcome)
+            text = f"{state.phase}, live is {state.live.checkpoint}{outcome}"
+            _log.warning("%s", text)
+            if self._annotator is not None:
+                name = self._key.removeprefix(ENDPOINTS).removesuffix(".json")
+                self._annotator.add(Annotation(time.time(), "promotion", f"endpoint:{name}", text))
 
     def _store(self, state: Delivery) -> str:
         pinned = [version.checkpoint for version in state.known]

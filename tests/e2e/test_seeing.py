@@ -1,0 +1,131 @@
+"""A real Prometheus scrapes a training run with a killed worker and an endpoint: every panel has its data."""
+
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+
+from cluster.chaos import Chaos, parse_faults
+from cluster.config import RunConfig
+from cluster.dashboard_panels import DASHBOARDS, Panel
+from cluster.endpoint import deploy
+from cluster.local import LocalCluster, free_port
+from cluster.metric_table import SERIES
+from cluster.serve_config import ServeConfig
+from cluster.stage import Connection, run_stage
+from tests.prometheus import Prometheus, needs_prometheus, prometheus, wait_for
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, needs_prometheus]
+
+SEEN_ON_GPUS_ONLY = {"raymill_train_mfu", "ray_node_gpus_utilization", "ray_node_gram_used"}
+SEEN_WITH_AN_AUTOSCALER_ONLY = {"ray_cluster_pending_nodes"}
+CANNOT_BE_SEEN_HERE = {
+    name for name, metric in SERIES.items() if metric.name in SEEN_ON_GPUS_ONLY | SEEN_WITH_AN_AUTOSCALER_ONLY
+}
+
+
+@dataclass(frozen=True)
+class Scene:
+    prometheus: Prometheus
+    began_s: float
+    run_id: str
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    folder = tmp_path_factory.mktemp("seeing")
+    (folder / "texts").mkdir()
+    for number in range(21):
+        words = " ".join(f"w{(number % 20 * 31 + i * i) % 211}" for i in range(600))  # the last repeats the first
+        (folder / "texts" / f"{number:02d}.txt").write_text(f"Document {number % 20}. {words}")
+    config = RunConfig.model_validate(
+        {
+            "run_id": "seen",
+            "data": {"source": str(folder / "texts" / "*.txt"), "vocab_size": 400, "val_fraction": 0.2},
+            "model": {"preset": "tiny"},
+            "train": {
+                "max_tokens": 600 * 8 * 64,
+                "global_batch_size": 8,
+                "micro_batch_size": 2,
+                "seq_len": 64,
+                "eval_every_steps": 50,
+                "eval_max_tokens": 2048,
+            },
+            "scaling": {"min_workers": 1, "max_workers": 2, "price_per_device_hour": 2.5},
+            "checkpoint": {"save_every_steps": 50},
+            "storage": {"uri": str(folder / "store")},
+        }
+    )
+    began_s = time.time()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_metrics_report_interval_ms", "1000")  # of 10 s
+        with (
+            LocalCluster(num_nodes=2, cpus_per_node=3) as cluster,
+            prometheus(folder / "prometheus", scrape_targets=cluster.scrape_targets) as server,
+        ):
+            connection = Connection(cluster.jobs_url, {"Authorization": f"Bearer {cluster.token}"}, cluster)
+            with Chaos(parse_faults(["kill-worker@100"]), cluster=cluster, config=config):
+                run_stage(connection, "jobs.pretrain", config)
+            ask_an_endpoint(connection, folder, server)
+            yield Scene(server, began_s, "seen")
+
+
+def ask_an_endpoint(connection: Connection, folder: Path, server: Prometheus) -> None:
+    """Until Prometheus has seen its answers."""
+    config = ServeConfig.model_validate(
+        {"port": free_port(), "api_key_file": str(folder / "key"), "storage": {"uri": str(folder / "store")}}
+    )
+    endpoint = deploy(connection, config)
+    with httpx.Client(base_url=endpoint.url, headers=endpoint.headers, timeout=60) as client:
+        request = {"model": endpoint.model, "prompt": "Document 3.", "max_tokens": 16, "ignore_eos": True}
+
+        def answers_are_seen() -> bool:
+            for stream in (False, True):
+                assert client.post("/v1/completions", json=request | {"stream": stream}).status_code == 200
+            assert client.post("/v1/completions", json=request | {"n": -1}).status_code == 400
+            seen = server.get("query", query='ray_raymill_http_answers_total{outcome="ok"} > 2')["result"]
+            return bool(seen) and "ray_vllm_generation_tokens_total" in server.names()
+
+        wait_for(answers_are_seen, timeout_s=60)
+        time.sleep(4)  # two more scrapes, which a rate needs
+
+
+def substituted(expr: str, scene: Scene) -> str:
+    for name, value in {"$__rate_interval": "10s", "$run": scene.run_id, "$application": "raymill"}.items():
+        expr = expr.replace(name, value)
+    return expr
+
+
+def panels() -> list[Panel]:
+    return [panel for dashboard in DASHBOARDS for row in dashboard.rows.values() for panel in row]
+
+
+def test_what_is_exported_is_what_the_table_says(scene: Scene) -> None:
+    names = scene.prometheus.names()
+    ours = {name for name in names if name.startswith(("ray_raymill_", "ray_vllm_"))}
+    assert ours - SERIES.keys() == set()
+    assert SERIES.keys() - names == CANNOT_BE_SEEN_HERE
+
+
+@pytest.mark.parametrize("panel", panels(), ids=lambda panel: panel.title)
+def test_every_panel_has_data(panel: Panel, scene: Scene) -> None:
+    for query in panel.queries:
+        if set(re.findall(r"ray_\w+", query.expr)) & CANNOT_BE_SEEN_HERE:
+            pytest.skip("needs GPUs or an autoscaler")
+        found = scene.prometheus.history(substituted(query.expr, scene), since_s=scene.began_s)
+        numbers = [value for series in found for _, value in series["values"] if value != "NaN"]
+        assert numbers, query.expr
+
+
+def test_labels_are_those_of_the_table(scene: Scene) -> None:
+    for name, metric in SERIES.items():
+        if name in CANNOT_BE_SEEN_HERE:
+            continue
+        for series in scene.prometheus.get("series", **{"match[]": name}):
+            assert set(metric.all_labels) <= series.keys(), series
+            if metric.values:
+                assert {series[label] for label in metric.labels} <= set(metric.values)
