@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cluster.config import RunConfig, max_steps, seq_len
+from cluster.config import RunConfig, batch_schedule, max_steps, seq_len
 from cluster.flags import ConfigError
 from cluster.storage import open_storage
 from jobs.ledger import Ledger
@@ -34,7 +34,7 @@ def plan_rows(ledger: Ledger, config: RunConfig, plan: Mapping[str, Any] | None)
     of its GPUs."""
     last, taken = ledger.steps[-1], [line for line in ledger.lines if "event" not in line]
     per_token = flops_per_token(config.model, seq_len(config))
-    computed = sum(_tokens(line) for line in taken)
+    computed = sum(batch_schedule(config).step_tokens(line["step"]) for line in taken)
     rows = [
         ("Tokens", f"{config.train.max_tokens:,}", f"{last['tokens_seen']:,}"),
         ("Steps", f"{max_steps(config):,}", f"{len(ledger.steps):,}, {len(taken):,} with those taken again"),
@@ -63,10 +63,6 @@ def plan_rows(ledger: Ledger, config: RunConfig, plan: Mapping[str, Any] | None)
         ("MFU", f"{plan['mfu']:.1%}", f"{sum(mfu) / len(mfu):.1%}" if mfu else "not known on this hardware"),
         ("Cost", f"${plan['cost']:,.2f}", f"${hours * plan['price_per_gpu_hour']:,.2f} at the plan's price"),
     ]
-
-
-def _tokens(line: Mapping[str, Any]) -> float:
-    return float(line["tokens_per_s"] * line["wall_s"])
 
 
 def _flops(value: float) -> str:

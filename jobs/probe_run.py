@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from cluster.config import seq_len
 from cluster.flags import Parser
-from cluster.progress import report_progress
+from cluster.progress import say
 from cluster.stage import print_result
 from cluster.storage import Storage, join_uri
 from jobs.checkpoints import RunCheckpoints
@@ -48,7 +48,7 @@ def probe_run(run: Storage) -> dict[str, Any]:
                 **{name: round(share, 4) for name, share in probe(model, seq_len=seq_len(config)).items()},
             }
         )
-        report_progress("probing", done=number, total=len(names), unit="checkpoints")
+        say(f"probed {number} of {len(names)} checkpoints")
     run.write_bytes("report/probes.png", draw(found))
     return {"checkpoints": found, "figure": join_uri(run.uri, "report/probes.png")}
 

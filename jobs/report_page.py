@@ -22,6 +22,7 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th, td { text-align: left; vertical-align: top; padding: .25rem .75rem .25rem 0; border-bottom: 1px solid var(--line);
   overflow-wrap: anywhere }
 thead th, tbody th { font-weight: 600 } tbody th { width: 32% }
+.scroll td:not(:last-child) { overflow-wrap: normal }
 .scroll { overflow: auto; max-height: 32rem } .scroll:focus { outline: 2px solid var(--quiet) }
 td.text { white-space: pre-wrap; font-family: ui-monospace, monospace; font-size: .875rem }
 td.text b { font-weight: 400; color: var(--quiet) }
