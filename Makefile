@@ -16,8 +16,10 @@ export TOKENIZERS_PARALLELISM ?= false
 demo: $(INSTALLED)
 	$(BIN)/raymill demo
 
+# What starts no cluster, two files at a time; then the rest, one after the other. Both parts run, whatever the first says.
 test: $(INSTALLED)
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow and not cluster" --numprocesses 2 --dist loadfile; first=$$?; \
+	$(BIN)/pytest -m "not slow and cluster" && exit $$first
 
 test-all: $(CLIENTS_INSTALLED)
 	$(BIN)/pytest

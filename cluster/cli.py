@@ -25,7 +25,7 @@ from model.errors import UserError
 def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _exit_on_signal)
     try:
-        arguments = _parser().parse_args(argv)
+        arguments = command_parser().parse_args(argv)
         arguments.show = lambda result: _show(result, as_json=arguments.json)
         result = arguments.run(arguments)
     except UserError as error:
@@ -45,7 +45,7 @@ def _exit_on_signal(number: int, frame: FrameType | None) -> None:
     sys.exit(128 + number)  # as a shell reports it; contexts on the way out end what they started
 
 
-def _parser() -> Parser:
+def command_parser() -> Parser:
     parser = Parser(prog="raymill", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
 

@@ -62,7 +62,7 @@ class EngineConfig(Settings):
     )
     prefix_cache: bool = Field(default=True, description="prompts that start alike are read once while the cache lasts")
     prefill_tokens_per_step: int = Field(
-        default=256, ge=1, description="prompt tokens read in a step, for which the running sequences wait"
+        default=96, ge=1, description="prompt tokens read in a step, for which the running sequences wait"
     )
 
 

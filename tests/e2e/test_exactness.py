@@ -73,7 +73,9 @@ def alone(connection: Connection, corpus: Path, storage_uri: str) -> tuple[dict[
     return run_stage(connection, "jobs.pretrain", config), losses(config)
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize(
+    "world_size", [pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_any_number_of_workers_gives_the_same_bits(
     connection: Connection,
     corpus: Path,
@@ -103,6 +105,7 @@ def test_kills_and_resizes_change_nothing(
     assert losses(config) == alone[1]
 
 
+@pytest.mark.slow
 def test_stock_ddp_trains_too_but_with_other_bits(
     connection: Connection, corpus: Path, storage_uri: str, alone: tuple[dict[str, Any], list[float]]
 ) -> None:

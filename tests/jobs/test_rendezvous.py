@@ -47,7 +47,9 @@ class Group:
             time.sleep(0.02)
 
 
-@pytest.mark.parametrize("victims", [[1], [0], [2, 0], [1, 1]])
+@pytest.mark.parametrize(
+    "victims", [pytest.param([1], marks=pytest.mark.slow), [0], pytest.param([2, 0], marks=pytest.mark.slow), [1, 1]]
+)
 def test_only_the_lost_are_started_again(victims: list[int], tmp_path: Path) -> None:
     rng = random.Random(str(victims))
     with meeting_place("127.0.0.1") as address:

@@ -32,6 +32,8 @@ from tests.serving.conftest import FRAGILE_POSITION
 from tests.serving.delivery_parts import Admin, Load, as_transformers_folder, greedy_texts, write_model
 from tests.serving.endpoint_parts import children_with, free_port, ray_cluster, wait_until
 
+pytestmark = pytest.mark.cluster
+
 KEYS = [f"sk-user-{number}" for number in range(40)]
 ADMIN_KEY = "sk-admin"
 WATCH_S = 1.0

@@ -28,6 +28,8 @@ from model.tokenizer import Tokenizer
 from serving.app import run
 from tests.serving.endpoint_parts import children_with, free_port, metric, ray_cluster, wait_until
 
+pytestmark = pytest.mark.cluster
+
 KEY = "sk-test"
 MODEL = "tiny"
 NUM_SLOTS, MAX_WAITING = 8, 100

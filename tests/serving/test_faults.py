@@ -20,6 +20,8 @@ from serving.app import run
 from tests.serving.endpoint_parts import children_with, free_port, num_running_replicas, ray_cluster, wait_until
 from tests.serving.load import Ask, End, Load, greedy_asks, percentile
 
+pytestmark = pytest.mark.cluster
+
 MODEL = "tiny"
 NUM_REPLICAS, NUM_SLOTS, MAX_QUEUE_S = 2, 4, 20.0
 NUM_CLIENTS = 16

@@ -25,6 +25,8 @@ from tests.serving.hostile_requests import MODEL
 from tests.serving.openapi import openapi
 from tests.serving.test_hostile import assert_error, processes_of
 
+pytestmark = pytest.mark.cluster
+
 ROUTES = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize", "/v1/xray")
 TIMEOUT_S = 30.0  # an answer that takes longer counts as none
 VOCAB_SIZE = 300

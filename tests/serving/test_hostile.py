@@ -24,6 +24,8 @@ from tests.serving.conftest import FRAGILE_POSITION
 from tests.serving.endpoint_parts import free_port, metric, ray_cluster, wait_until
 from tests.serving.hostile_requests import MODEL, TABLE, Hostile
 
+pytestmark = pytest.mark.cluster
+
 KEY, ADMIN_KEY, LIMITED_KEY = "sk-test", "sk-admin", "sk-limited"
 SECRET_PROMPT = "\x1b[31mmarker-of-a-prompt\x1b[0m\n[link](javascript:x)"
 BOUNDS = HttpConfig(

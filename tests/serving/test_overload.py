@@ -17,6 +17,8 @@ from tests.serving.delivery_parts import write_model
 from tests.serving.endpoint_parts import children_with, free_port, ray_cluster, replica_app
 from tests.serving.load import Ask, End, Load, greedy_asks, percentile
 
+pytestmark = pytest.mark.cluster
+
 MODEL = "long"
 NUM_SLOTS, MAX_TOKENS = 4, 250
 MAX_QUEUE_S = 0.4  # about half of what an answer takes

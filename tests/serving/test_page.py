@@ -20,7 +20,10 @@ from serving.app import run
 from tests.serving.endpoint_parts import free_port, ray_cluster
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium"),
+]
 
 KEY = "sk-page"
 PROMPT = "the quick fox"

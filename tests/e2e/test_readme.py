@@ -1,0 +1,165 @@
+"""Follows README.md: every block of commands is typed as it stands, on a corpus and a model that are small.
+
+What is replaced: names that stand for the reader's own (a run's id, hosts, a bucket), ports, and sizes. `make demo` and
+`make test` are left out here; those of k8s/README.md are in ../k8s/test_cluster_command.py.
+"""
+
+import gzip
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cluster.local import LocalCluster, free_port
+from tests.cluster.grafana_stub import grafana_stub
+from tests.readmes import REPOSITORY, Command, blocks_of_commands
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+SETTINGS: dict[str, Any] = {
+    "model.preset": "tiny",
+    "data.vocab_size": 400,
+    "data.val_fraction": 0.2,
+    "train.max_tokens": 16384,
+    "train.global_batch_size": 8,
+    "train.micro_batch_size": 2,
+    "train.seq_len": 64,
+    "train.eval_max_tokens": 4096,
+}
+SMALLER = {"small-10m": "tiny", "20000000": "16384"}
+EXIT_CODES = {"diff": 1}  # the two runs differ
+BLOCKS = [
+    block
+    for name in ("README.md", "k8s/scale.md")
+    for block in blocks_of_commands(REPOSITORY / name)
+    if not {command.program for command in block} & {"make", "kubectl"}
+]
+
+
+class Reader:
+    """Who types the commands, in a folder with a corpus, a configuration and key files."""
+
+    def __init__(self, folder: Path, stands_for: dict[str, str]) -> None:
+        self._folder, self._stands_for = folder, stands_for
+        self._server: subprocess.Popen[str] | None = None
+        self._exported: dict[str, str] = {}
+
+    def follow(self, block: list[Command]) -> None:
+        self._exported = {}
+        try:
+            for command in block:
+                self._type(command)
+        finally:
+            self._end_server()
+
+    def _type(self, command: Command) -> None:
+        line = self._replaced(command.line)
+        words = shlex.split(line, comments=True)
+        if words[0] == "export":
+            self._exported |= dict(word.split("=", 1) for word in words[1:])
+        elif words[0] == "curl":
+            self._curl(line)
+        elif words[1] == "serve":
+            self._serve(words[1:])
+        else:
+            self._raymill(words[1:])
+
+    def _replaced(self, line: str) -> str:
+        for name, value in self._stands_for.items():
+            line = line.replace(name, value)
+        return line
+
+    @property
+    def _environment(self) -> dict[str, str]:
+        return os.environ | {"PYTHONPATH": str(REPOSITORY)} | self._exported
+
+    def _raymill(self, arguments: list[str]) -> None:
+        if arguments[0] == "pretrain" and "run.yaml" not in arguments:
+            flags = {f"--{name.replace('_', '-')}": str(value) for name, value in SETTINGS.items()}
+            arguments = arguments + [word for flag in flags.items() if flag[0] not in arguments for word in flag]
+        done = subprocess.run(
+            [sys.executable, "-m", "cluster.cli", *arguments, "--json"],
+            cwd=self._folder,
+            env=self._environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
+        assert done.returncode == EXIT_CODES.get(arguments[0], 0), f"{arguments}: {done.stdout}{done.stderr}"
+        result = json.loads(done.stdout.splitlines()[-1])
+        if arguments[0] == "pretrain":
+            self._stands_for.setdefault("RUN_ID", result["run_id"])
+
+    def _serve(self, arguments: list[str]) -> None:
+        self._server = subprocess.Popen(
+            [sys.executable, "-m", "cluster.cli", *arguments, "--json"],
+            cwd=self._folder,
+            env=self._environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self._server.stdout is not None
+        self._stands_for["MODEL"] = json.loads(self._server.stdout.readline())["model"]
+
+    def _curl(self, line: str) -> None:
+        done = subprocess.run(
+            ["/bin/bash", "-c", f"{line} --fail --silent --show-error"],
+            cwd=self._folder,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.rstrip().endswith("data: [DONE]"), done.stdout
+
+    def _end_server(self) -> None:
+        if self._server is not None:
+            self._server.send_signal(signal.SIGTERM)
+            assert self._server.wait(60) == 128 + signal.SIGTERM
+            self._server = None
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory, s3_server: str) -> Iterator[Reader]:
+    import boto3
+
+    folder = tmp_path_factory.mktemp("reader")
+    (folder / "texts").mkdir()
+    with gzip.open(folder / "texts" / "all.jsonl.gz", "wt", encoding="utf-8") as file:
+        for number in range(30):
+            words = " ".join(f"w{(number * 31 + i * i) % 211}" for i in range(600))
+            file.write(json.dumps({"text": f"Document {number}. {words}"}) + "\n")
+    settings: dict[str, Any] = {"data": {"source": str(folder / "texts" / "*.jsonl.gz")}}
+    for name, value in SETTINGS.items():
+        section, key = name.split(".")
+        settings.setdefault(section, {})[key] = value
+    (folder / "run.yaml").write_text(yaml.safe_dump(settings))
+    boto3.client("s3", endpoint_url=s3_server).create_bucket(Bucket="of-the-reader")
+    with ExitStack() as stack:
+        stub = stack.enter_context(grafana_stub())
+        (folder / "token").write_text(stub.token)
+        cluster = stack.enter_context(LocalCluster(num_nodes=1, cpus_per_node=3))
+        stands_for = {
+            "http://head:8265": cluster.jobs_url,
+            "RAY_AUTH_TOKEN=…": f"RAY_AUTH_TOKEN={cluster.token}",
+            "s3://bucket/prefix": "s3://of-the-reader/prefix",
+            "https://grafana.example.org": stub.url,
+            "8000": str(free_port()),
+        }
+        yield Reader(folder, stands_for | SMALLER)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block[0].place)
+def test_a_block_of_commands_works_as_it_stands(block: list[Command], reader: Reader) -> None:
+    reader.follow(block)
