@@ -157,10 +157,9 @@ def kill_worker(task: Task) -> Any:
 def test_a_file_that_kills_its_reader_stops_the_job_by_name(ray_workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data_tasks, "_MAX_RETRIES", 1)
     tasks = [{"parts": [{"uri": uri}]} for uri in ("a.txt", "poison.parquet", "b.txt")]
-    results = run_tasks(tasks, kill_worker)
-    assert next(results).content == b"done"
     with pytest.raises(UserError, match=r"a worker died each time at one of \d files, .*poison\.parquet.* first; "):
-        list(results)
+        for result in run_tasks(tasks, kill_worker):
+            assert result.content == b"done"
 
 
 def changed_tokenizer(result: dict[str, Any], folder: Path, change: Callable[[dict[str, Any]], Any]) -> str:
