@@ -56,7 +56,7 @@ $(INSTALLED): pyproject.toml .ci/constraints.txt
 	touch $@
 
 $(CLIENTS_INSTALLED): $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable '.[clients]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable '.[clients,tracking]'
 	touch $@
 
 $(BENCH_INSTALLED): $(INSTALLED)

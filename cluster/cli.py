@@ -106,6 +106,8 @@ def command_parser() -> Parser:
     for name, (_, about) in commands.RUN_COMMANDS.items():
         _run_arguments(command(name, commands.look_at_run(name), about), name)
 
+    _track_arguments(command("track", commands.track, "bring a run's curves to Weights & Biases or MLflow"))
+
     _lend_arguments(
         command("lend", commands.lend_workers, "have a running elastic run shrink for a while, and grow again")
     )
@@ -224,6 +226,15 @@ def _endpoint_commands(command: Callable[..., Parser]) -> None:
 def _operator_arguments(parser: Parser) -> None:
     parser.add_argument("--url", help="endpoint, such as http://127.0.0.1:8000")
     parser.add_argument("--admin-key-file", type=Path, help="file with the admin key")
+    _storage_argument(parser)
+
+
+def _track_arguments(parser: Parser) -> None:
+    parser.add_argument("run_uri", metavar="RUN", help="run id, or path or URI of a run's folder")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--wandb", metavar="PROJECT", help="a project of Weights & Biases")
+    where.add_argument("--mlflow", metavar="EXPERIMENT", help="an experiment of MLflow")
+    parser.add_argument("--follow", action="store_true", help="go on until the run has ended")
     _storage_argument(parser)
 
 

@@ -126,6 +126,12 @@ def look_at_run(name: str) -> Command:
     return run
 
 
+def track(arguments: argparse.Namespace) -> dict[str, Any]:
+    where = [f"--{name}={value}" for name in ("wandb", "mlflow") if (value := getattr(arguments, name))]
+    options = [*where, *(["--follow"] if arguments.follow else [])]
+    return run_module("jobs.track_run", arguments.run_uri, *options, "--storage.uri", storage_uri(arguments))
+
+
 def lend_workers(arguments: argparse.Namespace) -> dict[str, Any]:
     """Writes, ends or shows a loan of a run's workers."""
     run = open_storage(storage_uri(arguments)).child(f"runs/{arguments.run_id}")

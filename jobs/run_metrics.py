@@ -15,6 +15,11 @@ class Sample(NamedTuple):
     value: float
     label: str = ""
 
+    @property
+    def curve(self) -> str:
+        """Its name among a run's curves: `train_phase_seconds` of load is `train/phase_seconds/load`."""
+        return "/".join([*self.name.split("_", 1), *([self.label] if self.label else [])])
+
 
 class RunFigures:
     """Of the lines that it was given, all of them from the first one on."""
@@ -96,6 +101,21 @@ class RunFigures:
         if step in self._wall_s:
             self._counts["train_lost_steps"] += 1
             self._useful_s -= self._wall_s.pop(step)
+
+
+def curve_samples(line: Line) -> list[Sample]:
+    """What a line of the ledger adds to a run's curves: something for steps and validations."""
+    match line.get("event"):
+        case None:
+            return [*step_samples(line), Sample("train_world_size", line["world_size"])]
+        case "validation":
+            return [
+                Sample(f"train_validation_{name}", measured[f"val_{name}"], of)
+                for of, measured in [("val", line), *line.get("sets", {}).items()]
+                for name in ("loss", "bits_per_byte")
+            ]
+        case _:
+            return []
 
 
 def step_samples(line: Line) -> Iterator[Sample]:

@@ -16,7 +16,7 @@ from tensorboardX.record_writer import masked_crc32c
 
 from cluster.storage import Storage, StorageError
 from jobs.ledger import Line
-from jobs.run_metrics import Sample, step_samples
+from jobs.run_metrics import curve_samples
 
 FOLDER = "tensorboard"
 _COPY_INTERVAL_S = 30.0  # to storage that is not on this machine; more where the file is large
@@ -36,23 +36,12 @@ class TensorBoardFiles:
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
 
     def add(self, line: Line) -> None:
-        match line.get("event"):
-            case None:
-                samples = [*step_samples(line), Sample("train_world_size", line["world_size"])]
-            case "validation":
-                samples = [
-                    Sample(f"train_validation_{name}", measured[f"val_{name}"], of)
-                    for of, measured in [("val", line), *line.get("sets", {}).items()]
-                    for name in ("loss", "bits_per_byte")
-                ]
-            case "start":  # the steps after it are taken again
-                session = SessionLog(status=SessionLog.START)
-                self._write(Event(wall_time=line["time"], step=line["step"] + 1, session_log=session))
-                return
-            case _:
-                return
-        values = [Summary.Value(tag=_tag(sample), simple_value=sample.value) for sample in samples]
-        self._write(Event(wall_time=line["time"], step=line["step"], summary=Summary(value=values)))
+        if line.get("event") == "start":  # the steps after it are taken again
+            session = SessionLog(status=SessionLog.START)
+            self._write(Event(wall_time=line["time"], step=line["step"] + 1, session_log=session))
+        elif samples := curve_samples(line):
+            values = [Summary.Value(tag=sample.curve, simple_value=sample.value) for sample in samples]
+            self._write(Event(wall_time=line["time"], step=line["step"], summary=Summary(value=values)))
 
     def flush(self, *, at_once: bool = False) -> None:
         """Raises `StorageError`, or `OSError` where a disk is full."""
@@ -92,8 +81,3 @@ class TensorBoardFiles:
         length = struct.pack("<Q", len(data))
         for part in (length, data):
             self._waiting += part + struct.pack("<I", masked_crc32c(part))
-
-
-def _tag(sample: Sample) -> str:
-    """`train_phase_seconds` of load is `train/phase_seconds/load`."""
-    return "/".join([*sample.name.split("_", 1), *([sample.label] if sample.label else [])])
