@@ -1,0 +1,136 @@
+"""One pod as a real Ray node on this machine: a `ray start --block` with what its manifest gives it.
+
+From the manifest come the resources, the environment, the preStop hook and the grace period. The pod's own address,
+127.0.1.N, is that of the name `pod.internal` for its processes alone; Ray's own ports are on 127.0.0.1 for all pods.
+The kernel ends the pod with the thread that started it, also where this process dies.
+"""
+
+import ctypes
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import psutil
+from ray.autoscaler._private.kuberay.utils import parse_quantity
+
+from cluster.local import NODE_NAME_VARIABLE, free_port
+from tests.k8s.manifests import Manifest
+
+POD_HOST = "pod.internal"
+
+_REPOSITORY = Path(__file__).parents[2]
+_OBJECT_STORE_BYTES = 80 << 20
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class PodProcess:
+    """Runs from the moment it is made, until it is told to end or killed."""
+
+    def __init__(
+        self, name: str, group: Manifest, flags: list[str], *, number: int, environment: Mapping[str, str], folder: Path
+    ) -> None:
+        """`group` is a `headGroupSpec` or one of the `workerGroupSpecs`; `environment` stands above this process's."""
+        self.name, self.address = name, f"127.0.1.{number}"
+        self.log = folder / f"{name}.log"
+        self._pod_spec, self._environment = group["template"]["spec"], environment | {NODE_NAME_VARIABLE: name}
+        hosts = folder / f"hosts-{number}"
+        hosts.write_text(f"127.0.0.1 localhost\n{self.address} {POD_HOST}\n")
+        command = [sys.executable, str(_REPOSITORY / "cluster/start_node.py"), "start", "--block", *flags]
+        command += ["--node-ip-address", "127.0.0.1", "--object-store-memory", str(_OBJECT_STORE_BYTES)]
+        command += ["--min-worker-port", "0", "--max-worker-port", "0", "--log-color", "false"]
+        command += ["--dashboard-agent-listen-port", str(free_port()), "--temp-dir", str(folder / f"pod-{number}")]
+        params = _resources(self._container) | group["rayStartParams"]
+        command += [word for key, value in params.items() for word in (f"--{key}", value)]
+        script = f"mount --bind {shlex.quote(str(hosts))} /etc/hosts && exec {shlex.join(command)}"
+        self._process = start_bound(["unshare", "--mount", "sh", "-c", script], self._environment, self.log)
+        self._descendants: list[psutil.Process] = []
+        self._pre_stop: subprocess.Popen[bytes] | None = None
+        self._killed_at_s: float | None = None
+
+    @property
+    def is_told_to_end(self) -> bool:
+        return self._killed_at_s is not None
+
+    def tell_to_end(self) -> None:
+        """As a kubelet: the preStop hook, then SIGTERM, and SIGKILL when the grace period is over."""
+        if self._killed_at_s is not None:
+            return
+        self._killed_at_s = time.monotonic() + self._pod_spec["terminationGracePeriodSeconds"]
+        hook = self._container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", ["true"])
+        self._pre_stop = start_bound(hook, self._environment, self.log)
+
+    def has_ended(self) -> bool:
+        """To be asked often: it also carries the end on. What an ended pod left behind is killed."""
+        known = {process for process in self._descendants if process.is_running()}
+        self._descendants = [*known, *(set(with_descendants(self._process.pid)) - known)]
+        if self._pre_stop is not None and self._pre_stop.poll() is not None:
+            self._pre_stop = None
+            self._process.send_signal(signal.SIGTERM)
+        if self._killed_at_s is not None and time.monotonic() > self._killed_at_s:
+            self._process.kill()
+        if self._process.poll() is None:
+            return False
+        end(self._descendants)
+        return True
+
+    def kill(self) -> None:
+        """SIGKILL, without a notice, to all that it runs."""
+        end([*self._descendants, *with_descendants(self._process.pid)])
+        self._process.wait()
+        if self._pre_stop is not None:
+            self._pre_stop.kill()
+            self._pre_stop.wait()
+
+    @property
+    def _container(self) -> Manifest:
+        return self._pod_spec["containers"][0]
+
+
+def start_bound(command: list[str], environment: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
+    """A process that gets SIGTERM when the thread that starts it ends."""
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=os.environ | environment,
+            start_new_session=True,
+            # One system call, safe beside other threads.
+            preexec_fn=_die_with_parent,  # noqa: PLW1509
+        )
+
+
+def with_descendants(pid: int) -> list[psutil.Process]:
+    try:
+        process = psutil.Process(pid)
+        return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def end(processes: list[psutil.Process]) -> None:
+    """SIGKILL; psutil knows a process by its start too, so that no other one of the same number is hit."""
+    for process in processes:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(processes, timeout=10)
+
+
+def _resources(container: Manifest) -> dict[str, str]:
+    """The flags of `ray start` that KubeRay makes of a container's limits."""
+    limits = container["resources"]["limits"]
+    flags = {"num-cpus": limits["cpu"], "num-gpus": limits.get("nvidia.com/gpu", "0"), "memory": limits["memory"]}
+    return {flag: str(int(parse_quantity(value))) for flag, value in flags.items()}
+
+
+def _die_with_parent() -> None:
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,0 +1,290 @@
+"""A RayCluster whose pods are real Ray nodes on this machine, scaled by Ray's own autoscaler.
+
+It does what KubeRay's operator and a kubelet would do for one RayCluster, and Ray's autoscaler runs as in its sidecar:
+it asks `api_stand_in.py` for more or fewer pods. `pod_process.py` says what a pod is. Not a Kubernetes: no scheduler,
+no containers, no probes but those of `service_stand_in.py`.
+
+One thread starts the processes, and ends them all.
+"""
+
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+
+from cluster.local import free_port
+from tests.k8s.api_stand_in import ApiStandIn
+from tests.k8s.manifests import Manifest, cluster_spec, find, of_kind
+from tests.k8s.pod_process import PodProcess, end, start_bound, with_descendants
+from tests.redis_server import Redis
+
+MAX_STARTS = 12
+"""Of pods: a cluster that flaps must not fill the machine with processes."""
+
+_REPOSITORY = Path(__file__).parents[2]
+_POLL_S = 0.3
+_START_TIMEOUT_S = 90.0
+
+
+@dataclass
+class _Pod:
+    """A worker, or the wish for one."""
+
+    name: str
+    group: Manifest
+    process: PodProcess | None = None  # None while no Kubernetes node has room for it
+    is_leaving: bool = False
+
+
+class PodCluster:
+    """Starts on entering the context, with its head and autoscaler; ends on leaving it."""
+
+    def __init__(self, objects: list[Manifest], name: str, *, num_nodes: int, redis: Redis | None = None) -> None:
+        """Of all `objects` of a kustomization, the cluster of the one called `Kind/name`. The Kubernetes nodes have
+        room for `num_nodes` of its worker pods; further ones stay Pending. `redis` stands for the one that it names."""
+        owner = find(objects, name)
+        self.name, self.namespace = owner["metadata"]["name"], owner["metadata"]["namespace"]
+        self.num_nodes = num_nodes
+        self.problem: BaseException | None = None
+        """What ended the thread of the pods before its time."""
+        self._spec = cluster_spec(owner)
+        self._redis = redis
+        assert (redis is not None) == ("gcsFaultToleranceOptions" in self._spec)
+        self._config_maps = {item["metadata"]["name"]: item["data"] for item in of_kind(objects, "ConfigMap")}
+        self._folder = Path(tempfile.mkdtemp(prefix="pods-"))  # Ray's socket paths must stay short
+        self._gcs_port, self._dashboard_port = free_port(), free_port()
+        self._token = secrets.token_hex(32)
+        self._pods: dict[str, _Pod] = {}
+        self._head: PodProcess | None = None
+        self._autoscaler: Any = None
+        self._num_starts = 0
+        self._lock = threading.RLock()
+        self._is_up, self._ended = threading.Event(), threading.Event()
+        self._api = ApiStandIn(self._folder)
+        self._thread = threading.Thread(target=self._live, name="pods", daemon=True)
+
+    @property
+    def jobs_url(self) -> str:
+        return f"http://127.0.0.1:{self._dashboard_port}"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """With the token, for what answers at `jobs_url`."""
+        return {"Authorization": f"Bearer {self._token}"}
+
+    @property
+    def running(self) -> list[str]:
+        """Names of the worker pods that run and are not told to end."""
+        return [process.name for process in self._running()]
+
+    @property
+    def addresses(self) -> list[str]:
+        """Of those pods."""
+        return [process.address for process in self._running()]
+
+    @property
+    def pending(self) -> list[str]:
+        """Names of the worker pods that no node has room for."""
+        with self._lock:
+            return [pod.name for pod in self._pods.values() if pod.process is None]
+
+    def autoscaler_log(self) -> str:
+        return (self._folder / "autoscaler.log").read_text(errors="replace")
+
+    def kill(self, name: str) -> None:
+        """SIGKILL, without a notice, to all that the pod runs; its node stays."""
+        with self._lock:
+            process = self._pods[name].process
+            assert process is not None
+            process.kill()
+
+    def kill_head(self) -> None:
+        """SIGKILL to all that the head's pod runs, its autoscaler too; it is started again."""
+        with self._lock:
+            assert self._head is not None
+            self._head.kill()
+            self._end_autoscaler()
+
+    def take_back_node_of(self, name: str) -> None:
+        """As a cloud takes a spot node back: its pod is told to end, and there is one node less."""
+        with self._lock:
+            self.num_nodes -= 1
+            self._tell_to_end(self._pods[name])
+
+    def is_up(self) -> bool:
+        """Whether the head answers."""
+        try:
+            return httpx.get(f"{self.jobs_url}/api/v0/nodes", headers=self.headers, timeout=30).is_success
+        except httpx.TransportError:
+            return False
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        while not self._is_up.wait(_POLL_S):
+            if self.problem is not None:
+                self.__exit__(None, None, None)
+                raise self.problem
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._thread.join()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _live(self) -> None:
+        try:
+            with self._api.serving():
+                token = self._folder / "token"
+                token.touch(mode=0o600)
+                token.write_text(self._token)
+                self._api.put(self._cluster_path, self._ray_cluster())
+                self._start_head()
+                self._is_up.set()
+                while not self._ended.wait(_POLL_S):
+                    with self._lock:
+                        self._reconcile()
+        except BaseException as error:
+            self.problem = error
+            raise
+        finally:
+            self._end_all()
+
+    def _start_head(self) -> None:
+        """With the autoscaler, which is a container of the same pod."""
+        group = self._spec["headGroupSpec"]
+        flags = ["--head", "--port", str(self._gcs_port), "--dashboard-host", "127.0.0.1"]
+        flags += ["--dashboard-port", str(self._dashboard_port), "--ray-client-server-port", str(free_port())]
+        state = {}
+        if self._redis is not None:
+            state = {"RAY_REDIS_ADDRESS": self._redis.address, "REDIS_PASSWORD": self._redis.password}
+            state["RAY_external_storage_namespace"] = self.name  # the operator takes the cluster's UID
+            flags += ["--redis-password", self._redis.password]
+        name = f"{self.name}-head"
+        self._head = self._start(name, "headgroup", group, flags, state)
+        self._api.put(self._pod_path(name), self._pod_object(name, "headgroup", group, kind="head", is_running=True))
+        deadline_s = time.monotonic() + _START_TIMEOUT_S
+        while not self.is_up():
+            assert not self._head.has_ended(), self._head.log.read_text(errors="replace")[-3000:]
+            assert time.monotonic() < deadline_s, f"{_START_TIMEOUT_S:.0f} s were too short for the head to answer"
+            assert not self._ended.wait(_POLL_S), "ended while starting"
+        command = [sys.executable, "-m", "ray.scripts.scripts", "kuberay-autoscaler", "--cluster-name", self.name]
+        command += ["--cluster-namespace", self.namespace, "--gcs-address", f"127.0.0.1:{self._gcs_port}"]
+        environment = self._api.environment | {"RAY_HEAD_POD_NAME": name, "KUBERAY_CRD_VER": "v1"}
+        log = self._folder / "autoscaler.log"
+        self._autoscaler = start_bound(command, self._environment | environment, log)
+
+    def _reconcile(self) -> None:
+        """One look at what the cluster should be and what it is."""
+        assert self._head is not None
+        if self._head.has_ended():
+            assert self._redis is not None, f"the head ended: {self._head.log.read_text(errors='replace')[-3000:]}"
+            self._end_autoscaler()
+            self._start_head()
+        assert self._autoscaler.poll() is None, f"the autoscaler ended: {self.autoscaler_log()[-3000:]}"
+        for pod in list(self._pods.values()):  # the operator deletes pods that have ended, and makes others
+            if pod.process.has_ended() if pod.process else pod.is_leaving:
+                del self._pods[pod.name]
+                self._api.delete(self._pod_path(pod.name))
+        for group in self._api.get(self._cluster_path)["spec"]["workerGroupSpecs"]:  # type: ignore[index]
+            for name in group.get("scaleStrategy", {}).get("workersToDelete", []):
+                if name in self._pods:
+                    self._tell_to_end(self._pods[name])
+            mine = [pod for pod in self._pods.values() if pod.group["groupName"] == group["groupName"]]
+            for _ in range(group["replicas"] - sum(not pod.is_leaving for pod in mine)):
+                pod = _Pod(f"{self.name}-{group['groupName']}-{secrets.token_hex(3)}", group)
+                self._pods[pod.name] = pod
+                self._show(pod)
+        for pod in self._pods.values():
+            if pod.process is None and len(self._running()) < self.num_nodes:
+                flags = ["--address", f"127.0.0.1:{self._gcs_port}"]
+                pod.process = self._start(pod.name, pod.group["groupName"], pod.group, flags, {})
+                self._show(pod)
+
+    def _running(self) -> list[PodProcess]:
+        with self._lock:
+            return [pod.process for pod in self._pods.values() if pod.process and not pod.is_leaving]
+
+    def _tell_to_end(self, pod: _Pod) -> None:
+        if pod.is_leaving:
+            return
+        pod.is_leaving = True
+        if pod.process is not None:
+            pod.process.tell_to_end()
+        change = {"metadata": {"deletionTimestamp": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}}
+        self._api.patch(self._pod_path(pod.name), "application/merge-patch+json", change)
+
+    def _start(
+        self, name: str, group_name: str, group: Manifest, flags: list[str], further: dict[str, str]
+    ) -> PodProcess:
+        self._num_starts += 1
+        assert self._num_starts <= MAX_STARTS, f"{MAX_STARTS} pods were started already; the cluster flaps"
+        container = group["template"]["spec"]["containers"][0]
+        environment: dict[str, str] = {}
+        for source in container.get("envFrom", []):
+            environment |= self._config_maps[source["configMapRef"]["name"]]
+        environment |= {variable["name"]: variable["value"] for variable in container.get("env", [])}
+        environment |= {"RAY_CLOUD_INSTANCE_ID": name, "RAY_NODE_TYPE_NAME": group_name}
+        environment |= {"RAY_enable_autoscaler_v2": "1", "RAY_gcs_rpc_server_reconnect_timeout_s": "600"}
+        environment |= self._environment | further
+        return PodProcess(name, group, flags, number=self._num_starts, environment=environment, folder=self._folder)
+
+    @property
+    def _environment(self) -> dict[str, str]:
+        """What a process needs to join the cluster."""
+        return {
+            "RAY_ADDRESS": f"127.0.0.1:{self._gcs_port}",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(self._folder / "token"),
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # keeps addresses on loopback, see cluster/start_node.py
+            "PYTHONPATH": str(_REPOSITORY),  # where the image has its working directory
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        }
+
+    def _end_autoscaler(self) -> None:
+        if self._autoscaler is not None:
+            end(with_descendants(self._autoscaler.pid))
+            self._autoscaler.wait()
+
+    def _end_all(self) -> None:
+        self._end_autoscaler()
+        for process in [self._head, *(pod.process for pod in self._pods.values())]:
+            if process is not None:
+                process.kill()
+
+    def _ray_cluster(self) -> Manifest:
+        """What the operator makes of the manifest; `replicas` is `minReplicas` at first."""
+        groups = [group | {"replicas": group["minReplicas"]} for group in self._spec["workerGroupSpecs"]]
+        metadata = {"name": self.name, "namespace": self.namespace}
+        spec = self._spec | {"workerGroupSpecs": groups}
+        return {"apiVersion": "ray.io/v1", "kind": "RayCluster", "metadata": metadata, "spec": spec}
+
+    def _show(self, pod: _Pod) -> None:
+        is_running, name = pod.process is not None, pod.group["groupName"]
+        value = self._pod_object(pod.name, name, pod.group, kind="worker", is_running=is_running)
+        self._api.put(self._pod_path(pod.name), value)
+
+    def _pod_object(self, name: str, group_name: str, group: Manifest, *, kind: str, is_running: bool) -> Manifest:
+        labels = {"ray.io/cluster": self.name, "ray.io/node-type": kind, "ray.io/group": group_name}
+        status: Manifest = {"phase": "Pending"}
+        if is_running:
+            status = {"phase": "Running", "podIP": "127.0.0.1", "containerStatuses": [{"state": {"running": {}}}]}
+        metadata = {"name": name, "namespace": self.namespace, "labels": labels}
+        return {"metadata": metadata, "spec": group["template"]["spec"], "status": status}
+
+    @property
+    def _cluster_path(self) -> str:
+        return f"/apis/ray.io/v1/namespaces/{self.namespace}/rayclusters/{self.name}"
+
+    def _pod_path(self, name: str) -> str:
+        return f"/api/v1/namespaces/{self.namespace}/pods/{name}"

@@ -1,0 +1,139 @@
+"""Ray's own autoscaler against the rendered manifests: pods come and go, and what runs on them does not mind.
+
+`process_pods.py` says what is real here and what is not.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+from cluster.config import RunConfig, write_config
+from cluster.flags import validate_config
+from cluster.storage import open_storage
+from jobs.ledger import Ledger
+from jobs.run_history import recorded_config
+from jobs.run_plan import RunPlan, run_storage
+from jobs.train_loop import train
+from model.tokenizer import train_bpe
+from tests.jobs.runs import make_store, make_text
+from tests.k8s.manifests import Manifest, cluster_spec, find, render
+from tests.k8s.process_pods import PodCluster
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+NUM_STEPS = 600
+
+
+def spot_cluster() -> list[Manifest]:
+    """The overlay `spot` as rendered, but that a pod has one CPU, drains for 5 s, not 20, and goes away after 15 s
+    without work, not 300."""
+    objects = render("overlays/spot")
+    (group,) = cluster_spec(find(objects, "RayJob/pretrain"))["workerGroupSpecs"]
+    assert group["minReplicas"] == 0
+    assert group["template"]["spec"]["nodeSelector"] == {"raymill/capacity": "spot"}
+    (container,) = group["template"]["spec"]["containers"]
+    (notice,) = container["env"]
+    assert notice == {"name": "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "value": "20"}
+    notice["value"] = "5"
+    resources = container["resources"]
+    assert resources["limits"]["nvidia.com/gpu"] == "1"
+    resources["limits"]["cpu"] = resources["requests"]["cpu"] = "1"
+    group["idleTimeoutSeconds"] = 15
+    return objects
+
+
+def run_config(objects: list[Manifest], folder: Path) -> RunConfig:
+    """The overlay's settings, of a tiny model on CPUs: a worker takes the CPU of a GPU pod, as nothing else has one."""
+    texts = {"train": make_text(30_000), "val": make_text(400, seed=1)}
+    store = str(folder / "made")
+    make_store(store, train_bpe(texts.values(), vocab_size=300), texts)  # type: ignore[arg-type]
+    values = yaml.safe_load(find(objects, "ConfigMap/run-config")["data"]["run.yaml"])
+    values |= {"model": {"preset": "tiny", "dropout": 0.1}, "data": {"source": f"tokens://{store}/tokens/made"}}
+    values["storage"] = {"uri": str(folder / "storage")}
+    values["scaling"] |= {"max_workers": 3, "threads_per_worker": 1, "use_gpu": False, "resize_check_s": 2}
+    values["checkpoint"] |= {"save_every_steps": 100}
+    values["train"] = {
+        "max_tokens": NUM_STEPS * 64 * 32,
+        "global_batch_size": 64,
+        "micro_batch_size": 4,
+        "seq_len": 32,
+        "learning_rate": 3e-3,
+        "eval_every_steps": NUM_STEPS,
+    }
+    return validate_config(values, RunConfig)
+
+
+def test_a_run_has_its_gpu_group_grow_and_shrink_and_its_bits_stay(tmp_path: Path) -> None:
+    objects = spot_cluster()
+    config = run_config(objects, tmp_path)
+    write_config(config, tmp_path / "run.yaml")
+    entrypoint = find(objects, "RayJob/pretrain")["spec"]["entrypoint"].replace("/config/", f"{tmp_path}/")
+    run = run_storage(config)
+
+    with PodCluster(objects, "RayJob/pretrain", num_nodes=3) as pods:
+        jobs = JobSubmissionClient(pods.jobs_url, headers=pods.headers)
+        assert pods.running == []
+        start_s = time.monotonic()
+
+        def until(condition: Callable[[], object], timeout_s: float = 120) -> None:
+            deadline_s = time.monotonic() + timeout_s
+            while not condition():
+                assert pods.problem is None, pods.problem
+                assert time.monotonic() < deadline_s, pods.autoscaler_log()[-4000:]
+                time.sleep(0.2)
+
+        def end_of(job: str) -> JobStatus:
+            until(lambda: jobs.get_job_status(job).is_terminal(), timeout_s=240)
+            return jobs.get_job_status(job)
+
+        def until_workers(number: int, *, after: int = 0) -> dict[str, Any]:
+            """The `start` event of an attempt later than `after` with so many workers."""
+
+            def started() -> bool:
+                starts = Ledger.read(run).events("start")
+                return bool(starts) and starts[-1]["attempt"] > after and starts[-1]["world_size"] == number
+
+            until(started)
+            start = Ledger.read(run).events("start")[-1]
+            print(f"{time.monotonic() - start_s:.0f} s: {number} workers after step {start['step']}")
+            return start
+
+        assert end_of(jobs.submit_job(entrypoint="true", entrypoint_num_gpus=1)) == JobStatus.SUCCEEDED
+        assert len(pods.running) == 1
+        print(f"{time.monotonic() - start_s:.0f} s: a pod for who asked for a GPU")
+        job = jobs.submit_job(entrypoint=entrypoint)
+        start = until_workers(3)
+        killed = start["workers"][-1]["node"]
+        pods.kill(killed)
+        until_workers(3, after=start["attempt"])
+        assert killed not in pods.running
+        assert len(pods.running) == 3
+
+        for left in (2, 1):  # the run's minimum
+            start = Ledger.read(run).events("start")[-1]
+            pods.take_back_node_of(start["workers"][-1]["node"])
+            until_workers(left, after=start["attempt"])
+        assert end_of(job) == JobStatus.SUCCEEDED, jobs.get_job_logs(job)[-4000:]
+        assert len(pods.pending) == 2, "the run wants three, and there is room for one"
+        print(f"{time.monotonic() - start_s:.0f} s: done")
+        ledger = Ledger.read(run)
+        assert [line["step"] for line in ledger.steps] == list(range(1, NUM_STEPS + 1))
+        assert ledger.events("checkpoint")[-1]["parameter_hash"] == hash_of_a_local_run(run)
+        until(lambda: not pods.running and not pods.pending)
+        print(f"{time.monotonic() - start_s:.0f} s: no pods")
+
+
+def hash_of_a_local_run(run: Any) -> str:
+    """Of the same settings, in this process alone."""
+    config = recorded_config(run).model_copy(update={"run_id": "local"})
+    (store,) = Path(config.storage.uri, "tokens").iterdir()
+    tokenizer_json = (store / "tokenizer.json").read_bytes()
+    plan = RunPlan(config, str(store), tokenizer_json, code_version="test", pinned=frozenset())
+    train(plan, rank=0, world_size=1)
+    ledger = Ledger.read(open_storage(config.storage.uri).child("runs/local"))
+    return str(ledger.events("checkpoint")[-1]["parameter_hash"])

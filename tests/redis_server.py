@@ -1,0 +1,54 @@
+"""A real Redis on loopback, as Debian ships it, with a password of its own and its log on disk."""
+
+import secrets
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from cluster.local import free_port
+
+needs_redis = pytest.mark.skipif(
+    shutil.which("redis-server") is None, reason="no Redis here: apt-get install redis-server"
+)
+
+
+@dataclass(frozen=True)
+class Redis:
+    address: str
+    password: str
+
+
+@contextmanager
+def redis_server(folder: Path) -> Iterator[Redis]:
+    folder.mkdir(parents=True)
+    port, password = free_port(), secrets.token_hex(16)
+    settings = f"bind 127.0.0.1\nport {port}\nrequirepass {password}\ndir {folder}\nappendonly yes\nsave ''\n"
+    process = subprocess.Popen(["redis-server", "-"], stdin=subprocess.PIPE, stdout=(folder / "log").open("wb"))
+    try:
+        assert process.stdin is not None
+        process.stdin.write(settings.encode())
+        process.stdin.close()
+        deadline_s = time.monotonic() + 20
+        while not _answers(port):
+            assert process.poll() is None, (folder / "log").read_text()
+            assert time.monotonic() < deadline_s, "Redis does not answer"
+            time.sleep(0.1)
+        yield Redis(f"127.0.0.1:{port}", password)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _answers(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+    except OSError:
+        return False
+    return True
