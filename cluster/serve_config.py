@@ -45,7 +45,7 @@ class EngineConfig(Settings):
     max_queue_s: float = Field(
         default=30.0,
         gt=0,
-        description="longest wait for a first token, seconds; who waits, or would wait, more gets 429",
+        description="longest wait until a request is begun with, seconds; who waits, or would wait, longer gets 429",
     )
     dtype: Literal["float32", "bfloat16", "int8"] = Field(
         default="float32",

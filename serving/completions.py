@@ -125,7 +125,7 @@ async def start_completion(
             f"this endpoint holds {limits.max_sequences} at once",
             param="n",
         )
-    refuse_when_full(engine, num_sequences, limits, wait_s=metrics.predicted_wait_s(engine))
+    refuse_when_full(engine, num_sequences, limits)
     model.checked_ids(list(request.logit_bias), param="logit_bias")
     if request.stop:
         model.require_tokenizer()
@@ -133,7 +133,7 @@ async def start_completion(
     prompts = await asyncio.to_thread(
         lambda: [model.prompt_ids(prompt, max_tokens=request.max_tokens) for prompt in request.prompt]
     )
-    refuse_when_full(engine, num_sequences, limits, wait_s=metrics.predicted_wait_s(engine))
+    refuse_when_full(engine, num_sequences, limits)
     sequences = [
         SequenceRequest(
             seq_id=engine.next_seq_id(),
@@ -162,7 +162,8 @@ async def start_completion(
     )
     try:
         async with asyncio.timeout(limits.max_queue_s):
-            await completion.begin()
+            await generation.has_begun.wait()
+        await completion.begin()
     except TimeoutError:
         completion.close()
         raise waited_too_long(limits) from None

@@ -61,7 +61,14 @@ class Engine:
                 logits = self._runner.logits(torch.stack([row for _, row in drawing]))  # (M, V)
                 events = self._emit([chunk for chunk, _ in drawing], logits)
         scheduler = self._scheduler
-        return StepReport(events, scheduler.num_running, scheduler.num_waiting, round(self._pool.usage, 4))
+        return StepReport(
+            events,
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            kv_cache_usage=round(self._pool.usage, 4),
+            admitted=scheduler.admitted,
+            num_prompt_tokens=scheduler.num_prompt_tokens,
+        )
 
     def _emit(self, chunks: list[Chunk], logits: Tensor) -> list[TokenEvent]:
         """Samples from logits (M, V). A row with NaN or infinity ends its own sequence and no other."""

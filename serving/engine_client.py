@@ -20,6 +20,7 @@ from serving.messages import (
     parse_report,
     submit_message,
 )
+from serving.sequence_queue import SequenceQueue
 from serving.watchdog import watch_peer
 
 READ_BYTES = 1 << 16
@@ -37,6 +38,7 @@ class Generation:
         self._client = client
         self._open = set(seq_ids)
         self._events: asyncio.Queue[TokenEvent | None] = asyncio.Queue()
+        self.has_begun = asyncio.Event()  # the engine has admitted one of its sequences, or has died
 
     def close(self) -> None:
         """Ends the sequences that still run: their slots are free for others from the next step."""
@@ -59,6 +61,7 @@ class Generation:
         self._client.cancel(seq_id)
 
     def put(self, event: TokenEvent | None) -> None:
+        self.has_begun.set()
         self._events.put_nowait(event)
 
 
@@ -66,11 +69,17 @@ class EngineClient:
     """One engine process. All methods run in the event loop that `start` ran in."""
 
     def __init__(
-        self, process: subprocess.Popen[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self,
+        process: subprocess.Popen[bytes],
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        *,
+        queue: SequenceQueue,
     ) -> None:
         self._process = process
         self._reader = reader
         self._writer = writer
+        self.queue = queue
         self._seq_ids = itertools.count()
         self._generations: dict[int, Generation] = {}  # by open sequence
         self._reports: asyncio.Task[None] | None = None
@@ -99,7 +108,8 @@ class EngineClient:
                     arguments | {"--watchdog": their_line.fileno()},
                     threads=threads,
                     pass_fds=[their_line.fileno()],
-                )
+                ),
+                queue=SequenceQueue(num_slots=config.max_num_seqs),
             )
         try:
             await client._wait_until_ready()
@@ -140,11 +150,15 @@ class EngineClient:
         generation = Generation(self, [request.seq_id for request in requests])
         for request in requests:
             self._generations[request.seq_id] = generation
+            self.queue.enter(request.seq_id, num_prompt_tokens=len(request.prompt_ids))
             self._writer.write(encode_frame(submit_message(request)))
         return generation
 
     def cancel(self, seq_id: int) -> None:
-        if self._generations.pop(seq_id, None) is not None and self.alive:
+        if self._generations.pop(seq_id, None) is None:
+            return
+        self.queue.leave(seq_id)
+        if self.alive:
             self._writer.write(encode_frame({"cancel": seq_id}))
 
     def kill(self) -> None:
@@ -180,8 +194,12 @@ class EngineClient:
                 report = parse_report(message)
                 self.num_running, self.num_waiting = report.num_running, report.num_waiting
                 self.kv_cache_usage = report.kv_cache_usage
+                for seq_id in report.admitted:
+                    if (generation := self._generations.get(seq_id)) is not None:  # not cancelled meanwhile
+                        generation.has_begun.set()
                 for event in report.events:
                     self._deliver(event)
+                self.queue.observe_step(report)
         self.death_notice = await self._describe_death()
         if self.on_death is not None:
             self.on_death(self.death_notice)
@@ -200,8 +218,10 @@ class EngineClient:
         generation = self._generations.get(event.seq_id)
         if generation is None:  # cancelled while the step ran
             return
+        self.queue.first_event(event.seq_id)
         if event.finish_reason is not None:
             del self._generations[event.seq_id]
+            self.queue.leave(event.seq_id)
         generation.put(event)
 
     async def _describe_death(self) -> str:

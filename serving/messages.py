@@ -54,6 +54,8 @@ class StepReport(NamedTuple):
     num_running: int
     num_waiting: int
     kv_cache_usage: float  # share of the KV cache blocks that are held, 0 to 1
+    admitted: list[int]  # sequences, in this step
+    num_prompt_tokens: int  # read in this step, or found in the cache
 
 
 def submit_message(request: SequenceRequest) -> dict[str, Any]:

@@ -7,13 +7,10 @@ from prometheus_client import generate_latest
 
 from cluster.metric_export import Metrics
 from cluster.metric_table import Exporter
-from serving.admission import predicted_wait_s
-from serving.engine_client import EngineClient
 from serving.loaded_version import StatsCounter
 from serving.messages import FinishReason
 from serving.versions import Versions
 
-RESIDENCE_WEIGHT = 0.1  # of the latest sequence
 ABORTED = "abort"  # a sequence whose client went away, or whose engine did
 
 
@@ -24,20 +21,17 @@ class ReplicaMetrics:
         self,
         *,
         versions: Versions,
-        num_slots: int,
         model_name: str,
         replica: str,
         start_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._clock = clock
-        self._num_slots = num_slots
-        self._residence_s = 0.0  # mean time from a sequence's first token to its end, of recent ones
         self.exported = metrics = Metrics(Exporter.REPLICA, model_name=model_name, replica=replica)
         metrics.of("vllm:num_requests_running").set_function(lambda: versions.num_running)
         metrics.of("vllm:num_requests_waiting").set_function(lambda: versions.num_waiting)
         metrics.of("vllm:kv_cache_usage_perc").set_function(lambda: versions.kv_cache_usage)
-        metrics.of("raymill:predicted_queue_seconds").set_function(lambda: self.predicted_wait_s(versions.live.engine))
+        metrics.of("raymill:predicted_queue_seconds").set_function(lambda: versions.expected_wait_s)
         metrics.of("raymill:replica_start_seconds").set(start_s)
         for reason in (*FinishReason, ABORTED):
             metrics.of("vllm:request_success", finished_reason=reason)
@@ -46,12 +40,6 @@ class ReplicaMetrics:
         self._ttft_s = metrics.of("vllm:time_to_first_token_seconds")
         self._itl_s = metrics.of("vllm:inter_token_latency_seconds")
         self._e2e_s = metrics.of("vllm:e2e_request_latency_seconds")
-
-    def predicted_wait_s(self, engine: EngineClient) -> float:
-        """How long a sequence that came now would wait for a slot of `engine`."""
-        return predicted_wait_s(
-            num_open=engine.num_open_sequences, num_slots=self._num_slots, residence_s=self._residence_s
-        )
 
     def start_request(self, seq_ids: list[int], *, num_prompt_tokens: int, stats: StatsCounter) -> "RequestTimer":
         """`stats` are the ones of the version that answers."""
@@ -72,11 +60,8 @@ class ReplicaMetrics:
         self._generation_tokens.inc()
         self._itl_s.observe(since_last_s)
 
-    def observe_end(self, finish_reason: str, *, since_start_s: float, since_first_token_s: float | None) -> None:
+    def observe_end(self, finish_reason: str, *, since_start_s: float) -> None:
         self.exported.of("vllm:request_success", finished_reason=finish_reason).inc()
-        if since_first_token_s is not None:
-            weight = RESIDENCE_WEIGHT if self._residence_s else 1.0
-            self._residence_s += weight * (since_first_token_s - self._residence_s)
         if finish_reason != ABORTED:
             self._e2e_s.observe(since_start_s)
 
@@ -89,13 +74,11 @@ class RequestTimer:
         self._stats = stats
         self._start_s = metrics.now_s()
         self._last_token_s: dict[int, float | None] = dict.fromkeys(seq_ids)  # of the open sequences
-        self._first_token_s: dict[int, float] = {}
 
     def token(self, seq_id: int) -> None:
         now_s, last_s = self._metrics.now_s(), self._last_token_s[seq_id]
         if last_s is None:
             self._metrics.observe_first_token(now_s - self._start_s)
-            self._first_token_s[seq_id] = now_s
         else:
             self._metrics.observe_next_token(now_s - last_s)
         self._last_token_s[seq_id] = now_s
@@ -103,13 +86,8 @@ class RequestTimer:
 
     def finished(self, seq_id: int, finish_reason: str) -> None:
         del self._last_token_s[seq_id]
-        now_s, first_s = self._metrics.now_s(), self._first_token_s.pop(seq_id, None)
-        since_start_s = now_s - self._start_s
-        self._metrics.observe_end(
-            finish_reason,
-            since_start_s=since_start_s,
-            since_first_token_s=None if first_s is None else now_s - first_s,
-        )
+        since_start_s = self._metrics.now_s() - self._start_s
+        self._metrics.observe_end(finish_reason, since_start_s=since_start_s)
         if finish_reason != ABORTED:
             self._stats.ended(since_start_s=since_start_s, failed=finish_reason == FinishReason.ERROR)
 

@@ -43,7 +43,6 @@ class Replica:
         versions, engine = self._follower.versions, self._config.engine
         metrics = ReplicaMetrics(
             versions=versions,
-            num_slots=engine.max_num_seqs,
             model_name=versions.delivery.model_name,
             replica=self._id,
             start_s=self._start_s,

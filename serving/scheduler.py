@@ -64,6 +64,9 @@ class Scheduler:
         self._waiting: deque[Sequence] = deque()
         self._running: dict[int, Sequence] = {}  # in order of admission
         self._promised: set[bytes] = set()
+        # Of the latest plan:
+        self.admitted: list[int] = []  # sequences
+        self.num_prompt_tokens = 0  # that are read, or need no reading
 
     @property
     def num_waiting(self) -> int:
@@ -82,15 +85,19 @@ class Scheduler:
         """Admits what fits, and says what this step reads."""
         budget = self._prefill_tokens_per_step
         chunks = []
+        self.admitted, self.num_prompt_tokens = [], 0
         for sequence in self._running.values():
             if sequence.output_ids:
                 chunks.append(Chunk(sequence, sequence.num_read, sequence.num_tokens))
             elif budget > 0:
                 chunks.append(_prompt_chunk(sequence, budget))
                 budget -= chunks[-1].last - chunks[-1].first
+                self.num_prompt_tokens += chunks[-1].last - chunks[-1].first
         while budget > 0 and (admitted := self._admit()) is not None:
             chunks.append(_prompt_chunk(admitted, budget))
             budget -= chunks[-1].last - chunks[-1].first
+            self.admitted.append(admitted.request.seq_id)
+            self.num_prompt_tokens += chunks[-1].last
         return chunks
 
     def advance(self, chunk: Chunk, token_id: int | None) -> FinishReason | None:

@@ -111,6 +111,11 @@ class Versions:
         """Of the fullest engine."""
         return max(loaded.engine.kv_cache_usage for loaded in self._engines)
 
+    @property
+    def expected_wait_s(self) -> float:
+        """Of a new sequence on the live engine."""
+        return self.live.engine.queue.wait_s()
+
     async def close(self) -> None:
         for loaded in self._engines:
             await loaded.close()

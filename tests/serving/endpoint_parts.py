@@ -1,5 +1,6 @@
 """A Ray cluster of its own for endpoint tests, and what they ask the endpoint besides completions."""
 
+import asyncio
 import contextlib
 import re
 import socket
@@ -12,6 +13,7 @@ import httpx
 import psutil
 import pytest
 import ray
+import uvicorn
 from fastapi import APIRouter
 from ray import serve
 from starlette.types import ASGIApp
@@ -102,9 +104,7 @@ async def replica_app(
         max_sequences=engine.max_num_seqs + engine.max_waiting,
         max_queue_s=engine.max_queue_s,
     )
-    metrics = ReplicaMetrics(
-        versions=versions, num_slots=engine.max_num_seqs, model_name=name, replica="r", start_s=1.0
-    )
+    metrics = ReplicaMetrics(versions=versions, model_name=name, replica="r", start_s=1.0)
     try:
         yield (
             build_http_app(
@@ -114,3 +114,18 @@ async def replica_app(
         )
     finally:
         await versions.close()
+
+
+@asynccontextmanager
+async def loopback_server(app: ASGIApp) -> AsyncIterator[str]:
+    """The routes on a loopback port, in this event loop. Gives the URL."""
+    port = free_port()
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, lifespan="off", log_level="warning"))
+    serving = asyncio.create_task(server.serve())
+    while not server.started:
+        await asyncio.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        await serving

@@ -11,7 +11,6 @@ from enum import StrEnum
 from typing import Any
 
 import httpx
-from starlette.types import ASGIApp
 
 from model.generate import generate
 from model.gpt import GPT
@@ -39,6 +38,7 @@ class Outcome:
     started_s: float
     latency_s: float
     detail: str = ""
+    ttft_s: float | None = None  # of a stream
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,6 @@ class Load:
     url: str
     model: str
     asks: list[Ask]
-    app: ASGIApp | None = None  # asked in the place of `url`, without a network
     outcomes: list[Outcome] = field(default_factory=list)
 
     async def run_clients(
@@ -82,29 +81,34 @@ class Load:
             for i in range(num_clients):
                 group.create_task(client(http, streams and i % 2 == 1))
 
-    async def run_arrivals(self, rate_per_s: float, *, num_requests: int, streamed: bool = False) -> None:
-        """Open loop: requests arrive whether or not others have been answered."""
+    async def run_arrivals(self, rate_per_s: float, *, num_requests: int) -> None:
+        """Open loop: requests arrive whether or not others have been answered. Every second one streams."""
         async with self._http() as http, asyncio.TaskGroup() as group:
             start_s = time.monotonic()
             for i in range(num_requests):
                 await asyncio.sleep(max(0.0, start_s + i / rate_per_s - time.monotonic()))
-                group.create_task(self.ask(http, i % len(self.asks), streamed=streamed))
+                group.create_task(self.ask(http, i // 2 % len(self.asks), streamed=i % 2 == 1))
 
     async def ask(self, http: httpx.AsyncClient, prompt: int, *, streamed: bool) -> None:
         start_s = time.monotonic()
         texts: list[str] = []
+        parts_s: list[float] = []
         try:
             async with asyncio.timeout(TIMEOUT_S):
-                end, detail = await self._end_of(http, self.asks[prompt], texts, streamed=streamed)
+                end, detail = await self._end_of(http, self.asks[prompt], texts, parts_s, streamed=streamed)
         except TimeoutError:
             end, detail = End.STUCK, ""
         except httpx.TransportError as error:
             end, detail = End.CUT, repr(error)
+        ttft_s = parts_s[0] - start_s if parts_s else None
         self.outcomes.append(
-            Outcome(end, streamed, prompt, "".join(texts), start_s, time.monotonic() - start_s, detail)
+            Outcome(end, streamed, prompt, "".join(texts), start_s, time.monotonic() - start_s, detail, ttft_s)
         )
 
-    async def _end_of(self, http: httpx.AsyncClient, ask: Ask, texts: list[str], *, streamed: bool) -> tuple[End, str]:
+    async def _end_of(
+        self, http: httpx.AsyncClient, ask: Ask, texts: list[str], parts_s: list[float], *, streamed: bool
+    ) -> tuple[End, str]:
+        """Puts what arrives into `texts`, and when each part of a stream did into `parts_s`."""
         body: dict[str, Any] = {"model": self.model, "prompt": ask.prompt_ids, "max_tokens": ask.max_tokens}
         body |= {"temperature": 0, "ignore_eos": True, "stream": streamed}
         async with http.stream("POST", "/v1/completions", json=body) as answer:
@@ -126,13 +130,13 @@ class Load:
                 elif "error" in event:
                     ends.append((End.ERROR_EVENT, event["error"]["code"]))
                 else:
+                    parts_s.append(time.monotonic())
                     texts.append(event["choices"][0]["text"])
             return ends[0] if ends else (End.CUT, "the stream ended without [DONE] or an error")
 
     def _http(self) -> httpx.AsyncClient:
-        transport = None if self.app is None else httpx.ASGITransport(self.app)
         limits = httpx.Limits(max_connections=None)
-        return httpx.AsyncClient(base_url=self.url, timeout=None, limits=limits, transport=transport)
+        return httpx.AsyncClient(base_url=self.url, timeout=None, limits=limits)
 
     def check(self, *, allowed: set[tuple[bool, End]]) -> Counter[tuple[bool, End]]:
         """That each request ended in one of the `allowed` (streamed, end), and that no text is wrong: a whole answer

@@ -87,9 +87,9 @@ def test_messages_survive_the_wire() -> None:
     [message] = FrameBuffer().feed(encode_frame(submit_message(sent)))
     assert parse_request(message["submit"]) == sent
     event = TokenEvent(1, 5, FinishReason.STOP, Candidates(-0.5, [[5, -0.5]]), [None, Candidates(-1.0, [])])  # type: ignore[list-item]
-    [message] = FrameBuffer().feed(encode_frame(StepReport([event], 1, 2, 0.25)))
+    [message] = FrameBuffer().feed(encode_frame(StepReport([event], 1, 2, 0.25, [1], 30)))
     report = parse_report(message)
-    assert report == ([event], 1, 2, 0.25)
+    assert report == ([event], 1, 2, 0.25, [1], 30)
     assert report.events[0].finish_reason is FinishReason.STOP
 
 

@@ -68,6 +68,20 @@ def _admitted(target: Scheduler, of: SequenceRequest) -> Chunk:
     return chunk
 
 
+def test_a_plan_tells_whom_it_admits_and_counts_prompt_tokens_read_or_in_the_cache() -> None:
+    target = scheduler(budget=20, keep_prefixes=True)
+    target.add(request(0, num_prompt=30, max_tokens=9))
+    step(target)
+    assert (target.admitted, target.num_prompt_tokens) == ([0], 20)
+    target.add(request(1, num_prompt=30, max_tokens=9))
+    step(target)
+    assert (target.admitted, target.num_prompt_tokens) == ([1], 10 + (16 + 10))
+    step(target)
+    assert (target.admitted, target.num_prompt_tokens) == ([], 4)
+    step(target)
+    assert target.num_prompt_tokens == 0
+
+
 def test_prompts_are_read_in_chunks_within_the_budget_while_others_go_on() -> None:
     target = scheduler(max_num_seqs=8, budget=10)
     for seq_id, num_prompt in enumerate([4, 25, 3, 1]):
