@@ -152,6 +152,7 @@ class PodCluster:
                 self._start_head()
                 self._is_up.set()
                 while not self._ended.wait(_POLL_S):
+                    self._keep_head()
                     with self._lock:
                         self._reconcile()
         except BaseException as error:
@@ -184,14 +185,21 @@ class PodCluster:
         log = self._folder / "autoscaler.log"
         self._autoscaler = start_bound(command, self._environment | environment, log)
 
-    def _reconcile(self) -> None:
-        """One look at what the cluster should be and what it is."""
+    def _keep_head(self) -> None:
+        """Starts a head that was lost again. Whoever asks for the pods meanwhile does not have to wait."""
         assert self._head is not None
-        if self._head.has_ended():
+        with self._lock:
+            has_ended = self._head.has_ended()
+            assert has_ended or self._autoscaler.poll() is None, (
+                f"the autoscaler ended: {self.autoscaler_log()[-3000:]}"
+            )
+        if has_ended:
             assert self._redis is not None, f"the head ended: {self._head.log.read_text(errors='replace')[-3000:]}"
             self._end_autoscaler()
             self._start_head()
-        assert self._autoscaler.poll() is None, f"the autoscaler ended: {self.autoscaler_log()[-3000:]}"
+
+    def _reconcile(self) -> None:
+        """One look at what the cluster should be and what it is."""
         for pod in list(self._pods.values()):  # the operator deletes pods that have ended, and makes others
             if pod.process.has_ended() if pod.process else pod.is_leaving:
                 del self._pods[pod.name]

@@ -65,17 +65,26 @@ class Load:
     url: str
     model: str
     asks: list[Ask]
+    keep_alive: bool = True  # False: a connection for each request
     outcomes: list[Outcome] = field(default_factory=list)
 
     async def run_clients(
-        self, num_clients: int, *, until: Callable[[], bool], max_requests: int, seed: int, streams: bool = True
+        self,
+        num_clients: int,
+        *,
+        until: Callable[[], bool],
+        max_requests: int,
+        seed: int,
+        streams: bool = True,
+        pause_s: float = 0.0,
     ) -> None:
-        """Closed loop: each client asks again as soon as it has its answer, until `until`. Every second one streams."""
+        """Closed loop: each client asks again `pause_s` after it has its answer, until `until`. Every second streams."""
         rng = random.Random(seed)
 
         async def client(http: httpx.AsyncClient, streamed: bool) -> None:
             while not until() and len(self.outcomes) < max_requests:
                 await self.ask(http, rng.randrange(len(self.asks)), streamed=streamed)
+                await asyncio.sleep(pause_s)
 
         async with self._http() as http, asyncio.TaskGroup() as group:
             for i in range(num_clients):
@@ -135,7 +144,7 @@ class Load:
             return ends[0] if ends else (End.CUT, "the stream ended without [DONE] or an error")
 
     def _http(self) -> httpx.AsyncClient:
-        limits = httpx.Limits(max_connections=None)
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None if self.keep_alive else 0)
         return httpx.AsyncClient(base_url=self.url, timeout=None, limits=limits)
 
     def check(self, *, allowed: set[tuple[bool, End]]) -> Counter[tuple[bool, End]]:

@@ -1,0 +1,80 @@
+"""The manifests' endpoint on real Ray nodes: RayService `completions` of the base, with a tiny model."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+
+from cluster.local import free_port
+from tests.k8s.manifests import cluster_spec, find, render
+from tests.k8s.pod_process import POD_HOST
+from tests.k8s.process_pods import PodCluster
+from tests.k8s.service_stand_in import ServiceStandIn
+from tests.redis_server import redis_server
+
+MODEL = "tiny"
+
+
+@dataclass(frozen=True)
+class ServedPods:
+    pods: PodCluster
+    service: ServiceStandIn
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.service.port}"
+
+    def status(self) -> str | None:
+        """Of the application, as the head tells it; None while it does not."""
+        try:
+            answer = httpx.get(f"{self.pods.jobs_url}/api/serve/applications/", headers=self.pods.headers, timeout=30)
+        except httpx.TransportError:
+            return None
+        return answer.json()["applications"]["raymill"]["status"] if answer.is_success else None
+
+    def until(self, condition: Callable[[], object], *, timeout_s: float = 120) -> float:
+        """Seconds that it took."""
+        start_s = time.monotonic()
+        while not condition():
+            assert self.pods.problem is None, self.pods.problem
+            assert time.monotonic() < start_s + timeout_s, self.pods.autoscaler_log()[-4000:]
+            time.sleep(0.2)
+        return time.monotonic() - start_s
+
+
+@contextmanager
+def served_pods(checkpoint: Path, folder: Path, **replicas: Any) -> Iterator[ServedPods]:
+    """As rendered, but that a pod has one CPU and goes away after 15 s without work, not 120, that its address is its
+    own, and that clients need no key."""
+    objects = render("base")
+    owner = find(objects, "RayService/completions")
+    (group,) = cluster_spec(owner)["workerGroupSpecs"]
+    resources = group["template"]["spec"]["containers"][0]["resources"]
+    resources["limits"]["cpu"] = resources["requests"]["cpu"] = "1"
+    group["idleTimeoutSeconds"] = 15
+    group["minReplicas"] = replicas["min_replicas"]
+    settings = yaml.safe_load(owner["spec"]["serveConfigV2"])
+    settings["http_options"] = {"host": POD_HOST, "port": free_port()}
+    (application,) = settings["applications"]
+    arguments = application["args"]
+    del arguments["api_key_file"]
+    arguments |= {"checkpoint": str(checkpoint), "host": "127.0.0.1", "model_name": MODEL}
+    arguments["storage"] = {"uri": str(folder / "storage")}
+    arguments["replicas"] |= {"threads_per_replica": 1} | replicas
+
+    with ExitStack() as stack:
+        redis = stack.enter_context(redis_server(folder / "redis"))
+        pods = stack.enter_context(PodCluster(objects, "RayService/completions", num_nodes=4, redis=redis))
+        port = settings["http_options"]["port"]
+        service = ServiceStandIn(lambda: pods.addresses, target_port=port, probe_path="/-/healthz")
+        served = ServedPods(pods, stack.enter_context(service.serving()))
+        url = f"{pods.jobs_url}/api/serve/applications/"
+        httpx.put(url, headers=pods.headers, json=settings, timeout=60).raise_for_status()
+        served.until(lambda: served.status() == "RUNNING")
+        served.until(lambda: len(service.ready) == replicas["min_replicas"])
+        yield served
