@@ -1,4 +1,4 @@
-"""Faults on purpose, on the local cluster only: kill a worker or its node, or add a node, at a named step of a run."""
+"""Faults on purpose, on the local cluster only: a worker, a node or the head is killed, or a node joins, at a step."""
 
 import json
 import os
@@ -22,6 +22,7 @@ _POLL_S = 0.1
 class Kind(StrEnum):
     KILL_WORKER = "kill-worker"  # SIGKILL to the process of the highest rank
     KILL_NODE = "kill-node"  # SIGKILL to the node that holds the highest rank
+    KILL_HEAD = "kill-head"  # SIGKILL to the head, and with it to the job's driver
     ADD_NODE = "add-node"  # one more node joins
 
 
@@ -87,6 +88,10 @@ class Chaos:
                 case Kind.KILL_NODE:
                     say(f"chaos: SIGKILL to {worker['node']} after step {fault.step}")
                     self._cluster.kill_node(worker["node"])
+                    killed_attempt = start["attempt"]
+                case Kind.KILL_HEAD:
+                    say(f"chaos: SIGKILL to the head after step {fault.step}")
+                    self._cluster.kill_node("head")
                     killed_attempt = start["attempt"]
                 case Kind.ADD_NODE:
                     say(f"chaos: {self._cluster.add_node()} joined after step {fault.step}")

@@ -64,7 +64,7 @@ def command_parser() -> Parser:
                 nargs="+",
                 default=[],
                 metavar="FAULT@STEP",
-                help="inject faults on the local cluster: kill-worker@20 kill-node@40 add-node@60",
+                help="inject faults on the local cluster: kill-worker@20 kill-node@40 add-node@60 kill-head@80",
             )
         add_config_arguments(sub, RunConfig)
 

@@ -3,6 +3,9 @@
 Every node is a `ray start --block` in its own process group. Ray binds a node's processes to the life of that
 command, and the command is bound to the life of this process, so nothing outlives its owner for long, even one that was
 killed; and nothing that this module did not start is ever signalled.
+
+The head keeps the cluster's state on disk (RocksDB), so that one that was lost can be started again: the other nodes
+find it by themselves, and the actors on them live on.
 """
 
 import ctypes
@@ -17,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -32,9 +36,11 @@ NODE_NAME_VARIABLE = "RAYMILL_NODE"
 STOP_WAIT_S = 30
 """Seconds that a job has to save after SIGTERM, before it is killed; Ray's default is 3."""
 
+_HEAD = "head"
 _START_NODE = Path(__file__).resolve().with_name("start_node.py")
 _START_TIMEOUT_S = 90.0
 _STOP_TIMEOUT_S = 5.0
+_HEAD_ENDS_S = 5.0
 _OBJECT_STORE_BYTES = 256 << 20
 
 # Ray's defaults take 14 s to see a killed raylet and 65 s to see a hung one. A killed raylet refuses the connection
@@ -112,12 +118,21 @@ class LocalCluster:
     @property
     def scrape_targets(self) -> Path:
         """A file for Prometheus' `file_sd_configs`, which Ray keeps up: the metrics ports of all nodes."""
-        return self._directory / "head" / "prom_metrics_service_discovery.json"
+        return self._directory / _HEAD / "prom_metrics_service_discovery.json"
 
     @property
     def node_names(self) -> list[str]:
         """The nodes that were started and run, the head first."""
         return [name for name, process in self._nodes.items() if process.poll() is None]
+
+    def lost_head(self) -> bool:
+        """Whether the head has ended, or does within seconds: it ends a moment after one of its processes has."""
+        deadline_s = time.monotonic() + _HEAD_ENDS_S
+        while _HEAD in self.node_names:
+            if time.monotonic() > deadline_s:
+                return False
+            time.sleep(0.25)
+        return True
 
     def __enter__(self) -> Self:
         token_path = Path(self.environment["RAY_AUTH_TOKEN_PATH"])
@@ -157,6 +172,19 @@ class LocalCluster:
         process.kill()  # the kernel then kills the raylet, and the raylet's end its workers
         process.wait(_STOP_TIMEOUT_S)
 
+    def restart_head(self) -> None:
+        """Starts a head in the place of the one that was lost, at the same addresses and with the state that it left.
+        The jobs that the old one carried are gone. Raises `ClusterError`."""
+        orphans = self._orphans_of(_HEAD)  # also a driver that does not know yet, and would hold its lease
+        for process in orphans:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(orphans, timeout=_STOP_TIMEOUT_S)
+        # By this file `ray start` would take the other nodes for a cluster whose head runs.
+        (self._directory / _HEAD / "ray_current_cluster").unlink(missing_ok=True)
+        self._start_head()
+        self._nodes = {_HEAD: self._nodes.pop(_HEAD)} | self._nodes
+
     def stop(self) -> None:
         """Ends every process that the nodes started, gently and then not, and removes the cluster's files."""
         started = [process for node in self._nodes.values() for process in _with_descendants(node.pid)]
@@ -172,6 +200,16 @@ class LocalCluster:
         self._starter.shutdown()
         shutil.rmtree(self._directory, ignore_errors=True)
 
+    def _orphans_of(self, name: str) -> list[psutil.Process]:
+        """What a node that has ended started and left behind, known by the environment that it was given."""
+        mine = {NODE_NAME_VARIABLE: name, "RAY_AUTH_TOKEN_PATH": self.environment["RAY_AUTH_TOKEN_PATH"]}
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):  # of another user, or gone
+                if mine.items() <= process.environ().items():
+                    found.append(process)
+        return found
+
     def _start_head(self) -> None:
         ports = {
             "--port": self._gcs_port,
@@ -180,8 +218,11 @@ class LocalCluster:
         }
         flags = ["--head", "--dashboard-host", "127.0.0.1"]
         flags += [word for flag, port in ports.items() for word in (flag, str(port))]
-        self._start_node("head", flags, num_cpus=self._cpus_per_node if self._num_nodes == 1 else 0)
-        self._wait(lambda: len(self._alive_nodes()) == 1, what="the head to answer", starting=["head"])
+        self._start_node(_HEAD, flags, num_cpus=self._cpus_per_node if self._num_nodes == 1 else 0)
+        # A head that takes over first counts its predecessor too, until that one's health checks have failed.
+        self._wait(
+            lambda: len(self._alive_nodes()) == len(self.node_names), what="the head to answer", starting=[_HEAD]
+        )
 
     def _start_node(self, name: str, flags: Iterable[str], *, num_cpus: int) -> None:
         command = [sys.executable, str(_START_NODE), "start", "--block", "--disable-usage-stats"]
@@ -192,14 +233,15 @@ class LocalCluster:
         command += ["--dashboard-agent-listen-port", str(free_port())]
         # A session folder of its own: nodes that start together would race for the names of their sockets.
         command += ["--temp-dir", str(self._directory / name)]
-        with (self._directory / f"{name}.log").open("wb") as log:
+        state = {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(self._directory / "state")}
+        with (self._directory / f"{name}.log").open("ab") as log:
             self._nodes[name] = self._starter.submit(
                 subprocess.Popen,
                 [*command, *flags],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                env=os.environ | self.environment | {NODE_NAME_VARIABLE: name},
+                env=os.environ | self.environment | {NODE_NAME_VARIABLE: name} | (state if name == _HEAD else {}),
                 start_new_session=True,
                 preexec_fn=_die_with_parent,  # one system call, safe beside other threads
             ).result()

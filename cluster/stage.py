@@ -26,7 +26,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from cluster.config import ClusterConfig, EvaluateConfig, RunConfig, write_config
 from cluster.flags import ConfigError, Parser, add_config_arguments, config_from_arguments
 from cluster.local import STOP_WAIT_S, ClusterError, LocalCluster
-from cluster.progress import ProgressView
+from cluster.progress import ProgressView, say
 from cluster.serve_config import ServeConfig
 from cluster.storage import open_storage
 from model.errors import UserError
@@ -40,12 +40,17 @@ _NO_AGENT = "No available agent"
 _AGENT_TIMEOUT_S = 60.0
 _STOP_MARGIN_S = 5.0
 _MISUSED = 2  # exit code
+_MAX_LOST_HEADS = 3  # for one stage
 
 Config = TypeVar("Config", RunConfig, ServeConfig, EvaluateConfig)
 
 
 class StageFailedError(UserError):
     """A stage ended without a result; its own log said why."""
+
+
+class HeadLostError(ClusterError):
+    """The local cluster's head has ended, and the stage's job with it."""
 
 
 class ModuleFailedError(StageFailedError):
@@ -99,12 +104,40 @@ def run_stage(
 ) -> dict[str, Any]:
     """Runs `python -m MODULE run.yaml` on the cluster, shows its log as it comes, and returns its result.
 
+    Where the head of a local cluster is lost, and the job with it, both are started again: a stage finds what it has
+    done, and a run goes on under its id.
+
     Raises `StageFailedError` when the job ends without one, `ConfigError` when it found itself misused, and
     `ClusterError` when the cluster cannot be reached.
     """
-    client = _jobs_client(connection)
     for logger in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.runtime_env"):
         logging.getLogger(logger).setLevel(logging.WARNING)  # uploads and web sockets are no news
+    for _ in range(_MAX_LOST_HEADS):
+        try:
+            return _run_job(connection, module, config)
+        except HeadLostError as error:
+            say(f"{error}; it is started again, and then the job")
+            assert connection.local is not None
+            connection.local.restart_head()
+    return _run_job(connection, module, config)
+
+
+def _run_job(connection: Connection, module: str, config: RunConfig | ServeConfig | EvaluateConfig) -> dict[str, Any]:
+    """Raises `HeadLostError`, and what `run_stage` raises."""
+    try:
+        return _submit_and_follow(connection, module, config)
+    except UserError:
+        raise
+    except Exception as error:  # of several kinds, when nobody answers any more
+        if connection.local is None or not connection.local.lost_head():
+            raise
+        raise HeadLostError("the head of the local cluster was lost") from error
+
+
+def _submit_and_follow(
+    connection: Connection, module: str, config: RunConfig | ServeConfig | EvaluateConfig
+) -> dict[str, Any]:
+    client = _jobs_client(connection)
     with tempfile.TemporaryDirectory(prefix="raymill-job-") as folder:
         snapshot_code(Path(folder))
         write_config(config, Path(folder) / "run.yaml")

@@ -109,6 +109,24 @@ def test_nodes_come_and_go(cluster: LocalCluster, before: set[psutil.Process]) -
     assert len(alive_nodes(cluster)) == 3
 
 
+def test_a_lost_head_is_started_again_and_finds_its_nodes(cluster: LocalCluster, before: set[psutil.Process]) -> None:
+    def pids() -> set[int]:
+        raylets = [process for process in started_since(before) if process.name() == "raylet"]
+        return {process.pid for process in raylets if process.environ()["RAYMILL_NODE"] != "head"}
+
+    assert not cluster.lost_head()
+    names, others = cluster.node_names, pids()
+    assert len(others) == len(names) - 1
+    cluster.kill_node("head")
+    assert cluster.lost_head()
+    start_s = time.monotonic()
+    cluster.restart_head()
+    print(f"the head was back after {time.monotonic() - start_s:.1f} s")
+    assert cluster.node_names == names
+    assert pids() == others
+    wait_until(lambda: len(alive_nodes(cluster)) == len(names))
+
+
 def test_stop_leaves_nothing(cluster: LocalCluster, before: set[psutil.Process]) -> None:
     processes = started_since(before)
     assert len(processes) > 6

@@ -1,0 +1,85 @@
+"""The head of the local cluster is lost in the middle of a run, and is started again.
+
+On Kubernetes, where the endpoint has proxies besides the head's, no request fails: tests/serving/test_head_loss.py.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.chaos import Chaos, parse_faults
+from cluster.config import RunConfig
+from cluster.flags import validate_config
+from cluster.local import LocalCluster
+from cluster.stage import Connection, run_stage
+from cluster.storage import open_storage
+from jobs.ledger import Ledger
+from tests.jobs.runs import make_text
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+NUM_STEPS, SAVE_EVERY = 400, 50
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds the corpus and the storage."""
+    folder = tmp_path_factory.mktemp("head-loss")
+    (folder / "corpus").mkdir()
+    for seed in range(12):
+        (folder / f"corpus/{seed:02d}.txt").write_text(make_text(1500, seed=seed))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def connection() -> Iterator[Connection]:
+    with LocalCluster(num_nodes=3, cpus_per_node=1) as cluster:
+        yield Connection(cluster.jobs_url, {"Authorization": f"Bearer {cluster.token}"}, cluster)
+
+
+def run_config(folder: Path, run_id: str) -> RunConfig:
+    values = {
+        "run_id": run_id,
+        "model": {"preset": "tiny", "dropout": 0.1},
+        "data": {"source": str(folder / "corpus"), "vocab_size": 300, "val_fraction": 0.2},
+        "train": {
+            "max_tokens": NUM_STEPS * 32 * 32,
+            "global_batch_size": 32,
+            "micro_batch_size": 4,
+            "seq_len": 32,
+            "learning_rate": 3e-3,
+            "eval_every_steps": NUM_STEPS,
+        },
+        "scaling": {"min_workers": 1, "max_workers": 2},
+        "checkpoint": {"save_every_steps": SAVE_EVERY},
+        "storage": {"uri": str(folder / "storage")},
+    }
+    return validate_config(values, RunConfig)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(connection: Connection, folder: Path) -> dict[str, Any]:
+    return run_stage(connection, "jobs.pretrain", run_config(folder, "undisturbed"))
+
+
+def test_a_run_goes_on_under_a_new_head(
+    connection: Connection, folder: Path, undisturbed: dict[str, Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert connection.local is not None
+    nodes = connection.local.node_names
+    config = run_config(folder, "disturbed")
+    with Chaos(parse_faults(["kill-head@120"]), cluster=connection.local, config=config):
+        disturbed = run_stage(connection, "jobs.pretrain", config)
+    assert connection.local.node_names == nodes
+    ledger = Ledger.read(open_storage(config.storage.uri).child("runs/disturbed"))
+    (recovery,) = ledger.recoveries()
+    assert "the head of the local cluster was lost" in capfd.readouterr().err
+    with capfd.disabled():
+        print(
+            f"from the last step before to the first after it: {recovery.seconds} s, steps lost: {recovery.lost_steps}"
+        )
+    assert recovery.lost_steps <= SAVE_EVERY
+    assert disturbed["parameter_hash"] == undisturbed["parameter_hash"]
+    assert [line["step"] for line in ledger.steps] == list(range(1, NUM_STEPS + 1))
