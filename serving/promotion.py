@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 ROUTE_HEADER = "x-route"
 MIN_ERRORS = 3  # fewer may be anything
 MIN_JUDGED_SEQUENCES = 20  # before its speed says something about a version
+HISTORY = 20  # promotions that are remembered
 
 
 class Phase(StrEnum):
@@ -58,7 +59,7 @@ class Terms(Record):
 
 
 class Outcome(Record):
-    """How the last promotion ended."""
+    """How a promotion ended."""
 
     version: Version
     result: Literal["promoted", "refused", "rolled_back"]
@@ -77,7 +78,8 @@ class Delivery(Record):
     previous: Version | None = None  # loaded while WATCHING; else what a rollback would load
     terms: Terms | None = None  # while a promotion is on
     last_serial: int = 1
-    outcome: Outcome | None = None
+    outcome: Outcome | None = None  # of the last promotion, once it has ended
+    history: tuple[Outcome, ...] = ()  # of the last ones, the oldest first
     draining: bool = False
 
     @property
@@ -191,15 +193,10 @@ def roll_back(state: Delivery, reason: str) -> Delivery:
         assert state.previous is not None
         ended |= {"live": state.previous, "previous": None}
     serves = state.phase is not Phase.LOADING
-    return state.model_copy(
-        update=ended
-        | {
-            "epoch": state.epoch + serves,
-            "outcome": Outcome(
-                version=state.candidate or state.live, result="rolled_back" if serves else "refused", reason=reason
-            ),
-        }
+    outcome = Outcome(
+        version=state.candidate or state.live, result="rolled_back" if serves else "refused", reason=reason
     )
+    return _ended(state, outcome, ended | {"epoch": state.epoch + serves})
 
 
 def advance(
@@ -297,4 +294,9 @@ def _switched(state: Delivery) -> Delivery:
 
 def _settled(state: Delivery) -> Delivery:
     outcome = Outcome(version=state.live, result="promoted", reason="")
-    return state.model_copy(update={"phase": Phase.STEADY, "terms": None, "outcome": outcome})
+    return _ended(state, outcome, {"phase": Phase.STEADY, "terms": None})
+
+
+def _ended(state: Delivery, outcome: Outcome, update: dict[str, Any]) -> Delivery:
+    history = (*state.history, outcome)[-HISTORY:]
+    return state.model_copy(update=update | {"outcome": outcome, "history": history})

@@ -29,14 +29,14 @@ from serving.versions import Versions
 
 
 @contextmanager
-def ray_cluster() -> Iterator[None]:
+def ray_cluster(*, num_cpus: int = 2) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as env:
         env.setenv("RAY_AUTH_MODE", "disabled")  # it listens on loopback, as long as the context lasts
         env.delenv("RAY_AUTH_TOKEN", raising=False)
         env.delenv("RAY_ADDRESS", raising=False)
         ray.init(
             address="local",
-            num_cpus=2,
+            num_cpus=num_cpus,
             object_store_memory=80 << 20,
             include_dashboard=False,
             log_to_driver=False,

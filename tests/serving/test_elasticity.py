@@ -1,4 +1,4 @@
-"""Replicas that come and go with the load: from one to two and back without a failed request, and to none at all."""
+"""Replicas that come and go with the load: one, three, and one again without a failed request, and none at all."""
 
 import asyncio
 import time
@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from cluster.serve_config import ReplicaConfig, ServeConfig
+from cluster.serve_config import EngineConfig, ReplicaConfig, ServeConfig
 from model.gpt import GPT
 from model.tokenizer import Tokenizer
 from serving.app import run
@@ -16,39 +16,45 @@ from tests.serving.endpoint_parts import free_port, metric, num_running_replicas
 from tests.serving.load import End, Load, greedy_asks
 
 MODEL = "tiny"
-MANY, FEW = 8, 1  # clients
+NUM_REPLICAS = 3
+MANY, FEW = 12, 3  # clients; few fill one replica to three quarters, and are on all of them when two have to go
+REPLICAS = ReplicaConfig(
+    min_replicas=1,
+    max_replicas=NUM_REPLICAS,
+    target_ongoing_requests=1000,  # the number of requests alone never asks for more
+    scale_up_after_s=1,
+    scale_down_after_s=5,
+    scale_to_zero_after_s=8,
+)
+BY_QUEUE = EngineConfig(max_num_seqs=4)
+BY_CACHE = EngineConfig(max_num_seqs=100, kv_cache_tokens=512, prefix_cache=False)  # four whole contexts
 WELL = {(False, End.DONE), (True, End.DONE)}
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
-def load(checkpoint: Path, model: GPT, tokenizer: Tokenizer, prompts: list[list[int]]) -> Iterator[Load]:
-    config = ServeConfig(
-        checkpoint=str(checkpoint),
-        port=free_port(),
-        model_name=MODEL,
-        replicas=ReplicaConfig(
-            min_replicas=0,
-            max_replicas=2,
-            target_ongoing_requests=4,
-            scale_up_after_s=1,
-            scale_down_after_s=5,
-            scale_to_zero_after_s=8,
-        ),
-    )
-    with ray_cluster():
-        yield Load(str(run(config)["url"]), MODEL, greedy_asks(model, tokenizer, prompts, max_tokens=60))
+def port() -> Iterator[int]:
+    with ray_cluster(num_cpus=NUM_REPLICAS):
+        yield free_port()
 
 
-def test_up_and_down_and_to_nothing_and_back(load: Load) -> None:
-    async def under_load(num_clients: int, num_replicas: int) -> None:
-        """Until there are as many replicas, and for a while after."""
+@pytest.mark.parametrize("engine", [BY_QUEUE, BY_CACHE], ids=["queue", "cache"])
+def test_one_three_one_and_again(
+    engine: EngineConfig, port: int, checkpoint: Path, model: GPT, tokenizer: Tokenizer, prompts: list[list[int]]
+) -> None:
+    config = ServeConfig(checkpoint=str(checkpoint), port=port, model_name=MODEL, engine=engine, replicas=REPLICAS)
+    asks = greedy_asks(model, tokenizer, prompts[-1:] * 2, max_tokens=64)  # 121 tokens: almost a context
+    load = Load(str(run(config)["url"]), MODEL, asks)
+
+    async def under_load(num_clients: int, num_replicas: int) -> float:
+        """Until there are as many replicas, and for a while after. Seconds to get there."""
+        start_s = time.monotonic()
         reached_s: float | None = None
 
         async def watch() -> None:
             nonlocal reached_s
-            await asyncio.to_thread(wait_until, lambda: num_running_replicas() == num_replicas, timeout_s=90)
+            await asyncio.to_thread(wait_until, lambda: num_running_replicas() == num_replicas, timeout_s=120)
             reached_s = time.monotonic()
 
         def is_over() -> bool:
@@ -57,16 +63,26 @@ def test_up_and_down_and_to_nothing_and_back(load: Load) -> None:
         async with asyncio.TaskGroup() as group:
             group.create_task(watch())
             group.create_task(load.run_clients(num_clients, until=is_over, max_requests=20_000, seed=1))
+        assert reached_s is not None
+        return reached_s - start_s
 
-    start_s = time.monotonic()
-    for num_clients, num_replicas in [(MANY, 2), (FEW, 1), (MANY, 2), (FEW, 1)]:
-        asyncio.run(under_load(num_clients, num_replicas))
-        print(f"{num_replicas} replicas for {num_clients} clients after {time.monotonic() - start_s:.1f} s")
-    counts = load.check(allowed=WELL)
-    print(f"none of {counts} failed")
+    for num_clients, num_replicas in [(MANY, 3), (FEW, 1), (MANY, 3), (FEW, 1)]:
+        took_s = asyncio.run(under_load(num_clients, num_replicas))
+        print(f"{num_replicas} replicas for {num_clients} clients after {took_s:.1f} s")
+    print(f"none of {load.check(allowed=WELL)} failed")
 
+
+def test_to_nothing_and_back(
+    port: int, checkpoint: Path, model: GPT, tokenizer: Tokenizer, prompts: list[list[int]]
+) -> None:
+    config = ServeConfig(
+        checkpoint=str(checkpoint),
+        port=port,
+        model_name=MODEL,
+        replicas=REPLICAS.model_copy(update={"min_replicas": 0}),
+    )
+    load = Load(str(run(config)["url"]), MODEL, greedy_asks(model, tokenizer, prompts, max_tokens=60))
     idle_s = wait_until(lambda: num_running_replicas() == 0, timeout_s=60)
-    load.outcomes.clear()
 
     async def ask_together() -> None:
         async with httpx.AsyncClient(base_url=load.url, timeout=None) as http:
@@ -78,6 +94,7 @@ def test_up_and_down_and_to_nothing_and_back(load: Load) -> None:
     with httpx.Client(base_url=load.url, timeout=30) as http:
         start_s = metric(http, "raymill:replica_start_seconds")
     print(
-        f"no replica {idle_s:.1f} s after the last request; six requests were held for {held_s:.1f} s, of which {start_s:.1f} s in the replica's start"
+        f"no replica {idle_s:.1f} s after the last request; six requests were held for {held_s:.1f} s, of which "
+        f"{start_s:.1f} s in the replica's start"
     )
     assert 0 < start_s < held_s

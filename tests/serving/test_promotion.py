@@ -66,6 +66,7 @@ def test_no_replica_switches_before_all_have_loaded_the_candidate() -> None:
     settled = step(switched, {2: READY}, elapsed_s=10)
     assert settled.phase is Phase.STEADY and settled.needed == [switched.live] and settled.previous == OLD
     assert settled.outcome is not None and settled.outcome.result == "promoted"
+    assert settled.history == (settled.outcome,)
 
 
 @pytest.mark.parametrize(
