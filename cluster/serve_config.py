@@ -28,6 +28,15 @@ class ReplicaConfig(Settings):
     scale_to_zero_after_s: float = Field(
         default=300.0, ge=0, description="seconds without a request before the last replica ends, if min_replicas is 0"
     )
+    borrow_from: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9._-]+$",
+        description="run id of a training run in the same storage, of which workers are borrowed while replicas find "
+        "no place; one worker has to make room for one replica",
+    )
+    borrow_after_s: float = Field(
+        default=15.0, ge=0, description="seconds without a place after which one is borrowed; a replica's start is less"
+    )
     threads_per_replica: int = Field(default=1, ge=1, description="compute threads, and logical CPUs, of a replica")
 
     @model_validator(mode="after")

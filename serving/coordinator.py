@@ -9,11 +9,14 @@ import logging
 import time
 from typing import Any, NamedTuple
 
+from ray import serve
+
 from cluster.grafana import Annotation, Annotator
 from cluster.registry import ENDPOINTS
-from cluster.serve_config import ServeConfig
+from cluster.serve_config import ReplicaConfig, ServeConfig
 from cluster.storage import AlreadyExistsError, ConflictError, StorageError, open_storage
 from serving import promotion
+from serving.borrowing import Borrower, Seen, num_wanted_replicas
 from serving.promotion import Delivery, DeliveryError, ReplicaReport, Terms, Version
 
 REPLICA_LOST_S = 10.0  # without a report; a replica on a busy machine may be late
@@ -47,6 +50,8 @@ class Coordinator:
         self._lock = asyncio.Lock()  # one change at a time
         self._annotator = Annotator.from_environment()
         self._delivery = self._restored()
+        if config.replicas.borrow_from is not None:
+            self._borrow_from(config.replicas.borrow_from, config.replicas)
 
     async def exchange(self, deployment: str, report: ReplicaReport) -> Reply:
         """A replica's report, and what it is to serve."""
@@ -116,6 +121,22 @@ class Coordinator:
         if self._delivery is None:
             raise DeliveryError("no replica has started yet; try again in a moment")
         return self._delivery
+
+    def _borrow_from(self, run_id: str, replicas: ReplicaConfig) -> None:
+        application = serve.get_replica_context().app_name
+
+        def look() -> Seen:
+            """From the borrower's thread."""
+            now_s = time.monotonic()
+            num_placed = sum(now_s - at_s < REPLICA_LOST_S for at_s, _ in list(self._reports.values()))
+            return Seen(num_wanted_replicas(application), num_placed)
+
+        Borrower(
+            self._storage.child(f"runs/{run_id}"),
+            after_s=replicas.borrow_after_s,
+            min_replicas=replicas.min_replicas,
+            look=look,
+        ).step_forever()
 
     def _by_presence(self) -> tuple[list[ReplicaReport], list[ReplicaReport]]:
         now_s = time.monotonic()

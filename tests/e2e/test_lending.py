@@ -1,10 +1,11 @@
 """A run lends a worker and gets it back, and its result is that of a run that did not.
 
-Everything is real: raylets, Ray Train, `raymill lend`. What borrows is an actor that needs the worker's place.
+Everything is real: raylets, Ray Train, `raymill lend`, and an endpoint that borrows by itself when its load rises.
 """
 
+import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,28 +13,34 @@ from typing import Any
 import pytest
 
 from cluster.cli import main
-from cluster.config import RunConfig
+from cluster.config import RunConfig, StorageConfig
+from cluster.endpoint import deploy
 from cluster.flags import validate_config
+from cluster.lending import Loan, read_loan
 from cluster.local import LocalCluster
+from cluster.registry import resolve_checkpoint
+from cluster.serve_config import EngineConfig, ReplicaConfig, ServeConfig
 from cluster.stage import Connection, run_stage
 from cluster.storage import open_storage
 from jobs.ledger import Ledger
+from model.checkpoint import load_model, load_tokenizer
+from tests.serving.delivery_parts import Admin
+from tests.serving.endpoint_parts import free_port, wait_until
+from tests.serving.load import End, Load, greedy_asks
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
-NUM_STEPS = 1500
+SHORT, LONG = 1500, 5000  # steps; long enough for replicas to come and go
 MAX_LOST_STEPS = 4  # at a resize; a snapshot is not taken of each step where steps are this short
 
 SETTINGS: dict[str, Any] = {
     "model": {"preset": "tiny"},
     "data": {"vocab_size": 300, "val_fraction": 0.2},
     "train": {
-        "max_tokens": NUM_STEPS * 8 * 32,
         "global_batch_size": 8,
         "micro_batch_size": 1,
         "seq_len": 32,
         "learning_rate": 3e-3,
-        "eval_every_steps": NUM_STEPS,
     },
     "checkpoint": {"save_every_steps": 500},
 }
@@ -41,50 +48,133 @@ SETTINGS: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def connection() -> Iterator[Connection]:
-    with LocalCluster(num_nodes=2, cpus_per_node=2) as cluster:
+    """Three places: for two workers and a replica, or a worker and two replicas."""
+    with LocalCluster(num_nodes=1, cpus_per_node=3) as cluster:
         yield Connection(cluster.jobs_url, {"Authorization": f"Bearer {cluster.token}"}, cluster)
 
 
-def run_config(folder: Path, run_id: str, **scaling: Any) -> RunConfig:
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a corpus, and the storage of all runs."""
+    folder = tmp_path_factory.mktemp("lending")
+    (folder / "corpus").mkdir()
+    for number in range(12):
+        words = " ".join(str((number * 7919 + i * i) % 997) for i in range(1500))
+        (folder / "corpus" / f"{number:02d}.txt").write_text(words)
+    return folder
+
+
+def run_config(folder: Path, run_id: str, *, num_steps: int, **scaling: Any) -> RunConfig:
     values = SETTINGS | {"storage": {"uri": str(folder / "storage")}, "run_id": run_id, "scaling": scaling}
     values["data"] = values["data"] | {"source": str(folder / "corpus")}
+    values["train"] = values["train"] | {"max_tokens": num_steps * 8 * 32, "eval_every_steps": num_steps}
     return validate_config(values, RunConfig)
 
 
-def test_a_worker_is_lent_and_given_back_and_the_result_is_the_same(connection: Connection, tmp_path: Path) -> None:
-    (tmp_path / "corpus").mkdir()
-    for number in range(12):
-        words = " ".join(str((number * 7919 + i * i) % 997) for i in range(1500))
-        (tmp_path / "corpus" / f"{number:02d}.txt").write_text(words)
-    alone = run_stage(connection, "jobs.pretrain", run_config(tmp_path, "alone", min_workers=1, max_workers=1))
-    config = run_config(tmp_path, "lender", min_workers=1, max_workers=2, resize_check_s=2)
-    storage = ["--storage.uri", config.storage.uri]
+def parameter_hash_alone(connection: Connection, folder: Path, *, num_steps: int) -> str:
+    """Of the same run on one worker, which nothing disturbs."""
+    config = run_config(folder, f"alone-{num_steps}", num_steps=num_steps, min_workers=1, max_workers=1)
+    return str(run_stage(connection, "jobs.pretrain", config)["parameter_hash"])
 
-    def ledger() -> Ledger:
-        return Ledger.read(open_storage(config.storage.uri).child("runs/lender"))
 
-    def until(condition: Callable[[Ledger], object]) -> None:
-        deadline = time.monotonic() + 120
-        while not condition(ledger()):
-            assert time.monotonic() < deadline and not running.done()
+class ElasticRun:
+    """In training, with one worker or two, in a thread of its own."""
+
+    def __init__(self, connection: Connection, folder: Path, run_id: str, *, num_steps: int) -> None:
+        config = run_config(folder, run_id, num_steps=num_steps, min_workers=1, max_workers=2, resize_check_s=2)
+        self._storage = open_storage(config.storage.uri).child(f"runs/{run_id}")
+        self._pool = ThreadPoolExecutor(1)
+        self._running = self._pool.submit(run_stage, connection, "jobs.pretrain", config)
+
+    @property
+    def ledger(self) -> Ledger:
+        return Ledger.read(self._storage)
+
+    @property
+    def loan(self) -> Loan | None:
+        return read_loan(self._storage)
+
+    def wait_for_steps(self, *, world_size: int, since: int = 0) -> float:
+        """Until it has taken 20 steps with so many workers. Seconds."""
+        start_s = time.monotonic()
+        while sum(line["world_size"] == world_size for line in self.ledger.steps[since:]) < 20:
+            assert time.monotonic() < start_s + 120 and not self._running.done()
             time.sleep(0.1)
+        return time.monotonic() - start_s
 
-    def steps_with(world_size: int, *, since: int) -> Callable[[Ledger], object]:
-        return lambda ledger: sum(line["world_size"] == world_size for line in ledger.steps[since:]) >= 20
+    def check_result(self, parameter_hash: str) -> None:
+        """After two resizes."""
+        result = self._running.result(300)
+        self._pool.shutdown()
+        assert result["world_sizes"] == [2, 1, 2]
+        assert result["parameter_hash"] == parameter_hash
+        lost = [recovery.lost_steps for recovery in self.ledger.recoveries()]
+        print(f"steps taken again at each resize: {lost}")
+        assert len(lost) == 2 and max(lost) <= MAX_LOST_STEPS
 
-    with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(run_stage, connection, "jobs.pretrain", config)
-        until(steps_with(2, since=0))
-        assert main(["lend", "lender", "--workers", "1", "--for", "600", *storage]) == 0
-        lent_at = time.monotonic()
-        until(steps_with(1, since=0))
-        print(f"lent to 20 steps with one worker: {time.monotonic() - lent_at:.1f} s")
-        num_steps = len(ledger().steps)
-        assert main(["lend", "lender", "--return", *storage]) == 0
-        until(steps_with(2, since=num_steps))
-        result = running.result(240)
-    assert result["world_sizes"] == [2, 1, 2]
-    assert result["parameter_hash"] == alone["parameter_hash"]
-    lost = [recovery.lost_steps for recovery in ledger().recoveries()]
-    print(f"steps taken again at each resize: {lost}")
-    assert len(lost) == 2 and max(lost) <= MAX_LOST_STEPS
+
+def test_a_worker_is_lent_and_given_back_and_the_result_is_the_same(connection: Connection, folder: Path) -> None:
+    storage = ["--storage.uri", str(folder / "storage")]
+    expected = parameter_hash_alone(connection, folder, num_steps=SHORT)
+    run = ElasticRun(connection, folder, "lender", num_steps=SHORT)
+    run.wait_for_steps(world_size=2)
+    assert main(["lend", "lender", "--workers", "1", "--for", "600", *storage]) == 0
+    print(f"lent to 20 steps with one worker: {run.wait_for_steps(world_size=1):.1f} s")
+    num_steps = len(run.ledger.steps)
+    assert main(["lend", "lender", "--return", *storage]) == 0
+    run.wait_for_steps(world_size=2, since=num_steps)
+    run.check_result(expected)
+
+
+def test_a_spike_at_the_endpoint_borrows_a_worker_and_gives_it_back(connection: Connection, folder: Path) -> None:
+    expected = parameter_hash_alone(connection, folder, num_steps=LONG)
+    (folder / "admin").write_text("sk-admin")
+    config = ServeConfig(
+        port=free_port(),
+        model_name="m",
+        admin_key_file=str(folder / "admin"),
+        storage=StorageConfig(uri=str(folder / "storage")),
+        engine=EngineConfig(max_num_seqs=2),
+        replicas=ReplicaConfig(
+            max_replicas=2, scale_up_after_s=1, scale_down_after_s=5, borrow_from="spiked", borrow_after_s=5
+        ),
+    )
+    endpoint = deploy(connection, config)
+    checkpoint = resolve_checkpoint("latest", config.storage.uri)
+    tokenizer = load_tokenizer(checkpoint)
+    assert tokenizer is not None
+    load = Load(endpoint.url, "m", greedy_asks(load_model(checkpoint), tokenizer, [[1, 2], [3]], max_tokens=20))
+    admin = Admin(endpoint.url, "sk-admin")
+    run = ElasticRun(connection, folder, "spiked", num_steps=LONG)
+
+    def num_ready() -> int:
+        return sum(slot["status"] == "ready" for r in admin.status()["replicas"] for slot in r["slots"].values())
+
+    async def spike() -> float:
+        """Until two replicas serve, and for a while after. Seconds until they do."""
+        start_s = time.monotonic()
+        is_over = asyncio.Event()
+
+        async def watch() -> float:
+            await asyncio.to_thread(run.wait_for_steps, world_size=1)
+            await asyncio.to_thread(wait_until, lambda: num_ready() == 2, timeout_s=60)
+            took_s = time.monotonic() - start_s
+            await asyncio.sleep(3)
+            is_over.set()
+            return took_s
+
+        async with asyncio.TaskGroup() as group:
+            watching = group.create_task(watch())
+            group.create_task(load.run_clients(6, until=is_over.is_set, max_requests=50_000, seed=1))
+        return watching.result()
+
+    run.wait_for_steps(world_size=2)
+    assert num_ready() == 1
+    took_s = asyncio.run(spike())
+    num_steps = len(run.ledger.steps)
+    assert run.loan is not None and run.loan.num_workers == 1
+    back_s = run.wait_for_steps(world_size=2, since=num_steps)
+    counts = load.check(allowed={(False, End.DONE), (True, End.DONE)})
+    print(f"two replicas after {took_s:.1f} s, two workers {back_s:.1f} s after the spike; none of {counts} failed")
+    assert run.loan is None
+    run.check_result(expected)

@@ -12,9 +12,11 @@ from model.checkpoint import Metadata, parameter_hash, write_checkpoint
 from model.config import GPTConfig
 from model.gpt import GPT
 from model.tokenizer import Tokenizer, train_bpe
+from tests.serving.delivery_parts import write_model
 
 RUN_ID = "tiny-run"
 FRAGILE_POSITION = 120
+LONG_CONTEXT_TOKENS = 256
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -63,6 +65,20 @@ def checkpoint(model: GPT, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPa
 def prompts(model: GPT) -> list[list[int]]:
     """Eight, of 1 to 57 tokens."""
     return [[(7 * i + 11 * k) % model.config.vocab_size for k in range(1 + 8 * i)] for i in range(8)]
+
+
+@pytest.fixture(scope="session")
+def long_model(tokenizer: Tokenizer) -> GPT:
+    """Large enough that HTTP, on the same two processors, costs little beside its answers."""
+    shape = {"n_positions": LONG_CONTEXT_TOKENS, "n_layer": 8, "n_head": 8, "n_embd": 512}
+    gpt = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, initializer_range=0.3, **shape))
+    gpt.init_weights(1)
+    return gpt.eval()
+
+
+@pytest.fixture(scope="session")
+def long_checkpoint(long_model: GPT, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("checkpoints") / "long-1", long_model, tokenizer)
 
 
 @pytest.fixture(scope="session")

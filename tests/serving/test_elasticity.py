@@ -27,7 +27,7 @@ REPLICAS = ReplicaConfig(
     scale_to_zero_after_s=8,
 )
 BY_QUEUE = EngineConfig(max_num_seqs=4)
-BY_CACHE = EngineConfig(max_num_seqs=100, kv_cache_tokens=512, prefix_cache=False)  # four whole contexts
+BY_CACHE = EngineConfig(max_num_seqs=100, kv_cache_tokens=512, prefix_cache=False)  # four requests
 WELL = {(False, End.DONE), (True, End.DONE)}
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -41,10 +41,10 @@ def port() -> Iterator[int]:
 
 @pytest.mark.parametrize("engine", [BY_QUEUE, BY_CACHE], ids=["queue", "cache"])
 def test_one_three_one_and_again(
-    engine: EngineConfig, port: int, checkpoint: Path, model: GPT, tokenizer: Tokenizer, prompts: list[list[int]]
+    engine: EngineConfig, port: int, long_checkpoint: Path, long_model: GPT, tokenizer: Tokenizer
 ) -> None:
-    config = ServeConfig(checkpoint=str(checkpoint), port=port, model_name=MODEL, engine=engine, replicas=REPLICAS)
-    asks = greedy_asks(model, tokenizer, prompts[-1:] * 2, max_tokens=64)  # 121 tokens: almost a context
+    config = ServeConfig(checkpoint=str(long_checkpoint), port=port, model_name=MODEL, engine=engine, replicas=REPLICAS)
+    asks = greedy_asks(long_model, tokenizer, [list(range(60))], max_tokens=64)
     load = Load(str(run(config)["url"]), MODEL, asks)
 
     async def under_load(num_clients: int, num_replicas: int) -> float:

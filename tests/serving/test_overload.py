@@ -12,18 +12,16 @@ import psutil
 import pytest
 
 from cluster.serve_config import EngineConfig, ServeConfig
-from model.config import GPTConfig
 from model.gpt import GPT
 from model.tokenizer import Tokenizer
 from serving.app import run
-from tests.serving.delivery_parts import write_model
+from tests.serving.conftest import LONG_CONTEXT_TOKENS
 from tests.serving.endpoint_parts import children_with, free_port, loopback_server, ray_cluster, replica_app
 from tests.serving.load import End, Load, Outcome, greedy_asks, percentile
 
 pytestmark = pytest.mark.cluster
 
 MODEL = "long"
-CONTEXT_TOKENS = 256
 LATE_S = 0.2  # another step, and what HTTP takes while others use the processors too
 OVERLOAD = 5
 MIN_BUSY = 0.8  # share of the engine's room that is used meanwhile
@@ -45,7 +43,7 @@ class Traffic:
 SHORT = [[1], [2, 3]]
 ANSWERS = Traffic(EngineConfig(max_num_seqs=4, max_queue_s=0.4), 4, SHORT, max_tokens=250)
 BLOCKS = Traffic(
-    EngineConfig(max_num_seqs=16, max_queue_s=0.4, kv_cache_tokens=2 * CONTEXT_TOKENS),
+    EngineConfig(max_num_seqs=16, max_queue_s=0.4, kv_cache_tokens=2 * LONG_CONTEXT_TOKENS),
     2,
     prompts=SHORT,
     max_tokens=250,
@@ -57,20 +55,6 @@ PROMPTS = Traffic(
     max_tokens=3,
     read_s=0.3,
 )
-
-
-@pytest.fixture(scope="module")
-def long_model(tokenizer: Tokenizer) -> GPT:
-    """Large enough that refusals, on the same two processors, cost little beside its answers."""
-    shape = {"n_positions": CONTEXT_TOKENS, "n_layer": 8, "n_head": 8, "n_embd": 512}
-    model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, initializer_range=0.3, **shape))
-    model.init_weights(1)
-    return model.eval()
-
-
-@pytest.fixture(scope="module")
-def folder(long_model: GPT, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("checkpoints") / "long-1", long_model, tokenizer)
 
 
 @dataclass(frozen=True)
@@ -161,13 +145,16 @@ def load_of(traffic: Traffic, model: GPT, tokenizer: Tokenizer, *, url: str) -> 
 
 @pytest.mark.parametrize("traffic", [ANSWERS, BLOCKS, PROMPTS], ids=["answers", "blocks", "prompts"])
 def test_five_times_too_many_for_a_replica(
-    traffic: Traffic, folder: Path, long_model: GPT, tokenizer: Tokenizer
+    traffic: Traffic, long_checkpoint: Path, long_model: GPT, tokenizer: Tokenizer
 ) -> None:
     """A replica's routes and its engine process, without Ray."""
 
     async def scenario() -> Overloaded:
         config = ServeConfig(engine=traffic.engine)
-        async with replica_app(folder, name=MODEL, config=config) as (app, versions), loopback_server(app) as url:
+        async with (
+            replica_app(long_checkpoint, name=MODEL, config=config) as (app, versions),
+            loopback_server(app) as url,
+        ):
             load = load_of(traffic, long_model, tokenizer, url=url)
             processes = [psutil.Process(), psutil.Process(versions.live.engine.pid)]
             return await overload(
@@ -182,8 +169,8 @@ def test_five_times_too_many_for_a_replica(
 
 
 @pytest.mark.slow
-def test_five_times_too_many_for_an_endpoint(folder: Path, long_model: GPT, tokenizer: Tokenizer) -> None:
-    config = ServeConfig(checkpoint=str(folder), model_name=MODEL, port=free_port(), engine=ANSWERS.engine)
+def test_five_times_too_many_for_an_endpoint(long_checkpoint: Path, long_model: GPT, tokenizer: Tokenizer) -> None:
+    config = ServeConfig(checkpoint=str(long_checkpoint), model_name=MODEL, port=free_port(), engine=ANSWERS.engine)
     with ray_cluster():
         load = load_of(ANSWERS, long_model, tokenizer, url=str(run(config)["url"]))
         processes = [
