@@ -26,8 +26,8 @@ REPLICAS = ReplicaConfig(
     scale_down_after_s=5,
     scale_to_zero_after_s=8,
 )
-BY_QUEUE = EngineConfig(max_num_seqs=4)
-BY_CACHE = EngineConfig(max_num_seqs=100, kv_cache_tokens=512, prefix_cache=False)  # four requests
+BY_QUEUE = EngineConfig(max_num_seqs=4, max_queue_s=300)
+BY_CACHE = EngineConfig(max_num_seqs=100, max_queue_s=300, kv_cache_tokens=512, prefix_cache=False)  # four requests
 WELL = {(False, End.DONE), (True, End.DONE)}
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -44,7 +44,7 @@ def test_one_three_one_and_again(
     engine: EngineConfig, port: int, long_checkpoint: Path, long_model: GPT, tokenizer: Tokenizer
 ) -> None:
     config = ServeConfig(checkpoint=str(long_checkpoint), port=port, model_name=MODEL, engine=engine, replicas=REPLICAS)
-    asks = greedy_asks(long_model, tokenizer, [list(range(60))], max_tokens=64)
+    asks = greedy_asks(long_model, tokenizer, [list(range(90))], max_tokens=32)
     load = Load(str(run(config)["url"]), MODEL, asks)
 
     async def under_load(num_clients: int, num_replicas: int) -> float:

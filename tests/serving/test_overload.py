@@ -24,8 +24,8 @@ pytestmark = pytest.mark.cluster
 MODEL = "long"
 LATE_S = 0.2  # another step, and what HTTP takes while others use the processors too
 OVERLOAD = 5
-MIN_BUSY = 0.8  # share of the engine's room that is used meanwhile
-MIN_GOODPUT = 0.6  # of what is answered without a queue; refusals share the same two processors
+MIN_BUSY = 0.7  # share of the engine's room that is used meanwhile
+MIN_GOODPUT = 0.5  # of what is answered without a queue: 0.93 to 1.05 on a quiet machine, 0.6 on one that others use
 MAX_GROWTH_BYTES = 48 << 20
 
 
@@ -130,7 +130,8 @@ async def overload(
 def check(seen: Overloaded, traffic: Traffic, *, num_requests: int) -> None:
     assert seen.num_accepted + seen.num_refused == num_requests
     assert seen.num_refused > num_requests / 2
-    assert seen.goodput >= MIN_GOODPUT if seen.busy is None else seen.busy >= MIN_BUSY
+    assert seen.goodput >= MIN_GOODPUT
+    assert seen.busy is None or seen.busy >= MIN_BUSY
     longest_queue_s = traffic.engine.max_queue_s
     assert seen.ttft_p99_s <= longest_queue_s + traffic.read_s + LATE_S
     assert seen.p99_s <= seen.unloaded_s + max(seen.unloaded_s, longest_queue_s + LATE_S)
