@@ -30,7 +30,7 @@ from tests.serving.load import End, Load, greedy_asks
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
-SHORT, LONG = 1500, 5000  # steps; long enough for replicas to come and go
+SHORT, LONG = 1500, 4000  # steps; long enough for replicas to come and go
 MAX_LOST_STEPS = 4  # at a resize; a snapshot is not taken of each step where steps are this short
 
 SETTINGS: dict[str, Any] = {
@@ -136,7 +136,12 @@ def test_a_spike_at_the_endpoint_borrows_a_worker_and_gives_it_back(connection: 
         storage=StorageConfig(uri=str(folder / "storage")),
         engine=EngineConfig(max_num_seqs=2),
         replicas=ReplicaConfig(
-            max_replicas=2, scale_up_after_s=1, scale_down_after_s=5, borrow_from="spiked", borrow_after_s=5
+            max_replicas=2,
+            target_ongoing_requests=2,
+            scale_up_after_s=1,
+            scale_down_after_s=5,
+            borrow_from="spiked",
+            borrow_after_s=5,
         ),
     )
     endpoint = deploy(connection, config)
