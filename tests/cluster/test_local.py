@@ -109,6 +109,7 @@ def test_nodes_come_and_go(cluster: LocalCluster, before: set[psutil.Process]) -
     assert len(alive_nodes(cluster)) == 3
 
 
+@pytest.mark.slow
 def test_a_lost_head_is_started_again_and_finds_its_nodes(cluster: LocalCluster, before: set[psutil.Process]) -> None:
     def pids() -> set[int]:
         raylets = [process for process in started_since(before) if process.name() == "raylet"]
