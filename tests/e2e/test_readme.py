@@ -27,12 +27,13 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 SETTINGS: dict[str, Any] = {
     "model.preset": "tiny",
+    "model.n_positions": 128,  # a context for what is asked below
     "data.vocab_size": 400,
     "data.val_fraction": 0.2,
     "train.max_tokens": 16384,
     "train.global_batch_size": 4,
     "train.micro_batch_size": 2,
-    "train.seq_len": 128,  # a context for what is asked below
+    "train.seq_len": 128,
     "train.eval_max_tokens": 4096,
 }
 SMALLER = {"small-10m": "tiny", "20000000": "16384"}
