@@ -94,7 +94,7 @@ class Reader:
             capture_output=True,
             text=True,
             check=False,
-            timeout=300,
+            timeout=600,
         )
         assert done.returncode == EXIT_CODES.get(arguments[0], 0), f"{arguments}: {done.stdout}{done.stderr}"
         result = json.loads(done.stdout.splitlines()[-1])
