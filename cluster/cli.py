@@ -16,6 +16,8 @@ from typing import Any
 from cluster import commands, dashboard_commands, delivery_commands, plan_command, shapes_command
 from cluster.config import EvaluateConfig, RunConfig
 from cluster.flags import ConfigError, Parser, add_config_arguments
+from cluster.job_backend import STAGES
+from cluster.job_commands import add_job_commands
 from cluster.kube_commands import add_cluster_commands
 from cluster.serve_config import ServeConfig
 from cluster.stage import ModuleFailedError
@@ -55,7 +57,7 @@ def command_parser() -> Parser:
         sub.set_defaults(run=run)
         return sub
 
-    for name, (_, about) in commands.STAGES.items():
+    for name, (_, about) in STAGES.items():
         sub = command(name, commands.stage(name), about)
         sub.add_argument("config", nargs="?", type=Path, help="YAML file; flags override its settings")
         if name == "pretrain":
@@ -68,8 +70,9 @@ def command_parser() -> Parser:
             )
         add_config_arguments(sub, RunConfig)
 
-    _data_commands(subparsers)
-    _dashboard_commands(subparsers)
+    add_job_commands(command)
+
+    _commands_with_commands(subparsers)
 
     plan_command.add_plan_arguments(
         command("plan", plan_command.plan, "what a run will take: operations, days, cost, memory, checkpoints, links")
@@ -139,6 +142,23 @@ def command_parser() -> Parser:
     sub.add_argument("--keep", action="store_true", help="keep the endpoint up until Ctrl-C")
     _storage_argument(sub)
     return parser
+
+
+def _commands_with_commands(subparsers: Any) -> None:
+    _storage_commands(subparsers)
+    _data_commands(subparsers)
+    _dashboard_commands(subparsers)
+
+
+def _storage_commands(subparsers: Any) -> None:
+    about = "whether a storage does all that runs ask of it, and in words what is wrong if not"
+    commands_of_storage = subparsers.add_parser("storage", help=about, description=about).add_subparsers(
+        metavar="COMMAND", required=True
+    )
+    sub = commands_of_storage.add_parser("check", help=about, description=about)
+    sub.add_argument("--json", action="store_true", help="print one JSON object as the last line of output")
+    sub.set_defaults(run=commands.storage_check)
+    sub.add_argument("uri", metavar="URI", help="a path, file:// or s3://bucket/prefix")
 
 
 def _data_commands(subparsers: Any) -> None:

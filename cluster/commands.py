@@ -15,12 +15,14 @@ from cluster.delivery_commands import follow_run, gate_of
 from cluster.demo import run_demo
 from cluster.endpoint import Endpoint, deploy, stream_completion
 from cluster.flags import ConfigError, config_from_arguments
+from cluster.job_backend import STAGES
 from cluster.lending import Loan, give_back, lend, read_loan
 from cluster.progress import say
 from cluster.registry import publications, publish, resolve_checkpoint
 from cluster.serve_config import ServeConfig
 from cluster.stage import ModuleFailedError, connected, cpus_per_node, run_module, run_stage
 from cluster.storage import absolute_uri, open_storage
+from cluster.storage_check import check_storage
 from model.checkpoint import (
     CheckpointError,
     read_metadata,
@@ -29,12 +31,6 @@ from model.checkpoint import (
 from model.errors import UserError
 
 Command = Callable[[argparse.Namespace], dict[str, Any] | None]
-
-STAGES = {
-    "tokenize": ("jobs.tokenize_corpus", "corpus to token shards"),
-    "pretrain": ("jobs.pretrain", "token shards to a trained, published checkpoint; makes the shards where missing"),
-    "pipeline": ("jobs.pipeline", "corpus to evaluated checkpoint and report, all stages in one job"),
-}
 
 
 def stage(name: str) -> Command:
@@ -52,6 +48,19 @@ def stage(name: str) -> Command:
             return run_stage(connection, STAGES[name][0], config)
 
     return run
+
+
+def storage_check(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Exit code 1 where it is not usable."""
+    uri = absolute_uri(arguments.uri)
+    checks = check_storage(uri)
+    problem = checks[-1].problem
+    passed = [check.name for check in checks if not check.problem]
+    result = {"storage": uri, "usable": not problem, "passed": passed, "problem": problem}
+    if problem:
+        arguments.show(result)
+        raise ModuleFailedError(problem)
+    return result
 
 
 DATA = "look at a corpus before a job is spent, and at a token store afterwards"

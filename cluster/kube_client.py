@@ -45,10 +45,17 @@ class KubeApi:
         """Raises `ClusterError` when the object has changed such that the patch does not fit."""
         self._ask("PATCH", _path_of(manifest), body=patch, content_type="application/json-patch+json")
 
-    def apply(self, manifest: Object, *, dry_run: bool = False) -> None:
-        """Server-side apply: what others own, such as the autoscaler the number of pods, stays theirs."""
+    def apply(self, manifest: Object, *, dry_run: bool = False) -> Object:
+        """Server-side apply: what others own, such as the autoscaler the number of pods, stays theirs. Gives the
+        object as it is then."""
         query = [("fieldManager", FIELD_MANAGER), *([("dryRun", "All")] if dry_run else [])]
-        self._ask("PATCH", _path_of(manifest), query=query, body=manifest, content_type="application/apply-patch+yaml")
+        content_type = "application/apply-patch+yaml"
+        made: Object = self._ask("PATCH", _path_of(manifest), query=query, body=manifest, content_type=content_type)
+        return made
+
+    def delete(self, api_version: str, kind: str, name: str) -> None:
+        """Nothing happens where it is not there."""
+        self._ask("DELETE", f"{_path(api_version, kind, self.namespace)}/{name}", missing_is=None)
 
     _RAISE = object()
 

@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ import httpx
 import yaml
 
 from cluster.flags import ConfigError, Parser
+from cluster.jobs_api import JobsApi, ray_token
 from cluster.kube_idle import GroupBounds, NodeUse, why_not_idle
 from cluster.kube_pending import is_pending, why_not_made, why_pending
 from cluster.kube_scale import Patch, resume_group, scale_group, suspend, suspend_group
@@ -90,14 +90,14 @@ def render(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def apply(arguments: argparse.Namespace) -> dict[str, Any]:
-    objects, api = _objects(arguments), _connect(arguments)
+    objects, api = _objects(arguments), connected_api(arguments.namespace)
     for manifest in objects:
         api.apply(manifest, dry_run=arguments.dry_run)
     return {"checked" if arguments.dry_run else "applied": [_name(manifest) for manifest in objects]}
 
 
 def scale(arguments: argparse.Namespace) -> dict[str, Any]:
-    api = _connect(arguments)
+    api = connected_api(arguments.namespace)
     manifest = _find(api, arguments.name)
     if manifest["kind"] == "RayJob" and (arguments.group or not (arguments.suspend or arguments.resume)):
         manifest = _cluster_of(api, manifest)  # KubeRay copies a job's groups to its cluster only once
@@ -119,12 +119,12 @@ def _change(arguments: argparse.Namespace, manifest: Object) -> Patch:
 
 
 def status(arguments: argparse.Namespace) -> dict[str, Any]:
-    found = _all(_connect(arguments), arguments.name)
+    found = _all(connected_api(arguments.namespace), arguments.name)
     return {_name(manifest): [sentence(manifest), *groups(manifest)] for manifest in found}
 
 
 def pending(arguments: argparse.Namespace) -> dict[str, Any]:
-    api = _connect(arguments)
+    api = connected_api(arguments.namespace)
     found = _all(api, arguments.name)
     clusters = {_cluster_name(manifest) for manifest in found}
     events = api.all("v1", "Event")
@@ -148,7 +148,7 @@ def pending(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def not_idle(arguments: argparse.Namespace) -> dict[str, Any]:
-    api = _connect(arguments)
+    api = connected_api(arguments.namespace)
     manifest = _find(api, arguments.name)
     cluster = manifest if manifest["kind"] == "RayCluster" else _cluster_of(api, manifest)
     pods = api.all("v1", "Pod", selector=f"ray.io/cluster={cluster['metadata']['name']},ray.io/node-type=worker")
@@ -162,9 +162,7 @@ def not_idle(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _node_uses(url: str, pods: list[Object]) -> list[NodeUse]:
     """By Ray's state API, whose nodes are the pods with their addresses."""
-    path, token = os.environ.get("RAY_AUTH_TOKEN_PATH"), os.environ.get("RAY_AUTH_TOKEN")
-    token = Path(path).read_text(encoding="utf-8").strip() if path else token
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    headers = JobsApi(url, ray_token()).headers
 
     def rows(what: str, state: str) -> list[dict[str, Any]]:
         query = {"filter_keys": "state", "filter_predicates": "=", "filter_values": state, "detail": "true"}
@@ -202,8 +200,7 @@ def _node_uses(url: str, pods: list[Object]) -> list[NodeUse]:
 
 
 def _objects(arguments: argparse.Namespace) -> list[Object]:
-    named = _OVERLAYS / arguments.overlay
-    objects = rendered_overlay(named if named.is_dir() else Path(arguments.overlay))
+    objects = rendered_overlay(overlay_folder(arguments.overlay))
     if arguments.component is None:
         return objects
     chosen = [o for o in objects if o["metadata"].get("labels", {}).get(_COMPONENT) == arguments.component]
@@ -213,12 +210,19 @@ def _objects(arguments: argparse.Namespace) -> list[Object]:
     return chosen
 
 
-def _connect(arguments: argparse.Namespace) -> "KubeApi":
+def overlay_folder(name: str) -> Path:
+    """One of ours by its name, or a folder."""
+    named = _OVERLAYS / name
+    return named if named.is_dir() else Path(name)
+
+
+def connected_api(namespace: str) -> "KubeApi":
+    """Raises `ClusterError` where no Kubernetes is configured, `UserError` where its client is not installed."""
     try:
         client = importlib.import_module("cluster.kube_client")  # of an extra: the other commands do without
     except ImportError as error:
         raise UserError(f"{error}: `pip install 'raymill[k8s]'` brings the Kubernetes client") from None
-    api: KubeApi = client.KubeApi(arguments.namespace)
+    api: KubeApi = client.KubeApi(namespace)
     return api
 
 

@@ -7,25 +7,19 @@ that was stopped and goes on finds another's version there: `check()`, called be
 
 import json
 import logging
-import os
 import secrets
 import socket
 import threading
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import psutil
-
+from cluster.process_identity import ProcessIdentity
 from cluster.storage_interface import AlreadyExistsError, ConflictError, NotFoundError, Storage, StorageError, join_uri
 
 _LOG = logging.getLogger(__name__)
-
-_TRUSTED_START_S = 2.0
-"""Two readings of one process's start differ by rounding; a new process has not got the old one's number so soon."""
 
 
 class LeaseHeldError(StorageError):
@@ -43,11 +37,15 @@ class Holder:
     owner: str
     generation: int  # grows by one at each take-over
     host: str
-    machine: str  # boot and process namespace, in which the pid means something; empty if unknown
+    machine: str  # these three: see ProcessIdentity
     pid: int
-    started_s: float  # of the process, after the machine's boot
+    started_s: float
     since: str
     beat: int = 0
+
+    def is_gone(self) -> bool:
+        """Whether the holder ran on this machine and its process ended; False if that cannot be known."""
+        return ProcessIdentity(self.machine, self.pid, self.started_s).is_gone()
 
 
 class Lease:
@@ -116,7 +114,7 @@ class Lease:
         if holder.owner == self._me.owner:  # the answer to our own write got lost, and its repetition was refused
             self._me, self._version = found
             return True
-        if not _is_gone(holder):
+        if not holder.is_gone():
             self._watch(holder, version)
         self._me = replace(self._me, generation=holder.generation + 1)
         with suppress(ConflictError):
@@ -127,7 +125,7 @@ class Lease:
     def _watch(self, holder: Holder, version: str) -> None:
         """Returns when the holder is dead. Raises `LeaseHeldError` at his next sign of life."""
         deadline_s = time.monotonic() + self._timeout_s
-        while time.monotonic() < deadline_s and not _is_gone(holder):
+        while time.monotonic() < deadline_s and not holder.is_gone():
             time.sleep(min(self._interval_s, self._timeout_s / 20))
             entry = self._storage.stat(self._key)
             if entry is None:
@@ -139,15 +137,7 @@ class Lease:
                 )
 
     def _read(self) -> tuple[Holder, str] | None:
-        """The holder and the version that says so; None when there is none."""
-        while (entry := self._storage.stat(self._key)) is not None:
-            try:
-                content = self._storage.read_bytes(self._key)
-            except NotFoundError:
-                return None
-            if self._storage.stat(self._key) == entry:
-                return _parsed(content), entry.version
-        return None
+        return _held(self._storage, self._key)
 
     def _beat(self) -> None:
         while not self._released.wait(self._interval_s):
@@ -175,40 +165,46 @@ class Lease:
             )
 
 
+def living_holder(storage: Storage, key: str, *, timeout_s: float) -> Holder | None:
+    """Who holds the lease and shows it: at once on his own machine, elsewhere at his next beat within `timeout_s`."""
+    found = _held(storage, key)
+    if found is None or found[0].is_gone():
+        return None
+    holder, version = found
+    if ProcessIdentity(holder.machine, holder.pid, holder.started_s).is_here:
+        return holder
+    deadline_s = time.monotonic() + timeout_s
+    while time.monotonic() < deadline_s:
+        time.sleep(timeout_s / 20)
+        entry = storage.stat(key)
+        if entry is None or entry.version != version:
+            return holder if entry else None
+    return None
+
+
+def _held(storage: Storage, key: str) -> tuple[Holder, str] | None:
+    """The holder and the version that says so; None when there is none."""
+    while (entry := storage.stat(key)) is not None:
+        try:
+            content = storage.read_bytes(key)
+        except NotFoundError:
+            return None
+        if storage.stat(key) == entry:
+            return _parsed(content), entry.version
+    return None
+
+
 def _myself() -> Holder:
-    pid = os.getpid()
+    me = ProcessIdentity.own()
     return Holder(
         owner=secrets.token_hex(8),
         generation=1,
         host=socket.gethostname(),
-        machine=_machine(),
-        pid=pid,
-        started_s=_started_s(psutil.Process(pid)),
+        machine=me.machine,
+        pid=me.pid,
+        started_s=me.started_s,
         since=time.strftime("%Y-%m-%d %H:%M:%S %Z"),
     )
-
-
-def _machine() -> str:
-    """Process numbers mean the same where this is the same; containers on one host may share its name."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    return f"{boot.read_text().strip()} {Path('/proc/self/ns/pid').readlink()}" if boot.exists() else ""
-
-
-def _started_s(process: psutil.Process) -> float:
-    """After boot, which a change of the wall clock leaves as it is."""
-    return process.create_time() - psutil.boot_time()
-
-
-def _is_gone(holder: Holder) -> bool:
-    """Whether the holder ran on this machine and its process ended; False if that cannot be known."""
-    if not holder.machine or holder.machine != _machine():
-        return False
-    try:
-        process = psutil.Process(holder.pid)
-        is_other = abs(_started_s(process) - holder.started_s) > _TRUSTED_START_S
-        return is_other or process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
 
 
 def _stored(holder: Holder) -> bytes:

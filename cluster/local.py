@@ -8,11 +8,9 @@ The head keeps the cluster's state on disk (RocksDB), so that one that was lost 
 find it by themselves, and the actors on them live on.
 """
 
-import ctypes
 import os
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -28,6 +26,7 @@ from typing import Self
 import httpx
 import psutil
 
+from cluster.parent_death import die_with_parent
 from model.errors import UserError
 
 NODE_NAME_VARIABLE = "RAYMILL_NODE"
@@ -61,16 +60,9 @@ _ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
-_PR_SET_PDEATHSIG = 1
-_libc = ctypes.CDLL(None, use_errno=True)
-
 
 class ClusterError(UserError):
     """A cluster that could not be started or reached."""
-
-
-def _die_with_parent() -> None:
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def free_port() -> int:
@@ -243,7 +235,7 @@ class LocalCluster:
                 stdin=subprocess.DEVNULL,
                 env=os.environ | self.environment | {NODE_NAME_VARIABLE: name} | (state if name == _HEAD else {}),
                 start_new_session=True,
-                preexec_fn=_die_with_parent,  # one system call, safe beside other threads
+                preexec_fn=die_with_parent,
             ).result()
         self._num_started += 1
 

@@ -68,6 +68,26 @@ def progress(label: str, *, total_bytes: int) -> Iterator[Callable[[int], None]]
     show()
 
 
+class PlainProgress:
+    """A stage's log for who cannot see bars: its reports become a line now and then, all else stays."""
+
+    def __init__(self) -> None:
+        self._printed_at: dict[str, float] = {}
+
+    def line(self, text: str) -> str | None:
+        """What stands for a line of the log; None when nothing does."""
+        return self.text(_report(text)) if text.startswith(_MARK) else text
+
+    def text(self, report: Report) -> str | None:
+        """None when the last one is not long ago."""
+        now, is_done = time.monotonic(), report.done >= report.total
+        if not is_done and now - self._printed_at.get(report.label, -_LINE_INTERVAL_S) < _LINE_INTERVAL_S:
+            return None
+        self._printed_at[report.label] = now
+        note = f", {report.note}" if report.note else ""
+        return f"{report.label}: {report.done:g} of {report.total:g} {report.unit}{note}"
+
+
 class ProgressView:
     """Shows a stage's log as it comes: bars for its reports at a terminal, a line now and then elsewhere, and its own
     lines. The whole log, Ray's lines among them, is kept in a file."""
@@ -76,7 +96,7 @@ class ProgressView:
         self.log = log
         self._bars = _bars() if sys.stderr.isatty() else None
         self._tasks: dict[str, TaskID] = {}
-        self._printed_at: dict[str, float] = {}
+        self._plain = PlainProgress()
         self._in_ray_block = False
 
     def __enter__(self) -> Self:
@@ -96,7 +116,7 @@ class ProgressView:
     def line(self, text: str) -> None:
         """One line of a stage's log."""
         if text.startswith(_MARK):
-            self._show(Report(**json.loads(text[len(_MARK) :])))
+            self._show(_report(text))
             return
         self._file.write(f"{text}\n")
         is_indented = not text or text[0] in " \t"
@@ -114,11 +134,12 @@ class ProgressView:
                 self._tasks[report.label] = self._bars.add_task(report.label, total=report.total, unit="", note="")
             self._bars.update(self._tasks[report.label], completed=report.done, unit=report.unit, note=report.note)
             return
-        now, is_done = time.monotonic(), report.done >= report.total
-        if is_done or now - self._printed_at.get(report.label, -_LINE_INTERVAL_S) >= _LINE_INTERVAL_S:
-            self._printed_at[report.label] = now
-            note = f", {report.note}" if report.note else ""
-            say(f"{report.label}: {report.done:g} of {report.total:g} {report.unit}{note}")
+        if (text := self._plain.text(report)) is not None:
+            say(text)
+
+
+def _report(line: str) -> Report:
+    return Report(**json.loads(line[len(_MARK) :]))
 
 
 def _bars() -> Progress:

@@ -10,6 +10,8 @@ import hashlib
 import json
 import logging
 import os
+import secrets
+import shlex
 import shutil
 import subprocess
 import sys
@@ -25,15 +27,17 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from cluster.config import ClusterConfig, EvaluateConfig, RunConfig, write_config
 from cluster.flags import ConfigError, Parser, add_config_arguments, config_from_arguments
+from cluster.jobs_api import JobsApi, ray_token
 from cluster.local import STOP_WAIT_S, ClusterError, LocalCluster
+from cluster.mirrored import entrypoint
 from cluster.progress import ProgressView, say
+from cluster.result_line import RESULT_MARK, parse_result
 from cluster.serve_config import ServeConfig
 from cluster.storage import open_storage
 from model.errors import UserError
 
 CODE_FOLDERS = ("model", "cluster", "jobs", "serving")
 
-_RESULT_MARK = "raymill-result: "
 _REPOSITORY = Path(__file__).resolve().parent.parent
 _POLL_S = 0.5
 _NO_AGENT = "No available agent"
@@ -74,17 +78,12 @@ class Connection:
 def connected(config: ClusterConfig, *, cpus_per_node: int) -> Iterator[Connection]:
     """The cluster at `config.address`, or a local one that lives as long as the context."""
     if config.address is not None:
-        token = _token()
-        yield Connection(config.address, {"Authorization": f"Bearer {token}"} if token else {}, None)
+        api = JobsApi(config.address, ray_token())
+        api.probe()
+        yield Connection(api.url, api.headers, None)
         return
     with LocalCluster(num_nodes=config.num_nodes, cpus_per_node=config.cpus_per_node or cpus_per_node) as cluster:
         yield Connection(cluster.jobs_url, {"Authorization": f"Bearer {cluster.token}"}, cluster)
-
-
-def _token() -> str | None:
-    if path := os.environ.get("RAY_AUTH_TOKEN_PATH"):
-        return Path(path).read_text(encoding="utf-8").strip()
-    return os.environ.get("RAY_AUTH_TOKEN")
 
 
 def cpus_per_node(config: RunConfig | EvaluateConfig) -> int:
@@ -110,8 +109,6 @@ def run_stage(
     Raises `StageFailedError` when the job ends without one, `ConfigError` when it found itself misused, and
     `ClusterError` when the cluster cannot be reached.
     """
-    for logger in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.runtime_env"):
-        logging.getLogger(logger).setLevel(logging.WARNING)  # uploads and web sockets are no news
     for _ in range(_MAX_LOST_HEADS):
         try:
             return _run_job(connection, module, config)
@@ -138,14 +135,7 @@ def _submit_and_follow(
     connection: Connection, module: str, config: RunConfig | ServeConfig | EvaluateConfig
 ) -> dict[str, Any]:
     client = _jobs_client(connection)
-    with tempfile.TemporaryDirectory(prefix="raymill-job-") as folder:
-        snapshot_code(Path(folder))
-        write_config(config, Path(folder) / "run.yaml")
-        job_id = _submit(
-            client,
-            entrypoint=f"exec python -m {module} run.yaml",
-            runtime_env={"working_dir": folder, "env_vars": _job_environment(connection)},
-        )
+    job_id = submit_stage(connection, module, config, job=f"raymill-{secrets.token_hex(8)}")
     folder_of_logs = open_storage(config.storage.uri).local_path("logs") or Path(".raymill/logs")
     try:
         with ProgressView(folder_of_logs.absolute() / f"{module}-{job_id}.log") as view:
@@ -155,6 +145,34 @@ def _submit_and_follow(
             client.stop_job(job_id)
             _wait_for_end(client, job_id)
         raise
+
+
+def submit_stage(
+    connection: Connection, module: str, config: RunConfig | ServeConfig | EvaluateConfig, *, job: str
+) -> str:
+    """Starts `python -m MODULE run.yaml` on the cluster as the job of that name, which it gives back.
+
+    Raises `ClusterError` when the cluster cannot be reached, `RuntimeError` when it does not take the job, such as one
+    of a name that it knows.
+    """
+    is_run = isinstance(config, RunConfig)  # whose storage keeps what its jobs print
+    command = entrypoint(module, "run.yaml", job=job) if is_run else ["python", "-m", module, "run.yaml"]
+    with tempfile.TemporaryDirectory(prefix="raymill-job-") as folder:
+        snapshot_code(Path(folder))
+        write_config(config, Path(folder) / "run.yaml")
+        return _submit(
+            _jobs_client(connection),
+            submission_id=job,
+            entrypoint=f"exec {shlex.join(command)}",
+            runtime_env={"working_dir": folder, "env_vars": _job_environment(connection)},
+            metadata=_metadata(config, module),
+        )
+
+
+def _metadata(config: RunConfig | ServeConfig | EvaluateConfig, module: str) -> dict[str, str]:
+    """What `raymill list --address` tells of a job."""
+    run = {"raymill_run_id": str(config.run_id)} if isinstance(config, RunConfig) else {}
+    return {"raymill_module": module, "raymill_storage": config.storage.uri} | run
 
 
 def _submit(client: JobSubmissionClient, **job: Any) -> str:
@@ -229,7 +247,7 @@ def print_result(
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return _MISUSED if isinstance(error, ConfigError) else 1
-    sys.stdout.write(f"{_RESULT_MARK}{json.dumps(result)}\n")
+    sys.stdout.write(f"{RESULT_MARK}{json.dumps(result)}\n")
     return 0 if is_good(result) else 1
 
 
@@ -248,11 +266,6 @@ def run_module(module: str, *arguments: str) -> dict[str, Any]:
     return results[-1]
 
 
-def parse_result(line: str) -> dict[str, Any] | None:
-    """The result that a line of a stage's output carries, if it is that line."""
-    return json.loads(line[len(_RESULT_MARK) :]) if line.startswith(_RESULT_MARK) else None
-
-
 def _job_environment(connection: Connection) -> dict[str, str]:
     """Variables that a job needs from its submitter: where S3 is. Credentials are the cluster's own affair; a local
     cluster's nodes inherit this process's."""
@@ -264,6 +277,8 @@ def _job_environment(connection: Connection) -> dict[str, str]:
 
 
 def _jobs_client(connection: Connection) -> JobSubmissionClient:
+    for logger in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.runtime_env"):
+        logging.getLogger(logger).setLevel(logging.WARNING)  # uploads and web sockets are no news
     try:
         return JobSubmissionClient(connection.jobs_url, headers=connection.headers)
     except (ConnectionError, RuntimeError) as error:

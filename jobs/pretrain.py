@@ -29,7 +29,7 @@ from jobs.ledger import Ledger
 from jobs.outage import patiently
 from jobs.preemption import stopping_on_sigterm
 from jobs.rendezvous import meeting_place
-from jobs.run_history import CONFIG_FILE, recorded_config
+from jobs.run_history import CONFIG_FILE, changed_settings, recorded_config
 from jobs.run_plan import RunPlan, run_storage
 from jobs.run_watcher import watching
 from jobs.standby import worker_environment
@@ -121,15 +121,7 @@ def _enter(run: Storage, config: RunConfig) -> None:
     if not run.exists(CONFIG_FILE):
         run.write_bytes(CONFIG_FILE, to_yaml(config).encode())
         return
-    before = recorded_config(run)
-    if (before.model, before.train) != (config.model, config.train):
-        old, new = before.model_dump(mode="json"), config.model_dump(mode="json")
-        changed = [
-            f"{branch}.{name} was {old[branch][name]}, now {new[branch][name]}"
-            for branch in ("model", "train")
-            for name in new[branch]
-            if old[branch][name] != new[branch][name]
-        ]
+    if changed := changed_settings(recorded_config(run), config):
         raise ConfigError(f"run {config.run_id} has other settings: {'; '.join(changed)}. Choose another --run-id")
 
 

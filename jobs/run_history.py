@@ -58,6 +58,19 @@ def recorded_config(run: Storage) -> RunConfig:
     return validate_config(yaml.safe_load(run.read_bytes(CONFIG_FILE)), RunConfig)
 
 
+def changed_settings(before: RunConfig, now: RunConfig) -> list[str]:
+    """Those on which a run's weights depend, each with both values."""
+    if (before.model, before.train) == (now.model, now.train):
+        return []
+    old, new = before.model_dump(mode="json"), now.model_dump(mode="json")
+    return [
+        f"{branch}.{name} was {old[branch][name]}, now {new[branch][name]}"
+        for branch in ("model", "train")
+        for name in new[branch]
+        if old[branch][name] != new[branch][name]
+    ]
+
+
 def segments(ledger: Ledger) -> list[Segment]:
     found: dict[int, Segment] = {}
     for line in _step_lines(ledger):

@@ -9,7 +9,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -32,12 +32,24 @@ class Refused:
     code: str
 
 
+@dataclass(frozen=True)
+class Stalled:
+    """The request is carried out, and answered so much later."""
+
+    seconds: float
+
+
+Fault = Cut | Refused | Stalled
+
+
 @dataclass
 class FaultProxy:
     """`script` holds what happens to the next requests for objects, None for nothing; listings go through."""
 
     url: str = ""
-    script: list[Cut | Refused | None] = field(default_factory=list)
+    script: list[Fault | None] = field(default_factory=list)
+    spoil: Callable[[str, str], Fault | None] | None = None  # what happens to any other request, by method and path
+    dropped_headers: tuple[str, ...] = ()  # of requests, in lower case: as if the server did not know them
     ranges: list[str | None] = field(default_factory=list)  # of the GETs of objects
     down: bool = False  # resets every connection
     bytes_per_s: float | None = None  # at which bodies of requests are taken in
@@ -61,6 +73,8 @@ def running_proxy(upstream: str) -> Iterator[FaultProxy]:
                 return self.reset()
             is_object = urlsplit(self.path).path.count("/") >= 2 and "list-type" not in self.path
             fault = proxy.script.pop(0) if is_object and proxy.script else None
+            if fault is None and proxy.spoil is not None:
+                fault = proxy.spoil(self.command, self.path)
             if is_object and self.command == "GET":
                 proxy.ranges.append(self.headers.get("Range"))
             if isinstance(fault, Refused):
@@ -68,11 +82,15 @@ def running_proxy(upstream: str) -> Iterator[FaultProxy]:
                 return self.answer(fault.status, {"Content-Type": "application/xml"}, text)
             with one_at_a_time:
                 connection = http.client.HTTPConnection(host)
-                connection.request(self.command, self.path, body, dict(self.headers))
+                known = {k: v for k, v in self.headers.items() if k.lower() not in proxy.dropped_headers}
+                connection.request(self.command, self.path, body, known)
                 answer = connection.getresponse()
                 data = answer.read()
                 connection.close()
             headers = {k: v for k, v in answer.getheaders() if k.lower() not in ("connection", "transfer-encoding")}
+            if isinstance(fault, Stalled):
+                time.sleep(fault.seconds)
+                fault = None
             return self.answer(answer.status, headers, data, fault)
 
         do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = handle_any  # noqa: N815 (http.server's names)

@@ -72,7 +72,9 @@ def test_overload_is_waited_out_and_named_when_it_stays(proxy: FaultProxy, uri: 
     [
         (404, "NoSuchBucket", r"there is no bucket '.*' at http://.*; create it"),
         (403, "AccessDenied", r"access denied \(AccessDenied\); check the credentials"),
-        (403, "SignatureDoesNotMatch", r"access denied \(SignatureDoesNotMatch\); check the credentials"),
+        (403, "InvalidAccessKeyId", r"does not know this access key \(InvalidAccessKeyId\); check AWS_ACCESS_KEY_ID"),
+        (403, "SignatureDoesNotMatch", r"secret key does not fit .*; check AWS_SECRET_ACCESS_KEY"),
+        (501, "NotImplemented", r"the store lacks something .* conditional writes; use another"),
         (400, "ExpiredToken", r"the session token is expired or invalid \(ExpiredToken\); get new credentials"),
         (403, "RequestTimeTooSkewed", "clock is wrong .*; set it"),
         (301, "PermanentRedirect", "the bucket lies in another region .*; set AWS_DEFAULT_REGION"),

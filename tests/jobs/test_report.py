@@ -17,7 +17,7 @@ import pytest
 from cluster.config import RunConfig, to_yaml
 from cluster.flags import ConfigError
 from cluster.plan_config import PlanConfig
-from cluster.stage import parse_result
+from cluster.result_line import parse_result
 from cluster.storage import Storage, open_storage
 from jobs.ledger import LEDGER, Ledger
 from jobs.named_run import RunError, find_run

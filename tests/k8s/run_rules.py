@@ -74,9 +74,10 @@ def entry_problems(objects: list[Manifest]) -> list[str]:
     """What is started is in the repository, and its files are where it looks for them."""
     problems = []
     for job in of_kind(objects, "RayJob"):
-        _, _, module, path = shlex.split(job["spec"]["entrypoint"])
-        if importlib.util.find_spec(module) is None:
-            problems.append(f"{name_of(job)}: no module {module}")
+        _, _, *modules, path = shlex.split(job["spec"]["entrypoint"])
+        for module in modules:
+            if importlib.util.find_spec(module) is None:
+                problems.append(f"{name_of(job)}: no module {module}")
         groups = [cluster_spec(job)["headGroupSpec"]]
         problems += _mount_problems(name_of(job), groups, path, kind="configMap", volume="run-config")
         if PurePosixPath(path).name not in find(objects, "ConfigMap/run-config")["data"]:

@@ -114,8 +114,9 @@ def identity_problems(objects: list[Manifest]) -> list[str]:
                 problems.append(f"{name_of(role)}: a right to everything")
             if "secrets" in rule["resources"]:
                 problems.append(f"{name_of(role)}: nobody reads Secrets by it")
-            if set(rule["verbs"]) - {"get", "list", "create", "patch"}:
-                problems.append(f"{name_of(role)}: {rule['verbs']} is more than `raymill cluster` does")
+            stopping = {"delete"} if rule["resources"] == ["rayjobs"] else set()
+            if set(rule["verbs"]) - {"get", "list", "create", "patch"} - stopping:
+                problems.append(f"{name_of(role)}: {rule['verbs']} is more than raymill does")
     problems += [
         f"{name_of(binding)}: gives a pod's account rights"
         for binding in of_kind(objects, "RoleBinding")

@@ -1,0 +1,118 @@
+"""What is looked at before a job is spent: the storage, the sources, and whether the workers find room.
+
+The settings themselves are checked when they are read.
+"""
+
+import tempfile
+from collections.abc import Iterable, Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from cluster.config import TOKENS, RunConfig, write_config
+from cluster.progress import say
+from cluster.stage import run_module
+from cluster.storage import NotFoundError, glob_uris, open_storage
+from cluster.storage_check import check_storage
+from cluster.storage_interface import HF
+from model.errors import UserError
+
+
+class AdmissionError(UserError):
+    """A job that could only fail, or wait for ever."""
+
+
+class Folders(StrEnum):
+    """Whether a job sees the folders of the machine that it is submitted from."""
+
+    SAME = "same"  # it runs on that machine
+    UNKNOWN = "unknown"  # it does where they are on a file system that all share
+    NONE = "none"
+
+
+def check_run(config: RunConfig, folders: Folders) -> dict[str, Any]:
+    """What does not depend on the nodes: gives what a worker needs of them, in bytes (`jobs.admission`).
+
+    Raises `AdmissionError`, or `StorageError` where a location is no such.
+    """
+    storage = config.storage.uri
+    problem = next((check.problem for check in check_storage(storage) if check.problem), None)
+    if problem is not None:
+        raise AdmissionError(f"{problem} (`raymill storage check {storage}` tells more)")
+    if _is_folder(storage) and folders is not Folders.SAME:
+        if folders is Folders.NONE:
+            raise AdmissionError(
+                f"{storage} is a folder of this machine; the job needs --storage.uri s3://bucket/prefix"
+            )
+        say(f"{storage} is a folder: all nodes of the cluster have to see the same there")
+    for source in _sources(config):
+        _check_source(source, folders)
+    with tempfile.TemporaryDirectory(prefix="raymill-admission-") as folder:
+        path = Path(folder, "run.yaml")
+        write_config(config, path)
+        needs = run_module("jobs.admission", str(path))
+    if needs["problems"]:
+        raise AdmissionError("; ".join(needs["problems"]))
+    return needs
+
+
+def _sources(config: RunConfig) -> list[str]:
+    source = config.data.source
+    uris = [*([source] if isinstance(source, str) else source), *config.data.validation.values()]
+    return [uri.removeprefix(TOKENS) for uri in uris]
+
+
+def _check_source(uri: str, folders: Folders) -> None:
+    if uri.startswith(HF) or (_is_folder(uri) and folders is Folders.UNKNOWN):
+        return  # the cluster may reach what this machine cannot
+    if _is_folder(uri) and folders is Folders.NONE:
+        raise AdmissionError(f"data.source: {uri} is on this machine, and the job is not; upload it to s3://")
+    try:
+        glob_uris(uri)
+    except NotFoundError as error:
+        raise AdmissionError(f"data.source: {error}") from None
+
+
+def _is_folder(uri: str) -> bool:
+    return open_storage(uri).local_path("") is not None
+
+
+def check_rooms(
+    config: RunConfig, stage: str, needs: Mapping[str, Any], *, nodes: Iterable[Mapping[str, float]], where: str
+) -> None:
+    """Whether `scaling.min_workers` find their place on nodes of those resources (CPU, GPU, memory in bytes …).
+
+    Raises `AdmissionError` with both numbers.
+    """
+    nodes, scaling = list(nodes), config.scaling
+    if stage == "tokenize":
+        if not any(node.get("CPU", 0) >= 1 for node in nodes):
+            raise AdmissionError(f"tokenizing needs a CPU, and {where} has none for work now")
+        return
+    worker = {"CPU": float(scaling.threads_per_worker)} | ({"GPU": 1.0} if scaling.use_gpu else {})
+    rooms = sum(_rooms(node, worker) for node in nodes)
+    each = f"{scaling.threads_per_worker} CPU{'s' * (scaling.threads_per_worker > 1)}"
+    each += " and a GPU" if scaling.use_gpu else ""
+    if rooms < scaling.min_workers:
+        raise AdmissionError(
+            f"scaling.min_workers={scaling.min_workers} workers of {each} each do not fit: {where} has room for "
+            f"{rooms} now; lower it, or add nodes"
+        )
+    worker |= {"memory": float(needs["worker_bytes"])}
+    by_memory = sum(_rooms({**node, "memory": _memory(node)}, worker) for node in nodes)
+    if by_memory < scaling.min_workers:
+        raise AdmissionError(
+            f"a worker needs about {needs['worker_bytes'] / 1e9:,.1f} GB of memory, and {where} has that for "
+            f"{by_memory} of scaling.min_workers={scaling.min_workers} workers (the largest node has "
+            f"{max(map(_memory, nodes), default=0) / 1e9:,.1f} GB); a smaller model, train.micro_batch_size or "
+            "train.seq_len needs less"
+        )
+
+
+def _rooms(node: Mapping[str, float], worker: Mapping[str, float]) -> int:
+    return int(min(node.get(name, 0.0) // amount for name, amount in worker.items()))
+
+
+def _memory(node: Mapping[str, float]) -> float:
+    """Ray divides what a node had free at its start between tasks and objects."""
+    return node.get("memory", 0.0) + node.get("object_store_memory", 0.0)

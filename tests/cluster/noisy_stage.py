@@ -1,0 +1,44 @@
+"""Run by tests in the place of a stage: does what the words in `noisy.txt` beside its settings say."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+
+def main() -> int:
+    code = 0
+    for words in Path(sys.argv[1]).with_name("noisy.txt").read_text().splitlines():
+        what, _, rest = words.partition(" ")
+        match what:
+            case "say":
+                print(rest, flush=True)
+            case "complain":
+                sys.stderr.write(f"{rest}\n")
+            case "result":
+                print(f"raymill-result: {json.dumps({'value': rest})}", flush=True)
+            case "wait-for-sigterm":
+                wait_for_sigterm()
+            case "leave-behind":  # a process that keeps the output open
+                subprocess.Popen([sys.executable, "-c", "import time; time.sleep(30)"])
+            case "exit":
+                code = int(rest)
+            case "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+    return code
+
+
+def wait_for_sigterm() -> None:
+    told = threading.Event()
+    signal.signal(signal.SIGTERM, lambda number, frame: told.set())
+    print("waiting", flush=True)
+    while not told.wait(0.05):
+        pass
+    print("told to stop", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""`raymill submit --kuberay` through the official client: a RayJob that obeys every rule, taken once, told of, stopped."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cluster.admission import AdmissionError
+from cluster.cli import main
+from cluster.config import RunConfig
+from cluster.flags import validate_config
+from cluster.job_log import Ended, JobLog, Started
+from cluster.rayjob import rayjob, rayjob_name
+from cluster.storage import open_storage
+from tests.k8s import life_rules, network_rules, operator_rules, security_rules
+from tests.k8s.api_stand_in import ApiStandIn
+from tests.k8s.manifests import CRDS, find, render
+from tests.k8s.schema_rules import builtin_problems, crd_problems
+
+RULES = (*operator_rules.RULES, *security_rules.RULES, *life_rules.RULES, *network_rules.RULES)
+RAY, CORE = "/apis/ray.io/v1/namespaces/raymill", "/api/v1/namespaces/raymill"
+NEEDS = {"worker_bytes": 1_000_000_000}
+
+
+def config(**branches: Any) -> RunConfig:
+    values: dict[str, Any] = {
+        "run_id": "Demo_1",
+        "data": {"source": "s3://raymill/corpus"},
+        "model": {"preset": "tiny"},
+    }
+    values["scaling"] = {"min_workers": 1, "max_workers": 3}
+    return validate_config(values | {"storage": {"uri": "s3://raymill"}} | branches, RunConfig)
+
+
+@pytest.mark.parametrize("overlay", ["dev", "gpu", "spot", "kueue"])
+@pytest.mark.parametrize("stage", ["tokenize", "pretrain", "pipeline"])
+def test_a_rendered_job_obeys_the_rules_of_all_manifests(overlay: str, stage: str) -> None:
+    objects = render(f"overlays/{overlay}")
+    scaling = {"min_workers": 1, "max_workers": 3, "use_gpu": overlay != "dev"}
+    made = rayjob(objects, config(scaling=scaling), stage, name="run-demo-1", needs=NEEDS)
+    whole = [*objects, *made]
+    assert [problem for rule in RULES for problem in rule(whole)] == []
+    assert builtin_problems(made) == []
+    assert not CRDS.is_dir() or crd_problems(made) == []
+    job, settings = made
+    module = {"tokenize": "jobs.tokenize_corpus", "pretrain": "jobs.pretrain", "pipeline": "jobs.pipeline"}[stage]
+    assert job["spec"]["entrypoint"] == f"python -m cluster.mirrored --job run-demo-1 {module} /config/run.yaml"
+    assert yaml.safe_load(settings["data"]["run.yaml"])["run_id"] == "Demo_1"
+
+
+def group(**scaling: Any) -> dict[str, Any]:
+    objects = render("overlays/gpu" if scaling.get("use_gpu") else "base")
+    job, _ = rayjob(objects, config(scaling=scaling), "pretrain", name="run-x-1", needs=NEEDS)
+    (found,) = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    return found
+
+
+def test_the_group_holds_the_runs_workers() -> None:
+    assert group(max_workers=4, threads_per_worker=2)["maxReplicas"] == 4
+    assert group(max_workers=5, threads_per_worker=1)["maxReplicas"] == 3  # two workers a pod
+    assert group(max_workers=8, threads_per_worker=4, use_gpu=True)["maxReplicas"] == 8
+    with pytest.raises(AdmissionError, match="threads_per_worker=3, and the pods have 2 CPUs"):
+        group(max_workers=2, threads_per_worker=3)
+    with pytest.raises(AdmissionError, match=r"needs about 9.0 GB of memory, and the pods have 6.4 GB"):
+        rayjob(render("base"), config(), "pretrain", name="x", needs={"worker_bytes": 9_000_000_000})
+
+
+def test_names_are_kubernetes_own_and_tell_runs_apart() -> None:
+    assert rayjob_name("demo", 1) == "run-demo-1"
+    names = [rayjob_name(run_id, 12) for run_id in ("Demo_1", "demo-1", "demo.1", "x" * 64, "x" * 63)]
+    assert len(set(names)) == 5
+    assert all(len(name) <= 47 and name == name.lower() and "_" not in name and "." not in name for name in names)
+
+
+@pytest.fixture
+def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ApiStandIn]:
+    with ApiStandIn(tmp_path).serving() as api:
+        monkeypatch.setenv("KUBECONFIG", str(api.kubeconfig()))
+        yield api
+        role = find(render("base"), "Role/raymill-operator")["rules"]
+        rights = {(res, verb) for rule in role for res in rule["resources"] for verb in rule["verbs"]}
+        assert {_right(line) for line in api.requests} <= rights
+
+
+def _right(request: str) -> tuple[str, str]:
+    method, path = request.split()
+    resource, _, name = path.partition("?")[0].partition("/namespaces/raymill/")[2].partition("/")
+    return resource, {"GET": "get" if name else "list", "PATCH": "patch", "DELETE": "delete"}[method]
+
+
+@pytest.fixture
+def words(s3_bucket: str, tmp_path: Path) -> list[str]:
+    """Of a submission that is taken."""
+    uri = f"s3://{s3_bucket}/store"
+    open_storage(f"s3://{s3_bucket}").write_bytes("corpus/a.txt", b"words")
+    values = config(data={"source": f"s3://{s3_bucket}/corpus"}, storage={"uri": uri}).model_dump(mode="json")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    return ["submit", "pretrain", str(tmp_path / "run.yaml"), "--kuberay", "dev"]
+
+
+def asked(capsys: pytest.CaptureFixture[str], *argv: str, code: int = 0) -> dict[str, Any]:
+    assert main([*argv, "--json"]) == code
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_a_run_is_submitted_once_told_of_stopped_and_resumed(
+    api: ApiStandIn, words: list[str], s3_bucket: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    storage = ["--storage.uri", f"s3://{s3_bucket}/store"]
+    run = open_storage(f"s3://{s3_bucket}/store/runs/Demo_1")
+    assert len(asked(capsys, *words, "--dry-run")["objects"]) == 2
+    assert api.list(f"{RAY}/rayjobs")["items"] == [] and not run.list()
+
+    first = asked(capsys, *words)
+    name = first["job"]
+    assert (first["new"], first["backend"], first["where"]) == (True, "kuberay", "raymill")
+    job, settings = api.get(f"{RAY}/rayjobs/{name}"), api.get(f"{CORE}/configmaps/{name}")
+    assert job is not None and settings is not None
+    assert job["metadata"]["annotations"] == {"raymill/run-id": "Demo_1"}
+    volumes = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["volumes"]
+    assert {"name": "run-config", "configMap": {"name": name}} in volumes
+    assert asked(capsys, *words)["new"] is False
+
+    for deployment, status, state in (
+        ("", "", "pending"),
+        ("Initializing", "", "pending"),
+        ("Suspended", "", "pending"),
+        ("Running", "PENDING", "pending"),
+        ("Running", "RUNNING", "running"),
+        ("Retrying", "FAILED", "pending"),
+    ):
+        api.put(f"{RAY}/rayjobs/{name}", job | {"status": {"jobDeploymentStatus": deployment, "jobStatus": status}})
+        assert asked(capsys, "status", "Demo_1", *storage)["state"] == state, deployment
+        assert asked(capsys, *words)["new"] is False
+    failed = {"jobDeploymentStatus": "Failed", "jobStatus": "FAILED"}
+    api.put(f"{RAY}/rayjobs/{name}", job | {"status": failed})
+    assert asked(capsys, "status", "Demo_1", *storage, code=1)["state"] == "failed"
+
+    api.put(f"{RAY}/rayjobs/{name}", job | {"status": {"jobDeploymentStatus": "Running", "jobStatus": "RUNNING"}})
+    stopped = asked(capsys, "stop", "Demo_1", *storage)
+    assert (stopped["state"], stopped["was_live"]) == ("stopped", True)
+    assert api.get(f"{RAY}/rayjobs/{name}") is None
+    second = asked(capsys, *words)
+    assert (second["new"], second["number"]) == (True, 2)
+
+    # Its cluster is gone, object and all: what the job wrote is still there.
+    log = JobLog(run, "20260101-000000-aaaa", Started(second["job"], "pretrain", "pod", 1.0))
+    log.write(b"hello\n")
+    log.close(Ended(0, False, {"loss": 1.0}, 2.0))
+    api.delete(f"{RAY}/rayjobs/{second['job']}")
+    told = asked(capsys, "status", "Demo_1", *storage)
+    assert (told["state"], told["result"]) == ("succeeded", {"loss": 1.0})
+    assert asked(capsys, "logs", "Demo_1", *storage)["lines"] == ["hello"]
+    assert [row["state"] for row in asked(capsys, "list", *storage)["jobs"]] == ["succeeded"]
+
+
+def test_the_overlays_namespace_is_the_jobs(
+    api: ApiStandIn, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*words, "-n", "other"]) == 2
+    assert "the overlay's namespace is raymill, not other" in capsys.readouterr().err
+    api.requests.clear()
