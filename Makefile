@@ -11,7 +11,7 @@ VLLM_INSTALLED := $(VLLM_VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-all test-chaos lint format bench bench-train bench-data bench-serve clean
+.PHONY: demo test test-all test-chaos lint format audit bench bench-train bench-data bench-serve clean
 
 demo: $(INSTALLED)
 	$(BIN)/raymill demo
@@ -36,6 +36,11 @@ lint: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Fails where the advisory service cannot be reached, rather than pass without its word.
+audit: $(INSTALLED)
+	$(BIN)/ruff check --select S model cluster jobs serving
+	$(BIN)/python .ci/audit.py
 
 bench: bench-train bench-data bench-serve
 

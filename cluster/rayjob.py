@@ -36,8 +36,8 @@ def rayjob(objects: list[Object], config: RunConfig, stage: str, *, name: str, n
     """[RayJob, ConfigMap with its settings]. Raises `AdmissionError` where the overlay's pods do not hold a worker."""
     model = _model_of(objects, COMPONENTS[stage])
     job = copy.deepcopy(model)
-    labels = job["metadata"]["labels"]
-    job["metadata"] |= {"name": name, "annotations": {RUN_ANNOTATION: str(config.run_id)}}
+    labels, annotations = job["metadata"]["labels"], job["metadata"].get("annotations", {})
+    job["metadata"] |= {"name": name, "annotations": annotations | {RUN_ANNOTATION: str(config.run_id)}}
     job["spec"]["entrypoint"] = shlex.join(entrypoint(STAGES[stage][0], _PATH, job=name))
     for volume in cluster_spec(job)["headGroupSpec"]["template"]["spec"]["volumes"]:
         if volume["name"] == _VOLUME:

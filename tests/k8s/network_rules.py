@@ -88,8 +88,9 @@ def network_problems(objects: list[Manifest]) -> list[str]:
 def label_problems(objects: list[Manifest]) -> list[str]:
     """The policies go by labels that each pod template must carry, for its own component."""
     problems = []
+    components = {name_of(o): o["metadata"].get("labels", {}).get("app.kubernetes.io/component") for o in objects}
     for pod in [pod for pod in pods(objects) if pod.role != "redis"]:
-        owner = pod.where.split()[0].partition("/")[2]
+        owner = components[pod.where.split()[0]]
         role = "submitter" if pod.role == "submitter" else "node"
         labels = pod.template["metadata"]["labels"]
         if (labels.get("app.kubernetes.io/component"), labels.get("raymill/role")) != (owner, role):
