@@ -175,7 +175,7 @@ def status(arguments: argparse.Namespace) -> dict[str, Any]:
         result["result"] = view.ended.result
     if view.state.is_bad:
         arguments.show(result)
-        raise ModuleFailedError(f"run {arguments.run_id} is {view.state}")
+        raise ModuleFailedError(f"the job of run {arguments.run_id}: {view.state}")
     return result
 
 
@@ -234,7 +234,7 @@ def _follow(arguments: argparse.Namespace, run: Storage, backends: Backends) -> 
                 if view.state.is_bad:
                     if arguments.json:
                         arguments.show(result)
-                    raise UserError(f"run {arguments.run_id} is {view.state}")
+                    raise UserError(f"the job of run {arguments.run_id}: {view.state}")
                 return result | {"result": view.ended.result if view.ended else None}
         time.sleep(pause_s)
 

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -55,7 +56,8 @@ class JobLog:
     def __init__(self, run: Storage, launch: str, started: Started, *, launch_bytes: int = _LAUNCH_BYTES) -> None:
         """Raises `StorageError` when the run's storage does not take the first word."""
         for old in launches(run)[: 1 - _NUM_LAUNCHES]:
-            _remove(run.child(f"{JOBS}/{old}"))
+            with suppress(StorageError):  # such as one where jobs may not delete
+                _remove(run.child(f"{JOBS}/{old}"))
         self._folder, self._launch_bytes = run.child(f"{JOBS}/{launch}"), launch_bytes
         self._folder.write_bytes(_STARTED, json.dumps(asdict(started)).encode())
         self._start, self._growing = 0, bytearray()
@@ -118,8 +120,9 @@ class JobLog:
     def _thin_out(self) -> None:
         while sum(self._kept.values()) > self._launch_bytes and len(self._kept) > 2:
             oldest = sorted(self._kept)[1]
-            self._folder.delete(_segment(oldest))
             del self._kept[oldest]
+            with suppress(StorageError):
+                self._folder.delete(_segment(oldest))
 
 
 class LogReader:

@@ -10,7 +10,7 @@ from cluster.config import RunConfig
 from cluster.flags import ConfigError
 from cluster.job_backend import JobBackend
 from cluster.job_log import Ended, LogReader, launches
-from cluster.job_record import JobRecord, JobState, read_record, write_record
+from cluster.job_record import Backend, JobRecord, JobState, read_record, write_record
 from cluster.lease import living_holder
 from cluster.local import ClusterError
 from cluster.mirrored import SILENCE_S, lease_key
@@ -96,8 +96,9 @@ def view_job(run: Storage, backends: Backends, *, stage: str = "") -> JobView | 
         return _told_by_storage(run, None, launch, ended, stage) if launch or stage else None
     if record.refused:
         return JobView(JobState.FAILED, record, launch, ended, f"it was refused: {record.refused}")
-    if ended is not None and ended.exit_code == 0:
-        return JobView(JobState.SUCCEEDED, record, launch, ended)
+    # KubeRay follows a launch that failed by another one, on a new cluster.
+    if ended is not None and (ended.exit_code == 0 or record.backend is not Backend.KUBERAY):
+        return _told_by_storage(run, record, launch, ended, record.stage)
     return _told_by_backend(run, backends, record, launch, ended)
 
 
