@@ -36,7 +36,7 @@ def main() -> int:
             sys.stdout.flush()
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever submitted may be gone
             _wait(JobsApi(connection.jobs_url, Token(connection.local.token, "the cluster")), job, asked_to_stop)
-    except UserError as error:
+    except (UserError, RuntimeError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
     return 0

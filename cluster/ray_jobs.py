@@ -8,6 +8,7 @@ from cluster.config import RunConfig
 from cluster.job_backend import STAGES, JobBackend
 from cluster.job_record import Backend, JobRecord, JobState
 from cluster.jobs_api import JobsApi
+from cluster.local import ClusterError
 from cluster.progress import say
 from cluster.stage import Connection, submit_stage
 
@@ -48,7 +49,10 @@ class RayJobs(JobBackend):
 
     def start(self, config: RunConfig, record: JobRecord) -> JobRecord:
         connection = Connection(self._api.url, self._api.headers, None)
-        submit_stage(connection, STAGES[record.stage][0], config, job=record.job)
+        try:
+            submit_stage(connection, STAGES[record.stage][0], config, job=record.job)
+        except RuntimeError as error:
+            raise ClusterError(f"{self._api.url} did not take the job: {str(error).splitlines()[0]}") from None
         return record
 
     def state(self, record: JobRecord) -> JobState | None:

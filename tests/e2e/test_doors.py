@@ -230,8 +230,9 @@ def test_no_secret_is_in_rendered_manifests(
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
     with ApiStandIn(tmp_path).serving() as api:
         monkeypatch.setenv("KUBECONFIG", str(api.kubeconfig()))
-        assert main(["submit", "pretrain", str(tmp_path / "run.yaml"), "--kuberay", "dev", "--dry-run"]) == 0
-    rendered = capsys.readouterr().out
+        code = main(["submit", "pretrain", str(tmp_path / "run.yaml"), "--kuberay", "dev", "--dry-run"])
+    rendered, said = capsys.readouterr()
+    assert code == 0, said
     assert "RayJob" in rendered and "s3://doors/store" in rendered
     assert_clean(house, "manifest", [rendered])
 
