@@ -3,7 +3,6 @@
 import argparse
 import os
 import tempfile
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -192,7 +191,10 @@ def serve(arguments: argparse.Namespace) -> None:
             say(f"{endpoint.url} stays up; end it with Ray Serve's own tools")
             return
         say(f"serving {endpoint.model} at {endpoint.url}; Ctrl-C ends it")
-        threading.Event().wait()
+        while True:
+            if connection.local.lost_head():
+                say("the head of the local cluster was lost: it is started again, and the endpoint comes back with it")
+                connection.local.restart_head()
 
 
 def _replica_cpus(config: ServeConfig) -> int:

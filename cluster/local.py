@@ -167,6 +167,13 @@ class LocalCluster:
     def restart_head(self) -> None:
         """Starts a head in the place of the one that was lost, at the same addresses and with the state that it left.
         The jobs that the old one carried are gone. Raises `ClusterError`."""
+        try:
+            self._replace_head()
+        except ClusterError:  # Ray gives it 30 s, which are few where all that waits for the head keeps the CPUs busy
+            self._replace_head()
+        self._nodes = {_HEAD: self._nodes.pop(_HEAD)} | self._nodes
+
+    def _replace_head(self) -> None:
         orphans = self._orphans_of(_HEAD)  # also a driver that does not know yet, and would hold its lease
         for process in orphans:
             with suppress(psutil.NoSuchProcess):
@@ -175,7 +182,6 @@ class LocalCluster:
         # By this file `ray start` would take the other nodes for a cluster whose head runs.
         (self._directory / _HEAD / "ray_current_cluster").unlink(missing_ok=True)
         self._start_head()
-        self._nodes = {_HEAD: self._nodes.pop(_HEAD)} | self._nodes
 
     def stop(self) -> None:
         """Ends every process that the nodes started, gently and then not, and removes the cluster's files."""

@@ -3,7 +3,6 @@
 import secrets
 import shutil
 import socket
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from cluster.local import free_port
+from tests.bound_process import start_bound
 
 needs_redis = pytest.mark.skipif(
     shutil.which("redis-server") is None, reason="no Redis here: apt-get install redis-server"
@@ -29,12 +29,11 @@ class Redis:
 def redis_server(folder: Path) -> Iterator[Redis]:
     folder.mkdir(parents=True)
     port, password = free_port(), secrets.token_hex(16)
-    settings = f"bind 127.0.0.1\nport {port}\nrequirepass {password}\ndir {folder}\nappendonly yes\nsave ''\n"
-    process = subprocess.Popen(["redis-server", "-"], stdin=subprocess.PIPE, stdout=(folder / "log").open("wb"))
+    settings = folder / "redis.conf"
+    settings.touch(mode=0o600)
+    settings.write_text(f"bind 127.0.0.1\nport {port}\nrequirepass {password}\ndir {folder}\nappendonly yes\nsave ''\n")
+    process = start_bound(["redis-server", str(settings)], log=folder / "log")
     try:
-        assert process.stdin is not None
-        process.stdin.write(settings.encode())
-        process.stdin.close()
         deadline_s = time.monotonic() + 20
         while not _answers(port):
             assert process.poll() is None, (folder / "log").read_text()

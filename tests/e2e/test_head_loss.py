@@ -1,8 +1,9 @@
-"""The head of the local cluster is lost in the middle of a run, and is started again.
+"""The head of the local cluster is lost, in the middle of a run and under an endpoint, and is started again.
 
 On Kubernetes, where the endpoint has proxies besides the head's, no request fails: tests/serving/test_head_loss.py.
 """
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,22 @@ from typing import Any
 import pytest
 
 from cluster.chaos import Chaos, parse_faults
-from cluster.config import RunConfig
+from cluster.config import RunConfig, StorageConfig
+from cluster.endpoint import Endpoint, deploy, stream_completion
 from cluster.flags import validate_config
-from cluster.local import LocalCluster
+from cluster.local import LocalCluster, free_port
+from cluster.serve_config import ReplicaConfig, ServeConfig
 from cluster.stage import Connection, run_stage
 from cluster.storage import open_storage
 from jobs.ledger import Ledger
+from model.errors import UserError
 from tests.jobs.runs import make_text
+from tests.serving.endpoint_parts import children_with
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 NUM_STEPS, SAVE_EVERY = 400, 50
+ENGINE = "serving.engine_process"
 
 
 @pytest.fixture(scope="module")
@@ -83,3 +89,38 @@ def test_a_run_goes_on_under_a_new_head(
     assert recovery.lost_steps <= SAVE_EVERY
     assert disturbed["parameter_hash"] == undisturbed["parameter_hash"]
     assert [line["step"] for line in ledger.steps] == list(range(1, NUM_STEPS + 1))
+
+
+def test_an_endpoint_comes_back_with_its_replica(
+    connection: Connection, folder: Path, undisturbed: dict[str, Any]
+) -> None:
+    assert connection.local is not None
+    config = ServeConfig(
+        checkpoint=undisturbed["checkpoint"],
+        port=free_port(),
+        replicas=ReplicaConfig(min_replicas=1, max_replicas=1),
+        storage=StorageConfig(uri=str(folder / "storage")),
+    )
+    endpoint = deploy(connection, config)
+    before, engines = answer(endpoint), children_with(ENGINE)
+    assert before
+    assert engines
+
+    lost_s = time.monotonic()
+    connection.local.kill_node("head")
+    connection.local.restart_head()
+    while (after := answer(endpoint)) is None:
+        assert time.monotonic() < lost_s + 120, "the endpoint did not come back"
+        time.sleep(0.2)
+    print(f"the endpoint answers {time.monotonic() - lost_s:.1f} s after the loss of its head")
+    assert after == before
+    assert children_with(ENGINE) == engines
+
+
+def answer(endpoint: Endpoint) -> str | None:
+    """A greedy completion; None where there is none."""
+    request = {"prompt": "tell me", "max_tokens": 8, "temperature": 0.0}
+    try:
+        return str(stream_completion(endpoint, request, on_text=lambda text: None)["text"])
+    except UserError:
+        return None

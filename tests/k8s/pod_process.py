@@ -2,12 +2,11 @@
 
 From the manifest come the resources, the environment, the preStop hook and the grace period. The pod's own address,
 127.0.1.N, is that of the name `pod.internal` for its processes alone; Ray's own ports are on 127.0.0.1 for all pods.
-The kernel ends the pod with the thread that started it, also where this process dies.
+The pod ends with the thread that started it, also where this process dies.
 """
 
-import ctypes
-import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,17 +15,22 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
+import pytest
 from ray.autoscaler._private.kuberay.utils import parse_quantity
 
 from cluster.local import NODE_NAME_VARIABLE, free_port
+from tests.bound_process import end, start_bound, with_descendants
 from tests.k8s.manifests import Manifest
 
 POD_HOST = "pod.internal"
 
+needs_pods = pytest.mark.skipif(
+    shutil.which("unshare") is None or subprocess.run(["unshare", "--mount", "true"], check=False).returncode != 0,
+    reason="a pod needs a mount namespace of its own: run as root, on Linux",
+)
+
 _REPOSITORY = Path(__file__).parents[2]
 _OBJECT_STORE_BYTES = 80 << 20
-_PR_SET_PDEATHSIG = 1
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class PodProcess:
@@ -48,7 +52,9 @@ class PodProcess:
         params = _resources(self._container) | group["rayStartParams"]
         command += [word for key, value in params.items() for word in (f"--{key}", value)]
         script = f"mount --bind {shlex.quote(str(hosts))} /etc/hosts && exec {shlex.join(command)}"
-        self._process = start_bound(["unshare", "--mount", "sh", "-c", script], self._environment, self.log)
+        self._process = start_bound(
+            ["unshare", "--mount", "sh", "-c", script], log=self.log, environment=self._environment
+        )
         self._descendants: list[psutil.Process] = []
         self._pre_stop: subprocess.Popen[bytes] | None = None
         self._killed_at_s: float | None = None
@@ -63,7 +69,7 @@ class PodProcess:
             return
         self._killed_at_s = time.monotonic() + self._pod_spec["terminationGracePeriodSeconds"]
         hook = self._container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", ["true"])
-        self._pre_stop = start_bound(hook, self._environment, self.log)
+        self._pre_stop = start_bound(hook, log=self.log, environment=self._environment)
 
     def has_ended(self) -> bool:
         """To be asked often: it also carries the end on. What an ended pod left behind is killed."""
@@ -92,45 +98,8 @@ class PodProcess:
         return self._pod_spec["containers"][0]
 
 
-def start_bound(command: list[str], environment: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
-    """A process that gets SIGTERM when the thread that starts it ends."""
-    with log.open("ab") as output:
-        return subprocess.Popen(
-            command,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            env=os.environ | environment,
-            start_new_session=True,
-            # One system call, safe beside other threads.
-            preexec_fn=_die_with_parent,  # noqa: PLW1509
-        )
-
-
-def with_descendants(pid: int) -> list[psutil.Process]:
-    try:
-        process = psutil.Process(pid)
-        return [process, *process.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
-
-
-def end(processes: list[psutil.Process]) -> None:
-    """SIGKILL; psutil knows a process by its start too, so that no other one of the same number is hit."""
-    for process in processes:
-        try:
-            process.kill()
-        except psutil.NoSuchProcess:
-            continue
-    psutil.wait_procs(processes, timeout=10)
-
-
 def _resources(container: Manifest) -> dict[str, str]:
     """The flags of `ray start` that KubeRay makes of a container's limits."""
     limits = container["resources"]["limits"]
     flags = {"num-cpus": limits["cpu"], "num-gpus": limits.get("nvidia.com/gpu", "0"), "memory": limits["memory"]}
     return {flag: str(int(parse_quantity(value))) for flag, value in flags.items()}
-
-
-def _die_with_parent() -> None:
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

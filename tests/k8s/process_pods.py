@@ -22,9 +22,10 @@ from typing import Any, Self
 import httpx
 
 from cluster.local import free_port
+from tests.bound_process import end, start_bound, with_descendants
 from tests.k8s.api_stand_in import ApiStandIn
 from tests.k8s.manifests import Manifest, cluster_spec, find, of_kind
-from tests.k8s.pod_process import PodProcess, end, start_bound, with_descendants
+from tests.k8s.pod_process import PodProcess
 from tests.redis_server import Redis
 
 MAX_STARTS = 12
@@ -182,8 +183,8 @@ class PodCluster:
         command = [sys.executable, "-m", "ray.scripts.scripts", "kuberay-autoscaler", "--cluster-name", self.name]
         command += ["--cluster-namespace", self.namespace, "--gcs-address", f"127.0.0.1:{self._gcs_port}"]
         environment = self._api.environment | {"RAY_HEAD_POD_NAME": name, "KUBERAY_CRD_VER": "v1"}
-        log = self._folder / "autoscaler.log"
-        self._autoscaler = start_bound(command, self._environment | environment, log)
+        log, environment = self._folder / "autoscaler.log", self._environment | environment
+        self._autoscaler = start_bound(command, log=log, environment=environment)
 
     def _keep_head(self) -> None:
         """Starts a head that was lost again. Whoever asks for the pods meanwhile does not have to wait."""

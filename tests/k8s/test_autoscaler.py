@@ -22,11 +22,12 @@ from jobs.train_loop import train
 from model.tokenizer import train_bpe
 from tests.jobs.runs import make_store, make_text
 from tests.k8s.manifests import Manifest, cluster_spec, find, render
+from tests.k8s.pod_process import needs_pods
 from tests.k8s.process_pods import PodCluster
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, needs_pods]
 
-NUM_STEPS = 600
+NUM_STEPS, NUM_FEW_STEPS = 600, 150
 
 
 def spot_cluster() -> list[Manifest]:
@@ -47,7 +48,7 @@ def spot_cluster() -> list[Manifest]:
     return objects
 
 
-def run_config(objects: list[Manifest], folder: Path) -> RunConfig:
+def run_config(objects: list[Manifest], folder: Path, *, num_steps: int) -> RunConfig:
     """The overlay's settings, of a tiny model on CPUs: a worker takes the CPU of a GPU pod, as nothing else has one."""
     texts = {"train": make_text(30_000), "val": make_text(400, seed=1)}
     store = str(folder / "made")
@@ -56,21 +57,21 @@ def run_config(objects: list[Manifest], folder: Path) -> RunConfig:
     values |= {"model": {"preset": "tiny", "dropout": 0.1}, "data": {"source": f"tokens://{store}/tokens/made"}}
     values["storage"] = {"uri": str(folder / "storage")}
     values["scaling"] |= {"max_workers": 3, "threads_per_worker": 1, "use_gpu": False, "resize_check_s": 2}
-    values["checkpoint"] |= {"save_every_steps": 100}
+    values["checkpoint"] |= {"save_every_steps": 25}
     values["train"] = {
-        "max_tokens": NUM_STEPS * 64 * 32,
+        "max_tokens": num_steps * 64 * 32,
         "global_batch_size": 64,
         "micro_batch_size": 4,
         "seq_len": 32,
         "learning_rate": 3e-3,
-        "eval_every_steps": NUM_STEPS,
+        "eval_every_steps": num_steps,
     }
     return validate_config(values, RunConfig)
 
 
 def test_a_run_has_its_gpu_group_grow_and_shrink_and_its_bits_stay(tmp_path: Path) -> None:
     objects = spot_cluster()
-    config = run_config(objects, tmp_path)
+    config = run_config(objects, tmp_path, num_steps=NUM_STEPS)
     write_config(config, tmp_path / "run.yaml")
     entrypoint = find(objects, "RayJob/pretrain")["spec"]["entrypoint"].replace("/config/", f"{tmp_path}/")
     run = run_storage(config)
@@ -126,6 +127,34 @@ def test_a_run_has_its_gpu_group_grow_and_shrink_and_its_bits_stay(tmp_path: Pat
         assert ledger.events("checkpoint")[-1]["parameter_hash"] == hash_of_a_local_run(run)
         until(lambda: not pods.running and not pods.pending)
         print(f"{time.monotonic() - start_s:.0f} s: no pods")
+
+
+def test_a_job_that_lost_its_cluster_resumes_its_run_on_the_next(tmp_path: Path) -> None:
+    """What the `backoffLimit` of a RayJob is for: its head carries the driver, so with it the whole cluster is lost."""
+    objects = spot_cluster()
+    config = run_config(objects, tmp_path, num_steps=NUM_FEW_STEPS)
+    write_config(config, tmp_path / "run.yaml")
+    job = find(objects, "RayJob/pretrain")["spec"]
+    assert job["backoffLimit"] > 0
+    entrypoint = job["entrypoint"].replace("/config/", f"{tmp_path}/")
+    run = run_storage(config)
+
+    def on_a_new_cluster(is_enough: Callable[[Ledger], bool]) -> JobStatus:
+        """Of the job, once it has ended or the run's ledger shows enough; then the cluster is gone at once."""
+        with PodCluster(objects, "RayJob/pretrain", num_nodes=1) as pods:
+            jobs = JobSubmissionClient(pods.jobs_url, headers=pods.headers)
+            job_id, start_s = jobs.submit_job(entrypoint=entrypoint), time.monotonic()
+            while not (jobs.get_job_status(job_id).is_terminal() or is_enough(Ledger.read(run))):
+                assert pods.problem is None, pods.problem
+                assert time.monotonic() < start_s + 200, jobs.get_job_logs(job_id)[-4000:]
+                time.sleep(0.1)
+            return jobs.get_job_status(job_id)
+
+    assert on_a_new_cluster(lambda ledger: len(ledger.events("checkpoint")) >= 2) == JobStatus.RUNNING
+    assert on_a_new_cluster(lambda ledger: False) == JobStatus.SUCCEEDED
+    ledger = Ledger.read(run)
+    assert [start["step"] >= 50 for start in ledger.events("start")] == [False, True]
+    assert ledger.events("checkpoint")[-1]["parameter_hash"] == hash_of_a_local_run(run)
 
 
 def hash_of_a_local_run(run: Any) -> str:

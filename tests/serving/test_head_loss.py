@@ -8,11 +8,12 @@ import pytest
 
 from model.gpt import GPT
 from model.tokenizer import Tokenizer
+from tests.k8s.pod_process import needs_pods
 from tests.k8s.served_pods import MODEL, served_pods
 from tests.redis_server import needs_redis
 from tests.serving.load import End, Load, greedy_asks
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, needs_redis]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, needs_pods, needs_redis]
 
 WELL = {(False, End.DONE), (True, End.DONE)}
 

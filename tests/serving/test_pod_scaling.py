@@ -9,14 +9,16 @@ import pytest
 
 from model.gpt import GPT
 from model.tokenizer import Tokenizer
+from tests.k8s.pod_process import needs_pods
 from tests.k8s.served_pods import MODEL, served_pods
 from tests.redis_server import needs_redis
 from tests.serving.load import End, Load, greedy_asks
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, needs_redis]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, needs_pods, needs_redis]
 
-MANY, FEW = 6, 1  # clients, who think a moment: two cores also start the pods
-PAUSE_S = 0.2
+MANY, FEW = (6, 0.1), (1, 1.0)
+"""Clients, and seconds that each thinks between two requests: two cores also have to start the pods."""
+
 WELL = {(False, End.DONE), (True, End.DONE)}
 
 
@@ -28,7 +30,7 @@ def test_pods_join_and_leave_and_no_request_fails(
     with served_pods(checkpoint, tmp_path, **replicas, **delays) as served:
         load = Load(served.url, MODEL, greedy_asks(model, tokenizer, prompts, max_tokens=60), keep_alive=False)
 
-        async def under_load(num_clients: int, num_pods: int) -> None:
+        async def under_load(num_clients: int, pause_s: float, num_pods: int) -> None:
             """Until there are as many pods, all of them ready, and for a while after."""
             is_over = asyncio.Event()
 
@@ -36,7 +38,7 @@ def test_pods_join_and_leave_and_no_request_fails(
                 return len(served.pods.running) == len(served.service.ready) == num_pods
 
             async def watch() -> None:
-                await asyncio.to_thread(served.until, is_reached, timeout_s=150)
+                await asyncio.to_thread(served.until, is_reached, timeout_s=240)
                 print(f"{num_pods} pods for {num_clients} clients after {time.monotonic() - start_s:.0f} s")
                 await asyncio.sleep(3)
                 is_over.set()
@@ -44,10 +46,10 @@ def test_pods_join_and_leave_and_no_request_fails(
             async with asyncio.TaskGroup() as group:
                 group.create_task(watch())
                 group.create_task(
-                    load.run_clients(num_clients, until=is_over.is_set, max_requests=20_000, seed=1, pause_s=PAUSE_S)
+                    load.run_clients(num_clients, until=is_over.is_set, max_requests=20_000, seed=1, pause_s=pause_s)
                 )
 
         start_s = time.monotonic()
-        for num_clients, num_pods in [(FEW, 1), (MANY, 3), (FEW, 1)]:
-            asyncio.run(under_load(num_clients, num_pods))
+        for clients, num_pods in [(FEW, 1), (MANY, 3), (FEW, 1)]:
+            asyncio.run(under_load(*clients, num_pods))
         print(f"none of {load.check(allowed=WELL)} failed")
