@@ -30,7 +30,7 @@ from tests.serving.load import End, Load, greedy_asks
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
-SHORT, LONG = 1500, 4000  # steps; long enough for replicas to come and go
+SHORT, LONG = 1500, 3000  # steps; long enough for replicas to come and go
 MAX_LOST_STEPS = 4  # at a resize; a snapshot is not taken of each step where steps are this short
 
 SETTINGS: dict[str, Any] = {

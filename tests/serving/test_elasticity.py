@@ -17,7 +17,7 @@ from tests.serving.load import End, Load, greedy_asks
 
 MODEL = "tiny"
 NUM_REPLICAS = 3
-MANY, FEW = 12, 3  # clients; few fill one replica to three quarters, and are on all of them when two have to go
+MANY, FEW = 16, 3  # clients; few fill one replica to three quarters, and are on all of them when two have to go
 REPLICAS = ReplicaConfig(
     min_replicas=1,
     max_replicas=NUM_REPLICAS,
@@ -44,7 +44,7 @@ def test_one_three_one_and_again(
     engine: EngineConfig, port: int, long_checkpoint: Path, long_model: GPT, tokenizer: Tokenizer
 ) -> None:
     config = ServeConfig(checkpoint=str(long_checkpoint), port=port, model_name=MODEL, engine=engine, replicas=REPLICAS)
-    asks = greedy_asks(long_model, tokenizer, [list(range(90))], max_tokens=32)
+    asks = greedy_asks(long_model, tokenizer, [list(range(60))], max_tokens=64)
     load = Load(str(run(config)["url"]), MODEL, asks)
 
     async def under_load(num_clients: int, num_replicas: int) -> float:
