@@ -1,9 +1,11 @@
 """Owns a local cluster in the background for as long as one job runs there: `python -m cluster.local_job`.
 
-Says `{"job": NAME}` on standard output once the job is submitted. SIGTERM has the job save and end, and the cluster.
+Says `{"job": NAME}` on standard output once the job is submitted. SIGTERM has the job save and end, and the cluster. A
+head that is lost is started again, and then the job.
 """
 
 import json
+import math
 import os
 import signal
 import sys
@@ -14,8 +16,8 @@ from pathlib import Path
 from cluster.config import RunConfig
 from cluster.flags import read_config
 from cluster.jobs_api import JobsApi, Token
-from cluster.local import STOP_WAIT_S
-from cluster.stage import connected, cpus_per_node, submit_stage
+from cluster.local import STOP_WAIT_S, ClusterError, LocalCluster
+from cluster.stage import attempt_name, connected, cpus_per_node, submit_stage
 from model.errors import UserError
 
 _POLL_S = 0.5
@@ -30,27 +32,39 @@ def main() -> int:
         config = read_config(Path(path), RunConfig)
         os.chdir("/")  # the folder goes once the job is submitted
         with connected(config.cluster, cpus_per_node=cpus_per_node(config)) as connection:
-            assert connection.local is not None, "there is no address among its settings"
             submit_stage(connection, module, config, job=job)
             sys.stdout.write(json.dumps({"job": job}) + "\n")
             sys.stdout.flush()
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever submitted may be gone
-            _wait(JobsApi(connection.jobs_url, Token(connection.local.token, "the cluster")), job, asked_to_stop)
+            cluster = connection.local
+            assert cluster is not None, "there is no address among its settings"
+            attempt = 0
+            while not _ended(cluster, attempt_name(job, attempt), asked_to_stop):
+                cluster.restart_head()
+                attempt += 1
+                submit_stage(connection, module, config, job=job, attempt=attempt)
     except (UserError, RuntimeError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
     return 0
 
 
-def _wait(api: JobsApi, job: str, asked_to_stop: threading.Event) -> None:
-    deadline_s = None
-    while (found := api.job(job)) is not None and found["status"] in ("PENDING", "RUNNING"):
-        if asked_to_stop.is_set() and deadline_s is None:
-            api.stop(job)
-            deadline_s = time.monotonic() + STOP_WAIT_S + _STOP_MARGIN_S
-        if deadline_s is not None and time.monotonic() > deadline_s:
-            return
+def _ended(cluster: LocalCluster, name: str, asked_to_stop: threading.Event) -> bool:
+    """Waits for the job's end; False when the head was lost first, and the job with it."""
+    api, deadline_s = JobsApi(cluster.jobs_url, Token(cluster.token, "the cluster")), math.inf
+    while time.monotonic() < deadline_s:
+        try:
+            found = api.job(name)
+            if found is None or found["status"] not in ("PENDING", "RUNNING"):
+                return True
+            if asked_to_stop.is_set() and deadline_s == math.inf:
+                api.stop(name)
+                deadline_s = time.monotonic() + STOP_WAIT_S + _STOP_MARGIN_S
+        except ClusterError:  # a head that is only slow answers the next time
+            if cluster.lost_head():
+                return asked_to_stop.is_set()
         time.sleep(_POLL_S)
+    return True
 
 
 if __name__ == "__main__":

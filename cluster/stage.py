@@ -148,9 +148,10 @@ def _submit_and_follow(
 
 
 def submit_stage(
-    connection: Connection, module: str, config: RunConfig | ServeConfig | EvaluateConfig, *, job: str
+    connection: Connection, module: str, config: RunConfig | ServeConfig | EvaluateConfig, *, job: str, attempt: int = 0
 ) -> str:
-    """Starts `python -m MODULE run.yaml` on the cluster as the job of that name, which it gives back.
+    """Starts `python -m MODULE run.yaml` on the cluster as the job of that name; gives the attempt's, which is another
+    one each time: Ray takes a name once.
 
     Raises `ClusterError` when the cluster cannot be reached, `RuntimeError` when it does not take the job, such as one
     of a name that it knows.
@@ -162,11 +163,16 @@ def submit_stage(
         write_config(config, Path(folder) / "run.yaml")
         return _submit(
             _jobs_client(connection),
-            submission_id=job,
+            submission_id=attempt_name(job, attempt),
             entrypoint=f"exec {shlex.join(command)}",
             runtime_env={"working_dir": folder, "env_vars": _job_environment(connection)},
             metadata=_metadata(config, module),
         )
+
+
+def attempt_name(job: str, attempt: int) -> str:
+    """By which Ray knows it."""
+    return f"{job}+{attempt}" if attempt else job
 
 
 def _metadata(config: RunConfig | ServeConfig | EvaluateConfig, module: str) -> dict[str, str]:

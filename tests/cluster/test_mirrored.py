@@ -74,6 +74,7 @@ def test_a_stage_that_fails_or_is_killed_leaves_its_last_words(
     assert "".join(newest(run).new_text()) == "last words\n"
 
 
+@pytest.mark.slow
 def test_what_the_stage_leaves_behind_holds_nothing_up(run: Storage, tmp_path: Path) -> None:
     began = time.monotonic()
     process = start(tmp_path, "leave-behind", "say done")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -226,3 +227,17 @@ def test_a_local_job_whose_owner_is_killed_is_lost_and_resumed(folder: Path) -> 
     assert person.ask("status", "orphan", code=1)["state"] == "lost"
     assert person.ask(*words)["job"] == "orphan.2"
     assert person.call("logs", "-f", "orphan").code == 0
+
+
+@pytest.mark.slow
+def test_a_local_job_goes_on_under_a_new_head(folder: Path) -> None:
+    person = Person(folder)
+    person.ask("submit", "pretrain", "run.yaml", "--run-id", "headless", "--cluster.num-nodes", "1")
+    wait_for(lambda: "attempt 1: 1 workers" in person.call("logs", "headless").out)
+    record = json.loads((folder / ".raymill/runs/headless/jobs/submitted.json").read_text())
+    (head,) = psutil.Process(record["pid"]).children()
+    head.kill()
+    followed = person.call("logs", "-f", "headless")
+    assert followed.code == 0, followed.err
+    assert person.ask("status", "headless")["job"] == "headless.1"
+    assert sum(line.startswith("== ") for line in person.ask("logs", "headless", "--all")["lines"]) == 2
