@@ -59,10 +59,6 @@ class PodProcess:
         self._pre_stop: subprocess.Popen[bytes] | None = None
         self._killed_at_s: float | None = None
 
-    @property
-    def is_told_to_end(self) -> bool:
-        return self._killed_at_s is not None
-
     def tell_to_end(self) -> None:
         """As a kubelet: the preStop hook, then SIGTERM, and SIGKILL when the grace period is over."""
         if self._killed_at_s is not None:

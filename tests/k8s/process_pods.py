@@ -163,7 +163,18 @@ class PodCluster:
             self._end_all()
 
     def _start_head(self) -> None:
-        """With the autoscaler, which is a container of the same pod."""
+        """With the autoscaler, which is a container of the same pod. A head that ends while it starts, for which Ray
+        gives it 30 s, is started again, as a kubelet does."""
+        while not self._head_starts():
+            continue
+        command = [sys.executable, "-m", "ray.scripts.scripts", "kuberay-autoscaler", "--cluster-name", self.name]
+        command += ["--cluster-namespace", self.namespace, "--gcs-address", f"127.0.0.1:{self._gcs_port}"]
+        further = {"RAY_HEAD_POD_NAME": f"{self.name}-head", "KUBERAY_CRD_VER": "v1"}
+        environment = self._environment | self._api.environment | further
+        self._autoscaler = start_bound(command, log=self._folder / "autoscaler.log", environment=environment)
+
+    def _head_starts(self) -> bool:
+        """Whether it answers; if not, it has ended."""
         group = self._spec["headGroupSpec"]
         flags = ["--head", "--port", str(self._gcs_port), "--dashboard-host", "127.0.0.1"]
         flags += ["--dashboard-port", str(self._dashboard_port), "--ray-client-server-port", str(free_port())]
@@ -177,14 +188,11 @@ class PodCluster:
         self._api.put(self._pod_path(name), self._pod_object(name, "headgroup", group, kind="head", is_running=True))
         deadline_s = time.monotonic() + _START_TIMEOUT_S
         while not self.is_up():
-            assert not self._head.has_ended(), self._head.log.read_text(errors="replace")[-3000:]
+            if self._head.has_ended():
+                return False
             assert time.monotonic() < deadline_s, f"{_START_TIMEOUT_S:.0f} s were too short for the head to answer"
             assert not self._ended.wait(_POLL_S), "ended while starting"
-        command = [sys.executable, "-m", "ray.scripts.scripts", "kuberay-autoscaler", "--cluster-name", self.name]
-        command += ["--cluster-namespace", self.namespace, "--gcs-address", f"127.0.0.1:{self._gcs_port}"]
-        environment = self._api.environment | {"RAY_HEAD_POD_NAME": name, "KUBERAY_CRD_VER": "v1"}
-        log, environment = self._folder / "autoscaler.log", self._environment | environment
-        self._autoscaler = start_bound(command, log=log, environment=environment)
+        return True
 
     def _keep_head(self) -> None:
         """Starts a head that was lost again. Whoever asks for the pods meanwhile does not have to wait."""
@@ -215,7 +223,7 @@ class PodCluster:
                 self._pods[pod.name] = pod
                 self._show(pod)
         for pod in self._pods.values():
-            if pod.process is None and len(self._running()) < self.num_nodes:
+            if pod.process is None and not pod.is_leaving and len(self._running()) < self.num_nodes:
                 flags = ["--address", f"127.0.0.1:{self._gcs_port}"]
                 pod.process = self._start(pod.name, pod.group["groupName"], pod.group, flags, {})
                 self._show(pod)
