@@ -20,7 +20,7 @@ from cluster.job_log import LogReader, launches
 from cluster.local import LocalCluster
 from cluster.storage import Storage, open_storage
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 NUM_STEPS = 800
 SETTINGS: dict[str, Any] = {
@@ -200,7 +200,6 @@ def test_submitted_once_stopped_resumed_and_told_of_afterwards(
     assert f"no Ray Jobs API answers at {cluster.jobs_url}" in refused.err
 
 
-@pytest.mark.slow
 def test_a_local_job_has_a_cluster_of_its_own(folder: Path) -> None:
     person = Person(folder)
     words = ["submit", "pretrain", "run.yaml", "--run-id", "local", "--cluster.num-nodes", "1"]
@@ -215,7 +214,6 @@ def test_a_local_job_has_a_cluster_of_its_own(folder: Path) -> None:
     assert (told["state"], told["step"]) == ("succeeded", NUM_STEPS)
 
 
-@pytest.mark.slow
 def test_a_local_job_whose_owner_is_killed_is_lost_and_resumed(folder: Path) -> None:
     person = Person(folder)
     words = ["submit", "pretrain", "run.yaml", "--run-id", "orphan", "--cluster.num-nodes", "1"]
@@ -229,7 +227,6 @@ def test_a_local_job_whose_owner_is_killed_is_lost_and_resumed(folder: Path) -> 
     assert person.call("logs", "-f", "orphan").code == 0
 
 
-@pytest.mark.slow
 def test_a_local_job_goes_on_under_a_new_head(folder: Path) -> None:
     person = Person(folder)
     person.ask("submit", "pretrain", "run.yaml", "--run-id", "headless", "--cluster.num-nodes", "1")
