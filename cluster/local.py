@@ -39,6 +39,7 @@ _HEAD = "head"
 _START_NODE = Path(__file__).resolve().with_name("start_node.py")
 _START_TIMEOUT_S = 90.0
 _STOP_TIMEOUT_S = 5.0
+_END_BY_ITSELF_S = 2.0  # a node whose head has gone first would wait longer for it
 _HEAD_ENDS_S = 5.0
 _OBJECT_STORE_BYTES = 256 << 20
 
@@ -188,7 +189,7 @@ class LocalCluster:
         started = [process for node in self._nodes.values() for process in _with_descendants(node.pid)]
         for node in self._nodes.values():
             node.terminate()
-        _, remaining = psutil.wait_procs(started, timeout=_STOP_TIMEOUT_S)
+        _, remaining = psutil.wait_procs(started, timeout=_END_BY_ITSELF_S)
         for process in remaining:
             process.kill()
         psutil.wait_procs(remaining, timeout=_STOP_TIMEOUT_S)

@@ -73,9 +73,8 @@ def alone(connection: Connection, corpus: Path, storage_uri: str) -> tuple[dict[
     return run_stage(connection, "jobs.pretrain", config), losses(config)
 
 
-@pytest.mark.parametrize(
-    "world_size", [pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_any_number_of_workers_gives_the_same_bits(
     connection: Connection,
     corpus: Path,

@@ -112,6 +112,7 @@ def test_every_document_is_kept_once_or_counted(result: dict, corpus: Path) -> N
     assert manifest.drop_samples["invalid_json"][0].preview.startswith("{broken")
 
 
+@pytest.mark.slow
 def test_one_worker_killed_half_way_and_started_again_makes_the_same_bytes(
     result: dict, corpus: Path, tmp_path: Path
 ) -> None:

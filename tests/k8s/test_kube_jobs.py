@@ -134,7 +134,7 @@ def test_a_run_is_submitted_once_told_of_stopped_and_resumed(
     ):
         api.put(f"{RAY}/rayjobs/{name}", job | {"status": {"jobDeploymentStatus": deployment, "jobStatus": status}})
         assert asked(capsys, "status", "Demo_1", *storage)["state"] == state, deployment
-        assert asked(capsys, *words)["new"] is False
+    assert asked(capsys, *words)["new"] is False, "one that KubeRay starts again"
     failed = {"jobDeploymentStatus": "Failed", "jobStatus": "FAILED"}
     api.put(f"{RAY}/rayjobs/{name}", job | {"status": failed})
     assert asked(capsys, "status", "Demo_1", *storage, code=1)["state"] == "failed"

@@ -144,7 +144,14 @@ def load_of(traffic: Traffic, model: GPT, tokenizer: Tokenizer, *, url: str) -> 
     return Load(url, MODEL, greedy_asks(model, tokenizer, traffic.prompts, max_tokens=traffic.max_tokens))
 
 
-@pytest.mark.parametrize("traffic", [ANSWERS, BLOCKS, PROMPTS], ids=["answers", "blocks", "prompts"])
+@pytest.mark.parametrize(
+    "traffic",
+    [
+        pytest.param(ANSWERS, id="answers"),
+        pytest.param(BLOCKS, id="blocks", marks=pytest.mark.slow),
+        pytest.param(PROMPTS, id="prompts"),
+    ],
+)
 def test_five_times_too_many_for_a_replica(
     traffic: Traffic, long_checkpoint: Path, long_model: GPT, tokenizer: Tokenizer
 ) -> None:
