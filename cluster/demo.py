@@ -58,7 +58,7 @@ def run_demo(storage_uri: str, *, keep: bool) -> dict[str, Any]:
 
 def demo_config(storage_uri: str) -> tuple[RunConfig, str]:
     """The demo's run, with its corpus fetched where it is not there yet, and what that is."""
-    corpus, source = fetch_corpus(Path(open_storage(storage_uri).local_path("") or ".raymill") / "corpus")
+    corpus, source = fetch_corpus(_local_folder(storage_uri) / "corpus")
     config = read_config(CONFIG, RunConfig)
     update = {
         "run_id": f"demo-{new_run_id()}",
@@ -74,10 +74,15 @@ def demo_faults(config: RunConfig) -> list[Fault]:
 
 def demo_serving(config: RunConfig) -> ServeConfig:
     return ServeConfig(
-        api_key_file=str(Path(open_storage(config.storage.uri).local_path("") or ".raymill") / "api_key"),
+        api_key_file=str(_local_folder(config.storage.uri) / "api_key"),
         replicas=ReplicaConfig(min_replicas=2, max_replicas=2),
         storage=config.storage,
     )
+
+
+def _local_folder(storage_uri: str) -> Path:
+    """The storage's own, or `.raymill` here; absolute, as jobs run elsewhere."""
+    return Path(open_storage(storage_uri).local_path("") or ".raymill").absolute()
 
 
 def fetch_corpus(folder: Path) -> tuple[Path, str]:

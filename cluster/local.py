@@ -81,6 +81,13 @@ def _with_descendants(pid: int) -> list[psutil.Process]:
         return []
 
 
+def _kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, timeout=_STOP_TIMEOUT_S)
+
+
 class LocalCluster:
     """Starts on entering the context, ends on leaving it. The head carries no work unless it is the only node."""
 
@@ -176,10 +183,7 @@ class LocalCluster:
 
     def _replace_head(self) -> None:
         orphans = self._orphans_of(_HEAD)  # also a driver that does not know yet, and would hold its lease
-        for process in orphans:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(orphans, timeout=_STOP_TIMEOUT_S)
+        _kill(orphans)
         # By this file `ray start` would take the other nodes for a cluster whose head runs.
         (self._directory / _HEAD / "ray_current_cluster").unlink(missing_ok=True)
         self._start_head()
@@ -190,9 +194,7 @@ class LocalCluster:
         for node in self._nodes.values():
             node.terminate()
         _, remaining = psutil.wait_procs(started, timeout=_END_BY_ITSELF_S)
-        for process in remaining:
-            process.kill()
-        psutil.wait_procs(remaining, timeout=_STOP_TIMEOUT_S)
+        _kill(remaining)
         for node in self._nodes.values():
             node.wait()
         self._nodes.clear()
