@@ -23,8 +23,8 @@ from tests.cluster.fault_proxy import Cut, Fault, Refused, Stalled, running_prox
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 SEED = 20261125
-NUM_STEPS = 150
-WALL_S = 400  # of the disturbed run, on two busy cores
+NUM_STEPS = 600  # the ledger, by whose steps faults come, reaches a store that fails late
+WALL_S = 700  # of the disturbed run, on two busy cores
 
 
 class Weather:
