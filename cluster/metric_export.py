@@ -23,7 +23,7 @@ class Metrics:
 
     def __init__(self, exporter: Exporter, **labels: str) -> None:
         """`labels` are the exporter's common ones."""
-        self.registry = prometheus.CollectorRegistry()
+        self.collectors = prometheus.CollectorRegistry()
         self._labels = labels
         self._metrics = {metric.name: self._make(metric) for metric in metrics_of(exporter)}
         self._gauges: dict[str, Gauge] = {}
@@ -34,7 +34,7 @@ class Metrics:
 
     def publish(self, **labels: str) -> None:
         """Gives Ray the values; they get `labels` besides."""
-        for family in self.registry.collect():
+        for family in self.collectors.collect():
             for sample in family.samples:
                 if not sample.name.endswith("_created"):
                     tags = {**sample.labels, **labels}
@@ -51,14 +51,15 @@ class Metrics:
         threading.Thread(target=work, name="metrics", daemon=True).start()
 
     def _make(self, metric: Metric) -> Any:
-        arguments = (metric.name, metric.help, metric.all_labels)
+        # In the clients' order: name, text, labels, then namespace, subsystem and unit, which the name has already.
+        arguments = (metric.name, metric.help, metric.all_labels, "", "", "", self.collectors)
         match metric.kind:
             case Kind.COUNTER:
-                return prometheus.Counter(*arguments, registry=self.registry)
+                return prometheus.Counter(*arguments)
             case Kind.GAUGE:
-                return prometheus.Gauge(*arguments, registry=self.registry)
+                return prometheus.Gauge(*arguments)
             case Kind.HISTOGRAM:
-                return prometheus.Histogram(*arguments, buckets=metric.buckets, registry=self.registry)
+                return prometheus.Histogram(*arguments, buckets=metric.buckets)
 
     def _gauge(self, name: str, tags: Mapping[str, str], text: str) -> Gauge:
         if name not in self._gauges:

@@ -47,7 +47,7 @@ class ReplicaMetrics:
         return RequestTimer(self, seq_ids, stats)
 
     def render(self) -> bytes:
-        return generate_latest(self.exported.registry)
+        return generate_latest(self.exported.collectors)
 
     def now_s(self) -> float:
         return self._clock()

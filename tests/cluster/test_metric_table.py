@@ -29,7 +29,7 @@ def test_what_an_exporter_has_leaves_under_the_names_of_the_table(exporter: Expo
     for metric in metrics_of(exporter):
         child = metrics.of(metric.name, **dict.fromkeys(metric.labels, "y"))
         child.observe(1) if metric.kind is Kind.HISTOGRAM else child.inc(1)
-    samples = [sample for family in metrics.registry.collect() for sample in family.samples]
+    samples = [sample for family in metrics.collectors.collect() for sample in family.samples]
     names = {f"ray_{sample.name.replace(':', '_')}" for sample in samples if not sample.name.endswith("_created")}
     assert names == {name for metric in metrics_of(exporter) for name in metric.series}
     metrics.publish()  # Ray takes names, labels and values

@@ -116,7 +116,7 @@ def test_every_metric_of_a_corpus_is_exported(capsys: pytest.CaptureFixture[str]
     with DataProgress("tokenizing", total_bytes=10, num_tasks=2) as progress:
         progress.drop({"duplicate": 3})
         progress.advance(10, documents=4, tokens=5, rss_bytes=6)
-        samples = [sample for family in progress.metrics.registry.collect() for sample in family.samples]
+        samples = [sample for family in progress.metrics.collectors.collect() for sample in family.samples]
     values = {sample.name: sample.value for sample in samples if not sample.name.endswith("_created")}
     assert {f"ray_{name}" for name in values} == {name for of in metrics_of(Exporter.DATA) for name in of.series}
     assert (values["raymill_data_dropped_documents_total"], values["raymill_data_queued_tasks"]) == (3, 1)

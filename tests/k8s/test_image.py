@@ -16,8 +16,9 @@ def _instructions() -> list[tuple[str, str]]:
 
 
 def test_base_is_pinned_and_can_be_replaced() -> None:
-    argument, index = (rest for name, rest in _instructions() if name == "ARG")
-    assert index == "TORCH_INDEX="
+    argument, options = (rest for name, rest in _instructions() if name == "ARG")
+    assert options == "PIP_OPTIONS="
+    assert any("pip install" in rest and "${PIP_OPTIONS}" in rest for name, rest in _instructions() if name == "RUN")
     name, _, image = argument.partition("=")
     assert re.fullmatch(r"docker\.io/library/python:3\.11\.\d+-slim-\w+", image)
     assert ("FROM", f"${{{name}}}") in _instructions()
