@@ -31,6 +31,7 @@ from cluster.local import LocalCluster
 from cluster.progress import say
 from cluster.stage import Connection, StageFailedError, run_stage
 from model.config import resolve_preset
+from tests.jobs.corpora import number_texts
 
 NUM_WORKERS, BATCH, SEQ_LEN, VOCAB = 2, 32, 64, 300
 SETTLE_S = 15.0
@@ -119,11 +120,7 @@ def _wait(look: Callable[[], Record | None]) -> Record:
 
 
 def run_config(folder: Path) -> RunConfig:
-    corpus = folder / "corpus"
-    corpus.mkdir()
-    for number in range(12):
-        words = " ".join(str((number * 7919 + i * i) % 997) for i in range(2000))
-        (corpus / f"{number:02d}.txt").write_text(words)
+    corpus = number_texts(folder / "corpus", num_words=2000)
     values = {
         "run_id": "killed",
         "model": {"preset": "demo"},

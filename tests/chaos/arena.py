@@ -19,6 +19,7 @@ from cluster.local import LocalCluster
 from cluster.stage import Connection, run_stage
 from cluster.storage import open_storage
 from jobs.ledger import Ledger
+from tests.jobs.corpora import number_texts
 
 NUM_STEPS = 240
 NUM_LONG_STEPS = 900
@@ -80,11 +81,7 @@ class Arena:
         self.cluster, self.folder = cluster, folder
         self.lost_steps: list[int] = []  # by all recoveries so far
         self.connection = Connection(cluster.jobs_url, {"Authorization": f"Bearer {cluster.token}"}, cluster)
-        corpus = folder / "corpus"
-        corpus.mkdir()
-        for number in range(12):
-            words = " ".join(str((number * 7919 + i * i) % 997) for i in range(1500))
-            (corpus / f"{number:02d}.txt").write_text(words)
+        number_texts(folder / "corpus")
         quiet = self.config("quiet", min_workers=2, max_workers=2)
         self.quiet = run_stage(self.connection, "jobs.pretrain", quiet)
 

@@ -19,6 +19,7 @@ from cluster.cli import main
 from cluster.job_log import LogReader, launches
 from cluster.local import LocalCluster
 from cluster.storage import Storage, open_storage
+from tests.jobs.corpora import number_texts
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -80,12 +81,9 @@ def _handler() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("submit")
-    (folder / "texts").mkdir()
-    for number in range(6):
-        words = " ".join(str((number * 7919 + i * i) % 997) for i in range(1500))
-        (folder / f"texts/{number:02d}.txt").write_text(words)
+    texts = number_texts(folder / "texts", num_texts=6)
     settings = SETTINGS | {"storage": {"uri": f"file://{folder}/.raymill"}}
-    settings["data"] = settings["data"] | {"source": str(folder / "texts")}
+    settings["data"] = settings["data"] | {"source": str(texts)}
     (folder / "run.yaml").write_text(yaml.safe_dump(settings))
     return folder
 

@@ -26,6 +26,7 @@ from cluster.local import LocalCluster, free_port
 from cluster.serve_config import ServeConfig
 from cluster.stage import Connection, run_stage
 from cluster.storage import open_storage
+from tests.jobs.corpora import number_texts
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -62,10 +63,7 @@ def house(s3_server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
     folder = tmp_path_factory.mktemp("doors")
     boto3.client("s3").create_bucket(Bucket="doors")
-    texts = folder / "texts"
-    texts.mkdir()
-    for number in range(6):
-        (texts / f"{number}.txt").write_text(" ".join(str((number * 7919 + i * i) % 997) for i in range(1500)))
+    texts = number_texts(folder / "texts", num_texts=6)
     config = validate_config(
         {
             "run_id": "seen",

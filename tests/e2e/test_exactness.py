@@ -16,6 +16,7 @@ from cluster.local import LocalCluster
 from cluster.stage import Connection, run_stage
 from cluster.storage import open_storage
 from jobs.ledger import Ledger
+from tests.jobs.corpora import number_texts
 
 pytestmark = pytest.mark.cluster
 
@@ -42,11 +43,7 @@ def connection() -> Iterator[Connection]:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    for number in range(12):
-        words = " ".join(str((number * 7919 + i * i) % 997) for i in range(1500))
-        (folder / f"{number:02d}.txt").write_text(words)
-    return folder
+    return number_texts(tmp_path_factory.mktemp("corpus") / "texts")
 
 
 @pytest.fixture(scope="module")

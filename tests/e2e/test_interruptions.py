@@ -21,6 +21,7 @@ from cluster.local import LocalCluster
 from cluster.stage import Connection, StageFailedError, run_stage
 from cluster.storage import open_storage
 from jobs.ledger import Ledger
+from tests.jobs.corpora import number_texts
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -52,10 +53,7 @@ def connection() -> Iterator[Connection]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Holds the corpus and the storage."""
     folder = tmp_path_factory.mktemp("interruptions")
-    (folder / "corpus").mkdir()
-    for number in range(12):
-        words = " ".join(str((number * 7919 + i * i) % 997) for i in range(1500))
-        (folder / "corpus" / f"{number:02d}.txt").write_text(words)
+    number_texts(folder / "corpus")
     return folder
 
 

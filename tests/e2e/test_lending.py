@@ -24,6 +24,7 @@ from cluster.stage import Connection, run_stage
 from cluster.storage import open_storage
 from jobs.ledger import Ledger
 from model.checkpoint import load_model, load_tokenizer
+from tests.jobs.corpora import number_texts
 from tests.serving.delivery_parts import Admin
 from tests.serving.endpoint_parts import free_port, wait_until
 from tests.serving.load import End, Load, greedy_asks
@@ -57,10 +58,7 @@ def connection() -> Iterator[Connection]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With a corpus, and the storage of all runs."""
     folder = tmp_path_factory.mktemp("lending")
-    (folder / "corpus").mkdir()
-    for number in range(12):
-        words = " ".join(str((number * 7919 + i * i) % 997) for i in range(1500))
-        (folder / "corpus" / f"{number:02d}.txt").write_text(words)
+    number_texts(folder / "corpus")
     return folder
 
 

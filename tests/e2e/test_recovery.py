@@ -18,6 +18,7 @@ from cluster.local import LocalCluster
 from cluster.stage import Connection, run_stage
 from cluster.storage import open_storage
 from jobs.ledger import Ledger
+from tests.jobs.corpora import number_texts
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -33,10 +34,7 @@ def connection() -> Iterator[Connection]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("recovery")
-    (folder / "corpus").mkdir()
-    for number in range(12):
-        words = " ".join(str((number * 7919 + i * i) % 997) for i in range(1500))
-        (folder / f"corpus/{number:02d}.txt").write_text(words)
+    number_texts(folder / "corpus")
     return folder
 
 
