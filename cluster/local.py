@@ -26,7 +26,7 @@ from typing import Self
 import httpx
 import psutil
 
-from cluster.parent_death import die_with_parent
+from cluster.child_processes import die_with_parent, kill, with_descendants
 from model.errors import UserError
 
 NODE_NAME_VARIABLE = "RAYMILL_NODE"
@@ -71,21 +71,6 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
-
-
-def _with_descendants(pid: int) -> list[psutil.Process]:
-    try:
-        process = psutil.Process(pid)
-        return [process, *process.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
-
-
-def _kill(processes: list[psutil.Process]) -> None:
-    for process in processes:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(processes, timeout=_STOP_TIMEOUT_S)
 
 
 class LocalCluster:
@@ -183,18 +168,18 @@ class LocalCluster:
 
     def _replace_head(self) -> None:
         orphans = self._orphans_of(_HEAD)  # also a driver that does not know yet, and would hold its lease
-        _kill(orphans)
+        kill(orphans)
         # By this file `ray start` would take the other nodes for a cluster whose head runs.
         (self._directory / _HEAD / "ray_current_cluster").unlink(missing_ok=True)
         self._start_head()
 
     def stop(self) -> None:
         """Ends every process that the nodes started, gently and then not, and removes the cluster's files."""
-        started = [process for node in self._nodes.values() for process in _with_descendants(node.pid)]
+        started = [process for node in self._nodes.values() for process in with_descendants(node.pid)]
         for node in self._nodes.values():
             node.terminate()
         _, remaining = psutil.wait_procs(started, timeout=_END_BY_ITSELF_S)
-        _kill(remaining)
+        kill(remaining)
         for node in self._nodes.values():
             node.wait()
         self._nodes.clear()

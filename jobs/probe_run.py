@@ -16,7 +16,7 @@ from cluster.progress import say
 from cluster.stage import print_result
 from cluster.storage import Storage, join_uri
 from jobs.checkpoints import RunCheckpoints
-from jobs.named_run import RunError, find_run
+from jobs.named_run import RunError, add_run_argument, find_run
 from jobs.report_theme import LIGHT, new_figure, png, style
 from jobs.run_history import recorded_config
 from model.checkpoint import load_model, read_metadata
@@ -75,8 +75,7 @@ def draw(found: list[dict[str, Any]]) -> bytes:
 def main() -> int:
     def run() -> dict[str, Any]:
         parser = Parser(prog="python -m jobs.probe_run", description=__doc__)
-        parser.add_argument("run", metavar="RUN", help="run id, or path or URI of a run's folder")
-        parser.add_argument("--storage.uri", dest="storage_uri", default=".raymill", help="root of the runs")
+        add_run_argument(parser)
         arguments = parser.parse_args()
         return probe_run(find_run(arguments.run, arguments.storage_uri))
 

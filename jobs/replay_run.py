@@ -24,7 +24,7 @@ from jobs.checkpoints import RunCheckpoints, step_of
 from jobs.diff_runs import first_difference, step_values
 from jobs.guards import GuardState
 from jobs.ledger import LEDGER, Ledger
-from jobs.named_run import find_run
+from jobs.named_run import add_run_argument, find_run
 from jobs.run_data import data_identity, find_tokens
 from jobs.run_history import CONFIG_FILE, recorded_config
 from jobs.run_plan import RunPlan
@@ -159,10 +159,9 @@ def parse_steps(text: str, ledger: Ledger) -> range:
 def main() -> int:
     def run() -> dict[str, Any]:
         parser = Parser(prog="python -m jobs.replay_run", description=__doc__)
-        parser.add_argument("run", metavar="RUN", help="run id, or path or URI of a run's folder")
+        add_run_argument(parser)
         parser.add_argument("--steps", default="..", metavar="A..B", help="first and last step; all when unset")
         parser.add_argument("--workers", type=int, default=1, help="processes that train")
-        parser.add_argument("--storage.uri", dest="storage_uri", default=".raymill", help="root of the runs")
         arguments = parser.parse_args()
         found = find_run(arguments.run, arguments.storage_uri)
         steps = parse_steps(arguments.steps, Ledger.read(found))

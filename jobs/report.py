@@ -12,7 +12,7 @@ from cluster.flags import Parser
 from cluster.stage import print_result
 from cluster.storage import Storage, join_uri
 from jobs.ledger import Ledger
-from jobs.named_run import begun_ledger, find_run
+from jobs.named_run import add_run_argument, begun_ledger, find_run
 from jobs.plan_actual import plan_rows, read_plan
 from jobs.report_figures import draw, pictures
 from jobs.report_page import Figure, page
@@ -73,8 +73,7 @@ def flattened(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, s
 def main() -> int:
     def run() -> dict[str, Any]:
         parser = Parser(prog="python -m jobs.report", description=__doc__)
-        parser.add_argument("run", metavar="RUN", help="run id, or path or URI of a run's folder")
-        parser.add_argument("--storage.uri", dest="storage_uri", default=".raymill", help="root of the runs")
+        add_run_argument(parser)
         parser.add_argument("--price", type=float, help="dollars for an hour of a GPU, or of a CPU where there is none")
         parser.add_argument("--plan", type=Path, help="file with what `raymill plan --json` printed")
         arguments = parser.parse_args()

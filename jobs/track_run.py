@@ -16,7 +16,7 @@ from cluster.progress import say
 from cluster.stage import print_result
 from cluster.storage import Storage, StorageError
 from jobs.ledger import Ledger, LedgerTail, Line
-from jobs.named_run import begun_ledger, find_run
+from jobs.named_run import add_run_argument, begun_ledger, find_run
 from jobs.report import flattened
 from jobs.run_history import recorded_config
 from jobs.run_metrics import curve_samples
@@ -78,12 +78,11 @@ def _points(lines: Iterable[Line], *, after: int) -> Iterator[tuple[int, dict[st
 def main() -> int:
     def run() -> dict[str, Any]:
         parser = Parser(prog="python -m jobs.track_run", description=__doc__)
-        parser.add_argument("run", metavar="RUN", help="run id, or path or URI of a run's folder")
+        add_run_argument(parser)
         where = parser.add_mutually_exclusive_group(required=True)
         where.add_argument("--wandb", metavar="PROJECT", help="a project of Weights & Biases")
         where.add_argument("--mlflow", metavar="EXPERIMENT", help="an experiment of MLflow")
         parser.add_argument("--follow", action="store_true", help="go on until the run has ended")
-        parser.add_argument("--storage.uri", dest="storage_uri", default=".raymill", help="root of the runs")
         arguments = parser.parse_args()
         found = find_run(arguments.run, arguments.storage_uri)
         config = recorded_config(found)

@@ -18,7 +18,7 @@ from cluster.storage import Storage
 from jobs import inspect_store
 from jobs.checkpoints import RunCheckpoints
 from jobs.ledger import Ledger, Line
-from jobs.named_run import find_run
+from jobs.named_run import add_run_argument, find_run
 from jobs.run_data import data_identity, find_tokens
 from jobs.token_store import TokenStoreError
 from model.checkpoint import Metadata, parameter_hash, read_metadata, verify_checkpoint
@@ -84,8 +84,7 @@ def _verified_shards(run: Storage, ledger: Ledger, checkpoints: list[Metadata]) 
 def main() -> int:
     def run() -> dict[str, Any]:
         parser = Parser(prog="python -m jobs.verify_run", description=__doc__)
-        parser.add_argument("run", metavar="RUN", help="run id, or path or URI of a run's folder")
-        parser.add_argument("--storage.uri", dest="storage_uri", default=".raymill", help="root of the runs")
+        add_run_argument(parser)
         arguments = parser.parse_args()
         return verify(find_run(arguments.run, arguments.storage_uri))
 

@@ -12,7 +12,7 @@ import numpy as np
 from cluster.flags import Parser
 from cluster.stage import print_result
 from jobs.ledger import Ledger
-from jobs.named_run import begun_ledger, find_run
+from jobs.named_run import add_run_argument, begun_ledger, find_run
 from jobs.rank_phases import RankTime, from_fields, stragglers
 from jobs.run_history import lost_steps
 from jobs.step_timer import PHASES, REST, UNTIMED
@@ -203,8 +203,7 @@ def _duration(seconds: float) -> str:
 def main() -> int:
     def run() -> dict[str, Any]:
         parser = Parser(prog="python -m jobs.why_slow", description=__doc__)
-        parser.add_argument("run", metavar="RUN", help="run id, or path or URI of a run's folder")
-        parser.add_argument("--storage.uri", dest="storage_uri", default=".raymill", help="root of the runs")
+        add_run_argument(parser)
         arguments = parser.parse_args()
         return why_slow(begun_ledger(find_run(arguments.run, arguments.storage_uri)))
 

@@ -18,8 +18,9 @@ import psutil
 import pytest
 from ray.autoscaler._private.kuberay.utils import parse_quantity
 
+from cluster.child_processes import kill, with_descendants
 from cluster.local import NODE_NAME_VARIABLE, free_port
-from tests.bound_process import end, start_bound, with_descendants
+from tests.bound_process import start_bound
 from tests.k8s.manifests import Manifest
 
 POD_HOST = "pod.internal"
@@ -78,12 +79,12 @@ class PodProcess:
             self._process.kill()
         if self._process.poll() is None:
             return False
-        end(self._descendants)
+        kill(self._descendants)
         return True
 
     def kill(self) -> None:
         """SIGKILL, without a notice, to all that it runs."""
-        end([*self._descendants, *with_descendants(self._process.pid)])
+        kill([*self._descendants, *with_descendants(self._process.pid)])
         self._process.wait()
         if self._pre_stop is not None:
             self._pre_stop.kill()

@@ -21,8 +21,9 @@ from typing import Any, Self
 
 import httpx
 
+from cluster.child_processes import kill, with_descendants
 from cluster.local import free_port
-from tests.bound_process import end, start_bound, with_descendants
+from tests.bound_process import start_bound
 from tests.k8s.api_stand_in import ApiStandIn
 from tests.k8s.manifests import Manifest, cluster_spec, find, of_kind
 from tests.k8s.pod_process import PodProcess
@@ -270,7 +271,7 @@ class PodCluster:
 
     def _end_autoscaler(self) -> None:
         if self._autoscaler is not None:
-            end(with_descendants(self._autoscaler.pid))
+            kill(with_descendants(self._autoscaler.pid))
             self._autoscaler.wait()
 
     def _end_all(self) -> None:
