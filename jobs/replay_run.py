@@ -5,6 +5,7 @@ python -m jobs.replay_run RUN --steps 40..60 --workers 2
 
 import json
 import multiprocessing
+import os
 import re
 import shutil
 import sys
@@ -142,6 +143,9 @@ def _train_rank(plan: RunPlan, rank: int, world_size: int, meeting: str) -> None
     dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=world_size)
     train(plan, rank=rank, world_size=world_size)
     dist.destroy_process_group()
+    # All is written. An interpreter that ends may abort on a thread of gloo's or of ours that has not ended yet.
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def parse_steps(text: str, ledger: Ledger) -> range:
