@@ -109,7 +109,7 @@ class EngineClient:
                     threads=threads,
                     pass_fds=[their_line.fileno()],
                 ),
-                queue=SequenceQueue(num_slots=config.max_num_seqs),
+                queue=SequenceQueue(num_slots=config.max_num_seqs, tokens_per_step=config.prefill_tokens_per_step),
             )
         try:
             await client._wait_until_ready()

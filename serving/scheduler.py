@@ -8,6 +8,8 @@ from typing import NamedTuple
 from serving.block_pool import BLOCK_TOKENS, BlockPool
 from serving.messages import Candidates, FinishReason, SequenceRequest
 
+UNWATCHED = 4  # times as many prompt tokens are read in a step that no running sequence waits for
+
 
 class State(Enum):
     WAITING = auto()  # accepted; holds nothing yet
@@ -53,7 +55,7 @@ class Scheduler:
     that, and shares its blocks: the choices of a request read their prompt once.
 
     A step gives each running sequence its next token, and reads up to `prefill_tokens_per_step` tokens of prompts: so
-    long do the others wait.
+    long do the others wait. Where there are none yet it reads more.
     """
 
     def __init__(self, pool: BlockPool, *, max_num_seqs: int, eos_id: int | None, prefill_tokens_per_step: int) -> None:
@@ -84,6 +86,8 @@ class Scheduler:
     def plan(self) -> list[Chunk]:
         """Admits what fits, and says what this step reads."""
         budget = self._prefill_tokens_per_step
+        if not any(sequence.output_ids for sequence in self._running.values()):
+            budget *= UNWATCHED
         chunks = []
         self.admitted, self.num_prompt_tokens = [], 0
         for sequence in self._running.values():

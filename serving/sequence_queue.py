@@ -7,20 +7,22 @@ from collections.abc import Callable
 from serving.messages import StepReport
 
 WEIGHT = 0.1  # of the latest sequence, and of the latest step
+FULL_SHARE = 0.5  # of what a step may read: a prompt of a few tokens takes the time of a whole step
 
 
 class SequenceQueue:
     """Of one engine, as its replica sees it. Two things hold a sequence up: the room that others take (slots, and
     blocks of the KV cache), and their prompts, which are read before its own. Whichever takes longer is its wait."""
 
-    def __init__(self, *, num_slots: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, *, num_slots: int, tokens_per_step: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
+        self._full_step = FULL_SHARE * tokens_per_step
         self._num_slots = num_slots
         self._num_places = num_slots  # sequences of the present size that the cache has blocks for, too
         self._unread: dict[int, int] = {}  # prompt tokens of the sequences without a token, by sequence
         self._first_s: dict[int, float] = {}  # when the others had their first token, in that order
         self._residence_s = 0.0  # from there to the end, mean of recent ones
-        self._read_tokens = self._read_s = 0.0  # recent steps that read prompts
+        self._read_tokens = self._read_s = 0.0  # recent steps that read as much of prompts as they may, or nearly so
         self._reading_since_s: float | None = None
 
     def enter(self, seq_id: int, *, num_prompt_tokens: int) -> None:
@@ -46,7 +48,7 @@ class SequenceQueue:
             room = report.num_running / report.kv_cache_usage
             self._num_places = min(self._num_slots, math.floor(room + 0.01))  # the usage is rounded
         now_s = self._clock()
-        if report.num_prompt_tokens and self._reading_since_s is not None:
+        if report.num_prompt_tokens >= self._full_step and self._reading_since_s is not None:
             self._read_tokens += report.num_prompt_tokens - WEIGHT * self._read_tokens
             self._read_s += now_s - self._reading_since_s - WEIGHT * self._read_s
         self._reading_since_s = now_s if self._unread else None

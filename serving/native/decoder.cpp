@@ -12,7 +12,6 @@
 
 namespace {
 
-constexpr int ROWS = 64;  // of a piece of work: their inputs and a panel fit into a core's cache
 constexpr int BLOCK = LANES;  // positions of a KV cache block
 
 enum Activation { GELU, GELU_EXACT, RELU };
@@ -61,6 +60,8 @@ class DecoderOf : public Decoder {
     using Cached = typename Kind::Cached;
     using Number = typename Cached::Number;
     static constexpr int GROUP = Cached::GROUP;
+    // Of a piece of work: their inputs and a panel fit into a core's cache. Tiles are as fast as weights come from memory.
+    static constexpr int ROWS = uses_tiles<Kind> ? 192 : 64;
 
 public:
     DecoderOf(const Shape& shape, int num_threads, const float* positions)
@@ -98,7 +99,7 @@ public:
             for (int layer = 0; layer < s_.layers; layer++) {
                 each_row(phase++, N, [&](int n) { pack_normed(x, n, norms_[2 * layer + LN_1]); });
                 project(phase++, N, matrix(layer, QKV), [&](float* to, F32 y) { store(to, y); }, qkv_.data, 3 * C);
-                each_row(phase++, N, [&](int n) { remember(layer, pass, n); });
+                team_.share(phase++, s_.heads, [&](int head) { remember(layer, pass, head); });
                 team_.share(phase++, N * head_groups, [&](int i) {
                     const int first = i % head_groups * heads_each;
                     attend(layer, pass, i / head_groups, first, std::min(first + heads_each, s_.heads));
@@ -131,7 +132,7 @@ private:
     void reserve(int num_rows) {
         if (num_rows <= capacity_) return;
         capacity_ = (num_rows + ROWS - 1) / ROWS * ROWS;
-        packed_ = Buffer<int32_t>(size_t(capacity_) * std::max(s_.width, s_.ffn_width));
+        packed_ = Buffer<int32_t>(size_t(capacity_) * groups_of<Kind>(std::max(s_.width, s_.ffn_width)));
         units_.resize(capacity_);
         qkv_ = Buffer<float>(size_t(capacity_) * 3 * s_.width + LANES);
         attended_ = Buffer<float>(size_t(capacity_) * (s_.width + padded_));
@@ -198,8 +199,7 @@ private:
     }
 
     void pack(const float* from, int n, int width) {
-        const int groups = (width + Kind::GROUP - 1) / Kind::GROUP;
-        units_[n] = pack_row<Kind>(from + size_t(n) * width, width, packed_.data + size_t(n) * groups);
+        units_[n] = pack_row<Kind>(from + size_t(n) * width, width, packed_.data + size_t(n) * groups_of<Kind>(width));
     }
 
     // Keys of a block: [D / GROUP][position][GROUP]; values: [position][DP].
@@ -211,18 +211,20 @@ private:
         return pass.tables[size_t(pass.rows[n]) * pass.table_width + index];
     }
 
-    void remember(int layer, const Pass& pass, int n) {
-        const int C = s_.width, D = head_width_, position = pass.positions[n], lane = position % BLOCK;
-        const int block = block_at(pass, n, position / BLOCK);
-        const float* row = qkv_.data + size_t(n) * 3 * C;
-        for (int head = 0; head < s_.heads; head++) {
-            pack_row<Cached>(row + head * D, D, queries_.data + (size_t(n) * s_.heads + head) * padded_);
-            Number* keys = block_of(keys_, layer, block, head);
+    // The keys and values of a head into the cache, and its queries as attention reads them. Tokens that follow each
+    // other share cache lines of keys, so that a head is one thread's.
+    void remember(int layer, const Pass& pass, int head) {
+        const int C = s_.width, D = head_width_, groups = groups_of<Cached>(D);
+        std::vector<int32_t> key(groups);
+        for (int n = 0; n < pass.num_tokens; n++) {
+            const float* row = qkv_.data + size_t(n) * 3 * C + head * D;
+            const int block = block_at(pass, n, pass.positions[n] / BLOCK), lane = pass.positions[n] % BLOCK;
+            pack_row<Cached>(row, D, queries_.data + (size_t(n) * s_.heads + head) * padded_);
+            pack_row<Cached>(row + C, D, key.data());
+            auto* keys = reinterpret_cast<int32_t*>(block_of(keys_, layer, block, head)) + lane;
+            for (int g = 0; g * GROUP < D; g++) keys[g * BLOCK] = key[g];
             Number* values = block_of(values_, layer, block, head) + lane * padded_;
-            for (int d = 0; d < D; d++) {
-                keys[(d / GROUP * BLOCK + lane) * GROUP + d % GROUP] = Cached::from(row[C + head * D + d]);
-                values[d] = Cached::from(row[2 * C + head * D + d]);
-            }
+            for (int d = 0; d < D; d++) values[d] = Cached::from(row[2 * C + d]);
         }
     }
 

@@ -11,6 +11,7 @@
 #include <sys/mman.h>
 
 #include "numbers.h"
+#include "tiles.h"
 
 constexpr int PANEL = 3 * LANES;
 constexpr int TILE = 8;  // 8 rows x 3 vectors of sums, 3 of weights, 1 of inputs: 28 of 32 registers
@@ -49,7 +50,7 @@ struct Matrix {
 
     Matrix() = default;
     Matrix(int num_in, int num_out, const float* weight, size_t in_stride, size_t out_stride, const float* bias_values)
-        : num_in(num_in), num_out(num_out), groups((num_in + Kind::GROUP - 1) / Kind::GROUP),
+        : num_in(num_in), num_out(num_out), groups(groups_of<Kind>(num_in)),
           panels((num_out + PANEL - 1) / PANEL), numbers(size_t(panels) * groups * PANEL * Kind::GROUP, true),
           bias(size_t(panels) * PANEL, 0.0f) {
         std::vector<float> per_unit(num_out, 1.0f);
@@ -111,6 +112,12 @@ inline void multiply_tile(const I32* panel, const int32_t* inputs, int groups, i
 
 template <class Kind, class Done>
 void multiply(const I32* panel, const int32_t* inputs, int groups, int first, int last, const Done& done) {
+#ifdef RAYMILL_TILES
+    // Whole numbers have the same sums either way; those of bf16 do not, so that one way must do for all.
+    if constexpr (uses_tiles<Kind>)
+        if (has_tiles() && (!Kind::QUANTIZED || last - first > TILE))
+            return multiply_by_tiles<Kind>(panel, inputs, groups, first, last, done);
+#endif
     for (int row = first; row < last; row += TILE) {
         const int32_t* from = inputs + size_t(row) * groups;
         switch (std::min(TILE, last - row)) {

@@ -71,13 +71,13 @@ inline F32 exponential(F32 x) {
 }
 
 // How numbers are stored, and how sums of their products are formed: a lane holds GROUP of them, which follow each other
-// along the summed dimension.
+// along the summed dimension, which is padded with zeros to a multiple of DEPTH.
 
 struct Fp32 {
     using Number = float;
     using Sums = F32;
     using Cached = Fp32;  // keys and values
-    static constexpr int GROUP = 1;
+    static constexpr int GROUP = 1, DEPTH = 1;
     static constexpr bool QUANTIZED = false;
     static Number from(float x) { return x; }
     static float value(Number x) { return x; }
@@ -91,7 +91,7 @@ struct Bf16 {
     using Number = uint16_t;
     using Sums = F32;
     using Cached = Bf16;
-    static constexpr int GROUP = 2;
+    static constexpr int GROUP = 2, DEPTH = 32;
     static constexpr bool QUANTIZED = false;
     static Number from(float x) {  // to nearest, ties to even
         const uint32_t u = bits<uint32_t>(x);
@@ -122,7 +122,7 @@ struct Int8 {
     using Number = int8_t;
     using Sums = I32;  // whole numbers, whose order does not matter
     using Cached = Bf16;
-    static constexpr int GROUP = 4;
+    static constexpr int GROUP = 4, DEPTH = 64;
     static constexpr bool QUANTIZED = true;
     static constexpr int ZERO = 128;
     static Number from(float x) { return Number(std::lrint(x)); }
@@ -137,10 +137,16 @@ struct Int8 {
     }
 };
 
+// Lanes that `width` numbers along the summed dimension take.
+template <class Kind>
+constexpr int groups_of(int width) {
+    return (width + Kind::DEPTH - 1) / Kind::DEPTH * (Kind::DEPTH / Kind::GROUP);
+}
+
 // Writes a row of inputs, padded with zeros; returns the unit that they are in.
 template <class Kind>
 float pack_row(const float* from, int width, int32_t* to) {
-    const int padded = (width + Kind::GROUP - 1) / Kind::GROUP * Kind::GROUP;
+    const int padded = groups_of<Kind>(width) * Kind::GROUP;
     if constexpr (Kind::QUANTIZED) {
         F32 peaks = {}, broken = {};  // NaN when a value is no number, which rounding would hide
         int k = 0;

@@ -15,7 +15,7 @@
 #endif
 #include <sched.h>
 
-inline void pause() {
+inline void relax() {
 #ifdef __x86_64__
     _mm_pause();
 #endif
@@ -75,7 +75,7 @@ private:
             return;
         }
         for (int spins = 0; round_.load(std::memory_order_acquire) == round; spins++) {
-            if (spins < 4000) pause();
+            if (spins < 4000) relax();
             else sched_yield();  // the core that others wait for may be this one
         }
     }

@@ -21,6 +21,7 @@ from serving.engine_process import build_engine
 from serving.messages import FinishReason, SequenceRequest, TokenEvent
 from serving.native_runner import NativeRunner
 from serving.runner import Reading
+from serving.scheduler import UNWATCHED
 
 GREEDY = SamplingParams(temperature=0.0)
 EngineOf = Callable[..., Engine]
@@ -182,13 +183,14 @@ def logprobs_of(engine: Engine, requests: list[SequenceRequest], **arrival: int)
     return {seq_id: [v for e in es if e.logprobs for _, v in e.logprobs.top] for seq_id, es in events.items()}
 
 
-def test_the_bits_do_not_depend_on_what_shares_a_step_nor_on_chunks_nor_on_the_cache(model: GPT) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_the_bits_do_not_depend_on_what_shares_a_step_nor_on_chunks_nor_on_the_cache(model: GPT, dtype: str) -> None:
     """The native kernels only: PyTorch's own sums depend on the shape of the batch."""
     prompts = [[(7 * i + 11 * k) % model.config.vocab_size for k in range(1 + 13 * i)] for i in range(8)]
     requests = [request(i, prompt, num_logprobs=5) for i, prompt in enumerate(prompts)]
 
     def engine(**settings: Any) -> Engine:
-        config = EngineConfig(kernels="native", **{"max_num_seqs": 8, "prefix_cache": False} | settings)
+        config = EngineConfig(kernels="native", **{"dtype": dtype, "max_num_seqs": 8, "prefix_cache": False} | settings)
         return build_engine(model, config, eos_id=None, threads=2)
 
     expected = logprobs_of(engine(), requests)
@@ -203,8 +205,8 @@ def test_the_bits_do_not_depend_on_what_shares_a_step_nor_on_chunks_nor_on_the_c
 
 
 def test_a_cached_prompt_is_not_read_again(engine_of: EngineOf, model: GPT, prompts: list[list[int]]) -> None:
-    engine = engine_of(model, max_num_seqs=1, prefill_tokens_per_step=16)
-    prompt = prompts[7]  # 57 tokens: four steps, or one when three blocks are there already
+    engine = engine_of(model, max_num_seqs=1, prefill_tokens_per_step=16 // UNWATCHED)
+    prompt = prompts[7]  # 57 tokens: four steps of 16, or one when three blocks are there already
     steps = []
     for seq_id in range(2):
         engine.submit(request(seq_id, prompt, max_tokens=1))

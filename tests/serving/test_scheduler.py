@@ -6,9 +6,10 @@ from hypothesis import strategies as st
 from model.sampling import SamplingParams
 from serving.block_pool import BlockPool
 from serving.messages import FinishReason, SequenceRequest
-from serving.scheduler import Chunk, Scheduler, Sequence, State
+from serving.scheduler import UNWATCHED, Chunk, Scheduler, Sequence, State
 
 EOS = 0
+WATCHER = 99  # a sequence that has begun to draw tokens, so that prompts are read within the budget
 
 
 def request(
@@ -25,10 +26,20 @@ def request(
 
 
 def scheduler(
-    *, max_num_seqs: int = 2, num_blocks: int = 100, budget: int = 100, keep_prefixes: bool = False
+    *,
+    max_num_seqs: int = 2,
+    num_blocks: int = 100,
+    budget: int = 100,
+    keep_prefixes: bool = False,
+    watched: bool = False,
 ) -> Scheduler:
-    pool = BlockPool(num_blocks, keep_prefixes=keep_prefixes)
-    return Scheduler(pool, max_num_seqs=max_num_seqs, eos_id=EOS, prefill_tokens_per_step=budget)
+    """A watched one has a place and a block more than it says, for its watcher."""
+    pool = BlockPool(num_blocks + watched, keep_prefixes=keep_prefixes)
+    target = Scheduler(pool, max_num_seqs=max_num_seqs + watched, eos_id=EOS, prefill_tokens_per_step=budget)
+    if watched:
+        target.add(request(WATCHER, max_tokens=15))
+        step(target)
+    return target
 
 
 def step(target: Scheduler, *, token_id: int = 5) -> list[tuple[int, int, int]]:
@@ -37,7 +48,7 @@ def step(target: Scheduler, *, token_id: int = 5) -> list[tuple[int, int, int]]:
     read = [(chunk.sequence.request.seq_id, chunk.first, chunk.last) for chunk in plan]
     for chunk in plan:
         target.advance(chunk, token_id if chunk.draws else None)
-    return read
+    return [(seq_id, first, last) for seq_id, first, last in read if seq_id != WATCHER]
 
 
 def test_a_sequence_waits_is_read_and_frees_its_place() -> None:
@@ -69,7 +80,7 @@ def _admitted(target: Scheduler, of: SequenceRequest) -> Chunk:
 
 
 def test_a_plan_tells_whom_it_admits_and_counts_prompt_tokens_read_or_in_the_cache() -> None:
-    target = scheduler(budget=20, keep_prefixes=True)
+    target = scheduler(budget=20, keep_prefixes=True, watched=True)
     target.add(request(0, num_prompt=30, max_tokens=9))
     step(target)
     assert (target.admitted, target.num_prompt_tokens) == ([0], 20)
@@ -83,7 +94,7 @@ def test_a_plan_tells_whom_it_admits_and_counts_prompt_tokens_read_or_in_the_cac
 
 
 def test_prompts_are_read_in_chunks_within_the_budget_while_others_go_on() -> None:
-    target = scheduler(max_num_seqs=8, budget=10)
+    target = scheduler(max_num_seqs=8, budget=10, watched=True)
     for seq_id, num_prompt in enumerate([4, 25, 3, 1]):
         target.add(request(seq_id, num_prompt=num_prompt, max_tokens=9))
     assert step(target) == [(0, 0, 4), (1, 0, 6)]
@@ -115,7 +126,7 @@ def test_the_same_start_of_a_prompt_is_read_once() -> None:
 
 
 def test_a_prompt_that_is_being_read_is_waited_for_and_shared() -> None:
-    target = scheduler(max_num_seqs=8, keep_prefixes=True, budget=30)
+    target = scheduler(max_num_seqs=8, keep_prefixes=True, budget=30, watched=True)
     for seq_id in range(3):  # the choices of one request
         target.add(request(seq_id, num_prompt=50, max_tokens=2))
     target.add(request(3, num_prompt=4))  # came later
@@ -125,7 +136,7 @@ def test_a_prompt_that_is_being_read_is_waited_for_and_shared() -> None:
 
 
 def test_a_reader_that_leaves_makes_nobody_wait() -> None:
-    target = scheduler(keep_prefixes=True, budget=30)
+    target = scheduler(keep_prefixes=True, budget=30, watched=True)
     for seq_id in range(2):
         target.add(request(seq_id, num_prompt=50))
     assert step(target) == [(0, 0, 30)]
@@ -134,7 +145,7 @@ def test_a_reader_that_leaves_makes_nobody_wait() -> None:
 
 
 def test_what_a_failed_sequence_left_is_found_by_nobody() -> None:
-    target = scheduler(keep_prefixes=True, budget=20)
+    target = scheduler(keep_prefixes=True, budget=5)
     target.add(request(0, num_prompt=40, max_tokens=1))
     [chunk] = target.plan()
     target.advance(chunk, None)
@@ -167,7 +178,8 @@ def test_whatever_happens_tokens_are_read_once_and_everybody_ends(actions: list[
 
     def run_step() -> None:
         plan = target.plan()
-        assert len(plan) <= 3 and sum(c.last - c.first for c in plan if not c.sequence.output_ids) <= 10
+        budget = 10 if any(c.sequence.output_ids for c in plan) else 10 * UNWATCHED
+        assert len(plan) <= 3 and sum(c.last - c.first for c in plan if not c.sequence.output_ids) <= budget
         for chunk in plan:
             sequence = chunk.sequence
             assert chunk.first == sequence.num_read < chunk.last <= sequence.num_tokens
@@ -193,3 +205,12 @@ def test_whatever_happens_tokens_are_read_once_and_everybody_ends(actions: list[
     assert finished | cancelled == set(range(len(added))) and not finished & cancelled
     assert (target.num_running, target.num_waiting, pool.usage) == (0, 0, 0)
     assert order == sorted(order)
+
+
+def test_prompts_are_read_in_larger_steps_while_no_sequence_waits_for_its_next_token() -> None:
+    target = scheduler(max_num_seqs=3, budget=10)
+    target.add(request(0, num_prompt=50, max_tokens=9))
+    assert step(target) == [(0, 0, 40)]
+    target.add(request(1, num_prompt=50, max_tokens=9))
+    assert step(target) == [(0, 40, 50), (1, 0, 30)]
+    assert step(target) == [(0, 50, 51), (1, 30, 40)]

@@ -15,7 +15,7 @@ class Line:
 
     def __init__(self, *, num_slots: int) -> None:
         self.now_s = 0.0
-        self.queue = SequenceQueue(num_slots=num_slots, clock=lambda: self.now_s)
+        self.queue = SequenceQueue(num_slots=num_slots, tokens_per_step=PROMPT_TOKENS, clock=lambda: self.now_s)
         self._ids = count()
 
     def enter(self, *, num_prompt_tokens: int = PROMPT_TOKENS) -> int:
@@ -110,4 +110,12 @@ def test_who_leaves_is_not_waited_for() -> None:
     line.queue.leave(waiting)
     assert line.queue.wait_s() == pytest.approx(8)
     line.queue.leave(running)
+    assert line.queue.wait_s() == 0
+
+
+def test_a_short_prompt_says_nothing_of_the_pace_of_reading() -> None:
+    line = Line(num_slots=16)
+    line.start(read_s=0.1, num_prompt_tokens=1)  # a whole step for one token, as in a replica's self-test
+    for _ in range(16):
+        line.enter(num_prompt_tokens=1000)
     assert line.queue.wait_s() == 0
