@@ -89,21 +89,22 @@ def sample(
     return sample_batch(logits[None], [SamplingRow(params, prompt_ids, output_ids, position)])[0]
 
 
-def sample_batch(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
-    """The next token of each row of logits (B, V): what `sample` gives for it alone."""
+def sample_batch(logits: Tensor, rows: Sequence[SamplingRow], *, best: Tensor | None = None) -> list[int]:
+    """The next token of each row of logits (B, V): what `sample` gives for it alone. `best` (B,) has the rows' argmax
+    where the caller knows it."""
     if any(row.params.adjusts_logits for row in rows):
         logits = torch.stack([adjusted(row_logits, row) for row_logits, row in zip(logits, rows, strict=True)])
-    best = logits.amax(dim=-1)  # (B,): NaN wins where there is one
-    if not best.isfinite().all():
+        best = None
+    if best is None:
+        best = logits.argmax(dim=-1)  # (B,): NaN wins where there is one
+    highest = logits.gather(1, best[:, None])  # (B, 1)
+    if not highest.isfinite().all():
         raise FloatingPointError("the model's logits are not finite numbers")
+    tokens: list[int] = best.tolist()
     drawn = [b for b, row in enumerate(rows) if row.params.temperature > 0]
-    if len(drawn) < len(rows):
-        tokens: list[int] = logits.argmax(dim=-1).tolist()
-    else:
-        tokens = [0] * len(rows)
     if drawn:
         temperatures = torch.tensor([[rows[b].params.temperature] for b in drawn], device=logits.device)
-        weights = _weights(logits[drawn], best[drawn, None], temperatures)  # (drawn, V)
+        weights = _weights(logits[drawn], highest[drawn], temperatures)  # (drawn, V)
         for weight, b in zip(weights, drawn, strict=True):
             if rows[b].params.truncates:
                 weight.copy_(truncated(weight, rows[b].params))

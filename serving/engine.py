@@ -72,11 +72,12 @@ class Engine:
 
     def _emit(self, chunks: list[Chunk], logits: Tensor) -> list[TokenEvent]:
         """Samples from logits (M, V). A row with NaN or infinity ends its own sequence and no other."""
-        extremes = torch.stack((logits.amin(dim=-1), logits.amax(dim=-1)))  # NaN wins in both
-        usable = extremes.isfinite().all(dim=0).tolist()
+        best, finite = self._runner.survey(logits)
+        usable = finite.tolist()
         drawing = [i for i, c in enumerate(chunks) if usable[i] and c.sequence.request.max_tokens > 0]
         rows = logits if len(drawing) == len(chunks) else logits[drawing]
-        tokens = dict(zip(drawing, _sample([chunks[i].sequence for i in drawing], rows), strict=True))
+        drawn = _sample([chunks[i].sequence for i in drawing], rows, best[drawing])
+        tokens = dict(zip(drawing, drawn, strict=True))
         events = []
         for i, chunk in enumerate(chunks):
             sequence, token_id, logprobs = chunk.sequence, tokens.get(i), None
@@ -115,11 +116,11 @@ def _reading(chunk: Chunk) -> Reading:
     return Reading(sequence.request.prompt_ids[chunk.first : chunk.last], chunk.first, sequence.blocks)
 
 
-def _sample(sequences: list[Sequence], logits: Tensor) -> list[int]:
+def _sample(sequences: list[Sequence], logits: Tensor, best: Tensor) -> list[int]:
     rows = [
         SamplingRow(s.request.sampling, s.request.prompt_ids, s.output_ids, position=s.num_tokens) for s in sequences
     ]
-    return sample_batch(logits, rows) if rows else []
+    return sample_batch(logits, rows, best=best) if rows else []
 
 
 def _candidates(logits: Tensor, token_ids: list[int], num_top: int) -> list[Candidates]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from model.gpt import GPT
 from serving.native_library import load_library
-from serving.runner import Reading
+from serving.runner import Reading, Survey
 
 KINDS = {"float32": 0, "bfloat16": 1, "int8": 2}
 ACTIVATIONS = {"gelu": 0, "gelu_exact": 1, "relu": 2}
@@ -102,6 +102,14 @@ class NativeRunner:
         self._library.raymill_logits(self._decoder, len(hidden), hidden.data_ptr(), logits.data_ptr())
         return logits
 
+    def survey(self, logits: Tensor) -> Survey:
+        logits = logits.contiguous()
+        found = Survey(torch.empty(len(logits), dtype=torch.int64), torch.empty(len(logits), dtype=torch.bool))
+        self._library.raymill_survey(
+            self._decoder, len(logits), logits.data_ptr(), found.best.data_ptr(), found.finite.data_ptr()
+        )
+        return found
+
     def clear(self, blocks: Sequence[int]) -> None:
         """Nothing to do: these kernels read no position that a token may not see."""
 
@@ -129,6 +137,7 @@ class NativeRunner:
         library.raymill_set_matrix.argtypes = [pointer, number, number, pointer, number, number, pointer]
         library.raymill_forward.argtypes = [pointer, pointer]
         library.raymill_logits.argtypes = [pointer, number, pointer, pointer]
+        library.raymill_survey.argtypes = [pointer, number, pointer, pointer, pointer]
         library.raymill_destroy.argtypes = [pointer]
 
 

@@ -22,12 +22,22 @@ class Reading(NamedTuple):
     blocks: list[int]
 
 
+class Survey(NamedTuple):
+    """Of rows of logits."""
+
+    best: Tensor  # (M,): the first of the highest ones
+    finite: Tensor  # (M,): whether all of the row are finite numbers
+
+
 class Runner(Protocol):
     def forward(self, readings: Sequence[Reading]) -> Tensor:
         """Hidden states (N, C), one reading after the other; their keys and values are in the cache then."""
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(M, V), fp32, of hidden states (M, C)."""
+
+    def survey(self, logits: Tensor) -> Survey:
+        """Of logits (M, V)."""
 
     def clear(self, blocks: Sequence[int]) -> None:
         """Removes numbers that are none, which masked positions would still spread (0 x NaN is NaN)."""

@@ -14,7 +14,7 @@ from model.config import GPTConfig
 from model.gpt import GPT
 from model.kv_cache import visible_mask
 from serving.block_pool import BLOCK_TOKENS, num_blocks_for
-from serving.runner import Reading
+from serving.runner import Reading, Survey
 
 
 class TorchRunner:
@@ -37,6 +37,9 @@ class TorchRunner:
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self._model.logits(hidden)
+
+    def survey(self, logits: Tensor) -> Survey:
+        return Survey(logits.argmax(dim=-1), logits.isfinite().all(dim=-1))
 
     def clear(self, blocks: Sequence[int]) -> None:
         self._cache.keys[:, list(blocks)] = 0

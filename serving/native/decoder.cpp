@@ -49,6 +49,7 @@ public:
     virtual void set_matrix(int layer, int which, const float* weight, int in_stride, int out_stride, const float* bias) = 0;
     virtual void forward(const Pass& pass) = 0;
     virtual void logits(int num_rows, const float* hidden, float* logits) = 0;
+    virtual void survey(int num_rows, const float* logits, int64_t* best, bool* finite) = 0;
 };
 
 enum { LN_1, LN_2 };  // which norm of a layer; layer L has the final one
@@ -121,6 +122,16 @@ public:
         team_.run(2, [&] {
             each_row(0, num_rows, [&](int n) { pack(hidden, n, s_.width); });
             project(1, num_rows, matrix(s_.layers, HEAD), [](float* to, F32 y) { store(to, y); }, logits, s_.vocabulary);
+        });
+    }
+
+    void survey(int num_rows, const float* logits, int64_t* best, bool* finite) override {
+        team_.run(1, [&] {
+            each_row(0, num_rows, [&](int n) {
+                const Survey found = survey_of(logits + size_t(n) * s_.vocabulary, s_.vocabulary);
+                best[n] = found.best;
+                finite[n] = found.finite;
+            });
         });
     }
 
@@ -334,6 +345,10 @@ void raymill_set_matrix(void* d, int layer, int which, const float* weight, int 
 void raymill_forward(void* d, const Pass* pass) { static_cast<Decoder*>(d)->forward(*pass); }
 void raymill_logits(void* d, int num_rows, const float* hidden, float* logits) {
     static_cast<Decoder*>(d)->logits(num_rows, hidden, logits);
+}
+// best (M,): the first of the highest logits; finite (M,): whether all logits of the row are finite numbers.
+void raymill_survey(void* d, int num_rows, const float* logits, int64_t* best, bool* finite) {
+    static_cast<Decoder*>(d)->survey(num_rows, logits, best, finite);
 }
 void raymill_destroy(void* d) { delete static_cast<Decoder*>(d); }
 }

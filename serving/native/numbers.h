@@ -57,6 +57,32 @@ inline float highest(F32 v) {
     return best;
 }
 
+struct Survey {
+    int best;  // the first of the highest numbers
+    bool finite;  // all of them
+};
+
+inline Survey survey_of(const float* numbers, int count) {
+    F32 highest_yet = splat(-INFINITY), broken = {};  // NaN where a number is none, or infinite
+    I32 where = POSITIONS, here = POSITIONS;
+    int i = 0;
+    for (; i + LANES <= count; i += LANES, here += LANES) {
+        const F32 x = load(numbers + i);
+        where = x > highest_yet ? here : where;
+        highest_yet = x > highest_yet ? x : highest_yet;
+        broken += x * 0.0f;
+    }
+    float top = highest(highest_yet), rest = sum(broken);
+    int best = count;
+    for (int lane = 0; lane < LANES; lane++)
+        if (highest_yet[lane] == top) best = std::min(best, int(where[lane]));
+    for (; i < count; i++) {
+        if (numbers[i] > top) top = numbers[i], best = i;
+        rest += numbers[i] * 0.0f;
+    }
+    return {best < count ? best : 0, rest == 0.0f};
+}
+
 // e^x to 2 ulp: 2^n times a polynomial of degree 6 (Cephes).
 inline F32 exponential(F32 x) {
     x = x > 88.0f ? splat(88.0f) : x;
