@@ -61,6 +61,13 @@ class EngineConfig(Settings):
         description="precision of weights and KV cache; int8, with native kernels only, has a cache of bfloat16",
     )
     device: Literal["cpu", "cuda"] = Field(default="cpu", description="cuda: one GPU for each replica")
+    backend: Literal["raymill", "vllm"] = Field(
+        default="raymill", description="vllm: the same checkpoint and API by vLLM, see engine.vllm_python"
+    )
+    vllm_python: str | None = Field(
+        default=None,
+        description="Python of an environment with vLLM, which has a torch of its own; raymill's own one when unset",
+    )
     kernels: Literal["auto", "native", "torch"] = Field(
         default="auto",
         description="native: compiled for this CPU when first used, by g++ or $CXX; torch: PyTorch's own; auto: native "

@@ -9,7 +9,7 @@ import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 
@@ -19,7 +19,7 @@ from model.errors import UserError
 from model.gpt import GPT
 from serving.block_pool import BlockPool, num_blocks_for
 from serving.engine import Engine
-from serving.messages import FrameBuffer, encode_frame, parse_request
+from serving.messages import FrameBuffer, SequenceRequest, StepReport, encode_frame, parse_request
 from serving.native_library import NoNativeLibraryError
 from serving.native_runner import NativeRunner
 from serving.runner import LOADED_IN, Runner
@@ -50,7 +50,17 @@ class Channel:
             wait = False
 
 
-def run_engine(engine: Engine, channel: Channel) -> NoReturn:
+class AnyEngine(Protocol):
+    """`Engine`, or vLLM in its place."""
+
+    @property
+    def has_work(self) -> bool: ...
+    def submit(self, request: SequenceRequest) -> None: ...
+    def cancel(self, seq_id: int) -> None: ...
+    def step(self) -> StepReport: ...
+
+
+def run_engine(engine: AnyEngine, channel: Channel) -> NoReturn:
     """Commands in, one report per step out, until the replica is gone."""
     while True:
         for message in channel.receive(wait=not engine.has_work):
@@ -59,6 +69,19 @@ def run_engine(engine: Engine, channel: Channel) -> NoReturn:
             else:
                 engine.cancel(message["cancel"])
         channel.send(engine.step())
+
+
+def _load_engine(checkpoint: Path, config: EngineConfig, *, eos_id: int | None, threads: int) -> AnyEngine:
+    """Raises `UserError` for an unusable checkpoint or setting."""
+    if config.backend == "vllm":
+        try:
+            from serving.vllm_engine import VllmEngine  # noqa: PLC0415  (in another environment, as a rule)
+        except ImportError as error:
+            raise UserError(f"engine.backend=vllm, but {sys.executable} cannot import it: {error}") from None
+        return VllmEngine(checkpoint, config, eos_id=eos_id)
+    # The replica has the folder from `resolve_checkpoint`, which verified it.
+    model = load_model(checkpoint, dtype=LOADED_IN[config.dtype], verify=False)
+    return build_engine(model, config, eos_id=eos_id, threads=threads)  # whose kernels have weights in their own order
 
 
 def build_engine(model: GPT, config: EngineConfig, *, eos_id: int | None, threads: int) -> Engine:
@@ -109,13 +132,10 @@ def main() -> int:
     args = parser.parse_args()
     channel = Channel(socket.socket(fileno=args.socket))
     try:
-        # The replica has the folder from `resolve_checkpoint`, which verified it.
-        model = load_model(args.checkpoint, dtype=LOADED_IN[args.config.dtype], verify=False)
-        engine = build_engine(model, args.config, eos_id=args.eos_id, threads=args.threads)
+        engine = _load_engine(args.checkpoint, args.config, eos_id=args.eos_id, threads=args.threads)
     except UserError as error:
         channel.send({"error": str(error)})
         return 1
-    del model  # the kernels have the weights in their own order
     watch_peer(socket.socket(fileno=args.watchdog), peer_pid=os.getppid())
     channel.send({"ready": True})
     with contextlib.suppress(EOFError, ConnectionError):
