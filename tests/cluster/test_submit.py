@@ -212,7 +212,7 @@ def test_a_local_job_has_a_cluster_of_its_own(folder: Path) -> None:
     assert (told["state"], told["step"]) == ("succeeded", NUM_STEPS)
 
 
-def test_a_local_job_whose_owner_is_killed_is_lost_and_resumed(folder: Path) -> None:
+def test_a_local_job_whose_owner_is_killed_has_ended_and_is_resumed(folder: Path) -> None:
     person = Person(folder)
     words = ["submit", "pretrain", "run.yaml", "--run-id", "orphan", "--cluster.num-nodes", "1"]
     person.ask(*words)
@@ -220,7 +220,8 @@ def test_a_local_job_whose_owner_is_killed_is_lost_and_resumed(folder: Path) -> 
     record = json.loads((folder / ".raymill/runs/orphan/jobs/submitted.json").read_text())
     os.kill(record["pid"], 9)
     wait_for(lambda: person.call("status", "orphan", "--json").code == 1)
-    assert person.ask("status", "orphan", code=1)["state"] == "lost"
+    # The cluster goes with its owner. The driver has failed where it could still say so.
+    assert person.ask("status", "orphan", code=1)["state"] in ("lost", "failed")
     assert person.ask(*words)["job"] == "orphan.2"
     assert person.call("logs", "-f", "orphan").code == 0
 
