@@ -37,12 +37,20 @@ class ServedPods:
             return None
         return answer.json()["applications"]["raymill"]["status"] if answer.is_success else None
 
+    def told(self) -> str:
+        """What there is, for who waited in vain."""
+        answer = httpx.get(f"{self.pods.jobs_url}/api/serve/applications/", headers=self.pods.headers, timeout=30)
+        deployments = answer.json()["applications"]["raymill"]["deployments"]
+        replicas = {name: [r["state"] for r in found["replicas"]] for name, found in deployments.items()}
+        log = self.pods.autoscaler_log()[-4000:]
+        return f"{len(self.pods.running)} pods, {len(self.service.ready)} ready; replicas {replicas}; {log}"
+
     def until(self, condition: Callable[[], object], *, timeout_s: float = 120) -> float:
         """Seconds that it took."""
         start_s = time.monotonic()
         while not condition():
             assert self.pods.problem is None, self.pods.problem
-            assert time.monotonic() < start_s + timeout_s, self.pods.autoscaler_log()[-4000:]
+            assert time.monotonic() < start_s + timeout_s, self.told()
             time.sleep(0.2)
         return time.monotonic() - start_s
 
