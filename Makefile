@@ -11,7 +11,7 @@ VLLM_INSTALLED := $(VLLM_VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-all test-chaos lint format audit bench bench-train bench-data bench-serve clean
+.PHONY: demo test test-all test-chaos lint format audit bench bench-train bench-data bench-serve pictures clean
 
 demo: $(INSTALLED)
 	$(BIN)/raymill demo
@@ -52,6 +52,10 @@ bench-data: $(BENCH_INSTALLED)
 
 bench-serve: $(BENCH_INSTALLED) $(VLLM_INSTALLED)
 	$(BIN)/python -m tests.benchmarks.bench_serve
+
+# Of the newest demo's run, for the READMEs.
+pictures: $(INSTALLED)
+	$(BIN)/python -m tests.pictures
 
 $(INSTALLED): pyproject.toml .ci/constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "raymill needs Python 3.11 or newer")'
