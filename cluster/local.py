@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -66,11 +66,14 @@ class ClusterError(UserError):
     """A cluster that could not be started or reached."""
 
 
-def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens on now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+def free_port(promised: Collection[int] = ()) -> int:
+    """A TCP port of the loopback interface that nobody listens on now, and none of those that somebody will."""
+    while True:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            port = int(listener.getsockname()[1])
+        if port not in promised:
+            return port
 
 
 class LocalCluster:
@@ -84,7 +87,8 @@ class LocalCluster:
         self._num_started = 0
         # The kernel ends a node with the very thread that started it, so that thread must last as long as the cluster.
         self._starter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="node-starter")
-        self._gcs_port, self._jobs_port = free_port(), free_port()
+        self._ports: set[int] = set()  # Ray refuses to start where two of its parts are told the same one
+        self._gcs_port, self._jobs_port = self._new_port(), self._new_port()
         self.token = secrets.token_hex(32)
         interpreter = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
         self.environment = _ENVIRONMENT | {"RAY_AUTH_TOKEN_PATH": str(self._directory / "token"), "PATH": interpreter}
@@ -196,11 +200,15 @@ class LocalCluster:
                     found.append(process)
         return found
 
+    def _new_port(self) -> int:
+        self._ports.add(port := free_port(self._ports))
+        return port
+
     def _start_head(self) -> None:
         ports = {
             "--port": self._gcs_port,
             "--dashboard-port": self._jobs_port,
-            "--ray-client-server-port": free_port(),
+            "--ray-client-server-port": self._new_port(),
         }
         flags = ["--head", "--dashboard-host", "127.0.0.1"]
         flags += [word for flag, port in ports.items() for word in (flag, str(port))]
@@ -216,7 +224,7 @@ class LocalCluster:
         command += ["--object-store-memory", str(_OBJECT_STORE_BYTES), "--log-color", "false"]
         # Port 0 lets each worker process take any free one: several nodes share one address here.
         command += ["--min-worker-port", "0", "--max-worker-port", "0"]
-        command += ["--dashboard-agent-listen-port", str(free_port())]
+        command += ["--dashboard-agent-listen-port", str(self._new_port())]
         # A session folder of its own: nodes that start together would race for the names of their sockets.
         command += ["--temp-dir", str(self._directory / name)]
         state = {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(self._directory / "state")}
