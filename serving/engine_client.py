@@ -109,7 +109,7 @@ class EngineClient:
                     arguments | {"--watchdog": their_line.fileno()},
                     threads=threads,
                     pass_fds=[their_line.fileno()],
-                    python=config.vllm_python or sys.executable if config.backend == "vllm" else sys.executable,
+                    python=(config.backend == "vllm" and config.vllm_python) or sys.executable,
                 ),
                 queue=SequenceQueue(num_slots=config.max_num_seqs, tokens_per_step=config.prefill_tokens_per_step),
             )

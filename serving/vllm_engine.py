@@ -135,12 +135,9 @@ class VllmEngine:
             logprobs = None
             if request.num_logprobs is not None:
                 logprobs = _candidates(choice.logprobs[index], token_id, request.num_logprobs)
-            is_last = index + 1 == len(choice.token_ids)
-            events.append(
-                TokenEvent(
-                    request.seq_id, token_id, reason if is_last else None, logprobs, None if events else of_prompt
-                )
-            )
+            finish_reason = reason if index + 1 == len(choice.token_ids) else None
+            events.append(TokenEvent(request.seq_id, token_id, finish_reason, logprobs, of_prompt))
+            of_prompt = None
         if reason is FinishReason.ERROR and not choice.token_ids:
             events.append(TokenEvent(request.seq_id, None, reason, None, None))
         if events and events[-1].finish_reason is not None:

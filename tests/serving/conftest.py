@@ -12,7 +12,7 @@ from model.checkpoint import Metadata, parameter_hash, write_checkpoint
 from model.config import GPTConfig
 from model.gpt import GPT
 from model.tokenizer import Tokenizer, train_bpe
-from tests.serving.delivery_parts import write_model
+from tests.serving.delivery_parts import lively_model, write_model
 
 RUN_ID = "tiny-run"
 FRAGILE_POSITION = 120
@@ -35,13 +35,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def model(tokenizer: Tokenizer) -> GPT:
-    """Initialised wide (0.3 instead of 0.02), so that greedy output wanders instead of repeating one token."""
-    config = GPTConfig(
-        vocab_size=tokenizer.vocab_size, n_positions=128, n_layer=2, n_head=2, n_embd=32, initializer_range=0.3
-    )
-    gpt = GPT(config)
-    gpt.init_weights(1)
-    return gpt.eval()
+    return lively_model(tokenizer)
 
 
 @pytest.fixture(scope="session")

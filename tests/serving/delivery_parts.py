@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 
 from model.checkpoint import Metadata, write_checkpoint
+from model.config import GPTConfig
 from model.generate import generate
 from model.gpt import GPT
 from model.sampling import SamplingParams
@@ -19,6 +20,16 @@ from model.tokenizer import Tokenizer
 from tests.serving.endpoint_parts import wait_until
 
 MAX_TOKENS = 24
+
+
+def lively_model(tokenizer: Tokenizer, *, n_embd: int = 32, spread: float = 0.3, seed: int = 1) -> GPT:
+    """Initialised wide (0.3 instead of 0.02), so that greedy output wanders instead of repeating one token."""
+    config = GPTConfig(
+        vocab_size=tokenizer.vocab_size, n_positions=128, n_layer=2, n_head=2, n_embd=n_embd, initializer_range=spread
+    )
+    gpt = GPT(config)
+    gpt.init_weights(seed)
+    return gpt.eval()
 
 
 def write_model(folder: Path, model: GPT, tokenizer: Tokenizer, *, step: int = 1) -> Path:

@@ -1,6 +1,7 @@
 """What the engine generates for a sequence equals what `model.generate` does, whatever shares its steps."""
 
 import copy
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from serving.messages import FinishReason, SequenceRequest, TokenEvent
 from serving.native_runner import NativeRunner
 from serving.runner import Reading
 from serving.scheduler import UNWATCHED
+from serving.torch_runner import TorchRunner
 
 GREEDY = SamplingParams(temperature=0.0)
 EngineOf = Callable[..., Engine]
@@ -264,6 +266,19 @@ def test_native_logits_are_those_of_the_model(shape: dict[str, Any], dtype: str,
     with torch.no_grad():
         expected = model.logits(model(torch.tensor([token_ids]))[0])
     assert 0 < (logits - expected).std() / expected.std() <= tolerance
+
+
+def test_the_kernels_survey_of_logits_is_that_of_pytorch(model: GPT) -> None:
+    logits = torch.randn(9, model.config.vocab_size, generator=torch.Generator().manual_seed(3))
+    last = model.config.vocab_size - 1
+    for row, places in enumerate([(0, 40), (39, 17), (last,), (last - 1, last), (3, 4)]):
+        logits[row, list(places)] = 9.0  # of several highest ones the first counts
+    for row, (place, number) in enumerate([(5, math.nan), (last, math.nan), (20, -math.inf)], start=5):
+        logits[row, place] = number
+    native = NativeRunner(model, dtype="float32", num_blocks=1, threads=2).survey(logits)
+    expected = TorchRunner(model, num_blocks=1).survey(logits)
+    assert native.finite.tolist() == expected.finite.tolist() == [True] * 5 + [False] * 3 + [True]
+    assert native.best[native.finite].tolist() == expected.best[expected.finite].tolist()
 
 
 def test_int8_is_refused_where_only_pytorch_computes(model: GPT) -> None:

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from cluster.serve_config import EngineConfig, ServeConfig
-from model.config import GPTConfig
 from model.errors import UserError
 from model.generate import generate
 from model.gpt import GPT
@@ -17,7 +16,7 @@ from model.sampling import SamplingParams
 from model.tokenizer import Tokenizer
 from serving.engine_client import EngineClient
 from serving.messages import FinishReason, SequenceRequest, TokenEvent
-from tests.serving.delivery_parts import write_model
+from tests.serving.delivery_parts import lively_model, write_model
 from tests.serving.endpoint_parts import loopback_server, replica_app
 
 VLLM_PYTHON = Path(__file__).parents[2] / ".venv-vllm" / "bin" / "python"
@@ -34,12 +33,7 @@ def config(**settings: object) -> EngineConfig:
 @pytest.fixture(scope="module")
 def model(tokenizer: Tokenizer) -> GPT:
     """With heads of 64, as narrower ones are not vLLM's."""
-    shape = GPTConfig(
-        vocab_size=tokenizer.vocab_size, n_positions=128, n_layer=2, n_head=2, n_embd=128, initializer_range=0.2
-    )
-    gpt = GPT(shape)
-    gpt.init_weights(5)
-    return gpt.eval()
+    return lively_model(tokenizer, n_embd=128, spread=0.2, seed=5)
 
 
 @pytest.fixture(scope="module")
