@@ -1,4 +1,8 @@
-"""Compiles native/ for the processor at hand, once, and loads it."""
+"""Compiles native/ for the processor at hand, once, and loads it.
+
+The environment variable RAYMILL_KERNELS_MARCH takes the place of "native" in GCC's -march: "x86-64-v3" holds the
+kernels to AVX2.
+"""
 
 import ctypes
 import hashlib
@@ -10,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 SOURCES = Path(__file__).parent / "native"
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-pthread", "-Wno-psabi")
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-Wno-psabi")
 COMPILE_TIMEOUT_S = 300.0
 
 
@@ -29,6 +33,10 @@ def load_library() -> ctypes.CDLL:
     return ctypes.CDLL(str(path))
 
 
+def _flags() -> list[str]:
+    return [*FLAGS, f"-march={os.environ.get('RAYMILL_KERNELS_MARCH') or 'native'}"]
+
+
 def _cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raymill"
 
@@ -37,7 +45,7 @@ def _key(compiler: str) -> str:
     """Of the sources and all that decides what becomes of it: a home may be shared by unlike machines."""
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=COMPILE_TIMEOUT_S).stdout
     sources = b"".join(path.read_bytes() for path in sorted(SOURCES.iterdir()))
-    parts = (sources, " ".join(FLAGS).encode(), version, _processor().encode())
+    parts = (sources, " ".join(_flags()).encode(), version, _processor().encode())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
@@ -54,7 +62,7 @@ def _compile(compiler: str, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
         done = subprocess.run(
-            [compiler, *FLAGS, str(SOURCES / "decoder.cpp"), "-o", str(made)],
+            [compiler, *_flags(), str(SOURCES / "decoder.cpp"), "-o", str(made)],
             capture_output=True,
             text=True,
             check=False,

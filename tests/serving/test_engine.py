@@ -2,6 +2,7 @@
 
 import copy
 import math
+import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,13 @@ def engine_of(request: pytest.FixtureRequest) -> EngineOf:
         return build_engine(model, EngineConfig(kernels=request.param, **settings), eos_id=eos_id, threads=2)
 
     return make
+
+
+@pytest.fixture(params=["native", *(["x86-64-v3"] if platform.machine() == "x86_64" else [])])
+def march(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What the kernels are compiled for: this processor, and one with AVX2 only."""
+    monkeypatch.setenv("RAYMILL_KERNELS_MARCH", request.param)
+    return str(request.param)
 
 
 def request(
@@ -186,6 +194,7 @@ def logprobs_of(engine: Engine, requests: list[SequenceRequest], **arrival: int)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.usefixtures("march")
 def test_the_bits_do_not_depend_on_what_shares_a_step_nor_on_chunks_nor_on_the_cache(model: GPT, dtype: str) -> None:
     """The native kernels only: PyTorch's own sums depend on the shape of the batch."""
     prompts = [[(7 * i + 11 * k) % model.config.vocab_size for k in range(1 + 13 * i)] for i in range(8)]
@@ -255,6 +264,7 @@ def test_a_cache_smaller_than_a_context_is_refused(engine_of: EngineOf, model: G
         {"n_embd": 66, "n_head": 2, "n_inner": 130},
     ],
 )
+@pytest.mark.usefixtures("march")
 def test_native_logits_are_those_of_the_model(shape: dict[str, Any], dtype: str, tolerance: float) -> None:
     """`tolerance` is a share of the logits' own spread."""
     model = GPT(GPTConfig(**{"vocab_size": 211, "n_positions": 64, "n_layer": 2, "initializer_range": 0.1} | shape))
@@ -268,6 +278,7 @@ def test_native_logits_are_those_of_the_model(shape: dict[str, Any], dtype: str,
     assert 0 < (logits - expected).std() / expected.std() <= tolerance
 
 
+@pytest.mark.usefixtures("march")
 def test_the_kernels_survey_of_logits_is_that_of_pytorch(model: GPT) -> None:
     logits = torch.randn(9, model.config.vocab_size, generator=torch.Generator().manual_seed(3))
     last = model.config.vocab_size - 1
