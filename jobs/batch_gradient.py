@@ -4,6 +4,7 @@ B sequences in a micro-batch, T tokens of each, P parameters. A step's batch is 
 schedule says; its loss is the mean over all counted tokens of all lanes.
 """
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -119,8 +120,7 @@ class BatchGradient:
         with timer.phase("load"):
             batch = patiently(lambda: self._rows.samples(self._samples_of(step, lane)), "tokens")
             inputs, targets = (part.to(state.device) for part in batch)  # (B, T) each
-        # Dropout, if any, is a function of (seed, step, lane), whichever rank computes the lane.
-        _seed(hash((config.train.seed, step, lane)) % 2**63, state.device)
+        _seed(dropout_seed(config.train.seed, step=step, lane=lane), state.device)
         with timer.phase("forward"), autocast(config, state.device):
             loss: Tensor = loss_of(inputs, targets, timer, scale=scale / self._schedule.step_tokens(step))
         with timer.phase("backward"):
@@ -136,6 +136,12 @@ class BatchGradient:
     def _samples_of(self, step: int, lane: int) -> Indices:
         size = self._schedule.micro_batch_size
         return lane_sample_indices(self._schedule.samples(step), lane, micro_batch_size=size)
+
+
+def dropout_seed(seed: int, *, step: int, lane: int) -> int:
+    """Returns 63 bits of BLAKE2b: the same for whichever rank computes the lane, in whichever version of Python."""
+    digest = hashlib.blake2b(f"dropout:{seed}:{step}:{lane}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest) >> 1
 
 
 def _seed(seed: int, device: torch.device) -> None:

@@ -130,9 +130,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         (grad_loss,) = grads
         (grad_hidden,) = ctx.saved_tensors
         grad_weight = ctx.grad_weight.result()
-        if grad_loss.device.type != "cpu" or grad_loss != 1:  # a pass over both; to look at a GPU's value would wait
-            grad_hidden, grad_weight = grad_hidden * grad_loss, grad_weight.mul(grad_loss)
+        if not _is_known_to_be_one(grad_loss):
+            # The weight's in place: a tied embedding adds its rows to the sink, which has to be what autograd keeps.
+            grad_hidden, grad_weight = grad_hidden * grad_loss, grad_weight.mul_(grad_loss)
         return grad_hidden, grad_weight, *[None] * 6
+
+
+def _is_known_to_be_one(grad: Tensor) -> bool:
+    """Whether a product with it can be spared: a pass over a gradient. To look at a GPU's value would wait for it."""
+    return grad.device.type == "cpu" and bool(grad == 1)
 
 
 def _exponentiate(scores: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
