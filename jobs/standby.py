@@ -32,7 +32,11 @@ _POLL_S = 1.0
 
 def worker_environment(launch: str) -> dict[str, str]:
     """Variables of the training workers' runtime environment."""
-    return {WORKER_PROCESS_SETUP_HOOK_ENV_VAR: f"{__name__}.load", LAUNCH_VARIABLE: launch}
+    return {
+        WORKER_PROCESS_SETUP_HOOK_ENV_VAR: f"{__name__}.load",
+        LAUNCH_VARIABLE: launch,
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # PyTorch before 2.10 refuses products in deterministic mode without it
+    }
 
 
 def load() -> None:

@@ -58,7 +58,8 @@ def generate(
         token_ids = torch.tensor([sequence[first:]], device=parameter.device)  # (1, T)
         positions = torch.arange(first, len(sequence), device=parameter.device)[None]  # (1, T)
         hidden = model(token_ids, kv_cache=cache, slots=slots, positions=positions)  # (1, T, C)
-        logits = model.logits(hidden[0, -1])  # (V,)
+        # To the CPU: a GPU's cumulative sums of floats are no deterministic operation, which training refuses.
+        logits = model.logits(hidden[0, -1]).cpu()  # (V,)
         token = sample(logits, params, prompt_ids=prompt_ids, output_ids=output_ids, position=len(sequence))
         if token == eos_id:
             break

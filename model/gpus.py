@@ -1,5 +1,6 @@
 """Known GPUs: what they compute at most, hold and pass on, and what an hour of one is assumed to cost."""
 
+import re
 from dataclasses import dataclass
 
 
@@ -8,7 +9,7 @@ class Gpu:
     """One kind, by NVIDIA's data sheets. 1 GB is 1e9 bytes; link speeds are those of one direction."""
 
     device_name: str
-    """Part of `torch.cuda.get_device_name()`."""
+    """Whole words of `torch.cuda.get_device_name()`."""
 
     peak_flops_per_s: float
     """Dense 16-bit matrix peak, without the sheets' factor 2 for sparsity: bf16, and fp16 of V100 and T4, which have
@@ -44,13 +45,21 @@ GPUS: dict[str, Gpu] = {
     "a10": Gpu("A10", 125 * _TF, 24 * _GB, 32 * _GB, 32 * _GB, 12.5 * _GBIT, 0.75),
     "l40s": Gpu("L40S", 362 * _TF, 48 * _GB, 32 * _GB, 32 * _GB, 12.5 * _GBIT, 1.5),
     "l4": Gpu("L4", 121 * _TF, 24 * _GB, 32 * _GB, 32 * _GB, 12.5 * _GBIT, 0.7),
-    "v100": Gpu("V100", 125 * _TF, 32 * _GB, 150 * _GB, 16 * _GB, 12.5 * _GBIT, 1.0),
+    "v100": Gpu("V100-SXM2", 125 * _TF, 32 * _GB, 150 * _GB, 16 * _GB, 12.5 * _GBIT, 1.0),
     "t4": Gpu("T4", 65 * _TF, 16 * _GB, 16 * _GB, 16 * _GB, 12.5 * _GBIT, 0.35),
     "rtx-4090": Gpu("RTX 4090", 165 * _TF, 24 * _GB, 32 * _GB, 32 * _GB, 12.5 * _GBIT, 0.5),
     "rtx-3090": Gpu("RTX 3090", 71 * _TF, 24 * _GB, 32 * _GB, 32 * _GB, 12.5 * _GBIT, 0.3),
 }
 
 
+_VARIANT = re.compile(r"\b(MIG|Laptop|Max-Q|SUPER|Ti|D|NVL)\b")
+"""Beside a name of the table they make it another GPU, or a part of one, of another peak."""
+
+
 def gpu_of(device_name: str) -> Gpu | None:
-    """A GPU by the name that it tells; None for one that is not in the table, as a guess would make false figures."""
-    return next((gpu for gpu in GPUS.values() if gpu.device_name in device_name), None)
+    """Returns the GPU of that name; None for one that is not in the table, as a guess would make false figures."""
+    for gpu in GPUS.values():
+        rest, found = re.subn(rf"(?<!\w){re.escape(gpu.device_name)}(?!\w)", "", device_name)
+        if found and not _VARIANT.search(rest):
+            return gpu
+    return None

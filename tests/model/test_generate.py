@@ -1,5 +1,7 @@
 """The plain generator: with the cache as without it, and its ends."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -53,3 +55,23 @@ def test_context_overflow_names_both_numbers(model: GPT) -> None:
         generate(model, [], max_tokens=1, params=GREEDY)
     with pytest.raises(ContextLengthError, match="max_tokens is 0"):
         generate(model, PROMPT, max_tokens=0, params=GREEDY)
+
+
+class OnGpu(torch.Tensor):
+    """Logits that refuse what deterministic mode refuses on a GPU, until they are on the CPU."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.cpu:
+            return args[0].as_subclass(torch.Tensor)
+        if func in (torch.Tensor.cumsum, torch.cumsum) and args[0].is_floating_point():
+            raise RuntimeError("cumsum_cuda_kernel does not have a deterministic implementation")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_a_validation_can_sample_in_deterministic_mode_on_a_gpu(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: dict[str, Any] = {"max_tokens": 5, "params": SamplingParams(temperature=0.8, seed=1)}
+    expected = generate(model, [1, 2, 3], **settings)
+    of_hidden = model.logits
+    monkeypatch.setattr(model, "logits", lambda hidden: of_hidden(hidden).as_subclass(OnGpu))
+    assert generate(model, [1, 2, 3], **settings) == expected

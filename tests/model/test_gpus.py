@@ -12,6 +12,14 @@ from model.gpus import GPUS, gpu_of
         ("NVIDIA H100 PCIe", "h100-pcie"),
         ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
         ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA A100 80GB PCIe", "a100"),
+        ("NVIDIA A100-PCIE-40GB", "a100"),
+        ("NVIDIA H100 NVL", "h100-nvl"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA B200", "b200"),
+        ("NVIDIA L4", "l4"),
+        ("Tesla T4", "t4"),
+        ("NVIDIA GeForce RTX 3090", "rtx-3090"),
         ("NVIDIA A10G", "a10g"),
         ("NVIDIA A10", "a10"),
         ("NVIDIA L40S", "l40s"),
@@ -23,8 +31,30 @@ def test_a_gpu_is_known_by_its_device_name(told: str, name: str) -> None:
     assert gpu_of(told) is GPUS[name]
 
 
-def test_no_peak_is_guessed() -> None:
-    assert gpu_of("AMD EPYC") is None
+@pytest.mark.parametrize(
+    "told",
+    [
+        "AMD EPYC",
+        "NVIDIA L40",
+        "NVIDIA RTX A1000",
+        "NVIDIA RTX A1000 Laptop GPU",
+        "NVIDIA A100X",
+        "NVIDIA A10M",
+        "NVIDIA GH200 480GB",
+        "NVIDIA GB200",
+        "NVIDIA H200 NVL",
+        "NVIDIA H20",
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+        "NVIDIA GeForce RTX 4090 D",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 3090 Ti",
+        "Tesla V100-PCIE-16GB",
+        "NVIDIA T4G",
+        "NVIDIA T400",
+    ],
+)
+def test_no_peak_is_guessed(told: str) -> None:
+    assert gpu_of(told) is None
 
 
 def test_peaks_are_the_dense_ones_of_the_data_sheets() -> None:
