@@ -25,6 +25,7 @@ from cluster.storage import split_uri
 from jobs.corpus_chunks import Part, text_step
 from jobs.corpus_listing import CorpusError
 from jobs.decompression import decompressed
+from jobs.normal_text import is_blank
 from jobs.text_borders import cut_stream, lines, records
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -41,11 +42,11 @@ _PREVIEW_BYTES = 200
 class Drop(StrEnum):
     """Why a document is not in the token store. The quality rules are explained in quality.py."""
 
-    EMPTY = "empty"  # no text, or blanks only
+    EMPTY = "empty"  # no text, or blanks and invisible characters only
     BINARY = "binary"  # holds a NUL, which text does not: an image, an archive, UTF-16
     INVALID_UTF8 = "invalid_utf8"  # data.invalid_utf8 is `skip`
     INVALID_JSON = "invalid_json"  # the line is not JSON
-    INVALID_CSV = "invalid_csv"  # a quote that nothing closes
+    INVALID_CSV = "invalid_csv"  # a quote that nothing closes, or more fields than the header
     MISSING_TEXT = "missing_text"  # the line or row has no string under data.text_field
     TOO_LONG = "too_long"  # more than data.max_document_bytes
     WORD_COUNT = "word_count"
@@ -136,7 +137,7 @@ class _Reader:
             return self.dropped(raw, offset, Drop.TOO_LONG)
         if b"\0" in raw or raw.startswith(_UTF16_MARKS):
             return self.dropped(raw, offset, Drop.BINARY)
-        if not raw or raw.isspace():
+        if is_blank(raw):
             return self.dropped(raw, offset, Drop.EMPTY)
         return self.decoded(raw, offset)
 
@@ -204,6 +205,7 @@ class _Reader:
         limit = LINE_FACTOR["csv"] * self.data.max_document_bytes + LINE_MARGIN_BYTES
         csv.field_size_limit(limit)
         column: int | None = None
+        num_columns = 0
         for offset, record, is_whole in records(file, limit=limit):
             if not is_whole:
                 if column is None:
@@ -213,11 +215,14 @@ class _Reader:
             decoded = self.decoded(record if offset else record.removeprefix(_BYTE_ORDER_MARK), offset)
             rows = csv.reader(io.StringIO(decoded.text, newline=""))  # several where CR ends the lines
             if column is None:
-                column = self.column_of(next(rows, []))
+                names = next(rows, [])
+                column, num_columns = self.column_of(names), len(names)
             elif decoded.drop:
                 yield decoded
             for values in rows:
-                if len(values) > column:
+                if any(values[num_columns:]):
+                    yield self.dropped(record, offset, Drop.INVALID_CSV)
+                elif len(values) > column:
                     document = self.judged_text(values[column], offset)
                     yield replace(document, replaced=decoded.replaced and not document.drop)
                 elif values:

@@ -7,16 +7,22 @@ line and each stretch once.
 import io
 import re
 from collections.abc import Iterator
+from enum import Enum, auto
 from typing import BinaryIO
 
 _BLOCK_BYTES = 1 << 20
 _BLANK = re.compile(rb"[ \t]")
 
-_CLOSING = rb'(?:[^"]++|"")*+"[^,\r\n]*+'
+_QUOTED = rb'(?:[^"]++|"")*+'
+_CLOSING = _QUOTED + rb'"[ \t]*+(?=[,\r\n]|\Z)'
 _FIELD = rb'(?:"' + _CLOSING + rb'|[^",\r\n][^,\r\n]*+|)'
 _FIELDS = re.compile(_FIELD + rb"(?:[,\r\n]" + _FIELD + rb")*+")
 _FIELDS_AFTER_QUOTE = re.compile(_CLOSING + rb"(?:[,\r\n]" + _FIELD + rb")*+")
-"""Fields as Python's `csv` reads them: a quote is one at a field's front only, elsewhere a character (5" of rain)."""
+"""Fields as Python's `csv` reads them: a quote is one at a field's front only, elsewhere a character (5" of rain). Unlike
+there, only blanks may follow a closing quote: more shows that it closes another one than it should."""
+
+_OPEN_FIELD = re.compile(rb'[,\r\n]?"' + _QUOTED + rb"\Z")
+_STILL_OPEN = re.compile(_QUOTED + rb"\Z")
 
 
 def lines(file: BinaryIO, start: int = 0, end: int | None = None, *, limit: int) -> Iterator[tuple[int, bytes, bool]]:
@@ -46,14 +52,21 @@ def _skip_line(file: BinaryIO) -> int:
     return skipped
 
 
+class _Quotes(Enum):
+    CLOSED = auto()
+    OPEN = auto()  # the line ends within a quoted field
+    STRAY = auto()  # text follows a closing quote
+
+
 def records(file: BinaryIO, *, limit: int) -> Iterator[tuple[int, bytes, bool]]:
     """(offset, record, whole) of each csv record (RFC 4180): lines up to one that closes all quotes.
 
-    After `limit` bytes without that, the quote is taken for a stray one: its line alone is given as not whole, and
-    the next line begins a record. Of a line over `limit` bytes only the front is given.
+    After `limit` bytes without that, or where text follows a closing quote, the quote is taken for a stray one: its
+    line alone is given as not whole, and the next line begins a record. Of a line over `limit` bytes only the front is
+    given.
     """
     sources = [lines(file, limit=limit)]  # below the last one: what follows the lines that are read again
-    record, start, front, is_open = bytearray(), 0, 0, False  # `front`: bytes of its first line
+    record, start, front, state = bytearray(), 0, 0, _Quotes.CLOSED  # `front`: bytes of its first line
     again_until = alone_until = 0  # lines are read a second time, and not a third: then each is a record
     while sources or record:
         found = next(sources[-1], None) if sources else None
@@ -62,12 +75,12 @@ def records(file: BinaryIO, *, limit: int) -> Iterator[tuple[int, bytes, bool]]:
             if not record:
                 start, front = offset, len(line)
             record += line
-            is_open = _ends_in_quotes(line, is_open=is_open)
-            if is_whole and not is_open:
+            state = _after(line, state)
+            if is_whole and state is _Quotes.CLOSED:
                 yield start, bytes(record), True
                 record = bytearray()
                 continue
-            if is_whole and len(record) < limit and start >= alone_until:
+            if is_whole and state is _Quotes.OPEN and len(record) < limit and start >= alone_until:
                 continue
         elif sources:
             sources.pop()
@@ -78,19 +91,25 @@ def records(file: BinaryIO, *, limit: int) -> Iterator[tuple[int, bytes, bool]]:
         if rest := record[front:]:
             again_until = start + len(record)
             sources.append(_moved(lines(io.BytesIO(rest), limit=limit), start + front))
-        record, is_open = bytearray(), False
+        record, state = bytearray(), _Quotes.CLOSED
 
 
 def _moved(found: Iterator[tuple[int, bytes, bool]], by: int) -> Iterator[tuple[int, bytes, bool]]:
     return ((by + offset, line, is_whole) for offset, line, is_whole in found)
 
 
-def _ends_in_quotes(line: bytes, *, is_open: bool) -> bool:
-    """Whether the line ends within a quoted field; `is_open` says whether it begins in one."""
+def _after(line: bytes, before: _Quotes) -> _Quotes:
+    """How the line leaves the quotes, and `before` how it finds them."""
     if b'"' not in line:
-        return is_open
-    found = (_FIELDS_AFTER_QUOTE if is_open else _FIELDS).match(line)
-    return found is None or found.end() < len(line)
+        return before
+    fields, rest = (_FIELDS_AFTER_QUOTE, _STILL_OPEN) if before is _Quotes.OPEN else (_FIELDS, _OPEN_FIELD)
+    found = fields.match(line)
+    if found is not None and found.end() == len(line):
+        return _Quotes.CLOSED
+    if rest.match(line) if found is None else _OPEN_FIELD.match(line, found.end()):
+        return _Quotes.OPEN
+    # Where CR ends the lines, this one is many: they are read as they come, rather than lost together.
+    return _Quotes.CLOSED if b"\r" in line.rstrip(b"\r\n") else _Quotes.STRAY
 
 
 def cut_stream(

@@ -103,8 +103,9 @@ def test_reasons_to_drop_a_text_file(tmp_path: Path) -> None:
         path = tmp_path / f"{reason}.txt"
         path.write_bytes(content)
         assert drops(path, max_document_bytes=100) == [reason]
-    path.write_bytes(b" \n\t\r\n ")
-    assert drops(path) == [Drop.EMPTY]
+    for blank in (" \n\t\r\n ", "\u3000\u3000", "\u00a0", "\ufeff\ufeff", "\u200b\n\u2060 ", "\x1c"):
+        path.write_text(blank)
+        assert drops(path) == [Drop.EMPTY], repr(blank)
     path.write_bytes("UTF-16 text".encode("utf-16"))
     assert drops(path) == [Drop.BINARY]
 
@@ -238,6 +239,19 @@ def test_a_stray_quote_costs_its_line_only(tmp_path: Path) -> None:
     assert [document.drop for document in documents if document.drop] == [Drop.INVALID_CSV]
     assert [document.text for document in documents if not document.drop][:3] == ["one", "line 0", "line 1"]
     assert len(documents) == 200_002
+
+
+def test_a_row_that_is_no_csv_is_counted_and_costs_no_other(tmp_path: Path) -> None:
+    """Python's reader takes each of them for text: of two rows in one, or of a part of the row's."""
+    path = tmp_path / "a.csv"
+    rows = ["id,text", '1,"never closed', '2,"quoted, and whole"', "3,two,more", "4,one,", '5,"5" tall"', '6,"x" ', "7,last"]
+    path.write_text("\n".join(rows), newline="")
+    documents = read(path)
+    assert [document.text for document in documents if not document.drop] == ["quoted, and whole", "one", "x ", "last"]
+    dropped = {document.preview: document.drop for document in documents if document.drop}
+    assert dropped == dict.fromkeys([rows[1], rows[3], rows[5]], Drop.INVALID_CSV)
+    path.write_text('id,text\r1,"a"b\r2,"ok"\r', newline="")  # one line, if CR does not end it
+    assert kept(path) == ["ab", "ok"]
 
 
 @pytest.mark.parametrize("ending", ["", ".gz"])

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from jobs.normal_text import document_hash, normalized, word_ngrams
+from jobs.normal_text import document_hash, is_blank, normalized, word_ngrams
 
 UNSPACED = "中文とテ。กขລཀကខ𠀀"
 texts = st.text(
@@ -28,6 +28,16 @@ def test_every_white_space_of_unicode_is_a_blank() -> None:
     for char in map(chr, range(sys.maxunicode + 1)):
         if char.isspace():
             assert normalized(f"{char}a{char}{char}B{char}") == b"a b", repr(char)
+
+
+@given(st.text(st.sampled_from(" \n\x1f\xa0\u3000\ufeff\u200ba"), max_size=6))
+def test_a_text_of_blanks_and_invisible_characters_is_blank(text: str) -> None:
+    assert is_blank(text.encode()) == ("a" not in text)
+
+
+def test_what_is_not_blank_has_a_normalized_text() -> None:
+    for char in map(chr, [*range(0xD800), *range(0xE000, sys.maxunicode + 1)]):
+        assert is_blank(char.encode()) or normalized(char), repr(char)
 
 
 def test_equal_but_for_case_blanks_and_form_is_equal() -> None:
