@@ -19,6 +19,7 @@ from cluster.flags import ConfigError, Parser, add_config_arguments
 from cluster.job_backend import STAGES
 from cluster.job_commands import add_job_commands
 from cluster.kube_commands import add_cluster_commands
+from cluster.printable import printable
 from cluster.serve_config import ServeConfig
 from cluster.stage import ModuleFailedError
 from model.errors import UserError
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = arguments.run(arguments)
     except UserError as error:
         if not isinstance(error, ModuleFailedError):  # which has said it itself
-            sys.stderr.write(f"error: {error}\n")
+            sys.stderr.write(f"error: {printable(str(error))}\n")
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
@@ -296,7 +297,7 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
             for item in inner:
                 yield from (f"  {line}" for line in _lines(item))
         else:
-            yield f"{name:{width}}  {value}"
+            yield f"{printable(name, keep=''):{width}}  {printable(str(value), keep='')}"
 
 
 if __name__ == "__main__":

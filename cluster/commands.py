@@ -16,6 +16,7 @@ from cluster.endpoint import Endpoint, deploy, stream_completion
 from cluster.flags import ConfigError, config_from_arguments
 from cluster.job_backend import STAGES
 from cluster.lending import Loan, give_back, lend, read_loan
+from cluster.printable import printable
 from cluster.progress import say
 from cluster.registry import publications, publish, resolve_checkpoint
 from cluster.serve_config import ServeConfig
@@ -217,7 +218,7 @@ def complete(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def _write_now(text: str) -> None:
-    os.write(1, text.encode())
+    os.write(1, (printable(text) if os.isatty(1) else text).encode())
 
 
 def demo(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -348,6 +348,14 @@ def seq_len(config: RunConfig) -> int:
     return config.train.seq_len or config.model.n_positions
 
 
+def planned_vocabulary(config: RunConfig) -> RunConfig:
+    """Returns the settings with the vocabulary that the run will have: `data.vocab_size` where it trains a tokenizer,
+    else the model's."""
+    if not config.data.source or config.data.tokenizer is not None:
+        return config
+    return config.model_copy(update={"model": dataclasses.replace(config.model, vocab_size=config.data.vocab_size)})
+
+
 def batch_schedule(config: RunConfig) -> BatchSchedule:
     """The lanes, samples and tokens of every step."""
     train = config.train

@@ -14,6 +14,8 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from cluster.printable import printable
+
 _MARK = "raymill-progress: "
 _REPORT_INTERVAL_S = 1.0
 _LINE_INTERVAL_S = 10.0
@@ -40,7 +42,7 @@ class Report:
 
 def say(text: str) -> None:
     """One line for the person who watches; standard output is for results."""
-    sys.stderr.write(f"{text}\n")
+    sys.stderr.write(f"{printable(text)}\n")
     sys.stderr.flush()
 
 
@@ -124,7 +126,7 @@ class ProgressView:
         if self._in_ray_block and not _WORKER_ERROR.match(text):
             return
         if self._bars is not None:
-            self._bars.console.print(text, markup=False, highlight=False)
+            self._bars.console.print(printable(text), markup=False, highlight=False)
         else:
             say(text)
 

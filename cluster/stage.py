@@ -30,6 +30,7 @@ from cluster.flags import ConfigError, Parser, add_config_arguments, config_from
 from cluster.jobs_api import JobsApi, ray_token
 from cluster.local import STOP_WAIT_S, ClusterError, LocalCluster
 from cluster.mirrored import entrypoint
+from cluster.printable import printable
 from cluster.progress import ProgressView, say
 from cluster.result_line import RESULT_MARK, parse_result
 from cluster.serve_config import ServeConfig
@@ -251,7 +252,7 @@ def print_result(
     try:
         result = compute()
     except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {printable(str(error))}\n")
         return _MISUSED if isinstance(error, ConfigError) else 1
     sys.stdout.write(f"{RESULT_MARK}{json.dumps(result)}\n")
     return 0 if is_good(result) else 1

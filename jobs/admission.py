@@ -8,11 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cluster.config import RunConfig
+from cluster.config import RunConfig, planned_vocabulary
 from cluster.flags import Parser, read_config
 from cluster.stage import print_result
 from jobs.memory_plan import gpu_memory, layout_of
-from jobs.plan import planned_vocabulary
 from jobs.run_history import CONFIG_FILE, changed_settings, recorded_config
 from jobs.run_plan import run_storage
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from cluster.config import TOKENS
 from cluster.storage import Entry, absolute_uri, glob_uris, pinned
@@ -34,10 +35,15 @@ class Listing:
     token_stores: dict[int, str]  # source -> location
     skipped: list[str]
     revisions: dict[str, str]  # hf:// source -> commit
+    sources: list[str]  # where each of them is
 
     def identity(self) -> list[tuple[str, int, str]]:
         """What a change of the corpus's files changes, as JSON values."""
         return [(file.uri, file.size, file.version) for file in self.files]
+
+    def record(self) -> dict[str, Any]:
+        """Returns what a token store keeps of the listing, as JSON values."""
+        return {"files": self.identity(), "skipped": self.skipped, "sources": self.sources}
 
 
 def list_corpus(source: str | list[str]) -> Listing:
@@ -49,12 +55,14 @@ def list_corpus(source: str | list[str]) -> Listing:
     if not sources:
         raise CorpusError("data.source is empty; name the corpus by a path or URI, globs allowed")
     files: dict[str, CorpusFile] = {}
-    listing = Listing([], {}, [], {})
+    listing = Listing([], {}, [], {}, [])
     for number, name in enumerate(sources):
         if name.startswith(TOKENS):
             listing.token_stores[number] = absolute_uri(name.removeprefix(TOKENS))
+            listing.sources.append(f"{TOKENS}{listing.token_stores[number]}")
             continue
         location, revision = pinned(name)
+        listing.sources.append(absolute_uri(location))
         if revision:
             listing.revisions[name] = revision
         for entry in glob_uris(location):

@@ -46,7 +46,7 @@ def stats(store: Storage) -> dict[str, Any]:
             split: {name: manifest.total(name, split) for name in ("documents", "tokens", "bytes")}
             for split in ("train", "val")
         },
-        "sources": _sources(manifest),
+        "sources": _sources(manifest, json.loads(store.read_bytes(SOURCES))),
         "shards": len(manifest.shards),
         "dtype": token_dtype(manifest.vocab_size).name,
         "vocab_size": manifest.vocab_size,
@@ -56,11 +56,12 @@ def stats(store: Storage) -> dict[str, Any]:
     }
 
 
-def _sources(manifest: Manifest) -> list[dict[str, Any]]:
+def _sources(manifest: Manifest, recorded: dict[str, Any]) -> list[dict[str, Any]]:
     numbers = sorted({shard.source for shard in manifest.shards})
+    locations = recorded.get("sources")  # not recorded in stores made before this was
     return [
         {
-            "source": number,
+            "source": locations[number] if locations else number,
             "weight": round(manifest.weights[number], 4) if manifest.weights else None,
             "documents": sum(shard.documents for shard in manifest.shards if shard.source == number),
             "tokens": sum(shard.tokens for shard in manifest.shards if shard.source == number),

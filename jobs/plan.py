@@ -3,13 +3,12 @@
 python -m jobs.plan RUN.yaml PLAN.yaml
 """
 
-import dataclasses
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from cluster.config import RunConfig, batch_schedule, seq_len
+from cluster.config import RunConfig, batch_schedule, planned_vocabulary, seq_len
 from cluster.flags import Parser, read_config
 from cluster.plan_config import PlanConfig
 from cluster.stage import print_result
@@ -36,13 +35,6 @@ from jobs.scale_table import scale_table
 from jobs.token_store import token_dtype
 from model.config import PRESETS, num_parameters, resolve_preset
 from model.flops import flops_per_token
-
-
-def planned_vocabulary(config: RunConfig) -> RunConfig:
-    """With the vocabulary that the run will have: `data.vocab_size` where it trains a tokenizer, else the model's."""
-    if not config.data.source or config.data.tokenizer is not None:
-        return config
-    return config.model_copy(update={"model": dataclasses.replace(config.model, vocab_size=config.data.vocab_size)})
 
 
 def make_plan(config: RunConfig, options: PlanConfig) -> dict[str, Any]:

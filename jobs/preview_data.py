@@ -34,11 +34,12 @@ _PREVIEW_CHARS = 160
 class _Sample:
     source_bytes: int = 0
     texts: list[str] = field(default_factory=list)
+    examples: list[dict[str, str]] = field(default_factory=list)  # the first of them
     dropped: Counter[str] = field(default_factory=Counter)
-    samples: dict[str, list[str]] = field(default_factory=dict)
+    samples: dict[str, list[dict[str, str]]] = field(default_factory=dict)
     seen: set[bytes] = field(default_factory=set)
 
-    def add(self, document: Document, data: DataConfig) -> None:
+    def add(self, part: Part, document: Document, data: DataConfig) -> None:
         drop = document.drop or failed_rule(document.text, data.quality_rules)
         if drop is None and data.dedup:
             digest = document_hash(normalized(document.text))
@@ -46,11 +47,14 @@ class _Sample:
             self.seen.add(digest)
         if drop is None:
             self.texts.append(document.text)
+            if len(self.examples) < _EXAMPLES:
+                self.examples.append({"file": part.uri, "text": document.text[:_PREVIEW_CHARS]})
             return
         self.dropped[drop] += 1
         found = self.samples.setdefault(str(drop), [])
         if len(found) < _SAMPLES:
-            found.append((document.preview or document.text)[:_PREVIEW_CHARS])
+            preview = (document.preview or document.text)[:_PREVIEW_CHARS]
+            found.append({"file": part.uri, "preview": preview})
 
 
 def preview(config: RunConfig) -> dict[str, Any]:
@@ -65,7 +69,7 @@ def preview(config: RunConfig) -> dict[str, Any]:
     sample = _Sample()
     for part in _spread(_parts(listing.files, data)):
         for document in _front(part, data):
-            sample.add(document, data)
+            sample.add(part, document, data)
         sample.source_bytes += min(part.end - part.start, _SAMPLE_BYTES // _PLACES)
     if not sample.texts:
         raise empty_corpus(len(listing.files), sample.dropped)
@@ -86,7 +90,7 @@ def preview(config: RunConfig) -> dict[str, Any]:
         "tokens": round(tokens * scale),
         "bytes_per_token": round(sum(len(text.encode()) for text in sample.texts) / tokens, 3),
         "is_estimate": scale > 1,
-        "examples": [text[:_PREVIEW_CHARS] for text in sample.texts[:_EXAMPLES]],
+        "examples": sample.examples,
     }
 
 

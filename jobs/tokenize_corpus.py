@@ -145,7 +145,7 @@ class _Build:
         store, listing, tokenizer = self.plan.store, self.plan.listing, self.plan.tokenizer
         is_bulk = self._is_bulk_proven()
         store.write_bytes(TOKENIZER, tokenizer.to_json())
-        store.write_bytes(SOURCES, canonical_json({"files": listing.identity(), "skipped": listing.skipped}))
+        store.write_bytes(SOURCES, canonical_json(listing.record()))
         chunks = plan_chunks(
             listing.files,
             cut_files(store, listing.files, self.data),

@@ -105,6 +105,9 @@ def test_inspect_shows_shapes(capsys: pytest.CaptureFixture[str]) -> None:
     assert "124,439,808 parameters" in shown
     assert main([*words, "--json"]) == 0
     assert last_json(capsys.readouterr().out)["parameters"] == 124_439_808
+    trained = ["inspect", "--shapes", "--data.source", "x", "--data.vocab-size", "500", "--json"]
+    assert main(trained) == 0
+    assert last_json(capsys.readouterr().out)["weights"][0]["shape"][0] == 500  # the tokenizer's ids, not the preset's
 
 
 def test_the_first_help_names_every_command() -> None:

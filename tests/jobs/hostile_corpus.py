@@ -132,7 +132,7 @@ def _add_csv(corpus: HostileCorpus) -> None:
         "number,text,more",
         f'1,"{fresh("with, comma")}"',
         "2",  # too short
-        f"3,{fresh()},x,too,long",
+        "3,a comma that, nobody, quoted",
         f'4,"{fresh("two" + chr(10) + "lines")}"',
         f"5,{fresh(chr(53) + chr(34) + ' of rain')}",  # a quote within a field is a character
         f"6,{fresh()}",
@@ -140,7 +140,7 @@ def _add_csv(corpus: HostileCorpus) -> None:
         "8," + "x" * (MAX_DOCUMENT_BYTES + 1),
         f"9,{fresh()}",
     ]
-    add("rows.csv", "\n".join(rows).encode(), drops=["missing_text", "too_long"])
+    add("rows.csv", "\n".join(rows).encode(), drops=["missing_text", "invalid_csv", "too_long"])
     add("old-mac.csv", f"text,n\r{fresh()},1\r{fresh()},2\r".encode())
     add("empty.csv", b"")
     add("stray-quote.csv", f'text\n{fresh()}\n"never closed\n{fresh()}\n'.encode(), drops=["invalid_csv"])

@@ -21,7 +21,8 @@ def test_a_small_corpus_is_previewed_whole(ray_workers: int, tmp_path: Path) -> 
     assert seen["documents"] == done["documents"]
     assert seen["dropped"] == {reason: count for reason, count in done["dropped"].items() if count}
     assert seen["tokens"] == pytest.approx(done["tokens"], rel=0.05)
-    assert seen["drop_samples"]["invalid_json"] == ["{broken"]
+    assert seen["drop_samples"]["invalid_json"] == [{"file": f"{tmp_path}/texts/a.jsonl", "preview": "{broken"}]
+    assert seen["examples"][0]["file"] == f"{tmp_path}/texts/a.jsonl"
     assert seen["skipped_files"] == [f"{tmp_path}/texts/readme.md"]
 
 
@@ -51,9 +52,13 @@ def test_the_commands(ray_workers: int, tmp_path: Path, capfd: pytest.CaptureFix
     assert main(["data", "preview", "--data.source", str(corpus), *flags, "--json"]) == 0
     assert json.loads(capfd.readouterr().out.splitlines()[-1])["documents"] == 61
     result = tokenize(data_config(str(corpus), tmp_path / "storage"))
-    for command, key in (("stats", "tokens"), ("report", "dropped"), ("verify", "valid")):
+    found = {}
+    for command in ("stats", "report", "verify"):
         assert main(["data", command, *flags, "--json"]) == 0
-        assert json.loads(capfd.readouterr().out.splitlines()[-1])[key]
+        found[command] = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert [source["source"] for source in found["stats"]["sources"]] == [str(corpus)]
+    assert found["report"]["dropped"]
+    assert found["verify"]["valid"]
     assert main(["data", "report", *flags]) == 0
     assert "{broken" in capfd.readouterr().out
     shard = Path(result["manifest"]).parent / "shard-00000.bin"
@@ -64,3 +69,17 @@ def test_the_commands(ray_workers: int, tmp_path: Path, capfd: pytest.CaptureFix
     assert "shard-00000.bin has SHA-256" in errors[0]
     assert main(["data", "preview", "--data.source", f"{tmp_path}/nowhere", *flags]) == 1
     assert main(["data", "stats", "nothing-here", *flags]) == 1
+
+
+def test_a_hostile_corpus_drives_no_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    escape = "\x1b]52;c;eHg=\x07 \x9b2J \u202etxet\r"  # sets the clipboard, clears the screen, turns the line around
+    rows = [f"{{{escape}", json.dumps({"text": f"kept {escape}"}), json.dumps({"text": "kept äöü 漢字\u3000"})]
+    (tmp_path / f"{escape[:4]}.jsonl").write_text("\n".join(rows), newline="")
+    assert main(["data", "preview", "--data.source", str(tmp_path)]) == 0
+    (tmp_path / "a.csv").write_text(f"{escape}\n")
+    assert main(["data", "preview", "--data.source", f"{tmp_path}/a.csv"]) == 1
+    out, err = capfd.readouterr()
+    assert r"{\x1b]52;c;eHg=\x07 \x9b2J \u202etxet" in out
+    assert "kept äöü 漢字" in out
+    assert r"has no column 'text'; set data.text_field to one of \x1b]52" in err
+    assert {char for char in out + err if not char.isprintable()} <= {"\n", "\u3000"}
