@@ -18,8 +18,8 @@ _CLOSING = _QUOTED + rb'"[ \t]*+(?=[,\r\n]|\Z)'
 _FIELD = rb'(?:"' + _CLOSING + rb'|[^",\r\n][^,\r\n]*+|)'
 _FIELDS = re.compile(_FIELD + rb"(?:[,\r\n]" + _FIELD + rb")*+")
 _FIELDS_AFTER_QUOTE = re.compile(_CLOSING + rb"(?:[,\r\n]" + _FIELD + rb")*+")
-"""Fields as Python's `csv` reads them: a quote is one at a field's front only, elsewhere a character (5" of rain). Unlike
-there, only blanks may follow a closing quote: more shows that it closes another one than it should."""
+"""Fields as Python's `csv` reads them: a quote is one at a field's front only, elsewhere a character (5" of rain).
+Unlike there, only blanks may follow a closing quote: more shows that it closes another one than it should."""
 
 _OPEN_FIELD = re.compile(rb'[,\r\n]?"' + _QUOTED + rb"\Z")
 _STILL_OPEN = re.compile(_QUOTED + rb"\Z")
