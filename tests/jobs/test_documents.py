@@ -244,7 +244,16 @@ def test_a_stray_quote_costs_its_line_only(tmp_path: Path) -> None:
 def test_a_row_that_is_no_csv_is_counted_and_costs_no_other(tmp_path: Path) -> None:
     """Python's reader takes each of them for text: of two rows in one, or of a part of the row's."""
     path = tmp_path / "a.csv"
-    rows = ["id,text", '1,"never closed', '2,"quoted, and whole"', "3,two,more", "4,one,", '5,"5" tall"', '6,"x" ', "7,last"]
+    rows = [
+        "id,text",
+        '1,"never closed',
+        '2,"quoted, and whole"',
+        "3,two,more",
+        "4,one,",
+        '5,"5" tall"',
+        '6,"x" ',
+        "7,last",
+    ]
     path.write_text("\n".join(rows), newline="")
     documents = read(path)
     assert [document.text for document in documents if not document.drop] == ["quoted, and whole", "one", "x ", "last"]
