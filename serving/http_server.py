@@ -1,4 +1,5 @@
-"""Bounds on a connection that uvicorn does not have: time and size of the headers, idle connections, stalled readers.
+"""Bounds on a connection that uvicorn does not have: time and size of headers and trailers, one request read ahead, idle
+connections, stalled readers.
 
 Set up by front_door.py in each proxy process, before Ray Serve starts its HTTP server there.
 """
@@ -7,8 +8,10 @@ import asyncio
 import json
 import socket
 import uuid
+from collections.abc import Sized
 from typing import ClassVar
 
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from cluster.serve_config import HttpConfig
@@ -18,6 +21,8 @@ MAX_HEADER_BYTES = 64 << 10  # of all headers together, and of the request line
 MAX_HEADERS = 100
 # A stalled reader is noticed when this much waits for it; the kernel would take megabytes.
 SEND_BUFFER_BYTES = 256 << 10
+# Parsed at a time. A block of 256 KiB can be 10,000 whole requests, each of which uvicorn makes 3 KB of objects from.
+PIECE_BYTES = 4 << 10
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
@@ -27,10 +32,13 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.flow = PipelineFlow(transport, self.pipeline)
         transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         self._bounds = self.config_of_bounds
         self._refusal = closing(400, "This is not a valid HTTP/1.1 request.", code="invalid_http")
-        self._num_header_bytes = 0
+        self._unread = bytearray()
+        self._in_headers = False
+        self._num_header_bytes = 0  # without any body since: of headers, trailers, ends of chunks
         self._header_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
         self._idle_since_s = self.loop.time()
@@ -48,14 +56,27 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         return self.cycle is None or self.cycle.response_complete
 
     def data_received(self, data: bytes) -> None:
-        if self.is_idle:
-            self._expect_headers()
-        super().data_received(data)
-        if self._header_timer is not None and not self.transport.is_closing():
-            self._num_header_bytes += len(data)
-            if self._num_header_bytes > MAX_HEADER_BYTES:
-                self._refusal = headers_too_large()
-                self.send_400_response("")
+        self._unread += data
+        self._read()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_headers = True
+        self._expect_headers()  # also those of a request that comes during an answer
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Drops trailers: as headers they would pass by a gateway that removes or sets such a header."""
+        if self._in_headers:
+            super().on_header(name, value)
+
+    def on_body(self, body: bytes) -> None:
+        if not self.is_idle:
+            self._num_header_bytes = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._num_header_bytes = 0
+        super().on_message_complete()
 
     def on_headers_complete(self) -> None:
         self._headers_arrived()
@@ -88,6 +109,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         self._idle_since_s = self.loop.time()
         super().on_response_complete()
+        if self._unread:
+            self.loop.call_soon(self._read)
         if self.transport.is_closing():  # what is not read of the answer in time never is
             self.loop.call_later(self._bounds.write_timeout_s, self.transport.abort)
 
@@ -106,11 +129,32 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def _should_upgrade_to_ws(self) -> bool:
         return False  # there are no WebSockets here
 
+    def _read(self) -> None:
+        """Parses what has come, until a request waits for its turn: what follows it is read after that."""
+        while self._unread and not self.pipeline and not self.transport.is_closing():
+            if self.is_idle:
+                self._expect_headers()
+            piece = bytes(self._unread[:PIECE_BYTES])
+            del self._unread[:PIECE_BYTES]
+            self._num_header_bytes += len(piece)
+            super().data_received(piece)
+            if self._num_header_bytes > MAX_HEADER_BYTES and not self.transport.is_closing():
+                self._refusal = headers_too_large()
+                self.send_400_response("")
+
     def _expect_headers(self) -> None:
         if self._header_timer is None:
-            self._header_timer = self.loop.call_later(self._bounds.header_timeout_s, self.transport.abort)
+            self._header_timer = self.loop.call_later(self._bounds.header_timeout_s, self._headers_are_late)
+
+    def _headers_are_late(self) -> None:
+        self._header_timer = None
+        if self.pipeline:  # then it is we who do not read
+            self._expect_headers()
+        else:
+            self.transport.abort()
 
     def _headers_arrived(self) -> None:
+        self._in_headers = False
         self._num_header_bytes = 0
         if self._header_timer is not None:
             self._header_timer.cancel()
@@ -122,7 +166,19 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             min(idle, key=lambda connection: connection._idle_since_s).transport.abort()
 
 
+class PipelineFlow(FlowControl):
+    """Does not read while a whole request waits for its turn. uvicorn would resume with every look for a disconnect."""
+
+    def __init__(self, transport: asyncio.Transport, pipeline: Sized) -> None:
+        super().__init__(transport)
+        self._pipeline = pipeline
+
+    def resume_reading(self) -> None:
+        if not self._pipeline:
+            super().resume_reading()
+
+
 def headers_too_large() -> ApiError:
     return closing(
-        431, f"The headers exceed {MAX_HEADER_BYTES} bytes or {MAX_HEADERS} lines; send less", code="headers_too_large"
+        431, f"Headers or trailers exceed {MAX_HEADER_BYTES} bytes or {MAX_HEADERS} lines; send less", code="headers_too_large"
     )

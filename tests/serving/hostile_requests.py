@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-MODEL = "tiny"
+MODEL, KEY = "tiny", "sk-test"
 COMPLETIONS, CHAT = "POST /v1/completions", "POST /v1/chat/completions"
 
 
@@ -137,3 +137,35 @@ OUTSIDE_THE_BODY = [
 ]  # fmt: skip
 
 TABLE = INVALID_JSON + WRONG_VALUES + OUTSIDE_THE_BODY
+
+HEAD = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\n"
+
+
+def post(content: bytes, *, more: str = "") -> bytes:
+    return f"{HEAD}{more}Content-Length: {len(content)}\r\n\r\n".encode() + content
+
+
+CHUNKED = HEAD.encode() + b"Transfer-Encoding: chunked\r\n\r\n"
+FRAMINGS: list[tuple[int, bytes, int]] = [
+    (41, b"GET /v1/models HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer sk-test\r\nAuthorization: Bearer sk-test\r\n"
+         b"Connection: close\r\n\r\n", 401),
+    (41, b"GET /v1/models HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer \xff\xfe\r\nConnection: close\r\n\r\n", 401),
+    (42, b"GET / HTTP/1.1\r\nHost: x\r\nx: " + b"a" * 10_000_000 + b"\r\n\r\n", 431),
+    (42, b"GET / HTTP/1.1\r\nHost: x\r\n" + b"".join(b"x-%d: a\r\n" % i for i in range(10_000)) + b"\r\n", 431),
+    (42, b"GET /" + b"a" * 1_000_000, 431),
+    (43, HEAD.encode() + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n{}", 400),
+    (43, HEAD.encode() + b"Transfer-Encoding: chunked\r\n\r\nxyz\r\n", 400),
+    (43, HEAD.encode() + b"Content-Length: -1\r\n\r\n", 400),
+    (43, HEAD.encode() + b"Content-Length: 1" + b"0" * 30 + b"\r\n\r\n", 400),
+    (43, HEAD.encode() + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}", 400),
+    (43, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\x00" * 40, 400),
+    (43, b"GET / HTTP/1.1\r\nHost: x\r\nx: a\x00b\r\n\r\n", 400),
+    (43, b"GET /\xff HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+    (44, b"GET /health HTTP/1.1\r\nConnection: close\r\n\r\n", 400),
+    (44, b"GET /health HTTP/1.1\r\nHost: a\r\nHost: b\r\nConnection: close\r\n\r\n", 400),
+    (18, HEAD.encode() + b"Content-Length: 99000000000\r\n\r\n", 413),
+    (18, HEAD.encode() + b"Expect: 100-continue\r\nContent-Length: 2000000\r\n\r\n", 413),
+    (59, CHUNKED + b"1\r\na\r\n0\r\n" + b"a:\r\n" * 1_000_000, 431),
+    (59, CHUNKED + b"1\r\na\r\n0\r\na: " + b"a" * 1_000_000, 431),
+    (59, CHUNKED + b"1;" + b"a" * 1_000_000, 431),
+]  # fmt: skip
