@@ -10,6 +10,7 @@ STALLED_S = 600  # at least; and twenty times the last step
 NO_CHECKPOINT_S = 7200
 RESTARTS, RESTART_WINDOW = 3, "30m"
 QUEUE_S = 10
+DRAINED_FOR = "30m"
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,11 @@ def _growth(name: str, window: str) -> str:
 
 def _burning(factor: float, *windows: str) -> str:
     return " and ".join(f"({error_ratio(window)}) > {factor:g} * {BUDGET}" for window in windows)
+
+
+def _answers(outcome: str, window: str) -> str:
+    (series,) = METRICS["raymill:http_answers"].series
+    return f'sum(rate({series}{{outcome="{outcome}"}}[{window}]))'
 
 
 _LAST_STEP = f"time() - {_of_run('last_step_timestamp_seconds')}"
@@ -92,6 +98,14 @@ ALERTS = (
         "ticket",
         f"Completions fail so fast that 5% of the error budget of {OBJECTIVE:.1%} went in six hours",
         "As for the fast burn, with more time.",
+    ),
+    Alert(
+        "RaymillEndpointDrained",
+        f"{_answers('drained', '5m')} > 0",
+        DRAINED_FOR,
+        "ticket",
+        f"Completions have been refused for {DRAINED_FOR}, as the endpoint is drained: {{{{ $value }}}} a second",
+        "A drain lasts until it is ended, over restarts too: POST /admin/drain with drain=false ends it.",
     ),
     Alert(
         "RaymillQueueTooLong",

@@ -12,7 +12,7 @@ from cluster.config import EvaluateConfig, RunConfig, write_config
 from cluster.delivery import Operator
 from cluster.delivery_commands import follow_run, gate_of
 from cluster.demo import run_demo
-from cluster.endpoint import Endpoint, deploy, stream_completion
+from cluster.endpoint import Endpoint, deploy, require_ray_proxies, stream_completion
 from cluster.flags import ConfigError, config_from_arguments
 from cluster.job_backend import STAGES
 from cluster.lending import Loan, give_back, lend, read_loan
@@ -179,6 +179,7 @@ def checkpoint_list(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def serve(arguments: argparse.Namespace) -> None:
     """Serves until a signal; on a cluster of others it deploys and leaves, unless it is to follow a run."""
+    require_ray_proxies()
     config = config_from_arguments(arguments, ServeConfig)
     if arguments.follow is not None and config.admin_key_file is None:
         raise ConfigError("--follow promotes through /admin: name a file for its key with --admin-key-file")

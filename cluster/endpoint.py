@@ -1,6 +1,7 @@
 """The endpoint as its clients on this machine see it: deployed, remembered, asked for a completion."""
 
 import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -15,6 +16,7 @@ from cluster.storage import NotFoundError, open_storage
 from model.errors import UserError
 
 _FILE = "endpoint.json"
+_HAPROXY_VARIABLE = "RAY_SERVE_ENABLE_HA_PROXY"
 _DONE = "[DONE]"
 
 
@@ -60,6 +62,15 @@ def _bearer(path: Path, *, flag: str) -> dict[str, str]:
     if not keys:
         raise UserError(f"no API key is in {path}: name the key file of `raymill serve` with {flag}")
     return {"Authorization": f"Bearer {keys[0]}"}
+
+
+def require_ray_proxies() -> None:
+    """Raises `UserError` where Ray Serve has HAProxy in place of its own proxies: serving/front_door.py is not in it."""
+    if os.environ.get(_HAPROXY_VARIABLE) == "1":
+        raise UserError(
+            f"{_HAPROXY_VARIABLE}=1 has HAProxy take the requests in place of Ray Serve's proxies: the endpoint's bounds "
+            "on clients, its retries and its error counts would be missing. Unset it where Ray is started"
+        )
 
 
 def deploy(connection: Connection, config: ServeConfig) -> Endpoint:

@@ -81,7 +81,7 @@ _E2E_S = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240
 PHASES = ("load", "forward", "loss", "backward", "sync", "update", "snapshot", "checkpoint", "validation", "statistics")
 FAILURES = ("user_error", "raised", "died", "lost", "hang")
 FINISH_REASONS = ("stop", "length", "error", "abort")
-OUTCOMES = ("ok", "invalid", "refused", "failed", "cut", "left")
+OUTCOMES = ("ok", "invalid", "refused", "drained", "failed", "cut", "left")
 
 
 def _run(name: str, unit: str, text: str, *labels: str, values: tuple[str, ...] = ()) -> Metric:
@@ -167,8 +167,8 @@ TABLE: tuple[Metric, ...] = (
         Kind.COUNTER,
         Exporter.PROXY,
         COUNT,
-        "Completions as their clients saw them end: answered, invalid (4xx), refused (429), failed (5xx), cut in the "
-        "middle, or left by the client",
+        "Completions as their clients saw them end: answered, invalid (4xx), refused (429), refused while the "
+        "endpoint is drained, failed (5xx), cut in the middle, or left by the client",
         ("outcome",),
         OUTCOMES,
     ),

@@ -18,6 +18,7 @@ import ray
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, BackpressureConfig
 
+from cluster.endpoint import require_ray_proxies
 from cluster.registry import LATEST, resolve_checkpoint
 from cluster.serve_config import ServeConfig
 from cluster.stage import stage_main
@@ -43,6 +44,7 @@ def build_app(config: ServeConfig) -> serve.Application:
 
 
 def _app(config: ServeConfig, *, deployment: str) -> serve.Application:
+    require_ray_proxies()
     if not _is_loopback(config.host) and config.api_key_file is None:
         raise UserError(
             f"host is {config.host}, which others can reach, and api_key_file is unset: name a key file, "

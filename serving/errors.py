@@ -3,6 +3,8 @@
 import json
 from typing import Any
 
+DRAINING_HEADER = "x-raymill-draining"  # what the front door counts a planned drain by
+
 
 class ApiError(Exception):
     """An answer other than 200. `message` is for the client: what was wrong, what was expected, with the numbers."""
@@ -137,7 +139,7 @@ def draining() -> ApiError:
         "The endpoint is draining: it finishes what runs and takes nothing new.",
         error_type="server_error",
         code="draining",
-        headers={"Retry-After": "30"},
+        headers={"Retry-After": "30", DRAINING_HEADER: "1"},
     )
 
 

@@ -23,7 +23,7 @@ from cluster.metric_export import Metrics
 from cluster.metric_table import Exporter
 from cluster.serve_config import HttpConfig
 from serving import http_server
-from serving.errors import ApiError, closing, interrupted, invalid_request, not_found
+from serving.errors import DRAINING_HEADER, ApiError, closing, interrupted, invalid_request, not_found
 from serving.newest_route import NewestRoute
 from serving.protocol import MAX_BODY_BYTES
 from serving.relay import ASK_HEADER, YES_HEADER, Relay, RelayedAnswer
@@ -45,7 +45,8 @@ class Outcome(StrEnum):
     OK = "ok"
     INVALID = "invalid"  # a request that cannot be answered: 4xx
     REFUSED = "refused"  # 429: more than the endpoint takes on
-    FAILED = "failed"  # 5xx
+    DRAINED = "drained"  # 503 while an operator drains the endpoint, which is no failure of it
+    FAILED = "failed"  # any other 5xx
     CUT = "cut"  # a stream that the front door had to end with an error, or an answer that is not whole
     LEFT = "left"  # the client went away first
 
@@ -164,6 +165,7 @@ class Exchange:
         self._relayed: RelayedAnswer
         self._started = False
         self._status = 0
+        self._is_drained = False
         self._is_event_stream = False
         self._replaced = False
         self._finished = False
@@ -182,7 +184,7 @@ class Exchange:
             if self._started or self._client_gone:
                 break
         if self._finished:
-            return outcome_of(self._status)
+            return Outcome.DRAINED if self._is_drained else outcome_of(self._status)
         if self._client_gone:
             return Outcome.LEFT
         if not self._started:
@@ -212,6 +214,7 @@ class Exchange:
         if message["type"] == "http.response.start":
             self._started, self._status = True, message["status"]
             headers = dict(message["headers"])
+            self._is_drained = DRAINING_HEADER.encode() in headers
             media_type = headers.get(b"content-type", b"")
             self._is_event_stream = media_type.startswith(b"text/event-stream")
             if message["status"] >= 400 and b"x-model-version" not in headers:  # Ray Serve's own words

@@ -180,5 +180,7 @@ class PipelineFlow(FlowControl):
 
 def headers_too_large() -> ApiError:
     return closing(
-        431, f"Headers or trailers exceed {MAX_HEADER_BYTES} bytes or {MAX_HEADERS} lines; send less", code="headers_too_large"
+        431,
+        f"Headers or trailers exceed {MAX_HEADER_BYTES} bytes or {MAX_HEADERS} lines; send less",
+        code="headers_too_large",
     )

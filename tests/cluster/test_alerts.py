@@ -27,12 +27,14 @@ SERVES = {
     'ray_raymill_http_answers_total{outcome="failed"}': "0x600",
     'ray_raymill_http_answers_total{outcome="cut"}': "0x600",
     'ray_raymill_http_answers_total{outcome="refused"}': "0+9000x600",
+    'ray_raymill_http_answers_total{outcome="drained"}': "0x600",
     'ray_raymill_predicted_queue_seconds{application="raymill",replica="r"}': "2x600",
     f"ray_serve_autoscaling_target_replicas{DEPLOYMENT}": "2x600",
     f"ray_serve_deployment_replica_healthy{DEPLOYMENT}": "2x600",
 }
 FINE = TRAINS | SERVES
 FAILED = 'ray_raymill_http_answers_total{outcome="failed"}'
+DRAINED = FAILED.replace("failed", "drained")
 LAST_STEP = f"ray_raymill_train_last_step_timestamp_seconds{RUN}"
 LAST_CHECKPOINT = f"ray_raymill_train_last_checkpoint_timestamp_seconds{RUN}"
 RUNNING = f"ray_raymill_train_running{RUN}"
@@ -66,6 +68,8 @@ CASES: list[tuple[str, dict[str, str | None], int, set[str]]] = [
         400,
         {"RaymillEndpointErrorBudgetFastBurn", "RaymillEndpointErrorBudgetSlowBurn"},
     ),
+    ("drained", {DRAINED: "0+9000x600"}, 400, {"RaymillEndpointDrained"}),
+    ("drained for a while", {DRAINED: "0+9000x20 180000x600"}, 24, set()),
     ("they failed until an hour ago", {FAILED: "0+20x340 6800x600"}, 400, set()),
     ("nobody asks", {name: None for name in SERVES if "answers" in name}, 400, set()),
     (

@@ -27,6 +27,7 @@ from model.gpt import GPT
 from model.sampling import SamplingParams
 from model.tokenizer import Tokenizer, train_bpe
 from serving.app import run
+from serving.errors import DRAINING_HEADER
 from serving.promotion import Route
 from tests.serving.conftest import FRAGILE_POSITION
 from tests.serving.delivery_parts import Admin, Load, as_transformers_folder, greedy_texts, write_model
@@ -340,6 +341,7 @@ def test_a_drained_endpoint_takes_nothing_new(admin: Admin, url: str) -> None:
         assert admin.http.post("/admin/drain", json={}).json()["draining"] is True
         wait_until(lambda: statuses() == {503}, timeout_s=10)
         assert httpx.get(f"{url}/ready").json()["error"]["code"] == "draining"
+        assert DRAINING_HEADER in http.post("/v1/completions", json={"model": "tiny", "prompt": [1]}).headers
         assert admin.http.post("/admin/drain", json={"drain": False}).json()["draining"] is False
         wait_until(lambda: statuses() == {200}, timeout_s=10)
 

@@ -3,14 +3,20 @@
 import asyncio
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import ray.serve._private.constants as constants
 from hypothesis import given
 from hypothesis import strategies as st
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cluster.serve_config import HttpConfig
+from cluster.cli import main
+from cluster.serve_config import HttpConfig, ServeConfig
+from model.errors import UserError
+from serving.app import build_app
+from serving.errors import DRAINING_HEADER
 from serving.front_door import FrontDoor, Outcome, clamped_timeout_s, clean_request_id
 from serving.relay import ASK_HEADER
 
@@ -140,9 +146,9 @@ def test_headers_that_ray_serve_would_obey_are_kept_from_it() -> None:
 
 
 def test_each_completion_is_counted_once_by_how_its_client_saw_it_end() -> None:
-    def says(status: int) -> ASGIApp:
+    def says(status: int, *more: tuple[bytes, bytes]) -> ASGIApp:
         async def answer(send: Send) -> None:
-            headers = [(b"x-model-version", b"1")]
+            headers = [(b"x-model-version", b"1"), *more]
             await send({"type": "http.response.start", "status": status, "headers": headers})
             await send({"type": "http.response.body", "body": b"{}"})
 
@@ -158,6 +164,8 @@ def test_each_completion_is_counted_once_by_how_its_client_saw_it_end() -> None:
         (says(400), [], Outcome.INVALID),
         (says(429), [], Outcome.REFUSED),
         (says(500), [], Outcome.FAILED),
+        (says(503), [], Outcome.FAILED),
+        (says(503, (DRAINING_HEADER.encode(), b"1")), [], Outcome.DRAINED),
         (dies(3, whole), [], Outcome.FAILED),
         (dies(0, half), [], Outcome.CUT),
         (leaves, [body, gone], Outcome.LEFT),
@@ -167,6 +175,27 @@ def test_each_completion_is_counted_once_by_how_its_client_saw_it_end() -> None:
         counted: list[Outcome] = []
         ask(app, *messages, count=counted.append)
         assert counted == [expected]
+
+
+def test_haproxy_in_place_of_the_proxies_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
+    with pytest.raises(UserError, match="RAY_SERVE_ENABLE_HA_PROXY=1 .* Unset it"):
+        build_app(ServeConfig())
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "0")
+    assert build_app(ServeConfig())
+
+
+def test_serve_refuses_it_before_a_cluster_starts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
+    monkeypatch.setattr("cluster.commands.connected", lambda *_, **__: pytest.fail("a cluster was started"))
+    assert main(["serve", "latest"]) == 1
+    assert "RAY_SERVE_ENABLE_HA_PROXY=1" in capsys.readouterr().err
+
+
+def test_the_variable_is_the_one_that_ray_serve_reads() -> None:
+    assert 'os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "0") == "1"' in Path(constants.__file__).read_text()
 
 
 @given(st.binary(max_size=12))
