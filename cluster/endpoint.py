@@ -65,11 +65,11 @@ def _bearer(path: Path, *, flag: str) -> dict[str, str]:
 
 
 def require_ray_proxies() -> None:
-    """Raises `UserError` where Ray Serve has HAProxy in place of its own proxies: serving/front_door.py is not in it."""
+    """Raises `UserError` where HAProxy stands in place of Ray Serve's proxies, which hold serving/front_door.py."""
     if os.environ.get(_HAPROXY_VARIABLE) == "1":
         raise UserError(
-            f"{_HAPROXY_VARIABLE}=1 has HAProxy take the requests in place of Ray Serve's proxies: the endpoint's bounds "
-            "on clients, its retries and its error counts would be missing. Unset it where Ray is started"
+            f"{_HAPROXY_VARIABLE}=1 has HAProxy take the requests in place of Ray Serve's proxies: the endpoint's "
+            "bounds on clients, its retries and its error counts would be missing. Unset it where Ray is started"
         )
 
 

@@ -3,8 +3,9 @@
 from cluster.metric_table import METRICS
 
 OBJECTIVE = 0.999
-"""Share of the valid completions that are answered whole, over `PERIOD`. Invalid, refused (429) and drained
-ones (503 while an operator has the endpoint drained) do not count; an answer with status 200 whose replica itself ended it with an error event counts as answered."""
+"""Share of the valid completions that are answered whole, over `PERIOD`. Invalid, refused (429) and drained ones (503
+while an operator has the endpoint drained) do not count; an answer with status 200 whose replica itself ended it with
+an error event counts as answered."""
 
 PERIOD = "30d"
 

@@ -1,4 +1,4 @@
-"""Bounds on a connection that uvicorn does not have: time and size of headers and trailers, one request read ahead, idle
+"""Bounds on a connection that uvicorn does not have: time and size of headers and trailers, one request ahead, idle
 connections, stalled readers.
 
 Set up by front_door.py in each proxy process, before Ray Serve starts its HTTP server there.

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray.serve._private.constants as constants
 from hypothesis import given
 from hypothesis import strategies as st
+from ray.serve._private import constants
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.cli import main
@@ -179,7 +179,7 @@ def test_each_completion_is_counted_once_by_how_its_client_saw_it_end() -> None:
 
 def test_haproxy_in_place_of_the_proxies_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
-    with pytest.raises(UserError, match="RAY_SERVE_ENABLE_HA_PROXY=1 .* Unset it"):
+    with pytest.raises(UserError, match="RAY_SERVE_ENABLE_HA_PROXY=1 has HAProxy"):
         build_app(ServeConfig())
     monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "0")
     assert build_app(ServeConfig())
