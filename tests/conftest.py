@@ -1,15 +1,23 @@
-"""What every test shares: one compute thread, no Ray token or AWS key of the machine's own, an S3 server."""
+"""Sets up every test: one compute thread, no AWS key of the machine's own, an S3 server, time limits that fit the machine."""
 
 import os
 import uuid
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+from tests.time_limits import slowness
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+slowness()  # measured here once, before the session's other processes start
+
+# A limit on one example would judge the machine.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session")

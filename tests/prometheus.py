@@ -14,6 +14,8 @@ import pytest
 import yaml
 
 from cluster.local import free_port
+from tests.time_limits import limit_s
+from tests.waiting import wait_until
 
 needs_prometheus = pytest.mark.skipif(
     shutil.which("prometheus") is None or shutil.which("promtool") is None,
@@ -56,12 +58,12 @@ def prometheus(folder: Path, *, scrape_targets: Path | None = None) -> Iterator[
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     try:
-        with httpx.Client(base_url=f"http://{address}", timeout=30) as http:
-            wait_for(lambda: _is_ready(http, process, folder / "log"), timeout_s=60)
+        with httpx.Client(base_url=f"http://{address}", timeout=limit_s(30)) as http:
+            wait_until(lambda: _is_ready(http, process, folder / "log"), timeout_s=60)
             yield Prometheus(http)
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(limit_s(30))
 
 
 def _is_ready(http: httpx.Client, process: subprocess.Popen[bytes], log: Path) -> bool:
@@ -70,10 +72,3 @@ def _is_ready(http: httpx.Client, process: subprocess.Popen[bytes], log: Path) -
         return http.get("/-/ready").is_success
     except httpx.TransportError:
         return False
-
-
-def wait_for(condition: Any, *, timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true in time"
-        time.sleep(0.2)

@@ -3,7 +3,6 @@
 import secrets
 import shutil
 import socket
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import pytest
 
 from cluster.local import free_port
 from tests.bound_process import start_bound
+from tests.waiting import wait_until
 
 needs_redis = pytest.mark.skipif(
     shutil.which("redis-server") is None, reason="no Redis here: apt-get install redis-server"
@@ -34,11 +34,10 @@ def redis_server(folder: Path) -> Iterator[Redis]:
     settings.write_text(f"bind 127.0.0.1\nport {port}\nrequirepass {password}\ndir {folder}\nappendonly yes\nsave ''\n")
     process = start_bound(["redis-server", str(settings)], log=folder / "log")
     try:
-        deadline_s = time.monotonic() + 20
-        while not _answers(port):
-            assert process.poll() is None, (folder / "log").read_text()
-            assert time.monotonic() < deadline_s, "Redis does not answer"
-            time.sleep(0.1)
+        wait_until(
+            lambda: process.poll() is not None or _answers(port), timeout_s=20, told=lambda: "Redis does not answer"
+        )
+        assert process.poll() is None, (folder / "log").read_text()
         yield Redis(f"127.0.0.1:{port}", password)
     finally:
         process.kill()

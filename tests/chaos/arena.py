@@ -20,6 +20,7 @@ from cluster.stage import Connection, run_stage
 from cluster.storage import open_storage
 from jobs.ledger import Ledger
 from tests.jobs.corpora import number_texts
+from tests.time_limits import limit_s
 
 NUM_STEPS = 240
 NUM_LONG_STEPS = 900
@@ -50,7 +51,7 @@ class Watch:
         return Ledger.read(self._run)
 
     def wait(self, condition: Callable[[Ledger], bool], *, timeout_s: float = 180) -> None:
-        deadline_s = time.monotonic() + timeout_s
+        deadline_s = time.monotonic() + limit_s(timeout_s)
         while not condition(self.ledger()):
             if self.ended.wait(0.05) or time.monotonic() > deadline_s:
                 raise TimeoutError("the run never got there")
@@ -142,7 +143,7 @@ class Arena:
         command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", self.cluster.address]
         command += ["--node-id", node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
         command += ["--reason-message", "taken away", "--deadline-remaining-seconds", str(deadline_s)]
-        subprocess.run(command, env=os.environ | self.cluster.environment, check=True, timeout=60)
+        subprocess.run(command, env=os.environ | self.cluster.environment, check=True, timeout=limit_s(60))
 
     def restore_nodes(self, count: int) -> None:
         """Nodes join until the cluster has so many workers again."""

@@ -8,6 +8,8 @@ import sys
 import threading
 from pathlib import Path
 
+from tests.time_limits import limit_s
+
 
 def main() -> int:
     code = 0
@@ -23,7 +25,7 @@ def main() -> int:
             case "wait-for-sigterm":
                 wait_for_sigterm()
             case "leave-behind":  # a process that keeps the output open
-                subprocess.Popen([sys.executable, "-c", "import time; time.sleep(30)"])
+                subprocess.Popen([sys.executable, "-c", f"import time; time.sleep({limit_s(30)})"])
             case "exit":
                 code = int(rest)
             case "die":

@@ -14,6 +14,7 @@ from cluster.flags import ConfigError
 from cluster.local import LocalCluster
 from cluster.storage import open_storage
 from jobs.ledger import LedgerWriter
+from tests.time_limits import limit_s
 
 
 def test_faults_come_in_the_order_of_their_steps() -> None:
@@ -55,6 +56,6 @@ def test_the_highest_rank_is_killed_once_its_step_is_done(
         with pytest.raises(subprocess.TimeoutExpired):  # several looks at the ledger long
             sleepers[1].wait(0.5)
         ledger.step(step=2)
-        assert sleepers[1].wait(20) == -signal.SIGKILL
+        assert sleepers[1].wait(limit_s(20)) == -signal.SIGKILL
     assert sleepers[0].poll() is None
     cluster.stop()

@@ -4,10 +4,7 @@ Only what needs no cluster; most of it in this process, since a Python that impo
 """
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ import pytest
 from cluster.cli import main
 from model.checkpoint import MANIFEST
 from tests.checkpoints import DAMAGES, damage, write_tiny
+from tests.command_line import raymill
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 COMMANDS = {
@@ -74,12 +72,6 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     handler = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, handler)
-
-
-def raymill(*argv: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, "-m", "cluster.cli", *argv]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
 
 
 def last_json(output: str) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """What raymill says to Grafana, against a recording stub, and, where GRAFANA_URL is set, to a real one."""
 
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -8,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from cluster import cli, grafana
+from cluster import grafana
 from cluster.dashboards import documents
 from cluster.flags import ConfigError
 from cluster.grafana import Annotation, Annotator, Grafana, GrafanaError, differences
 from tests.cluster.grafana_stub import GrafanaStub, grafana_stub
+from tests.command_line import raymill_here
 
 KILL = Annotation(time_s=1700000000.5, kind="kill", subject="run:demo", text="rank 1 & its node died")
 
@@ -26,33 +26,27 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[GrafanaStub]:
         yield stub
 
 
-def raymill(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, object], str]:
-    code = cli.main([*arguments, "--json"])
-    out, error = capsys.readouterr()
-    return code, json.loads(out.splitlines()[-1]) if out else {}, error
-
-
 def test_push_diff_push(stub: GrafanaStub, capsys: pytest.CaptureFixture[str]) -> None:
     push = ("dashboards", "push", "--prometheus-url", "http://prometheus:9090")
-    code, result, _ = raymill(*push, capsys=capsys)
+    code, result, _ = raymill_here(*push, capsys=capsys)
     assert (code, set(result.values())) == (0, {"created"})
     assert result.keys() == {"folder", "data source", *documents()}
     assert stub.kept["/dashboards/uid/raymill-training"]["dashboard"]["panels"]
     assert not any("/id/" in path or path.endswith("/datasources/1") for _, path in stub.requests)
 
     stub.requests.clear()
-    code, result, _ = raymill(*push, capsys=capsys)
+    code, result, _ = raymill_here(*push, capsys=capsys)
     assert (code, set(result.values())) == (0, {"unchanged"})
     assert {method for method, _ in stub.requests} == {"GET"}
-    code, result, _ = raymill("dashboards", "diff", capsys=capsys)
+    code, result, _ = raymill_here("dashboards", "diff", capsys=capsys)
     assert code == 0 and result["equal"] is True
 
     stub.kept["/dashboards/uid/raymill-cost"]["dashboard"]["panels"][1]["title"] = "changed by hand"
     del stub.kept["/dashboards/uid/raymill-slo"]
-    code, result, _ = raymill("dashboards", "diff", capsys=capsys)
+    code, result, _ = raymill_here("dashboards", "diff", capsys=capsys)
     assert (code, result["equal"]) == (1, False)
     assert (result["raymill-cost"], result["raymill-slo"]) == (["panels[1].title"], ["missing"])
-    _, result, _ = raymill(*push[:2], "--prometheus-url", "http://elsewhere:9090", capsys=capsys)
+    _, result, _ = raymill_here(*push[:2], "--prometheus-url", "http://elsewhere:9090", capsys=capsys)
     expected = {"data source": "updated", "raymill-cost": "updated", "raymill-slo": "created"}
     assert {name: how for name, how in result.items() if how != "unchanged"} == expected
 
@@ -118,7 +112,7 @@ def test_a_misuse_is_told_and_leaves_with_2(
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    code, _, error = raymill("dashboards", "push", capsys=capsys)
+    code, _, error = raymill_here("dashboards", "push", capsys=capsys)
     assert code == 2 and words in error
     with pytest.raises(ConfigError):
         Grafana.from_environment()
@@ -146,9 +140,9 @@ def test_differences_are_those_that_matter() -> None:
 
 @pytest.mark.skipif("GRAFANA_URL" not in os.environ, reason="no GRAFANA_URL: a real Grafana is asked only where named")
 def test_a_real_grafana_keeps_what_it_is_given(capsys: pytest.CaptureFixture[str]) -> None:
-    assert raymill("dashboards", "push", capsys=capsys)[0] == 0
-    assert raymill("dashboards", "diff", capsys=capsys)[0] == 0
-    _, result, _ = raymill("dashboards", "push", capsys=capsys)
+    assert raymill_here("dashboards", "push", capsys=capsys)[0] == 0
+    assert raymill_here("dashboards", "diff", capsys=capsys)[0] == 0
+    _, result, _ = raymill_here("dashboards", "push", capsys=capsys)
     assert set(result.values()) == {"unchanged"}
     note = Annotation(time.time(), "checkpoint", "run:test", "made by raymill's test")
     assert [Grafana.from_environment().annotate(note) for _ in range(2)] == ["created", "unchanged"]

@@ -15,6 +15,7 @@ import pytest
 from cluster.lease import Lease, LeaseHeldError, LeaseLostError
 from cluster.storage import Storage, open_storage
 from tests.cluster.fault_proxy import Cut, FaultProxy, running_proxy
+from tests.time_limits import limit_s
 
 INTERVAL_S = 0.2
 
@@ -39,12 +40,12 @@ def storage(uri: str) -> Storage:
     return open_storage(uri)
 
 
-def short(storage: Storage, *, timeout_s: float = 20.0) -> Lease:
+def short(storage: Storage, *, timeout_s: float = limit_s(20)) -> Lease:
     return Lease(storage, interval_s=INTERVAL_S, timeout_s=timeout_s)
 
 
 @contextmanager
-def holder(uri: str, *, timeout_s: float = 20.0) -> Iterator[tuple[subprocess.Popen[str], Callable[[str], str]]]:
+def holder(uri: str, *, timeout_s: float = limit_s(20)) -> Iterator[tuple[subprocess.Popen[str], Callable[[str], str]]]:
     """A process that waits for a line before it takes the lease, and a way to send it one and get its answer."""
     command = [sys.executable, "-m", "tests.cluster.lease_holder", uri, str(INTERVAL_S), str(timeout_s)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
@@ -74,7 +75,7 @@ def test_a_held_lease_is_refused_naming_its_holder_and_released_at_the_end(stora
         started_s = time.monotonic()
         with pytest.raises(LeaseHeldError, match=rf"/RUNNING is held by process {os.getpid()} on \S+ since 2.*; wait"):
             short(storage).__enter__()
-        assert time.monotonic() - started_s < 5  # by the next beat, not by the timeout
+        assert time.monotonic() - started_s < limit_s(5)  # by the next beat, not by the timeout
         first.check()
         assert first.generation == 1
     assert not storage.exists("RUNNING")
@@ -91,7 +92,7 @@ def test_one_of_many_threads_gets_it(storage: Storage) -> None:
         try:
             with short(storage) as lease:
                 outcomes.append("held")
-                all_tried.wait(30)
+                all_tried.wait(limit_s(30))
                 lease.check()
         except LeaseHeldError:
             outcomes.append("refused")
@@ -101,7 +102,7 @@ def test_one_of_many_threads_gets_it(storage: Storage) -> None:
     threads = [threading.Thread(target=contend) for _ in range(6)]
     for thread in threads:
         thread.start()
-    deadline_s = time.monotonic() + 30
+    deadline_s = time.monotonic() + limit_s(30)
     while len(outcomes) < 6 and time.monotonic() < deadline_s:
         time.sleep(0.05)
     all_tried.set()
@@ -132,27 +133,28 @@ def test_a_killed_holder_is_replaced_at_once_even_before_it_is_reaped(uri: str, 
         victim.send_signal(signal.SIGKILL)
         os.waitid(os.P_PID, victim.pid, os.WEXITED | os.WNOWAIT)  # a zombie from here on
         started_s = time.monotonic()
-        with short(storage, timeout_s=60) as lease:
-            assert time.monotonic() - started_s < 5
+        with short(storage, timeout_s=limit_s(60)) as lease:
+            assert time.monotonic() - started_s < limit_s(5)
             assert lease.generation == 2
             assert stored(storage)["generation"] == 2
             lease.check()
 
 
 def test_a_stopped_holder_is_replaced_after_the_timeout_and_fenced(uri: str, storage: Storage) -> None:
-    with holder(uri, timeout_s=1.5) as (victim, told):
+    timeout_s = limit_s(0.4)  # in which the holder must show itself
+    with holder(uri, timeout_s=timeout_s) as (victim, told):
         assert told("go") == "held 1"
         assert told("check") == "still held"
         victim.send_signal(signal.SIGSTOP)
         started_s = time.monotonic()
-        with short(storage, timeout_s=1.5) as lease:
-            assert time.monotonic() - started_s > 1.4
+        with short(storage, timeout_s=timeout_s) as lease:
+            assert time.monotonic() - started_s > 0.9 * timeout_s
             assert lease.generation == 2
             victim.send_signal(signal.SIGCONT)
             assert f"was taken over by process {os.getpid()} on " in told("check")
             assert victim.stdin
             victim.stdin.close()  # it ends, and its release leaves our lease alone
-            assert victim.wait(10) == 0
+            assert victim.wait(limit_s(10)) == 0
             lease.check()
             assert stored(storage)["pid"] == os.getpid()
 
@@ -176,8 +178,8 @@ def test_a_holder_that_does_not_know_yet_that_it_lost_leaves_the_other_lease_alo
 def test_what_is_no_lease_is_watched_and_replaced(storage: Storage, content: bytes) -> None:
     storage.write_bytes("RUNNING", content)
     started_s = time.monotonic()
-    with short(storage, timeout_s=0.5) as lease:
-        assert time.monotonic() - started_s > 0.4
+    with short(storage, timeout_s=limit_s(0.125)) as lease:
+        assert time.monotonic() - started_s > limit_s(0.1)
         lease.check()
 
 
@@ -187,8 +189,8 @@ def test_another_process_with_the_number_of_a_dead_one_does_not_keep_its_lease(s
     for changed, is_at_once in (({"started_s": float(str(dead["started_s"])) - 60}, True), ({"machine": "b"}, False)):
         storage.write_bytes("RUNNING", json.dumps(dead | changed).encode())
         started_s = time.monotonic()
-        with short(storage, timeout_s=1.0) as lease:
-            assert (time.monotonic() - started_s < 0.9) == is_at_once
+        with short(storage, timeout_s=limit_s(0.25)) as lease:
+            assert (time.monotonic() - started_s < limit_s(0.22)) == is_at_once
             assert lease.generation == 8
 
 

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +19,18 @@ import psutil
 import pytest
 
 from cluster.local import ClusterError, LocalCluster, free_port
+from tests.time_limits import limit_s
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.cluster
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def wait_until(condition: Callable[[], bool], *, timeout_s: float = 60) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true"
-        time.sleep(0.1)
-
-
 def alive_nodes(cluster: LocalCluster) -> set[str]:
     """Ids of the nodes that the head counts as alive, asked as anyone with the token may."""
     headers = {"Authorization": f"Bearer {cluster.token}"}
-    answer = httpx.get(f"{cluster.jobs_url}/api/v0/nodes", headers=headers, timeout=30).raise_for_status()
+    answer = httpx.get(f"{cluster.jobs_url}/api/v0/nodes", headers=headers, timeout=limit_s(30)).raise_for_status()
     nodes: list[dict[str, Any]] = answer.json()["data"]["result"]["result"]
     return {node["node_id"] for node in nodes if node["state"] == "ALIVE"}
 
@@ -78,10 +73,10 @@ def test_it_is_out_of_others_reach(cluster: LocalCluster, before: set[psutil.Pro
 @pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer wrong"}], ids=["no token", "wrong token"])
 def test_jobs_need_the_token(cluster: LocalCluster, headers: dict[str, str]) -> None:
     url = f"{cluster.jobs_url}/api/jobs/"
-    assert httpx.get(url, headers=headers).status_code in (401, 403)
-    assert httpx.post(url, headers=headers, json={"entrypoint": "true"}).status_code in (401, 403)
+    assert httpx.get(url, headers=headers, timeout=limit_s(30)).status_code in (401, 403)
+    assert httpx.post(url, headers=headers, json={"entrypoint": "true"}, timeout=limit_s(30)).status_code in (401, 403)
     right = {"Authorization": f"Bearer {cluster.token}"}
-    assert httpx.get(url, headers=right).json() == []
+    assert httpx.get(url, headers=right, timeout=limit_s(30)).json() == []
 
 
 def test_nodes_come_and_go(cluster: LocalCluster, before: set[psutil.Process]) -> None:
@@ -100,7 +95,7 @@ def test_nodes_come_and_go(cluster: LocalCluster, before: set[psutil.Process]) -
     assert "raylet" in {process.name() for process in of_node_1}
     cluster.kill_node("node-1")
     assert cluster.node_names == ["head", "node-2"]
-    _, remaining = psutil.wait_procs(of_node_1, timeout=20)
+    _, remaining = psutil.wait_procs(of_node_1, timeout=limit_s(20))
     assert remaining == []
     wait_until(lambda: len(alive_nodes(cluster)) == 2)
     assert added in alive_nodes(cluster)
@@ -151,9 +146,9 @@ def test_a_killed_owner_leaves_nothing_running() -> None:
         processes = psutil.Process(owner.pid).children(recursive=True)
         assert {"raylet", "gcs_server"} <= {process.name() for process in processes}
         owner.kill()
-        assert owner.wait(10) == -signal.SIGKILL
+        assert owner.wait(limit_s(10)) == -signal.SIGKILL
         # Seconds as a rule; where the raylet is killed rather than ended, its agents notice within a minute.
-        _, remaining = psutil.wait_procs(processes, timeout=120)
+        _, remaining = psutil.wait_procs(processes, timeout=limit_s(120))
         assert remaining == []
     finally:
         owner.kill()

@@ -9,7 +9,8 @@ import ray
 
 from cluster.metric_export import Metrics
 from cluster.metric_table import COMMON_LABELS, SERIES, Exporter, Kind, metrics_of
-from tests.prometheus import needs_prometheus, prometheus, wait_for
+from tests.prometheus import needs_prometheus, prometheus
+from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.cluster, needs_prometheus]
 
@@ -49,7 +50,7 @@ def test_prometheus_gets_every_metric_with_its_value(metrics_port: int, tmp_path
                 metrics.publish()
             return ours <= server.names()
 
-        wait_for(all_have_come, timeout_s=60)
+        wait_until(all_have_come, timeout_s=60)
         for name in ours - {name for name in ours if name.endswith(("_bucket", "_count", "_sum"))}:
             (series,) = server.get("query", query=name)["result"]
             assert float(series["value"][1]) == 12.5

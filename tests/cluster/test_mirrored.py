@@ -14,6 +14,7 @@ from cluster.job_log import LogReader, launches
 from cluster.lease import Lease, living_holder
 from cluster.mirrored import lease_key
 from cluster.storage import Storage, open_storage
+from tests.time_limits import limit_s
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STAGE = "tests.cluster.noisy_stage"
@@ -46,7 +47,7 @@ def test_output_result_and_exit_code_are_kept(run: Storage, tmp_path: Path) -> N
     progress = 'raymill-progress: {"label": "training", "done": %d, "total": 9, "unit": "steps", "note": ""}'
     words = ["say hello", "complain oh", f"say {progress % 1}", f"say {progress % 2}", f"say {progress % 9}"]
     process = start(tmp_path, *words, "say raymill-result: {cut", f"say {'z' * 70_000}", "result 7")
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=limit_s(60))
     assert (process.returncode, err) == (0, "")
     assert out.startswith(f"hello\noh\n{progress % 1}\n{progress % 2}\n")  # all goes on as it was
     log = newest(run)
@@ -66,7 +67,7 @@ def test_a_stage_that_fails_or_is_killed_leaves_its_last_words(
     run: Storage, tmp_path: Path, word: str, code: int
 ) -> None:
     process = start(tmp_path, "result 1", "say last words", word)
-    process.communicate(timeout=60)
+    process.communicate(timeout=limit_s(60))
     ended = newest(run).ended()
     assert process.returncode == code
     assert ended is not None
@@ -78,8 +79,8 @@ def test_a_stage_that_fails_or_is_killed_leaves_its_last_words(
 def test_what_the_stage_leaves_behind_holds_nothing_up(run: Storage, tmp_path: Path) -> None:
     began = time.monotonic()
     process = start(tmp_path, "leave-behind", "say done")
-    assert process.wait(25) == 0
-    assert time.monotonic() - began < 20
+    assert process.wait(limit_s(25)) == 0
+    assert time.monotonic() - began < limit_s(20)
     assert "".join(newest(run).new_text()) == "done\n"
 
 
@@ -91,7 +92,7 @@ def test_ray_tells_stage_and_mirror_to_stop_and_both_say_so(run: Storage, tmp_pa
     time.sleep(0.3)
     assert process.poll() is None  # the stage decides when it ends
     stage.terminate()
-    assert process.wait(20) == 1
+    assert process.wait(limit_s(20)) == 1
     ended = newest(run).ended()
     assert ended is not None and ended.stopped
     assert "".join(newest(run).new_text()) == "waiting\ntold to stop\n"
@@ -103,15 +104,15 @@ def test_a_stage_dies_with_its_mirror(run: Storage, tmp_path: Path) -> None:
     wait_for_line(process, "waiting")
     (stage,) = psutil.Process(process.pid).children()
     process.kill()
-    process.wait(10)
-    psutil.wait_procs([stage], timeout=20)
+    process.wait(limit_s(10))
+    psutil.wait_procs([stage], timeout=limit_s(20))
     assert not stage.is_running()
 
 
 def test_a_run_has_each_stage_once(run: Storage, tmp_path: Path) -> None:
     with Lease(run, lease_key("noisy_stage")):
         second = start(tmp_path, "say twice")
-        out, err = second.communicate(timeout=60)
+        out, err = second.communicate(timeout=limit_s(60))
     assert (second.returncode, out) == (1, "")
     assert err.startswith("error: this run's noisy_stage runs already: ")
     assert launches(run) == []
@@ -120,6 +121,6 @@ def test_a_run_has_each_stage_once(run: Storage, tmp_path: Path) -> None:
 def test_settings_without_a_run_id_are_refused(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("data: {source: x}\n")
     process = start(tmp_path, "say never")
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=limit_s(60))
     assert (process.returncode, out) == (2, "")
     assert "names no run_id" in err

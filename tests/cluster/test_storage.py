@@ -25,6 +25,7 @@ from cluster.storage import (
     open_storage,
     split_uri,
 )
+from tests.time_limits import limit_s
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -141,7 +142,7 @@ def test_processes_that_count_in_one_local_file_lose_no_count(tmp_path: Path) ->
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(limit_s(120))
     assert [process.exitcode for process in processes] == [0, 0, 0]
     assert open_storage(str(tmp_path)).read_bytes("counter") == b"90"
 

@@ -5,7 +5,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,8 @@ from cluster.job_log import LogReader, launches
 from cluster.local import LocalCluster
 from cluster.storage import Storage, open_storage
 from tests.jobs.corpora import number_texts
+from tests.time_limits import limit_s
+from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -105,13 +107,6 @@ def run(folder: Path) -> Storage:
     return open_storage(str(folder / ".raymill/runs/demo"))
 
 
-def wait_for(condition: Callable[[], object], timeout_s: float = 90) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-
-
 def test_a_wrong_or_missing_token_is_named_at_once_by_each_command(
     cluster: LocalCluster, folder: Path, run: Storage
 ) -> None:
@@ -127,7 +122,7 @@ def test_a_wrong_or_missing_token_is_named_at_once_by_each_command(
     for who, words, expected in cases:
         began = time.monotonic()
         done = who.call(*words)
-        assert time.monotonic() - began < 15
+        assert time.monotonic() - began < limit_s(15)
         assert (done.code, done.out) == (1, "")
         assert expected in done.err
         assert done.err.count("\n") == 1
@@ -160,7 +155,7 @@ def test_submitted_once_stopped_resumed_and_told_of_afterwards(
     assert other.code == 1
     assert "run demo has another job, pretrain, which is " in other.err
 
-    wait_for(lambda: "attempt 1: 1 workers" in person.call("logs", "demo").out)
+    wait_until(lambda: "attempt 1: 1 workers" in person.call("logs", "demo").out)
     told = person.ask("status", "demo")
     assert (told["state"], told["stage"], told["exit_code"]) == ("running", "pretrain", None)
     # Without the token nobody is asked, but the storage tells: the job's lease is held.
@@ -204,7 +199,7 @@ def test_a_local_job_has_a_cluster_of_its_own(folder: Path) -> None:
     first = person.ask(*words)
     assert (first["new"], first["backend"], first["job"]) == (True, "local", "local.1")
     assert person.ask(*words)["new"] is False
-    wait_for(lambda: "attempt 1: 1 workers" in person.call("logs", "local").out)
+    wait_until(lambda: "attempt 1: 1 workers" in person.call("logs", "local").out)
     assert person.ask("stop", "local")["state"] == "stopped"
     assert person.ask(*words)["job"] == "local.2"
     assert person.call("logs", "-f", "local").code == 0
@@ -216,10 +211,10 @@ def test_a_local_job_whose_owner_is_killed_has_ended_and_is_resumed(folder: Path
     person = Person(folder)
     words = ["submit", "pretrain", "run.yaml", "--run-id", "orphan", "--cluster.num-nodes", "1"]
     person.ask(*words)
-    wait_for(lambda: "attempt 1: 1 workers" in person.call("logs", "orphan").out)
+    wait_until(lambda: "attempt 1: 1 workers" in person.call("logs", "orphan").out)
     record = json.loads((folder / ".raymill/runs/orphan/jobs/submitted.json").read_text())
     os.kill(record["pid"], 9)
-    wait_for(lambda: person.call("status", "orphan", "--json").code == 1)
+    wait_until(lambda: person.call("status", "orphan", "--json").code == 1)
     # The cluster goes with its owner. The driver has failed where it could still say so.
     assert person.ask("status", "orphan", code=1)["state"] in ("lost", "failed")
     assert person.ask(*words)["job"] == "orphan.2"
@@ -229,7 +224,7 @@ def test_a_local_job_whose_owner_is_killed_has_ended_and_is_resumed(folder: Path
 def test_a_local_job_goes_on_under_a_new_head(folder: Path) -> None:
     person = Person(folder)
     person.ask("submit", "pretrain", "run.yaml", "--run-id", "headless", "--cluster.num-nodes", "1")
-    wait_for(lambda: "attempt 1: 1 workers" in person.call("logs", "headless").out)
+    wait_until(lambda: "attempt 1: 1 workers" in person.call("logs", "headless").out)
     record = json.loads((folder / ".raymill/runs/headless/jobs/submitted.json").read_text())
     (head,) = psutil.Process(record["pid"]).children()
     head.kill()

@@ -1,37 +1,20 @@
 """A run followed by an endpoint that `raymill serve` started: its commands as processes, checkpoints as they appear."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 
 from model.checkpoint import read_metadata
 from tests.checkpoints import damage, write_tiny
-from tests.serving.endpoint_parts import free_port, wait_until
-
-RAYMILL = [sys.executable, "-m", "cluster.cli"]
-REPOSITORY = Path(__file__).parents[2]
-
-
-def environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
-        "PYTHONPATH": str(REPOSITORY)
-    }
-
-
-def raymill(*words: str, folder: Path) -> dict[str, Any]:
-    done = subprocess.run(
-        [*RAYMILL, *words, "--json"], cwd=folder, env=environment(), capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+from tests.command_line import RAYMILL, environment, raymill_result
+from tests.serving.endpoint_parts import free_port
+from tests.time_limits import limit_s
+from tests.waiting import wait_until
 
 
 @pytest.mark.slow
@@ -58,7 +41,7 @@ def test_an_endpoint_follows_a_run(tmp_path: Path) -> None:
         url = json.loads(server.stdout.readline())["url"]
 
         def live_step() -> int:
-            return int(httpx.get(f"{url}/v1/models", timeout=30).json()["data"][0]["lineage"]["step"])
+            return int(httpx.get(f"{url}/v1/models", timeout=limit_s(30)).json()["data"][0]["lineage"]["step"])
 
         assert live_step() == 1
         checkpoint(2)
@@ -68,10 +51,13 @@ def test_an_endpoint_follows_a_run(tmp_path: Path) -> None:
         assert "model.safetensors is altered" in (tmp_path / "serve.log").read_text()
         fourth = checkpoint(4)
         wait_until(lambda: live_step() == 4, timeout_s=90)
-        assert httpx.get(f"{url}/version").headers["x-model-version"] == str(read_metadata(fourth).parameter_hash)[:16]
-        result = raymill("rollback", folder=tmp_path)
+        assert (
+            httpx.get(f"{url}/version", timeout=limit_s(30)).headers["x-model-version"]
+            == str(read_metadata(fourth).parameter_hash)[:16]
+        )
+        result = raymill_result("rollback", folder=tmp_path)
         assert result["phase"] == "steady" and Path(result["checkpoint"]).name == "step-000000002"
     finally:
         server.send_signal(signal.SIGTERM)
-        assert server.wait(60) == 128 + signal.SIGTERM
+        assert server.wait(limit_s(60)) == 128 + signal.SIGTERM
         shutil.rmtree(tmp_path / ".raymill/logs", ignore_errors=True)

@@ -27,6 +27,7 @@ from cluster.serve_config import ServeConfig
 from cluster.stage import Connection, run_stage
 from cluster.storage import open_storage
 from tests.jobs.corpora import number_texts
+from tests.time_limits import limit_s
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -132,7 +133,7 @@ def answer_of_replica(port: int, metadata: tuple[tuple[str, str], ...]) -> grpc.
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         call = channel.unary_unary("/ray.serve.ASGIService/HandleRequest")
         with pytest.raises(grpc.RpcError) as refused:
-            call(b"", metadata=metadata, timeout=20)
+            call(b"", metadata=metadata, timeout=limit_s(20))
     return refused.value.code()
 
 
@@ -149,10 +150,10 @@ def answer_of_replica(port: int, metadata: tuple[tuple[str, str], ...]) -> grpc.
 )
 def test_the_dashboard_asks_for_the_token(house: House, method: str, path: str) -> None:
     url, right = house.cluster.jobs_url + path, {"Authorization": f"Bearer {house.cluster.token}"}
-    assert httpx.request(method, url, timeout=20).status_code in REFUSED
+    assert httpx.request(method, url, timeout=limit_s(20)).status_code in REFUSED
     wrong = {"Authorization": f"Bearer {'0' * len(house.cluster.token)}"}
-    assert httpx.request(method, url, headers=wrong, timeout=20).status_code in REFUSED
-    assert httpx.request(method, url, headers=right, timeout=20).status_code not in REFUSED
+    assert httpx.request(method, url, headers=wrong, timeout=limit_s(20)).status_code in REFUSED
+    assert httpx.request(method, url, headers=right, timeout=limit_s(20)).status_code not in REFUSED
 
 
 @pytest.mark.parametrize(
@@ -177,7 +178,7 @@ def test_the_endpoint_asks_for_its_keys(house: House, method: str, path: str, ke
     def answer(token: str | None, body: str = "{}") -> int:
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         return httpx.request(
-            method, url, headers=headers | {"Content-Type": "application/json"}, timeout=30
+            method, url, headers=headers | {"Content-Type": "application/json"}, timeout=limit_s(30)
         ).status_code
 
     assert answer(None) in REFUSED

@@ -3,6 +3,7 @@
 Everything is real: raylets, Ray Train, signals. One local cluster serves the whole module.
 """
 
+import math
 import os
 import signal
 import subprocess
@@ -22,6 +23,8 @@ from cluster.stage import Connection, StageFailedError, run_stage
 from cluster.storage import open_storage
 from jobs.ledger import Ledger
 from tests.jobs.corpora import number_texts
+from tests.time_limits import limit_s
+from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -87,12 +90,12 @@ class Running:
         self.result: Future[dict[str, Any]] = self._threads.submit(run_stage, connection, "jobs.pretrain", config)
 
     def until(self, condition: Callable[[Ledger], object], timeout_s: float = 90) -> Ledger:
-        deadline = time.monotonic() + timeout_s
-        while not condition(ledger := ledger_of(self._config)):
-            assert time.monotonic() < deadline, ledger.events()
-            assert not self.result.done(), self.result.result()
-            time.sleep(0.05)
-        return ledger
+        def comes_true() -> object:
+            assert not self.result.done() or condition(ledger_of(self._config)), self.result.result()
+            return condition(ledger_of(self._config))
+
+        wait_until(comes_true, timeout_s=timeout_s, told=lambda: ledger_of(self._config).events())
+        return ledger_of(self._config)
 
     def worker(self, rank: int) -> int:
         return int(ledger_of(self._config).events("start")[-1]["workers"][rank]["pid"])
@@ -109,7 +112,7 @@ def test_a_stopped_worker_is_named_killed_and_replaced(
     run = Running(connection, config)
     run.until(at_step(30))
     os.kill(run.worker(1), signal.SIGSTOP)
-    result = run.result.result(150)
+    result = run.result.result(limit_s(150))
     ledger = ledger_of(config)
     (hang,) = ledger.events("hang")
     assert (hang["rank"], hang["health"]) == (1, "silent")
@@ -118,7 +121,7 @@ def test_a_stopped_worker_is_named_killed_and_replaced(
     print(
         f"from the last step before the hang to the first after it: {recovery.seconds} s, steps lost: {recovery.lost_steps}"
     )
-    assert recovery.seconds <= 45
+    assert recovery.seconds <= limit_s(45)
     kept = [path.name for path in (folder / "storage/runs/hang/hangs").iterdir()]
     assert any("rank-0" in name for name in kept), kept
     assert any("rank-1-silent" in name for name in kept), kept
@@ -128,7 +131,8 @@ def test_a_stopped_worker_is_named_killed_and_replaced(
 def test_sigterm_makes_a_checkpoint_and_a_straggler_no_restart(
     connection: Connection, folder: Path, alone: tuple[str, list[tuple[int, float]]]
 ) -> None:
-    config = run_config(folder, "term", hang_timeout_s=5)
+    hang_timeout_s = limit_s(1.25)
+    config = run_config(folder, "term", hang_timeout_s=hang_timeout_s)
     run = Running(connection, config)
     run.until(at_step(20))
     worker = run.worker(1)
@@ -140,14 +144,14 @@ def test_sigterm_makes_a_checkpoint_and_a_straggler_no_restart(
     assert 20 <= saved["step"] < 100
     os.kill(worker, signal.SIGTERM)
     run.until(lambda ledger: len(ledger.events("preempted")) > 1)
-    for _ in range(8):  # longer than the timeout
+    for _ in range(math.ceil(1.4 * hang_timeout_s / 0.9)):  # longer than the timeout
         os.kill(worker, signal.SIGSTOP)
         time.sleep(0.9)
         os.kill(worker, signal.SIGCONT)
         time.sleep(0.1)
         if run.result.done():
             break
-    assert run.result.result(120)["restarts"] == 0
+    assert run.result.result(limit_s(120))["restarts"] == 0
     assert ledger_of(config).events("hang") == []
     assert ledger_of(config).events("preempted")[0]["step"] == saved["step"]
     assert losses(config) == alone[1]
@@ -163,14 +167,11 @@ def test_sigterm_to_the_launcher_leaves_its_last_step(
     environment = os.environ | connection.local.environment
     launcher = subprocess.Popen([*command, "--cluster.address", connection.jobs_url], env=environment)
     try:
-        deadline = time.monotonic() + 90
-        while not at_step(30)(ledger_of(config)):
-            assert launcher.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_until(lambda: launcher.poll() is not None or at_step(30)(ledger_of(config)), timeout_s=90)
+        assert launcher.poll() is None
         launcher.terminate()
         sent_at = time.monotonic()
-        assert launcher.wait(60) == 128 + signal.SIGTERM
+        assert launcher.wait(limit_s(60)) == 128 + signal.SIGTERM
     finally:
         launcher.kill()
     ledger = ledger_of(config)

@@ -26,8 +26,10 @@ from jobs.ledger import Ledger
 from model.checkpoint import load_model, load_tokenizer
 from tests.jobs.corpora import number_texts
 from tests.serving.delivery_parts import Admin
-from tests.serving.endpoint_parts import free_port, wait_until
+from tests.serving.endpoint_parts import free_port
 from tests.serving.load import End, Load, greedy_asks
+from tests.time_limits import limit_s
+from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -94,15 +96,16 @@ class ElasticRun:
 
     def wait_for_steps(self, *, world_size: int, since: int = 0) -> float:
         """Until it has taken 20 steps with so many workers. Seconds."""
-        start_s = time.monotonic()
-        while sum(line["world_size"] == world_size for line in self.ledger.steps[since:]) < 20:
-            assert time.monotonic() < start_s + 120 and not self._running.done()
-            time.sleep(0.1)
-        return time.monotonic() - start_s
+
+        def has_taken_them() -> bool:
+            assert not self._running.done()
+            return sum(line["world_size"] == world_size for line in self.ledger.steps[since:]) >= 20
+
+        return wait_until(has_taken_them, timeout_s=120, poll_s=0.1)
 
     def check_result(self, parameter_hash: str) -> None:
         """After two resizes."""
-        result = self._running.result(300)
+        result = self._running.result(limit_s(300))
         self._pool.shutdown()
         assert result["world_sizes"] == [2, 1, 2]
         assert result["parameter_hash"] == parameter_hash

@@ -19,12 +19,12 @@ from cluster.river import river
 from cluster.storage import open_storage
 from jobs.ledger import Ledger
 from tests.cluster.fault_proxy import Cut, Fault, Refused, Stalled, running_proxy
+from tests.time_limits import limit_s
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 SEED = 20261125
 NUM_STEPS = 600  # the ledger, by whose steps faults come, reaches a store that fails late
-WALL_S = 700  # of the disturbed run, on two busy cores
 
 
 class Weather:
@@ -115,4 +115,4 @@ def test_the_demo_on_a_store_that_fails_ends_with_the_same_bits(
     assert len(quiet["losses"]) == NUM_STEPS
     assert {"503", "500", "reset", "truncated", "unanswered", "stalled"} <= weather.counts.keys()
     assert min(ledger.world_sizes) < max(ledger.world_sizes)  # the node was lost and replaced
-    assert wall_s < WALL_S
+    assert wall_s < limit_s(300)

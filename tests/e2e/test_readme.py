@@ -22,6 +22,7 @@ import yaml
 from cluster.local import LocalCluster, free_port
 from tests.cluster.grafana_stub import grafana_stub
 from tests.readmes import REPOSITORY, Command, blocks_of_commands
+from tests.time_limits import limit_s
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -94,7 +95,7 @@ class Reader:
             capture_output=True,
             text=True,
             check=False,
-            timeout=600,
+            timeout=limit_s(600),
         )
         assert done.returncode == EXIT_CODES.get(arguments[0], 0), f"{arguments}: {done.stdout}{done.stderr}"
         result = json.loads(done.stdout.splitlines()[-1])
@@ -119,7 +120,7 @@ class Reader:
             capture_output=True,
             text=True,
             check=False,
-            timeout=60,
+            timeout=limit_s(60),
         )
         assert done.returncode == 0, done.stderr
         assert done.stdout.rstrip().endswith("data: [DONE]"), done.stdout
@@ -127,7 +128,7 @@ class Reader:
     def _end_server(self) -> None:
         if self._server is not None:
             self._server.send_signal(signal.SIGTERM)
-            assert self._server.wait(60) == 128 + signal.SIGTERM
+            assert self._server.wait(limit_s(60)) == 128 + signal.SIGTERM
             self._server = None
 
 

@@ -3,7 +3,6 @@
 Each node holds one worker, and steps are long enough for a snapshot each. One local cluster serves the module.
 """
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from cluster.stage import Connection, run_stage
 from cluster.storage import open_storage
 from jobs.ledger import Ledger
 from tests.jobs.corpora import number_texts
+from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -64,10 +64,8 @@ def run(connection: Connection, config: RunConfig, *faults: str) -> tuple[dict[s
         result = run_stage(connection, "jobs.pretrain", config)
     ledger = Ledger.read(open_storage(config.storage.uri).child(f"runs/{config.run_id}"))
     assert [line["step"] for line in ledger.steps] == list(range(1, NUM_STEPS + 1))
-    deadline = time.monotonic() + 30
-    while left := memory_left():  # Ray ends a finished job's processes soon, not at once
-        assert time.monotonic() < deadline, left
-        time.sleep(0.2)
+    # Ray ends a finished job's processes soon, not at once.
+    wait_until(lambda: not memory_left(), timeout_s=30, told=memory_left)
     return result, ledger
 
 

@@ -1,14 +1,10 @@
 """The whole river through the command line: text to a served model, with everything durable in S3."""
 
 import json
-import os
 import signal
 import socket
 import subprocess
-import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import boto3
 import httpx
@@ -16,36 +12,17 @@ import openai
 import psutil
 import pytest
 
+from tests.command_line import RAYMILL, environment, raymill_result
+from tests.time_limits import limit_s
+from tests.waiting import wait_until
+
 pytestmark = pytest.mark.cluster
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-RAYMILL = [sys.executable, "-m", "cluster.cli"]
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(REPOSITORY)}
-
-
-def raymill(*arguments: str, folder: Path) -> dict[str, Any]:
-    """The JSON result of a command that must succeed."""
-    done = subprocess.run(
-        [*RAYMILL, *arguments, "--json"], cwd=folder, env=environment(), capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
-
-
-def wait_for(condition: Any, *, timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true in time"
-        time.sleep(0.2)
 
 
 def test_text_becomes_a_served_model_in_s3(tmp_path: Path, s3_bucket: str) -> None:
@@ -68,14 +45,16 @@ def test_text_becomes_a_served_model_in_s3(tmp_path: Path, s3_bucket: str) -> No
     settings += ["--train.global-batch-size", "8", "--train.micro-batch-size", "2", "--train.seq-len", "64"]
     settings += ["--checkpoint.save-every-steps", "10", "--train.eval-max-tokens", "4096"]
 
-    run = raymill("pretrain", "--data.source", f"s3://{s3_bucket}/corpus/*.txt", *settings, *storage, folder=tmp_path)
+    run = raymill_result(
+        "pretrain", "--data.source", f"s3://{s3_bucket}/corpus/*.txt", *settings, *storage, folder=tmp_path
+    )
     assert run["step"] == 32
     assert run["val_loss"] < run["first_loss"]
     assert run["checkpoint"].startswith(f"s3://{s3_bucket}/store/runs/")
 
-    shown = raymill("checkpoint", "show", run["checkpoint"], *storage, folder=tmp_path)
+    shown = raymill_result("checkpoint", "show", run["checkpoint"], *storage, folder=tmp_path)
     assert shown["valid"] and shown["parameter_hash"] == run["parameter_hash"]
-    report = raymill("report", run["run_id"], *storage, folder=tmp_path)
+    report = raymill_result("report", run["run_id"], *storage, folder=tmp_path)
     assert report["html"].startswith(f"s3://{s3_bucket}/")
 
     port = free_port()
@@ -92,11 +71,11 @@ def test_text_becomes_a_served_model_in_s3(tmp_path: Path, s3_bucket: str) -> No
             model=endpoint["model"], prompt="Document 3. w93", max_tokens=8, temperature=0
         )
         assert answer.usage is not None and answer.usage.completion_tokens == 8
-        completed = raymill(
+        completed = raymill_result(
             "complete", "Document 3. w93", "--max-tokens", "8", "--temperature", "0", *storage, folder=tmp_path
         )
         assert completed["text"] == answer.choices[0].text
-        assert httpx.get(f"{endpoint['url']}/v1/models").status_code == 401
+        assert httpx.get(f"{endpoint['url']}/v1/models", timeout=limit_s(30)).status_code == 401
 
         second = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
         assert second.returncode == 1
@@ -104,5 +83,5 @@ def test_text_becomes_a_served_model_in_s3(tmp_path: Path, s3_bucket: str) -> No
     finally:
         started = psutil.Process(server.pid).children(recursive=True)
         server.send_signal(signal.SIGTERM)
-        assert server.wait(60) == 128 + signal.SIGTERM
-    wait_for(lambda: not any(process.is_running() for process in started), timeout_s=20)
+        assert server.wait(limit_s(60)) == 128 + signal.SIGTERM
+    wait_until(lambda: not any(process.is_running() for process in started), timeout_s=20)

@@ -17,7 +17,9 @@ from cluster.local import LocalCluster, free_port
 from cluster.metric_table import SERIES
 from cluster.serve_config import ServeConfig
 from cluster.stage import Connection, run_stage
-from tests.prometheus import Prometheus, needs_prometheus, prometheus, wait_for
+from tests.prometheus import Prometheus, needs_prometheus, prometheus
+from tests.time_limits import limit_s
+from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, needs_prometheus]
 
@@ -80,7 +82,7 @@ def ask_an_endpoint(connection: Connection, folder: Path, server: Prometheus) ->
         {"port": free_port(), "api_key_file": str(folder / "key"), "storage": {"uri": str(folder / "store")}}
     )
     endpoint = deploy(connection, config)
-    with httpx.Client(base_url=endpoint.url, headers=endpoint.headers, timeout=60) as client:
+    with httpx.Client(base_url=endpoint.url, headers=endpoint.headers, timeout=limit_s(60)) as client:
         request = {"model": endpoint.model, "prompt": "Document 3.", "max_tokens": 16, "ignore_eos": True}
 
         def answers_are_seen() -> bool:
@@ -90,7 +92,7 @@ def ask_an_endpoint(connection: Connection, folder: Path, server: Prometheus) ->
             seen = server.get("query", query='ray_raymill_http_answers_total{outcome="ok"} > 2')["result"]
             return bool(seen) and "ray_vllm_generation_tokens_total" in server.names()
 
-        wait_for(answers_are_seen, timeout_s=60)
+        wait_until(answers_are_seen, timeout_s=60)
         time.sleep(4)  # two more scrapes, which a rate needs
 
 

@@ -2,7 +2,7 @@
 
     python -m tests.jobs.meeting_worker ADDRESS RANK WORLD_SIZE ROUNDS
 
-Prints its process id when it has met the others, and the sum of each round; a lost worker makes all begin again.
+Prints its process id when it has come and when it has met the others, and the sum of each round; a lost worker makes all begin again.
 """
 
 import os
@@ -17,6 +17,7 @@ from jobs.rendezvous import Rendezvous
 
 def main(address: str, rank: int, world_size: int, num_rounds: int) -> None:
     rendezvous = Rendezvous(address, group="group", rank=rank, world_size=world_size, backend="gloo")
+    print("come", os.getpid(), flush=True)
 
     def work() -> None:
         print("met", os.getpid(), flush=True)

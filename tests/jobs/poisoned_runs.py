@@ -14,6 +14,7 @@ from torch import Tensor
 from jobs.batch_gradient import BatchGradient
 from jobs.run_plan import RunPlan
 from jobs.train_loop import train
+from tests.time_limits import limit_s
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ def run_world(plan: RunPlan, faults: Faults = Faults(), *, world_size: int = 1) 
         for process in processes:
             process.start()
         for process in processes:
-            process.join(60)
+            process.join(limit_s(60))
         codes: Sequence[int | None] = [process.exitcode for process in processes]
         for process in processes:
             process.kill()

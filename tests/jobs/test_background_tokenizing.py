@@ -19,6 +19,7 @@ from jobs.train_loop import train
 from model.checkpoint import read_metadata
 from model.errors import UserError
 from tests.jobs.runs import newest_checkpoint, trained_run
+from tests.time_limits import limit_s
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def test_a_failure_ends_the_training_with_its_own_error(
 
     def tokenize(config: RunConfig) -> dict[str, Any]:
         limits.append(DataContext.get_current().execution_options.resource_limits.cpu)
-        assert started.wait(10)
+        assert started.wait(limit_s(10))
         raise UserError("the corpus changed while it was tokenized")
 
     monkeypatch.setattr(background_tokenizing, "tokenize", tokenize)
@@ -79,7 +80,7 @@ def test_the_trained_run_waits_for_the_store_and_resumes_on_the_finished_one(
     trained = threading.Event()
 
     def tokenize(config: RunConfig) -> dict[str, Any]:
-        assert trained.wait(30)
+        assert trained.wait(limit_s(30))
         store.write_bytes(MANIFEST, finished.to_json())
         return {}
 

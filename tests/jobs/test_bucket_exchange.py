@@ -21,6 +21,7 @@ from jobs.worker_group import WorkerGroup
 from model.checkpoint import parameter_hash
 from tests.jobs.reference_reduce import reduce_worlds
 from tests.jobs.train_worlds import CASES, CPU, NUM_STEPS, RESIZES, Case, MadeRows, Trainer
+from tests.time_limits import limit_s
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MAX_WORLD_SIZE = 5
@@ -35,7 +36,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[Outcome]:
     folder = tmp_path_factory.mktemp("worlds")
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.jobs.train_worlds", str(MAX_WORLD_SIZE), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=limit_s(120), check=False)
     assert done.returncode == 0, done.stderr
     found: list[Outcome] = json.loads(done.stdout.splitlines()[-1])
     return found

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from jobs import spool
 from jobs.duplicates import Duplicates
+from tests.time_limits import limit_s
 
 
 def as_hashes(numbers: list[int]) -> np.ndarray:
@@ -84,5 +85,5 @@ print(peak_bytes() - before)
 def test_memory_is_bounded(kind: str, chunks: int, tmp_path: Path) -> None:
     """10^6 documents exactly, 10^5 nearly: far less than their records (24 MB; 66 MB), but for buffers."""
     command = [sys.executable, "-c", FILL, kind, str(tmp_path), str(chunks)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+    output = subprocess.run(command, check=True, capture_output=True, text=True, timeout=limit_s(60)).stdout
     assert int(output) < 60 << 20

@@ -26,6 +26,7 @@ from model.checkpoint import (
 from model.config import GPTConfig
 from model.gpt import GPT
 from model.tokenizer import train_bpe
+from tests.time_limits import limit_s
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TEXT = "the quick brown fox jumps over the lazy dog, and over the fence"
@@ -98,7 +99,9 @@ def test_the_command_prints_one_result_or_one_line_of_error(checkpoint: Path, tm
     command = [sys.executable, "-m", "jobs.export", str(checkpoint), "export"]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     first, second = (
-        subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+        subprocess.run(
+            command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=limit_s(60), check=False
+        )
         for _ in range(2)
     )
     result = parse_result(first.stdout.splitlines()[-1])

@@ -14,6 +14,7 @@ from jobs.token_store import MANIFEST, SEALED, Manifest, Shard, TokenStoreError
 from jobs.token_stream import TokenStream
 from model.errors import UserError
 from tests.jobs.stores import manifest_of, write_shard
+from tests.time_limits import limit_s
 
 FAST = Clock(poll_s=0.001)
 
@@ -53,7 +54,7 @@ def grow(source: Storage, target: Storage, manifest: Manifest, *, seed: int, may
         done.add(shard)
         seal(target, manifest, done)
         threading.Event().wait(0.004)
-    may_finish.wait(30)
+    may_finish.wait(limit_s(30))
     target.write_bytes(MANIFEST, manifest.to_json())
     target.delete(SEALED)
 

@@ -29,6 +29,7 @@ from model.errors import UserError
 from model.tokenizer import Tokenizer
 from tests.jobs.corpora import data_config, manifest_of, texts_of
 from tests.jobs.hostile_corpus import MAX_DOCUMENT_BYTES, HostileCorpus, make_hostile_corpus
+from tests.time_limits import limit_s
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SETTINGS: dict[str, Any] = {"max_document_bytes": MAX_DOCUMENT_BYTES, "shard_bytes": 200_000}
@@ -107,7 +108,7 @@ def as_a_stage(config: Any, folder: Path) -> subprocess.CompletedProcess[str]:
         env=os.environ | {"RAY_ADDRESS": address, "PYTHONPATH": str(REPOSITORY), "RAY_AUTH_MODE": "disabled"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=limit_s(60),
         check=False,
     )
 

@@ -26,6 +26,7 @@ from jobs.preview_data import preview
 from tests.cluster.fault_proxy import Cut, FaultProxy, Refused, running_proxy
 from tests.jobs.corpora import data_config
 from tests.jobs.hostile_corpus import make_hostile_corpus
+from tests.time_limits import limit_s
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -192,7 +193,7 @@ def test_a_huge_document_is_read_in_little_memory(name: str, tmp_path: Path) -> 
     )
     output = subprocess.run(
         [sys.executable, "-c", READ, small, tmp_path / name], env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-        capture_output=True, text=True, timeout=60, check=True,
+        capture_output=True, text=True, timeout=limit_s(60), check=True,
     ).stdout.split()  # fmt: skip
     assert output[3] == first
     assert int(output[1]) == count if count else int(output[1]) > 500

@@ -20,6 +20,7 @@ from jobs.train_tokenizer import ensure_tokenizer
 from model.errors import UserError
 from tests.cluster.hub_stub import running_hub
 from tests.jobs.corpora import data_config, make_corpus, manifest_of, texts_of
+from tests.time_limits import limit_s
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TEXTS = [f"document number {n} of a small corpus" for n in range(200)]
@@ -112,7 +113,7 @@ def test_the_hub_gives_the_shards_of_the_same_files_on_disk(ray_workers: int, tm
             | {"PYTHONPATH": str(REPOSITORY), "RAY_AUTH_MODE": "disabled"},
             capture_output=True,
             text=True,
-            timeout=80,
+            timeout=limit_s(80),
             check=False,
         )
         assert done.returncode == 0, done.stderr[-2000:]

@@ -12,6 +12,7 @@ from jobs.ledger import Ledger
 from jobs.run_plan import run_storage
 from jobs.why_slow import why_slow
 from tests.jobs.insight_worlds import NUM_STEPS, SLOW_BY_S, WORLDS, plan_of
+from tests.time_limits import limit_s
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -21,7 +22,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("worlds")
     command = [sys.executable, "-m", "tests.jobs.insight_worlds", str(folder)]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, env=environment, cwd=REPOSITORY, timeout=240, check=True)
+    subprocess.run(command, env=environment, cwd=REPOSITORY, timeout=limit_s(240), check=True)
     return folder
 
 

@@ -10,6 +10,7 @@ from jobs.preemption import STOP_REQUESTED, Notices, Signals, stopping_on_sigter
 from jobs.run_plan import RunPlan
 from jobs.train_loop import train
 from tests.jobs.runs import tiny_plan
+from tests.time_limits import limit_s
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def test_a_request_to_stop_ends_the_run_resumable(
         num_asked += 1
         if num_asked == 4:
             other.run.write_bytes(STOP_REQUESTED, b"")
-            assert self._stop_requested.wait(10)
+            assert self._stop_requested.wait(limit_s(10))
         ask(self)
 
     monkeypatch.setattr(Notices, "ask", ask_and_stop)

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from jobs.rendezvous import meeting_place
+from tests.time_limits import limit_s
+from tests.waiting import wait_until
 
 WORLD_SIZE, ROUNDS = 3, 60
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -38,13 +40,16 @@ class Group:
 
     def wait_for_meeting(self, number: int) -> None:
         """Until the newest process of every rank has met the others, for the `number`-th time in all at least."""
-        deadline = time.monotonic() + 60
-        while any(
-            len(self.lines(rank, "met")) < number or self.lines(rank, "met")[-1] != [str(process.pid)]
-            for rank, process in enumerate(self.processes)
-        ):
-            assert time.monotonic() < deadline, [self.lines(rank, "met") for rank in range(WORLD_SIZE)]
-            time.sleep(0.02)
+
+        def met(rank: int) -> bool:
+            lines = self.lines(rank, "met")
+            return len(lines) >= number and lines[-1] == [str(self.processes[rank].pid)]
+
+        wait_until(
+            lambda: all(map(met, range(WORLD_SIZE))),
+            poll_s=0.02,
+            told=lambda: [self.lines(rank, "met") for rank in range(WORLD_SIZE)],
+        )
 
 
 @pytest.mark.parametrize(
@@ -61,7 +66,7 @@ def test_only_the_lost_are_started_again(victims: list[int], tmp_path: Path) -> 
             group.replace(victim)
             group.wait_for_meeting(1)
             assert [p.pid == pid for p, pid in zip(group.processes, before, strict=True)].count(False) == 1
-        assert [process.wait(timeout=60) for process in group.processes] == [0] * WORLD_SIZE
+        assert [process.wait(timeout=limit_s(60)) for process in group.processes] == [0] * WORLD_SIZE
         for rank in range(WORLD_SIZE):
             whole = [["sum", str(number), str(float(3 + 3 * number))][1:] for number in range(ROUNDS)]
             assert group.lines(rank, "sum")[-ROUNDS:] == whole
@@ -76,10 +81,11 @@ def test_two_lost_at_once_and_one_lost_again_before_it_met_anyone(tmp_path: Path
             group.processes[rank].kill()
             group.processes[rank].wait()
         group.processes[1] = group.start(1)
-        time.sleep(4)  # it has come, and waits for the other
+        wait_until(lambda: group.lines(1, "come")[-1] == [str(group.processes[1].pid)])
+        time.sleep(1)  # it waits for the other
         group.replace(1)
         group.processes[2] = group.start(2)
-        assert [process.wait(timeout=60) for process in group.processes] == [0] * WORLD_SIZE
+        assert [process.wait(timeout=limit_s(60)) for process in group.processes] == [0] * WORLD_SIZE
         assert len(group.lines(0, "met")) == 2
 
 
@@ -90,6 +96,6 @@ def test_one_that_cannot_leave_a_round_that_is_over_ends(tmp_path: Path, monkeyp
         group.wait_for_meeting(1)
         monkeypatch.delenv("DEAF_RANK")
         group.replace(1)
-        assert group.processes[0].wait(timeout=30) == 1
+        assert group.processes[0].wait(timeout=limit_s(30)) == 1
         group.processes[0] = group.start(0)
-        assert [process.wait(timeout=60) for process in group.processes] == [0] * WORLD_SIZE
+        assert [process.wait(timeout=limit_s(60)) for process in group.processes] == [0] * WORLD_SIZE

@@ -38,6 +38,7 @@ from jobs.run_history import (
 from jobs.why_slow import why_slow
 from model.config import num_parameters
 from tests.jobs.runs import trained_run
+from tests.time_limits import limit_s
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FIGURES = {"loss", "learning_rate", "throughput", "step_time", "waterfall"}
@@ -304,7 +305,7 @@ def test_runs_are_found_by_id_and_by_folder(eventful: Storage, tmp_path: Path) -
 def test_the_command_prints_one_result(eventful: Storage, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "jobs.report", "eventful", "--storage.uri", str(tmp_path)]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit_s(60), check=True)
     result = parse_result(done.stdout.splitlines()[-1])
     assert result is not None
     assert result["figures"].keys() == FIGURES

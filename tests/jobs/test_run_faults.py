@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +23,8 @@ from jobs.train_loop import train
 from tests.checkpoints import damage
 from tests.cluster.fault_proxy import FaultProxy, running_proxy
 from tests.jobs.runs import tiny_plan
+from tests.time_limits import limit_s
+from tests.waiting import wait_until
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -65,22 +66,22 @@ def test_a_store_out_of_reach_costs_no_restart_and_no_time(
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         trained = threading.Thread(target=train, args=(plan,), kwargs={"rank": 0, "world_size": 1})
         trained.start()
-        wait_for(lambda: bool(RunCheckpoints(plan.run).names))
+        wait_until(lambda: bool(RunCheckpoints(plan.run).names))
         set_fault(proxy, fault)
         ledger_file = next(tmp_path.glob("raymill-spool-*/*/ledger-*"))
-        wait_for(lambda: b'"step": 300,' in ledger_file.read_bytes())
+        wait_until(lambda: b'"step": 300,' in ledger_file.read_bytes())
         assert trained.is_alive(), "it waits for its last checkpoint"
         set_fault(proxy, None)
         back_at_s = time.monotonic()
-        trained.join(60)
+        trained.join(limit_s(60))
         assert not trained.is_alive()
         back_s = time.monotonic() - back_at_s
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
     ledger = Ledger.read(plan.run)
     longest_s = max(line["wall_s"] for line in ledger.steps)
     print(f"{fault}: the run ended {back_s:.1f} s after the store's return, its longest step took {longest_s:.3f} s")
-    assert back_s < 30
-    assert longest_s < 1.5
+    assert back_s < limit_s(30)
+    assert longest_s < limit_s(1.5)
     assert len(ledger.events("start")) == 1
     assert (final_hash(plan), [line["loss"] for line in ledger.steps]) == undisturbed
     assert step_of(RunCheckpoints(plan.run).names[-1]) == 300
@@ -89,13 +90,6 @@ def test_a_store_out_of_reach_costs_no_restart_and_no_time(
 def set_fault(proxy: FaultProxy, fault: str | None) -> None:
     proxy.down = fault == "down"
     proxy.bytes_per_s = 1000.0 if fault == "slow" else None
-
-
-def wait_for(is_true: Callable[[], bool], *, timeout_s: float = 60.0) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    while not is_true():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.01)
 
 
 @pytest.mark.chaos
@@ -109,13 +103,13 @@ def test_a_rank_that_was_stopped_and_goes_on_after_its_replacement(
     environment = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, "-m", "tests.jobs.stale_rank", str(tmp_path / "plan")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=REPOSITORY) as stale:
-        wait_for(lambda: bool(RunCheckpoints(plan.run).names))
+        wait_until(lambda: bool(RunCheckpoints(plan.run).names))
         stale.send_signal(signal.SIGSTOP)
         fresh = subprocess.Popen(command, env=environment, cwd=REPOSITORY)
-        wait_for(lambda: any(name.endswith("-0002") for name in RunCheckpoints(plan.run).names))
+        wait_until(lambda: any(name.endswith("-0002") for name in RunCheckpoints(plan.run).names))
         stale.send_signal(signal.SIGCONT)
-        assert fresh.wait(60) == 0
-        said = stale.communicate(timeout=60)[0]
+        assert fresh.wait(limit_s(60)) == 0
+        said = stale.communicate(timeout=limit_s(60))[0]
     assert re.search(r"lost: .*writer 1 was replaced by writer 2", said)
     ledger = Ledger.read(plan.run)
     generations = [line["generation"] for line in ledger.events("checkpoint")]
@@ -144,9 +138,9 @@ def test_a_killed_launcher_s_lease_is_free_at_once(tmp_path: Path) -> None:
         assert launcher.stdout.readline() == b"held\n"
         launcher.kill()
     start_s = time.monotonic()
-    with Lease(open_storage(str(tmp_path))) as lease:
+    with Lease(open_storage(str(tmp_path)), timeout_s=limit_s(10)) as lease:
         assert lease.generation == 2
-        assert time.monotonic() - start_s < 1
+        assert time.monotonic() - start_s < limit_s(1)
 
 
 def stopped(plan: RunPlan, tmp_path: Path) -> Storage:

@@ -12,6 +12,7 @@ from cluster.storage import NotFoundError, Storage, StorageError, open_storage
 from jobs.shard_reader import _MAX_MAPS, Piece, Range, RangeCache, open_shards
 from jobs.token_store import token_dtype
 from tests.jobs.stores import write_shard
+from tests.time_limits import limit_s
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Watched(LocalStorage):
     def read_bytes(self, key: str, *, start: int = 0, end: int | None = None) -> bytes:
         assert end is not None
         self.reads.append(Range(key, start, end))
-        assert self.gate.wait(10)
+        assert self.gate.wait(limit_s(10))
         if key in self.broken:
             raise StorageError(f"{key}: the disk is on fire")
         return super().read_bytes(key, start=start, end=end)

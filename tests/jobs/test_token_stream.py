@@ -15,6 +15,7 @@ from jobs.batch_plan import lane_sample_indices, lanes_of_rank
 from jobs.token_store import MANIFEST, Manifest, Shard, TokenStoreError, read_manifest
 from jobs.token_stream import ShardChain, TokenStream
 from tests.jobs.stores import make_store, manifest_of, write_shard
+from tests.time_limits import limit_s
 
 
 def make_mixture(storage: Storage, *, weights: tuple[float, ...] = (0.75, 0.25)) -> list[np.ndarray]:
@@ -188,7 +189,7 @@ def test_a_fresh_process_is_at_any_step_at_once(tmp_path: Path) -> None:
         "print(stream.num_rows, tuple(inputs.shape), time.process_time())"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True, timeout=limit_s(60)
     )
     result, seconds = done.stdout.rsplit(maxsplit=1)
     assert result == "9999999 (512, 8)"

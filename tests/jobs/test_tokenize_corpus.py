@@ -22,6 +22,7 @@ from jobs.tokenize_corpus import tokenize
 from jobs.train_tokenizer import ensure_tokenizer
 from model.errors import UserError
 from tests.jobs.corpora import data_config, make_corpus
+from tests.time_limits import limit_s
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -123,7 +124,7 @@ def test_one_worker_killed_half_way_and_started_again_makes_the_same_bytes(
 
     job = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     written: list[Path] = []
-    deadline_s = time.monotonic() + 60
+    deadline_s = time.monotonic() + limit_s(60)
     while len(written) < 4 and time.monotonic() < deadline_s and job.poll() is None:
         written = sorted((tmp_path / "storage").glob("tokens/*/shard-0*.json"))
         time.sleep(0.002)
@@ -131,7 +132,7 @@ def test_one_worker_killed_half_way_and_started_again_makes_the_same_bytes(
     for process in processes:
         if process.is_running():
             process.kill()
-    psutil.wait_procs(processes, timeout=30)
+    psutil.wait_procs(processes, timeout=limit_s(30))
     job.wait()
     folder = written[0].parent
     survivors = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.bin")}
@@ -148,7 +149,9 @@ def test_one_worker_killed_half_way_and_started_again_makes_the_same_bytes(
     content = bytearray((folder / spoiled).read_bytes())
     content[7] ^= 1
     (folder / spoiled).write_bytes(content)
-    output = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True).stdout
+    output = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=limit_s(120), check=True
+    ).stdout
     resumed = json.loads(output)
     assert resumed["shards"] == result["shards"]
     assert resumed["manifest_hash"] == result["manifest_hash"]

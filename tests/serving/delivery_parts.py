@@ -17,7 +17,8 @@ from model.generate import generate
 from model.gpt import GPT
 from model.sampling import SamplingParams
 from model.tokenizer import Tokenizer
-from tests.serving.endpoint_parts import wait_until
+from tests.time_limits import limit_s
+from tests.waiting import wait_until
 
 MAX_TOKENS = 24
 
@@ -56,7 +57,7 @@ class Admin:
     """An operator."""
 
     def __init__(self, url: str, key: str) -> None:
-        self.http = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=60)
+        self.http = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=limit_s(60))
 
     def promote(self, checkpoint: Path | str, **terms: Any) -> httpx.Response:
         return self.http.post("/admin/promote", json={"checkpoint": str(checkpoint), **terms})
@@ -127,7 +128,7 @@ class Load:
         finally:
             self._ending.set()
             for thread in threads:
-                thread.join(60)
+                thread.join(limit_s(60))
 
     @property
     def num_answers(self) -> int:
@@ -144,7 +145,7 @@ class Load:
     def _ask(self, number: int, answers: Answers) -> None:
         headers = {} if self._key is None else {"Authorization": f"Bearer {self._key}"}
         limits = httpx.Limits(max_connections=1)
-        with httpx.Client(base_url=self._url, timeout=60, limits=limits, headers=headers) as http:
+        with httpx.Client(base_url=self._url, timeout=limit_s(60), limits=limits, headers=headers) as http:
             count = number
             while not self._ending.is_set():
                 count += 1

@@ -4,8 +4,7 @@ import asyncio
 import contextlib
 import re
 import socket
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
@@ -78,15 +77,6 @@ def num_running_replicas() -> int | None:
     states = dict(serve.status().applications["raymill"].deployments["Replica"].replica_states)
     running = states.pop("RUNNING", 0)
     return None if states else running
-
-
-def wait_until(condition: Callable[[], bool], *, timeout_s: float) -> float:
-    """Seconds that it took."""
-    start_s = time.monotonic()
-    while not condition():
-        assert time.monotonic() < start_s + timeout_s, "the condition did not come true"
-        time.sleep(0.02)
-    return time.monotonic() - start_s
 
 
 @asynccontextmanager

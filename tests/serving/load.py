@@ -16,8 +16,9 @@ from model.generate import generate
 from model.gpt import GPT
 from model.sampling import SamplingParams
 from model.tokenizer import Tokenizer
+from tests.time_limits import limit_s
 
-TIMEOUT_S = 60.0
+TIMEOUT_S = limit_s(60)
 
 
 class End(StrEnum):

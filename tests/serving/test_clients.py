@@ -22,6 +22,7 @@ from model.tokenizer import Tokenizer
 from serving.app import run
 from tests.serving.endpoint_parts import free_port, ray_cluster
 from tests.serving.hostile_requests import MODEL
+from tests.time_limits import limit_s
 
 VLLM_PYTHON = Path(__file__).parents[2] / ".venv-vllm" / "bin" / "python"
 VLLM_BENCH = """
@@ -49,7 +50,7 @@ def url(checkpoint: Path) -> Iterator[str]:
 def run_client(command: list[str], *, folder: Path) -> None:
     environment = os.environ | OFFLINE | {"HF_HOME": str(folder / "hf")}
     done = subprocess.run(
-        command, env=environment, cwd=folder, capture_output=True, text=True, timeout=400, check=False
+        command, env=environment, cwd=folder, capture_output=True, text=True, timeout=limit_s(400), check=False
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 

@@ -1,7 +1,6 @@
 """Checkpoints promoted, refused and rolled back on a real Ray Serve with two replicas, under load."""
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -15,7 +14,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cluster.cli import main
 from cluster.config import StorageConfig
 from cluster.registry import served_checkpoints
 from cluster.serve_config import DeliveryConfig, EngineConfig, ReplicaConfig, ServeConfig
@@ -29,9 +27,12 @@ from model.tokenizer import Tokenizer, train_bpe
 from serving.app import run
 from serving.errors import DRAINING_HEADER
 from serving.promotion import Route
+from tests.command_line import raymill_here
 from tests.serving.conftest import FRAGILE_POSITION
 from tests.serving.delivery_parts import Admin, Load, as_transformers_folder, greedy_texts, write_model
-from tests.serving.endpoint_parts import children_with, free_port, ray_cluster, wait_until
+from tests.serving.endpoint_parts import children_with, free_port, ray_cluster
+from tests.time_limits import limit_s
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.cluster
 
@@ -145,7 +146,7 @@ def test_the_old_engine_ends_and_the_new_lineage_shows(
     admin.wait_for("watching")
     assert len(children_with("serving.engine_process")) == 4, "the old version could return at once"
     assert admin.promote(checkpoint).status_code == 409
-    with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEYS[0]}"}) as http:
+    with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEYS[0]}"}, timeout=limit_s(30)) as http:
         card = http.get("/v1/models/tiny").json()
         assert card["lineage"]["step"] == 8 and card["version"] == version(other)
         assert card["delivery"]["phase"] == "watching"
@@ -239,7 +240,7 @@ def test_a_version_that_fails_later_returns_by_itself(
     """The gate's rows are shorter than where its logits end; what it fails to answer, the old version does."""
     short, long = prompts[5][:30], (prompts[7] * 3)[: FRAGILE_POSITION - 4]
     asked = {"model": "tiny", "prompt": long, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
-    with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEYS[0]}"}, timeout=30) as http:
+    with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEYS[0]}"}, timeout=limit_s(30)) as http:
         expected = http.post("/v1/completions", json=asked).json()["choices"]
         assert admin.promote(fragile_checkpoint, gate_rows=[short], watch_s=1000).status_code == 202
         admin.wait_for("watching")
@@ -268,7 +269,7 @@ def test_a_canary_has_its_share_of_the_keys_until_it_is_finished(
     route = Route(epoch=0, primary=0, canary=serial, percent=25)
     expected = [new if route.serial_for(hashlib.sha256(key.encode()).hexdigest()) == serial else old for key in KEYS]
     assert 0 < expected.count(new) < len(KEYS) / 2
-    with httpx.Client(base_url=url, timeout=30) as http:
+    with httpx.Client(base_url=url, timeout=limit_s(30)) as http:
 
         def answers() -> list[str]:
             found = []
@@ -297,7 +298,7 @@ def test_a_killed_replica_comes_back_with_what_is_live(admin: Admin, url: str, c
     kill_replica()
     wait_until(lambda: {r["replica"] for r in admin.status()["replicas"]}.isdisjoint(before), timeout_s=60)
     wait_until(lambda: len(admin.status()["replicas"]) == 2, timeout_s=60)
-    with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEYS[0]}"}, timeout=30) as http:
+    with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEYS[0]}"}, timeout=limit_s(30)) as http:
         assert {ask(http) for _ in range(30)} == {version(other)}
     state = admin.promoted(checkpoint, watch_s=0)
     assert len(children_with("serving.engine_process")) >= 2 and state["previous"]["version"] == version(other)
@@ -333,14 +334,14 @@ def test_a_killed_coordinator_forgets_nothing(
 
 
 def test_a_drained_endpoint_takes_nothing_new(admin: Admin, url: str) -> None:
-    with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEYS[0]}"}, timeout=30) as http:
+    with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEYS[0]}"}, timeout=limit_s(30)) as http:
 
         def statuses() -> set[int]:
             return {http.post("/v1/completions", json={"model": "tiny", "prompt": [1]}).status_code for _ in range(8)}
 
         assert admin.http.post("/admin/drain", json={}).json()["draining"] is True
         wait_until(lambda: statuses() == {503}, timeout_s=10)
-        assert httpx.get(f"{url}/ready").json()["error"]["code"] == "draining"
+        assert httpx.get(f"{url}/ready", timeout=limit_s(30)).json()["error"]["code"] == "draining"
         assert DRAINING_HEADER in http.post("/v1/completions", json={"model": "tiny", "prompt": [1]}).headers
         assert admin.http.post("/admin/drain", json={"drain": False}).json()["draining"] is False
         wait_until(lambda: statuses() == {200}, timeout_s=10)
@@ -350,9 +351,9 @@ def test_the_commands_of_an_operator(
     admin: Admin, url: str, checkpoint: Path, other: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def raymill(*words: str) -> tuple[int, dict[str, Any], str]:
-        code = main([words[0], "--url", url, "--admin-key-file", str(folder / "admin"), "--json", *words[1:]])
-        said = capsys.readouterr()
-        return code, json.loads(said.out or "{}"), said.err
+        return raymill_here(
+            words[0], "--url", url, "--admin-key-file", str(folder / "admin"), *words[1:], capsys=capsys
+        )
 
     old, new = version(checkpoint), version(other)
     (folder / "wrong").write_text("sk-wrong")

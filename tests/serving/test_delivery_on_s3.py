@@ -16,7 +16,9 @@ from model.gpt import GPT
 from model.tokenizer import Tokenizer
 from serving.app import build_app
 from tests.serving.delivery_parts import Admin, write_model
-from tests.serving.endpoint_parts import free_port, ray_cluster, wait_until
+from tests.serving.endpoint_parts import free_port, ray_cluster
+from tests.time_limits import limit_s
+from tests.waiting import wait_until
 
 ADMIN_KEY = "sk-admin"
 
@@ -30,7 +32,7 @@ def endpoint(config: ServeConfig) -> Iterator[Admin]:
         serve.start(proxy_location="HeadOnly", http_options={"host": config.host, "port": config.port})
         serve.run(build_app(config), name="raymill", route_prefix="/", blocking=False)
         url = f"http://{config.host}:{config.port}"
-        wait_until(lambda: httpx.get(f"{url}/ready").status_code == 200, timeout_s=60)
+        wait_until(lambda: httpx.get(f"{url}/ready", timeout=limit_s(30)).status_code == 200, timeout_s=60)
         yield Admin(url, ADMIN_KEY)
 
 
@@ -73,7 +75,9 @@ def test_what_was_promoted_on_s3_is_live_on_the_next_cluster(
             ("rolled_back", "not yet"),
             ("promoted", ""),
         ]
-        answer = httpx.post(f"{admin.http.base_url}/v1/completions", json={"model": "tiny", "prompt": [1]}, timeout=60)
+        answer = httpx.post(
+            f"{admin.http.base_url}/v1/completions", json={"model": "tiny", "prompt": [1]}, timeout=limit_s(60)
+        )
         assert answer.status_code == 200
         served = str(read_metadata(tmp_path / "step-8").parameter_hash)[:16]
         assert answer.headers["x-model-version"] == served

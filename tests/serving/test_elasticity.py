@@ -12,8 +12,10 @@ from cluster.serve_config import EngineConfig, ReplicaConfig, ServeConfig
 from model.gpt import GPT
 from model.tokenizer import Tokenizer
 from serving.app import run
-from tests.serving.endpoint_parts import free_port, metric, num_running_replicas, ray_cluster, wait_until
+from tests.serving.endpoint_parts import free_port, metric, num_running_replicas, ray_cluster
 from tests.serving.load import End, Load, greedy_asks
+from tests.time_limits import limit_s
+from tests.waiting import wait_until
 
 MODEL = "tiny"
 NUM_REPLICAS = 3
@@ -91,7 +93,7 @@ def test_to_nothing_and_back(
     asyncio.run(ask_together())
     load.check(allowed=WELL)
     held_s = max(outcome.latency_s for outcome in load.outcomes)
-    with httpx.Client(base_url=load.url, timeout=30) as http:
+    with httpx.Client(base_url=load.url, timeout=limit_s(30)) as http:
         start_s = metric(http, "raymill:replica_start_seconds")
     print(
         f"no replica {idle_s:.1f} s after the last request; six requests were held for {held_s:.1f} s, of which "

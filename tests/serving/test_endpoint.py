@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import socket
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,7 +25,9 @@ from model.gpt import GPT
 from model.sampling import SamplingParams
 from model.tokenizer import Tokenizer
 from serving.app import run
-from tests.serving.endpoint_parts import children_with, free_port, metric, ray_cluster, wait_until
+from tests.serving.endpoint_parts import children_with, free_port, metric, ray_cluster
+from tests.time_limits import limit_s
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.cluster
 
@@ -91,7 +92,7 @@ def client(url: str) -> Iterator[openai.OpenAI]:
 
 @pytest.fixture
 def http(url: str) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEY}"}, timeout=30) as http:
+    with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEY}"}, timeout=limit_s(30)) as http:
         yield http
 
 
@@ -226,7 +227,7 @@ def test_models_tokenize_health_ready(
     assert (counted["max_model_len"], len(counted["token_strs"])) == (128, counted["count"])
     assert http.post("/detokenize", json={"tokens": counted["tokens"]}).json() == {"prompt": text}
     for path in ("/health", "/ready"):
-        assert httpx.get(f"{http.base_url}{path}").status_code == 200
+        assert httpx.get(f"{http.base_url}{path}", timeout=limit_s(30)).status_code == 200
     answer = http.get("/version")
     assert answer.json()["version"]
     assert answer.headers["x-model-version"] == str(metadata.parameter_hash)[:16]
@@ -246,7 +247,7 @@ def test_metrics_count_tokens_under_the_names_of_vllm(client: openai.OpenAI, htt
 @pytest.mark.parametrize("key", [None, "", "Bearer", "Bearer sk-wrong", f"Basic {KEY}", f"Bearer {KEY}x"])
 def test_no_answer_without_a_key(url: str, key: str | None) -> None:
     for path in ("/v1/models", "/metrics", "/nowhere"):
-        answer = httpx.get(f"{url}{path}", headers={} if key is None else {"Authorization": key})
+        answer = httpx.get(f"{url}{path}", headers={} if key is None else {"Authorization": key}, timeout=limit_s(30))
         assert answer.status_code == 401
         assert answer.json()["error"]["code"] == "invalid_api_key"
 
@@ -316,11 +317,9 @@ def test_a_full_replica_answers_429_and_a_client_that_leaves_frees_its_slots(
         assert caught.value.response.headers["retry-after"] == "1"
         assert metric(http, "vllm:num_requests_running") == NUM_SLOTS
         assert metric(http, "vllm:num_requests_waiting") > 0
-    left = time.monotonic()
     wait_until(
         lambda: metric(http, "vllm:num_requests_running") + metric(http, "vllm:num_requests_waiting") == 0, timeout_s=1
     )
-    assert time.monotonic() - left < 1
     assert metric(http, "vllm:request_success_total", finished_reason="abort") - aborted > NUM_SLOTS + 1
     assert metric(http, "vllm:generation_tokens_total") - generated < 27 * 4 * 127 / 2
     assert client.completions.create(model=MODEL, prompt="x", max_tokens=5).choices[0].finish_reason
@@ -417,7 +416,9 @@ def test_a_killed_replica_fails_no_request_before_its_first_byte_and_ends_stream
     with ThreadPoolExecutor() as pool, http.stream("POST", "/v1/completions", json=streamed) as answer:
         lines = (line for line in answer.iter_lines() if line)
         next(lines)
-        whole = pool.submit(httpx.post, f"{http.base_url}/v1/completions", json=asked, headers=http.headers, timeout=60)
+        whole = pool.submit(
+            httpx.post, f"{http.base_url}/v1/completions", json=asked, headers=http.headers, timeout=limit_s(60)
+        )
         wait_until(lambda: metric(http, "vllm:prompt_tokens_total") == admitted, timeout_s=5)
         os.kill(psutil.Process(engine_pid(checkpoint)).ppid(), signal.SIGKILL)
         *_, last = lines

@@ -5,8 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -31,6 +30,8 @@ from serving.messages import (
     parse_request,
     submit_message,
 )
+from tests.time_limits import limit_s
+from tests.waiting import wait_in_loop_until
 
 GREEDY = SamplingParams(temperature=0.0)
 START = """
@@ -64,13 +65,6 @@ def request(client: EngineClient, prompt_ids: list[int], *, max_tokens: int = 20
 
 async def collect(generation: Generation) -> list[int | None]:
     return [event.token_id async for event in generation]
-
-
-async def wait_until(condition: Callable[[], bool], *, timeout_s: float = 10) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true"
-        await asyncio.sleep(0.01)
 
 
 def test_frames_arrive_whole_however_they_are_cut() -> None:
@@ -109,7 +103,7 @@ def test_tokens_equal_generate_and_cancel_frees_the_slot(
                 break
             endless.close()
             assert client.num_open_sequences == 0
-            await wait_until(lambda: (client.num_running, client.num_waiting) == (0, 0))
+            await wait_in_loop_until(lambda: (client.num_running, client.num_waiting) == (0, 0))
             assert await collect(client.submit([request(client, prompts[3])])) == generate(
                 model, prompts[3], max_tokens=20, params=GREEDY, eos_id=None
             )
@@ -142,7 +136,7 @@ def test_the_engine_ends_with_its_replica(checkpoint: Path) -> None:
     child = psutil.Process(child_pid)
     parent.kill()
     parent.wait()
-    child.wait(timeout=10)
+    child.wait(timeout=limit_s(10))
     parent.stdout.close()
 
 

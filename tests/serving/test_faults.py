@@ -17,8 +17,10 @@ from cluster.serve_config import EngineConfig, ReplicaConfig, ServeConfig
 from model.gpt import GPT
 from model.tokenizer import Tokenizer
 from serving.app import run
-from tests.serving.endpoint_parts import children_with, free_port, num_running_replicas, ray_cluster, wait_until
+from tests.serving.endpoint_parts import children_with, free_port, num_running_replicas, ray_cluster
 from tests.serving.load import Ask, End, Load, greedy_asks, percentile
+from tests.time_limits import limit_s
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.cluster
 
@@ -73,7 +75,7 @@ def gauges(url: str) -> dict[str, tuple[float, float, float]]:
     names = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
     found: dict[str, tuple[float, float, float]] = {}
     for _ in range(50):
-        text = httpx.get(f"{url}/metrics", timeout=10).text
+        text = httpx.get(f"{url}/metrics", timeout=limit_s(10)).text
         lines = [re.search(rf'^{name}{{.*replica="(.*)"}} (.*)$', text, re.MULTILINE) for name in names]
         replica = {line[1] for line in lines if line}.pop()
         found[replica] = tuple(float(line[2]) for line in lines if line)  # type: ignore[assignment]
@@ -128,7 +130,7 @@ def test_a_replica_that_dies_or_hangs_under_load(
             while len(load.outcomes) < enough:
                 await asyncio.sleep(0.05)
 
-        async with asyncio.timeout(150), asyncio.TaskGroup() as group:
+        async with asyncio.timeout(limit_s(150)), asyncio.TaskGroup() as group:
             group.create_task(load.run_clients(NUM_CLIENTS, until=lambda: over, max_requests=20_000, seed=1))
             group.create_task(faults())
 
@@ -136,8 +138,8 @@ def test_a_replica_that_dies_or_hangs_under_load(
     counts = load.check(allowed=ALL_WELL | {(STREAMED, End.ERROR_EVENT)})
     p99_s = percentile([outcome.latency_s for outcome in load.outcomes], 0.99)
     print(f"{fault.name}: {dict(counts)}, gone after {gone_after_s} s, p99 {p99_s:.2f} s")
-    assert max(gone_after_s) <= gone_within_s
-    assert fault is signal.SIGKILL or p99_s <= 10
+    assert max(gone_after_s) <= limit_s(gone_within_s)
+    assert fault is signal.SIGKILL or p99_s <= limit_s(10)
     assert counts[STREAMED, End.ERROR_EVENT] <= num_faults * (NUM_CLIENTS // 2)
 
 
@@ -157,13 +159,13 @@ def test_streams_that_clients_leave_free_everything(load: Load, url: str, num_st
 
     async def scenario() -> None:
         room = asyncio.Semaphore(NUM_CLIENTS)
-        async with httpx.AsyncClient(base_url=url, timeout=60) as http, asyncio.TaskGroup() as group:
+        async with httpx.AsyncClient(base_url=url, timeout=limit_s(60)) as http, asyncio.TaskGroup() as group:
             for _ in range(num_streams):
                 group.create_task(leave(http, room))
 
     asyncio.run(scenario())
     took_s = wait_until(lambda: set(gauges(url).values()) == {(0.0, 0.0, 0.0)}, timeout_s=10)
     print(f"all slots free {took_s:.2f} s after the last of {num_streams} clients left")
-    assert took_s <= 1
+    assert took_s <= limit_s(1)
     asyncio.run(load.run_clients(NUM_CLIENTS, until=lambda: False, max_requests=40, seed=3))
     load.check(allowed=ALL_WELL)

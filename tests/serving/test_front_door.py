@@ -19,6 +19,7 @@ from serving.app import build_app
 from serving.errors import DRAINING_HEADER
 from serving.front_door import FrontDoor, Outcome, clamped_timeout_s, clean_request_id
 from serving.relay import ASK_HEADER
+from tests.time_limits import limit_s
 
 OK = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]}
 
@@ -45,7 +46,7 @@ def ask(
     async def send(message: Message) -> None:
         sent.append(message)
 
-    config = HttpConfig(body_timeout_s=0.2)
+    config = HttpConfig(body_timeout_s=limit_s(0.05))
     asyncio.run(FrontDoor(app, config=config, count=count)(scope(*headers), receive, send))
     return sent
 

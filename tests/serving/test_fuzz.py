@@ -24,11 +24,12 @@ from tests.serving.endpoint_parts import free_port, ray_cluster
 from tests.serving.hostile_requests import MODEL
 from tests.serving.openapi import openapi
 from tests.serving.test_hostile import assert_error, processes_of
+from tests.time_limits import limit_s
 
 pytestmark = pytest.mark.cluster
 
 ROUTES = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize", "/v1/xray")
-TIMEOUT_S = 30.0  # an answer that takes longer counts as none
+TIMEOUT_S = limit_s(30)  # an answer that takes longer counts as none
 VOCAB_SIZE = 300
 bounded = settings(
     deadline=None,

@@ -21,15 +21,21 @@ from cluster.serve_config import EngineConfig, HttpConfig, ReplicaConfig, ServeC
 from model.tokenizer import Tokenizer
 from serving.app import run
 from tests.serving.conftest import FRAGILE_POSITION
-from tests.serving.endpoint_parts import free_port, metric, ray_cluster, wait_until
+from tests.serving.endpoint_parts import free_port, metric, ray_cluster
 from tests.serving.hostile_requests import FRAMINGS, HEAD, KEY, MODEL, TABLE, Hostile, post
+from tests.time_limits import limit_s
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.cluster
 
 ADMIN_KEY, LIMITED_KEY = "sk-admin", "sk-limited"
 SECRET_PROMPT = "\x1b[31mmarker-of-a-prompt\x1b[0m\n[link](javascript:x)"
 BOUNDS = HttpConfig(
-    header_timeout_s=1.0, body_timeout_s=1.0, write_timeout_s=1.5, request_timeout_s=30.0, max_connections=40
+    header_timeout_s=limit_s(0.25),
+    body_timeout_s=limit_s(0.25),
+    write_timeout_s=limit_s(0.4),
+    request_timeout_s=30.0,
+    max_connections=40,
 )
 NUM_SLOTS, MAX_WAITING = 8, 100
 
@@ -64,7 +70,7 @@ def url(address: tuple[str, int]) -> str:
 @pytest.fixture
 def http(url: str) -> Iterator[httpx.Client]:
     headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
-    with httpx.Client(base_url=url, headers=headers, timeout=20) as http:
+    with httpx.Client(base_url=url, headers=headers, timeout=limit_s(20)) as http:
         yield http
 
 
@@ -78,7 +84,7 @@ def same_replica_serves_on(url: str, processes: set[int], fragile_checkpoint: Pa
     """After each test: a valid request gets 200, from the processes that were there at the start."""
     yield
     answer = httpx.post(
-        f"{url}/v1/completions", json=completion(), headers={"Authorization": f"Bearer {KEY}"}, timeout=20
+        f"{url}/v1/completions", json=completion(), headers={"Authorization": f"Bearer {KEY}"}, timeout=limit_s(20)
     )
     assert answer.status_code == 200, answer.text
     assert answer.json()["usage"]["completion_tokens"] == 1
@@ -127,7 +133,7 @@ def test_refused(http: httpx.Client, case: Hostile) -> None:
         f"{http.base_url}".rstrip("/") + case.route.split()[1],
         content=case.body,
         headers=[*headers, *case.headers.items()],
-        timeout=20,
+        timeout=limit_s(20),
     )
     error = assert_error(answer, case.status)
     assert case.code in (None, error["code"])
@@ -138,7 +144,7 @@ def test_refused(http: httpx.Client, case: Hostile) -> None:
         assert "sk-" not in answer.text
 
 
-def exchange(address: tuple[str, int], request: bytes, *, timeout_s: float = 10) -> bytes:
+def exchange(address: tuple[str, int], request: bytes, *, timeout_s: float = limit_s(10)) -> bytes:
     """Everything that comes back until the server closes the connection, which it must."""
     with socket.create_connection(address, timeout=timeout_s) as connection:
         with contextlib.suppress(ConnectionError):  # refused before all of it was sent
@@ -200,7 +206,7 @@ def test_49_500_clients_that_go_leave_nothing_behind(
 
     def leave(times: int) -> None:
         for i in range(times):
-            with socket.create_connection(address, timeout=5) as connection:
+            with socket.create_connection(address, timeout=limit_s(5)) as connection:
                 connection.sendall(post(json.dumps(completion(max_tokens=100, stream=True, seed=i)).encode()))
                 if i % 3:  # a third leaves before the answer
                     assert connection.recv(100).startswith(b"HTTP/1.1 200")
@@ -222,20 +228,22 @@ def test_38_39_head_and_options(url: str, http: httpx.Client) -> None:
 def test_41_everything_under_admin_needs_an_admin_key(url: str, path: str) -> None:
     for key, status in ((None, 401), ("sk-wrong", 401), (KEY, 403), (ADMIN_KEY, 404)):
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        assert_error(httpx.get(f"{url}{path}", headers=headers), status)
+        assert_error(httpx.get(f"{url}{path}", headers=headers, timeout=limit_s(30)), status)
 
 
 def test_41_a_key_of_a_megabyte_is_no_key(url: str) -> None:
-    answer = httpx.get(f"{url}/v1/models", headers={"Authorization": "Bearer " + "x" * 50_000})
+    answer = httpx.get(f"{url}/v1/models", headers={"Authorization": "Bearer " + "x" * 50_000}, timeout=limit_s(30))
     assert_error(answer, 401)
 
 
 @pytest.mark.parametrize("given", ["x" * 10_000, "ü", "a b", "", "../x", "a;b"])
 def test_45_a_strange_request_id_is_replaced(url: str, given: str) -> None:
-    answer = httpx.get(f"{url}/health", headers=[(b"x-request-id", given.encode())])
+    answer = httpx.get(f"{url}/health", headers=[(b"x-request-id", given.encode())], timeout=limit_s(30))
     [request_id] = answer.headers.get_list("x-request-id")
     assert request_id != given and re.fullmatch(r"[A-Za-z0-9-]{1,64}", request_id)
-    assert httpx.get(f"{url}/health", headers={"x-request-id": "mine-1"}).headers.get_list("x-request-id") == ["mine-1"]
+    assert httpx.get(f"{url}/health", headers={"x-request-id": "mine-1"}, timeout=limit_s(30)).headers.get_list(
+        "x-request-id"
+    ) == ["mine-1"]
 
 
 def drip(address: tuple[str, int], start: bytes, *, drop: bytes) -> tuple[float, bytes]:
@@ -244,7 +252,7 @@ def drip(address: tuple[str, int], start: bytes, *, drop: bytes) -> tuple[float,
         began = time.monotonic()
         connection.sendall(start)
         answer = b""
-        while time.monotonic() - began < 10:
+        while time.monotonic() - began < limit_s(10):
             try:
                 connection.sendall(drop)
                 if not (data := connection.recv(1 << 16)):
@@ -314,9 +322,9 @@ def test_49_a_client_that_goes_frees_its_slots_within_a_second(
 
 
 def test_50_idle_connections_make_room_for_others(address: tuple[str, int], url: str) -> None:
-    connections = [socket.create_connection(address, timeout=5) for _ in range(3 * BOUNDS.max_connections)]
+    connections = [socket.create_connection(address, timeout=limit_s(5)) for _ in range(3 * BOUNDS.max_connections)]
     try:
-        assert httpx.get(f"{url}/health").status_code == 200
+        assert httpx.get(f"{url}/health", timeout=limit_s(30)).status_code == 200
         assert read_to_end(connections[0]) == b""  # the oldest one is closed
     finally:
         for connection in connections:
@@ -336,7 +344,7 @@ def test_52_a_flood_gets_429_with_retry_after_and_the_shape_of_openai(url: str, 
     async def ask_all() -> list[httpx.Response]:
         headers = {"Authorization": f"Bearer {KEY}"}
         limits = httpx.Limits(max_connections=38)
-        async with httpx.AsyncClient(base_url=url, headers=headers, timeout=60, limits=limits) as client:
+        async with httpx.AsyncClient(base_url=url, headers=headers, timeout=limit_s(60), limits=limits) as client:
             asked = completion(max_tokens=100)
             return await asyncio.gather(*(client.post("/v1/completions", json=asked) for _ in range(200)))
 
@@ -350,7 +358,7 @@ def test_52_a_flood_gets_429_with_retry_after_and_the_shape_of_openai(url: str, 
 
 def test_52_one_key_has_its_own_limit(url: str, http: httpx.Client) -> None:
     async def ask_all() -> list[httpx.Response]:
-        async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+        async with httpx.AsyncClient(base_url=url, timeout=limit_s(60)) as client:
             asked = completion(max_tokens=FRAGILE_POSITION - 1)
             return await asyncio.gather(
                 *(
@@ -373,7 +381,7 @@ def test_57_logits_that_are_no_numbers_fail_their_own_request_only(url: str, htt
 
     async def ask_both() -> list[httpx.Response]:
         headers = {"Authorization": f"Bearer {KEY}"}
-        async with httpx.AsyncClient(base_url=url, headers=headers, timeout=60) as client:
+        async with httpx.AsyncClient(base_url=url, headers=headers, timeout=limit_s(60)) as client:
             return await asyncio.gather(*(client.post("/v1/completions", json=asked) for asked in [good, broken] * 3))
 
     answers = asyncio.run(ask_both())

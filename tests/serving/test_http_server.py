@@ -18,9 +18,11 @@ from starlette.types import Receive, Scope, Send
 from cluster.serve_config import HttpConfig
 from serving.front_door import FrontDoor
 from serving.http_server import PIECE_BYTES, BoundedHttpProtocol
-from tests.serving.endpoint_parts import free_port, wait_until
+from tests.serving.endpoint_parts import free_port
+from tests.time_limits import limit_s
+from tests.waiting import wait_until
 
-BOUNDS = HttpConfig(header_timeout_s=0.5, body_timeout_s=0.5)
+BOUNDS = HttpConfig(header_timeout_s=limit_s(0.125), body_timeout_s=limit_s(0.125))
 START = b"POST /x HTTP/1.1\r\nHost: a\r\n"
 CHUNKED = START + b"Transfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\n"
 FLOOD_BYTES = 24 << 20
@@ -63,12 +65,12 @@ class Server:
 
     @contextlib.contextmanager
     def connection(self) -> Iterator[socket.socket]:
-        with socket.create_connection(("127.0.0.1", self.port), timeout=10) as connection:
+        with socket.create_connection(("127.0.0.1", self.port), timeout=limit_s(10)) as connection:
             yield connection
 
     def stop(self) -> None:
         self.uvicorn.should_exit = True
-        self.thread.join(10)
+        self.thread.join(limit_s(10))
 
 
 @pytest.fixture(params=["asyncio", "uvloop"])
@@ -143,7 +145,7 @@ def test_what_drips_ends_in_time(server: Server, start: bytes, drop: bytes, stat
         connection.sendall(start)
         connection.settimeout(0.05)
         answer = b""
-        while time.monotonic() < began_s + 20:
+        while time.monotonic() < began_s + limit_s(20):
             try:
                 connection.sendall(drop)
                 if not (data := connection.recv(1 << 16)):
@@ -153,7 +155,7 @@ def test_what_drips_ends_in_time(server: Server, start: bytes, drop: bytes, stat
                 continue
             except ConnectionError:
                 break
-    assert 0.4 < time.monotonic() - began_s < 10
+    assert 0.4 < time.monotonic() - began_s < limit_s(10)
     assert answer.startswith(status)
 
 

@@ -18,6 +18,7 @@ from model.gpt import GPT
 from model.tokenizer import Tokenizer
 from serving.app import run
 from tests.serving.endpoint_parts import free_port, ray_cluster
+from tests.time_limits import limit_s
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [
@@ -109,7 +110,7 @@ class Watched:
     def __init__(self, page: Page, url: str) -> None:
         self.page = page
         self.problems: list[str] = []
-        page.set_default_timeout(20_000)
+        page.set_default_timeout(1e3 * limit_s(20))
         page.on("console", lambda m: self.problems.append(m.text) if m.type in {"error", "warning"} else None)
         page.on("pageerror", lambda error: self.problems.append(str(error)))
         page.on("request", lambda r: None if r.url.startswith((url, "data:")) else self.problems.append(r.url))
@@ -144,13 +145,15 @@ def ask(page: Page, *, seed: int = 5, max_tokens: int = 12) -> None:
     page.keyboard.press("Tab")
     expect(page.locator("#run")).to_be_focused()
     page.keyboard.press("Enter")
-    expect(page.locator("#status")).to_have_text(re.compile(rf"^{max_tokens} tokens, seed {seed}$"), timeout=40_000)
+    expect(page.locator("#status")).to_have_text(
+        re.compile(rf"^{max_tokens} tokens, seed {seed}$"), timeout=1e3 * limit_s(40)
+    )
     expect(page.locator("#run")).to_be_focused()
 
 
 def expected_text(url: str, **fields: Any) -> dict[str, Any]:
     asked = {"model": "tiny", "prompt": PROMPT, "max_tokens": 12, "temperature": 0.8, "top_p": 0.95, "seed": 5}
-    while (answer := httpx.post(f"{url}/v1/xray", json=asked | fields, timeout=30)).status_code == 429:
+    while (answer := httpx.post(f"{url}/v1/xray", json=asked | fields, timeout=limit_s(30))).status_code == 429:
         time.sleep(0.05)  # the page's own
     assert answer.status_code == 200, answer.text
     return dict(answer.json())

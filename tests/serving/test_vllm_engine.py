@@ -18,6 +18,7 @@ from serving.engine_client import EngineClient
 from serving.messages import FinishReason, SequenceRequest, TokenEvent
 from tests.serving.delivery_parts import lively_model, write_model
 from tests.serving.endpoint_parts import loopback_server, replica_app
+from tests.time_limits import limit_s
 
 VLLM_PYTHON = Path(__file__).parents[2] / ".venv-vllm" / "bin" / "python"
 GREEDY = SamplingParams(temperature=0.0)
@@ -120,7 +121,7 @@ def test_the_api_before_it_is_the_same(folder: Path, model: GPT, tokenizer: Toke
                 for _ in range(2)
             ]
             assert sampled[0].choices[0].text == sampled[1].choices[0].text
-            async with httpx.AsyncClient(base_url=url) as http:
+            async with httpx.AsyncClient(base_url=url, timeout=limit_s(30)) as http:
                 refused = await http.post("/v1/completions", json={"model": "tiny", "prompt": prompt * 99})
             assert refused.status_code == 400
             assert versions.num_running == 0

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -19,6 +18,8 @@ from serving.health import HealthCheck
 from serving.messages import SequenceRequest
 from serving.watchdog import BEAT_S, SILENT_S, STOPPED_S, Silence, is_hung
 from tests.serving.test_engine_process import START, engine
+from tests.time_limits import limit_s
+from tests.waiting import wait_in_loop_until
 
 NOTICED_S = 5.0
 
@@ -51,9 +52,9 @@ def test_a_stopped_replica_is_killed_by_its_engine(checkpoint: Path) -> None:
     child = psutil.Process(int(replica.stdout.readline()))
     os.kill(replica.pid, signal.SIGSTOP)
     stopped_s = time.monotonic()
-    assert replica.wait(timeout=20) == -signal.SIGKILL
-    assert STOPPED_S - 2 * BEAT_S < time.monotonic() - stopped_s < NOTICED_S
-    child.wait(timeout=10)
+    assert replica.wait(timeout=limit_s(20)) == -signal.SIGKILL
+    assert STOPPED_S - 2 * BEAT_S < time.monotonic() - stopped_s < limit_s(NOTICED_S)
+    child.wait(timeout=limit_s(10))
     replica.stdout.close()
 
 
@@ -69,7 +70,7 @@ def test_a_stopped_engine_is_killed_by_its_replica(checkpoint: Path, idle: bool)
             notices: list[str] = []
             client.on_death = notices.append
             os.kill(client.pid, signal.SIGSTOP)
-            await until(lambda: bool(notices), timeout_s=NOTICED_S)
+            await wait_in_loop_until(lambda: bool(notices), timeout_s=NOTICED_S)
             assert "-9" in notices[0]
             if generation is not None:
                 with pytest.raises(EngineDiedError):
@@ -92,12 +93,6 @@ def test_an_engine_that_beats_and_makes_no_progress_is_killed(
             os.kill(client.pid, signal.SIGSTOP)  # well within what the watchdog allows for
             await asyncio.sleep(0.5)
             check.check()
-            await until(lambda: not client.alive, timeout_s=1)
+            await wait_in_loop_until(lambda: not client.alive, timeout_s=1)
 
     asyncio.run(scenario())
-
-
-async def until(condition: Callable[[], bool], *, timeout_s: float) -> None:
-    async with asyncio.timeout(timeout_s):
-        while not condition():
-            await asyncio.sleep(0.02)

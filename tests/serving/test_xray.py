@@ -28,6 +28,7 @@ from serving.access import AccessRules
 from serving.page_routes import PAGE_PATHS
 from serving.xray import Xray, run_checkpoints
 from tests.serving.endpoint_parts import replica_app
+from tests.time_limits import limit_s
 
 KEY = "sk-xray"
 PROMPT = "the quick naïve fox"
@@ -39,7 +40,7 @@ PHASES = ["queue", "tokenize", "prefill", "sample", "decode", "detokenize", "ins
 async def endpoint(folder: Path, **settings: Any) -> AsyncIterator[tuple[httpx.AsyncClient, Xray]]:
     async with (
         replica_app(folder, name="tiny", access=AccessRules(**settings)) as (app, versions),
-        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=60) as http,
+        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=limit_s(60)) as http,
     ):
         yield http, versions.live.xray
 
@@ -319,7 +320,7 @@ def test_an_int8_endpoint_is_looked_into_as_well(folder: Path) -> None:
         config = ServeConfig(engine=EngineConfig(dtype="int8"))
         async with (
             replica_app(folder, name="tiny", config=config) as (app, _),
-            httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=60) as http,
+            httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=limit_s(60)) as http,
         ):
             fields = {"model": "tiny", "prompt": PROMPT, "max_tokens": 3, "temperature": 0}
             assert (await http.post("/v1/completions", json=fields)).json()["usage"]["completion_tokens"] == 3
