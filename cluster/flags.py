@@ -146,7 +146,8 @@ def read_config(path: Path, root: type[Config]) -> Config:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8") as file:
+            values = yaml.load(file, Loader=_UniqueKeys)  # noqa: S506 (a safe one, derived from SafeLoader)
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -154,6 +155,19 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds no settings; expected `section:` lines with `name: value` below them")
     return values
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that is set twice, of which YAML's own loader silently takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            name, line = str(key.value), key.start_mark.line + 1
+            if name in lines:
+                raise ConfigError(f"{self.name}, line {line}: {name} is set already, on line {lines[name]}; keep one")
+            lines[name] = line
+        return super().construct_mapping(node, deep)
 
 
 def _leaves(root: type[BaseModel], prefix: str = "") -> list[tuple[str, str, bool]]:

@@ -11,7 +11,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cluster.storage import AlreadyExistsError, Entry, NotFoundError, Storage, absolute_uri, open_storage, split_uri
+from cluster.storage import AlreadyExistsError, Entry, NotFoundError, Storage, open_storage, split_uri
 from model.checkpoint import MANIFEST, CheckpointError, is_hf_folder, read_metadata, verify_checkpoint
 
 LATEST = "latest"
@@ -32,12 +32,20 @@ class Publication:
     time: float  # seconds since 1970
 
 
-def publish(storage: Storage, checkpoint: str) -> Publication:
-    """Makes the checkpoint the latest one. Raises `CheckpointError` when it is not valid."""
-    folder = resolve_checkpoint(checkpoint, storage.uri)
+def publish(storage: Storage, reference: str) -> Publication:
+    """Makes the checkpoint that `reference` names the latest one; `find_checkpoint` says what a reference is.
+
+    Raises `CheckpointError` when it is not valid.
+    """
+    checkpoint, folder = find_checkpoint(reference, storage.uri)
+    if is_hf_folder(folder):
+        raise CheckpointError(
+            f"{checkpoint} was saved by transformers and has no {MANIFEST}: only raymill's own checkpoints are "
+            "published; `raymill serve` and `raymill evaluate` take the folder as it is"
+        )
     metadata = read_metadata(folder)
     publication = Publication(
-        absolute_uri(checkpoint), str(metadata.parameter_hash), metadata.run_id, metadata.step, round(time.time(), 3)
+        checkpoint, str(metadata.parameter_hash), metadata.run_id, metadata.step, round(time.time(), 3)
     )
     while True:
         numbers = [int(entry.key.removeprefix("registry/").removesuffix(".json")) for entry in _entries(storage)]

@@ -21,8 +21,8 @@ from ray.exceptions import RayTaskError
 
 from cluster.config import EvaluateConfig, RunConfig, seq_len
 from cluster.flags import ConfigError
-from cluster.progress import report_progress
-from cluster.registry import LATEST, resolve_checkpoint
+from cluster.progress import report_progress, say
+from cluster.registry import find_checkpoint
 from cluster.stage import stage_main
 from cluster.storage import Storage, absolute_uri, open_storage, split_uri
 from jobs.run_history import CONFIG_FILE, recorded_config
@@ -74,7 +74,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
     Raises `CheckpointError` for the checkpoint, `TokenStoreError` for the text to evaluate on.
     """
-    folder = resolve_checkpoint(config.checkpoint, config.storage.uri)
+    checkpoint, folder = find_checkpoint(config.checkpoint, config.storage.uri)
+    say(f"evaluating {checkpoint}")
+    config = config.model_copy(update={"checkpoint": checkpoint})
     trained = _training_config(folder, config)
     if trained is not None:
         # Positions that were never trained would spoil the loss, and in another precision it is not the trainer's.
@@ -95,7 +97,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     loss = sum(losses) / rows.num_tokens
     bytes_per_token = ShardChain.end_to_end(manifest, split).bytes_per_token(rows.num_tokens + 1)
     return {
-        "checkpoint": LATEST if config.checkpoint == LATEST else absolute_uri(config.checkpoint),
+        "checkpoint": checkpoint,
         "parameter_hash": parameter_hash(model.state_dict()),
         "tokens": rows.num_tokens,
         "bytes": round(rows.num_tokens * bytes_per_token),
@@ -117,7 +119,7 @@ def _training_config(folder: Path, config: EvaluateConfig) -> RunConfig | None:
 def storage_of(config: EvaluateConfig) -> Storage:
     """The storage that holds the checkpoint's run, or else the configured one."""
     place = _CHECKPOINT_PLACE.fullmatch(absolute_uri(config.checkpoint))
-    return open_storage(place["storage"] if place and config.checkpoint != LATEST else config.storage.uri)
+    return open_storage(place["storage"] if place else config.storage.uri)
 
 
 def validation_split(folder: Path, config: EvaluateConfig) -> tuple[Storage, Split]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from cluster.config import EvaluateConfig, StorageConfig
 from cluster.flags import Parser
-from cluster.registry import resolve_checkpoint
+from cluster.registry import find_checkpoint
 from cluster.stage import print_result
 from jobs.evaluate import validation_split
 from jobs.token_store import TokenStoreError
@@ -20,8 +20,8 @@ def gate_rows(checkpoint: str, storage_uri: str) -> dict[str, Any]:
     """Rows as long as the model's context, or as the split where that is shorter; none, and the reason, where the
     checkpoint does not say what it was validated on, or that is not here."""
     try:
-        folder = resolve_checkpoint(checkpoint, storage_uri)
-        config = EvaluateConfig(checkpoint=checkpoint, storage=StorageConfig(uri=storage_uri))
+        found, folder = find_checkpoint(checkpoint, storage_uri)
+        config = EvaluateConfig(checkpoint=found, storage=StorageConfig(uri=storage_uri))
         tokens, split = validation_split(folder, config)
         seq_len = min(read_config(folder).n_positions, MAX_TOKENS)
         stream = TokenStream.open(tokens, split=split, seq_len=seq_len)

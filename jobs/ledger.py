@@ -206,6 +206,27 @@ class Ledger:
         """Of each attempt, in order."""
         return [line["world_size"] for line in self.events("start")]
 
+    @property
+    def pauses(self) -> dict[int, float]:
+        """Seconds in which the run stood still because somebody had asked it to end, by the attempt that resumed it.
+
+        From the save to the attempt's start. Nothing failed, so this is neither a recovery nor lost time.
+        """
+        found: dict[int, float] = {}
+        saved_s: float | None = None
+        for line in self.lines:
+            if is_stop(line):
+                saved_s = line["time"]
+            elif line.get("event") == "start" and saved_s is not None:
+                found[line["attempt"]] = round(line["time"] - saved_s, 3)
+                saved_s = None
+        return found
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds from the first line to the last one, without the pauses."""
+        return float(self.lines[-1]["time"] - self.lines[0]["time"] - sum(self.pauses.values()))
+
     def recoveries(self) -> list[Recovery]:
         return list(self._recoveries())
 
@@ -213,13 +234,20 @@ class Ledger:
         last_step: Line | None = None
         start: Line | None = None
         for line in self.lines:
-            if line.get("event") == "start":
+            if is_stop(line):
+                last_step = None  # what comes next is a resume
+            elif line.get("event") == "start":
                 start = line
             elif "event" not in line:
                 if start is not None and last_step is not None:
                     lost = last_step["step"] - start["step"]
                     yield Recovery(start["attempt"], lost, round(line["time"] - last_step["time"], 3))
                 start, last_step = None, line
+
+
+def is_stop(line: Line) -> bool:
+    """Whether the run was saved because somebody had asked it to end, by Ctrl-C or `raymill stop`."""
+    return line.get("event") == "preempted" and line["notice"] == "stop"
 
 
 class LedgerTail:

@@ -44,7 +44,7 @@ def plan_rows(ledger: Ledger, config: RunConfig, plan: Mapping[str, Any] | None)
         stored = sum(entry.size for entry in open_storage(checkpoints[-1]["checkpoint"]).list())
         planned = STATE_BYTES * num_parameters(config.model)
         rows.append(("A checkpoint", size(planned), size(stored) if stored else "removed since"))
-    wall_s = ledger.lines[-1]["time"] - ledger.lines[0]["time"]
+    wall_s = ledger.wall_s
     useful_s = sum(line["wall_s"] for line in ledger.steps)
     speed = f"{last['tokens_seen'] / useful_s:,.0f} tokens/s"
     kind, hours = worker_hours(ledger, config)

@@ -185,7 +185,7 @@ def _figures(run: Storage, ledger: Ledger, checkpoint: str) -> dict[str, Any]:
         "val_bits_per_byte": validation["val_bits_per_byte"],
         "tokens_per_s": round(last["tokens_seen"] / training_s, 1),
         "world_sizes": ledger.world_sizes,
-        "restarts": len(ledger.world_sizes) - 1,
+        "restarts": len(ledger.world_sizes) - 1 - len(ledger.pauses),
         "lost_steps": sum(recovery.lost_steps for recovery in recoveries),
         "recovery_s": max((recovery.seconds for recovery in recoveries), default=0.0),
     }

@@ -149,11 +149,12 @@ def _mark_interruptions(axes: Axes, ledger: Ledger, theme: Theme) -> None:
         label = "steps lost, taken again" if number == 0 else None
         span = (first - 0.5, last + 0.5)
         axes.axvspan(*span, facecolor=theme.restart, edgecolor=theme.text, alpha=0.25, hatch="////", lw=0, label=label)
-    labelled: set[bool] = set()
+    labelled: set[str] = set()
     for stop in interruptions(ledger):
-        label = None if stop.is_resize in labelled else "resize" if stop.is_resize else "restart"
-        labelled.add(stop.is_resize)
-        color, style = (theme.resize, "-.") if stop.is_resize else (theme.restart, "--")
+        kind = stop.label.partition(" ")[0]
+        label = None if kind in labelled else kind
+        labelled.add(kind)
+        color, style = {"resize": (theme.resize, "-."), "restart": (theme.restart, "--"), "resume": (theme.text, ":")}[kind]
         axes.axvline(stop.step + 0.5, color=color, linestyle=style, linewidth=1.4, label=label)
 
 

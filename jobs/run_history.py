@@ -43,6 +43,7 @@ class Interruption:
     previous_world_size: int
     lost_steps: int
     seconds: float | None  # from the last step before to the first one after; None when no step came after
+    pause_s: float | None = None  # from the save to the start, where somebody had asked the run to end
 
     @property
     def is_resize(self) -> bool:
@@ -50,6 +51,8 @@ class Interruption:
 
     @property
     def label(self) -> str:
+        if self.pause_s is not None:
+            return "resume"
         return f"resize {self.previous_world_size} → {self.world_size}" if self.is_resize else "restart"
 
 
@@ -82,12 +85,13 @@ def segments(ledger: Ledger) -> list[Segment]:
 
 def interruptions(ledger: Ledger) -> list[Interruption]:
     starts, recoveries = ledger.events("start"), {recovery.attempt: recovery for recovery in ledger.recoveries()}
-    found = []
+    pauses, found = ledger.pauses, []
     for before, start in pairwise(starts):
         recovery = recoveries.get(start["attempt"])
         lost, seconds = (recovery.lost_steps, recovery.seconds) if recovery else (0, None)
         sizes = (start["world_size"], before["world_size"])
-        found.append(Interruption(start["attempt"], start["step"], *sizes, lost, seconds))
+        pause_s = pauses.get(start["attempt"])
+        found.append(Interruption(start["attempt"], start["step"], *sizes, lost, seconds, pause_s))
     return found
 
 
@@ -109,8 +113,8 @@ def seconds_by_phase(ledger: Ledger) -> dict[str, list[float]]:
 
 def statistics(ledger: Ledger, config: RunConfig) -> list[tuple[str, str]]:
     """(name, value with its unit) of what sums the run up, from the ledger alone; the settings give the plan."""
-    steps, again, stops = ledger.steps, lost_steps(ledger), interruptions(ledger)
-    wall_s = ledger.lines[-1]["time"] - ledger.lines[0]["time"]
+    steps, again, wall_s, pauses = ledger.steps, lost_steps(ledger), ledger.wall_s, ledger.pauses.values()
+    stops = [stop for stop in interruptions(ledger) if stop.pause_s is None]
     useful_s, again_s = sum(line["wall_s"] for line in steps), sum(line["wall_s"] for line in again)
     idle_s = sum(stop.seconds or 0.0 for stop in stops)
     kind, hours = worker_hours(ledger, config)
@@ -126,6 +130,7 @@ def statistics(ledger: Ledger, config: RunConfig) -> list[tuple[str, str]]:
         ("Steps lost and taken again", f"{len(again)}" + (f" ({numbers})" if again else "")),
         ("Time lost", f"{idle_s + again_s:,.1f} s, {again_s:,.1f} s of it in steps taken again"),
         ("Goodput", f"{useful_s / wall_s:.1%} of the wall time went into steps that count"),
+        *([("Paused", f"{duration(sum(pauses))} on request, not in the wall time")] if pauses else []),
         ("Throughput", f"{last['tokens_seen'] / useful_s:,.0f} tokens/s"),
         ("Training loss", f"{steps[0]['loss']:.4f} → {last['loss']:.4f} nats/token"),
     ]
@@ -186,8 +191,11 @@ def event_rows(ledger: Ledger) -> list[tuple[Line, str, str]]:
         name, text = line["event"], _described(line)
         if name == "start" and (stop := stops.get(line["attempt"])):
             name = stop.label
-            text += f"; {stop.lost_steps} steps lost"
-            text += f", {stop.seconds:.1f} s between steps" if stop.seconds is not None else ", no step completed"
+            if stop.pause_s is not None:
+                text += f"; the run had been asked to end {duration(stop.pause_s)} before"
+            else:
+                text += f"; {stop.lost_steps} steps lost"
+                text += f", {stop.seconds:.1f} s between steps" if stop.seconds is not None else ", no step completed"
         rows.append((line, name, text))
     return rows
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from cluster.config import RunConfig, max_steps
-from jobs.ledger import Line
+from jobs.ledger import Line, is_stop
 
 
 class Sample(NamedTuple):
@@ -27,7 +27,8 @@ class RunFigures:
     def __init__(self, config: RunConfig) -> None:
         self._config = config
         self._wall_s: dict[int, float] = {}  # of the steps that count
-        self._useful_s = self._worker_s = 0.0
+        self._useful_s = self._worker_s = self._paused_s = 0.0
+        self._saved_s: float | None = None  # since when the run stands still, as it was asked to end
         self._counts: Counter[str] = Counter()
         self._failures: Counter[str] = Counter()
         self._first_s = self._last_s = 0.0
@@ -45,8 +46,14 @@ class RunFigures:
         match event:
             case None:
                 self._take_step(line)
+            case "preempted" if is_stop(line):
+                self._saved_s = now_s
             case "start":
-                self._counts["train_restarts"] += self._world_size > 0
+                if self._saved_s is None:
+                    self._counts["train_restarts"] += self._world_size > 0
+                else:
+                    self._paused_s += now_s - self._saved_s
+                    self._saved_s = None
                 self._counts["train_resizes"] += self._world_size not in (0, line["world_size"])
                 self._world_size = line["world_size"]
             case "rollback":
@@ -73,8 +80,8 @@ class RunFigures:
             yield Sample(f"train_{name}", self._counts[f"train_{name}"])
         yield from (Sample("train_failures", count, kind) for kind, count in self._failures.items())
         yield from (Sample(name, at_s) for name, at_s in self._last_times.items())
-        if self._last_s > self._first_s:
-            yield Sample("train_goodput", self._useful_s / (self._last_s - self._first_s))
+        if (wall_s := self._last_s - self._first_s - self._paused_s) > 0:
+            yield Sample("train_goodput", self._useful_s / wall_s)
         for name, (loss, bits) in self._validation.items():
             yield Sample("train_validation_loss", loss, name)
             yield Sample("train_validation_bits_per_byte", bits, name)

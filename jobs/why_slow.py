@@ -110,7 +110,7 @@ def shares(ledger: Ledger) -> Shares:
     sums["restarts"] = _restarts_s(ledger)
     if finish := ledger.events("finish"):  # which waits for the last checkpoint
         sums["checkpoints"] += max(0.0, finish[-1]["time"] - ledger.steps[-1]["time"])
-    wall_s = max(ledger.lines[-1]["time"] - ledger.lines[0]["time"], sum(sums.values()))
+    wall_s = max(ledger.wall_s, sum(sums.values()))
     sums["other"] += wall_s - sum(sums.values())
     slowest = max(held_up, key=lambda number: held_up[number]) if held_up else None
     return Shares(
@@ -133,7 +133,7 @@ def why_slow(ledger: Ledger) -> dict[str, Any]:
         "share_of_peak": round(float(np.median(peak)), 4) if peak else None,
         "world_size": steps[-1]["world_size"],
         "lanes": found.lanes,
-        "restarts": len(ledger.world_sizes) - 1,
+        "restarts": len(ledger.world_sizes) - 1 - len(ledger.pauses),
         "lost_steps": len(lost_steps(ledger)),
         "checkpoints": len(ledger.events("checkpoint")),
     }

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.registry import publications, publish, resolve_checkpoint, served_checkpoints
+from cluster.registry import find_checkpoint, publications, publish, resolve_checkpoint, served_checkpoints
 from cluster.storage import open_storage
 from model.checkpoint import MANIFEST, CheckpointError, parameter_hash
 from model.checkpoint import load_model as load
@@ -41,6 +41,27 @@ def test_the_newest_publication_is_the_latest(root: Path) -> None:
     ]
     assert resolve_checkpoint("latest", str(root)) == first
     assert parameter_hash(load(first).state_dict()) == published[1].parameter_hash
+
+
+def test_what_is_published_is_the_checkpoint_that_the_reference_names(root: Path) -> None:
+    """A run's folder means its newest checkpoint, and `latest` the newest published one, wherever that lies."""
+    storage = open_storage(str(root))
+    first, second = steps(root, 1, 2)
+    assert publish(storage, str(first)).checkpoint == str(first)
+    assert publish(storage, "latest").checkpoint == str(first)
+    assert publish(storage, str(root / "runs/r")).checkpoint == str(second)
+    assert find_checkpoint("latest", str(root)) == (str(second), second)
+    assert publish(storage, f"file://{first}").checkpoint == str(first)
+    assert find_checkpoint("latest", str(root)) == (str(first), first)
+
+
+def test_a_folder_of_transformers_is_not_published(root: Path) -> None:
+    (folder,) = steps(root, 1)
+    for name in (MANIFEST, "raymill.json"):
+        (folder / name).unlink()
+    with pytest.raises(CheckpointError, match=r"saved by transformers .*raymill serve"):
+        publish(open_storage(str(root)), str(folder))
+    assert publications(open_storage(str(root))) == []
 
 
 @pytest.mark.parametrize("how", DAMAGES)

@@ -9,14 +9,16 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import masked_crc32c
 
+from cluster.config import RunConfig
 from cluster.metric_export import Metrics
 from cluster.metric_table import METRICS, Exporter, metrics_of
 from cluster.storage import Storage, open_storage
 from jobs.data_progress import DataProgress
 from jobs.ledger import LEDGER, Ledger, LedgerTail, Line
-from jobs.run_history import interruptions, lost_steps
+from jobs.run_history import interruptions, lost_steps, statistics
 from jobs.run_metrics import RunFigures
 from jobs.tensorboard_files import TensorBoardFiles
+from jobs.why_slow import why_slow
 from tests.jobs.runs import tiny_plan
 
 TOLD_BY_THE_WATCHER = {"raymill_train_running", "raymill_train_last_snapshot_timestamp_seconds"}
@@ -73,6 +75,53 @@ def figures(tmp_path: Path) -> dict[tuple[str, str], float]:
     for line in EVENTFUL:
         figures.add(line)
     return {(sample.name, sample.label): sample.value for sample in figures.samples()}
+
+
+def test_a_deliberate_pause_is_neither_a_failure_nor_lost_time() -> None:
+    """Ctrl-C after step 5, resumed 100 s later: every reader of the ledger leaves these seconds out."""
+    lines = [
+        start(1, 100, world_size=2, after=0),
+        *(step(n, 100.0 + n) for n in range(1, 6)),
+        {"event": "preempted", "time": 105.5, "step": 5, "notice": "stop"},
+        {"event": "checkpoint", "time": 106, "step": 5, "checkpoint": "c", "parameter_hash": "h"},
+        start(2, 205.5, world_size=2, after=5),
+        *(step(n, 200.0 + n) | {"attempt": 2} for n in range(6, 11)),
+    ]
+    ledger = Ledger(lines)
+    assert (ledger.pauses, ledger.recoveries(), ledger.wall_s) == ({2: 100.0}, [], 10.0)
+    (stop,) = interruptions(ledger)
+    assert (stop.label, stop.pause_s, stop.seconds) == ("resume", 100.0, None)
+    config = RunConfig.model_validate({"model": {"preset": "tiny"}})
+    values = dict(statistics(ledger, config))
+    assert values["Goodput"].startswith("100.0% ")
+    assert values["Wall time"] == "10.0 s"
+    assert values["Paused"] == "1 min 40 s on request, not in the wall time"
+    assert values["Restarts"].startswith("0,")
+    assert values["Time lost"].startswith("0.0 s")
+    found = why_slow(ledger)
+    assert (found["bound"], found["evidence"]["restarts"], found["shares"]["restarts"]) == ("data", 0, 0.0)
+    figures = RunFigures(config)
+    for line in lines:
+        figures.add(line)
+    samples = {sample.name: sample.value for sample in figures.samples()}
+    assert (samples["train_goodput"], samples["train_restarts"]) == (1.0, 0)
+
+
+def test_a_failure_after_a_pause_has_its_own_seconds_only() -> None:
+    ledger = Ledger(
+        [
+            start(1, 100, world_size=2, after=0),
+            step(1, 101),
+            {"event": "preempted", "time": 102, "step": 1, "notice": "stop"},
+            start(2, 200, world_size=2, after=1),
+            step(2, 201),
+            {"event": "preempted", "time": 202, "step": 2, "notice": "save"},  # a node that is about to go
+            start(3, 205, world_size=1, after=2),
+            step(3, 207),
+        ]
+    )
+    assert ledger.pauses == {2: 98}
+    assert [(found.attempt, found.seconds) for found in ledger.recoveries()] == [(3, 6)]
 
 
 def test_figures_agree_with_the_ledgers_other_readers(figures: dict[tuple[str, str], float]) -> None:
