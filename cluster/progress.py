@@ -5,14 +5,22 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from cluster.printable import printable
 
@@ -44,6 +52,20 @@ def say(text: str) -> None:
     """One line for the person who watches; standard output is for results."""
     sys.stderr.write(f"{printable(text)}\n")
     sys.stderr.flush()
+
+
+@contextmanager
+def doing(what: str) -> Iterator[None]:
+    """Says at once what is being done; at a terminal the line counts the seconds while the context lasts."""
+    if not sys.stderr.isatty():
+        say(what)
+        yield
+        return
+    columns = (SpinnerColumn(finished_text=" "), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as line:
+        task = line.add_task(what, total=None)
+        yield
+        line.update(task, total=1, completed=1)
 
 
 def report_progress(label: str, *, done: float, total: float, unit: str, note: str = "") -> None:
@@ -92,39 +114,54 @@ class PlainProgress:
 
 class ProgressView:
     """Shows a stage's log as it comes: bars for its reports at a terminal, a line now and then elsewhere, and its own
-    lines. The whole log, Ray's lines among them, is kept in a file."""
+    lines. The whole log, Ray's lines among them, is kept in the file `log` if there is one.
 
-    def __init__(self, log: Path) -> None:
+    `waiting` is what is being done until the first line comes.
+    """
+
+    def __init__(self, log: Path | None = None, *, waiting: str = "") -> None:
         self.log = log
+        self._waiting, self._until_first_line = waiting, ExitStack()
+        self._file: TextIO | None = None
         self._bars = _bars() if sys.stderr.isatty() else None
         self._tasks: dict[str, TaskID] = {}
         self._plain = PlainProgress()
         self._in_ray_block = False
 
     def __enter__(self) -> Self:
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.log.open("a", encoding="utf-8", buffering=1)
-        if self._bars is not None:
-            self._bars.start()
+        if self.log is not None:
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.log.open("a", encoding="utf-8", buffering=1)
+        if self._waiting:
+            self._until_first_line.enter_context(doing(self._waiting))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._until_first_line.close()
         if self._bars is not None:
             self._bars.stop()
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
+
+    def keep(self, text: str) -> None:
+        """A line for the file alone."""
+        if self._file is not None:
+            self._file.write(f"{text}\n")
 
     def line(self, text: str) -> None:
         """One line of a stage's log."""
         if text.startswith(_MARK):
+            self._until_first_line.close()
             self._show(_report(text))
             return
-        self._file.write(f"{text}\n")
+        self.keep(text)
         is_indented = not text or text[0] in " \t"
         self._in_ray_block = bool(_RAY_LINE.match(text)) or (self._in_ray_block and is_indented)
         if self._in_ray_block and not _WORKER_ERROR.match(text):
             return
+        self._until_first_line.close()
         if self._bars is not None:
             self._bars.console.print(printable(text), markup=False, highlight=False)
         else:
@@ -133,6 +170,7 @@ class ProgressView:
     def _show(self, report: Report) -> None:
         if self._bars is not None:
             if report.label not in self._tasks:
+                self._bars.start()  # not before: without a bar it would paint an empty line again and again
                 self._tasks[report.label] = self._bars.add_task(report.label, total=report.total, unit="", note="")
             self._bars.update(self._tasks[report.label], completed=report.done, unit=report.unit, note=report.note)
             return

@@ -41,7 +41,7 @@ def river(config: RunConfig, *, faults: Sequence[Fault] = (), serving: ServeConf
     a port that is free then."""
     found = River()
     with ExitStack() as stack:
-        with found.stage("cluster", f"starting a local Ray cluster of {config.cluster.num_nodes} nodes"):
+        with found.stage("cluster", "a Ray cluster on this machine"):
             connection = stack.enter_context(connected(config.cluster, cpus_per_node=cpus_per_node(config)))
         with found.stage("tokenize", "tokenizing"):
             found.tokens = run_stage(connection, "jobs.tokenize_corpus", config)

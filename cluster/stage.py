@@ -16,9 +16,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,7 +32,7 @@ from cluster.jobs_api import JobsApi, ray_token
 from cluster.local import STOP_WAIT_S, ClusterError, LocalCluster
 from cluster.mirrored import entrypoint
 from cluster.printable import printable
-from cluster.progress import ProgressView, say
+from cluster.progress import ProgressView, doing, say
 from cluster.result_line import RESULT_MARK, parse_result
 from cluster.serve_config import ServeConfig
 from cluster.storage import open_storage
@@ -45,7 +46,9 @@ _NO_AGENT = "No available agent"
 _AGENT_TIMEOUT_S = 60.0
 _STOP_MARGIN_S = 5.0
 _MISUSED = 2  # exit code
+_ERROR = "error: "  # begins the line by which a stage says why it ends
 _MAX_LOST_HEADS = 3  # for one stage
+_MODULE_LOG_S = 5.0  # for the last lines, where a process that outlives its module still holds the pipe
 
 Config = TypeVar("Config", RunConfig, ServeConfig, EvaluateConfig)
 
@@ -83,7 +86,10 @@ def connected(config: ClusterConfig, *, cpus_per_node: int) -> Iterator[Connecti
         api.probe()
         yield Connection(api.url, api.headers, None)
         return
-    with LocalCluster(num_nodes=config.num_nodes, cpus_per_node=config.cpus_per_node or cpus_per_node) as cluster:
+    with ExitStack() as stack:
+        with doing(f"starting a local cluster of {config.num_nodes} node{'s' * (config.num_nodes > 1)}"):
+            nodes = LocalCluster(num_nodes=config.num_nodes, cpus_per_node=config.cpus_per_node or cpus_per_node)
+            cluster = stack.enter_context(nodes)
         yield Connection(cluster.jobs_url, {"Authorization": f"Bearer {cluster.token}"}, cluster)
 
 
@@ -135,16 +141,20 @@ def _run_job(connection: Connection, module: str, config: RunConfig | ServeConfi
 def _submit_and_follow(
     connection: Connection, module: str, config: RunConfig | ServeConfig | EvaluateConfig
 ) -> dict[str, Any]:
-    client = _jobs_client(connection)
-    job_id = submit_stage(connection, module, config, job=f"raymill-{secrets.token_hex(8)}")
+    client, job = _jobs_client(connection), f"raymill-{secrets.token_hex(8)}"
     folder_of_logs = open_storage(config.storage.uri).local_path("logs") or Path(".raymill/logs")
+    job_id = None
     try:
-        with ProgressView(folder_of_logs.absolute() / f"{module}-{job_id}.log") as view:
+        with ProgressView(folder_of_logs.absolute() / f"{module}-{job}.log", waiting="starting the job") as view:
+            job_id = submit_stage(connection, module, config, job=job)
             return _follow(client, job_id, view)
     except BaseException:
-        if client.get_job_status(job_id) in (JobStatus.PENDING, JobStatus.RUNNING):
-            client.stop_job(job_id)
-            _wait_for_end(client, job_id)
+        if job_id is not None and client.get_job_status(job_id) in (JobStatus.PENDING, JobStatus.RUNNING):
+            with doing("stopping: the job saves and ends"):
+                client.stop_job(job_id)
+                _wait_for_end(client, job_id)
+            if words := [line for line in client.get_job_logs(job_id).splitlines() if line.startswith(_ERROR)]:
+                say(words[-1].removeprefix(_ERROR))  # such as which step it has saved
         raise
 
 
@@ -252,7 +262,8 @@ def print_result(
     try:
         result = compute()
     except UserError as error:
-        sys.stderr.write(f"error: {printable(str(error))}\n")
+        sys.stderr.write(f"{_ERROR}{printable(str(error))}
+")
         return _MISUSED if isinstance(error, ConfigError) else 1
     sys.stdout.write(f"{RESULT_MARK}{json.dumps(result)}\n")
     return 0 if is_good(result) else 1
@@ -265,12 +276,32 @@ def run_module(module: str, *arguments: str) -> dict[str, Any]:
     """
     command = [sys.executable, "-m", module, *arguments]
     environment = os.environ | {"PYTHONPATH": str(_REPOSITORY)}
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False)
+    with _shown() as stderr:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment, check=False)
     results = [found for line in done.stdout.splitlines() if (found := parse_result(line)) is not None]
     if done.returncode not in (0, 1) or not results:
         kind = ModuleMisusedError if done.returncode == _MISUSED else ModuleFailedError
         raise kind(f"{module} ended with exit code {done.returncode}; its message is above")
     return results[-1]
+
+
+@contextmanager
+def _shown() -> Iterator[int]:
+    """A file descriptor for a module's standard error: its reports are shown as progress, its lines as they are."""
+    reading, writing = os.pipe()
+
+    def show() -> None:
+        with ProgressView() as view, os.fdopen(reading, encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                view.line(line.rstrip("\n"))
+
+    thread = threading.Thread(target=show, name="module-log", daemon=True)
+    thread.start()
+    try:
+        yield writing
+    finally:
+        os.close(writing)
+        thread.join(_MODULE_LOG_S)
 
 
 def _job_environment(connection: Connection) -> dict[str, str]:
@@ -294,16 +325,20 @@ def _jobs_client(connection: Connection) -> JobSubmissionClient:
 
 def _follow(client: JobSubmissionClient, job_id: str, view: ProgressView) -> dict[str, Any]:
     result: dict[str, Any] | None = None
+    error = ""
 
     async def tail() -> None:
-        nonlocal result
+        nonlocal result, error
         rest = ""
         async for text in client.tail_job_logs(job_id):
             *lines, rest = (rest + text).split("\n")
             for line in lines:
                 found = parse_result(line)
                 result = result if found is None else found
-                if found is None:
+                if line.startswith(_ERROR):  # the stage's last word, said once: by whoever reports its failure
+                    error = line.removeprefix(_ERROR)
+                    view.keep(line)
+                elif found is None:
                     view.line(line)
 
     asyncio.run(tail())
@@ -313,4 +348,4 @@ def _follow(client: JobSubmissionClient, job_id: str, view: ProgressView) -> dic
         return result
     code = client.get_job_info(job_id).driver_exit_code
     kind = ConfigError if code == _MISUSED else StageFailedError
-    raise kind(f"job {job_id} ended with exit code {code}; its message is above, its whole log in {view.log}")
+    raise kind(f"{error or f'job {job_id} ended with exit code {code}'} (the whole log is in {view.log})")
