@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cluster.storage import AlreadyExistsError, Entry, NotFoundError, Storage, open_storage, split_uri
-from model.checkpoint import MANIFEST, CheckpointError, is_hf_folder, read_metadata, verify_checkpoint
+from model.checkpoint import MANIFEST, CheckpointError, Metadata, is_hf_folder, read_metadata, verify_checkpoint
 
 LATEST = "latest"
 ENDPOINTS = "endpoints/"
@@ -62,6 +62,21 @@ def publications(storage: Storage) -> list[Publication]:
     return [Publication(**json.loads(storage.read_bytes(entry.key))) for entry in _entries(storage)]
 
 
+def what_latest_became(storage: Storage) -> str:
+    """Says in a line what `latest` is since the newest publication, what it was before, and how to return to that
+    where it has the lower validation loss on the same data."""
+    *earlier, newest = publications(storage)
+    now = _metadata(newest.checkpoint)
+    said = f"latest is now step {newest.step:,} of run {newest.run_id}{_loss(now)}"
+    if not earlier or earlier[-1].checkpoint == newest.checkpoint:
+        return said
+    before = _metadata(earlier[-1].checkpoint)
+    said += f"; it was step {earlier[-1].step:,} of run {earlier[-1].run_id}{_loss(before)}"
+    if now and before and _is_better(before, now):
+        said += f", which is better on the same data: `raymill publish {earlier[-1].checkpoint}` makes it latest again"
+    return said
+
+
 def served_checkpoints(storage: Storage) -> set[str]:
     """URIs of the checkpoints that endpoints serve, are about to serve, or would go back to."""
     states = [json.loads(storage.read_bytes(entry.key)) for entry in storage.list(ENDPOINTS)]
@@ -96,6 +111,25 @@ def find_checkpoint(reference: str, storage_uri: str) -> tuple[str, Path]:
     if problems:
         raise CheckpointError(f"checkpoint {reference} is not valid: {'; '.join(problems)}")
     return folder.uri, local
+
+
+def _metadata(checkpoint: str) -> Metadata | None:
+    """None where the checkpoint is gone, such as with its run's folder."""
+    try:
+        return Metadata(**json.loads(open_storage(checkpoint).read_bytes("raymill.json")))
+    except NotFoundError:
+        return None
+
+
+def _loss(metadata: Metadata | None) -> str:
+    return "" if metadata is None or metadata.val_loss is None else f" (validation loss {metadata.val_loss:.3f})"
+
+
+def _is_better(one: Metadata, other: Metadata) -> bool:
+    """By the loss on the validation split, where both were trained with the same token store."""
+    if one.val_loss is None or other.val_loss is None or one.data_manifest_hash is None:
+        return False
+    return one.data_manifest_hash == other.data_manifest_hash and one.val_loss < other.val_loss
 
 
 def _newest(checkpoints: list[str], *, none: str) -> tuple[str, Path]:

@@ -17,7 +17,7 @@ from cluster.config import RunConfig, max_steps, to_yaml
 from cluster.flags import ConfigError
 from cluster.lease import Lease
 from cluster.progress import say
-from cluster.registry import publications, publish
+from cluster.registry import publications, publish, what_latest_became
 from cluster.stage import StageFailedError, code_version, stage_main
 from cluster.storage import Storage, open_storage
 from jobs.background_tokenizing import tokenizing, wait_for_first_rows
@@ -89,7 +89,7 @@ def _train_and_publish(
         launch=f"raymill-{secrets.token_hex(8)}",
         validation_uris=sets,
     )
-    say(f"run {config.run_id}: {max_steps(config)} steps; the same --run-id resumes it")
+    say(_begins(config, Ledger.read(run)))
     with tokenizing(config, run) if growing else nullcontext():
         if not Ledger.read(run).events("finish"):
             if growing:
@@ -107,12 +107,14 @@ def _train_and_publish(
         last = ledger.events("gave_up", "preempted")[-1]
         if last["event"] == "preempted":
             raise StageFailedError(
-                f"run {config.run_id} was stopped after step {last['step']}, as asked; the same --run-id goes on there"
+                f"run {config.run_id} is saved at step {last['step']} of {max_steps(config)} and has ended, as asked; "
+                "the same --run-id continues it"
             )
         raise StageFailedError(f"run {config.run_id} gave up: {last['reason']}; more is in {run.uri}")
     checkpoint = RunCheckpoints(run).uri(ledger.events("checkpoint")[-1]["checkpoint"].rsplit("/", 1)[1])
     if checkpoint not in published:
         publish(storage, checkpoint)
+        say(what_latest_became(storage))
     return _figures(run, ledger, checkpoint)
 
 
@@ -123,6 +125,17 @@ def _enter(run: Storage, config: RunConfig) -> None:
         return
     if changed := changed_settings(recorded_config(run), config):
         raise ConfigError(f"run {config.run_id} has other settings: {'; '.join(changed)}. Choose another --run-id")
+
+
+def _begins(config: RunConfig, before: Ledger) -> str:
+    """Says what comes next: on one machine, workers take some ten seconds to start."""
+    total, steps, scaling = max_steps(config), before.steps, config.scaling
+    if before.events("finish"):
+        return f"run {config.run_id} has finished already, after step {steps[-1]['step']:,}"
+    most, least = scaling.max_workers, scaling.min_workers
+    workers = f"{most} worker{'s' * (most > 1)}" if least == most else f"{least} to {most} workers"
+    place = f"continues after step {steps[-1]['step']:,} of {total:,}" if steps else f"has {total:,} steps to take"
+    return f"run {config.run_id} {place}; {workers} are starting"
 
 
 def _fit(plan: RunPlan, address: str) -> None:

@@ -149,12 +149,13 @@ def _mark_interruptions(axes: Axes, ledger: Ledger, theme: Theme) -> None:
         label = "steps lost, taken again" if number == 0 else None
         span = (first - 0.5, last + 0.5)
         axes.axvspan(*span, facecolor=theme.restart, edgecolor=theme.text, alpha=0.25, hatch="////", lw=0, label=label)
+    styles = {"resize": (theme.resize, "-."), "restart": (theme.restart, "--"), "resume": (theme.text, ":")}
     labelled: set[str] = set()
     for stop in interruptions(ledger):
         kind = stop.label.partition(" ")[0]
         label = None if kind in labelled else kind
         labelled.add(kind)
-        color, style = {"resize": (theme.resize, "-."), "restart": (theme.restart, "--"), "resume": (theme.text, ":")}[kind]
+        color, style = styles[kind]
         axes.axvline(stop.step + 0.5, color=color, linestyle=style, linewidth=1.4, label=label)
 
 

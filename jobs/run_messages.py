@@ -51,9 +51,10 @@ def waiting_for(
 class Patience:
     """Tells a run that has no workers from one that trains."""
 
-    def __init__(self, run: Storage, scaling: ScalingConfig) -> None:
+    def __init__(self, run: Storage, scaling: ScalingConfig, before: Ledger) -> None:
+        """`before` is what the run's ledger held before this launch."""
         self._run, self._scaling = run, scaling
-        self._num_starts = len(Ledger.read(run).world_sizes)  # before this launch
+        self._num_starts = len(before.world_sizes)
         self._num_lines = -1
         self._since_s = self._said_s = 0.0
 

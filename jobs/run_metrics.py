@@ -49,11 +49,9 @@ class RunFigures:
             case "preempted" if is_stop(line):
                 self._saved_s = now_s
             case "start":
-                if self._saved_s is None:
-                    self._counts["train_restarts"] += self._world_size > 0
-                else:
-                    self._paused_s += now_s - self._saved_s
-                    self._saved_s = None
+                self._counts["train_restarts"] += self._world_size > 0 and self._saved_s is None
+                self._paused_s += 0.0 if self._saved_s is None else now_s - self._saved_s
+                self._saved_s = None
                 self._counts["train_resizes"] += self._world_size not in (0, line["world_size"])
                 self._world_size = line["world_size"]
             case "rollback":

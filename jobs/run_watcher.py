@@ -15,7 +15,7 @@ from cluster.metric_export import Metrics
 from cluster.metric_table import METRICS, Exporter
 from cluster.progress import report_progress, say
 from cluster.storage import StorageError
-from jobs.ledger import LedgerTail, Line
+from jobs.ledger import Ledger, LedgerTail, Line
 from jobs.run_messages import TOLD, Patience, told
 from jobs.run_metrics import RunFigures, Sample
 from jobs.run_plan import RunPlan
@@ -37,10 +37,11 @@ _ANNOTATED = {
 def watching(plan: RunPlan, *, snapshot_time_s: Callable[[], float | None]) -> Iterator[None]:
     """While the context lasts, by a thread. `snapshot_time_s` tells when a snapshot was last taken, in Unix time."""
     ended = threading.Event()
-    patience = Patience(plan.run, plan.config.scaling)
+    before = Ledger.read(plan.run)
+    patience = Patience(plan.run, plan.config.scaling, before)
 
     def watch() -> None:
-        with _Watcher(plan, patience, snapshot_time_s) as watcher:
+        with _Watcher(plan, patience, snapshot_time_s, num_told=len(before.lines)) as watcher:
             while not ended.wait(_INTERVAL_S):
                 watcher.look()
 
@@ -54,13 +55,17 @@ def watching(plan: RunPlan, *, snapshot_time_s: Callable[[], float | None]) -> I
 
 
 class _Watcher:
-    def __init__(self, plan: RunPlan, patience: Patience, snapshot_time_s: Callable[[], float | None]) -> None:
+    """`num_told` lines are of earlier launches: they count in the figures, and were said and read long ago."""
+
+    def __init__(
+        self, plan: RunPlan, patience: Patience, snapshot_time_s: Callable[[], float | None], *, num_told: int
+    ) -> None:
         # It imports some tenths of a second of torch's further modules, for which no run should wait.
         from jobs.tensorboard_files import TensorBoardFiles  # noqa: PLC0415
 
         self._plan, self._patience, self._snapshot_time_s = plan, patience, snapshot_time_s
         self._run_id = str(plan.config.run_id)
-        self._tail = LedgerTail(plan.run)
+        self._tail, self._num_told = LedgerTail(plan.run), num_told
         self._figures = RunFigures(plan.config)
         self._metrics = Metrics(Exporter.LAUNCHER, run=self._run_id)
         self._curves = TensorBoardFiles(plan.run)
@@ -82,10 +87,11 @@ class _Watcher:
             lines = self._tail.read()
         except StorageError:  # an outage, which the run itself tells of
             lines = []
-        for line in lines:
+        num_before = len(self._tail.ledger.lines) - len(lines)
+        for number, line in enumerate(lines, start=num_before):
             self._figures.add(line)
             self._curves.add(line)
-            if line.get("event") in TOLD:
+            if line.get("event") in TOLD and number >= self._num_told:
                 say(told(line))
             if self._annotator is not None and (annotation := self._annotation(line)):
                 self._annotator.add(annotation)

@@ -11,12 +11,21 @@ DAMAGES = ("flip", "truncate", "remove")
 FILES = (MANIFEST, "model.safetensors", "config.json", "tokenizer.json", "raymill.json")
 
 
-def write_tiny(folder: Path, *, step: int = 1, run_id: str = "tiny") -> Metadata:
+def write_tiny(
+    folder: Path, *, step: int = 1, run_id: str = "tiny", data: str = "d", val_loss: float | None = None
+) -> Metadata:
     """A checkpoint whose weights, and so its parameter hash, depend on the step."""
     tokenizer = train_bpe(["to be or not to be"], vocab_size=257)
     model = GPT(resolve_preset({"preset": "tiny", "n_layer": 1, "vocab_size": tokenizer.vocab_size}))
     model.init_weights(step)
-    metadata = Metadata(run_id=run_id, step=step, tokens_seen=step * 64, data_manifest_hash="d", code_version="c")
+    metadata = Metadata(
+        run_id=run_id,
+        step=step,
+        tokens_seen=step * 64,
+        data_manifest_hash=data,
+        code_version="c",
+        val_loss=val_loss,
+    )
     return write_checkpoint(
         folder, model=model, tokenizer=tokenizer, metadata=metadata, train_state=dict(model.state_dict())
     )

@@ -8,7 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from cluster.registry import find_checkpoint, publications, publish, resolve_checkpoint, served_checkpoints
+from cluster.registry import (
+    find_checkpoint,
+    publications,
+    publish,
+    resolve_checkpoint,
+    served_checkpoints,
+    what_latest_became,
+)
 from cluster.storage import open_storage
 from model.checkpoint import MANIFEST, CheckpointError, parameter_hash
 from model.checkpoint import load_model as load
@@ -53,6 +60,24 @@ def test_what_is_published_is_the_checkpoint_that_the_reference_names(root: Path
     assert find_checkpoint("latest", str(root)) == (str(second), second)
     assert publish(storage, f"file://{first}").checkpoint == str(first)
     assert find_checkpoint("latest", str(root)) == (str(first), first)
+
+
+@pytest.mark.parametrize(
+    ("val_loss", "data", "is_better"), [(3.5, "d", True), (3.5, "e", False), (1.5, "d", False), (None, "d", False)]
+)
+def test_a_publication_says_what_it_displaces(root: Path, val_loss: float | None, data: str, is_better: bool) -> None:
+    storage, big, toy = open_storage(str(root)), root / "big", root / "toy"
+    write_tiny(big, step=400, run_id="big", val_loss=2.104)
+    write_tiny(toy, step=1060, run_id="toy", val_loss=val_loss, data=data)
+    publish(storage, str(big))
+    assert what_latest_became(storage) == "latest is now step 400 of run big (validation loss 2.104)"
+    publish(storage, str(toy))
+    said = what_latest_became(storage)
+    assert said.startswith("latest is now step 1,060 of run toy")
+    assert "; it was step 400 of run big (validation loss 2.104)" in said
+    assert said.endswith(f"`raymill publish {big}` makes it latest again") is is_better
+    shutil.rmtree(big)
+    assert what_latest_became(storage).endswith("it was step 400 of run big")
 
 
 def test_a_folder_of_transformers_is_not_published(root: Path) -> None:
