@@ -262,8 +262,7 @@ def print_result(
     try:
         result = compute()
     except UserError as error:
-        sys.stderr.write(f"{_ERROR}{printable(str(error))}
-")
+        sys.stderr.write(f"{_ERROR}{printable(str(error))}\n")
         return _MISUSED if isinstance(error, ConfigError) else 1
     sys.stdout.write(f"{RESULT_MARK}{json.dumps(result)}\n")
     return 0 if is_good(result) else 1
