@@ -14,6 +14,7 @@ from model.checkpoint import MANIFEST
 from model.errors import UserError
 
 POLL_S = 0.5
+SAY_S = 10.0
 FOLLOW_S = 2.0
 ANSWER_TIMEOUT_S = 600.0  # the endpoint fetches and verifies a checkpoint before it answers
 AWAY_S = 60.0  # an endpoint whose replica or coordinator is being replaced
@@ -54,34 +55,36 @@ class Operator:
         return self._ask("GET", "/admin/status", None)
 
     def wait(self, *, until: tuple[str, ...] = ("steady",), say: Progress) -> dict[str, Any]:
-        """The delivery's state once its phase is one of `until`; each phase on the way is told. Raises `RefusedError`
-        when the promotion was refused or rolled back, with the reason."""
-        phase = ""
+        """The delivery's state once its phase is one of `until`. Each phase on the way is reported, and every ten
+        seconds how long it lasts still. Raises `RefusedError` when the promotion was refused or rolled back, with the
+        reason."""
+        phase, said_s = "", 0.0
         while True:
-            state = self._patient_status()
-            if state["phase"] != phase:
-                phase = state["phase"]
-                say(f"{phase}: live is {state['live']['checkpoint']}")
+            status = self._patient_status()
+            state = status["delivery"]
+            if state["phase"] != phase or time.monotonic() - said_s > SAY_S:
+                phase, said_s = state["phase"], time.monotonic()
+                say(progress_of(state, phase_s=status["phase_s"]))
             outcome = state["outcome"]
             if outcome is not None and outcome["result"] != "promoted":
                 what = outcome["result"].replace("_", " ")
                 raise RefusedError(f"{outcome['version']['checkpoint']} was {what}: {outcome['reason']}")
             if phase in until:
-                return state
+                return dict(state)
             time.sleep(POLL_S)
 
     def wait_until_steady(self) -> dict[str, Any]:
         """The delivery's state once no promotion is on, whatever has become of the last one."""
-        while (state := self._patient_status())["phase"] != "steady":
+        while (state := self._patient_status()["delivery"])["phase"] != "steady":
             time.sleep(POLL_S)
-        return state
+        return dict(state)
 
     def _patient_status(self) -> dict[str, Any]:
         """Waits for a replica or a coordinator that is being replaced."""
         deadline_s = time.monotonic() + AWAY_S
         while True:
             try:
-                return dict(self.status()["delivery"])
+                return self.status()
             except AwayError:
                 if time.monotonic() > deadline_s:
                     raise
@@ -102,6 +105,22 @@ class Operator:
             raise AwayError(f"{response.url} answered {response.status_code}: {response.text[:300]}")
         raise_for(response)
         return dict(response.json())
+
+
+def progress_of(state: dict[str, Any], *, phase_s: float) -> str:
+    """Says what an endpoint does about its promotion, and for how long still."""
+    live, candidate = state["live"]["checkpoint"], (state["candidate"] or state["live"])["checkpoint"]
+    terms = state["terms"] or {}
+    left = f"{max(0.0, terms.get('watch_s', 0.0) - phase_s):.0f} s more"
+    match state["phase"]:
+        case "loading":
+            return f"loading: each replica loads and tests {candidate}, for {phase_s:.0f} s so far; {live} serves"
+        case "canary":
+            share = f"{terms['canary_percent']:g}% of the requests"
+            return f"canary: {candidate} serves {share}, and is watched for {left}"
+        case "watching":
+            return f"watching: {live} serves; for {left}, errors or slowness roll it back"
+    return f"{state['phase']}: {live} serves"
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from model.errors import UserError
 _FILE = "endpoint.json"
 _HAPROXY_VARIABLE = "RAY_SERVE_ENABLE_HA_PROXY"
 _DONE = "[DONE]"
+_MAX_TOKENS = 64  # of a completion, where nobody says how many
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,10 @@ def deploy(connection: Connection, config: ServeConfig) -> Endpoint:
 
 
 def stream_completion(endpoint: Endpoint, request: dict[str, Any], *, on_text: Callable[[str], None]) -> dict[str, Any]:
-    """Asks for one completion and passes its text on as it comes. Returns the text and its timing, in seconds."""
+    """Asks for one completion and passes its text on as it comes. Returns the text and its timing, in seconds.
+
+    Where the request says no `max_tokens` it is 64, or as many as fit behind the prompt.
+    """
     start = time.perf_counter()
     texts: list[str] = []
     result: dict[str, Any] = {"model": endpoint.model, "prompt": request["prompt"], "ttft_s": None}
@@ -92,6 +96,8 @@ def stream_completion(endpoint: Endpoint, request: dict[str, Any], *, on_text: C
                 models = client.get("/v1/models")
                 raise_for(models)
                 result["model"] = models.json()["data"][0]["id"]
+            if request["max_tokens"] is None:
+                request = request | {"max_tokens": _what_fits(client, result["model"], request["prompt"])}
             body = {"model": result["model"], "stream": True, "stream_options": {"include_usage": True}} | request
             with client.stream("POST", "/v1/completions", json=body) as response:
                 if response.is_error:
@@ -113,6 +119,15 @@ def stream_completion(endpoint: Endpoint, request: dict[str, Any], *, on_text: C
     except httpx.TransportError as error:
         raise UserError(f"no endpoint answers at {endpoint.url} ({error}): start one with `raymill serve`") from None
     return result | {"text": "".join(texts), "total_s": round(time.perf_counter() - start, 4)}
+
+
+def _what_fits(client: httpx.Client, model: str, prompt: str) -> int:
+    response = client.post("/tokenize", json={"model": model, "prompt": prompt})
+    if response.status_code == httpx.codes.NOT_FOUND:  # an endpoint of others, with OpenAI's routes alone
+        return _MAX_TOKENS
+    raise_for(response)
+    counted = response.json()
+    return max(1, min(_MAX_TOKENS, counted["max_model_len"] - counted["count"]))
 
 
 def raise_for(response: httpx.Response) -> None:
