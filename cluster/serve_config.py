@@ -124,7 +124,7 @@ class ServeConfig(Settings):
         default="latest", description="path or URI of a checkpoint folder, or `latest`: the newest published one"
     )
     model_name: str | None = Field(
-        default=None, description="id under /v1/models; the checkpoint's own name when unset"
+        default=None, description="id under /v1/models, whatever is promoted; the live checkpoint's run when unset"
     )
     host: str = Field(default="127.0.0.1", description="address to listen on; others than loopback need an API key")
     port: int = Field(default=8000, ge=1, le=65535, description="TCP port to listen on")

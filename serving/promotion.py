@@ -45,6 +45,11 @@ class Version(Record):
     version: str  # hash of the weights, `x-model-version`
     lineage: dict[str, Any] | None = None  # run, step, data, tokenizer, code
 
+    @property
+    def name(self) -> str:
+        """Its run's id; its folder's name where transformers saved it."""
+        return str(self.lineage["run_id"]) if self.lineage else self.checkpoint.rstrip("/").rpartition("/")[2]
+
 
 class Terms(Record):
     """On which a candidate becomes the live version, and stays it."""
@@ -70,7 +75,7 @@ class Delivery(Record):
     """What is served now, and what is on its way. All that survives a restart."""
 
     deployment: str  # of the endpoint that this is the state of
-    model_name: str  # stays the same whatever is promoted
+    model_name: str  # of the first version, or the one that the settings give to all
     live: Version
     phase: Phase = Phase.STEADY
     epoch: int = 1  # grows whenever requests go elsewhere
@@ -92,6 +97,13 @@ class Delivery(Record):
     def known(self) -> list[Version]:
         """Whose checkpoints must not be deleted."""
         return [version for version in (self.live, self.candidate, self.previous) if version is not None]
+
+    @property
+    def names(self) -> list[str]:
+        """By which a client may ask for the model: a promotion takes none away from those who use it."""
+        served = [outcome.version for outcome in self.history if outcome.result != "refused"]
+        now = [version for version in self.known if self.phase is not Phase.LOADING or version != self.candidate]
+        return list(dict.fromkeys([self.live.name, self.model_name, *(v.name for v in [*now, *served])]))
 
     @property
     def route(self) -> "Route":

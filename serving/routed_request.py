@@ -37,11 +37,11 @@ class RoutedRequest:
         scope[_SCOPE_KEY] = self
 
     def take(self, model: str | None = None, *, user: str | None = None) -> LoadedVersion:
-        """The version that answers the request, which asks for `model` if it names one. While a canary is on it is
+        """The version that answers the request, which asks for `model` if it names one, by whatever name it was served
+        here. While a canary is on it is
         the one of the API key; else of `user`, of the session header, or any. Raises `ApiError` (404)."""
-        served = self._versions.delivery.model_name
-        if model is not None and model != served:
-            raise model_not_found(model, served=served)
+        if model is not None and model not in (names := self._versions.names):
+            raise model_not_found(model, served=names[0])
         self._hold(self._versions.pick(self.key or user or next(iter(self._sessions), None)))
         assert self._held is not None
         return self._held

@@ -80,6 +80,13 @@ class Versions:
     def live(self) -> LoadedVersion:
         return self._usable(self.route.primary)
 
+    @property
+    def names(self) -> list[str]:
+        """By which a request may ask for the model, the live one's first."""
+        if self.config.model_name is not None:
+            return [self.config.model_name]
+        return [self.live.model.name, *self.delivery.names]
+
     def pick(self, key: str | None) -> LoadedVersion:
         """The version for a request; the same one for the same `key`."""
         return self._usable(self.route.serial_for(key))
@@ -152,7 +159,7 @@ class Versions:
         async with self._one_at_a_time:
             try:
                 slot.loaded = loaded = await LoadedVersion.load(
-                    slot.version, name=self.delivery.model_name, config=self.config
+                    slot.version, name=self.config.model_name, config=self.config
                 )
                 loaded.engine.on_death = lambda notice: self._engine_died(slot, notice)
                 terms = self.delivery.terms

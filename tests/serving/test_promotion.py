@@ -53,6 +53,26 @@ def watching() -> Delivery:
     return state
 
 
+def named(run_id: str) -> Version:
+    return Version(checkpoint=f"/runs/{run_id}/checkpoints/step-000000001", version=run_id, lineage={"run_id": run_id})
+
+
+def test_the_model_is_called_as_its_run_and_earlier_names_stay_valid() -> None:
+    """A client that asks for `second` is served on after `third` and `fourth` were promoted."""
+    state = Delivery(deployment="d", model_name="second", live=named("second"))
+    for run_id in ("third", "fourth"):
+        before = state.names
+        state = start(state, named(run_id), TERMS)
+        assert state.names == before, "what is still loading has served nobody"
+        state = step(state, {1: READY, 2: READY, 3: READY})
+        assert (state.phase, state.names[0]) == (Phase.WATCHING, run_id)
+        state = step(state, {1: READY, 2: READY, 3: READY}, elapsed_s=11)
+    assert (state.phase, state.names) == (Phase.STEADY, ["fourth", "second", "third"])
+    refused = roll_back(start(state, named("fifth"), TERMS), "it does not load")
+    assert refused.names == state.names
+    assert Version(checkpoint="/models/gpt2/", version="x").name == "gpt2"
+
+
 def test_no_replica_switches_before_all_have_loaded_the_candidate() -> None:
     state = loading()
     assert state.route == STEADY.route and [version.serial for version in state.needed] == [1, 2]
