@@ -62,7 +62,8 @@ def _planned(
     with tempfile.TemporaryDirectory(prefix="raymill-plan-") as name:
         folder = Path(name)
         write_config(config, folder / "run.yaml")
-        write_config(options, folder / "plan.yaml")
+        said = options.model_dump(mode="json", exclude_unset=True)  # a default is nobody's wish for a GPU
+        (folder / "plan.yaml").write_text(json.dumps(said), encoding="utf-8")
         words = [str(folder / "run.yaml"), str(folder / "plan.yaml"), *more]
         if rehearsal is not None:
             (folder / "rehearsal.json").write_text(json.dumps(rehearsal), encoding="utf-8")

@@ -13,16 +13,22 @@ _TOLERANCE = 0.02
 _BUSY = 0.2
 """Share of the CPUs' time that others may have before it is worth a warning."""
 
+_ASK_FOR_GPUS = {"gpu", "count", "mfu", "sustained_tflops"}
+"""Options by which somebody plans for GPUs, whatever the run itself is set to use."""
+
 FULL_MEMORY = 0.9
 """Share of a GPU's memory that a plan may fill: allocator and libraries take the rest."""
 
 
 def warnings(config: RunConfig, options: PlanConfig, plan: dict[str, Any]) -> list[str]:
     """The gravest first; empty where all agrees."""
-    found = [_memory(config, options, plan), _batch(config, plan), _precision(config, options), _exchange(plan)]
-    return [text for part in found for text in part] + [
-        text for part in (_schedule(config), _sizes(config, options, plan), _keeping(config, plan)) for text in part
-    ]
+    if not config.scaling.use_gpu and not _ASK_FOR_GPUS & options.model_fields_set:
+        found = [_memory(config, options, plan), _on_cpus(config, options), _schedule(config)]
+        found.append(_sizes(config, options, plan))
+    else:
+        found = [_memory(config, options, plan), _batch(config, plan), _precision(config, options), _exchange(plan)]
+        found += [_schedule(config), _sizes(config, options, plan), _keeping(config, plan)]
+    return [text for part in found for text in part]
 
 
 def other_work(calibration: dict[str, Any]) -> Iterator[str]:
@@ -48,6 +54,14 @@ def _memory(config: RunConfig, options: PlanConfig, plan: dict[str, Any]) -> Ite
             f"{has / 1e9:,.0f} GB, a tenth of it for allocator and libraries. raymill trains models that fit one GPU; "
             f"{way_out}."
         )
+
+
+def _on_cpus(config: RunConfig, options: PlanConfig) -> Iterator[str]:
+    yield (
+        f"The run computes on {config.scaling.max_workers} workers' CPUs (scaling.use_gpu is false), of which nothing "
+        "is known here: --calibrate measures this machine. Times and cost below are what GPUs would take "
+        f"({options.gpu}; --gpu and --count choose others)."
+    )
 
 
 def _batch(config: RunConfig, plan: dict[str, Any]) -> Iterator[str]:
