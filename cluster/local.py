@@ -8,6 +8,7 @@ The head keeps the cluster's state on disk (RocksDB), so that one that was lost 
 find it by themselves, and the actors on them live on.
 """
 
+import errno
 import os
 import secrets
 import shutil
@@ -74,6 +75,21 @@ def free_port(promised: Collection[int] = ()) -> int:
             port = int(listener.getsockname()[1])
         if port not in promised:
             return port
+
+
+def require_free_port(host: str, port: int) -> None:
+    """Raises `UserError` where another process listens already: Ray Serve's proxy would share the port with it
+    (SO_REUSEPORT), and each get some of the requests."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that linger do not count
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise UserError(f"cannot listen on {host}:{port}: {error.strerror}") from None
+            raise UserError(
+                f"port {port} on {host} is in use by another process; end it, or choose another port with --port"
+            ) from None
 
 
 class LocalCluster:

@@ -32,6 +32,7 @@ _LINE_INTERVAL_S = 10.0
 # of a worker's traceback, which says what happened.
 _RAY_LINE = re.compile(
     r"\((\w+ pid=|\w+:.* pid=|pid=|raylet\b|autoscaler\b)"
+    r"|\[\d{4}-\d\d-\d\d [\d:,]+ [A-Z] \d+ \d+\] "  # its C++ parts, which call much an error that is none
     r"|(INFO )?\d{4}-\d\d-\d\d [\d:,]+\s(INFO|WARNING|serve )|Running entrypoint for job "
 )
 _WORKER_ERROR = re.compile(r"\(RayTrainWorker.*?\) (\w+\.)*\w*(Error|Exception): ")
@@ -92,6 +93,18 @@ def progress(label: str, *, total_bytes: int) -> Iterator[Callable[[int], None]]
     show()
 
 
+class RayFilter:
+    """Tells Ray's own lines from a stage's, line by line."""
+
+    def __init__(self) -> None:
+        self._in_block = False
+
+    def hides(self, text: str) -> bool:
+        is_indented = not text or text[0] in " \t"
+        self._in_block = bool(_RAY_LINE.match(text)) or (self._in_block and is_indented)
+        return self._in_block and not _WORKER_ERROR.match(text)
+
+
 class PlainProgress:
     """A stage's log for who cannot see bars: its reports become a line now and then, all else stays."""
 
@@ -126,7 +139,7 @@ class ProgressView:
         self._bars = _bars() if sys.stderr.isatty() else None
         self._tasks: dict[str, TaskID] = {}
         self._plain = PlainProgress()
-        self._in_ray_block = False
+        self._rays = RayFilter()
 
     def __enter__(self) -> Self:
         if self.log is not None:
@@ -157,9 +170,7 @@ class ProgressView:
             self._show(_report(text))
             return
         self.keep(text)
-        is_indented = not text or text[0] in " \t"
-        self._in_ray_block = bool(_RAY_LINE.match(text)) or (self._in_ray_block and is_indented)
-        if self._in_ray_block and not _WORKER_ERROR.match(text):
+        if self._rays.hides(text):
             return
         self._until_first_line.close()
         if self._bars is not None:

@@ -3,9 +3,7 @@
 Never write `from __future__ import annotations` here: Ray Serve would hand `build_app` a plain dict.
 """
 
-import errno
 import ipaddress
-import socket
 import sys
 import time
 import uuid
@@ -19,7 +17,9 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, BackpressureConfig
 
 from cluster.endpoint import require_ray_proxies
-from cluster.registry import LATEST, resolve_checkpoint
+from cluster.local import require_free_port
+from cluster.progress import say
+from cluster.registry import LATEST, find_checkpoint
 from cluster.serve_config import ServeConfig
 from cluster.stage import stage_main
 from cluster.storage import absolute_uri
@@ -128,12 +128,14 @@ def run(config: ServeConfig) -> dict[str, Any]:
     """Deploys on the cluster that the caller has joined, and returns once the endpoint answers. It stays up until
     the caller ends Ray Serve or the cluster. Raises `UserError` for a port in use or an unusable checkpoint."""
     config = _absolute(config)
-    folder = resolve_checkpoint(config.checkpoint, storage_uri=config.storage.uri)
+    checkpoint, folder = find_checkpoint(config.checkpoint, storage_uri=config.storage.uri)
     model = read_served_model(folder, name=config.model_name)
     app = _app(config, deployment=f"started {uuid.uuid4().hex}")  # serves what was asked for now
     if not serve.status().proxies:
-        _require_free_port(config.host, config.port)
+        require_free_port(config.host, config.port)
+        say("starting the endpoint's proxy")
         start_proxies(config)
+    say(f"starting replicas of {model.name}, which load {checkpoint}")
     serve.run(app, name=APP_NAME, route_prefix="/", blocking=False)
     url = f"http://{config.host}:{config.port}"
     _wait_until_ready(url)
@@ -160,20 +162,6 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:  # a name, which may be anything
         return False
-
-
-def _require_free_port(host: str, port: int) -> None:
-    """Ray Serve's proxy would share the port with another's (SO_REUSEPORT), and each get some of the requests."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that linger do not count
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise UserError(f"cannot listen on {host}:{port}: {error.strerror}") from None
-            raise UserError(
-                f"port {port} on {host} is in use by another process; end it, or choose another port with --port"
-            ) from None
 
 
 def _wait_until_ready(url: str) -> None:

@@ -15,6 +15,7 @@ RAY_BLOCK = [
     "(RayTrainWorker pid=12, ip=127.0.0.1) Setting up process group for: env:// [rank=0, world_size=2]",
     "(raylet) bash: warning: setlocale",
     "(autoscaler +5s) Tip: use `ray status`",
+    "[2026-01-02 03:04:05,678 E 12345 12399] core_worker.cc:2157: Actor with class name: 'X' cannot be created",
     "Running entrypoint for job raysubmit_1: exec python -m jobs.pretrain run.yaml",
     "(TrainController pid=11) Traceback (most recent call last):",
     '  File "x.py", line 1, in train',

@@ -171,7 +171,7 @@ def test_submitted_once_stopped_resumed_and_told_of_afterwards(
     told = person.ask("status", "demo", code=1)
     assert told["state"] == "stopped"
     assert 0 < told["step"] < NUM_STEPS
-    assert "was stopped after step" in person.call("logs", "demo", "--tail", "3").out
+    assert "is saved at step" in person.call("logs", "demo", "--tail", "3").out
 
     resumed = person.ask(*words)
     assert (resumed["new"], resumed["job"]) == (True, "demo.2")
