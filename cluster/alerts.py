@@ -11,6 +11,7 @@ NO_CHECKPOINT_S = 7200
 RESTARTS, RESTART_WINDOW = 3, "30m"
 QUEUE_S = 10
 DRAINED_FOR = "30m"
+AWAY_S = 120  # the coordinator; a new process of it takes seconds
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,14 @@ ALERTS = (
         "ticket",
         "A new sequence of {{ $labels.application }} waits {{ $value | humanizeDuration }}",
         "Raise replicas.max_replicas, or find out why replicas are slow.",
+    ),
+    Alert(
+        "RaymillCoordinatorAway",
+        f"max by (application) (ray_raymill_coordinator_away_seconds) > {AWAY_S}",
+        "0m",
+        "ticket",
+        "Replicas of {{ $labels.application }} have had no coordinator for {{ $value | humanizeDuration }}",
+        "They serve on, but nothing can be promoted or rolled back. A replica's log says why the coordinator fails.",
     ),
     Alert(
         "RaymillReplicaMissing",

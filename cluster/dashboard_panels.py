@@ -199,7 +199,10 @@ SERVING = Dashboard(
             lines("Wait of a new sequence", "raymill:predicted_queue_seconds", by="replica"),
             lines("Start of a replica", "raymill:replica_start_seconds", by="replica"),
         ],
-        "Replicas": [lines("Replicas", _HEALTHY, "ray_serve_autoscaling_target_replicas", op="sum")],
+        "Replicas": [
+            lines("Replicas", _HEALTHY, "ray_serve_autoscaling_target_replicas", op="sum"),
+            lines("Time without the coordinator", "raymill:coordinator_away_seconds", by="replica"),
+        ],
     },
     (_APPLICATION,),
     ("promotion",),

@@ -162,6 +162,7 @@ TABLE: tuple[Metric, ...] = (
     _histogram("vllm:e2e_request_latency_seconds", "From admission to the end of a sequence", _E2E_S),
     _replica(Kind.GAUGE, "raymill:predicted_queue_seconds", SECONDS, "What a new sequence waits"),
     _replica(Kind.GAUGE, "raymill:replica_start_seconds", SECONDS, "From its constructor to its self-test"),
+    _replica(Kind.GAUGE, "raymill:coordinator_away_seconds", SECONDS, "Without a usable answer of the coordinator"),
     Metric(
         "raymill:http_answers",
         Kind.COUNTER,

@@ -10,13 +10,16 @@ import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from cluster.storage import AlreadyExistsError, Entry, NotFoundError, Storage, open_storage, split_uri
+from cluster.storage import AlreadyExistsError, Entry, NotFoundError, Storage, StorageError, open_storage, split_uri
 from model.checkpoint import MANIFEST, CheckpointError, Metadata, is_hf_folder, read_metadata, verify_checkpoint
 
 LATEST = "latest"
 ENDPOINTS = "endpoints/"
 """Below it each endpoint keeps what it serves, with the checkpoints that it needs under `pinned`."""
+LAST_GOOD = "endpoints-last-good/"
+"""Below it lies a copy of each of these files, for one that is damaged."""
 
 _log = logging.getLogger(__name__)
 
@@ -78,9 +81,30 @@ def what_latest_became(storage: Storage) -> str:
 
 
 def served_checkpoints(storage: Storage) -> set[str]:
-    """URIs of the checkpoints that endpoints serve, are about to serve, or would go back to."""
-    states = [json.loads(storage.read_bytes(entry.key)) for entry in storage.list(ENDPOINTS)]
-    return {uri for state in states for uri in state["pinned"]}
+    """URIs of the checkpoints that endpoints serve, are about to serve, or would go back to. Raises `StorageError`
+    where that cannot be known."""
+    return {uri for entry in storage.list(ENDPOINTS) for uri in _pinned(storage, entry.key)}
+
+
+def _pinned(storage: Storage, key: str) -> list[str]:
+    """By one endpoint's file; by its copy where the file is damaged."""
+    for candidate in (key, LAST_GOOD + key.removeprefix(ENDPOINTS)):
+        try:
+            return [str(uri) for uri in endpoint_state(storage.read_bytes(candidate))["pinned"]]
+        except (ValueError, NotFoundError):
+            _log.warning("%s says nothing about the checkpoints that its endpoint needs", candidate)
+    raise StorageError(
+        f"{storage.uri}/{key} is damaged, so the checkpoints that its endpoint needs are not known: restore the file, "
+        "or delete it if there is no such endpoint any more"
+    )
+
+
+def endpoint_state(data: bytes) -> dict[str, Any]:
+    """Returns the content of an endpoint's file. Raises `ValueError`."""
+    content = json.loads(data)
+    if not isinstance(content, dict) or not isinstance(content.get("pinned"), list):
+        raise ValueError("expected a JSON object with the list `pinned`")
+    return content
 
 
 def resolve_checkpoint(reference: str, storage_uri: str) -> Path:

@@ -9,12 +9,12 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from ray import serve
-from ray.exceptions import RayError
 
 from cluster.lending import Loan, give_back, lend
-from cluster.storage import Storage, StorageError
+from cluster.storage import Storage
 
 LOAN_S = 60.0
 RENEW_S = 20.0
@@ -70,23 +70,39 @@ class Borrower:
         self._clock = clock
         self._borrowed = Borrowed()
         self._lent_s = 0.0
+        self._num_failures = 0
+        self._last_failure = ""
+
+    def status(self) -> dict[str, Any]:
+        """For people."""
+        failures = {"num_failures": self._num_failures, "last_failure": self._last_failure}
+        return {"num_workers": self._borrowed.num_workers, **failures}
 
     def step(self) -> None:
-        """What the storage does not take is tried again the next time."""
+        """What fails is tried again the next time. A loan is renewed also while nobody knows how many replicas there
+        are, as those that were placed by it serve on."""
+        try:
+            self._step()
+        except Exception as error:
+            # Ray Serve's controller is being replaced; the application is being deployed again, and status() has none
+            # (KeyError); a storage does not answer. Whatever it is, a thread that ends would never renew a loan again.
+            self._num_failures += 1
+            self._last_failure = f"{type(error).__name__}: {error}"
+            _log.warning("no workers are borrowed or given back now, failure %d", self._num_failures, exc_info=error)
+
+    def _step(self) -> None:
         now_s, before = self._clock(), self._borrowed
+        if before.num_workers and now_s - self._lent_s >= RENEW_S:
+            lend(self._run, Loan(before.num_workers, LOAN_S))
+            self._lent_s = now_s
         seen = self._look()
         decided = decide(before, seen, now_s=now_s, after_s=self._after_s, min_replicas=self._min_replicas)
-        changes = decided.num_workers != before.num_workers
-        try:
-            if decided.num_workers and (changes or now_s - self._lent_s >= RENEW_S):
+        if decided.num_workers != before.num_workers:
+            if decided.num_workers:
                 lend(self._run, Loan(decided.num_workers, LOAN_S))
                 self._lent_s = now_s
-            elif changes:
+            else:
                 give_back(self._run)
-        except StorageError as error:
-            _log.warning("no workers are borrowed or given back: %s", error)
-            return
-        if changes:
             _log.warning("%d workers of %s are borrowed: %s", decided.num_workers, self._run.uri, seen)
         self._borrowed = decided
 
@@ -94,10 +110,7 @@ class Borrower:
         def run() -> None:
             while True:
                 time.sleep(POLL_S)
-                try:
-                    self.step()
-                except RayError as error:  # Ray Serve's controller is being replaced
-                    _log.warning("the number of replicas is not known: %s", error)
+                self.step()
 
         threading.Thread(target=run, name="borrower", daemon=True).start()
 

@@ -1,22 +1,23 @@
 """The one place that changes what is served: a small deployment beside the replicas, which tell it how they are and
-ask it what to serve. Its state is in the storage, so that its death, or all replicas', changes nothing.
+ask it what to serve. Its state is in the storage, so that its death, or all replicas', changes nothing;
+`delivery_file.py` says what happens where two coordinators write there.
 """
 
 import asyncio
 import dataclasses
-import json
 import logging
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ray import serve
 
 from cluster.grafana import Annotation, Annotator
-from cluster.registry import ENDPOINTS
 from cluster.serve_config import ReplicaConfig, ServeConfig
-from cluster.storage import AlreadyExistsError, ConflictError, StorageError, open_storage
+from cluster.storage import StorageError, open_storage
 from serving import promotion
 from serving.borrowing import Borrower, Seen, num_wanted_replicas
+from serving.delivery_file import DamagedStateError, DeliveryFile, NewerStateError
 from serving.promotion import Delivery, DeliveryError, ReplicaReport, Terms, Version
 
 REPLICA_LOST_S = 10.0  # without a report; a replica on a busy machine may be late
@@ -41,15 +42,18 @@ class Coordinator:
     def __init__(self, config: ServeConfig, *, deployment: str) -> None:
         self._deployment = deployment
         self._storage = open_storage(config.storage.uri)
-        self._key = f"{ENDPOINTS}{config.delivery.endpoint or f'{config.host}-{config.port}'.replace(':', '.')}.json"
-        self._file_version: str | None = None
+        self._name = config.delivery.endpoint or f"{config.host}-{config.port}".replace(":", ".")
+        self._file = DeliveryFile(self._storage, self._name, deployment=deployment)
+        self._damage: DamagedStateError | None = None  # why what is live is not known
+        self._delivery: Delivery | None = None
         self._stored: Delivery | None = None
         self._retry_at_s = 0.0
         self._phase_began_s = time.monotonic()
         self._reports: dict[str, tuple[float, ReplicaReport]] = {}
         self._lock = asyncio.Lock()  # one change at a time
         self._annotator = Annotator.from_environment()
-        self._delivery = self._restored()
+        self._borrower: Borrower | None = None
+        self._restore()
         if config.replicas.borrow_from is not None:
             self._borrow_from(config.replicas.borrow_from, config.replicas)
 
@@ -59,6 +63,7 @@ class Coordinator:
             return Reply(is_ours=False, delivery=None)
         self._reports[report.replica] = (time.monotonic(), report)
         async with self._lock:
+            await self._require_known()
             if self._delivery is not None:
                 present, gone = self._by_presence()
                 elapsed_s = time.monotonic() - self._phase_began_s
@@ -69,6 +74,7 @@ class Coordinator:
     async def begin(self, model_name: str, live: Version) -> Delivery:
         """What a new endpoint serves; the first replica's word counts for all."""
         async with self._lock:
+            await self._require_known()
             if self._delivery is None:
                 first = live.model_copy(update={"serial": 1})
                 await self._change(Delivery(deployment=self._deployment, model_name=model_name, live=first))
@@ -79,28 +85,28 @@ class Coordinator:
         """Raises `DeliveryError` while another promotion is on, and where the storage takes no state."""
         async with self._lock:
             before = self._begun()
-            await self._change(promotion.start(before, candidate, terms))
-            if self._stored is not self._delivery:
+            promoted = await self._obey(lambda state: promotion.start(state, candidate, terms))
+            if self._stored is not promoted:
                 await self._change(before)
                 raise DeliveryError(
-                    f"the state could not be stored under {self._storage.uri}/{self._key}, so a replica that starts "
-                    "later would not know of the checkpoint; the coordinator's log says why"
+                    f"the state could not be stored in {self._file.uri}, so a replica that starts later would not know "
+                    "of the checkpoint; the coordinator's log says why"
                 )
-            return self._begun()
+            return promoted
 
     async def finish(self) -> Delivery:
         async with self._lock:
-            await self._change(promotion.finish(self._begun()))
-            return self._begun()
+            return await self._obey(promotion.finish)
 
     async def roll_back(self, reason: str) -> Delivery:
         async with self._lock:
-            await self._change(promotion.roll_back(self._begun(), reason))
-            return self._begun()
+            return await self._obey(lambda state: promotion.roll_back(state, reason))
 
     async def drain(self, draining: bool) -> Delivery:
         async with self._lock:
-            await self._change(self._begun().model_copy(update={"draining": draining}))
+            update = {"draining": draining}
+            if not await self._change(self._begun().model_copy(update=update)):  # means the same for a newer state
+                await self._change(self._begun().model_copy(update=update))
             return self._begun()
 
     async def status(self) -> dict[str, Any]:
@@ -110,6 +116,7 @@ class Coordinator:
         return {
             "delivery": state.model_dump(mode="json", exclude={"terms": {"gate_rows"}}),
             "is_stored": self._stored is state,
+            "borrowing": self._borrower and self._borrower.status(),
             "phase_s": round(time.monotonic() - self._phase_began_s, 1),
             "replicas": [dataclasses.asdict(report) for report in present],
             "totals": {
@@ -119,8 +126,19 @@ class Coordinator:
 
     def _begun(self) -> Delivery:
         if self._delivery is None:
-            raise DeliveryError("no replica has started yet; try again in a moment")
+            raise DeliveryError(str(self._damage or "no replica has started yet; try again in a moment"))
         return self._delivery
+
+    async def _obey(self, order: Callable[[Delivery], Delivery]) -> Delivery:
+        """Carries out an operator's order, on the state that the operator could see and no other."""
+        if not await self._change(order(self._begun())):
+            now = self._begun()
+            raise DeliveryError(
+                "another coordinator of this endpoint has changed the state meanwhile (two clusters have one while one "
+                f"replaces the other): the endpoint is {now.phase}, live is {now.live.checkpoint}; nothing was done, "
+                "ask again if it is still wanted"
+            )
+        return self._begun()
 
     def _borrow_from(self, run_id: str, replicas: ReplicaConfig) -> None:
         application = serve.get_replica_context().app_name
@@ -131,12 +149,13 @@ class Coordinator:
             num_placed = sum(now_s - at_s < REPLICA_LOST_S for at_s, _ in list(self._reports.values()))
             return Seen(num_wanted_replicas(application), num_placed)
 
-        Borrower(
+        self._borrower = Borrower(
             self._storage.child(f"runs/{run_id}"),
             after_s=replicas.borrow_after_s,
             min_replicas=replicas.min_replicas,
             look=look,
-        ).step_forever()
+        )
+        self._borrower.step_forever()
 
     def _by_presence(self) -> tuple[list[ReplicaReport], list[ReplicaReport]]:
         now_s = time.monotonic()
@@ -145,27 +164,44 @@ class Coordinator:
         gone = [report for at_s, report in self._reports.values() if now_s - at_s >= REPLICA_LOST_S]
         return present, gone
 
-    def _restored(self) -> Delivery | None:
-        """What this deployment served before its coordinator died; None for a new deployment. Raises `StorageError`:
-        not to know what is live is worse than to wait for the storage."""
-        entry = self._storage.stat(self._key)
-        if entry is None:
-            return None
-        self._file_version = entry.version
-        stored = json.loads(self._storage.read_bytes(self._key))["delivery"]
-        if stored["deployment"] != self._deployment:
-            return None
-        self._stored = Delivery.model_validate_json(json.dumps(stored))
-        return self._stored
+    def _restore(self) -> None:
+        """Raises `StorageError` for a storage that does not answer. A damaged state without a copy lets the coordinator
+        start and say so: replicas that serve need it for nothing but changes."""
+        try:
+            self._delivery = self._stored = self._file.restore()
+        except DamagedStateError as error:
+            if self._damage is None:
+                _log.error("%s", error)
+            self._damage, self._retry_at_s = error, time.monotonic() + RETRY_STORING_S
+            return
+        self._damage = None
+        if self._delivery is not None and self._delivery.draining:
+            _log.warning(
+                "%s was drained before this start and takes no completions; POST /admin/drain with "
+                '{"drain": false} ends that',
+                self._name,
+            )
 
-    async def _change(self, state: Delivery) -> None:
-        """Stores the state, then acts on it. A storage that is down delays no decision: it is tried again later."""
-        before = self._delivery
+    async def _require_known(self) -> None:
+        """Raises `DeliveryError` where the state is damaged, after looking whether somebody has restored it."""
+        if self._damage is not None and time.monotonic() > self._retry_at_s:
+            await asyncio.to_thread(self._restore)
+        if self._damage is not None:
+            raise DeliveryError(str(self._damage))
+
+    async def _change(self, state: Delivery) -> bool:
+        """Stores the state, then acts on it. A storage that is down delays no decision: it is tried again later. False
+        where another coordinator has stored a newer state: then that one counts."""
+        before, is_ours = self._delivery, True
         is_due = state is not before or time.monotonic() > self._retry_at_s
         if state is not self._stored and is_due:
             try:
-                self._file_version = await asyncio.to_thread(self._store, state)
+                await asyncio.to_thread(self._file.write, state)
                 self._stored = state
+            except NewerStateError as error:
+                _log.warning("%s", error)
+                state = self._stored = error.state
+                is_ours = False
             except StorageError as error:
                 if state is not before:
                     _log.warning("the state of this endpoint is not stored: %s", error)
@@ -177,29 +213,5 @@ class Coordinator:
             text = f"{state.phase}, live is {state.live.checkpoint}{outcome}"
             _log.warning("%s", text)
             if self._annotator is not None:
-                name = self._key.removeprefix(ENDPOINTS).removesuffix(".json")
-                self._annotator.add(Annotation(time.time(), "promotion", f"endpoint:{name}", text))
-
-    def _store(self, state: Delivery) -> str:
-        pinned = [version.checkpoint for version in state.known]
-        data = json.dumps({"pinned": pinned, "delivery": state.model_dump(mode="json")}).encode()
-        if self._file_version is None:
-            try:
-                return self._storage.write_bytes(self._key, data, if_absent=True)
-            except AlreadyExistsError:
-                return self._replace_our_own(data)
-        try:
-            return self._storage.write_bytes(self._key, data, if_version=self._file_version)
-        except ConflictError:
-            return self._replace_our_own(data)
-
-    def _replace_our_own(self, data: bytes) -> str:
-        """A write whose answer was lost is no conflict, nor is the last one of the deployment before this one."""
-        entry = self._storage.stat(self._key)
-        owner = entry and json.loads(self._storage.read_bytes(self._key))["delivery"]["deployment"]
-        if entry is None or (self._stored and owner != self._deployment):
-            raise StorageError(
-                f"another endpoint keeps its state in {self._storage.uri}/{self._key}; give each its own name with "
-                "--delivery.endpoint"
-            )
-        return self._storage.write_bytes(self._key, data, if_version=entry.version)
+                self._annotator.add(Annotation(time.time(), "promotion", f"endpoint:{self._name}", text))
+        return is_ours

@@ -1,4 +1,8 @@
-"""How a replica follows the coordinator: it reports, asks what to serve, and serves that."""
+"""How a replica follows the coordinator: it reports, asks what to serve, and serves that.
+
+Whatever fails there, a replica that serves continues with what it serves: it warns, and says in a metric for how long
+it has been on its own. Its health is a matter of its own engines alone.
+"""
 
 import asyncio
 import logging
@@ -6,8 +10,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from ray.exceptions import RayError, RayTaskError
-from ray.serve.exceptions import RayServeException
+from ray.exceptions import RayTaskError
 from ray.serve.handle import DeploymentHandle
 
 from cluster.registry import find_checkpoint
@@ -18,13 +21,14 @@ from serving.served_model import read_served_model, version_of
 from serving.versions import Versions
 
 ANSWER_TIMEOUT_S = 5.0
+WARN_AGAIN_S = 60.0  # while the coordinator stays away
 
 _log = logging.getLogger(__name__)
 Answered = TypeVar("Answered")
 
 
 class CoordinatorAwayError(Exception):
-    """The coordinator does not answer; it is being replaced, or not started yet."""
+    """The coordinator gives no usable answer: it is being replaced, has not started yet, or fails."""
 
 
 class Follower:
@@ -47,6 +51,8 @@ class Follower:
         self._deployment = deployment
         self._replica = replica
         self._on_live_death = on_live_death
+        self._away_since_s: float | None = None
+        self._warned_s = 0.0
 
     async def start(self) -> None:
         """Returns when what is live answers. Raises `CheckpointError` and `RuntimeError` for what cannot be served."""
@@ -55,10 +61,14 @@ class Follower:
         await self.versions.wait_until_live()
 
     def check_health(self) -> None:
-        """Raises for a replica to be replaced."""
-        if self._following.done():
-            self._following.result()
+        """Raises for a replica to be replaced. The coordinator has no part in that: what is wrong with it would end all
+        replicas in the same second."""
         self.versions.check_health()
+
+    @property
+    def away_s(self) -> float:
+        """For how long there has been no usable answer of the coordinator; 0 while it answers."""
+        return 0.0 if self._away_since_s is None else time.monotonic() - self._away_since_s
 
     async def close(self) -> None:
         self._following.cancel()
@@ -75,8 +85,8 @@ class Follower:
                     return reply.delivery
                 if reply.is_ours:
                     return await self._begin()
-            except CoordinatorAwayError as error:
-                _log.info("waiting for the coordinator: %s", error)
+            except (CoordinatorAwayError, DeliveryError) as error:
+                self._warn("waiting for the coordinator", error)
             await asyncio.sleep(self._config.delivery.poll_s)
 
     async def _begin(self) -> Delivery:
@@ -85,31 +95,48 @@ class Follower:
         return await answer_of(self.coordinator.begin.remote(model.name, version_of(model, checkpoint=uri)))
 
     async def _follow(self) -> None:
-        is_away = False
         while True:
             await asyncio.sleep(self._config.delivery.poll_s)
             asked_at_s = time.monotonic()
-            report = ReplicaReport(self._replica, self.versions.delivery.epoch, self.versions.report())
             try:
+                report = ReplicaReport(self._replica, self.versions.delivery.epoch, self.versions.report())
                 reply: Reply = await answer_of(self.coordinator.exchange.remote(self._deployment, report))
-            except CoordinatorAwayError as error:
-                if not is_away:
-                    _log.warning("serving goes on without the coordinator: %s", error)
-                is_away = True
+                if reply.delivery is not None:
+                    self.versions.adopt(reply.delivery, asked_at_s=asked_at_s)
+            except Exception as error:  # see above: nothing here may end a replica that serves
+                self._warn("serving goes on without the coordinator", error)
                 continue
-            is_away = False
-            if reply.delivery is not None:
-                self.versions.adopt(reply.delivery, asked_at_s=asked_at_s)
+            if self._away_since_s is not None:
+                _log.warning("the coordinator answers again, after %.0f s", self.away_s)
+                self._away_since_s = None
+
+    def _warn(self, what: str, error: Exception) -> None:
+        """When it begins, and now and then while it lasts."""
+        now_s = time.monotonic()
+        if self._away_since_s is None:
+            self._away_since_s = now_s
+        elif now_s - self._warned_s < WARN_AGAIN_S:
+            return
+        self._warned_s = now_s
+        # An error that is none of ours has a traceback, which says where the defect is.
+        is_known = isinstance(error, CoordinatorAwayError | DeliveryError)
+        _log.error("%s: %s", what, error, exc_info=None if is_known else error)
 
 
 async def answer_of(call: Awaitable[Answered]) -> Answered:
-    """Of the coordinator. Raises `DeliveryError` as it does, and `CoordinatorAwayError`."""
+    """The coordinator's answer. Raises `DeliveryError` as it does, and `CoordinatorAwayError` for all else: its process
+    is away, or its code fails."""
     try:
         async with asyncio.timeout(ANSWER_TIMEOUT_S):
             return await call
     except RayTaskError as error:
         if isinstance(error.cause, DeliveryError):
             raise error.cause from None
-        raise
-    except (RayError, RayServeException, TimeoutError) as error:
+        raise CoordinatorAwayError(f"it fails: {error}") from None  # with its traceback, as Ray gives it
+    except Exception as error:  # Ray's, Ray Serve's, a reply of other code that cannot be unpickled
         raise CoordinatorAwayError(f"{type(error).__name__}: {error}") from None
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        raise CoordinatorAwayError("it was ended while it worked on the answer") from None

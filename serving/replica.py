@@ -47,6 +47,7 @@ class Replica:
             replica=self._id,
             start_s=self._start_s,
         )
+        metrics.exported.of("raymill:coordinator_away_seconds").set_function(lambda: self._follower.away_s)
         self._publishing = asyncio.create_task(self._publish(metrics.exported))
         return build_http_app(
             versions=versions,

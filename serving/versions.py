@@ -145,6 +145,9 @@ class Versions:
     def _reconcile(self) -> None:
         needed = {version.serial: version for version in self.delivery.needed}
         for serial, version in needed.items():
+            if (slot := self._slots.get(serial)) is not None and slot.version != version:
+                # Two coordinators gave the same number, one of them without a storage. What serves stays meanwhile.
+                self._slots[-serial] = self._slots.pop(serial)
             if serial not in self._slots:
                 slot = self._slots[serial] = Slot(version)
                 slot.loading = asyncio.create_task(self._load(slot))

@@ -12,6 +12,7 @@ from tests.prometheus import needs_prometheus
 
 RUN = '{run="a"}'
 DEPLOYMENT = '{application="raymill",deployment="Replica"}'
+AWAY = 'ray_raymill_coordinator_away_seconds{application="raymill",replica="r"}'
 
 TRAINS = {
     f"ray_raymill_train_running{RUN}": "1x600",
@@ -29,6 +30,7 @@ SERVES = {
     'ray_raymill_http_answers_total{outcome="refused"}': "0+9000x600",
     'ray_raymill_http_answers_total{outcome="drained"}': "0x600",
     'ray_raymill_predicted_queue_seconds{application="raymill",replica="r"}': "2x600",
+    AWAY: "0x600",
     f"ray_serve_autoscaling_target_replicas{DEPLOYMENT}": "2x600",
     f"ray_serve_deployment_replica_healthy{DEPLOYMENT}": "2x600",
 }
@@ -78,6 +80,8 @@ CASES: list[tuple[str, dict[str, str | None], int, set[str]]] = [
         20,
         {"RaymillQueueTooLong"},
     ),
+    ("the coordinator fails", {AWAY: "0x10 0+60x600"}, 20, {"RaymillCoordinatorAway"}),
+    ("the coordinator is replaced", {AWAY: "0x10 15 0x600"}, 20, set()),
     ("a replica is missing", {HEALTHY: "2x10 1x600"}, 20, {"RaymillReplicaMissing"}),
     ("all replicas are missing", {HEALTHY: None}, 20, {"RaymillReplicaMissing"}),
     ("a replica was missing", {HEALTHY: "2x10 1x3 2x600"}, 20, set()),

@@ -2,9 +2,12 @@
 
 from pathlib import Path
 
+import pytest
+
 from cluster.lending import give_back, read_loan
 from cluster.storage import open_storage
 from serving.borrowing import LOAN_S, RENEW_S, Borrower, Seen
+from tests.serving.endpoint_parts import wait_until
 
 AFTER_S = 10
 
@@ -16,13 +19,19 @@ class Endpoint:
         self.run = open_storage(str(root)).child("runs/r")
         self.now_s = 0.0
         self.seen = Seen(1, 1)
-        self._borrower = Borrower(
-            self.run, after_s=AFTER_S, min_replicas=min_replicas, look=lambda: self.seen, clock=lambda: self.now_s
+        self.failure: Exception | None = None
+        self.borrower = Borrower(
+            self.run, after_s=AFTER_S, min_replicas=min_replicas, look=self._look, clock=lambda: self.now_s
         )
+
+    def _look(self) -> Seen:
+        if self.failure is not None:
+            raise self.failure
+        return self.seen
 
     def step(self, now_s: float, *, wanted: int, placed: int) -> None:
         self.now_s, self.seen = now_s, Seen(wanted, placed)
-        self._borrower.step()
+        self.borrower.step()
 
     def lent(self, now_s: float, *, wanted: int, placed: int) -> int:
         self.step(now_s, wanted=wanted, placed=placed)
@@ -76,3 +85,23 @@ def test_a_loan_is_renewed_and_taken_again_after_an_outage_of_the_storage(tmp_pa
     assert endpoint.lent(41, wanted=2, placed=2) == 1 and read_loan(endpoint.run) != first
     give_back(endpoint.run)
     assert endpoint.lent(61, wanted=2, placed=2) == 1, "a person's return is overruled while it is needed"
+
+
+def test_a_loan_is_renewed_through_whatever_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the thread, which outlives a KeyError: `status().applications` has no application while it is redeployed."""
+    monkeypatch.setattr("serving.borrowing.POLL_S", 0.001)
+    endpoint = Endpoint(tmp_path)
+    for now_s in (0, 10):
+        endpoint.step(now_s, wanted=2, placed=1)
+    first = read_loan(endpoint.run)
+    assert first is not None
+    endpoint.failure = KeyError("raymill")
+    endpoint.borrower.step_forever()
+    for now_s in (10 + RENEW_S, 10 + 2 * RENEW_S, 10 + 9 * RENEW_S):
+        before = read_loan(endpoint.run)
+        endpoint.now_s = now_s
+        wait_until(lambda before=before: read_loan(endpoint.run) != before, timeout_s=20)
+    status = endpoint.borrower.status()
+    assert status["num_workers"] == 1 and status["num_failures"] > 3 and status["last_failure"] == "KeyError: 'raymill'"
+    endpoint.failure, endpoint.seen = None, Seen(1, 1)
+    wait_until(lambda: read_loan(endpoint.run) is None, timeout_s=20)

@@ -2,9 +2,11 @@
 
 import asyncio
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import boto3
 import pytest
@@ -12,7 +14,7 @@ import pytest
 from cluster.config import StorageConfig
 from cluster.registry import served_checkpoints
 from cluster.serve_config import ServeConfig
-from cluster.storage import Storage, open_storage
+from cluster.storage import Storage, StorageError, open_storage
 from serving.coordinator import Coordinator
 from serving.promotion import DeliveryError, Phase, ReplicaReport, SlotReport, SlotStatus, Terms, Version
 
@@ -141,3 +143,162 @@ def test_a_promotion_that_is_not_stored_does_not_begin(root: Root) -> None:
         assert status["delivery"]["phase"] == "steady" and status["is_stored"] is True
 
     asyncio.run(check())
+
+
+READY_ALL = ReplicaReport("r", 1, {1: READY, 2: READY})
+
+
+def stored(root: Root) -> dict[str, Any]:
+    [entry] = root.storage.list("endpoints/")
+    return dict(json.loads(root.storage.read_bytes(entry.key)))
+
+
+def damage(root: Root, content: bytes) -> None:
+    [entry] = root.storage.list("endpoints/")
+    root.storage.write_bytes(entry.key, content)
+
+
+def test_a_stale_coordinator_adopts_what_a_newer_one_has_stored(root: Root) -> None:
+    """As the two clusters of a RayService do, which call themselves by the same deployment."""
+
+    async def check() -> None:
+        stale = coordinator(root)
+        await stale.begin("tiny", OLD)
+        newer = coordinator(root)
+        await newer.promote(NEW, Terms(watch_s=0))
+        for _ in range(2):
+            await newer.exchange("one", READY_ALL)
+        assert stored(root)["delivery"]["phase"] == "steady"
+        assert (await stale.exchange("one", ReplicaReport("old"))).delivery.live.version == "old", "it knows of nothing"
+
+        assert (await stale.drain(True)).live.version == "new"
+        found = stored(root)
+        assert found["delivery"]["live"]["version"] == "new" and found["delivery"]["draining"] is True
+        assert served_checkpoints(root.storage) == {"/old", "/new"}
+        assert (await stale.exchange("one", ReplicaReport("old"))).delivery.live.version == "new"
+        assert (await coordinator(root).exchange("one", READY_ALL)).delivery.live.version == "new"
+
+        with pytest.raises(DeliveryError, match="another coordinator of this endpoint has changed the state"):
+            await newer.roll_back("why")
+        assert stored(root)["delivery"]["live"]["version"] == "new", "the order was for a state that is no more"
+        assert (await newer.roll_back("why")).phase is Phase.LOADING
+
+    asyncio.run(check())
+
+
+def test_a_decision_of_a_stale_coordinator_changes_nothing(root: Root) -> None:
+    """Its watch ends after the newer one has rolled back."""
+
+    async def check() -> None:
+        stale = coordinator(root)
+        await stale.begin("tiny", OLD)
+        await stale.promote(NEW, Terms(watch_s=0))
+        await stale.exchange("one", READY_ALL)
+        newer = coordinator(root)
+        assert (await newer.roll_back("it is wrong")).live.version == "old"
+        reply = await stale.exchange("one", READY_ALL)
+        assert reply.delivery is not None and reply.delivery.live.version == "old"
+        assert stored(root)["delivery"]["live"]["version"] == "old"
+        assert served_checkpoints(root.storage) == {"/old"}
+
+    asyncio.run(check())
+
+
+def test_a_state_of_an_older_raymill_is_read_and_replaced(root: Root) -> None:
+    async def check() -> None:
+        await promoted(coordinator(root))
+        content = stored(root)
+        assert content["generation"] == 3 and len(content["incarnation"]) == 16
+        del content["generation"], content["incarnation"]
+        damage(root, json.dumps(content).encode())
+        again = coordinator(root)
+        assert (await again.roll_back("why")).live.version == "old"
+        assert stored(root)["generation"] == 1
+
+    asyncio.run(check())
+
+
+DAMAGES = {
+    "truncated": lambda data: data[: len(data) // 2],
+    "empty": lambda data: b"",
+    "no object": lambda data: b"[]",
+    "nothing in it": lambda data: b"{}",
+    "no deployment": lambda data: data.replace(b'"deployment"', b'"employment"'),
+    "no text": lambda data: b"\xff\xfe" + data,
+}
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_the_last_good_state_outlives_a_damaged_file(how: str, tmp_path: Path) -> None:
+    root = Root(str(tmp_path), lambda: None)
+
+    async def check() -> None:
+        running = coordinator(root)
+        await promoted(running)
+        [file] = (tmp_path / "endpoints").glob("[!.]*.json")
+        damaged = DAMAGES[how](file.read_bytes())
+
+        file.write_bytes(damaged)
+        if how != "no deployment":  # what it pins can still be read
+            assert served_checkpoints(root.storage) == {"/old", "/new"}, "retention keeps what the copy names"
+        again = coordinator(root)
+        reply = await again.exchange("one", ReplicaReport("r"))
+        assert reply.delivery is not None and reply.delivery.live.version == "new"
+        assert reply.delivery.phase is Phase.WATCHING
+        assert stored(root)["delivery"]["live"]["version"] == "new", "the damaged file was replaced"
+
+        file.write_bytes(damaged)
+        assert (await again.roll_back("why")).live.version == "old"
+        assert stored(root)["delivery"]["live"]["version"] == "old"
+        assert (await again.status())["is_stored"] is True
+
+    asyncio.run(check())
+
+
+def test_a_damaged_state_without_a_copy_says_what_to_do(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.coordinator.RETRY_STORING_S", 0.0)
+    root = Root(str(tmp_path), lambda: None)
+    advice = r"endpoints/.*\.json is damaged .*restore the file from a backup, or delete it"
+
+    async def check() -> None:
+        await promoted(coordinator(root))
+        good = stored(root)
+        [copy] = (tmp_path / "endpoints-last-good").glob("[!.]*.json")
+        copy.unlink()
+        damage(root, b"{")
+        with pytest.raises(StorageError, match="the checkpoints that its endpoint needs are not known: restore"):
+            served_checkpoints(root.storage)
+        one = coordinator(root)
+        for asked in (
+            one.exchange("one", READY_ALL),
+            one.begin("tiny", OLD),
+            one.promote(NEW, Terms(watch_s=0)),
+            one.status(),
+        ):
+            with pytest.raises(DeliveryError, match=advice):
+                await asked
+        [file] = (tmp_path / "endpoints").glob("[!.]*.json")
+        assert file.read_bytes() == b"{", "it does not invent a state"
+        damage(root, json.dumps(good).encode())
+        reply = await one.exchange("one", READY_ALL)
+        assert reply.delivery is not None and reply.delivery.live.version == "new", "it goes on once that is done"
+
+    with caplog.at_level(logging.ERROR):
+        asyncio.run(check())
+    assert sum("is damaged" in record.message for record in caplog.records) == 1
+
+
+def test_an_endpoint_that_starts_drained_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = Root(str(tmp_path), lambda: None)
+
+    async def check() -> None:
+        one = coordinator(root)
+        await one.begin("tiny", OLD)
+        await one.drain(True)
+        with caplog.at_level(logging.WARNING):
+            coordinator(root)
+
+    asyncio.run(check())
+    assert "was drained before this start" in caplog.text and '{"drain": false}' in caplog.text
