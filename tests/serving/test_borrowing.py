@@ -7,7 +7,7 @@ import pytest
 from cluster.lending import give_back, read_loan
 from cluster.storage import open_storage
 from serving.borrowing import LOAN_S, RENEW_S, Borrower, Seen
-from tests.serving.endpoint_parts import wait_until
+from tests.waiting import wait_until
 
 AFTER_S = 10
 

@@ -16,6 +16,7 @@ from serving.coordinator import Reply
 from serving.follower import CoordinatorAwayError, Follower, answer_of
 from serving.promotion import Delivery, DeliveryError
 from serving.served_model import read_served_model, version_of
+from tests.waiting import wait_in_loop_until
 
 POLL_S = 0.01
 
@@ -56,12 +57,6 @@ FAILURES = {
 }
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
-        while not condition():
-            await asyncio.sleep(POLL_S)
-
-
 def follower_of(handle: Handle, checkpoint: Path) -> tuple[Follower, Delivery]:
     live = version_of(read_served_model(checkpoint, name=None), checkpoint=str(checkpoint))
     config = ServeConfig(checkpoint=str(checkpoint), delivery=DeliveryConfig(poll_s=POLL_S))
@@ -81,7 +76,7 @@ def test_a_coordinator_that_fails_touches_no_replica_that_serves(
             for name, failure in FAILURES.items():
                 caplog.clear()
                 handle.answer, seen = failure(), handle.num_asked
-                await until(lambda seen=seen: handle.num_asked > seen + 5)  # type: ignore[misc]
+                await wait_in_loop_until(lambda seen=seen: handle.num_asked > seen + 5)  # type: ignore[misc]
                 follower.check_health()
                 assert follower.away_s > 0, name
                 assert (
@@ -89,7 +84,7 @@ def test_a_coordinator_that_fails_touches_no_replica_that_serves(
                 )
                 state = state.model_copy(update={"draining": not state.draining})
                 handle.answer = lambda state=state: Reply(is_ours=True, delivery=state)  # type: ignore[misc]
-                await until(lambda: follower.away_s == 0)
+                await wait_in_loop_until(lambda: follower.away_s == 0)
                 assert follower.versions.delivery == state, name
                 said = [record for record in caplog.records if record.name == "serving.follower"]
                 assert [record.levelname for record in said] == ["ERROR", "WARNING"], (name, said)
@@ -109,7 +104,7 @@ def test_a_replica_that_starts_waits_for_a_coordinator_that_fails(checkpoint: Pa
         starting = asyncio.create_task(follower.start())
         for name in FAILURES.keys() - {"no reply at all"}:
             handle.answer, seen = FAILURES[name](), handle.num_asked
-            await until(lambda seen=seen: handle.num_asked > seen + 3)  # type: ignore[misc]
+            await wait_in_loop_until(lambda seen=seen: handle.num_asked > seen + 3)  # type: ignore[misc]
             assert not starting.done(), name
         handle.answer = lambda: Reply(is_ours=True, delivery=state)
         await asyncio.wait_for(starting, 60)
