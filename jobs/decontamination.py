@@ -1,14 +1,15 @@
 """Training documents that share a run of words with a validation document (Brown et al., 2020, appendix C) go.
 
 The validation split's n-grams are gathered once, after the duplicates are known, and stored beside the shards; each
-writer maps them into memory.
+writer maps them from a file on its own disk, 8 bytes a word of the validation split.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import cache, partial
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +21,10 @@ from jobs.corpus_index import INDEX, read_chunk
 from jobs.data_tasks import Task, run_tasks
 from jobs.normal_text import normalized, word_ngrams
 from jobs.selection import HELD_OUT
+from jobs.spool import Spool
 
 _FILE = f"{INDEX}/validation-ngrams.bin"
+_BUCKET_BITS = 8
 
 Ngrams = npt.NDArray[np.uint64]
 
@@ -29,18 +32,36 @@ Ngrams = npt.NDArray[np.uint64]
 def store_validation_ngrams(store: Storage, chunks: Sequence[Chunk], codes_of: Sequence[str], data: DataConfig) -> str:
     """Gathers and stores the n-grams of all held-out documents; returns their hash. Needs Ray.
 
-    Held in the driver's memory: 8 bytes a word of the validation split.
+    They pass through the driver's disk, which takes 16 bytes a word of the validation split.
     """
     tasks = [
         {"codes": key, "parts": [asdict(part) for part in chunk.parts]}
         for chunk, key in zip(chunks, codes_of, strict=True)
     ]
-    found = np.empty(0, np.uint64)
-    for result in run_tasks(tasks, partial(held_out_ngrams, store=store, data=data)):
-        found = np.union1d(found, np.frombuffer(result.content, "<u8"))
-    content = found.astype("<u8").tobytes()
-    store.write_bytes(_FILE, content)
-    return hashlib.sha256(content).hexdigest()
+    results = run_tasks(tasks, partial(held_out_ngrams, store=store, data=data))
+    with tempfile.TemporaryDirectory(prefix="raymill-ngrams-") as folder:
+        path = Path(folder, "merged")
+        content_hash = merge_runs((np.frombuffer(result.content, "<u8") for result in results), path)
+        store.upload_file(path, _FILE)
+    return content_hash
+
+
+def merge_runs(runs: Iterable[Ngrams], path: Path) -> str:
+    """Writes the n-grams of all runs to a file, little-endian, ascending and each once; returns its SHA-256.
+
+    Takes time in proportion to what the runs hold. Memory holds the spool's buffer, and one bucket in 256 at a time:
+    of 10^9 n-grams 31 MB.
+    """
+    digest = hashlib.sha256()
+    with tempfile.TemporaryFile(dir=path.parent) as spooled, path.open("wb") as file:
+        spool = Spool(spooled, "<u8", num_buckets=1 << _BUCKET_BITS)
+        for run in runs:
+            spool.add((run >> np.uint64(64 - _BUCKET_BITS)).astype(np.uint16), run)
+        for bucket in range(1 << _BUCKET_BITS):
+            content = np.unique(spool.bucket(bucket)).tobytes()
+            digest.update(content)
+            file.write(content)
+    return digest.hexdigest()
 
 
 def held_out_ngrams(task: Task, *, store: Storage, data: DataConfig) -> Iterator[bytes]:
@@ -72,7 +93,10 @@ def _ngrams(text: str, data: DataConfig) -> Ngrams:
 def validation_ngrams(store: Storage, content_hash: str) -> Ngrams:
     """The stored n-grams; `content_hash` tells one content of the file from another."""
     path = store.local_path(_FILE)
-    content: Any = np.memmap(path, dtype="<u8", mode="r") if path and path.stat().st_size else store.read_bytes(_FILE)
-    ngrams = content if isinstance(content, np.ndarray) else np.frombuffer(content, "<u8")
-    assert hashlib.sha256(ngrams.tobytes()).hexdigest() == content_hash, "the n-grams changed while they were in use"
+    with tempfile.TemporaryDirectory(prefix="raymill-ngrams-") as folder:  # a map outlives the name of its file
+        if path is None:
+            path = Path(folder, "ngrams")
+            store.download_file(_FILE, path)
+        ngrams = np.memmap(path, dtype="<u8", mode="r") if path.stat().st_size else np.empty(0, "<u8")
+    assert hashlib.sha256(ngrams.data).hexdigest() == content_hash, "the n-grams changed while they were in use"
     return ngrams
