@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.storage import AlreadyExistsError, Entry, NotFoundError, Storage, StorageError, open_storage, split_uri
-from model.checkpoint import MANIFEST, CheckpointError, Metadata, is_hf_folder, read_metadata, verify_checkpoint
+from model.checkpoint_folder import MANIFEST, CheckpointError, Metadata, is_hf_folder, read_metadata, verify_checkpoint
 
 LATEST = "latest"
 ENDPOINTS = "endpoints/"
@@ -119,22 +119,44 @@ def find_checkpoint(reference: str, storage_uri: str) -> tuple[str, Path]:
     names a checkpoint's folder, or a run's, whose newest valid checkpoint is meant; a remote one is copied here.
     Raises `CheckpointError`.
     """
+    candidates, none = _candidates(reference, storage_uri)
+    if none:
+        return _newest(candidates, none=none)
+    (checkpoint,) = candidates
+    local, problems = _checked(checkpoint)
+    if problems:
+        raise CheckpointError(f"checkpoint {reference} is not valid: {'; '.join(problems)}")
+    return checkpoint, local
+
+
+def named_checkpoint(reference: str, storage_uri: str) -> str:
+    """The URI of the checkpoint that `reference` names, by the names of its files alone: whatever can be said before
+    it is fetched and verified. Raises `CheckpointError`."""
+    candidates, none = _candidates(reference, storage_uri)
+    for checkpoint in reversed(candidates):
+        folder = open_storage(checkpoint)
+        if folder.exists(MANIFEST) or (folder.exists("config.json") and not folder.exists("raymill.json")):
+            return checkpoint
+    raise CheckpointError(none or f"checkpoint {reference} is not valid: {MANIFEST} is missing")
+
+
+def _candidates(reference: str, storage_uri: str) -> tuple[list[str], str]:
+    """URIs of the checkpoints that may be meant, the newest last, and what to say where none of them is valid; empty
+    where one is named by itself."""
+    storage = open_storage(storage_uri)
     if reference == LATEST:
-        return _newest(
-            [publication.checkpoint for publication in publications(open_storage(storage_uri))],
-            none=f"nothing is published in {storage_uri}: finish a run there, or name a checkpoint's folder",
-        )
+        published = [publication.checkpoint for publication in publications(storage)]
+        return published, f"nothing is published in {storage_uri}: finish a run there, or name a checkpoint's folder"
     folder = open_storage(reference)
     keys = [entry.key for entry in folder.list()]
     if not keys:
-        raise CheckpointError(f"unknown checkpoint {reference}: no folder with files is there")
+        run = storage.child(f"runs/{reference}")
+        hint = f"; the run of that name is {run.uri}" if "/" not in reference and any(run.list()) else ""
+        raise CheckpointError(f"unknown checkpoint {reference}: no folder with files is there{hint}")
     nested = sorted(key.removesuffix(f"/{MANIFEST}") for key in keys if key.endswith(f"/{MANIFEST}"))
     if MANIFEST not in keys and nested:
-        return _newest([folder.child(name).uri for name in nested], none=f"no checkpoint under {reference} is valid")
-    local, problems = _checked(reference)
-    if problems:
-        raise CheckpointError(f"checkpoint {reference} is not valid: {'; '.join(problems)}")
-    return folder.uri, local
+        return [folder.child(name).uri for name in nested], f"no checkpoint under {reference} is valid"
+    return [folder.uri], ""
 
 
 def _metadata(checkpoint: str) -> Metadata | None:

@@ -15,7 +15,6 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,43 +22,46 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from model.checkpoint_folder import (
+    FORMAT_VERSION,
+    MANIFEST,
+    CheckpointError,
+    Metadata,
+    is_hf_folder,
+    read_json,
+    read_metadata,
+    verify_checkpoint,
+)
 from model.config import GPTConfig
-from model.durable_files import fingerprint, move_into_place, not_finite, safetensors_pieces, sync, write_file
-from model.errors import UserError
+from model.durable_files import move_into_place, not_finite, safetensors_pieces, sync, write_file
 from model.failpoints import failpoint
 from model.gpt import GPT
 from model.hf import build_model, config_from_hf, config_to_hf, load_hf, tokenizer_config_to_hf
 from model.tokenizer import Tokenizer, from_gpt2_files
 
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
-REQUIRED_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "raymill.json")
+__all__ = [
+    "MANIFEST",
+    "TRAIN_STATE",
+    "CheckpointError",
+    "Metadata",
+    "NotFiniteError",
+    "is_hf_folder",
+    "load_model",
+    "load_tokenizer",
+    "parameter_hash",
+    "read_config",
+    "read_metadata",
+    "read_train_state",
+    "verify_checkpoint",
+    "write_checkpoint",
+    "write_state",
+]
+
 TRAIN_STATE = "train_state.safetensors"
-
-
-class CheckpointError(UserError):
-    """A folder that is no complete, unaltered checkpoint."""
 
 
 class NotFiniteError(CheckpointError):
     """Weights or moments that are not finite: never written, as no training recovers from them."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Metadata:
-    """Where a checkpoint's weights come from (raymill.json)."""
-
-    run_id: str
-    step: int
-    tokens_seen: int
-    data_manifest_hash: str | None  # of the token store; None while that was still being written
-    code_version: str
-    data_identity: str | None = None  # of the token store as well, and known from its start
-    generation: int = 0  # of the attempt that wrote it: a later one has a higher number
-    guard: dict[str, Any] | None = None  # what the training's guard remembers; see jobs/guards.py
-    parameter_hash: str | None = None  # set by write_checkpoint
-    val_loss: float | None = None  # nats per token
-    val_bits_per_byte: float | None = None
 
 
 def parameter_hash(state: Mapping[str, Tensor]) -> str:
@@ -143,26 +145,6 @@ def write_state(
     return metadata
 
 
-def verify_checkpoint(folder: Path) -> list[str]:
-    """What is wrong with the checkpoint, one sentence a problem, each naming its file. Empty means valid."""
-    if not folder.is_dir():
-        return [f"{folder} is no folder"]
-    try:
-        files = _manifest_files(folder)
-    except CheckpointError as error:
-        return [str(error)]
-    problems = [f"{MANIFEST} does not list {name}" for name in REQUIRED_FILES if name not in files]
-    for name, expected in files.items():
-        path = folder / name
-        if not path.is_file():
-            problems.append(f"{name} is missing")
-        elif (size := path.stat().st_size) != expected["size"]:
-            problems.append(f"{name} has {size} bytes, {MANIFEST} says {expected['size']}")
-        elif (found := fingerprint(path)["sha256"]) != expected["sha256"]:
-            problems.append(f"{name} is altered: its SHA-256 is {found}, {MANIFEST} says {expected['sha256']}")
-    return problems
-
-
 def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, verify: bool = True) -> GPT:
     """The model in evaluation mode. A folder that transformers saved, with no manifest, loads too, unverified.
 
@@ -187,52 +169,13 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
 
 
 def read_config(folder: Path) -> GPTConfig:
-    return config_from_hf(_read_json(folder / "config.json"))
-
-
-def read_metadata(folder: Path) -> Metadata:
-    return Metadata(**_read_json(folder / "raymill.json"))
+    return config_from_hf(read_json(folder / "config.json"))
 
 
 def read_train_state(folder: Path) -> dict[str, Tensor]:
     if not (folder / TRAIN_STATE).exists():
         raise CheckpointError(f"checkpoint {folder} has no {TRAIN_STATE}: training can't go on from it")
     return load_file(folder / TRAIN_STATE)
-
-
-def is_hf_folder(folder: Path) -> bool:
-    """Whether transformers saved it. With raymill.json and without a manifest it is a torn checkpoint instead."""
-    return (folder / "config.json").exists() and not any(
-        (folder / name).exists() for name in (MANIFEST, "raymill.json")
-    )
-
-
-def _manifest_files(folder: Path) -> dict[str, dict[str, Any]]:
-    manifest = _read_json(folder / MANIFEST)
-    try:
-        version, files = manifest["format_version"], dict(manifest["files"])
-        well_formed = all(
-            Path(name).name == name and isinstance(entry["size"], int) and isinstance(entry["sha256"], str)
-            for name, entry in files.items()
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{MANIFEST} is altered: expected format_version and files") from error
-    if version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{MANIFEST} has format_version {version!r}, this version of raymill reads {FORMAT_VERSION}"
-        )
-    if not well_formed:
-        raise CheckpointError(f"{MANIFEST} is altered: expected a file name with its size and sha256 in each entry")
-    return files
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path.name} is missing in {path.parent}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path.name} in {path.parent} is not JSON: {error}") from error
 
 
 def _json(value: Any) -> bytes:

@@ -81,12 +81,6 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     ]
 
 
-def fingerprint(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file as it is on disk."""
-    with path.open("rb") as file:
-        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
 def sync(path: Path) -> None:
     """Until its fsync a file's, or a folder's, content may be lost by a crash of the machine."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -10,6 +10,7 @@ import pytest
 
 from cluster.registry import (
     find_checkpoint,
+    named_checkpoint,
     publications,
     publish,
     resolve_checkpoint,
@@ -134,6 +135,25 @@ def test_a_checkpoint_is_named_by_its_folder_or_its_run(root: Path, caplog: pyte
         resolve_checkpoint(str(third), str(root))
     with pytest.raises(CheckpointError, match=r"manifest\.json is missing"):
         resolve_checkpoint(str(second), str(root))
+
+
+def test_what_is_meant_is_known_before_anything_is_read(root: Path) -> None:
+    first, second = steps(root, 1, 2)
+    with pytest.raises(CheckpointError, match="nothing is published"):
+        named_checkpoint("latest", str(root))
+    publish(open_storage(str(root)), str(first))
+    damage(first, "model.safetensors", "flip")  # which only reading it would tell
+    assert named_checkpoint("latest", str(root)) == str(first)
+    assert named_checkpoint(str(root / "runs/r"), str(root)) == str(second)
+    (second / MANIFEST).unlink()
+    assert named_checkpoint(str(root / "runs/r"), str(root)) == str(first)
+    with pytest.raises(CheckpointError, match=r"is not valid: manifest\.json is missing"):
+        named_checkpoint(str(second), str(root))
+    with pytest.raises(CheckpointError, match=f"unknown checkpoint r: .*; the run of that name is {root}/runs/r"):
+        named_checkpoint("r", str(root))
+    shutil.rmtree(first)
+    with pytest.raises(CheckpointError, match="nothing is published"):
+        named_checkpoint("latest", str(root))
 
 
 @pytest.mark.parametrize("number", [0, 2])

@@ -11,7 +11,7 @@ from cluster.storage import Storage, open_storage
 from jobs.ledger import LEDGER
 from jobs.verify_run import verify
 from model.checkpoint import MANIFEST
-from model.durable_files import fingerprint
+from model.checkpoint_folder import fingerprint
 from tests.jobs.runs import trained_run
 from tests.jobs.tampering import checkpoint_folder, flip_byte
 

@@ -1,0 +1,102 @@
+"""A checkpoint's folder as files: its manifest, where its weights come from, and what is wrong with it.
+
+It imports no PyTorch, so that a command can look at a checkpoint at once.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from model.errors import UserError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+REQUIRED_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "raymill.json")
+
+
+class CheckpointError(UserError):
+    """A folder that is no complete, unaltered checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metadata:
+    """Where a checkpoint's weights come from (raymill.json)."""
+
+    run_id: str
+    step: int
+    tokens_seen: int
+    data_manifest_hash: str | None  # of the token store; None while that was still being written
+    code_version: str
+    data_identity: str | None = None  # of the token store as well, and known from its start
+    generation: int = 0  # of the attempt that wrote it: a later one has a higher number
+    guard: dict[str, Any] | None = None  # what the training's guard remembers; see jobs/guards.py
+    parameter_hash: str | None = None  # set by write_checkpoint
+    val_loss: float | None = None  # nats per token
+    val_bits_per_byte: float | None = None
+
+
+def verify_checkpoint(folder: Path) -> list[str]:
+    """What is wrong with the checkpoint, one sentence a problem, each naming its file. Empty means valid."""
+    if not folder.is_dir():
+        return [f"{folder} is no folder"]
+    try:
+        files = _manifest_files(folder)
+    except CheckpointError as error:
+        return [str(error)]
+    problems = [f"{MANIFEST} does not list {name}" for name in REQUIRED_FILES if name not in files]
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            problems.append(f"{name} is missing")
+        elif (size := path.stat().st_size) != expected["size"]:
+            problems.append(f"{name} has {size} bytes, {MANIFEST} says {expected['size']}")
+        elif (found := fingerprint(path)["sha256"]) != expected["sha256"]:
+            problems.append(f"{name} is altered: its SHA-256 is {found}, {MANIFEST} says {expected['sha256']}")
+    return problems
+
+
+def fingerprint(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file as it is on disk."""
+    with path.open("rb") as file:
+        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def read_metadata(folder: Path) -> Metadata:
+    return Metadata(**read_json(folder / "raymill.json"))
+
+
+def is_hf_folder(folder: Path) -> bool:
+    """Whether transformers saved it. With raymill.json and without a manifest it is a torn checkpoint instead."""
+    return (folder / "config.json").exists() and not any(
+        (folder / name).exists() for name in (MANIFEST, "raymill.json")
+    )
+
+
+def _manifest_files(folder: Path) -> dict[str, dict[str, Any]]:
+    manifest = read_json(folder / MANIFEST)
+    try:
+        version, files = manifest["format_version"], dict(manifest["files"])
+        well_formed = all(
+            Path(name).name == name and isinstance(entry["size"], int) and isinstance(entry["sha256"], str)
+            for name, entry in files.items()
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{MANIFEST} is altered: expected format_version and files") from error
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{MANIFEST} has format_version {version!r}, this version of raymill reads {FORMAT_VERSION}"
+        )
+    if not well_formed:
+        raise CheckpointError(f"{MANIFEST} is altered: expected a file name with its size and sha256 in each entry")
+    return files
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path.name} is missing in {path.parent}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path.name} in {path.parent} is not JSON: {error}") from error
