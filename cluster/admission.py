@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config import TOKENS, RunConfig, write_config
+from cluster.module_process import run_module
 from cluster.progress import say
-from cluster.stage import run_module
 from cluster.storage import NotFoundError, glob_uris, open_storage
 from cluster.storage_check import check_storage
 from cluster.storage_interface import HF

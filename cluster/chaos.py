@@ -11,8 +11,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from cluster.config import RunConfig
-from cluster.flags import ConfigError
 from cluster.local import LocalCluster
+from cluster.parser import ConfigError
 from cluster.progress import say
 from cluster.storage import NotFoundError, open_storage
 

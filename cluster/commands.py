@@ -1,57 +1,49 @@
-"""What each subcommand of `raymill` does, from its parsed arguments to the result that is printed."""
+"""What each subcommand of `raymill` does, from its parsed arguments to the result that is printed.
+
+Each imports what it alone needs, so that none waits for PyTorch or Ray in vain.
+"""
 
 import argparse
 import os
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cluster.chaos import Chaos, parse_faults
-from cluster.config import EvaluateConfig, RunConfig, write_config
-from cluster.delivery import Operator
-from cluster.delivery_commands import follow_run, gate_of
-from cluster.demo import run_demo
-from cluster.endpoint import Endpoint, deploy, require_ray_proxies, stream_completion
-from cluster.flags import ConfigError, config_from_arguments
-from cluster.job_backend import STAGES
-from cluster.lending import Loan, give_back, lend, read_loan
+from cluster.module_process import run_module
+from cluster.parser import ConfigError
 from cluster.printable import printable
 from cluster.progress import say
-from cluster.registry import publications, publish, resolve_checkpoint
-from cluster.serve_config import ServeConfig
-from cluster.stage import ModuleFailedError, connected, cpus_per_node, run_module, run_stage
+from cluster.stage_module import STAGES, ModuleFailedError
 from cluster.storage import absolute_uri, open_storage
-from cluster.storage_check import check_storage
-from model.checkpoint import (
-    CheckpointError,
-    read_metadata,
-    verify_checkpoint,
-)
 from model.errors import UserError
 
-Command = Callable[[argparse.Namespace], dict[str, Any] | None]
+if TYPE_CHECKING:
+    from cluster.serve_config import ServeConfig
 
 
-def stage(name: str) -> Command:
-    """The command that submits the stage as a job and follows it."""
+def stage(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Submits the stage that the command is called after as a job, and follows it."""
+    from cluster.chaos import Chaos, parse_faults
+    from cluster.config import RunConfig
+    from cluster.flags import config_from_arguments
+    from cluster.local import cpus_per_node
+    from cluster.stage import connected, run_stage
 
-    def run(arguments: argparse.Namespace) -> dict[str, Any]:
-        config = config_from_arguments(arguments, RunConfig)
-        faults = parse_faults(getattr(arguments, "chaos", []))
-        if faults and config.cluster.address is not None:
-            raise ConfigError("--chaos kills nodes of the local cluster; leave out --cluster.address")
-        with (
-            connected(config.cluster, cpus_per_node=cpus_per_node(config)) as connection,
-            Chaos(faults, cluster=connection.local, config=config),
-        ):
-            return run_stage(connection, STAGES[name][0], config)
-
-    return run
+    config = config_from_arguments(arguments, RunConfig)
+    faults = parse_faults(getattr(arguments, "chaos", []))
+    if faults and config.cluster.address is not None:
+        raise ConfigError("--chaos kills nodes of the local cluster; leave out --cluster.address")
+    with (
+        connected(config.cluster, cpus_per_node=cpus_per_node(config)) as connection,
+        Chaos(faults, cluster=connection.local, config=config),
+    ):
+        return run_stage(connection, STAGES[arguments.command][0], config)
 
 
 def storage_check(arguments: argparse.Namespace) -> dict[str, Any]:
     """Exit code 1 where it is not usable."""
+    from cluster.storage_check import check_storage
+
     uri = absolute_uri(arguments.uri)
     checks = check_storage(uri)
     problem = checks[-1].problem
@@ -63,17 +55,10 @@ def storage_check(arguments: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-DATA = "look at a corpus before a job is spent, and at a token store afterwards"
-
-DATA_COMMANDS = {
-    "preview": "documents, tokens and drop rates of a corpus, estimated from a sample",
-    "stats": "documents, tokens and bytes of a token store, by split and source",
-    "verify": "recompute the hash of every shard of a token store",
-    "report": "what was dropped and why, with samples",
-}
-
-
 def data_preview(arguments: argparse.Namespace) -> dict[str, Any]:
+    from cluster.config import RunConfig, write_config
+    from cluster.flags import config_from_arguments
+
     config = config_from_arguments(arguments, RunConfig)
     with tempfile.TemporaryDirectory(prefix="raymill-preview-") as folder:
         path = Path(folder, "run.yaml")
@@ -81,17 +66,17 @@ def data_preview(arguments: argparse.Namespace) -> dict[str, Any]:
         return run_module("jobs.preview_data", str(path))
 
 
-def data_command(name: str) -> Command:
-    """The command that looks at a token store."""
-
-    def run(arguments: argparse.Namespace) -> dict[str, Any]:
-        reference = [arguments.store] if arguments.store else []
-        return run_module("jobs.inspect_store", name, *reference, "--storage.uri", storage_uri(arguments))
-
-    return run
+def look_at_store(arguments: argparse.Namespace) -> dict[str, Any]:
+    reference = [arguments.store] if arguments.store else []
+    return run_module("jobs.inspect_store", arguments.command, *reference, "--storage.uri", storage_uri(arguments))
 
 
 def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
+    from cluster.config import EvaluateConfig
+    from cluster.flags import config_from_arguments
+    from cluster.local import cpus_per_node
+    from cluster.stage import connected, run_stage
+
     config = config_from_arguments(arguments, EvaluateConfig)
     with connected(config.cluster, cpus_per_node=cpus_per_node(config)) as connection:
         return run_stage(connection, "jobs.evaluate", config)
@@ -111,28 +96,24 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     return run_module("jobs.compare_runs", *arguments.runs, "--storage.uri", storage_uri(arguments))
 
 
-RUN_COMMANDS = {
-    "why-slow": ("jobs.why_slow", "say what bounds a run, and by which numbers"),
-    "verify": ("jobs.verify_run", "recompute the hashes of a run's checkpoints and of its data"),
-    "replay": ("jobs.replay_run", "take steps of a run again and compare their bits"),
-    "diff": ("jobs.diff_runs", "find the first step where two runs part"),
-    "probe": ("jobs.probe_run", "measure what each kept checkpoint does in context: copying, induction, few-shot"),
+_RUN_MODULES = {
+    "why-slow": "jobs.why_slow",
+    "verify": "jobs.verify_run",
+    "replay": "jobs.replay_run",
+    "diff": "jobs.diff_runs",
+    "probe": "jobs.probe_run",
 }
 
 
-def look_at_run(name: str) -> Command:
-    """The command that looks at a run; exit code 1 where it finds the run, or two, not as they should be."""
-
-    def run(arguments: argparse.Namespace) -> dict[str, Any]:
-        options = [f"--{name}={value}" for name in ("steps", "workers") if (value := getattr(arguments, name, None))]
-        module = RUN_COMMANDS[name][0]
-        result = run_module(module, *arguments.runs, *options, "--storage.uri", storage_uri(arguments))
-        if not result.get("equal", result.get("valid", True)):
-            arguments.show(result)
-            raise ModuleFailedError(result["verdict"])
-        return result
-
-    return run
+def look_at_run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Exit code 1 where it finds the run, or two, not as they should be."""
+    options = [f"--{name}={value}" for name in ("steps", "workers") if (value := getattr(arguments, name, None))]
+    module = _RUN_MODULES[arguments.command]
+    result = run_module(module, *arguments.runs, *options, "--storage.uri", storage_uri(arguments))
+    if not result.get("equal", result.get("valid", True)):
+        arguments.show(result)
+        raise ModuleFailedError(result["verdict"])
+    return result
 
 
 def track(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -143,6 +124,8 @@ def track(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def lend_workers(arguments: argparse.Namespace) -> dict[str, Any]:
     """Writes, ends or shows a loan of a run's workers."""
+    from cluster.lending import Loan, give_back, lend, read_loan
+
     run = open_storage(storage_uri(arguments)).child(f"runs/{arguments.run_id}")
     if not any(run.list()):
         raise UserError(f"no run {arguments.run_id} in {storage_uri(arguments)}: `raymill lend` takes a run id")
@@ -155,12 +138,17 @@ def lend_workers(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def publish_checkpoint(arguments: argparse.Namespace) -> dict[str, Any]:
+    from cluster.registry import publish
+
     publication = publish(open_storage(storage_uri(arguments)), arguments.checkpoint)
     return {"checkpoint": publication.checkpoint, "parameter_hash": publication.parameter_hash}
 
 
 def checkpoint_show(arguments: argparse.Namespace) -> dict[str, Any]:
     """Also of a damaged checkpoint: `valid` is false then, and `problems` says why."""
+    from cluster.registry import resolve_checkpoint
+    from model.checkpoint import CheckpointError, read_metadata, verify_checkpoint
+
     folder = open_storage(arguments.checkpoint).local_path("")
     if arguments.checkpoint == "latest" or folder is None:
         folder = resolve_checkpoint(arguments.checkpoint, storage_uri(arguments))
@@ -173,12 +161,21 @@ def checkpoint_show(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def checkpoint_list(arguments: argparse.Namespace) -> dict[str, Any]:
+    from cluster.registry import publications
+
     storage = open_storage(storage_uri(arguments))
     return {"published": [vars(publication) for publication in publications(storage)]}
 
 
 def serve(arguments: argparse.Namespace) -> None:
     """Serves until a signal; on a cluster of others it deploys and leaves, unless it is to follow a run."""
+    from cluster.delivery import Operator
+    from cluster.delivery_commands import follow_run, gate_of
+    from cluster.endpoint import deploy, require_ray_proxies
+    from cluster.flags import config_from_arguments
+    from cluster.serve_config import ServeConfig
+    from cluster.stage import connected
+
     require_ray_proxies()
     config = config_from_arguments(arguments, ServeConfig)
     if arguments.follow is not None and config.admin_key_file is None:
@@ -199,13 +196,15 @@ def serve(arguments: argparse.Namespace) -> None:
                 connection.local.restart_head()
 
 
-def _replica_cpus(config: ServeConfig) -> int:
+def _replica_cpus(config: "ServeConfig") -> int:
     worker_nodes = max(1, config.cluster.num_nodes - 1)
     return -(-config.replicas.max_replicas // worker_nodes) * config.replicas.threads_per_replica
 
 
 def complete(arguments: argparse.Namespace) -> dict[str, Any] | None:
     """Streams the text to standard output as it comes, or returns all of it with --json."""
+    from cluster.endpoint import Endpoint, stream_completion
+
     endpoint = Endpoint.load(storage_uri(arguments), url=arguments.url, api_key_file=arguments.api_key_file)
     request = {
         "prompt": arguments.prompt,
@@ -223,6 +222,8 @@ def _write_now(text: str) -> None:
 
 
 def demo(arguments: argparse.Namespace) -> dict[str, Any]:
+    from cluster.demo import run_demo
+
     return run_demo(storage_uri(arguments), keep=arguments.keep)
 
 

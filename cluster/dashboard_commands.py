@@ -7,15 +7,7 @@ from typing import Any
 from cluster.dashboards import documents
 from cluster.grafana import Grafana, differences
 from cluster.monitoring_files import IN_CLUSTER_PROMETHEUS, write_files
-from cluster.stage import ModuleFailedError
-
-ABOUT = "the Grafana dashboards and the alerts, made from the metric table"
-
-COMMANDS = {
-    "push": "bring Grafana's data source, folder and dashboards to what this version makes, as often as wanted",
-    "diff": "the places where Grafana's dashboards are not what this version makes; exit code 1 where there are any",
-    "export": "write them, the alerts and the scrape settings as files for Grafana, Prometheus and kustomize",
-}
+from cluster.stage_module import ModuleFailedError
 
 
 def push(arguments: argparse.Namespace) -> dict[str, Any]:

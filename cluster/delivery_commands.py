@@ -8,9 +8,9 @@ from typing import Any, NoReturn
 
 from cluster.delivery import Operator, follow
 from cluster.endpoint import Endpoint
-from cluster.flags import ConfigError
+from cluster.module_process import run_module
+from cluster.parser import ConfigError
 from cluster.progress import say
-from cluster.stage import run_module
 from cluster.storage import absolute_uri, join_uri, open_storage
 from model.errors import UserError
 

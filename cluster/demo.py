@@ -11,18 +11,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-import openai
-
 from cluster.chaos import Fault, parse_faults
+from cluster.code_folders import CODE_ROOT
 from cluster.config import RunConfig, StorageConfig, max_steps
-from cluster.endpoint import Endpoint
+from cluster.endpoint import Endpoint, stream_completion
 from cluster.flags import new_run_id, read_config
 from cluster.progress import say
 from cluster.river import river
 from cluster.serve_config import ReplicaConfig, ServeConfig
 from cluster.storage import open_storage
 
-CONFIG = Path(__file__).resolve().parent.parent / "jobs" / "configs" / "demo.yaml"
+CONFIG = CODE_ROOT / "jobs" / "configs" / "demo.yaml"
 PROMPTS = ("ROMEO. But soft, what light", "To be, or not to be,")
 
 # Texts in the public domain, in Jon Bosak's and Project Gutenberg's editions; the package's own content is CC-BY.
@@ -133,18 +132,9 @@ def _standard_library(folder: Path) -> tuple[Path, str]:
 
 
 def ask(endpoint: Endpoint, prompt: str) -> dict[str, Any]:
-    """One streamed completion through the official client, with its timing in seconds."""
-    key = Path(str(endpoint.api_key_file)).read_text(encoding="utf-8").split()[0]
-    client = openai.OpenAI(base_url=f"{endpoint.url}/v1", api_key=key)
-    start, ttft_s, texts = time.perf_counter(), 0.0, []
-    stream = client.completions.create(
-        model=endpoint.model, prompt=prompt, max_tokens=64, temperature=0.8, seed=7, stream=True
-    )
-    for chunk in stream:
-        ttft_s = ttft_s or time.perf_counter() - start
-        texts.append(chunk.choices[0].text)
-    total_s = time.perf_counter() - start
-    return {"prompt": prompt, "text": "".join(texts), "ttft_s": round(ttft_s, 4), "total_s": round(total_s, 4)}
+    """Returns one streamed completion, with its timing in seconds."""
+    request = {"prompt": prompt, "max_tokens": 64, "temperature": 0.8, "seed": 7}
+    return stream_completion(endpoint, request, on_text=lambda text: None)
 
 
 def _tell(result: dict[str, Any]) -> None:

@@ -6,14 +6,16 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from cluster.serve_config import ServeConfig
-from cluster.stage import Connection, run_stage
 from cluster.storage import NotFoundError, open_storage
 from model.errors import UserError
+
+if TYPE_CHECKING:
+    from cluster.serve_config import ServeConfig
+    from cluster.stage import Connection
 
 _FILE = "endpoint.json"
 _HAPROXY_VARIABLE = "RAY_SERVE_ENABLE_HA_PROXY"
@@ -74,8 +76,10 @@ def require_ray_proxies() -> None:
         )
 
 
-def deploy(connection: Connection, config: ServeConfig) -> Endpoint:
+def deploy(connection: "Connection", config: "ServeConfig") -> Endpoint:
     """Deploys the checkpoint on the cluster, waits until it answers, and remembers where it is."""
+    from cluster.stage import run_stage  # noqa: PLC0415 - imports Ray, which `raymill complete` does without
+
     result = run_stage(connection, "serving.app", config)
     endpoint = Endpoint(result["url"], result["model"], config.api_key_file, config.admin_key_file)
     open_storage(config.storage.uri).write_bytes(_FILE, json.dumps(asdict(endpoint)).encode())

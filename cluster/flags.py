@@ -2,47 +2,22 @@
 
 import argparse
 import dataclasses
-import difflib
 import secrets
 import time
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Never, TypeVar, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from cluster.config import TOKENS, DataConfig, EvaluateConfig, RunConfig, StorageConfig
-from cluster.plan_config import PlanConfig
-from cluster.serve_config import ServeConfig
+from cluster.config import TOKENS, DataConfig, RunConfig, Settings, StorageConfig
+from cluster.parser import ConfigError, suggestion
 from cluster.storage import absolute_uri
 from model.config import PRESETS, GPTConfig
-from model.errors import UserError
 
-Config = TypeVar("Config", RunConfig, ServeConfig, EvaluateConfig, PlanConfig)
-
-
-class ConfigError(UserError):
-    """The command line or the configuration file is misused: exit code 2."""
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line with a suggestion, raised as `ConfigError`; flags are never abbreviated."""
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(allow_abbrev=False, **settings)
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Refuses here what `parse_args` would refuse later: only a subcommand's own parser can suggest its flags."""
-        namespace, unknown = super().parse_known_args(args, namespace)
-        if unknown:
-            flag = unknown[0].split("=")[0]
-            self.error(f"unknown argument {flag}{_suggestion(flag, list(self._option_string_actions))}")
-        return namespace, unknown
-
-    def error(self, message: str) -> Never:
-        raise ConfigError(f"{message} (see `{self.prog} --help`)")
+Config = TypeVar("Config", bound=Settings)
 
 
 def add_config_arguments(
@@ -198,17 +173,12 @@ def _holds_list(kind: Any) -> bool:
     return get_origin(kind) in (list, dict) or any(get_origin(part) is list for part in get_args(kind))
 
 
-def _suggestion(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
 def _explained(problem: Any, root: type[BaseModel]) -> str:
     path = [str(part) for part in problem["loc"]]
     name = ".".join(path)
     if problem["type"] == "extra_forbidden":
         siblings = [".".join(leaf.split(".")[: len(path)]) for leaf, _, _ in _leaves(root)]
-        return f"unknown setting {name}{_suggestion(name, sorted(set(siblings)))}"
+        return f"unknown setting {name}{suggestion(name, sorted(set(siblings)))}"
     message = problem["msg"].removeprefix("Value error, ")
     shown = "" if problem["type"] == "value_error" else f", not {problem['input']!r}"
     return f"{name}: {message}{shown}" if name else message

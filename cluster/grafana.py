@@ -20,7 +20,7 @@ from grafana_api.grafana_api import GrafanaClientError, GrafanaException
 from grafana_api.grafana_face import GrafanaFace
 
 from cluster.dashboards import FOLDER_TITLE, FOLDER_UID
-from cluster.flags import ConfigError
+from cluster.parser import ConfigError
 from cluster.progress import say
 from model.errors import UserError
 

@@ -7,13 +7,6 @@ from cluster.admission import Folders
 from cluster.config import RunConfig
 from cluster.job_record import JobRecord, JobState
 
-STAGES = {
-    "tokenize": ("jobs.tokenize_corpus", "corpus to token shards"),
-    "pretrain": ("jobs.pretrain", "token shards to a trained, published checkpoint; makes the shards where missing"),
-    "pipeline": ("jobs.pipeline", "corpus to evaluated checkpoint and report, all stages in one job"),
-}
-"""What can be submitted: the module of each stage, and what it does."""
-
 
 class JobBackend(ABC):
     """A place that runs jobs. None of its methods waits for a job."""

@@ -8,24 +8,23 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from cluster.config import RunConfig
-from cluster.flags import ConfigError, Parser, add_config_arguments, config_from_arguments
-from cluster.job_backend import STAGES, JobBackend
+from cluster.flags import config_from_arguments
+from cluster.job_backend import JobBackend
 from cluster.job_log import LogReader, launches
 from cluster.job_record import Backend, JobRecord, recorded_runs
 from cluster.jobs_api import JobsApi, ray_token
 from cluster.kube_commands import connected_api, overlay_folder
 from cluster.kube_jobs import KubeJobs
 from cluster.local_jobs import LocalJobs
+from cluster.parser import ConfigError
 from cluster.progress import say
-from cluster.ray_jobs import RayJobs
-from cluster.stage import ModuleFailedError
+from cluster.stage_module import STAGES, ModuleFailedError
 from cluster.storage import NotFoundError, Storage, absolute_uri, open_storage
 from cluster.submit import Backends, check_only, describe, stop_job, submit_job, view_job
 from model.errors import UserError
@@ -34,49 +33,6 @@ _STOP_TIMEOUT_S = 90.0
 _LOCAL_POLL_S, _REMOTE_POLL_S = 0.5, 2.0
 _STATE_INTERVAL_S = 10.0
 _TAIL_BYTES = 64 << 10
-
-Command = Callable[..., Parser]
-
-
-def add_job_commands(command: Command) -> None:
-    """`command(name, run, about)` makes the parser of a subcommand."""
-    sub = command("submit", submit, "start a stage as a job that goes on without this command; twice is once")
-    sub.add_argument(
-        "stage", choices=list(STAGES), help="; ".join(f"{name}: {about}" for name, (_, about) in STAGES.items())
-    )
-    sub.add_argument("config", nargs="?", type=Path, help="YAML file; flags override its settings")
-    place = sub.add_mutually_exclusive_group()
-    place.add_argument("--address", metavar="URL", help="Jobs API of a Ray cluster, such as http://head:8265")
-    place.add_argument("--kuberay", metavar="OVERLAY", help="as a RayJob: dev, gpu, spot, kueue or your kustomization")
-    sub.add_argument("--namespace", "-n", default="raymill", help="on Kubernetes; raymill when unset")
-    sub.add_argument(
-        "--dry-run", action="store_true", help="check all, start nothing; with --kuberay print the objects"
-    )
-    _token_argument(sub)
-    add_config_arguments(sub, RunConfig)
-
-    sub = command("list", list_jobs, "the jobs that were submitted for the runs of a storage, and what they are doing")
-    sub.add_argument("--address", metavar="URL", help="those of this Ray cluster instead, whatever their storage")
-    _token_argument(sub)
-    _storage_argument(sub)
-
-    for name, run, about in (
-        ("status", status, "what a run's job is doing, or how it ended; exit code 1 if not well"),
-        ("logs", logs, "what a run's job and its workers printed, also when the cluster is gone"),
-        ("stop", stop, "have a run's job save and end; submitting the run again resumes it"),
-    ):
-        sub = command(name, run, about)
-        sub.add_argument("run_id", metavar="RUN", help="run id")
-        if name == "logs":
-            sub.add_argument(
-                "-f", "--follow", action="store_true", help="go on until the job ends; exit code 1 if not well"
-            )
-            sub.add_argument(
-                "--all", action="store_true", help="of all launches that are kept, not only of the last one"
-            )
-            sub.add_argument("--tail", type=int, metavar="N", help="only the last N lines")
-        _token_argument(sub)
-        _storage_argument(sub)
 
 
 def submit(arguments: argparse.Namespace) -> dict[str, Any] | None:
@@ -104,7 +60,7 @@ def _backend(arguments: argparse.Namespace, config: RunConfig) -> JobBackend:
     if arguments.kuberay is not None:
         return KubeJobs(connected_api(arguments.namespace), overlay_folder(arguments.kuberay))
     if address is not None:
-        return RayJobs(JobsApi(address, ray_token(arguments.token_file)))
+        return _ray_jobs(address, arguments.token_file)
     return LocalJobs()
 
 
@@ -112,13 +68,19 @@ def _backends(arguments: argparse.Namespace) -> Backends:
     def of(record: JobRecord) -> JobBackend:
         match record.backend:
             case Backend.RAY:
-                return RayJobs(JobsApi(record.where, ray_token(arguments.token_file)))
+                return _ray_jobs(record.where, arguments.token_file)
             case Backend.KUBERAY:
                 return KubeJobs(connected_api(record.where))
             case Backend.LOCAL:
                 return LocalJobs()
 
     return of
+
+
+def _ray_jobs(url: str, token_file: Path | None) -> JobBackend:
+    from cluster.ray_jobs import RayJobs  # imports Ray, which `raymill list` does without
+
+    return RayJobs(JobsApi(url, ray_token(token_file)))
 
 
 def list_jobs(arguments: argparse.Namespace) -> dict[str, Any] | None:
@@ -267,18 +229,3 @@ def _no_job(arguments: argparse.Namespace) -> NotFoundError:
 
 def _storage_uri(arguments: argparse.Namespace) -> str:
     return absolute_uri(getattr(arguments, "storage.uri"))
-
-
-def _token_argument(parser: Parser) -> None:
-    parser.add_argument(
-        "--token-file",
-        type=Path,
-        metavar="FILE",
-        help="holds the Ray cluster's token; RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN when unset",
-    )
-
-
-def _storage_argument(parser: Parser) -> None:
-    parser.add_argument(
-        "--storage.uri", dest="storage.uri", default=".raymill", metavar="URI", help="root of runs and registry"
-    )

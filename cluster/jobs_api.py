@@ -5,12 +5,12 @@ By plain HTTP with deadlines. Ray's own client retries a wrong token for 22 s an
 
 import os
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
-import ray
 
 from cluster.local import ClusterError
 
@@ -67,13 +67,11 @@ class JobsApi:
 
     def probe(self) -> None:
         """Returns when a Ray that fits answers and takes the token; raises `ClusterError` with what is wrong if not."""
-        version = self._get("/api/version").get("ray_version")
+        version, ours = self._get("/api/version").get("ray_version"), metadata.version("ray")
         if version is None:
             raise ClusterError(f"what answers at {self.url} is no Ray dashboard: its port is 8265 unless changed")
-        if version.split(".")[:2] != ray.__version__.split(".")[:2]:
-            raise ClusterError(
-                f"Ray {version} runs at {self.url}, and here {ray.__version__}: jobs need the same minor version"
-            )
+        if version.split(".")[:2] != ours.split(".")[:2]:
+            raise ClusterError(f"Ray {version} runs at {self.url}, and here {ours}: jobs need the same minor version")
 
     def jobs(self) -> list[dict[str, Any]]:
         """All jobs that were submitted, as Ray tells of them."""

@@ -3,14 +3,12 @@
 import argparse
 import importlib
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import yaml
 
-from cluster.flags import ConfigError, Parser
 from cluster.jobs_api import JobsApi, ray_token
 from cluster.kube_idle import GroupBounds, NodeUse, why_not_idle
 from cluster.kube_pending import is_pending, why_not_made, why_pending
@@ -18,6 +16,7 @@ from cluster.kube_scale import Patch, resume_group, scale_group, suspend, suspen
 from cluster.kube_status import KINDS, Object, cluster_spec, groups, sentence
 from cluster.kustomize import rendered_overlay
 from cluster.local import ClusterError
+from cluster.parser import ConfigError
 from model.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,59 +25,6 @@ if TYPE_CHECKING:
 _RAY = "ray.io/v1"
 _COMPONENT = "app.kubernetes.io/component"
 _OVERLAYS = Path(__file__).resolve().parent.parent / "k8s" / "overlays"
-ABOUT = "render and apply the manifests, scale their groups, and say why a pod is pending or stays"
-
-
-def add_cluster_commands(subparsers: Any) -> None:
-    parser = subparsers.add_parser("cluster", help=ABOUT, description=ABOUT)
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-
-    def command(name: str, run: Callable[[argparse.Namespace], dict[str, Any] | None], about: str) -> Parser:
-        sub = commands.add_parser(name, help=about, description=about)
-        sub.add_argument("--json", action="store_true", help="print one JSON object as the last line of output")
-        sub.set_defaults(run=run)
-        if name != "render":
-            sub.add_argument("--namespace", "-n", default="raymill", help="raymill when unset")
-        return sub
-
-    for name, run, about in (
-        ("render", render, "print the objects of an overlay as YAML"),
-        ("apply", apply, "apply the objects of an overlay (server-side)"),
-    ):
-        sub = command(name, run, about)
-        sub.add_argument(
-            "overlay", metavar="OVERLAY", help="dev, gpu, spot, kueue, or the folder of a kustomization of yours"
-        )
-        sub.add_argument(
-            "--component", help="only this one: platform, tokenize, pretrain, evaluate, completions, shared"
-        )
-        if name == "apply":
-            sub.add_argument("--dry-run", action="store_true", help="let Kubernetes check it, and change nothing")
-
-    sub = command("scale", scale, "change how many pods a group may have, or suspend and resume it or all")
-    sub.add_argument("name", metavar="NAME", help="such as shared or rayjob/pretrain")
-    sub.add_argument("--group", help="worker group; the only one when unset")
-    sub.add_argument("--min", type=int, dest="lowest", help="pods that are always there")
-    sub.add_argument("--max", type=int, dest="most", help="pods under load")
-    state = sub.add_mutually_exclusive_group()
-    state.add_argument("--suspend", action="store_true", help="no pods, of the group or (without --group) at all")
-    state.add_argument("--resume", action="store_true", help="as before")
-
-    for name, run, about in (
-        ("status", status, "say in a sentence what each cluster, job and service does"),
-        ("why-pending", pending, "say why pods do not run yet"),
-    ):
-        command(name, run, about).add_argument(
-            "name", metavar="NAME", nargs="?", help="such as shared or rayjob/pretrain; all when unset"
-        )
-    sub = command("why-not-idle", not_idle, "say why pods of a Ray cluster do not go away")
-    sub.add_argument("name", metavar="NAME", help="such as shared or rayjob/pretrain")
-    sub.add_argument(
-        "--url",
-        default="http://127.0.0.1:8265",
-        help="its dashboard, such as `kubectl port-forward svc/NAME-head-svc 8265` makes it; the token comes from "
-        "RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN",
-    )
 
 
 def render(arguments: argparse.Namespace) -> dict[str, Any] | None:

@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.admission import Folders
 from cluster.config import RunConfig
-from cluster.flags import ConfigError
 from cluster.job_backend import JobBackend
 from cluster.job_record import Backend, JobRecord, JobState
 from cluster.kube_status import Object
 from cluster.kustomize import rendered_overlay
+from cluster.parser import ConfigError
 from cluster.rayjob import rayjob, rayjob_name
 
 if TYPE_CHECKING:

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from cluster.flags import ConfigError
 from cluster.kube_status import SUSPENDED, Object, cluster_spec, suspended_bounds
+from cluster.parser import ConfigError
 
 Patch = list[dict[str, Any]]
 

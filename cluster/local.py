@@ -28,6 +28,7 @@ import httpx
 import psutil
 
 from cluster.child_processes import die_with_parent, kill, with_descendants
+from cluster.config import EvaluateConfig, RunConfig
 from model.errors import UserError
 
 NODE_NAME_VARIABLE = "RAYMILL_NODE"
@@ -285,3 +286,13 @@ class LocalCluster:
                     "the machine may be short of memory or processes"
                 )
             time.sleep(0.25)
+
+
+def cpus_per_node(config: RunConfig | EvaluateConfig) -> int:
+    """Logical CPUs of each local node, such that the workers of one node fewer than planned still find a place, and
+    one more where tokenizing runs beside them."""
+    worker_nodes = max(1, config.cluster.num_nodes - 1)
+    if isinstance(config, EvaluateConfig):
+        return -(-config.num_workers // worker_nodes) * config.threads_per_worker
+    training = -(-config.scaling.max_workers // worker_nodes) * config.scaling.threads_per_worker
+    return training + config.train.while_tokenizing

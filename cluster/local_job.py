@@ -16,8 +16,8 @@ from pathlib import Path
 from cluster.config import RunConfig
 from cluster.flags import read_config
 from cluster.jobs_api import JobsApi, Token
-from cluster.local import STOP_WAIT_S, ClusterError, LocalCluster
-from cluster.stage import attempt_name, connected, cpus_per_node, submit_stage
+from cluster.local import STOP_WAIT_S, ClusterError, LocalCluster, cpus_per_node
+from cluster.stage import attempt_name, connected, submit_stage
 from model.errors import UserError
 
 _POLL_S = 0.5

@@ -14,12 +14,13 @@ from typing import Any
 import psutil
 
 from cluster.admission import Folders, check_rooms
+from cluster.code_folders import CODE_ROOT
 from cluster.config import RunConfig, write_config
-from cluster.job_backend import STAGES, JobBackend
+from cluster.job_backend import JobBackend
 from cluster.job_record import Backend, JobRecord, JobState
-from cluster.local import ClusterError
+from cluster.local import ClusterError, cpus_per_node
 from cluster.process_identity import ProcessIdentity
-from cluster.stage import cpus_per_node
+from cluster.stage_module import STAGES
 
 
 class LocalJobs(JobBackend):
@@ -53,7 +54,7 @@ class LocalJobs(JobBackend):
                 owner = subprocess.Popen(
                     [sys.executable, "-m", "cluster.local_job", STAGES[record.stage][0], "run.yaml", record.job],
                     cwd=folder,
-                    env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)},
+                    env=os.environ | {"PYTHONPATH": str(CODE_ROOT)},
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.PIPE,
                     stderr=errors,

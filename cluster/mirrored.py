@@ -22,7 +22,7 @@ from cluster.child_processes import die_with_parent
 from cluster.job_log import JOBS, Ended, JobLog, Started
 from cluster.lease import Lease, LeaseHeldError
 from cluster.progress import PlainProgress
-from cluster.result_line import parse_result
+from cluster.stage_module import parse_result
 from cluster.storage import Storage, open_storage
 from model.errors import UserError
 

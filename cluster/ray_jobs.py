@@ -5,12 +5,13 @@ from urllib.parse import urlsplit
 
 from cluster.admission import AdmissionError, Folders, check_rooms
 from cluster.config import RunConfig
-from cluster.job_backend import STAGES, JobBackend
+from cluster.job_backend import JobBackend
 from cluster.job_record import Backend, JobRecord, JobState
 from cluster.jobs_api import JobsApi
 from cluster.local import ClusterError
 from cluster.progress import say
 from cluster.stage import Connection, submit_stage
+from cluster.stage_module import STAGES
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _STATES = {

@@ -8,9 +8,9 @@ from typing import Any
 
 from cluster.admission import AdmissionError
 from cluster.config import RunConfig, to_yaml
-from cluster.job_backend import STAGES
 from cluster.kube_status import Object, cluster_spec
 from cluster.mirrored import entrypoint
+from cluster.stage_module import STAGES
 
 RUN_ANNOTATION = "raymill/run-id"
 COMPONENTS = {"tokenize": "tokenize", "pretrain": "pretrain", "pipeline": "pretrain"}

@@ -12,11 +12,11 @@ import psutil
 
 from cluster.chaos import Fault, Kind
 from cluster.config import RunConfig, StorageConfig, batch_schedule, max_steps, seq_len, write_config
-from cluster.flags import ConfigError
+from cluster.module_process import run_module
+from cluster.parser import ConfigError
 from cluster.progress import say
 from cluster.river import river
 from cluster.serve_config import ServeConfig
-from cluster.stage import run_module
 from model.flops import flops_per_token
 
 STEPS_S = 20.0

@@ -9,10 +9,11 @@ from typing import Any
 from cluster.chaos import Chaos, Fault
 from cluster.config import EvaluateConfig, RunConfig
 from cluster.endpoint import Endpoint, deploy
-from cluster.local import free_port
+from cluster.local import cpus_per_node, free_port
+from cluster.module_process import run_module
 from cluster.progress import say
 from cluster.serve_config import ServeConfig
-from cluster.stage import connected, cpus_per_node, run_module, run_stage
+from cluster.stage import connected, run_stage
 
 
 @dataclass

@@ -6,17 +6,12 @@ installation of this package and a run says exactly which settings it had.
 
 import asyncio
 import dataclasses
-import hashlib
-import json
 import logging
 import os
 import secrets
 import shlex
-import shutil
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -26,47 +21,30 @@ from typing import Any, TypeVar
 import ray
 from ray.job_submission import JobStatus, JobSubmissionClient
 
+from cluster.code_folders import snapshot_code
 from cluster.config import ClusterConfig, EvaluateConfig, RunConfig, write_config
-from cluster.flags import ConfigError, Parser, add_config_arguments, config_from_arguments
+from cluster.flags import add_config_arguments, config_from_arguments
 from cluster.jobs_api import JobsApi, ray_token
-from cluster.local import STOP_WAIT_S, ClusterError, LocalCluster
+from cluster.local import STOP_WAIT_S, ClusterError, LocalCluster, cpus_per_node
 from cluster.mirrored import entrypoint
-from cluster.printable import printable
+from cluster.parser import ConfigError, Parser
 from cluster.progress import ProgressView, doing, say
-from cluster.result_line import RESULT_MARK, parse_result
 from cluster.serve_config import ServeConfig
+from cluster.stage_module import ERROR_MARK, MISUSED, StageFailedError, parse_result, print_result
 from cluster.storage import open_storage
 from model.errors import UserError
 
-CODE_FOLDERS = ("model", "cluster", "jobs", "serving")
-
-_REPOSITORY = Path(__file__).resolve().parent.parent
 _POLL_S = 0.5
 _NO_AGENT = "No available agent"
 _AGENT_TIMEOUT_S = 60.0
 _STOP_MARGIN_S = 5.0
-_MISUSED = 2  # exit code
-_ERROR = "error: "  # begins the line by which a stage says why it ends
 _MAX_LOST_HEADS = 3  # for one stage
-_MODULE_LOG_S = 5.0  # for the last lines, where a process that outlives its module still holds the pipe
 
 Config = TypeVar("Config", RunConfig, ServeConfig, EvaluateConfig)
 
 
-class StageFailedError(UserError):
-    """A stage ended without a result; its own log said why."""
-
-
 class HeadLostError(ClusterError):
     """The local cluster's head has ended, and the stage's job with it."""
-
-
-class ModuleFailedError(StageFailedError):
-    """A module run beside this process failed and has said why."""
-
-
-class ModuleMisusedError(ModuleFailedError, ConfigError):
-    """It found itself misused."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,16 +69,6 @@ def connected(config: ClusterConfig, *, cpus_per_node: int) -> Iterator[Connecti
             nodes = LocalCluster(num_nodes=config.num_nodes, cpus_per_node=config.cpus_per_node or cpus_per_node)
             cluster = stack.enter_context(nodes)
         yield Connection(cluster.jobs_url, {"Authorization": f"Bearer {cluster.token}"}, cluster)
-
-
-def cpus_per_node(config: RunConfig | EvaluateConfig) -> int:
-    """Logical CPUs of each local node, such that the workers of one node fewer than planned still find a place, and
-    one more where tokenizing runs beside them."""
-    worker_nodes = max(1, config.cluster.num_nodes - 1)
-    if isinstance(config, EvaluateConfig):
-        return -(-config.num_workers // worker_nodes) * config.threads_per_worker
-    training = -(-config.scaling.max_workers // worker_nodes) * config.scaling.threads_per_worker
-    return training + config.train.while_tokenizing
 
 
 def run_stage(
@@ -153,8 +121,8 @@ def _submit_and_follow(
             with doing("stopping: the job saves and ends"):
                 client.stop_job(job_id)
                 _wait_for_end(client, job_id)
-            if words := [line for line in client.get_job_logs(job_id).splitlines() if line.startswith(_ERROR)]:
-                say(words[-1].removeprefix(_ERROR))  # such as which step it has saved
+            if words := [line for line in client.get_job_logs(job_id).splitlines() if line.startswith(ERROR_MARK)]:
+                say(words[-1].removeprefix(ERROR_MARK))  # such as which step it has saved
         raise
 
 
@@ -211,21 +179,6 @@ def _wait_for_end(client: JobSubmissionClient, job_id: str) -> None:
         time.sleep(_POLL_S)
 
 
-def snapshot_code(folder: Path) -> None:
-    """Copies the code folders into `folder`."""
-    for name in CODE_FOLDERS:
-        shutil.copytree(_REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-
-
-def code_version() -> str:
-    """SHA-256 over the names and bytes of the code folders' Python files: the version that a checkpoint records."""
-    digest = hashlib.sha256()
-    for name in CODE_FOLDERS:
-        for path in sorted((_REPOSITORY / name).rglob("*.py")):
-            digest.update(path.relative_to(_REPOSITORY).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()
-
-
 def stage_main(
     run: Callable[[Config], dict[str, Any]],
     root: type[Config] = RunConfig,  # type: ignore[assignment]
@@ -252,55 +205,6 @@ def stage_main(
         return run(config)
 
     return print_result(result)
-
-
-def print_result(
-    compute: Callable[[], dict[str, Any]], *, is_good: Callable[[dict[str, Any]], bool] = lambda result: True
-) -> int:
-    """Prints the result in the line that `parse_result` knows, or the error for the user; gives the exit code, which
-    is 1 for a result that is not good too."""
-    try:
-        result = compute()
-    except UserError as error:
-        sys.stderr.write(f"{_ERROR}{printable(str(error))}\n")
-        return _MISUSED if isinstance(error, ConfigError) else 1
-    sys.stdout.write(f"{RESULT_MARK}{json.dumps(result)}\n")
-    return 0 if is_good(result) else 1
-
-
-def run_module(module: str, *arguments: str) -> dict[str, Any]:
-    """Runs a stage that needs no cluster as `python -m MODULE ARGUMENTS` here, and returns its result.
-
-    Also a result that the module found not good, which its exit code 1 says.
-    """
-    command = [sys.executable, "-m", module, *arguments]
-    environment = os.environ | {"PYTHONPATH": str(_REPOSITORY)}
-    with _shown() as stderr:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment, check=False)
-    results = [found for line in done.stdout.splitlines() if (found := parse_result(line)) is not None]
-    if done.returncode not in (0, 1) or not results:
-        kind = ModuleMisusedError if done.returncode == _MISUSED else ModuleFailedError
-        raise kind(f"{module} ended with exit code {done.returncode}; its message is above")
-    return results[-1]
-
-
-@contextmanager
-def _shown() -> Iterator[int]:
-    """A file descriptor for a module's standard error: its reports are shown as progress, its lines as they are."""
-    reading, writing = os.pipe()
-
-    def show() -> None:
-        with ProgressView() as view, os.fdopen(reading, encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                view.line(line.rstrip("\n"))
-
-    thread = threading.Thread(target=show, name="module-log", daemon=True)
-    thread.start()
-    try:
-        yield writing
-    finally:
-        os.close(writing)
-        thread.join(_MODULE_LOG_S)
 
 
 def _job_environment(connection: Connection) -> dict[str, str]:
@@ -334,8 +238,8 @@ def _follow(client: JobSubmissionClient, job_id: str, view: ProgressView) -> dic
             for line in lines:
                 found = parse_result(line)
                 result = result if found is None else found
-                if line.startswith(_ERROR):  # the stage's last word, said once: by whoever reports its failure
-                    error = line.removeprefix(_ERROR)
+                if line.startswith(ERROR_MARK):  # the stage's last word, said once: by whoever reports its failure
+                    error = line.removeprefix(ERROR_MARK)
                     view.keep(line)
                 elif found is None:
                     view.line(line)
@@ -346,5 +250,5 @@ def _follow(client: JobSubmissionClient, job_id: str, view: ProgressView) -> dic
     if status == JobStatus.SUCCEEDED and result is not None:
         return result
     code = client.get_job_info(job_id).driver_exit_code
-    kind = ConfigError if code == _MISUSED else StageFailedError
+    kind = ConfigError if code == MISUSED else StageFailedError
     raise kind(f"{error or f'job {job_id} ended with exit code {code}'} (the whole log is in {view.log})")

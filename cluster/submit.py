@@ -7,13 +7,13 @@ from typing import Any
 
 from cluster.admission import check_run
 from cluster.config import RunConfig
-from cluster.flags import ConfigError
 from cluster.job_backend import JobBackend
 from cluster.job_log import Ended, LogReader, launches
 from cluster.job_record import Backend, JobRecord, JobState, read_record, write_record
 from cluster.lease import living_holder
 from cluster.local import ClusterError
 from cluster.mirrored import SILENCE_S, lease_key
+from cluster.parser import ConfigError
 from cluster.storage import Storage, open_storage
 from model.errors import UserError
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config import RunConfig, planned_vocabulary
-from cluster.flags import Parser, read_config
-from cluster.stage import print_result
+from cluster.flags import read_config
+from cluster.parser import Parser
+from cluster.stage_module import print_result
 from jobs.memory_plan import gpu_memory, layout_of
 from jobs.run_history import CONFIG_FILE, changed_settings, recorded_config
 from jobs.run_plan import run_storage

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import torch
 
-from cluster.config import batch_schedule
+from cluster.config import batch_schedule, cooldown_tokens, warmup_tokens
 from cluster.lease import LeaseLostError
 from cluster.local import NODE_NAME_VARIABLE
 from jobs.batch_gradient import BatchGradient
@@ -24,7 +24,7 @@ from jobs.ledger import Ledger
 from jobs.mixed_hardware import differences, hardware
 from jobs.outage import patiently
 from jobs.preemption import Notice, Notices, Signals
-from jobs.run_plan import RunPlan, cooldown_tokens, open_stream, open_validation_sets, warmup_tokens
+from jobs.run_plan import RunPlan, open_stream, open_validation_sets
 from jobs.run_writer import RunWriter
 from jobs.snapshots import Snapshot, Snapshots
 from jobs.step_record import StepRecord

@@ -14,8 +14,8 @@ from typing import Any
 from matplotlib.ticker import FuncFormatter
 
 from cluster.config import RunConfig
-from cluster.flags import ConfigError, Parser
-from cluster.stage import print_result
+from cluster.parser import ConfigError, Parser
+from cluster.stage_module import print_result
 from cluster.storage import Storage, join_uri, open_storage
 from jobs.ledger import Ledger
 from jobs.named_run import begun_ledger, find_run

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.config import RunConfig
-from cluster.flags import Parser
-from cluster.stage import print_result
+from cluster.parser import Parser
+from cluster.stage_module import print_result
 from cluster.storage import Storage
 from jobs.ledger import Ledger, Line
 from jobs.named_run import find_run

@@ -20,7 +20,7 @@ import torch
 from ray.exceptions import RayTaskError
 
 from cluster.config import EvaluateConfig, RunConfig, seq_len
-from cluster.flags import ConfigError
+from cluster.parser import ConfigError
 from cluster.progress import report_progress, say
 from cluster.registry import find_checkpoint
 from cluster.stage import stage_main

@@ -8,8 +8,10 @@ over its own parts (`bucket_exchange`). With a power-of-two world each rank hold
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def halves(node: range) -> tuple[range, range]:
@@ -27,7 +29,7 @@ def maximal_subtrees(lanes: range, *, root: range) -> list[range]:
     return maximal_subtrees(lanes, root=left) + maximal_subtrees(lanes, root=right)
 
 
-def tree_sum(root: range, value_of: Callable[[range], Tensor | None]) -> Tensor:
+def tree_sum(root: range, value_of: "Callable[[range], Tensor | None]") -> "Tensor":
     """The sum over the tree under `root`, from the left; `value_of` gives a node's value or None to descend.
 
     The tensors that `value_of` returns are added to in place.

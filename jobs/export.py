@@ -8,9 +8,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from cluster.flags import Parser
+from cluster.parser import Parser
 from cluster.registry import resolve_checkpoint
-from cluster.stage import print_result
+from cluster.stage_module import print_result
 from cluster.storage import absolute_uri, open_storage, split_uri
 from model.checkpoint import (
     MANIFEST,

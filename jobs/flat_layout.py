@@ -5,13 +5,14 @@ their gradients. A bucket is exchanged as soon as backward is done with it. Of e
 whole blocks. Blocks do not depend on the world size: the gradient's norm is summed over them.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
+from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
-
-from model.gpt import GPT
-from model.optimizer import decay_parameter_names
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 BLOCK = 1024
 """Values of a block."""
@@ -34,14 +35,15 @@ class FlatLayout:
     size: int  # P, whole blocks
 
     @classmethod
-    def of(cls, model: GPT) -> "FlatLayout":
-        decayed = decay_parameter_names(model)
-        backward_order = list(reversed(dict(model.named_parameters()).items()))
+    def of(cls, shapes: Mapping[str, Sequence[int]]) -> "FlatLayout":
+        """Of the parameters of these names and shapes, in the model's order (`model.shapes.parameter_shapes`)."""
+        decayed = {name for name, shape in shapes.items() if len(shape) >= 2}  # as model.optimizer says
+        backward_order = list(reversed(list(shapes.items())))
         places: dict[str, range] = {}
         end, boundary = 0, 0
-        for name, parameter in sorted(backward_order, key=lambda item: item[0] not in decayed):
-            places[name] = range(end, end + parameter.numel())
-            end += _rounded(parameter.numel(), _ALIGNMENT)
+        for name, shape in sorted(backward_order, key=lambda item: item[0] not in decayed):
+            places[name] = range(end, end + prod(shape))
+            end += _rounded(prod(shape), _ALIGNMENT)
             boundary = end if name in decayed else boundary
         return cls(places, boundary, _rounded(end, BLOCK))
 
@@ -62,7 +64,7 @@ class FlatLayout:
             if place.start < bucket.stop and bucket.start < place.stop
         ]
 
-    def view(self, flat: Tensor, name: str, parameter: nn.Parameter) -> Tensor:
+    def view(self, flat: "Tensor", name: str, parameter: "nn.Parameter") -> "Tensor":
         place = self.places[name]
         return flat[place.start : place.stop].view(parameter.shape)
 
@@ -74,7 +76,7 @@ def part_of(bucket: range, rank: int, *, world_size: int) -> range:
     return range(bucket.start + first * BLOCK, bucket.start + end * BLOCK)
 
 
-def at(flat: Tensor, place: range) -> Tensor:
+def at(flat: "Tensor", place: range) -> "Tensor":
     """The view of a flat buffer (P,) at a place."""
     return flat[place.start : place.stop]
 

@@ -4,9 +4,9 @@ import sys
 from typing import Any
 
 from cluster.config import EvaluateConfig, StorageConfig
-from cluster.flags import Parser
+from cluster.parser import Parser
 from cluster.registry import find_checkpoint
-from cluster.stage import print_result
+from cluster.stage_module import print_result
 from jobs.evaluate import validation_split
 from jobs.token_store import TokenStoreError
 from jobs.token_stream import TokenStream

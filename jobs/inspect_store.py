@@ -6,9 +6,9 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from cluster.flags import Parser
+from cluster.parser import Parser
 from cluster.progress import progress
-from cluster.stage import print_result
+from cluster.stage_module import print_result
 from cluster.storage import Storage, open_storage
 from jobs.shard_writer import file_sha256
 from jobs.token_store import MANIFEST, SOURCES, Manifest, Shard, TokenStoreError, read_manifest, token_dtype

@@ -3,8 +3,6 @@
 B sequences in a lane, T tokens of each, C width, F feed-forward width, V vocabulary, P values of the flat buffers.
 """
 
-import torch
-
 from cluster.config import RunConfig, batch_schedule, seq_len
 from jobs.batch_plan import lanes_of_rank
 from jobs.exact_reduce import lane_steps
@@ -12,15 +10,14 @@ from jobs.flat_layout import BLOCK, FlatLayout
 from jobs.plan_formulas import FP32_BYTES, STATE_BYTES, num_subtrees_of_rank
 from jobs.snapshot_slots import NUM_SLOTS
 from model.config import GPTConfig
-from model.gpt import DEFAULT_CHUNK_TOKENS, GPT
+from model.shapes import DEFAULT_CHUNK_TOKENS, parameter_shapes
 
 BF16_BYTES = 2
 
 
 def layout_of(model: GPTConfig) -> FlatLayout:
     """Of a model that is never made: also of one that no machine could hold."""
-    with torch.device("meta"):
-        return FlatLayout.of(GPT(model))
+    return FlatLayout.of(parameter_shapes(model))
 
 
 def gpu_memory(config: RunConfig, layout: FlatLayout, *, world_size: int, shard_optimizer: bool) -> dict[str, float]:

@@ -1,17 +1,12 @@
 """What a run will take: operations, days, cost, memory, checkpoints, exchange and data rates, before a GPU is hired.
 
-python -m jobs.plan RUN.yaml PLAN.yaml
+It imports neither PyTorch nor Ray, so that `raymill plan` answers at once.
 """
 
-import json
-import sys
-from pathlib import Path
 from typing import Any
 
 from cluster.config import RunConfig, batch_schedule, planned_vocabulary, seq_len
-from cluster.flags import Parser, read_config
 from cluster.plan_config import PlanConfig
-from cluster.stage import print_result
 from cluster.storage import open_storage
 from jobs.flat_layout import FlatLayout
 from jobs.ledger import Ledger
@@ -166,26 +161,16 @@ def _calibration(found: dict[str, Any], config: RunConfig) -> dict[str, Any]:
     return predict(found, Ledger.read(run), rehearsed=recorded_config(run), planned=config)
 
 
-def main() -> int:
-    def run() -> dict[str, Any]:
-        parser = Parser(prog="python -m jobs.plan", description=__doc__)
-        parser.add_argument("run", type=Path, help="YAML file with the run's settings")
-        parser.add_argument("plan", type=Path, help="YAML file with the plan's own")
-        parser.add_argument("--rehearsal", type=Path, help="JSON file with what `--calibrate` measured")
-        parser.add_argument("--simulate", action="store_true", help="the run at 8 to 4,096 GPUs instead")
-        arguments = parser.parse_args()
-        config, options = read_config(arguments.run, RunConfig), read_config(arguments.plan, PlanConfig)
-        if arguments.simulate:
-            found = simulate(planned_vocabulary(config), options)
-            return found | {"table": scale_table(found)}
-        plan = make_plan(planned_vocabulary(config), options)
-        if arguments.rehearsal:
-            plan["calibration"] = found = _calibration(json.loads(arguments.rehearsal.read_bytes()), config)
-            plan["warnings"] = [*other_work(found), *plan["warnings"]]
-        return plan | {"table": table(plan, options)}
-
-    return print_result(run)
+def simulated(config: RunConfig, options: PlanConfig) -> dict[str, Any]:
+    """Returns the run at 8 to 4,096 GPUs, with its `table`."""
+    found = simulate(planned_vocabulary(config), options)
+    return found | {"table": scale_table(found)}
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def planned(config: RunConfig, options: PlanConfig, *, rehearsal: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Returns the plan with its `table`; with what a rehearsal measured, also with what that predicts of the run."""
+    plan = make_plan(planned_vocabulary(config), options)
+    if rehearsal is not None:
+        plan["calibration"] = found = _calibration(rehearsal, config)
+        plan["warnings"] = [*other_work(found), *plan["warnings"]]
+    return plan | {"table": table(plan, options)}

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config import RunConfig, batch_schedule, max_steps, seq_len
-from cluster.flags import ConfigError
+from cluster.parser import ConfigError
 from cluster.storage import open_storage
 from jobs.ledger import Ledger
 from jobs.plan_formulas import STATE_BYTES

@@ -3,9 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
-from cluster.config import RunConfig, batch_schedule, seq_len
+from cluster.config import RunConfig, batch_schedule, seq_len, warmup_tokens
 from cluster.plan_config import PlanConfig
-from jobs.run_plan import warmup_tokens
 
 _TOLERANCE = 0.02
 """By which two figures may differ and still be meant as the same."""

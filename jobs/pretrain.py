@@ -13,12 +13,14 @@ from ray.train import ControllerError, FailureConfig
 from ray.train.v2.api.config import ScalingConfig
 from ray.util import get_node_ip_address
 
+from cluster.code_folders import code_version
 from cluster.config import RunConfig, max_steps, to_yaml
-from cluster.flags import ConfigError
 from cluster.lease import Lease
+from cluster.parser import ConfigError
 from cluster.progress import say
 from cluster.registry import publications, publish, what_latest_became
-from cluster.stage import StageFailedError, code_version, stage_main
+from cluster.stage import stage_main
+from cluster.stage_module import StageFailedError
 from cluster.storage import Storage, open_storage
 from jobs.background_tokenizing import tokenizing, wait_for_first_rows
 from jobs.checkpoints import RunCheckpoints

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config import DataConfig, RunConfig
-from cluster.flags import Parser, add_config_arguments, config_from_arguments
-from cluster.stage import print_result
+from cluster.flags import add_config_arguments, config_from_arguments
+from cluster.parser import Parser
+from cluster.stage_module import print_result
 from jobs.corpus_chunks import Part, plan_chunks
 from jobs.corpus_listing import empty_corpus, list_corpus
 from jobs.documents import Document, Drop, read_documents

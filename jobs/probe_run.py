@@ -11,9 +11,9 @@ from typing import Any
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from cluster.config import seq_len
-from cluster.flags import Parser
+from cluster.parser import Parser
 from cluster.progress import say
-from cluster.stage import print_result
+from cluster.stage_module import print_result
 from cluster.storage import Storage, join_uri
 from jobs.checkpoints import RunCheckpoints
 from jobs.named_run import RunError, add_run_argument, find_run

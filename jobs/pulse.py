@@ -9,14 +9,13 @@ import traceback
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from statistics import median
 
+from cluster.code_folders import CODE_ROOT
 from jobs.watchdog import Beat, Place
 
 BEAT_S = 1.0
 
-_REPOSITORY = Path(__file__).resolve().parent.parent
 _NUM_FRAMES = 24
 _NUM_STEPS = 64
 
@@ -55,7 +54,7 @@ def watched(run_uri: str, *, rank: int, hang_timeout_s: float) -> Iterator[Pulse
         return
     command = [sys.executable, "-m", "jobs.watchdog", run_uri, str(rank), str(hang_timeout_s)]
     # In a session of its own, it is spared when a signal stops the worker's process group.
-    watchdog = subprocess.Popen(command, stdin=subprocess.PIPE, cwd=_REPOSITORY, start_new_session=True)
+    watchdog = subprocess.Popen(command, stdin=subprocess.PIPE, cwd=CODE_ROOT, start_new_session=True)
     assert watchdog.stdin is not None
     pipe, ended = watchdog.stdin, threading.Event()
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from jobs.step_timer import PHASES, REST, StepTime
+from jobs.step_phases import PHASES, REST
+from jobs.step_timer import StepTime
 from jobs.worker_group import WorkerGroup
 
 WINDOW_STEPS = 10

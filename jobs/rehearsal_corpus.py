@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config import RunConfig
-from cluster.flags import ConfigError, Parser, read_config
-from cluster.stage import print_result
+from cluster.flags import read_config
+from cluster.parser import ConfigError, Parser
+from cluster.stage_module import print_result
 from jobs.corpus_listing import list_corpus
 from jobs.train_tokenizer import kept_texts
 

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from cluster.code_folders import code_version
 from cluster.config import batch_schedule, to_yaml
-from cluster.flags import ConfigError, Parser
+from cluster.parser import ConfigError, Parser
 from cluster.progress import say
-from cluster.stage import code_version, print_result
+from cluster.stage_module import print_result
 from cluster.storage import Storage
 from jobs.checkpoints import RunCheckpoints, step_of
 from jobs.diff_runs import first_difference, step_values

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cluster.flags import Parser
-from cluster.stage import print_result
+from cluster.parser import Parser
+from cluster.stage_module import print_result
 from cluster.storage import Storage, join_uri
 from jobs.ledger import Ledger
 from jobs.named_run import add_run_argument, begun_ledger, find_run

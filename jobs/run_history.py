@@ -12,7 +12,7 @@ from cluster.config import RunConfig, max_steps
 from cluster.flags import validate_config
 from cluster.storage import Storage
 from jobs.ledger import Ledger, Line
-from jobs.step_timer import PHASES, REST, UNTIMED
+from jobs.step_phases import PHASES, REST, UNTIMED
 
 CONFIG_FILE = "config.yaml"
 

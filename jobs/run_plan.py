@@ -49,21 +49,6 @@ def run_storage(config: RunConfig) -> Storage:
     return open_storage(config.storage.uri).child(f"runs/{config.run_id}")
 
 
-def warmup_tokens(config: RunConfig) -> int:
-    """375M tokens as GPT-3 had, scaled down to 2% of runs that are shorter than 18.75B tokens."""
-    if config.train.warmup_tokens is not None:
-        return config.train.warmup_tokens
-    return min(375_000_000, config.train.max_tokens // 50)
-
-
-def cooldown_tokens(config: RunConfig) -> int | None:
-    """The last stretch of schedule wsd, 20% of the horizon when unset; None with the cosine, which has none."""
-    train = config.train
-    if train.schedule == "cosine":
-        return None
-    return train.cooldown_tokens or (train.decay_tokens or train.max_tokens) // 5
-
-
 def check_writer(run: Storage) -> None:
     """Raises `TokenStoreError` when the driver found that tokenizing failed."""
     if run.exists(TOKENIZING_FAILED):

@@ -4,21 +4,11 @@ import time
 from collections import deque
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Protocol
 
 import torch
 
-Phase = Literal[
-    "load", "forward", "loss", "backward", "sync", "update", "snapshot", "checkpoint", "validation", "statistics"
-]
-PHASES: tuple[str, ...] = get_args(Phase)
-"""`loss` is the head and its cross-entropy, with their gradient; `sync` what of the exchange is not overlapped."""
-
-REST = "stall"
-"""What no phase claims."""
-
-UNTIMED = "step"
-"""The one phase of a step whose parts are not timed."""
+from jobs.step_phases import PHASES, REST, UNTIMED, Phase
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import Any
 
-from cluster.flags import Parser
+from cluster.parser import Parser
 from cluster.progress import say
-from cluster.stage import print_result
+from cluster.stage_module import print_result
 from cluster.storage import Storage, StorageError
 from jobs.ledger import Ledger, LedgerTail, Line
 from jobs.named_run import add_run_argument, begun_ledger, find_run

@@ -22,6 +22,7 @@ from jobs.flat_layout import FlatLayout, at
 from jobs.step_timer import StepTimer
 from jobs.worker_group import WorkerGroup
 from model.gpt import GPT
+from model.shapes import parameter_shapes
 from model.training_memory import large_zeros
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -59,7 +60,7 @@ class TrainState:
     def __init__(self, model: GPT, config: TrainConfig, *, device: torch.device, group: WorkerGroup = ALONE) -> None:
         self.model, self.device, self.num_updates = model, device, 0
         self.bytes_sent = 0  # of weights, by this rank
-        self.layout = layout = FlatLayout.of(model)
+        self.layout = layout = FlatLayout.of(parameter_shapes(model.config))
         self._group, self._config = group, config
         self.is_sharded = config.shard_optimizer and group.world_size > 1
         self.values = large_zeros(layout.size, device=device)  # (P,)

@@ -11,9 +11,9 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from cluster.flags import Parser
+from cluster.parser import Parser
 from cluster.progress import say
-from cluster.stage import print_result
+from cluster.stage_module import print_result
 from cluster.storage import Storage
 from jobs import inspect_store
 from jobs.checkpoints import RunCheckpoints

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from cluster.flags import Parser
-from cluster.stage import print_result
+from cluster.parser import Parser
+from cluster.stage_module import print_result
 from jobs.ledger import Ledger
 from jobs.named_run import add_run_argument, begun_ledger, find_run
 from jobs.rank_phases import RankTime, from_fields, stragglers
 from jobs.run_history import lost_steps
-from jobs.step_timer import PHASES, REST, UNTIMED
+from jobs.step_phases import PHASES, REST, UNTIMED
 
 LEAST_SHARE = 0.1
 """Share of the wall time from which something other than computing is what bounds a run."""

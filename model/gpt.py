@@ -16,8 +16,7 @@ from model.autograd_ops import affine, cross_entropy, embed
 from model.config import GPTConfig
 from model.document_mask import document_mask
 from model.kv_cache import Cache, Window
-
-DEFAULT_CHUNK_TOKENS = 1024
+from model.shapes import DEFAULT_CHUNK_TOKENS
 
 
 class Projection(nn.Module):

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 from model.config import GPTConfig, num_parameters
 
+DEFAULT_CHUNK_TOKENS = 1024
+"""Tokens whose logits are computed together."""
+
 _ID_BYTES = 8
 
 
@@ -27,7 +30,12 @@ class Stage:
 
 
 def stages(
-    config: GPTConfig, *, batch_size: int, seq_len: int, bytes_per_value: int = 4, chunk_tokens: int = 1024
+    config: GPTConfig,
+    *,
+    batch_size: int,
+    seq_len: int,
+    bytes_per_value: int = 4,
+    chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
 ) -> list[Stage]:
     """In the order of the forward pass; a block's stages stand once and count `n_layer` times.
 
@@ -77,3 +85,27 @@ def weights(config: GPTConfig) -> list[Stage]:
         found.append(Stage("lm_head", "V C", (v, c), 4))
     assert sum(stage.times * math.prod(stage.shape) for stage in found) == num_parameters(config)
     return found
+
+
+def parameter_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of each parameter by its name, in the order of `GPT.named_parameters`; a tied head has none."""
+    c, f, v = config.n_embd, config.ffn_width, config.vocab_size
+    block: dict[str, tuple[int, ...]] = {
+        "ln_1.weight": (c,),
+        "ln_1.bias": (c,),
+        "attn.c_attn.weight": (c, 3 * c),
+        "attn.c_attn.bias": (3 * c,),
+        "attn.c_proj.weight": (c, c),
+        "attn.c_proj.bias": (c,),
+        "ln_2.weight": (c,),
+        "ln_2.bias": (c,),
+        "mlp.c_fc.weight": (c, f),
+        "mlp.c_fc.bias": (f,),
+        "mlp.c_proj.weight": (f, c),
+        "mlp.c_proj.bias": (c,),
+    }
+    decoder: dict[str, tuple[int, ...]] = {"wte.weight": (v, c), "wpe.weight": (config.n_positions, c)}
+    decoder |= {f"h.{layer}.{name}": shape for layer in range(config.n_layer) for name, shape in block.items()}
+    decoder |= {"ln_f.weight": (c,), "ln_f.bias": (c,)}
+    head = {} if config.tie_word_embeddings else {"lm_head.weight": (v, c)}
+    return {f"transformer.{name}": shape for name, shape in decoder.items()} | head

@@ -6,9 +6,9 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from cluster.code_folders import CODE_ROOT
 from model.errors import UserError
 
 Child = tuple[subprocess.Popen[bytes], asyncio.StreamReader, asyncio.StreamWriter]
@@ -33,7 +33,7 @@ async def start_child(
         try:
             process = subprocess.Popen(
                 [python, "-m", module, *(str(word) for item in given.items() for word in item)],
-                cwd=Path(__file__).parents[1],
+                cwd=CODE_ROOT,
                 env=os.environ | {"OMP_NUM_THREADS": str(threads)},
                 pass_fds=[theirs.fileno(), *pass_fds],
             )

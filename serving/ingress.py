@@ -10,7 +10,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cluster.stage import code_version
+from cluster.code_folders import code_version
 from serving.access import AccessRules, RequestsInFlight, authorize
 from serving.admission import AdmissionLimits
 from serving.answers import Answer, AnswerHead, TextAnswer

@@ -29,7 +29,8 @@ from cluster.config import RunConfig
 from cluster.flags import validate_config
 from cluster.local import LocalCluster
 from cluster.progress import say
-from cluster.stage import Connection, StageFailedError, run_stage
+from cluster.stage import Connection, run_stage
+from cluster.stage_module import StageFailedError
 from model.config import resolve_preset
 from tests.jobs.corpora import number_texts
 

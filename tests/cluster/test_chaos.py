@@ -10,8 +10,8 @@ import pytest
 
 from cluster.chaos import Chaos, Fault, Kind, parse_faults
 from cluster.config import RunConfig, StorageConfig
-from cluster.flags import ConfigError
 from cluster.local import LocalCluster
+from cluster.parser import ConfigError
 from cluster.storage import open_storage
 from jobs.ledger import LedgerWriter
 from tests.time_limits import limit_s

@@ -18,7 +18,8 @@ from cluster.config import (
     to_yaml,
     write_config,
 )
-from cluster.flags import ConfigError, read_config, validate_config
+from cluster.flags import read_config, validate_config
+from cluster.parser import ConfigError
 from cluster.serve_config import ServeConfig
 from model.config import GPTConfig
 

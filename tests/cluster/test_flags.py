@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from cluster.config import EvaluateConfig, RunConfig, Settings
-from cluster.flags import ConfigError, Parser, add_config_arguments, config_from_arguments, new_run_id
+from cluster.flags import add_config_arguments, config_from_arguments, new_run_id
+from cluster.parser import ConfigError, Parser
 from cluster.serve_config import ServeConfig
 from model.config import GPTConfig
 

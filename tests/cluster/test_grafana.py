@@ -9,8 +9,8 @@ import pytest
 
 from cluster import grafana
 from cluster.dashboards import documents
-from cluster.flags import ConfigError
 from cluster.grafana import Annotation, Annotator, Grafana, GrafanaError, differences
+from cluster.parser import ConfigError
 from tests.cluster.grafana_stub import GrafanaStub, grafana_stub
 from tests.command_line import raymill_here
 

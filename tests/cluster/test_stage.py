@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from ray.job_submission import JobStatus
 
-from cluster.flags import ConfigError
+from cluster.module_process import run_module
+from cluster.parser import ConfigError
 from cluster.progress import ProgressView
-from cluster.stage import ModuleFailedError, StageFailedError, _follow, run_module
+from cluster.stage import _follow
+from cluster.stage_module import ModuleFailedError, StageFailedError
 
 MODULE = "tests.cluster.noisy_stage"
 REPORT = {"label": "verifying", "done": 3, "total": 3, "unit": "MB", "note": ""}

@@ -19,7 +19,8 @@ import pytest
 from cluster.config import RunConfig, write_config
 from cluster.flags import validate_config
 from cluster.local import LocalCluster
-from cluster.stage import Connection, StageFailedError, run_stage
+from cluster.stage import Connection, run_stage
+from cluster.stage_module import StageFailedError
 from cluster.storage import open_storage
 from jobs.ledger import Ledger
 from tests.jobs.corpora import number_texts

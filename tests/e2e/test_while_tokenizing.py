@@ -9,8 +9,8 @@ import pytest
 
 from cluster.config import RunConfig
 from cluster.flags import validate_config
-from cluster.local import LocalCluster
-from cluster.stage import Connection, cpus_per_node, run_stage
+from cluster.local import LocalCluster, cpus_per_node
+from cluster.stage import Connection, run_stage
 from jobs.ledger import Ledger
 from jobs.run_plan import run_storage
 from model.checkpoint import read_metadata

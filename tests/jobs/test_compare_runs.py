@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cluster.flags import ConfigError
+from cluster.parser import ConfigError
 from cluster.storage import Storage, open_storage
 from jobs.compare_runs import compare
 from jobs.run_history import CONFIG_FILE

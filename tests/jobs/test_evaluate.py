@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cluster.config import EvaluateConfig
-from cluster.flags import ConfigError
+from cluster.parser import ConfigError
 from cluster.registry import publish
 from cluster.storage import open_storage
 from jobs.evaluate import evaluate, is_trained_on, storage_of

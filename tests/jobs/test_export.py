@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cluster.result_line import parse_result
+from cluster.stage_module import parse_result
 from cluster.storage import open_storage
 from jobs.export import export
 from model.checkpoint import (

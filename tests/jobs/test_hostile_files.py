@@ -17,7 +17,7 @@ import zstandard
 
 from cluster.cli import main
 from cluster.config import DataConfig
-from cluster.stage import print_result
+from cluster.stage_module import print_result
 from cluster.storage import open_storage
 from jobs.corpus_chunks import plan_chunks, whole_file
 from jobs.corpus_listing import CorpusError, list_corpus

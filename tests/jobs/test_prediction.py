@@ -6,7 +6,7 @@ import pytest
 
 from cluster.chaos import Fault, Kind
 from cluster.config import RunConfig, max_steps
-from cluster.flags import ConfigError
+from cluster.parser import ConfigError
 from cluster.rehearsal import in_small
 from jobs.ledger import Ledger
 from jobs.plan_warnings import other_work

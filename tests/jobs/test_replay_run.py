@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.flags import ConfigError
+from cluster.parser import ConfigError
 from cluster.storage import Storage, open_storage
 from jobs.ledger import Ledger
 from jobs.replay_run import ReplayError, parse_steps, replay

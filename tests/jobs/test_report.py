@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from cluster.config import RunConfig, to_yaml
-from cluster.flags import ConfigError
+from cluster.parser import ConfigError
 from cluster.plan_config import PlanConfig
-from cluster.result_line import parse_result
+from cluster.stage_module import parse_result
 from cluster.storage import Storage, open_storage
 from jobs.ledger import LEDGER, Ledger
 from jobs.named_run import RunError, find_run

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from cluster.config import RunConfig
-from cluster.flags import Parser, settings_from_flags, validate_config
+from cluster.flags import settings_from_flags, validate_config
+from cluster.parser import Parser
 from cluster.plan_command import add_plan_arguments
 from cluster.plan_config import PlanConfig
 from jobs.scale_simulation import limits, scales, simulate, simulated_goodput

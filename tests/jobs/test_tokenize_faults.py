@@ -19,7 +19,7 @@ import pytest
 
 from cluster.config import write_config
 from cluster.local import LocalCluster
-from cluster.result_line import parse_result
+from cluster.stage_module import parse_result
 from cluster.storage import open_storage
 from tests.jobs.corpora import data_config, make_corpus
 from tests.time_limits import limit_s

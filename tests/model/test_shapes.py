@@ -6,7 +6,8 @@ from functools import partial
 import torch
 
 from model.config import GPTConfig, num_parameters, resolve_preset
-from model.shapes import stages, weights
+from model.gpt import GPT
+from model.shapes import parameter_shapes, stages, weights
 from tests.model.conftest import small_model
 
 MODULES = {
@@ -75,3 +76,12 @@ def test_weights_are_the_models() -> None:
         planned = sorted(stage.shape for stage in weights(model.config) for _ in range(stage.times))
         assert planned == sorted(tuple(parameter.shape) for parameter in model.parameters())
         assert num_parameters(model.config) == sum(math.prod(shape) for shape in planned)
+
+
+def test_parameter_shapes_are_the_models_in_its_order() -> None:
+    untied = {"preset": "tiny", "tie_word_embeddings": False, "n_inner": 100}
+    for values in ({"preset": "gpt2-124m"}, {"preset": "seed"}, untied):
+        config = resolve_preset(values)
+        with torch.device("meta"):
+            named = [(name, tuple(parameter.shape)) for name, parameter in GPT(config).named_parameters()]
+        assert list(parameter_shapes(config).items()) == named
