@@ -13,8 +13,8 @@ class Answer(Protocol):
 
     def whole(self, choices: list[Choice], usage: Usage) -> dict[str, Any]: ...
 
-    def part(self, choice: Choice) -> dict[str, Any]:
-        """An event of a stream."""
+    def part(self, choice: Choice, usage: Usage | None) -> dict[str, Any]:
+        """An event of a stream, with the usage so far where `stream_options.continuous_usage_stats` asked for it."""
 
     def usage_part(self, usage: Usage) -> dict[str, Any]:
         """Its last event, where `stream_options.include_usage` asked for one."""
@@ -52,8 +52,8 @@ class TextAnswer:
     def whole(self, choices: list[Choice], usage: Usage) -> dict[str, Any]:
         return self._fields([choice.model_dump() for choice in choices], usage.model_dump())
 
-    def part(self, choice: Choice) -> dict[str, Any]:
-        return self._fields([choice.model_dump()], None)
+    def part(self, choice: Choice, usage: Usage | None) -> dict[str, Any]:
+        return self._fields([choice.model_dump()], None if usage is None else usage.model_dump())
 
     def usage_part(self, usage: Usage) -> dict[str, Any]:
         return self._fields([], usage.model_dump())

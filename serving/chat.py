@@ -8,8 +8,9 @@ import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 
+from serving import harmless_fields
 from serving.answers import AnswerHead
 from serving.errors import invalid_request
 from serving.protocol import (
@@ -33,8 +34,10 @@ _BYTES_NAME, _ID_NAME = re.compile(r"bytes:(\\x[0-9a-f]{2})+"), re.compile(r"tok
 _STOP = "\nUser:"  # the model would go on with the other side's turn
 
 
-def _content(value: Any) -> Any:
-    """A text, or a list of parts of which each is one."""
+def _content(value: Any, info: ValidationInfo) -> Any:
+    """A text, or a list of parts of which each is one. What an assistant said without text is an empty turn."""
+    if value is None and info.data.get("role") == "assistant":
+        return ""
     if not isinstance(value, list):
         return value
     for part in value:
@@ -43,6 +46,13 @@ def _content(value: Any) -> Any:
         if not isinstance(part["text"], str):
             raise ValueError("the text of a part is a string")
     return "".join(part["text"] for part in value)
+
+
+def _limit(value: Any) -> Any:
+    return None if type(value) is int and value == -1 else value  # how llama.cpp and others write "no limit"
+
+
+Limit = Annotated[int, Field(ge=1, le=2**31)]
 
 
 class TextPart(Request):
@@ -54,16 +64,25 @@ class TextPart(Request):
 
 class Message(Request):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_content, json_schema_input_type=str | list[TextPart])]
+    content: Annotated[str, BeforeValidator(_content, json_schema_input_type=str | list[TextPart] | None)]
     name: str | None = Field(None, max_length=64)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_harmless(cls, fields: Any) -> Any:
+        """So that an answer can be sent back as it came."""
+        if not isinstance(fields, dict):
+            return fields
+        table = harmless_fields.MESSAGE_FIELDS
+        return {n: value for n, value in fields.items() if not harmless_fields.is_harmless(n, value, table)}
 
 
 class ChatRequest(GenerationRequest):
     """Body of POST /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
-    max_tokens: int | None = Field(None, ge=1, le=2**31)
-    max_completion_tokens: int | None = Field(None, ge=1, le=2**31)
+    max_tokens: Annotated[Limit | None, BeforeValidator(_limit, json_schema_input_type=Literal[-1] | Limit)] = None
+    max_completion_tokens: Limit | None = None
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS)
 
@@ -74,10 +93,6 @@ def parse_chat(body: bytes) -> ChatRequest:
     require_stream_for_options(request)
     if request.top_logprobs and not request.logprobs:
         raise invalid_request("top_logprobs is allowed with logprobs=true only", param="top_logprobs")
-    if None not in (request.max_tokens, request.max_completion_tokens):
-        raise invalid_request(
-            "max_tokens is the old name of max_completion_tokens; give one of them", param="max_tokens"
-        )
     return request
 
 
@@ -117,13 +132,16 @@ class ChatAnswer:
         ]
         return self.head.fields("chat.completion") | {"choices": answers, "usage": usage.model_dump()}
 
-    def part(self, choice: Choice) -> dict[str, Any]:
+    def part(self, choice: Choice, usage: Usage | None) -> dict[str, Any]:
         delta = {"content": choice.text} if choice.index in self._started else {
             "role": "assistant", "content": choice.text
         }  # fmt: skip
         self._started.add(choice.index)
         part = {"index": choice.index, "delta": delta} | self._ending(choice)
-        return self.head.fields("chat.completion.chunk") | {"choices": [part], "usage": None}
+        return self.head.fields("chat.completion.chunk") | {
+            "choices": [part],
+            "usage": None if usage is None else usage.model_dump(),
+        }
 
     def usage_part(self, usage: Usage) -> dict[str, Any]:
         return self.head.fields("chat.completion.chunk") | {"choices": [], "usage": usage.model_dump()}

@@ -66,13 +66,15 @@ class Completion:
         """Server-sent events. A failure is an event too, and then no `[DONE]` follows: a client cannot mistake half
         an answer for a whole one."""
         options = self._request.stream_options
+        has_usage = options is not None and options.include_usage
+        is_counted = has_usage and options is not None and options.continuous_usage_stats
         try:
             async for part in self._all_parts():
-                yield b"data: %b\n\n" % to_json(self._answer.part(part))
+                yield b"data: %b\n\n" % to_json(self._answer.part(part, self._usage() if is_counted else None))
         except ApiError as error:
             yield error.event().encode()
             return
-        if options is not None and options.include_usage:
+        if has_usage:
             yield b"data: %b\n\n" % to_json(self._answer.usage_part(self._usage()))
         yield b"data: [DONE]\n\n"
 

@@ -17,24 +17,19 @@ from serving.answers import Answer, AnswerHead, TextAnswer
 from serving.chat import NOTE_HEADER, ChatAnswer, as_completion, parse_chat
 from serving.completions import Completion, start_completion
 from serving.errors import ApiError, draining, engine_unavailable, internal_error
-from serving.json_body import read_json_body
+from serving.json_body import read_request
 from serving.loaded_version import LoadedVersion
 from serving.metrics import ReplicaMetrics
 from serving.page_routes import page_router
-from serving.protocol import (
-    CompletionRequest,
-    DetokenizeRequest,
-    TokenizeRequest,
-    parse_completion,
-    parse_request,
-)
+from serving.protocol import CompletionRequest, parse_completion
 from serving.relay import YES_HEADER, RelayClient
 from serving.routed_request import RoutedRequest
 from serving.served_model import ServedModel
+from serving.tool_routes import tool_router
 from serving.versions import Versions
-from serving.xray import XrayRequest
 
-METERED_PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/xray")  # count against a key's limit
+# Count against a key's limit, and are refused while the endpoint drains.
+METERED_PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/xray", "/tokenize", "/detokenize")
 
 
 def build_http_app(
@@ -50,14 +45,14 @@ def build_http_app(
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.include_router(page_router())
     app.include_router(admin)
+    app.include_router(tool_router(max_waiting=limits.max_requests))
     add_state_routes(app, versions=versions, metrics=metrics)
-    add_tool_routes(app)
     add_error_handlers(app)
     relay = RelayClient()
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        parsed = parse_completion(await read_json_body(request))
+        parsed = await read_request(request, parse_completion)
 
         def shape(model: ServedModel) -> Answer:
             return TextAnswer(AnswerHead.new("cmpl", model=model.name, version=model.version))
@@ -67,7 +62,7 @@ def build_http_app(
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
-        parsed = parse_chat(await read_json_body(request))
+        parsed = await read_request(request, parse_chat)
         version = RoutedRequest.of(request).take(parsed.model, user=parsed.user)
         completion = await asyncio.to_thread(as_completion, parsed, version.model)  # tokenizes
 
@@ -113,37 +108,6 @@ def build_http_app(
         return RoutedRequest.of(request).card()
 
     return Gate(app, access=access, versions=versions)
-
-
-def add_tool_routes(app: FastAPI) -> None:
-    """What shows how a model reads and computes."""
-
-    @app.post("/tokenize")
-    async def tokenize(request: Request) -> dict[str, Any]:
-        parsed = parse_request(await read_json_body(request), TokenizeRequest)
-        model = RoutedRequest.of(request).take(parsed.model).model
-        tokens = model.require_tokenizer().encode(parsed.prompt)
-        names = [model.token_name(token_id) for token_id in tokens] if parsed.return_token_strs else None
-        max_model_len = model.config.n_positions
-        return {"count": len(tokens), "max_model_len": max_model_len, "tokens": tokens, "token_strs": names}
-
-    @app.post("/detokenize")
-    async def detokenize(request: Request) -> dict[str, str]:
-        parsed = parse_request(await read_json_body(request), DetokenizeRequest)
-        model = RoutedRequest.of(request).take(parsed.model).model
-        model.require_tokenizer()
-        tokens = b"".join(model.token_bytes(i) for i in model.checked_ids(parsed.tokens, param="tokens"))
-        return {"prompt": tokens.decode("utf-8", errors="replace")}
-
-    @app.get("/v1/xray")
-    async def xray_limits(request: Request) -> dict[str, Any]:
-        return await RoutedRequest.of(request).take().xray.card()
-
-    @app.post("/v1/xray")
-    async def look_inside(request: Request) -> Response:
-        parsed = parse_request(await read_json_body(request), XrayRequest)
-        status, body = await RoutedRequest.of(request).take(parsed.model).xray.answer(parsed)
-        return Response(body, status_code=status, media_type="application/json")
 
 
 def add_state_routes(app: FastAPI, *, versions: Versions, metrics: ReplicaMetrics) -> None:

@@ -2,27 +2,20 @@
 
 import difflib
 import re
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, ClassVar, NoReturn, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
 
+from serving import harmless_fields
 from serving.errors import ApiError, invalid_request
 from serving.strict_json import parse_json_object, shown
 
 MAX_BODY_BYTES = 1 << 20
-MAX_PROMPTS = 32
+MAX_PROMPTS = 256
 MAX_CHOICES = 8
-MAX_STOP_STRINGS = 4
-MAX_LOGPROBS = 5
+MAX_STOP_STRINGS = 16  # OpenAI has 4, vLLM no limit
+MAX_LOGPROBS = 20
 DEFAULT_MAX_TOKENS = 16
-# Known from OpenAI's and vLLM's interfaces and left out: the answer would not be what was asked for.
-UNSUPPORTED_FIELDS = (
-    "best_of", "suffix", "tools", "tool_choice", "parallel_tool_calls", "functions", "function_call",
-    "response_format", "modalities", "audio", "prediction", "reasoning_effort", "web_search_options",
-    "chat_template", "chat_template_kwargs", "add_generation_prompt", "structured_outputs", "guided_json",
-    "guided_regex", "guided_choice", "guided_grammar", "use_beam_search", "length_penalty", "min_tokens",
-    "stop_token_ids", "bad_words", "prompt_embeds", "prompt_logprobs", "logits_processors",
-)  # fmt: skip
 
 Prompts = list[str] | list[list[int]]
 
@@ -64,6 +57,11 @@ def _token_id_keys(value: Any) -> Any:
     return {int(key): bias for key, bias in value.items()}
 
 
+def _whole_number(value: Any) -> Any:
+    """What JSON has no word of its own for: some libraries write 1.0 for 1."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 # Numbers as small as these would overflow or vanish in the sampler, where they decide nothing any more: the most
 # probable token is far more probable than others, or more than 1e-9 of all.
 GREEDY_BELOW, SMALLEST_TOP_P = 1e-5, 1e-9
@@ -87,17 +85,24 @@ WrittenBiases = Annotated[
 class Request(BaseModel):
     """Base of the request bodies: no conversion between types, no unknown field, no NaN."""
 
+    harmless: ClassVar[harmless_fields.HarmlessValues] = {}  # fields that it lacks, by their values that change nothing
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+Flag = Annotated[bool, BeforeValidator(lambda value: value is not None and value, json_schema_input_type=bool | None)]
+
+
 class StreamOptions(Request):
-    include_usage: bool = False
+    include_usage: Flag = False
+    continuous_usage_stats: Flag = False  # with include_usage: usage so far in every part
+    include_obfuscation: Flag = False  # there is none
 
 
 class GenerationRequest(Request):
     """What completions and chat share; ranges and defaults are OpenAI's, `top_k`, `min_p`, `repetition_penalty` and
     `ignore_eos` vLLM's."""
 
+    harmless = harmless_fields.FIELDS
     model: str
     temperature: Temperature = 1.0
     top_p: TopP = 1.0
@@ -107,7 +112,11 @@ class GenerationRequest(Request):
     stream: bool = False
     stream_options: StreamOptions | None = None
     stop: Annotated[tuple[str, ...], PlainValidator(_stop_strings, json_schema_input_type=StopStrings)] = ()
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    seed: Annotated[
+        int | None,
+        Field(ge=-(2**63), lt=2**63),
+        BeforeValidator(_whole_number, json_schema_input_type=Annotated[int, Field(ge=-(2**63), lt=2**63)]),
+    ] = None
     user: str | None = Field(None, max_length=256)
     logit_bias: Annotated[
         dict[int, Bias], Field(max_length=300), BeforeValidator(_token_id_keys, json_schema_input_type=WrittenBiases)
@@ -123,6 +132,7 @@ class CompletionRequest(GenerationRequest):
 
     prompt: Annotated[Prompts, PlainValidator(_prompts, json_schema_input_type=WrittenPrompts)]
     max_tokens: int = Field(DEFAULT_MAX_TOKENS, ge=0, le=2**31)
+    max_completion_tokens: int | None = Field(None, ge=0, le=2**31)  # guidellm sends both; this one counts
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool = False
 
@@ -165,11 +175,14 @@ RequestType = TypeVar("RequestType", bound=Request)
 def parse_request(body: bytes, request_type: type[RequestType]) -> RequestType:
     """Raises `ApiError` (400) that names the field. A field that is null counts as not given."""
     fields = parse_json_object(body)
+    given: dict[str, Any] = {}
     for name, value in fields.items():
-        if name not in request_type.model_fields and not (value is None and name in UNSUPPORTED_FIELDS):
-            _refuse_field(name, list(request_type.model_fields))
+        if name in request_type.model_fields:
+            given |= {} if value is None else {name: value}
+        elif not harmless_fields.is_harmless(name, value, request_type.harmless):
+            _refuse_field(name, request_type)
     try:
-        return request_type(**{name: value for name, value in fields.items() if value is not None})
+        return request_type(**given)
     except ValidationError as error:
         raise _from_pydantic(error) from None
 
@@ -177,6 +190,9 @@ def parse_request(body: bytes, request_type: type[RequestType]) -> RequestType:
 def parse_completion(body: bytes) -> CompletionRequest:
     request = parse_request(body, CompletionRequest)
     require_stream_for_options(request)
+    if request.max_completion_tokens is not None:
+        limit = {"max_tokens": request.max_completion_tokens, "max_completion_tokens": None}
+        request = request.model_copy(update=limit)
     if request.max_tokens == 0 and not request.echo:
         raise invalid_request("max_tokens=0 is allowed with echo=true only", param="max_tokens")
     return request
@@ -187,11 +203,15 @@ def require_stream_for_options(request: GenerationRequest) -> None:
         raise invalid_request("stream_options is allowed with stream=true only", param="stream_options")
 
 
-def _refuse_field(name: str, known: list[str]) -> NoReturn:
+def _refuse_field(name: str, request_type: type[Request]) -> NoReturn:
     param = shown(name)
-    if name in UNSUPPORTED_FIELDS:
-        raise invalid_request(f"{param} is not supported; leave it out", param=param, code="unsupported_parameter")
-    similar = difflib.get_close_matches(name[:64], known, n=1)
+    if name in request_type.harmless:
+        raise invalid_request(
+            f"{param} is not supported; {harmless_fields.advice(name, request_type.harmless)}",
+            param=param,
+            code="unsupported_parameter",
+        )
+    similar = difflib.get_close_matches(name[:64], list(request_type.model_fields), n=1)
     hint = f"; did you mean {similar[0]}?" if similar else ""
     raise invalid_request(f"Unknown field: {param}{hint}", param=param, code="unknown_parameter")
 
@@ -202,6 +222,8 @@ def _from_pydantic(error: ValidationError) -> ApiError:
     param = ".".join(shown(str(part)) for part in first["loc"])
     if first["type"] == "missing":
         return invalid_request(f"{param} is missing", param=param, code="missing_required_parameter")
+    if first["type"] == "extra_forbidden":
+        return invalid_request(f"{param} is not supported; leave it out", param=param, code="unknown_parameter")
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
     value = first["input"]
     got = f" (got {str(value)[:32]})" if isinstance(value, int | float) else ""

@@ -2,11 +2,13 @@
 
 import json
 import math
+import re
 from typing import Any, NoReturn
 
 from serving.errors import invalid_request
 
 MAX_DEPTH = 32
+_ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # UTF-8 has none
 
 
 def parse_json_object(body: bytes) -> dict[str, Any]:
@@ -24,6 +26,8 @@ def parse_json_object(body: bytes) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise invalid_request("The body must be a JSON object", code="invalid_json")
     _require_shallow(fields)
+    if _ESCAPED_SURROGATE.search(body) is None:
+        return fields
     for name, value in fields.items():
         try:
             json.dumps({name: value}, ensure_ascii=False).encode()

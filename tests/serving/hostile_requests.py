@@ -78,7 +78,7 @@ WRONG_VALUES = [
     completion(22, "ids and text mixed", "prompt", prompt=[1, "a"]),
     completion(22, "lists and text mixed", "prompt", prompt=[[1], "a"]),
     completion(23, "10^5 stop strings", "stop", stop=["a"] * 10**5),
-    completion(23, "five stop strings", "stop", stop=["a"] * 5),
+    completion(23, "17 stop strings", "stop", stop=["a"] * 17),
     completion(23, "an empty stop string", "stop", stop=""),
     completion(23, "a long stop string", "stop", stop="x" * 10**5),
     completion(23, "a number to stop at", "stop", stop=[1]),
@@ -99,7 +99,10 @@ WRONG_VALUES = [
     completion(33, "stream as text", "stream", stream="yes"),
     completion(33, "options without a stream", "stream_options", stream_options={"include_usage": True}),
     completion(34, "suffix", "suffix", code="unsupported_parameter", suffix="x"),
-    chat(34, "tools", "tools", code="unsupported_parameter", tools=[]),
+    chat(34, "tools", "tools", code="unsupported_parameter", tools=[{"type": "function", "function": {"name": "f"}}]),
+    chat(34, "a tool's answer", "messages.1.tool_calls", code="unknown_parameter", messages=[
+        {"role": "user", "content": "x"}, {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
+    ]),
     chat(34, "an image", "messages.0.content", messages=[
         {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]}
     ]),

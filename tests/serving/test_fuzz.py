@@ -87,7 +87,9 @@ SAMPLING: dict[str, st.SearchStrategy[Any]] = {
 GENERATION = SAMPLING | {
     "n": st.integers(1, 8),
     "stream": st.booleans(),
-    "stream_options": st.fixed_dictionaries({}, optional={"include_usage": st.booleans()}),
+    "stream_options": st.fixed_dictionaries(
+        {}, optional={"include_usage": st.booleans(), "continuous_usage_stats": st.booleans() | st.none()}
+    ),
     "stop": st.text(min_size=1, max_size=5) | st.lists(st.text(min_size=1, max_size=3), max_size=4),
     "user": TEXTS,
     "logit_bias": st.dictionaries(st.integers(0, VOCAB_SIZE).map(str), number(-100, 100), max_size=5),
@@ -96,6 +98,7 @@ GENERATION = SAMPLING | {
     "repetition_penalty": st.floats(0, 2),
     "ignore_eos": st.booleans(),
     "suffix": TEXTS,
+    "tools": st.just([]),
     "temprature": st.just(1),
 }
 MESSAGE = st.fixed_dictionaries(
@@ -114,9 +117,15 @@ REQUIRED: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "/v1/xray": {"prompt": TEXTS | IDS},
 }
 OPTIONAL: dict[str, dict[str, st.SearchStrategy[Any]]] = {
-    "/v1/completions": GENERATION | {"max_tokens": NEW_TOKENS, "logprobs": st.integers(0, 6), "echo": st.booleans()},
+    "/v1/completions": GENERATION
+    | {
+        "max_tokens": NEW_TOKENS,
+        "max_completion_tokens": NEW_TOKENS,
+        "logprobs": st.integers(0, 21),
+        "echo": st.booleans(),
+    },
     "/v1/chat/completions": GENERATION
-    | {"max_completion_tokens": NEW_TOKENS, "logprobs": st.booleans(), "top_logprobs": st.integers(0, 6)},
+    | {"max_completion_tokens": NEW_TOKENS, "logprobs": st.booleans(), "top_logprobs": st.integers(0, 21)},
     "/tokenize": {"add_special_tokens": st.booleans(), "return_token_strs": st.booleans()},
     "/detokenize": {},
     "/v1/xray": SAMPLING

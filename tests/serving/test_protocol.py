@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from serving import harmless_fields
 from serving.chat import ChatRequest, Message, parse_chat, render
 from serving.errors import ApiError
-from serving.protocol import UNSUPPORTED_FIELDS, CompletionRequest, parse_completion
+from serving.protocol import CompletionRequest, parse_completion
 from serving.strict_json import parse_json_object
 
 
@@ -95,12 +96,12 @@ def test_every_field_is_taken() -> None:
         ({"prompt": []}, "prompt"),
         ({"prompt": [[]]}, "prompt"),
         ({"prompt": 3}, "prompt"),
-        ({"prompt": ["x"] * 33}, "prompt"),
+        ({"prompt": ["x"] * 257}, "prompt"),
         ({"prompt": [1, "a"]}, "prompt"),
         ({"prompt": [1, True]}, "prompt"),
         ({"prompt": [1.0]}, "prompt"),
         ({"prompt": [[1], "a"]}, "prompt"),
-        ({"stop": ["a"] * 5}, "stop"),
+        ({"stop": ["a"] * 17}, "stop"),
         ({"stop": ""}, "stop"),
         ({"stop": [1]}, "stop"),
         ({"stop": "x" * 10**5}, "stop"),
@@ -111,6 +112,9 @@ def test_every_field_is_taken() -> None:
         ({"logprobs": 10**6}, "logprobs"),
         ({"presence_penalty": 1e9}, "presence_penalty"),
         ({"seed": 2**100}, "seed"),
+        ({"seed": 1.5}, "seed"),
+        ({"seed": 1e300}, "seed"),
+        ({"seed": True}, "seed"),
         ({"seed": "x"}, "seed"),
         ({"stream": "yes"}, "stream"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
@@ -163,12 +167,62 @@ def test_bounds_and_value_are_in_the_message() -> None:
     assert "2.5" in message and "less than or equal to 2" in message
 
 
-@pytest.mark.parametrize("name", UNSUPPORTED_FIELDS)
-def test_a_known_field_is_never_ignored(name: str) -> None:
-    assert refusal(body(**{name: 1})).code == "unsupported_parameter"
-    assert parse_completion(body(**{name: None}))
-    with pytest.raises(ApiError, match="not supported"):
-        parse_chat(chat_body(**{name: 1}))
+OTHER_FIELDS = harmless_fields.FIELDS.keys() - CompletionRequest.model_fields.keys()
+EXAMPLES: dict[type, list[Any]] = {bool: [True, False], str: ["x", ""], dict: [{}, {"a": "b"}]}
+
+
+def values(table: harmless_fields.HarmlessValues, name: str) -> list[Any]:
+    known = [EXAMPLES[value] if isinstance(value, type) else [value] for value in table[name]]
+    return [None, *(value for some in known for value in some)]
+
+
+@pytest.mark.parametrize("name", sorted(OTHER_FIELDS))
+def test_a_field_that_changes_nothing_is_accepted_and_any_other_value_refused(name: str) -> None:
+    harmless = values(harmless_fields.FIELDS, name)
+    for value in harmless:
+        assert parse_completion(body(**{name: value})) == parse_completion(body())
+        assert parse_chat(chat_body(**{name: value})) == parse_chat(chat_body())
+    for value in [0, 1, 2.5, True, False, "x", "", [], ["x"], {}, {"type": "json_object"}]:
+        if (
+            not any(type(value) is type(known) and value == known for known in harmless)
+            and type(value) not in (harmless_fields.FIELDS[name])
+        ):
+            assert refusal(body(**{name: value})).code == "unsupported_parameter", value
+            with pytest.raises(ApiError, match="is not supported"):
+                parse_chat(chat_body(**{name: value}))
+
+
+@given(st.dictionaries(st.sampled_from(sorted(OTHER_FIELDS)), st.integers(0, 3)))
+def test_any_of_them_together_change_nothing(chosen: dict[str, int]) -> None:
+    fields = {}
+    for name, index in chosen.items():
+        known = values(harmless_fields.FIELDS, name)
+        fields[name] = known[index % len(known)]
+    assert parse_completion(body(**fields)) == parse_completion(body())
+    assert parse_chat(chat_body(**fields)) == parse_chat(chat_body())
+
+
+@pytest.mark.parametrize("name", sorted(harmless_fields.MESSAGE_FIELDS))
+def test_an_answer_can_be_sent_back_with_what_came_beside_its_text(name: str) -> None:
+    def chat(**more: Any) -> ChatRequest:
+        return parse_chat(chat_body(messages=[{"role": "assistant", "content": "ho"} | more]))
+
+    for value in values(harmless_fields.MESSAGE_FIELDS, name):
+        assert chat(**{name: value}) == chat()
+
+
+def test_what_other_libraries_write_is_understood() -> None:
+    silent = parse_chat(chat_body(messages=[{"role": "assistant", "content": None, "name": None}])).messages
+    assert render(silent) == "Assistant: \nAssistant:"
+    assert parse_completion(body(seed=3.0)).seed == 3
+    assert parse_chat(chat_body(max_tokens=-1)).max_tokens is None
+    assert parse_completion(body(max_tokens=5, max_completion_tokens=7)) == parse_completion(body(max_tokens=7))
+    both = parse_chat(chat_body(max_tokens=5, max_completion_tokens=7))
+    assert (both.max_tokens, both.max_completion_tokens) == (5, 7)  # the second counts, see test_harmless_fields.py
+    options = {"include_usage": None, "continuous_usage_stats": True, "include_obfuscation": False}
+    parsed = parse_completion(body(stream=True, stream_options=options)).stream_options
+    assert parsed is not None and (parsed.include_usage, parsed.continuous_usage_stats) == (False, True)
+    assert len(parse_completion(body(prompt=["x"] * 256, stop=list("abcdefghijklmnop"), logprobs=20)).prompt) == 256
 
 
 def test_json_may_be_32_levels_deep() -> None:
@@ -194,12 +248,17 @@ def chat_body(**fields: Any) -> bytes:
         ({"messages": [{"role": "user"}]}, "messages.0.content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": 1}]}]}, "messages.0.content"),
-        ({"messages": [{"role": "user", "content": "x", "tool_calls": []}]}, "messages.0.tool_calls"),
-        ({"max_tokens": 1, "max_completion_tokens": 1}, "max_tokens"),
+        ({"max_tokens": -2}, "max_tokens"),
+        ({"max_completion_tokens": -1}, "max_completion_tokens"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages.0.content"),
+        ({"messages": [{"role": "assistant"}]}, "messages.0.content"),
+        ({"messages": [{"role": "assistant", "content": "x", "refusal": "no"}]}, "messages.0.refusal"),
+        ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}, "messages.0.tool_calls"),
+        ({"messages": [{"role": "user", "content": "x", "contnet": None}]}, "messages.0.contnet"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"logprobs": 2}, "logprobs"),
         ({"top_logprobs": 2}, "top_logprobs"),
-        ({"logprobs": True, "top_logprobs": 6}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"stream_options": {}}, "stream_options"),
         ({"prompt": "x"}, "prompt"),
         ({"temperature": 3}, "temperature"),
