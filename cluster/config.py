@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 
 from cluster.batch_schedule import BatchSchedule
 from model.config import GPTConfig, preset_fields
+from model.processor import Precision
 
 
 def _model_shape(value: Any) -> Any:
@@ -148,8 +149,10 @@ class TrainConfig(Settings):
     beta2: float = Field(default=0.95, ge=0, lt=1, description="AdamW, decay of the second moment")
     epsilon: float = Field(default=1e-8, gt=0, description="AdamW, added to the root of the second moment")
     grad_clip: float = Field(default=1.0, ge=0, description="largest norm of the summed gradient; 0 never clips")
-    precision: Literal["fp32", "bf16"] = Field(
-        default="fp32", description="compute precision; bf16 is autocast over fp32 master weights"
+    precision: Literal["auto", Precision] = Field(
+        default="auto",
+        description="compute precision; bf16 is autocast over fp32 master weights; auto: bf16 where the workers' "
+        "processor computes it at speed as the run first starts, else fp32, and the same for the rest of the run",
     )
     exact: bool = Field(
         default=True, description="the same bits for any number of workers; false is stock DistributedDataParallel"
@@ -356,6 +359,13 @@ def planned_vocabulary(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"model": dataclasses.replace(config.model, vocab_size=config.data.vocab_size)})
 
 
+def with_precision(config: RunConfig, precision: Precision) -> RunConfig:
+    """Returns the run with this precision in the place of `auto`; where another one is set, as it is."""
+    if config.train.precision != "auto":
+        return config
+    return config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
+
+
 def batch_schedule(config: RunConfig) -> BatchSchedule:
     """The lanes, samples and tokens of every step."""
     train = config.train
@@ -404,8 +414,8 @@ class EvaluateConfig(Settings):
     seq_len: int | None = Field(
         default=None, ge=1, description="tokens per sequence; as the run trained, or else n_positions, when unset"
     )
-    precision: Literal["fp32", "bf16"] | None = Field(
-        default=None, description="compute precision, bf16 is autocast; as the run trained, or else fp32, when unset"
+    precision: Literal["auto", Precision] = Field(
+        default="auto", description="compute precision, bf16 is autocast; auto: as the run trained, or else fp32"
     )
     num_workers: int = Field(default=2, ge=1, description="batches computed at once; the result does not depend on it")
     threads_per_worker: int = Field(default=1, ge=1, description="compute threads, and logical CPUs, of a worker")

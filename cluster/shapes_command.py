@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.config import RunConfig, planned_vocabulary, seq_len
+from cluster.config import RunConfig, planned_vocabulary, seq_len, with_precision
 from cluster.flags import add_config_arguments, config_from_arguments
 from model.config import num_parameters
+from model.processor import fast_precision
 from model.shapes import Stage, stages, weights
 
 _ROW = "  {:<28}{:<15}{:<24}{:>14}{:>7}  {}"
@@ -23,6 +24,7 @@ def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
 def inspect(arguments: argparse.Namespace) -> dict[str, Any] | None:
     """Of one lane: train.micro_batch_size sequences of train.seq_len tokens."""
     config = planned_vocabulary(config_from_arguments(arguments, RunConfig, needs_source=False))
+    config = with_precision(config, "bf16" if config.scaling.use_gpu else fast_precision("cpu"))
     batch_size, tokens = config.train.micro_batch_size, seq_len(config)
     small = 2 if config.train.precision == "bf16" else 4
     passed = stages(config.model, batch_size=batch_size, seq_len=tokens, bytes_per_value=small)

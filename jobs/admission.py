@@ -6,15 +6,16 @@ python -m jobs.admission RUN.yaml
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from cluster.config import RunConfig, planned_vocabulary
+from cluster.config import RunConfig, planned_vocabulary, with_precision
 from cluster.flags import read_config
 from cluster.parser import Parser
 from cluster.stage_module import print_result
 from jobs.memory_plan import gpu_memory, layout_of
 from jobs.run_history import CONFIG_FILE, changed_settings, recorded_config
 from jobs.run_plan import run_storage
+from model.processor import Precision
 
 _PROCESS_BYTES = 0.5e9
 """Python, PyTorch and Ray of a worker that trains a tiny model (measured: 0.4 to 0.5 GB)."""
@@ -22,15 +23,15 @@ _PROCESS_BYTES = 0.5e9
 
 def admission(config: RunConfig) -> dict[str, Any]:
     """`worker_bytes` of a node's memory, `device_bytes` of a GPU's, and `problems` in words."""
-    planned = planned_vocabulary(config)
-    parts = gpu_memory(
-        planned,
-        layout_of(planned.model),
-        world_size=config.scaling.min_workers,
-        shard_optimizer=config.train.shard_optimizer,
+    planned, scaling = planned_vocabulary(config), config.scaling
+    layout = layout_of(planned.model)
+    # Precision `auto` is settled where the workers run: room for either.
+    either = [with_precision(planned, precision) for precision in get_args(Precision)]
+    sharded = config.train.shard_optimizer
+    training = max(
+        sum(gpu_memory(run, layout, world_size=scaling.min_workers, shard_optimizer=sharded).values()) for run in either
     )
-    training = sum(parts.values())
-    on_device = training if config.scaling.use_gpu else 0.0
+    on_device = training if scaling.use_gpu else 0.0
     return {
         "worker_bytes": round(_PROCESS_BYTES + training - on_device),
         "device_bytes": round(on_device),

@@ -25,6 +25,7 @@ from jobs.mixed_hardware import differences, hardware
 from jobs.outage import patiently
 from jobs.preemption import Notice, Notices, Signals
 from jobs.run_plan import RunPlan, open_stream, open_validation_sets
+from jobs.run_precision import at_odds
 from jobs.run_writer import RunWriter
 from jobs.snapshots import Snapshot, Snapshots
 from jobs.step_record import StepRecord
@@ -123,7 +124,9 @@ class Attempt:
                 workers=workers,
                 data_identity=self.train_rows.manifest.identity,
                 code_version=plan.code_version,
+                precision=config.train.precision,
             )
+            self._tell_precision(before)
             if reasons := differences(kinds):
                 self.ledger.event("tolerance_mode", attempt=self.attempt, reasons=reasons)
         if begun.snapshot and restored_step - begun.saved_step >= config.checkpoint.save_every_steps:
@@ -224,6 +227,15 @@ class Attempt:
         if self.writer:
             self.writer.finish(step=None)
         return decision.state.rollbacks if goes_on else None
+
+    def _tell_precision(self, before: Ledger) -> None:
+        """Once for each kind of processor that is not made for the run's precision."""
+        precision = self.plan.config.train.precision
+        assert self.ledger is not None and precision != "auto", "rank 0 writes, once the precision is settled"
+        found = at_odds(precision, "cuda" if self.state.device.type == "cuda" else "cpu")
+        last = (before.events("precision") or [{}])[-1]
+        if found and found["fast"] != last.get("fast"):
+            self.ledger.event("precision", attempt=self.attempt, **found)
 
     def _begin(self, rollbacks: Windows) -> "_Beginning":
         try:

@@ -152,6 +152,7 @@ def _seed(seed: int, device: torch.device) -> None:
 
 
 def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
+    assert config.train.precision != "auto", "it is settled before a run starts"
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.train.precision == "bf16")
 
 

@@ -83,7 +83,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         config = config.model_copy(
             update={
                 "seq_len": config.seq_len or seq_len(trained),
-                "precision": config.precision or trained.train.precision,
+                "precision": trained.train.precision if config.precision == "auto" else config.precision,
             }
         )
     model = load_model(folder, verify=False)  # as it was verified just now
@@ -171,8 +171,9 @@ def _rows(
         raise TokenStoreError(
             f"the text has {num_tokens} tokens, a row needs {row_tokens + 1}; add text or lower seq_len"
         )
+    precision = "fp32" if config.precision == "auto" else config.precision
     num_rows = min((num_tokens - 1) // row_tokens, max(1, config.max_tokens // row_tokens))
-    return Rows(tokens, split, row_tokens, num_rows, config.batch_size, config.precision or "fp32", document_mask)
+    return Rows(tokens, split, row_tokens, num_rows, config.batch_size, precision, document_mask)
 
 
 def _batch_losses(model: GPT, rows: Rows, config: EvaluateConfig) -> list[float]:

@@ -5,7 +5,7 @@ It imports neither PyTorch nor Ray, so that `raymill plan` answers at once.
 
 from typing import Any
 
-from cluster.config import RunConfig, batch_schedule, planned_vocabulary, seq_len
+from cluster.config import RunConfig, batch_schedule, planned_vocabulary, seq_len, with_precision
 from cluster.plan_config import PlanConfig
 from cluster.storage import open_storage
 from jobs.flat_layout import FlatLayout
@@ -35,6 +35,7 @@ from model.flops import flops_per_token
 def make_plan(config: RunConfig, options: PlanConfig) -> dict[str, Any]:
     """Figures by name, in FLOPs, seconds, bytes and dollars where the name says no other unit; the memory by part."""
     count, gpu = options.count or config.scaling.max_workers, options.hardware
+    config = with_precision(config, gpu.fast_precision)
     schedule, num_tokens, size = batch_schedule(config), config.train.max_tokens, num_parameters(config.model)
     layout = layout_of(config.model)
 
@@ -57,6 +58,7 @@ def make_plan(config: RunConfig, options: PlanConfig) -> dict[str, Any]:
         "tokens_per_parameter": num_tokens / size,
         "step_tokens": schedule.step_tokens(schedule.max_steps),
         "steps": schedule.max_steps,
+        "precision": config.train.precision,
         "total_flops": total_flops,
         "model_flops": model_flops,
         "petaflop_s_days": petaflop_s_days(total_flops),

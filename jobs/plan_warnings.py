@@ -82,10 +82,11 @@ def _batch(config: RunConfig, plan: dict[str, Any]) -> Iterator[str]:
 
 def _precision(config: RunConfig, options: PlanConfig) -> Iterator[str]:
     if config.train.precision == "fp32" and options.sustained_tflops is None:
+        has_bf16 = options.hardware.fast_precision == "bf16"
         yield (
-            "train.precision is fp32, and the MFU is a share of the peak of bf16, "
-            f"{options.hardware.peak_flops_per_s / 1e12:,.0f} TFLOP/s: set --train.precision bf16, or say with "
-            "--sustained-tflops what fp32 sustains."
+            f"train.precision is fp32, and the MFU is a share of the peak of {'bf16' if has_bf16 else 'fp16'}, "
+            f"{options.hardware.peak_flops_per_s / 1e12:,.0f} TFLOP/s: {'set --train.precision bf16, or ' * has_bf16}"
+            "say with --sustained-tflops what fp32 sustains."
         )
     if options.recompute and options.sustained_tflops is None:
         yield (

@@ -97,6 +97,7 @@ def predict(found: Mapping[str, Any], ledger: Ledger, *, rehearsed: RunConfig, p
     return {
         "wall_s": round(sum(stage_s.values()), 1),
         "stage_s": {name: round(seconds, 1) for name, seconds in stage_s.items()},
+        "precision": rehearsed.train.precision,
         "tokens_per_s": round(tokens / measured.step_s[largest], 1),
         "step_s": {str(size): round(seconds, 5) for size, seconds in sorted(measured.step_s.items())},
         "validation_s": round(measured.validation_s, 3),

@@ -14,7 +14,7 @@ from ray.train.v2.api.config import ScalingConfig
 from ray.util import get_node_ip_address
 
 from cluster.code_folders import code_version
-from cluster.config import RunConfig, max_steps, to_yaml
+from cluster.config import RunConfig, max_steps, to_yaml, with_precision
 from cluster.lease import Lease
 from cluster.parser import ConfigError
 from cluster.progress import say
@@ -33,6 +33,7 @@ from jobs.preemption import stopping_on_sigterm
 from jobs.rendezvous import meeting_place
 from jobs.run_history import CONFIG_FILE, changed_settings, recorded_config
 from jobs.run_plan import RunPlan, run_storage
+from jobs.run_precision import workers_precision
 from jobs.run_watcher import watching
 from jobs.standby import worker_environment
 from jobs.token_store import MANIFEST
@@ -77,7 +78,7 @@ def _train_and_publish(
     config: RunConfig, lease: Lease, *, tokens: Storage, tokenizer_json: bytes, growing: bool, sets: dict[str, str]
 ) -> dict[str, Any]:
     run = run_storage(config)
-    _enter(run, config)
+    config = _enter(run, config)
     storage = open_storage(config.storage.uri)
     published = [publication.checkpoint for publication in publications(storage)]
     plan = RunPlan(
@@ -120,13 +121,18 @@ def _train_and_publish(
     return _figures(run, ledger, checkpoint)
 
 
-def _enter(run: Storage, config: RunConfig) -> None:
-    """Records the run's settings, or checks that a resumed run has the same ones."""
-    if not run.exists(CONFIG_FILE):
-        run.write_bytes(CONFIG_FILE, to_yaml(config).encode())
-        return
-    if changed := changed_settings(recorded_config(run), config):
-        raise ConfigError(f"run {config.run_id} has other settings: {'; '.join(changed)}. Choose another --run-id")
+def _enter(run: Storage, config: RunConfig) -> RunConfig:
+    """Records the run's settings, or checks that a resumed run has the same ones. Returns them with its precision."""
+    if run.exists(CONFIG_FILE):
+        before = recorded_config(run)
+        if changed := changed_settings(before, config):
+            raise ConfigError(f"run {config.run_id} has other settings: {'; '.join(changed)}. Choose another --run-id")
+        assert before.train.precision != "auto", "it was settled before it was recorded"
+        return with_precision(config, before.train.precision)
+    if config.train.precision == "auto":
+        config = with_precision(config, workers_precision(config.scaling))
+    run.write_bytes(CONFIG_FILE, to_yaml(config).encode())
+    return config
 
 
 def _begins(config: RunConfig, before: Ledger) -> str:
@@ -137,7 +143,7 @@ def _begins(config: RunConfig, before: Ledger) -> str:
     most, least = scaling.max_workers, scaling.min_workers
     workers = f"{most} worker{'s' * (most > 1)}" if least == most else f"{least} to {most} workers"
     place = f"continues after step {steps[-1]['step']:,} of {total:,}" if steps else f"has {total:,} steps to take"
-    return f"run {config.run_id} {place}; {workers} are starting"
+    return f"run {config.run_id} {place} in {config.train.precision}; {workers} are starting"
 
 
 def _fit(plan: RunPlan, address: str) -> None:
@@ -192,6 +198,7 @@ def _figures(run: Storage, ledger: Ledger, checkpoint: str) -> dict[str, Any]:
         "run_dir": run.uri,
         "checkpoint": checkpoint,
         "parameter_hash": ledger.events("checkpoint")[-1]["parameter_hash"],
+        "precision": ledger.events("start")[-1]["precision"],
         "step": last["step"],
         "tokens_seen": last["tokens_seen"],
         "first_loss": ledger.steps[0]["loss"],

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from cluster.config import RunConfig, max_steps
+from cluster.config import RunConfig, max_steps, with_precision
 from cluster.flags import validate_config
 from cluster.storage import Storage
 from jobs.ledger import Ledger, Line
@@ -62,7 +62,9 @@ def recorded_config(run: Storage) -> RunConfig:
 
 
 def changed_settings(before: RunConfig, now: RunConfig) -> list[str]:
-    """Those on which a run's weights depend, each with both values."""
+    """Those on which a run's weights depend, each with both values. Precision `auto` is what the run found before."""
+    if before.train.precision != "auto":
+        now = with_precision(now, before.train.precision)
     if (before.model, before.train) == (now.model, now.train):
         return []
     old, new = before.model_dump(mode="json"), now.model_dump(mode="json")
@@ -131,6 +133,7 @@ def statistics(ledger: Ledger, config: RunConfig) -> list[tuple[str, str]]:
         ("Time lost", f"{idle_s + again_s:,.1f} s, {again_s:,.1f} s of it in steps taken again"),
         ("Goodput", f"{useful_s / wall_s:.1%} of the wall time went into steps that count"),
         *([("Paused", f"{duration(sum(pauses))} on request, not in the wall time")] if pauses else []),
+        ("Precision", config.train.precision),
         ("Throughput", f"{last['tokens_seen'] / useful_s:,.0f} tokens/s"),
         ("Training loss", f"{steps[0]['loss']:.4f} → {last['loss']:.4f} nats/token"),
     ]

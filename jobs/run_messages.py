@@ -15,6 +15,7 @@ _MESSAGES = {
     "start": "attempt {attempt}: {world_size} workers, from step {step}",
     "failure": "a failure ({kind}, rank {rank}): {reason}",
     "hang": "rank {rank} hung for {seconds} s ({health}), its stack is in {stack}",
+    "precision": "{reason}",
     "skip": "step {step} is skipped: {reason}",
     "rollback": "steps {first} to {last} are left out: {reason}",
     "preempted": "saved after step {step} on notice ({notice})",

@@ -3,6 +3,8 @@
 import re
 from dataclasses import dataclass
 
+from model.processor import Precision
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -28,6 +30,10 @@ class Gpu:
 
     price_per_hour: float
     """An assumption: dollars on demand, a round number of the order that clouds asked in 2024 and 2025."""
+
+    @property
+    def fast_precision(self) -> Precision:
+        return "fp32" if self.device_name in ("V100-SXM2", "T4") else "bf16"
 
 
 _GB, _TF, _GBIT = 1e9, 1e12, 1e9 / 8

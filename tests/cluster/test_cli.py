@@ -90,7 +90,7 @@ def test_help_is_the_manual(name: str, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_inspect_shows_shapes(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["inspect", "--shapes", "--model.preset", "gpt2-124m"]
+    words = ["inspect", "--shapes", "--model.preset", "gpt2-124m", "--train.precision", "fp32"]
     assert main(words) == 0
     shown = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "block: query, key, value B T 3C 8 x 1,024 x 2,304 75.497 MB 12" in shown

@@ -59,6 +59,7 @@ def tiny_plan(
         "micro_batch_size": 2,
         "seq_len": 32,  # less than the model could take
         "learning_rate": 1e-2,
+        "precision": "fp32",
         "eval_every_steps": 4,
         "sample_prompts": ["tell me <b>more</b> & more"],
         "sample_tokens": 8,
