@@ -148,9 +148,7 @@ class Attempt:
     def is_hopeless(self) -> bool:
         """Whether the attempts before this one got nowhere, or none can; recorded for the driver to tell."""
         if self._stop_reason and self.writer:
-            steps = self.writer.before.steps
-            self.writer.ledger.event("gave_up", reason=self._stop_reason, step=steps[-1]["step"] if steps else 0)
-            self.writer.ledger.close()
+            self.writer.give_up(self._stop_reason)
         return self._stop_reason is not None
 
     def rate(self, step: int) -> float:

@@ -9,15 +9,27 @@ import traceback
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from statistics import median
+from types import FrameType, ModuleType
 
+import torch.distributed
+
+import cluster
 from cluster.code_folders import CODE_ROOT
-from jobs.watchdog import Beat, Place
+from jobs import background, bucket_exchange, checkpoint_writer, outage, token_stream, worker_group
+from jobs.watchdog import Beat, Place, Waits
 
 BEAT_S = 1.0
 
 _NUM_FRAMES = 24
 _NUM_STEPS = 64
+
+_WHERE: dict[Waits, tuple[ModuleType, ...]] = {
+    Waits.WORKERS: (torch.distributed, worker_group, bucket_exchange, background),
+    Waits.STORAGE: (token_stream, outage, checkpoint_writer, cluster),
+}
+"""A stack with a frame in one of these modules, or packages, waits for it."""
 
 
 class Pulse:
@@ -25,6 +37,7 @@ class Pulse:
 
     def __init__(self) -> None:
         self._place, self._num_moves = Place.AROUND, 0
+        self.num_steps = 0  # completed, but for those that an attempt ended with
         self._step_s: deque[float] = deque(maxlen=_NUM_STEPS)
         self._step_start: float | None = None
         self._thread_id = threading.get_ident()
@@ -33,6 +46,7 @@ class Pulse:
         """The training thread is about to do this."""
         now = time.monotonic()
         if place is Place.STEP:
+            self.num_steps += 1
             if self._place is Place.STEP and self._step_start is not None:  # a step without validation or checkpoint
                 self._step_s.append(now - self._step_start)
             self._step_start = now
@@ -42,7 +56,19 @@ class Pulse:
         frame = sys._current_frames().get(self._thread_id)
         stack = traceback.format_stack(frame)[-_NUM_FRAMES:] if frame else []
         usual = median(list(self._step_s)) if self._step_s else None
-        return Beat(self._place, self._num_moves, usual, stack)
+        return Beat(self._place, self._num_moves, usual, _waits_for(frame), stack)
+
+
+def _waits_for(frame: FrameType | None) -> list[Waits]:
+    files = [Path(each.f_code.co_filename) for each, _ in traceback.walk_stack(frame)][:_NUM_FRAMES] if frame else []
+    return [waits for waits, modules in _WHERE.items() if any(_is_in(file, modules) for file in files)]
+
+
+def _is_in(file: Path, modules: tuple[ModuleType, ...]) -> bool:
+    return any(
+        file.is_relative_to(module.__path__[0]) if hasattr(module, "__path__") else file == Path(str(module.__file__))
+        for module in modules
+    )
 
 
 @contextmanager

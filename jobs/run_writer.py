@@ -112,6 +112,12 @@ class RunWriter:
             self.ledger.event("finish", step=step)
         self.ledger.close()
 
+    def give_up(self, reason: str) -> None:
+        """Ends the run before it is done; the driver tells why."""
+        steps = self.before.steps
+        self.ledger.event("gave_up", reason=reason, step=steps[-1]["step"] if steps else 0)
+        self.ledger.close()
+
     def abandon(self) -> None:
         """Leaves what is not stored yet to the next attempt, which fences this one off."""
         if self._saving is not None:

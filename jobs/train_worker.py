@@ -8,13 +8,15 @@ from typing import Any
 import ray.train
 from ray.util import get_current_placement_group
 
-from jobs.incidents import noting_user_errors
+from jobs.incidents import noting_user_errors, write_down
+from jobs.outage import patiently
 from jobs.pulse import watched
-from jobs.rendezvous import Rendezvous
+from jobs.rendezvous import FruitlessError, Rendezvous
 from jobs.run_plan import RunPlan
+from jobs.run_writer import RunWriter
 from jobs.train_callbacks import signals
 from jobs.train_loop import train
-from jobs.watchdog import COLLECTIVES, Place
+from jobs.watchdog import Place, Waits
 
 
 def train_worker(settings: dict[str, Any]) -> None:
@@ -34,9 +36,18 @@ def train_worker(settings: dict[str, Any]) -> None:
             rank=rank,
             world_size=world_size,
             backend="nccl" if scaling.use_gpu else "gloo",
-            is_waiting=lambda: pulse.beat().is_in(COLLECTIVES),
+            is_waiting=lambda: Waits.WORKERS in pulse.beat().waits_for,
+            progress=lambda: pulse.num_steps,
+            max_fruitless=scaling.max_fruitless_attempts,
         )
-        while not rendezvous.attend(
-            lambda: train(plan, rank=rank, world_size=world_size, pulse=pulse, signals=signals)
-        ):
+        try:
+            while not rendezvous.attend(
+                lambda: train(plan, rank=rank, world_size=world_size, pulse=pulse, signals=signals)
+            ):
+                pulse.at(Place.AROUND)
+        except FruitlessError as error:
             pulse.at(Place.AROUND)
+            if rank == 0:
+                writer = RunWriter(plan)
+                patiently(lambda: write_down(plan.run, writer.ledger), "incidents")
+                writer.give_up(str(error))

@@ -31,10 +31,6 @@ _UNKNOWN_FACTOR = 10  # the first step may compile, a validation may be long
 _FORSAKEN_FACTOR = 20  # the one that is waited for has been killed by then, or has a reason to wait itself
 _KEEP_STACK_FACTOR = 0.9  # before anybody is killed
 
-# What a stack with a frame in one of these waits for: other workers, or storage, whose outages end no training.
-COLLECTIVES = ("/torch/distributed/", "/jobs/worker_group.py", "/jobs/bucket_exchange.py", "/jobs/background.py")
-_STORAGE = ("/jobs/token_stream.py", "/jobs/outage.py", "/jobs/checkpoint_writer.py", "/cluster/")
-
 
 class Place(StrEnum):
     AROUND = "around the steps"  # starting and finishing, both of which wait for storage as long as it takes
@@ -44,6 +40,13 @@ class Place(StrEnum):
     SAVE = "save"
 
 
+class Waits(StrEnum):
+    """For what the training thread may wait as long as it takes."""
+
+    WORKERS = "workers"
+    STORAGE = "storage"  # whose outages end no training
+
+
 @dataclass(frozen=True)
 class Beat:
     """What a worker says of itself each second."""
@@ -51,6 +54,7 @@ class Beat:
     place: Place
     num_moves: int  # grows with every change of place and every step
     usual_step_s: float | None  # median of its recent steps
+    waits_for: list[Waits]
     stack: list[str]  # of the training thread, the innermost frame last
 
     def to_json(self) -> dict[str, Any]:
@@ -58,10 +62,7 @@ class Beat:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
-        return cls(**values | {"place": Place(values["place"])})
-
-    def is_in(self, files: Sequence[str]) -> bool:
-        return any(part in frame for frame in self.stack for part in files)
+        return cls(**values | {"place": Place(values["place"]), "waits_for": [*map(Waits, values["waits_for"])]})
 
 
 class Health(StrEnum):
@@ -79,7 +80,7 @@ def health(beat: Beat, *, silent_s: float, unmoved_s: float, hang_timeout_s: flo
     """The state of a worker, `silent_s` after its last beat and `unmoved_s` after its last move."""
     if silent_s >= hang_timeout_s:
         return Health.SILENT
-    if beat.place is Place.AROUND or beat.is_in(_STORAGE):
+    if beat.place is Place.AROUND or Waits.STORAGE in beat.waits_for:
         return Health.WELL
     if beat.place is Place.STEP and beat.usual_step_s is not None:
         deadline_s = max(_STUCK_FACTOR * hang_timeout_s, _STEP_FACTOR * beat.usual_step_s)
@@ -87,7 +88,7 @@ def health(beat: Beat, *, silent_s: float, unmoved_s: float, hang_timeout_s: flo
     else:
         deadline_s = _UNKNOWN_FACTOR * hang_timeout_s
         suspicious_s = _KEEP_STACK_FACTOR * deadline_s
-    is_waiting = beat.is_in(COLLECTIVES)
+    is_waiting = Waits.WORKERS in beat.waits_for
     if unmoved_s >= (_FORSAKEN_FACTOR if is_waiting else 1) * deadline_s:
         return Health.FORSAKEN if is_waiting else Health.STUCK
     return Health.SLOW if unmoved_s >= suspicious_s else Health.WELL
@@ -111,7 +112,7 @@ def _state(stat: Path) -> str:
 
 def watch(run_uri: str, *, rank: int, hang_timeout_s: float, pid: int, pipe: int) -> None:
     """Reads beats from the pipe until it ends with the worker, or kills the worker."""
-    beat, rest = Beat(Place.AROUND, 0, None, []), b""
+    beat, rest = Beat(Place.AROUND, 0, None, [], []), b""
     beaten_at = moved_at = time.monotonic()
     kept_at_move = -1
     while True:

@@ -39,6 +39,11 @@ def main(address: str, rank: int, world_size: int, num_rounds: int) -> None:
         except RuntimeError:
             time.sleep(600)  # as one that waits for a message whose end nobody notices
 
+    def broken() -> None:
+        print("met", os.getpid(), flush=True)
+        raise dist.DistBackendError("NCCL error: unhandled system error\nno space for a segment in /dev/shm")
+
+    work = broken if "BROKEN_BACKEND" in os.environ else work
     while not rendezvous.attend(deaf if "DEAF_RANK" in os.environ and rank == int(os.environ["DEAF_RANK"]) else work):
         pass
 

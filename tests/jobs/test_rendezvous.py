@@ -8,8 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
-from jobs.rendezvous import meeting_place
+from jobs.rendezvous import FruitlessError, Rendezvous, meeting_place
 from tests.time_limits import limit_s
 from tests.waiting import wait_until
 
@@ -87,6 +88,39 @@ def test_two_lost_at_once_and_one_lost_again_before_it_met_anyone(tmp_path: Path
         group.processes[2] = group.start(2)
         assert [process.wait(timeout=limit_s(60)) for process in group.processes] == [0] * WORLD_SIZE
         assert len(group.lines(0, "met")) == 2
+
+
+def test_a_group_whose_backend_can_never_start_gives_up_in_every_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BROKEN_BACKEND", "")
+    with meeting_place("127.0.0.1") as address:
+        group = Group(address, tmp_path)
+        assert [process.wait(timeout=limit_s(60)) for process in group.processes] == [1] * WORLD_SIZE
+    for rank in range(WORLD_SIZE):
+        assert len(group.lines(rank, "met")) == 6
+        error = (tmp_path / f"{rank}.log").read_text().splitlines()[-1]
+        assert error.endswith(
+            "FruitlessError: the workers met 6 times in a row and completed no step; the last time: no space for a "
+            "segment in /dev/shm"
+        )
+
+
+def test_a_step_between_two_losses_is_no_standstill() -> None:
+    """A long run may lose workers any number of times."""
+    num_steps = 0
+
+    def work() -> None:
+        nonlocal num_steps
+        num_steps += num_steps < 3
+        raise dist.DistNetworkError("Connection closed by peer")
+
+    with meeting_place("127.0.0.1") as address:
+        settings = {"group": "g", "rank": 0, "world_size": 1, "backend": "gloo", "max_fruitless": 2}
+        rendezvous = Rendezvous(address, **settings, progress=lambda: num_steps)
+        assert [rendezvous.attend(work) for _ in range(5)] == [False] * 5
+        with pytest.raises(FruitlessError, match="met 2 times in a row"):
+            rendezvous.attend(work)
 
 
 def test_one_that_cannot_leave_a_round_that_is_over_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """The watchdog: its judgement by a table, and real processes that stop, stand still, or are merely slow."""
 
+import json
 import math
 import os
 import signal
@@ -7,20 +8,34 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
+from torch.distributed import distributed_c10d
 
+from cluster import s3_storage
+from jobs import (
+    background,
+    batch_gradient,
+    bucket_exchange,
+    checkpoint_writer,
+    outage,
+    token_stream,
+    worker_group,
+)
 from jobs.incidents import INCIDENTS
-from jobs.watchdog import HANGS, Beat, Health, Place, health
+from jobs.pulse import Pulse
+from jobs.watchdog import HANGS, Beat, Health, Place, Waits, health
 from tests.time_limits import limit_s
 from tests.waiting import wait_until
 
-COLLECTIVE = ['File "/venv/torch/distributed/distributed_c10d.py", line 1, in all_gather\n']
-READING = ['File "/elsewhere/jobs/token_stream.py", line 1, in samples\n']
+COLLECTIVE = [Waits.WORKERS]
+READING = [Waits.STORAGE]
 
 
 @pytest.mark.parametrize(
-    ("place", "usual_step_s", "stack", "silent_s", "unmoved_s", "expected"),
+    ("place", "usual_step_s", "waits_for", "silent_s", "unmoved_s", "expected"),
     [
         (Place.STEP, 0.1, [], 1, 20, Health.WELL),
         (Place.STEP, 0.1, [], 30, 30, Health.SILENT),
@@ -38,11 +53,43 @@ READING = ['File "/elsewhere/jobs/token_stream.py", line 1, in samples\n']
     ],
 )
 def test_who_hangs(
-    place: Place, usual_step_s: float | None, stack: list[str], silent_s: float, unmoved_s: float, expected: Health
+    place: Place,
+    usual_step_s: float | None,
+    waits_for: list[Waits],
+    silent_s: float,
+    unmoved_s: float,
+    expected: Health,
 ) -> None:
-    beat = Beat(place, 1, usual_step_s, stack)
+    beat = Beat(place, 1, usual_step_s, waits_for, [])
     assert Beat.from_json(beat.to_json()) == beat
     assert health(beat, silent_s=silent_s, unmoved_s=unmoved_s, hang_timeout_s=30) is expected
+
+
+@pytest.mark.parametrize(
+    ("module", "expected"),
+    [
+        (distributed_c10d, [Waits.WORKERS]),
+        (worker_group, [Waits.WORKERS]),
+        (bucket_exchange, [Waits.WORKERS]),
+        (background, [Waits.WORKERS]),
+        (token_stream, [Waits.STORAGE]),
+        (outage, [Waits.STORAGE]),
+        (checkpoint_writer, [Waits.STORAGE]),
+        (s3_storage, [Waits.STORAGE]),
+        (batch_gradient, []),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_what_a_worker_waits_for_is_told_by_the_modules_that_it_is_in(
+    module: ModuleType, expected: list[Waits]
+) -> None:
+    """By the modules themselves, wherever they lie: one that is renamed gets no healthy worker killed."""
+    code = compile("def look(beat):\n    return beat()\n", str(module.__file__), "exec")
+    names: dict[str, Any] = {}
+    exec(code, names)
+    beat = names["look"](Pulse().beat)
+    assert beat.waits_for == expected
+    assert Beat.from_json(json.loads(json.dumps(beat.to_json()))) == beat
 
 
 WORKER = """
