@@ -9,7 +9,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from cluster.config import TOKENS, RunConfig, write_config
+from cluster.config import TOKENS, DataConfig, RunConfig, write_config
 from cluster.module_process import run_module
 from cluster.progress import say
 from cluster.storage import NotFoundError, glob_uris, open_storage
@@ -45,8 +45,7 @@ def check_run(config: RunConfig, folders: Folders) -> dict[str, Any]:
                 f"{storage} is a folder of this machine; the job needs --storage.uri s3://bucket/prefix"
             )
         say(f"{storage} is a folder: all nodes of the cluster have to see the same there")
-    for source in _sources(config):
-        _check_source(source, folders)
+    check_sources(config.data, folders)
     with tempfile.TemporaryDirectory(prefix="raymill-admission-") as folder:
         path = Path(folder, "run.yaml")
         write_config(config, path)
@@ -56,10 +55,11 @@ def check_run(config: RunConfig, folders: Folders) -> dict[str, Any]:
     return needs
 
 
-def _sources(config: RunConfig) -> list[str]:
-    source = config.data.source
-    uris = [*([source] if isinstance(source, str) else source), *config.data.validation.values()]
-    return [uri.removeprefix(TOKENS) for uri in uris]
+def check_sources(data: DataConfig, folders: Folders) -> None:
+    """Raises `AdmissionError` for a source that is not there, as far as this machine can tell."""
+    sources = [data.source] if isinstance(data.source, str) else data.source
+    for uri in [*sources, *data.validation.values()]:
+        _check_source(uri.removeprefix(TOKENS), folders)
 
 
 def _check_source(uri: str, folders: Folders) -> None:

@@ -8,7 +8,7 @@ import argparse
 import json
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
@@ -17,6 +17,7 @@ from cluster.command_arguments import imported
 from cluster.command_table import COMMANDS, Command
 from cluster.parser import ConfigError, Parser
 from cluster.printable import printable
+from cluster.result_text import lines
 from cluster.stage_module import ModuleFailedError
 from model.errors import UserError
 
@@ -26,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     try:
         arguments = command_parser(words).parse_args(words)
+        arguments.words = words
         arguments.show = lambda result: _show(result, as_json=arguments.json)
         result = imported(arguments.run)(arguments)
     except UserError as error:
@@ -83,21 +85,8 @@ class _ShowVersion(argparse.Action):
 
 
 def _show(result: dict[str, Any], *, as_json: bool) -> None:
-    sys.stdout.write((json.dumps(result) if as_json else "\n".join(_lines(result))) + "\n")
+    sys.stdout.write((json.dumps(result) if as_json else "\n".join(lines(result))) + "\n")
     sys.stdout.flush()
-
-
-def _lines(result: dict[str, Any]) -> Iterator[str]:
-    """A line a value; what is nested stands below its name, indented."""
-    width = max(map(len, result), default=0)
-    for name, value in result.items():
-        inner = value if isinstance(value, list) else [value]
-        if inner and all(isinstance(item, dict) for item in inner):
-            yield name
-            for item in inner:
-                yield from (f"  {line}" for line in _lines(item))
-        else:
-            yield f"{printable(name, keep=''):{width}}  {printable(str(value), keep='')}"
 
 
 if __name__ == "__main__":

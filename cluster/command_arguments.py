@@ -66,6 +66,7 @@ def logs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-f", "--follow", action="store_true", help="go on until the job ends; exit code 1 if not well")
     parser.add_argument("--all", action="store_true", help="of all launches that are kept, not only of the last one")
     parser.add_argument("--tail", type=int, metavar="N", help="only the last N lines")
+    parser.add_argument("--ray", action="store_true", help="also the lines of Ray and of its workers' processes")
     job(parser)
 
 
@@ -170,7 +171,7 @@ def complete(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt")
     parser.add_argument("--url", help="endpoint, such as http://127.0.0.1:8000")
     parser.add_argument("--api-key-file", type=Path, help="file with the API key")
-    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--max-tokens", type=int, help="64 when unset, or as many as fit behind the prompt")
     parser.add_argument("--temperature", type=float, default=0.8)
     parser.add_argument("--seed", type=int)
     storage(parser)

@@ -5,6 +5,8 @@ Each imports what it alone needs, so that none waits for PyTorch or Ray in vain.
 
 import argparse
 import os
+import shlex
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,20 +26,49 @@ if TYPE_CHECKING:
 def stage(arguments: argparse.Namespace) -> dict[str, Any]:
     """Submits the stage that the command is called after as a job, and follows it."""
     from cluster.chaos import Chaos, parse_faults
-    from cluster.config import RunConfig
+    from cluster.command_checks import check_stage
+    from cluster.config import RunConfig, max_steps
     from cluster.flags import config_from_arguments
     from cluster.local import cpus_per_node
-    from cluster.stage import connected, run_stage
 
     config = config_from_arguments(arguments, RunConfig)
     faults = parse_faults(getattr(arguments, "chaos", []))
     if faults and config.cluster.address is not None:
         raise ConfigError("--chaos kills nodes of the local cluster; leave out --cluster.address")
-    with (
-        connected(config.cluster, cpus_per_node=cpus_per_node(config)) as connection,
-        Chaos(faults, cluster=connection.local, config=config),
-    ):
-        return run_stage(connection, STAGES[arguments.command][0], config)
+    check_stage(config, arguments.command)
+    steps = "" if arguments.command == "tokenize" else f", {max_steps(config):,} steps"
+    say(f"{arguments.command}: run {config.run_id}{steps}, of {_named(config.data.source)}")
+
+    from cluster.stage import connected, run_stage  # which takes a second, as it imports Ray
+
+    try:
+        with (
+            connected(config.cluster, cpus_per_node=cpus_per_node(config)) as connection,
+            Chaos(faults, cluster=connection.local, config=config),
+        ):
+            result = run_stage(connection, STAGES[arguments.command][0], config)
+    except (KeyboardInterrupt, SystemExit):
+        if arguments.command != "tokenize":
+            known = [] if "--run-id" in arguments.words else ["--run-id", str(config.run_id)]
+            say(f"continue with: raymill {shlex.join([*arguments.words, *known])}")
+        raise
+    if arguments.command == "tokenize":
+        words = ["pretrain" if word == "tokenize" else word for word in arguments.words]
+        _say_next(".raymill", f"raymill {shlex.join(words)}")
+    else:
+        _say_next(config.storage.uri, f"raymill report {config.run_id}", "raymill serve latest")
+    return result
+
+
+def _named(source: str | list[str]) -> str:
+    sources = [source] if isinstance(source, str) else source
+    return sources[0] if len(sources) == 1 else f"{sources[0]} and {len(sources) - 1} more"
+
+
+def _say_next(storage: str, *commands: str) -> None:
+    """Says how to go on, with the storage where that is not the usual one."""
+    where = "" if absolute_uri(storage) == absolute_uri(".raymill") else f" --storage.uri {storage}"
+    say("next: " + ", or ".join(f"`{command}{where}`" for command in commands))
 
 
 def storage_check(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -72,27 +103,46 @@ def look_at_store(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
+    from cluster.command_checks import check_checkpoint, check_data
     from cluster.config import EvaluateConfig
     from cluster.flags import config_from_arguments
     from cluster.local import cpus_per_node
-    from cluster.stage import connected, run_stage
 
     config = config_from_arguments(arguments, EvaluateConfig)
+    address = config.cluster.address
+    checkpoint = check_checkpoint(config.checkpoint, config.storage.uri, address=address)
+    check_data(config.data, address=address)
+    say(f"evaluate: {checkpoint}")
+
+    from cluster.stage import connected, run_stage  # which takes a second, as it imports Ray
+
     with connected(config.cluster, cpus_per_node=cpus_per_node(config)) as connection:
-        return run_stage(connection, "jobs.evaluate", config)
+        result = run_stage(connection, "jobs.evaluate", config)
+    _say_next(config.storage.uri, f"raymill serve {result['checkpoint']}")
+    return result
 
 
 def export(arguments: argparse.Namespace) -> dict[str, Any]:
+    from cluster.registry import named_checkpoint
+
     destination = absolute_uri(arguments.destination)
+    say(f"export: {named_checkpoint(arguments.checkpoint, storage_uri(arguments))} to {destination}")
     return run_module("jobs.export", arguments.checkpoint, destination, "--storage.uri", storage_uri(arguments))
 
 
 def report(arguments: argparse.Namespace) -> dict[str, Any]:
+    from cluster.command_checks import check_runs
+
     options = [f"--{name}={value}" for name in ("price", "plan") if (value := getattr(arguments, name)) is not None]
+    (run,) = check_runs([arguments.run_uri], storage_uri(arguments))
+    say(f"report: drawing {run.uri}")
     return run_module("jobs.report", arguments.run_uri, *options, "--storage.uri", storage_uri(arguments))
 
 
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
+    from cluster.command_checks import check_runs
+
+    say(f"compare: {len(check_runs(arguments.runs, storage_uri(arguments)))} runs")
     return run_module("jobs.compare_runs", *arguments.runs, "--storage.uri", storage_uri(arguments))
 
 
@@ -107,7 +157,10 @@ _RUN_MODULES = {
 
 def look_at_run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Exit code 1 where it finds the run, or two, not as they should be."""
+    from cluster.command_checks import check_runs
+
     options = [f"--{name}={value}" for name in ("steps", "workers") if (value := getattr(arguments, name, None))]
+    check_runs(arguments.runs, storage_uri(arguments))
     module = _RUN_MODULES[arguments.command]
     result = run_module(module, *arguments.runs, *options, "--storage.uri", storage_uri(arguments))
     if not result.get("equal", result.get("valid", True)):
@@ -117,6 +170,9 @@ def look_at_run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def track(arguments: argparse.Namespace) -> dict[str, Any]:
+    from cluster.command_checks import check_runs
+
+    check_runs([arguments.run_uri], storage_uri(arguments))
     where = [f"--{name}={value}" for name in ("wandb", "mlflow") if (value := getattr(arguments, name))]
     options = [*where, *(["--follow"] if arguments.follow else [])]
     return run_module("jobs.track_run", arguments.run_uri, *options, "--storage.uri", storage_uri(arguments))
@@ -138,16 +194,19 @@ def lend_workers(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def publish_checkpoint(arguments: argparse.Namespace) -> dict[str, Any]:
-    from cluster.registry import publish
+    from cluster.registry import publish, what_latest_became
 
-    publication = publish(open_storage(storage_uri(arguments)), arguments.checkpoint)
-    return {"checkpoint": publication.checkpoint, "parameter_hash": publication.parameter_hash}
+    storage = open_storage(storage_uri(arguments))
+    publication = publish(storage, arguments.checkpoint)
+    say(what_latest_became(storage))
+    found = vars(publication)
+    return {name: found[name] for name in ("checkpoint", "run_id", "step", "parameter_hash")}
 
 
 def checkpoint_show(arguments: argparse.Namespace) -> dict[str, Any]:
     """Also of a damaged checkpoint: `valid` is false then, and `problems` says why."""
     from cluster.registry import resolve_checkpoint
-    from model.checkpoint import CheckpointError, read_metadata, verify_checkpoint
+    from model.checkpoint_folder import CheckpointError, read_metadata, verify_checkpoint
 
     folder = open_storage(arguments.checkpoint).local_path("")
     if arguments.checkpoint == "latest" or folder is None:
@@ -160,26 +219,49 @@ def checkpoint_show(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"checkpoint": str(folder), "valid": not problems, "problems": problems, "files": files, **metadata}
 
 
-def checkpoint_list(arguments: argparse.Namespace) -> dict[str, Any]:
-    from cluster.registry import publications
+def checkpoint_list(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """What was published, oldest first, with its validation loss and which of them `latest` means."""
+    from cluster.registry import metadata_of, newest_usable, publications
+    from cluster.result_text import date_of, table
 
-    storage = open_storage(storage_uri(arguments))
-    return {"published": [vars(publication) for publication in publications(storage)]}
+    published = publications(open_storage(storage_uri(arguments)))
+    latest = newest_usable(published)
+    rows = []
+    for publication in published:
+        metadata = metadata_of(publication.checkpoint)
+        val_loss = metadata and metadata.val_loss
+        rows.append(vars(publication) | {"val_loss": val_loss, "is_latest": publication is latest})
+    if arguments.json:
+        return {"published": rows}
+    for row in rows:
+        row |= {"published": date_of(row["time"]), "latest": "latest" if row["is_latest"] else ""}
+    if not rows:
+        say(f"nothing is published in {storage_uri(arguments)}: a run that ends publishes its last checkpoint")
+        return None
+    sys.stdout.write("".join(f"{line}\n" for line in table(_PUBLISHED, rows)))
+    return None
+
+
+_PUBLISHED = ("published", "run_id", "step", "val_loss", "latest", "checkpoint")
 
 
 def serve(arguments: argparse.Namespace) -> None:
     """Serves until a signal; on a cluster of others it deploys and leaves, unless it is to follow a run."""
+    from cluster.command_checks import check_endpoint
     from cluster.delivery import Operator
     from cluster.delivery_commands import follow_run, gate_of
     from cluster.endpoint import deploy, require_ray_proxies
     from cluster.flags import config_from_arguments
     from cluster.serve_config import ServeConfig
-    from cluster.stage import connected
 
     require_ray_proxies()
     config = config_from_arguments(arguments, ServeConfig)
     if arguments.follow is not None and config.admin_key_file is None:
         raise ConfigError("--follow promotes through /admin: name a file for its key with --admin-key-file")
+    say(f"serve: {check_endpoint(config)} at http://{config.host}:{config.port}")
+
+    from cluster.stage import connected  # which takes a second, as it imports Ray
+
     with connected(config.cluster, cpus_per_node=_replica_cpus(config)) as connection:
         endpoint = deploy(connection, config)
         arguments.show({"url": endpoint.url, "model": endpoint.model})
@@ -190,6 +272,7 @@ def serve(arguments: argparse.Namespace) -> None:
             say(f"{endpoint.url} stays up; end it with Ray Serve's own tools")
             return
         say(f"serving {endpoint.model} at {endpoint.url}; Ctrl-C ends it")
+        _say_next(config.storage.uri, 'raymill complete "Once upon a time"')
         while True:
             if connection.local.lost_head():
                 say("the head of the local cluster was lost: it is started again, and the endpoint comes back with it")
@@ -222,6 +305,8 @@ def _write_now(text: str) -> None:
 
 
 def demo(arguments: argparse.Namespace) -> dict[str, Any]:
+    say("demo: a corpus, its tokens, training with a node killed on purpose, an evaluation, a report and an endpoint")
+
     from cluster.demo import run_demo
 
     return run_demo(storage_uri(arguments), keep=arguments.keep)

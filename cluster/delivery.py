@@ -10,7 +10,7 @@ import httpx
 from cluster.endpoint import Endpoint, raise_for
 from cluster.registry import LATEST
 from cluster.storage import Storage, absolute_uri
-from model.checkpoint import MANIFEST
+from model.checkpoint_folder import MANIFEST
 from model.errors import UserError
 
 POLL_S = 0.5

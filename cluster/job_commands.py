@@ -23,10 +23,11 @@ from cluster.kube_commands import connected_api, overlay_folder
 from cluster.kube_jobs import KubeJobs
 from cluster.local_jobs import LocalJobs
 from cluster.parser import ConfigError
-from cluster.progress import say
+from cluster.progress import RayFilter, say
+from cluster.result_text import table
 from cluster.stage_module import STAGES, ModuleFailedError
 from cluster.storage import NotFoundError, Storage, absolute_uri, open_storage
-from cluster.submit import Backends, check_only, describe, stop_job, submit_job, view_job
+from cluster.submit import Backends, JobView, check_only, describe, stop_job, submit_job, view_job
 from model.errors import UserError
 
 _STOP_TIMEOUT_S = 90.0
@@ -38,6 +39,7 @@ _TAIL_BYTES = 64 << 10
 def submit(arguments: argparse.Namespace) -> dict[str, Any] | None:
     config = config_from_arguments(arguments, RunConfig)
     backend, stage = _backend(arguments, config), arguments.stage
+    say(f"submit: {stage} of run {config.run_id}; checking the storage, the sources and the settings")
     if arguments.dry_run:
         check_only(config, stage, backend)
         if isinstance(backend, KubeJobs):
@@ -87,11 +89,12 @@ def list_jobs(arguments: argparse.Namespace) -> dict[str, Any] | None:
     rows = _of_cluster(arguments) if arguments.address else _of_storage(arguments)
     if arguments.json:
         return {"jobs": rows}
-    names = ("run_id", "stage", "state", "backend", "where", "job")
-    lines = [names, *([str(row.get(name) or "") for name in names] for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(names))]
-    for line in lines:
-        sys.stdout.write("  ".join(f"{word:{width}}" for word, width in zip(line, widths, strict=True)).rstrip() + "\n")
+    if not rows:
+        place = arguments.address or _storage_uri(arguments)
+        say(f"no runs in {place}: `raymill pretrain` or `raymill submit` starts one; --storage.uri names another place")
+        return None
+    names = ("run_id", "stage", "state", "step", "backend", "where", "job")
+    sys.stdout.write("".join(f"{line}\n" for line in table(names, rows)))
     return None
 
 
@@ -99,10 +102,26 @@ def _of_storage(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     runs = open_storage(_storage_uri(arguments)).child("runs")
     backends, rows = _backends(arguments), []
     for run_id in recorded_runs(runs):
-        view = view_job(runs.child(run_id), backends)
+        run = runs.child(run_id)
+        view = view_job(run, backends)
         if view is not None:
-            rows.append(describe(view, run_id))
+            rows.append(describe(view, run_id) | _started_by_hand(run, view) | _progress(run))
     return sorted(rows, key=lambda row: str(row["submitted"]))
+
+
+def _started_by_hand(run: Storage, view: JobView) -> dict[str, Any]:
+    """What a submission would say of a run that `raymill pretrain` or another stage has started."""
+    if view.record is not None or view.launch is None:
+        return {}
+    started = LogReader(run, view.launch).started()
+    stage = next((name for name, (module, _) in STAGES.items() if module.endswith(f".{started.stage}")), started.stage)
+    return {
+        "stage": stage,
+        "backend": "by hand",
+        "where": started.host,
+        "job": started.job,
+        "submitted": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started.time)),
+    }
 
 
 def _of_cluster(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -160,7 +179,7 @@ def logs(arguments: argparse.Namespace) -> dict[str, Any] | None:
     if arguments.follow:
         return _follow(arguments, run, backends)
     chosen = names if arguments.all else names[-1:]
-    lines = [line for name in chosen for line in _lines_of(run, name, header=arguments.all)]
+    lines = [line for name in chosen for line in _lines_of(run, name, header=arguments.all, rays=arguments.ray)]
     lines = lines[-arguments.tail :] if arguments.tail else lines
     if arguments.json:
         return {"run_id": arguments.run_id, "launches": chosen, "lines": lines}
@@ -168,25 +187,27 @@ def logs(arguments: argparse.Namespace) -> dict[str, Any] | None:
     return None
 
 
-def _lines_of(run: Storage, launch: str, *, header: bool) -> list[str]:
-    reader = LogReader(run, launch)
+def _lines_of(run: Storage, launch: str, *, header: bool, rays: bool) -> list[str]:
+    reader, ray_filter = LogReader(run, launch), RayFilter()
     started = reader.started()
     title = [f"== {started.stage} on {started.host}, {launch}"] if header else []
-    return title + "".join(reader.new_text()).splitlines()
+    lines = "".join(reader.new_text()).splitlines()
+    return title + [line for line in lines if rays or not ray_filter.hides(line)]
 
 
 def _follow(arguments: argparse.Namespace, run: Storage, backends: Backends) -> dict[str, Any]:
     """Also over launches that come after one that failed; ends with the job."""
     pause_s = _REMOTE_POLL_S if run.local_path("") is None else _LOCAL_POLL_S
-    shown, reader, looked_s = "", None, 0.0
+    shown, reader, looked_s, ray_filter = "", None, 0.0, RayFilter()
     while True:
         newest = launches(run)[-1:]
         if newest and newest[0] != shown:
             shown = newest[0]
             reader = LogReader(run, shown)
         ended = reader.ended() if reader else None  # before its last lines are read
-        for text in reader.new_text() if reader else ():
-            (sys.stderr if arguments.json else sys.stdout).write(text)
+        for line in "".join(reader.new_text()).splitlines() if reader else ():
+            if arguments.ray or not ray_filter.hides(line):
+                (sys.stderr if arguments.json else sys.stdout).write(f"{line}\n")
         sys.stdout.flush()
         if ended is not None or time.monotonic() - looked_s > _STATE_INTERVAL_S:
             looked_s = time.monotonic()

@@ -20,7 +20,10 @@ from cluster.storage import NotFoundError, Storage, StorageError
 JOBS = "jobs"
 """Folder of the run's storage."""
 
-_STARTED, _ENDED, _SEGMENT = "started.json", "ended.json", "log-"
+STARTED = "started.json"
+"""In a launch's folder, from its first moment on."""
+
+_ENDED, _SEGMENT = "ended.json", "log-"
 _SEGMENT_BYTES = 256 << 10
 _WAITING_SEGMENTS = 32  # 8 MiB of memory for an outage of the storage
 _LAUNCH_BYTES = 64 << 20
@@ -59,7 +62,7 @@ class JobLog:
             with suppress(StorageError):  # such as one where jobs may not delete
                 _remove(run.child(f"{JOBS}/{old}"))
         self._folder, self._launch_bytes = run.child(f"{JOBS}/{launch}"), launch_bytes
-        self._folder.write_bytes(_STARTED, json.dumps(asdict(started)).encode())
+        self._folder.write_bytes(STARTED, json.dumps(asdict(started)).encode())
         self._start, self._growing = 0, bytearray()
         self._full: deque[tuple[int, bytes]] = deque(maxlen=_WAITING_SEGMENTS)
         self._kept: dict[int, int] = {}  # size of each full segment in the storage, by its start
@@ -133,7 +136,7 @@ class LogReader:
         self._position = 0
 
     def started(self) -> Started:
-        return Started(**json.loads(self._folder.read_bytes(_STARTED)))
+        return Started(**json.loads(self._folder.read_bytes(STARTED)))
 
     def ended(self) -> Ended | None:
         try:
@@ -162,12 +165,12 @@ class LogReader:
 def launches(run: Storage) -> list[str]:
     """Names of the run's launches, the oldest first."""
     keys = [entry.key for entry in run.child(JOBS).list()]
-    return sorted(key.partition("/")[0] for key in keys if key.endswith(f"/{_STARTED}"))
+    return sorted(key.partition("/")[0] for key in keys if key.endswith(f"/{STARTED}"))
 
 
 def _remove(folder: Storage) -> None:
     """The first word last: a folder without it is no launch."""
-    for entry in sorted(folder.list(), key=lambda entry: entry.key == _STARTED):
+    for entry in sorted(folder.list(), key=lambda entry: entry.key == STARTED):
         folder.delete(entry.key)
 
 

@@ -4,10 +4,11 @@ import json
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 
-from cluster.job_log import JOBS
+from cluster.job_log import JOBS, STARTED
 from cluster.storage import AlreadyExistsError, ConflictError, NotFoundError, Storage
 
-_KEY = f"{JOBS}/submitted.json"
+_SUBMITTED = "submitted.json"
+_KEY = f"{JOBS}/{_SUBMITTED}"
 
 
 class JobState(StrEnum):
@@ -81,5 +82,6 @@ def write_record(run: Storage, record: JobRecord, *, replaces: str | None) -> st
 
 
 def recorded_runs(runs: Storage) -> list[str]:
-    """Ids of the runs below `runs` that have such a file."""
-    return sorted(entry.key.removesuffix(f"/{_KEY}") for entry in runs.list() if entry.key.endswith(f"/{_KEY}"))
+    """Ids of the runs below `runs` that were submitted, or of which a stage was started by hand."""
+    keys = [entry.key.split("/") for entry in runs.list()]
+    return sorted({run for run, *rest in keys if rest[:1] == [JOBS] and rest[-1] in (_SUBMITTED, STARTED)})

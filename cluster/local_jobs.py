@@ -20,6 +20,7 @@ from cluster.job_backend import JobBackend
 from cluster.job_record import Backend, JobRecord, JobState
 from cluster.local import ClusterError, cpus_per_node
 from cluster.process_identity import ProcessIdentity
+from cluster.progress import doing
 from cluster.stage_module import STAGES
 
 
@@ -62,7 +63,8 @@ class LocalJobs(JobBackend):
                 )
             assert owner.stdout is not None, "its output is piped"
             try:
-                ready = owner.stdout.readline()
+                with doing(f"starting a local cluster of {config.cluster.num_nodes} nodes in the background"):
+                    ready = owner.stdout.readline()
             except BaseException:
                 owner.terminate()
                 raise

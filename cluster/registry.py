@@ -65,15 +65,20 @@ def publications(storage: Storage) -> list[Publication]:
     return [Publication(**json.loads(storage.read_bytes(entry.key))) for entry in _entries(storage)]
 
 
+def newest_usable(published: list[Publication]) -> Publication | None:
+    """The publication that `latest` means, by the names of the checkpoints' files alone."""
+    return next((found for found in reversed(published) if open_storage(found.checkpoint).exists(MANIFEST)), None)
+
+
 def what_latest_became(storage: Storage) -> str:
     """Says in a line what `latest` is since the newest publication, what it was before, and how to return to that
     where it has the lower validation loss on the same data."""
     *earlier, newest = publications(storage)
-    now = _metadata(newest.checkpoint)
+    now = metadata_of(newest.checkpoint)
     said = f"latest is now step {newest.step:,} of run {newest.run_id}{_loss(now)}"
     if not earlier or earlier[-1].checkpoint == newest.checkpoint:
         return said
-    before = _metadata(earlier[-1].checkpoint)
+    before = metadata_of(earlier[-1].checkpoint)
     said += f"; it was step {earlier[-1].step:,} of run {earlier[-1].run_id}{_loss(before)}"
     if now and before and _is_better(before, now):
         said += f", which is better on the same data: `raymill publish {earlier[-1].checkpoint}` makes it latest again"
@@ -159,8 +164,8 @@ def _candidates(reference: str, storage_uri: str) -> tuple[list[str], str]:
     return [folder.uri], ""
 
 
-def _metadata(checkpoint: str) -> Metadata | None:
-    """None where the checkpoint is gone, such as with its run's folder."""
+def metadata_of(checkpoint: str) -> Metadata | None:
+    """Where the checkpoint's weights come from; None where it is gone, such as with its run's folder."""
     try:
         return Metadata(**json.loads(open_storage(checkpoint).read_bytes("raymill.json")))
     except NotFoundError:

@@ -13,7 +13,7 @@ from cluster.flags import read_config
 from cluster.parser import Parser
 from cluster.stage_module import print_result
 from jobs.memory_plan import gpu_memory, layout_of
-from jobs.run_history import CONFIG_FILE, changed_settings, recorded_config
+from jobs.run_history import why_not_resumed
 from jobs.run_plan import run_storage
 from model.processor import Precision
 
@@ -35,18 +35,8 @@ def admission(config: RunConfig) -> dict[str, Any]:
     return {
         "worker_bytes": round(_PROCESS_BYTES + training - on_device),
         "device_bytes": round(on_device),
-        "problems": _problems(config),
+        "problems": [reason] if (reason := why_not_resumed(run_storage(config), config)) else [],
     }
-
-
-def _problems(config: RunConfig) -> list[str]:
-    run = run_storage(config)
-    if not run.exists(CONFIG_FILE):
-        return []
-    before = recorded_config(run)
-    # The recorded vocabulary is the tokenizer's, which may not be there yet for these settings.
-    changed = [text for text in changed_settings(before, config) if not text.startswith("model.vocab_size ")]
-    return [f"run {config.run_id} has other settings: {'; '.join(changed)}. Choose another --run-id"] if changed else []
 
 
 def main() -> int:

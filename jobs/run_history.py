@@ -76,6 +76,16 @@ def changed_settings(before: RunConfig, now: RunConfig) -> list[str]:
     ]
 
 
+def why_not_resumed(run: Storage, config: RunConfig) -> str:
+    """Says why the run cannot be resumed with these settings; empty where it can, or is a new one."""
+    if not run.exists(CONFIG_FILE):
+        return ""
+    # The recorded vocabulary is the tokenizer's, which may not be there yet for these settings.
+    changed = changed_settings(recorded_config(run), config)
+    changed = [text for text in changed if not text.startswith("model.vocab_size ")]
+    return f"run {config.run_id} has other settings: {'; '.join(changed)}. Choose another --run-id" if changed else ""
+
+
 def segments(ledger: Ledger) -> list[Segment]:
     found: dict[int, Segment] = {}
     for line in _step_lines(ledger):

@@ -1,0 +1,44 @@
+"""Results as people read them: a line a value, aligned columns, numbers with four digits, times with a date."""
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from cluster.printable import printable
+
+
+def lines(result: Mapping[str, Any]) -> Iterator[str]:
+    """A line a value; what is nested stands below its name, indented, with an empty line between its parts."""
+    width = max(map(len, result), default=0)
+    for name, value in result.items():
+        inner = value if isinstance(value, list) else [value]
+        if inner and all(isinstance(item, dict) for item in inner):
+            yield printable(name, keep="")
+            for number, item in enumerate(inner):
+                if number and len(item) > 1:
+                    yield ""
+                yield from (f"  {line}" for line in lines(item))
+        else:
+            yield f"{printable(name, keep=''):{width}}  {text_of(value)}"
+
+
+def table(names: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """The names, and below them the rows' values in aligned columns; a value that a row lacks is left out."""
+    cells = [list(names), *([text_of(row.get(name, "")) for name in names] for row in rows)]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(names))]
+    for line in cells:
+        yield "  ".join(f"{word:{width}}" for word, width in zip(line, widths, strict=True)).rstrip()
+
+
+def text_of(value: Any) -> str:
+    """Numbers that are not whole have four digits; --json has all of them."""
+    if isinstance(value, float):
+        return f"{value:,.1f}" if abs(value) >= 1000 else f"{value:.4g}"
+    if isinstance(value, list):
+        return ", ".join(map(text_of, value)) or "none"
+    return "-" if value is None else printable(str(value), keep="")
+
+
+def date_of(seconds: float) -> str:
+    """A Unix time as this machine's clocks show it."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
