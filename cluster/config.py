@@ -66,7 +66,9 @@ class DataConfig(Settings):
         default_factory=list, description="text normalization of a trained tokenizer, recorded in it; GPT-2 has none"
     )
     tokenizer_sample_bytes: int = Field(
-        default=256 << 20, ge=1, description="text that the tokenizer is trained on, bytes from the front of the corpus"
+        default=256 << 20,
+        ge=1,
+        description="text that the tokenizer is trained on, bytes from places all over the corpus",
     )
     invalid_utf8: Literal["replace", "skip", "fail"] = Field(
         default="replace", description="a document that is not UTF-8: put U+FFFD, drop it, or stop"

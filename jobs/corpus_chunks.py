@@ -11,7 +11,7 @@ from itertools import groupby
 
 from jobs.corpus_listing import CorpusFile
 
-_EXPANSION = {".gz": 3, ".zst": 3, "": 1}  # text in an archive; only has to be in the right order of magnitude
+EXPANSION = {".gz": 3, ".zst": 3, "": 1}  # text in an archive; only has to be in the right order of magnitude
 _CHUNK_PARTS = 512  # tiny files are opened one by one: a chunk of more would take minutes from S3
 
 
@@ -70,7 +70,7 @@ def plan_chunks(
         for number, file in numbered:
             divided = pieces[number] if number in pieces else _ranges(number, file, shard_bytes, max_document_bytes)
             for part in divided:
-                added = (part.end - part.start) * _EXPANSION[part.compression]
+                added = (part.end - part.start) * EXPANSION[part.compression]
                 if parts and (weight + added > shard_bytes or len(parts) == _CHUNK_PARTS):
                     chunks.append(Chunk(len(chunks), source, parts))
                     parts, weight = [], 0

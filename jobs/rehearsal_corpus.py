@@ -13,6 +13,7 @@ from cluster.config import RunConfig
 from cluster.flags import read_config
 from cluster.parser import ConfigError, Parser
 from cluster.stage_module import print_result
+from jobs.corpus_chunks import whole_file
 from jobs.corpus_listing import list_corpus
 from jobs.train_tokenizer import kept_texts
 
@@ -34,7 +35,7 @@ def rehearsal_corpus(config: RunConfig, folder: Path) -> dict[str, Any]:
     for number, files in enumerate(groups):
         with (folder / f"source-{number}.jsonl").open("w", encoding="utf-8") as file:
             left = MAX_BYTES // len(groups)
-            for text in kept_texts(iter(files), data):
+            for text in kept_texts(map(whole_file, range(len(files)), files), data):
                 written += file.write(json.dumps({data.text_field: text}, ensure_ascii=False) + "\n")
                 left -= len(text)
                 if left <= 0:

@@ -1,10 +1,11 @@
-"""Stage: the corpus's tokenizer, loaded where one is named, else trained on the front of the corpus and kept."""
+"""Stage: the corpus's tokenizer, loaded where one is named, else trained on a sample of the corpus and kept."""
 
 import hashlib
+import math
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby, islice
 from typing import Any
 
@@ -15,13 +16,14 @@ from cluster.config import DataConfig, RunConfig
 from cluster.progress import say
 from cluster.stage import stage_main
 from cluster.storage import NotFoundError, join_uri, open_storage, split_uri
-from jobs.corpus_chunks import whole_file
+from jobs.corpus_chunks import Part, whole_file
 from jobs.corpus_listing import CorpusFile, Listing, empty_corpus, list_corpus
 from jobs.data_tasks import WORKER_DEATHS, worker_died
 from jobs.documents import read_documents
 from jobs.normal_text import document_hash, normalized
 from jobs.quality import failed_rule
 from jobs.ready_shards import store_tokenizer
+from jobs.sample_places import is_sampled, sample_places
 from jobs.text_pieces import cut_text
 from jobs.token_store import canonical_json
 from model.errors import UserError
@@ -29,6 +31,8 @@ from model.tokenizer import Tokenizer, train_bpe
 
 TOKENIZER_FILE = "tokenizer.json"
 TRAINING_PIECE_CHARS = 1024
+_MOST_READ = 8
+"""Times what a place is to give that is read there at most, whatever is dropped: the reading is bounded."""
 
 _SHAPING = {
     "text_field",
@@ -53,7 +57,9 @@ def ensure_tokenizer(config: RunConfig, listing: Listing | None = None) -> tuple
     if listing.token_stores:
         location = next(iter(listing.token_stores.values()))
         return store_tokenizer(location), join_uri(location, TOKENIZER_FILE)
-    shaping = [config.data.model_dump(mode="json", include=_SHAPING), listing.identity()]
+    shaping: list[Any] = [config.data.model_dump(mode="json", include=_SHAPING), listing.identity()]
+    if _is_sampled(listing.files, config.data):  # those of smaller corpora are all of their text, as ever
+        shaping.append("places")
     key = hashlib.sha256(canonical_json(shaping)).hexdigest()[:12]
     folder = open_storage(config.storage.uri).child(f"tokenizers/{key}")
     uri = join_uri(folder.uri, TOKENIZER_FILE)
@@ -92,36 +98,59 @@ def _train(files: list[CorpusFile], data: DataConfig) -> bytes:
 
 
 def sample_texts(files: Sequence[CorpusFile], data: DataConfig) -> Iterator[str]:
-    """The first `data.tokenizer_sample_bytes` of the kept documents, an equal share from each source's front.
+    """Yields up to `data.tokenizer_sample_bytes` of the kept documents, an equal share from each source: all of a small
+    source, else text from places all over it.
 
     In pieces of whole words, as training takes time by the square of a word's length: DNA is one of a megabyte. The
-    last document of a share may be cut. Raises `CorpusError` when no document is kept.
+    last document of a place may be cut. What a place lacks, where much is dropped, the next one gives. Raises
+    `CorpusError` when no document is kept.
     """
-    num_sources = len({file.source for file in files})
+    share_bytes = _share_bytes(files, data)
     seen: set[bytes] = set()
     dropped: Counter[str] = Counter()
-    for _, group in groupby(files, key=lambda file: file.source):
-        remaining = max(1, data.tokenizer_sample_bytes // num_sources)
-        for text in kept_texts(group, data, seen, dropped):
-            encoded = text.encode()
-            yield from cut_text(encoded[:remaining].decode(errors="ignore"), piece_chars=TRAINING_PIECE_CHARS)
-            remaining -= len(encoded)
-            if remaining <= 0:
-                break
+    for _, group in groupby(enumerate(files), key=lambda numbered: numbered[1].source):
+        remaining = 0
+        places = sample_places(list(group), share_bytes=share_bytes, max_document_bytes=data.max_document_bytes)
+        for num_bytes, parts in places:
+            remaining += num_bytes
+            for text in kept_texts(parts, data, seen, dropped, most_bytes=_MOST_READ * remaining):
+                encoded = text.encode()
+                yield from cut_text(encoded[:remaining].decode(errors="ignore"), piece_chars=TRAINING_PIECE_CHARS)
+                remaining -= min(len(encoded), remaining)
+                if not remaining:
+                    break
     if not seen:
         raise empty_corpus(len(files), dropped)
 
 
+def _share_bytes(files: Sequence[CorpusFile], data: DataConfig) -> int:
+    return max(1, data.tokenizer_sample_bytes // len({file.source for file in files}))
+
+
+def _is_sampled(files: Sequence[CorpusFile], data: DataConfig) -> bool:
+    share_bytes = _share_bytes(files, data)
+    return any(is_sampled(list(group), share_bytes) for _, group in groupby(files, key=lambda file: file.source))
+
+
 def kept_texts(
-    files: Iterator[CorpusFile],
+    parts: Iterable[Part],
     data: DataConfig,
     seen: set[bytes] | None = None,
     dropped: Counter[str] | None = None,
+    *,
+    most_bytes: float = math.inf,
 ) -> Iterator[str]:
-    """The documents that are kept, in order, of texts not `seen` before; counts what is `dropped` and why."""
+    """Yields the documents that are kept, in order, of texts not `seen` before; counts what is `dropped` and why.
+
+    Ends after reading `most_bytes`, if anything was seen by then.
+    """
     seen, dropped = (set() if seen is None else seen), (Counter() if dropped is None else dropped)
-    for number, file in enumerate(files):
-        for document in read_documents(whole_file(number, file), data):
+    num_bytes = 0
+    for part in parts:
+        for document in read_documents(part, data):
+            if num_bytes > most_bytes and seen:
+                return
+            num_bytes += document.size
             drop = document.drop or failed_rule(document.text, data.quality_rules)
             if drop:
                 dropped[drop] += 1
@@ -134,7 +163,7 @@ def kept_texts(
 
 def text_sample(listing: Listing, data: DataConfig, *, num_texts: int = 20) -> list[str]:
     """A few texts from the corpus's front, each cut to some kilobytes."""
-    texts = kept_texts(iter(listing.files), data)
+    texts = kept_texts(map(whole_file, range(len(listing.files)), listing.files), data)
     return [text[:8192] for text in islice(texts, num_texts)]
 
 

@@ -1,16 +1,22 @@
 """The tokenizer stage: same corpus, same tokenizer; trained once, or loaded from where it is named."""
 
+import gzip
 import hashlib
 import json
 import random
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from cluster.config import DataConfig
 from cluster.storage import NotFoundError, open_storage, split_uri
+from jobs.corpus_chunks import Part
 from jobs.corpus_listing import CorpusError, list_corpus
+from jobs.documents import Document, read_documents
 from jobs.train_tokenizer import ensure_tokenizer, run, sample_texts
 from model.tokenizer import train_bpe
 from tests.jobs.corpora import data_config, make_corpus
@@ -67,19 +73,73 @@ def test_a_tiny_corpus_has_a_smaller_vocabulary(
     assert tokenizer.decode(tokenizer.encode("to be")) == "to be"
 
 
-def test_the_sample_is_the_front_of_the_kept_text(tmp_path: Path) -> None:
+def test_a_small_corpus_is_sampled_whole(tmp_path: Path) -> None:
     for number, text in enumerate(["first ", "", "first ", "zweite Ä", "third"]):
         (tmp_path / f"{number}.txt").write_text(text)
     files = list_corpus(str(tmp_path)).files
+    assert list(sample_texts(files, DataConfig())) == ["first ", "zweite Ä", "third"]
+    assert list(sample_texts(files, DataConfig(dedup=False))) == ["first ", "first ", "zweite Ä", "third"]
 
-    def sample(num_bytes: int, *, dedup: bool = True) -> list[str]:
-        return list(sample_texts(files, DataConfig(tokenizer_sample_bytes=num_bytes, dedup=dedup)))
 
-    assert sample(1000) == ["first ", "zweite Ä", "third"]
-    assert sample(1000, dedup=False) == ["first ", "first ", "zweite Ä", "third"]
-    assert sample(6) == ["first "]
-    assert sample(14) == ["first ", "zweite "]  # the cut falls into the two bytes of Ä
-    assert sample(16) == ["first ", "zweite Ä", "t"]
+ALPHABETS = ["abcdefgh", "ijklmnop", "qrstuvwx", "ABCDEFGH", "IJKLMNOP", "QRSTUVWX", "äöüéèàçñ", "абвгдежз"]
+
+
+def write_sorted(folder: Path, kind: str, *, num_documents: int = 1600) -> None:
+    """A corpus in which one alphabet follows the other."""
+    rng = random.Random(0)
+    folder.mkdir(parents=True)
+    letters = [ALPHABETS[number * len(ALPHABETS) // num_documents] for number in range(num_documents)]
+    texts = [" ".join("".join(rng.choices(own, k=5)) for _ in range(30)) for own in letters]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    match kind:
+        case "jsonl":
+            (folder / "a.jsonl").write_text("\n".join(lines))
+        case "parquet":
+            pq.write_table(pa.table({"text": texts}), folder / "a.parquet", row_group_size=50)
+        case "txt":
+            (folder / "a.txt").write_text("\n".join(texts))
+        case "files":
+            for number, text in enumerate(texts):
+                (folder / f"{number:04d}.txt").write_text(text)
+        case "archives":
+            for number in range(0, num_documents, 100):
+                (folder / f"{number:04d}.jsonl.gz").write_bytes(gzip.compress("\n".join(lines[number:][:100]).encode()))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "txt", "files", "archives"])
+def test_the_sample_comes_from_all_over_a_sorted_corpus(kind: str, tmp_path: Path) -> None:
+    """In their shares, as much as was asked for, and the same whatever the files are called."""
+    for name in ("here", "there"):
+        write_sorted(tmp_path / name / "texts", kind)
+    data = DataConfig(tokenizer_sample_bytes=150_000, max_document_bytes=20_000)
+    sample = list(sample_texts(list_corpus(f"{tmp_path}/here").files, data))
+    text = "".join(sample)
+    assert 0.95 * data.tokenizer_sample_bytes <= len(text.encode()) <= data.tokenizer_sample_bytes
+    num_words = [sum(word[:1] in own for word in text.split()) for own in ALPHABETS]
+    assert max(num_words) < 2.5 * min(num_words), num_words
+    assert sample == list(sample_texts(list_corpus(f"{tmp_path}/there").files, data))
+
+
+def test_little_of_a_large_corpus_is_read_and_every_document_may_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_read = 0
+
+    def counted(part: Part, data: DataConfig) -> Iterator[Document]:
+        nonlocal num_read
+        for document in read_documents(part, data):
+            num_read += document.size
+            yield document
+
+    monkeypatch.setattr("jobs.train_tokenizer.read_documents", counted)
+    write_sorted(tmp_path / "texts", "jsonl", num_documents=20_000)
+    files = list_corpus(f"{tmp_path}/texts").files
+    list(sample_texts(files, DataConfig(tokenizer_sample_bytes=100_000)))
+    assert 100_000 <= num_read < 150_000  # of 4 MB
+    texts = [f'{{"text": "{"kept" if number == 5 else ""}"}}' for number in range(100_000)]
+    (tmp_path / "texts" / "a.jsonl").write_text("\n".join(texts))
+    files = list_corpus(f"{tmp_path}/texts").files
+    assert list(sample_texts(files, DataConfig(tokenizer_sample_bytes=1000))) == ["kept"]
 
 
 def test_an_empty_corpus_stops_the_training(ray_workers: int, tmp_path: Path) -> None:
