@@ -12,7 +12,7 @@
 
 namespace {
 
-constexpr int BLOCK = LANES;  // positions of a KV cache block
+constexpr int BLOCK = 16;  // positions of a KV cache block
 
 enum Activation { GELU, GELU_EXACT, RELU };
 
@@ -60,9 +60,11 @@ template <class Kind>
 class DecoderOf : public Decoder {
     using Cached = typename Kind::Cached;
     using Number = typename Cached::Number;
+    using Element = typename Kind::Element;
+    using CachedElement = typename Cached::Element;
     static constexpr int GROUP = Cached::GROUP;
     // Of a piece of work: their inputs and a panel fit into a core's cache. Tiles are as fast as weights come from memory.
-    static constexpr int ROWS = uses_tiles<Kind> ? 192 : 64;
+    static constexpr int ROWS = uses_tiles<Kind> ? 192 : 8 * TILE;
 
 public:
     DecoderOf(const Shape& shape, int num_threads, const float* positions)
@@ -143,12 +145,12 @@ private:
     void reserve(int num_rows) {
         if (num_rows <= capacity_) return;
         capacity_ = (num_rows + ROWS - 1) / ROWS * ROWS;
-        packed_ = Buffer<int32_t>(size_t(capacity_) * groups_of<Kind>(std::max(s_.width, s_.ffn_width)));
+        packed_ = Buffer<Element>(size_t(capacity_) * padded_to_depth<Kind>(std::max(s_.width, s_.ffn_width)));
         units_.resize(capacity_);
         qkv_ = Buffer<float>(size_t(capacity_) * 3 * s_.width + LANES);
         attended_ = Buffer<float>(size_t(capacity_) * (s_.width + padded_));
         ffn_ = Buffer<float>(size_t(capacity_) * s_.ffn_width + LANES);
-        queries_ = Buffer<int32_t>(size_t(capacity_) * s_.heads * padded_);
+        queries_ = Buffer<CachedElement>(size_t(capacity_) * s_.heads * query_width());
     }
 
     template <class Row>
@@ -162,21 +164,18 @@ private:
         const int row_blocks = (num_rows + ROWS - 1) / ROWS;
         team_.share(phase, row_blocks * weights.panels, [&](int piece) {
             const int first = piece / weights.panels * ROWS, p = piece % weights.panels;
-            const int num_columns = std::min(PANEL, weights.num_out - p * PANEL);
-            multiply<Kind>(weights.panel(p), packed_.data, weights.groups, first, std::min(first + ROWS, num_rows),
-                           [&](int row, const typename Kind::Sums* sums) {
-                               float* at = to + size_t(row) * stride + p * PANEL;
-                               for (int v = 0; v < 3; v++) {
-                                   const F32 y = weights.result(sums[v], p * PANEL + v * LANES, units_[row]);
-                                   const int valid = num_columns - v * LANES;
-                                   if (valid >= LANES) {
-                                       finish(at + v * LANES, y);
-                                   } else if (valid > 0) {
-                                       float last[LANES] = {};
-                                       std::copy_n(at + v * LANES, valid, last);
-                                       finish(last, y);
-                                       std::copy_n(last, valid, at + v * LANES);
-                                   }
+            multiply<Kind>(weights.panel(p), packed_.data, weights.depth, first, std::min(first + ROWS, num_rows),
+                           [&](int row, int vector, typename Kind::Sums sums) {
+                               const int column = p * PANEL + vector * LANES, valid = weights.num_out - column;
+                               const F32 y = weights.result(sums, column, units_[row]);
+                               float* at = to + size_t(row) * stride + column;
+                               if (valid >= LANES) {
+                                   finish(at, y);
+                               } else if (valid > 0) {
+                                   float last[LANES] = {};
+                                   std::copy_n(at, valid, last);
+                                   finish(last, y);
+                                   std::copy_n(last, valid, at);
                                }
                            });
         });
@@ -206,17 +205,19 @@ private:
     void pack_normed(const float* x, int n, const Norm& norm) {
         std::vector<float> normed(s_.width);
         normalize(x + size_t(n) * s_.width, norm, normed.data());
-        units_[n] = pack_row<Kind>(normed.data(), s_.width, packed_.data + size_t(n) * matrix(0, QKV).groups);
+        units_[n] = pack_row<Kind>(normed.data(), s_.width, packed_.data + size_t(n) * matrix(0, QKV).depth);
     }
 
     void pack(const float* from, int n, int width) {
-        units_[n] = pack_row<Kind>(from + size_t(n) * width, width, packed_.data + size_t(n) * groups_of<Kind>(width));
+        units_[n] = pack_row<Kind>(from + size_t(n) * width, width, packed_.data + size_t(n) * padded_to_depth<Kind>(width));
     }
 
     // Keys of a block: [D / GROUP][position][GROUP]; values: [position][DP].
     Number* block_of(const Buffer<Number>& cache, int layer, int block, int head) const {
         return cache.data + ((size_t(layer) * s_.num_blocks + block) * s_.heads + head) * BLOCK * padded_;
     }
+
+    int query_width() const { return padded_to_depth<Cached>(head_width_); }
 
     int block_at(const Pass& pass, int n, int index) const {
         return pass.tables[size_t(pass.rows[n]) * pass.table_width + index];
@@ -225,15 +226,14 @@ private:
     // The keys and values of a head into the cache, and its queries as attention reads them. Tokens that follow each
     // other share cache lines of keys, so that a head is one thread's.
     void remember(int layer, const Pass& pass, int head) {
-        const int C = s_.width, D = head_width_, groups = groups_of<Cached>(D);
-        std::vector<int32_t> key(groups);
+        const int C = s_.width, D = head_width_;
         for (int n = 0; n < pass.num_tokens; n++) {
             const float* row = qkv_.data + size_t(n) * 3 * C + head * D;
             const int block = block_at(pass, n, pass.positions[n] / BLOCK), lane = pass.positions[n] % BLOCK;
-            pack_row<Cached>(row, D, queries_.data + (size_t(n) * s_.heads + head) * padded_);
-            pack_row<Cached>(row + C, D, key.data());
-            auto* keys = reinterpret_cast<int32_t*>(block_of(keys_, layer, block, head)) + lane;
-            for (int g = 0; g * GROUP < D; g++) keys[g * BLOCK] = key[g];
+            pack_row<Cached>(row, D, queries_.data + (size_t(n) * s_.heads + head) * query_width());
+            Number* keys = block_of(keys_, layer, block, head) + lane * GROUP;
+            for (int d = 0; d < D; d += GROUP, keys += BLOCK * GROUP)
+                for (int i = 0; i < GROUP; i++) keys[i] = d + i < D ? Cached::from(row[C + d + i]) : Number();
             Number* values = block_of(values_, layer, block, head) + lane * padded_;
             for (int d = 0; d < D; d++) values[d] = Cached::from(row[2 * C + d]);
         }
@@ -242,7 +242,7 @@ private:
     // softmax(q k / sqrt(D)) v of a token and some heads, over its sequence up to itself.
     void attend(int layer, const Pass& pass, int n, int first_head, int last_head) {
         const int num_positions = pass.positions[n] + 1, num_blocks = (num_positions + BLOCK - 1) / BLOCK;
-        const int row = num_blocks * BLOCK, G = (head_width_ + GROUP - 1) / GROUP;
+        const int row = num_blocks * BLOCK;
         const float scale = 1.0f / std::sqrt(float(head_width_));
         thread_local std::vector<float> scores, mixed;
         scores.resize(size_t(last_head - first_head) * row);
@@ -250,13 +250,15 @@ private:
         for (int b = 0; b < num_blocks; b++) {
             const Number* keys = block_of(keys_, layer, block_at(pass, n, b), first_head);
             for (int head = first_head; head < last_head; head++, keys += BLOCK * padded_) {
-                const int32_t* query = queries_.data + (size_t(n) * s_.heads + head) * padded_;
-                F32 dots = dot_products(reinterpret_cast<const I32*>(keys), query, G) * scale;
-                if (b + 1 == num_blocks) dots = POSITIONS < num_positions - b * BLOCK ? dots : splat(-INFINITY);
-                store(&scores[(head - first_head) * row + b * BLOCK], dots);
+                const auto* query = queries_.data + (size_t(n) * s_.heads + head) * query_width();
+                dot_products(keys, query, scale, &scores[(head - first_head) * row + b * BLOCK]);
             }
         }
-        for (int head = first_head; head < last_head; head++) softmax(&scores[(head - first_head) * row], row);
+        for (int head = first_head; head < last_head; head++) {
+            float* dots = &scores[(head - first_head) * row];
+            std::fill(dots + num_positions, dots + row, -INFINITY);
+            softmax(dots, row);
+        }
         for (int b = 0; b < num_blocks; b++) {
             const int here = std::min(BLOCK, num_positions - b * BLOCK);
             const Number* values = block_of(values_, layer, block_at(pass, n, b), first_head);
@@ -264,6 +266,7 @@ private:
                 const float* weights = &scores[(head - first_head) * row + b * BLOCK];
                 float* to = &mixed[(head - first_head) * padded_];
                 int d = 0;
+                for (; d + 8 * LANES <= padded_; d += 8 * LANES) mix<8>(values + d, weights, here, to + d);
                 for (; d + 4 * LANES <= padded_; d += 4 * LANES) mix<4>(values + d, weights, here, to + d);
                 for (; d < padded_; d += LANES) mix<1>(values + d, weights, here, to + d);
             }
@@ -273,14 +276,23 @@ private:
                         attended_.data + size_t(n) * s_.width + head * head_width_);
     }
 
-    // Of the query with the 16 keys of a block.
-    static F32 dot_products(const I32* keys, const int32_t* query, int groups) {
-        F32 sums[4] = {};  // one alone would wait for itself
-        int g = 0;
-        for (; g + 4 <= groups; g += 4)
-            for (int i = 0; i < 4; i++) sums[i] = Cached::multiply_add(sums[i], keys[g + i], query[g + i]);
-        for (; g < groups; g++) sums[0] = Cached::multiply_add(sums[0], keys[g], query[g]);
-        return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    // Of the query with the keys of a block.
+    void dot_products(const Number* keys, const CachedElement* query, float scale, float* to) const {
+        constexpr int CHAINS = 4, PARTS = BLOCK / LANES;  // one sum alone would wait for itself
+        F32 sums[CHAINS][PARTS] = {};
+        const auto add = [&](F32* chain, int d) {
+            const uint32_t input = load_word(query + d);
+#pragma GCC unroll 4
+            for (int i = 0; i < PARTS; i++)
+                chain[i] = Cached::multiply_add(chain[i], Cached::weights(keys + d * BLOCK + i * LANES * GROUP), input);
+        };
+        int d = 0;
+        for (; d + CHAINS * GROUP <= head_width_; d += CHAINS * GROUP)
+#pragma GCC unroll 4
+            for (int i = 0; i < CHAINS; i++) add(sums[i], d + i * GROUP);
+        for (; d < head_width_; d += GROUP) add(sums[0], d);
+        for (int i = 0; i < PARTS; i++)
+            store(to + i * LANES, ((sums[0][i] + sums[1][i]) + (sums[2][i] + sums[3][i])) * scale);
     }
 
     static void softmax(float* scores, int count) {
@@ -299,13 +311,13 @@ private:
         for (int i = 0; i < count; i += LANES) store(scores + i, load(scores + i) * share);
     }
 
-    // Adds the values of a block, weighted, to `vectors` times 16 columns.
+    // Adds the values of a block, weighted, to `vectors` vectors of columns.
     template <int vectors>
     void mix(const Number* values, const float* weights, int num_positions, float* to) const {
         F32 sums[vectors];
         for (int v = 0; v < vectors; v++) sums[v] = load(to + v * LANES);
         for (int p = 0; p < num_positions; p++, values += padded_)
-            for (int v = 0; v < vectors; v++) sums[v] += weights[p] * Cached::values(values + v * LANES);
+            for (int v = 0; v < vectors; v++) sums[v] += weights[p] * Cached::widened(values + v * LANES);
         for (int v = 0; v < vectors; v++) store(to + v * LANES, sums[v]);
     }
 
@@ -315,7 +327,8 @@ private:
     std::vector<Norm> norms_;
     std::vector<Matrix<Kind>> matrices_;
     Buffer<Number> keys_, values_;  // [layer][block][head] blocks
-    Buffer<int32_t> packed_, queries_;
+    Buffer<Element> packed_;
+    Buffer<CachedElement> queries_;
     std::vector<float> units_;  // of packed rows
     Buffer<float> qkv_, attended_, ffn_;
     int capacity_ = 0;

@@ -1,4 +1,4 @@
-// Weights in panels of 48 output columns, in the order in which they are read; 8 rows of inputs share each load.
+// Weights in panels of output columns, in the order in which they are read; several rows of inputs share each load.
 
 #pragma once
 
@@ -13,8 +13,11 @@
 #include "numbers.h"
 #include "tiles.h"
 
-constexpr int PANEL = 3 * LANES;
-constexpr int TILE = 8;  // 8 rows x 3 vectors of sums, 3 of weights, 1 of inputs: 28 of 32 registers
+// Rows, and vectors of a panel's columns, whose sums are in registers at once, with the weights and an input: 8 x 3 + 3 + 1
+// of 32 registers, 6 x 2 + 2 + 1 of 16.
+constexpr int TILE = REGISTERS == 32 ? 8 : 6, VECTORS = REGISTERS == 32 ? 3 : 2;
+constexpr int PANEL = VECTORS * LANES;
+constexpr int PREFETCH_BYTES = 4096;
 constexpr size_t HUGE_PAGE = 2 << 20;
 
 template <class T>
@@ -43,15 +46,15 @@ struct Buffer {
 // A weight (K, N) in panels: [panel][K / GROUP][column][GROUP], padded with zeros.
 template <class Kind>
 struct Matrix {
-    int num_in = 0, num_out = 0, groups = 0, panels = 0;
+    int num_in = 0, num_out = 0, depth = 0, panels = 0;
     Buffer<typename Kind::Number> numbers;
     std::vector<float> bias;  // (N padded)
     std::vector<float> unit, offset;  // (N padded), of quantized weights: see result()
 
     Matrix() = default;
     Matrix(int num_in, int num_out, const float* weight, size_t in_stride, size_t out_stride, const float* bias_values)
-        : num_in(num_in), num_out(num_out), groups(groups_of<Kind>(num_in)),
-          panels((num_out + PANEL - 1) / PANEL), numbers(size_t(panels) * groups * PANEL * Kind::GROUP, true),
+        : num_in(num_in), num_out(num_out), depth(padded_to_depth<Kind>(num_in)),
+          panels((num_out + PANEL - 1) / PANEL), numbers(size_t(panels) * depth * PANEL, true),
           bias(size_t(panels) * PANEL, 0.0f) {
         std::vector<float> per_unit(num_out, 1.0f);
         if constexpr (Kind::QUANTIZED) {
@@ -74,61 +77,71 @@ struct Matrix {
     }
 
     size_t index(int k, int n) const {
-        const size_t group = size_t(n / PANEL) * groups + k / Kind::GROUP;
+        const size_t group = size_t(n / PANEL) * (depth / Kind::GROUP) + k / Kind::GROUP;
         return (group * PANEL + n % PANEL) * Kind::GROUP + k % Kind::GROUP;
     }
     float at(int k, int n) const {
         const float value = Kind::value(numbers.data[index(k, n)]);
         return Kind::QUANTIZED ? value * unit[n] : value;
     }
-    // Of the sums of 16 columns from n on, with inputs in units of `input_unit`.
+    // Of the sums of a vector of columns from n on, with inputs in units of `input_unit`.
     F32 result(typename Kind::Sums sums, int n, float input_unit) const {
         if constexpr (Kind::QUANTIZED)
             return (__builtin_convertvector(sums, F32) - load(&offset[n])) * (load(&unit[n]) * input_unit) + load(&bias[n]);
         else
             return sums + load(&bias[n]);
     }
-    const I32* panel(int p) const {
-        return reinterpret_cast<const I32*>(numbers.data) + size_t(p) * groups * (PANEL / LANES);
-    }
+    const typename Kind::Number* panel(int p) const { return numbers.data + size_t(p) * depth * PANEL; }
 };
 
-// Calls done(row, sums) with the products of M rows of inputs (groups each) and a panel.
-template <class Kind, int M, class Done>
-inline void multiply_tile(const I32* panel, const int32_t* inputs, int groups, int row, const Done& done) {
-    typename Kind::Sums sums[M][3] = {};
-    for (int g = 0; g < groups; g++, panel += 3) {
-        const I32 w0 = panel[0], w1 = panel[1], w2 = panel[2];
+// The products of M rows of inputs and a panel. A function of its own, as GCC runs out of registers where it is inlined.
+template <class Kind, int M>
+__attribute__((noinline)) void multiply_tile(const typename Kind::Number* panel, const typename Kind::Element* inputs,
+                                             int depth, typename Kind::Sums (*to)[VECTORS]) {
+    constexpr int GROUP = Kind::GROUP;
+    typename Kind::Sums sums[M][VECTORS] = {};
+    for (int k = 0; k < depth; k += GROUP, panel += PANEL * GROUP) {
+        // Of AVX2's own rows: 8 rows read weights from memory 1.16 times as fast. One or two rows, and AVX-512, got slower.
+        if (LANES == 8 && M > 2) __builtin_prefetch(reinterpret_cast<const char*>(panel) + PREFETCH_BYTES);
+        decltype(Kind::weights(panel)) weights[VECTORS];
+#pragma GCC unroll 8
+        for (int v = 0; v < VECTORS; v++) weights[v] = Kind::weights(panel + v * LANES * GROUP);
 #pragma GCC unroll 8
         for (int m = 0; m < M; m++) {
-            const int32_t input = inputs[size_t(m) * groups + g];
-            sums[m][0] = Kind::multiply_add(sums[m][0], w0, input);
-            sums[m][1] = Kind::multiply_add(sums[m][1], w1, input);
-            sums[m][2] = Kind::multiply_add(sums[m][2], w2, input);
+            const uint32_t input = load_word(inputs + size_t(m) * depth + k);
+#pragma GCC unroll 8
+            for (int v = 0; v < VECTORS; v++) sums[m][v] = Kind::multiply_add(sums[m][v], weights[v], input);
         }
     }
-    for (int m = 0; m < M; m++) done(row + m, sums[m]);
+    for (int m = 0; m < M; m++)
+        for (int v = 0; v < VECTORS; v++) to[m][v] = sums[m][v];
 }
 
+// The same for `num_rows` rows, at most M.
+template <class Kind, int M>
+void multiply_rows(const typename Kind::Number* panel, const typename Kind::Element* inputs, int depth, int num_rows,
+                   typename Kind::Sums (*to)[VECTORS]) {
+    if constexpr (M > 1)
+        if (num_rows < M) return multiply_rows<Kind, M - 1>(panel, inputs, depth, num_rows, to);
+    multiply_tile<Kind, M>(panel, inputs, depth, to);
+}
+
+// Calls done(row, vector, sums) with the products of rows `first` to `last` - 1 and a panel.
 template <class Kind, class Done>
-void multiply(const I32* panel, const int32_t* inputs, int groups, int first, int last, const Done& done) {
+void multiply(const typename Kind::Number* panel, const typename Kind::Element* inputs, int depth, int first, int last,
+              const Done& done) {
 #ifdef RAYMILL_TILES
     // Whole numbers have the same sums either way; those of bf16 do not, so that one way must do for all.
     if constexpr (uses_tiles<Kind>)
         if (has_tiles() && (!Kind::QUANTIZED || last - first > TILE))
-            return multiply_by_tiles<Kind>(panel, inputs, groups, first, last, done);
+            return multiply_by_tiles<Kind>(panel, inputs, depth, first, last, done);
 #endif
-    for (int row = first; row < last; row += TILE) {
-        const int32_t* from = inputs + size_t(row) * groups;
-        switch (std::min(TILE, last - row)) {
-            case 1: multiply_tile<Kind, 1>(panel, from, groups, row, done); break;
-            case 2: multiply_tile<Kind, 2>(panel, from, groups, row, done); break;
-            case 3: multiply_tile<Kind, 3>(panel, from, groups, row, done); break;
-            case 4: multiply_tile<Kind, 4>(panel, from, groups, row, done); break;
-            case 5: multiply_tile<Kind, 5>(panel, from, groups, row, done); break;
-            case 6: multiply_tile<Kind, 6>(panel, from, groups, row, done); break;
-            case 7: multiply_tile<Kind, 7>(panel, from, groups, row, done); break;
-            default: multiply_tile<Kind, 8>(panel, from, groups, row, done);
-        }
+    typename Kind::Sums sums[TILE][VECTORS];
+    for (int row = first, tiles = (last - first + TILE - 1) / TILE; tiles > 0; tiles--) {
+        const int num_rows = (last - row + tiles - 1) / tiles;  // 4 and 4 rather than 6 and 2
+        multiply_rows<Kind, TILE>(panel, inputs + size_t(row) * depth, depth, num_rows, sums);
+        for (int m = 0; m < num_rows; m++)
+            for (int v = 0; v < VECTORS; v++) done(row + m, v, sums[m][v]);
+        row += num_rows;
     }
 }

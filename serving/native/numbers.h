@@ -1,145 +1,77 @@
-// Vectors of 16 numbers, and how numbers are stored and multiplied. GCC's vectors: each compiles to what the processor has.
+// How numbers are stored, and how sums of their products are formed.
+//
+// A lane of weights holds GROUP numbers, which follow each other along the summed dimension; that is padded with zeros to
+// a multiple of DEPTH. Inputs lie in a row, each an Element; those of a group are 4 bytes.
 
 #pragma once
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
+#include "vectors.h"
 
-#ifdef __x86_64__
-#include <immintrin.h>
-#endif
+inline U32 load_bits(const void* from) { return *static_cast<const U32Any*>(from); }
 
-constexpr int LANES = 16;
-
-typedef float F32 __attribute__((vector_size(64)));
-typedef int32_t I32 __attribute__((vector_size(64)));
-typedef uint32_t U32 __attribute__((vector_size(64)));
-typedef uint16_t U16 __attribute__((vector_size(32)));
-typedef float F32Any __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint16_t U16Any __attribute__((vector_size(32), aligned(2), may_alias));
-
-template <class To, class From>
-inline To bits(From from) {
-    static_assert(sizeof(To) == sizeof(From));
-    To to;
-    std::memcpy(&to, &from, sizeof to);
-    return to;
+template <class Element>
+inline uint32_t load_word(const Element* from) {
+    uint32_t word;
+    std::memcpy(&word, from, sizeof word);
+    return word;
 }
-
-inline F32 load(const float* from) { return *reinterpret_cast<const F32Any*>(from); }
-inline void store(float* to, F32 value) { *reinterpret_cast<F32Any*>(to) = value; }
-inline F32 splat(float value) { return value - F32{}; }
-
-constexpr I32 POSITIONS = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};  // of a block
-
-inline float sum(F32 v) {
-    float total = 0;
-    for (int i = 0; i < LANES; i++) total += v[i];
-    return total;
-}
-
-// The sum over count terms, 16 at once and then the last ones.
-template <class Many, class One>
-inline float sum_of(int count, const Many& many, const One& one) {
-    F32 sums = {};
-    int i = 0;
-    for (; i + LANES <= count; i += LANES) sums += many(i);
-    float total = sum(sums);
-    for (; i < count; i++) total += one(i);
-    return total;
-}
-
-inline float highest(F32 v) {
-    float best = v[0];
-    for (int i = 1; i < LANES; i++) best = std::max(best, v[i]);
-    return best;
-}
-
-struct Survey {
-    int best;  // the first of the highest numbers
-    bool finite;  // all of them
-};
-
-inline Survey survey_of(const float* numbers, int count) {
-    F32 highest_yet = splat(-INFINITY), broken = {};  // NaN where a number is none, or infinite
-    I32 where = POSITIONS, here = POSITIONS;
-    int i = 0;
-    for (; i + LANES <= count; i += LANES, here += LANES) {
-        const F32 x = load(numbers + i);
-        where = x > highest_yet ? here : where;
-        highest_yet = x > highest_yet ? x : highest_yet;
-        broken += x * 0.0f;
-    }
-    float top = highest(highest_yet), rest = sum(broken);
-    int best = count;
-    for (int lane = 0; lane < LANES; lane++)
-        if (highest_yet[lane] == top) best = std::min(best, int(where[lane]));
-    for (; i < count; i++) {
-        if (numbers[i] > top) top = numbers[i], best = i;
-        rest += numbers[i] * 0.0f;
-    }
-    return {best < count ? best : 0, rest == 0.0f};
-}
-
-// e^x to 2 ulp: 2^n times a polynomial of degree 6 (Cephes).
-inline F32 exponential(F32 x) {
-    x = x > 88.0f ? splat(88.0f) : x;
-    x = x < -87.0f ? splat(-87.0f) : x;
-    const F32 n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // to the nearest integer
-    const F32 r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    F32 p = splat(1.9875691500e-4f);
-    for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
-        p = p * r + c;
-    p = p * r * r + r + 1.0f;
-    return F32(I32(p) + (__builtin_convertvector(n, I32) << 23));
-}
-
-// How numbers are stored, and how sums of their products are formed: a lane holds GROUP of them, which follow each other
-// along the summed dimension, which is padded with zeros to a multiple of DEPTH.
 
 struct Fp32 {
     using Number = float;
+    using Element = float;
     using Sums = F32;
     using Cached = Fp32;  // keys and values
     static constexpr int GROUP = 1, DEPTH = 1;
     static constexpr bool QUANTIZED = false;
     static Number from(float x) { return x; }
     static float value(Number x) { return x; }
-    static F32 values(const Number* x) { return load(x); }
-    static F32 multiply_add(F32 sums, I32 weights, int32_t input) {
-        return sums + F32(weights) * bits<float>(input);
-    }
+    static Element element(float x) { return x; }
+    static F32 widened(const Number* from) { return load(from); }
+    static F32 weights(const Number* from) { return load(from); }
+    static F32 multiply_add(F32 sums, F32 weights, uint32_t input) { return sums + weights * bits<float>(input); }
 };
 
 struct Bf16 {
     using Number = uint16_t;
     using Sums = F32;
     using Cached = Bf16;
-    static constexpr int GROUP = 2, DEPTH = 32;
+    static constexpr int DEPTH = 32;
     static constexpr bool QUANTIZED = false;
-    static Number from(float x) {  // to nearest, ties to even
-        const uint32_t u = bits<uint32_t>(x);
-        return x != x ? 0x7fc0 : (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-    }
+    static Number from(float x) { return x != x ? 0x7fc0 : rounded(x) >> 16; }
     static float value(Number x) { return bits<float>(uint32_t(x) << 16); }
-    static F32 values(const Number* x) {
-#ifdef __AVX512F__
-        const __m256i numbers = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
-        return F32(_mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16));
+    static F32 widened(const Number* from) {
+#if defined(__AVX512BW__)
+        return F32(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))), 16));
+#elif defined(__AVX2__)
+        return F32(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))), 16));
+#elif defined(__aarch64__)
+        return F32(vshll_n_u16(vld1_u16(from), 16));
 #else
-        const U16 numbers = *reinterpret_cast<const U16Any*>(x);
-        return F32(__builtin_convertvector(numbers, U32) << 16);
+        F32 numbers;
+        for (int i = 0; i < LANES; i++) numbers[i] = value(from[i]);
+        return numbers;
 #endif
     }
-    static F32 multiply_add(F32 sums, I32 weights, int32_t input) {
 #ifdef __AVX512BF16__
+    using Element = Number;
+    static constexpr int GROUP = 2;
+    static Element element(float x) { return from(x); }
+    static U32 weights(const Number* from) { return load_bits(from); }
+    static F32 multiply_add(F32 sums, U32 weights, uint32_t input) {
         return F32(_mm512_dpbf16_ps(__m512(sums), __m512bh(weights), __m512bh(_mm512_set1_epi32(input))));
-#else
-        sums += F32(weights << 16) * bits<float>(input << 16);
-        return sums + F32(weights & int32_t(0xffff0000)) * bits<float>(input & int32_t(0xffff0000));
+    }
+#else  // products in fp32
+    using Element = float;
+    static constexpr int GROUP = 1;
+    static Element element(float x) { return x != x ? x : bits<float>(rounded(x) & 0xffff0000u); }
+    static F32 weights(const Number* from) { return widened(from); }
+    static F32 multiply_add(F32 sums, F32 weights, uint32_t input) { return sums + weights * bits<float>(input); }
 #endif
+
+private:
+    static uint32_t rounded(float x) {  // to nearest, ties to even, in the upper half
+        const uint32_t u = bits<uint32_t>(x);
+        return u + 0x7fff + ((u >> 16) & 1);
     }
 };
 
@@ -148,31 +80,72 @@ struct Int8 {
     using Number = int8_t;
     using Sums = I32;  // whole numbers, whose order does not matter
     using Cached = Bf16;
-    static constexpr int GROUP = 4, DEPTH = 64;
+    static constexpr int DEPTH = 64;
     static constexpr bool QUANTIZED = true;
     static constexpr int ZERO = 128;
     static Number from(float x) { return Number(std::lrint(x)); }
     static float value(Number x) { return x; }
-    static I32 multiply_add(I32 sums, I32 weights, int32_t input) {
-#ifdef __AVX512VNNI__
+#if defined(__AVX512VNNI__)
+    using Element = uint8_t;
+    static constexpr int GROUP = 4;
+    static U32 weights(const Number* from) { return load_bits(from); }
+    static I32 multiply_add(I32 sums, U32 weights, uint32_t input) {
         return I32(_mm512_dpbusd_epi32(__m512i(sums), _mm512_set1_epi32(input), __m512i(weights)));
-#else
-        for (int i = 0; i < 32; i += 8) sums += (weights << (24 - i) >> 24) * (input >> i & 255);
-        return sums;
-#endif
     }
+#elif defined(__AVX512BW__)
+    using Element = int16_t;  // the pairs of products that vpmaddubsw adds would not fit into 16 bits
+    static constexpr int GROUP = 2;
+    static U32 weights(const Number* from) {
+        return U32(_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+    }
+    static I32 multiply_add(I32 sums, U32 weights, uint32_t input) {
+        return sums + I32(_mm512_madd_epi16(__m512i(weights), _mm512_set1_epi32(input)));
+    }
+#elif defined(__AVXVNNI__)
+    using Element = uint8_t;
+    static constexpr int GROUP = 4;
+    static U32 weights(const Number* from) { return load_bits(from); }
+    static I32 multiply_add(I32 sums, U32 weights, uint32_t input) {
+        return I32(_mm256_dpbusd_avx_epi32(__m256i(sums), _mm256_set1_epi32(input), __m256i(weights)));
+    }
+#elif defined(__AVX2__)
+    using Element = int16_t;
+    static constexpr int GROUP = 2;
+    static U32 weights(const Number* from) {
+        return U32(_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+    }
+    static I32 multiply_add(I32 sums, U32 weights, uint32_t input) {
+        return sums + I32(_mm256_madd_epi16(__m256i(weights), _mm256_set1_epi32(input)));
+    }
+#else
+    using Element = int32_t;
+    static constexpr int GROUP = 1;
+    static I32 weights(const Number* from) {
+        I32 numbers;
+#if defined(__aarch64__)
+        int32_t four;
+        std::memcpy(&four, from, sizeof four);
+        numbers = I32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four))))));
+#else
+        for (int i = 0; i < LANES; i++) numbers[i] = from[i];
+#endif
+        return numbers;
+    }
+    static I32 multiply_add(I32 sums, I32 weights, uint32_t input) { return sums + weights * int32_t(input); }
+#endif
 };
 
-// Lanes that `width` numbers along the summed dimension take.
+// Numbers along the summed dimension that `width` of them take with their padding.
 template <class Kind>
-constexpr int groups_of(int width) {
-    return (width + Kind::DEPTH - 1) / Kind::DEPTH * (Kind::DEPTH / Kind::GROUP);
+constexpr int padded_to_depth(int width) {
+    return (width + Kind::DEPTH - 1) / Kind::DEPTH * Kind::DEPTH;
 }
 
 // Writes a row of inputs, padded with zeros; returns the unit that they are in.
 template <class Kind>
-float pack_row(const float* from, int width, int32_t* to) {
-    const int padded = groups_of<Kind>(width) * Kind::GROUP;
+float pack_row(const float* from, int width, typename Kind::Element* to) {
+    using Element = typename Kind::Element;
+    const int padded = padded_to_depth<Kind>(width);
     if constexpr (Kind::QUANTIZED) {
         F32 peaks = {}, broken = {};  // NaN when a value is no number, which rounding would hide
         int k = 0;
@@ -186,14 +159,12 @@ float pack_row(const float* from, int width, int32_t* to) {
             broken[0] += from[k] * 0.0f;
         }
         const float peak = highest(peaks), unit = peak > 0 ? peak / 127 : 1.0f, per_unit = 1 / unit;
-        auto* numbers = reinterpret_cast<uint8_t*>(to);
-        for (k = 0; k < width; k++) numbers[k] = uint8_t(int(from[k] * per_unit + (Kind::ZERO + 0.5f)));  // all positive
-        for (; k < padded; k++) numbers[k] = Kind::ZERO;
+        for (k = 0; k < width; k++) to[k] = Element(int(from[k] * per_unit + (Kind::ZERO + 0.5f)));  // all positive
+        for (; k < padded; k++) to[k] = Kind::ZERO;
         return unit + sum(broken);
     } else {
-        auto* numbers = reinterpret_cast<typename Kind::Number*>(to);
-        for (int k = 0; k < width; k++) numbers[k] = Kind::from(from[k]);
-        for (int k = width; k < padded; k++) numbers[k] = {};
+        for (int k = 0; k < width; k++) to[k] = Kind::element(from[k]);
+        for (int k = width; k < padded; k++) to[k] = {};
         return 1.0f;
     }
 }

@@ -55,13 +55,14 @@ inline void shape_tiles() {
     if constexpr (Kind::QUANTIZED) _tile_dpbusd(sums, 6, 7); \
     else _tile_dpbf16ps(sums, 6, 7)
 
-// Calls done(row, sums) for `num_rows` rows, at most 32, with their products with a panel of 48 columns. Tiles 0 to 2
-// are the sums of the first 16 rows and 3 to 5 those of the others, 6 inputs, 7 weights.
+// Calls done(row, vector, sums) for `num_rows` rows, at most 32, with their products with a panel of 48 columns. Tiles 0
+// to 2 are the sums of the first 16 rows and 3 to 5 those of the others, 6 inputs, 7 weights.
 template <class Kind, bool two, class Done>
-void multiply_tile_rows(const I32* panel, const int32_t* inputs, int groups, int row, int num_rows, const Done& done) {
-    constexpr int PANEL_BYTES = 3 * sizeof(I32);
-    const size_t input_bytes = size_t(groups) * sizeof(int32_t);
-    const int32_t* more_inputs = inputs + size_t(TILE_ROWS) * groups;
+void multiply_tile_rows(const typename Kind::Number* panel, const typename Kind::Element* inputs, int depth, int row,
+                        int num_rows, const Done& done) {
+    constexpr int VECTOR = LANES * Kind::GROUP, PANEL_BYTES = 3 * VECTOR_BYTES, TILE_DEPTH = TILE_GROUPS * Kind::GROUP;
+    const size_t input_bytes = size_t(depth) * sizeof *inputs;
+    const auto* more_inputs = inputs + size_t(TILE_ROWS) * depth;
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -70,18 +71,18 @@ void multiply_tile_rows(const I32* panel, const int32_t* inputs, int groups, int
         _tile_zero(4);
         _tile_zero(5);
     }
-    for (int g = 0; g < groups; g += TILE_GROUPS, panel += 3 * TILE_GROUPS) {
-        _tile_loadd(6, inputs + g, input_bytes);
+    for (int k = 0; k < depth; k += TILE_DEPTH, panel += 3 * LANES * TILE_DEPTH) {
+        _tile_loadd(6, inputs + k, input_bytes);
         _tile_loadd(7, panel, PANEL_BYTES);
         ADD_PRODUCTS(0);
-        _tile_loadd(7, panel + 1, PANEL_BYTES);
+        _tile_loadd(7, panel + VECTOR, PANEL_BYTES);
         ADD_PRODUCTS(1);
-        _tile_loadd(7, panel + 2, PANEL_BYTES);
+        _tile_loadd(7, panel + 2 * VECTOR, PANEL_BYTES);
         ADD_PRODUCTS(2);
         if constexpr (two) {
-            _tile_loadd(6, more_inputs + g, input_bytes);
+            _tile_loadd(6, more_inputs + k, input_bytes);
             ADD_PRODUCTS(5);
-            _tile_loadd(7, panel + 1, PANEL_BYTES);
+            _tile_loadd(7, panel + VECTOR, PANEL_BYTES);
             ADD_PRODUCTS(4);
             _tile_loadd(7, panel, PANEL_BYTES);
             ADD_PRODUCTS(3);
@@ -97,17 +98,19 @@ void multiply_tile_rows(const I32* panel, const int32_t* inputs, int groups, int
         _tile_stored(4, &sums[TILE_ROWS][1], SUM_BYTES);
         _tile_stored(5, &sums[TILE_ROWS][2], SUM_BYTES);
     }
-    for (int m = 0; m < num_rows; m++) done(row + m, sums[m]);
+    for (int m = 0; m < num_rows; m++)
+        for (int v = 0; v < 3; v++) done(row + m, v, sums[m][v]);
 }
 
 template <class Kind, class Done>
-void multiply_by_tiles(const I32* panel, const int32_t* inputs, int groups, int first, int last, const Done& done) {
+void multiply_by_tiles(const typename Kind::Number* panel, const typename Kind::Element* inputs, int depth, int first,
+                       int last, const Done& done) {
     shape_tiles();
     for (int row = first; row < last; row += 2 * TILE_ROWS) {
-        const int32_t* from = inputs + size_t(row) * groups;
+        const auto* from = inputs + size_t(row) * depth;
         const int num_rows = std::min(2 * TILE_ROWS, last - row);
-        if (num_rows > TILE_ROWS) multiply_tile_rows<Kind, true>(panel, from, groups, row, num_rows, done);
-        else multiply_tile_rows<Kind, false>(panel, from, groups, row, num_rows, done);
+        if (num_rows > TILE_ROWS) multiply_tile_rows<Kind, true>(panel, from, depth, row, num_rows, done);
+        else multiply_tile_rows<Kind, false>(panel, from, depth, row, num_rows, done);
     }
 }
 

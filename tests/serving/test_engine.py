@@ -3,6 +3,7 @@
 import copy
 import math
 import platform
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -276,6 +277,25 @@ def test_native_logits_are_those_of_the_model(shape: dict[str, Any], dtype: str,
     with torch.no_grad():
         expected = model.logits(model(torch.tensor([token_ids]))[0])
     assert 0 < (logits - expected).std() / expected.std() <= tolerance
+
+
+@pytest.mark.usefixtures("march")
+def test_the_kernels_read_a_prompt_about_as_fast_as_pytorch() -> None:
+    """As long as a tile's sums stay in registers: else it takes them 15 times as long."""
+    model = GPT(GPTConfig(vocab_size=211, n_positions=64, n_layer=2, n_head=4, n_embd=256))
+    model.init_weights(3)
+    reading = Reading([(5 * i * i + 3) % 211 for i in range(48)], 0, [0, 1, 2])
+    native = NativeRunner(model.eval(), dtype="float32", num_blocks=3, threads=1)
+    cpu_s: list[list[float]] = []
+    with torch.inference_mode():
+        for runner in (native, TorchRunner(model, num_blocks=3)):
+            cpu_s.append([])
+            for _ in range(20):
+                before_s = time.thread_time()
+                runner.forward([reading])
+                cpu_s[-1].append(time.thread_time() - before_s)
+    native_s, torch_s = map(min, cpu_s)
+    assert native_s < 3 * torch_s, f"{1000 * native_s:.2f} ms, PyTorch {1000 * torch_s:.2f} ms"
 
 
 @pytest.mark.usefixtures("march")
