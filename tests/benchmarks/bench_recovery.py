@@ -132,6 +132,7 @@ def run_config(folder: Path) -> RunConfig:
             "micro_batch_size": BATCH // NUM_WORKERS,
             "seq_len": SEQ_LEN,
             "eval_every_steps": 1_000_000,
+            "precision": "fp32",  # as the stock trainer's
         },
         "scaling": {"min_workers": NUM_WORKERS, "max_workers": NUM_WORKERS},
         "storage": {"uri": str(folder / "storage")},

@@ -5,7 +5,8 @@
 First, one process and one thread: every contender does the same work on the same batches, forward, loss, backward,
 clipping, AdamW. raymill's step takes turns with one peer at a time, so that a change of the machine's speed meets both
 and two models are in memory at most; a ratio is the median of its rounds' ratios, and the best peer decides. Compiling
-is not timed. Then what `bench_exact` says. Prints a table of each and, last, one JSON object.
+is not timed. Precisions are those that this processor computes at speed, the same for all. Then what `bench_exact`
+says. Prints a table of each and, last, one JSON object.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 
+from model.processor import bf16_slowdown, fast_precision
 from tests.benchmarks import bench_insight
 from tests.benchmarks.bench_exact import measure, print_table
 from tests.benchmarks.gemm_peak import gemm_peak
@@ -117,10 +119,13 @@ def main() -> int:
     else:
         print(f"without torch.compile, which does not work here: {problem}")
     cells = CELLS[:2] if arguments.small else CELLS
+    if fast_precision("cpu") == "fp32":
+        print(f"without bf16, which this processor emulates: {bf16_slowdown('cpu'):.0f} times as long a projection")
+        cells = [cell for cell in cells if cell.precision == "fp32"]
     figures: dict[str, Any] = {"compiled": problem is None}
     for cell in cells:
         figures |= compare(cell, peers, num_rounds=arguments.rounds)
-    print("\nexact mode under Ray Train beside stock DistributedDataParallel, two workers of one thread each")
+    print("\nexact mode under Ray Train beside stock DistributedDataParallel, two workers of one thread each, in fp32")
     exact = measure()
     print_table(exact)
     insight = bench_insight.measure("small-10m")

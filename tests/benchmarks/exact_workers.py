@@ -43,6 +43,7 @@ def run_config(*, sharded: bool = False) -> RunConfig:
         "micro_batch_size": MICRO_BATCH_SIZE,
         "max_tokens": 1000 * batch * 256,
         "shard_optimizer": sharded,
+        "precision": "fp32",  # which any processor computes at speed, and both sides
     }
     return RunConfig.model_validate({"model": {"preset": "small-10m", "vocab_size": VOCAB_SIZE}, "train": train})
 
