@@ -144,7 +144,8 @@ def _tell(result: dict[str, Any]) -> None:
         "corpus": result["corpus"],
         "documents": f"{result['documents']} kept; dropped: {dropped}",
         "tokens": f"{result['tokens']:,} from {result['bytes']:,} bytes of text",
-        "training": f"{result['step']} steps, {result['tokens_seen']:,} tokens, {result['tokens_per_s']:,.0f} tokens/s",
+        "training": f"{result['step']} steps, {result['tokens_seen']:,} tokens, {result['tokens_per_s']:,.0f} tokens/s "
+        f"in {result['precision']}",
         "workers": f"{' -> '.join(map(str, result['world_sizes']))} (a node killed, later one added)",
         "lost": f"{result['lost_steps']} steps in {result['restarts']} restarts, {result['recovery_s']:.1f} s at most",
         "training loss": f"{result['first_loss']:.3f} -> {result['train_loss']:.3f} nats per token",
