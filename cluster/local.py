@@ -10,6 +10,7 @@ find it by themselves, and the actors on them live on.
 
 import errno
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -29,6 +30,8 @@ import psutil
 
 from cluster.child_processes import die_with_parent, kill, with_descendants
 from cluster.config import EvaluateConfig, RunConfig
+from cluster.printable import printable
+from cluster.progress import say
 from model.errors import UserError
 
 NODE_NAME_VARIABLE = "RAYMILL_NODE"
@@ -39,18 +42,30 @@ STOP_WAIT_S = 30
 
 _HEAD = "head"
 _START_NODE = Path(__file__).resolve().with_name("start_node.py")
-_START_TIMEOUT_S = 90.0
+_START_TIMEOUT_S = 120.0  # for each of two tries; a node takes 5 to 15 s on two free cores, 60 s on busy ones
+_SAY_EVERY_S = 15.0
+_BUSY_LOAD = 2.0  # processes that want each CPU
+_LITTLE_MEMORY_BYTES = 1 << 30
 _STOP_TIMEOUT_S = 5.0
 _END_BY_ITSELF_S = 2.0  # a node whose head has gone first would wait longer for it
 _HEAD_ENDS_S = 5.0
 _OBJECT_STORE_BYTES = 256 << 20
 
+PATIENT_WORKERS = {
+    # What workers add to their owner's niceness. Ray's 15 leaves a worker a thirtieth of a core that any other program
+    # wants too: whatever else a person's machine does would halt training, serving, and the start of both.
+    "RAY_worker_niceness": "0",
+    "RAY_worker_register_timeout_seconds": "240",  # of 60 s, after which a worker that starts on busy cores is killed
+}
+"""Environment of a Ray whose machine does other things too."""
+
 # Ray's defaults take 14 s to see a killed raylet and 65 s to see a hung one. A killed raylet refuses the connection
 # at once, so three short periods name it dead; the long timeout spares a node that is merely busy.
-_ENVIRONMENT = {
+_ENVIRONMENT = PATIENT_WORKERS | {
     "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # keeps addresses on loopback, see start_node.py
+    "RAY_gcs_server_port_wait_time_s": "120",  # of 20 s, which busy cores make too few
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "1",
     "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S),
     "RAY_health_check_initial_delay_ms": "1000",
@@ -101,6 +116,8 @@ class LocalCluster:
         self._cpus_per_node = cpus_per_node
         self._directory = Path(tempfile.mkdtemp(prefix="raymill-"))  # 0700; Ray's socket paths must stay short
         self._nodes: dict[str, subprocess.Popen[bytes]] = {}
+        self._flags: dict[str, list[str]] = {}  # of `ray start`
+        self._joined: set[str] = set()  # ids of nodes that were waited for
         self._num_started = 0
         # The kernel ends a node with the very thread that started it, so that thread must last as long as the cluster.
         self._starter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="node-starter")
@@ -146,13 +163,7 @@ class LocalCluster:
         token_path.write_text(self.token)
         try:
             self._start_head()
-            for _ in range(self._num_nodes - 1):
-                self.add_node(wait=False)
-            self._wait(
-                lambda: len(self._alive_nodes()) == self._num_nodes,
-                what=f"{self._num_nodes} nodes to join",
-                starting=list(self._nodes),
-            )
+            self._wait([self.add_node(wait=False) for _ in range(self._num_nodes - 1)])
         except BaseException:
             self.stop()
             raise
@@ -166,10 +177,9 @@ class LocalCluster:
     def add_node(self, *, wait: bool = True) -> str:
         """Starts one more worker node and returns its name."""
         name = f"node-{self._num_started}"
-        before = self._alive_nodes() if wait else set()
         self._start_node(name, ["--address", self.address], num_cpus=self._cpus_per_node)
         if wait:
-            self._wait(lambda: not self._alive_nodes() <= before, what=f"{name} to join", starting=[name])
+            self._wait([name])
         return name
 
     def kill_node(self, name: str) -> None:
@@ -181,18 +191,15 @@ class LocalCluster:
     def restart_head(self) -> None:
         """Starts a head in the place of the one that was lost, at the same addresses and with the state that it left.
         The jobs that the old one carried are gone. Raises `ClusterError`."""
-        try:
-            self._replace_head()
-        except ClusterError:  # Ray gives it 30 s, which are few where all that waits for the head keeps the CPUs busy
-            self._replace_head()
+        self._clear(_HEAD)
+        self._start_head()
         self._nodes = {_HEAD: self._nodes.pop(_HEAD)} | self._nodes
 
-    def _replace_head(self) -> None:
-        orphans = self._orphans_of(_HEAD)  # also a driver that does not know yet, and would hold its lease
-        kill(orphans)
+    def _clear(self, name: str) -> None:
+        """Ends what is left of a node, before one of the same name starts."""
+        kill(self._processes_of(name))  # also a driver that does not know yet, and would hold its lease
         # By this file `ray start` would take the other nodes for a cluster whose head runs.
-        (self._directory / _HEAD / "ray_current_cluster").unlink(missing_ok=True)
-        self._start_head()
+        (self._directory / name / "ray_current_cluster").unlink(missing_ok=True)
 
     def stop(self) -> None:
         """Ends every process that the nodes started, gently and then not, and removes the cluster's files."""
@@ -207,8 +214,8 @@ class LocalCluster:
         self._starter.shutdown()
         shutil.rmtree(self._directory, ignore_errors=True)
 
-    def _orphans_of(self, name: str) -> list[psutil.Process]:
-        """What a node that has ended started and left behind, known by the environment that it was given."""
+    def _processes_of(self, name: str) -> list[psutil.Process]:
+        """Returns a node's processes, known by the environment that it was given, whether it runs or has ended."""
         mine = {NODE_NAME_VARIABLE: name, "RAY_AUTH_TOKEN_PATH": self.environment["RAY_AUTH_TOKEN_PATH"]}
         found = []
         for process in psutil.process_iter():
@@ -230,14 +237,16 @@ class LocalCluster:
         flags = ["--head", "--dashboard-host", "127.0.0.1"]
         flags += [word for flag, port in ports.items() for word in (flag, str(port))]
         self._start_node(_HEAD, flags, num_cpus=self._cpus_per_node if self._num_nodes == 1 else 0)
-        # A head that takes over first counts its predecessor too, until that one's health checks have failed.
-        self._wait(
-            lambda: len(self._alive_nodes()) == len(self.node_names), what="the head to answer", starting=[_HEAD]
-        )
+        self._wait([_HEAD])
 
-    def _start_node(self, name: str, flags: Iterable[str], *, num_cpus: int) -> None:
-        command = [sys.executable, str(_START_NODE), "start", "--block", "--disable-usage-stats"]
-        command += ["--node-ip-address", "127.0.0.1", "--num-cpus", str(num_cpus), "--num-gpus", "0"]
+    def _start_node(self, name: str, flags: list[str], *, num_cpus: int) -> None:
+        self._flags[name] = ["--num-cpus", str(num_cpus), *flags]
+        self._launch(name)
+        self._num_started += 1
+
+    def _launch(self, name: str) -> None:
+        command = [sys.executable, str(_START_NODE), "start", "--block", "--disable-usage-stats", "--node-name", name]
+        command += ["--node-ip-address", "127.0.0.1", "--num-gpus", "0"]
         command += ["--object-store-memory", str(_OBJECT_STORE_BYTES), "--log-color", "false"]
         # Port 0 lets each worker process take any free one: several nodes share one address here.
         command += ["--min-worker-port", "0", "--max-worker-port", "0"]
@@ -245,10 +254,10 @@ class LocalCluster:
         # A session folder of its own: nodes that start together would race for the names of their sockets.
         command += ["--temp-dir", str(self._directory / name)]
         state = {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(self._directory / "state")}
-        with (self._directory / f"{name}.log").open("ab") as log:
+        with self._log(name).open("ab") as log:
             self._nodes[name] = self._starter.submit(
                 subprocess.Popen,
-                [*command, *flags],
+                [*command, *self._flags[name]],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
@@ -256,10 +265,9 @@ class LocalCluster:
                 start_new_session=True,
                 preexec_fn=die_with_parent,
             ).result()
-        self._num_started += 1
 
-    def _alive_nodes(self) -> set[str]:
-        """Ids of the nodes that the head counts as alive; a node that was just killed is still among them."""
+    def _alive_nodes(self) -> dict[str, str]:
+        """Returns ids and names of the nodes that the head counts as alive, one that was just killed among them."""
         try:
             response = httpx.get(
                 f"{self.jobs_url}/api/v0/nodes",
@@ -268,24 +276,70 @@ class LocalCluster:
                 timeout=30,
             )
         except httpx.TransportError:  # the dashboard is not up yet
-            return set()
+            return {}
         if not response.is_success:
-            return set()
-        return {node["node_id"] for node in response.json()["data"]["result"]["result"]}
+            return {}
+        return {node["node_id"]: node["node_name"] for node in response.json()["data"]["result"]["result"]}
 
-    def _wait(self, condition: Callable[[], bool], *, what: str, starting: Iterable[str]) -> None:
-        deadline = time.monotonic() + _START_TIMEOUT_S
-        while not condition():
-            for name in starting:
+    def _wait(self, names: Collection[str]) -> None:
+        """Waits until the nodes are alive. Each that ends or is not there in time is started once more, as a machine
+        that was busy at its start is the usual reason. Raises `ClusterError`."""
+        began_s = said_s = time.monotonic()
+        launched_s = dict.fromkeys(names, began_s)
+        while True:
+            alive, now_s = self._alive_nodes(), time.monotonic()
+            # A head that takes over first counts its predecessor too, until that one's health checks have failed.
+            ids = {name: [node_id for node_id in alive if alive[node_id] == name] for name in names}
+            late = [name for name in names if len(ids[name]) != 1 or ids[name][0] in self._joined]
+            if not late:
+                self._joined |= alive.keys()
+                return
+            for name in late:
                 if self._nodes[name].poll() is not None:
-                    log = (self._directory / f"{name}.log").read_text(errors="replace")
-                    raise ClusterError(f"the local cluster's {name} ended while starting; its log ends:\n{log[-2000:]}")
-            if time.monotonic() > deadline:
-                raise ClusterError(
-                    f"the local cluster took over {_START_TIMEOUT_S:.0f} s waiting for {what}; "
-                    "the machine may be short of memory or processes"
-                )
+                    problem = "ended while starting"
+                elif now_s > launched_s[name] + _START_TIMEOUT_S:
+                    problem = f"was not there after {_START_TIMEOUT_S:.0f} s"
+                else:
+                    continue
+                problem = f"the local cluster's {name} {problem}"
+                if launched_s[name] > began_s:
+                    raise ClusterError(f"{problem}, for the second time. {self._last_words(name)}")
+                said = f" and said: {words}" if (words := _last_words(self._log(name))) else ""
+                say(f"{problem}{said}; it is started once more")
+                self._clear(name)
+                self._launch(name)
+                launched_s[name] = said_s = time.monotonic()
+            if now_s > said_s + _SAY_EVERY_S:
+                said_s = now_s
+                say(f"waiting for the local cluster's {', '.join(late)} since {now_s - began_s:.0f} s; {_load()}")
             time.sleep(0.25)
+
+    def _log(self, name: str) -> Path:
+        return self._directory / f"{name}.log"
+
+    def _last_words(self, name: str) -> str:
+        """Returns a node's own reason to end, the machine's likely one, and where its log is kept."""
+        handle, kept = tempfile.mkstemp(prefix=f"raymill-{name}-", suffix=".log")  # the cluster's folder goes
+        os.close(handle)
+        shutil.copyfile(self._log(name), kept)
+        said = f"It said: {words}. " if (words := _last_words(self._log(name))) else "It said nothing. "
+        return f"{said}Now {_load()}. Its log is {kept}"
+
+
+def _last_words(log: Path) -> str:
+    """Returns the line of a log that says why its process ended: the last that names an error, or else the last."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line[:1].strip()]
+    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+    return printable((errors or lines or [""])[-1], keep="")[:300].rstrip(". ")
+
+
+def _load() -> str:
+    """Returns how busy the machine is, in words."""
+    num_cpus, load, free_bytes = os.cpu_count() or 1, os.getloadavg()[0], psutil.virtual_memory().available
+    words = f"{load:.1f} processes want its {num_cpus} CPUs and {free_bytes / 1e9:.1f} GB of memory are free"
+    if load > _BUSY_LOAD * num_cpus or free_bytes < _LITTLE_MEMORY_BYTES:
+        return f"the machine is overloaded: {words}"
+    return f"the machine is not overloaded: {words}"
 
 
 def cpus_per_node(config: RunConfig | EvaluateConfig) -> int:

@@ -73,4 +73,5 @@ def test_the_tree_names_every_module_and_no_other() -> None:
     )
     named = set(re.findall(r"\b(\w+\.py)\b", tree))
     there = {path.name for package in PACKAGES for path in (REPOSITORY / package).glob("*.py")} - {"__init__.py"}
+    assert there
     assert named == there, f"missing: {sorted(there - named)}, gone: {sorted(named - there)}"

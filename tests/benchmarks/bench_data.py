@@ -83,7 +83,7 @@ def run_stage(
     config_file = storage / "config.json"
     config_file.write_text(config.model_dump_json(), encoding="utf-8")
     command = [sys.executable, "-m", "tests.benchmarks.tokenize_stage", str(config_file), str(workers)]
-    environment = os.environ | {"RAY_AUTH_MODE": "disabled", "TOKENIZERS_PARALLELISM": "false"}
+    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     with subprocess.Popen(command, cwd=REPOSITORY, env=environment, text=True, **pipes) as process:
         assert process.stdin is not None and process.stdout is not None

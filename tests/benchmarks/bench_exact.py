@@ -19,7 +19,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -34,18 +33,18 @@ from tests.benchmarks.exact_workers import (
     run_config,
     stock_process,
 )
+from tests.local_ray import local_ray
 
 
 def fit(folder: Path) -> None:
-    ray.init(address="local", num_cpus=WORLD_SIZE + 1, include_dashboard=False, log_to_driver=False)
-    TorchTrainer(
-        exact_worker,
-        train_loop_config={"folder": str(folder)},
-        torch_config=TorchConfig(backend="gloo"),
-        scaling_config=ray.train.ScalingConfig(num_workers=WORLD_SIZE, resources_per_worker={"CPU": 1}),
-        run_config=ray.train.RunConfig(storage_path=str(folder / "ray")),
-    ).fit()
-    ray.shutdown()
+    with local_ray(num_cpus=WORLD_SIZE + 1):
+        TorchTrainer(
+            exact_worker,
+            train_loop_config={"folder": str(folder)},
+            torch_config=TorchConfig(backend="gloo"),
+            scaling_config=ray.train.ScalingConfig(num_workers=WORLD_SIZE, resources_per_worker={"CPU": 1}),
+            run_config=ray.train.RunConfig(storage_path=str(folder / "ray")),
+        ).fit()
 
 
 def start_pair(target: Callable[..., None]) -> list[Any]:

@@ -4,21 +4,14 @@ import json
 import sys
 from pathlib import Path
 
-import ray
-
 from cluster.config import RunConfig
 from jobs.tokenize_corpus import tokenize
+from tests.local_ray import local_ray
 
 if __name__ == "__main__":
-    ray.init(
-        address="local",
-        num_cpus=int(sys.argv[2]),
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=256 << 20,
-    )
-    config = RunConfig.model_validate_json(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    print("ready", flush=True)
-    sys.stdin.readline()
-    print(json.dumps(tokenize(config)), flush=True)
-    sys.stdin.readline()  # the processes' figures are read while they live
+    with local_ray(num_cpus=int(sys.argv[2]), object_store_memory=256 << 20):
+        config = RunConfig.model_validate_json(Path(sys.argv[1]).read_text(encoding="utf-8"))
+        print("ready", flush=True)
+        sys.stdin.readline()
+        print(json.dumps(tokenize(config)), flush=True)
+        sys.stdin.readline()  # the processes' figures are read while they live

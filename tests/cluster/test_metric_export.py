@@ -9,6 +9,7 @@ import ray
 
 from cluster.metric_export import Metrics
 from cluster.metric_table import COMMON_LABELS, SERIES, Exporter, Kind, metrics_of
+from tests.local_ray import local_ray
 from tests.prometheus import needs_prometheus, prometheus
 from tests.waiting import wait_until
 
@@ -19,19 +20,8 @@ OURS = tuple(exporter for exporter in Exporter if exporter is not Exporter.RAY)
 
 @pytest.fixture
 def metrics_port() -> Iterator[int]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")  # it listens on loopback, as long as the test lasts
-        ray.init(
-            address="local",
-            num_cpus=1,
-            object_store_memory=80 << 20,
-            include_dashboard=False,
-            log_to_driver=False,
-            _node_ip_address="127.0.0.1",
-            _system_config={"metrics_report_interval_ms": 1000},
-        )
+    with local_ray(num_cpus=1, _system_config={"metrics_report_interval_ms": 1000}):
         yield ray.nodes()[0]["MetricsExportPort"]
-        ray.shutdown()
 
 
 def test_prometheus_gets_every_metric_with_its_value(metrics_port: int, tmp_path: Path) -> None:

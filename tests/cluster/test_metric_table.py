@@ -59,7 +59,9 @@ def test_the_endpoints_code_has_each_of_its_metrics() -> None:
 
 
 def sources() -> list[Path]:
-    return [path for folder in ("cluster", "jobs", "serving") for path in (REPOSITORY / folder).glob("*.py")]
+    found = {folder: list((REPOSITORY / folder).glob("*.py")) for folder in ("cluster", "jobs", "serving")}
+    assert all(found.values()), "no code where it was"
+    return [path for paths in found.values() for path in paths]
 
 
 def test_the_known_values_of_labels_are_those_of_the_code() -> None:

@@ -154,6 +154,6 @@ def test_a_word_of_a_megabyte_takes_no_hours(tmp_path: Path) -> None:
     files = list_corpus(f"{tmp_path}/a.txt").files
     pieces = list(sample_texts(files, DataConfig()))
     assert "".join(pieces) == bases
-    started_s = time.monotonic()
+    started_s = time.process_time()
     assert train_bpe(pieces, vocab_size=1000).vocab_size == 1000
-    assert time.monotonic() - started_s < 15
+    assert time.process_time() - started_s < 15

@@ -4,18 +4,11 @@ import json
 import sys
 from pathlib import Path
 
-import ray
-
 from cluster.config import RunConfig
 from jobs.tokenize_corpus import tokenize
+from tests.local_ray import local_ray
 
 if __name__ == "__main__":
     config_file, num_workers = sys.argv[1:]
-    ray.init(
-        address="local",
-        num_cpus=int(num_workers),
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=100 << 20,
-    )
-    print(json.dumps(tokenize(RunConfig.model_validate_json(Path(config_file).read_text()))))
+    with local_ray(num_cpus=int(num_workers)):
+        print(json.dumps(tokenize(RunConfig.model_validate_json(Path(config_file).read_text()))))

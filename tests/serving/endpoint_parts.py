@@ -10,8 +10,6 @@ from pathlib import Path
 
 import httpx
 import psutil
-import pytest
-import ray
 import uvicorn
 from fastapi import APIRouter
 from ray import serve
@@ -25,29 +23,16 @@ from serving.metrics import ReplicaMetrics
 from serving.promotion import Delivery
 from serving.served_model import read_served_model, version_of
 from serving.versions import Versions
+from tests.local_ray import local_ray
 
 
 @contextmanager
 def ray_cluster(*, num_cpus: int = 2) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as env:
-        env.setenv("RAY_AUTH_MODE", "disabled")  # it listens on loopback, as long as the context lasts
-        env.delenv("RAY_AUTH_TOKEN", raising=False)
-        env.delenv("RAY_ADDRESS", raising=False)
-        ray.init(
-            address="local",
-            num_cpus=num_cpus,
-            object_store_memory=80 << 20,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-            _node_ip_address="127.0.0.1",
-            runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parents[2])}},
-        )
+    with local_ray(num_cpus=num_cpus):
         try:
             yield
         finally:
             serve.shutdown()
-            ray.shutdown()
 
 
 def free_port() -> int:

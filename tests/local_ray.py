@@ -1,0 +1,37 @@
+"""A Ray of one node for as long as a test lasts: on loopback, its workers as urgent as the test, HOME left as it is."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import ray
+
+from cluster.local import PATIENT_WORKERS
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@contextmanager
+def local_ray(*, num_cpus: int, environment: Mapping[str, str] | None = None, **settings: Any) -> Iterator[None]:
+    """Runs Ray with workers that can import the repository's modules; `environment` is added to theirs."""
+    # Without a word on authentication Ray writes a token into ~/.ray, with which every other Ray of the user then starts.
+    with mock.patch.dict(os.environ, PATIENT_WORKERS | {"RAY_AUTH_MODE": "disabled"}):
+        for name in ("RAY_AUTH_TOKEN", "RAY_ADDRESS"):
+            os.environ.pop(name, None)
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            _node_ip_address="127.0.0.1",
+            runtime_env={"env_vars": {"PYTHONPATH": str(REPOSITORY), **(environment or {})}},
+            **({"object_store_memory": 100 << 20} | settings),
+        )
+        try:
+            yield
+        finally:
+            ray.shutdown()
