@@ -20,6 +20,7 @@ from serving.protocol import CompletionRequest
 from serving.versions import Versions
 from tests.serving.endpoint_parts import replica_app
 from tests.serving.test_protocol import values
+from tests.time_limits import limit_s
 
 MODEL, KEYS = "tiny", ("sk-one", "sk-two", "sk-three")
 PER_KEY, OF_ALL = 2, 4  # requests at once
@@ -46,7 +47,7 @@ async def endpoint(checkpoint: Path) -> AsyncIterator[tuple[httpx.AsyncClient, V
     access = AccessRules(tuple(sha256(key.encode()).hexdigest() for key in KEYS), max_requests_per_key=PER_KEY)
     async with (
         replica_app(checkpoint, name=MODEL, config=config, access=access) as (app, versions),
-        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=60) as http,
+        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=limit_s(60)) as http,
     ):
         http.headers["Authorization"] = f"Bearer {KEYS[0]}"
         yield http, versions
