@@ -19,7 +19,7 @@ class ReplicaConfig(Settings):
         default=64, ge=1, description="completions a replica takes on at once; more get 429"
     )
     max_requests_per_key: int | None = Field(
-        default=None, ge=1, description="completions of one API key in flight on a replica; more get 429"
+        default=None, ge=1, description="POST requests of one API key in flight on a replica; more get 429"
     )
     scale_up_after_s: float = Field(default=2.0, ge=0, description="seconds of load that needs more replicas")
     scale_down_after_s: float = Field(
@@ -129,7 +129,8 @@ class ServeConfig(Settings):
     host: str = Field(default="127.0.0.1", description="address to listen on; others than loopback need an API key")
     port: int = Field(default=8000, ge=1, le=65535, description="TCP port to listen on")
     api_key_file: str | None = Field(
-        default=None, description="file with one API key a line, made with a fresh key (0600) when missing"
+        default=None,
+        description="file with one API key a line, made with a fresh key (0600) when missing; read again as it changes",
     )
     admin_key_file: str | None = Field(
         default=None, description="file like api_key_file, with keys for /admin; there is no /admin when unset"

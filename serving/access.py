@@ -1,7 +1,9 @@
-"""API keys: the files that hold them, what a key opens, and how many requests of one key run at once."""
+"""API keys: the files that hold them, read again and again; what a key opens; how many requests of one run at once."""
 
+import asyncio
 import hashlib
 import hmac
+import logging
 import os
 import secrets
 from collections import Counter
@@ -9,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from model.errors import UserError
 from serving.errors import forbidden, not_found, too_many_requests, unauthorized
@@ -16,6 +19,8 @@ from serving.page_routes import PAGE_PATHS
 
 OPEN_PATHS = ("/health", "/ready", *PAGE_PATHS)  # for probes and navigation, which have no key
 ADMIN_PATH = "/admin"
+RELOAD_S = 2.0
+_log = logging.getLogger(__name__)
 
 Headers = Sequence[tuple[bytes, bytes]]
 
@@ -29,17 +34,70 @@ class AccessRules:
     max_requests_per_key: int | None = None
 
 
-def read_key_hashes(path: Path) -> tuple[str, ...]:
-    """SHA-256 of each key in the file, one key a line; the file is made with a fresh key where it is missing. Only
-    the hashes are handed to replicas, so that no key stands in the cluster's state or logs."""
+def make_key_file(path: Path) -> None:
+    """With a fresh key, where the file is missing."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(f"sk-{secrets.token_urlsafe(32)}\n")
+
+
+def read_key_hashes(path: Path) -> tuple[str, ...]:
+    """SHA-256 of each key in the file, one key a line. Only the hashes are handed to replicas, so that no key stands in
+    the cluster's state or logs."""
     keys = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not keys:
         raise UserError(f"the API key file {path} is empty: write one key a line, or delete it to have one made")
     return tuple(hashlib.sha256(key.encode()).hexdigest() for key in keys)
+
+
+def read_rules(user_file: str | None, admin_file: str | None, *, max_requests_per_key: int | None) -> AccessRules:
+    """Raises `UserError` for a file without a key, and for a key of users that is an admin's too."""
+    user, admin = (() if file is None else read_key_hashes(Path(file)) for file in (user_file, admin_file))
+    if both := set(user) & set(admin):
+        raise UserError(f"{len(both)} of the keys in {admin_file} is an API key too; an admin key opens /admin only")
+    return AccessRules(user, admin, max_requests_per_key)
+
+
+class CurrentAccess:
+    """The rules as the key files have them now: a key is added or revoked without a restart. A file that cannot be read
+    or has no key in it changes nothing, as it would let in everybody or nobody."""
+
+    def __init__(self, rules: AccessRules, *, user_file: str | None = None, admin_file: str | None = None) -> None:
+        """`rules` hold until the files can be read."""
+        self.rules = rules
+        self._files = (user_file, admin_file)
+        self._problems = ["", ""]
+
+    def reload(self) -> None:
+        """Blocks for as long as the disk does. Reads the few lines each time: a file's time of change is too coarse."""
+        user, admin = self.rules.user_key_hashes, self.rules.admin_key_hashes
+        user = self._reread(0, user, excluded=admin)
+        admin = self._reread(1, admin, excluded=user)
+        if (user, admin) != (self.rules.user_key_hashes, self.rules.admin_key_hashes):
+            _log.warning("the API keys have changed: %d for users and %d for admins now", len(user), len(admin))
+            self.rules = AccessRules(user, admin, self.rules.max_requests_per_key)
+
+    async def keep(self, *, every_s: float = RELOAD_S) -> NoReturn:
+        while True:
+            await asyncio.to_thread(self.reload)
+            await asyncio.sleep(every_s)
+
+    def _reread(self, index: int, before: tuple[str, ...], *, excluded: tuple[str, ...]) -> tuple[str, ...]:
+        """The keys of one file, none of which may be among the other's."""
+        file, problem = self._files[index], ""
+        if file is None:
+            return before
+        try:
+            now = read_key_hashes(Path(file))
+            if set(now) & set(excluded):
+                problem = "a key in it is in the other key file too"
+        except (UserError, OSError, ValueError) as error:
+            problem = str(error)
+        if problem and problem != self._problems[index]:
+            _log.error("%s: %s. Its keys from before stay valid, and none is added or revoked", file, problem)
+        self._problems[index] = problem
+        return before if problem else now
 
 
 def presented_key(headers: Headers, key_hashes: Sequence[str]) -> str | None:

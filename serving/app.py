@@ -24,7 +24,7 @@ from cluster.serve_config import ServeConfig
 from cluster.stage import stage_main
 from cluster.storage import absolute_uri
 from model.errors import UserError
-from serving.access import AccessRules, read_key_hashes
+from serving.access import AccessRules, make_key_file, read_rules
 from serving.autoscaling import ScalingPolicy, ScalingRules
 from serving.coordinator import Coordinator
 from serving.front_door import proxy_environment
@@ -81,8 +81,10 @@ def _app(config: ServeConfig, *, deployment: str) -> serve.Application:
         health_check_timeout_s=5,
         max_constructor_retry_count=3,
     )(Coordinator)
+    files = {"api_key_file": config.api_key_file, "admin_key_file": config.admin_key_file}
+    absolute = {name: file and str(Path(file).absolute()) for name, file in files.items()}  # replicas run elsewhere
     return replica.bind(
-        config,
+        config.model_copy(update=absolute),
         access=read_access_rules(config),
         coordinator=coordinator.bind(config, deployment=deployment),
         deployment=deployment,
@@ -91,14 +93,11 @@ def _app(config: ServeConfig, *, deployment: str) -> serve.Application:
 
 def read_access_rules(config: ServeConfig) -> AccessRules:
     """From the key files of `config`."""
-    user, admin = (
-        () if path is None else read_key_hashes(Path(path)) for path in (config.api_key_file, config.admin_key_file)
-    )
-    if both := set(user) & set(admin):
-        raise UserError(
-            f"{len(both)} of the keys in {config.admin_key_file} is an API key too; an admin key opens /admin only"
-        )
-    return AccessRules(user, admin, config.replicas.max_requests_per_key)
+    files = (config.api_key_file, config.admin_key_file)
+    for file in files:
+        if file is not None:
+            make_key_file(Path(file))
+    return read_rules(*files, max_requests_per_key=config.replicas.max_requests_per_key)
 
 
 def autoscaling(config: ServeConfig) -> AutoscalingConfig:

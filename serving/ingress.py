@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.code_folders import code_version
-from serving.access import AccessRules, RequestsInFlight, authorize
+from serving.access import CurrentAccess, RequestsInFlight, authorize
 from serving.admission import AdmissionLimits
 from serving.answers import Answer, AnswerHead, TextAnswer
 from serving.chat import NOTE_HEADER, ChatAnswer, as_completion, parse_chat
@@ -37,7 +37,7 @@ def build_http_app(
     versions: Versions,
     metrics: ReplicaMetrics,
     limits: AdmissionLimits,
-    access: AccessRules,
+    access: CurrentAccess,
     admin: APIRouter,
 ) -> ASGIApp:
     """All routes, behind `access`."""
@@ -167,10 +167,10 @@ class Gate:
     """Around all routes: lets no request without its key through, keeps the version that answers a request loaded to
     the end of the answer, and names it there."""
 
-    def __init__(self, app: ASGIApp, *, access: AccessRules, versions: Versions) -> None:
+    def __init__(self, app: ASGIApp, *, access: CurrentAccess, versions: Versions) -> None:
         self._app = app
         self._access = access
-        self._in_flight = RequestsInFlight(access.max_requests_per_key)
+        self._in_flight = RequestsInFlight(access.rules.max_requests_per_key)
         self._versions = versions
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -187,7 +187,7 @@ class Gate:
 
         is_metered = scope["path"] in METERED_PATHS
         try:
-            routed.key = authorize(scope["path"], scope["headers"], self._access)
+            routed.key = authorize(scope["path"], scope["headers"], self._access.rules)
             if is_metered and self._versions.delivery.draining:
                 raise draining()
             with self._in_flight.of(routed.key if is_metered else None):

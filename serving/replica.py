@@ -13,7 +13,7 @@ from starlette.types import ASGIApp
 
 from cluster.metric_export import PUBLISH_INTERVAL_S, Metrics
 from cluster.serve_config import ServeConfig
-from serving.access import AccessRules
+from serving.access import AccessRules, CurrentAccess
 from serving.admin_routes import admin_router
 from serving.admission import AdmissionLimits
 from serving.autoscaling import KV_USE, WAITING
@@ -32,7 +32,8 @@ class Replica:
         apart from that of an endpoint that this one replaces."""
         began_s = time.monotonic()
         self._config = config
-        self._access = access
+        self._access = CurrentAccess(access, user_file=config.api_key_file, admin_file=config.admin_key_file)
+        await asyncio.to_thread(self._access.reload)  # the keys of `access` are as old as the deployment
         self._id = serve.get_replica_context().replica_id.unique_id
         self._follower = Follower(config, coordinator, deployment=deployment, replica=self._id, on_live_death=leave)
         await self._follower.start()
@@ -49,6 +50,7 @@ class Replica:
         )
         metrics.exported.of("raymill:coordinator_away_seconds").set_function(lambda: self._follower.away_s)
         self._publishing = asyncio.create_task(self._publish(metrics.exported))
+        self._reloading = asyncio.create_task(self._access.keep())
         return build_http_app(
             versions=versions,
             metrics=metrics,

@@ -16,7 +16,7 @@ from ray import serve
 from starlette.types import ASGIApp
 
 from cluster.serve_config import ServeConfig
-from serving.access import AccessRules
+from serving.access import AccessRules, CurrentAccess
 from serving.admission import AdmissionLimits
 from serving.ingress import build_http_app
 from serving.metrics import ReplicaMetrics
@@ -66,7 +66,7 @@ def num_running_replicas() -> int | None:
 
 @asynccontextmanager
 async def replica_app(
-    folder: Path, *, name: str, config: ServeConfig | None = None, access: AccessRules | None = None
+    folder: Path, *, name: str, config: ServeConfig | None = None, access: AccessRules | CurrentAccess | None = None
 ) -> AsyncIterator[tuple[ASGIApp, Versions]]:
     """A replica's routes and its engine process, without Ray."""
     config = config or ServeConfig()
@@ -83,7 +83,11 @@ async def replica_app(
     try:
         yield (
             build_http_app(
-                versions=versions, metrics=metrics, limits=limits, access=access or AccessRules(), admin=APIRouter()
+                versions=versions,
+                metrics=metrics,
+                limits=limits,
+                access=access if isinstance(access, CurrentAccess) else CurrentAccess(access or AccessRules()),
+                admin=APIRouter(),
             ),
             versions,
         )

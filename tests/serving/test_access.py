@@ -8,14 +8,25 @@ import pytest
 
 from cluster.serve_config import ServeConfig
 from model.errors import UserError
-from serving.access import AccessRules, RequestsInFlight, authorize, presented_key, read_key_hashes
+from serving.access import (
+    AccessRules,
+    CurrentAccess,
+    RequestsInFlight,
+    authorize,
+    make_key_file,
+    presented_key,
+    read_key_hashes,
+    read_rules,
+)
 from serving.app import read_access_rules
 from serving.errors import ApiError
 
 
 def test_a_missing_key_file_is_made_with_one_private_key(tmp_path: Path) -> None:
     path = tmp_path / "new" / "keys"
+    make_key_file(path)
     hashes = read_key_hashes(path)
+    make_key_file(path)
     key = path.read_text().strip()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert len(key) > 40
@@ -108,3 +119,69 @@ def test_requests_in_flight_are_counted_by_key() -> None:
         raise ValueError("x")
     with in_flight.of("a"), in_flight.of("a"):
         pass
+
+
+class Files:
+    """The key files of an endpoint, and the rules that follow them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.user, self.admin = folder / "user", folder / "admin"
+        self.user.write_text("one\ntwo\n")
+        self.admin.write_text("root\n")
+        rules = read_rules(str(self.user), str(self.admin), max_requests_per_key=3)
+        self.access = CurrentAccess(rules, user_file=str(self.user), admin_file=str(self.admin))
+
+    def opened(self, *keys: str) -> list[bool]:
+        """By each of `keys`, after the files were looked at."""
+        self.access.reload()
+        rules = self.access.rules
+        assert rules.max_requests_per_key == 3
+        return [
+            presented_key([(b"authorization", f"Bearer {key}".encode())], hashes) is not None
+            for key in keys
+            for hashes in [rules.admin_key_hashes if key.startswith("root") else rules.user_key_hashes]
+        ]
+
+
+def test_keys_are_added_and_revoked_as_the_files_change(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    files = Files(tmp_path)
+    assert files.opened("one", "two", "three", "root", "root2") == [True, True, False, True, False]
+    files.user.write_text("two\nthree\n")
+    assert files.opened("one", "two", "three", "root") == [False, True, True, True]
+    (tmp_path / "new").write_text("root2\n")
+    (tmp_path / "new").rename(files.admin)  # as Kubernetes replaces a Secret's files
+    assert files.opened("two", "root", "root2") == [True, False, True]
+    assert "the API keys have changed: 2 for users and 1 for admins now" in caplog.text
+    assert "three" not in caplog.text and hashed("three") not in caplog.text
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\n \n", b"\xff\xfe", b"root\n"], ids=ascii)
+def test_a_bad_key_file_keeps_the_keys_from_before_and_says_so_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: bytes | None
+) -> None:
+    files = Files(tmp_path)
+    assert files.opened("one", "root") == [True, True]
+    files.user.unlink()
+    if content is not None:
+        files.user.write_bytes(content)
+    for _ in range(3):
+        assert files.opened("one", "two", "", "root") == [True, True, False, True]
+    files.admin.write_text("root2\n")
+    if content != b"root\n":
+        assert files.opened("one", "root", "root2") == [True, False, True]
+    assert caplog.text.count("Its keys from before stay valid") == 1 and files.user.exists() is (content is not None)
+    files.user.write_text("three\n")
+    assert files.opened("one", "three", "root2") == [False, True, True]
+
+
+def test_a_machine_without_the_files_keeps_the_keys_that_it_was_given(tmp_path: Path) -> None:
+    rules = AccessRules((hashed("one"),), (hashed("root"),))
+    access = CurrentAccess(rules, user_file=str(tmp_path / "user"), admin_file=str(tmp_path / "admin"))
+    access.reload()
+    assert access.rules == rules and not (tmp_path / "user").exists()
+
+
+def test_without_key_files_nothing_is_read(tmp_path: Path) -> None:
+    access = CurrentAccess(AccessRules())
+    access.reload()
+    assert access.rules == AccessRules()

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from cluster.serve_config import EngineConfig, HttpConfig, ReplicaConfig, ServeConfig
 from model.tokenizer import Tokenizer
+from serving.access import RELOAD_S
 from serving.app import run
 from tests.serving.conftest import FRAGILE_POSITION
 from tests.serving.endpoint_parts import free_port, metric, ray_cluster
@@ -41,8 +42,12 @@ NUM_SLOTS, MAX_WAITING = 8, 100
 
 
 @pytest.fixture(scope="module")
-def address(fragile_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int]]:
-    keys = tmp_path_factory.mktemp("keys")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("keys")
+
+
+@pytest.fixture(scope="module")
+def address(fragile_checkpoint: Path, keys: Path) -> Iterator[tuple[str, int]]:
     (keys / "user").write_text(f"{LIMITED_KEY}\n{KEY}\n")
     (keys / "admin").write_text(f"{ADMIN_KEY}\n")
     port = free_port()
@@ -229,6 +234,27 @@ def test_41_everything_under_admin_needs_an_admin_key(url: str, path: str) -> No
     for key, status in ((None, 401), ("sk-wrong", 401), (KEY, 403), (ADMIN_KEY, 404)):
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         assert_error(httpx.get(f"{url}{path}", headers=headers, timeout=limit_s(30)), status)
+
+
+def test_41_keys_are_added_and_revoked_while_it_serves(url: str, keys: Path) -> None:
+    def statuses(path: str, *names: str) -> list[int]:
+        headers = [{"Authorization": f"Bearer {name}"} for name in names]
+        return [httpx.get(f"{url}{path}", headers=header).status_code for header in headers]
+
+    users, admins = (keys / "user").read_text(), (keys / "admin").read_text()
+    (keys / "user").write_text(f"{KEY}\nsk-added\n")
+    wait_until(lambda: statuses("/v1/models", "sk-added", LIMITED_KEY, KEY) == [200, 401, 200], timeout_s=10)
+    (keys / "admin").write_text("sk-admin-2\n")
+    wait_until(lambda: statuses("/admin/nowhere", "sk-admin-2", ADMIN_KEY) == [404, 401], timeout_s=10)
+    (keys / "user").write_text("")
+    (keys / "admin").unlink()
+    time.sleep(2 * RELOAD_S)
+    assert statuses("/v1/models", "sk-added", KEY, "") == [200, 200, 401]
+    assert statuses("/admin/nowhere", "sk-admin-2", ADMIN_KEY) == [404, 401]
+    (keys / "user").write_text(users)
+    (keys / "admin").write_text(admins)
+    wait_until(lambda: statuses("/v1/models", "sk-added", LIMITED_KEY) == [401, 200], timeout_s=10)
+    wait_until(lambda: statuses("/admin/nowhere", ADMIN_KEY) == [404], timeout_s=10)
 
 
 def test_41_a_key_of_a_megabyte_is_no_key(url: str) -> None:
