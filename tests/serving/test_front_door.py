@@ -190,7 +190,7 @@ def test_serve_refuses_it_before_a_cluster_starts(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
-    monkeypatch.setattr("cluster.commands.connected", lambda *_, **__: pytest.fail("a cluster was started"))
+    monkeypatch.setattr("cluster.stage.connected", lambda *_, **__: pytest.fail("a cluster was started"))
     assert main(["serve", "latest"]) == 1
     assert "RAY_SERVE_ENABLE_HA_PROXY=1" in capsys.readouterr().err
 

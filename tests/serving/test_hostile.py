@@ -249,7 +249,7 @@ def test_41_keys_are_added_and_revoked_while_it_serves(url: str, keys: Path) -> 
     (keys / "user").write_text("")
     (keys / "admin").unlink()
     time.sleep(2 * RELOAD_S)
-    assert statuses("/v1/models", "sk-added", KEY, "") == [200, 200, 401]
+    assert statuses("/v1/models", "sk-added", KEY, "sk-wrong") == [200, 200, 401]
     assert statuses("/admin/nowhere", "sk-admin-2", ADMIN_KEY) == [404, 401]
     (keys / "user").write_text(users)
     (keys / "admin").write_text(admins)
