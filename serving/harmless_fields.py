@@ -10,70 +10,44 @@ from typing import Any
 HarmlessValues = Mapping[str, tuple[Any, ...]]
 """By field, beside null. A type stands for all of its values."""
 
+
+def _each(*values: Any, names: str) -> dict[str, tuple[Any, ...]]:
+    return dict.fromkeys(names.split(), values)
+
+
 FIELDS: HarmlessValues = {
-    "add_generation_prompt": (True,),
-    "add_special_tokens": (bool,),  # GPT-2 vocabularies add none
-    "allowed_token_ids": (),
-    "audio": (),
-    "bad_words": ([],),
+    **_each(
+        names="allowed_token_ids audio cache_salt chat_template guided_choice guided_grammar guided_json guided_regex"
+    ),
+    **_each(
+        names="prediction prompt_embeds prompt_logprobs reasoning_effort structured_outputs truncate_prompt_tokens"
+    ),
+    **_each(names="verbosity web_search_options"),
+    # What is asked for here never happens: nothing is stored or billed, there are no tools, and GPT-2 adds no tokens.
+    **_each(bool, names="add_special_tokens parallel_tool_calls store"),
+    **_each(str, names="prompt_cache_key prompt_cache_retention safety_identifier service_tier"),
+    **_each(dict, names="metadata"),
+    # Their defaults, and so what happens anyway.
+    **_each([], names="bad_words documents functions logits_processors stop_token_ids tools"),
+    **_each({}, names="chat_template_kwargs mm_processor_kwargs"),
+    **_each(True, names="add_generation_prompt detokenize skip_special_tokens spaces_between_special_tokens"),
+    **_each(False, names="continue_final_message include_stop_str_in_output return_token_ids use_beam_search"),
+    **_each(False, names="echo return_tokens_as_token_ids"),  # the first of a chat
+    **_each(0, names="min_tokens priority"),
+    **_each("none", "auto", names="function_call tool_choice"),
     "best_of": (1,),
-    "cache_salt": (),
-    "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "continue_final_message": (False,),
-    "detokenize": (True,),
-    "documents": ([],),
-    "echo": (False,),  # of a chat
-    "function_call": ("none", "auto"),
-    "functions": ([],),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "include_stop_str_in_output": (False,),
     "length_penalty": (1, 1.0),
-    "logits_processors": ([],),
-    "metadata": (dict,),
-    "min_tokens": (0,),
-    "mm_processor_kwargs": ({},),
     "modalities": (["text"],),
-    "parallel_tool_calls": (bool,),  # there are no tools
-    "prediction": (),
-    "priority": (0,),
-    "prompt_cache_key": (str,),
-    "prompt_cache_retention": (str,),
-    "prompt_embeds": (),
-    "prompt_logprobs": (),
-    "reasoning_effort": (),
     "response_format": ({"type": "text"},),
-    "return_token_ids": (False,),
-    "return_tokens_as_token_ids": (False,),
-    "safety_identifier": (str,),
-    "service_tier": (str,),
-    "skip_special_tokens": (True,),
-    "spaces_between_special_tokens": (True,),
-    "stop_token_ids": ([],),
-    "store": (bool,),  # nothing is stored
-    "structured_outputs": (),
     "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "truncate_prompt_tokens": (),
-    "use_beam_search": (False,),
-    "verbosity": (),
-    "web_search_options": (),
 }
-# What servers and client libraries write beside the text of a message.
+# What servers and client libraries write beside the text of a message; `type` is lm-eval's.
 MESSAGE_FIELDS: HarmlessValues = {
-    "annotations": ([],),
-    "audio": (),
-    "function_call": (),
+    **_each(names="audio function_call"),
+    **_each([], names="annotations tool_calls"),
+    **_each("", names="reasoning reasoning_content refusal"),
     "provider_specific_fields": ({},),
-    "reasoning": ("",),
-    "reasoning_content": ("",),
-    "refusal": ("",),
-    "tool_calls": ([],),
-    "type": ("text", "message"),  # lm-eval
+    "type": ("text", "message"),
 }
 
 
