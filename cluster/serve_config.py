@@ -56,9 +56,10 @@ class EngineConfig(Settings):
         gt=0,
         description="longest wait until a request is begun with, seconds; who waits, or would wait, longer gets 429",
     )
-    dtype: Literal["float32", "bfloat16", "int8"] = Field(
-        default="float32",
-        description="precision of weights and KV cache; int8, with native kernels only, has a cache of bfloat16",
+    dtype: Literal["auto", "float32", "bfloat16", "int8"] = Field(
+        default="auto",
+        description="precision of weights and KV cache; int8, with native kernels only, has a cache of bfloat16; auto: "
+        "bfloat16 for a checkpoint whose run computed in it, where this processor does so at speed, else float32",
     )
     device: Literal["cpu", "cuda"] = Field(default="cpu", description="cuda: one GPU for each replica")
     backend: Literal["raymill", "vllm"] = Field(

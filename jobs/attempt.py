@@ -184,6 +184,7 @@ class Attempt:
             data_manifest_hash=manifest.hash if manifest.complete else None,
             data_identity=manifest.identity,
             code_version=self.plan.code_version,
+            precision=config.train.precision,
             guard=self.guard.to_json(),
             **validation,
         )

@@ -35,6 +35,7 @@ class Metadata:
     parameter_hash: str | None = None  # set by write_checkpoint
     val_loss: float | None = None  # nats per token
     val_bits_per_byte: float | None = None
+    precision: str | None = None  # that the run computed in, fp32 or bf16
 
 
 def verify_checkpoint(folder: Path) -> list[str]:

@@ -19,6 +19,7 @@ from model.errors import UserError
 from model.gpt import GPT
 from serving.block_pool import BlockPool, num_blocks_for
 from serving.engine import Engine
+from serving.engine_dtype import with_dtype
 from serving.messages import FrameBuffer, SequenceRequest, StepReport, encode_frame, parse_request
 from serving.native_library import NoNativeLibraryError
 from serving.native_runner import NativeRunner
@@ -73,6 +74,7 @@ def run_engine(engine: AnyEngine, channel: Channel) -> NoReturn:
 
 def _load_engine(checkpoint: Path, config: EngineConfig, *, eos_id: int | None, threads: int) -> AnyEngine:
     """Raises `UserError` for an unusable checkpoint or setting."""
+    config = with_dtype(config, checkpoint)
     if config.backend == "vllm":
         try:
             from serving.vllm_engine import VllmEngine  # noqa: PLC0415  (in another environment, as a rule)
@@ -104,9 +106,10 @@ def build_engine(model: GPT, config: EngineConfig, *, eos_id: int | None, thread
 
 def _build_runner(model: GPT, config: EngineConfig, *, num_blocks: int, threads: int) -> Runner:
     torch.set_num_threads(threads)
+    dtype = str(model.head_weight.dtype).removeprefix("torch.") if config.dtype == "auto" else config.dtype
     if config.kernels != "torch" and config.device == "cpu":
         try:
-            runner = NativeRunner(model, dtype=config.dtype, num_blocks=num_blocks, threads=threads)
+            runner = NativeRunner(model, dtype=dtype, num_blocks=num_blocks, threads=threads)
         except NoNativeLibraryError as error:
             if config.kernels == "native":
                 raise UserError(f"engine.kernels=native, but {error}") from None

@@ -11,6 +11,7 @@ from cluster.serve_config import ServeConfig
 from model.errors import UserError
 from model.sampling import SamplingParams
 from serving.engine_client import EngineClient
+from serving.engine_dtype import with_dtype
 from serving.health import HealthCheck
 from serving.messages import FinishReason, SequenceRequest
 from serving.promotion import Version, VersionStats
@@ -40,13 +41,14 @@ class LoadedVersion:
         model = await asyncio.to_thread(read_served_model, folder, name=name)
         if model.version != version.version:
             raise UserError(f"{version.checkpoint} holds {model.version} now, {version.version} was promoted")
+        settings = await asyncio.to_thread(with_dtype, config.engine, folder)
         engine = await EngineClient.start(
             folder,
-            config=config.engine,
+            config=settings,
             eos_id=model.eos_id,
             threads=config.replicas.threads_per_replica,
         )
-        loaded = cls(folder, model=model, engine=engine, dtype=config.engine.dtype)
+        loaded = cls(folder, model=model, engine=engine, dtype=settings.dtype)
         try:
             await loaded.health.self_test()
         except BaseException:

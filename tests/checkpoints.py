@@ -12,7 +12,13 @@ FILES = (MANIFEST, "model.safetensors", "config.json", "tokenizer.json", "raymil
 
 
 def write_tiny(
-    folder: Path, *, step: int = 1, run_id: str = "tiny", data: str = "d", val_loss: float | None = None
+    folder: Path,
+    *,
+    step: int = 1,
+    run_id: str = "tiny",
+    data: str = "d",
+    val_loss: float | None = None,
+    precision: str | None = None,
 ) -> Metadata:
     """A checkpoint whose weights, and so its parameter hash, depend on the step."""
     tokenizer = train_bpe(["to be or not to be"], vocab_size=257)
@@ -25,6 +31,7 @@ def write_tiny(
         data_manifest_hash=data,
         code_version="c",
         val_loss=val_loss,
+        precision=precision,
     )
     return write_checkpoint(
         folder, model=model, tokenizer=tokenizer, metadata=metadata, train_state=dict(model.state_dict())
