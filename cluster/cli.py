@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
-from cluster.code_folders import VERSION, code_version
+from cluster.code_folders import code_version, version
 from cluster.command_arguments import imported
 from cluster.command_table import COMMANDS, Command
 from cluster.parser import ConfigError, Parser
@@ -80,7 +80,7 @@ class _ShowVersion(argparse.Action):
         super().__init__(option_strings, dest, nargs=0, help=help)
 
     def __call__(self, parser: argparse.ArgumentParser, *parsed: object) -> None:
-        sys.stdout.write(f"raymill {VERSION}, code {code_version()}\n")
+        sys.stdout.write(f"raymill {version()}, code {code_version()}\n")
         parser.exit()
 
 

@@ -2,14 +2,21 @@
 
 import hashlib
 import shutil
+from importlib import metadata
 from pathlib import Path
-
-VERSION = "0.1.0"  # pyproject.toml reads it here
 
 CODE_FOLDERS = ("model", "cluster", "jobs", "serving")
 
 CODE_ROOT = Path(__file__).resolve().parent.parent
 """The folder that holds them side by side: the repository, or `site-packages`."""
+
+
+def version() -> str:
+    """Returns the installed version; the copy that a job works in has none."""
+    try:
+        return metadata.version("raymill")
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def snapshot_code(folder: Path) -> None:

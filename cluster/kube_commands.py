@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import yaml
 
+from cluster.code_folders import CODE_ROOT
 from cluster.jobs_api import JobsApi, ray_token
 from cluster.kube_idle import GroupBounds, NodeUse, why_not_idle
 from cluster.kube_pending import is_pending, why_not_made, why_pending
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 _RAY = "ray.io/v1"
 _COMPONENT = "app.kubernetes.io/component"
-_OVERLAYS = Path(__file__).resolve().parent.parent / "k8s" / "overlays"
+_OVERLAYS = Path("k8s", "overlays")
 
 
 def render(arguments: argparse.Namespace) -> dict[str, Any] | None:
@@ -157,9 +158,14 @@ def _objects(arguments: argparse.Namespace) -> list[Object]:
 
 
 def overlay_folder(name: str) -> Path:
-    """One of ours by its name, or a folder."""
-    named = _OVERLAYS / name
-    return named if named.is_dir() else Path(name)
+    """Returns one of ours by its name, or a folder. In a wheel ours lie in this package, in a checkout beside it."""
+    ours = [place / _OVERLAYS for place in (CODE_ROOT / "cluster", CODE_ROOT)]
+    found = [folder for folder in (*(place / name for place in ours), Path(name)) if folder.is_dir()]
+    if not found:
+        known = sorted(folder.name for place in ours for folder in place.glob("*") if folder.is_dir())
+        choices = f"one of {', '.join(known)}, or the folder" if known else "here is no k8s/, so name the folder"
+        raise ConfigError(f"unknown overlay {name!r}: {choices} of a kustomization of yours")
+    return found[0]
 
 
 def connected_api(namespace: str) -> "KubeApi":

