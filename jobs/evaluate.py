@@ -41,6 +41,7 @@ from model.checkpoint import (
 )
 from model.errors import UserError
 from model.gpt import GPT
+from model.processor import bf16_slowdown, fast_precision
 
 _CHECKPOINT_PLACE = re.compile(r"(?P<storage>.+)/runs/[^/]+(/checkpoints/[^/]+)?")
 
@@ -91,6 +92,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     manifest = read_manifest(tokens)
     document_mask = trained is not None and trained.train.document_mask
     rows = _rows(tokens, manifest, split, model, config, document_mask=document_mask)
+    if rows.precision == "bf16" and fast_precision("cpu") == "fp32":
+        say(
+            "this processor emulates bf16, in which the checkpoint's run computed: a projection takes "
+            f"{bf16_slowdown('cpu'):.0f} times as long as in fp32 (--precision fp32, whose loss is not the trainer's)"
+        )
     start = time.perf_counter()
     losses = _batch_losses(model, rows, config)
     seconds = time.perf_counter() - start

@@ -65,10 +65,8 @@ def _waits_for(frame: FrameType | None) -> list[Waits]:
 
 
 def _is_in(file: Path, modules: tuple[ModuleType, ...]) -> bool:
-    return any(
-        file.is_relative_to(module.__path__[0]) if hasattr(module, "__path__") else file == Path(str(module.__file__))
-        for module in modules
-    )
+    places = [Path(str(module.__file__)) for module in modules]
+    return any(file.is_relative_to(place.parent if place.name == "__init__.py" else place) for place in places)
 
 
 @contextmanager
