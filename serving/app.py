@@ -29,7 +29,7 @@ from serving.autoscaling import ScalingPolicy, ScalingRules
 from serving.coordinator import Coordinator
 from serving.front_door import proxy_environment
 from serving.replica import Replica
-from serving.served_model import read_served_model
+from serving.served_model import read_served_model, version_of
 
 APP_NAME = "raymill"
 READY_TIMEOUT_S = 60.0
@@ -129,16 +129,17 @@ def run(config: ServeConfig) -> dict[str, Any]:
     config = _absolute(config)
     checkpoint, folder = find_checkpoint(config.checkpoint, storage_uri=config.storage.uri)
     model = read_served_model(folder, name=config.model_name)
+    name = config.model_name or version_of(model, checkpoint=checkpoint).name
     app = _app(config, deployment=f"started {uuid.uuid4().hex}")  # serves what was asked for now
     if not serve.status().proxies:
         require_free_port(config.host, config.port)
         say("starting the endpoint's proxy")
         start_proxies(config)
-    say(f"starting replicas of {model.name}, which load {checkpoint}")
+    say(f"starting replicas of {name}, which load {checkpoint}")
     serve.run(app, name=APP_NAME, route_prefix="/", blocking=False)
     url = f"http://{config.host}:{config.port}"
     _wait_until_ready(url)
-    return {"url": url, "model": model.name}
+    return {"url": url, "model": name}
 
 
 def start_proxies(config: ServeConfig) -> None:

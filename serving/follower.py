@@ -92,7 +92,8 @@ class Follower:
     async def _begin(self) -> Delivery:
         uri, folder = await asyncio.to_thread(find_checkpoint, self._config.checkpoint, self._config.storage.uri)
         model = await asyncio.to_thread(read_served_model, folder, name=self._config.model_name)
-        return await answer_of(self.coordinator.begin.remote(model.name, version_of(model, checkpoint=uri)))
+        live = version_of(model, checkpoint=uri)
+        return await answer_of(self.coordinator.begin.remote(self._config.model_name or live.name, live))
 
     async def _follow(self) -> None:
         while True:

@@ -34,7 +34,7 @@ class LoadedVersion:
         self.stats = StatsCounter()
 
     @classmethod
-    async def load(cls, version: Version, *, name: str | None, config: ServeConfig) -> "LoadedVersion":
+    async def load(cls, version: Version, *, name: str, config: ServeConfig) -> "LoadedVersion":
         """Returns when the model answers. Raises `UserError` for an unusable checkpoint, `EngineDiedError` for one
         that fails its self-test."""
         folder = await asyncio.to_thread(resolve_checkpoint, version.checkpoint, config.storage.uri)

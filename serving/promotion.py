@@ -266,8 +266,9 @@ def _problem(
     new, old = (state.candidate, state.live) if state.phase is Phase.CANARY else (state.live, state.previous)
     assert new is not None and old is not None
     for report in present:
-        if (slot := report.slots.get(new.serial)) is not None and slot.status is SlotStatus.FAILED:
-            return slot.problem
+        slot = report.slots.get(new.serial)
+        if slot is not None and (reason := slot.problem or _gate_problem(slot, terms)):  # the gate: of one that joined
+            return reason
     stats, before = total(everyone, new.serial), total(everyone, old.serial)
     if stats.errors >= MIN_ERRORS and stats.errors > terms.max_error_rate * stats.sequences:
         return f"{stats.errors} of its {stats.sequences} sequences failed, allowed are {terms.max_error_rate:.1%}"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from cluster.serve_config import ServeConfig
 from serving.loaded_version import LoadedVersion
-from serving.promotion import Delivery, Phase, Route, SlotReport, SlotStatus, Terms, Version, VersionStats
+from serving.promotion import Delivery, Phase, Route, SlotReport, SlotStatus, Version, VersionStats
 
 _log = logging.getLogger(__name__)
 
@@ -162,13 +162,17 @@ class Versions:
         async with self._one_at_a_time:
             try:
                 slot.loaded = loaded = await LoadedVersion.load(
-                    slot.version, name=self.config.model_name, config=self.config
+                    slot.version, name=self.config.model_name or slot.version.name, config=self.config
                 )
                 loaded.engine.on_death = lambda notice: self._engine_died(slot, notice)
-                terms = self.delivery.terms
-                if self.delivery.phase is Phase.LOADING and slot.version == self.delivery.candidate and terms:
-                    await self._measure(slot, loaded, terms)
+                if slot.version == self.delivery.candidate:
+                    await self._measure(slot, loaded, before=self.live)
                 slot.is_measured = True
+                if self.delivery.phase is Phase.WATCHING and self.delivery.previous is not None:
+                    # Only a replica that has joined meanwhile loads anything then. The new version serves already.
+                    live, before = (self._slots.get(v.serial) for v in (self.delivery.live, self.delivery.previous))
+                    if live and live.usable and live.loss is None and before and before.usable:
+                        await self._measure(live, live.usable, before=before.usable)
             except Exception as error:  # a stranger's files may raise anything; that refuses them, and is reported
                 _log.warning("%s cannot be served", slot.version.checkpoint, exc_info=True)
                 slot.problem = str(error) or repr(error)
@@ -178,10 +182,12 @@ class Versions:
         if self._on_live_death is not None and is_live and not self._trusted:
             self._on_live_death(notice)
 
-    async def _measure(self, slot: Slot, loaded: LoadedVersion, terms: Terms) -> None:
-        if terms.gate_rows:
-            slot.live_loss = await self.live.loss(terms.gate_rows)
-            slot.loss = await loaded.loss(terms.gate_rows)
+    async def _measure(self, slot: Slot, loaded: LoadedVersion, *, before: LoadedVersion) -> None:
+        """The new version's loss on the gate's rows, and that of the one before."""
+        terms = self.delivery.terms
+        if terms is not None and terms.gate_rows:
+            live_loss, loss = await before.loss(terms.gate_rows), await loaded.loss(terms.gate_rows)
+            slot.live_loss, slot.loss = live_loss, loss
 
     async def _end(self, slot: Slot) -> None:
         await slot.loading

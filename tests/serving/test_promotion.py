@@ -127,6 +127,8 @@ def stats(sequences: int, *, errors: int = 0, s_per_token: float = 0.01) -> Slot
         (stats(100, errors=10), True),
         (stats(100, errors=11), False),
         (SlotReport(SlotStatus.FAILED, "died"), False),
+        (SlotReport(SlotStatus.READY, loss=3.09, live_loss=3.0), True),
+        (SlotReport(SlotStatus.READY, loss=3.11, live_loss=3.0), False),  # of a replica that has joined meanwhile
         (stats(MIN_JUDGED_SEQUENCES, s_per_token=0.0199), True),
         (stats(MIN_JUDGED_SEQUENCES, s_per_token=0.0201), False),
         (stats(MIN_JUDGED_SEQUENCES - 1, s_per_token=9), True),
