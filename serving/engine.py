@@ -3,12 +3,14 @@
 Shapes: N tokens that a step reads, C model width, M rows that a token is drawn for, V vocabulary.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from model.sampling import SamplingRow, sample_batch
 from serving.block_pool import BlockPool
-from serving.messages import Candidates, FinishReason, SequenceRequest, StepReport, TokenEvent
+from serving.messages import Admission, Candidates, FinishReason, SequenceRequest, StepReport, TokenEvent
 from serving.runner import Reading, Runner
 from serving.scheduler import Chunk, Scheduler, Sequence
 
@@ -44,9 +46,11 @@ class Engine:
         self._scheduler.cancel(seq_id)
 
     @torch.inference_mode()
-    def step(self) -> StepReport:
-        """Admit, read, draw, emit."""
+    def step(self, tell: Callable[[Admission], None] | None = None) -> StepReport:
+        """Admit, read, draw, emit. `tell` hears which sequences it begins with, before it computes."""
         chunks = self._scheduler.plan()
+        if tell is not None and self._scheduler.admitted:
+            tell(Admission(self._scheduler.admitted, self._scheduler.num_running, self._scheduler.num_waiting))
         events: list[TokenEvent] = []
         if chunks:
             hidden = self._runner.forward([_reading(chunk) for chunk in chunks])  # (N, C)
@@ -66,7 +70,6 @@ class Engine:
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
             kv_cache_usage=round(self._pool.usage, 4),
-            admitted=scheduler.admitted,
             num_prompt_tokens=scheduler.num_prompt_tokens,
         )
 

@@ -13,6 +13,7 @@ from cluster.serve_config import EngineConfig
 from model.errors import UserError
 from serving.child_process import start_child
 from serving.messages import (
+    Admission,
     FinishReason,
     FrameBuffer,
     SequenceRequest,
@@ -193,12 +194,12 @@ class EngineClient:
         while data := await self._read():
             for message in frames.feed(data):
                 self.last_progress_s = time.monotonic()
+                if isinstance(message, dict):
+                    self._note(Admission(*message["admission"]))
+                    continue
                 report = parse_report(message)
                 self.num_running, self.num_waiting = report.num_running, report.num_waiting
                 self.kv_cache_usage = report.kv_cache_usage
-                for seq_id in report.admitted:
-                    if (generation := self._generations.get(seq_id)) is not None:  # not cancelled meanwhile
-                        generation.has_begun.set()
                 for event in report.events:
                     self._deliver(event)
                 self.queue.observe_step(report)
@@ -214,6 +215,12 @@ class EngineClient:
             return await self._reader.read(READ_BYTES)
         except ConnectionError:  # killed with our commands unread
             return b""
+
+    def _note(self, admission: Admission) -> None:
+        self.num_running, self.num_waiting = admission.num_running, admission.num_waiting
+        for seq_id in admission.admitted:
+            if (generation := self._generations.get(seq_id)) is not None:  # not cancelled meanwhile
+                generation.has_begun.set()
 
     def _deliver(self, event: TokenEvent) -> None:
         self.num_failed_sequences += event.finish_reason is FinishReason.ERROR

@@ -7,7 +7,7 @@ import os
 import select
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -20,7 +20,7 @@ from model.gpt import GPT
 from serving.block_pool import BlockPool, num_blocks_for
 from serving.engine import Engine
 from serving.engine_dtype import with_dtype
-from serving.messages import FrameBuffer, SequenceRequest, StepReport, encode_frame, parse_request
+from serving.messages import Admission, FrameBuffer, SequenceRequest, StepReport, encode_frame, parse_request
 from serving.native_library import NoNativeLibraryError
 from serving.native_runner import NativeRunner
 from serving.runner import LOADED_IN, Runner
@@ -58,18 +58,22 @@ class AnyEngine(Protocol):
     def has_work(self) -> bool: ...
     def submit(self, request: SequenceRequest) -> None: ...
     def cancel(self, seq_id: int) -> None: ...
-    def step(self) -> StepReport: ...
+    def step(self, tell: Callable[[Admission], None] | None = None) -> StepReport: ...
 
 
 def run_engine(engine: AnyEngine, channel: Channel) -> NoReturn:
-    """Commands in, one report per step out, until the replica is gone."""
+    """Commands in, one report per step out, until the replica is gone. What a step begins with is told before it."""
+
+    def tell(admission: Admission) -> None:
+        channel.send({"admission": admission})
+
     while True:
         for message in channel.receive(wait=not engine.has_work):
             if "submit" in message:
                 engine.submit(parse_request(message["submit"]))
             else:
                 engine.cancel(message["cancel"])
-        channel.send(engine.step())
+        channel.send(engine.step(tell))
 
 
 def _load_engine(checkpoint: Path, config: EngineConfig, *, eos_id: int | None, threads: int) -> AnyEngine:

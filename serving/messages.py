@@ -49,12 +49,20 @@ class TokenEvent(NamedTuple):
     prompt_logprobs: list[Candidates | None] | None  # with the first event, when asked for; the first token has none
 
 
+class Admission(NamedTuple):
+    """What the engine says before a step that begins with sequences. On a slow processor that step takes seconds, in
+    which nobody who has begun may be refused for having waited."""
+
+    admitted: list[int]  # sequences
+    num_running: int
+    num_waiting: int
+
+
 class StepReport(NamedTuple):
     events: list[TokenEvent]
     num_running: int
     num_waiting: int
     kv_cache_usage: float  # share of the KV cache blocks that are held, 0 to 1
-    admitted: list[int]  # sequences, in this step
     num_prompt_tokens: int  # read in this step, or found in the cache
 
 

@@ -6,6 +6,7 @@ are not noticed; the wait for a place in the cache is vLLM's own, and it may put
 """
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from model.checkpoint import read_config
 from model.config import GPTConfig
 from model.errors import UserError
 from model.sampling import SamplingParams
-from serving.messages import Candidates, FinishReason, SequenceRequest, StepReport, TokenEvent
+from serving.messages import Admission, Candidates, FinishReason, SequenceRequest, StepReport, TokenEvent
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # this process is its engine's already
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # replicas would all take the same cores
@@ -71,7 +72,8 @@ class VllmEngine:
             self._started.discard(seq_id)
             self._engine.abort_request([str(seq_id)])
 
-    def step(self) -> StepReport:
+    def step(self, tell: Callable[[Admission], None] | None = None) -> StepReport:
+        """vLLM says what it has admitted only with its first token."""
         outputs = self._engine.step() if self._requests else []
         events: list[TokenEvent] = []
         admitted: list[int] = []
@@ -86,12 +88,14 @@ class VllmEngine:
                 num_prompt_tokens += len(request.prompt_ids)
             events += self._events(request, output)
         scheduler = self._engine.engine_core.engine_core.scheduler
+        num_running, num_waiting = len(scheduler.running), len(scheduler.waiting)
+        if tell is not None and admitted:
+            tell(Admission(admitted, num_running, num_waiting))
         return StepReport(
             events,
-            num_running=len(scheduler.running),
-            num_waiting=len(scheduler.waiting),
+            num_running=num_running,
+            num_waiting=num_waiting,
             kv_cache_usage=round(scheduler.kv_cache_manager.usage, 4),
-            admitted=admitted,
             num_prompt_tokens=num_prompt_tokens,
         )
 

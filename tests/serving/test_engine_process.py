@@ -1,23 +1,30 @@
 """The engine process: same tokens through the socket, and its death and its replica's are noticed by the other."""
 
 import asyncio
+import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from cluster.serve_config import EngineConfig
 from model.errors import UserError
 from model.generate import generate
 from model.gpt import GPT
 from model.sampling import SamplingParams
+from serving.block_pool import BlockPool
+from serving.engine import Engine
 from serving.engine_client import EngineClient, EngineDiedError, Generation
+from serving.engine_process import Channel, run_engine
 from serving.messages import (
     Candidates,
     FinishReason,
@@ -30,6 +37,8 @@ from serving.messages import (
     parse_request,
     submit_message,
 )
+from serving.runner import Reading
+from serving.torch_runner import TorchRunner
 from tests.time_limits import limit_s
 from tests.waiting import wait_in_loop_until
 
@@ -81,9 +90,9 @@ def test_messages_survive_the_wire() -> None:
     [message] = FrameBuffer().feed(encode_frame(submit_message(sent)))
     assert parse_request(message["submit"]) == sent
     event = TokenEvent(1, 5, FinishReason.STOP, Candidates(-0.5, [[5, -0.5]]), [None, Candidates(-1.0, [])])  # type: ignore[list-item]
-    [message] = FrameBuffer().feed(encode_frame(StepReport([event], 1, 2, 0.25, [1], 30)))
+    [message] = FrameBuffer().feed(encode_frame(StepReport([event], 1, 2, 0.25, 30)))
     report = parse_report(message)
-    assert report == ([event], 1, 2, 0.25, [1], 30)
+    assert report == ([event], 1, 2, 0.25, 30)
     assert report.events[0].finish_reason is FinishReason.STOP
 
 
@@ -143,3 +152,37 @@ def test_the_engine_ends_with_its_replica(checkpoint: Path) -> None:
 def test_an_unusable_checkpoint_is_an_error_for_people(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=str(tmp_path)):
         asyncio.run(EngineClient.start(tmp_path, config=EngineConfig(max_num_seqs=1), eos_id=None, threads=1))
+
+
+class HeldRunner(TorchRunner):
+    """Computes only once it may."""
+
+    def __init__(self, model: GPT) -> None:
+        super().__init__(model, num_blocks=64)
+        self.may_compute = threading.Event()
+
+    def forward(self, readings: Sequence[Reading]) -> torch.Tensor:
+        assert self.may_compute.wait(limit_s(60))
+        return super().forward(readings)
+
+
+def test_what_a_step_begins_with_is_told_before_it_computes(model: GPT) -> None:
+    """On a slow processor a step takes longer than `engine.max_queue_s`, which must not look like a wait."""
+    runner = HeldRunner(model)
+    target = Engine(runner, BlockPool(64, keep_prefixes=True), max_num_seqs=2, prefill_tokens_per_step=96, eos_id=None)
+    ours, theirs = socket.socketpair()
+    ours.settimeout(limit_s(60))
+
+    def run() -> None:
+        with theirs, contextlib.suppress(EOFError):
+            run_engine(target, Channel(theirs))
+
+    with ours:
+        for seq_id in range(3):
+            ours.sendall(encode_frame(submit_message(SequenceRequest(seq_id, [seq_id, 2, 3], 1, GREEDY))))
+        threading.Thread(target=run, daemon=True).start()
+        frames = FrameBuffer()
+        assert list(frames.feed(ours.recv(1 << 16))) == [{"admission": [[0, 1], 2, 1]}]
+        runner.may_compute.set()
+        report = next(frames.feed(ours.recv(1 << 16)))
+        assert [event.seq_id for event in parse_report(report).events] == [0, 1]

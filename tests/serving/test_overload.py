@@ -18,6 +18,7 @@ from serving.app import run
 from tests.serving.conftest import LONG_CONTEXT_TOKENS
 from tests.serving.endpoint_parts import children_with, free_port, loopback_server, ray_cluster, replica_app
 from tests.serving.load import End, Load, Outcome, greedy_asks, percentile
+from tests.time_limits import slowness
 
 pytestmark = pytest.mark.cluster
 
@@ -34,10 +35,10 @@ class Traffic:
     """Requests of one kind, and the engine that they come to."""
 
     engine: EngineConfig
-    num_together: int  # requests that fill the engine, and do not wait
+    num_together: int  # requests that fill the engine, and do not wait, however slow the processor is
     prompts: Sequence[list[int]]
     max_tokens: int
-    read_s: float = 0.0  # for one's own prompt
+    is_reading: bool = False  # most of an answer's time goes into its prompt
 
 
 SHORT = [[1], [2, 3]]
@@ -50,10 +51,10 @@ BLOCKS = Traffic(
 )
 PROMPTS = Traffic(
     EngineConfig(max_num_seqs=16, max_queue_s=1.0, prefix_cache=False),
-    2,
+    1,  # two already wait for each other's prompt
     prompts=[[(31 * i + k) % 256 for k in range(250)] for i in range(4)],
     max_tokens=3,
-    read_s=0.3,
+    is_reading=True,
 )
 
 
@@ -95,8 +96,8 @@ async def overload(
         outcomes, load.outcomes = load.outcomes, []
         return outcomes
 
-    await load.run_clients(1, until=lambda: False, max_requests=2, seed=1)
-    taken()  # warm now
+    await load.run_clients(4, until=lambda: False, max_requests=16, seed=1, pause_s=0.02)
+    taken()  # warm now, buffers for several prompts in a step included
     start_s = time.monotonic()
     await load.run_clients(num_together, until=lambda: False, max_requests=4 * num_together, seed=1)
     unloaded = taken()
@@ -132,11 +133,12 @@ def check(seen: Overloaded, traffic: Traffic, *, num_requests: int) -> None:
     assert seen.num_refused > num_requests / 2
     assert seen.goodput >= MIN_GOODPUT
     assert seen.busy is None or seen.busy >= MIN_BUSY
-    longest_queue_s = traffic.engine.max_queue_s
-    assert seen.ttft_p99_s <= longest_queue_s + traffic.read_s + LATE_S
-    assert seen.p99_s <= seen.unloaded_s + max(seen.unloaded_s, longest_queue_s + LATE_S)
+    late_s, longest_queue_s = LATE_S * slowness(), traffic.engine.max_queue_s
+    own_s = 2 * seen.unloaded_s if traffic.is_reading else 0.0  # its prompt is read between others' tokens
+    assert seen.ttft_p99_s <= longest_queue_s + own_s + late_s
+    assert seen.p99_s <= max(own_s, seen.unloaded_s) + max(seen.unloaded_s, longest_queue_s + late_s)
     assert seen.num_refused_late <= seen.num_refused / 10, "who is refused should hear of it at once"
-    assert seen.refused_median_s <= LATE_S
+    assert seen.refused_median_s <= late_s
     assert seen.growth_bytes < MAX_GROWTH_BYTES
 
 

@@ -25,7 +25,7 @@ class Line:
 
     def step(self, took_s: float, *, num_read: int = 0, num_running: int = 0, kv_cache_usage: float = 0.0) -> None:
         self.now_s += took_s
-        self.queue.observe_step(StepReport([], num_running, 0, kv_cache_usage, [], num_read))
+        self.queue.observe_step(StepReport([], num_running, 0, kv_cache_usage, num_read))
 
     def start(self, *, read_s: float = 0.0, num_prompt_tokens: int = PROMPT_TOKENS) -> int:
         """A sequence, up to its first token."""
@@ -111,6 +111,19 @@ def test_who_leaves_is_not_waited_for() -> None:
     assert line.queue.wait_s() == pytest.approx(8)
     line.queue.leave(running)
     assert line.queue.wait_s() == 0
+
+
+@pytest.mark.parametrize("tokens_per_s", [5, 50, 500])
+def test_an_idle_engine_keeps_nobody_waiting_however_slowly_it_reads(tokens_per_s: float) -> None:
+    line = Line(num_slots=16)
+    for _ in range(3):
+        seq_id = line.start(read_s=PROMPT_TOKENS / tokens_per_s)
+        line.step(10 / tokens_per_s)
+        assert line.queue.wait_s() == 0, "it has read all there is, and has room"
+        line.queue.leave(seq_id)
+        assert line.queue.wait_s() == 0
+    line.enter()
+    assert line.queue.wait_s() == pytest.approx(PROMPT_TOKENS / tokens_per_s, rel=0.2), "behind another's prompt"
 
 
 def test_a_short_prompt_says_nothing_of_the_pace_of_reading() -> None:
