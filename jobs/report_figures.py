@@ -12,13 +12,15 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, StrMethodFormatter
 
 from jobs.ledger import Ledger
 from jobs.report_theme import Theme, new_figure, png, style
-from jobs.report_waterfall import waterfall
+from jobs.report_waterfall import parts, waterfall
 from jobs.run_history import interruptions, lost_ranges, seconds_by_phase, segments
 from jobs.why_slow import why_slow
 
 Array = npt.NDArray[np.float64]
 
 _SMOOTHED_SHARE = 1 / 50  # of the steps, averaged into one point
+_LEAST_SMOOTHED_SHARE, _LEAST_SMOOTHED_STEPS = 1 / 6, 7  # in short runs the smaller of these two, or nothing is smooth
+_STRIP_SHARE = 1 / 80  # of the steps, the width at which one measurement can be seen
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ def pictures(ledger: Ledger) -> dict[str, Picture]:
     stops = "; ".join(f"{stop.label} after step {stop.step}" for stop in interruptions(ledger)) or "no interruption"
     phases = {name: float(np.mean(seconds)) for name, seconds in seconds_by_phase(ledger).items()}
     shares = ", ".join(f"{name} {seconds / sum(phases.values()):.0%}" for name, seconds in phases.items())
+    spent = ", ".join(f"{name} {share:.0%}" for name, share in parts(ledger).items())
     rates = [line["lr"] for line in ledger.steps]
     loss = f"Training loss over {span}, from {first['loss']:.3f} to {last['loss']:.3f} nats per token"
     if validations:
@@ -84,11 +87,11 @@ def pictures(ledger: Ledger) -> dict[str, Picture]:
             _throughput,
         ),
         "step_time": Picture(
-            "Time of a step", f"Mean time of a step by phase, stacked, over {span}: {shares}.", _step_time
+            "Time of a step", f"Mean time of a step of rank 0 by phase, stacked, over {span}: {shares}.", _step_time
         ),
         "waterfall": Picture(
-            "Where the time of a step goes, in the mean",
-            f"The mean time of a step, phase after phase from left to right: {shares}. {verdict}",
+            "Where the wall time of the run goes",
+            f"The parts of the wall time, one after another from left to right: {spent}. {verdict}",
             partial(waterfall, verdict=verdict),
             is_over_steps=False,
         ),
@@ -107,7 +110,8 @@ def _layer_pictures(span: str) -> dict[str, Picture]:
     return {
         f"layer_{field}": Picture(
             f"{title} of each layer",
-            f"{title} of each layer over {span}, as a heat map on a logarithmic scale, the embeddings lowest.",
+            f"{title} of each layer over {span}, as a heat map on a logarithmic scale: a strip at each step that was "
+            "measured, the embeddings lowest.",
             partial(_layers, field=field),
         )
         for field, title in (
@@ -121,7 +125,8 @@ def _layer_pictures(span: str) -> dict[str, Picture]:
 def smoothed(values: Sequence[float], ledger: Ledger) -> Array:
     """The mean over a window around each step's value, cut at the ends of the run and of each attempt: another
     number of workers is a step in the curve, not a slope."""
-    half = int(len(values) * _SMOOTHED_SHARE / 2)
+    least = min(_LEAST_SMOOTHED_STEPS, len(values) * _LEAST_SMOOTHED_SHARE)
+    half = int(max(least, len(values) * _SMOOTHED_SHARE) / 2)
     attempts = np.array([line["attempt"] for line in ledger.steps])
     parts = np.split(np.asarray(values, dtype=np.float64), np.flatnonzero(np.diff(attempts)) + 1)
     return np.concatenate([_window_means(part, half) for part in parts])
@@ -161,7 +166,8 @@ def _mark_interruptions(axes: Axes, ledger: Ledger, theme: Theme) -> None:
 
 def _plot_smoothed(axes: Axes, ledger: Ledger, field: str, theme: Theme, *, label: str) -> None:
     steps, values = [line["step"] for line in ledger.steps], [line[field] for line in ledger.steps]
-    axes.plot(steps, values, ".", color=theme.series, alpha=0.3, markersize=3, label=f"{label}, each step")
+    alpha, size = (0.3, 3) if len(steps) > 300 else (0.6, 5)
+    axes.plot(steps, values, ".", color=theme.series, alpha=alpha, markersize=size, label=f"{label}, each step")
     axes.plot(steps, smoothed(values, ledger), color=theme.series, linewidth=1.8, label=f"{label}, smoothed")
 
 
@@ -238,11 +244,15 @@ def _layers(axes: Axes, ledger: Ledger, theme: Theme, *, field: str) -> None:
     names = measured[steps[-1]]["layers"]
     values = np.array([measured[step][field] for step in steps], dtype=np.float64).T  # (layer, step)
     values[~(values > 0)] = np.nan  # has no logarithm
-    middles = (np.array(steps[1:]) + steps[:-1]) / 2
-    edges = np.concatenate([[ledger.steps[0]["step"] - 0.5], middles, [ledger.steps[-1]["step"] + 0.5]])
+    # Each measurement is a strip where it was made: as wide as a step, or else as can be seen, if the next has room.
+    width = max(1.0, _STRIP_SHARE * (ledger.steps[-1]["step"] - ledger.steps[0]["step"]))
+    half = min([width, *np.diff(steps)]) / 2
+    edges = np.array([(step - half, step + half) for step in steps]).reshape(-1)
+    strips = np.full((len(names), len(edges) - 1), np.nan)  # every second one is what lies between two measurements
+    strips[:, ::2] = values
     low, high = (np.nanmin(values), np.nanmax(values)) if np.isfinite(values).any() else (1.0, 10.0)
     scale = LogNorm(low, max(high, 1.01 * low))
-    mesh = axes.pcolormesh(edges, np.arange(len(names) + 1) - 0.5, values, norm=scale, cmap="cividis")
+    mesh = axes.pcolormesh(edges, np.arange(len(names) + 1) - 0.5, strips, norm=scale, cmap="cividis")
     axes.set_yticks(range(len(names)), names, fontsize=min(8.0, 160 / len(names)))
     axes.grid(visible=False)
     bar = axes.figure.colorbar(mesh, ax=axes)

@@ -1,32 +1,37 @@
-"""The mean step as a waterfall: its phases one after another, and in one sentence what bounds the run."""
+"""The wall time of a run as a waterfall: its parts one after another, and in one sentence what bounds the run."""
 
 import textwrap
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import StrMethodFormatter
 
 from jobs.ledger import Ledger
 from jobs.report_theme import Theme
-from jobs.run_history import seconds_by_phase
+from jobs.run_history import duration
+from jobs.why_slow import shares
 
 _LINE_CHARS = 90
+_LEAST_SHARE = 0.0005
+
+
+def parts(ledger: Ledger) -> dict[str, float]:
+    """Returns what the wall time went into, as shares of it: the figures that `why-slow` judges by."""
+    found = shares(ledger)
+    spent = {f"computing: {phase}": share for phase, share in found.computing.items()}
+    spent |= {cause: share for cause, share in found.by_cause.items() if cause != "compute"}
+    return {name: share for name, share in spent.items() if share >= _LEAST_SHARE}
 
 
 def waterfall(axes: Axes, ledger: Ledger, theme: Theme, *, verdict: str) -> None:
-    means = {name: float(np.mean(seconds)) for name, seconds in seconds_by_phase(ledger).items()}
-    total = sum(means.values())
-    unit, factor = ("ms", 1000.0) if total < 1 else ("s", 1.0)
+    wall_s, drawn = shares(ledger).wall_s, parts(ledger)
     start = 0.0
-    for row, seconds in enumerate(means.values()):
-        axes.barh(row, factor * seconds, left=factor * start, color=theme.series, height=0.65)
-        start += seconds
-        text = f"{factor * seconds:.3g} {unit}, {seconds / total:.0%}"
-        is_late = start > 0.8 * total  # then there is no room to the right of the bar
-        at = factor * (start - seconds if is_late else start)
+    for row, share in enumerate(drawn.values()):
+        axes.barh(row, 100 * share, left=100 * start, color=theme.series, height=0.65)
+        start += share
+        is_late = start > 0.8  # then there is no room to the right of the bar
         axes.annotate(
-            text,
-            (at, row),
+            f"{duration(share * wall_s)}, {share:.0%}",
+            (100 * (start - share if is_late else start), row),
             (-5 if is_late else 5, 0),
             textcoords="offset points",
             ha="right" if is_late else "left",
@@ -35,9 +40,9 @@ def waterfall(axes: Axes, ledger: Ledger, theme: Theme, *, verdict: str) -> None
             fontsize="small",
             bbox={"facecolor": theme.background, "edgecolor": "none", "pad": 1.0},
         )
-    axes.set_yticks(range(len(means)), list(means))
+    axes.set_yticks(range(len(drawn)), list(drawn))
     axes.invert_yaxis()
-    axes.set_xlim(0, factor * total)
+    axes.set_xlim(0, 100)
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     label = "\n".join(textwrap.wrap(verdict, _LINE_CHARS))
-    axes.set_xlabel(f"time since the step began ({unit})\n{label}", color=theme.text)
+    axes.set_xlabel(f"wall time of the run (% of {duration(wall_s)})\n{label}", color=theme.text)

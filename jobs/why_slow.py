@@ -23,23 +23,32 @@ LEAST_SHARE = 0.1
 _COMPUTING = ("forward", "loss", "backward", "update")
 
 _SENTENCES = {
-    "compute": "Computing bounds the run: {share}, at {peak}; {step}.",
-    "data": "Reading data bounds the run: {share} is spent waiting for rows; {step}.",
-    "communication": "The exchange between {world_size} workers bounds the run: {share} is spent in it; {step}.",
-    "straggler": "Rank {rank} on {node} bounds the run: it takes {ratio} times the median for a lane, and the others "
-    "wait for it {share}; {step}.",
-    "lanes": "Too few lanes bound the run: some workers compute {most} a step and others {least}, and these wait "
-    "{share}; {step}; a smaller train.micro_batch_size or another number of workers divides better.",
-    "snapshots": "Snapshots in memory bound the run: {share} is spent copying them; {step}.",
-    "checkpoints": "Checkpoints bound the run: {share} is spent saving {checkpoints} of them; {step}.",
-    "validation": "Validation bounds the run: {share}; {step}; raise train.eval_every_steps or lower "
-    "train.eval_max_tokens.",
-    "restarts": "Restarts bound the run: {share} went into {restarts} of them, with {lost_steps} steps taken again; "
-    "{step}.",
-    "untimed": "What bounds the run is not known, as train.timing is false for {share}; {step}.",
-    "other": "What no phase of a step claims bounds the run, its start among it: {share}; {step}.",
+    "compute": ("Computing", "bounds", "{share}, at {peak}"),
+    "data": ("Reading data", "bounds", "{share} is spent waiting for rows"),
+    "communication": ("The exchange between {world_size} workers", "bounds", "{share} is spent in it"),
+    "straggler": (
+        "Rank {rank} on {node}",
+        "bounds",
+        "it takes {ratio} times the median for a lane, and the others wait for it {share}",
+    ),
+    "lanes": (
+        "Too few lanes",
+        "bound",
+        "some workers compute {most} a step and others {least}, and these wait {share}; a smaller "
+        "train.micro_batch_size or another number of workers divides better",
+    ),
+    "snapshots": ("Snapshots in memory", "bound", "{share} is spent copying them"),
+    "checkpoints": ("Checkpoints", "bound", "{share} is spent saving {checkpoints} of them"),
+    "validation": (
+        "Validation",
+        "bounds",
+        "{share}; raise train.eval_every_steps or lower train.eval_max_tokens",
+    ),
+    "restarts": ("Restarts", "bound", "{share} went into {restarts} of them, with {lost_steps} steps taken again"),
+    "untimed": ("What is not timed", "bounds", "{share}, as train.timing is false"),
+    "other": ("What no phase of a step claims (the run's start is part of it)", "bounds", "{share}"),
 }
-"""By cause, in the order of `shares`."""
+"""By cause, in the order of `shares`: who, the verb, and how."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +65,14 @@ class Shares:
     """Parts of the wall time, that sum to 1 where every moment was recorded: what to save by mending each."""
 
     by_cause: dict[str, float]
+    computing: dict[str, float]  # by phase: the parts of `compute`
+    wall_s: float
     straggler: tuple[int, float] | None  # the rank most waited for, and how many times the median it takes for a lane
     lanes: list[float]  # of each rank, in the last window
 
     @property
     def worst(self) -> str:
-        """The largest of the causes that are not computing, or `compute` where all are small."""
+        """The largest of the causes that are not computing, as these could be saved; `compute` where all are small."""
         others = {cause: share for cause, share in self.by_cause.items() if cause != "compute"}
         worst = max(others, key=lambda cause: others[cause])
         return worst if others[worst] >= LEAST_SHARE else "compute"
@@ -76,6 +87,7 @@ def shares(ledger: Ledger) -> Shares:
     """
     windows = _windows(ledger)
     sums = dict.fromkeys(_SENTENCES, 0.0)
+    computing = dict.fromkeys((*_COMPUTING, "sync"), 0.0)
     held_up: dict[int, float] = {}
     ratios: dict[int, float] = {}
     for window in windows:
@@ -87,7 +99,8 @@ def shares(ledger: Ledger) -> Shares:
         }
         exposed_s = window.num_steps * min(rank.seconds.get("sync", 0.0) for rank in window.ranks)
         waited_s = mean["sync"] - exposed_s
-        sums["compute"] += sum(mean[name] for name in _COMPUTING)
+        for name in _COMPUTING:
+            computing[name] += mean[name]
         sums["data"] += mean["load"]
         sums["snapshots"] += mean["snapshot"]
         sums["checkpoints"] += mean["checkpoint"]
@@ -95,7 +108,7 @@ def shares(ledger: Ledger) -> Shares:
         sums["untimed"] += mean[UNTIMED]
         sums["other"] += mean["statistics"] + mean[REST]
         if window.world_size == 1:  # nothing is exchanged
-            sums["compute"] += exposed_s
+            computing["sync"] += exposed_s
             continue
         sums["communication"] += exposed_s
         if slow:
@@ -107,6 +120,7 @@ def shares(ledger: Ledger) -> Shares:
             sums["lanes"] += waited_s
         else:
             sums["communication"] += waited_s
+    sums["compute"] = sum(computing.values())
     sums["restarts"] = _restarts_s(ledger)
     if finish := ledger.events("finish"):  # which waits for the last checkpoint
         sums["checkpoints"] += max(0.0, finish[-1]["time"] - ledger.steps[-1]["time"])
@@ -115,13 +129,15 @@ def shares(ledger: Ledger) -> Shares:
     slowest = max(held_up, key=lambda number: held_up[number]) if held_up else None
     return Shares(
         {cause: seconds / wall_s for cause, seconds in sums.items()},
+        {phase: seconds / wall_s for phase, seconds in computing.items()},
+        wall_s,
         None if slowest is None else (slowest, ratios[slowest]),
         [rank.num_lanes for rank in windows[-1].ranks],
     )
 
 
 def why_slow(ledger: Ledger) -> dict[str, Any]:
-    """`verdict`, one sentence; `bound`, its cause in a word; `evidence` and `shares` of the wall time."""
+    """Returns `verdict`, one sentence; `bound`, in a word what to mend first; `evidence`; `shares` of the wall time."""
     found = shares(ledger)
     steps = ledger.steps
     step_s = float(np.median([line["wall_s"] for line in steps]))
@@ -129,6 +145,7 @@ def why_slow(ledger: Ledger) -> dict[str, Any]:
     evidence: dict[str, Any] = {
         "share": round(found.by_cause[found.worst], 4),
         "median_step_s": round(step_s, 6),
+        "mean_step_s": round(float(np.mean([line["wall_s"] for line in steps])), 6),
         "steps": len(steps),
         "share_of_peak": round(float(np.median(peak)), 4) if peak else None,
         "world_size": steps[-1]["world_size"],
@@ -146,27 +163,34 @@ def why_slow(ledger: Ledger) -> dict[str, Any]:
             "ratio": round(ratio, 2),
         }
     return {
-        "verdict": _sentence(found.worst, evidence),
+        "verdict": _sentence(found, evidence),
         "bound": found.worst,
         "evidence": evidence,
         "shares": {cause: round(share, 4) for cause, share in found.by_cause.items()},
     }
 
 
-def _sentence(bound: str, evidence: dict[str, Any]) -> str:
+def _sentence(found: Shares, evidence: dict[str, Any]) -> str:
+    """Begins with the largest part of the wall time; where that is computing, the largest other part follows."""
     peak, lanes, slow = evidence["share_of_peak"], evidence["lanes"], evidence.get("straggler") or {}
     values = (
         evidence
         | slow
         | {
             "share": f"{evidence['share']:.0%} of the wall time",
-            "step": f"a step takes {_duration(evidence['median_step_s'])}",
             "peak": "a share of the peak that is not known here" if peak is None else f"{peak:.0%} of the peak",
             "most": f"{max(lanes):g}",
             "least": f"{min(lanes):g}",
         }
     )
-    return _SENTENCES[bound].format(**values)
+    who, verb, how = (part.format(**values) for part in _SENTENCES[found.worst])
+    step = f"a step takes {_duration(evidence['median_step_s'])} in the median, "
+    step += f"{_duration(evidence['mean_step_s'])} in the mean"
+    computing = found.by_cause["compute"]
+    if found.worst == "compute" or computing <= found.by_cause[found.worst]:
+        return f"{who} {verb} the run: {how}; {step}."
+    said = who[0].lower() + who[1:]
+    return f"Computing takes the largest part, {computing:.0%} of the wall time; after it {said}: {how}; {step}."
 
 
 def _windows(ledger: Ledger) -> list[Window]:

@@ -12,7 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from cluster.config import RunConfig, to_yaml
 from cluster.parser import ConfigError
@@ -25,7 +27,8 @@ from jobs.plan import make_plan
 from jobs.plan_actual import read_plan
 from jobs.plan_table import size
 from jobs.report import make_report
-from jobs.report_figures import smoothed
+from jobs.report_figures import pictures, smoothed
+from jobs.report_theme import LIGHT
 from jobs.run_history import (
     duration,
     interruptions,
@@ -320,6 +323,31 @@ def test_smoothing_keeps_attempts_apart() -> None:
     assert ramp[50] == pytest.approx(51)
     assert ramp[0] == pytest.approx(2.5)  # the mean of steps 1 to 4: nothing is made up before the first
     assert smoothed([3.0], Ledger(steps[:1])).tolist() == [3.0]
+
+
+def test_a_short_run_is_smoothed_too() -> None:
+    ledger = Ledger([line for line in eventful_lines() if "event" not in line][:60])
+    losses = [line["loss"] for line in ledger.steps]
+    assert np.abs(np.diff(smoothed(losses, ledger), 2)).mean() < 0.5 * np.abs(np.diff(losses, 2)).mean()
+
+
+@pytest.mark.parametrize(("measured", "width"), [([50], 1.0), ([40, 50], 1.0), (list(range(1, 61)), 1.0)])
+def test_a_measurement_of_layers_is_drawn_where_it_was_made(measured: list[int], width: float) -> None:
+    """And not over all of the steps around it, which nobody measured."""
+    fields = {"layers": ["wte", "ln_f"], "gradient_norm": [1.0, 2.0], "weight_norm": [3.0, 4.0]}
+    events = [
+        {"event": "layers", "time": 1.0, "step": step, **fields, "update_ratio": [1e-3, 2e-3]} for step in measured
+    ]
+    steps = [line for line in eventful_lines() if "event" not in line][:60]
+    ledger = Ledger([*steps, *events])
+    axes = Figure().subplots()
+    pictures(ledger)["layer_weight_norm"].draw(axes, ledger, LIGHT)
+    mesh = axes.collections[0]
+    columns = mesh.get_array().reshape(2, -1)
+    edges = mesh.get_coordinates()[0, :, 0]
+    drawn = [(edges[n] + edges[n + 1]) / 2 for n in range(columns.shape[1]) if not np.ma.is_masked(columns[:, n])]
+    assert drawn == measured
+    assert np.diff(edges)[::2].tolist() == pytest.approx([width] * len(measured))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from jobs.ledger import Ledger
+from jobs.report_waterfall import parts
 from jobs.why_slow import why_slow
 
 USUAL = {"load": 0.002, "forward": 0.03, "loss": 0.01, "backward": 0.05, "sync": 0.003, "update": 0.004, "stall": 0.001}
@@ -61,7 +62,7 @@ CASES: dict[str, tuple[Ledger, str, list[str]]] = {
     "compute on a GPU": (made([USUAL], mfu=0.41), "compute", ["41% of the peak"]),
     "data": (made([of(load=0.1)] * 2), "data", ["51% of the wall time", "waiting for rows"]),
     "communication": (made([of(sync=0.06)] * 2), "communication", ["2 workers", "38% of the wall time"]),
-    "straggler": (made(SLOW), "straggler", ["Rank 1 on node-1", "1.87 times", "44% of the wall time"]),
+    "straggler": (made(SLOW), "straggler", ["after it rank 1 on node-1: it takes 1.87 times", "44% of the wall time"]),
     "lanes": (made(UNEVEN, lanes=[4.0, 2.0]), "lanes", ["4 a step and others 2", "train.micro_batch_size"]),
     "checkpoints": (made([of(checkpoint=0.05)]), "checkpoints", ["33% of the wall time"]),
     "the last checkpoint": (made([USUAL], finish_after_s=8.0), "checkpoints", ["80% of the wall time"]),
@@ -96,3 +97,21 @@ def test_steps_without_a_window_count_by_rank_0() -> None:
     ledger = made([of(load=0.1)] * 2, num_steps=7)
     assert not ledger.events("phases")
     assert why_slow(ledger)["bound"] == "data"
+
+
+def test_the_sentence_begins_with_the_largest_part_and_says_of_which_kind_a_time_is() -> None:
+    """The exchange takes a third and computing more: the sentence says both, and the figure has the same parts."""
+    ledger = made([of(sync=0.05), of(sync=0.05, validation=0.02)])
+    found = why_slow(ledger)
+    assert (found["bound"], found["verdict"].partition(";")[0]) == (
+        "communication",
+        f"Computing takes the largest part, {found['shares']['compute']:.0%} of the wall time",
+    )
+    assert f"after it the exchange between 2 workers: {found['shares']['communication']:.0%} of" in found["verdict"]
+    assert "in the median" in found["verdict"]
+    assert "in the mean" in found["verdict"]
+    drawn = parts(ledger)
+    assert sum(drawn.values()) == pytest.approx(1.0, abs=0.01)
+    computing = [share for name, share in drawn.items() if name.startswith("computing: ")]
+    assert sum(computing) == pytest.approx(found["shares"]["compute"], abs=1e-4)
+    assert drawn["communication"] == pytest.approx(found["shares"]["communication"], abs=1e-4)
