@@ -16,6 +16,7 @@ import pytest
 
 from cluster.code_folders import CODE_FOLDERS
 from tests.readmes import REPOSITORY
+from tests.time_limits import limit_s
 
 PROJECT: dict[str, Any] = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 OF_AN_EXTRA = {  # whole modules, which are imported by the commands alone that name the extra
@@ -102,7 +103,11 @@ def build_wheel(folder: Path) -> tuple[Path, str]:
         shutil.copy(REPOSITORY / name, copy)
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
     done = subprocess.run(
-        [*command, "--wheel-dir", str(folder), str(copy)], capture_output=True, text=True, check=False, timeout=120
+        [*command, "--wheel-dir", str(folder), str(copy)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=limit_s(120),
     )
     assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = folder.glob("*.whl")

@@ -239,7 +239,7 @@ def test_41_everything_under_admin_needs_an_admin_key(url: str, path: str) -> No
 def test_41_keys_are_added_and_revoked_while_it_serves(url: str, keys: Path) -> None:
     def statuses(path: str, *names: str) -> list[int]:
         headers = [{"Authorization": f"Bearer {name}"} for name in names]
-        return [httpx.get(f"{url}{path}", headers=header).status_code for header in headers]
+        return [httpx.get(f"{url}{path}", headers=header, timeout=limit_s(30)).status_code for header in headers]
 
     users, admins = (keys / "user").read_text(), (keys / "admin").read_text()
     (keys / "user").write_text(f"{KEY}\nsk-added\n")
