@@ -72,7 +72,7 @@ class EngineConfig(Settings):
     kernels: Literal["auto", "native", "torch"] = Field(
         default="auto",
         description="native: compiled for this CPU when first used, by g++ or $CXX; torch: PyTorch's own; auto: native "
-        "where there is a compiler, and torch on a GPU",
+        "where they can be had, and torch on a GPU",
     )
     kv_cache_tokens: int | None = Field(
         default=None, ge=16, description="tokens that the KV cache holds; max_num_seqs whole contexts when unset"

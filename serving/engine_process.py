@@ -115,9 +115,10 @@ def _build_runner(model: GPT, config: EngineConfig, *, num_blocks: int, threads:
         try:
             runner = NativeRunner(model, dtype=dtype, num_blocks=num_blocks, threads=threads)
         except NoNativeLibraryError as error:
-            if config.kernels == "native":
-                raise UserError(f"engine.kernels=native, but {error}") from None
-            logging.getLogger(__name__).warning("PyTorch computes, which is slower: %s", error)
+            if config.kernels == "native" or config.dtype == "int8":
+                wanted = "kernels=native" if config.kernels == "native" else "dtype=int8 needs the native kernels"
+                raise UserError(f"engine.{wanted}, but {error}") from None
+            logging.getLogger(__name__).warning("PyTorch computes, which is slower than the native kernels: %s", error)
         else:
             torch.set_num_threads(1)  # sampling alone; two pools of threads would get into each other's way
             return runner

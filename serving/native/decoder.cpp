@@ -337,6 +337,7 @@ private:
 
 }  // namespace
 
+#pragma GCC visibility push(default)
 extern "C" {
 
 // `kind`: 0 is fp32, 1 bf16, 2 int8.
@@ -365,3 +366,4 @@ void raymill_survey(void* d, int num_rows, const float* logits, int64_t* best, b
 }
 void raymill_destroy(void* d) { delete static_cast<Decoder*>(d); }
 }
+#pragma GCC visibility pop

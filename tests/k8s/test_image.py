@@ -4,6 +4,7 @@ import re
 import tomllib
 from pathlib import Path
 
+from serving.native_library import FOLDER_VARIABLE
 from tests.k8s.manifests import CLUSTER_KINDS, K8S, cluster_spec, of_kind, render
 
 _REPOSITORY = K8S.parent
@@ -34,7 +35,7 @@ def test_ends_as_the_user_that_pods_run_as() -> None:
 
 
 def test_copies_what_is_there_and_all_the_code() -> None:
-    copied = [rest.split()[:-1] for name, rest in _instructions() if name == "COPY"]
+    copied = [rest.split()[:-1] for name, rest in _instructions() if name == "COPY" and "--from=" not in rest]
     sources = {source for sources in copied for source in sources}
     assert [source for source in sources if not (_REPOSITORY / source).exists()] == []
     packages = tomllib.loads((_REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"][
@@ -43,6 +44,17 @@ def test_copies_what_is_there_and_all_the_code() -> None:
     assert {package for package in packages if "." not in package} <= sources
     allowed = {line[1:] for line in Path(K8S / "Dockerfile.dockerignore").read_text().splitlines() if line[0] == "!"}
     assert allowed == sources
+
+
+def test_the_kernels_are_compiled_in_a_stage_and_found_at_run_time() -> None:
+    instructions = _instructions()
+    [start] = [i for i, (name, rest) in enumerate(instructions) if name == "FROM" and rest.endswith(" AS kernels")]
+    [end] = [i for i, (name, _) in enumerate(instructions) if name == "FROM" and i > start]
+    assert ("RUN", "python -m serving.native_library --bake /kernels") in instructions[start:end]
+    assert ("COPY", "--from=kernels /kernels /opt/kernels") in instructions[end:]
+    [environment] = [rest for name, rest in instructions[end:] if name == "ENV"]
+    assert f"{FOLDER_VARIABLE}=/opt/kernels" in environment.split()
+    assert not [rest for _, rest in instructions[end:] if "g++" in rest]
 
 
 def test_ray_is_the_version_that_the_manifests_name() -> None:
