@@ -20,9 +20,9 @@ def version() -> str:
 
 
 def snapshot_code(folder: Path) -> None:
-    """Copies the code folders into `folder`."""
+    """Copies the code folders into `folder`, without the manifests, which no job needs."""
     for name in CODE_FOLDERS:
-        shutil.copytree(CODE_ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(CODE_ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "k8s"))
 
 
 def code_version() -> str:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _RAY = "ray.io/v1"
 _COMPONENT = "app.kubernetes.io/component"
-_OVERLAYS = Path("k8s", "overlays")
+_OVERLAYS = CODE_ROOT / "cluster" / "k8s" / "overlays"  # a link, so that a wheel has them too
 
 
 def render(arguments: argparse.Namespace) -> dict[str, Any] | None:
@@ -158,14 +158,13 @@ def _objects(arguments: argparse.Namespace) -> list[Object]:
 
 
 def overlay_folder(name: str) -> Path:
-    """Returns one of ours by its name, or a folder. In a wheel ours lie in this package, in a checkout beside it."""
-    ours = [place / _OVERLAYS for place in (CODE_ROOT / "cluster", CODE_ROOT)]
-    found = [folder for folder in (*(place / name for place in ours), Path(name)) if folder.is_dir()]
-    if not found:
-        known = sorted(folder.name for place in ours for folder in place.glob("*") if folder.is_dir())
-        choices = f"one of {', '.join(known)}, or the folder" if known else "here is no k8s/, so name the folder"
-        raise ConfigError(f"unknown overlay {name!r}: {choices} of a kustomization of yours")
-    return found[0]
+    """Returns one of ours by its name, or a folder."""
+    for folder in (_OVERLAYS / name, Path(name)):
+        if folder.is_dir():
+            return folder
+    known = sorted(folder.name for folder in _OVERLAYS.glob("*") if folder.is_dir())
+    choices = f"one of {', '.join(known)}, or the folder" if known else "here is no k8s/, so name the folder"
+    raise ConfigError(f"unknown overlay {name!r}, expected {choices} of a kustomization of yours")
 
 
 def connected_api(namespace: str) -> "KubeApi":

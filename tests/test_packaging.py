@@ -94,13 +94,19 @@ def test_torch_is_bound_to_one_release() -> None:
         assert "--constraint .ci/constraints.txt" in (REPOSITORY / file).read_text(encoding="utf-8")
 
 
-def build_wheel(folder: Path) -> tuple[Path, str]:
-    """The wheel of a copy of what is under version control or might be, and all that was said."""
+def copied(folder: Path) -> Path:
+    """What an installation is made from, as builds leave files beside it."""
     copy = folder / "checkout"
     for name in (*CODE_FOLDERS, "k8s"):
-        shutil.copytree(REPOSITORY / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(REPOSITORY / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"), symlinks=True)
     for name in ("pyproject.toml", "README.md"):
         shutil.copy(REPOSITORY / name, copy)
+    return copy
+
+
+def build_wheel(folder: Path) -> tuple[Path, str]:
+    """The wheel, and all that was said."""
+    copy = copied(folder)
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
     done = subprocess.run(
         [*command, "--wheel-dir", str(folder), str(copy)],
@@ -112,6 +118,14 @@ def build_wheel(folder: Path) -> tuple[Path, str]:
     assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = folder.glob("*.whl")
     return wheel, done.stdout + done.stderr
+
+
+def test_an_editable_installation_prints_no_warning(tmp_path: Path) -> None:
+    """Which is what `make` does first."""
+    copy = copied(tmp_path)
+    build = f"from setuptools import build_meta; build_meta.build_editable({str(tmp_path)!r})"
+    done = subprocess.run([sys.executable, "-c", build], cwd=copy, capture_output=True, text=True, check=True)
+    assert "warn" not in done.stderr.lower()
 
 
 def test_a_wheel_is_built_without_a_warning_and_lacks_nothing(tmp_path: Path) -> None:
