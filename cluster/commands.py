@@ -209,11 +209,12 @@ def checkpoint_show(arguments: argparse.Namespace) -> dict[str, Any]:
     from model.checkpoint_folder import CheckpointError, read_metadata, verify_checkpoint
 
     folder = open_storage(arguments.checkpoint).local_path("")
-    if arguments.checkpoint == "latest" or folder is None:
+    is_here = arguments.checkpoint != "latest" and folder is not None
+    if folder is None or not is_here:
         folder = resolve_checkpoint(arguments.checkpoint, storage_uri(arguments))
     if not folder.is_dir():
         raise CheckpointError(f"unknown checkpoint {arguments.checkpoint}: no folder is there")
-    problems = verify_checkpoint(folder)
+    problems = verify_checkpoint(folder, to_train=is_here)  # a copy of a remote one has no training state
     metadata = {"parameter_hash": None} if problems else vars(read_metadata(folder))
     files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
     return {"checkpoint": str(folder), "valid": not problems, "problems": problems, "files": files, **metadata}

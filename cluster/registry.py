@@ -6,13 +6,13 @@ take the same number, and none is ever rewritten.
 
 import json
 import logging
-import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.storage import AlreadyExistsError, Entry, NotFoundError, Storage, StorageError, open_storage, split_uri
+from cluster.checkpoint_cache import discard, fetch
+from cluster.storage import AlreadyExistsError, Entry, NotFoundError, Storage, StorageError, open_storage
 from model.checkpoint_folder import MANIFEST, CheckpointError, Metadata, is_hf_folder, read_metadata, verify_checkpoint
 
 LATEST = "latest"
@@ -198,25 +198,16 @@ def _newest(checkpoints: list[str], *, none: str) -> tuple[str, Path]:
 def _checked(uri: str) -> tuple[Path, list[str]]:
     """A local folder with the checkpoint, and what is wrong with it. A damaged copy is not kept for the next time."""
     local = _fetched(uri)
-    problems = [] if is_hf_folder(local) else verify_checkpoint(local)
+    problems = [] if is_hf_folder(local) else verify_checkpoint(local, to_train=False)
     if problems and open_storage(uri).local_path("") is None:
-        shutil.rmtree(local)
+        discard(local)
     return local, problems
 
 
 def _fetched(uri: str) -> Path:
-    """The folder itself where it is on this machine, a copy under the user's cache otherwise."""
+    """The folder itself where it is on this machine, a copy in the cache otherwise."""
     storage = open_storage(uri)
-    local = storage.local_path("")
-    if local is not None:
-        return local
-    version = storage.stat(MANIFEST)
-    name = storage.uri.removeprefix("s3://").replace("/", "--") + (f"--{version.version}" if version else "")
-    copy = Path.home() / ".cache" / "raymill" / "checkpoints" / name.replace('"', "")
-    if not (copy / MANIFEST).exists():
-        parent, key = split_uri(uri)
-        parent.download_folder(key, copy, last=MANIFEST)
-    return copy
+    return storage.local_path("") or fetch(storage)
 
 
 def _entries(storage: Storage) -> list[Entry]:

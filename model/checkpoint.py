@@ -25,6 +25,7 @@ from torch import Tensor
 from model.checkpoint_folder import (
     FORMAT_VERSION,
     MANIFEST,
+    TRAIN_STATE,
     CheckpointError,
     Metadata,
     is_hf_folder,
@@ -56,8 +57,6 @@ __all__ = [
     "write_checkpoint",
     "write_state",
 ]
-
-TRAIN_STATE = "train_state.safetensors"
 
 
 class NotFiniteError(CheckpointError):
@@ -152,7 +151,7 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, verify: bool
     """
     if is_hf_folder(folder):
         return load_hf(folder).to(dtype)
-    if verify and (problems := verify_checkpoint(folder)):
+    if verify and (problems := verify_checkpoint(folder, to_train=False)):
         raise CheckpointError(f"checkpoint {folder} is not valid: {'; '.join(problems)}. Use another checkpoint")
     return build_model(read_config(folder), load_file(folder / "model.safetensors"), source=folder).to(dtype)
 

@@ -13,6 +13,7 @@ from model.errors import UserError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+TRAIN_STATE = "train_state.safetensors"
 REQUIRED_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "raymill.json")
 
 
@@ -38,8 +39,11 @@ class Metadata:
     precision: str | None = None  # that the run computed in, fp32 or bf16
 
 
-def verify_checkpoint(folder: Path) -> list[str]:
-    """What is wrong with the checkpoint, one sentence a problem, each naming its file. Empty means valid."""
+def verify_checkpoint(folder: Path, *, to_train: bool = True) -> list[str]:
+    """What is wrong with the checkpoint, one sentence a problem, each naming its file. Empty means valid.
+
+    Without `to_train` the training state may be missing, as in a copy that is only to compute.
+    """
     if not folder.is_dir():
         return [f"{folder} is no folder"]
     try:
@@ -50,6 +54,8 @@ def verify_checkpoint(folder: Path) -> list[str]:
     for name, expected in files.items():
         path = folder / name
         if not path.is_file():
+            if name == TRAIN_STATE and not to_train:
+                continue
             problems.append(f"{name} is missing")
         elif (size := path.stat().st_size) != expected["size"]:
             problems.append(f"{name} has {size} bytes, {MANIFEST} says {expected['size']}")

@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Callable
 
+from cluster.checkpoint_cache import Holds
 from cluster.serve_config import ServeConfig
 from serving.loaded_version import LoadedVersion
 from serving.promotion import Delivery, Phase, Route, SlotReport, SlotStatus, Version, VersionStats
@@ -51,6 +52,7 @@ class Versions:
         self._slots: dict[int, Slot] = {}
         self._one_at_a_time = asyncio.Lock()  # engines are loaded while others serve
         self._ending: set[asyncio.Task[None]] = set()
+        self._copies = Holds()
         self._reconcile()
 
     async def wait_until_live(self) -> None:
@@ -126,6 +128,7 @@ class Versions:
     async def close(self) -> None:
         for loaded in self._engines:
             await loaded.close()
+        self._copies.keep(())
 
     @property
     def _engines(self) -> list[LoadedVersion]:
@@ -143,6 +146,7 @@ class Versions:
         return wanted or (self._trusted or self._engines)[0]
 
     def _reconcile(self) -> None:
+        self._copies.keep([version.checkpoint for version in self.delivery.known])
         needed = {version.serial: version for version in self.delivery.needed}
         for serial, version in needed.items():
             if (slot := self._slots.get(serial)) is not None and slot.version != version:
