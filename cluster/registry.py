@@ -7,7 +7,9 @@ take the same number, and none is ever rewritten.
 import json
 import logging
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +64,13 @@ def publish(storage: Storage, reference: str) -> Publication:
 
 def publications(storage: Storage) -> list[Publication]:
     """Everything published, oldest first."""
-    return [Publication(**json.loads(storage.read_bytes(entry.key))) for entry in _entries(storage)]
+    return list(newest_first(storage))[::-1]
+
+
+def newest_first(storage: Storage) -> Iterator[Publication]:
+    """Yields everything published, each read when it is asked for: `latest` is one request, not one a publication."""
+    for entry in reversed(_entries(storage)):
+        yield Publication(**json.loads(storage.read_bytes(entry.key)))
 
 
 def newest_usable(published: list[Publication]) -> Publication | None:
@@ -73,15 +81,15 @@ def newest_usable(published: list[Publication]) -> Publication | None:
 def what_latest_became(storage: Storage) -> str:
     """Says in a line what `latest` is since the newest publication, what it was before, and how to return to that
     where it has the lower validation loss on the same data."""
-    *earlier, newest = publications(storage)
+    newest, *earlier = islice(newest_first(storage), 2)
     now = metadata_of(newest.checkpoint)
     said = f"latest is now step {newest.step:,} of run {newest.run_id}{_loss(now)}"
-    if not earlier or earlier[-1].checkpoint == newest.checkpoint:
+    if not earlier or earlier[0].checkpoint == newest.checkpoint:
         return said
-    before = metadata_of(earlier[-1].checkpoint)
-    said += f"; it was step {earlier[-1].step:,} of run {earlier[-1].run_id}{_loss(before)}"
+    before = metadata_of(earlier[0].checkpoint)
+    said += f"; it was step {earlier[0].step:,} of run {earlier[0].run_id}{_loss(before)}"
     if now and before and _is_better(before, now):
-        said += f", which is better on the same data: `raymill publish {earlier[-1].checkpoint}` makes it latest again"
+        said += f", which is better on the same data: `raymill publish {earlier[0].checkpoint}` makes it latest again"
     return said
 
 
@@ -138,19 +146,19 @@ def named_checkpoint(reference: str, storage_uri: str) -> str:
     """The URI of the checkpoint that `reference` names, by the names of its files alone: whatever can be said before
     it is fetched and verified. Raises `CheckpointError`."""
     candidates, none = _candidates(reference, storage_uri)
-    for checkpoint in reversed(candidates):
+    for checkpoint in candidates:
         folder = open_storage(checkpoint)
         if folder.exists(MANIFEST) or (folder.exists("config.json") and not folder.exists("raymill.json")):
             return checkpoint
     raise CheckpointError(none or f"checkpoint {reference} is not valid: {MANIFEST} is missing")
 
 
-def _candidates(reference: str, storage_uri: str) -> tuple[list[str], str]:
-    """URIs of the checkpoints that may be meant, the newest last, and what to say where none of them is valid; empty
+def _candidates(reference: str, storage_uri: str) -> tuple[Iterable[str], str]:
+    """URIs of the checkpoints that may be meant, the newest first, and what to say where none of them is valid; empty
     where one is named by itself."""
     storage = open_storage(storage_uri)
     if reference == LATEST:
-        published = [publication.checkpoint for publication in publications(storage)]
+        published = (publication.checkpoint for publication in newest_first(storage))
         return published, f"nothing is published in {storage_uri}: finish a run there, or name a checkpoint's folder"
     folder = open_storage(reference)
     keys = [entry.key for entry in folder.list()]
@@ -158,7 +166,7 @@ def _candidates(reference: str, storage_uri: str) -> tuple[list[str], str]:
         run = storage.child(f"runs/{reference}")
         hint = f"; the run of that name is {run.uri}" if "/" not in reference and any(run.list()) else ""
         raise CheckpointError(f"unknown checkpoint {reference}: no folder with files is there{hint}")
-    nested = sorted(key.removesuffix(f"/{MANIFEST}") for key in keys if key.endswith(f"/{MANIFEST}"))
+    nested = sorted((key.removesuffix(f"/{MANIFEST}") for key in keys if key.endswith(f"/{MANIFEST}")), reverse=True)
     if MANIFEST not in keys and nested:
         return [folder.child(name).uri for name in nested], f"no checkpoint under {reference} is valid"
     return [folder.uri], ""
@@ -183,8 +191,8 @@ def _is_better(one: Metadata, other: Metadata) -> bool:
     return one.data_manifest_hash == other.data_manifest_hash and one.val_loss < other.val_loss
 
 
-def _newest(checkpoints: list[str], *, none: str) -> tuple[str, Path]:
-    for checkpoint in reversed(checkpoints):
+def _newest(checkpoints: Iterable[str], *, none: str) -> tuple[str, Path]:
+    for checkpoint in checkpoints:
         try:
             local, problems = _checked(checkpoint)
         except NotFoundError as error:  # deleted since

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from cluster.config import DataConfig
-from cluster.storage import Storage
+from cluster.storage import NotFoundError, Storage
 from jobs.corpus_chunks import Chunk, Part
 from jobs.data_progress import DataProgress
 from jobs.data_tasks import Task, run_tasks
@@ -71,11 +71,11 @@ def index_chunk(task: Task, *, store: Storage, data: DataConfig) -> Iterator[byt
 
 
 def _stored(store: Storage, key: str) -> bytes | None:
-    if not store.exists(key):
-        return None
-    content = store.read_bytes(key)
     try:
+        content = store.read_bytes(key)
         ChunkIndex.from_bytes(content)
+    except NotFoundError:  # one request, where asking first would make two
+        return None
     except (SafetensorError, ValueError, KeyError, TypeError):
         return None  # cut off on a disk that lost power
     return content

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 
 from cluster.config import DataConfig
-from cluster.storage import Storage
+from cluster.storage import NotFoundError, Storage
 from jobs.corpus_chunks import Part
 from jobs.corpus_index import DROP_CODES, read_chunk
 from jobs.corpus_listing import CorpusError
@@ -91,17 +91,20 @@ class ChunkWriter:
         yield result.to_bytes()
 
     def _finished(self, sidecar: str, made_of: dict[str, str]) -> ChunkResult | None:
-        if not self.store.exists(sidecar):
-            return None
         try:
             values = json.loads(self.store.read_bytes(sidecar))
+        except NotFoundError:  # one request, where asking first would make two
+            return None
         except ValueError:
             return None  # cut off on a disk that lost power
         result = ChunkResult.from_values(values["result"]) if values["made_of"] == made_of else None
         return result if result and all(self._is_stored(shard) for shard in result.shards) else None
 
     def _is_stored(self, shard: Shard) -> bool:
-        return self.store.exists(shard.file) and file_sha256(self.store, shard.file) == shard.sha256
+        try:
+            return file_sha256(self.store, shard.file) == shard.sha256
+        except NotFoundError:
+            return False
 
     def _write(self, task: Task, codes: bytes, tokenizer: Tokenizer, encoder: Encoder) -> ChunkResult:
         parts = [Part(**part) for part in task["parts"]]

@@ -5,9 +5,11 @@ import logging
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from cluster.local_storage import LocalStorage
 from cluster.registry import (
     find_checkpoint,
     named_checkpoint,
@@ -208,3 +210,20 @@ def test_what_endpoints_serve_is_known(root: Path) -> None:
     for name, uris in (("a", ["/x", "/y"]), ("b", ["/y", "s3://bucket/z"])):
         storage.write_bytes(f"endpoints/{name}.json", json.dumps({"pinned": uris, "delivery": {}}).encode())
     assert served_checkpoints(storage) == {"/x", "/y", "s3://bucket/z"}
+
+
+def test_latest_reads_no_more_publications_than_it_must(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = open_storage(str(tmp_path / "mill"))
+    write_tiny(tmp_path / "one")
+    for _ in range(20):
+        publish(storage, str(tmp_path / "one"))
+    read: list[str] = []
+    read_bytes = LocalStorage.read_bytes
+
+    def counted(self: LocalStorage, key: str, **bounds: Any) -> bytes:
+        read.append(key)
+        return read_bytes(self, key, **bounds)
+
+    monkeypatch.setattr(LocalStorage, "read_bytes", counted)
+    assert find_checkpoint("latest", storage.uri)[0] == str(tmp_path / "one")
+    assert [key for key in read if key.startswith("registry/")] == ["registry/000020.json"]
