@@ -1,8 +1,10 @@
 """A run's precision: settled where it trains, recorded, kept on any hardware, and said where a processor emulates it."""
 
+import socket
 from pathlib import Path
 
 import pytest
+import ray
 
 from cluster.config import ScalingConfig
 from cluster.parser import ConfigError
@@ -13,12 +15,23 @@ from jobs.run_history import CONFIG_FILE, recorded_config
 from jobs.run_messages import told
 from jobs.run_precision import workers_precision
 from jobs.train_loop import train
-from model.processor import fast_precision
+from model.processor import Device, Precision, fast_precision
 from tests.jobs.runs import tiny_plan
 
 
+def worker_fast_precision(device: Device) -> Precision:
+    assert ray.get_runtime_context().get_task_id() is not None, "it was not asked in a task"
+    return fast_precision(device)
+
+
 @pytest.mark.cluster
-def test_it_is_what_the_workers_processor_computes_at_speed(ray_workers: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("host", [socket.gethostname(), "another"])
+def test_it_is_what_the_workers_processor_computes_at_speed(
+    host: str, ray_workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_precision.socket, "gethostname", lambda: host)
+    if host == "another":  # whose own processor says nothing
+        monkeypatch.setattr(run_precision, "fast_precision", worker_fast_precision)
     assert workers_precision(ScalingConfig()) == fast_precision("cpu")
     plan = tiny_plan(str(tmp_path), train={"precision": "auto"})
     plan.run.delete(CONFIG_FILE)
