@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     try:
         arguments = command_parser(words).parse_args(words)
-        arguments.words = words
+        arguments.words, arguments.next = words, ""
         arguments.show = lambda result: _show(result, as_json=arguments.json)
         result = imported(arguments.run)(arguments)
     except UserError as error:
@@ -39,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     if result is not None:
         arguments.show(result)
+    if arguments.next:
+        sys.stderr.write(f"next: {printable(arguments.next)}\n")
     return 0
 
 

@@ -54,9 +54,9 @@ def stage(arguments: argparse.Namespace) -> dict[str, Any]:
         raise
     if arguments.command == "tokenize":
         words = ["pretrain" if word == "tokenize" else word for word in arguments.words]
-        _say_next(".raymill", f"raymill {shlex.join(words)}")
+        arguments.next = f"`raymill {shlex.join(words)}`"
     else:
-        _say_next(config.storage.uri, f"raymill report {config.run_id}", "raymill serve latest")
+        arguments.next = _commands(config.storage.uri, f"raymill report {config.run_id}", "raymill serve latest")
     return result
 
 
@@ -65,10 +65,10 @@ def _named(source: str | list[str]) -> str:
     return sources[0] if len(sources) == 1 else f"{sources[0]} and {len(sources) - 1} more"
 
 
-def _say_next(storage: str, *commands: str) -> None:
-    """Says how to go on, with the storage where that is not the usual one."""
+def _commands(storage: str, *commands: str) -> str:
+    """Returns the commands as they are typed, with the storage where that is not the usual one."""
     where = "" if absolute_uri(storage) == absolute_uri(".raymill") else f" --storage.uri {storage}"
-    say("next: " + ", or ".join(f"`{command}{where}`" for command in commands))
+    return ", or ".join(f"`{command}{where}`" for command in commands)
 
 
 def storage_check(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
 
     with connected(config.cluster, cpus_per_node=cpus_per_node(config)) as connection:
         result = run_stage(connection, "jobs.evaluate", config)
-    _say_next(config.storage.uri, f"raymill serve {result['checkpoint']}")
+    arguments.next = _commands(config.storage.uri, f"raymill serve {result['checkpoint']}")
     return result
 
 
@@ -273,7 +273,8 @@ def serve(arguments: argparse.Namespace) -> None:
             say(f"{endpoint.url} stays up; end it with Ray Serve's own tools")
             return
         say(f"serving {endpoint.model} at {endpoint.url}; Ctrl-C ends it")
-        _say_next(config.storage.uri, 'raymill complete "Once upon a time"')
+        completing = _commands(config.storage.uri, 'raymill complete "Once upon a time"')
+        say(f"next: {completing}")
         while True:
             if connection.local.lost_head():
                 say("the head of the local cluster was lost: it is started again, and the endpoint comes back with it")
