@@ -151,7 +151,7 @@ def status(arguments: argparse.Namespace) -> dict[str, Any]:
     view = view_job(run, _backends(arguments))
     if view is None:
         raise _no_job(arguments)
-    result = describe(view, arguments.run_id) | _progress(run)
+    result = describe(view, arguments.run_id) | _started_by_hand(run, view) | _progress(run)
     if view.ended is not None and view.ended.result is not None:
         result["result"] = view.ended.result
     if view.state.is_bad:

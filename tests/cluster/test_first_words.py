@@ -133,7 +133,26 @@ def test_a_list_of_runs_says_where_it_looked(tmp_path: Path, capsys: pytest.Capt
     assert main(["list", "--storage.uri", str(tmp_path)]) == 0
     header, row = capsys.readouterr().out.splitlines()
     assert header.split() == ["run_id", "stage", "state", "step", "backend", "where", "job"]
+    assert main(["status", "second", "--storage.uri", str(tmp_path)]) == 0
+    shown = {" ".join(line.split()) for line in capsys.readouterr().out.splitlines()}
+    assert {"stage pretrain", "step 60", "loss 2", "backend by hand"} <= shown
     assert row.split() == ["second", "pretrain", "succeeded", "60", "by", "hand", "desk", "raymill-1"]
+
+
+def test_logs_leave_out_what_ray_says_to_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "runs/second/jobs/20260101-000000-abcd"
+    folder.mkdir(parents=True)
+    (folder / "started.json").write_text('{"job": "j", "stage": "pretrain", "host": "desk", "time": 1.0}')
+    (folder / "ended.json").write_text('{"exit_code": 0, "stopped": false, "result": null, "time": 2.0}')
+    alarming = "[2026-01-01 00:00:00,123 E 12 34] core_worker.cc:2157: Actor with class name X cannot be created\n"
+    (folder / "log-000000000000").write_text(f"attempt 1: 2 workers\n{alarming}(raylet) bash: warning\nsaved\n")
+    words = ["logs", "second", "--storage.uri", str(tmp_path)]
+    assert main(words) == 0
+    assert capsys.readouterr().out == "attempt 1: 2 workers\nsaved\n"
+    assert main([*words, "--follow"]) == 0
+    assert capsys.readouterr().out.startswith("attempt 1: 2 workers\nsaved\n")
+    assert main([*words, "--ray"]) == 0
+    assert alarming in capsys.readouterr().out
 
 
 def test_the_published_ones_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
