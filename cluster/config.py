@@ -246,11 +246,6 @@ class ScalingConfig(Settings):
     hang_timeout_s: float = Field(
         default=30.0, ge=0, description="seconds without a sign of life before a worker is killed; 0 never does"
     )
-    standby: bool = Field(
-        default=False,
-        description="keep loaded worker processes on each node, 0.4 GB each, for the next restart: for nodes with CPUs "
-        "to spare, as loading takes 4 CPU-seconds each",
-    )
     start_timeout_s: float = Field(
         default=60.0, gt=0, description="seconds without workers after which the run says what it is waiting for"
     )

@@ -131,7 +131,6 @@ class Attempt:
                 self.ledger.event("tolerance_mode", attempt=self.attempt, reasons=reasons)
         if begun.snapshot and restored_step - begun.saved_step >= config.checkpoint.save_every_steps:
             self.save(restored_step, {})  # the one that was due had not been stored yet
-        self.snapshots.tell_standby()
 
     def __enter__(self) -> Self:
         return self

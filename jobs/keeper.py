@@ -5,7 +5,6 @@ methods, and it is gone with the keeper, which ends with the launcher. So nothin
 """
 
 import os
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,6 @@ from ray.exceptions import RayError
 
 from jobs.snapshot_choice import Holding, copy_area
 from jobs.snapshot_slots import Bytes, Header, Slots, checksum_of
-from jobs.standby import Standby
 
 CHUNK_BYTES = 16 << 20
 """Of a transfer between nodes."""
@@ -97,13 +95,9 @@ class SnapshotMemory:
 class Keeper:
     """The actor."""
 
-    def __init__(self, *, launch: str, identity: str, max_bytes: int) -> None:
-        context = ray.get_runtime_context()
-        node = next(found for found in ray.nodes() if found["NodeID"] == context.get_node_id())
-        self._resources: dict[str, float] = node["Resources"]
-        self._memory = SnapshotMemory(node=node["NodeID"], identity=identity, max_bytes=max_bytes)
-        address = f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}"
-        self._standby = Standby(launch=launch, raylet_address=address, job_id=bytes.fromhex(context.get_job_id()))
+    def __init__(self, *, identity: str, max_bytes: int) -> None:
+        node = ray.get_runtime_context().get_node_id()
+        self._memory = SnapshotMemory(node=node, identity=identity, max_bytes=max_bytes)
 
     def open(self, area: str, num_bytes: int) -> str | None:
         found = self._memory.open(area, num_bytes)
@@ -138,11 +132,6 @@ class Keeper:
             return False
         found[1].write(header, list(data.reshape(len(header.names), -1)))
         return True
-
-    def stand_by(self, runtime_env: str, *, at_most: int, resources: Mapping[str, float]) -> None:
-        """Has as many workers of these resources stand by as the node could hold."""
-        room = min(self._resources.get(name, 0.0) // amount for name, amount in resources.items())
-        self._standby.want(min(int(room), at_most), runtime_env)
 
 
 def fetch(held: Holding, keeper: Any) -> tuple[Header, Bytes] | None:

@@ -109,11 +109,7 @@ class Keepers:
         return (
             ray.remote(Keeper)
             .options(**options)
-            .remote(
-                launch=self._launch,
-                identity=self._plan.identity,
-                max_bytes=self._plan.config.checkpoint.snapshot_bytes,
-            )
+            .remote(identity=self._plan.identity, max_bytes=self._plan.config.checkpoint.snapshot_bytes)
         )
 
     def _copy(self, holdings: Sequence[Holding], nodes: Sequence[str]) -> None:

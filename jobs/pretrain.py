@@ -35,7 +35,6 @@ from jobs.run_history import CONFIG_FILE, changed_settings, recorded_config
 from jobs.run_plan import RunPlan, run_storage
 from jobs.run_precision import workers_precision
 from jobs.run_watcher import watching
-from jobs.standby import worker_environment
 from jobs.token_store import MANIFEST
 from jobs.tokenize_corpus import token_store, tokenize
 from jobs.train_callbacks import FailureRecorder, SignalListener
@@ -182,7 +181,6 @@ def _trainer(plan: RunPlan, address: str) -> Trainer:
             # Ray Train's own record of the run is disposable: the ledger and the checkpoints decide.
             name=f"attempts-{secrets.token_hex(4)}",
             storage_path=f"{plan.run.uri}/ray",
-            worker_runtime_env={"env_vars": worker_environment(str(plan.launch))},  # type: ignore[call-arg]
             failure_config=FailureConfig(max_failures=scaling.max_failures),
             callbacks=callbacks,  # type: ignore[arg-type]  # typed as its old API
         ),

@@ -58,7 +58,9 @@ class Interruption:
 
 def recorded_config(run: Storage) -> RunConfig:
     """The settings that the run was started with. Raises `NotFoundError`."""
-    return validate_config(yaml.safe_load(run.read_bytes(CONFIG_FILE)), RunConfig)
+    settings = yaml.safe_load(run.read_bytes(CONFIG_FILE))
+    settings.get("scaling", {}).pop("standby", None)  # a setting that is gone, which older runs have recorded
+    return validate_config(settings, RunConfig)
 
 
 def changed_settings(before: RunConfig, now: RunConfig) -> list[str]:

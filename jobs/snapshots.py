@@ -183,16 +183,6 @@ class Snapshots:
             for keeper in find_keepers(str(self._launch)).values():
                 keeper.close_older.remote(attempt)
 
-    def tell_standby(self) -> None:
-        """Tells the keepers what to have standing by."""
-        scaling = self._plan.config.scaling
-        if self._launch is None or self._group.rank or not scaling.standby:
-            return
-        resources = {"CPU": scaling.threads_per_worker} | ({"GPU": 1} if scaling.use_gpu else {})
-        runtime_env = ray.get_runtime_context().get_runtime_env_string()
-        for keeper in find_keepers(self._launch).values():
-            keeper.stand_by.remote(runtime_env, at_most=scaling.max_workers, resources=resources)
-
 
 def _mapped(path: str) -> Slots:
     descriptor = os.open(path, os.O_RDWR)

@@ -1,8 +1,8 @@
 """Seconds from the SIGKILL of a training worker to the next completed step, beside plain Ray Train in the same run.
 
 Both train the same model with two workers on the same local cluster, one after the other, and lose a random worker
-again and again. A kill comes when the group has trained for a while: at least `SETTLE_S`, in which raymill also has
-its processes standing by again. Prints a line for each kill and, last, one JSON object.
+again and again. A kill comes when the group has trained for a while, at least `SETTLE_S`. Prints a line for each kill
+and, last, one JSON object.
 """
 
 import argparse
