@@ -3,14 +3,11 @@
 The settings themselves are checked when they are read.
 """
 
-import tempfile
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
-from pathlib import Path
 from typing import Any
 
-from cluster.config import TOKENS, DataConfig, RunConfig, write_config
-from cluster.module_process import run_module
+from cluster.config import TOKENS, DataConfig, RunConfig
 from cluster.progress import say
 from cluster.storage import NotFoundError, glob_uris, open_storage
 from cluster.storage_check import check_storage
@@ -46,10 +43,10 @@ def check_run(config: RunConfig, folders: Folders) -> dict[str, Any]:
             )
         say(f"{storage} is a folder: all nodes of the cluster have to see the same there")
     check_sources(config.data, folders)
-    with tempfile.TemporaryDirectory(prefix="raymill-admission-") as folder:
-        path = Path(folder, "run.yaml")
-        write_config(config, path)
-        needs = run_module("jobs.admission", str(path))
+
+    from jobs.admission import admission  # which takes four seconds, as it imports PyTorch
+
+    needs = admission(config)
     if needs["problems"]:
         raise AdmissionError("; ".join(needs["problems"]))
     return needs

@@ -18,7 +18,7 @@ from cluster.command_table import COMMANDS, Command
 from cluster.parser import ConfigError, Parser
 from cluster.printable import printable
 from cluster.result_text import lines
-from cluster.stage_module import ModuleFailedError
+from cluster.stage_module import ShownError
 from model.errors import UserError
 
 
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.show = lambda result: _show(result, as_json=arguments.json)
         result = imported(arguments.run)(arguments)
     except UserError as error:
-        if not isinstance(error, ModuleFailedError):  # which has said it itself
+        if not isinstance(error, ShownError):  # whose result says it
             sys.stderr.write(f"error: {printable(str(error))}\n")
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:

@@ -127,8 +127,8 @@ def one_run(parser: argparse.ArgumentParser) -> None:
 
 def replay(parser: argparse.ArgumentParser) -> None:
     _runs_argument(parser, nargs=1)
-    parser.add_argument("--steps", metavar="A..B", help="first and last step; all when unset")
-    parser.add_argument("--workers", type=int, help="processes that train; 1 when unset")
+    parser.add_argument("--steps", default="..", metavar="A..B", help="first and last step; all when unset")
+    parser.add_argument("--workers", type=int, default=1, help="processes that train; 1 when unset")
     storage(parser)
 
 

@@ -126,19 +126,15 @@ COMMANDS: dict[str, Command] = {
         "cluster.commands:compare",
         arguments.compare,
     ),
-    "why-slow": Command(
-        "say what bounds a run, and by which numbers", "cluster.commands:look_at_run", arguments.one_run
-    ),
+    "why-slow": Command("say what bounds a run, and by which numbers", "cluster.commands:why_slow", arguments.one_run),
     "verify": Command(
-        "recompute the hashes of a run's checkpoints and of its data", "cluster.commands:look_at_run", arguments.one_run
+        "recompute the hashes of a run's checkpoints and of its data", "cluster.commands:verify", arguments.one_run
     ),
-    "replay": Command(
-        "take steps of a run again and compare their bits", "cluster.commands:look_at_run", arguments.replay
-    ),
-    "diff": Command("find the first step where two runs part", "cluster.commands:look_at_run", arguments.diff),
+    "replay": Command("take steps of a run again and compare their bits", "cluster.commands:replay", arguments.replay),
+    "diff": Command("find the first step where two runs part", "cluster.commands:diff", arguments.diff),
     "probe": Command(
         "measure what each kept checkpoint does in context: copying, induction, few-shot",
-        "cluster.commands:look_at_run",
+        "cluster.commands:probe",
         arguments.one_run,
     ),
     "track": Command("bring a run's curves to Weights & Biases or MLflow", "cluster.commands:track", arguments.track),

@@ -7,20 +7,18 @@ import argparse
 import os
 import shlex
 import sys
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.module_process import run_module
 from cluster.parser import ConfigError
 from cluster.printable import printable
-from cluster.progress import say
-from cluster.stage_module import STAGES, ModuleFailedError
+from cluster.progress import reports_shown, say
+from cluster.stage_module import STAGES, ShownError
 from cluster.storage import absolute_uri, open_storage
 from model.errors import UserError
 
 if TYPE_CHECKING:
     from cluster.serve_config import ServeConfig
+    from cluster.storage import Storage
 
 
 def stage(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -82,24 +80,28 @@ def storage_check(arguments: argparse.Namespace) -> dict[str, Any]:
     result = {"storage": uri, "usable": not problem, "passed": passed, "problem": problem}
     if problem:
         arguments.show(result)
-        raise ModuleFailedError(problem)
+        raise ShownError(problem)
     return result
 
 
 def data_preview(arguments: argparse.Namespace) -> dict[str, Any]:
-    from cluster.config import RunConfig, write_config
+    from cluster.config import RunConfig
     from cluster.flags import config_from_arguments
 
     config = config_from_arguments(arguments, RunConfig)
-    with tempfile.TemporaryDirectory(prefix="raymill-preview-") as folder:
-        path = Path(folder, "run.yaml")
-        write_config(config, path)
-        return run_module("jobs.preview_data", str(path))
+
+    from jobs.preview_data import preview  # which takes a second
+
+    with reports_shown():
+        return preview(config)
 
 
 def look_at_store(arguments: argparse.Namespace) -> dict[str, Any]:
-    reference = [arguments.store] if arguments.store else []
-    return run_module("jobs.inspect_store", arguments.command, *reference, "--storage.uri", storage_uri(arguments))
+    from jobs import inspect_store
+
+    look = {"stats": inspect_store.stats, "report": inspect_store.report, "verify": inspect_store.verify}
+    with reports_shown():
+        return look[arguments.command](inspect_store.find_store(arguments.store, storage_uri(arguments)))
 
 
 def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -127,55 +129,105 @@ def export(arguments: argparse.Namespace) -> dict[str, Any]:
 
     destination = absolute_uri(arguments.destination)
     say(f"export: {named_checkpoint(arguments.checkpoint, storage_uri(arguments))} to {destination}")
-    return run_module("jobs.export", arguments.checkpoint, destination, "--storage.uri", storage_uri(arguments))
+
+    from jobs.export import export as export_checkpoint  # which takes two seconds, as it imports PyTorch
+
+    return export_checkpoint(arguments.checkpoint, destination, storage_uri=storage_uri(arguments))
 
 
 def report(arguments: argparse.Namespace) -> dict[str, Any]:
     from cluster.command_checks import check_runs
 
-    options = [f"--{name}={value}" for name in ("price", "plan") if (value := getattr(arguments, name)) is not None]
     (run,) = check_runs([arguments.run_uri], storage_uri(arguments))
     say(f"report: drawing {run.uri}")
-    return run_module("jobs.report", arguments.run_uri, *options, "--storage.uri", storage_uri(arguments))
+
+    from jobs.plan_actual import read_plan
+    from jobs.report import make_report  # which takes a second, as it draws
+
+    plan = read_plan(arguments.plan) if arguments.plan else None
+    return make_report(run, price=arguments.price, plan=plan)
 
 
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     from cluster.command_checks import check_runs
 
-    say(f"compare: {len(check_runs(arguments.runs, storage_uri(arguments)))} runs")
-    return run_module("jobs.compare_runs", *arguments.runs, "--storage.uri", storage_uri(arguments))
+    runs = check_runs(arguments.runs, storage_uri(arguments))
+    say(f"compare: {len(runs)} runs")
+
+    from jobs.compare_runs import compare as compare_runs
+
+    return compare_runs(runs, open_storage(storage_uri(arguments)))
 
 
-_RUN_MODULES = {
-    "why-slow": "jobs.why_slow",
-    "verify": "jobs.verify_run",
-    "replay": "jobs.replay_run",
-    "diff": "jobs.diff_runs",
-    "probe": "jobs.probe_run",
-}
+def why_slow(arguments: argparse.Namespace) -> dict[str, Any]:
+    from jobs.named_run import begun_ledger
+    from jobs.why_slow import why_slow as reason
+
+    return reason(begun_ledger(_run(arguments)))
 
 
-def look_at_run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Exit code 1 where it finds the run, or two, not as they should be."""
+def probe(arguments: argparse.Namespace) -> dict[str, Any]:
+    run = _run(arguments)
+
+    from jobs.probe_run import probe_run
+
+    return probe_run(run)
+
+
+def verify(arguments: argparse.Namespace) -> dict[str, Any]:
+    run = _run(arguments)
+
+    from jobs.verify_run import verify as verify_run
+
+    result = verify_run(run)
+    return _good(arguments, result, is_good=result["valid"])
+
+
+def replay(arguments: argparse.Namespace) -> dict[str, Any]:
+    run = _run(arguments)
+
+    from jobs.ledger import Ledger
+    from jobs.replay_run import parse_steps
+    from jobs.replay_run import replay as replay_run
+
+    steps = parse_steps(arguments.steps, Ledger.read(run))
+    with reports_shown():
+        result = replay_run(run, steps=steps, num_workers=arguments.workers)
+    return _good(arguments, result, is_good=result["equal"])
+
+
+def diff(arguments: argparse.Namespace) -> dict[str, Any]:
+    from cluster.command_checks import check_runs
+    from jobs.diff_runs import diff as diff_runs
+
+    result = diff_runs(*check_runs(arguments.runs, storage_uri(arguments)))
+    return _good(arguments, result, is_good=result["equal"])
+
+
+def _run(arguments: argparse.Namespace) -> "Storage":
     from cluster.command_checks import check_runs
 
-    options = [f"--{name}={value}" for name in ("steps", "workers") if (value := getattr(arguments, name, None))]
-    check_runs(arguments.runs, storage_uri(arguments))
-    module = _RUN_MODULES[arguments.command]
-    result = run_module(module, *arguments.runs, *options, "--storage.uri", storage_uri(arguments))
-    if not result.get("equal", result.get("valid", True)):
+    (run,) = check_runs(arguments.runs, storage_uri(arguments))
+    return run
+
+
+def _good(arguments: argparse.Namespace, result: dict[str, Any], *, is_good: bool) -> dict[str, Any]:
+    """Returns the result, or shows it and ends the command with exit code 1 where runs are not as they should be."""
+    if not is_good:
         arguments.show(result)
-        raise ModuleFailedError(result["verdict"])
+        raise ShownError(result["verdict"])
     return result
 
 
 def track(arguments: argparse.Namespace) -> dict[str, Any]:
     from cluster.command_checks import check_runs
 
-    check_runs([arguments.run_uri], storage_uri(arguments))
-    where = [f"--{name}={value}" for name in ("wandb", "mlflow") if (value := getattr(arguments, name))]
-    options = [*where, *(["--follow"] if arguments.follow else [])]
-    return run_module("jobs.track_run", arguments.run_uri, *options, "--storage.uri", storage_uri(arguments))
+    (run,) = check_runs([arguments.run_uri], storage_uri(arguments))
+
+    from jobs.track_run import track as track_run
+    from jobs.track_run import tracker_of
+
+    return track_run(run, tracker_of(run, wandb=arguments.wandb, mlflow=arguments.mlflow), follow=arguments.follow)
 
 
 def lend_workers(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 from cluster.dashboards import documents
 from cluster.grafana import Grafana, differences
 from cluster.monitoring_files import IN_CLUSTER_PROMETHEUS, write_files
-from cluster.stage_module import ModuleFailedError
+from cluster.stage_module import ShownError
 
 
 def push(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def diff(arguments: argparse.Namespace) -> dict[str, Any]:
     equal = not any(result.values())
     if not equal:
         arguments.show({"equal": equal, **result})
-        raise ModuleFailedError("Grafana's dashboards differ")
+        raise ShownError("Grafana's dashboards differ")
     return {"equal": equal, **result}
 
 

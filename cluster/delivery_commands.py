@@ -8,7 +8,6 @@ from typing import Any, NoReturn
 
 from cluster.delivery import Operator, follow
 from cluster.endpoint import Endpoint
-from cluster.module_process import run_module
 from cluster.parser import ConfigError
 from cluster.progress import say
 from cluster.storage import absolute_uri, join_uri, open_storage
@@ -75,7 +74,9 @@ def gate_of(source: str | None, storage_uri: str) -> Gate:
 
 def _validation_rows(checkpoint: str, storage_uri: str) -> list[list[int]]:
     """Of the run that wrote the checkpoint; where they are not known, that is told."""
-    found = run_module("jobs.gate_rows", checkpoint, "--storage.uri", storage_uri)
+    from jobs.gate_rows import gate_rows
+
+    found = gate_rows(checkpoint, storage_uri)
     if not found["rows"]:
         say(f"no loss is compared, the gate is the self-test alone ({found['reason']}); name a text: --gate-source")
     return list(found["rows"])

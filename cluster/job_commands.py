@@ -25,7 +25,7 @@ from cluster.local_jobs import LocalJobs
 from cluster.parser import ConfigError
 from cluster.progress import RayFilter, say
 from cluster.result_text import table
-from cluster.stage_module import STAGES, ModuleFailedError
+from cluster.stage_module import STAGES, ShownError
 from cluster.storage import NotFoundError, Storage, absolute_uri, open_storage
 from cluster.submit import Backends, JobView, check_only, describe, stop_job, submit_job, view_job
 from model.errors import UserError
@@ -156,7 +156,7 @@ def status(arguments: argparse.Namespace) -> dict[str, Any]:
         result["result"] = view.ended.result
     if view.state.is_bad:
         arguments.show(result)
-        raise ModuleFailedError(f"the job of run {arguments.run_id}: {view.state}")
+        raise ShownError(f"the job of run {arguments.run_id}: {view.state}")
     return result
 
 

@@ -69,9 +69,27 @@ def doing(what: str) -> Iterator[None]:
         line.update(task, total=1, completed=1)
 
 
+_views: list["ProgressView"] = []  # at most one: what shows this process's own reports
+
+
+@contextmanager
+def reports_shown() -> Iterator[None]:
+    """Shows the reports of this process itself while the context lasts, not as lines for whoever reads its log."""
+    with ProgressView() as view:
+        _views.append(view)
+        try:
+            yield
+        finally:
+            _views.remove(view)
+
+
 def report_progress(label: str, *, done: float, total: float, unit: str, note: str = "") -> None:
     """Called by a stage; `ProgressView` shows it."""
-    say(_MARK + json.dumps(asdict(Report(label, done, total, unit, note))))
+    line = _MARK + json.dumps(asdict(Report(label, done, total, unit, note)))
+    for view in _views:
+        view.line(line)
+    if not _views:
+        say(line)
 
 
 @contextmanager

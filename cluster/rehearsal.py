@@ -11,12 +11,12 @@ from typing import Any
 import psutil
 
 from cluster.chaos import Fault, Kind
-from cluster.config import RunConfig, StorageConfig, batch_schedule, max_steps, seq_len, write_config
-from cluster.module_process import run_module
+from cluster.config import RunConfig, StorageConfig, batch_schedule, max_steps, seq_len
 from cluster.parser import ConfigError
 from cluster.progress import say
 from cluster.river import river
 from cluster.serve_config import ServeConfig
+from jobs.rehearsal_corpus import rehearsal_corpus
 from model.flops import flops_per_token
 
 STEPS_S = 20.0
@@ -119,6 +119,4 @@ def _corpus(config: RunConfig, folder: Path) -> dict[str, Any]:
     """The run's corpus where it is small; else the front of it, as files in the folder."""
     if not config.data.source:
         raise ConfigError("--calibrate trains on the run's own text: name it with --data.source, or plan the --demo")
-    path = folder / "run.yaml"
-    write_config(config, path)
-    return run_module("jobs.rehearsal_corpus", str(path), str(folder / "corpus"))
+    return rehearsal_corpus(config, folder / "corpus")

@@ -10,10 +10,11 @@ from cluster.chaos import Chaos, Fault
 from cluster.config import EvaluateConfig, RunConfig
 from cluster.endpoint import Endpoint, deploy
 from cluster.local import cpus_per_node, free_port
-from cluster.module_process import run_module
 from cluster.progress import say
 from cluster.serve_config import ServeConfig
 from cluster.stage import connected, run_stage
+from jobs.named_run import find_run
+from jobs.report import make_report
 
 
 @dataclass
@@ -53,7 +54,7 @@ def river(config: RunConfig, *, faults: Sequence[Fault] = (), serving: ServeConf
             evaluation = EvaluateConfig(checkpoint=found.run["checkpoint"], storage=config.storage)
             found.evaluation = run_stage(connection, "jobs.evaluate", evaluation)
         with found.stage("report", "drawing the report"):
-            found.report = run_module("jobs.report", found.run["run_dir"])
+            found.report = make_report(find_run(found.run["run_dir"], config.storage.uri))
         if serving is not None:
             with found.stage("serve", f"serving with {serving.replicas.max_replicas} replicas"):
                 found.endpoint = deploy(connection, serving.model_copy(update={"port": free_port()}))

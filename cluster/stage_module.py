@@ -1,7 +1,4 @@
-"""Modules that run as `python -m MODULE`: the stages' names, the line that carries a result, and the exit code.
-
-`stage.py` runs one as a Ray job, `module_process.py` beside this process.
-"""
+"""Modules that `stage.py` runs as Ray jobs: the stages' names, the line that carries a result, and the exit code."""
 
 import json
 import sys
@@ -32,12 +29,8 @@ class StageFailedError(UserError):
     """A stage ended without a result; its own log said why."""
 
 
-class ModuleFailedError(StageFailedError):
-    """A module run beside this process failed and has said why."""
-
-
-class ModuleMisusedError(ModuleFailedError, ConfigError):
-    """It found itself misused."""
+class ShownError(UserError):
+    """What a command looked at is not as it should be, and the result that it has shown says so."""
 
 
 def parse_result(line: str) -> dict[str, Any] | None:
@@ -45,15 +38,12 @@ def parse_result(line: str) -> dict[str, Any] | None:
     return json.loads(line[len(RESULT_MARK) :]) if line.startswith(RESULT_MARK) else None
 
 
-def print_result(
-    compute: Callable[[], dict[str, Any]], *, is_good: Callable[[dict[str, Any]], bool] = lambda result: True
-) -> int:
-    """Prints the result in the line that `parse_result` knows, or the error for the user; returns the exit code, which
-    is 1 for a result that is not good too."""
+def print_result(compute: Callable[[], dict[str, Any]]) -> int:
+    """Prints the result in the line that `parse_result` knows, or the error for the user; returns the exit code."""
     try:
         result = compute()
     except UserError as error:
         sys.stderr.write(f"{ERROR_MARK}{printable(str(error))}\n")
         return MISUSED if isinstance(error, ConfigError) else 1
     sys.stdout.write(f"{RESULT_MARK}{json.dumps(result)}\n")
-    return 0 if is_good(result) else 1
+    return 0

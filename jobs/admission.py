@@ -1,17 +1,10 @@
 """What only the jobs know before one is spent: the memory that a worker takes, and whether the run's settings are still
 those that it was begun with.
-
-python -m jobs.admission RUN.yaml
 """
 
-import sys
-from pathlib import Path
 from typing import Any, get_args
 
 from cluster.config import RunConfig, planned_vocabulary, with_precision
-from cluster.flags import read_config
-from cluster.parser import Parser
-from cluster.stage_module import print_result
 from jobs.memory_plan import gpu_memory, layout_of
 from jobs.run_history import why_not_resumed
 from jobs.run_plan import run_storage
@@ -37,16 +30,3 @@ def admission(config: RunConfig) -> dict[str, Any]:
         "device_bytes": round(on_device),
         "problems": [reason] if (reason := why_not_resumed(run_storage(config), config)) else [],
     }
-
-
-def main() -> int:
-    def run() -> dict[str, Any]:
-        parser = Parser(prog="python -m jobs.admission", description=__doc__)
-        parser.add_argument("run", type=Path, help="YAML file with the run's settings")
-        return admission(read_config(parser.parse_args().run, RunConfig))
-
-    return print_result(run)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,11 +1,7 @@
-"""Puts runs side by side: their losses on one axis, the settings in which they differ, and their final figures.
-
-python -m jobs.compare_runs RUN RUN ...
-"""
+"""Puts runs side by side: their losses on one axis, the settings in which they differ, and their final figures."""
 
 import base64
 import hashlib
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -14,11 +10,10 @@ from typing import Any
 from matplotlib.ticker import FuncFormatter
 
 from cluster.config import RunConfig
-from cluster.parser import ConfigError, Parser
-from cluster.stage_module import print_result
-from cluster.storage import Storage, join_uri, open_storage
+from cluster.parser import ConfigError
+from cluster.storage import Storage, join_uri
 from jobs.ledger import Ledger
-from jobs.named_run import begun_ledger, find_run
+from jobs.named_run import begun_ledger
 from jobs.report import flattened
 from jobs.report_figures import smoothed
 from jobs.report_page import document, grid
@@ -112,19 +107,3 @@ def _picture(light: bytes, dark: bytes, runs: Sequence[Run]) -> str:
     return (
         f'<picture><source media="(prefers-color-scheme: dark)" srcset="{two}"><img src="{one}" alt="{alt}"></picture>'
     )
-
-
-def main() -> int:
-    def run() -> dict[str, Any]:
-        parser = Parser(prog="python -m jobs.compare_runs", description=__doc__)
-        parser.add_argument("runs", nargs="+", metavar="RUN", help="run id, or path or URI of a run's folder")
-        parser.add_argument("--storage.uri", dest="storage_uri", default=".raymill", help="root of the runs")
-        arguments = parser.parse_args()
-        runs = [find_run(reference, arguments.storage_uri) for reference in arguments.runs]
-        return compare(runs, open_storage(arguments.storage_uri))
-
-    return print_result(run)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,19 +1,12 @@
-"""Compares two runs by their ledgers: the first step where they part, and in which fields.
+"""Compares two runs by their ledgers: the first step where they part, and in which fields."""
 
-python -m jobs.diff_runs A B
-"""
-
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from cluster.config import RunConfig
-from cluster.parser import Parser
-from cluster.stage_module import print_result
 from cluster.storage import Storage
 from jobs.ledger import Ledger, Line
-from jobs.named_run import find_run
 from jobs.run_data import data_identity
 from jobs.run_history import recorded_config
 
@@ -112,19 +105,3 @@ def _listed(pairs: dict[str, tuple[Any, Any]]) -> str:
 def _shown(value: Any) -> str:
     text = str(value)
     return f"{text[:12]}…" if len(text) > 32 else text
-
-
-def main() -> int:
-    def run() -> dict[str, Any]:
-        parser = Parser(prog="python -m jobs.diff_runs", description=__doc__)
-        for name in ("a", "b"):
-            parser.add_argument(name, metavar=name.upper(), help="run id, or path or URI of a run's folder")
-        parser.add_argument("--storage.uri", dest="storage_uri", default=".raymill", help="root of the runs")
-        arguments = parser.parse_args()
-        return diff(*(find_run(reference, arguments.storage_uri) for reference in (arguments.a, arguments.b)))
-
-    return print_result(run, is_good=lambda result: result["equal"])
-
-
-if __name__ == "__main__":
-    sys.exit(main())

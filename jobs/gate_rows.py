@@ -1,12 +1,9 @@
 """The rows on which a checkpoint is compared with the one that is served: the first of its run's validation split."""
 
-import sys
 from typing import Any
 
 from cluster.config import EvaluateConfig, StorageConfig
-from cluster.parser import Parser
 from cluster.registry import find_checkpoint
-from cluster.stage_module import print_result
 from jobs.evaluate import validation_split
 from jobs.token_store import TokenStoreError
 from jobs.token_stream import TokenStream
@@ -29,15 +26,3 @@ def gate_rows(checkpoint: str, storage_uri: str) -> dict[str, Any]:
         return {"rows": [], "reason": str(error)}
     num_rows = stream.count_rows(at_most=min(NUM_ROWS, max(1, MAX_TOKENS // seq_len)))
     return {"rows": stream.rows(range(num_rows))[0].tolist(), "reason": ""}
-
-
-def main() -> int:
-    parser = Parser(prog="python -m jobs.gate_rows", description=__doc__)
-    parser.add_argument("checkpoint")
-    parser.add_argument("--storage.uri", dest="storage_uri", required=True)
-    arguments = parser.parse_args()
-    return print_result(lambda: gate_rows(arguments.checkpoint, arguments.storage_uri))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

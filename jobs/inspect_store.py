@@ -2,13 +2,10 @@
 (`verify`)."""
 
 import json
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from cluster.parser import Parser
 from cluster.progress import progress
-from cluster.stage_module import print_result
 from cluster.storage import Storage, open_storage
 from jobs.shard_writer import file_sha256
 from jobs.token_store import MANIFEST, SOURCES, Manifest, Shard, TokenStoreError, read_manifest, token_dtype
@@ -120,24 +117,3 @@ def verify(store: Storage) -> dict[str, Any]:
             "delete them and tokenize again, which makes only these"
         )
     return {"valid": True, "manifest_hash": manifest.hash, "shards": len(manifest.shards)}
-
-
-_COMMANDS = {"stats": stats, "report": report, "verify": verify}
-
-
-def main() -> int:
-    def run() -> dict[str, Any]:
-        parser = Parser(prog="python -m jobs.inspect_store", description=__doc__)
-        parser.add_argument("command", choices=_COMMANDS)
-        parser.add_argument(
-            "store", nargs="?", help="token store: its folder, manifest or key; the only one when unset"
-        )
-        parser.add_argument("--storage.uri", dest="storage_uri", default=".raymill", help="root of the stores")
-        arguments = parser.parse_args()
-        return _COMMANDS[arguments.command](find_store(arguments.store, arguments.storage_uri))
-
-    return print_result(run)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,7 +1,5 @@
 """A run by the name that a user gives it: its id, or its folder's path or URI."""
 
-import argparse
-
 from cluster.storage import Storage, open_storage
 from jobs.ledger import LEDGER, Ledger
 from model.errors import UserError
@@ -23,12 +21,6 @@ def find_run(reference: str, storage_uri: str) -> Storage:
         f"unknown run {reference!r}: no {LEDGER} in {' or '.join(run.uri for run in candidates)}; "
         + (f"{runs.uri} has {', '.join(known[-8:])}" if known else f"{runs.uri} has no runs")
     )
-
-
-def add_run_argument(parser: argparse.ArgumentParser) -> None:
-    """RUN, and the storage in which its id is looked up: `run` and `storage_uri`, as `find_run` takes them."""
-    parser.add_argument("run", metavar="RUN", help="run id, or path or URI of a run's folder")
-    parser.add_argument("--storage.uri", dest="storage_uri", default=".raymill", help="root of the runs")
 
 
 def begun_ledger(run: Storage) -> Ledger:

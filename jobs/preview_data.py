@@ -1,18 +1,13 @@
 """What a corpus would give, from a sample of it and without a cluster: documents, tokens, and what would be dropped."""
 
 import hashlib
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
-from pathlib import Path
 from typing import Any
 
 from cluster.config import DataConfig, RunConfig
-from cluster.flags import add_config_arguments, config_from_arguments
-from cluster.parser import Parser
-from cluster.stage_module import print_result
 from jobs.corpus_chunks import Part, plan_chunks
 from jobs.corpus_listing import empty_corpus, list_corpus
 from jobs.documents import Document, Drop, read_documents
@@ -134,17 +129,3 @@ def _trained(texts: Sequence[str], data: DataConfig) -> Tokenizer:
         if used >= _TRAINING_BYTES:
             break
     return train_bpe(chosen, vocab_size=data.vocab_size, normalize=data.normalize)
-
-
-def main() -> int:
-    def run() -> dict[str, Any]:
-        parser = Parser(prog="python -m jobs.preview_data", description=__doc__)
-        parser.add_argument("config", nargs="?", type=Path, help="YAML file; flags override its settings")
-        add_config_arguments(parser, RunConfig)
-        return preview(config_from_arguments(parser.parse_args(), RunConfig))
-
-    return print_result(run)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,9 +1,5 @@
-"""What each kept checkpoint of a run can do in context: copying, induction, few-shot, and its validation loss.
+"""What each kept checkpoint of a run can do in context: copying, induction, few-shot, and its validation loss."""
 
-python -m jobs.probe_run RUN
-"""
-
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -11,12 +7,10 @@ from typing import Any
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from cluster.config import seq_len
-from cluster.parser import Parser
 from cluster.progress import say
-from cluster.stage_module import print_result
 from cluster.storage import Storage, join_uri
 from jobs.checkpoints import RunCheckpoints
-from jobs.named_run import RunError, add_run_argument, find_run
+from jobs.named_run import RunError
 from jobs.report_theme import LIGHT, new_figure, png, style
 from jobs.run_history import recorded_config
 from model.checkpoint import load_model, read_metadata
@@ -70,17 +64,3 @@ def draw(found: list[dict[str, Any]]) -> bytes:
     axes.axhline(0.25, color=LIGHT.text, linewidth=0.8, linestyle=":", label="a guess at few-shot")
     axes.set_ylim(-0.02, 1.02)
     return png(figure, LIGHT)
-
-
-def main() -> int:
-    def run() -> dict[str, Any]:
-        parser = Parser(prog="python -m jobs.probe_run", description=__doc__)
-        add_run_argument(parser)
-        arguments = parser.parse_args()
-        return probe_run(find_run(arguments.run, arguments.storage_uri))
-
-    return print_result(run)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,18 +1,12 @@
-"""The text of a rehearsal: a small corpus as it is, else the front of each of its sources, as documents in one folder.
-
-python -m jobs.rehearsal_corpus RUN.yaml FOLDER
-"""
+"""The text of a rehearsal: a small corpus as it is, else the front of each of its sources, in one folder."""
 
 import json
-import sys
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from cluster.config import RunConfig
-from cluster.flags import read_config
-from cluster.parser import ConfigError, Parser
-from cluster.stage_module import print_result
+from cluster.parser import ConfigError
 from jobs.corpus_chunks import whole_file
 from jobs.corpus_listing import list_corpus
 from jobs.train_tokenizer import kept_texts
@@ -41,18 +35,3 @@ def rehearsal_corpus(config: RunConfig, folder: Path) -> dict[str, Any]:
                 if left <= 0:
                     break
     return {"source": [str(folder)], "source_bytes": total, "rehearsed_bytes": written}
-
-
-def main() -> int:
-    def run() -> dict[str, Any]:
-        parser = Parser(prog="python -m jobs.rehearsal_corpus", description=__doc__)
-        parser.add_argument("config", type=Path, help="YAML file with the run's settings")
-        parser.add_argument("folder", type=Path, help="where the text is written")
-        arguments = parser.parse_args()
-        return rehearsal_corpus(read_config(arguments.config, RunConfig), arguments.folder)
-
-    return print_result(run)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,7 +1,4 @@
-"""Takes steps of a run again, on any number of workers, and compares their bits with the ledger.
-
-python -m jobs.replay_run RUN --steps 40..60 --workers 2
-"""
+"""Takes steps of a run again, on any number of workers, and compares their bits with the ledger."""
 
 import json
 import multiprocessing
@@ -18,15 +15,13 @@ import torch.distributed as dist
 
 from cluster.code_folders import code_version
 from cluster.config import batch_schedule, to_yaml
-from cluster.parser import ConfigError, Parser
+from cluster.parser import ConfigError
 from cluster.progress import say
-from cluster.stage_module import print_result
 from cluster.storage import Storage
 from jobs.checkpoints import RunCheckpoints, step_of
 from jobs.diff_runs import first_difference, step_values
 from jobs.guards import GuardState
 from jobs.ledger import LEDGER, Ledger
-from jobs.named_run import add_run_argument, find_run
 from jobs.run_data import data_identity, find_tokens
 from jobs.run_history import CONFIG_FILE, recorded_config
 from jobs.run_plan import RunPlan
@@ -159,21 +154,3 @@ def parse_steps(text: str, ledger: Ledger) -> range:
     if not 1 <= first <= last:
         raise ConfigError(f"--steps {text}: expected A..B with 1 <= A <= B")
     return range(first, last + 1)
-
-
-def main() -> int:
-    def run() -> dict[str, Any]:
-        parser = Parser(prog="python -m jobs.replay_run", description=__doc__)
-        add_run_argument(parser)
-        parser.add_argument("--steps", default="..", metavar="A..B", help="first and last step; all when unset")
-        parser.add_argument("--workers", type=int, default=1, help="processes that train")
-        arguments = parser.parse_args()
-        found = find_run(arguments.run, arguments.storage_uri)
-        steps = parse_steps(arguments.steps, Ledger.read(found))
-        return replay(found, steps=steps, num_workers=arguments.workers)
-
-    return print_result(run, is_good=lambda result: result["equal"])
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,19 +1,12 @@
-"""Draws a run from its ledger: figures as PNG, and one page with them, its statistics, events and samples.
+"""Draws a run from its ledger: figures as PNG, and one page with them, its statistics, events and samples."""
 
-python -m jobs.report RUN
-"""
-
-import sys
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
-from cluster.parser import Parser
-from cluster.stage_module import print_result
 from cluster.storage import Storage, join_uri
 from jobs.ledger import Ledger
-from jobs.named_run import add_run_argument, begun_ledger, find_run
-from jobs.plan_actual import plan_rows, read_plan
+from jobs.named_run import begun_ledger
+from jobs.plan_actual import plan_rows
 from jobs.report_figures import draw, pictures
 from jobs.report_page import Figure, page
 from jobs.report_theme import DARK, LIGHT
@@ -68,20 +61,3 @@ def flattened(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, s
         else:
             shown = "" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
             yield f"{prefix}{name}", shown
-
-
-def main() -> int:
-    def run() -> dict[str, Any]:
-        parser = Parser(prog="python -m jobs.report", description=__doc__)
-        add_run_argument(parser)
-        parser.add_argument("--price", type=float, help="dollars for an hour of a GPU, or of a CPU where there is none")
-        parser.add_argument("--plan", type=Path, help="file with what `raymill plan --json` printed")
-        arguments = parser.parse_args()
-        plan = read_plan(arguments.plan) if arguments.plan else None
-        return make_report(find_run(arguments.run, arguments.storage_uri), price=arguments.price, plan=plan)
-
-    return print_result(run)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -5,18 +5,15 @@ python -m jobs.track_run RUN --wandb PROJECT [--follow]
 Nothing of it is in the training: it may begin late, be interrupted and go on, or run again after the run has ended.
 """
 
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import Any
 
-from cluster.parser import Parser
 from cluster.progress import say
-from cluster.stage_module import print_result
 from cluster.storage import Storage, StorageError
 from jobs.ledger import Ledger, LedgerTail, Line
-from jobs.named_run import add_run_argument, begun_ledger, find_run
+from jobs.named_run import begun_ledger
 from jobs.report import flattened
 from jobs.run_history import recorded_config
 from jobs.run_metrics import curve_samples
@@ -75,24 +72,10 @@ def _points(lines: Iterable[Line], *, after: int) -> Iterator[tuple[int, dict[st
         yield step, values
 
 
-def main() -> int:
-    def run() -> dict[str, Any]:
-        parser = Parser(prog="python -m jobs.track_run", description=__doc__)
-        add_run_argument(parser)
-        where = parser.add_mutually_exclusive_group(required=True)
-        where.add_argument("--wandb", metavar="PROJECT", help="a project of Weights & Biases")
-        where.add_argument("--mlflow", metavar="EXPERIMENT", help="an experiment of MLflow")
-        parser.add_argument("--follow", action="store_true", help="go on until the run has ended")
-        arguments = parser.parse_args()
-        found = find_run(arguments.run, arguments.storage_uri)
-        config = recorded_config(found)
-        kind, name = (WandbTracker, arguments.wandb) if arguments.wandb else (MlflowTracker, arguments.mlflow)
-        tracker = kind(name, str(config.run_id), dict(flattened(config.model_dump(mode="json"))))
-        say(f"curves of {config.run_id} go to {tracker.place}, after step {max(0, tracker.last_step)}")
-        return track(found, tracker, follow=arguments.follow)
-
-    return print_result(run)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def tracker_of(run: Storage, *, wandb: str | None, mlflow: str | None) -> Tracker:
+    """Returns the tracker of the project of Weights & Biases, or of the experiment of MLflow, and says where it is."""
+    config = recorded_config(run)
+    kind, name = (WandbTracker, wandb) if wandb else (MlflowTracker, str(mlflow))
+    tracker = kind(name, str(config.run_id), dict(flattened(config.model_dump(mode="json"))))
+    say(f"curves of {config.run_id} go to {tracker.place}, after step {max(0, tracker.last_step)}")
+    return tracker

@@ -1,9 +1,5 @@
-"""Recomputes the hashes of a run's checkpoints and of its data, and names what is not as it was recorded.
+"""Recomputes the hashes of a run's checkpoints and of its data, and names what is not as it was recorded."""
 
-python -m jobs.verify_run RUN
-"""
-
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,14 +7,11 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from cluster.parser import Parser
 from cluster.progress import say
-from cluster.stage_module import print_result
 from cluster.storage import Storage
 from jobs import inspect_store
 from jobs.checkpoints import RunCheckpoints
 from jobs.ledger import Ledger, Line
-from jobs.named_run import add_run_argument, find_run
 from jobs.run_data import data_identity, find_tokens
 from jobs.token_store import TokenStoreError
 from model.checkpoint import Metadata, parameter_hash, read_metadata, verify_checkpoint
@@ -79,17 +72,3 @@ def _verified_shards(run: Storage, ledger: Ledger, checkpoints: list[Metadata]) 
                 f"{metadata.step} was trained with {str(metadata.data_manifest_hash)[:12]}…"
             )
     return int(result["shards"])
-
-
-def main() -> int:
-    def run() -> dict[str, Any]:
-        parser = Parser(prog="python -m jobs.verify_run", description=__doc__)
-        add_run_argument(parser)
-        arguments = parser.parse_args()
-        return verify(find_run(arguments.run, arguments.storage_uri))
-
-    return print_result(run, is_good=lambda result: result["valid"])
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,18 +1,11 @@
-"""Says in one sentence what bounds a run, with the numbers that show it, from its ledger alone.
+"""Says in one sentence what bounds a run, with the numbers that show it, from its ledger alone."""
 
-python -m jobs.why_slow RUN
-"""
-
-import sys
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from cluster.parser import Parser
-from cluster.stage_module import print_result
 from jobs.ledger import Ledger
-from jobs.named_run import add_run_argument, begun_ledger, find_run
 from jobs.rank_phases import RankTime, from_fields, stragglers
 from jobs.run_history import lost_steps
 from jobs.step_phases import PHASES, REST, UNTIMED
@@ -222,17 +215,3 @@ def _restarts_s(ledger: Ledger) -> float:
 
 def _duration(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.1f} ms"
-
-
-def main() -> int:
-    def run() -> dict[str, Any]:
-        parser = Parser(prog="python -m jobs.why_slow", description=__doc__)
-        add_run_argument(parser)
-        arguments = parser.parse_args()
-        return why_slow(begun_ledger(find_run(arguments.run, arguments.storage_uri)))
-
-    return print_result(run)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

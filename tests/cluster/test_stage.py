@@ -1,6 +1,5 @@
 """What whoever starts a stage reads: its progress as progress, and one line of error with the place of the whole log."""
 
-import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,31 +7,19 @@ from pathlib import Path
 import pytest
 from ray.job_submission import JobStatus
 
-from cluster.module_process import run_module
 from cluster.parser import ConfigError
-from cluster.progress import ProgressView
+from cluster.progress import ProgressView, report_progress, reports_shown
 from cluster.stage import _follow
-from cluster.stage_module import ModuleFailedError, StageFailedError
-
-MODULE = "tests.cluster.noisy_stage"
-REPORT = {"label": "verifying", "done": 3, "total": 3, "unit": "MB", "note": ""}
+from cluster.stage_module import StageFailedError
 
 
-def run_noisy(folder: Path, *words: str) -> dict[str, str]:
-    (folder / "noisy.txt").write_text("\n".join(words))
-    return run_module(MODULE, str(folder / "run.yaml"))
-
-
-def test_a_modules_reports_are_shown_as_progress(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    report = f"complain raymill-progress: {json.dumps(REPORT)}"
-    assert run_noisy(tmp_path, "complain two shards", report, "result fine") == {"value": "fine"}
-    assert capfd.readouterr().err.splitlines() == ["two shards", "verifying: 3 of 3 MB"]
-
-
-def test_a_module_that_fails_says_why_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ModuleFailedError):
-        run_noisy(tmp_path, "complain error: no such run", "exit 1")
-    assert capfd.readouterr().err == "error: no such run\n"
+def test_a_process_shows_its_own_reports_as_progress_where_it_is_asked_to(capfd: pytest.CaptureFixture[str]) -> None:
+    with reports_shown():
+        report_progress("verifying", done=3, total=3, unit="MB")
+    report_progress("verifying", done=3, total=3, unit="MB")
+    shown, line = capfd.readouterr().err.splitlines()
+    assert shown == "verifying: 3 of 3 MB"
+    assert line.startswith("raymill-progress: ")
 
 
 @dataclass

@@ -19,7 +19,6 @@ from matplotlib.figure import Figure
 from cluster.config import RunConfig, to_yaml
 from cluster.parser import ConfigError
 from cluster.plan_config import PlanConfig
-from cluster.stage_module import parse_result
 from cluster.storage import Storage, open_storage
 from jobs.ledger import LEDGER, Ledger
 from jobs.named_run import RunError, find_run
@@ -306,11 +305,10 @@ def test_runs_are_found_by_id_and_by_folder(eventful: Storage, tmp_path: Path) -
 
 
 def test_the_command_prints_one_result(eventful: Storage, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "jobs.report", "eventful", "--storage.uri", str(tmp_path)]
+    command = [sys.executable, "-m", "cluster.cli", "report", "eventful", "--storage.uri", str(tmp_path), "--json"]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit_s(60), check=True)
-    result = parse_result(done.stdout.splitlines()[-1])
-    assert result is not None
+    result = json.loads(done.stdout.splitlines()[-1])
     assert result["figures"].keys() == FIGURES
 
 
