@@ -136,7 +136,8 @@ def engine_unavailable() -> ApiError:
 def draining() -> ApiError:
     return ApiError(
         503,
-        "The endpoint is draining: it finishes what runs and takes nothing new.",
+        "The endpoint is draining: it finishes what runs and takes nothing new, until an operator ends that by "
+        'POST /admin/drain with {"drain": false}.',
         error_type="server_error",
         code="draining",
         headers={"Retry-After": "30", DRAINING_HEADER: "1"},

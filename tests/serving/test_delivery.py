@@ -341,7 +341,8 @@ def test_a_drained_endpoint_takes_nothing_new(admin: Admin, url: str) -> None:
 
         assert admin.http.post("/admin/drain", json={}).json()["draining"] is True
         wait_until(lambda: statuses() == {503}, timeout_s=10)
-        assert httpx.get(f"{url}/ready", timeout=limit_s(30)).json()["error"]["code"] == "draining"
+        not_ready = httpx.get(f"{url}/ready", timeout=limit_s(30)).json()["error"]
+        assert not_ready["code"] == "draining" and "POST /admin/drain" in not_ready["message"]
         assert DRAINING_HEADER in http.post("/v1/completions", json={"model": "tiny", "prompt": [1]}).headers
         assert admin.http.post("/admin/drain", json={"drain": False}).json()["draining"] is False
         wait_until(lambda: statuses() == {200}, timeout_s=10)
