@@ -22,11 +22,12 @@ from cluster.progress import say
 from cluster.registry import LATEST, find_checkpoint
 from cluster.serve_config import ServeConfig
 from cluster.stage import stage_main
-from cluster.storage import absolute_uri
+from cluster.storage import absolute_uri, open_storage
 from model.errors import UserError
 from serving.access import AccessRules, make_key_file, read_rules
 from serving.autoscaling import ScalingPolicy, ScalingRules
 from serving.coordinator import Coordinator
+from serving.delivery_file import DeliveryFile, endpoint_name
 from serving.front_door import proxy_environment
 from serving.replica import Replica
 from serving.served_model import read_served_model, version_of
@@ -125,12 +126,15 @@ def autoscaling(config: ServeConfig) -> AutoscalingConfig:
 
 def run(config: ServeConfig) -> dict[str, Any]:
     """Deploys on the cluster that the caller has joined, and returns once the endpoint answers. It stays up until
-    the caller ends Ray Serve or the cluster. Raises `UserError` for a port in use or an unusable checkpoint."""
+    the caller ends Ray Serve or the cluster. Raises `UserError` for a port in use, an unusable checkpoint, or a
+    damaged state of this endpoint, whose coordinator would wait until somebody restores it."""
     config = _absolute(config)
     checkpoint, folder = find_checkpoint(config.checkpoint, storage_uri=config.storage.uri)
     model = read_served_model(folder, name=config.model_name)
     name = config.model_name or version_of(model, checkpoint=checkpoint).name
-    app = _app(config, deployment=f"started {uuid.uuid4().hex}")  # serves what was asked for now
+    deployment = f"started {uuid.uuid4().hex}"  # serves what was asked for now
+    DeliveryFile(open_storage(config.storage.uri), endpoint_name(config), deployment=deployment).restore()
+    app = _app(config, deployment=deployment)
     if not serve.status().proxies:
         require_free_port(config.host, config.port)
         say("starting the endpoint's proxy")

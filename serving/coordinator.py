@@ -17,7 +17,7 @@ from cluster.serve_config import ReplicaConfig, ServeConfig
 from cluster.storage import StorageError, open_storage
 from serving import promotion
 from serving.borrowing import Borrower, Seen, num_wanted_replicas
-from serving.delivery_file import DamagedStateError, DeliveryFile, NewerStateError
+from serving.delivery_file import DamagedStateError, DeliveryFile, NewerStateError, endpoint_name
 from serving.promotion import Delivery, DeliveryError, ReplicaReport, Terms, Version
 
 REPLICA_LOST_S = 10.0  # without a report; a replica on a busy machine may be late
@@ -42,7 +42,7 @@ class Coordinator:
     def __init__(self, config: ServeConfig, *, deployment: str) -> None:
         self._deployment = deployment
         self._storage = open_storage(config.storage.uri)
-        self._name = config.delivery.endpoint or f"{config.host}-{config.port}".replace(":", ".")
+        self._name = endpoint_name(config)
         self._file = DeliveryFile(self._storage, self._name, deployment=deployment)
         self._damage: DamagedStateError | None = None  # why what is live is not known
         self._delivery: Delivery | None = None

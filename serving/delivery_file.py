@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from cluster.registry import ENDPOINTS, LAST_GOOD, endpoint_state
+from cluster.serve_config import ServeConfig
 from cluster.storage import AlreadyExistsError, ConflictError, NotFoundError, Storage, StorageError, join_uri
 from serving.promotion import Delivery
 
@@ -50,6 +51,11 @@ class Stored(NamedTuple):
     incarnation: str  # of the coordinator that wrote it; "" in files of older versions
     generation: int  # how many writes there were
     state: Delivery
+
+
+def endpoint_name(config: ServeConfig) -> str:
+    """The name of an endpoint's file."""
+    return config.delivery.endpoint or f"{config.host}-{config.port}".replace(":", ".")
 
 
 class DeliveryFile:

@@ -13,8 +13,10 @@ import pytest
 
 from cluster.config import StorageConfig
 from cluster.registry import served_checkpoints
-from cluster.serve_config import ServeConfig
+from cluster.serve_config import DeliveryConfig, ServeConfig
 from cluster.storage import Storage, StorageError, open_storage
+from model.errors import UserError
+from serving.app import run
 from serving.coordinator import Coordinator
 from serving.promotion import DeliveryError, Phase, ReplicaReport, SlotReport, SlotStatus, Terms, Version
 
@@ -288,6 +290,16 @@ def test_a_damaged_state_without_a_copy_says_what_to_do(
     with caplog.at_level(logging.ERROR):
         asyncio.run(check())
     assert sum("is damaged" in record.message for record in caplog.records) == 1
+
+
+def test_an_endpoint_is_not_started_over_a_damaged_state(tmp_path: Path, checkpoint: Path) -> None:
+    """Whose coordinator would wait for somebody to restore it, and say so in a log alone."""
+    (tmp_path / "endpoints").mkdir()
+    (tmp_path / "endpoints" / "mine.json").write_text("{")
+    delivery = DeliveryConfig(endpoint="mine")
+    config = ServeConfig(checkpoint=str(checkpoint), storage=StorageConfig(uri=str(tmp_path)), delivery=delivery)
+    with pytest.raises(UserError, match=r"mine\.json is damaged .*restore the file from a backup, or delete it"):
+        run(config)
 
 
 def test_an_endpoint_that_starts_drained_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
