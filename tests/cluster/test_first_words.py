@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,10 +19,8 @@ from cluster.config import RunConfig, to_yaml
 from cluster.registry import publish
 from cluster.storage import open_storage
 from tests.checkpoints import write_tiny
+from tests.command_line import RAYMILL, environment
 from tests.time_limits import limit_s
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-CLUSTER = "starting a local cluster"
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +49,15 @@ def port() -> Iterator[int]:
 
 
 def started(argv: list[str], folder: Path) -> "subprocess.Popen[str]":
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, "-m", "cluster.cli", *argv]
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, **pipes, text=True, env=environment, cwd=folder, start_new_session=True)  # type: ignore[call-overload]
+    return subprocess.Popen(
+        [*RAYMILL, *argv],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        cwd=folder,
+        start_new_session=True,
+    )
 
 
 TINY = ["--data.source", "text.txt", "--model.preset", "tiny", "--run-id", "begun"]

@@ -1,15 +1,19 @@
 """What whoever starts a stage reads: its progress as progress, and one line of error with the place of the whole log."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from ray.job_submission import JobStatus
 
+from cluster import stage
+from cluster.cli import main
+from cluster.config import RunConfig
 from cluster.parser import ConfigError
 from cluster.progress import ProgressView, report_progress, reports_shown
-from cluster.stage import _follow
+from cluster.stage import Connection, _follow, run_stage
 from cluster.stage_module import StageFailedError
 
 
@@ -37,6 +41,12 @@ class EndedJob:
     def get_job_status(self, job_id: str) -> JobStatus:
         return self.status
 
+    def stop_job(self, job_id: str) -> None:
+        self.status = JobStatus.STOPPED
+
+    def get_job_logs(self, job_id: str) -> str:
+        return self.log
+
     def get_job_info(self, job_id: str) -> "EndedJob":
         return self
 
@@ -63,3 +73,43 @@ def test_a_failed_job_is_one_line_of_error(
     assert str(failed.value) == f"{words}{path})"
     assert capfd.readouterr().err.splitlines() == ["starting the job", *(["listing"] if "listing" in log else [])]
     assert path.read_text() == log
+
+
+def test_an_interrupt_has_the_job_save_and_says_what_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*asked: object) -> None:
+        raise KeyboardInterrupt
+
+    job = EndedJob("attempt 1\nerror: run r is saved at step 41 of 60 and has ended, as asked\n", JobStatus.RUNNING)
+    monkeypatch.setattr(stage, "_jobs_client", lambda connection: job)
+    monkeypatch.setattr(stage, "submit_stage", lambda *asked, **settings: "j")
+    monkeypatch.setattr(stage, "_follow", interrupted)
+    config = RunConfig.model_validate({"run_id": "r", "storage": {"uri": str(tmp_path)}})
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(Connection("http://127.0.0.1:9", {}, None), "jobs.pretrain", config)
+    assert job.status == JobStatus.STOPPED
+    assert capfd.readouterr().err.splitlines() == [
+        "starting the job",
+        "stopping: the job saves and ends",
+        "run r is saved at step 41 of 60 and has ended, as asked",
+    ]
+
+
+@pytest.mark.parametrize("known", [[], ["--run-id", "mine"]])
+def test_an_interrupted_command_says_how_to_continue(
+    tmp_path: Path, known: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @contextmanager
+    def interrupted(*asked: object, **settings: object) -> Iterator[None]:
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(stage, "connected", interrupted)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a text.txt").write_text("to be")
+    assert main(["pretrain", "--data.source", "a text.txt", *known]) == 130
+    first, then, last = capsys.readouterr().err.splitlines()
+    run_id = first.split()[2].rstrip(",")
+    assert then == f"continue with: raymill pretrain --data.source 'a text.txt' --run-id {run_id}"
+    assert last == "interrupted"
