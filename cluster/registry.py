@@ -20,7 +20,7 @@ from model.checkpoint_folder import MANIFEST, CheckpointError, Metadata, is_hf_f
 LATEST = "latest"
 ENDPOINTS = "endpoints/"
 """Below it each endpoint keeps what it serves, with the checkpoints that it needs under `pinned`."""
-LAST_GOOD = "endpoints-last-good/"
+LAST_GOOD = f"{ENDPOINTS}last-good/"
 """Below it lies a copy of each of these files, for one that is damaged."""
 
 _log = logging.getLogger(__name__)
@@ -96,7 +96,8 @@ def what_latest_became(storage: Storage) -> str:
 def served_checkpoints(storage: Storage) -> set[str]:
     """URIs of the checkpoints that endpoints serve, are about to serve, or would go back to. Raises `StorageError`
     where that cannot be known."""
-    return {uri for entry in storage.list(ENDPOINTS) for uri in _pinned(storage, entry.key)}
+    keys = [entry.key for entry in storage.list(ENDPOINTS) if not entry.key.startswith(LAST_GOOD)]
+    return {uri for key in keys for uri in _pinned(storage, key)}
 
 
 def _pinned(storage: Storage, key: str) -> list[str]:

@@ -14,7 +14,7 @@ each time):
 3. The file pins the checkpoints of the state that it holds, so whoever adopts a state also keeps its pins.
 
 A file that cannot be read (truncated, or edited by hand) is not the end: each write leaves a copy of what it stored in
-`endpoints-last-good/`. A coordinator that starts continues with that copy, and one that runs with its own state; the
+`endpoints/last-good/`. A coordinator that starts continues with that copy, and one that runs with its own state; the
 next write replaces the damaged file.
 """
 

@@ -113,9 +113,7 @@ def test_an_endpoint_that_is_started_anew_serves_what_it_is_told(root: Root) -> 
         with pytest.raises(DeliveryError, match="could not be stored"):
             await old.roll_back("why")
             await old.promote(NEW, Terms(watch_s=0))
-        [entry] = root.storage.list("endpoints/")
-        stored = json.loads(root.storage.read_bytes(entry.key))
-        assert stored["delivery"]["deployment"] == "two", "the old one no longer writes"
+        assert stored(root)["delivery"]["deployment"] == "two", "the old one no longer writes"
 
     asyncio.run(check())
 
@@ -150,14 +148,17 @@ def test_a_promotion_that_is_not_stored_does_not_begin(root: Root) -> None:
 READY_ALL = ReplicaReport("r", 1, {1: READY, 2: READY})
 
 
+def state_key(root: Root) -> str:
+    [key] = [entry.key for entry in root.storage.list("endpoints/") if "last-good" not in entry.key]
+    return key
+
+
 def stored(root: Root) -> dict[str, Any]:
-    [entry] = root.storage.list("endpoints/")
-    return dict(json.loads(root.storage.read_bytes(entry.key)))
+    return dict(json.loads(root.storage.read_bytes(state_key(root))))
 
 
 def damage(root: Root, content: bytes) -> None:
-    [entry] = root.storage.list("endpoints/")
-    root.storage.write_bytes(entry.key, content)
+    root.storage.write_bytes(state_key(root), content)
 
 
 def test_a_stale_coordinator_adopts_what_a_newer_one_has_stored(root: Root) -> None:
@@ -267,7 +268,7 @@ def test_a_damaged_state_without_a_copy_says_what_to_do(
     async def check() -> None:
         await promoted(coordinator(root))
         good = stored(root)
-        [copy] = (tmp_path / "endpoints-last-good").glob("[!.]*.json")
+        [copy] = (tmp_path / "endpoints" / "last-good").glob("[!.]*.json")
         copy.unlink()
         damage(root, b"{")
         with pytest.raises(StorageError, match="the checkpoints that its endpoint needs are not known: restore"):
