@@ -16,6 +16,35 @@ class TokenEntry(NamedTuple):
     text_offset: int
 
 
+class SharedEchoes:
+    """Gives the log-probabilities of a prompt, which the engine computes for its first choice alone, to all of its
+    choices. Those whose tokens come earlier wait for them: their blocks may have been in the cache."""
+
+    def __init__(self, seq_ids: list[int], *, num_choices: int) -> None:
+        self._first_of = {seq_id: seq_ids[i - i % num_choices] for i, seq_id in enumerate(seq_ids)}
+        self._echoes: dict[int, list[Candidates | None]] = {}  # by first choice
+        self._without_echo = set(seq_ids)
+        self._held: list[TokenEvent] = []
+
+    def complete(self, arrived: TokenEvent) -> list[TokenEvent]:
+        """The events that can be given out now, in order."""
+        first = self._first_of[arrived.seq_id]
+        if arrived.prompt_logprobs is not None:
+            self._echoes[first] = arrived.prompt_logprobs
+        if first not in self._echoes:
+            self._held.append(arrived)
+            return []
+        held = [event for event in self._held if self._first_of[event.seq_id] == first]
+        self._held = [event for event in self._held if self._first_of[event.seq_id] != first]
+        return [self._with_echo(event, self._echoes[first]) for event in [*held, arrived]]
+
+    def _with_echo(self, event: TokenEvent, echo: list[Candidates | None]) -> TokenEvent:
+        if event.seq_id not in self._without_echo:
+            return event
+        self._without_echo.remove(event.seq_id)
+        return event._replace(prompt_logprobs=echo)
+
+
 class ChoiceOutput:
     def __init__(self, index: int, sequence: SequenceRequest, request: CompletionRequest, model: ServedModel) -> None:
         self._index = index

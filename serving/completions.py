@@ -11,7 +11,7 @@ import orjson
 from model.sampling import SamplingParams
 from serving.admission import AdmissionLimits, refuse_when_full, waited_too_long
 from serving.answers import Answer
-from serving.choice_output import ChoiceOutput, join_parts
+from serving.choice_output import ChoiceOutput, SharedEchoes, join_parts
 from serving.engine_client import EngineDiedError, Generation
 from serving.errors import ApiError, engine_unavailable, internal_error, invalid_request
 from serving.loaded_version import LoadedVersion
@@ -41,6 +41,9 @@ class Completion:
         self._choices = {
             sequence.seq_id: ChoiceOutput(index, sequence, request, model) for index, sequence in enumerate(sequences)
         }
+        self._echoes = None
+        if request.echo and request.logprobs is not None:
+            self._echoes = SharedEchoes([sequence.seq_id for sequence in sequences], num_choices=request.n)
         self._parts = self._generated_parts()
         self._first_part: Choice | None = None
         # A prompt counts once, however many choices it has.
@@ -85,18 +88,23 @@ class Completion:
             yield part
 
     async def _generated_parts(self) -> AsyncIterator[Choice]:
+        finished: set[int] = set()
         try:
-            async for event in self._generation:
-                if event.finish_reason is FinishReason.ERROR:
-                    self._timer.finished(event.seq_id, FinishReason.ERROR)
+            async for arrived in self._generation:
+                if arrived.finish_reason is FinishReason.ERROR:
+                    self._timer.finished(arrived.seq_id, FinishReason.ERROR)
                     raise internal_error("The model gave logits that are not finite numbers for this prompt.")
-                if event.token_id is not None:
-                    self._timer.token(event.seq_id)
-                part = self._choices[event.seq_id].push(event)
-                if part.finish_reason is not None:
-                    self._timer.finished(event.seq_id, part.finish_reason)
-                    self._generation.cancel(event.seq_id)  # a stop string ends what the engine would go on with
-                yield part
+                for event in [arrived] if self._echoes is None else self._echoes.complete(arrived):
+                    if event.seq_id in finished:  # by a stop string, in an event that was held back with this one
+                        continue
+                    if event.token_id is not None:
+                        self._timer.token(event.seq_id)
+                    part = self._choices[event.seq_id].push(event)
+                    if part.finish_reason is not None:
+                        finished.add(event.seq_id)
+                        self._timer.finished(event.seq_id, part.finish_reason)
+                        self._generation.cancel(event.seq_id)  # a stop string ends what the engine would go on with
+                    yield part
         except EngineDiedError:
             raise engine_unavailable() from None
 
@@ -144,7 +152,7 @@ async def start_completion(
             sampling=_sampling(request, seed=choice_seed(seed, index)),
             ignore_eos=request.ignore_eos,
             num_logprobs=request.logprobs,
-            prompt_logprobs=request.echo and request.logprobs is not None,
+            prompt_logprobs=request.echo and request.logprobs is not None and index == 0,
         )
         for prompt_ids in prompts
         for seed in [secrets.randbits(63) if request.seed is None else request.seed]

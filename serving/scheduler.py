@@ -138,10 +138,10 @@ class Scheduler:
         if not self._waiting or len(self._running) >= self._max_num_seqs:
             return None
         sequence, request = self._waiting[0], self._waiting[0].request
-        # The prompt's log-probabilities need all of it to be read.
+        # The prompt's log-probabilities need all of it to be read; others share what that leaves.
         known = [] if request.prompt_logprobs else request.prompt_ids
-        missing = self._pool.missing(known)
-        if missing and missing[0] in self._promised:
+        missing = self._pool.missing(request.prompt_ids)
+        if known and missing and missing[0] in self._promised:
             return None
         allocation = self._pool.allocate(len(request.prompt_ids) + request.max_tokens, prompt_ids=known)
         if allocation is None:

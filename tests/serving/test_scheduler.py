@@ -135,6 +135,15 @@ def test_a_prompt_that_is_being_read_is_waited_for_and_shared() -> None:
     assert step(target) == [(0, 50, 51), (1, 48, 50), (2, 48, 50), (3, 0, 4)]
 
 
+def test_a_prompt_is_read_once_for_all_choices_where_the_first_gives_its_logprobs() -> None:
+    target = scheduler(max_num_seqs=8, keep_prefixes=True, budget=30, watched=True)
+    for seq_id in range(3):
+        target.add(request(seq_id, num_prompt=50, max_tokens=2, prompt_logprobs=seq_id == 0))
+    assert step(target) == [(0, 0, 30)]
+    assert step(target) == [(0, 30, 50)]
+    assert step(target) == [(0, 50, 51), (1, 48, 50), (2, 48, 50)]
+
+
 def test_a_reader_that_leaves_makes_nobody_wait() -> None:
     target = scheduler(keep_prefixes=True, budget=30, watched=True)
     for seq_id in range(2):
