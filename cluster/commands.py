@@ -132,7 +132,9 @@ def export(arguments: argparse.Namespace) -> dict[str, Any]:
 
     from jobs.export import export as export_checkpoint  # which takes two seconds, as it imports PyTorch
 
-    return export_checkpoint(arguments.checkpoint, destination, storage_uri=storage_uri(arguments))
+    result = export_checkpoint(arguments.checkpoint, destination, storage_uri=storage_uri(arguments))
+    arguments.next = f"transformers.AutoModelForCausalLM.from_pretrained({destination!r})"
+    return result
 
 
 def report(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -179,7 +181,8 @@ def verify(arguments: argparse.Namespace) -> dict[str, Any]:
 
     from jobs.verify_run import verify as verify_run
 
-    result = verify_run(run)
+    with reports_shown():
+        result = verify_run(run)
     return _good(arguments, result, is_good=result["valid"])
 
 

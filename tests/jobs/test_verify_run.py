@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from cluster.cli import main
 from cluster.storage import Storage, open_storage
 from jobs.ledger import LEDGER
 from jobs.verify_run import verify
@@ -34,6 +35,15 @@ def test_an_unaltered_run_is_valid(run: Storage) -> None:
     result = verify(run)
     assert (result["valid"], result["problems"]) == (True, [])
     assert (result["checkpoints"], result["shards"]) == (3, 2)
+
+
+def test_the_commands_show_their_progress_to_a_person(run: Storage, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", run.uri]) == 0
+    (store,) = {entry.key.split("/")[0] for entry in open_storage(f"{run.uri}/../../tokens").list()}
+    assert main(["data", "verify", store, "--storage.uri", f"{run.uri}/../.."]) == 0
+    said = capfd.readouterr().err
+    assert said.count("verifying: ") == 2
+    assert "raymill-progress" not in said
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "train_state.safetensors", "tokenizer.json"])
