@@ -32,11 +32,7 @@ _SENTENCES = {
     ),
     "snapshots": ("Snapshots in memory", "bound", "{share} is spent copying them"),
     "checkpoints": ("Checkpoints", "bound", "{share} is spent saving {checkpoints} of them"),
-    "validation": (
-        "Validation",
-        "bounds",
-        "{share}; raise train.eval_every_steps or lower train.eval_max_tokens",
-    ),
+    "validation": ("Validation", "bounds", "{share}; raise train.eval_every_steps or lower train.eval_max_tokens"),
     "restarts": ("Restarts", "bound", "{share} went into {restarts} of them, with {lost_steps} steps taken again"),
     "untimed": ("What is not timed", "bounds", "{share}, as train.timing is false"),
     "other": ("What no phase of a step claims (the run's start is part of it)", "bounds", "{share}"),
