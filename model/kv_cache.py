@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model.config import GPTConfig
@@ -16,16 +17,9 @@ from model.config import GPTConfig
 class Window(Protocol):
     """What the rows of one forward call see of a cache."""
 
-    @property
-    def mask(self) -> Tensor | None:
-        """(B, 1, T, P), added to the scores."""
-
-    @property
-    def is_causal(self) -> bool:
-        """The rows start at position 0, and each token sees those before it."""
-
-    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes the new keys and values (B, H, T, D) of `layer`; returns all that the rows may see, (B, H, P, D)."""
+    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Writes the new keys and values (B, H, T, D) of `layer`; returns what the queries (B, H, T, D) find in all
+        that their rows may see, (B, H, T, D)."""
 
 
 class Cache(Protocol):
@@ -94,10 +88,12 @@ class SlotWindow:
     mask: Tensor | None  # (B, 1, T, P), added to the scores
     is_causal: bool
 
-    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes the new keys and values (B, H, T, D) of `layer`; returns all that the rows may see, (B, H, P, D)."""
+    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         rows = self.slots if self.slot_range is None else self.slot_range
         pool_keys, pool_values = self.cache.keys[layer], self.cache.values[layer]  # (S, H, max_len, D)
         pool_keys[self.slots[:, None], :, self.positions] = keys.transpose(1, 2)  # (B, T, H, D)
         pool_values[self.slots[:, None], :, self.positions] = values.transpose(1, 2)
-        return pool_keys[rows, :, : self.num_positions], pool_values[rows, :, : self.num_positions]
+        seen_keys, seen_values = (pool[rows, :, : self.num_positions] for pool in (pool_keys, pool_values))
+        return F.scaled_dot_product_attention(
+            queries, seen_keys, seen_values, attn_mask=self.mask, is_causal=self.is_causal
+        )

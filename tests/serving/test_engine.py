@@ -312,6 +312,28 @@ def test_the_kernels_survey_of_logits_is_that_of_pytorch(model: GPT) -> None:
     assert native.best[native.finite].tolist() == expected.best[expected.finite].tolist()
 
 
+def test_pytorch_reads_all_of_a_step_in_one_call(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts of any length, pieces of them, and single tokens."""
+    token_ids = [[(7 * i + 11 * k) % model.config.vocab_size for k in range(50)] for i in range(4)]
+    blocks = [[3, 9, 1, 0], [2, 7, 4, 5], [8, 6, 10, 11], [15, 13, 12, 14]]
+
+    def readings(*chunks: tuple[int, int, int]) -> list[Reading]:
+        return [Reading(token_ids[i][first:last], first, blocks[i]) for i, first, last in chunks]
+
+    steps = [readings((0, 0, 30), (1, 0, 1), (2, 0, 12)), readings((3, 0, 12), (0, 30, 31), (1, 1, 13), (2, 12, 42))]
+    calls = []
+    forward = GPT.forward
+    monkeypatch.setattr(GPT, "forward", lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs))
+    together, alone = TorchRunner(model, num_blocks=16), TorchRunner(model, num_blocks=16)
+    with torch.inference_mode():
+        for number, step in enumerate(steps, start=1):
+            hidden = together.forward(step)
+            assert len(calls) == number
+            one_by_one = torch.cat([alone.forward([reading]) for reading in step])
+            torch.testing.assert_close(hidden, one_by_one, atol=1e-5, rtol=1e-5)
+            del calls[number:]
+
+
 def test_int8_is_refused_where_only_pytorch_computes(model: GPT) -> None:
     with pytest.raises(UserError, match="int8 needs the native kernels"):
         build_engine(model, EngineConfig(kernels="torch", dtype="int8"), eos_id=None, threads=1)
