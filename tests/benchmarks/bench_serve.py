@@ -2,17 +2,22 @@
 
     python -m tests.benchmarks.bench_serve [--rounds 3] [--requests 64]
 
-GPT-2's 124M shape with random weights in bf16, two threads, prompts of 128 random tokens, 64 greedy new tokens, 1 and
-16 streams, each of which sends its next request when its last one has ended. Servers stream over HTTP to one client.
-Contenders take turns, and all but one stand still; a ratio is the median of its rounds' ratios, and above 1 it says
-that raymill is the faster one. `http_over_engine` is the endpoint's speed in that of its engine alone;
+GPT-2's 124M shape with random weights, two threads, prompts of 128 random tokens, 64 greedy new tokens, 1 and 16
+streams, each of which sends its next request when its last one has ended. All compute in bf16 where this processor does
+so at speed, and else in fp32; one more endpoint of raymill's computes in int8, its fastest precision, which vLLM has for
+quantized checkpoints only. Servers stream over HTTP to one client. Contenders take turns, and all but one stand still; a
+ratio is the median of its rounds' ratios, and above 1 it says that raymill is the faster one. `int8_vllm_ratio` compares
+the fastest of each. `http_over_engine` is the endpoint's speed in that of its engine alone;
 `bandwidth_fraction` the rate at which one stream's tokens read the weights, of that at which this machine reads memory.
 Prints a table as it goes and, last, one JSON object. A contender that is missing or fails ends it with exit code 1.
+
+All are held to AVX2 by RAYMILL_KERNELS_MARCH=x86-64-v3 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2.
 """
 
 import argparse
 import contextlib
 import json
+import os
 import random
 import shutil
 import statistics
@@ -22,10 +27,14 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from model.checkpoint import Metadata, parameter_hash, write_checkpoint
 from model.config import PRESETS, GPTConfig, num_parameters
 from model.gpt import GPT
+from model.processor import fast_precision
 from model.tokenizer import Tokenizer, from_gpt2_files, train_bpe
+from serving.native_library import MARCH_VARIABLE
 from tests.benchmarks.http_load import MODEL, NEW_TOKENS, PROMPT_TOKENS, BenchError, Load
 from tests.benchmarks.serve_contenders import REPOSITORY, Contender, LineContender, Raymill, Vllm
 
@@ -78,14 +87,14 @@ def random_prompts(count: int, *, seed: str) -> list[list[int]]:
 
 def read_bandwidth() -> float:
     """Bytes per second; in a process of its own, as many threads as all others have."""
-    command = [sys.executable, "-m", "tests.benchmarks.serve_process", "bandwidth", "-"]
+    command = [sys.executable, "-m", "tests.benchmarks.serve_process", "bandwidth", "-", "-"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
     return float(json.loads(done.stdout)["bytes_per_s"])
 
 
-def weight_bytes_per_token() -> int:
-    """In bf16. A token looks up one row of the position embedding, and reads all else."""
-    return 2 * (num_parameters(CONFIG) - CONFIG.n_positions * CONFIG.n_embd)
+def weight_bytes_per_token(dtype: str) -> int:
+    """A token looks up one row of the position embedding, and reads all else."""
+    return getattr(torch, dtype).itemsize * (num_parameters(CONFIG) - CONFIG.n_positions * CONFIG.n_embd)
 
 
 def take_turns(contenders: list[Contender], *, num_rounds: int, num_requests: int) -> tuple[Rounds, dict[str, float]]:
@@ -144,10 +153,10 @@ def latencies(loads: list[Load]) -> dict[str, list[float]]:
     return {"ttft": ttft_s, "itl": itl_s} if ttft_s else {}
 
 
-def figures(rounds: Rounds, http_cpu_s: dict[str, float], bandwidth: float) -> dict[str, float]:
-    def ratio(peer: str, num_streams: int, of: Callable[[Load], float]) -> float:
-        pairs = zip(rounds["raymill", num_streams], rounds[peer, num_streams], strict=True)
-        return round(statistics.median(of(ours) / of(theirs) for ours, theirs in pairs), 3)
+def figures(rounds: Rounds, http_cpu_s: dict[str, float], bandwidth: float, *, dtype: str) -> dict[str, float]:
+    def ratio(peer: str, num_streams: int, of: Callable[[Load], float], ours: str = "raymill") -> float:
+        pairs = zip(rounds[ours, num_streams], rounds[peer, num_streams], strict=True)
+        return round(statistics.median(of(our_load) / of(their_load) for our_load, their_load in pairs), 3)
 
     def rate(load: Load) -> float:
         return load.tokens_per_s
@@ -156,6 +165,8 @@ def figures(rounds: Rounds, http_cpu_s: dict[str, float], bandwidth: float) -> d
     result = {
         "vllm_ratio_1": ratio("vllm", one, rate),
         "vllm_ratio_16": ratio("vllm", many, rate),
+        "int8_vllm_ratio_1": ratio("vllm", one, rate, "raymill-int8"),
+        "int8_vllm_ratio_16": ratio("vllm", many, rate, "raymill-int8"),
         "http_over_engine": ratio("engine", many, rate),
         "http_over_engine_1": ratio("engine", one, rate),
         "ttft_ratio_16": ratio("vllm", many, lambda load: 1 / statistics.median(load.ttft_s)),
@@ -169,7 +180,7 @@ def figures(rounds: Rounds, http_cpu_s: dict[str, float], bandwidth: float) -> d
         result[f"{label}_tokens_per_s"] = round(statistics.median(load.tokens_per_s for load in loads), 1)
         for kind, seconds in latencies(loads).items():
             result[f"{label}_{kind}_p50_ms"], result[f"{label}_{kind}_p99_ms"] = percentiles_ms(seconds)
-    read = weight_bytes_per_token() * result["raymill_1_tokens_per_s"]
+    read = weight_bytes_per_token(dtype) * result["raymill_1_tokens_per_s"]
     num_tokens = sum(load.num_tokens for load in rounds["raymill", many])
     cpu_ms = {f"{part}_cpu_ms_per_token": round(1000 * s / num_tokens, 3) for part, s in http_cpu_s.items()}
     return {"bandwidth_fraction": round(read / bandwidth, 3)} | result | cpu_ms
@@ -190,25 +201,33 @@ def main() -> int:
 
 
 def compare(*, num_rounds: int, num_requests: int) -> dict[str, float]:
+    dtype = "bfloat16" if fast_precision("cpu") == "bf16" else "float32"
+    held_to = os.environ.get(MARCH_VARIABLE)
+    print(
+        f"all in {dtype}, {'which' if dtype == 'bfloat16' else 'as bf16 is not what'} this processor computes at speed",
+        end="",
+    )
+    print(f"; raymill's kernels are held to {held_to}" if held_to else "")
     print(f"writing a checkpoint, measuring the memory, starting the contenders; logs: {FOLDER}", flush=True)
     checkpoint = write_model(FOLDER)
     bandwidth = read_bandwidth()
     with contextlib.ExitStack() as running:
         contenders: list[Contender] = []
         for contender in (
-            Vllm(checkpoint, log=FOLDER / "vllm.log"),
-            LineContender("engine", checkpoint, log=FOLDER / "engine.log"),
-            LineContender("transformers", checkpoint, log=FOLDER / "transformers.log"),
-            Raymill(checkpoint, log=FOLDER / "raymill.log"),
+            Vllm(checkpoint, dtype=dtype, log=FOLDER / "vllm.log"),
+            LineContender("engine", checkpoint, dtype=dtype, log=FOLDER / "engine.log"),
+            LineContender("transformers", checkpoint, dtype=dtype, log=FOLDER / "transformers.log"),
+            Raymill("raymill", checkpoint, dtype=dtype, log=FOLDER / "raymill.log"),
+            Raymill("raymill-int8", checkpoint, dtype="int8", log=FOLDER / "raymill-int8.log"),
         ):
             contenders.append(running.enter_context(contender))
             contender.pause()
         rounds, http_cpu_s = take_turns(contenders, num_rounds=num_rounds, num_requests=num_requests)
     bandwidth = max(bandwidth, read_bandwidth())
-    print(f"\n{'medians':16}")
+    print(f"\nmedians, all in {dtype} but raymill-int8")
     for (name, num_streams), loads in rounds.items():
         print(row(name, num_streams, loads))
-    return figures(rounds, http_cpu_s, bandwidth)
+    return figures(rounds, http_cpu_s, bandwidth, dtype=dtype)
 
 
 if __name__ == "__main__":

@@ -132,8 +132,8 @@ class Contender(ABC):
 class LineContender(Contender):
     """`serve_process` in one of its roles that answer lines."""
 
-    def __init__(self, role: str, folder: Path, *, log: Path) -> None:
-        command = [sys.executable, "-m", "tests.benchmarks.serve_process", role, str(folder)]
+    def __init__(self, role: str, folder: Path, *, dtype: str, log: Path) -> None:
+        command = [sys.executable, "-m", "tests.benchmarks.serve_process", role, str(folder), dtype]
         super().__init__(role, command, environment={"OMP_NUM_THREADS": str(NUM_THREADS)}, log=log)
 
     def measure(self, prompts: list[list[int]], *, num_streams: int) -> Load:
@@ -152,9 +152,9 @@ class HttpContender(Contender):
 class Raymill(HttpContender):
     """One replica behind Ray Serve's proxy, in a Ray cluster of its own."""
 
-    def __init__(self, folder: Path, *, log: Path) -> None:
-        command = [sys.executable, "-m", "tests.benchmarks.serve_process", "endpoint", str(folder)]
-        super().__init__("raymill", command, environment={}, log=log)
+    def __init__(self, name: str, folder: Path, *, dtype: str, log: Path) -> None:
+        command = [sys.executable, "-m", "tests.benchmarks.serve_process", "endpoint", str(folder), dtype]
+        super().__init__(name, command, environment={}, log=log)
 
     def _wait_until_ready(self) -> None:
         super()._wait_until_ready()
@@ -162,12 +162,12 @@ class Raymill(HttpContender):
 
 
 class Vllm(HttpContender):
-    """vLLM's CPU build as it is fastest here: bf16, one thread for each of the processors and bound to it, room for
+    """vLLM's CPU build as it is fastest here: one thread for each of the processors and bound to it, room for
     more sequences than come, no look-ups of prefixes that never repeat, and no log line for a request."""
 
     speaks_json = False
 
-    def __init__(self, folder: Path, *, log: Path) -> None:
+    def __init__(self, folder: Path, *, dtype: str, log: Path) -> None:
         if not VLLM_PYTHON.exists():
             raise BenchError("vLLM is not installed; `make bench-serve` makes .venv-vllm for it")
         port = free_port()
@@ -175,7 +175,7 @@ class Vllm(HttpContender):
         settings = {
             "--model": folder,
             "--served-model-name": MODEL,
-            "--dtype": "bfloat16",
+            "--dtype": dtype,
             "--max-model-len": 1024,
             "--max-num-seqs": 32,
             "--host": "127.0.0.1",

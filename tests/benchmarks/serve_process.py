@@ -1,6 +1,6 @@
 """What `bench_serve` starts beside vLLM, each a process of its own: raymill's endpoint, its engine alone, transformers.
 
-    python -m tests.benchmarks.serve_process endpoint|engine|transformers|bandwidth FOLDER
+    python -m tests.benchmarks.serve_process endpoint|engine|transformers|bandwidth FOLDER DTYPE
 
 A line of JSON says that it is ready. The endpoint lives until its standard input ends. The others then answer each line
 `{"prompts", "num_streams"}` with `{"num_tokens", "wall_s"}`.
@@ -21,13 +21,15 @@ from tests.benchmarks.http_load import MODEL, NEW_TOKENS, BenchError
 NUM_THREADS = 2
 NUM_SLOTS = 16
 BANDWIDTH_BYTES = 1 << 30
-# Rounds repeat their prompts, which vLLM reads anew each time too.
-ENGINE = EngineConfig(max_num_seqs=NUM_SLOTS, dtype="bfloat16", prefix_cache=False)
-
 Generate = Callable[[list[list[int]], int], int]
 
 
-def serve_endpoint(folder: Path) -> None:
+def engine_config(dtype: str) -> EngineConfig:
+    """Rounds repeat their prompts, which vLLM reads anew each time too."""
+    return EngineConfig.model_validate({"max_num_seqs": NUM_SLOTS, "dtype": dtype, "prefix_cache": False})
+
+
+def serve_endpoint(folder: Path, dtype: str) -> None:
     from cluster.serve_config import ReplicaConfig, ServeConfig
     from serving.app import run
     from tests.serving.endpoint_parts import free_port, ray_cluster
@@ -37,22 +39,23 @@ def serve_endpoint(folder: Path) -> None:
         model_name=MODEL,
         port=free_port(),
         replicas=ReplicaConfig(threads_per_replica=NUM_THREADS),
-        engine=ENGINE,
+        engine=engine_config(dtype),
     )
     with ray_cluster():
         say(run(config))
         sys.stdin.read()
 
 
-def engine_alone(folder: Path) -> Generate:
+def engine_alone(folder: Path, dtype: str) -> Generate:
     """The streams of `http_load.closed_loop` without HTTP, Ray and the socket."""
     from model.checkpoint import load_model
     from model.sampling import SamplingParams
     from serving.engine_process import build_engine
     from serving.messages import SequenceRequest
+    from serving.runner import LOADED_IN
 
-    model = load_model(folder, dtype=torch.bfloat16)
-    engine = build_engine(model, ENGINE, eos_id=None, threads=NUM_THREADS)
+    model = load_model(folder, dtype=LOADED_IN[dtype])
+    engine = build_engine(model, engine_config(dtype), eos_id=None, threads=NUM_THREADS)
     greedy = SamplingParams(temperature=0.0)
 
     def generate(prompts: list[list[int]], num_streams: int) -> int:
@@ -75,11 +78,11 @@ def engine_alone(folder: Path) -> Generate:
     return generate
 
 
-def transformers_alone(folder: Path) -> Generate:
+def transformers_alone(folder: Path, dtype: str) -> Generate:
     """Streams are the rows of a batch, and the next batch starts when the last one has ended: there is no other way."""
     from transformers import GPT2LMHeadModel
 
-    model = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    model = GPT2LMHeadModel.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
 
     def generate(prompts: list[list[int]], num_streams: int) -> int:
         num_tokens = 0
@@ -125,15 +128,15 @@ def say(message: Any) -> None:
 
 
 def main() -> int:
-    role, folder = sys.argv[1], Path(sys.argv[2])
+    role, folder, dtype = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
     torch.set_num_threads(NUM_THREADS)
     match role:
         case "endpoint":
-            serve_endpoint(folder)
+            serve_endpoint(folder, dtype)
         case "engine":
-            answer_lines(engine_alone(folder))
+            answer_lines(engine_alone(folder, dtype))
         case "transformers":
-            answer_lines(transformers_alone(folder))
+            answer_lines(transformers_alone(folder, dtype))
         case "bandwidth":
             say({"bytes_per_s": read_bandwidth()})
         case _:
