@@ -132,7 +132,7 @@ async def start_completion(
     if num_sequences > limits.max_sequences:
         raise invalid_request(
             f"The request asks for {num_sequences} sequences ({len(request.prompt)} prompts, n={request.n}); "
-            f"this endpoint holds {limits.max_sequences} at once",
+            f"this endpoint holds {limits.max_sequences} at once; ask for fewer",
             param="n",
         )
     refuse_when_full(engine, num_sequences, limits)
