@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from cluster.code_folders import CODE_FOLDERS
 from cluster.command_table import COMMANDS
 from cluster.local import free_port
 from tests.readmes import REPOSITORY
-from tests.test_packaging import build_wheel
+from tests.test_packaging import OF_AN_EXTRA, build_wheel
 from tests.time_limits import limit_s
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -95,6 +96,24 @@ def test_nothing_of_an_extra_is_there(installed: Installation) -> None:
     extras, place = done.stdout.splitlines()
     assert extras == "[]"
     assert Path(place).is_relative_to(installed.environment)
+
+
+def test_only_modules_of_an_extra_cannot_be_imported(installed: Installation) -> None:
+    (packages,) = installed.environment.glob("lib/python*/site-packages")
+    files = [path for folder in CODE_FOLDERS for path in sorted((packages / folder).glob("*.py"))]
+    modules = [f"{path.parent.name}.{path.stem}" for path in files if path.stem not in ("__init__", "start_node")]
+    probe = (
+        "import importlib, sys\n"
+        "for module in sys.argv[1:]:\n"
+        "    try: importlib.import_module(module)\n"
+        "    except ImportError: print(module)\n"
+    )
+    done = subprocess.run(
+        [installed.environment / "bin" / "python", "-c", probe, *modules],
+        cwd=installed.folder, env=installed.variables, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    missing = {f"{module.replace('.', '/')}.py" for module in done.stdout.split()}
+    assert missing == set(OF_AN_EXTRA)
 
 
 @pytest.mark.parametrize("name", NAMES)
