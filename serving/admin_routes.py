@@ -128,8 +128,8 @@ async def _asked(call: Any) -> Any:
     except CoordinatorAwayError:
         raise ApiError(
             503,
-            "The coordinator of this endpoint gives no answer: it is being replaced, or fails, and then a replica's log "
-            "says why. Requests are served meanwhile; try again.",
+            "The coordinator of this endpoint gives no answer: it is being replaced, or fails, and then the replicas' "
+            "logs say why. Requests are served meanwhile; try again.",
             error_type="server_error",
             code="coordinator_unavailable",
             headers={"Retry-After": "2"},
