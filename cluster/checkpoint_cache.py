@@ -105,20 +105,22 @@ def _make_room(num_bytes: int) -> None:
 
 
 def _evicted(copy: Path) -> bool:
-    """False for a copy that a process holds."""
+    """False for a copy that a process holds. It goes by a rename: no replica waits for files to be removed."""
     held = _cache("checkpoint-fetch") / "held" / copy.name.rpartition("--")[0]
+    evicted = _cache("checkpoint-fetch") / "evicted"
+    shutil.rmtree(evicted, ignore_errors=True)  # what a killed process left
     held.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(held, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        copy.rename(evicted)
+        held.unlink(missing_ok=True)
     except BlockingIOError:
         return False
-    else:
-        shutil.rmtree(copy, ignore_errors=True)
-        held.unlink(missing_ok=True)
-        return True
     finally:
         os.close(descriptor)
+    shutil.rmtree(evicted)
+    return True
 
 
 def _is_usable(copy: Path, files: Entries) -> bool:
