@@ -20,6 +20,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from model.processor import cpu_features
+
 SOURCES = Path(__file__).parent / "native"
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden", "-Wno-psabi")
 COMPILE_TIMEOUT_S = 300.0
@@ -52,7 +54,7 @@ class _BrokenLibraryError(Exception):
 
 def load_library() -> ctypes.CDLL:
     """Raises `NoNativeLibraryError`, whatever stands in the way."""
-    if missing := TARGETS.get(platform.machine(), {}).get(_march(), frozenset()) - _features():
+    if missing := TARGETS.get(platform.machine(), {}).get(_march(), frozenset()) - cpu_features():
         raise NoNativeLibraryError(
             f"{MARCH_VARIABLE}={_march()}, but this processor has no {' '.join(sorted(missing))}"
         )
@@ -78,7 +80,7 @@ def _baked() -> Path | None:
     """The fastest library in the image that the processor runs, or the one that is asked for."""
     if not (folder := os.environ.get(FOLDER_VARIABLE)):
         return None
-    runs = [march for march, needs in TARGETS.get(platform.machine(), {}).items() if needs <= _features()]
+    runs = [march for march, needs in TARGETS.get(platform.machine(), {}).items() if needs <= cpu_features()]
     for march in runs if _march() == NATIVE else [_march()]:
         if (path := Path(folder) / _baked_name(march)).exists():
             return path
@@ -149,7 +151,7 @@ def _cache_folder() -> Path:
 def _key(compiler: str) -> str:
     """Of the sources and all that decides what becomes of it: a home may be shared by unlike machines."""
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=COMPILE_TIMEOUT_S).stdout
-    processor = " ".join((platform.machine(), *sorted(_features())))
+    processor = " ".join((platform.machine(), *sorted(cpu_features())))
     return _digest(_sources(), " ".join(_flags(_march())).encode(), version, processor.encode())
 
 
@@ -159,13 +161,6 @@ def _digest(*parts: bytes) -> str:
 
 def _sources() -> bytes:
     return b"".join(path.read_bytes() for path in sorted(SOURCES.iterdir()))
-
-
-def _features() -> frozenset[str]:
-    """The processor's instruction sets, as Linux names them."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    return frozenset(next((line for line in lines if line.lower().startswith(("flags", "features"))), "").split())
 
 
 def _compile(compiler: str, march: str, path: Path) -> None:

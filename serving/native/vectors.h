@@ -109,5 +109,5 @@ inline F32 exponential(F32 x) {
     for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
         p = p * r + c;
     p = p * r * r + r + 1.0f;
-    return F32(I32(p) + (__builtin_convertvector(n, I32) << 23));
+    return F32(U32(p) + (U32(__builtin_convertvector(n, I32)) << 23));
 }

@@ -141,10 +141,10 @@ def test_an_image_has_a_library_for_each_processor(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv(native_library.FOLDER_VARIABLE, str(folder))
     monkeypatch.setenv("CXX", "no-such-compiler")  # a pod has none
     for path, (march, needs) in zip(paths, targets.items(), strict=True):
-        monkeypatch.setattr(native_library, "_features", lambda needs=needs: needs | {"fpu"})
+        monkeypatch.setattr(native_library, "cpu_features", lambda needs=needs: needs | {"fpu"})
         assert f"decoder-{march}-" in path.name
         assert load_library()._name == str(path)
-    monkeypatch.setattr(native_library, "_features", lambda: frozenset({"fpu"}))
+    monkeypatch.setattr(native_library, "cpu_features", lambda: frozenset({"fpu"}))
     with pytest.raises(NoNativeLibraryError, match="no C\\+\\+ compiler"):
         load_library()
     monkeypatch.setenv(native_library.MARCH_VARIABLE, march)
