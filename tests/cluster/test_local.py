@@ -105,24 +105,6 @@ def test_jobs_need_the_token(cluster: LocalCluster, headers: dict[str, str]) -> 
     assert httpx.get(url, headers=right, timeout=limit_s(30)).json() == []
 
 
-def test_workers_and_jobs_have_the_niceness_of_their_owner(cluster: LocalCluster, before: set[psutil.Process]) -> None:
-    """Workers of Ray's own settings are 15 above it: whatever else the machine does would halt training and serving."""
-    url, headers = f"{cluster.jobs_url}/api/jobs/", {"Authorization": f"Bearer {cluster.token}"}
-    asked = {"entrypoint": "sleep 86399", "submission_id": "sleeper"}
-    httpx.post(url, headers=headers, json=asked, timeout=limit_s(60)).raise_for_status()
-
-    def sleeper() -> psutil.Process | None:
-        return next((process for process in started_since(before) if process.cmdline() == ["sleep", "86399"]), None)
-
-    wait_until(sleeper)
-    job = sleeper()
-    assert job is not None
-    workers = [process for process in job.parents() if process.name().startswith("ray::")]
-    assert workers
-    assert {process.nice() for process in [job, *workers]} == {psutil.Process().nice()}
-    httpx.post(f"{url}sleeper/stop", headers=headers, timeout=limit_s(60)).raise_for_status()
-
-
 def test_nodes_come_and_go(cluster: LocalCluster, before: set[psutil.Process]) -> None:
     """A node that a thread added outlives the thread: the kernel would end it with its own starter."""
     assert cluster.node_names == ["head", "node-1"]
