@@ -105,6 +105,21 @@ def test_jobs_need_the_token(cluster: LocalCluster, headers: dict[str, str]) -> 
     assert httpx.get(url, headers=right, timeout=limit_s(30)).json() == []
 
 
+def test_workers_have_the_niceness_of_their_owner(cluster: LocalCluster, before: set[psutil.Process]) -> None:
+    """Workers of Ray's own settings are 15 above it: whatever else the machine does would halt training and serving."""
+    url, headers = f"{cluster.jobs_url}/api/jobs/", {"Authorization": f"Bearer {cluster.token}"}
+    task = "import ray, time; ray.init(); ray.get(ray.remote(lambda: time.sleep(86399)).remote())"
+    asked = {"entrypoint": f"python -c '{task}'", "submission_id": "sleeper"}
+    httpx.post(url, headers=headers, json=asked, timeout=limit_s(60)).raise_for_status()
+
+    def workers() -> list[psutil.Process]:
+        return [process for process in started_since(before) if process.name().startswith("ray::<lambda>")]
+
+    wait_until(workers)
+    assert {process.nice() for process in workers()} == {psutil.Process().nice()}
+    httpx.post(f"{url}sleeper/stop", headers=headers, timeout=limit_s(60)).raise_for_status()
+
+
 def test_nodes_come_and_go(cluster: LocalCluster, before: set[psutil.Process]) -> None:
     """A node that a thread added outlives the thread: the kernel would end it with its own starter."""
     assert cluster.node_names == ["head", "node-1"]
