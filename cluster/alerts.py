@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.metric_table import METRICS
-from cluster.slo import BUDGET, FAST_BURN, OBJECTIVE, SLOW_BURN, error_ratio
+from cluster.metric_table import BUDGET, FAST_BURN, METRICS, OBJECTIVE, SLOW_BURN, error_ratio
 
 STALLED_S = 600  # at least; and twenty times the last step
 NO_CHECKPOINT_S = 7200

@@ -16,8 +16,7 @@ from cluster.code_folders import code_version, version
 from cluster.command_arguments import imported
 from cluster.command_table import COMMANDS, Command
 from cluster.parser import ConfigError, Parser
-from cluster.printable import printable
-from cluster.result_text import lines
+from cluster.result_text import lines, printable
 from cluster.stage_module import ShownError
 from model.errors import UserError
 

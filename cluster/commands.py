@@ -10,8 +10,8 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from cluster.parser import ConfigError
-from cluster.printable import printable
 from cluster.progress import reports_shown, say
+from cluster.result_text import printable
 from cluster.stage_module import STAGES, ShownError
 from cluster.storage import absolute_uri, open_storage
 from model.errors import UserError

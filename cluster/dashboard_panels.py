@@ -4,8 +4,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cluster.metric_table import COUNT, METRICS, MONEY, PER_S, RATIO, REQUESTS_PER_S, TOKENS_PER_S, Exporter, Kind
-from cluster.slo import FAST_BURN, OBJECTIVE, PERIOD, SLOW_BURN, budget_left, burn_rate, error_ratio
+from cluster.metric_table import (
+    COUNT,
+    FAST_BURN,
+    METRICS,
+    MONEY,
+    OBJECTIVE,
+    PER_S,
+    PERIOD,
+    RATIO,
+    REQUESTS_PER_S,
+    SLOW_BURN,
+    TOKENS_PER_S,
+    Exporter,
+    Kind,
+    budget_left,
+    burn_rate,
+    error_ratio,
+)
 
 RATE = "$__rate_interval"
 

@@ -74,7 +74,7 @@ def gate_of(source: str | None, storage_uri: str) -> Gate:
 
 def _validation_rows(checkpoint: str, storage_uri: str) -> list[list[int]]:
     """Of the run that wrote the checkpoint; where they are not known, that is told."""
-    from jobs.gate_rows import gate_rows
+    from jobs.evaluate import gate_rows
 
     found = gate_rows(checkpoint, storage_uri)
     if not found["rows"]:

@@ -28,10 +28,10 @@ from typing import Self
 import httpx
 import psutil
 
-from cluster.child_processes import die_with_parent, kill, with_descendants
 from cluster.config import EvaluateConfig, RunConfig
-from cluster.printable import printable
+from cluster.process_identity import die_with_parent, kill, with_descendants
 from cluster.progress import say
+from cluster.result_text import printable
 from model.errors import UserError
 
 NODE_NAME_VARIABLE = "RAYMILL_NODE"

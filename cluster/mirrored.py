@@ -18,9 +18,9 @@ from typing import Any
 
 import yaml
 
-from cluster.child_processes import die_with_parent
 from cluster.job_log import JOBS, Ended, JobLog, Started
 from cluster.lease import Lease, LeaseHeldError
+from cluster.process_identity import die_with_parent
 from cluster.progress import PlainProgress
 from cluster.stage_module import parse_result
 from cluster.storage import Storage, open_storage

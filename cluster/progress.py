@@ -22,7 +22,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from cluster.printable import printable
+from cluster.result_text import printable
 
 _MARK = "raymill-progress: "
 _REPORT_INTERVAL_S = 1.0

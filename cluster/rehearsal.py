@@ -17,7 +17,7 @@ from cluster.progress import say
 from cluster.river import river
 from cluster.serve_config import ServeConfig
 from jobs.rehearsal_corpus import rehearsal_corpus
-from model.flops import flops_per_token
+from model.config import flops_per_token
 
 STEPS_S = 20.0
 """Seconds of steps that a rehearsal aims at, without faults; it has no fewer than `_MIN_STEPS` of them."""

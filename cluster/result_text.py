@@ -1,10 +1,12 @@
-"""Results as people read them: a line a value, aligned columns, numbers with four digits, times with a date."""
+"""Results as people read them: a line a value, aligned columns, numbers with four digits, times with a date.
+
+Text that others wrote, such as a corpus or a model, goes out as characters that no terminal obeys.
+"""
 
 import time
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
-
-from cluster.printable import printable
 
 
 def lines(result: Mapping[str, Any]) -> Iterator[str]:
@@ -42,3 +44,21 @@ def text_of(value: Any) -> str:
 def date_of(seconds: float) -> str:
     """A Unix time as this machine's clocks show it."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
+def printable(text: str, *, keep: str = "\n\t") -> str:
+    r"""Returns the text with whatever is not printable, but for blanks and the characters of `keep`, as `\x1b`.
+
+    So no ESC moves the cursor or sets the clipboard, and no bidirectional mark turns a line around.
+    """
+    if text.isprintable():
+        return text
+    return "".join(char if _is_shown(char) or char in keep else _escaped(char) for char in text)
+
+
+def _is_shown(char: str) -> bool:
+    return char.isprintable() or unicodedata.category(char) == "Zs"
+
+
+def _escaped(char: str) -> str:
+    return char.encode("unicode_escape").decode()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cluster.parser import ConfigError
-from cluster.printable import printable
+from cluster.result_text import printable
 from model.errors import UserError
 
 STAGES = {

@@ -15,10 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cluster.config import RunConfig, batch_schedule
 from jobs.batch_plan import Indices, lane_sample_indices, lanes_of_rank
-from jobs.bucket_exchange import BucketExchange
+from jobs.bucket_exchange import BucketExchange, gradient_norm
 from jobs.exact_reduce import lane_steps, maximal_subtrees, tree_sum
 from jobs.flat_layout import at
-from jobs.gradient_norm import gradient_norm
 from jobs.lane_sums import LaneSums
 from jobs.outage import patiently
 from jobs.step_timer import StepTimer

@@ -10,7 +10,7 @@ from pathlib import Path
 from cluster.config import CheckpointConfig
 from cluster.storage import AlreadyExistsError, Storage, StorageError
 from jobs.fence import Fence
-from jobs.node_spool import node_spool
+from jobs.outage import node_spool
 from jobs.retention import checkpoint_name, is_checkpoint_name, step_of, superseded
 from model.checkpoint import MANIFEST, verify_checkpoint
 from model.durable_files import move_into_place

@@ -18,7 +18,7 @@ from jobs.corpus_chunks import Chunk, Part
 from jobs.data_progress import DataProgress
 from jobs.data_tasks import Task, run_tasks
 from jobs.documents import Document, Drop, read_documents
-from jobs.near_duplicates import NGRAM_WORDS, signature
+from jobs.duplicates import NGRAM_WORDS, signature
 from jobs.normal_text import HASH_BYTES, document_hash, normalized, word_ngrams
 from jobs.quality import failed_rule
 

@@ -7,7 +7,7 @@ from typing import Any
 from cluster.config import RunConfig
 from cluster.storage import Storage
 from jobs.ledger import Ledger, Line
-from jobs.run_data import data_identity
+from jobs.named_run import data_identity
 from jobs.run_history import recorded_config
 
 FIELDS = ("samples", "tokens_seen", "lr", "skipped", "loss", "grad_norm", "parameter_hash")

@@ -19,7 +19,7 @@ import ray
 import torch
 from ray.exceptions import RayTaskError
 
-from cluster.config import EvaluateConfig, RunConfig, seq_len
+from cluster.config import EvaluateConfig, RunConfig, StorageConfig, seq_len
 from cluster.parser import ConfigError
 from cluster.progress import report_progress, say
 from cluster.registry import find_checkpoint
@@ -37,6 +37,7 @@ from model.checkpoint import (
     load_model,
     load_tokenizer,
     parameter_hash,
+    read_config,
     read_metadata,
 )
 from model.errors import UserError
@@ -221,6 +222,25 @@ def _worker_losses(model: GPT, rows: Rows, batches: range, num_threads: int) -> 
         inputs, targets = stream.rows(rows.batches[batch])  # (B, T) each
         with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=rows.precision == "bf16"):
             yield batch, float(model.loss(inputs, targets, eot_id=eot_id))
+
+
+NUM_ROWS = 8
+MAX_TOKENS = 8192
+
+
+def gate_rows(checkpoint: str, storage_uri: str) -> dict[str, Any]:
+    """Rows as long as the model's context, or as the split where that is shorter; none, and the reason, where the
+    checkpoint does not say what it was validated on, or that is not here."""
+    try:
+        found, folder = find_checkpoint(checkpoint, storage_uri)
+        config = EvaluateConfig(checkpoint=found, storage=StorageConfig(uri=storage_uri))
+        tokens, split = validation_split(folder, config)
+        seq_len = min(read_config(folder).n_positions, MAX_TOKENS)
+        stream = TokenStream.open(tokens, split=split, seq_len=seq_len)
+    except (CheckpointError, TokenStoreError) as error:
+        return {"rows": [], "reason": str(error)}
+    num_rows = stream.count_rows(at_most=min(NUM_ROWS, max(1, MAX_TOKENS // seq_len)))
+    return {"rows": stream.rows(range(num_rows))[0].tolist(), "reason": ""}
 
 
 if __name__ == "__main__":

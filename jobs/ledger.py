@@ -17,8 +17,7 @@ from typing import Any
 from cluster.lease import LeaseLostError
 from cluster.storage import AlreadyExistsError, ConflictError, NotFoundError, Storage, StorageError
 from jobs.fence import Fence
-from jobs.node_spool import node_spool
-from jobs.outage import Outage, patiently
+from jobs.outage import Outage, node_spool, patiently
 
 LEDGER = "ledger.jsonl"
 

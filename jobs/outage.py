@@ -1,12 +1,19 @@
-"""Storage that is out of reach: tried again for as long as it takes, and told of when it goes and when it is back."""
+"""Storage that is out of reach: tried again for as long as it takes, and told of when it goes and when it is back.
 
+What has yet to be brought there is kept in the node's spool.
+"""
+
+import hashlib
 import logging
+import os
+import tempfile
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 from cluster.lease import LeaseLostError
-from cluster.storage import NotFoundError, StorageError
+from cluster.storage import NotFoundError, Storage, StorageError
 
 _log = logging.getLogger(__name__)
 
@@ -52,3 +59,14 @@ def patiently(call: Callable[[], Result], what: str) -> Result:
         else:
             outage.over()
             return result
+
+
+def node_spool(run: Storage) -> Path:
+    """A folder of this node and user alone, the same for each process that works at the run. Made if missing."""
+    folder = Path(tempfile.gettempdir()) / f"raymill-spool-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise StorageError(f"{folder} belongs to another user; remove it, or set TMPDIR")
+    folder /= hashlib.sha256(run.uri.encode()).hexdigest()[:24]
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder

@@ -25,11 +25,9 @@ from jobs.plan_table import table
 from jobs.plan_warnings import FULL_MEMORY, other_work, warnings
 from jobs.prediction import predict
 from jobs.run_history import recorded_config
-from jobs.scale_simulation import simulate
-from jobs.scale_table import scale_table
+from jobs.scale_simulation import scale_table, simulate
 from jobs.token_store import token_dtype
-from model.config import PRESETS, num_parameters, resolve_preset
-from model.flops import flops_per_token
+from model.config import PRESETS, flops_per_token, num_parameters, resolve_preset
 
 
 def make_plan(config: RunConfig, options: PlanConfig) -> dict[str, Any]:

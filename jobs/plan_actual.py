@@ -12,8 +12,7 @@ from jobs.ledger import Ledger
 from jobs.plan_formulas import STATE_BYTES
 from jobs.plan_table import size
 from jobs.run_history import duration, worker_hours
-from model.config import num_parameters
-from model.flops import flops_per_token
+from model.config import flops_per_token, num_parameters
 
 Row = tuple[str, str, str]
 """What it is, the plan and what was."""

@@ -14,14 +14,14 @@ from ray.train.v2.api.config import ScalingConfig
 from ray.util import get_node_ip_address
 
 from cluster.code_folders import code_version
-from cluster.config import RunConfig, max_steps, to_yaml, with_precision
+from cluster.config import RunConfig, max_steps, seq_len, to_yaml, with_precision
 from cluster.lease import Lease
 from cluster.parser import ConfigError
 from cluster.progress import say
 from cluster.registry import publications, publish, what_latest_became
 from cluster.stage import stage_main
 from cluster.stage_module import StageFailedError
-from cluster.storage import Storage, open_storage
+from cluster.storage import Storage, open_storage, split_uri
 from jobs.background_tokenizing import tokenizing, wait_for_first_rows
 from jobs.checkpoints import RunCheckpoints
 from jobs.failures import one_line
@@ -35,12 +35,11 @@ from jobs.run_history import CONFIG_FILE, changed_settings, recorded_config
 from jobs.run_plan import RunPlan, run_storage
 from jobs.run_precision import workers_precision
 from jobs.run_watcher import watching
-from jobs.token_store import MANIFEST
+from jobs.token_store import MANIFEST, TokenStoreError
 from jobs.tokenize_corpus import token_store, tokenize
 from jobs.train_callbacks import FailureRecorder, SignalListener
 from jobs.train_tokenizer import ensure_tokenizer
 from jobs.train_worker import train_worker
-from jobs.validation_sets import validation_stores
 from jobs.worker_backend import Drains, NodeLosses, Trainer, WorkerBackend
 
 _RAY_TRAIN_SETTINGS = {
@@ -51,6 +50,25 @@ _RAY_TRAIN_SETTINGS = {
 # An elastic group is only started on nodes that are there, so a start that takes longer was planned on a node whose
 # death was not known yet. Ray Train would wait a minute for it; measured recovery from a lost node fell from 76 s.
 _ELASTIC_SETTINGS = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "6"}
+
+
+def validation_stores(config: RunConfig, *, tokenizer_uri: str) -> dict[str, str]:
+    """The URI of each set's finished token store, by name; all of its text is in the "train" split. Needs Ray.
+
+    Raises `TokenStoreError` for a set that is too small for one row, and what `tokenize` raises.
+    """
+    whole = {"tokenizer": tokenizer_uri, "weights": [], "val_fraction": 0.0, "decontaminate_ngram": None}
+    stores = {}
+    for name, source in config.data.validation.items():
+        data = config.data.model_copy(update=whole | {"source": source})
+        made = tokenize(config.model_copy(update={"data": data}))
+        if made["train_tokens"] <= seq_len(config):
+            raise TokenStoreError(
+                f"data.validation.{name}={source} has {made['train_tokens']} tokens, a row needs {seq_len(config) + 1} "
+                "(train.seq_len + 1); add text, leave the set out, or lower train.seq_len"
+            )
+        stores[name] = split_uri(made["manifest"])[0].uri
+    return stores
 
 
 def pretrain(config: RunConfig) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from jobs.corpus_listing import empty_corpus, list_corpus
 from jobs.documents import Document, Drop, read_documents
 from jobs.normal_text import document_hash, normalized
 from jobs.quality import failed_rule
-from jobs.text_pieces import cut_text
+from jobs.text_borders import cut_text
 from jobs.train_tokenizer import TRAINING_PIECE_CHARS, load_tokenizer
 from model.bulk_encoder import bulk_encoder
 from model.tokenizer import Tokenizer, train_bpe

@@ -22,7 +22,7 @@ from jobs.checkpoints import RunCheckpoints, step_of
 from jobs.diff_runs import first_difference, step_values
 from jobs.guards import GuardState
 from jobs.ledger import LEDGER, Ledger
-from jobs.run_data import data_identity, find_tokens
+from jobs.named_run import data_identity, find_tokens
 from jobs.run_history import CONFIG_FILE, recorded_config
 from jobs.run_plan import RunPlan
 from jobs.token_store import TOKENIZER

@@ -5,12 +5,11 @@ from typing import Any
 
 from cluster.storage import Storage, join_uri
 from jobs.ledger import Ledger
-from jobs.named_run import begun_ledger
+from jobs.named_run import begun_ledger, data_identity, find_tokens
 from jobs.plan_actual import plan_rows
 from jobs.report_figures import draw, pictures
 from jobs.report_page import Figure, page
 from jobs.report_theme import DARK, LIGHT
-from jobs.run_data import data_identity, find_tokens
 from jobs.run_history import cost_rows, recorded_config, statistics
 from jobs.token_store import TokenStoreError, read_manifest
 from jobs.why_slow import why_slow

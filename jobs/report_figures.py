@@ -1,5 +1,6 @@
 """The figures of a run over its steps, as PNG, for light and for dark pages."""
 
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,9 +13,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, StrMethodFormatter
 
 from jobs.ledger import Ledger
 from jobs.report_theme import Theme, new_figure, png, style
-from jobs.report_waterfall import parts, waterfall
-from jobs.run_history import interruptions, lost_ranges, seconds_by_phase, segments
-from jobs.why_slow import why_slow
+from jobs.run_history import duration, interruptions, lost_ranges, seconds_by_phase, segments
+from jobs.why_slow import shares, why_slow
 
 Array = npt.NDArray[np.float64]
 
@@ -258,3 +258,41 @@ def _layers(axes: Axes, ledger: Ledger, theme: Theme, *, field: str) -> None:
     bar = axes.figure.colorbar(mesh, ax=axes)
     bar.ax.tick_params(which="both", colors=theme.text)
     bar.set_label(f"{field.replace('_', ' ')} (no unit)", color=theme.text)
+
+
+_LINE_CHARS = 90
+_LEAST_SHARE = 0.0005
+
+
+def parts(ledger: Ledger) -> dict[str, float]:
+    """Returns what the wall time went into, as shares of it: the figures that `why-slow` judges by."""
+    found = shares(ledger)
+    spent = {f"computing: {phase}": share for phase, share in found.computing.items()}
+    spent |= {cause: share for cause, share in found.by_cause.items() if cause != "compute"}
+    return {name: share for name, share in spent.items() if share >= _LEAST_SHARE}
+
+
+def waterfall(axes: Axes, ledger: Ledger, theme: Theme, *, verdict: str) -> None:
+    wall_s, drawn = shares(ledger).wall_s, parts(ledger)
+    start = 0.0
+    for row, share in enumerate(drawn.values()):
+        axes.barh(row, 100 * share, left=100 * start, color=theme.series, height=0.65)
+        start += share
+        is_late = start > 0.8  # then there is no room to the right of the bar
+        axes.annotate(
+            f"{duration(share * wall_s)}, {share:.0%}",
+            (100 * (start - share if is_late else start), row),
+            (-5 if is_late else 5, 0),
+            textcoords="offset points",
+            ha="right" if is_late else "left",
+            va="center",
+            color=theme.text,
+            fontsize="small",
+            bbox={"facecolor": theme.background, "edgecolor": "none", "pad": 1.0},
+        )
+    axes.set_yticks(range(len(drawn)), list(drawn))
+    axes.invert_yaxis()
+    axes.set_xlim(0, 100)
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    label = "\n".join(textwrap.wrap(verdict, _LINE_CHARS))
+    axes.set_xlabel(f"wall time of the run (% of {duration(wall_s)})\n{label}", color=theme.text)

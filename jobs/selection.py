@@ -19,8 +19,7 @@ import numpy.typing as npt
 from cluster.config import DataConfig
 from jobs.corpus_index import DROP_CODES, ChunkIndex
 from jobs.documents import Drop
-from jobs.duplicates import Duplicates
-from jobs.near_duplicates import NearDuplicates
+from jobs.duplicates import Duplicates, NearDuplicates
 
 Codes = npt.NDArray[np.uint8]
 """(N,) of a chunk's documents: 0 trains, `HELD_OUT` validates, others are drop codes."""

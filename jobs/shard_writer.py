@@ -25,7 +25,7 @@ from jobs.data_tasks import Task
 from jobs.decontamination import shares_ngram, validation_ngrams
 from jobs.documents import Document, Drop
 from jobs.selection import HELD_OUT
-from jobs.text_pieces import cut_text
+from jobs.text_borders import cut_text
 from jobs.token_store import DropSample, Shard, Split, canonical_json, token_dtype
 from model.bulk_encoder import BulkEncoder, Encoder, PlainEncoder
 from model.tokenizer import Tokenizer

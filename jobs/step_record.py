@@ -14,7 +14,7 @@ from jobs.step_timer import StepTimer, step_timer
 from jobs.train_state import TrainState
 from jobs.worker_group import WorkerGroup
 from model.checkpoint import parameter_hash
-from model.flops import flops_per_token
+from model.config import flops_per_token
 from model.gpus import gpu_of
 
 _NOT_TRAINING = ("validation", "checkpoint")

@@ -1,7 +1,7 @@
 """Where one line, csv record or stretch of text ends in a stream of bytes; nothing is held but the one at hand.
 
 A range [start, end) owns what begins in it, so the ranges of a file, read by different workers, together give each
-line and each stretch once.
+line and each stretch once. A long text is cut into pieces, so that the encoder's memory is bounded.
 """
 
 import io
@@ -153,3 +153,22 @@ def _border(window: bytes) -> int:
     while end > 0 and window[end] & 0xC0 == 0x80:
         end -= 1
     return max(end, 0)
+
+
+_PIECE_CHARS = 1 << 18
+_BORDER = re.compile(r"(?<=[^\W\d_])(?=\s)")
+
+
+def cut_text(text: str, *, piece_chars: int = _PIECE_CHARS) -> Iterator[str]:
+    """The text in pieces of `piece_chars` to twice as many.
+
+    A piece ends where a letter is followed by a blank. The patterns of GPT-2's tokenizer and of its followers never
+    join these two, so the pieces' ids, end to end, are the text's. Only a text without such a place is cut anywhere.
+    """
+    start = 0
+    while len(text) - start > 2 * piece_chars:
+        border = _BORDER.search(text, start + piece_chars, start + 2 * piece_chars)
+        end = border.start() if border else start + 2 * piece_chars
+        yield text[start:end]
+        start = end
+    yield text[start:]

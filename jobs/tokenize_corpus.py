@@ -24,8 +24,8 @@ from jobs.data_tasks import run_tasks
 from jobs.decontamination import store_validation_ngrams
 from jobs.documents import UNREADABLE, Drop
 from jobs.file_pieces import PIECES, cut_files
+from jobs.growing_store import SealedPrefix
 from jobs.ready_shards import copy_shards
-from jobs.sealed_prefix import SealedPrefix
 from jobs.selection import Selection, Summary
 from jobs.shard_writer import ChunkResult, ChunkWriter
 from jobs.token_store import (

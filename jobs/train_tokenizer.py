@@ -24,7 +24,7 @@ from jobs.normal_text import document_hash, normalized
 from jobs.quality import failed_rule
 from jobs.ready_shards import store_tokenizer
 from jobs.sample_places import is_sampled, sample_places
-from jobs.text_pieces import cut_text
+from jobs.text_borders import cut_text
 from jobs.token_store import canonical_json
 from model.errors import UserError
 from model.tokenizer import Tokenizer, train_bpe

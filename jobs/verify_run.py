@@ -12,7 +12,7 @@ from cluster.storage import Storage
 from jobs import inspect_store
 from jobs.checkpoints import RunCheckpoints
 from jobs.ledger import Ledger, Line
-from jobs.run_data import data_identity, find_tokens
+from jobs.named_run import data_identity, find_tokens
 from jobs.token_store import TokenStoreError
 from model.checkpoint import Metadata, parameter_hash, read_metadata, verify_checkpoint
 

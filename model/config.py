@@ -1,4 +1,4 @@
-"""The shape of a GPT-2 style decoder: its fields in GPT-2's own words, its presets, its parameter count."""
+"""The shape of a GPT-2 style decoder: its fields in GPT-2's own words, its presets, its parameters and operations."""
 
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
@@ -100,3 +100,15 @@ def preset_fields(values: dict[str, Any]) -> dict[str, Any]:
         if name not in known:
             raise ValueError(f"{name!r} is not a model setting, expected one of preset, {', '.join(sorted(known))}")
     return PRESETS.get(preset, {}) | values
+
+
+def flops_per_token(config: GPTConfig, seq_len: int) -> int:
+    """Forward and backward: 6 for each parameter that multiplies, and 12 x layers x width x seq_len for the scores and
+    their use (PaLM, 2022, appendix B, which like this one does not discount the causal half).
+
+    Position embeddings, and token embeddings beside an untied head, are looked up, not multiplied.
+    """
+    looked_up = config.n_positions * config.n_embd
+    if not config.tie_word_embeddings:
+        looked_up += config.vocab_size * config.n_embd
+    return 6 * (num_parameters(config) - looked_up) + 12 * config.n_layer * config.n_embd * seq_len

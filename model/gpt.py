@@ -14,9 +14,22 @@ from torch import Tensor, nn
 
 from model.autograd_ops import affine, cross_entropy, embed
 from model.config import GPTConfig
-from model.document_mask import document_mask
 from model.kv_cache import Cache, Window
 from model.shapes import DEFAULT_CHUNK_TOKENS
+
+
+def document_mask(token_ids: Tensor, *, eot_id: int) -> tuple[Tensor, Tensor]:
+    """Of token_ids (B, T): positions (B, T), which restart at 0 at each end-of-text token, and the attention mask
+    (B, 1, T, T), true where a token sees another: in its own document, up to itself.
+
+    An end-of-text token is the last target of its document and the first input of the next one: a document's first
+    token is predicted from it alone, as when text is generated without a prompt. What a row starts with, up to its
+    first end-of-text token, is the rest of a document.
+    """
+    places = torch.arange(token_ids.shape[1], device=token_ids.device)  # (T,)
+    starts = torch.where(token_ids == eot_id, places, 0).cummax(dim=1).values  # (B, T), of each token's document
+    same = starts[:, :, None] == starts[:, None, :]  # (B, T, T)
+    return places - starts, (same & (places <= places[:, None]))[:, None]
 
 
 class Projection(nn.Module):
@@ -185,7 +198,7 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Summed cross-entropy (scalar, at least fp32) of targets (B, T); IGNORE_INDEX is not counted.
 
-        With `eot_id` the documents in a row see nothing of each other (`model/document_mask.py`).
+        With `eot_id` the documents in a row see nothing of each other.
         """
         return self.loss_of(self.hidden(token_ids, eot_id=eot_id), targets, chunk_tokens=chunk_tokens)
 

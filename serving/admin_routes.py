@@ -11,11 +11,11 @@ from cluster.registry import find_checkpoint
 from model.errors import UserError
 from serving.errors import ApiError, invalid_request
 from serving.follower import CoordinatorAwayError, Follower, answer_of
-from serving.json_body import read_json_body
 from serving.promotion import Delivery, DeliveryError, Terms, Version
 from serving.protocol import Request as Body
 from serving.protocol import parse_request
 from serving.served_model import ServedModel, misfit, read_served_model, version_of
+from serving.strict_json import read_json_body
 
 MAX_GATE_TOKENS = 16_384  # measured by every replica, on both versions, beside its clients' requests
 

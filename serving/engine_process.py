@@ -19,11 +19,10 @@ from model.errors import UserError
 from model.gpt import GPT
 from serving.block_pool import BlockPool, num_blocks_for
 from serving.engine import Engine
-from serving.engine_dtype import with_dtype
 from serving.messages import Admission, FrameBuffer, SequenceRequest, StepReport, encode_frame, parse_request
 from serving.native_library import NoNativeLibraryError
 from serving.native_runner import NativeRunner
-from serving.runner import LOADED_IN, Runner
+from serving.runner import LOADED_IN, Runner, with_dtype
 from serving.torch_runner import TorchRunner
 from serving.watchdog import watch_peer
 

@@ -17,7 +17,6 @@ from serving.answers import Answer, AnswerHead, TextAnswer
 from serving.chat import NOTE_HEADER, ChatAnswer, as_completion, parse_chat
 from serving.completions import Completion, start_completion
 from serving.errors import ApiError, draining, engine_unavailable, internal_error
-from serving.json_body import read_request
 from serving.loaded_version import LoadedVersion
 from serving.metrics import ReplicaMetrics
 from serving.page_routes import page_router
@@ -25,6 +24,7 @@ from serving.protocol import CompletionRequest, parse_completion
 from serving.relay import YES_HEADER, RelayClient
 from serving.routed_request import RoutedRequest
 from serving.served_model import ServedModel
+from serving.strict_json import read_request
 from serving.tool_routes import tool_router
 from serving.versions import Versions
 

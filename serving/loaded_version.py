@@ -11,10 +11,10 @@ from cluster.serve_config import ServeConfig
 from model.errors import UserError
 from model.sampling import SamplingParams
 from serving.engine_client import EngineClient
-from serving.engine_dtype import with_dtype
 from serving.health import HealthCheck
 from serving.messages import FinishReason, SequenceRequest
 from serving.promotion import Version, VersionStats
+from serving.runner import with_dtype
 from serving.served_model import ServedModel, read_served_model
 from serving.xray import Xray
 

@@ -10,10 +10,10 @@ from fastapi.responses import Response
 
 from serving.completions import to_json
 from serving.errors import overloaded
-from serving.json_body import read_request
 from serving.protocol import DetokenizeRequest, TokenizeRequest, parse_request
 from serving.routed_request import RoutedRequest
 from serving.served_model import ServedModel
+from serving.strict_json import read_request
 from serving.xray import XrayRequest
 
 

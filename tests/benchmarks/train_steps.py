@@ -18,8 +18,7 @@ from jobs.batch_gradient import BatchGradient
 from jobs.step_timer import StepTimer
 from jobs.train_state import TrainState
 from jobs.worker_group import WorkerGroup
-from model.config import PRESETS
-from model.flops import flops_per_token
+from model.config import PRESETS, flops_per_token
 from model.gpt import GPT
 from model.training_memory import keep_freed_memory
 from tests.benchmarks.plain_gpt2 import PlainGPT2, Shape, training_step

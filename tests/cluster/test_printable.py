@@ -6,7 +6,7 @@ import pty
 import pytest
 
 from cluster.commands import _write_now
-from cluster.printable import printable
+from cluster.result_text import printable
 
 
 def test_what_is_not_printable_is_escaped() -> None:

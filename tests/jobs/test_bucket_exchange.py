@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from jobs.batch_gradient import autocast, dropout_seed
+from jobs.bucket_exchange import gradient_norm
 from jobs.exact_reduce import tree_sum
-from jobs.gradient_norm import gradient_norm
 from jobs.plan_formulas import num_subtrees_of_rank, sent_bytes
 from jobs.worker_group import WorkerGroup
 from model.checkpoint import parameter_hash

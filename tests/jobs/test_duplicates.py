@@ -59,7 +59,7 @@ import sys
 from pathlib import Path
 import numpy as np
 from jobs.duplicates import Duplicates
-from jobs.near_duplicates import NearDuplicates
+from jobs.duplicates import NearDuplicates
 
 def peak_bytes():
     return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmHWM"))

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jobs.bucket_exchange import block_square_sums, gradient_norm
 from jobs.flat_layout import BLOCK, FlatLayout, part_of
-from jobs.gradient_norm import block_square_sums, gradient_norm
 from model.config import resolve_preset
 from model.gpt import GPT
 from model.shapes import parameter_shapes

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jobs import near_duplicates, spool
-from jobs.near_duplicates import NGRAM_WORDS, NearDuplicates, bands_for, signature, similarity
+from jobs import duplicates, spool
+from jobs.duplicates import NGRAM_WORDS, NearDuplicates, bands_for, signature, similarity
 from jobs.normal_text import normalized, word_ngrams
 
 PROSE = [re.sub(r"\s+", " ", part) for text in topics.values() for part in text.split("\n\n")]
@@ -191,7 +191,7 @@ def test_dropped_is_what_shares_a_band_with_and_is_like_an_earlier_one_in_any_or
     signatures = np.array([signature(ngrams_of(text)) for text in versions(60, rng)])
     cuts = [0, *sorted(rng.sample(range(61), 5)), 60]
     monkeypatch.setattr(spool, "_BUFFER_BYTES", data.draw(st.sampled_from([1, 2000, 1 << 20])))
-    monkeypatch.setattr(near_duplicates, "_BLOCK", data.draw(st.sampled_from([1, 7, 8192])))
+    monkeypatch.setattr(duplicates, "_BLOCK", data.draw(st.sampled_from([1, 7, 8192])))
     with NearDuplicates(tmp_path, threshold=threshold) as search:
         for chunk in data.draw(st.permutations(range(len(cuts) - 1))):
             members = signatures[cuts[chunk] : cuts[chunk + 1]]

@@ -11,8 +11,7 @@ from cluster.flags import settings_from_flags, validate_config
 from cluster.parser import Parser
 from cluster.plan_command import add_plan_arguments
 from cluster.plan_config import PlanConfig
-from jobs.scale_simulation import limits, scales, simulate, simulated_goodput
-from jobs.scale_table import scale_table
+from jobs.scale_simulation import limits, scale_table, scales, simulate, simulated_goodput
 
 PAGE = Path(__file__).resolve().parents[2] / "k8s" / "scale.md"
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from cluster.config import DataConfig
 from jobs.corpus_index import DROP_CODES, ChunkIndex
 from jobs.documents import Drop
-from jobs.near_duplicates import SIGNATURE_SIZE, signature
+from jobs.duplicates import SIGNATURE_SIZE, signature
 from jobs.normal_text import document_hash, word_ngrams
 from jobs.selection import HELD_OUT, Selection, Summary, held_out
 

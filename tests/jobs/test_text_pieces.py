@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from jobs.text_pieces import cut_text
+from jobs.text_borders import cut_text
 from model.tokenizer import train_bpe
 
 

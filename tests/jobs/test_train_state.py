@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cluster.config import TrainConfig
+from jobs.bucket_exchange import gradient_norm
 from jobs.flat_layout import BLOCK
-from jobs.gradient_norm import gradient_norm
 from jobs.train_state import TrainState
 from jobs.worker_group import WorkerGroup
 from model.checkpoint import parameter_hash

@@ -11,14 +11,14 @@ import torch
 
 from cluster.config import RunConfig
 from cluster.storage import join_uri, open_storage
-from jobs import validation_sets
+from jobs import pretrain
 from jobs.ledger import Ledger
+from jobs.pretrain import validation_stores
 from jobs.report import make_report
 from jobs.run_history import recorded_config, statistics
 from jobs.run_plan import RunPlan
 from jobs.token_store import MANIFEST, TokenStoreError
 from jobs.train_loop import train
-from jobs.validation_sets import validation_stores
 from model.checkpoint import load_model
 from model.tokenizer import Tokenizer
 from tests.jobs.poisoned_runs import run_world
@@ -108,7 +108,7 @@ def test_each_set_becomes_a_store_of_its_own_or_is_refused(tmp_path: Path, monke
         tokens = 33 if config.data.source == "/good.txt" else 32
         return {"manifest": join_uri(str(tmp_path / "tokens" / str(len(asked))), MANIFEST), "train_tokens": tokens}
 
-    monkeypatch.setattr(validation_sets, "tokenize", tokenize)
+    monkeypatch.setattr(pretrain, "tokenize", tokenize)
     config = RunConfig.model_validate(
         {
             "model": {"preset": "tiny"},

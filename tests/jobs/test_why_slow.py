@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from jobs.ledger import Ledger
-from jobs.report_waterfall import parts
+from jobs.report_figures import parts
 from jobs.why_slow import why_slow
 
 USUAL = {"load": 0.002, "forward": 0.03, "loss": 0.01, "backward": 0.05, "sync": 0.003, "update": 0.004, "stall": 0.001}

@@ -18,8 +18,8 @@ import psutil
 import pytest
 from ray.autoscaler._private.kuberay.utils import parse_quantity
 
-from cluster.child_processes import kill, with_descendants
 from cluster.local import NODE_NAME_VARIABLE, free_port
+from cluster.process_identity import kill, with_descendants
 from tests.bound_process import start_bound
 from tests.k8s.manifests import Manifest
 

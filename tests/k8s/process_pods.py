@@ -21,8 +21,8 @@ from typing import Any, Self
 
 import httpx
 
-from cluster.child_processes import kill, with_descendants
 from cluster.local import free_port
+from cluster.process_identity import kill, with_descendants
 from tests.bound_process import start_bound
 from tests.k8s.api_stand_in import ApiStandIn
 from tests.k8s.manifests import Manifest, cluster_spec, find, of_kind

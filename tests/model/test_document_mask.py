@@ -2,8 +2,7 @@
 
 import torch
 
-from model.document_mask import document_mask
-from model.gpt import GPT
+from model.gpt import GPT, document_mask
 from tests.model.conftest import small_model
 
 EOT = 96

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.config import resolve_preset
-from model.flops import flops_per_token
+from model.config import flops_per_token, resolve_preset
 from tests.model.conftest import small_model
 
 
