@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = command_parser(words).parse_args(words)
         arguments.words, arguments.next = words, ""
         arguments.show = lambda result: _show(result, as_json=arguments.json)
-        result = imported(arguments.run)(arguments)
+        result = imported(f"cluster.{arguments.run}")(arguments)
     except UserError as error:
         if not isinstance(error, ShownError):  # whose result says it
             sys.stderr.write(f"error: {printable(str(error))}\n")

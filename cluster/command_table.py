@@ -16,7 +16,7 @@ class Command:
     """A command with arguments, or one that has commands of its own."""
 
     about: str
-    run: str = ""  # `module:function`, from the parsed arguments to the result that is printed
+    run: str = ""  # `module:function` of this folder, from the parsed arguments to the result that is printed
     add_arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None
     commands: Mapping[str, "Command"] = field(default_factory=dict)
     note: str = ""  # what its own manual says besides
@@ -25,55 +25,48 @@ class Command:
 _STORAGE = "whether a storage does all that runs ask of it, and in words what is wrong if not"
 
 COMMANDS: dict[str, Command] = {
-    "tokenize": Command(STAGES["tokenize"][1], "cluster.commands:stage", arguments.stage),
-    "pretrain": Command(STAGES["pretrain"][1], "cluster.commands:stage", arguments.pretrain),
-    "pipeline": Command(STAGES["pipeline"][1], "cluster.commands:stage", arguments.stage),
+    "tokenize": Command(STAGES["tokenize"][1], "commands:stage", arguments.stage),
+    "pretrain": Command(STAGES["pretrain"][1], "commands:stage", arguments.pretrain),
+    "pipeline": Command(STAGES["pipeline"][1], "commands:stage", arguments.stage),
     "submit": Command(
         "start a stage as a job that goes on without this command; submitting the same run twice starts one job",
-        "cluster.job_commands:submit",
+        "job_commands:submit",
         arguments.submit,
     ),
     "list": Command(
         "the jobs that were submitted for the runs of a storage, and what they are doing",
-        "cluster.job_commands:list_jobs",
+        "job_commands:list_jobs",
         arguments.list_jobs,
     ),
     "status": Command(
-        "what a run's job is doing, or how it ended; exit code 1 if not well",
-        "cluster.job_commands:status",
-        arguments.job,
+        "what a run's job is doing, or how it ended; exit code 1 if not well", "job_commands:status", arguments.job
     ),
     "logs": Command(
-        "what a run's job and its workers printed, also when the cluster is gone",
-        "cluster.job_commands:logs",
-        arguments.logs,
+        "what a run's job and its workers printed, also when the cluster is gone", "job_commands:logs", arguments.logs
     ),
     "stop": Command(
-        "have a run's job save and end; submitting the run again resumes it", "cluster.job_commands:stop", arguments.job
+        "have a run's job save and end; submitting the run again resumes it", "job_commands:stop", arguments.job
     ),
     "storage": Command(
-        _STORAGE,
-        commands={"check": Command(_STORAGE, "cluster.commands:storage_check", arguments.storage_check)},
+        _STORAGE, commands={"check": Command(_STORAGE, "commands:storage_check", arguments.storage_check)}
     ),
     "data": Command(
         "look at a corpus before a job is spent, and at a token store afterwards",
         commands={
             "preview": Command(
                 "documents, tokens and drop rates of a corpus, estimated from a sample",
-                "cluster.commands:data_preview",
+                "commands:data_preview",
                 arguments.stage,
             ),
             "stats": Command(
                 "documents, tokens and bytes of a token store, by split and source",
-                "cluster.commands:look_at_store",
+                "commands:look_at_store",
                 arguments.store,
             ),
             "verify": Command(
-                "recompute the hash of every shard of a token store", "cluster.commands:look_at_store", arguments.store
+                "recompute the hash of every shard of a token store", "commands:look_at_store", arguments.store
             ),
-            "report": Command(
-                "what was dropped and why, with samples", "cluster.commands:look_at_store", arguments.store
-            ),
+            "report": Command("what was dropped and why, with samples", "commands:look_at_store", arguments.store),
         },
     ),
     "dashboards": Command(
@@ -81,17 +74,17 @@ COMMANDS: dict[str, Command] = {
         commands={
             "push": Command(
                 "bring Grafana's data source, folder and dashboards to what this version makes, as often as wanted",
-                "cluster.dashboard_commands:push",
+                "dashboard_commands:push",
                 arguments.dashboard_push,
             ),
             "diff": Command(
                 "the places where Grafana's dashboards are not what this version makes; exit code 1 where there are "
                 "any",
-                "cluster.dashboard_commands:diff",
+                "dashboard_commands:diff",
             ),
             "export": Command(
                 "write them, the alerts and the scrape settings as files for Grafana, Prometheus and kustomize",
-                "cluster.dashboard_commands:export",
+                "dashboard_commands:export",
                 arguments.dashboard_export,
             ),
         },
@@ -99,108 +92,86 @@ COMMANDS: dict[str, Command] = {
         "GRAFANA_TOKEN_FILE names.",
     ),
     "plan": Command(
-        "what a run will take: operations, days, cost, memory, checkpoints, links",
-        "cluster.plan_command:plan",
-        arguments.plan,
+        "what a run will take: operations, days, cost, memory, checkpoints, links", "plan_command:plan", arguments.plan
     ),
     "inspect": Command(
-        "the shape and bytes of a batch at every stage of the model",
-        "cluster.shapes_command:inspect",
-        arguments.inspect,
+        "the shape and bytes of a batch at every stage of the model", "shapes_command:inspect", arguments.inspect
     ),
-    "evaluate": Command(
-        "loss, perplexity and bits per byte of a checkpoint", "cluster.commands:evaluate", arguments.evaluate
-    ),
+    "evaluate": Command("loss, perplexity and bits per byte of a checkpoint", "commands:evaluate", arguments.evaluate),
     "export": Command(
-        "copy a checkpoint without its training state, ready for Hugging Face",
-        "cluster.commands:export",
-        arguments.export,
+        "copy a checkpoint without its training state, ready for Hugging Face", "commands:export", arguments.export
     ),
     "report": Command(
         "draw a run: loss, workers, throughput, a step's time, cost, plan and actual",
-        "cluster.commands:report",
+        "commands:report",
         arguments.report,
     ),
     "compare": Command(
-        "put runs side by side: curves, settings that differ, final figures",
-        "cluster.commands:compare",
-        arguments.compare,
+        "put runs side by side: curves, settings that differ, final figures", "commands:compare", arguments.compare
     ),
-    "why-slow": Command("say what bounds a run, and by which numbers", "cluster.commands:why_slow", arguments.one_run),
+    "why-slow": Command("say what bounds a run, and by which numbers", "commands:why_slow", arguments.one_run),
     "verify": Command(
-        "recompute the hashes of a run's checkpoints and of its data", "cluster.commands:verify", arguments.one_run
+        "recompute the hashes of a run's checkpoints and of its data", "commands:verify", arguments.one_run
     ),
-    "replay": Command("take steps of a run again and compare their bits", "cluster.commands:replay", arguments.replay),
-    "diff": Command("find the first step where two runs part", "cluster.commands:diff", arguments.diff),
+    "replay": Command("take steps of a run again and compare their bits", "commands:replay", arguments.replay),
+    "diff": Command("find the first step where two runs part", "commands:diff", arguments.diff),
     "probe": Command(
         "measure what each kept checkpoint does in context: copying, induction, few-shot",
-        "cluster.commands:probe",
+        "commands:probe",
         arguments.one_run,
     ),
-    "track": Command("bring a run's curves to Weights & Biases or MLflow", "cluster.commands:track", arguments.track),
+    "track": Command("bring a run's curves to Weights & Biases or MLflow", "commands:track", arguments.track),
     "lend": Command(
-        "have a running elastic run shrink for a while, and grow again", "cluster.commands:lend_workers", arguments.lend
+        "have a running elastic run shrink for a while, and grow again", "commands:lend_workers", arguments.lend
     ),
-    "publish": Command(
-        "make a checkpoint the latest one", "cluster.commands:publish_checkpoint", arguments.one_checkpoint
-    ),
+    "publish": Command("make a checkpoint the latest one", "commands:publish_checkpoint", arguments.one_checkpoint),
     "checkpoint": Command(
         "look at checkpoints",
         commands={
             "show": Command(
-                "verify a checkpoint and print its hashes",
-                "cluster.commands:checkpoint_show",
-                arguments.one_checkpoint,
+                "verify a checkpoint and print its hashes", "commands:checkpoint_show", arguments.one_checkpoint
             ),
-            "list": Command("list the published checkpoints", "cluster.commands:checkpoint_list", arguments.storage),
+            "list": Command("list the published checkpoints", "commands:checkpoint_list", arguments.storage),
         },
     ),
     "serve": Command(
         "serve a checkpoint behind an OpenAI-compatible endpoint until SIGTERM or Ctrl-C",
-        "cluster.commands:serve",
+        "commands:serve",
         arguments.serve,
     ),
     "complete": Command(
-        "complete a prompt at the endpoint that `raymill serve` started here",
-        "cluster.commands:complete",
-        arguments.complete,
+        "complete a prompt at the endpoint that `raymill serve` started here", "commands:complete", arguments.complete
     ),
     "promote": Command(
-        "make the running endpoint serve another checkpoint", "cluster.delivery_commands:promote", arguments.promote
+        "make the running endpoint serve another checkpoint", "delivery_commands:promote", arguments.promote
     ),
     "rollback": Command(
-        "make the running endpoint serve the version before", "cluster.delivery_commands:rollback", arguments.operator
+        "make the running endpoint serve the version before", "delivery_commands:rollback", arguments.operator
     ),
     "cluster": Command(
         "render and apply the manifests, scale their groups, and say why a pod is pending or stays",
         commands={
-            "render": Command(
-                "print the objects of an overlay as YAML", "cluster.kube_commands:render", arguments.render
-            ),
-            "apply": Command(
-                "apply the objects of an overlay (server-side)", "cluster.kube_commands:apply", arguments.apply
-            ),
+            "render": Command("print the objects of an overlay as YAML", "kube_commands:render", arguments.render),
+            "apply": Command("apply the objects of an overlay (server-side)", "kube_commands:apply", arguments.apply),
             "scale": Command(
                 "change how many pods a group may have, or suspend and resume it or all",
-                "cluster.kube_commands:scale",
+                "kube_commands:scale",
                 arguments.scale,
             ),
             "status": Command(
                 "say in a sentence what each cluster, job and service does",
-                "cluster.kube_commands:status",
+                "kube_commands:status",
                 arguments.kube_objects,
             ),
-            "why-pending": Command(
-                "say why pods do not run yet", "cluster.kube_commands:pending", arguments.kube_objects
-            ),
+            "why-pending": Command("say why pods do not run yet", "kube_commands:pending", arguments.kube_objects),
             "why-not-idle": Command(
-                "say why pods of a Ray cluster do not go away", "cluster.kube_commands:not_idle", arguments.why_not_idle
+                "say why pods of a Ray cluster do not go away", "kube_commands:not_idle", arguments.why_not_idle
             ),
         },
     ),
     "demo": Command(
         "a corpus to a served model on a 3-node local cluster, with a node killed on purpose",
-        "cluster.commands:demo",
+        "commands:demo",
         arguments.demo,
     ),
 }

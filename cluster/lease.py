@@ -184,14 +184,20 @@ def living_holder(storage: Storage, key: str, *, timeout_s: float) -> Holder | N
 
 def _held(storage: Storage, key: str) -> tuple[Holder, str] | None:
     """The holder and the version that says so; None when there is none."""
+    content, version = read_with_version(storage, key)
+    return None if version is None else (_parsed(content), version)
+
+
+def read_with_version(storage: Storage, key: str) -> tuple[bytes, str | None]:
+    """Content and version of one and the same write; no bytes and None where there is no such file."""
     while (entry := storage.stat(key)) is not None:
         try:
             content = storage.read_bytes(key)
         except NotFoundError:
-            return None
+            break
         if storage.stat(key) == entry:
-            return _parsed(content), entry.version
-    return None
+            return content, entry.version
+    return b"", None
 
 
 def _myself() -> Holder:

@@ -10,8 +10,8 @@ import secrets
 import socket
 from typing import Any
 
-from cluster.lease import LeaseLostError
-from cluster.storage import AlreadyExistsError, ConflictError, NotFoundError, Storage, StorageError, join_uri
+from cluster.lease import LeaseLostError, read_with_version
+from cluster.storage import AlreadyExistsError, ConflictError, Storage, StorageError, join_uri
 from model.failpoints import failpoint
 
 WRITER = "WRITER"
@@ -63,14 +63,10 @@ class Fence:
 
     def _read(self) -> tuple[dict[str, Any], str | None]:
         """The newest writer and the version that says so; number 0 and None where none was."""
-        while (entry := self._run.stat(WRITER)) is not None:
-            try:
-                content = self._run.read_bytes(WRITER)
-            except NotFoundError:
-                break
-            if self._run.stat(WRITER) == entry:
-                try:
-                    return dict(json.loads(content)), entry.version
-                except ValueError as error:
-                    raise StorageError(f"{self._uri} is damaged; once no process writes the run, delete it") from error
-        return {"generation": 0, "launcher": 0, "host": "an unknown host", "pid": 0}, None
+        content, version = read_with_version(self._run, WRITER)
+        if version is None:
+            return {"generation": 0, "launcher": 0, "host": "an unknown host", "pid": 0}, None
+        try:
+            return dict(json.loads(content)), version
+        except ValueError as error:
+            raise StorageError(f"{self._uri} is damaged; once no process writes the run, delete it") from error
