@@ -24,9 +24,9 @@ from cluster.metric_table import Exporter
 from cluster.serve_config import HttpConfig
 from serving import http_server
 from serving.errors import DRAINING_HEADER, ApiError, closing, interrupted, invalid_request, not_found
-from serving.protocol import MAX_BODY_BYTES
 from serving.relay import ASK_HEADER, YES_HEADER, Relay, RelayedAnswer
 from serving.routed_request import NewestRoute
+from serving.strict_json import MAX_BODY_BYTES
 
 SETTINGS_VARIABLE = "RAYMILL_HTTP"
 HIDDEN_PATHS = ("/-/routes",)  # Ray Serve's own; it keeps /-/healthz, which Kubernetes asks for

@@ -10,7 +10,6 @@ from serving import harmless_fields
 from serving.errors import ApiError, invalid_request
 from serving.strict_json import parse_json_object, shown
 
-MAX_BODY_BYTES = 1 << 20
 MAX_PROMPTS = 256
 MAX_CHOICES = 8
 MAX_STOP_STRINGS = 16  # OpenAI has 4, vLLM no limit

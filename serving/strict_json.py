@@ -10,8 +10,8 @@ from typing import Any, NoReturn, TypeVar
 from fastapi import Request
 
 from serving.errors import invalid_request
-from serving.protocol import MAX_BODY_BYTES
 
+MAX_BODY_BYTES = 1 << 20
 PARSED_AT_ONCE_BYTES = 16 << 10  # in 2 to 5 ms at most; a megabyte takes up to 0.25 s
 Parsed = TypeVar("Parsed")
 
