@@ -6,6 +6,7 @@ Nothing else makes a metric (`metric_export.py` refuses a name that is not here)
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Literal, get_args
 
 
 class Kind(StrEnum):
@@ -78,7 +79,14 @@ _ITL_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5,
 _E2E_S = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
 
 
-PHASES = ("load", "forward", "loss", "backward", "sync", "update", "snapshot", "checkpoint", "validation", "statistics")
+Phase = Literal[
+    "load", "forward", "loss", "backward", "sync", "update", "snapshot", "checkpoint", "validation", "statistics"
+]
+PHASES: tuple[str, ...] = get_args(Phase)
+"""Of a training step: `loss` is the head and its cross-entropy, with their gradient; `sync` what of the exchange is not
+overlapped."""
+REST, UNTIMED = "stall", "step"
+"""What no phase claims; the one phase of a step whose parts are not timed."""
 FAILURES = ("user_error", "raised", "died", "lost", "hang")
 FINISH_REASONS = ("stop", "length", "error", "abort")
 OUTCOMES = ("ok", "invalid", "refused", "drained", "failed", "cut", "left")
@@ -117,7 +125,7 @@ TABLE: tuple[Metric, ...] = (
     _run("train_tokens_per_second", TOKENS_PER_S, "Of the last step, without validation and checkpoints"),
     _run("train_mfu", RATIO, "Model FLOPs utilization, on GPUs whose peak is known"),
     _run("train_step_seconds", SECONDS, "Wall time of the last step, of rank 0"),
-    _run("train_phase_seconds", SECONDS, "Its parts, which sum to it", "phase", values=(*PHASES, "stall", "step")),
+    _run("train_phase_seconds", SECONDS, "Its parts, which sum to it", "phase", values=(*PHASES, REST, UNTIMED)),
     _run("train_world_size", WORKERS, "Workers of the attempt that is on"),
     _run("train_validation_loss", NATS, "Of the held-out split (val) and of each further text", "set"),
     _run("train_validation_bits_per_byte", BITS, "The same per byte of text", "set"),

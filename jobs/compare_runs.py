@@ -1,6 +1,5 @@
 """Puts runs side by side: their losses on one axis, the settings in which they differ, and their final figures."""
 
-import base64
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from jobs.ledger import Ledger
 from jobs.named_run import begun_ledger
 from jobs.report import flattened
 from jobs.report_figures import smoothed
-from jobs.report_page import document, grid
+from jobs.report_page import Figure, document, grid, picture
 from jobs.report_theme import DARK, LIGHT, Theme, new_figure, png, style
 from jobs.run_history import final_figures, recorded_config
 
@@ -102,8 +101,4 @@ def draw(runs: Sequence[Run], theme: Theme) -> bytes:
 
 def _picture(light: bytes, dark: bytes, runs: Sequence[Run]) -> str:
     said = "; ".join(f"{run.name} ends at {run.ledger.steps[-1]['loss']:.3f} nats per token" for run in runs)
-    one, two = (f"data:image/png;base64,{base64.b64encode(data).decode()}" for data in (light, dark))
-    alt = escape(f"Training and validation loss of each run over the tokens seen: {said}.")
-    return (
-        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{two}"><img src="{one}" alt="{alt}"></picture>'
-    )
+    return picture(Figure(f"Training and validation loss of each run over the tokens seen: {said}.", light, dark))

@@ -8,14 +8,17 @@ from cluster.config import RunConfig
 from cluster.storage import Storage
 from jobs.ledger import Ledger, Line
 from jobs.named_run import data_identity
-from jobs.run_history import recorded_config
+from jobs.run_history import recorded_config, training_differences
 
 FIELDS = ("samples", "tokens_seen", "lr", "skipped", "loss", "grad_norm", "parameter_hash")
 """What a step's bits are, in the order in which one decides the next. Time, world size and attempt may differ."""
 
 _MEASURING = {
-    *("eval_every_steps", "eval_max_tokens", "sample_prompts", "sample_tokens"),
-    *("timing", "layer_statistics_every_steps", "hash_every_steps", "while_tokenizing", "shard_optimizer"),
+    f"train.{name}"
+    for name in (
+        *("eval_every_steps", "eval_max_tokens", "sample_prompts", "sample_tokens"),
+        *("timing", "layer_statistics_every_steps", "hash_every_steps", "while_tokenizing", "shard_optimizer"),
+    )
 }
 """Settings of training that decide no bit of it."""
 
@@ -63,13 +66,7 @@ def first_difference(a: dict[int, Line], b: dict[int, Line], *, steps: Sequence[
 
 def setting_differences(a: RunConfig, b: RunConfig) -> dict[str, tuple[Any, Any]]:
     """(a, b) of each setting that decides a run's bits and differs, by its name."""
-    old, new = a.model_dump(mode="json"), b.model_dump(mode="json")
-    return {
-        f"{branch}.{name}": (old[branch][name], new[branch][name])
-        for branch in ("model", "train")
-        for name in old[branch]
-        if name not in _MEASURING and old[branch][name] != new[branch][name]
-    }
+    return {name: pair for name, pair in training_differences(a, b).items() if name not in _MEASURING}
 
 
 def diff(run_a: Storage, run_b: Storage) -> dict[str, Any]:

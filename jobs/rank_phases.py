@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from jobs.step_phases import PHASES, REST
+from cluster.metric_table import PHASES, REST
 from jobs.step_timer import StepTime
 from jobs.worker_group import WorkerGroup
 

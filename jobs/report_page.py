@@ -57,7 +57,7 @@ def page(
 <h2>Plan and actual</h2>
 {grid("Plan and actual", ("", "Planned", "Actual"), plan)}
 <h2>Curves</h2>
-{"".join(map(_picture, figures))}
+{"".join(map(picture, figures))}
 {f"<h2>Samples</h2>{samples}" if samples else ""}
 {f"<h2>Documents</h2>{grid('Documents', ('', 'Number', 'Share'), drops)}" if drops else ""}
 <h2>Events</h2>
@@ -95,7 +95,7 @@ def grid(caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> s
     return _table(caption, heads, cells)
 
 
-def _picture(figure: Figure) -> str:
+def picture(figure: Figure) -> str:
     light, dark = (f"data:image/png;base64,{base64.b64encode(png).decode()}" for png in (figure.light, figure.dark))
     return (
         f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'

@@ -10,9 +10,9 @@ import yaml
 
 from cluster.config import RunConfig, max_steps, with_precision
 from cluster.flags import validate_config
+from cluster.metric_table import PHASES, REST, UNTIMED
 from cluster.storage import Storage
 from jobs.ledger import Ledger, Line
-from jobs.step_phases import PHASES, REST, UNTIMED
 
 CONFIG_FILE = "config.yaml"
 
@@ -67,15 +67,18 @@ def changed_settings(before: RunConfig, now: RunConfig) -> list[str]:
     """Those on which a run's weights depend, each with both values. Precision `auto` is what the run found before."""
     if before.train.precision != "auto":
         now = with_precision(now, before.train.precision)
-    if (before.model, before.train) == (now.model, now.train):
-        return []
+    return [f"{name} was {old}, now {new}" for name, (old, new) in training_differences(before, now).items()]
+
+
+def training_differences(before: RunConfig, now: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Both values of each setting of the model and its training that differs."""
     old, new = before.model_dump(mode="json"), now.model_dump(mode="json")
-    return [
-        f"{branch}.{name} was {old[branch][name]}, now {new[branch][name]}"
+    return {
+        f"{branch}.{name}": (old[branch][name], new[branch][name])
         for branch in ("model", "train")
         for name in new[branch]
         if old[branch][name] != new[branch][name]
-    ]
+    }
 
 
 def why_not_resumed(run: Storage, config: RunConfig) -> str:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from jobs.step_phases import PHASES, REST, UNTIMED, Phase
+from cluster.metric_table import PHASES, REST, UNTIMED, Phase
 
 
 @dataclass(frozen=True)

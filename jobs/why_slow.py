@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
+from cluster.metric_table import PHASES, REST, UNTIMED
 from jobs.ledger import Ledger
 from jobs.rank_phases import RankTime, from_fields, stragglers
 from jobs.run_history import lost_steps
-from jobs.step_phases import PHASES, REST, UNTIMED
 
 LEAST_SHARE = 0.1
 """Share of the wall time from which something other than computing is what bounds a run."""

@@ -130,7 +130,6 @@ async def _asked(call: Any) -> Any:
             503,
             "The coordinator of this endpoint gives no answer: it is being replaced, or fails, and then the replicas' "
             "logs say why. Requests are served meanwhile; try again.",
-            error_type="server_error",
             code="coordinator_unavailable",
             headers={"Retry-After": "2"},
         ) from None

@@ -5,6 +5,8 @@ from typing import Any
 
 DRAINING_HEADER = "x-raymill-draining"  # what the front door counts a planned drain by
 
+_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+
 
 class ApiError(Exception):
     """An answer other than 200. `message` is for the client: what was wrong, what was expected, with the numbers."""
@@ -14,7 +16,6 @@ class ApiError(Exception):
         status: int,
         message: str,
         *,
-        error_type: str,
         param: str | None = None,
         code: str | None = None,
         headers: dict[str, str] | None = None,
@@ -22,14 +23,13 @@ class ApiError(Exception):
         super().__init__(message)
         self.status = status
         self.message = message
-        self.error_type = error_type
         self.param = param
         self.code = code
         self.headers = headers or {}
 
     def body(self) -> dict[str, Any]:
-        error = {"message": self.message, "type": self.error_type, "param": self.param, "code": self.code}
-        return {"error": error}
+        kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     def event(self) -> str:
         """As a server-sent event, for a failure after the status has gone out."""
@@ -37,7 +37,7 @@ class ApiError(Exception):
 
 
 def invalid_request(message: str, *, param: str | None = None, code: str | None = None, status: int = 400) -> ApiError:
-    return ApiError(status, message, error_type="invalid_request_error", param=param, code=code)
+    return ApiError(status, message, param=param, code=code)
 
 
 def context_length_exceeded(*, num_prompt_tokens: int, max_tokens: int, context_tokens: int) -> ApiError:
@@ -54,30 +54,23 @@ def unauthorized() -> ApiError:
     return ApiError(
         401,
         "A valid API key is required, as the header `Authorization: Bearer KEY`.",
-        error_type="authentication_error",
         code="invalid_api_key",
         headers={"WWW-Authenticate": "Bearer"},
     )
 
 
 def forbidden() -> ApiError:
-    return ApiError(
-        403,
-        "This key does not open /admin; use a key of admin_key_file.",
-        error_type="permission_error",
-        code="admin_key_required",
-    )
+    return ApiError(403, "This key does not open /admin; use a key of admin_key_file.", code="admin_key_required")
 
 
 def not_found(path: str) -> ApiError:
-    return ApiError(404, f"There is nothing at {path[:64]!a}.", error_type="not_found_error", code="not_found")
+    return ApiError(404, f"There is nothing at {path[:64]!a}.", code="not_found")
 
 
 def model_not_found(name: str, *, served: str) -> ApiError:
     return ApiError(
         404,
         f"The model {name[:64]!a} does not exist; this endpoint serves {served!r}.",
-        error_type="not_found_error",
         param="model",
         code="model_not_found",
     )
@@ -85,24 +78,19 @@ def model_not_found(name: str, *, served: str) -> ApiError:
 
 def step_not_found(step: int, *, known: str) -> ApiError:
     return ApiError(
-        404,
-        f"No checkpoint of step {step} is here; those are: {known}",
-        error_type="not_found_error",
-        param="step",
-        code="step_not_found",
+        404, f"No checkpoint of step {step} is here; those are: {known}", param="step", code="step_not_found"
     )
 
 
 def overloaded(message: str, *, retry_after_s: int = 1) -> ApiError:
     headers = {"Retry-After": str(retry_after_s)}
-    return ApiError(429, message, error_type="rate_limit_error", code="overloaded", headers=headers)
+    return ApiError(429, message, code="overloaded", headers=headers)
 
 
 def too_many_requests(limit: int) -> ApiError:
     return ApiError(
         429,
         f"This key has its limit of {limit} requests in flight; wait for one to end",
-        error_type="rate_limit_error",
         code="rate_limit_exceeded",
         headers={"Retry-After": "1"},
     )
@@ -110,14 +98,13 @@ def too_many_requests(limit: int) -> ApiError:
 
 def closing(status: int, message: str, *, code: str) -> ApiError:
     """For a request of which the rest is not read: the connection ends with this answer."""
-    return ApiError(status, message, error_type="invalid_request_error", code=code, headers={"Connection": "close"})
+    return ApiError(status, message, code=code, headers={"Connection": "close"})
 
 
 def interrupted() -> ApiError:
     return ApiError(
         503,
         "The replica that worked on this request went away or ran out of time; try again.",
-        error_type="server_error",
         code="interrupted",
         headers={"Retry-After": "1"},
     )
@@ -127,7 +114,6 @@ def engine_unavailable() -> ApiError:
     return ApiError(
         503,
         "The engine of this replica has stopped and is being replaced; try again.",
-        error_type="server_error",
         code="engine_unavailable",
         headers={"Retry-After": "5"},
     )
@@ -138,11 +124,10 @@ def draining() -> ApiError:
         503,
         "The endpoint is draining: it finishes what runs and takes nothing new, until an operator ends that by "
         'POST /admin/drain with {"drain": false}.',
-        error_type="server_error",
         code="draining",
         headers={"Retry-After": "30", DRAINING_HEADER: "1"},
     )
 
 
 def internal_error(message: str = "The server failed to handle the request.") -> ApiError:
-    return ApiError(500, message, error_type="server_error", code="internal_error")
+    return ApiError(500, message, code="internal_error")

@@ -263,13 +263,11 @@ def body_too_large() -> ApiError:
 
 def of_proxy(status: int, headers: dict[bytes, bytes]) -> ApiError:
     """Ray Serve's own refusal: no replica took the request, or none had time for it."""
-    kind = "rate_limit_error" if status == 429 else "server_error" if status >= 500 else "invalid_request_error"
     retry_after = headers.get(b"retry-after", b"1").decode("ascii")
     phrase = "No replica is free" if status == 429 else HTTPStatus(status).phrase
     return ApiError(
         status,
         f"{phrase}; try again later",
-        error_type=kind,
         code="overloaded" if status == 429 else HTTPStatus(status).name.lower(),
         headers={"Retry-After": retry_after} if status in (429, 503) else None,
     )

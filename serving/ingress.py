@@ -152,7 +152,6 @@ def add_error_handlers(app: FastAPI) -> None:
             ApiError(
                 error.status_code,
                 str(error.detail),
-                error_type="not_found_error" if error.status_code == 404 else "invalid_request_error",
                 headers=dict(error.headers or {}),
             )
         )

@@ -101,7 +101,6 @@ class Xray:
             raise ApiError(
                 503,
                 f"The process that looks into queries {reason}; completions are not affected. Try again.",
-                error_type="server_error",
                 code="xray_unavailable",
                 headers={"Retry-After": "5"},
             ) from None

@@ -7,9 +7,8 @@ from typing import get_args
 import pytest
 
 from cluster.metric_export import Metrics
-from cluster.metric_table import COMMON_LABELS, METRICS, TABLE, Exporter, Kind, metrics_of
+from cluster.metric_table import COMMON_LABELS, METRICS, REST, TABLE, UNTIMED, Exporter, Kind, Phase, metrics_of
 from jobs.failures import Kind as FailureKind
-from jobs.step_phases import REST, UNTIMED, Phase
 from serving.front_door import Outcome
 from serving.messages import FinishReason
 from serving.metrics import ABORTED
