@@ -96,8 +96,10 @@ def test_any_altered_torn_or_missing_file_is_named(
         damage(checkpoint / name)
         problems = verify_checkpoint(checkpoint)
         assert any(name in problem for problem in problems), (name, problems)
+        is_enough_to_compute = name == "train_state.safetensors" and damage is Path.unlink  # a replica's copy has none
+        read = read_train_state if is_enough_to_compute else load_model
         with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
-            load_model(checkpoint)
+            read(checkpoint)
 
 
 @pytest.mark.parametrize(
