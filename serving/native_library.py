@@ -68,7 +68,7 @@ def load_library() -> ctypes.CDLL:
 
 def bake(folder: Path) -> list[Path]:
     """Compiles a library for each of this machine's targets. Raises `NoNativeLibraryError`."""
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o755, parents=True, exist_ok=True)
     paths = []
     for march in TARGETS.get(platform.machine(), {}):
         paths.append(folder / _baked_name(march))
@@ -173,6 +173,7 @@ def _compile(compiler: str, march: str, path: Path) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        made.chmod(0o755)  # some umasks let the group write
         made.replace(path)  # two processes may do this at once
 
 

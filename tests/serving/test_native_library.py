@@ -60,6 +60,16 @@ def test_a_library_is_kept_in_a_folder_of_ones_own_and_compiled_anew_for_another
     assert load_library().answer() == 43
 
 
+def test_a_library_is_loaded_whatever_the_umask(cache: Path, tmp_path: Path) -> None:
+    before = os.umask(0o002)  # of a user with a group of its own, as on Ubuntu
+    try:
+        assert load_library().answer() == 42
+        [baked, *_] = bake(tmp_path / "kernels")
+        native_library._load(baked)
+    finally:
+        os.umask(before)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_a_library_that_was_cut_short_is_compiled_once_more(cache: Path, share: float) -> None:
     load_library()
