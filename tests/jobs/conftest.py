@@ -8,7 +8,7 @@ import pytest
 from tests.local_ray import local_ray
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def ray_workers(s3_server: str) -> Iterator[int]:
     """Three Ray workers that can import the stages and reach the S3 server; gives their number."""
     keys = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
