@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
-from cluster.code_folders import code_version, version
-from cluster.command_arguments import imported
-from cluster.command_table import COMMANDS, Command
-from cluster.parser import ConfigError, Parser
-from cluster.result_text import lines, printable
-from cluster.stage_module import ShownError
+from cluster.commands.arguments import imported
+from cluster.commands.table import COMMANDS, Command
+from cluster.output.result_text import lines, printable
+from cluster.settings.code_folders import code_version, version
+from cluster.settings.parser import ConfigError, Parser
+from cluster.stages.stage_module import ShownError
 from model.errors import UserError
 
 
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = command_parser(words).parse_args(words)
         arguments.words, arguments.next = words, ""
         arguments.show = lambda result: _show(result, as_json=arguments.json)
-        result = imported(f"cluster.{arguments.run}")(arguments)
+        result = imported(f"cluster.commands.{arguments.run}")(arguments)
     except UserError as error:
         if not isinstance(error, ShownError):  # whose result says it
             sys.stderr.write(f"error: {printable(str(error))}\n")

@@ -19,17 +19,17 @@ import ray
 import torch
 from ray.exceptions import RayTaskError
 
-from cluster.config import EvaluateConfig, RunConfig, StorageConfig, seq_len
-from cluster.parser import ConfigError
-from cluster.progress import report_progress, say
-from cluster.registry import find_checkpoint
-from cluster.stage import stage_main
-from cluster.storage import Storage, absolute_uri, open_storage, split_uri
-from jobs.run_history import CONFIG_FILE, recorded_config
-from jobs.token_store import FORMAT_VERSION, MANIFEST, Manifest, Split, TokenStoreError, read_manifest
-from jobs.token_stream import ShardChain, TokenStream
-from jobs.tokenize_corpus import tokenize
-from jobs.train_tokenizer import TOKENIZER_FILE
+from cluster.output.progress import report_progress, say
+from cluster.settings.parser import ConfigError
+from cluster.settings.run import EvaluateConfig, RunConfig, StorageConfig, seq_len
+from cluster.stages.stage import stage_main
+from cluster.storage.registry import find_checkpoint
+from cluster.storage.uris import Storage, absolute_uri, open_storage, split_uri
+from jobs.run.history import CONFIG_FILE, recorded_config
+from jobs.tokens.build_store import tokenize
+from jobs.tokens.token_store import FORMAT_VERSION, MANIFEST, Manifest, Split, TokenStoreError, read_manifest
+from jobs.tokens.token_stream import ShardChain, TokenStream
+from jobs.tokens.train_tokenizer import TOKENIZER_FILE
 from model.checkpoint import (
     CheckpointError,
     Metadata,

@@ -8,10 +8,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from cluster.parser import Parser
-from cluster.registry import resolve_checkpoint
-from cluster.stage_module import print_result
-from cluster.storage import absolute_uri, open_storage, split_uri
+from cluster.settings.parser import Parser
+from cluster.stages.stage_module import print_result
+from cluster.storage.registry import resolve_checkpoint
+from cluster.storage.uris import absolute_uri, open_storage, split_uri
 from model.checkpoint import (
     MANIFEST,
     CheckpointError,

@@ -3,13 +3,13 @@
 import sys
 from typing import Any
 
-from cluster.config import EvaluateConfig, RunConfig
-from cluster.stage import stage_main
-from cluster.storage import open_storage
+from cluster.settings.run import EvaluateConfig, RunConfig
+from cluster.stages.stage import stage_main
+from cluster.storage.uris import open_storage
 from jobs.evaluate import evaluate
 from jobs.pretrain import pretrain
-from jobs.report import make_report
-from jobs.tokenize_corpus import tokenize
+from jobs.report.make_report import make_report
+from jobs.tokens.build_store import tokenize
 
 
 def pipeline(config: RunConfig) -> dict[str, Any]:

@@ -13,34 +13,34 @@ from ray.train import ControllerError, FailureConfig
 from ray.train.v2.api.config import ScalingConfig
 from ray.util import get_node_ip_address
 
-from cluster.code_folders import code_version
-from cluster.config import RunConfig, max_steps, seq_len, to_yaml, with_precision
-from cluster.lease import Lease
-from cluster.parser import ConfigError
-from cluster.progress import say
-from cluster.registry import publications, publish, what_latest_became
-from cluster.stage import stage_main
-from cluster.stage_module import StageFailedError
-from cluster.storage import Storage, open_storage, split_uri
-from jobs.background_tokenizing import tokenizing, wait_for_first_rows
-from jobs.checkpoints import RunCheckpoints
-from jobs.failures import one_line
-from jobs.fence import Fence
-from jobs.keepers import Keepers
-from jobs.ledger import Ledger
-from jobs.outage import patiently
-from jobs.preemption import stopping_on_sigterm
-from jobs.rendezvous import meeting_place
-from jobs.run_history import CONFIG_FILE, changed_settings, recorded_config
-from jobs.run_plan import RunPlan, run_storage
-from jobs.run_precision import workers_precision
-from jobs.run_watcher import watching
-from jobs.token_store import MANIFEST, TokenStoreError
-from jobs.tokenize_corpus import token_store, tokenize
-from jobs.train_callbacks import FailureRecorder, SignalListener
-from jobs.train_tokenizer import ensure_tokenizer
-from jobs.train_worker import train_worker
-from jobs.worker_backend import Drains, NodeLosses, Trainer, WorkerBackend
+from cluster.output.progress import say
+from cluster.settings.code_folders import code_version
+from cluster.settings.parser import ConfigError
+from cluster.settings.run import RunConfig, max_steps, seq_len, to_yaml, with_precision
+from cluster.stages.stage import stage_main
+from cluster.stages.stage_module import StageFailedError
+from cluster.storage.lease import Lease
+from cluster.storage.registry import publications, publish, what_latest_became
+from cluster.storage.uris import Storage, open_storage, split_uri
+from jobs.ray_train.callbacks import FailureRecorder, SignalListener
+from jobs.ray_train.worker_backend import Drains, NodeLosses, Trainer, WorkerBackend
+from jobs.run.checkpoints import RunCheckpoints
+from jobs.run.history import CONFIG_FILE, changed_settings, recorded_config
+from jobs.run.ledger import Ledger
+from jobs.run.run_plan import RunPlan, run_storage
+from jobs.run.storage_retry import patiently
+from jobs.run.writer_generation import Fence
+from jobs.snapshots.snapshot_actors import Keepers
+from jobs.tokens.build_store import token_store, tokenize
+from jobs.tokens.token_store import MANIFEST, TokenStoreError
+from jobs.tokens.train_tokenizer import ensure_tokenizer
+from jobs.training.background_tokenizing import tokenizing, wait_for_first_rows
+from jobs.training.train_worker import train_worker
+from jobs.watching.run_watcher import watching
+from jobs.workers.failures import one_line
+from jobs.workers.precision import workers_precision
+from jobs.workers.preemption import stopping_on_sigterm
+from jobs.workers.rendezvous import meeting_place
 
 _RAY_TRAIN_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a failure is seen ten times as soon

@@ -32,7 +32,7 @@ class Metadata:
     code_version: str
     data_identity: str | None = None  # of the token store as well, and known from its start
     generation: int = 0  # of the attempt that wrote it: a later one has a higher number
-    guard: dict[str, Any] | None = None  # what the training's guard remembers; see jobs/guards.py
+    guard: dict[str, Any] | None = None  # what the training's guard remembers; see jobs/training/guards.py
     parameter_hash: str | None = None  # set by write_checkpoint
     val_loss: float | None = None  # nats per token
     val_bits_per_byte: float | None = None

@@ -16,21 +16,22 @@ import ray
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, BackpressureConfig
 
-from cluster.endpoint import require_ray_proxies
-from cluster.local import require_free_port
-from cluster.progress import say
-from cluster.registry import LATEST, find_checkpoint
-from cluster.serve_config import ServeConfig
-from cluster.stage import stage_main
-from cluster.storage import absolute_uri, open_storage
+from cluster.endpoint.endpoint import require_ray_proxies
+from cluster.local.local_cluster import require_free_port
+from cluster.output.progress import say
+from cluster.settings.serve import ServeConfig
+from cluster.stages.stage import stage_main
+from cluster.storage.registry import LATEST, find_checkpoint
+from cluster.storage.uris import absolute_uri, open_storage
 from model.errors import UserError
-from serving.access import AccessRules, make_key_file, read_rules
-from serving.autoscaling import ScalingPolicy, ScalingRules
-from serving.coordinator import Coordinator
-from serving.delivery_file import DeliveryFile, endpoint_name
-from serving.front_door import proxy_environment
+from serving.api.access import AccessRules, make_key_file, read_rules
+from serving.delivery.autoscaling import ScalingPolicy, ScalingRules
+from serving.delivery.coordinator import Coordinator
+from serving.delivery.delivery_file import DeliveryFile, endpoint_name
+from serving.delivery.promotion import version_of
+from serving.protocol.served_model import read_served_model
+from serving.proxy.front_door import proxy_environment
 from serving.replica import Replica
-from serving.served_model import read_served_model, version_of
 
 APP_NAME = "raymill"
 READY_TIMEOUT_S = 60.0

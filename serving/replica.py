@@ -11,16 +11,16 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
-from cluster.metric_export import PUBLISH_INTERVAL_S, Metrics
-from cluster.serve_config import ServeConfig
-from serving.access import AccessRules, CurrentAccess
-from serving.admin_routes import admin_router
-from serving.admission import AdmissionLimits
-from serving.autoscaling import KV_USE, WAITING
-from serving.follower import Follower
-from serving.health import leave
-from serving.ingress import build_http_app
-from serving.metrics import ReplicaMetrics
+from cluster.monitoring.metric_export import PUBLISH_INTERVAL_S, Metrics
+from cluster.settings.serve import ServeConfig
+from serving.api.access import AccessRules, CurrentAccess
+from serving.api.admin_routes import admin_router
+from serving.api.admission import AdmissionLimits
+from serving.api.ingress import build_http_app
+from serving.api.metrics import ReplicaMetrics
+from serving.delivery.autoscaling import KV_USE, WAITING
+from serving.delivery.follower import Follower
+from serving.engine_process.health import leave
 
 
 @serve.ingress()

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from cluster.process_identity import die_with_parent
+from cluster.storage.process_identity import die_with_parent
 
 
 def start_bound(

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from cluster.cli import main
+from tests.repository import REPOSITORY
 from tests.time_limits import limit_s
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 RAYMILL = [sys.executable, "-m", "cluster.cli"]
 
 

@@ -3,15 +3,13 @@
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import ray
 
-from cluster.local import PATIENT_WORKERS
-
-REPOSITORY = Path(__file__).resolve().parents[1]
+from cluster.local.local_cluster import PATIENT_WORKERS
+from tests.repository import REPOSITORY
 
 
 @contextmanager

@@ -14,11 +14,11 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
-from cluster.serve_config import ServeConfig
+from cluster.settings.serve import ServeConfig
 from serving.app import run
+from tests.repository import REPOSITORY
 from tests.serving.endpoint_parts import free_port, ray_cluster
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 FIGURES = ("loss", "waterfall")  # of the run's report
 WIDTH = 1000
 NUM_COLOURS = 64

@@ -13,7 +13,7 @@ import httpx
 import pytest
 import yaml
 
-from cluster.local import free_port
+from cluster.local.local_cluster import free_port
 from tests.time_limits import limit_s
 from tests.waiting import wait_until
 

@@ -5,7 +5,8 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+from tests.repository import REPOSITORY
+
 READMES = [*sorted(REPOSITORY.glob("*/*.md")), REPOSITORY / "README.md"]
 
 

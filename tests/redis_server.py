@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.local import free_port
+from cluster.local.local_cluster import free_port
 from tests.bound_process import start_bound
 from tests.waiting import wait_until
 

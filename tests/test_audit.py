@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.readmes import REPOSITORY
+from tests.repository import REPOSITORY
 
 pytest.importorskip("pip_audit", reason="pip install 'raymill[audit]'")
 

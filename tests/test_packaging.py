@@ -14,14 +14,14 @@ from typing import Any
 
 import pytest
 
-from cluster.code_folders import CODE_FOLDERS
-from tests.readmes import REPOSITORY
+from cluster.settings.code_folders import CODE_FOLDERS
+from tests.repository import REPOSITORY
 from tests.time_limits import limit_s
 
 PROJECT: dict[str, Any] = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 OF_AN_EXTRA = {  # whole modules, which are imported by the commands alone that name the extra
-    "cluster/kube_client.py": {"kubernetes", "urllib3"},
-    "serving/vllm_engine.py": {"vllm"},  # in an environment of its own
+    "cluster/kube/client.py": {"kubernetes", "urllib3"},
+    "serving/engine/vllm_engine.py": {"vllm"},  # in an environment of its own
 }
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from cluster.cli import command_parser
-from tests.readmes import READMES, REPOSITORY, Command, all_commands
+from tests.readmes import READMES, Command, all_commands
+from tests.repository import REPOSITORY
 
 PACKAGES = ("model", "cluster", "jobs", "serving")
 PARSER = command_parser()

@@ -26,18 +26,18 @@ from rich.console import Console
 from rich.table import Table
 from tiktoken_ext.openai_public import r50k_pat_str
 
-from cluster.config import RunConfig
-from cluster.demo import fetch_corpus
-from cluster.progress import say
-from cluster.storage import split_uri
-from jobs.token_store import read_manifest, token_dtype
+from cluster.commands.demo import fetch_corpus
+from cluster.output.progress import say
+from cluster.settings.run import RunConfig
+from cluster.storage.uris import split_uri
+from jobs.tokens.token_store import read_manifest, token_dtype
 from model.bulk_encoder import BulkEncoder
 from model.tokenizer import Tokenizer, train_bpe
 from tests.benchmarks.process_meter import ProcessMeter
 from tests.benchmarks.salted_corpus import documents, write_corpus
+from tests.repository import REPOSITORY
 
 VOCAB_SIZE = 32_768
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 Ids = npt.NDArray[Any]
 

@@ -22,7 +22,7 @@ from typing import Any
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from cluster.config import max_steps
+from cluster.settings.run import max_steps
 from model.gpt import GPT
 from tests.benchmarks.exact_workers import (
     NUM_ROUNDS,

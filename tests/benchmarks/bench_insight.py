@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cluster.config import TrainConfig
-from jobs.attempt import Attempt
-from jobs.worker_group import WorkerGroup
+from cluster.settings.run import TrainConfig
+from jobs.training.attempt import Attempt
+from jobs.workers.worker_group import WorkerGroup
 from tests.jobs.runs import tiny_plan
 
 EVERY_STEPS = 10

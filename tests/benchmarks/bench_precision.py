@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from cluster.progress import say
-from cluster.serve_config import EngineConfig
+from cluster.output.progress import say
+from cluster.settings.serve import EngineConfig
 from model.checkpoint import load_model, load_tokenizer
 from model.sampling import SamplingParams
-from serving.engine_process import build_engine
-from serving.messages import SequenceRequest
-from serving.runner import LOADED_IN
+from serving.engine.messages import SequenceRequest
+from serving.engine.runner import LOADED_IN
+from serving.engine_process.run_engine import build_engine
 
 GREEDY = SamplingParams(temperature=0.0)
 

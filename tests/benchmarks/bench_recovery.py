@@ -25,19 +25,19 @@ from typing import Any
 
 from ray.job_submission import JobSubmissionClient
 
-from cluster.config import RunConfig
-from cluster.flags import validate_config
-from cluster.local import LocalCluster
-from cluster.progress import say
-from cluster.stage import Connection, run_stage
-from cluster.stage_module import StageFailedError
+from cluster.local.local_cluster import LocalCluster
+from cluster.output.progress import say
+from cluster.settings.flags import validate_config
+from cluster.settings.run import RunConfig
+from cluster.stages.stage import Connection, run_stage
+from cluster.stages.stage_module import StageFailedError
 from model.config import resolve_preset
 from tests.jobs.corpora import number_texts
+from tests.repository import REPOSITORY
 
 NUM_WORKERS, BATCH, SEQ_LEN, VOCAB = 2, 32, 64, 300
 SETTLE_S = 15.0
 WAIT_S = 180.0
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)

@@ -34,9 +34,10 @@ from model.config import PRESETS, GPTConfig, num_parameters
 from model.gpt import GPT
 from model.processor import fast_precision
 from model.tokenizer import Tokenizer, from_gpt2_files, train_bpe
-from serving.native_library import MARCH_VARIABLE
+from serving.engine.native_library import MARCH_VARIABLE
 from tests.benchmarks.http_load import MODEL, NEW_TOKENS, PROMPT_TOKENS, BenchError, Load
-from tests.benchmarks.serve_contenders import REPOSITORY, Contender, LineContender, Raymill, Vllm
+from tests.benchmarks.serve_contenders import Contender, LineContender, Raymill, Vllm
+from tests.repository import REPOSITORY
 
 FOLDER = REPOSITORY / ".benchmarks" / "serve"  # always the same one: vLLM keeps what it compiled by the model's path
 STREAMS = (16, 1)

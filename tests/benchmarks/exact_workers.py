@@ -14,11 +14,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cluster.config import RunConfig, batch_schedule, seq_len
-from jobs.batch_gradient import BatchGradient
-from jobs.step_timer import StepTimer
-from jobs.train_state import TrainState
-from jobs.worker_group import WorkerGroup
+from cluster.settings.run import RunConfig, batch_schedule, seq_len
+from jobs.exact.batch_gradient import BatchGradient
+from jobs.exact.train_state import TrainState
+from jobs.run.step_timer import StepTimer
+from jobs.workers.worker_group import WorkerGroup
 from model.gpt import GPT
 from model.optimizer import decay_parameter_names
 from model.training_memory import keep_freed_memory
@@ -64,7 +64,7 @@ class MadeRows:
 
 
 class ExactTrainer:
-    """As `jobs/train_loop.py` steps, without what it writes down."""
+    """As `jobs/training/train_loop.py` steps, without what it writes down."""
 
     def __init__(self, rank: int, *, sharded: bool) -> None:
         config, group = run_config(sharded=sharded), WorkerGroup(rank, WORLD_SIZE)

@@ -19,9 +19,9 @@ import psutil
 
 from tests.benchmarks.http_load import MODEL, BenchError, Load, closed_loop
 from tests.benchmarks.serve_process import NUM_THREADS
+from tests.repository import REPOSITORY
 from tests.serving.endpoint_parts import free_port
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 VLLM_PYTHON = REPOSITORY / ".venv-vllm" / "bin" / "python"
 START_TIMEOUT_S = 600.0  # vLLM compiles when it starts for the first time
 ANSWER_TIMEOUT_S = 900.0  # transformers with 16 streams, while other work keeps the cores busy

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from cluster.serve_config import EngineConfig
+from cluster.settings.serve import EngineConfig
 from tests.benchmarks.http_load import MODEL, NEW_TOKENS, BenchError
 
 NUM_THREADS = 2
@@ -30,7 +30,7 @@ def engine_config(dtype: str) -> EngineConfig:
 
 
 def serve_endpoint(folder: Path, dtype: str) -> None:
-    from cluster.serve_config import ReplicaConfig, ServeConfig
+    from cluster.settings.serve import ReplicaConfig, ServeConfig
     from serving.app import run
     from tests.serving.endpoint_parts import free_port, ray_cluster
 
@@ -50,9 +50,9 @@ def engine_alone(folder: Path, dtype: str) -> Generate:
     """The streams of `http_load.closed_loop` without HTTP, Ray and the socket."""
     from model.checkpoint import load_model
     from model.sampling import SamplingParams
-    from serving.engine_process import build_engine
-    from serving.messages import SequenceRequest
-    from serving.runner import LOADED_IN
+    from serving.engine.messages import SequenceRequest
+    from serving.engine.runner import LOADED_IN
+    from serving.engine_process.run_engine import build_engine
 
     model = load_model(folder, dtype=LOADED_IN[dtype])
     engine = build_engine(model, engine_config(dtype), eos_id=None, threads=NUM_THREADS)

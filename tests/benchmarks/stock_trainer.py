@@ -20,6 +20,7 @@ from ray.train.torch import TorchTrainer, prepare_model
 
 from model.config import GPTConfig
 from model.gpt import GPT
+from tests.repository import REPOSITORY
 
 
 class Loss(torch.nn.Module):
@@ -67,7 +68,7 @@ def train_worker(settings: dict[str, Any]) -> None:
 
 
 def main(settings: dict[str, Any]) -> None:
-    repository = str(Path(__file__).resolve().parents[2])
+    repository = str(REPOSITORY)
     ray.init(runtime_env={"env_vars": {"PYTHONPATH": repository}}, log_to_driver=False)
     TorchTrainer(
         train_worker,

@@ -4,8 +4,8 @@ import json
 import sys
 from pathlib import Path
 
-from cluster.config import RunConfig
-from jobs.tokenize_corpus import tokenize
+from cluster.settings.run import RunConfig
+from jobs.tokens.build_store import tokenize
 from tests.local_ray import local_ray
 
 if __name__ == "__main__":

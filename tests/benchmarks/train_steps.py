@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from cluster.config import RunConfig
-from jobs.batch_gradient import BatchGradient
-from jobs.step_timer import StepTimer
-from jobs.train_state import TrainState
-from jobs.worker_group import WorkerGroup
+from cluster.settings.run import RunConfig
+from jobs.exact.batch_gradient import BatchGradient
+from jobs.exact.train_state import TrainState
+from jobs.run.step_timer import StepTimer
+from jobs.workers.worker_group import WorkerGroup
 from model.config import PRESETS, flops_per_token
 from model.gpt import GPT
 from model.training_memory import keep_freed_memory
@@ -95,7 +95,7 @@ def _exactly() -> Iterator[None]:
 
 
 def raymill(cell: Cell) -> Step:
-    """The parts that `jobs/train_loop.py` steps with, and its settings."""
+    """The parts that `jobs/training/train_loop.py` steps with, and its settings."""
     keep_freed_memory()  # for the whole process: its peers gain by it as well
     config, group = cell.config(), WorkerGroup(rank=0, world_size=1)
     model = GPT(config.model)

@@ -13,12 +13,12 @@ from typing import Any
 
 import psutil
 
-from cluster.config import RunConfig, max_steps
-from cluster.flags import validate_config
-from cluster.local import LocalCluster
-from cluster.stage import Connection, run_stage
-from cluster.storage import open_storage
-from jobs.ledger import Ledger
+from cluster.local.local_cluster import LocalCluster
+from cluster.settings.flags import validate_config
+from cluster.settings.run import RunConfig, max_steps
+from cluster.stages.stage import Connection, run_stage
+from cluster.storage.uris import open_storage
+from jobs.run.ledger import Ledger
 from tests.jobs.corpora import number_texts
 from tests.time_limits import limit_s
 

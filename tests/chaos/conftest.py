@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.local import LocalCluster
+from cluster.local.local_cluster import LocalCluster
 from tests.chaos.arena import Arena
 
 NUM_NODES = 3  # that carry workers

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from cluster.stage import run_stage
+from cluster.stages.stage import run_stage
 from tests.benchmarks.bench_recovery import kill_workers, stock_record, stock_training
 from tests.chaos.arena import NUM_LONG_STEPS, NUM_STEPS, Arena, Watch, kill, processes_of_node
 from tests.chaos.conftest import NUM_NODES

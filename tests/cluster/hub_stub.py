@@ -1,4 +1,4 @@
-"""A stub of the Hugging Face Hub on loopback: it answers the three routes that cluster/hf_storage.py asks, no more.
+"""A stub of the Hugging Face Hub on loopback: it answers the three routes that cluster/storage/hub.py asks, no more.
 
 `/api/datasets/ID/revision/REV` (the commit), `/api/datasets/ID/tree/REV/PATH` (files, two a page, recursively) and
 `/datasets/ID/resolve/REV/PATH` (HEAD and GET with ranges; what lies in large-file storage is redirected to `/cdn/`),

@@ -2,8 +2,8 @@
 
 import sys
 
-from cluster.lease import Lease, LeaseHeldError, LeaseLostError
-from cluster.storage import open_storage
+from cluster.storage.lease import Lease, LeaseHeldError, LeaseLostError
+from cluster.storage.uris import open_storage
 
 if __name__ == "__main__":
     uri, interval_s, timeout_s = sys.argv[1], float(sys.argv[2]), float(sys.argv[3])

@@ -2,7 +2,7 @@
 
 import threading
 
-from cluster.local import LocalCluster
+from cluster.local.local_cluster import LocalCluster
 
 if __name__ == "__main__":
     with LocalCluster(num_nodes=2, cpus_per_node=1) as cluster:

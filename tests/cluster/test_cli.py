@@ -16,7 +16,6 @@ from model.checkpoint import MANIFEST
 from tests.checkpoints import DAMAGES, damage, write_tiny
 from tests.command_line import raymill
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 COMMANDS = {
     "tokenize": ["CONFIG", "--data.source", "--storage.uri", "--json"],
     "pretrain": ["--train.learning-rate", "--scaling.max-workers", "--cluster.address", "--chaos", "--model.n-layer"],

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from cluster.cli import main
-from cluster.config import RunConfig
-from cluster.flags import read_config
-from cluster.river import river
+from cluster.commands.all_stages import river
+from cluster.settings.flags import read_config
+from cluster.settings.run import RunConfig
 from tests.jobs.corpora import make_corpus
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from cluster.code_folders import CODE_FOLDERS
-from cluster.command_table import COMMANDS
-from cluster.local import free_port
-from tests.readmes import REPOSITORY
+from cluster.commands.table import COMMANDS
+from cluster.local.local_cluster import free_port
+from cluster.settings.code_folders import CODE_FOLDERS
+from tests.repository import REPOSITORY
 from tests.test_packaging import OF_AN_EXTRA, build_wheel
 from tests.time_limits import limit_s
 

@@ -18,14 +18,14 @@ import pytest
 import yaml
 
 from cluster.cli import main
-from cluster.config import RunConfig, StorageConfig, to_yaml
-from cluster.endpoint import Endpoint, deploy
-from cluster.flags import validate_config
-from cluster.jobs_api import JobsApi, Token
-from cluster.local import LocalCluster, free_port
-from cluster.serve_config import ServeConfig
-from cluster.stage import Connection, run_stage
-from cluster.storage import open_storage
+from cluster.endpoint.endpoint import Endpoint, deploy
+from cluster.local.local_cluster import LocalCluster, free_port
+from cluster.settings.flags import validate_config
+from cluster.settings.run import RunConfig, StorageConfig, to_yaml
+from cluster.settings.serve import ServeConfig
+from cluster.stages.jobs_api import JobsApi, Token
+from cluster.stages.stage import Connection, run_stage
+from cluster.storage.uris import open_storage
 from tests.jobs.corpora import number_texts
 from tests.time_limits import limit_s
 

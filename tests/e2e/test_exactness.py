@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from cluster.chaos import Chaos, parse_faults
-from cluster.config import RunConfig
-from cluster.flags import validate_config
-from cluster.local import LocalCluster
-from cluster.stage import Connection, run_stage
-from cluster.storage import open_storage
-from jobs.ledger import Ledger
+from cluster.local.chaos import Chaos, parse_faults
+from cluster.local.local_cluster import LocalCluster
+from cluster.settings.flags import validate_config
+from cluster.settings.run import RunConfig
+from cluster.stages.stage import Connection, run_stage
+from cluster.storage.uris import open_storage
+from jobs.run.ledger import Ledger
 from tests.jobs.corpora import number_texts
 
 pytestmark = pytest.mark.cluster

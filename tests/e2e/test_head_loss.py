@@ -1,6 +1,6 @@
 """The head of the local cluster is lost, in the middle of a run and under an endpoint, and is started again.
 
-On Kubernetes, where the endpoint has proxies besides the head's, no request fails: tests/serving/test_head_loss.py.
+On Kubernetes, where the endpoint has proxies besides the head's, no request fails: tests/serving/delivery/test_head_loss.py.
 """
 
 import time
@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-from cluster.chaos import Chaos, parse_faults
-from cluster.config import RunConfig, StorageConfig
-from cluster.endpoint import Endpoint, deploy, stream_completion
-from cluster.flags import validate_config
-from cluster.local import LocalCluster, free_port
-from cluster.serve_config import ReplicaConfig, ServeConfig
-from cluster.stage import Connection, run_stage
-from cluster.storage import open_storage
-from jobs.ledger import Ledger
+from cluster.endpoint.endpoint import Endpoint, deploy, stream_completion
+from cluster.local.chaos import Chaos, parse_faults
+from cluster.local.local_cluster import LocalCluster, free_port
+from cluster.settings.flags import validate_config
+from cluster.settings.run import RunConfig, StorageConfig
+from cluster.settings.serve import ReplicaConfig, ServeConfig
+from cluster.stages.stage import Connection, run_stage
+from cluster.storage.uris import open_storage
+from jobs.run.ledger import Ledger
 from model.errors import UserError
 from tests.jobs.runs import make_text
 from tests.serving.endpoint_parts import children_with
@@ -27,7 +27,7 @@ from tests.waiting import wait_until
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 NUM_STEPS, SAVE_EVERY = 400, 50
-ENGINE = "serving.engine_process"
+ENGINE = "serving.engine_process.run_engine"
 
 
 @pytest.fixture(scope="module")

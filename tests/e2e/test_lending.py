@@ -13,16 +13,16 @@ from typing import Any
 import pytest
 
 from cluster.cli import main
-from cluster.config import RunConfig, StorageConfig
-from cluster.endpoint import deploy
-from cluster.flags import validate_config
-from cluster.lending import Loan, read_loan
-from cluster.local import LocalCluster
-from cluster.registry import resolve_checkpoint
-from cluster.serve_config import EngineConfig, ReplicaConfig, ServeConfig
-from cluster.stage import Connection, run_stage
-from cluster.storage import open_storage
-from jobs.ledger import Ledger
+from cluster.endpoint.endpoint import deploy
+from cluster.local.local_cluster import LocalCluster
+from cluster.settings.flags import validate_config
+from cluster.settings.run import RunConfig, StorageConfig
+from cluster.settings.serve import EngineConfig, ReplicaConfig, ServeConfig
+from cluster.stages.stage import Connection, run_stage
+from cluster.storage.lending import Loan, read_loan
+from cluster.storage.registry import resolve_checkpoint
+from cluster.storage.uris import open_storage
+from jobs.run.ledger import Ledger
 from model.checkpoint import load_model, load_tokenizer
 from tests.jobs.corpora import number_texts
 from tests.serving.delivery_parts import Admin

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from cluster.config import RunConfig
-from cluster.demo import CONFIG, PROMPTS, ask, demo_faults, demo_serving
-from cluster.flags import read_config, validate_config
-from cluster.river import river
-from cluster.storage import open_storage
-from jobs.ledger import Ledger
+from cluster.commands.all_stages import river
+from cluster.commands.demo import CONFIG, PROMPTS, ask, demo_faults, demo_serving
+from cluster.settings.flags import read_config, validate_config
+from cluster.settings.run import RunConfig
+from cluster.storage.uris import open_storage
+from jobs.run.ledger import Ledger
 from tests.cluster.fault_proxy import Cut, Fault, Refused, Stalled, running_proxy
 from tests.time_limits import limit_s
 

@@ -19,9 +19,10 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster.local import LocalCluster, free_port
+from cluster.local.local_cluster import LocalCluster, free_port
 from tests.cluster.grafana_stub import grafana_stub
-from tests.readmes import REPOSITORY, Command, blocks_of_commands
+from tests.readmes import Command, blocks_of_commands
+from tests.repository import REPOSITORY
 from tests.time_limits import limit_s
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]

@@ -9,14 +9,14 @@ from pathlib import Path
 import httpx
 import pytest
 
-from cluster.chaos import Chaos, parse_faults
-from cluster.config import RunConfig
-from cluster.dashboard_panels import DASHBOARDS, Panel
-from cluster.endpoint import deploy
-from cluster.local import LocalCluster, free_port
-from cluster.metric_table import SERIES
-from cluster.serve_config import ServeConfig
-from cluster.stage import Connection, run_stage
+from cluster.endpoint.endpoint import deploy
+from cluster.local.chaos import Chaos, parse_faults
+from cluster.local.local_cluster import LocalCluster, free_port
+from cluster.monitoring.metric_table import SERIES
+from cluster.monitoring.panels import DASHBOARDS, Panel
+from cluster.settings.run import RunConfig
+from cluster.settings.serve import ServeConfig
+from cluster.stages.stage import Connection, run_stage
 from tests.prometheus import Prometheus, needs_prometheus, prometheus
 from tests.time_limits import limit_s
 from tests.waiting import wait_until

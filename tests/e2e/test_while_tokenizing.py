@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from cluster.config import RunConfig
-from cluster.flags import validate_config
-from cluster.local import LocalCluster, cpus_per_node
-from cluster.stage import Connection, run_stage
-from jobs.ledger import Ledger
-from jobs.run_plan import run_storage
+from cluster.local.local_cluster import LocalCluster, cpus_per_node
+from cluster.settings.flags import validate_config
+from cluster.settings.run import RunConfig
+from cluster.stages.stage import Connection, run_stage
+from jobs.run.ledger import Ledger
+from jobs.run.run_plan import run_storage
 from model.checkpoint import read_metadata
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]

@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cluster.config import RunConfig
-from cluster.storage import split_uri
-from jobs.token_store import TOKENIZER, Manifest, read_manifest, token_dtype
+from cluster.settings.run import RunConfig
+from cluster.storage.uris import split_uri
+from jobs.tokens.token_store import TOKENIZER, Manifest, read_manifest, token_dtype
 from model.tokenizer import Tokenizer
 
 

@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 
-from jobs.checkpoint_writer import CheckpointWriter
-from jobs.checkpoints import RunCheckpoints, step_of
-from jobs.ledger import Ledger
-from jobs.run_plan import RunPlan
-from jobs.train_loop import train
+from jobs.run.checkpoints import RunCheckpoints, step_of
+from jobs.run.ledger import Ledger
+from jobs.run.run_plan import RunPlan
+from jobs.training.checkpoint_writer import CheckpointWriter
+from jobs.training.train_loop import train
 from model.checkpoint import verify_checkpoint
 from model.failpoints import FAILPOINTS, VARIABLE
 from tests.jobs.runs import tiny_plan

@@ -12,8 +12,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from jobs.run_plan import RunPlan
-from jobs.train_loop import train
+from jobs.run.run_plan import RunPlan
+from jobs.training.train_loop import train
 from model.gpt import GPT
 from tests.jobs.runs import tiny_plan
 

@@ -12,7 +12,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from jobs.rendezvous import Rendezvous
+from jobs.workers.rendezvous import Rendezvous
 
 
 def main(address: str, rank: int, world_size: int, num_rounds: int) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from jobs.batch_gradient import BatchGradient
-from jobs.run_plan import RunPlan
-from jobs.train_loop import train
+from jobs.exact.batch_gradient import BatchGradient
+from jobs.run.run_plan import RunPlan
+from jobs.training.train_loop import train
 from tests.time_limits import limit_s
 
 

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from jobs.batch_plan import lanes_of_rank
-from jobs.exact_reduce import maximal_subtrees, tree_sum
+from jobs.exact.exact_reduce import maximal_subtrees, tree_sum
+from jobs.tokens.batch_plan import lanes_of_rank
 
 
 def reduce_lanes(lanes: range, *, num_lanes: int, lane_value: Callable[[int], Tensor]) -> list[Tensor]:

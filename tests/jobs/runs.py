@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from cluster.config import RunConfig, to_yaml
-from cluster.storage import open_storage
-from jobs.checkpoints import RunCheckpoints
-from jobs.run_plan import RunPlan
-from jobs.token_store import MANIFEST, TOKENIZER, Manifest, Shard, Split, token_dtype
-from jobs.train_loop import train
+from cluster.settings.run import RunConfig, to_yaml
+from cluster.storage.uris import open_storage
+from jobs.run.checkpoints import RunCheckpoints
+from jobs.run.run_plan import RunPlan
+from jobs.tokens.token_store import MANIFEST, TOKENIZER, Manifest, Shard, Split, token_dtype
+from jobs.training.train_loop import train
 from model.tokenizer import Tokenizer, train_bpe
 from tests.jobs.stores import manifest_of
 

@@ -4,8 +4,8 @@ import pickle
 import sys
 from pathlib import Path
 
-from cluster.lease import LeaseLostError
-from jobs.train_loop import train
+from cluster.storage.lease import LeaseLostError
+from jobs.training.train_loop import train
 
 if __name__ == "__main__":
     try:

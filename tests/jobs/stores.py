@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cluster.storage import Storage
-from jobs.token_store import MANIFEST, Manifest, Shard, Split, token_dtype
+from cluster.storage.uris import Storage
+from jobs.tokens.token_store import MANIFEST, Manifest, Shard, Split, token_dtype
 from model.tokenizer import Tokenizer
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import yaml
 
-from cluster.storage import Storage
-from jobs.ledger import LEDGER
-from jobs.run_history import CONFIG_FILE
+from cluster.storage.uris import Storage
+from jobs.run.history import CONFIG_FILE
+from jobs.run.ledger import LEDGER
 
 
 def flip_byte(path: Path, *, place: int = -1) -> None:

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster.config import EvaluateConfig
-from cluster.parser import ConfigError
-from cluster.registry import publish
-from cluster.storage import open_storage
+from cluster.settings.parser import ConfigError
+from cluster.settings.run import EvaluateConfig
+from cluster.storage.registry import publish
+from cluster.storage.uris import open_storage
 from jobs.evaluate import evaluate, is_trained_on, storage_of
-from jobs.ledger import Ledger
-from jobs.run_plan import RunPlan
-from jobs.token_store import MANIFEST, TokenStoreError
+from jobs.run.ledger import Ledger
+from jobs.run.run_plan import RunPlan
+from jobs.tokens.token_store import MANIFEST, TokenStoreError
 from model.checkpoint import CheckpointError, load_model, load_tokenizer, read_metadata
 from tests.jobs.runs import make_text, newest_checkpoint, trained_run
 

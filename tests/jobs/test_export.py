@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cluster.stage_module import parse_result
-from cluster.storage import open_storage
+from cluster.stages.stage_module import parse_result
+from cluster.storage.uris import open_storage
 from jobs.export import export
 from model.checkpoint import (
     TRAIN_STATE,
@@ -26,9 +26,9 @@ from model.checkpoint import (
 from model.config import GPTConfig
 from model.gpt import GPT
 from model.tokenizer import train_bpe
+from tests.repository import REPOSITORY
 from tests.time_limits import limit_s
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 TEXT = "the quick brown fox jumps over the lazy dog, and over the fence"
 
 

@@ -12,19 +12,18 @@ import numpy as np
 import psutil
 import pytest
 
-from cluster.storage import StorageError, open_storage, split_uri
-from jobs.corpus_chunks import whole_file
-from jobs.corpus_listing import CorpusError, list_corpus
-from jobs.documents import Drop, read_documents
-from jobs.normal_text import document_hash, normalized
-from jobs.token_store import Manifest, read_manifest, token_dtype
-from jobs.tokenize_corpus import tokenize
-from jobs.train_tokenizer import ensure_tokenizer
+from cluster.storage.uris import StorageError, open_storage, split_uri
+from jobs.corpus.chunks import whole_file
+from jobs.corpus.documents import Drop, read_documents
+from jobs.corpus.listing import CorpusError, list_corpus
+from jobs.corpus.text_hashes import document_hash, normalized
+from jobs.tokens.build_store import tokenize
+from jobs.tokens.token_store import Manifest, read_manifest, token_dtype
+from jobs.tokens.train_tokenizer import ensure_tokenizer
 from model.errors import UserError
 from tests.jobs.corpora import data_config, make_corpus
+from tests.repository import REPOSITORY
 from tests.time_limits import limit_s
-
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")

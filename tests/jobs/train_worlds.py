@@ -21,11 +21,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cluster.config import RunConfig
-from jobs.batch_gradient import BatchGradient
-from jobs.step_timer import StepTimer
-from jobs.train_state import TrainState
-from jobs.worker_group import WorkerGroup
+from cluster.settings.run import RunConfig
+from jobs.exact.batch_gradient import BatchGradient
+from jobs.exact.train_state import TrainState
+from jobs.run.step_timer import StepTimer
+from jobs.workers.worker_group import WorkerGroup
 from model.checkpoint import parameter_hash
 from model.gpt import GPT
 

@@ -11,8 +11,10 @@ from typing import Any
 
 import yaml
 
-K8S = Path(__file__).parents[2] / "k8s"
-CRDS = Path(__file__).parents[2].parent / "shared" / "crds"
+from tests.repository import REPOSITORY
+
+K8S = REPOSITORY / "k8s"
+CRDS = REPOSITORY.parent / "shared" / "crds"
 KUSTOMIZATIONS = ["base", *sorted(f"overlays/{folder.name}" for folder in (K8S / "overlays").iterdir())]
 
 CLUSTER_KINDS = ("RayCluster", "RayJob", "RayService")

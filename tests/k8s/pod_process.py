@@ -18,10 +18,11 @@ import psutil
 import pytest
 from ray.autoscaler._private.kuberay.utils import parse_quantity
 
-from cluster.local import NODE_NAME_VARIABLE, free_port
-from cluster.process_identity import kill, with_descendants
+from cluster.local.local_cluster import NODE_NAME_VARIABLE, free_port
+from cluster.storage.process_identity import kill, with_descendants
 from tests.bound_process import start_bound
 from tests.k8s.manifests import Manifest
+from tests.repository import REPOSITORY
 
 POD_HOST = "pod.internal"
 
@@ -30,7 +31,6 @@ needs_pods = pytest.mark.skipif(
     reason="a pod needs a mount namespace of its own: run as root, on Linux",
 )
 
-_REPOSITORY = Path(__file__).parents[2]
 _OBJECT_STORE_BYTES = 80 << 20
 
 
@@ -46,7 +46,7 @@ class PodProcess:
         self._pod_spec, self._environment = group["template"]["spec"], environment | {NODE_NAME_VARIABLE: name}
         hosts = folder / f"hosts-{number}"
         hosts.write_text(f"127.0.0.1 localhost\n{self.address} {POD_HOST}\n")
-        command = [sys.executable, str(_REPOSITORY / "cluster/start_node.py"), "start", "--block", *flags]
+        command = [sys.executable, str(REPOSITORY / "cluster/local/start_node.py"), "start", "--block", *flags]
         command += ["--node-ip-address", "127.0.0.1", "--object-store-memory", str(_OBJECT_STORE_BYTES)]
         command += ["--min-worker-port", "0", "--max-worker-port", "0", "--log-color", "false"]
         command += ["--dashboard-agent-listen-port", str(free_port()), "--temp-dir", str(folder / f"pod-{number}")]

@@ -21,19 +21,19 @@ from typing import Any, Self
 
 import httpx
 
-from cluster.local import free_port
-from cluster.process_identity import kill, with_descendants
+from cluster.local.local_cluster import free_port
+from cluster.storage.process_identity import kill, with_descendants
 from tests.bound_process import start_bound
 from tests.k8s.api_stand_in import ApiStandIn
 from tests.k8s.manifests import Manifest, cluster_spec, find, of_kind
 from tests.k8s.pod_process import PodProcess
 from tests.redis_server import Redis
+from tests.repository import REPOSITORY
 from tests.time_limits import limit_s
 
 MAX_STARTS = 12
 """Of pods: a cluster that flaps must not fill the machine with processes."""
 
-_REPOSITORY = Path(__file__).parents[2]
 _POLL_S = 0.3
 _START_TIMEOUT_S = limit_s(90)
 
@@ -265,8 +265,8 @@ class PodCluster:
             "RAY_ADDRESS": f"127.0.0.1:{self._gcs_port}",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self._folder / "token"),
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # keeps addresses on loopback, see cluster/start_node.py
-            "PYTHONPATH": str(_REPOSITORY),  # where the image has its working directory
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # keeps addresses on loopback, see cluster/local/start_node.py
+            "PYTHONPATH": str(REPOSITORY),  # where the image has its working directory
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         }
 

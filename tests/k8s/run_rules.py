@@ -13,8 +13,8 @@ from pydantic import BaseModel, ValidationError
 from ray import serve
 from ray.serve.schema import HTTPOptionsSchema, ServeApplicationSchema, ServeDeploySchema
 
-from cluster.config import EvaluateConfig, RunConfig
-from cluster.serve_config import ServeConfig
+from cluster.settings.run import EvaluateConfig, RunConfig
+from cluster.settings.serve import ServeConfig
 from tests.k8s.manifests import CLUSTER_KINDS, Manifest, cluster_spec, find, name_of, of_kind, quantity
 
 
@@ -36,7 +36,7 @@ def _deployment(service: Manifest) -> dict[str, Any]:
 
 
 def config_problems(objects: list[Manifest]) -> list[str]:
-    """The settings are what `cluster.config` and Ray Serve take."""
+    """The settings are what `cluster.settings.run` and Ray Serve take."""
     problems = []
     try:
         run = run_config(objects)

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import yaml
 
-from cluster.local import free_port
+from cluster.local.local_cluster import free_port
 from tests.k8s.manifests import cluster_spec, find, render
 from tests.k8s.pod_process import POD_HOST
 from tests.k8s.process_pods import PodCluster

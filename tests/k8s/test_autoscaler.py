@@ -12,13 +12,13 @@ import pytest
 import yaml
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from cluster.config import RunConfig, write_config
-from cluster.flags import validate_config
-from cluster.storage import open_storage
-from jobs.ledger import Ledger
-from jobs.run_history import recorded_config
-from jobs.run_plan import RunPlan, run_storage
-from jobs.train_loop import train
+from cluster.settings.flags import validate_config
+from cluster.settings.run import RunConfig, write_config
+from cluster.storage.uris import open_storage
+from jobs.run.history import recorded_config
+from jobs.run.ledger import Ledger
+from jobs.run.run_plan import RunPlan, run_storage
+from jobs.training.train_loop import train
 from model.tokenizer import train_bpe
 from tests.jobs.runs import make_store, make_text
 from tests.k8s.manifests import Manifest, cluster_spec, find, render

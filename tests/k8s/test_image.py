@@ -4,10 +4,9 @@ import re
 import tomllib
 from pathlib import Path
 
-from serving.native_library import FOLDER_VARIABLE
+from serving.engine.native_library import FOLDER_VARIABLE
 from tests.k8s.manifests import CLUSTER_KINDS, K8S, cluster_spec, of_kind, render
-
-_REPOSITORY = K8S.parent
+from tests.repository import REPOSITORY
 
 
 def _instructions() -> list[tuple[str, str]]:
@@ -37,8 +36,8 @@ def test_ends_as_the_user_that_pods_run_as() -> None:
 def test_copies_what_is_there_and_all_the_code() -> None:
     copied = [rest.split()[:-1] for name, rest in _instructions() if name == "COPY" and "--from=" not in rest]
     sources = {source for sources in copied for source in sources}
-    assert [source for source in sources if not (_REPOSITORY / source).exists()] == []
-    packages = tomllib.loads((_REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"][
+    assert [source for source in sources if not (REPOSITORY / source).exists()] == []
+    packages = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"][
         "packages"
     ]
     assert set(packages) <= sources
@@ -50,7 +49,7 @@ def test_the_kernels_are_compiled_in_a_stage_and_found_at_run_time() -> None:
     instructions = _instructions()
     [start] = [i for i, (name, rest) in enumerate(instructions) if name == "FROM" and rest.endswith(" AS kernels")]
     [end] = [i for i, (name, _) in enumerate(instructions) if name == "FROM" and i > start]
-    assert ("RUN", "python -m serving.native_library --bake /kernels") in instructions[start:end]
+    assert ("RUN", "python -m serving.engine.native_library --bake /kernels") in instructions[start:end]
     assert ("COPY", "--from=kernels /kernels /opt/kernels") in instructions[end:]
     [environment] = [rest for name, rest in instructions[end:] if name == "ENV"]
     assert f"{FOLDER_VARIABLE}=/opt/kernels" in environment.split()
@@ -58,6 +57,6 @@ def test_the_kernels_are_compiled_in_a_stage_and_found_at_run_time() -> None:
 
 
 def test_ray_is_the_version_that_the_manifests_name() -> None:
-    (pinned,) = re.findall(r"^ray(?:\[.*\])?==(\S+)$", (_REPOSITORY / ".ci/constraints.txt").read_text(), re.MULTILINE)
+    (pinned,) = re.findall(r"^ray(?:\[.*\])?==(\S+)$", (REPOSITORY / ".ci/constraints.txt").read_text(), re.MULTILINE)
     named = {cluster_spec(manifest)["rayVersion"] for manifest in of_kind(render("base"), *CLUSTER_KINDS)}
     assert named == {pinned}

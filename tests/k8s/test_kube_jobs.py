@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster.admission import AdmissionError
 from cluster.cli import main
-from cluster.config import RunConfig
-from cluster.flags import validate_config
-from cluster.job_log import Ended, JobLog, Started
-from cluster.rayjob import rayjob, rayjob_name
-from cluster.storage import open_storage
+from cluster.output.job_log import Ended, JobLog, Started
+from cluster.settings.flags import validate_config
+from cluster.settings.run import RunConfig
+from cluster.storage.uris import open_storage
+from cluster.submission.preflight import AdmissionError
+from cluster.submission.rayjob import rayjob, rayjob_name
 from tests.k8s import life_rules, network_rules, operator_rules, security_rules
 from tests.k8s.api_stand_in import ApiStandIn
 from tests.k8s.manifests import CRDS, find, render
@@ -47,7 +47,9 @@ def test_a_rendered_job_obeys_the_rules_of_all_manifests(overlay: str, stage: st
     assert not CRDS.is_dir() or crd_problems(made) == []
     job, settings = made
     module = {"tokenize": "jobs.tokenize_corpus", "pretrain": "jobs.pretrain", "pipeline": "jobs.pipeline"}[stage]
-    assert job["spec"]["entrypoint"] == f"python -m cluster.mirrored --job run-demo-1 {module} /config/run.yaml"
+    assert (
+        job["spec"]["entrypoint"] == f"python -m cluster.stages.run_mirrored --job run-demo-1 {module} /config/run.yaml"
+    )
     assert yaml.safe_load(settings["data"]["run.yaml"])["run_id"] == "Demo_1"
 
 

@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster.kube_idle import GroupBounds, NodeUse, why_not_idle
-from cluster.kube_pending import is_pending, why_not_made, why_pending
-from cluster.kube_scale import resume_group, scale_group, suspend, suspend_group
-from cluster.kube_status import groups, sentence
-from cluster.parser import ConfigError
+from cluster.kube.idle import GroupBounds, NodeUse, why_not_idle
+from cluster.kube.pending import is_pending, why_not_made, why_pending
+from cluster.kube.scale import resume_group, scale_group, suspend, suspend_group
+from cluster.kube.status import groups, sentence
+from cluster.settings.parser import ConfigError
 from tests.k8s.api_stand_in import change as change_object
 from tests.k8s.manifests import find, render
 

@@ -15,14 +15,14 @@ from fastapi import APIRouter
 from ray import serve
 from starlette.types import ASGIApp
 
-from cluster.serve_config import ServeConfig
-from serving.access import AccessRules, CurrentAccess
-from serving.admission import AdmissionLimits
-from serving.ingress import build_http_app
-from serving.metrics import ReplicaMetrics
-from serving.promotion import Delivery
-from serving.served_model import read_served_model, version_of
-from serving.versions import Versions
+from cluster.settings.serve import ServeConfig
+from serving.api.access import AccessRules, CurrentAccess
+from serving.api.admission import AdmissionLimits
+from serving.api.ingress import build_http_app
+from serving.api.metrics import ReplicaMetrics
+from serving.delivery.promotion import Delivery, version_of
+from serving.delivery.versions import Versions
+from serving.protocol.served_model import read_served_model
 from tests.local_ray import local_ray
 
 

@@ -6,8 +6,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, create_model
 from pydantic.json_schema import models_json_schema
 
-from serving.chat import ChatRequest
-from serving.protocol import Choice, CompletionRequest, DetokenizeRequest, Request, TokenizeRequest, Usage
+from serving.api.chat import ChatRequest
+from serving.protocol.protocol import Choice, CompletionRequest, DetokenizeRequest, Request, TokenizeRequest, Usage
 from tests.serving.hostile_requests import MODEL
 
 REFERENCE = "#/components/schemas/{model}"

@@ -1,0 +1,258 @@
+"""`raymill submit|list|status|logs|stop`: jobs that go on without whoever asked for them.
+
+What is known of a run's job lies in the run's storage: where it was submitted, what it printed, how it ended. So these
+commands take the run's id and `--storage.uri`, on whatever machine, and the logs are there when the cluster is gone.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cluster.commands.kube_commands import connected_api, overlay_folder
+from cluster.output.job_log import LogReader, launches
+from cluster.output.progress import RayFilter, say
+from cluster.output.result_text import table
+from cluster.settings.flags import config_from_arguments
+from cluster.settings.parser import ConfigError
+from cluster.settings.run import RunConfig
+from cluster.stages.jobs_api import JobsApi, ray_token
+from cluster.stages.stage_module import STAGES, ShownError
+from cluster.storage.uris import NotFoundError, Storage, absolute_uri, open_storage
+from cluster.submission.backend import JobBackend
+from cluster.submission.kuberay_backend import KubeJobs
+from cluster.submission.local_backend import LocalJobs
+from cluster.submission.record import Backend, JobRecord, recorded_runs
+from cluster.submission.submit import Backends, JobView, check_only, describe, stop_job, submit_job, view_job
+from model.errors import UserError
+
+_STOP_TIMEOUT_S = 90.0
+_LOCAL_POLL_S, _REMOTE_POLL_S = 0.5, 2.0
+_STATE_INTERVAL_S = 10.0
+_TAIL_BYTES = 64 << 10
+
+
+def submit(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    config = config_from_arguments(arguments, RunConfig)
+    backend, stage = _backend(arguments, config), arguments.stage
+    say(f"submit: {stage} of run {config.run_id}; checking the storage, the sources and the settings")
+    if arguments.dry_run:
+        check_only(config, stage, backend, _needs)
+        if isinstance(backend, KubeJobs):
+            objects = backend.objects(config, stage, number=1)
+            if not arguments.json:
+                sys.stdout.write(yaml.safe_dump_all(objects, sort_keys=False))
+                return None
+            return {"run_id": config.run_id, "objects": objects}
+        return {"run_id": config.run_id, "admitted": True}
+    view, is_new = submit_job(config, stage, backend, _backends(arguments), _needs)
+    if not is_new:
+        say(f"run {config.run_id} has this job already: nothing was submitted")
+    uri = config.storage.uri
+    hint = f"raymill logs -f {config.run_id}" + ("" if uri == absolute_uri(".raymill") else f" --storage.uri {uri}")
+    return describe(view, str(config.run_id)) | {"new": is_new, "storage": uri, "logs": hint}
+
+
+def _needs(config: RunConfig) -> dict[str, Any]:
+    from jobs.plan.worker_needs import admission  # which takes four seconds, as it imports PyTorch
+
+    return admission(config)
+
+
+def _backend(arguments: argparse.Namespace, config: RunConfig) -> JobBackend:
+    address = arguments.address or config.cluster.address
+    if arguments.kuberay is not None:
+        return KubeJobs(connected_api(arguments.namespace), overlay_folder(arguments.kuberay))
+    if address is not None:
+        return _ray_jobs(address, arguments.token_file)
+    return LocalJobs()
+
+
+def _backends(arguments: argparse.Namespace) -> Backends:
+    def of(record: JobRecord) -> JobBackend:
+        match record.backend:
+            case Backend.RAY:
+                return _ray_jobs(record.where, arguments.token_file)
+            case Backend.KUBERAY:
+                return KubeJobs(connected_api(record.where))
+            case Backend.LOCAL:
+                return LocalJobs()
+
+    return of
+
+
+def _ray_jobs(url: str, token_file: Path | None) -> JobBackend:
+    from cluster.submission.ray_backend import RayJobs  # imports Ray, which `raymill list` does without
+
+    return RayJobs(JobsApi(url, ray_token(token_file)))
+
+
+def list_jobs(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    rows = _of_cluster(arguments) if arguments.address else _of_storage(arguments)
+    if arguments.json:
+        return {"jobs": rows}
+    if not rows:
+        place = arguments.address or _storage_uri(arguments)
+        say(f"no runs in {place}: `raymill pretrain` or `raymill submit` starts one; --storage.uri names another place")
+        return None
+    names = ("run_id", "stage", "state", "step", "backend", "where", "job")
+    sys.stdout.write("".join(f"{line}\n" for line in table(names, rows)))
+    return None
+
+
+def _of_storage(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    runs = open_storage(_storage_uri(arguments)).child("runs")
+    backends, rows = _backends(arguments), []
+    for run_id in recorded_runs(runs):
+        run = runs.child(run_id)
+        view = view_job(run, backends)
+        if view is not None:
+            rows.append(describe(view, run_id) | _started_by_hand(run, view) | _progress(run))
+    return sorted(rows, key=lambda row: str(row["submitted"]))
+
+
+def _started_by_hand(run: Storage, view: JobView) -> dict[str, Any]:
+    """What a submission would say of a run that `raymill pretrain` or another stage has started."""
+    if view.record is not None or view.launch is None:
+        return {}
+    started = LogReader(run, view.launch).started()
+    stage = next((name for name, (module, _) in STAGES.items() if module.endswith(f".{started.stage}")), started.stage)
+    return {
+        "stage": stage,
+        "backend": "by hand",
+        "where": started.host,
+        "job": started.job,
+        "submitted": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started.time)),
+    }
+
+
+def _of_cluster(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    api = JobsApi(arguments.address, ray_token(arguments.token_file))
+    api.probe()
+    modules = {module: stage for stage, (module, _) in STAGES.items()}
+    rows = []
+    for job in api.jobs():
+        metadata = job.get("metadata") or {}
+        module = metadata.get("raymill_module", "")
+        rows.append(
+            {
+                "run_id": metadata.get("raymill_run_id"),
+                "stage": modules.get(module, module),
+                "state": job["status"].lower(),
+                "backend": str(Backend.RAY),
+                "where": api.url,
+                "job": job["submission_id"],
+                "storage": metadata.get("raymill_storage"),
+            }
+        )
+    return rows
+
+
+def status(arguments: argparse.Namespace) -> dict[str, Any]:
+    run = _run(arguments)
+    view = view_job(run, _backends(arguments))
+    if view is None:
+        raise _no_job(arguments)
+    result = describe(view, arguments.run_id) | _started_by_hand(run, view) | _progress(run)
+    if view.ended is not None and view.ended.result is not None:
+        result["result"] = view.ended.result
+    if view.state.is_bad:
+        arguments.show(result)
+        raise ShownError(f"the job of run {arguments.run_id}: {view.state}")
+    return result
+
+
+def _progress(run: Storage) -> dict[str, Any]:
+    """Of the newest step in the run's ledger."""
+    entry = run.stat("ledger.jsonl")
+    if entry is None:
+        return {}
+    content = run.read_bytes("ledger.jsonl", start=max(0, entry.size - _TAIL_BYTES)).rpartition(b"\n")[0]
+    whole = content.split(b"\n")[entry.size > _TAIL_BYTES :]  # the first line may be cut
+    steps = [line for text in whole if text and "step" in (line := json.loads(text)) and "event" not in line]
+    return {name: steps[-1][name] for name in ("step", "tokens_seen", "loss", "world_size")} if steps else {}
+
+
+def logs(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    run, backends = _run(arguments), _backends(arguments)
+    names = launches(run)
+    if not names and (not arguments.follow or view_job(run, backends) is None):
+        raise _no_job(arguments)
+    if arguments.follow:
+        return _follow(arguments, run, backends)
+    chosen = names if arguments.all else names[-1:]
+    lines = [line for name in chosen for line in _lines_of(run, name, header=arguments.all, rays=arguments.ray)]
+    lines = lines[-arguments.tail :] if arguments.tail else lines
+    if arguments.json:
+        return {"run_id": arguments.run_id, "launches": chosen, "lines": lines}
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
+    return None
+
+
+def _lines_of(run: Storage, launch: str, *, header: bool, rays: bool) -> list[str]:
+    reader, ray_filter = LogReader(run, launch), RayFilter()
+    started = reader.started()
+    title = [f"== {started.stage} on {started.host}, {launch}"] if header else []
+    lines = "".join(reader.new_text()).splitlines()
+    return title + [line for line in lines if rays or not ray_filter.hides(line)]
+
+
+def _follow(arguments: argparse.Namespace, run: Storage, backends: Backends) -> dict[str, Any]:
+    """Also over launches that come after one that failed; ends with the job."""
+    pause_s = _REMOTE_POLL_S if run.local_path("") is None else _LOCAL_POLL_S
+    shown, reader, looked_s, ray_filter = "", None, 0.0, RayFilter()
+    while True:
+        newest = launches(run)[-1:]
+        if newest and newest[0] != shown:
+            shown = newest[0]
+            reader = LogReader(run, shown)
+        ended = reader.ended() if reader else None  # before its last lines are read
+        for line in "".join(reader.new_text()).splitlines() if reader else ():
+            if arguments.ray or not ray_filter.hides(line):
+                (sys.stderr if arguments.json else sys.stdout).write(f"{line}\n")
+        sys.stdout.flush()
+        if ended is not None or time.monotonic() - looked_s > _STATE_INTERVAL_S:
+            looked_s = time.monotonic()
+            view = view_job(run, backends)
+            if view is not None and not view.state.is_live and view.launch in (shown or None, None):
+                result = describe(view, arguments.run_id)
+                if view.state.is_bad:
+                    if arguments.json:
+                        arguments.show(result)
+                    raise UserError(f"the job of run {arguments.run_id}: {view.state}")
+                return result | {"result": view.ended.result if view.ended else None}
+        time.sleep(pause_s)
+
+
+def stop(arguments: argparse.Namespace) -> dict[str, Any]:
+    run, backends = _run(arguments), _backends(arguments)
+    view, was_live = stop_job(run, arguments.run_id, backends)
+    deadline_s = time.monotonic() + _STOP_TIMEOUT_S
+    while was_live and view.state.is_live and time.monotonic() < deadline_s:
+        time.sleep(1)
+        view = view_job(run, backends) or view
+    if view.state.is_live:
+        say(f"run {arguments.run_id} was told to end and has not done so within {_STOP_TIMEOUT_S:.0f} s")
+    return describe(view, arguments.run_id) | {"was_live": was_live}
+
+
+def _run(arguments: argparse.Namespace) -> Storage:
+    run_id, uri = arguments.run_id, _storage_uri(arguments)
+    if not run_id or "/" in run_id or run_id.startswith("."):
+        raise ConfigError(f"{run_id!r} is no run id; give its storage with --storage.uri")
+    return open_storage(uri).child(f"runs/{run_id}")
+
+
+def _no_job(arguments: argparse.Namespace) -> NotFoundError:
+    return NotFoundError(
+        f"run {arguments.run_id} has no job in {_storage_uri(arguments)}: `raymill list` shows which runs have, and "
+        "--storage.uri is where it looks"
+    )
+
+
+def _storage_uri(arguments: argparse.Namespace) -> str:
+    return absolute_uri(getattr(arguments, "storage.uri"))

@@ -1,0 +1,224 @@
+"""`raymill cluster`: what the manifests become on a Kubernetes, and what becomes of them there."""
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import yaml
+
+from cluster.kube.idle import GroupBounds, NodeUse, why_not_idle
+from cluster.kube.kustomize import rendered_overlay
+from cluster.kube.pending import is_pending, why_not_made, why_pending
+from cluster.kube.scale import Patch, resume_group, scale_group, suspend, suspend_group
+from cluster.kube.status import KINDS, Object, cluster_spec, groups, sentence
+from cluster.local.local_cluster import ClusterError
+from cluster.settings.code_folders import CODE_ROOT
+from cluster.settings.parser import ConfigError
+from cluster.stages.jobs_api import JobsApi, ray_token
+from model.errors import UserError
+
+if TYPE_CHECKING:
+    from cluster.kube.client import KubeApi
+
+_RAY = "ray.io/v1"
+_COMPONENT = "app.kubernetes.io/component"
+_OVERLAYS = CODE_ROOT / "cluster" / "k8s" / "overlays"  # a link, so that a wheel has them too
+
+
+def render(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    objects = _objects(arguments)
+    if arguments.json:
+        return {"objects": objects}
+    sys.stdout.write(yaml.safe_dump_all(objects, sort_keys=False))
+    return None
+
+
+def apply(arguments: argparse.Namespace) -> dict[str, Any]:
+    objects, api = _objects(arguments), connected_api(arguments.namespace)
+    for manifest in objects:
+        api.apply(manifest, dry_run=arguments.dry_run)
+    return {"checked" if arguments.dry_run else "applied": [_name(manifest) for manifest in objects]}
+
+
+def scale(arguments: argparse.Namespace) -> dict[str, Any]:
+    api = connected_api(arguments.namespace)
+    manifest = _find(api, arguments.name)
+    if manifest["kind"] == "RayJob" and (arguments.group or not (arguments.suspend or arguments.resume)):
+        manifest = _cluster_of(api, manifest)  # KubeRay copies a job's groups to its cluster only once
+    api.patch(manifest, _change(arguments, manifest))
+    changed = api.get(manifest["apiVersion"], manifest["kind"], manifest["metadata"]["name"])
+    return {"changed": _name(manifest), "groups": list(groups(changed or manifest))}
+
+
+def _change(arguments: argparse.Namespace, manifest: Object) -> Patch:
+    if arguments.suspend or arguments.resume:
+        if arguments.lowest is not None or arguments.most is not None:
+            raise ConfigError("--suspend and --resume do without --min and --max")
+        if arguments.group is None:
+            return suspend(manifest, suspended=arguments.suspend)
+        return (suspend_group if arguments.suspend else resume_group)(manifest, arguments.group)
+    if arguments.lowest is None and arguments.most is None:
+        raise ConfigError("nothing to change: give --min, --max, --suspend or --resume")
+    return scale_group(manifest, arguments.group, lowest=arguments.lowest, most=arguments.most)
+
+
+def status(arguments: argparse.Namespace) -> dict[str, Any]:
+    found = _all(connected_api(arguments.namespace), arguments.name)
+    return {_name(manifest): [sentence(manifest), *groups(manifest)] for manifest in found}
+
+
+def pending(arguments: argparse.Namespace) -> dict[str, Any]:
+    api = connected_api(arguments.namespace)
+    found = _all(api, arguments.name)
+    clusters = {_cluster_name(manifest) for manifest in found}
+    events = api.all("v1", "Event")
+
+    def events_of(manifest: Object) -> list[Object]:
+        name = manifest["metadata"]["name"]
+        return [event for event in events if event["involvedObject"].get("name") == name]
+
+    pods = api.all("v1", "Pod", selector="ray.io/is-ray-node=yes")
+    reasons = {
+        pod["metadata"]["name"]: why_pending(pod, events_of(pod))
+        for pod in pods
+        if pod["metadata"]["labels"].get("ray.io/cluster") in clusters and is_pending(pod)
+    }
+    for manifest in found:
+        suspended = manifest["spec"].get("suspend")
+        reason = sentence(manifest) if suspended else why_not_made(events_of(manifest))
+        if reason:
+            reasons[_name(manifest)] = reason
+    return reasons or {"pending": "nothing: each pod that was asked for runs"}
+
+
+def not_idle(arguments: argparse.Namespace) -> dict[str, Any]:
+    api = connected_api(arguments.namespace)
+    manifest = _find(api, arguments.name)
+    cluster = manifest if manifest["kind"] == "RayCluster" else _cluster_of(api, manifest)
+    pods = api.all("v1", "Pod", selector=f"ray.io/cluster={cluster['metadata']['name']},ray.io/node-type=worker")
+    default_s = cluster_spec(cluster)["autoscalerOptions"].get("idleTimeoutSeconds", 60)
+    bounds = {
+        group["groupName"]: GroupBounds(group.get("minReplicas", 0), group.get("idleTimeoutSeconds", default_s))
+        for group in cluster_spec(cluster)["workerGroupSpecs"]
+    }
+    return why_not_idle(_node_uses(arguments.url, pods), bounds) or {"pods": "none is there but the head"}
+
+
+def _node_uses(url: str, pods: list[Object]) -> list[NodeUse]:
+    """By Ray's state API, whose nodes are the pods with their addresses."""
+    headers = JobsApi(url, ray_token()).headers
+
+    def rows(what: str, state: str) -> list[dict[str, Any]]:
+        query = {"filter_keys": "state", "filter_predicates": "=", "filter_values": state, "detail": "true"}
+        try:
+            answer = httpx.get(f"{url}/api/v0/{what}", params=query, headers=headers, timeout=30)
+        except httpx.TransportError as error:
+            raise ClusterError(f"no Ray answers at {url} ({error}): `kubectl port-forward` the head's 8265") from None
+        if answer.status_code in (401, 403):
+            raise ClusterError(f"{url} refuses the token: take the key auth_token of the cluster's Secret")
+        if answer.is_error:
+            raise ClusterError(f"{url} answered {answer.status_code} to a question about its {what}")
+        found: list[dict[str, Any]] = answer.json()["data"]["result"]["result"]
+        return found
+
+    nodes = {row["node_name"]: row["node_id"] for row in rows("nodes", "ALIVE")}
+    names = {row["node_ip"]: row["node_id"] for row in rows("nodes", "ALIVE")} | nodes
+    tasks, actors = rows("tasks", "RUNNING"), rows("actors", "ALIVE")
+    reserved = rows("placement_groups", "CREATED")
+    uses = []
+    for pod in pods:
+        metadata = pod["metadata"]
+        node_id = names.get(metadata["name"], names.get(pod["status"].get("podIP", "")))
+        uses.append(
+            NodeUse(
+                metadata["name"],
+                metadata["labels"]["ray.io/group"],
+                tasks=tuple(row["name"] for row in tasks if row["node_id"] == node_id and row["type"] == "NORMAL_TASK"),
+                actors=tuple(row["class_name"] for row in actors if row["node_id"] == node_id),
+                placement_groups=sum(
+                    any(bundle["node_id"] == node_id for bundle in row["bundles"]) for row in reserved
+                ),
+            )
+        )
+    return uses
+
+
+def _objects(arguments: argparse.Namespace) -> list[Object]:
+    objects = rendered_overlay(overlay_folder(arguments.overlay))
+    if arguments.component is None:
+        return objects
+    chosen = [o for o in objects if o["metadata"].get("labels", {}).get(_COMPONENT) == arguments.component]
+    if not chosen:
+        known = sorted({o["metadata"]["labels"][_COMPONENT] for o in objects if "labels" in o["metadata"]})
+        raise ConfigError(f"unknown component {arguments.component!r}; expected one of {', '.join(known)}")
+    return chosen
+
+
+def overlay_folder(name: str) -> Path:
+    """Returns one of ours by its name, or a folder."""
+    for folder in (_OVERLAYS / name, Path(name)):
+        if folder.is_dir():
+            return folder
+    known = sorted(folder.name for folder in _OVERLAYS.glob("*") if folder.is_dir())
+    choices = f"one of {', '.join(known)}, or the folder" if known else "here is no k8s/, so name the folder"
+    raise ConfigError(f"unknown overlay {name!r}, expected {choices} of a kustomization of yours")
+
+
+def connected_api(namespace: str) -> "KubeApi":
+    """Raises `ClusterError` where no Kubernetes is configured, `UserError` where its client is not installed."""
+    try:
+        client = importlib.import_module("cluster.kube.client")  # of an extra: the other commands do without
+    except ImportError as error:
+        raise UserError(f"{error}: `pip install 'raymill[k8s]'` brings the Kubernetes client") from None
+    api: KubeApi = client.KubeApi(namespace)
+    return api
+
+
+def _all(api: "KubeApi", name: str | None) -> list[Object]:
+    if name is not None:
+        return [_find(api, name)]
+    found = [manifest for kind in KINDS for manifest in api.all(_RAY, kind)]
+    if not found:
+        raise UserError(
+            f"the namespace {api.namespace} has no RayCluster, RayJob or RayService: `raymill cluster apply`"
+        )
+    owned = {_cluster_name(manifest) for manifest in found if manifest["kind"] != "RayCluster"}
+    return [o for o in found if o["kind"] != "RayCluster" or o["metadata"]["name"] not in owned]
+
+
+def _find(api: "KubeApi", name: str) -> Object:
+    """`NAME`, or `KIND/NAME` where more than one has it."""
+    kind, _, plain = name.rpartition("/")
+    kinds = [known for known in KINDS if kind.lower() in ("", known.lower())]
+    if not kinds:
+        raise ConfigError(f"unknown kind {kind!r}; expected {', '.join(known.lower() for known in KINDS)}")
+    found = [manifest for known in kinds if (manifest := api.get(_RAY, known, plain)) is not None]
+    if not found:
+        names = ", ".join(_name(manifest) for manifest in (m for known in KINDS for m in api.all(_RAY, known)))
+        raise UserError(f"the namespace {api.namespace} has no {name}; it has {names or 'none'}")
+    if len(found) > 1:
+        raise ConfigError(f"{name} may be {' or '.join(map(_name, found))}; say which")
+    return found[0]
+
+
+def _cluster_of(api: "KubeApi", manifest: Object) -> Object:
+    """The RayCluster that KubeRay made for a job or service."""
+    name = _cluster_name(manifest)
+    cluster = api.get(_RAY, "RayCluster", name) if name else None
+    if cluster is None:
+        raise UserError(f"{_name(manifest)} has no cluster now: it {sentence(manifest)}")
+    return cluster
+
+
+def _cluster_name(manifest: Object) -> str | None:
+    state = manifest.get("status") or {}
+    if manifest["kind"] == "RayCluster":
+        return str(manifest["metadata"]["name"])
+    return state.get("rayClusterName") or (state.get("activeServiceStatus") or {}).get("rayClusterName")
+
+
+def _name(manifest: Object) -> str:
+    return f"{manifest['kind']}/{manifest['metadata']['name']}"

@@ -1,0 +1,122 @@
+"""A run in small on the machine at hand, for `raymill plan --calibrate`: real stages, real steps, in about a minute."""
+
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from cluster.commands.all_stages import river
+from cluster.local.chaos import Fault, Kind
+from cluster.output.progress import say
+from cluster.settings.parser import ConfigError
+from cluster.settings.run import RunConfig, StorageConfig, batch_schedule, max_steps, seq_len
+from cluster.settings.serve import ServeConfig
+from jobs.plan.rehearsal_corpus import rehearsal_corpus
+from model.config import flops_per_token
+
+STEPS_S = 20.0
+"""Seconds of steps that a rehearsal aims at, without faults; it has no fewer than `_MIN_STEPS` of them."""
+
+_MIN_STEPS, _MAX_STEPS = 8, 240
+_MAX_LANE_S = 15.0
+_FLOPS_PER_S = {"cpu": 20e9, "gpu": 50e12}
+"""Of a thread, and of a GPU: a guess on the low side, that decides the size of the rehearsal only."""
+
+_VALIDATION_ROWS = 512
+
+# Of a rehearsal's steps: what the faults of a run are moved to. A node takes some ten seconds to join.
+_KILL_AT, _ADD_AT, _STEPS_WITH_FAULTS = 60, 66, 240
+
+
+@dataclass(frozen=True)
+class Small:
+    """A rehearsal's settings."""
+
+    config: RunConfig
+    faults: list[Fault]
+
+
+def in_small(config: RunConfig, *, faults: Sequence[Fault] = ()) -> Small:
+    """The same lanes, workers and stages, for fewer steps, and with fewer lanes a step where one takes seconds.
+
+    Raises `ConfigError` where a single lane would take too long to be measured in a minute.
+    """
+    scaling, train = config.scaling, config.train
+    rate = _FLOPS_PER_S["gpu"] if scaling.use_gpu else _FLOPS_PER_S["cpu"] * scaling.threads_per_worker
+    lane_s = flops_per_token(config.model, seq_len(config)) * train.micro_batch_size * seq_len(config) / rate
+    if lane_s > _MAX_LANE_S:
+        raise ConfigError(
+            f"a lane of {train.micro_batch_size} x {seq_len(config)} tokens may take {lane_s:,.0f} s here, too long "
+            "for a rehearsal; calibrate on the hardware that the run is for, or with a smaller "
+            "--train.micro-batch-size or model"
+        )
+    workers, lanes = scaling.max_workers, batch_schedule(config).full_lanes
+    fitting = int(STEPS_S / _MIN_STEPS / lane_s) * workers
+    lanes = min(lanes, max(workers, fitting))
+    step_s = -(-lanes // workers) * lane_s
+    steps = _STEPS_WITH_FAULTS if faults else max(_MIN_STEPS, min(_MAX_STEPS, int(STEPS_S / step_s)))
+    steps = min(steps, max_steps(config))
+    if faults and steps < _STEPS_WITH_FAULTS:
+        raise ConfigError(f"a run of {steps} steps is too short for a rehearsal of its faults")
+    small = train.model_copy(
+        update={
+            "global_batch_size": lanes * train.micro_batch_size,
+            "batch_ramp_tokens": 0,
+            "batch_ramp_start": None,
+            "max_tokens": steps * lanes * train.micro_batch_size * seq_len(config),
+            "warmup_tokens": None,
+            "decay_tokens": None,
+            "cooldown_tokens": None,
+            "eval_every_steps": max(1, min(train.eval_every_steps, steps // 2)),
+            "eval_max_tokens": min(train.eval_max_tokens, _VALIDATION_ROWS * seq_len(config)),
+        }
+    )
+    moved = {Kind.KILL_NODE: _KILL_AT, Kind.KILL_WORKER: _KILL_AT, Kind.ADD_NODE: _ADD_AT}
+    return Small(
+        config.model_copy(update={"train": small, "run_id": "rehearsal"}),
+        [Fault(fault.kind, moved[fault.kind]) for fault in faults],
+    )
+
+
+@contextmanager
+def rehearsed(
+    config: RunConfig, *, faults: Sequence[Fault] = (), serving: ServeConfig | None = None
+) -> Iterator[dict[str, Any]]:
+    """Runs it, and gives what it measured for `jobs.plan.prediction`; its storage lasts as long as the context."""
+    small = in_small(config, faults=faults)
+    busy_before = psutil.cpu_percent(interval=1.0) / 100
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="raymill-rehearsal-") as folder:
+        storage = StorageConfig(uri=folder)
+        corpus = _corpus(config, Path(folder))
+        data = config.data.model_copy(update={"source": corpus["source"], "weights": []})
+        run = small.config.model_copy(update={"data": data, "storage": storage})
+        if serving is not None:
+            key = str(Path(folder, "api_key"))
+            serving = serving.model_copy(update={"storage": storage, "api_key_file": key})
+        say(f"rehearsing {max_steps(run)} of {max_steps(config)} steps, and every stage around them")
+        with river(run, faults=small.faults, serving=serving) as found:
+            pass
+        yield {
+            "stage_s": found.stage_s,
+            "run_dir": found.run["run_dir"],
+            "evaluation": found.evaluation,
+            "source_bytes": corpus["source_bytes"],
+            "rehearsed_bytes": corpus["rehearsed_bytes"],
+            "faults": [vars(fault) for fault in faults],
+            "rehearsed_faults": [vars(fault) for fault in small.faults],
+            "busy_before": busy_before,
+            "took_s": round(time.monotonic() - start, 1),
+        }
+
+
+def _corpus(config: RunConfig, folder: Path) -> dict[str, Any]:
+    """The run's corpus where it is small; else the front of it, as files in the folder."""
+    if not config.data.source:
+        raise ConfigError("--calibrate trains on the run's own text: name it with --data.source, or plan the --demo")
+    return rehearsal_corpus(config, folder / "corpus")

@@ -1,0 +1,373 @@
+"""What each subcommand of `raymill` does, from its parsed arguments to the result that is printed.
+
+Each imports what it alone needs, so that none waits for PyTorch or Ray in vain.
+"""
+
+import argparse
+import os
+import shlex
+import sys
+from typing import TYPE_CHECKING, Any
+
+from cluster.output.progress import reports_shown, say
+from cluster.output.result_text import printable
+from cluster.settings.parser import ConfigError
+from cluster.stages.stage_module import STAGES, ShownError
+from cluster.storage.uris import absolute_uri, open_storage
+from model.errors import UserError
+
+if TYPE_CHECKING:
+    from cluster.settings.serve import ServeConfig
+    from cluster.storage.uris import Storage
+
+
+def stage(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Submits the stage that the command is called after as a job, and follows it."""
+    from cluster.commands.checks import check_stage
+    from cluster.local.chaos import Chaos, parse_faults
+    from cluster.local.local_cluster import cpus_per_node
+    from cluster.settings.flags import config_from_arguments
+    from cluster.settings.run import RunConfig, max_steps
+
+    config = config_from_arguments(arguments, RunConfig)
+    faults = parse_faults(getattr(arguments, "chaos", []))
+    if faults and config.cluster.address is not None:
+        raise ConfigError("--chaos kills nodes of the local cluster; leave out --cluster.address")
+    check_stage(config, arguments.command)
+    steps = "" if arguments.command == "tokenize" else f", {max_steps(config):,} steps"
+    say(f"{arguments.command}: run {config.run_id}{steps}, of {_named(config.data.source)}")
+
+    from cluster.stages.stage import connected, run_stage  # which takes a second, as it imports Ray
+
+    try:
+        with (
+            connected(config.cluster, cpus_per_node=cpus_per_node(config)) as connection,
+            Chaos(faults, cluster=connection.local, config=config),
+        ):
+            result = run_stage(connection, STAGES[arguments.command][0], config)
+    except (KeyboardInterrupt, SystemExit):
+        if arguments.command != "tokenize":
+            known = [] if "--run-id" in arguments.words else ["--run-id", str(config.run_id)]
+            say(f"continue with: raymill {shlex.join([*arguments.words, *known])}")
+        raise
+    if arguments.command == "tokenize":
+        words = ["pretrain" if word == "tokenize" else word for word in arguments.words]
+        arguments.next = f"`raymill {shlex.join(words)}`"
+    else:
+        arguments.next = _commands(config.storage.uri, f"raymill report {config.run_id}", "raymill serve latest")
+    return result
+
+
+def _named(source: str | list[str]) -> str:
+    sources = [source] if isinstance(source, str) else source
+    return sources[0] if len(sources) == 1 else f"{sources[0]} and {len(sources) - 1} more"
+
+
+def _commands(storage: str, *commands: str) -> str:
+    """Returns the commands as they are typed, with the storage where that is not the usual one."""
+    where = "" if absolute_uri(storage) == absolute_uri(".raymill") else f" --storage.uri {storage}"
+    return ", or ".join(f"`{command}{where}`" for command in commands)
+
+
+def storage_check(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Exit code 1 where it is not usable."""
+    from cluster.storage.check import check_storage
+
+    uri = absolute_uri(arguments.uri)
+    checks = check_storage(uri)
+    problem = checks[-1].problem
+    passed = [check.name for check in checks if not check.problem]
+    result = {"storage": uri, "usable": not problem, "passed": passed, "problem": problem}
+    if problem:
+        arguments.show(result)
+        raise ShownError(problem)
+    return result
+
+
+def data_preview(arguments: argparse.Namespace) -> dict[str, Any]:
+    from cluster.settings.flags import config_from_arguments
+    from cluster.settings.run import RunConfig
+
+    config = config_from_arguments(arguments, RunConfig)
+
+    from jobs.tokens.preview_data import preview  # which takes a second
+
+    with reports_shown():
+        return preview(config)
+
+
+def look_at_store(arguments: argparse.Namespace) -> dict[str, Any]:
+    from jobs.tokens import inspect_store
+
+    look = {"stats": inspect_store.stats, "report": inspect_store.report, "verify": inspect_store.verify}
+    with reports_shown():
+        return look[arguments.command](inspect_store.find_store(arguments.store, storage_uri(arguments)))
+
+
+def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
+    from cluster.commands.checks import check_checkpoint, check_data
+    from cluster.local.local_cluster import cpus_per_node
+    from cluster.settings.flags import config_from_arguments
+    from cluster.settings.run import EvaluateConfig
+
+    config = config_from_arguments(arguments, EvaluateConfig)
+    address = config.cluster.address
+    checkpoint = check_checkpoint(config.checkpoint, config.storage.uri, address=address)
+    check_data(config.data, address=address)
+    say(f"evaluate: {checkpoint}")
+
+    from cluster.stages.stage import connected, run_stage  # which takes a second, as it imports Ray
+
+    with connected(config.cluster, cpus_per_node=cpus_per_node(config)) as connection:
+        result = run_stage(connection, "jobs.evaluate", config)
+    arguments.next = _commands(config.storage.uri, f"raymill serve {result['checkpoint']}")
+    return result
+
+
+def export(arguments: argparse.Namespace) -> dict[str, Any]:
+    from cluster.storage.registry import named_checkpoint
+
+    destination = absolute_uri(arguments.destination)
+    say(f"export: {named_checkpoint(arguments.checkpoint, storage_uri(arguments))} to {destination}")
+
+    from jobs.export import export as export_checkpoint  # which takes two seconds, as it imports PyTorch
+
+    result = export_checkpoint(arguments.checkpoint, destination, storage_uri=storage_uri(arguments))
+    arguments.next = f"transformers.AutoModelForCausalLM.from_pretrained({destination!r})"
+    return result
+
+
+def report(arguments: argparse.Namespace) -> dict[str, Any]:
+    from cluster.commands.checks import check_runs
+
+    (run,) = check_runs([arguments.run_uri], storage_uri(arguments))
+    say(f"report: drawing {run.uri}")
+
+    from jobs.report.make_report import make_report  # which takes a second, as it draws
+    from jobs.report.plan_actual import read_plan
+
+    plan = read_plan(arguments.plan) if arguments.plan else None
+    return make_report(run, price=arguments.price, plan=plan)
+
+
+def compare(arguments: argparse.Namespace) -> dict[str, Any]:
+    from cluster.commands.checks import check_runs
+
+    runs = check_runs(arguments.runs, storage_uri(arguments))
+    say(f"compare: {len(runs)} runs")
+
+    from jobs.report.compare_runs import compare as compare_runs
+
+    return compare_runs(runs, open_storage(storage_uri(arguments)))
+
+
+def why_slow(arguments: argparse.Namespace) -> dict[str, Any]:
+    from jobs.report.why_slow import why_slow as reason
+    from jobs.run.find_run import begun_ledger
+
+    return reason(begun_ledger(_run(arguments)))
+
+
+def probe(arguments: argparse.Namespace) -> dict[str, Any]:
+    run = _run(arguments)
+
+    from jobs.report.probe_run import probe_run
+
+    return probe_run(run)
+
+
+def verify(arguments: argparse.Namespace) -> dict[str, Any]:
+    run = _run(arguments)
+
+    from jobs.proof.verify_run import verify as verify_run
+
+    with reports_shown():
+        result = verify_run(run)
+    return _good(arguments, result, is_good=result["valid"])
+
+
+def replay(arguments: argparse.Namespace) -> dict[str, Any]:
+    run = _run(arguments)
+
+    from jobs.proof.replay_run import parse_steps
+    from jobs.proof.replay_run import replay as replay_run
+    from jobs.run.ledger import Ledger
+
+    steps = parse_steps(arguments.steps, Ledger.read(run))
+    with reports_shown():
+        result = replay_run(run, steps=steps, num_workers=arguments.workers)
+    return _good(arguments, result, is_good=result["equal"])
+
+
+def diff(arguments: argparse.Namespace) -> dict[str, Any]:
+    from cluster.commands.checks import check_runs
+    from jobs.proof.diff_runs import diff as diff_runs
+
+    result = diff_runs(*check_runs(arguments.runs, storage_uri(arguments)))
+    return _good(arguments, result, is_good=result["equal"])
+
+
+def _run(arguments: argparse.Namespace) -> "Storage":
+    from cluster.commands.checks import check_runs
+
+    (run,) = check_runs(arguments.runs, storage_uri(arguments))
+    return run
+
+
+def _good(arguments: argparse.Namespace, result: dict[str, Any], *, is_good: bool) -> dict[str, Any]:
+    """Returns the result, or shows it and ends the command with exit code 1 where runs are not as they should be."""
+    if not is_good:
+        arguments.show(result)
+        raise ShownError(result["verdict"])
+    return result
+
+
+def track(arguments: argparse.Namespace) -> dict[str, Any]:
+    from cluster.commands.checks import check_runs
+
+    (run,) = check_runs([arguments.run_uri], storage_uri(arguments))
+
+    from jobs.watching.track_run import track as track_run
+    from jobs.watching.track_run import tracker_of
+
+    return track_run(run, tracker_of(run, wandb=arguments.wandb, mlflow=arguments.mlflow), follow=arguments.follow)
+
+
+def lend_workers(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Writes, ends or shows a loan of a run's workers."""
+    from cluster.storage.lending import Loan, give_back, lend, read_loan
+
+    run = open_storage(storage_uri(arguments)).child(f"runs/{arguments.run_id}")
+    if not any(run.list()):
+        raise UserError(f"no run {arguments.run_id} in {storage_uri(arguments)}: `raymill lend` takes a run id")
+    if arguments.give_back:
+        give_back(run)
+    elif arguments.workers:
+        lend(run, Loan(arguments.workers, arguments.for_s))
+    loan = read_loan(run)
+    return {"run_id": arguments.run_id, "lent_workers": loan.num_workers if loan else 0, "for_s": loan and loan.for_s}
+
+
+def publish_checkpoint(arguments: argparse.Namespace) -> dict[str, Any]:
+    from cluster.storage.registry import publish, what_latest_became
+
+    storage = open_storage(storage_uri(arguments))
+    publication = publish(storage, arguments.checkpoint)
+    say(what_latest_became(storage))
+    found = vars(publication)
+    return {name: found[name] for name in ("checkpoint", "run_id", "step", "parameter_hash")}
+
+
+def checkpoint_show(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Also of a damaged checkpoint: `valid` is false then, and `problems` says why."""
+    from cluster.storage.registry import resolve_checkpoint
+    from model.checkpoint_folder import CheckpointError, read_metadata, verify_checkpoint
+
+    folder = open_storage(arguments.checkpoint).local_path("")
+    is_here = arguments.checkpoint != "latest" and folder is not None
+    if folder is None or not is_here:
+        folder = resolve_checkpoint(arguments.checkpoint, storage_uri(arguments))
+    if not folder.is_dir():
+        raise CheckpointError(f"unknown checkpoint {arguments.checkpoint}: no folder is there")
+    problems = verify_checkpoint(folder, to_train=is_here)  # a copy of a remote one has no training state
+    metadata = {"parameter_hash": None} if problems else vars(read_metadata(folder))
+    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
+    return {"checkpoint": str(folder), "valid": not problems, "problems": problems, "files": files, **metadata}
+
+
+def checkpoint_list(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """What was published, oldest first, with its validation loss and which of them `latest` means."""
+    from cluster.output.result_text import date_of, table
+    from cluster.storage.registry import metadata_of, newest_usable, publications
+
+    published = publications(open_storage(storage_uri(arguments)))
+    latest = newest_usable(published)
+    rows = []
+    for publication in published:
+        metadata = metadata_of(publication.checkpoint)
+        val_loss = metadata and metadata.val_loss
+        rows.append(vars(publication) | {"val_loss": val_loss, "is_latest": publication is latest})
+    if arguments.json:
+        return {"published": rows}
+    for row in rows:
+        row |= {"published": date_of(row["time"]), "latest": "latest" if row["is_latest"] else ""}
+    if not rows:
+        say(f"nothing is published in {storage_uri(arguments)}: a run that ends publishes its last checkpoint")
+        return None
+    sys.stdout.write("".join(f"{line}\n" for line in table(_PUBLISHED, rows)))
+    return None
+
+
+_PUBLISHED = ("published", "run_id", "step", "val_loss", "latest", "checkpoint")
+
+
+def serve(arguments: argparse.Namespace) -> None:
+    """Serves until a signal; on a cluster of others it deploys and leaves, unless it is to follow a run."""
+    from cluster.commands.checks import check_endpoint
+    from cluster.commands.delivery_commands import follow_run, gate_of
+    from cluster.endpoint.delivery import Operator
+    from cluster.endpoint.endpoint import deploy, require_ray_proxies
+    from cluster.settings.flags import config_from_arguments
+    from cluster.settings.serve import ServeConfig
+
+    require_ray_proxies()
+    config = config_from_arguments(arguments, ServeConfig)
+    if arguments.follow is not None and config.admin_key_file is None:
+        raise ConfigError("--follow promotes through /admin: name a file for its key with --admin-key-file")
+    say(f"serve: {check_endpoint(config)} at http://{config.host}:{config.port}")
+
+    from cluster.stages.stage import connected  # which takes a second, as it imports Ray
+
+    with connected(config.cluster, cpus_per_node=_replica_cpus(config)) as connection:
+        endpoint = deploy(connection, config)
+        arguments.show({"url": endpoint.url, "model": endpoint.model})
+        if arguments.follow is not None:
+            gate = gate_of(None, config.storage.uri)
+            follow_run(Operator(endpoint), arguments.follow, config.storage.uri, terms={}, gate=gate)
+        if connection.local is None:
+            say(f"{endpoint.url} stays up; end it with Ray Serve's own tools")
+            return
+        say(f"serving {endpoint.model} at {endpoint.url}; Ctrl-C ends it")
+        completing = _commands(config.storage.uri, 'raymill complete "Once upon a time"')
+        say(f"next: {completing}")
+        while True:
+            if connection.local.lost_head():
+                say("the head of the local cluster was lost: it is started again, and the endpoint comes back with it")
+                connection.local.restart_head()
+
+
+def _replica_cpus(config: "ServeConfig") -> int:
+    worker_nodes = max(1, config.cluster.num_nodes - 1)
+    return -(-config.replicas.max_replicas // worker_nodes) * config.replicas.threads_per_replica
+
+
+def complete(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """Streams the text to standard output as it comes, or returns all of it with --json."""
+    from cluster.endpoint.endpoint import Endpoint, stream_completion
+
+    endpoint = Endpoint.load(storage_uri(arguments), url=arguments.url, api_key_file=arguments.api_key_file)
+    request = {
+        "prompt": arguments.prompt,
+        "max_tokens": arguments.max_tokens,
+        "temperature": arguments.temperature,
+        "seed": arguments.seed,
+    }
+    show = (lambda text: None) if arguments.json else _write_now
+    completion = stream_completion(endpoint, request, on_text=show)
+    return completion if arguments.json else None
+
+
+def _write_now(text: str) -> None:
+    os.write(1, (printable(text) if os.isatty(1) else text).encode())
+
+
+def demo(arguments: argparse.Namespace) -> dict[str, Any]:
+    say("demo: a corpus, its tokens, training with a node killed on purpose, an evaluation, a report and an endpoint")
+
+    from cluster.commands.demo import run_demo
+
+    return run_demo(storage_uri(arguments), keep=arguments.keep)
+
+
+def storage_uri(arguments: argparse.Namespace) -> str:
+    return absolute_uri(getattr(arguments, "storage.uri"))

@@ -1,0 +1,52 @@
+"""`raymill inspect --shapes`: what shape a batch has at each stage of the model, and how many bytes."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cluster.settings.flags import add_config_arguments, config_from_arguments
+from cluster.settings.run import RunConfig, planned_vocabulary, seq_len, with_precision
+from model.config import num_parameters
+from model.processor import fast_precision
+from model.shapes import Stage, stages, weights
+
+_ROW = "  {:<28}{:<15}{:<24}{:>14}{:>7}  {}"
+
+
+def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", nargs="?", type=Path, help="YAML file of the run; flags override its settings")
+    parser.add_argument("--shapes", action="store_true", required=True, help="each stage's shape and bytes")
+    add_config_arguments(parser, RunConfig)
+
+
+def inspect(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """Of one lane: train.micro_batch_size sequences of train.seq_len tokens."""
+    config = planned_vocabulary(config_from_arguments(arguments, RunConfig, needs_source=False))
+    config = with_precision(config, "bf16" if config.scaling.use_gpu else fast_precision("cpu"))
+    batch_size, tokens = config.train.micro_batch_size, seq_len(config)
+    small = 2 if config.train.precision == "bf16" else 4
+    passed = stages(config.model, batch_size=batch_size, seq_len=tokens, bytes_per_value=small)
+    held = weights(config.model)
+    size = num_parameters(config.model)
+    if arguments.json:
+        return {"parameters": size, "stages": _values(passed), "weights": _values(held)}
+    title = f"A lane of {batch_size} x {tokens:,} tokens, {config.train.precision}"
+    _write(title, passed)
+    _write(f"\n{size:,} parameters", held)
+    return None
+
+
+def _values(found: Sequence[Stage]) -> list[dict[str, Any]]:
+    return [vars(stage) | {"shape": list(stage.shape), "num_bytes": stage.num_bytes} for stage in found]
+
+
+def _write(title: str, found: Sequence[Stage]) -> None:
+    rows = [("stage", "dimensions", "shape", "bytes", "times", "")]
+    for stage in found:
+        shape = " x ".join(f"{length:,}" for length in stage.shape)
+        num_bytes = f"{stage.num_bytes / 1e6:,.3f} MB"
+        rows.append((stage.name, stage.dims, shape, num_bytes, f"{stage.times}", stage.note))
+    lines = [_ROW.format(*row).rstrip() for row in rows]
+    sys.stdout.write("\n".join([title, *lines]) + "\n")

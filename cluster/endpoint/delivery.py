@@ -1,0 +1,161 @@
+"""Promotion as an operator sees it: asks a running endpoint, and waits for what becomes of it."""
+
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import httpx
+
+from cluster.endpoint.endpoint import Endpoint, raise_for
+from cluster.storage.registry import LATEST
+from cluster.storage.uris import Storage, absolute_uri
+from model.checkpoint_folder import MANIFEST
+from model.errors import UserError
+
+POLL_S = 0.5
+SAY_S = 10.0
+FOLLOW_S = 2.0
+ANSWER_TIMEOUT_S = 600.0  # the endpoint fetches and verifies a checkpoint before it answers
+AWAY_S = 60.0  # an endpoint whose replica or coordinator is being replaced
+
+Progress = Callable[[str], None]
+
+
+class RefusedError(UserError):
+    """The endpoint did not take the checkpoint, or gave it back."""
+
+
+class AwayError(UserError):
+    """No endpoint answers, or it cannot just now."""
+
+
+class Operator:
+    """Of one endpoint, through its /admin routes."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+
+    def promote(self, checkpoint: str, *, terms: dict[str, Any], gate: dict[str, Any]) -> dict[str, Any]:
+        """Returns once the promotion is on. Raises `RefusedError`."""
+        reference = checkpoint if checkpoint == LATEST else absolute_uri(checkpoint)
+        given = {name: value for name, value in (terms | gate).items() if value is not None}
+        return self._ask("POST", "/admin/promote", {"checkpoint": reference, **given})
+
+    def finish(self) -> dict[str, Any]:
+        return self._ask("POST", "/admin/finish", {})
+
+    def roll_back(self) -> dict[str, Any]:
+        return self._ask("POST", "/admin/rollback", {})
+
+    def drain(self, *, drain: bool) -> dict[str, Any]:
+        return self._ask("POST", "/admin/drain", {"drain": drain})
+
+    def status(self) -> dict[str, Any]:
+        return self._ask("GET", "/admin/status", None)
+
+    def wait(self, *, until: tuple[str, ...] = ("steady",), say: Progress) -> dict[str, Any]:
+        """The delivery's state once its phase is one of `until`. Each phase on the way is reported, and every ten
+        seconds how long it lasts still. Raises `RefusedError` when the promotion was refused or rolled back, with the
+        reason."""
+        phase, said_s = "", 0.0
+        while True:
+            status = self._patient_status()
+            state = status["delivery"]
+            if state["phase"] != phase or time.monotonic() - said_s > SAY_S:
+                phase, said_s = state["phase"], time.monotonic()
+                say(progress_of(state, phase_s=status["phase_s"]))
+            outcome = state["outcome"]
+            if outcome is not None and outcome["result"] != "promoted":
+                what = outcome["result"].replace("_", " ")
+                raise RefusedError(f"{outcome['version']['checkpoint']} was {what}: {outcome['reason']}")
+            if phase in until:
+                return dict(state)
+            time.sleep(POLL_S)
+
+    def wait_until_steady(self) -> dict[str, Any]:
+        """The delivery's state once no promotion is on, whatever has become of the last one."""
+        while (state := self._patient_status()["delivery"])["phase"] != "steady":
+            time.sleep(POLL_S)
+        return dict(state)
+
+    def _patient_status(self) -> dict[str, Any]:
+        """Waits for a replica or a coordinator that is being replaced."""
+        deadline_s = time.monotonic() + AWAY_S
+        while True:
+            try:
+                return self.status()
+            except AwayError:
+                if time.monotonic() > deadline_s:
+                    raise
+            time.sleep(POLL_S)
+
+    def _ask(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+        with _answered(self._endpoint.url):
+            response = httpx.request(
+                method,
+                f"{self._endpoint.url}{path}",
+                json=body,
+                headers=self._endpoint.admin_headers,
+                timeout=ANSWER_TIMEOUT_S,
+            )
+        if response.status_code in (400, 409):
+            raise RefusedError(response.json()["error"]["message"])
+        if response.status_code >= 500:
+            raise AwayError(f"{response.url} answered {response.status_code}: {response.text[:300]}")
+        raise_for(response)
+        return dict(response.json())
+
+
+def progress_of(state: dict[str, Any], *, phase_s: float) -> str:
+    """Says what an endpoint does about its promotion, and for how long still."""
+    live, candidate = state["live"]["checkpoint"], (state["candidate"] or state["live"])["checkpoint"]
+    terms = state["terms"] or {}
+    left = f"{max(0.0, terms.get('watch_s', 0.0) - phase_s):.0f} s more"
+    match state["phase"]:
+        case "loading":
+            return f"loading: each replica loads and tests {candidate}, for {phase_s:.0f} s so far; {live} serves"
+        case "canary":
+            share = f"{terms['canary_percent']:g}% of the requests"
+            return f"canary: {candidate} serves {share}, and is watched for {left}"
+        case "watching":
+            return f"watching: {live} serves; for {left}, errors or slowness roll it back"
+    return f"{state['phase']}: {live} serves"
+
+
+@contextmanager
+def _answered(url: str) -> Iterator[None]:
+    try:
+        yield
+    except httpx.TransportError as error:
+        raise AwayError(f"no endpoint answers at {url} ({error}): start one with `raymill serve`") from None
+
+
+def follow(
+    operator: Operator, run: Storage, *, terms: dict[str, Any], gate: Callable[[str], dict[str, Any]], say: Progress
+) -> NoReturn:
+    """Promotes the newest checkpoint of a run whenever there is one newer than what is live. One that is refused or
+    rolled back is told of and not tried again."""
+    tried: set[str] = set()
+    while True:
+        state = operator.wait_until_steady()
+        if (checkpoint := next_checkpoint(run, live=state["live"]["checkpoint"], tried=tried)) is None:
+            time.sleep(FOLLOW_S)
+            continue
+        tried.add(checkpoint)
+        try:
+            operator.promote(checkpoint, terms=terms, gate=gate(checkpoint))
+            operator.wait(say=say)
+        except RefusedError as error:
+            say(f"not promoted: {error}")
+
+
+def next_checkpoint(run: Storage, *, live: str, tried: Collection[str]) -> str | None:
+    """The newest whole checkpoint of a run that has not been tried and is newer than the live one, if that is of the
+    run too."""
+    folder = run.child("checkpoints")
+    files = {entry.key for entry in folder.list("step-")}
+    names = [key.removesuffix(f"/{MANIFEST}") for key in files if key.endswith(f"/{MANIFEST}")]
+    newer = sorted(name for name in names if not live.startswith(f"{folder.uri}/") or folder.child(name).uri > live)
+    usable = [folder.child(name).uri for name in newer if f"{name}/QUARANTINED" not in files]
+    return next((uri for uri in reversed(usable) if uri not in tried), None)

@@ -1,0 +1,144 @@
+"""The endpoint as its clients on this machine see it: deployed, remembered, asked for a completion."""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+
+from cluster.storage.uris import NotFoundError, open_storage
+from model.errors import UserError
+
+if TYPE_CHECKING:
+    from cluster.settings.serve import ServeConfig
+    from cluster.stages.stage import Connection
+
+_FILE = "endpoint.json"
+_HAPROXY_VARIABLE = "RAY_SERVE_ENABLE_HA_PROXY"
+_DONE = "[DONE]"
+_MAX_TOKENS = 64  # of a completion, where nobody says how many
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where an endpoint answers, and the file with the key that it asks for."""
+
+    url: str
+    model: str
+    api_key_file: str | None
+    admin_key_file: str | None = None
+
+    @classmethod
+    def load(
+        cls, storage_uri: str, *, url: str | None, api_key_file: Path | None = None, admin_key_file: Path | None = None
+    ) -> "Endpoint":
+        """The one at `url`, or the last that was served from this storage. Raises `UserError` when there is none."""
+        if url is not None:
+            return cls(url.rstrip("/"), "", *(str(path) if path else None for path in (api_key_file, admin_key_file)))
+        try:
+            return cls(**json.loads(open_storage(storage_uri).read_bytes(_FILE)))
+        except NotFoundError:
+            raise UserError(
+                f"no endpoint was started from {storage_uri}: run `raymill serve latest`, or give --url"
+            ) from None
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {} if self.api_key_file is None else _bearer(Path(self.api_key_file), flag="--api-key-file")
+
+    @property
+    def admin_headers(self) -> dict[str, str]:
+        if self.admin_key_file is None:
+            raise UserError(
+                f"{self.url} is changed with an admin key only: start `raymill serve` with --admin-key-file FILE, or "
+                "name its file here"
+            )
+        return _bearer(Path(self.admin_key_file), flag="--admin-key-file")
+
+
+def _bearer(path: Path, *, flag: str) -> dict[str, str]:
+    keys = path.read_text(encoding="utf-8").split() if path.is_file() else []
+    if not keys:
+        raise UserError(f"no API key is in {path}: name the key file of `raymill serve` with {flag}")
+    return {"Authorization": f"Bearer {keys[0]}"}
+
+
+def require_ray_proxies() -> None:
+    """Raises `UserError` where HAProxy replaces Ray Serve's proxies, which hold serving/proxy/front_door.py."""
+    if os.environ.get(_HAPROXY_VARIABLE) == "1":
+        raise UserError(
+            f"{_HAPROXY_VARIABLE}=1 has HAProxy take the requests in place of Ray Serve's proxies: the endpoint's "
+            "bounds on clients, its retries and its error counts would be missing. Unset it where Ray is started"
+        )
+
+
+def deploy(connection: "Connection", config: "ServeConfig") -> Endpoint:
+    """Deploys the checkpoint on the cluster, waits until it answers, and remembers where it is."""
+    from cluster.stages.stage import run_stage  # noqa: PLC0415 - imports Ray, which `raymill complete` does without
+
+    result = run_stage(connection, "serving.app", config)
+    endpoint = Endpoint(result["url"], result["model"], config.api_key_file, config.admin_key_file)
+    open_storage(config.storage.uri).write_bytes(_FILE, json.dumps(asdict(endpoint)).encode())
+    return endpoint
+
+
+def stream_completion(endpoint: Endpoint, request: dict[str, Any], *, on_text: Callable[[str], None]) -> dict[str, Any]:
+    """Asks for one completion and passes its text on as it comes. Returns the text and its timing, in seconds.
+
+    Where the request says no `max_tokens` it is 64, or as many as fit behind the prompt.
+    """
+    start = time.perf_counter()
+    texts: list[str] = []
+    result: dict[str, Any] = {"model": endpoint.model, "prompt": request["prompt"], "ttft_s": None}
+    try:
+        with httpx.Client(base_url=endpoint.url, headers=endpoint.headers, timeout=120) as client:
+            if not endpoint.model:
+                models = client.get("/v1/models")
+                raise_for(models)
+                result["model"] = models.json()["data"][0]["id"]
+            if request["max_tokens"] is None:
+                request = request | {"max_tokens": _what_fits(client, result["model"], request["prompt"])}
+            body = {"model": result["model"], "stream": True, "stream_options": {"include_usage": True}} | request
+            with client.stream("POST", "/v1/completions", json=body) as response:
+                if response.is_error:
+                    response.read()
+                raise_for(response)
+                for line in response.iter_lines():
+                    data = line.removeprefix("data: ")
+                    if not data or data == _DONE:
+                        continue
+                    chunk = json.loads(data)
+                    if "error" in chunk:
+                        raise UserError(f"the endpoint stopped: {chunk['error']['message']}")
+                    result |= {"usage": chunk["usage"]} if chunk.get("usage") else {}
+                    for choice in chunk["choices"]:
+                        result["ttft_s"] = result["ttft_s"] or round(time.perf_counter() - start, 4)
+                        result["finish_reason"] = choice["finish_reason"]
+                        texts.append(choice["text"])
+                        on_text(choice["text"])
+    except httpx.TransportError as error:
+        raise UserError(f"no endpoint answers at {endpoint.url} ({error}): start one with `raymill serve`") from None
+    return result | {"text": "".join(texts), "total_s": round(time.perf_counter() - start, 4)}
+
+
+def _what_fits(client: httpx.Client, model: str, prompt: str) -> int:
+    response = client.post("/tokenize", json={"model": model, "prompt": prompt})
+    if response.status_code == httpx.codes.NOT_FOUND:  # an endpoint of others, with OpenAI's routes alone
+        return _MAX_TOKENS
+    raise_for(response)
+    counted = response.json()
+    return max(1, min(_MAX_TOKENS, counted["max_model_len"] - counted["count"]))
+
+
+def raise_for(response: httpx.Response) -> None:
+    """Raises `UserError` with the endpoint's own words."""
+    if response.is_error:
+        try:
+            message = response.json()["error"]["message"]
+        except (ValueError, KeyError):  # not an endpoint of ours
+            message = " ".join(response.text[:200].split())
+        raise UserError(f"{response.url} answered {response.status_code}: {message}")

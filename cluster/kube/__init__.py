@@ -1,0 +1,1 @@
+"""The Kubernetes API, and pure functions that explain the cluster's objects."""

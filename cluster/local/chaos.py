@@ -1,0 +1,107 @@
+"""Faults on purpose, on the local cluster only: a worker, a node or the head is killed, or a node joins, at a step."""
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from types import TracebackType
+from typing import Any, Self
+
+from cluster.local.local_cluster import LocalCluster
+from cluster.output.progress import say
+from cluster.settings.parser import ConfigError
+from cluster.settings.run import RunConfig
+from cluster.storage.uris import NotFoundError, open_storage
+
+_POLL_S = 0.1
+
+
+class Kind(StrEnum):
+    KILL_WORKER = "kill-worker"  # SIGKILL to the process of the highest rank
+    KILL_NODE = "kill-node"  # SIGKILL to the node that holds the highest rank
+    KILL_HEAD = "kill-head"  # SIGKILL to the head, and with it to the job's driver
+    ADD_NODE = "add-node"  # one more node joins
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens once the run has completed `step`."""
+
+    kind: Kind
+    step: int
+
+
+def parse_faults(words: Sequence[str]) -> list[Fault]:
+    """Faults in the order of their steps, from words such as `kill-node@40`. Raises `ConfigError`."""
+    faults = []
+    for word in words:
+        kind, _, step = word.partition("@")
+        if kind not in list(Kind) or not step.isdecimal():
+            raise ConfigError(f"--chaos {word!r}: expected FAULT@STEP with a fault among {', '.join(Kind)}")
+        faults.append(Fault(Kind(kind), int(step)))
+    return sorted(faults, key=lambda fault: fault.step)
+
+
+class Chaos:
+    """While its context lasts, watches the run's ledger and injects each fault when its step is reached."""
+
+    def __init__(self, faults: Sequence[Fault], *, cluster: LocalCluster | None, config: RunConfig) -> None:
+        self._faults = list(faults)
+        self._cluster = cluster
+        self._run = open_storage(config.storage.uri).child(f"runs/{config.run_id}")
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._inject, daemon=True)
+
+    def __enter__(self) -> Self:
+        if self._faults:
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        if self._faults:
+            self._thread.join()
+
+    def _inject(self) -> None:
+        assert self._cluster is not None, "only a local cluster's processes may be killed"
+        killed_attempt = 0
+        for fault in self._faults:
+            start: dict[str, Any] | None = None
+            while start is None:
+                if self._ended.wait(_POLL_S):
+                    return
+                start = self._attempt_at(fault.step)
+                # After a kill the ledger still shows the attempt that was hit, until the next one has started.
+                if start is not None and start["attempt"] <= killed_attempt:
+                    start = None
+            worker = start["workers"][-1]
+            match fault.kind:
+                case Kind.KILL_WORKER:
+                    say(f"chaos: SIGKILL to worker {worker['pid']} after step {fault.step}")
+                    os.kill(worker["pid"], signal.SIGKILL)
+                    killed_attempt = start["attempt"]
+                case Kind.KILL_NODE:
+                    say(f"chaos: SIGKILL to {worker['node']} after step {fault.step}")
+                    self._cluster.kill_node(worker["node"])
+                    killed_attempt = start["attempt"]
+                case Kind.KILL_HEAD:
+                    say(f"chaos: SIGKILL to the head after step {fault.step}")
+                    self._cluster.kill_node("head")
+                    killed_attempt = start["attempt"]
+                case Kind.ADD_NODE:
+                    say(f"chaos: {self._cluster.add_node()} joined after step {fault.step}")
+
+    def _attempt_at(self, step: int) -> dict[str, Any] | None:
+        """The start event of the current attempt, once the run has completed `step`; until then None."""
+        try:
+            lines = [json.loads(line) for line in self._run.read_bytes("ledger.jsonl").split(b"\n")[:-1]]
+        except NotFoundError:
+            return None
+        steps = [line["step"] for line in lines if "event" not in line]
+        starts = [line for line in lines if line.get("event") == "start"]
+        return starts[-1] if starts and steps and steps[-1] >= step else None

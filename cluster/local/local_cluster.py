@@ -1,0 +1,352 @@
+"""A Ray cluster of several real raylets on this machine: loopback only, token auth, one process group a node.
+
+Every node is a `ray start --block` in its own process group. Ray binds a node's processes to the life of that
+command, and the command is bound to the life of this process, so nothing outlives its owner for long, even one that was
+killed; and nothing that this module did not start is ever signalled.
+
+The head keeps the cluster's state on disk (RocksDB), so that one that was lost can be started again: the other nodes
+find it by themselves, and the actors on them live on.
+"""
+
+import errno
+import os
+import re
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import httpx
+import psutil
+
+from cluster.output.progress import say
+from cluster.output.result_text import printable
+from cluster.settings.run import EvaluateConfig, RunConfig
+from cluster.storage.process_identity import die_with_parent, kill, with_descendants
+from model.errors import UserError
+
+NODE_NAME_VARIABLE = "RAYMILL_NODE"
+"""Environment variable by which a process on a local node knows the node's name."""
+
+STOP_WAIT_S = 30
+"""Seconds that a job has to save after SIGTERM, before it is killed; Ray's default is 3."""
+
+_HEAD = "head"
+_START_NODE = Path(__file__).resolve().with_name("start_node.py")
+_START_TIMEOUT_S = 120.0  # for each of two tries; a node takes 5 to 15 s on two free cores, 60 s on busy ones
+_SAY_EVERY_S = 15.0
+_BUSY_LOAD = 2.0  # processes that want each CPU
+_LITTLE_MEMORY_BYTES = 1 << 30
+_STOP_TIMEOUT_S = 5.0
+_END_BY_ITSELF_S = 2.0  # a node whose head has gone first would wait longer for it
+_HEAD_ENDS_S = 5.0
+_OBJECT_STORE_BYTES = 256 << 20
+
+PATIENT_WORKERS = {
+    # What workers add to their owner's niceness. Ray's 15 leaves a worker a thirtieth of a core that any other program
+    # wants too: whatever else a person's machine does would halt training, serving, and the start of both.
+    "RAY_worker_niceness": "0",
+    "RAY_worker_register_timeout_seconds": "240",  # of 60 s, after which a worker that starts on busy cores is killed
+}
+"""Environment of a Ray whose machine does other things too."""
+
+# Ray's defaults take 14 s to see a killed raylet and 65 s to see a hung one. A killed raylet refuses the connection
+# at once, so three short periods name it dead; the long timeout spares a node that is merely busy.
+_ENVIRONMENT = PATIENT_WORKERS | {
+    "RAY_AUTH_MODE": "token",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # keeps addresses on loopback, see start_node.py
+    "RAY_gcs_server_port_wait_time_s": "120",  # of 20 s, which busy cores make too few
+    "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "1",
+    "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S),
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "10000",
+    "RAY_health_check_failure_threshold": "3",
+    "RAY_DISABLE_IMPORT_WARNING": "1",
+    "RAY_COLOR_PREFIX": "0",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+class ClusterError(UserError):
+    """A cluster that could not be started or reached."""
+
+
+def free_port(promised: Collection[int] = ()) -> int:
+    """A TCP port of the loopback interface that nobody listens on now, and none of those that somebody will."""
+    while True:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            port = int(listener.getsockname()[1])
+        if port not in promised:
+            return port
+
+
+def require_free_port(host: str, port: int) -> None:
+    """Raises `UserError` where another process listens already: Ray Serve's proxy would share the port with it
+    (SO_REUSEPORT), and each get some of the requests."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that linger do not count
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise UserError(f"cannot listen on {host}:{port}: {error.strerror}") from None
+            raise UserError(
+                f"port {port} on {host} is in use by another process; end it, or choose another port with --port"
+            ) from None
+
+
+class LocalCluster:
+    """Starts on entering the context, ends on leaving it. The head carries no work unless it is the only node."""
+
+    def __init__(self, *, num_nodes: int, cpus_per_node: int) -> None:
+        self._num_nodes = num_nodes
+        self._cpus_per_node = cpus_per_node
+        self._directory = Path(tempfile.mkdtemp(prefix="raymill-"))  # 0700; Ray's socket paths must stay short
+        self._nodes: dict[str, subprocess.Popen[bytes]] = {}
+        self._flags: dict[str, list[str]] = {}  # of `ray start`
+        self._joined: set[str] = set()  # ids of nodes that were waited for
+        self._num_started = 0
+        # The kernel ends a node with the very thread that started it, so that thread must last as long as the cluster.
+        self._starter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="node-starter")
+        self._ports: set[int] = set()  # Ray refuses to start where two of its parts are told the same one
+        self._gcs_port, self._jobs_port = self._new_port(), self._new_port()
+        self.token = secrets.token_hex(32)
+        interpreter = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        self.environment = _ENVIRONMENT | {"RAY_AUTH_TOKEN_PATH": str(self._directory / "token"), "PATH": interpreter}
+        """What a process needs to join; set before it imports ray, which reads the variables once."""
+
+    @property
+    def address(self) -> str:
+        """For `ray.init`."""
+        return f"127.0.0.1:{self._gcs_port}"
+
+    @property
+    def jobs_url(self) -> str:
+        """For Ray's Jobs API."""
+        return f"http://127.0.0.1:{self._jobs_port}"
+
+    @property
+    def scrape_targets(self) -> Path:
+        """A file for Prometheus' `file_sd_configs`, which Ray keeps up: the metrics ports of all nodes."""
+        return self._directory / _HEAD / "prom_metrics_service_discovery.json"
+
+    @property
+    def node_names(self) -> list[str]:
+        """The nodes that were started and run, the head first."""
+        return [name for name, process in self._nodes.items() if process.poll() is None]
+
+    def lost_head(self) -> bool:
+        """Whether the head has ended, or does within seconds: it ends a moment after one of its processes has."""
+        deadline_s = time.monotonic() + _HEAD_ENDS_S
+        while _HEAD in self.node_names:
+            if time.monotonic() > deadline_s:
+                return False
+            time.sleep(0.25)
+        return True
+
+    def __enter__(self) -> Self:
+        token_path = Path(self.environment["RAY_AUTH_TOKEN_PATH"])
+        token_path.touch(mode=0o600)
+        token_path.write_text(self.token)
+        try:
+            self._start_head()
+            self._wait([self.add_node(wait=False) for _ in range(self._num_nodes - 1)])
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def add_node(self, *, wait: bool = True) -> str:
+        """Starts one more worker node and returns its name."""
+        name = f"node-{self._num_started}"
+        self._start_node(name, ["--address", self.address], num_cpus=self._cpus_per_node)
+        if wait:
+            self._wait([name])
+        return name
+
+    def kill_node(self, name: str) -> None:
+        """SIGKILL to the node: its raylet, its workers and all that they hold are gone at once."""
+        process = self._nodes.pop(name)
+        process.kill()  # the kernel then kills the raylet, and the raylet's end its workers
+        process.wait(_STOP_TIMEOUT_S)
+
+    def restart_head(self) -> None:
+        """Starts a head in the place of the one that was lost, at the same addresses and with the state that it left.
+        The jobs that the old one carried are gone. Raises `ClusterError`."""
+        self._clear(_HEAD)
+        self._start_head()
+        self._nodes = {_HEAD: self._nodes.pop(_HEAD)} | self._nodes
+
+    def _clear(self, name: str) -> None:
+        """Ends what is left of a node, before one of the same name starts."""
+        kill(self._processes_of(name))  # also a driver that does not know yet, and would hold its lease
+        # By this file `ray start` would take the other nodes for a cluster whose head runs.
+        (self._directory / name / "ray_current_cluster").unlink(missing_ok=True)
+
+    def stop(self) -> None:
+        """Ends every process that the nodes started, gently and then not, and removes the cluster's files."""
+        started = [process for node in self._nodes.values() for process in with_descendants(node.pid)]
+        for node in self._nodes.values():
+            node.terminate()
+        _, remaining = psutil.wait_procs(started, timeout=_END_BY_ITSELF_S)
+        kill(remaining)
+        for node in self._nodes.values():
+            node.wait()
+        self._nodes.clear()
+        self._starter.shutdown()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _processes_of(self, name: str) -> list[psutil.Process]:
+        """Returns a node's processes, known by the environment that it was given, whether it runs or has ended."""
+        mine = {NODE_NAME_VARIABLE: name, "RAY_AUTH_TOKEN_PATH": self.environment["RAY_AUTH_TOKEN_PATH"]}
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):  # of another user, or gone
+                if mine.items() <= process.environ().items():
+                    found.append(process)
+        return found
+
+    def _new_port(self) -> int:
+        self._ports.add(port := free_port(self._ports))
+        return port
+
+    def _start_head(self) -> None:
+        ports = {
+            "--port": self._gcs_port,
+            "--dashboard-port": self._jobs_port,
+            "--ray-client-server-port": self._new_port(),
+        }
+        flags = ["--head", "--dashboard-host", "127.0.0.1"]
+        flags += [word for flag, port in ports.items() for word in (flag, str(port))]
+        self._start_node(_HEAD, flags, num_cpus=self._cpus_per_node if self._num_nodes == 1 else 0)
+        self._wait([_HEAD])
+
+    def _start_node(self, name: str, flags: list[str], *, num_cpus: int) -> None:
+        self._flags[name] = ["--num-cpus", str(num_cpus), *flags]
+        self._launch(name)
+        self._num_started += 1
+
+    def _launch(self, name: str) -> None:
+        command = [sys.executable, str(_START_NODE), "start", "--block", "--disable-usage-stats", "--node-name", name]
+        command += ["--node-ip-address", "127.0.0.1", "--num-gpus", "0"]
+        command += ["--object-store-memory", str(_OBJECT_STORE_BYTES), "--log-color", "false"]
+        # Port 0 lets each worker process take any free one: several nodes share one address here.
+        command += ["--min-worker-port", "0", "--max-worker-port", "0"]
+        command += ["--dashboard-agent-listen-port", str(self._new_port())]
+        # A session folder of its own: nodes that start together would race for the names of their sockets.
+        command += ["--temp-dir", str(self._directory / name)]
+        state = {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(self._directory / "state")}
+        with self._log(name).open("ab") as log:
+            self._nodes[name] = self._starter.submit(
+                subprocess.Popen,
+                [*command, *self._flags[name]],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=os.environ | self.environment | {NODE_NAME_VARIABLE: name} | (state if name == _HEAD else {}),
+                start_new_session=True,
+                preexec_fn=die_with_parent,
+            ).result()
+
+    def _alive_nodes(self) -> dict[str, str]:
+        """Returns ids and names of the nodes that the head counts as alive, one that was just killed among them."""
+        try:
+            response = httpx.get(
+                f"{self.jobs_url}/api/v0/nodes",
+                params={"filter_keys": "state", "filter_predicates": "=", "filter_values": "ALIVE"},
+                headers={"Authorization": f"Bearer {self.token}"},
+                timeout=30,
+            )
+        except httpx.TransportError:  # the dashboard is not up yet
+            return {}
+        if not response.is_success:
+            return {}
+        return {node["node_id"]: node["node_name"] for node in response.json()["data"]["result"]["result"]}
+
+    def _wait(self, names: Collection[str]) -> None:
+        """Waits until the nodes are alive. Each that ends or is not there in time is started once more, as a machine
+        that was busy at its start is the usual reason. Raises `ClusterError`."""
+        began_s = said_s = time.monotonic()
+        launched_s = dict.fromkeys(names, began_s)
+        while True:
+            alive, now_s = self._alive_nodes(), time.monotonic()
+            # A head that takes over first counts its predecessor too, until that one's health checks have failed.
+            ids = {name: [node_id for node_id in alive if alive[node_id] == name] for name in names}
+            late = [name for name in names if len(ids[name]) != 1 or ids[name][0] in self._joined]
+            if not late:
+                self._joined |= alive.keys()
+                return
+            for name in late:
+                if self._nodes[name].poll() is not None:
+                    problem = "ended while starting"
+                elif now_s > launched_s[name] + _START_TIMEOUT_S:
+                    problem = f"was not there after {_START_TIMEOUT_S:.0f} s"
+                else:
+                    continue
+                problem = f"the local cluster's {name} {problem}"
+                if launched_s[name] > began_s:
+                    raise ClusterError(f"{problem}, for the second time. {self._last_words(name)}")
+                said = f" and said: {words}" if (words := _last_words(self._log(name))) else ""
+                say(f"{problem}{said}; it is started once more")
+                self._clear(name)
+                self._launch(name)
+                launched_s[name] = said_s = time.monotonic()
+            if now_s > said_s + _SAY_EVERY_S:
+                said_s = now_s
+                say(f"waiting for the local cluster's {', '.join(late)} since {now_s - began_s:.0f} s; {_load()}")
+            time.sleep(0.25)
+
+    def _log(self, name: str) -> Path:
+        return self._directory / f"{name}.log"
+
+    def _last_words(self, name: str) -> str:
+        """Returns a node's own reason to end, the machine's likely one, and where its log is kept."""
+        handle, kept = tempfile.mkstemp(prefix=f"raymill-{name}-", suffix=".log")  # the cluster's folder goes
+        os.close(handle)
+        shutil.copyfile(self._log(name), kept)
+        said = f"It said: {words}. " if (words := _last_words(self._log(name))) else "It said nothing. "
+        return f"{said}Now {_load()}. Its log is {kept}"
+
+
+def _last_words(log: Path) -> str:
+    """Returns the line of a log that says why its process ended: the last that names an error, or else the last."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line[:1].strip()]
+    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+    return printable((errors or lines or [""])[-1], keep="")[:300].rstrip(". ")
+
+
+def _load() -> str:
+    """Returns how busy the machine is, in words."""
+    num_cpus, load, free_bytes = os.cpu_count() or 1, os.getloadavg()[0], psutil.virtual_memory().available
+    words = f"{load:.1f} processes want its {num_cpus} CPUs and {free_bytes / 1e9:.1f} GB of memory are free"
+    if load > _BUSY_LOAD * num_cpus or free_bytes < _LITTLE_MEMORY_BYTES:
+        return f"the machine is overloaded: {words}"
+    return f"the machine is not overloaded: {words}"
+
+
+def cpus_per_node(config: RunConfig | EvaluateConfig) -> int:
+    """Logical CPUs of each local node, such that the workers of one node fewer than planned still find a place, and
+    one more where tokenizing runs beside them."""
+    worker_nodes = max(1, config.cluster.num_nodes - 1)
+    if isinstance(config, EvaluateConfig):
+        return -(-config.num_workers // worker_nodes) * config.threads_per_worker
+    training = -(-config.scaling.max_workers // worker_nodes) * config.scaling.threads_per_worker
+    return training + config.train.while_tokenizing

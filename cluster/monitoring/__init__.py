@@ -1,0 +1,1 @@
+"""The metric table and all that is made from it: exports, dashboards, alerts."""

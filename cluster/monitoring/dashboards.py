@@ -1,0 +1,189 @@
+"""The dashboards as Grafana's JSON: native panels with units, legends and colours that everyone can tell apart."""
+
+from collections.abc import Iterator, Sequence
+from itertools import count, cycle
+from typing import Any
+
+from cluster.monitoring.metric_table import METRICS
+from cluster.monitoring.panels import DASHBOARDS, Dashboard, Panel, Variable
+
+FOLDER_UID, FOLDER_TITLE = "raymill", "raymill"
+
+Json = dict[str, Any]
+
+# Okabe and Ito's palette, without its black and with its yellow last, which is faint on white.
+BLUE, ORANGE, GREEN, SKY, VERMILION, PINK, YELLOW = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#56B4E9",
+    "#D55E00",
+    "#CC79A7",
+    "#F0E442",
+)
+# Paul Tol's muted scheme, for more than seven series.
+MUTED = (
+    "#332288",
+    "#88CCEE",
+    "#44AA99",
+    "#117733",
+    "#999933",
+    "#DDCC77",
+    "#CC6677",
+    "#882255",
+    "#AA4499",
+    "#7F7F7F",
+    "#DDDDDD",
+)
+FEW = (BLUE, ORANGE, GREEN, SKY, VERMILION, PINK, YELLOW)
+
+_EVENT_COLOURS = {"kill": VERMILION, "rollback": PINK, "resize": ORANGE, "restart": YELLOW, "preemption": SKY}
+_PROMETHEUS = {"type": "prometheus", "uid": "${datasource}"}
+_WIDTH = 24
+_SIZE = {True: (4, 4), False: (8, 8)}  # width and height of a stat panel, and of others
+
+
+def documents() -> dict[str, Json]:
+    """Each dashboard's JSON, by its uid."""
+    return {dashboard.uid: document(dashboard) for dashboard in DASHBOARDS}
+
+
+def document(dashboard: Dashboard) -> Json:
+    return {
+        "uid": dashboard.uid,
+        "title": dashboard.title,
+        "description": "Made by `raymill dashboards` from the metric table; changes made here are overwritten.",
+        "tags": ["raymill"],
+        "schemaVersion": 39,
+        "editable": True,
+        "graphTooltip": 1,
+        "refresh": "15s",
+        "time": {"from": "now-1h", "to": "now"},
+        "timezone": "",
+        "templating": {"list": [_datasource(), *map(_variable, dashboard.variables)]},
+        "annotations": {"list": [_annotations(kind, dashboard) for kind in dashboard.annotations]},
+        "panels": list(_panels(dashboard)),
+    }
+
+
+def _datasource() -> Json:
+    return {"name": "datasource", "label": "Prometheus", "type": "datasource", "query": "prometheus"}
+
+
+def _variable(variable: Variable) -> Json:
+    metric = METRICS[variable.metric]
+    query = f"label_values({metric.series[0]}, {variable.name})"
+    several: Json = {"multi": True, "includeAll": True, "current": {"text": "All", "value": "$__all"}}
+    return {
+        "name": variable.name,
+        "label": variable.name.capitalize(),
+        "type": "query",
+        "datasource": _PROMETHEUS,
+        "query": {"query": query, "refId": variable.name},
+        "refresh": 2,
+        "sort": 2,
+        **(several if variable.is_multi else {}),
+    }
+
+
+def _annotations(kind: str, dashboard: Dashboard) -> Json:
+    is_of_run = kind != "promotion" and any(variable.name == "run" for variable in dashboard.variables)
+    tags = ["raymill", kind, *(["run:$run"] if is_of_run else [])]
+    return {
+        "name": kind.capitalize(),
+        "enable": True,
+        "iconColor": _EVENT_COLOURS.get(kind, BLUE),
+        "datasource": {"type": "grafana", "uid": "-- Grafana --"},
+        "target": {"type": "tags", "tags": tags, "matchAny": False, "limit": 100},
+    }
+
+
+def _panels(dashboard: Dashboard) -> Iterator[Json]:
+    """Row by row from left to right."""
+    numbers, y = count(1), 0
+    for title, panels in dashboard.rows.items():
+        place = {"x": 0, "y": y, "w": _WIDTH, "h": 1}
+        yield {"id": next(numbers), "type": "row", "title": title, "collapsed": False, "panels": [], "gridPos": place}
+        y, x, tallest = y + 1, 0, 0
+        for panel in panels:
+            width, height = _SIZE[panel.is_stat]
+            if x + width > _WIDTH:
+                x, y, tallest = 0, y + tallest, 0
+            yield {"id": next(numbers), "gridPos": {"x": x, "y": y, "w": width, "h": height}, **_panel(panel)}
+            x, tallest = x + width, max(tallest, height)
+        y += tallest
+
+
+def _panel(panel: Panel) -> Json:
+    return {
+        "type": "stat" if panel.is_stat else "timeseries",
+        "title": panel.title,
+        "description": panel.about,
+        "datasource": _PROMETHEUS,
+        "targets": [
+            {
+                "refId": chr(ord("A") + number),
+                "datasource": _PROMETHEUS,
+                "expr": query.expr,
+                "legendFormat": query.legend,
+                "range": not panel.is_stat,
+                "instant": panel.is_stat,
+            }
+            for number, query in enumerate(panel.queries)
+        ],
+        "fieldConfig": {"defaults": _defaults(panel), "overrides": list(_colours(panel))},
+        "options": _STAT_OPTIONS if panel.is_stat else _LINE_OPTIONS,
+    }
+
+
+_STAT_OPTIONS: Json = {
+    "reduceOptions": {"calcs": ["lastNotNull"], "fields": "", "values": False},
+    "colorMode": "value",
+    "graphMode": "none",
+    "textMode": "value",
+}
+_LINE_OPTIONS: Json = {
+    "legend": {"displayMode": "list", "placement": "bottom", "showLegend": True},
+    "tooltip": {"mode": "multi", "sort": "desc"},
+}
+
+
+def _defaults(panel: Panel) -> Json:
+    defaults: Json = {"unit": panel.unit, "color": {"mode": "fixed", "fixedColor": BLUE}}
+    if panel.top is not None:
+        defaults |= {"min": 0, "max": panel.top}
+    if panel.thresholds is not None:
+        steps = zip((None, *panel.thresholds), (BLUE, ORANGE, VERMILION), strict=True)
+        defaults["thresholds"] = {
+            "mode": "absolute",
+            "steps": [{"value": value, "color": colour} for value, colour in steps],
+        }
+    if panel.is_stat:
+        return defaults | ({"color": {"mode": "thresholds"}} if panel.thresholds else {})
+    if not panel.names and len(panel.queries) == 1:  # whatever series there are
+        defaults["color"] = {"mode": "shades", "fixedColor": BLUE}
+    defaults["custom"] = {
+        "drawStyle": "line",
+        "lineWidth": 1 if panel.is_stacked else 2,
+        "fillOpacity": 60 if panel.is_stacked else 0,
+        "showPoints": "auto",
+        "spanNulls": False,
+        "stacking": {"mode": "normal" if panel.is_stacked else "none", "group": "A"},
+        "thresholdsStyle": {"mode": "dashed" if panel.thresholds else "off"},
+    }
+    return defaults
+
+
+def _colours(panel: Panel) -> Iterator[Json]:
+    """Known series have a colour each, others one for each query."""
+    if panel.names:
+        yield from _overrides("byName", panel.names)
+    elif len(panel.queries) > 1:
+        yield from _overrides("byFrameRefID", [chr(ord("A") + number) for number in range(len(panel.queries))])
+
+
+def _overrides(matcher: str, options: Sequence[str]) -> Iterator[Json]:
+    palette = FEW if len(options) <= len(FEW) else MUTED
+    for option, colour in zip(options, cycle(palette), strict=False):
+        value = {"mode": "fixed", "fixedColor": colour}
+        yield {"matcher": {"id": matcher, "options": option}, "properties": [{"id": "color", "value": value}]}

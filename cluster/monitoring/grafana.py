@@ -1,0 +1,235 @@
+"""Grafana as raymill speaks to it, by the `grafana-api` package: data source, folder, dashboards, annotations.
+
+Everything is found by a uid of ours and may be pushed again at any time. The package is not kept up: its calls by
+numeric ids, which Grafana 13 has no more, are left alone; an answer without a body it fails to parse, and on an error
+page in HTML it may fail with a TypeError.
+"""
+
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+from urllib.parse import quote, urlsplit
+
+import requests
+from grafana_api.grafana_api import GrafanaClientError, GrafanaException
+from grafana_api.grafana_face import GrafanaFace
+
+from cluster.monitoring.dashboards import FOLDER_TITLE, FOLDER_UID
+from cluster.output.progress import say
+from cluster.settings.parser import ConfigError
+from model.errors import UserError
+
+URL_VARIABLE, TOKEN_VARIABLE, TOKEN_FILE_VARIABLE = "GRAFANA_URL", "GRAFANA_TOKEN", "GRAFANA_TOKEN_FILE"
+DATA_SOURCE_UID = "raymill-prometheus"
+TIMEOUT_S = 10.0
+RETRIES_AFTER_S = (0.5, 2.0, 5.0)
+
+Json = dict[str, Any]
+
+
+class GrafanaError(UserError):
+    """Grafana cannot be reached, or does not do as asked."""
+
+
+class NotThereError(GrafanaError):
+    """It answered 404."""
+
+
+class AwayError(GrafanaError):
+    """It may do so later."""
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """A moment in every dashboard that asks for its tags."""
+
+    time_s: float
+    kind: str
+    subject: str  # such as run:ID
+    text: str
+
+    @property
+    def tags(self) -> list[str]:
+        return ["raymill", self.kind, self.subject]
+
+
+class Grafana:
+    def __init__(self, url: str, token: str, *, sleep: Callable[[float], None] = time.sleep) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.netloc:
+            raise ConfigError(f"{URL_VARIABLE}={url!r}: expected a URL such as https://grafana.example.org")
+        prefix = parts.path.strip("/")
+        self._url, self._sleep = url, sleep
+        self._face = GrafanaFace(
+            auth=token,
+            protocol=parts.scheme,
+            host=parts.netloc,
+            url_path_prefix=f"{prefix}/" if prefix else "",
+            timeout=TIMEOUT_S,
+        )
+
+    @classmethod
+    def from_environment(cls) -> Self:
+        """By `GRAFANA_URL` and `GRAFANA_TOKEN`, or the file that `GRAFANA_TOKEN_FILE` names. Raises `ConfigError`."""
+        url, token = os.environ.get(URL_VARIABLE), os.environ.get(TOKEN_VARIABLE)
+        if not token and (path := os.environ.get(TOKEN_FILE_VARIABLE)):
+            try:
+                token = Path(path).read_text(encoding="utf-8").strip()
+            except OSError as error:
+                raise ConfigError(f"{TOKEN_FILE_VARIABLE}={path}: {error.strerror}") from None
+        if not url or not token:
+            raise ConfigError(
+                f"set {URL_VARIABLE}, and {TOKEN_VARIABLE} or {TOKEN_FILE_VARIABLE}, to a Grafana and the token of a "
+                "service account there that may edit dashboards, folders and data sources"
+            )
+        return cls(url, token)
+
+    def push_data_source(self, prometheus_url: str) -> str:
+        """Returns `created`, `updated` or `unchanged`, as all that push do."""
+        wanted = data_source(prometheus_url)
+        try:
+            found = self._call("GET", f"/datasources/uid/{DATA_SOURCE_UID}")
+        except NotThereError:
+            self._call("POST", "/datasources", wanted)
+            return "created"
+        if not differences(wanted, found):
+            return "unchanged"
+        self._call("PUT", f"/datasources/uid/{DATA_SOURCE_UID}", wanted)
+        return "updated"
+
+    def push_folder(self) -> str:
+        try:
+            self._call("GET", f"/folders/{FOLDER_UID}")
+        except NotThereError:
+            self._call("POST", "/folders", {"uid": FOLDER_UID, "title": FOLDER_TITLE})
+            return "created"
+        return "unchanged"
+
+    def push_dashboard(self, dashboard: Json) -> str:
+        there = self.dashboard(dashboard["uid"])
+        if there is not None and not differences(dashboard, there):
+            return "unchanged"
+        body = {"dashboard": dashboard, "folderUid": FOLDER_UID, "overwrite": True, "message": "raymill dashboards"}
+        self._call("POST", "/dashboards/db", body)
+        return "created" if there is None else "updated"
+
+    def dashboard(self, uid: str) -> Json | None:
+        try:
+            return dict(self._call("GET", f"/dashboards/uid/{uid}")["dashboard"])
+        except NotThereError:
+            return None
+
+    def annotate(self, annotation: Annotation) -> str:
+        """Asked again for the same one, also after an answer that got lost, it leaves it at one."""
+        time_ms = round(annotation.time_s * 1000)
+        tags = "&".join(f"tags={quote(tag)}" for tag in annotation.tags)
+        body = {"time": time_ms, "tags": annotation.tags, "text": annotation.text}
+        for wait_s in (*RETRIES_AFTER_S, None):
+            found = self._call("GET", f"/annotations?from={time_ms}&to={time_ms}&{tags}")
+            if any(there["text"] == annotation.text for there in found):
+                return "unchanged"
+            try:
+                self._call("POST", "/annotations", body, retries_after_s=())
+                return "created"
+            except AwayError:
+                if wait_s is None:
+                    raise
+            self._sleep(wait_s)
+        raise AssertionError("the last round returns or raises")
+
+    def _call(
+        self, method: str, path: str, body: Json | None = None, *, retries_after_s: Sequence[float] | None = None
+    ) -> Any:
+        """The answer's JSON, None of an empty one."""
+        for wait_s in (*(RETRIES_AFTER_S if retries_after_s is None else retries_after_s), None):
+            try:
+                return getattr(self._face.api, method)(path, json=body)
+            except requests.JSONDecodeError as error:
+                if not error.doc:
+                    return None
+                raise GrafanaError(
+                    f"{self._url} answered {method} {path} with something else than JSON ({error.doc[:80]!r}); is "
+                    f"{URL_VARIABLE} the address of a Grafana?"
+                ) from None
+            except GrafanaClientError as error:
+                if error.status_code == requests.codes.not_found:
+                    raise NotThereError(f"{self._url} has no {path}") from None
+                if error.status_code != requests.codes.too_many_requests:
+                    raise GrafanaError(f"{self._url} refused {method} {path}: {error.message}") from None
+                failure: Exception = error
+            except (GrafanaException, TypeError, requests.RequestException) as error:
+                failure = error
+            if wait_s is None:
+                raise AwayError(f"{self._url} does not answer {method} {path}: {failure}")
+            self._sleep(wait_s)
+        raise AssertionError("the last round returns or raises")
+
+
+class Annotator:
+    """Annotates from a thread, so that no Grafana holds up what is annotated."""
+
+    def __init__(self, grafana: Grafana) -> None:
+        self._grafana = grafana
+        self._waiting: queue.SimpleQueue[Annotation | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="annotations", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def from_environment(cls) -> Self | None:
+        """None where no Grafana is named, or none that can be used, which is told."""
+        if not os.environ.get(URL_VARIABLE):
+            return None
+        try:
+            return cls(Grafana.from_environment())
+        except ConfigError as error:
+            say(f"nothing is annotated: {error}")
+            return None
+
+    def add(self, annotation: Annotation) -> None:
+        self._waiting.put(annotation)
+
+    def close(self) -> None:
+        """Gives what waits some seconds more."""
+        self._waiting.put(None)
+        self._thread.join(timeout=2 * TIMEOUT_S)
+
+    def _work(self) -> None:
+        has_failed = False
+        while (annotation := self._waiting.get()) is not None:
+            try:
+                self._grafana.annotate(annotation)
+                has_failed = False
+            except GrafanaError as error:
+                if not has_failed:
+                    say(f"not annotated: {error}")
+                has_failed = True
+
+
+def data_source(prometheus_url: str) -> Json:
+    return {
+        "uid": DATA_SOURCE_UID,
+        "name": "raymill Prometheus",
+        "type": "prometheus",
+        "access": "proxy",
+        "url": prometheus_url,
+        "jsonData": {"timeInterval": "15s", "httpMethod": "POST"},
+    }
+
+
+def differences(wanted: Any, found: Any, where: str = "") -> list[str]:
+    """Places where `found` lacks what is wanted; what Grafana has added besides is its own affair."""
+    if isinstance(wanted, dict) and isinstance(found, dict):
+        return [
+            place
+            for key, value in wanted.items()
+            for place in differences(value, found.get(key), f"{where}.{key}" if where else key)
+        ]
+    if isinstance(wanted, list) and isinstance(found, list) and len(wanted) == len(found):
+        pairs = enumerate(zip(wanted, found, strict=True))
+        return [place for number, pair in pairs for place in differences(*pair, f"{where}[{number}]")]
+    return [] if wanted == found else [where]

@@ -1,0 +1,68 @@
+"""How the metrics of one process reach Prometheus: set in a registry of its own, and copied to Ray's metrics.
+
+Copied now and then, as Ray's own classes would take 4.6 µs for each token where these take 1.3 (a copy is 0.5 ms for a
+replica), and know a histogram's sum by the middle of its buckets only. Each series leaves as a gauge of Ray's that
+holds its value: so sums are exact, and no series outlives its process for long. `rate` and `histogram_quantile` do not
+look at a series' type.
+"""
+
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import prometheus_client as prometheus
+from ray.util.metrics import Gauge
+
+from cluster.monitoring.metric_table import Exporter, Kind, Metric, metrics_of
+
+PUBLISH_INTERVAL_S = 2.0  # Ray passes values on every 10 s
+
+
+class Metrics:
+    """Those of one exporter in the table."""
+
+    def __init__(self, exporter: Exporter, **labels: str) -> None:
+        """`labels` are the exporter's common ones."""
+        self.collectors = prometheus.CollectorRegistry()
+        self._labels = labels
+        self._metrics = {metric.name: self._make(metric) for metric in metrics_of(exporter)}
+        self._gauges: dict[str, Gauge] = {}
+
+    def of(self, name: str, **labels: str) -> Any:
+        """The counter, gauge or histogram of that name and these labels; it is exported from now on."""
+        return self._metrics[name].labels(**self._labels, **labels)
+
+    def publish(self, **labels: str) -> None:
+        """Gives Ray the values; they get `labels` besides."""
+        for family in self.collectors.collect():
+            for sample in family.samples:
+                if not sample.name.endswith("_created"):
+                    tags = {**sample.labels, **labels}
+                    self._gauge(sample.name, tags, family.documentation).set(sample.value, tags=tags)
+
+    def keep_published(self) -> None:
+        """As long as the process lives, by a thread."""
+
+        def work() -> None:
+            never = threading.Event()
+            while not never.wait(PUBLISH_INTERVAL_S):
+                self.publish()
+
+        threading.Thread(target=work, name="metrics", daemon=True).start()
+
+    def _make(self, metric: Metric) -> Any:
+        # In the clients' order: name, text, labels, then namespace, subsystem and unit, which the name has already.
+        arguments = (metric.name, metric.help, metric.all_labels, "", "", "", self.collectors)
+        match metric.kind:
+            case Kind.COUNTER:
+                return prometheus.Counter(*arguments)
+            case Kind.GAUGE:
+                return prometheus.Gauge(*arguments)
+            case Kind.HISTOGRAM:
+                return prometheus.Histogram(*arguments, buckets=metric.buckets)
+
+    def _gauge(self, name: str, tags: Mapping[str, str], text: str) -> Gauge:
+        if name not in self._gauges:
+            # vLLM's colons are not for Ray.
+            self._gauges[name] = Gauge(name.replace(":", "_"), description=text, tag_keys=tuple(tags))
+        return self._gauges[name]

@@ -1,0 +1,222 @@
+"""How far a stage is: stages report in marked lines, whoever watches draws a bar at a terminal or prints lines."""
+
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TextIO
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from cluster.output.result_text import printable
+
+_MARK = "raymill-progress: "
+_REPORT_INTERVAL_S = 1.0
+_LINE_INTERVAL_S = 10.0
+
+# Ray's own voice: lines of its processes and its dated log lines. They go to the log file only, but for the last line
+# of a worker's traceback, which says what happened.
+_RAY_LINE = re.compile(
+    r"\((\w+ pid=|\w+:.* pid=|pid=|raylet\b|autoscaler\b)"
+    r"|\[\d{4}-\d\d-\d\d [\d:,]+ [A-Z] \d+ \d+\] "  # its C++ parts, which call much an error that is none
+    r"|(INFO )?\d{4}-\d\d-\d\d [\d:,]+\s(INFO|WARNING|serve )|Running entrypoint for job "
+)
+_WORKER_ERROR = re.compile(r"\(RayTrainWorker.*?\) (\w+\.)*\w*(Error|Exception): ")
+
+
+@dataclass(frozen=True)
+class Report:
+    """`done` of `total` units, and a few words on how it goes."""
+
+    label: str
+    done: float
+    total: float
+    unit: str
+    note: str
+
+
+def say(text: str) -> None:
+    """One line for the person who watches; standard output is for results."""
+    sys.stderr.write(f"{printable(text)}\n")
+    sys.stderr.flush()
+
+
+@contextmanager
+def doing(what: str) -> Iterator[None]:
+    """Says at once what is being done; at a terminal the line counts the seconds while the context lasts."""
+    if not sys.stderr.isatty():
+        say(what)
+        yield
+        return
+    columns = (SpinnerColumn(finished_text=" "), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as line:
+        task = line.add_task(what, total=None)
+        yield
+        line.update(task, total=1, completed=1)
+
+
+_views: list["ProgressView"] = []  # at most one: what shows this process's own reports
+
+
+@contextmanager
+def reports_shown() -> Iterator[None]:
+    """Shows the reports of this process itself while the context lasts, not as lines for whoever reads its log."""
+    with ProgressView() as view:
+        _views.append(view)
+        try:
+            yield
+        finally:
+            _views.remove(view)
+
+
+def report_progress(label: str, *, done: float, total: float, unit: str, note: str = "") -> None:
+    """Called by a stage; `ProgressView` shows it."""
+    line = _MARK + json.dumps(asdict(Report(label, done, total, unit, note)))
+    for view in _views:
+        view.line(line)
+    if not _views:
+        say(line)
+
+
+@contextmanager
+def progress(label: str, *, total_bytes: int) -> Iterator[Callable[[int], None]]:
+    """Gives a function to call with the bytes that were just finished."""
+    done_bytes, reported = 0, time.monotonic()
+
+    def show() -> None:
+        report_progress(label, done=round(done_bytes / 1e6, 2), total=round(total_bytes / 1e6, 2), unit="MB")
+
+    def advance(num_bytes: int) -> None:
+        nonlocal done_bytes, reported
+        done_bytes += num_bytes
+        if time.monotonic() - reported >= _REPORT_INTERVAL_S:
+            reported = time.monotonic()
+            show()
+
+    yield advance
+    show()
+
+
+class RayFilter:
+    """Tells Ray's own lines from a stage's, line by line."""
+
+    def __init__(self) -> None:
+        self._in_block = False
+
+    def hides(self, text: str) -> bool:
+        is_indented = not text or text[0] in " \t"
+        self._in_block = bool(_RAY_LINE.match(text)) or (self._in_block and is_indented)
+        return self._in_block and not _WORKER_ERROR.match(text)
+
+
+class PlainProgress:
+    """A stage's log for who cannot see bars: its reports become a line now and then, all else stays."""
+
+    def __init__(self) -> None:
+        self._printed_at: dict[str, float] = {}
+
+    def line(self, text: str) -> str | None:
+        """What stands for a line of the log; None when nothing does."""
+        return self.text(_report(text)) if text.startswith(_MARK) else text
+
+    def text(self, report: Report) -> str | None:
+        """None when the last one is not long ago."""
+        now, is_done = time.monotonic(), report.done >= report.total
+        if not is_done and now - self._printed_at.get(report.label, -_LINE_INTERVAL_S) < _LINE_INTERVAL_S:
+            return None
+        self._printed_at[report.label] = now
+        note = f", {report.note}" if report.note else ""
+        return f"{report.label}: {report.done:g} of {report.total:g} {report.unit}{note}"
+
+
+class ProgressView:
+    """Shows a stage's log as it comes: bars for its reports at a terminal, a line now and then elsewhere, and its own
+    lines. The whole log, Ray's lines among them, is kept in the file `log` if there is one.
+
+    `waiting` is what is being done until the first line comes.
+    """
+
+    def __init__(self, log: Path | None = None, *, waiting: str = "") -> None:
+        self.log = log
+        self._waiting, self._until_first_line = waiting, ExitStack()
+        self._file: TextIO | None = None
+        self._bars = _bars() if sys.stderr.isatty() else None
+        self._tasks: dict[str, TaskID] = {}
+        self._plain = PlainProgress()
+        self._rays = RayFilter()
+
+    def __enter__(self) -> Self:
+        if self.log is not None:
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.log.open("a", encoding="utf-8", buffering=1)
+        if self._waiting:
+            self._until_first_line.enter_context(doing(self._waiting))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._until_first_line.close()
+        if self._bars is not None:
+            self._bars.stop()
+        if self._file is not None:
+            self._file.close()
+
+    def keep(self, text: str) -> None:
+        """A line for the file alone."""
+        if self._file is not None:
+            self._file.write(f"{text}\n")
+
+    def line(self, text: str) -> None:
+        """One line of a stage's log."""
+        if text.startswith(_MARK):
+            self._until_first_line.close()
+            self._show(_report(text))
+            return
+        self.keep(text)
+        if self._rays.hides(text):
+            return
+        self._until_first_line.close()
+        if self._bars is not None:
+            self._bars.console.print(printable(text), markup=False, highlight=False)
+        else:
+            say(text)
+
+    def _show(self, report: Report) -> None:
+        if self._bars is not None:
+            if report.label not in self._tasks:
+                self._bars.start()  # not before: without a bar it would paint an empty line again and again
+                self._tasks[report.label] = self._bars.add_task(report.label, total=report.total, unit="", note="")
+            self._bars.update(self._tasks[report.label], completed=report.done, unit=report.unit, note=report.note)
+            return
+        if (text := self._plain.text(report)) is not None:
+            say(text)
+
+
+def _report(line: str) -> Report:
+    return Report(**json.loads(line[len(_MARK) :]))
+
+
+def _bars() -> Progress:
+    columns = (
+        TextColumn("{task.description:>12}"),
+        BarColumn(),
+        TextColumn("{task.completed:g} of {task.total:g} {task.fields[unit]}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    return Progress(*columns, console=Console(stderr=True))

@@ -1,0 +1,1 @@
+"""The typed settings, their flags, and the code folders that they run."""

@@ -1,0 +1,184 @@
+"""Every setting of the configuration tree as a command-line flag, laid over a YAML file, with errors for people."""
+
+import argparse
+import dataclasses
+import secrets
+import time
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from cluster.settings.parser import ConfigError, suggestion
+from cluster.settings.run import TOKENS, DataConfig, RunConfig, Settings, StorageConfig
+from cluster.storage.uris import absolute_uri
+from model.config import PRESETS, GPTConfig
+
+Config = TypeVar("Config", bound=Settings)
+
+
+def add_config_arguments(
+    parser: argparse.ArgumentParser, root: type[BaseModel], *, leave_out: Collection[str] = ()
+) -> None:
+    """Adds one flag for each setting of `root`; the caller adds `config`, the YAML file that they are laid over."""
+    for path, help_text, is_list in _leaves(root):
+        if path in leave_out:
+            continue
+        flag = f"--{path}"
+        names = [flag.replace("_", "-")] + ([flag] if "_" in flag else [])
+        parser.add_argument(
+            *names, dest=path, default=None, nargs="+" if is_list else None, metavar="VALUE", help=help_text
+        )
+
+
+def config_from_arguments(arguments: argparse.Namespace, root: type[Config], *, needs_source: bool = True) -> Config:
+    """The validated tree of the file and the flags. Raises `ConfigError` naming every setting that does not fit."""
+    values = _read_yaml(arguments.config) if arguments.config else {}
+    is_run = needs_source and root is RunConfig
+    if arguments.config is None and is_run and arguments.__dict__.get("data.source") is None:
+        raise ConfigError("no configuration: name a YAML file, or at least --data.source")
+    return _settled(validate_config(_overlaid(values, arguments, root), root))
+
+
+def settings_from_flags(arguments: argparse.Namespace, root: type[BaseModel]) -> dict[str, Any]:
+    """What the flags alone say."""
+    return _overlaid({}, arguments, root)
+
+
+def _overlaid(values: dict[str, Any], arguments: argparse.Namespace, root: type[BaseModel]) -> dict[str, Any]:
+    """`values`, with the flags laid over."""
+    for path, _, is_list in _leaves(root):
+        value = getattr(arguments, path)
+        if value is None:
+            continue
+        branch = values
+        *parents, name = path.split(".")
+        for parent in parents:
+            branch = branch.setdefault(parent, {})
+            if not isinstance(branch, dict):
+                raise ConfigError(f"{parent} holds {branch!r} in {arguments.config}; expected `name: value` lines")
+        branch[name] = value if is_list else None if value in ("null", "none") else value
+        if path == "data.validation":
+            branch[name] = dict(_named(path, item) for item in value)
+    return values
+
+
+def _named(path: str, item: str) -> tuple[str, str]:
+    name, separator, value = item.partition("=")
+    if not separator:
+        raise ConfigError(f"--{path} {item}: expected NAME=SOURCE")
+    return name, value
+
+
+def validate_config(values: dict[str, Any], root: type[Config]) -> Config:
+    try:
+        return root.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explained(problem, root) for problem in error.errors())) from None
+
+
+def _settled(config: Config) -> Config:
+    """Paths made absolute, since a job runs in another folder; and a run id, if none was given."""
+    update: dict[str, Any] = {}
+    for name, value in config:
+        match value:
+            case StorageConfig():
+                update[name] = value.model_copy(update={"uri": absolute_uri(value.uri)})
+            case DataConfig():
+                sources = [value.source] if isinstance(value.source, str) else value.source
+                tokenizer = value.tokenizer and absolute_uri(value.tokenizer)
+                paths = {
+                    "source": [_absolute_source(uri) for uri in sources],
+                    "validation": {name: _absolute_source(uri) for name, uri in value.validation.items()},
+                    "tokenizer": tokenizer,
+                }
+                update[name] = value.model_copy(update=paths)
+            case str() if name in ("api_key_file", "admin_key_file") or (name == "checkpoint" and value != "latest"):
+                update[name] = absolute_uri(value)
+            case None if name == "run_id":
+                update[name] = new_run_id()
+    return config.model_copy(update=update)
+
+
+def _absolute_source(uri: str) -> str:
+    if uri.startswith(TOKENS):
+        return TOKENS + absolute_uri(uri.removeprefix(TOKENS))
+    return absolute_uri(uri)
+
+
+def new_run_id() -> str:
+    """Sorts by time; the random end tells apart runs of one second."""
+    return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
+
+
+def read_config(path: Path, root: type[Config]) -> Config:
+    """The validated tree of a YAML file as it stands. Raises `ConfigError`."""
+    return validate_config(_read_yaml(path), root)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            values = yaml.load(file, Loader=_UniqueKeys)  # noqa: S506 (a safe one, derived from SafeLoader)
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds no settings; expected `section:` lines with `name: value` below them")
+    return values
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that is set twice, of which YAML's own loader silently takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            name, line = str(key.value), key.start_mark.line + 1
+            if name in lines:
+                raise ConfigError(f"{self.name}, line {line}: {name} is set already, on line {lines[name]}; keep one")
+            lines[name] = line
+        return super().construct_mapping(node, deep)
+
+
+def _leaves(root: type[BaseModel], prefix: str = "") -> list[tuple[str, str, bool]]:
+    """(dotted path, help, whether it takes several values) of each setting."""
+    leaves = []
+    for name, info in root.model_fields.items():
+        kind = info.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            leaves += _leaves(kind, f"{prefix}{name}.")
+        elif kind is GPTConfig:
+            leaves.append((f"{prefix}{name}.preset", f"shape by name, one of {', '.join(PRESETS)}", False))
+            for field in dataclasses.fields(GPTConfig):
+                leaves.append((f"{prefix}{name}.{field.name}", f"{field.metadata['help']} ({field.default})", False))
+        else:
+            leaves.append((f"{prefix}{name}", _help(info), _holds_list(kind)))
+    return [(path, text.replace("%", "%%"), is_list) for path, text, is_list in leaves] if not prefix else leaves
+
+
+def _help(info: FieldInfo) -> str:
+    default = info.get_default(call_default_factory=True)
+    choices = get_args(info.annotation) if all(isinstance(a, str) for a in get_args(info.annotation)) else ()
+    notes = [f"one of {', '.join(choices)}"] if choices else []
+    notes += [f"default {default}"] if default not in (None, [], {}) else []
+    return f"{info.description}" + (f" ({'; '.join(notes)})" if notes else "")
+
+
+def _holds_list(kind: Any) -> bool:
+    return get_origin(kind) in (list, dict) or any(get_origin(part) is list for part in get_args(kind))
+
+
+def _explained(problem: Any, root: type[BaseModel]) -> str:
+    path = [str(part) for part in problem["loc"]]
+    name = ".".join(path)
+    if problem["type"] == "extra_forbidden":
+        siblings = [".".join(leaf.split(".")[: len(path)]) for leaf, _, _ in _leaves(root)]
+        return f"unknown setting {name}{suggestion(name, sorted(set(siblings)))}"
+    message = problem["msg"].removeprefix("Value error, ")
+    shown = "" if problem["type"] == "value_error" else f", not {problem['input']!r}"
+    return f"{name}: {message}{shown}" if name else message

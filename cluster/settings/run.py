@@ -1,0 +1,429 @@
+"""The typed configuration: `RunConfig` for a run, `EvaluateConfig` for an evaluation (`ServeConfig`: serve_config.py).
+
+YAML is the source of truth; every setting is also a command-line flag (`--train.learning-rate 1e-3`). The trees
+are frozen and refuse unknown keys with a suggestion. Secrets are never settings: they come from the environment
+or from files named by a setting.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
+
+from cluster.settings.batch_schedule import BatchSchedule
+from model.config import GPTConfig, preset_fields
+from model.processor import Precision
+
+
+def _model_shape(value: Any) -> Any:
+    return preset_fields(value) if isinstance(value, dict) else value
+
+
+ModelShape = Annotated[GPTConfig, BeforeValidator(_model_shape), PlainSerializer(dataclasses.asdict)]
+
+
+class Settings(BaseModel):
+    """Base of every branch: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+TOKENS = "tokens://"
+"""Before the location of a finished token store in `data.source`, whose shards are a source as they are."""
+
+QualityRule = Literal["word_count", "word_length", "symbol_ratio", "line_marks", "alphabetic_words", "stop_words"]
+"""Names of `data.quality_rules`."""
+
+SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
+"""Of a text in `data.validation`."""
+
+
+class DataConfig(Settings):
+    """From text to token shards."""
+
+    source: str | list[str] = Field(
+        default_factory=list,
+        description="corpus: a path, file://, s3:// or hf://datasets/OWNER/NAME@REVISION URI, or a list of them; globs "
+        "allowed; tokens://PATH is a finished token store. Endings: .txt .jsonl .csv .parquet, .gz and .zst of the "
+        "first three",
+    )
+    weights: list[Annotated[float, Field(gt=0)]] = Field(
+        default_factory=list,
+        description="share of the training rows from each source, relative to each other; as they come when empty",
+    )
+    validation: dict[SetName, str] = Field(
+        default_factory=dict,
+        description="further texts that every validation measures, name to source; NAME=SOURCE ... as a flag",
+    )
+    text_field: str = Field(default="text", description="field (jsonl) or column (csv, parquet) that holds the text")
+    tokenizer: str | None = Field(
+        default=None, description="URI of a tokenizer.json or of a folder with one; trained from the corpus when unset"
+    )
+    vocab_size: int = Field(default=4096, ge=257, le=1_000_000, description="ids of the trained vocabulary")
+    normalize: list[Literal["nfc", "lowercase", "collapse_spaces"]] = Field(
+        default_factory=list, description="text normalization of a trained tokenizer, recorded in it; GPT-2 has none"
+    )
+    tokenizer_sample_bytes: int = Field(
+        default=256 << 20,
+        ge=1,
+        description="text that the tokenizer is trained on, bytes from places all over the corpus",
+    )
+    invalid_utf8: Literal["replace", "skip", "fail"] = Field(
+        default="replace", description="a document that is not UTF-8: put U+FFFD, drop it, or stop"
+    )
+    max_document_bytes: int = Field(
+        default=16 << 20, ge=1, description="longer documents are dropped and counted, bytes; a longer txt file is cut"
+    )
+    max_compression_ratio: float = Field(
+        default=100.0, gt=1, description="a .gz or .zst that unpacks to more than this many times its size is refused"
+    )
+    max_unreadable_fraction: float = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        description="stop when a larger share of the documents is binary, not UTF-8 or without the text field",
+    )
+    dedup: bool = Field(
+        default=True, description="drop documents whose text occurred before, but for case, blanks and Unicode form"
+    )
+    near_dedup_threshold: float | None = Field(
+        default=None, gt=0, le=1, description="drop documents at least this similar (Jaccard, word 3-grams) to another"
+    )
+    quality_rules: list[QualityRule] = Field(
+        default_factory=list,
+        description="rules that a document must pass, with the bounds of Gopher (Rae et al., 2021)",
+    )
+    decontaminate_ngram: int | None = Field(
+        default=None, ge=4, description="drop training documents that share this many words in a row with validation"
+    )
+    val_fraction: float = Field(
+        default=0.05, ge=0, lt=1, description="share of documents held out, chosen by each document's own hash"
+    )
+    shard_bytes: int = Field(
+        default=16 << 20, ge=1, description="source bytes per shard: the unit of work and of resuming"
+    )
+
+    @model_validator(mode="after")
+    def _one_weight_a_source(self) -> Self:
+        num_sources = 1 if isinstance(self.source, str) else len(self.source)
+        if self.weights and len(self.weights) != num_sources:
+            raise ValueError(f"{len(self.weights)} weights for {num_sources} sources; give one a source, or none")
+        return self
+
+
+class TrainConfig(Settings):
+    """From tokens to weights. The global batch is constant whatever the number of workers."""
+
+    max_tokens: int = Field(default=10_000_000, ge=1, description="tokens to train on; the last step is not exceeded")
+    global_batch_size: int = Field(default=64, ge=1, description="sequences per optimizer step, over all workers")
+    micro_batch_size: int = Field(default=8, ge=1, description="sequences per lane; divides global_batch_size")
+    batch_ramp_tokens: int = Field(
+        default=0, ge=0, description="tokens over which the batch grows linearly to global_batch_size; 0 has it at once"
+    )
+    batch_ramp_start: int | None = Field(
+        default=None, ge=1, description="sequences of the first step, where the batch grows"
+    )
+    seq_len: int | None = Field(default=None, ge=1, description="tokens per sequence; model.n_positions when unset")
+    learning_rate: float = Field(default=6e-4, gt=0, description="peak learning rate")
+    schedule: Literal["cosine", "wsd"] = Field(
+        default="cosine",
+        description="learning rate after the warm-up: cosine down to the horizon; or wsd, the peak until a last, "
+        "linear stretch of cooldown_tokens down to the horizon",
+    )
+    min_learning_rate_ratio: float = Field(
+        default=0.1, ge=0, le=1, description="learning rate at the horizon, as a share of the peak"
+    )
+    warmup_tokens: int | None = Field(
+        default=None, ge=0, description="linear warm-up, tokens; 375M or 2% of max_tokens, the smaller, when unset"
+    )
+    decay_tokens: int | None = Field(
+        default=None, ge=1, description="horizon of the learning rate, tokens; max_tokens when unset"
+    )
+    cooldown_tokens: int | None = Field(
+        default=None, ge=1, description="last stretch of schedule wsd, tokens; 20% of the horizon when unset"
+    )
+    weight_decay: float = Field(
+        default=0.1, ge=0, description="AdamW decay of matrices; biases and LayerNorms have none"
+    )
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW, decay of the first moment")
+    beta2: float = Field(default=0.95, ge=0, lt=1, description="AdamW, decay of the second moment")
+    epsilon: float = Field(default=1e-8, gt=0, description="AdamW, added to the root of the second moment")
+    grad_clip: float = Field(default=1.0, ge=0, description="largest norm of the summed gradient; 0 never clips")
+    precision: Literal["auto", Precision] = Field(
+        default="auto",
+        description="compute precision; bf16 is autocast over fp32 master weights; auto: bf16 where the workers' "
+        "processor computes it at speed as the run first starts, else fp32, and the same for the rest of the run",
+    )
+    exact: bool = Field(
+        default=True, description="the same bits for any number of workers; false is stock DistributedDataParallel"
+    )
+    shard_optimizer: bool = Field(
+        default=False, description="each worker keeps AdamW's moments of its own part of the weights only (ZeRO-1)"
+    )
+    seed: int = Field(default=0, ge=0, lt=2**63, description="initial weights, sample order, dropout")
+    max_skipped_steps: int = Field(
+        default=3, ge=0, description="bad steps in a row whose updates are left out before the run is rolled back"
+    )
+    max_rollbacks: int = Field(default=3, ge=0, description="rollbacks after which the run stops instead")
+    spike_factor: float = Field(
+        default=0.0, ge=0, description="a loss this many median absolute deviations above the median is bad; 0 is off"
+    )
+    spike_window: int = Field(default=64, ge=8, le=4096, description="steps that a loss is compared with to be a spike")
+    shuffle_window_rows: int = Field(
+        default=1 << 20, ge=1, description="rows shuffled together; windows follow each other in the order of the store"
+    )
+    document_mask: bool = Field(
+        default=False, description="no token attends to another document in its row; positions restart at each document"
+    )
+    while_tokenizing: bool = Field(
+        default=False, description="start on the sealed part of the token store while the rest is being written"
+    )
+    eval_every_steps: int = Field(
+        default=100, ge=1, description="steps between validations; the last step always validates"
+    )
+    eval_max_tokens: int = Field(default=1_000_000, ge=1, description="validation tokens, from the front of the split")
+    sample_prompts: list[str] = Field(
+        default_factory=list, description="prompts completed at every validation, with a fixed seed"
+    )
+    sample_tokens: int = Field(default=64, ge=1, description="new tokens per sample prompt")
+    timing: bool = Field(default=True, description="time each step by phase, of every worker")
+    layer_statistics_every_steps: int = Field(
+        default=50, ge=0, description="steps between measurements of each layer's gradient, weights and update; 0 never"
+    )
+    hash_every_steps: int = Field(
+        default=0, ge=0, description="steps between parameter hashes in the ledger; 0 at checkpoints only"
+    )
+
+    @model_validator(mode="after")
+    def _cooldown_fits(self) -> Self:
+        if self.cooldown_tokens is None:
+            return self
+        if self.schedule != "wsd":
+            raise ValueError(f"train.cooldown_tokens={self.cooldown_tokens} needs train.schedule=wsd; cosine has none")
+        horizon, warmup = self.decay_tokens or self.max_tokens, self.warmup_tokens or 0
+        if warmup + self.cooldown_tokens > horizon:
+            raise ValueError(
+                f"train.cooldown_tokens={self.cooldown_tokens} after train.warmup_tokens={warmup} exceeds the horizon "
+                f"of {horizon} tokens (train.decay_tokens, or else train.max_tokens)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _ramp_fits(self) -> Self:
+        start, micro = self.batch_ramp_start, self.micro_batch_size
+        if (start is None) != (self.batch_ramp_tokens == 0):
+            raise ValueError("train.batch_ramp_tokens and train.batch_ramp_start belong together; set both, or neither")
+        if start is not None and (start % micro or start >= self.global_batch_size):
+            raise ValueError(
+                f"train.batch_ramp_start={start} has to be a multiple of train.micro_batch_size={micro}, less than "
+                f"train.global_batch_size={self.global_batch_size}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _shards_only_exact(self) -> Self:
+        if self.shard_optimizer and not self.exact:
+            raise ValueError("train.shard_optimizer needs train.exact: shards are what the exact sum's ranks own")
+        return self
+
+
+class ScalingConfig(Settings):
+    """How many training workers, and what each may use."""
+
+    min_workers: int = Field(default=1, ge=1, description="training waits below this many workers")
+    max_workers: int = Field(default=2, ge=1, description="training grows up to this many workers")
+    threads_per_worker: int = Field(default=1, ge=1, description="compute threads, and logical CPUs, of a worker")
+    use_gpu: bool = Field(default=False, description="one GPU per worker")
+    resize_check_s: float = Field(default=10.0, gt=0, description="seconds between looks for newly available workers")
+    max_failures: int = Field(
+        default=-1, ge=-1, description="worker-group failures before the run gives up; -1 never does"
+    )
+    max_fruitless_attempts: int = Field(
+        default=6, ge=1, description="attempts in a row that get no further, after which the run gives up"
+    )
+    hang_timeout_s: float = Field(
+        default=30.0, ge=0, description="seconds without a sign of life before a worker is killed; 0 never does"
+    )
+    start_timeout_s: float = Field(
+        default=60.0, gt=0, description="seconds without workers after which the run says what it is waiting for"
+    )
+    price_per_device_hour: float | None = Field(
+        default=None,
+        ge=0,
+        description="money for an hour of a GPU, or of a CPU where workers have none, for the cost metrics",
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min_workers > self.max_workers:
+            raise ValueError(f"min_workers={self.min_workers} exceeds max_workers={self.max_workers}")
+        return self
+
+
+class ClusterConfig(Settings):
+    """Which Ray cluster."""
+
+    address: str | None = Field(
+        default=None, description="Ray Jobs address (http://host:8265) of a running cluster; a local one when unset"
+    )
+    num_nodes: int = Field(default=3, ge=1, le=16, description="raylets of the local cluster, the head among them")
+    cpus_per_node: int | None = Field(
+        default=None, ge=1, description="logical CPUs of each local node; just enough for max_workers when unset"
+    )
+
+
+class StorageConfig(Settings):
+    """Where everything durable lives."""
+
+    uri: str = Field(
+        default=".raymill", description="root of tokens, runs and checkpoints: a path, file:// or s3://bucket/prefix"
+    )
+
+
+class CheckpointConfig(Settings):
+    """When checkpoints are written and which are kept."""
+
+    save_every_steps: int = Field(
+        default=100, ge=1, description="steps between checkpoints; the last step always saves"
+    )
+    num_to_keep: int = Field(
+        default=3, ge=1, description="newest checkpoints kept, at least two; published ones besides"
+    )
+    keep_best: int = Field(default=0, ge=0, description="checkpoints of the lowest validation loss kept besides")
+    keep_every_steps: int | None = Field(default=None, ge=1, description="checkpoints of each such step kept besides")
+    snapshot_bytes: int = Field(
+        default=16 << 30,
+        ge=0,
+        description="memory of each node for copies of the training state, which outlive its workers; 0 keeps none",
+    )
+    spool_bytes: int = Field(
+        default=32 << 30, ge=1, description="local disk for checkpoints on the way to remote storage; the newest always"
+    )
+
+
+class RunConfig(Settings):
+    """Everything that a job needs."""
+
+    run_id: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
+        description="name of the run; naming an existing one resumes it. A new one is made when unset",
+    )
+    data: DataConfig = DataConfig()
+    model: ModelShape = GPTConfig()
+    train: TrainConfig = TrainConfig()
+    scaling: ScalingConfig = ScalingConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    storage: StorageConfig = StorageConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        train = self.train
+        if train.global_batch_size % train.micro_batch_size:
+            raise ValueError(
+                f"train.micro_batch_size={train.micro_batch_size} does not divide "
+                f"train.global_batch_size={train.global_batch_size}"
+            )
+        schedule, batch = batch_schedule(self), "batch_ramp_start" if train.batch_ramp_start else "global_batch_size"
+        if schedule.num_lanes(1) < self.scaling.max_workers:
+            raise ValueError(
+                f"scaling.max_workers={self.scaling.max_workers} exceeds the {schedule.num_lanes(1)} lanes of a step "
+                f"(train.{batch} / train.micro_batch_size): a worker would have nothing to do"
+            )
+        if seq_len(self) > self.model.n_positions:
+            raise ValueError(f"train.seq_len={seq_len(self)} exceeds model.n_positions={self.model.n_positions}")
+        if schedule.max_steps < 1:
+            raise ValueError(
+                f"train.max_tokens={train.max_tokens} is less than one step of {schedule.step_tokens(1)} tokens "
+                f"(train.{batch} x sequence length)"
+            )
+        return self
+
+
+def seq_len(config: RunConfig) -> int:
+    """Tokens per training sequence."""
+    return config.train.seq_len or config.model.n_positions
+
+
+def planned_vocabulary(config: RunConfig) -> RunConfig:
+    """Returns the settings with the vocabulary that the run will have: `data.vocab_size` where it trains a tokenizer,
+    else the model's."""
+    if not config.data.source or config.data.tokenizer is not None:
+        return config
+    return config.model_copy(update={"model": dataclasses.replace(config.model, vocab_size=config.data.vocab_size)})
+
+
+def with_precision(config: RunConfig, precision: Precision) -> RunConfig:
+    """Returns the run with this precision in the place of `auto`; where another one is set, as it is."""
+    if config.train.precision != "auto":
+        return config
+    return config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
+
+
+def batch_schedule(config: RunConfig) -> BatchSchedule:
+    """The lanes, samples and tokens of every step."""
+    train = config.train
+    return BatchSchedule(
+        seq_len=seq_len(config),
+        micro_batch_size=train.micro_batch_size,
+        full_lanes=train.global_batch_size // train.micro_batch_size,
+        max_tokens=train.max_tokens,
+        start_lanes=(train.batch_ramp_start or train.global_batch_size) // train.micro_batch_size,
+        ramp_tokens=train.batch_ramp_tokens,
+    )
+
+
+def max_steps(config: RunConfig) -> int:
+    """Optimizer steps of the whole run: `train.max_tokens` is never exceeded."""
+    return batch_schedule(config).max_steps
+
+
+def warmup_tokens(config: RunConfig) -> int:
+    """375M tokens as GPT-3 had, scaled down to 2% of runs that are shorter than 18.75B tokens."""
+    if config.train.warmup_tokens is not None:
+        return config.train.warmup_tokens
+    return min(375_000_000, config.train.max_tokens // 50)
+
+
+def cooldown_tokens(config: RunConfig) -> int | None:
+    """The last stretch of schedule wsd, 20% of the horizon when unset; None with the cosine, which has none."""
+    train = config.train
+    if train.schedule == "cosine":
+        return None
+    return train.cooldown_tokens or (train.decay_tokens or train.max_tokens) // 5
+
+
+class EvaluateConfig(Settings):
+    """Everything that an evaluation needs. The model's shape and its tokenizer come from the checkpoint."""
+
+    checkpoint: str = Field(
+        default="latest", description="path or URI of a checkpoint's or run's folder, or `latest`: the newest published"
+    )
+    data: DataConfig = Field(
+        default=DataConfig(),
+        description="documents to evaluate on; the validation split that the checkpoint was trained with when unset",
+    )
+    max_tokens: int = Field(default=10_000_000, ge=1, description="tokens to evaluate on, from the front")
+    batch_size: int = Field(default=8, ge=1, description="sequences computed together")
+    seq_len: int | None = Field(
+        default=None, ge=1, description="tokens per sequence; as the run trained, or else n_positions, when unset"
+    )
+    precision: Literal["auto", Precision] = Field(
+        default="auto", description="compute precision, bf16 is autocast; auto: as the run trained, or else fp32"
+    )
+    num_workers: int = Field(default=2, ge=1, description="batches computed at once; the result does not depend on it")
+    threads_per_worker: int = Field(default=1, ge=1, description="compute threads, and logical CPUs, of a worker")
+    cluster: ClusterConfig = ClusterConfig()
+    storage: StorageConfig = StorageConfig()
+
+
+def to_yaml(config: Settings) -> str:
+    """The whole resolved tree as YAML; `load_config` reads it back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def write_config(config: Settings, path: Path) -> None:
+    path.write_text(to_yaml(config), encoding="utf-8")

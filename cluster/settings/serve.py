@@ -1,0 +1,144 @@
+"""The typed configuration of the endpoint: `ServeConfig`, of the same kind as the trees in config.py."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from cluster.settings.run import ClusterConfig, Settings, StorageConfig
+
+
+class ReplicaConfig(Settings):
+    """How many replicas, and what each may use."""
+
+    min_replicas: int = Field(default=1, ge=0, description="replicas kept when idle; 0 scales to zero")
+    max_replicas: int = Field(default=1, ge=1, description="replicas under load")
+    target_ongoing_requests: float = Field(
+        default=8.0, gt=0, description="requests per replica that autoscaling aims at"
+    )
+    max_ongoing_requests: int = Field(
+        default=64, ge=1, description="completions a replica takes on at once; more get 429"
+    )
+    max_requests_per_key: int | None = Field(
+        default=None, ge=1, description="POST requests of one API key in flight on a replica; more get 429"
+    )
+    scale_up_after_s: float = Field(default=2.0, ge=0, description="seconds of load that needs more replicas")
+    scale_down_after_s: float = Field(
+        default=180.0, ge=0, description="seconds of load that needs fewer replicas, after which some are drained"
+    )
+    scale_to_zero_after_s: float = Field(
+        default=300.0, ge=0, description="seconds without a request before the last replica ends, if min_replicas is 0"
+    )
+    borrow_from: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9._-]+$",
+        description="run id of a training run in the same storage, of which workers are borrowed while replicas find "
+        "no place; one worker has to make room for one replica",
+    )
+    borrow_after_s: float = Field(
+        default=15.0, ge=0, description="seconds without a place after which one is borrowed; a replica's start is less"
+    )
+    threads_per_replica: int = Field(default=1, ge=1, description="compute threads, and logical CPUs, of a replica")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas={self.min_replicas} exceeds max_replicas={self.max_replicas}")
+        return self
+
+
+class EngineConfig(Settings):
+    """The continuous batching engine of one replica."""
+
+    max_num_seqs: int = Field(default=16, ge=1, description="sequences decoded together")
+    max_waiting: int = Field(default=128, ge=0, description="sequences that may wait for a slot; more get 429")
+    max_queue_s: float = Field(
+        default=30.0,
+        gt=0,
+        description="longest wait until a request is begun with, seconds; who waits, or would wait, longer gets 429",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "int8"] = Field(
+        default="auto",
+        description="precision of weights and KV cache; int8, with native kernels only, has a cache of bfloat16; auto: "
+        "bfloat16 for a checkpoint whose run computed in it, where this processor does so at speed, else float32",
+    )
+    device: Literal["cpu", "cuda"] = Field(default="cpu", description="cuda: one GPU for each replica")
+    backend: Literal["raymill", "vllm"] = Field(
+        default="raymill", description="vllm: the same checkpoint and API by vLLM, see engine.vllm_python"
+    )
+    vllm_python: str | None = Field(
+        default=None,
+        description="Python of an environment with vLLM, which has a torch of its own; raymill's own one when unset",
+    )
+    kernels: Literal["auto", "native", "torch"] = Field(
+        default="auto",
+        description="native: compiled for this CPU when first used, by g++ or $CXX; torch: PyTorch's own; auto: native "
+        "where they can be had, and torch on a GPU",
+    )
+    kv_cache_tokens: int | None = Field(
+        default=None, ge=16, description="tokens that the KV cache holds; max_num_seqs whole contexts when unset"
+    )
+    prefix_cache: bool = Field(default=True, description="prompts that start alike are read once while the cache lasts")
+    prefill_tokens_per_step: int = Field(
+        default=96, ge=1, description="prompt tokens read in a step, for which the running sequences wait"
+    )
+
+
+class HttpConfig(Settings):
+    """How long, and how often, a client may hold on to the endpoint's HTTP server."""
+
+    header_timeout_s: float = Field(default=10.0, gt=0, description="for a request's headers, seconds")
+    body_timeout_s: float = Field(default=15.0, gt=0, description="for a request's body, seconds")
+    write_timeout_s: float = Field(default=30.0, gt=0, description="for a reader that does not read, seconds")
+    request_timeout_s: float = Field(
+        default=600.0, gt=0, description="longest time that x-request-timeout-seconds may ask for, seconds"
+    )
+    max_connections: int = Field(
+        default=1000, ge=1, description="connections to a proxy; above it the longest idle one is closed"
+    )
+
+
+class DeliveryConfig(Settings):
+    """How a checkpoint that is promoted is judged, unless `raymill promote` says otherwise."""
+
+    endpoint: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9._-]+$",
+        description="name of this endpoint's state under endpoints/ in the storage, its own among all that share the "
+        "storage; host and port when unset",
+    )
+    watch_s: float = Field(default=60.0, ge=0, description="time in which a new version may be rolled back, seconds")
+    max_loss_increase: float = Field(
+        default=0.05, ge=0, description="above the live version's loss on the gate's text, nats per token"
+    )
+    max_error_rate: float = Field(default=0.01, ge=0, le=1, description="of a new version's sequences")
+    max_latency_ratio: float | None = Field(
+        default=3.0, gt=0, description="seconds a token of a new version, against the version before"
+    )
+    load_timeout_s: float = Field(default=600.0, gt=0, description="until every replica has loaded it, seconds")
+    poll_s: float = Field(default=0.5, gt=0, description="between a replica's reports to the coordinator, seconds")
+
+
+class ServeConfig(Settings):
+    """Everything that the endpoint needs. The model's shape comes from the checkpoint, never from here."""
+
+    checkpoint: str = Field(
+        default="latest", description="path or URI of a checkpoint folder, or `latest`: the newest published one"
+    )
+    model_name: str | None = Field(
+        default=None, description="id under /v1/models, whatever is promoted; the live checkpoint's run when unset"
+    )
+    host: str = Field(default="127.0.0.1", description="address to listen on; others than loopback need an API key")
+    port: int = Field(default=8000, ge=1, le=65535, description="TCP port to listen on")
+    api_key_file: str | None = Field(
+        default=None,
+        description="file with one API key a line, made with a fresh key (0600) when missing; read again as it changes",
+    )
+    admin_key_file: str | None = Field(
+        default=None, description="file like api_key_file, with keys for /admin; there is no /admin when unset"
+    )
+    http: HttpConfig = HttpConfig()
+    delivery: DeliveryConfig = DeliveryConfig()
+    replicas: ReplicaConfig = ReplicaConfig()
+    engine: EngineConfig = EngineConfig()
+    cluster: ClusterConfig = ClusterConfig(num_nodes=2)
+    storage: StorageConfig = StorageConfig()

@@ -1,0 +1,1 @@
+"""A stage as a Ray job: started, followed, and its log kept."""

@@ -1,0 +1,122 @@
+"""Ray's Jobs API as raymill asks it: first whether it is there and takes the token, then jobs and nodes.
+
+By plain HTTP with deadlines. Ray's own client retries a wrong token for 22 s and says nothing of it (Ray 2.60).
+"""
+
+import os
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+from cluster.local.local_cluster import ClusterError
+
+_TOKEN, _TOKEN_PATH = "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
+_TIMEOUT_S = 10.0
+_UNAUTHORIZED, _FORBIDDEN, _NOT_FOUND = 401, 403, 404
+
+
+@dataclass(frozen=True)
+class Token:
+    """What a cluster knows us by, and where it came from, for messages: the value itself is never shown."""
+
+    value: str
+    source: str
+
+    def __repr__(self) -> str:
+        return f"Token(from {self.source})"
+
+
+def ray_token(file: Path | None = None) -> Token | None:
+    """The token in the file, or else in the one that RAY_AUTH_TOKEN_PATH names, or else in RAY_AUTH_TOKEN.
+
+    Raises `ClusterError` where a file was named and holds none.
+    """
+    named, source = (file, "--token-file") if file else (os.environ.get(_TOKEN_PATH), _TOKEN_PATH)
+    if not named:
+        value = os.environ.get(_TOKEN, "").strip()
+        return Token(value, _TOKEN) if value else None
+    try:
+        value = Path(named).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ClusterError(f"no token can be read from {named}, which {source} names: {error}") from None
+    if not value or not value.isascii() or len(value.split()) > 1:
+        raise ClusterError(f"{named}, which {source} names, holds no token; expected one word of ASCII")
+    return Token(value, f"{named} ({source})")
+
+
+class JobsApi:
+    """The Jobs API at `url`, such as http://127.0.0.1:8265."""
+
+    def __init__(self, url: str, token: Token | None) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ClusterError(f"{parts.scheme or 'it'!r} is no address of a Jobs API; expected http://HOST:8265")
+        if parts.username or parts.password:
+            raise ClusterError(
+                f"the address of {parts.hostname} holds a password, which others could read; leave it out"
+            )
+        self.url, self._token = url.rstrip("/"), token
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self._token.value}"} if self._token else {}
+
+    def probe(self) -> None:
+        """Returns when a Ray that fits answers and takes the token; raises `ClusterError` with what is wrong if not."""
+        version, ours = self._get("/api/version").get("ray_version"), metadata.version("ray")
+        if version is None:
+            raise ClusterError(f"what answers at {self.url} is no Ray dashboard: its port is 8265 unless changed")
+        if version.split(".")[:2] != ours.split(".")[:2]:
+            raise ClusterError(f"Ray {version} runs at {self.url}, and here {ours}: jobs need the same minor version")
+
+    def jobs(self) -> list[dict[str, Any]]:
+        """All jobs that were submitted, as Ray tells of them."""
+        found = self._get("/api/jobs/")
+        return [job for job in found if job.get("submission_id")]
+
+    def job(self, name: str) -> dict[str, Any] | None:
+        """None when the cluster knows no such job."""
+        found: dict[str, Any] | None = self._ask("GET", f"/api/jobs/{name}", missing_is_none=True)
+        return found
+
+    def stop(self, name: str) -> None:
+        """Asks the job to end; returns at once. Nothing happens to one that has ended."""
+        self._ask("POST", f"/api/jobs/{name}/stop", missing_is_none=True)
+
+    def node_resources(self) -> list[dict[str, float]]:
+        """What each living node has in all: CPU, GPU, memory (bytes) …"""
+        query = "filter_keys=state&filter_predicates=%3D&filter_values=ALIVE&detail=true"
+        rows = self._get(f"/api/v0/nodes?{query}")["data"]["result"]["result"]
+        return [row["resources_total"] for row in rows]
+
+    def has_autoscaler(self) -> bool:
+        return bool(self._get("/api/cluster_status")["data"].get("clusterStatus", {}).get("autoscalingStatus"))
+
+    def _get(self, path: str) -> Any:
+        return self._ask("GET", path)
+
+    def _ask(self, method: str, path: str, *, missing_is_none: bool = False) -> Any:
+        try:
+            answer = httpx.request(method, self.url + path, headers=self.headers, timeout=_TIMEOUT_S)
+        except (httpx.TransportError, httpx.InvalidURL) as error:
+            reason = str(error) or type(error).__name__
+            raise ClusterError(f"no Ray Jobs API answers at {self.url} ({reason}): check address and port") from None
+        if answer.status_code == _UNAUTHORIZED:
+            raise ClusterError(f"{self.url} asks for a token: put it into a file and name that with {_TOKEN_PATH}")
+        if answer.status_code == _FORBIDDEN:
+            sent = f"the token from {self._token.source}" if self._token else "a request without a token"
+            raise ClusterError(f"{self.url} refuses {sent}: it is another cluster's, or an old one")
+        if answer.status_code == _NOT_FOUND and missing_is_none:
+            return None
+        if not answer.is_success:
+            raise ClusterError(f"{self.url} answered {answer.status_code} to {method} {path.partition('?')[0]}")
+        try:
+            return answer.json()
+        except ValueError:
+            raise ClusterError(
+                f"what answers at {self.url} is no Ray dashboard: its port is 8265 unless changed"
+            ) from None

@@ -1,0 +1,235 @@
+"""Storage in a folder of this machine or of a file system that all nodes mount."""
+
+import errno
+import fcntl
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from stat import S_ISREG
+from typing import BinaryIO
+
+from cluster.storage.interface import (
+    AlreadyExistsError,
+    ConflictError,
+    Entries,
+    Entry,
+    NotFoundError,
+    Storage,
+    StorageError,
+    checked_key,
+)
+
+_TEMPORARY = ".partial-"
+"""Files being written are called `.partial-<random>` beside their target; no listing shows them."""
+
+_LOCK_TIMEOUT_S = 5.0
+_NOTHING_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+
+
+@dataclass(frozen=True)
+class LocalStorage(Storage):
+    """Files below a folder, which the first write makes."""
+
+    root: Path
+
+    @property
+    def uri(self) -> str:
+        return str(self.root)
+
+    def local_path(self, key: str) -> Path:
+        return self.root / checked_key(key)
+
+    def child(self, key: str) -> "LocalStorage":
+        return LocalStorage(self.local_path(key))
+
+    def read_bytes(self, key: str, *, start: int = 0, end: int | None = None) -> bytes:
+        with self.open(key) as file:
+            file.seek(start)
+            return file.read() if end is None else file.read(end - start)
+
+    def write_bytes(self, key: str, data: bytes, *, if_absent: bool = False, if_version: str | None = None) -> str:
+        return self._store(key, lambda path: path.write_bytes(data), if_absent=if_absent, if_version=if_version)
+
+    def _store(
+        self,
+        key: str,
+        fill: Callable[[Path], object],
+        *,
+        if_absent: bool = False,
+        if_version: str | None = None,
+    ) -> str:
+        """Writes a temporary file that takes the key's name, durably and at once, and returns its version."""
+        path = self.local_path(key)
+        temporary = path.with_name(f"{_TEMPORARY}{secrets.token_hex(8)}")
+        with _explained_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                fill(temporary)
+                _date(temporary, time.time_ns())
+                _fsync(temporary)
+                with _expected(path, if_version):
+                    _date_after(temporary, _version(path))
+                    version = str(_version(temporary))
+                    if if_absent:
+                        _link(temporary, path)
+                    else:
+                        temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)
+            _fsync(path.parent)
+        return version
+
+    def list(self, prefix: str = "") -> Entries:
+        folder = prefix.rpartition("/")[0]
+        below = LocalStorage(self.local_path(folder)).walk()
+        entries = [
+            Entry(f"{folder}/{entry.key}" if folder else entry.key, entry.size, entry.version) for entry in below
+        ]
+        return [entry for entry in entries if entry.key.startswith(prefix)]
+
+    def walk(self, *, max_depth: int | None = None) -> Entries:
+        """Regular files at most `max_depth` folders down; raises `StorageError` for a folder that cannot be read.
+
+        Pipes, sockets, devices and links to nothing hold no bytes; links to folders may loop and are not followed.
+        """
+        entries = []
+        for folder, folders, names in os.walk(self.root, onerror=_refused):
+            relative = Path(folder).relative_to(self.root)
+            if max_depth is not None and len(relative.parts) >= max_depth:
+                folders.clear()
+            for name in names:
+                if not name.startswith(_TEMPORARY) and (
+                    entry := _entry(Path(folder, name), (relative / name).as_posix())
+                ):
+                    entries.append(entry)
+        return sorted(entries, key=lambda entry: entry.key)
+
+    def stat(self, key: str) -> Entry | None:
+        return _entry(self.local_path(key), key)
+
+    def delete(self, key: str, *, if_version: str | None = None) -> None:
+        path = self.local_path(key)
+        with _explained_errors(path), _expected(path, if_version):
+            path.unlink(missing_ok=True)
+
+    def open(self, key: str) -> BinaryIO:
+        path = self.local_path(key)
+        with _explained_errors(path):
+            # Without O_NONBLOCK, opening a pipe waits for somebody who writes into it.
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+            if not S_ISREG(os.fstat(descriptor).st_mode):
+                os.close(descriptor)
+                raise StorageError(f"{path} is a folder, a pipe or a device; only regular files can be read")
+            return os.fdopen(descriptor, "rb")
+
+    def upload_file(self, source: Path, key: str) -> None:
+        self._store(key, lambda path: shutil.copyfile(source, path))
+
+    def download_file(self, key: str, target: Path) -> None:
+        path = self.local_path(key)
+        with _explained_errors(path):
+            shutil.copyfile(path, target)
+
+
+@contextmanager
+def _explained_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise _explain(path, error) from error
+
+
+def _explain(path: Path, error: OSError) -> StorageError:
+    if isinstance(error, FileNotFoundError):
+        return NotFoundError(f"{path} does not exist; check the path")
+    reason = (error.strerror or str(error)).lower()
+    return StorageError(f"{path}: {reason}; check the path, its rights and the space left")
+
+
+def _link(source: Path, target: Path) -> None:
+    """Unlike `Path.replace`, fails where there is a file already."""
+    try:
+        os.link(source, target)
+    except FileExistsError as error:
+        raise AlreadyExistsError(f"{target} exists already") from error
+
+
+def _entry(path: Path, key: str) -> Entry | None:
+    """None unless a regular file is there."""
+    try:
+        stat = path.stat()
+    except OSError as error:
+        if error.errno in _NOTHING_THERE:
+            return None
+        raise _explain(path, error) from error
+    return Entry(key, stat.st_size, str(stat.st_mtime_ns)) if S_ISREG(stat.st_mode) else None
+
+
+def _refused(error: OSError) -> None:
+    """What `os.walk` calls for a folder that it would otherwise leave out silently."""
+    if error.errno not in _NOTHING_THERE:
+        raise _explain(Path(error.filename), error) from error
+
+
+def _version(path: Path) -> int:
+    """Modification time in ns; -1 when nothing is there."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return -1
+
+
+def _date(path: Path, time_ns: int) -> None:
+    """The kernel dates files by its tick, up to 10 ms long, so two writes in a row could look the same."""
+    os.utime(path, ns=(time_ns, time_ns))
+
+
+def _date_after(path: Path, version: int) -> None:
+    """Makes the time differ from the replaced file's if the clock went back or the file system rounds it."""
+    for step_ns in (1, 1000, 1_000_000, 2_000_000_000):
+        if _version(path) > version:
+            return
+        _date(path, version + step_ns)
+
+
+@contextmanager
+def _expected(path: Path, if_version: str | None) -> Iterator[None]:
+    """Keeps other conditional writers out of the block, once the file is found to have the version."""
+    if if_version is None:
+        yield
+        return
+    lock = path.with_name(f"{_TEMPORARY}lock-{path.name}")
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        _flock(descriptor, lock)
+        if str(_version(path)) != if_version:
+            raise ConflictError(f"{path} was changed or removed by somebody else")
+        yield
+    finally:
+        os.close(descriptor)  # unlocks; the lock file stays, as others may wait for it
+
+
+def _flock(descriptor: int, lock: Path) -> None:
+    deadline_s = time.monotonic() + _LOCK_TIMEOUT_S
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if time.monotonic() > deadline_s:
+                raise StorageError(f"{lock} is locked for over {_LOCK_TIMEOUT_S} s; is a process stopped?") from error
+            time.sleep(0.002)
+        else:
+            return
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

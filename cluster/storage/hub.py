@@ -1,0 +1,218 @@
+"""Datasets on the Hugging Face Hub, read only: hf://datasets/owner/name@revision/path.
+
+The token comes from HF_TOKEN and the address from HF_ENDPOINT, as everywhere in Hugging Face's tools; huggingface_hub
+makes the requests and repeats those that fail for a while.
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import BinaryIO, Never
+from urllib.parse import quote
+
+from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url, parse_hf_uri
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HfUriError,
+    HTTPError,  # the base of what its HTTP library raises, whichever that is
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.file_download import HfFileMetadata
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
+
+from cluster.storage.interface import HF, Entries, Entry, NotFoundError, Storage, StorageError, checked_key, join_uri
+from cluster.storage.ranged_reader import ranged_reader
+
+_COMMIT = re.compile("[0-9a-f]{40}")
+_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True)
+class HubStorage(Storage):
+    """Files below a folder of one revision (a branch, a tag or a commit) of a dataset."""
+
+    dataset: str  # owner/name
+    revision: str = "main"
+    folder: str = ""
+
+    @classmethod
+    def at(cls, uri: str) -> "HubStorage":
+        """Asks nobody. Raises `StorageError` for a URI of another form."""
+        try:
+            parsed = parse_hf_uri(uri.rstrip("/"))
+        except HfUriError as error:
+            raise _wrong_uri(uri) from error
+        if parsed.type != "dataset":
+            raise _wrong_uri(uri)
+        return cls(parsed.id, parsed.revision or "main", checked_key(parsed.path_in_repo))
+
+    @property
+    def uri(self) -> str:
+        return join_uri(f"{HF}datasets/{self.dataset}@{quote(self.revision, safe='')}", self.folder)
+
+    def pinned(self) -> "HubStorage":
+        """The same place at the commit that the revision is now, so that no later commit is seen."""
+        if _COMMIT.fullmatch(self.revision):
+            return self
+        with _explained_errors(self):
+            found = _api().dataset_info(self.dataset, revision=self.revision, timeout=_TIMEOUT_S)
+        return replace(self, revision=str(found.sha))
+
+    def child(self, key: str) -> "HubStorage":
+        return replace(self, folder=self._path(key))
+
+    def local_path(self, key: str) -> None:
+        return None
+
+    def _path(self, key: str) -> str:
+        return "/".join(part for part in (self.folder, checked_key(key).strip("/")) if part)
+
+    def list(self, prefix: str = "") -> Entries:
+        folder = self._path(prefix.rpartition("/")[0])
+        with _explained_errors(self):
+            try:
+                found = list(
+                    _api().list_repo_tree(
+                        self.dataset, folder or None, recursive=True, revision=self.revision, repo_type="dataset"
+                    )
+                )
+            except EntryNotFoundError:
+                return []
+        root = f"{self.folder}/" if self.folder else ""
+        entries = [
+            # The entity tag that the Hub gives for the file too: git's hash, or the SHA-256 of large files.
+            Entry(item.path.removeprefix(root), item.size, item.lfs.sha256 if item.lfs else item.blob_id)
+            for item in found
+            if isinstance(item, RepoFile)
+        ]
+        return sorted((entry for entry in entries if entry.key.startswith(prefix)), key=lambda entry: entry.key)
+
+    def stat(self, key: str) -> Entry | None:
+        try:
+            found = self._metadata(key)
+        except NotFoundError as error:
+            if isinstance(error.__cause__, EntryNotFoundError):
+                return None
+            raise
+        if found.size is None or found.etag is None:
+            raise StorageError(f"{join_uri(self.uri, key)}: the Hub tells neither size nor entity tag; set HF_ENDPOINT")
+        return Entry(key, found.size, found.etag)
+
+    def open(self, key: str) -> BinaryIO:
+        # Size and ranges of one commit, whatever happens to a branch meanwhile.
+        source = replace(self, revision=self._metadata(key).commit_hash or self.revision)
+        entry = source.stat(key)
+        assert entry is not None
+        return ranged_reader(entry.size, lambda start, end: source.read_bytes(key, start=start, end=end))
+
+    def read_bytes(self, key: str, *, start: int = 0, end: int | None = None) -> bytes:
+        if end is not None and end <= start:
+            return b""  # an HTTP range cannot be empty
+        headers = build_hf_headers(token=_token()) | {"Accept-Encoding": "identity"}
+        is_whole = start == 0 and end is None
+        if not is_whole:
+            headers["Range"] = f"bytes={start}-{'' if end is None else end - 1}"
+        with _explained_errors(self, key):
+            answer = http_backoff("GET", self._url(key), headers=headers, timeout=_TIMEOUT_S)
+            hf_raise_for_status(answer)
+        if not is_whole and answer.status_code != 206:
+            raise StorageError(f"{join_uri(self.uri, key)}: {_endpoint()} ignores byte ranges; set HF_ENDPOINT")
+        return answer.content
+
+    def download_file(self, key: str, target: Path) -> None:
+        with self.open(key) as source, target.open("wb") as copy:
+            shutil.copyfileobj(source, copy, 8 << 20)
+
+    def write_bytes(self, key: str, data: bytes, *, if_absent: bool = False, if_version: str | None = None) -> Never:
+        raise self._read_only()
+
+    def delete(self, key: str, *, if_version: str | None = None) -> Never:
+        raise self._read_only()
+
+    def upload_file(self, source: Path, key: str) -> Never:
+        raise self._read_only()
+
+    def _read_only(self) -> StorageError:
+        return StorageError(f"{self.uri} can only be read; write to a folder or to s3://bucket/prefix")
+
+    def _url(self, key: str) -> str:
+        return hf_hub_url(
+            self.dataset, self._path(key), repo_type="dataset", revision=self.revision, endpoint=_endpoint()
+        )
+
+    def _metadata(self, key: str) -> HfFileMetadata:
+        ask = _kept_metadata if _COMMIT.fullmatch(self.revision) else _asked_metadata
+        with _explained_errors(self, key):
+            return ask(self._url(key))
+
+
+def _asked_metadata(url: str) -> HfFileMetadata:
+    return get_hf_file_metadata(url, token=_token(), timeout=_TIMEOUT_S, retry_on_errors=True)
+
+
+@lru_cache(maxsize=1 << 14)
+def _kept_metadata(url: str) -> HfFileMetadata:
+    """Of a file at a commit, which never changes: the Hub limits requests, and a file is opened once for each part."""
+    return _asked_metadata(url)
+
+
+def _endpoint() -> str:
+    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+
+
+def _token() -> str | bool:
+    """From the environment alone, as workers have no login file; False asks as nobody."""
+    return os.environ.get("HF_TOKEN") or False
+
+
+def _api() -> HfApi:
+    return HfApi(endpoint=_endpoint(), token=_token())
+
+
+def _wrong_uri(uri: str) -> StorageError:
+    return StorageError(
+        f"cannot open {uri!r}: expected hf://datasets/owner/name@revision/path; @revision is main unless given, "
+        "with %2F for each / in it"
+    )
+
+
+_REASONS: list[tuple[type[Exception], type[StorageError], str]] = [
+    (OfflineModeIsEnabled, StorageError, "HF_HUB_OFFLINE is set; unset it to read from the Hub"),
+    (GatedRepoError, StorageError, "the dataset is gated; accept its terms on its page and set HF_TOKEN"),
+    (RepositoryNotFoundError, NotFoundError, "no such dataset at {host}, or HF_TOKEN may not see it; correct either"),
+    (RevisionNotFoundError, NotFoundError, "no such revision; name a branch, a tag or a commit of the dataset"),
+    (EntryNotFoundError, NotFoundError, "there is no such file; check the URI"),
+]
+"""The first that fits."""
+
+_STATUS = {
+    401: "access denied (401); check HF_TOKEN",
+    403: "access denied (403); check HF_TOKEN and its rights",
+    429: "too many requests; set HF_TOKEN, which has a higher limit, or run again later",
+}
+
+
+@contextmanager
+def _explained_errors(storage: HubStorage, key: str = "") -> Iterator[None]:
+    try:
+        yield
+    except (HTTPError, EntryNotFoundError, OfflineModeIsEnabled) as error:
+        uri, host = join_uri(storage.uri, key), _endpoint().rpartition("@")[2]
+        for kind, explained, reason in _REASONS:
+            if isinstance(error, kind):
+                raise explained(f"{uri}: {reason.format(host=host)}") from error
+        if isinstance(error, HfHubHTTPError):
+            status = error.response.status_code
+            raise StorageError(f"{uri}: {_STATUS.get(status, f'the Hub answered {status}; run again')}") from error
+        reason = f"{host} cannot be reached ({type(error).__name__}); check HF_ENDPOINT and the network"
+        raise StorageError(f"{uri}: {reason}") from error

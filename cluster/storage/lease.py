@@ -1,0 +1,225 @@
+"""One writer at a time: a lease is an object that its holder rewrites every few seconds, on any storage.
+
+It is made, renewed, taken over and removed by conditional writes alone, so of two contenders one wins. Whoever waits
+judges by his own monotonic clock how long the object stayed the same; no two machines' clocks are compared. A holder
+that was stopped and goes on finds another's version there: `check()`, called before anything is published, says so.
+"""
+
+import json
+import logging
+import secrets
+import socket
+import threading
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from types import TracebackType
+from typing import Self
+
+from cluster.storage.interface import AlreadyExistsError, ConflictError, NotFoundError, Storage, StorageError, join_uri
+from cluster.storage.process_identity import ProcessIdentity
+
+_LOG = logging.getLogger(__name__)
+
+
+class LeaseHeldError(StorageError):
+    """Somebody else holds the lease and is alive."""
+
+
+class LeaseLostError(StorageError):
+    """The lease was taken over, because this process did not renew it in time; nothing more may be written."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """What is stored. `owner` is random; `host` and `since` are for people."""
+
+    owner: str
+    generation: int  # grows by one at each take-over
+    host: str
+    machine: str  # these three: see ProcessIdentity
+    pid: int
+    started_s: float
+    since: str
+    beat: int = 0
+
+    def is_gone(self) -> bool:
+        """Whether the holder ran on this machine and its process ended; False if that cannot be known."""
+        return ProcessIdentity(self.machine, self.pid, self.started_s).is_gone()
+
+
+class Lease:
+    """Held inside the `with` block, once. Raises `LeaseHeldError` on entry, within about `timeout_s`.
+
+    A dead holder's lease is taken over: at once if he ran on this machine, else when `timeout_s` passed without a
+    sign of him. An outage of the storage loses the lease only if somebody takes it meanwhile.
+    """
+
+    def __init__(
+        self, storage: Storage, key: str = "RUNNING", *, interval_s: float = 2.0, timeout_s: float = 10.0
+    ) -> None:
+        if not 0 < 2 * interval_s <= timeout_s:
+            raise ValueError(f"timeout_s is {timeout_s}, expected at least twice interval_s, {interval_s}")
+        self._storage = storage
+        self._key = key
+        self._uri = join_uri(storage.uri, key)
+        self._interval_s = interval_s
+        self._timeout_s = timeout_s
+        self._me = _myself()
+        self._version = ""
+        self._lost: LeaseLostError | None = None
+        self._renewing = threading.Lock()
+        self._released = threading.Event()
+        self._heart = threading.Thread(target=self._beat, name=f"lease {key}", daemon=True)
+
+    @property
+    def generation(self) -> int:
+        """1 for the first holder, one more at each take-over."""
+        return self._me.generation
+
+    def __enter__(self) -> Self:
+        while not self._acquired():
+            pass
+        self._heart.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._released.set()
+        # A lease that cannot be removed is taken over by the next run: no reason to fail one that has ended well.
+        with self._renewing, suppress(StorageError):
+            if self._lost is None:
+                self._storage.delete(self._key, if_version=self._version)
+
+    def check(self) -> None:
+        """Renews the lease, which proves that it is held. Raises `LeaseLostError`, or `StorageError` in an outage."""
+        with self._renewing:
+            if self._lost is None:
+                self._renew()
+            if self._lost is not None:
+                raise self._lost
+
+    def _acquired(self) -> bool:
+        """One attempt; False when somebody else was faster. Raises `LeaseHeldError`."""
+        self._me = replace(self._me, generation=1)
+        try:
+            self._version = self._storage.write_bytes(self._key, _stored(self._me), if_absent=True)
+            return True
+        except AlreadyExistsError:
+            found = self._read()
+        if found is None:
+            return False
+        holder, version = found
+        if holder.owner == self._me.owner:  # the answer to our own write got lost, and its repetition was refused
+            self._me, self._version = found
+            return True
+        if not holder.is_gone():
+            self._watch(holder, version)
+        self._me = replace(self._me, generation=holder.generation + 1)
+        with suppress(ConflictError):
+            self._version = self._storage.write_bytes(self._key, _stored(self._me), if_version=version)
+            return True
+        return False
+
+    def _watch(self, holder: Holder, version: str) -> None:
+        """Returns when the holder is dead. Raises `LeaseHeldError` at his next sign of life."""
+        deadline_s = time.monotonic() + self._timeout_s
+        while time.monotonic() < deadline_s and not holder.is_gone():
+            time.sleep(min(self._interval_s, self._timeout_s / 20))
+            entry = self._storage.stat(self._key)
+            if entry is None:
+                return
+            if entry.version != version:
+                raise LeaseHeldError(
+                    f"{self._uri} is held by process {holder.pid} on {holder.host} since {holder.since}; wait until it "
+                    f"ends, or stop it: a holder that died is replaced after {self._timeout_s:g} s"
+                )
+
+    def _read(self) -> tuple[Holder, str] | None:
+        return _held(self._storage, self._key)
+
+    def _beat(self) -> None:
+        while not self._released.wait(self._interval_s):
+            with self._renewing:
+                if self._released.is_set() or self._lost is not None:
+                    return
+                try:
+                    self._renew()
+                except StorageError as error:  # out of reach: as long as nobody else writes, the lease is ours
+                    _LOG.warning("the lease could not be renewed yet: %s", error)
+
+    def _renew(self) -> None:
+        self._me = replace(self._me, beat=self._me.beat + 1)
+        try:
+            self._version = self._storage.write_bytes(self._key, _stored(self._me), if_version=self._version)
+        except ConflictError:
+            found = self._read()
+            if found is not None and found[0].owner == self._me.owner:
+                self._version = found[1]  # of our own write, whose answer got lost
+                return
+            other = f"process {found[0].pid} on {found[0].host}" if found else "a process that has ended since"
+            self._lost = LeaseLostError(
+                f"{self._uri} was taken over by {other}, as this process, {self._me.pid} on {self._me.host}, was "
+                f"silent for over {self._timeout_s:g} s; nothing was published, run again once the other has ended"
+            )
+
+
+def living_holder(storage: Storage, key: str, *, timeout_s: float) -> Holder | None:
+    """Who holds the lease and shows it: at once on his own machine, elsewhere at his next beat within `timeout_s`."""
+    found = _held(storage, key)
+    if found is None or found[0].is_gone():
+        return None
+    holder, version = found
+    if ProcessIdentity(holder.machine, holder.pid, holder.started_s).is_here:
+        return holder
+    deadline_s = time.monotonic() + timeout_s
+    while time.monotonic() < deadline_s:
+        time.sleep(timeout_s / 20)
+        entry = storage.stat(key)
+        if entry is None or entry.version != version:
+            return holder if entry else None
+    return None
+
+
+def _held(storage: Storage, key: str) -> tuple[Holder, str] | None:
+    """The holder and the version that says so; None when there is none."""
+    content, version = read_with_version(storage, key)
+    return None if version is None else (_parsed(content), version)
+
+
+def read_with_version(storage: Storage, key: str) -> tuple[bytes, str | None]:
+    """Content and version of one and the same write; no bytes and None where there is no such file."""
+    while (entry := storage.stat(key)) is not None:
+        try:
+            content = storage.read_bytes(key)
+        except NotFoundError:
+            break
+        if storage.stat(key) == entry:
+            return content, entry.version
+    return b"", None
+
+
+def _myself() -> Holder:
+    me = ProcessIdentity.own()
+    return Holder(
+        owner=secrets.token_hex(8),
+        generation=1,
+        host=socket.gethostname(),
+        machine=me.machine,
+        pid=me.pid,
+        started_s=me.started_s,
+        since=time.strftime("%Y-%m-%d %H:%M:%S %Z"),
+    )
+
+
+def _stored(holder: Holder) -> bytes:
+    return json.dumps(asdict(holder), indent=1).encode()
+
+
+def _parsed(content: bytes) -> Holder:
+    """An object that is no lease (cut off by a power loss) belongs to nobody: it is watched and then replaced."""
+    try:
+        return Holder(**json.loads(content))
+    except (ValueError, TypeError):
+        return Holder("", 0, "an unknown host", "", 0, 0.0, "an unknown time")

@@ -1,0 +1,223 @@
+"""The registry of published checkpoints: what `latest` means, and how any checkpoint reference becomes a folder.
+
+A publication is one small numbered file under `registry/`; the highest number is the latest. Two publishers cannot
+take the same number, and none is ever rewritten.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from cluster.storage.checkpoint_cache import discard, fetch
+from cluster.storage.uris import AlreadyExistsError, Entry, NotFoundError, Storage, StorageError, open_storage
+from model.checkpoint_folder import MANIFEST, CheckpointError, Metadata, is_hf_folder, read_metadata, verify_checkpoint
+
+LATEST = "latest"
+ENDPOINTS = "endpoints/"
+"""Below it each endpoint keeps what it serves, with the checkpoints that it needs under `pinned`."""
+LAST_GOOD = f"{ENDPOINTS}last-good/"
+"""Below it lies a copy of each of these files, for one that is damaged."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Publication:
+    """One published checkpoint."""
+
+    checkpoint: str  # URI of its folder
+    parameter_hash: str
+    run_id: str
+    step: int
+    time: float  # seconds since 1970
+
+
+def publish(storage: Storage, reference: str) -> Publication:
+    """Makes the checkpoint that `reference` names the latest one; `find_checkpoint` says what a reference is.
+
+    Raises `CheckpointError` when it is not valid.
+    """
+    checkpoint, folder = find_checkpoint(reference, storage.uri)
+    if is_hf_folder(folder):
+        raise CheckpointError(
+            f"{checkpoint} was saved by transformers and has no {MANIFEST}: only raymill's own checkpoints are "
+            "published; `raymill serve` and `raymill evaluate` take the folder as it is"
+        )
+    metadata = read_metadata(folder)
+    publication = Publication(
+        checkpoint, str(metadata.parameter_hash), metadata.run_id, metadata.step, round(time.time(), 3)
+    )
+    while True:
+        numbers = [int(entry.key.removeprefix("registry/").removesuffix(".json")) for entry in _entries(storage)]
+        key = f"registry/{max(numbers, default=0) + 1:06d}.json"
+        try:
+            storage.write_bytes(key, json.dumps(asdict(publication)).encode(), if_absent=True)
+        except AlreadyExistsError:  # another publisher took the number
+            continue
+        return publication
+
+
+def publications(storage: Storage) -> list[Publication]:
+    """Everything published, oldest first."""
+    return list(newest_first(storage))[::-1]
+
+
+def newest_first(storage: Storage) -> Iterator[Publication]:
+    """Yields everything published, each read when it is asked for: `latest` is one request, not one a publication."""
+    for entry in reversed(_entries(storage)):
+        yield Publication(**json.loads(storage.read_bytes(entry.key)))
+
+
+def newest_usable(published: list[Publication]) -> Publication | None:
+    """The publication that `latest` means, by the names of the checkpoints' files alone."""
+    return next((found for found in reversed(published) if open_storage(found.checkpoint).exists(MANIFEST)), None)
+
+
+def what_latest_became(storage: Storage) -> str:
+    """Says in a line what `latest` is since the newest publication, what it was before, and how to return to that
+    where it has the lower validation loss on the same data."""
+    newest, *earlier = islice(newest_first(storage), 2)
+    now = metadata_of(newest.checkpoint)
+    said = f"latest is now step {newest.step:,} of run {newest.run_id}{_loss(now)}"
+    if not earlier or earlier[0].checkpoint == newest.checkpoint:
+        return said
+    before = metadata_of(earlier[0].checkpoint)
+    said += f"; it was step {earlier[0].step:,} of run {earlier[0].run_id}{_loss(before)}"
+    if now and before and _is_better(before, now):
+        said += f", which is better on the same data: `raymill publish {earlier[0].checkpoint}` makes it latest again"
+    return said
+
+
+def served_checkpoints(storage: Storage) -> set[str]:
+    """URIs of the checkpoints that endpoints serve, are about to serve, or would go back to. Raises `StorageError`
+    where that cannot be known."""
+    keys = [entry.key for entry in storage.list(ENDPOINTS) if not entry.key.startswith(LAST_GOOD)]
+    return {uri for key in keys for uri in _pinned(storage, key)}
+
+
+def _pinned(storage: Storage, key: str) -> list[str]:
+    """By one endpoint's file; by its copy where the file is damaged."""
+    for candidate in (key, LAST_GOOD + key.removeprefix(ENDPOINTS)):
+        try:
+            return [str(uri) for uri in endpoint_state(storage.read_bytes(candidate))["pinned"]]
+        except (ValueError, NotFoundError):
+            _log.warning("%s says nothing about the checkpoints that its endpoint needs", candidate)
+    raise StorageError(
+        f"{storage.uri}/{key} is damaged, so the checkpoints that its endpoint needs are not known: restore the file, "
+        "or delete it if there is no such endpoint any more"
+    )
+
+
+def endpoint_state(data: bytes) -> dict[str, Any]:
+    """Returns the content of an endpoint's file. Raises `ValueError`."""
+    content = json.loads(data)
+    if not isinstance(content, dict) or not isinstance(content.get("pinned"), list):
+        raise ValueError("expected a JSON object with the list `pinned`")
+    return content
+
+
+def resolve_checkpoint(reference: str, storage_uri: str) -> Path:
+    """A local folder with the verified checkpoint that `reference` names, see `find_checkpoint`."""
+    return find_checkpoint(reference, storage_uri)[1]
+
+
+def find_checkpoint(reference: str, storage_uri: str) -> tuple[str, Path]:
+    """The URI of the verified checkpoint that `reference` names, and a local folder with it.
+
+    `latest` is the newest published one that is valid; a damaged one is named in the log and passed over. A URI
+    names a checkpoint's folder, or a run's, whose newest valid checkpoint is meant; a remote one is copied here.
+    Raises `CheckpointError`.
+    """
+    candidates, none = _candidates(reference, storage_uri)
+    if none:
+        return _newest(candidates, none=none)
+    (checkpoint,) = candidates
+    local, problems = _checked(checkpoint)
+    if problems:
+        raise CheckpointError(f"checkpoint {reference} is not valid: {'; '.join(problems)}")
+    return checkpoint, local
+
+
+def named_checkpoint(reference: str, storage_uri: str) -> str:
+    """The URI of the checkpoint that `reference` names, by the names of its files alone: whatever can be said before
+    it is fetched and verified. Raises `CheckpointError`."""
+    candidates, none = _candidates(reference, storage_uri)
+    for checkpoint in candidates:
+        folder = open_storage(checkpoint)
+        if folder.exists(MANIFEST) or (folder.exists("config.json") and not folder.exists("raymill.json")):
+            return checkpoint
+    raise CheckpointError(none or f"checkpoint {reference} is not valid: {MANIFEST} is missing")
+
+
+def _candidates(reference: str, storage_uri: str) -> tuple[Iterable[str], str]:
+    """URIs of the checkpoints that may be meant, the newest first, and what to say where none of them is valid; empty
+    where one is named by itself."""
+    storage = open_storage(storage_uri)
+    if reference == LATEST:
+        published = (publication.checkpoint for publication in newest_first(storage))
+        return published, f"nothing is published in {storage_uri}: finish a run there, or name a checkpoint's folder"
+    folder = open_storage(reference)
+    keys = [entry.key for entry in folder.list()]
+    if not keys:
+        run = storage.child(f"runs/{reference}")
+        hint = f"; the run of that name is {run.uri}" if "/" not in reference and any(run.list()) else ""
+        raise CheckpointError(f"unknown checkpoint {reference}: no folder with files is there{hint}")
+    nested = sorted((key.removesuffix(f"/{MANIFEST}") for key in keys if key.endswith(f"/{MANIFEST}")), reverse=True)
+    if MANIFEST not in keys and nested:
+        return [folder.child(name).uri for name in nested], f"no checkpoint under {reference} is valid"
+    return [folder.uri], ""
+
+
+def metadata_of(checkpoint: str) -> Metadata | None:
+    """Where the checkpoint's weights come from; None where it is gone, such as with its run's folder."""
+    try:
+        return Metadata(**json.loads(open_storage(checkpoint).read_bytes("raymill.json")))
+    except NotFoundError:
+        return None
+
+
+def _loss(metadata: Metadata | None) -> str:
+    return "" if metadata is None or metadata.val_loss is None else f" (validation loss {metadata.val_loss:.3f})"
+
+
+def _is_better(one: Metadata, other: Metadata) -> bool:
+    """By the loss on the validation split, where both were trained with the same token store."""
+    if one.val_loss is None or other.val_loss is None or one.data_manifest_hash is None:
+        return False
+    return one.data_manifest_hash == other.data_manifest_hash and one.val_loss < other.val_loss
+
+
+def _newest(checkpoints: Iterable[str], *, none: str) -> tuple[str, Path]:
+    for checkpoint in checkpoints:
+        try:
+            local, problems = _checked(checkpoint)
+        except NotFoundError as error:  # deleted since
+            problems = [str(error)]
+        if not problems:
+            return checkpoint, local
+        _log.warning("checkpoint %s is skipped: %s", checkpoint, "; ".join(problems))
+    raise CheckpointError(none)
+
+
+def _checked(uri: str) -> tuple[Path, list[str]]:
+    """A local folder with the checkpoint, and what is wrong with it. A damaged copy is not kept for the next time."""
+    local = _fetched(uri)
+    problems = [] if is_hf_folder(local) else verify_checkpoint(local, to_train=False)
+    if problems and open_storage(uri).local_path("") is None:
+        discard(local)
+    return local, problems
+
+
+def _fetched(uri: str) -> Path:
+    """The folder itself where it is on this machine, a copy in the cache otherwise."""
+    storage = open_storage(uri)
+    return storage.local_path("") or fetch(storage)
+
+
+def _entries(storage: Storage) -> list[Entry]:
+    return storage.list("registry/")

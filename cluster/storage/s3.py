@@ -1,0 +1,177 @@
+"""Storage in S3 or a store that speaks its protocol; credentials and endpoint come from the environment."""
+
+import re
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import boto3
+from botocore.config import Config
+from botocore.exceptions import ClientError, IncompleteReadError, ReadTimeoutError, ResponseStreamingError
+
+from cluster.storage.interface import (
+    AlreadyExistsError,
+    ConflictError,
+    Entries,
+    Entry,
+    NotFoundError,
+    Storage,
+    StorageError,
+    checked_key,
+    join_uri,
+)
+from cluster.storage.ranged_reader import ranged_reader
+from cluster.storage.s3_errors import MISSING_KEY, REFUSED_CONDITION, code_of, endpoint, explained_errors
+
+_PIECE_BYTES = 256 << 10
+_MAX_ATTEMPTS = 4
+
+
+@cache
+def _client(url: str | None) -> Any:
+    config = Config(
+        retries={"mode": "standard", "total_max_attempts": _MAX_ATTEMPTS},
+        connect_timeout=5,
+        read_timeout=15,  # without a byte; a store that swallows requests must not hold up its return for a minute
+        # Stores other than AWS rarely have a DNS name for each bucket.
+        s3={"addressing_style": "path" if url else "auto"},
+    )
+    return boto3.client("s3", endpoint_url=url, config=config)
+
+
+@dataclass(frozen=True)
+class S3Storage(Storage):
+    """Objects below a prefix of a bucket."""
+
+    bucket: str
+    prefix: str
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}", self.bucket):
+            shown = self.bucket.rpartition("@")[2]  # never a key that was put into the URI
+            raise StorageError(f"{shown!r} is no bucket name; expected s3://bucket/prefix, keys in the environment")
+
+    @property
+    def uri(self) -> str:
+        return join_uri(f"s3://{self.bucket}", self.prefix)
+
+    def local_path(self, key: str) -> None:
+        return None
+
+    def child(self, key: str) -> "S3Storage":
+        return S3Storage(self.bucket, self._object_key(key))
+
+    def _object_key(self, key: str) -> str:
+        return "/".join(part for part in (self.prefix, checked_key(key).strip("/")) if part)
+
+    def _explained(self, key: str) -> AbstractContextManager[None]:
+        return explained_errors(join_uri(self.uri, key), self.bucket)
+
+    def read_bytes(self, key: str, *, start: int = 0, end: int | None = None) -> bytes:
+        if end is not None and end <= start:
+            return b""  # an HTTP range cannot be empty
+        return self._read(key, start, end)
+
+    def _read(self, key: str, start: int, end: int | None, version: str | None = None) -> bytes:
+        """Bytes [start, end) of one version. botocore repeats requests that fail, but not a body that breaks off or
+        is short: it is continued where it ended, until it brought less than a piece four times in a row."""
+        content, tries = bytearray(), 0
+        with self._explained(key):
+            while tries < _MAX_ATTEMPTS:
+                position = start + len(content)
+                answer = self._get(key, position, end, version)
+                version = answer["ETag"]
+                total = int(answer.get("ContentRange", f"/{answer['ContentLength']}").rpartition("/")[2])
+                with suppress(ResponseStreamingError, IncompleteReadError, ReadTimeoutError):
+                    for piece in answer["Body"].iter_chunks(_PIECE_BYTES):
+                        content += piece
+                if start + len(content) >= (total if end is None else min(end, total)):
+                    return bytes(content)
+                tries = 0 if start + len(content) - position >= _PIECE_BYTES else tries + 1
+        raise StorageError(f"{join_uri(self.uri, key)}: the transfer broke off {tries} times; run again")
+
+    def _get(self, key: str, position: int, end: int | None, version: str | None) -> dict[str, Any]:
+        """The answer to GetObject for the bytes [position, end) of a version."""
+        wanted: dict[str, str] = {} if version is None else {"IfMatch": version}
+        if position or end is not None:
+            wanted["Range"] = f"bytes={position}-{'' if end is None else end - 1}"
+        answer: dict[str, Any] = _client(endpoint()).get_object(Bucket=self.bucket, Key=self._object_key(key), **wanted)
+        if "Range" in wanted and not answer.get("ContentRange", "").startswith(f"bytes {position}-"):
+            raise StorageError(f"{join_uri(self.uri, key)}: the store ignores byte ranges; copy the file elsewhere")
+        return answer
+
+    def write_bytes(self, key: str, data: bytes, *, if_absent: bool = False, if_version: str | None = None) -> str:
+        condition = {"IfNoneMatch": "*"} if if_absent else _if_match(if_version)
+        with self._explained(key):
+            try:
+                answer = _client(endpoint()).put_object(
+                    Bucket=self.bucket, Key=self._object_key(key), Body=data, **condition
+                )
+            except ClientError as error:
+                if if_absent and code_of(error) in REFUSED_CONDITION:
+                    raise AlreadyExistsError(f"{join_uri(self.uri, key)} exists already") from error
+                self._raise_conflict(key, error, if_version)
+                raise
+        return str(answer["ETag"]).strip('"')
+
+    def _raise_conflict(self, key: str, error: ClientError, if_version: str | None) -> None:
+        if if_version is not None and code_of(error) in (*REFUSED_CONDITION, *MISSING_KEY):
+            raise ConflictError(f"{join_uri(self.uri, key)} was changed or removed by somebody else") from error
+
+    def list(self, prefix: str = "") -> Entries:
+        root = f"{self.prefix}/" if self.prefix else ""
+        with self._explained(prefix):
+            pages = _client(endpoint()).get_paginator("list_objects_v2")
+            return [
+                Entry(item["Key"].removeprefix(root), item["Size"], item["ETag"].strip('"'))
+                for page in pages.paginate(Bucket=self.bucket, Prefix=root + prefix)
+                for item in page.get("Contents", [])
+                if not item["Key"].endswith("/")  # the "folders" that web consoles make
+            ]
+
+    def stat(self, key: str) -> Entry | None:
+        # A listing rather than HEAD, whose bare 404 does not tell a missing object from a missing bucket.
+        name = self._object_key(key)
+        with self._explained(key):
+            answer = _client(endpoint()).list_objects_v2(Bucket=self.bucket, Prefix=name, MaxKeys=1)
+        found = [item for item in answer.get("Contents", []) if item["Key"] == name]
+        return Entry(key, found[0]["Size"], found[0]["ETag"].strip('"')) if found else None
+
+    def delete(self, key: str, *, if_version: str | None = None) -> None:
+        with self._explained(key):
+            try:
+                _client(endpoint()).delete_object(
+                    Bucket=self.bucket, Key=self._object_key(key), **_if_match(if_version)
+                )
+            except ClientError as error:
+                self._raise_conflict(key, error, if_version)
+                raise
+
+    def open(self, key: str) -> BinaryIO:
+        entry = self.stat(key)
+        if entry is None:
+            raise NotFoundError(f"{join_uri(self.uri, key)} does not exist; check the URI")
+        version = f'"{entry.version}"'
+        return ranged_reader(entry.size, lambda start, end: self._read(key, start, end, version))
+
+    def upload_file(self, source: Path, key: str) -> None:
+        with self._explained(key):
+            _client(endpoint()).upload_file(str(source), self.bucket, self._object_key(key))
+
+    def abort_uploads(self) -> None:
+        name = {"Bucket": self.bucket}
+        with self._explained(""):
+            pages = _client(endpoint()).get_paginator("list_multipart_uploads")
+            for page in pages.paginate(**name, Prefix=f"{self.prefix}/" if self.prefix else ""):
+                for upload in page.get("Uploads", []):
+                    _client(endpoint()).abort_multipart_upload(**name, Key=upload["Key"], UploadId=upload["UploadId"])
+
+    def download_file(self, key: str, target: Path) -> None:
+        with self._explained(key):
+            _client(endpoint()).download_file(self.bucket, self._object_key(key), str(target))
+
+
+def _if_match(version: str | None) -> dict[str, str]:
+    return {} if version is None else {"IfMatch": f'"{version}"'}

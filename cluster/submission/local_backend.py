@@ -1,0 +1,100 @@
+"""Jobs on a local cluster of their own, which a process in the background starts, owns and ends (`local_job`)."""
+
+import dataclasses
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from cluster.local.local_cluster import ClusterError, cpus_per_node
+from cluster.output.progress import doing
+from cluster.settings.code_folders import CODE_ROOT
+from cluster.settings.run import RunConfig, write_config
+from cluster.stages.stage_module import STAGES
+from cluster.storage.process_identity import ProcessIdentity
+from cluster.submission.backend import JobBackend
+from cluster.submission.preflight import Folders, check_rooms
+from cluster.submission.record import Backend, JobRecord, JobState
+
+
+class LocalJobs(JobBackend):
+    """Known by their owner's process. On another machine than theirs nothing is known of them but their logs."""
+
+    @property
+    def folders(self) -> Folders:
+        return Folders.SAME
+
+    def probe(self) -> None:
+        pass
+
+    def check(self, config: RunConfig, stage: str, needs: dict[str, Any]) -> None:
+        memory, count = psutil.virtual_memory().total, max(1, config.cluster.num_nodes - 1)
+        cpus = config.cluster.cpus_per_node or cpus_per_node(config)
+        # All nodes are one machine: its memory is theirs together.
+        nodes = [{"CPU": float(cpus), "memory": memory / count}] * count
+        check_rooms(config, stage, needs, nodes=nodes, where="this machine")
+
+    def record(self, config: RunConfig, stage: str, *, number: int, submitted: float) -> JobRecord:
+        run_id, me = str(config.run_id), ProcessIdentity.own()
+        record = JobRecord(run_id, stage, Backend.LOCAL, socket.gethostname(), f"{run_id}.{number}", number, submitted)
+        return dataclasses.replace(record, **dataclasses.asdict(me))  # until its owner is there
+
+    def start(self, config: RunConfig, record: JobRecord) -> JobRecord:
+        """Returns once the cluster is up and has the job, some ten seconds later."""
+        with tempfile.TemporaryDirectory(prefix="raymill-submit-") as name:
+            folder = Path(name)
+            write_config(config, folder / "run.yaml")
+            with (folder / "errors").open("wb") as errors:
+                owner = subprocess.Popen(
+                    [
+                        sys.executable,
+                        "-m",
+                        "cluster.submission.run_local_job",
+                        STAGES[record.stage][0],
+                        "run.yaml",
+                        record.job,
+                    ],
+                    cwd=folder,
+                    env=os.environ | {"PYTHONPATH": str(CODE_ROOT)},
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    start_new_session=True,  # outlives the terminal
+                )
+            assert owner.stdout is not None, "its output is piped"
+            try:
+                with doing(f"starting a local cluster of {config.cluster.num_nodes} nodes in the background"):
+                    ready = owner.stdout.readline()
+            except BaseException:
+                owner.terminate()
+                raise
+            if not ready:
+                owner.wait()
+                said = (folder / "errors").read_text(errors="replace").strip().splitlines() or ["it said nothing"]
+                raise ClusterError(f"the local cluster could not start the job: {said[-1].removeprefix('error: ')}")
+        assert json.loads(ready)["job"] == record.job, "the owner says which job it has"
+        return dataclasses.replace(record, **dataclasses.asdict(ProcessIdentity.of(owner.pid)))
+
+    def state(self, record: JobRecord) -> JobState | None:
+        owner = _owner(record)
+        if not owner.is_here:
+            raise ClusterError(f"the job runs, or ran, on {record.where}; only there can its processes be seen")
+        return None if owner.is_gone() else JobState.RUNNING
+
+    def stop(self, record: JobRecord) -> None:
+        owner = _owner(record)
+        if not owner.is_here:
+            raise ClusterError(f"the job runs on {record.where}: stop it there")
+        if not owner.is_gone():
+            os.kill(owner.pid, signal.SIGTERM)
+
+
+def _owner(record: JobRecord) -> ProcessIdentity:
+    return ProcessIdentity(record.machine, record.pid, record.started_s)

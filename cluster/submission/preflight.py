@@ -1,0 +1,116 @@
+"""What is looked at before a job is spent: the storage, the sources, and whether the workers find room.
+
+The settings themselves are checked when they are read.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from enum import StrEnum
+from typing import Any
+
+from cluster.output.progress import say
+from cluster.settings.run import TOKENS, DataConfig, RunConfig
+from cluster.storage.check import check_storage
+from cluster.storage.interface import HF
+from cluster.storage.uris import NotFoundError, glob_uris, open_storage
+from model.errors import UserError
+
+
+class AdmissionError(UserError):
+    """A job that could only fail, or wait for ever."""
+
+
+class Folders(StrEnum):
+    """Whether a job sees the folders of the machine that it is submitted from."""
+
+    SAME = "same"  # it runs on that machine
+    UNKNOWN = "unknown"  # it does where they are on a file system that all share
+    NONE = "none"
+
+
+NeedsOf = Callable[[RunConfig], dict[str, Any]]
+"""Returns what a worker needs of its node, in bytes, and `problems` in words: `jobs.plan.worker_needs`."""
+
+
+def check_run(config: RunConfig, folders: Folders, needs_of: NeedsOf) -> dict[str, Any]:
+    """Checks what does not depend on the nodes, and returns what a worker needs of them.
+
+    Raises `AdmissionError`, or `StorageError` where a location is no such.
+    """
+    storage = config.storage.uri
+    problem = next((check.problem for check in check_storage(storage) if check.problem), None)
+    if problem is not None:
+        raise AdmissionError(f"{problem} (`raymill storage check {storage}` tells more)")
+    if _is_folder(storage) and folders is not Folders.SAME:
+        if folders is Folders.NONE:
+            raise AdmissionError(
+                f"{storage} is a folder of this machine; the job needs --storage.uri s3://bucket/prefix"
+            )
+        say(f"{storage} is a folder: all nodes of the cluster have to see the same there")
+    check_sources(config.data, folders)
+    needs = needs_of(config)
+    if needs["problems"]:
+        raise AdmissionError("; ".join(needs["problems"]))
+    return needs
+
+
+def check_sources(data: DataConfig, folders: Folders) -> None:
+    """Raises `AdmissionError` for a source that is not there, as far as this machine can tell."""
+    sources = [data.source] if isinstance(data.source, str) else data.source
+    for uri in [*sources, *data.validation.values()]:
+        _check_source(uri.removeprefix(TOKENS), folders)
+
+
+def _check_source(uri: str, folders: Folders) -> None:
+    if uri.startswith(HF) or (_is_folder(uri) and folders is Folders.UNKNOWN):
+        return  # the cluster may reach what this machine cannot
+    if _is_folder(uri) and folders is Folders.NONE:
+        raise AdmissionError(f"data.source: {uri} is on this machine, and the job is not; upload it to s3://")
+    try:
+        glob_uris(uri)
+    except NotFoundError as error:
+        raise AdmissionError(f"data.source: {error}") from None
+
+
+def _is_folder(uri: str) -> bool:
+    return open_storage(uri).local_path("") is not None
+
+
+def check_rooms(
+    config: RunConfig, stage: str, needs: Mapping[str, Any], *, nodes: Iterable[Mapping[str, float]], where: str
+) -> None:
+    """Whether `scaling.min_workers` find their place on nodes of those resources (CPU, GPU, memory in bytes …).
+
+    Raises `AdmissionError` with both numbers.
+    """
+    nodes, scaling = list(nodes), config.scaling
+    if stage == "tokenize":
+        if not any(node.get("CPU", 0) >= 1 for node in nodes):
+            raise AdmissionError(f"tokenizing needs a CPU, and {where} has none for work now")
+        return
+    worker = {"CPU": float(scaling.threads_per_worker)} | ({"GPU": 1.0} if scaling.use_gpu else {})
+    rooms = sum(_rooms(node, worker) for node in nodes)
+    each = f"{scaling.threads_per_worker} CPU{'s' * (scaling.threads_per_worker > 1)}"
+    each += " and a GPU" if scaling.use_gpu else ""
+    if rooms < scaling.min_workers:
+        raise AdmissionError(
+            f"scaling.min_workers={scaling.min_workers} workers of {each} each do not fit: {where} has room for "
+            f"{rooms} now; lower it, or add nodes"
+        )
+    worker |= {"memory": float(needs["worker_bytes"])}
+    by_memory = sum(_rooms({**node, "memory": _memory(node)}, worker) for node in nodes)
+    if by_memory < scaling.min_workers:
+        raise AdmissionError(
+            f"a worker needs about {needs['worker_bytes'] / 1e9:,.1f} GB of memory, and {where} has that for "
+            f"{by_memory} of scaling.min_workers={scaling.min_workers} workers (the largest node has "
+            f"{max(map(_memory, nodes), default=0) / 1e9:,.1f} GB); a smaller model, train.micro_batch_size or "
+            "train.seq_len needs less"
+        )
+
+
+def _rooms(node: Mapping[str, float], worker: Mapping[str, float]) -> int:
+    return int(min(node.get(name, 0.0) // amount for name, amount in worker.items()))
+
+
+def _memory(node: Mapping[str, float]) -> float:
+    """Ray divides what a node had free at its start between tasks and objects."""
+    return node.get("memory", 0.0) + node.get("object_store_memory", 0.0)

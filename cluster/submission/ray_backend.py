@@ -1,0 +1,64 @@
+"""Jobs of a Ray cluster, by its Jobs API."""
+
+from typing import Any
+from urllib.parse import urlsplit
+
+from cluster.local.local_cluster import ClusterError
+from cluster.output.progress import say
+from cluster.settings.run import RunConfig
+from cluster.stages.jobs_api import JobsApi
+from cluster.stages.stage import Connection, submit_stage
+from cluster.stages.stage_module import STAGES
+from cluster.submission.backend import JobBackend
+from cluster.submission.preflight import AdmissionError, Folders, check_rooms
+from cluster.submission.record import Backend, JobRecord, JobState
+
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_STATES = {
+    "PENDING": JobState.PENDING,
+    "RUNNING": JobState.RUNNING,
+    "SUCCEEDED": JobState.SUCCEEDED,
+    "FAILED": JobState.FAILED,
+    "STOPPED": JobState.STOPPED,
+}
+
+
+class RayJobs(JobBackend):
+    """A job's name there is RUN.NUMBER, which the cluster takes only once."""
+
+    def __init__(self, api: JobsApi) -> None:
+        self._api = api
+
+    @property
+    def folders(self) -> Folders:
+        return Folders.SAME if urlsplit(self._api.url).hostname in _LOOPBACK else Folders.UNKNOWN
+
+    def probe(self) -> None:
+        self._api.probe()
+
+    def check(self, config: RunConfig, stage: str, needs: dict[str, Any]) -> None:
+        try:
+            check_rooms(config, stage, needs, nodes=self._api.node_resources(), where=self._api.url)
+        except AdmissionError as error:
+            if not self._api.has_autoscaler():
+                raise
+            say(f"the job waits for new nodes: {error}")
+
+    def record(self, config: RunConfig, stage: str, *, number: int, submitted: float) -> JobRecord:
+        run_id = str(config.run_id)
+        return JobRecord(run_id, stage, Backend.RAY, self._api.url, f"{run_id}.{number}", number, submitted)
+
+    def start(self, config: RunConfig, record: JobRecord) -> JobRecord:
+        connection = Connection(self._api.url, self._api.headers, None)
+        try:
+            submit_stage(connection, STAGES[record.stage][0], config, job=record.job)
+        except RuntimeError as error:
+            raise ClusterError(f"{self._api.url} did not take the job: {str(error).splitlines()[0]}") from None
+        return record
+
+    def state(self, record: JobRecord) -> JobState | None:
+        job = self._api.job(record.job)
+        return _STATES[job["status"]] if job else None
+
+    def stop(self, record: JobRecord) -> None:
+        self._api.stop(record.job)

@@ -1,0 +1,98 @@
+"""A RayJob for one run, made from the manifests of an overlay and the run's own settings. Pure: objects in and out."""
+
+import copy
+import hashlib
+import re
+import shlex
+from typing import Any
+
+from cluster.kube.status import Object, cluster_spec
+from cluster.settings.run import RunConfig, to_yaml
+from cluster.stages.run_mirrored import entrypoint
+from cluster.stages.stage_module import STAGES
+from cluster.submission.preflight import AdmissionError
+
+RUN_ANNOTATION = "raymill/run-id"
+COMPONENTS = {"tokenize": "tokenize", "pretrain": "pretrain", "pipeline": "pretrain"}
+"""Whose RayJob a stage takes as its model, with the pods and the network policies of that component."""
+
+_COMPONENT = "app.kubernetes.io/component"
+_VOLUME, _PATH = "run-config", "/config/run.yaml"
+_SUFFIXES = {
+    "": 1.0,
+    "m": 1e-3,
+    "k": 1e3,
+    "M": 1e6,
+    "G": 1e9,
+    "Ki": 2.0**10,
+    "Mi": 2.0**20,
+    "Gi": 2.0**30,
+    "Ti": 2.0**40,
+}
+_NAME_CHARS = 36  # KubeRay allows 47 for a RayJob, and the number comes behind
+
+
+def rayjob(objects: list[Object], config: RunConfig, stage: str, *, name: str, needs: dict[str, Any]) -> list[Object]:
+    """[RayJob, ConfigMap with its settings]. Raises `AdmissionError` where the overlay's pods do not hold a worker."""
+    model = _model_of(objects, COMPONENTS[stage])
+    job = copy.deepcopy(model)
+    labels, annotations = job["metadata"]["labels"], job["metadata"].get("annotations", {})
+    job["metadata"] |= {"name": name, "annotations": annotations | {RUN_ANNOTATION: str(config.run_id)}}
+    job["spec"]["entrypoint"] = shlex.join(entrypoint(STAGES[stage][0], _PATH, job=name))
+    for volume in cluster_spec(job)["headGroupSpec"]["template"]["spec"]["volumes"]:
+        if volume["name"] == _VOLUME:
+            volume["configMap"]["name"] = name
+    if stage != "tokenize":
+        _fit(job, config, needs)
+    settings: Object = {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": name, "namespace": job["metadata"]["namespace"], "labels": dict(labels)},
+        "data": {"run.yaml": to_yaml(config)},
+    }
+    return [job, settings]
+
+
+def rayjob_name(run_id: str, number: int) -> str:
+    """A name that Kubernetes takes: as the run's id where that is one, else like it, with a hash of it."""
+    plain = re.sub(r"[^a-z0-9]+", "-", run_id.lower()).strip("-")
+    if plain != run_id or len(plain) > _NAME_CHARS:
+        plain = f"{plain[: _NAME_CHARS - 7].strip('-')}-{hashlib.sha256(run_id.encode()).hexdigest()[:6]}"
+    return f"run-{plain}-{number}"  # names of services begin with a letter
+
+
+def _model_of(objects: list[Object], component: str) -> Object:
+    found = [
+        o for o in objects if o["kind"] == "RayJob" and o["metadata"].get("labels", {}).get(_COMPONENT) == component
+    ]
+    if len(found) != 1:
+        raise AdmissionError(f"the overlay has {len(found)} RayJobs of the component {component!r}; expected one")
+    return found[0]
+
+
+def _fit(job: Object, config: RunConfig, needs: dict[str, Any]) -> None:
+    """As many pods as `scaling.max_workers` workers fill."""
+    (group,) = cluster_spec(job)["workerGroupSpecs"]
+    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    scaling, name = config.scaling, group["groupName"]
+    cpus, memory = _quantity(limits["cpu"]), _quantity(limits["memory"])
+    need = needs["worker_bytes"]
+    rooms = {
+        f"scaling.threads_per_worker={scaling.threads_per_worker}, and the pods have {cpus:g} CPUs": (
+            cpus // scaling.threads_per_worker
+        ),
+        f"it needs about {need / 1e9:.1f} GB of memory, and the pods have {memory / 1e9:.1f} GB": memory // need,
+    }
+    if scaling.use_gpu:
+        rooms["scaling.use_gpu, and the pods have no GPU"] = _quantity(limits.get("nvidia.com/gpu", "0"))
+    for problem, room in rooms.items():
+        if room < 1:
+            raise AdmissionError(f"the group {name} cannot hold a worker: {problem}")
+    pods = -(-scaling.max_workers // int(min(rooms.values())))
+    group |= {"maxReplicas": pods, "minReplicas": min(group.get("minReplicas", 0), pods)}
+
+
+def _quantity(text: str) -> float:
+    """A Kubernetes quantity as a number: `200m` is 0.2, `1Gi` is 2^30."""
+    digits = str(text).rstrip("mkKMGTi")
+    return float(digits) * _SUFFIXES[str(text)[len(digits) :]]

@@ -1,0 +1,87 @@
+"""Where a run's job was submitted: a small file in the run's storage, by which every later command finds it."""
+
+import json
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+
+from cluster.output.job_log import JOBS, STARTED
+from cluster.storage.uris import AlreadyExistsError, ConflictError, NotFoundError, Storage
+
+_SUBMITTED = "submitted.json"
+_KEY = f"{JOBS}/{_SUBMITTED}"
+
+
+class JobState(StrEnum):
+    """What a job is doing, as far as anybody can tell."""
+
+    PENDING = "pending"  # accepted; waits for a cluster, a queue or a place
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"  # its log says why
+    STOPPED = "stopped"  # by somebody; submitting the run again resumes it
+    LOST = "lost"  # its cluster is gone and nobody wrote how it ended; submitting the run again resumes it
+
+    @property
+    def is_live(self) -> bool:
+        return self in (JobState.PENDING, JobState.RUNNING)
+
+    @property
+    def is_bad(self) -> bool:
+        return self in (JobState.FAILED, JobState.STOPPED, JobState.LOST)
+
+
+class Backend(StrEnum):
+    """Who runs a job."""
+
+    LOCAL = "local"  # a cluster on the submitter's machine that lasts as long as the job
+    RAY = "ray"  # a Ray cluster with a Jobs API
+    KUBERAY = "kuberay"  # a RayJob on Kubernetes
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """`number` counts the submissions of the run."""
+
+    run_id: str
+    stage: str
+    backend: Backend
+    where: str  # host name; address of the Jobs API; Kubernetes namespace
+    job: str  # the name that the backend knows it by
+    number: int
+    submitted: float  # Unix time, s
+    stopped: bool = False  # somebody asked it to end
+    refused: str = ""  # why the backend did not take it
+    pid: int = 0  # of a local job's owner
+    started_s: float = 0.0  # of that process, after the machine's boot
+    machine: str = ""  # on which that pid means something
+
+
+def read_record(run: Storage) -> tuple[JobRecord, str] | None:
+    """The last submission of the run and the version of the file that says so; None when there is none."""
+    while (entry := run.stat(_KEY)) is not None:
+        try:
+            values = json.loads(run.read_bytes(_KEY))
+        except NotFoundError:
+            return None
+        if run.stat(_KEY) == entry:
+            return JobRecord(**values | {"backend": Backend(values["backend"])}), entry.version
+    return None
+
+
+def write_record(run: Storage, record: JobRecord, *, replaces: str | None) -> str | None:
+    """Stores it in place of the version `replaces`, or as the first one; gives its version.
+
+    None when somebody else was faster.
+    """
+    try:
+        return run.write_bytes(
+            _KEY, json.dumps(asdict(record)).encode(), if_absent=replaces is None, if_version=replaces
+        )
+    except (AlreadyExistsError, ConflictError):
+        return None
+
+
+def recorded_runs(runs: Storage) -> list[str]:
+    """Ids of the runs below `runs` that were submitted, or of which a stage was started by hand."""
+    keys = [entry.key.split("/") for entry in runs.list()]
+    return sorted({run for run, *rest in keys if rest[:1] == [JOBS] and rest[-1] in (_SUBMITTED, STARTED)})

@@ -1,0 +1,109 @@
+"""What documents a chunk holds: hash, size and reason to drop of each, found by one task and kept for a restart."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from cluster.settings.run import DataConfig
+from cluster.storage.uris import NotFoundError, Storage
+from jobs.cleaning.exact_duplicates import NGRAM_WORDS, signature
+from jobs.cleaning.quality_rules import failed_rule
+from jobs.corpus.chunks import Chunk, Part
+from jobs.corpus.documents import Document, Drop, read_documents
+from jobs.corpus.progress import DataProgress
+from jobs.corpus.ray_data_tasks import Task, run_tasks
+from jobs.corpus.text_hashes import HASH_BYTES, document_hash, normalized, word_ngrams
+
+INDEX = "index"
+
+DROP_CODES = [None, *Drop]
+"""A drop code is a place in this list; 0 is kept."""
+
+
+@dataclass(frozen=True)
+class ChunkIndex:
+    """The N documents of a chunk, in their order."""
+
+    hashes: npt.NDArray[np.uint8]  # (N, 16) of the normalized text; zeros when dropped
+    drops: npt.NDArray[np.uint8]  # (N,) drop codes
+    signatures: npt.NDArray[Any]  # (N, K) for near-duplicates; (N, 0) when these are not asked for
+    digest: str  # SHA-256 of all texts, which tells whether a second reader saw the same
+
+    def to_bytes(self) -> bytes:
+        return save(
+            {"hashes": self.hashes, "drops": self.drops, "signatures": self.signatures}, {"digest": self.digest}
+        )
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> Self:
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        return cls(**load(content), digest=header["__metadata__"]["digest"])
+
+
+def index_corpus(store: Storage, chunks: Sequence[Chunk], data: DataConfig) -> Iterator[tuple[int, bytes]]:
+    """(chunk number, content of its `ChunkIndex`) as they get ready. Needs Ray."""
+    tasks = [{"chunk": chunk.number, "parts": [asdict(part) for part in chunk.parts]} for chunk in chunks]
+    total_bytes = sum(chunk.bytes for chunk in chunks)
+    with DataProgress("indexing documents", total_bytes=total_bytes, num_tasks=len(tasks)) as progress:
+        for result in run_tasks(tasks, partial(index_chunk, store=store, data=data)):
+            index = ChunkIndex.from_bytes(result.content)
+            chunk = chunks[result.number]
+            progress.advance(chunk.bytes, documents=len(index.drops), rss_bytes=result.rss_bytes)
+            yield chunk.number, result.content
+
+
+def index_chunk(task: Task, *, store: Storage, data: DataConfig) -> Iterator[bytes]:
+    """Yields the index of a chunk once it is stored; a stored one is not made again."""
+    key = f"{INDEX}/{task['chunk']:05d}.safetensors"
+    content = _stored(store, key)
+    if content is None:
+        content = _indexed([Part(**part) for part in task["parts"]], data).to_bytes()
+        store.write_bytes(key, content)
+    yield content
+
+
+def _stored(store: Storage, key: str) -> bytes | None:
+    try:
+        content = store.read_bytes(key)
+        ChunkIndex.from_bytes(content)
+    except NotFoundError:  # one request, where asking first would make two
+        return None
+    except (SafetensorError, ValueError, KeyError, TypeError):
+        return None  # cut off on a disk that lost power
+    return content
+
+
+def _indexed(parts: Sequence[Part], data: DataConfig) -> ChunkIndex:
+    digest = hashlib.sha256()
+    hashes, drops, signatures = bytearray(), bytearray(), []
+    for _, document in read_chunk(parts, data, digest):
+        drop = document.drop
+        if drop is None and data.quality_rules and (rule := failed_rule(document.text, data.quality_rules)):
+            drop = Drop(rule)
+        text = normalized(document.text) if drop is None else b""
+        drops.append(DROP_CODES.index(drop))
+        hashes += document_hash(text) if drop is None else bytes(HASH_BYTES)
+        if data.near_dedup_threshold is not None:
+            signatures.append(signature(word_ngrams(text, NGRAM_WORDS)))
+    return ChunkIndex(
+        hashes=np.frombuffer(hashes, np.uint8).reshape(-1, HASH_BYTES),
+        drops=np.frombuffer(drops, np.uint8),
+        signatures=np.array(signatures) if signatures else np.empty((len(drops), 0), np.uint8),
+        digest=digest.hexdigest(),
+    )
+
+
+def read_chunk(parts: Sequence[Part], data: DataConfig, digest: "hashlib._Hash") -> Iterator[tuple[Part, Document]]:
+    """The documents of a chunk in canonical order; their texts go into `digest`."""
+    for part in parts:
+        for document in read_documents(part, data):
+            digest.update(document.text.encode() + b"\0")
+            yield part, document

@@ -1,0 +1,170 @@
+"""Which documents of a corpus repeat an earlier one, or are much like it, found on a local disk in bounded memory.
+
+Likeness is told by MinHash signatures, of one-permutation hashing (Li, Owen, Zhang, 2012): each n-gram's hash falls
+into one of 128 bins, and each bin keeps its least hash. An empty bin borrows from a filled one, in an order of its own
+(Shrivastava, 2017), which keeps the estimate unbiased. So a signature costs one pass over the n-grams, not 128.
+"""
+
+import math
+import os
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from jobs.cleaning.disk_buckets import DocumentSearch, Numbers, Records
+from jobs.corpus.text_hashes import Hashes, mix64
+
+_RECORD = np.dtype([("high", "u8"), ("low", "u8"), ("place", "u8")])  # halves of the hash; where the document is
+_NUM_BUCKETS = 256  # a bucket of 10^9 documents takes 94 MB
+
+
+class Duplicates(DocumentSearch):
+    """Drops all but the first, in canonical order (chunk, then document), of equal hashes."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, _RECORD, num_buckets=_NUM_BUCKETS)
+
+    def add(self, chunk: int, documents: Numbers, hashes: npt.NDArray[np.uint8]) -> None:
+        """Numbers (D,) of a chunk's documents, ascending, and their hashes (D, 16)."""
+        records = np.empty(len(hashes), dtype=_RECORD)
+        records["high"], records["low"] = np.ascontiguousarray(hashes).view(np.uint64).reshape(-1, 2).T
+        records["place"] = self._enter(chunk, documents)
+        self._spool.add(hashes[:, 0].astype(np.uint16), records)
+
+    def _search(self, records: Records, dropped: npt.NDArray[np.bool_]) -> None:
+        records = records[np.lexsort((records["place"], records["low"], records["high"]))]
+        later, former = records[1:], records[:-1]
+        repeats = (later["high"] == former["high"]) & (later["low"] == former["low"])
+        dropped[self._rows(later["place"][repeats])] = True
+
+
+Signatures = npt.NDArray[np.uint16]
+
+NGRAM_WORDS = 3
+"""Words in a row that count as one thing that two documents share or not."""
+
+SIGNATURE_SIZE = 128
+_SIGNATURE_BYTES = 2 * SIGNATURE_SIZE
+_BIN_BITS = 7
+_CHANCE = 2.0**-16  # that two different hashes agree in the 16 bits that a signature keeps
+_EMPTY = np.uint64(2**64 - 1)
+
+_LEAST_RECALL = 0.98  # of the bands, for two documents exactly as similar as the threshold
+_MARGIN_DEVIATIONS = 2.0  # the estimate of such a pair falls short by more than this in 2% of cases
+_WINDOW = 64  # bounds the pairs of a group that a common page header or licence brings together
+
+_BAND = np.dtype([("key", "u8"), ("place", "u8")])  # hash of a band; where the document is
+_NUM_BAND_BUCKETS = 1024  # a bucket of 10^8 documents, 25 bands each, takes 39 MB
+_BLOCK = 1 << 13  # documents or pairs at once
+
+
+def signature(ngrams: Hashes) -> Signatures:
+    """The signature (128,) of a set of hashed n-grams (G,); repeats do not count. Zeros where there are none."""
+    if not len(ngrams):
+        return np.zeros(SIGNATURE_SIZE, dtype=np.uint16)
+    least = np.full(SIGNATURE_SIZE, _EMPTY)
+    np.minimum.at(least, (ngrams >> np.uint64(64 - _BIN_BITS)).astype(np.intp), ngrams)
+    filled = least != _EMPTY
+    if not filled.all():
+        lenders = _lenders()[~filled]
+        first = filled[lenders].argmax(axis=1)
+        least[~filled] = least[lenders[np.arange(len(lenders)), first]]
+    # Other 16 bits in each bin, or a document of one n-gram would be like every 65,536th of its kind.
+    return (mix64(least ^ np.arange(SIGNATURE_SIZE, dtype=np.uint64)) & np.uint64(0xFFFF)).astype(np.uint16)
+
+
+@cache
+def _lenders() -> npt.NDArray[np.int64]:
+    """(128, 128): the bins in the order in which bin i, if empty, asks them."""
+    numbers = np.arange(SIGNATURE_SIZE**2, dtype=np.uint64)
+    return np.argsort(mix64(numbers).reshape(SIGNATURE_SIZE, SIGNATURE_SIZE), axis=1)
+
+
+def similarity(left: Signatures, right: Signatures) -> npt.NDArray[np.float64]:
+    """The estimate of the Jaccard similarity of n-gram sets from signatures (..., 128); unbiased, so 0 may be below 0.
+
+    Its standard deviation at similarity s is at most about sqrt(s (1 - s) / 128), 0.04 in the middle.
+    """
+    agreeing = (left == right).mean(axis=-1)
+    return (agreeing - _CHANCE) / (1 - _CHANCE)
+
+
+def bands_for(threshold: float) -> tuple[int, int]:
+    """(bands, rows): the most selective cut of a signature by which a pair at the threshold shares a band in 98 of 100.
+
+    A pair of similarity s agrees in all rows of one of the bands with probability 1 - (1 - s^rows)^bands.
+    """
+    for rows in range(SIGNATURE_SIZE, 1, -1):
+        bands = SIGNATURE_SIZE // rows
+        if 1 - (1 - threshold**rows) ** bands >= _LEAST_RECALL:
+            return bands, rows
+    return SIGNATURE_SIZE, 1
+
+
+class NearDuplicates(DocumentSearch):
+    """Drops each document that is similar to one before it in canonical order (chunk, then document), kept or not.
+
+    Two documents meet when a band of their signatures is the same, and are compared by their signatures. In a group
+    that shares a band, a document meets the 64 before it, which bounds the work: linear in documents, whatever they
+    hold. The disk takes 256 bytes a document and 16 a band (about 0.7 kB in all at a threshold of 0.7).
+    """
+
+    def __init__(self, folder: Path, *, threshold: float) -> None:
+        super().__init__(folder, _BAND, num_buckets=_NUM_BAND_BUCKETS)
+        self._signatures = self._open()
+        self._bands, self._rows_a_band = bands_for(threshold)
+        deviation = math.sqrt(threshold * (1 - threshold) / SIGNATURE_SIZE)
+        self._least_estimate = threshold - _MARGIN_DEVIATIONS * deviation
+
+    def add(self, chunk: int, documents: Numbers, signatures: Signatures) -> None:
+        """Numbers (D,) of a chunk's documents, ascending, and their signatures (D, 128)."""
+        places = self._enter(chunk, documents)
+        first_row = self._chunks[chunk].start
+        for start in range(0, len(signatures), _BLOCK):
+            block = signatures[start : start + _BLOCK]
+            keys = self._band_keys(block)
+            records = np.empty(keys.shape, dtype=_BAND)
+            records["key"], records["place"] = keys, places[start : start + _BLOCK, None]
+            self._spool.add((keys % np.uint64(_NUM_BAND_BUCKETS)).astype(np.uint16).reshape(-1), records.reshape(-1))
+            rows = first_row + documents[start : start + _BLOCK]
+            whole = np.zeros((int(rows[-1] - rows[0]) + 1, SIGNATURE_SIZE), dtype=np.uint16)
+            whole[rows - rows[0]] = block
+            self._signatures.seek(int(rows[0]) * _SIGNATURE_BYTES)
+            self._signatures.write(whole.tobytes())
+        self._signatures.flush()
+
+    def _band_keys(self, signatures: Signatures) -> Hashes:
+        """(D, bands); bands with the same values in different places have different keys."""
+        used = signatures[:, : self._bands * self._rows_a_band].astype(np.uint64)
+        cut = used.reshape(len(signatures), self._bands, self._rows_a_band)
+        keys = mix64(np.arange(self._bands, dtype=np.uint64))
+        for row in range(self._rows_a_band):
+            keys = mix64(keys ^ cut[:, :, row])
+        return keys
+
+    def _search(self, records: Records, dropped: npt.NDArray[np.bool_]) -> None:
+        records = records[np.argsort(records["key"])]
+        same = records["key"][1:] == records["key"][:-1]
+        has_twin = np.zeros(len(records), dtype=np.bool_)
+        has_twin[1:] |= same
+        has_twin[:-1] |= same
+        records = records[has_twin]
+        records = records[np.lexsort((records["place"], records["key"]))]
+        keys, rows = records["key"], self._rows(records["place"])
+        for distance in range(1, _WINDOW + 1):
+            later = np.flatnonzero(keys[distance:] == keys[:-distance]) + distance
+            if not later.size:
+                break
+            later = later[~dropped[rows[later]]]
+            for start in range(0, len(later), _BLOCK):
+                pairs = later[start : start + _BLOCK]
+                estimates = similarity(self._read(rows[pairs]), self._read(rows[pairs - distance]))
+                dropped[rows[pairs[estimates >= self._least_estimate]]] = True
+
+    def _read(self, rows: Numbers) -> Signatures:
+        """Signatures (R, 128); read one by one, as a mapped file's pages would count as this process's memory."""
+        file = self._signatures.fileno()
+        content = b"".join(os.pread(file, _SIGNATURE_BYTES, row * _SIGNATURE_BYTES) for row in rows.tolist())
+        return np.frombuffer(content, dtype=np.uint16).reshape(-1, SIGNATURE_SIZE)

@@ -1,0 +1,146 @@
+"""Which documents are kept and in which split: decided by the driver in canonical order, in bounded memory.
+
+Nothing here knows how many workers read, or in which order their answers came. The indexes and what is compared
+across chunks lie in a local temporary folder: 40 bytes a document, about 1 kB with near-duplicates.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from cluster.settings.run import DataConfig
+from jobs.cleaning.document_index import DROP_CODES, ChunkIndex
+from jobs.cleaning.exact_duplicates import Duplicates, NearDuplicates
+from jobs.corpus.documents import Drop
+
+Codes = npt.NDArray[np.uint8]
+"""(N,) of a chunk's documents: 0 trains, `HELD_OUT` validates, others are drop codes."""
+
+HELD_OUT = 255
+
+
+@dataclass(frozen=True)
+class Summary:
+    documents: int
+    held_out: int
+    dropped: dict[str, int]  # by reason, every reason named
+    source_hash: str  # of all texts in canonical order
+
+
+class Selection(AbstractContextManager["Selection"]):
+    """`add` every chunk's index, in any order; then `decide`; then ask for `codes`."""
+
+    def __init__(self, data: DataConfig, *, num_chunks: int) -> None:
+        self._data = data
+        self._num_chunks = num_chunks
+        self._exceptions: dict[tuple[int, int], int] = {}
+
+    def __enter__(self) -> Self:
+        self._temporary = TemporaryDirectory(prefix="raymill-selection-")
+        self._folder = Path(self._temporary.name)
+        self._duplicates = Duplicates(self._folder)
+        self._near_duplicates = NearDuplicates(self._folder, threshold=self._data.near_dedup_threshold or 1.0)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._duplicates.close()
+        self._near_duplicates.close()
+        self._temporary.cleanup()
+
+    def add(self, chunk: int, content: bytes) -> None:
+        self._path(chunk).write_bytes(content)
+        index = ChunkIndex.from_bytes(content)
+        kept = np.flatnonzero(index.drops == 0)
+        if self._data.dedup:
+            self._duplicates.add(chunk, kept, index.hashes[kept])
+        if self._data.near_dedup_threshold is not None:
+            self._near_duplicates.add(chunk, kept, index.signatures[kept])
+
+    def decide(self) -> Summary:
+        """Finds the duplicates, once all is added; then counts."""
+        for finder, _ in self._finders():
+            finder.find()
+        counts = np.zeros(256, dtype=np.int64)
+        extremes: list[tuple[bytes, int, int]] = []
+        digests = hashlib.sha256()
+        for chunk in range(self._num_chunks):
+            codes, index = self.codes(chunk), self._index(chunk)
+            counts += np.bincount(codes, minlength=256)
+            digests.update(index.digest.encode())
+            extremes = _extremes([*extremes, *self._kept(chunk, codes, index)])
+        if extremes and self._data.val_fraction and counts[0] + counts[HELD_OUT] >= 2:
+            # One exception serves small corpora: at least one document trains and one validates.
+            if not counts[HELD_OUT]:
+                self._move(extremes[0], HELD_OUT, counts)
+            elif not counts[0]:
+                self._move(extremes[-1], 0, counts)
+        return Summary(
+            documents=int(counts[0] + counts[HELD_OUT]),
+            held_out=int(counts[HELD_OUT]),
+            dropped={str(reason): int(counts[code]) for code, reason in enumerate(DROP_CODES) if reason},
+            source_hash=digests.hexdigest(),
+        )
+
+    def codes(self, chunk: int) -> Codes:
+        index = self._index(chunk)
+        codes = index.drops.copy()
+        for finder, reason in self._finders():
+            found = finder.dropped_in(chunk)
+            codes[found[codes[found] == 0]] = DROP_CODES.index(reason)
+        codes[(codes == 0) & held_out(index.hashes, self._data.val_fraction)] = HELD_OUT
+        for (moved_chunk, document), code in self._exceptions.items():
+            if moved_chunk == chunk:
+                codes[document] = code
+        return codes
+
+    def digest(self, chunk: int) -> str:
+        return self._index(chunk).digest
+
+    def _finders(self) -> Iterator[tuple[Duplicates | NearDuplicates, Drop]]:
+        if self._data.dedup:
+            yield self._duplicates, Drop.DUPLICATE
+        if self._data.near_dedup_threshold is not None:
+            yield self._near_duplicates, Drop.NEAR_DUPLICATE
+
+    def _kept(self, chunk: int, codes: Codes, index: ChunkIndex) -> Iterator[tuple[bytes, int, int]]:
+        """(hash, chunk, document) of the kept documents with the smallest and the largest hash."""
+        places = np.flatnonzero((codes == 0) | (codes == HELD_OUT))
+        if len(places):
+            order = np.lexsort(index.hashes[places].T[::-1])
+            for place in (places[order[0]], places[order[-1]]):
+                yield index.hashes[place].tobytes(), chunk, int(place)
+
+    def _move(self, document: tuple[bytes, int, int], code: int, counts: npt.NDArray[np.int64]) -> None:
+        self._exceptions[document[1:]] = code
+        counts[code] += 1
+        counts[HELD_OUT - code] -= 1
+
+    def _index(self, chunk: int) -> ChunkIndex:
+        return ChunkIndex.from_bytes(self._path(chunk).read_bytes())
+
+    def _path(self, chunk: int) -> Path:
+        return self._folder / f"{chunk:05d}"
+
+
+def _extremes(documents: list[tuple[bytes, int, int]]) -> list[tuple[bytes, int, int]]:
+    return [min(documents), max(documents)] if documents else []
+
+
+def held_out(hashes: npt.NDArray[np.uint8], val_fraction: float) -> npt.NDArray[np.bool_]:
+    """Which of the documents (N, 16) validate: those whose hash, as a number in [0, 1), is below the share.
+
+    So a document keeps its split when others come and go, and equal texts are in the same one.
+    """
+    leading = np.ascontiguousarray(hashes[:, :8]).view(">u8").reshape(-1)
+    chosen: npt.NDArray[np.bool_] = leading < np.uint64(int(val_fraction * 2**64))
+    return chosen

@@ -1,0 +1,276 @@
+"""Readers: the documents of a part of a corpus file, one at a time, each with its text or the reason to drop it.
+
+txt holds one document a file (several if it is longer than a document may be), jsonl one a line (blank lines hold
+none), csv one a record, parquet one a row. Text is kept as it is (line ends, blanks); only a byte order mark at a
+file's front is no text. A document that cannot be used is dropped and counted; a *file* that cannot be read to its
+end (a truncated archive, a damaged footer) or that changed since it was listed stops the job with its name, as
+nobody could say what was lost in it.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import BinaryIO
+
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cluster.settings.run import DataConfig
+from cluster.storage.uris import split_uri
+from jobs.corpus.chunks import Part, text_step
+from jobs.corpus.decompression import decompressed
+from jobs.corpus.listing import CorpusError
+from jobs.corpus.text_borders import cut_stream, lines, records
+from jobs.corpus.text_hashes import is_blank
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+LINE_FACTOR = {"jsonl": 6, "csv": 2}
+"""Bytes that a byte of text is written as, at most: JSON's \\u0041, csv's doubled quote."""
+LINE_MARGIN_BYTES = 1 << 20
+"""Room for what else stands in a line."""
+
+_STRINGS = (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), pa.binary_view())
+_PREVIEW_BYTES = 200
+
+
+class Drop(StrEnum):
+    """Why a document is not in the token store. The quality rules are explained in quality.py."""
+
+    EMPTY = "empty"  # no text, or blanks and invisible characters only
+    BINARY = "binary"  # holds a NUL, which text does not: an image, an archive, UTF-16
+    INVALID_UTF8 = "invalid_utf8"  # data.invalid_utf8 is `skip`
+    INVALID_JSON = "invalid_json"  # the line is not JSON
+    INVALID_CSV = "invalid_csv"  # a quote that nothing closes, or more fields than the header
+    MISSING_TEXT = "missing_text"  # the line or row has no string under data.text_field
+    TOO_LONG = "too_long"  # more than data.max_document_bytes
+    WORD_COUNT = "word_count"
+    WORD_LENGTH = "word_length"
+    SYMBOL_RATIO = "symbol_ratio"
+    LINE_MARKS = "line_marks"
+    ALPHABETIC_WORDS = "alphabetic_words"
+    STOP_WORDS = "stop_words"
+    DUPLICATE = "duplicate"  # the same normalized text came earlier in the corpus
+    NEAR_DUPLICATE = "near_duplicate"  # nearly the same text did: data.near_dedup_threshold
+    CONTAMINATED = "contaminated"  # shares a run of words with a validation document: data.decontaminate_ngram
+
+
+UNREADABLE = (Drop.BINARY, Drop.INVALID_UTF8, Drop.INVALID_JSON, Drop.INVALID_CSV, Drop.MISSING_TEXT)
+"""The reasons that a wrong setting or a damaged corpus has, as counted by data.max_unreadable_fraction."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """`offset` finds the document again: its first byte in the uncompressed file, or its row."""
+
+    offset: int
+    text: str = ""  # empty when dropped
+    drop: Drop | None = None
+    replaced: bool = False  # held bytes that are not UTF-8, now U+FFFD
+    size: int = 0  # bytes of UTF-8, or of what was read of a dropped document
+    preview: str = ""  # the front of a dropped document
+
+
+def read_documents(part: Part, data: DataConfig) -> Iterator[Document]:
+    """The documents of a part in their order. Holds one in memory, or one parquet batch.
+
+    Raises `CorpusError` for a file that cannot be read to its end or has changed, and for text that is not UTF-8
+    when `data.invalid_utf8` is `fail`.
+    """
+    storage, name = split_uri(part.uri)
+    reader = _Reader(part, data)
+    with storage.open(name) as file, named_damage(part.uri):
+        entry = storage.stat(name)
+        if entry is None or (entry.version, entry.size) != (part.version, part.size):
+            raise CorpusError(f"{part.uri} changed after it was listed; run again")
+        if part.kind == "parquet":
+            yield from reader.parquet(file)
+            return
+        read = {"txt": reader.txt, "jsonl": reader.jsonl, "csv": reader.csv}[part.kind]
+        yield from read(decompressed(file, part, max_ratio=data.max_compression_ratio) if part.compression else file)
+
+
+@contextmanager
+def named_damage(uri: str) -> Iterator[None]:
+    """Names the file in what its damage raises."""
+    try:
+        yield
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:  # the last: a damaged name of a column
+        reason = str(error).rstrip(".").partition("\n")[0]
+        raise CorpusError(
+            f"{uri} cannot be read to its end ({reason}); replace the file or take it out of data.source"
+        ) from error
+
+
+def endless_header(uri: str) -> CorpusError:
+    return CorpusError(f"the header of {uri} does not end: a quote is not closed, or lines do not end; mend the file")
+
+
+@dataclass(frozen=True)
+class _Reader:
+    part: Part
+    data: DataConfig
+
+    @property
+    def uri(self) -> str:
+        return self.part.piece_of or self.part.uri
+
+    @property
+    def end(self) -> int | None:
+        """Of the part in the text; an archive's text ends where the archive does."""
+        return None if self.part.compression else self.part.end
+
+    def dropped(self, raw: bytes, offset: int, drop: Drop) -> Document:
+        preview = raw[:_PREVIEW_BYTES].decode(errors="replace").strip()
+        if raw.startswith(_UTF16_MARKS):
+            preview = f"UTF-16, convert it to UTF-8: {raw[:_PREVIEW_BYTES].decode('utf-16', errors='replace')}"
+        return Document(self.part.offset + offset, drop=drop, size=len(raw), preview=preview)
+
+    def judged(self, raw: bytes, offset: int) -> Document:
+        """The document that the bytes of a text make, kept or dropped."""
+        if len(raw) > self.data.max_document_bytes:
+            return self.dropped(raw, offset, Drop.TOO_LONG)
+        if b"\0" in raw or raw.startswith(_UTF16_MARKS):
+            return self.dropped(raw, offset, Drop.BINARY)
+        if is_blank(raw):
+            return self.dropped(raw, offset, Drop.EMPTY)
+        return self.decoded(raw, offset)
+
+    def decoded(self, raw: bytes, offset: int) -> Document:
+        """The policy for bytes that are not UTF-8."""
+        position = self.part.offset + offset
+        try:
+            return Document(position, raw.decode(), size=len(raw))
+        except UnicodeDecodeError as error:
+            if self.data.invalid_utf8 == "fail":
+                raise CorpusError(
+                    f"{self.uri} is not UTF-8 at byte {position + error.start}; convert the file, "
+                    "or set data.invalid_utf8 to replace or skip"
+                ) from error
+            if self.data.invalid_utf8 == "skip":
+                return self.dropped(raw, offset, Drop.INVALID_UTF8)
+            text = raw.decode(errors="replace")
+            return Document(position, text, replaced=True, size=len(text.encode()))
+
+    def judged_text(self, text: str, offset: int) -> Document:
+        """As `judged`, for text that a container has decoded."""
+        if text.isascii() and len(text) <= self.data.max_document_bytes and "\0" not in text and text.strip():
+            return Document(self.part.offset + offset, text, size=len(text))
+        # A lone surrogate ("\ud800") is valid JSON without UTF-8: the three bytes made here are invalid too.
+        return self.judged(text.encode(errors="surrogatepass"), offset)
+
+    def txt(self, file: BinaryIO) -> Iterator[Document]:
+        limit = self.data.max_document_bytes
+        front = file.read(limit + 1) if self.part.start == 0 else b""
+        if self.part.start == 0 and len(front) <= limit:
+            yield self.judged(front.removeprefix(_BYTE_ORDER_MARK), 0)
+            return
+        step = text_step(limit)
+        for offset, raw in cut_stream(file, self.part.start, self.end, step=step, slack=limit - step, front=front):
+            yield self.judged(raw if offset else raw.removeprefix(_BYTE_ORDER_MARK), offset)
+
+    def jsonl(self, file: BinaryIO) -> Iterator[Document]:
+        limit = LINE_FACTOR["jsonl"] * self.data.max_document_bytes + LINE_MARGIN_BYTES
+        for offset, line, is_whole in lines(file, self.part.start, self.end, limit=limit):
+            if not is_whole:
+                yield self.dropped(line, offset, Drop.TOO_LONG)
+            elif not line.isspace():
+                yield self.json_document(line if offset else line.removeprefix(_BYTE_ORDER_MARK), offset)
+
+    def json_document(self, line: bytes, offset: int) -> Document:
+        if b"\0" in line:
+            return self.dropped(line, offset, Drop.BINARY)
+        try:
+            value, is_replaced = orjson.loads(line), False
+        except orjson.JSONDecodeError:  # as do NaN, a lone surrogate and bytes that are not UTF-8, which may pass below
+            decoded = self.decoded(line, offset)
+            if decoded.drop:
+                return decoded
+            try:
+                value, is_replaced = json.loads(decoded.text), decoded.replaced
+            except (ValueError, RecursionError):  # also thousands of digits or of nested brackets
+                return self.dropped(line, offset, Drop.INVALID_JSON)
+        text = value.get(self.data.text_field) if isinstance(value, dict) else None
+        if not isinstance(text, str):
+            return self.dropped(line, offset, Drop.MISSING_TEXT)
+        document = self.judged_text(text, offset)
+        return replace(document, replaced=True) if is_replaced and not document.drop else document
+
+    def csv(self, file: BinaryIO) -> Iterator[Document]:
+        limit = LINE_FACTOR["csv"] * self.data.max_document_bytes + LINE_MARGIN_BYTES
+        csv.field_size_limit(limit)
+        column: int | None = None
+        num_columns = 0
+        for offset, record, is_whole in records(file, limit=limit):
+            if not is_whole:
+                if column is None:
+                    raise endless_header(self.uri)
+                yield self.dropped(record, offset, Drop.TOO_LONG if len(record) == limit else Drop.INVALID_CSV)
+                continue
+            decoded = self.decoded(record if offset else record.removeprefix(_BYTE_ORDER_MARK), offset)
+            rows = csv.reader(io.StringIO(decoded.text, newline=""))  # several where CR ends the lines
+            if column is None:
+                names = next(rows, [])
+                column, num_columns = self.column_of(names), len(names)
+            elif decoded.drop:
+                yield decoded
+            for values in rows:
+                if any(values[num_columns:]):
+                    yield self.dropped(record, offset, Drop.INVALID_CSV)
+                elif len(values) > column:
+                    document = self.judged_text(values[column], offset)
+                    yield replace(document, replaced=decoded.replaced and not document.drop)
+                elif values:
+                    yield self.dropped(record, offset, Drop.MISSING_TEXT)
+
+    def column_of(self, names: list[str]) -> int:
+        field = self.data.text_field
+        if "\0" in "".join(names):
+            raise CorpusError(f"{self.uri} is binary or UTF-16, not text in UTF-8; convert it or take it out")
+        if field not in names:
+            raise CorpusError(
+                f"{self.uri} has no column {field!r}; set data.text_field to one of {', '.join(names)[:200]}"
+            )
+        return names.index(field)
+
+    def parquet(self, file: BinaryIO) -> Iterator[Document]:
+        parquet = pq.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
+        self.check_column(parquet.schema_arrow)
+        row = 0
+        for group in range(parquet.num_row_groups):
+            metadata = parquet.metadata.row_group(group)
+            first = metadata.column(0)
+            begins = min(filter(None, (first.dictionary_page_offset, first.data_page_offset)), default=0)
+            if metadata.num_rows and not 0 < begins < self.part.size:  # no part would own it
+                raise pa.ArrowInvalid(f"row group {group} begins at byte {begins} of {self.part.size}")
+            if self.part.start <= begins < self.part.end:
+                number = row
+                for number, raw in enumerate(self.column_values(parquet, group), start=row + 1):
+                    missing = Document(number - 1, drop=Drop.MISSING_TEXT)
+                    yield missing if raw is None else self.judged(raw, number - 1)
+                if number - row != metadata.num_rows:  # Arrow is content with fewer
+                    raise pa.ArrowInvalid(f"row group {group} has {number - row} of {metadata.num_rows} rows")
+            row += metadata.num_rows
+        if row != parquet.metadata.num_rows:
+            raise pa.ArrowInvalid(f"the row groups have {row} of {parquet.metadata.num_rows} rows")
+
+    def check_column(self, schema: pa.Schema) -> None:
+        field = self.data.text_field
+        kind = schema.field(self.column_of(schema.names)).type
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        if kind not in _STRINGS:
+            raise CorpusError(f"column {field!r} of {self.uri} holds {kind}, not strings; set data.text_field")
+
+    def column_values(self, parquet: pq.ParquetFile, group: int) -> Iterator[bytes | None]:
+        columns = [self.data.text_field]
+        for batch in parquet.iter_batches(256, row_groups=[group], columns=columns, use_threads=False):
+            column = batch.column(batch.schema.names.index(self.data.text_field))  # of "a.b", column "a" comes too
+            if pa.types.is_dictionary(column.type):
+                column = column.dictionary_decode()
+            for value in column.cast(pa.large_binary()):
+                yield value.as_py()

@@ -1,0 +1,88 @@
+"""Large files that no byte range divides, archives and csv, are cut into pieces once.
+
+One task streams such a file and stores its text in pieces of about a shard each, cut where a document ends; from
+then on the pieces are like any corpus file, and all workers share one 5 GB archive.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import BinaryIO
+
+from cluster.output.progress import progress
+from cluster.settings.run import DataConfig
+from cluster.storage.uris import Storage, join_uri, split_uri
+from jobs.corpus.chunks import Part, needs_cutting, text_step
+from jobs.corpus.decompression import decompressed
+from jobs.corpus.documents import LINE_FACTOR, LINE_MARGIN_BYTES, endless_header, named_damage
+from jobs.corpus.listing import CorpusFile
+from jobs.corpus.ray_data_tasks import Task, run_tasks
+from jobs.corpus.text_borders import cut_stream, lines, records
+
+PIECES = "pieces"
+
+
+def cut_files(store: Storage, files: Sequence[CorpusFile], data: DataConfig) -> dict[int, list[Part]]:
+    """The pieces of the files that are large and indivisible, stored under `store`'s folder `pieces`. Needs Ray."""
+    numbers = [number for number, file in enumerate(files) if needs_cutting(file, shard_bytes=data.shard_bytes)]
+    tasks: list[Task] = [{"number": number, "file": asdict(files[number])} for number in numbers]
+    pieces: dict[int, list[Part]] = {}
+    if tasks:
+        with progress("unpacking", total_bytes=sum(files[number].size for number in numbers)) as advance:
+            for result in run_tasks(tasks, partial(cut_file, store=store, data=data)):
+                number = numbers[result.number]
+                pieces[number] = [Part(**part) for part in json.loads(result.content)]
+                advance(files[number].size)
+    return pieces
+
+
+def cut_file(task: Task, *, store: Storage, data: DataConfig) -> Iterator[bytes]:
+    """Yields the parts of a file as JSON, once its pieces and then their list are stored."""
+    number, file = task["number"], CorpusFile(**task["file"])
+    folder = store.child(f"{PIECES}/{number:05d}")
+    if not folder.exists("pieces.json"):
+        parts: list[Task] = []
+        for offset, content in _pieces(file, data):
+            name = f"{len(parts):05d}.{file.kind}"
+            folder.write_bytes(name, content)
+            entry = folder.stat(name)
+            assert entry is not None
+            uri, size = join_uri(folder.uri, name), len(content)
+            parts.append(asdict(Part(number, uri, entry.version, file.kind, "", 0, size, size, offset, file.uri)))
+        folder.write_bytes("pieces.json", json.dumps(parts).encode())
+    yield folder.read_bytes("pieces.json")
+
+
+def _pieces(file: CorpusFile, data: DataConfig) -> Iterator[tuple[int, bytes]]:
+    """(offset in the text, content) of pieces of whole documents; each piece of a csv file has its header."""
+    storage, name = split_uri(file.uri)
+    with storage.open(name) as raw, named_damage(file.uri):
+        text = decompressed(raw, file, max_ratio=data.max_compression_ratio) if file.compression else raw
+        if file.kind == "txt":
+            yield from _stretches(text, data.max_document_bytes)
+            return
+        limit = LINE_FACTOR[file.kind] * data.max_document_bytes + LINE_MARGIN_BYTES
+        units = lines(text, limit=limit) if file.kind == "jsonl" else records(text, limit=limit)
+        header, is_whole = next(units, (0, b"", True))[1:] if file.kind == "csv" else (b"", True)
+        if not is_whole:
+            raise endless_header(file.uri)
+        piece, start = bytearray(header), 0
+        for offset, unit, is_whole in units:
+            if len(piece) == len(header):
+                start = offset - len(header)
+            piece += unit if is_whole or unit.endswith(b"\n") else unit + b"\n"
+            if len(piece) >= data.shard_bytes:
+                yield start, bytes(piece)
+                piece = bytearray(header)
+        if len(piece) > len(header) or not start:
+            yield start, bytes(piece)
+
+
+def _stretches(text: BinaryIO, max_document_bytes: int) -> Iterator[tuple[int, bytes]]:
+    front = text.read(max_document_bytes + 1)
+    if len(front) <= max_document_bytes:
+        yield 0, front
+        return
+    step = text_step(max_document_bytes)
+    yield from cut_stream(text, 0, None, step=step, slack=max_document_bytes - step, front=front)

@@ -1,0 +1,96 @@
+"""Which files a corpus consists of, in canonical order: order of the sources, then path."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.settings.run import TOKENS
+from cluster.storage.uris import Entry, absolute_uri, glob_uris, pinned
+from model.errors import UserError
+
+_ENDINGS = re.compile(r"\.(txt|jsonl|csv)(\.gz|\.zst)?$|\.(parquet)$", re.IGNORECASE)
+_EXPECTED = "expected .txt .jsonl .csv .parquet, .gz and .zst of the first three"
+
+
+class CorpusError(UserError):
+    """The corpus cannot be used as it is; the text names the file and what to do."""
+
+
+@dataclass(frozen=True)
+class CorpusFile:
+    uri: str
+    source: int  # place in data.source
+    size: int  # bytes
+    version: str  # changes with the bytes
+    kind: str  # txt, jsonl, csv or parquet
+    compression: str = ""  # "", ".gz" or ".zst"
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A corpus's files, the finished token stores among its sources, and the files left out by ending."""
+
+    files: list[CorpusFile]
+    token_stores: dict[int, str]  # source -> location
+    skipped: list[str]
+    revisions: dict[str, str]  # hf:// source -> commit
+    sources: list[str]  # where each of them is
+
+    def identity(self) -> list[tuple[str, int, str]]:
+        """What a change of the corpus's files changes, as JSON values."""
+        return [(file.uri, file.size, file.version) for file in self.files]
+
+    def record(self) -> dict[str, Any]:
+        """Returns what a token store keeps of the listing, as JSON values."""
+        return {"files": self.identity(), "skipped": self.skipped, "sources": self.sources}
+
+
+def list_corpus(source: str | list[str]) -> Listing:
+    """The files that `data.source` names, each once. Raises `CorpusError` and `StorageError`.
+
+    A file named by itself must have a known ending; those that a folder or pattern brings along are left out.
+    """
+    sources = [source] if isinstance(source, str) else source
+    if not sources:
+        raise CorpusError("data.source is empty; name the corpus by a path or URI, globs allowed")
+    files: dict[str, CorpusFile] = {}
+    listing = Listing([], {}, [], {}, [])
+    for number, name in enumerate(sources):
+        if name.startswith(TOKENS):
+            listing.token_stores[number] = absolute_uri(name.removeprefix(TOKENS))
+            listing.sources.append(f"{TOKENS}{listing.token_stores[number]}")
+            continue
+        location, revision = pinned(name)
+        listing.sources.append(absolute_uri(location))
+        if revision:
+            listing.revisions[name] = revision
+        for entry in glob_uris(location):
+            if file := _corpus_file(entry, number):
+                files.setdefault(entry.key, file)
+            elif entry.key == absolute_uri(location):
+                raise CorpusError(f"{name} has an unknown ending; {_EXPECTED}")
+            else:
+                listing.skipped.append(entry.key)
+    if not files and not listing.token_stores:
+        raise CorpusError(
+            f"none of the {len(listing.skipped)} files at {', '.join(sources)} has a known ending; {_EXPECTED}"
+        )
+    listing.files.extend(files.values())
+    return listing
+
+
+def _corpus_file(entry: Entry, source: int) -> CorpusFile | None:
+    ending = _ENDINGS.search(entry.key)
+    if ending is None:
+        return None
+    kind, compression, parquet = (part.lower() if part else "" for part in ending.groups())
+    return CorpusFile(entry.key, source, entry.size, entry.version, kind or parquet, compression)
+
+
+def empty_corpus(num_files: int, dropped: Mapping[str, int]) -> CorpusError:
+    reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count)
+    return CorpusError(
+        f"the corpus is empty: {num_files} files, {sum(dropped.values())} documents dropped"
+        f"{f' ({reasons})' if reasons else ''}; check data.source and data.text_field"
+    )

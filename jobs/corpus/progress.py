@@ -1,0 +1,63 @@
+"""How far reading and tokenizing are, for the person who watches and as Ray's metrics."""
+
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from types import TracebackType
+
+from cluster.monitoring.metric_export import Metrics
+from cluster.monitoring.metric_table import Exporter
+from cluster.output.progress import report_progress
+
+_REPORT_INTERVAL_S = 1.0
+
+
+class DataProgress(AbstractContextManager["DataProgress"]):
+    """Counts what tasks finish; the figures leave as progress lines and as the metrics `raymill_data_*`."""
+
+    def __init__(self, label: str, *, total_bytes: int, num_tasks: int) -> None:
+        self._label = label
+        self._total_bytes = total_bytes
+        self._queued = num_tasks
+        self._bytes = self._documents = self._tokens = self._peak_rss_bytes = 0
+        self._started = self._reported = time.monotonic()
+        self.metrics = Metrics(Exporter.DATA, stage=label)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self._show()
+
+    def advance(self, num_bytes: int, *, documents: int, tokens: int = 0, rss_bytes: int) -> None:
+        """One task is done."""
+        self._queued -= 1
+        self._bytes += num_bytes
+        self._documents += documents
+        self._tokens += tokens
+        self._peak_rss_bytes = max(self._peak_rss_bytes, rss_bytes)
+        for name, value in (("source_bytes", num_bytes), ("documents", documents), ("tokens", tokens)):
+            self.metrics.of(f"raymill_data_{name}").inc(value)
+        self.metrics.of("raymill_data_queued_tasks").set(self._queued)
+        self.metrics.of("raymill_data_worker_rss_bytes").set(rss_bytes)
+        if time.monotonic() - self._reported >= _REPORT_INTERVAL_S:
+            self._reported = time.monotonic()
+            self._show()
+
+    def drop(self, documents: Mapping[str, int]) -> None:
+        """Documents left out, by reason."""
+        for reason, count in documents.items():
+            self.metrics.of("raymill_data_dropped_documents", reason=reason).inc(count)
+
+    def _show(self) -> None:
+        self.metrics.publish()
+        seconds = max(1e-9, time.monotonic() - self._started)
+        tokens = f"{self._tokens:,} tokens, " if self._tokens else ""
+        report_progress(
+            self._label,
+            done=round(self._bytes / 1e6, 2),
+            total=round(self._total_bytes / 1e6, 2),
+            unit="MB",
+            note=f"{self._documents:,} documents, {tokens}{self._bytes / 1e6 / seconds:.1f} MB/s, "
+            f"workers up to {self._peak_rss_bytes >> 20} MiB, {self._queued} tasks queued",
+        )

@@ -1,0 +1,172 @@
+"""Brings the ranks' subtree sums together, bucket by bucket, while backward goes on.
+
+Of a bucket every rank sends each other rank the part that this one owns, finishes the tree over its own part, and (but
+with a sharded optimizer) sends the result to all. With one subtree a rank that is a ring all-reduce's number of bytes.
+Everything is sent from and received into buffers that last, straight from rank to rank.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from jobs.exact.exact_reduce import halves, maximal_subtrees, tree_sum
+from jobs.exact.flat_layout import BLOCK, FlatLayout, at, part_of
+from jobs.exact.side_thread import background
+from jobs.tokens.batch_plan import lanes_of_rank
+from jobs.workers.worker_group import WorkerGroup
+
+
+class BucketExchange:
+    """`slots` hold this rank's subtree sums (P,), the first K of them; the first one becomes the whole sum.
+
+    With `sharded` only this rank's own parts of it do. `lane_counts` are all that steps may begin with.
+    """
+
+    def __init__(
+        self, layout: FlatLayout, slots: list[Tensor], group: WorkerGroup, *, lane_counts: list[int], sharded: bool
+    ) -> None:
+        self._layout, self._slots, self._group, self._sharded = layout, slots, group, sharded
+        self._nodes_of = {count: _nodes(count, world_size=group.world_size) for count in lane_counts}
+        self._own_parts = layout.parts(group.rank, world_size=group.world_size)
+        longest = max(len(part) for part in self._own_parts)
+        num_foreign = max(sum(map(len, nodes)) - len(nodes[group.rank]) for nodes in self._nodes_of.values())
+        self._received = slots[0].new_empty(num_foreign, longest)
+        self._block_sums: list[Tensor] = []
+        self._background = background(slots[0].device)
+        self.bytes_sent = 0
+        """Since the start, by this rank."""
+
+    def begin(self, num_lanes: int) -> None:
+        """Before the buckets of a step of so many lanes."""
+        self._root, self._nodes = range(num_lanes), self._nodes_of[num_lanes]
+
+    def start(self, bucket: int) -> None:
+        """Exchanges a bucket whose subtree sums are final; every rank starts the buckets in order."""
+        if self._group.world_size > 1:
+            self._background.submit(lambda: self._exchange(bucket))
+
+    def close(self) -> None:
+        self._background.close()
+
+    def finish(self, losses: list[Tensor]) -> tuple[float, float]:
+        """Waits for all buckets. Returns the loss, from the K subtrees' sums of it, and the gradient's norm."""
+        if self._group.world_size == 1:
+            return float(losses[0]), gradient_norm(self._slots[0])
+        self._background.wait()
+        table = self._gathered(torch.cat([*self._block_sums, torch.stack(losses).double()]))
+        self._block_sums = []
+        parts = [self._layout.parts(r, world_size=self._group.world_size) for r in range(self._group.world_size)]
+        block_sums, taken = [], [0] * len(parts)
+        for bucket in range(len(self._layout.buckets)):
+            for r, row in enumerate(table):
+                num_blocks = len(parts[r][bucket]) // BLOCK
+                block_sums.append(row[taken[r] : taken[r] + num_blocks])
+                taken[r] += num_blocks
+        by_node = {
+            node: row[taken[r] + k].to(losses[0].dtype)
+            for r, row in enumerate(table)
+            for k, node in enumerate(self._nodes[r])
+        }
+        return float(tree_sum(self._root, by_node.get)), norm_of(torch.cat(block_sums))
+
+    def _gathered(self, own: Tensor) -> list[Tensor]:
+        """Every rank's vector; the ends of the shorter ones are padded."""
+        lengths = [
+            sum(len(part) for part in self._layout.parts(r, world_size=self._group.world_size)) // BLOCK + len(nodes)
+            for r, nodes in enumerate(self._nodes)
+        ]
+        padded = own.new_zeros(max(lengths))
+        padded[: len(own)] = own
+        table = [torch.empty_like(padded) for _ in lengths]
+        dist.all_gather(table, padded)
+        self.bytes_sent += (len(lengths) - 1) * padded.nbytes
+        return table
+
+    def _exchange(self, bucket: int) -> None:
+        rank, own = self._group.rank, self._own_parts[bucket]
+        peers = _Peers(self._layout.buckets[bucket], self._group)
+        by_node = {node: at(self._slots[k], own) for k, node in enumerate(self._nodes[rank])}
+        foreign = iter(self._received)
+        for peer, part in peers.parts():
+            for k in range(len(self._nodes[rank])):
+                peers.send(at(self._slots[k], part), peer)
+            for node in self._nodes[peer]:
+                by_node[node] = next(foreign)[: len(own)]
+                peers.receive(by_node[node], peer)
+        self.bytes_sent += peers.run()
+        result = at(self._slots[0], own)
+        left, right = (tree_sum(half, by_node.get) for half in halves(self._root))
+        torch.add(left, right, out=result)
+        self._block_sums.append(block_square_sums(result))
+        if not self._sharded:
+            self.bytes_sent += gather_parts(self._slots[0], self._layout.buckets[bucket], self._group)
+
+
+def _nodes(num_lanes: int, *, world_size: int) -> list[list[range]]:
+    """The subtrees that each rank holds the sums of."""
+    lanes = [lanes_of_rank(rank, world_size=world_size, num_lanes=num_lanes) for rank in range(world_size)]
+    return [maximal_subtrees(each, root=range(num_lanes)) for each in lanes]
+
+
+def gather_parts(flat: Tensor, bucket: range, group: WorkerGroup) -> int:
+    """Brings the parts of a bucket, each from the rank that owns it, to all. Returns the bytes sent."""
+    peers = _Peers(bucket, group)
+    for peer, part in peers.parts():
+        peers.send(at(flat, peers.own), peer)
+        peers.receive(at(flat, part), peer)
+    return peers.run()
+
+
+class _Peers:
+    """Messages between all pairs of ranks that pass at the same time."""
+
+    def __init__(self, bucket: range, group: WorkerGroup) -> None:
+        self._rank = group.rank
+        self._parts = [part_of(bucket, rank, world_size=group.world_size) for rank in range(group.world_size)]
+        self._operations: list[dist.P2POp] = []
+        self._bytes = 0
+
+    @property
+    def own(self) -> range:
+        return self._parts[self._rank]
+
+    def parts(self) -> list[tuple[int, range]]:
+        """Of the other ranks."""
+        return [(peer, part) for peer, part in enumerate(self._parts) if peer != self._rank]
+
+    def send(self, values: Tensor, peer: int) -> None:
+        if len(values):
+            self._operations.append(dist.P2POp(dist.isend, values, peer))
+            self._bytes += values.nbytes
+
+    def receive(self, values: Tensor, peer: int) -> None:
+        if len(values):
+            self._operations.append(dist.P2POp(dist.irecv, values, peer))
+
+    def run(self) -> int:
+        """Returns the bytes sent."""
+        if self._operations:
+            for work in dist.batch_isend_irecv(self._operations):
+                work.wait()
+        return self._bytes
+
+
+def block_square_sums(values: Tensor) -> Tensor:
+    """Sums of squares (P / BLOCK,), in float64, of values (P,) that begin at a block; the last may be short.
+
+    The same bits for a block whichever blocks are computed with it. Within one fp32 will do: half the time of float64.
+    """
+    whole = len(values) - len(values) % BLOCK
+    parts = [part for part in (values[:whole].view(-1, BLOCK), values[whole:].view(1, -1)) if part.numel()]
+    sums = [torch.linalg.vector_norm(part, dim=1).double().square_() for part in parts]
+    return torch.cat(sums) if sums else values.new_zeros(0, dtype=torch.float64)
+
+
+def norm_of(block_sums: Tensor) -> float:
+    """Euclidean norm from the sums of all blocks, in order."""
+    return float(block_sums.sum().sqrt())
+
+
+def gradient_norm(gradient: Tensor) -> float:
+    """Euclidean norm (P,) → scalar."""
+    return norm_of(block_square_sums(gradient))

@@ -1,0 +1,92 @@
+"""Sums a rank's lanes along the tree as backward brings their gradients, parameter by parameter.
+
+Autograd hands each parameter's gradient over by a hook, where it is stored or added to a flat buffer at once, or
+backward has written it there itself: nothing is zeroed or cloned between lanes. In the last lane a bucket whose
+parameters are all done is final.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+from torch import Tensor, nn
+
+from jobs.exact.exact_reduce import LaneStep
+from jobs.exact.flat_layout import FlatLayout
+from model.training_memory import Places, Scratch, gradient_sinks, large_zeros, scratch_memory
+
+
+class LaneSums:
+    """`slots` are flat buffers (P,) each; `on_final` is told the buckets, in order, as they become final."""
+
+    def __init__(
+        self, model: nn.Module, layout: FlatLayout, slots: list[Tensor], *, on_final: Callable[[int], None]
+    ) -> None:
+        self._on_final = on_final
+        self._parameters = dict(model.named_parameters())
+        self._buckets_of = {name: layout.buckets_of(name) for name in self._parameters}
+        self._num_buckets = len(layout.buckets)
+        self._views = {
+            name: [layout.view(slot, name, parameter) for slot in slots] for name, parameter in self._parameters.items()
+        }
+        self._step: LaneStep | None = None
+        self._largest = max(self._parameters.values(), key=nn.Parameter.numel)
+        self._second: Tensor | None = None
+        self._scratch = Scratch()
+        for name, parameter in self._parameters.items():
+            parameter.register_post_accumulate_grad_hook(partial(self._take, name))
+
+    @contextmanager
+    def lane(self, step: LaneStep, *, is_last: bool) -> Iterator[None]:
+        """Within it the forward and backward passes of one lane run."""
+        for parameter in self._parameters.values():
+            parameter.grad = None
+        self._step, self._is_last, self._num_taken = step, is_last, 0
+        self._unfinished = [0] * self._num_buckets  # parameters of each bucket
+        for buckets in self._buckets_of.values():
+            for bucket in buckets:
+                self._unfinished[bucket] += 1
+        self._next_bucket = 0
+        if is_last:
+            self._tell_final()
+        try:
+            with gradient_sinks(self._sinks(step)), scratch_memory(self._scratch):
+                yield
+        finally:
+            self._step = None
+            for name, parameter in self._parameters.items():
+                parameter.grad = self._views[name][0]
+        assert self._num_taken == len(self._parameters), "a parameter got no gradient"
+
+    def _sinks(self, step: LaneStep) -> Places:
+        if not step.adds:
+            return {parameter: self._views[name][step.slot] for name, parameter in self._parameters.items()}
+        # A tied embedding without a sink has two whole gradients, which autograd adds.
+        if self._second is None:
+            flat = large_zeros(self._largest.numel(), device=self._largest.device)
+            self._second = flat.view_as(self._largest)
+        return {self._largest: self._second}
+
+    def _take(self, name: str, parameter: nn.Parameter) -> None:
+        if self._step is None:
+            return
+        gradient, views, slot = parameter.grad, self._views[name], self._step.slot
+        assert gradient is not None
+        if self._step.adds:
+            views[slot].add_(gradient)
+        elif gradient.data_ptr() != views[slot].data_ptr():
+            views[slot].copy_(gradient)
+        for target in range(slot - 1, slot - 1 - self._step.merges, -1):
+            views[target].add_(views[target + 1])
+        parameter.grad = None
+        self._num_taken += 1
+        if self._is_last:
+            for bucket in self._buckets_of[name]:
+                self._unfinished[bucket] -= 1
+            self._tell_final()
+
+    def _tell_final(self) -> None:
+        """In the order of buckets, which every rank keeps, whatever order backward took."""
+        while self._next_bucket < self._num_buckets and not self._unfinished[self._next_bucket]:
+            self._on_final(self._next_bucket)
+            self._next_bucket += 1

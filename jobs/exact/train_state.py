@@ -1,0 +1,217 @@
+"""What a training step changes: the weights and AdamW's moments, in flat buffers.
+
+The model's parameters and gradients are views into flat fp32 buffers (`flat_layout`), so a lane's gradient is summed,
+clipped and applied as one vector. With `train.shard_optimizer` (ZeRO-1, arXiv 1910.02054) a rank holds moments only of
+the parts that it owns, and updates only those weights, which then go round to all: the same bits, as AdamW works value
+by value.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim.adamw import adamw  # the optimizer's class imports torch._dynamo, which takes a second
+
+from cluster.settings.run import TrainConfig
+from jobs.exact.bucket_exchange import gather_parts
+from jobs.exact.flat_layout import FlatLayout, at
+from jobs.run.step_timer import StepTimer
+from jobs.workers.worker_group import WorkerGroup
+from model.gpt import GPT
+from model.shapes import parameter_shapes
+from model.training_memory import large_zeros
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+ALONE = WorkerGroup(rank=0, world_size=1)
+
+
+@dataclass(frozen=True)
+class StatePart:
+    """The state at some places of the flat buffers, which only the model's shape decides.
+
+    The parts of all ranks of any world make the whole state, in a world of any size.
+    """
+
+    places: list[range]
+    tensors: dict[str, Tensor]  # "values" and MOMENTS, (sum of the places' lengths,) each
+    num_updates: int
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """Weights that AdamW treats alike, a view of the flat buffers each."""
+
+    values: Tensor
+    gradient: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    count: Tensor  # of updates, where AdamW's kernel reads it
+    weight_decay: float
+
+
+class TrainState:
+    """The model, its flat buffers and its optimizer."""
+
+    def __init__(self, model: GPT, config: TrainConfig, *, device: torch.device, group: WorkerGroup = ALONE) -> None:
+        self.model, self.device, self.num_updates = model, device, 0
+        self.bytes_sent = 0  # of weights, by this rank
+        self.layout = layout = FlatLayout.of(parameter_shapes(model.config))
+        self._group, self._config = group, config
+        self.is_sharded = config.shard_optimizer and group.world_size > 1
+        self.values = large_zeros(layout.size, device=device)  # (P,)
+        self.gradient = large_zeros(layout.size, device=device)  # (P,)
+        for name, parameter in model.named_parameters():
+            view = layout.view(self.values, name, parameter)
+            view.copy_(parameter.detach())
+            parameter.data, parameter.grad = view, layout.view(self.gradient, name, parameter)
+        self._owned = self._shares() if self.is_sharded else [range(layout.size)]
+        self._moments = {name: large_zeros(sum(map(len, self._owned)), device=device) for name in MOMENTS}
+        self._segments: dict[float, list[_Segment]] = {}
+        for segment in self._make_segments(config):
+            self._segments.setdefault(segment.weight_decay, []).append(segment)
+
+    def _make_segments(self, config: TrainConfig) -> Iterator[_Segment]:
+        decayed, undecayed = range(self.layout.boundary), range(self.layout.boundary, self.layout.size)
+        start = 0
+        for place in self._owned:
+            for half, weight_decay in ((decayed, config.weight_decay), (undecayed, 0.0)):
+                segment = range(max(place.start, half.start), min(place.stop, half.stop))
+                if segment:
+                    own = range(start, start := start + len(segment))
+                    yield _Segment(
+                        values=at(self.values, segment),
+                        gradient=at(self.gradient, segment),
+                        exp_avg=at(self._moments["exp_avg"], own),
+                        exp_avg_sq=at(self._moments["exp_avg_sq"], own),
+                        count=torch.zeros((), device=self.device),
+                        weight_decay=weight_decay,
+                    )
+
+    def apply(self, *, norm: float, learning_rate: float, timer: StepTimer | None = None) -> None:
+        """One AdamW step with the gradient of the whole batch, whose norm is given; every rank takes it.
+
+        The weights' way round, where the optimizer is sharded, is phase `sync` of the timer.
+        """
+        grad_clip = self._config.grad_clip
+        if grad_clip and norm > grad_clip:
+            for place in self._owned:
+                at(self.gradient, place).mul_(grad_clip / norm)
+        for weight_decay, segments in self._segments.items():
+            adamw(
+                [segment.values for segment in segments],
+                [segment.gradient for segment in segments],
+                [segment.exp_avg for segment in segments],
+                [segment.exp_avg_sq for segment in segments],
+                [],
+                [segment.count for segment in segments],  # counted up in place
+                fused=True,
+                amsgrad=False,
+                maximize=False,
+                lr=learning_rate,
+                weight_decay=weight_decay,
+                beta1=self._config.beta1,
+                beta2=self._config.beta2,
+                eps=self._config.epsilon,
+            )
+        self.num_updates += 1
+        if not self.is_sharded:
+            return
+        with timer.phase("sync") if timer else nullcontext():
+            for bucket in self.layout.buckets:
+                self.bytes_sent += gather_parts(self.values, bucket, self._group)
+
+    def flat_moments(self) -> dict[str, Tensor]:
+        """AdamW's moments (P,) for a checkpoint: where they lie, not a copy, unless the optimizer is sharded.
+
+        Of a sharded optimizer all ranks must ask together, and rank 0 gets them; the others get an empty dict.
+        """
+        if not self.is_sharded:
+            return dict(self._moments)
+        whole = {name: self._on_rank_0(own) for name, own in self._moments.items()}
+        return {name: flat for name, flat in whole.items() if flat is not None}
+
+    def by_parameter(self, flat: Tensor) -> dict[str, Tensor]:
+        """Views of a flat buffer (P,)."""
+        return {name: self.layout.view(flat, name, weights) for name, weights in self.model.named_parameters()}
+
+    def is_finite(self) -> bool:
+        """Whether every weight is: one pass, and nothing allocated."""
+        return all(math.isfinite(float(bound)) for bound in self.values.aminmax())
+
+    def moments(self) -> dict[str, Tensor]:
+        """A copy of AdamW's state by parameter, as `load_moments` takes it; asked for as `flat_moments` is."""
+        flat = {name: values.clone() for name, values in self.flat_moments().items()}
+        return checkpoint_moments(self, flat, num_updates=self.num_updates) if flat else {}
+
+    def load_moments(self, tensors: Mapping[str, Tensor]) -> None:
+        """The reverse of `moments`, of which each rank takes what it owns."""
+        self._set_num_updates(int(tensors["step"]))
+        for moment, own in self._moments.items():
+            flat = torch.zeros_like(self.values)
+            for name, parameter in self.model.named_parameters():
+                self.layout.view(flat, name, parameter).copy_(tensors[f"{moment}.{name}"])
+            own.copy_(_joined(flat, self._owned))
+
+    def own_state(self) -> StatePart:
+        """A copy of this rank's share of the state, 1 / W of it whether or not the optimizer is sharded."""
+        shares = self._shares()
+        moments = {
+            name: flat.clone() if self.is_sharded else _joined(flat, shares) for name, flat in self._moments.items()
+        }
+        return StatePart(shares, {"values": _joined(self.values, shares), **moments}, self.num_updates)
+
+    def load_state(self, parts: Iterable[StatePart]) -> None:
+        """Takes over the state from parts that together make the whole, from a world of any size."""
+        whole = {name: torch.zeros_like(self.values) for name in MOMENTS} | {"values": self.values}
+        num_loaded = 0
+        for part in parts:
+            num_loaded += sum(map(len, part.places))
+            self._set_num_updates(part.num_updates)
+            for name, values in part.tensors.items():
+                for place, piece in zip(part.places, values.split([len(place) for place in part.places]), strict=True):
+                    at(whole[name], place).copy_(piece)
+        assert num_loaded == self.layout.size, f"{num_loaded} of {self.layout.size} values"
+        for moment, own in self._moments.items():
+            own.copy_(_joined(whole[moment], self._owned))
+
+    def _shares(self) -> list[range]:
+        return self.layout.parts(self._group.rank, world_size=self._group.world_size)
+
+    def _set_num_updates(self, number: int) -> None:
+        self.num_updates = number
+        for segments in self._segments.values():
+            for segment in segments:
+                segment.count.fill_(number)
+
+    def _on_rank_0(self, own: Tensor) -> Tensor | None:
+        """The whole of a sharded moment (P,) on rank 0."""
+        if self._group.rank:
+            dist.send(own, 0)
+            return None
+        flat = torch.zeros_like(self.values)
+        for rank in range(self._group.world_size):
+            places = self.layout.parts(rank, world_size=self._group.world_size)
+            part = own if rank == 0 else own.new_empty(sum(map(len, places)))
+            if rank:
+                dist.recv(part, rank)
+            for place, piece in zip(places, part.split([len(place) for place in places]), strict=True):
+                at(flat, place).copy_(piece)
+        return flat
+
+
+def _joined(flat: Tensor, places: list[range]) -> Tensor:
+    """A copy of the places of a flat buffer, end to end."""
+    return torch.cat([at(flat, place) for place in places])
+
+
+def checkpoint_moments(state: TrainState, flat: Mapping[str, Tensor], *, num_updates: int) -> dict[str, Tensor]:
+    """What a checkpoint holds of flat moments (P,)."""
+    tensors = {"step": torch.tensor(num_updates, dtype=torch.int64)}
+    for moment in MOMENTS:
+        tensors |= {f"{moment}.{name}": view for name, view in state.by_parameter(flat[moment]).items()}
+    return tensors

@@ -1,0 +1,1 @@
+"""The planner: time, memory and cost of a run before it starts."""

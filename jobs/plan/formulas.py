@@ -1,0 +1,107 @@
+"""The arithmetic of a plan: operations, time, failures and the exchange. Pure functions, each with its source.
+
+N parameters, D tokens, W workers of one GPU each, P values of the flat buffers (N, and the padding between parameters).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jobs.exact.exact_reduce import maximal_subtrees
+from jobs.tokens.batch_plan import lanes_of_rank
+
+DAY_S = 86_400
+FP32_BYTES = 4
+
+STATE_BYTES = 3 * FP32_BYTES
+"""Of each parameter in a checkpoint or a snapshot: the weight and AdamW's two moments."""
+
+MESSAGE_S = 5e-6
+"""What a message between two GPUs costs beside its bytes: an assumption, of the order of one over InfiniBand."""
+
+
+def parameter_flops(num_parameters: float, num_tokens: float, *, recompute: bool = False) -> float:
+    """6 N D: a multiplication and an addition for each parameter and token in the forward pass, twice that in backward
+    (Kaplan et al., 2020, section 2.1; the count of the GPT-3 paper, appendix D). With activations computed again, 8 N D
+    (Narayanan et al., 2021, section 5.1)."""
+    return (8.0 if recompute else 6.0) * num_parameters * num_tokens
+
+
+def petaflop_s_days(flops: float) -> float:
+    """Days of a machine that sustains 1e15 FLOP/s: a measure of work, which no GPU takes part in."""
+    return flops / (1e15 * DAY_S)
+
+
+def gpu_days(flops: float, flops_per_s: float) -> float:
+    """Days of one GPU that sustains so many FLOP/s."""
+    return flops / (flops_per_s * DAY_S)
+
+
+def mean_time_between_failures_s(mtbf_gpu_hours: float, num_gpus: int) -> float:
+    """Of the run, seconds: failures of single GPUs are independent and each one interrupts it."""
+    return 3600 * mtbf_gpu_hours / num_gpus
+
+
+def checkpoint_interval_s(cost_s: float, mtbf_s: float) -> float:
+    """Seconds of training between checkpoints that lose the least time, to their `cost_s` and to steps taken again.
+
+    Young (1974): sqrt(2 cost mtbf); with Daly's (2006, equation 37) terms of higher order, and the MTBF itself where a
+    checkpoint takes more than twice that.
+    """
+    if cost_s >= 2 * mtbf_s:
+        return mtbf_s
+    ratio = cost_s / (2 * mtbf_s)
+    return math.sqrt(2 * cost_s * mtbf_s) * (1 + math.sqrt(ratio) / 3 + ratio / 9) - cost_s
+
+
+def goodput(*, interval_s: float, cost_s: float, restart_s: float, mtbf_s: float) -> float:
+    """Share of the time that goes into steps that count: of an interval that ends with a cost, every failure loses half
+    of an interval and a restart (Young's first-order model). 0 where failures come faster than that."""
+    return max(0.0, interval_s / (interval_s + cost_s) * (1 - (interval_s / 2 + restart_s) / mtbf_s))
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Of a step, by the rank that sends most."""
+
+    num_bytes: float
+    num_messages: int
+    seconds: float  # of all of it; what is overlapped with backward counts too
+
+
+def exchange(
+    num_values: int,
+    *,
+    world_size: int,
+    num_lanes: int,
+    num_buckets: int,
+    gpus_per_node: int,
+    link_bytes_per_s: float,
+    network_bytes_per_s: float,
+) -> Exchange:
+    """Of the bytes sent (W - g)/(W - 1) leave a node of g GPUs. Both links work at the same time; the K + 1
+    messages of each bucket to each other rank follow each other."""
+    if world_size == 1:
+        return Exchange(0, 0, 0.0)
+    num_subtrees = max(num_subtrees_of_rank(num_lanes, world_size=world_size))
+    num_bytes = sent_bytes(num_values, world_size=world_size, num_subtrees=num_subtrees)
+    num_messages = num_buckets * (world_size - 1) * (num_subtrees + 1)
+    outside = max(0, world_size - gpus_per_node) / (world_size - 1)
+    seconds = max(num_bytes * (1 - outside) / link_bytes_per_s, num_bytes * outside / network_bytes_per_s)
+    return Exchange(num_bytes, num_messages, seconds + num_messages * MESSAGE_S)
+
+
+def sent_bytes(num_values: int, *, world_size: int, num_subtrees: int) -> float:
+    """By one rank in a step: to the others their parts of its K subtree sums, then its own finished part to all, so
+    4 (K (P - P/W) + (W - 1) P/W), but for the rounding of parts to blocks and the few bytes of norms
+    (`bucket_exchange`). With K = 1 that is a ring all-reduce's 8 P (W - 1)/W. ZeRO-1 sends as much: the updated weights
+    in the place of the sums."""
+    part = num_values / world_size
+    return FP32_BYTES * (num_subtrees * (num_values - part) + (world_size - 1) * part)
+
+
+def num_subtrees_of_rank(num_lanes: int, *, world_size: int) -> Sequence[int]:
+    """Of each rank that has a lane: how many sums it holds before the exchange."""
+    root, owners = range(num_lanes), min(world_size, num_lanes)
+    lanes = (lanes_of_rank(rank, world_size=owners, num_lanes=num_lanes) for rank in range(owners))
+    return [len(maximal_subtrees(own, root=root)) for own in lanes]

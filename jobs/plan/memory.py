@@ -1,0 +1,91 @@
+"""The memory that data-parallel training takes, part by part, from a model's shape: what a GPU holds, and its host.
+
+B sequences in a lane, T tokens of each, C width, F feed-forward width, V vocabulary, P values of the flat buffers.
+"""
+
+from cluster.settings.run import RunConfig, batch_schedule, seq_len
+from jobs.exact.exact_reduce import lane_steps
+from jobs.exact.flat_layout import BLOCK, FlatLayout
+from jobs.plan.formulas import FP32_BYTES, STATE_BYTES, num_subtrees_of_rank
+from jobs.snapshots.slots import NUM_SLOTS
+from jobs.tokens.batch_plan import lanes_of_rank
+from model.config import GPTConfig
+from model.shapes import DEFAULT_CHUNK_TOKENS, parameter_shapes
+
+BF16_BYTES = 2
+
+
+def layout_of(model: GPTConfig) -> FlatLayout:
+    """Of a model that is never made: also of one that no machine could hold."""
+    return FlatLayout.of(parameter_shapes(model))
+
+
+def gpu_memory(config: RunConfig, layout: FlatLayout, *, world_size: int, shard_optimizer: bool) -> dict[str, float]:
+    """Bytes by part of the rank that holds most, at the height of a step: its last layer's backward. What the GPU's
+    allocator and libraries take besides, usually a GB or two, is not in it."""
+    num_lanes = batch_schedule(config).num_lanes(1)
+    owners = min(world_size, num_lanes)
+    own = max((lanes_of_rank(rank, world_size=owners, num_lanes=num_lanes) for rank in range(owners)), key=len)
+    num_slots = 1 + max(step.slot for step in lane_steps(own, num_lanes=num_lanes))
+    bf16 = config.train.precision == "bf16"
+    largest = max(map(len, layout.places.values()))
+    return {
+        "weights": FP32_BYTES * layout.size,
+        "bf16_weights": BF16_BYTES * layout.boundary if bf16 else 0,
+        "gradients": FP32_BYTES * layout.size,
+        "lane_sums": FP32_BYTES * ((num_slots - 1) * layout.size + (largest if len(own) > 1 else 0)),
+        "optimizer": 2 * FP32_BYTES * layout.size / (world_size if shard_optimizer else 1),
+        "activations": activation_bytes(config),
+        "logits_chunk": logits_chunk_bytes(config),
+        "exchange": _received_bytes(layout, world_size=world_size, num_lanes=num_lanes),
+    }
+
+
+def activation_bytes(config: RunConfig) -> float:
+    """What forward keeps for backward of one lane. Of a block in fp32, for each token: the two LayerNorms' inputs and
+    outputs, query, key and value, the attention's output (8 C), and the feed-forward layer before and after its
+    activation (2 F); with bf16 all but the LayerNorms' inputs have half the size. Attention's scores are never kept
+    (FlashAttention), only a number for each head; LayerNorms keep two."""
+    model, tokens = config.model, config.train.micro_batch_size * seq_len(config)
+    small = BF16_BYTES if config.train.precision == "bf16" else FP32_BYTES
+    c, f = model.n_embd, model.ffn_width
+    block = 2 * c * FP32_BYTES + (6 * c + 2 * f) * small + FP32_BYTES * (model.n_head + 4)
+    if model.dropout:
+        block += 2 * c
+    ends = 2 * c * FP32_BYTES  # the last LayerNorm's input, and the gradient of its output
+    return float(tokens * (model.n_layer * block + ends))
+
+
+def logits_chunk_bytes(config: RunConfig) -> float:
+    """Scores of a chunk of tokens, (V, K) in the type they are computed in and in fp32, and the head's gradient (V, C)
+    in bf16 before it is added: all that the cross-entropy ever has, in the place of (B, T, V)."""
+    model, tokens = config.model, config.train.micro_batch_size * seq_len(config)
+    scores = model.vocab_size * min(DEFAULT_CHUNK_TOKENS, tokens)
+    if config.train.precision == "fp32":
+        return float(FP32_BYTES * scores)
+    return float((FP32_BYTES + BF16_BYTES) * scores + BF16_BYTES * model.vocab_size * model.n_embd)
+
+
+def host_memory(
+    config: RunConfig, layout: FlatLayout, *, world_size: int, gpus_per_node: int, shard_optimizer: bool
+) -> dict[str, float]:
+    """Bytes by part of a node's own memory: two slots of the state, one of them being written (`snapshot_slots`); with
+    ZeRO-1, where no other node has the same, as many of another node's shares (`snapshot_choice`); and on rank 0's node
+    a checkpoint that is being stored and one that waits (`checkpoint_writer`)."""
+    state = STATE_BYTES * layout.size
+    share = min(world_size, gpus_per_node) / world_size if shard_optimizer else 1.0
+    is_copied = shard_optimizer and world_size > gpus_per_node
+    return {
+        "snapshots": NUM_SLOTS * state * share,
+        "copies_of_another_node": NUM_SLOTS * state * share * is_copied,
+        "checkpoints": 2.0 * state,
+    }
+
+
+def _received_bytes(layout: FlatLayout, *, world_size: int, num_lanes: int) -> float:
+    """Sums that come from other ranks: of one bucket, this rank's part of each."""
+    if world_size == 1:
+        return 0.0
+    subtrees = num_subtrees_of_rank(num_lanes, world_size=world_size)
+    part = -(-max(map(len, layout.buckets)) // BLOCK // world_size) * BLOCK
+    return float(FP32_BYTES * part * (sum(subtrees) - min(subtrees)))

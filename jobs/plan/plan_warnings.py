@@ -1,0 +1,179 @@
+"""Where the inputs of a plan disagree with each other, or with what raymill can do: a sentence each."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from cluster.settings.plan import PlanConfig
+from cluster.settings.run import RunConfig, batch_schedule, seq_len, warmup_tokens
+
+_TOLERANCE = 0.02
+"""By which two figures may differ and still be meant as the same."""
+
+_BUSY = 0.2
+"""Share of the CPUs' time that others may have before it is worth a warning."""
+
+_ASK_FOR_GPUS = {"gpu", "count", "mfu", "sustained_tflops"}
+"""Options by which somebody plans for GPUs, whatever the run itself is set to use."""
+
+FULL_MEMORY = 0.9
+"""Share of a GPU's memory that a plan may fill: allocator and libraries take the rest."""
+
+
+def warnings(config: RunConfig, options: PlanConfig, plan: dict[str, Any]) -> list[str]:
+    """The gravest first; empty where all agrees."""
+    if not config.scaling.use_gpu and not _ASK_FOR_GPUS & options.model_fields_set:
+        found = [_memory(config, options, plan), _on_cpus(config, options), _schedule(config)]
+        found.append(_sizes(config, options, plan))
+    else:
+        found = [_memory(config, options, plan), _batch(config, plan), _precision(config, options), _exchange(plan)]
+        found += [_schedule(config), _sizes(config, options, plan), _keeping(config, plan)]
+    return [text for part in found for text in part]
+
+
+def other_work(calibration: dict[str, Any]) -> Iterator[str]:
+    """Of a rehearsal on a machine that was not its own."""
+    if (busy := calibration["busy_before"]) > _BUSY:
+        yield (
+            f"Other programs kept {busy:.0%} of this machine's CPUs busy when the rehearsal began: its figures are for "
+            "a machine that shares its time like this."
+        )
+
+
+def _memory(config: RunConfig, options: PlanConfig, plan: dict[str, Any]) -> Iterator[str]:
+    needed, has = plan["memory_bytes"]["total"], options.hardware.memory_bytes
+    if needed > FULL_MEMORY * has:
+        sharded = plan["memory_bytes_sharded"]["total"]
+        way_out = (
+            f"--train.shard-optimizer true makes it {sharded / 1e9:,.1f} GB"
+            if sharded <= FULL_MEMORY * has and not config.train.shard_optimizer
+            else f"the largest preset that does in bf16 is {plan['largest_preset']}. What follows is arithmetic"
+        )
+        yield (
+            f"The model does not fit one GPU: a worker needs {needed / 1e9:,.1f} GB, and the {options.gpu} has "
+            f"{has / 1e9:,.0f} GB, a tenth of it for allocator and libraries. raymill trains models that fit one GPU; "
+            f"{way_out}."
+        )
+
+
+def _on_cpus(config: RunConfig, options: PlanConfig) -> Iterator[str]:
+    yield (
+        f"The run computes on {config.scaling.max_workers} workers' CPUs (scaling.use_gpu is false), of which nothing "
+        "is known here: --calibrate measures this machine. Times and cost below are what GPUs would take "
+        f"({options.gpu}; --gpu and --count choose others)."
+    )
+
+
+def _batch(config: RunConfig, plan: dict[str, Any]) -> Iterator[str]:
+    lanes, count = batch_schedule(config).num_lanes(1), plan["count"]
+    if count > lanes:
+        yield (
+            f"{count:,} GPUs for {lanes:,} lanes: train.global_batch_size {config.train.global_batch_size:,} / "
+            f"train.micro_batch_size {config.train.micro_batch_size} gives only {lanes:,} of them work, and the days "
+            f"below are those of {count:,} busy ones. So many need a batch of at least "
+            f"{count * config.train.micro_batch_size:,} sequences."
+        )
+    elif lanes % count:
+        busy = lanes / count / -(-lanes // count)
+        yield (
+            f"{lanes:,} lanes do not divide among {count:,} GPUs: some compute {-(-lanes // count)} a step, others "
+            f"{lanes // count} and wait: {1 - busy:.0%} of the GPUs' time is lost, which is not in the days below."
+        )
+
+
+def _precision(config: RunConfig, options: PlanConfig) -> Iterator[str]:
+    if config.train.precision == "fp32" and options.sustained_tflops is None:
+        has_bf16 = options.hardware.fast_precision == "bf16"
+        yield (
+            f"train.precision is fp32, and the MFU is a share of the peak of {'bf16' if has_bf16 else 'fp16'}, "
+            f"{options.hardware.peak_flops_per_s / 1e12:,.0f} TFLOP/s: {'set --train.precision bf16, or ' * has_bf16}"
+            "say with --sustained-tflops what fp32 sustains."
+        )
+    if options.recompute and options.sustained_tflops is None:
+        yield (
+            "--recompute changes no days beside --mfu, which does not count operations that are done again; it does "
+            "beside --sustained-tflops."
+        )
+
+
+def _exchange(plan: dict[str, Any]) -> Iterator[str]:
+    exchange_s, step_s = plan["exchange"]["seconds_per_step"], plan["step_s"]
+    if exchange_s > step_s:
+        yield (
+            f"The exchange of gradients takes {exchange_s:,.3g} s, and a step only {step_s:,.3g} s: the assumed "
+            f"{plan['flops_per_s_per_gpu'] / 1e12:,.0f} TFLOP/s cannot be sustained. A larger "
+            "train.global_batch_size, fewer GPUs or a faster network helps."
+        )
+
+
+def _schedule(config: RunConfig) -> Iterator[str]:
+    train = config.train
+    horizon = train.decay_tokens or train.max_tokens
+    if (warmup := warmup_tokens(config)) >= train.max_tokens:
+        yield (
+            f"The warm-up of {warmup:,} tokens is as long as the run of {train.max_tokens:,}: the learning rate never "
+            "reaches its peak."
+        )
+    if horizon > train.max_tokens:
+        yield (
+            f"The learning rate falls until {horizon:,} tokens (train.decay_tokens), and the run ends at "
+            f"{train.max_tokens:,}: it never reaches its least."
+        )
+    elif horizon < train.max_tokens:
+        yield (
+            f"The learning rate is at its least from {horizon:,} tokens on (train.decay_tokens), for the last "
+            f"{1 - horizon / train.max_tokens:.0%} of the run."
+        )
+    if seq_len(config) < config.model.n_positions:
+        yield (
+            f"train.seq_len {seq_len(config):,} is less than model.n_positions {config.model.n_positions:,}: later "
+            "positions are never trained, and a served model accepts them all the same."
+        )
+
+
+def _sizes(config: RunConfig, options: PlanConfig, plan: dict[str, Any]) -> Iterator[str]:
+    if options.steps is not None and _differ(options.steps, plan["steps"]):
+        step_tokens = plan["step_tokens"]
+        yield (
+            f"{options.steps:,} steps of {step_tokens:,} tokens are {options.steps * step_tokens:,} tokens, and "
+            f"train.max_tokens is {config.train.max_tokens:,}, which takes {plan['steps']:,} steps. The run keeps to "
+            "train.max_tokens."
+        )
+    expected = options.gpu_days
+    if expected is not None and _differ(expected, plan["gpu_days"]):
+        if not _differ(expected, plan["petaflop_s_days"]):
+            yield (
+                f"{expected:,.4g} are the petaflop/s-days of this run, a measure of work, and not GPU-days: a "
+                f"{options.gpu} sustains {plan['flops_per_s_per_gpu'] / 1e15:.3g} petaflop/s here, which makes them "
+                f"{plan['gpu_days']:,.4g} GPU-days."
+            )
+        else:
+            yield f"You expect {expected:,.4g} GPU-days; the plan has {plan['gpu_days']:,.4g}."
+    workers = config.scaling.max_workers
+    if options.count is not None and workers not in (options.count, 2):  # 2 is the default, nobody's wish
+        yield (
+            f"--count is {options.count:,} and scaling.max_workers {workers:,}: the plan has other GPUs than the run "
+            "would have workers."
+        )
+
+
+def _keeping(config: RunConfig, plan: dict[str, Any]) -> Iterator[str]:
+    checkpoint, step_s = plan["checkpoint"], plan["step_s"]
+    host = plan["host_memory_bytes"]
+    snapshots = host["snapshots"] + host["copies_of_another_node"]
+    if 0 < config.checkpoint.snapshot_bytes < snapshots:
+        yield (
+            f"Snapshots need {snapshots / 1e9:,.1f} GB of each node's memory and checkpoint.snapshot_bytes allows "
+            f"{config.checkpoint.snapshot_bytes / 1e9:,.1f} GB: without them a failure costs all steps since the last "
+            "checkpoint."
+        )
+    between_s = config.checkpoint.save_every_steps * step_s
+    if between_s < checkpoint["store_s"]:
+        yield (
+            f"Checkpoints come every {between_s:,.3g} s, {config.checkpoint.save_every_steps:,} steps, and storing one "
+            f"takes {checkpoint['store_s']:,.3g} s: those that come meanwhile are passed over "
+            "(checkpoint.save_every_steps)."
+        )
+
+
+def _differ(a: float, b: float) -> bool:
+    return abs(a - b) > _TOLERANCE * max(a, b)

@@ -1,0 +1,283 @@
+"""The parts of training at 8 to 4,096 GPUs, by the bytes that the code moves and the speeds of a plan.
+
+The global batch stays the same, as in raymill a run's does, so that more GPUs have fewer lanes each. W workers of one
+GPU, g of them on a node.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from cluster.settings.plan import PlanConfig
+from cluster.settings.run import RunConfig, batch_schedule, seq_len
+from jobs.exact.flat_layout import FlatLayout
+from jobs.plan.formulas import (
+    FP32_BYTES,
+    STATE_BYTES,
+    checkpoint_interval_s,
+    exchange,
+    mean_time_between_failures_s,
+)
+from jobs.plan.memory import layout_of
+from jobs.plan.table import size
+from jobs.run.history import duration
+from jobs.snapshots.choice import interval
+from jobs.tokens.token_store import token_dtype
+from model.config import flops_per_token
+
+WORLD_SIZES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+COPY_BYTES_PER_S = 10e9
+"""Of a snapshot into shared memory with its checksum, one thread: an assumption."""
+
+HEALTH_CHECK_S = 0.2
+"""Between two looks of Ray Train's controller at each worker (`pretrain`)."""
+
+CALLS_PER_S = 5_000.0
+"""Answers of actors that one Ray process takes in: an assumption, of the order of Ray's own microbenchmarks."""
+
+SLOW_SHARE = 0.1
+"""Of a step: from here on a part counts as saturated."""
+
+_BACKWARD_SHARE = 2 / 3  # of a lane's time
+_SIMULATED_S = 90 * 86_400.0
+
+
+@dataclass(frozen=True)
+class Scale:
+    """One world size; seconds of a step where nothing else is said."""
+
+    num_gpus: int
+    lanes_per_gpu: float
+    compute_s: float
+    exchange_s: float  # bytes and messages, hidden or not
+    exposed_s: float  # of it, what backward of the last lane does not hide
+    messages: int
+    step_s: float
+    snapshot_s: float  # of one snapshot
+    snapshot_every: int  # steps
+    checkpoint_wait_s: float  # that all wait for one
+    checkpoint_store_s: float
+    checkpoint_every_s: float  # the best interval, by failures, or what storing allows
+    mtbf_s: float
+    read_bytes_per_s: float  # of token ids, by all
+    text_bytes_per_s: float  # that tokenizing beside it has to bring
+    health_calls_per_s: float
+    goodput: float  # with snapshots, going on without the lost node until it is replaced
+    goodput_elastic: float  # with checkpoints alone, going on like this
+    goodput_waiting: float  # with checkpoints alone, waiting for the replacement
+
+    @property
+    def efficiency(self) -> float:
+        """Share of a step that is computing."""
+        return self.compute_s / self.step_s
+
+
+def scales(config: RunConfig, options: PlanConfig) -> list[Scale]:
+    """Of each world size that the batch has a lane for."""
+    layout = layout_of(config.model)
+    return [_scale(config, options, layout, size) for size in WORLD_SIZES if size <= batch_schedule(config).full_lanes]
+
+
+def _scale(config: RunConfig, options: PlanConfig, layout: FlatLayout, size: int) -> Scale:
+    gpu, lanes, sharded = options.hardware, batch_schedule(config).full_lanes, config.train.shard_optimizer
+    step_tokens = lanes * batch_schedule(config).lane_tokens
+    rate = options.mfu * gpu.peak_flops_per_s
+    most_lanes = math.ceil(lanes / size)
+    lane_s = flops_per_token(config.model, seq_len(config)) * batch_schedule(config).lane_tokens / rate
+    moved = exchange(
+        layout.size,
+        world_size=size,
+        num_lanes=lanes,
+        num_buckets=len(layout.buckets),
+        gpus_per_node=options.gpus_per_node,
+        link_bytes_per_s=gpu.link_bytes_per_s,
+        network_bytes_per_s=options.network_bytes_per_s,
+    )
+    # With ZeRO-1 the second half of the bytes, the weights, goes round after the update, beside nothing.
+    hidden_s = min(_BACKWARD_SHARE * lane_s, moved.seconds / (2 if sharded else 1))
+    compute_s, exposed_s = most_lanes * lane_s, moved.seconds - hidden_s
+    step_s = compute_s + exposed_s
+
+    state = STATE_BYTES * layout.size
+    written = state / size if sharded else state  # by one rank
+    snapshot_s = written / gpu.host_bytes_per_s + written / COPY_BYTES_PER_S
+    gathered_s = 2 * FP32_BYTES * layout.size * (size - 1) / size / options.network_bytes_per_s if sharded else 0.0
+    wait_s = gathered_s + state / gpu.host_bytes_per_s
+    mtbf_s = mean_time_between_failures_s(options.mtbf_gpu_hours, size)
+    store_s = state / options.storage_bytes_per_s
+    checkpoint_every_s = max(checkpoint_interval_s(wait_s, mtbf_s), store_s)
+    snapshot_every = interval(copy_s=snapshot_s, step_s=step_s)
+    failures = {"mtbf_s": mtbf_s, "restart_s": options.restart_s, "replace_s": options.replace_s, "seed": options.seed}
+    absent = min(1.0, options.gpus_per_node / size)
+    kept_every_s = snapshot_every * step_s
+    return Scale(
+        num_gpus=size,
+        lanes_per_gpu=lanes / size,
+        compute_s=compute_s,
+        exchange_s=moved.seconds,
+        exposed_s=exposed_s,
+        messages=moved.num_messages,
+        step_s=step_s,
+        snapshot_s=snapshot_s,
+        snapshot_every=snapshot_every,
+        checkpoint_wait_s=wait_s,
+        checkpoint_store_s=store_s,
+        checkpoint_every_s=checkpoint_every_s,
+        mtbf_s=mtbf_s,
+        read_bytes_per_s=token_dtype(config.model.vocab_size).itemsize * step_tokens / step_s,
+        text_bytes_per_s=options.text_bytes_per_token * step_tokens / step_s,
+        health_calls_per_s=size / HEALTH_CHECK_S,
+        goodput=simulated_goodput(interval_s=kept_every_s, cost_s=snapshot_s, absent=absent, **failures),
+        goodput_elastic=simulated_goodput(interval_s=checkpoint_every_s, cost_s=wait_s, absent=absent, **failures),
+        goodput_waiting=simulated_goodput(interval_s=checkpoint_every_s, cost_s=wait_s, absent=1.0, **failures),
+    )
+
+
+def simulated_goodput(
+    *, interval_s: float, cost_s: float, restart_s: float, mtbf_s: float, replace_s: float, absent: float, seed: float
+) -> float:
+    """Share of 90 days that goes into steps that count, with failures drawn one after another.
+
+    A state is kept after each interval, for a cost; a failure takes back what came after the last one, a restart, and
+    for as long as a node is replaced the share `absent` of the throughput, which is 1 where training waits for it.
+    """
+    rng = np.random.default_rng(int(seed))
+    wall_s = useful_s = 0.0
+    while wall_s < _SIMULATED_S:
+        up_s = float(rng.exponential(mtbf_s))
+        useful_s += up_s // (interval_s + cost_s) * interval_s
+        down_s = restart_s + absent * replace_s
+        # Another failure during the restart begins it anew.
+        while (until_next_s := float(rng.exponential(mtbf_s))) < down_s:
+            wall_s += until_next_s
+            if wall_s > _SIMULATED_S:
+                break
+        wall_s += up_s + down_s
+    return useful_s / wall_s
+
+
+@dataclass(frozen=True)
+class Limit:
+    """From how many GPUs on a part is what bounds a run, or None; and what helps then."""
+
+    part: str
+    num_gpus: int | None
+    sign: str
+    then: str
+
+
+def limits(rows: list[Scale]) -> list[Limit]:
+    """Where each part saturates first."""
+    found = {
+        "reduction": [row for row in rows if row.exposed_s > SLOW_SHARE * row.step_s],
+        "messages": [row for row in rows if row.messages * 5e-6 > SLOW_SHARE * row.step_s],
+        "snapshots": [row for row in rows if row.snapshot_every * row.step_s > SLOW_SHARE * row.mtbf_s],
+        "checkpoints": [row for row in rows if row.checkpoint_store_s >= row.checkpoint_every_s],
+        "control": [row for row in rows if row.health_calls_per_s > CALLS_PER_S],
+        "data": [row for row in rows if row.read_bytes_per_s / row.num_gpus > 100e6],
+    }
+    return [Limit(part, found[part][0].num_gpus if found[part] else None, sign, then) for part, sign, then in _LIMITS]
+
+
+_LIMITS = (
+    (
+        "reduction",
+        f"its exposed part is over {SLOW_SHARE:.0%} of a step",
+        "a larger global batch, so that a GPU has more lanes to one exchange; or fewer GPUs, as the run is elastic",
+    ),
+    (
+        "messages",
+        f"at 5 µs each they take over {SLOW_SHARE:.0%} of a step",
+        "a reduction in two levels, within a node and then between nodes, whose tree is as canonical (not built)",
+    ),
+    (
+        "snapshots",
+        f"they come further apart than {SLOW_SHARE:.0%} of the time between failures",
+        "ZeRO-1, with which every GPU writes its share alone",
+    ),
+    (
+        "checkpoints",
+        "storing one takes longer than the best interval",
+        "faster storage (--storage-bytes-per-s); a checkpoint is written by rank 0 alone (shards are not built)",
+    ),
+    (
+        "control",
+        f"Ray Train's controller gets over {CALLS_PER_S:,.0f} answers a second, one from each worker every "
+        f"{HEALTH_CHECK_S} s",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S raised: a lost worker is seen later by as much",
+    ),
+    (
+        "data",
+        "a GPU reads over 100 MB/s of token ids",
+        "nothing: it does not come to that",
+    ),
+)
+
+
+def simulate(config: RunConfig, options: PlanConfig) -> dict[str, Any]:
+    """`scales` and `limits`, as values."""
+    rows = scales(config, options)
+    return {
+        "scales": [asdict(row) | {"efficiency": row.efficiency} for row in rows],
+        "limits": [asdict(limit) for limit in limits(rows)],
+    }
+
+
+_COLUMNS = (
+    ("GPUs", lambda row: f"{row['num_gpus']:,}"),
+    ("lanes each", lambda row: f"{row['lanes_per_gpu']:g}"),
+    ("computing", lambda row: seconds(row["compute_s"])),
+    ("exchange", lambda row: seconds(row["exchange_s"])),
+    ("not hidden", lambda row: seconds(row["exposed_s"])),
+    ("step", lambda row: seconds(row["step_s"])),
+    ("efficiency", lambda row: f"{row['efficiency']:.0%}"),
+)
+_STATE_COLUMNS = (
+    ("GPUs", lambda row: f"{row['num_gpus']:,}"),
+    ("failure every", lambda row: f"{row['mtbf_s'] / 3600:,.4g} h"),
+    ("snapshot", lambda row: seconds(row["snapshot_s"])),
+    ("every", lambda row: f"{row['snapshot_every']} steps"),
+    ("checkpoint waits", lambda row: seconds(row["checkpoint_wait_s"])),
+    ("stored in", lambda row: seconds(row["checkpoint_store_s"])),
+    ("every", lambda row: duration(row["checkpoint_every_s"])),
+    ("goodput", lambda row: f"{row['goodput']:.2%}"),
+    ("without snapshots", lambda row: f"{row['goodput_elastic']:.2%}"),
+    ("and waiting", lambda row: f"{row['goodput_waiting']:.2%}"),
+)
+_DATA_COLUMNS = (
+    ("GPUs", lambda row: f"{row['num_gpus']:,}"),
+    ("token ids read", lambda row: size(row["read_bytes_per_s"], "/s")),
+    ("text for tokenizing", lambda row: size(row["text_bytes_per_s"], "/s")),
+    ("health answers", lambda row: f"{row['health_calls_per_s']:,.0f}/s"),
+    ("messages a step", lambda row: f"{row['messages']:,}"),
+)
+
+
+def scale_table(found: Mapping[str, Any]) -> str:
+    """Three tables over the numbers of GPUs, and where each part saturates."""
+    parts = [
+        _table([name for name, _ in columns], [[of(row) for _, of in columns] for row in found["scales"]])
+        for columns in (_COLUMNS, _STATE_COLUMNS, _DATA_COLUMNS)
+    ]
+    limits = [
+        [limit["part"], f"{num:,} GPUs" if (num := limit["num_gpus"]) else "not here", limit["sign"], limit["then"]]
+        for limit in found["limits"]
+    ]
+    return "\n\n".join([*parts, _table(["part", "saturates at", "when", "what then"], limits)])
+
+
+def seconds(value: float) -> str:
+    """Such as `12 ms`."""
+    return f"{value:,.3g} s" if value >= 1 else f"{1000 * value:,.3g} ms"
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[column]) for row in [heads, *rows]) for column in range(len(heads))]
+    lines = [heads, ["-" * width for width in widths], *rows]
+    return "\n".join(
+        f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))} |" for line in lines
+    )

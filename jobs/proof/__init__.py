@@ -1,0 +1,1 @@
+"""Verify, replay and compare runs by their hashes."""

@@ -1,0 +1,104 @@
+"""Compares two runs by their ledgers: the first step where they part, and in which fields."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.settings.run import RunConfig
+from cluster.storage.uris import Storage
+from jobs.run.find_run import data_identity
+from jobs.run.history import recorded_config, training_differences
+from jobs.run.ledger import Ledger, Line
+
+FIELDS = ("samples", "tokens_seen", "lr", "skipped", "loss", "grad_norm", "parameter_hash")
+"""What a step's bits are, in the order in which one decides the next. Time, world size and attempt may differ."""
+
+_MEASURING = {
+    f"train.{name}"
+    for name in (
+        *("eval_every_steps", "eval_max_tokens", "sample_prompts", "sample_tokens"),
+        *("timing", "layer_statistics_every_steps", "hash_every_steps", "while_tokenizing", "shard_optimizer"),
+    )
+}
+"""Settings of training that decide no bit of it."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first step where two runs part: (a, b) by field."""
+
+    step: int
+    fields: dict[str, tuple[Any, Any]]
+
+    def __str__(self) -> str:
+        return f"step {self.step}: {_listed(self.fields)}"
+
+
+def step_values(ledger: Ledger) -> dict[int, Line]:
+    """By step what is compared, of the line that counts; the parameter hash also from checkpoints."""
+    values: dict[int, Line] = {}
+    for line in ledger.lines:
+        event = line.get("event")
+        if event in (None, "skip"):
+            known = {name: line[name] for name in FIELDS if name in line}
+            values[line["step"]] = known | {"skipped": event == "skip"}
+        elif event == "checkpoint" and line["step"] in values:
+            values[line["step"]]["parameter_hash"] = line["parameter_hash"]
+        elif event == "rollback":
+            values = {step: value for step, value in values.items() if not line["first"] <= step <= line["last"]}
+    return dict(sorted(values.items()))
+
+
+def first_difference(a: dict[int, Line], b: dict[int, Line], *, steps: Sequence[int]) -> Difference | None:
+    """The first of the steps, all of which `a` has, that `b` lacks or where a field that both have differs."""
+    for step in steps:
+        if step not in b:
+            return Difference(step, {"step": (step, None)})
+        fields = {
+            name: (a[step][name], b[step][name])
+            for name in FIELDS
+            if name in a[step] and name in b[step] and a[step][name] != b[step][name]
+        }
+        if fields:
+            return Difference(step, fields)
+    return None
+
+
+def setting_differences(a: RunConfig, b: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """(a, b) of each setting that decides a run's bits and differs, by its name."""
+    return {name: pair for name, pair in training_differences(a, b).items() if name not in _MEASURING}
+
+
+def diff(run_a: Storage, run_b: Storage) -> dict[str, Any]:
+    """`equal`, `steps` that were compared, and where the runs part and why."""
+    ledgers = Ledger.read(run_a), Ledger.read(run_b)
+    a, b = (step_values(ledger) for ledger in ledgers)
+    steps = sorted(a.keys() & b.keys())
+    parted = first_difference(a, b, steps=steps)
+    settings = setting_differences(recorded_config(run_a), recorded_config(run_b))
+    data_a, data_b = (data_identity(ledger) for ledger in ledgers)
+    if data_a != data_b:
+        settings["data"] = (data_a, data_b)
+    if not steps:
+        verdict = "the runs have no step in common"
+    else:
+        verdict = f"the runs part at {parted}" if parted else f"equal for {len(steps)} steps"
+    if settings:
+        verdict += f"; settings that differ: {_listed(settings)}"
+    return {
+        "verdict": verdict,
+        "equal": parted is None and bool(steps),
+        "equal_steps": steps.index(parted.step) if parted else len(steps),
+        "step": parted.step if parted else None,
+        "fields": parted.fields if parted else {},
+        "settings": settings,
+    }
+
+
+def _listed(pairs: dict[str, tuple[Any, Any]]) -> str:
+    return ", ".join(f"{name} {_shown(a)} against {_shown(b)}" for name, (a, b) in pairs.items())
+
+
+def _shown(value: Any) -> str:
+    text = str(value)
+    return f"{text[:12]}…" if len(text) > 32 else text

@@ -1,0 +1,156 @@
+"""Takes steps of a run again, on any number of workers, and compares their bits with the ledger."""
+
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from cluster.output.progress import say
+from cluster.settings.code_folders import code_version
+from cluster.settings.parser import ConfigError
+from cluster.settings.run import batch_schedule, to_yaml
+from cluster.storage.uris import Storage
+from jobs.proof.diff_runs import first_difference, step_values
+from jobs.run.checkpoints import RunCheckpoints, step_of
+from jobs.run.find_run import data_identity, find_tokens
+from jobs.run.history import CONFIG_FILE, recorded_config
+from jobs.run.ledger import LEDGER, Ledger
+from jobs.run.run_plan import RunPlan
+from jobs.tokens.token_store import TOKENIZER
+from jobs.training.guards import GuardState
+from jobs.training.train_loop import train
+from model.checkpoint import verify_checkpoint
+from model.errors import UserError
+
+_POLL_S = 0.2
+
+
+class ReplayError(UserError):
+    """Steps that cannot be taken again."""
+
+
+def replay(run: Storage, *, steps: range, num_workers: int = 1) -> dict[str, Any]:
+    """Trains with the run's recorded settings, in a scratch folder, from its nearest checkpoint before the steps.
+
+    Raises `ReplayError` for steps that the ledger does not have, `TokenStoreError` where the data is gone.
+    """
+    config, ledger = recorded_config(run), Ledger.read(run)
+    recorded = step_values(ledger)
+    compared = [step for step in steps if step in recorded]  # a rollback may have left some out
+    if steps[0] not in recorded or steps[-1] not in recorded:
+        raise ReplayError(
+            f"steps {steps[0]}..{steps[-1]} are not in the ledger of {run.uri}, which has "
+            f"{min(recorded, default=0)}..{max(recorded, default=0)}"
+        )
+    num_lanes = batch_schedule(config).num_lanes(1)  # no later step has fewer
+    if not 1 <= num_workers <= num_lanes:
+        raise ConfigError(f"--workers {num_workers}: the run has {num_lanes} lanes, one for each worker at least")
+    tokens = find_tokens(run, data_identity(ledger))
+    with tempfile.TemporaryDirectory(prefix="raymill-replay-") as folder:
+        plan = RunPlan(
+            config=config.model_copy(update={"storage": config.storage.model_copy(update={"uri": folder})}),
+            tokens_uri=tokens.uri,
+            tokenizer_json=tokens.read_bytes(TOKENIZER),
+            code_version=code_version(),
+            pinned=frozenset(),
+            until=steps[-1],
+        )
+        start = _lay_out(run, ledger, plan, before=steps[0])
+        say(f"taking steps {step_of(start) + 1 if start else 1} to {steps[-1]} again, {num_workers} workers")
+        _train(plan, num_workers=num_workers, folder=Path(folder))
+        replayed = step_values(Ledger.read(plan.run))
+    parted = first_difference(recorded, replayed, steps=compared)
+    is_same_code = all(event.get("code_version") == plan.code_version for event in ledger.events("start"))
+    return {
+        "verdict": (f"bits part at {parted}" if parted else f"bits equal for steps {steps[0]}..{steps[-1]}")
+        + ("" if is_same_code or not parted else "; the code is another one than the run's"),
+        "equal": parted is None,
+        "step": parted.step if parted else None,
+        "fields": parted.fields if parted else {},
+        "from_checkpoint": start,
+        "workers": num_workers,
+        "hashes": sum("parameter_hash" in recorded[step] and "parameter_hash" in replayed[step] for step in compared),
+        "same_code": is_same_code,
+    }
+
+
+def _lay_out(run: Storage, ledger: Ledger, plan: RunPlan, *, before: int) -> str | None:
+    """Makes the scratch run look as if the run had been killed after its newest valid checkpoint before the step.
+
+    Returns the checkpoint's name, None for a start from scratch.
+    """
+    plan.run.write_bytes(CONFIG_FILE, to_yaml(plan.config).encode())
+    checkpoints = RunCheckpoints(run)
+    place = plan.run.local_path("checkpoints")
+    assert place is not None
+    left_out = GuardState(rollbacks=tuple((event["first"], event["last"]) for event in ledger.events("rollback")))
+    names = [name for name in checkpoints.names if step_of(name) < before and not left_out.leaves_out(step_of(name))]
+    for name in reversed(names):
+        with tempfile.TemporaryDirectory(prefix="raymill-fetch-") as scratch:
+            folder = checkpoints.fetch(name, Path(scratch))
+            if problems := verify_checkpoint(folder):
+                say(f"checkpoint {name} is skipped: {'; '.join(problems)}")
+                continue
+            shutil.copytree(folder, place / name)
+        ends = [number for number, line in enumerate(ledger.lines) if _is_step(line, step_of(name))]  # a skip too
+        before_lines = ledger.lines[: ends[-1] + 1] if ends else []
+        plan.run.write_bytes(LEDGER, "".join(json.dumps(line) + "\n" for line in before_lines).encode())
+        return name
+    return None
+
+
+def _is_step(line: dict[str, Any], step: int) -> bool:
+    return line.get("event") in (None, "skip") and line["step"] == step
+
+
+def _train(plan: RunPlan, *, num_workers: int, folder: Path) -> None:
+    if num_workers == 1 and plan.config.train.exact:
+        train(plan, rank=0, world_size=1)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    workers = [
+        spawn.Process(target=_train_rank, args=(plan, rank, num_workers, f"file://{folder}/meeting"))
+        for rank in range(num_workers)
+    ]
+    for worker in workers:
+        worker.start()
+    waiting = list(workers)
+    while waiting:
+        waiting[0].join(_POLL_S)
+        waiting = [worker for worker in waiting if worker.is_alive()]
+        if any(worker.exitcode for worker in workers):
+            for worker in waiting:  # whose peer will not answer any more
+                worker.kill()
+            raise ReplayError("a worker of the replay failed; its message is above")
+
+
+def _train_rank(plan: RunPlan, rank: int, world_size: int, meeting: str) -> None:
+    if plan.config.scaling.use_gpu:
+        torch.cuda.set_device(rank)
+    backend = "nccl" if plan.config.scaling.use_gpu else "gloo"
+    dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=world_size)
+    train(plan, rank=rank, world_size=world_size)
+    dist.destroy_process_group()
+    # All is written. An interpreter that ends may abort on a thread of gloo's or of ours that has not ended yet.
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def parse_steps(text: str, ledger: Ledger) -> range:
+    """`A..B`, `A..`, `..B` or `A`, both ends included. Raises `ConfigError`."""
+    match = re.fullmatch(r"(\d*)(\.\.)?(\d*)", text)
+    if not text or match is None or not ledger.steps:
+        raise ConfigError(f"--steps {text}: expected A..B, and a run with a completed step")
+    first = int(match[1] or ledger.steps[0]["step"])
+    last = int(match[3] or (ledger.steps[-1]["step"] if match[2] else first))
+    if not 1 <= first <= last:
+        raise ConfigError(f"--steps {text}: expected A..B with 1 <= A <= B")
+    return range(first, last + 1)

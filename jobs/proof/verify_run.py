@@ -1,0 +1,74 @@
+"""Recomputes the hashes of a run's checkpoints and of its data, and names what is not as it was recorded."""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from cluster.output.progress import say
+from cluster.storage.uris import Storage
+from jobs.run.checkpoints import RunCheckpoints
+from jobs.run.find_run import data_identity, find_tokens
+from jobs.run.ledger import Ledger, Line
+from jobs.tokens import inspect_store
+from jobs.tokens.token_store import TokenStoreError
+from model.checkpoint import Metadata, parameter_hash, read_metadata, verify_checkpoint
+
+
+def verify(run: Storage) -> dict[str, Any]:
+    """`valid`, and `problems`, each with the name of its file. Reads every byte of checkpoints and shards."""
+    ledger, checkpoints = Ledger.read(run), RunCheckpoints(run)
+    saved = {event["checkpoint"].rpartition("/")[2]: event for event in ledger.events("checkpoint")}
+    names, problems, metadata = checkpoints.names, [], []
+    newest = max(saved, default=None)
+    if newest is not None and newest not in names:
+        problems.append(f"{newest}: the ledger's newest checkpoint is missing or incomplete")
+    for number, name in enumerate(names, start=1):
+        say(f"checkpoint {number} of {len(names)}: {name}")
+        with tempfile.TemporaryDirectory(prefix="raymill-verify-") as scratch:
+            folder = checkpoints.fetch(name, Path(scratch))
+            found = list(checkpoint_problems(folder, saved.get(name)))
+            problems += [f"{name}: {problem}" for problem in found]
+            if not found:
+                metadata.append(read_metadata(folder))
+    shards = 0
+    try:
+        shards = _verified_shards(run, ledger, metadata)
+    except TokenStoreError as error:
+        problems.append(str(error))
+    verdict = f"{len(names)} checkpoints and {shards} shards are as recorded"
+    return {
+        "verdict": f"{len(problems)} problems: {'; '.join(problems)}" if problems else verdict,
+        "valid": not problems,
+        "problems": problems,
+        "checkpoints": len(names),
+        "shards": shards,
+    }
+
+
+def checkpoint_problems(folder: Path, event: Line | None) -> Iterator[str]:
+    """What is wrong with a checkpoint: files against its manifest, and the parameters' hash against what it records
+    and against the ledger's event."""
+    if altered := verify_checkpoint(folder):
+        yield from altered
+        return
+    found, recorded = parameter_hash(load_file(folder / "model.safetensors")), read_metadata(folder).parameter_hash
+    if found != recorded:
+        yield f"its parameters' hash is {found[:12]}…, raymill.json says {str(recorded)[:12]}…"
+    if event is not None and found != event["parameter_hash"]:
+        yield f"its parameters' hash is {found[:12]}…, the ledger says {event['parameter_hash'][:12]}…"
+
+
+def _verified_shards(run: Storage, ledger: Ledger, checkpoints: list[Metadata]) -> int:
+    """The number of shards. Raises `TokenStoreError` for those that are not what the run was trained on."""
+    store = find_tokens(run, data_identity(ledger))
+    result = inspect_store.verify(store)
+    for metadata in checkpoints:
+        if metadata.data_manifest_hash not in (None, result["manifest_hash"]):
+            raise TokenStoreError(
+                f"{store.uri}: its manifest's hash is {result['manifest_hash'][:12]}…, the checkpoint of step "
+                f"{metadata.step} was trained with {str(metadata.data_manifest_hash)[:12]}…"
+            )
+    return int(result["shards"])

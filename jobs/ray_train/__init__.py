@@ -1,0 +1,1 @@
+"""The only place with Ray Train's private names."""

@@ -1,0 +1,59 @@
+"""What Ray Train calls in its controller and in its workers: failures are noted, SIGTERM and drains become notices."""
+
+import signal
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+from ray.train import UserCallback
+from ray.train.v2._internal.execution.callback import WorkerCallback
+from ray.train.v2._internal.execution.context import TrainContext, get_train_context
+
+from jobs.run.run_plan import RunPlan
+from jobs.run.storage_retry import patiently
+from jobs.workers.failures import main_cause
+from jobs.workers.incident_notes import note
+from jobs.workers.preemption import Signals
+
+
+class FailureRecorder(UserCallback):
+    """Notes why a worker group failed; called in Ray Train's controller."""
+
+    def __init__(self, plan: RunPlan) -> None:
+        self._plan = plan
+
+    def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, BaseException]) -> None:
+        rank, kind, reason = main_cause({rank: str(error) for rank, error in worker_exceptions.items()})
+        run = self._plan.run  # whose storage may be out of reach, which must not stop the controller
+
+        def write() -> None:
+            patiently(lambda: note(run, "failure", rank=rank, kind=kind, reason=reason), "a failure")
+
+        threading.Thread(target=write, name="failures", daemon=True).start()
+
+
+_num_sigterms = 0
+_context: TrainContext | None = None
+
+
+class SignalListener(WorkerCallback):
+    """Makes SIGTERM a notice in a worker's process, where Ray's own answer is to exit at once.
+
+    Handlers can be set in the main thread only, in which Ray Train calls this. The two names are internal ones of Ray:
+    its public `get_preemption_info` is a barrier of all ranks, which a step need not wait for.
+    """
+
+    def after_init_train_context(self) -> None:
+        global _context  # noqa: PLW0603
+        _context = get_train_context()
+        signal.signal(signal.SIGTERM, _count)
+
+
+def _count(signum: int, frame: Any) -> None:
+    global _num_sigterms  # noqa: PLW0603
+    _num_sigterms += 1
+
+
+def signals() -> Signals:
+    """Of this worker."""
+    return Signals(_num_sigterms, _context.preemption_context.preemption_info if _context else None)

@@ -1,0 +1,134 @@
+"""What Ray Train is told of the worker group: that each worker may be replaced alone, while the others live on.
+
+The workers connect by themselves (`rendezvous`), at the start and after each loss. Ray Train's public way is to start
+the whole group again, which costs every worker its process and all that it has loaded: measured here, two thirds of a
+restart. The names from `_internal` are those of its support for torchft, which works the same way.
+"""
+
+import os
+import sys
+import threading
+import time
+from typing import Any
+
+from ray.train.torch import TorchConfig
+from ray.train.torch.config import _TorchBackend
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.preemption_callback import PreemptionCallback
+from ray.train.v2._internal.execution.callback import ReplicaGroupCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
+from ray.train.v2.torch.torch_trainer import TorchTrainer
+from ray.util import placement_group_table, remove_placement_group
+
+from jobs.ray_train.cluster_view import gone_nodes, renew_view, wait_until_known
+from jobs.ray_train.lending_policy import LendingPolicy
+from jobs.workers.failures import is_lost_node
+
+_NO_PLACE_S = 6.0
+_STUCK_S = 15.0
+_DEATH_KNOWN_S = 20.0
+_POLL_S = 0.5
+_SETTLED_S = 8.0
+
+
+class _Backend(_TorchBackend):
+    has_replica_groups = True
+    share_cuda_visible_devices = False  # a replacement is not told of the others' devices
+
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        """Nothing: workers meet in their own time."""
+
+    def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
+        """Nothing: they part before they return, and one that is lost cannot."""
+
+
+class WorkerBackend(TorchConfig):
+    """In the place of `TorchConfig`."""
+
+    @property
+    def backend_cls(self) -> type[_Backend]:
+        return _Backend
+
+
+class NodeLosses(WorkerGroupCallback):
+    """Has Ray Train plan anew, with the nodes that are there, when a node died or a worker has no place any more."""
+
+    def __init__(self, *, is_elastic: bool) -> None:
+        self._is_elastic = is_elastic
+
+    def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
+        """Ends the whole group with a node: Ray Train fails for good where a worker that it takes for alive, as those
+        of a dying node are for a moment, does not answer while it replaces another one."""
+        errors = worker_group_status.errors
+        if not errors:
+            return
+        workers = self._worker_group.get_workers()
+        gone = gone_nodes({workers[rank].metadata.node_id for rank in errors})
+        if not gone and not any(is_lost_node(error) for error in errors.values()):
+            return
+        wait_until_known(gone, timeout_s=_DEATH_KNOWN_S)
+        renew_view()
+        for status in worker_group_status.worker_statuses.values():
+            status.error = status.error or RuntimeError("Connection closed: the node of another worker has died")
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        """Watches the places: Ray Train waits for that of a replacement as long as it takes, though a smaller group
+        could train."""
+        self._worker_group = worker_group
+        self._ended = threading.Event()
+        if not self._is_elastic:
+            return
+        place = worker_group.get_worker_group_state().placement_group_handle.placement_group
+        threading.Thread(target=_watch, args=(place, self._ended), name="node-losses", daemon=True).start()
+
+    def before_worker_group_shutdown(self, worker_group: Any) -> None:
+        self._ended.set()
+
+    def before_worker_group_abort(self, worker_group_context: Any) -> None:
+        self._ended.set()
+
+
+def _watch(place: Any, ended: threading.Event) -> None:
+    lost_at: float | None = None
+    while not ended.wait(_POLL_S):
+        is_lost = placement_group_table(place)["state"] == "RESCHEDULING"
+        lost_at = (lost_at or time.monotonic()) if is_lost else None
+        if lost_at and time.monotonic() - lost_at > _NO_PLACE_S:
+            remove_placement_group(place)
+            if not ended.wait(_STUCK_S):
+                # Ray forgets a replacement that waits for a place that is taken away: seen once. The launcher starts
+                # another controller.
+                sys.stderr.write("the controller waits for a worker that never comes: it ends, to be replaced\n")
+                os._exit(1)
+            return
+
+
+class Drains(PreemptionCallback, ReplicaGroupCallback):
+    """Ray Train's watch for nodes that are being drained, which it leaves out where workers are replaced alone."""
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        self._worker_group = worker_group
+        super().after_worker_group_start(worker_group)
+
+    def after_replica_group_start(self, replica_group: Any) -> None:
+        """Tells the watch of the new worker, which first needs the processors more than a new watch does."""
+        threading.Timer(_SETTLED_S, lambda: super(Drains, self).after_worker_group_start(self._worker_group)).start()
+
+
+class Trainer(TorchTrainer):
+    """Without Ray Train's own datasets, for which it would start a process with each worker: rows come from shards.
+    An elastic group may lend some of its workers."""
+
+    def __init__(self, *args: Any, run_uri: str, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self._run_uri = run_uri
+
+    def _initialize_and_run_controller(self, **parts: Any) -> Any:
+        stock = parts["scaling_policy"]
+        if isinstance(stock, ElasticScalingPolicy):
+            parts["scaling_policy"] = LendingPolicy(stock.scaling_config, self._run_uri)
+        return super()._initialize_and_run_controller(**parts)
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = super()._create_default_callbacks()
+        return [callback for callback in callbacks if not isinstance(callback, DatasetsCallback)]

@@ -1,0 +1,298 @@
+"""The figures of a run over its steps, as PNG, for light and for dark pages."""
+
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.ticker import FuncFormatter, MaxNLocator, StrMethodFormatter
+
+from jobs.report.theme import Theme, new_figure, png, style
+from jobs.report.why_slow import shares, why_slow
+from jobs.run.history import duration, interruptions, lost_ranges, seconds_by_phase, segments
+from jobs.run.ledger import Ledger
+
+Array = npt.NDArray[np.float64]
+
+_SMOOTHED_SHARE = 1 / 50  # of the steps, averaged into one point
+_LEAST_SMOOTHED_SHARE, _LEAST_SMOOTHED_STEPS = 1 / 6, 7  # in short runs the smaller of these two, or nothing is smooth
+_STRIP_SHARE = 1 / 80  # of the steps, the width at which one measurement can be seen
+
+
+@dataclass(frozen=True)
+class Picture:
+    title: str
+    description: str  # for those who do not see it
+    draw: Callable[[Axes, Ledger, Theme], None]
+    below: Callable[[Axes, Ledger, Theme], None] | None = None  # a strip under it, over the same steps
+    is_over_steps: bool = True
+
+
+def draw(picture: Picture, ledger: Ledger, theme: Theme) -> bytes:
+    """The picture as PNG."""
+    figure = new_figure(theme, height_inches=5.0 if picture.below else 3.8)
+    panels = [(figure.subplots(), picture.draw)]
+    if picture.below:
+        figure.clear()
+        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+        panels = [(upper, picture.draw), (lower, picture.below)]
+    panels[0][0].set_title(picture.title, loc="left", color=theme.text, fontweight="bold")
+    for axes, drawn in panels:
+        style(axes, theme)
+        if picture.is_over_steps:
+            _over_steps(axes, ledger, theme, is_lowest=axes is panels[-1][0])
+        drawn(axes, ledger, theme)
+        if picture.is_over_steps:
+            _mark_interruptions(axes, ledger, theme)
+    return png(figure, theme)
+
+
+def pictures(ledger: Ledger) -> dict[str, Picture]:
+    """What there is to draw, by name."""
+    verdict = why_slow(ledger)["verdict"]
+    first, last = ledger.steps[0], ledger.steps[-1]
+    validations = ledger.events("validation")
+    span = f"steps {first['step']} to {last['step']}"
+    stops = "; ".join(f"{stop.label} after step {stop.step}" for stop in interruptions(ledger)) or "no interruption"
+    phases = {name: float(np.mean(seconds)) for name, seconds in seconds_by_phase(ledger).items()}
+    shares = ", ".join(f"{name} {seconds / sum(phases.values()):.0%}" for name, seconds in phases.items())
+    spent = ", ".join(f"{name} {share:.0%}" for name, share in parts(ledger).items())
+    rates = [line["lr"] for line in ledger.steps]
+    loss = f"Training loss over {span}, from {first['loss']:.3f} to {last['loss']:.3f} nats per token"
+    if validations:
+        loss += f", and validation loss, {validations[-1]['val_loss']:.3f} at its end"
+        sets = validations[-1].get("sets", {})
+        loss += "".join(f", {name} {figures['val_loss']:.3f}" for name, figures in sets.items())
+    return {
+        "loss": Picture(
+            "Loss, and workers",
+            f"{loss}; below it the number of workers, by attempt {', '.join(map(str, ledger.world_sizes))}. "
+            f"Marked: {stops}, {len(ledger.events('checkpoint'))} checkpoints.",
+            _loss,
+            below=_world_size,
+        ),
+        "learning_rate": Picture(
+            "Learning rate",
+            f"Learning rate over {span}: first {rates[0]:.3g}, peak {max(rates):.3g}, last {rates[-1]:.3g}.",
+            _learning_rate,
+        ),
+        "throughput": Picture(
+            "Throughput",
+            f"Training tokens per second over {span}; the median is "
+            f"{np.median([line['tokens_per_s'] for line in ledger.steps]):,.0f}. Marked: {stops}.",
+            _throughput,
+        ),
+        "step_time": Picture(
+            "Time of a step", f"Mean time of a step of rank 0 by phase, stacked, over {span}: {shares}.", _step_time
+        ),
+        "waterfall": Picture(
+            "Where the wall time of the run goes",
+            f"The parts of the wall time, one after another from left to right: {spent}. {verdict}",
+            partial(waterfall, verdict=verdict),
+            is_over_steps=False,
+        ),
+        **(_mfu_picture(ledger, span) if any(line["mfu"] is not None for line in ledger.steps) else {}),
+        **(_layer_pictures(span) if ledger.events("layers") else {}),
+    }
+
+
+def _mfu_picture(ledger: Ledger, span: str) -> dict[str, Picture]:
+    known = [line["mfu"] for line in ledger.steps if line["mfu"] is not None]
+    said = f"Model FLOPs utilization over {span}; the median is {np.median(known):.1%} of the GPUs' bf16 peak."
+    return {"mfu": Picture("Model FLOPs utilization", said, _mfu)}
+
+
+def _layer_pictures(span: str) -> dict[str, Picture]:
+    return {
+        f"layer_{field}": Picture(
+            f"{title} of each layer",
+            f"{title} of each layer over {span}, as a heat map on a logarithmic scale: a strip at each step that was "
+            "measured, the embeddings lowest.",
+            partial(_layers, field=field),
+        )
+        for field, title in (
+            ("gradient_norm", "Gradient norm"),
+            ("weight_norm", "Weight norm"),
+            ("update_ratio", "Update ratio"),
+        )
+    }
+
+
+def smoothed(values: Sequence[float], ledger: Ledger) -> Array:
+    """The mean over a window around each step's value, cut at the ends of the run and of each attempt: another
+    number of workers is a step in the curve, not a slope."""
+    least = min(_LEAST_SMOOTHED_STEPS, len(values) * _LEAST_SMOOTHED_SHARE)
+    half = int(max(least, len(values) * _SMOOTHED_SHARE) / 2)
+    attempts = np.array([line["attempt"] for line in ledger.steps])
+    parts = np.split(np.asarray(values, dtype=np.float64), np.flatnonzero(np.diff(attempts)) + 1)
+    return np.concatenate([_window_means(part, half) for part in parts])
+
+
+def _window_means(values: Array, half: int) -> Array:
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    ends = np.arange(len(values))
+    low, high = np.maximum(ends - half, 0), np.minimum(ends + half + 1, len(values))
+    return np.asarray((sums[high] - sums[low]) / (high - low), dtype=np.float64)
+
+
+def _over_steps(axes: Axes, ledger: Ledger, theme: Theme, *, is_lowest: bool) -> None:
+    steps = ledger.steps
+    margin = max(0.5, 0.01 * (steps[-1]["step"] - steps[0]["step"]))
+    axes.set_xlim(steps[0]["step"] - margin, steps[-1]["step"] + margin)
+    if is_lowest:
+        axes.set_xlabel("optimizer step", color=theme.text)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+
+
+def _mark_interruptions(axes: Axes, ledger: Ledger, theme: Theme) -> None:
+    for number, (first, last) in enumerate(lost_ranges(ledger)):
+        label = "steps lost, taken again" if number == 0 else None
+        span = (first - 0.5, last + 0.5)
+        axes.axvspan(*span, facecolor=theme.restart, edgecolor=theme.text, alpha=0.25, hatch="////", lw=0, label=label)
+    styles = {"resize": (theme.resize, "-."), "restart": (theme.restart, "--"), "resume": (theme.text, ":")}
+    labelled: set[str] = set()
+    for stop in interruptions(ledger):
+        kind = stop.label.partition(" ")[0]
+        label = None if kind in labelled else kind
+        labelled.add(kind)
+        color, style = styles[kind]
+        axes.axvline(stop.step + 0.5, color=color, linestyle=style, linewidth=1.4, label=label)
+
+
+def _plot_smoothed(axes: Axes, ledger: Ledger, field: str, theme: Theme, *, label: str) -> None:
+    steps, values = [line["step"] for line in ledger.steps], [line[field] for line in ledger.steps]
+    alpha, size = (0.3, 3) if len(steps) > 300 else (0.6, 5)
+    axes.plot(steps, values, ".", color=theme.series, alpha=alpha, markersize=size, label=f"{label}, each step")
+    axes.plot(steps, smoothed(values, ledger), color=theme.series, linewidth=1.8, label=f"{label}, smoothed")
+
+
+def _loss(axes: Axes, ledger: Ledger, theme: Theme) -> None:
+    axes.set_ylabel("loss (nats/token)", color=theme.text)
+    _plot_smoothed(axes, ledger, "loss", theme, label="training")
+    if validations := {line["step"]: line["val_loss"] for line in ledger.events("validation")}:
+        axes.plot(*zip(*sorted(validations.items()), strict=True), "D-", color=theme.accent, ms=5, label="validation")
+    sets = {line["step"]: line.get("sets", {}) for line in ledger.events("validation")}
+    for number, name in enumerate(dict.fromkeys(name for measured in sets.values() for name in measured)):
+        points = [(step, measured[name]["val_loss"]) for step, measured in sorted(sets.items()) if name in measured]
+        color = theme.phases[(2 + number) % len(theme.phases)]
+        axes.plot(*zip(*points, strict=True), "s--", color=color, ms=4, label=f"validation, {name}")
+    if saved := sorted({line["step"] for line in ledger.events("checkpoint")}):
+        floor = axes.get_xaxis_transform()  # y in shares of the axes
+        axes.plot(saved, [0.02] * len(saved), "^", color=theme.text, ms=5, transform=floor, label="checkpoint")
+
+
+def _learning_rate(axes: Axes, ledger: Ledger, theme: Theme) -> None:
+    axes.set_ylabel("learning rate (dimensionless)", color=theme.text)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    rates = [line["lr"] for line in ledger.steps]
+    axes.plot([line["step"] for line in ledger.steps], rates, ".-", color=theme.series, ms=3, label="learning rate")
+    axes.set_ylim(0, 1.1 * max(rates))
+
+
+def _throughput(axes: Axes, ledger: Ledger, theme: Theme) -> None:
+    axes.set_ylabel("throughput (tokens/s)", color=theme.text)
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    _plot_smoothed(axes, ledger, "tokens_per_s", theme, label="all workers")
+    axes.set_ylim(0, 1.1 * max(line["tokens_per_s"] for line in ledger.steps))
+
+
+def _mfu(axes: Axes, ledger: Ledger, theme: Theme) -> None:
+    axes.set_ylabel("share of the bf16 peak (%)", color=theme.text)
+    known = [line for line in ledger.steps if line["mfu"] is not None]
+    values = [100 * line["mfu"] for line in known]
+    axes.plot([line["step"] for line in known], values, ".", color=theme.series, markersize=3, label="MFU, each step")
+    axes.set_ylim(0, 1.1 * max(values))
+
+
+def _world_size(axes: Axes, ledger: Ledger, theme: Theme) -> None:
+    axes.set_ylabel("workers", color=theme.text)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    parts = segments(ledger)
+    for part in parts:
+        ends, height = (part.first_step - 0.5, part.last_step + 0.5), part.world_size
+        label = "workers" if part is parts[0] else None
+        axes.plot(ends, (height, height), color=theme.text, linewidth=4, solid_capstyle="butt", label=label)
+    axes.set_ylim(0, max(part.world_size for part in parts) + 0.5)
+
+
+def _step_time(axes: Axes, ledger: Ledger, theme: Theme) -> None:
+    phases = {name: smoothed(seconds, ledger) for name, seconds in seconds_by_phase(ledger).items()}
+    unit, factor = ("ms", 1000.0) if np.sum([seconds.mean() for seconds in phases.values()]) < 1 else ("s", 1.0)
+    axes.set_ylabel(f"time per step ({unit})", color=theme.text)
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    steps = [line["step"] for line in ledger.steps]
+    axes.stackplot(
+        [steps[0] - 0.5, *steps, steps[-1] + 0.5],  # a step is as wide as one, also where it is the only one
+        [factor * np.pad(seconds, 1, mode="edge") for seconds in phases.values()],
+        labels=list(phases),
+        colors=[theme.phases[index % len(theme.phases)] for index in range(len(phases))],
+        hatch=["" if index < len(theme.phases) else "////" for index in range(len(phases))],
+        edgecolor=theme.background,
+        linewidth=0.4,
+    )
+    axes.set_ylim(bottom=0)
+
+
+def _layers(axes: Axes, ledger: Ledger, theme: Theme, *, field: str) -> None:
+    measured = {line["step"]: line for line in ledger.events("layers")}  # of steps taken again the last counts
+    steps = sorted(measured)
+    names = measured[steps[-1]]["layers"]
+    values = np.array([measured[step][field] for step in steps], dtype=np.float64).T  # (layer, step)
+    values[~(values > 0)] = np.nan  # has no logarithm
+    # Each measurement is a strip where it was made: as wide as a step, or else as can be seen, if the next has room.
+    width = max(1.0, _STRIP_SHARE * (ledger.steps[-1]["step"] - ledger.steps[0]["step"]))
+    half = min([width, *np.diff(steps)]) / 2
+    edges = np.array([(step - half, step + half) for step in steps]).reshape(-1)
+    strips = np.full((len(names), len(edges) - 1), np.nan)  # every second one is what lies between two measurements
+    strips[:, ::2] = values
+    low, high = (np.nanmin(values), np.nanmax(values)) if np.isfinite(values).any() else (1.0, 10.0)
+    scale = LogNorm(low, max(high, 1.01 * low))
+    mesh = axes.pcolormesh(edges, np.arange(len(names) + 1) - 0.5, strips, norm=scale, cmap="cividis")
+    axes.set_yticks(range(len(names)), names, fontsize=min(8.0, 160 / len(names)))
+    axes.grid(visible=False)
+    bar = axes.figure.colorbar(mesh, ax=axes)
+    bar.ax.tick_params(which="both", colors=theme.text)
+    bar.set_label(f"{field.replace('_', ' ')} (no unit)", color=theme.text)
+
+
+_LINE_CHARS = 90
+_LEAST_SHARE = 0.0005
+
+
+def parts(ledger: Ledger) -> dict[str, float]:
+    """Returns what the wall time went into, as shares of it: the figures that `why-slow` judges by."""
+    found = shares(ledger)
+    spent = {f"computing: {phase}": share for phase, share in found.computing.items()}
+    spent |= {cause: share for cause, share in found.by_cause.items() if cause != "compute"}
+    return {name: share for name, share in spent.items() if share >= _LEAST_SHARE}
+
+
+def waterfall(axes: Axes, ledger: Ledger, theme: Theme, *, verdict: str) -> None:
+    wall_s, drawn = shares(ledger).wall_s, parts(ledger)
+    start = 0.0
+    for row, share in enumerate(drawn.values()):
+        axes.barh(row, 100 * share, left=100 * start, color=theme.series, height=0.65)
+        start += share
+        is_late = start > 0.8  # then there is no room to the right of the bar
+        axes.annotate(
+            f"{duration(share * wall_s)}, {share:.0%}",
+            (100 * (start - share if is_late else start), row),
+            (-5 if is_late else 5, 0),
+            textcoords="offset points",
+            ha="right" if is_late else "left",
+            va="center",
+            color=theme.text,
+            fontsize="small",
+            bbox={"facecolor": theme.background, "edgecolor": "none", "pad": 1.0},
+        )
+    axes.set_yticks(range(len(drawn)), list(drawn))
+    axes.invert_yaxis()
+    axes.set_xlim(0, 100)
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    label = "\n".join(textwrap.wrap(verdict, _LINE_CHARS))
+    axes.set_xlabel(f"wall time of the run (% of {duration(wall_s)})\n{label}", color=theme.text)

@@ -1,0 +1,66 @@
+"""What each kept checkpoint of a run can do in context: copying, induction, few-shot, and its validation loss."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from cluster.output.progress import say
+from cluster.settings.run import seq_len
+from cluster.storage.uris import Storage, join_uri
+from jobs.report.theme import LIGHT, new_figure, png, style
+from jobs.run.checkpoints import RunCheckpoints
+from jobs.run.find_run import RunError
+from jobs.run.history import recorded_config
+from model.checkpoint import load_model, read_metadata
+from model.probes import TASKS, probe
+
+_LOOKS = {"copy": ("-", "o"), "induction": ("--", "s"), "few-shot": ("-.", "D")}
+
+
+def probe_run(run: Storage) -> dict[str, Any]:
+    """`checkpoints`, oldest first: the step of each, its tokens and validation figures, and its accuracy by task.
+
+    Draws them into the run's report. Raises `RunError` where the run keeps no checkpoint.
+    """
+    checkpoints, config = RunCheckpoints(run), recorded_config(run)
+    names = checkpoints.names
+    if not names:
+        raise RunError(f"{run.uri} keeps no checkpoint yet; ask again once it has one")
+    found = []
+    for number, name in enumerate(names, start=1):
+        with tempfile.TemporaryDirectory(prefix="raymill-probe-") as scratch:
+            folder = checkpoints.fetch(name, Path(scratch))
+            metadata, model = read_metadata(folder), load_model(folder)
+        found.append(
+            {
+                "step": metadata.step,
+                "tokens_seen": metadata.tokens_seen,
+                "val_loss": metadata.val_loss,
+                "val_bits_per_byte": metadata.val_bits_per_byte,
+                **{name: round(share, 4) for name, share in probe(model, seq_len=seq_len(config)).items()},
+            }
+        )
+        say(f"probed {number} of {len(names)} checkpoints")
+    run.write_bytes("report/probes.png", draw(found))
+    return {"checkpoints": found, "figure": join_uri(run.uri, "report/probes.png")}
+
+
+def draw(found: list[dict[str, Any]]) -> bytes:
+    figure = new_figure(LIGHT)
+    axes = figure.subplots()
+    style(axes, LIGHT)
+    axes.set_title("What checkpoints do in context", loc="left", color=LIGHT.text, fontweight="bold")
+    axes.set_xlabel("optimizer step", color=LIGHT.text)
+    axes.set_ylabel("accuracy (%)", color=LIGHT.text)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
+    steps = [line["step"] for line in found]
+    for number, name in enumerate(TASKS):
+        line, marker = _LOOKS[name]
+        shares = [checkpoint[name] for checkpoint in found]
+        axes.plot(steps, shares, linestyle=line, marker=marker, color=LIGHT.phases[(1, 4, 3)[number]], label=name)
+    axes.axhline(0.25, color=LIGHT.text, linewidth=0.8, linestyle=":", label="a guess at few-shot")
+    axes.set_ylim(-0.02, 1.02)
+    return png(figure, LIGHT)

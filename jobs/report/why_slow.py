@@ -1,0 +1,213 @@
+"""Says in one sentence what bounds a run, with the numbers that show it, from its ledger alone."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cluster.monitoring.metric_table import PHASES, REST, UNTIMED
+from jobs.run.history import lost_steps
+from jobs.run.ledger import Ledger
+from jobs.training.rank_phases import RankTime, from_fields, stragglers
+
+LEAST_SHARE = 0.1
+"""Share of the wall time from which something other than computing is what bounds a run."""
+
+_COMPUTING = ("forward", "loss", "backward", "update")
+
+_SENTENCES = {
+    "compute": ("Computing", "bounds", "{share}, at {peak}"),
+    "data": ("Reading data", "bounds", "{share} is spent waiting for rows"),
+    "communication": ("The exchange between {world_size} workers", "bounds", "{share} is spent in it"),
+    "straggler": (
+        "Rank {rank} on {node}",
+        "bounds",
+        "it takes {ratio} times the median for a lane, and the others wait for it {share}",
+    ),
+    "lanes": (
+        "Too few lanes",
+        "bound",
+        "some workers compute {most} a step and others {least}, and these wait {share}; a smaller "
+        "train.micro_batch_size or another number of workers divides better",
+    ),
+    "snapshots": ("Snapshots in memory", "bound", "{share} is spent copying them"),
+    "checkpoints": ("Checkpoints", "bound", "{share} is spent saving {checkpoints} of them"),
+    "validation": ("Validation", "bounds", "{share}; raise train.eval_every_steps or lower train.eval_max_tokens"),
+    "restarts": ("Restarts", "bound", "{share} went into {restarts} of them, with {lost_steps} steps taken again"),
+    "untimed": ("What is not timed", "bounds", "{share}, as train.timing is false"),
+    "other": ("What no phase of a step claims (the run's start is part of it)", "bounds", "{share}"),
+}
+"""By cause, in the order of `shares`: who, the verb, and how."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """Some steps in a row of one attempt, of all ranks."""
+
+    num_steps: int
+    world_size: int
+    ranks: list[RankTime]  # rank 0 alone where no event tells of the others
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Parts of the wall time, that sum to 1 where every moment was recorded: what to save by mending each."""
+
+    by_cause: dict[str, float]
+    computing: dict[str, float]  # by phase: the parts of `compute`
+    wall_s: float
+    straggler: tuple[int, float] | None  # the rank most waited for, and how many times the median it takes for a lane
+    lanes: list[float]  # of each rank, in the last window
+
+    @property
+    def worst(self) -> str:
+        """The largest of the causes that are not computing, as these could be saved; `compute` where all are small."""
+        others = {cause: share for cause, share in self.by_cause.items() if cause != "compute"}
+        worst = max(others, key=lambda cause: others[cause])
+        return worst if others[worst] >= LEAST_SHARE else "compute"
+
+
+def shares(ledger: Ledger) -> Shares:
+    """Divides the time from the first line to the last among what it was spent on.
+
+    As the ranks that are no stragglers spend it, in the mean. Of the time in the exchange, what the slowest rank waits
+    is communication, as all others are there by then. What the others wait beyond that is due to a straggler, or, where
+    a lane takes all as long, to ranks with more lanes.
+    """
+    windows = _windows(ledger)
+    sums = dict.fromkeys(_SENTENCES, 0.0)
+    computing = dict.fromkeys((*_COMPUTING, "sync"), 0.0)
+    held_up: dict[int, float] = {}
+    ratios: dict[int, float] = {}
+    for window in windows:
+        slow = stragglers(window.ranks)
+        usual = [rank.seconds for number, rank in enumerate(window.ranks) if number not in slow]
+        mean = {
+            name: window.num_steps * float(np.mean([seconds.get(name, 0.0) for seconds in usual]))
+            for name in (*PHASES, REST, UNTIMED)
+        }
+        exposed_s = window.num_steps * min(rank.seconds.get("sync", 0.0) for rank in window.ranks)
+        waited_s = mean["sync"] - exposed_s
+        for name in _COMPUTING:
+            computing[name] += mean[name]
+        sums["data"] += mean["load"]
+        sums["snapshots"] += mean["snapshot"]
+        sums["checkpoints"] += mean["checkpoint"]
+        sums["validation"] += mean["validation"]
+        sums["untimed"] += mean[UNTIMED]
+        sums["other"] += mean["statistics"] + mean[REST]
+        if window.world_size == 1:  # nothing is exchanged
+            computing["sync"] += exposed_s
+            continue
+        sums["communication"] += exposed_s
+        if slow:
+            rank = max(slow, key=lambda number: slow[number])
+            sums["straggler"] += waited_s
+            held_up[rank] = held_up.get(rank, 0.0) + waited_s
+            ratios[rank] = max(ratios.get(rank, 0.0), slow[rank])
+        elif max(rank.num_lanes for rank in window.ranks) > min(rank.num_lanes for rank in window.ranks):
+            sums["lanes"] += waited_s
+        else:
+            sums["communication"] += waited_s
+    sums["compute"] = sum(computing.values())
+    sums["restarts"] = _restarts_s(ledger)
+    if finish := ledger.events("finish"):  # which waits for the last checkpoint
+        sums["checkpoints"] += max(0.0, finish[-1]["time"] - ledger.steps[-1]["time"])
+    wall_s = max(ledger.wall_s, sum(sums.values()))
+    sums["other"] += wall_s - sum(sums.values())
+    slowest = max(held_up, key=lambda number: held_up[number]) if held_up else None
+    return Shares(
+        {cause: seconds / wall_s for cause, seconds in sums.items()},
+        {phase: seconds / wall_s for phase, seconds in computing.items()},
+        wall_s,
+        None if slowest is None else (slowest, ratios[slowest]),
+        [rank.num_lanes for rank in windows[-1].ranks],
+    )
+
+
+def why_slow(ledger: Ledger) -> dict[str, Any]:
+    """Returns `verdict`, one sentence; `bound`, in a word what to mend first; `evidence`; `shares` of the wall time."""
+    found = shares(ledger)
+    steps = ledger.steps
+    step_s = float(np.median([line["wall_s"] for line in steps]))
+    peak = [line["mfu"] for line in steps if line["mfu"] is not None]
+    evidence: dict[str, Any] = {
+        "share": round(found.by_cause[found.worst], 4),
+        "median_step_s": round(step_s, 6),
+        "mean_step_s": round(float(np.mean([line["wall_s"] for line in steps])), 6),
+        "steps": len(steps),
+        "share_of_peak": round(float(np.median(peak)), 4) if peak else None,
+        "world_size": steps[-1]["world_size"],
+        "lanes": found.lanes,
+        "restarts": len(ledger.world_sizes) - 1 - len(ledger.pauses),
+        "lost_steps": len(lost_steps(ledger)),
+        "checkpoints": len(ledger.events("checkpoint")),
+    }
+    if found.straggler and found.by_cause["straggler"] >= LEAST_SHARE:
+        rank, ratio = found.straggler
+        worker = ledger.events("start")[-1]["workers"]
+        evidence["straggler"] = {
+            "rank": rank,
+            "node": worker[rank]["node"] if rank < len(worker) else None,
+            "ratio": round(ratio, 2),
+        }
+    return {
+        "verdict": _sentence(found, evidence),
+        "bound": found.worst,
+        "evidence": evidence,
+        "shares": {cause: round(share, 4) for cause, share in found.by_cause.items()},
+    }
+
+
+def _sentence(found: Shares, evidence: dict[str, Any]) -> str:
+    """Begins with the largest part of the wall time; where that is computing, the largest other part follows."""
+    peak, lanes, slow = evidence["share_of_peak"], evidence["lanes"], evidence.get("straggler") or {}
+    values = (
+        evidence
+        | slow
+        | {
+            "share": f"{evidence['share']:.0%} of the wall time",
+            "peak": "a share of the peak that is not known here" if peak is None else f"{peak:.0%} of the peak",
+            "most": f"{max(lanes):g}",
+            "least": f"{min(lanes):g}",
+        }
+    )
+    who, verb, how = (part.format(**values) for part in _SENTENCES[found.worst])
+    step = f"a step takes {_duration(evidence['median_step_s'])} in the median, "
+    step += f"{_duration(evidence['mean_step_s'])} in the mean"
+    computing = found.by_cause["compute"]
+    if found.worst == "compute" or computing <= found.by_cause[found.worst]:
+        return f"{who} {verb} the run: {how}; {step}."
+    said = who[0].lower() + who[1:]
+    return f"Computing takes the largest part, {computing:.0%} of the wall time; after it {said}: {how}; {step}."
+
+
+def _windows(ledger: Ledger) -> list[Window]:
+    """The steps that count, in the windows that all ranks recorded, and what is not in any by rank 0's lines."""
+    recorded = {(event["step"], event["attempt"]): event for event in ledger.events("phases")}
+    windows: list[Window] = []
+    waiting: list[dict[str, Any]] = []
+    for line in ledger.steps:
+        if waiting and waiting[-1]["attempt"] != line["attempt"]:
+            windows += _alone(waiting)
+            waiting = []
+        waiting.append(line)
+        event = recorded.get((line["step"], line["attempt"]))
+        if event is not None:
+            windows.append(Window(len(waiting), line["world_size"], from_fields(event)))
+            waiting = []
+    return windows + _alone(waiting)
+
+
+def _alone(lines: list[dict[str, Any]]) -> list[Window]:
+    return [Window(1, line["world_size"], [RankTime(line["seconds"], 0.0)]) for line in lines]
+
+
+def _restarts_s(ledger: Ledger) -> float:
+    """Seconds between attempts, and in steps that were taken again."""
+    again_s = sum(line["wall_s"] for line in lost_steps(ledger))
+    return again_s + sum(max(0.0, recovery.seconds) for recovery in ledger.recoveries())
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.1f} ms"

@@ -1,0 +1,1 @@
+"""A run's records: ledger, checkpoints, settings, history."""

@@ -1,0 +1,206 @@
+"""A run's checkpoints in its storage: published, found again newest valid first, marked where damaged, thinned out."""
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.settings.run import CheckpointConfig
+from cluster.storage.uris import AlreadyExistsError, Storage, StorageError
+from jobs.run.retention import checkpoint_name, is_checkpoint_name, step_of, superseded
+from jobs.run.storage_retry import node_spool
+from jobs.run.writer_generation import Fence
+from model.checkpoint import MANIFEST, verify_checkpoint
+from model.durable_files import move_into_place
+from model.failpoints import failpoint
+
+__all__ = ["QUARANTINED", "Found", "RunCheckpoints", "checkpoint_name", "step_of"]
+
+QUARANTINED = "QUARANTINED"
+"""In a damaged checkpoint's folder: what is wrong with it. Nothing reads such a one or deletes it."""
+
+_SPOOL = ".spool"
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search for the newest valid checkpoint came to."""
+
+    folder: Path | None
+    damaged: dict[str, list[str]]  # newer ones: what is wrong with each
+
+
+class RunCheckpoints:
+    """The folders `checkpoints/step-…` under a run. Without a fence, for readers."""
+
+    def __init__(self, run: Storage, fence: Fence | None = None) -> None:
+        self._run, self._fence = run, fence
+        self._storage = run.child("checkpoints")
+        self._local = self._storage.local_path("")
+        self._arrived: dict[str, str] = {}  # SHA-256 of what earlier tries of an upload brought there
+
+    @property
+    def names(self) -> list[str]:
+        """Complete checkpoints that are not known to be damaged, oldest first."""
+        return sorted(name for name, files in self._folders().items() if MANIFEST in files and QUARANTINED not in files)
+
+    @property
+    def quarantined(self) -> list[str]:
+        """Damaged ones that were found so."""
+        return sorted(name for name, files in self._folders().items() if QUARANTINED in files)
+
+    @property
+    def spool(self) -> Path:
+        """Where checkpoints are written before they are published: beside their place, or on this node's disk."""
+        return node_spool(self._run) if self._local is None else self._local / _SPOOL
+
+    def uri(self, name: str) -> str:
+        return self._storage.child(name).uri
+
+    def save(self, name: str, write: Callable[[Path], None]) -> None:
+        """Publishes the checkpoint that `write` puts into a folder."""
+        write(self.spool / name)
+        self.publish(self.spool / name)
+
+    def publish(self, spooled: Path) -> None:
+        """Makes a complete checkpoint of the spool appear under its name, all at once, and takes it off the spool.
+
+        Raises `LeaseLostError` when this is not the run's writer any more, `StorageError` or `OSError` for what the
+        storage has against it: then it is still in the spool, and publishing it again goes on.
+        """
+        if self._local is not None:
+            self.check_fence()
+            move_into_place(spooled, self._local / spooled.name)
+        else:
+            self._upload(spooled)
+            shutil.rmtree(spooled)
+
+    def _upload(self, spooled: Path) -> None:
+        folder, manifest = self._storage.child(spooled.name), (spooled / MANIFEST).read_bytes()
+        if folder.exists(MANIFEST) and folder.read_bytes(MANIFEST) != manifest:  # a run that was rolled back
+            self.check_fence()
+            folder.delete(MANIFEST)
+        files = json.loads(manifest)["files"]
+        for name, entry in files.items():
+            if self._arrived.get(f"{spooled.name}/{name}") != entry["sha256"]:
+                self.check_fence()
+                folder.upload_file(spooled / name, name)
+                self._arrived[f"{spooled.name}/{name}"] = entry["sha256"]
+        failpoint("before_upload_complete")
+        sizes = {entry.key: entry.size for entry in folder.list()}
+        if wrong := [name for name, entry in files.items() if sizes.get(name) != entry["size"]]:
+            self._arrived.clear()
+            raise StorageError(f"{folder.uri}: {', '.join(wrong)} did not arrive whole; they are uploaded again")
+        self.check_fence()
+        failpoint("before_manifest")
+        try:
+            folder.write_bytes(MANIFEST, manifest, if_absent=True)
+        except AlreadyExistsError:  # the answer to an earlier try got lost
+            if folder.read_bytes(MANIFEST) != manifest:
+                raise
+        failpoint("after_manifest")
+        self._arrived.clear()
+
+    def recover(self) -> None:
+        """Publishes what a killed attempt left in the spool, where it is newer than everything published.
+
+        What else it left there, and uploads that it did not complete, are removed.
+        """
+        newest = max(self.names, default="")
+        for folder in sorted(path.parent for path in self.spool.glob(f"step-*/{MANIFEST}")):
+            if folder.name > newest and not verify_checkpoint(folder):
+                self.publish(folder)
+        self.check_fence()
+        for place in [self.spool] if self._local is None else [self.spool, self._local]:
+            for path in place.glob(".step-*"):
+                shutil.rmtree(path)
+        for folder in self.spool.glob("step-*"):
+            shutil.rmtree(folder)
+        self._storage.abort_uploads()
+
+    def find(self, scratch: Path, *, left_out: Callable[[int], bool] = lambda step: False) -> Found:
+        """The newest checkpoint that is complete and unaltered, in a local folder; none of a step that is left out."""
+        damaged: dict[str, list[str]] = {}
+        for name in reversed([name for name in self.names if not left_out(step_of(name))]):
+            folder = self.fetch(name, scratch)
+            problems = verify_checkpoint(folder)
+            if not problems:
+                return Found(folder, damaged)
+            _log.warning("checkpoint %s is skipped: %s", self.uri(name), "; ".join(problems))
+            damaged[name] = problems
+        return Found(None, damaged)
+
+    def load_newest(self, scratch: Path) -> Path | None:
+        """The folder that `find` finds."""
+        return self.find(scratch).folder
+
+    def without_manifest(self, published: Collection[str], *, newer_than: str) -> list[str]:
+        """Of checkpoints that are known to be published: those whose files are there, but not their manifest."""
+        folders = self._folders()
+        return sorted(
+            name
+            for name in published
+            if name > newer_than and folders.get(name) and not {MANIFEST, QUARANTINED} & folders[name]
+        )
+
+    def quarantine(self, name: str, problems: list[str]) -> None:
+        """Marks a damaged checkpoint, all bytes of which are kept."""
+        self.check_fence()
+        self._storage.write_bytes(f"{name}/{QUARANTINED}", "\n".join(problems).encode())
+
+    def fetch(self, name: str, scratch: Path) -> Path:
+        """A local folder with the checkpoint, below `scratch` where the storage is remote."""
+        if self._local is not None:
+            return self._local / name
+        self._storage.download_folder(name, scratch / name, last=MANIFEST)
+        return scratch / name
+
+    def thin_out(
+        self,
+        keep: CheckpointConfig,
+        *,
+        verified: Collection[str],
+        pinned: Collection[str] = (),
+        val_losses: Mapping[str, float] | None = None,
+    ) -> list[str]:
+        """Deletes what `superseded` says, the manifest of each first: what is left of one is no checkpoint."""
+        folders = {name: files for name, files in self._folders().items() if QUARANTINED not in files}
+        complete = {name for name, files in folders.items() if MANIFEST in files}
+        gone = superseded(
+            complete,
+            keep=keep,
+            verified=verified,
+            pinned=pinned,
+            val_losses=val_losses,
+            incomplete=folders.keys() - complete,
+        )
+        for name in gone:
+            self.check_fence()
+            self._storage.delete(f"{name}/{MANIFEST}")
+            failpoint("mid_delete")
+            for file in folders[name] - {MANIFEST}:
+                self._storage.delete(f"{name}/{file}")
+            if self._local is not None:
+                shutil.rmtree(self._local / name)
+        return gone
+
+    def _folders(self) -> dict[str, set[str]]:
+        """The files of each checkpoint, also of incomplete ones."""
+        folders: dict[str, set[str]] = {}
+        for entry in self._storage.list():
+            name, _, file = entry.key.partition("/")
+            if file and is_checkpoint_name(name):  # not the spool, nor what people put beside
+                folders.setdefault(name, set()).add(file)
+        if self._local is not None and self._local.is_dir():  # a deletion that was cut off may leave an empty one
+            for path in self._local.glob("step-*"):
+                folders.setdefault(path.name, set())
+        return folders
+
+    def check_fence(self) -> None:
+        """Raises `LeaseLostError` when this is not the run's writer any more."""
+        if self._fence is not None:
+            self._fence.check()

@@ -1,0 +1,260 @@
+"""A run as its settings and its ledger tell it: attempts, interruptions, lost steps, and what sums it up."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import yaml
+
+from cluster.monitoring.metric_table import PHASES, REST, UNTIMED
+from cluster.settings.flags import validate_config
+from cluster.settings.run import RunConfig, max_steps, with_precision
+from cluster.storage.uris import Storage
+from jobs.run.ledger import Ledger, Line
+
+CONFIG_FILE = "config.yaml"
+
+ASSUMED_PRICES = {"GPU": 2.0, "CPU": 0.05}
+"""Dollars for an hour, round numbers of the order that clouds ask."""
+
+_MEASUREMENTS = ("phases", "layers")
+"""Events that a run has hundreds of."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The steps that one attempt completed, whether they count or were taken again later."""
+
+    attempt: int
+    world_size: int
+    first_step: int
+    last_step: int
+
+
+@dataclass(frozen=True)
+class Interruption:
+    """The start of a later attempt."""
+
+    attempt: int
+    step: int  # the step that it went on after
+    world_size: int
+    previous_world_size: int
+    lost_steps: int
+    seconds: float | None  # from the last step before to the first one after; None when no step came after
+    pause_s: float | None = None  # from the save to the start, where somebody had asked the run to end
+
+    @property
+    def is_resize(self) -> bool:
+        return self.world_size != self.previous_world_size
+
+    @property
+    def label(self) -> str:
+        if self.pause_s is not None:
+            return "resume"
+        return f"resize {self.previous_world_size} → {self.world_size}" if self.is_resize else "restart"
+
+
+def recorded_config(run: Storage) -> RunConfig:
+    """The settings that the run was started with. Raises `NotFoundError`."""
+    settings = yaml.safe_load(run.read_bytes(CONFIG_FILE))
+    settings.get("scaling", {}).pop("standby", None)  # a setting that is gone, which older runs have recorded
+    return validate_config(settings, RunConfig)
+
+
+def changed_settings(before: RunConfig, now: RunConfig) -> list[str]:
+    """Those on which a run's weights depend, each with both values. Precision `auto` is what the run found before."""
+    if before.train.precision != "auto":
+        now = with_precision(now, before.train.precision)
+    return [f"{name} was {old}, now {new}" for name, (old, new) in training_differences(before, now).items()]
+
+
+def training_differences(before: RunConfig, now: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Both values of each setting of the model and its training that differs."""
+    old, new = before.model_dump(mode="json"), now.model_dump(mode="json")
+    return {
+        f"{branch}.{name}": (old[branch][name], new[branch][name])
+        for branch in ("model", "train")
+        for name in new[branch]
+        if old[branch][name] != new[branch][name]
+    }
+
+
+def why_not_resumed(run: Storage, config: RunConfig) -> str:
+    """Says why the run cannot be resumed with these settings; empty where it can, or is a new one."""
+    if not run.exists(CONFIG_FILE):
+        return ""
+    # The recorded vocabulary is the tokenizer's, which may not be there yet for these settings.
+    changed = changed_settings(recorded_config(run), config)
+    changed = [text for text in changed if not text.startswith("model.vocab_size ")]
+    return f"run {config.run_id} has other settings: {'; '.join(changed)}. Choose another --run-id" if changed else ""
+
+
+def segments(ledger: Ledger) -> list[Segment]:
+    found: dict[int, Segment] = {}
+    for line in _step_lines(ledger):
+        attempt, step = line["attempt"], line["step"]
+        first = found[attempt].first_step if attempt in found else step
+        found[attempt] = Segment(attempt, line["world_size"], first, step)
+    return list(found.values())
+
+
+def interruptions(ledger: Ledger) -> list[Interruption]:
+    starts, recoveries = ledger.events("start"), {recovery.attempt: recovery for recovery in ledger.recoveries()}
+    pauses, found = ledger.pauses, []
+    for before, start in pairwise(starts):
+        recovery = recoveries.get(start["attempt"])
+        lost, seconds = (recovery.lost_steps, recovery.seconds) if recovery else (0, None)
+        sizes = (start["world_size"], before["world_size"])
+        pause_s = pauses.get(start["attempt"])
+        found.append(Interruption(start["attempt"], start["step"], *sizes, lost, seconds, pause_s))
+    return found
+
+
+def lost_steps(ledger: Ledger) -> list[Line]:
+    """The lines of steps that were lost and taken again."""
+    counted = {id(line) for line in ledger.steps}
+    return [line for line in _step_lines(ledger) if id(line) not in counted]
+
+
+def seconds_by_phase(ledger: Ledger) -> dict[str, list[float]]:
+    """Of each step that counts, rank 0's seconds in each phase, which sum to its wall time."""
+    steps = ledger.steps
+    return {
+        name: [line["seconds"].get(name, 0.0) for line in steps]
+        for name in (*PHASES, REST, UNTIMED)
+        if any(line["seconds"].get(name) for line in steps)
+    }
+
+
+def statistics(ledger: Ledger, config: RunConfig) -> list[tuple[str, str]]:
+    """(name, value with its unit) of what sums the run up, from the ledger alone; the settings give the plan."""
+    steps, again, wall_s, pauses = ledger.steps, lost_steps(ledger), ledger.wall_s, ledger.pauses.values()
+    stops = [stop for stop in interruptions(ledger) if stop.pause_s is None]
+    useful_s, again_s = sum(line["wall_s"] for line in steps), sum(line["wall_s"] for line in again)
+    idle_s = sum(stop.seconds or 0.0 for stop in stops)
+    kind, hours = worker_hours(ledger, config)
+    numbers = ", ".join(f"{first}–{last}" if last > first else f"{first}" for first, last in lost_ranges(ledger))
+    last = steps[-1]
+    rows = [
+        ("Tokens trained on", f"{last['tokens_seen']:,}"),
+        ("Steps", f"{last['step']:,} of {max_steps(config):,}" + ("" if ledger.events("finish") else ", unfinished")),
+        ("Wall time", duration(wall_s)),
+        (f"{kind}-hours", f"{hours:,.4g}"),
+        ("Workers, by attempt", ", ".join(map(str, ledger.world_sizes))),
+        ("Restarts", f"{len(stops)}, {sum(stop.is_resize for stop in stops)} of them with another number of workers"),
+        ("Steps lost and taken again", f"{len(again)}" + (f" ({numbers})" if again else "")),
+        ("Time lost", f"{idle_s + again_s:,.1f} s, {again_s:,.1f} s of it in steps taken again"),
+        ("Goodput", f"{useful_s / wall_s:.1%} of the wall time went into steps that count"),
+        *([("Paused", f"{duration(sum(pauses))} on request, not in the wall time")] if pauses else []),
+        ("Precision", config.train.precision),
+        ("Throughput", f"{last['tokens_seen'] / useful_s:,.0f} tokens/s"),
+        ("Training loss", f"{steps[0]['loss']:.4f} → {last['loss']:.4f} nats/token"),
+    ]
+    if known := [line["mfu"] for line in steps if line["mfu"] is not None]:
+        rows.append(("Model FLOPs utilization", f"{sum(known) / len(known):.1%} of the GPUs' peak"))
+    if validations := ledger.events("validation"):
+        rows.append(("Validation loss", f"{validations[-1]['val_loss']:.4f} nats/token"))
+        rows.append(("Bits per byte", f"{validations[-1]['val_bits_per_byte']:.4f}"))
+        for name, figures in validations[-1].get("sets", {}).items():
+            rows.append((f"Validation set {name}", _figures(figures)))
+    if checkpoints := ledger.events("checkpoint"):
+        rows.append(("Checkpoint", checkpoints[-1]["checkpoint"]))
+        rows.append(("Parameter hash", checkpoints[-1]["parameter_hash"]))
+    return rows
+
+
+def worker_hours(ledger: Ledger, config: RunConfig) -> tuple[str, float]:
+    """What was computed on, `GPU` or `CPU`, and the hours of it in all steps, those taken again among them."""
+    worker_s = sum(line["world_size"] * line["wall_s"] for line in _step_lines(ledger))
+    kind, units = ("GPU", 1) if config.scaling.use_gpu else ("CPU", config.scaling.threads_per_worker)
+    return kind, worker_s * units / 3600
+
+
+def cost_rows(ledger: Ledger, config: RunConfig, *, price: float | None) -> list[tuple[str, str]]:
+    """(name, value) of what the run cost, at a price for an hour that is assumed where none is given."""
+    kind, hours = worker_hours(ledger, config)
+    asked = ASSUMED_PRICES[kind] if price is None else price
+    note = ", an assumption (--price)" if price is None else ""
+    cost = hours * asked
+    shown = f"{cost:,.2f}" if cost >= 1 else f"{cost:.2g}"
+    return [("Cost", f"${shown} at ${asked:g} for a {kind}-hour{note}")]
+
+
+def final_figures(ledger: Ledger, config: RunConfig) -> list[tuple[str, str]]:
+    """What tells one run from another at its end; the rest of `statistics` is about one run alone."""
+    apart = ("Workers, by attempt", "Checkpoint", "Parameter hash", "Time lost")
+    return [row for row in statistics(ledger, config) if row[0] not in apart]
+
+
+def lost_ranges(ledger: Ledger) -> list[tuple[int, int]]:
+    """First and last of each stretch of steps that were lost together."""
+    ranges: list[tuple[int, int]] = []
+    for line in lost_steps(ledger):
+        if ranges and line["step"] == ranges[-1][1] + 1:
+            ranges[-1] = (ranges[-1][0], line["step"])
+        else:
+            ranges.append((line["step"], line["step"]))
+    return ranges
+
+
+def event_rows(ledger: Ledger) -> list[tuple[Line, str, str]]:
+    """(line, name, what it says) of each event, in order."""
+    stops = {stop.attempt: stop for stop in interruptions(ledger)}
+    rows = []
+    for line in ledger.events():
+        if line["event"] in _MEASUREMENTS:
+            continue
+        name, text = line["event"], _described(line)
+        if name == "start" and (stop := stops.get(line["attempt"])):
+            name = stop.label
+            if stop.pause_s is not None:
+                text += f"; the run had been asked to end {duration(stop.pause_s)} before"
+            else:
+                text += f"; {stop.lost_steps} steps lost"
+                text += f", {stop.seconds:.1f} s between steps" if stop.seconds is not None else ", no step completed"
+        rows.append((line, name, text))
+    return rows
+
+
+def duration(seconds: float) -> str:
+    """Such as `1 h 02 min 03 s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours:,} h {minutes:02} min {rest:02} s"
+    return f"{minutes} min {rest:02} s" if minutes else f"{seconds:.1f} s"
+
+
+def _described(line: Line) -> str:
+    match line["event"]:
+        case "start":
+            nodes = Counter(worker["node"] for worker in line["workers"])
+            place = ", ".join(f"{count} on {node}" for node, count in nodes.items())
+            source = f"checkpoint {line['checkpoint']}" if line["checkpoint"] else "fresh weights"
+            return f"attempt {line['attempt']}: workers {place}; from {source}"
+        case "validation":
+            sets = [f"; {name} {_figures(figures)}" for name, figures in line.get("sets", {}).items()]
+            return _figures(line) + "".join(sets)
+        case "checkpoint":
+            return f"{line['checkpoint']}, parameter hash {line['parameter_hash'][:12]}…, {line['seconds']:.2f} s"
+    return ", ".join(f"{name} {value}" for name, value in line.items() if name not in ("event", "time", "step"))
+
+
+def _figures(measured: Mapping[str, Any]) -> str:
+    return f"{measured['val_loss']:.4f} nats/token, {measured['val_bits_per_byte']:.4f} bits/byte"
+
+
+def _step_lines(ledger: Ledger) -> list[dict[str, Any]]:
+    return [line for line in ledger.lines if "event" not in line]
+
+
+def flattened(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted name, value as it is shown) of each setting."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from flattened(value, f"{prefix}{name}.")
+        else:
+            shown = "" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            yield f"{prefix}{name}", shown

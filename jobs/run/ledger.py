@@ -1,0 +1,296 @@
+"""The ledger of a run: a line of JSON per optimizer step and per event, appended and never rewritten.
+
+Steps that were lost to a failure are taken again and stand in the ledger again; of the lines of one step the last
+one counts. A reader therefore needs no index, and a crash costs at most an unfinished last line.
+"""
+
+import errno
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.storage.lease import LeaseLostError
+from cluster.storage.uris import AlreadyExistsError, ConflictError, NotFoundError, Storage, StorageError
+from jobs.run.storage_retry import Outage, node_spool, patiently
+from jobs.run.writer_generation import Fence
+
+LEDGER = "ledger.jsonl"
+
+_MIRROR_INTERVAL_S = 1.0
+_MIRROR_BYTES_PER_S = 1e6  # so a ledger of 30 MB is copied each half minute
+
+Line = dict[str, Any]
+
+
+class LedgerWriter:
+    """Appends lines. No storage ever holds up or ends the training that writes them.
+
+    A local file gets each line at once. To object storage, where nothing can be appended, a thread copies the whole
+    file now and then, from the node's spool, where the next attempt on this node finds what was not copied.
+    """
+
+    def __init__(self, run: Storage, fence: Fence | None = None) -> None:
+        """Raises `StorageError` when what the run's ledger holds cannot be read."""
+        self._run, self._fence = run, fence
+        path = run.local_path(LEDGER)
+        self._is_mirrored = path is None
+        self._version: str | None = None
+        if path is None:
+            self._version = _version(run)
+            path = _spooled(run, generation=fence.generation if fence else 0)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data = path.read_bytes() if path.exists() else b""
+        self._path = path
+        self._file = path.open("a+b", buffering=0)
+        self._size = data.rfind(b"\n") + 1
+        self._file.truncate(self._size)  # a crash's unfinished line
+        self._waiting = b""  # lines that the disk did not take yet
+        self._num_mirrored = 0
+        self._lost: LeaseLostError | None = None
+        self._outage = Outage("ledger", self._append_event)
+        self._appending, self._mirroring = threading.RLock(), threading.Lock()
+        self._is_urgent, self._closing = threading.Event(), threading.Event()
+        self._mirror = threading.Thread(target=self._keep_mirrored, name="ledger", daemon=True)
+        if self._is_mirrored:
+            self._mirror.start()
+
+    def event(self, name: str, **fields: Any) -> None:
+        """Raises `LeaseLostError` when this is not the run's writer any more."""
+        self._append_event(name, **fields)
+        self._is_urgent.set()
+
+    def step(self, **fields: Any) -> None:
+        """Raises `LeaseLostError` when this is not the run's writer any more."""
+        self._append({"time": round(time.time(), 3), **fields})
+
+    def read(self) -> "Ledger":
+        """What it holds, also of what the storage does not have yet."""
+        return Ledger.parse(self._content())
+
+    def mirror(self) -> None:
+        """Returns once the run's storage has every line. Raises `StorageError`, or `OSError` where a disk is full."""
+        with self._appending:
+            self._write_waiting()
+            os.fsync(self._file.fileno())
+        if not self._is_mirrored:
+            return
+        with self._mirroring:
+            content = self._content()
+            if len(content) == self._num_mirrored:
+                return
+            version = self._version
+            try:
+                self._version = self._run.write_bytes(LEDGER, content, if_absent=not version, if_version=version)
+            except (AlreadyExistsError, ConflictError):
+                if self._fence is not None:
+                    self._fence.check()
+                self._version = _version(self._run)  # the answer to our own write got lost
+                self._version = self._run.write_bytes(
+                    LEDGER, content, if_absent=not self._version, if_version=self._version
+                )
+            self._num_mirrored = len(content)
+
+    def close(self) -> None:
+        """Returns once the run's storage has every line, however long that takes. Raises `LeaseLostError`."""
+        self._closing.set()
+        self._is_urgent.set()
+        patiently(self.mirror, "ledger")
+        if self._is_mirrored:
+            self._mirror.join()
+            self._path.unlink(missing_ok=True)
+        self._file.close()
+
+    def abandon(self) -> None:
+        """Ends the mirroring; the next writer on this node finds what was not copied."""
+        self._closing.set()
+        self._is_urgent.set()
+
+    def _content(self) -> bytes:
+        return os.pread(self._file.fileno(), self._size, 0)  # a newer writer may have removed its name
+
+    def _append_event(self, name: str, **fields: Any) -> None:
+        self._append({"event": name, "time": round(time.time(), 3), **fields})
+
+    def _append(self, line: Line) -> None:
+        with self._appending:
+            if self._lost is not None:
+                raise self._lost
+            self._waiting += json.dumps(line).encode() + b"\n"
+            try:
+                self._write_waiting()
+            except LeaseLostError:
+                raise
+            except (StorageError, OSError) as error:
+                if b"storage_down" not in self._waiting:
+                    self._outage.failed(error)
+            else:
+                if not self._is_mirrored:
+                    self._outage.over()
+
+    def _write_waiting(self) -> None:
+        if not self._is_mirrored and self._fence is not None:
+            self._fence.check()
+        try:
+            written = self._file.write(self._waiting)
+            if written < len(self._waiting):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
+        except OSError:
+            self._file.truncate(self._size)
+            raise
+        self._size += written
+        self._waiting = b""
+
+    def _keep_mirrored(self) -> None:
+        while not self._closing.is_set():
+            self._is_urgent.wait(_MIRROR_INTERVAL_S)
+            self._is_urgent.clear()
+            try:
+                self.mirror()
+            except LeaseLostError as error:
+                self._lost = error
+                return
+            except (StorageError, OSError) as error:
+                self._closing.wait(self._outage.failed(error))
+            else:
+                self._outage.over()
+                self._closing.wait(self._size / _MIRROR_BYTES_PER_S)
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """One restart of the worker group: why it is there can be read from the events around it."""
+
+    attempt: int
+    lost_steps: int  # completed steps that had to be taken again
+    seconds: float  # from the last completed step of the old group to the first of the new one
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """A run's lines as read back."""
+
+    lines: list[Line]
+
+    @classmethod
+    def read(cls, run: Storage) -> "Ledger":
+        """An empty one when the run has none. An unfinished last line is left out."""
+        return cls.parse(_stored(run))
+
+    @classmethod
+    def parse(cls, content: bytes) -> "Ledger":
+        complete = content.rpartition(b"\n")[0]
+        return cls([json.loads(line) for line in complete.splitlines()])
+
+    @property
+    def steps(self) -> list[Line]:
+        """The line that counts of each step, in order. Steps that the guard skipped or rolled back have none."""
+        by_step: dict[int, Line] = {}
+        for line in self.lines:
+            if "event" not in line:
+                by_step[line["step"]] = line
+            elif line["event"] == "rollback":
+                by_step = {n: kept for n, kept in by_step.items() if not line["first"] <= n <= line["last"]}
+        return [by_step[step] for step in sorted(by_step)]
+
+    def events(self, *names: str) -> list[Line]:
+        return [line for line in self.lines if "event" in line and (not names or line["event"] in names)]
+
+    @property
+    def world_sizes(self) -> list[int]:
+        """Of each attempt, in order."""
+        return [line["world_size"] for line in self.events("start")]
+
+    @property
+    def pauses(self) -> dict[int, float]:
+        """Seconds in which the run stood still because somebody had asked it to end, by the attempt that resumed it.
+
+        From the save to the attempt's start. Nothing failed, so this is neither a recovery nor lost time.
+        """
+        found: dict[int, float] = {}
+        saved_s: float | None = None
+        for line in self.lines:
+            if is_stop(line):
+                saved_s = line["time"]
+            elif line.get("event") == "start" and saved_s is not None:
+                found[line["attempt"]] = round(line["time"] - saved_s, 3)
+                saved_s = None
+        return found
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds from the first line to the last one, without the pauses."""
+        return float(self.lines[-1]["time"] - self.lines[0]["time"] - sum(self.pauses.values()))
+
+    def recoveries(self) -> list[Recovery]:
+        return list(self._recoveries())
+
+    def _recoveries(self) -> Iterator[Recovery]:
+        last_step: Line | None = None
+        start: Line | None = None
+        for line in self.lines:
+            if is_stop(line):
+                last_step = None  # what comes next is a resume
+            elif line.get("event") == "start":
+                start = line
+            elif "event" not in line:
+                if start is not None and last_step is not None:
+                    lost = last_step["step"] - start["step"]
+                    yield Recovery(start["attempt"], lost, round(line["time"] - last_step["time"], 3))
+                start, last_step = None, line
+
+
+def is_stop(line: Line) -> bool:
+    """Whether the run was saved because somebody had asked it to end, by Ctrl-C or `raymill stop`."""
+    return line.get("event") == "preempted" and line["notice"] == "stop"
+
+
+class LedgerTail:
+    """The lines of a run as they are added, each read once."""
+
+    def __init__(self, run: Storage) -> None:
+        self._run, self._size = run, 0
+        self.ledger = Ledger([])
+        """All lines so far."""
+
+    def read(self) -> list[Line]:
+        """The new ones. Raises `StorageError`."""
+        entry = self._run.stat(LEDGER)
+        if entry is None or entry.size <= self._size:
+            return []
+        content = self._run.read_bytes(LEDGER, start=self._size).rpartition(b"\n")[0] + b"\n"
+        new = Ledger.parse(content).lines
+        self._size += len(content) if new else 0
+        self.ledger.lines.extend(new)
+        return new
+
+
+def _stored(run: Storage) -> bytes:
+    try:
+        return run.read_bytes(LEDGER)
+    except NotFoundError:
+        return b""
+
+
+def _version(run: Storage) -> str | None:
+    entry = run.stat(LEDGER)
+    return entry.version if entry else None
+
+
+def _spooled(run: Storage, *, generation: int) -> Path:
+    """This node's copy of the ledger, begun with what the run has, and with what a killed writer did not bring there.
+
+    One for each writer: a stale one may still be appending to its own.
+    """
+    stored, spool = _stored(run), node_spool(run)
+    left = {path: path.read_bytes() for path in spool.glob("ledger-*")}
+    begun = max([content for content in left.values() if content.startswith(stored)], key=len, default=stored)
+    path = spool / f"ledger-{generation:04d}.jsonl"
+    path.write_bytes(begun)
+    for other in left.keys() - {path}:
+        other.unlink()
+    return path

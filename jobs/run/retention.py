@@ -1,0 +1,49 @@
+"""Which checkpoints may go: a decision on names and numbers alone."""
+
+import re
+from collections.abc import Collection, Mapping
+
+from cluster.settings.run import CheckpointConfig
+
+_MIN_VERIFIED = 2
+
+
+def checkpoint_name(step: int, generation: int = 0) -> str:
+    """Sorted by name, checkpoints are in the order of their steps and then of their writers."""
+    return f"step-{step:09d}-{generation:04d}" if generation else f"step-{step:09d}"
+
+
+def is_checkpoint_name(name: str) -> bool:
+    return re.fullmatch(r"step-\d{9}(-\d{4,})?", name) is not None
+
+
+def step_of(name: str) -> int:
+    return int(name.split("-")[1])
+
+
+def superseded(
+    complete: Collection[str],
+    *,
+    keep: CheckpointConfig,
+    verified: Collection[str],
+    pinned: Collection[str] = (),
+    val_losses: Mapping[str, float] | None = None,
+    incomplete: Collection[str] = (),
+) -> list[str]:
+    """The checkpoints to delete, oldest first.
+
+    Kept are the newest `keep.num_to_keep`, the `keep.keep_best` of the lowest validation loss, each
+    `keep.keep_every_steps`-th step, the pinned ones, and the two newest that were verified, without which nothing goes.
+    What a crash left of others, `incomplete`, goes once it is older than those two.
+    """
+    names = sorted(complete)
+    trusted = [name for name in names if name in verified][-_MIN_VERIFIED:]
+    if len(trusted) < _MIN_VERIFIED:
+        return []
+    losses = {name: loss for name, loss in (val_losses or {}).items() if name in names}
+    best = sorted(losses, key=lambda name: (losses[name], name))[: keep.keep_best]
+    kept = {*names[-keep.num_to_keep :], *trusted, *best, *pinned}
+    if keep.keep_every_steps:
+        kept |= {name for name in names if step_of(name) % keep.keep_every_steps == 0}
+    garbage = {name for name in incomplete if name < trusted[0] and name not in pinned}
+    return sorted(({*names} | garbage) - kept)

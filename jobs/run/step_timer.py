@@ -1,0 +1,121 @@
+"""Where the time of a training step goes: every moment between two lines of the ledger belongs to one phase."""
+
+import time
+from collections import deque
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from cluster.monitoring.metric_table import PHASES, REST, UNTIMED, Phase
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """What passed since the line before: the parts of `seconds` sum to the whole."""
+
+    wall_s: float
+    seconds: dict[str, float] = field(default_factory=dict)  # by phase
+    num_lanes: int = 0  # backward passes among them
+
+
+class Clock(Protocol):
+    """Marks moments, and tells the time between two of them once it is known."""
+
+    def mark(self) -> Any: ...
+
+    def elapsed_s(self, start: Any, end: Any) -> float | None: ...
+
+
+class HostClock:
+    def mark(self) -> float:
+        return time.perf_counter()
+
+    def elapsed_s(self, start: float, end: float) -> float:
+        return end - start
+
+
+class CudaClock:
+    """Marks moments in the GPU's own queue, and never waits for it: a phase that is still under way counts in a later
+    step."""
+
+    def mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def elapsed_s(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float | None:
+        return start.elapsed_time(end) / 1000 if end.query() else None
+
+
+class StepTimer:
+    """Seconds by phase, from one `take` to the next. A phase inside another one interrupts it."""
+
+    def __init__(self, *, is_on: bool = True, clock: Clock | None = None) -> None:
+        self._is_on = is_on
+        self._clock: Clock = clock or HostClock()
+        self._names = [REST]  # the phases that are open
+        self._mark = self._clock.mark()
+        self._spans: deque[tuple[str, Any, Any]] = deque()
+        self._num_lanes = 0
+        self._taken = self._now_s()
+
+    def phase(self, name: Phase) -> AbstractContextManager[None]:
+        return _Open(self, name) if self._is_on else nullcontext()
+
+    def take(self) -> StepTime:
+        """What passed since the last call."""
+        if self._is_on:
+            self._switch()
+        before, self._taken = self._taken, self._now_s()
+        wall_s = self._taken - before
+        if not self._is_on:
+            return StepTime(wall_s, {UNTIMED: wall_s})
+        sums: dict[str, float] = {}
+        while self._spans:
+            name, start, end = self._spans[0]
+            elapsed_s = self._clock.elapsed_s(start, end)
+            if elapsed_s is None:
+                break
+            sums[name] = sums.get(name, 0.0) + elapsed_s
+            self._spans.popleft()
+        num_lanes, self._num_lanes = self._num_lanes, 0
+        return StepTime(wall_s, {name: sums[name] for name in (*PHASES, REST) if name in sums}, num_lanes)
+
+    def _now_s(self) -> float:
+        """The moment just marked where that is the host's, so that the phases sum to the whole."""
+        return self._mark if self._is_on and isinstance(self._clock, HostClock) else time.perf_counter()
+
+    def _switch(self) -> None:
+        """Ends the span of the phase that is open."""
+        mark = self._clock.mark()
+        self._spans.append((self._names[-1], self._mark, mark))
+        self._mark = mark
+
+    def open(self, name: Phase) -> None:
+        self._switch()
+        self._names.append(name)
+        self._num_lanes += name == "backward"
+
+    def close(self) -> None:
+        self._switch()
+        self._names.pop()
+
+
+class _Open:
+    """As a context manager made by a generator does, in half of its time."""
+
+    def __init__(self, timer: StepTimer, name: Phase) -> None:
+        self._timer, self._name = timer, name
+
+    def __enter__(self) -> None:
+        self._timer.open(self._name)
+
+    def __exit__(self, *error: object) -> None:
+        self._timer.close()
+
+
+def step_timer(device: torch.device, *, is_on: bool) -> StepTimer:
+    """A timer for what this process computes on the device."""
+    return StepTimer(is_on=is_on, clock=CudaClock() if device.type == "cuda" and is_on else HostClock())

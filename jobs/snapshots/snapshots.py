@@ -1,0 +1,207 @@
+"""A worker's snapshots: its state into its node's memory after a step, and back out of some node's after a failure.
+
+Without a keeper on the node, as outside a Ray job, nothing is kept and training is the same.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+import torch.distributed as dist
+
+from jobs.exact.train_state import StatePart, TrainState
+from jobs.run.run_plan import RunPlan
+from jobs.snapshots.choice import Choice, Holding, Source, choose, held_on, interval, sources
+from jobs.snapshots.slots import Bytes, Header, Slots
+from jobs.snapshots.snapshot_actor import fetch
+from jobs.snapshots.snapshot_actors import ask, find_keepers
+from jobs.workers.worker_group import WorkerGroup
+
+_FIRST_AGREEMENT = 4
+_AGREEMENT_EVERY = 64
+"""Snapshots after which all ranks agree on their interval."""
+
+_RETRY_S = 1.0
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The choice that rank 0 made for all."""
+
+    choice: Choice
+    headers: list[Header]  # of each share
+
+    @property
+    def step(self) -> int:
+        return self.choice.step
+
+
+class Snapshots:
+    """Of one worker in one attempt."""
+
+    def __init__(self, plan: RunPlan, group: WorkerGroup) -> None:
+        self._plan, self._group, self._launch = plan, group, plan.launch
+        self._node = ray.get_runtime_context().get_node_id() if self._launch else ""
+        self._node_of_rank: list[str] = group.gather(self._node) if self._launch else []
+        self._memory: tuple[Path, Slots] | None = None
+        self._retry_at = 0.0
+        self._interval, self._num_written, self._next_step, self._last_written = 1, 0, 0, 0
+        self._copy_s: list[float] = []
+        self._step_s: list[float] = []
+        self._last: tuple[int, float] | None = None
+
+    def newest(self, *, explained_step: int, at_least: int, is_left_out: Callable[[int], bool]) -> Snapshot | None:
+        """Rank 0's choice, as `choose` describes it."""
+        if self._launch is None:
+            return None
+        keepers = find_keepers(self._launch)
+        answers = ask({node: keeper.holdings.remote(verify=True) for node, keeper in keepers.items()})
+        holdings: list[Holding] = [held for found in answers.values() for held in found]
+        choice = choose(holdings, explained_step=explained_step, at_least=at_least, is_left_out=is_left_out)
+        if choice is None:
+            return None
+        headers = [ray.get(keepers[holders[0].node].header.remote(holders[0])) for holders in choice.holders]
+        return None if None in headers else Snapshot(choice, headers)
+
+    def restore(self, snapshot: Snapshot, state: TrainState) -> dict[str, Any]:
+        """Loads the state on every rank, from its node's memory where all ranks can; returns what was carried."""
+        if all(held_on(snapshot.choice, node) for node in self._node_of_rank):
+            own = held_on(snapshot.choice, self._node) or []
+            datas = [self._read(held, is_local=True) for held in own]
+            state.load_state(state_part(header, data) for header, data in zip(snapshot.headers, datas, strict=True))
+        else:
+            found = zip(snapshot.headers, sources(snapshot.choice, self._node_of_rank), strict=True)
+            state.load_state(state_part(header, self._shared(header, source, state.device)) for header, source in found)
+        return snapshot.headers[0].carried
+
+    def _shared(self, header: Header, source: Source, device: torch.device) -> Bytes:
+        """A share that one rank reads and the others get from it."""
+        is_reader = self._group.rank == source.reader
+        data = np.empty(header.num_bytes, np.uint8)
+        if is_reader:
+            data = self._read(source.holding, is_local=source.is_local)
+        if self._group.world_size > 1:
+            whole = torch.from_numpy(data).to(device)
+            dist.broadcast(whole, source.reader)
+            data = whole.cpu().numpy()
+        return data
+
+    def _read(self, held: Holding, *, is_local: bool) -> Bytes:
+        assert self._launch is not None
+        keeper = ray.get_actor(held.node, namespace=self._launch)
+        if is_local:
+            slots = _mapped(str(ray.get(keeper.path.remote(held.area))))
+            header = slots.header(held.slot)
+            assert header is not None and header.sequence == held.sequence, "nobody writes during a restore"
+            return slots.data(held.slot)[: header.num_bytes].copy()
+        fetched = fetch(held, keeper)
+        if fetched is None:
+            raise RuntimeError(f"the snapshot of step {held.step} on node {held.node} was lost on its way")
+        return fetched[1]
+
+    def after_step(self, step: int, state: TrainState, *, attempt: int, carried: dict[str, Any]) -> None:
+        """Takes a snapshot where one is due; every rank calls it after every step, once the ledger has the step."""
+        if self._launch is None:
+            return
+        start = time.perf_counter()
+        if self._last is not None and step == self._last[0] + 1:
+            self._step_s.append(start - self._last[1])
+        if step >= self._next_step:
+            self._write(step, state, attempt=attempt, carried=carried)
+            self._last_written = step
+            self._copy_s.append(time.perf_counter() - start)
+            self._num_written += 1
+            if self._num_written == _FIRST_AGREEMENT or self._num_written % _AGREEMENT_EVERY == 0:
+                self._agree(attempt)
+            self._next_step = step + self._interval
+        self._last = (step, time.perf_counter())
+
+    def rescue(self, step: int, state: TrainState, *, attempt: int, carried: dict[str, Any]) -> None:
+        """Takes a snapshot that was not due, once another worker is lost: this one may hold the only newer state.
+
+        Not of a sharded optimizer, whose lost share has no newer form than its own last snapshot.
+        """
+        if self._launch is not None and not state.is_sharded and step > self._last_written:
+            self._write(step, state, attempt=attempt, carried=carried)
+
+    def _write(self, step: int, state: TrainState, *, attempt: int, carried: dict[str, Any]) -> None:
+        group, is_sharded = self._group, state.is_sharded
+        if not is_sharded and group.rank != self._node_of_rank.index(self._node):
+            return  # all ranks have the same state, and one of a node writes it
+        part = state.own_state() if is_sharded else whole_state(state)
+        arrays = [tensor.detach().cpu().numpy().view(np.uint8) for tensor in part.tensors.values()]
+        area = f"rank-{group.rank}-of-{group.world_size}" if is_sharded else "state"
+        slots = self._slots(area, sum(array.size for array in arrays))
+        if slots is None:
+            return
+        header = Header(
+            identity=self._plan.identity,
+            sequence=0,
+            attempt=attempt,
+            step=step,
+            rank=group.rank if is_sharded else 0,
+            world_size=group.world_size if is_sharded else 1,
+            num_updates=part.num_updates,
+            places=[(place.start, place.stop) for place in part.places],
+            names=list(part.tensors),
+            num_bytes=0,
+            checksum=0,
+            carried=carried,
+        )
+        slots.write(header, arrays)
+
+    def _slots(self, area: str, num_bytes: int) -> Slots | None:
+        """This rank's memory on its node, of a keeper that is alive; None while there is none."""
+        if self._memory is not None and self._memory[0].exists():
+            return self._memory[1]
+        self._memory = None
+        if time.monotonic() < self._retry_at:
+            return None
+        self._retry_at = time.monotonic() + _RETRY_S
+        keeper = find_keepers(str(self._launch)).get(self._node)
+        path = ask({self._node: keeper.open.remote(area, num_bytes)}).get(self._node) if keeper else None
+        if path is None:
+            return None
+        self._memory = (Path(path), _mapped(path))
+        return self._memory[1]
+
+    def _agree(self, attempt: int) -> None:
+        """One interval for all ranks, as shares of a state must be of one step."""
+        own = (min(self._copy_s), median(self._step_s) if self._step_s else float("inf"))
+        told = self._group.gather(own)
+        self._interval = interval(copy_s=max(copy for copy, _ in told), step_s=min(step for _, step in told))
+        self._copy_s.clear()
+        self._step_s.clear()
+        if self._group.rank == 0:  # each rank has written since this attempt began
+            for keeper in find_keepers(str(self._launch)).values():
+                keeper.close_older.remote(attempt)
+
+
+def _mapped(path: str) -> Slots:
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        return Slots.map(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def whole_state(state: TrainState) -> StatePart:
+    """The state where it lies."""
+    tensors = {"values": state.values, **state.flat_moments()}
+    return StatePart([range(state.layout.size)], tensors, state.num_updates)
+
+
+def state_part(header: Header, data: Bytes) -> StatePart:
+    tensors = data.view(np.float32).reshape(len(header.names), -1)
+    return StatePart(
+        [range(start, stop) for start, stop in header.places],
+        {name: torch.from_numpy(values) for name, values in zip(header.names, tensors, strict=True)},
+        header.num_updates,
+    )

@@ -1,0 +1,1 @@
+"""The token store: built, read, ordered into batches."""

@@ -1,0 +1,127 @@
+"""Which rows of the token store make which lane of which step: pure functions of (seed, step, lane).
+
+A sample's global index counts samples over the whole run, the batches of its steps end to end. It takes the next row
+of a source; rows are shuffled within windows that follow each other, anew each epoch of the source.
+Nothing is buffered, nothing iterates: a run's whole data position is one integer: the tokens seen.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import numpy.typing as npt
+
+from jobs.corpus.text_hashes import mix64
+
+Indices = npt.NDArray[np.int64]
+
+WEIGHT_SLOTS = 10_000
+"""Samples after which the pattern of sources repeats: a weight is honoured to 1 / 10,000."""
+
+_ROUNDS = 8  # four make a pseudorandom permutation (Luby and Rackoff, 1988); eight cost microseconds
+
+
+@dataclass(frozen=True)
+class SampleOrder:
+    """The row that each sample of a run takes.
+
+    While a store grows, `num_rows` counts what is sealed. A sample whose whole window is sealed takes the same row as
+    it will in the finished store; `covers` says whether that holds.
+    """
+
+    seed: int
+    window_rows: int
+    num_rows: tuple[int, ...]  # by source
+    weights: tuple[float, ...] = ()  # share of the samples of each source; empty with one source
+    complete: bool = True
+
+    def covers(self, samples: npt.ArrayLike) -> npt.NDArray[np.bool_]:
+        """Whether the row of each sample is known."""
+        sources, numbers = self._turns(samples)
+        window_ends = (numbers // self.window_rows + 1) * self.window_rows
+        return self.complete | (window_ends <= np.array(self.num_rows)[sources])
+
+    def rows(self, samples: npt.ArrayLike) -> tuple[Indices, Indices]:
+        """The source of each sample and its row there. An epoch of a source takes each of its rows once."""
+        assert self.covers(samples).all(), "these samples lie beyond the sealed windows"
+        sources, numbers = self._turns(samples)
+        num_rows = np.array(self.num_rows, dtype=np.int64)[sources]
+        epochs, places = np.divmod(numbers, num_rows)
+        rows = np.empty_like(places)
+        keys = np.stack([sources, epochs, places // self.window_rows], axis=1)
+        windows, inverse, counts = np.unique(keys, axis=0, return_inverse=True, return_counts=True)
+        groups = np.split(np.argsort(inverse, kind="stable"), np.cumsum(counts))[:-1]
+        for (source, epoch, window), chosen in zip(windows.tolist(), groups, strict=True):
+            first = window * self.window_rows
+            size = min(self.window_rows, self.num_rows[source] - first)
+            rows[chosen] = first + _permuted(places[chosen] - first, f"{self.seed} {source} {epoch} {window}", size)
+        return sources, rows
+
+    def _turns(self, samples: npt.ArrayLike) -> tuple[Indices, Indices]:
+        """The source of each sample, and how many samples took a row of it before."""
+        indices = np.asarray(samples, dtype=np.int64)
+        slots, ranks, counts = _source_pattern(self.weights)
+        periods, places = np.divmod(indices, len(slots))
+        sources = slots[places]
+        return sources, periods * counts[sources] + ranks[places]
+
+
+@cache
+def _source_pattern(weights: tuple[float, ...]) -> tuple[Indices, Indices, Indices]:
+    """The source of each slot, the number of its slots before it, and the number of slots of each source.
+
+    The j-th of a source's n slots is due at (j + 1/2) / n of the period, so any stretch holds each source's share.
+    """
+    counts = _slots_of_sources(weights) if len(weights) > 1 else np.ones(1, dtype=np.int64)
+    sources = np.repeat(np.arange(len(counts)), counts)
+    ranks = np.concatenate([np.arange(count) for count in counts])
+    order = np.argsort((ranks + 0.5) / counts[sources], kind="stable")
+    return sources[order], ranks[order], counts
+
+
+def _slots_of_sources(weights: Sequence[float]) -> Indices:
+    """`WEIGHT_SLOTS` by largest remainder; one at least, as a source with a weight is never left out."""
+    shares = np.array(weights) / sum(weights) * WEIGHT_SLOTS
+    counts = np.maximum(1, np.floor(shares)).astype(np.int64)
+    missing = WEIGHT_SLOTS - int(counts.sum())
+    if missing > 0:
+        counts[np.argsort(counts - shares, kind="stable")[:missing]] += 1
+    else:
+        counts[np.argmax(counts)] += missing
+    return counts
+
+
+def _permuted(places: Indices, key: str, size: int) -> Indices:
+    """The numbers at `places` (N,) of a permutation of [0, size), without a table of it.
+
+    A Feistel network permutes the 2^(2h) numbers that just cover them; a result past the last one is permuted again
+    until it falls inside ("cycle walking", Black and Rogaway, 2002), at most four times on average.
+    """
+    digest = hashlib.shake_256(f"raymill sample order {key}".encode()).digest(8 * _ROUNDS)
+    keys = np.frombuffer(digest, dtype="<u8").astype(np.uint64)
+    half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
+    half, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
+    values = places.astype(np.uint64)
+    outside = np.ones(values.shape, dtype=bool)
+    while outside.any():
+        left, right = values[outside] >> half, values[outside] & mask
+        for round_key in keys:
+            left, right = right, left ^ (mix64(right + round_key) & mask)
+        values[outside] = (left << half) | right
+        outside = values >= size
+    return values.astype(np.int64)
+
+
+def lane_sample_indices(batch: range, lane: int, *, micro_batch_size: int) -> Indices:
+    """Global indices of the samples (micro_batch_size,) of one lane of the step whose batch has the samples `batch`."""
+    first = batch.start + lane * micro_batch_size
+    return np.arange(first, first + micro_batch_size, dtype=np.int64)
+
+
+def lanes_of_rank(rank: int, *, world_size: int, num_lanes: int) -> range:
+    """The contiguous lanes of a rank. All ranks together own each lane once; sizes differ by one at most."""
+    if not 0 <= rank < world_size <= num_lanes:
+        raise ValueError(f"rank {rank} of {world_size} has no place in {num_lanes} lanes")
+    return range(rank * num_lanes // world_size, (rank + 1) * num_lanes // world_size)

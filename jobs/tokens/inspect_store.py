@@ -1,0 +1,119 @@
+"""What a finished token store holds (`stats`), what was left out and why (`report`), and whether it is unaltered
+(`verify`)."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from cluster.output.progress import progress
+from cluster.storage.uris import Storage, open_storage
+from jobs.tokens.shard_writer import file_sha256
+from jobs.tokens.token_store import MANIFEST, SOURCES, Manifest, Shard, TokenStoreError, read_manifest, token_dtype
+
+_READERS = 4
+
+
+def find_store(reference: str | None, storage_uri: str) -> Storage:
+    """A store by its folder's or manifest's location, by its key under `tokens/`, or the only one there is."""
+    stores = open_storage(storage_uri).child("tokens")
+    if reference is None:
+        keys = sorted({entry.key.partition("/")[0] for entry in stores.list() if entry.key.endswith(f"/{MANIFEST}")})
+        if len(keys) != 1:
+            found = f"there are {', '.join(keys)}" if keys else f"{stores.uri} holds none"
+            raise TokenStoreError(f"name a token store: {found}")
+        return stores.child(keys[0])
+    if "/" not in reference and stores.exists(f"{reference}/{MANIFEST}"):
+        return stores.child(reference)
+    return open_storage(reference.removesuffix(f"/{MANIFEST}"))
+
+
+def stats(store: Storage) -> dict[str, Any]:
+    """Counts by split and source, and rates."""
+    manifest = read_manifest(store)
+    tokens, documents = manifest.total("tokens"), manifest.total("documents")
+    num_dropped = sum(manifest.dropped.values())
+    return {
+        "manifest_hash": manifest.hash,
+        "documents": documents,
+        "tokens": tokens,
+        "bytes": manifest.total("bytes"),
+        "bytes_per_token": round(manifest.total("bytes") / max(1, tokens - documents), 3),
+        "tokens_per_document": round(tokens / max(1, documents), 1),
+        "splits": {
+            split: {name: manifest.total(name, split) for name in ("documents", "tokens", "bytes")}
+            for split in ("train", "val")
+        },
+        "sources": _sources(manifest, json.loads(store.read_bytes(SOURCES))),
+        "shards": len(manifest.shards),
+        "dtype": token_dtype(manifest.vocab_size).name,
+        "vocab_size": manifest.vocab_size,
+        "dropped": {reason: count for reason, count in manifest.dropped.items() if count},
+        "drop_rate": round(num_dropped / max(1, num_dropped + documents), 4),
+        "replaced_utf8": manifest.replaced_utf8,
+    }
+
+
+def _sources(manifest: Manifest, recorded: dict[str, Any]) -> list[dict[str, Any]]:
+    numbers = sorted({shard.source for shard in manifest.shards})
+    locations = recorded.get("sources")  # not recorded in stores made before this was
+    return [
+        {
+            "source": locations[number] if locations else number,
+            "weight": round(manifest.weights[number], 4) if manifest.weights else None,
+            "documents": sum(shard.documents for shard in manifest.shards if shard.source == number),
+            "tokens": sum(shard.tokens for shard in manifest.shards if shard.source == number),
+        }
+        for number in numbers
+    ]
+
+
+def report(store: Storage) -> dict[str, Any]:
+    """Dropped documents by reason: count, share, and the first few with file, place and front of their text."""
+    manifest = read_manifest(store)
+    files = json.loads(store.read_bytes(SOURCES))["files"]
+    total = sum(manifest.dropped.values()) + manifest.total("documents")
+    return {
+        "documents": manifest.total("documents"),
+        "dropped": {
+            reason: {
+                "count": count,
+                "share": round(count / max(1, total), 4),
+                "samples": [
+                    {
+                        "file": files[sample.file][0],
+                        "offset": sample.document,
+                        "bytes": sample.bytes,
+                        "preview": sample.preview,
+                    }
+                    for sample in manifest.drop_samples.get(reason, [])
+                ],
+            }
+            for reason, count in manifest.dropped.items()
+            if count
+        },
+    }
+
+
+def verify(store: Storage) -> dict[str, Any]:
+    """Recomputes every shard's hash. Raises `TokenStoreError` that names each shard that is not what it was."""
+    manifest = read_manifest(store)
+    problems = []
+    itemsize = token_dtype(manifest.vocab_size).itemsize
+    with (
+        ThreadPoolExecutor(_READERS) as pool,
+        progress("verifying", total_bytes=manifest.total("tokens") * itemsize) as advance,
+    ):
+
+        def check(shard: Shard) -> tuple[Shard, str]:
+            return shard, file_sha256(store, shard.file)
+
+        for shard, found in pool.map(check, manifest.shards):
+            advance(shard.tokens * itemsize)
+            if found != shard.sha256:
+                problems.append(f"{shard.file} has SHA-256 {found[:12]}…, the manifest says {shard.sha256[:12]}…")
+    if problems:
+        raise TokenStoreError(
+            f"{len(problems)} of {len(manifest.shards)} shards of {store.uri} are altered: {'; '.join(problems[:10])}; "
+            "delete them and tokenize again, which makes only these"
+        )
+    return {"valid": True, "manifest_hash": manifest.hash, "shards": len(manifest.shards)}

@@ -1,0 +1,58 @@
+"""Shards of finished token stores (`tokens://` sources), copied into the new store as they are."""
+
+import hashlib
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from cluster.output.progress import progress
+from cluster.storage.uris import Storage, open_storage
+from jobs.corpus.listing import CorpusError
+from jobs.tokens.shard_writer import ChunkResult, file_sha256
+from jobs.tokens.token_store import TOKENIZER, Shard, TokenStoreError, read_manifest
+from model.tokenizer import Tokenizer
+
+
+def store_tokenizer(location: str) -> Tokenizer:
+    """The tokenizer that a token store was made with."""
+    return Tokenizer.from_json(open_storage(location).read_bytes(TOKENIZER))
+
+
+def copy_shards(
+    store: Storage, locations: Mapping[int, str], tokenizer: Tokenizer, *, first_chunk: int
+) -> dict[int, ChunkResult]:
+    """A result for each shard of the stores at `locations` (source -> location), numbered after the chunks.
+
+    Raises `CorpusError` for another tokenizer's store and `TokenStoreError` for a shard with other bytes than its
+    manifest says.
+    """
+    results: dict[int, ChunkResult] = {}
+    for source, location in locations.items():
+        other = open_storage(location)
+        manifest = read_manifest(other)
+        if manifest.tokenizer_hash != tokenizer.hash:
+            raise CorpusError(
+                f"tokens://{location} was made with another tokenizer ({manifest.tokenizer_hash[:12]}, not "
+                f"{tokenizer.hash[:12]}); set data.tokenizer to its tokenizer.json, or tokenize its text again"
+            )
+        with progress(f"copying {location}", total_bytes=sum(shard.bytes for shard in manifest.shards)) as advance:
+            for shard in manifest.shards:
+                number = first_chunk + len(results)
+                name = f"{'shard' if shard.split == 'train' else 'val'}-{number:05d}.bin"
+                copy = replace(shard, file=name, source=source)
+                if not (store.exists(name) and file_sha256(store, name) == shard.sha256):
+                    _copy(other, shard, store, copy)
+                results[number] = ChunkResult(shards=[copy], documents=shard.documents)
+                advance(shard.bytes)
+    return results
+
+
+def _copy(other: Storage, shard: Shard, store: Storage, copy: Shard) -> None:
+    with tempfile.TemporaryDirectory(prefix="raymill-shard-") as folder:
+        path = Path(folder, copy.file)
+        other.download_file(shard.file, path)
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
+                raise TokenStoreError(f"{other.uri}/{shard.file} does not have the bytes that its manifest says")
+        store.upload_file(path, copy.file)

@@ -1,0 +1,186 @@
+"""Shards written in parallel, each by one task: read a chunk, encode what is kept of it, store it, vouch for it.
+
+A chunk's sidecar (`shard-00000.json`) says what its shards were made of and what their bytes are. A chunk whose
+sidecar agrees with the plan and with the bytes is not written again; that is how a killed job goes on.
+"""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, BinaryIO, Self
+
+import numpy as np
+
+from cluster.settings.run import DataConfig
+from cluster.storage.uris import NotFoundError, Storage
+from jobs.cleaning.decontamination import shares_ngram, validation_ngrams
+from jobs.cleaning.document_index import DROP_CODES, read_chunk
+from jobs.cleaning.selection import HELD_OUT
+from jobs.corpus.chunks import Part
+from jobs.corpus.documents import Document, Drop
+from jobs.corpus.listing import CorpusError
+from jobs.corpus.ray_data_tasks import Task
+from jobs.corpus.text_borders import cut_text
+from jobs.tokens.token_store import DropSample, Shard, Split, canonical_json, token_dtype
+from model.bulk_encoder import BulkEncoder, Encoder, PlainEncoder
+from model.tokenizer import Tokenizer
+
+_MAX_SAMPLES = 5
+_PREVIEW_CHARS = 200
+
+
+@dataclass
+class ChunkResult:
+    """What became of a chunk."""
+
+    shards: list[Shard] = field(default_factory=list)
+    documents: int = 0
+    replaced: int = 0
+    contaminated: int = 0
+    samples: dict[str, list[DropSample]] = field(default_factory=dict)
+
+    def to_bytes(self) -> bytes:
+        return canonical_json(asdict(self))
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> Self:
+        return cls.from_values(json.loads(content))
+
+    @classmethod
+    def from_values(cls, values: dict[str, Any]) -> Self:
+        samples = {reason: [DropSample(**sample) for sample in found] for reason, found in values["samples"].items()}
+        return cls(**values | {"shards": [Shard(**shard) for shard in values["shards"]], "samples": samples})
+
+    def sample(self, reason: str, part: Part, document: Document) -> None:
+        found = self.samples.setdefault(reason, [])
+        if len(found) < _MAX_SAMPLES:
+            preview = document.preview or document.text[:_PREVIEW_CHARS]
+            found.append(DropSample(part.file, document.offset, document.size, preview))
+
+
+@dataclass(frozen=True)
+class ChunkWriter:
+    """Everything that the writers of all chunks share."""
+
+    store: Storage
+    tokenizer_json: bytes
+    data: DataConfig
+    is_bulk: bool  # whether the driver has proven that tiktoken gives the tokenizer's ids
+    ngrams_hash: str  # of validation_ngrams; "" when nothing is decontaminated
+
+    def __call__(self, task: Task) -> Iterator[bytes]:
+        """Yields the `ChunkResult` as JSON once the shards and then their sidecar are stored."""
+        tokenizer, encoder = _encoder(self.tokenizer_json, is_bulk=self.is_bulk)
+        codes = self.store.read_bytes(task["codes"])
+        made_of = {
+            "digest": task["digest"],
+            "codes": hashlib.sha256(codes).hexdigest(),
+            "tokenizer": tokenizer.hash,
+            "ngrams": self.ngrams_hash,
+        }
+        sidecar = f"shard-{task['chunk']:05d}.json"
+        result = self._finished(sidecar, made_of)
+        if result is None:
+            result = self._write(task, codes, tokenizer, encoder)
+            self.store.write_bytes(sidecar, canonical_json({"made_of": made_of, "result": asdict(result)}))
+        yield result.to_bytes()
+
+    def _finished(self, sidecar: str, made_of: dict[str, str]) -> ChunkResult | None:
+        try:
+            values = json.loads(self.store.read_bytes(sidecar))
+        except NotFoundError:  # one request, where asking first would make two
+            return None
+        except ValueError:
+            return None  # cut off on a disk that lost power
+        result = ChunkResult.from_values(values["result"]) if values["made_of"] == made_of else None
+        return result if result and all(self._is_stored(shard) for shard in result.shards) else None
+
+    def _is_stored(self, shard: Shard) -> bool:
+        try:
+            return file_sha256(self.store, shard.file) == shard.sha256
+        except NotFoundError:
+            return False
+
+    def _write(self, task: Task, codes: bytes, tokenizer: Tokenizer, encoder: Encoder) -> ChunkResult:
+        parts = [Part(**part) for part in task["parts"]]
+        digest = hashlib.sha256()
+        result = ChunkResult(documents=len(codes))
+        ngrams = validation_ngrams(self.store, self.ngrams_hash) if self.ngrams_hash else None
+        names: dict[Split, str] = {split: f"{name}-{task['chunk']:05d}.bin" for split, name in _FILE_NAMES.items()}
+        with ExitStack() as stack:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="raymill-shard-")))
+            dtype = token_dtype(tokenizer.vocab_size)
+            writers = {
+                split: _ShardFile(stack.enter_context((folder / name).open("w+b")), tokenizer.eot_id, dtype)
+                for split, name in names.items()
+            }
+            numbered = enumerate(read_chunk(parts, self.data, digest))
+            for number, (part, document) in numbered:
+                code = codes[number] if number < len(codes) else None
+                if code is None or (document.drop and code != DROP_CODES.index(document.drop)):
+                    raise _changed(parts)
+                if code not in (0, HELD_OUT):
+                    result.sample(str(DROP_CODES[code]), part, document)
+                elif code == 0 and ngrams is not None and shares_ngram(document.text, ngrams, self.data):
+                    result.contaminated += 1
+                    result.sample(Drop.CONTAMINATED, part, document)
+                else:
+                    result.replaced += document.replaced
+                    writers["val" if code == HELD_OUT else "train"].add(document, encoder)
+            if digest.hexdigest() != task["digest"]:
+                raise _changed(parts)
+            for split, writer in writers.items():
+                if writer.documents:
+                    result.shards.append(Shard(names[split], split, task["source"], **writer.finished()))
+                    self.store.upload_file(folder / names[split], names[split])
+        return result
+
+
+_FILE_NAMES: dict[Split, str] = {"train": "shard", "val": "val"}
+
+
+def _changed(parts: Sequence[Part]) -> CorpusError:
+    names = ", ".join(dict.fromkeys(part.piece_of or part.uri for part in parts[:3]))
+    return CorpusError(f"the corpus changed while it was tokenized (one of {names}); run again")
+
+
+class _ShardFile:
+    """A shard on its way to the store: in a local file, as it may be larger than memory allows."""
+
+    def __init__(self, file: BinaryIO, eot_id: int, dtype: np.dtype[Any]) -> None:
+        self._file = file
+        self._dtype = dtype
+        self._end = np.array([eot_id], dtype=dtype).tobytes()
+        self._tokens = self._bytes = self.documents = 0
+
+    def add(self, document: Document, encoder: Encoder) -> None:
+        for piece in cut_text(document.text):
+            ids = encoder.encode(piece)
+            self._file.write(ids.astype(self._dtype).data)
+            self._tokens += len(ids)
+        self._file.write(self._end)
+        self._tokens += 1
+        self.documents += 1
+        self._bytes += document.size
+
+    def finished(self) -> dict[str, Any]:
+        """The figures of the `Shard`; its bytes are in the file."""
+        self._file.seek(0)
+        sha256 = hashlib.file_digest(self._file, "sha256").hexdigest()  # type: ignore[arg-type]
+        return {"tokens": self._tokens, "documents": self.documents, "bytes": self._bytes, "sha256": sha256}
+
+
+@cache
+def _encoder(content: bytes, *, is_bulk: bool) -> tuple[Tokenizer, Encoder]:
+    tokenizer = Tokenizer.from_json(content)
+    return tokenizer, BulkEncoder.of(tokenizer) if is_bulk else PlainEncoder(tokenizer)
+
+
+def file_sha256(store: Storage, key: str) -> str:
+    with store.open(key) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]

@@ -1,0 +1,140 @@
+"""The token store's contract: the manifest that lists shards of token ids, and its exact bytes.
+
+The manifest holds no path and no time: the same text makes the same manifest wherever it lies (only `hf://` sources
+leave a trace, their pinned revision). It is written last: a folder without one is not a finished store.
+
+While a store grows, `sealed.json` lists what is sealed: for each source the shards up to the first that is missing,
+of both splits. A sealed shard never changes, so a reader of the prefix reads what the finished store will hold.
+"""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+import numpy as np
+
+from cluster.storage.uris import NotFoundError, Storage
+from model.errors import UserError
+
+FORMAT_VERSION = 2
+MANIFEST = "manifest.json"
+SEALED = "sealed.json"
+SOURCES = "sources.json"
+TOKENIZER = "tokenizer.json"
+
+Split = Literal["train", "val"]
+
+
+class TokenStoreError(UserError):
+    """A token store that cannot be read; the text names the file."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of token ids; each document in it is followed by the end-of-text token."""
+
+    file: str
+    split: Split
+    source: int  # place in data.source
+    tokens: int  # end-of-text tokens among them
+    documents: int
+    bytes: int  # of UTF-8 text, end-of-text tokens not counted
+    sha256: str
+
+
+@dataclass(frozen=True)
+class DropSample:
+    """A dropped document: what a person needs to judge the rule that dropped it."""
+
+    file: int  # place in the listing, which sources.json holds
+    document: int  # place in the file
+    bytes: int
+    preview: str  # the front of its text
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything that a reader of the shards must know."""
+
+    tokenizer_hash: str
+    vocab_size: int
+    eot_id: int
+    source_hash: str  # of every document's hash or reason to be dropped, in canonical order
+    config_hash: str  # of the settings that shape the shards
+    weights: tuple[float, ...]  # share of the training rows from each source, summing to 1; empty: as they come
+    revisions: dict[str, str]  # commit of each hf:// source
+    dropped: dict[str, int]  # documents by reason
+    drop_samples: dict[str, list[DropSample]]  # the first few of each reason
+    replaced_utf8: int  # documents kept with U+FFFD in place of bytes that were not UTF-8
+    shards: tuple[Shard, ...]  # in canonical order: by source, then place in it
+    complete: bool = True  # False in sealed.json
+
+    def total(self, field: Literal["tokens", "documents", "bytes"], split: Split | None = None) -> int:
+        return sum(getattr(shard, field) for shard in self.shards if split in (None, shard.split))
+
+    def to_json(self) -> bytes:
+        fields = ("documents", "tokens", "bytes")
+        derived = {
+            "format_version": FORMAT_VERSION,
+            "dtype": token_dtype(self.vocab_size).name,
+            "totals": {name: self.total(name) for name in fields}  # type: ignore[arg-type]
+            | {f"{split}_{name}": self.total(name, split) for split in ("train", "val") for name in fields},  # type: ignore[arg-type]
+        }
+        return canonical_json(dataclasses.asdict(self) | derived)
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Self:
+        values = json.loads(data)
+        if values["format_version"] != FORMAT_VERSION:
+            raise TokenStoreError(
+                f"the token store has format {values['format_version']}, not {FORMAT_VERSION}; tokenize again"
+            )
+        known = {field.name for field in dataclasses.fields(cls)}
+        built = {
+            "shards": tuple(Shard(**shard) for shard in values["shards"]),
+            "weights": tuple(values["weights"]),
+            "drop_samples": {
+                reason: [DropSample(**sample) for sample in samples]
+                for reason, samples in values["drop_samples"].items()
+            },
+        }
+        return cls(**{name: value for name, value in values.items() if name in known} | built)
+
+    @property
+    def hash(self) -> str:
+        return hashlib.sha256(self.to_json()).hexdigest()
+
+    @property
+    def identity(self) -> str:
+        """What decides the shards, in one hash: the same while the store grows as when it is finished."""
+        return hashlib.sha256(canonical_json([self.source_hash, self.config_hash, self.tokenizer_hash])).hexdigest()
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """Little-endian, 16 bits wide while every id fits."""
+    return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
+
+
+def canonical_json(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, indent=1).encode() + b"\n"
+
+
+def read_manifest(store: Storage, *, name: str = MANIFEST) -> Manifest:
+    """The manifest, after checking that every shard is there in its full size. Raises `TokenStoreError`."""
+    try:
+        manifest = Manifest.from_json(store.read_bytes(name))
+    except NotFoundError as error:
+        raise TokenStoreError(f"{store.uri} holds no {name}: tokenizing was not finished; run it again") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise TokenStoreError(f"{store.uri}/{name} is damaged ({error}); delete it and tokenize again") from error
+    sizes = {entry.key: entry.size for entry in store.list()}
+    for shard in manifest.shards:
+        expected = shard.tokens * token_dtype(manifest.vocab_size).itemsize
+        if sizes.get(shard.file) != expected:
+            found = f"has {sizes[shard.file]} bytes" if shard.file in sizes else "is missing"
+            raise TokenStoreError(
+                f"{store.uri}/{shard.file} {found}, the manifest says {expected} bytes; tokenize again"
+            )
+    return manifest

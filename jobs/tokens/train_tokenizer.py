@@ -1,0 +1,176 @@
+"""Stage: the corpus's tokenizer, loaded where one is named, else trained on a sample of the corpus and kept."""
+
+import hashlib
+import math
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby, islice
+from typing import Any
+
+import ray
+from ray.exceptions import RayTaskError
+
+from cluster.output.progress import say
+from cluster.settings.run import DataConfig, RunConfig
+from cluster.stages.stage import stage_main
+from cluster.storage.uris import NotFoundError, join_uri, open_storage, split_uri
+from jobs.cleaning.quality_rules import failed_rule
+from jobs.corpus.chunks import Part, whole_file
+from jobs.corpus.documents import read_documents
+from jobs.corpus.listing import CorpusFile, Listing, empty_corpus, list_corpus
+from jobs.corpus.ray_data_tasks import WORKER_DEATHS, worker_died
+from jobs.corpus.sample_places import is_sampled, sample_places
+from jobs.corpus.text_borders import cut_text
+from jobs.corpus.text_hashes import document_hash, normalized
+from jobs.tokens.ready_shards import store_tokenizer
+from jobs.tokens.token_store import canonical_json
+from model.errors import UserError
+from model.tokenizer import Tokenizer, train_bpe
+
+TOKENIZER_FILE = "tokenizer.json"
+TRAINING_PIECE_CHARS = 1024
+_MOST_READ = 8
+"""Times what a place is to give that is read there at most, whatever is dropped: the reading is bounded."""
+
+_SHAPING = {
+    "text_field",
+    "vocab_size",
+    "normalize",
+    "tokenizer_sample_bytes",
+    "invalid_utf8",
+    "max_document_bytes",
+    "dedup",
+    "quality_rules",
+}
+
+
+def ensure_tokenizer(config: RunConfig, listing: Listing | None = None) -> tuple[Tokenizer, str]:
+    """The tokenizer and the URI of its tokenizer.json; trained only if neither named nor stored. Needs Ray.
+
+    It is stored under a key of the settings and files that shape it, so a changed corpus gets a new one.
+    """
+    if config.data.tokenizer is not None:
+        return load_tokenizer(config.data.tokenizer)
+    listing = listing or list_corpus(config.data.source)
+    if listing.token_stores:
+        location = next(iter(listing.token_stores.values()))
+        return store_tokenizer(location), join_uri(location, TOKENIZER_FILE)
+    shaping: list[Any] = [config.data.model_dump(mode="json", include=_SHAPING), listing.identity()]
+    if _is_sampled(listing.files, config.data):  # those of smaller corpora are all of their text, as ever
+        shaping.append("places")
+    key = hashlib.sha256(canonical_json(shaping)).hexdigest()[:12]
+    folder = open_storage(config.storage.uri).child(f"tokenizers/{key}")
+    uri = join_uri(folder.uri, TOKENIZER_FILE)
+    if not folder.exists(TOKENIZER_FILE):
+        say(f"training a tokenizer of up to {config.data.vocab_size} ids on {len(listing.files)} files")
+        task = ray.remote(num_cpus=1)(_train)
+        try:
+            trained = ray.get(task.remote(listing.files, config.data))
+        except RayTaskError as error:
+            if isinstance(error.cause, UserError):
+                raise error.cause from error
+            raise
+        except WORKER_DEATHS as error:
+            raise worker_died([file.uri for file in listing.files]) from error
+        folder.write_bytes(TOKENIZER_FILE, trained)
+    tokenizer = Tokenizer.from_json(folder.read_bytes(TOKENIZER_FILE))
+    if tokenizer.vocab_size < config.data.vocab_size:
+        say(f"the corpus is small: its tokenizer has {tokenizer.vocab_size} ids, not {config.data.vocab_size}")
+    return tokenizer, uri
+
+
+def load_tokenizer(uri: str) -> tuple[Tokenizer, str]:
+    """A tokenizer by the location of its tokenizer.json or of the folder with it, and that location."""
+    file_uri = uri if uri.endswith(".json") else join_uri(uri.rstrip("/"), TOKENIZER_FILE)
+    storage, name = split_uri(file_uri)
+    try:
+        return Tokenizer.from_json(storage.read_bytes(name)), join_uri(storage.uri, name)
+    except NotFoundError as error:
+        raise NotFoundError(f"data.tokenizer={uri!r}: {error}") from error
+
+
+def _train(files: list[CorpusFile], data: DataConfig) -> bytes:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the task owns one CPU
+    sample = sample_texts(files, data)
+    return train_bpe(sample, vocab_size=data.vocab_size, normalize=data.normalize).to_json()
+
+
+def sample_texts(files: Sequence[CorpusFile], data: DataConfig) -> Iterator[str]:
+    """Yields up to `data.tokenizer_sample_bytes` of the kept documents, an equal share from each source: all of a small
+    source, else text from places all over it.
+
+    In pieces of whole words, as training takes time by the square of a word's length: DNA is one of a megabyte. The
+    last document of a place may be cut. What a place lacks, where much is dropped, the next one gives. Raises
+    `CorpusError` when no document is kept.
+    """
+    share_bytes = _share_bytes(files, data)
+    seen: set[bytes] = set()
+    dropped: Counter[str] = Counter()
+    for _, group in groupby(enumerate(files), key=lambda numbered: numbered[1].source):
+        remaining = 0
+        places = sample_places(list(group), share_bytes=share_bytes, max_document_bytes=data.max_document_bytes)
+        for num_bytes, parts in places:
+            remaining += num_bytes
+            for text in kept_texts(parts, data, seen, dropped, most_bytes=_MOST_READ * remaining):
+                encoded = text.encode()
+                yield from cut_text(encoded[:remaining].decode(errors="ignore"), piece_chars=TRAINING_PIECE_CHARS)
+                remaining -= min(len(encoded), remaining)
+                if not remaining:
+                    break
+    if not seen:
+        raise empty_corpus(len(files), dropped)
+
+
+def _share_bytes(files: Sequence[CorpusFile], data: DataConfig) -> int:
+    return max(1, data.tokenizer_sample_bytes // len({file.source for file in files}))
+
+
+def _is_sampled(files: Sequence[CorpusFile], data: DataConfig) -> bool:
+    share_bytes = _share_bytes(files, data)
+    return any(is_sampled(list(group), share_bytes) for _, group in groupby(files, key=lambda file: file.source))
+
+
+def kept_texts(
+    parts: Iterable[Part],
+    data: DataConfig,
+    seen: set[bytes] | None = None,
+    dropped: Counter[str] | None = None,
+    *,
+    most_bytes: float = math.inf,
+) -> Iterator[str]:
+    """Yields the documents that are kept, in order, of texts not `seen` before; counts what is `dropped` and why.
+
+    Ends after reading `most_bytes`, if anything was seen by then.
+    """
+    seen, dropped = (set() if seen is None else seen), (Counter() if dropped is None else dropped)
+    num_bytes = 0
+    for part in parts:
+        for document in read_documents(part, data):
+            if num_bytes > most_bytes and seen:
+                return
+            num_bytes += document.size
+            drop = document.drop or failed_rule(document.text, data.quality_rules)
+            if drop:
+                dropped[drop] += 1
+                continue
+            digest = document_hash(normalized(document.text))
+            if not (data.dedup and digest in seen):
+                seen.add(digest)
+                yield document.text
+
+
+def text_sample(listing: Listing, data: DataConfig, *, num_texts: int = 20) -> list[str]:
+    """A few texts from the corpus's front, each cut to some kilobytes."""
+    texts = kept_texts(map(whole_file, range(len(listing.files)), listing.files), data)
+    return [text[:8192] for text in islice(texts, num_texts)]
+
+
+def run(config: RunConfig) -> dict[str, Any]:
+    tokenizer, uri = ensure_tokenizer(config)
+    return {"tokenizer": uri, "tokenizer_hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size}
+
+
+if __name__ == "__main__":
+    sys.exit(stage_main(run))

@@ -1,0 +1,1 @@
+"""The training loop, an attempt at it, its guards, validation, and writers."""

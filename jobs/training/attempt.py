@@ -1,0 +1,294 @@
+"""One worker's part of an attempt at a run: how it begins, what it writes down, what it saves."""
+
+import os
+import socket
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from cluster.local.local_cluster import NODE_NAME_VARIABLE
+from cluster.settings.run import batch_schedule, cooldown_tokens, warmup_tokens
+from cluster.storage.lease import LeaseLostError
+from jobs.exact.batch_gradient import BatchGradient
+from jobs.exact.train_state import TrainState
+from jobs.run.checkpoints import RunCheckpoints
+from jobs.run.ledger import Ledger
+from jobs.run.run_plan import RunPlan, open_stream, open_validation_sets
+from jobs.run.storage_retry import patiently
+from jobs.snapshots.snapshots import Snapshot, Snapshots
+from jobs.training.guards import Decision, GuardState, Verdict, Windows, longest
+from jobs.training.mixed_hardware import differences, hardware
+from jobs.training.run_writer import RunWriter
+from jobs.training.step_record import StepRecord
+from jobs.training.validation import Validation
+from jobs.workers.failures import why_give_up
+from jobs.workers.incident_notes import write_down
+from jobs.workers.precision import at_odds
+from jobs.workers.preemption import Notice, Notices, Signals
+from jobs.workers.worker_group import WorkerGroup
+from model.checkpoint import CheckpointError, Metadata, load_model, read_metadata, read_train_state
+from model.gpt import GPT
+from model.optimizer import learning_rate
+from model.tokenizer import Tokenizer
+from model.training_memory import keep_freed_memory
+
+
+@dataclass(frozen=True)
+class _Beginning:
+    """What rank 0 found for all."""
+
+    rollbacks: Windows  # what to leave out
+    checkpoint: str | None = None  # to go on from,
+    snapshot: Snapshot | None = None  # or rather this; from fresh weights where both are missing
+    saved_step: int = 0  # of the newest checkpoint beside the snapshot
+    stop_reason: str | None = None  # why the attempt cannot go on, which no further one could mend
+
+
+class Attempt:
+    """One worker's model and rows, and on rank 0 the pen that writes the ledger and the checkpoints."""
+
+    state: TrainState
+    guard: GuardState  # belongs to the state
+
+    def __init__(
+        self,
+        plan: RunPlan,
+        group: WorkerGroup,
+        *,
+        rollbacks: Windows = (),
+        signals: Callable[[], Signals] = Signals,
+    ) -> None:
+        """`rollbacks` are those that this process knows of; the ledger and the checkpoint tell of earlier ones."""
+        self.plan, self.group = plan, group
+        self._kept: tuple[int, dict[str, Any], int] | None = None  # step, guard, number of updates
+        self._opened = ExitStack()
+        try:
+            self._open(rollbacks, signals)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, rollbacks: Windows, signals: Callable[[], Signals]) -> None:
+        plan, group, config = self.plan, self.group, self.plan.config
+        torch.set_num_threads(config.scaling.threads_per_worker)
+        keep_freed_memory()
+        # As torch.use_deterministic_algorithms, which also imports the compiler: a second of each start.
+        torch.set_deterministic_debug_mode("error" if config.train.exact else "default")
+        # Its debugging aid, NaN in all fresh memory, costs a pass over each activation.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        self.plan, self.group, self.schedule = plan, group, batch_schedule(config)
+        self.tokenizer = Tokenizer.from_json(plan.tokenizer_json)
+        self.checkpoints = RunCheckpoints(plan.run)
+        self.writer: RunWriter | None = None
+        # Rank 0 chooses the checkpoint for all: another rank might see a newer or a damaged one.
+        self.snapshots = Snapshots(plan, group)
+        begun = group.broadcast(self._begin(rollbacks) if group.rank == 0 else None)
+        self._stop_reason = begun.stop_reason
+        self.ledger = self.writer.ledger if self.writer else None
+        if self._stop_reason:
+            return
+        with tempfile.TemporaryDirectory(prefix="raymill-resume-") as scratch:
+            restored_step = self._restore(begun, Path(scratch))
+        self.guard = replace(self.guard, rollbacks=longest(self.guard.rollbacks, begun.rollbacks))
+        self.first_step, self.guard = self.guard.entering(restored_step + 1)
+        self.train_rows, val_rows = open_stream(plan, "train"), open_stream(plan, "val")
+        eot_id = self.tokenizer.eot_id if config.train.document_mask else None
+        self.gradient = BatchGradient(config, self.state, self.train_rows, group, eot_id=eot_id)
+        self._opened.callback(self.gradient.close)
+        sets = open_validation_sets(plan)
+        self.validation = Validation(config, self.state, val_rows, group, eot_id=eot_id, sets=sets)
+        before = self.writer.before if self.writer else Ledger([])
+        if self.writer:
+            self.writer.start_saving(self.state, self.tokenizer)
+        self.attempt = 1 + len(before.world_sizes)
+        workers = group.gather({"pid": os.getpid(), "node": os.environ.get(NODE_NAME_VARIABLE, socket.gethostname())})
+        self.notices = Notices(plan.run, group, signals, device=self.state.device)
+        self._opened.callback(self.notices.close)
+        kinds = group.gather(hardware(self.state.device))
+        nodes = [worker["node"] for worker in workers]
+        self.record = StepRecord(plan, self.state, group, ledger=self.ledger, attempt=self.attempt, nodes=nodes)
+        if self.ledger:
+            self.ledger.event(
+                "start",
+                attempt=self.attempt,
+                world_size=group.world_size,
+                step=restored_step,
+                checkpoint=begun.checkpoint,
+                from_memory=begun.snapshot is not None,
+                workers=workers,
+                data_identity=self.train_rows.manifest.identity,
+                code_version=plan.code_version,
+                precision=config.train.precision,
+            )
+            self._tell_precision(before)
+            if reasons := differences(kinds):
+                self.ledger.event("tolerance_mode", attempt=self.attempt, reasons=reasons)
+        if begun.snapshot and restored_step - begun.saved_step >= config.checkpoint.save_every_steps:
+            self.save(restored_step, {})  # the one that was due had not been stored yet
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends its threads, at whatever point it failed. What was not stored then, the next attempt makes again."""
+        self._opened.close()
+
+    def is_hopeless(self) -> bool:
+        """Whether the attempts before this one got nowhere, or none can; recorded for the driver to tell."""
+        if self._stop_reason and self.writer:
+            self.writer.give_up(self._stop_reason)
+        return self._stop_reason is not None
+
+    def rate(self, step: int) -> float:
+        train = self.plan.config.train
+        return learning_rate(
+            self.schedule.tokens_seen(step),
+            peak=train.learning_rate,
+            warmup_tokens=warmup_tokens(self.plan.config),
+            decay_tokens=train.decay_tokens or train.max_tokens,
+            min_ratio=train.min_learning_rate_ratio,
+            cooldown_tokens=cooldown_tokens(self.plan.config),
+        )
+
+    def validate(self, step: int) -> dict[str, Any]:
+        """The figures of the held-out split, which the ledger gets with samples and the figures of other sets."""
+        figures, sets = self.validation.measure(), self.validation.measure_sets()
+        if self.ledger:
+            samples = self.validation.samples(self.tokenizer)
+            self.ledger.event("validation", step=step, **figures, **({"sets": sets} if sets else {}), samples=samples)
+        return figures
+
+    def save(self, step: int, validation: dict[str, Any]) -> None:
+        """Copies the state; rank 0 has the copy stored beside the training."""
+        # All ranks: each holds a part where the optimizer is sharded.
+        moments = self.state.flat_moments() if self.writer or self.state.is_sharded else {}
+        if self.writer is None:
+            return
+        config, manifest = self.plan.config, self.train_rows.manifest
+        metadata = Metadata(
+            run_id=str(config.run_id),
+            step=step,
+            tokens_seen=self.schedule.tokens_seen(step),
+            data_manifest_hash=manifest.hash if manifest.complete else None,
+            data_identity=manifest.identity,
+            code_version=self.plan.code_version,
+            precision=config.train.precision,
+            guard=self.guard.to_json(),
+            **validation,
+        )
+        self.writer.save(metadata, moments)
+
+    def keep(self, step: int) -> None:
+        """Takes a snapshot of the state after a step of which the ledger has the line."""
+        carried = {"guard": self.guard.to_json(), "line": self.record.line}
+        self._kept = (step, carried, self.state.num_updates)
+        self.snapshots.after_step(step, self.state, attempt=self.attempt, carried=carried)
+
+    def rescue(self) -> None:
+        """Once another worker is lost: takes the snapshot that was not due, of the last step that is whole."""
+        if self._kept is None or self._kept[2] != self.state.num_updates:  # updated since, by a step without its line
+            return
+        step, carried, _ = self._kept
+        self.snapshots.rescue(step, self.state, attempt=self.attempt, carried=carried)
+
+    def finish(self, step: int) -> None:
+        """Returns once the run's storage has its last checkpoint and all of its ledger; `step` was the last one."""
+        if self.writer:
+            self.writer.finish(step=step if step == self.schedule.max_steps else None)
+
+    def tell_preempted(self, step: int, notice: Notice) -> None:
+        """After the save that a notice asked for."""
+        if self.ledger:
+            self.ledger.event("preempted", step=step, notice=notice.name.lower())
+
+    def leave(self, step: int, decision: Decision) -> Windows | None:
+        """Ends the attempt at a step that cannot stand; gives what to leave out where another attempt goes on."""
+        goes_on = decision.verdict is Verdict.ROLL_BACK
+        if self.ledger and goes_on:
+            first, last = decision.state.rollbacks[-1]
+            left_out = self.schedule.samples_of(first, last)
+            samples = [left_out.start, left_out.stop]
+            self.ledger.event("rollback", step=step, first=first, last=last, samples=samples, reason=decision.reason)
+        elif self.ledger:
+            self.ledger.event("gave_up", step=step, reason=f"step {step}: {decision.reason}")
+        if self.writer:
+            self.writer.finish(step=None)
+        return decision.state.rollbacks if goes_on else None
+
+    def _tell_precision(self, before: Ledger) -> None:
+        """Once for each kind of processor that is not made for the run's precision."""
+        precision = self.plan.config.train.precision
+        assert self.ledger is not None and precision != "auto", "rank 0 writes, once the precision is settled"
+        found = at_odds(precision, "cuda" if self.state.device.type == "cuda" else "cpu")
+        last = (before.events("precision") or [{}])[-1]
+        if found and found["fast"] != last.get("fast"):
+            self.ledger.event("precision", attempt=self.attempt, **found)
+
+    def _begin(self, rollbacks: Windows) -> "_Beginning":
+        try:
+            self.writer = RunWriter(self.plan)
+            self._opened.callback(self.writer.abandon)
+            ledger = self.writer.ledger
+            patiently(lambda: write_down(self.plan.run, ledger), "incidents")
+            lines = ledger.read().lines
+            recorded = tuple((line["first"], line["last"]) for line in lines if line.get("event") == "rollback")
+            rollbacks = longest(rollbacks, recorded)
+            max_attempts = self.plan.config.scaling.max_fruitless_attempts
+            if reason := why_give_up(lines, max_fruitless_attempts=max_attempts):
+                return _Beginning(rollbacks, stop_reason=reason)
+            left_out = GuardState(rollbacks=rollbacks).leaves_out
+            saved_step = self.writer.newest_step(left_out=left_out)
+            last = max((line["step"] for line in lines if line.get("event") in (None, "skip")), default=0)
+            snapshot = self._newest_snapshot(last, at_least=saved_step, is_left_out=left_out)
+            if snapshot is not None:
+                return _Beginning(rollbacks, snapshot=snapshot, saved_step=saved_step)
+            return _Beginning(rollbacks, checkpoint=self.writer.newest_checkpoint(left_out=left_out))
+        except (LeaseLostError, CheckpointError) as error:
+            return _Beginning(rollbacks, stop_reason=str(error))
+
+    def _newest_snapshot(self, recorded: int, *, at_least: int, is_left_out: Callable[[int], bool]) -> Snapshot | None:
+        """Of a step that the ledger has; or of the one after it, whose line a lost rank 0 did not come to write."""
+        limits: dict[str, Any] = {"at_least": at_least, "is_left_out": is_left_out}
+        config, owed = self.plan.config, recorded + 1
+        if owed % config.train.eval_every_steps and owed % config.checkpoint.save_every_steps:  # it has its line alone
+            snapshot = self.snapshots.newest(explained_step=owed, **limits)
+            if snapshot is None or snapshot.step <= recorded:
+                return snapshot
+            if line := snapshot.headers[0].carried["line"]:
+                assert self.writer is not None, "rank 0 has it"
+                self.writer.ledger.step(**line)
+                return snapshot
+        return self.snapshots.newest(explained_step=recorded, **limits)
+
+    def _restore(self, begun: "_Beginning", scratch: Path) -> int:
+        """Fresh weights, the snapshot's or the checkpoint's; returns the step it was taken at."""
+        config, name = self.plan.config, begun.checkpoint
+        device = torch.device("cuda", torch.cuda.current_device()) if config.scaling.use_gpu else torch.device("cpu")
+        if begun.snapshot is not None:
+            self.state = TrainState(GPT(config.model), config.train, device=device, group=self.group)
+            self.guard = GuardState.from_json(self.snapshots.restore(begun.snapshot, self.state)["guard"])
+            return begun.snapshot.step
+        if name is None:
+            model = GPT(config.model)
+            model.init_weights(config.train.seed)
+            self.state = TrainState(model, config.train, device=device, group=self.group)
+            self.guard = GuardState()
+            return 0
+        folder = self.checkpoints.fetch(name, scratch)
+        model = load_model(folder, verify=False).train()  # loaded for inference: without dropout
+        self.state = TrainState(model, config.train, device=device, group=self.group)
+        self.state.load_moments(read_train_state(folder))
+        metadata = read_metadata(folder)
+        self.guard = GuardState.from_json(metadata.guard) if metadata.guard else GuardState(last_applied=metadata.step)
+        return metadata.step

@@ -1,0 +1,97 @@
+"""Every rank's phases, brought together every few steps, and the rank that holds the others up."""
+
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from cluster.monitoring.metric_table import PHASES, REST
+from jobs.run.step_timer import StepTime
+from jobs.workers.worker_group import WorkerGroup
+
+WINDOW_STEPS = 10
+
+STRAGGLER_RATIO = 1.3
+"""Time for a lane, over the median of the ranks, from which a rank is a straggler."""
+
+_WORK = ("load", "forward", "loss", "backward")
+_NAMES = (*PHASES, REST)
+
+
+@dataclass(frozen=True)
+class RankTime:
+    """A step of one rank, as the mean over a window."""
+
+    seconds: dict[str, float]  # by phase
+    num_lanes: float
+
+    @property
+    def lane_s(self) -> float:
+        """Work on one lane. Nothing in it waits for another rank."""
+        return sum(self.seconds.get(name, 0.0) for name in _WORK) / max(1.0, self.num_lanes)
+
+
+def stragglers(ranks: list[RankTime]) -> dict[int, float]:
+    """The ranks that are too slow, and how many times the median each takes for a lane.
+
+    Of an even number of ranks the lower one in the middle is the median: of two ranks one can be slow.
+    """
+    median_s = statistics.median_low([rank.lane_s for rank in ranks])
+    if not median_s:
+        return {}
+    ratios = {number: rank.lane_s / median_s for number, rank in enumerate(ranks)}
+    return {number: ratio for number, ratio in ratios.items() if ratio > STRAGGLER_RATIO}
+
+
+class RankPhases:
+    """Sums this rank's steps up, and gathers the means of all: a hundred bytes a window, where all ranks meet."""
+
+    def __init__(self, group: WorkerGroup, *, device: torch.device) -> None:
+        self._group, self._device = group, device
+        self._slow: set[int] = set()  # in the last window
+        self._named: set[int] = set()
+        self._clear()
+
+    def _clear(self) -> None:
+        self._sums, self._num_lanes, self._num_steps = dict.fromkeys(_NAMES, 0.0), 0, 0
+
+    def add(self, time: StepTime, *, closes_window: bool) -> list[RankTime]:
+        """The window's ranks where it is closed, as every rank must at the same step; else none."""
+        for name, seconds in time.seconds.items():
+            self._sums[name] += seconds
+        self._num_lanes += time.num_lanes
+        self._num_steps += 1
+        if not closes_window:
+            return []
+        sums = torch.tensor([*self._sums.values(), self._num_lanes], dtype=torch.float64, device=self._device)
+        own = sums / self._num_steps
+        self._clear()
+        rows = own.new_empty(self._group.world_size, len(own))  # (W, N)
+        if self._group.world_size > 1:
+            dist.all_gather(list(rows.unbind()), own)
+        else:
+            rows[0] = own
+        return [RankTime(dict(zip(_NAMES, row, strict=False)), row[-1]) for row in rows.tolist()]
+
+    def new_stragglers(self, ranks: list[RankTime]) -> dict[int, float]:
+        """Those that are slow in a second window in a row; once while they stay so, as one may be mere noise."""
+        found = stragglers(ranks)
+        lasting = found.keys() & self._slow
+        new = lasting - self._named
+        self._slow, self._named = set(found), lasting
+        return {number: found[number] for number in new}
+
+
+def as_fields(ranks: list[RankTime]) -> dict[str, Any]:
+    """As the ledger's event `phases` has them."""
+    return {
+        "ranks": [{name: round(value, 6) for name, value in rank.seconds.items() if value} for rank in ranks],
+        "lanes": [rank.num_lanes for rank in ranks],
+    }
+
+
+def from_fields(fields: dict[str, Any]) -> list[RankTime]:
+    """The reverse of `as_fields`."""
+    return [RankTime(seconds, lanes) for seconds, lanes in zip(fields["ranks"], fields["lanes"], strict=True)]

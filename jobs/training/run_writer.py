@@ -1,0 +1,132 @@
+"""Rank 0's pen: what one attempt may write for a run, its ledger and its checkpoints, and where it goes on from."""
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from cluster.storage.registry import publications, served_checkpoints
+from cluster.storage.uris import open_storage
+from jobs.exact.train_state import TrainState
+from jobs.run.checkpoints import RunCheckpoints, step_of
+from jobs.run.ledger import Ledger, LedgerWriter
+from jobs.run.run_plan import RunPlan
+from jobs.run.storage_retry import patiently
+from jobs.run.writer_generation import Fence
+from jobs.training.checkpoint_writer import CheckpointWriter, checkpoint_fields
+from model.checkpoint import CheckpointError, Metadata, read_config, read_metadata
+from model.tokenizer import Tokenizer
+
+
+class RunWriter:
+    """Waits where the storage is down. Raises `LeaseLostError` when a newer launcher writes the run."""
+
+    def __init__(self, plan: RunPlan) -> None:
+        self._plan = plan
+        self.fence = patiently(lambda: Fence(plan.run, launcher=plan.launcher), "the run")
+        self.ledger = patiently(lambda: LedgerWriter(plan.run, self.fence), "ledger")
+        self.checkpoints = RunCheckpoints(plan.run, self.fence)
+        self.before: Ledger = self.ledger.read()
+        self._published = {line["checkpoint"].rsplit("/", 1)[1]: line for line in self.before.events("checkpoint")}
+        self._verified: list[str] = []
+        self._saving: CheckpointWriter | None = None
+
+    def newest_step(self, *, left_out: Callable[[int], bool]) -> int:
+        """Of the newest checkpoint that no rollback left out, whole or not; 0 where there is none."""
+        names = patiently(lambda: self.checkpoints.names, "checkpoints")
+        return max((step for name in names if not left_out(step := step_of(name))), default=0)
+
+    def newest_checkpoint(self, *, left_out: Callable[[int], bool]) -> str | None:
+        """The newest that is whole, of a step that no rollback left out; None when the run has none.
+
+        Damaged ones are marked, and told of in the ledger.
+
+        Raises `CheckpointError` when there are checkpoints, all of them damaged: a run does not silently start anew;
+        and when the newest has another shape or vocabulary than the run's settings say.
+        """
+        return patiently(lambda: self._newest_checkpoint(left_out), "checkpoints")
+
+    def _newest_checkpoint(self, left_out: Callable[[int], bool]) -> str | None:
+        self.checkpoints.recover()
+        with tempfile.TemporaryDirectory(prefix="raymill-newest-") as scratch:
+            found = self.checkpoints.find(Path(scratch), left_out=left_out)
+            name = found.folder.name if found.folder else None
+            if found.folder:
+                self._check_settings(found.folder)
+            if found.folder and name not in self._published:  # what wrote it was killed before it said so
+                fields = checkpoint_fields(self.checkpoints.uri(found.folder.name), read_metadata(found.folder))
+                self.ledger.event("checkpoint", **fields, seconds=0.0)
+        damaged = dict(found.damaged)
+        for torn in self.checkpoints.without_manifest(self._published, newer_than=name or ""):
+            damaged[torn] = ["its manifest is missing"]
+        for torn, problems in damaged.items():
+            self.checkpoints.quarantine(torn, problems)
+            self.ledger.event("checkpoint_damaged", checkpoint=self.checkpoints.uri(torn), problems=problems)
+        if name is None and (quarantined := self.checkpoints.quarantined):
+            raise CheckpointError(
+                f"{self._plan.run.uri} has damaged checkpoints alone, {', '.join(quarantined)}, of which nothing was "
+                "deleted; restore one from a copy and remove its file QUARANTINED, or choose another --run-id"
+            )
+        self._verified = [name] if name else []
+        return name
+
+    def _check_settings(self, folder: Path) -> None:
+        saved, wanted = asdict(read_config(folder)), asdict(self._plan.config.model)
+        if differing := [f"{key} {saved[key]}, expected {wanted[key]}" for key in wanted if saved[key] != wanted[key]]:
+            raise CheckpointError(
+                f"checkpoint {folder.name} of run {self._plan.config.run_id} has {'; '.join(differing)}. Set these as "
+                "they were, or choose another --run-id"
+            )
+        if (folder / "tokenizer.json").read_bytes() != self._plan.tokenizer_json:
+            raise CheckpointError(
+                f"checkpoint {folder.name} of run {self._plan.config.run_id} has another tokenizer than the run now; "
+                "restore the one under tokenizers/, or choose another --run-id"
+            )
+
+    def start_saving(self, state: TrainState, tokenizer: Tokenizer) -> None:
+        """From now on `save` copies this state."""
+        losses = {name: line["val_loss"] for name, line in self._published.items() if line.get("val_loss") is not None}
+        self._saving = CheckpointWriter(
+            self.checkpoints,
+            self.ledger,
+            self._plan.config.checkpoint,
+            state=state,
+            tokenizer=tokenizer,
+            pinned=self._pinned,
+            verified=self._verified,
+            val_losses=losses,
+        )
+
+    def save(self, metadata: Metadata, moments: Mapping[str, Tensor]) -> None:
+        """Copies the state and has it stored. Raises `LeaseLostError` when a newer writer is there."""
+        assert self._saving is not None, "`start_saving` comes first"
+        self._saving.save(replace(metadata, generation=self.fence.generation), moments)
+
+    def finish(self, *, step: int | None) -> None:
+        """Returns once the storage has all there is; `step` is the run's last one, if it is done."""
+        if self._saving is not None:
+            self._saving.finish()
+        if step is not None:
+            self.ledger.event("finish", step=step)
+        self.ledger.close()
+
+    def give_up(self, reason: str) -> None:
+        """Ends the run before it is done; the driver tells why."""
+        steps = self.before.steps
+        self.ledger.event("gave_up", reason=reason, step=steps[-1]["step"] if steps else 0)
+        self.ledger.close()
+
+    def abandon(self) -> None:
+        """Leaves what is not stored yet to the next attempt, which fences this one off."""
+        if self._saving is not None:
+            self._saving.abandon()
+        self.ledger.abandon()
+
+    def _pinned(self) -> set[str]:
+        """Names of this run's checkpoints that are published or served, also since the run began."""
+        prefix = f"{self._plan.run.uri}/checkpoints/"
+        storage = open_storage(self._plan.config.storage.uri)
+        used = {found.checkpoint for found in publications(storage)} | served_checkpoints(storage)
+        return {uri.removeprefix(prefix) for uri in used if uri.startswith(prefix)} | self._plan.pinned

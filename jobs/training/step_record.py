@@ -1,0 +1,104 @@
+"""What the ledger gets of each step: its line, and now and then the phases of all ranks and the norms of all layers."""
+
+import time
+from typing import Any
+
+import torch
+
+from cluster.settings.run import batch_schedule, seq_len
+from jobs.exact.train_state import TrainState
+from jobs.run.ledger import LedgerWriter
+from jobs.run.run_plan import RunPlan
+from jobs.run.step_timer import StepTimer, step_timer
+from jobs.training.layer_statistics import LayerStatistics
+from jobs.training.rank_phases import WINDOW_STEPS, RankPhases, as_fields
+from jobs.workers.worker_group import WorkerGroup
+from model.checkpoint import parameter_hash
+from model.config import flops_per_token
+from model.gpus import gpu_of
+
+_NOT_TRAINING = ("validation", "checkpoint")
+
+
+class StepRecord:
+    """Every rank measures; rank 0, which has the ledger, writes."""
+
+    def __init__(
+        self,
+        plan: RunPlan,
+        state: TrainState,
+        group: WorkerGroup,
+        *,
+        ledger: LedgerWriter | None,
+        attempt: int,
+        nodes: list[str],
+    ) -> None:
+        train = plan.config.train
+        self._config, self._state, self._group, self._ledger = plan.config, state, group, ledger
+        self._attempt, self._nodes, self._last_step = attempt, nodes, plan.last_step
+        self._schedule = batch_schedule(plan.config)
+        self.line: dict[str, Any] | None = None
+        """Of the last step, as every rank has it; None of one that was skipped."""
+        self._phases = RankPhases(group, device=state.device) if train.timing else None
+        self.timer: StepTimer = step_timer(state.device, is_on=train.timing)
+        self.layers = LayerStatistics(state, group, self.timer, every_steps=train.layer_statistics_every_steps)
+
+    def write(self, step: int, *, loss: float, lr: float, grad_norm: float, skipped: str = "") -> None:
+        """The line of a step that is done; it covers the time since the line before.
+
+        A step whose update was not applied, for the reason `skipped`, has an event in its place.
+        """
+        config = self._config
+        fields: dict[str, Any] = {}
+        hash_every = config.train.hash_every_steps
+        if self._ledger and hash_every and step % hash_every == 0:
+            with self.timer.phase("statistics"):
+                fields["parameter_hash"] = parameter_hash(self._state.model.state_dict())
+        took = self.timer.take()
+        ranks = []
+        if self._phases:
+            ranks = self._phases.add(took, closes_window=step % WINDOW_STEPS == 0 or step == self._last_step)
+        schedule, batch = self._schedule, self._schedule.samples(step)
+        samples = [batch.start, batch.stop]
+        if skipped:
+            self.line = None
+            if self._ledger:
+                self._ledger.event("skip", step=step, samples=samples, reason=skipped, attempt=self._attempt)
+            return
+        training_s = took.wall_s - sum(took.seconds.get(n, 0.0) for n in _NOT_TRAINING)
+        tokens_per_s = schedule.step_tokens(step) / training_s
+        self.line = {
+            "time": round(time.time(), 3),
+            "step": step,
+            "tokens_seen": schedule.tokens_seen(step),
+            "samples": samples,
+            "lr": lr,
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "world_size": self._group.world_size,
+            "attempt": self._attempt,
+            "seconds": {name: round(value, 6) for name, value in took.seconds.items()},
+            "wall_s": round(took.wall_s, 6),
+            "tokens_per_s": round(tokens_per_s, 1),
+            "mfu": self._mfu(tokens_per_s),
+            **fields,
+        }
+        if self._ledger is None:
+            return
+        self._ledger.step(**self.line)
+        if self.layers.fields:
+            self._ledger.event("layers", step=step, **self.layers.fields)
+        if ranks and self._phases:
+            self._ledger.event("phases", step=step, attempt=self._attempt, **as_fields(ranks))
+            for rank, ratio in self._phases.new_stragglers(ranks).items():
+                self._ledger.event("straggler", step=step, rank=rank, node=self._nodes[rank], ratio=round(ratio, 3))
+
+    def _mfu(self, tokens_per_s: float) -> float | None:
+        """Share of the GPUs' known peak that the model's arithmetic uses; None where no peak is known."""
+        if self._state.device.type != "cuda":
+            return None
+        gpu = gpu_of(torch.cuda.get_device_name(self._state.device))
+        if gpu is None:
+            return None
+        flops_per_s = tokens_per_s * flops_per_token(self._config.model, seq_len(self._config))
+        return flops_per_s / (gpu.peak_flops_per_s * self._group.world_size)

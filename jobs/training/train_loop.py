@@ -1,0 +1,90 @@
+"""The training loop that every worker runs: one attempt, from the newest state to the end or to a failure."""
+
+from collections.abc import Callable
+from typing import Any
+
+from cluster.settings.run import max_steps
+from jobs.run.run_plan import TOKENIZING_FAILED, RunPlan
+from jobs.training.attempt import Attempt
+from jobs.training.guards import GuardPolicy, Verdict, Windows, decide, roll_back
+from jobs.workers.failures import is_lost_peer
+from jobs.workers.heartbeat import Pulse
+from jobs.workers.preemption import Notice, Signals
+from jobs.workers.watchdog import Place
+from jobs.workers.worker_group import WorkerGroup
+
+
+def train(
+    plan: RunPlan,
+    *,
+    rank: int,
+    world_size: int,
+    pulse: Pulse | None = None,
+    signals: Callable[[], Signals] = Signals,
+) -> None:
+    """Trains to the end of the run, or until a worker is lost: then the next attempt goes on from the newest state.
+
+    `pulse` shows a watchdog where this worker is; `signals` tells what its process was sent.
+    """
+    group, pulse = WorkerGroup(rank, world_size), pulse or Pulse({})
+    if plan.growing and group.broadcast(plan.run.exists(TOKENIZING_FAILED) if rank == 0 else None):
+        return  # a failed attempt is started again, but not for this reason, which the driver tells
+    rollbacks: Windows | None = ()
+    while rollbacks is not None:  # a rollback is a restart that Ray Train has no part in
+        with Attempt(plan, group, rollbacks=rollbacks, signals=signals) as attempt:
+            try:
+                rollbacks = take_steps(attempt, pulse)
+            except RuntimeError as error:
+                if is_lost_peer(error):
+                    attempt.rescue()
+                raise
+
+
+def take_steps(attempt: Attempt, pulse: Pulse) -> Windows | None:
+    """Ends with the run, or when it has to stop; gives what to leave out where it is to go on from an earlier state."""
+    if attempt.is_hopeless():
+        return None
+    config, timer, state = attempt.plan.config, attempt.record.timer, attempt.state
+    policy, last_step = GuardPolicy.of(config), max_steps(config)
+    step = attempt.first_step
+    while step <= attempt.plan.last_step:
+        pulse.at(Place.STEP if step > attempt.first_step else Place.FIRST_STEP)
+        attempt.notices.ask()
+        measured = attempt.gradient.of_step(step, timer)
+        decision = decide(attempt.guard, policy, step=step, loss=measured.loss, grad_norm=measured.norm)
+        rate = attempt.rate(step)
+        if decision.verdict is Verdict.APPLY:
+            with timer.phase("update"), attempt.record.layers.around_update(step):
+                state.apply(norm=measured.norm, learning_rate=rate, timer=timer)
+        is_last = step == last_step
+        saves = is_last or step % config.checkpoint.save_every_steps == 0
+        if saves and decision.verdict in (Verdict.APPLY, Verdict.SKIP) and not state.is_finite():
+            decision = roll_back(
+                decision.state, policy, step=step, reason="the updates made weights that are not finite"
+            )
+        if decision.verdict in (Verdict.ROLL_BACK, Verdict.STOP):
+            return attempt.leave(step, decision)
+        attempt.guard = decision.state
+
+        validation: dict[str, Any] = {}
+        if is_last or step % config.train.eval_every_steps == 0:
+            pulse.at(Place.VALIDATION)
+            with timer.phase("validation"):
+                validation = attempt.validate(step)
+        attempt.record.write(step, loss=measured.loss, lr=rate, grad_norm=measured.norm, skipped=decision.reason)
+        notice = attempt.notices.answer()
+        if saves or notice:
+            pulse.at(Place.SAVE)
+            with timer.phase("checkpoint"):
+                attempt.save(step, validation)
+        if notice:
+            attempt.tell_preempted(step, notice)
+        if notice is Notice.STOP:
+            break
+        if not is_last:  # a run is not done before its last checkpoint is
+            with timer.phase("snapshot"):
+                attempt.keep(step)
+        step, attempt.guard = attempt.guard.entering(step + 1)
+    pulse.at(Place.AROUND)
+    attempt.finish(min(step, attempt.plan.last_step))
+    return None

@@ -1,0 +1,66 @@
+"""What Ray Train runs in each worker: it meets the others and trains, as often as one of them is lost and replaced.
+
+It imports no more than that needs, as a replacement starts as fast as its imports.
+"""
+
+from typing import Any
+
+import ray.train
+import torch.distributed
+from ray.util import get_current_placement_group
+
+import cluster
+from jobs.exact import bucket_exchange, side_thread
+from jobs.ray_train.callbacks import signals
+from jobs.run import storage_retry
+from jobs.run.run_plan import RunPlan
+from jobs.run.storage_retry import patiently
+from jobs.tokens import token_stream
+from jobs.training import checkpoint_writer
+from jobs.training.run_writer import RunWriter
+from jobs.training.train_loop import train
+from jobs.workers import worker_group
+from jobs.workers.heartbeat import WaitingPlaces, watched
+from jobs.workers.incident_notes import noting_user_errors, write_down
+from jobs.workers.rendezvous import FruitlessError, Rendezvous
+from jobs.workers.watchdog import Place, Waits
+
+WAITING_PLACES: WaitingPlaces = {
+    Waits.WORKERS: (torch.distributed, worker_group, bucket_exchange, side_thread),
+    Waits.STORAGE: (token_stream, storage_retry, checkpoint_writer, cluster),
+}
+"""The modules that may keep a healthy worker waiting as long as others do."""
+
+
+def train_worker(settings: dict[str, Any]) -> None:
+    """`settings` are the run's `plan` and the `address` of the launch's meeting place."""
+    context, plan = ray.train.get_context(), settings["plan"]
+    assert isinstance(plan, RunPlan)
+    rank, world_size, scaling = context.get_world_rank(), context.get_world_size(), plan.config.scaling
+    place = get_current_placement_group()
+    assert place is not None, "Ray Train places its workers"
+    with (
+        noting_user_errors(plan.run, rank=rank),
+        watched(plan.run.uri, rank=rank, hang_timeout_s=scaling.hang_timeout_s, waiting_places=WAITING_PLACES) as pulse,
+    ):
+        rendezvous = Rendezvous(
+            settings["address"],
+            group=place.id.hex(),
+            rank=rank,
+            world_size=world_size,
+            backend="nccl" if scaling.use_gpu else "gloo",
+            is_waiting=lambda: Waits.WORKERS in pulse.beat().waits_for,
+            progress=lambda: pulse.num_steps,
+            max_fruitless=scaling.max_fruitless_attempts,
+        )
+        try:
+            while not rendezvous.attend(
+                lambda: train(plan, rank=rank, world_size=world_size, pulse=pulse, signals=signals)
+            ):
+                pulse.at(Place.AROUND)
+        except FruitlessError as error:
+            pulse.at(Place.AROUND)
+            if rank == 0:
+                writer = RunWriter(plan)
+                patiently(lambda: write_down(plan.run, writer.ledger), "incidents")
+                writer.give_up(str(error))

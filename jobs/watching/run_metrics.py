@@ -1,0 +1,138 @@
+"""A run's figures as metrics, kept up line by line from its ledger: no worker does anything for them."""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from cluster.settings.run import RunConfig, max_steps
+from jobs.run.ledger import Line, is_stop
+
+
+class Sample(NamedTuple):
+    """A value of a metric in `cluster.monitoring.metric_table`; `label` is that of its own label, if it has one."""
+
+    name: str
+    value: float
+    label: str = ""
+
+    @property
+    def curve(self) -> str:
+        """Its name among a run's curves: `train_phase_seconds` of load is `train/phase_seconds/load`."""
+        return "/".join([*self.name.split("_", 1), *([self.label] if self.label else [])])
+
+
+class RunFigures:
+    """Of the lines that it was given, all of them from the first one on."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
+        self._wall_s: dict[int, float] = {}  # of the steps that count
+        self._useful_s = self._worker_s = self._paused_s = 0.0
+        self._saved_s: float | None = None  # since when the run stands still, as it was asked to end
+        self._counts: Counter[str] = Counter()
+        self._failures: Counter[str] = Counter()
+        self._first_s = self._last_s = 0.0
+        self._world_size = 0
+        self._step: Line | None = None
+        self._last_times: dict[str, float] = {}
+        self._validation: dict[str, tuple[float, float]] = {}
+
+    def add(self, line: Line) -> None:
+        event, now_s = line.get("event"), line["time"]
+        self._first_s = self._first_s or now_s
+        if event != "start":
+            self._worker_s += self._world_size * max(0.0, now_s - self._last_s)
+        self._last_s = max(self._last_s, now_s)
+        match event:
+            case None:
+                self._take_step(line)
+            case "preempted" if is_stop(line):
+                self._saved_s = now_s
+            case "start":
+                self._counts["train_restarts"] += self._world_size > 0 and self._saved_s is None
+                self._paused_s += 0.0 if self._saved_s is None else now_s - self._saved_s
+                self._saved_s = None
+                self._counts["train_resizes"] += self._world_size not in (0, line["world_size"])
+                self._world_size = line["world_size"]
+            case "rollback":
+                self._counts["train_rollbacks"] += 1
+                for step in range(line["first"], line["last"] + 1):
+                    self._lose(step)
+            case "skip":
+                self._counts["train_skipped_steps"] += 1
+            case "failure":
+                self._failures[line["kind"]] += 1
+            case "hang":
+                self._failures["hang"] += 1
+            case "checkpoint":
+                self._last_times["train_last_checkpoint_timestamp_seconds"] = now_s
+            case "validation":
+                sets = {"val": line} | line.get("sets", {})
+                self._validation |= {name: (of["val_loss"], of["val_bits_per_byte"]) for name, of in sets.items()}
+
+    def samples(self) -> Iterator[Sample]:
+        """What is known so far; the names are those of the table without their `raymill_`."""
+        yield Sample("train_planned_steps", max_steps(self._config))
+        yield Sample("train_world_size", self._world_size)
+        for name in ("restarts", "resizes", "lost_steps", "skipped_steps", "rollbacks"):
+            yield Sample(f"train_{name}", self._counts[f"train_{name}"])
+        yield from (Sample("train_failures", count, kind) for kind, count in self._failures.items())
+        yield from (Sample(name, at_s) for name, at_s in self._last_times.items())
+        if (wall_s := self._last_s - self._first_s - self._paused_s) > 0:
+            yield Sample("train_goodput", self._useful_s / wall_s)
+        for name, (loss, bits) in self._validation.items():
+            yield Sample("train_validation_loss", loss, name)
+            yield Sample("train_validation_bits_per_byte", bits, name)
+        yield from self._costs()
+        if self._step is not None:
+            yield from step_samples(self._step)
+
+    def _costs(self) -> Iterator[Sample]:
+        scaling = self._config.scaling
+        device, devices = ("gpu", 1) if scaling.use_gpu else ("cpu", scaling.threads_per_worker)
+        yield Sample("cost_device_seconds", self._worker_s * devices, device)
+        if (price := scaling.price_per_device_hour) is not None:
+            yield Sample("cost_money_per_hour", self._world_size * devices * price)
+            yield Sample("cost_money", self._worker_s * devices / 3600 * price)
+
+    def _take_step(self, line: Line) -> None:
+        self._lose(line["step"])  # one that is taken again
+        self._wall_s[line["step"]] = line["wall_s"]
+        self._useful_s += line["wall_s"]
+        self._step = line
+        self._last_times["train_last_step_timestamp_seconds"] = line["time"]
+
+    def _lose(self, step: int) -> None:
+        if step in self._wall_s:
+            self._counts["train_lost_steps"] += 1
+            self._useful_s -= self._wall_s.pop(step)
+
+
+def curve_samples(line: Line) -> list[Sample]:
+    """What a line of the ledger adds to a run's curves: something for steps and validations."""
+    match line.get("event"):
+        case None:
+            return [*step_samples(line), Sample("train_world_size", line["world_size"])]
+        case "validation":
+            return [
+                Sample(f"train_validation_{name}", measured[f"val_{name}"], of)
+                for of, measured in [("val", line), *line.get("sets", {}).items()]
+                for name in ("loss", "bits_per_byte")
+            ]
+        case _:
+            return []
+
+
+def step_samples(line: Line) -> Iterator[Sample]:
+    """Of a step's line in the ledger."""
+    yield Sample("train_step", line["step"])
+    yield Sample("train_tokens_seen", line["tokens_seen"])
+    yield Sample("train_loss", line["loss"])
+    yield Sample("train_learning_rate", line["lr"])
+    yield Sample("train_grad_norm", line["grad_norm"])
+    yield Sample("train_tokens_per_second", line["tokens_per_s"])
+    yield Sample("train_step_seconds", line["wall_s"])
+    if line["mfu"] is not None:
+        yield Sample("train_mfu", line["mfu"])
+    for phase, seconds in line["seconds"].items():
+        yield Sample("train_phase_seconds", seconds, phase)

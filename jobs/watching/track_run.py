@@ -1,0 +1,80 @@
+"""Brings a run's curves to Weights & Biases or MLflow, from its ledger: what is there, or what comes.
+
+python -m jobs.watching.track_run RUN --wandb PROJECT [--follow]
+
+Nothing of it is in the training: it may begin late, be interrupted and go on, or run again after the run has ended.
+"""
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from typing import Any
+
+from cluster.output.progress import say
+from cluster.storage.uris import Storage, StorageError
+from jobs.run.find_run import begun_ledger
+from jobs.run.history import flattened, recorded_config
+from jobs.run.ledger import Ledger, LedgerTail, Line
+from jobs.watching.run_metrics import curve_samples
+from jobs.watching.trackers import MlflowTracker, Tracker, WandbTracker
+
+_INTERVAL_S = 2.0
+
+
+def track(run: Storage, tracker: Tracker, *, follow: bool) -> dict[str, Any]:
+    """Sends what the tracker has not. With `follow` until the run has ended, by its `finish`.
+
+    Each step is sent once. While a run is followed a step that it takes again later, after a failure, is known already:
+    it has the same bits, but for a step that was rolled back to be skipped.
+    """
+    num_steps, last = 0, tracker.last_step
+    with suppress(KeyboardInterrupt):
+        for step, values in _points(_growing(run) if follow else _counted(begun_ledger(run)), after=last):
+            tracker.log(step, values)
+            num_steps, last = num_steps + 1, step
+            if follow:
+                tracker.flush()
+    is_finished = bool(Ledger.read(run).events("finish"))
+    tracker.end(is_finished=is_finished)
+    return {"sent_steps": num_steps, "last_step": last, "finished": is_finished, "place": tracker.place}
+
+
+def _counted(ledger: Ledger) -> list[Line]:
+    """The steps that count and the validations of them, in order."""
+    counted = {line["step"] for line in ledger.steps}
+    validations = {line["step"]: line for line in ledger.events("validation") if line["step"] in counted}
+    return sorted([*ledger.steps, *validations.values()], key=lambda line: (line["step"], "event" in line))
+
+
+def _growing(run: Storage) -> Iterator[Line]:
+    """Lines as they are added, up to the run's end."""
+    tail = LedgerTail(run)
+    while not tail.ledger.events("finish"):
+        with suppress(StorageError):  # an outage, after which it goes on
+            yield from tail.read()
+        time.sleep(_INTERVAL_S)
+
+
+def _points(lines: Iterable[Line], *, after: int) -> Iterator[tuple[int, dict[str, float]]]:
+    """A step and all its values: what a validation measured belongs to the step before it."""
+    step, values = after, dict[str, float]()
+    for line in lines:
+        samples = curve_samples(line)
+        if not samples or line["step"] < step or line["step"] <= after:
+            continue
+        if line["step"] > step and values:
+            yield step, values
+            values = {}
+        step = line["step"]
+        values |= {sample.curve: sample.value for sample in samples}
+    if values:
+        yield step, values
+
+
+def tracker_of(run: Storage, *, wandb: str | None, mlflow: str | None) -> Tracker:
+    """Returns the tracker of the project of Weights & Biases, or of the experiment of MLflow, and says where it is."""
+    config = recorded_config(run)
+    kind, name = (WandbTracker, wandb) if wandb else (MlflowTracker, str(mlflow))
+    tracker = kind(name, str(config.run_id), dict(flattened(config.model_dump(mode="json"))))
+    say(f"curves of {config.run_id} go to {tracker.place}, after step {max(0, tracker.last_step)}")
+    return tracker

@@ -1,0 +1,98 @@
+"""A worker's sign of life: each second its place in the loop and the stack of its training thread, to its watchdog."""
+
+import json
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from types import FrameType, ModuleType
+
+from cluster.settings.code_folders import CODE_ROOT
+from jobs.workers.watchdog import Beat, Place, Waits
+
+BEAT_S = 1.0
+
+_NUM_FRAMES = 24
+_NUM_STEPS = 64
+
+WaitingPlaces = Mapping[Waits, Sequence[ModuleType]]
+"""A stack with a frame in one of these modules, or packages, waits for what they stand for."""
+
+
+class Pulse:
+    """Where the training thread is. Without a watchdog nobody looks."""
+
+    def __init__(self, waiting_places: WaitingPlaces) -> None:
+        self._waiting_places = waiting_places
+        self._place, self._num_moves = Place.AROUND, 0
+        self.num_steps = 0  # completed, but for those that an attempt ended with
+        self._step_s: deque[float] = deque(maxlen=_NUM_STEPS)
+        self._step_start: float | None = None
+        self._thread_id = threading.get_ident()
+
+    def at(self, place: Place) -> None:
+        """The training thread is about to do this."""
+        now = time.monotonic()
+        if place is Place.STEP:
+            self.num_steps += 1
+            if self._place is Place.STEP and self._step_start is not None:  # a step without validation or checkpoint
+                self._step_s.append(now - self._step_start)
+            self._step_start = now
+        self._place, self._num_moves = place, self._num_moves + 1
+
+    def beat(self) -> Beat:
+        frame = sys._current_frames().get(self._thread_id)
+        stack = traceback.format_stack(frame)[-_NUM_FRAMES:] if frame else []
+        usual = median(list(self._step_s)) if self._step_s else None
+        return Beat(self._place, self._num_moves, usual, self._waits_for(frame), stack)
+
+    def _waits_for(self, frame: FrameType | None) -> list[Waits]:
+        files = (
+            [Path(each.f_code.co_filename) for each, _ in traceback.walk_stack(frame)][:_NUM_FRAMES] if frame else []
+        )
+        places = self._waiting_places.items()
+        return [waits for waits, modules in places if any(_is_in(file, modules) for file in files)]
+
+
+def _is_in(file: Path, modules: Sequence[ModuleType]) -> bool:
+    places = [Path(str(module.__file__)) for module in modules]
+    return any(file.is_relative_to(place.parent if place.name == "__init__.py" else place) for place in places)
+
+
+@contextmanager
+def watched(run_uri: str, *, rank: int, hang_timeout_s: float, waiting_places: WaitingPlaces) -> Iterator[Pulse]:
+    """Runs a watchdog beside this process, on its node, as long as the context lasts. A timeout of 0 runs none."""
+    pulse = Pulse(waiting_places)
+    if not hang_timeout_s:
+        yield pulse
+        return
+    command = [sys.executable, "-m", "jobs.workers.watchdog", run_uri, str(rank), str(hang_timeout_s)]
+    # In a session of its own, it is spared when a signal stops the worker's process group.
+    watchdog = subprocess.Popen(command, stdin=subprocess.PIPE, cwd=CODE_ROOT, start_new_session=True)
+    assert watchdog.stdin is not None
+    pipe, ended = watchdog.stdin, threading.Event()
+
+    def beat() -> None:
+        try:
+            while not ended.wait(BEAT_S):
+                pipe.write(json.dumps(pulse.beat().to_json()).encode() + b"\n")
+                pipe.flush()
+        except BrokenPipeError:
+            sys.stderr.write(f"rank {rank} goes on without its watchdog, which ended\n")
+
+    thread = threading.Thread(target=beat, name="pulse", daemon=True)
+    thread.start()
+    try:
+        yield pulse
+    finally:
+        ended.set()
+        thread.join(BEAT_S)
+        watchdog.terminate()
+        watchdog.wait()
+        pipe.close()

@@ -1,0 +1,45 @@
+"""The precision of a run: asked of a worker's place as it first starts, and kept on other hardware too."""
+
+import socket
+from typing import Any
+
+import ray
+
+from cluster.output.progress import say
+from cluster.settings.run import ScalingConfig
+from jobs.workers.room import REPEAT_S, waiting_for
+from model.processor import Device, Precision, bf16_slowdown, fast_precision
+
+
+def workers_precision(scaling: ScalingConfig) -> Precision:
+    """Returns what the processor of a training worker's place computes at speed, as a task there finds it: the
+    launcher's own may be another kind. Says what it waits for where there is no such place. On a cluster of this
+    machine alone no task is needed, whose process would take two seconds to start."""
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    if not scaling.use_gpu and {node["NodeManagerHostname"] for node in alive} == {socket.gethostname()}:
+        return fast_precision("cpu")
+    task = ray.remote(fast_precision).options(
+        num_cpus=scaling.threads_per_worker, num_gpus=int(scaling.use_gpu), max_retries=-1
+    )
+    asked = task.remote("cuda" if scaling.use_gpu else "cpu")
+    idle_s, timeout_s = 0.0, scaling.start_timeout_s
+    while not ray.wait([asked], timeout=timeout_s)[0]:
+        idle_s, timeout_s = idle_s + timeout_s, REPEAT_S
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if message := waiting_for(scaling, nodes=nodes, free=ray.available_resources(), idle_s=idle_s):
+            say(message)
+    precision: Precision = ray.get(asked)
+    return precision
+
+
+def at_odds(precision: Precision, device: Device) -> dict[str, Any] | None:
+    """Returns what the ledger gets where this processor computes another precision at speed than the run's."""
+    fast = fast_precision(device)
+    if fast == precision:
+        return None
+    kept = f"the run computes in {precision}, as it was begun"
+    if precision == "fp32":
+        return {"precision": precision, "fast": fast, "reason": f"{kept}; this processor computes bf16 at speed"}
+    slowdown = round(bf16_slowdown(device), 1)
+    reason = f"{kept}, which this processor emulates: a projection takes {slowdown:g} times as long as in fp32"
+    return {"precision": precision, "fast": fast, "slowdown": slowdown, "reason": reason}

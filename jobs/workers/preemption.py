@@ -1,0 +1,100 @@
+"""Notices that a worker, its node or the whole run will end soon, and what all ranks agree to do about them.
+
+A notice reaches one process. What is done about it happens at the end of the same step on every rank.
+"""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from cluster.storage.uris import Storage, StorageError
+from jobs.workers.worker_group import WorkerGroup
+
+STOP_REQUESTED = "stop-requested"
+"""In the run's storage: whoever launched the run wants it to end, resumable."""
+
+_LOCAL_POLL_S, _REMOTE_POLL_S = 0.5, 5.0
+
+
+class Notice(IntEnum):
+    """The larger one wins."""
+
+    NONE = 0
+    SAVE = 1  # a worker or its node may be gone soon: save, and go on as long as it lasts
+    STOP = 2  # the run is asked to end: save, and leave
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What reached this process so far."""
+
+    num_sigterms: int = 0
+    drain: Any = None  # what is known of nodes that are being drained
+
+
+class Notices:
+    """One worker's ears, and the ranks' agreement on what was heard."""
+
+    def __init__(
+        self, run: Storage, group: WorkerGroup, signals: Callable[[], Signals], *, device: torch.device
+    ) -> None:
+        self._run, self._group, self._signals, self._device = run, group, signals, device
+        self._heard = signals()
+        self._stop_requested, self._closed = threading.Event(), threading.Event()
+        if group.rank == 0:
+            threading.Thread(target=self._look_for_request, name="notices", daemon=True).start()
+
+    def ask(self) -> None:
+        """Starts the exchange with the other ranks, at the start of a step: it costs the step nothing."""
+        self._level = torch.tensor([int(self._news())], device=self._device)
+        self._work = (
+            dist.all_reduce(self._level, dist.ReduceOp.MAX, async_op=True) if self._group.world_size > 1 else None
+        )
+
+    def answer(self) -> Notice:
+        """The largest notice that any rank had heard at the start of the step."""
+        if self._work is not None:
+            self._work.wait()
+        return Notice(int(self._level))
+
+    def close(self) -> None:
+        self._closed.set()
+
+    def _news(self) -> Notice:
+        """What came since the last question; a request to stop stays."""
+        before, self._heard = self._heard, self._signals()
+        if self._stop_requested.is_set():
+            return Notice.STOP
+        return Notice.NONE if self._heard == before else Notice.SAVE
+
+    def _look_for_request(self) -> None:
+        pause_s = _REMOTE_POLL_S if self._run.local_path("") is None else _LOCAL_POLL_S
+        while not self._closed.wait(pause_s):
+            try:
+                if self._run.exists(STOP_REQUESTED):
+                    self._stop_requested.set()
+                    return
+            except StorageError:
+                continue  # an outage; the request, if there is one, is found after it
+
+
+@contextmanager
+def stopping_on_sigterm(run: Storage) -> Iterator[None]:
+    """While the context lasts, SIGTERM to this process, the run's launcher, asks the workers to save and leave."""
+    run.delete(STOP_REQUESTED)
+
+    def request(signum: int, frame: Any) -> None:
+        run.write_bytes(STOP_REQUESTED, b"")
+
+    before = signal.signal(signal.SIGTERM, request)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

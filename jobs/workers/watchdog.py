@@ -1,0 +1,156 @@
+"""The process beside each worker that sees it hang, keeps its stack, and kills it, so that Ray Train starts anew.
+
+Nothing else would: a worker that was stopped or is deadlocked leaves the others waiting in a collective for half an
+hour. Each watchdog looks at its own worker only and needs no word from the others: the one that hangs is the one that
+gives no sign of life, or that stands still without waiting for others.
+"""
+
+import json
+import os
+import select
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+from cluster.storage.uris import StorageError, open_storage
+from jobs.run.storage_retry import patiently
+from jobs.workers.incident_notes import note
+
+HANGS = "hangs"
+
+_POLL_S = 0.5
+_STEP_FACTOR = 20  # a straggler that gets a tenth of its time stays below it
+_STUCK_FACTOR = 1.25  # later than silence is noticed: whoever waits for a silent worker is never blamed
+_UNKNOWN_FACTOR = 10  # the first step may compile, a validation may be long
+_FORSAKEN_FACTOR = 20  # the one that is waited for has been killed by then, or has a reason to wait itself
+_KEEP_STACK_FACTOR = 0.9  # before anybody is killed
+
+
+class Place(StrEnum):
+    AROUND = "around the steps"  # starting and finishing, both of which wait for storage as long as it takes
+    FIRST_STEP = "first step"  # of an attempt
+    STEP = "step"
+    VALIDATION = "validation"
+    SAVE = "save"
+
+
+class Waits(StrEnum):
+    """For what the training thread may wait as long as it takes."""
+
+    WORKERS = "workers"
+    STORAGE = "storage"  # whose outages end no training
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a worker says of itself each second."""
+
+    place: Place
+    num_moves: int  # grows with every change of place and every step
+    usual_step_s: float | None  # median of its recent steps
+    waits_for: list[Waits]
+    stack: list[str]  # of the training thread, the innermost frame last
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        return cls(**values | {"place": Place(values["place"]), "waits_for": [*map(Waits, values["waits_for"])]})
+
+
+class Health(StrEnum):
+    WELL = "well"
+    SLOW = "slow"  # suspicious: its stack is kept
+    SILENT = "silent"  # no sign of life: stopped, or out of its interpreter's hands
+    STUCK = "stuck"  # alive, and stands still
+    FORSAKEN = "forsaken"  # waits for others, and nobody has ended it
+
+
+HANGING = (Health.SILENT, Health.STUCK, Health.FORSAKEN)
+
+
+def health(beat: Beat, *, silent_s: float, unmoved_s: float, hang_timeout_s: float) -> Health:
+    """The state of a worker, `silent_s` after its last beat and `unmoved_s` after its last move."""
+    if silent_s >= hang_timeout_s:
+        return Health.SILENT
+    if beat.place is Place.AROUND or Waits.STORAGE in beat.waits_for:
+        return Health.WELL
+    if beat.place is Place.STEP and beat.usual_step_s is not None:
+        deadline_s = max(_STUCK_FACTOR * hang_timeout_s, _STEP_FACTOR * beat.usual_step_s)
+        suspicious_s = max(_KEEP_STACK_FACTOR * hang_timeout_s, _KEEP_STACK_FACTOR * _STEP_FACTOR * beat.usual_step_s)
+    else:
+        deadline_s = _UNKNOWN_FACTOR * hang_timeout_s
+        suspicious_s = _KEEP_STACK_FACTOR * deadline_s
+    is_waiting = Waits.WORKERS in beat.waits_for
+    if unmoved_s >= (_FORSAKEN_FACTOR if is_waiting else 1) * deadline_s:
+        return Health.FORSAKEN if is_waiting else Health.STUCK
+    return Health.SLOW if unmoved_s >= suspicious_s else Health.WELL
+
+
+def report(beat: Beat, verdict: Health, *, rank: int, pid: int, silent_s: float, unmoved_s: float) -> str:
+    """What is kept of a hang."""
+    states = "".join(
+        f"  thread {path.parent.name}: {_state(path)}\n" for path in Path(f"/proc/{pid}/task").glob("*/stat")
+    )
+    return (
+        f"rank {rank}, process {pid}: {verdict}, at {beat.place}, {silent_s:.1f} s without a sign of life, "
+        f"{unmoved_s:.1f} s without a move\nkernel states of its threads (T is stopped by a signal):\n{states}"
+        f"training thread at its last sign of life, innermost frame last:\n{''.join(beat.stack)}"
+    )
+
+
+def _state(stat: Path) -> str:
+    return stat.read_text().rpartition(") ")[2][:1]
+
+
+def watch(run_uri: str, *, rank: int, hang_timeout_s: float, pid: int, pipe: int) -> None:
+    """Reads beats from the pipe until it ends with the worker, or kills the worker."""
+    beat, rest = Beat(Place.AROUND, 0, None, [], []), b""
+    beaten_at = moved_at = time.monotonic()
+    kept_at_move = -1
+    while True:
+        if select.select([pipe], [], [], _POLL_S)[0]:
+            data = os.read(pipe, 1 << 16)
+            if not data:
+                return
+            *lines, rest = (rest + data).split(b"\n")
+            for line in lines:
+                before, beat = beat, Beat.from_json(json.loads(line))
+                beaten_at = time.monotonic()
+                moved_at = moved_at if beat.num_moves == before.num_moves else beaten_at
+        now = time.monotonic()
+        since = {"silent_s": now - beaten_at, "unmoved_s": now - moved_at}
+        verdict = health(beat, hang_timeout_s=hang_timeout_s, **since)
+        if verdict is Health.WELL or (verdict is Health.SLOW and kept_at_move == beat.num_moves):
+            continue
+        text = report(beat, verdict, rank=rank, pid=pid, **since)
+        if verdict in HANGING:
+            os.kill(pid, signal.SIGKILL)  # before anything that could hang itself
+        run, name = open_storage(run_uri), f"{HANGS}/{time.time_ns()}-rank-{rank}-{verdict}.txt"
+        if verdict in HANGING:
+            patiently(partial(run.write_bytes, name, text.encode()), name)
+            told = {"rank": rank, "seconds": round(max(since.values()), 1), "health": verdict, "stack": name}
+            patiently(partial(note, run, "hang", **told), name)
+            return
+        try:
+            run.write_bytes(name, text.encode())
+        except StorageError as error:  # which may be what the worker waits for
+            sys.stderr.write(f"a stack of rank {rank} was not kept: {error}\n")
+        kept_at_move = beat.num_moves
+
+
+def main(arguments: Sequence[str]) -> None:
+    run_uri, rank, hang_timeout_s = arguments
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    watch(run_uri, rank=int(rank), hang_timeout_s=float(hang_timeout_s), pid=os.getppid(), pipe=sys.stdin.fileno())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

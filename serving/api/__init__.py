@@ -1,0 +1,1 @@
+"""The HTTP routes: completions, chat, admission, keys."""

@@ -1,0 +1,147 @@
+"""API keys: the files that hold them, read again and again; what a key opens; how many requests of one run at once."""
+
+import asyncio
+import hashlib
+import hmac
+import logging
+import os
+import secrets
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from model.errors import UserError
+from serving.protocol.errors import forbidden, not_found, too_many_requests, unauthorized
+from serving.xray.page_routes import PAGE_PATHS
+
+OPEN_PATHS = ("/health", "/ready", *PAGE_PATHS)  # for probes and navigation, which have no key
+ADMIN_PATH = "/admin"
+RELOAD_S = 2.0
+_log = logging.getLogger(__name__)
+
+Headers = Sequence[tuple[bytes, bytes]]
+
+
+@dataclass(frozen=True)
+class AccessRules:
+    """Whose keys open what. Keys are known by their SHA-256 only."""
+
+    user_key_hashes: tuple[str, ...] = ()  # none lets everybody in
+    admin_key_hashes: tuple[str, ...] = ()  # none: nothing under /admin exists
+    max_requests_per_key: int | None = None
+
+
+def make_key_file(path: Path) -> None:
+    """With a fresh key, where the file is missing."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(f"sk-{secrets.token_urlsafe(32)}\n")
+
+
+def read_key_hashes(path: Path) -> tuple[str, ...]:
+    """SHA-256 of each key in the file, one key a line. Only the hashes are handed to replicas, so that no key stands in
+    the cluster's state or logs."""
+    keys = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not keys:
+        raise UserError(f"the API key file {path} is empty: write one key a line, or delete it to have one made")
+    return tuple(hashlib.sha256(key.encode()).hexdigest() for key in keys)
+
+
+def read_rules(user_file: str | None, admin_file: str | None, *, max_requests_per_key: int | None) -> AccessRules:
+    """Raises `UserError` for a file without a key, and for a key of users that is an admin's too."""
+    user, admin = (() if file is None else read_key_hashes(Path(file)) for file in (user_file, admin_file))
+    if both := set(user) & set(admin):
+        raise UserError(f"{len(both)} of the keys in {admin_file} is an API key too; an admin key opens /admin only")
+    return AccessRules(user, admin, max_requests_per_key)
+
+
+class CurrentAccess:
+    """The rules as the key files have them now: a key is added or revoked without a restart. A file that cannot be read
+    or has no key in it changes nothing, as it would let in everybody or nobody."""
+
+    def __init__(self, rules: AccessRules, *, user_file: str | None = None, admin_file: str | None = None) -> None:
+        """`rules` hold until the files can be read."""
+        self.rules = rules
+        self._files = (user_file, admin_file)
+        self._problems = ["", ""]
+
+    def reload(self) -> None:
+        """Blocks for as long as the disk does. Reads the few lines each time: a file's time of change is too coarse."""
+        user, admin = self.rules.user_key_hashes, self.rules.admin_key_hashes
+        user = self._reread(0, user, excluded=admin)
+        admin = self._reread(1, admin, excluded=user)
+        if (user, admin) != (self.rules.user_key_hashes, self.rules.admin_key_hashes):
+            _log.warning("the API keys have changed: %d for users and %d for admins now", len(user), len(admin))
+            self.rules = AccessRules(user, admin, self.rules.max_requests_per_key)
+
+    async def keep(self, *, every_s: float = RELOAD_S) -> NoReturn:
+        while True:
+            await asyncio.to_thread(self.reload)
+            await asyncio.sleep(every_s)
+
+    def _reread(self, index: int, before: tuple[str, ...], *, excluded: tuple[str, ...]) -> tuple[str, ...]:
+        """The keys of one file, none of which may be among the other's."""
+        file, problem = self._files[index], ""
+        if file is None:
+            return before
+        try:
+            now = read_key_hashes(Path(file))
+            if set(now) & set(excluded):
+                problem = "a key in it is in the other key file too"
+        except (UserError, OSError, ValueError) as error:
+            problem = str(error)
+        if problem and problem != self._problems[index]:
+            _log.error("%s: %s. Its keys from before stay valid, and none is added or revoked", file, problem)
+        self._problems[index] = problem
+        return before if problem else now
+
+
+def presented_key(headers: Headers, key_hashes: Sequence[str]) -> str | None:
+    """The hash of the key in the one Authorization header, if it is known. Takes the same time for any wrong key."""
+    values = [value for name, value in headers if name == b"authorization"]
+    scheme, _, key = values[0].partition(b" ") if len(values) == 1 else (b"", b"", b"")
+    presented = hashlib.sha256(key.strip()).hexdigest()
+    known = [hmac.compare_digest(presented, key_hash) for key_hash in key_hashes]
+    return presented if scheme.lower() == b"bearer" and any(known) else None
+
+
+def authorize(path: str, headers: Headers, rules: AccessRules) -> str | None:
+    """The hash of the key that a request came with, or None where it needed none. Everything under /admin needs an
+    admin key, also what is routed there later; such a key opens nothing else. Raises `ApiError` (401, 403, 404)."""
+    if path == ADMIN_PATH or path.startswith(f"{ADMIN_PATH}/"):
+        if not rules.admin_key_hashes:
+            raise not_found(path)
+        if (key := presented_key(headers, rules.admin_key_hashes)) is None:
+            raise forbidden() if presented_key(headers, rules.user_key_hashes) else unauthorized()
+        return key
+    if path in OPEN_PATHS or not rules.user_key_hashes:
+        return None
+    if (key := presented_key(headers, rules.user_key_hashes)) is None:
+        raise unauthorized()
+    return key
+
+
+class RequestsInFlight:
+    """Counts the running requests of each key."""
+
+    def __init__(self, limit: int | None) -> None:
+        self._limit = limit
+        self._running: Counter[str] = Counter()
+
+    @contextmanager
+    def of(self, key: str | None) -> Iterator[None]:
+        """One more while the context lasts; of nobody when `key` is None. Raises `ApiError` (429) at the limit."""
+        if key is None or self._limit is None:
+            yield
+            return
+        if self._running[key] >= self._limit:
+            raise too_many_requests(self._limit)
+        self._running[key] += 1
+        try:
+            yield
+        finally:
+            self._running[key] -= 1

@@ -1,0 +1,143 @@
+"""What operators change while the endpoint serves: /admin/promote, /admin/finish, /admin/rollback, /admin/drain."""
+
+import asyncio
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+from pydantic import Field
+
+from cluster.storage.registry import find_checkpoint
+from model.errors import UserError
+from serving.delivery.follower import CoordinatorAwayError, Follower, answer_of
+from serving.delivery.promotion import Delivery, DeliveryError, Terms, Version, version_of
+from serving.protocol.errors import ApiError, invalid_request
+from serving.protocol.protocol import Request as Body
+from serving.protocol.protocol import parse_request
+from serving.protocol.served_model import ServedModel, misfit, read_served_model
+from serving.protocol.strict_json import read_json_body
+
+MAX_GATE_TOKENS = 16_384  # measured by every replica, on both versions, beside its clients' requests
+
+Row = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2)]
+
+
+class PromoteRequest(Body):
+    """Body of POST /admin/promote. What is not given is as in the endpoint's settings under `delivery`."""
+
+    checkpoint: str = Field(min_length=1)
+    canary_percent: float | None = Field(None, ge=0, le=100)
+    watch_s: float | None = Field(None, ge=0)
+    max_loss_increase: float | None = Field(None, ge=0)
+    gate_rows: list[Row] = Field(default_factory=list)  # of token ids
+    gate_text: str = ""
+
+
+class RollbackRequest(Body):
+    reason: str = Field("an operator asked for it", max_length=200)
+
+
+class DrainRequest(Body):
+    drain: bool = True
+
+
+class EmptyRequest(Body):
+    pass
+
+
+def admin_router(follower: Follower) -> APIRouter:
+    router = APIRouter(prefix="/admin")
+    coordinator = follower.coordinator
+
+    @router.post("/promote")
+    async def promote(request: Request) -> JSONResponse:
+        """Answers once the promotion is on; /admin/status tells how it goes."""
+        asked = parse_request(await read_json_body(request), PromoteRequest)
+        live, config = follower.versions.live.model, follower.versions.config
+        candidate = await asyncio.to_thread(_read_candidate, asked.checkpoint, live, config.storage.uri)
+        delivery = config.delivery
+        terms = Terms(
+            canary_percent=asked.canary_percent,
+            watch_s=delivery.watch_s if asked.watch_s is None else asked.watch_s,
+            gate_rows=await asyncio.to_thread(_gate_rows, asked, live),
+            max_loss_increase=(
+                delivery.max_loss_increase if asked.max_loss_increase is None else asked.max_loss_increase
+            ),
+            max_error_rate=delivery.max_error_rate,
+            max_latency_ratio=delivery.max_latency_ratio,
+            load_timeout_s=delivery.load_timeout_s,
+        )
+        return JSONResponse(_shown(await _asked(coordinator.promote.remote(candidate, terms))), status_code=202)
+
+    @router.post("/finish")
+    async def finish(request: Request) -> dict[str, Any]:
+        parse_request(await read_json_body(request), EmptyRequest)
+        return _shown(await _asked(coordinator.finish.remote()))
+
+    @router.post("/rollback")
+    async def rollback(request: Request) -> dict[str, Any]:
+        asked = parse_request(await read_json_body(request), RollbackRequest)
+        return _shown(await _asked(coordinator.roll_back.remote(asked.reason)))
+
+    @router.post("/drain")
+    async def drain(request: Request) -> dict[str, Any]:
+        """Every replica refuses new completions, and finishes those that run; `{"drain": false}` ends it."""
+        asked = parse_request(await read_json_body(request), DrainRequest)
+        return _shown(await _asked(coordinator.drain.remote(asked.drain)))
+
+    @router.get("/status")
+    async def status() -> dict[str, Any]:
+        return dict(await _asked(coordinator.status.remote()))
+
+    return router
+
+
+def _read_candidate(reference: str, live: ServedModel, storage_uri: str) -> Version:
+    """Raises `ApiError` (400) for a checkpoint that cannot take the live one's place."""
+    try:
+        uri, folder = find_checkpoint(reference, storage_uri)
+        model = read_served_model(folder, name=live.name)
+    except (UserError, OSError, ValueError, KeyError, TypeError) as error:  # the last ones of a stranger's config.json
+        message = str(error) if isinstance(error, UserError) else f"{reference} is not a checkpoint: {error!r}"
+        raise _refused(message) from None
+    if problem := misfit(live, model):
+        raise _refused(f"checkpoint {uri} {problem}")
+    return version_of(model, checkpoint=uri)
+
+
+def _gate_rows(asked: PromoteRequest, live: ServedModel) -> tuple[tuple[int, ...], ...]:
+    """Raises `ApiError` (400) for what the model cannot read."""
+    longest = live.config.n_positions
+    rows = asked.gate_rows
+    if asked.gate_text:
+        token_ids = live.require_tokenizer().encode(asked.gate_text)[:MAX_GATE_TOKENS]
+        rows = [*rows, *(token_ids[start : start + longest] for start in range(0, len(token_ids) - 1, longest))]
+    if (num_tokens := sum(map(len, rows))) > MAX_GATE_TOKENS:
+        raise invalid_request(
+            f"gate_rows: {num_tokens} tokens, at most {MAX_GATE_TOKENS} are measured", param="gate_rows"
+        )
+    cut = [live.checked_ids(row[:longest], param="gate_rows") for row in rows]
+    return tuple(tuple(row) for row in cut if len(row) > 1)
+
+
+async def _asked(call: Any) -> Any:
+    try:
+        return await answer_of(call)
+    except DeliveryError as error:
+        raise invalid_request(str(error), code="delivery_conflict", status=409) from None
+    except CoordinatorAwayError:
+        raise ApiError(
+            503,
+            "The coordinator of this endpoint gives no answer: it is being replaced, or fails, and then the replicas' "
+            "logs say why. Requests are served meanwhile; try again.",
+            code="coordinator_unavailable",
+            headers={"Retry-After": "2"},
+        ) from None
+
+
+def _refused(message: str) -> ApiError:
+    return invalid_request(message, param="checkpoint", code="checkpoint_refused")
+
+
+def _shown(delivery: Delivery) -> dict[str, Any]:
+    return delivery.model_dump(mode="json", exclude={"terms": {"gate_rows"}})

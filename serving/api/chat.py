@@ -1,0 +1,170 @@
+"""Chat over a base model: a plain template, requests as completions, and answers in the chat shapes.
+
+A base model was never taught to chat: it goes on with text. The template lets it see a dialogue, and every answer says
+so in the header `x-model-note`.
+"""
+
+import re
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
+
+from serving.api.answers import AnswerHead
+from serving.protocol import harmless_fields
+from serving.protocol.errors import invalid_request
+from serving.protocol.protocol import (
+    MAX_LOGPROBS,
+    Choice,
+    CompletionRequest,
+    GenerationRequest,
+    Logprobs,
+    Request,
+    Usage,
+    parse_request,
+    require_stream_for_options,
+)
+from serving.protocol.served_model import ServedModel
+
+MAX_MESSAGES = 256
+NOTE = "base model, not chat-tuned; the messages were given to it as plain text"
+NOTE_HEADER = {"x-model-note": NOTE}
+_SPEAKERS = {"system": "System", "developer": "System", "user": "User", "assistant": "Assistant"}
+_BYTES_NAME, _ID_NAME = re.compile(r"bytes:(\\x[0-9a-f]{2})+"), re.compile(r"token_id:\d+")
+_STOP = "\nUser:"  # the model would go on with the other side's turn
+
+
+def _content(value: Any, info: ValidationInfo) -> Any:
+    """A text, or a list of parts of which each is one. What an assistant said without text is an empty turn."""
+    if value is None and info.data.get("role") == "assistant":
+        return ""
+    if not isinstance(value, list):
+        return value
+    for part in value:
+        if not isinstance(part, dict) or set(part) != {"type", "text"} or part["type"] != "text":
+            raise ValueError('this model reads text only: expected parts {"type": "text", "text": ...}')
+        if not isinstance(part["text"], str):
+            raise ValueError("the text of a part is a string")
+    return "".join(part["text"] for part in value)
+
+
+def _limit(value: Any) -> Any:
+    return None if type(value) is int and value == -1 else value  # how llama.cpp and others write "no limit"
+
+
+Limit = Annotated[int, Field(ge=1, le=2**31)]
+
+
+class TextPart(Request):
+    """For the JSON schema; `_content` reads them."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(Request):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[str, BeforeValidator(_content, json_schema_input_type=str | list[TextPart] | None)]
+    name: str | None = Field(None, max_length=64)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_harmless(cls, fields: Any) -> Any:
+        """So that an answer can be sent back as it came."""
+        if not isinstance(fields, dict):
+            return fields
+        table = harmless_fields.MESSAGE_FIELDS
+        return {n: value for n, value in fields.items() if not harmless_fields.is_harmless(n, value, table)}
+
+
+class ChatRequest(GenerationRequest):
+    """Body of POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    max_tokens: Annotated[Limit | None, BeforeValidator(_limit, json_schema_input_type=Literal[-1] | Limit)] = None
+    max_completion_tokens: Limit | None = None
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS)
+
+
+def parse_chat(body: bytes) -> ChatRequest:
+    """Raises `ApiError` (400) that names the field."""
+    request = parse_request(body, ChatRequest)
+    require_stream_for_options(request)
+    if request.top_logprobs and not request.logprobs:
+        raise invalid_request("top_logprobs is allowed with logprobs=true only", param="top_logprobs")
+    return request
+
+
+def render(messages: list[Message]) -> str:
+    """The text that the model goes on with: each turn after its speaker's name, the last one the assistant's."""
+    turns = [f"{message.name or _SPEAKERS[message.role]}: {message.content}\n" for message in messages]
+    return "".join(turns) + "Assistant:"
+
+
+def as_completion(request: ChatRequest, model: ServedModel) -> CompletionRequest:
+    """Without a limit the answer may fill the context. Raises `ApiError` (400) when there is no room for a token."""
+    max_tokens = request.max_completion_tokens or request.max_tokens
+    prompt_ids = model.prompt_ids(render(request.messages), max_tokens=max_tokens or 1)
+    shared = {name: getattr(request, name) for name in GenerationRequest.model_fields}
+    return CompletionRequest.model_construct(
+        **shared | {"stop": (*request.stop, _STOP)},
+        prompt=[prompt_ids],
+        max_tokens=max_tokens or model.config.n_positions - len(prompt_ids),
+        logprobs=request.top_logprobs if request.logprobs else None,
+        echo=False,
+    )
+
+
+@dataclass(eq=False)
+class ChatAnswer:
+    """`Answer` of POST /v1/chat/completions."""
+
+    head: AnswerHead
+    num_top: int
+    _started: set[int] = field(default_factory=set)
+
+    def whole(self, choices: list[Choice], usage: Usage) -> dict[str, Any]:
+        answers = [
+            {"index": choice.index, "message": {"role": "assistant", "content": choice.text, "refusal": None}}
+            | self._ending(choice)
+            for choice in choices
+        ]
+        return self.head.fields("chat.completion") | {"choices": answers, "usage": usage.model_dump()}
+
+    def part(self, choice: Choice, usage: Usage | None) -> dict[str, Any]:
+        delta = {"content": choice.text} if choice.index in self._started else {
+            "role": "assistant", "content": choice.text
+        }  # fmt: skip
+        self._started.add(choice.index)
+        part = {"index": choice.index, "delta": delta} | self._ending(choice)
+        return self.head.fields("chat.completion.chunk") | {
+            "choices": [part],
+            "usage": None if usage is None else usage.model_dump(),
+        }
+
+    def usage_part(self, usage: Usage) -> dict[str, Any]:
+        return self.head.fields("chat.completion.chunk") | {"choices": [], "usage": usage.model_dump()}
+
+    def _ending(self, choice: Choice) -> dict[str, Any]:
+        logprobs = None if choice.logprobs is None else {"content": _tokens(choice.logprobs, self.num_top)}
+        return {"logprobs": logprobs, "finish_reason": choice.finish_reason}
+
+
+def _tokens(logprobs: Logprobs, num_top: int) -> list[dict[str, Any]]:
+    """`top_logprobs` of completions also names the chosen token where it is not among the most likely ones."""
+    return [
+        _token(name, logprob) | {"top_logprobs": [_token(*item) for item in list((top or {}).items())[:num_top]]}
+        for name, logprob, top in zip(logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True)
+    ]
+
+
+def _token(name: str, logprob: float | None) -> dict[str, Any]:
+    return {"token": name, "logprob": logprob, "bytes": list(_bytes(name))}
+
+
+def _bytes(name: str) -> bytes:
+    """What `ServedModel.token_name` was made from."""
+    if _BYTES_NAME.fullmatch(name):
+        return bytes.fromhex(name.removeprefix("bytes:").replace("\\x", ""))
+    return b"" if _ID_NAME.fullmatch(name) else name.encode()

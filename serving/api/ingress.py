@@ -1,0 +1,227 @@
+"""The HTTP routes of a replica: each reads its request strictly and answers in OpenAI's shape, errors too."""
+
+import asyncio
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cluster.settings.code_folders import code_version
+from serving.api.access import CurrentAccess, RequestsInFlight, authorize
+from serving.api.admission import AdmissionLimits
+from serving.api.answers import Answer, AnswerHead, TextAnswer
+from serving.api.chat import NOTE_HEADER, ChatAnswer, as_completion, parse_chat
+from serving.api.completions import Completion, start_completion
+from serving.api.metrics import ReplicaMetrics
+from serving.api.tool_routes import tool_router
+from serving.delivery.loaded_version import LoadedVersion
+from serving.delivery.routed_request import RoutedRequest
+from serving.delivery.versions import Versions
+from serving.protocol.errors import ApiError, draining, engine_unavailable, internal_error
+from serving.protocol.protocol import CompletionRequest, parse_completion
+from serving.protocol.served_model import ServedModel
+from serving.protocol.strict_json import read_request
+from serving.proxy.token_relay import YES_HEADER, RelayClient
+from serving.xray.page_routes import page_router
+
+# Count against a key's limit, and are refused while the endpoint drains.
+METERED_PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/xray", "/tokenize", "/detokenize")
+
+
+def build_http_app(
+    *,
+    versions: Versions,
+    metrics: ReplicaMetrics,
+    limits: AdmissionLimits,
+    access: CurrentAccess,
+    admin: APIRouter,
+) -> ASGIApp:
+    """All routes, behind `access`."""
+    # The interactive documentation and the schema would tell strangers what this endpoint can do.
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    app.include_router(page_router())
+    app.include_router(admin)
+    app.include_router(tool_router(max_waiting=limits.max_requests))
+    add_state_routes(app, versions=versions, metrics=metrics)
+    add_error_handlers(app)
+    relay = RelayClient()
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        parsed = await read_request(request, parse_completion)
+
+        def shape(model: ServedModel) -> Answer:
+            return TextAnswer(AnswerHead.new("cmpl", model=model.name, version=model.version))
+
+        version = RoutedRequest.of(request).take(parsed.model, user=parsed.user)
+        return await answer(parsed, shape, request, version=version)
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        parsed = await read_request(request, parse_chat)
+        version = RoutedRequest.of(request).take(parsed.model, user=parsed.user)
+        completion = await asyncio.to_thread(as_completion, parsed, version.model)  # tokenizes
+
+        def shape(model: ServedModel) -> Answer:
+            head = AnswerHead.new("chatcmpl", model=model.name, version=model.version)
+            return ChatAnswer(head, num_top=parsed.top_logprobs)
+
+        return await answer(completion, shape, request, version=version, headers=NOTE_HEADER)
+
+    async def answer(
+        parsed: CompletionRequest,
+        shape: Callable[[ServedModel], Answer],
+        request: Request,
+        *,
+        version: LoadedVersion,
+        headers: Mapping[str, str] | None = None,
+    ) -> Response:
+        try:
+            completion = await start_completion(
+                parsed, answer=shape(version.model), version=version, metrics=metrics, limits=limits
+            )
+            if parsed.stream:
+                return EventStream(completion, headers=headers or {}, relay=relay)
+            try:
+                body = await completion.respond()
+            finally:
+                completion.close()
+        except ApiError as error:
+            # Nothing has gone out yet: what a new version fails to answer, the one before answers whole.
+            other = RoutedRequest.of(request).take_other() if error.status >= 500 else None
+            if other is None:
+                raise
+            return await answer(parsed, shape, request, version=other, headers=headers)
+        return Response(body, media_type="application/json", headers=headers)
+
+    @app.get("/v1/models")
+    async def list_models(request: Request) -> dict[str, Any]:
+        return {"object": "list", "data": [RoutedRequest.of(request).card()]}
+
+    @app.get("/v1/models/{name:path}")
+    async def get_model(request: Request, name: str) -> dict[str, Any]:
+        RoutedRequest.of(request).take(name)
+        return RoutedRequest.of(request).card()
+
+    return Gate(app, access=access, versions=versions)
+
+
+def add_state_routes(app: FastAPI, *, versions: Versions, metrics: ReplicaMetrics) -> None:
+    """How the replica is doing."""
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        """The replica's process answers."""
+        return {"status": "ok"}
+
+    @app.get("/ready")
+    async def ready() -> dict[str, str]:
+        """The engine has passed its self-test and runs, and takes requests."""
+        live = versions.live
+        if not live.engine.alive:
+            raise engine_unavailable()
+        if versions.delivery.draining:
+            raise draining()
+        return {"status": "ready", "model": live.model.name, "version": live.model.version}
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        """Of the code; the model's is in /ready and on each answer."""
+        return {"version": code_version()}
+
+    @app.get("/metrics")
+    async def render_metrics() -> Response:
+        return Response(metrics.render(), media_type="text/plain; version=0.0.4")
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Every error in OpenAI's shape."""
+
+    @app.exception_handler(ApiError)
+    async def api_error(_request: Request, error: ApiError) -> Response:
+        return error_response(error)
+
+    @app.exception_handler(HTTPException)
+    async def routing_error(_request: Request, error: HTTPException) -> Response:
+        """404 of an unknown path, 405 with its Allow header."""
+        return error_response(
+            ApiError(
+                error.status_code,
+                str(error.detail),
+                headers=dict(error.headers or {}),
+            )
+        )
+
+    @app.exception_handler(Exception)
+    async def unexpected_error(_request: Request, _error: Exception) -> Response:
+        """A defect of ours: the traceback is in the replica's log, not in the answer."""
+        return error_response(internal_error())
+
+
+class Gate:
+    """Around all routes: lets no request without its key through, keeps the version that answers a request loaded to
+    the end of the answer, and names it there."""
+
+    def __init__(self, app: ASGIApp, *, access: CurrentAccess, versions: Versions) -> None:
+        self._app = app
+        self._access = access
+        self._in_flight = RequestsInFlight(access.rules.max_requests_per_key)
+        self._versions = versions
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        routed = RoutedRequest(self._versions, scope["headers"])
+        routed.put_into(scope)
+
+        async def send_with_version(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(routed.headers)
+            await send(message)
+
+        is_metered = scope["path"] in METERED_PATHS
+        try:
+            routed.key = authorize(scope["path"], scope["headers"], self._access.rules)
+            if is_metered and self._versions.delivery.draining:
+                raise draining()
+            with self._in_flight.of(routed.key if is_metered else None):
+                await self._app(scope, receive, send_with_version)
+        except ApiError as error:
+            await error_response(error)(scope, receive, send_with_version)
+        finally:
+            routed.close()
+
+
+class EventStream(StreamingResponse):
+    """A streamed completion, closed however the response ends: a client that goes away frees its slots."""
+
+    def __init__(self, completion: Completion, *, headers: Mapping[str, str], relay: RelayClient) -> None:
+        headers = {"Cache-Control": "no-cache"} | dict(headers)
+        self._events = completion.stream()
+        super().__init__(self._events, media_type="text/event-stream", headers=headers)
+        self._completion = completion
+        self._relay = relay
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            writer = await self._relay.open(scope["headers"])
+            if writer is None:
+                await super().__call__(scope, receive, send)
+                return
+            headers = [*self.raw_headers, (YES_HEADER, b"1")]
+            await send({"type": "http.response.start", "status": self.status_code, "headers": headers})
+            async for event in self._events:
+                writer.write(event)
+            writer.end()
+            await send({"type": "http.response.body", "body": b""})
+        finally:
+            self._completion.close()
+
+
+def error_response(error: ApiError) -> JSONResponse:
+    return JSONResponse(error.body(), status_code=error.status, headers=error.headers)

@@ -1,0 +1,79 @@
+"""The routes that show how a model reads and computes: /tokenize, /detokenize, /v1/xray."""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from serving.api.completions import to_json
+from serving.delivery.routed_request import RoutedRequest
+from serving.protocol.errors import overloaded
+from serving.protocol.protocol import DetokenizeRequest, TokenizeRequest, parse_request
+from serving.protocol.served_model import ServedModel
+from serving.protocol.strict_json import read_request
+from serving.xray.xray import XrayRequest
+
+
+class ToolThread:
+    """One thread that turns text into tokens and back, in order of arrival. A megabyte takes half a second: in the
+    event loop every stream of the replica would wait for it, in many threads the engine would lose its processors."""
+
+    def __init__(self, max_waiting: int) -> None:
+        self._max_waiting = max_waiting
+        self._num_waiting = 0
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="tools")
+
+    async def answer(self, work: Callable[[], dict[str, Any]]) -> Response:
+        """Raises `ApiError`: 429 where too many wait already, and what `work` raises."""
+        if self._num_waiting >= self._max_waiting:
+            raise overloaded(f"The replica has {self._max_waiting} texts to turn into tokens or back; try again later")
+        self._num_waiting += 1
+        try:
+            content = await asyncio.get_running_loop().run_in_executor(self._thread, lambda: to_json(work()))
+        finally:
+            self._num_waiting -= 1
+        return Response(content, media_type="application/json")
+
+
+def tool_router(*, max_waiting: int) -> APIRouter:
+    router = APIRouter()
+    thread = ToolThread(max_waiting)
+
+    @router.post("/tokenize")
+    async def tokenize(request: Request) -> Response:
+        parsed = await read_request(request, lambda body: parse_request(body, TokenizeRequest))
+        model = RoutedRequest.of(request).take(parsed.model).model
+        return await thread.answer(lambda: _tokenized(parsed, model))
+
+    @router.post("/detokenize")
+    async def detokenize(request: Request) -> Response:
+        parsed = await read_request(request, lambda body: parse_request(body, DetokenizeRequest))
+        model = RoutedRequest.of(request).take(parsed.model).model
+        return await thread.answer(lambda: _detokenized(parsed, model))
+
+    @router.get("/v1/xray")
+    async def xray_limits(request: Request) -> dict[str, Any]:
+        return await RoutedRequest.of(request).take().xray.card()
+
+    @router.post("/v1/xray")
+    async def look_inside(request: Request) -> Response:
+        parsed = await read_request(request, lambda body: parse_request(body, XrayRequest))
+        status, body = await RoutedRequest.of(request).take(parsed.model).xray.answer(parsed)
+        return Response(body, status_code=status, media_type="application/json")
+
+    return router
+
+
+def _tokenized(request: TokenizeRequest, model: ServedModel) -> dict[str, Any]:
+    tokens = model.require_tokenizer().encode(request.prompt)
+    names = [model.token_name(token_id) for token_id in tokens] if request.return_token_strs else None
+    return {"count": len(tokens), "max_model_len": model.config.n_positions, "tokens": tokens, "token_strs": names}
+
+
+def _detokenized(request: DetokenizeRequest, model: ServedModel) -> dict[str, Any]:
+    model.require_tokenizer()
+    text = b"".join(model.token_bytes(i) for i in model.checked_ids(request.tokens, param="tokens"))
+    return {"prompt": text.decode("utf-8", errors="replace")}

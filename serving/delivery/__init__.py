@@ -1,0 +1,1 @@
+"""Versions of the model: promotion, rollback, scaling, borrowed workers."""

@@ -1,0 +1,217 @@
+"""The one place that changes what is served: a small deployment beside the replicas, which tell it how they are and
+ask it what to serve. Its state is in the storage, so that its death, or all replicas', changes nothing;
+`delivery_file.py` says what happens where two coordinators write there.
+"""
+
+import asyncio
+import dataclasses
+import logging
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from ray import serve
+
+from cluster.monitoring.grafana import Annotation, Annotator
+from cluster.settings.serve import ReplicaConfig, ServeConfig
+from cluster.storage.uris import StorageError, open_storage
+from serving.delivery import promotion
+from serving.delivery.borrowing import Borrower, Seen, num_wanted_replicas
+from serving.delivery.delivery_file import DamagedStateError, DeliveryFile, NewerStateError, endpoint_name
+from serving.delivery.promotion import Delivery, DeliveryError, ReplicaReport, Terms, Version
+
+REPLICA_LOST_S = 10.0  # without a report; a replica on a busy machine may be late
+FORGET_S = 3600.0  # what a replica that is gone had seen
+RETRY_STORING_S = 10.0
+
+_log = logging.getLogger(__name__)
+
+
+class Reply(NamedTuple):
+    """To a replica."""
+
+    is_ours: (
+        bool  # whether the replica is of the coordinator's own deployment: a redeployed endpoint has both for a while
+    )
+    delivery: Delivery | None  # None before the first replica has begun
+
+
+class Coordinator:
+    """All methods run in one event loop. Decisions are taken as reports come in: without replicas there are none."""
+
+    def __init__(self, config: ServeConfig, *, deployment: str) -> None:
+        self._deployment = deployment
+        self._storage = open_storage(config.storage.uri)
+        self._name = endpoint_name(config)
+        self._file = DeliveryFile(self._storage, self._name, deployment=deployment)
+        self._damage: DamagedStateError | None = None  # why what is live is not known
+        self._delivery: Delivery | None = None
+        self._stored: Delivery | None = None
+        self._retry_at_s = 0.0
+        self._phase_began_s = time.monotonic()
+        self._reports: dict[str, tuple[float, ReplicaReport]] = {}
+        self._lock = asyncio.Lock()  # one change at a time
+        self._annotator = Annotator.from_environment()
+        self._borrower: Borrower | None = None
+        self._restore()
+        if config.replicas.borrow_from is not None:
+            self._borrow_from(config.replicas.borrow_from, config.replicas)
+
+    async def exchange(self, deployment: str, report: ReplicaReport) -> Reply:
+        """A replica's report, and what it is to serve."""
+        if deployment != self._deployment:
+            return Reply(is_ours=False, delivery=None)
+        self._reports[report.replica] = (time.monotonic(), report)
+        async with self._lock:
+            await self._require_known()
+            if self._delivery is not None:
+                present, gone = self._by_presence()
+                elapsed_s = time.monotonic() - self._phase_began_s
+                advanced = promotion.advance(self._delivery, present, gone=gone, elapsed_s=elapsed_s)
+                await self._change(advanced)
+        return Reply(is_ours=True, delivery=self._delivery)
+
+    async def begin(self, model_name: str, live: Version) -> Delivery:
+        """What a new endpoint serves; the first replica's word counts for all."""
+        async with self._lock:
+            await self._require_known()
+            if self._delivery is None:
+                first = live.model_copy(update={"serial": 1})
+                await self._change(Delivery(deployment=self._deployment, model_name=model_name, live=first))
+            assert self._delivery is not None
+            return self._delivery
+
+    async def promote(self, candidate: Version, terms: Terms) -> Delivery:
+        """Raises `DeliveryError` while another promotion is on, and where the storage takes no state."""
+        async with self._lock:
+            before = self._begun()
+            promoted = await self._obey(lambda state: promotion.start(state, candidate, terms))
+            if self._stored is not promoted:
+                await self._change(before)
+                raise DeliveryError(
+                    f"the state could not be stored in {self._file.uri}, so a replica that starts later would not know "
+                    "of the checkpoint; the coordinator's log says why"
+                )
+            return promoted
+
+    async def finish(self) -> Delivery:
+        async with self._lock:
+            return await self._obey(promotion.finish)
+
+    async def roll_back(self, reason: str) -> Delivery:
+        async with self._lock:
+            return await self._obey(lambda state: promotion.roll_back(state, reason))
+
+    async def drain(self, draining: bool) -> Delivery:
+        async with self._lock:
+            update = {"draining": draining}
+            if not await self._change(self._begun().model_copy(update=update)):  # means the same for a newer state
+                await self._change(self._begun().model_copy(update=update))
+            return self._begun()
+
+    async def status(self) -> dict[str, Any]:
+        """For people: the state, and what each replica says."""
+        present, gone = self._by_presence()
+        state = self._begun()
+        return {
+            "delivery": state.model_dump(mode="json", exclude={"terms": {"gate_rows"}}),
+            "is_stored": self._stored is state,
+            "borrowing": self._borrower and self._borrower.status(),
+            "phase_s": round(time.monotonic() - self._phase_began_s, 1),
+            "replicas": [dataclasses.asdict(report) for report in present],
+            "totals": {
+                version.serial: vars(promotion.total([*present, *gone], version.serial)) for version in state.known
+            },
+        }
+
+    def _begun(self) -> Delivery:
+        if self._delivery is None:
+            raise DeliveryError(str(self._damage or "no replica has started yet; try again in a moment"))
+        return self._delivery
+
+    async def _obey(self, order: Callable[[Delivery], Delivery]) -> Delivery:
+        """Carries out an operator's order, on the state that the operator could see and no other."""
+        if not await self._change(order(self._begun())):
+            now = self._begun()
+            raise DeliveryError(
+                "another coordinator of this endpoint has changed the state meanwhile (two clusters have one while one "
+                f"replaces the other): the endpoint is {now.phase}, live is {now.live.checkpoint}; nothing was done, "
+                "ask again if it is still wanted"
+            )
+        return self._begun()
+
+    def _borrow_from(self, run_id: str, replicas: ReplicaConfig) -> None:
+        application = serve.get_replica_context().app_name
+
+        def look() -> Seen:
+            """From the borrower's thread."""
+            now_s = time.monotonic()
+            num_placed = sum(now_s - at_s < REPLICA_LOST_S for at_s, _ in list(self._reports.values()))
+            return Seen(num_wanted_replicas(application), num_placed)
+
+        self._borrower = Borrower(
+            self._storage.child(f"runs/{run_id}"),
+            after_s=replicas.borrow_after_s,
+            min_replicas=replicas.min_replicas,
+            look=look,
+        )
+        self._borrower.step_forever()
+
+    def _by_presence(self) -> tuple[list[ReplicaReport], list[ReplicaReport]]:
+        now_s = time.monotonic()
+        self._reports = {name: seen for name, seen in self._reports.items() if now_s - seen[0] < FORGET_S}
+        present = [report for at_s, report in self._reports.values() if now_s - at_s < REPLICA_LOST_S]
+        gone = [report for at_s, report in self._reports.values() if now_s - at_s >= REPLICA_LOST_S]
+        return present, gone
+
+    def _restore(self) -> None:
+        """Raises `StorageError` for a storage that does not answer. A damaged state without a copy lets the coordinator
+        start and say so: replicas that serve need it for nothing but changes."""
+        try:
+            self._delivery = self._stored = self._file.restore()
+        except DamagedStateError as error:
+            if self._damage is None:
+                _log.error("%s", error)
+            self._damage, self._retry_at_s = error, time.monotonic() + RETRY_STORING_S
+            return
+        self._damage = None
+        if self._delivery is not None and self._delivery.draining:
+            _log.warning(
+                "%s was drained before this start and takes no completions; POST /admin/drain with "
+                '{"drain": false} ends that',
+                self._name,
+            )
+
+    async def _require_known(self) -> None:
+        """Raises `DeliveryError` where the state is damaged, after looking whether somebody has restored it."""
+        if self._damage is not None and time.monotonic() > self._retry_at_s:
+            await asyncio.to_thread(self._restore)
+        if self._damage is not None:
+            raise DeliveryError(str(self._damage))
+
+    async def _change(self, state: Delivery) -> bool:
+        """Stores the state, then acts on it. A storage that is down delays no decision: it is tried again later. False
+        where another coordinator has stored a newer state: then that one counts."""
+        before, is_ours = self._delivery, True
+        is_due = state is not before or time.monotonic() > self._retry_at_s
+        if state is not self._stored and is_due:
+            try:
+                await asyncio.to_thread(self._file.write, state)
+                self._stored = state
+            except NewerStateError as error:
+                _log.warning("%s", error)
+                state = self._stored = error.state
+                is_ours = False
+            except StorageError as error:
+                if state is not before:
+                    _log.warning("the state of this endpoint is not stored: %s", error)
+                self._retry_at_s = time.monotonic() + RETRY_STORING_S
+        self._delivery = state
+        if before is None or state.phase is not before.phase or state.live != before.live:
+            self._phase_began_s = time.monotonic()
+            outcome = f"; {state.outcome.result}: {state.outcome.reason}" if state.outcome else ""
+            text = f"{state.phase}, live is {state.live.checkpoint}{outcome}"
+            _log.warning("%s", text)
+            if self._annotator is not None:
+                self._annotator.add(Annotation(time.time(), "promotion", f"endpoint:{self._name}", text))
+        return is_ours

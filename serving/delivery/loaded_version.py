@@ -1,0 +1,107 @@
+"""One version on one replica: its engine process, the model that it runs, and what it has done."""
+
+import asyncio
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from cluster.settings.serve import ServeConfig
+from cluster.storage.registry import resolve_checkpoint
+from model.errors import UserError
+from model.sampling import SamplingParams
+from serving.delivery.promotion import Version, VersionStats
+from serving.engine.messages import FinishReason, SequenceRequest
+from serving.engine.runner import with_dtype
+from serving.engine_process.client import EngineClient
+from serving.engine_process.health import HealthCheck
+from serving.protocol.served_model import ServedModel, read_served_model
+from serving.xray.xray import Xray
+
+DRAIN_POLL_S = 0.1
+LONGEST_REQUEST_S = 600.0  # an engine that is not needed any more ends after this, whatever still runs on it
+
+
+class LoadedVersion:
+    """`open_requests` counts those that may still use the engine."""
+
+    def __init__(self, folder: Path, *, model: ServedModel, engine: EngineClient, dtype: str) -> None:
+        self.model = model
+        self.engine = engine
+        self.xray = Xray(folder, name=model.name, dtype=dtype)
+        self.health = HealthCheck(engine, prompt_ids=[0])
+        self.open_requests = 0
+        self.stats = StatsCounter()
+
+    @classmethod
+    async def load(cls, version: Version, *, name: str, config: ServeConfig) -> "LoadedVersion":
+        """Returns when the model answers. Raises `UserError` for an unusable checkpoint, `EngineDiedError` for one
+        that fails its self-test."""
+        folder = await asyncio.to_thread(resolve_checkpoint, version.checkpoint, config.storage.uri)
+        model = await asyncio.to_thread(read_served_model, folder, name=name)
+        if model.version != version.version:
+            raise UserError(f"{version.checkpoint} holds {model.version} now, {version.version} was promoted")
+        settings = await asyncio.to_thread(with_dtype, config.engine, folder)
+        engine = await EngineClient.start(
+            folder,
+            config=settings,
+            eos_id=model.eos_id,
+            threads=config.replicas.threads_per_replica,
+        )
+        loaded = cls(folder, model=model, engine=engine, dtype=settings.dtype)
+        try:
+            await loaded.health.self_test()
+        except BaseException:
+            await loaded.close()
+            raise
+        return loaded
+
+    async def loss(self, rows: Sequence[Sequence[int]]) -> float:
+        """Nats per token over the rows, one row after the other, so that clients' tokens come in between. NaN where
+        the logits are no numbers."""
+        logprobs: list[float] = []
+        for row in rows:
+            request = SequenceRequest(
+                seq_id=self.engine.next_seq_id(),
+                prompt_ids=list(row),
+                max_tokens=0,
+                sampling=SamplingParams(temperature=0.0),
+                num_logprobs=0,
+                prompt_logprobs=True,
+            )
+            async for event in self.engine.submit([request]):
+                if event.finish_reason is FinishReason.ERROR:
+                    return math.nan
+                logprobs += [token.logprob for token in event.prompt_logprobs or [] if token is not None]
+        return -sum(logprobs) / len(logprobs)
+
+    async def retire(self) -> None:
+        """Ends the engine once no request uses it any more."""
+        deadline_s = time.monotonic() + LONGEST_REQUEST_S
+        while self.open_requests and time.monotonic() < deadline_s:
+            await asyncio.sleep(DRAIN_POLL_S)
+        await self.close()
+
+    async def close(self) -> None:
+        self.xray.close()
+        await self.engine.close()
+
+
+class StatsCounter:
+    """Adds up `VersionStats`."""
+
+    def __init__(self) -> None:
+        self._sequences = self._errors = self._tokens = 0
+        self._busy_s = 0.0
+
+    def token(self) -> None:
+        self._tokens += 1
+
+    def ended(self, *, since_start_s: float, failed: bool) -> None:
+        self._sequences += 1
+        self._errors += failed
+        self._busy_s += since_start_s
+
+    @property
+    def value(self) -> VersionStats:
+        return VersionStats(self._sequences, self._errors, self._tokens, self._busy_s)

@@ -1,0 +1,322 @@
+"""Which version serves whom, and when that changes: decisions on plain reports, without clock or cluster."""
+
+import hashlib
+import math
+import random
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict
+
+from serving.protocol.served_model import ServedModel
+
+ROUTE_HEADER = "x-route"
+MIN_ERRORS = 3  # fewer may be anything
+MIN_JUDGED_SEQUENCES = 20  # before its speed says something about a version
+HISTORY = 20  # promotions that are remembered
+
+
+class Phase(StrEnum):
+    STEADY = "steady"  # one version serves
+    LOADING = "loading"  # a candidate is loaded and measured beside the live version; no request sees it
+    CANARY = "canary"  # the candidate serves its share of the requests
+    WATCHING = "watching"  # the candidate is live now; the version before stays loaded, so that it can return at once
+
+
+class SlotStatus(StrEnum):
+    LOADING = "loading"  # its engine starts, or is measured
+    READY = "ready"  # it could serve
+    FAILED = "failed"  # it did not load, fails its self-test, or its engine has died
+
+
+class DeliveryError(Exception):
+    """What was asked for does not fit what is going on."""
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Version(Record):
+    """A checkpoint as it was promoted."""
+
+    serial: int = 0  # grows with each promotion: a checkpoint that is tried again is another version
+    checkpoint: str  # URI of its folder
+    version: str  # hash of the weights, `x-model-version`
+    lineage: dict[str, Any] | None = None  # run, step, data, tokenizer, code
+
+    @property
+    def name(self) -> str:
+        """Its run's id; its folder's name where transformers saved it."""
+        return str(self.lineage["run_id"]) if self.lineage else self.checkpoint.rstrip("/").rpartition("/")[2]
+
+
+class Terms(Record):
+    """On which a candidate becomes the live version, and stays it."""
+
+    canary_percent: float | None = None  # share of the requests that it serves first; all at once when unset
+    watch_s: float  # as a canary, and once more as the live version
+    gate_rows: tuple[tuple[int, ...], ...] = ()  # token rows whose loss is measured; none are self-tested only
+    max_loss_increase: float = 0.0  # nats per token above the live version's loss
+    max_error_rate: float = 0.01  # of its sequences, once `MIN_ERRORS` have failed
+    max_latency_ratio: float | None = None  # seconds a token, against the version before
+    load_timeout_s: float = 600.0
+
+
+class Outcome(Record):
+    """How a promotion ended."""
+
+    version: Version
+    result: Literal["promoted", "refused", "rolled_back"]
+    reason: str
+
+
+class Delivery(Record):
+    """What is served now, and what is on its way. All that survives a restart."""
+
+    deployment: str  # of the endpoint that this is the state of
+    model_name: str  # of the first version, or the one that the settings give to all
+    live: Version
+    phase: Phase = Phase.STEADY
+    epoch: int = 1  # grows whenever requests go elsewhere
+    candidate: Version | None = None  # while LOADING or CANARY
+    previous: Version | None = None  # loaded while WATCHING; else what a rollback would load
+    terms: Terms | None = None  # while a promotion is on
+    last_serial: int = 1
+    outcome: Outcome | None = None  # of the last promotion, once it has ended
+    history: tuple[Outcome, ...] = ()  # of the last ones, the oldest first
+    draining: bool = False
+
+    @property
+    def needed(self) -> list[Version]:
+        """What each replica has loaded, in the order of loading."""
+        beside = self.previous if self.phase is Phase.WATCHING else self.candidate
+        return [self.live] if beside is None else [self.live, beside]
+
+    @property
+    def known(self) -> list[Version]:
+        """Whose checkpoints must not be deleted."""
+        return [version for version in (self.live, self.candidate, self.previous) if version is not None]
+
+    @property
+    def names(self) -> list[str]:
+        """By which a client may ask for the model: a promotion takes none away from those who use it."""
+        served = [outcome.version for outcome in self.history if outcome.result != "refused"]
+        now = [version for version in self.known if self.phase is not Phase.LOADING or version != self.candidate]
+        return list(dict.fromkeys([self.live.name, self.model_name, *(v.name for v in [*now, *served])]))
+
+    @property
+    def route(self) -> "Route":
+        if self.phase is Phase.CANARY and self.candidate and self.terms and self.terms.canary_percent:
+            return Route(self.epoch, self.live.serial, self.candidate.serial, self.terms.canary_percent)
+        return Route(self.epoch, self.live.serial)
+
+
+@dataclass(frozen=True)
+class Route:
+    """Which version a request goes to."""
+
+    epoch: int
+    primary: int  # serial
+    canary: int = 0  # serial, 0 for none
+    percent: float = 0.0
+
+    def serial_for(self, key: str | None) -> int:
+        """The same for the same key; at random without one."""
+        if not self.canary:
+            return self.primary
+        digest = hashlib.sha256(f"{self.canary}:{key}".encode()).digest()
+        place = random.random() if key is None else int.from_bytes(digest[:8]) / 2**64
+        return self.canary if place * 100 < self.percent else self.primary
+
+    def to_header(self) -> str:
+        return f"{self.epoch}:{self.primary}:{self.canary}:{self.percent}"
+
+    @classmethod
+    def from_header(cls, text: str) -> Self | None:
+        """None for what is no route."""
+        try:
+            epoch, primary, canary, percent = text.split(":")
+            return cls(int(epoch), int(primary), int(canary), float(percent))
+        except ValueError:
+            return None
+
+
+@dataclass(frozen=True)
+class VersionStats:
+    """What a version has done on one replica. Sequences of clients that left are not counted."""
+
+    sequences: int = 0
+    errors: int = 0
+    tokens: int = 0
+    busy_s: float = 0.0  # from admission to the end, summed over the sequences
+
+
+@dataclass(frozen=True)
+class SlotReport:
+    """One version on one replica."""
+
+    status: SlotStatus
+    problem: str = ""
+    loss: float | None = None  # of the gate's rows, nats per token
+    live_loss: float | None = None
+    stats: VersionStats = VersionStats()
+
+
+@dataclass(frozen=True)
+class ReplicaReport:
+    replica: str
+    epoch: int = 0
+    slots: Mapping[int, SlotReport] = field(default_factory=dict)  # by serial
+
+
+def start(state: Delivery, candidate: Version, terms: Terms) -> Delivery:
+    """Has `candidate` loaded beside the live version."""
+    if state.phase is not Phase.STEADY:
+        of = (state.candidate or state.live).checkpoint
+        raise DeliveryError(f"a promotion is on ({of} is {state.phase}): wait for it, finish it, or roll it back")
+    serial = state.last_serial + 1
+    return state.model_copy(
+        update={
+            "phase": Phase.LOADING,
+            "candidate": candidate.model_copy(update={"serial": serial}),
+            "terms": terms,
+            "last_serial": serial,
+            "outcome": None,
+        }
+    )
+
+
+def finish(state: Delivery) -> Delivery:
+    """Gives all requests to the canary."""
+    if state.phase is not Phase.CANARY:
+        raise DeliveryError(f"there is no canary to finish: the endpoint is {state.phase}")
+    return _switched(state)
+
+
+def roll_back(state: Delivery, reason: str) -> Delivery:
+    """Ends what is on, or returns to the version before. That one is loaded again where it is not any more."""
+    ended: dict[str, Any] = {"phase": Phase.STEADY, "candidate": None, "terms": None}
+    if state.phase is Phase.STEADY:
+        if state.previous is None:
+            raise DeliveryError("there is no version before this one to go back to")
+        return start(state, state.previous, Terms(watch_s=0))
+    if state.phase is Phase.WATCHING:
+        assert state.previous is not None
+        ended |= {"live": state.previous, "previous": None}
+    serves = state.phase is not Phase.LOADING
+    outcome = Outcome(
+        version=state.candidate or state.live, result="rolled_back" if serves else "refused", reason=reason
+    )
+    return _ended(state, outcome, ended | {"epoch": state.epoch + serves})
+
+
+def advance(
+    state: Delivery, present: Collection[ReplicaReport], *, gone: Collection[ReplicaReport] = (), elapsed_s: float
+) -> Delivery:
+    """The next state, or the same. `present` are the replicas that report; what `gone` ones saw counts as well.
+    `elapsed_s` is since the phase began."""
+    newest = max((report.epoch for report in present), default=0)
+    if newest > state.epoch:  # a coordinator that died before it could store its last decision
+        state = state.model_copy(update={"epoch": newest + 1})
+    if state.terms is None:
+        return state
+    if state.phase is Phase.LOADING:
+        return _loading(state, state.terms, present, elapsed_s)
+    if reason := _problem(state, state.terms, present, [*present, *gone]):
+        return roll_back(state, reason)
+    if elapsed_s < state.terms.watch_s:
+        return state
+    return _switched(state) if state.phase is Phase.CANARY else _settled(state)
+
+
+def _loading(state: Delivery, terms: Terms, present: Collection[ReplicaReport], elapsed_s: float) -> Delivery:
+    """No replica switches before all of them could."""
+    assert state.candidate is not None
+    slots = [report.slots.get(state.candidate.serial) for report in present]
+    for slot in slots:
+        if slot is not None and (reason := slot.problem or _gate_problem(slot, terms)):
+            return roll_back(state, reason)
+    if slots and all(slot is not None and slot.status is SlotStatus.READY for slot in slots):
+        if terms.canary_percent is None:
+            return _switched(state)
+        return state.model_copy(update={"phase": Phase.CANARY, "epoch": state.epoch + 1})
+    if elapsed_s > terms.load_timeout_s:
+        return roll_back(state, f"it was not loaded by every replica within {terms.load_timeout_s:g} s")
+    return state
+
+
+def _gate_problem(slot: SlotReport, terms: Terms) -> str:
+    if slot.loss is None or slot.live_loss is None:
+        return ""
+    if not math.isfinite(slot.loss):
+        return "its loss on the gate's text is not a finite number"
+    if slot.loss > slot.live_loss + terms.max_loss_increase:
+        return (
+            f"its loss on the gate's text is {slot.loss:.4f} nats per token, the live version's {slot.live_loss:.4f}: "
+            f"worse by more than {terms.max_loss_increase:g}"
+        )
+    return ""
+
+
+def _problem(
+    state: Delivery, terms: Terms, present: Collection[ReplicaReport], everyone: Collection[ReplicaReport]
+) -> str:
+    """Why the candidate has to go; empty when it may stay."""
+    new, old = (state.candidate, state.live) if state.phase is Phase.CANARY else (state.live, state.previous)
+    assert new is not None and old is not None
+    for report in present:
+        slot = report.slots.get(new.serial)
+        if slot is not None and (reason := slot.problem or _gate_problem(slot, terms)):  # the gate: of one that joined
+            return reason
+    stats, before = total(everyone, new.serial), total(everyone, old.serial)
+    if stats.errors >= MIN_ERRORS and stats.errors > terms.max_error_rate * stats.sequences:
+        return f"{stats.errors} of its {stats.sequences} sequences failed, allowed are {terms.max_error_rate:.1%}"
+    if terms.max_latency_ratio is None or min(stats.sequences, before.sequences) < MIN_JUDGED_SEQUENCES:
+        return ""
+    took_s, took_before_s = stats.busy_s / max(1, stats.tokens), before.busy_s / max(1, before.tokens)
+    if took_s > terms.max_latency_ratio * took_before_s:
+        return (
+            f"it takes {1000 * took_s:.1f} ms a token, the version before {1000 * took_before_s:.1f} ms: "
+            f"more than {terms.max_latency_ratio:g} times as long"
+        )
+    return ""
+
+
+def total(reports: Collection[ReplicaReport], serial: int) -> VersionStats:
+    found = [report.slots[serial].stats for report in reports if serial in report.slots]
+    return VersionStats(
+        sequences=sum(stats.sequences for stats in found),
+        errors=sum(stats.errors for stats in found),
+        tokens=sum(stats.tokens for stats in found),
+        busy_s=sum(stats.busy_s for stats in found),
+    )
+
+
+def _switched(state: Delivery) -> Delivery:
+    return state.model_copy(
+        update={
+            "phase": Phase.WATCHING,
+            "epoch": state.epoch + 1,
+            "live": state.candidate,
+            "previous": state.live,
+            "candidate": None,
+        }
+    )
+
+
+def _settled(state: Delivery) -> Delivery:
+    outcome = Outcome(version=state.live, result="promoted", reason="")
+    return _ended(state, outcome, {"phase": Phase.STEADY, "terms": None})
+
+
+def _ended(state: Delivery, outcome: Outcome, update: dict[str, Any]) -> Delivery:
+    history = (*state.history, outcome)[-HISTORY:]
+    return state.model_copy(update=update | {"outcome": outcome, "history": history})
+
+
+def version_of(model: ServedModel, *, checkpoint: str) -> Version:
+    """What the coordinator keeps of it; `checkpoint` is its URI."""
+    return Version(checkpoint=checkpoint, version=model.version, lineage=model.lineage)

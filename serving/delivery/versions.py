@@ -1,0 +1,199 @@
+"""The versions on one replica: loads and ends engines as the state wants, and picks one for each request."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+from cluster.settings.serve import ServeConfig
+from cluster.storage.checkpoint_cache import Holds
+from serving.delivery.loaded_version import LoadedVersion
+from serving.delivery.promotion import Delivery, Phase, Route, SlotReport, SlotStatus, Version, VersionStats
+
+_log = logging.getLogger(__name__)
+
+
+class Slot:
+    """A version that this replica has, or is about to have."""
+
+    def __init__(self, version: Version) -> None:
+        self.version = version
+        self.loading: asyncio.Task[None]
+        self.loaded: LoadedVersion | None = None
+        self.is_measured = False
+        self.problem = ""
+        self.loss: float | None = None
+        self.live_loss: float | None = None
+
+    @property
+    def usable(self) -> LoadedVersion | None:
+        return self.loaded if self.is_measured and self.loaded and self.loaded.engine.alive else None
+
+    def report(self) -> SlotReport:
+        loaded = self.loaded
+        problem = self.problem or ("" if loaded is None else loaded.engine.death_notice)
+        ready = SlotStatus.READY if self.is_measured else SlotStatus.LOADING
+        stats = VersionStats() if loaded is None else loaded.stats.value
+        return SlotReport(SlotStatus.FAILED if problem else ready, problem, self.loss, self.live_loss, stats)
+
+
+class Versions:
+    """All methods run in one event loop."""
+
+    def __init__(
+        self, config: ServeConfig, delivery: Delivery, *, on_live_death: Callable[[str], None] | None = None
+    ) -> None:
+        """`on_live_death` is told of the end of a live engine that no other version can stand in for."""
+        self._on_live_death = on_live_death
+        self.config = config
+        self.delivery = delivery
+        self.route = delivery.route
+        self._learned_at_s = 0.0
+        self._slots: dict[int, Slot] = {}
+        self._one_at_a_time = asyncio.Lock()  # engines are loaded while others serve
+        self._ending: set[asyncio.Task[None]] = set()
+        self._copies = Holds()
+        self._reconcile()
+
+    async def wait_until_live(self) -> None:
+        """Returns when what is live answers. Raises `RuntimeError` where it cannot be loaded."""
+        while not (live := self._slots[self.delivery.live.serial]).usable:  # what is live may change meanwhile
+            await asyncio.shield(live.loading)
+            if live.problem and live.version == self.delivery.live:
+                raise RuntimeError(live.problem)
+
+    def adopt(self, delivery: Delivery, *, asked_at_s: float) -> None:
+        """The state as the coordinator gave it to a question of `asked_at_s`. What was learned from a request since
+        is newer."""
+        self.delivery = delivery
+        if asked_at_s >= self._learned_at_s:
+            self.route = delivery.route
+        self._reconcile()
+
+    def learn(self, route: Route) -> None:
+        """A route that a client has seen at another replica, which heard from the coordinator a moment before this
+        one. No replica switches before all of them could."""
+        slot = self._slots.get(route.primary)
+        if route.epoch > self.route.epoch and slot is not None and slot.usable:
+            self.route = route
+            self._learned_at_s = time.monotonic()
+
+    @property
+    def live(self) -> LoadedVersion:
+        return self._usable(self.route.primary)
+
+    @property
+    def names(self) -> list[str]:
+        """By which a request may ask for the model, the live one's first."""
+        if self.config.model_name is not None:
+            return [self.config.model_name]
+        return [self.live.model.name, *self.delivery.names]
+
+    def pick(self, key: str | None) -> LoadedVersion:
+        """The version for a request; the same one for the same `key`."""
+        return self._usable(self.route.serial_for(key))
+
+    def other_than(self, failed: LoadedVersion) -> LoadedVersion | None:
+        """A version for a request that `failed` could not answer; None while no promotion is on."""
+        return next((loaded for loaded in self._trusted if loaded is not failed), None)
+
+    def check_health(self) -> None:
+        """Raises for a replica to be replaced: its live engine has died, or its weights give no numbers. While another
+        version stands in for it, the coordinator has the word."""
+        live = self.live
+        if self.other_than(live) is None:
+            live.health.check()
+
+    def report(self) -> dict[int, SlotReport]:
+        return {serial: slot.report() for serial, slot in self._slots.items()}
+
+    @property
+    def num_running(self) -> int:
+        return sum(loaded.engine.num_running for loaded in self._engines)
+
+    @property
+    def num_waiting(self) -> int:
+        return sum(loaded.engine.num_waiting for loaded in self._engines)
+
+    @property
+    def kv_cache_usage(self) -> float:
+        """Of the fullest engine."""
+        return max(loaded.engine.kv_cache_usage for loaded in self._engines)
+
+    @property
+    def expected_wait_s(self) -> float:
+        """Of a new sequence on the live engine."""
+        return self.live.engine.queue.wait_s()
+
+    async def close(self) -> None:
+        for loaded in self._engines:
+            await loaded.close()
+        self._copies.keep(())
+
+    @property
+    def _engines(self) -> list[LoadedVersion]:
+        return [slot.loaded for slot in self._slots.values() if slot.loaded is not None]
+
+    @property
+    def _trusted(self) -> list[LoadedVersion]:
+        """Usable versions, the primary first, without one that has only its share of the requests, or none yet."""
+        slots = sorted(self._slots.values(), key=lambda slot: slot.version.serial != self.route.primary)
+        return [slot.usable for slot in slots if slot.usable and slot.version != self.delivery.candidate]
+
+    def _usable(self, serial: int) -> LoadedVersion:
+        slot = self._slots.get(serial)
+        wanted = slot.usable if slot is not None else None
+        return wanted or (self._trusted or self._engines)[0]
+
+    def _reconcile(self) -> None:
+        self._copies.keep([version.checkpoint for version in self.delivery.known])
+        needed = {version.serial: version for version in self.delivery.needed}
+        for serial, version in needed.items():
+            if (slot := self._slots.get(serial)) is not None and slot.version != version:
+                # Two coordinators gave the same number, one of them without a storage. What serves stays meanwhile.
+                self._slots[-serial] = self._slots.pop(serial)
+            if serial not in self._slots:
+                slot = self._slots[serial] = Slot(version)
+                slot.loading = asyncio.create_task(self._load(slot))
+        if not self._slots[self.delivery.live.serial].usable:
+            return  # whoever serves in its place stays
+        for serial in self._slots.keys() - needed.keys():
+            task = asyncio.create_task(self._end(self._slots.pop(serial)))
+            self._ending.add(task)
+            task.add_done_callback(self._ending.discard)
+
+    async def _load(self, slot: Slot) -> None:
+        async with self._one_at_a_time:
+            try:
+                slot.loaded = loaded = await LoadedVersion.load(
+                    slot.version, name=self.config.model_name or slot.version.name, config=self.config
+                )
+                loaded.engine.on_death = lambda notice: self._engine_died(slot, notice)
+                if slot.version == self.delivery.candidate:
+                    await self._measure(slot, loaded, before=self.live)
+                slot.is_measured = True
+                if self.delivery.phase is Phase.WATCHING and self.delivery.previous is not None:
+                    # Only a replica that has joined meanwhile loads anything then. The new version serves already.
+                    live, before = (self._slots.get(v.serial) for v in (self.delivery.live, self.delivery.previous))
+                    if live and live.usable and live.loss is None and before and before.usable:
+                        await self._measure(live, live.usable, before=before.usable)
+            except Exception as error:  # a stranger's files may raise anything; that refuses them, and is reported
+                _log.warning("%s cannot be served", slot.version.checkpoint, exc_info=True)
+                slot.problem = str(error) or repr(error)
+
+    def _engine_died(self, slot: Slot, notice: str) -> None:
+        is_live = slot.version.serial == self.route.primary
+        if self._on_live_death is not None and is_live and not self._trusted:
+            self._on_live_death(notice)
+
+    async def _measure(self, slot: Slot, loaded: LoadedVersion, *, before: LoadedVersion) -> None:
+        """The new version's loss on the gate's rows, and that of the one before."""
+        terms = self.delivery.terms
+        if terms is not None and terms.gate_rows:
+            live_loss, loss = await before.loss(terms.gate_rows), await loaded.loss(terms.gate_rows)
+            slot.live_loss, slot.loss = live_loss, loss
+
+    async def _end(self, slot: Slot) -> None:
+        await slot.loading
+        if slot.loaded is not None:
+            await slot.loaded.retire()

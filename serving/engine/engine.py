@@ -1,0 +1,137 @@
+"""The engine: continuous batching over a pool of KV cache blocks. It knows token ids; text, HTTP and Ray are elsewhere.
+
+Shapes: N tokens that a step reads, C model width, M rows that a token is drawn for, V vocabulary.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from model.sampling import SamplingRow, sample_batch
+from serving.engine.block_pool import BlockPool
+from serving.engine.messages import Admission, Candidates, FinishReason, SequenceRequest, StepReport, TokenEvent
+from serving.engine.runner import Reading, Runner
+from serving.engine.scheduler import Chunk, Scheduler, Sequence
+
+PROMPT_LOGPROBS_CHUNK_TOKENS = 128  # 128 x 50,257 logits are 26 MB
+
+
+class Engine:
+    """What it generates for a sequence is what `model.generate` does, whatever else shares its steps."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        pool: BlockPool,
+        *,
+        max_num_seqs: int,
+        prefill_tokens_per_step: int,
+        eos_id: int | None,
+    ) -> None:
+        self._runner = runner
+        self._pool = pool
+        self._scheduler = Scheduler(
+            pool, max_num_seqs=max_num_seqs, eos_id=eos_id, prefill_tokens_per_step=prefill_tokens_per_step
+        )
+
+    @property
+    def has_work(self) -> bool:
+        return self._scheduler.num_running + self._scheduler.num_waiting > 0
+
+    def submit(self, request: SequenceRequest) -> None:
+        self._scheduler.add(request)
+
+    def cancel(self, seq_id: int) -> None:
+        self._scheduler.cancel(seq_id)
+
+    @torch.inference_mode()
+    def step(self, tell: Callable[[Admission], None] | None = None) -> StepReport:
+        """Admit, read, draw, emit. `tell` hears which sequences it begins with, before it computes."""
+        chunks = self._scheduler.plan()
+        if tell is not None and self._scheduler.admitted:
+            tell(Admission(self._scheduler.admitted, self._scheduler.num_running, self._scheduler.num_waiting))
+        events: list[TokenEvent] = []
+        if chunks:
+            hidden = self._runner.forward([_reading(chunk) for chunk in chunks])  # (N, C)
+            parts = hidden.split([chunk.last - chunk.first for chunk in chunks])
+            for chunk, part in zip(chunks, parts, strict=True):
+                self._keep_prompt_logprobs(chunk, part)
+            drawing = [(chunk, part[-1]) for chunk, part in zip(chunks, parts, strict=True) if chunk.draws]
+            for chunk in chunks:
+                if not chunk.draws:
+                    self._scheduler.advance(chunk, None)
+            if drawing:
+                logits = self._runner.logits(torch.stack([row for _, row in drawing]))  # (M, V)
+                events = self._emit([chunk for chunk, _ in drawing], logits)
+        scheduler = self._scheduler
+        return StepReport(
+            events,
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            kv_cache_usage=round(self._pool.usage, 4),
+            num_prompt_tokens=scheduler.num_prompt_tokens,
+        )
+
+    def _emit(self, chunks: list[Chunk], logits: Tensor) -> list[TokenEvent]:
+        """Samples from logits (M, V). A row with NaN or infinity ends its own sequence and no other."""
+        best, finite = self._runner.survey(logits)
+        usable = finite.tolist()
+        drawing = [i for i, c in enumerate(chunks) if usable[i] and c.sequence.request.max_tokens > 0]
+        rows = logits if len(drawing) == len(chunks) else logits[drawing]
+        drawn = _sample([chunks[i].sequence for i in drawing], rows, best[drawing])
+        tokens = dict(zip(drawing, drawn, strict=True))
+        events = []
+        for i, chunk in enumerate(chunks):
+            sequence, token_id, logprobs = chunk.sequence, tokens.get(i), None
+            if token_id is not None and sequence.request.num_logprobs is not None:
+                [logprobs] = _candidates(logits[i : i + 1], [token_id], sequence.request.num_logprobs)
+            finish_reason = self._scheduler.advance(chunk, token_id) if usable[i] else self._fail(sequence)
+            events.append(
+                TokenEvent(sequence.request.seq_id, token_id, finish_reason, logprobs, sequence.prompt_logprobs or None)
+            )
+            sequence.prompt_logprobs = []
+        return events
+
+    def _fail(self, sequence: Sequence) -> FinishReason:
+        self._runner.clear(self._pool.held_once(sequence.blocks))
+        return self._scheduler.fail(sequence)
+
+    def _keep_prompt_logprobs(self, chunk: Chunk, hidden: Tensor) -> None:
+        """Log-probability of each prompt token after a chunk's, from hidden (chunk, C); the first token has none."""
+        request = chunk.sequence.request
+        if not request.prompt_logprobs or chunk.sequence.output_ids:
+            return
+        candidates = chunk.sequence.prompt_logprobs
+        if chunk.first == 0:
+            candidates.append(None)
+        targets = request.prompt_ids[chunk.first + 1 : chunk.last + 1]
+        for start in range(0, len(targets), PROMPT_LOGPROBS_CHUNK_TOKENS):
+            some = targets[start : start + PROMPT_LOGPROBS_CHUNK_TOKENS]
+            logits = self._runner.logits(hidden[start : start + len(some)])  # (some, V)
+            candidates += _candidates(logits, some, request.num_logprobs or 0)
+
+
+def _reading(chunk: Chunk) -> Reading:
+    sequence = chunk.sequence
+    if sequence.output_ids:
+        return Reading([sequence.output_ids[-1]], chunk.first, sequence.blocks)
+    return Reading(sequence.request.prompt_ids[chunk.first : chunk.last], chunk.first, sequence.blocks)
+
+
+def _sample(sequences: list[Sequence], logits: Tensor, best: Tensor) -> list[int]:
+    rows = [
+        SamplingRow(s.request.sampling, s.request.prompt_ids, s.output_ids, position=s.num_tokens) for s in sequences
+    ]
+    return sample_batch(logits, rows, best=best) if rows else []
+
+
+def _candidates(logits: Tensor, token_ids: list[int], num_top: int) -> list[Candidates]:
+    """Of logits (N, V): the log-probability of each row's own token, and the row's most likely tokens."""
+    logprobs = logits.log_softmax(dim=-1)
+    own = logprobs.gather(1, torch.tensor(token_ids, device=logits.device)[:, None])[:, 0].tolist()  # (N,)
+    top_values, top_ids = logprobs.topk(min(num_top, logits.shape[-1]), dim=-1)  # (N, num_top)
+    return [
+        Candidates(logprob, list(zip(ids, values, strict=True)))
+        for logprob, ids, values in zip(own, top_ids.tolist(), top_values.tolist(), strict=True)
+    ]

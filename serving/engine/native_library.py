@@ -1,0 +1,209 @@
+"""Compiles native/ for the processor at hand, once, and loads it; or loads what was compiled into an image.
+
+    python -m serving.engine.native_library --bake FOLDER
+
+compiles it for every processor of this machine's kind. Where the environment variable RAYMILL_KERNELS names that
+folder, the fastest library that the processor runs is taken from there, and no compiler is needed.
+
+RAYMILL_KERNELS_MARCH takes the place of "native" in GCC's -march: "x86-64-v3" holds the kernels to AVX2.
+"""
+
+import argparse
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from model.processor import cpu_features
+
+SOURCES = Path(__file__).parent / "native"
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden", "-Wno-psabi")
+COMPILE_TIMEOUT_S = 300.0
+NATIVE = "native"
+FOLDER_VARIABLE, MARCH_VARIABLE = "RAYMILL_KERNELS", "RAYMILL_KERNELS_MARCH"
+
+_V3 = frozenset(("avx2", "fma", "bmi1", "bmi2", "f16c", "movbe", "abm"))
+_V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+_BF16 = _V4 | {"avx512_vnni", "avx512_bf16"}
+# By machine: what `--bake` compiles for, the fastest first, and what Linux calls the instructions that it needs.
+TARGETS = {
+    "x86_64": {
+        "x86-64-v4+avx512vnni+avx512bf16+amx-tile+amx-bf16+amx-int8": _BF16 | {"amx_tile", "amx_bf16", "amx_int8"},
+        "x86-64-v4+avx512vnni+avx512bf16": _BF16,  # Zen 4
+        "x86-64-v4+avx512vnni": _V4 | {"avx512_vnni"},  # Ice Lake
+        "x86-64-v4": _V4,
+        "x86-64-v3": _V3,
+    },
+    "aarch64": {"armv8-a": frozenset(("asimd",))},
+}
+
+
+class NoNativeLibraryError(Exception):
+    """The kernels cannot be had here; the message says why."""
+
+
+class _BrokenLibraryError(Exception):
+    """A library's file is not what was written there."""
+
+
+def load_library() -> ctypes.CDLL:
+    """Raises `NoNativeLibraryError`, whatever stands in the way."""
+    if missing := TARGETS.get(platform.machine(), {}).get(_march(), frozenset()) - cpu_features():
+        raise NoNativeLibraryError(
+            f"{MARCH_VARIABLE}={_march()}, but this processor has no {' '.join(sorted(missing))}"
+        )
+    try:
+        if (baked := _baked()) is not None:
+            return _load(baked)
+        return _load_compiled()
+    except (OSError, RuntimeError, subprocess.SubprocessError, _BrokenLibraryError) as error:  # RuntimeError: no home
+        raise NoNativeLibraryError(str(error)) from error
+
+
+def bake(folder: Path) -> list[Path]:
+    """Compiles a library for each of this machine's targets. Raises `NoNativeLibraryError`."""
+    folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+    paths = []
+    for march in TARGETS.get(platform.machine(), {}):
+        paths.append(folder / _baked_name(march))
+        _compile(_compiler(), march, paths[-1])
+    return paths
+
+
+def _baked() -> Path | None:
+    """The fastest library in the image that the processor runs, or the one that is asked for."""
+    if not (folder := os.environ.get(FOLDER_VARIABLE)):
+        return None
+    runs = [march for march, needs in TARGETS.get(platform.machine(), {}).items() if needs <= cpu_features()]
+    for march in runs if _march() == NATIVE else [_march()]:
+        if (path := Path(folder) / _baked_name(march)).exists():
+            return path
+    return None
+
+
+def _baked_name(march: str) -> str:
+    return f"decoder-{march}-{_digest(_sources(), ' '.join(_flags(march)).encode())}.so"
+
+
+def _load_compiled() -> ctypes.CDLL:
+    compiler, folder = _compiler(), _cache_folder()
+    path = folder / f"decoder-{_key(compiler)}.so"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if os.statvfs(folder).f_flag & os.ST_NOEXEC:
+        raise NoNativeLibraryError(f"{folder} is on a file system without execution (noexec)")
+    if path.exists():
+        try:
+            return _load(path)
+        except (OSError, _BrokenLibraryError):
+            path.unlink(missing_ok=True)  # cut short by a full disk, say
+    _compile(compiler, _march(), path)
+    return _load(path)
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    """Whoever can write the file or its folder could run code as this user."""
+    for place in (path.parent, path):
+        status = place.stat()
+        if status.st_uid not in (os.geteuid(), 0) or status.st_mode & 0o022:
+            raise NoNativeLibraryError(
+                f"{place} can be written by others (owner {status.st_uid}, mode {status.st_mode & 0o777:o}); expected "
+                "a file and a folder of this user's or root's own, which group and others cannot write"
+            )
+    content = path.read_bytes()
+    if _sealed(content[:-32]) != content:  # loading it could end the process by SIGBUS
+        raise _BrokenLibraryError(f"{path} is not the library that was written there")
+    return ctypes.CDLL(str(path))
+
+
+def _sealed(library: bytes) -> bytes:
+    return library + hashlib.sha256(library).digest()
+
+
+def _compiler() -> str:
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        raise NoNativeLibraryError("there is no C++ compiler (g++, or what CXX names)")
+    return compiler
+
+
+def _march() -> str:
+    return os.environ.get(MARCH_VARIABLE) or NATIVE
+
+
+def _flags(march: str) -> list[str]:
+    """GCC takes "armv8.2-a+dotprod" as it is, and further instructions of x86 as flags of their own."""
+    if march.startswith("arm"):
+        return [*FLAGS, f"-march={march}"]
+    name, *more = march.split("+")
+    return [*FLAGS, f"-march={name}", *(f"-m{extension}" for extension in more)]
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raymill" / "kernels"
+
+
+def _key(compiler: str) -> str:
+    """Of the sources and all that decides what becomes of it: a home may be shared by unlike machines."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=COMPILE_TIMEOUT_S).stdout
+    processor = " ".join((platform.machine(), *sorted(cpu_features())))
+    return _digest(_sources(), " ".join(_flags(_march())).encode(), version, processor.encode())
+
+
+def _digest(*parts: bytes) -> str:
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def _sources() -> bytes:
+    return b"".join(path.read_bytes() for path in sorted(SOURCES.iterdir()))
+
+
+def _compile(compiler: str, march: str, path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder) / path.name
+        _run([compiler, *_flags(march), str(SOURCES / "decoder.cpp"), "-o", str(made)], Path(folder) / "log")
+        with made.open("r+b") as file:
+            content = _sealed(file.read())
+            file.seek(0)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        made.chmod(0o755)  # some umasks let the group write
+        made.replace(path)  # two processes may do this at once
+
+
+def _run(command: list[str], log: Path) -> None:
+    """In a process group, as the compiler proper is a child of g++, which would outlive it."""
+    with (
+        log.open("w") as output,
+        subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True) as process,
+    ):
+        try:
+            status = process.wait(COMPILE_TIMEOUT_S)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    if status != 0:
+        said = log.read_text(errors="replace").strip()[:500]
+        raise NoNativeLibraryError(f"{command[0]} cannot compile {SOURCES.name}/ (exit status {status}): {said}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bake", type=Path, required=True, metavar="FOLDER", help="where the libraries go")
+    try:
+        paths = bake(parser.parse_args().bake)
+    except NoNativeLibraryError as error:
+        sys.stderr.write(f"no kernels: {error}\n")
+        return 1
+    sys.stdout.writelines(f"{path}\n" for path in paths)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""The decoder's step by the CPU kernels of native/decoder.cpp: weights in the order in which they are read, threads of
+their own, and the same bits for a token whatever shares its step.
+
+Shapes: N tokens of all readings, M rows, C model width, V vocabulary, W blocks of a reading.
+"""
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from model.gpt import GPT
+from serving.engine.native_library import load_library
+from serving.engine.runner import Reading, Survey
+
+KINDS = {"float32": 0, "bfloat16": 1, "int8": 2}
+ACTIVATIONS = {"gelu": 0, "gelu_exact": 1, "relu": 2}
+LN_1, LN_2 = 0, 1
+QKV, ATTENTION_OUT, FFN_IN, FFN_OUT = 0, 1, 2, 3
+HEAD, TOKENS = 0, 1  # behind the last layer
+
+
+class Shape(ctypes.Structure):
+    _fields_: ClassVar = [
+        *((name, ctypes.c_int32) for name in ("layers", "width", "heads", "ffn_width", "vocabulary", "positions")),
+        ("activation", ctypes.c_int32),
+        ("num_blocks", ctypes.c_int32),
+        ("epsilon", ctypes.c_float),
+    ]
+
+
+class Pass(ctypes.Structure):
+    _fields_: ClassVar = [
+        ("num_tokens", ctypes.c_int),
+        ("table_width", ctypes.c_int),
+        *((name, ctypes.c_void_p) for name in ("token_ids", "positions", "rows", "tables", "hidden")),
+    ]
+
+
+class NativeRunner:
+    """A `Runner`. Sums are fp32 whatever the weights are.
+
+    int8: each column of a weight and each row of inputs in 255 steps of its own size ("vector-wise quantization",
+    Dettmers et al., 2022); keys and values in bf16.
+    """
+
+    def __init__(self, model: GPT, *, dtype: str, num_blocks: int, threads: int) -> None:
+        """Raises `NoNativeLibraryError` where the kernels cannot be had."""
+        self._library = load_library()
+        self._declare()
+        self._config = config = model.config
+        shape = Shape(
+            layers=config.n_layer,
+            width=config.n_embd,
+            heads=config.n_head,
+            ffn_width=config.ffn_width,
+            vocabulary=config.vocab_size,
+            positions=config.n_positions,
+            activation=ACTIVATIONS[config.activation_function],
+            num_blocks=num_blocks,
+            epsilon=config.layer_norm_epsilon,
+        )
+        positions = _as_float(model.transformer.wpe.weight)
+        self._decoder = ctypes.c_void_p(
+            self._library.raymill_create(ctypes.byref(shape), KINDS[dtype], threads, positions.data_ptr())
+        )
+        weights = dict(model.named_parameters())
+        for layer in range(config.n_layer):
+            at = f"transformer.h.{layer}"
+            self._set_norm(layer, LN_1, weights, f"{at}.ln_1")
+            self._set_norm(layer, LN_2, weights, f"{at}.ln_2")
+            self._set_projection(layer, QKV, weights, f"{at}.attn.c_attn")
+            self._set_projection(layer, ATTENTION_OUT, weights, f"{at}.attn.c_proj")
+            self._set_projection(layer, FFN_IN, weights, f"{at}.mlp.c_fc")
+            self._set_projection(layer, FFN_OUT, weights, f"{at}.mlp.c_proj")
+        self._set_norm(config.n_layer, LN_1, weights, "transformer.ln_f")
+        self._set_matrix(config.n_layer, HEAD, model.head_weight.T)
+        if not config.tie_word_embeddings:
+            self._set_matrix(config.n_layer, TOKENS, model.transformer.wte.weight.T)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_decoder"):
+            self._library.raymill_destroy(self._decoder)
+
+    def forward(self, readings: Sequence[Reading]) -> Tensor:
+        width = max(len(reading.blocks) for reading in readings)
+        token_ids = _as_int32([token_id for r in readings for token_id in r.token_ids])  # (N,)
+        positions = _as_int32([r.position + i for r in readings for i in range(len(r.token_ids))])
+        rows = _as_int32([row for row, r in enumerate(readings) for _ in r.token_ids])
+        tables = _as_int32([r.blocks + [0] * (width - len(r.blocks)) for r in readings])  # (readings, W)
+        hidden = torch.empty(len(token_ids), self._config.n_embd)
+        arrays = (token_ids, positions, rows, tables, hidden)
+        work = Pass(len(token_ids), width, *(array.data_ptr() for array in arrays))
+        self._library.raymill_forward(self._decoder, ctypes.byref(work))
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        hidden = hidden.contiguous()
+        logits = torch.empty(len(hidden), self._config.vocab_size)
+        self._library.raymill_logits(self._decoder, len(hidden), hidden.data_ptr(), logits.data_ptr())
+        return logits
+
+    def survey(self, logits: Tensor) -> Survey:
+        logits = logits.contiguous()
+        found = Survey(torch.empty(len(logits), dtype=torch.int64), torch.empty(len(logits), dtype=torch.bool))
+        self._library.raymill_survey(
+            self._decoder, len(logits), logits.data_ptr(), found.best.data_ptr(), found.finite.data_ptr()
+        )
+        return found
+
+    def clear(self, blocks: Sequence[int]) -> None:
+        """Nothing to do: these kernels read no position that a token may not see."""
+
+    def _set_norm(self, layer: int, which: int, weights: Mapping[str, Tensor], name: str) -> None:
+        weight, bias = _as_float(weights[f"{name}.weight"]), _as_float(weights[f"{name}.bias"])
+        self._library.raymill_set_norm(self._decoder, layer, which, weight.data_ptr(), bias.data_ptr())
+
+    def _set_projection(self, layer: int, which: int, weights: Mapping[str, Tensor], name: str) -> None:
+        self._set_matrix(layer, which, weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+    def _set_matrix(self, layer: int, which: int, weight: Tensor, bias: Tensor | None = None) -> None:
+        """From weight (in, out)."""
+        weight = weight.detach().float()
+        bias = None if bias is None else _as_float(bias)
+        self._library.raymill_set_matrix(
+            self._decoder, layer, which, weight.data_ptr(), *weight.stride(), None if bias is None else bias.data_ptr()
+        )
+
+    def _declare(self) -> None:
+        pointer, number = ctypes.c_void_p, ctypes.c_int
+        library = self._library
+        library.raymill_create.restype = pointer
+        library.raymill_create.argtypes = [pointer, number, number, pointer]
+        library.raymill_set_norm.argtypes = [pointer, number, number, pointer, pointer]
+        library.raymill_set_matrix.argtypes = [pointer, number, number, pointer, number, number, pointer]
+        library.raymill_forward.argtypes = [pointer, pointer]
+        library.raymill_logits.argtypes = [pointer, number, pointer, pointer]
+        library.raymill_survey.argtypes = [pointer, number, pointer, pointer, pointer]
+        library.raymill_destroy.argtypes = [pointer]
+
+
+def _as_float(values: Tensor) -> Tensor:
+    return values.detach().float().contiguous()
+
+
+def _as_int32(values: Sequence[int] | Sequence[list[int]]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)

@@ -1,0 +1,181 @@
+"""Which tokens a step reads: admission, the waiting queue, and all transitions of a sequence's state. No tensors."""
+
+from collections import deque
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import NamedTuple
+
+from serving.engine.block_pool import BLOCK_TOKENS, BlockPool
+from serving.engine.messages import Candidates, FinishReason, SequenceRequest
+
+UNWATCHED = 4  # times as many prompt tokens are read in a step that no running sequence waits for
+
+
+class State(Enum):
+    WAITING = auto()  # accepted; holds nothing yet
+    RUNNING = auto()  # holds KV cache blocks for all tokens that it may get
+    FINISHED = auto()  # ended; holds nothing
+
+
+@dataclass(eq=False)
+class Sequence:
+    request: SequenceRequest
+    state: State = State.WAITING
+    output_ids: list[int] = field(default_factory=list)
+    blocks: list[int] = field(default_factory=list)  # of the KV cache, in the order of their tokens
+    num_read: int = 0  # tokens whose keys and values are in the cache
+    sealed_prefix: bytes = b""  # of the full blocks among them
+    promised: list[bytes] = field(default_factory=list)  # prefixes to the end of blocks that it is about to read
+    prompt_logprobs: list[Candidates | None] = field(default_factory=list)  # of the tokens read, when asked for
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.request.prompt_ids + self.output_ids
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.request.prompt_ids) + len(self.output_ids)
+
+
+class Chunk(NamedTuple):
+    """Tokens `first` to `last` - 1 of a sequence. A step reads them, and draws a token where they are all there are."""
+
+    sequence: Sequence
+    first: int
+    last: int
+
+    @property
+    def draws(self) -> bool:
+        return self.last == self.sequence.num_tokens
+
+
+class Scheduler:
+    """First come, first served. A sequence is admitted when there are blocks for its prompt and all tokens that it may
+    get, so an admitted one always runs to its end. One whose prompt starts as another one that is being read waits for
+    that, and shares its blocks: the choices of a request read their prompt once.
+
+    A step gives each running sequence its next token, and reads up to `prefill_tokens_per_step` tokens of prompts: so
+    long do the others wait. Where there are none yet it reads more.
+    """
+
+    def __init__(self, pool: BlockPool, *, max_num_seqs: int, eos_id: int | None, prefill_tokens_per_step: int) -> None:
+        self._pool = pool
+        self._max_num_seqs = max_num_seqs
+        self._eos_id = eos_id
+        self._prefill_tokens_per_step = prefill_tokens_per_step
+        self._waiting: deque[Sequence] = deque()
+        self._running: dict[int, Sequence] = {}  # in order of admission
+        self._promised: set[bytes] = set()
+        # Of the latest plan:
+        self.admitted: list[int] = []  # sequences
+        self.num_prompt_tokens = 0  # that are read, or need no reading
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    def add(self, request: SequenceRequest) -> Sequence:
+        sequence = Sequence(request)
+        self._waiting.append(sequence)
+        return sequence
+
+    def plan(self) -> list[Chunk]:
+        """Admits what fits, and says what this step reads."""
+        budget = self._prefill_tokens_per_step
+        if not any(sequence.output_ids for sequence in self._running.values()):
+            budget *= UNWATCHED
+        chunks = []
+        self.admitted, self.num_prompt_tokens = [], 0
+        for sequence in self._running.values():
+            if sequence.output_ids:
+                chunks.append(Chunk(sequence, sequence.num_read, sequence.num_tokens))
+            elif budget > 0:
+                chunks.append(_prompt_chunk(sequence, budget))
+                budget -= chunks[-1].last - chunks[-1].first
+                self.num_prompt_tokens += chunks[-1].last - chunks[-1].first
+        while budget > 0 and (admitted := self._admit()) is not None:
+            chunks.append(_prompt_chunk(admitted, budget))
+            budget -= chunks[-1].last - chunks[-1].first
+            self.admitted.append(admitted.request.seq_id)
+            self.num_prompt_tokens += chunks[-1].last
+        return chunks
+
+    def advance(self, chunk: Chunk, token_id: int | None) -> FinishReason | None:
+        """Records that a chunk was read and the token that it drew, if any; says why its sequence has finished, if it
+        has."""
+        sequence, request = chunk.sequence, chunk.sequence.request
+        drew = chunk.draws
+        sequence.num_read = chunk.last
+        self._seal(sequence, first=chunk.first)
+        if not drew:
+            return None
+        self._end_promise(sequence)
+        if token_id is not None:
+            sequence.output_ids.append(token_id)
+        if token_id is not None and token_id == self._eos_id and not request.ignore_eos:
+            return self._finish(sequence, FinishReason.STOP)
+        if len(sequence.output_ids) >= request.max_tokens:
+            return self._finish(sequence, FinishReason.LENGTH)
+        return None
+
+    def fail(self, sequence: Sequence) -> FinishReason:
+        """What it left in its blocks is given to nobody else."""
+        self._pool.forget(sequence.blocks)
+        return self._finish(sequence, FinishReason.ERROR)
+
+    def cancel(self, seq_id: int) -> None:
+        """Forgets a sequence, whatever its state. One that has finished meanwhile is no error."""
+        if seq_id in self._running:
+            self._release(self._running[seq_id])
+            return
+        self._waiting = deque(s for s in self._waiting if s.request.seq_id != seq_id)
+
+    def _admit(self) -> Sequence | None:
+        if not self._waiting or len(self._running) >= self._max_num_seqs:
+            return None
+        sequence, request = self._waiting[0], self._waiting[0].request
+        # The prompt's log-probabilities need all of it to be read; others share what that leaves.
+        known = [] if request.prompt_logprobs else request.prompt_ids
+        missing = self._pool.missing(request.prompt_ids)
+        if known and missing and missing[0] in self._promised:
+            return None
+        allocation = self._pool.allocate(len(request.prompt_ids) + request.max_tokens, prompt_ids=known)
+        if allocation is None:
+            return None
+        self._waiting.popleft()
+        sequence.blocks, sequence.num_read = allocation
+        sequence.promised = missing
+        self._promised.update(missing)
+        self._seal(sequence, first=0)
+        sequence.state = State.RUNNING
+        self._running[request.seq_id] = sequence
+        return sequence
+
+    def _seal(self, sequence: Sequence, *, first: int) -> None:
+        """The blocks that became full since `first` tokens were read."""
+        for index in range(first // BLOCK_TOKENS, sequence.num_read // BLOCK_TOKENS):
+            tokens = sequence.token_ids[index * BLOCK_TOKENS : (index + 1) * BLOCK_TOKENS]
+            sequence.sealed_prefix = self._pool.seal(sequence.blocks[index], tokens, before=sequence.sealed_prefix)
+
+    def _end_promise(self, sequence: Sequence) -> None:
+        self._promised.difference_update(sequence.promised)
+        sequence.promised = []
+
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> FinishReason:
+        self._release(sequence)
+        return reason
+
+    def _release(self, sequence: Sequence) -> None:
+        del self._running[sequence.request.seq_id]
+        self._end_promise(sequence)
+        self._pool.release(sequence.blocks)
+        sequence.state = State.FINISHED
+        sequence.blocks = []
+
+
+def _prompt_chunk(sequence: Sequence, budget: int) -> Chunk:
+    return Chunk(sequence, sequence.num_read, min(sequence.num_tokens, sequence.num_read + budget))

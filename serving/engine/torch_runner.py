@@ -1,0 +1,136 @@
+"""The decoder's step in PyTorch, on any device: one call of the model for all tokens of a step.
+
+The projections see them as one long row; attention takes readings of one length at a time.
+Shapes: N tokens of a step, B readings of one length T, P cached positions read, L layers, H heads of width D, W blocks
+of a reading, S = BLOCK_TOKENS.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.config import GPTConfig
+from model.gpt import GPT
+from model.kv_cache import visible_mask
+from serving.engine.block_pool import BLOCK_TOKENS, num_blocks_for
+from serving.engine.runner import Reading, Survey
+
+
+class TorchRunner:
+    """A `Runner`."""
+
+    def __init__(self, model: GPT, *, num_blocks: int) -> None:
+        self._model = model.eval()
+        parameter = next(model.parameters())
+        self._device = parameter.device
+        self._cache = BlockCache(model.config, num_blocks=num_blocks, dtype=parameter.dtype, device=parameter.device)
+
+    def forward(self, readings: Sequence[Reading]) -> Tensor:
+        lengths = [len(reading.token_ids) for reading in readings]
+        order = sorted(range(len(readings)), key=lengths.__getitem__)
+        ordered = [readings[i] for i in order]
+        token_ids = [token_id for r in ordered for token_id in r.token_ids]
+        places = [(r, position) for r in ordered for position in range(r.position, r.position + len(r.token_ids))]
+        hidden = self._model(
+            torch.tensor([token_ids], device=self._device),  # (1, N)
+            kv_cache=StepCache(self._cache, ordered),
+            slots=torch.tensor([[r.blocks[position // BLOCK_TOKENS] for r, position in places]], device=self._device),
+            positions=torch.tensor([[position for _, position in places]], device=self._device),  # (1, N)
+        )[0]
+        if order == sorted(order):
+            return hidden
+        parts = dict(zip(order, hidden.split([lengths[i] for i in order]), strict=True))
+        return torch.cat([parts[i] for i in range(len(readings))])
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self._model.logits(hidden)
+
+    def survey(self, logits: Tensor) -> Survey:
+        return Survey(logits.argmax(dim=-1), logits.isfinite().all(dim=-1))
+
+    def clear(self, blocks: Sequence[int]) -> None:
+        self._cache.keys[:, list(blocks)] = 0
+        self._cache.values[:, list(blocks)] = 0
+
+
+class BlockCache:
+    """Keys and values (L, blocks, S, H, D) of many sequences: a block is one piece of memory, which a reading's copy
+    takes as a whole."""
+
+    def __init__(self, config: GPTConfig, *, num_blocks: int, dtype: torch.dtype, device: torch.device) -> None:
+        shape = (config.n_layer, num_blocks, BLOCK_TOKENS, config.n_head, config.head_dim)
+        # Zeros, not empty memory: a masked position still meets its weight of 0, and 0 x NaN is NaN.
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+
+
+@dataclass(frozen=True)
+class StepCache:
+    """The cache as one step sees it, whose readings follow each other in one row, sorted by length."""
+
+    cache: BlockCache
+    readings: Sequence[Reading]
+
+    def window(self, slots: Tensor, positions: Tensor) -> "StepWindow":
+        """What tokens at `positions` (1, N) see, whose keys and values go to the blocks `slots` (1, N)."""
+        groups, start = [], 0
+        for length, group in itertools.groupby(self.readings, key=lambda reading: len(reading.token_ids)):
+            rows = list(group)
+            end = start + length * len(rows)
+            groups.append(Group.of(rows, positions[0, start:end].view(-1, length), first=start, cache=self.cache))
+            start = end
+        return StepWindow(self.cache, slots[0], positions[0] % BLOCK_TOKENS, groups)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Readings of one length, whose attention is one call."""
+
+    tokens: slice  # of the step's
+    num_rows: int
+    tables: Tensor  # (B, W)
+    num_positions: int
+    mask: Tensor | None  # (B, 1, T, P), added to the scores
+    is_causal: bool
+
+    @classmethod
+    def of(cls, rows: Sequence[Reading], positions: Tensor, *, first: int, cache: BlockCache) -> "Group":
+        num_positions = max(r.position + len(r.token_ids) for r in rows)
+        width = num_blocks_for(num_positions)
+        tables = torch.tensor([(r.blocks + [0] * width)[:width] for r in rows], device=positions.device)
+        is_causal, mask = visible_mask(positions, num_positions, dtype=cache.keys.dtype)
+        tokens = slice(first, first + positions.numel())
+        return cls(tokens, len(rows), tables, num_positions, mask=mask, is_causal=is_causal)
+
+    def seen(self, pool: Tensor) -> Tensor:
+        """(B, H, P, D), of the keys or values of a layer (blocks, S, H, D)."""
+        rows = pool.index_select(0, self.tables.flatten()).view(self.num_rows, -1, *pool.shape[2:])  # (B, W x S, H, D)
+        return rows[:, : self.num_positions].transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class StepWindow:
+    """One step's view of the cache, the same for every layer."""
+
+    cache: BlockCache
+    blocks: Tensor  # (N,)
+    offsets: Tensor  # (N,), within their blocks
+    groups: list[Group]
+
+    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Of (1, H, N, D) each."""
+        pool_keys, pool_values = self.cache.keys[layer], self.cache.values[layer]  # (blocks, S, H, D)
+        pool_keys[self.blocks, self.offsets] = keys[0].transpose(0, 1)  # (N, H, D)
+        pool_values[self.blocks, self.offsets] = values[0].transpose(0, 1)
+        found = []
+        for group in self.groups:
+            rows = queries[0, :, group.tokens].unflatten(1, (group.num_rows, -1)).transpose(0, 1)  # (B, H, T, D)
+            y = F.scaled_dot_product_attention(
+                rows, group.seen(pool_keys), group.seen(pool_values), attn_mask=group.mask, is_causal=group.is_causal
+            )  # (B, H, T, D)
+            found.append(y.transpose(0, 1).flatten(1, 2))  # (H, B x T, D)
+        return torch.cat(found, dim=1)[None]

@@ -1,0 +1,154 @@
+"""The engine's own process: loads the checkpoint, then steps while there is work; it ends when its replica does."""
+
+import argparse
+import contextlib
+import logging
+import os
+import select
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+import torch
+
+from cluster.settings.serve import EngineConfig
+from model.checkpoint import load_model
+from model.errors import UserError
+from model.gpt import GPT
+from serving.engine.block_pool import BlockPool, num_blocks_for
+from serving.engine.engine import Engine
+from serving.engine.messages import Admission, FrameBuffer, SequenceRequest, StepReport, encode_frame, parse_request
+from serving.engine.native_library import NoNativeLibraryError
+from serving.engine.native_runner import NativeRunner
+from serving.engine.runner import LOADED_IN, Runner, with_dtype
+from serving.engine.torch_runner import TorchRunner
+from serving.engine_process.peer_watchdog import watch_peer
+
+RECEIVE_BYTES = 1 << 16
+
+
+class Channel:
+    """The blocking end of the socket between the replica and its engine process."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._frames = FrameBuffer()
+
+    def send(self, message: Any) -> None:
+        self._connection.sendall(encode_frame(message))
+
+    def receive(self, *, wait: bool) -> Iterator[Any]:
+        """The messages that have arrived; `wait` blocks until some bytes have. Raises `EOFError` once the replica
+        has closed its end or died: this is how the process learns that nobody needs it."""
+        while select.select([self._connection], [], [], None if wait else 0)[0]:
+            data = self._connection.recv(RECEIVE_BYTES)
+            if not data:
+                raise EOFError
+            yield from self._frames.feed(data)
+            wait = False
+
+
+class AnyEngine(Protocol):
+    """`Engine`, or vLLM in its place."""
+
+    @property
+    def has_work(self) -> bool: ...
+    def submit(self, request: SequenceRequest) -> None: ...
+    def cancel(self, seq_id: int) -> None: ...
+    def step(self, tell: Callable[[Admission], None] | None = None) -> StepReport: ...
+
+
+def run_engine(engine: AnyEngine, channel: Channel) -> NoReturn:
+    """Commands in, one report per step out, until the replica is gone. What a step begins with is told before it."""
+
+    def tell(admission: Admission) -> None:
+        channel.send({"admission": admission})
+
+    while True:
+        for message in channel.receive(wait=not engine.has_work):
+            if "submit" in message:
+                engine.submit(parse_request(message["submit"]))
+            else:
+                engine.cancel(message["cancel"])
+        channel.send(engine.step(tell))
+
+
+def _load_engine(checkpoint: Path, config: EngineConfig, *, eos_id: int | None, threads: int) -> AnyEngine:
+    """Raises `UserError` for an unusable checkpoint or setting."""
+    config = with_dtype(config, checkpoint)
+    if config.backend == "vllm":
+        try:
+            from serving.engine.vllm_engine import VllmEngine  # noqa: PLC0415  (in another environment, as a rule)
+        except ImportError as error:
+            raise UserError(f"engine.backend=vllm, but {sys.executable} cannot import it: {error}") from None
+        return VllmEngine(checkpoint, config, eos_id=eos_id)
+    # The replica has the folder from `resolve_checkpoint`, which verified it.
+    model = load_model(checkpoint, dtype=LOADED_IN[config.dtype], verify=False)
+    return build_engine(model, config, eos_id=eos_id, threads=threads)  # whose kernels have weights in their own order
+
+
+def build_engine(model: GPT, config: EngineConfig, *, eos_id: int | None, threads: int) -> Engine:
+    """Raises `UserError` for a cache that is too small for the model, and without kernels that must be native."""
+    n_positions = model.config.n_positions
+    kv_cache_tokens = config.kv_cache_tokens or config.max_num_seqs * n_positions
+    if kv_cache_tokens < n_positions:
+        raise UserError(
+            f"engine.kv_cache_tokens={kv_cache_tokens} is less than one context of this model, {n_positions} tokens"
+        )
+    pool = BlockPool(num_blocks_for(kv_cache_tokens), keep_prefixes=config.prefix_cache)
+    return Engine(
+        _build_runner(model, config, num_blocks=pool.num_blocks, threads=threads),
+        pool,
+        max_num_seqs=config.max_num_seqs,
+        prefill_tokens_per_step=config.prefill_tokens_per_step,
+        eos_id=eos_id,
+    )
+
+
+def _build_runner(model: GPT, config: EngineConfig, *, num_blocks: int, threads: int) -> Runner:
+    torch.set_num_threads(threads)
+    dtype = str(model.head_weight.dtype).removeprefix("torch.") if config.dtype == "auto" else config.dtype
+    if config.kernels != "torch" and config.device == "cpu":
+        try:
+            runner = NativeRunner(model, dtype=dtype, num_blocks=num_blocks, threads=threads)
+        except NoNativeLibraryError as error:
+            if config.kernels == "native" or config.dtype == "int8":
+                wanted = "kernels=native" if config.kernels == "native" else "dtype=int8 needs the native kernels"
+                raise UserError(f"engine.{wanted}, but {error}") from None
+            logging.getLogger(__name__).warning("PyTorch computes, which is slower than the native kernels: %s", error)
+        else:
+            torch.set_num_threads(1)  # sampling alone; two pools of threads would get into each other's way
+            return runner
+    if config.dtype == "int8":
+        raise UserError("engine.dtype=int8 needs the native kernels; expected float32 or bfloat16 without them")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("engine.device=cuda, but PyTorch sees no GPU here; expected cpu, or a node with one")
+    return TorchRunner(model.to(config.device), num_blocks=num_blocks)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--socket", type=int, required=True, help="file descriptor of the connection to the replica")
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--config", type=EngineConfig.model_validate_json, required=True, help="as JSON")
+    parser.add_argument("--eos-id", type=int, help="token that ends a text; none for a checkpoint without tokenizer")
+    parser.add_argument("--threads", type=int, required=True, help="compute threads")
+    parser.add_argument("--watchdog", type=int, required=True, help="file descriptor on which the replica beats")
+    args = parser.parse_args()
+    channel = Channel(socket.socket(fileno=args.socket))
+    try:
+        engine = _load_engine(args.checkpoint, args.config, eos_id=args.eos_id, threads=args.threads)
+    except UserError as error:
+        channel.send({"error": str(error)})
+        return 1
+    watch_peer(socket.socket(fileno=args.watchdog), peer_pid=os.getppid())
+    channel.send({"ready": True})
+    with contextlib.suppress(EOFError, ConnectionError):
+        run_engine(engine, channel)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

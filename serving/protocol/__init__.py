@@ -1,0 +1,1 @@
+"""Requests, errors, strict JSON, the served model."""

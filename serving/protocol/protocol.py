@@ -1,0 +1,229 @@
+"""The requests and answers of the HTTP interface: strict JSON, OpenAI's completions, vLLM's tokenize."""
+
+import difflib
+import re
+from typing import Annotated, Any, ClassVar, NoReturn, TypeVar
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
+
+from serving.protocol import harmless_fields
+from serving.protocol.errors import ApiError, invalid_request
+from serving.protocol.strict_json import parse_json_object, shown
+
+MAX_PROMPTS = 256
+MAX_CHOICES = 8
+MAX_STOP_STRINGS = 16  # OpenAI has 4, vLLM no limit
+MAX_LOGPROBS = 20
+DEFAULT_MAX_TOKENS = 16
+
+Prompts = list[str] | list[list[int]]
+
+
+def _is_token_ids(value: Any) -> bool:
+    return all(type(token_id) is int for token_id in value)
+
+
+def _prompts(value: Any) -> Prompts:
+    """One prompt or several, as text or as token ids: always a list of prompts of one kind."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and value:
+        if _is_token_ids(value):
+            return [value]
+        if len(value) > MAX_PROMPTS:
+            raise ValueError(f"{len(value)} prompts were given, at most {MAX_PROMPTS} are allowed in one request")
+        if all(isinstance(prompt, str) for prompt in value):
+            return value
+        if all(isinstance(prompt, list) and prompt and _is_token_ids(prompt) for prompt in value):
+            return value
+    raise ValueError("expected a string, a list of strings, a list of token ids, or a list of such lists; none empty")
+
+
+def _stop_strings(value: Any) -> tuple[str, ...]:
+    stop = (value,) if isinstance(value, str) else value
+    if not isinstance(stop, list | tuple) or not all(isinstance(s, str) for s in stop):
+        raise ValueError("expected a string or a list of strings")
+    if len(stop) > MAX_STOP_STRINGS:
+        raise ValueError(f"{len(stop)} stop strings were given, at most {MAX_STOP_STRINGS} are allowed")
+    if not all(1 <= len(s) <= 1024 for s in stop):
+        raise ValueError("a stop string has 1 to 1024 characters")
+    return tuple(stop)
+
+
+def _token_id_keys(value: Any) -> Any:
+    if not isinstance(value, dict) or not all(re.fullmatch("[0-9]{1,10}", key) for key in value):
+        raise ValueError('expected an object from token ids to biases, such as {"50256": -100}')
+    return {int(key): bias for key, bias in value.items()}
+
+
+def _whole_number(value: Any) -> Any:
+    """What JSON has no word of its own for: some libraries write 1.0 for 1."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+# Numbers as small as these would overflow or vanish in the sampler, where they decide nothing any more: the most
+# probable token is far more probable than others, or more than 1e-9 of all.
+GREEDY_BELOW, SMALLEST_TOP_P = 1e-5, 1e-9
+Temperature = Annotated[float, Field(ge=0, le=2), AfterValidator(lambda value: 0.0 if value < GREEDY_BELOW else value)]
+TopP = Annotated[float, Field(gt=0, le=1), AfterValidator(lambda value: max(value, SMALLEST_TOP_P))]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+
+# What the validators above take, for the JSON schema.
+TokenIds = Annotated[list[int], Field(min_length=1)]
+SeveralPrompts = Field(min_length=1, max_length=MAX_PROMPTS)
+WrittenPrompts = str | TokenIds | Annotated[list[str], SeveralPrompts] | Annotated[list[TokenIds], SeveralPrompts]
+StopString = Annotated[str, Field(min_length=1, max_length=1024)]
+StopStrings = StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)]
+WrittenBiases = Annotated[
+    dict[Annotated[str, Field(pattern="^[0-9]{1,10}$")], Bias],
+    Field(max_length=300, json_schema_extra={"additionalProperties": False}),
+]
+
+
+class Request(BaseModel):
+    """Base of the request bodies: no conversion between types, no unknown field, no NaN."""
+
+    harmless: ClassVar[harmless_fields.HarmlessValues] = {}  # fields that it lacks, by their values that change nothing
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+Flag = Annotated[bool, BeforeValidator(lambda value: value is not None and value, json_schema_input_type=bool | None)]
+
+
+class StreamOptions(Request):
+    include_usage: Flag = False
+    continuous_usage_stats: Flag = False  # with include_usage: usage so far in every part
+    include_obfuscation: Flag = False  # there is none
+
+
+class GenerationRequest(Request):
+    """What completions and chat share; ranges and defaults are OpenAI's, `top_k`, `min_p`, `repetition_penalty` and
+    `ignore_eos` vLLM's."""
+
+    harmless = harmless_fields.FIELDS
+    model: str
+    temperature: Temperature = 1.0
+    top_p: TopP = 1.0
+    top_k: int = Field(0, ge=-1, le=2**31)
+    min_p: float = Field(0.0, ge=0, le=1)
+    n: int = Field(1, ge=1, le=MAX_CHOICES)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    stop: Annotated[tuple[str, ...], PlainValidator(_stop_strings, json_schema_input_type=StopStrings)] = ()
+    seed: Annotated[
+        int | None,
+        Field(ge=-(2**63), lt=2**63),
+        BeforeValidator(_whole_number, json_schema_input_type=Annotated[int, Field(ge=-(2**63), lt=2**63)]),
+    ] = None
+    user: str | None = Field(None, max_length=256)
+    logit_bias: Annotated[
+        dict[int, Bias], Field(max_length=300), BeforeValidator(_token_id_keys, json_schema_input_type=WrittenBiases)
+    ] = {}
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    repetition_penalty: float = Field(1.0, ge=0.01, le=2)
+    ignore_eos: bool = False
+
+
+class CompletionRequest(GenerationRequest):
+    """Body of POST /v1/completions."""
+
+    prompt: Annotated[Prompts, PlainValidator(_prompts, json_schema_input_type=WrittenPrompts)]
+    max_tokens: int = Field(DEFAULT_MAX_TOKENS, ge=0, le=2**31)
+    max_completion_tokens: int | None = Field(None, ge=0, le=2**31)  # guidellm sends both; this one counts
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    echo: bool = False
+
+
+class TokenizeRequest(Request):
+    model: str | None = None
+    prompt: str
+    add_special_tokens: bool = True  # GPT-2 vocabularies add none
+    return_token_strs: bool = False
+
+
+class DetokenizeRequest(Request):
+    model: str | None = None
+    tokens: list[int]
+
+
+class Logprobs(BaseModel):
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class Choice(BaseModel):
+    text: str
+    index: int
+    logprobs: Logprobs | None
+    finish_reason: str | None
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+RequestType = TypeVar("RequestType", bound=Request)
+
+
+def parse_request(body: bytes, request_type: type[RequestType]) -> RequestType:
+    """Raises `ApiError` (400) that names the field. A field that is null counts as not given."""
+    fields = parse_json_object(body)
+    given: dict[str, Any] = {}
+    for name, value in fields.items():
+        if name in request_type.model_fields:
+            given |= {} if value is None else {name: value}
+        elif not harmless_fields.is_harmless(name, value, request_type.harmless):
+            _refuse_field(name, request_type)
+    try:
+        return request_type(**given)
+    except ValidationError as error:
+        raise _from_pydantic(error) from None
+
+
+def parse_completion(body: bytes) -> CompletionRequest:
+    request = parse_request(body, CompletionRequest)
+    require_stream_for_options(request)
+    if request.max_completion_tokens is not None:
+        limit = {"max_tokens": request.max_completion_tokens, "max_completion_tokens": None}
+        request = request.model_copy(update=limit)
+    if request.max_tokens == 0 and not request.echo:
+        raise invalid_request("max_tokens=0 is allowed with echo=true only", param="max_tokens")
+    return request
+
+
+def require_stream_for_options(request: GenerationRequest) -> None:
+    if request.stream_options is not None and not request.stream:
+        raise invalid_request("stream_options is allowed with stream=true only", param="stream_options")
+
+
+def _refuse_field(name: str, request_type: type[Request]) -> NoReturn:
+    param = shown(name)
+    if name in request_type.harmless:
+        raise invalid_request(
+            f"{param} is not supported; {harmless_fields.advice(name, request_type.harmless)}",
+            param=param,
+            code="unsupported_parameter",
+        )
+    similar = difflib.get_close_matches(name[:64], list(request_type.model_fields), n=1)
+    hint = f"; did you mean {similar[0]}?" if similar else ""
+    raise invalid_request(f"Unknown field: {param}{hint}", param=param, code="unknown_parameter")
+
+
+def _from_pydantic(error: ValidationError) -> ApiError:
+    """The first problem, in words."""
+    first = error.errors(include_url=False)[0]
+    param = ".".join(shown(str(part)) for part in first["loc"])
+    if first["type"] == "missing":
+        return invalid_request(f"{param} is missing", param=param, code="missing_required_parameter")
+    if first["type"] == "extra_forbidden":
+        return invalid_request(f"{param} is not supported; leave it out", param=param, code="unknown_parameter")
+    message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    value = first["input"]
+    got = f" (got {str(value)[:32]})" if isinstance(value, int | float) else ""
+    return invalid_request(f"{param}: {message}{got}", param=param, code="invalid_value")

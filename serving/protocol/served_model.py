@@ -1,0 +1,145 @@
+"""What the replica knows of the checkpoint that it serves: name, shape, vocabulary and lineage, but no weights."""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from model.checkpoint import CheckpointError, Metadata, is_hf_folder, load_tokenizer, read_metadata
+from model.config import GPTConfig
+from model.hf import config_from_hf
+from model.tokenizer import Tokenizer, TokenizerError
+from serving.protocol.errors import context_length_exceeded, invalid_request
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    name: str
+    created: int  # when the checkpoint was written, unix seconds
+    config: GPTConfig
+    tokenizer: Tokenizer | None  # a folder saved by transformers may have none
+    metadata: Metadata | None  # lineage; only raymill's own checkpoints have it
+    version: str  # the same weights, the same version
+
+    @property
+    def eos_id(self) -> int | None:
+        return None if self.tokenizer is None else self.tokenizer.eot_id
+
+    def prompt_ids(self, prompt: str | list[int], *, max_tokens: int) -> list[int]:
+        """The tokens of a prompt, of which an empty text has one: the end-of-text token. Raises `ApiError` (400) for
+        ids outside the vocabulary and for a prompt that leaves no room for `max_tokens`."""
+        if isinstance(prompt, str):
+            token_ids = self.require_tokenizer().encode(prompt) or [self.require_tokenizer().eot_id]
+        else:
+            token_ids = self.checked_ids(prompt, param="prompt")
+        if len(token_ids) + max_tokens > self.config.n_positions:
+            raise context_length_exceeded(
+                num_prompt_tokens=len(token_ids), max_tokens=max_tokens, context_tokens=self.config.n_positions
+            )
+        return token_ids
+
+    def checked_ids(self, token_ids: list[int], *, param: str) -> list[int]:
+        for token_id in token_ids:
+            if not 0 <= token_id < self.config.vocab_size:
+                raise invalid_request(
+                    f"{param}: {token_id} is not a token id of this model; expected 0 to {self.config.vocab_size - 1}",
+                    param=param,
+                    code="invalid_value",
+                )
+        return token_ids
+
+    def require_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise invalid_request(
+                f"The checkpoint {self.name!r} has no tokenizer.json, so it cannot read or write text; "
+                "give the prompt as a list of token ids",
+                param="prompt",
+                code="no_tokenizer",
+            )
+        return self.tokenizer
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Nothing for an id that the tokenizer does not have: a model's vocabulary may be padded."""
+        if self.tokenizer is None:
+            return b""
+        try:
+            return self.tokenizer.token_bytes(token_id)
+        except TokenizerError:
+            return b""
+
+    def token_name(self, token_id: int) -> str:
+        """How log-probabilities call a token: its text; its bytes where these are no whole characters; else its id."""
+        if not (token := self.token_bytes(token_id)):
+            return f"token_id:{token_id}"
+        try:
+            return token.decode("utf-8")
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)
+
+    def card(self) -> dict[str, Any]:
+        """The entry under /v1/models."""
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "raymill",
+            "max_model_len": self.config.n_positions,
+            "version": self.version,
+            "chat_tuned": False,
+            "lineage": self.lineage,
+        }
+
+    @property
+    def lineage(self) -> dict[str, Any] | None:
+        """Run, step, data, tokenizer and code; only raymill's own checkpoints know them."""
+        if self.metadata is None:
+            return None
+        tokenizer_hash = None if self.tokenizer is None else self.tokenizer.hash
+        return dataclasses.asdict(self.metadata) | {"tokenizer_hash": tokenizer_hash}
+
+
+def read_served_model(folder: Path, *, name: str | None) -> ServedModel:
+    """Raises `CheckpointError` for a folder that cannot be served, `UnsupportedModelError` for another model."""
+    config_file = folder / "config.json"
+    config = config_from_hf(json.loads(config_file.read_bytes()))
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+        raise CheckpointError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model only {config.vocab_size}: "
+            "they do not belong together"
+        )
+    metadata = None if is_hf_folder(folder) else read_metadata(folder)
+    version = _files_hash(sorted(folder.glob("*.safetensors"))) if metadata is None else str(metadata.parameter_hash)
+    return ServedModel(
+        name=name or (folder.name if metadata is None else metadata.run_id),
+        created=int(config_file.stat().st_mtime),
+        config=config,
+        tokenizer=tokenizer,
+        metadata=metadata,
+        version=version[:16],
+    )
+
+
+def misfit(live: ServedModel, candidate: ServedModel) -> str:
+    """Why `candidate` cannot take the place of `live` without a client noticing; empty when it can."""
+    if candidate.version == live.version:
+        return f"has the weights that are served now ({live.version})"
+    if (size := candidate.config.vocab_size) != live.config.vocab_size:
+        return f"has a vocabulary of {size} ids, the live version one of {live.config.vocab_size}"
+    hashes = [None if model.tokenizer is None else model.tokenizer.hash for model in (live, candidate)]
+    if hashes[0] != hashes[1]:
+        named = ["none" if found is None else found[:12] for found in hashes]
+        return f"has another tokenizer ({named[1]}) than the live version ({named[0]})"
+    if candidate.config.n_positions < live.config.n_positions:
+        return f"has a context of {candidate.config.n_positions} tokens, the live version {live.config.n_positions}"
+    return ""
+
+
+def _files_hash(paths: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

@@ -1,0 +1,282 @@
+"""What stands before Ray Serve in each proxy process: takes in a whole request within bounds, or refuses it, and lets
+no answer end without a word.
+
+Ray Serve calls `middlewares` in every proxy that was started with `proxy_environment`. The bounds on connections and
+headers are in http_server.py, as only the protocol of a connection sees these.
+"""
+
+import asyncio
+import json
+import math
+import os
+import re
+import uuid
+from collections.abc import Callable
+from enum import StrEnum
+from http import HTTPStatus
+
+import uvicorn.config
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cluster.monitoring.metric_export import Metrics
+from cluster.monitoring.metric_table import Exporter
+from cluster.settings.serve import HttpConfig
+from serving.delivery.routed_request import NewestRoute
+from serving.protocol.errors import DRAINING_HEADER, ApiError, closing, interrupted, invalid_request, not_found
+from serving.protocol.strict_json import MAX_BODY_BYTES
+from serving.proxy import http_bounds as http_server
+from serving.proxy.token_relay import ASK_HEADER, YES_HEADER, Relay, RelayedAnswer
+
+SETTINGS_VARIABLE = "RAYMILL_HTTP"
+HIDDEN_PATHS = ("/-/routes",)  # Ray Serve's own; it keeps /-/healthz, which Kubernetes asks for
+# Ray Serve acts on these: one keeps a request running for a client that has gone, the others choose a replica.
+DROPPED_HEADERS = (b"x-request-disconnect-disabled", b"serve_multiplexed_model_id", b"serve-multiplexed-model-id")
+TIMEOUT_HEADER = b"x-request-timeout-seconds"
+REQUEST_ID = re.compile(rb"[A-Za-z0-9-]{1,64}")
+MAX_DISCARDED_BYTES = 64 << 20  # of a body too large, read so that its sender reads our answer
+MAX_ATTEMPTS = 3
+COUNTED_PATHS = ("/v1/completions", "/v1/chat/completions")
+
+
+class Outcome(StrEnum):
+    """How a completion ended, as its client saw it: what the endpoint's objective is measured by."""
+
+    OK = "ok"
+    INVALID = "invalid"  # a request that cannot be answered: 4xx
+    REFUSED = "refused"  # 429: more than the endpoint takes on
+    DRAINED = "drained"  # 503 while an operator drains the endpoint, which is no failure of it
+    FAILED = "failed"  # any other 5xx
+    CUT = "cut"  # a stream that the front door had to end with an error, or an answer that is not whole
+    LEFT = "left"  # the client went away first
+
+
+def outcome_of(status: int) -> Outcome:
+    if status == HTTPStatus.TOO_MANY_REQUESTS:
+        return Outcome.REFUSED
+    return Outcome.FAILED if status >= 500 else Outcome.INVALID if status >= 400 else Outcome.OK
+
+
+def proxy_environment(config: HttpConfig) -> dict[str, str]:
+    """Variables that a proxy process needs for all of this."""
+    return {
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serving.proxy.front_door:middlewares",
+        SETTINGS_VARIABLE: config.model_dump_json(),
+    }
+
+
+def middlewares() -> list[Middleware]:
+    """Called by Ray Serve before its HTTP server starts."""
+    config = HttpConfig.model_validate_json(os.environ.get(SETTINGS_VARIABLE, "{}"))
+    http_server.BoundedHttpProtocol.config_of_bounds = config
+    uvicorn.config.HTTP_PROTOCOLS["auto"] = f"{http_server.__name__}:BoundedHttpProtocol"
+    metrics = Metrics(Exporter.PROXY)
+    counters = {outcome: metrics.of("raymill:http_answers", outcome=outcome) for outcome in Outcome}
+    metrics.keep_published()
+    count = lambda outcome: counters[outcome].inc()  # noqa: E731
+    return [Middleware(FrontDoor, config=config, count=count), Middleware(NewestRoute)]
+
+
+class FrontDoor:
+    def __init__(self, app: ASGIApp, *, config: HttpConfig, count: Callable[[Outcome], None]) -> None:
+        """`count` is told of each completion's end."""
+        self._app = app
+        self._config = config
+        self._count = count
+        self._relay = Relay()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        outcome = Outcome.FAILED
+        try:
+            outcome = await self._answer(scope, receive, send)
+        finally:
+            if scope["path"] in COUNTED_PATHS:
+                self._count(outcome)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> Outcome:
+        request_id = clean_request_id(scope["headers"])
+        scope = {**scope, "headers": self._forwarded_headers(scope["headers"], request_id)}
+        try:
+            require_one_host(scope)
+            if scope["path"] in HIDDEN_PATHS:
+                raise not_found(scope["path"])
+            body = await self._read_body(scope, receive)
+        except ApiError as error:
+            await send_error(error, send, request_id=request_id)
+            return outcome_of(error.status)
+        if body is None:
+            return Outcome.LEFT
+        exchange = Exchange(self._app, scope, body, receive=receive, send=send, request_id=request_id)
+        return await exchange.run(self._relay)
+
+    def _forwarded_headers(self, headers: list[tuple[bytes, bytes]], request_id: bytes) -> list[tuple[bytes, bytes]]:
+        dropped = (*DROPPED_HEADERS, TIMEOUT_HEADER, ASK_HEADER, b"x-request-id")
+        # Ray Serve reads further headers as UTF-8 and fails on others; only Authorization is ours to judge.
+        kept = [(n, v) for n, v in headers if n not in dropped and (v.isascii() or n == b"authorization")]
+        kept.append((b"x-request-id", request_id))
+        timeouts = [v for n, v in headers if n == TIMEOUT_HEADER]
+        timeout_s = clamped_timeout_s(timeouts[0], self._config.request_timeout_s) if len(timeouts) == 1 else None
+        return kept if timeout_s is None else [*kept, (TIMEOUT_HEADER, str(timeout_s).encode())]
+
+    async def _read_body(self, scope: Scope, receive: Receive) -> bytes | None:
+        """The whole body; None when the client has gone. Raises `ApiError` (408, 413)."""
+        expects_continue = any(name == b"expect" for name, _ in scope["headers"])
+        declared = max((int(v) for n, v in scope["headers"] if n == b"content-length"), default=0)
+        if declared > (MAX_BODY_BYTES if expects_continue else MAX_DISCARDED_BYTES):
+            raise body_too_large()
+        body, num_bytes = bytearray(), 0
+        try:
+            async with asyncio.timeout(self._config.body_timeout_s):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return None
+                    num_bytes += len(message["body"])
+                    if num_bytes <= MAX_BODY_BYTES:
+                        body += message["body"]
+                    if not message["more_body"] or num_bytes > MAX_DISCARDED_BYTES:
+                        break
+        except TimeoutError:
+            raise closing(
+                408, f"The body did not arrive within {self._config.body_timeout_s:g} s", code="request_timeout"
+            ) from None
+        if num_bytes > MAX_BODY_BYTES:
+            raise body_too_large()
+        return bytes(body)
+
+
+class Exchange:
+    """One request and its answer, by as many replicas as it takes: until the first byte has gone out, a request whose
+    replica dies is given to another one."""
+
+    def __init__(
+        self, app: ASGIApp, scope: Scope, body: bytes, *, receive: Receive, send: Send, request_id: bytes
+    ) -> None:
+        self._app = app
+        self._scope = scope
+        self._body = body
+        self._receive = receive
+        self._send = send
+        self._request_id = request_id
+        self._client_gone = False
+        self._relayed: RelayedAnswer
+        self._started = False
+        self._status = 0
+        self._is_drained = False
+        self._is_event_stream = False
+        self._replaced = False
+        self._finished = False
+
+    async def run(self, relay: Relay) -> Outcome:
+        for _ in range(MAX_ATTEMPTS):
+            self._body_given = False
+            self._relayed = await relay.open()
+            # A copy: Ray Serve writes into the scope.
+            scope = {**self._scope, "headers": [*self._scope["headers"], self._relayed.header]}
+            try:
+                await self._app(scope, self._next_message, self._pass_on)
+                await self._finish_relayed()
+            finally:
+                await self._relayed.close()
+            if self._started or self._client_gone:
+                break
+        if self._finished:
+            return Outcome.DRAINED if self._is_drained else outcome_of(self._status)
+        if self._client_gone:
+            return Outcome.LEFT
+        if not self._started:
+            await send_error(interrupted(), self._send, request_id=self._request_id)
+            return Outcome.FAILED
+        if self._is_event_stream:
+            # Without it the stream would just stop. Any other answer is cut, which its length betrays.
+            await self._send({"type": "http.response.body", "body": interrupted().event().encode()})
+        return Outcome.CUT
+
+    async def _finish_relayed(self) -> None:
+        """Ends an answer that has come in whole, whose replica died before it could tell Ray Serve."""
+        if self._relayed.has_ended and not self._finished and not self._client_gone:
+            await self._relayed.end()
+            self._finished = True
+            await self._send({"type": "http.response.body", "body": b""})
+
+    async def _next_message(self) -> Message:
+        if not self._body_given:
+            self._body_given = True
+            return {"type": "http.request", "body": self._body, "more_body": False}
+        message = await self._receive()
+        self._client_gone = message["type"] == "http.disconnect" and not self._finished
+        return message
+
+    async def _pass_on(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._started, self._status = True, message["status"]
+            headers = dict(message["headers"])
+            self._is_drained = DRAINING_HEADER.encode() in headers
+            media_type = headers.get(b"content-type", b"")
+            self._is_event_stream = media_type.startswith(b"text/event-stream")
+            if message["status"] >= 400 and b"x-model-version" not in headers:  # Ray Serve's own words
+                self._replaced = True
+                await send_error(of_proxy(message["status"], headers), self._send, request_id=self._request_id)
+                self._finished = True
+            if YES_HEADER in headers:
+                kept = [(name, value) for name, value in message["headers"] if name != YES_HEADER]
+                await self._send({**message, "headers": kept})
+                self._relayed.start(self._send)
+                return
+        if self._replaced:
+            return
+        if message["type"] == "http.response.body":
+            last = not message.get("more_body", False)
+            if last and self._relayed.started and not await self._relayed.end():
+                return
+            self._finished = last
+        await self._send(message)
+
+
+def clean_request_id(headers: list[tuple[bytes, bytes]]) -> bytes:
+    """The client's own, or a new one where it has none or one that a log could stumble over."""
+    values = [value for name, value in headers if name == b"x-request-id"]
+    return values[0] if len(values) == 1 and REQUEST_ID.fullmatch(values[0]) else uuid.uuid4().hex.encode()
+
+
+def clamped_timeout_s(value: bytes, longest_s: float) -> float | None:
+    """What a client may ask for; None for what is no time at all."""
+    try:
+        asked_s = float(value)
+    except ValueError:
+        return None
+    return min(asked_s, longest_s) if asked_s > 0 and not math.isnan(asked_s) else None
+
+
+def require_one_host(scope: Scope) -> None:
+    num_hosts = sum(name == b"host" for name, _ in scope["headers"])
+    if num_hosts > 1 or (num_hosts == 0 and scope["http_version"] != "1.0"):
+        raise invalid_request(f"The request has {num_hosts} Host headers; expected one", code="invalid_host")
+
+
+def body_too_large() -> ApiError:
+    return closing(413, f"The body exceeds {MAX_BODY_BYTES} bytes; send less", code="body_too_large")
+
+
+def of_proxy(status: int, headers: dict[bytes, bytes]) -> ApiError:
+    """Ray Serve's own refusal: no replica took the request, or none had time for it."""
+    retry_after = headers.get(b"retry-after", b"1").decode("ascii")
+    phrase = "No replica is free" if status == 429 else HTTPStatus(status).phrase
+    return ApiError(
+        status,
+        f"{phrase}; try again later",
+        code="overloaded" if status == 429 else HTTPStatus(status).name.lower(),
+        headers={"Retry-After": retry_after} if status in (429, 503) else None,
+    )
+
+
+async def send_error(error: ApiError, send: Send, *, request_id: bytes) -> None:
+    body = json.dumps(error.body()).encode()
+    headers = [(name.lower().encode(), value.encode()) for name, value in error.headers.items()]
+    headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    headers.append((b"x-request-id", request_id))
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,186 @@
+"""Bounds on a connection that uvicorn does not have: time and size of headers and trailers, one request ahead, idle
+connections, stalled readers.
+
+Set up by front_door.py in each proxy process, before Ray Serve starts its HTTP server there.
+"""
+
+import asyncio
+import json
+import socket
+import uuid
+from collections.abc import Sized
+from typing import ClassVar
+
+from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from cluster.settings.serve import HttpConfig
+from serving.protocol.errors import ApiError, closing
+
+MAX_HEADER_BYTES = 64 << 10  # of all headers together, and of the request line
+MAX_HEADERS = 100
+# A stalled reader is noticed when this much waits for it; the kernel would take megabytes.
+SEND_BUFFER_BYTES = 256 << 10
+# Parsed at a time. A block of 256 KiB can be 10,000 whole requests, each of which uvicorn makes 3 KB of objects from.
+PIECE_BYTES = 4 << 10
+
+
+class BoundedHttpProtocol(HttpToolsProtocol):
+    """One connection."""
+
+    config_of_bounds: ClassVar[HttpConfig] = HttpConfig()
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.flow = PipelineFlow(transport, self.pipeline)
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+        self._bounds = self.config_of_bounds
+        self._refusal = closing(400, "This is not a valid HTTP/1.1 request.", code="invalid_http")
+        self._unread = bytearray()
+        self._in_headers = False
+        self._num_header_bytes = 0  # without any body since: of headers, trailers, ends of chunks
+        self._header_timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
+        self._idle_since_s = self.loop.time()
+        self._expect_headers()
+        self._close_longest_idle()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        for timer in (self._header_timer, self._write_timer):
+            if timer is not None:
+                timer.cancel()
+        super().connection_lost(exc)
+
+    @property
+    def is_idle(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
+    def data_received(self, data: bytes) -> None:
+        self._unread += data
+        self._read()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_headers = True
+        self._expect_headers()  # also those of a request that comes during an answer
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Drops trailers: as headers they would pass by a gateway that removes or sets such a header."""
+        if self._in_headers:
+            super().on_header(name, value)
+
+    def on_body(self, body: bytes) -> None:
+        if not self.is_idle:
+            self._num_header_bytes = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._num_header_bytes = 0
+        super().on_message_complete()
+
+    def on_headers_complete(self) -> None:
+        self._headers_arrived()
+        num_bytes = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+        if len(self.headers) > MAX_HEADERS or num_bytes > MAX_HEADER_BYTES:
+            self._refusal = headers_too_large()
+            raise ValueError("headers too large")  # uvicorn calls send_400_response
+        super().on_headers_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """In OpenAI's shape. Where other answers are under way the client could take it for one of them, so its
+        connection is cut instead."""
+        if not self.is_idle:
+            if self.pipeline or self.cycle.response_started or not self.cycle.more_body:
+                self.transport.abort()
+                return
+            self.cycle.disconnected = True  # it says no more
+            self.cycle.message_event.set()
+        body = json.dumps(self._refusal.body())
+        headers = {
+            "content-type": "application/json",
+            "content-length": len(body),
+            "connection": "close",
+            "x-request-id": uuid.uuid4().hex,
+        }
+        head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        self.transport.write(STATUS_LINE[self._refusal.status] + f"{head}\r\n{body}".encode("ascii"))
+        self.transport.close()
+
+    def on_response_complete(self) -> None:
+        self._idle_since_s = self.loop.time()
+        super().on_response_complete()
+        if self._unread:
+            self.loop.call_soon(self._read)
+        if self.transport.is_closing():  # what is not read of the answer in time never is
+            self.loop.call_later(self._bounds.write_timeout_s, self.transport.abort)
+
+    def timeout_keep_alive_handler(self) -> None:
+        self.transport.abort()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._write_timer = self.loop.call_later(self._bounds.write_timeout_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+
+    def _should_upgrade_to_ws(self) -> bool:
+        return False  # there are no WebSockets here
+
+    def _read(self) -> None:
+        """Parses what has come, until a request waits for its turn: what follows it is read after that."""
+        while self._unread and not self.pipeline and not self.transport.is_closing():
+            if self.is_idle:
+                self._expect_headers()
+            piece = bytes(self._unread[:PIECE_BYTES])
+            del self._unread[:PIECE_BYTES]
+            self._num_header_bytes += len(piece)
+            super().data_received(piece)
+            if self._num_header_bytes > MAX_HEADER_BYTES and not self.transport.is_closing():
+                self._refusal = headers_too_large()
+                self.send_400_response("")
+
+    def _expect_headers(self) -> None:
+        if self._header_timer is None:
+            self._header_timer = self.loop.call_later(self._bounds.header_timeout_s, self._headers_are_late)
+
+    def _headers_are_late(self) -> None:
+        self._header_timer = None
+        if self.pipeline:  # then it is we who do not read
+            self._expect_headers()
+        else:
+            self.transport.abort()
+
+    def _headers_arrived(self) -> None:
+        self._in_headers = False
+        self._num_header_bytes = 0
+        if self._header_timer is not None:
+            self._header_timer.cancel()
+            self._header_timer = None
+
+    def _close_longest_idle(self) -> None:
+        if len(self.connections) > self._bounds.max_connections:
+            idle = (c for c in self.connections if isinstance(c, BoundedHttpProtocol) and c.is_idle)
+            min(idle, key=lambda connection: connection._idle_since_s).transport.abort()
+
+
+class PipelineFlow(FlowControl):
+    """Does not read while a whole request waits for its turn. uvicorn would resume with every look for a disconnect."""
+
+    def __init__(self, transport: asyncio.Transport, pipeline: Sized) -> None:
+        super().__init__(transport)
+        self._pipeline = pipeline
+
+    def resume_reading(self) -> None:
+        if not self._pipeline:
+            super().resume_reading()
+
+
+def headers_too_large() -> ApiError:
+    return closing(
+        431,
+        f"Headers or trailers exceed {MAX_HEADER_BYTES} bytes or {MAX_HEADERS} lines; send less",
+        code="headers_too_large",
+    )

@@ -1,0 +1,1 @@
+"""A look inside one query, and its page."""

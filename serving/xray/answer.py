@@ -1,0 +1,195 @@
+"""The answer of /v1/xray: what happened in a query, with each token's text beside its numbers.
+
+Shapes: T tokens read, C model width, V vocabulary.
+"""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import orjson
+import torch
+
+from model.gpt import GPT
+from model.sampling import SamplingParams
+from model.xray import Candidate, Prediction, Query, Span, neighbours, predictions, run_query, score
+from serving.protocol.errors import invalid_request
+from serving.protocol.served_model import ServedModel
+from serving.xray.xray import MAX_SEQUENCE_TOKENS, MAX_WEIGHTS, XrayRequest
+
+NUM_NEAREST = 5
+
+
+@torch.inference_mode()
+def xray_answer(request: XrayRequest, *, model: GPT, served: ServedModel, arrived_s: float) -> bytes:
+    """The JSON body. `arrived_s` is when the request came, on the clock that all processes of a machine share.
+
+    Raises `ApiError` (400) for a request over the limits, `FloatingPointError` for a model whose logits are no numbers.
+    """
+    spans = [Span("queue", arrived_s, time.monotonic())]
+    prompt_ids = served.prompt_ids(request.prompt, max_tokens=request.max_tokens)
+    spans.append(Span("tokenize", spans[-1].end_s, time.monotonic()))
+    _check_limits(request, model, num_tokens=len(prompt_ids) + request.max_tokens)
+    params = SamplingParams(
+        temperature=request.temperature,
+        top_k=max(request.top_k, 0),
+        top_p=request.top_p,
+        min_p=request.min_p,
+        seed=request.seed,
+    ).with_seed()
+    query = run_query(model, prompt_ids, max_tokens=request.max_tokens, params=params, eos_id=served.eos_id)
+    spans += query.spans
+    text_ids = query.token_ids[query.num_prompt_tokens :]
+    stopped = bool(text_ids) and text_ids[-1] == served.eos_id
+    text = b"".join(map(served.token_bytes, text_ids[:-1] if stopped else text_ids)).decode(errors="replace")
+    spans.append(Span("detokenize", spans[-1].end_s, time.monotonic()))
+    body = orjson.dumps(
+        {
+            "object": "xray",
+            "model": served.name,
+            "version": served.version,
+            "step": None if served.metadata is None else served.metadata.step,
+            "text": text,
+            "finish_reason": "stop" if stopped else "length",
+            "seed": params.seed,
+            "num_prompt_tokens": query.num_prompt_tokens,
+            "num_layers": model.config.n_layer,
+            "num_heads": model.config.n_head,
+            "tokens": _tokens(query, model, served),
+            "predictions": [_prediction(p, served) for p in predictions(query.logits, num_top=request.top)],
+            "stages": _stages(query, request, model, served, spans),
+            "attention": list(_attention(query, request, model)),
+        }
+    )
+    # The rest is what only an x-ray takes time for, the JSON above included.
+    spans.append(Span("inspect", spans[-1].end_s, time.monotonic()))
+    return body[:-1] + b',"timeline":' + orjson.dumps(_timeline(spans, arrived_s)) + b"}"
+
+
+def _check_limits(request: XrayRequest, model: GPT, *, num_tokens: int) -> None:
+    if num_tokens > MAX_SEQUENCE_TOKENS:
+        raise invalid_request(
+            f"{num_tokens} tokens were asked for ({num_tokens - request.max_tokens} in the prompt, "
+            f"{request.max_tokens} in max_tokens), an x-ray shows at most {MAX_SEQUENCE_TOKENS}; shorten the prompt",
+            param="prompt",
+        )
+    config = model.config
+    for name, indices, count in (("layers", request.layers, config.n_layer), ("heads", request.heads, config.n_head)):
+        for index in indices or []:
+            if index >= count:
+                raise invalid_request(f"{name}: {index} is not one of this model's, 0 to {count - 1}", param=name)
+    num_maps = len(request.layers) * (len(request.heads) if request.heads else config.n_head)
+    num_weights = num_maps * num_tokens * (num_tokens + 1) // 2
+    if num_weights > MAX_WEIGHTS:
+        raise invalid_request(
+            f"{num_maps} attention maps of {num_tokens} tokens hold {num_weights} numbers, at most {MAX_WEIGHTS} are "
+            "given in one answer; ask for fewer layers or heads",
+            param="layers",
+        )
+
+
+def _tokens(query: Query, model: GPT, served: ServedModel) -> list[dict[str, Any]]:
+    ids = query.token_ids
+    scores: list[Candidate | None] = [
+        None,
+        *score(query.logits[: len(ids) - 1], ids[1:]),
+    ]  # nothing foretells the first
+    embeddings, positions = model.transformer.wte.weight[ids], model.transformer.wpe.weight[: len(ids)]  # (T, C)
+    norms = zip(*(table.float().norm(dim=-1).tolist() for table in (embeddings, positions)), strict=True)
+    distinct = sorted(set(ids))
+    nearest = dict(zip(distinct, neighbours(model, distinct, num_nearest=NUM_NEAREST), strict=True))
+    tokens = []
+    num_bytes = 0
+    for index, (token_id, candidate, (embedding_norm, position_norm)) in enumerate(
+        zip(ids, scores, norms, strict=True)
+    ):
+        start, num_bytes = num_bytes, num_bytes + len(served.token_bytes(token_id))
+        drawn = index - query.num_prompt_tokens
+        tokens.append(
+            _token(token_id, served)
+            | {
+                "bytes": [start, num_bytes],
+                "generated": drawn >= 0,
+                "logit": candidate and candidate.logit,
+                "probability": candidate and candidate.probability,
+                "rank": candidate and candidate.rank,
+                "drawn_probability": query.drawn_probabilities[drawn] if drawn >= 0 else None,
+                "embedding_norm": embedding_norm,
+                "position_norm": position_norm,
+                "nearest": [_token(n.token_id, served) | {"cosine": n.cosine} for n in nearest[token_id]],
+            }
+        )
+    return tokens
+
+
+def _token(token_id: int, served: ServedModel) -> dict[str, Any]:
+    return {"id": token_id, "text": served.token_name(token_id)}
+
+
+def _prediction(prediction: Prediction, served: ServedModel) -> dict[str, Any]:
+    top = [
+        _token(c.token_id, served) | {"logit": c.logit, "probability": c.probability, "rank": c.rank}
+        for c in prediction.top
+    ]
+    return {"entropy_nats": prediction.entropy_nats, "top": top}
+
+
+def _stages(
+    query: Query, request: XrayRequest, model: GPT, served: ServedModel, spans: list[Span]
+) -> list[dict[str, Any]]:
+    """Those of the prompt, in order; each new token passes through the same ones from its embedding on."""
+    tokenizer = served.tokenizer
+    normalizer = None if tokenizer is None else tokenizer.backend.normalizer
+    normalized = type(normalizer).__name__ if normalizer else "the text stays as it is"
+    stages: list[dict[str, Any]] = [
+        {"name": "normalize", "layer": None, "shape": None, "ms": None, "note": normalized},
+        {
+            "name": "tokenize",
+            "layer": None,
+            "shape": [1, query.num_prompt_tokens],
+            "ms": _ms(next(s for s in spans if s.name == "tokenize")),
+            "note": f"to ids below {model.config.vocab_size:,}",
+        },
+    ]
+    stages += [
+        {"name": s.name, "layer": s.layer, "shape": s.shape, "ms": s.seconds * 1e3, "note": _NOTES[s.name]}
+        for s in query.readings[0].stages
+    ]
+    if sampled := [s for s in query.spans if s.name == "sample"]:
+        how = "the most probable" if request.temperature == 0 else f"drawn at temperature {request.temperature:g}"
+        stages.append({"name": "sampling", "layer": None, "shape": [1, 1], "ms": _ms(sampled[0]), "note": how})
+    return stages
+
+
+_NOTES = {
+    "token embedding": "[1, T, C]: a vector for each token",
+    "position embedding": "[1, T, C]: one for each place, added",
+    "attention": "[1, H, T, T]: weights of each head, on earlier tokens only",
+    "mlp": "[1, T, C]: two linear maps with an activation between them",
+    "final norm": "[1, T, C]",
+    "logits": "[1, T, V]: a number for each token of the vocabulary",
+    "softmax": "[1, T, V]: as probabilities",
+}
+
+
+def _attention(query: Query, request: XrayRequest, model: GPT) -> Iterator[dict[str, Any]]:
+    """Rows of 1, 2, … T weights, rounded to 7 decimals: T of them still add up to 1 within 1e-5."""
+    heads = range(model.config.n_head) if request.heads is None else request.heads
+    for layer in request.layers:
+        for head in heads:
+            rows = [
+                row.double().mul(1e7).round().div(1e7).tolist() for row in query.attention_rows(layer=layer, head=head)
+            ]
+            yield {"layer": layer, "head": head, "rows": rows}
+
+
+def _timeline(spans: list[Span], arrived_s: float) -> dict[str, Any]:
+    """Of this query in the process that looked into it; `total_ms` is measured apart from the spans."""
+    return {
+        "total_ms": (time.monotonic() - arrived_s) * 1e3,
+        "spans": [{"name": s.name, "start_ms": (s.start_s - arrived_s) * 1e3, "ms": _ms(s)} for s in spans],
+    }
+
+
+def _ms(span: Span) -> float:
+    return (span.end_s - span.start_s) * 1e3

@@ -1,0 +1,88 @@
+"""The process that looks into queries: one request a line, one answer each; it ends when its replica does."""
+
+import argparse
+import contextlib
+import json
+import os
+import socket
+import sys
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import orjson
+import torch
+
+from model.checkpoint import load_model
+from model.errors import UserError
+from model.gpt import GPT
+from serving.engine.runner import LOADED_IN
+from serving.protocol.errors import ApiError, internal_error, invalid_request, step_not_found
+from serving.protocol.served_model import ServedModel, read_served_model
+from serving.xray.answer import xray_answer
+from serving.xray.xray import ANSWER_HEAD, XrayRequest, run_checkpoints
+
+LOW_PRIORITY = 10  # a tenth of a core that the engine wants as well
+
+
+class Models:
+    """The served checkpoint, and those of its run."""
+
+    def __init__(self, folder: Path, *, name: str | None, dtype: torch.dtype) -> None:
+        self._folder = folder
+        self._name = name
+        self._dtype = dtype
+        self._load = lru_cache(maxsize=2)(self._read)  # the served one, and the one of a moment ago
+
+    def get(self, step: int | None) -> tuple[GPT, ServedModel]:
+        """Raises `ApiError` for a step of which there is no checkpoint, or a damaged one."""
+        if step is None:
+            return self._load(self._folder)
+        checkpoints = run_checkpoints(self._folder)
+        if step not in checkpoints:
+            raise step_not_found(step, known=", ".join(map(str, checkpoints)) or "none")
+        try:
+            return self._load(checkpoints[step])
+        except UserError as error:
+            raise invalid_request(f"The checkpoint of step {step} cannot be used: {error}", param="step") from None
+
+    def _read(self, folder: Path) -> tuple[GPT, ServedModel]:
+        # The replica has verified the served one.
+        model = load_model(folder, dtype=self._dtype, verify=folder != self._folder)
+        return model, read_served_model(folder, name=self._name)
+
+
+def answer_line(line: bytes, models: Models) -> tuple[int, bytes]:
+    """Status and JSON body of one request."""
+    message: dict[str, Any] = json.loads(line)
+    request = XrayRequest(**{name: value for name, value in message["request"].items() if value is not None})
+    try:
+        model, served = models.get(request.step)
+        return 200, xray_answer(request, model=model, served=served, arrived_s=message["arrived_s"])
+    except FloatingPointError:
+        error = internal_error("The model gave logits that are not finite numbers for this prompt.")
+    except ApiError as refused:
+        error = refused
+    return error.status, orjson.dumps(error.body())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--socket", type=int, required=True, help="file descriptor of the connection to the replica")
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--name", help="the model's id; the checkpoint's own when not given")
+    parser.add_argument("--dtype", choices=list(LOADED_IN), required=True)
+    args = parser.parse_args()
+    os.nice(LOW_PRIORITY)
+    torch.set_num_threads(1)
+    models = Models(args.checkpoint, name=args.name, dtype=LOADED_IN[args.dtype])
+    connection = socket.socket(fileno=args.socket)
+    with contextlib.suppress(ConnectionError), connection.makefile("rb") as lines:
+        for line in lines:
+            status, body = answer_line(line, models)
+            connection.sendall(ANSWER_HEAD.pack(status, len(body)) + body)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""What a person reads in the first seconds: a word at once, and a cheap mistake named before a cluster is started.
+
+Of real processes, by their own processor time, so that a busy machine changes little.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cluster.cli import main
+from cluster.settings.run import RunConfig, to_yaml
+from cluster.storage.registry import publish
+from cluster.storage.uris import open_storage
+from tests.checkpoints import write_tiny
+from tests.command_line import RAYMILL, environment
+from tests.time_limits import limit_s
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus, a checkpoint, a run with settings, and a folder that is no run."""
+    folder = tmp_path_factory.mktemp("person")
+    (folder / "text.txt").write_text("to be or not to be\n" * 100)
+    write_tiny(folder / "step-1")
+    config = RunConfig.model_validate({"run_id": "begun", "model": {"preset": "tiny"}, "train": {"seed": 1}})
+    run = folder / ".raymill/runs/begun"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text(to_yaml(config))
+    (run / "ledger.jsonl").write_text("")
+    (folder / "notes").mkdir()
+    (folder / "notes/a.txt").write_text("a")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def port() -> Iterator[int]:
+    """One that somebody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield int(listener.getsockname()[1])
+
+
+def started(argv: list[str], folder: Path) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [*RAYMILL, *argv],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        cwd=folder,
+        start_new_session=True,
+    )
+
+
+TINY = ["--data.source", "text.txt", "--model.preset", "tiny", "--run-id", "begun"]
+MISTAKES = {
+    "nothing published": (["serve", "latest"], "nothing is published in"),
+    "no such checkpoint": (["evaluate", "step-7"], "unknown checkpoint"),
+    "no checkpoint there": (["serve", "notes"], "manifest.json is missing"),
+    "nothing to export": (["export", "latest", "out"], "nothing is published in"),
+    "port in use": (["serve", "step-1", "--port", "PORT"], "is in use by another process"),
+    "no such source": (["pretrain", "--data.source", "nowhere.txt"], "nothing is at"),
+    "empty pattern": (["tokenize", "--data.source", "*.jsonl"], "nothing is at"),
+    "no such validation set": (["pretrain", *TINY, "--data.validation", "news=none.txt"], "nothing is at"),
+    "other settings": (["pretrain", *TINY, "--train.seed", "2"], "train.seed was 1, now 2"),
+    "no run": (["report", "notes"], "unknown run 'notes'"),
+    "nor to look at": (["verify", "./notes"], "unknown run './notes'"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_cheap_mistake_is_one_line_before_a_cluster_starts(name: str, folder: Path, port: int) -> None:
+    argv, words = MISTAKES[name]
+    process = started([str(port) if word == "PORT" else word for word in argv], folder)
+    assert process.stderr is not None
+    said = process.stderr.read()
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode in (1, 2)
+    assert said.startswith("error: ") and said.count("\n") == 1, said
+    assert words in said
+    assert used.ru_utime + used.ru_stime < 2
+
+
+WORDS = {
+    "tokenize": (["tokenize", "--data.source", "text.txt", "--run-id", "t"], "tokenize: run t, of "),
+    "pretrain": (["pretrain", *TINY, "--train.seed", "1"], "pretrain: run begun, "),
+    "pipeline": (["pipeline", *TINY, "--train.seed", "1"], "pipeline: run begun, "),
+    "submit": (["submit", "pretrain", *TINY], "submit: pretrain of run begun; checking"),
+    "evaluate": (["evaluate", "step-1"], "evaluate: /"),
+    "serve": (["serve", "step-1"], "serve: /"),
+    "export": (["export", "step-1", "exported"], "export: /"),
+    "report": (["report", "begun"], "report: drawing /"),
+    "demo": (["demo"], "demo: "),
+}
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_something_speaks_within_a_second(name: str, folder: Path) -> None:
+    argv, words = WORDS[name]
+    process = started(argv, folder)
+    assert process.stderr is not None
+    try:
+        begun_s = time.monotonic()
+        first = process.stderr.readline()
+        times = psutil.Process(process.pid).cpu_times()
+        assert time.monotonic() - begun_s < limit_s(20)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    assert first.startswith(words), first
+    assert times.user + times.system < 1
+
+
+def test_a_list_of_runs_says_where_it_looked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "--storage.uri", str(tmp_path)]) == 0
+    assert capsys.readouterr().err.startswith(f"no runs in {tmp_path}: `raymill pretrain`")
+    jobs = tmp_path / "runs/second/jobs/20260101-000000-abcd"
+    jobs.mkdir(parents=True)
+    (jobs / "started.json").write_text(
+        '{"job": "raymill-1", "stage": "pretrain", "host": "desk", "time": 1767225600.0}'
+    )
+    (jobs / "ended.json").write_text('{"exit_code": 0, "stopped": false, "result": null, "time": 1767225700.0}')
+    (tmp_path / "runs/second/ledger.jsonl").write_text(
+        '{"step": 60, "tokens_seen": 1, "loss": 2.0, "world_size": 2}\n{"event": "finish", "step": 60}\n'
+    )
+    assert main(["list", "--storage.uri", str(tmp_path)]) == 0
+    header, row = capsys.readouterr().out.splitlines()
+    assert header.split() == ["run_id", "stage", "state", "step", "backend", "where", "job"]
+    assert main(["status", "second", "--storage.uri", str(tmp_path)]) == 0
+    shown = {" ".join(line.split()) for line in capsys.readouterr().out.splitlines()}
+    assert {"stage pretrain", "step 60", "loss 2", "backend by hand"} <= shown
+    assert row.split() == ["second", "pretrain", "succeeded", "60", "by", "hand", "desk", "raymill-1"]
+
+
+def test_logs_leave_out_what_ray_says_to_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "runs/second/jobs/20260101-000000-abcd"
+    folder.mkdir(parents=True)
+    (folder / "started.json").write_text('{"job": "j", "stage": "pretrain", "host": "desk", "time": 1.0}')
+    (folder / "ended.json").write_text('{"exit_code": 0, "stopped": false, "result": null, "time": 2.0}')
+    alarming = "[2026-01-01 00:00:00,123 E 12 34] core_worker.cc:2157: Actor with class name X cannot be created\n"
+    (folder / "log-000000000000").write_text(f"attempt 1: 2 workers\n{alarming}(raylet) bash: warning\nsaved\n")
+    words = ["logs", "second", "--storage.uri", str(tmp_path)]
+    assert main(words) == 0
+    assert capsys.readouterr().out == "attempt 1: 2 workers\nsaved\n"
+    assert main([*words, "--follow"]) == 0
+    assert capsys.readouterr().out.startswith("attempt 1: 2 workers\nsaved\n")
+    assert main([*words, "--ray"]) == 0
+    assert alarming in capsys.readouterr().out
+
+
+def test_the_published_ones_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    storage = open_storage(str(tmp_path))
+    for number, run_id in enumerate(("first", "second", "third"), start=1):
+        write_tiny(tmp_path / run_id, step=number, run_id=run_id, val_loss=4 - number / 3)
+        publish(storage, str(tmp_path / run_id))
+    (tmp_path / "third/manifest.json").unlink()
+    assert main(["checkpoint", "list", "--storage.uri", str(tmp_path)]) == 0
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert header.split() == ["published", "run_id", "step", "val_loss", "latest", "checkpoint"]
+    assert [row.split()[2:] for row in rows] == [
+        ["first", "1", "3.667", str(tmp_path / "first")],
+        ["second", "2", "3.333", "latest", str(tmp_path / "second")],
+        ["third", "3", "3", str(tmp_path / "third")],
+    ]
+    assert all(row.startswith(time.strftime("%Y-%m-%d ")) for row in rows)

@@ -1,0 +1,74 @@
+"""What a command line costs before it does anything: processor time and imported modules, of real processes.
+
+Processor time of the child alone, so that a busy machine changes little; the median of three.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+
+import pytest
+
+from cluster.commands.table import COMMANDS
+from cluster.settings.code_folders import code_version, version
+from tests.repository import REPOSITORY
+
+HEAVY = {
+    "boto3", "botocore", "fastapi", "huggingface_hub", "kubernetes", "matplotlib", "openai", "pandas", "pyarrow", "ray",
+    "requests", "safetensors", "starlette", "tiktoken", "tokenizers", "torch", "transformers", "uvicorn", "wandb",
+}  # fmt: skip
+NAMES = [f"{name} {inner}" for name, command in COMMANDS.items() for inner in command.commands]
+NAMES += [name for name, command in COMMANDS.items() if not command.commands]
+
+
+def measured(argv: list[str], folder: Path) -> tuple[float, set[str], str]:
+    """CPU-seconds of a command, the packages that it imported, and what it printed."""
+    command = [sys.executable, "-X", "importtime", "-m", "cluster.cli", *argv]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    with (folder / "out").open("w+") as out, (folder / "imports").open("w+") as imports:
+        process = subprocess.Popen(command, stdout=out, stderr=imports, env=environment, cwd=folder)
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        out.seek(0)
+        imports.seek(0)
+        lines = imports.read().splitlines()
+        assert process.returncode == 0, lines[-1]
+        packages = {line.rpartition("|")[2].strip().partition(".")[0] for line in lines if line.startswith("import")}
+        return used.ru_utime + used.ru_stime, packages, out.read()
+
+
+def check(argv: list[str], folder: Path, *, limit_s: float, banned: set[str]) -> str:
+    """Returns what the command printed."""
+    runs = [measured(argv, folder) for _ in range(3)]
+    assert not runs[0][1] & banned
+    assert "cluster" in runs[0][1], "the imports are seen at all"
+    assert median(cpu_s for cpu_s, *_ in runs) < limit_s
+    return runs[0][2]
+
+
+def test_the_first_help_answers_at_once(tmp_path: Path) -> None:
+    shown = check(["--help"], tmp_path, limit_s=0.4, banned=HEAVY | {"httpx", "numpy", "pydantic", "rich", "yaml"})
+    assert all(f" {name} " in shown and command.about.split()[0] in shown for name, command in COMMANDS.items())
+
+
+def test_the_version_names_the_code(tmp_path: Path) -> None:
+    shown = check(["--version"], tmp_path, limit_s=0.4, banned=HEAVY | {"httpx", "numpy", "pydantic", "rich", "yaml"})
+    assert shown == f"raymill {version()}, code {code_version()}\n"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_help_answers_at_once(name: str, tmp_path: Path) -> None:
+    shown = check([*name.split(), "--help"], tmp_path, limit_s=0.6, banned=HEAVY)
+    assert shown.startswith(f"usage: raymill {name} ")
+
+
+def test_a_plan_needs_neither_pytorch_nor_ray(tmp_path: Path) -> None:
+    config = str(REPOSITORY / "jobs/configs/demo.yaml")
+    shown = check(["plan", config], tmp_path, limit_s=2, banned=HEAVY)
+    assert "parameters" in shown
+
+
+def test_a_list_needs_neither_pytorch_nor_ray(tmp_path: Path) -> None:
+    assert check(["list"], tmp_path, limit_s=2, banned=HEAVY) == ""

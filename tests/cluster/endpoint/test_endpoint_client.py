@@ -1,0 +1,110 @@
+"""The endpoint as `raymill complete` and `raymill promote` see it, in front of a server that answers as one does."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from typing import Any
+
+import pytest
+
+from cluster.endpoint import delivery
+from cluster.endpoint.delivery import Operator, RefusedError, progress_of
+from cluster.endpoint.endpoint import Endpoint, stream_completion
+
+CONTEXT = 64
+
+
+@contextmanager
+def served(answer: Any) -> Iterator[str]:
+    """A server on loopback; `answer(path, body)` gives status and text. Yields its URL."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            size = int(self.headers.get("content-length", 0))
+            status, text = answer(self.path, json.loads(self.rfile.read(size) or b"{}"))
+            self.send_response(status)
+            self.send_header("content-length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        def do_GET(self) -> None:
+            self.do_POST()
+
+        def log_message(self, *words: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("num_prompt_tokens", "asked", "expected"),
+    [(3, None, 61), (0, None, 64), (64, None, 1), (3, 7, 7), (None, None, 64)],
+)
+def test_a_completion_takes_what_fits(num_prompt_tokens: int | None, asked: int | None, expected: int) -> None:
+    """`num_prompt_tokens` None: an endpoint without /tokenize."""
+    bodies: list[dict[str, Any]] = []
+
+    def answer(path: str, body: dict[str, Any]) -> tuple[int, str]:
+        if path == "/tokenize":
+            known = num_prompt_tokens is not None
+            return (200 if known else 404), json.dumps({"count": num_prompt_tokens, "max_model_len": CONTEXT})
+        bodies.append(body)
+        return 200, 'data: {"choices": [{"text": "hi", "finish_reason": "length"}]}\n\ndata: [DONE]\n\n'
+
+    with served(answer) as url:
+        request = {"prompt": "import os", "max_tokens": asked}
+        assert stream_completion(Endpoint(url, "second", None), request, on_text=lambda text: None)["text"] == "hi"
+    assert [body["max_tokens"] for body in bodies] == [expected]
+
+
+def state(phase: str, **fields: Any) -> dict[str, Any]:
+    terms = {"canary_percent": 5.0, "watch_s": 60.0}
+    live = {"checkpoint": "/old"}
+    return {"phase": phase, "live": live, "candidate": None, "terms": terms, "outcome": None} | fields
+
+
+def test_a_promotion_is_reported_while_it_lasts(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    (key := tmp_path / "key").write_text("k\n")
+    new = {"checkpoint": "/new"}
+    watching = state("watching", live=new)
+    states = [state("loading", candidate=new), watching, watching, state("steady", live=new, terms=None)]
+    monkeypatch.setattr(delivery, "POLL_S", 0.01)
+    monkeypatch.setattr(delivery, "SAY_S", 0.0)
+    said: list[str] = []
+
+    def answer(path: str, body: dict[str, Any]) -> tuple[int, str]:
+        phase_s = 20.0 * (4 - len(states))
+        return 200, json.dumps({"delivery": states.pop(0), "phase_s": phase_s})
+
+    with served(answer) as url:
+        assert Operator(Endpoint(url, "", None, str(key))).wait(say=said.append)["phase"] == "steady"
+    assert said == [
+        "loading: each replica loads and tests /new, for 0 s so far; /old serves",
+        "watching: /new serves; for 40 s more, errors or slowness roll it back",
+        "watching: /new serves; for 20 s more, errors or slowness roll it back",
+        "steady: /new serves",
+    ]
+
+
+def test_a_canary_is_reported_with_its_share() -> None:
+    said = progress_of(state("canary", candidate={"checkpoint": "/new"}), phase_s=12.0)
+    assert said == "canary: /new serves 5% of the requests, and is watched for 48 s more"
+
+
+def test_a_refused_promotion_says_why(tmp_path: Any) -> None:
+    (key := tmp_path / "key").write_text("k\n")
+    outcome = {"result": "refused", "reason": "its loss is worse", "version": {"checkpoint": "/new"}}
+    body = json.dumps({"delivery": state("steady", outcome=outcome), "phase_s": 1.0})
+    with (
+        served(lambda path, asked: (200, body)) as url,
+        pytest.raises(RefusedError, match="/new was refused: its loss"),
+    ):
+        Operator(Endpoint(url, "", None, str(key))).wait(say=lambda text: None)

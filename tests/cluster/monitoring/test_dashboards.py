@@ -1,0 +1,127 @@
+"""The dashboards and the files made of them: known metrics, valid queries, no overlap, telling colours."""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cluster import cli
+from cluster.monitoring.dashboards import FEW, MUTED, document, documents
+from cluster.monitoring.files import files
+from cluster.monitoring.metric_table import METRICS, SERIES, TABLE, Exporter
+from cluster.monitoring.panels import DASHBOARDS, series
+from tests.cluster.monitoring.test_alerts import promtool
+from tests.k8s.manifests import K8S, of_kind, render_folder
+from tests.prometheus import needs_prometheus, prometheus
+
+MONITORING = K8S / "monitoring"
+UNITS = {"s", "bytes", "Bps", "percentunit", "percent", "short", "cps", "reqps", "decmbytes"}
+
+
+def panels_of(body: dict[str, Any]) -> list[dict[str, Any]]:
+    return [panel for panel in body["panels"] if panel["type"] != "row"]
+
+
+def queries() -> list[str]:
+    found = [
+        target["expr"] for body in documents().values() for panel in panels_of(body) for target in panel["targets"]
+    ]
+    return [
+        re.sub(r"\$__rate_interval", "1m", expr).replace("$run", "r").replace("$application", "a") for expr in found
+    ]
+
+
+def test_panels_read_the_metrics_of_the_table_all_of_them_and_no_others() -> None:
+    read = {name for expr in queries() for name in re.findall(r"\bray_\w+", expr)}
+    assert read <= SERIES.keys()
+    shown = {SERIES[name].name for name in read}
+    assert {metric.name for metric in TABLE} - shown == set()
+    with pytest.raises(KeyError):
+        series("raymill_train_nonsense")
+
+
+@needs_prometheus
+def test_prometheus_understands_every_query(tmp_path: Path) -> None:
+    with prometheus(tmp_path) as server:
+        for expr in queries():
+            assert server.format(expr)
+        with pytest.raises(AssertionError, match="parse error"):
+            server.format("sum by (ray_x")
+
+
+@pytest.mark.parametrize("dashboard", DASHBOARDS, ids=lambda dashboard: dashboard.uid)
+def test_a_dashboard_can_be_read(dashboard: Any) -> None:
+    body = document(dashboard)
+    assert len({panel["id"] for panel in body["panels"]}) == len(body["panels"])
+    taken: set[tuple[int, int]] = set()
+    for panel in body["panels"]:
+        place = panel["gridPos"]
+        cells = {(place["x"] + x, place["y"] + y) for x in range(place["w"]) for y in range(place["h"])}
+        assert not cells & taken and place["x"] + place["w"] <= 24, panel["title"]
+        taken |= cells
+    for panel in panels_of(body):
+        field = panel["fieldConfig"]
+        assert panel["type"] in ("timeseries", "stat")
+        assert panel["description"] and panel["title"]
+        assert field["defaults"]["unit"] in UNITS or field["defaults"]["unit"].startswith("suffix: ")
+        assert all(target["legendFormat"] for target in panel["targets"])
+        legends = [target["legendFormat"] for target in panel["targets"]]
+        assert len(set(legends)) == len(legends)
+        colours = re.findall(r"#[0-9A-F]{6}", json.dumps(field))
+        assert colours and set(colours) <= {*FEW, *MUTED}
+        by_name = [rule["properties"][0]["value"]["fixedColor"] for rule in field["overrides"]]
+        assert len(set(by_name)) == min(len(by_name), len(MUTED)), "two series of one colour"
+    variables = {variable["name"] for variable in body["templating"]["list"]}
+    used = set(re.findall(r"\$\{?(\w+)", json.dumps(body["panels"] + body["annotations"]["list"])))
+    assert used - {"__rate_interval"} <= variables
+    assert len(json.dumps(body)) < 256 << 10  # kubectl's bound for what it applies
+
+
+def test_metrics_of_runs_are_chosen_by_run() -> None:
+    for metric in TABLE:
+        if metric.exporter is Exporter.LAUNCHER:
+            assert 'run="$run"' in series(metric.name)
+    assert METRICS["vllm:prompt_tokens"].series == ("ray_vllm_prompt_tokens_total",)
+
+
+def test_the_files_in_k8s_are_what_export_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["dashboards", "export", str(tmp_path)]) == 0
+    written = {path.relative_to(tmp_path): path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+    committed = {path.relative_to(MONITORING): path.read_text() for path in MONITORING.rglob("*") if path.is_file()}
+    assert written == committed, "run: raymill dashboards export k8s/monitoring"
+
+
+@needs_prometheus
+def test_prometheus_takes_the_files(tmp_path: Path) -> None:
+    config = {"scrape_config_files": [str(MONITORING / "prometheus/scrape.yaml")]}
+    config |= {"rule_files": [str(MONITORING / "prometheus/rules.yaml")]}  # type: ignore[dict-item]
+    (tmp_path / "prometheus.yml").write_text(yaml.safe_dump(config))
+    promtool(tmp_path, "check", "config", "prometheus.yml")
+
+
+def test_the_component_makes_what_grafana_s_sidecar_and_the_operator_look_for(tmp_path: Path) -> None:
+    kustomization = {
+        "resources": [],
+        "namespace": "raymill",
+        "components": [os.path.relpath(folder, tmp_path) for folder in (MONITORING, MONITORING / "operator")],
+    }
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+    objects = render_folder(tmp_path)
+    assert {body["metadata"]["namespace"] for body in objects} == {"raymill"}
+    config_maps = {body["metadata"]["name"]: body for body in of_kind(objects, "ConfigMap")}
+    dashboards = {
+        name for name, body in config_maps.items() if body["metadata"]["labels"].get("grafana_dashboard") == "1"
+    }
+    assert dashboards == documents().keys()
+    for uid in dashboards:
+        assert json.loads(config_maps[uid]["data"][f"{uid}.json"]) == documents()[uid]
+    (source,) = yaml.safe_load(config_maps["raymill-grafana-datasource"]["data"]["datasource.yaml"])["datasources"]
+    assert source["uid"] == "raymill-prometheus"
+    (rule,) = of_kind(objects, "PrometheusRule")
+    assert rule["spec"] == yaml.safe_load(files()["prometheus/rules.yaml"])
+    (monitor,) = of_kind(objects, "PodMonitor")
+    assert monitor["spec"]["selector"]["matchLabels"] == {"raymill/role": "node"}

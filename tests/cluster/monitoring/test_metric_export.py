@@ -1,0 +1,55 @@
+"""From a process's registry through Ray's own metrics to a real Prometheus: every metric of the table, with its value."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+
+from cluster.monitoring.metric_export import Metrics
+from cluster.monitoring.metric_table import COMMON_LABELS, SERIES, Exporter, Kind, metrics_of
+from tests.local_ray import local_ray
+from tests.prometheus import needs_prometheus, prometheus
+from tests.waiting import wait_until
+
+pytestmark = [pytest.mark.cluster, needs_prometheus]
+
+OURS = tuple(exporter for exporter in Exporter if exporter is not Exporter.RAY)
+
+
+@pytest.fixture
+def metrics_port() -> Iterator[int]:
+    with local_ray(num_cpus=1, _system_config={"metrics_report_interval_ms": 1000}):
+        yield ray.nodes()[0]["MetricsExportPort"]
+
+
+def test_prometheus_gets_every_metric_with_its_value(metrics_port: int, tmp_path: Path) -> None:
+    exporters = {of: Metrics(of, **dict.fromkeys(COMMON_LABELS[of], "x")) for of in OURS}
+    for exporter, metrics in exporters.items():
+        for metric in metrics_of(exporter):
+            child = metrics.of(metric.name, **dict.fromkeys(metric.labels, "y"))
+            child.observe(0.03) if metric.kind is Kind.HISTOGRAM else child.inc(12.5)
+    ours = {name for name, metric in SERIES.items() if metric.exporter in OURS}
+    targets = tmp_path / "targets.json"
+    targets.write_text(json.dumps([{"targets": [f"127.0.0.1:{metrics_port}"]}]))
+    with prometheus(tmp_path, scrape_targets=targets) as server:
+
+        def all_have_come() -> bool:
+            for metrics in exporters.values():
+                metrics.publish()
+            return ours <= server.names()
+
+        wait_until(all_have_come, timeout_s=60)
+        for name in ours - {name for name in ours if name.endswith(("_bucket", "_count", "_sum"))}:
+            (series,) = server.get("query", query=name)["result"]
+            assert float(series["value"][1]) == 12.5
+            assert set(SERIES[name].all_labels) <= series["metric"].keys()
+        latency = "ray_vllm_inter_token_latency_seconds"
+        for query, expected in (
+            (f"{latency}_sum", 0.03),
+            (f'{latency}_bucket{{le="0.05"}}', 1),
+            (f"{latency}_count", 1),
+        ):
+            (series,) = server.get("query", query=query)["result"]
+            assert float(series["value"][1]) == expected

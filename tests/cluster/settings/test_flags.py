@@ -1,0 +1,185 @@
+"""Flags over YAML: every setting has one, what they say wins, and misuse gets one line with a suggestion."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.settings.flags import add_config_arguments, config_from_arguments, new_run_id
+from cluster.settings.parser import ConfigError, Parser
+from cluster.settings.run import EvaluateConfig, RunConfig, Settings
+from cluster.settings.serve import ServeConfig
+from model.config import GPTConfig
+
+YAML = """
+data: {source: corpus/*.txt}
+model: {preset: tiny, n_layer: 3}
+train: {seq_len: 32, learning_rate: 2.0e-3, sample_prompts: [one, two]}
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    path = tmp_path / "run.yaml"
+    path.write_text(YAML, encoding="utf-8")
+    return str(path)
+
+
+def parsed(*argv: str, root: Any = RunConfig) -> Any:
+    parser = Parser(prog="tool")
+    parser.add_argument("config", nargs="?", type=Path)
+    add_config_arguments(parser, root)
+    return config_from_arguments(parser.parse_args(argv), root)
+
+
+def refusal(*argv: str, root: Any = RunConfig) -> str:
+    with pytest.raises(ConfigError) as refused:
+        parsed(*argv, root=root)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+def test_the_file_alone(file: str) -> None:
+    config = parsed(file)
+    assert config.model == GPTConfig(n_layer=3, n_head=2, n_embd=32, n_positions=64)
+    assert config.train.learning_rate == 2e-3
+    assert config.train.sample_prompts == ["one", "two"]
+
+
+def test_flags_win_over_the_file(file: str) -> None:
+    config = parsed(
+        file,
+        *("--train.learning-rate", "1e-3"),
+        *("--train.seq_len", "16"),  # underscores are as good
+        *("--train.exact=false",),
+        *("--model.n-head", "4", "--model.dropout", "0.25", "--model.tie-word-embeddings", "no"),
+        *("--train.sample-prompts", "a", "b c", "3"),
+        *("--data.normalize", "nfc", "lowercase"),
+    )
+    assert config.train.learning_rate == 1e-3
+    assert config.train.seq_len == 16
+    assert config.train.exact is False
+    assert (config.model.n_head, config.model.n_layer) == (4, 3)
+    assert (config.model.dropout, config.model.tie_word_embeddings) == (0.25, False)
+    assert config.train.sample_prompts == ["a", "b c", "3"]
+    assert config.data.normalize == ["nfc", "lowercase"]
+
+
+def test_a_preset_by_flag_keeps_the_fields_that_were_named(file: str) -> None:
+    config = parsed(file, "--model.preset", "demo", "--model.n-positions", "100")
+    assert config.model == GPTConfig(n_layer=3, n_head=4, n_embd=128, n_positions=100)
+
+
+def test_validation_sets_are_named_by_a_flag(file: str) -> None:
+    config = parsed(file, "--data.validation", "news=n.txt", "law=tokens://s3://b/a=b")
+    assert config.data.validation == {"news": str(Path.cwd() / "n.txt"), "law": "tokens://s3://b/a=b"}
+    assert "--data.validation n.txt: expected NAME=SOURCE" in refusal(file, "--data.validation", "n.txt")
+    assert "data.validation.a/b" in refusal(file, "--data.validation", "a/b=n.txt")
+
+
+@pytest.mark.parametrize("word", ["null", "none"])
+def test_null_unsets(file: str, word: str) -> None:
+    assert parsed(file).train.seq_len == 32
+    assert parsed(file, "--train.seq-len", word, "--model.n-inner", word).train.seq_len is None
+
+
+def test_a_corpus_is_enough_without_a_file() -> None:
+    config = parsed("--data.source", "a.txt", "s3://bucket/b/")
+    assert config.data.source == [str(Path.cwd() / "a.txt"), "s3://bucket/b"]
+    assert config.train == RunConfig().train
+    assert "--data.source" in refusal()
+
+
+def test_paths_are_made_absolute(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = parsed(file, "--data.tokenizer", "tok.json", "--storage.uri", "file:///data/x")
+    assert config.data.source == [f"{tmp_path}/corpus/*.txt"]
+    assert config.data.tokenizer == f"{tmp_path}/tok.json"
+    assert config.storage.uri == "/data/x"
+    assert parsed(file).storage.uri == f"{tmp_path}/.raymill"
+    serve = parsed("--checkpoint", "step-1", "--api-key-file", "key", "--admin-key-file", "admin", root=ServeConfig)
+    assert (serve.checkpoint, serve.api_key_file) == (f"{tmp_path}/step-1", f"{tmp_path}/key")
+    assert serve.admin_key_file == f"{tmp_path}/admin"
+    assert parsed(root=ServeConfig).checkpoint == "latest"
+    assert parsed("--checkpoint", "s3://b/c", root=EvaluateConfig).checkpoint == "s3://b/c"
+
+
+def test_a_run_gets_a_name_of_its_own(file: str) -> None:
+    names = {parsed(file).run_id for _ in range(3)} | {new_run_id() for _ in range(3)}
+    assert len(names) == 6
+    assert all(re.fullmatch(r"\d{8}-\d{6}-[0-9a-f]{4}", name) for name in names)
+    assert parsed(file, "--run-id", "mine").run_id == "mine"
+
+
+def setting_paths(root: type[Settings], prefix: str = "") -> list[str]:
+    """Dotted names of all settings, from an instance rather than from the code that makes the flags."""
+    paths = []
+    for name, value in root():
+        if isinstance(value, Settings):
+            paths += setting_paths(type(value), f"{prefix}{name}.")
+        elif isinstance(value, GPTConfig):
+            paths += [f"{prefix}{name}.{field}" for field in vars(value)]
+        else:
+            paths.append(f"{prefix}{name}")
+    return paths
+
+
+@pytest.mark.parametrize("root", [RunConfig, ServeConfig, EvaluateConfig])
+def test_every_setting_is_a_flag_with_a_line_of_help(root: type[Settings]) -> None:
+    parser = Parser(prog="tool")
+    add_config_arguments(parser, root)
+    described = {action.dest: str(action.help) for action in parser._actions}
+    assert set(setting_paths(root)) <= set(described)
+    assert all(len(text) > 10 for text in described.values())
+    assert "--train.learning-rate" in parser.format_help() or root is not RunConfig  # `%` in a help text would raise
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--train.learnin-rate", "3"], ["--train.learnin-rate", "did you mean --train.learning-rate?"]),
+        (["--train.learnin_rate=3"], ["--train.learnin_rate", "did you mean --train.learning_rate?"]),
+        (["--train.learning-rat", "3"], ["--train.learning-rat", "did you mean --train.learning-rate?"]),
+        (["--train.learning-rate"], ["--train.learning-rate", "expected one argument"]),
+        (["--train.learning-rate", "fast"], ["train.learning_rate", "number", "'fast'"]),
+        (["--train.exact", "maybe"], ["train.exact", "'maybe'"]),
+        (["--model.n-layer", "x"], ["model.n_layer", "integer", "'x'"]),
+        (["--model.n-head", "3"], ["n_head=3", "n_embd=32"]),
+        (["--data.normalize", "nfc", "nfd"], ["data.normalize", "'nfd'", "'lowercase'"]),
+        (["surplus"], ["surplus", "tool --help"]),
+    ],
+    ids=str,
+)
+def test_misuse_is_named(file: str, argv: list[str], words: list[str]) -> None:
+    message = refusal(file, *argv)
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("content", "argv", "words"),
+    [
+        (b"train: [", [], ["is not YAML"]),
+        (b"a: b: c\n", [], ["is not YAML"]),
+        (b"\xff\xfe\x00", [], ["is not YAML"]),
+        (b"", [], ["holds no settings"]),
+        (b"- train\n", [], ["holds no settings"]),
+        (b"train:\n", ["--train.seed", "1"], ["train", "None"]),
+        (b"train: 5\n", ["--train.seed", "1"], ["train", "5"]),
+        (b"train:\n  seed: 1\n  seq_len: 32\n  seed: 2\n", [], ["bad.yaml, line 4: seed", "on line 2"]),
+        (b"train: {seed: 1}\ndata: {}\ntrain: {}\n", [], ["bad.yaml, line 3: train", "on line 1"]),
+        (b"train: {seed: 1, seed: 1}\n", [], ["seed is set already, on line 1"]),
+        (b"scalling: {max_workers: 3}\n", [], ["unknown setting scalling", "did you mean scaling?"]),
+    ],
+    ids=str,
+)
+def test_a_bad_file_is_named(tmp_path: Path, content: bytes, argv: list[str], words: list[str]) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(content)
+    message = refusal(str(path), *argv)
+    assert all(word in message for word in words), message
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    assert f"{tmp_path}/none.yaml: No such file" in refusal(f"{tmp_path}/none.yaml")
+    assert f"{tmp_path}: Is a directory" in refusal(str(tmp_path))

@@ -1,0 +1,91 @@
+"""Reading from S3 through a proxy that misbehaves: the bytes come back whole, or one line says what to do."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from cluster.storage.uris import NotFoundError, StorageError, open_storage
+from tests.cluster.fault_proxy import Cut, FaultProxy, Refused, running_proxy
+
+DATA = bytes(range(251)) * 5000  # 1.2 MiB
+KIB = 1 << 10
+
+
+@pytest.fixture
+def proxy(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    with running_proxy(s3_server) as running:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", running.url)
+        yield running
+
+
+@pytest.fixture
+def uri(proxy: FaultProxy, s3_bucket: str) -> str:
+    open_storage(f"s3://{s3_bucket}").write_bytes("file", DATA)
+    return f"s3://{s3_bucket}"
+
+
+@pytest.mark.parametrize("kind", ["closed", "reset"])
+def test_a_body_that_breaks_off_is_continued(proxy: FaultProxy, uri: str, kind: str) -> None:
+    proxy.script = [Cut(600 * KIB, kind), Cut(300 * KIB, kind)]
+    assert open_storage(uri).read_bytes("file") == DATA
+    assert len(proxy.ranges) == 3
+    if kind == "closed":  # a reset may take bytes along that were on their way
+        assert proxy.ranges == [None, f"bytes={600 * KIB}-", f"bytes={900 * KIB}-"]
+    proxy.script = [Cut(600 * KIB, kind)]
+    with open_storage(uri).open("file") as file:
+        file.seek(1000)
+        assert file.read(900_000) == DATA[1000:901_000]
+
+
+def test_a_range_answered_short_is_continued(proxy: FaultProxy, uri: str) -> None:
+    proxy.script = [Cut(100, "lied"), Cut(200, "lied")]
+    assert open_storage(uri).read_bytes("file", start=10, end=1010) == DATA[10:1010]
+    assert proxy.ranges == ["bytes=10-1009", "bytes=110-1009", "bytes=310-1009"]
+
+
+def test_a_body_that_always_breaks_off_ends_in_one_line(proxy: FaultProxy, uri: str) -> None:
+    proxy.script = [Cut(5)] * 9
+    with pytest.raises(StorageError, match=f"{uri}/file: the transfer broke off 4 times; run again"):
+        open_storage(uri).read_bytes("file")
+    assert proxy.ranges == [None, "bytes=5-", "bytes=10-", "bytes=15-"]
+
+
+def test_an_object_replaced_between_two_attempts_is_noticed(proxy: FaultProxy, uri: str) -> None:
+    storage = open_storage(uri)
+    with storage.open("file") as file:
+        storage.write_bytes("file", DATA[::-1])
+        proxy.script = [Cut(600 * KIB)]
+        with pytest.raises(StorageError, match=f"{uri}/file: the object changed while it was read; run again"):
+            file.read()
+
+
+def test_overload_is_waited_out_and_named_when_it_stays(proxy: FaultProxy, uri: str) -> None:
+    proxy.script = [Refused(503, "SlowDown"), Refused(503, "SlowDown")]
+    assert open_storage(uri).read_bytes("file") == DATA
+    proxy.script = [Refused(503, "SlowDown")] * 9
+    with pytest.raises(StorageError, match=r"overloaded \(SlowDown\) and stayed so; run again later"):
+        open_storage(uri).read_bytes("file")
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "text"),
+    [
+        (404, "NoSuchBucket", r"there is no bucket '.*' at http://.*; create it"),
+        (403, "AccessDenied", r"access denied \(AccessDenied\); check the credentials"),
+        (403, "InvalidAccessKeyId", r"does not know this access key \(InvalidAccessKeyId\); check AWS_ACCESS_KEY_ID"),
+        (403, "SignatureDoesNotMatch", r"secret key does not fit .*; check AWS_SECRET_ACCESS_KEY"),
+        (501, "NotImplemented", r"the store lacks something .* conditional writes; use another"),
+        (400, "ExpiredToken", r"the session token is expired or invalid \(ExpiredToken\); get new credentials"),
+        (403, "RequestTimeTooSkewed", "clock is wrong .*; set it"),
+        (301, "PermanentRedirect", "the bucket lies in another region .*; set AWS_DEFAULT_REGION"),
+        (400, "AuthorizationHeaderMalformed", "the bucket lies in another region .*; set AWS_DEFAULT_REGION"),
+        (418, "Teapot", "S3 answered Teapot; run again, or see the store's own log"),
+    ],
+)
+def test_refusals_are_one_line_with_a_remedy(proxy: FaultProxy, uri: str, status: int, code: str, text: str) -> None:
+    proxy.script = [Refused(status, code)] * 9
+    with pytest.raises(StorageError, match=text) as caught:
+        open_storage(uri).read_bytes("file")
+    assert str(caught.value).startswith(f"{uri}/file: ")
+    assert "\n" not in str(caught.value)
+    assert isinstance(caught.value, NotFoundError) == (code == "NoSuchBucket")

@@ -1,0 +1,62 @@
+"""Chunks: the same whatever the files are called; together they hold each byte range once; none crosses a source."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobs.corpus.chunks import interleaved, needs_cutting, plan_chunks, whole_file
+from jobs.corpus.listing import CorpusFile
+
+kinds = st.sampled_from([("txt", ""), ("jsonl", ""), ("jsonl", ".gz"), ("csv", ""), ("parquet", ""), ("txt", ".zst")])
+
+
+@st.composite
+def corpora(draw: st.DrawFn) -> list[CorpusFile]:
+    files = []
+    for number in range(draw(st.integers(1, 12))):
+        kind, compression = draw(kinds)
+        source = draw(st.integers(files[-1].source, files[-1].source + 1)) if files else 0
+        files.append(CorpusFile(f"/f{number}", source, draw(st.integers(0, 500)), "v", kind, compression))
+    return files
+
+
+@given(corpora())
+def test_each_byte_is_in_one_chunk_of_its_source(files: list[CorpusFile]) -> None:
+    pieces = {
+        number: [whole_file(number, replace(file, compression=""))]
+        for number, file in enumerate(files)
+        if needs_cutting(file, shard_bytes=100)
+    }
+    chunks = plan_chunks(files, pieces, shard_bytes=100, max_document_bytes=150)
+    assert [chunk.number for chunk in chunks] == list(range(len(chunks)))
+    ranges = [(part.file, part.start, part.end) for chunk in chunks for part in chunk.parts]
+    assert ranges == sorted(ranges)
+    for number, file in enumerate(files):
+        own = [(start, end) for part, start, end in ranges if part == number]
+        assert own[0][0] == 0 and own[-1][1] == file.size
+        assert all(before[1] == after[0] for before, after in pairwise(own))
+    for chunk in chunks:
+        assert {files[part.file].source for part in chunk.parts} == {chunk.source}
+        divided = [
+            part for part in chunk.parts if files[part.file].kind in ("jsonl", "parquet") and not part.compression
+        ]
+        assert all(part.end - part.start <= 100 for part in divided if part.file not in pieces)
+    renamed = [replace(file, uri=f"/elsewhere{file.uri}") for file in files]
+    again = plan_chunks(renamed, pieces, shard_bytes=100, max_document_bytes=150)
+    assert [[(p.file, p.start, p.end) for p in c.parts] for c in again] == [
+        [(p.file, p.start, p.end) for p in c.parts] for c in chunks
+    ]
+
+
+@given(corpora())
+def test_sources_advance_alike_and_each_in_order(files: list[CorpusFile]) -> None:
+    chunks = plan_chunks(files, {}, shard_bytes=100, max_document_bytes=150)
+    ordered = interleaved(chunks)
+    assert sorted(chunk.number for chunk in ordered) == [chunk.number for chunk in chunks]
+    for source in {chunk.source for chunk in chunks}:
+        own = [chunk.number for chunk in ordered if chunk.source == source]
+        assert own == sorted(own)
+        half = [chunk.source for chunk in ordered[: (len(ordered) + 1) // 2]]
+        assert abs(half.count(source) - len(own) / 2) <= len(files)

@@ -1,0 +1,292 @@
+"""Readers: every ending gives the same documents, unusable ones are named by reason, damaged files stop the job."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from cluster.settings.run import DataConfig
+from cluster.storage.uris import NotFoundError, StorageError, open_storage
+from jobs.corpus.chunks import plan_chunks, whole_file
+from jobs.corpus.documents import Document, Drop, read_documents
+from jobs.corpus.listing import CorpusError, list_corpus
+
+TEXTS = ["first document\r\nwith two lines\n", "zweites Dokument: ÄÖÜ 你好 😀", "  third, blanks kept  "]
+
+PACKERS = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
+
+
+def read(uri: Path | str, **settings: Any) -> list[Document]:
+    return list(read_documents(whole_file(0, list_corpus(str(uri)).files[0]), DataConfig(**settings)))
+
+
+def read_in_chunks(uri: Path | str, *, shard_bytes: int, max_document_bytes: int = 1 << 20) -> list[Document]:
+    """The documents of all parts that the file is divided into, of which there must be several."""
+    files = list_corpus(str(uri)).files
+    chunks = plan_chunks(files, {}, shard_bytes=shard_bytes, max_document_bytes=max_document_bytes)
+    parts = [part for chunk in chunks for part in chunk.parts]
+    assert len(parts) > 1
+    data = DataConfig(max_document_bytes=max_document_bytes)
+    return [document for part in parts for document in read_documents(part, data)]
+
+
+def kept(path: Path, **settings: Any) -> list[str]:
+    return [document.text for document in read(path, **settings) if not document.drop]
+
+
+def drops(path: Path, **settings: Any) -> list[Drop | None]:
+    return [document.drop for document in read(path, **settings)]
+
+
+def write_lines(path: Path, lines: list[bytes | dict[str, Any]]) -> Path:
+    encoded = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
+    path.write_bytes(b"".join(line + b"\n" for line in encoded))
+    return path
+
+
+@pytest.mark.parametrize("ending", PACKERS)
+def test_jsonl_and_its_archives(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"corpus.jsonl{ending}"
+    lines = b"".join(json.dumps({"id": 1, "text": text}).encode() + b"\n" for text in TEXTS)
+    path.write_bytes(PACKERS[ending](lines))
+    documents = read(path)
+    assert [document.text for document in documents] == TEXTS
+
+
+@pytest.mark.parametrize("ending", PACKERS)
+def test_txt_and_its_archives(tmp_path: Path, ending: str) -> None:
+    for number, text in enumerate(TEXTS):
+        (tmp_path / f"{number}.txt{ending}").write_bytes(PACKERS[ending](text.encode()))
+    listing = list_corpus(str(tmp_path))
+    assert [kept(Path(entry.uri)) for entry in listing.files] == [[text] for text in TEXTS]
+
+
+def test_archives_of_several_members_are_read_to_the_end(tmp_path: Path) -> None:
+    for ending in (".gz", ".zst"):
+        path = tmp_path / f"a.jsonl{ending}"
+        path.write_bytes(b"".join(PACKERS[ending](json.dumps({"text": text}).encode() + b"\n") for text in TEXTS))
+        assert kept(path) == TEXTS
+
+
+def test_parquet(tmp_path: Path) -> None:
+    path = tmp_path / "corpus.parquet"
+    texts = [*TEXTS, None, *(f"row {number}" for number in range(1000))]
+    columns = {"text": texts, "label": texts, "number": list(range(len(texts)))}
+    table = pa.table(
+        columns,
+        schema=pa.schema({"text": pa.string(), "label": pa.dictionary(pa.int32(), pa.string()), "number": pa.int64()}),
+    )
+    pq.write_table(table, path, row_group_size=300)
+    documents = read(path)
+    assert [document.text for document in documents if not document.drop] == [text for text in texts if text]
+    assert documents[3] == Document(3, drop=Drop.MISSING_TEXT)
+    assert read(path, text_field="label") == documents
+    assert read_in_chunks(path, shard_bytes=2000) == documents
+    with pytest.raises(CorpusError, match=r"no column 'body'; set data.text_field to one of text, label, number"):
+        read(path, text_field="body")
+    with pytest.raises(CorpusError, match=r"'number' of .* holds int64, not strings"):
+        read(path, text_field="number")
+
+
+def test_reasons_to_drop_a_text_file(tmp_path: Path) -> None:
+    contents = {
+        Drop.EMPTY: b"",
+        Drop.BINARY: b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR",
+        None: b"x" * 100,
+    }
+    for reason, content in contents.items():
+        path = tmp_path / f"{reason}.txt"
+        path.write_bytes(content)
+        assert drops(path, max_document_bytes=100) == [reason]
+    for blank in (" \n\t\r\n ", "\u3000\u3000", "\u00a0", "\ufeff\ufeff", "\u200b\n\u2060 ", "\x1c"):
+        path.write_text(blank)
+        assert drops(path) == [Drop.EMPTY], repr(blank)
+    path.write_bytes("UTF-16 text".encode("utf-16"))
+    assert drops(path) == [Drop.BINARY]
+
+
+def test_reasons_to_drop_a_line(tmp_path: Path) -> None:
+    lines: list[tuple[bytes | dict[str, Any], Drop | None]] = [
+        ({"text": "good"}, None),
+        (b'{"text": "no end', Drop.INVALID_JSON),
+        (b"[" * 100_000, Drop.INVALID_JSON),
+        (b'{"text": "x", "n": ' + b"1" * 5000 + b"}", Drop.INVALID_JSON),
+        (b'{"text": "x", "n": NaN}', None),
+        (b'["text"]', Drop.MISSING_TEXT),
+        ({"text": None}, Drop.MISSING_TEXT),
+        ({"text": 7}, Drop.MISSING_TEXT),
+        ({"title": "x"}, Drop.MISSING_TEXT),
+        ({"text": ""}, Drop.EMPTY),
+        ({"text": "\u0000"}, Drop.BINARY),
+        (b"\x00\x01", Drop.BINARY),
+        ({"text": "y" * 201_000}, Drop.TOO_LONG),
+        ({"text": "a", "other": "z" * 4_000_000}, Drop.TOO_LONG),
+        ({"text": "last, without a line end"}, None),
+    ]
+    path = write_lines(tmp_path / "a.jsonl", [line for line, _ in lines])
+    path.write_bytes(path.read_bytes().rstrip(b"\n"))
+    documents = read(path, max_document_bytes=200_000)
+    assert [document.drop for document in documents] == [reason for _, reason in lines]
+    assert read_in_chunks(path, shard_bytes=50_000, max_document_bytes=200_000) == documents
+
+
+def test_blank_lines_hold_no_document(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [b"", {"text": "one"}, b"   ", {"text": "two"}, b""])
+    assert kept(path) == ["one", "two"]
+    assert drops(path) == [None, None]
+
+
+def test_byte_order_mark_is_not_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfhello")
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "hello"}\n')
+    assert kept(tmp_path / "a.txt") == kept(tmp_path / "a.jsonl") == ["hello"]
+    (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbftext\r\nhello\r\n")
+    assert kept(tmp_path / "a.csv") == ["hello"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "replaced", "position"),
+    [
+        ("a.txt", b"caf\xe9 noir", "caf\ufffd noir", 3),
+        ("a.jsonl", b'{"text": "one"}\n{"text": "caf\xe9"}\n', "caf\ufffd", 29),
+        ("b.jsonl", b'{"text": "one"}\n{"text": "caf\\ud800"}\n', "caf\ufffd\ufffd\ufffd", 19),
+    ],
+)
+def test_policies_for_invalid_utf8(tmp_path: Path, name: str, content: bytes, replaced: str, position: int) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    documents = read(path, invalid_utf8="replace")
+    assert documents[-1].text == replaced
+    assert [document.replaced for document in documents] == [False] * (len(documents) - 1) + [True]
+    assert drops(path, invalid_utf8="skip")[-1] == Drop.INVALID_UTF8
+    with pytest.raises(CorpusError, match=f"{name} is not UTF-8 at byte {position}; convert the file"):
+        read(path, invalid_utf8="fail")
+
+
+@pytest.mark.parametrize("ending", [".txt.gz", ".jsonl.gz", ".jsonl.zst", ".parquet"])
+def test_a_truncated_file_is_named(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"corpus{ending}"
+    if ending == ".parquet":
+        pq.write_table(pa.table({"text": TEXTS * 100}), path)
+    else:
+        content = b"".join(json.dumps({"text": f"{text} {n}"}).encode() + b"\n" for n in range(500) for text in TEXTS)
+        path.write_bytes(PACKERS[path.suffix](content))
+    assert kept(path)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(CorpusError, match=f"corpus{ending} cannot be read to its end .*; replace the file"):
+        read(path)
+
+
+def test_listing_is_in_canonical_order_and_names_what_it_skips(tmp_path: Path) -> None:
+    storage = open_storage(str(tmp_path))
+    for name in ("z/1.txt", "z/2.JSONL.GZ", "a/b.parquet", "a/readme.md", "a/c.pdf"):
+        storage.write_bytes(name, b"x")
+    listing = list_corpus([f"{tmp_path}/z", f"{tmp_path}/a", f"{tmp_path}/**/1.txt"])
+    names = [Path(entry.uri).relative_to(tmp_path).as_posix() for entry in listing.files]
+    assert names == ["z/1.txt", "z/2.JSONL.GZ", "a/b.parquet"]
+    assert listing.skipped == [f"{tmp_path}/a/c.pdf", f"{tmp_path}/a/readme.md"]
+    with pytest.raises(CorpusError, match=r"c\.pdf has an unknown ending; expected \.txt \.jsonl \.csv \.parquet"):
+        list_corpus(f"{tmp_path}/a/c.pdf")
+    with pytest.raises(CorpusError, match=r"none of the 1 files at .* has a known ending"):
+        list_corpus(f"{tmp_path}/a/*.pdf")
+    with pytest.raises(NotFoundError, match="nothing is at"):
+        list_corpus(f"{tmp_path}/nowhere/*.txt")
+    with pytest.raises(CorpusError, match=r"data\.source is empty"):
+        list_corpus([])
+
+
+def test_s3_documents_are_the_local_ones(tmp_path: Path, s3_bucket: str) -> None:
+    lines = [{"text": text} for text in TEXTS]
+    write_lines(tmp_path / "a.jsonl", lines)  # type: ignore[arg-type]
+    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress((tmp_path / "a.jsonl").read_bytes()))
+    pq.write_table(pa.table({"text": TEXTS}), tmp_path / "a.parquet")
+    open_storage(f"s3://{s3_bucket}").upload_folder(tmp_path, "corpus")
+    remote = list_corpus(f"s3://{s3_bucket}/corpus")
+    assert [file.uri.rpartition("/")[2] for file in remote.files] == ["a.jsonl", "a.jsonl.zst", "a.parquet"]
+    for file in remote.files:
+        assert read(file.uri) == read(tmp_path / file.uri.rpartition("/")[2])
+    with pytest.raises(StorageError, match=r"none.jsonl.gz"):
+        list_corpus(f"s3://{s3_bucket}/corpus/none.jsonl.gz")
+
+
+def test_a_file_that_changed_after_its_listing_is_noticed(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [{"text": "one"}])
+    listed = whole_file(0, list_corpus(str(path)).files[0])
+    write_lines(path, [{"text": "two"}])
+    with pytest.raises(CorpusError, match=r"a\.jsonl changed after it was listed; run again"):
+        list(read_documents(listed, DataConfig()))
+
+
+def test_csv_records_with_quotes_line_ends_and_missing_fields(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    rows = ["id,text", "1,plain", '2,"with, comma"', '3,"two\nlines and ""quotes"""', "4", '5,""', "", '6,"last"']
+    path.write_text("\r\n".join(rows), newline="")
+    assert kept(path) == ["plain", "with, comma", 'two\nlines and "quotes"', "last"]
+    assert [drop for drop in drops(path) if drop] == [Drop.MISSING_TEXT, Drop.EMPTY]
+    with pytest.raises(CorpusError, match=r"no column 'body'; set data\.text_field to one of id, text"):
+        read(path, text_field="body")
+
+
+def test_a_stray_quote_costs_its_line_only(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text('text\none\n"never closed\n' + "".join(f"line {n}\n" for n in range(200_000)))
+    documents = read(path, max_document_bytes=1000)
+    assert [document.drop for document in documents if document.drop] == [Drop.INVALID_CSV]
+    assert [document.text for document in documents if not document.drop][:3] == ["one", "line 0", "line 1"]
+    assert len(documents) == 200_002
+
+
+def test_a_row_that_is_no_csv_is_counted_and_costs_no_other(tmp_path: Path) -> None:
+    """Python's reader takes each of them for text: of two rows in one, or of a part of the row's."""
+    path = tmp_path / "a.csv"
+    rows = [
+        "id,text",
+        '1,"never closed',
+        '2,"quoted, and whole"',
+        "3,two,more",
+        "4,one,",
+        '5,"5" tall"',
+        '6,"x" ',
+        "7,last",
+    ]
+    path.write_text("\n".join(rows), newline="")
+    documents = read(path)
+    assert [document.text for document in documents if not document.drop] == ["quoted, and whole", "one", "x ", "last"]
+    dropped = {document.preview: document.drop for document in documents if document.drop}
+    assert dropped == dict.fromkeys([rows[1], rows[3], rows[5]], Drop.INVALID_CSV)
+    path.write_text('id,text\r1,"a"b\r2,"ok"\r', newline="")  # one line, if CR does not end it
+    assert kept(path) == ["ab", "ok"]
+
+
+@pytest.mark.parametrize("ending", ["", ".gz"])
+def test_a_long_text_is_cut_at_line_ends_and_nothing_is_lost(tmp_path: Path, ending: str) -> None:
+    text = "".join(f"line {number} of a long text ÄÖÜ\n" for number in range(5000))
+    path = tmp_path / f"a.txt{ending}"
+    path.write_bytes(PACKERS[ending](text.encode()))
+    documents = read(path, max_document_bytes=4000)
+    assert "".join(document.text for document in documents) == text
+    assert max(document.size for document in documents) <= 4000
+    assert all(document.text.endswith("\n") for document in documents)
+    if not ending:
+        assert read_in_chunks(path, shard_bytes=1000, max_document_bytes=4000) == documents
+
+
+def test_a_text_without_line_ends_is_cut_between_characters(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("語" * 10_000)
+    documents = read(path, max_document_bytes=1000)
+    assert "".join(document.text for document in documents) == "語" * 10_000
+    assert not any(document.replaced for document in documents)
+    assert read_in_chunks(path, shard_bytes=1000, max_document_bytes=1000) == documents
+
+
+def test_a_bomb_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt.gz"
+    path.write_bytes(gzip.compress(bytes(100 << 20)))
+    with pytest.raises(CorpusError, match=r"a\.txt\.gz unpacks to more than 67108864 bytes; .*max_compression_ratio"):
+        read(path, max_document_bytes=200 << 20)

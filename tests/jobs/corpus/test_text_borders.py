@@ -1,0 +1,79 @@
+"""Borders: whatever a file is divided into, each line, record and stretch is found once and whole."""
+
+import csv
+import io
+import re
+from itertools import pairwise, takewhile
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobs.corpus.text_borders import cut_stream, lines, records
+
+contents = st.lists(
+    st.sampled_from([b"\n", b"a", b"bc ", "ä語".encode(), b'"', b",", b"\r", b"x" * 30]), max_size=60
+).map(b"".join)
+
+
+@given(contents, st.lists(st.integers(0, 400), max_size=4))
+def test_ranges_together_give_each_line_once(content: bytes, borders: list[int]) -> None:
+    cuts = sorted({0, len(content), *(border for border in borders if border < len(content))})
+    found = [piece for start, end in pairwise(cuts) for piece in lines(io.BytesIO(content), start, end, limit=1000)]
+    assert [line for _, line, _ in found] == re.findall(rb"[^\n]*\n|[^\n]+", content)
+    assert all(content[offset : offset + len(line)] == line for offset, line, _ in found)
+
+
+@given(contents, st.integers(4, 40))
+def test_a_line_over_the_limit_is_given_by_its_front(content: bytes, limit: int) -> None:
+    found = list(lines(io.BytesIO(content), limit=limit))
+    whole = content.split(b"\n")
+    whole = [line + b"\n" for line in whole[:-1]] + ([whole[-1]] if whole[-1] else [])
+    assert [line for _, line, _ in found] == [line[:limit] for line in whole]
+    for (_, line, is_whole), expected in zip(found, whole, strict=True):
+        assert is_whole == (line == expected and (len(line) < limit or line.endswith(b"\n")))
+
+
+@given(contents, st.integers(10, 60))
+def test_ranges_together_give_each_stretch_once(content: bytes, step: int) -> None:
+    def cut(start: int, end: int) -> list[tuple[int, bytes]]:
+        return list(cut_stream(io.BytesIO(content), start, end, step=step, slack=5))
+
+    whole = list(cut_stream(io.BytesIO(content), 0, None, step=step, slack=5))
+    assert b"".join(text for _, text in whole) == content
+    assert max((len(text) for _, text in whole), default=0) <= step + 5
+    ranges = [piece for start in range(0, len(content), step) for piece in cut(start, start + step)]
+    assert ranges == whole
+    front = content[: step + 3]
+    rest = io.BytesIO(content)
+    rest.seek(len(front))
+    assert list(cut_stream(rest, 0, None, step=step, slack=5, front=front)) == whole
+
+
+@given(contents)
+def test_records_hold_the_rows_of_the_csv_reader_and_lose_nothing(content: bytes) -> None:
+    found = list(records(io.BytesIO(content), limit=5000))
+    assert b"".join(record for _, record, _ in found) == content
+    whole = list(takewhile(lambda record: record[2], found))  # what follows a quote that is never closed is read anew
+    rows = [row for _, record, _ in whole for row in rows_of(record)]
+    assert rows == rows_of(content)[: len(rows)]
+    assert len(whole) < len(found) or rows == rows_of(content)
+
+
+def rows_of(content: bytes) -> list[list[str]]:
+    return list(csv.reader(io.StringIO(content.decode(), newline="")))
+
+
+@given(contents, st.integers(20, 60))
+def test_after_a_stray_quote_the_next_line_begins_a_record(content: bytes, limit: int) -> None:
+    starts = {0, *(place + 1 for place, byte in enumerate(content) if byte == ord("\n"))} - {len(content)}
+    found = list(records(io.BytesIO(content), limit=limit))
+    covered = {start for offset, record, _ in found for start in starts if offset <= start < offset + len(record)}
+    assert covered == starts  # every line is in a record
+    assert all(offset in starts for offset, _, _ in found)
+
+
+def test_lines_that_all_open_a_quote_are_read_twice_at_most() -> None:
+    content = b'"x","never closed\n' * 20_000  # each closes the quote of the one before and opens its own
+    found = list(records(io.BytesIO(content), limit=1 << 18))
+    assert [record for _, record, _ in found] == content.splitlines(keepends=True)
+    assert not any(is_whole for _, _, is_whole in found)

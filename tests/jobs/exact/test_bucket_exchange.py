@@ -1,0 +1,128 @@
+"""Exact training over real gloo processes: one parameter hash and one loss column for any number of them."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from jobs.exact.batch_gradient import autocast, dropout_seed
+from jobs.exact.bucket_exchange import gradient_norm
+from jobs.exact.exact_reduce import tree_sum
+from jobs.plan.formulas import num_subtrees_of_rank, sent_bytes
+from jobs.workers.worker_group import WorkerGroup
+from model.checkpoint import parameter_hash
+from tests.jobs.reference_reduce import reduce_worlds
+from tests.jobs.train_worlds import CASES, CPU, NUM_STEPS, RESIZES, Case, MadeRows, Trainer
+from tests.repository import REPOSITORY
+from tests.time_limits import limit_s
+
+MAX_WORLD_SIZE = 5
+EXACT = [case for case in CASES if case.exact]
+
+Outcome = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[Outcome]:
+    """What real processes found, worlds of 1 to 5 of them in turn, and one of changing size."""
+    folder = tmp_path_factory.mktemp("worlds")
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.jobs.train_worlds", str(MAX_WORLD_SIZE), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=limit_s(120), check=False)
+    assert done.returncode == 0, done.stderr
+    found: list[Outcome] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@functools.cache
+def reference(case: Case) -> tuple[str, list[float]]:
+    """Hash and losses of one process that follows the definition: each lane's gradient by itself, then the tree."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    trainer, config = Trainer(case, WorkerGroup(0, 1)), case.config()
+    state, losses, first_sample = trainer.state, [], 0
+    for step in range(1, NUM_STEPS + 1):
+        num_lanes = {1: 5, 2: 7, 3: 9, 4: 13}[step] if case.start_lanes else case.num_lanes
+        lane_losses: dict[range, Tensor] = {}
+
+        def lane_value(
+            lane: int,
+            step: int = step,
+            first_sample: int = first_sample,
+            num_lanes: int = num_lanes,
+            lane_losses: dict[range, Tensor] = lane_losses,
+        ) -> Tensor:
+            state.gradient.zero_()
+            first = first_sample + lane * 2
+            inputs, targets = MadeRows().samples(range(first, first + 2))
+            torch.manual_seed(dropout_seed(config.train.seed, step=step, lane=lane))
+            with autocast(config, CPU):
+                scale = 1.0 / (num_lanes * 2 * inputs.shape[1])
+                loss = state.model.loss_of(state.model.hidden(inputs), targets, scale=scale)
+            loss.backward()
+            lane_losses[range(lane, lane + 1)] = loss.detach()
+            return state.gradient.clone()
+
+        summed = reduce_worlds(1, num_lanes=num_lanes, lane_value=lane_value)
+        losses.append(float(tree_sum(range(num_lanes), lane_losses.get)))
+        first_sample += num_lanes * 2
+        state.gradient.copy_(summed)
+        state.apply(norm=gradient_norm(summed), learning_rate=1e-2)
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
+    return parameter_hash(state.model.state_dict()), losses
+
+
+@pytest.mark.parametrize("case", EXACT, ids=str)
+def test_any_world_and_any_resizes_give_the_reference_bits(outcomes: list[Outcome], case: Case) -> None:
+    runs = [outcome for outcome in outcomes if outcome["case"] == asdict(case)]
+    assert {run["world"] for run in runs} == {*map(str, range(1, MAX_WORLD_SIZE + 1)), "resized"}
+    expected_hash, expected_losses = reference(case.numbers)
+    for run in runs:
+        size = RESIZES[-1] if run["world"] == "resized" else int(run["world"])
+        assert run["hashes"] == [expected_hash] * size, run["world"]
+        assert run["losses"] == expected_losses, run["world"]
+
+
+def test_stock_ddp_has_other_bits_in_each_world(outcomes: list[Outcome]) -> None:
+    """Shows that the test above can fail; the losses are the same up to rounding."""
+    runs = [outcome for outcome in outcomes if not outcome["case"]["exact"]]
+    assert len({run["hashes"][0] for run in runs}) > 2
+    for run in runs:
+        assert run["losses"] == pytest.approx(reference(Case())[1], rel=1e-5)
+
+
+def test_cases_differ() -> None:
+    numbers = {case.numbers for case in EXACT}
+    assert len({reference(case)[0] for case in numbers}) == len(numbers)
+
+
+@pytest.mark.parametrize("case", EXACT, ids=str)
+def test_powers_of_two_send_a_rings_bytes(outcomes: list[Outcome], case: Case) -> None:
+    for run in outcomes:
+        if run["case"] == asdict(case) and run["world"] in "245":
+            overhead = run["bytes_per_step"] / run["ring_bytes"] - 1
+            print(f"{run['world']} ranks: {overhead:+.1%} of a ring's bytes")
+            assert overhead >= 0
+            assert overhead <= 0.02 or run["world"] not in "24"
+
+
+@pytest.mark.parametrize("case", [case for case in EXACT if case.start_lanes is None], ids=str)
+def test_the_planner_knows_what_is_sent(outcomes: list[Outcome], case: Case) -> None:
+    for run in outcomes:
+        if run["case"] != asdict(case) or run["world"] not in "2345":
+            continue
+        world_size = int(run["world"])
+        num_values = round(run["ring_bytes"] * world_size / (world_size - 1) / 8)
+        planned = [
+            sent_bytes(num_values, world_size=world_size, num_subtrees=count)
+            for count in num_subtrees_of_rank(case.num_lanes, world_size=world_size)
+        ]
+        assert run["bytes_per_step"] == pytest.approx(sum(planned) / world_size, rel=0.03), run["world"]

@@ -1,0 +1,230 @@
+"""The flat training state: views of one buffer, AdamW as torch has it, and the same bits after a round trip."""
+
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cluster.settings.run import TrainConfig
+from jobs.exact.bucket_exchange import gradient_norm
+from jobs.exact.flat_layout import BLOCK
+from jobs.exact.train_state import TrainState
+from jobs.workers.worker_group import WorkerGroup
+from model.checkpoint import parameter_hash
+from model.config import resolve_preset
+from model.gpt import GPT
+from model.optimizer import decay_parameter_names
+
+RATE = 1e-2
+
+
+def make_model(**changes: Any) -> GPT:
+    # Odd sizes, so that no parameter but by padding ends at a multiple of 16 values.
+    shape = {"preset": "tiny", "n_embd": 18, "n_inner": 31, "n_positions": 9, "vocab_size": 301}
+    model = GPT(resolve_preset(shape | changes))
+    model.init_weights(0)
+    return model
+
+
+def make_state(model: GPT | None = None, **settings: Any) -> TrainState:
+    config = TrainConfig(**({"weight_decay": 0.3, "grad_clip": 0.0} | settings))
+    return TrainState(model or make_model(), config, device=torch.device("cpu"))
+
+
+def gradients(state: TrainState, count: int, *, scale: float = 1.0) -> Iterator[Tensor]:
+    """Real gradients (P,) of random batches: each is left in the buffer, and copied."""
+    for seed in range(count):
+        tokens = torch.randint(0, 301, (3, 10), generator=torch.Generator().manual_seed(seed))
+        state.gradient.zero_()
+        (state.model.loss(tokens[:, :-1], tokens[:, 1:]) * scale).backward()
+        yield state.gradient.clone()
+
+
+def apply(state: TrainState, gradient: Tensor, *, learning_rate: float) -> float:
+    """Returns the gradient's norm."""
+    state.gradient.copy_(gradient)
+    norm = gradient_norm(state.gradient)
+    state.apply(norm=norm, learning_rate=learning_rate)
+    return norm
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_parameters_and_gradients_are_views_of_the_flat_buffers(tied: bool) -> None:
+    model = make_model(tie_word_embeddings=tied)
+    before = parameter_hash(model.state_dict())
+    state = make_state(model)
+    assert parameter_hash(model.state_dict()) == before
+    parameters = dict(model.named_parameters())
+    state.gradient.fill_(3.0)
+    assert all(bool((p.grad == 3.0).all()) for p in parameters.values() if p.grad is not None)
+    for parameter in parameters.values():
+        assert parameter.grad is not None
+        parameter.grad.zero_()
+    # What is left over is padding, of less than 16 values a parameter and of a block at the end.
+    padding = int((state.gradient == 3.0).sum()) - sum(-p.numel() % 16 for p in parameters.values())
+    assert 0 <= padding < BLOCK
+    addresses = sorted((p.data_ptr(), p.numel()) for p in parameters.values())
+    assert all(start + 4 * size <= nxt for (start, size), (nxt, _) in itertools.pairwise(addresses))
+
+
+def test_views_are_aligned_to_64_bytes() -> None:
+    state = make_state()
+    for name, parameter in state.model.named_parameters():
+        assert parameter.data_ptr() % 64 == 0, name
+        assert parameter.grad is not None
+        assert parameter.grad.data_ptr() % 64 == 0, name
+        assert parameter.is_contiguous()
+
+
+def test_backward_adds_into_the_buffer() -> None:
+    state, plain = make_state(), make_model()
+    tokens = torch.randint(0, 301, (3, 10), generator=torch.Generator().manual_seed(0))
+    (gradient,) = gradients(state, 1)
+    plain.loss(tokens[:, :-1], tokens[:, 1:]).backward()
+    for name, parameter in plain.named_parameters():
+        view = state.model.get_parameter(name).grad
+        assert view is not None
+        assert parameter.grad is not None
+        assert torch.equal(view, parameter.grad), name
+    assert torch.equal(gradient, state.gradient)
+
+
+def test_a_step_is_torchs_adamw_with_decay_on_matrices_only() -> None:
+    state, plain = make_state(), make_model()
+    decayed = decay_parameter_names(plain)
+    assert "transformer.wte.weight" in decayed
+    assert not any(name.endswith("bias") or "ln_" in name for name in decayed)
+    parameters = dict(plain.named_parameters())
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for name, p in parameters.items() if name in decayed], "weight_decay": 0.3},
+            {"params": [p for name, p in parameters.items() if name not in decayed], "weight_decay": 0.0},
+        ],
+        lr=RATE,
+        betas=(0.9, 0.95),
+        eps=1e-8,
+    )
+    for step, gradient in enumerate(gradients(state, 5)):
+        for name, parameter in parameters.items():
+            parameter.grad = state.model.get_parameter(name).grad.clone()  # type: ignore[union-attr]
+        norm = apply(state, gradient, learning_rate=RATE)
+        optimizer.step()
+        torch_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters.values()])  # type: ignore[misc]
+        assert norm == pytest.approx(float(torch_norm), rel=1e-6)
+        for name, parameter in parameters.items():
+            updated = state.model.get_parameter(name)
+            assert torch.allclose(updated, parameter, rtol=0, atol=1e-7), (step, name)
+    assert parameter_hash(plain.state_dict()) != parameter_hash(make_model().state_dict())
+
+
+def test_the_learning_rate_is_each_steps_own() -> None:
+    state = make_state()
+    before = parameter_hash(state.model.state_dict())
+    for gradient in gradients(state, 2):
+        apply(state, gradient, learning_rate=0.0)
+        assert parameter_hash(state.model.state_dict()) == before
+        apply(state, gradient, learning_rate=RATE)
+        assert parameter_hash(state.model.state_dict()) != before
+        before = parameter_hash(state.model.state_dict())
+
+
+def test_a_long_gradient_is_clipped_and_a_short_one_is_not() -> None:
+    state = make_state(grad_clip=1.0)
+    (long,) = gradients(state, 1, scale=100.0)
+    norm = apply(state, long, learning_rate=RATE)
+    assert norm > 100
+    assert gradient_norm(state.gradient) == pytest.approx(1.0, rel=1e-6)
+    assert torch.allclose(state.gradient * norm, long, rtol=1e-5)
+    short = long * (0.5 / norm)
+    apply(state, short, learning_rate=RATE)
+    assert torch.equal(state.gradient, short)
+
+    unclipped = make_state(grad_clip=0.0)
+    apply(unclipped, long, learning_rate=RATE)
+    assert torch.equal(unclipped.gradient, long)
+
+
+def test_nothing_that_is_not_a_number_passes_unseen() -> None:
+    state = make_state(grad_clip=1.0)
+    (gradient,) = gradients(state, 1)
+    gradient[5] = math.nan
+    assert math.isnan(apply(state, gradient, learning_rate=RATE))
+
+
+@given(st.integers(1, 200_000), st.integers(0, 3))
+def test_the_norm_is_the_euclidean_one(size: int, seed: int) -> None:
+    vector = torch.randn(size, generator=torch.Generator().manual_seed(seed))
+    assert gradient_norm(vector) == pytest.approx(float(vector.double().norm()), rel=1e-6)
+
+
+@pytest.mark.parametrize("num_before", [0, 1, 3])
+def test_moments_carry_on_with_the_same_bits(num_before: int) -> None:
+    whole = make_state()
+    steps = list(gradients(whole, 6))  # of the initial weights: the optimizer does not mind
+    for gradient in steps[:num_before]:
+        apply(whole, gradient, learning_rate=RATE)
+    moments = whole.moments()
+    names = [name for name, _ in whole.model.named_parameters()]
+    assert set(moments) == {"step"} | {f"{m}.{name}" for m in ("exp_avg", "exp_avg_sq") for name in names}
+    assert int(moments["step"]) == num_before
+    assert moments["exp_avg.transformer.wte.weight"].shape == whole.model.get_parameter(names[0]).shape
+
+    model = make_model()
+    model.load_state_dict(whole.model.state_dict())
+    resumed = make_state(model)
+    resumed.load_moments({name: tensor.clone() for name, tensor in moments.items()})
+    for gradient in steps[num_before:]:
+        apply(whole, gradient, learning_rate=RATE)
+        apply(resumed, gradient, learning_rate=RATE)
+    assert parameter_hash(resumed.model.state_dict()) == parameter_hash(whole.model.state_dict())
+    again, first = resumed.moments(), whole.moments()
+    assert all(torch.equal(again[name], first[name]) for name in first)
+
+
+def test_moments_are_a_copy() -> None:
+    state = make_state()
+    first, second = gradients(state, 2)
+    apply(state, first, learning_rate=RATE)
+    moments = state.moments()
+    kept = {name: tensor.clone() for name, tensor in moments.items()}
+    apply(state, second, learning_rate=RATE)
+    assert all(torch.equal(moments[name], kept[name]) for name in kept)
+    assert not torch.equal(state.moments()["exp_avg.transformer.wte.weight"], kept["exp_avg.transformer.wte.weight"])
+
+
+def test_parts_of_any_world_make_the_state_in_any_other() -> None:
+    whole = make_state()
+    for gradient in gradients(whole, 3):
+        apply(whole, gradient, learning_rate=RATE)
+    for world_size in (1, 3, 4):
+        # Each rank of a world holds the same, as these are not sharded.
+        ranks = []
+        for rank in range(world_size):
+            model = make_model()
+            model.load_state_dict(whole.model.state_dict())
+            state = TrainState(model, TrainConfig(), device=torch.device("cpu"), group=WorkerGroup(rank, world_size))
+            state.load_moments(whole.moments())
+            ranks.append(state)
+        fresh = make_state(make_model())
+        fresh.load_state([state.own_state() for state in ranks])
+        assert parameter_hash(fresh.model.state_dict()) == parameter_hash(whole.model.state_dict())
+        first, again = whole.moments(), fresh.moments()
+        assert all(torch.equal(again[name], first[name]) for name in first)
+        assert fresh.num_updates == 3
+
+
+def test_own_state_is_a_copy() -> None:
+    state = make_state()
+    first, second = gradients(state, 2)
+    apply(state, first, learning_rate=RATE)
+    part = state.own_state()
+    kept = {name: tensor.clone() for name, tensor in part.tensors.items()}
+    apply(state, second, learning_rate=RATE)
+    assert all(torch.equal(part.tensors[name], kept[name]) for name in kept)
+    assert not torch.equal(state.own_state().tensors["values"], kept["values"])

@@ -1,0 +1,266 @@
+"""The planner against known runs, against what the trainer really allocates, and where its inputs disagree."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cluster.cli import main
+from cluster.settings.plan import PlanConfig
+from cluster.settings.run import RunConfig
+from jobs.exact.train_state import TrainState
+from jobs.plan.formulas import (
+    checkpoint_interval_s,
+    exchange,
+    goodput,
+    gpu_days,
+    mean_time_between_failures_s,
+    parameter_flops,
+    petaflop_s_days,
+)
+from jobs.plan.make_plan import make_plan
+from jobs.plan.memory import activation_bytes, gpu_memory, host_memory, layout_of
+from jobs.plan.table import size, table
+from model.config import GPTConfig
+from model.gpt import GPT
+from tests.jobs.runs import trained_run
+
+GPT3 = {"model": {"preset": "gpt3-175b"}, "train": {"max_tokens": 300_000_000_000, "precision": "bf16"}}
+
+
+def planned(run: dict[str, Any], **options: Any) -> dict[str, Any]:
+    return make_plan(RunConfig.model_validate(run), PlanConfig.model_validate(options))
+
+
+def small(**train: Any) -> dict[str, Any]:
+    """A run that gives no cause for a warning."""
+    train = {"max_tokens": 10_000_000_000, "precision": "bf16", "global_batch_size": 512} | train
+    return {"model": {"preset": "gpt2-124m"}, "train": train, "checkpoint": {"save_every_steps": 500}}
+
+
+def test_gpt3_as_its_paper_counts_it() -> None:
+    flops = parameter_flops(174.6e9, 300e9)
+    assert flops == pytest.approx(3.14e23, rel=1e-3)
+    assert petaflop_s_days(flops) == pytest.approx(3637, abs=1)
+    assert gpu_days(flops, 28e12) == pytest.approx(129_900, rel=1e-3)
+
+
+def test_gpt3_on_1024_a100_with_recomputation() -> None:
+    """Narayanan et al., 2021, section 5.1: 8 N D / (1024 x 140 TFLOP/s) is 33.9 days for 175 billion parameters."""
+    assert gpu_days(parameter_flops(175e9, 300e9, recompute=True), 140e12) / 1024 == pytest.approx(33.9, abs=0.05)
+    plan = planned(GPT3, gpu="a100", count=1024, sustained_tflops=140, recompute=True)
+    assert plan["days"] == pytest.approx(33.9, rel=0.003)
+    assert plan["total_flops"] == pytest.approx(3.14e23, rel=2e-3)
+
+
+def test_gpt3_on_v100() -> None:
+    plan = planned(GPT3, gpu="v100", count=10_000, sustained_tflops=28)
+    assert plan["gpu_days"] == pytest.approx(129_900, rel=1e-3)
+    assert plan["petaflop_s_days"] == pytest.approx(3637, abs=1)
+    assert plan["mfu"] == pytest.approx(0.23, abs=0.01), "PaLM's table 3 has 0.213 for it"
+
+
+def test_an_mfu_is_a_share_of_the_peak_with_attention() -> None:
+    plan = planned(GPT3, gpu="h100", count=512, mfu=0.5)
+    assert plan["model_flops"] > plan["total_flops"]
+    assert plan["days"] * 86400 == pytest.approx(plan["model_flops"] / (512 * 0.5 * 989e12))
+    assert plan["tokens_per_s"] * plan["days"] * 86400 == pytest.approx(300e9)
+    assert plan["cost"] == pytest.approx(plan["gpu_days"] * 24 * 3.0)
+    assert planned(GPT3, gpu="h100", count=512, mfu=0.5, price=1.5)["cost"] == pytest.approx(plan["cost"] / 2)
+
+
+def test_intervals_by_young_and_daly() -> None:
+    assert checkpoint_interval_s(1, 1e6) == pytest.approx(2**0.5 * 1e3, rel=1e-3)  # Young's, for a small cost
+    assert checkpoint_interval_s(60, 3600) == pytest.approx(617.9, abs=0.1)  # Daly's equation 37, by hand
+    assert checkpoint_interval_s(10, 4) == 4
+    assert mean_time_between_failures_s(50_000, 16_384) / 3600 == pytest.approx(3.05, abs=0.01), "Llama 3: every 3 h"
+    chances = {"cost_s": 60.0, "restart_s": 120.0, "mtbf_s": 36_000.0}
+    best = checkpoint_interval_s(60, 36_000)
+    shares = [goodput(interval_s=interval, **chances) for interval in (best / 3, best, 3 * best)]
+    assert max(shares) == shares[1]
+    assert goodput(interval_s=60, cost_s=1, restart_s=100, mtbf_s=100) == 0
+
+
+def test_an_exchange_is_bound_by_its_slowest_link() -> None:
+    links = {
+        "num_lanes": 64,
+        "num_buckets": 1,
+        "gpus_per_node": 8,
+        "link_bytes_per_s": 3e11,
+        "network_bytes_per_s": 1e10,
+    }
+    inside = exchange(10**9, world_size=8, **links)  # type: ignore[arg-type]
+    assert inside.num_bytes == pytest.approx(8e9 * 7 / 8)
+    assert inside.seconds == pytest.approx(7e9 / 3e11, rel=0.01)
+    across = exchange(10**9, world_size=16, **links)  # type: ignore[arg-type]
+    assert across.seconds == pytest.approx(8e9 * 15 / 16 * 8 / 15 / 1e10, rel=0.01)
+    assert exchange(10**9, world_size=1, **links).num_bytes == 0  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+def test_activations_are_those_that_autograd_keeps(precision: str, activation: str) -> None:
+    shape = GPTConfig(301, n_positions=32, n_layer=3, n_head=4, n_embd=64, activation_function=activation)  # type: ignore[arg-type]
+    config = RunConfig.model_validate(
+        {"model": vars(shape), "train": {"micro_batch_size": 4, "precision": precision, "max_tokens": 10**6}}
+    )
+    model = GPT(shape)
+    model.init_weights(0)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        is_weight = tensor.shape in {parameter.shape for parameter in model.parameters()}  # or its copy in bf16
+        if storage.data_ptr() not in weights and not is_weight:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    token_ids = torch.randint(301, (4, 32))
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"),
+    ):
+        loss = model.loss(token_ids, token_ids)
+    # A ReLU keeps its output, which the layer after it keeps anyway; GELU its input.
+    spared = 3 * 4 * 32 * 256 * (2 if precision == "bf16" else 4) if activation == "relu" else 0
+    assert sum(kept.values()) == pytest.approx(activation_bytes(config) - spared, rel=0.03)
+    loss.backward()
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_flat_buffers_have_the_planned_sizes(*, sharded: bool) -> None:
+    config = RunConfig.model_validate(
+        {
+            "model": {"preset": "tiny", "vocab_size": 301},
+            "train": {"global_batch_size": 8, "micro_batch_size": 1, "max_tokens": 10**6, "shard_optimizer": sharded},
+        }
+    )
+    model = GPT(config.model)
+    model.init_weights(0)
+    state = TrainState(model, config.train, device=torch.device("cpu"))
+    parts = gpu_memory(config, layout_of(config.model), world_size=1, shard_optimizer=sharded)
+    assert parts["weights"] == state.values.nbytes
+    assert parts["gradients"] == state.gradient.nbytes
+    assert parts["optimizer"] == sum(moment.nbytes for moment in state.flat_moments().values())
+    four = gpu_memory(config, layout_of(config.model), world_size=4, shard_optimizer=sharded)
+    assert four["optimizer"] == parts["optimizer"] / (4 if sharded else 1)
+    # Halves of 8 lanes, and their halves, wait for each other: two more buffers, and a second of the largest matrix.
+    largest = max(parameter.nbytes for parameter in model.parameters())
+    assert parts["lane_sums"] == pytest.approx(2 * state.values.nbytes + largest)
+
+
+def test_a_checkpoint_has_the_planned_bytes(tmp_path: Path) -> None:
+    plan = trained_run(str(tmp_path))
+    folder = max((tmp_path / "runs").glob("*/checkpoints/step-*"))
+    found = sum((folder / name).stat().st_size for name in ("model.safetensors", "train_state.safetensors"))
+    planned_bytes = make_plan(plan.config, PlanConfig())["checkpoint"]["bytes"]
+    assert planned_bytes == pytest.approx(found, rel=0.1)  # a header of a few kB
+
+
+def test_memory_beside_the_gpus() -> None:
+    config = RunConfig.model_validate(small())
+    layout = layout_of(config.model)
+    shape = {"world_size": 16, "gpus_per_node": 8}
+    whole = host_memory(config, layout, **shape, shard_optimizer=False)
+    assert whole["snapshots"] == 2 * 12 * layout.size
+    assert whole["copies_of_another_node"] == 0, "every node has the whole state"
+    shares = host_memory(config, layout, **shape, shard_optimizer=True)
+    assert shares["snapshots"] == shares["copies_of_another_node"] == 12 * layout.size
+
+
+def test_a_model_too_large_is_said_first_and_still_planned() -> None:
+    plan = planned(GPT3, gpu="a100", count=1024)
+    assert "does not fit one GPU" in plan["warnings"][0]
+    assert "the largest preset that does in bf16 is gpt3-2.7b" in plan["warnings"][0]
+    assert plan["memory_bytes"]["weights"] == pytest.approx(4 * 174.6e9, rel=1e-3)
+    assert plan["memory_bytes_sharded"]["optimizer"] == pytest.approx(8 * 174.6e9 / 1024, rel=1e-3)
+    assert plan["memory_bytes"]["total"] == sum(v for k, v in plan["memory_bytes"].items() if k != "total")
+    assert plan["cost"] > 1e6
+
+
+def test_zero_1_is_named_where_it_helps() -> None:
+    run = {"model": {"preset": "gpt3-2.7b"}, "train": {"precision": "bf16", "global_batch_size": 512}}
+    run["train"] |= {"max_tokens": 10**11, "micro_batch_size": 4, "warmup_tokens": 10**8}  # type: ignore[operator]
+    (first, *_) = planned(run, gpu="a100", count=128)["warnings"]
+    assert "--train.shard-optimizer true makes it" in first
+
+
+@pytest.mark.parametrize(
+    ("train", "options", "said"),
+    [
+        ({}, {}, None),
+        ({}, {"count": 100}, "64 GPUs"),
+        ({}, {"count": 24}, "some compute 3 a step, others 2 and wait: 11%"),
+        ({"precision": "fp32"}, {}, "set --train.precision bf16"),
+        ({"warmup_tokens": 10**10}, {}, "never reaches its peak"),
+        ({"decay_tokens": 2 * 10**10}, {}, "never reaches its least"),
+        ({"decay_tokens": 5 * 10**9}, {}, "for the last 50% of the run"),
+        ({"seq_len": 512}, {}, "later positions are never trained"),
+        ({}, {"steps": 10_000}, "10,000 steps of 524,288 tokens are 5,242,880,000 tokens"),
+        ({}, {"steps": 19_073}, None),
+        ({}, {"gpu_days": 0.0864}, "petaflop/s-days of this run, a measure of work, and not GPU-days"),
+        ({}, {"gpu_days": 3}, "You expect 3 GPU-days"),
+        ({}, {"recompute": True}, "--recompute changes no days"),
+        ({}, {"count": 64, "network_gbit_per_s": 0.1}, "cannot be sustained"),
+    ],
+)
+def test_inputs_that_disagree(train: dict[str, Any], options: dict[str, Any], said: str | None) -> None:
+    if said == "64 GPUs":
+        train, said = {"global_batch_size": 512, "micro_batch_size": 8}, "100 GPUs for 64 lanes"
+    warnings = planned(small(**train), **{"count": 8} | options)["warnings"]
+    if said is None:
+        assert warnings == []
+    else:
+        assert any(said in text for text in warnings), warnings
+
+
+def test_a_run_on_cpus_is_not_measured_by_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nobody asked for a GPU: of what one would say, only the size of the model is left."""
+    run = {"model": {"preset": "tiny"}, "train": {"max_tokens": 60_000, "precision": "fp32"}}
+    (said,) = planned(run)["warnings"]
+    assert said.startswith("The run computes on 2 workers' CPUs") and "--calibrate" in said
+    assert len(planned(run, gpu="a100")["warnings"]) > 1
+    assert len(planned(run | {"scaling": {"use_gpu": True}})["warnings"]) > 1
+    words = ["plan", "--storage.uri", str(tmp_path), "--model.preset", "tiny", "--train.max-tokens", "60000", "--json"]
+    assert main(words) == 0
+    warnings = json.loads(capsys.readouterr().out.splitlines()[-1])["warnings"]
+    assert warnings[0].startswith("The run computes on 2 workers' CPUs")
+    assert main([*words, "--gpu", "a100"]) == 0
+    warnings = json.loads(capsys.readouterr().out.splitlines()[-1])["warnings"]
+    assert not any("CPUs" in text for text in warnings)
+
+
+def test_settings_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ValueError, match="expected one of h100-pcie"):
+        PlanConfig.model_validate({"gpu": "a1000"})
+    with pytest.raises(ValueError, match="exceeds the 125 TFLOP/s that one v100 can do"):
+        PlanConfig.model_validate({"gpu": "v100", "sustained_tflops": 140})
+
+
+def test_the_table_is_aligned_and_has_its_units() -> None:
+    options = PlanConfig.model_validate({"gpu": "a100", "count": 1024})
+    text = table(make_plan(RunConfig.model_validate(GPT3), options), options)
+    lines = text.splitlines()
+    assert lines[0].startswith("warning: The model does not fit one GPU")
+    assert max(map(len, lines)) <= 120
+    assert "  operations, 6 N D         3.14e+23 FLOPs = 3,638 petaflop/s-days" in lines
+    assert any(
+        line.startswith("  AdamW's moments") and line.split()[-4:] == ["1.397", "TB", "1.364", "GB"] for line in lines
+    )
+    assert size(2.5e15) == "2.5 PB"
+    assert size(12, "/s") == "12 B/s"
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["--model.preset", "gpt3-175b", "--train.max-tokens", "300000000000", "--gpu", "a100", "--count", "1024"]
+    assert main(["plan", "--json", *words]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["total_flops"] == pytest.approx(3.14e23, rel=2e-3)
+    assert found["gpu_days"] == pytest.approx(1024 * found["days"])
+    assert {"cost", "checkpoint", "exchange", "data", "warnings"} <= found.keys()
+    assert {"weights", "gradients", "optimizer", "activations", "logits_chunk"} <= found["memory_bytes"].keys()
+    assert main(["plan", "--gpu", "a1000"]) == 2

@@ -1,0 +1,83 @@
+"""Scale on paper: the simulation against its formulas, and the page against the command that it shows."""
+
+import shlex
+from itertools import pairwise
+
+import pytest
+
+from cluster.commands.plan_command import add_plan_arguments
+from cluster.settings.flags import settings_from_flags, validate_config
+from cluster.settings.parser import Parser
+from cluster.settings.plan import PlanConfig
+from cluster.settings.run import RunConfig
+from jobs.plan.scale_simulation import limits, scale_table, scales, simulate, simulated_goodput
+from tests.repository import REPOSITORY
+
+PAGE = REPOSITORY / "k8s" / "scale.md"
+
+
+def documented() -> tuple[RunConfig, PlanConfig]:
+    (command,) = [line for line in PAGE.read_text().splitlines() if line.startswith("raymill plan ")]
+    parser = Parser()
+    add_plan_arguments(parser)
+    arguments = parser.parse_args(shlex.split(command)[2:])
+    assert arguments.simulate
+    found = (settings_from_flags(arguments, root) for root in (RunConfig, PlanConfig))
+    run, options = found
+    return validate_config(run, RunConfig), validate_config(options, PlanConfig)
+
+
+def test_the_page_holds_what_its_command_prints() -> None:
+    written = PAGE.read_text().partition("<!-- begin -->\n")[2].partition("<!-- end -->")[0]
+    assert written.strip() == scale_table(simulate(*documented())), "paste the command's output between the marks"
+
+
+def test_more_gpus_compute_faster_and_wait_longer() -> None:
+    rows = scales(*documented())
+    assert [row.num_gpus for row in rows] == [8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
+    for few, many in pairwise(rows):
+        assert many.compute_s == pytest.approx(few.compute_s / 2)
+        assert many.efficiency < few.efficiency
+        assert many.mtbf_s == pytest.approx(few.mtbf_s / 2)
+    assert rows[-1].goodput_waiting < rows[-1].goodput_elastic
+    assert rows[-1].goodput_waiting < rows[0].goodput_waiting
+    assert all(row.step_s == pytest.approx(row.compute_s + row.exposed_s) for row in rows)
+
+
+def test_zero_1_lightens_snapshots() -> None:
+    config, options = documented()
+    sharded = config.model_copy(update={"train": config.train.model_copy(update={"shard_optimizer": True})})
+    whole, shares = scales(config, options)[3], scales(sharded, options)[3]
+    assert shares.snapshot_s == pytest.approx(whole.snapshot_s / 64)
+    assert shares.snapshot_every < whole.snapshot_every
+    assert shares.exposed_s >= whole.exposed_s, "the weights go round after the update"
+
+
+def test_limits_move_with_the_links() -> None:
+    config, options = documented()
+    slow = {
+        limit.part: limit.num_gpus
+        for limit in limits(scales(config, options.model_copy(update={"network_gbit_per_s": 10})))
+    }
+    fast = {limit.part: limit.num_gpus for limit in limits(scales(config, options))}
+    assert (slow["reduction"] or 0) < (fast["reduction"] or 0)
+    assert fast["control"] == 1024
+    assert fast["data"] is None
+
+
+def test_goodput_by_simulation_agrees_with_arithmetic() -> None:
+    rare = {
+        "interval_s": 1000.0,
+        "cost_s": 10.0,
+        "restart_s": 60.0,
+        "replace_s": 0.0,
+        "absent": 1.0,
+        "mtbf_s": 50_000.0,
+    }
+    # Of each failure half an interval and the restart; of each interval its cost.
+    expected = 1000 / 1010 * (1 - (505 + 60) / 50_000)
+    found = [simulated_goodput(**rare, seed=seed) for seed in range(20)]
+    assert sum(found) / len(found) == pytest.approx(expected, abs=0.003)
+    assert simulated_goodput(**rare, seed=3) == found[3]
+    hopeless = rare | {"mtbf_s": 100.0}
+    assert simulated_goodput(**hopeless, seed=0) < 0.01

@@ -1,0 +1,67 @@
+"""A crash at any point of saving: a fresh process finds a whole checkpoint, never an older one, and ends with the same bits."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from model.failpoints import FAILPOINTS, VARIABLE, failpoint
+from tests.repository import REPOSITORY
+
+
+def check_crashes(storage_uri: str, folder: Path, *, num_seeds: int, places: set[str]) -> None:
+    environment = os.environ | {"TMPDIR": str(folder), "PYTHONPATH": str(REPOSITORY)}
+    arguments = [storage_uri, str(folder / "tokens"), str(num_seeds), *sorted(places)]
+    command = [sys.executable, "-m", "tests.jobs.failpoint_runs", *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=REPOSITORY, check=True)
+    found: list[dict[str, Any]] = [json.loads(line) for line in done.stdout.splitlines()]
+    undisturbed, *crashed = found
+    assert undisturbed["code"] == undisturbed["ended"] == 0
+    for crash in crashed:
+        print(crash)
+        assert crash["ended"] == 0
+        assert crash["code"] == 137
+        assert crash["damaged"] == []
+        assert max(crash["published"], crash["complete"]) <= crash["went_on_from"]
+        assert crash["went_on_from"] % 2 == 0
+        assert crash["steps"], "the ledger has each step: no checkpoint was ahead of it"
+        assert crash["hash"] == undisturbed["hash"]
+        assert crash["left"] == []
+    assert {crash["failpoint"] for crash in crashed} == places
+    assert any(crash["went_on_from"] > 0 for crash in crashed)
+
+
+LOCAL = set(FAILPOINTS) - {"before_upload_complete"}
+
+
+def test_a_crash_anywhere(tmp_path: Path) -> None:
+    check_crashes(str(tmp_path / "storage"), tmp_path, num_seeds=1, places=LOCAL)
+
+
+def test_a_crash_on_the_way_to_object_storage(s3_bucket: str, tmp_path: Path) -> None:
+    places = {"before_upload_complete", "before_manifest", "mid_delete"}
+    check_crashes(f"s3://{s3_bucket}/storage", tmp_path, num_seeds=1, places=places)
+
+
+@pytest.mark.chaos
+@pytest.mark.slow
+@pytest.mark.parametrize("is_remote", [False, True])
+def test_twenty_seeds_of_crashes(s3_bucket: str, tmp_path: Path, is_remote: bool) -> None:
+    uri = f"s3://{s3_bucket}/storage" if is_remote else str(tmp_path / "storage")
+    check_crashes(uri, tmp_path, num_seeds=20, places=set(FAILPOINTS) if is_remote else LOCAL)
+
+
+def test_an_unarmed_failpoint_does_nothing_and_an_armed_one_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    failpoint("before_file")
+    monkeypatch.setenv(VARIABLE, "before_file:3:raise")
+    failpoint("before_file")
+    failpoint("after_file")
+    failpoint("before_file")
+    with pytest.raises(OSError, match="failpoint before_file"):
+        failpoint("before_file")
+    failpoint("before_file")

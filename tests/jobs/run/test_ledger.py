@@ -1,0 +1,76 @@
+"""The ledger: appended lines read back, torn ends dropped, lost steps superseded, recoveries and futile attempts counted."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.storage.uris import Storage, open_storage
+from jobs.run.ledger import LEDGER, Ledger, LedgerWriter, Recovery
+
+
+def lines_of(*words: tuple[Any, ...]) -> Ledger:
+    """A ledger from (time, step) pairs, and (time, "start", attempt, step) for a start."""
+    lines: list[dict[str, Any]] = []
+    for at, *rest in words:
+        if rest[0] == "start":
+            _, attempt, step = rest
+            lines.append({"event": "start", "time": at, "attempt": attempt, "step": step, "world_size": 2})
+        else:
+            lines.append({"time": at, "step": rest[0], "loss": at})
+    return Ledger(lines)
+
+
+@pytest.fixture(params=["local", "s3"])
+def run(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    if request.param == "local":
+        return open_storage(str(tmp_path / "runs/r"))
+    return open_storage(f"s3://{request.getfixturevalue('s3_bucket')}/runs/r")
+
+
+def test_lines_read_back_and_a_later_writer_goes_on(run: Storage) -> None:
+    assert Ledger.read(run).lines == []
+    first = LedgerWriter(run)
+    first.event("start", attempt=1, world_size=3, step=0)
+    first.step(step=1, loss=0.1 + 0.2)
+    first.event("checkpoint", step=1)
+    first.close()
+    second = LedgerWriter(run)
+    second.event("start", attempt=2, world_size=2, step=1)
+    second.close()
+    ledger = Ledger.read(run)
+    assert [line.get("event") for line in ledger.lines] == ["start", None, "checkpoint", "start"]
+    assert ledger.steps[0]["loss"] == 0.1 + 0.2, "the same float, to the bit"
+    assert ledger.world_sizes == [3, 2]
+    assert [line["step"] for line in ledger.events("start", "checkpoint")] == [0, 1, 1]
+
+
+def test_a_torn_last_line_is_dropped_and_written_over(run: Storage) -> None:
+    whole = json.dumps({"time": 1.0, "step": 1, "loss": 2.0}).encode() + b"\n"
+    run.write_bytes(LEDGER, whole + whole[:20])
+    assert [line["step"] for line in Ledger.read(run).lines] == [1]
+    writer = LedgerWriter(run)
+    writer.event("start", attempt=2, world_size=1, step=1)
+    writer.close()
+    assert run.read_bytes(LEDGER).startswith(whole + b'{"event": "start"')
+    assert [line["step"] for line in Ledger.read(run).lines] == [1, 1]
+    run.write_bytes(LEDGER, whole[:20])
+    assert Ledger.read(run).lines == []
+
+
+def test_of_a_step_taken_twice_the_last_line_counts() -> None:
+    ledger = lines_of((0, "start", 1, 0), (1, 1), (2, 2), (3, 3), (5, "start", 2, 1), (6, 2), (7, 3), (8, 4))
+    assert [(line["step"], line["loss"]) for line in ledger.steps] == [(1, 1), (2, 6), (3, 7), (4, 8)]
+    assert len(ledger.lines) == 8, "nothing is rewritten"
+
+
+def test_recoveries_count_lost_steps_and_seconds() -> None:
+    ledger = lines_of(
+        *((0, "start", 1, 0), (1, 1), (2, 2), (3, 3)),
+        *((7, "start", 2, 1), (9.5, 2)),  # steps 2 and 3 were lost
+        *((12, "start", 3, 2), (13, "start", 4, 2), (14, 3)),  # none lost; attempt 3 came to nothing
+        (20, "start", 5, 3),  # no step yet
+    )
+    assert ledger.recoveries() == [Recovery(2, lost_steps=2, seconds=6.5), Recovery(4, lost_steps=0, seconds=4.5)]
+    assert lines_of((0, "start", 1, 0), (1, "start", 2, 0), (2, 1)).recoveries() == []

@@ -1,0 +1,81 @@
+"""The fence: writers are numbered, the newest one writes, and a launcher that was replaced gets no number any more."""
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from cluster.storage.lease import LeaseLostError
+from cluster.storage.uris import Storage, open_storage
+from jobs.run.ledger import Ledger, LedgerWriter
+from jobs.run.writer_generation import WRITER, Fence
+from tests.cluster.fault_proxy import Cut, running_proxy
+
+
+@pytest.fixture(params=["local", "s3"])
+def run(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    if request.param == "local":
+        return open_storage(str(tmp_path / "runs/r"))
+    return open_storage(f"s3://{request.getfixturevalue('s3_bucket')}/runs/r")
+
+
+def test_the_newest_writer_is_the_only_one(run: Storage) -> None:
+    first = Fence(run, launcher=0)
+    first.check()
+    second = Fence(run, launcher=0)
+    assert (first.generation, second.generation) == (1, 2)
+    second.check()
+    with pytest.raises(LeaseLostError, match="writer 1 was replaced by writer 2, process"):
+        first.check()
+
+
+def test_attempts_of_a_replaced_launcher_are_turned_away(run: Storage) -> None:
+    old = Fence(run, launcher=None).generation
+    Fence(run, launcher=old)
+    new = Fence(run, launcher=None).generation
+    assert new == 3
+    with pytest.raises(LeaseLostError, match=r"launcher 3 on .* took this run over from launcher 1"):
+        Fence(run, launcher=old)
+    Fence(run, launcher=new).check()
+
+
+def test_of_many_at_once_each_gets_a_number_of_its_own(tmp_path: Path) -> None:
+    run, fences = open_storage(str(tmp_path)), []
+    threads = [threading.Thread(target=lambda: fences.append(Fence(run, launcher=0))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(fence.generation for fence in fences) == list(range(1, 9))
+    max(fences, key=lambda fence: fence.generation).check()
+
+
+def test_a_lost_answer_costs_a_number_at_most(s3_bucket: str, s3_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = open_storage(f"s3://{s3_bucket}/r")
+    with running_proxy(s3_server) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        proxy.script = [Cut(kind="unanswered")]
+        fence = Fence(run, launcher=0)
+        fence.check()
+        assert fence.generation <= 2
+
+
+def test_a_stale_writer_s_lines_reach_nobody(run: Storage) -> None:
+    """The old one goes on as a rank does that was stopped meanwhile: it neither writes nor hides the new one's lines."""
+    old = LedgerWriter(run, Fence(run, launcher=0))
+    old.event("start", attempt=1, world_size=1, step=0)
+    old.mirror()
+    new = LedgerWriter(run, Fence(run, launcher=0))
+    new.event("start", attempt=2, world_size=1, step=0)
+    new.step(step=1, loss=2.0)
+    new.mirror()
+    with pytest.raises(LeaseLostError, match="replaced by writer 2"):
+        for _ in range(100):  # remotely, its own thread finds out
+            old.step(step=1, loss=3.0)
+            old.mirror()
+    new.step(step=2, loss=1.5)
+    new.close()
+    ledger = Ledger.read(run)
+    assert [line.get("attempt") for line in ledger.events()] == [1, 2]
+    assert [line["loss"] for line in ledger.steps] == [2.0, 1.5]
+    assert run.exists(WRITER)

@@ -1,0 +1,112 @@
+"""Which snapshot a restart takes, who brings it in, what gets a second copy, and how often: plain values in and out."""
+
+from dataclasses import replace
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobs.snapshots.choice import MAX_SHARE, Holding, choose, copies, copy_area, held_on, interval, sources
+
+
+def held(node: str, step: int, *, rank: int = 0, world_size: int = 1, attempt: int = 1, area: str = "state") -> Holding:
+    return Holding(node, area, step % 2, step, attempt, step, rank, world_size)
+
+
+def choice_of(*holdings: Holding, explained_step: int = 100, at_least: int = 0, left_out: range = range(0)):
+    return choose(holdings, explained_step=explained_step, at_least=at_least, is_left_out=lambda step: step in left_out)
+
+
+def test_the_newest_state_that_any_node_holds_is_taken() -> None:
+    choice = choice_of(held("a", 6), held("a", 7), held("b", 7), held("b", 8))
+    assert choice is not None
+    assert choice.step == 8
+    assert [[share.node for share in holders] for holders in choice.holders] == [["b"]]
+
+
+def test_no_state_is_ahead_of_the_ledger() -> None:
+    choice = choice_of(held("a", 7), held("a", 8), explained_step=7)
+    assert choice is not None
+    assert choice.step == 7
+    assert choice_of(held("a", 8), explained_step=7) is None
+
+
+def test_a_newer_checkpoint_is_better() -> None:
+    assert choice_of(held("a", 7), at_least=8) is None
+    assert choice_of(held("a", 8), at_least=8) is not None
+
+
+def test_what_a_rollback_left_out_stays_out() -> None:
+    choice = choice_of(held("a", 4), held("a", 5), held("a", 6), left_out=range(5, 7))
+    assert choice is not None
+    assert choice.step == 4
+
+
+def test_a_sharded_state_needs_every_share_of_one_step_attempt_and_world() -> None:
+    shares = [held("a", 8, rank=0, world_size=2), held("b", 7, rank=1, world_size=2)]
+    assert choice_of(*shares) is None
+    other_attempt = held("b", 8, rank=1, world_size=2, attempt=2)
+    assert choice_of(*shares, other_attempt) is None
+    other_world = held("b", 8, rank=1, world_size=3)
+    assert choice_of(*shares, other_world) is None
+    choice = choice_of(*shares, held("a", 7, rank=0, world_size=2))
+    assert choice is not None
+    assert choice.step == 7
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 6), st.integers(0, 2), st.sampled_from([1, 2, 3]))))
+def test_a_choice_is_complete_and_none_newer_is(found: list[tuple[str, int, int, int]]) -> None:
+    holdings = [held(node, step, rank=rank % world, world_size=world) for node, step, rank, world in found]
+
+    def complete(step: int) -> bool:
+        return any(
+            {share.rank for share in holdings if share.step == step and share.world_size == world} == set(range(world))
+            for world in (1, 2, 3)
+        )
+
+    choice = choice_of(*holdings, explained_step=5)
+    steps = [step for step in range(1, 6) if complete(step)]
+    if not steps:
+        assert choice is None
+        return
+    assert choice is not None
+    assert choice.step == steps[-1]
+    world = choice.holders[0][0].world_size
+    assert [{share.rank for share in holders} for holders in choice.holders] == [{rank} for rank in range(world)]
+
+
+def test_a_rank_whose_node_holds_a_share_brings_it() -> None:
+    shares = [held("a", 8, rank=0, world_size=2), held("b", 8, rank=1, world_size=2)]
+    choice = choice_of(*shares)
+    assert choice is not None
+    assert held_on(choice, "a") is None
+    assert [(source.reader, source.is_local) for source in sources(choice, ["c", "b", "a"])] == [(2, True), (1, True)]
+    assert [(source.reader, source.is_local) for source in sources(choice, ["c", "b"])] == [(0, False), (1, True)]
+    both = choice_of(*shares, replace(shares[1], node="a"))
+    assert both is not None
+    assert held_on(both, "a") is not None
+
+
+def test_a_state_on_one_node_is_copied_to_another_and_to_the_same_one_again() -> None:
+    share = held("a", 8)
+    assert copies([held("a", 7), share], ["a", "b", "c"]) == [(share, "b")]
+    old_copy = held("c", 5, area=copy_area(share))
+    assert copies([share, old_copy], ["a", "b", "c"]) == [(share, "c")]
+
+
+def test_a_state_that_two_nodes_train_is_not_copied_nor_what_an_older_attempt_left() -> None:
+    assert copies([held("a", 8), held("b", 7)], ["a", "b", "c"]) == []
+    assert copies([held("a", 8, attempt=2), held("b", 7)], ["a", "b"]) == [(held("a", 8, attempt=2), "b")]
+    assert copies([held("a", 8)], ["a"]) == []
+    assert copies([], ["a", "b"]) == []
+
+
+def test_shares_are_spread_over_the_other_nodes() -> None:
+    shares = [held("a", 8, rank=rank, world_size=2, area=f"rank-{rank}") for rank in range(2)]
+    assert [node for _, node in copies(shares, ["a", "b", "c"])] == ["b", "c"]
+
+
+@given(copy_s=st.floats(1e-6, 10), step_s=st.floats(1e-4, 1000))
+def test_snapshots_cost_no_more_than_their_share(copy_s: float, step_s: float) -> None:
+    steps = interval(copy_s=copy_s, step_s=step_s)
+    assert copy_s / (steps * step_s) <= MAX_SHARE * (1 + 1e-9)
+    assert steps == 1 or copy_s / ((steps - 1) * step_s) > MAX_SHARE * (1 - 1e-9)

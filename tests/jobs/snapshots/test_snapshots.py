@@ -1,0 +1,218 @@
+"""A training state through a keeper's memory and back: the same bits, of the right run only, within its bounds."""
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import jobs.training.attempt
+from cluster.settings.run import TrainConfig
+from jobs.exact.train_state import TrainState
+from jobs.run.ledger import Ledger
+from jobs.run.run_plan import RunPlan
+from jobs.snapshots.choice import choose
+from jobs.snapshots.slots import Header, Slots
+from jobs.snapshots.snapshot_actor import CHUNK_BYTES, SnapshotMemory
+from jobs.snapshots.snapshots import Snapshot, Snapshots, state_part, whole_state
+from jobs.training.train_loop import train
+from jobs.workers.worker_group import WorkerGroup
+from model.checkpoint import parameter_hash
+from tests.jobs.exact.test_train_state import RATE, apply, gradients, make_model
+from tests.jobs.runs import tiny_plan
+
+SIZE = 12 << 12
+
+
+def make_memory(*, max_bytes: int = 1 << 30) -> SnapshotMemory:
+    return SnapshotMemory(node="a", identity="run", max_bytes=max_bytes)
+
+
+def header_of(state: TrainState | None = None, *, step: int = 1, attempt: int = 1, identity: str = "run") -> Header:
+    return Header(
+        identity=identity,
+        sequence=0,
+        attempt=attempt,
+        step=step,
+        rank=0,
+        world_size=1,
+        num_updates=state.num_updates if state else step,
+        places=[(0, state.layout.size if state else SIZE // 4)],
+        names=list(whole_state(state).tensors) if state else ["values"],
+        num_bytes=0,
+        checksum=0,
+        carried={},
+    )
+
+
+def opened(memory: SnapshotMemory, area: str, num_bytes: int = SIZE) -> Slots:
+    """As a worker in another process would reach it."""
+    found = memory.open(area, num_bytes)
+    assert found is not None
+    descriptor = os.open(found[0], os.O_RDWR)
+    slots = Slots.map(descriptor)
+    os.close(descriptor)
+    return slots
+
+
+def write(slots: Slots, header: Header) -> None:
+    slots.write(header, [np.full(SIZE, header.step % 251, np.uint8)])
+
+
+def test_a_state_comes_back_with_the_same_bits_and_trains_on_alike() -> None:
+    state = TrainState(make_model(), TrainConfig(), device=torch.device("cpu"))
+    for gradient in gradients(state, 3):
+        apply(state, gradient, learning_rate=RATE)
+    memory = make_memory()
+    arrays = [tensor.numpy().view(np.uint8) for tensor in whole_state(state).tensors.values()]
+    opened(memory, "state", sum(array.size for array in arrays)).write(header_of(state, step=3), arrays)
+
+    (held,) = memory.holdings(verify=True)
+    assert (held.node, held.area, held.step) == ("a", "state", 3)
+    header, data = memory.header(held), memory.chunk(held, 0)
+    assert header is not None
+    assert data is not None
+    assert header.num_bytes < CHUNK_BYTES
+    other = TrainState(make_model(), TrainConfig(), device=torch.device("cpu"))
+    other.load_state([state_part(header, data[: header.num_bytes])])
+    assert other.num_updates == 3
+    for gradient in gradients(state, 2):
+        apply(state, gradient, learning_rate=RATE)
+        apply(other, gradient, learning_rate=RATE)
+    assert parameter_hash(other.model.state_dict()) == parameter_hash(state.model.state_dict())
+
+
+def test_of_another_run_or_damaged_is_not_held() -> None:
+    memory = make_memory()
+    slots = opened(memory, "state")
+    write(slots, header_of(identity="another", step=5))
+    assert memory.holdings(verify=False) == []
+    write(slots, header_of(step=6))
+    assert [held.step for held in memory.holdings(verify=True)] == [6]
+    slots.data(1)[17] ^= 1
+    assert [held.step for held in memory.holdings(verify=False)] == [6]
+    assert memory.holdings(verify=True) == []
+
+
+def test_what_was_written_again_is_not_given_out_for_the_old() -> None:
+    memory = make_memory()
+    slots = opened(memory, "state")
+    write(slots, header_of(step=1))
+    (held,) = memory.holdings(verify=False)
+    write(slots, header_of(step=2))
+    assert memory.chunk(held, 0) is not None
+    write(slots, header_of(step=3))  # over step 1
+    assert memory.header(held) is None
+    assert memory.chunk(held, 0) is None
+    assert memory.chunk(replace(held, area="gone"), 0) is None
+
+
+def test_memory_is_bounded_kept_and_given_back() -> None:
+    memory = make_memory(max_bytes=3 * Slots.bytes_needed(SIZE) - 1)
+    write(opened(memory, "state"), header_of(step=4, attempt=1))
+    write(opened(memory, "copy-state"), header_of(step=4, attempt=2))
+    assert memory.open("third", SIZE) is None
+    assert [held.step for held in memory.holdings(verify=True)] == [4, 4]
+    write(opened(memory, "state"), header_of(step=5, attempt=2))  # the next group takes the same memory
+    assert sorted(held.step for held in memory.holdings(verify=True) if held.area == "state") == [4, 5]
+    memory.close_older(2)
+    assert len(memory.holdings(verify=True)) == 3
+    memory.close_older(3)
+    assert memory.holdings(verify=True) == []
+    assert memory.open("third", SIZE) is not None
+
+
+def test_the_memory_has_no_name_in_a_file_system() -> None:
+    before = set(Path("/dev/shm").iterdir())
+    memory = make_memory()
+    write(opened(memory, "state"), header_of())
+    assert set(Path("/dev/shm").iterdir()) == before
+
+
+def test_another_size_starts_afresh() -> None:
+    memory = make_memory()
+    write(opened(memory, "state"), header_of())
+    opened(memory, "state", 2 * SIZE)
+    assert memory.holdings(verify=False) == []
+
+
+class KilledError(Exception):
+    """Stands for a SIGKILL."""
+
+
+class OwnMemory(Snapshots):
+    """The keeper is this process."""
+
+    memory: SnapshotMemory
+    raise_after: dict[int, Exception]  # by step
+    every_steps = 1
+
+    def __init__(self, plan: RunPlan, group: WorkerGroup) -> None:
+        super().__init__(plan, group)
+        self._launch = "this process"
+
+    def _write(self, step: int, state: TrainState, *, attempt: int, carried: dict[str, Any]) -> None:
+        arrays = [tensor.numpy().view(np.uint8) for tensor in whole_state(state).tensors.values()]
+        header = replace(header_of(state, step=step, attempt=attempt), carried=carried)
+        opened(self.memory, "state", sum(array.size for array in arrays)).write(header, arrays)
+
+    def newest(self, *, explained_step: int, at_least: int, is_left_out: Callable[[int], bool]) -> Snapshot | None:
+        choice = choose(
+            self.memory.holdings(verify=True),
+            explained_step=explained_step,
+            at_least=at_least,
+            is_left_out=is_left_out,
+        )
+        headers = [self.memory.header(holders[0]) for holders in choice.holders] if choice else []
+        return Snapshot(choice, [header for header in headers if header]) if choice else None
+
+    def restore(self, snapshot: Snapshot, state: TrainState) -> dict[str, Any]:
+        (holders,), (header,) = snapshot.choice.holders, snapshot.headers
+        data = self.memory.chunk(holders[0], 0)
+        assert data is not None
+        state.load_state([state_part(header, data[: header.num_bytes])])
+        return header.carried
+
+    def after_step(self, step: int, state: TrainState, *, attempt: int, carried: dict[str, Any]) -> None:
+        if step % self.every_steps == 0:
+            self._write(step, state, attempt=attempt, carried=carried)
+        if step in self.raise_after:
+            raise self.raise_after.pop(step)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("every_steps", "error"), [(1, KilledError()), (4, RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed"))]
+)
+def test_a_run_that_goes_on_from_memory_ends_with_the_bits_of_an_undisturbed_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dropout: float, every_steps: int, error: Exception
+) -> None:
+    """One worker, killed right after the snapshots of steps 2 and 7, between which a checkpoint comes; or one that
+    loses another then, with no snapshot due."""
+    monkeypatch.setattr(OwnMemory, "memory", make_memory(), raising=False)
+    monkeypatch.setattr(OwnMemory, "raise_after", {2: error, 7: error}, raising=False)
+    monkeypatch.setattr(OwnMemory, "every_steps", every_steps)
+    shape = {"preset": "tiny", "n_positions": 48, "vocab_size": 300, "dropout": dropout}
+    undisturbed = tiny_plan(str(tmp_path / "undisturbed"), model=shape)
+    train(undisturbed, rank=0, world_size=1)
+    monkeypatch.setattr(jobs.training.attempt, "Snapshots", OwnMemory)
+    disturbed = tiny_plan(str(tmp_path / "disturbed"), model=shape)
+    for _ in range(2):
+        with pytest.raises(type(error)):
+            train(disturbed, rank=0, world_size=1)
+    train(disturbed, rank=0, world_size=1)
+
+    ledgers = [Ledger.read(plan.run) for plan in (undisturbed, disturbed)]
+    assert [(start["step"], start["from_memory"]) for start in ledgers[1].events("start")] == [
+        (0, False),
+        (2, True),
+        (7, True),
+    ]
+    assert [recovery.lost_steps for recovery in ledgers[1].recoveries()] == [0, 0]
+    hashes = [ledger.events("checkpoint")[-1]["parameter_hash"] for ledger in ledgers]
+    assert hashes[0] == hashes[1]
+    assert [line["loss"] for line in ledgers[0].steps] == [line["loss"] for line in ledgers[1].steps]

@@ -1,0 +1,192 @@
+"""The batch plan: each row once an epoch, each sample of a step on one rank, whatever the world size."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jobs.tokens.batch_plan import SampleOrder, lane_sample_indices, lanes_of_rank
+
+seeds = st.integers(0, 2**63 - 1)
+weight_lists = st.lists(st.floats(0.01, 1.0), min_size=2, max_size=4).map(tuple)
+
+
+def one_source(seed: int, num_rows: int, window_rows: int, *, complete: bool = True) -> SampleOrder:
+    return SampleOrder(seed, window_rows, (num_rows,), complete=complete)
+
+
+@given(seed=seeds, epoch=st.integers(0, 1000), num_rows=st.integers(1, 2000), window_rows=st.integers(40, 2500))
+def test_an_epoch_takes_each_row_once_window_after_window(
+    seed: int, epoch: int, num_rows: int, window_rows: int
+) -> None:
+    first = epoch * num_rows
+    sources, rows = one_source(seed, num_rows, window_rows).rows(np.arange(first, first + num_rows))
+    assert not sources.any()
+    for start in range(0, num_rows, window_rows):
+        window = range(start, min(num_rows, start + window_rows))
+        assert sorted(rows[window].tolist()) == list(window)
+
+
+@given(seed=seeds, num_rows=st.integers(1, 2**40), window_rows=st.integers(1, 2**41), data=st.data())
+def test_a_sample_alone_is_the_same_as_among_others(
+    seed: int, num_rows: int, window_rows: int, data: st.DataObject
+) -> None:
+    order = one_source(seed, num_rows, window_rows)
+    samples = data.draw(st.lists(st.integers(0, 10 * num_rows), min_size=1, max_size=20))
+    rows = order.rows(samples)[1]
+    assert rows.tolist() == [int(order.rows([sample])[1][0]) for sample in samples]
+    assert 0 <= rows.min() <= rows.max() < num_rows
+
+
+@settings(deadline=None)
+@given(
+    seed=seeds,
+    sealed=st.lists(st.integers(0, 300), min_size=2, max_size=2),
+    more=st.lists(st.integers(0, 300), min_size=2, max_size=2),
+    window_rows=st.integers(1, 100),
+    weights=st.just(()) | weight_lists.filter(lambda weights: len(weights) == 2),
+)
+def test_what_is_sealed_is_taken_as_from_the_finished_store(
+    seed: int, sealed: list[int], more: list[int], window_rows: int, weights: tuple[float, ...]
+) -> None:
+    growing = SampleOrder(seed, window_rows, tuple(sealed), weights, complete=False)
+    num_rows = tuple(max(1, a + b) for a, b in zip(sealed, more, strict=True))
+    finished = dataclasses.replace(growing, num_rows=num_rows, complete=True)
+    samples = np.arange(400)
+    known = samples[growing.covers(samples)]
+    assert np.array_equal(growing.rows(known), finished.rows(known))
+    # Known are the full windows and nothing else: of the one source, so many samples.
+    if not weights:
+        assert known.tolist() == list(range(sealed[0] // window_rows * window_rows))
+    sources, rows = growing.rows(known)
+    assert (rows < np.array(sealed)[sources]).all()
+    with pytest.raises(AssertionError, match="beyond the sealed windows"):
+        growing.rows([10**6])
+
+
+def test_seeds_epochs_windows_and_sources_order_differently_and_evenly() -> None:
+    orders = {}
+    for seed in range(20):
+        rows = one_source(seed, 2000, 1000).rows(np.arange(10 * 2000))[1].reshape(10, 2, 1000) % 1000
+        orders |= {(seed, epoch, window): tuple(rows[epoch, window]) for epoch in range(10) for window in range(2)}
+    assert len(set(orders.values())) == 400
+    # Place 0 falls evenly on ten ranges of rows: 40 each, and chi² with 9 degrees of freedom exceeds 28 once in 1,000.
+    counts = np.bincount([order[0] // 100 for order in orders.values()], minlength=10)
+    assert ((counts - 40) ** 2 / 40).sum() < 28
+    # Neighbours in the epoch are no neighbours in the store.
+    distances = np.abs(np.diff(orders[0, 0, 0]))
+    assert 250 < distances.mean() < 420  # of a random order: a third of the window
+    sources, rows = SampleOrder(0, 1000, (1000, 1000), (0.5, 0.5)).rows(np.arange(2000))
+    assert rows[sources == 0].tolist() != rows[sources == 1].tolist()
+
+
+def test_the_order_is_pinned() -> None:
+    """A changed order would silently change every run that is resumed."""
+    assert one_source(7, 10, 6).rows(range(10))[1].tolist() == [3, 5, 0, 4, 2, 1, 9, 7, 6, 8]
+    sources, rows = SampleOrder(7, 1 << 20, (1000, 5), (0.7, 0.3)).rows(range(3000, 3010))
+    assert (sources.tolist(), rows.tolist()) == (
+        [0, 1, 0, 0, 0, 1, 0, 0, 1, 0],
+        [622, 0, 950, 380, 419, 4, 742, 749, 3, 508],
+    )
+
+
+@pytest.mark.parametrize(
+    "weights", [(0.7, 0.3), (0.01, 0.99), (0.5, 0.25, 0.125, 0.125), (1 / 3, 1 / 3, 1 / 3), (0.4, 0.2, 0.2, 0.1, 0.1)]
+)
+@pytest.mark.parametrize("seq_len", [64, 1024, 4096])
+def test_any_million_tokens_honour_the_weights(weights: tuple[float, ...], seq_len: int) -> None:
+    order = SampleOrder(0, 1000, (10**9,) * len(weights), weights)
+    num_samples = 1_000_000 // seq_len
+    for start in [0, 1, 4_321, 9_990, 10**6 + 17, *np.random.default_rng(0).integers(0, 10**9, 20).tolist()]:
+        sources, _ = order.rows(np.arange(start, start + num_samples))
+        shares = np.bincount(sources, minlength=len(weights)) / num_samples
+        assert np.abs(shares - weights).max() < 0.01, start
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=seeds, weights=weight_lists, window_rows=st.integers(1, 40), data=st.data())
+def test_each_source_has_its_own_epochs(
+    seed: int, weights: tuple[float, ...], window_rows: int, data: st.DataObject
+) -> None:
+    sizes = data.draw(st.lists(st.integers(1, 90), min_size=len(weights), max_size=len(weights)))
+    sources, rows = SampleOrder(seed, window_rows, tuple(sizes), weights).rows(np.arange(1000))
+    for source, size in enumerate(sizes):
+        taken = rows[sources == source]
+        epochs = taken[: len(taken) // size * size].reshape(-1, size)
+        assert (np.sort(epochs, axis=1) == np.arange(size)).all()
+
+
+def test_a_source_of_hardly_any_weight_still_gets_its_turn() -> None:
+    sources, _ = SampleOrder(0, 10, (100, 100, 100), (1e-7, 0.5, 0.5)).rows(np.arange(10_000))
+    assert np.bincount(sources).tolist() == [1, 5000, 4999]
+
+
+@given(
+    num_lanes=st.integers(1, 24),
+    micro_batch_size=st.integers(1, 5),
+    step=st.integers(0, 10**6),
+    data=st.data(),
+)
+def test_shards_of_a_step_are_disjoint_and_cover_it(
+    num_lanes: int, micro_batch_size: int, step: int, data: st.DataObject
+) -> None:
+    world_size = data.draw(st.integers(1, min(7, num_lanes)))
+    ranges = [lanes_of_rank(rank, world_size=world_size, num_lanes=num_lanes) for rank in range(world_size)]
+    assert [lane for lanes in ranges for lane in lanes] == list(range(num_lanes))
+    assert max(map(len, ranges)) - min(map(len, ranges)) <= 1
+    assert min(map(len, ranges)) >= 1
+    batch = num_lanes * micro_batch_size
+    indices = [samples_of_rank(step, rank, world_size, num_lanes, micro_batch_size) for rank in range(world_size)]
+    assert np.concatenate(indices).tolist() == list(range(step * batch, (step + 1) * batch))
+
+
+def samples_of_rank(step: int, rank: int, world_size: int, num_lanes: int, micro_batch_size: int) -> np.ndarray:
+    size = num_lanes * micro_batch_size
+    batch = range(step * size, (step + 1) * size)
+    lanes = lanes_of_rank(rank, world_size=world_size, num_lanes=num_lanes)
+    return np.concatenate([lane_sample_indices(batch, lane, micro_batch_size=micro_batch_size) for lane in lanes])
+
+
+def test_more_ranks_than_lanes_is_refused() -> None:
+    with pytest.raises(ValueError, match="rank 0 of 3 has no place in 2 lanes"):
+        lanes_of_rank(0, world_size=3, num_lanes=2)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=seeds,
+    sizes=st.lists(st.integers(1, 70), min_size=1, max_size=3),
+    window_rows=st.integers(1, 80),
+    micro_batch_size=st.integers(1, 3),
+    worlds=st.lists(st.integers(1, 5), min_size=1, max_size=5),
+    data=st.data(),
+)
+def test_resizes_leave_every_row_to_be_seen_once_an_epoch(
+    seed: int, sizes: list[int], window_rows: int, micro_batch_size: int, worlds: list[int], data: st.DataObject
+) -> None:
+    """The world changes at random steps, and falls back to the last checkpoint each time: a step taken again is the same."""
+    weights = tuple(1 / len(sizes) for _ in sizes) if len(sizes) > 1 else ()
+    order = SampleOrder(seed, window_rows, tuple(sizes), weights)
+    taken: dict[int, tuple[int, int]] = {}
+    step = 0
+    for world_size in worlds:
+        step = max(0, step - data.draw(st.integers(0, 3)))
+        for step in range(step, step + data.draw(st.integers(1, 12))):  # noqa: B020
+            batch: dict[int, tuple[int, int]] = {}
+            for rank in range(world_size):
+                indices = samples_of_rank(step, rank, world_size, 5, micro_batch_size)
+                rows = zip(*(part.tolist() for part in order.rows(indices)), strict=True)
+                assert not batch.keys() & set(indices.tolist())
+                batch |= dict(zip(indices.tolist(), rows, strict=True))
+            assert sorted(batch) == list(range(step * 5 * micro_batch_size, (step + 1) * 5 * micro_batch_size))
+            assert all(taken.setdefault(sample, row) == row for sample, row in batch.items())
+        step += 1
+    assert sorted(taken) == list(range(len(taken)))
+    for source, size in enumerate(sizes):
+        rows = [taken[sample][1] for sample in sorted(taken) if taken[sample][0] == source]
+        for start in range(0, len(rows), size):
+            epoch = rows[start : start + size]
+            assert len(set(epoch)) == len(epoch)
+            assert set(epoch) <= set(range(size))

@@ -1,0 +1,85 @@
+"""The preview: estimates that the job then confirms, without a cluster; and `raymill data` at the command line."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from cluster.cli import main
+from jobs.corpus.listing import CorpusError
+from jobs.tokens.build_store import tokenize
+from jobs.tokens.preview_data import preview
+from tests.jobs.corpora import data_config, make_corpus
+
+
+def test_a_small_corpus_is_previewed_whole(ray_workers: int, tmp_path: Path) -> None:
+    config = data_config(str(make_corpus(tmp_path / "texts", num_documents=80)), tmp_path / "storage")
+    seen = preview(config)
+    done = tokenize(config)
+    assert not seen["is_estimate"]
+    assert seen["documents"] == done["documents"]
+    assert seen["dropped"] == {reason: count for reason, count in done["dropped"].items() if count}
+    assert seen["tokens"] == pytest.approx(done["tokens"], rel=0.05)
+    assert seen["drop_samples"]["invalid_json"] == [{"file": f"{tmp_path}/texts/a.jsonl", "preview": "{broken"}]
+    assert seen["examples"][0]["file"] == f"{tmp_path}/texts/a.jsonl"
+    assert seen["skipped_files"] == [f"{tmp_path}/texts/readme.md"]
+
+
+def test_a_large_corpus_is_estimated_from_places_all_over_it(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    words = ["".join(rng.choices("aeioustrnlm", k=rng.randint(2, 9))) for _ in range(3000)]
+    num_documents = 30_000
+    with (tmp_path / "a.jsonl").open("w") as file:
+        for number in range(num_documents):
+            text = " ".join(rng.choices(words, k=200)) if number % 5 else ""
+            file.write(json.dumps({"text": text}) + "\n")
+    seen = preview(data_config(f"{tmp_path}/a.jsonl", tmp_path / "storage"))
+    assert seen["is_estimate"]
+    assert seen["documents"] == pytest.approx(0.8 * num_documents, rel=0.05)
+    assert seen["drop_rate"] == pytest.approx(0.2, abs=0.02)
+
+
+def test_nothing_to_keep_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\0\1")
+    with pytest.raises(CorpusError, match=r"the corpus is empty: 1 files, 1 documents dropped \(1 binary\)"):
+        preview(data_config(f"{tmp_path}/a.txt", tmp_path / "storage"))
+
+
+def test_the_commands(ray_workers: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    corpus = make_corpus(tmp_path / "texts", num_documents=60)
+    flags = ["--storage.uri", str(tmp_path / "storage")]
+    assert main(["data", "preview", "--data.source", str(corpus), *flags, "--json"]) == 0
+    assert json.loads(capfd.readouterr().out.splitlines()[-1])["documents"] == 61
+    result = tokenize(data_config(str(corpus), tmp_path / "storage"))
+    found = {}
+    for command in ("stats", "report", "verify"):
+        assert main(["data", command, *flags, "--json"]) == 0
+        found[command] = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert [source["source"] for source in found["stats"]["sources"]] == [str(corpus)]
+    assert found["report"]["dropped"]
+    assert found["verify"]["valid"]
+    assert main(["data", "report", *flags]) == 0
+    assert "{broken" in capfd.readouterr().out
+    shard = Path(result["manifest"]).parent / "shard-00000.bin"
+    shard.write_bytes(bytes(shard.stat().st_size))
+    assert main(["data", "verify", *flags]) == 1
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert "shard-00000.bin has SHA-256" in errors[0]
+    assert main(["data", "preview", "--data.source", f"{tmp_path}/nowhere", *flags]) == 1
+    assert main(["data", "stats", "nothing-here", *flags]) == 1
+
+
+def test_a_hostile_corpus_drives_no_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    escape = "\x1b]52;c;eHg=\x07 \x9b2J \u202etxet\r"  # sets the clipboard, clears the screen, turns the line around
+    rows = [f"{{{escape}", json.dumps({"text": f"kept {escape}"}), json.dumps({"text": "kept äöü 漢字\u3000"})]
+    (tmp_path / f"{escape[:4]}.jsonl").write_text("\n".join(rows), newline="")
+    assert main(["data", "preview", "--data.source", str(tmp_path)]) == 0
+    (tmp_path / "a.csv").write_text(f"{escape}\n")
+    assert main(["data", "preview", "--data.source", f"{tmp_path}/a.csv"]) == 1
+    out, err = capfd.readouterr()
+    assert r"{\x1b]52;c;eHg=\x07 \x9b2J \u202etxet" in out
+    assert "kept äöü 漢字" in out
+    assert r"has no column 'text'; set data.text_field to one of \x1b]52" in err
+    assert {char for char in out + err if not char.isprintable()} <= {"\n", "\u3000"}

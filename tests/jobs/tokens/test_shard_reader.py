@@ -1,0 +1,122 @@
+"""Reading shards: within the bound in memory and open files, ahead of need, and with the storage's own errors."""
+
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cluster.storage.folder import LocalStorage
+from cluster.storage.uris import NotFoundError, Storage, StorageError, open_storage
+from jobs.tokens.shard_reader import _MAX_MAPS, Piece, Range, RangeCache, open_shards
+from jobs.tokens.token_store import token_dtype
+from tests.jobs.stores import write_shard
+from tests.time_limits import limit_s
+
+
+@dataclass(frozen=True)
+class Watched(LocalStorage):
+    """A folder whose reads can be counted, held back and failed."""
+
+    reads: list[Range] = field(default_factory=list)
+    gate: threading.Event = field(default_factory=threading.Event)
+    broken: set[str] = field(default_factory=set)
+
+    def read_bytes(self, key: str, *, start: int = 0, end: int | None = None) -> bytes:
+        assert end is not None
+        self.reads.append(Range(key, start, end))
+        assert self.gate.wait(limit_s(10))
+        if key in self.broken:
+            raise StorageError(f"{key}: the disk is on fire")
+        return super().read_bytes(key, start=start, end=end)
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Watched:
+    (tmp_path / "file").write_bytes(bytes(range(250)) * 4)
+    (tmp_path / "other").write_bytes(bytes(1000))
+    watched = Watched(tmp_path)
+    watched.gate.set()
+    return watched
+
+
+def test_what_was_read_last_is_kept_within_the_bound(storage: Watched) -> None:
+    cache = RangeCache(storage, max_bytes=300)
+    blocks = [Range("file", start, start + 100) for start in range(0, 500, 100)]
+    for number in (0, 1, 2, 0, 3):
+        assert cache.read(blocks[number])[0] == number * 100 % 250
+        assert cache.held_bytes <= 300
+    assert storage.reads == [blocks[number] for number in (0, 1, 2, 3)]
+    for number in (0, 2, 3, 1):
+        cache.read(blocks[number])
+    assert storage.reads[4:] == [blocks[1]]
+
+
+def test_reading_ahead_stays_within_the_bound_and_goes_on_as_room_is_made(storage: Watched) -> None:
+    storage.gate.clear()
+    cache = RangeCache(storage, max_bytes=350)
+    wanted = [Range("file", start, start + 100) for start in range(0, 1000, 100)]
+    cache.read_ahead(wanted)
+    assert cache.held_bytes == 300  # three are on their way although nobody waits for them
+    storage.gate.set()
+    for range_ in wanted:
+        assert cache.read(range_)[0] == range_.start % 250
+        assert cache.held_bytes <= 350
+    assert sorted(storage.reads) == wanted  # each was read once
+
+
+def test_more_than_the_bound_at_once_is_read_but_not_kept(storage: Watched) -> None:
+    cache = RangeCache(storage, max_bytes=50)
+    cache.read_ahead([Range("file", 0, 100)])
+    assert storage.reads == []
+    assert len(cache.read(Range("file", 0, 100))) == 100
+    assert cache.held_bytes == 0
+
+
+def test_a_new_wish_replaces_the_old_one(storage: Watched) -> None:
+    cache = RangeCache(storage, max_bytes=200)
+    cache.read_ahead([Range("file", 0, 100), Range("file", 100, 200), Range("file", 200, 300)])
+    for range_ in (Range("file", 0, 100), Range("file", 100, 200)):
+        cache.read(range_)
+        cache.read_ahead([Range("other", 0, 100), Range("other", 100, 200)])
+    assert [cache.read(Range("other", start, start + 100)) for start in (0, 100)] == [bytes(100)] * 2
+    assert cache.held_bytes <= 200
+
+
+def test_an_error_ahead_surfaces_at_its_read_and_may_pass(storage: Watched) -> None:
+    storage.broken.add("other")
+    cache = RangeCache(storage, max_bytes=1000)
+    cache.read_ahead([Range("file", 0, 10), Range("other", 0, 10), Range("missing", 0, 10)])
+    assert cache.read(Range("file", 0, 10)) == bytes(range(10))
+    with pytest.raises(StorageError, match="other: the disk is on fire"):
+        cache.read(Range("other", 0, 10))
+    with pytest.raises(NotFoundError, match="missing does not exist"):
+        cache.read(Range("missing", 0, 10))
+    storage.broken.clear()
+    assert cache.read(Range("other", 0, 10)) == bytes(10)
+
+
+def test_a_store_of_many_shards_holds_few_files_open(tmp_path: Path) -> None:
+    storage = open_storage(str(tmp_path))
+    written = [write_shard(storage, number, 3) for number in range(_MAX_MAPS + 60)]
+    reader = open_shards(storage, dtype=token_dtype(1000), cache_bytes=1)
+    for _ in range(2):
+        for shard, tokens in written:
+            assert reader.read(Piece(shard, 1, 3), scattered=True).tolist() == tokens[1:].tolist()
+    maps = Path("/proc/self/maps").read_text()
+    assert maps.count(str(tmp_path)) <= _MAX_MAPS
+    del reader
+
+
+@pytest.mark.parametrize("scattered", [True, False])
+def test_remote_tokens_are_the_shards(scattered: bool, s3_bucket: str) -> None:
+    storage: Storage = open_storage(f"s3://{s3_bucket}/store")
+    shard, tokens = write_shard(storage, 0, 1_200_000)  # three blocks
+    reader = open_shards(storage, dtype=token_dtype(1000), cache_bytes=2 << 20)
+    starts = [0, 524_280, 1_199_900, *np.random.default_rng(0).integers(0, 1_199_900, 6).tolist()]
+    pieces = [Piece(shard, start, start + 100) for start in starts]
+    if scattered:
+        reader.read_ahead(pieces)
+    for piece in pieces:
+        assert reader.read(piece, scattered=scattered).tolist() == tokens[piece.start : piece.end].tolist()

@@ -1,0 +1,137 @@
+"""Tokenizing under SIGKILL of a worker, a node and the driver at random moments: always the bytes of a quiet run.
+
+Everything is real: raylets, Ray Data, SIGKILL. A seed draws the moment and the victim; the suite tries a few, the
+slow suite ten of each kind.
+"""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from cluster.local.local_cluster import LocalCluster
+from cluster.settings.run import write_config
+from cluster.stages.stage_module import parse_result
+from cluster.storage.uris import open_storage
+from tests.jobs.corpora import data_config, make_corpus
+from tests.repository import REPOSITORY
+from tests.time_limits import limit_s
+from tests.waiting import wait_until
+
+pytestmark = pytest.mark.cluster
+
+SETTINGS: dict[str, Any] = {"near_dedup_threshold": 0.8, "decontaminate_ngram": 13, "shard_bytes": 15_000}
+QUICK_SEEDS, ALL_SEEDS = range(1), range(10)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[LocalCluster]:
+    with LocalCluster(num_nodes=3, cpus_per_node=1) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_corpus(tmp_path_factory.mktemp("corpus") / "texts")
+
+
+def start(cluster: LocalCluster, corpus: Path, folder: Path) -> subprocess.Popen[str]:
+    write_config(data_config(str(corpus), folder / "storage", **SETTINGS), folder / "run.yaml")
+    return subprocess.Popen(
+        [sys.executable, "-m", "jobs.tokenize_corpus", str(folder / "run.yaml")],
+        env=os.environ | cluster.environment | {"RAY_ADDRESS": cluster.address, "PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(job: subprocess.Popen[str]) -> dict[str, Any]:
+    output, log = job.communicate(timeout=limit_s(120))
+    results = [found for line in output.splitlines() if (found := parse_result(line))]
+    assert job.returncode == 0, f"the log ends:\n{log[-6000:]}"
+    assert results
+    return {name: value for name, value in results[-1].items() if name != "manifest"}
+
+
+def is_outlived(job: subprocess.Popen[str]) -> bool:
+    """Whether the driver is still there soon after a node died: it ends with the node that it is attached to, which
+    is any one where all share an address."""
+    try:
+        return job.wait(timeout=limit_s(10)) == 0
+    except subprocess.TimeoutExpired:
+        return True
+
+
+def wait_for_progress(folder: Path, *, files: int) -> None:
+    """Until the store holds so many files: indexes, decisions, shards."""
+    storage = open_storage(str(folder / "storage"))
+    wait_until(lambda: len(storage.list("tokens/")) >= files, poll_s=0.01, told=lambda: "the job wrote nothing")
+
+
+def workers_of(cluster: LocalCluster) -> list[psutil.Process]:
+    """Not the agents, with which their node would die."""
+    own = [child for node in cluster._nodes.values() for child in psutil.Process(node.pid).children(recursive=True)]
+    titles = {process: " ".join(process.cmdline()[:1]) for process in own if process.is_running()}
+    return [process for process, title in titles.items() if title.startswith("ray::") and "Agent" not in title]
+
+
+@pytest.fixture(scope="module")
+def quiet(cluster: LocalCluster, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return finish(start(cluster, corpus, tmp_path_factory.mktemp("quiet")))
+
+
+def seeds() -> list[Any]:
+    return [pytest.param(seed, marks=() if seed in QUICK_SEEDS else pytest.mark.slow) for seed in ALL_SEEDS]
+
+
+@pytest.mark.parametrize("seed", seeds())
+@pytest.mark.parametrize("victim", ["worker", "node", "driver"])
+def test_a_kill_changes_no_byte(
+    cluster: LocalCluster, corpus: Path, quiet: dict[str, Any], victim: str, seed: int, tmp_path: Path
+) -> None:
+    rng = random.Random(f"{victim} {seed}")
+    job = start(cluster, corpus, tmp_path)
+    wait_for_progress(tmp_path, files=rng.randrange(3, 150))
+    if victim == "driver":
+        job.send_signal(signal.SIGKILL)
+        job.communicate()
+        assert not list((tmp_path / "storage").glob("tokens/*/manifest.json"))
+        before = {path: path.stat().st_mtime_ns for path in (tmp_path / "storage").glob("tokens/*/shard-*.bin")}
+        result = finish(start(cluster, corpus, tmp_path))
+        assert {path: path.stat().st_mtime_ns for path in before} == before, "a shard was made twice"
+    elif victim == "node":
+        cluster.kill_node(rng.choice(cluster.node_names[1:]))
+        cluster.add_node(wait=False)
+        result = finish(job) if is_outlived(job) else finish(start(cluster, corpus, tmp_path))
+    else:
+        for process in rng.sample(workers := workers_of(cluster), min(1, len(workers))):
+            process.kill()
+        result = finish(job)
+    assert result == quiet, f"victim {victim}, seed {seed}"
+
+
+def test_two_runs_into_one_store_are_refused(cluster: LocalCluster, corpus: Path, tmp_path: Path) -> None:
+    first = start(cluster, corpus, tmp_path)
+    wait_for_progress(tmp_path, files=5)
+    first.send_signal(signal.SIGSTOP)  # it holds the store whatever the machine's speed
+    try:
+        second = start(cluster, corpus, tmp_path)
+        time.sleep(1)
+        first.send_signal(signal.SIGCONT)
+        _, log = second.communicate(timeout=limit_s(60))
+    finally:
+        first.send_signal(signal.SIGCONT)
+    result = finish(first)
+    assert second.returncode == 1
+    assert f"{first.pid} on" in log
+    assert "Traceback" not in log
+    assert result["documents"]

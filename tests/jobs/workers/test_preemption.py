@@ -1,0 +1,70 @@
+"""Notices: a checkpoint at the end of the step in which one is heard, and a run that goes on or ends resumable."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from jobs.run.ledger import Ledger
+from jobs.run.run_plan import RunPlan
+from jobs.training.train_loop import train
+from jobs.workers.preemption import STOP_REQUESTED, Notices, Signals, stopping_on_sigterm
+from tests.jobs.runs import tiny_plan
+from tests.time_limits import limit_s
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> RunPlan:
+    return tiny_plan(str(tmp_path), num_steps=8, checkpoint={"save_every_steps": 100})
+
+
+def saved_steps(plan: RunPlan) -> list[int]:
+    return [line["step"] for line in Ledger.read(plan.run).events("checkpoint")]
+
+
+def heard(*later: Signals) -> Iterator[Signals]:
+    """What a worker's process was sent: at its start, and before each step."""
+    yield Signals()
+    yield from later
+    while True:
+        yield later[-1]
+
+
+def test_sigterm_and_drains_save_at_the_end_of_the_step_and_the_run_goes_on(plan: RunPlan) -> None:
+    once, drained = Signals(num_sigterms=1), Signals(num_sigterms=1, drain="node-1 in 30 s")
+    news = heard(Signals(), once, once, once, drained)
+    train(plan, rank=0, world_size=1, signals=lambda: next(news))
+    events = Ledger.read(plan.run).events("preempted")
+    assert [(line["step"], line["notice"]) for line in events] == [(2, "save"), (5, "save")]
+    assert set(saved_steps(plan)) <= {2, 5, 8}  # one that waits to be stored may be replaced by a newer one
+    assert Ledger.read(plan.run).events("finish")
+
+
+def test_a_request_to_stop_ends_the_run_resumable(
+    plan: RunPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights at the end are those of a run that was never stopped."""
+    train(plan, rank=0, world_size=1)
+    undisturbed = Ledger.read(plan.run).events("checkpoint")[-1]["parameter_hash"]
+
+    other = tiny_plan(str(tmp_path / "other"), num_steps=8, checkpoint={"save_every_steps": 100})
+    ask = Notices.ask
+    num_asked = 0
+
+    def ask_and_stop(self: Notices) -> None:
+        nonlocal num_asked
+        num_asked += 1
+        if num_asked == 4:
+            other.run.write_bytes(STOP_REQUESTED, b"")
+            assert self._stop_requested.wait(limit_s(10))
+        ask(self)
+
+    monkeypatch.setattr(Notices, "ask", ask_and_stop)
+    train(other, rank=0, world_size=1)
+    ledger = Ledger.read(other.run)
+    assert (ledger.steps[-1]["step"], saved_steps(other), ledger.events("finish")) == (4, [4], [])
+    with stopping_on_sigterm(other.run):  # the next launch takes the request back
+        train(other, rank=0, world_size=1)
+    ledger = Ledger.read(other.run)
+    assert ledger.events("finish")
+    assert ledger.events("checkpoint")[-1]["parameter_hash"] == undisturbed

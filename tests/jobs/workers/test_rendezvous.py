@@ -1,0 +1,135 @@
+"""Workers meet, lose one another at random moments, and meet again with the replacement: nobody else is restarted."""
+
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from jobs.workers.rendezvous import FruitlessError, Rendezvous, meeting_place
+from tests.repository import REPOSITORY
+from tests.time_limits import limit_s
+from tests.waiting import wait_until
+
+WORLD_SIZE, ROUNDS = 3, 60
+
+
+class Group:
+    def __init__(self, address: str, folder: Path) -> None:
+        self._address, self._folder, self.num_started = address, folder, 0
+        self.processes = [self.start(rank) for rank in range(WORLD_SIZE)]
+
+    def start(self, rank: int) -> subprocess.Popen[bytes]:
+        self.num_started += 1
+        command = [sys.executable, "-m", "tests.jobs.meeting_worker", self._address, str(rank), str(WORLD_SIZE)]
+        environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "GLOO_SOCKET_IFNAME": "lo"}
+        with (self._folder / f"{rank}.log").open("ab") as log:
+            return subprocess.Popen([*command, str(ROUNDS)], env=environment, stdout=log, stderr=subprocess.STDOUT)
+
+    def replace(self, rank: int) -> None:
+        self.processes[rank].kill()
+        self.processes[rank].wait()
+        self.processes[rank] = self.start(rank)
+
+    def lines(self, rank: int, word: str) -> list[list[str]]:
+        lines = (self._folder / f"{rank}.log").read_text().splitlines()
+        return [line.split()[1:] for line in lines if line.startswith(word)]
+
+    def wait_for_meeting(self, number: int) -> None:
+        """Until the newest process of every rank has met the others, for the `number`-th time in all at least."""
+
+        def met(rank: int) -> bool:
+            lines = self.lines(rank, "met")
+            return len(lines) >= number and lines[-1] == [str(self.processes[rank].pid)]
+
+        wait_until(
+            lambda: all(map(met, range(WORLD_SIZE))),
+            poll_s=0.02,
+            told=lambda: [self.lines(rank, "met") for rank in range(WORLD_SIZE)],
+        )
+
+
+@pytest.mark.parametrize(
+    "victims", [pytest.param([1], marks=pytest.mark.slow), [0], pytest.param([2, 0], marks=pytest.mark.slow), [1, 1]]
+)
+def test_only_the_lost_are_started_again(victims: list[int], tmp_path: Path) -> None:
+    rng = random.Random(str(victims))
+    with meeting_place("127.0.0.1") as address:
+        group = Group(address, tmp_path)
+        group.wait_for_meeting(1)
+        for victim in victims:
+            before = [process.pid for process in group.processes]
+            time.sleep(rng.random() / 4)
+            group.replace(victim)
+            group.wait_for_meeting(1)
+            assert [p.pid == pid for p, pid in zip(group.processes, before, strict=True)].count(False) == 1
+        assert [process.wait(timeout=limit_s(60)) for process in group.processes] == [0] * WORLD_SIZE
+        for rank in range(WORLD_SIZE):
+            whole = [["sum", str(number), str(float(3 + 3 * number))][1:] for number in range(ROUNDS)]
+            assert group.lines(rank, "sum")[-ROUNDS:] == whole
+        assert group.num_started == WORLD_SIZE + len(victims)
+
+
+def test_two_lost_at_once_and_one_lost_again_before_it_met_anyone(tmp_path: Path) -> None:
+    with meeting_place("127.0.0.1") as address:
+        group = Group(address, tmp_path)
+        group.wait_for_meeting(1)
+        for rank in (1, 2):
+            group.processes[rank].kill()
+            group.processes[rank].wait()
+        group.processes[1] = group.start(1)
+        wait_until(lambda: group.lines(1, "come")[-1] == [str(group.processes[1].pid)])
+        time.sleep(1)  # it waits for the other
+        group.replace(1)
+        group.processes[2] = group.start(2)
+        assert [process.wait(timeout=limit_s(60)) for process in group.processes] == [0] * WORLD_SIZE
+        assert len(group.lines(0, "met")) == 2
+
+
+def test_a_group_whose_backend_can_never_start_gives_up_in_every_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BROKEN_BACKEND", "")
+    with meeting_place("127.0.0.1") as address:
+        group = Group(address, tmp_path)
+        assert [process.wait(timeout=limit_s(60)) for process in group.processes] == [1] * WORLD_SIZE
+    for rank in range(WORLD_SIZE):
+        assert len(group.lines(rank, "met")) == 6
+        error = (tmp_path / f"{rank}.log").read_text().splitlines()[-1]
+        assert error.endswith(
+            "FruitlessError: the workers met 6 times in a row and completed no step; the last time: no space for a "
+            "segment in /dev/shm"
+        )
+
+
+def test_a_step_between_two_losses_is_no_standstill() -> None:
+    """A long run may lose workers any number of times."""
+    num_steps = 0
+
+    def work() -> None:
+        nonlocal num_steps
+        num_steps += num_steps < 3
+        raise dist.DistNetworkError("Connection closed by peer")
+
+    with meeting_place("127.0.0.1") as address:
+        settings = {"group": "g", "rank": 0, "world_size": 1, "backend": "gloo", "max_fruitless": 2}
+        rendezvous = Rendezvous(address, **settings, progress=lambda: num_steps)
+        assert [rendezvous.attend(work) for _ in range(5)] == [False] * 5
+        with pytest.raises(FruitlessError, match="met 2 times in a row"):
+            rendezvous.attend(work)
+
+
+def test_one_that_cannot_leave_a_round_that_is_over_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEAF_RANK", "0")
+    with meeting_place("127.0.0.1") as address:
+        group = Group(address, tmp_path)
+        group.wait_for_meeting(1)
+        monkeypatch.delenv("DEAF_RANK")
+        group.replace(1)
+        assert group.processes[0].wait(timeout=limit_s(30)) == 1
+        group.processes[0] = group.start(0)
+        assert [process.wait(timeout=limit_s(60)) for process in group.processes] == [0] * WORLD_SIZE

@@ -1,0 +1,163 @@
+"""The watchdog: its judgement by a table, and real processes that stop, stand still, or are merely slow."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from torch.distributed import distributed_c10d
+
+from cluster.storage import s3 as s3_storage
+from jobs.exact import batch_gradient, bucket_exchange
+from jobs.exact import side_thread as background
+from jobs.run import storage_retry as outage
+from jobs.tokens import token_stream
+from jobs.training import checkpoint_writer
+from jobs.training.train_worker import WAITING_PLACES
+from jobs.workers import worker_group
+from jobs.workers.heartbeat import Pulse
+from jobs.workers.incident_notes import INCIDENTS
+from jobs.workers.watchdog import HANGS, Beat, Health, Place, Waits, health
+from tests.time_limits import limit_s
+from tests.waiting import wait_until
+
+COLLECTIVE = [Waits.WORKERS]
+READING = [Waits.STORAGE]
+
+
+@pytest.mark.parametrize(
+    ("place", "usual_step_s", "waits_for", "silent_s", "unmoved_s", "expected"),
+    [
+        (Place.STEP, 0.1, [], 1, 20, Health.WELL),
+        (Place.STEP, 0.1, [], 30, 30, Health.SILENT),
+        (Place.STEP, 0.1, [], 1, 28, Health.SLOW),
+        (Place.STEP, 0.1, [], 1, 38, Health.STUCK),
+        (Place.STEP, 10.0, [], 1, 150, Health.WELL),  # long steps have a long deadline
+        (Place.STEP, 10.0, [], 1, 201, Health.STUCK),
+        (Place.STEP, 0.1, COLLECTIVE, 1, 100, Health.SLOW),  # a victim is not blamed
+        (Place.STEP, 0.1, COLLECTIVE, 1, 751, Health.FORSAKEN),
+        (Place.STEP, 0.1, READING, 1, 3600, Health.WELL),  # an outage of the storage ends no training
+        (Place.AROUND, None, [], 1, 3600, Health.WELL),
+        (Place.AROUND, None, [], 31, 31, Health.SILENT),
+        (Place.FIRST_STEP, None, [], 1, 200, Health.WELL),
+        (Place.VALIDATION, 0.1, [], 1, 301, Health.STUCK),
+    ],
+)
+def test_who_hangs(
+    place: Place,
+    usual_step_s: float | None,
+    waits_for: list[Waits],
+    silent_s: float,
+    unmoved_s: float,
+    expected: Health,
+) -> None:
+    beat = Beat(place, 1, usual_step_s, waits_for, [])
+    assert Beat.from_json(beat.to_json()) == beat
+    assert health(beat, silent_s=silent_s, unmoved_s=unmoved_s, hang_timeout_s=30) is expected
+
+
+@pytest.mark.parametrize(
+    ("module", "expected"),
+    [
+        (distributed_c10d, [Waits.WORKERS]),
+        (worker_group, [Waits.WORKERS]),
+        (bucket_exchange, [Waits.WORKERS]),
+        (background, [Waits.WORKERS]),
+        (token_stream, [Waits.STORAGE]),
+        (outage, [Waits.STORAGE]),
+        (checkpoint_writer, [Waits.STORAGE]),
+        (s3_storage, [Waits.STORAGE]),
+        (batch_gradient, []),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_what_a_worker_waits_for_is_told_by_the_modules_that_it_is_in(
+    module: ModuleType, expected: list[Waits]
+) -> None:
+    """By the modules themselves, wherever they lie: one that is renamed gets no healthy worker killed."""
+    code = compile("def look(beat):\n    return beat()\n", str(module.__file__), "exec")
+    names: dict[str, Any] = {}
+    exec(code, names)
+    beat = names["look"](Pulse(WAITING_PLACES).beat)
+    assert beat.waits_for == expected
+    assert Beat.from_json(json.loads(json.dumps(beat.to_json()))) == beat
+
+
+WORKER = """
+import os, select, signal, sys, time
+from jobs.workers.heartbeat import watched
+from jobs.workers.watchdog import Place
+
+def stand_still():
+    time.sleep(600)
+
+with watched(sys.argv[1], rank=3, hang_timeout_s=float(sys.argv[3]), waiting_places={}) as pulse:
+    for _ in range(5):
+        pulse.at(Place.STEP)
+        time.sleep(0.1)
+    print("ready", flush=True)
+    if sys.argv[2] == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if sys.argv[2] == "stand":
+        stand_still()
+    while not select.select([sys.stdin], [], [], 0)[0]:
+        pulse.at(Place.STEP)
+        time.sleep(0.1)
+"""
+HANG_TIMEOUT_S = limit_s(0.5)
+
+
+def start(run_uri: Path, how: str) -> subprocess.Popen[bytes]:
+    environment = os.environ | {"PYTHONPATH": str(Path.cwd())}
+    worker = subprocess.Popen(
+        [sys.executable, "-c", WORKER, str(run_uri), how, str(HANG_TIMEOUT_S)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment,
+    )
+    assert worker.stdout is not None
+    assert worker.stdout.readline() == b"ready\n"
+    return worker
+
+
+def stacks(run_uri: Path) -> str:
+    wait_until(lambda: list((run_uri / INCIDENTS).glob("*.json")))  # noted after the kill
+    return "".join(path.read_text() for path in sorted((run_uri / HANGS).iterdir()))
+
+
+@pytest.mark.parametrize(("how", "verdict"), [("stop", "silent"), ("stand", "stuck")])
+def test_a_hanging_worker_is_killed_and_its_stack_kept(tmp_path: Path, how: str, verdict: str) -> None:
+    began = time.monotonic()
+    worker = start(tmp_path, how)
+    assert worker.wait(limit_s(20)) == -signal.SIGKILL
+    assert time.monotonic() - began < limit_s(10)
+    text = stacks(tmp_path)
+    assert f"rank 3, process {worker.pid}: {verdict}" in text
+    if how == "stop":
+        assert ": T\n" in text  # the kernel's word for it
+    else:
+        assert "in stand_still" in text
+    note = next((tmp_path / INCIDENTS).iterdir()).read_text()
+    assert '"event": "hang"' in note
+    assert '"rank": 3' in note
+
+
+def test_a_straggler_is_spared(tmp_path: Path) -> None:
+    """Stopped for nine tenths of its time, longer than the timeout in all."""
+    worker = start(tmp_path, "slow")
+    for _ in range(math.ceil(2 * HANG_TIMEOUT_S / 0.9)):
+        os.kill(worker.pid, signal.SIGSTOP)
+        time.sleep(0.9)
+        os.kill(worker.pid, signal.SIGCONT)
+        time.sleep(0.1)
+    assert worker.stdin is not None
+    worker.stdin.close()
+    assert worker.wait(limit_s(20)) == 0
+    assert not (tmp_path / INCIDENTS).exists()

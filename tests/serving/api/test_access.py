@@ -1,0 +1,187 @@
+"""Keys: made private, kept as hashes; what each opens, and how many requests of one run at once."""
+
+import hashlib
+import stat
+from pathlib import Path
+
+import pytest
+
+from cluster.settings.serve import ServeConfig
+from model.errors import UserError
+from serving.api.access import (
+    AccessRules,
+    CurrentAccess,
+    RequestsInFlight,
+    authorize,
+    make_key_file,
+    presented_key,
+    read_key_hashes,
+    read_rules,
+)
+from serving.app import read_access_rules
+from serving.protocol.errors import ApiError
+
+
+def test_a_missing_key_file_is_made_with_one_private_key(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "keys"
+    make_key_file(path)
+    hashes = read_key_hashes(path)
+    make_key_file(path)
+    key = path.read_text().strip()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert len(key) > 40
+    assert hashes == (hashlib.sha256(key.encode()).hexdigest(),) == read_key_hashes(path)
+
+
+def test_an_empty_key_file_lets_nobody_in_by_mistake(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("\n \n")
+    with pytest.raises(UserError, match="empty"):
+        read_key_hashes(tmp_path / "keys")
+
+
+@pytest.mark.parametrize(
+    ("values", "passes"),
+    [
+        ([b"Bearer one"], True),
+        ([b"bearer two"], True),
+        ([], False),
+        ([b""], False),
+        ([b"Bearer"], False),
+        ([b"Bearer one", b"Bearer one"], False),
+        ([b"Basic one"], False),
+        ([b"Bearer \xff\xfe"], False),
+        ([b"Bearer " + b"x" * 2**20], False),
+        ([b"Bearer one,two"], False),
+    ],
+)
+def test_only_a_known_key_passes(tmp_path: Path, values: list[bytes], passes: bool) -> None:
+    (tmp_path / "keys").write_text("one\ntwo\n")
+    headers = [(b"host", b"x"), *((b"authorization", value) for value in values)]
+    key = presented_key(headers, read_key_hashes(tmp_path / "keys"))
+    assert (key is not None) is passes
+    assert key in (None, *read_key_hashes(tmp_path / "keys"))
+
+
+def hashed(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("path", "key", "outcome"),
+    [
+        ("/v1/completions", "user", "user"),
+        ("/v1/completions", "admin", 401),
+        ("/v1/completions", None, 401),
+        ("/health", None, None),
+        ("/ready", "wrong", None),
+        ("/metrics", None, 401),
+        ("/nowhere", None, 401),
+        ("/admin", None, 401),
+        ("/admin/promote", "wrong", 401),
+        ("/admin/promote", "user", 403),
+        ("/admin/promote", "admin", "admin"),
+        ("/administer", "admin", 401),
+    ],
+)
+def test_what_a_key_opens(path: str, key: str | None, outcome: str | int | None) -> None:
+    rules = AccessRules((hashed("other"), hashed("user")), (hashed("admin"),))
+    headers = [] if key is None else [(b"authorization", f"Bearer {key}".encode())]
+    if isinstance(outcome, int):
+        with pytest.raises(ApiError) as caught:
+            authorize(path, headers, rules)
+        assert caught.value.status == outcome
+    else:
+        assert authorize(path, headers, rules) == (outcome and hashed(outcome))
+
+
+@pytest.mark.parametrize("users", [(), (hashed("user"),)])
+def test_without_admin_keys_there_is_no_admin(users: tuple[str, ...]) -> None:
+    with pytest.raises(ApiError) as caught:
+        authorize("/admin/promote", [(b"authorization", b"Bearer user")], AccessRules(users))
+    assert caught.value.status == 404
+    assert authorize("/v1/models", [(b"authorization", b"Bearer user")], AccessRules(users)) == (users or (None,))[0]
+
+
+def test_a_key_is_for_users_or_for_admins(tmp_path: Path) -> None:
+    (tmp_path / "user").write_text("one\ntwo\n")
+    (tmp_path / "admin").write_text("two\n")
+    with pytest.raises(UserError, match="opens /admin only"):
+        read_access_rules(ServeConfig(api_key_file=str(tmp_path / "user"), admin_key_file=str(tmp_path / "admin")))
+
+
+def test_requests_in_flight_are_counted_by_key() -> None:
+    in_flight = RequestsInFlight(2)
+    with in_flight.of("a"), in_flight.of("a"), in_flight.of("b"), in_flight.of(None):
+        with pytest.raises(ApiError) as caught, in_flight.of("a"):
+            pass
+        assert (caught.value.status, caught.value.headers["Retry-After"]) == (429, "1")
+    with pytest.raises(ValueError, match="x"), in_flight.of("a"):
+        raise ValueError("x")
+    with in_flight.of("a"), in_flight.of("a"):
+        pass
+
+
+class Files:
+    """The key files of an endpoint, and the rules that follow them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.user, self.admin = folder / "user", folder / "admin"
+        self.user.write_text("one\ntwo\n")
+        self.admin.write_text("root\n")
+        rules = read_rules(str(self.user), str(self.admin), max_requests_per_key=3)
+        self.access = CurrentAccess(rules, user_file=str(self.user), admin_file=str(self.admin))
+
+    def opened(self, *keys: str) -> list[bool]:
+        """By each of `keys`, after the files were looked at."""
+        self.access.reload()
+        rules = self.access.rules
+        assert rules.max_requests_per_key == 3
+        return [
+            presented_key([(b"authorization", f"Bearer {key}".encode())], hashes) is not None
+            for key in keys
+            for hashes in [rules.admin_key_hashes if key.startswith("root") else rules.user_key_hashes]
+        ]
+
+
+def test_keys_are_added_and_revoked_as_the_files_change(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    files = Files(tmp_path)
+    assert files.opened("one", "two", "three", "root", "root2") == [True, True, False, True, False]
+    files.user.write_text("two\nthree\n")
+    assert files.opened("one", "two", "three", "root") == [False, True, True, True]
+    (tmp_path / "new").write_text("root2\n")
+    (tmp_path / "new").rename(files.admin)  # as Kubernetes replaces a Secret's files
+    assert files.opened("two", "root", "root2") == [True, False, True]
+    assert "the API keys have changed: 2 for users and 1 for admins now" in caplog.text
+    assert "three" not in caplog.text and hashed("three") not in caplog.text
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\n \n", b"\xff\xfe", b"root\n"], ids=ascii)
+def test_a_bad_key_file_keeps_the_keys_from_before_and_says_so_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: bytes | None
+) -> None:
+    files = Files(tmp_path)
+    assert files.opened("one", "root") == [True, True]
+    files.user.unlink()
+    if content is not None:
+        files.user.write_bytes(content)
+    for _ in range(3):
+        assert files.opened("one", "two", "", "root") == [True, True, False, True]
+    files.admin.write_text("root2\n")
+    if content != b"root\n":
+        assert files.opened("one", "root", "root2") == [True, False, True]
+    assert caplog.text.count("Its keys from before stay valid") == 1 and files.user.exists() is (content is not None)
+    files.user.write_text("three\n")
+    assert files.opened("one", "three", "root2") == [False, True, True]
+
+
+def test_a_machine_without_the_files_keeps_the_keys_that_it_was_given(tmp_path: Path) -> None:
+    rules = AccessRules((hashed("one"),), (hashed("root"),))
+    access = CurrentAccess(rules, user_file=str(tmp_path / "user"), admin_file=str(tmp_path / "admin"))
+    access.reload()
+    assert access.rules == rules and not (tmp_path / "user").exists()
+
+
+def test_without_key_files_nothing_is_read(tmp_path: Path) -> None:
+    access = CurrentAccess(AccessRules())
+    access.reload()
+    assert access.rules == AccessRules()

@@ -1,0 +1,209 @@
+"""A replica's own routes, without Ray: large bodies and who waits for them, requests that change nothing, usage."""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from cluster.settings.serve import ReplicaConfig, ServeConfig
+from model.tokenizer import Tokenizer
+from serving.api.access import AccessRules
+from serving.delivery.versions import Versions
+from serving.protocol import harmless_fields
+from serving.protocol.protocol import CompletionRequest
+from tests.serving.endpoint_parts import replica_app
+from tests.serving.protocol.test_protocol import values
+from tests.time_limits import limit_s
+
+MODEL, KEYS = "tiny", ("sk-one", "sk-two", "sk-three")
+PER_KEY, OF_ALL = 2, 4  # requests at once
+MEGABYTE = 1_000_000
+TEXT = "the quick naïve fox, " * (MEGABYTE // 22)
+LARGE: dict[str, tuple[str, dict[str, Any], int]] = {
+    "a text": ("/tokenize", {"prompt": TEXT}, 200),
+    "names": ("/tokenize", {"prompt": TEXT[: MEGABYTE // 4], "return_token_strs": True}, 200),
+    "ids": ("/detokenize", {"tokens": [100] * (MEGABYTE // 5)}, 200),
+    "ids of a prompt": ("/v1/completions", {"model": MODEL, "prompt": [1] * (MEGABYTE // 3)}, 400),
+    "a long chat": ("/v1/chat/completions", {"model": MODEL, "messages": [{"role": "user", "content": TEXT}]}, 400),
+    "biases": ("/v1/completions", {"model": MODEL, "prompt": "x", "logit_bias": dict.fromkeys(range(80_000), 0)}, 400),
+}
+ASKED = {"model": MODEL, "prompt": [5, 6, 7], "max_tokens": 6, "ignore_eos": True, "seed": 3}
+CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "the quick"}], "max_tokens": 6, "seed": 3}
+
+Check = Callable[[httpx.AsyncClient, Versions], Coroutine[Any, Any, None]]
+Run = Callable[[Check], None]
+
+
+@asynccontextmanager
+async def endpoint(checkpoint: Path) -> AsyncIterator[tuple[httpx.AsyncClient, Versions]]:
+    config = ServeConfig(replicas=ReplicaConfig(max_ongoing_requests=OF_ALL))
+    access = AccessRules(tuple(sha256(key.encode()).hexdigest() for key in KEYS), max_requests_per_key=PER_KEY)
+    async with (
+        replica_app(checkpoint, name=MODEL, config=config, access=access) as (app, versions),
+        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=limit_s(60)) as http,
+    ):
+        http.headers["Authorization"] = f"Bearer {KEYS[0]}"
+        yield http, versions
+
+
+@pytest.fixture(scope="module")
+def run(checkpoint: Path) -> Iterator[Run]:
+    """Runs a test's body beside one endpoint that all of them share."""
+    with asyncio.Runner() as runner:
+        context = endpoint(checkpoint)
+        http, versions = runner.run(context.__aenter__())
+        yield lambda check: runner.run(check(http, versions))
+        runner.run(context.__aexit__(None, None, None))
+
+
+async def longest_stretch_s(work: Coroutine[Any, Any, None]) -> float:
+    """Processor time that the event loop spends in one go, which other streams' tokens would wait for."""
+    longest = 0.0
+
+    async def watch() -> None:
+        nonlocal longest
+        before = time.thread_time()
+        while True:
+            await asyncio.sleep(0.001)
+            now = time.thread_time()
+            longest, before = max(longest, now - before), now
+
+    watching = asyncio.create_task(watch())
+    await asyncio.sleep(0.01)
+    await work
+    await asyncio.sleep(0.01)
+    watching.cancel()
+    return longest
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_no_large_body_holds_up_the_event_loop(run: Run, name: str) -> None:
+    """On the loop most of them would take 0.08 to 0.4 s."""
+    path, fields, status = LARGE[name]
+    body = json.dumps(fields, ensure_ascii=False).encode()
+
+    async def check(http: httpx.AsyncClient, _: Versions) -> None:
+        async def ask() -> None:
+            async with http.stream("POST", path, content=body, headers={"Content-Type": "application/json"}) as answer:
+                assert answer.status_code == status
+
+        assert await longest_stretch_s(ask()) < 0.03
+
+    run(check)
+
+
+def test_tokens_and_back(run: Run, tokenizer: Tokenizer) -> None:
+    async def check(http: httpx.AsyncClient, _: Versions) -> None:
+        answer = (await http.post("/tokenize", json={"prompt": "naïve fox", "return_token_strs": True})).json()
+        assert answer["tokens"] == tokenizer.encode("naïve fox") and answer["count"] == len(answer["tokens"])
+        assert len(answer["token_strs"]) == answer["count"] and answer["max_model_len"] == 128
+        back = (await http.post("/detokenize", json={"tokens": answer["tokens"]})).json()
+        assert back == {"prompt": "naïve fox"}
+        wrong = await http.post("/detokenize", json={"tokens": [10**6]})
+        assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "tokens")
+
+    run(check)
+
+
+@pytest.mark.parametrize(
+    ("keys", "num_answers", "code"),
+    [(KEYS[:1] * 6, PER_KEY, "rate_limit_exceeded"), (KEYS * PER_KEY, OF_ALL, "overloaded")],
+    ids=["of one key", "of all"],
+)
+@pytest.mark.parametrize(("path", "fields"), [("/tokenize", {"prompt": TEXT[:9000]}), ("/detokenize", {"tokens": [9]})])
+def test_tools_count_for_their_key_and_for_the_replica(
+    run: Run, keys: tuple[str, ...], num_answers: int, code: str, path: str, fields: dict[str, Any]
+) -> None:
+    async def check(http: httpx.AsyncClient, _: Versions) -> None:
+        asked = (http.post(path, json=fields, headers={"Authorization": f"Bearer {key}"}) for key in keys)
+        answers = await asyncio.gather(*asked)
+        refused = [answer for answer in answers if answer.status_code == 429]
+        assert len(refused) == len(keys) - num_answers
+        assert {answer.json()["error"]["code"] for answer in refused} == {code}
+        assert (await http.post(path, json=fields)).status_code == 200
+
+    run(check)
+
+
+def test_a_drained_replica_refuses_tools_too(run: Run) -> None:
+    async def check(http: httpx.AsyncClient, versions: Versions) -> None:
+        serving = versions.delivery
+        versions.delivery = serving.model_copy(update={"draining": True})
+        answer = await http.post("/tokenize", json={"prompt": "x"})
+        versions.delivery = serving
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "draining")
+
+    run(check)
+
+
+def test_fields_that_change_nothing_change_no_token(run: Run) -> None:
+    others = harmless_fields.FIELDS.keys() - CompletionRequest.model_fields.keys()
+    harmless = {name: values(harmless_fields.FIELDS, name)[-1] for name in others}
+
+    async def check(http: httpx.AsyncClient, _: Versions) -> None:
+        for path, asked in (("/v1/completions", ASKED), ("/v1/chat/completions", CHAT)):
+            plain, with_all = [(await http.post(path, json=fields)).json() for fields in (asked, asked | harmless)]
+            assert plain["choices"] == with_all["choices"] and plain["usage"] == with_all["usage"]
+
+    run(check)
+
+
+def test_a_chat_goes_on_with_its_own_answer(run: Run) -> None:
+    async def check(http: httpx.AsyncClient, _: Versions) -> None:
+        message = (await http.post("/v1/chat/completions", json=CHAT)).json()["choices"][0]["message"]
+        written = {"annotations": None, "audio": None, "function_call": None, "tool_calls": None}  # by openai-python
+        plain = {"role": "assistant", "content": message["content"]}
+        answers = [
+            (
+                await http.post(
+                    "/v1/chat/completions", json=CHAT | {"messages": [*CHAT["messages"], sent, *CHAT["messages"]]}
+                )
+            )
+            for sent in (plain, message, message | written)
+        ]
+        assert [answer.status_code for answer in answers] == [200] * 3
+        assert answers[0].json()["choices"] == answers[1].json()["choices"] == answers[2].json()["choices"]
+
+    run(check)
+
+
+def test_the_newer_name_of_the_limit_counts(run: Run) -> None:
+    async def check(http: httpx.AsyncClient, _: Versions) -> None:
+        for path, asked in (("/v1/completions", ASKED), ("/v1/chat/completions", CHAT)):
+            answer = (await http.post(path, json=asked | {"ignore_eos": True, "max_completion_tokens": 3})).json()
+            assert answer["usage"]["completion_tokens"] == 3
+
+    run(check)
+
+
+@pytest.mark.parametrize(("path", "asked"), [("/v1/completions", ASKED | {"n": 2}), ("/v1/chat/completions", CHAT)])
+@pytest.mark.parametrize("is_continuous", [True, False])
+def test_usage_so_far_in_every_part(run: Run, path: str, asked: dict[str, Any], is_continuous: bool) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": is_continuous, "include_obfuscation": False}
+
+    async def check(http: httpx.AsyncClient, _: Versions) -> None:
+        answer = await http.post(path, json=asked | {"stream": True, "stream_options": options, "ignore_eos": True})
+        *events, done = answer.text.strip().split("\n\n")
+        usages = [json.loads(event.removeprefix("data: "))["usage"] for event in events]
+        assert done == "data: [DONE]" and usages[-1] is not None
+        counts = [usage["completion_tokens"] for usage in usages if usage is not None]
+        assert counts == ([*range(1, counts[-1] + 1), counts[-1]] if is_continuous else [counts[-1]])
+        assert all(u is None or u["total_tokens"] == u["prompt_tokens"] + u["completion_tokens"] for u in usages)
+
+    run(check)
+
+
+def test_a_body_that_is_not_declared_as_json_is_told_the_header(run: Run) -> None:
+    async def check(http: httpx.AsyncClient, _: Versions) -> None:
+        answer = await http.post("/v1/completions", content=json.dumps(ASKED))
+        assert answer.status_code == 415
+        assert "-H 'Content-Type: application/json'" in answer.json()["error"]["message"]
+
+    run(check)

@@ -1,0 +1,317 @@
+"""The coordinator outlives itself: its state is in the storage, a folder or S3, or it says that it is not."""
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+
+from cluster.settings.run import StorageConfig
+from cluster.settings.serve import DeliveryConfig, ServeConfig
+from cluster.storage.registry import served_checkpoints
+from cluster.storage.uris import Storage, StorageError, open_storage
+from model.errors import UserError
+from serving.app import run
+from serving.delivery.coordinator import Coordinator
+from serving.delivery.promotion import DeliveryError, Phase, ReplicaReport, SlotReport, SlotStatus, Terms, Version
+
+OLD, NEW = (Version(checkpoint=f"/{name}", version=name) for name in ("old", "new"))
+READY = SlotReport(SlotStatus.READY)
+
+
+@dataclass(frozen=True)
+class Root:
+    """A storage, and a way to lose it."""
+
+    uri: str
+    lose: Callable[[], None]
+
+    @property
+    def storage(self) -> Storage:
+        return open_storage(self.uri)
+
+
+@pytest.fixture(params=["folder", "s3"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> Root:
+    if request.param == "folder":
+
+        def replace_by_a_file() -> None:
+            (tmp_path / "endpoints").rename(tmp_path / "away")
+            (tmp_path / "endpoints").write_text("a file where the folder should be")
+
+        return Root(str(tmp_path), replace_by_a_file)
+    server, bucket = request.getfixturevalue("s3_server"), request.getfixturevalue("s3_bucket")
+
+    def delete_the_bucket() -> None:
+        found = boto3.resource("s3", endpoint_url=server).Bucket(bucket)
+        found.objects.all().delete()
+        found.delete()
+
+    return Root(f"s3://{bucket}/serving", delete_the_bucket)
+
+
+def coordinator(root: Root, deployment: str = "one") -> Coordinator:
+    return Coordinator(ServeConfig(storage=StorageConfig(uri=root.uri)), deployment=deployment)
+
+
+async def promoted(one: Coordinator) -> None:
+    """From the first replica's begin to the watch."""
+    assert (await one.exchange("one", ReplicaReport("r"))).delivery is None
+    await one.begin("tiny", OLD)
+    await one.promote(NEW, Terms(watch_s=1000))
+    reply = await one.exchange("one", ReplicaReport("r", 1, {1: READY, 2: READY}))
+    assert reply.is_ours and reply.delivery is not None and reply.delivery.phase is Phase.WATCHING
+
+
+def test_what_was_promoted_is_known_after_the_death_of_the_coordinator(root: Root) -> None:
+    async def check() -> None:
+        await promoted(coordinator(root))
+        assert served_checkpoints(root.storage) == {"/old", "/new"}
+        again = coordinator(root)
+        reply = await again.exchange("one", ReplicaReport("another"))
+        assert reply.delivery is not None and reply.delivery.live.version == "new"
+        assert (await again.roll_back("why")).live.version == "old"
+        assert (await coordinator(root).status())["delivery"]["live"]["version"] == "old"
+
+    asyncio.run(check())
+
+
+def test_a_canary_and_the_history_are_known_too(root: Root) -> None:
+    async def check() -> None:
+        one = coordinator(root)
+        await promoted(one)
+        await one.roll_back("too slow")
+        await one.promote(NEW, Terms(watch_s=1000, canary_percent=12.5))
+        await one.exchange("one", ReplicaReport("r", 1, {1: READY, 3: READY}))
+        state = (await coordinator(root).status())["delivery"]
+        assert state["phase"] == "canary" and state["terms"]["canary_percent"] == 12.5
+        assert state["candidate"]["serial"] == 3
+        assert [(ended["version"]["serial"], ended["result"], ended["reason"]) for ended in state["history"]] == [
+            (2, "rolled_back", "too slow")
+        ]
+
+    asyncio.run(check())
+
+
+def test_an_endpoint_that_is_started_anew_serves_what_it_is_told(root: Root) -> None:
+    async def check() -> None:
+        old = coordinator(root)
+        await promoted(old)
+        new = coordinator(root, "two")
+        stranger = await new.exchange("one", ReplicaReport("r"))
+        assert not stranger.is_ours and stranger.delivery is None, "a replica of the deployment before asks on"
+        with pytest.raises(DeliveryError, match="no replica has started"):
+            await new.promote(NEW, Terms(watch_s=0))
+        await old.drain(True)  # the last word of the old one is in the storage now
+        assert (await new.begin("tiny", OLD)).live.version == "old"
+        assert (await new.begin("tiny", NEW)).live.version == "old", "the first replica's word counts"
+        with pytest.raises(DeliveryError, match="could not be stored"):
+            await old.roll_back("why")
+            await old.promote(NEW, Terms(watch_s=0))
+        assert stored(root)["delivery"]["deployment"] == "two", "the old one no longer writes"
+
+    asyncio.run(check())
+
+
+def test_a_storage_that_takes_nothing_refuses_a_promotion_but_not_a_rollback(root: Root) -> None:
+    async def check() -> None:
+        one = coordinator(root)
+        await promoted(one)
+        root.lose()
+        assert (await one.roll_back("why")).live.version == "old"
+        assert (await one.status())["is_stored"] is False
+        with pytest.raises(DeliveryError, match="could not be stored"):
+            await one.promote(NEW, Terms(watch_s=0))
+        assert (await one.status())["delivery"]["phase"] == "steady"
+
+    asyncio.run(check())
+
+
+def test_a_promotion_that_is_not_stored_does_not_begin(root: Root) -> None:
+    async def check() -> None:
+        one = coordinator(root)
+        await one.begin("tiny", OLD)
+        root.lose()
+        with pytest.raises(DeliveryError, match="could not be stored"):
+            await one.promote(NEW, Terms(watch_s=0))
+        status = await one.status()
+        assert status["delivery"]["phase"] == "steady" and status["is_stored"] is True
+
+    asyncio.run(check())
+
+
+READY_ALL = ReplicaReport("r", 1, {1: READY, 2: READY})
+
+
+def state_key(root: Root) -> str:
+    [key] = [entry.key for entry in root.storage.list("endpoints/") if "last-good" not in entry.key]
+    return key
+
+
+def stored(root: Root) -> dict[str, Any]:
+    return dict(json.loads(root.storage.read_bytes(state_key(root))))
+
+
+def damage(root: Root, content: bytes) -> None:
+    root.storage.write_bytes(state_key(root), content)
+
+
+def test_a_stale_coordinator_adopts_what_a_newer_one_has_stored(root: Root) -> None:
+    """As the two clusters of a RayService do, which call themselves by the same deployment."""
+
+    async def check() -> None:
+        stale = coordinator(root)
+        await stale.begin("tiny", OLD)
+        newer = coordinator(root)
+        await newer.promote(NEW, Terms(watch_s=0))
+        for _ in range(2):
+            await newer.exchange("one", READY_ALL)
+        assert stored(root)["delivery"]["phase"] == "steady"
+        assert (await stale.exchange("one", ReplicaReport("old"))).delivery.live.version == "old", "it knows of nothing"
+
+        assert (await stale.drain(True)).live.version == "new"
+        found = stored(root)
+        assert found["delivery"]["live"]["version"] == "new" and found["delivery"]["draining"] is True
+        assert served_checkpoints(root.storage) == {"/old", "/new"}
+        assert (await stale.exchange("one", ReplicaReport("old"))).delivery.live.version == "new"
+        assert (await coordinator(root).exchange("one", READY_ALL)).delivery.live.version == "new"
+
+        with pytest.raises(DeliveryError, match="another coordinator of this endpoint has changed the state"):
+            await newer.roll_back("why")
+        assert stored(root)["delivery"]["live"]["version"] == "new", "the order was for a state that is no more"
+        assert (await newer.roll_back("why")).phase is Phase.LOADING
+
+    asyncio.run(check())
+
+
+def test_a_decision_of_a_stale_coordinator_changes_nothing(root: Root) -> None:
+    """Its watch ends after the newer one has rolled back."""
+
+    async def check() -> None:
+        stale = coordinator(root)
+        await stale.begin("tiny", OLD)
+        await stale.promote(NEW, Terms(watch_s=0))
+        await stale.exchange("one", READY_ALL)
+        newer = coordinator(root)
+        assert (await newer.roll_back("it is wrong")).live.version == "old"
+        reply = await stale.exchange("one", READY_ALL)
+        assert reply.delivery is not None and reply.delivery.live.version == "old"
+        assert stored(root)["delivery"]["live"]["version"] == "old"
+        assert served_checkpoints(root.storage) == {"/old"}
+
+    asyncio.run(check())
+
+
+def test_a_state_of_an_older_raymill_is_read_and_replaced(root: Root) -> None:
+    async def check() -> None:
+        await promoted(coordinator(root))
+        content = stored(root)
+        assert content["generation"] == 3 and len(content["incarnation"]) == 16
+        del content["generation"], content["incarnation"]
+        damage(root, json.dumps(content).encode())
+        again = coordinator(root)
+        assert (await again.roll_back("why")).live.version == "old"
+        assert stored(root)["generation"] == 1
+
+    asyncio.run(check())
+
+
+DAMAGES = {
+    "truncated": lambda data: data[: len(data) // 2],
+    "empty": lambda data: b"",
+    "no object": lambda data: b"[]",
+    "nothing in it": lambda data: b"{}",
+    "no deployment": lambda data: data.replace(b'"deployment"', b'"employment"'),
+    "no text": lambda data: b"\xff\xfe" + data,
+}
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_the_last_good_state_outlives_a_damaged_file(how: str, tmp_path: Path) -> None:
+    root = Root(str(tmp_path), lambda: None)
+
+    async def check() -> None:
+        running = coordinator(root)
+        await promoted(running)
+        [file] = (tmp_path / "endpoints").glob("[!.]*.json")
+        damaged = DAMAGES[how](file.read_bytes())
+
+        file.write_bytes(damaged)
+        if how != "no deployment":  # what it pins can still be read
+            assert served_checkpoints(root.storage) == {"/old", "/new"}, "retention keeps what the copy names"
+        again = coordinator(root)
+        reply = await again.exchange("one", ReplicaReport("r"))
+        assert reply.delivery is not None and reply.delivery.live.version == "new"
+        assert reply.delivery.phase is Phase.WATCHING
+        assert stored(root)["delivery"]["live"]["version"] == "new", "the damaged file was replaced"
+
+        file.write_bytes(damaged)
+        assert (await again.roll_back("why")).live.version == "old"
+        assert stored(root)["delivery"]["live"]["version"] == "old"
+        assert (await again.status())["is_stored"] is True
+
+    asyncio.run(check())
+
+
+def test_a_damaged_state_without_a_copy_says_what_to_do(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.delivery.coordinator.RETRY_STORING_S", 0.0)
+    root = Root(str(tmp_path), lambda: None)
+    advice = r"endpoints/.*\.json is damaged .*restore the file from a backup, or delete it"
+
+    async def check() -> None:
+        await promoted(coordinator(root))
+        good = stored(root)
+        [copy] = (tmp_path / "endpoints" / "last-good").glob("[!.]*.json")
+        copy.unlink()
+        damage(root, b"{")
+        with pytest.raises(StorageError, match="the checkpoints that its endpoint needs are not known: restore"):
+            served_checkpoints(root.storage)
+        one = coordinator(root)
+        for asked in (
+            one.exchange("one", READY_ALL),
+            one.begin("tiny", OLD),
+            one.promote(NEW, Terms(watch_s=0)),
+            one.status(),
+        ):
+            with pytest.raises(DeliveryError, match=advice):
+                await asked
+        [file] = (tmp_path / "endpoints").glob("[!.]*.json")
+        assert file.read_bytes() == b"{", "it does not invent a state"
+        damage(root, json.dumps(good).encode())
+        reply = await one.exchange("one", READY_ALL)
+        assert reply.delivery is not None and reply.delivery.live.version == "new", "it goes on once that is done"
+
+    with caplog.at_level(logging.ERROR):
+        asyncio.run(check())
+    assert sum("is damaged" in record.message for record in caplog.records) == 1
+
+
+def test_an_endpoint_is_not_started_over_a_damaged_state(tmp_path: Path, checkpoint: Path) -> None:
+    """Whose coordinator would wait for somebody to restore it, and say so in a log alone."""
+    (tmp_path / "endpoints").mkdir()
+    (tmp_path / "endpoints" / "mine.json").write_text("{")
+    delivery = DeliveryConfig(endpoint="mine")
+    config = ServeConfig(checkpoint=str(checkpoint), storage=StorageConfig(uri=str(tmp_path)), delivery=delivery)
+    with pytest.raises(UserError, match=r"mine\.json is damaged .*restore the file from a backup, or delete it"):
+        run(config)
+
+
+def test_an_endpoint_that_starts_drained_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = Root(str(tmp_path), lambda: None)
+
+    async def check() -> None:
+        one = coordinator(root)
+        await one.begin("tiny", OLD)
+        await one.drain(True)
+        with caplog.at_level(logging.WARNING):
+            coordinator(root)
+
+    asyncio.run(check())
+    assert "was drained before this start" in caplog.text and '{"drain": false}' in caplog.text

@@ -1,0 +1,75 @@
+"""The versions on one replica, with their engine processes and without Ray."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from cluster.settings.serve import EngineConfig, ServeConfig
+from model.gpt import GPT
+from model.tokenizer import Tokenizer
+from serving.delivery.promotion import Delivery, Phase, Terms, Version, version_of
+from serving.delivery.versions import Versions
+from serving.protocol.served_model import read_served_model
+from tests.serving.delivery_parts import write_model
+from tests.waiting import wait_in_loop_until
+
+ROWS = ((1, 2, 3, 4, 5), (7, 8, 9))
+
+
+@pytest.fixture(scope="module")
+def other(model: GPT, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    gpt = GPT(model.config)
+    gpt.init_weights(2)
+    return write_model(tmp_path_factory.mktemp("checkpoints") / "step-8", gpt.eval(), tokenizer, step=8)
+
+
+def served(folder: Path, serial: int) -> Version:
+    found = version_of(read_served_model(folder, name=None), checkpoint=str(folder))
+    return found.model_copy(update={"serial": serial})
+
+
+@asynccontextmanager
+async def joined(state: Delivery) -> AsyncIterator[Versions]:
+    """A replica that starts when the state is so already."""
+    versions = Versions(ServeConfig(engine=EngineConfig(max_num_seqs=2)), state)
+    try:
+        await versions.wait_until_live()
+        yield versions
+    finally:
+        await versions.close()
+
+
+@pytest.mark.parametrize("phase", [pytest.param(Phase.CANARY, marks=pytest.mark.slow), Phase.WATCHING])
+def test_a_replica_that_joins_a_promotion_measures_the_gates_rows(phase: Phase, checkpoint: Path, other: Path) -> None:
+    old, new = served(checkpoint, 1), served(other, 2)
+    places = {"live": new, "previous": old} if phase is Phase.WATCHING else {"live": old, "candidate": new}
+    terms = Terms(watch_s=1000, gate_rows=ROWS, canary_percent=10.0)
+    state = Delivery(deployment="d", model_name="tiny", phase=phase, terms=terms, last_serial=2, **places)
+
+    async def scenario() -> None:
+        async with joined(state) as versions:
+            await wait_in_loop_until(lambda: versions.report()[2].loss is not None)
+            seen = versions.report()
+            assert seen[2].live_loss is not None and seen[2].loss != seen[2].live_loss
+            assert seen[1].loss is None and not seen[2].problem and not seen[1].problem
+
+    asyncio.run(scenario())
+
+
+def test_a_number_that_two_coordinators_gave_is_not_taken_for_the_same_version(checkpoint: Path, other: Path) -> None:
+    """What served goes on until what is wanted now is loaded."""
+    state = Delivery(deployment="d", model_name="tiny", live=served(checkpoint, 1))
+
+    async def scenario() -> None:
+        async with joined(state) as versions:
+            before = versions.live.model.version
+            versions.adopt(state.model_copy(update={"live": served(other, 1)}), asked_at_s=0)
+            assert versions.live.model.version == before
+            await wait_in_loop_until(lambda: versions.live.model.version == served(other, 1).version)
+            versions.adopt(versions.delivery, asked_at_s=0)
+            await wait_in_loop_until(lambda: set(versions.report()) == {1})
+
+    asyncio.run(scenario())

@@ -1,0 +1,225 @@
+"""Admission, order, chunks of prompts and release of blocks, without a model."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from model.sampling import SamplingParams
+from serving.engine.block_pool import BlockPool
+from serving.engine.messages import FinishReason, SequenceRequest
+from serving.engine.scheduler import UNWATCHED, Chunk, Scheduler, Sequence, State
+
+EOS = 0
+WATCHER = 99  # a sequence that has begun to draw tokens, so that prompts are read within the budget
+
+
+def request(
+    seq_id: int, *, num_prompt: int = 1, max_tokens: int = 3, ignore_eos: bool = False, prompt_logprobs: bool = False
+) -> SequenceRequest:
+    return SequenceRequest(
+        seq_id=seq_id,
+        prompt_ids=[1] * num_prompt,
+        max_tokens=max_tokens,
+        sampling=SamplingParams(),
+        ignore_eos=ignore_eos,
+        prompt_logprobs=prompt_logprobs,
+    )
+
+
+def scheduler(
+    *,
+    max_num_seqs: int = 2,
+    num_blocks: int = 100,
+    budget: int = 100,
+    keep_prefixes: bool = False,
+    watched: bool = False,
+) -> Scheduler:
+    """A watched one has a place and a block more than it says, for its watcher."""
+    pool = BlockPool(num_blocks + watched, keep_prefixes=keep_prefixes)
+    target = Scheduler(pool, max_num_seqs=max_num_seqs + watched, eos_id=EOS, prefill_tokens_per_step=budget)
+    if watched:
+        target.add(request(WATCHER, max_tokens=15))
+        step(target)
+    return target
+
+
+def step(target: Scheduler, *, token_id: int = 5) -> list[tuple[int, int, int]]:
+    """What was read: (sequence, first, last)."""
+    plan = target.plan()
+    read = [(chunk.sequence.request.seq_id, chunk.first, chunk.last) for chunk in plan]
+    for chunk in plan:
+        target.advance(chunk, token_id if chunk.draws else None)
+    return [(seq_id, first, last) for seq_id, first, last in read if seq_id != WATCHER]
+
+
+def test_a_sequence_waits_is_read_and_frees_its_place() -> None:
+    target = scheduler(max_num_seqs=1)
+    first, second = target.add(request(1, max_tokens=2)), target.add(request(2, max_tokens=1))
+    assert (first.state, second.state, target.num_waiting) == (State.WAITING, State.WAITING, 2)
+    assert step(target) == [(1, 0, 1)]
+    assert (first.state, len(first.blocks), target.num_running) == (State.RUNNING, 1, 1)
+    assert step(target) == [(1, 1, 2)]
+    assert first.state is State.FINISHED and first.output_ids == [5, 5]
+    assert step(target) == [(2, 0, 1)]
+    assert (second.state, target.num_running, target.num_waiting) == (State.FINISHED, 0, 0)
+
+
+def test_reasons_to_finish() -> None:
+    target = scheduler()
+    assert target.advance(_admitted(target, request(1, max_tokens=1)), 5) is FinishReason.LENGTH
+    assert target.advance(_admitted(target, request(2, max_tokens=1)), EOS) is FinishReason.STOP
+    assert target.advance(_admitted(target, request(3, max_tokens=0)), None) is FinishReason.LENGTH
+    kept = _admitted(target, request(4, max_tokens=2, ignore_eos=True))
+    assert target.advance(kept, EOS) is None
+    assert kept.sequence.output_ids == [EOS]
+
+
+def _admitted(target: Scheduler, of: SequenceRequest) -> Chunk:
+    sequence = target.add(of)
+    [chunk] = [chunk for chunk in target.plan() if chunk.sequence is sequence]
+    return chunk
+
+
+def test_a_plan_tells_whom_it_admits_and_counts_prompt_tokens_read_or_in_the_cache() -> None:
+    target = scheduler(budget=20, keep_prefixes=True, watched=True)
+    target.add(request(0, num_prompt=30, max_tokens=9))
+    step(target)
+    assert (target.admitted, target.num_prompt_tokens) == ([0], 20)
+    target.add(request(1, num_prompt=30, max_tokens=9))
+    step(target)
+    assert (target.admitted, target.num_prompt_tokens) == ([1], 10 + (16 + 10))
+    step(target)
+    assert (target.admitted, target.num_prompt_tokens) == ([], 4)
+    step(target)
+    assert target.num_prompt_tokens == 0
+
+
+def test_prompts_are_read_in_chunks_within_the_budget_while_others_go_on() -> None:
+    target = scheduler(max_num_seqs=8, budget=10, watched=True)
+    for seq_id, num_prompt in enumerate([4, 25, 3, 1]):
+        target.add(request(seq_id, num_prompt=num_prompt, max_tokens=9))
+    assert step(target) == [(0, 0, 4), (1, 0, 6)]
+    assert step(target) == [(0, 4, 5), (1, 6, 16)]
+    assert step(target) == [(0, 5, 6), (1, 16, 25), (2, 0, 1)]
+    assert step(target) == [(0, 6, 7), (1, 25, 26), (2, 1, 3), (3, 0, 1)]
+
+
+def test_a_sequence_waits_for_blocks_for_all_that_it_may_get() -> None:
+    target = scheduler(max_num_seqs=8, num_blocks=4)
+    target.add(request(0, num_prompt=20, max_tokens=20))  # 3 blocks
+    target.add(request(1, num_prompt=10, max_tokens=10))  # 2 blocks
+    target.add(request(2, num_prompt=1, max_tokens=1))  # would fit, but came later
+    assert step(target) == [(0, 0, 20)]
+    assert target.num_waiting == 2
+    target.cancel(0)
+    assert step(target) == [(1, 0, 10), (2, 0, 1)]
+
+
+def test_the_same_start_of_a_prompt_is_read_once() -> None:
+    target = scheduler(keep_prefixes=True)
+    target.add(request(0, num_prompt=40, max_tokens=1))
+    assert step(target) == [(0, 0, 40)]
+    target.add(request(1, num_prompt=50, max_tokens=1))
+    target.add(request(2, num_prompt=32, max_tokens=1))  # its last token has to be read for the first one drawn
+    assert step(target) == [(1, 32, 50), (2, 16, 32)]
+    target.add(request(3, num_prompt=40, max_tokens=1, prompt_logprobs=True))
+    assert step(target) == [(3, 0, 40)]
+
+
+def test_a_prompt_that_is_being_read_is_waited_for_and_shared() -> None:
+    target = scheduler(max_num_seqs=8, keep_prefixes=True, budget=30, watched=True)
+    for seq_id in range(3):  # the choices of one request
+        target.add(request(seq_id, num_prompt=50, max_tokens=2))
+    target.add(request(3, num_prompt=4))  # came later
+    assert step(target) == [(0, 0, 30)]
+    assert step(target) == [(0, 30, 50)]
+    assert step(target) == [(0, 50, 51), (1, 48, 50), (2, 48, 50), (3, 0, 4)]
+
+
+def test_a_prompt_is_read_once_for_all_choices_where_the_first_gives_its_logprobs() -> None:
+    target = scheduler(max_num_seqs=8, keep_prefixes=True, budget=30, watched=True)
+    for seq_id in range(3):
+        target.add(request(seq_id, num_prompt=50, max_tokens=2, prompt_logprobs=seq_id == 0))
+    assert step(target) == [(0, 0, 30)]
+    assert step(target) == [(0, 30, 50)]
+    assert step(target) == [(0, 50, 51), (1, 48, 50), (2, 48, 50)]
+
+
+def test_a_reader_that_leaves_makes_nobody_wait() -> None:
+    target = scheduler(keep_prefixes=True, budget=30, watched=True)
+    for seq_id in range(2):
+        target.add(request(seq_id, num_prompt=50))
+    assert step(target) == [(0, 0, 30)]
+    target.cancel(0)
+    assert step(target) == [(1, 16, 46)]  # of what it left, a whole block
+
+
+def test_what_a_failed_sequence_left_is_found_by_nobody() -> None:
+    target = scheduler(keep_prefixes=True, budget=5)
+    target.add(request(0, num_prompt=40, max_tokens=1))
+    [chunk] = target.plan()
+    target.advance(chunk, None)
+    assert target.fail(chunk.sequence) is FinishReason.ERROR
+    target.add(request(1, num_prompt=40, max_tokens=1))
+    assert step(target) == [(1, 0, 20)]
+
+
+def test_cancel_in_every_state() -> None:
+    target = scheduler(max_num_seqs=1)
+    running, waiting = target.add(request(1)), target.add(request(2))
+    step(target)
+    target.cancel(2)
+    assert target.num_waiting == 0 and waiting.state is State.WAITING
+    target.cancel(1)
+    assert running.state is State.FINISHED and target.num_running == 0
+    target.cancel(1)
+    target.add(request(3))
+    assert step(target) == [(3, 0, 1)]
+
+
+@given(st.lists(st.tuples(st.sampled_from(["add", "step", "step", "cancel"]), st.integers(0, 60)), max_size=60))
+def test_whatever_happens_tokens_are_read_once_and_everybody_ends(actions: list[tuple[str, int]]) -> None:
+    pool = BlockPool(12, keep_prefixes=True)
+    target = Scheduler(pool, max_num_seqs=3, eos_id=EOS, prefill_tokens_per_step=10)
+    added: list[Sequence] = []
+    finished: set[int] = set()
+    cancelled: set[int] = set()
+    order: list[int] = []
+
+    def run_step() -> None:
+        plan = target.plan()
+        budget = 10 if any(c.sequence.output_ids for c in plan) else 10 * UNWATCHED
+        assert len(plan) <= 3 and sum(c.last - c.first for c in plan if not c.sequence.output_ids) <= budget
+        for chunk in plan:
+            sequence = chunk.sequence
+            assert chunk.first == sequence.num_read < chunk.last <= sequence.num_tokens
+            assert len(sequence.blocks) * 16 >= len(sequence.request.prompt_ids) + sequence.request.max_tokens
+            if sequence.request.seq_id not in order:
+                order.append(sequence.request.seq_id)
+            if target.advance(chunk, 5 if chunk.draws else None) is not None:
+                finished.add(sequence.request.seq_id)
+                assert len(sequence.output_ids) == sequence.request.max_tokens
+
+    for action, number in actions:
+        if action == "add":
+            added.append(target.add(request(len(added), num_prompt=1 + number, max_tokens=1 + number % 4)))
+        elif action == "cancel" and added:
+            seq_id = number % len(added)
+            if seq_id not in finished:
+                cancelled.add(seq_id)
+            target.cancel(seq_id)
+        elif action == "step":
+            run_step()
+    for _ in range(12 * len(added)):
+        run_step()
+    assert finished | cancelled == set(range(len(added))) and not finished & cancelled
+    assert (target.num_running, target.num_waiting, pool.usage) == (0, 0, 0)
+    assert order == sorted(order)
+
+
+def test_prompts_are_read_in_larger_steps_while_no_sequence_waits_for_its_next_token() -> None:
+    target = scheduler(max_num_seqs=3, budget=10)
+    target.add(request(0, num_prompt=50, max_tokens=9))
+    assert step(target) == [(0, 0, 40)]
+    target.add(request(1, num_prompt=50, max_tokens=9))
+    assert step(target) == [(0, 40, 50), (1, 0, 30)]
+    assert step(target) == [(0, 50, 51), (1, 30, 40)]

@@ -1,0 +1,188 @@
+"""The engine process: same tokens through the socket, and its death and its replica's are noticed by the other."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from cluster.settings.serve import EngineConfig
+from model.errors import UserError
+from model.generate import generate
+from model.gpt import GPT
+from model.sampling import SamplingParams
+from serving.engine.block_pool import BlockPool
+from serving.engine.engine import Engine
+from serving.engine.messages import (
+    Candidates,
+    FinishReason,
+    FrameBuffer,
+    SequenceRequest,
+    StepReport,
+    TokenEvent,
+    encode_frame,
+    parse_report,
+    parse_request,
+    submit_message,
+)
+from serving.engine.runner import Reading
+from serving.engine.torch_runner import TorchRunner
+from serving.engine_process.client import EngineClient, EngineDiedError, Generation
+from serving.engine_process.run_engine import Channel, run_engine
+from tests.time_limits import limit_s
+from tests.waiting import wait_in_loop_until
+
+GREEDY = SamplingParams(temperature=0.0)
+START = """
+import asyncio, sys
+from pathlib import Path
+from cluster.settings.serve import EngineConfig
+from serving.engine_process.client import EngineClient
+
+async def main():
+    client = await EngineClient.start(Path(sys.argv[1]), config=EngineConfig(max_num_seqs=2), eos_id=None, threads=1)
+    print(client.pid, flush=True)
+    await asyncio.sleep(600)
+
+asyncio.run(main())
+"""
+
+
+@asynccontextmanager
+async def engine(checkpoint: Path, *, num_slots: int = 4) -> AsyncIterator[EngineClient]:
+    client = await EngineClient.start(checkpoint, config=EngineConfig(max_num_seqs=num_slots), eos_id=None, threads=1)
+    try:
+        yield client
+    finally:
+        await client.close()
+    assert not psutil.pid_exists(client.pid)
+
+
+def request(client: EngineClient, prompt_ids: list[int], *, max_tokens: int = 20) -> SequenceRequest:
+    return SequenceRequest(client.next_seq_id(), prompt_ids, max_tokens, GREEDY)
+
+
+async def collect(generation: Generation) -> list[int | None]:
+    return [event.token_id async for event in generation]
+
+
+def test_frames_arrive_whole_however_they_are_cut() -> None:
+    messages = [{"a": [1, None, "é"]}, [], {"b": "x" * 1000}]
+    stream = b"".join(encode_frame(message) for message in messages)
+    for size in (1, 3, 7, len(stream)):
+        buffer = FrameBuffer()
+        assert [m for i in range(0, len(stream), size) for m in buffer.feed(stream[i : i + size])] == messages
+
+
+def test_messages_survive_the_wire() -> None:
+    sampling = SamplingParams(temperature=0.5, logit_bias=((3, -1.5), (7, 2.0)), seed=2**63 - 1)
+    sent = SequenceRequest(1, [1, 2], 3, sampling, ignore_eos=True, num_logprobs=2, prompt_logprobs=True)
+    [message] = FrameBuffer().feed(encode_frame(submit_message(sent)))
+    assert parse_request(message["submit"]) == sent
+    event = TokenEvent(1, 5, FinishReason.STOP, Candidates(-0.5, [[5, -0.5]]), [None, Candidates(-1.0, [])])  # type: ignore[list-item]
+    [message] = FrameBuffer().feed(encode_frame(StepReport([event], 1, 2, 0.25, 30)))
+    report = parse_report(message)
+    assert report == ([event], 1, 2, 0.25, 30)
+    assert report.events[0].finish_reason is FinishReason.STOP
+
+
+def test_tokens_equal_generate_and_cancel_frees_the_slot(
+    checkpoint: Path, model: GPT, prompts: list[list[int]]
+) -> None:
+    async def scenario() -> None:
+        async with engine(checkpoint) as client:
+            generations = [client.submit([request(client, prompt)]) for prompt in prompts]
+            for prompt, output in zip(prompts, await asyncio.gather(*map(collect, generations)), strict=True):
+                assert output == generate(model, prompt, max_tokens=20, params=GREEDY, eos_id=None)
+            assert client.num_open_sequences == 0
+
+            endless = client.submit([request(client, [1], max_tokens=127) for _ in range(5)])
+            assert (client.num_open_sequences, client.num_open_requests) == (5, 1)
+            async for _event in endless:
+                break
+            endless.close()
+            assert client.num_open_sequences == 0
+            await wait_in_loop_until(lambda: (client.num_running, client.num_waiting) == (0, 0))
+            assert await collect(client.submit([request(client, prompts[3])])) == generate(
+                model, prompts[3], max_tokens=20, params=GREEDY, eos_id=None
+            )
+
+    asyncio.run(scenario())
+
+
+def test_a_killed_engine_ends_open_requests_and_is_no_longer_alive(checkpoint: Path) -> None:
+    async def scenario() -> None:
+        async with engine(checkpoint, num_slots=1) as client:
+            requests = [client.submit([request(client, [1], max_tokens=127)]) for _ in range(8)]
+            await anext(aiter(requests[0]))
+            assert client.alive
+            os.kill(client.pid, signal.SIGKILL)
+            outcomes = await asyncio.gather(*map(collect, requests), return_exceptions=True)
+            assert all(isinstance(outcome, EngineDiedError) for outcome in outcomes[1:])
+            assert not client.alive
+            assert "-9" in client.death_notice
+            with pytest.raises(EngineDiedError):
+                client.submit([request(client, [1])])
+
+    asyncio.run(scenario())
+
+
+def test_the_engine_ends_with_its_replica(checkpoint: Path) -> None:
+    parent = subprocess.Popen([sys.executable, "-c", START, checkpoint], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    child_pid = int(parent.stdout.readline())
+    assert psutil.pid_exists(child_pid)
+    child = psutil.Process(child_pid)
+    parent.kill()
+    parent.wait()
+    child.wait(timeout=limit_s(10))
+    parent.stdout.close()
+
+
+def test_an_unusable_checkpoint_is_an_error_for_people(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=str(tmp_path)):
+        asyncio.run(EngineClient.start(tmp_path, config=EngineConfig(max_num_seqs=1), eos_id=None, threads=1))
+
+
+class HeldRunner(TorchRunner):
+    """Computes only once it may."""
+
+    def __init__(self, model: GPT) -> None:
+        super().__init__(model, num_blocks=64)
+        self.may_compute = threading.Event()
+
+    def forward(self, readings: Sequence[Reading]) -> torch.Tensor:
+        assert self.may_compute.wait(limit_s(60))
+        return super().forward(readings)
+
+
+def test_what_a_step_begins_with_is_told_before_it_computes(model: GPT) -> None:
+    """On a slow processor a step takes longer than `engine.max_queue_s`, which must not look like a wait."""
+    runner = HeldRunner(model)
+    target = Engine(runner, BlockPool(64, keep_prefixes=True), max_num_seqs=2, prefill_tokens_per_step=96, eos_id=None)
+    ours, theirs = socket.socketpair()
+    ours.settimeout(limit_s(60))
+
+    def run() -> None:
+        with theirs, contextlib.suppress(EOFError):
+            run_engine(target, Channel(theirs))
+
+    with ours:
+        for seq_id in range(3):
+            ours.sendall(encode_frame(submit_message(SequenceRequest(seq_id, [seq_id, 2, 3], 1, GREEDY))))
+        threading.Thread(target=run, daemon=True).start()
+        frames = FrameBuffer()
+        assert list(frames.feed(ours.recv(1 << 16))) == [{"admission": [[0, 1], 2, 1]}]
+        runner.may_compute.set()
+        report = next(frames.feed(ours.recv(1 << 16)))
+        assert [event.seq_id for event in parse_report(report).events] == [0, 1]

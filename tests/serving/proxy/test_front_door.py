@@ -1,0 +1,211 @@
+"""The front door before a stand-in for Ray Serve: what it hands on, when it asks again, and how it ends an answer."""
+
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from ray.serve._private import constants
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cluster.cli import main
+from cluster.settings.serve import HttpConfig, ServeConfig
+from model.errors import UserError
+from serving.app import build_app
+from serving.protocol.errors import DRAINING_HEADER
+from serving.proxy.front_door import FrontDoor, Outcome, clamped_timeout_s, clean_request_id
+from serving.proxy.token_relay import ASK_HEADER
+from tests.time_limits import limit_s
+
+OK = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]}
+
+
+def scope(*headers: tuple[bytes, bytes], path: str = "/v1/completions") -> Scope:
+    return {"type": "http", "http_version": "1.1", "path": path, "headers": [(b"host", b"x"), *headers]}
+
+
+def ask(
+    app: ASGIApp,
+    *messages: Message,
+    headers: tuple[tuple[bytes, bytes], ...] = (),
+    count: Callable[[Outcome], None] = lambda outcome: None,
+) -> list[Message]:
+    """What goes out to a client that sends `messages`, and then stays on the line."""
+    sent: list[Message] = []
+    incoming = list(messages) or [{"type": "http.request", "body": b"{}", "more_body": False}]
+
+    async def receive() -> Message:
+        if not incoming:
+            await asyncio.Event().wait()
+        return incoming.pop(0)
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    config = HttpConfig(body_timeout_s=limit_s(0.05))
+    asyncio.run(FrontDoor(app, config=config, count=count)(scope(*headers), receive, send))
+    return sent
+
+
+def error(sent: list[Message]) -> dict[str, Any]:
+    return dict(json.loads(sent[1]["body"])["error"])
+
+
+def dies(times: int, answer: Callable[[Send], Any]) -> ASGIApp:
+    """Ray Serve with replicas that die before they answer: it returns without a word."""
+    calls = 0
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        nonlocal calls
+        calls += 1
+        assert (await receive())["body"] == b"{}"
+        if calls > times:
+            await answer(send)
+
+    return app
+
+
+async def whole(send: Send) -> None:
+    await send(OK)
+    await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+
+
+async def half(send: Send) -> None:
+    await send(OK)
+    await send({"type": "http.response.body", "body": b"data: 1\n\n", "more_body": True})
+
+
+@pytest.mark.parametrize(("deaths", "status"), [(0, 200), (2, 200), (3, 503)])
+def test_a_request_outlives_two_replicas(deaths: int, status: int) -> None:
+    sent = ask(dies(deaths, whole))
+    assert len(sent) == 2 and sent[0]["status"] == status
+    if status == 503:
+        assert error(sent)["code"] == "interrupted"
+
+
+def test_a_stream_that_breaks_off_ends_in_an_error_event() -> None:
+    *_, last = ask(dies(0, half))
+    assert json.loads(last["body"].removeprefix(b"data: "))["error"]["code"] == "interrupted"
+    assert not last.get("more_body")
+
+
+def test_a_client_that_has_gone_is_not_served_again() -> None:
+    calls = 0
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        nonlocal calls
+        calls += 1
+        await receive()
+        assert (await receive())["type"] == "http.disconnect"
+
+    sent = ask(app, {"type": "http.request", "body": b"", "more_body": False}, {"type": "http.disconnect"})
+    assert (calls, sent) == (1, [])
+
+
+def test_the_words_of_ray_serve_become_those_of_openai() -> None:
+    async def refuse(send: Send) -> None:
+        headers = [(b"content-type", b"text/plain"), (b"retry-after", b"7")]
+        await send({"type": "http.response.start", "status": 429, "headers": headers})
+        await send({"type": "http.response.body", "body": b"Request dropped due to backpressure"})
+
+    sent = ask(dies(0, refuse))
+    assert len(sent) == 2 and sent[0]["status"] == 429
+    assert dict(sent[0]["headers"])[b"retry-after"] == b"7"
+    assert error(sent)["type"] == "rate_limit_error"
+
+
+def test_a_body_that_stops_is_refused_and_reaches_nobody() -> None:
+    sent = ask(dies(0, whole), {"type": "http.request", "body": b"{", "more_body": True})
+    assert sent[0]["status"] == 408 and dict(sent[0]["headers"])[b"connection"] == b"close"
+
+
+def test_headers_that_ray_serve_would_obey_are_kept_from_it() -> None:
+    seen: list[tuple[bytes, bytes]] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.extend(scope["headers"])
+        await whole(send)
+
+    ask(
+        app,
+        headers=(
+            (b"x-request-disconnect-disabled", b"?1"),
+            (b"serve_multiplexed_model_id", b"\xff"),
+            (b"x-request-timeout-seconds", b"1e9"),
+            (b"x-request-id", b"a\r\nb"),
+            (b"x-mine", b"kept"),
+        ),
+    )
+    headers = dict(seen)
+    assert set(headers) == {b"host", b"x-request-timeout-seconds", b"x-request-id", b"x-mine", ASK_HEADER}
+    assert headers[b"x-request-timeout-seconds"] == b"600.0"
+    assert headers[b"x-request-id"].isalnum()
+
+
+def test_each_completion_is_counted_once_by_how_its_client_saw_it_end() -> None:
+    def says(status: int, *more: tuple[bytes, bytes]) -> ASGIApp:
+        async def answer(send: Send) -> None:
+            headers = [(b"x-model-version", b"1"), *more]
+            await send({"type": "http.response.start", "status": status, "headers": headers})
+            await send({"type": "http.response.body", "body": b"{}"})
+
+        return dies(0, answer)
+
+    async def leaves(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        await receive()
+
+    body, gone = {"type": "http.request", "body": b"{}", "more_body": False}, {"type": "http.disconnect"}
+    cases: list[tuple[ASGIApp, list[Message], Outcome]] = [
+        (dies(2, whole), [], Outcome.OK),
+        (says(400), [], Outcome.INVALID),
+        (says(429), [], Outcome.REFUSED),
+        (says(500), [], Outcome.FAILED),
+        (says(503), [], Outcome.FAILED),
+        (says(503, (DRAINING_HEADER.encode(), b"1")), [], Outcome.DRAINED),
+        (dies(3, whole), [], Outcome.FAILED),
+        (dies(0, half), [], Outcome.CUT),
+        (leaves, [body, gone], Outcome.LEFT),
+        (dies(0, whole), [gone], Outcome.LEFT),
+    ]
+    for app, messages, expected in cases:
+        counted: list[Outcome] = []
+        ask(app, *messages, count=counted.append)
+        assert counted == [expected]
+
+
+def test_haproxy_in_place_of_the_proxies_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
+    with pytest.raises(UserError, match="RAY_SERVE_ENABLE_HA_PROXY=1 has HAProxy"):
+        build_app(ServeConfig())
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "0")
+    assert build_app(ServeConfig())
+
+
+def test_serve_refuses_it_before_a_cluster_starts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
+    monkeypatch.setattr("cluster.stages.stage.connected", lambda *_, **__: pytest.fail("a cluster was started"))
+    assert main(["serve", "latest"]) == 1
+    assert "RAY_SERVE_ENABLE_HA_PROXY=1" in capsys.readouterr().err
+
+
+def test_the_variable_is_the_one_that_ray_serve_reads() -> None:
+    assert 'os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "0") == "1"' in Path(constants.__file__).read_text()
+
+
+@given(st.binary(max_size=12))
+def test_any_timeout_is_a_time_within_bounds_or_none(value: bytes) -> None:
+    timeout_s = clamped_timeout_s(value, 60)
+    assert timeout_s is None or 0 < timeout_s <= 60
+
+
+@given(st.lists(st.binary(max_size=70), max_size=2))
+def test_any_request_id_becomes_a_harmless_one(values: list[bytes]) -> None:
+    request_id = clean_request_id([(b"x-request-id", value) for value in values])
+    assert request_id.replace(b"-", b"a").isalnum() and len(request_id) <= 64

@@ -1,0 +1,176 @@
+"""A connection's bounds over a real socket, without Ray: trailers, pipelined requests, and what a flood of them costs."""
+
+import asyncio
+import contextlib
+import json
+import re
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+import pytest
+import uvicorn
+from starlette.types import Receive, Scope, Send
+
+from cluster.settings.serve import HttpConfig
+from serving.proxy.front_door import FrontDoor
+from serving.proxy.http_bounds import PIECE_BYTES, BoundedHttpProtocol
+from tests.serving.endpoint_parts import free_port
+from tests.time_limits import limit_s
+from tests.waiting import wait_until
+
+BOUNDS = HttpConfig(header_timeout_s=limit_s(0.125), body_timeout_s=limit_s(0.125))
+START = b"POST /x HTTP/1.1\r\nHost: a\r\n"
+CHUNKED = START + b"Transfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\n"
+FLOOD_BYTES = 24 << 20
+
+
+class Protocol(BoundedHttpProtocol):
+    config_of_bounds = BOUNDS
+
+
+async def echo(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answers with the request's path and headers, after the seconds of `x-sleep`; looks for a disconnect meanwhile, as
+    Ray Serve does."""
+    await receive()
+    headers = {name.decode(): value.decode() for name, value in scope["headers"]}
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(float(headers.get("x-sleep", 0))):
+            await receive()
+    body = json.dumps({"path": scope["path"], "headers": headers}).encode() + b"\n"
+    answer_headers = [(b"content-length", b"%d" % len(body)), (b"x-model-version", b"1")]
+    await send({"type": "http.response.start", "status": 200, "headers": answer_headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+class Server:
+    """uvicorn in a thread."""
+
+    def __init__(self, loop: Any) -> None:
+        app = FrontDoor(echo, config=BOUNDS, count=lambda outcome: None)
+        self.port = free_port()
+        config = uvicorn.Config(
+            app, port=self.port, http=Protocol, loop=loop, lifespan="off", log_level="critical", timeout_keep_alive=1
+        )
+        self.uvicorn = uvicorn.Server(config)
+        self.cpu_s = 0.0
+        self.thread = threading.Thread(target=self._serve)
+
+    def _serve(self) -> None:
+        self.uvicorn.run()
+        self.cpu_s = time.thread_time()
+
+    @contextlib.contextmanager
+    def connection(self) -> Iterator[socket.socket]:
+        with socket.create_connection(("127.0.0.1", self.port), timeout=limit_s(10)) as connection:
+            yield connection
+
+    def stop(self) -> None:
+        self.uvicorn.should_exit = True
+        self.thread.join(limit_s(10))
+
+
+@pytest.fixture(params=["asyncio", "uvloop"])
+def server(request: pytest.FixtureRequest) -> Iterator[Server]:
+    server = Server(request.param)
+    server.thread.start()
+    wait_until(lambda: server.uvicorn.started, timeout_s=10)
+    yield server
+    server.stop()
+
+
+def to_the_end(connection: socket.socket) -> bytes:
+    answer = b""
+    with contextlib.suppress(ConnectionError):
+        while data := connection.recv(1 << 16):
+            answer += data
+    return answer
+
+
+def test_trailers_become_no_headers_of_any_request(server: Server) -> None:
+    trailers = b"authorization: Bearer x\r\nx-forwarded-for: 1.2.3.4\r\nx-one: 1\r\n\r\n"
+    with server.connection() as connection:
+        connection.sendall(CHUNKED + trailers + START + b"x-two: 2\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
+        first, second = (json.loads(line)["headers"] for line in re.findall(rb"(\{.*\})\n", to_the_end(connection)))
+    assert set(first) - {"x-request-id", "x-raymill-relay"} == {"host", "transfer-encoding"}
+    assert second["x-two"] == "2" and not second.keys() & {"authorization", "x-forwarded-for", "x-one"}
+
+
+SLOW = START + b"x-sleep: 60\r\nContent-Length: 1\r\n\r\na"
+
+
+@pytest.mark.parametrize(
+    ("start", "drop", "is_answered"),
+    [
+        (START, b"a:\r\n", True),
+        (CHUNKED, b"a:\r\n", True),
+        (CHUNKED + b"a: ", b"aaaa", True),
+        (CHUNKED[:-1] + b";", b"aaaa", False),
+        (SLOW + START, b"a:\r\n", False),
+        (SLOW + START + b"a: ", b"aaaa", False),
+    ],
+    ids=["headers", "trailers", "one trailer", "a chunk's extension", "pipelined headers", "one pipelined header"],
+)
+def test_a_flood_takes_neither_memory_nor_time(server: Server, start: bytes, drop: bytes, is_answered: bool) -> None:
+    before = psutil.Process().memory_info().rss
+    with server.connection() as connection:
+        connection.sendall(start)
+        num_sent, peak = 0, before
+        with contextlib.suppress(ConnectionError):
+            while num_sent < FLOOD_BYTES:
+                connection.sendall(drop * (1 << 14))
+                num_sent += len(drop) << 14
+                peak = max(peak, psutil.Process().memory_info().rss)
+        answer = to_the_end(connection)
+    server.stop()
+    # The sender's own buffers and the kernel's take up to 3 MiB before it hears of the end.
+    assert num_sent < FLOOD_BYTES // 2
+    assert peak - before < 16 << 20  # 600 MiB without the bounds
+    assert server.cpu_s < 1  # and 2 s of 100 % of the loop
+    if is_answered and answer:  # the kernel may drop it, as bytes of ours are unread
+        assert answer.startswith(b"HTTP/1.1 431 ") and b"headers_too_large" in answer
+
+
+@pytest.mark.parametrize(
+    ("start", "drop", "status"),
+    [(CHUNKED, b"a:\r\n", b"HTTP/1.1 408 "), (SLOW + START + b"a", b"a", b"")],
+    ids=["trailers", "pipelined headers"],
+)
+def test_what_drips_ends_in_time(server: Server, start: bytes, drop: bytes, status: bytes) -> None:
+    began_s = time.monotonic()
+    with server.connection() as connection:
+        connection.sendall(start)
+        connection.settimeout(0.05)
+        answer = b""
+        while time.monotonic() < began_s + limit_s(20):
+            try:
+                connection.sendall(drop)
+                if not (data := connection.recv(1 << 16)):
+                    break
+                answer += data
+            except TimeoutError:
+                continue
+            except ConnectionError:
+                break
+    assert 0.4 < time.monotonic() - began_s < limit_s(10)
+    assert answer.startswith(status)
+
+
+def test_a_deep_pipeline_is_answered_in_order_and_read_bit_by_bit(server: Server) -> None:
+    """Its second request's headers are late only by our not reading them: that ends nothing."""
+    count = 3000
+    requests = b"".join(b"GET /%d HTTP/1.1\r\nHost: a\r\n\r\n" % number for number in range(count))
+    slow = b"GET /slow HTTP/1.1\r\nHost: a\r\nx-sleep: 1.2\r\n\r\n"
+    last = b"GET /last HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+    with server.connection() as connection:
+        connection.sendall(slow + requests + last)
+        time.sleep(0.6)
+        [protocol] = server.uvicorn.server_state.connections
+        assert isinstance(protocol, Protocol)
+        assert 0 < len(protocol.pipeline) <= PIECE_BYTES // len(b"GET /0 HTTP/1.1\r\nHost: a\r\n\r\n")
+        answer = to_the_end(connection)
+    paths = [path.decode() for path in re.findall(rb'"path": "/(\w+)"', answer)]
+    assert paths == ["slow", *map(str, range(count)), "last"]
