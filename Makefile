@@ -16,10 +16,10 @@ export TOKENIZERS_PARALLELISM ?= false
 demo: $(INSTALLED)
 	$(BIN)/raymill demo
 
-# What starts no cluster, three files at a time, as many of them wait; then the rest, one after the other. Both parts run.
+# Files that start no cluster run three at a time, as many of their tests wait; then the rest, two at a time. Both parts run.
 test: $(INSTALLED)
 	$(BIN)/pytest -m "not slow and not cluster" --numprocesses 3 --dist loadfile; first=$$?; \
-	$(BIN)/pytest -m "not slow and cluster" && exit $$first
+	$(BIN)/pytest -m "not slow and cluster" --numprocesses 2 --dist loadfile && exit $$first
 
 test-all: $(CLIENTS_INSTALLED)
 	$(BIN)/pytest
