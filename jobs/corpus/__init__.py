@@ -1,1 +1,1 @@
-"""Files to documents."""
+"""Reads the files of a corpus as documents."""

@@ -1,25 +1,26 @@
-"""How a corpus is divided into chunks, the units of work: a pure function of its files' sizes.
+"""Divides a corpus into chunks, the units of work, as a pure function of the sizes of its files.
 
-A chunk is about `data.shard_bytes` of source text and becomes one shard of each split, whoever works on it. A large
-txt, jsonl or parquet file is divided by byte ranges; a range owns the documents that begin in it. A large archive
-or csv file has no such places: it is first cut into pieces (see file_pieces).
+A chunk is about `data.shard_bytes` of source text and becomes one shard of each split. A large txt, jsonl or parquet
+file is divided into byte ranges; a range owns the documents that begin in it. A large archive or csv file cannot be
+entered in the middle, so it is first cut into pieces (see file_pieces).
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
 from jobs.corpus.listing import CorpusFile
 
-EXPANSION = {".gz": 3, ".zst": 3, "": 1}  # text in an archive; only has to be in the right order of magnitude
-_CHUNK_PARTS = 512  # tiny files are opened one by one: a chunk of more would take minutes from S3
+EXPANSION = {".gz": 3, ".zst": 3, "": 1}  # bytes of text for each byte of an archive, to an order of magnitude
+_CHUNK_PARTS = 512  # tiny files are opened one by one: a larger chunk would take minutes from S3
 
 
 @dataclass(frozen=True)
 class Part:
     """The documents that begin at bytes [start, end) of a file."""
 
-    file: int  # place in the listing
+    file: int  # index in the listing
     uri: str
     version: str
     kind: str
@@ -27,8 +28,8 @@ class Part:
     start: int
     end: int
     size: int  # bytes of the file
-    offset: int = 0  # of this file's first byte in the file that it is a piece of
-    piece_of: str = ""  # that file's URI
+    offset: int = 0  # where this file begins in the file that it was cut from
+    piece_of: str = ""  # URI of the file that it was cut from
 
 
 def whole_file(number: int, file: CorpusFile) -> Part:
@@ -46,12 +47,13 @@ class Chunk:
         return sum(part.end - part.start for part in self.parts)
 
 
-def needs_cutting(file: CorpusFile, *, shard_bytes: int) -> bool:
-    return file.size > shard_bytes and (bool(file.compression) or file.kind == "csv")
+def is_divisible(file: CorpusFile) -> bool:
+    """Reports whether reading can begin within the file, and not at its front alone."""
+    return not file.compression and file.kind != "csv"
 
 
 def text_step(max_document_bytes: int) -> int:
-    """Bytes from one nominal border of an over-long text to the next; the real one is the next line end or so."""
+    """Returns the bytes between nominal borders of an over-long text; the real border is the next line end or so."""
     return max(1, max_document_bytes - max(4, max_document_bytes // 16))
 
 
@@ -62,7 +64,7 @@ def plan_chunks(
     shard_bytes: int,
     max_document_bytes: int,
 ) -> list[Chunk]:
-    """The chunks of the files, none across two sources; `pieces` holds those of the files that were cut."""
+    """Returns the chunks, none of which spans two sources; `pieces` holds the pieces of each file that was cut."""
     chunks: list[Chunk] = []
     for source, numbered in groupby(enumerate(files), key=lambda pair: pair[1].source):
         parts: list[Part] = []
@@ -83,11 +85,9 @@ def plan_chunks(
 
 def _ranges(number: int, file: CorpusFile, shard_bytes: int, max_document_bytes: int) -> Iterator[Part]:
     whole = whole_file(number, file)
-    if file.kind == "txt":
-        step = text_step(max_document_bytes) if file.size > max_document_bytes else file.size
-    else:
-        step = shard_bytes
-    if file.compression or file.kind == "csv" or file.size <= step:
+    is_whole = not is_divisible(file) or (file.kind == "txt" and file.size <= max_document_bytes)
+    step = text_step(max_document_bytes) if file.kind == "txt" else shard_bytes
+    if is_whole or file.size <= step:
         yield whole
         return
     for start in range(0, file.size, step):
@@ -95,9 +95,8 @@ def _ranges(number: int, file: CorpusFile, shard_bytes: int, max_document_bytes:
 
 
 def interleaved(chunks: Sequence[Chunk]) -> list[Chunk]:
-    """In order within each source, all sources advancing alike: so that each has sealed shards early."""
-    totals = {source: len(list(group)) for source, group in groupby(chunks, key=lambda chunk: chunk.source)}
-    firsts = {source: next(c.number for c in chunks if c.source == source) for source in totals}
-    return sorted(
-        chunks, key=lambda chunk: ((chunk.number - firsts[chunk.source]) / totals[chunk.source], chunk.number)
-    )
+    """Returns the chunks in order within each source, with all sources advancing alike, so that each source has sealed
+    shards early."""
+    totals = Counter(chunk.source for chunk in chunks)
+    firsts = {chunk.source: chunk.number for chunk in reversed(chunks)}
+    return sorted(chunks, key=lambda c: ((c.number - firsts[c.source]) / totals[c.source], c.number))

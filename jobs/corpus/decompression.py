@@ -1,4 +1,4 @@
-"""The text of an archive as a stream, which ends with an error if the archive is truncated or a bomb."""
+"""Streams the text of an archive, and raises an error if the archive is truncated or a decompression bomb."""
 
 import io
 from typing import BinaryIO
@@ -12,12 +12,12 @@ Archive = CorpusFile | Part
 
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _BUFFER_BYTES = 1 << 20
-_SMALL_BYTES = 64 << 20  # what any archive may unpack to
+_SMALL_BYTES = 64 << 20  # any archive may unpack to this much
 
 
 def decompressed(file: BinaryIO, archive: Archive, *, max_ratio: float) -> BinaryIO:
-    """The text of an archive. Reading raises `CorpusError` past `max_ratio` times its size."""
-    # Unlike `zstandard`'s reader, Arrow's tells a truncated stream from a finished one, for both formats.
+    """Returns the text of an archive, which raises `CorpusError` past `max_ratio` times the archive's size."""
+    # Unlike `zstandard`'s reader, Arrow's detects a truncated stream, in both formats.
     stream = pa.CompressedInputStream(pa.PythonFile(file, mode="r"), _COMPRESSIONS[archive.compression])
     limit = max(_SMALL_BYTES, int(archive.size * max_ratio))
     return io.BufferedReader(_Bounded(stream, archive.uri, limit), _BUFFER_BYTES)

@@ -1,10 +1,9 @@
-"""Readers: the documents of a part of a corpus file, one at a time, each with its text or the reason to drop it.
+"""Reads the documents of a part of a corpus file one at a time, each with its text or the reason to drop it.
 
-txt holds one document a file (several if it is longer than a document may be), jsonl one a line (blank lines hold
-none), csv one a record, parquet one a row. Text is kept as it is (line ends, blanks); only a byte order mark at a
-file's front is no text. A document that cannot be used is dropped and counted; a *file* that cannot be read to its
-end (a truncated archive, a damaged footer) or that changed since it was listed stops the job with its name, as
-nobody could say what was lost in it.
+A txt file holds one document (several if it is longer than a document may be), jsonl one per nonblank line, csv one
+per record, parquet one per row. Text is kept as it is, except for a byte order mark at a file's front. A document that
+cannot be used is dropped and counted. A *file* that cannot be read to its end (a truncated archive, a damaged footer),
+or that changed since it was listed, stops the job with its name, because nobody could say what was lost.
 """
 
 import csv
@@ -31,22 +30,22 @@ from jobs.corpus.text_hashes import is_blank
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 LINE_FACTOR = {"jsonl": 6, "csv": 2}
-"""Bytes that a byte of text is written as, at most: JSON's \\u0041, csv's doubled quote."""
+"""The most bytes in which a byte of text may be written: JSON's \\u0041, csv's doubled quote."""
 LINE_MARGIN_BYTES = 1 << 20
-"""Room for what else stands in a line."""
+"""Room for the other fields of a line."""
 
 _STRINGS = (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), pa.binary_view())
 _PREVIEW_BYTES = 200
 
 
 class Drop(StrEnum):
-    """Why a document is not in the token store. The quality rules are explained in quality.py."""
+    """The reason why a document is not in the token store; cleaning/quality_rules explains the quality rules."""
 
-    EMPTY = "empty"  # no text, or blanks and invisible characters only
-    BINARY = "binary"  # holds a NUL, which text does not: an image, an archive, UTF-16
+    EMPTY = "empty"  # no text, or only blanks and invisible characters
+    BINARY = "binary"  # holds a NUL, unlike text: an image, an archive, UTF-16
     INVALID_UTF8 = "invalid_utf8"  # data.invalid_utf8 is `skip`
     INVALID_JSON = "invalid_json"  # the line is not JSON
-    INVALID_CSV = "invalid_csv"  # a quote that nothing closes, or more fields than the header
+    INVALID_CSV = "invalid_csv"  # an unclosed quote, or more fields than the header
     MISSING_TEXT = "missing_text"  # the line or row has no string under data.text_field
     TOO_LONG = "too_long"  # more than data.max_document_bytes
     WORD_COUNT = "word_count"
@@ -56,31 +55,29 @@ class Drop(StrEnum):
     ALPHABETIC_WORDS = "alphabetic_words"
     STOP_WORDS = "stop_words"
     DUPLICATE = "duplicate"  # the same normalized text came earlier in the corpus
-    NEAR_DUPLICATE = "near_duplicate"  # nearly the same text did: data.near_dedup_threshold
+    NEAR_DUPLICATE = "near_duplicate"  # nearly the same text came earlier: data.near_dedup_threshold
     CONTAMINATED = "contaminated"  # shares a run of words with a validation document: data.decontaminate_ngram
 
 
 UNREADABLE = (Drop.BINARY, Drop.INVALID_UTF8, Drop.INVALID_JSON, Drop.INVALID_CSV, Drop.MISSING_TEXT)
-"""The reasons that a wrong setting or a damaged corpus has, as counted by data.max_unreadable_fraction."""
+"""The reasons that point to a wrong setting or a damaged corpus, which data.max_unreadable_fraction bounds."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """`offset` finds the document again: its first byte in the uncompressed file, or its row."""
-
-    offset: int
+    offset: int  # its first byte in the uncompressed file, or its row
     text: str = ""  # empty when dropped
     drop: Drop | None = None
-    replaced: bool = False  # held bytes that are not UTF-8, now U+FFFD
-    size: int = 0  # bytes of UTF-8, or of what was read of a dropped document
+    replaced: bool = False  # bytes that were not UTF-8 are now U+FFFD
+    size: int = 0  # bytes of UTF-8, or of the part of a dropped document that was read
     preview: str = ""  # the front of a dropped document
 
 
 def read_documents(part: Part, data: DataConfig) -> Iterator[Document]:
-    """The documents of a part in their order. Holds one in memory, or one parquet batch.
+    """Yields the documents of a part in order, with one document or parquet batch in memory at a time.
 
-    Raises `CorpusError` for a file that cannot be read to its end or has changed, and for text that is not UTF-8
-    when `data.invalid_utf8` is `fail`.
+    Raises `CorpusError` for a file that changed or cannot be read to its end, and for text that is not UTF-8 when
+    `data.invalid_utf8` is `fail`.
     """
     storage, name = split_uri(part.uri)
     reader = _Reader(part, data)
@@ -97,10 +94,10 @@ def read_documents(part: Part, data: DataConfig) -> Iterator[Document]:
 
 @contextmanager
 def named_damage(uri: str) -> Iterator[None]:
-    """Names the file in what its damage raises."""
+    """Turns the errors that a damaged file raises into a `CorpusError` with the file's name."""
     try:
         yield
-    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:  # the last: a damaged name of a column
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:  # the last one: a damaged column name
         reason = str(error).rstrip(".").partition("\n")[0]
         raise CorpusError(
             f"{uri} cannot be read to its end ({reason}); replace the file or take it out of data.source"
@@ -108,7 +105,7 @@ def named_damage(uri: str) -> Iterator[None]:
 
 
 def endless_header(uri: str) -> CorpusError:
-    return CorpusError(f"the header of {uri} does not end: a quote is not closed, or lines do not end; mend the file")
+    return CorpusError(f"the header of {uri} does not end: a quote is not closed, or lines do not end; fix the file")
 
 
 @dataclass(frozen=True)
@@ -122,7 +119,7 @@ class _Reader:
 
     @property
     def end(self) -> int | None:
-        """Of the part in the text; an archive's text ends where the archive does."""
+        """The part's end in the text; None for an archive, whose text ends where the archive does."""
         return None if self.part.compression else self.part.end
 
     def dropped(self, raw: bytes, offset: int, drop: Drop) -> Document:
@@ -132,7 +129,7 @@ class _Reader:
         return Document(self.part.offset + offset, drop=drop, size=len(raw), preview=preview)
 
     def judged(self, raw: bytes, offset: int) -> Document:
-        """The document that the bytes of a text make, kept or dropped."""
+        """Returns the document, kept or dropped, that the bytes of a text make."""
         if len(raw) > self.data.max_document_bytes:
             return self.dropped(raw, offset, Drop.TOO_LONG)
         if b"\0" in raw or raw.startswith(_UTF16_MARKS):
@@ -142,7 +139,7 @@ class _Reader:
         return self.decoded(raw, offset)
 
     def decoded(self, raw: bytes, offset: int) -> Document:
-        """The policy for bytes that are not UTF-8."""
+        """Applies `data.invalid_utf8` to bytes that are not UTF-8."""
         position = self.part.offset + offset
         try:
             return Document(position, raw.decode(), size=len(raw))
@@ -158,10 +155,10 @@ class _Reader:
             return Document(position, text, replaced=True, size=len(text.encode()))
 
     def judged_text(self, text: str, offset: int) -> Document:
-        """As `judged`, for text that a container has decoded."""
+        """Does what `judged` does, for text that its container has decoded."""
         if text.isascii() and len(text) <= self.data.max_document_bytes and "\0" not in text and text.strip():
             return Document(self.part.offset + offset, text, size=len(text))
-        # A lone surrogate ("\ud800") is valid JSON without UTF-8: the three bytes made here are invalid too.
+        # A lone surrogate ("\ud800") is valid JSON but has no UTF-8: the three bytes made here are invalid too.
         return self.judged(text.encode(errors="surrogatepass"), offset)
 
     def txt(self, file: BinaryIO) -> Iterator[Document]:
@@ -187,13 +184,13 @@ class _Reader:
             return self.dropped(line, offset, Drop.BINARY)
         try:
             value, is_replaced = orjson.loads(line), False
-        except orjson.JSONDecodeError:  # as do NaN, a lone surrogate and bytes that are not UTF-8, which may pass below
+        except orjson.JSONDecodeError:  # NaN, a lone surrogate and bytes that are not UTF-8 may still pass below
             decoded = self.decoded(line, offset)
             if decoded.drop:
                 return decoded
             try:
                 value, is_replaced = json.loads(decoded.text), decoded.replaced
-            except (ValueError, RecursionError):  # also thousands of digits or of nested brackets
+            except (ValueError, RecursionError):  # thousands of digits or of nested brackets also raise these
                 return self.dropped(line, offset, Drop.INVALID_JSON)
         text = value.get(self.data.text_field) if isinstance(value, dict) else None
         if not isinstance(text, str):
@@ -246,14 +243,14 @@ class _Reader:
             metadata = parquet.metadata.row_group(group)
             first = metadata.column(0)
             begins = min(filter(None, (first.dictionary_page_offset, first.data_page_offset)), default=0)
-            if metadata.num_rows and not 0 < begins < self.part.size:  # no part would own it
+            if metadata.num_rows and not 0 < begins < self.part.size:  # no part would own this row group
                 raise pa.ArrowInvalid(f"row group {group} begins at byte {begins} of {self.part.size}")
             if self.part.start <= begins < self.part.end:
                 number = row
                 for number, raw in enumerate(self.column_values(parquet, group), start=row + 1):
                     missing = Document(number - 1, drop=Drop.MISSING_TEXT)
                     yield missing if raw is None else self.judged(raw, number - 1)
-                if number - row != metadata.num_rows:  # Arrow is content with fewer
+                if number - row != metadata.num_rows:  # Arrow accepts fewer rows without an error
                     raise pa.ArrowInvalid(f"row group {group} has {number - row} of {metadata.num_rows} rows")
             row += metadata.num_rows
         if row != parquet.metadata.num_rows:
@@ -269,7 +266,7 @@ class _Reader:
     def column_values(self, parquet: pq.ParquetFile, group: int) -> Iterator[bytes | None]:
         columns = [self.data.text_field]
         for batch in parquet.iter_batches(256, row_groups=[group], columns=columns, use_threads=False):
-            column = batch.column(batch.schema.names.index(self.data.text_field))  # of "a.b", column "a" comes too
+            column = batch.column(batch.schema.names.index(self.data.text_field))  # "a.b" also brings column "a"
             if pa.types.is_dictionary(column.type):
                 column = column.dictionary_decode()
             for value in column.cast(pa.large_binary()):

@@ -1,7 +1,7 @@
-"""Large files that no byte range divides, archives and csv, are cut into pieces once.
+"""Cuts large files that cannot be divided into byte ranges, archives and csv files, into pieces.
 
-One task streams such a file and stores its text in pieces of about a shard each, cut where a document ends; from
-then on the pieces are like any corpus file, and all workers share one 5 GB archive.
+One task streams such a file and stores its text in pieces of about a shard each, cut where a document ends. The pieces
+are then read like any corpus file, so all workers share the work on one 5 GB archive.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import BinaryIO
 from cluster.output.progress import progress
 from cluster.settings.run import DataConfig
 from cluster.storage.uris import Storage, join_uri, split_uri
-from jobs.corpus.chunks import Part, needs_cutting, text_step
+from jobs.corpus.chunks import Part, is_divisible, text_step
 from jobs.corpus.decompression import decompressed
 from jobs.corpus.documents import LINE_FACTOR, LINE_MARGIN_BYTES, endless_header, named_damage
 from jobs.corpus.listing import CorpusFile
@@ -24,8 +24,8 @@ PIECES = "pieces"
 
 
 def cut_files(store: Storage, files: Sequence[CorpusFile], data: DataConfig) -> dict[int, list[Part]]:
-    """The pieces of the files that are large and indivisible, stored under `store`'s folder `pieces`. Needs Ray."""
-    numbers = [number for number, file in enumerate(files) if needs_cutting(file, shard_bytes=data.shard_bytes)]
+    """Returns the pieces of the large indivisible files, which lie in `store`'s folder `pieces`. Needs Ray."""
+    numbers = [n for n, file in enumerate(files) if file.size > data.shard_bytes and not is_divisible(file)]
     tasks: list[Task] = [{"number": number, "file": asdict(files[number])} for number in numbers]
     pieces: dict[int, list[Part]] = {}
     if tasks:
@@ -38,7 +38,7 @@ def cut_files(store: Storage, files: Sequence[CorpusFile], data: DataConfig) -> 
 
 
 def cut_file(task: Task, *, store: Storage, data: DataConfig) -> Iterator[bytes]:
-    """Yields the parts of a file as JSON, once its pieces and then their list are stored."""
+    """Yields a file's parts as JSON once its pieces, and then their list, are stored."""
     number, file = task["number"], CorpusFile(**task["file"])
     folder = store.child(f"{PIECES}/{number:05d}")
     if not folder.exists("pieces.json"):
@@ -55,7 +55,7 @@ def cut_file(task: Task, *, store: Storage, data: DataConfig) -> Iterator[bytes]
 
 
 def _pieces(file: CorpusFile, data: DataConfig) -> Iterator[tuple[int, bytes]]:
-    """(offset in the text, content) of pieces of whole documents; each piece of a csv file has its header."""
+    """Yields (offset in the text, content) of pieces of whole documents; each piece of a csv file has the header."""
     storage, name = split_uri(file.uri)
     with storage.open(name) as raw, named_damage(file.uri):
         text = decompressed(raw, file, max_ratio=data.max_compression_ratio) if file.compression else raw

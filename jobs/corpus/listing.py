@@ -1,4 +1,4 @@
-"""Which files a corpus consists of, in canonical order: order of the sources, then path."""
+"""Lists the files of a corpus in canonical order: by the order of the sources, then by path."""
 
 import re
 from collections.abc import Mapping
@@ -14,13 +14,13 @@ _EXPECTED = "expected .txt .jsonl .csv .parquet, .gz and .zst of the first three
 
 
 class CorpusError(UserError):
-    """The corpus cannot be used as it is; the text names the file and what to do."""
+    """The corpus cannot be used as it is; the message names the file and what to do."""
 
 
 @dataclass(frozen=True)
 class CorpusFile:
     uri: str
-    source: int  # place in data.source
+    source: int  # index in data.source
     size: int  # bytes
     version: str  # changes with the bytes
     kind: str  # txt, jsonl, csv or parquet
@@ -29,27 +29,27 @@ class CorpusFile:
 
 @dataclass(frozen=True)
 class Listing:
-    """A corpus's files, the finished token stores among its sources, and the files left out by ending."""
+    """The files of a corpus, the finished token stores among its sources, and the files of unknown ending."""
 
     files: list[CorpusFile]
     token_stores: dict[int, str]  # source -> location
-    skipped: list[str]
+    skipped: list[str]  # of unknown ending
     revisions: dict[str, str]  # hf:// source -> commit
-    sources: list[str]  # where each of them is
+    sources: list[str]  # absolute location of each
 
     def identity(self) -> list[tuple[str, int, str]]:
-        """What a change of the corpus's files changes, as JSON values."""
+        """Returns JSON values that change whenever a file of the corpus changes."""
         return [(file.uri, file.size, file.version) for file in self.files]
 
     def record(self) -> dict[str, Any]:
-        """Returns what a token store keeps of the listing, as JSON values."""
+        """Returns the part of the listing that a token store keeps, as JSON values."""
         return {"files": self.identity(), "skipped": self.skipped, "sources": self.sources}
 
 
 def list_corpus(source: str | list[str]) -> Listing:
-    """The files that `data.source` names, each once. Raises `CorpusError` and `StorageError`.
+    """Lists the files that `data.source` names, each once. Raises `CorpusError` and `StorageError`.
 
-    A file named by itself must have a known ending; those that a folder or pattern brings along are left out.
+    A file of unknown ending is an error where it is named by itself, and is skipped in a folder or pattern.
     """
     sources = [source] if isinstance(source, str) else source
     if not sources:

@@ -1,9 +1,8 @@
-"""How far reading and tokenizing are, for the person who watches and as Ray's metrics."""
+"""Counts how far reading and tokenizing are, for the person who watches and as Ray's metrics."""
 
 import time
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
-from types import TracebackType
+from typing import Self
 
 from cluster.monitoring.metric_export import Metrics
 from cluster.monitoring.metric_table import Exporter
@@ -12,25 +11,24 @@ from cluster.output.progress import report_progress
 _REPORT_INTERVAL_S = 1.0
 
 
-class DataProgress(AbstractContextManager["DataProgress"]):
-    """Counts what tasks finish; the figures leave as progress lines and as the metrics `raymill_data_*`."""
+class DataProgress:
+    """Counts what finished tasks did, and shows it as progress lines and as the metrics `raymill_data_*`."""
 
     def __init__(self, label: str, *, total_bytes: int, num_tasks: int) -> None:
-        self._label = label
-        self._total_bytes = total_bytes
-        self._queued = num_tasks
+        self._label, self._total_bytes, self._queued = label, total_bytes, num_tasks
         self._bytes = self._documents = self._tokens = self._peak_rss_bytes = 0
         self._started = self._reported = time.monotonic()
         self.metrics = Metrics(Exporter.DATA, stage=label)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *error: object) -> None:
         if kind is None:
             self._show()
 
     def advance(self, num_bytes: int, *, documents: int, tokens: int = 0, rss_bytes: int) -> None:
-        """One task is done."""
+        """Counts one finished task."""
         self._queued -= 1
         self._bytes += num_bytes
         self._documents += documents
@@ -45,7 +43,7 @@ class DataProgress(AbstractContextManager["DataProgress"]):
             self._show()
 
     def drop(self, documents: Mapping[str, int]) -> None:
-        """Documents left out, by reason."""
+        """Counts dropped documents, by reason."""
         for reason, count in documents.items():
             self.metrics.of("raymill_data_dropped_documents", reason=reason).inc(count)
 

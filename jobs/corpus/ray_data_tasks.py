@@ -1,4 +1,4 @@
-"""Many independent tasks on the cluster with Ray Data: one CPU each, results as they come, clear errors."""
+"""Runs many independent tasks on the cluster with Ray Data: one CPU each, results as they come, clear errors."""
 
 import json
 import logging
@@ -17,13 +17,13 @@ from ray.util.annotations import RayDeprecationWarning
 from model.errors import UserError
 
 Task = dict[str, Any]
-"""What to do, as JSON values."""
+"""A task as JSON values."""
 
 Work = Callable[[Task], Iterator[bytes]]
 """Does a task and yields its results."""
 
 WORKER_DEATHS = (WorkerCrashedError, NodeDiedError, OutOfMemoryError)
-_MAX_RETRIES = 3  # Ray Data would go on for ever with a file that crashes its reader
+_MAX_RETRIES = 3  # Ray Data would retry a file that crashes its reader forever
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class Result:
 
 
 def run_tasks(tasks: list[Task], work: Work) -> Iterator[Result]:
-    """Every result, in the order in which tasks get ready.
+    """Yields every result, in the order in which tasks finish.
 
-    A task whose worker or node dies is run again, a few times, as the task itself may be what kills it; an error in it
-    stops all, as the `UserError` that it is if it is one. `work` is sent by name: it lives in a module that is not run
-    as a script.
+    A task whose worker or node dies is run again, but only a few times, since the task itself may be the killer. An
+    error in a task stops all of them; a `UserError` is raised as it is. `work` is pickled by name, so its module must
+    not be run as a script.
     """
     if not tasks:
         return
@@ -51,7 +51,7 @@ def run_tasks(tasks: list[Task], work: Work) -> Iterator[Result]:
     items = ray.data.from_items(rows, override_num_blocks=len(rows))
     perform = partial(_perform, work=work)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RayDeprecationWarning)  # which names no other way to set `max_retries`
+        warnings.simplefilter("ignore", RayDeprecationWarning)  # there is no other way to set `max_retries`
         dataset = items.map_batches(perform, batch_size=1, batch_format="numpy", num_cpus=1, max_retries=_MAX_RETRIES)
     unfinished = dict(enumerate(tasks))
     try:
@@ -66,7 +66,7 @@ def run_tasks(tasks: list[Task], work: Work) -> Iterator[Result]:
 
 
 def worker_died(uris: Sequence[str]) -> UserError:
-    """What to say after one of `WORKER_DEATHS` at work on some files."""
+    """Returns the error to raise after one of `WORKER_DEATHS` during work on these files."""
     return UserError(
         f"a worker died each time at one of {len(uris)} files, {', '.join(uris[:3])} first; such a file crashes its "
         "reader or needs more memory than there is: find it with `raymill data preview` and take it out of data.source"
@@ -80,5 +80,5 @@ def _perform(batch: dict[str, Any], *, work: Work) -> Iterator[dict[str, Any]]:
         for content in work(json.loads(batch["task"][0])):
             yield row | {"content": [content], "rss_bytes": [psutil.Process().memory_info().rss]}
     except UserError as error:
-        # As a value, because Ray Data wraps an exception in its own and loses the one inside.
+        # A value, because Ray Data wraps an exception in its own and loses the one inside.
         yield row | {"error": [str(error)]}

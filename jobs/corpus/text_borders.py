@@ -1,7 +1,7 @@
-"""Where one line, csv record or stretch of text ends in a stream of bytes; nothing is held but the one at hand.
+"""Splits a stream of bytes into lines, csv records or stretches of text, with only the current one in memory.
 
 A range [start, end) owns what begins in it, so the ranges of a file, read by different workers, together give each
-line and each stretch once. A long text is cut into pieces, so that the encoder's memory is bounded.
+line and each stretch once. A long text is cut into pieces, which bounds the encoder's memory.
 """
 
 import io
@@ -18,18 +18,18 @@ _CLOSING = _QUOTED + rb'"[ \t]*+(?=[,\r\n]|\Z)'
 _FIELD = rb'(?:"' + _CLOSING + rb'|[^",\r\n][^,\r\n]*+|)'
 _FIELDS = re.compile(_FIELD + rb"(?:[,\r\n]" + _FIELD + rb")*+")
 _FIELDS_AFTER_QUOTE = re.compile(_CLOSING + rb"(?:[,\r\n]" + _FIELD + rb")*+")
-"""Fields as Python's `csv` reads them: a quote is one at a field's front only, elsewhere a character (5" of rain).
-Unlike there, only blanks may follow a closing quote: more shows that it closes another one than it should."""
+"""Fields as Python's `csv` reads them: a quote counts only at a field's front, elsewhere it is text (5" of rain).
+Unlike there, only blanks may follow a closing quote; anything else shows that it closes the wrong quote."""
 
 _OPEN_FIELD = re.compile(rb'[,\r\n]?"' + _QUOTED + rb"\Z")
 _STILL_OPEN = re.compile(_QUOTED + rb"\Z")
 
 
 def lines(file: BinaryIO, start: int = 0, end: int | None = None, *, limit: int) -> Iterator[tuple[int, bytes, bool]]:
-    """(offset, line, whole) of each line that begins in [start, end); of one over `limit` bytes only its front."""
+    """Yields (offset, line, whole) of each line that begins in [start, end); only the front of one over `limit`."""
     position = start
     if start:
-        file.seek(start - 1)  # a line that begins at `start` has its line feed there
+        file.seek(start - 1)  # the line feed before a line that begins at `start`
         position += _skip_line(file) - 1
     while end is None or position < end:
         line = file.readline(limit)
@@ -43,7 +43,7 @@ def lines(file: BinaryIO, start: int = 0, end: int | None = None, *, limit: int)
 
 
 def _skip_line(file: BinaryIO) -> int:
-    """Bytes up to the next line, which are passed over."""
+    """Skips to the next line and returns the number of bytes skipped."""
     skipped = 0
     while rest := file.readline(_BLOCK_BYTES):
         skipped += len(rest)
@@ -59,15 +59,15 @@ class _Quotes(Enum):
 
 
 def records(file: BinaryIO, *, limit: int) -> Iterator[tuple[int, bytes, bool]]:
-    """(offset, record, whole) of each csv record (RFC 4180): lines up to one that closes all quotes.
+    """Yields (offset, record, whole) of each csv record (RFC 4180): lines up to one that closes all quotes.
 
-    After `limit` bytes without that, or where text follows a closing quote, the quote is taken for a stray one: its
-    line alone is given as not whole, and the next line begins a record. Of a line over `limit` bytes only the front is
-    given.
+    A quote that is not closed within `limit` bytes, or whose closing quote text follows, is taken for a stray one: its
+    line alone is yielded as not whole, and the next line begins a record. Only the front of a line over `limit` bytes
+    is yielded.
     """
-    sources = [lines(file, limit=limit)]  # below the last one: what follows the lines that are read again
+    sources = [lines(file, limit=limit)]  # a stack: lines that are read again lie above those that follow them
     record, start, front, state = bytearray(), 0, 0, _Quotes.CLOSED  # `front`: bytes of its first line
-    again_until = alone_until = 0  # lines are read a second time, and not a third: then each is a record
+    again_until = alone_until = 0  # lines are read twice, never a third time: then each is a record
     while sources or record:
         found = next(sources[-1], None) if sources else None
         if found is not None:
@@ -99,7 +99,7 @@ def _moved(found: Iterator[tuple[int, bytes, bool]], by: int) -> Iterator[tuple[
 
 
 def _after(line: bytes, before: _Quotes) -> _Quotes:
-    """How the line leaves the quotes, and `before` how it finds them."""
+    """Returns the state of the quotes after the line; `before` is the state before it."""
     if b'"' not in line:
         return before
     fields, rest = (_FIELDS_AFTER_QUOTE, _STILL_OPEN) if before is _Quotes.OPEN else (_FIELDS, _OPEN_FIELD)
@@ -108,18 +108,18 @@ def _after(line: bytes, before: _Quotes) -> _Quotes:
         return _Quotes.CLOSED
     if rest.match(line) if found is None else _OPEN_FIELD.match(line, found.end()):
         return _Quotes.OPEN
-    # Where CR ends the lines, this one is many: they are read as they come, rather than lost together.
+    # In a file whose lines end with CR, this one is many: they are read one by one rather than lost together.
     return _Quotes.CLOSED if b"\r" in line.rstrip(b"\r\n") else _Quotes.STRAY
 
 
 def cut_stream(
     file: BinaryIO, start: int, end: int | None, *, step: int, slack: int, front: bytes = b""
 ) -> Iterator[tuple[int, bytes]]:
-    """(offset, text) of a long text's stretches whose nominal place, a multiple of `step`, lies in [start, end).
+    """Yields (offset, text) of the stretches of a long text whose nominal start, a multiple of `step`, is in the range.
 
     The real border is the first line end in the `slack` bytes after the nominal one, or else a blank, or else the
-    border of a UTF-8 character: it depends on those bytes only, so any range finds it alone. `front` are the bytes
-    that were read already from `start` = 0 on.
+    border of a UTF-8 character. It depends only on those bytes, so any range finds it alone. `front` holds the bytes
+    that were already read where `start` is 0.
     """
     buffer, position = front, start
     if start:
@@ -143,7 +143,7 @@ def cut_stream(
 
 
 def _border(window: bytes) -> int:
-    """Bytes of the window that still belong to the stretch before it."""
+    """Returns the number of bytes of the window that belong to the stretch before it."""
     line_end = window.find(b"\n")
     if line_end >= 0:
         return line_end + 1
@@ -160,10 +160,10 @@ _BORDER = re.compile(r"(?<=[^\W\d_])(?=\s)")
 
 
 def cut_text(text: str, *, piece_chars: int = _PIECE_CHARS) -> Iterator[str]:
-    """The text in pieces of `piece_chars` to twice as many.
+    """Yields the text in pieces of `piece_chars` to twice as many.
 
-    A piece ends where a letter is followed by a blank. The patterns of GPT-2's tokenizer and of its followers never
-    join these two, so the pieces' ids, end to end, are the text's. Only a text without such a place is cut anywhere.
+    A piece ends where a blank follows a letter. The patterns of GPT-2's tokenizer and of its successors never join
+    these two, so the pieces' ids, end to end, are the text's. Only a text without such a place is cut anywhere.
     """
     start = 0
     while len(text) - start > 2 * piece_chars:
