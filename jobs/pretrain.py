@@ -30,7 +30,7 @@ from jobs.run.ledger import Ledger
 from jobs.run.run_plan import RunPlan, run_storage
 from jobs.run.storage_retry import patiently
 from jobs.run.writer_generation import Fence
-from jobs.snapshots.snapshot_actors import Keepers
+from jobs.snapshots.keepers import Keepers
 from jobs.tokens.build_store import token_store, tokenize
 from jobs.tokens.token_store import MANIFEST, TokenStoreError
 from jobs.tokens.train_tokenizer import ensure_tokenizer

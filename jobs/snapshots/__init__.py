@@ -1,1 +1,1 @@
-"""Copies of the training state in the nodes' memory."""
+"""Keeps copies of the training state in the nodes' memory."""

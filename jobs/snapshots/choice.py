@@ -1,11 +1,11 @@
-"""Which snapshot a new attempt goes on from, and which ones need a second node: pure decisions."""
+"""Chooses the snapshot that a new attempt continues from, and the snapshots that need a second node: pure decisions."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 MAX_SHARE = 0.01
-"""Of the time of a step: what snapshots may cost."""
+"""The share of a step's time that snapshots may cost."""
 
 
 @dataclass(frozen=True)
@@ -13,39 +13,39 @@ class Holding:
     """One rank's share of the state after a step, in the memory of a node."""
 
     node: str
-    area: str  # names the memory on its node
+    area: str  # the name of the memory on its node
     slot: int
     sequence: int
     attempt: int
     step: int
     rank: int
-    world_size: int  # shares that make the state; 1 where this is the whole
+    world_size: int  # number of shares; 1 where this is the whole state
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A state of which every share is held."""
+    """A state whose every share is held."""
 
     step: int
-    holders: list[list[Holding]]  # of each share, by rank
+    holders: list[list[Holding]]  # the holdings of each share, by rank
 
 
 @dataclass(frozen=True)
 class Source:
-    """Who brings a share into the new group."""
+    """The rank that brings a share into the new group."""
 
-    reader: int  # rank that reads it
-    holding: Holding  # from its own node's memory, or from another node's keeper
-    is_local: bool
+    reader: int
+    holding: Holding
+    is_local: bool  # whether it lies in the memory of the reader's own node
 
 
 def choose(
     holdings: Iterable[Holding], *, explained_step: int, at_least: int, is_left_out: Callable[[int], bool]
 ) -> Choice | None:
-    """The newest state of which all shares are there; None when a checkpoint, of step `at_least`, does better.
+    """Returns the newest complete state, or None when the checkpoint of step `at_least` is newer.
 
-    `explained_step` is the last one that the ledger has: a state must not be ahead of it. `is_left_out` tells the
-    steps whose updates a rollback took back.
+    `explained_step` is the ledger's last step, which a state must not be ahead of. `is_left_out` reports the steps
+    whose updates a rollback took back.
     """
     states: dict[tuple[int, int, int], dict[int, list[Holding]]] = {}
     for held in holdings:
@@ -60,7 +60,7 @@ def choose(
 
 
 def sources(choice: Choice, node_of_rank: Sequence[str]) -> list[Source]:
-    """Who brings each share: the first rank whose node holds it, or else rank 0 from another node."""
+    """Returns the source of each share: the first rank whose node holds it, or else rank 0, from another node."""
     found = []
     for holders in choice.holders:
         by_node = {held.node: held for held in holders}
@@ -73,24 +73,20 @@ def sources(choice: Choice, node_of_rank: Sequence[str]) -> list[Source]:
 
 
 def held_on(choice: Choice, node: str) -> list[Holding] | None:
-    """Every share, if the node holds them all."""
+    """Returns every share, if the node holds them all."""
     shares = [next((held for held in holders if held.node == node), None) for holders in choice.holders]
     return None if None in shares else [share for share in shares if share is not None]
 
 
 def copies(holdings: Iterable[Holding], nodes: Sequence[str]) -> list[tuple[Holding, str]]:
-    """What to copy where, so that the newest share of each rank is on a second node, one that holds the fewest."""
+    """Returns what to copy to which node, so that each rank's newest share is also on the node with the fewest."""
     newest: dict[tuple[int, int], Holding] = {}
     holders: dict[tuple[int, int], set[str]] = {}
     held = list(holdings)
-    if not held:
-        return []
-    attempt = max(share.attempt for share in held)
+    attempt = max((share.attempt for share in held), default=0)
     for share in held:
-        if share.attempt != attempt:
-            continue
         key = (share.rank, share.world_size)
-        if not share.area.startswith(COPIES):
+        if share.attempt == attempt and not share.area.startswith(COPIES):
             holders.setdefault(key, set()).add(share.node)
             if key not in newest or share.step > newest[key].step:
                 newest[key] = share
@@ -111,10 +107,10 @@ COPIES = "copy-"
 
 
 def copy_area(share: Holding) -> str:
-    """The memory on another node that holds its copies."""
+    """Returns the name of the memory on another node that holds copies of the share."""
     return f"{COPIES}{share.area}"
 
 
 def interval(*, copy_s: float, step_s: float) -> int:
-    """Steps between snapshots that keep their cost below `MAX_SHARE`."""
+    """Returns the number of steps between snapshots that keeps their cost below `MAX_SHARE`."""
     return max(1, math.ceil(copy_s / (MAX_SHARE * step_s)))

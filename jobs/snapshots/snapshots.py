@@ -1,9 +1,8 @@
-"""A worker's snapshots: its state into its node's memory after a step, and back out of some node's after a failure.
+"""Copies a worker's state into its node's memory after a step, and back from some node's memory after a failure.
 
 Without a keeper on the node, as outside a Ray job, nothing is kept and training is the same.
 """
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,9 +18,8 @@ import torch.distributed as dist
 from jobs.exact.train_state import StatePart, TrainState
 from jobs.run.run_plan import RunPlan
 from jobs.snapshots.choice import Choice, Holding, Source, choose, held_on, interval, sources
+from jobs.snapshots.keepers import ask, fetch, find_keepers
 from jobs.snapshots.slots import Bytes, Header, Slots
-from jobs.snapshots.snapshot_actor import fetch
-from jobs.snapshots.snapshot_actors import ask, find_keepers
 from jobs.workers.worker_group import WorkerGroup
 
 _FIRST_AGREEMENT = 4
@@ -33,7 +31,7 @@ _RETRY_S = 1.0
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The choice that rank 0 made for all."""
+    """The choice that rank 0 made for all ranks."""
 
     choice: Choice
     headers: list[Header]  # of each share
@@ -44,7 +42,7 @@ class Snapshot:
 
 
 class Snapshots:
-    """Of one worker in one attempt."""
+    """The snapshots of one worker in one attempt."""
 
     def __init__(self, plan: RunPlan, group: WorkerGroup) -> None:
         self._plan, self._group, self._launch = plan, group, plan.launch
@@ -58,7 +56,7 @@ class Snapshots:
         self._last: tuple[int, float] | None = None
 
     def newest(self, *, explained_step: int, at_least: int, is_left_out: Callable[[int], bool]) -> Snapshot | None:
-        """Rank 0's choice, as `choose` describes it."""
+        """Returns the snapshot that `choose` chooses; called by rank 0."""
         if self._launch is None:
             return None
         keepers = find_keepers(self._launch)
@@ -71,7 +69,7 @@ class Snapshots:
         return None if None in headers else Snapshot(choice, headers)
 
     def restore(self, snapshot: Snapshot, state: TrainState) -> dict[str, Any]:
-        """Loads the state on every rank, from its node's memory where all ranks can; returns what was carried."""
+        """Loads the state on every rank, from its own node's memory where all ranks can; returns `carried`."""
         if all(held_on(snapshot.choice, node) for node in self._node_of_rank):
             own = held_on(snapshot.choice, self._node) or []
             datas = [self._read(held, is_local=True) for held in own]
@@ -82,11 +80,11 @@ class Snapshots:
         return snapshot.headers[0].carried
 
     def _shared(self, header: Header, source: Source, device: torch.device) -> Bytes:
-        """A share that one rank reads and the others get from it."""
-        is_reader = self._group.rank == source.reader
-        data = np.empty(header.num_bytes, np.uint8)
-        if is_reader:
+        """Returns a share that one rank reads and broadcasts to the others."""
+        if self._group.rank == source.reader:
             data = self._read(source.holding, is_local=source.is_local)
+        else:
+            data = np.empty(header.num_bytes, np.uint8)
         if self._group.world_size > 1:
             whole = torch.from_numpy(data).to(device)
             dist.broadcast(whole, source.reader)
@@ -97,7 +95,7 @@ class Snapshots:
         assert self._launch is not None
         keeper = ray.get_actor(held.node, namespace=self._launch)
         if is_local:
-            slots = _mapped(str(ray.get(keeper.path.remote(held.area))))
+            slots = Slots.at(ray.get(keeper.path.remote(held.area)))
             header = slots.header(held.slot)
             assert header is not None and header.sequence == held.sequence, "nobody writes during a restore"
             return slots.data(held.slot)[: header.num_bytes].copy()
@@ -107,7 +105,7 @@ class Snapshots:
         return fetched[1]
 
     def after_step(self, step: int, state: TrainState, *, attempt: int, carried: dict[str, Any]) -> None:
-        """Takes a snapshot where one is due; every rank calls it after every step, once the ledger has the step."""
+        """Takes a snapshot if one is due; every rank calls this after every step, once the ledger has the step."""
         if self._launch is None:
             return
         start = time.perf_counter()
@@ -124,9 +122,9 @@ class Snapshots:
         self._last = (step, time.perf_counter())
 
     def rescue(self, step: int, state: TrainState, *, attempt: int, carried: dict[str, Any]) -> None:
-        """Takes a snapshot that was not due, once another worker is lost: this one may hold the only newer state.
+        """Takes a snapshot that was not due, after another worker was lost: this worker may hold the only newer state.
 
-        Not of a sharded optimizer, whose lost share has no newer form than its own last snapshot.
+        A sharded optimizer is left alone: the lost share has no newer form than its own last snapshot.
         """
         if self._launch is not None and not state.is_sharded and step > self._last_written:
             self._write(step, state, attempt=attempt, carried=carried)
@@ -134,7 +132,7 @@ class Snapshots:
     def _write(self, step: int, state: TrainState, *, attempt: int, carried: dict[str, Any]) -> None:
         group, is_sharded = self._group, state.is_sharded
         if not is_sharded and group.rank != self._node_of_rank.index(self._node):
-            return  # all ranks have the same state, and one of a node writes it
+            return  # all ranks have the same state, and one rank of each node writes it
         part = state.own_state() if is_sharded else whole_state(state)
         arrays = [tensor.detach().cpu().numpy().view(np.uint8) for tensor in part.tensors.values()]
         area = f"rank-{group.rank}-of-{group.world_size}" if is_sharded else "state"
@@ -158,7 +156,7 @@ class Snapshots:
         slots.write(header, arrays)
 
     def _slots(self, area: str, num_bytes: int) -> Slots | None:
-        """This rank's memory on its node, of a keeper that is alive; None while there is none."""
+        """Returns this rank's memory on its node, or None while the node has no living keeper with room."""
         if self._memory is not None and self._memory[0].exists():
             return self._memory[1]
         self._memory = None
@@ -169,14 +167,14 @@ class Snapshots:
         path = ask({self._node: keeper.open.remote(area, num_bytes)}).get(self._node) if keeper else None
         if path is None:
             return None
-        self._memory = (Path(path), _mapped(path))
+        self._memory = (Path(path), Slots.at(path))
         return self._memory[1]
 
     def _agree(self, attempt: int) -> None:
-        """One interval for all ranks, as shares of a state must be of one step."""
+        """Agrees on one interval for all ranks, because the shares of a state must be of one step."""
         own = (min(self._copy_s), median(self._step_s) if self._step_s else float("inf"))
-        told = self._group.gather(own)
-        self._interval = interval(copy_s=max(copy for copy, _ in told), step_s=min(step for _, step in told))
+        copy_s, step_s = zip(*self._group.gather(own), strict=True)
+        self._interval = interval(copy_s=max(copy_s), step_s=min(step_s))
         self._copy_s.clear()
         self._step_s.clear()
         if self._group.rank == 0:  # each rank has written since this attempt began
@@ -184,16 +182,8 @@ class Snapshots:
                 keeper.close_older.remote(attempt)
 
 
-def _mapped(path: str) -> Slots:
-    descriptor = os.open(path, os.O_RDWR)
-    try:
-        return Slots.map(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def whole_state(state: TrainState) -> StatePart:
-    """The state where it lies."""
+    """Returns the whole state as views, without a copy."""
     tensors = {"values": state.values, **state.flat_moments()}
     return StatePart([range(state.layout.size)], tensors, state.num_updates)
 

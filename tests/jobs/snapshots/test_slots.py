@@ -31,7 +31,7 @@ while True:
 def mapped(path: str | Path) -> Slots:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
     os.ftruncate(descriptor, Slots.bytes_needed(NUM_BYTES))
-    slots = Slots.map(descriptor)
+    slots = Slots(descriptor)
     os.close(descriptor)
     return slots
 

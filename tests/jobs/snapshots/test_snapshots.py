@@ -1,6 +1,5 @@
 """A training state through a keeper's memory and back: the same bits, of the right run only, within its bounds."""
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +15,8 @@ from jobs.exact.train_state import TrainState
 from jobs.run.ledger import Ledger
 from jobs.run.run_plan import RunPlan
 from jobs.snapshots.choice import choose
+from jobs.snapshots.keepers import CHUNK_BYTES, Keeper
 from jobs.snapshots.slots import Header, Slots
-from jobs.snapshots.snapshot_actor import CHUNK_BYTES, SnapshotMemory
 from jobs.snapshots.snapshots import Snapshot, Snapshots, state_part, whole_state
 from jobs.training.train_loop import train
 from jobs.workers.worker_group import WorkerGroup
@@ -28,8 +27,8 @@ from tests.jobs.runs import tiny_plan
 SIZE = 12 << 12
 
 
-def make_memory(*, max_bytes: int = 1 << 30) -> SnapshotMemory:
-    return SnapshotMemory(node="a", identity="run", max_bytes=max_bytes)
+def make_memory(*, max_bytes: int = 1 << 30) -> Keeper:
+    return Keeper(node="a", identity="run", max_bytes=max_bytes)
 
 
 def header_of(state: TrainState | None = None, *, step: int = 1, attempt: int = 1, identity: str = "run") -> Header:
@@ -49,14 +48,11 @@ def header_of(state: TrainState | None = None, *, step: int = 1, attempt: int = 
     )
 
 
-def opened(memory: SnapshotMemory, area: str, num_bytes: int = SIZE) -> Slots:
-    """As a worker in another process would reach it."""
-    found = memory.open(area, num_bytes)
-    assert found is not None
-    descriptor = os.open(found[0], os.O_RDWR)
-    slots = Slots.map(descriptor)
-    os.close(descriptor)
-    return slots
+def opened(memory: Keeper, area: str, num_bytes: int = SIZE) -> Slots:
+    """Maps the memory as a worker in another process would."""
+    path = memory.open(area, num_bytes)
+    assert path is not None
+    return Slots.at(path)
 
 
 def write(slots: Slots, header: Header) -> None:
@@ -147,7 +143,7 @@ class KilledError(Exception):
 class OwnMemory(Snapshots):
     """The keeper is this process."""
 
-    memory: SnapshotMemory
+    memory: Keeper
     raise_after: dict[int, Exception]  # by step
     every_steps = 1
 
