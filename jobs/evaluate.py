@@ -216,7 +216,7 @@ def _batch_losses(model: GPT, rows: Rows, config: EvaluateConfig) -> list[float]
 def _worker_losses(model: GPT, rows: Rows, batches: range, num_threads: int) -> Iterator[tuple[int, float]]:
     """(number, summed loss) of each of the worker's batches."""
     torch.set_num_threads(num_threads)
-    stream = TokenStream.open(rows.tokens, split=rows.split, seq_len=rows.seq_len)
+    stream = TokenStream(rows.tokens, split=rows.split, seq_len=rows.seq_len)
     eot_id = stream.manifest.eot_id if rows.document_mask else None
     for batch in batches:
         inputs, targets = stream.rows(rows.batches[batch])  # (B, T) each
@@ -236,7 +236,7 @@ def gate_rows(checkpoint: str, storage_uri: str) -> dict[str, Any]:
         config = EvaluateConfig(checkpoint=found, storage=StorageConfig(uri=storage_uri))
         tokens, split = validation_split(folder, config)
         seq_len = min(read_config(folder).n_positions, MAX_TOKENS)
-        stream = TokenStream.open(tokens, split=split, seq_len=seq_len)
+        stream = TokenStream(tokens, split=split, seq_len=seq_len)
     except (CheckpointError, TokenStoreError) as error:
         return {"rows": [], "reason": str(error)}
     num_rows = stream.count_rows(at_most=min(NUM_ROWS, max(1, MAX_TOKENS // seq_len)))

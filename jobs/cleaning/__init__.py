@@ -1,1 +1,1 @@
-"""Which documents are kept: quality, duplicates, decontamination."""
+"""Decides which documents of a corpus are kept, and in which split."""

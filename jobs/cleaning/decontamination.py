@@ -1,13 +1,12 @@
-"""Training documents that share a run of words with a validation document (Brown et al., 2020, appendix C) go.
+"""Finds training documents that share a run of words with a validation document (Brown et al., 2020, appendix C).
 
-The validation split's n-grams are gathered once, after the duplicates are known, and stored beside the shards; each
-writer maps them from a file on its own disk, 8 bytes a word of the validation split.
+The validation split's n-grams are gathered once, after the duplicates are known, and stored beside the shards. Each
+writer maps them from a file on its own disk: 8 bytes per word of the validation split.
 """
 
 import hashlib
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator
 from functools import cache, partial
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from cluster.storage.uris import Storage
 from jobs.cleaning.disk_buckets import Spool
 from jobs.cleaning.document_index import INDEX, read_chunk
 from jobs.cleaning.selection import HELD_OUT
-from jobs.corpus.chunks import Chunk, Part
+from jobs.corpus.chunks import Part
 from jobs.corpus.ray_data_tasks import Task, run_tasks
 from jobs.corpus.text_hashes import normalized, word_ngrams
 
@@ -29,15 +28,9 @@ _BUCKET_BITS = 8
 Ngrams = npt.NDArray[np.uint64]
 
 
-def store_validation_ngrams(store: Storage, chunks: Sequence[Chunk], codes_of: Sequence[str], data: DataConfig) -> str:
-    """Gathers and stores the n-grams of all held-out documents; returns their hash. Needs Ray.
-
-    They pass through the driver's disk, which takes 16 bytes a word of the validation split.
-    """
-    tasks = [
-        {"codes": key, "parts": [asdict(part) for part in chunk.parts]}
-        for chunk, key in zip(chunks, codes_of, strict=True)
-    ]
+def store_validation_ngrams(store: Storage, tasks: list[Task], data: DataConfig) -> str:
+    """Gathers and stores the n-grams of all held-out documents; returns their hash. Needs Ray, and 16 bytes of the
+    driver's disk per word of the validation split."""
     results = run_tasks(tasks, partial(held_out_ngrams, store=store, data=data))
     with tempfile.TemporaryDirectory(prefix="raymill-ngrams-") as folder:
         path = Path(folder, "merged")
@@ -49,8 +42,8 @@ def store_validation_ngrams(store: Storage, chunks: Sequence[Chunk], codes_of: S
 def merge_runs(runs: Iterable[Ngrams], path: Path) -> str:
     """Writes the n-grams of all runs to a file, little-endian, ascending and each once; returns its SHA-256.
 
-    Takes time in proportion to what the runs hold. Memory holds the spool's buffer, and one bucket in 256 at a time:
-    of 10^9 n-grams 31 MB.
+    The time is linear in the size of the runs. Memory holds the spool's buffer and one of 256 buckets at a time: 31 MB
+    for 10^9 n-grams.
     """
     digest = hashlib.sha256()
     with tempfile.TemporaryFile(dir=path.parent) as spooled, path.open("wb") as file:
@@ -91,7 +84,7 @@ def _ngrams(text: str, data: DataConfig) -> Ngrams:
 
 @cache
 def validation_ngrams(store: Storage, content_hash: str) -> Ngrams:
-    """The stored n-grams; `content_hash` tells one content of the file from another."""
+    """Returns the stored n-grams; `content_hash` keys the cache and proves the content."""
     path = store.local_path(_FILE)
     with tempfile.TemporaryDirectory(prefix="raymill-ngrams-") as folder:  # a map outlives the name of its file
         if path is None:

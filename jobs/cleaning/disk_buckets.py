@@ -1,6 +1,6 @@
-"""What a search over more documents than memory holds lies on: records in buckets, and marks, on a local disk.
+"""Searches more documents than fit into memory, with records in buckets and marks on a local disk.
 
-The files have no names: nothing is left of them when they are closed or the process ends, however it ends.
+The files have no names, so nothing is left of them when they are closed or the process ends, however it ends.
 """
 
 import os
@@ -16,7 +16,7 @@ import numpy.typing as npt
 Records = npt.NDArray[Any]
 Places = npt.NDArray[np.uint64]  # chunk << 32 | document: sorting them puts documents in canonical order
 Numbers = npt.NDArray[np.int64]
-Buckets = npt.NDArray[np.uint16]  # of this size, as NumPy sorts it by radix
+Buckets = npt.NDArray[np.uint16]  # 16 bits, because NumPy sorts them by radix
 
 _BUFFER_BYTES = 8 << 20
 _DOCUMENT_BITS = np.uint64(32)
@@ -26,8 +26,8 @@ _DOCUMENT = np.uint64((1 << 32) - 1)
 class Spool:
     """Records of one type, added in any order and read bucket by bucket.
 
-    The file is a series of runs, each a full buffer sorted by bucket; memory holds the buffer and where the buckets of
-    each run begin, 8 bytes a bucket.
+    The file is a series of runs, each a full buffer sorted by bucket. Memory holds the buffer and the beginning of each
+    bucket in each run, 8 bytes.
     """
 
     def __init__(self, file: BinaryIO, dtype: npt.DTypeLike, *, num_buckets: int) -> None:
@@ -39,14 +39,14 @@ class Spool:
         self._pending_bytes = 0
 
     def add(self, buckets: Buckets, records: Records) -> None:
-        """Records (R,) and the bucket of each, in [0, num_buckets)."""
+        """Adds records (R,), with the bucket of each in [0, num_buckets)."""
         self._pending.append((buckets, records))
         self._pending_bytes += records.nbytes
         if self._pending_bytes >= _BUFFER_BYTES:
             self._flush()
 
     def bucket(self, number: int) -> Records:
-        """All records of a bucket, in the order of the runs."""
+        """Returns all records of a bucket, in the order of the runs."""
         self._flush()
         parts = [self._empty]
         for borders in self._runs:
@@ -68,22 +68,21 @@ class Spool:
 
 
 class DocumentSearch(ABC):
-    """A search for documents to drop: every chunk is added once, in any order; then `find`, then `dropped_in`.
+    """A search for documents to drop: add every chunk once, in any order, then call `find`, then `dropped_in`.
 
-    The order of adding does not change the result. A context manager, which frees the disk. Memory holds a few hundred
-    bytes a chunk, the spool's buffer, and one bucket at a time.
+    The order of adding does not change the result. Memory holds a few hundred bytes per chunk, the spool's buffer, and
+    one bucket at a time. Leaving the context frees the disk.
     """
 
     def __init__(self, folder: Path, dtype: npt.DTypeLike, *, num_buckets: int) -> None:
-        """Keeps its files in a local `folder`, made if missing."""
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._files = ExitStack()
         self._spool = Spool(self._open(), dtype, num_buckets=num_buckets)
         self._num_buckets = num_buckets
-        self._chunks: dict[int, range] = {}  # rows of its documents, which count them in order of arrival
+        self._chunks: dict[int, range] = {}  # rows of each chunk's documents, in order of arrival
         self._num_rows = 0
-        self._dropped: npt.NDArray[np.bool_] | None = None  # (rows,), a mapped file; None until `find`
+        self._dropped: npt.NDArray[np.bool_] | None = None  # (rows,) in a mapped file; None until `find`
 
     def find(self) -> None:
         """Finds the documents to drop, once all chunks are added."""
@@ -97,31 +96,28 @@ class DocumentSearch(ABC):
             self._search(self._spool.bucket(bucket), self._dropped)
 
     def dropped_in(self, chunk: int) -> Numbers:
-        """Documents of a chunk that are dropped, ascending. Raises KeyError for a chunk that was not added."""
-        assert self._dropped is not None, "`find` comes first"
+        """Returns a chunk's dropped documents, ascending. Raises KeyError for a chunk that was not added."""
+        assert self._dropped is not None, "call `find` first"
         rows = self._chunks[chunk]
         return np.flatnonzero(self._dropped[rows.start : rows.stop])
-
-    def close(self) -> None:
-        self._dropped = None
-        self._files.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.close()
+        self._dropped = None
+        self._files.close()
 
     @abstractmethod
     def _search(self, records: Records, dropped: npt.NDArray[np.bool_]) -> None:
-        """Sets `dropped` (rows,) by what one bucket tells."""
+        """Marks the documents to drop among the records of one bucket in `dropped` (rows,)."""
 
     def _open(self) -> BinaryIO:
         return self._files.enter_context(tempfile.TemporaryFile(dir=self._folder))
 
     def _enter(self, chunk: int, documents: Numbers) -> Places:
-        """Takes in a chunk; the places of its documents, which ascend."""
-        assert self._dropped is None and chunk not in self._chunks, f"chunk {chunk} comes too late or twice"
+        """Assigns rows to a chunk's documents (ascending numbers) and returns their places."""
+        assert self._dropped is None and chunk not in self._chunks, f"chunk {chunk} was added too late or twice"
         num_rows = int(documents[-1]) + 1 if len(documents) else 0
         self._chunks[chunk] = range(self._num_rows, self._num_rows + num_rows)
         self._num_rows += num_rows

@@ -1,4 +1,4 @@
-"""What documents a chunk holds: hash, size and reason to drop of each, found by one task and kept for a restart."""
+"""Indexes a chunk: the hash and the reason to drop of each document, found by a task and stored for restarts."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ from jobs.corpus.text_hashes import HASH_BYTES, document_hash, normalized, word_
 INDEX = "index"
 
 DROP_CODES = [None, *Drop]
-"""A drop code is a place in this list; 0 is kept."""
+"""The reason of each drop code, which is an index into this list; code 0 is kept."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class ChunkIndex:
 
     hashes: npt.NDArray[np.uint8]  # (N, 16) of the normalized text; zeros when dropped
     drops: npt.NDArray[np.uint8]  # (N,) drop codes
-    signatures: npt.NDArray[Any]  # (N, K) for near-duplicates; (N, 0) when these are not asked for
-    digest: str  # SHA-256 of all texts, which tells whether a second reader saw the same
+    signatures: npt.NDArray[Any]  # (N, K) for near-duplicates; (N, 0) without data.near_dedup_threshold
+    digest: str  # SHA-256 of all texts, by which a second reader proves that it saw the same
 
     def to_bytes(self) -> bytes:
         return save(
@@ -49,8 +49,8 @@ class ChunkIndex:
 
 
 def index_corpus(store: Storage, chunks: Sequence[Chunk], data: DataConfig) -> Iterator[tuple[int, bytes]]:
-    """(chunk number, content of its `ChunkIndex`) as they get ready. Needs Ray."""
-    tasks = [{"chunk": chunk.number, "parts": [asdict(part) for part in chunk.parts]} for chunk in chunks]
+    """Yields (chunk number, bytes of its `ChunkIndex`) in the order in which they are ready. Needs Ray."""
+    tasks = [asdict(chunk) for chunk in chunks]
     total_bytes = sum(chunk.bytes for chunk in chunks)
     with DataProgress("indexing documents", total_bytes=total_bytes, num_tasks=len(tasks)) as progress:
         for result in run_tasks(tasks, partial(index_chunk, store=store, data=data)):
@@ -61,8 +61,8 @@ def index_corpus(store: Storage, chunks: Sequence[Chunk], data: DataConfig) -> I
 
 
 def index_chunk(task: Task, *, store: Storage, data: DataConfig) -> Iterator[bytes]:
-    """Yields the index of a chunk once it is stored; a stored one is not made again."""
-    key = f"{INDEX}/{task['chunk']:05d}.safetensors"
+    """Yields the index of a chunk once it is stored; an index that is already stored is used as it is."""
+    key = f"{INDEX}/{task['number']:05d}.safetensors"
     content = _stored(store, key)
     if content is None:
         content = _indexed([Part(**part) for part in task["parts"]], data).to_bytes()
@@ -74,7 +74,7 @@ def _stored(store: Storage, key: str) -> bytes | None:
     try:
         content = store.read_bytes(key)
         ChunkIndex.from_bytes(content)
-    except NotFoundError:  # one request, where asking first would make two
+    except NotFoundError:  # one request, where checking first would take two
         return None
     except (SafetensorError, ValueError, KeyError, TypeError):
         return None  # cut off on a disk that lost power
@@ -102,7 +102,7 @@ def _indexed(parts: Sequence[Part], data: DataConfig) -> ChunkIndex:
 
 
 def read_chunk(parts: Sequence[Part], data: DataConfig, digest: "hashlib._Hash") -> Iterator[tuple[Part, Document]]:
-    """The documents of a chunk in canonical order; their texts go into `digest`."""
+    """Yields the documents of a chunk in canonical order, and adds their texts to `digest`."""
     for part in parts:
         for document in read_documents(part, data):
             digest.update(document.text.encode() + b"\0")

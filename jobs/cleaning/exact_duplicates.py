@@ -1,8 +1,8 @@
-"""Which documents of a corpus repeat an earlier one, or are much like it, found on a local disk in bounded memory.
+"""Finds the documents of a corpus that repeat or resemble an earlier one, on a local disk in bounded memory.
 
-Likeness is told by MinHash signatures, of one-permutation hashing (Li, Owen, Zhang, 2012): each n-gram's hash falls
-into one of 128 bins, and each bin keeps its least hash. An empty bin borrows from a filled one, in an order of its own
-(Shrivastava, 2017), which keeps the estimate unbiased. So a signature costs one pass over the n-grams, not 128.
+Similarity is estimated from MinHash signatures by one-permutation hashing (Li, Owen, Zhang, 2012): each n-gram's hash
+falls into one of 128 bins, and each bin keeps its least hash. An empty bin borrows from a filled one, in an order of
+its own (Shrivastava, 2017), which keeps the estimate unbiased. So a signature costs one pass over the n-grams, not 128.
 """
 
 import math
@@ -16,18 +16,18 @@ import numpy.typing as npt
 from jobs.cleaning.disk_buckets import DocumentSearch, Numbers, Records
 from jobs.corpus.text_hashes import Hashes, mix64
 
-_RECORD = np.dtype([("high", "u8"), ("low", "u8"), ("place", "u8")])  # halves of the hash; where the document is
+_RECORD = np.dtype([("high", "u8"), ("low", "u8"), ("place", "u8")])  # halves of the hash; the document's place
 _NUM_BUCKETS = 256  # a bucket of 10^9 documents takes 94 MB
 
 
 class Duplicates(DocumentSearch):
-    """Drops all but the first, in canonical order (chunk, then document), of equal hashes."""
+    """Drops all documents of equal hash but the first in canonical order (chunk, then document)."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, _RECORD, num_buckets=_NUM_BUCKETS)
 
     def add(self, chunk: int, documents: Numbers, hashes: npt.NDArray[np.uint8]) -> None:
-        """Numbers (D,) of a chunk's documents, ascending, and their hashes (D, 16)."""
+        """Adds the numbers (D,) of a chunk's documents, ascending, and their hashes (D, 16)."""
         records = np.empty(len(hashes), dtype=_RECORD)
         records["high"], records["low"] = np.ascontiguousarray(hashes).view(np.uint64).reshape(-1, 2).T
         records["place"] = self._enter(chunk, documents)
@@ -43,25 +43,25 @@ class Duplicates(DocumentSearch):
 Signatures = npt.NDArray[np.uint16]
 
 NGRAM_WORDS = 3
-"""Words in a row that count as one thing that two documents share or not."""
+"""The number of words in a row that make one unit of comparison."""
 
 SIGNATURE_SIZE = 128
 _SIGNATURE_BYTES = 2 * SIGNATURE_SIZE
 _BIN_BITS = 7
-_CHANCE = 2.0**-16  # that two different hashes agree in the 16 bits that a signature keeps
+_CHANCE = 2.0**-16  # of two different hashes agreeing in the 16 bits that a signature keeps
 _EMPTY = np.uint64(2**64 - 1)
 
 _LEAST_RECALL = 0.98  # of the bands, for two documents exactly as similar as the threshold
 _MARGIN_DEVIATIONS = 2.0  # the estimate of such a pair falls short by more than this in 2% of cases
-_WINDOW = 64  # bounds the pairs of a group that a common page header or licence brings together
+_WINDOW = 64  # bounds the pairs of a group that shares a page header or license
 
-_BAND = np.dtype([("key", "u8"), ("place", "u8")])  # hash of a band; where the document is
+_BAND = np.dtype([("key", "u8"), ("place", "u8")])  # hash of a band; the document's place
 _NUM_BAND_BUCKETS = 1024  # a bucket of 10^8 documents, 25 bands each, takes 39 MB
 _BLOCK = 1 << 13  # documents or pairs at once
 
 
 def signature(ngrams: Hashes) -> Signatures:
-    """The signature (128,) of a set of hashed n-grams (G,); repeats do not count. Zeros where there are none."""
+    """Returns the signature (128,) of a set of hashed n-grams (G,), repeats ignored; zeros for an empty set."""
     if not len(ngrams):
         return np.zeros(SIGNATURE_SIZE, dtype=np.uint16)
     least = np.full(SIGNATURE_SIZE, _EMPTY)
@@ -71,19 +71,19 @@ def signature(ngrams: Hashes) -> Signatures:
         lenders = _lenders()[~filled]
         first = filled[lenders].argmax(axis=1)
         least[~filled] = least[lenders[np.arange(len(lenders)), first]]
-    # Other 16 bits in each bin, or a document of one n-gram would be like every 65,536th of its kind.
+    # Each bin keeps different 16 bits, or a document of one n-gram would match one in 65,536 of its kind.
     return (mix64(least ^ np.arange(SIGNATURE_SIZE, dtype=np.uint64)) & np.uint64(0xFFFF)).astype(np.uint16)
 
 
 @cache
 def _lenders() -> npt.NDArray[np.int64]:
-    """(128, 128): the bins in the order in which bin i, if empty, asks them."""
+    """Returns (128, 128): row i is the order in which bin i, if empty, asks the other bins."""
     numbers = np.arange(SIGNATURE_SIZE**2, dtype=np.uint64)
     return np.argsort(mix64(numbers).reshape(SIGNATURE_SIZE, SIGNATURE_SIZE), axis=1)
 
 
 def similarity(left: Signatures, right: Signatures) -> npt.NDArray[np.float64]:
-    """The estimate of the Jaccard similarity of n-gram sets from signatures (..., 128); unbiased, so 0 may be below 0.
+    """Estimates the Jaccard similarity of n-gram sets from signatures (..., 128); unbiased, so it may be below 0.
 
     Its standard deviation at similarity s is at most about sqrt(s (1 - s) / 128), 0.04 in the middle.
     """
@@ -92,7 +92,7 @@ def similarity(left: Signatures, right: Signatures) -> npt.NDArray[np.float64]:
 
 
 def bands_for(threshold: float) -> tuple[int, int]:
-    """(bands, rows): the most selective cut of a signature by which a pair at the threshold shares a band in 98 of 100.
+    """Returns (bands, rows): the most selective cut of signatures for which 98% of pairs at the threshold share a band.
 
     A pair of similarity s agrees in all rows of one of the bands with probability 1 - (1 - s^rows)^bands.
     """
@@ -104,11 +104,11 @@ def bands_for(threshold: float) -> tuple[int, int]:
 
 
 class NearDuplicates(DocumentSearch):
-    """Drops each document that is similar to one before it in canonical order (chunk, then document), kept or not.
+    """Drops each document that is similar to an earlier one in canonical order (chunk, then document), kept or not.
 
-    Two documents meet when a band of their signatures is the same, and are compared by their signatures. In a group
-    that shares a band, a document meets the 64 before it, which bounds the work: linear in documents, whatever they
-    hold. The disk takes 256 bytes a document and 16 a band (about 0.7 kB in all at a threshold of 0.7).
+    Two documents that share a band of their signatures are compared by the whole signatures. In a group that shares a
+    band, a document is compared with the 64 before it, so the work is linear in the documents, whatever they contain.
+    The disk takes 256 bytes per document and 16 per band (about 0.7 kB in all at a threshold of 0.7).
     """
 
     def __init__(self, folder: Path, *, threshold: float) -> None:
@@ -119,7 +119,7 @@ class NearDuplicates(DocumentSearch):
         self._least_estimate = threshold - _MARGIN_DEVIATIONS * deviation
 
     def add(self, chunk: int, documents: Numbers, signatures: Signatures) -> None:
-        """Numbers (D,) of a chunk's documents, ascending, and their signatures (D, 128)."""
+        """Adds the numbers (D,) of a chunk's documents, ascending, and their signatures (D, 128)."""
         places = self._enter(chunk, documents)
         first_row = self._chunks[chunk].start
         for start in range(0, len(signatures), _BLOCK):
@@ -136,7 +136,7 @@ class NearDuplicates(DocumentSearch):
         self._signatures.flush()
 
     def _band_keys(self, signatures: Signatures) -> Hashes:
-        """(D, bands); bands with the same values in different places have different keys."""
+        """Returns keys (D, bands); equal values in different bands have different keys."""
         used = signatures[:, : self._bands * self._rows_a_band].astype(np.uint64)
         cut = used.reshape(len(signatures), self._bands, self._rows_a_band)
         keys = mix64(np.arange(self._bands, dtype=np.uint64))
@@ -164,7 +164,7 @@ class NearDuplicates(DocumentSearch):
                 dropped[rows[pairs[estimates >= self._least_estimate]]] = True
 
     def _read(self, rows: Numbers) -> Signatures:
-        """Signatures (R, 128); read one by one, as a mapped file's pages would count as this process's memory."""
+        """Returns signatures (R, 128), read one by one: a mapped file's pages would count as this process's memory."""
         file = self._signatures.fileno()
         content = b"".join(os.pread(file, _SIGNATURE_BYTES, row * _SIGNATURE_BYTES) for row in rows.tolist())
         return np.frombuffer(content, dtype=np.uint16).reshape(-1, SIGNATURE_SIZE)

@@ -21,10 +21,10 @@ _LEAST_STOP_WORDS = 2
 
 
 def failed_rule(text: str, rules: Sequence[QualityRule]) -> QualityRule | None:
-    """The first of the rules that the text fails.
+    """Returns the first of the rules that the text fails.
 
-    `word_count` and `stop_words` are for English: the first counts what stands between blanks, which is no word in
-    Chinese, Japanese or Thai; the second looks for English words.
+    `word_count` and `stop_words` are for English: the first counts the words between blanks, which Chinese, Japanese
+    and Thai do not use; the second looks for English words.
     """
     words = text.split()
     return next((rule for rule in rules if not _PASSES[rule](text, words)), None)
@@ -40,13 +40,13 @@ def _word_length(text: str, words: list[str]) -> bool:
 
 
 def _symbol_ratio(text: str, words: list[str]) -> bool:
-    """Neither hash signs nor ellipses are too many, each for itself."""
+    """Hash signs and ellipses are counted separately."""
     most = _MOST_SYMBOLS_A_WORD * len(words)
     return text.count("#") <= most and sum(map(text.count, _ELLIPSES)) <= most
 
 
 def _line_marks(text: str, words: list[str]) -> bool:
-    """Of the lines that hold something."""
+    """Empty lines do not count."""
     lines = [line for line in map(str.strip, text.splitlines()) if line]
     bullets = sum(line.startswith(_BULLETS) for line in lines)
     ellipses = sum(line.endswith(_ELLIPSES) for line in lines)
@@ -56,12 +56,11 @@ def _line_marks(text: str, words: list[str]) -> bool:
 def _alphabetic_words(text: str, words: list[str]) -> bool:
     missing = math.ceil(_LEAST_ALPHABETIC * len(words)) - sum(map(str.isalpha, words))
     mixed = (word for word in words if not word.isalpha() and _LETTER.search(word))
-    return missing <= sum(1 for _ in islice(mixed, max(0, missing)))  # looks no further than it must
+    return missing <= sum(1 for _ in islice(mixed, max(0, missing)))  # looks no further than necessary
 
 
 def _stop_words(text: str, words: list[str]) -> bool:
-    """Different ones, in either case."""
-    found = set()
+    found = set()  # different ones, in either case
     for match in _STOP_WORDS.finditer(text):
         found.add(match[0].lower())
         if len(found) == _LEAST_STOP_WORDS:

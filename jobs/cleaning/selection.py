@@ -1,16 +1,15 @@
-"""Which documents are kept and in which split: decided by the driver in canonical order, in bounded memory.
+"""Selects the documents that are kept and the split of each, in the driver, in canonical order and bounded memory.
 
-Nothing here knows how many workers read, or in which order their answers came. The indexes and what is compared
-across chunks lie in a local temporary folder: 40 bytes a document, about 1 kB with near-duplicates.
+The result does not depend on the number of workers or the order of their answers. The indexes and the records that are
+compared across chunks lie in a local temporary folder: 40 bytes per document, about 1 kB with near-duplicates.
 """
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import TracebackType
 from typing import Self
 
 import numpy as np
@@ -22,7 +21,7 @@ from jobs.cleaning.exact_duplicates import Duplicates, NearDuplicates
 from jobs.corpus.documents import Drop
 
 Codes = npt.NDArray[np.uint8]
-"""(N,) of a chunk's documents: 0 trains, `HELD_OUT` validates, others are drop codes."""
+"""The code of each of a chunk's N documents: 0 is training, `HELD_OUT` validation; others are drop codes."""
 
 HELD_OUT = 255
 
@@ -31,12 +30,12 @@ HELD_OUT = 255
 class Summary:
     documents: int
     held_out: int
-    dropped: dict[str, int]  # by reason, every reason named
+    dropped: dict[str, int]  # by reason, with every reason
     source_hash: str  # of all texts in canonical order
 
 
-class Selection(AbstractContextManager["Selection"]):
-    """`add` every chunk's index, in any order; then `decide`; then ask for `codes`."""
+class Selection:
+    """`add` every chunk's index, in any order; then `decide`; then read `codes`."""
 
     def __init__(self, data: DataConfig, *, num_chunks: int) -> None:
         self._data = data
@@ -44,18 +43,15 @@ class Selection(AbstractContextManager["Selection"]):
         self._exceptions: dict[tuple[int, int], int] = {}
 
     def __enter__(self) -> Self:
-        self._temporary = TemporaryDirectory(prefix="raymill-selection-")
-        self._folder = Path(self._temporary.name)
-        self._duplicates = Duplicates(self._folder)
-        self._near_duplicates = NearDuplicates(self._folder, threshold=self._data.near_dedup_threshold or 1.0)
+        self._files = ExitStack()
+        self._folder = Path(self._files.enter_context(TemporaryDirectory(prefix="raymill-selection-")))
+        self._duplicates = self._files.enter_context(Duplicates(self._folder))
+        near = NearDuplicates(self._folder, threshold=self._data.near_dedup_threshold or 1.0)
+        self._near_duplicates = self._files.enter_context(near)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._duplicates.close()
-        self._near_duplicates.close()
-        self._temporary.cleanup()
+    def __exit__(self, *error: object) -> None:
+        self._files.close()
 
     def add(self, chunk: int, content: bytes) -> None:
         self._path(chunk).write_bytes(content)
@@ -67,7 +63,7 @@ class Selection(AbstractContextManager["Selection"]):
             self._near_duplicates.add(chunk, kept, index.signatures[kept])
 
     def decide(self) -> Summary:
-        """Finds the duplicates, once all is added; then counts."""
+        """Finds the duplicates, once all chunks are added; then counts."""
         for finder, _ in self._finders():
             finder.find()
         counts = np.zeros(256, dtype=np.int64)
@@ -77,9 +73,10 @@ class Selection(AbstractContextManager["Selection"]):
             codes, index = self.codes(chunk), self._index(chunk)
             counts += np.bincount(codes, minlength=256)
             digests.update(index.digest.encode())
-            extremes = _extremes([*extremes, *self._kept(chunk, codes, index)])
+            if found := [*extremes, *self._kept(chunk, codes, index)]:
+                extremes = [min(found), max(found)]
         if extremes and self._data.val_fraction and counts[0] + counts[HELD_OUT] >= 2:
-            # One exception serves small corpora: at least one document trains and one validates.
+            # An exception for small corpora: at least one document trains and one validates.
             if not counts[HELD_OUT]:
                 self._move(extremes[0], HELD_OUT, counts)
             elif not counts[0]:
@@ -113,7 +110,7 @@ class Selection(AbstractContextManager["Selection"]):
             yield self._near_duplicates, Drop.NEAR_DUPLICATE
 
     def _kept(self, chunk: int, codes: Codes, index: ChunkIndex) -> Iterator[tuple[bytes, int, int]]:
-        """(hash, chunk, document) of the kept documents with the smallest and the largest hash."""
+        """Yields (hash, chunk, document) of the kept documents with the smallest and the largest hash."""
         places = np.flatnonzero((codes == 0) | (codes == HELD_OUT))
         if len(places):
             order = np.lexsort(index.hashes[places].T[::-1])
@@ -132,14 +129,10 @@ class Selection(AbstractContextManager["Selection"]):
         return self._folder / f"{chunk:05d}"
 
 
-def _extremes(documents: list[tuple[bytes, int, int]]) -> list[tuple[bytes, int, int]]:
-    return [min(documents), max(documents)] if documents else []
-
-
 def held_out(hashes: npt.NDArray[np.uint8], val_fraction: float) -> npt.NDArray[np.bool_]:
-    """Which of the documents (N, 16) validate: those whose hash, as a number in [0, 1), is below the share.
+    """Marks the validation documents among hashes (N, 16): those whose hash, as a number in [0, 1), is below the share.
 
-    So a document keeps its split when others come and go, and equal texts are in the same one.
+    So a document keeps its split when others come and go, and equal texts are in the same split.
     """
     leading = np.ascontiguousarray(hashes[:, :8]).view(">u8").reshape(-1)
     chosen: npt.NDArray[np.bool_] = leading < np.uint64(int(val_fraction * 2**64))

@@ -57,7 +57,7 @@ def check_writer(run: Storage) -> None:
 
 def open_stream(plan: RunPlan, split: Split) -> TokenStream:
     """The run's rows of a split, which may still be growing."""
-    return TokenStream.open(
+    return TokenStream(
         open_storage(plan.tokens_uri),
         split=split,
         seq_len=seq_len(plan.config),
@@ -71,7 +71,7 @@ def open_stream(plan: RunPlan, split: Split) -> TokenStream:
 def open_validation_sets(plan: RunPlan) -> dict[str, TokenStream]:
     """The rows of each text of `data.validation`, by name."""
     return {
-        name: TokenStream.open(open_storage(uri), split="train", seq_len=seq_len(plan.config))
+        name: TokenStream(open_storage(uri), split="train", seq_len=seq_len(plan.config))
         for name, uri in plan.validation_uris.items()
     }
 

@@ -1,1 +1,1 @@
-"""The token store: built, read, ordered into batches."""
+"""Builds, reads and orders the token store."""

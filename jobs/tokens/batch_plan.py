@@ -1,8 +1,8 @@
-"""Which rows of the token store make which lane of which step: pure functions of (seed, step, lane).
+"""Chooses the rows of the token store for each lane of each step, as pure functions of (seed, step, lane).
 
-A sample's global index counts samples over the whole run, the batches of its steps end to end. It takes the next row
-of a source; rows are shuffled within windows that follow each other, anew each epoch of the source.
-Nothing is buffered, nothing iterates: a run's whole data position is one integer: the tokens seen.
+A sample's global index counts samples over the whole run, the batches of its steps end to end. Each sample takes the
+next row of a source. Rows are shuffled within successive windows, differently in each epoch of the source. Nothing is
+buffered or iterated, so a run's whole data position is one integer: the tokens seen.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from jobs.corpus.text_hashes import mix64
 Indices = npt.NDArray[np.int64]
 
 WEIGHT_SLOTS = 10_000
-"""Samples after which the pattern of sources repeats: a weight is honoured to 1 / 10,000."""
+"""Samples after which the pattern of sources repeats: a weight is exact to 1 / 10,000."""
 
 _ROUNDS = 8  # four make a pseudorandom permutation (Luby and Rackoff, 1988); eight cost microseconds
 
@@ -27,8 +27,8 @@ _ROUNDS = 8  # four make a pseudorandom permutation (Luby and Rackoff, 1988); ei
 class SampleOrder:
     """The row that each sample of a run takes.
 
-    While a store grows, `num_rows` counts what is sealed. A sample whose whole window is sealed takes the same row as
-    it will in the finished store; `covers` says whether that holds.
+    While a store grows, `num_rows` counts the sealed rows. A sample whose whole window is sealed takes the same row as
+    in the finished store; `covers` reports that.
     """
 
     seed: int
@@ -38,13 +38,13 @@ class SampleOrder:
     complete: bool = True
 
     def covers(self, samples: npt.ArrayLike) -> npt.NDArray[np.bool_]:
-        """Whether the row of each sample is known."""
+        """Reports for each sample whether its row is known."""
         sources, numbers = self._turns(samples)
         window_ends = (numbers // self.window_rows + 1) * self.window_rows
         return self.complete | (window_ends <= np.array(self.num_rows)[sources])
 
     def rows(self, samples: npt.ArrayLike) -> tuple[Indices, Indices]:
-        """The source of each sample and its row there. An epoch of a source takes each of its rows once."""
+        """Returns the source of each sample and its row there. An epoch of a source takes each of its rows once."""
         assert self.covers(samples).all(), "these samples lie beyond the sealed windows"
         sources, numbers = self._turns(samples)
         num_rows = np.array(self.num_rows, dtype=np.int64)[sources]
@@ -60,7 +60,7 @@ class SampleOrder:
         return sources, rows
 
     def _turns(self, samples: npt.ArrayLike) -> tuple[Indices, Indices]:
-        """The source of each sample, and how many samples took a row of it before."""
+        """Returns the source of each sample, and the number of earlier samples that took a row of it."""
         indices = np.asarray(samples, dtype=np.int64)
         slots, ranks, counts = _source_pattern(self.weights)
         periods, places = np.divmod(indices, len(slots))
@@ -70,7 +70,7 @@ class SampleOrder:
 
 @cache
 def _source_pattern(weights: tuple[float, ...]) -> tuple[Indices, Indices, Indices]:
-    """The source of each slot, the number of its slots before it, and the number of slots of each source.
+    """Returns the source of each slot, the number of that source's slots before it, and each source's number of slots.
 
     The j-th of a source's n slots is due at (j + 1/2) / n of the period, so any stretch holds each source's share.
     """
@@ -82,7 +82,7 @@ def _source_pattern(weights: tuple[float, ...]) -> tuple[Indices, Indices, Indic
 
 
 def _slots_of_sources(weights: Sequence[float]) -> Indices:
-    """`WEIGHT_SLOTS` by largest remainder; one at least, as a source with a weight is never left out."""
+    """Divides `WEIGHT_SLOTS` by largest remainder, with at least one slot for each source."""
     shares = np.array(weights) / sum(weights) * WEIGHT_SLOTS
     counts = np.maximum(1, np.floor(shares)).astype(np.int64)
     missing = WEIGHT_SLOTS - int(counts.sum())
@@ -94,9 +94,9 @@ def _slots_of_sources(weights: Sequence[float]) -> Indices:
 
 
 def _permuted(places: Indices, key: str, size: int) -> Indices:
-    """The numbers at `places` (N,) of a permutation of [0, size), without a table of it.
+    """Returns the numbers at `places` (N,) of a permutation of [0, size), without a table of it.
 
-    A Feistel network permutes the 2^(2h) numbers that just cover them; a result past the last one is permuted again
+    A Feistel network permutes the smallest range of 2^(2h) numbers that covers them; a result outside is permuted again
     until it falls inside ("cycle walking", Black and Rogaway, 2002), at most four times on average.
     """
     digest = hashlib.shake_256(f"raymill sample order {key}".encode()).digest(8 * _ROUNDS)
@@ -115,13 +115,13 @@ def _permuted(places: Indices, key: str, size: int) -> Indices:
 
 
 def lane_sample_indices(batch: range, lane: int, *, micro_batch_size: int) -> Indices:
-    """Global indices of the samples (micro_batch_size,) of one lane of the step whose batch has the samples `batch`."""
+    """Returns the global indices (micro_batch_size,) of one lane's samples, in the step with the samples `batch`."""
     first = batch.start + lane * micro_batch_size
     return np.arange(first, first + micro_batch_size, dtype=np.int64)
 
 
 def lanes_of_rank(rank: int, *, world_size: int, num_lanes: int) -> range:
-    """The contiguous lanes of a rank. All ranks together own each lane once; sizes differ by one at most."""
+    """Returns the contiguous lanes of a rank. The ranks own each lane once; their shares differ by one lane at most."""
     if not 0 <= rank < world_size <= num_lanes:
         raise ValueError(f"rank {rank} of {world_size} has no place in {num_lanes} lanes")
     return range(rank * num_lanes // world_size, (rank + 1) * num_lanes // world_size)

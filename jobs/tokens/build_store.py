@@ -1,8 +1,8 @@
 """Builds the token store of a corpus, with the same bytes for any number of workers, kills and restarts.
 
-Two passes over the chunks of the corpus. The first indexes the documents; from that the driver decides, in canonical
-order, which are kept. The second writes the shards. Each task leaves its result in the store, so a job that was
-killed goes on where it was. The manifest comes last: without one there is no store.
+Two passes go over the chunks of the corpus. The first indexes the documents; from the indexes the driver decides, in
+canonical order, which documents are kept. The second writes the shards. Each task leaves its result in the store, so a
+job that was killed continues where it was. The manifest comes last: without one there is no store.
 """
 
 import hashlib
@@ -32,9 +32,9 @@ from jobs.tokens.token_store import (
     SOURCES,
     TOKENIZER,
     Manifest,
-    Shard,
     TokenStoreError,
     canonical_json,
+    in_order,
     read_manifest,
 )
 from jobs.tokens.train_tokenizer import ensure_tokenizer, text_sample
@@ -53,30 +53,12 @@ _SHAPING = {
     "val_fraction",
     "shard_bytes",
 }
-"""The settings that shape the store, beside the corpus and its tokenizer."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is to be tokenized, with what, and where to."""
-
-    listing: Listing
-    tokenizer: Tokenizer
-    store: Storage
-
-
-def plan_store(config: RunConfig) -> Plan:
-    """Lists the corpus and trains its tokenizer where there is none; the store's place follows from both. Needs Ray."""
-    listing = list_corpus(config.data.source)
-    tokenizer, _ = ensure_tokenizer(config, listing)
-    shaping = [_shaping(config.data), listing.identity(), sorted(listing.token_stores.items()), tokenizer.hash]
-    key = hashlib.sha256(canonical_json(shaping)).hexdigest()[:12]
-    return Plan(listing, tokenizer, open_storage(config.storage.uri).child(f"tokens/{key}"))
+"""The settings that shape the store, in addition to the corpus and its tokenizer."""
 
 
 def token_store(config: RunConfig) -> Storage:
-    """The folder of the store of `config.data`, finished or not. Needs Ray."""
-    return plan_store(config).store
+    """Returns the folder of the token store of `config.data`, finished or not. Needs Ray."""
+    return _builder(config).store
 
 
 def tokenize(config: RunConfig) -> dict[str, Any]:
@@ -84,17 +66,17 @@ def tokenize(config: RunConfig) -> dict[str, Any]:
 
     Raises `CorpusError`, also when no document is left to tokenize, and `LeaseHeldError` while another run writes it.
     """
-    plan = plan_store(config)
-    if skipped := plan.listing.skipped:
+    builder = _builder(config)
+    if skipped := builder.listing.skipped:
         say(f"skipped {len(skipped)} files of unknown ending, such as {skipped[0]!r}; sources.json names them all")
-    manifest = _finished(plan.store)
+    manifest = _finished(builder.store)
     if manifest is not None:
         _check_readable(manifest.total("documents"), manifest.dropped, config.data)
     else:
-        with Lease(plan.store) as lease:
-            manifest = _Build(plan, config.data, lease).manifest()
+        with Lease(builder.store) as lease:
+            manifest = builder.build(lease)
     return {
-        "manifest": join_uri(plan.store.uri, MANIFEST),
+        "manifest": join_uri(builder.store.uri, MANIFEST),
         "manifest_hash": manifest.hash,
         "documents": manifest.total("documents"),
         "tokens": manifest.total("tokens"),
@@ -107,6 +89,15 @@ def tokenize(config: RunConfig) -> dict[str, Any]:
     }
 
 
+def _builder(config: RunConfig) -> "_Builder":
+    """Lists the corpus and trains its tokenizer if there is none; both determine the store's place. Needs Ray."""
+    listing = list_corpus(config.data.source)
+    tokenizer, _ = ensure_tokenizer(config, listing)
+    shaping = [_shaping(config.data), listing.identity(), sorted(listing.token_stores.items()), tokenizer.hash]
+    key = hashlib.sha256(canonical_json(shaping)).hexdigest()[:12]
+    return _Builder(config.data, listing, tokenizer, open_storage(config.storage.uri).child(f"tokens/{key}"))
+
+
 def _shaping(data: DataConfig) -> dict[str, Any]:
     return data.model_dump(mode="json", include=_SHAPING)
 
@@ -117,7 +108,7 @@ def _finished(store: Storage) -> Manifest | None:
     try:
         return read_manifest(store)
     except TokenStoreError as error:
-        say(f"mending the token store: {error}")
+        say(f"repairing the token store: {error}")
         return None
 
 
@@ -133,14 +124,15 @@ def _check_readable(documents: int, dropped: Mapping[str, int], data: DataConfig
 
 
 @dataclass(frozen=True)
-class _Build:
-    plan: Plan
+class _Builder:
     data: DataConfig
-    lease: Lease
+    listing: Listing
+    tokenizer: Tokenizer
+    store: Storage
 
-    def manifest(self) -> Manifest:
-        """Writes what is missing of the store."""
-        store, listing, tokenizer = self.plan.store, self.plan.listing, self.plan.tokenizer
+    def build(self, lease: Lease) -> Manifest:
+        """Writes the missing parts of the store and returns its manifest."""
+        store, listing, tokenizer = self.store, self.listing, self.tokenizer
         is_bulk = self._is_bulk_proven()
         store.write_bytes(TOKENIZER, tokenizer.to_json())
         store.write_bytes(SOURCES, canonical_json(listing.record()))
@@ -155,12 +147,12 @@ class _Build:
         with SealedPrefix(store, self._manifest(summary, {}), chunks, ready=results) as sealed:
             for chunk, result in self._write(chunks, tasks, is_bulk=is_bulk, dropped=summary.dropped):
                 results[chunk] = result
-                self.lease.check()
+                lease.check()
                 sealed.add(chunk, result)
         manifest = self._manifest(summary, results)
         if not manifest.shards:
             raise empty_corpus(len(listing.files), manifest.dropped)
-        self.lease.check()
+        lease.check()
         store.write_bytes(MANIFEST, manifest.to_json())
         for entry in [*store.list(f"{INDEX}/"), *store.list(f"{PIECES}/")]:
             store.delete(entry.key)
@@ -168,43 +160,34 @@ class _Build:
         return manifest
 
     def _is_bulk_proven(self) -> bool:
-        """Whether tiktoken gives the tokenizer's ids, also for the front of the corpus; says so if not."""
-        _, reason = bulk_encoder(self.plan.tokenizer, sample=text_sample(self.plan.listing, self.data))
+        """Reports whether tiktoken gives the tokenizer's ids, also for the front of the corpus, and prints why not."""
+        _, reason = bulk_encoder(self.tokenizer, sample=text_sample(self.listing, self.data))
         if reason:
             say(f"encoding with `tokenizers`, about eight times slower than with tiktoken's core: {reason}")
         return reason is None
 
     def _select(self, chunks: Sequence[Chunk]) -> tuple[Summary, list[dict[str, Any]]]:
-        """Decides what is kept; the tasks of the writers, whose decisions are stored, in the order of the chunks."""
-        store = self.plan.store
+        """Decides which documents are kept, and stores that; returns the writers' tasks in the order of the chunks."""
         with Selection(self.data, num_chunks=len(chunks)) as selection:
-            for number, content in index_corpus(store, chunks, self.data):
+            for number, content in index_corpus(self.store, chunks, self.data):
                 selection.add(number, content)
             summary = selection.decide()
-            self._judge(summary)
+            if not summary.documents and not self.listing.token_stores:
+                raise empty_corpus(len(self.listing.files), summary.dropped)
+            _check_readable(summary.documents, summary.dropped, self.data)
             tasks = []
             for chunk in chunks:
                 key = f"{INDEX}/{chunk.number:05d}.codes"
-                store.write_bytes(key, selection.codes(chunk.number).tobytes())
-                parts = [asdict(part) for part in chunk.parts]
-                digest = selection.digest(chunk.number)
-                tasks.append(
-                    {"chunk": chunk.number, "source": chunk.source, "parts": parts, "codes": key, "digest": digest}
-                )
+                self.store.write_bytes(key, selection.codes(chunk.number).tobytes())
+                tasks.append(asdict(chunk) | {"codes": key, "digest": selection.digest(chunk.number)})
         return summary, tasks
-
-    def _judge(self, summary: Summary) -> None:
-        if not summary.documents and not self.plan.listing.token_stores:
-            raise empty_corpus(len(self.plan.listing.files), summary.dropped)
-        _check_readable(summary.documents, summary.dropped, self.data)
 
     def _write(
         self, chunks: Sequence[Chunk], tasks: list[dict[str, Any]], *, is_bulk: bool, dropped: Mapping[str, int]
     ) -> Iterator[tuple[int, ChunkResult]]:
-        store, data = self.plan.store, self.data
-        codes_of = [task["codes"] for task in tasks]
-        ngrams_hash = store_validation_ngrams(store, chunks, codes_of, data) if data.decontaminate_ngram else ""
-        writer = ChunkWriter(store, self.plan.tokenizer.to_json(), data, is_bulk, ngrams_hash)
+        store, data = self.store, self.data
+        ngrams_hash = store_validation_ngrams(store, tasks, data) if data.decontaminate_ngram else ""
+        writer = ChunkWriter(store, self.tokenizer.to_json(), data, is_bulk, ngrams_hash)
         ordered = interleaved(chunks)
         total_bytes = sum(chunk.bytes for chunk in chunks)
         with DataProgress("tokenizing", total_bytes=total_bytes, num_tasks=len(chunks)) as progress:
@@ -217,7 +200,7 @@ class _Build:
                 yield chunk.number, result
 
     def _manifest(self, summary: Summary, results: dict[int, ChunkResult]) -> Manifest:
-        """Of the results so far, in canonical order."""
+        """Returns the manifest of the results so far, in canonical order."""
         ordered = [results[number] for number in sorted(results)]
         samples: dict[str, list[Any]] = {}
         contaminated = sum(result.contaminated for result in ordered)
@@ -226,19 +209,15 @@ class _Build:
                 samples[reason] = [*samples.get(reason, []), *found][:5]
         weights = [weight / sum(self.data.weights) for weight in self.data.weights]
         return Manifest(
-            tokenizer_hash=self.plan.tokenizer.hash,
-            vocab_size=self.plan.tokenizer.vocab_size,
-            eot_id=self.plan.tokenizer.eot_id,
+            tokenizer_hash=self.tokenizer.hash,
+            vocab_size=self.tokenizer.vocab_size,
+            eot_id=self.tokenizer.eot_id,
             source_hash=summary.source_hash,
             config_hash=hashlib.sha256(canonical_json(_shaping(self.data))).hexdigest(),
             weights=tuple(weights),
-            revisions=self.plan.listing.revisions,
+            revisions=self.listing.revisions,
             dropped=summary.dropped | {Drop.CONTAMINATED.value: contaminated},
             drop_samples=samples,
             replaced_utf8=sum(result.replaced for result in ordered),
-            shards=tuple(sorted((shard for result in ordered for shard in result.shards), key=_source)),
+            shards=in_order(shard for result in ordered for shard in result.shards),
         )
-
-
-def _source(shard: Shard) -> int:
-    return shard.source

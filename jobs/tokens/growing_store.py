@@ -1,32 +1,31 @@
-"""The manifest of a token store that may still be written: listing what is sealed so far, and waiting for more."""
+"""Lists the sealed shards of a token store that is still being written, and waits for more of them."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import groupby, takewhile
-from types import TracebackType
+from typing import Self
 
 from cluster.storage.uris import Storage
 from jobs.corpus.chunks import Chunk
 from jobs.tokens.shard_writer import ChunkResult
-from jobs.tokens.token_store import MANIFEST, SEALED, Manifest, TokenStoreError, read_manifest
+from jobs.tokens.token_store import MANIFEST, SEALED, Manifest, TokenStoreError, in_order, read_manifest
 
 
 def newest_manifest(store: Storage) -> Manifest | None:
-    """The finished store's manifest, or else what is sealed; None before anything is. Raises `TokenStoreError`."""
+    """Returns the finished store's manifest, or else the sealed part's, or else None. Raises `TokenStoreError`."""
     if not store.exists(MANIFEST) and store.exists(SEALED):
         try:
             return read_manifest(store, name=SEALED)
         except TokenStoreError:
-            if not store.exists(MANIFEST):  # otherwise the store was finished, and SEALED removed, just now
+            if not store.exists(MANIFEST):  # otherwise the store was just finished, and SEALED removed
                 raise
     return read_manifest(store) if store.exists(MANIFEST) else None
 
 
 @dataclass(frozen=True)
 class Clock:
-    """How to wait."""
+    """The way to wait; tests inject another one."""
 
     poll_s: float = 1.0  # between looks at the store
     sleep: Callable[[float], None] = time.sleep
@@ -34,7 +33,7 @@ class Clock:
 
 
 class GrowingStore:
-    """What a reader may read now. `check` raises when nobody writes the store any longer."""
+    """The part of a store that may be read now. `check` raises when nobody writes the store any longer."""
 
     def __init__(self, storage: Storage, *, check: Callable[[], None], clock: Clock) -> None:
         self.storage = storage
@@ -47,14 +46,14 @@ class GrowingStore:
         self.manifest = manifest
 
     def wait_until(self, ready: Callable[[Manifest], bool]) -> Manifest:
-        """The newest manifest, once `ready` holds for it or the store is finished."""
+        """Returns the newest manifest, once `ready` holds for it or the store is finished."""
         if not self.manifest.complete and self._clock.now() - self._checked_at >= self._clock.poll_s:
             self._checked()
         while not (self.manifest.complete or ready(self.manifest)):
             manifest = newest_manifest(self.storage)
             if manifest is None or not _agree(self.manifest, manifest):
                 raise TokenStoreError(f"{self.storage.uri} was replaced while it was read; start again")
-            # A writer that was started again lists the shards anew, one by one.
+            # A restarted writer lists the shards from the first one again.
             grown = manifest.complete or len(manifest.shards) > len(self.manifest.shards)
             self.manifest = manifest if grown else self.manifest
             if not grown:
@@ -71,7 +70,7 @@ class GrowingStore:
 
 
 def _agree(old: Manifest, new: Manifest) -> bool:
-    """Whether both are of one store, and the finished one holds all that was sealed."""
+    """Reports whether both are of one store, and a finished one holds all that was sealed."""
     return old.identity == new.identity and (not new.complete or set(old.shards) <= set(new.shards))
 
 
@@ -79,8 +78,8 @@ _WRITE_SHARE = 0.02  # of the time may go into rewriting the list, which grows w
 _INTERVAL_S = 1.0
 
 
-class SealedPrefix(AbstractContextManager["SealedPrefix"]):
-    """Takes results in any order and keeps the list current, to a second or so."""
+class SealedPrefix:
+    """Takes results in any order and keeps the stored list of sealed shards current, to a second or so."""
 
     def __init__(
         self, store: Storage, manifest: Manifest, chunks: Sequence[Chunk], *, ready: Mapping[int, ChunkResult]
@@ -95,9 +94,10 @@ class SealedPrefix(AbstractContextManager["SealedPrefix"]):
         self._results = dict(ready)
         self._write_after = 0.0
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *error: object) -> None:
         if kind is None:
             self._write()
 
@@ -111,11 +111,10 @@ class SealedPrefix(AbstractContextManager["SealedPrefix"]):
 
     def _write(self) -> None:
         numbers = [*sealed_chunks(self._chunks, self._results), *self._ready]
-        shards = (shard for number in numbers for shard in self._results[number].shards)
-        ordered = tuple(sorted(shards, key=lambda shard: shard.source))
-        self._store.write_bytes(SEALED, replace(self._manifest, shards=ordered).to_json())
+        shards = in_order(shard for number in numbers for shard in self._results[number].shards)
+        self._store.write_bytes(SEALED, replace(self._manifest, shards=shards).to_json())
 
 
 def sealed_chunks(chunks: Mapping[int, Sequence[int]], done: Mapping[int, object]) -> list[int]:
-    """The chunks, in canonical order, that come before the first unfinished one of their source."""
+    """Returns the chunks, in canonical order, that come before the first unfinished one of their source."""
     return [number for numbers in chunks.values() for number in takewhile(done.__contains__, numbers)]

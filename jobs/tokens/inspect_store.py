@@ -1,5 +1,4 @@
-"""What a finished token store holds (`stats`), what was left out and why (`report`), and whether it is unaltered
-(`verify`)."""
+"""Inspects a finished token store: its figures (`stats`), its dropped documents (`report`), its hashes (`verify`)."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -8,13 +7,13 @@ from typing import Any
 from cluster.output.progress import progress
 from cluster.storage.uris import Storage, open_storage
 from jobs.tokens.shard_writer import file_sha256
-from jobs.tokens.token_store import MANIFEST, SOURCES, Manifest, Shard, TokenStoreError, read_manifest, token_dtype
+from jobs.tokens.token_store import MANIFEST, SOURCES, Manifest, TokenStoreError, read_manifest, token_dtype
 
 _READERS = 4
 
 
 def find_store(reference: str | None, storage_uri: str) -> Storage:
-    """A store by its folder's or manifest's location, by its key under `tokens/`, or the only one there is."""
+    """Returns a store by its folder's or manifest's location, by its key under `tokens/`, or the only one there is."""
     stores = open_storage(storage_uri).child("tokens")
     if reference is None:
         keys = sorted({entry.key.partition("/")[0] for entry in stores.list() if entry.key.endswith(f"/{MANIFEST}")})
@@ -28,7 +27,7 @@ def find_store(reference: str | None, storage_uri: str) -> Storage:
 
 
 def stats(store: Storage) -> dict[str, Any]:
-    """Counts by split and source, and rates."""
+    """Returns counts by split and source, and rates."""
     manifest = read_manifest(store)
     tokens, documents = manifest.total("tokens"), manifest.total("documents")
     num_dropped = sum(manifest.dropped.values())
@@ -68,7 +67,7 @@ def _sources(manifest: Manifest, recorded: dict[str, Any]) -> list[dict[str, Any
 
 
 def report(store: Storage) -> dict[str, Any]:
-    """Dropped documents by reason: count, share, and the first few with file, place and front of their text."""
+    """Returns the dropped documents by reason: count, share, and the first few with file, place and front."""
     manifest = read_manifest(store)
     files = json.loads(store.read_bytes(SOURCES))["files"]
     total = sum(manifest.dropped.values()) + manifest.total("documents")
@@ -80,12 +79,12 @@ def report(store: Storage) -> dict[str, Any]:
                 "share": round(count / max(1, total), 4),
                 "samples": [
                     {
-                        "file": files[sample.file][0],
-                        "offset": sample.document,
-                        "bytes": sample.bytes,
-                        "preview": sample.preview,
+                        "file": files[found.file][0],
+                        "offset": found.document,
+                        "bytes": found.bytes,
+                        "preview": found.preview,
                     }
-                    for sample in manifest.drop_samples.get(reason, [])
+                    for found in manifest.drop_samples.get(reason, [])
                 ],
             }
             for reason, count in manifest.dropped.items()
@@ -95,25 +94,20 @@ def report(store: Storage) -> dict[str, Any]:
 
 
 def verify(store: Storage) -> dict[str, Any]:
-    """Recomputes every shard's hash. Raises `TokenStoreError` that names each shard that is not what it was."""
+    """Recomputes every shard's hash. Raises `TokenStoreError`, which names the altered shards."""
     manifest = read_manifest(store)
     problems = []
     itemsize = token_dtype(manifest.vocab_size).itemsize
-    with (
-        ThreadPoolExecutor(_READERS) as pool,
-        progress("verifying", total_bytes=manifest.total("tokens") * itemsize) as advance,
-    ):
-
-        def check(shard: Shard) -> tuple[Shard, str]:
-            return shard, file_sha256(store, shard.file)
-
-        for shard, found in pool.map(check, manifest.shards):
+    total_bytes = manifest.total("tokens") * itemsize
+    with ThreadPoolExecutor(_READERS) as pool, progress("verifying", total_bytes=total_bytes) as advance:
+        hashes = pool.map(lambda shard: file_sha256(store, shard.file), manifest.shards)
+        for shard, found in zip(manifest.shards, hashes, strict=True):
             advance(shard.tokens * itemsize)
             if found != shard.sha256:
                 problems.append(f"{shard.file} has SHA-256 {found[:12]}…, the manifest says {shard.sha256[:12]}…")
     if problems:
         raise TokenStoreError(
             f"{len(problems)} of {len(manifest.shards)} shards of {store.uri} are altered: {'; '.join(problems[:10])}; "
-            "delete them and tokenize again, which makes only these"
+            "delete them and tokenize again, which rewrites only these"
         )
     return {"valid": True, "manifest_hash": manifest.hash, "shards": len(manifest.shards)}

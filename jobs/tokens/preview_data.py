@@ -1,10 +1,10 @@
-"""What a corpus would give, from a sample of it and without a cluster: documents, tokens, and what would be dropped."""
+"""Previews a corpus from a sample and without a cluster: its documents and tokens, and what would be dropped."""
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
 from typing import Any
 
 from cluster.settings.run import DataConfig, RunConfig
@@ -30,7 +30,7 @@ _PREVIEW_CHARS = 160
 class _Sample:
     source_bytes: int = 0
     texts: list[str] = field(default_factory=list)
-    examples: list[dict[str, str]] = field(default_factory=list)  # the first of them
+    examples: list[dict[str, str]] = field(default_factory=list)  # the first few texts
     dropped: Counter[str] = field(default_factory=Counter)
     samples: dict[str, list[dict[str, str]]] = field(default_factory=dict)
     seen: set[bytes] = field(default_factory=set)
@@ -54,9 +54,9 @@ class _Sample:
 
 
 def preview(config: RunConfig) -> dict[str, Any]:
-    """Figures of the sample, and estimates for the whole corpus by its size in bytes.
+    """Returns the sample's figures, and estimates for the whole corpus by its size in bytes.
 
-    Duplicates are found within the sample only, near-duplicates and contamination not at all: the job will drop more.
+    Duplicates are found within the sample only, near-duplicates and contamination not at all: the job may drop more.
     Raises `CorpusError` when the sample holds no document to keep.
     """
     data = config.data
@@ -97,30 +97,26 @@ def _parts(files: Sequence[Any], data: DataConfig) -> list[Part]:
     return [part for chunk in chunks for part in chunk.parts]
 
 
-def _spread(parts: Sequence[Part]) -> Iterator[Part]:
-    """At most `_PLACES` parts, evenly from all over the corpus; all of them if their bytes fit the sample."""
+def _spread(parts: Sequence[Part]) -> Sequence[Part]:
+    """Returns at most `_PLACES` parts from all over the corpus; all of them if their bytes fit the sample."""
     if sum(part.end - part.start for part in parts) <= _SAMPLE_BYTES or len(parts) <= _PLACES:
-        yield from parts
-        return
-    for place in range(_PLACES):
-        yield parts[place * len(parts) // _PLACES]
+        return parts
+    return [parts[place * len(parts) // _PLACES] for place in range(_PLACES)]
 
 
 def _front(part: Part, data: DataConfig) -> Iterator[Document]:
-    """The documents of a part up to its share of the sample."""
-    budget = _SAMPLE_BYTES // _PLACES if part.end - part.start > _SAMPLE_BYTES // _PLACES else None
+    """Yields the documents of a part up to its share of the sample."""
+    budget = _SAMPLE_BYTES // _PLACES if part.end - part.start > _SAMPLE_BYTES // _PLACES else math.inf
     used = 0
-
-    def fits(document: Document) -> bool:
-        nonlocal used
-        is_within = budget is None or used < budget
+    for document in read_documents(part, data):
+        if used >= budget:
+            return
         used += document.size
-        return is_within
-
-    return takewhile(fits, read_documents(part, data))
+        yield document
 
 
 def _trained(texts: Sequence[str], data: DataConfig) -> Tokenizer:
+    """Returns a tokenizer of some of the texts, chosen by their hashes."""
     used = 0
     chosen: list[str] = []
     for text in sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest()):

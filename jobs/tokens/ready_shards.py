@@ -1,4 +1,4 @@
-"""Shards of finished token stores (`tokens://` sources), copied into the new store as they are."""
+"""Copies the shards of finished token stores (`tokens://` sources) into a new store."""
 
 import hashlib
 import tempfile
@@ -15,17 +15,16 @@ from model.tokenizer import Tokenizer
 
 
 def store_tokenizer(location: str) -> Tokenizer:
-    """The tokenizer that a token store was made with."""
+    """Returns the tokenizer that a token store was made with."""
     return Tokenizer.from_json(open_storage(location).read_bytes(TOKENIZER))
 
 
 def copy_shards(
     store: Storage, locations: Mapping[int, str], tokenizer: Tokenizer, *, first_chunk: int
 ) -> dict[int, ChunkResult]:
-    """A result for each shard of the stores at `locations` (source -> location), numbered after the chunks.
+    """Returns a result for each shard of the stores at `locations` (source -> location), numbered after the chunks.
 
-    Raises `CorpusError` for another tokenizer's store and `TokenStoreError` for a shard with other bytes than its
-    manifest says.
+    Raises `CorpusError` for another tokenizer's store and `TokenStoreError` for a shard whose hash is wrong.
     """
     results: dict[int, ChunkResult] = {}
     for source, location in locations.items():

@@ -1,9 +1,9 @@
-"""Tokens of shards by place: by memory map on disk, elsewhere by ranged reads, cached and read ahead within a bound."""
+"""Reads tokens of shards: by memory map on a disk, elsewhere by ranged reads, cached and read ahead within a bound."""
 
 from collections import OrderedDict, deque
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,7 @@ from jobs.tokens.token_store import Shard
 
 Tokens = npt.NDArray[Any]
 
-BLOCK_BYTES = 1 << 20  # of reads in sequence, whose neighbours share a block
+BLOCK_BYTES = 1 << 20  # the unit of sequential reads, whose neighbors share a block
 _MAX_MAPS = 256  # each holds a file open; a process may have 1,024
 _NUM_THREADS = 8  # of read-ahead; boto3 keeps ten connections
 
@@ -26,23 +26,15 @@ class Piece(NamedTuple):
     end: int
 
 
-class ShardReader(Protocol):
-    def read(self, piece: Piece, *, scattered: bool) -> Tokens:
-        """The tokens of the piece; `scattered` says that its neighbours will not be read soon."""
-
-    def read_ahead(self, pieces: Iterable[Piece]) -> None:
-        """Names the scattered pieces that are read next, in order, in place of those named before."""
-
-
-def open_shards(storage: Storage, *, dtype: np.dtype[Any], cache_bytes: int) -> ShardReader:
-    """A reader that touches no shard before it is asked to. For one thread."""
+def open_shards(storage: Storage, *, dtype: np.dtype[Any], cache_bytes: int) -> "_MappedShards | _RemoteShards":
+    """Returns a reader, for one thread, that opens no shard before the first read."""
     if storage.local_path("") is not None:
         return _MappedShards(storage, dtype)
     return _RemoteShards(RangeCache(storage, max_bytes=cache_bytes), dtype)
 
 
 class _MappedShards:
-    """The most recently used shards stay mapped; the page cache does the rest."""
+    """Keeps the most recently used shards mapped; the page cache does the rest."""
 
     def __init__(self, storage: Storage, dtype: np.dtype[Any]) -> None:
         self._storage, self._dtype = storage, dtype
@@ -60,7 +52,7 @@ class _MappedShards:
         return self._maps[file][piece.start : piece.end]
 
     def read_ahead(self, pieces: Iterable[Piece]) -> None:
-        """Nothing: a page fault costs less than a thread."""
+        """Does nothing: a page fault costs less than a thread."""
 
 
 class _RemoteShards:
@@ -68,6 +60,7 @@ class _RemoteShards:
         self._cache, self._dtype = cache, dtype
 
     def read(self, piece: Piece, *, scattered: bool) -> Tokens:
+        """Returns the tokens of the piece; `scattered` means that its neighbors will not be read soon."""
         wanted = self._range(piece)
         if scattered:
             return np.frombuffer(self._cache.read(wanted), dtype=self._dtype)
@@ -78,6 +71,7 @@ class _RemoteShards:
         return np.frombuffer(data, dtype=self._dtype)
 
     def read_ahead(self, pieces: Iterable[Piece]) -> None:
+        """Names the scattered pieces that are read next, in order, replacing those named before."""
         self._cache.read_ahead(self._range(piece) for piece in pieces)
 
     def _range(self, piece: Piece) -> "Range":
@@ -97,21 +91,21 @@ class Range(NamedTuple):
 
 
 class RangeCache:
-    """Ranges that were read lately, and by a few threads those that are read next: `max_bytes` of both together.
+    """Caches up to `max_bytes` of the ranges read lately and of those that a few threads read ahead.
 
-    What was read makes room for what is read next. A range that finds no room is read all the same, and not kept.
+    Ranges already read make room for those read ahead. A range that finds no room is read anyway, and not kept.
     """
 
     def __init__(self, storage: Storage, *, max_bytes: int) -> None:
         self._storage, self._max_bytes = storage, max_bytes
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="read-ahead")  # starts them when needed
         self._queue: deque[Range] = deque()
-        self._ahead: dict[Range, Future[bytes]] = {}  # being read or read, not asked for yet
+        self._ahead: dict[Range, Future[bytes]] = {}  # being read or already read, not requested yet
         self._used: OrderedDict[Range, bytes] = OrderedDict()  # the last used last
         self.held_bytes = 0
 
     def read(self, wanted: Range) -> bytes:
-        """Raises what the storage raises, of a read ahead as well; asked for again, it tries again."""
+        """Raises what the storage raises, also for a range that was read ahead; another call tries again."""
         if wanted in self._used:
             self._used.move_to_end(wanted)
             return self._used[wanted]
@@ -130,7 +124,7 @@ class RangeCache:
         return data
 
     def read_ahead(self, ranges: Iterable[Range]) -> None:
-        """Reads these next, in order, in place of those named before and not asked for."""
+        """Reads these next, in order, instead of those named before and not requested yet."""
         wanted = dict.fromkeys(ranges)
         for old, future in list(self._ahead.items()):
             if old not in wanted and (future.cancel() or future.done()):

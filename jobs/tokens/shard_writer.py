@@ -1,7 +1,7 @@
-"""Shards written in parallel, each by one task: read a chunk, encode what is kept of it, store it, vouch for it.
+"""Writes the shards of one chunk in one task: reads the chunk, encodes its kept documents, and stores the shards.
 
-A chunk's sidecar (`shard-00000.json`) says what its shards were made of and what their bytes are. A chunk whose
-sidecar agrees with the plan and with the bytes is not written again; that is how a killed job goes on.
+A chunk's sidecar (`shard-00000.json`) records what its shards were made of and the hashes of their bytes. A chunk whose
+sidecar matches the task and the bytes is not written again; so a killed job continues where it was.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ _PREVIEW_CHARS = 200
 
 @dataclass
 class ChunkResult:
-    """What became of a chunk."""
+    """The shards and the counts of a chunk."""
 
     shards: list[Shard] = field(default_factory=list)
     documents: int = 0
@@ -65,13 +65,13 @@ class ChunkResult:
 
 @dataclass(frozen=True)
 class ChunkWriter:
-    """Everything that the writers of all chunks share."""
+    """The settings that the writers of all chunks share, and the writing of one chunk."""
 
     store: Storage
     tokenizer_json: bytes
     data: DataConfig
     is_bulk: bool  # whether the driver has proven that tiktoken gives the tokenizer's ids
-    ngrams_hash: str  # of validation_ngrams; "" when nothing is decontaminated
+    ngrams_hash: str  # of validation_ngrams; "" without decontamination
 
     def __call__(self, task: Task) -> Iterator[bytes]:
         """Yields the `ChunkResult` as JSON once the shards and then their sidecar are stored."""
@@ -83,7 +83,7 @@ class ChunkWriter:
             "tokenizer": tokenizer.hash,
             "ngrams": self.ngrams_hash,
         }
-        sidecar = f"shard-{task['chunk']:05d}.json"
+        sidecar = f"shard-{task['number']:05d}.json"
         result = self._finished(sidecar, made_of)
         if result is None:
             result = self._write(task, codes, tokenizer, encoder)
@@ -93,7 +93,7 @@ class ChunkWriter:
     def _finished(self, sidecar: str, made_of: dict[str, str]) -> ChunkResult | None:
         try:
             values = json.loads(self.store.read_bytes(sidecar))
-        except NotFoundError:  # one request, where asking first would make two
+        except NotFoundError:  # one request, where checking first would take two
             return None
         except ValueError:
             return None  # cut off on a disk that lost power
@@ -111,7 +111,7 @@ class ChunkWriter:
         digest = hashlib.sha256()
         result = ChunkResult(documents=len(codes))
         ngrams = validation_ngrams(self.store, self.ngrams_hash) if self.ngrams_hash else None
-        names: dict[Split, str] = {split: f"{name}-{task['chunk']:05d}.bin" for split, name in _FILE_NAMES.items()}
+        names: dict[Split, str] = {split: f"{name}-{task['number']:05d}.bin" for split, name in _FILE_NAMES.items()}
         with ExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="raymill-shard-")))
             dtype = token_dtype(tokenizer.vocab_size)
@@ -150,7 +150,7 @@ def _changed(parts: Sequence[Part]) -> CorpusError:
 
 
 class _ShardFile:
-    """A shard on its way to the store: in a local file, as it may be larger than memory allows."""
+    """A shard being written, in a local file because it may be larger than memory allows."""
 
     def __init__(self, file: BinaryIO, eot_id: int, dtype: np.dtype[Any]) -> None:
         self._file = file
@@ -169,7 +169,7 @@ class _ShardFile:
         self._bytes += document.size
 
     def finished(self) -> dict[str, Any]:
-        """The figures of the `Shard`; its bytes are in the file."""
+        """Returns the figures of the `Shard`, whose bytes are in the file."""
         self._file.seek(0)
         sha256 = hashlib.file_digest(self._file, "sha256").hexdigest()  # type: ignore[arg-type]
         return {"tokens": self._tokens, "documents": self.documents, "bytes": self._bytes, "sha256": sha256}

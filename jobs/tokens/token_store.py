@@ -1,15 +1,16 @@
-"""The token store's contract: the manifest that lists shards of token ids, and its exact bytes.
+"""Defines the token store: the manifest that lists shards of token ids, and its exact bytes.
 
 The manifest holds no path and no time: the same text makes the same manifest wherever it lies (only `hf://` sources
 leave a trace, their pinned revision). It is written last: a folder without one is not a finished store.
 
-While a store grows, `sealed.json` lists what is sealed: for each source the shards up to the first that is missing,
-of both splits. A sealed shard never changes, so a reader of the prefix reads what the finished store will hold.
+While a store grows, `sealed.json` lists the sealed shards: for each source those before the first missing one, of both
+splits. A sealed shard never changes, so a reader of this prefix reads what the finished store will hold.
 """
 
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -28,7 +29,7 @@ Split = Literal["train", "val"]
 
 
 class TokenStoreError(UserError):
-    """A token store that cannot be read; the text names the file."""
+    """A token store cannot be read; the message names the file."""
 
 
 @dataclass(frozen=True)
@@ -37,38 +38,38 @@ class Shard:
 
     file: str
     split: Split
-    source: int  # place in data.source
-    tokens: int  # end-of-text tokens among them
+    source: int  # index in data.source
+    tokens: int  # including end-of-text tokens
     documents: int
-    bytes: int  # of UTF-8 text, end-of-text tokens not counted
+    bytes: int  # of UTF-8 text, without end-of-text tokens
     sha256: str
 
 
 @dataclass(frozen=True)
 class DropSample:
-    """A dropped document: what a person needs to judge the rule that dropped it."""
+    """A dropped document, by which a person can judge the rule that dropped it."""
 
-    file: int  # place in the listing, which sources.json holds
-    document: int  # place in the file
+    file: int  # index in the listing, which is in sources.json
+    document: int  # its first byte in the file, or its row
     bytes: int
     preview: str  # the front of its text
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything that a reader of the shards must know."""
+    """Everything that a reader of the shards needs."""
 
     tokenizer_hash: str
     vocab_size: int
     eot_id: int
-    source_hash: str  # of every document's hash or reason to be dropped, in canonical order
+    source_hash: str  # of every document's text, in canonical order
     config_hash: str  # of the settings that shape the shards
-    weights: tuple[float, ...]  # share of the training rows from each source, summing to 1; empty: as they come
+    weights: tuple[float, ...]  # each source's share of the training rows, summing to 1; empty: by their sizes
     revisions: dict[str, str]  # commit of each hf:// source
     dropped: dict[str, int]  # documents by reason
     drop_samples: dict[str, list[DropSample]]  # the first few of each reason
-    replaced_utf8: int  # documents kept with U+FFFD in place of bytes that were not UTF-8
-    shards: tuple[Shard, ...]  # in canonical order: by source, then place in it
+    replaced_utf8: int  # documents kept with U+FFFD for bytes that were not UTF-8
+    shards: tuple[Shard, ...]  # in canonical order: by source, then by place in it
     complete: bool = True  # False in sealed.json
 
     def total(self, field: Literal["tokens", "documents", "bytes"], split: Split | None = None) -> int:
@@ -108,13 +109,18 @@ class Manifest:
 
     @property
     def identity(self) -> str:
-        """What decides the shards, in one hash: the same while the store grows as when it is finished."""
+        """A hash of everything that decides the shards: the same while the store grows as when it is finished."""
         return hashlib.sha256(canonical_json([self.source_hash, self.config_hash, self.tokenizer_hash])).hexdigest()
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """Little-endian, 16 bits wide while every id fits."""
+    """Returns little-endian integers, of 16 bits if every id fits."""
     return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
+
+
+def in_order(shards: Iterable[Shard]) -> tuple[Shard, ...]:
+    """Sorts by source the shards that are in order within each source."""
+    return tuple(sorted(shards, key=lambda shard: shard.source))
 
 
 def canonical_json(value: Any) -> bytes:
@@ -122,7 +128,7 @@ def canonical_json(value: Any) -> bytes:
 
 
 def read_manifest(store: Storage, *, name: str = MANIFEST) -> Manifest:
-    """The manifest, after checking that every shard is there in its full size. Raises `TokenStoreError`."""
+    """Reads the manifest and checks that every shard is there in its full size. Raises `TokenStoreError`."""
     try:
         manifest = Manifest.from_json(store.read_bytes(name))
     except NotFoundError as error:

@@ -1,4 +1,4 @@
-"""Rows of tokens by number from a token store, finished or still growing."""
+"""Reads rows of tokens by number from a token store, finished or still growing."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -12,12 +12,12 @@ import torch
 from cluster.storage.uris import Storage
 from jobs.tokens.batch_plan import SampleOrder
 from jobs.tokens.growing_store import Clock, GrowingStore
-from jobs.tokens.shard_reader import Piece, ShardReader, open_shards
+from jobs.tokens.shard_reader import Piece, open_shards
 from jobs.tokens.token_store import Manifest, Shard, Split, TokenStoreError, read_manifest, token_dtype
 
 
 class ShardChain:
-    """Shards end to end. Row i is tokens [i*T, i*T + T], both ends included: no token is a target twice."""
+    """Shards end to end. Row i is tokens i*T to i*T + T inclusive, so no token is a target twice."""
 
     def __init__(self, shards: Sequence[Shard]) -> None:
         self.shards = shards
@@ -25,7 +25,7 @@ class ShardChain:
 
     @classmethod
     def end_to_end(cls, manifest: Manifest, split: Split) -> Self:
-        """Of all sources, in their order. Of an unfinished store only the first one's, as more of them may come."""
+        """Returns the shards of all sources in order; the first source's alone while the store grows."""
         shards = sorted((shard for shard in manifest.shards if shard.split == split), key=lambda shard: shard.source)
         return cls(shards if manifest.complete else [shard for shard in shards if shard.source == 0])
 
@@ -37,7 +37,7 @@ class ShardChain:
         return max(0, (self.num_tokens - 1) // seq_len)
 
     def row(self, index: int, seq_len: int) -> Iterator[Piece]:
-        """Where the row's T + 1 tokens lie; a row may lie across shards."""
+        """Yields the pieces of shards that hold the row's T + 1 tokens."""
         position, end = index * seq_len, index * seq_len + seq_len + 1
         while position < end:
             number = int(np.searchsorted(self._ends, position, side="right"))
@@ -48,38 +48,20 @@ class ShardChain:
             position = stop
 
     def bytes_per_token(self, num_tokens: int) -> float:
-        """Of text, over the shards that hold the first `num_tokens`: the same whatever follows them."""
+        """Returns the bytes of text per token of the shards that hold the first `num_tokens`, whatever follows them."""
         last = int(np.searchsorted(self._ends, num_tokens))
         counted = self.shards[: last + 1]
         return sum(shard.bytes for shard in counted) / sum(shard.tokens for shard in counted)
 
 
 class TokenStream:
-    """The split's rows of `seq_len` tokens and the one that follows, in the store's order or in the run's.
+    """A split's rows of `seq_len` tokens and the token that follows, in the store's order or in the run's.
 
-    Asked for rows of a growing store that are not sealed, it waits until they are. For one thread.
+    Where rows of a growing store are not sealed yet, a call waits for them. For one thread.
     """
 
     def __init__(
         self,
-        storage: Storage,
-        *,
-        store: GrowingStore | None,
-        manifest: Manifest,
-        reader: ShardReader,
-        split: Split,
-        seq_len: int,
-        seed: int,
-        window_rows: int,
-    ) -> None:
-        self.seq_len = seq_len
-        self._uri, self._store, self._reader, self._split = storage.uri, store, reader, split
-        self._seed, self._window_rows = seed, window_rows
-        self._take(manifest)
-
-    @classmethod
-    def open(
-        cls,
         storage: Storage,
         *,
         split: Split,
@@ -90,25 +72,18 @@ class TokenStream:
         growing: bool = False,
         check: Callable[[], None] = lambda: None,
         clock: Clock = Clock(),  # noqa: B008 (frozen)
-    ) -> Self:
-        """`seed` and `window_rows` shape `samples`. With `growing` an unfinished store will do; `check` raises when
-        its writer failed.
+    ) -> None:
+        """Opens a finished store, or with `growing` an unfinished one, whose writer's failure `check` raises.
 
-        Raises `TokenStoreError` for a store that is unfinished or damaged, or too small for one row.
+        `seed` and `window_rows` shape `samples`. Raises `TokenStoreError` for a store that is unfinished, damaged or
+        too small for one row.
         """
-        store = GrowingStore(storage, check=check, clock=clock) if growing else None
-        manifest = store.manifest if store else read_manifest(storage)
-        reader = open_shards(storage, dtype=token_dtype(manifest.vocab_size), cache_bytes=cache_bytes)
-        return cls(
-            storage,
-            store=store,
-            manifest=manifest,
-            reader=reader,
-            split=split,
-            seq_len=seq_len,
-            seed=seed,
-            window_rows=window_rows,
-        )
+        self.seq_len = seq_len
+        self._uri, self._split, self._seed, self._window_rows = storage.uri, split, seed, window_rows
+        self._store = GrowingStore(storage, check=check, clock=clock) if growing else None
+        manifest = self._store.manifest if self._store else read_manifest(storage)
+        self._reader = open_shards(storage, dtype=token_dtype(manifest.vocab_size), cache_bytes=cache_bytes)
+        self._take(manifest)
 
     def _take(self, manifest: Manifest) -> None:
         self.manifest = manifest
@@ -120,22 +95,19 @@ class TokenStream:
             self._sources = [
                 ShardChain([shard for shard in shards if shard.source == source]) for source in range(len(weights))
             ]
-        if manifest.complete:
-            for number, chain in enumerate(self._sources):
-                self._refuse_empty(chain, f"source {number}" if weights else self._uri)
         num_rows = tuple(chain.num_rows(self.seq_len) for chain in self._sources)
-        self.order = SampleOrder(self._seed, self._window_rows, num_rows, weights, manifest.complete)
-
-    def _refuse_empty(self, chain: ShardChain, name: str) -> None:
-        if not chain.num_rows(self.seq_len):
+        if manifest.complete and 0 in num_rows:
+            source = num_rows.index(0)
+            num_tokens = self._sources[source].num_tokens
             raise TokenStoreError(
-                f"the {self._split} split of {name} has {chain.num_tokens} tokens, a row needs {self.seq_len + 1} "
-                f"(train.seq_len + 1); add text, "
+                f"the {self._split} split of {f'source {source}' if weights else self._uri} has {num_tokens} tokens, "
+                f"a row needs {self.seq_len + 1} (train.seq_len + 1); add text, "
                 f"{'raise data.val_fraction, ' if self._split == 'val' else ''}or lower train.seq_len"
             )
+        self.order = SampleOrder(self._seed, self._window_rows, num_rows, weights, manifest.complete)
 
     def _wait_until(self, ready: Callable[[], bool]) -> None:
-        """Until `ready` holds, of this stream with the newest manifest, or the store is finished."""
+        """Waits until `ready` holds for this stream with the newest manifest, or the store is finished."""
         if self._store is None:
             return
 
@@ -148,49 +120,35 @@ class TokenStream:
         if manifest is not self.manifest:
             self._take(manifest)
 
-    @property
-    def num_tokens(self) -> int:
-        """Of the finished store, which it waits for."""
-        self._wait_until(lambda: False)
-        return self._all.num_tokens
-
-    @property
-    def num_rows(self) -> int:
-        """Of the finished store, which it waits for."""
-        return self.count_rows()
-
     def count_rows(self, *, at_most: float = math.inf) -> int:
-        """The number of rows, or `at_most` as soon as so many are sealed."""
+        """Returns the number of rows of the finished store, or `at_most` as soon as so many are sealed."""
         self._wait_until(lambda: self._all.num_rows(self.seq_len) >= at_most)
         return int(min(self._all.num_rows(self.seq_len), at_most))
 
     def bytes_per_token(self, num_rows: int) -> float:
-        """Of the text that the first `num_rows` rows lie in."""
+        """Returns the bytes of text per token over the shards that hold the first `num_rows` rows."""
         return self._all.bytes_per_token(num_rows * self.seq_len + 1)
 
     def wait_for(self, samples: npt.ArrayLike) -> None:
-        """Until the rows of these samples are known and sealed."""
+        """Waits until the rows of these samples are known and sealed."""
         self._wait_until(lambda: bool(self.order.covers(samples).all()))
 
     def rows(self, indices: npt.ArrayLike) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs (B, T) and targets (B, T), int64: targets are the inputs moved on by one token.
-
-        Of all sources end to end, in the store's order.
-        """
+        """Returns inputs (B, T) and targets (B, T), the next tokens, int64, of rows by their number in the store."""
         wanted = np.asarray(indices, dtype=np.int64)
         if wanted.size:
             num_rows = self.count_rows(at_most=int(wanted.max()) + 1)
             if not 0 <= wanted.min() <= wanted.max() < num_rows:
-                raise IndexError(f"rows {wanted.min()} to {wanted.max()} asked, the stream has {num_rows}")
+                raise IndexError(f"rows {wanted.min()} to {wanted.max()} were asked for, the stream has {num_rows}")
         return self._batch([self._all.row(index, self.seq_len) for index in wanted.tolist()], scattered=False)
 
     def samples(self, indices: npt.ArrayLike) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs (B, T) and targets (B, T), int64, of samples by their global index, in the run's order."""
+        """Returns inputs (B, T) and targets (B, T), int64, of samples by their global index, in the run's order."""
         self.wait_for(indices)
         return self._batch(self._places(np.asarray(indices)), scattered=True)
 
     def read_ahead(self, indices: npt.ArrayLike) -> None:
-        """Starts to read the samples that are asked for next, of a remote store; never waits."""
+        """Starts reading the next samples of a remote store; never waits."""
         wanted = np.asarray(indices)
         known = wanted[self.order.covers(wanted)]
         self._reader.read_ahead(piece for place in self._places(known) for piece in place)

@@ -1,4 +1,4 @@
-"""Stage: the corpus's tokenizer, loaded where one is named, else trained on a sample of the corpus and kept."""
+"""Loads the corpus's tokenizer where one is named, or else trains and stores one on a sample of the corpus."""
 
 import hashlib
 import math
@@ -32,7 +32,7 @@ from model.tokenizer import Tokenizer, train_bpe
 TOKENIZER_FILE = "tokenizer.json"
 TRAINING_PIECE_CHARS = 1024
 _MOST_READ = 8
-"""Times what a place is to give that is read there at most, whatever is dropped: the reading is bounded."""
+"""Bounds the reading at a place, however much is dropped there, to a multiple of the text wanted from it."""
 
 _SHAPING = {
     "text_field",
@@ -47,9 +47,9 @@ _SHAPING = {
 
 
 def ensure_tokenizer(config: RunConfig, listing: Listing | None = None) -> tuple[Tokenizer, str]:
-    """The tokenizer and the URI of its tokenizer.json; trained only if neither named nor stored. Needs Ray.
+    """Returns the tokenizer and the URI of its tokenizer.json; trains one only if none is named or stored. Needs Ray.
 
-    It is stored under a key of the settings and files that shape it, so a changed corpus gets a new one.
+    The tokenizer is stored under a key of the settings and files that shape it, so a changed corpus gets a new one.
     """
     if config.data.tokenizer is not None:
         return load_tokenizer(config.data.tokenizer)
@@ -58,7 +58,7 @@ def ensure_tokenizer(config: RunConfig, listing: Listing | None = None) -> tuple
         location = next(iter(listing.token_stores.values()))
         return store_tokenizer(location), join_uri(location, TOKENIZER_FILE)
     shaping: list[Any] = [config.data.model_dump(mode="json", include=_SHAPING), listing.identity()]
-    if _is_sampled(listing.files, config.data):  # those of smaller corpora are all of their text, as ever
+    if _is_sampled(listing.files, config.data):  # smaller corpora keep the key that they have always had
         shaping.append("places")
     key = hashlib.sha256(canonical_json(shaping)).hexdigest()[:12]
     folder = open_storage(config.storage.uri).child(f"tokenizers/{key}")
@@ -82,7 +82,7 @@ def ensure_tokenizer(config: RunConfig, listing: Listing | None = None) -> tuple
 
 
 def load_tokenizer(uri: str) -> tuple[Tokenizer, str]:
-    """A tokenizer by the location of its tokenizer.json or of the folder with it, and that location."""
+    """Returns the tokenizer at the location of a tokenizer.json or of its folder, and the file's URI."""
     file_uri = uri if uri.endswith(".json") else join_uri(uri.rstrip("/"), TOKENIZER_FILE)
     storage, name = split_uri(file_uri)
     try:
@@ -99,10 +99,10 @@ def _train(files: list[CorpusFile], data: DataConfig) -> bytes:
 
 def sample_texts(files: Sequence[CorpusFile], data: DataConfig) -> Iterator[str]:
     """Yields up to `data.tokenizer_sample_bytes` of the kept documents, an equal share from each source: all of a small
-    source, else text from places all over it.
+    source, or else text from places all over it.
 
-    In pieces of whole words, as training takes time by the square of a word's length: DNA is one of a megabyte. The
-    last document of a place may be cut. What a place lacks, where much is dropped, the next one gives. Raises
+    The text is cut into pieces, because training takes time in the square of a word's length, and DNA is one word of a
+    megabyte. The last document of a place may be cut. The next place makes up for one where much is dropped. Raises
     `CorpusError` when no document is kept.
     """
     share_bytes = _share_bytes(files, data)
@@ -140,7 +140,7 @@ def kept_texts(
     *,
     most_bytes: float = math.inf,
 ) -> Iterator[str]:
-    """Yields the documents that are kept, in order, of texts not `seen` before; counts what is `dropped` and why.
+    """Yields the texts of kept documents that were not `seen` before, in order; counts the `dropped` ones by reason.
 
     Ends after reading `most_bytes`, if anything was seen by then.
     """
@@ -162,7 +162,7 @@ def kept_texts(
 
 
 def text_sample(listing: Listing, data: DataConfig, *, num_texts: int = 20) -> list[str]:
-    """A few texts from the corpus's front, each cut to some kilobytes."""
+    """Returns a few texts from the front of the corpus, each cut to some kilobytes."""
     texts = kept_texts(map(whole_file, range(len(listing.files)), listing.files), data)
     return [text[:8192] for text in islice(texts, num_texts)]
 

@@ -217,9 +217,9 @@ def test_without_held_out_documents_training_says_what_to_raise(result: dict[str
     alone = tokenize(data_config(f"{tmp_path}/a.txt", tmp_path, val_fraction=0.0, tokenizer=tokenizer))
     assert alone["val_tokens"] == 0
     store = split_uri(alone["manifest"])[0]
-    assert TokenStream.open(store, split="train", seq_len=16).num_rows > 10
+    assert TokenStream(store, split="train", seq_len=16).count_rows() > 10
     with pytest.raises(TokenStoreError, match=r"the val split of .* has 0 tokens, a row needs 17 .*raise data\.val_fr"):
-        TokenStream.open(store, split="val", seq_len=16)
+        TokenStream(store, split="val", seq_len=16)
 
 
 def test_a_spoiled_store_is_refused_as_a_source(result: dict[str, Any], corpus: HostileCorpus, tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def seal(target: Storage, manifest: Manifest, done: set[Shard]) -> None:
 def test_the_rows_are_those_of_the_finished_store(weights: tuple[float, ...], seed: int, tmp_path: Path) -> None:
     finished, manifest = planned(tmp_path / "finished", weights)
     options = {"seq_len": 7, "seed": 2, "window_rows": 6}
-    expected = TokenStream.open(finished, split="train", **options)  # type: ignore[arg-type]
+    expected = TokenStream(finished, split="train", **options)  # type: ignore[arg-type]
     target = GrowingFolder(tmp_path / "growing")
     may_finish = threading.Event()
     options_of_writer = {"seed": seed, "may_finish": may_finish}
@@ -82,8 +82,8 @@ def test_the_rows_are_those_of_the_finished_store(weights: tuple[float, ...], se
         target=grow, args=(finished, open_storage(target.uri), manifest), kwargs=options_of_writer, daemon=True
     )
     writer.start()
-    stream = TokenStream.open(target, split="train", growing=True, clock=FAST, **options)  # type: ignore[arg-type]
-    val = TokenStream.open(target, split="val", growing=True, clock=FAST, seq_len=7)
+    stream = TokenStream(target, split="train", growing=True, clock=FAST, **options)  # type: ignore[arg-type]
+    val = TokenStream(target, split="val", growing=True, clock=FAST, seq_len=7)
     assert val.count_rows(at_most=2) == 2
     held_out = val.rows([0, 1])[0]
     early = 0
@@ -96,10 +96,10 @@ def test_the_rows_are_those_of_the_finished_store(weights: tuple[float, ...], se
     writer.join()
     assert early > 0  # some were read before the end
     assert stream.manifest.complete
-    assert stream.num_rows == expected.num_rows
-    finished_val = TokenStream.open(finished, split="val", seq_len=7)
+    assert stream.count_rows() == expected.count_rows()
+    finished_val = TokenStream(finished, split="val", seq_len=7)
     assert held_out.tolist() == finished_val.rows([0, 1])[0].tolist()
-    assert val.num_rows == finished_val.num_rows
+    assert val.count_rows() == finished_val.count_rows()
     assert val.bytes_per_token(2) == finished_val.bytes_per_token(2)
 
 
@@ -125,7 +125,7 @@ def test_a_failed_writer_ends_the_wait_and_is_noticed_between_reads(tmp_path: Pa
         failures[:] = ["the corpus is gone"] if len(slept) == 3 else []
 
     clock = Clock(poll_s=2.0, sleep=sleep, now=lambda: clock_s)
-    stream = TokenStream.open(storage, split="train", seq_len=4, window_rows=1, growing=True, check=check, clock=clock)
+    stream = TokenStream(storage, split="train", seq_len=4, window_rows=1, growing=True, check=check, clock=clock)
     stream.samples([0, 1, 2])
     with pytest.raises(UserError, match="the corpus is gone"):
         stream.samples([10**6])
@@ -142,10 +142,10 @@ def test_how_many_rows_there_are_is_known_at_the_end_only(tmp_path: Path) -> Non
     def finish(seconds: float) -> None:
         storage.write_bytes(MANIFEST, manifest.to_json())
 
-    stream = TokenStream.open(storage, split="train", seq_len=4, growing=True, clock=Clock(sleep=finish))
+    stream = TokenStream(storage, split="train", seq_len=4, growing=True, clock=Clock(sleep=finish))
     assert stream.count_rows(at_most=3) == 3
     assert not storage.exists(MANIFEST)
-    assert stream.num_rows == (manifest.total("tokens", "train") - 1) // 4
+    assert stream.count_rows() == (manifest.total("tokens", "train") - 1) // 4
 
 
 def test_another_store_in_its_place_is_noticed_and_a_restarted_writer_is_none(tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_another_store_in_its_place_is_noticed_and_a_restarted_writer_is_none(tm
         lambda: storage.write_bytes(SEALED, dataclasses.replace(manifest, source_hash="x", complete=False).to_json()),
     ]
     clock = Clock(sleep=lambda seconds: steps.pop(0)())
-    stream = TokenStream.open(storage, split="train", seq_len=4, window_rows=1, growing=True, clock=clock)
+    stream = TokenStream(storage, split="train", seq_len=4, window_rows=1, growing=True, clock=clock)
     with pytest.raises(TokenStoreError, match="was replaced while it was read; start again"):
         stream.samples([10**6])
     assert not steps
@@ -165,4 +165,4 @@ def test_another_store_in_its_place_is_noticed_and_a_restarted_writer_is_none(tm
 def test_without_growing_an_unfinished_store_is_refused(tmp_path: Path) -> None:
     storage, _ = sealed_at(tmp_path)
     with pytest.raises(TokenStoreError, match=r"holds no manifest.json: tokenizing was not finished"):
-        TokenStream.open(storage, split="train", seq_len=4)
+        TokenStream(storage, split="train", seq_len=4)

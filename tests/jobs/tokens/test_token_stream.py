@@ -44,8 +44,8 @@ def test_rows_are_the_shards_end_to_end(
     root = str(tmp_path) if place == "local" else f"s3://{request.getfixturevalue('s3_bucket')}/store"
     storage = open_storage(root)
     tokens = make_store(storage, sizes=[5, 40, 1, 3, 52], vocab_size=vocab_size)
-    stream = TokenStream.open(storage, split="train", seq_len=10)
-    assert stream.num_rows == 10
+    stream = TokenStream(storage, split="train", seq_len=10)
+    assert stream.count_rows() == 10
     inputs, targets = stream.rows(range(10))
     assert inputs.dtype == targets.dtype == torch.int64
     assert inputs.shape == targets.shape == (10, 10)
@@ -53,14 +53,14 @@ def test_rows_are_the_shards_end_to_end(
     assert targets.reshape(-1).tolist() == tokens[1:101].tolist()
     inputs, targets = stream.rows([7, 2, 7])
     assert inputs.tolist() == [tokens[70:80].tolist(), tokens[20:30].tolist(), tokens[70:80].tolist()]
-    with pytest.raises(IndexError, match="rows 3 to 10 asked, the stream has 10"):
+    with pytest.raises(IndexError, match="rows 3 to 10 were asked for, the stream has 10"):
         stream.rows([3, 10])
 
 
 def test_each_source_is_a_stream_of_its_own(tmp_path: Path) -> None:
     storage = open_storage(str(tmp_path))
     tokens = make_mixture(storage)
-    stream = TokenStream.open(storage, split="train", seq_len=10, seed=3, window_rows=4)
+    stream = TokenStream(storage, split="train", seq_len=10, seed=3, window_rows=4)
     assert stream.order.num_rows == (15, 12)
     samples = np.arange(200)
     sources, rows = stream.order.rows(samples)
@@ -77,14 +77,14 @@ def test_a_source_without_a_row_is_named(tmp_path: Path) -> None:
     storage = open_storage(str(tmp_path))
     make_mixture(storage, weights=(0.5, 0.25, 0.25))
     with pytest.raises(TokenStoreError, match=r"the train split of source 2 has 0 tokens, a row needs 11"):
-        TokenStream.open(storage, split="train", seq_len=10)
+        TokenStream(storage, split="train", seq_len=10)
 
 
 def test_read_ahead_fetches_what_is_used_and_little_else(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On S3, rows in shuffled order: the bytes fetched are the bytes used, each once, before they are asked for."""
     storage = open_storage(f"s3://{s3_bucket}/store")
     tokens = make_store(storage, sizes=[300_000, 200_001, 150_000])
-    stream = TokenStream.open(storage, split="train", seq_len=256, window_rows=1 << 20, cache_bytes=1 << 20)
+    stream = TokenStream(storage, split="train", seq_len=256, window_rows=1 << 20, cache_bytes=1 << 20)
     fetched: list[int] = []
     read_bytes = S3Storage.read_bytes
 
@@ -108,9 +108,9 @@ def test_read_ahead_fetches_what_is_used_and_little_else(s3_bucket: str, monkeyp
 def test_splits_are_apart(tmp_path: Path) -> None:
     storage = open_storage(str(tmp_path))
     make_store(storage, sizes=[100], val_size=31)
-    assert TokenStream.open(storage, split="val", seq_len=10).num_rows == 3
+    assert TokenStream(storage, split="val", seq_len=10).count_rows() == 3
     with pytest.raises(TokenStoreError, match=r"the val split .* has 31 tokens, a row needs 33 .*lower train.seq_len"):
-        TokenStream.open(storage, split="val", seq_len=32)
+        TokenStream(storage, split="val", seq_len=32)
 
 
 def test_bytes_per_token_do_not_depend_on_what_follows() -> None:
@@ -128,17 +128,17 @@ def test_a_damaged_store_is_named(tmp_path: Path) -> None:
     content = shard.read_bytes()
     shard.write_bytes(content[:-2])
     with pytest.raises(TokenStoreError, match=r"shard-00001\.bin has 98 bytes, the manifest says 100 bytes"):
-        TokenStream.open(storage, split="train", seq_len=8)
+        TokenStream(storage, split="train", seq_len=8)
     shard.unlink()
     with pytest.raises(TokenStoreError, match=r"shard-00001\.bin is missing"):
-        TokenStream.open(storage, split="train", seq_len=8)
+        TokenStream(storage, split="train", seq_len=8)
     shard.write_bytes(content)
     (tmp_path / MANIFEST).write_bytes(b'{"format_version": 2}')
     with pytest.raises(TokenStoreError, match=r"manifest\.json is damaged"):
-        TokenStream.open(storage, split="train", seq_len=8)
+        TokenStream(storage, split="train", seq_len=8)
     (tmp_path / MANIFEST).unlink()
     with pytest.raises(TokenStoreError, match=r"holds no manifest.json: tokenizing was not finished"):
-        TokenStream.open(storage, split="train", seq_len=8)
+        TokenStream(storage, split="train", seq_len=8)
 
 
 @pytest.mark.parametrize("weights", [(), (0.6, 0.4)])
@@ -152,9 +152,7 @@ def test_an_epoch_of_a_resized_run_reads_each_token_once(weights: tuple[float, .
     step = 0
     while step < 12:
         world_size, until = int(random.integers(1, 6)), step + int(random.integers(1, 4))
-        streams = [
-            TokenStream.open(storage, split="train", seq_len=10, seed=1, window_rows=5) for _ in range(world_size)
-        ]
+        streams = [TokenStream(storage, split="train", seq_len=10, seed=1, window_rows=5) for _ in range(world_size)]
         for step in range(step, until):  # noqa: B020
             for rank, stream in enumerate(streams):
                 for lane in lanes_of_rank(rank, world_size=world_size, num_lanes=5):
@@ -163,7 +161,7 @@ def test_an_epoch_of_a_resized_run_reads_each_token_once(weights: tuple[float, .
                         assert taken.setdefault(sample, ids) == ids
         step = max(0, until - int(random.integers(0, 2)))  # some restarts lose a step
     assert sorted(taken) == list(range(len(taken)))
-    order = TokenStream.open(storage, split="train", seq_len=10, seed=1, window_rows=5).order
+    order = TokenStream(storage, split="train", seq_len=10, seed=1, window_rows=5).order
     of_samples = order.rows(range(len(taken)))[0]
     for source, tokens in enumerate(expected):
         num_rows = (len(tokens) - 1) // 10
@@ -184,9 +182,9 @@ def test_a_fresh_process_is_at_any_step_at_once(tmp_path: Path) -> None:
     program = (
         "import sys, time\n"
         "from cluster.storage.uris import open_storage; from jobs.tokens.token_stream import TokenStream\n"
-        "stream = TokenStream.open(open_storage(sys.argv[1]), split='train', seq_len=8, window_rows=1 << 20)\n"
+        "stream = TokenStream(open_storage(sys.argv[1]), split='train', seq_len=8, window_rows=1 << 20)\n"
         "first = 512 * 987_654; inputs, _ = stream.samples(range(first, first + 512))\n"
-        "print(stream.num_rows, tuple(inputs.shape), time.process_time())"
+        "print(stream.count_rows(), tuple(inputs.shape), time.process_time())"
     )
     done = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True, timeout=limit_s(60)
