@@ -1,1 +1,1 @@
-"""A run's records: ledger, checkpoints, settings, history."""
+"""Keeps a run's records: ledger, checkpoints, settings, history."""

@@ -1,4 +1,4 @@
-"""A run's checkpoints in its storage: published, found again newest valid first, marked where damaged, thinned out."""
+"""Publishes a run's checkpoints in its storage, finds the newest valid one, marks damaged ones, deletes old ones."""
 
 import json
 import logging
@@ -9,17 +9,15 @@ from pathlib import Path
 
 from cluster.settings.run import CheckpointConfig
 from cluster.storage.uris import AlreadyExistsError, Storage, StorageError
-from jobs.run.retention import checkpoint_name, is_checkpoint_name, step_of, superseded
+from jobs.run.retention import is_checkpoint_name, step_of, superseded
 from jobs.run.storage_retry import node_spool
 from jobs.run.writer_generation import Fence
 from model.checkpoint import MANIFEST, verify_checkpoint
 from model.durable_files import move_into_place
 from model.failpoints import failpoint
 
-__all__ = ["QUARANTINED", "Found", "RunCheckpoints", "checkpoint_name", "step_of"]
-
 QUARANTINED = "QUARANTINED"
-"""In a damaged checkpoint's folder: what is wrong with it. Nothing reads such a one or deletes it."""
+"""A file in a damaged checkpoint's folder that says what is wrong. Nothing reads or deletes such a checkpoint."""
 
 _SPOOL = ".spool"
 
@@ -28,49 +26,44 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Found:
-    """What a search for the newest valid checkpoint came to."""
+    """The result of a search for the newest valid checkpoint."""
 
     folder: Path | None
-    damaged: dict[str, list[str]]  # newer ones: what is wrong with each
+    damaged: dict[str, list[str]]  # the problems of each newer checkpoint
 
 
 class RunCheckpoints:
-    """The folders `checkpoints/step-…` under a run. Without a fence, for readers."""
+    """The folders `checkpoints/step-…` under a run. A reader has no fence."""
 
     def __init__(self, run: Storage, fence: Fence | None = None) -> None:
         self._run, self._fence = run, fence
         self._storage = run.child("checkpoints")
         self._local = self._storage.local_path("")
-        self._arrived: dict[str, str] = {}  # SHA-256 of what earlier tries of an upload brought there
+        self._arrived: dict[str, str] = {}  # SHA-256 of the files that earlier tries have uploaded
 
     @property
     def names(self) -> list[str]:
-        """Complete checkpoints that are not known to be damaged, oldest first."""
+        """The complete checkpoints that are not known to be damaged, oldest first."""
         return sorted(name for name, files in self._folders().items() if MANIFEST in files and QUARANTINED not in files)
 
     @property
     def quarantined(self) -> list[str]:
-        """Damaged ones that were found so."""
+        """The checkpoints that are known to be damaged."""
         return sorted(name for name, files in self._folders().items() if QUARANTINED in files)
 
     @property
     def spool(self) -> Path:
-        """Where checkpoints are written before they are published: beside their place, or on this node's disk."""
+        """The folder where checkpoints are written before they are published: beside their place, or on this node."""
         return node_spool(self._run) if self._local is None else self._local / _SPOOL
 
     def uri(self, name: str) -> str:
         return self._storage.child(name).uri
 
-    def save(self, name: str, write: Callable[[Path], None]) -> None:
-        """Publishes the checkpoint that `write` puts into a folder."""
-        write(self.spool / name)
-        self.publish(self.spool / name)
-
     def publish(self, spooled: Path) -> None:
-        """Makes a complete checkpoint of the spool appear under its name, all at once, and takes it off the spool.
+        """Moves a complete checkpoint from the spool to its name, all at once.
 
-        Raises `LeaseLostError` when this is not the run's writer any more, `StorageError` or `OSError` for what the
-        storage has against it: then it is still in the spool, and publishing it again goes on.
+        Raises `LeaseLostError` when this is no longer the run's writer. After a `StorageError` or `OSError` the
+        checkpoint is still in the spool, and another call continues.
         """
         if self._local is not None:
             self.check_fence()
@@ -94,21 +87,21 @@ class RunCheckpoints:
         sizes = {entry.key: entry.size for entry in folder.list()}
         if wrong := [name for name, entry in files.items() if sizes.get(name) != entry["size"]]:
             self._arrived.clear()
-            raise StorageError(f"{folder.uri}: {', '.join(wrong)} did not arrive whole; they are uploaded again")
+            raise StorageError(f"{folder.uri}: {', '.join(wrong)} did not arrive whole; uploading them again")
         self.check_fence()
         failpoint("before_manifest")
         try:
             folder.write_bytes(MANIFEST, manifest, if_absent=True)
-        except AlreadyExistsError:  # the answer to an earlier try got lost
+        except AlreadyExistsError:  # the answer to an earlier try was lost
             if folder.read_bytes(MANIFEST) != manifest:
                 raise
         failpoint("after_manifest")
         self._arrived.clear()
 
     def recover(self) -> None:
-        """Publishes what a killed attempt left in the spool, where it is newer than everything published.
+        """Publishes the checkpoints of a killed attempt's spool that are newer than everything published.
 
-        What else it left there, and uploads that it did not complete, are removed.
+        Removes the rest of the spool and unfinished uploads.
         """
         newest = max(self.names, default="")
         for folder in sorted(path.parent for path in self.spool.glob(f"step-*/{MANIFEST}")):
@@ -123,7 +116,7 @@ class RunCheckpoints:
         self._storage.abort_uploads()
 
     def find(self, scratch: Path, *, left_out: Callable[[int], bool] = lambda step: False) -> Found:
-        """The newest checkpoint that is complete and unaltered, in a local folder; none of a step that is left out."""
+        """Returns the newest complete and unaltered checkpoint in a local folder; `left_out` excludes steps."""
         damaged: dict[str, list[str]] = {}
         for name in reversed([name for name in self.names if not left_out(step_of(name))]):
             folder = self.fetch(name, scratch)
@@ -134,12 +127,8 @@ class RunCheckpoints:
             damaged[name] = problems
         return Found(None, damaged)
 
-    def load_newest(self, scratch: Path) -> Path | None:
-        """The folder that `find` finds."""
-        return self.find(scratch).folder
-
     def without_manifest(self, published: Collection[str], *, newer_than: str) -> list[str]:
-        """Of checkpoints that are known to be published: those whose files are there, but not their manifest."""
+        """Returns the published checkpoints that have files but lost their manifest."""
         folders = self._folders()
         return sorted(
             name
@@ -148,12 +137,12 @@ class RunCheckpoints:
         )
 
     def quarantine(self, name: str, problems: list[str]) -> None:
-        """Marks a damaged checkpoint, all bytes of which are kept."""
+        """Marks a damaged checkpoint, and keeps all its bytes."""
         self.check_fence()
         self._storage.write_bytes(f"{name}/{QUARANTINED}", "\n".join(problems).encode())
 
     def fetch(self, name: str, scratch: Path) -> Path:
-        """A local folder with the checkpoint, below `scratch` where the storage is remote."""
+        """Returns a local folder with the checkpoint, below `scratch` where the storage is remote."""
         if self._local is not None:
             return self._local / name
         self._storage.download_folder(name, scratch / name, last=MANIFEST)
@@ -167,7 +156,7 @@ class RunCheckpoints:
         pinned: Collection[str] = (),
         val_losses: Mapping[str, float] | None = None,
     ) -> list[str]:
-        """Deletes what `superseded` says, the manifest of each first: what is left of one is no checkpoint."""
+        """Deletes the checkpoints that `superseded` names, manifest first: the rest is then no checkpoint."""
         folders = {name: files for name, files in self._folders().items() if QUARANTINED not in files}
         complete = {name for name, files in folders.items() if MANIFEST in files}
         gone = superseded(
@@ -189,18 +178,18 @@ class RunCheckpoints:
         return gone
 
     def _folders(self) -> dict[str, set[str]]:
-        """The files of each checkpoint, also of incomplete ones."""
+        """Returns the files of each checkpoint, incomplete ones included."""
         folders: dict[str, set[str]] = {}
         for entry in self._storage.list():
             name, _, file = entry.key.partition("/")
-            if file and is_checkpoint_name(name):  # not the spool, nor what people put beside
+            if file and is_checkpoint_name(name):  # neither the spool nor files that people put there
                 folders.setdefault(name, set()).add(file)
-        if self._local is not None and self._local.is_dir():  # a deletion that was cut off may leave an empty one
+        if self._local is not None and self._local.is_dir():  # an interrupted deletion may leave an empty folder
             for path in self._local.glob("step-*"):
                 folders.setdefault(path.name, set())
         return folders
 
     def check_fence(self) -> None:
-        """Raises `LeaseLostError` when this is not the run's writer any more."""
+        """Raises `LeaseLostError` when this is no longer the run's writer."""
         if self._fence is not None:
             self._fence.check()

@@ -1,4 +1,4 @@
-"""A run by the name that a user gives it, its id or its folder's path or URI; and the tokens that it was trained on."""
+"""Finds a run by its id or its folder's path or URI, and the token store that it was trained on."""
 
 from cluster.storage.uris import Storage, open_storage
 from jobs.run.ledger import LEDGER, Ledger
@@ -7,11 +7,11 @@ from model.errors import UserError
 
 
 class RunError(UserError):
-    """There is no such run, or nothing to tell of it yet."""
+    """There is no such run, or it has no completed step yet."""
 
 
 def find_run(reference: str, storage_uri: str) -> Storage:
-    """The run's storage, from its id under `storage_uri` or from its folder's path or URI. Raises `RunError`."""
+    """Returns the run's storage, from its id under `storage_uri` or its folder's path or URI. Raises `RunError`."""
     runs = open_storage(storage_uri).child("runs")
     candidates = [open_storage(reference)] if "/" in reference else [runs.child(reference), open_storage(reference)]
     for run in candidates:
@@ -25,21 +25,21 @@ def find_run(reference: str, storage_uri: str) -> Storage:
 
 
 def begun_ledger(run: Storage) -> Ledger:
-    """Of a run with a completed step at least. Raises `RunError`."""
+    """Returns the ledger of a run with at least one completed step. Raises `RunError`."""
     ledger = Ledger.read(run)
     if not ledger.steps:
-        raise RunError(f"{run.uri} has no completed step yet; ask again once it has one")
+        raise RunError(f"{run.uri} has no completed step yet; try again once it has one")
     return ledger
 
 
 def data_identity(ledger: Ledger) -> str | None:
-    """Of the token store, as the run's last attempt recorded it."""
+    """Returns the identity of the token store, as the run's last attempt recorded it."""
     starts = ledger.events("start")
     return starts[-1].get("data_identity") if starts else None
 
 
 def find_tokens(run: Storage, identity: str | None) -> Storage:
-    """The finished token store with this identity, in the storage that the run is in. Raises `TokenStoreError`."""
+    """Returns the finished token store with this identity, in the run's storage. Raises `TokenStoreError`."""
     root = open_storage(run.uri.rpartition("/runs/")[0])
     found = []
     for entry in root.list("tokens/"):
@@ -51,7 +51,7 @@ def find_tokens(run: Storage, identity: str | None) -> Storage:
             if Manifest.from_json(root.read_bytes(entry.key)).identity == identity:
                 return found[-1]
         except (ValueError, KeyError, TypeError, TokenStoreError):
-            continue  # the manifest of a store that is damaged or in another format is not the one that is looked for
+            continue  # a store that is damaged or of another format is not the right one
     raise TokenStoreError(
         f"none of the {len(found)} token stores under {root.uri}/tokens is the one that {run.uri} was trained on, of "
         f"identity {(identity or 'unknown')[:12]}…; put it back there, or tokenize again with the run's settings"

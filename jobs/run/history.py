@@ -1,4 +1,4 @@
-"""A run as its settings and its ledger tell it: attempts, interruptions, lost steps, and what sums it up."""
+"""Summarizes a run from its settings and its ledger: attempts, interruptions, lost steps and final figures."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -17,7 +17,7 @@ from jobs.run.ledger import Ledger, Line
 CONFIG_FILE = "config.yaml"
 
 ASSUMED_PRICES = {"GPU": 2.0, "CPU": 0.05}
-"""Dollars for an hour, round numbers of the order that clouds ask."""
+"""Dollars per hour: round numbers near what clouds ask."""
 
 _MEASUREMENTS = ("phases", "layers")
 """Events that a run has hundreds of."""
@@ -25,7 +25,7 @@ _MEASUREMENTS = ("phases", "layers")
 
 @dataclass(frozen=True)
 class Segment:
-    """The steps that one attempt completed, whether they count or were taken again later."""
+    """The steps that one attempt completed, including those that were lost and taken again."""
 
     attempt: int
     world_size: int
@@ -38,12 +38,12 @@ class Interruption:
     """The start of a later attempt."""
 
     attempt: int
-    step: int  # the step that it went on after
+    step: int  # the last step before the start
     world_size: int
     previous_world_size: int
     lost_steps: int
-    seconds: float | None  # from the last step before to the first one after; None when no step came after
-    pause_s: float | None = None  # from the save to the start, where somebody had asked the run to end
+    seconds: float | None  # from the last step before to the first one after; None without a later step
+    pause_s: float | None = None  # from the save to the start, where the run had been asked to stop
 
     @property
     def is_resize(self) -> bool:
@@ -57,21 +57,21 @@ class Interruption:
 
 
 def recorded_config(run: Storage) -> RunConfig:
-    """The settings that the run was started with. Raises `NotFoundError`."""
+    """Returns the settings that the run was started with. Raises `NotFoundError`."""
     settings = yaml.safe_load(run.read_bytes(CONFIG_FILE))
-    settings.get("scaling", {}).pop("standby", None)  # a setting that is gone, which older runs have recorded
+    settings.get("scaling", {}).pop("standby", None)  # a removed setting, which older runs have recorded
     return validate_config(settings, RunConfig)
 
 
 def changed_settings(before: RunConfig, now: RunConfig) -> list[str]:
-    """Those on which a run's weights depend, each with both values. Precision `auto` is what the run found before."""
+    """Describes each changed setting on which a run's weights depend. Precision `auto` means the run's earlier one."""
     if before.train.precision != "auto":
         now = with_precision(now, before.train.precision)
     return [f"{name} was {old}, now {new}" for name, (old, new) in training_differences(before, now).items()]
 
 
 def training_differences(before: RunConfig, now: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """Both values of each setting of the model and its training that differs."""
+    """Returns both values of each setting of the model and its training that differs."""
     old, new = before.model_dump(mode="json"), now.model_dump(mode="json")
     return {
         f"{branch}.{name}": (old[branch][name], new[branch][name])
@@ -82,7 +82,7 @@ def training_differences(before: RunConfig, now: RunConfig) -> dict[str, tuple[A
 
 
 def why_not_resumed(run: Storage, config: RunConfig) -> str:
-    """Says why the run cannot be resumed with these settings; empty where it can, or is a new one."""
+    """Returns why the run cannot be resumed with these settings; empty where it can be, or is new."""
     if not run.exists(CONFIG_FILE):
         return ""
     # The recorded vocabulary is the tokenizer's, which may not be there yet for these settings.
@@ -113,13 +113,13 @@ def interruptions(ledger: Ledger) -> list[Interruption]:
 
 
 def lost_steps(ledger: Ledger) -> list[Line]:
-    """The lines of steps that were lost and taken again."""
+    """Returns the lines of steps that were lost and taken again."""
     counted = {id(line) for line in ledger.steps}
     return [line for line in _step_lines(ledger) if id(line) not in counted]
 
 
 def seconds_by_phase(ledger: Ledger) -> dict[str, list[float]]:
-    """Of each step that counts, rank 0's seconds in each phase, which sum to its wall time."""
+    """Returns rank 0's seconds in each phase, of each step that counts; the phases sum to the step's wall time."""
     steps = ledger.steps
     return {
         name: [line["seconds"].get(name, 0.0) for line in steps]
@@ -129,7 +129,7 @@ def seconds_by_phase(ledger: Ledger) -> dict[str, list[float]]:
 
 
 def statistics(ledger: Ledger, config: RunConfig) -> list[tuple[str, str]]:
-    """(name, value with its unit) of what sums the run up, from the ledger alone; the settings give the plan."""
+    """Returns (name, value with its unit) of the run's summary, all of it from the ledger but the planned steps."""
     steps, again, wall_s, pauses = ledger.steps, lost_steps(ledger), ledger.wall_s, ledger.pauses.values()
     stops = [stop for stop in interruptions(ledger) if stop.pause_s is None]
     useful_s, again_s = sum(line["wall_s"] for line in steps), sum(line["wall_s"] for line in again)
@@ -166,30 +166,30 @@ def statistics(ledger: Ledger, config: RunConfig) -> list[tuple[str, str]]:
 
 
 def worker_hours(ledger: Ledger, config: RunConfig) -> tuple[str, float]:
-    """What was computed on, `GPU` or `CPU`, and the hours of it in all steps, those taken again among them."""
+    """Returns the kind of device, `GPU` or `CPU`, and its hours in all steps, including those taken again."""
     worker_s = sum(line["world_size"] * line["wall_s"] for line in _step_lines(ledger))
     kind, units = ("GPU", 1) if config.scaling.use_gpu else ("CPU", config.scaling.threads_per_worker)
     return kind, worker_s * units / 3600
 
 
 def cost_rows(ledger: Ledger, config: RunConfig, *, price: float | None) -> list[tuple[str, str]]:
-    """(name, value) of what the run cost, at a price for an hour that is assumed where none is given."""
+    """Returns (name, value) of the run's cost, at an assumed price per hour where none is given."""
     kind, hours = worker_hours(ledger, config)
-    asked = ASSUMED_PRICES[kind] if price is None else price
+    hourly = ASSUMED_PRICES[kind] if price is None else price
     note = ", an assumption (--price)" if price is None else ""
-    cost = hours * asked
+    cost = hours * hourly
     shown = f"{cost:,.2f}" if cost >= 1 else f"{cost:.2g}"
-    return [("Cost", f"${shown} at ${asked:g} for a {kind}-hour{note}")]
+    return [("Cost", f"${shown} at ${hourly:g} for a {kind}-hour{note}")]
 
 
 def final_figures(ledger: Ledger, config: RunConfig) -> list[tuple[str, str]]:
-    """What tells one run from another at its end; the rest of `statistics` is about one run alone."""
+    """Returns the rows of `statistics` by which runs are compared; the others are about one run alone."""
     apart = ("Workers, by attempt", "Checkpoint", "Parameter hash", "Time lost")
     return [row for row in statistics(ledger, config) if row[0] not in apart]
 
 
 def lost_ranges(ledger: Ledger) -> list[tuple[int, int]]:
-    """First and last of each stretch of steps that were lost together."""
+    """Returns the first and last step of each stretch of steps that were lost together."""
     ranges: list[tuple[int, int]] = []
     for line in lost_steps(ledger):
         if ranges and line["step"] == ranges[-1][1] + 1:
@@ -200,7 +200,7 @@ def lost_ranges(ledger: Ledger) -> list[tuple[int, int]]:
 
 
 def event_rows(ledger: Ledger) -> list[tuple[Line, str, str]]:
-    """(line, name, what it says) of each event, in order."""
+    """Returns (line, name, description) of each event, in order."""
     stops = {stop.attempt: stop for stop in interruptions(ledger)}
     rows = []
     for line in ledger.events():
@@ -210,7 +210,7 @@ def event_rows(ledger: Ledger) -> list[tuple[Line, str, str]]:
         if name == "start" and (stop := stops.get(line["attempt"])):
             name = stop.label
             if stop.pause_s is not None:
-                text += f"; the run had been asked to end {duration(stop.pause_s)} before"
+                text += f"; the run had been asked to stop {duration(stop.pause_s)} before"
             else:
                 text += f"; {stop.lost_steps} steps lost"
                 text += f", {stop.seconds:.1f} s between steps" if stop.seconds is not None else ", no step completed"
@@ -219,7 +219,7 @@ def event_rows(ledger: Ledger) -> list[tuple[Line, str, str]]:
 
 
 def duration(seconds: float) -> str:
-    """Such as `1 h 02 min 03 s`."""
+    """Formats seconds, such as `1 h 02 min 03 s`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
@@ -251,7 +251,7 @@ def _step_lines(ledger: Ledger) -> list[dict[str, Any]]:
 
 
 def flattened(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted name, value as it is shown) of each setting."""
+    """Yields (dotted name, value as it is shown) of each setting."""
     for name, value in values.items():
         if isinstance(value, dict):
             yield from flattened(value, f"{prefix}{name}.")

@@ -1,7 +1,7 @@
-"""The ledger of a run: a line of JSON per optimizer step and per event, appended and never rewritten.
+"""Writes and reads a run's ledger: a line of JSON per optimizer step and per event, appended and never rewritten.
 
-Steps that were lost to a failure are taken again and stand in the ledger again; of the lines of one step the last
-one counts. A reader therefore needs no index, and a crash costs at most an unfinished last line.
+Steps that were lost to a failure are taken again and written again; the last line of a step counts. So a reader needs
+no index, and a crash costs at most an unfinished last line.
 """
 
 import errno
@@ -9,7 +9,6 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,14 +27,14 @@ Line = dict[str, Any]
 
 
 class LedgerWriter:
-    """Appends lines. No storage ever holds up or ends the training that writes them.
+    """Appends lines; slow or broken storage never delays or ends the training that writes them.
 
-    A local file gets each line at once. To object storage, where nothing can be appended, a thread copies the whole
-    file now and then, from the node's spool, where the next attempt on this node finds what was not copied.
+    A local file gets each line at once. To object storage, which has no appends, a thread copies the whole file now and
+    then from the node's spool, where the next attempt on this node finds the lines that were not copied.
     """
 
     def __init__(self, run: Storage, fence: Fence | None = None) -> None:
-        """Raises `StorageError` when what the run's ledger holds cannot be read."""
+        """Raises `StorageError` when the run's ledger cannot be read."""
         self._run, self._fence = run, fence
         path = run.local_path(LEDGER)
         self._is_mirrored = path is None
@@ -49,7 +48,7 @@ class LedgerWriter:
         self._file = path.open("a+b", buffering=0)
         self._size = data.rfind(b"\n") + 1
         self._file.truncate(self._size)  # a crash's unfinished line
-        self._waiting = b""  # lines that the disk did not take yet
+        self._waiting = b""  # lines that the disk has not accepted yet
         self._num_mirrored = 0
         self._lost: LeaseLostError | None = None
         self._outage = Outage("ledger", self._append_event)
@@ -60,20 +59,20 @@ class LedgerWriter:
             self._mirror.start()
 
     def event(self, name: str, **fields: Any) -> None:
-        """Raises `LeaseLostError` when this is not the run's writer any more."""
+        """Raises `LeaseLostError` when this is no longer the run's writer."""
         self._append_event(name, **fields)
         self._is_urgent.set()
 
     def step(self, **fields: Any) -> None:
-        """Raises `LeaseLostError` when this is not the run's writer any more."""
+        """Raises `LeaseLostError` when this is no longer the run's writer."""
         self._append({"time": round(time.time(), 3), **fields})
 
     def read(self) -> "Ledger":
-        """What it holds, also of what the storage does not have yet."""
+        """Returns all lines, including those that the storage does not have yet."""
         return Ledger.parse(self._content())
 
     def mirror(self) -> None:
-        """Returns once the run's storage has every line. Raises `StorageError`, or `OSError` where a disk is full."""
+        """Returns once the run's storage has every line. Raises `StorageError`, or `OSError` when a disk is full."""
         with self._appending:
             self._write_waiting()
             os.fsync(self._file.fileno())
@@ -83,22 +82,22 @@ class LedgerWriter:
             content = self._content()
             if len(content) == self._num_mirrored:
                 return
-            version = self._version
             try:
-                self._version = self._run.write_bytes(LEDGER, content, if_absent=not version, if_version=version)
+                self._replace(content)
             except (AlreadyExistsError, ConflictError):
                 if self._fence is not None:
                     self._fence.check()
-                self._version = _version(self._run)  # the answer to our own write got lost
-                self._version = self._run.write_bytes(
-                    LEDGER, content, if_absent=not self._version, if_version=self._version
-                )
+                self._version = _version(self._run)  # the answer to our own write was lost
+                self._replace(content)
             self._num_mirrored = len(content)
+
+    def _replace(self, content: bytes) -> None:
+        version = self._version
+        self._version = self._run.write_bytes(LEDGER, content, if_absent=not version, if_version=version)
 
     def close(self) -> None:
         """Returns once the run's storage has every line, however long that takes. Raises `LeaseLostError`."""
-        self._closing.set()
-        self._is_urgent.set()
+        self.abandon()  # the thread; this call copies what is left
         patiently(self.mirror, "ledger")
         if self._is_mirrored:
             self._mirror.join()
@@ -106,7 +105,7 @@ class LedgerWriter:
         self._file.close()
 
     def abandon(self) -> None:
-        """Ends the mirroring; the next writer on this node finds what was not copied."""
+        """Ends the mirroring; the next writer on this node finds the lines that were not copied."""
         self._closing.set()
         self._is_urgent.set()
 
@@ -163,7 +162,7 @@ class LedgerWriter:
 
 @dataclass(frozen=True)
 class Recovery:
-    """One restart of the worker group: why it is there can be read from the events around it."""
+    """One restart of the worker group; the events around it tell its cause."""
 
     attempt: int
     lost_steps: int  # completed steps that had to be taken again
@@ -178,7 +177,7 @@ class Ledger:
 
     @classmethod
     def read(cls, run: Storage) -> "Ledger":
-        """An empty one when the run has none. An unfinished last line is left out."""
+        """Reads a run's ledger, empty where there is none, without an unfinished last line."""
         return cls.parse(_stored(run))
 
     @classmethod
@@ -188,7 +187,7 @@ class Ledger:
 
     @property
     def steps(self) -> list[Line]:
-        """The line that counts of each step, in order. Steps that the guard skipped or rolled back have none."""
+        """The line of each step that counts, in order. Steps that the guard skipped or rolled back have none."""
         by_step: dict[int, Line] = {}
         for line in self.lines:
             if "event" not in line:
@@ -202,14 +201,14 @@ class Ledger:
 
     @property
     def world_sizes(self) -> list[int]:
-        """Of each attempt, in order."""
+        """The number of workers of each attempt, in order."""
         return [line["world_size"] for line in self.events("start")]
 
     @property
     def pauses(self) -> dict[int, float]:
-        """Seconds in which the run stood still because somebody had asked it to end, by the attempt that resumed it.
+        """Seconds between a requested stop and the next start, by the attempt that resumed the run.
 
-        From the save to the attempt's start. Nothing failed, so this is neither a recovery nor lost time.
+        Nothing failed, so a pause is neither a recovery nor lost time.
         """
         found: dict[int, float] = {}
         saved_s: float | None = None
@@ -223,13 +222,11 @@ class Ledger:
 
     @property
     def wall_s(self) -> float:
-        """Seconds from the first line to the last one, without the pauses."""
+        """The seconds from the first line to the last one, without the pauses."""
         return float(self.lines[-1]["time"] - self.lines[0]["time"] - sum(self.pauses.values()))
 
     def recoveries(self) -> list[Recovery]:
-        return list(self._recoveries())
-
-    def _recoveries(self) -> Iterator[Recovery]:
+        found = []
         last_step: Line | None = None
         start: Line | None = None
         for line in self.lines:
@@ -240,17 +237,18 @@ class Ledger:
             elif "event" not in line:
                 if start is not None and last_step is not None:
                     lost = last_step["step"] - start["step"]
-                    yield Recovery(start["attempt"], lost, round(line["time"] - last_step["time"], 3))
+                    found.append(Recovery(start["attempt"], lost, round(line["time"] - last_step["time"], 3)))
                 start, last_step = None, line
+        return found
 
 
 def is_stop(line: Line) -> bool:
-    """Whether the run was saved because somebody had asked it to end, by Ctrl-C or `raymill stop`."""
+    """Reports whether the run was saved because somebody had asked it to stop, by Ctrl-C or `raymill stop`."""
     return line.get("event") == "preempted" and line["notice"] == "stop"
 
 
 class LedgerTail:
-    """The lines of a run as they are added, each read once."""
+    """Reads the lines of a run as they are added, each once."""
 
     def __init__(self, run: Storage) -> None:
         self._run, self._size = run, 0
@@ -258,7 +256,7 @@ class LedgerTail:
         """All lines so far."""
 
     def read(self) -> list[Line]:
-        """The new ones. Raises `StorageError`."""
+        """Returns the new lines. Raises `StorageError`."""
         entry = self._run.stat(LEDGER)
         if entry is None or entry.size <= self._size:
             return []
@@ -282,9 +280,9 @@ def _version(run: Storage) -> str | None:
 
 
 def _spooled(run: Storage, *, generation: int) -> Path:
-    """This node's copy of the ledger, begun with what the run has, and with what a killed writer did not bring there.
+    """Makes this node's copy of the ledger: the run's lines, and those that a killed writer did not copy there.
 
-    One for each writer: a stale one may still be appending to its own.
+    Each writer has its own file: a stale writer may still be appending to its own.
     """
     stored, spool = _stored(run), node_spool(run)
     left = {path: path.read_bytes() for path in spool.glob("ledger-*")}

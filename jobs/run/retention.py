@@ -1,4 +1,4 @@
-"""Which checkpoints may go: a decision on names and numbers alone."""
+"""Names checkpoints, and decides from names and numbers alone which of them may be deleted."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -9,7 +9,7 @@ _MIN_VERIFIED = 2
 
 
 def checkpoint_name(step: int, generation: int = 0) -> str:
-    """Sorted by name, checkpoints are in the order of their steps and then of their writers."""
+    """Returns a name by which checkpoints sort in the order of their steps, then of their writers."""
     return f"step-{step:09d}-{generation:04d}" if generation else f"step-{step:09d}"
 
 
@@ -30,11 +30,11 @@ def superseded(
     val_losses: Mapping[str, float] | None = None,
     incomplete: Collection[str] = (),
 ) -> list[str]:
-    """The checkpoints to delete, oldest first.
+    """Returns the checkpoints to delete, oldest first; none before two were verified.
 
     Kept are the newest `keep.num_to_keep`, the `keep.keep_best` of the lowest validation loss, each
-    `keep.keep_every_steps`-th step, the pinned ones, and the two newest that were verified, without which nothing goes.
-    What a crash left of others, `incomplete`, goes once it is older than those two.
+    `keep.keep_every_steps`-th step, the pinned ones, and the two newest verified ones. The `incomplete` remains of a
+    crash are deleted once they are older than those two.
     """
     names = sorted(complete)
     trusted = [name for name in names if name in verified][-_MIN_VERIFIED:]

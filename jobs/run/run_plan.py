@@ -1,4 +1,4 @@
-"""What the driver settles before a run trains, where the run keeps its things, and the rows that it reads."""
+"""The plan that the driver makes before a run trains, with the run's storage and the rows that it reads."""
 
 import hashlib
 from dataclasses import dataclass, field
@@ -10,12 +10,12 @@ from jobs.tokens.token_store import Split, TokenStoreError
 from jobs.tokens.token_stream import TokenStream
 
 TOKENIZING_FAILED = "tokenizing-failed"
-"""In the run's storage: why the growing token store will not be finished."""
+"""A file in the run's storage that says why the growing token store will not be finished."""
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What the driver settled before training: plain values, the same for every attempt and every worker."""
+    """The driver's decisions before training: plain values, the same for every attempt and every worker."""
 
     config: RunConfig  # with the model's vocabulary and the run id filled in
     tokens_uri: str
@@ -23,10 +23,10 @@ class RunPlan:
     code_version: str
     pinned: frozenset[str]  # names of published checkpoints of this run
     growing: bool = False  # the token store is still being written
-    launcher: int = 0  # the driver's number among the run's writers; those of older ones are turned away
+    launcher: int = 0  # the driver's number among the run's writers; writers of older drivers are refused
     until: int | None = None  # a replay ends after this step
-    launch: str | None = None  # names the keepers of this launch's snapshots; None where there are none
-    validation_uris: dict[str, str] = field(default_factory=dict)  # token stores of the sets of `data.validation`
+    launch: str | None = None  # the name of the launch, by which its keepers are found; None without keepers
+    validation_uris: dict[str, str] = field(default_factory=dict)  # token store of each set in `data.validation`
 
     @property
     def run(self) -> Storage:
@@ -34,7 +34,7 @@ class RunPlan:
 
     @property
     def identity(self) -> str:
-        """Of all that a training state depends on, and of the launch."""
+        """A hash of everything that a training state depends on, and of the launch."""
         train, model = self.config.train.model_dump_json(), self.config.model
         parts = (self.launch, self.run.uri, train, model, self.tokens_uri, self.tokenizer_json)
         return hashlib.sha256(repr(parts).encode()).hexdigest()
@@ -45,18 +45,18 @@ class RunPlan:
 
 
 def run_storage(config: RunConfig) -> Storage:
-    """Where the run keeps its ledger, checkpoints and report."""
+    """Returns the folder of the run's ledger, checkpoints and report."""
     return open_storage(config.storage.uri).child(f"runs/{config.run_id}")
 
 
 def check_writer(run: Storage) -> None:
-    """Raises `TokenStoreError` when the driver found that tokenizing failed."""
+    """Raises `TokenStoreError` when the driver has recorded that tokenizing failed."""
     if run.exists(TOKENIZING_FAILED):
         raise TokenStoreError(run.read_bytes(TOKENIZING_FAILED).decode())
 
 
 def open_stream(plan: RunPlan, split: Split) -> TokenStream:
-    """The run's rows of a split, which may still be growing."""
+    """Returns the run's rows of a split, which may still be growing."""
     return TokenStream(
         open_storage(plan.tokens_uri),
         split=split,
@@ -69,7 +69,7 @@ def open_stream(plan: RunPlan, split: Split) -> TokenStream:
 
 
 def open_validation_sets(plan: RunPlan) -> dict[str, TokenStream]:
-    """The rows of each text of `data.validation`, by name."""
+    """Returns the rows of each text of `data.validation`, by name."""
     return {
         name: TokenStream(open_storage(uri), split="train", seq_len=seq_len(plan.config))
         for name, uri in plan.validation_uris.items()
@@ -77,5 +77,5 @@ def open_validation_sets(plan: RunPlan) -> dict[str, TokenStream]:
 
 
 def num_validation_rows(stream: TokenStream, config: RunConfig) -> int:
-    """The rows that a validation computes; waits until so many are sealed."""
+    """Returns the number of rows that a validation computes, once so many are sealed."""
     return stream.count_rows(at_most=max(1, config.train.eval_max_tokens // seq_len(config)))

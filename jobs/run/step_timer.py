@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: every moment between two lines of the ledger belongs to one phase."""
+"""Measures a training step by phase: every moment between two lines of the ledger belongs to one phase."""
 
 import time
 from collections import deque
@@ -13,15 +13,15 @@ from cluster.monitoring.metric_table import PHASES, REST, UNTIMED, Phase
 
 @dataclass(frozen=True)
 class StepTime:
-    """What passed since the line before: the parts of `seconds` sum to the whole."""
+    """The time since the previous line; the values of `seconds` sum to the whole."""
 
     wall_s: float
     seconds: dict[str, float] = field(default_factory=dict)  # by phase
-    num_lanes: int = 0  # backward passes among them
+    num_lanes: int = 0  # backward passes in it
 
 
 class Clock(Protocol):
-    """Marks moments, and tells the time between two of them once it is known."""
+    """Marks moments, and returns the time between two of them once it is known."""
 
     def mark(self) -> Any: ...
 
@@ -37,8 +37,7 @@ class HostClock:
 
 
 class CudaClock:
-    """Marks moments in the GPU's own queue, and never waits for it: a phase that is still under way counts in a later
-    step."""
+    """Marks moments in the GPU's own queue without waiting: an unfinished phase counts in a later step."""
 
     def mark(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
@@ -50,7 +49,7 @@ class CudaClock:
 
 
 class StepTimer:
-    """Seconds by phase, from one `take` to the next. A phase inside another one interrupts it."""
+    """Measures seconds by phase, from one `take` to the next. A phase inside another one interrupts it."""
 
     def __init__(self, *, is_on: bool = True, clock: Clock | None = None) -> None:
         self._is_on = is_on
@@ -65,7 +64,7 @@ class StepTimer:
         return _Open(self, name) if self._is_on else nullcontext()
 
     def take(self) -> StepTime:
-        """What passed since the last call."""
+        """Returns the time since the last call."""
         if self._is_on:
             self._switch()
         before, self._taken = self._taken, self._now_s()
@@ -84,11 +83,11 @@ class StepTimer:
         return StepTime(wall_s, {name: sums[name] for name in (*PHASES, REST) if name in sums}, num_lanes)
 
     def _now_s(self) -> float:
-        """The moment just marked where that is the host's, so that the phases sum to the whole."""
+        """Returns the moment just marked if it is on the host's clock, so that the phases sum to the whole."""
         return self._mark if self._is_on and isinstance(self._clock, HostClock) else time.perf_counter()
 
     def _switch(self) -> None:
-        """Ends the span of the phase that is open."""
+        """Ends the span of the open phase."""
         mark = self._clock.mark()
         self._spans.append((self._names[-1], self._mark, mark))
         self._mark = mark
@@ -104,7 +103,7 @@ class StepTimer:
 
 
 class _Open:
-    """As a context manager made by a generator does, in half of its time."""
+    """An open phase; a context manager made from a generator would take twice the time."""
 
     def __init__(self, timer: StepTimer, name: Phase) -> None:
         self._timer, self._name = timer, name
@@ -117,5 +116,5 @@ class _Open:
 
 
 def step_timer(device: torch.device, *, is_on: bool) -> StepTimer:
-    """A timer for what this process computes on the device."""
+    """Returns a timer for this process's computation on the device."""
     return StepTimer(is_on=is_on, clock=CudaClock() if device.type == "cuda" and is_on else HostClock())

@@ -1,6 +1,6 @@
-"""Storage that is out of reach: tried again for as long as it takes, and told of when it goes and when it is back.
+"""Retries storage that is out of reach for as long as it takes, and reports when it goes down and when it is back.
 
-What has yet to be brought there is kept in the node's spool.
+Data on its way to the storage is kept in the node's spool.
 """
 
 import hashlib
@@ -25,30 +25,30 @@ Result = TypeVar("Result")
 class Outage:
     """The outages that one writer meets."""
 
-    def __init__(self, what: str, tell: Callable[..., None], *, effect: str = "training goes on") -> None:
-        """`tell` is called as tell("storage_down", what=…, reason=…) and tell("storage_back", what=…, tries=…)."""
-        self._what, self._tell, self._effect = what, tell, effect
+    def __init__(self, what: str, report: Callable[..., None], *, effect: str = "training continues") -> None:
+        """`report` gets the events: ("storage_down", what=…, reason=…) and ("storage_back", what=…, tries=…)."""
+        self._what, self._report, self._effect = what, report, effect
         self._tries = 0
 
     def failed(self, error: Exception) -> float:
-        """Seconds to wait before the next try."""
+        """Records a failed try, and returns the seconds to wait before the next one."""
         self._tries += 1
         if self._tries == 1:
             _log.warning("%s: the storage is down, %s: %s", self._what, self._effect, error)
-            self._tell("storage_down", what=self._what, reason=str(error))
+            self._report("storage_down", what=self._what, reason=str(error))
         return min(_FIRST_WAIT_S * 2 ** (self._tries - 1), _LONGEST_WAIT_S) if self._tries < 20 else _LONGEST_WAIT_S
 
     def over(self) -> None:
-        """The storage answered."""
+        """Records that the storage answered."""
         if self._tries:
             tries, self._tries = self._tries, 0
             _log.warning("%s: the storage is back after %d failed tries", self._what, tries)
-            self._tell("storage_back", what=self._what, tries=tries)
+            self._report("storage_back", what=self._what, tries=tries)
 
 
 def patiently(call: Callable[[], Result], what: str) -> Result:
-    """The result of the call, once the storage gives it. What is not there, or not ours any more, is raised at once."""
-    outage = Outage(what, lambda name, **fields: None, effect="it is waited for")
+    """Retries the call while the storage is down; raises at once for a missing file or a lost lease."""
+    outage = Outage(what, lambda name, **fields: None, effect="waiting for it")
     while True:
         try:
             result = call()
@@ -62,7 +62,7 @@ def patiently(call: Callable[[], Result], what: str) -> Result:
 
 
 def node_spool(run: Storage) -> Path:
-    """A folder of this node and user alone, the same for each process that works at the run. Made if missing."""
+    """Returns this node's and user's private folder for the run, the same in each process. Made if missing."""
     folder = Path(tempfile.gettempdir()) / f"raymill-spool-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.stat().st_uid != os.getuid():

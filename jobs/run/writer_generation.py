@@ -1,7 +1,7 @@
-"""Which attempt may write for a run: each takes the next number, and whoever finds a newer one there has to stop.
+"""Decides which attempt may write for a run: each takes the next number, and one that finds a newer number stops.
 
-Nobody waits: a rank that hangs, or that is cut off from the others but not from the storage, is overtaken at once, and
-its first look before it publishes tells it so. Attempts belong to a launcher; those of an older one are turned away.
+Nothing waits: a rank that hangs, or that is cut off from the others but not from the storage, is overtaken at once, and
+finds that out by the check before it publishes. Attempts belong to a launcher; those of an older one are refused.
 """
 
 import json
@@ -18,10 +18,10 @@ WRITER = "WRITER"
 
 
 class Fence:
-    """The right to write for a run, until somebody takes the next number."""
+    """The right to write for a run, until another writer takes the next number."""
 
     def __init__(self, run: Storage, *, launcher: int | None) -> None:
-        """Takes the next number for an attempt of `launcher`, or for a launcher itself where that is None.
+        """Takes the next number for an attempt of `launcher`, or for a new launcher if that is None.
 
         Raises `LeaseLostError` when a newer launcher writes this run, `StorageError` in an outage.
         """
@@ -48,7 +48,7 @@ class Fence:
                 self._version = run.write_bytes(WRITER, data, if_absent=version is None, if_version=version)
                 break
             except (AlreadyExistsError, ConflictError):
-                continue  # another one was faster, or the answer to our own write got lost
+                continue  # another writer was faster, or the answer to our own write was lost
         failpoint("after_lease")
 
     def check(self) -> None:
@@ -62,7 +62,7 @@ class Fence:
             )
 
     def _read(self) -> tuple[dict[str, Any], str | None]:
-        """The newest writer and the version that says so; number 0 and None where none was."""
+        """Returns the newest writer and its version; number 0 and None where there was none."""
         content, version = read_with_version(self._run, WRITER)
         if version is None:
             return {"generation": 0, "launcher": 0, "host": "an unknown host", "pid": 0}, None

@@ -22,8 +22,9 @@ from cluster.settings.run import CheckpointConfig
 from cluster.storage.lease import LeaseLostError
 from cluster.storage.uris import StorageError
 from jobs.exact.train_state import TrainState, checkpoint_moments
-from jobs.run.checkpoints import RunCheckpoints, checkpoint_name
+from jobs.run.checkpoints import RunCheckpoints
 from jobs.run.ledger import LedgerWriter
+from jobs.run.retention import checkpoint_name
 from jobs.run.storage_retry import Outage
 from model.checkpoint import Metadata, NotFiniteError, verify_checkpoint, write_state
 from model.tokenizer import Tokenizer

@@ -8,7 +8,8 @@ import pytest
 
 from cluster.settings.run import CheckpointConfig
 from cluster.storage.uris import Storage, open_storage
-from jobs.run.checkpoints import RunCheckpoints, checkpoint_name
+from jobs.run.checkpoints import RunCheckpoints
+from jobs.run.retention import checkpoint_name
 from model.checkpoint import MANIFEST, read_metadata, verify_checkpoint
 from tests.checkpoints import DAMAGES, FILES, damage, write_tiny
 
@@ -23,20 +24,18 @@ def run(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
 def save(run: Storage, *steps: int) -> RunCheckpoints:
     checkpoints = RunCheckpoints(run)
     for step in steps:
-
-        def write(folder: Path, step: int = step) -> None:
-            write_tiny(folder, step=step)
-
-        checkpoints.save(checkpoint_name(step), write)
+        folder = checkpoints.spool / checkpoint_name(step)
+        write_tiny(folder, step=step)
+        checkpoints.publish(folder)
     return checkpoints
 
 
 def test_saved_checkpoints_are_found_newest_first(run: Storage, tmp_path: Path) -> None:
     assert RunCheckpoints(run).names == []
-    assert RunCheckpoints(run).load_newest(tmp_path / "scratch") is None
+    assert RunCheckpoints(run).find(tmp_path / "scratch").folder is None
     checkpoints = save(run, 9, 10, 2)
     assert checkpoints.names == [checkpoint_name(step) for step in (2, 9, 10)]
-    folder = checkpoints.load_newest(tmp_path / "scratch")
+    folder = checkpoints.find(tmp_path / "scratch").folder
     assert folder is not None
     assert (read_metadata(folder).step, folder.name) == (10, checkpoint_name(10))
     assert open_storage(checkpoints.uri(checkpoint_name(9))).exists(MANIFEST)
@@ -48,7 +47,7 @@ def test_saved_checkpoints_are_found_newest_first(run: Storage, tmp_path: Path) 
 def test_a_step_is_saved_again(run: Storage, tmp_path: Path) -> None:
     """As an attempt does that started from an older checkpoint."""
     checkpoints = save(run, 1, 2, 2)
-    folder = checkpoints.load_newest(tmp_path / "scratch")
+    folder = checkpoints.find(tmp_path / "scratch").folder
     assert folder is not None
     assert verify_checkpoint(folder) == []
 
@@ -61,7 +60,7 @@ def test_a_damaged_newest_is_named_and_the_one_before_is_used(
     checkpoints = save(open_storage(str(tmp_path)), 1, 2)
     damage(tmp_path / "checkpoints" / checkpoint_name(2), name, how)
     with caplog.at_level(logging.WARNING):
-        folder = checkpoints.load_newest(tmp_path / "scratch")
+        folder = checkpoints.find(tmp_path / "scratch").folder
     assert folder is not None
     assert read_metadata(folder).step == 1
     if (name, how) == (MANIFEST, "remove"):  # then it never was a checkpoint
@@ -81,7 +80,7 @@ def test_a_remote_damaged_newest_is_named_too(
     damage(tmp_path / "two", "model.safetensors", how)
     run.upload_folder(tmp_path / "two", f"checkpoints/{checkpoint_name(2)}", last=MANIFEST)
     with caplog.at_level(logging.WARNING):
-        folder = checkpoints.load_newest(tmp_path / "scratch")
+        folder = checkpoints.find(tmp_path / "scratch").folder
     assert folder is not None
     assert read_metadata(folder).step == 1
     assert f"{checkpoints.uri(checkpoint_name(2))} is skipped: model.safetensors" in caplog.text
@@ -91,7 +90,7 @@ def test_with_every_checkpoint_damaged_there_is_none(tmp_path: Path) -> None:
     checkpoints = save(open_storage(str(tmp_path)), 1, 2)
     for name in checkpoints.names:
         damage(tmp_path / "checkpoints" / name, "config.json", "flip")
-    assert checkpoints.load_newest(tmp_path / "scratch") is None
+    assert checkpoints.find(tmp_path / "scratch").folder is None
 
 
 def test_leftovers_are_no_checkpoints(run: Storage, tmp_path: Path) -> None:
@@ -103,7 +102,7 @@ def test_leftovers_are_no_checkpoints(run: Storage, tmp_path: Path) -> None:
     (tmp_path / "torn" / MANIFEST).unlink()
     run.upload_folder(tmp_path / "torn", f"checkpoints/{checkpoint_name(2)}")
     assert checkpoints.names == [checkpoint_name(1)]
-    folder = checkpoints.load_newest(tmp_path / "scratch")
+    folder = checkpoints.find(tmp_path / "scratch").folder
     assert folder is not None
     assert read_metadata(folder).step == 1
     save(run, 2)
@@ -171,7 +170,7 @@ def test_what_a_killed_attempt_left_in_the_spool_is_published(run: Storage, tmp_
     checkpoints.recover()
     assert checkpoints.names == [checkpoint_name(2), checkpoint_name(3)]
     assert list(checkpoints.spool.iterdir()) == []
-    folder = checkpoints.load_newest(tmp_path)
+    folder = checkpoints.find(tmp_path).folder
     assert folder is not None
     assert read_metadata(folder).step == 3
 

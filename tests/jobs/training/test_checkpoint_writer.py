@@ -16,8 +16,9 @@ from cluster.settings.run import CheckpointConfig, TrainConfig
 from cluster.storage.lease import LeaseLostError
 from cluster.storage.uris import Storage, open_storage
 from jobs.exact.train_state import TrainState
-from jobs.run.checkpoints import RunCheckpoints, checkpoint_name, step_of
+from jobs.run.checkpoints import RunCheckpoints
 from jobs.run.ledger import Ledger, LedgerWriter
+from jobs.run.retention import checkpoint_name, step_of
 from jobs.run.writer_generation import Fence
 from jobs.training.checkpoint_writer import CheckpointWriter
 from model.checkpoint import Metadata, load_model, parameter_hash, read_train_state, verify_checkpoint
@@ -230,7 +231,7 @@ def test_what_an_outage_left_in_the_spool_is_found_by_the_next_attempt(
     following = Saving(run)
     assert [line["step"] for line in following.ledger.read().steps] == [7], "lines that never reached the store"
     following.checkpoints.recover()
-    folder = following.checkpoints.load_newest(tmp_path / "scratch")
+    folder = following.checkpoints.find(tmp_path / "scratch").folder
     assert folder is not None
     assert (folder.name, parameter_hash(load_model(folder).state_dict())) == (checkpoint_name(7, 1), expected)
     assert list(following.checkpoints.spool.glob("step-*")) == []
