@@ -1,1 +1,1 @@
-"""The only place with Ray Train's private names."""
+"""Adapts Ray Train; the only place with its private names."""

@@ -1,4 +1,4 @@
-"""What Ray Train calls in its controller and in its workers: failures are noted, SIGTERM and drains become notices."""
+"""Callbacks of Ray Train's controller and workers: failures are noted, SIGTERM and drains become notices."""
 
 import signal
 import threading
@@ -24,7 +24,7 @@ class FailureRecorder(UserCallback):
 
     def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, BaseException]) -> None:
         rank, kind, reason = main_cause({rank: str(error) for rank, error in worker_exceptions.items()})
-        run = self._plan.run  # whose storage may be out of reach, which must not stop the controller
+        run = self._plan.run  # if its storage is out of reach, the controller must not stop
 
         def write() -> None:
             patiently(lambda: note(run, "failure", rank=rank, kind=kind, reason=reason), "a failure")
@@ -37,10 +37,10 @@ _context: TrainContext | None = None
 
 
 class SignalListener(WorkerCallback):
-    """Makes SIGTERM a notice in a worker's process, where Ray's own answer is to exit at once.
+    """Makes SIGTERM a notice in a worker's process, where Ray's own reaction is to exit at once.
 
-    Handlers can be set in the main thread only, in which Ray Train calls this. The two names are internal ones of Ray:
-    its public `get_preemption_info` is a barrier of all ranks, which a step need not wait for.
+    Handlers can be set only in the main thread, in which Ray Train calls this. The two names are private: the public
+    `get_preemption_info` is a barrier of all ranks, for which a step need not wait.
     """
 
     def after_init_train_context(self) -> None:
@@ -55,5 +55,5 @@ def _count(signum: int, frame: Any) -> None:
 
 
 def signals() -> Signals:
-    """Of this worker."""
+    """Returns the signals of this worker."""
     return Signals(_num_sigterms, _context.preemption_context.preemption_info if _context else None)

@@ -1,7 +1,7 @@
-"""How many workers Ray Train runs while some of them are lent: its own elastic policy, with fewer to hand out.
+"""Decides how many workers Ray Train runs while some are lent: its own elastic policy, with fewer workers.
 
-A resize is the one that a node which comes or goes brings about: the group starts again from the newest snapshot in
-memory, and its result has the same bits at any size.
+A resize works as when a node comes or goes: the group starts again from the newest snapshot in memory, and its result
+has the same bits at any size.
 """
 
 from typing import Any
@@ -17,14 +17,14 @@ from cluster.storage.uris import open_storage
 def workers_to_run(
     possible: int, *, num_lent: int, min_workers: int, max_workers: int, num_running: int, num_free: int
 ) -> int:
-    """Of `possible` ones, the number to run. A group grows only into room that is free: what was lent may still be
-    in use when its loan is over, and a group that is started without room waits and starts over."""
+    """Returns the number of workers to run. A group grows only into free room: lent resources may still be in use when
+    their loan is over, and a group that is started without room waits and starts over."""
     wanted = min(possible, max(max_workers - num_lent, min_workers))
     return min(wanted, num_running + num_free) if wanted > num_running > 0 else wanted
 
 
 class LendingPolicy(ElasticScalingPolicy):
-    """Lives in Ray Train's controller."""
+    """The policy that runs in Ray Train's controller."""
 
     def __init__(self, scaling_config: ScalingConfig, run_uri: str) -> None:
         super().__init__(scaling_config)

@@ -1,8 +1,8 @@
-"""What Ray Train is told of the worker group: that each worker may be replaced alone, while the others live on.
+"""Makes Ray Train replace a lost worker alone, while the others live on.
 
-The workers connect by themselves (`rendezvous`), at the start and after each loss. Ray Train's public way is to start
-the whole group again, which costs every worker its process and all that it has loaded: measured here, two thirds of a
-restart. The names from `_internal` are those of its support for torchft, which works the same way.
+The workers connect by themselves (`rendezvous`), at the start and after each loss. Ray Train's public way restarts the
+whole group, which costs every worker its process and all that it has loaded: measured here, two thirds of a restart.
+The names from `_internal` belong to its support for torchft, which works the same way.
 """
 
 import os
@@ -33,17 +33,17 @@ _SETTLED_S = 8.0
 
 class _Backend(_TorchBackend):
     has_replica_groups = True
-    share_cuda_visible_devices = False  # a replacement is not told of the others' devices
+    share_cuda_visible_devices = False  # a replacement does not learn the others' devices
 
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
-        """Nothing: workers meet in their own time."""
+        """Does nothing: workers meet in their own time."""
 
     def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
-        """Nothing: they part before they return, and one that is lost cannot."""
+        """Does nothing: workers disconnect before they return, and a lost one cannot."""
 
 
 class WorkerBackend(TorchConfig):
-    """In the place of `TorchConfig`."""
+    """Replaces `TorchConfig`, with another backend."""
 
     @property
     def backend_cls(self) -> type[_Backend]:
@@ -51,14 +51,14 @@ class WorkerBackend(TorchConfig):
 
 
 class NodeLosses(WorkerGroupCallback):
-    """Has Ray Train plan anew, with the nodes that are there, when a node died or a worker has no place any more."""
+    """Makes Ray Train plan again, with the living nodes, when a node died or a worker's place is gone."""
 
     def __init__(self, *, is_elastic: bool) -> None:
         self._is_elastic = is_elastic
 
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
-        """Ends the whole group with a node: Ray Train fails for good where a worker that it takes for alive, as those
-        of a dying node are for a moment, does not answer while it replaces another one."""
+        """Ends the whole group with a node. While Ray Train replaces one worker, it fails for good if another one that
+        it takes for alive does not answer, as those of a dying node do not."""
         errors = worker_group_status.errors
         if not errors:
             return
@@ -72,7 +72,7 @@ class NodeLosses(WorkerGroupCallback):
             status.error = status.error or RuntimeError("Connection closed: the node of another worker has died")
 
     def after_worker_group_start(self, worker_group: Any) -> None:
-        """Watches the places: Ray Train waits for that of a replacement as long as it takes, though a smaller group
+        """Watches the placement group: Ray Train would wait forever for a replacement's place, though a smaller group
         could train."""
         self._worker_group = worker_group
         self._ended = threading.Event()
@@ -96,7 +96,7 @@ def _watch(place: Any, ended: threading.Event) -> None:
         if lost_at and time.monotonic() - lost_at > _NO_PLACE_S:
             remove_placement_group(place)
             if not ended.wait(_STUCK_S):
-                # Ray forgets a replacement that waits for a place that is taken away: seen once. The launcher starts
+                # Ray forgets a replacement that waits for a place that is removed: seen once. The launcher starts
                 # another controller.
                 sys.stderr.write("the controller waits for a worker that never comes: it ends, to be replaced\n")
                 os._exit(1)
@@ -104,20 +104,20 @@ def _watch(place: Any, ended: threading.Event) -> None:
 
 
 class Drains(PreemptionCallback, ReplicaGroupCallback):
-    """Ray Train's watch for nodes that are being drained, which it leaves out where workers are replaced alone."""
+    """Ray Train's watch for draining nodes, which it leaves out where workers are replaced alone."""
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         self._worker_group = worker_group
         super().after_worker_group_start(worker_group)
 
     def after_replica_group_start(self, replica_group: Any) -> None:
-        """Tells the watch of the new worker, which first needs the processors more than a new watch does."""
+        """Watches the new worker too, after a while: first it needs the processors more than a new watch does."""
         threading.Timer(_SETTLED_S, lambda: super(Drains, self).after_worker_group_start(self._worker_group)).start()
 
 
 class Trainer(TorchTrainer):
-    """Without Ray Train's own datasets, for which it would start a process with each worker: rows come from shards.
-    An elastic group may lend some of its workers."""
+    """A trainer without Ray Train's datasets, which would start a process with each worker: rows come from shards. An
+    elastic group may lend some of its workers."""
 
     def __init__(self, *args: Any, run_uri: str, **settings: Any) -> None:
         super().__init__(*args, **settings)

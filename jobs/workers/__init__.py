@@ -1,1 +1,1 @@
-"""A worker's life: rendezvous, signals, hangs, failures."""
+"""Runs the life of a worker: rendezvous, signals, hangs, failures."""

@@ -1,4 +1,4 @@
-"""Why attempts failed, and whether another one is worth it: a run that only restarts must stop and say the reason."""
+"""Explains why attempts failed, and decides when a run that only restarts must stop."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -12,13 +12,13 @@ _LONGEST_REASON = 600
 class Kind(StrEnum):
     """The causes of a failure, the one that explains most first."""
 
-    USER_ERROR = "user_error"  # the user can mend it: tried again, it fails again
+    USER_ERROR = "user_error"  # only the user can fix it: another attempt fails again
     RAISED = "raised"  # any other exception of the training code
     DIED = "died"  # the worker's process ended, or its node did
     LOST = "lost"  # a worker's connection to another one broke: that one's failure is the cause
 
 
-# As the last line of what Ray Train reports tells them apart.
+# Patterns in the last line of Ray Train's report.
 _NODE_DIED = re.compile(r"node (is dead|has died|was terminated)", re.IGNORECASE)
 _DIED = re.compile(
     rf"actor (is dead|died|\w+ is unavailable)|worker process has died|{_NODE_DIED.pattern}", re.IGNORECASE
@@ -27,17 +27,17 @@ _LOST = re.compile(r"gloo|NCCL|Connection (closed|reset)|DistBackendError|DistNe
 
 
 def is_lost_peer(error: RuntimeError) -> bool:
-    """Whether a connection to another worker broke; torch has no type of its own for what gloo says."""
+    """Reports whether a connection to another worker broke; torch has no error type of its own for gloo's."""
     return bool(_LOST.search(f"{type(error).__name__}: {one_line(str(error))}"))
 
 
 def is_lost_node(error: Exception) -> bool:
-    """Whether a worker died with its node."""
+    """Reports whether a worker died with its node."""
     return bool(_NODE_DIED.search(str(error)))
 
 
 def main_cause(errors: Mapping[int, str]) -> tuple[int, Kind, str]:
-    """(rank, kind, reason in one line) of what explains most, from an error's text or traceback by rank."""
+    """Returns (rank, kind, reason in one line) of the error that explains most, from the text of each rank's error."""
     found = []
     for rank, text in errors.items():
         reason = one_line(text)
@@ -47,16 +47,16 @@ def main_cause(errors: Mapping[int, str]) -> tuple[int, Kind, str]:
 
 
 def one_line(text: str) -> str:
-    """The last line of a traceback or of Ray's account of a dead actor."""
+    """Returns the last line of a traceback or of Ray's account of a dead actor."""
     lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no reason was given"]
-    return lines[-1].partition(" Some common causes include")[0][:_LONGEST_REASON]  # Ray's guesses are wrong ones
+    return lines[-1].partition(" Some common causes include")[0][:_LONGEST_REASON]  # Ray's guesses are wrong
 
 
 def why_give_up(lines: Sequence[Line], *, max_fruitless_attempts: int) -> str | None:
-    """The reason to start no further attempt; None while there is hope.
+    """Returns the reason to start no further attempt; None while there is hope.
 
-    Attempts count that came since the run last got further than ever before, or since it last gave up: whoever
-    resumes it then has mended something.
+    The attempts that count are those since the run's furthest step, or since it last gave up: a user who resumes it
+    then has fixed something.
     """
     furthest = 0
     failures: list[Line] = []
@@ -85,5 +85,5 @@ def why_give_up(lines: Sequence[Line], *, max_fruitless_attempts: int) -> str | 
 
 
 def _without_numbers(reason: str) -> str:
-    """Process ids, ports and addresses differ between two cases of one error."""
+    """Masks process ids, ports and addresses, which differ between two cases of one error."""
     return re.sub(r"\d+", "#", re.sub(r"0x[0-9a-f]+", "#", reason))

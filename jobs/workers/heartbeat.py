@@ -1,4 +1,4 @@
-"""A worker's sign of life: each second its place in the loop and the stack of its training thread, to its watchdog."""
+"""Sends a worker's sign of life to its watchdog each second: its place in the loop and its training thread's stack."""
 
 import json
 import subprocess
@@ -22,11 +22,11 @@ _NUM_FRAMES = 24
 _NUM_STEPS = 64
 
 WaitingPlaces = Mapping[Waits, Sequence[ModuleType]]
-"""A stack with a frame in one of these modules, or packages, waits for what they stand for."""
+"""The modules or packages for each kind of waiting: a stack with a frame in one of them waits in that way."""
 
 
 class Pulse:
-    """Where the training thread is. Without a watchdog nobody looks."""
+    """The place of the training thread, recorded whether or not a watchdog looks."""
 
     def __init__(self, waiting_places: WaitingPlaces) -> None:
         self._waiting_places = waiting_places
@@ -37,11 +37,11 @@ class Pulse:
         self._thread_id = threading.get_ident()
 
     def at(self, place: Place) -> None:
-        """The training thread is about to do this."""
+        """Records what the training thread is about to do."""
         now = time.monotonic()
         if place is Place.STEP:
             self.num_steps += 1
-            if self._place is Place.STEP and self._step_start is not None:  # a step without validation or checkpoint
+            if self._place is Place.STEP and self._step_start is not None:  # no validation or checkpoint in between
                 self._step_s.append(now - self._step_start)
             self._step_start = now
         self._place, self._num_moves = place, self._num_moves + 1
@@ -53,9 +53,9 @@ class Pulse:
         return Beat(self._place, self._num_moves, usual, self._waits_for(frame), stack)
 
     def _waits_for(self, frame: FrameType | None) -> list[Waits]:
-        files = (
-            [Path(each.f_code.co_filename) for each, _ in traceback.walk_stack(frame)][:_NUM_FRAMES] if frame else []
-        )
+        if frame is None:
+            return []
+        files = [Path(each.f_code.co_filename) for each, _ in traceback.walk_stack(frame)][:_NUM_FRAMES]
         places = self._waiting_places.items()
         return [waits for waits, modules in places if any(_is_in(file, modules) for file in files)]
 
@@ -67,13 +67,13 @@ def _is_in(file: Path, modules: Sequence[ModuleType]) -> bool:
 
 @contextmanager
 def watched(run_uri: str, *, rank: int, hang_timeout_s: float, waiting_places: WaitingPlaces) -> Iterator[Pulse]:
-    """Runs a watchdog beside this process, on its node, as long as the context lasts. A timeout of 0 runs none."""
+    """Runs a watchdog beside this process while the context lasts. A timeout of 0 runs none."""
     pulse = Pulse(waiting_places)
     if not hang_timeout_s:
         yield pulse
         return
     command = [sys.executable, "-m", "jobs.workers.watchdog", run_uri, str(rank), str(hang_timeout_s)]
-    # In a session of its own, it is spared when a signal stops the worker's process group.
+    # In its own session, it is spared by a signal that stops the worker's process group.
     watchdog = subprocess.Popen(command, stdin=subprocess.PIPE, cwd=CODE_ROOT, start_new_session=True)
     assert watchdog.stdin is not None
     pipe, ended = watchdog.stdin, threading.Event()
@@ -84,7 +84,7 @@ def watched(run_uri: str, *, rank: int, hang_timeout_s: float, waiting_places: W
                 pipe.write(json.dumps(pulse.beat().to_json()).encode() + b"\n")
                 pipe.flush()
         except BrokenPipeError:
-            sys.stderr.write(f"rank {rank} goes on without its watchdog, which ended\n")
+            sys.stderr.write(f"rank {rank} continues without its watchdog, which ended\n")
 
     thread = threading.Thread(target=beat, name="pulse", daemon=True)
     thread.start()

@@ -1,6 +1,6 @@
-"""What happens to a run beside its ledger's one writer: noted in storage at once, for the next attempt to write down.
+"""Notes incidents in storage at once, for the next attempt to write into the ledger, which has one writer.
 
-A worker that was killed can write nothing, and what killed it or saw it die must not write into the ledger.
+A worker that was killed can write nothing, and the process that killed it or saw it die must not write into the ledger.
 """
 
 import json
@@ -25,7 +25,7 @@ def note(run: Storage, event: str, **fields: Any) -> None:
 
 @contextmanager
 def noting_user_errors(run: Storage, *, rank: int) -> Iterator[None]:
-    """Notes what the user can mend, by its own message; `LeaseLostError` and outages concern this process alone."""
+    """Notes errors that the user can fix, by their own message; lost leases and outages concern this process alone."""
     try:
         yield
     except StorageError:
@@ -36,7 +36,7 @@ def noting_user_errors(run: Storage, *, rank: int) -> Iterator[None]:
 
 
 def write_down(run: Storage, ledger: LedgerWriter) -> None:
-    """All notes into the ledger, in the order that they came, and away; a crash between leaves a line there twice."""
+    """Moves all notes into the ledger, in the order in which they came; a crash may leave a line there twice."""
     folder = run.child(INCIDENTS)
     keys = sorted(entry.key for entry in folder.list())
     for key in keys:

@@ -1,4 +1,4 @@
-"""The precision of a run: asked of a worker's place as it first starts, and kept on other hardware too."""
+"""Chooses a run's precision by the processor of a worker's place as the run first starts; later hardware keeps it."""
 
 import socket
 from typing import Any
@@ -12,9 +12,9 @@ from model.processor import Device, Precision, bf16_slowdown, fast_precision
 
 
 def workers_precision(scaling: ScalingConfig) -> Precision:
-    """Returns what the processor of a training worker's place computes at speed, as a task there finds it: the
-    launcher's own may be another kind. Says what it waits for where there is no such place. On a cluster of this
-    machine alone no task is needed, whose process would take two seconds to start."""
+    """Returns the precision that a training worker's processor computes at speed, as a task there finds it: the
+    launcher's own processor may be of another kind. Prints what it waits for while there is no place. On a cluster of
+    this machine alone no task is needed, whose process would take two seconds to start."""
     alive = [node for node in ray.nodes() if node["Alive"]]
     if not scaling.use_gpu and {node["NodeManagerHostname"] for node in alive} == {socket.gethostname()}:
         return fast_precision("cpu")
@@ -33,11 +33,11 @@ def workers_precision(scaling: ScalingConfig) -> Precision:
 
 
 def at_odds(precision: Precision, device: Device) -> dict[str, Any] | None:
-    """Returns what the ledger gets where this processor computes another precision at speed than the run's."""
+    """Returns the ledger's event where this processor computes another precision at speed than the run's, else None."""
     fast = fast_precision(device)
     if fast == precision:
         return None
-    kept = f"the run computes in {precision}, as it was begun"
+    kept = f"the run computes in {precision}, as it began"
     if precision == "fp32":
         return {"precision": precision, "fast": fast, "reason": f"{kept}; this processor computes bf16 at speed"}
     slowdown = round(bf16_slowdown(device), 1)

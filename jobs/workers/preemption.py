@@ -1,6 +1,6 @@
-"""Notices that a worker, its node or the whole run will end soon, and what all ranks agree to do about them.
+"""Notices that a worker, its node or the whole run will end soon, and the ranks' agreement on them.
 
-A notice reaches one process. What is done about it happens at the end of the same step on every rank.
+A notice reaches one process; every rank acts on it at the end of the same step.
 """
 
 import signal
@@ -18,7 +18,7 @@ from cluster.storage.uris import Storage, StorageError
 from jobs.workers.worker_group import WorkerGroup
 
 STOP_REQUESTED = "stop-requested"
-"""In the run's storage: whoever launched the run wants it to end, resumable."""
+"""A file in the run's storage: the launcher asks the run to save and stop, resumable."""
 
 _LOCAL_POLL_S, _REMOTE_POLL_S = 0.5, 5.0
 
@@ -27,20 +27,20 @@ class Notice(IntEnum):
     """The larger one wins."""
 
     NONE = 0
-    SAVE = 1  # a worker or its node may be gone soon: save, and go on as long as it lasts
-    STOP = 2  # the run is asked to end: save, and leave
+    SAVE = 1  # a worker or its node may be gone soon: save, and continue as long as it lasts
+    STOP = 2  # the run is asked to stop: save, and leave
 
 
 @dataclass(frozen=True)
 class Signals:
-    """What reached this process so far."""
+    """The signals that this process has received."""
 
     num_sigterms: int = 0
-    drain: Any = None  # what is known of nodes that are being drained
+    drain: Any = None  # Ray's information about nodes that are being drained
 
 
 class Notices:
-    """One worker's ears, and the ranks' agreement on what was heard."""
+    """Collects one worker's notices, and agrees on them with the other ranks."""
 
     def __init__(
         self, run: Storage, group: WorkerGroup, signals: Callable[[], Signals], *, device: torch.device
@@ -52,14 +52,14 @@ class Notices:
             threading.Thread(target=self._look_for_request, name="notices", daemon=True).start()
 
     def ask(self) -> None:
-        """Starts the exchange with the other ranks, at the start of a step: it costs the step nothing."""
+        """Starts the exchange with the other ranks at the start of a step, which costs the step nothing."""
         self._level = torch.tensor([int(self._news())], device=self._device)
         self._work = (
             dist.all_reduce(self._level, dist.ReduceOp.MAX, async_op=True) if self._group.world_size > 1 else None
         )
 
     def answer(self) -> Notice:
-        """The largest notice that any rank had heard at the start of the step."""
+        """Returns the largest notice that any rank had at the start of the step."""
         if self._work is not None:
             self._work.wait()
         return Notice(int(self._level))
@@ -68,7 +68,7 @@ class Notices:
         self._closed.set()
 
     def _news(self) -> Notice:
-        """What came since the last question; a request to stop stays."""
+        """Returns the notice since the last exchange; a request to stop stays."""
         before, self._heard = self._heard, self._signals()
         if self._stop_requested.is_set():
             return Notice.STOP
@@ -82,12 +82,12 @@ class Notices:
                     self._stop_requested.set()
                     return
             except StorageError:
-                continue  # an outage; the request, if there is one, is found after it
+                continue  # an outage; a request is found after it
 
 
 @contextmanager
 def stopping_on_sigterm(run: Storage) -> Iterator[None]:
-    """While the context lasts, SIGTERM to this process, the run's launcher, asks the workers to save and leave."""
+    """Turns SIGTERM to this process, the run's launcher, into a request to the workers to save and leave."""
     run.delete(STOP_REQUESTED)
 
     def request(signum: int, frame: Any) -> None:

@@ -1,7 +1,7 @@
-"""Where the workers of a group meet: at its start, and again whenever one of them was lost and replaced.
+"""Connects the workers of a group: at its start, and again whenever one of them was lost and replaced.
 
-They meet in rounds. A round is over once any worker lost another one. The next one begins when every rank has come:
-those that are left, with all that they have loaded, and what Ray Train started in the place of the lost one.
+They meet in rounds. A round is over once any worker has lost another one. The next one begins when every rank has come:
+the workers that are left, with all that they have loaded, and the replacement that Ray Train started.
 """
 
 import gc
@@ -23,17 +23,17 @@ from jobs.workers.failures import is_lost_peer, one_line
 _POLL_S = 0.02
 _WATCH_S = 0.5
 _GRACE_S = 1.0
-_FRUITLESS = "fruitless"  # rounds in a row, the last of them, and why it ended
-_TIMEOUT = timedelta(minutes=30)  # of a message; an outage of the storage makes some wait for the one that waits for it
+_FRUITLESS = "fruitless"  # the number of fruitless rounds in a row, the last round, and why it ended
+_TIMEOUT = timedelta(minutes=30)  # of a message; in an outage, all ranks wait for the one that waits for the storage
 
 
 class FruitlessError(Exception):
-    """The workers met as often as is worth it."""
+    """The workers met too often without completing a step."""
 
 
 @contextmanager
 def meeting_place(host: str) -> Iterator[str]:
-    """Keeps what the workers of a launch meet by, as long as the context lasts; gives its address."""
+    """Keeps the store through which the workers of a launch meet, while the context lasts; yields its address."""
     with socket.create_server((host, 0)) as listener:
         port = listener.getsockname()[1]
         store = dist.TCPStore(
@@ -44,7 +44,7 @@ def meeting_place(host: str) -> Iterator[str]:
 
 
 class Rendezvous:
-    """One worker's way to the others of its group."""
+    """One worker's connections to the others of its group."""
 
     def __init__(
         self,
@@ -58,9 +58,9 @@ class Rendezvous:
         progress: Callable[[], int] = lambda: 0,
         max_fruitless: int = 6,
     ) -> None:
-        """`group` names what Ray Train starts together: the same for a worker and its replacement, and no other.
-        `is_waiting` tells whether the training thread waits for other workers. After `max_fruitless` rounds in a row
-        that ended without any `progress`, a number that grows with it, they meet no more."""
+        """`group` names the workers that Ray Train starts together, and a lost worker's replacement gets the same name.
+        `is_waiting` reports whether the training thread waits for other workers. After `max_fruitless` rounds in a row
+        without growth of the number `progress`, they meet no more."""
         self._address, self._group = address, group
         self._store = self._open_store()
         self._rank, self._world_size, self._backend = rank, world_size, backend
@@ -74,9 +74,9 @@ class Rendezvous:
         return dist.PrefixStore(self._group, dist.TCPStore(host, int(port), is_master=False, wait_for_workers=False))
 
     def attend(self, work: Callable[[], None]) -> bool:
-        """Meets the others and does the work with them. False when one of them was lost: then meet again.
+        """Meets the others and does the work with them. Returns False when one of them was lost: then meet again.
 
-        Raises `FruitlessError` when that led nowhere too often, in every rank."""
+        Raises `FruitlessError`, in every rank, after too many meetings without progress."""
         number, left = self._meet()
         before, reason = self._progress(), "another worker was lost"
         try:
@@ -85,10 +85,10 @@ class Rendezvous:
             if not is_lost_peer(error):
                 raise
             reason = one_line(str(error))
-            sys.stderr.write(f"rank {self._rank} lost another worker and waits for it: {one_line(str(error))}\n")
+            sys.stderr.write(f"rank {self._rank} lost another worker and waits for it: {reason}\n")
         else:
-            # One that left earlier would break the connections that the others' last messages still need; and rank 0
-            # may be lost while it stores what all have made, which its replacement can't make alone.
+            # A rank that left earlier would break connections that the others' last messages still need; and rank 0
+            # may be lost while it stores the common result, which its replacement cannot make alone.
             if self._all(number, "done"):
                 dist.destroy_process_group()
                 return True
@@ -97,7 +97,7 @@ class Rendezvous:
         self._count(number, is_fruitless=self._progress() == before, reason=reason)
         self._end(number)
         gc.collect()  # the model and its buffers, which the error's traceback held
-        # So that those who wait for this one's messages get their error too.
+        # The abort gives the ranks that wait for this one's messages their error too.
         group = dist.group.WORLD
         assert group is not None
         group.abort()
@@ -105,7 +105,7 @@ class Rendezvous:
         return False
 
     def _meet(self) -> tuple[int, threading.Event]:
-        """The number of the round, whose watch ends with the event."""
+        """Returns the number of the round, and the event that ends its watch."""
         while True:
             number = int(self._store.get("round"))
             fruitless = json.loads(self._store.get(_FRUITLESS))
@@ -114,16 +114,16 @@ class Rendezvous:
                     f"the workers met {fruitless['count']} times in a row and completed no step; the last time: "
                     f"{fruitless['reason']}"
                 )
-            # Where this rank's predecessor took part, the others may not have noticed its end.
+            # Where this rank's predecessor took part in the round, the others may not have noticed its end.
             if self._store.compare_set(f"{number}/{self._rank}/came", "", self._id).decode() != self._id:
                 self._end(number)
                 continue
-            # Twice, as one that came may have died while it waited for the others.
+            # Twice, because a worker that came may have died while it waited for the others.
             if self._all(number, "came") and self._all(number, "stayed") and (left := self._connect(number)):
                 return number, left
 
     def _all(self, number: int, what: str) -> bool:
-        """Waits until every rank says so; False when the round is over before that."""
+        """Waits until every rank has said so; returns False when the round is over before that."""
         self._store.set(f"{number}/{self._rank}/{what}", self._id)
         places = [f"{number}/{rank}/{what}" for rank in range(self._world_size)]
         while not self._store.check(places):
@@ -138,7 +138,7 @@ class Rendezvous:
         threading.Thread(target=self._watch, args=(number, left), name="rendezvous", daemon=True).start()
         try:
             dist.init_process_group(self._backend, store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT)
-        except RuntimeError as error:  # one of them is gone already
+        except RuntimeError as error:  # one of the workers is already gone
             left.set()
             self._count(number, is_fruitless=True, reason=one_line(str(error)))
             self._end(number)
@@ -146,9 +146,10 @@ class Rendezvous:
         return left
 
     def _watch(self, number: int, left: threading.Event) -> None:
-        """Gets this worker out of a round that is over, where it waits on: for one that died while they connected, or
-        for a message whose end gloo did not notice (a send to one that was killed, seen once in some tens of kills)."""
-        store, waits_since = self._open_store(), None  # of its own, as a store serves one caller at a time
+        """Gets this worker out of a round that is over, where it still waits: for a worker that died while they
+        connected, or for a message whose end gloo did not notice (a send to a killed worker, seen once in some tens of
+        kills)."""
+        store, waits_since = self._open_store(), None  # its own, because a store serves one caller at a time
         has_aborted = False
         while not left.wait(_WATCH_S):
             if int(store.get("round")) == number or not self._is_waiting():
@@ -164,8 +165,8 @@ class Rendezvous:
                 os._exit(1)
 
     def _count(self, number: int, *, is_fruitless: bool, reason: str) -> None:
-        """Once for each round, before anyone ends it: whoever meets in a later one, a replacement too, reads the same.
-        A backend that can never start fails every rank like a lost worker, and nobody else would see it."""
+        """Counts each round once, before any rank ends it, so that all ranks of a later round read the same number.
+        A backend that can never start fails every rank like a lost worker; only this count ends that."""
         before = self._store.get(_FRUITLESS).decode()
         last = json.loads(before)
         if last["round"] < number:

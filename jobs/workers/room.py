@@ -1,19 +1,19 @@
-"""The room that a cluster has for a run's workers, in words."""
+"""Describes the room that a cluster lacks for a run's workers."""
 
 from collections.abc import Mapping, Sequence
 
 from cluster.settings.run import ScalingConfig
 
 REPEAT_S = 60.0
-"""Seconds between two messages of what a run waits for."""
+"""Seconds between two messages about what a run waits for."""
 
 
 def waiting_for(
     scaling: ScalingConfig, *, nodes: Sequence[Mapping[str, float]], free: Mapping[str, float], idle_s: float
 ) -> str | None:
-    """What a run lacks that has had no sign of a worker for `idle_s` seconds; None where it lacks nothing.
+    """Returns what is missing for a run that has had no workers for `idle_s` seconds; None if nothing is.
 
-    `nodes` are the resources of each node that is alive, `free` those of the whole cluster that nobody uses.
+    `nodes` has the resources of each living node, `free` the unused ones of the whole cluster.
     """
     needs = {"CPU": float(scaling.threads_per_worker)} | ({"GPU": 1.0} if scaling.use_gpu else {})
     room = sum(int(min(node.get(name, 0.0) // count for name, count in needs.items())) for node in nodes)

@@ -1,8 +1,8 @@
-"""The process beside each worker that sees it hang, keeps its stack, and kills it, so that Ray Train starts anew.
+"""Runs beside each worker, and when it hangs, keeps its stack and kills it, so that Ray Train replaces it.
 
 Nothing else would: a worker that was stopped or is deadlocked leaves the others waiting in a collective for half an
-hour. Each watchdog looks at its own worker only and needs no word from the others: the one that hangs is the one that
-gives no sign of life, or that stands still without waiting for others.
+hour. Each watchdog looks only at its own worker: the one that hangs is the one that gives no sign of life, or that
+stands still without waiting for others.
 """
 
 import json
@@ -26,10 +26,10 @@ HANGS = "hangs"
 
 _POLL_S = 0.5
 _STEP_FACTOR = 20  # a straggler that gets a tenth of its time stays below it
-_STUCK_FACTOR = 1.25  # later than silence is noticed: whoever waits for a silent worker is never blamed
+_STUCK_FACTOR = 1.25  # later than silence is noticed, so that a worker that waits for a silent one is never blamed
 _UNKNOWN_FACTOR = 10  # the first step may compile, a validation may be long
-_FORSAKEN_FACTOR = 20  # the one that is waited for has been killed by then, or has a reason to wait itself
-_KEEP_STACK_FACTOR = 0.9  # before anybody is killed
+_FORSAKEN_FACTOR = 20  # by then the worker that it waits for has been killed, or has a reason to wait itself
+_KEEP_STACK_FACTOR = 0.9  # of the deadline, before a worker is killed
 
 
 class Place(StrEnum):
@@ -41,7 +41,7 @@ class Place(StrEnum):
 
 
 class Waits(StrEnum):
-    """For what the training thread may wait as long as it takes."""
+    """The things for which the training thread may wait as long as it takes."""
 
     WORKERS = "workers"
     STORAGE = "storage"  # whose outages end no training
@@ -49,7 +49,7 @@ class Waits(StrEnum):
 
 @dataclass(frozen=True)
 class Beat:
-    """What a worker says of itself each second."""
+    """A worker's report about itself, once a second."""
 
     place: Place
     num_moves: int  # grows with every change of place and every step
@@ -68,23 +68,23 @@ class Beat:
 class Health(StrEnum):
     WELL = "well"
     SLOW = "slow"  # suspicious: its stack is kept
-    SILENT = "silent"  # no sign of life: stopped, or out of its interpreter's hands
-    STUCK = "stuck"  # alive, and stands still
-    FORSAKEN = "forsaken"  # waits for others, and nobody has ended it
+    SILENT = "silent"  # no sign of life: stopped, or stuck outside of its interpreter
+    STUCK = "stuck"  # alive, but stands still
+    FORSAKEN = "forsaken"  # waits for other workers forever
 
 
 HANGING = (Health.SILENT, Health.STUCK, Health.FORSAKEN)
 
 
 def health(beat: Beat, *, silent_s: float, unmoved_s: float, hang_timeout_s: float) -> Health:
-    """The state of a worker, `silent_s` after its last beat and `unmoved_s` after its last move."""
+    """Returns the state of a worker, `silent_s` after its last beat and `unmoved_s` after its last move."""
     if silent_s >= hang_timeout_s:
         return Health.SILENT
     if beat.place is Place.AROUND or Waits.STORAGE in beat.waits_for:
         return Health.WELL
     if beat.place is Place.STEP and beat.usual_step_s is not None:
         deadline_s = max(_STUCK_FACTOR * hang_timeout_s, _STEP_FACTOR * beat.usual_step_s)
-        suspicious_s = max(_KEEP_STACK_FACTOR * hang_timeout_s, _KEEP_STACK_FACTOR * _STEP_FACTOR * beat.usual_step_s)
+        suspicious_s = _KEEP_STACK_FACTOR * max(hang_timeout_s, _STEP_FACTOR * beat.usual_step_s)
     else:
         deadline_s = _UNKNOWN_FACTOR * hang_timeout_s
         suspicious_s = _KEEP_STACK_FACTOR * deadline_s
@@ -95,7 +95,7 @@ def health(beat: Beat, *, silent_s: float, unmoved_s: float, hang_timeout_s: flo
 
 
 def report(beat: Beat, verdict: Health, *, rank: int, pid: int, silent_s: float, unmoved_s: float) -> str:
-    """What is kept of a hang."""
+    """Returns the text that is kept of a hang."""
     states = "".join(
         f"  thread {path.parent.name}: {_state(path)}\n" for path in Path(f"/proc/{pid}/task").glob("*/stat")
     )
@@ -136,12 +136,12 @@ def watch(run_uri: str, *, rank: int, hang_timeout_s: float, pid: int, pipe: int
         run, name = open_storage(run_uri), f"{HANGS}/{time.time_ns()}-rank-{rank}-{verdict}.txt"
         if verdict in HANGING:
             patiently(partial(run.write_bytes, name, text.encode()), name)
-            told = {"rank": rank, "seconds": round(max(since.values()), 1), "health": verdict, "stack": name}
-            patiently(partial(note, run, "hang", **told), name)
+            fields = {"rank": rank, "seconds": round(max(since.values()), 1), "health": verdict, "stack": name}
+            patiently(partial(note, run, "hang", **fields), name)
             return
         try:
             run.write_bytes(name, text.encode())
-        except StorageError as error:  # which may be what the worker waits for
+        except StorageError as error:  # the worker may wait for the same outage
             sys.stderr.write(f"a stack of rank {rank} was not kept: {error}\n")
         kept_at_move = beat.num_moves
 

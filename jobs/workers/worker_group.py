@@ -1,4 +1,4 @@
-"""The workers of an attempt as one of them sees the others: plain values told to all or gathered from all."""
+"""The workers of an attempt as one of them sees the others: plain values broadcast to all or gathered from all."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,14 +12,14 @@ class WorkerGroup:
     world_size: int
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's value on every rank."""
+        """Returns rank 0's value on every rank."""
         values = [value]
         if self.world_size > 1:
             dist.broadcast_object_list(values, src=0)
         return values[0]
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, in the order of ranks."""
+        """Returns every rank's value, in the order of ranks."""
         values: list[Any] = [value]
         if self.world_size > 1:
             values = [None] * self.world_size

@@ -66,7 +66,7 @@ def test_the_ledger_says_once_that_other_hardware_emulates_it(tmp_path: Path, mo
     (line,) = Ledger.read(plan.run).events("precision")
     assert (line["precision"], line["fast"], line["attempt"]) == ("bf16", "fp32", 2)
     assert told(line) == (
-        "the run computes in bf16, as it was begun, which this processor emulates: a projection takes "
+        "the run computes in bf16, as it began, which this processor emulates: a projection takes "
         f"{line['slowdown']:g} times as long as in fp32"
     )
 
