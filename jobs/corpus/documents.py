@@ -29,11 +29,8 @@ from jobs.corpus.text_hashes import is_blank
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
-LINE_FACTOR = {"jsonl": 6, "csv": 2}
-"""The most bytes in which a byte of text may be written: JSON's \\u0041, csv's doubled quote."""
-LINE_MARGIN_BYTES = 1 << 20
-"""Room for the other fields of a line."""
-
+_LINE_FACTOR = {"jsonl": 6, "csv": 2}  # bytes in which a byte of text may be written: \\u0041, a doubled quote
+_LINE_MARGIN_BYTES = 1 << 20  # room for the other fields of a line
 _STRINGS = (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), pa.binary_view())
 _PREVIEW_BYTES = 200
 
@@ -104,6 +101,23 @@ def named_damage(uri: str) -> Iterator[None]:
         ) from error
 
 
+def longest_line(kind: str, data: DataConfig) -> int:
+    """Returns the most bytes that a line with a document of `data.max_document_bytes` may have."""
+    return _LINE_FACTOR[kind] * data.max_document_bytes + _LINE_MARGIN_BYTES
+
+
+def stretches(
+    file: BinaryIO, max_document_bytes: int, *, start: int = 0, end: int | None = None
+) -> Iterator[tuple[int, bytes]]:
+    """Yields (offset, bytes) of the documents of a txt file: the whole of it, or the stretches of an over-long text."""
+    front = b"" if start else file.read(max_document_bytes + 1)
+    if not start and len(front) <= max_document_bytes:
+        yield 0, front
+        return
+    step = text_step(max_document_bytes)
+    yield from cut_stream(file, start, end, step=step, slack=max_document_bytes - step, front=front)
+
+
 def endless_header(uri: str) -> CorpusError:
     return CorpusError(f"the header of {uri} does not end: a quote is not closed, or lines do not end; fix the file")
 
@@ -162,17 +176,11 @@ class _Reader:
         return self.judged(text.encode(errors="surrogatepass"), offset)
 
     def txt(self, file: BinaryIO) -> Iterator[Document]:
-        limit = self.data.max_document_bytes
-        front = file.read(limit + 1) if self.part.start == 0 else b""
-        if self.part.start == 0 and len(front) <= limit:
-            yield self.judged(front.removeprefix(_BYTE_ORDER_MARK), 0)
-            return
-        step = text_step(limit)
-        for offset, raw in cut_stream(file, self.part.start, self.end, step=step, slack=limit - step, front=front):
+        for offset, raw in stretches(file, self.data.max_document_bytes, start=self.part.start, end=self.end):
             yield self.judged(raw if offset else raw.removeprefix(_BYTE_ORDER_MARK), offset)
 
     def jsonl(self, file: BinaryIO) -> Iterator[Document]:
-        limit = LINE_FACTOR["jsonl"] * self.data.max_document_bytes + LINE_MARGIN_BYTES
+        limit = longest_line("jsonl", self.data)
         for offset, line, is_whole in lines(file, self.part.start, self.end, limit=limit):
             if not is_whole:
                 yield self.dropped(line, offset, Drop.TOO_LONG)
@@ -199,7 +207,7 @@ class _Reader:
         return replace(document, replaced=True) if is_replaced and not document.drop else document
 
     def csv(self, file: BinaryIO) -> Iterator[Document]:
-        limit = LINE_FACTOR["csv"] * self.data.max_document_bytes + LINE_MARGIN_BYTES
+        limit = longest_line("csv", self.data)
         csv.field_size_limit(limit)
         column: int | None = None
         num_columns = 0

@@ -8,17 +8,16 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import BinaryIO
 
 from cluster.output.progress import progress
 from cluster.settings.run import DataConfig
 from cluster.storage.uris import Storage, join_uri, split_uri
-from jobs.corpus.chunks import Part, is_divisible, text_step
+from jobs.corpus.chunks import Part, is_divisible
 from jobs.corpus.decompression import decompressed
-from jobs.corpus.documents import LINE_FACTOR, LINE_MARGIN_BYTES, endless_header, named_damage
+from jobs.corpus.documents import endless_header, longest_line, named_damage, stretches
 from jobs.corpus.listing import CorpusFile
 from jobs.corpus.ray_data_tasks import Task, run_tasks
-from jobs.corpus.text_borders import cut_stream, lines, records
+from jobs.corpus.text_borders import lines, records
 
 PIECES = "pieces"
 
@@ -26,7 +25,7 @@ PIECES = "pieces"
 def cut_files(store: Storage, files: Sequence[CorpusFile], data: DataConfig) -> dict[int, list[Part]]:
     """Returns the pieces of the large indivisible files, which lie in `store`'s folder `pieces`. Needs Ray."""
     numbers = [n for n, file in enumerate(files) if file.size > data.shard_bytes and not is_divisible(file)]
-    tasks: list[Task] = [{"number": number, "file": asdict(files[number])} for number in numbers]
+    tasks: list[Task] = [{"number": number, "parts": [asdict(files[number])]} for number in numbers]
     pieces: dict[int, list[Part]] = {}
     if tasks:
         with progress("unpacking", total_bytes=sum(files[number].size for number in numbers)) as advance:
@@ -39,7 +38,7 @@ def cut_files(store: Storage, files: Sequence[CorpusFile], data: DataConfig) -> 
 
 def cut_file(task: Task, *, store: Storage, data: DataConfig) -> Iterator[bytes]:
     """Yields a file's parts as JSON once its pieces, and then their list, are stored."""
-    number, file = task["number"], CorpusFile(**task["file"])
+    number, file = task["number"], CorpusFile(**task["parts"][0])
     folder = store.child(f"{PIECES}/{number:05d}")
     if not folder.exists("pieces.json"):
         parts: list[Task] = []
@@ -60,9 +59,9 @@ def _pieces(file: CorpusFile, data: DataConfig) -> Iterator[tuple[int, bytes]]:
     with storage.open(name) as raw, named_damage(file.uri):
         text = decompressed(raw, file, max_ratio=data.max_compression_ratio) if file.compression else raw
         if file.kind == "txt":
-            yield from _stretches(text, data.max_document_bytes)
+            yield from stretches(text, data.max_document_bytes)
             return
-        limit = LINE_FACTOR[file.kind] * data.max_document_bytes + LINE_MARGIN_BYTES
+        limit = longest_line(file.kind, data)
         units = lines(text, limit=limit) if file.kind == "jsonl" else records(text, limit=limit)
         header, is_whole = next(units, (0, b"", True))[1:] if file.kind == "csv" else (b"", True)
         if not is_whole:
@@ -77,12 +76,3 @@ def _pieces(file: CorpusFile, data: DataConfig) -> Iterator[tuple[int, bytes]]:
                 piece = bytearray(header)
         if len(piece) > len(header) or not start:
             yield start, bytes(piece)
-
-
-def _stretches(text: BinaryIO, max_document_bytes: int) -> Iterator[tuple[int, bytes]]:
-    front = text.read(max_document_bytes + 1)
-    if len(front) <= max_document_bytes:
-        yield 0, front
-        return
-    step = text_step(max_document_bytes)
-    yield from cut_stream(text, 0, None, step=step, slack=max_document_bytes - step, front=front)

@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,12 +17,12 @@ from ray.util.annotations import RayDeprecationWarning
 from model.errors import UserError
 
 Task = dict[str, Any]
-"""A task as JSON values."""
+"""A task as JSON values; "parts" has the files, or the parts of files, that it reads, each with its URI."""
 
 Work = Callable[[Task], Iterator[bytes]]
 """Does a task and yields its results."""
 
-WORKER_DEATHS = (WorkerCrashedError, NodeDiedError, OutOfMemoryError)
+_WORKER_DEATHS = (WorkerCrashedError, NodeDiedError, OutOfMemoryError)
 _MAX_RETRIES = 3  # Ray Data would retry a file that crashes its reader forever
 
 
@@ -60,17 +60,13 @@ def run_tasks(tasks: list[Task], work: Work) -> Iterator[Result]:
                 raise UserError(row["error"])
             unfinished.pop(row["number"], None)
             yield Result(row["number"], row["content"], row["rss_bytes"])
-    except WORKER_DEATHS as error:
-        uris = [part["uri"] for task in unfinished.values() for part in task.get("parts", [task.get("file", task)])]
-        raise worker_died(uris) from error
-
-
-def worker_died(uris: Sequence[str]) -> UserError:
-    """Returns the error to raise after one of `WORKER_DEATHS` during work on these files."""
-    return UserError(
-        f"a worker died each time at one of {len(uris)} files, {', '.join(uris[:3])} first; such a file crashes its "
-        "reader or needs more memory than there is: find it with `raymill data preview` and take it out of data.source"
-    )
+    except _WORKER_DEATHS as error:
+        uris = [part["uri"] for task in unfinished.values() for part in task["parts"]]
+        raise UserError(
+            f"a worker died each time at one of {len(uris)} files, {', '.join(uris[:3])} first; such a file crashes "
+            "its reader or needs more memory than there is: find it with `raymill data preview` and take it out of "
+            "data.source"
+        ) from error
 
 
 def _perform(batch: dict[str, Any], *, work: Work) -> Iterator[dict[str, Any]]:

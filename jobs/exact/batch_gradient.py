@@ -1,4 +1,4 @@
-"""The gradient of a step's whole batch: the exact sum over lanes, or stock DistributedDataParallel.
+"""Computes the gradient of a step's whole batch: the exact sum over lanes, or stock DistributedDataParallel.
 
 B sequences in a micro-batch, T tokens of each, P parameters. A step's batch is as many micro-batches ("lanes") as the
 schedule says; its loss is the mean over all counted tokens of all lanes.
@@ -30,14 +30,14 @@ from model.training_memory import Places, large_zeros, weight_copies
 
 @dataclass(frozen=True)
 class Measured:
-    """Of a step's whole batch, equal on every rank."""
+    """The figures of a step's whole batch, equal on every rank."""
 
     loss: float  # nats per token
     norm: float  # of the gradient
 
 
 class BatchGradient:
-    """This worker's lanes of every step, and their sum with the others'."""
+    """Computes this worker's lanes of every step, and their sum with the others'."""
 
     def __init__(
         self, config: RunConfig, state: TrainState, rows: TokenStream, group: WorkerGroup, *, eot_id: int | None
@@ -61,24 +61,22 @@ class BatchGradient:
             self._sums = LaneSums(state.model, state.layout, slots, on_final=self.exchange.start)
 
     def of_step(self, step: int, timer: StepTimer) -> Measured:
-        """Puts the gradient of the whole batch into the state's buffer (only where its optimizer is sharded, this
-        rank's own parts of it)."""
-        steps = range(step, min(step + 1, self._schedule.max_steps) + 1)  # the next one's rows come meanwhile
+        """Puts the gradient of the whole batch into the state's buffer; with a sharded optimizer, only this rank's own
+        parts of it."""
+        steps = range(step, min(step + 1, self._schedule.max_steps) + 1)  # the next step's rows are read ahead
         with timer.phase("load"):
             samples = [self._samples_of(each, lane) for each in steps for lane in self._lanes(each)]
             self._rows.read_ahead(np.concatenate(samples))
         with weight_copies(self._rounded_weights()):
-            return (
-                self._exact_gradient(step, timer) if self._ddp is None else self._ddp_gradient(self._ddp, step, timer)
-            )
+            return self._ddp_gradient(self._ddp, step, timer) if self._ddp else self._exact_gradient(step, timer)
 
     def close(self) -> None:
-        """Ends what works beside the training thread."""
+        """Ends the work beside the training thread."""
         if self._ddp is None:
             self.exchange.close()
 
     def _rounded_weights(self) -> Places:
-        """The matrices as every lane of a step computes with them. They hold for that step only."""
+        """Returns the matrices as the lanes of a step compute with them, valid for that step only."""
         state, rounded = self._state, self._rounded
         if rounded is None:
             return {}
@@ -101,20 +99,20 @@ class BatchGradient:
             return Measured(*self.exchange.finish([tree_sum(subtree, losses.get) for subtree in subtrees]))
 
     def _ddp_gradient(self, ddp: DistributedDataParallel, step: int, timer: StepTimer) -> Measured:
-        """Stock DistributedDataParallel: local accumulation, one all-reduce overlapped with the last backward."""
+        """Uses stock DistributedDataParallel: local accumulation, one all-reduce overlapped with the last backward."""
         self._state.gradient.zero_()
         loss = torch.zeros((), device=self._state.device)
         lanes = self._lanes(step)
         for lane in lanes:
             ddp.require_backward_grad_sync = lane == lanes[-1]
-            # DDP takes the mean over ranks; this sum wants their total.
+            # DDP takes the mean over ranks; the scale makes it their sum.
             loss += self._lane_backward(ddp, step, lane, timer, scale=float(self._group.world_size))
         with timer.phase("sync"):
             dist.all_reduce(loss)
             return Measured(float(loss) / self._group.world_size, gradient_norm(self._state.gradient))
 
     def _lane_backward(self, loss_of: nn.Module, step: int, lane: int, timer: StepTimer, *, scale: float) -> Tensor:
-        """`scale` times the lane's share of the batch's loss, whose gradient goes to the parameters."""
+        """Returns `scale` times the lane's share of the batch's loss, after its gradient went to the parameters."""
         config, state = self._config, self._state
         with timer.phase("load"):
             batch = patiently(lambda: self._rows.samples(self._samples_of(step, lane)), "tokens")
@@ -138,25 +136,25 @@ class BatchGradient:
 
 
 def dropout_seed(seed: int, *, step: int, lane: int) -> int:
-    """Returns 63 bits of BLAKE2b: the same for whichever rank computes the lane, in whichever version of Python."""
+    """Returns 63 bits of BLAKE2b: the same for any rank that computes the lane, and in any version of Python."""
     digest = hashlib.blake2b(f"dropout:{seed}:{step}:{lane}".encode(), digest_size=8).digest()
     return int.from_bytes(digest) >> 1
 
 
 def _seed(seed: int, device: torch.device) -> None:
-    """As torch.manual_seed, which takes 0.5 ms to note down the stack for each kind of device that is not in use."""
+    """Does what torch.manual_seed does, which takes 0.5 ms to record the stack for each kind of unused device."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
 
 
 def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
-    assert config.train.precision != "auto", "it is settled before a run starts"
+    assert config.train.precision != "auto", "the precision is decided before a run starts"
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.train.precision == "bf16")
 
 
 class _LaneLoss(nn.Module):
-    """The scaled loss as a forward pass: what DistributedDataParallel wraps."""
+    """The scaled loss as a forward pass, which DistributedDataParallel can wrap."""
 
     def __init__(self, model: GPT, eot_id: int | None) -> None:
         super().__init__()

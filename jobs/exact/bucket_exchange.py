@@ -1,8 +1,8 @@
-"""Brings the ranks' subtree sums together, bucket by bucket, while backward goes on.
+"""Brings the ranks' subtree sums together, bucket by bucket, while backward continues.
 
-Of a bucket every rank sends each other rank the part that this one owns, finishes the tree over its own part, and (but
-with a sharded optimizer) sends the result to all. With one subtree a rank that is a ring all-reduce's number of bytes.
-Everything is sent from and received into buffers that last, straight from rank to rank.
+Of each bucket, every rank sends each other rank the part that the other one owns, finishes the tree over its own part,
+and sends the result to all (but not with a sharded optimizer). With one subtree per rank, the bytes are those of a ring
+all-reduce. Messages go straight from rank to rank, from and into permanent buffers.
 """
 
 import torch
@@ -17,9 +17,9 @@ from jobs.workers.worker_group import WorkerGroup
 
 
 class BucketExchange:
-    """`slots` hold this rank's subtree sums (P,), the first K of them; the first one becomes the whole sum.
+    """Exchanges the sums in `slots`, whose first K hold this rank's subtree sums (P,); the first becomes the whole sum.
 
-    With `sharded` only this rank's own parts of it do. `lane_counts` are all that steps may begin with.
+    With `sharded`, only this rank's own parts of it do. `lane_counts` has the number of lanes of every step.
     """
 
     def __init__(
@@ -34,14 +34,14 @@ class BucketExchange:
         self._block_sums: list[Tensor] = []
         self._background = background(slots[0].device)
         self.bytes_sent = 0
-        """Since the start, by this rank."""
+        """The bytes that this rank has sent since the start."""
 
     def begin(self, num_lanes: int) -> None:
-        """Before the buckets of a step of so many lanes."""
+        """Prepares for the buckets of a step of so many lanes."""
         self._root, self._nodes = range(num_lanes), self._nodes_of[num_lanes]
 
     def start(self, bucket: int) -> None:
-        """Exchanges a bucket whose subtree sums are final; every rank starts the buckets in order."""
+        """Starts the exchange of a bucket whose subtree sums are final; every rank starts the buckets in order."""
         if self._group.world_size > 1:
             self._background.submit(lambda: self._exchange(bucket))
 
@@ -49,7 +49,7 @@ class BucketExchange:
         self._background.close()
 
     def finish(self, losses: list[Tensor]) -> tuple[float, float]:
-        """Waits for all buckets. Returns the loss, from the K subtrees' sums of it, and the gradient's norm."""
+        """Waits for all buckets. Returns the loss, from its sums over the K subtrees, and the gradient's norm."""
         if self._group.world_size == 1:
             return float(losses[0]), gradient_norm(self._slots[0])
         self._background.wait()
@@ -70,7 +70,7 @@ class BucketExchange:
         return float(tree_sum(self._root, by_node.get)), norm_of(torch.cat(block_sums))
 
     def _gathered(self, own: Tensor) -> list[Tensor]:
-        """Every rank's vector; the ends of the shorter ones are padded."""
+        """Returns every rank's vector, padded to equal lengths."""
         lengths = [
             sum(len(part) for part in self._layout.parts(r, world_size=self._group.world_size)) // BLOCK + len(nodes)
             for r, nodes in enumerate(self._nodes)
@@ -103,13 +103,13 @@ class BucketExchange:
 
 
 def _nodes(num_lanes: int, *, world_size: int) -> list[list[range]]:
-    """The subtrees that each rank holds the sums of."""
+    """Returns the subtrees whose sums each rank holds."""
     lanes = [lanes_of_rank(rank, world_size=world_size, num_lanes=num_lanes) for rank in range(world_size)]
     return [maximal_subtrees(each, root=range(num_lanes)) for each in lanes]
 
 
 def gather_parts(flat: Tensor, bucket: range, group: WorkerGroup) -> int:
-    """Brings the parts of a bucket, each from the rank that owns it, to all. Returns the bytes sent."""
+    """Sends each part of a bucket from the rank that owns it to all others. Returns the bytes sent."""
     peers = _Peers(bucket, group)
     for peer, part in peers.parts():
         peers.send(at(flat, peers.own), peer)
@@ -118,7 +118,7 @@ def gather_parts(flat: Tensor, bucket: range, group: WorkerGroup) -> int:
 
 
 class _Peers:
-    """Messages between all pairs of ranks that pass at the same time."""
+    """Simultaneous messages between all pairs of ranks."""
 
     def __init__(self, bucket: range, group: WorkerGroup) -> None:
         self._rank = group.rank
@@ -131,7 +131,7 @@ class _Peers:
         return self._parts[self._rank]
 
     def parts(self) -> list[tuple[int, range]]:
-        """Of the other ranks."""
+        """Returns (rank, its part) of each other rank."""
         return [(peer, part) for peer, part in enumerate(self._parts) if peer != self._rank]
 
     def send(self, values: Tensor, peer: int) -> None:
@@ -144,7 +144,7 @@ class _Peers:
             self._operations.append(dist.P2POp(dist.irecv, values, peer))
 
     def run(self) -> int:
-        """Returns the bytes sent."""
+        """Sends and receives everything. Returns the bytes sent."""
         if self._operations:
             for work in dist.batch_isend_irecv(self._operations):
                 work.wait()
@@ -152,9 +152,10 @@ class _Peers:
 
 
 def block_square_sums(values: Tensor) -> Tensor:
-    """Sums of squares (P / BLOCK,), in float64, of values (P,) that begin at a block; the last may be short.
+    """Returns sums of squares (P / BLOCK,), in float64, of values (P,) that begin at a block; the last may be short.
 
-    The same bits for a block whichever blocks are computed with it. Within one fp32 will do: half the time of float64.
+    A block has the same bits whichever blocks are computed with it. Within a block fp32 suffices, in half the time of
+    float64.
     """
     whole = len(values) - len(values) % BLOCK
     parts = [part for part in (values[:whole].view(-1, BLOCK), values[whole:].view(1, -1)) if part.numel()]
@@ -163,10 +164,10 @@ def block_square_sums(values: Tensor) -> Tensor:
 
 
 def norm_of(block_sums: Tensor) -> float:
-    """Euclidean norm from the sums of all blocks, in order."""
+    """Returns the Euclidean norm from the sums of all blocks, in order."""
     return float(block_sums.sum().sqrt())
 
 
 def gradient_norm(gradient: Tensor) -> float:
-    """Euclidean norm (P,) → scalar."""
+    """Returns the Euclidean norm of a gradient (P,)."""
     return norm_of(block_square_sums(gradient))

@@ -1,8 +1,8 @@
-"""The exact gradient: a sum over lanes whose bits do not depend on who computed which lane.
+"""Orders the exact gradient: a sum over lanes whose bits do not depend on which rank computed which lane.
 
 Floating-point addition is not associative, so the order of a sum is part of its result. Here the order is a fixed
 binary tree over the lanes [0, num_lanes), each node split at its middle. A rank reduces its contiguous lanes to the
-maximal subtrees that they fill (`lane_sums`); the ranks exchange those by bucket and part, and each finishes the tree
+maximal subtrees that they fill (`lane_sums`). The ranks exchange these by bucket and part, and each finishes the tree
 over its own parts (`bucket_exchange`). With a power-of-two world each rank holds exactly one subtree.
 """
 
@@ -20,7 +20,7 @@ def halves(node: range) -> tuple[range, range]:
 
 
 def maximal_subtrees(lanes: range, *, root: range) -> list[range]:
-    """The fewest nodes of the tree under `root` whose leaves are exactly `lanes`, from left to right."""
+    """Returns the fewest nodes of the tree under `root` whose leaves are exactly `lanes`, from left to right."""
     if root.start >= lanes.stop or root.stop <= lanes.start:
         return []
     if lanes.start <= root.start and root.stop <= lanes.stop:
@@ -30,9 +30,9 @@ def maximal_subtrees(lanes: range, *, root: range) -> list[range]:
 
 
 def tree_sum(root: range, value_of: "Callable[[range], Tensor | None]") -> "Tensor":
-    """The sum over the tree under `root`, from the left; `value_of` gives a node's value or None to descend.
+    """Returns the sum over the tree under `root`, from the left; `value_of` returns a node's value, or None to descend.
 
-    The tensors that `value_of` returns are added to in place.
+    Adds in place to the tensors that `value_of` returns.
     """
     value = value_of(root)
     if value is not None:
@@ -43,18 +43,18 @@ def tree_sum(root: range, value_of: "Callable[[range], Tensor | None]") -> "Tens
 
 @dataclass(frozen=True)
 class LaneStep:
-    """What becomes of one lane's value, so that lanes taken in order sum along the tree in few buffers ("slots")."""
+    """Where one lane's value goes, so that lanes in order sum along the tree in few buffers ("slots")."""
 
     slot: int
-    adds: bool  # to the slot's value, its left sibling; else it replaces what the slot held
-    merges: int = 0  # then so many times slot n is added to slot n - 1, from `slot` down
+    adds: bool  # to the slot's value, its left sibling; else it replaces the slot's value
+    merges: int = 0  # how many times slot n is then added to slot n - 1, from `slot` down
 
     def __post_init__(self) -> None:
         assert 0 <= self.merges <= self.slot
 
 
 def lane_steps(lanes: range, *, num_lanes: int) -> list[LaneStep]:
-    """A step for each of a rank's lanes; after the last one slot k holds the sum of the rank's k-th subtree."""
+    """Returns a step for each of a rank's lanes; after the last one slot k holds the sum of the rank's k-th subtree."""
     subtrees = maximal_subtrees(lanes, root=range(num_lanes))
     return [step for slot, subtree in enumerate(subtrees) for step in _steps_under(subtree, slot)]
 

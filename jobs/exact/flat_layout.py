@@ -1,7 +1,7 @@
-"""Where each parameter lies in the flat buffers, and how these are cut into buckets, parts and blocks.
+"""Lays out the parameters in flat buffers, and cuts these into buckets, parts and blocks.
 
-Matrices come first and the undecayed biases and LayerNorms after them, each in the order in which backward finishes
-their gradients. A bucket is exchanged as soon as backward is done with it. Of each bucket every rank owns a part, of
+Matrices come first, then the biases and LayerNorms, which have no decay, each in the order in which backward finishes
+their gradients. A bucket is exchanged as soon as backward is done with it. Every rank owns a part of each bucket, in
 whole blocks. Blocks do not depend on the world size: the gradient's norm is summed over them.
 """
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 BLOCK = 1024
-"""Values of a block."""
+"""The number of values in a block."""
 
 # Parameters start at multiples of 64 bytes, as torch's own allocations do: vector kernels may round differently on
 # other alignments.
@@ -31,12 +31,12 @@ class FlatLayout:
     """Places in units of values."""
 
     places: dict[str, range]  # by parameter
-    boundary: int  # decayed values lie before it
-    size: int  # P, whole blocks
+    boundary: int  # values with decay lie before it
+    size: int  # P, in whole blocks
 
     @classmethod
     def of(cls, shapes: Mapping[str, Sequence[int]]) -> "FlatLayout":
-        """Of the parameters of these names and shapes, in the model's order (`model.shapes.parameter_shapes`)."""
+        """Lays out parameters by name and shape, given in the model's order (`model.shapes.parameter_shapes`)."""
         decayed = {name for name, shape in shapes.items() if len(shape) >= 2}  # as model.optimizer says
         backward_order = list(reversed(list(shapes.items())))
         places: dict[str, range] = {}
@@ -53,16 +53,12 @@ class FlatLayout:
         return [range(start, min(start + size, self.size)) for start in range(0, self.size, size)]
 
     def parts(self, rank: int, *, world_size: int) -> list[range]:
-        """What the rank owns of each bucket, in the order of buckets; may be empty."""
+        """Returns the rank's part of each bucket, in the order of buckets; a part may be empty."""
         return [part_of(bucket, rank, world_size=world_size) for bucket in self.buckets]
 
     def buckets_of(self, name: str) -> list[int]:
         place = self.places[name]
-        return [
-            index
-            for index, bucket in enumerate(self.buckets)
-            if place.start < bucket.stop and bucket.start < place.stop
-        ]
+        return [i for i, bucket in enumerate(self.buckets) if place.start < bucket.stop and bucket.start < place.stop]
 
     def view(self, flat: "Tensor", name: str, parameter: "nn.Parameter") -> "Tensor":
         place = self.places[name]
@@ -70,14 +66,14 @@ class FlatLayout:
 
 
 def part_of(bucket: range, rank: int, *, world_size: int) -> range:
-    """The blocks of the bucket that the rank owns: sizes differ by one block at most."""
+    """Returns the rank's blocks of the bucket: the ranks' parts differ by one block at most."""
     num_blocks = len(bucket) // BLOCK
     first, end = (rank * num_blocks // world_size, (rank + 1) * num_blocks // world_size)
     return range(bucket.start + first * BLOCK, bucket.start + end * BLOCK)
 
 
 def at(flat: "Tensor", place: range) -> "Tensor":
-    """The view of a flat buffer (P,) at a place."""
+    """Returns the view of a flat buffer (P,) at a place."""
     return flat[place.start : place.stop]
 
 

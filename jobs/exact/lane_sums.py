@@ -1,8 +1,8 @@
 """Sums a rank's lanes along the tree as backward brings their gradients, parameter by parameter.
 
-Autograd hands each parameter's gradient over by a hook, where it is stored or added to a flat buffer at once, or
-backward has written it there itself: nothing is zeroed or cloned between lanes. In the last lane a bucket whose
-parameters are all done is final.
+A hook of autograd stores each parameter's gradient in a flat buffer, or adds it there, at once, unless backward has
+written it there itself: nothing is zeroed or cloned between lanes. In the last lane, a bucket whose parameters are all
+done is final.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ from model.training_memory import Places, Scratch, gradient_sinks, large_zeros, 
 
 
 class LaneSums:
-    """`slots` are flat buffers (P,) each; `on_final` is told the buckets, in order, as they become final."""
+    """Sums into `slots`, flat buffers (P,) each; calls `on_final` with each bucket, in order, when it is final."""
 
     def __init__(
         self, model: nn.Module, layout: FlatLayout, slots: list[Tensor], *, on_final: Callable[[int], None]
@@ -38,7 +38,7 @@ class LaneSums:
 
     @contextmanager
     def lane(self, step: LaneStep, *, is_last: bool) -> Iterator[None]:
-        """Within it the forward and backward passes of one lane run."""
+        """Lasts for the forward and backward passes of one lane."""
         for parameter in self._parameters.values():
             parameter.grad = None
         self._step, self._is_last, self._num_taken = step, is_last, 0
@@ -48,7 +48,7 @@ class LaneSums:
                 self._unfinished[bucket] += 1
         self._next_bucket = 0
         if is_last:
-            self._tell_final()
+            self._report_final()
         try:
             with gradient_sinks(self._sinks(step)), scratch_memory(self._scratch):
                 yield
@@ -83,10 +83,10 @@ class LaneSums:
         if self._is_last:
             for bucket in self._buckets_of[name]:
                 self._unfinished[bucket] -= 1
-            self._tell_final()
+            self._report_final()
 
-    def _tell_final(self) -> None:
-        """In the order of buckets, which every rank keeps, whatever order backward took."""
+    def _report_final(self) -> None:
+        """Reports in the order of buckets, the same on every rank, whatever order backward took."""
         while self._next_bucket < self._num_buckets and not self._unfinished[self._next_bucket]:
             self._on_final(self._next_bucket)
             self._next_bucket += 1

@@ -1,4 +1,4 @@
-"""Runs calls in order beside the caller: in a thread on a CPU, on a stream of its own on a GPU."""
+"""Runs calls in order beside the caller: in a thread on a CPU, on a separate stream on a GPU."""
 
 import queue
 import threading
@@ -10,7 +10,7 @@ Call = Callable[[], None]
 
 
 class BackgroundThread:
-    """A call that fails ends the work: `wait` raises its error."""
+    """Runs calls in a thread. A call that fails ends the work: `wait` raises its error."""
 
     def __init__(self) -> None:
         self._calls: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
@@ -25,7 +25,7 @@ class BackgroundThread:
         self._calls.put(call)
 
     def wait(self) -> None:
-        """Until all submitted calls have run."""
+        """Waits until all submitted calls have run."""
         while self._num_waiting:
             self._done.acquire()
             self._num_waiting -= 1
@@ -33,7 +33,7 @@ class BackgroundThread:
             raise self._error
 
     def close(self) -> None:
-        """Ends the thread, once a call that is running ends."""
+        """Ends the thread after the call that is running."""
         self._calls.put(None)
 
     def _run(self) -> None:
@@ -47,7 +47,7 @@ class BackgroundThread:
 
 
 class SideStream:
-    """Calls that only enqueue kernels and collectives, which then run beside the caller's stream."""
+    """Runs calls that only enqueue kernels and collectives, which then run beside the caller's stream."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._stream = device, torch.cuda.Stream(device)
@@ -57,11 +57,11 @@ class SideStream:
         with torch.cuda.stream(self._stream):
             call()
 
-    def close(self) -> None:
-        pass
-
     def wait(self) -> None:
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
+    def close(self) -> None:
+        pass
 
 
 def background(device: torch.device) -> BackgroundThread | SideStream:

@@ -1,9 +1,9 @@
-"""What a training step changes: the weights and AdamW's moments, in flat buffers.
+"""Holds and updates the state that a training step changes: the weights and AdamW's moments, in flat buffers.
 
 The model's parameters and gradients are views into flat fp32 buffers (`flat_layout`), so a lane's gradient is summed,
 clipped and applied as one vector. With `train.shard_optimizer` (ZeRO-1, arXiv 1910.02054) a rank holds moments only of
-the parts that it owns, and updates only those weights, which then go round to all: the same bits, as AdamW works value
-by value.
+the parts that it owns, and updates only those weights, which it then sends to all: the same bits, because AdamW works
+value by value.
 """
 
 import math
@@ -32,9 +32,9 @@ ALONE = WorkerGroup(rank=0, world_size=1)
 
 @dataclass(frozen=True)
 class StatePart:
-    """The state at some places of the flat buffers, which only the model's shape decides.
+    """The state at some places of the flat buffers, which depend only on the model's shape.
 
-    The parts of all ranks of any world make the whole state, in a world of any size.
+    The parts of all ranks together make the whole state, whatever the size of the world that reads them.
     """
 
     places: list[range]
@@ -44,13 +44,13 @@ class StatePart:
 
 @dataclass(frozen=True)
 class _Segment:
-    """Weights that AdamW treats alike, a view of the flat buffers each."""
+    """Weights that AdamW treats alike, as views of the flat buffers."""
 
     values: Tensor
     gradient: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
-    count: Tensor  # of updates, where AdamW's kernel reads it
+    count: Tensor  # of updates, as AdamW's kernel reads it
     weight_decay: float
 
 
@@ -93,9 +93,9 @@ class TrainState:
                     )
 
     def apply(self, *, norm: float, learning_rate: float, timer: StepTimer | None = None) -> None:
-        """One AdamW step with the gradient of the whole batch, whose norm is given; every rank takes it.
+        """Takes one AdamW step, on every rank, with the gradient of the whole batch and its norm.
 
-        The weights' way round, where the optimizer is sharded, is phase `sync` of the timer.
+        With a sharded optimizer, the exchange of the weights is phase `sync` of the timer.
         """
         grad_clip = self._config.grad_clip
         if grad_clip and norm > grad_clip:
@@ -126,9 +126,9 @@ class TrainState:
                 self.bytes_sent += gather_parts(self.values, bucket, self._group)
 
     def flat_moments(self) -> dict[str, Tensor]:
-        """AdamW's moments (P,) for a checkpoint: where they lie, not a copy, unless the optimizer is sharded.
+        """Returns AdamW's moments (P,) for a checkpoint, as views unless the optimizer is sharded.
 
-        Of a sharded optimizer all ranks must ask together, and rank 0 gets them; the others get an empty dict.
+        With a sharded optimizer all ranks must call together; rank 0 gets the moments, the others an empty dict.
         """
         if not self.is_sharded:
             return dict(self._moments)
@@ -136,20 +136,20 @@ class TrainState:
         return {name: flat for name, flat in whole.items() if flat is not None}
 
     def by_parameter(self, flat: Tensor) -> dict[str, Tensor]:
-        """Views of a flat buffer (P,)."""
+        """Returns views of a flat buffer (P,)."""
         return {name: self.layout.view(flat, name, weights) for name, weights in self.model.named_parameters()}
 
     def is_finite(self) -> bool:
-        """Whether every weight is: one pass, and nothing allocated."""
+        """Reports whether every weight is finite, in one pass and without allocating."""
         return all(math.isfinite(float(bound)) for bound in self.values.aminmax())
 
     def moments(self) -> dict[str, Tensor]:
-        """A copy of AdamW's state by parameter, as `load_moments` takes it; asked for as `flat_moments` is."""
+        """Returns a copy of AdamW's state by parameter, for `load_moments`; to be called as `flat_moments` is."""
         flat = {name: values.clone() for name, values in self.flat_moments().items()}
         return checkpoint_moments(self, flat, num_updates=self.num_updates) if flat else {}
 
     def load_moments(self, tensors: Mapping[str, Tensor]) -> None:
-        """The reverse of `moments`, of which each rank takes what it owns."""
+        """Loads what `moments` returned; each rank takes the parts that it owns."""
         self._set_num_updates(int(tensors["step"]))
         for moment, own in self._moments.items():
             flat = torch.zeros_like(self.values)
@@ -158,7 +158,7 @@ class TrainState:
             own.copy_(_joined(flat, self._owned))
 
     def own_state(self) -> StatePart:
-        """A copy of this rank's share of the state, 1 / W of it whether or not the optimizer is sharded."""
+        """Returns a copy of this rank's share of the state, 1 / W of it whether or not the optimizer is sharded."""
         shares = self._shares()
         moments = {
             name: flat.clone() if self.is_sharded else _joined(flat, shares) for name, flat in self._moments.items()
@@ -166,7 +166,7 @@ class TrainState:
         return StatePart(shares, {"values": _joined(self.values, shares), **moments}, self.num_updates)
 
     def load_state(self, parts: Iterable[StatePart]) -> None:
-        """Takes over the state from parts that together make the whole, from a world of any size."""
+        """Loads the state from parts that together make the whole, from a world of any size."""
         whole = {name: torch.zeros_like(self.values) for name in MOMENTS} | {"values": self.values}
         num_loaded = 0
         for part in parts:
@@ -189,7 +189,7 @@ class TrainState:
                 segment.count.fill_(number)
 
     def _on_rank_0(self, own: Tensor) -> Tensor | None:
-        """The whole of a sharded moment (P,) on rank 0."""
+        """Returns the whole of a sharded moment (P,) on rank 0."""
         if self._group.rank:
             dist.send(own, 0)
             return None
@@ -205,12 +205,12 @@ class TrainState:
 
 
 def _joined(flat: Tensor, places: list[range]) -> Tensor:
-    """A copy of the places of a flat buffer, end to end."""
+    """Returns a copy of the places of a flat buffer, end to end."""
     return torch.cat([at(flat, place) for place in places])
 
 
 def checkpoint_moments(state: TrainState, flat: Mapping[str, Tensor], *, num_updates: int) -> dict[str, Tensor]:
-    """What a checkpoint holds of flat moments (P,)."""
+    """Returns the tensors of a checkpoint, from flat moments (P,)."""
     tensors = {"step": torch.tensor(num_updates, dtype=torch.int64)}
     for moment in MOMENTS:
         tensors |= {f"{moment}.{name}": view for name, view in state.by_parameter(flat[moment]).items()}

@@ -159,14 +159,8 @@ class RunCheckpoints:
         """Deletes the checkpoints that `superseded` names, manifest first: the rest is then no checkpoint."""
         folders = {name: files for name, files in self._folders().items() if QUARANTINED not in files}
         complete = {name for name, files in folders.items() if MANIFEST in files}
-        gone = superseded(
-            complete,
-            keep=keep,
-            verified=verified,
-            pinned=pinned,
-            val_losses=val_losses,
-            incomplete=folders.keys() - complete,
-        )
+        torn = folders.keys() - complete
+        gone = superseded(complete, torn, keep=keep, verified=verified, pinned=pinned, val_losses=val_losses)
         for name in gone:
             self.check_fence()
             self._storage.delete(f"{name}/{MANIFEST}")

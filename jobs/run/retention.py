@@ -23,12 +23,12 @@ def step_of(name: str) -> int:
 
 def superseded(
     complete: Collection[str],
+    incomplete: Collection[str],
     *,
     keep: CheckpointConfig,
     verified: Collection[str],
     pinned: Collection[str] = (),
     val_losses: Mapping[str, float] | None = None,
-    incomplete: Collection[str] = (),
 ) -> list[str]:
     """Returns the checkpoints to delete, oldest first; none before two were verified.
 

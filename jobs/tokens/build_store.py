@@ -6,6 +6,7 @@ job that was killed continues where it was. The manifest comes last: without one
 """
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -64,7 +65,7 @@ def token_store(config: RunConfig) -> Storage:
 def tokenize(config: RunConfig) -> dict[str, Any]:
     """Makes the token store of `config.data` under `config.storage`, or finds it there. Needs Ray.
 
-    Raises `CorpusError`, also when no document is left to tokenize, and `LeaseHeldError` while another run writes it.
+    Raises `UserError`, also when no document is left to tokenize, and `LeaseHeldError` while another run writes it.
     """
     builder = _builder(config)
     if skipped := builder.listing.skipped:
@@ -193,7 +194,7 @@ class _Builder:
         with DataProgress("tokenizing", total_bytes=total_bytes, num_tasks=len(chunks)) as progress:
             progress.drop(dropped)
             for answer in run_tasks([tasks[chunk.number] for chunk in ordered], writer):
-                chunk, result = ordered[answer.number], ChunkResult.from_bytes(answer.content)
+                chunk, result = ordered[answer.number], ChunkResult.from_values(json.loads(answer.content))
                 tokens = sum(shard.tokens for shard in result.shards)
                 progress.advance(chunk.bytes, documents=result.documents, tokens=tokens, rss_bytes=answer.rss_bytes)
                 progress.drop({Drop.CONTAMINATED.value: result.contaminated})

@@ -7,7 +7,7 @@ from typing import Any
 from cluster.output.progress import progress
 from cluster.storage.uris import Storage, open_storage
 from jobs.tokens.shard_writer import file_sha256
-from jobs.tokens.token_store import MANIFEST, SOURCES, Manifest, TokenStoreError, read_manifest, token_dtype
+from jobs.tokens.token_store import MANIFEST, SOURCES, SPLITS, Manifest, TokenStoreError, read_manifest, token_dtype
 
 _READERS = 4
 
@@ -39,8 +39,7 @@ def stats(store: Storage) -> dict[str, Any]:
         "bytes_per_token": round(manifest.total("bytes") / max(1, tokens - documents), 3),
         "tokens_per_document": round(tokens / max(1, documents), 1),
         "splits": {
-            split: {name: manifest.total(name, split) for name in ("documents", "tokens", "bytes")}
-            for split in ("train", "val")
+            split: {name: manifest.total(name, split) for name in ("documents", "tokens", "bytes")} for split in SPLITS
         },
         "sources": _sources(manifest, json.loads(store.read_bytes(SOURCES))),
         "shards": len(manifest.shards),

@@ -10,7 +10,7 @@ from cluster.output.progress import progress
 from cluster.storage.uris import Storage, open_storage
 from jobs.corpus.listing import CorpusError
 from jobs.tokens.shard_writer import ChunkResult, file_sha256
-from jobs.tokens.token_store import TOKENIZER, Shard, TokenStoreError, read_manifest
+from jobs.tokens.token_store import TOKENIZER, Shard, TokenStoreError, read_manifest, shard_file
 from model.tokenizer import Tokenizer
 
 
@@ -38,7 +38,7 @@ def copy_shards(
         with progress(f"copying {location}", total_bytes=sum(shard.bytes for shard in manifest.shards)) as advance:
             for shard in manifest.shards:
                 number = first_chunk + len(results)
-                name = f"{'shard' if shard.split == 'train' else 'val'}-{number:05d}.bin"
+                name = shard_file(shard.split, number)
                 copy = replace(shard, file=name, source=source)
                 if not (store.exists(name) and file_sha256(store, name) == shard.sha256):
                     _copy(other, shard, store, copy)

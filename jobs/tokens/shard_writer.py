@@ -26,7 +26,7 @@ from jobs.corpus.documents import Document, Drop
 from jobs.corpus.listing import CorpusError
 from jobs.corpus.ray_data_tasks import Task
 from jobs.corpus.text_borders import cut_text
-from jobs.tokens.token_store import DropSample, Shard, Split, canonical_json, token_dtype
+from jobs.tokens.token_store import SPLITS, DropSample, Shard, canonical_json, shard_file, token_dtype
 from model.bulk_encoder import BulkEncoder, Encoder, PlainEncoder
 from model.tokenizer import Tokenizer
 
@@ -43,13 +43,6 @@ class ChunkResult:
     replaced: int = 0
     contaminated: int = 0
     samples: dict[str, list[DropSample]] = field(default_factory=dict)
-
-    def to_bytes(self) -> bytes:
-        return canonical_json(asdict(self))
-
-    @classmethod
-    def from_bytes(cls, content: bytes) -> Self:
-        return cls.from_values(json.loads(content))
 
     @classmethod
     def from_values(cls, values: dict[str, Any]) -> Self:
@@ -88,7 +81,7 @@ class ChunkWriter:
         if result is None:
             result = self._write(task, codes, tokenizer, encoder)
             self.store.write_bytes(sidecar, canonical_json({"made_of": made_of, "result": asdict(result)}))
-        yield result.to_bytes()
+        yield canonical_json(asdict(result))
 
     def _finished(self, sidecar: str, made_of: dict[str, str]) -> ChunkResult | None:
         try:
@@ -111,7 +104,7 @@ class ChunkWriter:
         digest = hashlib.sha256()
         result = ChunkResult(documents=len(codes))
         ngrams = validation_ngrams(self.store, self.ngrams_hash) if self.ngrams_hash else None
-        names: dict[Split, str] = {split: f"{name}-{task['number']:05d}.bin" for split, name in _FILE_NAMES.items()}
+        names = {split: shard_file(split, task["number"]) for split in SPLITS}
         with ExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="raymill-shard-")))
             dtype = token_dtype(tokenizer.vocab_size)
@@ -139,9 +132,6 @@ class ChunkWriter:
                     result.shards.append(Shard(names[split], split, task["source"], **writer.finished()))
                     self.store.upload_file(folder / names[split], names[split])
         return result
-
-
-_FILE_NAMES: dict[Split, str] = {"train": "shard", "val": "val"}
 
 
 def _changed(parts: Sequence[Part]) -> CorpusError:

@@ -26,6 +26,7 @@ SOURCES = "sources.json"
 TOKENIZER = "tokenizer.json"
 
 Split = Literal["train", "val"]
+SPLITS: tuple[Split, ...] = ("train", "val")
 
 
 class TokenStoreError(UserError):
@@ -81,7 +82,7 @@ class Manifest:
             "format_version": FORMAT_VERSION,
             "dtype": token_dtype(self.vocab_size).name,
             "totals": {name: self.total(name) for name in fields}  # type: ignore[arg-type]
-            | {f"{split}_{name}": self.total(name, split) for split in ("train", "val") for name in fields},  # type: ignore[arg-type]
+            | {f"{split}_{name}": self.total(name, split) for split in SPLITS for name in fields},  # type: ignore[arg-type]
         }
         return canonical_json(dataclasses.asdict(self) | derived)
 
@@ -116,6 +117,10 @@ class Manifest:
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
     """Returns little-endian integers, of 16 bits if every id fits."""
     return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
+
+
+def shard_file(split: Split, number: int) -> str:
+    return f"{'shard' if split == 'train' else 'val'}-{number:05d}.bin"
 
 
 def in_order(shards: Iterable[Shard]) -> tuple[Shard, ...]:

@@ -2,15 +2,13 @@
 
 import hashlib
 import math
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
 from itertools import groupby, islice
 from typing import Any
-
-import ray
-from ray.exceptions import RayTaskError
 
 from cluster.output.progress import say
 from cluster.settings.run import DataConfig, RunConfig
@@ -20,13 +18,12 @@ from jobs.cleaning.quality_rules import failed_rule
 from jobs.corpus.chunks import Part, whole_file
 from jobs.corpus.documents import read_documents
 from jobs.corpus.listing import CorpusFile, Listing, empty_corpus, list_corpus
-from jobs.corpus.ray_data_tasks import WORKER_DEATHS, worker_died
+from jobs.corpus.ray_data_tasks import Task, run_tasks
 from jobs.corpus.sample_places import is_sampled, sample_places
 from jobs.corpus.text_borders import cut_text
 from jobs.corpus.text_hashes import document_hash, normalized
 from jobs.tokens.ready_shards import store_tokenizer
 from jobs.tokens.token_store import canonical_json
-from model.errors import UserError
 from model.tokenizer import Tokenizer, train_bpe
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -65,16 +62,9 @@ def ensure_tokenizer(config: RunConfig, listing: Listing | None = None) -> tuple
     uri = join_uri(folder.uri, TOKENIZER_FILE)
     if not folder.exists(TOKENIZER_FILE):
         say(f"training a tokenizer of up to {config.data.vocab_size} ids on {len(listing.files)} files")
-        task = ray.remote(num_cpus=1)(_train)
-        try:
-            trained = ray.get(task.remote(listing.files, config.data))
-        except RayTaskError as error:
-            if isinstance(error.cause, UserError):
-                raise error.cause from error
-            raise
-        except WORKER_DEATHS as error:
-            raise worker_died([file.uri for file in listing.files]) from error
-        folder.write_bytes(TOKENIZER_FILE, trained)
+        files = [asdict(file) for file in listing.files]
+        (trained,) = run_tasks([{"parts": files}], partial(train_tokenizer, data=config.data))
+        folder.write_bytes(TOKENIZER_FILE, trained.content)
     tokenizer = Tokenizer.from_json(folder.read_bytes(TOKENIZER_FILE))
     if tokenizer.vocab_size < config.data.vocab_size:
         say(f"the corpus is small: its tokenizer has {tokenizer.vocab_size} ids, not {config.data.vocab_size}")
@@ -91,10 +81,10 @@ def load_tokenizer(uri: str) -> tuple[Tokenizer, str]:
         raise NotFoundError(f"data.tokenizer={uri!r}: {error}") from error
 
 
-def _train(files: list[CorpusFile], data: DataConfig) -> bytes:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the task owns one CPU
-    sample = sample_texts(files, data)
-    return train_bpe(sample, vocab_size=data.vocab_size, normalize=data.normalize).to_json()
+def train_tokenizer(task: Task, *, data: DataConfig) -> Iterator[bytes]:
+    """Yields the tokenizer.json of the files of a task."""
+    sample = sample_texts([CorpusFile(**file) for file in task["parts"]], data)
+    yield train_bpe(sample, vocab_size=data.vocab_size, normalize=data.normalize).to_json()
 
 
 def sample_texts(files: Sequence[CorpusFile], data: DataConfig) -> Iterator[str]:

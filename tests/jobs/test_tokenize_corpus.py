@@ -224,7 +224,7 @@ def test_invalid_utf8_can_stop_the_job(ray_workers: int, tmp_path: Path) -> None
     with pytest.raises(UserError, match=r"b\.txt is not UTF-8 at byte 3; convert the file") as caught:
         tokenize(data_config(str(tmp_path), tmp_path / "storage", **settings))
     assert "\n" not in str(caught.value)
-    with pytest.raises(CorpusError, match=r"b\.txt is not UTF-8 at byte 3"):  # the tokenizer meets it first
+    with pytest.raises(UserError, match=r"b\.txt is not UTF-8 at byte 3"):  # the tokenizer meets it first
         tokenize(data_config(str(tmp_path), tmp_path / "storage", invalid_utf8="fail"))
 
 
@@ -232,7 +232,7 @@ def test_an_empty_corpus_says_what_was_dropped(ray_workers: int, tmp_path: Path)
     for name, content in {"a": b"", "b": b"\x00\x01", "c": b" \n"}.items():
         (tmp_path / f"{name}.txt").write_bytes(content)
     expected = r"the corpus is empty: 3 files, 3 documents dropped \(2 empty, 1 binary\); check data.source"
-    with pytest.raises(CorpusError, match=expected):
+    with pytest.raises(UserError, match=expected):
         tokenize(data_config(str(tmp_path), tmp_path / "storage"))
     (tmp_path / "good.txt").write_text("a tokenizer needs text")
     _, tokenizer_uri = ensure_tokenizer(data_config(f"{tmp_path}/good.txt", tmp_path / "storage"))

@@ -16,8 +16,9 @@ from cluster.settings.run import DataConfig
 from cluster.storage.uris import NotFoundError, open_storage, split_uri
 from jobs.corpus.chunks import Part
 from jobs.corpus.documents import Document, read_documents
-from jobs.corpus.listing import CorpusError, list_corpus
+from jobs.corpus.listing import list_corpus
 from jobs.tokens.train_tokenizer import ensure_tokenizer, run, sample_texts
+from model.errors import UserError
 from model.tokenizer import train_bpe
 from tests.jobs.corpora import data_config, make_corpus
 
@@ -144,7 +145,7 @@ def test_little_of_a_large_corpus_is_read_and_every_document_may_be(
 
 def test_an_empty_corpus_stops_the_training(ray_workers: int, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\x00")
-    with pytest.raises(CorpusError, match=r"the corpus is empty: 1 files, 1 documents dropped \(1 binary\)"):
+    with pytest.raises(UserError, match=r"the corpus is empty: 1 files, 1 documents dropped \(1 binary\)"):
         ensure_tokenizer(data_config(str(tmp_path), tmp_path / "storage"))
 
 
