@@ -143,13 +143,8 @@ class TrainState:
         """Reports whether every weight is finite, in one pass and without allocating."""
         return all(math.isfinite(float(bound)) for bound in self.values.aminmax())
 
-    def moments(self) -> dict[str, Tensor]:
-        """Returns a copy of AdamW's state by parameter, for `load_moments`; to be called as `flat_moments` is."""
-        flat = {name: values.clone() for name, values in self.flat_moments().items()}
-        return checkpoint_moments(self, flat, num_updates=self.num_updates) if flat else {}
-
     def load_moments(self, tensors: Mapping[str, Tensor]) -> None:
-        """Loads what `moments` returned; each rank takes the parts that it owns."""
+        """Loads the tensors of `checkpoint_moments`; each rank takes the parts that it owns."""
         self._set_num_updates(int(tensors["step"]))
         for moment, own in self._moments.items():
             flat = torch.zeros_like(self.values)

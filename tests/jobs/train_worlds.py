@@ -28,6 +28,7 @@ from jobs.run.step_timer import StepTimer
 from jobs.workers.worker_group import WorkerGroup
 from model.checkpoint import parameter_hash
 from model.gpt import GPT
+from tests.jobs.train_states import moments
 
 NUM_STEPS = 4
 RESIZES = random.Random(8).choices(range(1, 6), k=NUM_STEPS)  # the world's size at each step
@@ -137,7 +138,7 @@ def worlds(rank: int, max_world_size: int, folder: Path) -> Iterator[tuple[str, 
 def hand_over(trainer: Trainer, group: WorkerGroup, path: Path, *, in_parts: bool) -> None:
     """The state to the next world: as in-memory snapshots do, or as checkpoints do."""
     state = trainer.state
-    kept = {"parts": group.gather(state.own_state())} if in_parts else {"moments": state.moments()}
+    kept = {"parts": group.gather(state.own_state())} if in_parts else {"moments": moments(state)}
     if group.rank == 0:
         torch.save(kept | {"weights": state.model.state_dict()}, path)
 

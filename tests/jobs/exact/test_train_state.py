@@ -2,14 +2,11 @@
 
 import itertools
 import math
-from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from cluster.settings.run import TrainConfig
 from jobs.exact.bucket_exchange import gradient_norm
@@ -17,41 +14,8 @@ from jobs.exact.flat_layout import BLOCK
 from jobs.exact.train_state import TrainState
 from jobs.workers.worker_group import WorkerGroup
 from model.checkpoint import parameter_hash
-from model.config import resolve_preset
-from model.gpt import GPT
 from model.optimizer import decay_parameter_names
-
-RATE = 1e-2
-
-
-def make_model(**changes: Any) -> GPT:
-    # Odd sizes, so that no parameter but by padding ends at a multiple of 16 values.
-    shape = {"preset": "tiny", "n_embd": 18, "n_inner": 31, "n_positions": 9, "vocab_size": 301}
-    model = GPT(resolve_preset(shape | changes))
-    model.init_weights(0)
-    return model
-
-
-def make_state(model: GPT | None = None, **settings: Any) -> TrainState:
-    config = TrainConfig(**({"weight_decay": 0.3, "grad_clip": 0.0} | settings))
-    return TrainState(model or make_model(), config, device=torch.device("cpu"))
-
-
-def gradients(state: TrainState, count: int, *, scale: float = 1.0) -> Iterator[Tensor]:
-    """Real gradients (P,) of random batches: each is left in the buffer, and copied."""
-    for seed in range(count):
-        tokens = torch.randint(0, 301, (3, 10), generator=torch.Generator().manual_seed(seed))
-        state.gradient.zero_()
-        (state.model.loss(tokens[:, :-1], tokens[:, 1:]) * scale).backward()
-        yield state.gradient.clone()
-
-
-def apply(state: TrainState, gradient: Tensor, *, learning_rate: float) -> float:
-    """Returns the gradient's norm."""
-    state.gradient.copy_(gradient)
-    norm = gradient_norm(state.gradient)
-    state.apply(norm=norm, learning_rate=learning_rate)
-    return norm
+from tests.jobs.train_states import RATE, apply, gradients, make_model, make_state, moments
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -169,33 +133,22 @@ def test_moments_carry_on_with_the_same_bits(num_before: int) -> None:
     steps = list(gradients(whole, 6))  # of the initial weights: the optimizer does not mind
     for gradient in steps[:num_before]:
         apply(whole, gradient, learning_rate=RATE)
-    moments = whole.moments()
+    stored = moments(whole)
     names = [name for name, _ in whole.model.named_parameters()]
-    assert set(moments) == {"step"} | {f"{m}.{name}" for m in ("exp_avg", "exp_avg_sq") for name in names}
-    assert int(moments["step"]) == num_before
-    assert moments["exp_avg.transformer.wte.weight"].shape == whole.model.get_parameter(names[0]).shape
+    assert set(stored) == {"step"} | {f"{m}.{name}" for m in ("exp_avg", "exp_avg_sq") for name in names}
+    assert int(stored["step"]) == num_before
+    assert stored["exp_avg.transformer.wte.weight"].shape == whole.model.get_parameter(names[0]).shape
 
     model = make_model()
     model.load_state_dict(whole.model.state_dict())
     resumed = make_state(model)
-    resumed.load_moments({name: tensor.clone() for name, tensor in moments.items()})
+    resumed.load_moments({name: tensor.clone() for name, tensor in stored.items()})
     for gradient in steps[num_before:]:
         apply(whole, gradient, learning_rate=RATE)
         apply(resumed, gradient, learning_rate=RATE)
     assert parameter_hash(resumed.model.state_dict()) == parameter_hash(whole.model.state_dict())
-    again, first = resumed.moments(), whole.moments()
+    again, first = moments(resumed), moments(whole)
     assert all(torch.equal(again[name], first[name]) for name in first)
-
-
-def test_moments_are_a_copy() -> None:
-    state = make_state()
-    first, second = gradients(state, 2)
-    apply(state, first, learning_rate=RATE)
-    moments = state.moments()
-    kept = {name: tensor.clone() for name, tensor in moments.items()}
-    apply(state, second, learning_rate=RATE)
-    assert all(torch.equal(moments[name], kept[name]) for name in kept)
-    assert not torch.equal(state.moments()["exp_avg.transformer.wte.weight"], kept["exp_avg.transformer.wte.weight"])
 
 
 def test_parts_of_any_world_make_the_state_in_any_other() -> None:
@@ -209,12 +162,12 @@ def test_parts_of_any_world_make_the_state_in_any_other() -> None:
             model = make_model()
             model.load_state_dict(whole.model.state_dict())
             state = TrainState(model, TrainConfig(), device=torch.device("cpu"), group=WorkerGroup(rank, world_size))
-            state.load_moments(whole.moments())
+            state.load_moments(moments(whole))
             ranks.append(state)
         fresh = make_state(make_model())
         fresh.load_state([state.own_state() for state in ranks])
         assert parameter_hash(fresh.model.state_dict()) == parameter_hash(whole.model.state_dict())
-        first, again = whole.moments(), fresh.moments()
+        first, again = moments(whole), moments(fresh)
         assert all(torch.equal(again[name], first[name]) for name in first)
         assert fresh.num_updates == 3
 

@@ -1,6 +1,5 @@
 """Two slots in shared memory: a writer that is killed at any moment leaves one of them whole, and damage is seen."""
 
-import os
 import random
 import signal
 import subprocess
@@ -13,49 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs.snapshots.slots import Bytes, Header, Slots
-
-NUM_BYTES = 3 * (5 << 18)  # three tensors of more than a chunk each
-WRITER = """
-import os, sys
-from tests.jobs.snapshots.test_slots import arrays, header_of, mapped
-slots = mapped(sys.argv[1])
-step = int(sys.argv[2])
-while True:
-    step += 1
-    slots.write(header_of(step), arrays(step))
-    os.write(1, b"%d\\n" % step)
-"""
-
-
-def mapped(path: str | Path) -> Slots:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
-    os.ftruncate(descriptor, Slots.bytes_needed(NUM_BYTES))
-    slots = Slots(descriptor)
-    os.close(descriptor)
-    return slots
-
-
-def arrays(step: int) -> list[Bytes]:
-    """Three tensors whose every value tells the step."""
-    return [np.full(NUM_BYTES // 12, step + part, np.float32).view(np.uint8) for part in range(3)]
-
-
-def header_of(step: int) -> Header:
-    return Header(
-        identity="run",
-        sequence=0,
-        attempt=1,
-        step=step,
-        rank=0,
-        world_size=1,
-        num_updates=step,
-        places=[(0, NUM_BYTES // 12)],
-        names=["values", "exp_avg", "exp_avg_sq"],
-        num_bytes=0,
-        checksum=0,
-        carried={"losses": [0.1, 0.2]},
-    )
+from jobs.snapshots.slots import Bytes, Slots
+from tests.jobs.slot_writer import NUM_BYTES, arrays, header_of, mapped
 
 
 def whole_steps(slots: Slots) -> list[int]:
@@ -92,7 +50,8 @@ def test_a_writer_killed_at_any_moment_leaves_a_whole_slot(path: Path) -> None:
     rng, step = random.Random(7), 0
     slots = mapped(path)
     for _ in range(8):
-        with subprocess.Popen([sys.executable, "-c", WRITER, str(path), str(step)], stdout=subprocess.PIPE) as writer:
+        command = [sys.executable, "-m", "tests.jobs.slot_writer", str(path), str(step)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as writer:
             assert writer.stdout is not None
             told = int(writer.stdout.readline())
             time.sleep(rng.random() * 0.02)

@@ -21,8 +21,8 @@ from jobs.snapshots.snapshots import Snapshot, Snapshots, state_part, whole_stat
 from jobs.training.train_loop import train
 from jobs.workers.worker_group import WorkerGroup
 from model.checkpoint import parameter_hash
-from tests.jobs.exact.test_train_state import RATE, apply, gradients, make_model
 from tests.jobs.runs import tiny_plan
+from tests.jobs.train_states import RATE, apply, gradients, make_model
 
 SIZE = 12 << 12
 

@@ -26,6 +26,7 @@ from model.config import resolve_preset
 from model.gpt import GPT
 from model.tokenizer import train_bpe
 from tests.cluster.fault_proxy import running_proxy
+from tests.jobs.train_states import moments as moments_of
 from tests.time_limits import limit_s
 from tests.waiting import wait_until
 
@@ -87,7 +88,7 @@ def test_the_copy_of_its_moment_is_stored_while_the_state_changes(run: Storage, 
     hashes, moments = {}, {}
     for step in (1, 2, 3):
         hashes[step] = saving.step(step)
-        moments[step] = {name: tensor.clone() for name, tensor in saving.state.moments().items()}
+        moments[step] = {name: tensor.clone() for name, tensor in moments_of(saving.state).items()}
         saving.state.values.zero_()  # the next step, as early as it could be
         for flat in saving.state.flat_moments().values():
             flat.fill_(step)

@@ -1,0 +1,52 @@
+"""Writes one state after another into slots until it is killed, and prints each step that it has written.
+
+python -m tests.jobs.slot_writer PATH STEP
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from jobs.snapshots.slots import Bytes, Header, Slots
+
+NUM_BYTES = 3 * (5 << 18)  # three tensors of more than a chunk each
+
+
+def mapped(path: str | Path) -> Slots:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+    os.ftruncate(descriptor, Slots.bytes_needed(NUM_BYTES))
+    slots = Slots(descriptor)
+    os.close(descriptor)
+    return slots
+
+
+def arrays(step: int) -> list[Bytes]:
+    """Three tensors whose every value tells the step."""
+    return [np.full(NUM_BYTES // 12, step + part, np.float32).view(np.uint8) for part in range(3)]
+
+
+def header_of(step: int) -> Header:
+    return Header(
+        identity="run",
+        sequence=0,
+        attempt=1,
+        step=step,
+        rank=0,
+        world_size=1,
+        num_updates=step,
+        places=[(0, NUM_BYTES // 12)],
+        names=["values", "exp_avg", "exp_avg_sq"],
+        num_bytes=0,
+        checksum=0,
+        carried={"losses": [0.1, 0.2]},
+    )
+
+
+if __name__ == "__main__":
+    slots, step = mapped(sys.argv[1]), int(sys.argv[2])
+    while True:
+        step += 1
+        slots.write(header_of(step), arrays(step))
+        os.write(1, b"%d\n" % step)

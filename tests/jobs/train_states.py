@@ -1,0 +1,51 @@
+"""Small training states, real gradients for them, and their moments as a checkpoint has them."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cluster.settings.run import TrainConfig
+from jobs.exact.bucket_exchange import gradient_norm
+from jobs.exact.train_state import TrainState, checkpoint_moments
+from model.config import resolve_preset
+from model.gpt import GPT
+
+RATE = 1e-2
+
+
+def make_model(**changes: Any) -> GPT:
+    # Odd sizes, so that no parameter but by padding ends at a multiple of 16 values.
+    shape = {"preset": "tiny", "n_embd": 18, "n_inner": 31, "n_positions": 9, "vocab_size": 301}
+    model = GPT(resolve_preset(shape | changes))
+    model.init_weights(0)
+    return model
+
+
+def make_state(model: GPT | None = None, **settings: Any) -> TrainState:
+    config = TrainConfig(**({"weight_decay": 0.3, "grad_clip": 0.0} | settings))
+    return TrainState(model or make_model(), config, device=torch.device("cpu"))
+
+
+def gradients(state: TrainState, count: int, *, scale: float = 1.0) -> Iterator[Tensor]:
+    """Real gradients (P,) of random batches: each is left in the buffer, and copied."""
+    for seed in range(count):
+        tokens = torch.randint(0, 301, (3, 10), generator=torch.Generator().manual_seed(seed))
+        state.gradient.zero_()
+        (state.model.loss(tokens[:, :-1], tokens[:, 1:]) * scale).backward()
+        yield state.gradient.clone()
+
+
+def apply(state: TrainState, gradient: Tensor, *, learning_rate: float) -> float:
+    """Returns the gradient's norm."""
+    state.gradient.copy_(gradient)
+    norm = gradient_norm(state.gradient)
+    state.apply(norm=norm, learning_rate=learning_rate)
+    return norm
+
+
+def moments(state: TrainState) -> dict[str, Tensor]:
+    """Returns a copy of AdamW's state by parameter."""
+    flat = {name: values.clone() for name, values in state.flat_moments().items()}
+    return checkpoint_moments(state, flat, num_updates=state.num_updates) if flat else {}
