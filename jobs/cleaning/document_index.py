@@ -23,9 +23,7 @@ from jobs.corpus.ray_data_tasks import Task, run_tasks
 from jobs.corpus.text_hashes import HASH_BYTES, document_hash, normalized, word_ngrams
 
 INDEX = "index"
-
-DROP_CODES = [None, *Drop]
-"""The reason of each drop code, which is an index into this list; code 0 is kept."""
+DROP_CODES = [None, *Drop]  # the reason of each drop code, which is an index into this list; code 0 is kept
 
 
 @dataclass(frozen=True)

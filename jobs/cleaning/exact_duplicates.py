@@ -42,9 +42,7 @@ class Duplicates(DocumentSearch):
 
 Signatures = npt.NDArray[np.uint16]
 
-NGRAM_WORDS = 3
-"""The number of words in a row that make one unit of comparison."""
-
+NGRAM_WORDS = 3  # words in a row that make one unit of comparison
 SIGNATURE_SIZE = 128
 _SIGNATURE_BYTES = 2 * SIGNATURE_SIZE
 _BIN_BITS = 7

@@ -20,9 +20,7 @@ from jobs.cleaning.document_index import DROP_CODES, ChunkIndex
 from jobs.cleaning.exact_duplicates import Duplicates, NearDuplicates
 from jobs.corpus.documents import Drop
 
-Codes = npt.NDArray[np.uint8]
-"""The code of each of a chunk's N documents: 0 is training, `HELD_OUT` validation; others are drop codes."""
-
+Codes = npt.NDArray[np.uint8]  # (N,) of a chunk's documents: 0 trains, `HELD_OUT` validates, others are drop codes
 HELD_OUT = 255
 
 

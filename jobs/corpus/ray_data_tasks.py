@@ -16,11 +16,8 @@ from ray.util.annotations import RayDeprecationWarning
 
 from model.errors import UserError
 
-Task = dict[str, Any]
-"""A task as JSON values; "parts" has the files, or the parts of files, that it reads, each with its URI."""
-
-Work = Callable[[Task], Iterator[bytes]]
-"""Does a task and yields its results."""
+Task = dict[str, Any]  # JSON values; "parts" has the files, or the parts of files, that it reads, each with its URI
+Work = Callable[[Task], Iterator[bytes]]  # does a task and yields its results
 
 _WORKER_DEATHS = (WorkerCrashedError, NodeDiedError, OutOfMemoryError)
 _MAX_RETRIES = 3  # Ray Data would retry a file that crashes its reader forever

@@ -33,8 +33,7 @@ class BucketExchange:
         self._received = slots[0].new_empty(num_foreign, longest)
         self._block_sums: list[Tensor] = []
         self._background = background(slots[0].device)
-        self.bytes_sent = 0
-        """The bytes that this rank has sent since the start."""
+        self.bytes_sent = 0  # by this rank, since the start
 
     def begin(self, num_lanes: int) -> None:
         """Prepares for the buckets of a step of so many lanes."""

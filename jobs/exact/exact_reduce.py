@@ -43,7 +43,7 @@ def tree_sum(root: range, value_of: "Callable[[range], Tensor | None]") -> "Tens
 
 @dataclass(frozen=True)
 class LaneStep:
-    """Where one lane's value goes, so that lanes in order sum along the tree in few buffers ("slots")."""
+    """The use of one lane's value, by which lanes in order sum along the tree in few buffers ("slots")."""
 
     slot: int
     adds: bool  # to the slot's value, its left sibling; else it replaces the slot's value

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-BLOCK = 1024
-"""The number of values in a block."""
+BLOCK = 1024  # values in a block
 
 # Parameters start at multiples of 64 bytes, as torch's own allocations do: vector kernels may round differently on
 # other alignments.
@@ -61,8 +60,7 @@ class FlatLayout:
         return [i for i, bucket in enumerate(self.buckets) if place.start < bucket.stop and bucket.start < place.stop]
 
     def view(self, flat: "Tensor", name: str, parameter: "nn.Parameter") -> "Tensor":
-        place = self.places[name]
-        return flat[place.start : place.stop].view(parameter.shape)
+        return at(flat, self.places[name]).view(parameter.shape)
 
 
 def part_of(bucket: range, rank: int, *, world_size: int) -> range:

@@ -252,8 +252,7 @@ class LedgerTail:
 
     def __init__(self, run: Storage) -> None:
         self._run, self._size = run, 0
-        self.ledger = Ledger([])
-        """All lines so far."""
+        self.ledger = Ledger([])  # all lines so far
 
     def read(self) -> list[Line]:
         """Returns the new lines. Raises `StorageError`."""

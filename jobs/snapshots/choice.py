@@ -4,8 +4,8 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-MAX_SHARE = 0.01
-"""The share of a step's time that snapshots may cost."""
+MAX_SHARE = 0.01  # of a step's time that snapshots may cost
+COPIES = "copy-"  # begins the name of an area of copies
 
 
 @dataclass(frozen=True)
@@ -101,9 +101,6 @@ def copies(holdings: Iterable[Holding], nodes: Sequence[str]) -> list[tuple[Hold
         wanted.append((share, target))
         load[target] += 1
     return wanted
-
-
-COPIES = "copy-"
 
 
 def copy_area(share: Holding) -> str:

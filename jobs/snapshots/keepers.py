@@ -20,9 +20,7 @@ from jobs.run.run_plan import RunPlan
 from jobs.snapshots.choice import Holding, copies, copy_area
 from jobs.snapshots.slots import NUM_SLOTS, Bytes, Header, Slots, checksum_of
 
-CHUNK_BYTES = 16 << 20
-"""The bytes of one message of a transfer between nodes."""
-
+CHUNK_BYTES = 16 << 20  # of one message of a transfer between nodes
 _POLL_S = 0.5
 _ANSWER_S = 2.0  # a keeper whose node is gone never answers
 _COPY_S = 60.0  # at most
@@ -151,8 +149,7 @@ class Keepers:
         self._plan, self._launch = plan, plan.launch
         self._keepers: dict[str, Any] = {}
         self._newest_step = -1
-        self.snapshot_time_s: float | None = None
-        """Unix time at which the newest snapshot was first seen."""
+        self.snapshot_time_s: float | None = None  # Unix time at which the newest snapshot was first seen
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._work, name="keepers", daemon=True)
 

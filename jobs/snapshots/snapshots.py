@@ -22,10 +22,7 @@ from jobs.snapshots.keepers import ask, fetch, find_keepers
 from jobs.snapshots.slots import Bytes, Header, Slots
 from jobs.workers.worker_group import WorkerGroup
 
-_FIRST_AGREEMENT = 4
-_AGREEMENT_EVERY = 64
-"""Snapshots after which all ranks agree on their interval."""
-
+_FIRST_AGREEMENT, _AGREEMENT_EVERY = 4, 64  # snapshots after which all ranks agree on their interval
 _RETRY_S = 1.0
 
 

@@ -17,9 +17,7 @@ from jobs.corpus.text_hashes import mix64
 
 Indices = npt.NDArray[np.int64]
 
-WEIGHT_SLOTS = 10_000
-"""Samples after which the pattern of sources repeats: a weight is exact to 1 / 10,000."""
-
+WEIGHT_SLOTS = 10_000  # samples after which the pattern of sources repeats: a weight is exact to 1 / 10,000
 _ROUNDS = 8  # four make a pseudorandom permutation (Luby and Rackoff, 1988); eight cost microseconds
 
 

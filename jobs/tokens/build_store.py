@@ -145,11 +145,11 @@ class _Builder:
         )
         summary, tasks = self._select(chunks)
         results = copy_shards(store, listing.token_stores, tokenizer, first_chunk=len(chunks))
-        with SealedPrefix(store, self._manifest(summary, {}), chunks, ready=results) as sealed:
+        with SealedPrefix(store, self._manifest(summary, {}), chunks, results) as sealed:
             for chunk, result in self._write(chunks, tasks, is_bulk=is_bulk, dropped=summary.dropped):
                 results[chunk] = result
                 lease.check()
-                sealed.add(chunk, result)
+                sealed.update()
         manifest = self._manifest(summary, results)
         if not manifest.shards:
             raise empty_corpus(len(listing.files), manifest.dropped)

@@ -79,19 +79,19 @@ _INTERVAL_S = 1.0
 
 
 class SealedPrefix:
-    """Takes results in any order and keeps the stored list of sealed shards current, to a second or so."""
+    """Keeps the stored list of sealed shards current, to a second or so, while results come in any order."""
 
     def __init__(
-        self, store: Storage, manifest: Manifest, chunks: Sequence[Chunk], *, ready: Mapping[int, ChunkResult]
+        self, store: Storage, manifest: Manifest, chunks: Sequence[Chunk], results: Mapping[int, ChunkResult]
     ) -> None:
+        """`results` has those of ready shards, whose numbers follow the chunks', and gets one for each chunk."""
         self._store = store
         self._manifest = replace(manifest, complete=False)
         self._chunks = {
             source: [chunk.number for chunk in group]
             for source, group in groupby(chunks, key=lambda chunk: chunk.source)
         }
-        self._ready = list(ready)
-        self._results = dict(ready)
+        self._ready, self._results = list(results), results
         self._write_after = 0.0
 
     def __enter__(self) -> Self:
@@ -101,8 +101,8 @@ class SealedPrefix:
         if kind is None:
             self._write()
 
-    def add(self, chunk: int, result: ChunkResult) -> None:
-        self._results[chunk] = result
+    def update(self) -> None:
+        """Writes the list again, unless it was written just now."""
         if time.monotonic() >= self._write_after:
             started = time.monotonic()
             self._write()

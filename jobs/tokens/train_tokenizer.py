@@ -28,8 +28,7 @@ from model.tokenizer import Tokenizer, train_bpe
 
 TOKENIZER_FILE = "tokenizer.json"
 TRAINING_PIECE_CHARS = 1024
-_MOST_READ = 8
-"""Bounds the reading at a place, however much is dropped there, to a multiple of the text wanted from it."""
+_MOST_READ = 8  # times the text wanted from a place is read there at most, however much is dropped
 
 _SHAPING = {
     "text_field",
