@@ -14,7 +14,7 @@ from safetensors.numpy import load, save
 
 from cluster.settings.run import DataConfig
 from cluster.storage.uris import NotFoundError, Storage
-from jobs.cleaning.exact_duplicates import NGRAM_WORDS, signature
+from jobs.cleaning.duplicates import NGRAM_WORDS, signature
 from jobs.cleaning.quality_rules import failed_rule
 from jobs.corpus.chunks import Chunk, Part
 from jobs.corpus.documents import Document, Drop, read_documents

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from cluster.settings.run import DataConfig
 from jobs.cleaning.document_index import DROP_CODES, ChunkIndex
-from jobs.cleaning.exact_duplicates import Duplicates, NearDuplicates
+from jobs.cleaning.duplicates import Duplicates, NearDuplicates
 from jobs.corpus.documents import Drop
 
 Codes = npt.NDArray[np.uint8]  # (N,) of a chunk's documents: 0 trains, `HELD_OUT` validates, others are drop codes

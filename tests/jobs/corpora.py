@@ -17,14 +17,14 @@ from model.tokenizer import Tokenizer
 
 
 def data_config(source: Any, storage: Path | str, **settings: Any) -> RunConfig:
-    """Small shards and a small vocabulary over `source`, kept under `storage`."""
+    """Returns settings with small shards and a small vocabulary."""
     defaults = {"vocab_size": 400, "shard_bytes": 30_000, "val_fraction": 0.2, "tokenizer_sample_bytes": 100_000}
     data = {"source": source} | defaults | settings
     return RunConfig.model_validate({"data": data, "storage": {"uri": str(storage)}})
 
 
 def number_texts(folder: Path, *, num_texts: int = 12, num_words: int = 1500) -> Path:
-    """A new folder of texts, each of numbers in an order of its own: quickly made, tokenized and learnt from."""
+    """Makes a folder of texts, each of numbers in a different order: quickly made, tokenized and learned from."""
     folder.mkdir()
     for number in range(num_texts):
         words = " ".join(str((number * 7919 + i * i) % 997) for i in range(num_words))
@@ -58,7 +58,7 @@ def manifest_of(result: dict[str, Any]) -> Manifest:
 
 
 def texts_of(result: dict[str, Any]) -> list[str]:
-    """The stored documents' texts, training split first."""
+    """Returns the texts of the stored documents, training split first."""
     store, _ = split_uri(result["manifest"])
     manifest, tokenizer = read_manifest(store), Tokenizer.from_json(store.read_bytes(TOKENIZER))
     texts = []

@@ -1,8 +1,8 @@
-"""Crashes a tiny run at each failpoint and goes on with it, in forked processes: NUM_SEEDS crashes of each.
+"""Crashes a tiny run at each failpoint and resumes it, in forked processes: NUM_SEEDS crashes of each.
 
 `python -m tests.jobs.failpoint_runs STORAGE_URI TOKENS_IN NUM_SEEDS FAILPOINT …`
 
-A line of JSON for each: what the crash left, what a fresh process went on from, and the hash that the run ended with.
+Prints a line of JSON for each: what the crash left, where a fresh process resumed, and the hash at the run's end.
 """
 
 import json
@@ -35,14 +35,14 @@ save = CheckpointWriter.save
 
 
 def save_and_wait(self: CheckpointWriter, *arguments: Any) -> None:
-    """So that each step's checkpoint is written, however slow this machine is."""
+    """Waits until each step's checkpoint is written, however slow this machine is."""
     save(self, *arguments)
     while self._thread.is_alive() and (self._pending or self._spooled or self._copied is None):
         time.sleep(0.001)
 
 
 def in_child(work: Callable[[], None]) -> int:
-    """The exit code of a forked process that does the work."""
+    """Returns the exit code of a forked process that does the work."""
     child = os.fork()
     if child == 0:
         try:

@@ -24,7 +24,7 @@ def line(text: Any, **others: Any) -> bytes:
 
 @dataclass
 class HostileCorpus:
-    """Files under `folder`; `kept` and `drops` say what becomes of them."""
+    """Files under `folder`; `kept` and `drops` have what is expected of them."""
 
     folder: Path
     kept: list[str] = field(default_factory=list)
@@ -32,7 +32,7 @@ class HostileCorpus:
     _fresh: int = 0
 
     def fresh(self, words: str = "a text of its own") -> str:
-        """A text that occurs nowhere else in the corpus, and is to be kept."""
+        """Returns a text that occurs nowhere else in the corpus, and is to be kept."""
         self._fresh += 1
         self.kept.append(f"{words} {self._fresh}")
         return self.kept[-1]

@@ -37,7 +37,7 @@ def main(address: str, rank: int, world_size: int, num_rounds: int) -> None:
         try:
             work()
         except RuntimeError:
-            time.sleep(600)  # as one that waits for a message whose end nobody notices
+            time.sleep(600)  # as a worker that waits for a message whose end it does not notice
 
     def broken() -> None:
         print("met", os.getpid(), flush=True)

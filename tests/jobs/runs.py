@@ -25,7 +25,7 @@ def make_text(num_words: int, *, seed: int = 0) -> str:
 
 
 def make_store(storage_uri: str, tokenizer: Tokenizer, texts: dict[Split, str]) -> Manifest:
-    """A token store of documents of 20 words, under `tokens/made`."""
+    """Makes a token store of documents of 20 words, under `tokens/made`."""
     store = open_storage(storage_uri).child("tokens/made")
     shards = []
     for split, text in texts.items():
@@ -49,7 +49,7 @@ def tiny_plan(
     train: dict[str, Any] | None = None,
     **branches: Any,
 ) -> RunPlan:
-    """A run that is ready to train. Its tokens may lie in another storage."""
+    """Returns the plan of a run that is ready to train. Its tokens may lie in another storage."""
     texts: dict[Split, str] = {"train": make_text(1500), "val": make_text(400, seed=1)}
     tokenizer = train_bpe(texts.values(), vocab_size=300)
     make_store(tokens_in or storage_uri, tokenizer, texts)
@@ -82,7 +82,7 @@ def tiny_plan(
 
 
 def trained_run(storage_uri: str, *, precision: str = "fp32", document_mask: bool = False) -> RunPlan:
-    """A finished run of eight steps that validated at steps 4 and 8 and saved at 3, 6 and 8."""
+    """Trains a run of eight steps that validates at steps 4 and 8 and saves at 3, 6 and 8."""
     plan = tiny_plan(storage_uri, train={"precision": precision, "document_mask": document_mask})
     train(plan, rank=0, world_size=1)
     return plan

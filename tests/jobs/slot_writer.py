@@ -23,7 +23,7 @@ def mapped(path: str | Path) -> Slots:
 
 
 def arrays(step: int) -> list[Bytes]:
-    """Three tensors whose every value tells the step."""
+    """Returns three tensors whose every value depends on the step."""
     return [np.full(NUM_BYTES // 12, step + part, np.float32).view(np.uint8) for part in range(3)]
 
 

@@ -1,4 +1,4 @@
-"""A rank 0 that trains a tiny run, whose plan it gets as a pickled file: `python -m tests.jobs.stale_rank PLAN`."""
+"""Trains a tiny run as rank 0, from a pickled plan: `python -m tests.jobs.stale_rank PLAN`."""
 
 import pickle
 import sys

@@ -37,7 +37,7 @@ def manifest_of(
 def write_shard(
     storage: Storage, number: int, size: int, *, split: Split = "train", source: int = 0, vocab_size: int = 1000
 ) -> tuple[Shard, np.ndarray]:
-    """Random tokens, a function of the number."""
+    """Writes random tokens, a function of the number."""
     tokens = np.random.default_rng(number).integers(0, vocab_size, size).astype(token_dtype(vocab_size))
     name = f"{'shard' if split == 'train' else 'val'}-{number:05d}.bin"
     storage.write_bytes(name, tokens.tobytes())
@@ -46,7 +46,7 @@ def write_shard(
 
 
 def make_store(storage: Storage, *, sizes: Sequence[int], vocab_size: int = 1000, val_size: int = 0) -> np.ndarray:
-    """A finished store with train shards of the given sizes; returns their tokens."""
+    """Makes a finished store with train shards of the given sizes; returns their tokens."""
     written = [write_shard(storage, number, size, vocab_size=vocab_size) for number, size in enumerate(sizes)]
     val, _ = write_shard(storage, len(sizes), val_size, split="val", vocab_size=vocab_size)
     manifest = manifest_of([*(shard for shard, _ in written), val], vocab_size=vocab_size)

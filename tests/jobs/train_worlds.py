@@ -1,4 +1,4 @@
-"""Trains a small model over real gloo processes, for worlds of several sizes in turn, and prints what came of it.
+"""Trains a small model over real gloo processes, for worlds of several sizes in turn, and prints the results.
 
     python -m tests.jobs.train_worlds MAX_WORLD_SIZE FOLDER
 
@@ -87,7 +87,7 @@ CASES = [
 
 
 class MadeRows:
-    """Each sample's row is a function of its number."""
+    """Rows that are a function of their sample's number."""
 
     def samples(self, indices: Any) -> tuple[Tensor, Tensor]:
         rows = [np.random.default_rng(int(index)).integers(VOCAB, size=SEQ_LEN + 1) for index in indices]
@@ -123,7 +123,7 @@ class Trainer:
 
 
 def worlds(rank: int, max_world_size: int, folder: Path) -> Iterator[tuple[str, WorkerGroup, range]]:
-    """The worlds that the rank is part of: a name, the group, the steps to take in it."""
+    """Yields the worlds that the rank is part of: a name, the group, and the steps to take in it."""
     plan = [(f"{size}", size, range(1, NUM_STEPS + 1)) for size in range(1, max_world_size + 1)]
     plan += [("resized", size, range(step, step + 1)) for step, size in enumerate(RESIZES, start=1)]
     for number, (name, size, steps) in enumerate(plan):
@@ -136,7 +136,7 @@ def worlds(rank: int, max_world_size: int, folder: Path) -> Iterator[tuple[str, 
 
 
 def hand_over(trainer: Trainer, group: WorkerGroup, path: Path, *, in_parts: bool) -> None:
-    """The state to the next world: as in-memory snapshots do, or as checkpoints do."""
+    """Hands the state to the next world, as in-memory snapshots or as checkpoints do."""
     state = trainer.state
     kept = {"parts": group.gather(state.own_state())} if in_parts else {"moments": moments(state)}
     if group.rank == 0:

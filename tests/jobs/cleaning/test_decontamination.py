@@ -27,7 +27,7 @@ def made_runs(num_runs: int, *, size: int = 10_000) -> Runs:
 
 @pytest.mark.parametrize("runs", [made_runs(30, size=1000), [np.empty(0, np.uint64)], []])
 def test_runs_merge_into_their_union(runs: Runs, tmp_path: Path) -> None:
-    """The very bytes that one sort of everything gives, whatever the order of the runs."""
+    """The bytes are those of one sort of everything, whatever the order of the runs."""
     union = reduce(np.union1d, runs, np.empty(0, np.uint64)).astype("<u8").tobytes()
     for order in (runs, runs[::-1]):
         assert merge_runs(order, tmp_path / "merged") == hashlib.sha256(union).hexdigest()
@@ -35,7 +35,7 @@ def test_runs_merge_into_their_union(runs: Runs, tmp_path: Path) -> None:
 
 
 def test_four_times_the_chunks_take_four_times_the_work(tmp_path: Path) -> None:
-    """A union with everything found before, once a chunk, takes 20 times as long for 100 chunks as for 25."""
+    """Merging each chunk with everything found before would take 20 times as long for 100 chunks as for 25."""
 
     def cpu_s(runs: Runs) -> float:
         started = time.process_time()

@@ -10,12 +10,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jobs.cleaning import disk_buckets as spool
-from jobs.cleaning.exact_duplicates import Duplicates
+from jobs.cleaning.duplicates import Duplicates
 from tests.time_limits import limit_s
 
 
 def as_hashes(numbers: list[int]) -> np.ndarray:
-    """(D, 16): equal in one half only for most pairs, in each of the halves."""
+    """Returns hashes (D, 16), most pairs of which are equal in only one of their halves."""
     values = np.array([(number % 3, number // 3) for number in numbers], dtype=">u8").reshape(-1, 2)
     return (values * np.uint64(0x3F00000000000001)).astype(">u8").view(np.uint8).reshape(-1, 16)
 
@@ -58,8 +58,8 @@ FILL = """
 import sys
 from pathlib import Path
 import numpy as np
-from jobs.cleaning.exact_duplicates import Duplicates
-from jobs.cleaning.exact_duplicates import NearDuplicates
+from jobs.cleaning.duplicates import Duplicates
+from jobs.cleaning.duplicates import NearDuplicates
 
 def peak_bytes():
     return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmHWM"))

@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jobs.cleaning import disk_buckets as spool
-from jobs.cleaning import exact_duplicates as duplicates
-from jobs.cleaning.exact_duplicates import NGRAM_WORDS, NearDuplicates, bands_for, signature, similarity
+from jobs.cleaning import duplicates
+from jobs.cleaning.duplicates import NGRAM_WORDS, NearDuplicates, bands_for, signature, similarity
 from jobs.corpus.text_hashes import normalized, word_ngrams
 
 PROSE = [re.sub(r"\s+", " ", part) for text in topics.values() for part in text.split("\n\n")]
@@ -59,7 +59,7 @@ def test_a_signature_depends_on_the_set_alone() -> None:
 
 
 def test_short_documents_are_alike_only_if_they_are_equal(tmp_path: Path) -> None:
-    """Three words are one n-gram; 16 bits of it alone would tell 3,000 of them badly apart."""
+    """Three words are one n-gram; 16 bits of it alone would confuse many of 3,000 documents."""
     texts = [f"number {number} only" for number in range(3000)] + ["Number 5 ONLY"]
     with NearDuplicates(tmp_path, threshold=0.6) as search:
         search.add(0, np.arange(len(texts)), np.array([signature(ngrams_of(text)) for text in texts]))

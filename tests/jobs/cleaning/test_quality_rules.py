@@ -12,7 +12,7 @@ PROSE = "the cat and a dog went to see of what that house had been made before w
 
 
 def text_of(words: int, *, letters: int) -> str:
-    """Words of three letters and longer ones, `letters` in all."""
+    """Returns words of three letters and longer ones, with `letters` letters in all."""
     rest, long = letters - 3 * words, 20
     return " ".join(
         ["a" * (3 + long)] * (rest // long) + ["a" * (3 + rest % long)] + ["aaa"] * (words - rest // long - 1)

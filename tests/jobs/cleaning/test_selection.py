@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from cluster.settings.run import DataConfig
 from jobs.cleaning.document_index import DROP_CODES, ChunkIndex
-from jobs.cleaning.exact_duplicates import SIGNATURE_SIZE, signature
+from jobs.cleaning.duplicates import SIGNATURE_SIZE, signature
 from jobs.cleaning.selection import HELD_OUT, Selection, Summary, held_out
 from jobs.corpus.documents import Drop
 from jobs.corpus.text_hashes import document_hash, word_ngrams

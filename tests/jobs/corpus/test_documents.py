@@ -26,7 +26,7 @@ def read(uri: Path | str, **settings: Any) -> list[Document]:
 
 
 def read_in_chunks(uri: Path | str, *, shard_bytes: int, max_document_bytes: int = 1 << 20) -> list[Document]:
-    """The documents of all parts that the file is divided into, of which there must be several."""
+    """Returns the documents of all parts of the file, of which there must be several."""
     files = list_corpus(str(uri)).files
     chunks = plan_chunks(files, {}, shard_bytes=shard_bytes, max_document_bytes=max_document_bytes)
     parts = [part for chunk in chunks for part in chunk.parts]
@@ -242,7 +242,7 @@ def test_a_stray_quote_costs_its_line_only(tmp_path: Path) -> None:
 
 
 def test_a_row_that_is_no_csv_is_counted_and_costs_no_other(tmp_path: Path) -> None:
-    """Python's reader takes each of them for text: of two rows in one, or of a part of the row's."""
+    """Python's reader would accept each of them, and join two rows or cut one."""
     path = tmp_path / "a.csv"
     rows = [
         "id,text",

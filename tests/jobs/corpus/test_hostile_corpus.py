@@ -100,7 +100,7 @@ def test_too_many_unreadable_documents_stop_the_job(
 
 
 def as_a_stage(config: Any, folder: Path) -> subprocess.CompletedProcess[str]:
-    """`raymill tokenize` as a job of the running cluster sees it."""
+    """Runs `raymill tokenize` as a job of the running cluster."""
     write_config(config, folder / "run.yaml")
     address = ray.get_runtime_context().gcs_address
     return subprocess.run(
@@ -144,7 +144,7 @@ def test_a_stage_ends_with_one_line_and_exit_code_1(
 def test_an_empty_corpus_is_named_before_a_gpu_is_asked_for(ray_workers: int, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(" \n")
     config = data_config(f"{tmp_path}/a.txt", tmp_path / "storage")
-    scaling = config.scaling.model_copy(update={"use_gpu": True})  # there is none: to wait for it would take for ever
+    scaling = config.scaling.model_copy(update={"use_gpu": True})  # there is none: to wait for it would take forever
     with pytest.raises(UserError, match=r"the corpus is empty: 1 files, 1 documents dropped \(1 empty\)"):
         pretrain(config.model_copy(update={"scaling": scaling}))
 
@@ -172,7 +172,7 @@ def changed_tokenizer(result: dict[str, Any], folder: Path, change: Callable[[di
 
 
 def spread_ids(content: dict[str, Any]) -> None:
-    """The merged tokens' ids, and the end of text's, become larger than 16 bits hold."""
+    """Makes the ids of merged tokens and of the end of text larger than 16 bits."""
     vocab = content["model"]["vocab"]
     content["model"]["vocab"] = {token: number if number < 256 else number + 70_000 for token, number in vocab.items()}
     content["added_tokens"][0]["id"] += 70_000

@@ -1,4 +1,4 @@
-"""Hostile files, read without a cluster: what nobody could judge stops the job by name; memory stays small."""
+"""Hostile files, read without a cluster: an unreadable file stops the job by name; memory stays small."""
 
 import gzip
 import json
@@ -121,7 +121,7 @@ def proxy(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProx
 
 
 def uploaded(bucket: str, name: str, folder: Path) -> str:
-    """The URI of 2 MB of documents in a bucket, kept locally too."""
+    """Returns the URI of 2 MB of documents in a bucket, which are also kept locally."""
     texts = [f"{text}, {number}" for number in range(20_000) for text in ("one text", "another")]
     if name.endswith(".parquet"):
         pq.write_table(pa.table({"text": texts}), folder / name, row_group_size=10_000, use_dictionary=False)

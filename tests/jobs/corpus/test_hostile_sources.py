@@ -36,7 +36,7 @@ def tokenizer(ray_workers: int, tmp_path_factory: pytest.TempPathFactory) -> str
 
 @pytest.fixture
 def after_listing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], None]:
-    """Has something happen between the listing of the corpus and its reading."""
+    """Makes something happen between the listing of the corpus and its reading."""
 
     def set_up(happen: Callable[[], Any]) -> None:
         def listed(source: str | list[str]) -> Listing:

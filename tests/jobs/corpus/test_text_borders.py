@@ -1,14 +1,20 @@
-"""Borders: whatever a file is divided into, each line, record and stretch is found once and whole."""
+"""Borders: whatever a file is divided into, each line, record and stretch is found once and whole.
+
+Long texts are encoded in pieces, with the same ids as in one go.
+"""
 
 import csv
 import io
+import random
 import re
 from itertools import pairwise, takewhile
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.corpus.text_borders import cut_stream, lines, records
+from jobs.corpus.text_borders import cut_stream, cut_text, lines, records
+from model.tokenizer import train_bpe
 
 contents = st.lists(
     st.sampled_from([b"\n", b"a", b"bc ", "ä語".encode(), b'"', b",", b"\r", b"x" * 30]), max_size=60
@@ -53,7 +59,7 @@ def test_ranges_together_give_each_stretch_once(content: bytes, step: int) -> No
 def test_records_hold_the_rows_of_the_csv_reader_and_lose_nothing(content: bytes) -> None:
     found = list(records(io.BytesIO(content), limit=5000))
     assert b"".join(record for _, record, _ in found) == content
-    whole = list(takewhile(lambda record: record[2], found))  # what follows a quote that is never closed is read anew
+    whole = list(takewhile(lambda record: record[2], found))  # what follows a quote that is never closed is read again
     rows = [row for _, record, _ in whole for row in rows_of(record)]
     assert rows == rows_of(content)[: len(rows)]
     assert len(whole) < len(found) or rows == rows_of(content)
@@ -77,3 +83,40 @@ def test_lines_that_all_open_a_quote_are_read_twice_at_most() -> None:
     found = list(records(io.BytesIO(content), limit=1 << 18))
     assert [record for _, record, _ in found] == content.splitlines(keepends=True)
     assert not any(is_whole for _, _, is_whole in found)
+
+
+@pytest.mark.parametrize("normalize", [(), ("nfc", "lowercase", "collapse_spaces")])
+def test_pieces_have_the_ids_of_the_whole(normalize: tuple[str, ...]) -> None:
+    rng = random.Random(1)
+    words = [
+        "Straße",
+        "naïve",
+        "don't",
+        "end.",
+        "\n\n",
+        "\t",
+        " ",
+        "   ",
+        "x1",
+        "42",
+        "...",
+        "你好",
+        "😀",
+        "e\u0301",
+        "\r\n",
+    ]
+    text = "".join(rng.choice(words) + rng.choice(["", " ", " ", "\n"]) for _ in range(20_000))
+    tokenizer = train_bpe([text[:20_000]], vocab_size=400, normalize=normalize)
+    pieces = list(cut_text(text, piece_chars=100))
+    assert len(pieces) > 300
+    assert max(map(len, pieces)) <= 200
+    assert "".join(pieces) == text
+    assert [i for ids in tokenizer.encode_batch(pieces) for i in ids] == tokenizer.encode(text)
+
+
+def test_a_text_without_blanks_is_cut_all_the_same() -> None:
+    text = "ab" * 1000
+    pieces = list(cut_text(text, piece_chars=100))
+    assert "".join(pieces) == text
+    assert max(map(len, pieces)) <= 200
+    assert list(cut_text("short")) == ["short"]

@@ -29,7 +29,7 @@ print(dropout_seed(0, step=3, lane=5), torch.rand(3).tolist())
 def test_of_a_step_is_autograds_where_upstream_gradients_are_not_looked_at(
     num_lanes: int, tied: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a GPU, whose values nobody waits for."""
+    """A GPU takes this path, because its values are not waited for."""
     config = Case(num_lanes=num_lanes).config()
     shape = dataclasses.replace(config.model, dropout=0.0, tie_word_embeddings=tied)
     config = config.model_copy(update={"model": shape})
@@ -50,7 +50,7 @@ def test_of_a_step_is_autograds_where_upstream_gradients_are_not_looked_at(
 
 
 def test_dropout_is_the_same_in_every_process() -> None:
-    """Whatever Python's own hashes are there."""
+    """Python's own hashes differ between the processes."""
     drawn = {
         subprocess.check_output([sys.executable, "-c", DROPOUT], env=os.environ | {"PYTHONHASHSEED": seed})
         for seed in ("0", "1", "4242")

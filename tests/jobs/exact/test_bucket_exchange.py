@@ -31,7 +31,7 @@ Outcome = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[Outcome]:
-    """What real processes found, worlds of 1 to 5 of them in turn, and one of changing size."""
+    """Returns the results of real processes, in worlds of 1 to 5 and in one of changing size."""
     folder = tmp_path_factory.mktemp("worlds")
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.jobs.train_worlds", str(MAX_WORLD_SIZE), str(folder)]
@@ -43,7 +43,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[Outcome]:
 
 @functools.cache
 def reference(case: Case) -> tuple[str, list[float]]:
-    """Hash and losses of one process that follows the definition: each lane's gradient by itself, then the tree."""
+    """Returns the hash and losses of one process that follows the definition: each lane's gradient, then the tree."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     trainer, config = Trainer(case, WorkerGroup(0, 1)), case.config()

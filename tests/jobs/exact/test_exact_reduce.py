@@ -13,7 +13,7 @@ from tests.jobs.reference_reduce import reduce_lanes, reduce_worlds
 
 
 def nodes_of(root: range) -> set[range]:
-    """All nodes of the tree under `root`."""
+    """Returns all nodes of the tree under `root`."""
     return {root} if len(root) == 1 else {root}.union(*map(nodes_of, halves(root)))
 
 
@@ -50,7 +50,7 @@ def test_subtrees_by_example() -> None:
 
 
 def test_the_sum_follows_the_tree() -> None:
-    """1e8 swallows a 3 in fp32, so the result tells the order."""
+    """1e8 swallows a 3 in fp32, so the result shows the order."""
     values = [1e8, 3.0, 3.0, -1e8, 3.0]
 
     def leaf(node: range) -> Tensor | None:
@@ -64,13 +64,13 @@ def test_the_sum_follows_the_tree() -> None:
 
 
 def lane_value(lane: int) -> Tensor:
-    """(64,), over many magnitudes, so that each order of summing rounds differently."""
+    """Returns (64,) of many magnitudes, so that each order of summing rounds differently."""
     generator = torch.Generator().manual_seed(lane)
     return torch.randn(64, generator=generator) * 10.0 ** torch.randint(-3, 4, (1,), generator=generator)
 
 
 def stepped(lanes: range, num_lanes: int) -> list[Tensor]:
-    """The slots after the rank's lanes went through their steps."""
+    """Returns the slots after the steps of the rank's lanes."""
     steps = lane_steps(lanes, num_lanes=num_lanes)
     slots = [torch.full((64,), torch.nan) for _ in range(1 + max(step.slot for step in steps))]
     for lane, step in zip(lanes, steps, strict=True):
@@ -82,7 +82,7 @@ def stepped(lanes: range, num_lanes: int) -> list[Tensor]:
 
 @given(st.integers(1, 40), st.integers(1, 8))
 def test_ranks_together_make_the_whole_tree(num_lanes: int, world_size: int) -> None:
-    """In one process: each rank's slots, finished by the tree, are the sum that one rank alone makes."""
+    """Each rank's slots, finished by the tree, are the sum that one rank alone makes."""
     world_size = min(world_size, num_lanes)
     by_node: dict[range, Tensor] = {}
     for rank in range(world_size):

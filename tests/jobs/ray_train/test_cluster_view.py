@@ -55,7 +55,7 @@ def test_a_killed_node_is_gone_at_once_and_known_later() -> None:
 
 
 def found(process: subprocess.Popen[str]) -> Any:
-    """What the script found next, among lines of Ray's own."""
+    """Returns the script's next finding, among lines of Ray's own."""
     assert process.stdout is not None
     line = next(line for line in process.stdout if line.startswith("found "))
     return json.loads(line.removeprefix("found "))

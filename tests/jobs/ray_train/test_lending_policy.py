@@ -1,4 +1,4 @@
-"""How many workers a run keeps of those that it could have."""
+"""The lending policy: the number of workers that a run keeps."""
 
 import pytest
 

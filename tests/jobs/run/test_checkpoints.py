@@ -45,7 +45,7 @@ def test_saved_checkpoints_are_found_newest_first(run: Storage, tmp_path: Path) 
 
 
 def test_a_step_is_saved_again(run: Storage, tmp_path: Path) -> None:
-    """As an attempt does that started from an older checkpoint."""
+    """An attempt that started from an older checkpoint does this."""
     checkpoints = save(run, 1, 2, 2)
     folder = checkpoints.find(tmp_path / "scratch").folder
     assert folder is not None
@@ -94,7 +94,7 @@ def test_with_every_checkpoint_damaged_there_is_none(tmp_path: Path) -> None:
 
 
 def test_leftovers_are_no_checkpoints(run: Storage, tmp_path: Path) -> None:
-    """What a crash leaves: files before their manifest, and the folders that a local write works in."""
+    """A crash leaves files before their manifest, and the folders that a local write works in."""
     checkpoints = save(run, 1)
     write_tiny(tmp_path / "torn", step=2)
     run.upload_folder(tmp_path / "torn", f"checkpoints/.{checkpoint_name(3)}.writing", last=MANIFEST)
@@ -121,7 +121,7 @@ def test_thinning_leaves_nothing_of_what_it_deletes(run: Storage, tmp_path: Path
 
 
 def test_a_deletion_cut_short_leaves_no_checkpoint_and_is_ended_by_the_next(run: Storage, tmp_path: Path) -> None:
-    """The manifest goes first, so whatever moment a kill comes at, the rest is no checkpoint."""
+    """The manifest goes first, so the rest is no checkpoint, whenever a kill comes."""
     checkpoints = save(run, 1, 2, 3, 4)
     run.delete(f"checkpoints/{checkpoint_name(1)}/{MANIFEST}")
     run.delete(f"checkpoints/{checkpoint_name(1)}/config.json")

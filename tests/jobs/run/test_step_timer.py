@@ -13,7 +13,7 @@ from tests.jobs.runs import tiny_plan
 
 
 class Ticks:
-    """A clock that ticks once a mark; what is past `known_until` is not known yet."""
+    """A clock that ticks once a mark; moments past `known_until` are not known yet."""
 
     def __init__(self) -> None:
         self._marks = itertools.count()
@@ -72,7 +72,7 @@ def test_switched_off_only_the_whole_is_known() -> None:
 
 
 def test_phases_of_a_real_run_sum_to_its_wall_time(tmp_path: Path) -> None:
-    """Against the ledger's own clock; and few moments belong to no phase."""
+    """The ledger's own clock agrees, and few moments belong to no phase."""
     plan = tiny_plan(str(tmp_path), num_steps=60, train={"layer_statistics_every_steps": 20, "eval_every_steps": 20})
     train(plan, rank=0, world_size=1)
     steps = Ledger.read(plan.run).steps

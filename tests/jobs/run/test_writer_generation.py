@@ -1,4 +1,4 @@
-"""The fence: writers are numbered, the newest one writes, and a launcher that was replaced gets no number any more."""
+"""The fence: writers are numbered, the newest one writes, and a launcher that was replaced no longer gets a number."""
 
 import threading
 from pathlib import Path
@@ -61,7 +61,7 @@ def test_a_lost_answer_costs_a_number_at_most(s3_bucket: str, s3_server: str, mo
 
 
 def test_a_stale_writer_s_lines_reach_nobody(run: Storage) -> None:
-    """The old one goes on as a rank does that was stopped meanwhile: it neither writes nor hides the new one's lines."""
+    """The old writer continues like a rank that was stopped meanwhile: it neither writes nor hides the new one's lines."""
     old = LedgerWriter(run, Fence(run, launcher=0))
     old.event("start", attempt=1, world_size=1, step=0)
     old.mirror()

@@ -1,4 +1,4 @@
-"""Which snapshot a restart takes, who brings it in, what gets a second copy, and how often: plain values in and out."""
+"""The choice of a snapshot, of its readers, of second copies and of the interval: plain values in and out."""
 
 from dataclasses import replace
 

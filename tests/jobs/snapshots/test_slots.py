@@ -17,7 +17,7 @@ from tests.jobs.slot_writer import NUM_BYTES, arrays, header_of, mapped
 
 
 def whole_steps(slots: Slots) -> list[int]:
-    """Steps of the whole slots, whose data are checked to be those of their step, from the oldest on."""
+    """Returns the steps of the whole slots, oldest first, after checking that their data are those of their step."""
     steps = []
     for slot in range(2):
         header = slots.header(slot)
@@ -46,18 +46,18 @@ def test_the_two_newest_are_kept(path: Path) -> None:
 
 
 def test_a_writer_killed_at_any_moment_leaves_a_whole_slot(path: Path) -> None:
-    """Real SIGKILLs; the newest whole state is the last one that the writer said was done, or a later one."""
+    """Real SIGKILLs; the newest whole state is the last one that the writer reported, or a later one."""
     rng, step = random.Random(7), 0
     slots = mapped(path)
     for _ in range(8):
         command = [sys.executable, "-m", "tests.jobs.slot_writer", str(path), str(step)]
         with subprocess.Popen(command, stdout=subprocess.PIPE) as writer:
             assert writer.stdout is not None
-            told = int(writer.stdout.readline())
+            written = int(writer.stdout.readline())
             time.sleep(rng.random() * 0.02)
             writer.send_signal(signal.SIGKILL)
-            told = max([told, *map(int, writer.stdout.read().split(b"\n")[:-1])])
-        assert whole_steps(slots)[-1] >= told > step
+            written = max([written, *map(int, writer.stdout.read().split(b"\n")[:-1])])
+        assert whole_steps(slots)[-1] >= written > step
         step = whole_steps(slots)[-1]
 
 

@@ -137,11 +137,11 @@ def test_another_size_starts_afresh() -> None:
 
 
 class KilledError(Exception):
-    """Stands for a SIGKILL."""
+    """Stands in for a SIGKILL."""
 
 
 class OwnMemory(Snapshots):
-    """The keeper is this process."""
+    """Snapshots whose keeper is this process."""
 
     memory: Keeper
     raise_after: dict[int, Exception]  # by step
@@ -184,7 +184,7 @@ class OwnMemory(Snapshots):
 @pytest.mark.parametrize(
     ("every_steps", "error"), [(1, KilledError()), (4, RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed"))]
 )
-def test_a_run_that_goes_on_from_memory_ends_with_the_bits_of_an_undisturbed_one(
+def test_a_run_that_continues_from_memory_ends_with_the_bits_of_an_undisturbed_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dropout: float, every_steps: int, error: Exception
 ) -> None:
     """One worker, killed right after the snapshots of steps 2 and 7, between which a checkpoint comes; or one that

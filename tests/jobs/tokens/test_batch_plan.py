@@ -1,4 +1,4 @@
-"""The batch plan: each row once an epoch, each sample of a step on one rank, whatever the world size."""
+"""The batch plan: each row once per epoch, each sample of a step on one rank, whatever the world size."""
 
 import dataclasses
 
@@ -75,7 +75,7 @@ def test_seeds_epochs_windows_and_sources_order_differently_and_evenly() -> None
     # Place 0 falls evenly on ten ranges of rows: 40 each, and chi² with 9 degrees of freedom exceeds 28 once in 1,000.
     counts = np.bincount([order[0] // 100 for order in orders.values()], minlength=10)
     assert ((counts - 40) ** 2 / 40).sum() < 28
-    # Neighbours in the epoch are no neighbours in the store.
+    # Neighbors in the epoch are no neighbors in the store.
     distances = np.abs(np.diff(orders[0, 0, 0]))
     assert 250 < distances.mean() < 420  # of a random order: a third of the window
     sources, rows = SampleOrder(0, 1000, (1000, 1000), (0.5, 0.5)).rows(np.arange(2000))

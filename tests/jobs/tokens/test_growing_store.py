@@ -31,7 +31,7 @@ class GrowingFolder(LocalStorage):
 
 
 def planned(folder: Path, weights: tuple[float, ...]) -> tuple[Storage, Manifest]:
-    """All shards of a store, written elsewhere, in canonical order."""
+    """Returns all shards of a store, written elsewhere, in canonical order."""
     storage = open_storage(str(folder))
     random = np.random.default_rng(5)
     sizes = [(source, int(random.integers(1, 120))) for source in (0, 1) for _ in range(8)]
@@ -151,7 +151,7 @@ def test_how_many_rows_there_are_is_known_at_the_end_only(tmp_path: Path) -> Non
 def test_another_store_in_its_place_is_noticed_and_a_restarted_writer_is_none(tmp_path: Path) -> None:
     storage, manifest = sealed_at(tmp_path)
     steps = [
-        lambda: seal(storage, manifest, set(manifest.shards[:2])),  # started again, it seals anew from the front
+        lambda: seal(storage, manifest, set(manifest.shards[:2])),  # a restarted writer seals from the front again
         lambda: seal(storage, manifest, set(manifest.shards[:3])),
         lambda: storage.write_bytes(SEALED, dataclasses.replace(manifest, source_hash="x", complete=False).to_json()),
     ]

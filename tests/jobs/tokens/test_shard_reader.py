@@ -58,7 +58,7 @@ def test_reading_ahead_stays_within_the_bound_and_goes_on_as_room_is_made(storag
     cache = RangeCache(storage, max_bytes=350)
     wanted = [Range("file", start, start + 100) for start in range(0, 1000, 100)]
     cache.read_ahead(wanted)
-    assert cache.held_bytes == 300  # three are on their way although nobody waits for them
+    assert cache.held_bytes == 300  # three are on their way although no read waits for them
     storage.gate.set()
     for range_ in wanted:
         assert cache.read(range_)[0] == range_.start % 250

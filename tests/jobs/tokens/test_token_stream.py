@@ -19,7 +19,7 @@ from tests.time_limits import limit_s
 
 
 def make_mixture(storage: Storage, *, weights: tuple[float, ...] = (0.75, 0.25)) -> list[np.ndarray]:
-    """A store of two sources in three and two shards; returns the train tokens of each."""
+    """Makes a store of two sources in three and two shards; returns the train tokens of each."""
     sizes = [(0, 50), (0, 7), (0, 100), (1, 90), (1, 34)]
     written = [write_shard(storage, number, size, source=source) for number, (source, size) in enumerate(sizes)]
     storage.write_bytes(MANIFEST, manifest_of([shard for shard, _ in written], weights=weights).to_json())
@@ -143,7 +143,7 @@ def test_a_damaged_store_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("weights", [(), (0.6, 0.4)])
 def test_an_epoch_of_a_resized_run_reads_each_token_once(weights: tuple[float, ...], tmp_path: Path) -> None:
-    """Worlds of 1 to 5 workers, each with a stream of its own that is opened anew at a random step."""
+    """Worlds of 1 to 5 workers, each with its own stream that is opened again at a random step."""
     storage = open_storage(str(tmp_path))
     sources = make_mixture(storage, weights=weights)
     expected = sources if weights else [np.concatenate(sources)]
@@ -172,7 +172,7 @@ def test_an_epoch_of_a_resized_run_reads_each_token_once(weights: tuple[float, .
 
 
 def test_a_fresh_process_is_at_any_step_at_once(tmp_path: Path) -> None:
-    """Of a store of 10^7 rows in 100 shards (of zeros, which take no space on disk)."""
+    """The store has 10^7 rows in 100 shards (of zeros, which take no space on disk)."""
     shards = []
     for number in range(100):
         with (tmp_path / f"shard-{number:05d}.bin").open("wb") as file:

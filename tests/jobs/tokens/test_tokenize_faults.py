@@ -63,8 +63,8 @@ def finish(job: subprocess.Popen[str]) -> dict[str, Any]:
 
 
 def is_outlived(job: subprocess.Popen[str]) -> bool:
-    """Whether the driver is still there soon after a node died: it ends with the node that it is attached to, which
-    is any one where all share an address."""
+    """Reports whether the driver survives a node's death: it ends with the node that it is attached to, which is any one
+    where all share an address."""
     try:
         return job.wait(timeout=limit_s(10)) == 0
     except subprocess.TimeoutExpired:
@@ -72,13 +72,13 @@ def is_outlived(job: subprocess.Popen[str]) -> bool:
 
 
 def wait_for_progress(folder: Path, *, files: int) -> None:
-    """Until the store holds so many files: indexes, decisions, shards."""
+    """Waits until the store holds so many files: indexes, decisions, shards."""
     storage = open_storage(str(folder / "storage"))
     wait_until(lambda: len(storage.list("tokens/")) >= files, poll_s=0.01, told=lambda: "the job wrote nothing")
 
 
 def workers_of(cluster: LocalCluster) -> list[psutil.Process]:
-    """Not the agents, with which their node would die."""
+    """Returns the node's workers without its agents, with which it would die."""
     own = [child for node in cluster._nodes.values() for child in psutil.Process(node.pid).children(recursive=True)]
     titles = {process: " ".join(process.cmdline()[:1]) for process in own if process.is_running()}
     return [process for process, title in titles.items() if title.startswith("ray::") and "Agent" not in title]

@@ -86,7 +86,7 @@ ALPHABETS = ["abcdefgh", "ijklmnop", "qrstuvwx", "ABCDEFGH", "IJKLMNOP", "QRSTUV
 
 
 def write_sorted(folder: Path, kind: str, *, num_documents: int = 1600) -> None:
-    """A corpus in which one alphabet follows the other."""
+    """Writes a corpus in which one alphabet follows the other."""
     rng = random.Random(0)
     folder.mkdir(parents=True)
     letters = [ALPHABETS[number * len(ALPHABETS) // num_documents] for number in range(num_documents)]
@@ -109,7 +109,7 @@ def write_sorted(folder: Path, kind: str, *, num_documents: int = 1600) -> None:
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "txt", "files", "archives"])
 def test_the_sample_comes_from_all_over_a_sorted_corpus(kind: str, tmp_path: Path) -> None:
-    """In their shares, as much as was asked for, and the same whatever the files are called."""
+    """The sample has the wanted size, equal shares, and the same text whatever the files are called."""
     for name in ("here", "there"):
         write_sorted(tmp_path / name / "texts", kind)
     data = DataConfig(tokenizer_sample_bytes=150_000, max_document_bytes=20_000)

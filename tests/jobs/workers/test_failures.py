@@ -1,4 +1,4 @@
-"""What explains a failure, when to give up, and what a run says that has no workers."""
+"""The cause of a failure, the end of hope, and the message of a run that has no workers."""
 
 import pytest
 

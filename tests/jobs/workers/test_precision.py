@@ -1,4 +1,4 @@
-"""A run's precision: settled where it trains, recorded, kept on any hardware, and said where a processor emulates it."""
+"""A run's precision: chosen where it trains, recorded, kept on any hardware, and reported where a processor emulates it."""
 
 import socket
 from pathlib import Path
@@ -42,7 +42,7 @@ def test_it_is_what_the_workers_processor_computes_at_speed(
 
 @pytest.mark.parametrize("recorded", ["fp32", "bf16"])
 def test_a_resume_keeps_it(recorded: str, tmp_path: Path) -> None:
-    """Asks no worker: there is no cluster."""
+    """No worker is asked: there is no cluster."""
     plan = tiny_plan(str(tmp_path), train={"precision": recorded})
     asked = plan.config.train.model_copy(update={"precision": "auto"})
     assert _enter(plan.run, plan.config.model_copy(update={"train": asked})) == plan.config

@@ -1,4 +1,4 @@
-"""Notices: a checkpoint at the end of the step in which one is heard, and a run that goes on or ends resumable."""
+"""Notices: a checkpoint at the end of the step in which one is heard, and a run that continues or ends resumable."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +23,7 @@ def saved_steps(plan: RunPlan) -> list[int]:
 
 
 def heard(*later: Signals) -> Iterator[Signals]:
-    """What a worker's process was sent: at its start, and before each step."""
+    """Simulates the signals to a worker's process, at its start and before each step."""
     yield Signals()
     yield from later
     while True:

@@ -1,4 +1,4 @@
-"""Workers meet, lose one another at random moments, and meet again with the replacement: nobody else is restarted."""
+"""Workers meet, lose one another at random moments, and meet again with the replacement: no other worker is restarted."""
 
 import os
 import random
@@ -40,7 +40,7 @@ class Group:
         return [line.split()[1:] for line in lines if line.startswith(word)]
 
     def wait_for_meeting(self, number: int) -> None:
-        """Until the newest process of every rank has met the others, for the `number`-th time in all at least."""
+        """Waits until the newest process of every rank has met the others, at least for the `number`-th time in all."""
 
         def met(rank: int) -> bool:
             lines = self.lines(rank, "met")

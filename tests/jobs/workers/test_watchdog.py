@@ -1,4 +1,4 @@
-"""The watchdog: its judgement by a table, and real processes that stop, stand still, or are merely slow."""
+"""The watchdog: its verdicts in a table, and real processes that stop, stand still, or are merely slow."""
 
 import json
 import math
@@ -78,10 +78,8 @@ def test_who_hangs(
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_what_a_worker_waits_for_is_told_by_the_modules_that_it_is_in(
-    module: ModuleType, expected: list[Waits]
-) -> None:
-    """By the modules themselves, wherever they lie: one that is renamed gets no healthy worker killed."""
+def test_the_modules_in_a_stack_show_what_a_worker_waits_for(module: ModuleType, expected: list[Waits]) -> None:
+    """The real modules count, wherever they lie: renaming one gets no healthy worker killed."""
     code = compile("def look(beat):\n    return beat()\n", str(module.__file__), "exec")
     names: dict[str, Any] = {}
     exec(code, names)
