@@ -34,8 +34,8 @@ def run_tasks(tasks: list[Task], work: Work) -> Iterator[Result]:
     """Yields every result, in the order in which tasks finish.
 
     A task whose worker or node dies is run again, but only a few times, since the task itself may be the killer. An
-    error in a task stops all of them; a `UserError` is raised as it is. `work` is pickled by name, so its module must
-    not be run as a script.
+    error in a task stops all of them; that of a `UserError` keeps its text. `work` is pickled by name, so its module
+    must not be run as a script.
     """
     if not tasks:
         return
