@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from cluster.settings.run import DataConfig
 from cluster.storage.uris import Storage
-from jobs.cleaning.disk_buckets import Spool
+from jobs.cleaning.disk_buckets import BucketFile
 from jobs.cleaning.document_index import INDEX, read_chunk
 from jobs.cleaning.selection import HELD_OUT
 from jobs.corpus.chunks import Part
@@ -42,16 +42,16 @@ def store_validation_ngrams(store: Storage, tasks: list[Task], data: DataConfig)
 def merge_runs(runs: Iterable[Ngrams], path: Path) -> str:
     """Writes the n-grams of all runs to a file, little-endian, ascending and each once; returns its SHA-256.
 
-    The time is linear in the size of the runs. Memory holds the spool's buffer and one of 256 buckets at a time: 31 MB
+    The time is linear in the size of the runs. Memory holds the file's buffer and one of 256 buckets at a time: 31 MB
     for 10^9 n-grams.
     """
     digest = hashlib.sha256()
-    with tempfile.TemporaryFile(dir=path.parent) as spooled, path.open("wb") as file:
-        spool = Spool(spooled, "<u8", num_buckets=1 << _BUCKET_BITS)
+    with tempfile.TemporaryFile(dir=path.parent) as unnamed, path.open("wb") as file:
+        records = BucketFile(unnamed, "<u8", num_buckets=1 << _BUCKET_BITS)
         for run in runs:
-            spool.add((run >> np.uint64(64 - _BUCKET_BITS)).astype(np.uint16), run)
+            records.add((run >> np.uint64(64 - _BUCKET_BITS)).astype(np.uint16), run)
         for bucket in range(1 << _BUCKET_BITS):
-            content = np.unique(spool.bucket(bucket)).tobytes()
+            content = np.unique(records.bucket(bucket)).tobytes()
             digest.update(content)
             file.write(content)
     return digest.hexdigest()

@@ -23,7 +23,7 @@ _DOCUMENT_BITS = np.uint64(32)
 _DOCUMENT = np.uint64((1 << 32) - 1)
 
 
-class Spool:
+class BucketFile:
     """Records of one type, added in any order and read bucket by bucket.
 
     The file is a series of runs, each a full buffer sorted by bucket. Memory holds the buffer and the beginning of each
@@ -70,7 +70,7 @@ class Spool:
 class DocumentSearch(ABC):
     """A search for documents to drop: add every chunk once, in any order, then call `find`, then `dropped_in`.
 
-    The order of adding does not change the result. Memory holds a few hundred bytes per chunk, the spool's buffer, and
+    The order of adding does not change the result. Memory holds a few hundred bytes per chunk, the file's buffer, and
     one bucket at a time. Leaving the context frees the disk.
     """
 
@@ -78,7 +78,7 @@ class DocumentSearch(ABC):
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._files = ExitStack()
-        self._spool = Spool(self._open(), dtype, num_buckets=num_buckets)
+        self._records = BucketFile(self._open(), dtype, num_buckets=num_buckets)
         self._num_buckets = num_buckets
         self._chunks: dict[int, range] = {}  # rows of each chunk's documents, in order of arrival
         self._num_rows = 0
@@ -93,7 +93,7 @@ class DocumentSearch(ABC):
         self._chunk_numbers = np.array(numbers, dtype=np.uint64)
         self._first_rows = np.array([self._chunks[number].start for number in numbers], dtype=np.int64)
         for bucket in range(self._num_buckets):
-            self._search(self._spool.bucket(bucket), self._dropped)
+            self._search(self._records.bucket(bucket), self._dropped)
 
     def dropped_in(self, chunk: int) -> Numbers:
         """Returns a chunk's dropped documents, ascending. Raises KeyError for a chunk that was not added."""

@@ -31,7 +31,7 @@ class Duplicates(DocumentSearch):
         records = np.empty(len(hashes), dtype=_RECORD)
         records["high"], records["low"] = np.ascontiguousarray(hashes).view(np.uint64).reshape(-1, 2).T
         records["place"] = self._enter(chunk, documents)
-        self._spool.add(hashes[:, 0].astype(np.uint16), records)
+        self._records.add(hashes[:, 0].astype(np.uint16), records)
 
     def _search(self, records: Records, dropped: npt.NDArray[np.bool_]) -> None:
         records = records[np.lexsort((records["place"], records["low"], records["high"]))]
@@ -125,7 +125,7 @@ class NearDuplicates(DocumentSearch):
             keys = self._band_keys(block)
             records = np.empty(keys.shape, dtype=_BAND)
             records["key"], records["place"] = keys, places[start : start + _BLOCK, None]
-            self._spool.add((keys % np.uint64(_NUM_BAND_BUCKETS)).astype(np.uint16).reshape(-1), records.reshape(-1))
+            self._records.add((keys % np.uint64(_NUM_BAND_BUCKETS)).astype(np.uint16).reshape(-1), records.reshape(-1))
             rows = first_row + documents[start : start + _BLOCK]
             whole = np.zeros((int(rows[-1] - rows[0]) + 1, SIGNATURE_SIZE), dtype=np.uint16)
             whole[rows - rows[0]] = block

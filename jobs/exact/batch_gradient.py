@@ -52,13 +52,13 @@ class BatchGradient:
         if config.train.exact:
             lane_counts = self._schedule.lane_counts
             self._lane_steps = {count: lane_steps(self._own(count), num_lanes=count) for count in lane_counts}
-            num_slots = 1 + max(step.slot for steps in self._lane_steps.values() for step in steps)
-            more = [large_zeros(state.layout.size, device=state.device) for _ in range(1, num_slots)]
-            slots = [state.gradient, *more]
+            num_buffers = 1 + max(step.buffer for steps in self._lane_steps.values() for step in steps)
+            more = [large_zeros(state.layout.size, device=state.device) for _ in range(1, num_buffers)]
+            buffers = [state.gradient, *more]
             self.exchange = BucketExchange(
-                state.layout, slots, group, lane_counts=lane_counts, sharded=state.is_sharded
+                state.layout, buffers, group, lane_counts=lane_counts, sharded=state.is_sharded
             )
-            self._sums = LaneSums(state.model, state.layout, slots, on_final=self.exchange.start)
+            self._sums = LaneSums(state.model, state.layout, buffers, on_final=self.exchange.start)
 
     def of_step(self, step: int, timer: StepTimer) -> Measured:
         """Puts the gradient of the whole batch into the state's buffer; with a sharded optimizer, only this rank's own

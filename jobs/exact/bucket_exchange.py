@@ -11,28 +11,28 @@ from torch import Tensor
 
 from jobs.exact.exact_reduce import halves, maximal_subtrees, tree_sum
 from jobs.exact.flat_layout import BLOCK, FlatLayout, at, part_of
-from jobs.exact.side_thread import background
+from jobs.exact.side_thread import side_work
 from jobs.tokens.batch_plan import lanes_of_rank
 from jobs.workers.worker_group import WorkerGroup
 
 
 class BucketExchange:
-    """Exchanges the sums in `slots`, whose first K hold this rank's subtree sums (P,); the first becomes the whole sum.
+    """Exchanges the sums in `buffers`: the first K hold this rank's subtree sums (P,), the first becomes the whole sum.
 
     With `sharded`, only this rank's own parts of it do. `lane_counts` has the number of lanes of every step.
     """
 
     def __init__(
-        self, layout: FlatLayout, slots: list[Tensor], group: WorkerGroup, *, lane_counts: list[int], sharded: bool
+        self, layout: FlatLayout, buffers: list[Tensor], group: WorkerGroup, *, lane_counts: list[int], sharded: bool
     ) -> None:
-        self._layout, self._slots, self._group, self._sharded = layout, slots, group, sharded
+        self._layout, self._buffers, self._group, self._sharded = layout, buffers, group, sharded
         self._nodes_of = {count: _nodes(count, world_size=group.world_size) for count in lane_counts}
         self._own_parts = layout.parts(group.rank, world_size=group.world_size)
         longest = max(len(part) for part in self._own_parts)
         num_foreign = max(sum(map(len, nodes)) - len(nodes[group.rank]) for nodes in self._nodes_of.values())
-        self._received = slots[0].new_empty(num_foreign, longest)
+        self._received = buffers[0].new_empty(num_foreign, longest)
         self._block_sums: list[Tensor] = []
-        self._background = background(slots[0].device)
+        self._side_work = side_work(buffers[0].device)
         self.bytes_sent = 0  # by this rank, since the start
 
     def begin(self, num_lanes: int) -> None:
@@ -42,16 +42,16 @@ class BucketExchange:
     def start(self, bucket: int) -> None:
         """Starts the exchange of a bucket whose subtree sums are final; every rank starts the buckets in order."""
         if self._group.world_size > 1:
-            self._background.submit(lambda: self._exchange(bucket))
+            self._side_work.submit(lambda: self._exchange(bucket))
 
     def close(self) -> None:
-        self._background.close()
+        self._side_work.close()
 
     def finish(self, losses: list[Tensor]) -> tuple[float, float]:
         """Waits for all buckets. Returns the loss, from its sums over the K subtrees, and the gradient's norm."""
         if self._group.world_size == 1:
-            return float(losses[0]), gradient_norm(self._slots[0])
-        self._background.wait()
+            return float(losses[0]), gradient_norm(self._buffers[0])
+        self._side_work.wait()
         table = self._gathered(torch.cat([*self._block_sums, torch.stack(losses).double()]))
         self._block_sums = []
         parts = [self._layout.parts(r, world_size=self._group.world_size) for r in range(self._group.world_size)]
@@ -84,21 +84,21 @@ class BucketExchange:
     def _exchange(self, bucket: int) -> None:
         rank, own = self._group.rank, self._own_parts[bucket]
         peers = _Peers(self._layout.buckets[bucket], self._group)
-        by_node = {node: at(self._slots[k], own) for k, node in enumerate(self._nodes[rank])}
+        by_node = {node: at(self._buffers[k], own) for k, node in enumerate(self._nodes[rank])}
         foreign = iter(self._received)
         for peer, part in peers.parts():
             for k in range(len(self._nodes[rank])):
-                peers.send(at(self._slots[k], part), peer)
+                peers.send(at(self._buffers[k], part), peer)
             for node in self._nodes[peer]:
                 by_node[node] = next(foreign)[: len(own)]
                 peers.receive(by_node[node], peer)
         self.bytes_sent += peers.run()
-        result = at(self._slots[0], own)
+        result = at(self._buffers[0], own)
         left, right = (tree_sum(half, by_node.get) for half in halves(self._root))
         torch.add(left, right, out=result)
         self._block_sums.append(block_square_sums(result))
         if not self._sharded:
-            self.bytes_sent += gather_parts(self._slots[0], self._layout.buckets[bucket], self._group)
+            self.bytes_sent += gather_parts(self._buffers[0], self._layout.buckets[bucket], self._group)
 
 
 def _nodes(num_lanes: int, *, world_size: int) -> list[list[range]]:

@@ -43,28 +43,28 @@ def tree_sum(root: range, value_of: "Callable[[range], Tensor | None]") -> "Tens
 
 @dataclass(frozen=True)
 class LaneStep:
-    """The use of one lane's value, by which lanes in order sum along the tree in few buffers ("slots")."""
+    """The use of one lane's value, by which lanes in order sum along the tree in few buffers."""
 
-    slot: int
-    adds: bool  # to the slot's value, its left sibling; else it replaces the slot's value
-    merges: int = 0  # how many times slot n is then added to slot n - 1, from `slot` down
+    buffer: int
+    adds: bool  # to the buffer's value, its left sibling; else it replaces the buffer's value
+    merges: int = 0  # how many times buffer n is then added to buffer n - 1, from `buffer` down
 
     def __post_init__(self) -> None:
-        assert 0 <= self.merges <= self.slot
+        assert 0 <= self.merges <= self.buffer
 
 
 def lane_steps(lanes: range, *, num_lanes: int) -> list[LaneStep]:
-    """Returns a step for each of a rank's lanes; after the last one slot k holds the sum of the rank's k-th subtree."""
+    """Returns a step for each of a rank's lanes; after the last, buffer k holds the sum of the rank's k-th subtree."""
     subtrees = maximal_subtrees(lanes, root=range(num_lanes))
-    return [step for slot, subtree in enumerate(subtrees) for step in _steps_under(subtree, slot)]
+    return [step for buffer, subtree in enumerate(subtrees) for step in _steps_under(subtree, buffer)]
 
 
-def _steps_under(node: range, slot: int) -> list[LaneStep]:
+def _steps_under(node: range, buffer: int) -> list[LaneStep]:
     if len(node) == 1:
-        return [LaneStep(slot, adds=False)]
+        return [LaneStep(buffer, adds=False)]
     left, right = halves(node)
-    steps = _steps_under(left, slot)
+    steps = _steps_under(left, buffer)
     if len(right) == 1:
-        return [*steps, LaneStep(slot, adds=True)]
-    *others, last = _steps_under(right, slot + 1)
+        return [*steps, LaneStep(buffer, adds=True)]
+    *others, last = _steps_under(right, buffer + 1)
     return [*steps, *others, replace(last, merges=last.merges + 1)]

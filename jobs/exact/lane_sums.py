@@ -17,17 +17,18 @@ from model.training_memory import Places, Scratch, gradient_sinks, large_zeros, 
 
 
 class LaneSums:
-    """Sums into `slots`, flat buffers (P,) each; calls `on_final` with each bucket, in order, when it is final."""
+    """Sums into `buffers`, flat buffers (P,) each; calls `on_final` with each bucket, in order, when it is final."""
 
     def __init__(
-        self, model: nn.Module, layout: FlatLayout, slots: list[Tensor], *, on_final: Callable[[int], None]
+        self, model: nn.Module, layout: FlatLayout, buffers: list[Tensor], *, on_final: Callable[[int], None]
     ) -> None:
         self._on_final = on_final
         self._parameters = dict(model.named_parameters())
         self._buckets_of = {name: layout.buckets_of(name) for name in self._parameters}
         self._num_buckets = len(layout.buckets)
         self._views = {
-            name: [layout.view(slot, name, parameter) for slot in slots] for name, parameter in self._parameters.items()
+            name: [layout.view(buffer, name, parameter) for buffer in buffers]
+            for name, parameter in self._parameters.items()
         }
         self._step: LaneStep | None = None
         self._largest = max(self._parameters.values(), key=nn.Parameter.numel)
@@ -60,7 +61,7 @@ class LaneSums:
 
     def _sinks(self, step: LaneStep) -> Places:
         if not step.adds:
-            return {parameter: self._views[name][step.slot] for name, parameter in self._parameters.items()}
+            return {parameter: self._views[name][step.buffer] for name, parameter in self._parameters.items()}
         # A tied embedding without a sink has two whole gradients, which autograd adds.
         if self._second is None:
             flat = large_zeros(self._largest.numel(), device=self._largest.device)
@@ -70,13 +71,13 @@ class LaneSums:
     def _take(self, name: str, parameter: nn.Parameter) -> None:
         if self._step is None:
             return
-        gradient, views, slot = parameter.grad, self._views[name], self._step.slot
+        gradient, views, buffer = parameter.grad, self._views[name], self._step.buffer
         assert gradient is not None
         if self._step.adds:
-            views[slot].add_(gradient)
-        elif gradient.data_ptr() != views[slot].data_ptr():
-            views[slot].copy_(gradient)
-        for target in range(slot - 1, slot - 1 - self._step.merges, -1):
+            views[buffer].add_(gradient)
+        elif gradient.data_ptr() != views[buffer].data_ptr():
+            views[buffer].copy_(gradient)
+        for target in range(buffer - 1, buffer - 1 - self._step.merges, -1):
             views[target].add_(views[target + 1])
         parameter.grad = None
         self._num_taken += 1

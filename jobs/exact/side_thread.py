@@ -9,7 +9,7 @@ import torch
 Call = Callable[[], None]
 
 
-class BackgroundThread:
+class SideThread:
     """Runs calls in a thread. A call that fails ends the work: `wait` raises its error."""
 
     def __init__(self) -> None:
@@ -64,5 +64,5 @@ class SideStream:
         pass
 
 
-def background(device: torch.device) -> BackgroundThread | SideStream:
-    return SideStream(device) if device.type == "cuda" else BackgroundThread()
+def side_work(device: torch.device) -> SideThread | SideStream:
+    return SideStream(device) if device.type == "cuda" else SideThread()

@@ -26,14 +26,14 @@ def gpu_memory(config: RunConfig, layout: FlatLayout, *, world_size: int, shard_
     num_lanes = batch_schedule(config).num_lanes(1)
     owners = min(world_size, num_lanes)
     own = max((lanes_of_rank(rank, world_size=owners, num_lanes=num_lanes) for rank in range(owners)), key=len)
-    num_slots = 1 + max(step.slot for step in lane_steps(own, num_lanes=num_lanes))
+    num_buffers = 1 + max(step.buffer for step in lane_steps(own, num_lanes=num_lanes))
     bf16 = config.train.precision == "bf16"
     largest = max(map(len, layout.places.values()))
     return {
         "weights": FP32_BYTES * layout.size,
         "bf16_weights": BF16_BYTES * layout.boundary if bf16 else 0,
         "gradients": FP32_BYTES * layout.size,
-        "lane_sums": FP32_BYTES * ((num_slots - 1) * layout.size + (largest if len(own) > 1 else 0)),
+        "lane_sums": FP32_BYTES * ((num_buffers - 1) * layout.size + (largest if len(own) > 1 else 0)),
         "optimizer": 2 * FP32_BYTES * layout.size / (world_size if shard_optimizer else 1),
         "activations": activation_bytes(config),
         "logits_chunk": logits_chunk_bytes(config),

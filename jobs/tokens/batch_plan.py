@@ -17,7 +17,7 @@ from jobs.corpus.text_hashes import mix64
 
 Indices = npt.NDArray[np.int64]
 
-WEIGHT_SLOTS = 10_000  # samples after which the pattern of sources repeats: a weight is exact to 1 / 10,000
+PATTERN_SAMPLES = 10_000  # samples after which the pattern of sources repeats: a weight is exact to 1 / 10,000
 _ROUNDS = 8  # four make a pseudorandom permutation (Luby and Rackoff, 1988); eight cost microseconds
 
 
@@ -60,30 +60,30 @@ class SampleOrder:
     def _turns(self, samples: npt.ArrayLike) -> tuple[Indices, Indices]:
         """Returns the source of each sample, and the number of earlier samples that took a row of it."""
         indices = np.asarray(samples, dtype=np.int64)
-        slots, ranks, counts = _source_pattern(self.weights)
-        periods, places = np.divmod(indices, len(slots))
-        sources = slots[places]
+        pattern, ranks, counts = _source_pattern(self.weights)
+        periods, places = np.divmod(indices, len(pattern))
+        sources = pattern[places]
         return sources, periods * counts[sources] + ranks[places]
 
 
 @cache
 def _source_pattern(weights: tuple[float, ...]) -> tuple[Indices, Indices, Indices]:
-    """Returns the source of each slot, the number of that source's slots before it, and each source's number of slots.
+    """Returns the source of each sample of the pattern, its number within that source, and the samples of each source.
 
-    The j-th of a source's n slots is due at (j + 1/2) / n of the period, so any stretch holds each source's share.
+    The j-th of a source's n samples is due at (j + 1/2) / n of the pattern, so any stretch holds each source's share.
     """
-    counts = _slots_of_sources(weights) if len(weights) > 1 else np.ones(1, dtype=np.int64)
+    counts = _counts_of_sources(weights) if len(weights) > 1 else np.ones(1, dtype=np.int64)
     sources = np.repeat(np.arange(len(counts)), counts)
     ranks = np.concatenate([np.arange(count) for count in counts])
     order = np.argsort((ranks + 0.5) / counts[sources], kind="stable")
     return sources[order], ranks[order], counts
 
 
-def _slots_of_sources(weights: Sequence[float]) -> Indices:
-    """Divides `WEIGHT_SLOTS` by largest remainder, with at least one slot for each source."""
-    shares = np.array(weights) / sum(weights) * WEIGHT_SLOTS
+def _counts_of_sources(weights: Sequence[float]) -> Indices:
+    """Divides `PATTERN_SAMPLES` by largest remainder, with at least one sample for each source."""
+    shares = np.array(weights) / sum(weights) * PATTERN_SAMPLES
     counts = np.maximum(1, np.floor(shares)).astype(np.int64)
-    missing = WEIGHT_SLOTS - int(counts.sum())
+    missing = PATTERN_SAMPLES - int(counts.sum())
     if missing > 0:
         counts[np.argsort(counts - shares, kind="stable")[:missing]] += 1
     else:

@@ -70,33 +70,35 @@ def lane_value(lane: int) -> Tensor:
 
 
 def stepped(lanes: range, num_lanes: int) -> list[Tensor]:
-    """Returns the slots after the steps of the rank's lanes."""
+    """Returns the buffers after the steps of the rank's lanes."""
     steps = lane_steps(lanes, num_lanes=num_lanes)
-    slots = [torch.full((64,), torch.nan) for _ in range(1 + max(step.slot for step in steps))]
+    buffers = [torch.full((64,), torch.nan) for _ in range(1 + max(step.buffer for step in steps))]
     for lane, step in zip(lanes, steps, strict=True):
-        slots[step.slot] = slots[step.slot] + lane_value(lane) if step.adds else lane_value(lane)
-        for target in range(step.slot - 1, step.slot - 1 - step.merges, -1):
-            slots[target] += slots[target + 1]
-    return slots
+        buffers[step.buffer] = buffers[step.buffer] + lane_value(lane) if step.adds else lane_value(lane)
+        for target in range(step.buffer - 1, step.buffer - 1 - step.merges, -1):
+            buffers[target] += buffers[target + 1]
+    return buffers
 
 
 @given(st.integers(1, 40), st.integers(1, 8))
 def test_ranks_together_make_the_whole_tree(num_lanes: int, world_size: int) -> None:
-    """Each rank's slots, finished by the tree, are the sum that one rank alone makes."""
+    """Each rank's buffers, finished by the tree, are the sum that one rank alone makes."""
     world_size = min(world_size, num_lanes)
     by_node: dict[range, Tensor] = {}
     for rank in range(world_size):
         lanes = lanes_of_rank(rank, world_size=world_size, num_lanes=num_lanes)
         subtrees = maximal_subtrees(lanes, root=range(num_lanes))
-        slots = stepped(lanes, num_lanes)
-        for slot, expected in zip(slots, reduce_lanes(lanes, num_lanes=num_lanes, lane_value=lane_value), strict=False):
-            assert torch.equal(slot, expected)
-        by_node |= dict(zip(subtrees, slots, strict=False))
+        buffers = stepped(lanes, num_lanes)
+        for buffer, expected in zip(
+            buffers, reduce_lanes(lanes, num_lanes=num_lanes, lane_value=lane_value), strict=False
+        ):
+            assert torch.equal(buffer, expected)
+        by_node |= dict(zip(subtrees, buffers, strict=False))
     alone = reduce_worlds(1, num_lanes=num_lanes, lane_value=lane_value)
     assert torch.equal(tree_sum(range(num_lanes), by_node.get), alone)
 
 
-def test_slots_are_as_few_as_the_tree_is_high() -> None:
+def test_buffers_are_as_few_as_the_tree_is_high() -> None:
     for height in range(7):
         steps = lane_steps(range(2**height), num_lanes=2**height)
-        assert max(step.slot for step in steps) == max(height - 1, 0)
+        assert max(step.buffer for step in steps) == max(height - 1, 0)
