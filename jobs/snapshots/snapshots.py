@@ -92,7 +92,7 @@ class Snapshots:
         assert self._launch is not None
         keeper = ray.get_actor(held.node, namespace=self._launch)
         if is_local:
-            slots = Slots.at(ray.get(keeper.path.remote(held.area)))
+            slots = Slots.at(str(ray.get(keeper.path.remote(held.area))))
             header = slots.header(held.slot)
             assert header is not None and header.sequence == held.sequence, "nobody writes during a restore"
             return slots.data(held.slot)[: header.num_bytes].copy()
