@@ -115,7 +115,6 @@ class Watched:
         page.on("pageerror", lambda error: self.problems.append(str(error)))
         page.on("request", lambda r: None if r.url.startswith((url, "data:")) else self.problems.append(r.url))
 
-
     def _heard(self, message: ConsoleMessage) -> None:
         """Keeps errors and warnings; the browser reports each answer 429, which the page repeats until it has another."""
         if message.type in {"error", "warning"} and "429 (Too Many Requests)" not in message.text:
