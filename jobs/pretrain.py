@@ -142,7 +142,7 @@ def _enter(run: Storage, config: RunConfig) -> RunConfig:
     """Records the run's settings, or checks that a resumed run has the same ones. Returns them with its precision."""
     if run.exists(CONFIG_FILE):
         before = recorded_config(run)
-        if changed := changed_settings(before, config):
+        if changed := changed_settings(run, config):
             raise ConfigError(f"run {config.run_id} has other settings: {'; '.join(changed)}. Choose another --run-id")
         assert before.train.precision != "auto", "it was settled before it was recorded"
         return with_precision(config, before.train.precision)
@@ -199,7 +199,7 @@ def _trainer(plan: RunPlan, address: str) -> Trainer:
             # Ray Train's own record of the run is disposable: the ledger and the checkpoints decide.
             name=f"attempts-{secrets.token_hex(4)}",
             storage_path=f"{plan.run.uri}/ray",
-            failure_config=FailureConfig(max_failures=scaling.max_failures),
+            failure_config=FailureConfig(max_failures=-1),  # `max_fruitless_attempts` ends what gets no further
             callbacks=callbacks,  # type: ignore[arg-type]  # typed as its old API
         ),
     )

@@ -5,7 +5,7 @@ Whatever costs more than a look at names is left to the stage itself. Each funct
 
 from cluster.local.local_cluster import require_free_port
 from cluster.settings.parser import ConfigError
-from cluster.settings.run import DataConfig, RunConfig
+from cluster.settings.run import RunConfig, TextConfig
 from cluster.settings.serve import ServeConfig
 from cluster.storage.registry import LATEST, named_checkpoint
 from cluster.storage.uris import Storage, open_storage
@@ -24,7 +24,7 @@ def check_stage(config: RunConfig, stage: str) -> None:
         raise ConfigError(reason)
 
 
-def check_data(data: DataConfig, *, address: str | None) -> None:
+def check_data(data: TextConfig, *, address: str | None) -> None:
     """Sources that are not there. A cluster at an address may see other folders than this machine."""
     check_sources(data, Folders.SAME if address is None else Folders.UNKNOWN)
 

@@ -86,7 +86,7 @@ PHASES: tuple[str, ...] = get_args(Phase)
 """Of a training step: `loss` is the head and its cross-entropy, with their gradient; `sync` what of the exchange is not
 overlapped."""
 REST, UNTIMED = "stall", "step"
-"""What no phase claims; the one phase of a step whose parts are not timed."""
+"""What no phase claims; the one phase of a step that an earlier version was asked not to time."""
 FAILURES = ("user_error", "raised", "died", "lost", "hang")
 FINISH_REASONS = ("stop", "length", "error", "abort")
 OUTCOMES = ("ok", "invalid", "refused", "drained", "failed", "cut", "left")

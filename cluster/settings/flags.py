@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from cluster.settings.parser import ConfigError, suggestion
-from cluster.settings.run import TOKENS, DataConfig, RunConfig, Settings, StorageConfig
+from cluster.settings.run import FORMER_SETTINGS, TOKENS, DataConfig, RunConfig, Settings, StorageConfig, TextConfig
 from cluster.storage.uris import absolute_uri
 from model.config import PRESETS, GPTConfig
 
@@ -87,14 +87,12 @@ def _settled(config: Config) -> Config:
         match value:
             case StorageConfig():
                 update[name] = value.model_copy(update={"uri": absolute_uri(value.uri)})
-            case DataConfig():
+            case TextConfig():
                 sources = [value.source] if isinstance(value.source, str) else value.source
-                tokenizer = value.tokenizer and absolute_uri(value.tokenizer)
-                paths = {
-                    "source": [_absolute_source(uri) for uri in sources],
-                    "validation": {name: _absolute_source(uri) for name, uri in value.validation.items()},
-                    "tokenizer": tokenizer,
-                }
+                paths: dict[str, Any] = {"source": [_absolute_source(uri) for uri in sources]}
+                if isinstance(value, DataConfig):
+                    paths["validation"] = {name: _absolute_source(uri) for name, uri in value.validation.items()}
+                    paths["tokenizer"] = value.tokenizer and absolute_uri(value.tokenizer)
                 update[name] = value.model_copy(update=paths)
             case str() if name in ("api_key_file", "admin_key_file") or (name == "checkpoint" and value != "latest"):
                 update[name] = absolute_uri(value)
@@ -176,6 +174,8 @@ def _holds_list(kind: Any) -> bool:
 def _explained(problem: Any, root: type[BaseModel]) -> str:
     path = [str(part) for part in problem["loc"]]
     name = ".".join(path)
+    if problem["type"] == "extra_forbidden" and root is RunConfig and name in FORMER_SETTINGS:
+        return f"{name} is no setting any more, its value is a constant; leave it out"
     if problem["type"] == "extra_forbidden":
         siblings = [".".join(leaf.split(".")[: len(path)]) for leaf, _, _ in _leaves(root)]
         return f"unknown setting {name}{suggestion(name, sorted(set(siblings)))}"

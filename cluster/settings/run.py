@@ -40,8 +40,8 @@ SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
 """Of a text in `data.validation`."""
 
 
-class DataConfig(Settings):
-    """From text to token shards."""
+class TextConfig(Settings):
+    """Where text lies."""
 
     source: str | list[str] = Field(
         default_factory=list,
@@ -49,6 +49,12 @@ class DataConfig(Settings):
         "allowed; tokens://PATH is a finished token store. Endings: .txt .jsonl .csv .parquet, .gz and .zst of the "
         "first three",
     )
+    text_field: str = Field(default="text", description="field (jsonl) or column (csv, parquet) that holds the text")
+
+
+class DataConfig(TextConfig):
+    """From text to token shards."""
+
     weights: list[Annotated[float, Field(gt=0)]] = Field(
         default_factory=list,
         description="share of the training rows from each source, relative to each other; as they come when empty",
@@ -57,7 +63,6 @@ class DataConfig(Settings):
         default_factory=dict,
         description="further texts that every validation measures, name to source; NAME=SOURCE ... as a flag",
     )
-    text_field: str = Field(default="text", description="field (jsonl) or column (csv, parquet) that holds the text")
     tokenizer: str | None = Field(
         default=None, description="URI of a tokenizer.json or of a folder with one; trained from the corpus when unset"
     )
@@ -149,7 +154,6 @@ class TrainConfig(Settings):
     )
     beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW, decay of the first moment")
     beta2: float = Field(default=0.95, ge=0, lt=1, description="AdamW, decay of the second moment")
-    epsilon: float = Field(default=1e-8, gt=0, description="AdamW, added to the root of the second moment")
     grad_clip: float = Field(default=1.0, ge=0, description="largest norm of the summed gradient; 0 never clips")
     precision: Literal["auto", Precision] = Field(
         default="auto",
@@ -170,7 +174,6 @@ class TrainConfig(Settings):
     spike_factor: float = Field(
         default=0.0, ge=0, description="a loss this many median absolute deviations above the median is bad; 0 is off"
     )
-    spike_window: int = Field(default=64, ge=8, le=4096, description="steps that a loss is compared with to be a spike")
     shuffle_window_rows: int = Field(
         default=1 << 20, ge=1, description="rows shuffled together; windows follow each other in the order of the store"
     )
@@ -187,8 +190,6 @@ class TrainConfig(Settings):
     sample_prompts: list[str] = Field(
         default_factory=list, description="prompts completed at every validation, with a fixed seed"
     )
-    sample_tokens: int = Field(default=64, ge=1, description="new tokens per sample prompt")
-    timing: bool = Field(default=True, description="time each step by phase, of every worker")
     layer_statistics_every_steps: int = Field(
         default=50, ge=0, description="steps between measurements of each layer's gradient, weights and update; 0 never"
     )
@@ -237,17 +238,11 @@ class ScalingConfig(Settings):
     threads_per_worker: int = Field(default=1, ge=1, description="compute threads, and logical CPUs, of a worker")
     use_gpu: bool = Field(default=False, description="one GPU per worker")
     resize_check_s: float = Field(default=10.0, gt=0, description="seconds between looks for newly available workers")
-    max_failures: int = Field(
-        default=-1, ge=-1, description="worker-group failures before the run gives up; -1 never does"
-    )
     max_fruitless_attempts: int = Field(
         default=6, ge=1, description="attempts in a row that get no further, after which the run gives up"
     )
     hang_timeout_s: float = Field(
         default=30.0, ge=0, description="seconds without a sign of life before a worker is killed; 0 never does"
-    )
-    start_timeout_s: float = Field(
-        default=60.0, gt=0, description="seconds without workers after which the run says what it is waiting for"
     )
     price_per_device_hour: float | None = Field(
         default=None,
@@ -298,9 +293,19 @@ class CheckpointConfig(Settings):
         ge=0,
         description="memory of each node for copies of the training state, which outlive its workers; 0 keeps none",
     )
-    spool_bytes: int = Field(
-        default=32 << 30, ge=1, description="local disk for checkpoints on the way to remote storage; the newest always"
-    )
+
+
+FORMER_SETTINGS: dict[str, Any] = {
+    "train.epsilon": 1e-8,
+    "train.spike_window": 64,
+    "train.sample_tokens": None,
+    "train.timing": None,
+    "scaling.max_failures": None,
+    "scaling.start_timeout_s": None,
+    "scaling.standby": None,
+    "checkpoint.spool_bytes": None,
+}
+"""Settings that earlier versions recorded and this one has as constants: the value, where a run's bits depend on it."""
 
 
 class RunConfig(Settings):
@@ -402,10 +407,8 @@ class EvaluateConfig(Settings):
     checkpoint: str = Field(
         default="latest", description="path or URI of a checkpoint's or run's folder, or `latest`: the newest published"
     )
-    data: DataConfig = Field(
-        default=DataConfig(),
-        description="documents to evaluate on; the validation split that the checkpoint was trained with when unset",
-    )
+    data: TextConfig = TextConfig()
+    """The text to evaluate on; the validation split that the checkpoint was trained with when unset."""
     max_tokens: int = Field(default=10_000_000, ge=1, description="tokens to evaluate on, from the front")
     batch_size: int = Field(default=8, ge=1, description="sequences computed together")
     seq_len: int | None = Field(

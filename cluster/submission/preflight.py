@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import Any
 
 from cluster.output.progress import say
-from cluster.settings.run import TOKENS, DataConfig, RunConfig
+from cluster.settings.run import TOKENS, DataConfig, RunConfig, TextConfig
 from cluster.storage.check import check_storage
 from cluster.storage.interface import HF
 from cluster.storage.uris import NotFoundError, glob_uris, open_storage
@@ -53,10 +53,11 @@ def check_run(config: RunConfig, folders: Folders, needs_of: NeedsOf) -> dict[st
     return needs
 
 
-def check_sources(data: DataConfig, folders: Folders) -> None:
+def check_sources(data: TextConfig, folders: Folders) -> None:
     """Raises `AdmissionError` for a source that is not there, as far as this machine can tell."""
     sources = [data.source] if isinstance(data.source, str) else data.source
-    for uri in [*sources, *data.validation.values()]:
+    validation = data.validation.values() if isinstance(data, DataConfig) else ()
+    for uri in [*sources, *validation]:
         _check_source(uri.removeprefix(TOKENS), folders)
 
 

@@ -27,6 +27,9 @@ from model.training_memory import large_zeros
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
+_EPSILON = 1e-8
+"""Of AdamW: added to the root of the second moment."""
+
 ALONE = WorkerGroup(rank=0, world_size=1)
 
 
@@ -116,7 +119,7 @@ class TrainState:
                 weight_decay=weight_decay,
                 beta1=self._config.beta1,
                 beta2=self._config.beta2,
-                eps=self._config.epsilon,
+                eps=_EPSILON,
             )
         self.num_updates += 1
         if not self.is_sharded:

@@ -7,7 +7,7 @@ from typing import Any
 from cluster.settings.run import RunConfig
 from cluster.storage.uris import Storage
 from jobs.run.find_run import data_identity
-from jobs.run.history import recorded_config, training_differences
+from jobs.run.history import former_differences, recorded_config, training_differences
 from jobs.run.ledger import Ledger, Line
 
 FIELDS = ("samples", "tokens_seen", "lr", "skipped", "loss", "grad_norm", "parameter_hash")
@@ -16,8 +16,8 @@ FIELDS = ("samples", "tokens_seen", "lr", "skipped", "loss", "grad_norm", "param
 _MEASURING = {
     f"train.{name}"
     for name in (
-        *("eval_every_steps", "eval_max_tokens", "sample_prompts", "sample_tokens"),
-        *("timing", "layer_statistics_every_steps", "hash_every_steps", "while_tokenizing", "shard_optimizer"),
+        *("eval_every_steps", "eval_max_tokens", "sample_prompts", "layer_statistics_every_steps"),
+        *("hash_every_steps", "while_tokenizing", "shard_optimizer"),
     )
 }
 """Settings of training that decide no bit of it."""
@@ -76,6 +76,10 @@ def diff(run_a: Storage, run_b: Storage) -> dict[str, Any]:
     steps = sorted(a.keys() & b.keys())
     parted = first_difference(a, b, steps=steps)
     settings = setting_differences(recorded_config(run_a), recorded_config(run_b))
+    former_a, former_b = former_differences(run_a), former_differences(run_b)
+    for name, (_, constant) in (former_a | former_b).items():
+        pair = former_a.get(name, (constant,))[0], former_b.get(name, (constant,))[0]
+        settings |= {name: pair} if pair[0] != pair[1] else {}
     data_a, data_b = (data_identity(ledger) for ledger in ledgers)
     if data_a != data_b:
         settings["data"] = (data_a, data_b)

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from cluster.monitoring.metric_table import PHASES, REST, UNTIMED
+from cluster.monitoring.metric_table import PHASES, REST
 from jobs.run.history import lost_steps
 from jobs.run.ledger import Ledger
 from jobs.training.rank_phases import RankTime, from_fields, stragglers
@@ -34,7 +34,6 @@ _SENTENCES = {
     "checkpoints": ("Checkpoints", "bound", "{share} is spent saving {checkpoints} of them"),
     "validation": ("Validation", "bounds", "{share}; raise train.eval_every_steps or lower train.eval_max_tokens"),
     "restarts": ("Restarts", "bound", "{share} went into {restarts} of them, with {lost_steps} steps taken again"),
-    "untimed": ("What is not timed", "bounds", "{share}, as train.timing is false"),
     "other": ("What no phase of a step claims (the run's start is part of it)", "bounds", "{share}"),
 }
 """By cause, in the order of `shares`: who, the verb, and how."""
@@ -84,7 +83,7 @@ def shares(ledger: Ledger) -> Shares:
         usual = [rank.seconds for number, rank in enumerate(window.ranks) if number not in slow]
         mean = {
             name: window.num_steps * float(np.mean([seconds.get(name, 0.0) for seconds in usual]))
-            for name in (*PHASES, REST, UNTIMED)
+            for name in (*PHASES, REST)
         }
         exposed_s = window.num_steps * min(rank.seconds.get("sync", 0.0) for rank in window.ranks)
         waited_s = mean["sync"] - exposed_s
@@ -94,7 +93,6 @@ def shares(ledger: Ledger) -> Shares:
         sums["snapshots"] += mean["snapshot"]
         sums["checkpoints"] += mean["checkpoint"]
         sums["validation"] += mean["validation"]
-        sums["untimed"] += mean[UNTIMED]
         sums["other"] += mean["statistics"] + mean[REST]
         if window.world_size == 1:  # nothing is exchanged
             computing["sync"] += exposed_s

@@ -10,7 +10,7 @@ import yaml
 
 from cluster.monitoring.metric_table import PHASES, REST, UNTIMED
 from cluster.settings.flags import validate_config
-from cluster.settings.run import RunConfig, max_steps, with_precision
+from cluster.settings.run import FORMER_SETTINGS, RunConfig, max_steps, with_precision
 from cluster.storage.uris import Storage
 from jobs.run.ledger import Ledger, Line
 
@@ -57,17 +57,39 @@ class Interruption:
 
 
 def recorded_config(run: Storage) -> RunConfig:
-    """Returns the settings that the run was started with. Raises `NotFoundError`."""
-    settings = yaml.safe_load(run.read_bytes(CONFIG_FILE))
-    settings.get("scaling", {}).pop("standby", None)  # a removed setting, which older runs have recorded
-    return validate_config(settings, RunConfig)
+    """Returns the settings that the run was started with, without those that are constants now. Raises
+    `NotFoundError`."""
+    return _recorded(run)[0]
 
 
-def changed_settings(before: RunConfig, now: RunConfig) -> list[str]:
-    """Describes each changed setting on which a run's weights depend. Precision `auto` means the run's earlier one."""
+def former_differences(run: Storage) -> dict[str, tuple[Any, Any]]:
+    """Returns each setting on which the run's bits depend and that is a constant now, where the run had another value:
+    that and the constant. Such a run can be looked at, but neither continued nor replayed."""
+    return {
+        name: (value, FORMER_SETTINGS[name])
+        for name, value in _recorded(run)[1].items()
+        if FORMER_SETTINGS[name] is not None and value != FORMER_SETTINGS[name]
+    }
+
+
+def _recorded(run: Storage) -> tuple[RunConfig, dict[str, Any]]:
+    """Returns the run's settings, and the values of those that are constants now."""
+    settings, former = yaml.safe_load(run.read_bytes(CONFIG_FILE)), {}
+    for path in FORMER_SETTINGS:
+        branch, name = path.split(".")
+        if name in settings.get(branch, {}):
+            former[path] = settings[branch].pop(name)
+    return validate_config(settings, RunConfig), former
+
+
+def changed_settings(run: Storage, now: RunConfig) -> list[str]:
+    """Says which settings on which the run's weights depend differ now, with both values. Precision `auto` is what the
+    run found before."""
+    before = recorded_config(run)
     if before.train.precision != "auto":
         now = with_precision(now, before.train.precision)
-    return [f"{name} was {old}, now {new}" for name, (old, new) in training_differences(before, now).items()]
+    changed = former_differences(run) | training_differences(before, now)
+    return [f"{name} was {old}, now {new}" for name, (old, new) in changed.items()]
 
 
 def training_differences(before: RunConfig, now: RunConfig) -> dict[str, tuple[Any, Any]]:
@@ -86,8 +108,7 @@ def why_not_resumed(run: Storage, config: RunConfig) -> str:
     if not run.exists(CONFIG_FILE):
         return ""
     # The recorded vocabulary is the tokenizer's, which may not be there yet for these settings.
-    changed = changed_settings(recorded_config(run), config)
-    changed = [text for text in changed if not text.startswith("model.vocab_size ")]
+    changed = [text for text in changed_settings(run, config) if not text.startswith("model.vocab_size ")]
     return f"run {config.run_id} has other settings: {'; '.join(changed)}. Choose another --run-id" if changed else ""
 
 

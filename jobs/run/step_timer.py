@@ -2,13 +2,13 @@
 
 import time
 from collections import deque
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 
-from cluster.monitoring.metric_table import PHASES, REST, UNTIMED, Phase
+from cluster.monitoring.metric_table import PHASES, REST, Phase
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,7 @@ class CudaClock:
 class StepTimer:
     """Measures seconds by phase, from one `take` to the next. A phase inside another one interrupts it."""
 
-    def __init__(self, *, is_on: bool = True, clock: Clock | None = None) -> None:
-        self._is_on = is_on
+    def __init__(self, clock: Clock | None = None) -> None:
         self._clock: Clock = clock or HostClock()
         self._names = [REST]  # the phases that are open
         self._mark = self._clock.mark()
@@ -61,16 +60,13 @@ class StepTimer:
         self._taken = self._now_s()
 
     def phase(self, name: Phase) -> AbstractContextManager[None]:
-        return _Open(self, name) if self._is_on else nullcontext()
+        return _Open(self, name)
 
     def take(self) -> StepTime:
         """Returns the time since the last call."""
-        if self._is_on:
-            self._switch()
+        self._switch()
         before, self._taken = self._taken, self._now_s()
         wall_s = self._taken - before
-        if not self._is_on:
-            return StepTime(wall_s, {UNTIMED: wall_s})
         sums: dict[str, float] = {}
         while self._spans:
             name, start, end = self._spans[0]
@@ -84,7 +80,7 @@ class StepTimer:
 
     def _now_s(self) -> float:
         """Returns the moment just marked if it is on the host's clock, so that the phases sum to the whole."""
-        return self._mark if self._is_on and isinstance(self._clock, HostClock) else time.perf_counter()
+        return self._mark if isinstance(self._clock, HostClock) else time.perf_counter()
 
     def _switch(self) -> None:
         """Ends the span of the open phase."""
@@ -115,6 +111,6 @@ class _Open:
         self._timer.close()
 
 
-def step_timer(device: torch.device, *, is_on: bool) -> StepTimer:
+def step_timer(device: torch.device) -> StepTimer:
     """Returns a timer for this process's computation on the device."""
-    return StepTimer(is_on=is_on, clock=CudaClock() if device.type == "cuda" and is_on else HostClock())
+    return StepTimer(CudaClock() if device.type == "cuda" else HostClock())

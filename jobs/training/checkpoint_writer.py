@@ -31,6 +31,9 @@ from model.tokenizer import Tokenizer
 
 Tensors = dict[str, Tensor]
 
+SPOOL_BYTES = 32 << 30
+"""Local disk for checkpoints on their way to remote storage; the newest one is always written."""
+
 
 @dataclass(frozen=True)
 class Copy:
@@ -160,7 +163,7 @@ class CheckpointWriter:
         earlier, metadata = self._spooled, copy.metadata
         folder = self._checkpoints.spool / checkpoint_name(metadata.step, metadata.generation)
         size = sum(tensor.nbytes for tensor in copy.flat.values())
-        if earlier is not None and 2 * size > self._keep.spool_bytes:
+        if earlier is not None and 2 * size > SPOOL_BYTES:
             self._spooled = None
             shutil.rmtree(earlier)
         try:

@@ -14,6 +14,9 @@ from typing import Any, Self
 
 from cluster.settings.run import RunConfig, max_steps
 
+SPIKE_WINDOW = 64
+"""Steps whose losses a loss is compared with to be a spike."""
+
 SMALLEST_DEVIATION = 1e-3
 """Of the median: losses that hardly differ are no reason to call the next one a spike."""
 
@@ -36,7 +39,6 @@ class GuardPolicy:
     max_skipped_steps: int
     max_rollbacks: int
     spike_factor: float  # 0 looks for no spikes
-    spike_window: int
     save_every_steps: int
     last_step: int
 
@@ -47,7 +49,6 @@ class GuardPolicy:
             max_skipped_steps=train.max_skipped_steps,
             max_rollbacks=train.max_rollbacks,
             spike_factor=train.spike_factor,
-            spike_window=train.spike_window,
             save_every_steps=config.checkpoint.save_every_steps,
             last_step=max_steps(config),
         )
@@ -93,7 +94,7 @@ def decide(state: GuardState, policy: GuardPolicy, *, step: int, loss: float, gr
     """What to do with the update of `step`, given the loss and gradient norm of its whole batch."""
     reason = complaint(state.losses, policy, loss=loss, grad_norm=grad_norm)
     if not reason:
-        losses = (*state.losses, loss)[-policy.spike_window :] if policy.spike_factor else ()
+        losses = (*state.losses, loss)[-SPIKE_WINDOW:] if policy.spike_factor else ()
         return Decision(Verdict.APPLY, replace(state, last_applied=step, skipped_in_a_row=0, losses=losses))
     state = replace(state, skipped_in_a_row=state.skipped_in_a_row + 1)
     if state.skipped_in_a_row <= policy.max_skipped_steps:
@@ -107,7 +108,7 @@ def complaint(losses: tuple[float, ...], policy: GuardPolicy, *, loss: float, gr
     """What is wrong with a step; empty when nothing is."""
     if not math.isfinite(loss) or not math.isfinite(grad_norm):
         return f"loss {loss}, gradient norm {grad_norm}"
-    if policy.spike_factor and len(losses) == policy.spike_window:
+    if policy.spike_factor and len(losses) == SPIKE_WINDOW:
         usual = median(losses)
         deviation = max(median(abs(value - usual) for value in losses), SMALLEST_DEVIATION * usual)
         if loss > (bound := usual + policy.spike_factor * deviation):

@@ -9,7 +9,7 @@ from cluster.settings.run import batch_schedule, seq_len
 from jobs.exact.train_state import TrainState
 from jobs.run.ledger import LedgerWriter
 from jobs.run.run_plan import RunPlan
-from jobs.run.step_timer import StepTimer, step_timer
+from jobs.run.step_timer import step_timer
 from jobs.training.layer_statistics import LayerStatistics
 from jobs.training.rank_phases import WINDOW_STEPS, RankPhases, as_fields
 from jobs.workers.worker_group import WorkerGroup
@@ -39,8 +39,8 @@ class StepRecord:
         self._schedule = batch_schedule(plan.config)
         self.line: dict[str, Any] | None = None
         """Of the last step, as every rank has it; None of one that was skipped."""
-        self._phases = RankPhases(group, device=state.device) if train.timing else None
-        self.timer: StepTimer = step_timer(state.device, is_on=train.timing)
+        self._phases = RankPhases(group, device=state.device)
+        self.timer = step_timer(state.device)
         self.layers = LayerStatistics(state, group, self.timer, every_steps=train.layer_statistics_every_steps)
 
     def write(self, step: int, *, loss: float, lr: float, grad_norm: float, skipped: str = "") -> None:
@@ -55,9 +55,7 @@ class StepRecord:
             with self.timer.phase("statistics"):
                 fields["parameter_hash"] = parameter_hash(self._state.model.state_dict())
         took = self.timer.take()
-        ranks = []
-        if self._phases:
-            ranks = self._phases.add(took, closes_window=step % WINDOW_STEPS == 0 or step == self._last_step)
+        ranks = self._phases.add(took, closes_window=step % WINDOW_STEPS == 0 or step == self._last_step)
         schedule, batch = self._schedule, self._schedule.samples(step)
         samples = [batch.start, batch.stop]
         if skipped:
@@ -88,7 +86,7 @@ class StepRecord:
         self._ledger.step(**self.line)
         if self.layers.fields:
             self._ledger.event("layers", step=step, **self.layers.fields)
-        if ranks and self._phases:
+        if ranks:
             self._ledger.event("phases", step=step, attempt=self._attempt, **as_fields(ranks))
             for rank, ratio in self._phases.new_stragglers(ranks).items():
                 self._ledger.event("straggler", step=step, rank=rank, node=self._nodes[rank], ratio=round(ratio, 3))

@@ -17,6 +17,8 @@ from model.generate import generate
 from model.sampling import SamplingParams
 from model.tokenizer import Tokenizer
 
+SAMPLE_TOKENS = 64
+
 
 class Validation:
     """Measures the model on the validation rows, and on those of further `sets`, by name."""
@@ -77,7 +79,7 @@ class Validation:
             new_ids = generate(
                 model,
                 prompt_ids,
-                max_tokens=min(train.sample_tokens, room),
+                max_tokens=min(SAMPLE_TOKENS, room),
                 params=SamplingParams(temperature=0.8, seed=train.seed),
                 eos_id=tokenizer.eot_id,
             )

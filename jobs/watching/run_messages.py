@@ -41,7 +41,7 @@ class Patience:
         if len(ledger.lines) != self._num_lines:
             self._num_lines, self._since_s, self._said_s = len(ledger.lines), now_s, 0.0
         idle_s = now_s - self._since_s
-        if idle_s < self._scaling.start_timeout_s or (self._said_s and now_s - self._said_s < REPEAT_S):
+        if idle_s < REPEAT_S or (self._said_s and now_s - self._said_s < REPEAT_S):
             return None
         # A failure that no attempt has written down yet is one after which none has started.
         has_started = len(ledger.world_sizes) > self._num_starts

@@ -22,9 +22,9 @@ def workers_precision(scaling: ScalingConfig) -> Precision:
         num_cpus=scaling.threads_per_worker, num_gpus=int(scaling.use_gpu), max_retries=-1
     )
     asked = task.remote("cuda" if scaling.use_gpu else "cpu")
-    idle_s, timeout_s = 0.0, scaling.start_timeout_s
-    while not ray.wait([asked], timeout=timeout_s)[0]:
-        idle_s, timeout_s = idle_s + timeout_s, REPEAT_S
+    idle_s = 0.0
+    while not ray.wait([asked], timeout=REPEAT_S)[0]:
+        idle_s += REPEAT_S
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         if message := waiting_for(scaling, nodes=nodes, free=ray.available_resources(), idle_s=idle_s):
             say(message)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from cluster.settings.run import ScalingConfig
 
 REPEAT_S = 60.0
-"""Seconds between two messages about what a run waits for."""
+"""Seconds without workers before a run says what it waits for, and between two such messages."""
 
 
 def waiting_for(

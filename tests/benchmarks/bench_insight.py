@@ -10,10 +10,13 @@ import statistics
 import sys
 import tempfile
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from cluster.monitoring.metric_table import Phase
 from cluster.settings.run import TrainConfig
+from jobs.run.step_timer import StepTimer
 from jobs.training.attempt import Attempt
 from jobs.workers.worker_group import WorkerGroup
 from tests.jobs.runs import tiny_plan
@@ -22,9 +25,16 @@ EVERY_STEPS = 10
 NUM_STEPS = {"tiny": 200, "small-10m": 60}
 DEFAULT_EVERY_STEPS = TrainConfig().layer_statistics_every_steps
 SIDES: dict[str, dict[str, Any]] = {
-    "with": {"timing": True, "layer_statistics_every_steps": EVERY_STEPS},
-    "without": {"timing": False, "layer_statistics_every_steps": 0},
+    "with": {"layer_statistics_every_steps": EVERY_STEPS},
+    "without": {"layer_statistics_every_steps": 0},
 }
+
+
+class Untimed(StepTimer):
+    """Knows the whole time of a step only."""
+
+    def phase(self, name: Phase) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 def attempt_of(side: str, preset: str, folder: Path) -> Attempt:
@@ -32,7 +42,10 @@ def attempt_of(side: str, preset: str, folder: Path) -> Attempt:
     train = {"sample_prompts": [], "seq_len": seq_len, "max_tokens": 10_000 * 4 * seq_len}
     model = {"preset": preset, "n_positions": seq_len, "vocab_size": 300}
     plan = tiny_plan(str(folder / side), tokens_in=str(folder), train=train | SIDES[side], model=model)
-    return Attempt(plan, WorkerGroup(0, 1))
+    attempt = Attempt(plan, WorkerGroup(0, 1))
+    if side == "without":
+        attempt.record.timer = Untimed()
+    return attempt
 
 
 def seconds_of_step(attempt: Attempt, step: int) -> tuple[float, float]:

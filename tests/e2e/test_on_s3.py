@@ -73,7 +73,7 @@ def config(corpus: str, storage_uri: str) -> RunConfig:
     values["run_id"] = "demo"
     values["data"] |= {"source": f"{corpus}/*.txt", "vocab_size": 400, "shard_bytes": 100_000}
     values["train"] |= {"seq_len": 64, "global_batch_size": 8, "micro_batch_size": 2, "eval_every_steps": 50}
-    values["train"] |= {"max_tokens": NUM_STEPS * 8 * 64, "eval_max_tokens": 8192, "sample_tokens": 8}
+    values["train"] |= {"max_tokens": NUM_STEPS * 8 * 64, "eval_max_tokens": 8192}
     values["checkpoint"] |= {"save_every_steps": 25}
     return validate_config(values | {"storage": {"uri": storage_uri}}, RunConfig)
 

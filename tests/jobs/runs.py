@@ -62,7 +62,6 @@ def tiny_plan(
         "precision": "fp32",
         "eval_every_steps": 4,
         "sample_prompts": ["tell me <b>more</b> & more"],
-        "sample_tokens": 8,
     }
     config = RunConfig.model_validate(
         {

@@ -26,7 +26,7 @@ def usual(tmp_path_factory: pytest.TempPathFactory) -> Storage:
 
 
 def test_a_run_and_its_repetition_are_equal(usual: Storage, tmp_path: Path) -> None:
-    result = diff(usual, trained(tmp_path, timing=False, eval_every_steps=3, layer_statistics_every_steps=2))
+    result = diff(usual, trained(tmp_path, eval_every_steps=3, layer_statistics_every_steps=2))
     assert (result["verdict"], result["equal"], result["settings"]) == ("equal for 8 steps", True, {})
 
 

@@ -70,7 +70,7 @@ CASES: dict[str, tuple[Ledger, str, list[str]]] = {
     "validation": (made([of(validation=0.1)]), "validation", ["50% of the wall time", "train.eval_every_steps"]),
     "restarts": (made([USUAL], starts={15: 10}), "restarts", ["1 of them", "5 steps taken again"]),
     "other": (made([of(stall=0.1)]), "other", ["50% of the wall time"]),
-    "untimed": (made([{"step": 0.1}]), "untimed", ["train.timing"]),
+    "untimed, by an earlier version": (made([{"step": 0.1}]), "other", ["no phase of a step claims"]),
 }
 
 

@@ -12,14 +12,12 @@ from safetensors.torch import load_file
 from jobs.run.checkpoints import RunCheckpoints
 from jobs.run.ledger import Ledger
 from jobs.run.run_plan import RunPlan
-from jobs.training.guards import Decision, GuardPolicy, GuardState, Verdict, decide
+from jobs.training.guards import SPIKE_WINDOW, Decision, GuardPolicy, GuardState, Verdict, decide
 from model.checkpoint import read_metadata
 from tests.jobs.poisoned_runs import Faults, run_world
 from tests.jobs.runs import tiny_plan
 
-POLICY = GuardPolicy(
-    max_skipped_steps=2, max_rollbacks=2, spike_factor=0.0, spike_window=8, save_every_steps=5, last_step=60
-)
+POLICY = GuardPolicy(max_skipped_steps=2, max_rollbacks=2, spike_factor=0.0, save_every_steps=5, last_step=60)
 
 
 def judge(
@@ -71,15 +69,16 @@ def test_a_run_that_has_nothing_left_to_try_stops(state: GuardState, step: int, 
 def test_spikes_are_measured_against_the_steps_before() -> None:
     policy = replace(POLICY, spike_factor=6.0)
     state = GuardState()
-    for step in range(1, 9):
+    for step in range(1, SPIKE_WINDOW + 1):
         assert judge(state, step, loss=1e9 * (step == 1), policy=policy).verdict is Verdict.APPLY  # nothing to compare
-        state = judge(state, step, loss=3.0 + step / 10, policy=policy).state
-    assert state.losses == tuple(3.0 + step / 10 for step in range(1, 9))  # median 3.45, deviation 0.2
-    assert judge(state, 9, loss=4.6, policy=policy).verdict is Verdict.APPLY
-    spike = judge(state, 9, loss=4.7, policy=policy)
+        state = judge(state, step, loss=3.0 + step / 100, policy=policy).state
+    # The median of the window is 3.325, and the median deviation from it 0.16.
+    assert state.losses == tuple(3.0 + step / 100 for step in range(1, SPIKE_WINDOW + 1))
+    assert judge(state, 65, loss=4.28, policy=policy).verdict is Verdict.APPLY
+    spike = judge(state, 65, loss=4.29, policy=policy)
     assert spike.verdict is Verdict.SKIP
     assert spike.state.losses == state.losses
-    assert judge(state, 9, loss=4.7).verdict is Verdict.APPLY  # off unless asked for
+    assert judge(state, 65, loss=4.29).verdict is Verdict.APPLY  # off unless asked for
 
 
 @given(
@@ -178,13 +177,16 @@ def test_poison_does_the_same_at_any_world_size_and_after_any_kill(tmp_path: Pat
 
 
 def test_a_spike_is_skipped_alike_by_all(tmp_path: Path) -> None:
-    faults = Faults(scaled=((10, 3.0),))
-    plans = [plan_in(tmp_path / name, spike_factor=8.0, spike_window=8) for name in ("alone", "two")]
-    run_world(plans[0], replace(faults, dies_at=10))
+    step = SPIKE_WINDOW + 6
+    faults = Faults(scaled=((step, 30.0),))
+    settings = {"spike_factor": 8.0, "max_tokens": (step + 2) * 4 * 32}
+    plans = [plan_in(tmp_path / name, **settings) for name in ("alone", "two")]
+    run_world(plans[0], replace(faults, dies_at=step))
     run_world(plans[0], faults)
     run_world(plans[1], faults, world_size=2)
     assert outcome(plans[0]) == outcome(plans[1])
-    assert "spike" in Ledger.read(plans[0].run).events("skip")[0]["reason"]
+    (skip,) = Ledger.read(plans[0].run).events("skip")
+    assert (skip["step"], "spike" in skip["reason"]) == (step, True)
 
 
 def test_weights_that_overflow_reach_no_checkpoint_and_stop_the_run_with_a_reason(tmp_path: Path) -> None:
