@@ -1,7 +1,7 @@
 """Stage: a checkpoint's loss, perplexity and bits per byte on held-out text, computed by several workers.
 
-B sequences in a batch, T tokens of each. A batch's loss does not depend on who computes it, and the driver adds the
-batches up in their order: the result is the same for any number of workers.
+B sequences in a batch, T tokens of each. A batch's loss does not depend on which worker computes it, and the driver
+adds the batches in their order: the result is the same for any number of workers.
 """
 
 import hashlib
@@ -21,14 +21,14 @@ from ray.exceptions import RayTaskError
 
 from cluster.output.progress import report_progress, say
 from cluster.settings.parser import ConfigError
-from cluster.settings.run import EvaluateConfig, RunConfig, StorageConfig, seq_len
+from cluster.settings.run import DataConfig, EvaluateConfig, RunConfig, StorageConfig, seq_len
 from cluster.stages.stage import stage_main
 from cluster.storage.registry import find_checkpoint
 from cluster.storage.uris import Storage, absolute_uri, open_storage, split_uri
 from jobs.run.history import CONFIG_FILE, recorded_config
 from jobs.tokens.build_store import tokenize
 from jobs.tokens.token_store import FORMAT_VERSION, MANIFEST, Manifest, Split, TokenStoreError, read_manifest
-from jobs.tokens.token_stream import ShardChain, TokenStream
+from jobs.tokens.token_stream import TokenStream
 from jobs.tokens.train_tokenizer import TOKENIZER_FILE
 from model.checkpoint import (
     CheckpointError,
@@ -48,6 +48,9 @@ _CHECKPOINT_PLACE = re.compile(r"(?P<storage>.+)/runs/[^/]+(/checkpoints/[^/]+)?
 
 _REPORT_INTERVAL_S = 1.0
 
+GATE_ROWS, GATE_TOKENS = 8, 8192
+"""The most rows, and the most tokens in all, that a promotion is judged by."""
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -62,61 +65,74 @@ class Rows:
     document_mask: bool
 
     @property
-    def num_tokens(self) -> int:
-        return self.num_rows * self.seq_len
-
-    @property
     def batches(self) -> list[range]:
         starts = range(0, self.num_rows, self.batch_size)
         return [range(start, min(start + self.batch_size, self.num_rows)) for start in starts]
 
+    def open(self) -> TokenStream:
+        return TokenStream(self.tokens, split=self.split, seq_len=self.seq_len)
+
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Loss in nats per token and what follows from it. Needs Ray.
+    """Returns the loss in nats per token and what follows from it. Needs Ray.
 
     Raises `CheckpointError` for the checkpoint, `TokenStoreError` for the text to evaluate on.
     """
     checkpoint, folder = find_checkpoint(config.checkpoint, config.storage.uri)
     say(f"evaluating {checkpoint}")
-    config = config.model_copy(update={"checkpoint": checkpoint})
-    trained = _training_config(folder, config)
-    if trained is not None:
-        # Positions that were never trained would spoil the loss, and in another precision it is not the trainer's.
-        config = config.model_copy(
-            update={
-                "seq_len": config.seq_len or seq_len(trained),
-                "precision": trained.train.precision if config.precision == "auto" else config.precision,
-            }
-        )
-    model = load_model(folder, verify=False)  # as it was verified just now
-    tokens, split = _documents(folder, config) if config.data.source else validation_split(folder, config)
-    manifest = read_manifest(tokens)
-    document_mask = trained is not None and trained.train.document_mask
-    rows = _rows(tokens, manifest, split, model, config, document_mask=document_mask)
+    model = load_model(folder, verify=False)  # which `find_checkpoint` has just done
+    rows = _rows(folder, model, config.model_copy(update={"checkpoint": checkpoint}))
     if rows.precision == "bf16" and fast_precision("cpu") == "fp32":
         say(
             "this processor emulates bf16, in which the checkpoint's run computed: a projection takes "
-            f"{bf16_slowdown('cpu'):.0f} times as long as in fp32 (--precision fp32, whose loss is not the trainer's)"
+            f"{bf16_slowdown('cpu'):.0f} times as long as in fp32 (--precision fp32 is faster, but gives another loss "
+            "than the trainer's)"
         )
     start = time.perf_counter()
     losses = _batch_losses(model, rows, config)
     seconds = time.perf_counter() - start
-    loss = sum(losses) / rows.num_tokens
-    bytes_per_token = ShardChain.end_to_end(manifest, split).bytes_per_token(rows.num_tokens + 1)
+    num_tokens = rows.num_rows * rows.seq_len
+    loss = sum(losses) / num_tokens
+    bytes_per_token = rows.open().bytes_per_token(rows.num_rows)
     return {
         "checkpoint": checkpoint,
         "parameter_hash": parameter_hash(model.state_dict()),
-        "tokens": rows.num_tokens,
-        "bytes": round(rows.num_tokens * bytes_per_token),
+        "tokens": num_tokens,
+        "bytes": round(num_tokens * bytes_per_token),
         "loss": loss,
         "perplexity": math.exp(loss),
         "bits_per_byte": loss / math.log(2) / bytes_per_token,
-        "tokens_per_s": round(rows.num_tokens / seconds, 1),
+        "tokens_per_s": round(num_tokens / seconds, 1),
     }
 
 
+def _rows(folder: Path, model: GPT, config: EvaluateConfig) -> Rows:
+    trained = _training_config(folder, config)
+    # Positions that were never trained would spoil the loss, and in another precision it is not the trainer's.
+    row_tokens = config.seq_len or (seq_len(trained) if trained else model.config.n_positions)
+    if row_tokens > model.config.n_positions:
+        raise ConfigError(f"seq_len={row_tokens} exceeds the model's n_positions={model.config.n_positions}")
+    precision = config.precision
+    if precision == "auto":
+        precision = trained.train.precision if trained else "fp32"
+    tokens, split = _documents(folder, config) if config.data.source else validation_split(folder, config)
+    manifest = read_manifest(tokens)
+    if manifest.vocab_size > model.config.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer has {manifest.vocab_size} ids, the model only {model.config.vocab_size}: they don't match"
+        )
+    num_tokens = manifest.total("tokens", split)
+    if num_tokens <= row_tokens:
+        raise TokenStoreError(
+            f"the text has {num_tokens} tokens, a row needs {row_tokens + 1}; add text or lower seq_len"
+        )
+    num_rows = min((num_tokens - 1) // row_tokens, max(1, config.max_tokens // row_tokens))
+    document_mask = trained is not None and trained.train.document_mask
+    return Rows(tokens, split, row_tokens, num_rows, config.batch_size, precision, document_mask)
+
+
 def _training_config(folder: Path, config: EvaluateConfig) -> RunConfig | None:
-    """The settings of the checkpoint's run, where it is known."""
+    """Returns the settings of the checkpoint's run, where it is known."""
     if is_hf_folder(folder):
         return None
     run = storage_of(config).child(f"runs/{read_metadata(folder).run_id}")
@@ -124,13 +140,13 @@ def _training_config(folder: Path, config: EvaluateConfig) -> RunConfig | None:
 
 
 def storage_of(config: EvaluateConfig) -> Storage:
-    """The storage that holds the checkpoint's run, or else the configured one."""
+    """Returns the storage that holds the checkpoint's run, or else the configured one."""
     place = _CHECKPOINT_PLACE.fullmatch(absolute_uri(config.checkpoint))
     return open_storage(place["storage"] if place else config.storage.uri)
 
 
 def validation_split(folder: Path, config: EvaluateConfig) -> tuple[Storage, Split]:
-    """What the checkpoint's run validated on, found by the hashes that the checkpoint records."""
+    """Returns what the checkpoint's run validated on, found by the hashes that the checkpoint records."""
     if is_hf_folder(folder):
         raise CheckpointError(f"checkpoint {folder} records no validation split; name a text with --data.source")
     metadata, storage = read_metadata(folder), storage_of(config)
@@ -145,7 +161,7 @@ def validation_split(folder: Path, config: EvaluateConfig) -> tuple[Storage, Spl
 
 
 def is_trained_on(manifest: bytes, metadata: Metadata) -> bool:
-    """Whether a token store's manifest is of the data that the checkpoint was trained with."""
+    """Returns whether a token store's manifest is of the data that the checkpoint was trained with."""
     if metadata.data_manifest_hash is not None:
         return hashlib.sha256(manifest).hexdigest() == metadata.data_manifest_hash
     is_current = json.loads(manifest)["format_version"] == FORMAT_VERSION
@@ -153,42 +169,23 @@ def is_trained_on(manifest: bytes, metadata: Metadata) -> bool:
 
 
 def _documents(folder: Path, config: EvaluateConfig) -> tuple[Storage, Split]:
-    """All of `data.source` as a token store, made with the checkpoint's tokenizer."""
+    """Makes all of `data.source` a token store, with the checkpoint's tokenizer."""
     tokenizer, storage = load_tokenizer(folder), storage_of(config)
     if tokenizer is None:
         raise CheckpointError(f"checkpoint {folder} has no tokenizer; add its tokenizer.json")
     place = storage.child(f"tokenizers/{tokenizer.hash[:12]}")
     place.write_bytes(TOKENIZER_FILE, tokenizer.to_json())
-    data = config.data.model_copy(update={"tokenizer": place.uri, "val_fraction": 0.0})
+    data = DataConfig(**config.data.model_dump(), tokenizer=place.uri, val_fraction=0.0)
     store = tokenize(RunConfig(data=data, storage=config.storage.model_copy(update={"uri": storage.uri})))
     return split_uri(store["manifest"])[0], "train"
 
 
-def _rows(
-    tokens: Storage, manifest: Manifest, split: Split, model: GPT, config: EvaluateConfig, *, document_mask: bool
-) -> Rows:
-    row_tokens, num_tokens = config.seq_len or model.config.n_positions, manifest.total("tokens", split)
-    if row_tokens > model.config.n_positions:
-        raise ConfigError(f"seq_len={row_tokens} exceeds the model's n_positions={model.config.n_positions}")
-    if manifest.vocab_size > model.config.vocab_size:
-        raise CheckpointError(
-            f"the tokenizer has {manifest.vocab_size} ids, the model only {model.config.vocab_size}: they don't match"
-        )
-    if num_tokens <= row_tokens:
-        raise TokenStoreError(
-            f"the text has {num_tokens} tokens, a row needs {row_tokens + 1}; add text or lower seq_len"
-        )
-    precision = "fp32" if config.precision == "auto" else config.precision
-    num_rows = min((num_tokens - 1) // row_tokens, max(1, config.max_tokens // row_tokens))
-    return Rows(tokens, split, row_tokens, num_rows, config.batch_size, precision, document_mask)
-
-
 def _batch_losses(model: GPT, rows: Rows, config: EvaluateConfig) -> list[float]:
-    """The summed loss of each batch, in order. A task whose worker dies is run again."""
+    """Returns the summed loss of each batch, in order. A task whose worker dies is run again."""
     num_batches = len(rows.batches)
     task = ray.remote(_worker_losses).options(num_cpus=config.threads_per_worker, num_returns="streaming")
     shared = ray.put(model)  # once, for all workers of a node
-    # Not as many actors: where fewer CPUs are free, tasks run one after the other and the result comes all the same.
+    # Tasks and not actors: where fewer CPUs are free, they run one after another and the result comes all the same.
     running = [
         task.remote(shared, rows, range(number, num_batches, config.num_workers), config.threads_per_worker)
         for number in range(min(config.num_workers, num_batches))
@@ -214,9 +211,9 @@ def _batch_losses(model: GPT, rows: Rows, config: EvaluateConfig) -> list[float]
 
 
 def _worker_losses(model: GPT, rows: Rows, batches: range, num_threads: int) -> Iterator[tuple[int, float]]:
-    """(number, summed loss) of each of the worker's batches."""
+    """Yields the number and the summed loss of each of the worker's batches."""
     torch.set_num_threads(num_threads)
-    stream = TokenStream(rows.tokens, split=rows.split, seq_len=rows.seq_len)
+    stream = rows.open()
     eot_id = stream.manifest.eot_id if rows.document_mask else None
     for batch in batches:
         inputs, targets = stream.rows(rows.batches[batch])  # (B, T) each
@@ -224,22 +221,18 @@ def _worker_losses(model: GPT, rows: Rows, batches: range, num_threads: int) -> 
             yield batch, float(model.loss(inputs, targets, eot_id=eot_id))
 
 
-NUM_ROWS = 8
-MAX_TOKENS = 8192
-
-
 def gate_rows(checkpoint: str, storage_uri: str) -> dict[str, Any]:
-    """Rows as long as the model's context, or as the split where that is shorter; none, and the reason, where the
-    checkpoint does not say what it was validated on, or that is not here."""
+    """Returns validation rows by which a promotion is judged, as long as the model's context, or as the split where
+    that is shorter; or none and the `reason`, where the checkpoint's validation split is unknown or not here."""
     try:
         found, folder = find_checkpoint(checkpoint, storage_uri)
         config = EvaluateConfig(checkpoint=found, storage=StorageConfig(uri=storage_uri))
         tokens, split = validation_split(folder, config)
-        seq_len = min(read_config(folder).n_positions, MAX_TOKENS)
-        stream = TokenStream(tokens, split=split, seq_len=seq_len)
+        row_tokens = min(read_config(folder).n_positions, GATE_TOKENS)
+        stream = TokenStream(tokens, split=split, seq_len=row_tokens)
     except (CheckpointError, TokenStoreError) as error:
         return {"rows": [], "reason": str(error)}
-    num_rows = stream.count_rows(at_most=min(NUM_ROWS, max(1, MAX_TOKENS // seq_len)))
+    num_rows = stream.count_rows(at_most=min(GATE_ROWS, max(1, GATE_TOKENS // row_tokens)))
     return {"rows": stream.rows(range(num_rows))[0].tolist(), "reason": ""}
 
 

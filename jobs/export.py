@@ -15,7 +15,6 @@ from cluster.storage.uris import absolute_uri, open_storage, split_uri
 from model.checkpoint import (
     MANIFEST,
     CheckpointError,
-    Metadata,
     is_hf_folder,
     load_model,
     load_tokenizer,
@@ -40,25 +39,22 @@ def export(checkpoint: str, destination: str, *, storage_uri: str) -> dict[str, 
         raise CheckpointError(f"{source} is a plain Hugging Face folder already; copy it as it is")
     with tempfile.TemporaryDirectory(prefix="raymill-export-") as scratch:
         folder = local or Path(scratch) / "checkpoint"
-        metadata = _rewrite(source, folder)
+        tokenizer, metadata = load_tokenizer(source), read_metadata(source)
+        assert tokenizer is not None, "only plain Hugging Face folders may lack one"
+        model = load_model(source, verify=False)  # which `resolve_checkpoint` has just done
+        copied = write_checkpoint(folder, model=model, tokenizer=tokenizer, metadata=metadata, train_state=None)
+        problems = verify_checkpoint(folder)
+        if copied != metadata:
+            problems.append(
+                f"its weights have the hash {copied.parameter_hash}, {source} records {metadata.parameter_hash}"
+            )
+        if problems:
+            raise CheckpointError(f"the copy {folder} is not valid: {'; '.join(problems)}; export again")
         if local is None:
             parent, name = split_uri(destination)
             parent.upload_folder(folder, name, last=MANIFEST)
         files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     return {"checkpoint": absolute_uri(destination), "parameter_hash": metadata.parameter_hash, "files": files}
-
-
-def _rewrite(source: Path, folder: Path) -> Metadata:
-    tokenizer, expected = load_tokenizer(source), read_metadata(source)
-    assert tokenizer is not None, "only plain Hugging Face folders may lack one"
-    model = load_model(source, verify=False)  # as it was verified just now
-    metadata = write_checkpoint(folder, model=model, tokenizer=tokenizer, metadata=expected, train_state=None)
-    problems = verify_checkpoint(folder)
-    if metadata != expected:
-        problems.append(f"the weights' hash is {metadata.parameter_hash}, {source} records {expected.parameter_hash}")
-    if problems:
-        raise CheckpointError(f"the copy {folder} is not valid: {'; '.join(problems)}; export again")
-    return metadata
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""Stage: the whole way in one job, from corpus to tokens, trained and published checkpoint, evaluation and report."""
+"""Stage: runs all stages in one job: corpus, tokens, trained and published checkpoint, evaluation, report."""
 
 import sys
 from typing import Any
@@ -13,8 +13,8 @@ from jobs.tokens.build_store import tokenize
 
 
 def pipeline(config: RunConfig) -> dict[str, Any]:
-    """The figures of every stage. A stage whose result is there already is not repeated."""
-    run = pretrain(config)  # which tokenizes, before or meanwhile
+    """Returns the figures of every stage. A stage whose result exists already is not repeated."""
+    run = pretrain(config)  # which tokenizes first, or meanwhile
     tokens = tokenize(config)
     evaluation = evaluate(
         EvaluateConfig(checkpoint=run["checkpoint"], max_tokens=config.train.eval_max_tokens, storage=config.storage)

@@ -1,4 +1,4 @@
-"""Stage: train the model on the token store with Ray Train, elastically, and publish the final checkpoint."""
+"""Stage: trains the model on the token store with Ray Train, elastically, and publishes the final checkpoint."""
 
 import dataclasses
 import os
@@ -43,19 +43,19 @@ from jobs.workers.preemption import stopping_on_sigterm
 from jobs.workers.rendezvous import meeting_place
 
 _RAY_TRAIN_SETTINGS = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a failure is seen ten times as soon
-    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # and a node that is being drained, five times
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # sees a failure ten times as soon
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # sees that a node is being drained five times as soon
 }
 
-# An elastic group is only started on nodes that are there, so a start that takes longer was planned on a node whose
-# death was not known yet. Ray Train would wait a minute for it; measured recovery from a lost node fell from 76 s.
+# An elastic group starts only on nodes that are there, so a start that takes longer was planned on a node that died
+# without Ray knowing it yet. Ray Train would wait a minute for it; measured recovery from a lost node fell from 76 s.
 _ELASTIC_SETTINGS = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "6"}
 
 
 def validation_stores(config: RunConfig, *, tokenizer_uri: str) -> dict[str, str]:
-    """The URI of each set's finished token store, by name; all of its text is in the "train" split. Needs Ray.
+    """Tokenizes each validation set, all of it as the "train" split, and returns the stores' URIs by name. Needs Ray.
 
-    Raises `TokenStoreError` for a set that is too small for one row, and what `tokenize` raises.
+    Raises `TokenStoreError` for a set that is too small for one row.
     """
     whole = {"tokenizer": tokenizer_uri, "weights": [], "val_fraction": 0.0, "decontaminate_ngram": None}
     stores = {}
@@ -74,8 +74,8 @@ def validation_stores(config: RunConfig, *, tokenizer_uri: str) -> dict[str, str
 def pretrain(config: RunConfig) -> dict[str, Any]:
     """Trains the run to its end and returns its figures. Makes the tokenizer and the token store where missing.
 
-    Raises `ConfigError` when `run_id` names a run with other settings, `LeaseHeldError` when somebody else is training
-    it, `StageFailedError` when the run gave up.
+    Raises `ConfigError` when `run_id` names a run with other settings, `LeaseHeldError` when another launcher is
+    training it, `StageFailedError` when the run gave up.
     """
     tokenizer, tokenizer_uri = ensure_tokenizer(config)
     tokens = token_store(config)
@@ -85,67 +85,43 @@ def pretrain(config: RunConfig) -> dict[str, Any]:
     sets = validation_stores(config, tokenizer_uri=tokenizer_uri)
     model = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
     config = config.model_copy(update={"model": model})
-    with Lease(run_storage(config)) as lease:
-        return _train_and_publish(
-            config, lease, tokens=tokens, tokenizer_json=tokenizer.to_json(), growing=growing, sets=sets
+    run, storage = run_storage(config), open_storage(config.storage.uri)
+    with Lease(run) as lease:
+        config = _enter(run, config)
+        published = [publication.checkpoint for publication in publications(storage)]
+        plan = RunPlan(
+            config=config,
+            tokens_uri=tokens.uri,
+            tokenizer_json=tokenizer.to_json(),
+            code_version=code_version(),
+            pinned=frozenset(uri.rsplit("/", 1)[1] for uri in published if uri.startswith(f"{run.uri}/")),
+            growing=growing,
+            launcher=Fence(run, launcher=None).generation,
+            launch=f"raymill-{secrets.token_hex(8)}",
+            validation_uris=sets,
         )
-
-
-def _train_and_publish(
-    config: RunConfig, lease: Lease, *, tokens: Storage, tokenizer_json: bytes, growing: bool, sets: dict[str, str]
-) -> dict[str, Any]:
-    run = run_storage(config)
-    config = _enter(run, config)
-    storage = open_storage(config.storage.uri)
-    published = [publication.checkpoint for publication in publications(storage)]
-    plan = RunPlan(
-        config=config,
-        tokens_uri=tokens.uri,
-        tokenizer_json=tokenizer_json,
-        code_version=code_version(),
-        pinned=frozenset(uri.rsplit("/", 1)[1] for uri in published if uri.startswith(f"{run.uri}/")),
-        growing=growing,
-        launcher=Fence(run, launcher=None).generation,
-        launch=f"raymill-{secrets.token_hex(8)}",
-        validation_uris=sets,
-    )
-    say(_begins(config, Ledger.read(run)))
-    with tokenizing(config, run) if growing else nullcontext():
-        if not Ledger.read(run).events("finish"):
-            if growing:
-                wait_for_first_rows(plan)
-            with (
-                stopping_on_sigterm(run),
-                Keepers(plan) as keepers,
-                watching(plan, snapshot_time_s=lambda: keepers.snapshot_time_s),
-                meeting_place(get_node_ip_address()) as address,
-            ):
-                _fit(plan, address)
-    ledger = Ledger.read(run)
-    lease.check()
-    if not ledger.events("finish"):
-        last = ledger.events("gave_up", "preempted")[-1]
-        if last["event"] == "preempted":
-            raise StageFailedError(
-                f"run {config.run_id} is saved at step {last['step']} of {max_steps(config)} and has ended, as asked; "
-                "the same --run-id continues it"
-            )
-        raise StageFailedError(f"run {config.run_id} gave up: {last['reason']}; more is in {run.uri}")
-    checkpoint = RunCheckpoints(run).uri(ledger.events("checkpoint")[-1]["checkpoint"].rsplit("/", 1)[1])
-    if checkpoint not in published:
-        publish(storage, checkpoint)
-        say(what_latest_became(storage))
-    return _figures(run, ledger, checkpoint)
+        say(_begins(config, Ledger.read(run)))
+        with tokenizing(config, run) if growing else nullcontext():
+            _train(plan)
+        ledger = Ledger.read(run)
+        lease.check()
+        if not ledger.events("finish"):
+            raise StageFailedError(_why_unfinished(plan, ledger))
+        checkpoint = RunCheckpoints(run).uri(ledger.events("checkpoint")[-1]["checkpoint"].rsplit("/", 1)[1])
+        if checkpoint not in published:
+            publish(storage, checkpoint)
+            say(what_latest_became(storage))
+        return _figures(run, ledger, checkpoint)
 
 
 def _enter(run: Storage, config: RunConfig) -> RunConfig:
-    """Records the run's settings, or checks that a resumed run has the same ones. Returns them with its precision."""
+    """Records a new run's settings, or checks that a resumed run has the same ones. Returns them with its precision."""
     if run.exists(CONFIG_FILE):
-        before = recorded_config(run)
         if changed := changed_settings(run, config):
             raise ConfigError(f"run {config.run_id} has other settings: {'; '.join(changed)}. Choose another --run-id")
-        assert before.train.precision != "auto", "it was settled before it was recorded"
-        return with_precision(config, before.train.precision)
+        precision = recorded_config(run).train.precision
+        assert precision != "auto", "it was settled before it was recorded"
+        return with_precision(config, precision)
     if config.train.precision == "auto":
         config = with_precision(config, workers_precision(config.scaling))
     run.write_bytes(CONFIG_FILE, to_yaml(config).encode())
@@ -153,50 +129,71 @@ def _enter(run: Storage, config: RunConfig) -> RunConfig:
 
 
 def _begins(config: RunConfig, before: Ledger) -> str:
-    """Says what comes next: on one machine, workers take some ten seconds to start."""
-    total, steps, scaling = max_steps(config), before.steps, config.scaling
+    """Returns a line that says what comes next: on one machine, workers take some ten seconds to start."""
+    total, steps = max_steps(config), before.steps
     if before.events("finish"):
         return f"run {config.run_id} has finished already, after step {steps[-1]['step']:,}"
-    most, least = scaling.max_workers, scaling.min_workers
+    most, least = config.scaling.max_workers, config.scaling.min_workers
     workers = f"{most} worker{'s' * (most > 1)}" if least == most else f"{least} to {most} workers"
     place = f"continues after step {steps[-1]['step']:,} of {total:,}" if steps else f"has {total:,} steps to take"
     return f"run {config.run_id} {place} in {config.train.precision}; {workers} are starting"
 
 
-def _fit(plan: RunPlan, address: str) -> None:
-    """Where Ray Train's controller fails, another one goes on from the same snapshots, as long as the run gets on."""
+def _train(plan: RunPlan) -> None:
+    """Trains what is left of the run. A controller of Ray Train that fails is replaced by another, which continues from
+    the same snapshots, as long as the run makes progress."""
+    if Ledger.read(plan.run).events("finish"):
+        return
+    if plan.growing:
+        wait_for_first_rows(plan)
     furthest = -1
-    while True:
-        try:
-            _trainer(plan, address).fit()
-            return
-        except (ControllerError, RayActorError) as error:
-            steps = patiently(lambda: Ledger.read(plan.run), "ledger").steps
-            step = steps[-1]["step"] if steps else 0
-            if step <= furthest:
-                raise
-            furthest = step
-            say(f"Ray Train's controller failed after step {step} and is started again: {one_line(str(error))}")
+    with (
+        stopping_on_sigterm(plan.run),
+        Keepers(plan) as keepers,
+        watching(plan, snapshot_time_s=lambda: keepers.snapshot_time_s),
+        meeting_place(get_node_ip_address()) as address,
+    ):
+        while True:
+            try:
+                _trainer(plan, address).fit()
+                return
+            except (ControllerError, RayActorError) as error:
+                steps = patiently(lambda: Ledger.read(plan.run), "ledger").steps
+                step = steps[-1]["step"] if steps else 0
+                if step <= furthest:
+                    raise
+                furthest = step
+                say(f"Ray Train's controller failed after step {step}; it is being restarted: {one_line(str(error))}")
+
+
+def _why_unfinished(plan: RunPlan, ledger: Ledger) -> str:
+    run_id, last = plan.config.run_id, ledger.events("gave_up", "preempted")[-1]
+    if last["event"] == "gave_up":
+        return f"run {run_id} gave up: {last['reason']}; more is in {plan.run.uri}"
+    return (
+        f"run {run_id} is saved at step {last['step']} of {max_steps(plan.config)} and has stopped, as requested; the "
+        "same --run-id continues it"
+    )
 
 
 def _trainer(plan: RunPlan, address: str) -> Trainer:
     scaling = plan.config.scaling
-    fixed = scaling.min_workers == scaling.max_workers
-    os.environ |= _RAY_TRAIN_SETTINGS | ({} if fixed else _ELASTIC_SETTINGS)
-    callbacks = [FailureRecorder(plan), SignalListener(), Drains(), NodeLosses(is_elastic=not fixed)]
+    is_elastic = scaling.min_workers < scaling.max_workers
+    os.environ |= _RAY_TRAIN_SETTINGS | (_ELASTIC_SETTINGS if is_elastic else {})
+    callbacks = [FailureRecorder(plan), SignalListener(), Drains(), NodeLosses(is_elastic=is_elastic)]
     return Trainer(
         train_worker,
         run_uri=plan.run.uri,
         train_loop_config={"plan": plan, "address": address},
         torch_config=WorkerBackend(),
         scaling_config=ScalingConfig(
-            num_workers=scaling.max_workers if fixed else (scaling.min_workers, scaling.max_workers),
+            num_workers=(scaling.min_workers, scaling.max_workers) if is_elastic else scaling.max_workers,
             use_gpu=scaling.use_gpu,
             resources_per_worker={"CPU": scaling.threads_per_worker} | ({"GPU": 1} if scaling.use_gpu else {}),
             elastic_resize_monitor_interval_s=scaling.resize_check_s,
         ),
         run_config=ray.train.RunConfig(
-            # Ray Train's own record of the run is disposable: the ledger and the checkpoints decide.
+            # Ray Train's own record of the run is disposable: the ledger and the checkpoints are what counts.
             name=f"attempts-{secrets.token_hex(4)}",
             storage_path=f"{plan.run.uri}/ray",
             failure_config=FailureConfig(max_failures=-1),  # `max_fruitless_attempts` ends what gets no further
@@ -206,9 +203,8 @@ def _trainer(plan: RunPlan, address: str) -> Trainer:
 
 
 def _figures(run: Storage, ledger: Ledger, checkpoint: str) -> dict[str, Any]:
-    last, validation = ledger.steps[-1], ledger.events("validation")[-1]
-    recoveries = ledger.recoveries()
-    training_s = sum(line["wall_s"] for line in ledger.steps)
+    steps, recoveries = ledger.steps, ledger.recoveries()
+    last, validation = steps[-1], ledger.events("validation")[-1]
     return {
         "run_id": run.uri.rsplit("/", 1)[1],
         "run_dir": run.uri,
@@ -217,11 +213,11 @@ def _figures(run: Storage, ledger: Ledger, checkpoint: str) -> dict[str, Any]:
         "precision": ledger.events("start")[-1]["precision"],
         "step": last["step"],
         "tokens_seen": last["tokens_seen"],
-        "first_loss": ledger.steps[0]["loss"],
+        "first_loss": steps[0]["loss"],
         "train_loss": last["loss"],
         "val_loss": validation["val_loss"],
         "val_bits_per_byte": validation["val_bits_per_byte"],
-        "tokens_per_s": round(last["tokens_seen"] / training_s, 1),
+        "tokens_per_s": round(last["tokens_seen"] / sum(line["wall_s"] for line in steps), 1),
         "world_sizes": ledger.world_sizes,
         "restarts": len(ledger.world_sizes) - 1 - len(ledger.pauses),
         "lost_steps": sum(recovery.lost_steps for recovery in recoveries),

@@ -1,4 +1,4 @@
-"""Stage: the corpus as a token store, with the same bytes for any number of workers, kills and restarts."""
+"""Stage: turns the corpus into a token store, with the same bytes for any number of workers, kills and restarts."""
 
 import sys
 

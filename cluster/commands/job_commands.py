@@ -58,9 +58,9 @@ def submit(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def _needs(config: RunConfig) -> dict[str, Any]:
-    from jobs.plan.worker_needs import admission  # which takes four seconds, as it imports PyTorch
+    from jobs.plan.memory import worker_needs
 
-    return admission(config)
+    return worker_needs(config)
 
 
 def _backend(arguments: argparse.Namespace, config: RunConfig) -> JobBackend:

@@ -1,4 +1,4 @@
-"""The typed settings of `raymill plan`, beside those of the run that it plans, of the same kind as in config.py."""
+"""The typed settings of `raymill plan`, beside those of the run that it plans."""
 
 from typing import Self
 
@@ -9,7 +9,7 @@ from model.gpus import GPUS, Gpu
 
 
 class PlanConfig(Settings):
-    """On what the run is to be computed, and at what price and risk."""
+    """The hardware that the run is to be computed on, with its price and its risk."""
 
     gpu: str = Field(default="a100", description=f"kind of GPU, one of {', '.join(GPUS)}")
     count: int | None = Field(default=None, ge=1, description="GPUs, one for each worker; scaling.max_workers if unset")
@@ -25,13 +25,13 @@ class PlanConfig(Settings):
     sustained_tflops: float | None = Field(
         default=None,
         gt=0,
-        description="TFLOP/s of each GPU, as papers report it, in the place of mfu; those of activation recomputation "
-        "count where recompute is set",
+        description="TFLOP/s of each GPU, as papers report it, instead of mfu; those of activation recomputation count "
+        "where recompute is set",
     )
     recompute: bool = Field(
         default=False,
-        description="activations are computed again in backward: 8 FLOPs for each parameter and token, not 6; "
-        "a what-if, as raymill keeps them",
+        description="assume that activations are computed again in backward: 8 FLOPs for each parameter and token, not "
+        "6 (raymill itself keeps them)",
     )
     price: float | None = Field(
         default=None, ge=0, description="dollars for an hour of one GPU; an assumption for each kind when unset"
@@ -40,15 +40,12 @@ class PlanConfig(Settings):
         default=None, gt=0, description="each GPU's share of the links between nodes; usual for its kind when unset"
     )
     storage_bytes_per_s: float = Field(
-        default=1e9, gt=0, description="what storage takes of a checkpoint, bytes per second; an assumption"
+        default=1e9, gt=0, description="speed at which storage takes a checkpoint, bytes per second; an assumption"
     )
     mtbf_gpu_hours: float = Field(
         default=50_000,
         gt=0,
         description="GPU-hours between failures; Llama 3 (2024) had 419 in 54 days on 16,384 GPUs: one in 50,700",
-    )
-    text_bytes_per_token: float = Field(
-        default=4.3, gt=0, description="of the corpus; about 4.3 of English web text with GPT-2's tokenizer"
     )
     restart_s: float = Field(
         default=60,
@@ -58,13 +55,7 @@ class PlanConfig(Settings):
     replace_s: float = Field(
         default=600, ge=0, description="seconds until a lost node is replaced, for --simulate; an assumption"
     )
-    steps: int | None = Field(
-        default=None, ge=1, description="optimizer steps that you expect; a warning says where the settings disagree"
-    )
-    gpu_days: float | None = Field(
-        default=None, gt=0, description="GPU-days that you expect; a warning says where the plan disagrees"
-    )
-    seed: int = Field(default=0, ge=0, description="of the failures that --simulate draws")
+    seed: int = Field(default=0, ge=0, description="seed of the failures that --simulate draws")
 
     @field_validator("gpu")
     @classmethod
@@ -88,6 +79,6 @@ class PlanConfig(Settings):
 
     @property
     def network_bytes_per_s(self) -> float:
-        """Of each GPU."""
+        """Returns each GPU's share of the network."""
         gbit_per_s = self.network_gbit_per_s
         return self.hardware.network_bytes_per_s if gbit_per_s is None else gbit_per_s * 1e9 / 8

@@ -21,7 +21,7 @@ class JobBackend(ABC):
 
     @abstractmethod
     def check(self, config: RunConfig, stage: str, needs: dict[str, Any]) -> None:
-        """Raises `AdmissionError` where the job would not find the room that it needs (`jobs.plan.worker_needs`)."""
+        """Raises `AdmissionError` where the job would not find the room that it needs (`jobs.plan.memory`)."""
 
     @abstractmethod
     def record(self, config: RunConfig, stage: str, *, number: int, submitted: float) -> JobRecord:

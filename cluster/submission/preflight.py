@@ -28,7 +28,7 @@ class Folders(StrEnum):
 
 
 NeedsOf = Callable[[RunConfig], dict[str, Any]]
-"""Returns what a worker needs of its node, in bytes, and `problems` in words: `jobs.plan.worker_needs`."""
+"""Returns what a worker needs of its node, in bytes, and `problems` in words: `jobs.plan.memory`."""
 
 
 def check_run(config: RunConfig, folders: Folders, needs_of: NeedsOf) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The arithmetic of a plan: operations, time, failures and the exchange. Pure functions, each with its source.
+"""Computes operations, time, failures and the exchange of a run. Pure functions, each with its source.
 
 N parameters, D tokens, W workers of one GPU each, P values of the flat buffers (N, and the padding between parameters).
 """
@@ -14,39 +14,41 @@ DAY_S = 86_400
 FP32_BYTES = 4
 
 STATE_BYTES = 3 * FP32_BYTES
-"""Of each parameter in a checkpoint or a snapshot: the weight and AdamW's two moments."""
+"""Bytes of a checkpoint or a snapshot for each parameter: the weight and AdamW's two moments."""
 
 MESSAGE_S = 5e-6
-"""What a message between two GPUs costs beside its bytes: an assumption, of the order of one over InfiniBand."""
+"""Seconds that a message between two GPUs takes beside its bytes: an assumption, of the order of InfiniBand's."""
+
+TEXT_BYTES_PER_TOKEN = 4.3
+"""Of English web text with GPT-2's tokenizer, about."""
 
 
 def parameter_flops(num_parameters: float, num_tokens: float, *, recompute: bool = False) -> float:
-    """6 N D: a multiplication and an addition for each parameter and token in the forward pass, twice that in backward
-    (Kaplan et al., 2020, section 2.1; the count of the GPT-3 paper, appendix D). With activations computed again, 8 N D
-    (Narayanan et al., 2021, section 5.1)."""
+    """Returns 6 N D: a multiplication and an addition for each parameter and token in the forward pass, twice that in
+    backward (Kaplan et al., 2020, section 2.1; the GPT-3 paper's count, appendix D). With activations computed again,
+    8 N D (Narayanan et al., 2021, section 5.1)."""
     return (8.0 if recompute else 6.0) * num_parameters * num_tokens
 
 
 def petaflop_s_days(flops: float) -> float:
-    """Days of a machine that sustains 1e15 FLOP/s: a measure of work, which no GPU takes part in."""
+    """Returns the days that a machine of 1e15 FLOP/s would take: a measure of work, independent of any GPU."""
     return flops / (1e15 * DAY_S)
 
 
 def gpu_days(flops: float, flops_per_s: float) -> float:
-    """Days of one GPU that sustains so many FLOP/s."""
+    """Returns the days that one GPU takes which sustains so many FLOP/s."""
     return flops / (flops_per_s * DAY_S)
 
 
 def mean_time_between_failures_s(mtbf_gpu_hours: float, num_gpus: int) -> float:
-    """Of the run, seconds: failures of single GPUs are independent and each one interrupts it."""
+    """Returns the seconds between failures of the run: those of single GPUs are independent and each interrupts it."""
     return 3600 * mtbf_gpu_hours / num_gpus
 
 
 def checkpoint_interval_s(cost_s: float, mtbf_s: float) -> float:
-    """Seconds of training between checkpoints that lose the least time, to their `cost_s` and to steps taken again.
-
-    Young (1974): sqrt(2 cost mtbf); with Daly's (2006, equation 37) terms of higher order, and the MTBF itself where a
-    checkpoint takes more than twice that.
+    """Returns the seconds of training between checkpoints that lose the least time, to their `cost_s` and to repeated
+    steps: Young's (1974) sqrt(2 cost mtbf) with Daly's (2006, equation 37) terms of higher order, and the MTBF itself
+    where a checkpoint takes more than twice that.
     """
     if cost_s >= 2 * mtbf_s:
         return mtbf_s
@@ -55,18 +57,18 @@ def checkpoint_interval_s(cost_s: float, mtbf_s: float) -> float:
 
 
 def goodput(*, interval_s: float, cost_s: float, restart_s: float, mtbf_s: float) -> float:
-    """Share of the time that goes into steps that count: of an interval that ends with a cost, every failure loses half
-    of an interval and a restart (Young's first-order model). 0 where failures come faster than that."""
+    """Returns the share of the time that goes into steps that count, by Young's first-order model: an interval ends
+    with a cost, and every failure loses half an interval and a restart. It is 0 where failures come faster."""
     return max(0.0, interval_s / (interval_s + cost_s) * (1 - (interval_s / 2 + restart_s) / mtbf_s))
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """Of a step, by the rank that sends most."""
+    """The gradient exchange of a step, of the rank that sends most."""
 
     num_bytes: float
     num_messages: int
-    seconds: float  # of all of it; what is overlapped with backward counts too
+    seconds: float  # with those that overlap with backward
 
 
 def exchange(
@@ -79,8 +81,8 @@ def exchange(
     link_bytes_per_s: float,
     network_bytes_per_s: float,
 ) -> Exchange:
-    """Of the bytes sent (W - g)/(W - 1) leave a node of g GPUs. Both links work at the same time; the K + 1
-    messages of each bucket to each other rank follow each other."""
+    """Returns the exchange of a step. (W - g)/(W - 1) of the bytes leave a node of g GPUs, and both links work at the
+    same time; the K + 1 messages of each bucket to each other rank are sent one after another."""
     if world_size == 1:
         return Exchange(0, 0, 0.0)
     num_subtrees = max(num_subtrees_of_rank(num_lanes, world_size=world_size))
@@ -92,16 +94,16 @@ def exchange(
 
 
 def sent_bytes(num_values: int, *, world_size: int, num_subtrees: int) -> float:
-    """By one rank in a step: to the others their parts of its K subtree sums, then its own finished part to all, so
-    4 (K (P - P/W) + (W - 1) P/W), but for the rounding of parts to blocks and the few bytes of norms
-    (`bucket_exchange`). With K = 1 that is a ring all-reduce's 8 P (W - 1)/W. ZeRO-1 sends as much: the updated weights
-    in the place of the sums."""
+    """Returns the bytes that one rank sends in a step: to the others their parts of its K subtree sums, then its own
+    finished part to all, so 4 (K (P - P/W) + (W - 1) P/W), without the rounding of parts to blocks and the few bytes of
+    norms (`bucket_exchange`). With K = 1 that is a ring all-reduce's 8 P (W - 1)/W. ZeRO-1 sends as much: the updated
+    weights instead of the sums."""
     part = num_values / world_size
     return FP32_BYTES * (num_subtrees * (num_values - part) + (world_size - 1) * part)
 
 
 def num_subtrees_of_rank(num_lanes: int, *, world_size: int) -> Sequence[int]:
-    """Of each rank that has a lane: how many sums it holds before the exchange."""
+    """Returns how many sums each rank that has a lane holds before the exchange."""
     root, owners = range(num_lanes), min(world_size, num_lanes)
     lanes = (lanes_of_rank(rank, world_size=owners, num_lanes=num_lanes) for rank in range(owners))
     return [len(maximal_subtrees(own, root=root)) for own in lanes]

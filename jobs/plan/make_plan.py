@@ -1,4 +1,4 @@
-"""What a run will take: operations, days, cost, memory, checkpoints, exchange and data rates, before a GPU is hired.
+"""Plans a run before a GPU is hired: operations, days, cost, memory, checkpoints, exchange and data rates.
 
 It imports neither PyTorch nor Ray, so that `raymill plan` answers at once.
 """
@@ -11,6 +11,7 @@ from cluster.storage.uris import open_storage
 from jobs.exact.flat_layout import FlatLayout
 from jobs.plan.formulas import (
     STATE_BYTES,
+    TEXT_BYTES_PER_TOKEN,
     checkpoint_interval_s,
     exchange,
     goodput,
@@ -31,14 +32,14 @@ from model.config import PRESETS, flops_per_token, num_parameters, resolve_prese
 
 
 def make_plan(config: RunConfig, options: PlanConfig) -> dict[str, Any]:
-    """Figures by name, in FLOPs, seconds, bytes and dollars where the name says no other unit; the memory by part."""
+    """Returns figures by name, in FLOPs, seconds, bytes and dollars unless the name says otherwise."""
     count, gpu = options.count or config.scaling.max_workers, options.hardware
     config = with_precision(config, gpu.fast_precision)
     schedule, num_tokens, size = batch_schedule(config), config.train.max_tokens, num_parameters(config.model)
     layout = layout_of(config.model)
 
-    # Two counts of the same work. Days at a sustained rate are of 6 N D, as papers state both; an MFU is a share of the
-    # model's own operations, attention's scores among them, as in the ledger.
+    # Two counts of the same work. A sustained rate goes with 6 N D, as in papers; an MFU is a share of the model's own
+    # operations, attention's scores among them, as in the ledger.
     total_flops = parameter_flops(size, num_tokens)
     model_flops = float(flops_per_token(config.model, seq_len(config)) * num_tokens)
     if options.sustained_tflops is not None:
@@ -84,19 +85,19 @@ def make_plan(config: RunConfig, options: PlanConfig) -> dict[str, Any]:
     )
     plan["exchange"] = _exchange(config, options, layout, count)
     plan["checkpoint"] = _checkpoint(config, options, size, count, step_s)
-    plan["data"] = _data(config, options, plan["tokens_per_s"])
+    plan["data"] = _data(config, plan["tokens_per_s"])
     plan["warnings"] = warnings(config, options, plan)
     return plan
 
 
 def largest_preset(config: RunConfig, options: PlanConfig) -> str | None:
-    """The preset of most parameters that fits one GPU in bf16, a sequence at a time."""
+    """Returns the preset of most parameters that fits one GPU in bf16, a sequence at a time."""
+    least = {"precision": "bf16", "seq_len": None, "micro_batch_size": 1, "global_batch_size": 1}
+    config = config.model_copy(update={"train": config.train.model_copy(update=least)})
     fitting = {}
     for name in PRESETS:
         model = resolve_preset({"preset": name})
-        least = {"precision": "bf16", "seq_len": None, "micro_batch_size": 1, "global_batch_size": 1}
-        train = config.train.model_copy(update=least)
-        total = _memory(config.model_copy(update={"model": model, "train": train}), layout_of(model), 1)["total"]
+        total = _memory(config.model_copy(update={"model": model}), layout_of(model), 1)["total"]
         if total <= FULL_MEMORY * options.hardware.memory_bytes:
             fitting[num_parameters(model)] = name
     return fitting[max(fitting)] if fitting else None
@@ -132,7 +133,6 @@ def _checkpoint(config: RunConfig, options: PlanConfig, size: int, count: int, s
     mtbf_s = mean_time_between_failures_s(options.mtbf_gpu_hours, count)
     store_s = num_bytes / options.storage_bytes_per_s
     interval_s = max(checkpoint_interval_s(cost_s, mtbf_s), store_s, step_s)
-    losses = {"restart_s": options.restart_s, "mtbf_s": mtbf_s}
     return {
         "bytes": num_bytes,
         "kept_bytes": num_bytes * config.checkpoint.num_to_keep,
@@ -141,36 +141,33 @@ def _checkpoint(config: RunConfig, options: PlanConfig, size: int, count: int, s
         "mtbf_s": mtbf_s,
         "interval_s": interval_s,
         "interval_steps": max(1, round(interval_s / step_s)),
-        "goodput": goodput(interval_s=interval_s, cost_s=cost_s, **losses),
+        "goodput": goodput(interval_s=interval_s, cost_s=cost_s, restart_s=options.restart_s, mtbf_s=mtbf_s),
     }
 
 
-def _data(config: RunConfig, options: PlanConfig, tokens_per_s: float) -> dict[str, float]:
+def _data(config: RunConfig, tokens_per_s: float) -> dict[str, float]:
     id_bytes = token_dtype(config.model.vocab_size).itemsize
     return {
         "tokens_per_s": tokens_per_s,
         "read_bytes_per_s": id_bytes * tokens_per_s,
         "store_bytes": id_bytes * config.train.max_tokens,
-        "text_bytes": options.text_bytes_per_token * config.train.max_tokens,
-        "text_bytes_per_s": options.text_bytes_per_token * tokens_per_s,
+        "text_bytes": TEXT_BYTES_PER_TOKEN * config.train.max_tokens,
+        "text_bytes_per_s": TEXT_BYTES_PER_TOKEN * tokens_per_s,
     }
 
 
-def _calibration(found: dict[str, Any], config: RunConfig) -> dict[str, Any]:
-    run = open_storage(found["run_dir"])
-    return predict(found, Ledger.read(run), rehearsed=recorded_config(run), planned=config)
-
-
 def simulated(config: RunConfig, options: PlanConfig) -> dict[str, Any]:
-    """Returns the run at 8 to 4,096 GPUs, with its `table`."""
+    """Simulates the run at 8 to 4,096 GPUs, and returns the figures with their `table`."""
     found = simulate(planned_vocabulary(config), options)
     return found | {"table": scale_table(found)}
 
 
 def planned(config: RunConfig, options: PlanConfig, *, rehearsal: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Returns the plan with its `table`; with what a rehearsal measured, also with what that predicts of the run."""
+    """Returns the plan with its `table`; given a rehearsal's figures, also with the prediction that they allow."""
     plan = make_plan(planned_vocabulary(config), options)
     if rehearsal is not None:
-        plan["calibration"] = found = _calibration(rehearsal, config)
+        run = open_storage(rehearsal["run_dir"])
+        found = predict(rehearsal, Ledger.read(run), rehearsed=recorded_config(run), planned=config)
+        plan["calibration"] = found
         plan["warnings"] = [*other_work(found), *plan["warnings"]]
     return plan | {"table": table(plan, options)}

@@ -1,28 +1,36 @@
-"""The memory that data-parallel training takes, part by part, from a model's shape: what a GPU holds, and its host.
+"""Computes the memory of data-parallel training, part by part, from a model's shape: of a GPU and of its host.
 
 B sequences in a lane, T tokens of each, C width, F feed-forward width, V vocabulary, P values of the flat buffers.
 """
 
-from cluster.settings.run import RunConfig, batch_schedule, seq_len
+from typing import Any, get_args
+
+from cluster.settings.run import RunConfig, batch_schedule, planned_vocabulary, seq_len, with_precision
+from cluster.storage.uris import open_storage
 from jobs.exact.exact_reduce import lane_steps
 from jobs.exact.flat_layout import BLOCK, FlatLayout
 from jobs.plan.formulas import FP32_BYTES, STATE_BYTES, num_subtrees_of_rank
+from jobs.run.history import why_not_resumed
 from jobs.snapshots.slots import NUM_SLOTS
 from jobs.tokens.batch_plan import lanes_of_rank
 from model.config import GPTConfig
+from model.processor import Precision
 from model.shapes import DEFAULT_CHUNK_TOKENS, parameter_shapes
 
 BF16_BYTES = 2
 
+_PROCESS_BYTES = 0.5e9
+"""Memory of Python, PyTorch and Ray in a worker that trains a tiny model (measured: 0.4 to 0.5 GB)."""
+
 
 def layout_of(model: GPTConfig) -> FlatLayout:
-    """Of a model that is never made: also of one that no machine could hold."""
+    """Returns the flat layout of a model without making it: no machine may be able to hold it."""
     return FlatLayout.of(parameter_shapes(model))
 
 
 def gpu_memory(config: RunConfig, layout: FlatLayout, *, world_size: int, shard_optimizer: bool) -> dict[str, float]:
-    """Bytes by part of the rank that holds most, at the height of a step: its last layer's backward. What the GPU's
-    allocator and libraries take besides, usually a GB or two, is not in it."""
+    """Returns the bytes by part of the rank that holds most, at the peak of a step: its last layer's backward. The
+    GB or two that the GPU's allocator and libraries usually take are not included."""
     num_lanes = batch_schedule(config).num_lanes(1)
     owners = min(world_size, num_lanes)
     own = max((lanes_of_rank(rank, world_size=owners, num_lanes=num_lanes) for rank in range(owners)), key=len)
@@ -42,10 +50,10 @@ def gpu_memory(config: RunConfig, layout: FlatLayout, *, world_size: int, shard_
 
 
 def activation_bytes(config: RunConfig) -> float:
-    """What forward keeps for backward of one lane. Of a block in fp32, for each token: the two LayerNorms' inputs and
-    outputs, query, key and value, the attention's output (8 C), and the feed-forward layer before and after its
-    activation (2 F); with bf16 all but the LayerNorms' inputs have half the size. Attention's scores are never kept
-    (FlashAttention), only a number for each head; LayerNorms keep two."""
+    """Returns the bytes that forward keeps for backward of one lane. A block in fp32 keeps for each token the two
+    LayerNorms' inputs and outputs, query, key and value, the attention's output (8 C), and the feed-forward layer
+    before and after its activation (2 F); with bf16 all but the LayerNorms' inputs have half the size. Attention's
+    scores are never kept (FlashAttention), only a number for each head; LayerNorms keep two."""
     model, tokens = config.model, config.train.micro_batch_size * seq_len(config)
     small = BF16_BYTES if config.train.precision == "bf16" else FP32_BYTES
     c, f = model.n_embd, model.ffn_width
@@ -57,8 +65,8 @@ def activation_bytes(config: RunConfig) -> float:
 
 
 def logits_chunk_bytes(config: RunConfig) -> float:
-    """Scores of a chunk of tokens, (V, K) in the type they are computed in and in fp32, and the head's gradient (V, C)
-    in bf16 before it is added: all that the cross-entropy ever has, in the place of (B, T, V)."""
+    """Returns the bytes of the scores of a chunk of tokens, (V, K) in the computed type and in fp32, and of the head's
+    gradient (V, C) in bf16 before it is added: the cross-entropy never holds all scores (B, T, V)."""
     model, tokens = config.model, config.train.micro_batch_size * seq_len(config)
     scores = model.vocab_size * min(DEFAULT_CHUNK_TOKENS, tokens)
     if config.train.precision == "fp32":
@@ -69,9 +77,9 @@ def logits_chunk_bytes(config: RunConfig) -> float:
 def host_memory(
     config: RunConfig, layout: FlatLayout, *, world_size: int, gpus_per_node: int, shard_optimizer: bool
 ) -> dict[str, float]:
-    """Bytes by part of a node's own memory: two slots of the state, one of them being written (`snapshot_slots`); with
-    ZeRO-1, where no other node has the same, as many of another node's shares (`snapshot_choice`); and on rank 0's node
-    a checkpoint that is being stored and one that waits (`checkpoint_writer`)."""
+    """Returns the bytes by part of a node's own memory: two slots of the state, one of them being written
+    (`snapshots/slots`); with ZeRO-1, where no other node has the same, as many of another node's shares
+    (`snapshots/choice`); and on rank 0's node a checkpoint that is being stored and one that waits."""
     state = STATE_BYTES * layout.size
     share = min(world_size, gpus_per_node) / world_size if shard_optimizer else 1.0
     is_copied = shard_optimizer and world_size > gpus_per_node
@@ -83,9 +91,27 @@ def host_memory(
 
 
 def _received_bytes(layout: FlatLayout, *, world_size: int, num_lanes: int) -> float:
-    """Sums that come from other ranks: of one bucket, this rank's part of each."""
+    """Returns the bytes of the sums that other ranks send: for one bucket, this rank's part of each."""
     if world_size == 1:
         return 0.0
     subtrees = num_subtrees_of_rank(num_lanes, world_size=world_size)
     part = -(-max(map(len, layout.buckets)) // BLOCK // world_size) * BLOCK
     return float(FP32_BYTES * part * (sum(subtrees) - min(subtrees)))
+
+
+def worker_needs(config: RunConfig) -> dict[str, Any]:
+    """Returns `worker_bytes` of a node's memory and `device_bytes` of a GPU's, which a worker needs, and `problems` in
+    words: settings that differ from those that the run began with."""
+    planned, scaling = planned_vocabulary(config), config.scaling
+    shape: dict[str, Any] = {"world_size": scaling.min_workers, "shard_optimizer": config.train.shard_optimizer}
+    training = max(  # as precision `auto` is settled where the workers run, there must be room for either
+        sum(gpu_memory(with_precision(planned, precision), layout_of(planned.model), **shape).values())
+        for precision in get_args(Precision)
+    )
+    on_device = training if scaling.use_gpu else 0.0
+    reason = why_not_resumed(open_storage(config.storage.uri).child(f"runs/{config.run_id}"), config)
+    return {
+        "worker_bytes": round(_PROCESS_BYTES + training - on_device),
+        "device_bytes": round(on_device),
+        "problems": [reason] if reason else [],
+    }

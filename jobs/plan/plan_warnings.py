@@ -1,4 +1,4 @@
-"""Where the inputs of a plan disagree with each other, or with what raymill can do: a sentence each."""
+"""Warns where the inputs of a plan disagree with each other, or with what raymill can do: a sentence each."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,36 +6,33 @@ from typing import Any
 from cluster.settings.plan import PlanConfig
 from cluster.settings.run import RunConfig, batch_schedule, seq_len, warmup_tokens
 
-_TOLERANCE = 0.02
-"""By which two figures may differ and still be meant as the same."""
-
 _BUSY = 0.2
-"""Share of the CPUs' time that others may have before it is worth a warning."""
+"""Share of the CPUs' time that other programs may take before it is worth a warning."""
 
 _ASK_FOR_GPUS = {"gpu", "count", "mfu", "sustained_tflops"}
-"""Options by which somebody plans for GPUs, whatever the run itself is set to use."""
+"""Options that ask for a plan on GPUs, whatever the run itself is set to use."""
 
 FULL_MEMORY = 0.9
 """Share of a GPU's memory that a plan may fill: allocator and libraries take the rest."""
 
 
 def warnings(config: RunConfig, options: PlanConfig, plan: dict[str, Any]) -> list[str]:
-    """The gravest first; empty where all agrees."""
+    """Returns the warnings, the gravest first; none where all agrees."""
+    found = [_memory(config, options, plan)]
     if not config.scaling.use_gpu and not _ASK_FOR_GPUS & options.model_fields_set:
-        found = [_memory(config, options, plan), _on_cpus(config, options), _schedule(config)]
-        found.append(_sizes(config, options, plan))
+        found += [_on_cpus(config, options), _schedule(config)]
     else:
-        found = [_memory(config, options, plan), _batch(config, plan), _precision(config, options), _exchange(plan)]
-        found += [_schedule(config), _sizes(config, options, plan), _keeping(config, plan)]
+        found += [_batch(config, plan), _precision(config, options), _exchange(plan)]
+        found += [_schedule(config), _count(config, options), _keeping(config, plan)]
     return [text for part in found for text in part]
 
 
 def other_work(calibration: dict[str, Any]) -> Iterator[str]:
-    """Of a rehearsal on a machine that was not its own."""
+    """Warns of a rehearsal beside other programs."""
     if (busy := calibration["busy_before"]) > _BUSY:
         yield (
             f"Other programs kept {busy:.0%} of this machine's CPUs busy when the rehearsal began: its figures are for "
-            "a machine that shares its time like this."
+            "a machine that is shared like this."
         )
 
 
@@ -57,8 +54,8 @@ def _memory(config: RunConfig, options: PlanConfig, plan: dict[str, Any]) -> Ite
 
 def _on_cpus(config: RunConfig, options: PlanConfig) -> Iterator[str]:
     yield (
-        f"The run computes on {config.scaling.max_workers} workers' CPUs (scaling.use_gpu is false), of which nothing "
-        "is known here: --calibrate measures this machine. Times and cost below are what GPUs would take "
+        f"The run computes on {config.scaling.max_workers} workers' CPUs (scaling.use_gpu is false), whose speed a "
+        "plan does not know: --calibrate measures this machine. Times and cost below are what GPUs would take "
         f"({options.gpu}; --gpu and --count choose others)."
     )
 
@@ -68,15 +65,15 @@ def _batch(config: RunConfig, plan: dict[str, Any]) -> Iterator[str]:
     if count > lanes:
         yield (
             f"{count:,} GPUs for {lanes:,} lanes: train.global_batch_size {config.train.global_batch_size:,} / "
-            f"train.micro_batch_size {config.train.micro_batch_size} gives only {lanes:,} of them work, and the days "
-            f"below are those of {count:,} busy ones. So many need a batch of at least "
+            f"train.micro_batch_size {config.train.micro_batch_size} gives only {lanes:,} of them work, while the days "
+            f"below assume that {count:,} are busy. That takes a batch of at least "
             f"{count * config.train.micro_batch_size:,} sequences."
         )
     elif lanes % count:
         busy = lanes / count / -(-lanes // count)
         yield (
             f"{lanes:,} lanes do not divide among {count:,} GPUs: some compute {-(-lanes // count)} a step, others "
-            f"{lanes // count} and wait: {1 - busy:.0%} of the GPUs' time is lost, which is not in the days below."
+            f"{lanes // count} and wait: {1 - busy:.0%} of the GPUs' time is lost, which the days below leave out."
         )
 
 
@@ -90,8 +87,8 @@ def _precision(config: RunConfig, options: PlanConfig) -> Iterator[str]:
         )
     if options.recompute and options.sustained_tflops is None:
         yield (
-            "--recompute changes no days beside --mfu, which does not count operations that are done again; it does "
-            "beside --sustained-tflops."
+            "--recompute changes no days with --mfu, which does not count repeated operations; it does with "
+            "--sustained-tflops."
         )
 
 
@@ -130,26 +127,9 @@ def _schedule(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _sizes(config: RunConfig, options: PlanConfig, plan: dict[str, Any]) -> Iterator[str]:
-    if options.steps is not None and _differ(options.steps, plan["steps"]):
-        step_tokens = plan["step_tokens"]
-        yield (
-            f"{options.steps:,} steps of {step_tokens:,} tokens are {options.steps * step_tokens:,} tokens, and "
-            f"train.max_tokens is {config.train.max_tokens:,}, which takes {plan['steps']:,} steps. The run keeps to "
-            "train.max_tokens."
-        )
-    expected = options.gpu_days
-    if expected is not None and _differ(expected, plan["gpu_days"]):
-        if not _differ(expected, plan["petaflop_s_days"]):
-            yield (
-                f"{expected:,.4g} are the petaflop/s-days of this run, a measure of work, and not GPU-days: a "
-                f"{options.gpu} sustains {plan['flops_per_s_per_gpu'] / 1e15:.3g} petaflop/s here, which makes them "
-                f"{plan['gpu_days']:,.4g} GPU-days."
-            )
-        else:
-            yield f"You expect {expected:,.4g} GPU-days; the plan has {plan['gpu_days']:,.4g}."
+def _count(config: RunConfig, options: PlanConfig) -> Iterator[str]:
     workers = config.scaling.max_workers
-    if options.count is not None and workers not in (options.count, 2):  # 2 is the default, nobody's wish
+    if options.count is not None and workers not in (options.count, 2):  # 2 is the default, which nobody chose
         yield (
             f"--count is {options.count:,} and scaling.max_workers {workers:,}: the plan has other GPUs than the run "
             "would have workers."
@@ -173,7 +153,3 @@ def _keeping(config: RunConfig, plan: dict[str, Any]) -> Iterator[str]:
             f"takes {checkpoint['store_s']:,.3g} s: those that come meanwhile are passed over "
             "(checkpoint.save_every_steps)."
         )
-
-
-def _differ(a: float, b: float) -> bool:
-    return abs(a - b) > _TOLERANCE * max(a, b)

@@ -1,7 +1,7 @@
-"""How long a run will take on the machine at hand, stage by stage, from a rehearsal of it: a pure function.
+"""Predicts how long a run takes on this machine, stage by stage, from a rehearsal of it: a pure function.
 
-A rehearsal is the run in small (`cluster/commands/rehearsal.py`). What it did once is taken to take as long in the run;
-what the run does more of, steps, validations and bytes of text, is multiplied.
+A rehearsal is the run in small (`cluster/commands/rehearsal.py`). What it did once counts as long in the run; what the
+run does more of, steps, validations and bytes of text, is multiplied.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,23 +17,23 @@ from jobs.tokens.batch_plan import lanes_of_rank
 _LANE_PHASES = ("load", "forward", "loss", "backward")
 _APART = ("validation", "checkpoint")
 _FIRST_STEPS = 3
-"""Of an attempt: they take longer, and are counted with what comes before them."""
+"""The first steps of an attempt, which take longer and are counted with the start."""
 
 
 @dataclass(frozen=True)
 class Pace:
-    """What a rehearsal's steps took, seconds."""
+    """The seconds that a rehearsal's steps took."""
 
     step_s: dict[int, float]  # by world size
     validation_s: float
     checkpoint_s: float
     around_s: float  # of the stage, before the first steps and after the last one
     recovery_s: list[float]  # of each restart
-    join_s: float  # from the wish for a node until training grew
+    join_s: float  # from asking for a node until training grew
 
 
 def pace(ledger: Ledger, *, stage_s: float, rehearsed: RunConfig, planned: RunConfig, add_step: int | None) -> Pace:
-    """Of a rehearsal that took `stage_s`; a step's seconds are those of the planned run's lanes."""
+    """Returns the pace of a rehearsal that took `stage_s`; a step's seconds are scaled to the planned run's lanes."""
     lines, last_start = [line for line in ledger.lines if "event" not in line], ledger.events("start")[-1]
     first_of = {line["attempt"]: line["step"] for line in reversed(lines)}
     usual = [line for line in lines if line["step"] >= first_of[line["attempt"]] + _FIRST_STEPS]
@@ -43,7 +43,7 @@ def pace(ledger: Ledger, *, stage_s: float, rehearsed: RunConfig, planned: RunCo
         for size in {line["world_size"] for line in usual}
     }
     recovery_s = [recovery.seconds for recovery in ledger.recoveries()]
-    # A recovery lasts until the first step after it is done; the first steps of all count as the start.
+    # A recovery lasts until the first step after it is done; the run's first steps count as the start.
     begun = {attempt: step + (_FIRST_STEPS if attempt == 1 else 1) for attempt, step in first_of.items()}
     inside_s = sum(line["wall_s"] for line in lines if line["step"] >= begun[line["attempt"]])
     joining = [] if add_step is None else [n for n in lines if add_step < n["step"] <= last_start["step"]]
@@ -59,13 +59,13 @@ def pace(ledger: Ledger, *, stage_s: float, rehearsed: RunConfig, planned: RunCo
 
 
 def _mean_of(lines: Sequence[Line], phase: str) -> float:
-    """Seconds of the phase, where there was one."""
+    """Returns the mean seconds of the phase in the lines that have it; 0 where none has."""
     found = [line["seconds"][phase] for line in lines if phase in line["seconds"]]
     return float(np.mean(found)) if found else 0.0
 
 
 def _scaled(line: Line, rehearsed: RunConfig, planned: RunConfig) -> float:
-    """The step's seconds, with as many lanes as the planned run's rank 0 has."""
+    """Returns the step's seconds with as many lanes as the planned run's rank 0 has."""
     seconds, size = line["seconds"], line["world_size"]
     training_s = line["wall_s"] - sum(seconds.get(name, 0.0) for name in _APART)
     lanes_s = sum(seconds.get(name, 0.0) for name in _LANE_PHASES)
@@ -77,10 +77,10 @@ def _scaled(line: Line, rehearsed: RunConfig, planned: RunConfig) -> float:
 
 
 def predict(found: Mapping[str, Any], ledger: Ledger, *, rehearsed: RunConfig, planned: RunConfig) -> dict[str, Any]:
-    """`wall_s` and its parts `stage_s` of the planned run, and what was measured, from what `rehearsal` gave."""
+    """Returns the planned run's `wall_s`, its parts `stage_s`, and what was measured, from the rehearsal `found`."""
     stage_s = dict(found["stage_s"])
     evaluation = found["evaluation"]
-    start_s = stage_s["evaluate"] - evaluation["tokens"] / evaluation["tokens_per_s"]  # of any job
+    start_s = stage_s["evaluate"] - evaluation["tokens"] / evaluation["tokens_per_s"]  # as of any job
     more_text = found["source_bytes"] / found["rehearsed_bytes"]
     stage_s["tokenize"] = start_s + (stage_s["tokenize"] - start_s) * more_text
     kill_step, add_step = (_step_of(found["faults"], kind) for kind in ("kill", "add"))
@@ -114,7 +114,7 @@ def _training_s(
 ) -> float:
     num_steps, every = max_steps(planned), planned.train.eval_every_steps
     largest, smallest = measured.step_s[max(measured.step_s)], measured.step_s[min(measured.step_s)]
-    few_steps = 0.0  # of the smaller group
+    few_steps = 0.0  # that the smaller group takes
     if kill_step is not None:
         few_steps = num_steps - kill_step if add_step is None else add_step - kill_step + measured.join_s / smallest
     validations = -(-num_steps // every)

@@ -1,4 +1,4 @@
-"""The text of a rehearsal: a small corpus as it is, else the front of each of its sources, in one folder."""
+"""Makes the text of a rehearsal: a small corpus as it is, else the front of each of its sources, in one folder."""
 
 import json
 from itertools import groupby
@@ -15,7 +15,7 @@ MAX_BYTES = 8 << 20
 
 
 def rehearsal_corpus(config: RunConfig, folder: Path) -> dict[str, Any]:
-    """`source`, with the bytes of the corpus and those of its part. Raises `CorpusError`."""
+    """Returns `source`, with the bytes of the corpus and those of its part. Raises `CorpusError`."""
     data = config.data
     listing = list_corpus(data.source)
     if listing.token_stores:

@@ -1,11 +1,10 @@
-"""The parts of training at 8 to 4,096 GPUs, by the bytes that the code moves and the speeds of a plan.
+"""Simulates training at 8 to 4,096 GPUs, from the bytes that the code moves and the speeds of a plan.
 
-The global batch stays the same, as in raymill a run's does, so that more GPUs have fewer lanes each. W workers of one
-GPU, g of them on a node.
+The global batch stays the same, as a run's does in raymill, so more GPUs have fewer lanes each.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,7 +15,9 @@ from cluster.settings.run import RunConfig, batch_schedule, seq_len
 from jobs.exact.flat_layout import FlatLayout
 from jobs.plan.formulas import (
     FP32_BYTES,
+    MESSAGE_S,
     STATE_BYTES,
+    TEXT_BYTES_PER_TOKEN,
     checkpoint_interval_s,
     exchange,
     mean_time_between_failures_s,
@@ -31,16 +32,16 @@ from model.config import flops_per_token
 WORLD_SIZES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 COPY_BYTES_PER_S = 10e9
-"""Of a snapshot into shared memory with its checksum, one thread: an assumption."""
+"""Speed at which one thread writes a snapshot with its checksum into shared memory: an assumption."""
 
 HEALTH_CHECK_S = 0.2
-"""Between two looks of Ray Train's controller at each worker (`pretrain`)."""
+"""Interval at which Ray Train's controller asks each worker (`pretrain`)."""
 
 CALLS_PER_S = 5_000.0
-"""Answers of actors that one Ray process takes in: an assumption, of the order of Ray's own microbenchmarks."""
+"""Answers of actors that one Ray process can handle: an assumption, of the order of Ray's own microbenchmarks."""
 
 SLOW_SHARE = 0.1
-"""Of a step: from here on a part counts as saturated."""
+"""Share of a step from which a part counts as saturated."""
 
 _BACKWARD_SHARE = 2 / 3  # of a lane's time
 _SIMULATED_S = 90 * 86_400.0
@@ -48,36 +49,36 @@ _SIMULATED_S = 90 * 86_400.0
 
 @dataclass(frozen=True)
 class Scale:
-    """One world size; seconds of a step where nothing else is said."""
+    """One number of GPUs; times are of a step where the comment says nothing else."""
 
     num_gpus: int
     lanes_per_gpu: float
     compute_s: float
     exchange_s: float  # bytes and messages, hidden or not
-    exposed_s: float  # of it, what backward of the last lane does not hide
+    exposed_s: float  # the part that backward of the last lane does not hide
     messages: int
     step_s: float
-    snapshot_s: float  # of one snapshot
+    snapshot_s: float  # for one snapshot
     snapshot_every: int  # steps
-    checkpoint_wait_s: float  # that all wait for one
+    checkpoint_wait_s: float  # for which all wait
     checkpoint_store_s: float
     checkpoint_every_s: float  # the best interval, by failures, or what storing allows
     mtbf_s: float
-    read_bytes_per_s: float  # of token ids, by all
-    text_bytes_per_s: float  # that tokenizing beside it has to bring
+    read_bytes_per_s: float  # token ids, all GPUs together
+    text_bytes_per_s: float  # for tokenizing while training
     health_calls_per_s: float
-    goodput: float  # with snapshots, going on without the lost node until it is replaced
-    goodput_elastic: float  # with checkpoints alone, going on like this
+    goodput: float  # with snapshots, continuing without the lost node until it is replaced
+    goodput_elastic: float  # with checkpoints alone, continuing like this
     goodput_waiting: float  # with checkpoints alone, waiting for the replacement
 
     @property
     def efficiency(self) -> float:
-        """Share of a step that is computing."""
+        """Returns the share of a step that is computing."""
         return self.compute_s / self.step_s
 
 
 def scales(config: RunConfig, options: PlanConfig) -> list[Scale]:
-    """Of each world size that the batch has a lane for."""
+    """Returns a row for each number of GPUs that all have a lane of the batch."""
     layout = layout_of(config.model)
     return [_scale(config, options, layout, size) for size in WORLD_SIZES if size <= batch_schedule(config).full_lanes]
 
@@ -97,7 +98,7 @@ def _scale(config: RunConfig, options: PlanConfig, layout: FlatLayout, size: int
         link_bytes_per_s=gpu.link_bytes_per_s,
         network_bytes_per_s=options.network_bytes_per_s,
     )
-    # With ZeRO-1 the second half of the bytes, the weights, goes round after the update, beside nothing.
+    # With ZeRO-1 the second half of the bytes, the weights, is sent after the update, where nothing hides it.
     hidden_s = min(_BACKWARD_SHARE * lane_s, moved.seconds / (2 if sharded else 1))
     compute_s, exposed_s = most_lanes * lane_s, moved.seconds - hidden_s
     step_s = compute_s + exposed_s
@@ -129,7 +130,7 @@ def _scale(config: RunConfig, options: PlanConfig, layout: FlatLayout, size: int
         checkpoint_every_s=checkpoint_every_s,
         mtbf_s=mtbf_s,
         read_bytes_per_s=token_dtype(config.model.vocab_size).itemsize * step_tokens / step_s,
-        text_bytes_per_s=options.text_bytes_per_token * step_tokens / step_s,
+        text_bytes_per_s=TEXT_BYTES_PER_TOKEN * step_tokens / step_s,
         health_calls_per_s=size / HEALTH_CHECK_S,
         goodput=simulated_goodput(interval_s=kept_every_s, cost_s=snapshot_s, absent=absent, **failures),
         goodput_elastic=simulated_goodput(interval_s=checkpoint_every_s, cost_s=wait_s, absent=absent, **failures),
@@ -140,10 +141,10 @@ def _scale(config: RunConfig, options: PlanConfig, layout: FlatLayout, size: int
 def simulated_goodput(
     *, interval_s: float, cost_s: float, restart_s: float, mtbf_s: float, replace_s: float, absent: float, seed: float
 ) -> float:
-    """Share of 90 days that goes into steps that count, with failures drawn one after another.
+    """Returns the share of 90 days that goes into steps that count, with failures drawn one after another.
 
-    A state is kept after each interval, for a cost; a failure takes back what came after the last one, a restart, and
-    for as long as a node is replaced the share `absent` of the throughput, which is 1 where training waits for it.
+    A state is kept after each interval, for a cost. A failure costs what came after the last state, a restart, and
+    until the node is replaced the share `absent` of the throughput, which is 1 where training waits for it.
     """
     rng = np.random.default_rng(int(seed))
     wall_s = useful_s = 0.0
@@ -151,7 +152,7 @@ def simulated_goodput(
         up_s = float(rng.exponential(mtbf_s))
         useful_s += up_s // (interval_s + cost_s) * interval_s
         down_s = restart_s + absent * replace_s
-        # Another failure during the restart begins it anew.
+        # A further failure during the restart starts it over.
         while (until_next_s := float(rng.exponential(mtbf_s))) < down_s:
             wall_s += until_next_s
             if wall_s > _SIMULATED_S:
@@ -160,71 +161,60 @@ def simulated_goodput(
     return useful_s / wall_s
 
 
-@dataclass(frozen=True)
-class Limit:
-    """From how many GPUs on a part is what bounds a run, or None; and what helps then."""
-
-    part: str
-    num_gpus: int | None
-    sign: str
-    then: str
-
-
-def limits(rows: list[Scale]) -> list[Limit]:
-    """Where each part saturates first."""
-    found = {
-        "reduction": [row for row in rows if row.exposed_s > SLOW_SHARE * row.step_s],
-        "messages": [row for row in rows if row.messages * 5e-6 > SLOW_SHARE * row.step_s],
-        "snapshots": [row for row in rows if row.snapshot_every * row.step_s > SLOW_SHARE * row.mtbf_s],
-        "checkpoints": [row for row in rows if row.checkpoint_store_s >= row.checkpoint_every_s],
-        "control": [row for row in rows if row.health_calls_per_s > CALLS_PER_S],
-        "data": [row for row in rows if row.read_bytes_per_s / row.num_gpus > 100e6],
-    }
-    return [Limit(part, found[part][0].num_gpus if found[part] else None, sign, then) for part, sign, then in _LIMITS]
-
-
-_LIMITS = (
+_LIMITS: tuple[tuple[str, Callable[[Scale], bool], str, str], ...] = (
     (
         "reduction",
+        lambda row: row.exposed_s > SLOW_SHARE * row.step_s,
         f"its exposed part is over {SLOW_SHARE:.0%} of a step",
         "a larger global batch, so that a GPU has more lanes to one exchange; or fewer GPUs, as the run is elastic",
     ),
     (
         "messages",
+        lambda row: row.messages * MESSAGE_S > SLOW_SHARE * row.step_s,
         f"at 5 µs each they take over {SLOW_SHARE:.0%} of a step",
         "a reduction in two levels, within a node and then between nodes, whose tree is as canonical (not built)",
     ),
     (
         "snapshots",
+        lambda row: row.snapshot_every * row.step_s > SLOW_SHARE * row.mtbf_s,
         f"they come further apart than {SLOW_SHARE:.0%} of the time between failures",
         "ZeRO-1, with which every GPU writes its share alone",
     ),
     (
         "checkpoints",
+        lambda row: row.checkpoint_store_s >= row.checkpoint_every_s,
         "storing one takes longer than the best interval",
         "faster storage (--storage-bytes-per-s); a checkpoint is written by rank 0 alone (shards are not built)",
     ),
     (
         "control",
+        lambda row: row.health_calls_per_s > CALLS_PER_S,
         f"Ray Train's controller gets over {CALLS_PER_S:,.0f} answers a second, one from each worker every "
         f"{HEALTH_CHECK_S} s",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S raised: a lost worker is seen later by as much",
     ),
     (
         "data",
+        lambda row: row.read_bytes_per_s / row.num_gpus > 100e6,
         "a GPU reads over 100 MB/s of token ids",
         "nothing: it does not come to that",
     ),
 )
+"""Each part of a run, where it is what bounds the run, that in words, and what helps then."""
+
+
+def limits(rows: Sequence[Scale]) -> list[dict[str, Any]]:
+    """Returns the fewest GPUs at which each part bounds the run, None where it never does, and what helps then."""
+    return [
+        {"part": part, "num_gpus": next((r.num_gpus for r in rows if binds(r)), None), "sign": sign, "then": then}
+        for part, binds, sign, then in _LIMITS
+    ]
 
 
 def simulate(config: RunConfig, options: PlanConfig) -> dict[str, Any]:
-    """`scales` and `limits`, as values."""
+    """Returns `scales` and `limits` as plain values."""
     rows = scales(config, options)
-    return {
-        "scales": [asdict(row) | {"efficiency": row.efficiency} for row in rows],
-        "limits": [asdict(limit) for limit in limits(rows)],
-    }
+    return {"scales": [asdict(row) | {"efficiency": row.efficiency} for row in rows], "limits": limits(rows)}
 
 
 _COLUMNS = (
@@ -258,20 +248,20 @@ _DATA_COLUMNS = (
 
 
 def scale_table(found: Mapping[str, Any]) -> str:
-    """Three tables over the numbers of GPUs, and where each part saturates."""
+    """Formats three tables over the numbers of GPUs, and where each part saturates."""
     parts = [
         _table([name for name, _ in columns], [[of(row) for _, of in columns] for row in found["scales"]])
         for columns in (_COLUMNS, _STATE_COLUMNS, _DATA_COLUMNS)
     ]
-    limits = [
+    bounds = [
         [limit["part"], f"{num:,} GPUs" if (num := limit["num_gpus"]) else "not here", limit["sign"], limit["then"]]
         for limit in found["limits"]
     ]
-    return "\n\n".join([*parts, _table(["part", "saturates at", "when", "what then"], limits)])
+    return "\n\n".join([*parts, _table(["part", "saturates at", "when", "what then"], bounds)])
 
 
 def seconds(value: float) -> str:
-    """Such as `12 ms`."""
+    """Formats a time as `12 ms`."""
     return f"{value:,.3g} s" if value >= 1 else f"{1000 * value:,.3g} ms"
 
 

@@ -1,10 +1,11 @@
-"""A plan as text for people: warnings first, then aligned figures with their units, then what was assumed."""
+"""Formats a plan as text: warnings first, then aligned figures with their units, then the assumptions."""
 
 import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cluster.settings.plan import PlanConfig
+from jobs.plan.formulas import TEXT_BYTES_PER_TOKEN
 from jobs.run.history import duration
 
 _WIDTH = 110
@@ -40,13 +41,13 @@ def table(plan: Mapping[str, Any], options: PlanConfig) -> str:
 
 
 def size(num_bytes: float, per: str = "") -> str:
-    """With four digits and a decimal prefix: `2.095 TB`."""
+    """Formats bytes with four digits and a decimal prefix: `2.095 TB`."""
     factor, prefix = next(((f, p) for f, p in _PREFIXES if num_bytes >= f), (1, ""))
     return f"{num_bytes / factor:.4g} {prefix}B{per}"
 
 
 def _calibrated(plan: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """What a rehearsal says of the machine at hand."""
+    """Yields the section of what a rehearsal measured on this machine, if there was one."""
     if (found := plan.get("calibration")) is None:
         return
     stages = ", ".join(f"{name} {seconds:,.0f} s" for name, seconds in found["stage_s"].items())
@@ -54,7 +55,7 @@ def _calibrated(plan: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[str, 
     yield (
         f"On this machine, from a rehearsal of {found['took_s']:,.0f} s",
         [
-            ("wall time", f"{duration(found['wall_s'])}"),
+            ("wall time", duration(found["wall_s"])),
             ("by stage", stages),
             ("a step", f"{steps} workers; {found['tokens_per_s']:,.0f} tokens/s in {found['precision']}"),
             ("a validation", f"{found['validation_s']:.3g} s"),
@@ -92,11 +93,8 @@ def _sections(plan: Mapping[str, Any], options: PlanConfig) -> Iterator[tuple[st
         "Checkpoints and failures",
         [
             ("a checkpoint", f"{size(checkpoint['bytes'])}, {size(checkpoint['kept_bytes'])} of all kept"),
-            (
-                "training waits",
-                f"{checkpoint['copy_s']:,.3g} s; storing one takes {checkpoint['store_s']:,.3g} s",
-            ),
-            ("a failure every", f"{duration(checkpoint['mtbf_s'])}"),
+            ("training waits", f"{checkpoint['copy_s']:,.3g} s; storing one takes {checkpoint['store_s']:,.3g} s"),
+            ("a failure every", duration(checkpoint["mtbf_s"])),
             (
                 "best interval",
                 f"{duration(checkpoint['interval_s'])}, {checkpoint['interval_steps']:,} steps (Young, Daly; "
@@ -115,10 +113,7 @@ def _sections(plan: Mapping[str, Any], options: PlanConfig) -> Iterator[tuple[st
     yield (
         "Data",
         [
-            (
-                "token store",
-                f"{size(data['store_bytes'])}, read at {size(data['read_bytes_per_s'], '/s')}",
-            ),
+            ("token store", f"{size(data['store_bytes'])}, read at {size(data['read_bytes_per_s'], '/s')}"),
             (
                 "text",
                 f"about {size(data['text_bytes'])}; tokenizing while training has to bring "
@@ -129,11 +124,8 @@ def _sections(plan: Mapping[str, Any], options: PlanConfig) -> Iterator[tuple[st
 
 
 def _memory(parts: Mapping[str, float], sharded: Mapping[str, float], has: float) -> list[tuple[str, str]]:
-    rows = [("", f"{'as set':>12}{'with ZeRO-1':>14}")]
-    for name, value in parts.items():
-        if value:
-            rows.append((_PARTS[name], f"{size(value):>12}{size(sharded[name]):>14}"))
-    return [*rows, ("of", f"{size(has):>12}{size(has):>14}")]
+    rows = [(_PARTS[name], f"{size(v):>12}{size(sharded[name]):>14}") for name, v in parts.items() if v]
+    return [("", f"{'as set':>12}{'with ZeRO-1':>14}"), *rows, ("of", f"{size(has):>12}{size(has):>14}")]
 
 
 def _assumptions(plan: Mapping[str, Any], options: PlanConfig) -> Iterator[str]:
@@ -153,4 +145,4 @@ def _assumptions(plan: Mapping[str, Any], options: PlanConfig) -> Iterator[str]:
         f"{size(options.storage_bytes_per_s, '/s')} (--storage-bytes-per-s), a restart {options.restart_s:,.0f} s "
         "(--restart-s), a message between GPUs 5 µs beside its bytes."
     )
-    yield f"{options.text_bytes_per_token:g} bytes of text for each token (--text-bytes-per-token)."
+    yield f"{TEXT_BYTES_PER_TOKEN:g} bytes of text for each token, about as in English web text."

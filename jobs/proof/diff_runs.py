@@ -11,7 +11,8 @@ from jobs.run.history import former_differences, recorded_config, training_diffe
 from jobs.run.ledger import Ledger, Line
 
 FIELDS = ("samples", "tokens_seen", "lr", "skipped", "loss", "grad_norm", "parameter_hash")
-"""What a step's bits are, in the order in which one decides the next. Time, world size and attempt may differ."""
+"""The fields that hold a step's bits, in the order in which one decides the next. Time, world size and attempt may
+differ."""
 
 _MEASURING = {
     f"train.{name}"
@@ -20,12 +21,12 @@ _MEASURING = {
         *("hash_every_steps", "while_tokenizing", "shard_optimizer"),
     )
 }
-"""Settings of training that decide no bit of it."""
+"""Settings of training on which no bit depends."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The first step where two runs part: (a, b) by field."""
+    """The first step where two runs differ: (a, b) by field."""
 
     step: int
     fields: dict[str, tuple[Any, Any]]
@@ -35,7 +36,7 @@ class Difference:
 
 
 def step_values(ledger: Ledger) -> dict[int, Line]:
-    """By step what is compared, of the line that counts; the parameter hash also from checkpoints."""
+    """Returns by step what is compared of the line that counts; the parameter hash also from checkpoints."""
     values: dict[int, Line] = {}
     for line in ledger.lines:
         event = line.get("event")
@@ -50,7 +51,7 @@ def step_values(ledger: Ledger) -> dict[int, Line]:
 
 
 def first_difference(a: dict[int, Line], b: dict[int, Line], *, steps: Sequence[int]) -> Difference | None:
-    """The first of the steps, all of which `a` has, that `b` lacks or where a field that both have differs."""
+    """Returns the first of the steps, all of which `a` has, that `b` lacks or where a field that both have differs."""
     for step in steps:
         if step not in b:
             return Difference(step, {"step": (step, None)})
@@ -65,12 +66,12 @@ def first_difference(a: dict[int, Line], b: dict[int, Line], *, steps: Sequence[
 
 
 def setting_differences(a: RunConfig, b: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """(a, b) of each setting that decides a run's bits and differs, by its name."""
+    """Returns (a, b) of each setting on which a run's bits depend and that differs, by name."""
     return {name: pair for name, pair in training_differences(a, b).items() if name not in _MEASURING}
 
 
 def diff(run_a: Storage, run_b: Storage) -> dict[str, Any]:
-    """`equal`, `steps` that were compared, and where the runs part and why."""
+    """Returns whether the runs are `equal`, for how many steps, where they part, and the settings that differ."""
     ledgers = Ledger.read(run_a), Ledger.read(run_b)
     a, b = (step_values(ledger) for ledger in ledgers)
     steps = sorted(a.keys() & b.keys())

@@ -1,7 +1,6 @@
 """Takes steps of a run again, on any number of workers, and compares their bits with the ledger."""
 
 import json
-import multiprocessing
 import os
 import re
 import shutil
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.multiprocessing.spawn import ProcessException, spawn
 
 from cluster.output.progress import say
 from cluster.settings.code_folders import code_version
@@ -30,15 +30,13 @@ from jobs.training.train_loop import train
 from model.checkpoint import verify_checkpoint
 from model.errors import UserError
 
-_POLL_S = 0.2
-
 
 class ReplayError(UserError):
-    """Steps that cannot be taken again."""
+    """The steps cannot be taken again."""
 
 
 def replay(run: Storage, *, steps: range, num_workers: int = 1) -> dict[str, Any]:
-    """Trains with the run's recorded settings, in a scratch folder, from its nearest checkpoint before the steps.
+    """Takes the steps again in a scratch folder, from the nearest checkpoint before them, with the recorded settings.
 
     Raises `ReplayError` for steps that the ledger does not have, `TokenStoreError` where the data is gone.
     """
@@ -52,7 +50,7 @@ def replay(run: Storage, *, steps: range, num_workers: int = 1) -> dict[str, Any
         )
     num_lanes = batch_schedule(config).num_lanes(1)  # no later step has fewer
     if not 1 <= num_workers <= num_lanes:
-        raise ConfigError(f"--workers {num_workers}: the run has {num_lanes} lanes, one for each worker at least")
+        raise ConfigError(f"--workers {num_workers}: the run has {num_lanes} lanes, and each worker needs one")
     if former := former_differences(run):
         words = ", ".join(f"{name} {value}, now fixed at {constant}" for name, (value, constant) in former.items())
         raise ReplayError(f"{run.uri} was trained with {words}: replay it with the version that trained it")
@@ -74,7 +72,7 @@ def replay(run: Storage, *, steps: range, num_workers: int = 1) -> dict[str, Any
     is_same_code = all(event.get("code_version") == plan.code_version for event in ledger.events("start"))
     return {
         "verdict": (f"bits part at {parted}" if parted else f"bits equal for steps {steps[0]}..{steps[-1]}")
-        + ("" if is_same_code or not parted else "; the code is another one than the run's"),
+        + ("" if is_same_code or not parted else "; this is not the code that trained the run"),
         "equal": parted is None,
         "step": parted.step if parted else None,
         "fields": parted.fields if parted else {},
@@ -86,10 +84,8 @@ def replay(run: Storage, *, steps: range, num_workers: int = 1) -> dict[str, Any
 
 
 def _lay_out(run: Storage, ledger: Ledger, plan: RunPlan, *, before: int) -> str | None:
-    """Makes the scratch run look as if the run had been killed after its newest valid checkpoint before the step.
-
-    Returns the checkpoint's name, None for a start from scratch.
-    """
+    """Makes the scratch run look like the run killed after its newest valid checkpoint before the step. Returns that
+    checkpoint's name, or None where there is none."""
     plan.run.write_bytes(CONFIG_FILE, to_yaml(plan.config).encode())
     checkpoints = RunCheckpoints(run)
     place = plan.run.local_path("checkpoints")
@@ -118,37 +114,26 @@ def _train(plan: RunPlan, *, num_workers: int, folder: Path) -> None:
     if num_workers == 1 and plan.config.train.exact:
         train(plan, rank=0, world_size=1)
         return
-    spawn = multiprocessing.get_context("spawn")
-    workers = [
-        spawn.Process(target=_train_rank, args=(plan, rank, num_workers, f"file://{folder}/meeting"))
-        for rank in range(num_workers)
-    ]
-    for worker in workers:
-        worker.start()
-    waiting = list(workers)
-    while waiting:
-        waiting[0].join(_POLL_S)
-        waiting = [worker for worker in waiting if worker.is_alive()]
-        if any(worker.exitcode for worker in workers):
-            for worker in waiting:  # whose peer will not answer any more
-                worker.kill()
-            raise ReplayError("a worker of the replay failed; its message is above")
+    try:
+        spawn(_train_rank, (plan, num_workers, f"file://{folder}/meeting"), nprocs=num_workers)
+    except ProcessException as error:  # after which the others were ended
+        raise ReplayError(f"a worker of the replay failed: {str(error).strip().splitlines()[-1]}") from error
 
 
-def _train_rank(plan: RunPlan, rank: int, world_size: int, meeting: str) -> None:
+def _train_rank(rank: int, plan: RunPlan, world_size: int, meeting: str) -> None:
     if plan.config.scaling.use_gpu:
         torch.cuda.set_device(rank)
     backend = "nccl" if plan.config.scaling.use_gpu else "gloo"
     dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=world_size)
     train(plan, rank=rank, world_size=world_size)
     dist.destroy_process_group()
-    # All is written. An interpreter that ends may abort on a thread of gloo's or of ours that has not ended yet.
+    # Everything is written. An interpreter that ends may abort on a thread of gloo's or of ours that still runs.
     sys.stderr.flush()
     os._exit(0)
 
 
 def parse_steps(text: str, ledger: Ledger) -> range:
-    """`A..B`, `A..`, `..B` or `A`, both ends included. Raises `ConfigError`."""
+    """Parses `A..B`, `A..`, `..B` or `A`, both ends included. Raises `ConfigError`."""
     match = re.fullmatch(r"(\d*)(\.\.)?(\d*)", text)
     if not text or match is None or not ledger.steps:
         raise ConfigError(f"--steps {text}: expected A..B, and a run with a completed step")

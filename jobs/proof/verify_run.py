@@ -18,7 +18,7 @@ from model.checkpoint import Metadata, parameter_hash, read_metadata, verify_che
 
 
 def verify(run: Storage) -> dict[str, Any]:
-    """`valid`, and `problems`, each with the name of its file. Reads every byte of checkpoints and shards."""
+    """Returns `valid`, and `problems` by file. Reads every byte of checkpoints and shards."""
     ledger, checkpoints = Ledger.read(run), RunCheckpoints(run)
     saved = {event["checkpoint"].rpartition("/")[2]: event for event in ledger.events("checkpoint")}
     names, problems, metadata = checkpoints.names, [], []
@@ -49,8 +49,8 @@ def verify(run: Storage) -> dict[str, Any]:
 
 
 def checkpoint_problems(folder: Path, event: Line | None) -> Iterator[str]:
-    """What is wrong with a checkpoint: files against its manifest, and the parameters' hash against what it records
-    and against the ledger's event."""
+    """Yields what is wrong with a checkpoint: its files compared with its manifest, and its parameters' hash with what
+    it records and with the ledger's event."""
     if altered := verify_checkpoint(folder):
         yield from altered
         return
@@ -62,7 +62,7 @@ def checkpoint_problems(folder: Path, event: Line | None) -> Iterator[str]:
 
 
 def _verified_shards(run: Storage, ledger: Ledger, checkpoints: list[Metadata]) -> int:
-    """The number of shards. Raises `TokenStoreError` for those that are not what the run was trained on."""
+    """Returns the number of shards. Raises `TokenStoreError` where they are not what the run was trained on."""
     store = find_tokens(run, data_identity(ledger))
     result = inspect_store.verify(store)
     for metadata in checkpoints:

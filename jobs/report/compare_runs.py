@@ -22,7 +22,7 @@ _MAX_RUNS = 8
 _DASHES = ("-", "--", "-.", ":", "-", "--", "-.", ":")
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999", "#7a3b69")
 _OF_THE_RUN = ("run_id", "storage.uri", "cluster.address")
-"""Settings that say where a run is and not what it is."""
+"""Settings that say where a run is, not what it is."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +45,17 @@ def compare(runs: Sequence[Storage], storage: Storage) -> dict[str, Any]:
     finals = [dict(final_figures(run.ledger, run.config)) for run in read]
     rows = {name: [figures.get(name, "") for figures in finals] for name in dict.fromkeys(n for f in finals for n in f)}
     folder = f"comparisons/{hashlib.sha256(' '.join(run.uri for run in runs).encode()).hexdigest()[:12]}"
-    light, dark = draw(read, LIGHT), draw(read, DARK)
     heads = ["", *names]
     differing = grid("Settings that differ", heads, [[n, *values] for n, values in settings.items()])
+    ends = "; ".join(f"{run.name} ends at {run.ledger.steps[-1]['loss']:.3f} nats per token" for run in read)
+    text = f"Training and validation loss of each run over the tokens seen: {ends}."
+    figure = Figure(text, draw(read, LIGHT), draw(read, DARK))
     body = (
-        f"<h1>{escape(' and '.join(names))}</h1>{_picture(light, dark, read)}"
+        f"<h1>{escape(' and '.join(names))}</h1>{picture(figure)}"
         f"<h2>Final figures</h2>{grid('Final figures', heads, [[name, *row] for name, row in rows.items()])}"
         f"<h2>Settings that differ</h2>{differing if settings else '<p>None.</p>'}"
     )
-    storage.write_bytes(f"{folder}/loss.png", light)
+    storage.write_bytes(f"{folder}/loss.png", figure.light)
     storage.write_bytes(f"{folder}/index.html", document("Comparison of runs", body).encode())
     return {
         "html": join_uri(storage.uri, f"{folder}/index.html"),
@@ -65,7 +67,7 @@ def compare(runs: Sequence[Storage], storage: Storage) -> dict[str, Any]:
 
 
 def differing_settings(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """Of each setting that is not the same in all runs, its value in each."""
+    """Returns each setting that is not the same in all runs, with its value in each."""
     flat = [dict(flattened(run.config.model_dump(mode="json"))) for run in runs]
     names = dict.fromkeys(name for values in flat for name in values)
     found = {name: [values.get(name, "") for values in flat] for name in names if name not in _OF_THE_RUN}
@@ -73,7 +75,7 @@ def differing_settings(runs: Sequence[Run]) -> dict[str, list[str]]:
 
 
 def draw(runs: Sequence[Run], theme: Theme) -> bytes:
-    """Training loss, smoothed, and validation loss over the tokens seen."""
+    """Draws the training loss, smoothed, and the validation loss over the tokens seen."""
     figure = new_figure(theme, height_inches=4.6)
     axes = figure.subplots()
     style(axes, theme)
@@ -96,8 +98,3 @@ def draw(runs: Sequence[Run], theme: Theme) -> bytes:
             look |= {"marker": "osD^vPX*"[number], "markersize": 5 + number, "fillstyle": "none"}  # none hides another
             axes.plot(*zip(*points, strict=True), label=f"{run.name}, validation", **look)
     return png(figure, theme, columns=2)
-
-
-def _picture(light: bytes, dark: bytes, runs: Sequence[Run]) -> str:
-    said = "; ".join(f"{run.name} ends at {run.ledger.steps[-1]['loss']:.3f} nats per token" for run in runs)
-    return picture(Figure(f"Training and validation loss of each run over the tokens seen: {said}.", light, dark))

@@ -1,4 +1,4 @@
-"""Draws a run from its ledger: figures as PNG, and one page with them, its statistics, events and samples."""
+"""Draws a run from its ledger: figures as PNG, and a page with them, its statistics, events and samples."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +18,7 @@ from jobs.tokens.token_store import TokenStoreError, read_manifest
 def make_report(run: Storage, *, price: float | None = None, plan: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Writes `report/` into the run's folder and returns the URIs of the page and of each figure.
 
-    `price` is that of an hour of a GPU, or of a CPU where there is none; `plan` is what `raymill plan --json` printed.
+    `price` is for an hour of a GPU, or of a CPU where workers have none; `plan` is what `raymill plan --json` printed.
     """
     ledger = begun_ledger(run)
     config = recorded_config(run)
@@ -42,7 +42,7 @@ def make_report(run: Storage, *, price: float | None = None, plan: Mapping[str, 
 
 
 def _drops(run: Storage, ledger: Ledger) -> list[tuple[str, str, str]]:
-    """(reason, documents, share of all) of what the run's token store left out, and what it kept."""
+    """Returns (reason, documents, share of all) of what the run's token store kept and dropped."""
     try:
         manifest = read_manifest(find_tokens(run, data_identity(ledger)))
     except TokenStoreError:

@@ -1,4 +1,4 @@
-"""The page of a run: one HTML file with its figures inside, which asks no server for anything."""
+"""Writes a run's page: one HTML file with its figures inside, which asks no server for anything."""
 
 import base64
 import time
@@ -68,7 +68,7 @@ def page(
 
 
 def document(title: str, body: str) -> str:
-    """A page that asks no server for anything, in the colours that the reader's system prefers."""
+    """Returns a page that asks no server for anything, in the colors that the reader's system prefers."""
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -87,11 +87,8 @@ def document(title: str, body: str) -> str:
 
 
 def grid(caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table whose first column names its rows."""
-    cells = "".join(
-        f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{escape(value)}</td>" for value in row[1:])}</tr>\n'
-        for row in rows
-    )
+    """Returns a table whose first column names its rows."""
+    cells = [f'<th scope="row">{escape(name)}</th>{_cells(values)}' for name, *values in rows]
     return _table(caption, heads, cells)
 
 
@@ -109,32 +106,33 @@ def _pairs(pairs: Iterable[tuple[str, str]]) -> str:
 
 
 def _events(ledger: Ledger) -> str:
-    rows = "".join(
-        f"<tr><td>{_clock(line)}</td><td>{line.get('step', '')}</td>"
-        f"<td>{escape(name)}</td><td>{escape(text)}</td></tr>\n"
-        for line, name, text in event_rows(ledger)
-    )
+    rows = [_cells([_clock(line), str(line.get("step", "")), name, text]) for line, name, text in event_rows(ledger)]
     return _table("Events of the run", ("Time (UTC)", "Step", "Event", "What it says"), rows)
 
 
 def _samples(ledger: Ledger) -> str:
-    """Continuations of the fixed prompts, by step; nothing where the run has no prompts."""
-    rows = "".join(
-        f"<tr><td>{line['step']:,}</td><td>{line['val_loss']:.4f}</td><td>{line['val_bits_per_byte']:.4f}</td>"
-        f'<td class="text"><b>{escape(sample["prompt"])}</b>{escape(sample["text"])}</td></tr>\n'
+    """Returns a table of the prompts' continuations by step; nothing where the run has no prompts."""
+    rows = [
+        _cells([f"{line['step']:,}", f"{line['val_loss']:.4f}", f"{line['val_bits_per_byte']:.4f}"])
+        + f'<td class="text"><b>{escape(sample["prompt"])}</b>{escape(sample["text"])}</td>'
         for line in {line["step"]: line for line in ledger.events("validation")}.values()
         for sample in line["samples"]
-    )
+    ]
     heads = ("Step", "Loss (nats/token)", "Bits per byte", "Prompt and continuation")
     return _table("Samples by step", heads, rows) if rows else ""
 
 
-def _table(caption: str, heads: Sequence[str], rows: str) -> str:
+def _cells(values: Iterable[str]) -> str:
+    return "".join(f"<td>{escape(value)}</td>" for value in values)
+
+
+def _table(caption: str, heads: Sequence[str], rows: Iterable[str]) -> str:
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in heads)
-    # Focusable, so that it scrolls by keyboard too.
+    body = "".join(f"<tr>{row}</tr>\n" for row in rows)
+    # It takes the focus, so that it scrolls by keyboard too.
     return (
         f'<div class="scroll" role="region" aria-label="{escape(caption)}" tabindex="0">'
-        f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 

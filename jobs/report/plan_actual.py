@@ -1,4 +1,4 @@
-"""What a run was planned to take beside what it took."""
+"""Compares what a run was planned to take with what it took."""
 
 import json
 from collections.abc import Mapping
@@ -15,11 +15,11 @@ from jobs.run.ledger import Ledger
 from model.config import flops_per_token, num_parameters
 
 Row = tuple[str, str, str]
-"""What it is, the plan and what was."""
+"""The name of a figure, its planned value and its actual one."""
 
 
 def read_plan(path: Path) -> dict[str, Any]:
-    """What `raymill plan --json` printed. Raises `ConfigError`."""
+    """Reads what `raymill plan --json` printed. Raises `ConfigError`."""
     try:
         plan: dict[str, Any] = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
         float(plan["tokens_per_s"])
@@ -29,26 +29,26 @@ def read_plan(path: Path) -> dict[str, Any]:
 
 
 def plan_rows(ledger: Ledger, config: RunConfig, plan: Mapping[str, Any] | None) -> list[Row]:
-    """By the settings alone, and by a plan where there is one: of the machine at hand, if it was calibrated, and else
-    of its GPUs."""
+    """Returns what the settings alone plan, and what a plan adds where there is one: for this machine if it was
+    calibrated, else for its GPUs."""
     last, taken = ledger.steps[-1], [line for line in ledger.lines if "event" not in line]
     per_token = flops_per_token(config.model, seq_len(config))
     computed = sum(batch_schedule(config).step_tokens(line["step"]) for line in taken)
     rows = [
         ("Tokens", f"{config.train.max_tokens:,}", f"{last['tokens_seen']:,}"),
         ("Steps", f"{max_steps(config):,}", f"{len(ledger.steps):,}, {len(taken):,} with those taken again"),
-        ("Operations", _flops(per_token * config.train.max_tokens), _flops(per_token * computed)),
+        ("Operations", f"{per_token * config.train.max_tokens:.4g} FLOPs", f"{per_token * computed:.4g} FLOPs"),
     ]
     if checkpoints := ledger.events("checkpoint"):
         stored = sum(entry.size for entry in open_storage(checkpoints[-1]["checkpoint"]).list())
         planned = STATE_BYTES * num_parameters(config.model)
         rows.append(("A checkpoint", size(planned), size(stored) if stored else "removed since"))
+    if plan is None:
+        return rows
     wall_s = ledger.wall_s
     useful_s = sum(line["wall_s"] for line in ledger.steps)
     speed = f"{last['tokens_seen'] / useful_s:,.0f} tokens/s"
     kind, hours = worker_hours(ledger, config)
-    if plan is None:
-        return rows
     if calibration := plan.get("calibration"):
         stage_s = calibration["stage_s"]["train"]
         rows.append(("Wall time of training", duration(stage_s), f"{duration(wall_s)}, without the job's start"))
@@ -62,7 +62,3 @@ def plan_rows(ledger: Ledger, config: RunConfig, plan: Mapping[str, Any] | None)
         ("MFU", f"{plan['mfu']:.1%}", f"{sum(mfu) / len(mfu):.1%}" if mfu else "not known on this hardware"),
         ("Cost", f"${plan['cost']:,.2f}", f"${hours * plan['price_per_gpu_hour']:,.2f} at the plan's price"),
     ]
-
-
-def _flops(value: float) -> str:
-    return f"{value:.4g} FLOPs"

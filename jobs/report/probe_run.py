@@ -1,4 +1,4 @@
-"""What each kept checkpoint of a run can do in context: copying, induction, few-shot, and its validation loss."""
+"""Probes what each kept checkpoint of a run can do in context: copying, induction, few-shot."""
 
 import tempfile
 from pathlib import Path
@@ -20,14 +20,12 @@ _LOOKS = {"copy": ("-", "o"), "induction": ("--", "s"), "few-shot": ("-.", "D")}
 
 
 def probe_run(run: Storage) -> dict[str, Any]:
-    """`checkpoints`, oldest first: the step of each, its tokens and validation figures, and its accuracy by task.
-
-    Draws them into the run's report. Raises `RunError` where the run keeps no checkpoint.
-    """
+    """Returns `checkpoints`, oldest first, each with its step, tokens, validation figures and accuracy by task, and
+    draws them into the run's report. Raises `RunError` where the run keeps no checkpoint."""
     checkpoints, config = RunCheckpoints(run), recorded_config(run)
     names = checkpoints.names
     if not names:
-        raise RunError(f"{run.uri} keeps no checkpoint yet; ask again once it has one")
+        raise RunError(f"{run.uri} keeps no checkpoint yet; try again once it has one")
     found = []
     for number, name in enumerate(names, start=1):
         with tempfile.TemporaryDirectory(prefix="raymill-probe-") as scratch:

@@ -1,7 +1,7 @@
 """The look of figures, for light and for dark pages.
 
-The colours are Okabe and Ito's, which people who see fewer colours can tell apart; what differs in colour differs in
-shape or line too.
+The colors are Okabe and Ito's, which color-blind people can tell apart; what differs in color differs in shape or line
+too.
 """
 
 import io
@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 _SIZE_INCHES = (9.0, 3.8)
 _DOTS_PER_INCH = 150
+_PHASES = ("#56b4e9", "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#999999", "#f0e442")
 
 
 @dataclass(frozen=True)
@@ -26,19 +27,11 @@ class Theme:
     accent: str
     restart: str
     resize: str
-    phases: tuple[str, ...]
+    phases: tuple[str, ...] = _PHASES
 
 
-LIGHT = Theme(
-    *("#ffffff", "#222222", "#dddddd"),
-    *("#0072b2", "#d55e00", "#d55e00", "#7a3b69"),
-    ("#56b4e9", "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#999999", "#f0e442"),
-)
-DARK = Theme(
-    *("#16181c", "#e6e6e6", "#3a3d44"),
-    *("#56b4e9", "#e69f00", "#e69f00", "#cc79a7"),
-    ("#56b4e9", "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#999999", "#f0e442"),
-)
+LIGHT = Theme("#ffffff", "#222222", "#dddddd", "#0072b2", "#d55e00", "#d55e00", "#7a3b69")
+DARK = Theme("#16181c", "#e6e6e6", "#3a3d44", "#56b4e9", "#e69f00", "#e69f00", "#cc79a7")
 
 
 def new_figure(theme: Theme, *, height_inches: float = _SIZE_INCHES[1]) -> Figure:
@@ -58,7 +51,7 @@ def style(axes: Axes, theme: Theme) -> None:
 
 
 def png(figure: Figure, theme: Theme, *, columns: int = 4) -> bytes:
-    """With the legend of all axes below them, where no line is."""
+    """Renders the figure, with the legend of all axes below them, where it hides nothing."""
     handles: dict[str, Artist] = {}
     for axes in figure.axes:
         drawn, names = axes.get_legend_handles_labels()

@@ -1,1 +1,1 @@
-"""The training loop, an attempt at it, its guards, validation, and writers."""
+"""The training loop, one attempt at a run, its guards, validation, and writers."""

@@ -1,4 +1,4 @@
-"""One worker's part of an attempt at a run: how it begins, what it writes down, what it saves."""
+"""One worker's part of an attempt at a run: begins, records and saves."""
 
 import os
 import socket
@@ -7,7 +7,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -41,20 +40,20 @@ from model.training_memory import keep_freed_memory
 
 @dataclass(frozen=True)
 class _Beginning:
-    """What rank 0 found for all."""
+    """The state from which rank 0 lets all ranks continue: fresh weights, without snapshot and checkpoint."""
 
-    rollbacks: Windows  # what to leave out
-    checkpoint: str | None = None  # to go on from,
-    snapshot: Snapshot | None = None  # or rather this; from fresh weights where both are missing
-    saved_step: int = 0  # of the newest checkpoint beside the snapshot
-    stop_reason: str | None = None  # why the attempt cannot go on, which no further one could mend
+    rollbacks: Windows  # the steps to leave out
+    checkpoint: str | None = None
+    snapshot: Snapshot | None = None
+    saved_step: int = 0  # of the newest checkpoint, which is no newer than the snapshot
+    stop_reason: str | None = None  # why neither this attempt nor a later one can continue
 
 
 class Attempt:
-    """One worker's model and rows, and on rank 0 the pen that writes the ledger and the checkpoints."""
+    """One worker's model and rows, and on rank 0 the writer of the ledger and the checkpoints."""
 
     state: TrainState
-    guard: GuardState  # belongs to the state
+    guard: GuardState  # belongs to `state`
 
     def __init__(
         self,
@@ -64,7 +63,7 @@ class Attempt:
         rollbacks: Windows = (),
         signals: Callable[[], Signals] = Signals,
     ) -> None:
-        """`rollbacks` are those that this process knows of; the ledger and the checkpoint tell of earlier ones."""
+        """Takes the `rollbacks` that this process knows of; the ledger and the checkpoint record earlier ones."""
         self.plan, self.group = plan, group
         self._kept: tuple[int, dict[str, Any], int] | None = None  # step, guard, number of updates
         self._opened = ExitStack()
@@ -78,11 +77,11 @@ class Attempt:
         plan, group, config = self.plan, self.group, self.plan.config
         torch.set_num_threads(config.scaling.threads_per_worker)
         keep_freed_memory()
-        # As torch.use_deterministic_algorithms, which also imports the compiler: a second of each start.
+        # Does what torch.use_deterministic_algorithms does, which also imports the compiler: a second of each start.
         torch.set_deterministic_debug_mode("error" if config.train.exact else "default")
         # Its debugging aid, NaN in all fresh memory, costs a pass over each activation.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        self.plan, self.group, self.schedule = plan, group, batch_schedule(config)
+        self.schedule = batch_schedule(config)
         self.tokenizer = Tokenizer.from_json(plan.tokenizer_json)
         self.checkpoints = RunCheckpoints(plan.run)
         self.writer: RunWriter | None = None
@@ -126,26 +125,24 @@ class Attempt:
                 code_version=plan.code_version,
                 precision=config.train.precision,
             )
-            self._tell_precision(before)
+            self._record_precision(before)
             if reasons := differences(kinds):
                 self.ledger.event("tolerance_mode", attempt=self.attempt, reasons=reasons)
         if begun.snapshot and restored_step - begun.saved_step >= config.checkpoint.save_every_steps:
-            self.save(restored_step, {})  # the one that was due had not been stored yet
+            self.save(restored_step, {})  # the checkpoint that was due had not been stored yet
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """Ends its threads, at whatever point it failed. What was not stored then, the next attempt makes again."""
+        """Ends the attempt's threads, wherever it failed. The next attempt repeats what was not stored by then."""
         self._opened.close()
 
     def is_hopeless(self) -> bool:
-        """Whether the attempts before this one got nowhere, or none can; recorded for the driver to tell."""
+        """Returns whether earlier attempts made no progress, or none can, and records why for the launcher."""
         if self._stop_reason and self.writer:
             self.writer.give_up(self._stop_reason)
         return self._stop_reason is not None
@@ -162,7 +159,7 @@ class Attempt:
         )
 
     def validate(self, step: int) -> dict[str, Any]:
-        """The figures of the held-out split, which the ledger gets with samples and the figures of other sets."""
+        """Returns the figures of the held-out split, and records them with samples and the figures of other sets."""
         figures, sets = self.validation.measure(), self.validation.measure_sets()
         if self.ledger:
             samples = self.validation.samples(self.tokenizer)
@@ -170,8 +167,8 @@ class Attempt:
         return figures
 
     def save(self, step: int, validation: dict[str, Any]) -> None:
-        """Copies the state; rank 0 has the copy stored beside the training."""
-        # All ranks: each holds a part where the optimizer is sharded.
+        """Copies the state; on rank 0 the copy is stored while training continues."""
+        # On all ranks, as each holds a part where the optimizer is sharded.
         moments = self.state.flat_moments() if self.writer or self.state.is_sharded else {}
         if self.writer is None:
             return
@@ -190,32 +187,32 @@ class Attempt:
         self.writer.save(metadata, moments)
 
     def keep(self, step: int) -> None:
-        """Takes a snapshot of the state after a step of which the ledger has the line."""
+        """Takes a snapshot of the state after a step whose line the ledger has."""
         carried = {"guard": self.guard.to_json(), "line": self.record.line}
         self._kept = (step, carried, self.state.num_updates)
         self.snapshots.after_step(step, self.state, attempt=self.attempt, carried=carried)
 
     def rescue(self) -> None:
-        """Once another worker is lost: takes the snapshot that was not due, of the last step that is whole."""
-        if self._kept is None or self._kept[2] != self.state.num_updates:  # updated since, by a step without its line
+        """Takes a snapshot of the last whole step, though none was due, once another worker is lost."""
+        if self._kept is None or self._kept[2] != self.state.num_updates:  # a step without a line has updated it since
             return
         step, carried, _ = self._kept
         self.snapshots.rescue(step, self.state, attempt=self.attempt, carried=carried)
 
     def finish(self, step: int) -> None:
-        """Returns once the run's storage has its last checkpoint and all of its ledger; `step` was the last one."""
+        """Returns once the storage has the attempt's last checkpoint and all of its ledger; `step` was its last one."""
         if self.writer:
             self.writer.finish(step=step if step == self.schedule.max_steps else None)
 
-    def tell_preempted(self, step: int, notice: Notice) -> None:
-        """After the save that a notice asked for."""
+    def record_preempted(self, step: int, notice: Notice) -> None:
+        """Records the save that a notice asked for."""
         if self.ledger:
             self.ledger.event("preempted", step=step, notice=notice.name.lower())
 
     def leave(self, step: int, decision: Decision) -> Windows | None:
-        """Ends the attempt at a step that cannot stand; gives what to leave out where another attempt goes on."""
-        goes_on = decision.verdict is Verdict.ROLL_BACK
-        if self.ledger and goes_on:
+        """Ends the attempt at a step that cannot stand. Returns what to leave out where another attempt continues."""
+        continues = decision.verdict is Verdict.ROLL_BACK
+        if self.ledger and continues:
             first, last = decision.state.rollbacks[-1]
             left_out = self.schedule.samples_of(first, last)
             samples = [left_out.start, left_out.stop]
@@ -224,10 +221,10 @@ class Attempt:
             self.ledger.event("gave_up", step=step, reason=f"step {step}: {decision.reason}")
         if self.writer:
             self.writer.finish(step=None)
-        return decision.state.rollbacks if goes_on else None
+        return decision.state.rollbacks if continues else None
 
-    def _tell_precision(self, before: Ledger) -> None:
-        """Once for each kind of processor that is not made for the run's precision."""
+    def _record_precision(self, before: Ledger) -> None:
+        """Records, once for each kind, a processor that is not made for the run's precision."""
         precision = self.plan.config.train.precision
         assert self.ledger is not None and precision != "auto", "rank 0 writes, once the precision is settled"
         found = at_odds(precision, "cuda" if self.state.device.type == "cuda" else "cpu")
@@ -235,7 +232,7 @@ class Attempt:
         if found and found["fast"] != last.get("fast"):
             self.ledger.event("precision", attempt=self.attempt, **found)
 
-    def _begin(self, rollbacks: Windows) -> "_Beginning":
+    def _begin(self, rollbacks: Windows) -> _Beginning:
         try:
             self.writer = RunWriter(self.plan)
             self._opened.callback(self.writer.abandon)
@@ -258,10 +255,11 @@ class Attempt:
             return _Beginning(rollbacks, stop_reason=str(error))
 
     def _newest_snapshot(self, recorded: int, *, at_least: int, is_left_out: Callable[[int], bool]) -> Snapshot | None:
-        """Of a step that the ledger has; or of the one after it, whose line a lost rank 0 did not come to write."""
+        """Returns the newest snapshot of a step that the ledger has, or of the step after it, whose line a lost rank 0
+        had no time to write."""
         limits: dict[str, Any] = {"at_least": at_least, "is_left_out": is_left_out}
         config, owed = self.plan.config, recorded + 1
-        if owed % config.train.eval_every_steps and owed % config.checkpoint.save_every_steps:  # it has its line alone
+        if owed % config.train.eval_every_steps and owed % config.checkpoint.save_every_steps:  # the line is all it has
             snapshot = self.snapshots.newest(explained_step=owed, **limits)
             if snapshot is None or snapshot.step <= recorded:
                 return snapshot
@@ -271,8 +269,8 @@ class Attempt:
                 return snapshot
         return self.snapshots.newest(explained_step=recorded, **limits)
 
-    def _restore(self, begun: "_Beginning", scratch: Path) -> int:
-        """Fresh weights, the snapshot's or the checkpoint's; returns the step it was taken at."""
+    def _restore(self, begun: _Beginning, scratch: Path) -> int:
+        """Restores the snapshot or the checkpoint, or makes fresh weights; returns the step of that state."""
         config, name = self.plan.config, begun.checkpoint
         device = torch.device("cuda", torch.cuda.current_device()) if config.scaling.use_gpu else torch.device("cpu")
         if begun.snapshot is not None:
@@ -286,7 +284,7 @@ class Attempt:
             self.guard = GuardState()
             return 0
         folder = self.checkpoints.fetch(name, scratch)
-        model = load_model(folder, verify=False).train()  # loaded for inference: without dropout
+        model = load_model(folder, verify=False).train()  # which is loaded for inference, without dropout
         self.state = TrainState(model, config.train, device=device, group=self.group)
         self.state.load_moments(read_train_state(folder))
         metadata = read_metadata(folder)

@@ -1,4 +1,4 @@
-"""Tokenizing while training runs: in a thread of the driver, on the CPUs that training leaves."""
+"""Tokenizes while training runs, in a thread of the launcher, on the CPUs that training leaves."""
 
 import threading
 from collections.abc import Iterator
@@ -19,9 +19,9 @@ from jobs.tokens.build_store import tokenize
 
 @contextmanager
 def tokenizing(config: RunConfig, run: Storage) -> Iterator[None]:
-    """Makes the token store of `config` during the block; the block is left when the store is finished.
+    """Makes the token store of `config` while the context lasts, which ends when the store is finished.
 
-    When tokenizing fails, the run's storage says so to the workers, and its error is raised whatever else was.
+    When tokenizing fails, a file in the run's storage tells the workers, and its error is raised before any other.
     """
     run.delete(TOKENIZING_FAILED)
     finished: Future[dict[str, Any]] = Future()
@@ -50,12 +50,12 @@ def tokenizing(config: RunConfig, run: Storage) -> Iterator[None]:
 
 
 def free_cpus(scaling: ScalingConfig, num_cpus: float) -> float:
-    """CPUs for tokenizing: as tasks wait for any that is free, training would never find its own among them."""
+    """Returns the CPUs for tokenizing. Without a limit its tasks would take every free CPU, and training none."""
     return max(1.0, num_cpus - scaling.max_workers * scaling.threads_per_worker)
 
 
 def wait_for_first_rows(plan: RunPlan) -> None:
-    """Until the sealed part holds the rows of every validation and of the first step."""
+    """Waits until the sealed part holds the rows of every validation and of the first step."""
     num_validation_rows(open_stream(plan, "val"), plan.config)
     open_stream(plan, "train").wait_for(np.array(batch_schedule(plan.config).samples(1)))
     say("training starts on the sealed part of the token store")

@@ -1,10 +1,10 @@
-"""Checkpoints written beside the training: it copies its state, and a thread stores the copy for as long as that takes.
+"""Writes checkpoints while training continues: the state is copied, and a thread stores the copy.
 
     training        copy ── step ── step ── copy ── step …
     this thread         spool ── publish ── thin out   spool ── …
 
-One copy is being stored and at most one waits; a newer one takes its place. Nothing that storage does ends or holds up
-the training, which waits for its last checkpoint alone.
+One copy is being stored and at most one waits; a newer copy replaces the waiting one. Whatever storage does, training
+neither ends nor waits, except for its last checkpoint.
 """
 
 import shutil
@@ -32,22 +32,22 @@ from model.tokenizer import Tokenizer
 Tensors = dict[str, Tensor]
 
 SPOOL_BYTES = 32 << 30
-"""Local disk for checkpoints on their way to remote storage; the newest one is always written."""
+"""Bytes of local disk for checkpoints on their way to remote storage; the newest one is always written."""
 
 
 @dataclass(frozen=True)
 class Copy:
-    """The state after a step, in memory of its own."""
+    """A copy of the state after a step, in its own memory."""
 
     metadata: Metadata
     flat: Tensors  # "values" and the moments, (P,) each
     num_updates: int
     taken_at_s: float  # on the monotonic clock
-    exposed_s: float  # that the training waited for it
+    exposed_s: float  # for which training waited
 
 
 class CheckpointWriter:
-    """Rank 0's thread that stores checkpoints. `finish` ends it."""
+    """Stores checkpoints in a thread of rank 0, which `finish` ends."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class CheckpointWriter:
         verified: Collection[str] = (),
         val_losses: Mapping[str, float] | None = None,
     ) -> None:
-        """`pinned` names the published checkpoints, `verified` and `val_losses` what earlier attempts leave."""
+        """`pinned` returns the published checkpoints' names; `verified` and `val_losses` are of earlier attempts."""
         self._checkpoints, self._ledger, self._keep = checkpoints, ledger, keep
         self._state, self._tokenizer, self._pinned = state, tokenizer, pinned
         self._verified, self._val_losses = set(verified), dict(val_losses or {})
@@ -69,7 +69,7 @@ class CheckpointWriter:
         self._changed = threading.Condition()
         self._pending: Copy | None = None
         self._spooled: Path | None = None  # written to the spool, not yet published
-        self._copied: Copy | None = None  # what that was made from, without its memory
+        self._copied: Copy | None = None  # the copy in the spool, without its memory
         self._free: list[Tensors] = []
         self._is_finishing = self._is_abandoned = False
         self._failure: BaseException | None = None
@@ -77,10 +77,8 @@ class CheckpointWriter:
         self._thread.start()
 
     def save(self, metadata: Metadata, moments: Mapping[str, Tensor]) -> None:
-        """Copies the state, into the memory of an earlier copy where one is free, and has the copy stored.
-
-        The ledger must hold its step already: no checkpoint is ahead of the ledger. Raises `LeaseLostError`.
-        """
+        """Copies the state and has the copy stored. The ledger must hold its step already, as no checkpoint may be
+        ahead of the ledger. Raises `LeaseLostError`."""
         start_s = time.monotonic()
         with self._changed:
             self._raise_failure()
@@ -89,13 +87,11 @@ class CheckpointWriter:
                 self._pending = None
             buffers = self._free.pop() if self._free else {}
         for name, tensor in {"values": self._state.values, **moments}.items():
-            if name not in buffers:  # memory that was written to before is twice as fast as fresh pages
+            if name not in buffers:  # writing to used memory is twice as fast as to fresh pages
                 buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
             buffers[name].copy_(tensor)
         with self._changed:
-            self._pending = Copy(
-                metadata, buffers, self._state.num_updates, start_s, exposed_s=time.monotonic() - start_s
-            )
+            self._pending = Copy(metadata, buffers, self._state.num_updates, start_s, time.monotonic() - start_s)
             self._changed.notify_all()
 
     def finish(self) -> None:
@@ -107,7 +103,7 @@ class CheckpointWriter:
         self._raise_failure()
 
     def abandon(self) -> None:
-        """Starts nothing more, and does not wait for what is being stored."""
+        """Starts nothing more, and does not wait for the copy that is being stored."""
         with self._changed:
             self._pending, self._is_abandoned = None, True
             self._changed.notify_all()
@@ -125,7 +121,7 @@ class CheckpointWriter:
                     raise
                 except (StorageError, OSError) as error:
                     wait_s = self._outage.failed(error)
-                    with self._changed:  # something newer is worth a try at once
+                    with self._changed:  # a newer copy is worth a try at once
                         waiting = self._pending
                         self._changed.wait_for(lambda: self._pending is not waiting, timeout=wait_s)  # noqa: B023
                 else:
@@ -134,20 +130,20 @@ class CheckpointWriter:
             self._failure = error
 
     def _has_work(self) -> bool:
-        """Waits for work; False once there will be none."""
+        """Waits for work; returns False once there will be none."""
         with self._changed:
             self._changed.wait_for(lambda: self._pending or self._spooled or self._is_finishing or self._is_abandoned)
             return bool(self._pending or self._spooled) and not self._is_abandoned
 
     def _store(self) -> None:
-        """Spools what is pending, publishes the newest of the spool. Raises `StorageError` or `OSError`."""
+        """Spools the pending copy and publishes the newest in the spool. Raises `StorageError` or `OSError`."""
         with self._changed:
             copy, self._pending = self._pending, None
         refusal: Exception | None = None
         if copy is not None:
             try:
                 self._spool(copy)
-            except (StorageError, OSError) as error:  # the disk may be full of what can be published now
+            except (StorageError, OSError) as error:  # the disk may be full of a checkpoint that can be published now
                 refusal = error
             with self._changed:
                 if refusal is not None and self._pending is None:
@@ -210,7 +206,7 @@ class CheckpointWriter:
 
 
 def checkpoint_fields(uri: str, metadata: Metadata) -> dict[str, Any]:
-    """What the ledger says of a published checkpoint."""
+    """Returns what the ledger records of a published checkpoint."""
     return {
         "step": metadata.step,
         "checkpoint": uri,

@@ -1,4 +1,4 @@
-"""What a step does to each layer: the norms of its gradient and its weights, and the ratio of its update."""
+"""Measures what a step does to each layer: the norms of its gradient and its weights, and the ratio of its update."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -21,11 +21,11 @@ class LayerStatistics:
     def __init__(self, state: TrainState, group: WorkerGroup, timer: StepTimer, *, every_steps: int) -> None:
         self._state, self._group, self._timer, self._every_steps = state, group, timer, every_steps
         self.fields: dict[str, Any] | None = None
-        """Of the last update where it was measured, on rank 0, as the ledger's event `layers` has them."""
+        """The ledger's event `layers` of the last update, where that was measured, on rank 0."""
 
     @contextmanager
     def around_update(self, step: int) -> Iterator[None]:
-        """Measures the update of this step, before which the gradient is the whole batch's, and not yet clipped.
+        """Measures the update that is made inside; before it the gradient is the whole batch's, not yet clipped.
 
         All ranks take part, as with a sharded optimizer each has a part of the gradient.
         """
@@ -46,7 +46,7 @@ class LayerStatistics:
             self.fields = _fields(*(layer_norms(sums) for sums in (gradient, weight, square_sums(changes))))
 
     def _gradient_square_sums(self) -> dict[str, float]:
-        """Sums of squares of each parameter's gradient, over the parts of all ranks."""
+        """Returns the sum of squares of each parameter's gradient, over the parts of all ranks."""
         state, layout = self._state, self._state.layout
         if not state.is_sharded:
             return square_sums({name: at(state.gradient, place) for name, place in layout.places.items()})
@@ -66,13 +66,13 @@ class LayerStatistics:
 
 
 def square_sums(tensors: Mapping[str, Tensor]) -> dict[str, float]:
-    """Of each tensor, summed in float64."""
+    """Returns each tensor's sum of squares, in float64."""
     norms = torch.stack([torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors.values()])
     return dict(zip(tensors, norms.square().tolist(), strict=True))
 
 
 def layer_norms(sums: Mapping[str, float]) -> dict[str, float]:
-    """Euclidean norm of each layer, from its parameters' sums of squares."""
+    """Returns the Euclidean norm of each layer, from its parameters' sums of squares."""
     layers: dict[str, float] = {}
     for name in sorted(sums, key=_place):
         layers[layer_of(name)] = layers.get(layer_of(name), 0.0) + sums[name]
@@ -80,7 +80,7 @@ def layer_norms(sums: Mapping[str, float]) -> dict[str, float]:
 
 
 def layer_of(parameter: str) -> str:
-    """`wte`, `wpe`, `h.0.attn`, `h.0.mlp` …, `ln_f`; a LayerNorm counts with what it precedes."""
+    """Returns `wte`, `wpe`, `h.0.attn`, `h.0.mlp` …, `ln_f`; a LayerNorm counts with the layer that it precedes."""
     parts = parameter.removeprefix("transformer.").split(".")
     if parts[0] != "h":
         return parts[0]
@@ -88,7 +88,7 @@ def layer_of(parameter: str) -> str:
 
 
 def _place(parameter: str) -> tuple[int, int, str]:
-    """From the embeddings to the head."""
+    """Orders parameters from the embeddings to the head."""
     parts = parameter.removeprefix("transformer.").split(".")
     stage = {"wte": 0, "wpe": 0, "h": 1}.get(parts[0], 2)
     return stage, int(parts[1]) if parts[0] == "h" else 0, parameter
@@ -104,5 +104,5 @@ def _fields(gradient: dict[str, float], weight: dict[str, float], update: dict[s
 
 
 def _rounded(value: float) -> float:
-    """To six digits, of which none depends on how many ranks the squares were summed over."""
+    """Rounds to six digits, none of which depends on how many ranks the squares were summed over."""
     return float(f"{value:.6g}")

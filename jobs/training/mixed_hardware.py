@@ -1,4 +1,4 @@
-"""Whether an attempt's workers compute alike: bits are promised on one kind of hardware, library and thread count."""
+"""Compares the workers of an attempt: bits are promised on one kind of hardware, library versions and thread count."""
 
 import platform
 from pathlib import Path
@@ -9,7 +9,7 @@ Hardware = dict[str, str]
 
 
 def hardware(device: torch.device) -> Hardware:
-    """What decides how this worker rounds."""
+    """Returns what decides how this worker rounds."""
     found = {
         "torch": torch.__version__,
         "threads": str(torch.get_num_threads()),
@@ -23,10 +23,9 @@ def hardware(device: torch.device) -> Hardware:
 
 
 def differences(workers: list[Hardware]) -> list[str]:
-    """In what the workers, by rank, are not alike, a line each; empty where bits are promised."""
-    names = sorted({name for worker in workers for name in worker})
+    """Returns a line for each respect in which the workers, by rank, differ; empty where bits are promised."""
     lines = []
-    for name in names:
+    for name in sorted({name for worker in workers for name in worker}):
         ranks: dict[str, list[str]] = {}
         for rank, worker in enumerate(workers):
             ranks.setdefault(worker.get(name, "none"), []).append(str(rank))
@@ -37,7 +36,8 @@ def differences(workers: list[Hardware]) -> list[str]:
 
 
 def _cpu_model() -> str:
-    """As Linux names it, with the matrix units, which the name leaves open; elsewhere the architecture."""
+    """Returns Linux's name of the processor with its matrix units, which the name leaves open; elsewhere the
+    architecture."""
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists():
         return platform.machine()

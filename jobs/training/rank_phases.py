@@ -1,4 +1,4 @@
-"""Every rank's phases, brought together every few steps, and the rank that holds the others up."""
+"""Gathers the time by phase of every rank every few steps, and finds the rank that holds the others up."""
 
 import statistics
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from jobs.workers.worker_group import WorkerGroup
 WINDOW_STEPS = 10
 
 STRAGGLER_RATIO = 1.3
-"""Time for a lane, over the median of the ranks, from which a rank is a straggler."""
+"""A rank is a straggler above this ratio of its time for a lane to the ranks' median."""
 
 _WORK = ("load", "forward", "loss", "backward")
 _NAMES = (*PHASES, REST)
@@ -22,21 +22,21 @@ _NAMES = (*PHASES, REST)
 
 @dataclass(frozen=True)
 class RankTime:
-    """A step of one rank, as the mean over a window."""
+    """The mean step of one rank over a window."""
 
     seconds: dict[str, float]  # by phase
     num_lanes: float
 
     @property
     def lane_s(self) -> float:
-        """Work on one lane. Nothing in it waits for another rank."""
+        """Seconds of work on one lane, in which nothing waits for another rank."""
         return sum(self.seconds.get(name, 0.0) for name in _WORK) / max(1.0, self.num_lanes)
 
 
 def stragglers(ranks: list[RankTime]) -> dict[int, float]:
-    """The ranks that are too slow, and how many times the median each takes for a lane.
+    """Returns the ranks that are too slow, and how many times the median each takes for a lane.
 
-    Of an even number of ranks the lower one in the middle is the median: of two ranks one can be slow.
+    With an even number of ranks the median is the lower middle one, so that one of two ranks can be slow.
     """
     median_s = statistics.median_low([rank.lane_s for rank in ranks])
     if not median_s:
@@ -46,7 +46,7 @@ def stragglers(ranks: list[RankTime]) -> dict[int, float]:
 
 
 class RankPhases:
-    """Sums this rank's steps up, and gathers the means of all: a hundred bytes a window, where all ranks meet."""
+    """Sums up this rank's steps and gathers the means of all ranks, a hundred bytes a window."""
 
     def __init__(self, group: WorkerGroup, *, device: torch.device) -> None:
         self._group, self._device = group, device
@@ -58,7 +58,7 @@ class RankPhases:
         self._sums, self._num_lanes, self._num_steps = dict.fromkeys(_NAMES, 0.0), 0, 0
 
     def add(self, time: StepTime, *, closes_window: bool) -> list[RankTime]:
-        """The window's ranks where it is closed, as every rank must at the same step; else none."""
+        """Returns the window's ranks where this step closes it, which all ranks must do at once; else an empty list."""
         for name, seconds in time.seconds.items():
             self._sums[name] += seconds
         self._num_lanes += time.num_lanes
@@ -76,7 +76,8 @@ class RankPhases:
         return [RankTime(dict(zip(_NAMES, row, strict=False)), row[-1]) for row in rows.tolist()]
 
     def new_stragglers(self, ranks: list[RankTime]) -> dict[int, float]:
-        """Those that are slow in a second window in a row; once while they stay so, as one may be mere noise."""
+        """Returns the ranks that are slow in a second window in a row, as one may be noise; each once while it stays
+        slow."""
         found = stragglers(ranks)
         lasting = found.keys() & self._slow
         new = lasting - self._named
@@ -85,7 +86,7 @@ class RankPhases:
 
 
 def as_fields(ranks: list[RankTime]) -> dict[str, Any]:
-    """As the ledger's event `phases` has them."""
+    """Returns the fields of the ledger's event `phases`."""
     return {
         "ranks": [{name: round(value, 6) for name, value in rank.seconds.items() if value} for rank in ranks],
         "lanes": [rank.num_lanes for rank in ranks],
@@ -93,5 +94,5 @@ def as_fields(ranks: list[RankTime]) -> dict[str, Any]:
 
 
 def from_fields(fields: dict[str, Any]) -> list[RankTime]:
-    """The reverse of `as_fields`."""
+    """Reverses `as_fields`."""
     return [RankTime(seconds, lanes) for seconds, lanes in zip(fields["ranks"], fields["lanes"], strict=True)]

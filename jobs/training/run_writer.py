@@ -1,4 +1,4 @@
-"""Rank 0's pen: what one attempt may write for a run, its ledger and its checkpoints, and where it goes on from."""
+"""Writes a run's ledger and checkpoints for one attempt, and finds the state from which that continues."""
 
 import tempfile
 from collections.abc import Callable, Mapping
@@ -21,7 +21,8 @@ from model.tokenizer import Tokenizer
 
 
 class RunWriter:
-    """Waits where the storage is down. Raises `LeaseLostError` when a newer launcher writes the run."""
+    """Rank 0's writer. It waits while the storage is down, and raises `LeaseLostError` when a newer launcher writes the
+    run."""
 
     def __init__(self, plan: RunPlan) -> None:
         self._plan = plan
@@ -34,17 +35,15 @@ class RunWriter:
         self._saving: CheckpointWriter | None = None
 
     def newest_step(self, *, left_out: Callable[[int], bool]) -> int:
-        """Of the newest checkpoint that no rollback left out, whole or not; 0 where there is none."""
+        """Returns the step of the newest checkpoint that no rollback left out, whole or not; 0 where there is none."""
         names = patiently(lambda: self.checkpoints.names, "checkpoints")
         return max((step for name in names if not left_out(step := step_of(name))), default=0)
 
     def newest_checkpoint(self, *, left_out: Callable[[int], bool]) -> str | None:
-        """The newest that is whole, of a step that no rollback left out; None when the run has none.
+        """Returns the newest whole checkpoint of a step that no rollback left out; None when the run has none.
 
-        Damaged ones are marked, and told of in the ledger.
-
-        Raises `CheckpointError` when there are checkpoints, all of them damaged: a run does not silently start anew;
-        and when the newest has another shape or vocabulary than the run's settings say.
+        Damaged ones are marked, and recorded in the ledger. Raises `CheckpointError` when all checkpoints are damaged,
+        as a run never silently starts over, and when the newest has another shape or vocabulary than the settings.
         """
         return patiently(lambda: self._newest_checkpoint(left_out), "checkpoints")
 
@@ -55,7 +54,7 @@ class RunWriter:
             name = found.folder.name if found.folder else None
             if found.folder:
                 self._check_settings(found.folder)
-            if found.folder and name not in self._published:  # what wrote it was killed before it said so
+            if found.folder and name not in self._published:  # its writer was killed before it could record it
                 fields = checkpoint_fields(self.checkpoints.uri(found.folder.name), read_metadata(found.folder))
                 self.ledger.event("checkpoint", **fields, seconds=0.0)
         damaged = dict(found.damaged)
@@ -66,8 +65,8 @@ class RunWriter:
             self.ledger.event("checkpoint_damaged", checkpoint=self.checkpoints.uri(torn), problems=problems)
         if name is None and (quarantined := self.checkpoints.quarantined):
             raise CheckpointError(
-                f"{self._plan.run.uri} has damaged checkpoints alone, {', '.join(quarantined)}, of which nothing was "
-                "deleted; restore one from a copy and remove its file QUARANTINED, or choose another --run-id"
+                f"all checkpoints of {self._plan.run.uri} are damaged: {', '.join(quarantined)}. None was deleted; "
+                "restore one from a copy and remove its file QUARANTINED, or choose another --run-id"
             )
         self._verified = [name] if name else []
         return name
@@ -81,12 +80,12 @@ class RunWriter:
             )
         if (folder / "tokenizer.json").read_bytes() != self._plan.tokenizer_json:
             raise CheckpointError(
-                f"checkpoint {folder.name} of run {self._plan.config.run_id} has another tokenizer than the run now; "
-                "restore the one under tokenizers/, or choose another --run-id"
+                f"checkpoint {folder.name} of run {self._plan.config.run_id} has another tokenizer than the run has "
+                "now; restore the one under tokenizers/, or choose another --run-id"
             )
 
     def start_saving(self, state: TrainState, tokenizer: Tokenizer) -> None:
-        """From now on `save` copies this state."""
+        """Makes `save` copy this state."""
         losses = {name: line["val_loss"] for name, line in self._published.items() if line.get("val_loss") is not None}
         self._saving = CheckpointWriter(
             self.checkpoints,
@@ -100,12 +99,12 @@ class RunWriter:
         )
 
     def save(self, metadata: Metadata, moments: Mapping[str, Tensor]) -> None:
-        """Copies the state and has it stored. Raises `LeaseLostError` when a newer writer is there."""
+        """Copies the state and has it stored. Raises `LeaseLostError` when there is a newer writer."""
         assert self._saving is not None, "`start_saving` comes first"
         self._saving.save(replace(metadata, generation=self.fence.generation), moments)
 
     def finish(self, *, step: int | None) -> None:
-        """Returns once the storage has all there is; `step` is the run's last one, if it is done."""
+        """Returns once the storage has everything; `step` is the run's last one, if that is done."""
         if self._saving is not None:
             self._saving.finish()
         if step is not None:
@@ -113,19 +112,19 @@ class RunWriter:
         self.ledger.close()
 
     def give_up(self, reason: str) -> None:
-        """Ends the run before it is done; the driver tells why."""
+        """Records that the run ends before it is done, and why."""
         steps = self.before.steps
         self.ledger.event("gave_up", reason=reason, step=steps[-1]["step"] if steps else 0)
         self.ledger.close()
 
     def abandon(self) -> None:
-        """Leaves what is not stored yet to the next attempt, which fences this one off."""
+        """Leaves what is not stored yet to the next attempt, which shuts this one out."""
         if self._saving is not None:
             self._saving.abandon()
         self.ledger.abandon()
 
     def _pinned(self) -> set[str]:
-        """Names of this run's checkpoints that are published or served, also since the run began."""
+        """Returns the names of this run's checkpoints that are published or served by now."""
         prefix = f"{self._plan.run.uri}/checkpoints/"
         storage = open_storage(self._plan.config.storage.uri)
         used = {found.checkpoint for found in publications(storage)} | served_checkpoints(storage)

@@ -1,4 +1,4 @@
-"""What the ledger gets of each step: its line, and now and then the phases of all ranks and the norms of all layers."""
+"""Writes each step into the ledger: its line, and now and then the phases of all ranks and the norms of all layers."""
 
 import time
 from typing import Any
@@ -21,7 +21,7 @@ _NOT_TRAINING = ("validation", "checkpoint")
 
 
 class StepRecord:
-    """Every rank measures; rank 0, which has the ledger, writes."""
+    """Measures on every rank; rank 0, which has the ledger, writes."""
 
     def __init__(
         self,
@@ -38,15 +38,15 @@ class StepRecord:
         self._attempt, self._nodes, self._last_step = attempt, nodes, plan.last_step
         self._schedule = batch_schedule(plan.config)
         self.line: dict[str, Any] | None = None
-        """Of the last step, as every rank has it; None of one that was skipped."""
+        """The last step's line, which every rank has; None where the step was skipped."""
         self._phases = RankPhases(group, device=state.device)
         self.timer = step_timer(state.device)
         self.layers = LayerStatistics(state, group, self.timer, every_steps=train.layer_statistics_every_steps)
 
     def write(self, step: int, *, loss: float, lr: float, grad_norm: float, skipped: str = "") -> None:
-        """The line of a step that is done; it covers the time since the line before.
+        """Writes the line of a completed step, which covers the time since the line before.
 
-        A step whose update was not applied, for the reason `skipped`, has an event in its place.
+        A step whose update was not applied, for the reason `skipped`, gets an event instead.
         """
         config = self._config
         fields: dict[str, Any] = {}
@@ -92,10 +92,9 @@ class StepRecord:
                 self._ledger.event("straggler", step=step, rank=rank, node=self._nodes[rank], ratio=round(ratio, 3))
 
     def _mfu(self, tokens_per_s: float) -> float | None:
-        """Share of the GPUs' known peak that the model's arithmetic uses; None where no peak is known."""
-        if self._state.device.type != "cuda":
-            return None
-        gpu = gpu_of(torch.cuda.get_device_name(self._state.device))
+        """Returns the share of the GPUs' peak that the model's arithmetic uses; None where no peak is known."""
+        device = self._state.device
+        gpu = gpu_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         if gpu is None:
             return None
         flops_per_s = tokens_per_s * flops_per_token(self._config.model, seq_len(self._config))

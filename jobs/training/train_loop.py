@@ -6,7 +6,7 @@ from typing import Any
 from cluster.settings.run import max_steps
 from jobs.run.run_plan import TOKENIZING_FAILED, RunPlan
 from jobs.training.attempt import Attempt
-from jobs.training.guards import GuardPolicy, Verdict, Windows, decide, roll_back
+from jobs.training.guards import Verdict, Windows, decide, roll_back
 from jobs.workers.failures import is_lost_peer
 from jobs.workers.heartbeat import Pulse
 from jobs.workers.preemption import Notice, Signals
@@ -22,15 +22,15 @@ def train(
     pulse: Pulse | None = None,
     signals: Callable[[], Signals] = Signals,
 ) -> None:
-    """Trains to the end of the run, or until a worker is lost: then the next attempt goes on from the newest state.
+    """Trains to the end of the run, or until a worker is lost: then the next attempt continues from the newest state.
 
-    `pulse` shows a watchdog where this worker is; `signals` tells what its process was sent.
+    `pulse` shows a watchdog where this worker is; `signals` returns the signals that its process has received.
     """
     group, pulse = WorkerGroup(rank, world_size), pulse or Pulse({})
     if plan.growing and group.broadcast(plan.run.exists(TOKENIZING_FAILED) if rank == 0 else None):
-        return  # a failed attempt is started again, but not for this reason, which the driver tells
+        return  # not an error, as Ray Train would restart the attempt; the launcher reports the reason
     rollbacks: Windows | None = ()
-    while rollbacks is not None:  # a rollback is a restart that Ray Train has no part in
+    while rollbacks is not None:  # a rollback is a restart without Ray Train
         with Attempt(plan, group, rollbacks=rollbacks, signals=signals) as attempt:
             try:
                 rollbacks = take_steps(attempt, pulse)
@@ -41,17 +41,18 @@ def train(
 
 
 def take_steps(attempt: Attempt, pulse: Pulse) -> Windows | None:
-    """Ends with the run, or when it has to stop; gives what to leave out where it is to go on from an earlier state."""
+    """Takes steps until the run ends or has to stop. Returns what to leave out where it is to continue from an earlier
+    state."""
     if attempt.is_hopeless():
         return None
     config, timer, state = attempt.plan.config, attempt.record.timer, attempt.state
-    policy, last_step = GuardPolicy.of(config), max_steps(config)
+    last_step = max_steps(config)
     step = attempt.first_step
     while step <= attempt.plan.last_step:
         pulse.at(Place.STEP if step > attempt.first_step else Place.FIRST_STEP)
         attempt.notices.ask()
         measured = attempt.gradient.of_step(step, timer)
-        decision = decide(attempt.guard, policy, step=step, loss=measured.loss, grad_norm=measured.norm)
+        decision = decide(attempt.guard, config, step=step, loss=measured.loss, grad_norm=measured.norm)
         rate = attempt.rate(step)
         if decision.verdict is Verdict.APPLY:
             with timer.phase("update"), attempt.record.layers.around_update(step):
@@ -60,7 +61,7 @@ def take_steps(attempt: Attempt, pulse: Pulse) -> Windows | None:
         saves = is_last or step % config.checkpoint.save_every_steps == 0
         if saves and decision.verdict in (Verdict.APPLY, Verdict.SKIP) and not state.is_finite():
             decision = roll_back(
-                decision.state, policy, step=step, reason="the updates made weights that are not finite"
+                decision.state, config, step=step, reason="the updates made weights that are not finite"
             )
         if decision.verdict in (Verdict.ROLL_BACK, Verdict.STOP):
             return attempt.leave(step, decision)
@@ -78,7 +79,7 @@ def take_steps(attempt: Attempt, pulse: Pulse) -> Windows | None:
             with timer.phase("checkpoint"):
                 attempt.save(step, validation)
         if notice:
-            attempt.tell_preempted(step, notice)
+            attempt.record_preempted(step, notice)
         if notice is Notice.STOP:
             break
         if not is_last:  # a run is not done before its last checkpoint is

@@ -1,6 +1,6 @@
-"""What Ray Train runs in each worker: it meets the others and trains, as often as one of them is lost and replaced.
+"""The function that Ray Train runs in each worker: meets the other workers and trains, again after each lost one.
 
-It imports no more than that needs, as a replacement starts as fast as its imports.
+It imports no more than it needs, as a replacement starts as fast as its imports.
 """
 
 from typing import Any
@@ -29,11 +29,11 @@ WAITING_PLACES: WaitingPlaces = {
     Waits.WORKERS: (torch.distributed, worker_group, bucket_exchange, side_thread),
     Waits.STORAGE: (token_stream, storage_retry, checkpoint_writer, cluster),
 }
-"""The modules that may keep a healthy worker waiting as long as others do."""
+"""The modules in which a healthy worker may wait for as long as other workers, or storage, take."""
 
 
 def train_worker(settings: dict[str, Any]) -> None:
-    """`settings` are the run's `plan` and the `address` of the launch's meeting place."""
+    """Trains; `settings` hold the run's `plan` and the `address` of the launch's meeting place."""
     context, plan = ray.train.get_context(), settings["plan"]
     assert isinstance(plan, RunPlan)
     rank, world_size, scaling = context.get_world_rank(), context.get_world_size(), plan.config.scaling

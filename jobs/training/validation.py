@@ -1,4 +1,4 @@
-"""Validation during training: the same figures for any number of workers, and samples of fixed prompts."""
+"""Measures held-out text during training, with the same figures for any number of workers, and completes prompts."""
 
 import math
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ SAMPLE_TOKENS = 64
 
 
 class Validation:
-    """Measures the model on the validation rows, and on those of further `sets`, by name."""
+    """Measures the model on the validation rows and on those of further `sets`, by name."""
 
     def __init__(
         self,
@@ -37,11 +37,11 @@ class Validation:
         self._eot_id, self._sets = eot_id, sets or {}
 
     def measure(self) -> dict[str, float]:
-        """`val_loss` (nats per token) and `val_bits_per_byte` of the held-out split."""
+        """Returns `val_loss` (nats per token) and `val_bits_per_byte` of the held-out split."""
         return self._measured(self._rows)
 
     def measure_sets(self) -> dict[str, dict[str, float]]:
-        """The same figures of each further set."""
+        """Returns the same figures of each further set."""
         return {name: self._measured(rows) for name, rows in self._sets.items()}
 
     @torch.no_grad()
@@ -50,7 +50,7 @@ class Validation:
         num_rows = num_validation_rows(rows, config)
         size = config.train.micro_batch_size
         batches = [range(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
-        # Each slot has one contributor, so the all-reduce adds zeros only, and rounds nothing.
+        # Each element has one contributor, so the all-reduce adds only zeros and rounds nothing.
         losses = torch.zeros(len(batches), dtype=torch.float64, device=self._state.device)
         model.eval()
         for index in range(group.rank, len(batches), group.world_size):
@@ -62,14 +62,11 @@ class Validation:
         if group.world_size > 1:
             dist.all_reduce(losses)
         loss = float(losses.sum()) / (num_rows * seq_len(config))
-        return {
-            "val_loss": loss,
-            "val_bits_per_byte": loss / math.log(2) / rows.bytes_per_token(num_rows),
-        }
+        return {"val_loss": loss, "val_bits_per_byte": loss / math.log(2) / rows.bytes_per_token(num_rows)}
 
     @torch.no_grad()
     def samples(self, tokenizer: Tokenizer) -> list[dict[str, str]]:
-        """`prompt` and its continuation `text`, with a fixed seed."""
+        """Returns each `prompt` and its continuation `text`, with a fixed seed."""
         train, model = self._config.train, self._state.model
         model.eval()
         samples = []

@@ -1,4 +1,4 @@
-"""A run's figures as metrics, kept up line by line from its ledger: no worker does anything for them."""
+"""Keeps a run's figures up to date as metrics, line by line from its ledger: no worker does anything for them."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -8,8 +8,15 @@ from cluster.settings.run import RunConfig, max_steps
 from jobs.run.ledger import Line, is_stop
 
 
+_STEP_FIELDS = {
+    **{name: name for name in ("step", "tokens_seen", "loss", "grad_norm", "mfu")},
+    **{"learning_rate": "lr", "tokens_per_second": "tokens_per_s", "step_seconds": "wall_s"},
+}
+"""The field of a step's line by metric."""
+
+
 class Sample(NamedTuple):
-    """A value of a metric in `cluster.monitoring.metric_table`; `label` is that of its own label, if it has one."""
+    """A value of a metric in `cluster.monitoring.metric_table`; `label` is the value of its own label, if it has one."""
 
     name: str
     value: float
@@ -17,18 +24,18 @@ class Sample(NamedTuple):
 
     @property
     def curve(self) -> str:
-        """Its name among a run's curves: `train_phase_seconds` of load is `train/phase_seconds/load`."""
+        """Returns its name among a run's curves: `train_phase_seconds` of load is `train/phase_seconds/load`."""
         return "/".join([*self.name.split("_", 1), *([self.label] if self.label else [])])
 
 
 class RunFigures:
-    """Of the lines that it was given, all of them from the first one on."""
+    """Sums up the lines of a ledger, which it must be given from the first one on."""
 
     def __init__(self, config: RunConfig) -> None:
         self._config = config
         self._wall_s: dict[int, float] = {}  # of the steps that count
         self._useful_s = self._worker_s = self._paused_s = 0.0
-        self._saved_s: float | None = None  # since when the run stands still, as it was asked to end
+        self._saved_s: float | None = None  # since when the run stands still, as it was asked to stop
         self._counts: Counter[str] = Counter()
         self._failures: Counter[str] = Counter()
         self._first_s = self._last_s = 0.0
@@ -71,7 +78,7 @@ class RunFigures:
                 self._validation |= {name: (of["val_loss"], of["val_bits_per_byte"]) for name, of in sets.items()}
 
     def samples(self) -> Iterator[Sample]:
-        """What is known so far; the names are those of the table without their `raymill_`."""
+        """Yields what is known so far, under the table's names without their `raymill_`."""
         yield Sample("train_planned_steps", max_steps(self._config))
         yield Sample("train_world_size", self._world_size)
         for name in ("restarts", "resizes", "lost_steps", "skipped_steps", "rollbacks"):
@@ -109,7 +116,7 @@ class RunFigures:
 
 
 def curve_samples(line: Line) -> list[Sample]:
-    """What a line of the ledger adds to a run's curves: something for steps and validations."""
+    """Returns what a line of the ledger adds to a run's curves; only steps and validations add something."""
     match line.get("event"):
         case None:
             return [*step_samples(line), Sample("train_world_size", line["world_size"])]
@@ -124,15 +131,9 @@ def curve_samples(line: Line) -> list[Sample]:
 
 
 def step_samples(line: Line) -> Iterator[Sample]:
-    """Of a step's line in the ledger."""
-    yield Sample("train_step", line["step"])
-    yield Sample("train_tokens_seen", line["tokens_seen"])
-    yield Sample("train_loss", line["loss"])
-    yield Sample("train_learning_rate", line["lr"])
-    yield Sample("train_grad_norm", line["grad_norm"])
-    yield Sample("train_tokens_per_second", line["tokens_per_s"])
-    yield Sample("train_step_seconds", line["wall_s"])
-    if line["mfu"] is not None:
-        yield Sample("train_mfu", line["mfu"])
+    """Yields the figures of a step's line."""
+    for name, field in _STEP_FIELDS.items():
+        if line[field] is not None:
+            yield Sample(f"train_{name}", line[field])
     for phase, seconds in line["seconds"].items():
         yield Sample("train_phase_seconds", seconds, phase)

@@ -1,13 +1,14 @@
-"""The launcher's eye on a run: reads its ledger as it grows, as anyone could who only sees the run's storage.
+"""The launcher's view of a run: reads its ledger as it grows, as anything could that sees only the run's storage.
 
-What the ledger tells goes to the person who watches, to Prometheus, TensorBoard and Grafana; no worker does anything
-for it.
+It reports what the ledger records to the terminal, Prometheus, TensorBoard and Grafana; workers do nothing for it.
 """
 
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
+
+import ray
 
 from cluster.monitoring.grafana import Annotation, Annotator
 from cluster.monitoring.metric_export import Metrics
@@ -17,10 +18,22 @@ from cluster.settings.run import max_steps
 from cluster.storage.uris import StorageError
 from jobs.run.ledger import Ledger, LedgerTail, Line
 from jobs.run.run_plan import RunPlan
-from jobs.watching.run_messages import TOLD, Patience, told
 from jobs.watching.run_metrics import RunFigures, Sample
+from jobs.workers.incident_notes import INCIDENTS
+from jobs.workers.room import REPEAT_S, waiting_for
 
 _INTERVAL_S = 2.0
+
+_MESSAGES = {
+    "start": "attempt {attempt}: {world_size} workers, from step {step}",
+    "failure": "a failure ({kind}, rank {rank}): {reason}",
+    "hang": "rank {rank} hung for {seconds} s ({health}), its stack is in {stack}",
+    "precision": "{reason}",
+    "skip": "step {step} is skipped: {reason}",
+    "rollback": "steps {first} to {last} are left out: {reason}",
+    "preempted": "saved after step {step} on notice ({notice})",
+}
+"""The line that is logged for each of these events."""
 
 _ANNOTATED = {
     "failure": "kill",
@@ -30,18 +43,22 @@ _ANNOTATED = {
     "preempted": "preemption",
     "finish": "end",
 }
-"""Kinds of annotations, by event; the start of a further attempt is one too."""
+"""The kind of annotation by event; the start of a later attempt is annotated too."""
+
+
+def message_of(event: Line) -> str:
+    """Returns the line that is logged for the event; empty where none is."""
+    return _MESSAGES.get(event.get("event", ""), "").format(**event)
 
 
 @contextmanager
 def watching(plan: RunPlan, *, snapshot_time_s: Callable[[], float | None]) -> Iterator[None]:
-    """While the context lasts, by a thread. `snapshot_time_s` tells when a snapshot was last taken, in Unix time."""
-    ended = threading.Event()
-    before = Ledger.read(plan.run)
-    patience = Patience(plan.run, plan.config.scaling, before)
+    """Watches the run from a thread while the context lasts. `snapshot_time_s` returns the Unix time of the last
+    snapshot."""
+    ended, before = threading.Event(), Ledger.read(plan.run)
 
     def watch() -> None:
-        with _Watcher(plan, patience, snapshot_time_s, num_told=len(before.lines)) as watcher:
+        with closing(_Watcher(plan, before, snapshot_time_s)) as watcher:
             while not ended.wait(_INTERVAL_S):
                 watcher.look()
 
@@ -55,27 +72,24 @@ def watching(plan: RunPlan, *, snapshot_time_s: Callable[[], float | None]) -> I
 
 
 class _Watcher:
-    """`num_told` lines are of earlier launches: they count in the figures, and were said and read long ago."""
+    """Lines that the ledger held `before` count in the figures, but were logged by an earlier launch."""
 
-    def __init__(
-        self, plan: RunPlan, patience: Patience, snapshot_time_s: Callable[[], float | None], *, num_told: int
-    ) -> None:
+    def __init__(self, plan: RunPlan, before: Ledger, snapshot_time_s: Callable[[], float | None]) -> None:
         # It imports some tenths of a second of torch's further modules, for which no run should wait.
         from jobs.watching.tensorboard_files import TensorBoardFiles  # noqa: PLC0415
 
-        self._plan, self._patience, self._snapshot_time_s = plan, patience, snapshot_time_s
+        self._plan, self._snapshot_time_s = plan, snapshot_time_s
         self._run_id = str(plan.config.run_id)
-        self._tail, self._num_told = LedgerTail(plan.run), num_told
+        self._num_before, self._num_starts = len(before.lines), len(before.world_sizes)
+        self._num_lines, self._since_s, self._said_s = -1, 0.0, 0.0  # lines when they last grew, since when, last said
+        self._tail = LedgerTail(plan.run)
         self._figures = RunFigures(plan.config)
         self._metrics = Metrics(Exporter.LAUNCHER, run=self._run_id)
         self._curves = TensorBoardFiles(plan.run)
         self._annotator = Annotator.from_environment()
         self._world_size = 0
 
-    def __enter__(self) -> "_Watcher":
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
         self.look()
         self._export(is_running=False)
         self._curves.close()
@@ -85,19 +99,18 @@ class _Watcher:
     def look(self) -> None:
         try:
             lines = self._tail.read()
-        except StorageError:  # an outage, which the run itself tells of
+        except StorageError:  # an outage, which the run itself reports
             lines = []
-        num_before = len(self._tail.ledger.lines) - len(lines)
-        for number, line in enumerate(lines, start=num_before):
+        for number, line in enumerate(lines, start=len(self._tail.ledger.lines) - len(lines)):
             self._figures.add(line)
             self._curves.add(line)
-            if line.get("event") in TOLD and number >= self._num_told:
-                say(told(line))
+            if number >= self._num_before and (message := message_of(line)):
+                say(message)
             if self._annotator is not None and (annotation := self._annotation(line)):
                 self._annotator.add(annotation)
         with suppress(StorageError):
-            if message := self._patience.message(self._tail.ledger, now_s=time.monotonic()):
-                say(message)
+            if waiting := self._waiting_for_workers(self._tail.ledger, now_s=time.monotonic()):
+                say(waiting)
         if last := next((line for line in reversed(lines) if "event" not in line), None):
             note = f"loss {last['loss']:.3f}, {last['tokens_per_s']:.0f} tokens/s, {last['world_size']} workers"
             total = max_steps(self._plan.config)
@@ -106,26 +119,37 @@ class _Watcher:
         with suppress(StorageError, OSError):  # the next launch writes them again, from the ledger
             self._curves.flush()
 
+    def _waiting_for_workers(self, ledger: Ledger, *, now_s: float) -> str | None:
+        """Returns what a run without workers waits for, at most once a minute; None where it trains."""
+        if len(ledger.lines) != self._num_lines:
+            self._num_lines, self._since_s, self._said_s = len(ledger.lines), now_s, 0.0
+        idle_s = now_s - self._since_s
+        if idle_s < REPEAT_S or (self._said_s and now_s - self._said_s < REPEAT_S):
+            return None
+        # A failure that no attempt has recorded yet is one after which none has started.
+        has_started = len(ledger.world_sizes) > self._num_starts
+        if has_started and not any(self._plan.run.child(INCIDENTS).list()):
+            return None
+        self._said_s = now_s
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        return waiting_for(self._plan.config.scaling, nodes=nodes, free=ray.available_resources(), idle_s=idle_s)
+
     def _export(self, *, is_running: bool) -> None:
         samples = [Sample("train_running", is_running), *self._figures.samples()]
         if (at_s := self._snapshot_time_s()) is not None:
             samples.append(Sample("train_last_snapshot_timestamp_seconds", at_s))
         for sample in samples:
             name = f"raymill_{sample.name}"
-            own_labels = METRICS[name].labels
-            self._metrics.of(name, **dict.fromkeys(own_labels, sample.label)).set(sample.value)
+            self._metrics.of(name, **dict.fromkeys(METRICS[name].labels, sample.label)).set(sample.value)
         self._metrics.publish()
 
     def _annotation(self, line: Line) -> Annotation | None:
-        event = line.get("event")
+        kind = _ANNOTATED.get(event := line.get("event", ""))
         if event == "start":
             before, self._world_size = self._world_size, line["world_size"]
-            if not before:
-                return None
-            kind = "restart" if before == self._world_size else "resize"
-        elif event in _ANNOTATED:
-            kind = _ANNOTATED[event]
-        else:
+            if before:
+                kind = "restart" if before == self._world_size else "resize"
+        if kind is None:
             return None
-        text = told(line) if event in TOLD else f"{event} after step {line['step']}"
+        text = message_of(line) or f"{event} after step {line['step']}"
         return Annotation(time_s=line["time"], kind=kind, subject=f"run:{self._run_id}", text=text)

@@ -1,7 +1,7 @@
-"""A run's curves for TensorBoard: one event file under `tensorboard/`, made from the ledger.
+"""Writes a run's curves for TensorBoard: one event file under `tensorboard/`, made from the ledger.
 
-Each launch writes the file anew from the ledger's first line, so a resumed run has each step once; of steps that were
-taken again TensorBoard shows the last, as each attempt says where it began. By tensorboardX, which Ray brings along.
+Each launch rewrites the file from the ledger's first line, so a resumed run has each step once; of steps that were
+taken again TensorBoard shows the last, as each attempt records where it began. Uses tensorboardX, which comes with Ray.
 """
 
 import struct
@@ -24,15 +24,15 @@ _COPY_BYTES_PER_S = 1e6
 
 
 class TensorBoardFiles:
-    """Of one launch. What a full disk or a storage that is down does not take waits."""
+    """The event file of one launch. What a full disk or storage that is down refuses is written later."""
 
     def __init__(self, run: Storage) -> None:
         self._run, self._key = run, f"{FOLDER}/events.out.tfevents.{int(time.time())}.raymill"
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         self._waiting = bytearray()
-        self._size = 0  # of what the file has
+        self._size = 0  # bytes in the file
         self._copy_at = 0.0
-        self._has_replaced = False  # the files of launches before
+        self._has_replaced = False  # whether the files of earlier launches are deleted
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
 
     def add(self, line: Line) -> None:
@@ -44,7 +44,7 @@ class TensorBoardFiles:
             self._write(Event(wall_time=line["time"], step=line["step"], summary=Summary(value=values)))
 
     def flush(self, *, at_once: bool = False) -> None:
-        """Raises `StorageError`, or `OSError` where a disk is full."""
+        """Writes what waits. Raises `StorageError`, or `OSError` where a disk is full."""
         path = self._path()
         with path.open("r+b" if self._size else "wb") as file:
             file.truncate(self._size)
@@ -62,7 +62,7 @@ class TensorBoardFiles:
             self._has_replaced = True
 
     def close(self) -> None:
-        with suppress(StorageError, OSError):  # the ledger has it all, and the next launch writes it again
+        with suppress(StorageError, OSError):  # the next launch writes it again, from the ledger
             self.flush(at_once=True)
         if self._scratch is not None:
             self._scratch.cleanup()
@@ -76,7 +76,7 @@ class TensorBoardFiles:
         return path
 
     def _write(self, event: Event) -> None:
-        """As a record: length, its checksum, bytes, their checksum."""
+        """Appends a record: length, its checksum, bytes, their checksum."""
         data = event.SerializeToString()
         length = struct.pack("<Q", len(data))
         for part in (length, data):

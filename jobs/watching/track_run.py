@@ -1,8 +1,6 @@
-"""Brings a run's curves to Weights & Biases or MLflow, from its ledger: what is there, or what comes.
+"""Sends a run's curves to Weights & Biases or MLflow, from its ledger: those there are, or also those to come.
 
-python -m jobs.watching.track_run RUN --wandb PROJECT [--follow]
-
-Nothing of it is in the training: it may begin late, be interrupted and go on, or run again after the run has ended.
+Training does not depend on it: it may start late, be interrupted and continue, or run again after the run has ended.
 """
 
 import time
@@ -22,10 +20,10 @@ _INTERVAL_S = 2.0
 
 
 def track(run: Storage, tracker: Tracker, *, follow: bool) -> dict[str, Any]:
-    """Sends what the tracker has not. With `follow` until the run has ended, by its `finish`.
+    """Sends what the tracker lacks; with `follow` until the run has finished.
 
-    Each step is sent once. While a run is followed a step that it takes again later, after a failure, is known already:
-    it has the same bits, but for a step that was rolled back to be skipped.
+    Each step is sent once. A step that a followed run takes again after a failure has been sent already: it has the
+    same bits, unless it was rolled back to be skipped.
     """
     num_steps, last = 0, tracker.last_step
     with suppress(KeyboardInterrupt):
@@ -40,23 +38,23 @@ def track(run: Storage, tracker: Tracker, *, follow: bool) -> dict[str, Any]:
 
 
 def _counted(ledger: Ledger) -> list[Line]:
-    """The steps that count and the validations of them, in order."""
+    """Returns the steps that count and their validations, in order."""
     counted = {line["step"] for line in ledger.steps}
     validations = {line["step"]: line for line in ledger.events("validation") if line["step"] in counted}
     return sorted([*ledger.steps, *validations.values()], key=lambda line: (line["step"], "event" in line))
 
 
 def _growing(run: Storage) -> Iterator[Line]:
-    """Lines as they are added, up to the run's end."""
+    """Yields lines as they are added, up to the run's end."""
     tail = LedgerTail(run)
     while not tail.ledger.events("finish"):
-        with suppress(StorageError):  # an outage, after which it goes on
+        with suppress(StorageError):  # an outage, after which it continues
             yield from tail.read()
         time.sleep(_INTERVAL_S)
 
 
 def _points(lines: Iterable[Line], *, after: int) -> Iterator[tuple[int, dict[str, float]]]:
-    """A step and all its values: what a validation measured belongs to the step before it."""
+    """Yields each step with all its values: what a validation measured belongs to the step before it."""
     step, values = after, dict[str, float]()
     for line in lines:
         samples = curve_samples(line)
@@ -72,7 +70,7 @@ def _points(lines: Iterable[Line], *, after: int) -> Iterator[tuple[int, dict[st
 
 
 def tracker_of(run: Storage, *, wandb: str | None, mlflow: str | None) -> Tracker:
-    """Returns the tracker of the project of Weights & Biases, or of the experiment of MLflow, and says where it is."""
+    """Returns the tracker of a project of Weights & Biases or an experiment of MLflow, and reports its place."""
     config = recorded_config(run)
     kind, name = (WandbTracker, wandb) if wandb else (MlflowTracker, str(mlflow))
     tracker = kind(name, str(config.run_id), dict(flattened(config.model_dump(mode="json"))))

@@ -1,14 +1,13 @@
-"""Weights & Biases and MLflow as a run's curves reach them, by their own clients (`pip install 'raymill[tracking]'`).
+"""Weights & Biases and MLflow, through their own clients (`pip install 'raymill[tracking]'`).
 
-Where they are and who asks is in their own variables: WANDB_API_KEY, WANDB_MODE, MLFLOW_TRACKING_URI, …
+Addresses and keys come from their own variables: WANDB_API_KEY, WANDB_MODE, MLFLOW_TRACKING_URI, …
 """
 
 import importlib
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 from model.errors import UserError
 
@@ -22,30 +21,24 @@ class TrackerError(UserError):
     """The tracker is not installed, cannot be reached, or refuses."""
 
 
-class Tracker(ABC):
-    """One run's place there, which is found again by the run's id."""
+class Tracker(Protocol):
+    """A run's place in a tracker, which is found again by the run's id."""
 
-    place: str
-    """Where to look."""
+    place: str  # where to look at it
+    last_step: int  # the last one sent earlier; -1 for none
 
-    last_step: int
-    """The last that it has from before; -1 for none."""
-
-    @abstractmethod
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Values by the name of their curve; steps ascend."""
+        """Takes values by the name of their curve; steps ascend."""
 
-    @abstractmethod
     def flush(self) -> None:
         """Sends what was logged."""
 
-    @abstractmethod
     def end(self, *, is_finished: bool) -> None:
-        """Sends the rest. A run that goes on is left open where the tracker knows of such."""
+        """Sends the rest. A run that is not finished stays open where the tracker allows it."""
 
 
-class WandbTracker(Tracker):
-    """W&B's client sends in a process of its own; it takes no step that lies before its last."""
+class WandbTracker:
+    """W&B, whose client sends from a process of its own and takes no step before its last one."""
 
     def __init__(self, project: str, run_id: str, settings: Mapping[str, str]) -> None:
         wandb = _installed("wandb")
@@ -65,14 +58,14 @@ class WandbTracker(Tracker):
         self._run.log(dict(values), step=step)
 
     def flush(self) -> None:
-        """It does by itself."""
+        """Does nothing: the client sends by itself."""
 
     def end(self, *, is_finished: bool) -> None:
         self._run.finish()
 
 
-class MlflowTracker(Tracker):
-    """By MLflow's REST API, or in a folder where MLFLOW_TRACKING_URI says so."""
+class MlflowTracker:
+    """MLflow, through its REST API, or in a folder where MLFLOW_TRACKING_URI names one."""
 
     def __init__(self, experiment: str, run_id: str, settings: Mapping[str, str]) -> None:
         mlflow = _installed("mlflow")
@@ -131,4 +124,4 @@ def _failures(name: str, kind: type[Exception]) -> Iterator[None]:
     try:
         yield
     except kind as error:
-        raise TrackerError(f"{name} does not take the run: {str(error).splitlines()[0]}") from None
+        raise TrackerError(f"{name} refuses the run: {str(error).splitlines()[0]}") from None

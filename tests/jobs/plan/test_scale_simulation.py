@@ -56,10 +56,10 @@ def test_zero_1_lightens_snapshots() -> None:
 def test_limits_move_with_the_links() -> None:
     config, options = documented()
     slow = {
-        limit.part: limit.num_gpus
+        limit["part"]: limit["num_gpus"]
         for limit in limits(scales(config, options.model_copy(update={"network_gbit_per_s": 10})))
     }
-    fast = {limit.part: limit.num_gpus for limit in limits(scales(config, options))}
+    fast = {limit["part"]: limit["num_gpus"] for limit in limits(scales(config, options))}
     assert (slow["reduction"] or 0) < (fast["reduction"] or 0)
     assert fast["control"] == 1024
     assert fast["data"] is None

@@ -9,21 +9,31 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from cluster.settings.run import RunConfig
 from jobs.run.checkpoints import RunCheckpoints
 from jobs.run.ledger import Ledger
 from jobs.run.run_plan import RunPlan
-from jobs.training.guards import SPIKE_WINDOW, Decision, GuardPolicy, GuardState, Verdict, decide
+from jobs.training.guards import SPIKE_WINDOW, Decision, GuardState, Verdict, decide
 from model.checkpoint import read_metadata
 from tests.jobs.poisoned_runs import Faults, run_world
 from tests.jobs.runs import tiny_plan
 
-POLICY = GuardPolicy(max_skipped_steps=2, max_rollbacks=2, spike_factor=0.0, save_every_steps=5, last_step=60)
+
+def policy(*, spike_factor: float = 0.0) -> RunConfig:
+    """Sixty steps of a sequence each, which may be saved at every fifth."""
+    train = {"max_skipped_steps": 2, "max_rollbacks": 2, "spike_factor": spike_factor}
+    batch = {"global_batch_size": 1, "micro_batch_size": 1, "seq_len": 8, "max_tokens": 60 * 8}
+    branches = {"checkpoint": {"save_every_steps": 5}, "scaling": {"max_workers": 1}}
+    return RunConfig.model_validate({"model": {"preset": "tiny"}, "train": train | batch} | branches)
+
+
+POLICY = policy()
 
 
 def judge(
-    state: GuardState, step: int, *, loss: float = 3.0, norm: float = 1.0, policy: GuardPolicy = POLICY
+    state: GuardState, step: int, *, loss: float = 3.0, norm: float = 1.0, config: RunConfig = POLICY
 ) -> Decision:
-    return decide(state, policy, step=step, loss=loss, grad_norm=norm)
+    return decide(state, config, step=step, loss=loss, grad_norm=norm)
 
 
 @pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (math.inf, 1.0), (3.0, math.inf), (3.0, math.nan)])
@@ -67,15 +77,15 @@ def test_a_run_that_has_nothing_left_to_try_stops(state: GuardState, step: int, 
 
 
 def test_spikes_are_measured_against_the_steps_before() -> None:
-    policy = replace(POLICY, spike_factor=6.0)
+    config = policy(spike_factor=6.0)
     state = GuardState()
     for step in range(1, SPIKE_WINDOW + 1):
-        assert judge(state, step, loss=1e9 * (step == 1), policy=policy).verdict is Verdict.APPLY  # nothing to compare
-        state = judge(state, step, loss=3.0 + step / 100, policy=policy).state
+        assert judge(state, step, loss=1e9 * (step == 1), config=config).verdict is Verdict.APPLY  # nothing to compare
+        state = judge(state, step, loss=3.0 + step / 100, config=config).state
     # The median of the window is 3.325, and the median deviation from it 0.16.
     assert state.losses == tuple(3.0 + step / 100 for step in range(1, SPIKE_WINDOW + 1))
-    assert judge(state, 65, loss=4.28, policy=policy).verdict is Verdict.APPLY
-    spike = judge(state, 65, loss=4.29, policy=policy)
+    assert judge(state, 65, loss=4.28, config=config).verdict is Verdict.APPLY
+    spike = judge(state, 65, loss=4.29, config=config)
     assert spike.verdict is Verdict.SKIP
     assert spike.state.losses == state.losses
     assert judge(state, 65, loss=4.29).verdict is Verdict.APPLY  # off unless asked for
@@ -98,7 +108,7 @@ def test_kills_and_missing_checkpoints_change_no_decision(bad: set[int], kept: s
             step, state = replace(state, rollbacks=max(state.rollbacks, known, key=len)).entering(
                 max(usable, default=0) + 1
             )
-            while step <= POLICY.last_step:
+            while step <= 60:
                 if step in kills:
                     kills.remove(step)
                     break

@@ -127,10 +127,10 @@ def test_wandb_has_each_step_that_counts(run: Storage, tmp_path: Path, monkeypat
     assert configured["train.learning_rate"] == '"0.001"'
 
 
-def test_a_server_that_is_not_there_is_told_of(mlflow: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_is_not_there_is_reported(mlflow: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import mlflow as module
 
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     module.set_tracking_uri("http://127.0.0.1:9")
-    with pytest.raises(TrackerError, match=r"MLflow does not take the run: .*127\.0\.0\.1"):
+    with pytest.raises(TrackerError, match=r"MLflow refuses the run: .*127\.0\.0\.1"):
         MlflowTracker("mill", "eventful", {})

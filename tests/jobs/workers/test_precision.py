@@ -12,7 +12,7 @@ from jobs.pretrain import _enter
 from jobs.run.history import CONFIG_FILE, recorded_config
 from jobs.run.ledger import Ledger
 from jobs.training.train_loop import train
-from jobs.watching.run_messages import told
+from jobs.watching.run_watcher import message_of
 from jobs.workers import precision as run_precision
 from jobs.workers.precision import workers_precision
 from model.processor import Device, Precision, fast_precision
@@ -65,7 +65,7 @@ def test_the_ledger_says_once_that_other_hardware_emulates_it(tmp_path: Path, mo
     assert plan.run.read_bytes("ledger.jsonl").startswith(ledger)
     (line,) = Ledger.read(plan.run).events("precision")
     assert (line["precision"], line["fast"], line["attempt"]) == ("bf16", "fp32", 2)
-    assert told(line) == (
+    assert message_of(line) == (
         "the run computes in bf16, as it began, which this processor emulates: a projection takes "
         f"{line['slowdown']:g} times as long as in fp32"
     )
