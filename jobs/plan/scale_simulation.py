@@ -5,7 +5,6 @@ The global batch stays the same, as a run's does in raymill, so more GPUs have f
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -46,48 +45,20 @@ SLOW_SHARE = 0.1
 _BACKWARD_SHARE = 2 / 3  # of a lane's time
 _SIMULATED_S = 90 * 86_400.0
 
-
-@dataclass(frozen=True)
-class Scale:
-    """One number of GPUs; times are of a step where the comment says nothing else."""
-
-    num_gpus: int
-    lanes_per_gpu: float
-    compute_s: float
-    exchange_s: float  # bytes and messages, hidden or not
-    exposed_s: float  # the part that backward of the last lane does not hide
-    messages: int
-    step_s: float
-    snapshot_s: float  # for one snapshot
-    snapshot_every: int  # steps
-    checkpoint_wait_s: float  # for which all wait
-    checkpoint_store_s: float
-    checkpoint_every_s: float  # the best interval, by failures, or what storing allows
-    mtbf_s: float
-    read_bytes_per_s: float  # token ids, all GPUs together
-    text_bytes_per_s: float  # for tokenizing while training
-    health_calls_per_s: float
-    goodput: float  # with snapshots, continuing without the lost node until it is replaced
-    goodput_elastic: float  # with checkpoints alone, continuing like this
-    goodput_waiting: float  # with checkpoints alone, waiting for the replacement
-
-    @property
-    def efficiency(self) -> float:
-        """Returns the share of a step that is computing."""
-        return self.compute_s / self.step_s
+Row = Mapping[str, Any]
+"""The figures at one number of GPUs, by name."""
 
 
-def scales(config: RunConfig, options: PlanConfig) -> list[Scale]:
+def scales(config: RunConfig, options: PlanConfig) -> list[Row]:
     """Returns a row for each number of GPUs that all have a lane of the batch."""
     layout = layout_of(config.model)
     return [_scale(config, options, layout, size) for size in WORLD_SIZES if size <= batch_schedule(config).full_lanes]
 
 
-def _scale(config: RunConfig, options: PlanConfig, layout: FlatLayout, size: int) -> Scale:
+def _scale(config: RunConfig, options: PlanConfig, layout: FlatLayout, size: int) -> Row:
     gpu, lanes, sharded = options.hardware, batch_schedule(config).full_lanes, config.train.shard_optimizer
     step_tokens = lanes * batch_schedule(config).lane_tokens
     rate = options.mfu * gpu.peak_flops_per_s
-    most_lanes = math.ceil(lanes / size)
     lane_s = flops_per_token(config.model, seq_len(config)) * batch_schedule(config).lane_tokens / rate
     moved = exchange(
         layout.size,
@@ -100,42 +71,46 @@ def _scale(config: RunConfig, options: PlanConfig, layout: FlatLayout, size: int
     )
     # With ZeRO-1 the second half of the bytes, the weights, is sent after the update, where nothing hides it.
     hidden_s = min(_BACKWARD_SHARE * lane_s, moved.seconds / (2 if sharded else 1))
-    compute_s, exposed_s = most_lanes * lane_s, moved.seconds - hidden_s
+    compute_s, exposed_s = math.ceil(lanes / size) * lane_s, moved.seconds - hidden_s
     step_s = compute_s + exposed_s
 
     state = STATE_BYTES * layout.size
     written = state / size if sharded else state  # by one rank
     snapshot_s = written / gpu.host_bytes_per_s + written / COPY_BYTES_PER_S
+    snapshot_every = interval(copy_s=snapshot_s, step_s=step_s)
     gathered_s = 2 * FP32_BYTES * layout.size * (size - 1) / size / options.network_bytes_per_s if sharded else 0.0
     wait_s = gathered_s + state / gpu.host_bytes_per_s
     mtbf_s = mean_time_between_failures_s(options.mtbf_gpu_hours, size)
     store_s = state / options.storage_bytes_per_s
     checkpoint_every_s = max(checkpoint_interval_s(wait_s, mtbf_s), store_s)
-    snapshot_every = interval(copy_s=snapshot_s, step_s=step_s)
     failures = {"mtbf_s": mtbf_s, "restart_s": options.restart_s, "replace_s": options.replace_s, "seed": options.seed}
+    snapshots = {"interval_s": snapshot_every * step_s, "cost_s": snapshot_s} | failures
+    checkpoints = {"interval_s": checkpoint_every_s, "cost_s": wait_s} | failures
     absent = min(1.0, options.gpus_per_node / size)
-    kept_every_s = snapshot_every * step_s
-    return Scale(
-        num_gpus=size,
-        lanes_per_gpu=lanes / size,
-        compute_s=compute_s,
-        exchange_s=moved.seconds,
-        exposed_s=exposed_s,
-        messages=moved.num_messages,
-        step_s=step_s,
-        snapshot_s=snapshot_s,
-        snapshot_every=snapshot_every,
-        checkpoint_wait_s=wait_s,
-        checkpoint_store_s=store_s,
-        checkpoint_every_s=checkpoint_every_s,
-        mtbf_s=mtbf_s,
-        read_bytes_per_s=token_dtype(config.model.vocab_size).itemsize * step_tokens / step_s,
-        text_bytes_per_s=TEXT_BYTES_PER_TOKEN * step_tokens / step_s,
-        health_calls_per_s=size / HEALTH_CHECK_S,
-        goodput=simulated_goodput(interval_s=kept_every_s, cost_s=snapshot_s, absent=absent, **failures),
-        goodput_elastic=simulated_goodput(interval_s=checkpoint_every_s, cost_s=wait_s, absent=absent, **failures),
-        goodput_waiting=simulated_goodput(interval_s=checkpoint_every_s, cost_s=wait_s, absent=1.0, **failures),
-    )
+    return {
+        "num_gpus": size,
+        "lanes_per_gpu": lanes / size,
+        "compute_s": compute_s,
+        "exchange_s": moved.seconds,  # bytes and messages, hidden or not
+        "exposed_s": exposed_s,  # the part that backward of the last lane does not hide
+        "messages": moved.num_messages,
+        "step_s": step_s,
+        "efficiency": compute_s / step_s,
+        "snapshot_s": snapshot_s,  # for one snapshot
+        "snapshot_every": snapshot_every,  # steps
+        "checkpoint_wait_s": wait_s,  # for which all wait
+        "checkpoint_store_s": store_s,
+        "checkpoint_every_s": checkpoint_every_s,  # the best interval, by failures, or what storing allows
+        "mtbf_s": mtbf_s,
+        "read_bytes_per_s": token_dtype(config.model.vocab_size).itemsize * step_tokens / step_s,  # by all GPUs
+        "text_bytes_per_s": TEXT_BYTES_PER_TOKEN * step_tokens / step_s,  # for tokenizing while training
+        "health_calls_per_s": size / HEALTH_CHECK_S,
+        # Continuing without the lost node until it is replaced: with snapshots, and with checkpoints alone.
+        "goodput": simulated_goodput(**snapshots, absent=absent),
+        "goodput_elastic": simulated_goodput(**checkpoints, absent=absent),
+        # Waiting for the replacement, with checkpoints alone.
+        "goodput_waiting": simulated_goodput(**checkpoints, absent=1.0),
+    }
 
 
 def simulated_goodput(
@@ -161,97 +136,98 @@ def simulated_goodput(
     return useful_s / wall_s
 
 
-_LIMITS: tuple[tuple[str, Callable[[Scale], bool], str, str], ...] = (
+_LIMITS: tuple[tuple[str, Callable[[Row], bool], str, str], ...] = (
     (
         "reduction",
-        lambda row: row.exposed_s > SLOW_SHARE * row.step_s,
+        lambda row: row["exposed_s"] > SLOW_SHARE * row["step_s"],
         f"its exposed part is over {SLOW_SHARE:.0%} of a step",
         "a larger global batch, so that a GPU has more lanes to one exchange; or fewer GPUs, as the run is elastic",
     ),
     (
         "messages",
-        lambda row: row.messages * MESSAGE_S > SLOW_SHARE * row.step_s,
+        lambda row: row["messages"] * MESSAGE_S > SLOW_SHARE * row["step_s"],
         f"at 5 µs each they take over {SLOW_SHARE:.0%} of a step",
         "a reduction in two levels, within a node and then between nodes, whose tree is as canonical (not built)",
     ),
     (
         "snapshots",
-        lambda row: row.snapshot_every * row.step_s > SLOW_SHARE * row.mtbf_s,
+        lambda row: row["snapshot_every"] * row["step_s"] > SLOW_SHARE * row["mtbf_s"],
         f"they come further apart than {SLOW_SHARE:.0%} of the time between failures",
         "ZeRO-1, with which every GPU writes its share alone",
     ),
     (
         "checkpoints",
-        lambda row: row.checkpoint_store_s >= row.checkpoint_every_s,
+        lambda row: row["checkpoint_store_s"] >= row["checkpoint_every_s"],
         "storing one takes longer than the best interval",
         "faster storage (--storage-bytes-per-s); a checkpoint is written by rank 0 alone (shards are not built)",
     ),
     (
         "control",
-        lambda row: row.health_calls_per_s > CALLS_PER_S,
+        lambda row: row["health_calls_per_s"] > CALLS_PER_S,
         f"Ray Train's controller gets over {CALLS_PER_S:,.0f} answers a second, one from each worker every "
         f"{HEALTH_CHECK_S} s",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S raised: a lost worker is seen later by as much",
     ),
     (
         "data",
-        lambda row: row.read_bytes_per_s / row.num_gpus > 100e6,
+        lambda row: row["read_bytes_per_s"] / row["num_gpus"] > 100e6,
         "a GPU reads over 100 MB/s of token ids",
         "nothing: it does not come to that",
     ),
 )
-"""Each part of a run, where it is what bounds the run, that in words, and what helps then."""
-
-
-def limits(rows: Sequence[Scale]) -> list[dict[str, Any]]:
-    """Returns the fewest GPUs at which each part bounds the run, None where it never does, and what helps then."""
-    return [
-        {"part": part, "num_gpus": next((r.num_gpus for r in rows if binds(r)), None), "sign": sign, "then": then}
-        for part, binds, sign, then in _LIMITS
-    ]
+"""Each part of a run, where it bounds the run, that in words, and what helps then."""
 
 
 def simulate(config: RunConfig, options: PlanConfig) -> dict[str, Any]:
-    """Returns `scales` and `limits` as plain values."""
+    """Returns `scales`, and in `limits` the fewest GPUs at which each part bounds the run, or None, and what helps."""
     rows = scales(config, options)
-    return {"scales": [asdict(row) | {"efficiency": row.efficiency} for row in rows], "limits": limits(rows)}
+    bounds = [
+        (part, next((row["num_gpus"] for row in rows if binds(row)), None), sign, then)
+        for part, binds, sign, then in _LIMITS
+    ]
+    return {
+        "scales": rows,
+        "limits": [dict(zip(("part", "num_gpus", "sign", "then"), bound, strict=True)) for bound in bounds],
+    }
 
 
-_COLUMNS = (
-    ("GPUs", lambda row: f"{row['num_gpus']:,}"),
-    ("lanes each", lambda row: f"{row['lanes_per_gpu']:g}"),
-    ("computing", lambda row: seconds(row["compute_s"])),
-    ("exchange", lambda row: seconds(row["exchange_s"])),
-    ("not hidden", lambda row: seconds(row["exposed_s"])),
-    ("step", lambda row: seconds(row["step_s"])),
-    ("efficiency", lambda row: f"{row['efficiency']:.0%}"),
+_TABLES: tuple[dict[str, Callable[[Row], str]], ...] = (
+    {
+        "GPUs": lambda row: f"{row['num_gpus']:,}",
+        "lanes each": lambda row: f"{row['lanes_per_gpu']:g}",
+        "computing": lambda row: seconds(row["compute_s"]),
+        "exchange": lambda row: seconds(row["exchange_s"]),
+        "not hidden": lambda row: seconds(row["exposed_s"]),
+        "step": lambda row: seconds(row["step_s"]),
+        "efficiency": lambda row: f"{row['efficiency']:.0%}",
+    },
+    {
+        "GPUs": lambda row: f"{row['num_gpus']:,}",
+        "failure every": lambda row: f"{row['mtbf_s'] / 3600:,.4g} h",
+        "snapshot": lambda row: seconds(row["snapshot_s"]),
+        "one every": lambda row: f"{row['snapshot_every']} steps",
+        "checkpoint waits": lambda row: seconds(row["checkpoint_wait_s"]),
+        "stored in": lambda row: seconds(row["checkpoint_store_s"]),
+        "every": lambda row: duration(row["checkpoint_every_s"]),
+        "goodput": lambda row: f"{row['goodput']:.2%}",
+        "without snapshots": lambda row: f"{row['goodput_elastic']:.2%}",
+        "and waiting": lambda row: f"{row['goodput_waiting']:.2%}",
+    },
+    {
+        "GPUs": lambda row: f"{row['num_gpus']:,}",
+        "token ids read": lambda row: size(row["read_bytes_per_s"], "/s"),
+        "text for tokenizing": lambda row: size(row["text_bytes_per_s"], "/s"),
+        "health answers": lambda row: f"{row['health_calls_per_s']:,.0f}/s",
+        "messages a step": lambda row: f"{row['messages']:,}",
+    },
 )
-_STATE_COLUMNS = (
-    ("GPUs", lambda row: f"{row['num_gpus']:,}"),
-    ("failure every", lambda row: f"{row['mtbf_s'] / 3600:,.4g} h"),
-    ("snapshot", lambda row: seconds(row["snapshot_s"])),
-    ("every", lambda row: f"{row['snapshot_every']} steps"),
-    ("checkpoint waits", lambda row: seconds(row["checkpoint_wait_s"])),
-    ("stored in", lambda row: seconds(row["checkpoint_store_s"])),
-    ("every", lambda row: duration(row["checkpoint_every_s"])),
-    ("goodput", lambda row: f"{row['goodput']:.2%}"),
-    ("without snapshots", lambda row: f"{row['goodput_elastic']:.2%}"),
-    ("and waiting", lambda row: f"{row['goodput_waiting']:.2%}"),
-)
-_DATA_COLUMNS = (
-    ("GPUs", lambda row: f"{row['num_gpus']:,}"),
-    ("token ids read", lambda row: size(row["read_bytes_per_s"], "/s")),
-    ("text for tokenizing", lambda row: size(row["text_bytes_per_s"], "/s")),
-    ("health answers", lambda row: f"{row['health_calls_per_s']:,.0f}/s"),
-    ("messages a step", lambda row: f"{row['messages']:,}"),
-)
+"""The columns of the tables over the numbers of GPUs."""
 
 
-def scale_table(found: Mapping[str, Any]) -> str:
+def scale_table(found: Row) -> str:
     """Formats three tables over the numbers of GPUs, and where each part saturates."""
     parts = [
-        _table([name for name, _ in columns], [[of(row) for _, of in columns] for row in found["scales"]])
-        for columns in (_COLUMNS, _STATE_COLUMNS, _DATA_COLUMNS)
+        _table(list(columns), [[of(row) for of in columns.values()] for row in found["scales"]]) for columns in _TABLES
     ]
     bounds = [
         [limit["part"], f"{num:,} GPUs" if (num := limit["num_gpus"]) else "not here", limit["sign"], limit["then"]]

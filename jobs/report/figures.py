@@ -1,4 +1,4 @@
-"""The figures of a run over its steps, as PNG, for light and for dark pages."""
+"""Draws the figures of a run over its steps, as PNG, for light and for dark pages."""
 
 import textwrap
 from collections.abc import Callable, Sequence
@@ -18,22 +18,22 @@ from jobs.run.ledger import Ledger
 
 Array = npt.NDArray[np.float64]
 
-_SMOOTHED_SHARE = 1 / 50  # of the steps, averaged into one point
+_SMOOTHED_SHARE = 1 / 50  # the share of the steps that is averaged into one point
 _LEAST_SMOOTHED_SHARE, _LEAST_SMOOTHED_STEPS = 1 / 6, 7  # in short runs the smaller of these two, or nothing is smooth
-_STRIP_SHARE = 1 / 80  # of the steps, the width at which one measurement can be seen
+_STRIP_SHARE = 1 / 80  # the share of the steps at which one measurement is wide enough to be seen
 
 
 @dataclass(frozen=True)
 class Picture:
     title: str
-    description: str  # for those who do not see it
+    description: str  # for readers who cannot see it
     draw: Callable[[Axes, Ledger, Theme], None]
-    below: Callable[[Axes, Ledger, Theme], None] | None = None  # a strip under it, over the same steps
+    below: Callable[[Axes, Ledger, Theme], None] | None = None  # a strip below it, over the same steps
     is_over_steps: bool = True
 
 
 def draw(picture: Picture, ledger: Ledger, theme: Theme) -> bytes:
-    """The picture as PNG."""
+    """Returns the picture as PNG."""
     figure = new_figure(theme, height_inches=5.0 if picture.below else 3.8)
     panels = [(figure.subplots(), picture.draw)]
     if picture.below:
@@ -52,22 +52,22 @@ def draw(picture: Picture, ledger: Ledger, theme: Theme) -> bytes:
 
 
 def pictures(ledger: Ledger) -> dict[str, Picture]:
-    """What there is to draw, by name."""
-    verdict = why_slow(ledger)["verdict"]
+    """Returns what there is to draw, by name."""
     first, last = ledger.steps[0], ledger.steps[-1]
     validations = ledger.events("validation")
     span = f"steps {first['step']} to {last['step']}"
     stops = "; ".join(f"{stop.label} after step {stop.step}" for stop in interruptions(ledger)) or "no interruption"
     phases = {name: float(np.mean(seconds)) for name, seconds in seconds_by_phase(ledger).items()}
-    shares = ", ".join(f"{name} {seconds / sum(phases.values()):.0%}" for name, seconds in phases.items())
+    of_step = ", ".join(f"{name} {seconds / sum(phases.values()):.0%}" for name, seconds in phases.items())
     spent = ", ".join(f"{name} {share:.0%}" for name, share in parts(ledger).items())
+    verdict = why_slow(ledger)["verdict"]
     rates = [line["lr"] for line in ledger.steps]
     loss = f"Training loss over {span}, from {first['loss']:.3f} to {last['loss']:.3f} nats per token"
     if validations:
         loss += f", and validation loss, {validations[-1]['val_loss']:.3f} at its end"
         sets = validations[-1].get("sets", {})
         loss += "".join(f", {name} {figures['val_loss']:.3f}" for name, figures in sets.items())
-    return {
+    found = {
         "loss": Picture(
             "Loss, and workers",
             f"{loss}; below it the number of workers, by attempt {', '.join(map(str, ledger.world_sizes))}. "
@@ -87,7 +87,7 @@ def pictures(ledger: Ledger) -> dict[str, Picture]:
             _throughput,
         ),
         "step_time": Picture(
-            "Time of a step", f"Mean time of a step of rank 0 by phase, stacked, over {span}: {shares}.", _step_time
+            "Time of a step", f"Mean time of a step of rank 0 by phase, stacked, over {span}: {of_step}.", _step_time
         ),
         "waterfall": Picture(
             "Where the wall time of the run goes",
@@ -95,36 +95,24 @@ def pictures(ledger: Ledger) -> dict[str, Picture]:
             partial(waterfall, verdict=verdict),
             is_over_steps=False,
         ),
-        **(_mfu_picture(ledger, span) if any(line["mfu"] is not None for line in ledger.steps) else {}),
-        **(_layer_pictures(span) if ledger.events("layers") else {}),
     }
-
-
-def _mfu_picture(ledger: Ledger, span: str) -> dict[str, Picture]:
-    known = [line["mfu"] for line in ledger.steps if line["mfu"] is not None]
-    said = f"Model FLOPs utilization over {span}; the median is {np.median(known):.1%} of the GPUs' bf16 peak."
-    return {"mfu": Picture("Model FLOPs utilization", said, _mfu)}
-
-
-def _layer_pictures(span: str) -> dict[str, Picture]:
-    return {
-        f"layer_{field}": Picture(
-            f"{title} of each layer",
-            f"{title} of each layer over {span}, as a heat map on a logarithmic scale: a strip at each step that was "
-            "measured, the embeddings lowest.",
-            partial(_layers, field=field),
-        )
-        for field, title in (
-            ("gradient_norm", "Gradient norm"),
-            ("weight_norm", "Weight norm"),
-            ("update_ratio", "Update ratio"),
-        )
-    }
+    if known := [line["mfu"] for line in ledger.steps if line["mfu"] is not None]:
+        text = f"Model FLOPs utilization over {span}; the median is {np.median(known):.1%} of the GPUs' bf16 peak."
+        found["mfu"] = Picture("Model FLOPs utilization", text, _mfu)
+    if ledger.events("layers"):
+        for field in ("gradient_norm", "weight_norm", "update_ratio"):
+            title = f"{field.replace('_', ' ').capitalize()} of each layer"
+            text = (
+                f"{title} over {span}, as a heat map on a logarithmic scale: a strip at each step that was measured, "
+            )
+            text += "the embeddings lowest."
+            found[f"layer_{field}"] = Picture(title, text, partial(_layers, field=field))
+    return found
 
 
 def smoothed(values: Sequence[float], ledger: Ledger) -> Array:
-    """The mean over a window around each step's value, cut at the ends of the run and of each attempt: another
-    number of workers is a step in the curve, not a slope."""
+    """Returns the mean over a window around each step's value, cut at the ends of the run and of each attempt, so that
+    another number of workers is a step in the curve, not a slope."""
     least = min(_LEAST_SMOOTHED_STEPS, len(values) * _LEAST_SMOOTHED_SHARE)
     half = int(max(least, len(values) * _SMOOTHED_SHARE) / 2)
     attempts = np.array([line["attempt"] for line in ledger.steps])
@@ -227,7 +215,7 @@ def _step_time(axes: Axes, ledger: Ledger, theme: Theme) -> None:
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     steps = [line["step"] for line in ledger.steps]
     axes.stackplot(
-        [steps[0] - 0.5, *steps, steps[-1] + 0.5],  # a step is as wide as one, also where it is the only one
+        [steps[0] - 0.5, *steps, steps[-1] + 0.5],  # a step has its width, even if it is the only one
         [factor * np.pad(seconds, 1, mode="edge") for seconds in phases.values()],
         labels=list(phases),
         colors=[theme.phases[index % len(theme.phases)] for index in range(len(phases))],
@@ -239,12 +227,12 @@ def _step_time(axes: Axes, ledger: Ledger, theme: Theme) -> None:
 
 
 def _layers(axes: Axes, ledger: Ledger, theme: Theme, *, field: str) -> None:
-    measured = {line["step"]: line for line in ledger.events("layers")}  # of steps taken again the last counts
+    measured = {line["step"]: line for line in ledger.events("layers")}  # the last counts of steps taken again
     steps = sorted(measured)
     names = measured[steps[-1]]["layers"]
     values = np.array([measured[step][field] for step in steps], dtype=np.float64).T  # (layer, step)
-    values[~(values > 0)] = np.nan  # has no logarithm
-    # Each measurement is a strip where it was made: as wide as a step, or else as can be seen, if the next has room.
+    values[~(values > 0)] = np.nan  # which has no logarithm
+    # Each measurement is a strip at its step: as wide as a step, or wide enough to be seen where the next leaves room.
     width = max(1.0, _STRIP_SHARE * (ledger.steps[-1]["step"] - ledger.steps[0]["step"]))
     half = min([width, *np.diff(steps)]) / 2
     edges = np.array([(step - half, step + half) for step in steps]).reshape(-1)
@@ -265,7 +253,7 @@ _LEAST_SHARE = 0.0005
 
 
 def parts(ledger: Ledger) -> dict[str, float]:
-    """Returns what the wall time went into, as shares of it: the figures that `why-slow` judges by."""
+    """Returns the shares of the wall time by what it went into: the figures by which `why-slow` judges."""
     found = shares(ledger)
     spent = {f"computing: {phase}": share for phase, share in found.computing.items()}
     spent |= {cause: share for cause, share in found.by_cause.items() if cause != "compute"}

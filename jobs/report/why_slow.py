@@ -11,7 +11,7 @@ from jobs.run.ledger import Ledger
 from jobs.training.rank_phases import RankTime, from_fields, stragglers
 
 LEAST_SHARE = 0.1
-"""Share of the wall time from which something other than computing is what bounds a run."""
+"""Share of the wall time from which something other than computing bounds a run."""
 
 _COMPUTING = ("forward", "loss", "backward", "update")
 
@@ -36,42 +36,42 @@ _SENTENCES = {
     "restarts": ("Restarts", "bound", "{share} went into {restarts} of them, with {lost_steps} steps taken again"),
     "other": ("What no phase of a step claims (the run's start is part of it)", "bounds", "{share}"),
 }
-"""By cause, in the order of `shares`: who, the verb, and how."""
+"""By cause, in the order of `shares`: the subject, the verb, and how."""
 
 
 @dataclass(frozen=True)
 class Window:
-    """Some steps in a row of one attempt, of all ranks."""
+    """Consecutive steps of one attempt, on all ranks."""
 
     num_steps: int
     world_size: int
-    ranks: list[RankTime]  # rank 0 alone where no event tells of the others
+    ranks: list[RankTime]  # rank 0 alone where no event records the others
 
 
 @dataclass(frozen=True)
 class Shares:
-    """Parts of the wall time, that sum to 1 where every moment was recorded: what to save by mending each."""
+    """Shares of the wall time, which sum to 1: what fixing each cause would save."""
 
     by_cause: dict[str, float]
     computing: dict[str, float]  # by phase: the parts of `compute`
     wall_s: float
-    straggler: tuple[int, float] | None  # the rank most waited for, and how many times the median it takes for a lane
+    straggler: tuple[int, float] | None  # the rank most waited for, and its time for a lane over the median
     lanes: list[float]  # of each rank, in the last window
 
     @property
     def worst(self) -> str:
-        """The largest of the causes that are not computing, as these could be saved; `compute` where all are small."""
+        """Returns the largest cause besides computing, as these can be saved; `compute` where all are small."""
         others = {cause: share for cause, share in self.by_cause.items() if cause != "compute"}
         worst = max(others, key=lambda cause: others[cause])
         return worst if others[worst] >= LEAST_SHARE else "compute"
 
 
 def shares(ledger: Ledger) -> Shares:
-    """Divides the time from the first line to the last among what it was spent on.
+    """Divides the time from the first line to the last among its causes.
 
-    As the ranks that are no stragglers spend it, in the mean. Of the time in the exchange, what the slowest rank waits
-    is communication, as all others are there by then. What the others wait beyond that is due to a straggler, or, where
-    a lane takes all as long, to ranks with more lanes.
+    It counts the mean of the ranks that are no stragglers. Of the time in the exchange, what the slowest rank waits is
+    communication, as all others have arrived by then. What the others wait beyond that is due to a straggler, or, where
+    a lane takes all ranks as long, to ranks with more lanes.
     """
     windows = _windows(ledger)
     sums = dict.fromkeys(_SENTENCES, 0.0)
@@ -124,7 +124,7 @@ def shares(ledger: Ledger) -> Shares:
 
 
 def why_slow(ledger: Ledger) -> dict[str, Any]:
-    """Returns `verdict`, one sentence; `bound`, in a word what to mend first; `evidence`; `shares` of the wall time."""
+    """Returns `verdict`, a sentence; `bound`, the cause to fix first; `evidence`; and `shares` of the wall time."""
     found = shares(ledger)
     steps = ledger.steps
     step_s = float(np.median([line["wall_s"] for line in steps]))
@@ -158,30 +158,29 @@ def why_slow(ledger: Ledger) -> dict[str, Any]:
 
 
 def _sentence(found: Shares, evidence: dict[str, Any]) -> str:
-    """Begins with the largest part of the wall time; where that is computing, the largest other part follows."""
+    """Writes the verdict. It begins with the largest part of the wall time; where that is computing, the largest other
+    part follows."""
     peak, lanes, slow = evidence["share_of_peak"], evidence["lanes"], evidence.get("straggler") or {}
-    values = (
-        evidence
-        | slow
-        | {
-            "share": f"{evidence['share']:.0%} of the wall time",
-            "peak": "a share of the peak that is not known here" if peak is None else f"{peak:.0%} of the peak",
-            "most": f"{max(lanes):g}",
-            "least": f"{min(lanes):g}",
-        }
-    )
+    values = {
+        **evidence,
+        **slow,
+        "share": f"{evidence['share']:.0%} of the wall time",
+        "peak": "an unknown share of the peak" if peak is None else f"{peak:.0%} of the peak",
+        "most": f"{max(lanes):g}",
+        "least": f"{min(lanes):g}",
+    }
     who, verb, how = (part.format(**values) for part in _SENTENCES[found.worst])
     step = f"a step takes {_duration(evidence['median_step_s'])} in the median, "
     step += f"{_duration(evidence['mean_step_s'])} in the mean"
     computing = found.by_cause["compute"]
     if found.worst == "compute" or computing <= found.by_cause[found.worst]:
         return f"{who} {verb} the run: {how}; {step}."
-    said = who[0].lower() + who[1:]
-    return f"Computing takes the largest part, {computing:.0%} of the wall time; after it {said}: {how}; {step}."
+    who = who[0].lower() + who[1:]
+    return f"Computing takes the largest part, {computing:.0%} of the wall time; after it {who}: {how}; {step}."
 
 
 def _windows(ledger: Ledger) -> list[Window]:
-    """The steps that count, in the windows that all ranks recorded, and what is not in any by rank 0's lines."""
+    """Returns the steps that count, in the windows that all ranks recorded; others in rank 0's lines."""
     recorded = {(event["step"], event["attempt"]): event for event in ledger.events("phases")}
     windows: list[Window] = []
     waiting: list[dict[str, Any]] = []
@@ -202,7 +201,7 @@ def _alone(lines: list[dict[str, Any]]) -> list[Window]:
 
 
 def _restarts_s(ledger: Ledger) -> float:
-    """Seconds between attempts, and in steps that were taken again."""
+    """Returns the seconds between attempts, and in steps that were taken again."""
     again_s = sum(line["wall_s"] for line in lost_steps(ledger))
     return again_s + sum(max(0.0, recovery.seconds) for recovery in ledger.recoveries())
 

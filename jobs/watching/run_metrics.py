@@ -7,7 +7,6 @@ from typing import NamedTuple
 from cluster.settings.run import RunConfig, max_steps
 from jobs.run.ledger import Line, is_stop
 
-
 _STEP_FIELDS = {
     **{name: name for name in ("step", "tokens_seen", "loss", "grad_norm", "mfu")},
     **{"learning_rate": "lr", "tokens_per_second": "tokens_per_s", "step_seconds": "wall_s"},
@@ -16,7 +15,7 @@ _STEP_FIELDS = {
 
 
 class Sample(NamedTuple):
-    """A value of a metric in `cluster.monitoring.metric_table`; `label` is the value of its own label, if it has one."""
+    """A value of a metric in `cluster.monitoring.metric_table`; `label` is the value of its own label, if any."""
 
     name: str
     value: float

@@ -10,7 +10,7 @@ from cluster.settings.flags import settings_from_flags, validate_config
 from cluster.settings.parser import Parser
 from cluster.settings.plan import PlanConfig
 from cluster.settings.run import RunConfig
-from jobs.plan.scale_simulation import limits, scale_table, scales, simulate, simulated_goodput
+from jobs.plan.scale_simulation import scale_table, scales, simulate, simulated_goodput
 from tests.repository import REPOSITORY
 
 PAGE = REPOSITORY / "k8s" / "scale.md"
@@ -34,32 +34,33 @@ def test_the_page_holds_what_its_command_prints() -> None:
 
 def test_more_gpus_compute_faster_and_wait_longer() -> None:
     rows = scales(*documented())
-    assert [row.num_gpus for row in rows] == [8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
+    assert [row["num_gpus"] for row in rows] == [8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
     for few, many in pairwise(rows):
-        assert many.compute_s == pytest.approx(few.compute_s / 2)
-        assert many.efficiency < few.efficiency
-        assert many.mtbf_s == pytest.approx(few.mtbf_s / 2)
-    assert rows[-1].goodput_waiting < rows[-1].goodput_elastic
-    assert rows[-1].goodput_waiting < rows[0].goodput_waiting
-    assert all(row.step_s == pytest.approx(row.compute_s + row.exposed_s) for row in rows)
+        assert many["compute_s"] == pytest.approx(few["compute_s"] / 2)
+        assert many["efficiency"] < few["efficiency"]
+        assert many["mtbf_s"] == pytest.approx(few["mtbf_s"] / 2)
+    assert rows[-1]["goodput_waiting"] < rows[-1]["goodput_elastic"]
+    assert rows[-1]["goodput_waiting"] < rows[0]["goodput_waiting"]
+    assert all(row["step_s"] == pytest.approx(row["compute_s"] + row["exposed_s"]) for row in rows)
 
 
 def test_zero_1_lightens_snapshots() -> None:
     config, options = documented()
     sharded = config.model_copy(update={"train": config.train.model_copy(update={"shard_optimizer": True})})
     whole, shares = scales(config, options)[3], scales(sharded, options)[3]
-    assert shares.snapshot_s == pytest.approx(whole.snapshot_s / 64)
-    assert shares.snapshot_every < whole.snapshot_every
-    assert shares.exposed_s >= whole.exposed_s, "the weights go round after the update"
+    assert shares["snapshot_s"] == pytest.approx(whole["snapshot_s"] / 64)
+    assert shares["snapshot_every"] < whole["snapshot_every"]
+    assert shares["exposed_s"] >= whole["exposed_s"], "the weights go round after the update"
+
+
+def limits(config: RunConfig, options: PlanConfig) -> dict[str, int | None]:
+    return {limit["part"]: limit["num_gpus"] for limit in simulate(config, options)["limits"]}
 
 
 def test_limits_move_with_the_links() -> None:
     config, options = documented()
-    slow = {
-        limit["part"]: limit["num_gpus"]
-        for limit in limits(scales(config, options.model_copy(update={"network_gbit_per_s": 10})))
-    }
-    fast = {limit["part"]: limit["num_gpus"] for limit in limits(scales(config, options))}
+    slow = limits(config, options.model_copy(update={"network_gbit_per_s": 10}))
+    fast = limits(config, options)
     assert (slow["reduction"] or 0) < (fast["reduction"] or 0)
     assert fast["control"] == 1024
     assert fast["data"] is None

@@ -58,7 +58,7 @@ SLOW = [of(sync=0.083), of(forward=0.07, backward=0.09, sync=0.003), of(sync=0.0
 UNEVEN = [of(forward=0.06, loss=0.02, backward=0.1, sync=0.003), of(sync=0.093)]
 
 CASES: dict[str, tuple[Ledger, str, list[str]]] = {
-    "compute": (made([USUAL]), "compute", ["97% of the wall time", "not known", "100.0 ms"]),
+    "compute": (made([USUAL]), "compute", ["97% of the wall time", "unknown share", "100.0 ms"]),
     "compute on a GPU": (made([USUAL], mfu=0.41), "compute", ["41% of the peak"]),
     "data": (made([of(load=0.1)] * 2), "data", ["51% of the wall time", "waiting for rows"]),
     "communication": (made([of(sync=0.06)] * 2), "communication", ["2 workers", "38% of the wall time"]),
