@@ -9,7 +9,7 @@ from cluster.settings.parser import ConfigError
 from cluster.storage.uris import Storage, open_storage
 from jobs.report.compare_runs import compare
 from jobs.run.history import CONFIG_FILE
-from tests.jobs.report.test_make_report import Page, eventful_lines, write_run
+from tests.jobs.report.eventful_run import Page, eventful_lines, write_run
 
 
 def made(storage: Storage, name: str, *, learning_rate: float, num_lines: int) -> Storage:

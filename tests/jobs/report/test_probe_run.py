@@ -10,7 +10,7 @@ from jobs.run.checkpoints import RunCheckpoints
 from jobs.run.find_run import RunError
 from jobs.run.ledger import Ledger
 from model.probes import TASKS
-from tests.jobs.report.test_make_report import eventful_lines, write_run
+from tests.jobs.report.eventful_run import eventful_lines, write_run
 from tests.jobs.runs import trained_run
 
 

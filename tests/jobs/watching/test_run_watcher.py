@@ -9,7 +9,7 @@ from jobs.run.ledger import LEDGER, Ledger
 from jobs.watching.run_watcher import watching
 from tests.cluster.grafana_stub import grafana_stub
 from tests.jobs.runs import trained_run
-from tests.jobs.watching.test_run_metrics import events_of
+from tests.jobs.watching.eventful_ledger import events_of
 
 
 def test_a_run_is_told_of_and_annotated_once_however_often_it_is_launched(

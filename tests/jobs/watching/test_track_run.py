@@ -14,7 +14,7 @@ from cluster.storage.uris import Storage, open_storage
 from jobs.run.ledger import LEDGER, Ledger, Line
 from jobs.watching.track_run import track
 from jobs.watching.trackers import MlflowTracker, TrackerError, WandbTracker
-from tests.jobs.watching.test_run_metrics import EVENTFUL
+from tests.jobs.watching.eventful_ledger import EVENTFUL
 
 _BLOCK = 1 << 15
 LINES: list[Line] = [
