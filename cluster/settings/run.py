@@ -1,4 +1,4 @@
-"""The typed configuration: `RunConfig` for a run, `EvaluateConfig` for an evaluation (`ServeConfig`: serve_config.py).
+"""The typed settings: `RunConfig` for a run, `EvaluateConfig` for an evaluation (`ServeConfig` is in `serve`).
 
 YAML is the source of truth; every setting is also a command-line flag (`--train.learning-rate 1e-3`). The trees
 are frozen and refuse unknown keys with a suggestion. Secrets are never settings: they come from the environment
@@ -31,17 +31,17 @@ class Settings(BaseModel):
 
 
 TOKENS = "tokens://"
-"""Before the location of a finished token store in `data.source`, whose shards are a source as they are."""
+"""Prefix in `data.source` of a finished token store's location, whose shards are used as they are."""
 
 QualityRule = Literal["word_count", "word_length", "symbol_ratio", "line_marks", "alphabetic_words", "stop_words"]
 """Names of `data.quality_rules`."""
 
 SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
-"""Of a text in `data.validation`."""
+"""The name of a text in `data.validation`."""
 
 
 class TextConfig(Settings):
-    """Where text lies."""
+    """The text to read."""
 
     source: str | list[str] = Field(
         default_factory=list,
@@ -53,15 +53,15 @@ class TextConfig(Settings):
 
 
 class DataConfig(TextConfig):
-    """From text to token shards."""
+    """The way from text to token shards."""
 
     weights: list[Annotated[float, Field(gt=0)]] = Field(
         default_factory=list,
-        description="share of the training rows from each source, relative to each other; as they come when empty",
+        description="share of the training rows from each source, relative to each other; by their sizes when empty",
     )
     validation: dict[SetName, str] = Field(
         default_factory=dict,
-        description="further texts that every validation measures, name to source; NAME=SOURCE ... as a flag",
+        description="further texts that every validation measures, by name; as a flag NAME=SOURCE ...",
     )
     tokenizer: str | None = Field(
         default=None, description="URI of a tokenizer.json or of a folder with one; trained from the corpus when unset"
@@ -73,13 +73,15 @@ class DataConfig(TextConfig):
     tokenizer_sample_bytes: int = Field(
         default=256 << 20,
         ge=1,
-        description="text that the tokenizer is trained on, bytes from places all over the corpus",
+        description="bytes of text, from places all over the corpus, that the tokenizer is trained on",
     )
     invalid_utf8: Literal["replace", "skip", "fail"] = Field(
-        default="replace", description="a document that is not UTF-8: put U+FFFD, drop it, or stop"
+        default="replace", description="what to do with a document that is not UTF-8: put U+FFFD, drop it, or stop"
     )
     max_document_bytes: int = Field(
-        default=16 << 20, ge=1, description="longer documents are dropped and counted, bytes; a longer txt file is cut"
+        default=16 << 20,
+        ge=1,
+        description="bytes above which a document is dropped and counted; a longer txt file is cut",
     )
     max_compression_ratio: float = Field(
         default=100.0, gt=1, description="a .gz or .zst that unpacks to more than this many times its size is refused"
@@ -91,7 +93,7 @@ class DataConfig(TextConfig):
         description="stop when a larger share of the documents is binary, not UTF-8 or without the text field",
     )
     dedup: bool = Field(
-        default=True, description="drop documents whose text occurred before, but for case, blanks and Unicode form"
+        default=True, description="drop documents whose text occurred before, ignoring case, blanks and Unicode form"
     )
     near_dedup_threshold: float | None = Field(
         default=None, gt=0, le=1, description="drop documents at least this similar (Jaccard, word 3-grams) to another"
@@ -119,16 +121,18 @@ class DataConfig(TextConfig):
 
 
 class TrainConfig(Settings):
-    """From tokens to weights. The global batch is constant whatever the number of workers."""
+    """The way from tokens to weights. The global batch is the same for any number of workers."""
 
-    max_tokens: int = Field(default=10_000_000, ge=1, description="tokens to train on; the last step is not exceeded")
+    max_tokens: int = Field(default=10_000_000, ge=1, description="tokens to train on; never exceeded")
     global_batch_size: int = Field(default=64, ge=1, description="sequences per optimizer step, over all workers")
     micro_batch_size: int = Field(default=8, ge=1, description="sequences per lane; divides global_batch_size")
     batch_ramp_tokens: int = Field(
-        default=0, ge=0, description="tokens over which the batch grows linearly to global_batch_size; 0 has it at once"
+        default=0,
+        ge=0,
+        description="tokens over which the batch grows linearly to global_batch_size; 0: full from the start",
     )
     batch_ramp_start: int | None = Field(
-        default=None, ge=1, description="sequences of the first step, where the batch grows"
+        default=None, ge=1, description="sequences of the first step of a growing batch"
     )
     seq_len: int | None = Field(default=None, ge=1, description="tokens per sequence; model.n_positions when unset")
     learning_rate: float = Field(default=6e-4, gt=0, description="peak learning rate")
@@ -158,7 +162,7 @@ class TrainConfig(Settings):
     precision: Literal["auto", Precision] = Field(
         default="auto",
         description="compute precision; bf16 is autocast over fp32 master weights; auto: bf16 where the workers' "
-        "processor computes it at speed as the run first starts, else fp32, and the same for the rest of the run",
+        "processor computes it at speed when the run first starts, else fp32, and the same for the rest of the run",
     )
     exact: bool = Field(
         default=True, description="the same bits for any number of workers; false is stock DistributedDataParallel"
@@ -168,9 +172,9 @@ class TrainConfig(Settings):
     )
     seed: int = Field(default=0, ge=0, lt=2**63, description="initial weights, sample order, dropout")
     max_skipped_steps: int = Field(
-        default=3, ge=0, description="bad steps in a row whose updates are left out before the run is rolled back"
+        default=3, ge=0, description="bad steps in a row that are skipped before the run is rolled back"
     )
-    max_rollbacks: int = Field(default=3, ge=0, description="rollbacks after which the run stops instead")
+    max_rollbacks: int = Field(default=3, ge=0, description="rollbacks after which a run stops instead of rolling back")
     spike_factor: float = Field(
         default=0.0, ge=0, description="a loss this many median absolute deviations above the median is bad; 0 is off"
     )
@@ -231,7 +235,7 @@ class TrainConfig(Settings):
 
 
 class ScalingConfig(Settings):
-    """How many training workers, and what each may use."""
+    """The number of training workers, and what each may use."""
 
     min_workers: int = Field(default=1, ge=1, description="training waits below this many workers")
     max_workers: int = Field(default=2, ge=1, description="training grows up to this many workers")
@@ -239,7 +243,7 @@ class ScalingConfig(Settings):
     use_gpu: bool = Field(default=False, description="one GPU per worker")
     resize_check_s: float = Field(default=10.0, gt=0, description="seconds between looks for newly available workers")
     max_fruitless_attempts: int = Field(
-        default=6, ge=1, description="attempts in a row that get no further, after which the run gives up"
+        default=6, ge=1, description="attempts in a row without progress after which the run gives up"
     )
     hang_timeout_s: float = Field(
         default=30.0, ge=0, description="seconds without a sign of life before a worker is killed; 0 never does"
@@ -247,7 +251,7 @@ class ScalingConfig(Settings):
     price_per_device_hour: float | None = Field(
         default=None,
         ge=0,
-        description="money for an hour of a GPU, or of a CPU where workers have none, for the cost metrics",
+        description="price of an hour of a GPU, or of a CPU where workers have none, for the cost metrics",
     )
 
     @model_validator(mode="after")
@@ -258,7 +262,7 @@ class ScalingConfig(Settings):
 
 
 class ClusterConfig(Settings):
-    """Which Ray cluster."""
+    """The Ray cluster to use."""
 
     address: str | None = Field(
         default=None, description="Ray Jobs address (http://host:8265) of a running cluster; a local one when unset"
@@ -270,7 +274,7 @@ class ClusterConfig(Settings):
 
 
 class StorageConfig(Settings):
-    """Where everything durable lives."""
+    """The place of everything durable."""
 
     uri: str = Field(
         default=".raymill", description="root of tokens, runs and checkpoints: a path, file:// or s3://bucket/prefix"
@@ -278,16 +282,18 @@ class StorageConfig(Settings):
 
 
 class CheckpointConfig(Settings):
-    """When checkpoints are written and which are kept."""
+    """The checkpoints to write and to keep."""
 
     save_every_steps: int = Field(
         default=100, ge=1, description="steps between checkpoints; the last step always saves"
     )
     num_to_keep: int = Field(
-        default=3, ge=1, description="newest checkpoints kept, at least two; published ones besides"
+        default=3, ge=1, description="newest checkpoints to keep, at least two; published ones are kept besides"
     )
-    keep_best: int = Field(default=0, ge=0, description="checkpoints of the lowest validation loss kept besides")
-    keep_every_steps: int | None = Field(default=None, ge=1, description="checkpoints of each such step kept besides")
+    keep_best: int = Field(default=0, ge=0, description="checkpoints of the lowest validation loss to keep besides")
+    keep_every_steps: int | None = Field(
+        default=None, ge=1, description="keep each checkpoint of a multiple of these steps besides"
+    )
     snapshot_bytes: int = Field(
         default=16 << 30,
         ge=0,
@@ -305,11 +311,11 @@ FORMER_SETTINGS: dict[str, Any] = {
     "scaling.standby": None,
     "checkpoint.spool_bytes": None,
 }
-"""Settings that earlier versions recorded and this one has as constants: the value, where a run's bits depend on it."""
+"""Settings that earlier versions recorded and that are constants now: the value, where a run's bits depend on it."""
 
 
 class RunConfig(Settings):
-    """Everything that a job needs."""
+    """The settings of a run."""
 
     run_id: str | None = Field(
         default=None,
@@ -349,7 +355,7 @@ class RunConfig(Settings):
 
 
 def seq_len(config: RunConfig) -> int:
-    """Tokens per training sequence."""
+    """Returns the tokens of a training sequence."""
     return config.train.seq_len or config.model.n_positions
 
 
@@ -362,14 +368,14 @@ def planned_vocabulary(config: RunConfig) -> RunConfig:
 
 
 def with_precision(config: RunConfig, precision: Precision) -> RunConfig:
-    """Returns the run with this precision in the place of `auto`; where another one is set, as it is."""
+    """Returns the run with this precision instead of `auto`; unchanged where another one is set."""
     if config.train.precision != "auto":
         return config
     return config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
 
 
 def batch_schedule(config: RunConfig) -> BatchSchedule:
-    """The lanes, samples and tokens of every step."""
+    """Returns the lanes, samples and tokens of every step."""
     train = config.train
     return BatchSchedule(
         seq_len=seq_len(config),
@@ -382,19 +388,19 @@ def batch_schedule(config: RunConfig) -> BatchSchedule:
 
 
 def max_steps(config: RunConfig) -> int:
-    """Optimizer steps of the whole run: `train.max_tokens` is never exceeded."""
+    """Returns the optimizer steps of the whole run: `train.max_tokens` is never exceeded."""
     return batch_schedule(config).max_steps
 
 
 def warmup_tokens(config: RunConfig) -> int:
-    """375M tokens as GPT-3 had, scaled down to 2% of runs that are shorter than 18.75B tokens."""
+    """Returns 375M tokens as in GPT-3, or 2% of a run that is shorter than 18.75B tokens, when unset."""
     if config.train.warmup_tokens is not None:
         return config.train.warmup_tokens
     return min(375_000_000, config.train.max_tokens // 50)
 
 
 def cooldown_tokens(config: RunConfig) -> int | None:
-    """The last stretch of schedule wsd, 20% of the horizon when unset; None with the cosine, which has none."""
+    """Returns the last stretch of schedule wsd, 20% of the horizon when unset; None with the cosine."""
     train = config.train
     if train.schedule == "cosine":
         return None
@@ -402,7 +408,7 @@ def cooldown_tokens(config: RunConfig) -> int | None:
 
 
 class EvaluateConfig(Settings):
-    """Everything that an evaluation needs. The model's shape and its tokenizer come from the checkpoint."""
+    """The settings of an evaluation. The model's shape and its tokenizer come from the checkpoint."""
 
     checkpoint: str = Field(
         default="latest", description="path or URI of a checkpoint's or run's folder, or `latest`: the newest published"
@@ -424,7 +430,7 @@ class EvaluateConfig(Settings):
 
 
 def to_yaml(config: Settings) -> str:
-    """The whole resolved tree as YAML; `load_config` reads it back to an equal one."""
+    """Returns the whole tree as YAML; `read_config` reads it back to an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
