@@ -14,7 +14,7 @@ from jobs.run.find_run import data_identity, find_tokens
 from jobs.run.ledger import Ledger, Line
 from jobs.tokens import inspect_store
 from jobs.tokens.token_store import TokenStoreError
-from model.checkpoint import Metadata, parameter_hash, read_metadata, verify_checkpoint
+from model.checkpoint import parameter_hash, read_metadata, verify_checkpoint
 
 
 def verify(run: Storage) -> dict[str, Any]:
@@ -35,7 +35,15 @@ def verify(run: Storage) -> dict[str, Any]:
                 metadata.append(read_metadata(folder))
     shards = 0
     try:
-        shards = _verified_shards(run, ledger, metadata)
+        store = find_tokens(run, data_identity(ledger))
+        result = inspect_store.verify(store)
+        shards, found_hash = int(result["shards"]), result["manifest_hash"]
+        problems += [
+            f"{store.uri}: its manifest's hash is {found_hash[:12]}…, the checkpoint of step {checkpoint.step} was "
+            f"trained with {wanted[:12]}…"
+            for checkpoint in metadata
+            if (wanted := checkpoint.data_manifest_hash) and wanted != found_hash
+        ]
     except TokenStoreError as error:
         problems.append(str(error))
     verdict = f"{len(names)} checkpoints and {shards} shards are as recorded"
@@ -59,16 +67,3 @@ def checkpoint_problems(folder: Path, event: Line | None) -> Iterator[str]:
         yield f"its parameters' hash is {found[:12]}…, raymill.json says {str(recorded)[:12]}…"
     if event is not None and found != event["parameter_hash"]:
         yield f"its parameters' hash is {found[:12]}…, the ledger says {event['parameter_hash'][:12]}…"
-
-
-def _verified_shards(run: Storage, ledger: Ledger, checkpoints: list[Metadata]) -> int:
-    """Returns the number of shards. Raises `TokenStoreError` where they are not what the run was trained on."""
-    store = find_tokens(run, data_identity(ledger))
-    result = inspect_store.verify(store)
-    for metadata in checkpoints:
-        if metadata.data_manifest_hash not in (None, result["manifest_hash"]):
-            raise TokenStoreError(
-                f"{store.uri}: its manifest's hash is {result['manifest_hash'][:12]}…, the checkpoint of step "
-                f"{metadata.step} was trained with {str(metadata.data_manifest_hash)[:12]}…"
-            )
-    return int(result["shards"])

@@ -13,7 +13,7 @@ from cluster.settings.run import RunConfig
 from cluster.storage.uris import Storage, join_uri
 from jobs.report.figures import smoothed
 from jobs.report.page import Figure, document, grid, picture
-from jobs.report.theme import DARK, LIGHT, Theme, new_figure, png, style
+from jobs.report.theme import DARK, LIGHT, Theme, new_figure, png, titled
 from jobs.run.find_run import begun_ledger
 from jobs.run.history import final_figures, flattened, recorded_config
 from jobs.run.ledger import Ledger
@@ -76,15 +76,11 @@ def differing_settings(runs: Sequence[Run]) -> dict[str, list[str]]:
 
 def draw(runs: Sequence[Run], theme: Theme) -> bytes:
     """Draws the training loss, smoothed, and the validation loss over the tokens seen."""
-    figure = new_figure(theme, height_inches=4.6)
-    axes = figure.subplots()
-    style(axes, theme)
-    axes.set_title("Loss of each run", loc="left", color=theme.text, fontweight="bold")
     most = max(run.ledger.steps[-1]["tokens_seen"] for run in runs)
     factor, unit = next(((f, u) for f, u in ((1e9, "billion "), (1e6, "million ")) if most >= f), (1.0, ""))
-    axes.set_xlabel(f"{unit}tokens seen", color=theme.text)
+    figure = new_figure(theme, height_inches=4.6)
+    axes = titled(figure, theme, "Loss of each run", x=f"{unit}tokens seen", y="loss (nats/token)")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-    axes.set_ylabel("loss (nats/token)", color=theme.text)
     for number, run in enumerate(runs):
         look: dict[str, Any] = {"color": _COLORS[number], "linestyle": _DASHES[number]}
         steps = run.ledger.steps

@@ -1,16 +1,18 @@
 """Draws a run from its ledger: figures as PNG, and a page with them, its statistics, events and samples."""
 
+import time
 from collections.abc import Mapping
+from html import escape
 from typing import Any
 
 from cluster.storage.uris import Storage, join_uri
 from jobs.report.figures import draw, pictures
-from jobs.report.page import Figure, page
+from jobs.report.page import Figure, cells, document, grid, pairs, picture, table
 from jobs.report.plan_actual import plan_rows
 from jobs.report.theme import DARK, LIGHT
 from jobs.report.why_slow import why_slow
 from jobs.run.find_run import begun_ledger, data_identity, find_tokens
-from jobs.run.history import cost_rows, flattened, recorded_config, statistics
+from jobs.run.history import cost_rows, event_rows, flattened, recorded_config, statistics
 from jobs.run.ledger import Ledger
 from jobs.tokens.token_store import TokenStoreError, read_manifest
 
@@ -20,25 +22,49 @@ def make_report(run: Storage, *, price: float | None = None, plan: Mapping[str, 
 
     `price` is for an hour of a GPU, or of a CPU where workers have none; `plan` is what `raymill plan --json` printed.
     """
-    ledger = begun_ledger(run)
-    config = recorded_config(run)
+    ledger, config = begun_ledger(run), recorded_config(run)
     figures, uris = [], {}
-    for name, picture in pictures(ledger).items():
-        figures.append(Figure(picture.description, draw(picture, ledger, LIGHT), draw(picture, ledger, DARK)))
+    for name, drawn in pictures(ledger).items():
+        figures.append(Figure(drawn.description, draw(drawn, ledger, LIGHT), draw(drawn, ledger, DARK)))
         run.write_bytes(f"report/{name}.png", figures[-1].light)
         uris[name] = join_uri(run.uri, f"report/{name}.png")
-    html = page(
-        run.uri.rpartition("/")[2],
-        ledger,
-        figures=figures,
-        verdict=why_slow(ledger)["verdict"],
-        statistics=[*statistics(ledger, config), *cost_rows(ledger, config, price=price)],
-        plan=plan_rows(ledger, config, plan),
-        drops=_drops(run, ledger),
-        settings=list(flattened(config.model_dump(mode="json"))),
-    )
-    run.write_bytes("report/index.html", html.encode())
+    samples, drops = _samples(ledger), _drops(run, ledger)
+    title = f"Run {run.uri.rpartition('/')[2]}"
+    body = f"""<h1>{escape(title)}</h1>
+<p>{escape(why_slow(ledger)["verdict"])}</p>
+{pairs([*statistics(ledger, config), *cost_rows(ledger, config, price=price)])}
+<h2>Plan and actual</h2>
+{grid("Plan and actual", ("", "Planned", "Actual"), plan_rows(ledger, config, plan))}
+<h2>Curves</h2>
+{"".join(map(picture, figures))}
+{f"<h2>Samples</h2>{samples}" if samples else ""}
+{f"<h2>Documents</h2>{grid('Documents', ('', 'Number', 'Share'), drops)}" if drops else ""}
+<h2>Events</h2>
+{_events(ledger)}
+<details><summary>Settings</summary>{pairs(flattened(config.model_dump(mode="json")))}</details>
+"""
+    run.write_bytes("report/index.html", document(title, body).encode())
     return {"html": join_uri(run.uri, "report/index.html"), "figures": uris}
+
+
+def _events(ledger: Ledger) -> str:
+    rows = []
+    for line, name, text in event_rows(ledger):
+        clock = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(line["time"]))
+        rows.append(cells([clock, str(line.get("step", "")), name, text]))
+    return table("Events of the run", ("Time (UTC)", "Step", "Event", "What it says"), rows)
+
+
+def _samples(ledger: Ledger) -> str:
+    """Returns a table of the prompts' continuations by step; nothing where the run has no prompts."""
+    rows = [
+        cells([f"{line['step']:,}", f"{line['val_loss']:.4f}", f"{line['val_bits_per_byte']:.4f}"])
+        + f'<td class="text"><b>{escape(sample["prompt"])}</b>{escape(sample["text"])}</td>'
+        for line in {line["step"]: line for line in ledger.events("validation")}.values()
+        for sample in line["samples"]
+    ]
+    heads = ("Step", "Loss (nats/token)", "Bits per byte", "Prompt and continuation")
+    return table("Samples by step", heads, rows) if rows else ""
 
 
 def _drops(run: Storage, ledger: Ledger) -> list[tuple[str, str, str]]:
@@ -47,6 +73,6 @@ def _drops(run: Storage, ledger: Ledger) -> list[tuple[str, str, str]]:
         manifest = read_manifest(find_tokens(run, data_identity(ledger)))
     except TokenStoreError:
         return []
-    kept = manifest.total("documents")
-    counts = {"kept": kept} | {f"dropped: {reason}": count for reason, count in manifest.dropped.items() if count}
+    counts = {"kept": manifest.total("documents")}
+    counts |= {f"dropped: {reason}": count for reason, count in manifest.dropped.items() if count}
     return [(name, f"{count:,}", f"{count / sum(counts.values()):.2%}") for name, count in counts.items()]

@@ -9,7 +9,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from cluster.output.progress import say
 from cluster.settings.run import seq_len
 from cluster.storage.uris import Storage, join_uri
-from jobs.report.theme import LIGHT, new_figure, png, style
+from jobs.report.theme import LIGHT, new_figure, png, titled
 from jobs.run.checkpoints import RunCheckpoints
 from jobs.run.find_run import RunError
 from jobs.run.history import recorded_config
@@ -47,11 +47,7 @@ def probe_run(run: Storage) -> dict[str, Any]:
 
 def draw(found: list[dict[str, Any]]) -> bytes:
     figure = new_figure(LIGHT)
-    axes = figure.subplots()
-    style(axes, LIGHT)
-    axes.set_title("What checkpoints do in context", loc="left", color=LIGHT.text, fontweight="bold")
-    axes.set_xlabel("optimizer step", color=LIGHT.text)
-    axes.set_ylabel("accuracy (%)", color=LIGHT.text)
+    axes = titled(figure, LIGHT, "What checkpoints do in context", x="optimizer step", y="accuracy (%)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
     steps = [line["step"] for line in found]

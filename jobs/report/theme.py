@@ -40,6 +40,16 @@ def new_figure(theme: Theme, *, height_inches: float = _SIZE_INCHES[1]) -> Figur
     return figure
 
 
+def titled(figure: Figure, theme: Theme, title: str, *, x: str, y: str) -> Axes:
+    """Returns the figure's only axes, styled, with a title and labels."""
+    axes = figure.subplots()
+    style(axes, theme)
+    axes.set_title(title, loc="left", color=theme.text, fontweight="bold")
+    axes.set_xlabel(x, color=theme.text)
+    axes.set_ylabel(y, color=theme.text)
+    return axes
+
+
 def style(axes: Axes, theme: Theme) -> None:
     axes.set_facecolor(theme.background)
     axes.grid(color=theme.grid, linewidth=0.6)

@@ -5,7 +5,7 @@ Addresses and keys come from their own variables: WANDB_API_KEY, WANDB_MODE, MLF
 
 import importlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -90,8 +90,8 @@ class MlflowTracker:
 
     def flush(self) -> None:
         with _failures("MLflow", self._error):
-            for metrics in _parts(self._waiting, _MLFLOW_BATCH):
-                self._client.log_batch(self._id, metrics=metrics)
+            for start in range(0, len(self._waiting), _MLFLOW_BATCH):
+                self._client.log_batch(self._id, metrics=self._waiting[start : start + _MLFLOW_BATCH])
         self._waiting.clear()
 
     def end(self, *, is_finished: bool) -> None:
@@ -103,13 +103,9 @@ class MlflowTracker:
     def _new_run(self, experiment_id: str, run_id: str, settings: Mapping[str, str]) -> str:
         created = self._client.create_run(experiment_id, tags={_RUN_TAG: run_id}, run_name=run_id)
         parameters = [self._entities.Param(name, value[:_MLFLOW_TEXT]) for name, value in settings.items()]
-        for part in _parts(parameters, _MLFLOW_PARAMETERS):
-            self._client.log_batch(created.info.run_id, params=part)
+        for start in range(0, len(parameters), _MLFLOW_PARAMETERS):
+            self._client.log_batch(created.info.run_id, params=parameters[start : start + _MLFLOW_PARAMETERS])
         return str(created.info.run_id)
-
-
-def _parts(values: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    return (values[start : start + size] for start in range(0, len(values), size))
 
 
 def _installed(module: str) -> Any:
