@@ -17,10 +17,10 @@ STATE_BYTES = 3 * FP32_BYTES
 """Bytes of a checkpoint or a snapshot for each parameter: the weight and AdamW's two moments."""
 
 MESSAGE_S = 5e-6
-"""Seconds that a message between two GPUs takes beside its bytes: an assumption, of the order of InfiniBand's."""
+"""Seconds that a message between two GPUs takes besides its bytes: an assumption, of the order of InfiniBand's."""
 
 TEXT_BYTES_PER_TOKEN = 4.3
-"""Of English web text with GPT-2's tokenizer, about."""
+"""Bytes of English web text for each token of GPT-2's tokenizer, about."""
 
 
 def parameter_flops(num_parameters: float, num_tokens: float, *, recompute: bool = False) -> float:

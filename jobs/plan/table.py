@@ -143,6 +143,6 @@ def _assumptions(plan: Mapping[str, Any], options: PlanConfig) -> Iterator[str]:
     yield (
         f"A GPU fails once in {options.mtbf_gpu_hours:,.0f} hours (--mtbf-gpu-hours; Llama 3: 50,700), storage takes "
         f"{size(options.storage_bytes_per_s, '/s')} (--storage-bytes-per-s), a restart {options.restart_s:,.0f} s "
-        "(--restart-s), a message between GPUs 5 µs beside its bytes."
+        "(--restart-s), a message between GPUs 5 µs besides its bytes."
     )
     yield f"{TEXT_BYTES_PER_TOKEN:g} bytes of text for each token, about as in English web text."

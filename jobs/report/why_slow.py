@@ -36,7 +36,7 @@ _SENTENCES = {
     "restarts": ("Restarts", "bound", "{share} went into {restarts} of them, with {lost_steps} steps taken again"),
     "other": ("What no phase of a step claims (the run's start is part of it)", "bounds", "{share}"),
 }
-"""By cause, in the order of `shares`: the subject, the verb, and how."""
+"""The subject, the verb and the rest of the sentence for each cause, in the order of `shares`."""
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,8 @@ def _points(lines: Iterable[Line], *, after: int) -> Iterator[tuple[int, dict[st
 def tracker_of(run: Storage, *, wandb: str | None, mlflow: str | None) -> Tracker:
     """Returns the tracker of a project of Weights & Biases or an experiment of MLflow, and reports its place."""
     config = recorded_config(run)
-    kind, name = (WandbTracker, wandb) if wandb else (MlflowTracker, str(mlflow))
-    tracker = kind(name, str(config.run_id), dict(flattened(config.model_dump(mode="json"))))
-    say(f"curves of {config.run_id} go to {tracker.place}, after step {max(0, tracker.last_step)}")
+    run_id, settings = str(config.run_id), dict(flattened(config.model_dump(mode="json")))
+    tracker: Tracker
+    tracker = WandbTracker(wandb, run_id, settings) if wandb else MlflowTracker(str(mlflow), run_id, settings)
+    say(f"curves of {run_id} go to {tracker.place}, after step {max(0, tracker.last_step)}")
     return tracker

@@ -18,7 +18,14 @@ from jobs.run.history import CONFIG_FILE, changed_settings, recorded_config
 from jobs.training.train_loop import train
 from tests.jobs.runs import tiny_plan
 
-UNUSUAL = {"sample_tokens": 9, "timing": False, "max_failures": 3, "start_timeout_s": 5, "spool_bytes": 1, "standby": 2}
+UNUSUAL: dict[str, Any] = {
+    "sample_tokens": 9,
+    "timing": False,
+    "max_failures": 3,
+    "start_timeout_s": 5,
+    "spool_bytes": 1,
+    "standby": 2,
+}
 
 
 def record(run: Storage, values: dict[str, Any]) -> None:
