@@ -104,8 +104,8 @@ def pictures(ledger: Ledger) -> dict[str, Picture]:
             title = f"{field.replace('_', ' ').capitalize()} of each layer"
             text = (
                 f"{title} over {span}, as a heat map on a logarithmic scale: a strip at each step that was measured, "
+                "the embeddings lowest."
             )
-            text += "the embeddings lowest."
             found[f"layer_{field}"] = Picture(title, text, partial(_layers, field=field))
     return found
 
