@@ -9,8 +9,7 @@ from typing import Any
 
 import ray.train
 from ray.exceptions import RayActorError
-from ray.train import ControllerError, FailureConfig
-from ray.train.v2.api.config import ScalingConfig
+from ray.train import ControllerError, FailureConfig, ScalingConfig
 from ray.util import get_node_ip_address
 
 from cluster.output.progress import say
@@ -186,8 +185,8 @@ def _trainer(plan: RunPlan, address: str) -> Trainer:
         run_uri=plan.run.uri,
         train_loop_config={"plan": plan, "address": address},
         torch_config=WorkerBackend(),
-        scaling_config=ScalingConfig(
-            num_workers=(scaling.min_workers, scaling.max_workers) if is_elastic else scaling.max_workers,
+        scaling_config=ScalingConfig(  # type: ignore[call-arg]  # typed as its old API
+            num_workers=(scaling.min_workers, scaling.max_workers) if is_elastic else scaling.max_workers,  # type: ignore[arg-type]
             use_gpu=scaling.use_gpu,
             resources_per_worker={"CPU": scaling.threads_per_worker} | ({"GPU": 1} if scaling.use_gpu else {}),
             elastic_resize_monitor_interval_s=scaling.resize_check_s,

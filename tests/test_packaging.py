@@ -5,20 +5,18 @@ import re
 import shutil
 import subprocess
 import sys
-import tomllib
 import zipfile
 from collections.abc import Iterator
 from importlib.metadata import packages_distributions
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from cluster.settings.code_folders import CODE_FOLDERS
-from tests.repository import REPOSITORY
+from tests.repository import PYPROJECT, REPOSITORY
 from tests.time_limits import limit_s
 
-PROJECT: dict[str, Any] = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PROJECT = PYPROJECT["project"]
 OF_AN_EXTRA = {  # whole modules, which are imported by the commands alone that name the extra
     "cluster/kube/client.py": {"kubernetes", "urllib3"},
     "serving/engine/vllm_engine.py": {"vllm"},  # in an environment of its own

@@ -1,0 +1,279 @@
+"""The private names of Ray, uvicorn and PyTorch that the code relies on: each exists, takes these parameters, and is used
+by its own package as it was when this was written. A release that changes one fails here, in one place.
+"""
+
+import ast
+import inspect
+import pkgutil
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch.optim.adamw import adamw
+
+from cluster.settings.code_folders import CODE_FOLDERS
+from tests.repository import BANNED_MODULES, REPOSITORY
+
+
+class Canary(NamedTuple):
+    name: str
+    parameters: str | None  # None: not a function
+    user: str  # a module or an object of the package
+    use: str  # a part of the user's source that names it
+
+
+TRAIN = "ray.train.v2._internal"
+CALLBACK = f"{TRAIN}.execution.callback"
+GROUP = f"{TRAIN}.execution.worker_group"
+TRAINER = "ray.train.v2.api.data_parallel_trainer"
+POLICY = f"{TRAIN}.execution.scaling_policy.ElasticScalingPolicy"
+COORDINATOR = "ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator"
+HTTP = "uvicorn.protocols.http.httptools_impl"
+PROTOCOL = f"{HTTP}.HttpToolsProtocol"
+FLOW = "uvicorn.protocols.http.flow_control.FlowControl"
+
+CANARIES = [
+    # cluster/local/start_node.py: one machine may have several nodes, and their ports are on loopback.
+    Canary(
+        "ray._private.services.resolve_ip_for_localhost", "host", "ray.scripts.scripts", "= services.resolve_ip_for_l"
+    ),
+    Canary(
+        "ray._private.ray_constants.ENABLE_RAY_CLUSTER", None, "ray.scripts.scripts", "not ray_constants.ENABLE_RAY_CL"
+    ),
+    Canary(
+        "ray._private.ray_constants.ENABLE_RAY_CLUSTER",
+        None,
+        "ray._private.services",
+        "not ray_constants.ENABLE_RAY_CL",
+    ),
+    Canary("ray.scripts.scripts.main", None, "ray.scripts.scripts", 'if __name__ == "__main__":\n    main()'),
+    # jobs/ray_train/callbacks.py
+    Canary(
+        f"{CALLBACK}.WorkerCallback.after_init_train_context",
+        "self",
+        f"{GROUP}.worker",
+        "callback.after_init_train_context()",
+    ),
+    Canary(f"{TRAIN}.execution.context.get_train_context", "", f"{GROUP}.worker", "get_train_context"),
+    Canary(f"{TRAIN}.execution.context.TrainContext", None, f"{TRAIN}.execution.context", "preemption_context: Preem"),
+    Canary(
+        f"{TRAIN}.execution.preemption.PreemptionContext", None, f"{TRAIN}.execution.preemption", "preemption_info: Opt"
+    ),
+    Canary(
+        "ray.train.UserCallback.after_exception",
+        "self run_context worker_exceptions",
+        f"{TRAIN}.callbacks.user_callback",
+        "user_callback.after_exception(",
+    ),
+    # jobs/ray_train/worker_backend.py: workers are replaced alone.
+    Canary(
+        "ray.train.torch.config.TorchConfig.backend_cls",
+        None,
+        GROUP + ".worker_group",
+        "backend_cls.has_replica_groups",
+    ),
+    Canary(
+        "ray.train.torch.config._TorchBackend.on_start",
+        "self worker_group backend_config",
+        f"{TRAIN}.callbacks.backend_setup",
+        "self._backend.on_start(execution_group, self._backend_config)",
+    ),
+    Canary(
+        "ray.train.torch.config._TorchBackend.on_shutdown",
+        "self worker_group backend_config",
+        f"{TRAIN}.callbacks.backend_setup",
+        "self._backend.on_shutdown(execution_group, self._backend_config)",
+    ),
+    Canary(
+        "ray.train.torch.config._TorchBackend.share_cuda_visible_devices",
+        None,
+        f"{TRAIN}.callbacks.accelerators",
+        "self._backend.share_cuda_visible_devices",
+    ),
+    Canary(
+        f"{CALLBACK}.WorkerGroupCallback.after_worker_group_poll_status",
+        "self worker_group_status",
+        f"{GROUP}.worker_group",
+        "callback.after_worker_group_poll_status(",
+    ),
+    Canary(
+        f"{CALLBACK}.WorkerGroupCallback.after_worker_group_start",
+        "self worker_group",
+        f"{GROUP}.worker_group",
+        "callback.after_worker_group_start(self)",
+    ),
+    Canary(
+        f"{CALLBACK}.WorkerGroupCallback.before_worker_group_shutdown",
+        "self worker_group",
+        f"{GROUP}.worker_group",
+        "callback.before_worker_group_shutdown(self)",
+    ),
+    Canary(
+        f"{CALLBACK}.WorkerGroupCallback.before_worker_group_abort",
+        "self worker_group_context",
+        f"{GROUP}.worker_group",
+        "callback.before_worker_group_abort(",
+    ),
+    Canary(
+        f"{CALLBACK}.ReplicaGroupCallback.after_replica_group_start",
+        "self replica_group",
+        f"{GROUP}.execution_group",
+        "cb.after_replica_group_start(self)",
+    ),
+    Canary(
+        f"{TRAIN}.callbacks.preemption_callback.PreemptionCallback.after_worker_group_start",
+        "self worker_group",
+        f"{TRAIN}.execution.controller.controller",
+        ".append(PreemptionCallback())",
+    ),
+    Canary(f"{TRAIN}.callbacks.datasets.DatasetsCallback", None, TRAINER, "= DatasetsCallback("),
+    Canary(
+        "ray.train.v2.torch.torch_trainer.TorchTrainer._create_default_callbacks",
+        "self",
+        TRAINER,
+        "callbacks=self._create_default_callbacks()",
+    ),
+    Canary(
+        "ray.train.v2.torch.torch_trainer.TorchTrainer._initialize_and_run_controller",
+        "self controller_init_kwargs",
+        TRAINER,
+        "scaling_policy=",
+    ),
+    # jobs/ray_train/lending_policy.py
+    Canary(
+        f"{POLICY}.__init__",
+        "self scaling_config",
+        f"{TRAIN}.execution.scaling_policy.factory",
+        "ElasticScalingPolicy(",
+    ),
+    Canary(f"{POLICY}._count_possible_workers", "self reserved_resources", POLICY, "self._count_possible_workers("),
+    Canary(
+        f"{POLICY}.make_decision_for_running_worker_group",
+        "self worker_group_state worker_group_status",
+        f"{TRAIN}.execution.controller.controller",
+        ".make_decision_for_running_worker_group(",
+    ),
+    Canary(
+        f"{POLICY}.make_decision_for_non_running_worker_group",
+        "self",
+        f"{TRAIN}.execution.controller.controller",
+        ".make_decision_for_non_running_worker_group()",
+    ),
+    Canary(
+        f"{POLICY}.after_controller_start",
+        "self train_run_context",
+        f"{TRAIN}.execution.controller.controller",
+        '"after_controller_start"',
+    ),
+    Canary(
+        "ray.train.v2.api.config.ScalingConfig._resources_per_worker_not_none",
+        None,
+        POLICY,
+        "self.scaling_config._resources_per_worker_not_none",
+    ),
+    # jobs/ray_train/cluster_view.py: an actor and its method, by name.
+    Canary(
+        f"{COORDINATOR}._AutoscalingCoordinatorActor._tick", "self", COORDINATOR, 'namespace="AutoscalingCoordinator"'
+    ),
+    # jobs/pretrain.py sets these variables, and an unknown one would change nothing.
+    Canary(
+        f"{TRAIN}.constants.HEALTH_CHECK_INTERVAL_S_ENV_VAR", None, f"{TRAIN}.constants", '"RAY_TRAIN_HEALTH_CHECK_INTE'
+    ),
+    Canary(
+        f"{TRAIN}.constants.PREEMPTION_POLL_INTERVAL_S_ENV_VAR",
+        None,
+        f"{TRAIN}.constants",
+        '"RAY_TRAIN_PREEMPTION_POLL_IN',
+    ),
+    Canary(
+        f"{TRAIN}.constants.WORKER_GROUP_START_TIMEOUT_S_ENV_VAR",
+        None,
+        f"{TRAIN}.constants",
+        '"RAY_TRAIN_WORKER_GROUP_STAR',
+    ),
+    # serving/proxy: bounds on connections.
+    Canary(f"{FLOW}.__init__", "self transport", PROTOCOL, "self.flow = FlowControl(transport)"),
+    Canary(f"{FLOW}.resume_reading", "self", HTTP, "self.flow.resume_reading()"),
+    Canary(f"{HTTP}.STATUS_LINE", None, PROTOCOL, "STATUS_LINE[400]"),
+    Canary(f"{PROTOCOL}.connection_made", "self transport", PROTOCOL, "self.connections.add(self)"),
+    Canary(f"{PROTOCOL}.connection_lost", "self exc", PROTOCOL, "self.connections.discard(self)"),
+    Canary(f"{PROTOCOL}.data_received", "self data", PROTOCOL, "self.parser.feed_data(data)"),
+    Canary(f"{PROTOCOL}.on_message_begin", "self", PROTOCOL, "httptools.HttpRequestParser(self)"),
+    Canary(f"{PROTOCOL}.on_header", "self name value", PROTOCOL, "self.headers.append((name, value))"),
+    Canary(f"{PROTOCOL}.on_headers_complete", "self", PROTOCOL, "parse_url(self.url)"),
+    Canary(f"{PROTOCOL}.on_body", "self body", PROTOCOL, "self.cycle.body += body"),
+    Canary(f"{PROTOCOL}.on_message_complete", "self", PROTOCOL, "self.cycle.more_body = False"),
+    Canary(f"{PROTOCOL}.on_response_complete", "self", PROTOCOL, "on_response=self.on_response_complete"),
+    Canary(f"{PROTOCOL}.send_400_response", "self msg", PROTOCOL, "self.send_400_response(msg)"),
+    Canary(f"{PROTOCOL}.timeout_keep_alive_handler", "self", PROTOCOL, "self.timeout_keep_alive_handler"),
+    Canary(f"{PROTOCOL}.pause_writing", "self", PROTOCOL, "self.flow.pause_writing()"),
+    Canary(f"{PROTOCOL}.resume_writing", "self", PROTOCOL, "self.flow.resume_writing()"),
+    Canary(f"{PROTOCOL}._should_upgrade_to_ws", "self", PROTOCOL, "and self._should_upgrade_to_ws()"),
+    Canary(f"{HTTP}.RequestResponseCycle", None, f"{HTTP}.RequestResponseCycle", "self.response_complete = "),
+    Canary(f"{HTTP}.RequestResponseCycle", None, f"{HTTP}.RequestResponseCycle", "self.response_started = "),
+    Canary(f"{HTTP}.RequestResponseCycle", None, f"{HTTP}.RequestResponseCycle", "self.message_event = "),
+    Canary("uvicorn.config.HTTP_PROTOCOLS", None, "uvicorn.config.Config", "HTTP_PROTOCOLS.get(self.http, self.http)"),
+    Canary(
+        "ray.serve._private.constants.RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH",
+        None,
+        "ray.serve._private.http_util",
+        "if RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH:",
+    ),
+    # cluster/endpoint/endpoint.py refuses this variable.
+    Canary(
+        "ray.serve._private.constants.RAY_SERVE_ENABLE_HA_PROXY",
+        None,
+        "ray.serve._private.constants",
+        'os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "0") == "1"',
+    ),
+    # cluster/stages/stage.py makes this logger quiet.
+    Canary(
+        "ray._private.runtime_env.packaging.default_logger",
+        None,
+        "ray._private.runtime_env.packaging",
+        "default_logger = logging.getLogger(__name__)",
+    ),
+]
+
+
+@pytest.mark.parametrize("canary", CANARIES, ids=[f"{canary.name} in {canary.user}" for canary in CANARIES])
+def test_a_private_name_is_what_the_code_relies_on(canary: Canary) -> None:
+    found = pkgutil.resolve_name(canary.name)
+    if canary.parameters is not None:
+        assert list(inspect.signature(found).parameters) == canary.parameters.split()
+    assert canary.use in inspect.getsource(pkgutil.resolve_name(canary.user))
+
+
+def imported_names(path: Path) -> set[str]:
+    """The full name of everything that a file imports."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def test_every_private_name_that_is_imported_has_a_canary() -> None:
+    used = {
+        name for folder in CODE_FOLDERS for path in (REPOSITORY / folder).rglob("*.py") for name in imported_names(path)
+    }
+    private = {name for name in used if any(f"{name}.".startswith(f"{module}.") for module in BANNED_MODULES)}
+    assert len(private) >= 12
+    known = [canary.name for canary in CANARIES]
+    assert {name for name in private if not any(f"{k}.".startswith(f"{name}.") for k in known)} == set()
+
+
+def test_adamw_as_a_function_takes_what_the_exact_state_gives_it() -> None:
+    """PyTorch documents the optimizer's class only, which imports torch._dynamo."""
+    values, gradient = torch.ones(2), torch.full((2,), 0.5)
+    moments, squares, count = torch.zeros(2), torch.zeros(2), torch.zeros(())
+    settings = {"lr": 0.1, "weight_decay": 0.0, "beta1": 0.9, "beta2": 0.99, "eps": 0.0}
+    adamw(
+        [values], [gradient], [moments], [squares], [], [count], fused=True, amsgrad=False, maximize=False, **settings
+    )
+    assert count == 1
+    assert torch.allclose(values, torch.full((2,), 0.9))
+    assert torch.allclose(moments, gradient * 0.1) and torch.allclose(squares, gradient**2 * 0.01)
