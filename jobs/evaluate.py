@@ -30,16 +30,8 @@ from jobs.tokens.build_store import tokenize
 from jobs.tokens.token_store import FORMAT_VERSION, MANIFEST, Manifest, Split, TokenStoreError, read_manifest
 from jobs.tokens.token_stream import TokenStream
 from jobs.tokens.train_tokenizer import TOKENIZER_FILE
-from model.checkpoint import (
-    CheckpointError,
-    Metadata,
-    is_hf_folder,
-    load_model,
-    load_tokenizer,
-    parameter_hash,
-    read_config,
-    read_metadata,
-)
+from model.checkpoint import load_model, load_tokenizer, parameter_hash, read_config
+from model.checkpoint_folder import CheckpointError, Metadata, is_hf_folder, read_metadata
 from model.errors import UserError
 from model.gpt import GPT
 from model.processor import bf16_slowdown, fast_precision

@@ -12,16 +12,8 @@ from cluster.settings.parser import Parser
 from cluster.stages.stage_module import print_result
 from cluster.storage.registry import resolve_checkpoint
 from cluster.storage.uris import absolute_uri, open_storage, split_uri
-from model.checkpoint import (
-    MANIFEST,
-    CheckpointError,
-    is_hf_folder,
-    load_model,
-    load_tokenizer,
-    read_metadata,
-    verify_checkpoint,
-    write_checkpoint,
-)
+from model.checkpoint import load_model, load_tokenizer, write_checkpoint
+from model.checkpoint_folder import MANIFEST, CheckpointError, is_hf_folder, read_metadata, verify_checkpoint
 
 
 def export(checkpoint: str, destination: str, *, storage_uri: str) -> dict[str, Any]:
@@ -42,7 +34,14 @@ def export(checkpoint: str, destination: str, *, storage_uri: str) -> dict[str, 
         tokenizer, metadata = load_tokenizer(source), read_metadata(source)
         assert tokenizer is not None, "only plain Hugging Face folders may lack one"
         model = load_model(source, verify=False)  # which `resolve_checkpoint` has just done
-        copied = write_checkpoint(folder, model=model, tokenizer=tokenizer, metadata=metadata, train_state=None)
+        copied = write_checkpoint(
+            folder,
+            config=model.config,
+            state=model.state_dict(),
+            tokenizer=tokenizer,
+            metadata=metadata,
+            train_state=None,
+        )
         problems = verify_checkpoint(folder)
         if copied != metadata:
             problems.append(

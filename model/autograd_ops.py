@@ -1,7 +1,7 @@
-"""The decoder's operations with gradients by hand, which autograd's own would allocate, convert or compute twice.
+"""The decoder's operations with hand-written gradients; autograd's own would allocate, convert or compute more.
 
-Shapes: N tokens, C width, V vocabulary, K tokens of a chunk. A weight's gradient is written straight to its sink where
-it has one (`training_memory`), in bits that do not depend on whether it has.
+Shapes: N tokens, C width, V vocabulary, K tokens of a chunk. A weight that has a sink (`training_memory`) gets its
+gradient written straight into it; the bits are the same with and without one.
 """
 
 from typing import Any
@@ -13,14 +13,14 @@ from torch import Tensor
 from model.training_memory import copy_of, scratch_like, sink_of
 
 IGNORE_INDEX = -100
-"""Target of a position that the loss does not count."""
+"""The target of a position that the loss does not count."""
 
 _BLOCK_VALUES = 1 << 18
-"""Scores that are exponentiated together on a CPU: their fp32 form, 1 MB, stays in its cache."""
+"""How many scores a CPU exponentiates together: in fp32 they take 1 MB, which stays in its cache."""
 
 
 def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x @ weight + bias, of x (N, in) and a weight (in, out), in autocast's type where that is on."""
+    """Returns x @ weight + bias for x (N, in) and a weight (in, out), in autocast's type where that is on."""
     if not torch.is_grad_enabled():
         return torch.addmm(bias, x, weight)
     dtype = _compute_dtype(x)
@@ -39,12 +39,13 @@ class _Affine(torch.autograd.Function):
         (grad,) = grads  # (N, out)
         x, w = ctx.saved_tensors
         grad_x = grad @ w.T if ctx.needs_input_grad[0] else None
-        grad_weight = _Sum(ctx.sink, dtype=ctx.dtype).add_product(x.T, grad)
+        grad_weight = _Sum(w, ctx.sink, dtype=ctx.dtype)
+        grad_weight.add_product(x.T, grad)
         return grad_x, grad_weight.result(), grad.sum(0, dtype=ctx.dtype), None, None
 
 
 def embed(indices: Tensor, weight: Tensor, *, adds: bool) -> Tensor:
-    """Rows (..., C) of a weight (V, C). With `adds` its sink has the head's share before backward comes here."""
+    """Returns rows (..., C) of a weight (V, C). With `adds`, its sink holds the head's share before backward runs."""
     if not torch.is_grad_enabled():
         return F.embedding(indices, weight)
     return _Embed.apply(weight, indices, sink_of(weight), adds)
@@ -61,7 +62,7 @@ class _Embed(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
         (indices,) = ctx.saved_tensors
         grad = grads[0].reshape(-1, ctx.shape[1]).to(ctx.dtype)  # (N, C)
-        # Rows are summed first and then added, as autograd sums two uses of a weight.
+        # Rows are summed before they are added, as autograd sums two uses of a weight.
         rows, places = indices.flatten().unique(return_inverse=True)
         sums = grad.new_zeros(len(rows), ctx.shape[1]).index_add_(0, places, grad)
         if ctx.sink is not None and ctx.adds:
@@ -72,19 +73,17 @@ class _Embed(torch.autograd.Function):
 
 
 def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, scale: float, chunk_tokens: int) -> Tensor:
-    """`scale` times the summed cross-entropy (scalar, at least fp32) of hidden (N, C) @ weight.T (C, V) and targets
-    (N,), of which only `chunk_tokens` rows of scores exist at a time."""
+    """Returns `scale` times the summed cross-entropy (a scalar, at least fp32) of hidden (N, C) @ weight.T (C, V) and
+    targets (N,). Only `chunk_tokens` rows of scores exist at a time."""
     w = _in_type(weight, _compute_dtype(hidden))
     with_grad = torch.is_grad_enabled()
     return _ChunkedCrossEntropy.apply(hidden, weight, targets, w, sink_of(weight), scale, chunk_tokens, with_grad)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """The gradient of the scores, softmax - one_hot, is known as soon as they are, so the forward pass turns each chunk
-    into its share of the gradients: no scores are kept or recomputed. (Liger kernel, arXiv 2410.10989, section 3.2.)
-
-    The softmax is never divided by its sum: the small side of each product is.
-    """
+    """Turns each chunk into its share of the gradients in the forward pass: the gradient of the scores,
+    softmax - one_hot, is known as soon as they are, so none are kept or recomputed (Liger kernel, arXiv 2410.10989,
+    section 3.2). The softmax is never divided by its sum; the small side of each product is."""
 
     @staticmethod
     def forward(
@@ -103,7 +102,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         losses = torch.empty(targets.shape, dtype=torch.promote_types(w.dtype, torch.float32), device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if with_grad else None
         product = scratch_like(w, "head gradient", w.shape) if w.dtype != weight.dtype else None
-        grad_weight = _Sum(sink, dtype=weight.dtype, scratch=product)
+        grad_weight = _Sum(w, sink, dtype=weight.dtype, scratch=product) if with_grad else None
         for start in range(0, len(targets), chunk_tokens):
             rows = slice(start, start + chunk_tokens)
             h = hidden[rows].to(w.dtype)  # (K, C)
@@ -113,9 +112,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             of_label = scores[places].to(losses.dtype)  # (K,)
             largest, total = _exponentiate(scores, losses.dtype)  # (K,) each
             losses[rows] = largest + total.log() - of_label
-            if grad_hidden is None:
+            if grad_hidden is None or grad_weight is None:
                 continue
-            # In the wider type: the two are almost equal where the model is almost sure.
+            # In the wider type: the two are almost equal where the model is almost certain.
             scores[places] = (of_label.sub_(largest).exp_() - total).to(w.dtype)
             factors = (counted[rows] * scale / total)[:, None]  # (K, 1)
             grad_hidden[rows] = torch.mm(scores.T, w) * factors
@@ -131,18 +130,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         (grad_hidden,) = ctx.saved_tensors
         grad_weight = ctx.grad_weight.result()
         if not _is_known_to_be_one(grad_loss):
-            # The weight's in place: a tied embedding adds its rows to the sink, which has to be what autograd keeps.
+            # In place for the weight: a tied embedding adds its rows to the sink, which must be what autograd keeps.
             grad_hidden, grad_weight = grad_hidden * grad_loss, grad_weight.mul_(grad_loss)
         return grad_hidden, grad_weight, *[None] * 6
 
 
 def _is_known_to_be_one(grad: Tensor) -> bool:
-    """Whether a product with it can be spared: a pass over a gradient. To look at a GPU's value would wait for it."""
+    """Tells whether a product with it, a pass over a gradient, can be skipped. Reading a GPU's value would stall."""
     return grad.device.type == "cpu" and bool(grad == 1)
 
 
 def _exponentiate(scores: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Puts exp(scores - largest) in the place of scores (V, K). Returns the largest score and the sum (K,) each."""
+    """Replaces scores (V, K) by exp(scores - largest). Returns the largest scores and the sums, (K,) each."""
     num_columns = scores.shape[1]
     num_rows = max(1, _BLOCK_VALUES // num_columns) if scores.device.type == "cpu" else len(scores)
     blocks = scores.split(num_rows)
@@ -164,36 +163,27 @@ def _exponentiate(scores: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 class _Sum:
-    """A sum of matrix products in a weight's own type, in its sink or in fresh memory.
+    """A sum of matrix products shaped like w, in a weight's own type, in its sink or in fresh memory.
 
-    A product of another type comes to lie in `scratch`, if there is any, before it is added.
+    A product of another type is first written to `scratch`, if there is any.
     """
 
-    def __init__(self, sink: Tensor | None, *, dtype: torch.dtype, scratch: Tensor | None = None) -> None:
-        self._value, self._dtype, self._scratch, self._is_empty = sink, dtype, scratch, True
+    def __init__(self, w: Tensor, sink: Tensor | None, *, dtype: torch.dtype, scratch: Tensor | None = None) -> None:
+        self._value = torch.empty_like(w, dtype=dtype) if sink is None else sink
+        self._scratch, self._is_empty = scratch, True
 
-    def add_product(self, left: Tensor, right: Tensor) -> "_Sum":
-        if left.dtype != self._dtype:
+    def add_product(self, left: Tensor, right: Tensor) -> None:
+        if left.dtype != self._value.dtype:
             product = torch.mm(left, right, out=self._scratch)
-            if self._value is None:
-                self._value = product.to(self._dtype)
-            elif self._is_empty:
-                self._value.copy_(product)
-            else:
-                self._value.add_(product)
-        elif not self._is_empty:
-            assert self._value is not None
-            self._value.addmm_(left, right)
-        elif self._value is not None:
+            self._value.copy_(product) if self._is_empty else self._value.add_(product)
+        elif self._is_empty:
             torch.mm(left, right, out=self._value)
         else:
-            self._value = left @ right
+            self._value.addmm_(left, right)
         self._is_empty = False
-        return self
 
     def result(self) -> Tensor:
-        """A tensor of its own, so that autograd keeps it as the parameter's gradient and makes no copy."""
-        assert self._value is not None
+        """Returns a tensor of its own, so that autograd keeps it as the parameter's gradient and makes no copy."""
         return self._value.detach()
 
 

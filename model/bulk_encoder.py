@@ -1,9 +1,9 @@
-"""Text to token ids for whole corpora: tiktoken's core, several times as fast as `tokenizers`, with the same ids.
+"""Text to token ids for whole corpora by tiktoken's core: the same ids as `tokenizers`, several times as fast.
 
-tiktoken has no merges, only ranks: it joins the two neighbours whose joint bytes have the lowest rank, and takes a
-piece that is a token as it stands. That equals BPE by merges for the tokens that BPE makes of their own bytes, since
-whatever stands around a token's bytes, until it is made they are merged as they would be alone. Any other token is
-never made, and stays out.
+tiktoken has no merges, only ranks: it joins the two neighbors whose joint bytes have the lowest rank, and takes a
+piece that is itself a token as it is. That equals BPE by merges for the tokens that BPE makes from their own bytes:
+whatever surrounds a token's bytes, they are merged as they would be alone until the token is made. Any other token
+is never made and is left out.
 """
 
 import json
@@ -11,7 +11,7 @@ import random
 import re
 from collections.abc import Sequence
 from itertools import groupby, takewhile
-from typing import Any, Protocol, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,16 +22,16 @@ from model.errors import UserError
 from model.tokenizer import END_OF_TEXT, Tokenizer, byte_of_character
 
 GPT2_PIECES = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-"""GPT-2's pattern of pieces that no merge crosses (encoder.py of its release); ByteLevel's own."""
+"""GPT-2's pattern of the pieces that no merge crosses (encoder.py of its release), which ByteLevel uses too."""
 
 _ESCAPE = r"\\[pP]\{(?:[A-Z][a-z]?|Han)\}|\\[sSdrnt]|\\[^\w\s<>]"
 _UNIT = re.compile(
     rf"(?P<character>{_ESCAPE}|\[\^?(?:{_ESCAPE}|(?!--)[^\\\[\]&~])+\]|[^\\\[\](){{}}^$.?*+|])"
     r"|(?P<opening>\((?:\?[:=!])?(?!\?))|\(\?i:(?![^)]*(?:s[st]|f[fil]))[^()\\^$.&~]*\)|[)|?*+]|\{\d+(?:,\d*)?\}(?!\+)"
 )
-"""One construct of a pattern, if it means the same to Oniguruma (in Ruby's syntax), which `tokenizers` runs, and to
-fancy-regex, which tiktoken runs. They differ in \\w, \\b, ^, $, {1,3}+, in sets of classes, and, ignoring case, in
-pairs such as ss, which Oniguruma finds in ß."""
+"""Matches one construct of a pattern, if it means the same to Oniguruma (in Ruby's syntax), which `tokenizers` runs,
+and to fancy-regex, which tiktoken runs. They differ in \\w, \\b, ^, $, {1,3}+, in sets of classes, and, ignoring case,
+in pairs such as ss, which Oniguruma finds in ß."""
 
 _MIXTURE = (
     "The| quick|fox| I|'m|'LL|'ſ|’s|don't|it's|ß|ﬁ|İstanbul|K|é|e\u0301| Γειά| σου|Привет| мир|سلام|\u064e|שלום|\u05b8|"
@@ -39,79 +39,66 @@ _MIXTURE = (
     " | |  |    |\t|\n|\n\n|\r\n|\u00a0|\u3000|\u2028|\u0085|\x0b|\x00|\x1b|🙂|👩\u200d👩\u200d👧|🏳️\u200d🌈|🇩🇪|"
     "\u200d|\ufeff|\ufffd|\U0010ffff"
 )
-"""What a text may hold, between bars; in any order in `_proof_texts`."""
+"""Pieces of text, separated by bars, that `_proof_texts` joins in random order."""
 
 
 class NotExpressibleError(UserError):
-    """tiktoken cannot be made to give the ids of this tokenizer; the text is the reason, a phrase."""
-
-
-class Encoder(Protocol):
-    def encode(self, text: str) -> npt.NDArray[np.uint32]:
-        """Ids (N,). Raises `TokenizerError` for a lone surrogate."""
+    """tiktoken cannot reproduce the ids of this tokenizer; the text is the reason, a phrase."""
 
 
 class PlainEncoder:
-    """`Tokenizer.encode` as an array: the truth, slowly."""
+    """`Tokenizer.encode` as an array: correct by definition, and slow."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
 
     def encode(self, text: str) -> npt.NDArray[np.uint32]:
+        """Returns ids (N,). Raises `TokenizerError` for a lone surrogate."""
         return np.array(self._tokenizer.encode(text), dtype=np.uint32)
 
 
-class BulkEncoder:
-    """The same ids from tiktoken's core. A document costs it a few times its size in memory."""
+class BulkEncoder(PlainEncoder):
+    """The same ids from tiktoken's core. A document takes a few times its size in memory."""
 
-    def __init__(self, tokenizer: Tokenizer, *, pattern: str, tokens: Sequence[bytes], ids: Sequence[int]) -> None:
-        """`tokens` by rank: the 256 bytes, then by priority. Token `rank` has the id `ids[rank]`."""
-        try:
-            self.encoding = tiktoken.Encoding(
-                "bulk",
-                pat_str=pattern,
-                mergeable_ranks={token: rank for rank, token in enumerate(tokens)},
-                # Never allowed, so its text stays text. Without any, tiktoken's search for special tokens stops at
-                # every character: 19 MB/s of English in place of 34.
-                special_tokens={END_OF_TEXT: len(tokens)},
-            )
-        except ValueError as error:
-            raise NotExpressibleError(f"tiktoken's regex engine refuses its pattern ({error})") from error
-        self._plain = PlainEncoder(tokenizer)
-        self._normalizer = tokenizer.backend.normalizer
-        self._ids = None if list(ids) == list(range(len(ids))) else np.array(ids, dtype=np.uint32)
-
-    @classmethod
-    def of(cls, tokenizer: Tokenizer) -> Self:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         """Raises `NotExpressibleError`."""
+        super().__init__(tokenizer)
         content = json.loads(tokenizer.backend.to_str())  # with the defaults filled in
         if any(not added["special"] for added in content["added_tokens"]):
             raise NotExpressibleError("it has added tokens that are not special")
         tokens = _made_tokens(content["model"])
         byte_of = byte_of_character()
-        return cls(
-            tokenizer,
-            pattern=_contiguous(_pattern(content["pre_tokenizer"])),
-            tokens=[bytes(byte_of[character] for character in token) for token in tokens],
-            ids=[content["model"]["vocab"][token] for token in tokens],
-        )
+        try:
+            self.encoding = tiktoken.Encoding(
+                "bulk",
+                pat_str=_contiguous(_pattern(content["pre_tokenizer"])),
+                mergeable_ranks={bytes(map(byte_of.__getitem__, token)): rank for rank, token in enumerate(tokens)},
+                # Never allowed, so its text stays text. Without any, tiktoken's search for special tokens stops at
+                # every character: 19 MB/s of English instead of 34.
+                special_tokens={END_OF_TEXT: len(tokens)},
+            )
+        except ValueError as error:
+            raise NotExpressibleError(f"tiktoken's regex engine refuses its pattern ({error})") from error
+        self._normalizer = tokenizer.backend.normalizer
+        ids = [content["model"]["vocab"][token] for token in tokens]
+        self._ids = None if ids == list(range(len(ids))) else np.array(ids, dtype=np.uint32)
 
     def encode(self, text: str) -> npt.NDArray[np.uint32]:
         try:
             normal = text if self._normalizer is None else self._normalizer.normalize_str(text)
             ranks = self.encoding.encode_to_numpy(normal, disallowed_special=())
-        except ValueError:  # a lone surrogate, or about a million blanks in a row: more than fancy-regex has stack for
-            return self._plain.encode(text)
+        except ValueError:  # a lone surrogate, or about a million blanks in a row: more than fancy-regex's stack holds
+            return super().encode(text)
         return ranks if self._ids is None else self._ids[ranks]
 
 
-def bulk_encoder(tokenizer: Tokenizer, *, sample: Sequence[str] = ()) -> tuple[Encoder, str | None]:
-    """A `BulkEncoder` that gave the ids of `tokenizer` for texts in many scripts, each of its tokens and the `sample`;
-    else a `PlainEncoder` and the reason, which the caller owes to the user. Takes 0.4 s for 32k ids, of which
-    `BulkEncoder.of` takes 0.15 s."""
+def bulk_encoder(tokenizer: Tokenizer, *, sample: Sequence[str] = ()) -> tuple[PlainEncoder, str | None]:
+    """Returns a `BulkEncoder` if it gives the ids of `tokenizer` for texts in many scripts, each of its tokens and the
+    `sample`; otherwise a `PlainEncoder` and the reason, which the caller reports to the user. For 32k ids this takes
+    0.4 s, of which 0.15 s make the `BulkEncoder`."""
     plain = PlainEncoder(tokenizer)
     try:
-        bulk = BulkEncoder.of(tokenizer)
+        bulk = BulkEncoder(tokenizer)
     except NotExpressibleError as error:
         return plain, str(error)
     for text in (*_proof_texts(tokenizer), *sample):
@@ -125,7 +112,7 @@ def bulk_encoder(tokenizer: Tokenizer, *, sample: Sequence[str] = ()) -> tuple[E
 
 
 def _pattern(pre_tokenizer: dict[str, Any] | None) -> str:
-    """The regex whose matches, and what lies between them, are the pieces."""
+    """Returns the regex whose matches, and the texts between them, are the pieces."""
     match pre_tokenizer:
         case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}:
             return GPT2_PIECES
@@ -141,8 +128,9 @@ def _pattern(pre_tokenizer: dict[str, Any] | None) -> str:
 
 
 def _contiguous(pattern: str) -> str:
-    """The same pieces for tiktoken. It would drop what lies between matches, so that is matched as well; and the
-    first alternatives, down to one with a look-ahead, are faster as a group: 34 MB/s of English in place of 21."""
+    """Returns the pattern that makes tiktoken give the same pieces. It drops what lies between matches, so that is
+    matched as well. The first alternatives, down to one with a look-ahead, are faster as a group: 34 MB/s of English
+    instead of 21."""
     alternatives, skeleton, depth, place = [""], "", 0, 0
     while place < len(pattern):
         unit = _UNIT.match(pattern, place)
@@ -167,7 +155,7 @@ def _contiguous(pattern: str) -> str:
 
 
 def _made_tokens(model: dict[str, Any]) -> list[str]:
-    """The tokens that BPE can make, in ByteLevel's characters: the 256 bytes, then by priority."""
+    """Returns the tokens that BPE can make, in ByteLevel's characters: the 256 bytes, then by priority."""
     for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model[option]:
             raise NotExpressibleError(f"its BPE has {option}={model[option]!r}")
@@ -175,7 +163,7 @@ def _made_tokens(model: dict[str, Any]) -> list[str]:
     if missing := [character for character in alphabet if character not in vocab]:
         raise NotExpressibleError(f"{len(missing)} of the 256 bytes are not in its vocabulary")
     bpe = models.BPE(vocab=vocab, merges=[(left, right) for left, right in model["merges"]])
-    # Vocabularies that came from tiktoken list every way to split a token, one after the other.
+    # Vocabularies converted from tiktoken list every way to split a token, one after the other.
     merged = [token for token, _ in groupby(left + right for left, right in model["merges"])]
     if len(set(merged)) < len(merged):
         raise NotExpressibleError("its merges make one token at two priorities")
@@ -187,7 +175,7 @@ def _made_tokens(model: dict[str, Any]) -> list[str]:
 
 
 def _proof_texts(tokenizer: Tokenizer) -> list[str]:
-    """Every character up to U+33FF and every 16th up to U+1FFFF, each token as a line, and a mixture."""
+    """Returns every character up to U+33FF and every 16th up to U+1FFFF, each token as a line, and a mixture."""
     characters = [*range(0x3400), *range(0x3400, 0xD800, 16), *range(0xE000, 0x20000, 16)]
     ids = sorted(tokenizer.backend.get_vocab(with_added_tokens=False).values())
     tokens = (tokenizer.decode([token_id]) for token_id in ids)

@@ -1,13 +1,13 @@
-"""The checkpoint contract: one folder, hashed, complete or absent, which Hugging Face's transformers can read.
+"""The checkpoint format: one folder, hashed, complete or absent, which Hugging Face's transformers can read.
 
     config.json                the shape, in Hugging Face's GPT-2 keys
     model.safetensors          the weights, fp32
     tokenizer.json             the vocabulary; tokenizer_config.json says how transformers loads it
     raymill.json               `Metadata`: where the weights come from
-    train_state.safetensors    optimizer moments, only while a run may go on
+    train_state.safetensors    optimizer moments, only while the run may continue
     manifest.json              size and SHA-256 of each of the above, written last
 
-The folder is written beside its place and renamed into it. No valid manifest, no checkpoint. Nothing is pickled.
+The folder is written beside its final place and renamed into it. Nothing is pickled.
 """
 
 import dataclasses
@@ -30,7 +30,6 @@ from model.checkpoint_folder import (
     Metadata,
     is_hf_folder,
     read_json,
-    read_metadata,
     verify_checkpoint,
 )
 from model.config import GPTConfig
@@ -40,31 +39,13 @@ from model.gpt import GPT
 from model.hf import build_model, config_from_hf, config_to_hf, load_hf, tokenizer_config_to_hf
 from model.tokenizer import Tokenizer, from_gpt2_files
 
-__all__ = [
-    "MANIFEST",
-    "TRAIN_STATE",
-    "CheckpointError",
-    "Metadata",
-    "NotFiniteError",
-    "is_hf_folder",
-    "load_model",
-    "load_tokenizer",
-    "parameter_hash",
-    "read_config",
-    "read_metadata",
-    "read_train_state",
-    "verify_checkpoint",
-    "write_checkpoint",
-    "write_state",
-]
-
 
 class NotFiniteError(CheckpointError):
-    """Weights or moments that are not finite: never written, as no training recovers from them."""
+    """Weights or moments are not finite. They are never written, as no training recovers from them."""
 
 
 def parameter_hash(state: Mapping[str, Tensor]) -> str:
-    """SHA-256, in hex, over the parameters in the order of their names.
+    """Returns the SHA-256, in hex, over the parameters in the order of their names.
 
     Each adds `name \\0 dtype \\0 d0,d1,… \\0` in UTF-8 (dtype as torch prints it, without `torch.`) and then its
     elements, row-major and little-endian.
@@ -81,21 +62,6 @@ def parameter_hash(state: Mapping[str, Tensor]) -> str:
 def write_checkpoint(
     folder: Path,
     *,
-    model: GPT,
-    tokenizer: Tokenizer,
-    metadata: Metadata,
-    train_state: Mapping[str, Tensor] | None,
-) -> Metadata:
-    """Writes the model's checkpoint as `write_state` does."""
-    state = model.state_dict()
-    return write_state(
-        folder, config=model.config, state=state, tokenizer=tokenizer, metadata=metadata, train_state=train_state
-    )
-
-
-def write_state(
-    folder: Path,
-    *,
     config: GPTConfig,
     state: Mapping[str, Tensor],
     tokenizer: Tokenizer,
@@ -104,8 +70,8 @@ def write_state(
 ) -> Metadata:
     """Writes the checkpoint and returns its metadata with the parameter hash set.
 
-    A crash at any point leaves `folder` absent or whole. An existing one is replaced, by two renames, between which
-    it is absent. Raises `NotFiniteError` before anything is written, and `OSError`, which leaves nothing either.
+    A crash at any point leaves `folder` absent or whole; an existing one is replaced by `move_into_place`. Raises
+    `NotFiniteError` before anything is written, and `OSError`, after which nothing is left either.
     """
     if damaged := not_finite(state) + not_finite(train_state or {}):
         raise NotFiniteError(
@@ -145,7 +111,7 @@ def write_state(
 
 
 def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, verify: bool = True) -> GPT:
-    """The model in evaluation mode. A folder that transformers saved, with no manifest, loads too, unverified.
+    """Returns the model in evaluation mode. A folder that transformers saved, without manifest, is not verified.
 
     Raises `CheckpointError` naming what is wrong, `UnsupportedModelError` for a model that `GPT` can't compute.
     """
@@ -157,9 +123,9 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, verify: bool
 
 
 def load_tokenizer(folder: Path) -> Tokenizer | None:
-    """The checkpoint's tokenizer; None where a folder that transformers saved holds none."""
-    if (folder / "tokenizer.json").exists():
-        return Tokenizer.from_file(folder / "tokenizer.json")
+    """Returns the checkpoint's tokenizer, or None where a folder that transformers saved holds none."""
+    if (path := folder / "tokenizer.json").exists():
+        return Tokenizer.from_json(path.read_bytes())
     if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
         return from_gpt2_files(folder / "vocab.json", folder / "merges.txt")
     if is_hf_folder(folder):
@@ -173,10 +139,10 @@ def read_config(folder: Path) -> GPTConfig:
 
 def read_train_state(folder: Path) -> dict[str, Tensor]:
     if not (folder / TRAIN_STATE).exists():
-        raise CheckpointError(f"checkpoint {folder} has no {TRAIN_STATE}: training can't go on from it")
+        raise CheckpointError(f"checkpoint {folder} has no {TRAIN_STATE}: training can't continue from it")
     return load_file(folder / TRAIN_STATE)
 
 
 def _json(value: Any) -> bytes:
-    # Without a newline at the end, so that JSON cut short anywhere is no JSON.
+    # No newline at the end, so that JSON cut short anywhere is not JSON.
     return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False).encode()

@@ -1,6 +1,6 @@
 """A checkpoint's folder as files: its manifest, where its weights come from, and what is wrong with it.
 
-It imports no PyTorch, so that a command can look at a checkpoint at once.
+This module does not import PyTorch, so that a command can look at a checkpoint at once.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ REQUIRED_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokeniz
 
 
 class CheckpointError(UserError):
-    """A folder that is no complete, unaltered checkpoint."""
+    """The folder is not a complete, unaltered checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,24 +28,24 @@ class Metadata:
     run_id: str
     step: int
     tokens_seen: int
-    data_manifest_hash: str | None  # of the token store; None while that was still being written
+    data_manifest_hash: str | None  # of the token store; None while the store was still being written
     code_version: str
-    data_identity: str | None = None  # of the token store as well, and known from its start
-    generation: int = 0  # of the attempt that wrote it: a later one has a higher number
-    guard: dict[str, Any] | None = None  # what the training's guard remembers; see jobs/training/guards.py
+    data_identity: str | None = None  # of the token store, known from its start
+    generation: int = 0  # of the attempt that wrote it: a later attempt has a higher number
+    guard: dict[str, Any] | None = None  # the memory of the training's guard; see jobs/training/guards.py
     parameter_hash: str | None = None  # set by write_checkpoint
     val_loss: float | None = None  # nats per token
     val_bits_per_byte: float | None = None
-    precision: str | None = None  # that the run computed in, fp32 or bf16
+    precision: str | None = None  # of the run's computations, fp32 or bf16
 
 
 def verify_checkpoint(folder: Path, *, to_train: bool = True) -> list[str]:
-    """What is wrong with the checkpoint, one sentence a problem, each naming its file. Empty means valid.
+    """Returns what is wrong with the checkpoint, a sentence for each problem, naming its file. Empty means valid.
 
-    Without `to_train` the training state may be missing, as in a copy that is only to compute.
+    Without `to_train` the training state may be missing, as in a copy that only computes.
     """
     if not folder.is_dir():
-        return [f"{folder} is no folder"]
+        return [f"{folder} is not a folder"]
     try:
         files = _manifest_files(folder)
     except CheckpointError as error:
@@ -54,9 +54,8 @@ def verify_checkpoint(folder: Path, *, to_train: bool = True) -> list[str]:
     for name, expected in files.items():
         path = folder / name
         if not path.is_file():
-            if name == TRAIN_STATE and not to_train:
-                continue
-            problems.append(f"{name} is missing")
+            if name != TRAIN_STATE or to_train:
+                problems.append(f"{name} is missing")
         elif (size := path.stat().st_size) != expected["size"]:
             problems.append(f"{name} has {size} bytes, {MANIFEST} says {expected['size']}")
         elif (found := fingerprint(path)["sha256"]) != expected["sha256"]:
@@ -65,7 +64,7 @@ def verify_checkpoint(folder: Path, *, to_train: bool = True) -> list[str]:
 
 
 def fingerprint(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file as it is on disk."""
+    """Returns the size and the SHA-256 of a file as it is on disk."""
     with path.open("rb") as file:
         return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
@@ -75,7 +74,7 @@ def read_metadata(folder: Path) -> Metadata:
 
 
 def is_hf_folder(folder: Path) -> bool:
-    """Whether transformers saved it. With raymill.json and without a manifest it is a torn checkpoint instead."""
+    """Tells whether transformers saved it. With raymill.json but no manifest it is a torn checkpoint instead."""
     return (folder / "config.json").exists() and not any(
         (folder / name).exists() for name in (MANIFEST, "raymill.json")
     )

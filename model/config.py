@@ -1,4 +1,4 @@
-"""The shape of a GPT-2 style decoder: its fields in GPT-2's own words, its presets, its parameters and operations."""
+"""The shape of a GPT-2 style decoder, in GPT-2's own terms, its presets, and counts of parameters and operations."""
 
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
@@ -9,20 +9,16 @@ Activation = Literal["gelu", "gelu_exact", "relu"]
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """Shape of the decoder. Raises `ValueError` with the numbers when the fields do not fit together."""
+    """The shape of the decoder. Raises `ValueError` with the numbers when the fields do not fit together."""
 
     vocab_size: int = field(default=50257, metadata={"help": "number of token ids; a run takes it from its tokenizer"})
     n_positions: int = field(default=1024, metadata={"help": "context length in tokens"})
     n_layer: int = field(default=12, metadata={"help": "number of transformer blocks"})
     n_head: int = field(default=12, metadata={"help": "attention heads per block; divides n_embd"})
     n_embd: int = field(default=768, metadata={"help": "width of the residual stream"})
-    n_inner: int | None = field(
-        default=None, metadata={"help": "width of the feed-forward layer; 4 x n_embd when unset"}
-    )
+    n_inner: int | None = field(default=None, metadata={"help": "feed-forward width; 4 x n_embd when unset"})
     activation_function: Activation = field(default="gelu", metadata={"help": "feed-forward activation"})
-    tie_word_embeddings: bool = field(
-        default=True, metadata={"help": "output head shares the token embedding's weights"}
-    )
+    tie_word_embeddings: bool = field(default=True, metadata={"help": "output head is the token embedding"})
     dropout: float = field(default=0.0, metadata={"help": "dropout probability in training, 0 <= p < 1"})
     layer_norm_epsilon: float = field(default=1e-5, metadata={"help": "epsilon inside the LayerNorms"})
     initializer_range: float = field(default=0.02, metadata={"help": "standard deviation of the initial weights"})
@@ -32,15 +28,9 @@ class GPTConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         if self.n_embd % self.n_head:
-            raise ValueError(
-                f"n_head={self.n_head} does not divide n_embd={self.n_embd}; "
-                f"choose a head count among the divisors of {self.n_embd}"
-            )
-        if self.activation_function not in get_args(Activation):
-            raise ValueError(
-                f"activation_function is {self.activation_function!r}, "
-                f"expected one of {', '.join(get_args(Activation))}"
-            )
+            raise ValueError(f"n_head={self.n_head} does not divide n_embd={self.n_embd}; choose one of its divisors")
+        if self.activation_function not in (known := get_args(Activation)):
+            raise ValueError(f"activation_function is {self.activation_function!r}, expected one of {', '.join(known)}")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout is {self.dropout}, expected 0 <= p < 1")
 
@@ -54,7 +44,7 @@ class GPTConfig:
 
 
 def num_parameters(config: GPTConfig) -> int:
-    """Trainable parameters, token and position embeddings included, a tied head counted once."""
+    """Returns the number of trainable parameters, embeddings included, a tied head counted once."""
     c, h = config.n_embd, config.ffn_width
     block = 2 * 2 * c + (3 * c * c + 3 * c) + (c * c + c) + (c * h + h) + (h * c + c)
     head = 0 if config.tie_word_embeddings else config.vocab_size * c
@@ -85,12 +75,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def resolve_preset(values: dict[str, Any]) -> GPTConfig:
-    """A `GPTConfig` from its fields and an optional `preset` whose fields they override."""
+    """Returns a `GPTConfig` from its fields and an optional `preset` whose fields they override."""
     return GPTConfig(**preset_fields(values))
 
 
 def preset_fields(values: dict[str, Any]) -> dict[str, Any]:
-    """The fields in `values` over those of its `preset`. Raises `ValueError` for an unknown preset or field."""
+    """Returns the fields in `values` over those of its `preset`. Raises `ValueError` for an unknown one."""
     values = dict(values)
     preset = values.pop("preset", None)
     if preset is not None and preset not in PRESETS:
@@ -103,8 +93,8 @@ def preset_fields(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def flops_per_token(config: GPTConfig, seq_len: int) -> int:
-    """Forward and backward: 6 for each parameter that multiplies, and 12 x layers x width x seq_len for the scores and
-    their use (PaLM, 2022, appendix B, which like this one does not discount the causal half).
+    """Counts forward and backward: 6 for each parameter that multiplies, and 12 x layers x width x seq_len for the
+    attention scores and their use (PaLM, 2022, appendix B, which does not discount the causal half either).
 
     Position embeddings, and token embeddings beside an untied head, are looked up, not multiplied.
     """

@@ -1,4 +1,4 @@
-"""Files that are hashed as they are written, so a manifest vouches for what was meant and not for what a disk kept."""
+"""Files hashed as they are written, so that a manifest vouches for what was meant, not for what a disk kept."""
 
 import hashlib
 import json
@@ -15,21 +15,13 @@ from torch import Tensor
 from model.failpoints import failpoint
 
 _PIECE_BYTES = 8 << 20
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-}
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64"}
 
 
 def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, Any]:
-    """Writes and syncs the file; returns its size and SHA-256 as a manifest lists them. Raises `OSError`.
+    """Writes and syncs the file, and returns its size and SHA-256 as a manifest lists them. Raises `OSError`.
 
-    The pieces are large, so a thread that writes leaves the interpreter to the others nearly all of the time.
+    The pieces are large, so a thread that writes leaves the interpreter to the others nearly all the time.
     """
     failpoint("before_file")
     digest, size = hashlib.sha256(), 0
@@ -47,9 +39,9 @@ def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, An
 
 
 def safetensors_pieces(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """A file in the safetensors format, version 0.8's layout: the header, then the widest types first, by name.
+    """Yields a safetensors file in version 0.8's layout: the header, then the widest types first, by name.
 
-    Tensors on the CPU are written from where they lie: they must not change meanwhile.
+    Tensors on the CPU are written from where they are: they must not change meanwhile.
     """
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -57,32 +49,29 @@ def safetensors_pieces(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memory
     for name in names:
         tensor = tensors[name]
         start, end = end, end + tensor.numel() * tensor.element_size()
-        entry = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-        header[name] = entry
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     yield len(encoded).to_bytes(8, "little") + encoded
     for name in names:
-        content = _bytes(tensors[name])
+        content = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
         for start in range(0, len(content), _PIECE_BYTES):
             yield content[start : start + _PIECE_BYTES]
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The tensors that hold a NaN or an infinity."""
-    # numpy, as torch would compute this with threads of its own beside the training's.
-    return [
-        name
-        for name, tensor in tensors.items()
-        if tensor.is_floating_point()
-        and not all(
-            np.isfinite(part.numpy()).all() for part in tensor.detach().cpu().float().reshape(-1).split(1 << 20)
-        )
-    ]
+    """Returns the names of the tensors that hold a NaN or an infinity."""
+
+    def is_finite(tensor: Tensor) -> bool:
+        # By numpy, as torch would use threads of its own beside the training's.
+        parts = tensor.detach().cpu().float().reshape(-1).split(1 << 20)
+        return all(np.isfinite(part.numpy()).all() for part in parts)
+
+    return [name for name, tensor in tensors.items() if tensor.is_floating_point() and not is_finite(tensor)]
 
 
 def sync(path: Path) -> None:
-    """Until its fsync a file's, or a folder's, content may be lost by a crash of the machine."""
+    """Flushes a file's or a folder's content to disk, which a crash of the machine may lose before."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -91,7 +80,7 @@ def sync(path: Path) -> None:
 
 
 def move_into_place(source: Path, folder: Path) -> None:
-    """Renames a complete folder. An existing one is replaced, by two renames, between which it is absent."""
+    """Renames a complete folder. An existing one is replaced by two renames, and is absent between them."""
     replaced = folder.with_name(f".{folder.name}.replaced")
     if folder.exists():
         shutil.rmtree(replaced, ignore_errors=True)
@@ -101,7 +90,3 @@ def move_into_place(source: Path, folder: Path) -> None:
     failpoint("after_rename")
     sync(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

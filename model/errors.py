@@ -2,8 +2,8 @@
 
 
 class UserError(Exception):
-    """Something that the user can mend. The text says what was wrong, what was expected, and what to do."""
+    """The user can fix this. The text says what was wrong, what was expected, and what to do."""
 
     def __str__(self) -> str:
-        # A file's name may hold line ends, control sequences of terminals, and bytes that are no text at all.
+        # A file's name may hold line ends, terminal control sequences, and bytes that are not text.
         return "".join(char if char.isprintable() else repr(char)[1:-1] for char in super().__str__())

@@ -1,6 +1,6 @@
 """Named places where a test may stop the process: RAYMILL_FAILPOINT=NAME:NTH:exit|sleep|raise.
 
-The NTH time that the process comes by the place, it dies as by SIGKILL, sleeps for good, or gets an `OSError`.
+The NTH time the process passes the place, it dies as if by SIGKILL, sleeps forever, or gets an `OSError`.
 """
 
 import os
@@ -8,20 +8,6 @@ import threading
 import time
 
 VARIABLE = "RAYMILL_FAILPOINT"
-FAILPOINTS = (
-    "after_lease",
-    "before_file",
-    "mid_file",
-    "after_file",
-    "before_fsync",
-    "before_manifest",
-    "mid_manifest",
-    "after_manifest",
-    "before_rename",
-    "after_rename",
-    "before_upload_complete",
-    "mid_delete",
-)
 
 _counting = threading.Lock()
 _passed: dict[str, int] = {}

@@ -1,9 +1,8 @@
 """GPT-2 in one file, in order of composition: projection, attention, feed-forward, block, decoder, loss.
 
-Shapes: B sequences, T tokens of each, C = n_embd, H heads of width D = C / H, V vocabulary, N = B x T,
-S slots of the KV cache, P cached positions.
+Shapes: B sequences, T tokens of each, C = n_embd, H heads of width D = C / H, V vocabulary, N = B x T.
 
-Parameters are named and laid out as Hugging Face's GPT2LMHeadModel stores them, so a checkpoint is one as it is.
+Parameters have the names and the layout of Hugging Face's GPT2LMHeadModel, so that a checkpoint needs no conversion.
 """
 
 import math
@@ -15,25 +14,24 @@ from torch import Tensor, nn
 from model.autograd_ops import affine, cross_entropy, embed
 from model.config import GPTConfig
 from model.kv_cache import Cache, Window
-from model.shapes import DEFAULT_CHUNK_TOKENS
+from model.shapes import CHUNK_TOKENS
 
 
 def document_mask(token_ids: Tensor, *, eot_id: int) -> tuple[Tensor, Tensor]:
-    """Of token_ids (B, T): positions (B, T), which restart at 0 at each end-of-text token, and the attention mask
-    (B, 1, T, T), true where a token sees another: in its own document, up to itself.
+    """Returns positions (B, T) for token_ids (B, T), which restart at 0 at each end-of-text token, and the attention
+    mask (B, 1, T, T), true where a token sees another: in its own document, up to itself.
 
     An end-of-text token is the last target of its document and the first input of the next one: a document's first
-    token is predicted from it alone, as when text is generated without a prompt. What a row starts with, up to its
-    first end-of-text token, is the rest of a document.
+    token is predicted from it alone, as in text generated without a prompt. A row may start in a document's middle.
     """
     places = torch.arange(token_ids.shape[1], device=token_ids.device)  # (T,)
-    starts = torch.where(token_ids == eot_id, places, 0).cummax(dim=1).values  # (B, T), of each token's document
+    starts = torch.where(token_ids == eot_id, places, 0).cummax(dim=1).values  # (B, T), where its document starts
     same = starts[:, :, None] == starts[:, None, :]  # (B, T, T)
     return places - starts, (same & (places <= places[:, None]))[:, None]
 
 
 class Projection(nn.Module):
-    """Affine map whose weight is stored (in, out), GPT-2's own layout (`Conv1D` in Hugging Face)."""
+    """An affine map whose weight is stored (in, out), GPT-2's own layout (`Conv1D` in Hugging Face)."""
 
     def __init__(self, num_in: int, num_out: int) -> None:
         super().__init__()
@@ -105,7 +103,7 @@ class Block(nn.Module):
 
 
 def embedding(num_rows: int, width: int) -> nn.Embedding:
-    """Uninitialised; nn.Embedding's own constructor would draw random numbers."""
+    """Returns an uninitialized embedding; nn.Embedding's own constructor would draw random numbers."""
     return nn.Embedding.from_pretrained(torch.empty(num_rows, width), freeze=False)
 
 
@@ -128,7 +126,7 @@ class Transformer(nn.Module):
 
 
 class GPT(nn.Module):
-    """The decoder. Its weights are uninitialised memory until `init_weights` or `load_state_dict`."""
+    """The decoder. Its weights are uninitialized memory until `init_weights` or `load_state_dict`."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -139,13 +137,13 @@ class GPT(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """(V, C): the token embedding itself when tied."""
+        """The output head's weight (V, C), which is the token embedding itself when tied."""
         return (self.transformer.wte if self.config.tie_word_embeddings else self.lm_head).weight
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """GPT-2's initialisation: normal weights, zero biases, and the projections that end in the residual stream
-        scaled by 1 / sqrt(2 x n_layer). The random numbers are drawn on the CPU, so a seed means the same anywhere."""
+        """Draws GPT-2's initial weights: normal, biases zero, and the projections that end in the residual stream
+        scaled by 1 / sqrt(2 x n_layer). The random numbers come from the CPU, so a seed means the same anywhere."""
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if name.endswith(".bias"):
@@ -163,54 +161,41 @@ class GPT(nn.Module):
         token_ids: Tensor,
         *,
         kv_cache: Cache | None = None,
-        slots: Tensor | None = None,
         positions: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states (B, T, C) after the final LayerNorm, from token_ids (B, T).
+        """Returns hidden states (B, T, C) after the final LayerNorm, from token_ids (B, T).
 
         Without a cache each row attends to itself, causally or where `mask` (B, 1, T, T) is true; `positions` then
-        defaults to 0 … T-1. With one, the keys and
-        values of row b are written at `positions[b]` of `slots[b]`, and its tokens attend to all positions of that
-        slot up to their own: rows of different lengths decode together. A row padded on the right is harmless,
-        as what its padding writes is overwritten before any position may see it.
+        defaults to 0 … T-1. With a cache, the keys and values of the tokens are written at `positions` (B, T), and
+        each token attends to all positions of its sequence up to its own.
         """
         if positions is None:
             positions = torch.arange(token_ids.shape[1], device=token_ids.device).expand_as(token_ids)
         window = None
         if kv_cache is not None:
-            assert slots is not None and mask is None, "a KV cache needs the slot of each row, and masks by itself"
-            window = kv_cache.window(slots, positions)
+            assert mask is None, "a KV cache makes its own mask"
+            window = kv_cache.window(positions)
         return self.transformer(token_ids, positions, window, mask)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., V), at least fp32, from hidden (..., C)."""
+        """Returns logits (..., V), at least fp32, from hidden (..., C)."""
         logits = F.linear(hidden, self.head_weight)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-    def loss(
-        self,
-        token_ids: Tensor,
-        targets: Tensor,
-        *,
-        eot_id: int | None = None,
-        chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
-    ) -> Tensor:
-        """Summed cross-entropy (scalar, at least fp32) of targets (B, T); IGNORE_INDEX is not counted.
+    def loss(self, token_ids: Tensor, targets: Tensor, *, eot_id: int | None = None) -> Tensor:
+        """Returns the summed cross-entropy (a scalar, at least fp32) of targets (B, T); IGNORE_INDEX is not counted.
 
         With `eot_id` the documents in a row see nothing of each other.
         """
-        return self.loss_of(self.hidden(token_ids, eot_id=eot_id), targets, chunk_tokens=chunk_tokens)
+        return self.loss_of(self.hidden(token_ids, eot_id=eot_id), targets)
 
     def hidden(self, token_ids: Tensor, *, eot_id: int | None = None) -> Tensor:
-        """The first half of `loss`: hidden states (B, T, C)."""
+        """Returns the first half of `loss`, hidden states (B, T, C)."""
         positions, mask = (None, None) if eot_id is None else document_mask(token_ids, eot_id=eot_id)
         return self.forward(token_ids, positions=positions, mask=mask)
 
-    def loss_of(
-        self, hidden: Tensor, targets: Tensor, *, scale: float = 1.0, chunk_tokens: int = DEFAULT_CHUNK_TOKENS
-    ) -> Tensor:
-        """The second half of `loss`, times `scale`, from hidden (B, T, C) and targets (B, T)."""
-        return cross_entropy(
-            hidden.flatten(0, 1), self.head_weight, targets.flatten(), scale=scale, chunk_tokens=chunk_tokens
-        )
+    def loss_of(self, hidden: Tensor, targets: Tensor, *, scale: float = 1.0) -> Tensor:
+        """Returns the second half of `loss`, times `scale`, from hidden (B, T, C) and targets (B, T)."""
+        rows, labels = hidden.flatten(0, 1), targets.flatten()  # (N, C), (N,)
+        return cross_entropy(rows, self.head_weight, labels, scale=scale, chunk_tokens=CHUNK_TOKENS)

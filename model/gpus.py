@@ -1,4 +1,4 @@
-"""Known GPUs: what they compute at most, hold and pass on, and what an hour of one is assumed to cost."""
+"""Known GPUs: their peak, memory and links, and what an hour of one is assumed to cost."""
 
 import re
 from dataclasses import dataclass
@@ -8,28 +8,21 @@ from model.processor import Precision
 
 @dataclass(frozen=True)
 class Gpu:
-    """One kind, by NVIDIA's data sheets. 1 GB is 1e9 bytes; link speeds are those of one direction."""
+    """A GPU by NVIDIA's data sheets. 1 GB is 1e9 bytes; link speeds are those of one direction.
 
-    device_name: str
-    """Whole words of `torch.cuda.get_device_name()`."""
+    The peak is that of dense 16-bit matrices, without the sheets' factor 2 for sparsity: bf16, or fp16 on V100 and T4,
+    which have no bf16. The network speed is a GPU's share of the links between usual servers of eight (DGX A100
+    200 Gbit/s for each GPU, DGX H100 400; 12.5 for PCIe cards, an assumption). The price, in dollars on demand, is an
+    assumption too: a round number in the range that clouds asked in 2024 and 2025.
+    """
 
+    device_name: str  # whole words of `torch.cuda.get_device_name()`
     peak_flops_per_s: float
-    """Dense 16-bit matrix peak, without the sheets' factor 2 for sparsity: bf16, and fp16 of V100 and T4, which have
-    no bf16."""
-
     memory_bytes: float
-    link_bytes_per_s: float
-    """Between the GPUs of a node: NVLink, or PCIe where there is none."""
-
-    host_bytes_per_s: float
-    """To the memory of its node, by PCIe."""
-
+    link_bytes_per_s: float  # between the GPUs of a node: NVLink, or PCIe where there is none
+    host_bytes_per_s: float  # to the memory of its node, by PCIe
     network_bytes_per_s: float
-    """Its share of the links between nodes: what the usual servers of eight have (DGX A100 200 Gbit/s for each GPU, DGX
-    H100 400; 12.5 for PCIe cards, an assumption)."""
-
     price_per_hour: float
-    """An assumption: dollars on demand, a round number of the order that clouds asked in 2024 and 2025."""
 
     @property
     def fast_precision(self) -> Precision:
@@ -38,7 +31,7 @@ class Gpu:
 
 _GB, _TF, _GBIT = 1e9, 1e12, 1e9 / 8
 
-# By the name that a user gives.
+# By the name that users type.
 GPUS: dict[str, Gpu] = {
     "h100-pcie": Gpu("H100 PCIe", 756 * _TF, 80 * _GB, 64 * _GB, 64 * _GB, 100 * _GBIT, 2.5),
     "h100-nvl": Gpu("H100 NVL", 835 * _TF, 94 * _GB, 300 * _GB, 64 * _GB, 100 * _GBIT, 2.8),
@@ -57,13 +50,12 @@ GPUS: dict[str, Gpu] = {
     "rtx-3090": Gpu("RTX 3090", 71 * _TF, 24 * _GB, 32 * _GB, 32 * _GB, 12.5 * _GBIT, 0.3),
 }
 
-
 _VARIANT = re.compile(r"\b(MIG|Laptop|Max-Q|SUPER|Ti|D|NVL)\b")
-"""Beside a name of the table they make it another GPU, or a part of one, of another peak."""
+"""Words that turn a name of the table into another GPU, or a part of one, with another peak."""
 
 
 def gpu_of(device_name: str) -> Gpu | None:
-    """Returns the GPU of that name; None for one that is not in the table, as a guess would make false figures."""
+    """Returns the GPU of that name, or None if it is not in the table: a guess would make false figures."""
     for gpu in GPUS.values():
         rest, found = re.subn(rf"(?<!\w){re.escape(gpu.device_name)}(?!\w)", "", device_name)
         if found and not _VARIANT.search(rest):

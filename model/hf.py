@@ -1,6 +1,6 @@
 """Hugging Face's GPT-2 format: its config.json to and from `GPTConfig`, and loading a folder that transformers saved.
 
-Writing needs nothing here but the config: a checkpoint's weights already have Hugging Face's names and layout.
+For writing, the config is all: a checkpoint's weights already have Hugging Face's names and layout.
 """
 
 import json
@@ -17,6 +17,9 @@ from model.errors import UserError
 from model.gpt import GPT
 from model.tokenizer import END_OF_TEXT
 
+_SIZES = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd", "n_inner")
+_SAME_NAMES = (*_SIZES, "tie_word_embeddings", "layer_norm_epsilon", "initializer_range")
+
 # `gelu_new` and `gelu_pytorch_tanh` are two names of one formula.
 ACTIVATION_FROM_HF: dict[str, Activation] = {
     "gelu_new": "gelu",
@@ -26,7 +29,7 @@ ACTIVATION_FROM_HF: dict[str, Activation] = {
 }
 ACTIVATION_TO_HF: dict[Activation, str] = {"gelu": "gelu_new", "gelu_exact": "gelu", "relu": "relu"}
 
-# Settings that change what the network computes and that `GPT` does not have: the only value it can take.
+# Settings that change what the network computes and that `GPT` does not have, with the only value that fits it.
 FIXED_SETTINGS: dict[str, Any] = {
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
@@ -35,20 +38,15 @@ FIXED_SETTINGS: dict[str, Any] = {
 
 
 class UnsupportedModelError(UserError):
-    """A Hugging Face folder that is no GPT-2 this package can compute exactly."""
+    """A Hugging Face folder holds no GPT-2 that this package can compute exactly."""
 
 
 def config_to_hf(config: GPTConfig, *, eot_id: int) -> dict[str, Any]:
-    """The content of config.json."""
+    """Returns the content of config.json."""
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
-        "vocab_size": config.vocab_size,
-        "n_positions": config.n_positions,
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
-        "n_embd": config.n_embd,
-        "n_inner": config.n_inner,
+        **{name: getattr(config, name) for name in _SIZES},
         "activation_function": ACTIVATION_TO_HF[config.activation_function],
         "tie_word_embeddings": config.tie_word_embeddings,
         "resid_pdrop": config.dropout,
@@ -64,7 +62,7 @@ def config_to_hf(config: GPTConfig, *, eot_id: int) -> dict[str, Any]:
 
 
 def tokenizer_config_to_hf(config: GPTConfig) -> dict[str, Any]:
-    """The content of tokenizer_config.json: use tokenizer.json as it is, normalizer included."""
+    """Returns the content of tokenizer_config.json: use tokenizer.json as it is, normalizer included."""
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": config.n_positions,
@@ -75,8 +73,8 @@ def tokenizer_config_to_hf(config: GPTConfig) -> dict[str, Any]:
 
 
 def config_from_hf(values: dict[str, Any]) -> GPTConfig:
-    """`GPTConfig` of a config.json. Keys that it lacks have GPT-2's defaults there as here, dropout excepted: there
-    are three there and 0.1 by default, and the one here is `resid_pdrop`, which only further training would use.
+    """Returns the `GPTConfig` of a config.json. Missing keys have GPT-2's defaults on both sides, except dropout: there
+    it is three settings, 0.1 by default; ours is `resid_pdrop`, which only further training would use.
 
     Raises `UnsupportedModelError`, naming the setting, where `GPT` would compute something else.
     """
@@ -92,22 +90,18 @@ def config_from_hf(values: dict[str, Any]) -> GPTConfig:
         raise UnsupportedModelError(
             f"config.json: activation_function is {activation!r}, expected one of {', '.join(ACTIVATION_FROM_HF)}"
         )
-    same_name = (
-        *("vocab_size", "n_positions", "n_layer", "n_head", "n_embd", "n_inner"),
-        *("tie_word_embeddings", "layer_norm_epsilon", "initializer_range"),
-    )
     try:
         return GPTConfig(
             activation_function=ACTIVATION_FROM_HF[activation],
             dropout=values.get("resid_pdrop", 0.1),
-            **{name: values[name] for name in same_name if name in values},
+            **{name: values[name] for name in _SAME_NAMES if name in values},
         )
     except ValueError as error:
         raise UnsupportedModelError(f"config.json: {error}") from error
 
 
 def load_hf(folder: Path) -> GPT:
-    """The model of a folder that `save_pretrained` wrote, in evaluation mode and in the dtype it was stored in.
+    """Returns the model of a folder that `save_pretrained` wrote, in evaluation mode and in the stored dtype.
 
     Raises `UnsupportedModelError` for another architecture, pickled weights, missing or unexpected parameters.
     """
@@ -120,10 +114,10 @@ def load_hf(folder: Path) -> GPT:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of model.safetensors, or of the shards that its index names."""
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").exists():
-        return load_file(folder / "model.safetensors")
+    """Returns every tensor of model.safetensors, or of the shards that its index names."""
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.exists():
+        return load_file(whole)
     if index.exists():
         shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         return {name: tensor for shard in shards for name, tensor in load_file(folder / shard).items()}
@@ -136,8 +130,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def normalize_names(weights: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
-    """The weights under `GPT`'s names: older files lack the prefix `transformer.`, store the causal mask as a buffer
-    (`attn.bias`, `attn.masked_bias`), and repeat a tied head."""
+    """Returns the weights under `GPT`'s names: older files lack the prefix `transformer.`, store the causal mask as a
+    buffer (`attn.bias`, `attn.masked_bias`), and repeat a tied head."""
     named = {
         name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}": tensor
         for name, tensor in weights.items()
@@ -154,7 +148,7 @@ def normalize_names(weights: dict[str, Tensor], config: GPTConfig) -> dict[str, 
 
 
 def build_model(config: GPTConfig, weights: dict[str, Tensor], *, source: Path) -> GPT:
-    """A `GPT` that takes over the tensors themselves, so that they are in memory only once."""
+    """Returns a `GPT` that adopts the tensors themselves, so that they are in memory only once."""
     with torch.device("meta"):
         model = GPT(config)
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -166,5 +160,5 @@ def build_model(config: GPTConfig, weights: dict[str, Tensor], *, source: Path) 
                 f"config.json makes it {expected.get(name, 'none (it is unknown)')}"
             )
     model.load_state_dict(weights, assign=True)
-    # Adopted tensors need no gradient; a parameter of the model does.
+    # Adopted tensors require no gradient; a parameter of the model does.
     return model.requires_grad_(True).eval()

@@ -1,13 +1,6 @@
-"""What AdamW is told: which parameters decay, and the learning rate as a function of tokens seen."""
+"""The learning rate, as a function of tokens seen: neither a resize nor another batch size moves it."""
 
 import math
-
-from model.gpt import GPT
-
-
-def decay_parameter_names(model: GPT) -> set[str]:
-    """Matrices and embeddings decay; biases and LayerNorms, which are vectors, do not (GPT-3, appendix B)."""
-    return {name for name, parameter in model.named_parameters() if parameter.dim() >= 2}
 
 
 def learning_rate(
@@ -19,11 +12,11 @@ def learning_rate(
     min_ratio: float,
     cooldown_tokens: int | None = None,
 ) -> float:
-    """Linear from 0 to `peak` over `warmup_tokens`, cosine to `min_ratio` x `peak` at `decay_tokens`, then flat.
+    """Rises linearly from 0 to `peak` over `warmup_tokens`, follows a cosine to `min_ratio` x `peak` at `decay_tokens`,
+    and stays there.
 
-    With `cooldown_tokens` it stays at the peak instead and falls linearly over the last so many before `decay_tokens`
-    (warmup-stable-decay; Hu et al., 2024, arXiv 2404.06395), or as many as the warm-up leaves.
-    Of tokens, not steps, so neither a resize nor another batch size moves it.
+    With `cooldown_tokens` it stays at the peak instead, and falls linearly over that many tokens, or those that the
+    warm-up leaves, before `decay_tokens` (warmup-stable-decay; Hu et al., 2024, arXiv 2404.06395).
     """
     if tokens_seen < warmup_tokens:
         return peak * tokens_seen / warmup_tokens

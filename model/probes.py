@@ -1,9 +1,8 @@
-"""Small tasks in context: whether a model goes on as what stands before in its context says, and not as its weights do.
+"""Small tasks in context: they show whether a model continues from its context rather than from its weights.
 
-All tokens are random ids, so that nothing that was learned by heart helps. B sequences, T tokens of each, V vocabulary.
+All tokens are random ids, so that nothing learned by heart helps. B sequences, T tokens of each, V vocabulary.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,36 +17,35 @@ _NUM_KEYS = 4  # of the few-shot task
 
 @dataclass(frozen=True)
 class Task:
-    """Token ids (B, T), and at which of them (T,) the model is asked; `chance` is a guesser's accuracy."""
+    """Token ids (B, T), and which of them (T,) the model is asked for."""
 
     ids: Tensor
     asked: Tensor
-    chance: float
 
 
 def copy(vocab_size: int, length: int, generator: torch.Generator) -> Task:
-    """A sequence twice: the second time, every token can be copied from its place in the first."""
+    """Repeats a sequence: the second time, every token can be copied from the first."""
     half = length // 2
     first = torch.randint(vocab_size, (_NUM_SEQUENCES, half), generator=generator)
     asked = torch.zeros(2 * half, dtype=torch.bool)
     asked[half + 1 :] = True
-    return Task(torch.cat([first, first], dim=1), asked, 1 / vocab_size)
+    return Task(torch.cat([first, first], dim=1), asked)
 
 
 def induction(vocab_size: int, length: int, generator: torch.Generator) -> Task:
-    """Random tokens, then one that occurred before: what follows it is what followed then (Olsson et al., 2022)."""
+    """Ends random tokens with one that occurred before: what followed it then follows again (Olsson et al., 2022)."""
     ids = torch.randint(vocab_size, (_NUM_SEQUENCES, length), generator=generator)
     places = torch.randint(1, length - 3, (_NUM_SEQUENCES,), generator=generator)
     rows = torch.arange(_NUM_SEQUENCES)
     ids[:, -2], ids[:, -1] = ids[rows, places], ids[rows, places + 1]
     asked = torch.zeros(length, dtype=torch.bool)
     asked[-1] = True
-    return Task(ids, asked, 1 / vocab_size)
+    return Task(ids, asked)
 
 
 def few_shot(vocab_size: int, length: int, generator: torch.Generator) -> Task:
-    """Pairs of a key and its value, the same few keys again and again in another order: asked are values of keys that
-    had their turn. To name any of the values is a guess of one in `_NUM_KEYS`."""
+    """Lists pairs of a key and its value, the same few keys over and over in changing order, and asks for the values
+    of keys that occurred before. A guess among the values is right once in `_NUM_KEYS` times."""
     num_turns = length // (2 * _NUM_KEYS)
     pairs = torch.stack(
         [torch.randperm(vocab_size, generator=generator)[: 2 * _NUM_KEYS] for _ in range(_NUM_SEQUENCES)]
@@ -58,19 +56,15 @@ def few_shot(vocab_size: int, length: int, generator: torch.Generator) -> Task:
     ]
     asked = torch.zeros(num_turns * 2 * _NUM_KEYS, dtype=torch.bool)
     asked[2 * _NUM_KEYS + 1 :: 2] = True
-    return Task(torch.cat(turns, dim=1), asked, 1 / _NUM_KEYS)
+    return Task(torch.cat(turns, dim=1), asked)
 
 
-TASKS: dict[str, Callable[[int, int, torch.Generator], Task]] = {
-    "copy": copy,
-    "induction": induction,
-    "few-shot": few_shot,
-}
+TASKS = {"copy": copy, "induction": induction, "few-shot": few_shot}
 
 
 @torch.inference_mode()
 def accuracy(model: GPT, task: Task) -> float:
-    """Share of the asked tokens that the model finds the likeliest."""
+    """Returns the share of the asked tokens that the model finds likeliest."""
     hidden = model.forward(task.ids[:, :-1])  # (B, T - 1, C)
     asked = task.asked[1:]
     found = model.logits(hidden[:, asked]).argmax(-1)  # (B, asked)
@@ -78,7 +72,7 @@ def accuracy(model: GPT, task: Task) -> float:
 
 
 def probe(model: GPT, *, seq_len: int, seed: int = 0) -> dict[str, float]:
-    """Accuracy by task, on sequences of at most `seq_len` tokens, the longest that the model was trained on."""
+    """Returns the accuracy by task, on sequences of at most `seq_len` tokens, the longest the model was trained on."""
     length = min(seq_len, _MAX_TOKENS)
     return {
         name: accuracy(model, task(model.config.vocab_size, length, torch.Generator().manual_seed(seed)))

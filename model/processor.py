@@ -1,6 +1,6 @@
-"""What a processor computes at speed: bf16 on GPUs from Ampere on and on CPUs with bf16 products, fp32 on all others.
+"""The precision a processor computes at speed: bf16 on GPUs from Ampere on and CPUs with bf16 products, else fp32.
 
-Others emulate bf16: on a CPU with AVX2 alone, training in bf16 took eleven times as long as in fp32.
+All others emulate bf16: on a CPU with AVX2 only, training in bf16 took eleven times as long as in fp32.
 """
 
 import os
@@ -14,15 +14,16 @@ Precision = Literal["fp32", "bf16"]
 Device = Literal["cpu", "cuda"]
 
 _BF16_FEATURES = frozenset(("avx512_bf16", "amx_bf16", "bf16"))
-"""As Linux names them in /proc/cpuinfo; the last one is Arm's."""
+"""Linux's names in /proc/cpuinfo; the last one is Arm's."""
 
 _AMPERE = (8, 0)  # the first CUDA capability with bf16 products
 
-# Environment variables by which a user holds PyTorch's two halves to older instructions, and the values that leave
-# out those for bf16 (oneDNN has AVX2's conversions to bf16 in AVX2_VNNI_2, but no products).
+# Environment variables that hold PyTorch's two halves to older instructions, and their values without those for bf16
+# (oneDNN has AVX2's conversions to bf16 in AVX2_VNNI_2, but no products).
+_OLDER_ISA = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
 _HELD_TO = {
-    "ONEDNN_MAX_CPU_ISA": ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"),
-    "DNNL_MAX_CPU_ISA": ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"),
+    "ONEDNN_MAX_CPU_ISA": _OLDER_ISA,
+    "DNNL_MAX_CPU_ISA": _OLDER_ISA,
     "ATEN_CPU_CAPABILITY": ("DEFAULT", "AVX2"),
 }
 
@@ -34,22 +35,22 @@ def fast_precision(device: Device) -> Precision:
     """Returns the precision that this machine's CPU, or its current GPU, computes fastest without emulating it."""
     if device == "cpu":
         return cpu_precision(cpu_features(), os.environ)
-    import torch  # noqa: PLC0415  (seconds, which a command that asks about a CPU need not wait)
+    import torch  # noqa: PLC0415  (takes seconds, which a command that asks about a CPU need not wait)
 
     return "bf16" if torch.cuda.get_device_capability() >= _AMPERE else "fp32"
 
 
 def cpu_precision(features: Set[str], environment: Mapping[str, str]) -> Precision:
-    """Returns the same of a CPU with those features, in a process with those environment variables."""
+    """Returns the same for a CPU with those features, in a process with those environment variables."""
     found = _BF16_FEATURES & features
     if found == {"bf16"}:
-        return "bf16"  # the variables' values are names of x86
+        return "bf16"  # the variables only know x86
     is_held = any(environment.get(name, "").upper() in older for name, older in _HELD_TO.items())
     return "bf16" if found and not is_held else "fp32"
 
 
 def cpu_features() -> frozenset[str]:
-    """Returns the names of this CPU's features; none where the system does not tell as Linux does."""
+    """Returns the names of this CPU's features; none where the system does not list them as Linux does."""
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists():
         return frozenset()
@@ -71,10 +72,10 @@ def bf16_slowdown(device: Device) -> float:
             for shape in ((rows, num_in), (num_in, num_out), (rows, num_out))
         )
         taken = []
-        for _ in range(1 + _NUM_TRIES):  # the first one also prepares
+        for _ in range(1 + _NUM_TRIES):  # the first one warms up
             start = time.perf_counter()
             products = (x @ weight, grad @ weight.T, x.T @ grad)  # each reads its operands in another order
-            float(sum(product[0, 0] for product in products))  # a GPU's value is waited for
+            float(sum(product[0, 0] for product in products))  # waits for a GPU
             taken.append(time.perf_counter() - start)
         return min(taken[1:])
 

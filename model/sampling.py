@@ -1,9 +1,9 @@
 """From logits to the next token: penalties, temperature, top-k, top-p, min-p, and one keyed random number.
 
 The random number is a pure function of (seed, position), so a request's tokens do not depend on what shares its batch.
-It is turned into a token by the inverse of the cumulative distribution in the order of ids: a rounding difference d in
-the logits can change the token only if the number falls within about d of a border. (Borders in the order of
-probabilities would move by whole tokens where two of them are nearly equal.)
+The inverse of the cumulative distribution, in the order of ids, turns it into a token: a rounding difference d in the
+logits can change the token only if the number falls within about d of a border. (In the order of probabilities,
+borders would move by whole tokens where two of them are nearly equal.)
 
 Shapes: B rows of a batch, V vocabulary.
 """
@@ -23,22 +23,20 @@ from model.errors import UserError
 
 
 class SamplingError(UserError):
-    """Sampling parameters out of their range."""
+    """A sampling parameter is out of its range."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How tokens are drawn. The defaults draw from the model's own distribution."""
+    """The way tokens are drawn. The defaults draw from the model's own distribution."""
 
     temperature: float = 1.0  # 0 takes the most probable token
-    top_k: int = 0  # the k most probable; 0 keeps all
-    top_p: float = 1.0  # the fewest tokens that reach this probability together
-    min_p: float = 0.0  # tokens of at least this share of the most probable one's probability
-    presence_penalty: float = 0.0  # off the logit of each token in the output
-    frequency_penalty: float = 0.0  # off it for each of its occurrences in the output
-    repetition_penalty: float = (
-        1.0  # positive logits of tokens in prompt or output are divided by it, others multiplied
-    )
+    top_k: int = 0  # keeps the k most probable tokens; 0 keeps all
+    top_p: float = 1.0  # keeps the fewest tokens that reach this probability together
+    min_p: float = 0.0  # keeps tokens with at least this share of the most probable one's probability
+    presence_penalty: float = 0.0  # subtracted from the logit of each token in the output
+    frequency_penalty: float = 0.0  # subtracted for each of its occurrences in the output
+    repetition_penalty: float = 1.0  # divides positive logits of tokens in prompt or output, multiplies others
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit)
     seed: int | None = None
 
@@ -58,7 +56,7 @@ class SamplingParams:
                 raise SamplingError(f"{name} is {getattr(self, name)}, expected {expected}")
 
     def with_seed(self) -> Self:
-        """With a random seed where there is none. A request does this once, so that it can be repeated."""
+        """Adds a random seed where there is none. A request does this once, so that it can be repeated."""
         return self if self.seed is not None else replace(self, seed=secrets.randbits(63))
 
     @property
@@ -66,32 +64,27 @@ class SamplingParams:
         penalties = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty)
         return bool(self.logit_bias) or penalties != (0, 0, 1)
 
-    @property
-    def truncates(self) -> bool:
-        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
-
 
 @dataclass(frozen=True)
 class SamplingRow:
-    """What one row of a batch needs besides its logits."""
+    """Everything that one row of a batch needs besides its logits."""
 
     params: SamplingParams
     prompt_ids: Sequence[int]
     output_ids: Sequence[int]
-    position: int
-    """Index of the token to be drawn in its sequence, prompt included: a sequence taken up again goes on the same."""
+    position: int  # of the token to be drawn in its sequence, prompt included: a resumed sequence continues the same
 
 
 def sample(
     logits: Tensor, params: SamplingParams, *, prompt_ids: Sequence[int], output_ids: Sequence[int], position: int
 ) -> int:
-    """The next token from logits (V,). Raises `FloatingPointError` when they are not numbers."""
+    """Returns the next token from logits (V,). Raises `FloatingPointError` when they are not numbers."""
     return sample_batch(logits[None], [SamplingRow(params, prompt_ids, output_ids, position)])[0]
 
 
 def sample_batch(logits: Tensor, rows: Sequence[SamplingRow], *, best: Tensor | None = None) -> list[int]:
-    """The next token of each row of logits (B, V): what `sample` gives for it alone. `best` (B,) has the rows' argmax
-    where the caller knows it."""
+    """Returns the next token of each row of logits (B, V), the same as `sample` for the row alone. `best` (B,) holds
+    the rows' argmax where the caller knows it."""
     if any(row.params.adjusts_logits for row in rows):
         logits = torch.stack([adjusted(row_logits, row) for row_logits, row in zip(logits, rows, strict=True)])
         best = None
@@ -106,8 +99,7 @@ def sample_batch(logits: Tensor, rows: Sequence[SamplingRow], *, best: Tensor | 
         temperatures = torch.tensor([[rows[b].params.temperature] for b in drawn], device=logits.device)
         weights = _weights(logits[drawn], highest[drawn], temperatures)  # (drawn, V)
         for weight, b in zip(weights, drawn, strict=True):
-            if rows[b].params.truncates:
-                weight.copy_(truncated(weight, rows[b].params))
+            weight.copy_(truncated(weight, rows[b].params))
         numbers = [uniform(rows[b].params.seed, rows[b].position) for b in drawn]
         for b, token in zip(drawn, _draw(weights, numbers), strict=True):
             tokens[b] = token
@@ -115,19 +107,19 @@ def sample_batch(logits: Tensor, rows: Sequence[SamplingRow], *, best: Tensor | 
 
 
 def _weights(logits: Tensor, best: Tensor, temperature: Tensor | float) -> Tensor:
-    """Probabilities (B, V) over the most probable token's, fp32."""
+    """Returns probabilities (B, V) divided by the most probable token's, fp32."""
     return ((logits.float() - best) / temperature).exp_()
 
 
 def _draw(weights: Tensor, numbers: list[float]) -> list[int]:
-    """The token of weights (B, V) in whose share of the total, in the order of ids, each number of [0, 1) falls.
+    """Returns the tokens of weights (B, V) in whose shares of the total, in the order of ids, the numbers fall.
 
-    Sums of 256 tokens first, and then within the one that is found: all sums would take longer than the model's step.
+    It sums groups of 256 tokens, then within the group found: all sums would take longer than the model's step.
     """
     padded = F.pad(weights, (0, -weights.shape[1] % 256)).unflatten(1, (-1, 256))  # (B, V / 256, 256)
     borders = padded.sum(dim=-1).cumsum(dim=-1, dtype=torch.float64)
     targets = torch.tensor(numbers, dtype=torch.float64, device=weights.device)[:, None] * borders[:, -1:]  # (B, 1)
-    # The first border above the number: what has no weight has no room between borders.
+    # The first border above the number: a token without weight has no room between borders.
     group = torch.searchsorted(borders, targets, right=True)
     before = F.pad(borders, (1, 0)).gather(1, group)
     inside = padded[torch.arange(len(padded), device=weights.device), group[:, 0]].double().cumsum(dim=-1)  # (B, 256)
@@ -137,7 +129,7 @@ def _draw(weights: Tensor, numbers: list[float]) -> list[int]:
 
 
 def adjusted(logits: Tensor, row: SamplingRow) -> Tensor:
-    """Logits (V,) with the row's biases and penalties."""
+    """Returns logits (V,) with the row's biases and penalties."""
     params = row.params
     if not params.adjusts_logits:
         return logits
@@ -155,14 +147,13 @@ def adjusted(logits: Tensor, row: SamplingRow) -> Tensor:
 
 
 def distribution(logits: Tensor, params: SamplingParams) -> Tensor:
-    """Probabilities (V,), float64, after temperature (> 0), top-k, top-p and min-p, in this order. Among equals the
-    lower id is kept."""
+    """Returns probabilities (V,), float64, after temperature (> 0), top-k, top-p and min-p, in this order."""
     weights = truncated(_weights(logits, logits.max(), params.temperature), params).double()
     return weights / weights.sum()
 
 
 def truncated(weights: Tensor, params: SamplingParams) -> Tensor:
-    """Weights (V,) with zeros for the tokens that top-k, top-p and min-p leave out."""
+    """Returns weights (V,) with zeros for the tokens that top-k, top-p and min-p leave out."""
     if 0 < params.top_k < len(weights):
         weights = _heaviest(weights, params.top_k)
     if params.top_p < 1:
@@ -173,7 +164,7 @@ def truncated(weights: Tensor, params: SamplingParams) -> Tensor:
 
 
 def _heaviest(weights: Tensor, count: int) -> Tensor:
-    """Weights (V,) with zeros for all but `count`; among equals the lower ids are kept."""
+    """Returns weights (V,) with zeros for all but `count`; among equals the lower ids are kept."""
     border = weights.topk(count).values[-1]
     above, equal = weights > border, weights == border
     keep = above | (equal & (equal.cumsum(dim=0) <= count - above.sum()))
@@ -181,9 +172,9 @@ def _heaviest(weights: Tensor, count: int) -> Tensor:
 
 
 def _num_needed(weights: Tensor, top_p: float) -> int:
-    """The fewest of weights (V,) that reach this share of their sum."""
+    """Returns the fewest of weights (V,) that reach this share of their sum."""
     needed = top_p * weights.sum(dtype=torch.float64)
-    count = 256  # almost always enough, and found in a fraction of the time that ranking all of them takes
+    count = 256  # almost always enough, and takes a fraction of the time of ranking all of them
     while True:
         count = min(count, len(weights))
         ranked = weights.topk(count).values.double()
@@ -194,7 +185,7 @@ def _num_needed(weights: Tensor, top_p: float) -> int:
 
 
 def uniform(seed: int | None, position: int) -> float:
-    """A number of [0, 1), a multiple of 2⁻⁴⁸, from BLAKE2b of `seed:position`."""
+    """Returns a number of [0, 1), a multiple of 2⁻⁴⁸, from BLAKE2b of `seed:position`."""
     assert seed is not None, "sampling needs SamplingParams.with_seed()"
     digest = hashlib.blake2b(f"{seed}:{position}".encode(), digest_size=6).digest()
     return int.from_bytes(digest) / 2**48

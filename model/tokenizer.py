@@ -1,7 +1,7 @@
 """Byte-level BPE: text to token ids and back without loss, and training a vocabulary.
 
-Any text has ids and any id has bytes. The end-of-text token ends documents; the text `<|endoftext|>` in what a
-user or a document wrote is nothing special and encodes as its letters.
+Any text has ids and any id has bytes. The end-of-text token ends documents; the text `<|endoftext|>` that a user or a
+document wrote is not special and is encoded as its letters.
 """
 
 import hashlib
@@ -23,11 +23,11 @@ NORMALIZERS: dict[str, normalizers.Normalizer] = {
     "lowercase": normalizers.Lowercase(),
     "collapse_spaces": normalizers.Replace(tokenizers.Regex(r"[ \t]+"), " "),
 }
-"""The names of `data.normalize`; they run in the order given and are recorded in tokenizer.json."""
+"""The steps that `data.normalize` names; they run in the given order and are recorded in tokenizer.json."""
 
 
 class TokenizerError(UserError):
-    """A tokenizer that is not byte-level BPE with an end-of-text token, or text and ids that it can't map."""
+    """A tokenizer is not byte-level BPE with an end-of-text token, or can't map a text or an id."""
 
 
 class Tokenizer:
@@ -35,7 +35,7 @@ class Tokenizer:
 
     def __init__(self, content: dict[str, Any]) -> None:
         try:
-            self._backend = tokenizers.Tokenizer.from_str(json.dumps(content))
+            self.backend = tokenizers.Tokenizer.from_str(json.dumps(content))  # to be read only
         except Exception as error:  # the library's parser raises no narrower class
             raise TokenizerError(f"tokenizer.json does not load: {error}") from error
         pieces = [(content.get(part) or {}).get("type") for part in ("model", "decoder")]
@@ -44,14 +44,14 @@ class Tokenizer:
                 f"the tokenizer's model and decoder are {pieces[0]} and {pieces[1]}, expected BPE and ByteLevel as in "
                 "GPT-2's: others can't represent every text"
             )
-        eot_id = self._backend.token_to_id(END_OF_TEXT)
+        eot_id = self.backend.token_to_id(END_OF_TEXT)
         if eot_id is None:
             raise TokenizerError(f"the tokenizer has no {END_OF_TEXT} token, which ends each document; add it")
         self.eot_id: int = eot_id
         self._content = content
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        self._backend.encode_special_tokens = True  # as the text that they are
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        self.backend.encode_special_tokens = True  # as the text that they are
 
     @classmethod
     def from_json(cls, content: bytes) -> Self:
@@ -60,22 +60,13 @@ class Tokenizer:
         except ValueError as error:
             raise TokenizerError(f"tokenizer.json is not JSON: {error}") from error
 
-    @classmethod
-    def from_file(cls, path: Path) -> Self:
-        return cls.from_json(path.read_bytes())
-
     def to_json(self) -> bytes:
-        """Canonical tokenizer.json: keys sorted, no spaces, UTF-8."""
+        """Returns the canonical tokenizer.json: keys sorted, no spaces, UTF-8."""
         return json.dumps(self._content, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
-
-    @property
-    def backend(self) -> tokenizers.Tokenizer:
-        """What `tokenizers` made of the content; to be read only."""
-        return self._backend
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256, in hex, of the canonical tokenizer.json."""
+        """The SHA-256, in hex, of the canonical tokenizer.json."""
         return hashlib.sha256(self.to_json()).hexdigest()
 
     @cached_property
@@ -88,19 +79,16 @@ class Tokenizer:
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         try:
-            return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+            return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
         except TypeError as error:
             raise TokenizerError("the text holds a lone surrogate, which no UTF-8 text can; remove it") from error
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text; bytes that are no UTF-8 become U+FFFD. Inverse of `encode` up to the tokenizer's normalization."""
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
-
-    def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        return b"".join(map(self.token_bytes, ids))
+        """Inverts `encode` up to the tokenizer's normalization; bytes that are not UTF-8 become U+FFFD."""
+        return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
 
     def token_bytes(self, token_id: int) -> bytes:
-        """A token may hold only a part of a character."""
+        """Returns a token's bytes, which may be only a part of a character."""
         if token_id not in self._bytes_of_id:
             raise TokenizerError(f"token id {token_id} is not in the vocabulary, which has {self.vocab_size} ids")
         return self._bytes_of_id[token_id]
@@ -110,22 +98,22 @@ class Tokenizer:
         byte_of = byte_of_character()
         table = {
             token_id: bytes(byte_of[character] for character in token)
-            for token, token_id in self._backend.get_vocab(with_added_tokens=False).items()
+            for token, token_id in self.backend.get_vocab(with_added_tokens=False).items()
             if token != END_OF_TEXT
         }
         return table | {added["id"]: added["content"].encode() for added in self._content["added_tokens"]}
 
 
 def byte_of_character() -> dict[str, int]:
-    """GPT-2's code of bytes as printable characters (`bytes_to_unicode` in its release), inverted: a printable
-    Latin-1 character stands for itself, the other 68 bytes are the characters from U+0100 on."""
+    """Returns the inverse of GPT-2's code of bytes as printable characters (`bytes_to_unicode` in its release): a
+    printable Latin-1 character stands for itself, the other 68 bytes are the characters from U+0100 on."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
 
 
 def train_bpe(texts: Iterable[str], *, vocab_size: int, normalize: Sequence[str] = ()) -> Tokenizer:
-    """Ids as in GPT-2: 0 … 255 the bytes, then the merges in their order, `<|endoftext|>` last.
+    """Trains a tokenizer with ids as in GPT-2: 0 … 255 the bytes, then the merges in order, `<|endoftext|>` last.
 
     The same texts give the same tokenizer, in any order and on any number of threads. Texts with too few merges for
     `vocab_size` give a smaller vocabulary.
@@ -145,17 +133,16 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int, normalize: Sequence[str]
 
 
 def from_gpt2_files(encoder: Path, merges: Path) -> Tokenizer:
-    """From GPT-2's `encoder.json` and `vocab.bpe`, which Hugging Face names vocab.json and merges.txt."""
-    lines = merges.read_text(encoding="utf-8").split("\n")
-    pairs = [
-        (left, right) for left, right in (line.split() for line in lines if line and not line.startswith("#version"))
+    """Makes a tokenizer from GPT-2's `encoder.json` and `vocab.bpe`, Hugging Face's vocab.json and merges.txt."""
+    lines = [
+        line for line in merges.read_text(encoding="utf-8").split("\n") if line and not line.startswith("#version")
     ]
     vocab = json.loads(encoder.read_text(encoding="utf-8"))
-    return _byte_level(tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=pairs)))
+    return _byte_level(tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[tuple(line.split()) for line in lines])))
 
 
 def _byte_level(backend: tokenizers.Tokenizer) -> Tokenizer:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([END_OF_TEXT])  # after the last id, or where the vocabulary has it
+    backend.add_special_tokens([END_OF_TEXT])  # gets the id after the last one, or keeps its own
     return Tokenizer(json.loads(backend.to_str()))

@@ -1,15 +1,16 @@
 """Memory that training lends the model for the time of a step: where gradients go, copies of the weights, scratch.
 
-Each holds within its context, as autocast does; the first two are found by the parameter itself. Outside of it, and for
-a parameter that is not named, the model computes the same numbers in fresh memory.
+Each loan lasts as long as its context, as autocast does. Outside of it, and for a parameter that a mapping does not
+name, the model computes the same numbers in fresh memory.
 """
 
 import ctypes
 import math
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ _HUGE_PAGE_BYTES = 1 << 21
 _CPU = torch.device("cpu")
 
 Places = Mapping[nn.Parameter, Tensor]
+_T = TypeVar("_T")
 
 _sinks: ContextVar[Places] = ContextVar("gradient sinks")
 _copies: ContextVar[Places] = ContextVar("weight copies")
@@ -29,7 +31,7 @@ _scratch: ContextVar["Scratch | None"] = ContextVar("scratch")
 class Scratch:
     """Memory for large values that do not outlive the operation that makes them, kept from one step to the next.
 
-    The system hands a CPU's fresh memory over page by page. For the head's scores in bf16 that took twice as long as
+    The system hands out a CPU's fresh memory page by page. For the head's scores in bf16 that took twice as long as
     the product that fills them. A GPU's allocator keeps its memory anyway.
     """
 
@@ -37,7 +39,7 @@ class Scratch:
         self._pieces: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def piece(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Of unknown values; it is the same memory each time that this name is asked for."""
+        """Returns the same memory each time this name is asked for; its values are unknown."""
         size = math.prod(shape)
         flat = self._pieces.get((name, dtype))
         if flat is None or len(flat) < size:
@@ -46,7 +48,7 @@ class Scratch:
 
 
 def large_zeros(size: int, *, dtype: torch.dtype = torch.float32, device: torch.device = _CPU) -> Tensor:
-    """Zeros (size,) of a buffer that lives for long, on Linux in huge pages if the system grants them.
+    """Returns zeros (size,) for a long-lived buffer, on Linux in huge pages if the system grants them.
 
     Passes over 124M values (AdamW, norm, clipping, rounding) then took 15 to 35% less time on a virtual machine.
     """
@@ -54,7 +56,7 @@ def large_zeros(size: int, *, dtype: torch.dtype = torch.float32, device: torch.
     if device.type == "cpu" and sys.platform == "linux":
         start = -(-values.data_ptr() // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
         num_bytes = (values.data_ptr() + values.nbytes) // _HUGE_PAGE_BYTES * _HUGE_PAGE_BYTES - start
-        if num_bytes > 0:  # it is advice: without it, or where it is refused, the same values lie in small pages
+        if num_bytes > 0:  # only advice: without it, or where it is refused, the same values lie in small pages
             ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(num_bytes), _MADV_HUGEPAGE)
     return values.zero_()
 
@@ -62,7 +64,7 @@ def large_zeros(size: int, *, dtype: torch.dtype = torch.float32, device: torch.
 def keep_freed_memory() -> None:
     """Lets this process keep up to 1 GiB that it freed, in pieces of up to 32 MiB, the most that glibc allows.
 
-    A step frees its activations and wants as many again: to have them back from the system, page by page, took 3 to
+    A step frees its activations and needs as many again; getting them back from the system, page by page, took 3 to
     7% of the step's time on a CPU.
     """
     if sys.platform == "linux":
@@ -71,37 +73,31 @@ def keep_freed_memory() -> None:
         libc.mallopt(_M_MMAP_THRESHOLD, 1 << 25)
 
 
-@contextmanager
-def gradient_sinks(sinks: Places) -> Iterator[None]:
-    """A loss whose forward pass runs within writes these parameters' gradients there, over what was there before.
+def gradient_sinks(sinks: Places) -> AbstractContextManager[None]:
+    """Has a loss whose forward pass runs within write these parameters' gradients there, over the earlier values.
 
-    One forward and one backward pass each; `parameter.grad` must be None and becomes the sink itself.
+    Each takes one forward and one backward pass; `parameter.grad` must be None and becomes the sink itself.
     """
-    token = _sinks.set(sinks)
-    try:
-        yield
-    finally:
-        _sinks.reset(token)
+    return _within(_sinks, sinks)
+
+
+def weight_copies(copies: Places) -> AbstractContextManager[None]:
+    """Has forward passes within use these copies, in autocast's type, instead of converting the weights each time."""
+    return _within(_copies, copies)
+
+
+def scratch_memory(scratch: Scratch | None) -> AbstractContextManager[None]:
+    """Has operations on a CPU within take memory from there."""
+    return _within(_scratch, scratch)
 
 
 @contextmanager
-def weight_copies(copies: Places) -> Iterator[None]:
-    """Forward passes within take these copies, in autocast's type, instead of converting the weights each time."""
-    token = _copies.set(copies)
+def _within(variable: ContextVar[_T], value: _T) -> Iterator[None]:
+    token = variable.set(value)
     try:
         yield
     finally:
-        _copies.reset(token)
-
-
-@contextmanager
-def scratch_memory(scratch: Scratch | None) -> Iterator[None]:
-    """Operations within, on a CPU, take memory from there."""
-    token = _scratch.set(scratch)
-    try:
-        yield
-    finally:
-        _scratch.reset(token)
+        variable.reset(token)
 
 
 def sink_of(parameter: Tensor) -> Tensor | None:
@@ -113,6 +109,6 @@ def copy_of(parameter: Tensor) -> Tensor | None:
 
 
 def scratch_like(x: Tensor, name: str, shape: tuple[int, ...]) -> Tensor | None:
-    """Memory of x's type, for an `out=`; None where there is none to lend, so that `out=` makes its own."""
+    """Returns memory of x's type for an `out=`, or None, with which `out=` allocates its own."""
     scratch = _scratch.get(None)
     return scratch.piece(name, shape, x.dtype) if scratch is not None and x.device.type == "cpu" else None

@@ -1,6 +1,6 @@
-"""What happens inside one query: the decoder's steps one by one, with what passes through them and the time they take.
+"""A look inside one query: the decoder's steps one by one, with the values that pass through them and their times.
 
-It computes what `GPT` and `generate` compute, more slowly, as SDPA never gives its weights away.
+It computes what `GPT` and `generate` compute, but more slowly, as SDPA never reveals its attention weights.
 
 Shapes: N new tokens of a call, P tokens read so far, C model width, H heads of width D, V vocabulary, B = 1.
 """
@@ -28,7 +28,7 @@ class Stage(NamedTuple):
 
 
 class Span(NamedTuple):
-    """One piece of a query's time, on the clock that was given."""
+    """One piece of a query's time, on the given clock."""
 
     name: str
     start_s: float
@@ -36,15 +36,15 @@ class Span(NamedTuple):
 
 
 class Attention(NamedTuple):
-    """What one layer's attention did."""
+    """One layer's attention."""
 
-    weights: Tensor  # (H, N, P), fp32; a row sums to 1, and is 0 right of its own position
+    weights: Tensor  # (H, N, P), fp32; a row sums to 1, and is 0 beyond its own position
     values: Tensor  # (H, P, D)
     output: Tensor  # (1, N, C): weights x values, heads side by side, projected
 
 
 class Reading(NamedTuple):
-    """What reading some tokens gave."""
+    """The result of reading some tokens."""
 
     stages: list[Stage]
     attention: list[Attention]  # by layer
@@ -63,11 +63,11 @@ class Query:
 
     @property
     def logits(self) -> Tensor:
-        """(T, V): what followed each token that was read."""
+        """The logits (T, V) after each token that was read."""
         return torch.cat([reading.logits for reading in self.readings])
 
     def attention_rows(self, *, layer: int, head: int) -> list[Tensor]:
-        """For each token that was read its weights on the tokens up to itself: 1, 2, … T of them."""
+        """Returns for each token that was read its weights on the tokens up to itself: 1, 2, … T of them."""
         rows = [row for reading in self.readings for row in reading.attention[layer].weights[head]]
         return [row[: position + 1] for position, row in enumerate(rows)]
 
@@ -80,19 +80,14 @@ class Candidate(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """What the model expects at a place."""
+    """The model's expectation of a token."""
 
     entropy_nats: float
     top: list[Candidate]
 
 
-class Neighbour(NamedTuple):
-    token_id: int
-    cosine: float
-
-
 class Reader:
-    """Reads a sequence piece by piece, and keeps the keys and values of what it has read."""
+    """Reads a sequence piece by piece, and keeps the keys and values of the pieces read."""
 
     def __init__(self, model: GPT, *, clock: Clock = time.monotonic) -> None:
         self._model = model
@@ -103,7 +98,7 @@ class Reader:
 
     @torch.inference_mode()
     def read(self, token_ids: Sequence[int]) -> Reading:
-        """The next tokens, at the positions after those that were read before."""
+        """Reads the next tokens, at the positions after those read before."""
         transformer = self._model.transformer
         stages: list[Stage] = []
         attention: list[Attention] = []
@@ -123,7 +118,7 @@ class Reader:
         done("position embedding", x)
         for layer, block in enumerate(transformer.h):
             assert isinstance(block, Block)
-            attended, self._past[layer] = attend(block.attn, block.ln_1(x), self._past[layer])
+            attended = self._attend(layer, block.attn, block.ln_1(x))
             x = x + attended.output
             done("attention", attended.weights[None], layer=layer)  # (1, H, N, P)
             x = x + block.mlp(block.ln_2(x))
@@ -136,24 +131,21 @@ class Reader:
         done("softmax", logits.softmax(dim=-1))
         return Reading(stages, attention, logits[0])
 
-
-def attend(
-    attention: CausalSelfAttention, x: Tensor, past: tuple[Tensor, Tensor]
-) -> tuple[Attention, tuple[Tensor, Tensor]]:
-    """Attention of x (1, N, C) to itself and to `past` keys and values (H, P - N, D), with all weights; and what is
-    the past from then on."""
-    _, num_new, width = x.shape
-    q, k, v = (
-        part.view(num_new, attention.n_head, -1).transpose(0, 1)  # (H, N, D)
-        for part in attention.c_attn(x)[0].split(width, dim=-1)
-    )
-    keys, values = torch.cat((past[0], k), dim=1), torch.cat((past[1], v), dim=1)  # (H, P, D)
-    scores = (q @ keys.transpose(1, 2)).float() / math.sqrt(q.shape[-1])  # (H, N, P)
-    seen = torch.ones(scores.shape[1:], dtype=torch.bool, device=x.device).tril(keys.shape[1] - num_new)
-    weights = scores.masked_fill(~seen, -math.inf).softmax(dim=-1)
-    heads = (weights.to(values.dtype) @ values).transpose(0, 1)  # (N, H, D)
-    output = attention.c_proj(heads.reshape(1, num_new, width))
-    return Attention(weights, values, output), (keys, values)
+    def _attend(self, layer: int, attention: CausalSelfAttention, x: Tensor) -> Attention:
+        """Returns the attention of x (1, N, C) to itself and to all tokens read before, with all weights."""
+        _, num_new, width = x.shape
+        q, k, v = (
+            part.view(num_new, attention.n_head, -1).transpose(0, 1)  # (H, N, D)
+            for part in attention.c_attn(x)[0].split(width, dim=-1)
+        )
+        past_keys, past_values = self._past[layer]  # (H, P - N, D)
+        keys, values = torch.cat((past_keys, k), dim=1), torch.cat((past_values, v), dim=1)  # (H, P, D)
+        self._past[layer] = keys, values
+        scores = (q @ keys.transpose(1, 2)).float() / math.sqrt(q.shape[-1])  # (H, N, P)
+        seen = torch.ones(scores.shape[1:], dtype=torch.bool, device=x.device).tril(keys.shape[1] - num_new)
+        weights = scores.masked_fill(~seen, -math.inf).softmax(dim=-1)
+        heads = (weights.to(values.dtype) @ values).transpose(0, 1)  # (N, H, D)
+        return Attention(weights, values, attention.c_proj(heads.reshape(1, num_new, width)))
 
 
 def run_query(
@@ -165,7 +157,7 @@ def run_query(
     eos_id: int | None = None,
     clock: Clock = time.monotonic,
 ) -> Query:
-    """Prefill, then sample and decode up to `max_tokens` times; `eos_id`, when drawn, is the last token. The tokens
+    """Prefills, then samples and decodes up to `max_tokens` times; `eos_id`, when drawn, is the last token. The tokens
     are those of `generate`. The caller has checked that all of them fit into the context.
 
     Raises `FloatingPointError` when the logits are not finite numbers.
@@ -199,7 +191,7 @@ def run_query(
 
 
 def predictions(logits: Tensor, *, num_top: int) -> list[Prediction]:
-    """Entropy and most probable tokens of each row of logits (T, V)."""
+    """Returns the entropy and the most probable tokens of each row of logits (T, V)."""
     logprobs = logits.log_softmax(dim=-1)
     entropies = -(logprobs.exp() * logprobs).nan_to_num(0.0).sum(dim=-1)  # p log p is 0 where p is
     values, ids = logits.topk(min(num_top, logits.shape[-1]), dim=-1)  # (T, num_top)
@@ -210,7 +202,7 @@ def predictions(logits: Tensor, *, num_top: int) -> list[Prediction]:
 
 
 def score(logits: Tensor, token_ids: Sequence[int]) -> list[Candidate]:
-    """How each row of logits (T, V) rates its own token of `token_ids`, T of them."""
+    """Returns how each row of logits (T, V) rates its own token of `token_ids` (T)."""
     own = logits.gather(1, torch.tensor(token_ids, dtype=torch.long, device=logits.device)[:, None])  # (T, 1)
     probabilities = (own - logits.logsumexp(dim=-1, keepdim=True)).exp()[:, 0]
     ranks = 1 + (logits > own).sum(dim=-1)
@@ -219,15 +211,13 @@ def score(logits: Tensor, token_ids: Sequence[int]) -> list[Candidate]:
 
 
 @torch.inference_mode()
-def neighbours(model: GPT, token_ids: Sequence[int], *, num_nearest: int) -> list[list[Neighbour]]:
-    """The other tokens whose embedding vectors point most nearly the same way as each token's own."""
+def nearest_tokens(model: GPT, token_ids: Sequence[int], *, num_nearest: int) -> list[list[tuple[int, float]]]:
+    """Returns for each token the ids of others whose embeddings point in the most similar directions, with cosines."""
     table = model.transformer.wte.weight  # (V, C)
     norms = torch.linalg.vector_norm(table, dim=-1, dtype=torch.float32)  # (V,)
     ids = torch.tensor(token_ids, device=table.device)
     cosines = (table[ids] @ table.T).float() / (norms[ids, None] * norms).clamp(min=1e-12)  # (T, V)
     cosines.scatter_(1, ids[:, None], -math.inf)
     values, nearest = cosines.topk(min(num_nearest, len(table) - 1), dim=-1)
-    return [
-        [Neighbour(*pair) for pair in zip(*row, strict=True)]
-        for row in zip(nearest.tolist(), values.tolist(), strict=True)
-    ]
+    rows = zip(nearest.tolist(), values.tolist(), strict=True)
+    return [list(zip(ids_of_row, cosines_of_row, strict=True)) for ids_of_row, cosines_of_row in rows]

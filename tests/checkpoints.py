@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from model.checkpoint import MANIFEST, Metadata, write_checkpoint
+from model.checkpoint import write_checkpoint
+from model.checkpoint_folder import MANIFEST, Metadata
 from model.config import resolve_preset
 from model.gpt import GPT
 from model.tokenizer import train_bpe
@@ -34,7 +35,12 @@ def write_tiny(
         precision=precision,
     )
     return write_checkpoint(
-        folder, model=model, tokenizer=tokenizer, metadata=metadata, train_state=dict(model.state_dict())
+        folder,
+        config=model.config,
+        state=model.state_dict(),
+        tokenizer=tokenizer,
+        metadata=metadata,
+        train_state=dict(model.state_dict()),
     )
 
 

@@ -36,7 +36,8 @@ class FlatLayout:
     @classmethod
     def of(cls, shapes: Mapping[str, Sequence[int]]) -> "FlatLayout":
         """Lays out parameters by name and shape, given in the model's order (`model.shapes.parameter_shapes`)."""
-        decayed = {name for name, shape in shapes.items() if len(shape) >= 2}  # as model.optimizer says
+        # Matrices and embeddings decay; biases and LayerNorms, which are vectors, do not (GPT-3, appendix B).
+        decayed = {name for name, shape in shapes.items() if len(shape) >= 2}
         backward_order = list(reversed(list(shapes.items())))
         places: dict[str, range] = {}
         end, boundary = 0, 0

@@ -15,7 +15,7 @@ from jobs.snapshots.slots import NUM_SLOTS
 from jobs.tokens.batch_plan import lanes_of_rank
 from model.config import GPTConfig
 from model.processor import Precision
-from model.shapes import DEFAULT_CHUNK_TOKENS, parameter_shapes
+from model.shapes import CHUNK_TOKENS, parameter_shapes
 
 BF16_BYTES = 2
 
@@ -68,7 +68,7 @@ def logits_chunk_bytes(config: RunConfig) -> float:
     """Returns the bytes of the scores of a chunk of tokens, (V, K) in the computed type and in fp32, and of the head's
     gradient (V, C) in bf16 before it is added: the cross-entropy never holds all scores (B, T, V)."""
     model, tokens = config.model, config.train.micro_batch_size * seq_len(config)
-    scores = model.vocab_size * min(DEFAULT_CHUNK_TOKENS, tokens)
+    scores = model.vocab_size * min(CHUNK_TOKENS, tokens)
     if config.train.precision == "fp32":
         return float(FP32_BYTES * scores)
     return float((FP32_BYTES + BF16_BYTES) * scores + BF16_BYTES * model.vocab_size * model.n_embd)

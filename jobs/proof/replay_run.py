@@ -27,7 +27,7 @@ from jobs.run.run_plan import RunPlan
 from jobs.tokens.token_store import TOKENIZER
 from jobs.training.guards import GuardState
 from jobs.training.train_loop import train
-from model.checkpoint import verify_checkpoint
+from model.checkpoint_folder import verify_checkpoint
 from model.errors import UserError
 
 

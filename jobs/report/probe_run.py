@@ -13,7 +13,8 @@ from jobs.report.theme import LIGHT, new_figure, png, titled
 from jobs.run.checkpoints import RunCheckpoints
 from jobs.run.find_run import RunError
 from jobs.run.history import recorded_config
-from model.checkpoint import load_model, read_metadata
+from model.checkpoint import load_model
+from model.checkpoint_folder import read_metadata
 from model.probes import TASKS, probe
 
 _LOOKS = {"copy": ("-", "o"), "induction": ("--", "s"), "few-shot": ("-.", "D")}

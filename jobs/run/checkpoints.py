@@ -12,7 +12,7 @@ from cluster.storage.uris import AlreadyExistsError, Storage, StorageError
 from jobs.run.retention import is_checkpoint_name, step_of, superseded
 from jobs.run.storage_retry import node_spool
 from jobs.run.writer_generation import Fence
-from model.checkpoint import MANIFEST, verify_checkpoint
+from model.checkpoint_folder import MANIFEST, verify_checkpoint
 from model.durable_files import move_into_place
 from model.failpoints import failpoint
 

@@ -27,7 +27,7 @@ from jobs.corpus.listing import CorpusError
 from jobs.corpus.ray_data_tasks import Task
 from jobs.corpus.text_borders import cut_text
 from jobs.tokens.token_store import SPLITS, DropSample, Shard, canonical_json, shard_file, token_dtype
-from model.bulk_encoder import BulkEncoder, Encoder, PlainEncoder
+from model.bulk_encoder import BulkEncoder, PlainEncoder
 from model.tokenizer import Tokenizer
 
 _MAX_SAMPLES = 5
@@ -99,7 +99,7 @@ class ChunkWriter:
         except NotFoundError:
             return False
 
-    def _write(self, task: Task, codes: bytes, tokenizer: Tokenizer, encoder: Encoder) -> ChunkResult:
+    def _write(self, task: Task, codes: bytes, tokenizer: Tokenizer, encoder: PlainEncoder) -> ChunkResult:
         parts = [Part(**part) for part in task["parts"]]
         digest = hashlib.sha256()
         result = ChunkResult(documents=len(codes))
@@ -148,7 +148,7 @@ class _ShardFile:
         self._end = np.array([eot_id], dtype=dtype).tobytes()
         self._tokens = self._bytes = self.documents = 0
 
-    def add(self, document: Document, encoder: Encoder) -> None:
+    def add(self, document: Document, encoder: PlainEncoder) -> None:
         for piece in cut_text(document.text):
             ids = encoder.encode(piece)
             self._file.write(ids.astype(self._dtype).data)
@@ -166,9 +166,9 @@ class _ShardFile:
 
 
 @cache
-def _encoder(content: bytes, *, is_bulk: bool) -> tuple[Tokenizer, Encoder]:
+def _encoder(content: bytes, *, is_bulk: bool) -> tuple[Tokenizer, PlainEncoder]:
     tokenizer = Tokenizer.from_json(content)
-    return tokenizer, BulkEncoder.of(tokenizer) if is_bulk else PlainEncoder(tokenizer)
+    return tokenizer, BulkEncoder(tokenizer) if is_bulk else PlainEncoder(tokenizer)
 
 
 def file_sha256(store: Storage, key: str) -> str:

@@ -31,7 +31,8 @@ from jobs.workers.incident_notes import write_down
 from jobs.workers.precision import at_odds
 from jobs.workers.preemption import Notice, Notices, Signals
 from jobs.workers.worker_group import WorkerGroup
-from model.checkpoint import CheckpointError, Metadata, load_model, read_metadata, read_train_state
+from model.checkpoint import load_model, read_train_state
+from model.checkpoint_folder import CheckpointError, Metadata, read_metadata
 from model.gpt import GPT
 from model.optimizer import learning_rate
 from model.tokenizer import Tokenizer

@@ -26,7 +26,8 @@ from jobs.run.checkpoints import RunCheckpoints
 from jobs.run.ledger import LedgerWriter
 from jobs.run.retention import checkpoint_name
 from jobs.run.storage_retry import Outage
-from model.checkpoint import Metadata, NotFiniteError, verify_checkpoint, write_state
+from model.checkpoint import NotFiniteError, write_checkpoint
+from model.checkpoint_folder import Metadata, verify_checkpoint
 from model.tokenizer import Tokenizer
 
 Tensors = dict[str, Tensor]
@@ -163,7 +164,7 @@ class CheckpointWriter:
             self._spooled = None
             shutil.rmtree(earlier)
         try:
-            metadata = write_state(
+            metadata = write_checkpoint(
                 folder,
                 config=self._state.model.config,
                 state=self._state.by_parameter(copy.flat["values"]),

@@ -16,7 +16,8 @@ from jobs.run.run_plan import RunPlan
 from jobs.run.storage_retry import patiently
 from jobs.run.writer_generation import Fence
 from jobs.training.checkpoint_writer import CheckpointWriter, checkpoint_fields
-from model.checkpoint import CheckpointError, Metadata, read_config, read_metadata
+from model.checkpoint import read_config
+from model.checkpoint_folder import CheckpointError, Metadata, read_metadata
 from model.tokenizer import Tokenizer
 
 

@@ -26,6 +26,10 @@ class Reading(NamedTuple):
     position: int
     blocks: list[int]
 
+    @property
+    def positions(self) -> range:
+        return range(self.position, self.position + len(self.token_ids))
+
 
 class Survey(NamedTuple):
     """Of rows of logits."""

@@ -34,12 +34,11 @@ class TorchRunner:
         order = sorted(range(len(readings)), key=lengths.__getitem__)
         ordered = [readings[i] for i in order]
         token_ids = [token_id for r in ordered for token_id in r.token_ids]
-        places = [(r, position) for r in ordered for position in range(r.position, r.position + len(r.token_ids))]
+        positions = [position for r in ordered for position in r.positions]
         hidden = self._model(
             torch.tensor([token_ids], device=self._device),  # (1, N)
             kv_cache=StepCache(self._cache, ordered),
-            slots=torch.tensor([[r.blocks[position // BLOCK_TOKENS] for r, position in places]], device=self._device),
-            positions=torch.tensor([[position for _, position in places]], device=self._device),  # (1, N)
+            positions=torch.tensor([positions], device=self._device),  # (1, N)
         )[0]
         if order == sorted(order):
             return hidden
@@ -75,15 +74,18 @@ class StepCache:
     cache: BlockCache
     readings: Sequence[Reading]
 
-    def window(self, slots: Tensor, positions: Tensor) -> "StepWindow":
-        """What tokens at `positions` (1, N) see, whose keys and values go to the blocks `slots` (1, N)."""
+    def window(self, positions: Tensor) -> "StepWindow":
+        """What tokens at `positions` (1, N) see."""
         groups, start = [], 0
         for length, group in itertools.groupby(self.readings, key=lambda reading: len(reading.token_ids)):
             rows = list(group)
             end = start + length * len(rows)
             groups.append(Group.of(rows, positions[0, start:end].view(-1, length), first=start, cache=self.cache))
             start = end
-        return StepWindow(self.cache, slots[0], positions[0] % BLOCK_TOKENS, groups)
+        blocks = [r.blocks[position // BLOCK_TOKENS] for r in self.readings for position in r.positions]
+        return StepWindow(
+            self.cache, torch.tensor(blocks, device=positions.device), positions[0] % BLOCK_TOKENS, groups
+        )
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class Group:
 
     @classmethod
     def of(cls, rows: Sequence[Reading], positions: Tensor, *, first: int, cache: BlockCache) -> "Group":
-        num_positions = max(r.position + len(r.token_ids) for r in rows)
+        num_positions = max(r.positions.stop for r in rows)
         width = num_blocks_for(num_positions)
         tables = torch.tensor([(r.blocks + [0] * width)[:width] for r in rows], device=positions.device)
         is_causal, mask = visible_mask(positions, num_positions, dtype=cache.keys.dtype)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model.checkpoint import CheckpointError, Metadata, is_hf_folder, load_tokenizer, read_metadata
+from model.checkpoint import load_tokenizer
+from model.checkpoint_folder import CheckpointError, Metadata, is_hf_folder, read_metadata
 from model.config import GPTConfig
 from model.hf import config_from_hf
 from model.tokenizer import Tokenizer, TokenizerError

@@ -12,7 +12,7 @@ import torch
 
 from model.gpt import GPT
 from model.sampling import SamplingParams
-from model.xray import Candidate, Prediction, Query, Span, neighbours, predictions, run_query, score
+from model.xray import Candidate, Prediction, Query, Span, nearest_tokens, predictions, run_query, score
 from serving.protocol.errors import invalid_request
 from serving.protocol.served_model import ServedModel
 from serving.xray.xray import MAX_SEQUENCE_TOKENS, MAX_WEIGHTS, XrayRequest
@@ -97,7 +97,7 @@ def _tokens(query: Query, model: GPT, served: ServedModel) -> list[dict[str, Any
     embeddings, positions = model.transformer.wte.weight[ids], model.transformer.wpe.weight[: len(ids)]  # (T, C)
     norms = zip(*(table.float().norm(dim=-1).tolist() for table in (embeddings, positions)), strict=True)
     distinct = sorted(set(ids))
-    nearest = dict(zip(distinct, neighbours(model, distinct, num_nearest=NUM_NEAREST), strict=True))
+    nearest = dict(zip(distinct, nearest_tokens(model, distinct, num_nearest=NUM_NEAREST), strict=True))
     tokens = []
     num_bytes = 0
     for index, (token_id, candidate, (embedding_norm, position_norm)) in enumerate(
@@ -116,7 +116,7 @@ def _tokens(query: Query, model: GPT, served: ServedModel) -> list[dict[str, Any
                 "drawn_probability": query.drawn_probabilities[drawn] if drawn >= 0 else None,
                 "embedding_norm": embedding_norm,
                 "position_norm": position_norm,
-                "nearest": [_token(n.token_id, served) | {"cosine": n.cosine} for n in nearest[token_id]],
+                "nearest": [_token(near_id, served) | {"cosine": cosine} for near_id, cosine in nearest[token_id]],
             }
         )
     return tokens

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, PlainValidator
 
-from model.checkpoint import MANIFEST, read_metadata
+from model.checkpoint_folder import MANIFEST, read_metadata
 from serving.engine_process.child_process import start_child
 from serving.protocol.errors import ApiError, overloaded
 from serving.protocol.protocol import Request, Temperature, TopP

@@ -29,7 +29,8 @@ from pathlib import Path
 
 import torch
 
-from model.checkpoint import Metadata, parameter_hash, write_checkpoint
+from model.checkpoint import parameter_hash, write_checkpoint
+from model.checkpoint_folder import Metadata
 from model.config import PRESETS, GPTConfig, num_parameters
 from model.gpt import GPT
 from model.processor import fast_precision
@@ -77,7 +78,14 @@ def write_model(folder: Path) -> Path:
     checkpoint = folder / "checkpoint"
     shutil.rmtree(checkpoint, ignore_errors=True)
     tokenizer = every_id_tokenizer(folder)
-    write_checkpoint(checkpoint, model=model, tokenizer=tokenizer, metadata=metadata, train_state=None)
+    write_checkpoint(
+        checkpoint,
+        config=model.config,
+        state=model.state_dict(),
+        tokenizer=tokenizer,
+        metadata=metadata,
+        train_state=None,
+    )
     return checkpoint
 
 

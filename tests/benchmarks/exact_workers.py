@@ -20,7 +20,6 @@ from jobs.exact.train_state import TrainState
 from jobs.run.step_timer import StepTimer
 from jobs.workers.worker_group import WorkerGroup
 from model.gpt import GPT
-from model.optimizer import decay_parameter_names
 from model.training_memory import keep_freed_memory
 
 WORLD_SIZE = 2
@@ -107,10 +106,9 @@ def stock_step(rank: int) -> StepFunction:
     rows, lanes = MadeRows(config), batch_schedule(config).num_lanes(1)
     model = GPT(config.model)
     model.init_weights(0)
-    decayed = decay_parameter_names(model)
-    groups: list[list[nn.Parameter]] = [[], []]
-    for name, parameter in model.named_parameters():
-        groups[name not in decayed].append(parameter)
+    groups: list[list[nn.Parameter]] = [[], []]  # decayed, not decayed
+    for parameter in model.parameters():
+        groups[parameter.dim() < 2].append(parameter)
     optimizer = torch.optim.AdamW(
         [{"params": groups[0], "weight_decay": 0.1}, {"params": groups[1], "weight_decay": 0.0}],
         lr=RATE,

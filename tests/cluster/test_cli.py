@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from cluster.cli import main
-from model.checkpoint import MANIFEST
+from model.checkpoint_folder import MANIFEST
 from tests.checkpoints import DAMAGES, damage, write_tiny
 from tests.command_line import raymill
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from model.checkpoint import read_metadata
+from model.checkpoint_folder import read_metadata
 from tests.checkpoints import damage, write_tiny
 from tests.command_line import RAYMILL, environment, raymill_result
 from tests.serving.endpoint_parts import free_port

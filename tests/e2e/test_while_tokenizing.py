@@ -13,7 +13,7 @@ from cluster.settings.run import RunConfig
 from cluster.stages.stage import Connection, run_stage
 from jobs.run.ledger import Ledger
 from jobs.run.run_plan import run_storage
-from model.checkpoint import read_metadata
+from model.checkpoint_folder import read_metadata
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 

@@ -25,10 +25,11 @@ from jobs.run.ledger import Ledger
 from jobs.run.run_plan import RunPlan
 from jobs.training.checkpoint_writer import CheckpointWriter
 from jobs.training.train_loop import train
-from model.checkpoint import verify_checkpoint
-from model.failpoints import FAILPOINTS, VARIABLE
+from model.checkpoint_folder import verify_checkpoint
+from model.failpoints import VARIABLE
 from tests.jobs.runs import tiny_plan
 
+SAVING = ("before_manifest", "mid_manifest", "after_manifest", "before_rename", "after_rename")  # once a checkpoint
 NUM_STEPS = 10
 
 save = CheckpointWriter.save
@@ -57,7 +58,7 @@ def in_child(work: Callable[[], None]) -> int:
 def crash(plan: RunPlan, failpoint: str, seed: int) -> dict[str, Any]:
     """The seed decides at which of its visits to the failpoint the process dies."""
     visits = {"after_lease": 1, "mid_delete": 3, "before_upload_complete": 5, "none": 1}
-    visits |= {name: 5 for name in FAILPOINTS if name.endswith(("manifest", "rename"))}
+    visits |= dict.fromkeys(SAVING, 5)
     nth = random.Random(f"{failpoint} {seed}").randint(1, visits.get(failpoint, 30))
 
     def until_the_failpoint() -> None:

@@ -15,7 +15,8 @@ from jobs.evaluate import evaluate, is_trained_on, storage_of
 from jobs.run.ledger import Ledger
 from jobs.run.run_plan import RunPlan
 from jobs.tokens.token_store import MANIFEST, TokenStoreError
-from model.checkpoint import CheckpointError, load_model, load_tokenizer, read_metadata
+from model.checkpoint import load_model, load_tokenizer
+from model.checkpoint_folder import CheckpointError, read_metadata
 from tests.jobs.runs import make_text, newest_checkpoint, trained_run
 
 

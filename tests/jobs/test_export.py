@@ -13,16 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cluster.stages.stage_module import parse_result
 from cluster.storage.uris import open_storage
 from jobs.export import export
-from model.checkpoint import (
-    TRAIN_STATE,
-    CheckpointError,
-    Metadata,
-    load_model,
-    load_tokenizer,
-    read_metadata,
-    verify_checkpoint,
-    write_checkpoint,
-)
+from model.checkpoint import load_model, load_tokenizer, write_checkpoint
+from model.checkpoint_folder import TRAIN_STATE, CheckpointError, Metadata, read_metadata, verify_checkpoint
 from model.config import GPTConfig
 from model.gpt import GPT
 from model.tokenizer import train_bpe
@@ -42,7 +34,12 @@ def checkpoint(tmp_path: Path) -> Path:
     )
     folder = tmp_path / "source"
     write_checkpoint(
-        folder, model=model, tokenizer=tokenizer, metadata=metadata, train_state={"moment": torch.ones(1000)}
+        folder,
+        config=model.config,
+        state=model.state_dict(),
+        tokenizer=tokenizer,
+        metadata=metadata,
+        train_state={"moment": torch.ones(1000)},
     )
     return folder
 

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from model.autograd_ops import cross_entropy
 from model.config import GPTConfig
 from model.gpt import GPT
 from model.tokenizer import Tokenizer, train_bpe
@@ -22,6 +24,12 @@ def small_model(seed: int = 0, **changes: Any) -> GPT:
         if name.endswith("bias"):  # zero biases would hide a bias that is never added
             parameter.data.normal_(0.0, 0.1, generator=generator)
     return model.eval()
+
+
+def chunked_loss(model: GPT, token_ids: Tensor, targets: Tensor, *, chunk_tokens: int) -> Tensor:
+    """Returns `model.loss` with chunks of another size."""
+    rows = model.hidden(token_ids).flatten(0, 1)
+    return cross_entropy(rows, model.head_weight, targets.flatten(), scale=1.0, chunk_tokens=chunk_tokens)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import model.autograd_ops as ops
 from model import gpt
 from model.gpt import GPT
 from model.training_memory import gradient_sinks
-from tests.model.conftest import small_model
+from tests.model.conftest import chunked_loss, small_model
 
 TOKENS = torch.randint(97, (3, 21), generator=torch.Generator().manual_seed(1))
 INPUTS, TARGETS = TOKENS[:, :-1], TOKENS[:, 1:]
@@ -42,7 +42,7 @@ def test_gradients_are_those_of_autograd(
         monkeypatch.setattr(ops, "_is_known_to_be_one", lambda grad: False)
     sinks = {parameter: torch.full_like(parameter, 7.0) for parameter in model.parameters()} if with_sinks else {}
     with gradient_sinks(sinks):
-        model.loss(INPUTS, TARGETS, chunk_tokens=16).backward(torch.tensor(upstream))
+        chunked_loss(model, INPUTS, TARGETS, chunk_tokens=16).backward(torch.tensor(upstream))
     assert expected.keys() == {name for name, _ in model.named_parameters()}
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None

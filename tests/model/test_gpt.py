@@ -13,7 +13,7 @@ from model.autograd_ops import IGNORE_INDEX
 from model.config import PRESETS, GPTConfig, num_parameters, resolve_preset
 from model.gpt import GPT
 from model.kv_cache import KVCache
-from tests.model.conftest import small_model
+from tests.model.conftest import chunked_loss, small_model
 
 
 def random_ids(*shape: int, vocab_size: int = 97, seed: int = 1) -> torch.Tensor:
@@ -68,7 +68,7 @@ def test_gradients_equal_finite_differences(activation: str) -> None:
     ).double()
     token_ids, targets = random_ids(2, 5, vocab_size=11), random_ids(2, 5, vocab_size=11, seed=2)
     targets[0, 1] = IGNORE_INDEX
-    exact = gradients(model, model.loss(token_ids, targets, chunk_tokens=3))
+    exact = gradients(model, chunked_loss(model, token_ids, targets, chunk_tokens=3))
     generator, h = torch.Generator().manual_seed(3), 1e-6
     for name, parameter in model.named_parameters():
         direction = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
@@ -93,7 +93,7 @@ def test_chunked_loss_equals_plain_cross_entropy(chunk_tokens: int, *, tied: boo
         model = model.to(dtype)
         plain, chunked = (
             plain_loss(model, token_ids, targets),
-            model.loss(token_ids, targets, chunk_tokens=chunk_tokens),
+            chunked_loss(model, token_ids, targets, chunk_tokens=chunk_tokens),
         )
         torch.testing.assert_close(chunked, plain, rtol=tolerance, atol=0)
         expected, found = gradients(model, plain / 3), gradients(model, chunked / 3)  # a scaled loss scales them
@@ -113,7 +113,7 @@ def test_loss_of_masked_positions_is_the_sum_over_the_others(model: GPT) -> None
 
 def test_loss_and_gradients_are_the_same_bits_every_time(model: GPT) -> None:
     token_ids, targets = random_ids(4, 40), random_ids(4, 40, seed=2)
-    first, again = (gradients(model, model.loss(token_ids, targets, chunk_tokens=64)) for _ in range(2))
+    first, again = (gradients(model, chunked_loss(model, token_ids, targets, chunk_tokens=64)) for _ in range(2))
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
@@ -134,7 +134,7 @@ def test_no_more_logits_than_one_chunk_exist_forward_or_backward() -> None:
     model = small_model(vocab_size=vocab_size, n_embd=8, n_head=1)
     token_ids = random_ids(4, 40)
     with LargestTensor() as chunked:
-        model.loss(token_ids, token_ids, chunk_tokens=chunk_tokens).backward()
+        chunked_loss(model, token_ids, token_ids, chunk_tokens=chunk_tokens).backward()
     with LargestTensor() as plain:
         plain_loss(model, token_ids, token_ids).backward()
     assert plain.largest == token_ids.numel() * vocab_size
@@ -145,7 +145,7 @@ def test_bf16_autocast_trains_fp32_weights(model: GPT) -> None:
     token_ids, targets = random_ids(3, 20), random_ids(3, 20, seed=2)
     exact = gradients(model, model.loss(token_ids, targets))
     with torch.autocast("cpu", torch.bfloat16):
-        loss = model.loss(token_ids, targets, chunk_tokens=16)
+        loss = chunked_loss(model, token_ids, targets, chunk_tokens=16)
     assert loss.dtype == torch.float32
     rounded = gradients(model, loss)
     for name, gradient in rounded.items():
@@ -163,34 +163,16 @@ def test_a_later_token_changes_no_earlier_logit(model: GPT) -> None:
     assert ((before - after)[0, 17:].abs().amax(dim=-1) > 1e-4).all()
 
 
-def test_rows_of_different_lengths_decode_together_as_without_a_cache(model: GPT) -> None:
-    token_ids = random_ids(3, 30)
-    expected = model.logits(model(token_ids))
-    cache = KVCache(model.config, num_slots=5, max_len=48, dtype=torch.float32, device="cpu")
+def test_a_sequence_may_be_cached_in_pieces(model: GPT) -> None:
+    token_ids = random_ids(1, 30)
+    cache = KVCache(model.config, max_len=48, dtype=torch.float32, device="cpu")
     cache.keys.fill_(1e4)  # an earlier sequence's leftovers must not show
     cache.values.fill_(1e4)
-    for slot_list in ([4, 0, 2], [1, 2, 3]):  # gathered, and read in place
-        slots, lengths = torch.tensor(slot_list), torch.tensor([3, 11, 1])
-        padded_positions = torch.arange(11).expand(3, -1)
-        model(token_ids[:, :11], kv_cache=cache, slots=slots, positions=padded_positions)  # padded prefill
-        rows = torch.arange(3)
-        while lengths.max() < 30:
-            hidden = model(token_ids[rows, lengths, None], kv_cache=cache, slots=slots, positions=lengths[:, None])
-            torch.testing.assert_close(model.logits(hidden[:, 0]), expected[rows, lengths], rtol=0, atol=1e-4)
-            lengths += 1
-
-
-def test_a_prompt_may_be_cached_in_pieces(model: GPT) -> None:
-    token_ids = random_ids(2, 30)
-    cache = KVCache(model.config, num_slots=2, max_len=30, dtype=torch.float32, device="cpu")
     pieces = [
-        model(token_ids[:, piece], kv_cache=cache, slots=torch.arange(2), positions=piece.expand(2, -1))
-        for piece in torch.arange(30).split(11)
+        model(token_ids[:, piece], kv_cache=cache, positions=piece[None])
+        for piece in torch.arange(30).split([11, 11, 1, 1, 6])
     ]
     torch.testing.assert_close(torch.cat(pieces, dim=1), model(token_ids), rtol=0, atol=1e-4)
-    assert cache.keys.nbytes + cache.values.nbytes == KVCache.num_bytes(
-        model.config, num_slots=2, max_len=30, dtype=torch.float32
-    )
 
 
 def test_dropout_is_off_in_evaluation_and_keyed_by_the_seed_in_training() -> None:

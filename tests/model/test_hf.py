@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from model.checkpoint import Metadata, load_model, load_tokenizer, write_checkpoint
+from model.checkpoint import load_model, load_tokenizer, write_checkpoint
+from model.checkpoint_folder import Metadata
 from model.hf import UnsupportedModelError, load_hf
 from model.tokenizer import Tokenizer, train_bpe
 from tests.model.conftest import small_model
@@ -56,7 +57,14 @@ def test_transformers_reads_a_checkpoint_as_it_is(
     ours = small_model(
         activation_function=activation, tie_word_embeddings=tied, n_inner=80, vocab_size=tokenizer.vocab_size
     )
-    write_checkpoint(tmp_path / "c", model=ours, tokenizer=tokenizer, metadata=METADATA, train_state=None)
+    write_checkpoint(
+        tmp_path / "c",
+        config=ours.config,
+        state=ours.state_dict(),
+        tokenizer=tokenizer,
+        metadata=METADATA,
+        train_state=None,
+    )
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "c").eval()
     token_ids = torch.randint(0, tokenizer.vocab_size, (3, 48))
     torch.testing.assert_close(theirs(token_ids).logits, ours.logits(ours(token_ids)), rtol=0, atol=1e-4)
@@ -70,7 +78,14 @@ def test_transformers_reads_the_tokenizer_as_it_is(
 ) -> None:
     tokenizer = train_bpe(corpus[:3], vocab_size=400, normalize=normalize)
     model = small_model(vocab_size=tokenizer.vocab_size)
-    write_checkpoint(tmp_path / "c", model=model, tokenizer=tokenizer, metadata=METADATA, train_state=None)
+    write_checkpoint(
+        tmp_path / "c",
+        config=model.config,
+        state=model.state_dict(),
+        tokenizer=tokenizer,
+        metadata=METADATA,
+        train_state=None,
+    )
     theirs = AutoTokenizer.from_pretrained(tmp_path / "c")
     for text in ("Hello  World, naïve 東京", corpus[4]):
         assert theirs(text, add_special_tokens=False)["input_ids"] == tokenizer.encode(text)

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from model.gpt import GPT
-from model.optimizer import decay_parameter_names, learning_rate
+from model.optimizer import learning_rate
 
 
 def test_torchs_fused_adamw_is_the_formula_in_float64() -> None:
@@ -67,11 +66,3 @@ def test_warmup_stable_decay() -> None:
     # A warm-up that reaches into the cooldown shortens it, without a jump.
     assert rate(900, warmup_tokens=900) == 1.0
     assert rate(950, warmup_tokens=900) == pytest.approx(0.55, rel=1e-12)
-
-
-def test_matrices_and_embeddings_decay_and_nothing_else(model: GPT) -> None:
-    decaying = decay_parameter_names(model)
-    assert {"transformer.wte.weight", "transformer.wpe.weight", "transformer.h.1.attn.c_proj.weight"} <= decaying
-    spared = {name for name, _ in model.named_parameters()} - decaying
-    assert all(name.endswith(".bias") or ".ln_" in name for name in spared)
-    assert not any(name.endswith(".bias") or ".ln_" in name for name in decaying)

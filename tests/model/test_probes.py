@@ -15,7 +15,7 @@ def made(name: str) -> Task:
 
 
 def by_looking_back(ids: list[int], place: int) -> int | None:
-    """What followed the last time that the token before `place` occurred."""
+    """Returns what followed the last time that the token before `place` occurred."""
     before = [i for i in range(place - 1) if ids[i] == ids[place - 1]]
     return ids[before[-1] + 1] if before else None
 
@@ -35,8 +35,8 @@ def test_a_task_is_solved_by_looking_back(name: str) -> None:
 
 @pytest.mark.parametrize("name", TASKS)
 def test_a_model_that_learned_nothing_is_at_chance(name: str) -> None:
-    task = made(name)
-    assert accuracy(small_model(), task) < task.chance + 0.1
+    chance = 1 / 4 if name == "few-shot" else 1 / VOCAB  # a guess among the keys' values, or among all tokens
+    assert accuracy(small_model(), made(name)) < chance + 0.1
 
 
 def test_the_same_seed_asks_the_same() -> None:
@@ -46,7 +46,7 @@ def test_the_same_seed_asks_the_same() -> None:
 
 
 class LookingBack:
-    """Goes on as the context did the last time; where that is unknown, with token 0."""
+    """A model that continues as the context did the last time; where that is unknown, with token 0."""
 
     def forward(self, ids: Tensor) -> Tensor:
         rows = [[by_looking_back([*row, 0], place + 1) or 0 for place in range(len(row))] for row in ids.tolist()]
@@ -57,6 +57,6 @@ class LookingBack:
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_who_looks_back_is_measured_to_do_so(name: str) -> None:
+def test_a_model_that_looks_back_is_measured_to_do_so(name: str) -> None:
     found = accuracy(LookingBack(), made(name))  # type: ignore[arg-type]
     assert found > (0.75 if name != "few-shot" else 0.99)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from model.generate import generate
 from model.gpt import GPT
 from model.sampling import SamplingParams, distribution
-from model.xray import Query, Reader, neighbours, predictions, run_query, score
+from model.xray import Query, Reader, nearest_tokens, predictions, run_query, score
 from tests.model.conftest import small_model
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -127,15 +127,15 @@ def test_spans_are_contiguous_and_stages_have_the_shapes_of_a_query(model: GPT) 
     assert {s.seconds for s in query.readings[0].stages} == {1.0}
 
 
-def test_neighbours_point_the_same_way(model: GPT) -> None:
+def test_the_nearest_tokens_point_the_same_way(model: GPT) -> None:
     with torch.no_grad():
         model.transformer.wte.weight[8] = 3 * model.transformer.wte.weight[5]
     table = model.transformer.wte.weight.detach()
-    near, other = neighbours(model, [5, 40], num_nearest=4)
-    assert near[0].token_id == 8 and near[0].cosine == pytest.approx(1, abs=1e-5)
+    near, other = nearest_tokens(model, [5, 40], num_nearest=4)
+    assert near[0] == (8, pytest.approx(1, abs=1e-5))
     expected = torch.nn.functional.cosine_similarity(table[40][None], table)
     expected[40] = -2
-    assert [n.token_id for n in other] == expected.topk(4).indices.tolist()
+    assert [token_id for token_id, _ in other] == expected.topk(4).indices.tolist()
 
 
 def test_logits_that_are_no_numbers_are_an_error(model: GPT) -> None:

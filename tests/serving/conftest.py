@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from model.checkpoint import Metadata, parameter_hash, write_checkpoint
+from model.checkpoint import parameter_hash, write_checkpoint
+from model.checkpoint_folder import Metadata
 from model.config import GPTConfig
 from model.gpt import GPT
 from model.tokenizer import Tokenizer, train_bpe
@@ -51,7 +52,9 @@ def checkpoint(model: GPT, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPa
         val_loss=None,
         val_bits_per_byte=None,
     )
-    write_checkpoint(folder, model=model, tokenizer=tokenizer, metadata=metadata, train_state=None)
+    write_checkpoint(
+        folder, config=model.config, state=model.state_dict(), tokenizer=tokenizer, metadata=metadata, train_state=None
+    )
     return folder
 
 

@@ -20,8 +20,9 @@ from cluster.storage.registry import (
     what_latest_became,
 )
 from cluster.storage.uris import open_storage
-from model.checkpoint import MANIFEST, TRAIN_STATE, CheckpointError, parameter_hash
 from model.checkpoint import load_model as load
+from model.checkpoint import parameter_hash
+from model.checkpoint_folder import MANIFEST, TRAIN_STATE, CheckpointError
 from tests.checkpoints import DAMAGES, damage, write_tiny
 
 

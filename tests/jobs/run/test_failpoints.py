@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,13 @@ from typing import Any
 
 import pytest
 
-from model.failpoints import FAILPOINTS, VARIABLE, failpoint
+from cluster.settings.code_folders import CODE_FOLDERS
+from model.failpoints import VARIABLE, failpoint
 from tests.repository import REPOSITORY
+
+CODE = [path.read_text() for folder in CODE_FOLDERS for path in (REPOSITORY / folder).rglob("*.py")]
+FAILPOINTS = {name for text in CODE for name in re.findall(r'\bfailpoint\("(\w+)"\)', text)}
+LOCAL = FAILPOINTS - {"before_upload_complete"}
 
 
 def check_crashes(storage_uri: str, folder: Path, *, num_seeds: int, places: set[str]) -> None:
@@ -35,10 +41,8 @@ def check_crashes(storage_uri: str, folder: Path, *, num_seeds: int, places: set
     assert any(crash["went_on_from"] > 0 for crash in crashed)
 
 
-LOCAL = set(FAILPOINTS) - {"before_upload_complete"}
-
-
 def test_a_crash_anywhere(tmp_path: Path) -> None:
+    assert len(FAILPOINTS) == 12
     check_crashes(str(tmp_path / "storage"), tmp_path, num_seeds=1, places=LOCAL)
 
 
@@ -52,7 +56,7 @@ def test_a_crash_on_the_way_to_object_storage(s3_bucket: str, tmp_path: Path) ->
 @pytest.mark.parametrize("is_remote", [False, True])
 def test_twenty_seeds_of_crashes(s3_bucket: str, tmp_path: Path, is_remote: bool) -> None:
     uri = f"s3://{s3_bucket}/storage" if is_remote else str(tmp_path / "storage")
-    check_crashes(uri, tmp_path, num_seeds=20, places=set(FAILPOINTS) if is_remote else LOCAL)
+    check_crashes(uri, tmp_path, num_seeds=20, places=FAILPOINTS if is_remote else LOCAL)
 
 
 def test_an_unarmed_failpoint_does_nothing_and_an_armed_one_counts(monkeypatch: pytest.MonkeyPatch) -> None:

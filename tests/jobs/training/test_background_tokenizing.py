@@ -16,7 +16,7 @@ from jobs.tokens.token_store import MANIFEST, SEALED, Manifest, TokenStoreError
 from jobs.training import background_tokenizing
 from jobs.training.background_tokenizing import free_cpus, tokenizing, wait_for_first_rows
 from jobs.training.train_loop import train
-from model.checkpoint import read_metadata
+from model.checkpoint_folder import read_metadata
 from model.errors import UserError
 from tests.jobs.runs import newest_checkpoint, trained_run
 from tests.time_limits import limit_s

@@ -21,7 +21,8 @@ from jobs.run.ledger import Ledger, LedgerWriter
 from jobs.run.retention import checkpoint_name, step_of
 from jobs.run.writer_generation import Fence
 from jobs.training.checkpoint_writer import CheckpointWriter
-from model.checkpoint import Metadata, load_model, parameter_hash, read_train_state, verify_checkpoint
+from model.checkpoint import load_model, parameter_hash, read_train_state
+from model.checkpoint_folder import Metadata, verify_checkpoint
 from model.config import resolve_preset
 from model.gpt import GPT
 from model.tokenizer import train_bpe

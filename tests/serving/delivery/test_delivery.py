@@ -18,7 +18,7 @@ from cluster.settings.run import StorageConfig
 from cluster.settings.serve import DeliveryConfig, EngineConfig, ReplicaConfig, ServeConfig
 from cluster.storage.registry import served_checkpoints
 from cluster.storage.uris import open_storage
-from model.checkpoint import read_metadata
+from model.checkpoint_folder import read_metadata
 from model.config import GPTConfig
 from model.generate import generate
 from model.gpt import GPT

@@ -11,7 +11,7 @@ from ray import serve
 from cluster.settings.run import StorageConfig
 from cluster.settings.serve import DeliveryConfig, ServeConfig
 from cluster.storage.uris import open_storage
-from model.checkpoint import read_metadata
+from model.checkpoint_folder import read_metadata
 from model.gpt import GPT
 from model.tokenizer import Tokenizer
 from serving.app import build_app

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from cluster.settings.serve import DeliveryConfig, EngineConfig, ServeConfig
-from model.checkpoint import read_metadata
+from model.checkpoint_folder import read_metadata
 from model.config import GPTConfig
 from model.gpt import GPT
 from model.tokenizer import Tokenizer

@@ -13,7 +13,8 @@ import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
 
 from cluster.settings.serve import EngineConfig, ServeConfig
-from model.checkpoint import read_metadata, write_checkpoint
+from model.checkpoint import write_checkpoint
+from model.checkpoint_folder import read_metadata
 from model.gpt import GPT
 from model.tokenizer import Tokenizer
 from serving.app import run
@@ -79,7 +80,14 @@ def checkpoints(checkpoint: Path, model: GPT, tokenizer: Tokenizer, tmp_path_fac
     early = GPT(model.config)
     early.init_weights(99)
     metadata = replace(read_metadata(checkpoint), step=3)
-    write_checkpoint(folder / "step-3", model=early.eval(), tokenizer=tokenizer, metadata=metadata, train_state=None)
+    write_checkpoint(
+        folder / "step-3",
+        config=early.eval().config,
+        state=early.eval().state_dict(),
+        tokenizer=tokenizer,
+        metadata=metadata,
+        train_state=None,
+    )
     return folder / "step-7"
 
 

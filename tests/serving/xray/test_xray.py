@@ -19,7 +19,8 @@ import pytest
 import torch
 
 from cluster.settings.serve import EngineConfig, ServeConfig
-from model.checkpoint import read_metadata, write_checkpoint
+from model.checkpoint import write_checkpoint
+from model.checkpoint_folder import read_metadata
 from model.generate import generate
 from model.gpt import GPT
 from model.sampling import SamplingParams
@@ -83,7 +84,8 @@ def folder(checkpoint: Path, model: GPT, tokenizer: Tokenizer, tmp_path_factory:
     ):
         write_checkpoint(
             run_folder / name,
-            model=early(model, seed),
+            config=early(model, seed).config,
+            state=early(model, seed).state_dict(),
             tokenizer=tokenizer,
             metadata=replace(metadata, **changes),
             train_state=None,
@@ -113,7 +115,7 @@ def test_an_answer_shows_the_models_own_numbers(run: Run, model: GPT, tokenizer:
         assert [t["id"] for t in tokens] == sequence and answer["num_prompt_tokens"] == len(ids)
         assert answer["text"] == tokenizer.decode(expected) and answer["finish_reason"] == "length"
         assert [t["generated"] for t in tokens] == [False] * len(ids) + [True] * 12
-        data = tokenizer.decode_bytes(sequence)
+        data = b"".join(map(tokenizer.token_bytes, sequence))
         assert [data[slice(*t["bytes"])] for t in tokens] == [tokenizer.token_bytes(i) for i in sequence]
         assert tokens[0]["probability"] is None
         for position, token in enumerate(tokens[1:]):
