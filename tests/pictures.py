@@ -1,8 +1,8 @@
-"""The READMEs' pictures, of a finished run and of the endpoint that serves it: `make pictures` after `make demo`.
+"""Makes the READMEs' pictures: the processes, a finished run, the endpoint that serves it. `make pictures` runs it.
 
     python -m tests.pictures [RUN_FOLDER]
 
-RUN_FOLDER is the newest demo's when left out. The pictures are small: 1000 pixels wide, in 64 colours.
+RUN_FOLDER is the newest demo's if left out; `make demo` makes one. The PNGs are small: 1000 pixels wide, in 64 colors.
 """
 
 import io
@@ -16,15 +16,17 @@ from playwright.sync_api import expect, sync_playwright
 
 from cluster.settings.serve import ServeConfig
 from serving.app import run
+from tests.processes_picture import PICTURE, draw
 from tests.repository import REPOSITORY
 from tests.serving.endpoint_parts import free_port, ray_cluster
 
 FIGURES = ("loss", "waterfall")  # of the run's report
 WIDTH = 1000
-NUM_COLOURS = 64
+NUM_COLORS = 64
 
 
 def main() -> int:
+    PICTURE.write_text(draw(), encoding="utf-8")
     demos = sorted((REPOSITORY / ".raymill" / "runs").glob("demo-*"))
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else demos[-1] if demos else None
     if folder is None or not all((folder / "report" / f"{name}.png").exists() for name in FIGURES):
@@ -62,7 +64,7 @@ def picture_of_xray(url: str, *, chromium: str) -> bytes:
 def save(picture: bytes, path: Path) -> None:
     image = Image.open(io.BytesIO(picture)).convert("RGB")
     image = image.resize((WIDTH, round(image.height * WIDTH / image.width)), Image.Resampling.LANCZOS)
-    image.quantize(NUM_COLOURS).save(path, optimize=True)
+    image.quantize(NUM_COLORS).save(path, optimize=True)
     print(f"{path.relative_to(REPOSITORY)}: {path.stat().st_size / 1000:.0f} kB")
 
 

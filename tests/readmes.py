@@ -1,18 +1,22 @@
-"""What the READMEs tell a reader to type."""
+"""The commands that the READMEs tell a reader to type."""
 
 import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.settings.code_folders import CODE_FOLDERS
 from tests.repository import REPOSITORY
 
-READMES = [*sorted(REPOSITORY.glob("*/*.md")), REPOSITORY / "README.md"]
+FOLDERS = (*CODE_FOLDERS, "k8s", "tests")
+READMES = sorted(
+    [*REPOSITORY.glob("*.md"), *(path for folder in FOLDERS for path in (REPOSITORY / folder).rglob("*.md"))]
+)
 
 
 @dataclass(frozen=True)
 class Command:
-    """A line of a code block, and where it stands."""
+    """A line of a code block, and its place."""
 
     line: str
     place: str
@@ -31,14 +35,14 @@ class Command:
 
 
 def code_blocks(readme: Path) -> list[tuple[int, str]]:
-    """Number of the first line and text of each fenced block."""
+    """Returns the number of the first line and the text of each fenced block."""
     text = readme.read_text(encoding="utf-8")
     found = re.finditer(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     return [(text[: match.start()].count("\n") + 2, match[1]) for match in found]
 
 
 def blocks_of_commands(readme: Path) -> list[list[Command]]:
-    """For each block that has any: the lines that begin with a program that a reader calls, comments left out."""
+    """Returns, for each block that has any, the lines that begin with a program that a reader calls."""
     blocks = []
     for first, block in code_blocks(readme):
         found = []

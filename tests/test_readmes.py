@@ -1,4 +1,4 @@
-"""The READMEs say what is: every command in them is one that the program takes, every link and file is there.
+"""The READMEs are true: the program takes every command in them, and every link, folder and file exists.
 
 `e2e/test_readme.py` runs the commands.
 """
@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 
 from cluster.cli import command_parser
+from cluster.settings.code_folders import CODE_FOLDERS
+from tests.processes_picture import PICTURE, draw
 from tests.readmes import READMES, Command, all_commands
 from tests.repository import REPOSITORY
 
-PACKAGES = ("model", "cluster", "jobs", "serving")
 PARSER = command_parser()
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
 
 def place(command: Command) -> str:
@@ -29,7 +31,7 @@ def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentP
 
 
 def command_names() -> set[str]:
-    """All commands, those of two words too."""
+    """Returns all commands, also those of two words."""
     names = set()
     for name, parser in subcommands(PARSER).items():
         names |= {f"{name} {inner}" for inner in subcommands(parser)} or {name}
@@ -54,11 +56,11 @@ def test_each_manifest_that_is_to_be_applied_is_there(command: Command) -> None:
 
 
 def test_the_table_has_every_command() -> None:
-    text = (REPOSITORY / "README.md").read_text()
+    text = (REPOSITORY / "GUIDE.md").read_text()
     rows = [row.split(" | ")[0] for row in re.findall(r"^\| `raymill (.*)", text, re.MULTILINE)]
     words = {word for row in rows for word in re.findall(r"[a-z-]+", row)}
     missing = {name for name in command_names() if not set(name.split()) <= words}
-    assert not missing, f"not in the table of README.md: {sorted(missing)}"
+    assert not missing, f"not in the table of GUIDE.md: {sorted(missing)}"
 
 
 @pytest.mark.parametrize("readme", READMES, ids=lambda path: str(path.relative_to(REPOSITORY)))
@@ -68,11 +70,33 @@ def test_each_link_leads_somewhere(readme: Path) -> None:
     assert not gone
 
 
-def test_the_tree_names_every_module_and_no_other() -> None:
-    [tree] = re.findall(
-        r"^## The tree\n+```\n(.*?)^```", (REPOSITORY / "README.md").read_text(), re.MULTILINE | re.DOTALL
-    )
-    named = set(re.findall(r"\b(\w+\.py)\b", tree))
-    there = {path.name for package in PACKAGES for path in (REPOSITORY / package).glob("*.py")} - {"__init__.py"}
-    assert there
-    assert named == there, f"missing: {sorted(there - named)}, gone: {sorted(named - there)}"
+def test_the_tree_names_every_folder_of_code_and_no_other() -> None:
+    [tree] = re.findall(r"^## The tree\n+```\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    named, above = set(), ""
+    for indent, name in re.findall(r"^( *)([\w.]+)/ ", tree, re.MULTILINE):
+        above = above if indent else name
+        named.add(f"{above}/{name}" if indent else name)
+    there = {
+        path.parent.relative_to(REPOSITORY).as_posix()
+        for folder in CODE_FOLDERS
+        for path in (REPOSITORY / folder).rglob("__init__.py")
+    }
+    assert len(there) > 25
+    assert named - {"k8s", "tests"} == there
+
+
+def test_what_to_read_first_is_about_5000_lines() -> None:
+    [words] = re.findall(r"^\*\*Read first\*\*(.*)", README, re.MULTILINE | re.DOTALL)
+    paths = [REPOSITORY / link for link in re.findall(r"\]\(([\w/.]+)\)", words)]
+    code = [file for path in paths for file in (path.rglob("*") if path.is_dir() else [path])]
+    lines = sum(file.read_text().count("\n") for file in code if file.suffix in (".py", ".cpp", ".h"))
+    assert len(paths) > 10 and 4_000 < lines < 5_500
+
+
+def test_the_root_readme_is_read_in_five_minutes() -> None:
+    assert README.count("\n") < 250
+
+
+def test_the_picture_of_the_processes_is_the_one_that_the_code_draws() -> None:
+    assert PICTURE.read_text(encoding="utf-8") == draw(), "`make pictures` draws it again"
+    assert f"]({PICTURE.name})" in README

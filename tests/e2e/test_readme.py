@@ -1,7 +1,7 @@
-"""Follows README.md: every block of commands is typed as it stands, on a corpus and a model that are small.
+"""Follows README.md and GUIDE.md: every block of commands is typed as it is, on a small corpus and a small model.
 
-What is replaced: names that stand for the reader's own (a run's id, hosts, a bucket), ports, and sizes. `make demo` and
-`make test` are left out here; those of k8s/README.md are in ../k8s/test_cluster_command.py.
+Names that stand for the reader's own (a run's id, hosts, a bucket), ports and sizes are replaced. `make demo` and
+`make test` are left out; the commands of k8s/README.md are tested in ../k8s/test_cluster_command.py.
 """
 
 import gzip
@@ -42,14 +42,14 @@ SMALLER = {"small-10m": "tiny", "20000000": "16384"}
 EXIT_CODES = {"diff": 1}  # the two runs differ
 BLOCKS = [
     block
-    for name in ("README.md", "k8s/scale.md")
+    for name in ("README.md", "GUIDE.md", "k8s/scale.md")
     for block in blocks_of_commands(REPOSITORY / name)
     if not {command.program for command in block} & {"make", "kubectl"}
 ]
 
 
 class Reader:
-    """Who types the commands, in a folder with a corpus, a configuration and key files."""
+    """Types the commands, in a folder with a corpus, a configuration and key files."""
 
     def __init__(self, folder: Path, stands_for: dict[str, str]) -> None:
         self._folder, self._stands_for = folder, stands_for
