@@ -2,7 +2,6 @@
 
 import ast
 import re
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -14,13 +13,9 @@ import pytest
 
 from cluster.settings.code_folders import CODE_FOLDERS
 from tests.repository import PYPROJECT, REPOSITORY
-from tests.time_limits import limit_s
+from tests.wheel import OF_AN_EXTRA, build_wheel, copied
 
 PROJECT = PYPROJECT["project"]
-OF_AN_EXTRA = {  # whole modules, which are imported by the commands alone that name the extra
-    "cluster/kube/client.py": {"kubernetes", "urllib3"},
-    "serving/engine/vllm_engine.py": {"vllm"},  # in an environment of its own
-}
 
 
 def names(requirements: list[str]) -> set[str]:
@@ -90,32 +85,6 @@ def test_torch_is_bound_to_one_release() -> None:
     assert int(high) == int(low) + 1
     for file in ("Makefile", "k8s/Dockerfile"):
         assert "--constraint .ci/constraints.txt" in (REPOSITORY / file).read_text(encoding="utf-8")
-
-
-def copied(folder: Path) -> Path:
-    """What an installation is made from, as builds leave files beside it."""
-    copy = folder / "checkout"
-    for name in (*CODE_FOLDERS, "k8s"):
-        shutil.copytree(REPOSITORY / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"), symlinks=True)
-    for name in ("pyproject.toml", "README.md"):
-        shutil.copy(REPOSITORY / name, copy)
-    return copy
-
-
-def build_wheel(folder: Path) -> tuple[Path, str]:
-    """The wheel, and all that was said."""
-    copy = copied(folder)
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
-    done = subprocess.run(
-        [*command, "--wheel-dir", str(folder), str(copy)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=limit_s(120),
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    (wheel,) = folder.glob("*.whl")
-    return wheel, done.stdout + done.stderr
 
 
 def test_an_editable_installation_prints_no_warning(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from cluster.settings.run import RunConfig, max_steps
 from cluster.stages.stage import Connection, run_stage
 from cluster.storage.uris import open_storage
 from jobs.run.ledger import Ledger
+from jobs.run.run_plan import run_storage
 from tests.jobs.corpora import number_texts
 from tests.time_limits import limit_s
 
@@ -44,7 +45,7 @@ class Watch:
     """A running attempt as its ledger shows it."""
 
     def __init__(self, config: RunConfig) -> None:
-        self._run = open_storage(config.storage.uri).child(f"runs/{config.run_id}")
+        self._run = run_storage(config)
         self.ended = threading.Event()
 
     def ledger(self) -> Ledger:
@@ -78,10 +79,12 @@ class Watch:
 
 
 class Arena:
-    def __init__(self, cluster: LocalCluster, folder: Path) -> None:
-        self.cluster, self.folder = cluster, folder
+    """A local cluster, and the runs that are disturbed on it."""
+
+    def __init__(self, connection: Connection, folder: Path) -> None:
+        assert connection.local is not None
+        self.connection, self.cluster, self.folder = connection, connection.local, folder
         self.lost_steps: list[int] = []  # by all recoveries so far
-        self.connection = Connection(cluster.jobs_url, {"Authorization": f"Bearer {cluster.token}"}, cluster)
         number_texts(folder / "corpus")
         quiet = self.config("quiet", min_workers=2, max_workers=2)
         self.quiet = run_stage(self.connection, "jobs.pretrain", quiet)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.local.local_cluster import LocalCluster
+from cluster.settings.run import ClusterConfig
+from cluster.stages.stage import connected
 from tests.chaos.arena import Arena
 
 NUM_NODES = 3  # that carry workers
@@ -20,8 +21,8 @@ _SUMMARY = pytest.StashKey[dict]()
 @pytest.fixture(scope="session")
 def arena(s3_server: str, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Arena]:
     """The cluster starts after the S3 server, whose keys its nodes inherit."""
-    with LocalCluster(num_nodes=NUM_NODES + 1, cpus_per_node=1) as cluster:
-        arena = Arena(cluster, tmp_path_factory.mktemp("chaos"))
+    with connected(ClusterConfig(num_nodes=NUM_NODES + 1), cpus_per_node=1) as connection:
+        arena = Arena(connection, tmp_path_factory.mktemp("chaos"))
         yield arena
         request.config.stash[_SUMMARY]["max_lost_steps"] = max(arena.lost_steps, default=None)
 

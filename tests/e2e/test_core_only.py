@@ -18,8 +18,8 @@ from cluster.commands.table import COMMANDS
 from cluster.local.local_cluster import free_port
 from cluster.settings.code_folders import CODE_FOLDERS
 from tests.repository import REPOSITORY
-from tests.test_packaging import OF_AN_EXTRA, build_wheel
 from tests.time_limits import limit_s
+from tests.wheel import OF_AN_EXTRA, build_wheel
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -100,8 +100,10 @@ def test_nothing_of_an_extra_is_there(installed: Installation) -> None:
 
 def test_only_modules_of_an_extra_cannot_be_imported(installed: Installation) -> None:
     (packages,) = installed.environment.glob("lib/python*/site-packages")
-    files = [path for folder in CODE_FOLDERS for path in sorted((packages / folder).glob("*.py"))]
-    modules = [f"{path.parent.name}.{path.stem}" for path in files if path.stem not in ("__init__", "start_node")]
+    files = [path for folder in CODE_FOLDERS for path in sorted((packages / folder).rglob("*.py"))]
+    places = [path.relative_to(packages).with_suffix("") for path in files if path.stem != "__init__"]
+    modules = [".".join(place.parts) for place in places]
+    assert len(modules) > 200
     probe = (
         "import importlib, sys\n"
         "for module in sys.argv[1:]:\n"

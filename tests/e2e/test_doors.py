@@ -21,10 +21,10 @@ from cluster.cli import main
 from cluster.endpoint.endpoint import Endpoint, deploy
 from cluster.local.local_cluster import LocalCluster, free_port
 from cluster.settings.flags import validate_config
-from cluster.settings.run import RunConfig, StorageConfig, to_yaml
+from cluster.settings.run import ClusterConfig, RunConfig, StorageConfig, to_yaml
 from cluster.settings.serve import ServeConfig
 from cluster.stages.jobs_api import JobsApi, Token
-from cluster.stages.stage import Connection, run_stage
+from cluster.stages.stage import connected, run_stage
 from cluster.storage.uris import open_storage
 from tests.jobs.corpora import number_texts
 from tests.time_limits import limit_s
@@ -84,7 +84,9 @@ def house(s3_server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
             (folder / name).write_text(seeded[name])
             (folder / name).chmod(0o600)
         before = set(psutil.Process().children(recursive=True))
-        with LocalCluster(num_nodes=2, cpus_per_node=3) as cluster:
+        with connected(ClusterConfig(num_nodes=2), cpus_per_node=3) as connection:
+            cluster = connection.local
+            assert cluster is not None
             seeded |= {"token": cluster.token, "AWS_SECRET_ACCESS_KEY": "test-secret-never-shown"}
             house, ended = House(cluster, config, seeded), threading.Event()
 
@@ -95,7 +97,6 @@ def house(s3_server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
             watcher = threading.Thread(target=watch)
             watcher.start()
             try:
-                connection = Connection(cluster.jobs_url, {"Authorization": f"Bearer {cluster.token}"}, cluster)
                 run = run_stage(connection, "jobs.pretrain", config)
                 serving = ServeConfig(
                     checkpoint=run["checkpoint"],

@@ -1,4 +1,4 @@
-"""The head of the local cluster is lost, in the middle of a run and under an endpoint, and is started again.
+"""The head of the local cluster is lost, in the middle of a run and under an endpoint, and is restarted.
 
 On Kubernetes, where the endpoint has proxies besides the head's, no request fails: tests/serving/delivery/test_head_loss.py.
 """
@@ -12,15 +12,13 @@ import pytest
 
 from cluster.endpoint.endpoint import Endpoint, deploy, stream_completion
 from cluster.local.chaos import Chaos, parse_faults
-from cluster.local.local_cluster import LocalCluster, free_port
-from cluster.settings.flags import validate_config
-from cluster.settings.run import RunConfig, StorageConfig
+from cluster.local.local_cluster import free_port
+from cluster.settings.run import ClusterConfig, RunConfig, StorageConfig
 from cluster.settings.serve import ReplicaConfig, ServeConfig
-from cluster.stages.stage import Connection, run_stage
-from cluster.storage.uris import open_storage
-from jobs.run.ledger import Ledger
+from cluster.stages.stage import Connection, connected, run_stage
 from model.errors import UserError
-from tests.jobs.runs import make_text
+from tests.e2e.tiny_runs import ledger_of, losses, tiny_run
+from tests.jobs.corpora import number_texts
 from tests.serving.endpoint_parts import children_with
 from tests.waiting import wait_until
 
@@ -34,36 +32,28 @@ ENGINE = "serving.engine_process.run_engine"
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Holds the corpus and the storage."""
     folder = tmp_path_factory.mktemp("head-loss")
-    (folder / "corpus").mkdir()
-    for seed in range(12):
-        (folder / f"corpus/{seed:02d}.txt").write_text(make_text(1500, seed=seed))
+    number_texts(folder / "corpus")
     return folder
 
 
 @pytest.fixture(scope="module")
 def connection() -> Iterator[Connection]:
-    with LocalCluster(num_nodes=3, cpus_per_node=1) as cluster:
-        yield Connection(cluster.jobs_url, {"Authorization": f"Bearer {cluster.token}"}, cluster)
+    with connected(ClusterConfig(num_nodes=3), cpus_per_node=1) as connection:
+        yield connection
 
 
 def run_config(folder: Path, run_id: str) -> RunConfig:
-    values = {
-        "run_id": run_id,
-        "model": {"preset": "tiny", "dropout": 0.1},
-        "data": {"source": str(folder / "corpus"), "vocab_size": 300, "val_fraction": 0.2},
-        "train": {
-            "max_tokens": NUM_STEPS * 32 * 32,
-            "global_batch_size": 32,
-            "micro_batch_size": 4,
-            "seq_len": 32,
-            "learning_rate": 3e-3,
-            "eval_every_steps": NUM_STEPS,
-        },
-        "scaling": {"min_workers": 1, "max_workers": 2},
-        "checkpoint": {"save_every_steps": SAVE_EVERY},
-        "storage": {"uri": str(folder / "storage")},
-    }
-    return validate_config(values, RunConfig)
+    return tiny_run(
+        folder,
+        run_id,
+        num_steps=NUM_STEPS,
+        save_every_steps=SAVE_EVERY,
+        batch_size=32,
+        lane_size=4,
+        dropout=0.1,
+        min_workers=1,
+        max_workers=2,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +70,7 @@ def test_a_run_goes_on_under_a_new_head(
     with Chaos(parse_faults(["kill-head@120"]), cluster=connection.local, config=config):
         disturbed = run_stage(connection, "jobs.pretrain", config)
     assert connection.local.node_names == nodes
-    ledger = Ledger.read(open_storage(config.storage.uri).child("runs/disturbed"))
-    (recovery,) = ledger.recoveries()
+    (recovery,) = ledger_of(config).recoveries()
     assert "the head of the local cluster was lost" in capfd.readouterr().err
     with capfd.disabled():
         print(
@@ -89,7 +78,7 @@ def test_a_run_goes_on_under_a_new_head(
         )
     assert recovery.lost_steps <= SAVE_EVERY
     assert disturbed["parameter_hash"] == undisturbed["parameter_hash"]
-    assert [line["step"] for line in ledger.steps] == list(range(1, NUM_STEPS + 1))
+    assert losses(config) == losses(run_config(folder, "undisturbed"))
 
 
 def test_an_endpoint_comes_back_with_its_replica(
@@ -117,7 +106,7 @@ def test_an_endpoint_comes_back_with_its_replica(
 
 
 def answer(endpoint: Endpoint) -> str | None:
-    """A greedy completion; None where there is none."""
+    """Returns a greedy completion, or None if there is none."""
     request = {"prompt": "tell me", "max_tokens": 8, "temperature": 0.0}
     try:
         return str(stream_completion(endpoint, request, on_text=lambda text: None)["text"])

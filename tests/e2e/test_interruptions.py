@@ -1,4 +1,4 @@
-"""What keeps a run going, or stops it with a reason: hangs, stragglers, SIGTERM, and failures that come again.
+"""Hangs, stragglers and SIGTERM do not end a run, and a failure that repeats ends it with its reason.
 
 Everything is real: raylets, Ray Train, signals. One local cluster serves the whole module.
 """
@@ -16,13 +16,11 @@ from typing import Any
 
 import pytest
 
-from cluster.local.local_cluster import LocalCluster
-from cluster.settings.flags import validate_config
-from cluster.settings.run import RunConfig, write_config
-from cluster.stages.stage import Connection, run_stage
+from cluster.settings.run import ClusterConfig, RunConfig, write_config
+from cluster.stages.stage import Connection, connected, run_stage
 from cluster.stages.stage_module import StageFailedError
-from cluster.storage.uris import open_storage
 from jobs.run.ledger import Ledger
+from tests.e2e.tiny_runs import ledger_of, losses, tiny_run
 from tests.jobs.corpora import number_texts
 from tests.time_limits import limit_s
 from tests.waiting import wait_until
@@ -31,26 +29,11 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 NUM_STEPS = 400
 
-SETTINGS: dict[str, Any] = {
-    "model": {"preset": "tiny"},
-    "data": {"vocab_size": 300, "val_fraction": 0.2},
-    "train": {
-        "max_tokens": NUM_STEPS * 8 * 32,
-        "global_batch_size": 8,
-        "micro_batch_size": 1,
-        "seq_len": 32,
-        "learning_rate": 3e-3,
-        "eval_every_steps": NUM_STEPS,
-    },
-    "checkpoint": {"save_every_steps": 100},
-    "scaling": {"min_workers": 2, "max_workers": 2},
-}
-
 
 @pytest.fixture(scope="module")
 def connection() -> Iterator[Connection]:
-    with LocalCluster(num_nodes=2, cpus_per_node=3) as cluster:
-        yield Connection(cluster.jobs_url, {"Authorization": f"Bearer {cluster.token}"}, cluster)
+    with connected(ClusterConfig(num_nodes=2), cpus_per_node=3) as connection:
+        yield connection
 
 
 @pytest.fixture(scope="module")
@@ -62,22 +45,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_config(folder: Path, run_id: str, **scaling: Any) -> RunConfig:
-    values = SETTINGS | {"storage": {"uri": str(folder / "storage")}, "run_id": run_id}
-    values["scaling"] = values["scaling"] | scaling
-    values["data"] = values["data"] | {"source": str(folder / "corpus")}
-    return validate_config(values, RunConfig)
-
-
-def ledger_of(config: RunConfig) -> Ledger:
-    return Ledger.read(open_storage(config.storage.uri).child(f"runs/{config.run_id}"))
-
-
-def losses(config: RunConfig) -> list[tuple[int, float]]:
-    return [(line["step"], line["loss"]) for line in ledger_of(config).steps]
+    scaling = {"min_workers": 2, "max_workers": 2} | scaling
+    return tiny_run(folder, run_id, num_steps=NUM_STEPS, save_every_steps=100, **scaling)
 
 
 @pytest.fixture(scope="module")
-def alone(connection: Connection, folder: Path) -> tuple[str, list[tuple[int, float]]]:
+def alone(connection: Connection, folder: Path) -> tuple[str, list[float]]:
     """The parameter hash and the loss column of an undisturbed run."""
     config = run_config(folder, "alone", min_workers=1, max_workers=1)
     return run_stage(connection, "jobs.pretrain", config)["parameter_hash"], losses(config)
@@ -107,7 +80,7 @@ def at_step(step: int) -> Callable[[Ledger], object]:
 
 
 def test_a_stopped_worker_is_named_killed_and_replaced(
-    connection: Connection, folder: Path, alone: tuple[str, list[tuple[int, float]]]
+    connection: Connection, folder: Path, alone: tuple[str, list[float]]
 ) -> None:
     config = run_config(folder, "hang")
     run = Running(connection, config)
@@ -130,7 +103,7 @@ def test_a_stopped_worker_is_named_killed_and_replaced(
 
 
 def test_sigterm_makes_a_checkpoint_and_a_straggler_no_restart(
-    connection: Connection, folder: Path, alone: tuple[str, list[tuple[int, float]]]
+    connection: Connection, folder: Path, alone: tuple[str, list[float]]
 ) -> None:
     hang_timeout_s = limit_s(1.25)
     config = run_config(folder, "term", hang_timeout_s=hang_timeout_s)
@@ -159,7 +132,7 @@ def test_sigterm_makes_a_checkpoint_and_a_straggler_no_restart(
 
 
 def test_sigterm_to_the_launcher_leaves_its_last_step(
-    connection: Connection, folder: Path, alone: tuple[str, list[tuple[int, float]]]
+    connection: Connection, folder: Path, alone: tuple[str, list[float]]
 ) -> None:
     config = run_config(folder, "launcher")
     write_config(config, folder / "run.yaml")
@@ -186,7 +159,7 @@ def test_sigterm_to_the_launcher_leaves_its_last_step(
 
 
 def test_a_failure_that_comes_again_ends_the_run_with_its_reason(
-    connection: Connection, folder: Path, alone: tuple[str, list[tuple[int, float]]], capfd: pytest.CaptureFixture[str]
+    connection: Connection, folder: Path, alone: tuple[str, list[float]], capfd: pytest.CaptureFixture[str]
 ) -> None:
     """A shard holds ids that no model has: the second attempt fails as the first one did, and there is no third."""
     config = run_config(folder, "damaged")

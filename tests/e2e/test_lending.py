@@ -8,22 +8,20 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from cluster.cli import main
 from cluster.endpoint.endpoint import deploy
-from cluster.local.local_cluster import LocalCluster
-from cluster.settings.flags import validate_config
-from cluster.settings.run import RunConfig, StorageConfig
+from cluster.settings.run import ClusterConfig, StorageConfig
 from cluster.settings.serve import EngineConfig, ReplicaConfig, ServeConfig
-from cluster.stages.stage import Connection, run_stage
+from cluster.stages.stage import Connection, connected, run_stage
 from cluster.storage.lending import Loan, read_loan
 from cluster.storage.registry import resolve_checkpoint
-from cluster.storage.uris import open_storage
 from jobs.run.ledger import Ledger
+from jobs.run.run_plan import run_storage
 from model.checkpoint import load_model, load_tokenizer
+from tests.e2e.tiny_runs import tiny_run
 from tests.jobs.corpora import number_texts
 from tests.serving.delivery_parts import Admin
 from tests.serving.endpoint_parts import free_port
@@ -34,55 +32,47 @@ from tests.waiting import wait_until
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 SHORT, LONG = 1500, 3000  # steps; long enough for replicas to come and go
+SAVE_EVERY = 500
 MAX_LOST_STEPS = 4  # at a resize; a snapshot is not taken of each step where steps are this short
-
-SETTINGS: dict[str, Any] = {
-    "model": {"preset": "tiny"},
-    "data": {"vocab_size": 300, "val_fraction": 0.2},
-    "train": {
-        "global_batch_size": 8,
-        "micro_batch_size": 1,
-        "seq_len": 32,
-        "learning_rate": 3e-3,
-    },
-    "checkpoint": {"save_every_steps": 500},
-}
 
 
 @pytest.fixture(scope="module")
 def connection() -> Iterator[Connection]:
     """Three places: for two workers and a replica, or a worker and two replicas."""
-    with LocalCluster(num_nodes=1, cpus_per_node=3) as cluster:
-        yield Connection(cluster.jobs_url, {"Authorization": f"Bearer {cluster.token}"}, cluster)
+    with connected(ClusterConfig(num_nodes=1), cpus_per_node=3) as connection:
+        yield connection
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With a corpus, and the storage of all runs."""
+    """Holds the corpus and the storage of all runs."""
     folder = tmp_path_factory.mktemp("lending")
     number_texts(folder / "corpus")
     return folder
 
 
-def run_config(folder: Path, run_id: str, *, num_steps: int, **scaling: Any) -> RunConfig:
-    values = SETTINGS | {"storage": {"uri": str(folder / "storage")}, "run_id": run_id, "scaling": scaling}
-    values["data"] = values["data"] | {"source": str(folder / "corpus")}
-    values["train"] = values["train"] | {"max_tokens": num_steps * 8 * 32, "eval_every_steps": num_steps}
-    return validate_config(values, RunConfig)
-
-
 def parameter_hash_alone(connection: Connection, folder: Path, *, num_steps: int) -> str:
-    """Of the same run on one worker, which nothing disturbs."""
-    config = run_config(folder, f"alone-{num_steps}", num_steps=num_steps, min_workers=1, max_workers=1)
+    """Returns the hash of the same run on one worker, undisturbed."""
+    config = tiny_run(
+        folder, f"alone-{num_steps}", num_steps=num_steps, save_every_steps=SAVE_EVERY, min_workers=1, max_workers=1
+    )
     return str(run_stage(connection, "jobs.pretrain", config)["parameter_hash"])
 
 
 class ElasticRun:
-    """In training, with one worker or two, in a thread of its own."""
+    """A run that trains with one worker or two, in a thread of its own."""
 
     def __init__(self, connection: Connection, folder: Path, run_id: str, *, num_steps: int) -> None:
-        config = run_config(folder, run_id, num_steps=num_steps, min_workers=1, max_workers=2, resize_check_s=2)
-        self._storage = open_storage(config.storage.uri).child(f"runs/{run_id}")
+        config = tiny_run(
+            folder,
+            run_id,
+            num_steps=num_steps,
+            save_every_steps=SAVE_EVERY,
+            min_workers=1,
+            max_workers=2,
+            resize_check_s=2,
+        )
+        self._storage = run_storage(config)
         self._pool = ThreadPoolExecutor(1)
         self._running = self._pool.submit(run_stage, connection, "jobs.pretrain", config)
 
@@ -95,7 +85,7 @@ class ElasticRun:
         return read_loan(self._storage)
 
     def wait_for_steps(self, *, world_size: int, since: int = 0) -> float:
-        """Until it has taken 20 steps with so many workers. Seconds."""
+        """Waits for 20 steps with so many workers, and returns the seconds."""
 
         def has_taken_them() -> bool:
             assert not self._running.done()
@@ -104,7 +94,7 @@ class ElasticRun:
         return wait_until(has_taken_them, timeout_s=120, poll_s=0.1)
 
     def check_result(self, parameter_hash: str) -> None:
-        """After two resizes."""
+        """Checks the run after two resizes."""
         result = self._running.result(limit_s(300))
         self._pool.shutdown()
         assert result["world_sizes"] == [2, 1, 2]
@@ -157,7 +147,7 @@ def test_a_spike_at_the_endpoint_borrows_a_worker_and_gives_it_back(connection: 
         return sum(slot["status"] == "ready" for r in admin.status()["replicas"] for slot in r["slots"].values())
 
     async def spike() -> float:
-        """Until two replicas serve, and for a while after. Seconds until they do."""
+        """Lasts until two replicas serve, and a while longer. Returns the seconds until they did."""
         start_s = time.monotonic()
         is_over = asyncio.Event()
 

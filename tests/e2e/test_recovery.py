@@ -1,4 +1,4 @@
-"""Workers and nodes are killed, and nodes join: at most one step is taken again, and the bits stay the same.
+"""Workers and nodes are killed, and nodes join: at most one step is repeated, and the bits stay the same.
 
 Each node holds one worker, and steps are long enough for a snapshot each. One local cluster serves the module.
 """
@@ -11,12 +11,10 @@ import psutil
 import pytest
 
 from cluster.local.chaos import Chaos, parse_faults
-from cluster.local.local_cluster import LocalCluster
-from cluster.settings.flags import validate_config
-from cluster.settings.run import RunConfig
-from cluster.stages.stage import Connection, run_stage
-from cluster.storage.uris import open_storage
+from cluster.settings.run import ClusterConfig, RunConfig
+from cluster.stages.stage import Connection, connected, run_stage
 from jobs.run.ledger import Ledger
+from tests.e2e.tiny_runs import ledger_of, losses, tiny_run
 from tests.jobs.corpora import number_texts
 from tests.waiting import wait_until
 
@@ -27,8 +25,8 @@ NUM_STEPS = 200
 
 @pytest.fixture(scope="module")
 def connection() -> Iterator[Connection]:
-    with LocalCluster(num_nodes=3, cpus_per_node=1) as cluster:
-        yield Connection(cluster.jobs_url, {"Authorization": f"Bearer {cluster.token}"}, cluster)
+    with connected(ClusterConfig(num_nodes=3), cpus_per_node=1) as connection:
+        yield connection
 
 
 @pytest.fixture(scope="module")
@@ -39,38 +37,30 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_config(folder: Path, run_id: str, *, shard_optimizer: bool = False, **scaling: Any) -> RunConfig:
-    values = {
-        "run_id": run_id,
-        "model": {"preset": "tiny", "dropout": 0.1},
-        "data": {"source": str(folder / "corpus"), "vocab_size": 300, "val_fraction": 0.2},
-        "train": {
-            "max_tokens": NUM_STEPS * 32 * 32,
-            "global_batch_size": 32,
-            "micro_batch_size": 2,
-            "seq_len": 32,
-            "learning_rate": 3e-3,
-            "eval_every_steps": 30,
-            "shard_optimizer": shard_optimizer,
-        },
-        "scaling": scaling,
-        "checkpoint": {"save_every_steps": 25},
-        "storage": {"uri": str(folder / "storage")},
-    }
-    return validate_config(values, RunConfig)
+    return tiny_run(
+        folder,
+        run_id,
+        num_steps=NUM_STEPS,
+        eval_every_steps=30,
+        save_every_steps=25,
+        batch_size=32,
+        lane_size=2,
+        dropout=0.1,
+        train={"shard_optimizer": shard_optimizer},
+        **scaling,
+    )
 
 
-def run(connection: Connection, config: RunConfig, *faults: str) -> tuple[dict[str, Any], Ledger]:
+def run(connection: Connection, config: RunConfig, *faults: str) -> tuple[dict[str, Any], list[float], Ledger]:
     with Chaos(parse_faults(faults), cluster=connection.local, config=config):
         result = run_stage(connection, "jobs.pretrain", config)
-    ledger = Ledger.read(open_storage(config.storage.uri).child(f"runs/{config.run_id}"))
-    assert [line["step"] for line in ledger.steps] == list(range(1, NUM_STEPS + 1))
     # Ray ends a finished job's processes soon, not at once.
     wait_until(lambda: not memory_left(), timeout_s=30, told=memory_left)
-    return result, ledger
+    return result, losses(config), ledger_of(config)
 
 
 def memory_left() -> list[str]:
-    """Open or named memory of snapshots on this machine."""
+    """Returns open or named memory of snapshots on this machine."""
     left = [str(path) for path in Path("/dev/shm").iterdir() if "raymill" in path.name]
     for process in psutil.process_iter():
         try:
@@ -81,43 +71,39 @@ def memory_left() -> list[str]:
     return left
 
 
-def losses(ledger: Ledger) -> list[float]:
-    return [line["loss"] for line in ledger.steps]
-
-
 @pytest.fixture(scope="module")
 def undisturbed(connection: Connection, folder: Path) -> tuple[str, list[float]]:
-    result, ledger = run(connection, run_config(folder, "undisturbed", min_workers=2, max_workers=2))
+    result, losses_of_run, ledger = run(connection, run_config(folder, "undisturbed", min_workers=2, max_workers=2))
     assert [start["from_memory"] for start in ledger.events("start")] == [False]
-    return result["parameter_hash"], losses(ledger)
+    return result["parameter_hash"], losses_of_run
 
 
 def test_the_only_worker_is_killed(connection: Connection, folder: Path, undisturbed: tuple[str, list[float]]) -> None:
     config = run_config(folder, "alone", min_workers=1, max_workers=1)
-    result, ledger = run(connection, config, "kill-worker@12", "kill-worker@40")
+    result, losses_of_run, ledger = run(connection, config, "kill-worker@12", "kill-worker@40")
     assert [start["from_memory"] for start in ledger.events("start")] == [False, True, True]
     assert max(recovery.lost_steps for recovery in ledger.recoveries()) <= 1
-    assert (result["parameter_hash"], losses(ledger)) == undisturbed
+    assert (result["parameter_hash"], losses_of_run) == undisturbed
 
 
 def test_a_sharded_state_survives_a_worker(
     connection: Connection, folder: Path, undisturbed: tuple[str, list[float]]
 ) -> None:
     config = run_config(folder, "sharded", shard_optimizer=True, min_workers=2, max_workers=2)
-    result, ledger = run(connection, config, "kill-worker@12")
+    result, losses_of_run, ledger = run(connection, config, "kill-worker@12")
     assert [start["from_memory"] for start in ledger.events("start")] == [False, True]
     assert max(recovery.lost_steps for recovery in ledger.recoveries()) <= 1
-    assert (result["parameter_hash"], losses(ledger)) == undisturbed
+    assert (result["parameter_hash"], losses_of_run) == undisturbed
 
 
 def test_a_worker_and_a_node_are_killed_and_a_node_joins(
     connection: Connection, folder: Path, undisturbed: tuple[str, list[float]]
 ) -> None:
     config = run_config(folder, "disturbed", min_workers=1, max_workers=2, resize_check_s=1)
-    result, ledger = run(connection, config, "kill-worker@8", "kill-node@20", "add-node@28")
+    result, losses_of_run, ledger = run(connection, config, "kill-worker@8", "kill-node@20", "add-node@28")
     starts = ledger.events("start")
     assert [start["from_memory"] for start in starts] == [False] + [True] * (len(starts) - 1)
     assert result["world_sizes"][:3] == [2, 2, 1]
     assert result["world_sizes"][-1] == 2, "the run did not grow back"
     assert max(recovery.lost_steps for recovery in ledger.recoveries()) <= 1
-    assert (result["parameter_hash"], losses(ledger)) == undisturbed
+    assert (result["parameter_hash"], losses_of_run) == undisturbed

@@ -11,12 +11,12 @@ import pytest
 
 from cluster.endpoint.endpoint import deploy
 from cluster.local.chaos import Chaos, parse_faults
-from cluster.local.local_cluster import LocalCluster, free_port
+from cluster.local.local_cluster import free_port
 from cluster.monitoring.metric_table import SERIES
 from cluster.monitoring.panels import DASHBOARDS, Panel
-from cluster.settings.run import RunConfig
+from cluster.settings.run import ClusterConfig, RunConfig
 from cluster.settings.serve import ServeConfig
-from cluster.stages.stage import Connection, run_stage
+from cluster.stages.stage import Connection, connected, run_stage
 from tests.prometheus import Prometheus, needs_prometheus, prometheus
 from tests.time_limits import limit_s
 from tests.waiting import wait_until
@@ -65,15 +65,13 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     began_s = time.time()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_metrics_report_interval_ms", "1000")  # of 10 s
-        with (
-            LocalCluster(num_nodes=2, cpus_per_node=3) as cluster,
-            prometheus(folder / "prometheus", scrape_targets=cluster.scrape_targets) as server,
-        ):
-            connection = Connection(cluster.jobs_url, {"Authorization": f"Bearer {cluster.token}"}, cluster)
-            with Chaos(parse_faults(["kill-worker@100"]), cluster=cluster, config=config):
-                run_stage(connection, "jobs.pretrain", config)
-            ask_an_endpoint(connection, folder, server)
-            yield Scene(server, began_s, "seen")
+        with connected(ClusterConfig(num_nodes=2), cpus_per_node=3) as connection:
+            assert connection.local is not None
+            with prometheus(folder / "prometheus", scrape_targets=connection.local.scrape_targets) as server:
+                with Chaos(parse_faults(["kill-worker@100"]), cluster=connection.local, config=config):
+                    run_stage(connection, "jobs.pretrain", config)
+                ask_an_endpoint(connection, folder, server)
+                yield Scene(server, began_s, "seen")
 
 
 def ask_an_endpoint(connection: Connection, folder: Path, server: Prometheus) -> None:

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from cluster.local.local_cluster import LocalCluster, cpus_per_node
+from cluster.local.local_cluster import cpus_per_node
 from cluster.settings.flags import validate_config
 from cluster.settings.run import RunConfig
-from cluster.stages.stage import Connection, run_stage
+from cluster.stages.stage import Connection, connected, run_stage
 from jobs.run.ledger import Ledger
 from jobs.run.run_plan import run_storage
 from model.checkpoint_folder import read_metadata
@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Two folders of so many files, a task each, that tokenizing takes longer than workers take to start."""
+    """Two folders with so many files, a task each, that tokenizing takes longer than the start of the workers."""
     rng = random.Random(0)
     words = ["".join(rng.choices("aeiourstlnm", k=rng.randint(2, 7))) for _ in range(300)]
     folders = []
@@ -57,8 +57,8 @@ def run_config(sources: list[str], storage: Path, run_id: str, **train: Any) -> 
 @pytest.fixture(scope="module")
 def connection(sources: list[str]) -> Iterator[Connection]:
     config = run_config(sources, Path("unused"), "unused", while_tokenizing=True)
-    with LocalCluster(num_nodes=2, cpus_per_node=cpus_per_node(config)) as cluster:
-        yield Connection(cluster.jobs_url, {"Authorization": f"Bearer {cluster.token}"}, cluster)
+    with connected(config.cluster, cpus_per_node=cpus_per_node(config)) as connection:
+        yield connection
 
 
 def test_the_bits_are_those_of_a_finished_store(connection: Connection, sources: list[str], tmp_path: Path) -> None:

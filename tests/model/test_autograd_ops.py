@@ -12,7 +12,7 @@ import model.autograd_ops as ops
 from model import gpt
 from model.gpt import GPT
 from model.training_memory import gradient_sinks
-from tests.model.conftest import chunked_loss, small_model
+from tests.model.small_models import chunked_loss, small_model
 
 TOKENS = torch.randint(97, (3, 21), generator=torch.Generator().manual_seed(1))
 INPUTS, TARGETS = TOKENS[:, :-1], TOKENS[:, 1:]

@@ -16,7 +16,7 @@ from model.checkpoint import load_model, load_tokenizer, parameter_hash, read_tr
 from model.checkpoint_folder import CheckpointError, Metadata, read_metadata, verify_checkpoint
 from model.gpt import GPT
 from model.tokenizer import Tokenizer
-from tests.model.conftest import small_model
+from tests.model.small_models import small_model
 
 METADATA = Metadata(
     run_id="run-1", step=7, tokens_seen=448, data_manifest_hash="ab" * 32, code_version="0.1.0", val_loss=1.5

@@ -3,7 +3,7 @@
 import torch
 
 from model.gpt import GPT, document_mask
-from tests.model.conftest import small_model
+from tests.model.small_models import small_model
 
 EOT = 96
 

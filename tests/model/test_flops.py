@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.config import flops_per_token, resolve_preset
-from tests.model.conftest import small_model
+from tests.model.small_models import small_model
 
 
 @pytest.mark.parametrize("tied", [True, False])

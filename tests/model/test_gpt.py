@@ -13,7 +13,7 @@ from model.autograd_ops import IGNORE_INDEX
 from model.config import PRESETS, GPTConfig, num_parameters, resolve_preset
 from model.gpt import GPT
 from model.kv_cache import KVCache
-from tests.model.conftest import chunked_loss, small_model
+from tests.model.small_models import chunked_loss, small_model
 
 
 def random_ids(*shape: int, vocab_size: int = 97, seed: int = 1) -> torch.Tensor:

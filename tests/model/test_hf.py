@@ -13,7 +13,7 @@ from model.checkpoint import load_model, load_tokenizer, write_checkpoint
 from model.checkpoint_folder import Metadata
 from model.hf import UnsupportedModelError, load_hf
 from model.tokenizer import Tokenizer, train_bpe
-from tests.model.conftest import small_model
+from tests.model.small_models import small_model
 
 METADATA = Metadata(run_id="r", step=1, tokens_seen=1, data_manifest_hash="0" * 64, code_version="v")
 ACTIVATIONS = {"gelu_new": "gelu", "gelu": "gelu_exact", "relu": "relu"}

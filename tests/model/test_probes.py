@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from model.probes import TASKS, Task, accuracy, probe
-from tests.model.conftest import small_model
+from tests.model.small_models import small_model
 
 VOCAB, LENGTH = 97, 48
 

@@ -8,7 +8,7 @@ import torch
 from model.config import GPTConfig, num_parameters, resolve_preset
 from model.gpt import GPT
 from model.shapes import parameter_shapes, stages, weights
-from tests.model.conftest import small_model
+from tests.model.small_models import small_model
 
 MODULES = {
     "block: LayerNorm 1": "transformer.h.0.ln_1",

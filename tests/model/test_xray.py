@@ -12,7 +12,7 @@ from model.generate import generate
 from model.gpt import GPT
 from model.sampling import SamplingParams, distribution
 from model.xray import Query, Reader, nearest_tokens, predictions, run_query, score
-from tests.model.conftest import small_model
+from tests.model.small_models import small_model
 
 GREEDY = SamplingParams(temperature=0.0)
 PROMPT = [5, 17, 90, 3, 3, 41, 8]
