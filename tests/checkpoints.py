@@ -21,7 +21,7 @@ def write_tiny(
     val_loss: float | None = None,
     precision: str | None = None,
 ) -> Metadata:
-    """A checkpoint whose weights, and so its parameter hash, depend on the step."""
+    """Writes a checkpoint whose weights, and thus its parameter hash, depend on the step."""
     tokenizer = train_bpe(["to be or not to be"], vocab_size=257)
     model = GPT(resolve_preset({"preset": "tiny", "n_layer": 1, "vocab_size": tokenizer.vocab_size}))
     model.init_weights(step)

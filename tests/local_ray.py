@@ -1,4 +1,4 @@
-"""A Ray of one node for as long as a test lasts: on loopback, its workers as urgent as the test, HOME left as it is."""
+"""A one-node Ray for the duration of a test: on loopback, with workers as urgent as the test, and HOME untouched."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -15,7 +15,7 @@ from tests.repository import REPOSITORY
 @contextmanager
 def local_ray(*, num_cpus: int, environment: Mapping[str, str] | None = None, **settings: Any) -> Iterator[None]:
     """Runs Ray with workers that can import the repository's modules; `environment` is added to theirs."""
-    # Without a word on authentication Ray writes a token into ~/.ray, with which every other Ray of the user then starts.
+    # Without a setting for authentication Ray writes a token into ~/.ray, with which every other Ray of the user then starts.
     with mock.patch.dict(os.environ, PATIENT_WORKERS | {"RAY_AUTH_MODE": "disabled"}):
         for name in ("RAY_AUTH_TOKEN", "RAY_ADDRESS"):
             os.environ.pop(name, None)

@@ -1,4 +1,4 @@
-"""A real Prometheus on loopback, as Debian ships it, and what tests ask it."""
+"""A real Prometheus on loopback, as Debian ships it, and the queries of tests."""
 
 import shutil
 import subprocess
@@ -33,15 +33,15 @@ class Prometheus:
         return answer.json()["data"]
 
     def format(self, expr: str) -> str:
-        """Fails where it is no PromQL."""
+        """Fails if it is not PromQL."""
         return str(self.get("format_query", query=expr))
 
     def names(self) -> set[str]:
-        """Of all series that it has scraped."""
+        """Returns the names of all series that it has scraped."""
         return set(self.get("label/__name__/values"))
 
     def history(self, expr: str, *, since_s: float) -> list[Any]:
-        """Series with their values, a second apart."""
+        """Returns series with their values, a second apart."""
         return list(self.get("query_range", query=expr, start=since_s, end=time.time(), step=1)["result"])
 
 

@@ -1,4 +1,4 @@
-"""`make audit` fails where something is vulnerable, and where nobody could say so."""
+"""`make audit` fails where a package is vulnerable, and where no service could tell."""
 
 import importlib.util
 import json
@@ -12,7 +12,7 @@ from tests.repository import REPOSITORY
 
 pytest.importorskip("pip_audit", reason="pip install 'raymill[audit]'")
 
-# What pip-audit 2.10 says of a package behind a mirror that has no advisories, and then ends well.
+# pip-audit 2.10 says this about a package behind a mirror that has no advisories, and then exits with 0.
 UNKNOWN = "Dependency not found on PyPI and could not be audited: %s (1.0)"
 
 
@@ -32,7 +32,7 @@ def package(name: str, *vulnerabilities: str) -> dict[str, Any]:
 def test_a_service_that_is_not_there_fails_the_audit(
     audit: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With the real pip-audit, all of whose ways lead to a port where nobody listens."""
+    """Runs the real pip-audit with every address replaced by a port where nobody listens."""
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     monkeypatch.setenv("NO_PROXY", "")

@@ -35,7 +35,7 @@ VIOLATIONS = [
     ("the engine knows neither HTTP nor Ray", "serving/engine/engine.py", "import starlette.types"),
 ]
 
-# Runs in the copy, as a process that has imported the repository's packages would be shown these.
+# Runs in a process of its own: one that has imported the repository's packages would find those, not the copy.
 LINT = """
 import json, sys
 from pathlib import Path
@@ -84,7 +84,7 @@ def by_folder(paths: list[Path]) -> dict[str, list[Path]]:
 
 
 def test_no_folder_has_more_modules_than_a_reader_takes_in() -> None:
-    """`model` is one picture, and stays flat."""
+    """`model` is one picture and stays flat."""
     modules = by_folder([path for path in code_files() if path.name != "__init__.py"])
     assert {"model", "cluster/storage", "jobs/training", "serving/engine/native"} <= modules.keys()
     assert {folder: len(files) for folder, files in modules.items() if len(files) > MAX_MODULES} == {
@@ -103,7 +103,7 @@ def test_no_package_and_no_file_is_too_long() -> None:
 
 @pytest.mark.xfail(reason="the folders are still being shortened")
 def test_the_code_is_no_longer_than_it_may_be() -> None:
-    """A feature pays with what it makes superfluous."""
+    """A new feature pays with the lines that it makes superfluous."""
     assert num_lines(code_files()) <= MAX_LINES
 
 
@@ -116,7 +116,7 @@ def test_an_init_holds_a_docstring_and_nothing_else() -> None:
 
 
 def only_imports(source: str) -> str:
-    """A file's imports at the same depth, which is all that import-linter looks at."""
+    """Returns a file's imports, which are all that import-linter looks at."""
     tree = ast.parse(source)
     kept = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
     return "\n".join([line for line in kept if line != "from __future__ import annotations"])
@@ -124,7 +124,7 @@ def only_imports(source: str) -> str:
 
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
-    """The contracts that a copy of the code breaks: as it stands, and after each of `VIOLATIONS`."""
+    """Returns the contracts that a copy of the code breaks: unchanged, and after each of `VIOLATIONS`."""
     copy = tmp_path_factory.mktemp("house")
     for path in code_files():
         if path.suffix == ".py":
@@ -160,7 +160,7 @@ def test_a_violation_breaks_its_contract(broken: list[list[str]], number: int) -
 
 
 def refused(file: str) -> set[str]:
-    """The private modules that ruff does not let a file of that name import."""
+    """Returns the private modules that ruff does not let a file of that name import."""
     done = subprocess.run(
         [sys.executable, "-m", "ruff", "check", "--no-cache", "--output-format=concise", "--stdin-filename", file, "-"],
         cwd=REPOSITORY,

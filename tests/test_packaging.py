@@ -1,4 +1,4 @@
-"""What is installed: every import is of a declared package, and a wheel is built without a warning and lacks nothing."""
+"""Every import is of a declared package, and a wheel is built without a warning and lacks nothing."""
 
 import ast
 import re
@@ -27,7 +27,7 @@ def normal(name: str) -> str:
 
 
 def imports(folder: str) -> Iterator[tuple[str, str, bool]]:
-    """(file, module, whether it is imported with the file) of everything that the folder's files import."""
+    """Yields (file, module, whether it is imported with the file) of everything that the folder's files import."""
     for path in sorted((REPOSITORY / folder).rglob("*.py")):
         file, tree = path.relative_to(REPOSITORY).as_posix(), ast.parse(path.read_text(encoding="utf-8"))
         later = {
@@ -79,7 +79,7 @@ def test_modules_of_an_extra_are_imported_only_when_they_are_needed() -> None:
 
 
 def test_torch_is_bound_to_one_release() -> None:
-    """For `make` and the image alike. A range, as PyTorch's own index adds to the version what a wheel computes on."""
+    """`make` and the image use the same one. It is a range, as PyTorch's own index adds a wheel's device to its version."""
     constraints = (REPOSITORY / ".ci/constraints.txt").read_text(encoding="utf-8")
     (low, high) = re.findall(r"^torch>=2\.(\d+),<2\.(\d+)$", constraints, re.MULTILINE)[0]
     assert int(high) == int(low) + 1
@@ -88,7 +88,7 @@ def test_torch_is_bound_to_one_release() -> None:
 
 
 def test_an_editable_installation_prints_no_warning(tmp_path: Path) -> None:
-    """Which is what `make` does first."""
+    """`make` does this first."""
     copy = copied(tmp_path)
     build = f"from setuptools import build_meta; build_meta.build_editable({str(tmp_path)!r})"
     done = subprocess.run([sys.executable, "-c", build], cwd=copy, capture_output=True, text=True, check=True)

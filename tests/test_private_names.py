@@ -246,7 +246,7 @@ def test_a_private_name_is_what_the_code_relies_on(canary: Canary) -> None:
 
 
 def imported_names(path: Path) -> set[str]:
-    """The full name of everything that a file imports."""
+    """Returns the full names of everything that a file imports."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):

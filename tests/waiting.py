@@ -23,7 +23,7 @@ def wait_until(
 
 
 async def wait_in_loop_until(condition: Callable[[], object], *, timeout_s: float = 60.0) -> None:
-    """Waits as `wait_until` does, while the event loop goes on."""
+    """Waits as `wait_until` does, while the event loop keeps running."""
     start_s = time.monotonic()
     while not condition():
         assert time.monotonic() < start_s + limit_s(timeout_s), "the condition did not come true"

@@ -9,14 +9,14 @@ from cluster.settings.code_folders import CODE_FOLDERS
 from tests.repository import REPOSITORY
 from tests.time_limits import limit_s
 
-OF_AN_EXTRA = {  # whole modules, which are imported by the commands alone that name the extra
+OF_AN_EXTRA = {  # whole modules, imported only by the commands that name the extra
     "cluster/kube/client.py": {"kubernetes", "urllib3"},
     "serving/engine/vllm_engine.py": {"vllm"},  # in an environment of its own
 }
 
 
 def copied(folder: Path) -> Path:
-    """What an installation is made from, as builds leave files beside it."""
+    """Returns a copy of the files that an installation is made from, as builds leave others beside them."""
     copy = folder / "checkout"
     for name in (*CODE_FOLDERS, "k8s"):
         shutil.copytree(REPOSITORY / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"), symlinks=True)
@@ -26,7 +26,7 @@ def copied(folder: Path) -> Path:
 
 
 def build_wheel(folder: Path) -> tuple[Path, str]:
-    """The wheel, and all that was said."""
+    """Returns the wheel and the whole output."""
     copy = copied(folder)
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
     done = subprocess.run(

@@ -43,13 +43,13 @@ Ids = npt.NDArray[Any]
 
 
 def multiset_hash(id_lists: Iterable[Ids]) -> str:
-    """The same for the same documents' ids in any order: the stage parts training from validation documents."""
+    """Returns the same for the same documents' ids in any order, as the stage separates training and validation."""
     hashes = sorted(hashlib.sha256(np.asarray(ids, dtype="<u4").tobytes()).digest() for ids in id_lists)
     return hashlib.sha256(b"".join(hashes)).hexdigest()
 
 
 def stock_encoding(encoder: BulkEncoder) -> tiktoken.Encoding:
-    """The vocabulary as a user of tiktoken would load it: with GPT-2's pattern as tiktoken writes it."""
+    """Returns the vocabulary as a user of tiktoken would load it: with GPT-2's pattern as tiktoken writes it."""
     ranks = encoder.encoding._mergeable_ranks
     return tiktoken.Encoding(
         "stock", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": len(ranks)}
@@ -76,7 +76,7 @@ def datasets_map_s(tokenizer: Tokenizer, dataset: datasets.Dataset) -> tuple[flo
 def run_stage(
     corpus: Path, tokenizer: Path, storage: Path, *, workers: int
 ) -> tuple[dict[str, Any], ProcessMeter, float]:
-    """The stage's result, what its processes took, and wall seconds."""
+    """Returns the stage's result, the resources of its processes, and wall seconds."""
     data = {"source": str(corpus), "tokenizer": str(tokenizer)}
     config = RunConfig.model_validate({"data": data, "storage": {"uri": str(storage)}})
     storage.mkdir(parents=True)
@@ -101,7 +101,7 @@ def run_stage(
 
 
 def stored_ids(manifest_uri: str) -> Iterator[Ids]:
-    """Each document of the store, without its end-of-text token."""
+    """Yields each document of the store, without its end-of-text token."""
     store, _ = split_uri(manifest_uri)
     manifest = read_manifest(store)
     for shard in manifest.shards:
@@ -113,7 +113,7 @@ def stored_ids(manifest_uri: str) -> Iterator[Ids]:
 
 
 def throughput(folder: Path, texts: Path, *, num_bytes: int, repeats: int) -> dict[str, Any]:
-    """CPU seconds of each in each round, after all gave the same ids."""
+    """Returns CPU seconds of each in each round, after all gave the same ids."""
     tokenizer = Tokenizer.from_json((folder / "tokenizer.json").read_bytes())
     corpus = folder / "corpus"
     count = write_corpus(corpus, texts, num_bytes)
@@ -151,7 +151,7 @@ def throughput(folder: Path, texts: Path, *, num_bytes: int, repeats: int) -> di
 
 
 def peak_memory(folder: Path, texts: Path, *, num_bytes: int) -> dict[str, list[float]]:
-    """Peaks in MB of the driver and of each worker, the largest first, while the stage takes that much text."""
+    """Returns peaks in MB of the driver and of each worker, the largest first, while the stage reads that much text."""
     say(f"memory at {num_bytes / 1e6:.0f} MB")
     count = write_corpus(folder / "corpus", texts, num_bytes)
     stage = {"corpus": folder / "corpus", "tokenizer": folder.parent / "tokenizer.json", "storage": folder / "storage"}

@@ -73,7 +73,7 @@ def called(folder: Path, party: str, number: int) -> dict[str, float]:
 
 
 def measure() -> dict[str, float]:
-    """Ratios above 1 say that exact mode is the faster one; seconds and bytes are of one step and one worker."""
+    """Prints the figures. Ratios above 1 mean that exact mode is faster; seconds and bytes are of one step and worker."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     rounds: dict[str, list[dict[str, float]]] = {"exact": [], "stock": []}
     with tempfile.TemporaryDirectory(prefix="raymill-bench-exact-") as scratch:

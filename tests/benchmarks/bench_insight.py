@@ -1,4 +1,4 @@
-"""What timing and layer statistics cost: the same steps with both and with neither, taking turns in one process.
+"""The cost of timing and layer statistics: the same steps with both and with neither, taking turns in one process.
 
     python -m tests.benchmarks.bench_insight [tiny|small-10m]
 
@@ -49,7 +49,7 @@ def attempt_of(side: str, preset: str, folder: Path) -> Attempt:
 
 
 def seconds_of_step(attempt: Attempt, step: int) -> tuple[float, float]:
-    """(wall, CPU of this thread) of a step as the training loop takes it, but for validation and saving."""
+    """Returns (wall, CPU of this thread) of a step as the training loop takes it, except for validation and saving."""
     wall, cpu = time.perf_counter(), time.thread_time()
     timer = attempt.record.timer
     measured = attempt.gradient.of_step(step, timer)

@@ -1,4 +1,4 @@
-"""What `engine.dtype` costs: the perplexity of a text in float32, bfloat16 and int8, by the engine's own log-probabilities.
+"""The cost of `engine.dtype`: a text's perplexity in float32, bfloat16 and int8, by the engine's own log-probabilities.
 
     python -m tests.benchmarks.bench_precision CHECKPOINT TEXT [--max-tokens 20000]
 

@@ -42,7 +42,7 @@ WAIT_S = 180.0
 
 @dataclass(frozen=True)
 class Step:
-    """A completed step, as the trainer's own record has it."""
+    """A completed step in the trainer's own record."""
 
     time: float
     step: int
@@ -69,7 +69,7 @@ def raymill_record(ledger: Path) -> Record:
 
 
 def stock_record(log: Path) -> Record:
-    """Of rank 0's lines; an attempt is named by rank 0's process."""
+    """Returns the steps of rank 0's lines; rank 0's process names the attempt."""
     lines = _lines(log)
     steps = [Step(line["time"], line["step"], line["pid"]) for line in lines if line["rank"] == 0]
     newest = {line["rank"]: line["pid"] for line in lines}
@@ -104,7 +104,7 @@ def _kill_one(read: Callable[[], Record], *, num_attempts: int, rng: random.Rand
 
 
 def _settled(record: Record, num_attempts: int, *, seconds: float) -> Record | None:
-    """The record once that many attempts have taken steps, and the last one has for so long."""
+    """Returns the record once that many attempts have taken steps, and the last one has for so long."""
     if len({step.attempt for step in record.steps}) < num_attempts:
         return None
     own = [step for step in record.steps if step.attempt == record.steps[-1].attempt]
@@ -186,7 +186,7 @@ def stock_training(cluster: LocalCluster, folder: Path) -> Iterator[None]:
 
 
 def measure(*, num_kills: int = 10, seed: int = 0) -> dict[str, Any]:
-    """The figures, after `num_kills` seeded kills of each; seconds are medians unless they say maximum."""
+    """Prints the figures after `num_kills` seeded kills of each; seconds are medians unless they say maximum."""
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory(prefix="raymill-recovery-") as scratch:
         folder = Path(scratch)

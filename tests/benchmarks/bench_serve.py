@@ -49,7 +49,7 @@ Rounds = dict[tuple[str, int], list[Load]]  # by contender and number of streams
 
 
 def every_id_tokenizer(folder: Path) -> Tokenizer:
-    """With a text for each of the model's ids, as vLLM needs one: bytes, two letters, then four of them."""
+    """Returns a tokenizer with a text for each of the model's ids, which vLLM needs: bytes, two letters, then four."""
     letters = "abcdefghijklmnopqrstuvwxyz"
     bytes_only = json.loads(train_bpe([], vocab_size=257).to_json())["model"]["vocab"]
     pairs = [(a, b) for a in letters for b in letters]
@@ -63,7 +63,7 @@ def every_id_tokenizer(folder: Path) -> Tokenizer:
 
 
 def write_model(folder: Path) -> Path:
-    """A checkpoint folder of raymill's, which vLLM and transformers read as it is."""
+    """Writes a checkpoint folder of raymill's, which vLLM and transformers read as it is."""
     model = GPT(CONFIG)
     model.init_weights(1)
     metadata = Metadata(
@@ -95,19 +95,19 @@ def random_prompts(count: int, *, seed: str) -> list[list[int]]:
 
 
 def read_bandwidth() -> float:
-    """Bytes per second; in a process of its own, as many threads as all others have."""
+    """Returns bytes per second, in a process of its own with as many threads as all others have."""
     command = [sys.executable, "-m", "tests.benchmarks.serve_process", "bandwidth", "-", "-"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
     return float(json.loads(done.stdout)["bytes_per_s"])
 
 
 def weight_bytes_per_token(dtype: str) -> int:
-    """A token looks up one row of the position embedding, and reads all else."""
+    """Returns the bytes that a token reads: one row of the position embedding, and everything else."""
     return getattr(torch, dtype).itemsize * (num_parameters(CONFIG) - CONFIG.n_positions * CONFIG.n_embd)
 
 
 def take_turns(contenders: list[Contender], *, num_rounds: int, num_requests: int) -> tuple[Rounds, dict[str, float]]:
-    """The loads, and the CPU seconds of the parts of raymill's HTTP path with 16 streams. The order of the contenders
+    """Prints the loads, and the CPU seconds of the parts of raymill's HTTP path with 16 streams. The order of contenders
     turns round by round."""
     rounds: Rounds = defaultdict(list)
     http_cpu_s: dict[str, float] = defaultdict(float)
@@ -141,7 +141,7 @@ def requests_of(contender: Contender, num_streams: int, num_requests: int) -> in
 
 
 def percentiles_ms(seconds: list[float]) -> tuple[float, float]:
-    """Median and 99th percentile."""
+    """Returns the median and the 99th percentile."""
     cuts = statistics.quantiles(seconds if len(seconds) > 1 else seconds * 2, n=100, method="inclusive")
     return round(1000 * cuts[49], 2), round(1000 * cuts[98], 2)
 
@@ -157,7 +157,7 @@ def row(name: str, num_streams: int, loads: list[Load]) -> str:
 
 
 def latencies(loads: list[Load]) -> dict[str, list[float]]:
-    """None where there is no stream to watch."""
+    """Returns None where there is no stream to watch."""
     ttft_s, itl_s = ([s for load in loads for s in getattr(load, name)] for name in ("ttft_s", "itl_s"))
     return {"ttft": ttft_s, "itl": itl_s} if ttft_s else {}
 

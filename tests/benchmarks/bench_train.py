@@ -39,7 +39,7 @@ CELLS = [
 
 @dataclass
 class Taken:
-    """What a contender's steps took, round by round; `cpu` is processor time, which other programs hardly move."""
+    """The time of a contender's steps, round by round; `cpu` is processor time, which other programs hardly change."""
 
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
@@ -55,7 +55,7 @@ class Taken:
 
 
 def take_turns(ours: Step, peer: Step, *, num_rounds: int) -> tuple[Taken, Taken]:
-    """Either one begins every other round."""
+    """Lets either one begin every other round."""
     for number in range(NUM_WARM_UPS):
         ours(number)
         peer(number)
@@ -68,7 +68,7 @@ def take_turns(ours: Step, peer: Step, *, num_rounds: int) -> tuple[Taken, Taken
 
 
 def compare(cell: Cell, peers: dict[str, Callable[[Cell], Step]], *, num_rounds: int) -> dict[str, float]:
-    """Prints the cell's lines. Ratios above 1 say that raymill is the faster one."""
+    """Prints the cell's lines. Ratios above 1 mean that raymill is faster."""
     gc.collect()
     peak = gemm_peak(cell.precision)
     step, total = raymill(cell), Taken()

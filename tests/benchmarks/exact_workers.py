@@ -63,7 +63,7 @@ class MadeRows:
 
 
 class ExactTrainer:
-    """As `jobs/training/train_loop.py` steps, without what it writes down."""
+    """Takes the steps of `jobs/training/train_loop.py`, without its records."""
 
     def __init__(self, rank: int, *, sharded: bool) -> None:
         config, group = run_config(sharded=sharded), WorkerGroup(rank, WORLD_SIZE)
@@ -100,7 +100,7 @@ class _Loss(nn.Module):
 
 
 def stock_step(rank: int) -> StepFunction:
-    """The loop that one would write with stock parts, for the same batch."""
+    """Takes the steps of a loop with stock parts, for the same batch."""
     torch.set_num_threads(1)
     config = run_config()
     rows, lanes = MadeRows(config), batch_schedule(config).num_lanes(1)
@@ -139,7 +139,7 @@ def stock_step(rank: int) -> StepFunction:
 
 
 def take_turns(folder: Path, party: str, rank: int, step: StepFunction) -> None:
-    """A round whenever the file that calls for it appears."""
+    """Runs a round whenever the file that calls for it appears."""
     for number in range(NUM_ROUNDS):
         while not (folder / f"{party}-{number}").exists():
             time.sleep(0.005)
@@ -173,7 +173,7 @@ def exact_worker(settings: dict[str, Any]) -> None:
 
 
 def memory_process(rank: int, folder: Path, *, sharded: bool) -> None:
-    """Writes down by how much this process grew, at most, from before it had a model until after three steps."""
+    """Records the peak growth of this process from before it had a model until after three steps."""
     store = f"file://{folder}/memory-{sharded}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD_SIZE)
     before = psutil.Process().memory_info().rss

@@ -12,7 +12,7 @@ NUM_REPEATS = 7
 
 
 def gemm_peak(precision: str) -> float:
-    """FLOP per second of processor time: the largest of the shapes' medians, with the result's memory at hand."""
+    """Returns FLOP per second of processor time: the largest of the shapes' medians, with the result preallocated."""
     return max(_rate(*shape, torch.bfloat16 if precision == "bf16" else torch.float32) for shape in SHAPES)
 
 

@@ -19,12 +19,12 @@ TIMEOUT_S = 600.0  # of one request, while other work keeps the cores busy
 
 
 class BenchError(Exception):
-    """A contender that is missing, fails, or does not answer what it was asked."""
+    """A contender is missing, fails, or answers something else than it was asked."""
 
 
 @dataclass
 class Load:
-    """What a contender did with one round of requests."""
+    """A contender's results in one round of requests."""
 
     num_tokens: int = 0
     wall_s: float = 0.0
@@ -37,7 +37,7 @@ class Load:
 
 
 def request_body(prompt: list[int]) -> bytes:
-    """Greedy, and to its full length."""
+    """Returns a greedy request, answered to its full length."""
     fields = {
         "model": MODEL,
         "prompt": prompt,
@@ -51,7 +51,7 @@ def request_body(prompt: list[int]) -> bytes:
 
 
 async def closed_loop(url: str, prompts: list[list[int]], *, num_streams: int) -> Load:
-    """Each of the streams sends the next prompt when its last answer has ended. Raises `BenchError`."""
+    """Lets each stream send the next prompt when its last answer has ended. Raises `BenchError`."""
     load, bodies = Load(), iter([request_body(prompt) for prompt in prompts])
     connector = aiohttp.TCPConnector(limit=num_streams)
     timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)

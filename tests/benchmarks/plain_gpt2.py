@@ -1,4 +1,4 @@
-"""GPT-2 and its training step as one writes them in plain PyTorch, after nanoGPT: what `bench_train` compares with.
+"""GPT-2 and its training step in plain PyTorch, after nanoGPT: `bench_train` compares with them.
 
 B sequences, T tokens of each, C width. Linear layers, SDPA, the whole logits at once, fused AdamW, clipping.
 """
@@ -61,7 +61,7 @@ class PlainGPT2(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy of targets (B, T)."""
+        """Returns the mean cross-entropy of targets (B, T)."""
         x = self.tokens(inputs) + self.positions(torch.arange(inputs.shape[1]))
         for block in self.blocks:
             x = block(x)
@@ -72,7 +72,7 @@ class PlainGPT2(nn.Module):
 def training_step(
     model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], *, is_bf16: bool
 ) -> Callable[[Tensor, Tensor], float]:
-    """A step of nanoGPT's loop: bf16 autocast or fp32, clipping at 1, fused AdamW. It returns the loss."""
+    """Takes a step of nanoGPT's loop: bf16 autocast or fp32, clipping at 1, fused AdamW. Returns the loss."""
     decayed = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
     others = [parameter for parameter in model.parameters() if parameter.dim() < 2]
     optimizer = torch.optim.AdamW(

@@ -37,7 +37,7 @@ class ProcessMeter:
         self._sample()
 
     def cpu_s(self, role: str | None = None) -> float:
-        """User and system seconds since the context was entered: of all, or of `driver`, `worker` or `ray`."""
+        """Returns user and system seconds since the context was entered: of all, or of `driver`, `worker` or `ray`."""
         return sum(
             seconds - self._before_s.get(process, 0.0)
             for process, seconds in self._cpu_s.items()
@@ -45,7 +45,7 @@ class ProcessMeter:
         )
 
     def peaks_mb(self, role: str) -> list[float]:
-        """Largest resident memory of each process, in MB, without what it shares (the object store, libraries)."""
+        """Returns the largest resident memory of each process, in MB, without shared memory (the object store, libraries)."""
         peaks = [size / 1e6 for process, size in self._peak_bytes.items() if self._roles[process] == role]
         return sorted(peaks, reverse=True)
 

@@ -1,4 +1,4 @@
-"""English of any size from the demo's texts: documents of 2 to 4 kB, each with words of its own, so none is a copy."""
+"""English text of any size from the demo's: documents of 2 to 4 kB, each with words of its own, so none is a copy."""
 
 import json
 import random
@@ -11,7 +11,7 @@ _FILE_BYTES = 64_000_000
 
 
 def documents(texts: Path, num_bytes: int) -> Iterator[str]:
-    """Passages in their order, over and over, each time behind other words; the same for the same texts."""
+    """Yields passages in order, over and over, each time after other words; the same for the same texts."""
     passages = [passage for path in sorted(texts.iterdir()) for passage in _passages(path.read_text(encoding="utf-8"))]
     words = sorted({word for passage in passages for word in passage.split() if word.isalpha()})
     rng = random.Random(0)
@@ -35,7 +35,7 @@ def _passages(text: str) -> Iterator[str]:
 
 
 def write_corpus(folder: Path, texts: Path, num_bytes: int) -> int:
-    """JSON lines in files of about 64 MB; returns the number of documents."""
+    """Writes JSON lines in files of about 64 MB, and returns the number of documents."""
     folder.mkdir(parents=True)
     count, written, file = 0, 0, None
     for document in documents(texts, num_bytes):

@@ -1,4 +1,4 @@
-"""The contenders of `bench_serve`: each a tree of processes that stands still (SIGSTOP) while others are measured."""
+"""The contenders of `bench_serve`, each a tree of processes that is stopped (SIGSTOP) while others are measured."""
 
 import asyncio
 import json
@@ -29,7 +29,7 @@ STOP_TIMEOUT_S = 20.0
 
 
 class Contender(ABC):
-    """Started with the context, ended with it. `log` has what it says on standard error."""
+    """Starts and ends with the context. `log` holds its standard error."""
 
     speaks_json = True  # on its standard output, which is read; else it goes to the log
 
@@ -66,7 +66,7 @@ class Contender(ABC):
 
     @abstractmethod
     def measure(self, prompts: list[list[int]], *, num_streams: int) -> Load:
-        """Raises `BenchError` when it does not do all that was asked for."""
+        """Raises `BenchError` unless it does everything that was asked for."""
 
     def pause(self) -> None:
         for process in self._tree():
@@ -77,7 +77,7 @@ class Contender(ABC):
             process.resume()
 
     def cpu_s(self) -> dict[str, float]:
-        """User and system seconds so far, by the name that a process of Ray gives itself (`ray::ProxyActor` …)."""
+        """Returns user and system seconds so far, by the name that a process of Ray gives itself (`ray::ProxyActor` …)."""
         seconds: dict[str, float] = defaultdict(float)
         for process in self._tree():
             times = process.cpu_times()
@@ -110,7 +110,7 @@ class Contender(ABC):
             raise self._failure("ended") from None
 
     def _end(self) -> None:
-        """It may end itself once its input ends; then what remains of its processes is killed."""
+        """Lets it end by itself once its input ends, then kills the remaining processes."""
         assert self._process.stdin is not None
         try:
             tree = self._tree()

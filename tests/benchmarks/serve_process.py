@@ -1,4 +1,4 @@
-"""What `bench_serve` starts beside vLLM, each a process of its own: raymill's endpoint, its engine alone, transformers.
+"""The processes that `bench_serve` starts beside vLLM: raymill's endpoint, its engine alone, transformers.
 
     python -m tests.benchmarks.serve_process endpoint|engine|transformers|bandwidth FOLDER DTYPE
 
@@ -25,7 +25,7 @@ Generate = Callable[[list[list[int]], int], int]
 
 
 def engine_config(dtype: str) -> EngineConfig:
-    """Rounds repeat their prompts, which vLLM reads anew each time too."""
+    """Turns the prefix cache off: rounds repeat their prompts, which vLLM reads again each time too."""
     return EngineConfig.model_validate({"max_num_seqs": NUM_SLOTS, "dtype": dtype, "prefix_cache": False})
 
 
@@ -47,7 +47,7 @@ def serve_endpoint(folder: Path, dtype: str) -> None:
 
 
 def engine_alone(folder: Path, dtype: str) -> Generate:
-    """The streams of `http_load.closed_loop` without HTTP, Ray and the socket."""
+    """Runs the streams of `http_load.closed_loop` without HTTP, Ray and the socket."""
     from model.checkpoint import load_model
     from model.sampling import SamplingParams
     from serving.engine.messages import SequenceRequest
@@ -79,7 +79,7 @@ def engine_alone(folder: Path, dtype: str) -> Generate:
 
 
 def transformers_alone(folder: Path, dtype: str) -> Generate:
-    """Streams are the rows of a batch, and the next batch starts when the last one has ended: there is no other way."""
+    """Runs streams as the rows of a batch; the next batch starts when the last one has ended: there is no other way."""
     from transformers import GPT2LMHeadModel
 
     model = GPT2LMHeadModel.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
@@ -103,7 +103,7 @@ def transformers_alone(folder: Path, dtype: str) -> Generate:
 
 
 def read_bandwidth() -> float:
-    """Bytes per second at which this machine reads memory with as many threads: the best of several sums."""
+    """Returns the bytes per second at which this machine reads memory with as many threads: the best of several sums."""
     buffer = torch.ones(BANDWIDTH_BYTES // 4)
     buffer.sum()
     seconds = []

@@ -1,4 +1,4 @@
-"""What a careful user of plain Ray Train writes: DDP, a checkpoint each step, unlimited failures, all defaults.
+"""The trainer that a careful user of plain Ray Train writes: DDP, a checkpoint each step, unlimited failures, defaults.
 
 Run as `stock_trainer SETTINGS`, a JSON object, against the cluster of RAY_ADDRESS. Every worker adds a line to the
 step log for each step.
@@ -24,7 +24,7 @@ from tests.repository import REPOSITORY
 
 
 class Loss(torch.nn.Module):
-    """The loss as a forward pass: what DistributedDataParallel wraps."""
+    """The loss as a forward pass, which DistributedDataParallel wraps."""
 
     def __init__(self, model: GPT) -> None:
         super().__init__()

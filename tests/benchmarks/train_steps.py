@@ -31,7 +31,7 @@ Step = Callable[[int], float]
 
 @dataclass(frozen=True)
 class Cell:
-    """What one row of the table compares."""
+    """One row of the table."""
 
     preset: str
     batch_size: int
@@ -48,7 +48,7 @@ class Cell:
 
     @property
     def num_flops(self) -> int:
-        """Of a step."""
+        """The operations of a step."""
         return self.num_tokens * flops_per_token(self.config().model, self.seq_len)
 
     def config(self) -> RunConfig:
@@ -63,7 +63,7 @@ class Cell:
         return RunConfig.model_validate({"model": {"preset": self.preset}, "train": train, "scaling": scaling})
 
     def batches(self) -> Tensor:
-        """(NUM_BATCHES, B, T + 1), the same for every contender."""
+        """Returns tokens (NUM_BATCHES, B, T + 1), the same for every contender."""
         vocab_size = self.config().model.vocab_size
         generator = torch.Generator().manual_seed(0)
         return torch.randint(vocab_size, (NUM_BATCHES, self.batch_size, self.seq_len + 1), generator=generator)
@@ -85,7 +85,7 @@ class _Rows:
 
 @contextmanager
 def _exactly() -> Iterator[None]:
-    """As a worker of raymill computes, and no peer has to."""
+    """Sets up this process as a raymill worker; no contender is obliged to do the same."""
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
     try:
@@ -95,7 +95,7 @@ def _exactly() -> Iterator[None]:
 
 
 def raymill(cell: Cell) -> Step:
-    """The parts that `jobs/training/train_loop.py` steps with, and its settings."""
+    """Steps with the parts and the settings of `jobs/training/train_loop.py`."""
     keep_freed_memory()  # for the whole process: its peers gain by it as well
     config, group = cell.config(), WorkerGroup(rank=0, world_size=1)
     model = GPT(config.model)
@@ -153,7 +153,7 @@ COMPILED_PEERS: dict[str, Callable[[Cell], Step]] = {
 
 
 def why_not_compiled() -> str | None:
-    """What torch.compile lacks on this machine, such as a C++ compiler; None where it works."""
+    """Returns what torch.compile lacks on this machine, such as a C++ compiler, or None where it works."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(64))
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""Where runs are disturbed: a local cluster, one corpus, and the undisturbed run that all others must equal."""
+"""A place to disturb runs: a local cluster, one corpus, and the undisturbed run that all others must equal."""
 
 import os
 import re
@@ -58,12 +58,12 @@ class Watch:
                 raise TimeoutError("the run never got there")
 
     def wait_for_workers(self, number: int) -> dict[str, Any]:
-        """Waits until an attempt has that many workers; its `start` event."""
+        """Waits until an attempt has that many workers, and returns its `start` event."""
         self.wait(lambda ledger: bool(ledger.world_sizes) and ledger.world_sizes[-1] >= number)
         return self.ledger().events("start")[-1]
 
     def wait_for_step(self, step: int, *, after_attempt: int = 0) -> dict[str, Any]:
-        """Waits until an attempt later than `after_attempt` has completed the step; its `start` event."""
+        """Waits until an attempt later than `after_attempt` has completed the step, and returns its `start` event."""
 
         def reached(ledger: Ledger) -> bool:
             starts = ledger.events("start")
@@ -96,7 +96,7 @@ class Arena:
         return validate_config(values, RunConfig)
 
     def long_config(self, run_id: str) -> RunConfig:
-        """Of two workers, for minutes."""
+        """Returns the settings of a run with two workers that takes minutes."""
         config = self.config(run_id, min_workers=2, max_workers=2)
         values = config.model_dump() | {"model": {"preset": "demo"}}
         values["train"] |= {
@@ -115,7 +115,7 @@ class Arena:
     def run(
         self, config: RunConfig, inject: Callable[[Watch], None], *, quiet: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], Ledger]:
-        """The run's result while `inject` disturbs it from a thread; its bits must be those of the quiet run."""
+        """Returns the run's result while `inject` disturbs it from a thread; its bits must be those of the quiet run."""
         quiet = quiet or self.quiet
         watch, problems = Watch(config), []
 
@@ -140,7 +140,7 @@ class Arena:
         return result, ledger
 
     def drain(self, name: str, *, deadline_s: int) -> None:
-        """Has the head tell that the node will be taken away, as a cloud's notice of preemption does."""
+        """Has the head announce that the node will be reclaimed, as a cloud's notice of preemption does."""
         raylet = next(p for p in processes_of_node(self.cluster, name) if p.name() == "raylet")
         node_id = next(match[1] for word in raylet.cmdline() if (match := re.fullmatch(r"--node_id=(\w+)", word)))
         command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", self.cluster.address]
@@ -149,7 +149,7 @@ class Arena:
         subprocess.run(command, env=os.environ | self.cluster.environment, check=True, timeout=limit_s(60))
 
     def restore_nodes(self, count: int) -> None:
-        """Nodes join until the cluster has so many workers again."""
+        """Adds nodes until the cluster has so many workers again."""
         while len(self.cluster.node_names) < count + 1:
             self.cluster.add_node()
 

@@ -1,4 +1,4 @@
-"""Training under faults, each a cell: whatever happens, the bits are those of the quiet run.
+"""Training under faults, a cell for each: whatever happens, the bits are those of the quiet run.
 
 A seed draws moments and victims; it stands in the test's name. Faults are named as in the table of jobs/README.md.
 """
@@ -55,7 +55,7 @@ def test_ten_kills_of_a_worker_beside_plain_ray_train(arena: Arena, summary: dic
 
 
 def test_goodput_where_a_worker_is_lost_each_minute(arena: Arena, summary: dict) -> None:
-    """At a mean time between failures of 60 s, at random: three quarters of the time are steps that count."""
+    """With random failures every 60 s on average, three quarters of the time are steps that count."""
     rng = random.Random(3)  # three losses
     quiet = run_stage(arena.connection, "jobs.pretrain", arena.long_config("long-quiet"))
 
@@ -140,7 +140,7 @@ def test_two_nodes_of_three_die_and_the_run_waits(arena: Arena) -> None:
 
 
 def test_a_node_that_is_cut_off_and_comes_back(arena: Arena) -> None:
-    """All processes of a node stop, as in a partition, and go on after their replacement has started."""
+    """All processes of a node stop, as in a partition, and continue after their replacement has started."""
 
     def inject(watch: Watch) -> None:
         watch.wait_for_step(30)
@@ -169,7 +169,7 @@ def test_a_worker_that_is_told_to_go(arena: Arena) -> None:
 
 
 def test_a_node_that_will_be_taken_away(arena: Arena) -> None:
-    """Its notice comes 15 s ahead: there is a checkpoint before the node is gone."""
+    """The notice comes 15 s ahead: there is a checkpoint before the node is gone."""
 
     def inject(watch: Watch) -> None:
         watch.wait_for_step(30)

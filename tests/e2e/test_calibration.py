@@ -1,4 +1,4 @@
-"""`raymill plan --calibrate` against the run that it predicts."""
+"""`raymill plan --calibrate` predicts the wall time of a run that is then taken."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What `pip install raymill` gives: a wheel and its core dependencies, in an environment of its own, used elsewhere.
+"""`pip install raymill` gives a working program: a wheel and its core dependencies, in a new environment, used elsewhere.
 
 Not the checkout, nor any package of an extra, can be seen from there.
 """
@@ -150,7 +150,7 @@ def test_a_command_of_an_extra_names_it(words: list[str], extra: str, installed:
 
 
 def test_the_manifests_are_there(installed: Installation) -> None:
-    """What renders them, kubectl, is of an extra."""
+    """The manifests are in the wheel; kubectl, which renders them, belongs to an extra."""
     (held,) = installed.environment.glob("lib/python*/site-packages/cluster/k8s")
     assert (held / "overlays" / "dev" / "kustomization.yaml").is_file()
     done = installed.raymill("cluster", "render", "production")

@@ -1,4 +1,4 @@
-"""The demo, whole, on a processor that is held to AVX2, as most laptops and many clouds have no more."""
+"""The whole demo works on a processor restricted to AVX2; most laptops and many clouds have no more."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Who may enter: what a run and its endpoint listen on, who is answered there, and that no secret lies about.
+"""A run and its endpoint listen on loopback or ask for a token or key, and leave no secret anywhere.
 
 One local cluster with real secrets of the test's own making trains a run into S3 and serves it.
 """
@@ -37,7 +37,7 @@ REFUSED = (401, 403)
 
 @dataclass
 class House:
-    """What was started, and what was seen of it meanwhile."""
+    """Everything that was started, and what was observed meanwhile."""
 
     cluster: LocalCluster
     config: RunConfig
@@ -130,7 +130,7 @@ def test_what_listens_is_on_loopback_or_asks_for_the_token(house: House) -> None
 
 
 def answer_of_replica(port: int, metadata: tuple[tuple[str, str], ...]) -> grpc.StatusCode:
-    """To a request that means nothing."""
+    """Returns the answer to a meaningless request."""
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         call = channel.unary_unary("/ray.serve.ASGIService/HandleRequest")
         with pytest.raises(grpc.RpcError) as refused:

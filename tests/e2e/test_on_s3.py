@@ -1,4 +1,4 @@
-"""The demo's whole way on S3, through a proxy that refuses, resets, stalls and cuts off: it ends with a quiet run's bits.
+"""The whole demo on S3, through a proxy that refuses, resets, stalls and cuts off, ends with a quiet run's bits.
 
 Both runs have clusters of their own; the disturbed one loses a node and gets another one besides.
 """
@@ -28,7 +28,7 @@ NUM_STEPS = 600  # the ledger, by whose steps faults come, reaches a store that 
 
 
 class Weather:
-    """Spoils a share of the requests, the same ones of the same sequence for a seed."""
+    """Spoils a share of the requests, the same ones in the same order for a seed."""
 
     def __init__(self, seed: int) -> None:
         self._random, self._lock = random.Random(seed), threading.Lock()
@@ -79,7 +79,7 @@ def config(corpus: str, storage_uri: str) -> RunConfig:
 
 
 def whole_way(run: RunConfig, *, disturbed: bool) -> dict[str, Any]:
-    """What must not differ."""
+    """Returns everything that must not differ."""
     with river(run, faults=demo_faults(run) if disturbed else (), serving=demo_serving(run)) as found:
         assert found.endpoint is not None
         texts = [ask(found.endpoint, prompt)["text"] for prompt in PROMPTS]

@@ -1,4 +1,4 @@
-"""The whole river through the command line: text to a served model, with everything durable in S3."""
+"""All stages through the command line: text becomes a served model, with everything durable in S3."""
 
 import json
 import signal

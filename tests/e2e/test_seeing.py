@@ -75,7 +75,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
 
 
 def ask_an_endpoint(connection: Connection, folder: Path, server: Prometheus) -> None:
-    """Until Prometheus has seen its answers."""
+    """Asks an endpoint until Prometheus has seen its answers."""
     config = ServeConfig.model_validate(
         {"port": free_port(), "api_key_file": str(folder / "key"), "storage": {"uri": str(folder / "store")}}
     )

@@ -1,4 +1,4 @@
-"""The few routes of a Kubernetes API that Ray's autoscaler and `raymill cluster` ask for, over objects in memory.
+"""The few routes of a Kubernetes API that Ray's autoscaler and `raymill cluster` use, over objects in memory.
 
 Not a Kubernetes: nothing here validates, schedules or admits. HTTPS on loopback, with a certificate authority made for
 the occasion; who has no certificate of it is not heard.
@@ -27,7 +27,7 @@ Object = dict[str, Any]
 
 
 class ApiStandIn:
-    """The objects by their paths, such as `/api/v1/namespaces/raymill/pods/head`. Every change has a number."""
+    """Holds objects by their paths, such as `/api/v1/namespaces/raymill/pods/head`. Every change has a number."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -59,7 +59,7 @@ class ApiStandIn:
 
     @property
     def environment(self) -> dict[str, str]:
-        """By which Ray's autoscaler finds it."""
+        """Returns the variables by which Ray's autoscaler finds it."""
         return {
             "KUBERNETES_SERVICE_HOST": "127.0.0.1",
             "KUBERNETES_SERVICE_PORT_HTTPS": str(self.port),
@@ -69,7 +69,7 @@ class ApiStandIn:
         }
 
     def kubeconfig(self) -> Path:
-        """A file by which the official client finds it."""
+        """Writes a file by which the official client finds it."""
         path = self.folder / "kubeconfig"
         cluster = {"server": f"https://127.0.0.1:{self.port}", "certificate-authority": str(self.folder / "ca.crt")}
         user = {"client-certificate": str(self.folder / "client.crt"), "client-key": str(self.folder / "client.key")}
@@ -101,7 +101,7 @@ class ApiStandIn:
             self._objects.pop(path, None)
 
     def list(self, collection: str, selector: str = "") -> Object:
-        """The objects right below `collection` that have all labels of `selector`."""
+        """Returns the objects directly below `collection` that have all labels of `selector`."""
         wanted = dict(pair.split("=", 1) for pair in selector.replace("==", "=").split(",") if pair)
         with self.lock:
             items = [
@@ -113,7 +113,7 @@ class ApiStandIn:
             return {"kind": "List", "metadata": {"resourceVersion": str(self._version)}, "items": items}
 
     def patch(self, path: str, content_type: str, body: Any, *, dry_run: bool = False) -> Object | None:
-        """None where there is nothing to patch; server-side apply makes it."""
+        """Returns None where there is nothing to patch; server-side apply creates it."""
         with self.lock:
             value = self.get(path)
             if content_type.startswith("application/apply-patch"):
@@ -144,7 +144,7 @@ class _DoesNotFitError(Exception):
 
 
 def merged(value: Any, change: Any) -> Any:
-    """RFC 7396: objects are merged, null removes, all else replaces."""
+    """Applies RFC 7396: objects are merged, null removes, everything else replaces."""
     if not isinstance(change, dict):
         return change
     result = dict(value) if isinstance(value, dict) else {}
@@ -157,7 +157,7 @@ def merged(value: Any, change: Any) -> Any:
 
 
 def change(value: Any, step: Object) -> None:
-    """One operation of RFC 6902: test, add, replace or remove."""
+    """Applies one operation of RFC 6902: test, add, replace or remove."""
     *parents, last = [part.replace("~1", "/").replace("~0", "~") for part in step["path"].strip("/").split("/")]
     for part in parents:
         value = value[int(part)] if isinstance(value, list) else value[part]

@@ -1,4 +1,4 @@
-"""Who comes and goes when: how a pod ends, what a node drain may take, priorities, the quota, spot nodes."""
+"""Rules on the life of pods: how a pod ends, what a node drain may evict, priorities, the quota, spot nodes."""
 
 from tests.k8s.manifests import (
     CLUSTER_KINDS,
@@ -56,7 +56,7 @@ def disruption_problems(objects: list[Manifest]) -> list[str]:
 
 
 def priority_problems(objects: list[Manifest]) -> list[str]:
-    """Heads stay longest, then the endpoint; what can be taken up again neither stays nor drives others out."""
+    """Heads stay longest, then the endpoint; resumable work neither stays nor evicts others."""
     problems = []
     classes = {o["metadata"]["name"]: o for o in of_kind(objects, "PriorityClass")}
     if not classes["raymill-head"]["value"] > classes["raymill-serving"]["value"] > classes["raymill-batch"]["value"]:
@@ -99,7 +99,7 @@ def quota_problems(objects: list[Manifest]) -> list[str]:
 
 
 def spot_problems(objects: list[Manifest]) -> list[str]:
-    """Only what can be taken up again stands on nodes that the cloud takes back, and drains within its notice."""
+    """Only resumable work is on spot nodes, and it drains within their notice."""
     problems = []
     for pod in pods(objects):
         tolerates = any(t["key"] == _SPOT for t in pod.spec.get("tolerations", []))

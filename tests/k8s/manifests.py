@@ -18,11 +18,11 @@ CRDS = REPOSITORY.parent / "shared" / "crds"
 KUSTOMIZATIONS = ["base", *sorted(f"overlays/{folder.name}" for folder in (K8S / "overlays").iterdir())]
 
 CLUSTER_KINDS = ("RayCluster", "RayJob", "RayService")
-"""What holds a Ray cluster."""
+"""The kinds that hold a Ray cluster."""
 
 Manifest = dict[str, Any]
 Rule = Callable[[list[Manifest]], list[str]]
-"""Takes all objects of one kustomization, gives what is wrong in words; nothing is wrong when it is empty."""
+"""Takes all objects of one kustomization and returns what is wrong, in words; an empty result means that nothing is."""
 
 
 @functools.cache
@@ -34,7 +34,7 @@ def _render(folder: Path) -> str:
 
 
 def render(kustomization: str) -> list[Manifest]:
-    """Fresh objects, so that a test may spoil them."""
+    """Returns fresh objects, so that a test may spoil them."""
     return render_folder(K8S / kustomization)
 
 
@@ -51,7 +51,7 @@ def of_kind(objects: list[Manifest], *kinds: str) -> list[Manifest]:
 
 
 def find(objects: list[Manifest], name: str) -> Manifest:
-    """The object called `Kind/name`, without the hash that kustomize puts behind a ConfigMap's name."""
+    """Returns the object called `Kind/name`, without the hash that kustomize appends to a ConfigMap's name."""
     (found,) = (
         manifest
         for manifest in objects
@@ -61,14 +61,14 @@ def find(objects: list[Manifest], name: str) -> Manifest:
 
 
 def cluster_spec(manifest: Manifest) -> Manifest:
-    """What a RayCluster is made of, also inside a RayJob or RayService."""
+    """Returns the spec of a RayCluster, also inside a RayJob or RayService."""
     inside = {"RayJob": "rayClusterSpec", "RayService": "rayClusterConfig"}.get(manifest["kind"])
     return manifest["spec"][inside] if inside else manifest["spec"]
 
 
 @dataclass(frozen=True)
 class Pod:
-    """A pod template, and where it stands."""
+    """A pod template and its place."""
 
     where: str
     role: str
@@ -85,7 +85,7 @@ class Pod:
 
 
 def pods(objects: list[Manifest]) -> Iterator[Pod]:
-    """Every pod template."""
+    """Returns every pod template."""
     for manifest in of_kind(objects, *CLUSTER_KINDS):
         name, cluster = name_of(manifest), cluster_spec(manifest)
         yield Pod(f"{name} head", "head", cluster["headGroupSpec"]["template"])
@@ -98,7 +98,7 @@ def pods(objects: list[Manifest]) -> Iterator[Pod]:
 
 
 def ray_pods(objects: list[Manifest]) -> list[Pod]:
-    """Those of them that run a Ray node."""
+    """Returns the pod templates that run a Ray node."""
     return [pod for pod in pods(objects) if pod.role in ("head", "worker")]
 
 
@@ -106,6 +106,6 @@ _SUFFIXES = {"m": 1e-3, "": 1.0, "Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30, "T
 
 
 def quantity(text: str) -> float:
-    """A Kubernetes quantity as a number: `200m` is 0.2, `1Gi` is 2^30."""
+    """Returns a Kubernetes quantity as a number: `200m` is 0.2, `1Gi` is 2^30."""
     digits = text.rstrip("mKMGTi")
     return float(digits) * _SUFFIXES[text[len(digits) :]]

@@ -1,4 +1,4 @@
-"""Who may talk to whom: the NetworkPolicies, evaluated as a network plugin does, against a table of what must hold."""
+"""The NetworkPolicies, evaluated as a network plugin does, allow exactly the connections of a table."""
 
 import ipaddress
 from dataclasses import dataclass, field
@@ -49,7 +49,7 @@ _RAY_PORTS = (6379, 8265, 10001, 8000, 8080, 30000)
 
 
 def _expectations() -> list[tuple[Peer, Peer, int, bool]]:
-    """(source, target, TCP port, whether they may talk)."""
+    """Each is (source, target, TCP port, whether they may talk)."""
     nodes = [*_HEADS, *_WORKERS]
     table = [(source, node, port, False) for source in (_STRANGER, _OUTSIDER) for node in nodes for port in _RAY_PORTS]
     for source in nodes:
@@ -86,7 +86,7 @@ def network_problems(objects: list[Manifest]) -> list[str]:
 
 
 def label_problems(objects: list[Manifest]) -> list[str]:
-    """The policies go by labels that each pod template must carry, for its own component."""
+    """The policies select by labels that each pod template must carry, for its own component."""
     problems = []
     components = {name_of(o): o["metadata"].get("labels", {}).get("app.kubernetes.io/component") for o in objects}
     for pod in [pod for pod in pods(objects) if pod.role != "redis"]:
@@ -104,14 +104,14 @@ def label_problems(objects: list[Manifest]) -> list[str]:
 
 
 def _may_talk(policies: list[Manifest], source: Peer, target: Peer, port: int, *, trust_source: bool) -> bool:
-    """Whether both sides allow it. A target of ours must refuse by itself, whatever its source's own policies say:
+    """Tells whether both sides allow it. A target of ours must refuse by itself, whatever its source's policies say:
     with `trust_source` only the target's count."""
     leaves = (trust_source and target.namespace == _HOME) or _side_allows(policies, "Egress", source, target, port)
     return leaves and _side_allows(policies, "Ingress", target, source, port)
 
 
 def _side_allows(policies: list[Manifest], direction: str, owner: Peer, other: Peer, port: int) -> bool:
-    """Whether the policies over `owner` let it talk with `other`; without any, it may."""
+    """Tells whether the policies over `owner` let it talk with `other`; without any, it may."""
     if owner.namespace != _HOME:
         return True
     over = [

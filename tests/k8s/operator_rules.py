@@ -1,4 +1,4 @@
-"""What KubeRay 1.7 refuses, or takes and then never gets running, though the CRDs allow it."""
+"""Rules on manifests that the CRDs allow but KubeRay 1.7 refuses, or accepts and never gets running."""
 
 import re
 
@@ -120,7 +120,7 @@ def memory_problems(objects: list[Manifest]) -> list[str]:
 
 
 def recovery_problems(objects: list[Manifest]) -> list[str]:
-    """What is to outlive its head keeps its state in Redis, with a password from a Secret and said in one place only."""
+    """A cluster that outlives its head keeps its state in Redis, with a password from a Secret, set in one place."""
     problems = []
     for manifest in of_kind(objects, *CLUSTER_KINDS):
         name, cluster = name_of(manifest), cluster_spec(manifest)
@@ -144,7 +144,7 @@ def recovery_problems(objects: list[Manifest]) -> list[str]:
 
 
 def queue_problems(objects: list[Manifest]) -> list[str]:
-    """What Kueue asks of a job in a queue, and that the queue covers each resource that its pods request."""
+    """A queued job has what Kueue asks for, and the queue covers each resource that its pods request."""
     problems = []
     covered = {
         resource

@@ -35,12 +35,12 @@ _OBJECT_STORE_BYTES = 80 << 20
 
 
 class PodProcess:
-    """Runs from the moment it is made, until it is told to end or killed."""
+    """Runs from its creation until it is ended or killed."""
 
     def __init__(
         self, name: str, group: Manifest, flags: list[str], *, number: int, environment: Mapping[str, str], folder: Path
     ) -> None:
-        """`group` is a `headGroupSpec` or one of the `workerGroupSpecs`; `environment` stands above this process's."""
+        """Takes a `headGroupSpec` or one of the `workerGroupSpecs`; `environment` overrides this process's."""
         self.name, self.address = name, f"127.0.1.{number}"
         self.log = folder / f"{name}.log"
         self._pod_spec, self._environment = group["template"]["spec"], environment | {NODE_NAME_VARIABLE: name}
@@ -61,7 +61,7 @@ class PodProcess:
         self._killed_at_s: float | None = None
 
     def tell_to_end(self) -> None:
-        """As a kubelet: the preStop hook, then SIGTERM, and SIGKILL when the grace period is over."""
+        """Ends the pod as a kubelet does: the preStop hook, SIGTERM, and SIGKILL after the grace period."""
         if self._killed_at_s is not None:
             return
         self._killed_at_s = time.monotonic() + self._pod_spec["terminationGracePeriodSeconds"]
@@ -69,7 +69,7 @@ class PodProcess:
         self._pre_stop = start_bound(hook, log=self.log, environment=self._environment)
 
     def has_ended(self) -> bool:
-        """To be asked often: it also carries the end on. What an ended pod left behind is killed."""
+        """Must be called often, as it also advances the end. Kills what an ended pod left behind."""
         known = {process for process in self._descendants if process.is_running()}
         self._descendants = [*known, *(set(with_descendants(self._process.pid)) - known)]
         if self._pre_stop is not None and self._pre_stop.poll() is not None:
@@ -83,7 +83,7 @@ class PodProcess:
         return True
 
     def kill(self) -> None:
-        """SIGKILL, without a notice, to all that it runs."""
+        """Sends SIGKILL, without notice, to all of its processes."""
         kill([*self._descendants, *with_descendants(self._process.pid)])
         self._process.wait()
         if self._pre_stop is not None:
@@ -96,7 +96,7 @@ class PodProcess:
 
 
 def _resources(container: Manifest) -> dict[str, str]:
-    """The flags of `ray start` that KubeRay makes of a container's limits."""
+    """Returns the flags of `ray start` that KubeRay derives from a container's limits."""
     limits = container["resources"]["limits"]
     flags = {"num-cpus": limits["cpu"], "num-gpus": limits.get("nvidia.com/gpu", "0"), "memory": limits["memory"]}
     return {flag: str(int(parse_quantity(value))) for flag, value in flags.items()}

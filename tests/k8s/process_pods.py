@@ -32,7 +32,7 @@ from tests.repository import REPOSITORY
 from tests.time_limits import limit_s
 
 MAX_STARTS = 12
-"""Of pods: a cluster that flaps must not fill the machine with processes."""
+"""The largest number of pods: a cluster that flaps must not fill the machine with processes."""
 
 _POLL_S = 0.3
 _START_TIMEOUT_S = limit_s(90)
@@ -40,7 +40,7 @@ _START_TIMEOUT_S = limit_s(90)
 
 @dataclass
 class _Pod:
-    """A worker, or the wish for one."""
+    """A worker pod that runs or is pending."""
 
     name: str
     group: Manifest
@@ -52,13 +52,13 @@ class PodCluster:
     """Starts on entering the context, with its head and autoscaler; ends on leaving it."""
 
     def __init__(self, objects: list[Manifest], name: str, *, num_nodes: int, redis: Redis | None = None) -> None:
-        """Of all `objects` of a kustomization, the cluster of the one called `Kind/name`. The Kubernetes nodes have
+        """Takes all `objects` of a kustomization, and runs the cluster of `Kind/name`. The Kubernetes nodes have
         room for `num_nodes` of its worker pods; further ones stay Pending. `redis` stands for the one that it names."""
         owner = find(objects, name)
         self.name, self.namespace = owner["metadata"]["name"], owner["metadata"]["namespace"]
         self.num_nodes = num_nodes
         self.problem: BaseException | None = None
-        """What ended the thread of the pods before its time."""
+        """The error that ended the thread of the pods too early."""
         self._spec = cluster_spec(owner)
         self._redis = redis
         assert (redis is not None) == ("gcsFaultToleranceOptions" in self._spec)
@@ -81,22 +81,22 @@ class PodCluster:
 
     @property
     def headers(self) -> dict[str, str]:
-        """With the token, for what answers at `jobs_url`."""
+        """Returns headers with the token, for requests to `jobs_url`."""
         return {"Authorization": f"Bearer {self._token}"}
 
     @property
     def running(self) -> list[str]:
-        """Names of the worker pods that run and are not told to end."""
+        """Returns the names of the worker pods that run and are not ending."""
         return [process.name for process in self._running()]
 
     @property
     def addresses(self) -> list[str]:
-        """Of those pods."""
+        """Returns the addresses of those pods."""
         return [process.address for process in self._running()]
 
     @property
     def pending(self) -> list[str]:
-        """Names of the worker pods that no node has room for."""
+        """Returns the names of the worker pods that no node has room for."""
         with self._lock:
             return [pod.name for pod in self._pods.values() if pod.process is None]
 
@@ -104,27 +104,27 @@ class PodCluster:
         return (self._folder / "autoscaler.log").read_text(errors="replace")
 
     def kill(self, name: str) -> None:
-        """SIGKILL, without a notice, to all that the pod runs; its node stays."""
+        """Sends SIGKILL, without notice, to all of the pod's processes; its node stays."""
         with self._lock:
             process = self._pods[name].process
             assert process is not None
             process.kill()
 
     def kill_head(self) -> None:
-        """SIGKILL to all that the head's pod runs, its autoscaler too; it is started again."""
+        """Sends SIGKILL to all processes of the head's pod, its autoscaler included; it is restarted."""
         with self._lock:
             assert self._head is not None
             self._head.kill()
             self._end_autoscaler()
 
     def take_back_node_of(self, name: str) -> None:
-        """As a cloud takes a spot node back: its pod is told to end, and there is one node less."""
+        """Reclaims a spot node as a cloud does: its pod gets SIGTERM, and there is one node less."""
         with self._lock:
             self.num_nodes -= 1
             self._tell_to_end(self._pods[name])
 
     def is_up(self) -> bool:
-        """Whether the head answers."""
+        """Tells whether the head answers."""
         try:
             return httpx.get(f"{self.jobs_url}/api/v0/nodes", headers=self.headers, timeout=limit_s(30)).is_success
         except httpx.TransportError:
@@ -165,7 +165,7 @@ class PodCluster:
             self._end_all()
 
     def _start_head(self) -> None:
-        """With the autoscaler, which is a container of the same pod. A head that ends while it starts, for which Ray
+        """Starts the head with the autoscaler, a container of the same pod. A head that ends while it starts, for which Ray
         gives it 30 s, is started again, as a kubelet does."""
         while not self._head_starts():
             continue
@@ -176,7 +176,7 @@ class PodCluster:
         self._autoscaler = start_bound(command, log=self._folder / "autoscaler.log", environment=environment)
 
     def _head_starts(self) -> bool:
-        """Whether it answers; if not, it has ended."""
+        """Tells whether it answers; if not, it has ended."""
         group = self._spec["headGroupSpec"]
         flags = ["--head", "--port", str(self._gcs_port), "--dashboard-host", "127.0.0.1"]
         flags += ["--dashboard-port", str(self._dashboard_port), "--ray-client-server-port", str(free_port())]
@@ -197,7 +197,7 @@ class PodCluster:
         return True
 
     def _keep_head(self) -> None:
-        """Starts a head that was lost again. Whoever asks for the pods meanwhile does not have to wait."""
+        """Restarts a head that was lost. Callers that ask for the pods meanwhile do not have to wait."""
         assert self._head is not None
         with self._lock:
             has_ended = self._head.has_ended()
@@ -210,7 +210,7 @@ class PodCluster:
             self._start_head()
 
     def _reconcile(self) -> None:
-        """One look at what the cluster should be and what it is."""
+        """Compares the desired cluster with the actual one, once."""
         for pod in list(self._pods.values()):  # the operator deletes pods that have ended, and makes others
             if pod.process.has_ended() if pod.process else pod.is_leaving:
                 del self._pods[pod.name]
@@ -260,7 +260,7 @@ class PodCluster:
 
     @property
     def _environment(self) -> dict[str, str]:
-        """What a process needs to join the cluster."""
+        """Returns the variables that a process needs to join the cluster."""
         return {
             "RAY_ADDRESS": f"127.0.0.1:{self._gcs_port}",
             "RAY_AUTH_MODE": "token",
@@ -282,7 +282,7 @@ class PodCluster:
                 process.kill()
 
     def _ray_cluster(self) -> Manifest:
-        """What the operator makes of the manifest; `replicas` is `minReplicas` at first."""
+        """Returns the object that the operator makes from the manifest; `replicas` is `minReplicas` at first."""
         groups = [group | {"replicas": group["minReplicas"]} for group in self._spec["workerGroupSpecs"]]
         metadata = {"name": self.name, "namespace": self.namespace}
         spec = self._spec | {"workerGroupSpecs": groups}

@@ -1,4 +1,4 @@
-"""Whether what the manifests start exists and fits: entry points, embedded settings, and pods that can hold the work."""
+"""Everything that the manifests start exists and fits: entry points, embedded settings, and pods that can hold the work."""
 
 import importlib
 import importlib.util
@@ -36,7 +36,7 @@ def _deployment(service: Manifest) -> dict[str, Any]:
 
 
 def config_problems(objects: list[Manifest]) -> list[str]:
-    """The settings are what `cluster.settings.run` and Ray Serve take."""
+    """`cluster.settings.run` and Ray Serve accept the settings."""
     problems = []
     try:
         run = run_config(objects)
@@ -71,7 +71,7 @@ def config_problems(objects: list[Manifest]) -> list[str]:
 
 
 def entry_problems(objects: list[Manifest]) -> list[str]:
-    """What is started is in the repository, and its files are where it looks for them."""
+    """Each entry point is in the repository, and its files are where it looks for them."""
     problems = []
     for job in of_kind(objects, "RayJob"):
         _, _, *modules, path = shlex.split(job["spec"]["entrypoint"])
@@ -113,7 +113,7 @@ def _mount_problems(name: str, groups: list[Manifest], path: str, *, kind: str, 
 
 
 def storage_problems(objects: list[Manifest]) -> list[str]:
-    """Jobs publish where the endpoint looks, and that is not a pod's own disk."""
+    """Jobs publish where the endpoint looks, which is not a pod's own disk."""
     written = run_config(objects).storage.uri
     problems = [] if written.startswith("s3://") else [f"{written} goes with its pod: storage.uri must be s3://"]
     readers = {name_of(service): serve_config(service).storage.uri for service in of_kind(objects, "RayService")}
@@ -123,7 +123,7 @@ def storage_problems(objects: list[Manifest]) -> list[str]:
 
 
 def capacity_problems(objects: list[Manifest]) -> list[str]:
-    """The groups can hold the workers and replicas that the settings ask for, and no more."""
+    """The groups hold exactly the workers and replicas that the settings ask for."""
     trainer, server = find(objects, "RayJob/pretrain"), find(objects, "RayService/completions")
     scaling, replicas = run_config(objects).scaling, serve_config(server).replicas
     evaluator, evaluation = find(objects, "RayJob/evaluate"), evaluate_config(objects)

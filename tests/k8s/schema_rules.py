@@ -1,4 +1,4 @@
-"""Schemas: the CRDs for Ray's kinds as the API server reads them, `kubernetes-validate` for the built-in ones."""
+"""Validates against schemas: the CRDs for Ray's kinds as the API server reads them, `kubernetes-validate` for others."""
 
 import functools
 from typing import Any
@@ -14,7 +14,7 @@ RAY_KINDS = ("RayCluster", "RayJob", "RayService", "RayCronJob")
 
 
 def crd_problems(objects: list[Manifest]) -> list[str]:
-    """Unknown fields, wrong types and missing fields of Ray's kinds. Needs the folder of CRDs."""
+    """Finds unknown, wrong and missing fields of Ray's kinds. Needs the folder of CRDs."""
     problems = []
     for manifest in of_kind(objects, *RAY_KINDS):
         schema = _schema(manifest["kind"])
@@ -26,7 +26,7 @@ def crd_problems(objects: list[Manifest]) -> list[str]:
 
 
 def builtin_problems(objects: list[Manifest]) -> list[str]:
-    """The same of the built-in kinds, and of the pods inside Ray's kinds."""
+    """Finds the same in the built-in kinds, and in the pods inside Ray's kinds."""
     inside = [
         {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": pod.where}, "spec": pod.spec} for pod in pods(objects)
     ]
@@ -50,7 +50,7 @@ def _schema(kind: str) -> Manifest:
 
 
 def _forbid_unknown(schema: Any) -> None:
-    """`kubectl apply` refuses unknown fields, which JSON Schema lets pass unless told."""
+    """Refuses unknown fields as `kubectl apply` does; JSON Schema accepts them by default."""
     if isinstance(schema, list):
         for item in schema:
             _forbid_unknown(item)
@@ -62,7 +62,7 @@ def _forbid_unknown(schema: Any) -> None:
 
 
 def _as_stored(value: Any, schema: Manifest) -> Any:
-    """The value with nulls pruned and defaults filled in, which the API server does before it looks at `required`."""
+    """Returns the value with nulls pruned and defaults filled in, as the API server does before it checks `required`."""
     if isinstance(value, list):
         return [_as_stored(item, schema.get("items", {})) for item in value]
     if not isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""The security checklist, as rules over rendered objects. `network_rules` has who may talk to whom, `life_rules` who goes
+"""The security checklist, as rules over rendered objects. `network_rules` has the connections, `life_rules` who goes
 when."""
 
 import re
@@ -29,7 +29,7 @@ def namespace_problems(objects: list[Manifest]) -> list[str]:
 
 
 def _containers(objects: list[Manifest]) -> Iterator[tuple[str, Manifest]]:
-    """Each container, and what becomes the autoscaler's."""
+    """Returns each container, and the settings of the autoscaler's."""
     for pod in pods(objects):
         for container in [*pod.spec["containers"], *pod.spec.get("initContainers", [])]:
             yield f"{pod.where} container {container['name']}", container
@@ -188,7 +188,7 @@ def secret_problems(objects: list[Manifest]) -> list[str]:
 
 
 def reference_problems(objects: list[Manifest]) -> list[str]:
-    """Every ConfigMap that a pod names is among the objects, and every Secret is one that the README asks for."""
+    """Every ConfigMap that a pod names is among the objects, and every Secret is one that the README lists."""
     problems = []
     config_maps = {config["metadata"]["name"] for config in of_kind(objects, "ConfigMap")}
     for pod in pods(objects):

@@ -31,7 +31,7 @@ class ServedPods:
         return f"http://127.0.0.1:{self.service.port}"
 
     def status(self) -> str | None:
-        """Of the application, as the head tells it; None while it does not."""
+        """Returns the application's status as the head reports it, or None while it does not."""
         try:
             answer = httpx.get(
                 f"{self.pods.jobs_url}/api/serve/applications/", headers=self.pods.headers, timeout=limit_s(30)
@@ -41,7 +41,7 @@ class ServedPods:
         return answer.json()["applications"]["raymill"]["status"] if answer.is_success else None
 
     def told(self) -> str:
-        """What there is, for who waited in vain."""
+        """Returns the state, for the message of a wait that failed."""
         answer = httpx.get(
             f"{self.pods.jobs_url}/api/serve/applications/", headers=self.pods.headers, timeout=limit_s(30)
         )
@@ -51,7 +51,7 @@ class ServedPods:
         return f"{len(self.pods.running)} pods, {len(self.service.ready)} ready; replicas {replicas}; {log}"
 
     def until(self, condition: Callable[[], object], *, timeout_s: float = 120) -> float:
-        """Seconds that it took."""
+        """Waits for it, and returns the seconds that it took."""
 
         def comes_true() -> object:
             assert self.pods.problem is None, self.pods.problem
@@ -62,7 +62,7 @@ class ServedPods:
 
 @contextmanager
 def served_pods(checkpoint: Path, folder: Path, **replicas: Any) -> Iterator[ServedPods]:
-    """As rendered, but that a pod has one CPU and goes away after 15 s without work, not 120, that its address is its
+    """Returns the objects as rendered, except that a pod has one CPU and goes away after 15 s without work, not 120, that its address is its
     own, and that clients need no key."""
     objects = render("base")
     owner = find(objects, "RayService/completions")

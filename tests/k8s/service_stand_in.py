@@ -1,4 +1,4 @@
-"""A Kubernetes Service in small: each new connection goes to a pod that is ready, the next one to the next pod.
+"""Stands in for a Kubernetes Service: each new connection goes to a ready pod, the next one to the next pod.
 
 A pod is ready while its probe answers 200 and it is not told to end. Connections that are open stay where they are, as
 with kube-proxy. Only bytes are passed on.
@@ -21,12 +21,12 @@ _PROBE_S = 1.0
 @dataclass
 class ServiceStandIn:
     addresses: Callable[[], list[str]]
-    """Of the pods that are not told to end."""
+    """The addresses of the pods that are not ending."""
     target_port: int
     probe_path: str
     port: int = 0
     ready: list[str] = field(default_factory=list)
-    """Addresses of the pods that are ready now."""
+    """Returns the addresses of the pods that are ready now."""
 
     @contextmanager
     def serving(self) -> Iterator["ServiceStandIn"]:

@@ -1,4 +1,4 @@
-"""Ray's own autoscaler against the rendered manifests: pods come and go, and what runs on them does not mind.
+"""Ray's own autoscaler scales the rendered manifests: pods come and go, and the results stay the same.
 
 `process_pods.py` says what is real here and what is not.
 """
@@ -32,7 +32,7 @@ NUM_STEPS, NUM_FEW_STEPS = 600, 150
 
 
 def spot_cluster() -> list[Manifest]:
-    """The overlay `spot` as rendered, but that a pod has one CPU, drains for 5 s, not 20, and goes away after 15 s
+    """Returns the overlay `spot` as rendered, except that a pod has one CPU, drains for 5 s, not 20, and goes after 15 s
     without work, not 300."""
     objects = render("overlays/spot")
     (group,) = cluster_spec(find(objects, "RayJob/pretrain"))["workerGroupSpecs"]
@@ -50,7 +50,7 @@ def spot_cluster() -> list[Manifest]:
 
 
 def run_config(objects: list[Manifest], folder: Path, *, num_steps: int) -> RunConfig:
-    """The overlay's settings, of a tiny model on CPUs: a worker takes the CPU of a GPU pod, as nothing else has one."""
+    """Returns the overlay's settings for a tiny model on CPUs: a worker takes the CPU of a GPU pod, the only ones there."""
     texts = {"train": make_text(30_000), "val": make_text(400, seed=1)}
     store = str(folder / "made")
     make_store(store, train_bpe(texts.values(), vocab_size=300), texts)  # type: ignore[arg-type]
@@ -94,7 +94,7 @@ def test_a_run_has_its_gpu_group_grow_and_shrink_and_its_bits_stay(tmp_path: Pat
             return jobs.get_job_status(job)
 
         def until_workers(number: int, *, after: int = 0) -> dict[str, Any]:
-            """The `start` event of an attempt later than `after` with so many workers."""
+            """Returns the `start` event of an attempt later than `after` with so many workers."""
 
             def started() -> bool:
                 starts = Ledger.read(run).events("start")
@@ -131,7 +131,7 @@ def test_a_run_has_its_gpu_group_grow_and_shrink_and_its_bits_stay(tmp_path: Pat
 
 
 def test_a_job_that_lost_its_cluster_resumes_its_run_on_the_next(tmp_path: Path) -> None:
-    """What the `backoffLimit` of a RayJob is for: its head carries the driver, so with it the whole cluster is lost."""
+    """Shows the purpose of a RayJob's `backoffLimit`: its head runs the driver, so with it the whole cluster is lost."""
     objects = spot_cluster()
     config = run_config(objects, tmp_path, num_steps=NUM_FEW_STEPS)
     write_config(config, tmp_path / "run.yaml")
@@ -141,7 +141,7 @@ def test_a_job_that_lost_its_cluster_resumes_its_run_on_the_next(tmp_path: Path)
     run = run_storage(config)
 
     def on_a_new_cluster(is_enough: Callable[[Ledger], bool]) -> JobStatus:
-        """Of the job, once it has ended or the run's ledger shows enough; then the cluster is gone at once."""
+        """Returns the job's status once it has ended or the ledger shows enough steps; then the cluster is gone at once."""
         with PodCluster(objects, "RayJob/pretrain", num_nodes=1) as pods:
             jobs = JobSubmissionClient(pods.jobs_url, headers=pods.headers)
             job_id = jobs.submit_job(entrypoint=entrypoint)
@@ -161,7 +161,7 @@ def test_a_job_that_lost_its_cluster_resumes_its_run_on_the_next(tmp_path: Path)
 
 
 def hash_of_a_local_run(run: Any) -> str:
-    """Of the same settings, in this process alone."""
+    """Returns the hash of a run with the same settings, in this process alone."""
     config = recorded_config(run).model_copy(update={"run_id": "local"})
     (store,) = Path(config.storage.uri, "tokens").iterdir()
     tokenizer_json = (store / "tokenizer.json").read_bytes()

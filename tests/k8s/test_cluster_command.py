@@ -1,4 +1,4 @@
-"""`raymill cluster` through the official client, against a stand-in for the API that validates nothing."""
+"""`raymill cluster` works through the official client, against a stand-in for the API that validates nothing."""
 
 import json
 from collections.abc import Iterator
@@ -36,7 +36,7 @@ def api(certificates: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ApiStan
 
 
 def _right(request: str) -> tuple[str, str, str]:
-    """(API group, resource, verb) that a request needs; an administrator applies, but operators do all else."""
+    """Returns the (API group, resource, verb) that a request needs; only applying needs an administrator."""
     method, path = request.split()
     root, _, rest = path.partition("?")[0].partition("/namespaces/raymill/")
     resource, _, name = rest.partition("/")

@@ -1,4 +1,4 @@
-"""The Dockerfile, as far as it can be checked without a container runtime: it is read, not built."""
+"""The Dockerfile is checked as far as possible without a container runtime: it is read, not built."""
 
 import re
 import tomllib

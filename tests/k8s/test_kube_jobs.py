@@ -1,4 +1,4 @@
-"""`raymill submit --kuberay` through the official client: a RayJob that obeys every rule, taken once, told of, stopped."""
+"""`raymill submit --kuberay` makes a RayJob that obeys every rule, started once, reported and stopped."""
 
 import json
 from collections.abc import Iterator
@@ -95,7 +95,7 @@ def _right(request: str) -> tuple[str, str]:
 
 @pytest.fixture
 def words(s3_bucket: str, tmp_path: Path) -> list[str]:
-    """Of a submission that is taken."""
+    """Returns the result of a submission that is accepted."""
     uri = f"s3://{s3_bucket}/store"
     open_storage(f"s3://{s3_bucket}").write_bytes("corpus/a.txt", b"words")
     values = config(data={"source": f"s3://{s3_bucket}/corpus"}, storage={"uri": uri}).model_dump(mode="json")

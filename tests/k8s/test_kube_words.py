@@ -1,4 +1,4 @@
-"""What `raymill cluster` says of objects in the shape in which Kubernetes and KubeRay write them."""
+"""`raymill cluster` explains objects in the shape in which Kubernetes and KubeRay write them."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Every object of every kustomization against the schemas, the operator's rules, the checklist and the code it starts."""
+"""Every object of every kustomization fits the schemas, the operator's rules, the checklist and the code it starts."""
 
 from pathlib import Path
 

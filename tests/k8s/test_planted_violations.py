@@ -1,4 +1,4 @@
-"""Each rule catches what it is for: `planted_violations.yaml` spoils good manifests one by one."""
+"""Each rule catches its violation: `planted_violations.yaml` spoils good manifests one by one."""
 
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,7 @@ def _spoilt(violation: dict[str, Any]) -> list[Manifest]:
 
 
 def _place(manifest: Manifest, path: str) -> tuple[Any, Any]:
-    """The container of the field that `path` names, and its key there."""
+    """Returns the container of the field that `path` names, and its key there."""
     for short, long in _SHORTHANDS.items():
         path = long + path.removeprefix(short) if path.startswith(short) else path
     inside = {"RayJob": "spec.rayClusterSpec.", "RayService": "spec.rayClusterConfig."}.get(manifest["kind"], "spec.")

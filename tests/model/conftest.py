@@ -18,7 +18,7 @@ def model() -> GPT:
 
 @pytest.fixture(scope="session")
 def corpus() -> list[str]:
-    """Over 1 MB of real text with some non-ASCII: sources of installed libraries."""
+    """Over 1 MB of real text with some non-ASCII: the sources of installed libraries."""
     sources = [
         *Path(pytest.__file__).parent.glob("*.py"),
         *Path(torch.__file__).parent.glob("nn/modules/*.py"),

@@ -11,7 +11,7 @@ from model.gpt import GPT
 
 
 def small_model(seed: int = 0, **changes: Any) -> GPT:
-    """Weights are spread wider than GPT-2's 0.02, so that attention and logits are far from uniform."""
+    """Returns a model whose weights spread wider than GPT-2's 0.02, so that attention and logits are far from uniform."""
     shape: dict[str, Any] = {"vocab_size": 97, "n_positions": 48, "n_layer": 2, "n_head": 4, "n_embd": 32}
     model = GPT(GPTConfig(**(shape | {"initializer_range": 0.2} | changes)))
     model.init_weights(seed)

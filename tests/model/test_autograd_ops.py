@@ -1,4 +1,4 @@
-"""Gradients by hand equal those of stock autograd in float64, in sinks or not, for any upstream gradient."""
+"""Hand-written gradients equal those of autograd in float64, in sinks or not, for any upstream gradient."""
 
 import copy
 import itertools
@@ -19,7 +19,7 @@ INPUTS, TARGETS = TOKENS[:, :-1], TOKENS[:, 1:]
 
 
 def stock_gradients(model: GPT, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
-    """In float64, with none of the operations by hand."""
+    """Returns gradients in float64, computed by none of the hand-written operations."""
     model = copy.deepcopy(model).double()
     with monkeypatch.context() as stock:
         stock.setattr(gpt, "affine", lambda x, weight, bias: x @ weight + bias)

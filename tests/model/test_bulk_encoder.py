@@ -1,4 +1,4 @@
-"""tiktoken's core gives the ids of `tokenizers` for every vocabulary that it takes, and the others are refused."""
+"""tiktoken's core gives the ids of `tokenizers` for every vocabulary it accepts; the others are refused."""
 
 import json
 import random
@@ -60,7 +60,7 @@ BREAKS = [
 
 @pytest.fixture(scope="module")
 def texts() -> list[str]:
-    """Words of one script or another, some of them common; over 1 MB."""
+    """Words in several scripts, some of them common; over 1 MB."""
     rng = random.Random(0)
 
     def word(ranges: list[tuple[int, int]]) -> str:
@@ -98,7 +98,7 @@ def permute_ids(content: dict[str, Any]) -> None:
 
 
 def list_every_split(content: dict[str, Any]) -> None:
-    """As in Llama 3's file, which was made from tiktoken's."""
+    """Adds merges as in Llama 3's file, which was converted from tiktoken's."""
     vocab, merges = content["model"]["vocab"], content["model"]["merges"]
     made = ["".join(merge) for merge in merges]
     content["model"]["merges"] = [
@@ -116,7 +116,7 @@ def merge_in_text(content: dict[str, Any]) -> None:
 
 
 def add_a_token_that_its_bytes_do_not_make(content: dict[str, Any]) -> None:
-    """Of qzq, the earlier merge qz leaves no zq that q could join."""
+    """In qzq, the earlier merge qz leaves no zq that q could join."""
     add_merges(content, ("q", "z"), ("z", "q"), ("q", "zq"))
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint is whole or it is not there, and says which file is wrong."""
+"""A checkpoint is whole or absent, and a damaged one names the wrong file."""
 
 import hashlib
 import json
@@ -133,7 +133,7 @@ def test_missing_checkpoint_and_missing_train_state_are_said(tmp_path: Path, mod
 
 
 def crash_at(folder: Path, point: int, model: GPT, tokenizer: Tokenizer) -> bool:
-    """Writes step 8 in a child process that dies before its `point`-th write, sync or rename; whether it died."""
+    """Writes step 8 in a child process that dies before its `point`-th write, sync or rename; tells whether it died."""
     child = os.fork()
     if child == 0:
         calls = iter(range(1000))

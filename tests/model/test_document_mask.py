@@ -9,7 +9,7 @@ EOT = 96
 
 
 def packed(*lengths: int, first_is_cut: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """A row (1, T + 1) of random documents, and its parts: each with the end-of-text token that it starts with."""
+    """Returns a row (1, T + 1) of random documents, and its parts, each with the end-of-text token before it."""
     generator = torch.Generator().manual_seed(sum(lengths))
     end = torch.tensor([EOT])
     documents = [torch.randint(0, EOT, (length,), generator=generator) for length in lengths]
@@ -28,7 +28,7 @@ def test_positions_and_mask_by_example() -> None:
 
 
 def test_a_document_computes_as_if_it_were_alone(model: GPT) -> None:
-    """Logits and gradients, for documents that start inside the row, at its front, cut, and empty."""
+    """Checks logits and gradients of documents that start inside the row, at its front, cut, and empty."""
     rows = [packed(*lengths, first_is_cut=cut) for lengths, cut in [((7, 12, 0, 9), True), ((1, 5, 21), False)]]
     parameters = list(model.parameters())
     for tokens, parts in rows:

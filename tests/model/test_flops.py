@@ -1,4 +1,4 @@
-"""Operations per token against counts made another way."""
+"""The count of operations per token equals counts made in other ways."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The plain generator: with the cache as without it, and its ends."""
+"""The plain generator gives the same with and without the cache, and ends where it should."""
 
 from typing import Any
 
@@ -56,7 +56,7 @@ def test_context_overflow_names_both_numbers(model: GPT) -> None:
 
 
 class OnGpu(torch.Tensor):
-    """Logits that refuse what deterministic mode refuses on a GPU, until they are on the CPU."""
+    """Logits that refuse the operations that deterministic mode refuses on a GPU, until they are on the CPU."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -1,4 +1,4 @@
-"""The network computes what GPT-2 is defined as: shapes, gradients, causality, loss, cache."""
+"""The network computes GPT-2: shapes, gradients, causality, loss, cache."""
 
 import math
 from typing import Any
@@ -118,7 +118,7 @@ def test_loss_and_gradients_are_the_same_bits_every_time(model: GPT) -> None:
 
 
 class LargestTensor(TorchDispatchMode):
-    """Records the most elements that any operation's result has."""
+    """Records the largest number of elements in any operation's result."""
 
     largest = 0
 

@@ -1,4 +1,4 @@
-"""GPUs by the names that they tell and the names that users give."""
+"""GPUs are found by the names that they report and the names that users type."""
 
 import pytest
 

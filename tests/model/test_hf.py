@@ -1,4 +1,4 @@
-"""Both ways between this package and transformers: the same logits."""
+"""This package and transformers read each other's folders and compute the same logits."""
 
 import json
 from pathlib import Path

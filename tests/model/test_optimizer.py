@@ -1,4 +1,4 @@
-"""AdamW is its formula, the learning rate its schedule."""
+"""PyTorch's AdamW computes its formula, and the learning rate follows its schedule."""
 
 import pytest
 import torch

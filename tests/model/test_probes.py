@@ -1,4 +1,4 @@
-"""The tasks can be solved by what they are about, and not without it."""
+"""The tasks can be solved by looking back into the context, and not without."""
 
 import pytest
 import torch

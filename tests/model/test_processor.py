@@ -1,4 +1,4 @@
-"""Which precision a processor computes at speed, and what the other one costs."""
+"""A processor's fast precision is known, and the cost of the other one is measured."""
 
 import os
 import subprocess

