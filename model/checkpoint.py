@@ -1,13 +1,6 @@
 """The checkpoint format: one folder, hashed, complete or absent, which Hugging Face's transformers can read.
 
-    config.json                the shape, in Hugging Face's GPT-2 keys
-    model.safetensors          the weights, fp32
-    tokenizer.json             the vocabulary; tokenizer_config.json says how transformers loads it
-    raymill.json               `Metadata`: where the weights come from
-    train_state.safetensors    optimizer moments, only while the run may continue
-    manifest.json              size and SHA-256 of each of the above, written last
-
-The folder is written beside its final place and renamed into it. Nothing is pickled.
+The folder is written beside its final place and renamed into it. Nothing is pickled. README.md lists its files.
 """
 
 import dataclasses

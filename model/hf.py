@@ -1,7 +1,4 @@
-"""Hugging Face's GPT-2 format: its config.json to and from `GPTConfig`, and loading a folder that transformers saved.
-
-For writing, the config is all: a checkpoint's weights already have Hugging Face's names and layout.
-"""
+"""Hugging Face's GPT-2 format: its config.json to and from `GPTConfig`, and loading a folder that transformers saved."""
 
 import json
 from pathlib import Path
@@ -49,9 +46,7 @@ def config_to_hf(config: GPTConfig, *, eot_id: int) -> dict[str, Any]:
         **{name: getattr(config, name) for name in _SIZES},
         "activation_function": ACTIVATION_TO_HF[config.activation_function],
         "tie_word_embeddings": config.tie_word_embeddings,
-        "resid_pdrop": config.dropout,
-        "embd_pdrop": config.dropout,
-        "attn_pdrop": config.dropout,
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout),
         "layer_norm_epsilon": config.layer_norm_epsilon,
         "initializer_range": config.initializer_range,
         "bos_token_id": eot_id,

@@ -12,8 +12,7 @@ def learning_rate(
     min_ratio: float,
     cooldown_tokens: int | None = None,
 ) -> float:
-    """Rises linearly from 0 to `peak` over `warmup_tokens`, follows a cosine to `min_ratio` x `peak` at `decay_tokens`,
-    and stays there.
+    """Rises linearly to `peak` over `warmup_tokens`, then follows a cosine to `min_ratio` x `peak` at `decay_tokens`.
 
     With `cooldown_tokens` it stays at the peak instead, and falls linearly over that many tokens, or those that the
     warm-up leaves, before `decay_tokens` (warmup-stable-decay; Hu et al., 2024, arXiv 2404.06395).

@@ -71,10 +71,7 @@ def accuracy(model: GPT, task: Task) -> float:
     return float((found == task.ids[:, 1:][:, asked]).double().mean())
 
 
-def probe(model: GPT, *, seq_len: int, seed: int = 0) -> dict[str, float]:
+def probe(model: GPT, *, seq_len: int) -> dict[str, float]:
     """Returns the accuracy by task, on sequences of at most `seq_len` tokens, the longest the model was trained on."""
-    length = min(seq_len, _MAX_TOKENS)
-    return {
-        name: accuracy(model, task(model.config.vocab_size, length, torch.Generator().manual_seed(seed)))
-        for name, task in TASKS.items()
-    }
+    size, length = model.config.vocab_size, min(seq_len, _MAX_TOKENS)
+    return {n: accuracy(model, task(size, length, torch.Generator().manual_seed(0))) for n, task in TASKS.items()}

@@ -4,6 +4,7 @@ All others emulate bf16: on a CPU with AVX2 only, training in bf16 took eleven t
 """
 
 import os
+import re
 import time
 from collections.abc import Mapping, Set
 from pathlib import Path
@@ -52,13 +53,8 @@ def cpu_precision(features: Set[str], environment: Mapping[str, str]) -> Precisi
 def cpu_features() -> frozenset[str]:
     """Returns the names of this CPU's features; none where the system does not list them as Linux does."""
     cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.exists():
-        return frozenset()
-    for line in cpuinfo.read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() in ("flags", "Features"):
-            return frozenset(value.split())
-    return frozenset()
+    found = re.search(r"^(?:flags|Features)\s*:(.*)", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
+    return frozenset(found[1].split()) if found else frozenset()
 
 
 def bf16_slowdown(device: Device) -> float:
