@@ -1,4 +1,4 @@
-"""Hugging Face's GPT-2 format: its config.json to and from `GPTConfig`, and loading a folder that transformers saved."""
+"""Hugging Face's GPT-2 format: config.json to and from `GPTConfig`, and loading a folder that transformers saved."""
 
 import json
 from pathlib import Path
