@@ -35,7 +35,7 @@ def redis_server(folder: Path) -> Iterator[Redis]:
     process = start_bound(["redis-server", str(settings)], log=folder / "log")
     try:
         wait_until(
-            lambda: process.poll() is not None or _answers(port), timeout_s=20, told=lambda: "Redis does not answer"
+            lambda: process.poll() is not None or _answers(port), timeout_s=20, why=lambda: "Redis does not answer"
         )
         assert process.poll() is None, (folder / "log").read_text()
         yield Redis(f"127.0.0.1:{port}", password)

@@ -12,12 +12,12 @@ def wait_until(
     *,
     timeout_s: float = 60.0,
     poll_s: float = 0.05,
-    told: Callable[[], object] = lambda: "the condition did not come true",
+    why: Callable[[], object] = lambda: "the condition did not come true",
 ) -> float:
-    """Returns how many seconds the condition took to come true; fails with `told()` after `limit_s(timeout_s)`."""
+    """Returns how many seconds the condition took to come true; fails with `why()` after `limit_s(timeout_s)`."""
     start_s = time.monotonic()
     while not condition():
-        assert time.monotonic() < start_s + limit_s(timeout_s), told()
+        assert time.monotonic() < start_s + limit_s(timeout_s), why()
         time.sleep(poll_s)
     return time.monotonic() - start_s
 

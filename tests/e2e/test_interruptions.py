@@ -68,7 +68,7 @@ class Running:
             assert not self.result.done() or condition(ledger_of(self._config)), self.result.result()
             return condition(ledger_of(self._config))
 
-        wait_until(comes_true, timeout_s=timeout_s, told=lambda: ledger_of(self._config).events())
+        wait_until(comes_true, timeout_s=timeout_s, why=lambda: ledger_of(self._config).events())
         return ledger_of(self._config)
 
     def worker(self, rank: int) -> int:

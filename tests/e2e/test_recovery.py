@@ -55,7 +55,7 @@ def run(connection: Connection, config: RunConfig, *faults: str) -> tuple[dict[s
     with Chaos(parse_faults(faults), cluster=connection.local, config=config):
         result = run_stage(connection, "jobs.pretrain", config)
     # Ray ends a finished job's processes soon, not at once.
-    wait_until(lambda: not memory_left(), timeout_s=30, told=memory_left)
+    wait_until(lambda: not memory_left(), timeout_s=30, why=memory_left)
     return result, losses(config), ledger_of(config)
 
 

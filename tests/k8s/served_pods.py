@@ -40,7 +40,7 @@ class ServedPods:
             return None
         return answer.json()["applications"]["raymill"]["status"] if answer.is_success else None
 
-    def told(self) -> str:
+    def why(self) -> str:
         """Returns the state, for the message of a wait that failed."""
         answer = httpx.get(
             f"{self.pods.jobs_url}/api/serve/applications/", headers=self.pods.headers, timeout=limit_s(30)
@@ -57,7 +57,7 @@ class ServedPods:
             assert self.pods.problem is None, self.pods.problem
             return condition()
 
-        return wait_until(comes_true, timeout_s=timeout_s, poll_s=0.2, told=self.told)
+        return wait_until(comes_true, timeout_s=timeout_s, poll_s=0.2, why=self.why)
 
 
 @contextmanager

@@ -87,7 +87,7 @@ def test_a_run_has_its_gpu_group_grow_and_shrink_and_its_bits_stay(tmp_path: Pat
                 assert pods.problem is None, pods.problem
                 return condition()
 
-            wait_until(comes_true, timeout_s=timeout_s, poll_s=0.2, told=lambda: pods.autoscaler_log()[-4000:])
+            wait_until(comes_true, timeout_s=timeout_s, poll_s=0.2, why=lambda: pods.autoscaler_log()[-4000:])
 
         def end_of(job: str) -> JobStatus:
             until(lambda: jobs.get_job_status(job).is_terminal(), timeout_s=240)
@@ -150,7 +150,7 @@ def test_a_job_that_lost_its_cluster_resumes_its_run_on_the_next(tmp_path: Path)
                 assert pods.problem is None, pods.problem
                 return jobs.get_job_status(job_id).is_terminal() or is_enough(Ledger.read(run))
 
-            wait_until(has_done_enough, timeout_s=200, poll_s=0.1, told=lambda: jobs.get_job_logs(job_id)[-4000:])
+            wait_until(has_done_enough, timeout_s=200, poll_s=0.1, why=lambda: jobs.get_job_logs(job_id)[-4000:])
             return jobs.get_job_status(job_id)
 
     assert on_a_new_cluster(lambda ledger: len(ledger.events("checkpoint")) >= 2) == JobStatus.RUNNING

@@ -6,7 +6,7 @@ from model.gpus import GPUS, gpu_of
 
 
 @pytest.mark.parametrize(
-    ("told", "name"),
+    ("device_name", "name"),
     [
         ("NVIDIA H100 80GB HBM3", "h100"),
         ("NVIDIA H100 PCIe", "h100-pcie"),
@@ -27,12 +27,12 @@ from model.gpus import GPUS, gpu_of
         ("NVIDIA GeForce RTX 4090", "rtx-4090"),
     ],
 )
-def test_a_gpu_is_known_by_its_device_name(told: str, name: str) -> None:
-    assert gpu_of(told) is GPUS[name]
+def test_a_gpu_is_known_by_its_device_name(device_name: str, name: str) -> None:
+    assert gpu_of(device_name) is GPUS[name]
 
 
 @pytest.mark.parametrize(
-    "told",
+    "device_name",
     [
         "AMD EPYC",
         "NVIDIA L40",
@@ -53,8 +53,8 @@ def test_a_gpu_is_known_by_its_device_name(told: str, name: str) -> None:
         "NVIDIA T400",
     ],
 )
-def test_no_peak_is_guessed(told: str) -> None:
-    assert gpu_of(told) is None
+def test_no_peak_is_guessed(device_name: str) -> None:
+    assert gpu_of(device_name) is None
 
 
 def test_peaks_are_the_dense_ones_of_the_data_sheets() -> None:

@@ -74,7 +74,7 @@ def is_outlived(job: subprocess.Popen[str]) -> bool:
 def wait_for_progress(folder: Path, *, files: int) -> None:
     """Waits until the store holds so many files: indexes, decisions, shards."""
     storage = open_storage(str(folder / "storage"))
-    wait_until(lambda: len(storage.list("tokens/")) >= files, poll_s=0.01, told=lambda: "the job wrote nothing")
+    wait_until(lambda: len(storage.list("tokens/")) >= files, poll_s=0.01, why=lambda: "the job wrote nothing")
 
 
 def workers_of(cluster: LocalCluster) -> list[psutil.Process]:

@@ -49,7 +49,7 @@ class Group:
         wait_until(
             lambda: all(map(met, range(WORLD_SIZE))),
             poll_s=0.02,
-            told=lambda: [self.lines(rank, "met") for rank in range(WORLD_SIZE)],
+            why=lambda: [self.lines(rank, "met") for rank in range(WORLD_SIZE)],
         )
 
 
