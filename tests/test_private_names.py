@@ -5,10 +5,12 @@ by its own package as it was when this was written. A release that changes one f
 import ast
 import inspect
 import pkgutil
+import re
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import ray
 import torch
 from torch.optim.adamw import adamw
 
@@ -176,7 +178,7 @@ CANARIES = [
     Canary(
         f"{COORDINATOR}._AutoscalingCoordinatorActor._tick", "self", COORDINATOR, 'namespace="AutoscalingCoordinator"'
     ),
-    # jobs/pretrain.py sets these variables, and an unknown one would change nothing.
+    # jobs/pretrain.py sets these variables.
     Canary(
         f"{TRAIN}.constants.HEALTH_CHECK_INTERVAL_S_ENV_VAR", None, f"{TRAIN}.constants", '"RAY_TRAIN_HEALTH_CHECK_INTE'
     ),
@@ -264,6 +266,19 @@ def test_every_private_name_that_is_imported_has_a_canary() -> None:
     assert len(private) >= 12
     known = [canary.name for canary in CANARIES]
     assert {name for name in private if not any(f"{k}.".startswith(f"{name}.") for k in known)} == set()
+
+
+def test_ray_reads_every_variable_that_is_set_for_it() -> None:
+    """Ray ignores a variable that it does not know: one that it renames would change nothing, and nobody would notice."""
+    files = [path for folder in ("cluster", "jobs", "serving") for path in (REPOSITORY / folder).rglob("*.py")]
+    text = "".join(path.read_text(encoding="utf-8") for path in [*files, REPOSITORY / "k8s/base/ray.env"])
+    names = set(re.findall(r'(?:"|^)(RAY_\w+)(?="|=)', text, re.MULTILINE))
+    assert {"RAY_worker_niceness", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "RAY_health_check_period_ms"} <= names
+    root = Path(ray.__file__).parent
+    folders = ("_private", "_common", "train/v2/_internal", "serve/_private", "dashboard/modules/job")
+    python = "".join(path.read_text(encoding="utf-8") for folder in folders for path in (root / folder).rglob("*.py"))
+    native = (root / "_raylet.so").read_bytes()  # its names lack the prefix
+    assert {name for name in names if name not in python and name.removeprefix("RAY_").encode() not in native} == set()
 
 
 def test_adamw_as_a_function_takes_what_the_exact_state_gives_it() -> None:

@@ -72,7 +72,6 @@ _ENVIRONMENT = PATIENT_WORKERS | {
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "10000",
     "RAY_health_check_failure_threshold": "3",
-    "RAY_DISABLE_IMPORT_WARNING": "1",
     "RAY_COLOR_PREFIX": "0",
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
