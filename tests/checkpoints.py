@@ -1,12 +1,15 @@
 """Tiny checkpoints, written for real, and ways to damage one."""
 
+from collections.abc import Mapping
 from pathlib import Path
+
+from torch import Tensor
 
 from model.checkpoint import write_checkpoint
 from model.checkpoint_folder import MANIFEST, Metadata
 from model.config import resolve_preset
 from model.gpt import GPT
-from model.tokenizer import train_bpe
+from model.tokenizer import Tokenizer, train_bpe
 
 DAMAGES = ("flip", "truncate", "remove")
 FILES = (MANIFEST, "model.safetensors", "config.json", "tokenizer.json", "raymill.json")
@@ -34,13 +37,25 @@ def write_tiny(
         val_loss=val_loss,
         precision=precision,
     )
+    return save_model(folder, model=model, tokenizer=tokenizer, metadata=metadata, train_state=dict(model.state_dict()))
+
+
+def save_model(
+    folder: Path,
+    *,
+    model: GPT,
+    tokenizer: Tokenizer,
+    metadata: Metadata,
+    train_state: Mapping[str, Tensor] | None = None,
+) -> Metadata:
+    """Writes the model's checkpoint, and returns its metadata with the parameter hash."""
     return write_checkpoint(
         folder,
         config=model.config,
         state=model.state_dict(),
         tokenizer=tokenizer,
         metadata=metadata,
-        train_state=dict(model.state_dict()),
+        train_state=train_state,
     )
 
 

@@ -29,7 +29,7 @@ from pathlib import Path
 
 import torch
 
-from model.checkpoint import parameter_hash, write_checkpoint
+from model.checkpoint import parameter_hash
 from model.checkpoint_folder import Metadata
 from model.config import PRESETS, GPTConfig, num_parameters
 from model.gpt import GPT
@@ -38,6 +38,7 @@ from model.tokenizer import Tokenizer, from_gpt2_files, train_bpe
 from serving.engine.native_library import MARCH_VARIABLE
 from tests.benchmarks.http_load import MODEL, NEW_TOKENS, PROMPT_TOKENS, BenchError, Load
 from tests.benchmarks.serve_contenders import Contender, LineContender, Raymill, Vllm
+from tests.checkpoints import save_model
 from tests.repository import REPOSITORY
 
 FOLDER = REPOSITORY / ".benchmarks" / "serve"  # always the same one: vLLM keeps what it compiled by the model's path
@@ -78,13 +79,11 @@ def write_model(folder: Path) -> Path:
     checkpoint = folder / "checkpoint"
     shutil.rmtree(checkpoint, ignore_errors=True)
     tokenizer = every_id_tokenizer(folder)
-    write_checkpoint(
+    save_model(
         checkpoint,
-        config=model.config,
-        state=model.state_dict(),
+        model=model,
         tokenizer=tokenizer,
         metadata=metadata,
-        train_state=None,
     )
     return checkpoint
 

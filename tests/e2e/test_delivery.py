@@ -9,10 +9,10 @@ from pathlib import Path
 import httpx
 import pytest
 
+from cluster.local.local_cluster import free_port
 from model.checkpoint_folder import read_metadata
 from tests.checkpoints import damage, write_tiny
 from tests.command_line import RAYMILL, environment, raymill_result
-from tests.serving.endpoint_parts import free_port
 from tests.time_limits import limit_s
 from tests.waiting import wait_until
 

@@ -13,6 +13,7 @@ import pytest
 
 from cluster.cli import main
 from cluster.endpoint.endpoint import deploy
+from cluster.local.local_cluster import free_port
 from cluster.settings.run import ClusterConfig, StorageConfig
 from cluster.settings.serve import EngineConfig, ReplicaConfig, ServeConfig
 from cluster.stages.stage import Connection, connected, run_stage
@@ -24,7 +25,6 @@ from model.checkpoint import load_model, load_tokenizer
 from tests.e2e.tiny_runs import tiny_run
 from tests.jobs.corpora import number_texts
 from tests.serving.delivery_parts import Admin
-from tests.serving.endpoint_parts import free_port
 from tests.serving.load import End, Load, greedy_asks
 from tests.time_limits import limit_s
 from tests.waiting import wait_until

@@ -2,7 +2,6 @@
 
 import json
 import signal
-import socket
 import subprocess
 from pathlib import Path
 
@@ -12,17 +11,12 @@ import openai
 import psutil
 import pytest
 
+from cluster.local.local_cluster import free_port
 from tests.command_line import RAYMILL, environment, raymill_result
 from tests.time_limits import limit_s
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.cluster
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def test_text_becomes_a_served_model_in_s3(tmp_path: Path, s3_bucket: str) -> None:

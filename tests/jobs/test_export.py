@@ -13,11 +13,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cluster.stages.stage_module import parse_result
 from cluster.storage.uris import open_storage
 from jobs.export import export
-from model.checkpoint import load_model, load_tokenizer, write_checkpoint
+from model.checkpoint import load_model, load_tokenizer
 from model.checkpoint_folder import TRAIN_STATE, CheckpointError, Metadata, read_metadata, verify_checkpoint
 from model.config import GPTConfig
 from model.gpt import GPT
 from model.tokenizer import train_bpe
+from tests.checkpoints import save_model
 from tests.repository import REPOSITORY
 from tests.time_limits import limit_s
 
@@ -33,10 +34,9 @@ def checkpoint(tmp_path: Path) -> Path:
         run_id="run", step=3, tokens_seen=96, data_manifest_hash="data", code_version="code", val_loss=2.5
     )
     folder = tmp_path / "source"
-    write_checkpoint(
+    save_model(
         folder,
-        config=model.config,
-        state=model.state_dict(),
+        model=model,
         tokenizer=tokenizer,
         metadata=metadata,
         train_state={"moment": torch.ones(1000)},

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.checkpoint import load_model, load_tokenizer, parameter_hash, read_train_state, write_checkpoint
+from model.checkpoint import load_model, load_tokenizer, parameter_hash, read_train_state
 from model.checkpoint_folder import CheckpointError, Metadata, read_metadata, verify_checkpoint
 from model.gpt import GPT
 from model.tokenizer import Tokenizer
+from tests.checkpoints import save_model
 from tests.model.small_models import small_model
 
 METADATA = Metadata(
@@ -26,10 +27,9 @@ TRAIN_STATE = {"exp_avg.transformer.wte.weight": torch.arange(6.0), "step": torc
 
 def write(folder: Path, model: GPT, tokenizer: Tokenizer, *, step: int = 7) -> Metadata:
     metadata = replace(METADATA, step=step)
-    return write_checkpoint(
+    return save_model(
         folder,
-        config=model.config,
-        state=model.state_dict(),
+        model=model,
         tokenizer=tokenizer,
         metadata=metadata,
         train_state=TRAIN_STATE,
@@ -120,13 +120,11 @@ def test_a_manifest_that_does_not_vouch_for_the_folder_is_refused(
 def test_missing_checkpoint_and_missing_train_state_are_said(tmp_path: Path, model: GPT, tokenizer: Tokenizer) -> None:
     with pytest.raises(CheckpointError, match="is not a folder"):
         load_model(tmp_path / "nowhere")
-    write_checkpoint(
+    save_model(
         tmp_path / "c",
-        config=model.config,
-        state=model.state_dict(),
+        model=model,
         tokenizer=tokenizer,
         metadata=METADATA,
-        train_state=None,
     )
     with pytest.raises(CheckpointError, match=r"no train_state\.safetensors"):
         read_train_state(tmp_path / "c")

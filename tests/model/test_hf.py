@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from model.checkpoint import load_model, load_tokenizer, write_checkpoint
+from model.checkpoint import load_model, load_tokenizer
 from model.checkpoint_folder import Metadata
 from model.hf import UnsupportedModelError, load_hf
 from model.tokenizer import Tokenizer, train_bpe
+from tests.checkpoints import save_model
 from tests.model.small_models import small_model
 
 METADATA = Metadata(run_id="r", step=1, tokens_seen=1, data_manifest_hash="0" * 64, code_version="v")
@@ -57,13 +58,11 @@ def test_transformers_reads_a_checkpoint_as_it_is(
     ours = small_model(
         activation_function=activation, tie_word_embeddings=tied, n_inner=80, vocab_size=tokenizer.vocab_size
     )
-    write_checkpoint(
+    save_model(
         tmp_path / "c",
-        config=ours.config,
-        state=ours.state_dict(),
+        model=ours,
         tokenizer=tokenizer,
         metadata=METADATA,
-        train_state=None,
     )
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "c").eval()
     token_ids = torch.randint(0, tokenizer.vocab_size, (3, 48))
@@ -78,13 +77,11 @@ def test_transformers_reads_the_tokenizer_as_it_is(
 ) -> None:
     tokenizer = train_bpe(corpus[:3], vocab_size=400, normalize=normalize)
     model = small_model(vocab_size=tokenizer.vocab_size)
-    write_checkpoint(
+    save_model(
         tmp_path / "c",
-        config=model.config,
-        state=model.state_dict(),
+        model=model,
         tokenizer=tokenizer,
         metadata=METADATA,
-        train_state=None,
     )
     theirs = AutoTokenizer.from_pretrained(tmp_path / "c")
     for text in ("Hello  World, naïve 東京", corpus[4]):

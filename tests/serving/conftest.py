@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from model.checkpoint import parameter_hash, write_checkpoint
+from model.checkpoint import parameter_hash
 from model.checkpoint_folder import Metadata
 from model.config import GPTConfig
 from model.gpt import GPT
 from model.tokenizer import Tokenizer, train_bpe
+from tests.checkpoints import save_model
 from tests.serving.delivery_parts import lively_model, write_model
 
 RUN_ID = "tiny-run"
@@ -52,9 +53,7 @@ def checkpoint(model: GPT, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPa
         val_loss=None,
         val_bits_per_byte=None,
     )
-    write_checkpoint(
-        folder, config=model.config, state=model.state_dict(), tokenizer=tokenizer, metadata=metadata, train_state=None
-    )
+    save_model(folder, model=model, tokenizer=tokenizer, metadata=metadata)
     return folder
 
 

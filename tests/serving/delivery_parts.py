@@ -11,13 +11,13 @@ from typing import Any
 
 import httpx
 
-from model.checkpoint import write_checkpoint
 from model.checkpoint_folder import Metadata
 from model.config import GPTConfig
 from model.generate import generate
 from model.gpt import GPT
 from model.sampling import SamplingParams
 from model.tokenizer import Tokenizer
+from tests.checkpoints import save_model
 from tests.time_limits import limit_s
 from tests.waiting import wait_until
 
@@ -36,9 +36,7 @@ def lively_model(tokenizer: Tokenizer, *, n_embd: int = 32, spread: float = 0.3,
 
 def write_model(folder: Path, model: GPT, tokenizer: Tokenizer, *, step: int = 1) -> Path:
     metadata = Metadata(run_id="tiny-run", step=step, tokens_seen=step, data_manifest_hash=None, code_version="test")
-    write_checkpoint(
-        folder, config=model.config, state=model.state_dict(), tokenizer=tokenizer, metadata=metadata, train_state=None
-    )
+    save_model(folder, model=model, tokenizer=tokenizer, metadata=metadata)
     return folder
 
 

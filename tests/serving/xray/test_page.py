@@ -13,11 +13,11 @@ import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
 
 from cluster.settings.serve import EngineConfig, ServeConfig
-from model.checkpoint import write_checkpoint
 from model.checkpoint_folder import read_metadata
 from model.gpt import GPT
 from model.tokenizer import Tokenizer
 from serving.app import run
+from tests.checkpoints import save_model
 from tests.serving.endpoint_parts import free_port, ray_cluster
 from tests.time_limits import limit_s
 
@@ -80,13 +80,11 @@ def checkpoints(checkpoint: Path, model: GPT, tokenizer: Tokenizer, tmp_path_fac
     early = GPT(model.config)
     early.init_weights(99)
     metadata = replace(read_metadata(checkpoint), step=3)
-    write_checkpoint(
+    save_model(
         folder / "step-3",
-        config=early.eval().config,
-        state=early.eval().state_dict(),
+        model=early.eval(),
         tokenizer=tokenizer,
         metadata=metadata,
-        train_state=None,
     )
     return folder / "step-7"
 

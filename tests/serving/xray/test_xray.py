@@ -19,7 +19,6 @@ import pytest
 import torch
 
 from cluster.settings.serve import EngineConfig, ServeConfig
-from model.checkpoint import write_checkpoint
 from model.checkpoint_folder import read_metadata
 from model.generate import generate
 from model.gpt import GPT
@@ -28,6 +27,7 @@ from model.tokenizer import Tokenizer
 from serving.api.access import AccessRules
 from serving.xray.page_routes import PAGE_PATHS
 from serving.xray.xray import Xray, run_checkpoints
+from tests.checkpoints import save_model
 from tests.serving.endpoint_parts import replica_app
 from tests.time_limits import limit_s
 
@@ -82,13 +82,8 @@ def folder(checkpoint: Path, model: GPT, tokenizer: Tokenizer, tmp_path_factory:
         (2, "step-3-2", {"step": 3, "generation": 2}),
         (3, "other", {"step": 5, "run_id": "another"}),
     ):
-        write_checkpoint(
-            run_folder / name,
-            config=early(model, seed).config,
-            state=early(model, seed).state_dict(),
-            tokenizer=tokenizer,
-            metadata=replace(metadata, **changes),
-            train_state=None,
+        save_model(
+            run_folder / name, model=early(model, seed), tokenizer=tokenizer, metadata=replace(metadata, **changes)
         )
     (run_folder / "step-9").mkdir()  # torn
     return served
