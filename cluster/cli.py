@@ -1,23 +1,22 @@
-"""The `raymill` command: one subcommand a task, `--help` as the manual, one clear line and an exit code on errors.
+"""The `raymill` command: one subcommand per task, `--help` as the manual, one clear line and an exit code on errors.
 
-Exit codes: 0 done, 1 failed, 2 misused. With --json the last line of standard output is one JSON object; everything
-that is said on the way goes to standard error.
+Exit codes: 0 done, 1 failed, 2 misused. With --json the last line of standard output is one JSON object; progress and
+errors go to standard error.
 """
 
 import argparse
 import json
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import Any
 
-from cluster.commands.arguments import imported
-from cluster.commands.table import COMMANDS, Command
+from cluster.commands.table import COMMANDS, Command, imported
 from cluster.output.result_text import lines, printable
 from cluster.settings.code_folders import code_version, version
 from cluster.settings.parser import ConfigError, Parser
-from cluster.stages.stage_module import ShownError
+from cluster.stages.stage_module import BadResultError
 from model.errors import UserError
 
 
@@ -29,9 +28,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.words, arguments.next = words, ""
         arguments.show = lambda result: _show(result, as_json=arguments.json)
         result = imported(f"cluster.commands.{arguments.run}")(arguments)
+    except BadResultError as bad:
+        arguments.show(bad.result)
+        return 1
     except UserError as error:
-        if not isinstance(error, ShownError):  # whose result says it
-            sys.stderr.write(f"error: {printable(str(error))}\n")
+        sys.stderr.write(f"error: {printable(str(error))}\n")
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
@@ -45,37 +46,42 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _exit_on_signal(number: int, frame: FrameType | None) -> None:
     signal.signal(number, signal.SIG_IGN)  # once is enough
-    sys.exit(128 + number)  # as a shell reports it; contexts on the way out end what they started
+    sys.exit(128 + number)  # as a shell reports it; contexts on the way out stop what they started
 
 
 def command_parser(words: Sequence[str] | None = None) -> Parser:
-    """Returns the parser of a command line of these words: only the command that they name has its arguments, since a
-    configuration tree takes longer to import than `raymill --help` may. All commands have them when unset."""
+    """Returns the parser for a command line of these words; without words, the parser of all commands.
+
+    Only the command that the words name gets its arguments: a configuration tree takes longer to import than
+    `raymill --help` may take.
+    """
     parser = Parser(prog="raymill", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action=_ShowVersion, help="print the version and the code's hash, and exit")
-    asked_for = set(COMMANDS) if words is None else {next((word for word in words if not word.startswith("-")), "")}
-    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name, command in COMMANDS.items():
-        sub = subparsers.add_parser(name, help=command.about, description=command.about + command.note)
-        if name in asked_for:
-            _add_arguments(sub, name, command)
+    named = None if words is None else next((word for word in words if not word.startswith("-")), "")
+    _add_commands(parser, COMMANDS, only=named)
     return parser
+
+
+def _add_commands(parser: Parser, commands: Mapping[str, Command], *, only: str | None = None) -> None:
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, command in commands.items():
+        sub = subparsers.add_parser(name, help=command.about, description=command.about + command.note)
+        if only in (None, name):
+            _add_arguments(sub, name, command)
 
 
 def _add_arguments(parser: Parser, name: str, command: Command) -> None:
     if command.commands:
-        subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
-        for inner, inner_command in command.commands.items():
-            sub = subparsers.add_parser(inner, help=inner_command.about, description=inner_command.about)
-            _add_arguments(sub, inner, inner_command)
+        _add_commands(parser, command.commands)
         return
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line of output")
     parser.set_defaults(run=command.run, command=name)
-    command.add_arguments(parser)
+    for add in command.arguments:
+        add(parser)
 
 
 class _ShowVersion(argparse.Action):
-    """Prints the version, and the hash of the code that a checkpoint of it would record."""
+    """Prints the version, and the hash of the code that a checkpoint would record."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:  # noqa: A002
         super().__init__(option_strings, dest, nargs=0, help=help)

@@ -1,4 +1,4 @@
-"""`raymill dashboards push|diff|export`: from their parsed arguments to the result that is printed."""
+"""`raymill dashboards push|diff|export`."""
 
 import argparse
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 from cluster.monitoring.dashboards import documents
 from cluster.monitoring.files import IN_CLUSTER_PROMETHEUS, write_files
 from cluster.monitoring.grafana import Grafana, differences
-from cluster.stages.stage_module import ShownError
+from cluster.stages.stage_module import BadResultError
 
 
 def push(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -23,11 +23,9 @@ def diff(arguments: argparse.Namespace) -> dict[str, Any]:
     for uid, document in documents().items():
         there = grafana.dashboard(uid)
         result[uid] = ["missing"] if there is None else differences(document, there)
-    equal = not any(result.values())
-    if not equal:
-        arguments.show({"equal": equal, **result})
-        raise ShownError("Grafana's dashboards differ")
-    return {"equal": equal, **result}
+    if any(result.values()):
+        raise BadResultError({"equal": False, **result})
+    return {"equal": True, **result}
 
 
 def export(arguments: argparse.Namespace) -> dict[str, Any]:

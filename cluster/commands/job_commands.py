@@ -1,19 +1,16 @@
-"""`raymill submit|list|status|logs|stop`: jobs that go on without whoever asked for them.
+"""`raymill submit|list|status|logs|stop`: jobs that outlive the command that started them.
 
-What is known of a run's job lies in the run's storage: where it was submitted, what it printed, how it ended. So these
-commands take the run's id and `--storage.uri`, on whatever machine, and the logs are there when the cluster is gone.
+The run's storage keeps where its job was submitted, what it printed and how it ended. So these commands take the run's
+id and `--storage.uri` on any machine, and the logs outlive the cluster.
 """
 
 import argparse
 import json
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
-import yaml
-
-from cluster.commands.kube_commands import connected_api, overlay_folder
+from cluster.commands.kube_commands import overlay_folder, print_objects
 from cluster.output.job_log import LogReader, launches
 from cluster.output.progress import RayFilter, say
 from cluster.output.result_text import table
@@ -21,13 +18,13 @@ from cluster.settings.flags import config_from_arguments
 from cluster.settings.parser import ConfigError
 from cluster.settings.run import RunConfig
 from cluster.stages.jobs_api import JobsApi, ray_token
-from cluster.stages.stage_module import STAGES, ShownError
+from cluster.stages.stage_module import STAGES, BadResultError
 from cluster.storage.uris import NotFoundError, Storage, absolute_uri, open_storage
 from cluster.submission.backend import JobBackend
 from cluster.submission.kuberay_backend import KubeJobs
-from cluster.submission.local_backend import LocalJobs
-from cluster.submission.record import Backend, JobRecord, recorded_runs
-from cluster.submission.submit import Backends, JobView, check_only, describe, stop_job, submit_job, view_job
+from cluster.submission.preflight import AdmissionError, check_run
+from cluster.submission.record import Backend, recorded_runs
+from cluster.submission.submit import JobView, backend_at, describe, living_job, stop_job, submit_job, view_job
 from model.errors import UserError
 
 _STOP_TIMEOUT_S = 90.0
@@ -40,16 +37,28 @@ def submit(arguments: argparse.Namespace) -> dict[str, Any] | None:
     config = config_from_arguments(arguments, RunConfig)
     backend, stage = _backend(arguments, config), arguments.stage
     say(f"submit: {stage} of run {config.run_id}; checking the storage, the sources and the settings")
-    if arguments.dry_run:
-        check_only(config, stage, backend, _needs)
-        if isinstance(backend, KubeJobs):
-            objects = backend.objects(config, stage, number=1)
-            if not arguments.json:
-                sys.stdout.write(yaml.safe_dump_all(objects, sort_keys=False))
-                return None
-            return {"run_id": config.run_id, "objects": objects}
+    backend.probe()
+    living = None if arguments.dry_run else living_job(config, stage, arguments.token_file)
+    if living is not None:
+        return _submitted(config, living, is_new=False)
+    check_run(config, backend.folders)
+
+    from jobs.plan.memory import worker_needs
+
+    needs = worker_needs(config)
+    if needs["problems"]:
+        raise AdmissionError("; ".join(needs["problems"]))
+    backend.check(config, stage, needs)
+    if not arguments.dry_run:
+        view, is_new = submit_job(config, stage, backend, arguments.token_file)
+        return _submitted(config, view, is_new=is_new)
+    if not isinstance(backend, KubeJobs):
         return {"run_id": config.run_id, "admitted": True}
-    view, is_new = submit_job(config, stage, backend, _backends(arguments), _needs)
+    objects = backend.objects(config, stage, number=1)
+    return {"run_id": config.run_id, "objects": objects} if arguments.json else print_objects(objects)
+
+
+def _submitted(config: RunConfig, view: JobView, *, is_new: bool) -> dict[str, Any]:
     if not is_new:
         say(f"run {config.run_id} has this job already: nothing was submitted")
     uri = config.storage.uri
@@ -57,66 +66,40 @@ def submit(arguments: argparse.Namespace) -> dict[str, Any] | None:
     return describe(view, str(config.run_id)) | {"new": is_new, "storage": uri, "logs": hint}
 
 
-def _needs(config: RunConfig) -> dict[str, Any]:
-    from jobs.plan.memory import worker_needs
-
-    return worker_needs(config)
-
-
 def _backend(arguments: argparse.Namespace, config: RunConfig) -> JobBackend:
     address = arguments.address or config.cluster.address
     if arguments.kuberay is not None:
-        return KubeJobs(connected_api(arguments.namespace), overlay_folder(arguments.kuberay))
+        return backend_at(Backend.KUBERAY, arguments.namespace, overlay=overlay_folder(arguments.kuberay))
     if address is not None:
-        return _ray_jobs(address, arguments.token_file)
-    return LocalJobs()
-
-
-def _backends(arguments: argparse.Namespace) -> Backends:
-    def of(record: JobRecord) -> JobBackend:
-        match record.backend:
-            case Backend.RAY:
-                return _ray_jobs(record.where, arguments.token_file)
-            case Backend.KUBERAY:
-                return KubeJobs(connected_api(record.where))
-            case Backend.LOCAL:
-                return LocalJobs()
-
-    return of
-
-
-def _ray_jobs(url: str, token_file: Path | None) -> JobBackend:
-    from cluster.submission.ray_backend import RayJobs  # imports Ray, which `raymill list` does without
-
-    return RayJobs(JobsApi(url, ray_token(token_file)))
+        return backend_at(Backend.RAY, address, token_file=arguments.token_file)
+    return backend_at(Backend.LOCAL)
 
 
 def list_jobs(arguments: argparse.Namespace) -> dict[str, Any] | None:
     rows = _of_cluster(arguments) if arguments.address else _of_storage(arguments)
     if arguments.json:
         return {"jobs": rows}
-    if not rows:
-        place = arguments.address or _storage_uri(arguments)
+    if rows:
+        sys.stdout.write(table(("run_id", "stage", "state", "step", "backend", "where", "job"), rows))
+    else:
+        place = arguments.address or arguments.storage_uri
         say(f"no runs in {place}: `raymill pretrain` or `raymill submit` starts one; --storage.uri names another place")
-        return None
-    names = ("run_id", "stage", "state", "step", "backend", "where", "job")
-    sys.stdout.write("".join(f"{line}\n" for line in table(names, rows)))
     return None
 
 
 def _of_storage(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    runs = open_storage(_storage_uri(arguments)).child("runs")
-    backends, rows = _backends(arguments), []
+    runs = open_storage(arguments.storage_uri).child("runs")
+    rows = []
     for run_id in recorded_runs(runs):
         run = runs.child(run_id)
-        view = view_job(run, backends)
+        view = view_job(run, arguments.token_file)
         if view is not None:
             rows.append(describe(view, run_id) | _started_by_hand(run, view) | _progress(run))
     return sorted(rows, key=lambda row: str(row["submitted"]))
 
 
 def _started_by_hand(run: Storage, view: JobView) -> dict[str, Any]:
-    """What a submission would say of a run that `raymill pretrain` or another stage has started."""
+    """Returns what a submission record would say, for a run that `raymill pretrain` or another stage started."""
     if view.record is not None or view.launch is None:
         return {}
     started = LogReader(run, view.launch).started()
@@ -134,40 +117,38 @@ def _of_cluster(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     api = JobsApi(arguments.address, ray_token(arguments.token_file))
     api.probe()
     modules = {module: stage for stage, (module, _) in STAGES.items()}
-    rows = []
-    for job in api.jobs():
+
+    def row(job: dict[str, Any]) -> dict[str, Any]:
         metadata = job.get("metadata") or {}
         module = metadata.get("raymill_module", "")
-        rows.append(
-            {
-                "run_id": metadata.get("raymill_run_id"),
-                "stage": modules.get(module, module),
-                "state": job["status"].lower(),
-                "backend": str(Backend.RAY),
-                "where": api.url,
-                "job": job["submission_id"],
-                "storage": metadata.get("raymill_storage"),
-            }
-        )
-    return rows
+        return {
+            "run_id": metadata.get("raymill_run_id"),
+            "stage": modules.get(module, module),
+            "state": job["status"].lower(),
+            "backend": str(Backend.RAY),
+            "where": api.url,
+            "job": job["submission_id"],
+            "storage": metadata.get("raymill_storage"),
+        }
+
+    return list(map(row, api.jobs()))
 
 
 def status(arguments: argparse.Namespace) -> dict[str, Any]:
     run = _run(arguments)
-    view = view_job(run, _backends(arguments))
+    view = view_job(run, arguments.token_file)
     if view is None:
         raise _no_job(arguments)
     result = describe(view, arguments.run_id) | _started_by_hand(run, view) | _progress(run)
     if view.ended is not None and view.ended.result is not None:
         result["result"] = view.ended.result
     if view.state.is_bad:
-        arguments.show(result)
-        raise ShownError(f"the job of run {arguments.run_id}: {view.state}")
+        raise BadResultError(result)
     return result
 
 
 def _progress(run: Storage) -> dict[str, Any]:
-    """Of the newest step in the run's ledger."""
+    """Returns figures of the newest step in the run's ledger."""
     entry = run.stat("ledger.jsonl")
     if entry is None:
         return {}
@@ -178,14 +159,14 @@ def _progress(run: Storage) -> dict[str, Any]:
 
 
 def logs(arguments: argparse.Namespace) -> dict[str, Any] | None:
-    run, backends = _run(arguments), _backends(arguments)
+    run = _run(arguments)
     names = launches(run)
-    if not names and (not arguments.follow or view_job(run, backends) is None):
+    if not names and (not arguments.follow or view_job(run, arguments.token_file) is None):
         raise _no_job(arguments)
     if arguments.follow:
-        return _follow(arguments, run, backends)
+        return _follow(arguments, run)
     chosen = names if arguments.all else names[-1:]
-    lines = [line for name in chosen for line in _lines_of(run, name, header=arguments.all, rays=arguments.ray)]
+    lines = [line for name in chosen for line in _lines(run, name, header=arguments.all, rays=arguments.ray)]
     lines = lines[-arguments.tail :] if arguments.tail else lines
     if arguments.json:
         return {"run_id": arguments.run_id, "launches": chosen, "lines": lines}
@@ -193,7 +174,7 @@ def logs(arguments: argparse.Namespace) -> dict[str, Any] | None:
     return None
 
 
-def _lines_of(run: Storage, launch: str, *, header: bool, rays: bool) -> list[str]:
+def _lines(run: Storage, launch: str, *, header: bool, rays: bool) -> list[str]:
     reader, ray_filter = LogReader(run, launch), RayFilter()
     started = reader.started()
     title = [f"== {started.stage} on {started.host}, {launch}"] if header else []
@@ -201,8 +182,8 @@ def _lines_of(run: Storage, launch: str, *, header: bool, rays: bool) -> list[st
     return title + [line for line in lines if rays or not ray_filter.hides(line)]
 
 
-def _follow(arguments: argparse.Namespace, run: Storage, backends: Backends) -> dict[str, Any]:
-    """Also over launches that come after one that failed; ends with the job."""
+def _follow(arguments: argparse.Namespace, run: Storage) -> dict[str, Any]:
+    """Prints the log until the job ends, through every launch that follows a failed one."""
     pause_s = _REMOTE_POLL_S if run.local_path("") is None else _LOCAL_POLL_S
     shown, reader, looked_s, ray_filter = "", None, 0.0, RayFilter()
     while True:
@@ -217,42 +198,38 @@ def _follow(arguments: argparse.Namespace, run: Storage, backends: Backends) -> 
         sys.stdout.flush()
         if ended is not None or time.monotonic() - looked_s > _STATE_INTERVAL_S:
             looked_s = time.monotonic()
-            view = view_job(run, backends)
+            view = view_job(run, arguments.token_file)
             if view is not None and not view.state.is_live and view.launch in (shown or None, None):
                 result = describe(view, arguments.run_id)
                 if view.state.is_bad:
                     if arguments.json:
-                        arguments.show(result)
+                        raise BadResultError(result)
                     raise UserError(f"the job of run {arguments.run_id}: {view.state}")
                 return result | {"result": view.ended.result if view.ended else None}
         time.sleep(pause_s)
 
 
 def stop(arguments: argparse.Namespace) -> dict[str, Any]:
-    run, backends = _run(arguments), _backends(arguments)
-    view, was_live = stop_job(run, arguments.run_id, backends)
+    run = _run(arguments)
+    view, was_live = stop_job(run, arguments.run_id, arguments.token_file)
     deadline_s = time.monotonic() + _STOP_TIMEOUT_S
     while was_live and view.state.is_live and time.monotonic() < deadline_s:
         time.sleep(1)
-        view = view_job(run, backends) or view
+        view = view_job(run, arguments.token_file) or view
     if view.state.is_live:
-        say(f"run {arguments.run_id} was told to end and has not done so within {_STOP_TIMEOUT_S:.0f} s")
+        say(f"run {arguments.run_id} was asked to end and has not done so within {_STOP_TIMEOUT_S:.0f} s")
     return describe(view, arguments.run_id) | {"was_live": was_live}
 
 
 def _run(arguments: argparse.Namespace) -> Storage:
-    run_id, uri = arguments.run_id, _storage_uri(arguments)
+    run_id = arguments.run_id
     if not run_id or "/" in run_id or run_id.startswith("."):
         raise ConfigError(f"{run_id!r} is no run id; give its storage with --storage.uri")
-    return open_storage(uri).child(f"runs/{run_id}")
+    return open_storage(arguments.storage_uri).child(f"runs/{run_id}")
 
 
 def _no_job(arguments: argparse.Namespace) -> NotFoundError:
     return NotFoundError(
-        f"run {arguments.run_id} has no job in {_storage_uri(arguments)}: `raymill list` shows which runs have, and "
+        f"run {arguments.run_id} has no job in {arguments.storage_uri}: `raymill list` shows which runs have one, and "
         "--storage.uri is where it looks"
     )
-
-
-def _storage_uri(arguments: argparse.Namespace) -> str:
-    return absolute_uri(getattr(arguments, "storage.uri"))

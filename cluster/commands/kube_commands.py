@@ -1,7 +1,6 @@
-"""`raymill cluster`: what the manifests become on a Kubernetes, and what becomes of them there."""
+"""`raymill cluster`: applies the manifests to Kubernetes, and explains and scales what runs there."""
 
 import argparse
-import importlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,21 +29,22 @@ _OVERLAYS = CODE_ROOT / "cluster" / "k8s" / "overlays"  # a link, so that a whee
 
 def render(arguments: argparse.Namespace) -> dict[str, Any] | None:
     objects = _objects(arguments)
-    if arguments.json:
-        return {"objects": objects}
+    return {"objects": objects} if arguments.json else print_objects(objects)
+
+
+def print_objects(objects: list[Object]) -> None:
     sys.stdout.write(yaml.safe_dump_all(objects, sort_keys=False))
-    return None
 
 
 def apply(arguments: argparse.Namespace) -> dict[str, Any]:
-    objects, api = _objects(arguments), connected_api(arguments.namespace)
+    objects, api = _objects(arguments), _api(arguments)
     for manifest in objects:
         api.apply(manifest, dry_run=arguments.dry_run)
     return {"checked" if arguments.dry_run else "applied": [_name(manifest) for manifest in objects]}
 
 
 def scale(arguments: argparse.Namespace) -> dict[str, Any]:
-    api = connected_api(arguments.namespace)
+    api = _api(arguments)
     manifest = _find(api, arguments.name)
     if manifest["kind"] == "RayJob" and (arguments.group or not (arguments.suspend or arguments.resume)):
         manifest = _cluster_of(api, manifest)  # KubeRay copies a job's groups to its cluster only once
@@ -56,7 +56,7 @@ def scale(arguments: argparse.Namespace) -> dict[str, Any]:
 def _change(arguments: argparse.Namespace, manifest: Object) -> Patch:
     if arguments.suspend or arguments.resume:
         if arguments.lowest is not None or arguments.most is not None:
-            raise ConfigError("--suspend and --resume do without --min and --max")
+            raise ConfigError("--suspend and --resume exclude --min and --max")
         if arguments.group is None:
             return suspend(manifest, suspended=arguments.suspend)
         return (suspend_group if arguments.suspend else resume_group)(manifest, arguments.group)
@@ -66,12 +66,12 @@ def _change(arguments: argparse.Namespace, manifest: Object) -> Patch:
 
 
 def status(arguments: argparse.Namespace) -> dict[str, Any]:
-    found = _all(connected_api(arguments.namespace), arguments.name)
+    found = _all(_api(arguments), arguments.name)
     return {_name(manifest): [sentence(manifest), *groups(manifest)] for manifest in found}
 
 
 def pending(arguments: argparse.Namespace) -> dict[str, Any]:
-    api = connected_api(arguments.namespace)
+    api = _api(arguments)
     found = _all(api, arguments.name)
     clusters = {_cluster_name(manifest) for manifest in found}
     events = api.all("v1", "Event")
@@ -91,11 +91,11 @@ def pending(arguments: argparse.Namespace) -> dict[str, Any]:
         reason = sentence(manifest) if suspended else why_not_made(events_of(manifest))
         if reason:
             reasons[_name(manifest)] = reason
-    return reasons or {"pending": "nothing: each pod that was asked for runs"}
+    return reasons or {"pending": "nothing: every requested pod runs"}
 
 
 def not_idle(arguments: argparse.Namespace) -> dict[str, Any]:
-    api = connected_api(arguments.namespace)
+    api = _api(arguments)
     manifest = _find(api, arguments.name)
     cluster = manifest if manifest["kind"] == "RayCluster" else _cluster_of(api, manifest)
     pods = api.all("v1", "Pod", selector=f"ray.io/cluster={cluster['metadata']['name']},ray.io/node-type=worker")
@@ -104,11 +104,11 @@ def not_idle(arguments: argparse.Namespace) -> dict[str, Any]:
         group["groupName"]: GroupBounds(group.get("minReplicas", 0), group.get("idleTimeoutSeconds", default_s))
         for group in cluster_spec(cluster)["workerGroupSpecs"]
     }
-    return why_not_idle(_node_uses(arguments.url, pods), bounds) or {"pods": "none is there but the head"}
+    return why_not_idle(_node_uses(arguments.url, pods), bounds) or {"pods": "there is none but the head"}
 
 
 def _node_uses(url: str, pods: list[Object]) -> list[NodeUse]:
-    """By Ray's state API, whose nodes are the pods with their addresses."""
+    """Returns what each pod's node holds, from Ray's state API."""
     headers = JobsApi(url, ray_token()).headers
 
     def rows(what: str, state: str) -> list[dict[str, Any]]:
@@ -118,9 +118,9 @@ def _node_uses(url: str, pods: list[Object]) -> list[NodeUse]:
         except httpx.TransportError as error:
             raise ClusterError(f"no Ray answers at {url} ({error}): `kubectl port-forward` the head's 8265") from None
         if answer.status_code in (401, 403):
-            raise ClusterError(f"{url} refuses the token: take the key auth_token of the cluster's Secret")
+            raise ClusterError(f"{url} refuses the token: use auth_token from the cluster's Secret")
         if answer.is_error:
-            raise ClusterError(f"{url} answered {answer.status_code} to a question about its {what}")
+            raise ClusterError(f"{url} answered {answer.status_code} when asked for its {what}")
         found: list[dict[str, Any]] = answer.json()["data"]["result"]["result"]
         return found
 
@@ -158,23 +158,19 @@ def _objects(arguments: argparse.Namespace) -> list[Object]:
 
 
 def overlay_folder(name: str) -> Path:
-    """Returns one of ours by its name, or a folder."""
+    """Returns the folder of one of raymill's overlays by its name, or the named folder."""
     for folder in (_OVERLAYS / name, Path(name)):
         if folder.is_dir():
             return folder
     known = sorted(folder.name for folder in _OVERLAYS.glob("*") if folder.is_dir())
-    choices = f"one of {', '.join(known)}, or the folder" if known else "here is no k8s/, so name the folder"
-    raise ConfigError(f"unknown overlay {name!r}, expected {choices} of a kustomization of yours")
+    choices = f"one of {', '.join(known)}, or the folder" if known else "there is no k8s/ here, so name the folder"
+    raise ConfigError(f"unknown overlay {name!r}, expected {choices} of your own kustomization")
 
 
-def connected_api(namespace: str) -> "KubeApi":
-    """Raises `ClusterError` where no Kubernetes is configured, `UserError` where its client is not installed."""
-    try:
-        client = importlib.import_module("cluster.kube.client")  # of an extra: the other commands do without
-    except ImportError as error:
-        raise UserError(f"{error}: `pip install 'raymill[k8s]'` brings the Kubernetes client") from None
-    api: KubeApi = client.KubeApi(namespace)
-    return api
+def _api(arguments: argparse.Namespace) -> "KubeApi":
+    from cluster.kube.client import KubeApi
+
+    return KubeApi(arguments.namespace)
 
 
 def _all(api: "KubeApi", name: str | None) -> list[Object]:
@@ -190,7 +186,7 @@ def _all(api: "KubeApi", name: str | None) -> list[Object]:
 
 
 def _find(api: "KubeApi", name: str) -> Object:
-    """`NAME`, or `KIND/NAME` where more than one has it."""
+    """Returns the object called `NAME`, or `KIND/NAME` where several kinds share the name."""
     kind, _, plain = name.rpartition("/")
     kinds = [known for known in KINDS if kind.lower() in ("", known.lower())]
     if not kinds:
@@ -205,7 +201,7 @@ def _find(api: "KubeApi", name: str) -> Object:
 
 
 def _cluster_of(api: "KubeApi", manifest: Object) -> Object:
-    """The RayCluster that KubeRay made for a job or service."""
+    """Returns the RayCluster that KubeRay made for a job or service."""
     name = _cluster_name(manifest)
     cluster = api.get(_RAY, "RayCluster", name) if name else None
     if cluster is None:

@@ -1,4 +1,4 @@
-"""`raymill plan`: its flags, and from them to the plan that is printed."""
+"""`raymill plan`: its flags, and the plan that it prints."""
 
 import argparse
 import sys
@@ -18,12 +18,12 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibrate",
         action="store_true",
-        help="rehearse the run in small on a local cluster, and say from that how long all of it would take here",
+        help="rehearse the run on a small scale on a local cluster, and estimate from that how long it would take here",
     )
     parser.add_argument(
         "--simulate",
         action="store_true",
-        help="the run at 8 to 4,096 GPUs instead: exchange, snapshots, checkpoints, data, and where each saturates",
+        help="plan the run at 8 to 4,096 GPUs instead: exchange, snapshots, checkpoints, data, where each saturates",
     )
     parser.add_argument("--recompute", action="store_true", help=PlanConfig.model_fields["recompute"].description)
     add_config_arguments(parser, PlanConfig, leave_out=("recompute",))

@@ -1,6 +1,6 @@
-"""What each subcommand of `raymill` does, from its parsed arguments to the result that is printed.
+"""The subcommands of `raymill` that start stages, look at runs and checkpoints, and serve.
 
-Each imports what it alone needs, so that none waits for PyTorch or Ray in vain.
+Each function imports only what it needs, so that no command waits for PyTorch or Ray in vain.
 """
 
 import argparse
@@ -12,17 +12,16 @@ from typing import TYPE_CHECKING, Any
 from cluster.output.progress import reports_shown, say
 from cluster.output.result_text import printable
 from cluster.settings.parser import ConfigError
-from cluster.stages.stage_module import STAGES, ShownError
+from cluster.stages.stage_module import STAGES, BadResultError
 from cluster.storage.uris import absolute_uri, open_storage
 from model.errors import UserError
 
 if TYPE_CHECKING:
-    from cluster.settings.serve import ServeConfig
     from cluster.storage.uris import Storage
 
 
 def stage(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Submits the stage that the command is called after as a job, and follows it."""
+    """Submits the stage that the command is named after as a job, and follows it."""
     from cluster.commands.checks import check_stage
     from cluster.local.chaos import Chaos, parse_faults
     from cluster.local.local_cluster import cpus_per_node
@@ -35,9 +34,11 @@ def stage(arguments: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError("--chaos kills nodes of the local cluster; leave out --cluster.address")
     check_stage(config, arguments.command)
     steps = "" if arguments.command == "tokenize" else f", {max_steps(config):,} steps"
-    say(f"{arguments.command}: run {config.run_id}{steps}, of {_named(config.data.source)}")
+    sources = [config.data.source] if isinstance(config.data.source, str) else config.data.source
+    more = f" and {len(sources) - 1} more" if len(sources) > 1 else ""
+    say(f"{arguments.command}: run {config.run_id}{steps}, on {sources[0]}{more}")
 
-    from cluster.stages.stage import connected, run_stage  # which takes a second, as it imports Ray
+    from cluster.stages.stage import connected, run_stage  # imports Ray, which takes a second
 
     try:
         with (
@@ -58,29 +59,20 @@ def stage(arguments: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def _named(source: str | list[str]) -> str:
-    sources = [source] if isinstance(source, str) else source
-    return sources[0] if len(sources) == 1 else f"{sources[0]} and {len(sources) - 1} more"
-
-
 def _commands(storage: str, *commands: str) -> str:
-    """Returns the commands as they are typed, with the storage where that is not the usual one."""
+    """Returns the commands as they are typed, with the storage if it is not the default."""
     where = "" if absolute_uri(storage) == absolute_uri(".raymill") else f" --storage.uri {storage}"
     return ", or ".join(f"`{command}{where}`" for command in commands)
 
 
 def storage_check(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Exit code 1 where it is not usable."""
     from cluster.storage.check import check_storage
 
     uri = absolute_uri(arguments.uri)
-    checks = check_storage(uri)
-    problem = checks[-1].problem
-    passed = [check.name for check in checks if not check.problem]
+    passed, problem = check_storage(uri)
     result = {"storage": uri, "usable": not problem, "passed": passed, "problem": problem}
     if problem:
-        arguments.show(result)
-        raise ShownError(problem)
+        raise BadResultError(result)
     return result
 
 
@@ -90,7 +82,7 @@ def data_preview(arguments: argparse.Namespace) -> dict[str, Any]:
 
     config = config_from_arguments(arguments, RunConfig)
 
-    from jobs.tokens.preview_data import preview  # which takes a second
+    from jobs.tokens.preview_data import preview  # takes a second
 
     with reports_shown():
         return preview(config)
@@ -101,7 +93,7 @@ def look_at_store(arguments: argparse.Namespace) -> dict[str, Any]:
 
     look = {"stats": inspect_store.stats, "report": inspect_store.report, "verify": inspect_store.verify}
     with reports_shown():
-        return look[arguments.command](inspect_store.find_store(arguments.store, storage_uri(arguments)))
+        return look[arguments.command](inspect_store.find_store(arguments.store, arguments.storage_uri))
 
 
 def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -116,7 +108,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     check_data(config.data, address=address)
     say(f"evaluate: {checkpoint}")
 
-    from cluster.stages.stage import connected, run_stage  # which takes a second, as it imports Ray
+    from cluster.stages.stage import connected, run_stage  # imports Ray, which takes a second
 
     with connected(config.cluster, cpus_per_node=cpus_per_node(config)) as connection:
         result = run_stage(connection, "jobs.evaluate", config)
@@ -127,23 +119,28 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
 def export(arguments: argparse.Namespace) -> dict[str, Any]:
     from cluster.storage.registry import named_checkpoint
 
-    destination = absolute_uri(arguments.destination)
-    say(f"export: {named_checkpoint(arguments.checkpoint, storage_uri(arguments))} to {destination}")
+    destination, storage_uri = absolute_uri(arguments.destination), arguments.storage_uri
+    say(f"export: {named_checkpoint(arguments.checkpoint, storage_uri)} to {destination}")
 
-    from jobs.export import export as export_checkpoint  # which takes two seconds, as it imports PyTorch
+    from jobs.export import export as export_checkpoint  # imports PyTorch, which takes two seconds
 
-    result = export_checkpoint(arguments.checkpoint, destination, storage_uri=storage_uri(arguments))
+    result = export_checkpoint(arguments.checkpoint, destination, storage_uri=storage_uri)
     arguments.next = f"transformers.AutoModelForCausalLM.from_pretrained({destination!r})"
     return result
 
 
-def report(arguments: argparse.Namespace) -> dict[str, Any]:
-    from cluster.commands.checks import check_runs
+def _runs(arguments: argparse.Namespace) -> "list[Storage]":
+    """Returns the runs that the arguments name. Raises `UserError` for what is no run."""
+    from jobs.run.find_run import find_run
 
-    (run,) = check_runs([arguments.run_uri], storage_uri(arguments))
+    return [find_run(reference, arguments.storage_uri) for reference in arguments.runs]
+
+
+def report(arguments: argparse.Namespace) -> dict[str, Any]:
+    (run,) = _runs(arguments)
     say(f"report: drawing {run.uri}")
 
-    from jobs.report.make_report import make_report  # which takes a second, as it draws
+    from jobs.report.make_report import make_report  # imports matplotlib, which takes a second
     from jobs.report.plan_actual import read_plan
 
     plan = read_plan(arguments.plan) if arguments.plan else None
@@ -151,25 +148,23 @@ def report(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
-    from cluster.commands.checks import check_runs
-
-    runs = check_runs(arguments.runs, storage_uri(arguments))
+    runs = _runs(arguments)
     say(f"compare: {len(runs)} runs")
 
     from jobs.report.compare_runs import compare as compare_runs
 
-    return compare_runs(runs, open_storage(storage_uri(arguments)))
+    return compare_runs(runs, open_storage(arguments.storage_uri))
 
 
 def why_slow(arguments: argparse.Namespace) -> dict[str, Any]:
     from jobs.report.why_slow import why_slow as reason
     from jobs.run.find_run import begun_ledger
 
-    return reason(begun_ledger(_run(arguments)))
+    return reason(begun_ledger(*_runs(arguments)))
 
 
 def probe(arguments: argparse.Namespace) -> dict[str, Any]:
-    run = _run(arguments)
+    (run,) = _runs(arguments)
 
     from jobs.report.probe_run import probe_run
 
@@ -177,17 +172,17 @@ def probe(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def verify(arguments: argparse.Namespace) -> dict[str, Any]:
-    run = _run(arguments)
+    (run,) = _runs(arguments)
 
     from jobs.proof.verify_run import verify as verify_run
 
     with reports_shown():
         result = verify_run(run)
-    return _good(arguments, result, is_good=result["valid"])
+    return _if_good(result, is_good=result["valid"])
 
 
 def replay(arguments: argparse.Namespace) -> dict[str, Any]:
-    run = _run(arguments)
+    (run,) = _runs(arguments)
 
     from jobs.proof.replay_run import parse_steps
     from jobs.proof.replay_run import replay as replay_run
@@ -196,36 +191,24 @@ def replay(arguments: argparse.Namespace) -> dict[str, Any]:
     steps = parse_steps(arguments.steps, Ledger.read(run))
     with reports_shown():
         result = replay_run(run, steps=steps, num_workers=arguments.workers)
-    return _good(arguments, result, is_good=result["equal"])
+    return _if_good(result, is_good=result["equal"])
 
 
 def diff(arguments: argparse.Namespace) -> dict[str, Any]:
-    from cluster.commands.checks import check_runs
     from jobs.proof.diff_runs import diff as diff_runs
 
-    result = diff_runs(*check_runs(arguments.runs, storage_uri(arguments)))
-    return _good(arguments, result, is_good=result["equal"])
+    result = diff_runs(*_runs(arguments))
+    return _if_good(result, is_good=result["equal"])
 
 
-def _run(arguments: argparse.Namespace) -> "Storage":
-    from cluster.commands.checks import check_runs
-
-    (run,) = check_runs(arguments.runs, storage_uri(arguments))
-    return run
-
-
-def _good(arguments: argparse.Namespace, result: dict[str, Any], *, is_good: bool) -> dict[str, Any]:
-    """Returns the result, or shows it and ends the command with exit code 1 where runs are not as they should be."""
+def _if_good(result: dict[str, Any], *, is_good: bool) -> dict[str, Any]:
     if not is_good:
-        arguments.show(result)
-        raise ShownError(result["verdict"])
+        raise BadResultError(result)
     return result
 
 
 def track(arguments: argparse.Namespace) -> dict[str, Any]:
-    from cluster.commands.checks import check_runs
-
-    (run,) = check_runs([arguments.run_uri], storage_uri(arguments))
+    (run,) = _runs(arguments)
 
     from jobs.watching.track_run import track as track_run
     from jobs.watching.track_run import tracker_of
@@ -234,15 +217,14 @@ def track(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def lend_workers(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Writes, ends or shows a loan of a run's workers."""
     from cluster.storage.lending import Loan, give_back, lend, read_loan
 
-    run = open_storage(storage_uri(arguments)).child(f"runs/{arguments.run_id}")
+    run = open_storage(arguments.storage_uri).child(f"runs/{arguments.run_id}")
     if not any(run.list()):
-        raise UserError(f"no run {arguments.run_id} in {storage_uri(arguments)}: `raymill lend` takes a run id")
+        raise UserError(f"no run {arguments.run_id} in {arguments.storage_uri}: `raymill lend` takes a run id")
     if arguments.give_back:
         give_back(run)
-    elif arguments.workers:
+    else:
         lend(run, Loan(arguments.workers, arguments.for_s))
     loan = read_loan(run)
     return {"run_id": arguments.run_id, "lent_workers": loan.num_workers if loan else 0, "for_s": loan and loan.for_s}
@@ -251,22 +233,21 @@ def lend_workers(arguments: argparse.Namespace) -> dict[str, Any]:
 def publish_checkpoint(arguments: argparse.Namespace) -> dict[str, Any]:
     from cluster.storage.registry import publish, what_latest_became
 
-    storage = open_storage(storage_uri(arguments))
-    publication = publish(storage, arguments.checkpoint)
+    storage = open_storage(arguments.storage_uri)
+    found = vars(publish(storage, arguments.checkpoint))
     say(what_latest_became(storage))
-    found = vars(publication)
     return {name: found[name] for name in ("checkpoint", "run_id", "step", "parameter_hash")}
 
 
 def checkpoint_show(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Also of a damaged checkpoint: `valid` is false then, and `problems` says why."""
+    """Returns what a checkpoint holds; for a damaged one `valid` is false and `problems` says why."""
     from cluster.storage.registry import resolve_checkpoint
     from model.checkpoint_folder import CheckpointError, read_metadata, verify_checkpoint
 
-    folder = open_storage(arguments.checkpoint).local_path("")
-    is_here = arguments.checkpoint != "latest" and folder is not None
-    if folder is None or not is_here:
-        folder = resolve_checkpoint(arguments.checkpoint, storage_uri(arguments))
+    folder = None if arguments.checkpoint == "latest" else open_storage(arguments.checkpoint).local_path("")
+    is_here = folder is not None
+    if folder is None:
+        folder = resolve_checkpoint(arguments.checkpoint, arguments.storage_uri)
     if not folder.is_dir():
         raise CheckpointError(f"unknown checkpoint {arguments.checkpoint}: no folder is there")
     problems = verify_checkpoint(folder, to_train=is_here)  # a copy of a remote one has no training state
@@ -276,11 +257,11 @@ def checkpoint_show(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def checkpoint_list(arguments: argparse.Namespace) -> dict[str, Any] | None:
-    """What was published, oldest first, with its validation loss and which of them `latest` means."""
+    """Lists what was published, oldest first, with its validation loss and whether `latest` means it."""
     from cluster.output.result_text import date_of, table
     from cluster.storage.registry import metadata_of, newest_usable, publications
 
-    published = publications(open_storage(storage_uri(arguments)))
+    published = publications(open_storage(arguments.storage_uri))
     latest = newest_usable(published)
     rows = []
     for publication in published:
@@ -291,18 +272,15 @@ def checkpoint_list(arguments: argparse.Namespace) -> dict[str, Any] | None:
         return {"published": rows}
     for row in rows:
         row |= {"published": date_of(row["time"]), "latest": "latest" if row["is_latest"] else ""}
-    if not rows:
-        say(f"nothing is published in {storage_uri(arguments)}: a run that ends publishes its last checkpoint")
-        return None
-    sys.stdout.write("".join(f"{line}\n" for line in table(_PUBLISHED, rows)))
+    if rows:
+        sys.stdout.write(table(("published", "run_id", "step", "val_loss", "latest", "checkpoint"), rows))
+    else:
+        say(f"nothing is published in {arguments.storage_uri}: a run that ends publishes its last checkpoint")
     return None
 
 
-_PUBLISHED = ("published", "run_id", "step", "val_loss", "latest", "checkpoint")
-
-
 def serve(arguments: argparse.Namespace) -> None:
-    """Serves until a signal; on a cluster of others it deploys and leaves, unless it is to follow a run."""
+    """Serves until a signal. On a cluster at an address it deploys and returns, unless it is to follow a run."""
     from cluster.commands.checks import check_endpoint
     from cluster.commands.delivery_commands import follow_run, gate_of
     from cluster.endpoint.delivery import Operator
@@ -316,9 +294,11 @@ def serve(arguments: argparse.Namespace) -> None:
         raise ConfigError("--follow promotes through /admin: name a file for its key with --admin-key-file")
     say(f"serve: {check_endpoint(config)} at http://{config.host}:{config.port}")
 
-    from cluster.stages.stage import connected  # which takes a second, as it imports Ray
+    from cluster.stages.stage import connected  # imports Ray, which takes a second
 
-    with connected(config.cluster, cpus_per_node=_replica_cpus(config)) as connection:
+    replicas_per_node = -(-config.replicas.max_replicas // max(1, config.cluster.num_nodes - 1))
+    cpus = replicas_per_node * config.replicas.threads_per_replica
+    with connected(config.cluster, cpus_per_node=cpus) as connection:
         endpoint = deploy(connection, config)
         arguments.show({"url": endpoint.url, "model": endpoint.model})
         if arguments.follow is not None:
@@ -332,26 +312,16 @@ def serve(arguments: argparse.Namespace) -> None:
         say(f"next: {completing}")
         while True:
             if connection.local.lost_head():
-                say("the head of the local cluster was lost: it is started again, and the endpoint comes back with it")
+                say("the head of the local cluster was lost: it is restarted, and the endpoint comes back with it")
                 connection.local.restart_head()
-
-
-def _replica_cpus(config: "ServeConfig") -> int:
-    worker_nodes = max(1, config.cluster.num_nodes - 1)
-    return -(-config.replicas.max_replicas // worker_nodes) * config.replicas.threads_per_replica
 
 
 def complete(arguments: argparse.Namespace) -> dict[str, Any] | None:
     """Streams the text to standard output as it comes, or returns all of it with --json."""
     from cluster.endpoint.endpoint import Endpoint, stream_completion
 
-    endpoint = Endpoint.load(storage_uri(arguments), url=arguments.url, api_key_file=arguments.api_key_file)
-    request = {
-        "prompt": arguments.prompt,
-        "max_tokens": arguments.max_tokens,
-        "temperature": arguments.temperature,
-        "seed": arguments.seed,
-    }
+    endpoint = Endpoint.load(arguments.storage_uri, url=arguments.url, api_key_file=arguments.api_key_file)
+    request = {name: getattr(arguments, name) for name in ("prompt", "max_tokens", "temperature", "seed")}
     show = (lambda text: None) if arguments.json else _write_now
     completion = stream_completion(endpoint, request, on_text=show)
     return completion if arguments.json else None
@@ -366,8 +336,4 @@ def demo(arguments: argparse.Namespace) -> dict[str, Any]:
 
     from cluster.commands.demo import run_demo
 
-    return run_demo(storage_uri(arguments), keep=arguments.keep)
-
-
-def storage_uri(arguments: argparse.Namespace) -> str:
-    return absolute_uri(getattr(arguments, "storage.uri"))
+    return run_demo(arguments.storage_uri, keep=arguments.keep)

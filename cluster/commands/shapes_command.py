@@ -1,12 +1,11 @@
-"""`raymill inspect --shapes`: what shape a batch has at each stage of the model, and how many bytes."""
+"""`raymill inspect --shapes`: the shape and bytes of a batch at each stage of the model."""
 
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from cluster.settings.flags import add_config_arguments, config_from_arguments
+from cluster.settings.flags import config_from_arguments
 from cluster.settings.run import RunConfig, planned_vocabulary, seq_len, with_precision
 from model.config import num_parameters
 from model.processor import fast_precision
@@ -15,14 +14,8 @@ from model.shapes import Stage, stages, weights
 _ROW = "  {:<28}{:<15}{:<24}{:>14}{:>7}  {}"
 
 
-def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", nargs="?", type=Path, help="YAML file of the run; flags override its settings")
-    parser.add_argument("--shapes", action="store_true", required=True, help="each stage's shape and bytes")
-    add_config_arguments(parser, RunConfig)
-
-
 def inspect(arguments: argparse.Namespace) -> dict[str, Any] | None:
-    """Of one lane: train.micro_batch_size sequences of train.seq_len tokens."""
+    """Shows the shapes of one lane: train.micro_batch_size sequences of train.seq_len tokens."""
     config = planned_vocabulary(config_from_arguments(arguments, RunConfig, needs_source=False))
     config = with_precision(config, "bf16" if config.scaling.use_gpu else fast_precision("cpu"))
     batch_size, tokens = config.train.micro_batch_size, seq_len(config)

@@ -1,14 +1,94 @@
-"""What `raymill` can be asked: each command with its line of help, its arguments, and the function that does it.
+"""Every command of `raymill`: its line of help, the function that runs it, and its arguments.
 
-The functions are named, not imported: a command line imports only what its own command needs.
+Functions and settings are named, not imported: a command line imports only what its own command needs.
 """
 
 import argparse
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
 
-from cluster.commands import arguments
 from cluster.stages.stage_module import STAGES
+from cluster.storage.uris import absolute_uri
+
+Add = Callable[[argparse.ArgumentParser], None]
+"""Puts arguments on a parser, which happens only for the command that was asked for."""
+
+
+def imported(reference: str) -> Any:
+    """Returns what `module:name` names."""
+    module, _, name = reference.partition(":")
+    return getattr(import_module(module), name)
+
+
+def argument(*names: str, **options: Any) -> Add:
+    """Adds one argument; the parameters are those of `add_argument`."""
+
+    def add(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument(*names, **options)
+
+    return add
+
+
+def one_of(*arguments: Add, required: bool = False) -> Add:
+    """Adds arguments that exclude each other."""
+
+    def add(parser: argparse.ArgumentParser) -> None:
+        group = parser.add_mutually_exclusive_group(required=required)
+        for add_one in arguments:
+            add_one(group)  # type: ignore[arg-type]
+
+    return add
+
+
+def settings(tree: str) -> Add:
+    """Adds one flag for each setting of the tree `module:class`, which takes a while to import."""
+    return lambda parser: imported("cluster.settings.flags:add_config_arguments")(parser, imported(tree))
+
+
+def arguments_of(reference: str) -> Add:
+    """Adds what the function `module:name` adds."""
+    return lambda parser: imported(reference)(parser)  # noqa: PLW0108 (imports only then)
+
+
+RUN_SETTINGS = settings("cluster.settings.run:RunConfig")
+CONFIG = argument("config", nargs="?", type=Path, help="YAML file; flags override its settings")
+CONFIG_FLAG = argument("--config", type=Path, help="YAML file; flags override its settings")
+STORAGE = argument(
+    "--storage.uri",
+    dest="storage_uri",
+    type=absolute_uri,
+    default=".raymill",
+    metavar="URI",
+    help="root of runs and registry",
+)
+CHECKPOINT = argument("checkpoint", help="path or URI of a checkpoint's or run's folder, or `latest`")
+FOLLOW = argument("--follow", metavar="RUN", help="promote each newer checkpoint of a run as it appears")
+RUN_ID = argument("run_id", metavar="RUN", help="run id")
+URL = argument("--url", help="endpoint, such as http://127.0.0.1:8000")
+ADMIN_KEY = argument("--admin-key-file", type=Path, help="file with the admin key")
+TOKEN_FILE = argument(
+    "--token-file",
+    type=Path,
+    metavar="FILE",
+    help="file with the Ray cluster's token; RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN when unset",
+)
+JOB = (RUN_ID, TOKEN_FILE, STORAGE)
+NAMESPACE = argument("--namespace", "-n", default="raymill", help="Kubernetes namespace; raymill when unset")
+OVERLAY = (
+    argument("overlay", metavar="OVERLAY", help="dev, gpu, spot, kueue, or the folder of your own kustomization"),
+    argument("--component", help="only this component: platform, tokenize, pretrain, evaluate, completions or shared"),
+)
+KUBE_OBJECT = argument("name", metavar="NAME", help="such as shared or rayjob/pretrain")
+KUBE_OBJECTS = argument("name", metavar="NAME", nargs="?", help="such as shared or rayjob/pretrain; all when unset")
+PROMETHEUS = argument("--prometheus-url", metavar="URL", help="the data source's address, as Grafana reaches it")
+STORE = argument("store", nargs="?", help="folder, manifest or key of a token store; the only one when unset")
+
+
+def runs(*, nargs: int | str = 1) -> Add:
+    return argument("runs", nargs=nargs, metavar="RUN", help="run id, or path or URI of a run's folder")
 
 
 @dataclass(frozen=True)
@@ -16,166 +96,314 @@ class Command:
     """A command with arguments, or one that has commands of its own."""
 
     about: str
-    run: str = ""  # `module:function` of this folder, from the parsed arguments to the result that is printed
-    add_arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+    run: str = ""  # `module:function` of this folder; takes the parsed arguments, returns the result to print
+    arguments: tuple[Add, ...] = ()
     commands: Mapping[str, "Command"] = field(default_factory=dict)
-    note: str = ""  # what its own manual says besides
+    note: str = ""  # what only its own manual says
 
 
-_STORAGE = "whether a storage does all that runs ask of it, and in words what is wrong if not"
+def _command(about: str, run: str, *arguments: Add) -> Command:
+    return Command(about, run, arguments)
+
+
+_STORAGE_CHECK = "check that a storage does all that runs need, and say what is wrong if not"
 
 COMMANDS: dict[str, Command] = {
-    "tokenize": Command(STAGES["tokenize"][1], "run_commands:stage", arguments.stage),
-    "pretrain": Command(STAGES["pretrain"][1], "run_commands:stage", arguments.pretrain),
-    "pipeline": Command(STAGES["pipeline"][1], "run_commands:stage", arguments.stage),
-    "submit": Command(
-        "start a stage as a job that goes on without this command; submitting the same run twice starts one job",
+    "tokenize": _command(STAGES["tokenize"][1], "run_commands:stage", CONFIG, RUN_SETTINGS),
+    "pretrain": _command(
+        STAGES["pretrain"][1],
+        "run_commands:stage",
+        CONFIG,
+        argument(
+            "--chaos",
+            nargs="+",
+            default=[],
+            metavar="FAULT@STEP",
+            help="inject faults on the local cluster: kill-worker@20 kill-node@40 add-node@60 kill-head@80",
+        ),
+        RUN_SETTINGS,
+    ),
+    "pipeline": _command(STAGES["pipeline"][1], "run_commands:stage", CONFIG, RUN_SETTINGS),
+    "submit": _command(
+        "start a stage as a background job; submitting the same run twice starts one job",
         "job_commands:submit",
-        arguments.submit,
+        argument(
+            "stage", choices=list(STAGES), help="; ".join(f"{name}: {about}" for name, (_, about) in STAGES.items())
+        ),
+        CONFIG,
+        one_of(
+            argument("--address", metavar="URL", help="Jobs API of a Ray cluster, such as http://head:8265"),
+            argument("--kuberay", metavar="OVERLAY", help="as a RayJob: dev, gpu, spot, kueue or your kustomization"),
+        ),
+        NAMESPACE,
+        argument("--dry-run", action="store_true", help="check all, start nothing; with --kuberay print the objects"),
+        TOKEN_FILE,
+        RUN_SETTINGS,
     ),
-    "list": Command(
-        "the jobs that were submitted for the runs of a storage, and what they are doing",
+    "list": _command(
+        "list the jobs of a storage's runs, and what they are doing",
         "job_commands:list_jobs",
-        arguments.list_jobs,
+        argument("--address", metavar="URL", help="list the jobs of this Ray cluster instead, whatever their storage"),
+        TOKEN_FILE,
+        STORAGE,
     ),
-    "status": Command(
-        "what a run's job is doing, or how it ended; exit code 1 if not well", "job_commands:status", arguments.job
+    "status": _command(
+        "show what a run's job is doing, or how it ended; exit code 1 if it failed, was stopped or is lost",
+        "job_commands:status",
+        *JOB,
     ),
-    "logs": Command(
-        "what a run's job and its workers printed, also when the cluster is gone", "job_commands:logs", arguments.logs
+    "logs": _command(
+        "print what a run's job and its workers printed, even after the cluster is gone",
+        "job_commands:logs",
+        argument(
+            "-f", "--follow", action="store_true", help="continue until the job ends; exit code 1 unless it succeeded"
+        ),
+        argument("--all", action="store_true", help="print all launches that are kept, not only the last one"),
+        argument("--tail", type=int, metavar="N", help="print only the last N lines"),
+        argument("--ray", action="store_true", help="include the lines of Ray and of its workers' processes"),
+        *JOB,
     ),
-    "stop": Command(
-        "have a run's job save and end; submitting the run again resumes it", "job_commands:stop", arguments.job
-    ),
+    "stop": _command("have a run's job save and end; submitting the run again resumes it", "job_commands:stop", *JOB),
     "storage": Command(
-        _STORAGE, commands={"check": Command(_STORAGE, "run_commands:storage_check", arguments.storage_check)}
+        _STORAGE_CHECK,
+        commands={
+            "check": _command(
+                _STORAGE_CHECK,
+                "run_commands:storage_check",
+                argument("uri", metavar="URI", help="a path, file:// or s3://bucket/prefix"),
+            )
+        },
     ),
     "data": Command(
         "look at a corpus before a job is spent, and at a token store afterwards",
         commands={
-            "preview": Command(
-                "documents, tokens and drop rates of a corpus, estimated from a sample",
+            "preview": _command(
+                "estimate documents, tokens and drop rates of a corpus from a sample",
                 "run_commands:data_preview",
-                arguments.stage,
+                CONFIG,
+                RUN_SETTINGS,
             ),
-            "stats": Command(
-                "documents, tokens and bytes of a token store, by split and source",
+            "stats": _command(
+                "count documents, tokens and bytes of a token store, by split and source",
                 "run_commands:look_at_store",
-                arguments.store,
+                STORE,
+                STORAGE,
             ),
-            "verify": Command(
-                "recompute the hash of every shard of a token store", "run_commands:look_at_store", arguments.store
+            "verify": _command(
+                "recompute the hash of every shard of a token store", "run_commands:look_at_store", STORE, STORAGE
             ),
-            "report": Command("what was dropped and why, with samples", "run_commands:look_at_store", arguments.store),
+            "report": _command(
+                "show what was dropped and why, with samples", "run_commands:look_at_store", STORE, STORAGE
+            ),
         },
     ),
     "dashboards": Command(
-        "the Grafana dashboards and the alerts, made from the metric table",
+        "manage the Grafana dashboards and the alerts, made from the metric table",
         commands={
-            "push": Command(
-                "bring Grafana's data source, folder and dashboards to what this version makes, as often as wanted",
+            "push": _command(
+                "update Grafana's data source, folder and dashboards to this version",
                 "dashboard_commands:push",
-                arguments.dashboard_push,
+                PROMETHEUS,
             ),
-            "diff": Command(
-                "the places where Grafana's dashboards are not what this version makes; exit code 1 where there are "
-                "any",
+            "diff": _command(
+                "list where Grafana's dashboards differ from this version's; exit code 1 if any do",
                 "dashboard_commands:diff",
             ),
-            "export": Command(
+            "export": _command(
                 "write them, the alerts and the scrape settings as files for Grafana, Prometheus and kustomize",
                 "dashboard_commands:export",
-                arguments.dashboard_export,
+                argument("folder", help="such as k8s/monitoring"),
+                PROMETHEUS,
             ),
         },
         note=". Grafana is the one at GRAFANA_URL; its token is in GRAFANA_TOKEN, or in the file that "
         "GRAFANA_TOKEN_FILE names.",
     ),
-    "plan": Command(
-        "what a run will take: operations, days, cost, memory, checkpoints, links", "plan_command:plan", arguments.plan
+    "plan": _command(
+        "estimate what a run will take: operations, days, cost, memory, checkpoints, links",
+        "plan_command:plan",
+        arguments_of("cluster.commands.plan_command:add_plan_arguments"),
     ),
-    "inspect": Command(
-        "the shape and bytes of a batch at every stage of the model", "shapes_command:inspect", arguments.inspect
+    "inspect": _command(
+        "show the shape and bytes of a batch at every stage of the model",
+        "shapes_command:inspect",
+        CONFIG,
+        argument("--shapes", action="store_true", required=True, help="each stage's shape and bytes"),
+        RUN_SETTINGS,
     ),
-    "evaluate": Command(
-        "loss, perplexity and bits per byte of a checkpoint", "run_commands:evaluate", arguments.evaluate
+    "evaluate": _command(
+        "measure loss, perplexity and bits per byte of a checkpoint",
+        "run_commands:evaluate",
+        CHECKPOINT,
+        CONFIG_FLAG,
+        settings("cluster.settings.run:EvaluateConfig"),
     ),
-    "export": Command(
-        "copy a checkpoint without its training state, ready for Hugging Face", "run_commands:export", arguments.export
+    "export": _command(
+        "copy a checkpoint without its training state, ready for Hugging Face",
+        "run_commands:export",
+        CHECKPOINT,
+        argument("destination", help="folder or s3:// URI to make"),
+        STORAGE,
     ),
-    "report": Command(
+    "report": _command(
         "draw a run: loss, workers, throughput, a step's time, cost, plan and actual",
         "run_commands:report",
-        arguments.report,
+        runs(),
+        argument("--price", type=float, help="dollars for an hour of a GPU, or of a CPU where there is none"),
+        argument("--plan", type=Path, metavar="FILE", help="output of `raymill plan --json` to compare with"),
+        STORAGE,
     ),
-    "compare": Command(
-        "put runs side by side: curves, settings that differ, final figures", "run_commands:compare", arguments.compare
+    "compare": _command(
+        "put runs side by side: curves, settings that differ, final figures",
+        "run_commands:compare",
+        runs(nargs="+"),
+        STORAGE,
     ),
-    "why-slow": Command("say what bounds a run, and by which numbers", "run_commands:why_slow", arguments.one_run),
-    "verify": Command(
-        "recompute the hashes of a run's checkpoints and of its data", "run_commands:verify", arguments.one_run
+    "why-slow": _command("say what bounds a run, and by which numbers", "run_commands:why_slow", runs(), STORAGE),
+    "verify": _command(
+        "recompute the hashes of a run's checkpoints and of its data", "run_commands:verify", runs(), STORAGE
     ),
-    "replay": Command("take steps of a run again and compare their bits", "run_commands:replay", arguments.replay),
-    "diff": Command("find the first step where two runs part", "run_commands:diff", arguments.diff),
-    "probe": Command(
+    "replay": _command(
+        "take steps of a run again and compare their bits",
+        "run_commands:replay",
+        runs(),
+        argument("--steps", default="..", metavar="A..B", help="first and last step; all when unset"),
+        argument("--workers", type=int, default=1, help="processes that train; 1 when unset"),
+        STORAGE,
+    ),
+    "diff": _command("find the first step where two runs part", "run_commands:diff", runs(nargs=2), STORAGE),
+    "probe": _command(
         "measure what each kept checkpoint does in context: copying, induction, few-shot",
         "run_commands:probe",
-        arguments.one_run,
+        runs(),
+        STORAGE,
     ),
-    "track": Command("bring a run's curves to Weights & Biases or MLflow", "run_commands:track", arguments.track),
-    "lend": Command(
-        "have a running elastic run shrink for a while, and grow again", "run_commands:lend_workers", arguments.lend
+    "track": _command(
+        "send a run's curves to Weights & Biases or MLflow",
+        "run_commands:track",
+        runs(),
+        one_of(
+            argument("--wandb", metavar="PROJECT", help="a project of Weights & Biases"),
+            argument("--mlflow", metavar="EXPERIMENT", help="an experiment of MLflow"),
+            required=True,
+        ),
+        argument("--follow", action="store_true", help="continue until the run has ended"),
+        STORAGE,
     ),
-    "publish": Command("make a checkpoint the latest one", "run_commands:publish_checkpoint", arguments.one_checkpoint),
+    "lend": _command(
+        "have a running elastic run shrink for a while, and grow again",
+        "run_commands:lend_workers",
+        RUN_ID,
+        one_of(
+            argument("--workers", type=int, choices=range(1, 65), metavar="N", help="number of workers to give up"),
+            argument("--return", dest="give_back", action="store_true", help="end the loan"),
+            required=True,
+        ),
+        argument("--for", dest="for_s", type=float, default=300.0, metavar="SECONDS", help="300 when unset"),
+        STORAGE,
+    ),
+    "publish": _command("make a checkpoint the latest one", "run_commands:publish_checkpoint", CHECKPOINT, STORAGE),
     "checkpoint": Command(
         "look at checkpoints",
         commands={
-            "show": Command(
-                "verify a checkpoint and print its hashes", "run_commands:checkpoint_show", arguments.one_checkpoint
+            "show": _command(
+                "verify a checkpoint and print its hashes", "run_commands:checkpoint_show", CHECKPOINT, STORAGE
             ),
-            "list": Command("list the published checkpoints", "run_commands:checkpoint_list", arguments.storage),
+            "list": _command("list the published checkpoints", "run_commands:checkpoint_list", STORAGE),
         },
     ),
-    "serve": Command(
+    "serve": _command(
         "serve a checkpoint behind an OpenAI-compatible endpoint until SIGTERM or Ctrl-C",
         "run_commands:serve",
-        arguments.serve,
+        CHECKPOINT,
+        FOLLOW,
+        CONFIG_FLAG,
+        settings("cluster.settings.serve:ServeConfig"),
     ),
-    "complete": Command(
+    "complete": _command(
         "complete a prompt at the endpoint that `raymill serve` started here",
         "run_commands:complete",
-        arguments.complete,
+        argument("prompt"),
+        URL,
+        argument("--api-key-file", type=Path, help="file with the API key"),
+        argument("--max-tokens", type=int, help="64 when unset, or as many as fit after the prompt"),
+        argument("--temperature", type=float, default=0.8),
+        argument("--seed", type=int),
+        STORAGE,
     ),
-    "promote": Command(
-        "make the running endpoint serve another checkpoint", "delivery_commands:promote", arguments.promote
+    "promote": _command(
+        "make the running endpoint serve another checkpoint",
+        "delivery_commands:promote",
+        argument("checkpoint", nargs="?", help="path or URI of a checkpoint's or run's folder, or `latest`"),
+        argument("--canary", type=float, metavar="PERCENT", help="share of the requests that it serves first"),
+        argument("--finish", action="store_true", help="give all requests to the current canary"),
+        FOLLOW,
+        argument("--watch-s", type=float, help="seconds in which it may be rolled back; the endpoint's when unset"),
+        argument(
+            "--gate-source",
+            metavar="FILE",
+            help="held-out text, or token rows as .json, on which its loss is compared with the live version's; the "
+            "run's validation rows when unset, `none` for no comparison",
+        ),
+        argument("--max-loss-increase", type=float, help="allowed increase in nats per token; the endpoint's if unset"),
+        URL,
+        ADMIN_KEY,
+        STORAGE,
     ),
-    "rollback": Command(
-        "make the running endpoint serve the version before", "delivery_commands:rollback", arguments.operator
+    "rollback": _command(
+        "make the running endpoint serve the previous version", "delivery_commands:rollback", URL, ADMIN_KEY, STORAGE
     ),
     "cluster": Command(
         "render and apply the manifests, scale their groups, and say why a pod is pending or stays",
         commands={
-            "render": Command("print the objects of an overlay as YAML", "kube_commands:render", arguments.render),
-            "apply": Command("apply the objects of an overlay (server-side)", "kube_commands:apply", arguments.apply),
-            "scale": Command(
-                "change how many pods a group may have, or suspend and resume it or all",
-                "kube_commands:scale",
-                arguments.scale,
+            "render": _command("print the objects of an overlay as YAML", "kube_commands:render", *OVERLAY),
+            "apply": _command(
+                "apply the objects of an overlay (server-side)",
+                "kube_commands:apply",
+                NAMESPACE,
+                *OVERLAY,
+                argument("--dry-run", action="store_true", help="let Kubernetes check it, and change nothing"),
             ),
-            "status": Command(
+            "scale": _command(
+                "change how many pods a group may have, or suspend and resume one group or all",
+                "kube_commands:scale",
+                NAMESPACE,
+                KUBE_OBJECT,
+                argument("--group", help="worker group; the only one when unset"),
+                argument("--min", type=int, dest="lowest", help="pods that are always there"),
+                argument("--max", type=int, dest="most", help="pods under load"),
+                one_of(
+                    argument(
+                        "--suspend", action="store_true", help="remove the pods of the group, or all without --group"
+                    ),
+                    argument("--resume", action="store_true", help="restore what was suspended"),
+                ),
+            ),
+            "status": _command(
                 "say in a sentence what each cluster, job and service does",
                 "kube_commands:status",
-                arguments.kube_objects,
+                NAMESPACE,
+                KUBE_OBJECTS,
             ),
-            "why-pending": Command("say why pods do not run yet", "kube_commands:pending", arguments.kube_objects),
-            "why-not-idle": Command(
-                "say why pods of a Ray cluster do not go away", "kube_commands:not_idle", arguments.why_not_idle
+            "why-pending": _command("say why pods do not run yet", "kube_commands:pending", NAMESPACE, KUBE_OBJECTS),
+            "why-not-idle": _command(
+                "say why pods of a Ray cluster do not go away",
+                "kube_commands:not_idle",
+                NAMESPACE,
+                KUBE_OBJECT,
+                argument(
+                    "--url",
+                    default="http://127.0.0.1:8265",
+                    help="the Ray dashboard, for example after `kubectl port-forward svc/NAME-head-svc 8265`; the "
+                    "token comes from RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN",
+                ),
             ),
         },
     ),
-    "demo": Command(
-        "a corpus to a served model on a 3-node local cluster, with a node killed on purpose",
+    "demo": _command(
+        "train and serve a small model on a 3-node local cluster, with a node killed on purpose",
         "run_commands:demo",
-        arguments.demo,
+        argument("--keep", action="store_true", help="keep the endpoint up until Ctrl-C"),
+        STORAGE,
     ),
 }

@@ -1,24 +1,31 @@
-"""The Kubernetes API by its official client (`pip install 'raymill[k8s]'`): plain objects, and errors in words."""
+"""The Kubernetes API by its official client, which is an extra: plain objects, and errors in words."""
 
 import json
 import os
 from typing import Any
 
-from kubernetes import config
-from kubernetes.client import ApiClient
-from kubernetes.client.exceptions import ApiException
-from urllib3.exceptions import HTTPError
-
 from cluster.kube.scale import Patch
 from cluster.kube.status import Object
 from cluster.local.local_cluster import ClusterError
+from model.errors import UserError
+
+try:
+    from kubernetes import config
+    from kubernetes.client import ApiClient
+    from kubernetes.client.exceptions import ApiException
+    from urllib3.exceptions import HTTPError
+except ImportError as error:
+    raise UserError(f"{error}: `pip install 'raymill[k8s]'` brings the Kubernetes client") from None
 
 FIELD_MANAGER = "raymill"
 _TIMEOUT_S = 30
 
 
 class KubeApi:
-    """One namespace of the cluster that the kubeconfig's current context, or the pod that this runs in, names."""
+    """One namespace of the Kubernetes cluster in the kubeconfig's current context, or of this pod's cluster.
+
+    Raises `ClusterError` where no Kubernetes is configured.
+    """
 
     def __init__(self, namespace: str) -> None:
         self.namespace = namespace
@@ -30,34 +37,34 @@ class KubeApi:
         self._client = ApiClient()
 
     def all(self, api_version: str, kind: str, *, selector: str = "") -> list[Object]:
-        """Objects of a kind in the namespace, with the labels of `selector`; none where the kind is unknown there."""
+        """Returns the namespace's objects of a kind, with the labels of `selector`; none if the kind is unknown."""
         query = [("labelSelector", selector)] if selector else []
-        found = self._ask("GET", _path(api_version, kind, self.namespace), query=query, missing_is=None)
+        found = self._ask("GET", _path(api_version, kind, self.namespace), query=query, missing_is_none=True)
         items = found["items"] if found else []
         return [{"apiVersion": api_version, "kind": kind} | item for item in items]  # a list's items do not say it
 
     def get(self, api_version: str, kind: str, name: str) -> Object | None:
         path = f"{_path(api_version, kind, self.namespace)}/{name}"
-        found: Object | None = self._ask("GET", path, missing_is=None)
+        found: Object | None = self._ask("GET", path, missing_is_none=True)
         return found
 
     def patch(self, manifest: Object, patch: Patch) -> None:
-        """Raises `ClusterError` when the object has changed such that the patch does not fit."""
+        """Patches the object. Raises `ClusterError` if it has changed so that the patch does not fit."""
         self._ask("PATCH", _path_of(manifest), body=patch, content_type="application/json-patch+json")
 
     def apply(self, manifest: Object, *, dry_run: bool = False) -> Object:
-        """Server-side apply: what others own, such as the autoscaler the number of pods, stays theirs. Gives the
-        object as it is then."""
+        """Applies on the server's side, so fields of other owners stay theirs, such as the autoscaler's number of pods.
+
+        Returns the resulting object.
+        """
         query = [("fieldManager", FIELD_MANAGER), *([("dryRun", "All")] if dry_run else [])]
         content_type = "application/apply-patch+yaml"
         made: Object = self._ask("PATCH", _path_of(manifest), query=query, body=manifest, content_type=content_type)
         return made
 
     def delete(self, api_version: str, kind: str, name: str) -> None:
-        """Nothing happens where it is not there."""
-        self._ask("DELETE", f"{_path(api_version, kind, self.namespace)}/{name}", missing_is=None)
-
-    _RAISE = object()
+        """Deletes the object if it exists."""
+        self._ask("DELETE", f"{_path(api_version, kind, self.namespace)}/{name}", missing_is_none=True)
 
     def _ask(
         self,
@@ -67,7 +74,7 @@ class KubeApi:
         query: list[tuple[str, str]] | None = None,
         body: Any = None,
         content_type: str = "application/json",
-        missing_is: Any = _RAISE,
+        missing_is_none: bool = False,
     ) -> Any:
         try:
             return self._client.call_api(
@@ -82,8 +89,8 @@ class KubeApi:
                 _request_timeout=_TIMEOUT_S,
             )
         except ApiException as error:
-            if error.status == 404 and missing_is is not self._RAISE:
-                return missing_is
+            if error.status == 404 and missing_is_none:
+                return None
             raise ClusterError(_words(error, method, path)) from None
         except HTTPError as error:
             host = self._client.configuration.host
@@ -93,9 +100,7 @@ class KubeApi:
 def _path(api_version: str, kind: str, namespace: str | None) -> str:
     root = f"/apis/{api_version}" if "/" in api_version else f"/api/{api_version}"
     word = kind.lower()
-    plural = (
-        f"{word[:-1]}ies" if word.endswith("cy") or word.endswith("ty") else f"{word}{'es' if word[-1] == 's' else 's'}"
-    )
+    plural = f"{word[:-1]}ies" if word.endswith(("cy", "ty")) else f"{word}{'es' if word[-1] == 's' else 's'}"
     return f"{root}/namespaces/{namespace}/{plural}" if namespace else f"{root}/{plural}"
 
 

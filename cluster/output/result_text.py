@@ -1,6 +1,6 @@
-"""Results as people read them: a line a value, aligned columns, numbers with four digits, times with a date.
+"""Results as people read them: one value per line, aligned columns, numbers with four digits, times with a date.
 
-Text that others wrote, such as a corpus or a model, goes out as characters that no terminal obeys.
+Text from outside, such as a corpus or a model's, is printed as characters that no terminal obeys.
 """
 
 import time
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def lines(result: Mapping[str, Any]) -> Iterator[str]:
-    """A line a value; what is nested stands below its name, indented, with an empty line between its parts."""
+    """Yields a line for each value; nested values stand below their name, indented, with empty lines between them."""
     width = max(map(len, result), default=0)
     for name, value in result.items():
         inner = value if isinstance(value, list) else [value]
@@ -24,16 +24,16 @@ def lines(result: Mapping[str, Any]) -> Iterator[str]:
             yield f"{printable(name, keep=''):{width}}  {text_of(value)}"
 
 
-def table(names: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-    """The names, and below them the rows' values in aligned columns; a value that a row lacks is left out."""
+def table(names: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    """Returns lines with the names and, below them, the rows' values in aligned columns; missing ones stay empty."""
     cells = [list(names), *([text_of(row.get(name, "")) for name in names] for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(names))]
-    for line in cells:
-        yield "  ".join(f"{word:{width}}" for word, width in zip(line, widths, strict=True)).rstrip()
+    padded = ("  ".join(f"{word:{width}}" for word, width in zip(line, widths, strict=True)) for line in cells)
+    return "".join(f"{line.rstrip()}\n" for line in padded)
 
 
 def text_of(value: Any) -> str:
-    """Numbers that are not whole have four digits; --json has all of them."""
+    """Returns a value as text; fractions get four digits here, and all of them with --json."""
     if isinstance(value, float):
         return f"{value:,.1f}" if abs(value) >= 1000 else f"{value:.4g}"
     if isinstance(value, list):
@@ -42,23 +42,20 @@ def text_of(value: Any) -> str:
 
 
 def date_of(seconds: float) -> str:
-    """A Unix time as this machine's clocks show it."""
+    """Returns a Unix time in this machine's time zone."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
 def printable(text: str, *, keep: str = "\n\t") -> str:
-    r"""Returns the text with whatever is not printable, but for blanks and the characters of `keep`, as `\x1b`.
+    r"""Returns the text with unprintable characters as escapes such as `\x1b`, except blanks and those in `keep`.
 
-    So no ESC moves the cursor or sets the clipboard, and no bidirectional mark turns a line around.
+    So no ESC moves the cursor or sets the clipboard, and no bidirectional mark reverses a line.
     """
     if text.isprintable():
         return text
-    return "".join(char if _is_shown(char) or char in keep else _escaped(char) for char in text)
-
-
-def _is_shown(char: str) -> bool:
-    return char.isprintable() or unicodedata.category(char) == "Zs"
-
-
-def _escaped(char: str) -> str:
-    return char.encode("unicode_escape").decode()
+    return "".join(
+        char
+        if char.isprintable() or char in keep or unicodedata.category(char) == "Zs"
+        else char.encode("unicode_escape").decode()
+        for char in text
+    )

@@ -1,4 +1,4 @@
-"""Modules that `stage.py` runs as Ray jobs: the stages' names, the line that carries a result, and the exit code."""
+"""The contract of modules that `stage.py` runs as Ray jobs: stage names, the line that carries a result, exit codes."""
 
 import json
 import sys
@@ -10,36 +10,40 @@ from cluster.settings.parser import ConfigError
 from model.errors import UserError
 
 STAGES = {
-    "tokenize": ("jobs.tokenize_corpus", "corpus to token shards"),
-    "pretrain": ("jobs.pretrain", "token shards to a trained, published checkpoint; makes the shards where missing"),
-    "pipeline": ("jobs.pipeline", "corpus to evaluated checkpoint and report, all stages in one job"),
+    "tokenize": ("jobs.tokenize_corpus", "turn a corpus into token shards"),
+    "pretrain": ("jobs.pretrain", "train on token shards, made first where missing, and publish the checkpoint"),
+    "pipeline": ("jobs.pipeline", "tokenize, train, evaluate and report, all stages in one job"),
 }
-"""What can be submitted: the module of each stage, and what it does."""
+"""The stages that can be submitted: the module of each, and what it does."""
 
 MISUSED = 2
-"""The exit code of a module that was called wrongly."""
+"""Exit code of a module that was called wrongly."""
 
 RESULT_MARK = "raymill-result: "
 
 ERROR_MARK = "error: "
-"""Begins the line by which a module says why it ends."""
+"""Prefix of the line in which a module says why it ends."""
 
 
 class StageFailedError(UserError):
-    """A stage ended without a result; its own log said why."""
+    """A stage ended without a result; its own log says why."""
 
 
-class ShownError(UserError):
-    """What a command looked at is not as it should be, and the result that it has shown says so."""
+class BadResultError(UserError):
+    """What a command looked at is not as it should be; the result, which is shown instead of an error, says so."""
+
+    def __init__(self, result: dict[str, Any]) -> None:
+        super().__init__("the result says what is wrong")
+        self.result = result
 
 
 def parse_result(line: str) -> dict[str, Any] | None:
-    """Returns the result that a line of a module's output carries, if it is that line."""
+    """Returns the result in a line of a module's output, or None if the line has none."""
     return json.loads(line[len(RESULT_MARK) :]) if line.startswith(RESULT_MARK) else None
 
 
 def print_result(compute: Callable[[], dict[str, Any]]) -> int:
-    """Prints the result in the line that `parse_result` knows, or the error for the user; returns the exit code."""
+    """Prints the result as a line for `parse_result`, or the error for the user, and returns the exit code."""
     try:
         result = compute()
     except UserError as error:

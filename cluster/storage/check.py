@@ -1,13 +1,12 @@
-"""`raymill storage check`: whether a storage does all that runs ask of it, and in words what is wrong if not.
+"""`raymill storage check`: whether a storage does all that runs need, and what is wrong if not.
 
-Tried with an object of its own below the URI, which is removed again.
+The check uses an object of its own below the URI and removes it again.
 """
 
 import secrets
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.storage.interface import HF, AlreadyExistsError, ConflictError, Storage, StorageError
@@ -20,43 +19,38 @@ _UNCONDITIONAL = (
 )
 
 
-@dataclass(frozen=True)
-class StorageCheck:
-    """One thing that was tried; `problem` is empty where it went well."""
-
-    name: str
-    problem: str = ""
-
-
 class _RefusedError(Exception):
     """What a step found, in words."""
 
 
-def check_storage(uri: str) -> list[StorageCheck]:
-    """What was tried, in order, up to the first thing that did not go well. Raises `StorageError` for a wrong URI."""
+def check_storage(uri: str) -> tuple[list[str], str]:
+    """Returns the names of the steps that passed, and the first problem, which is empty if there is none.
+
+    Raises `StorageError` for a wrong URI.
+    """
     if uri.startswith(HF):
-        return [StorageCheck("write", f"{uri}: the Hugging Face Hub can only be read; name a folder or s3://")]
+        return [], f"{uri}: the Hugging Face Hub can only be read; name a folder or s3://"
     storage, folder = open_storage(uri), f"raymill-check-{secrets.token_hex(8)}"
     key, made = f"{folder}/probe", _first_missing(storage.local_path(folder))
-    steps: list[tuple[str, Callable[[], None]]] = [
-        ("list", lambda: _list(storage, folder)),
-        ("write", lambda: _write(storage, key)),
-        ("read", lambda: _read(storage, key)),
-        ("create only once", lambda: _create_once(storage, key)),
-        ("replace only a known version", lambda: _replace_known(storage, key)),
-        ("delete", lambda: _delete(storage, key)),
-    ]
-    checks: list[StorageCheck] = []
+    steps: dict[str, Callable[[Storage, str], object]] = {
+        "list": lambda storage, key: storage.list(f"{folder}/"),
+        "write": _write,
+        "read": _read,
+        "create only once": _create_once,
+        "replace only a known version": _replace_known,
+        "delete": _delete,
+    }
+    passed: list[str] = []
     try:
-        for name, step in steps:
+        for name, step in steps.items():
             try:
-                step()
+                step(storage, key)
             except _RefusedError as refused:
-                return [*checks, StorageCheck(name, f"{storage.uri}: {refused}")]
+                return passed, f"{storage.uri}: {refused}"
             except StorageError as error:
-                return [*checks, StorageCheck(name, f"cannot {name}: {error}")]
-            checks.append(StorageCheck(name))
-        return checks
+                return passed, f"cannot {name}: {error}"
+            passed.append(name)
+        return passed, ""
     finally:
         with suppress(StorageError):
             storage.delete(key)
@@ -64,24 +58,20 @@ def check_storage(uri: str) -> list[StorageCheck]:
             shutil.rmtree(made, ignore_errors=True)
 
 
-def _list(storage: Storage, folder: str) -> None:
-    storage.list(f"{folder}/")
-
-
 def _write(storage: Storage, key: str) -> None:
     try:
         storage.write_bytes(key, _CONTENT)
     except StorageError as error:
-        if "access denied" in str(error) or "permission denied" in str(error) or "read-only" in str(error):
+        if any(reason in str(error) for reason in ("access denied", "permission denied", "read-only")):
             raise _RefusedError(f"it can be listed but not written, at least by these credentials: {error}") from None
         raise
 
 
 def _read(storage: Storage, key: str) -> None:
     if storage.read_bytes(key) != _CONTENT:
-        raise _RefusedError("it gives back other bytes than were written")
+        raise _RefusedError("it returns other bytes than were written")
     if storage.read_bytes(key, start=10, end=20) != _CONTENT[10:20]:
-        raise _RefusedError("it gives back another range of bytes than was asked for")
+        raise _RefusedError("it returns another range of bytes than was asked for")
     if [entry.key for entry in storage.list(key)] != [key]:
         raise _RefusedError("an object that was just written is not listed")
 
@@ -100,7 +90,7 @@ def _replace_known(storage: Storage, key: str) -> None:
         raise _RefusedError("its versions change without a write")
     with suppress(ConflictError):
         storage.write_bytes(key, _CONTENT, if_version=first)
-        raise _RefusedError(_UNCONDITIONAL.format(what="an object in the place of another version"))
+        raise _RefusedError(_UNCONDITIONAL.format(what="an object that replaces another version"))
 
 
 def _delete(storage: Storage, key: str) -> None:
@@ -110,7 +100,7 @@ def _delete(storage: Storage, key: str) -> None:
 
 
 def _first_missing(path: Path | None) -> Path | None:
-    """The uppermost folder on the way that the check will have made."""
+    """Returns the uppermost folder on the path that the check will create."""
     while path is not None and not path.parent.exists():
         path = path.parent
     return path

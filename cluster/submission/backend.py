@@ -1,4 +1,4 @@
-"""What every place that can run a job does with one: checks, takes, tells of and ends it."""
+"""The interface of a job backend: check, submit, report, stop."""
 
 from abc import ABC, abstractmethod
 from typing import Any
@@ -17,24 +17,24 @@ class JobBackend(ABC):
 
     @abstractmethod
     def probe(self) -> None:
-        """Raises `ClusterError` with what is wrong where it cannot be reached, or does not let us in."""
+        """Raises `ClusterError` if the place cannot be reached or refuses us."""
 
     @abstractmethod
     def check(self, config: RunConfig, stage: str, needs: dict[str, Any]) -> None:
-        """Raises `AdmissionError` where the job would not find the room that it needs (`jobs.plan.memory`)."""
+        """Raises `AdmissionError` if the job would not find the room that it needs (`jobs.plan.memory`)."""
 
     @abstractmethod
     def record(self, config: RunConfig, stage: str, *, number: int, submitted: float) -> JobRecord:
-        """How the run's submission of that number will be found again."""
+        """Returns the record by which the run's submission of that number will be found."""
 
     @abstractmethod
     def start(self, config: RunConfig, record: JobRecord) -> JobRecord:
-        """Submits the job; the record with what is known only then. Raises `ClusterError`."""
+        """Submits the job and returns the completed record. Raises `ClusterError`."""
 
     @abstractmethod
     def state(self, record: JobRecord) -> JobState | None:
-        """None where it knows no such job (any more). Raises `ClusterError` where it cannot be asked."""
+        """Returns the job's state, or None if it is unknown. Raises `ClusterError` if the place does not answer."""
 
     @abstractmethod
     def stop(self, record: JobRecord) -> None:
-        """Has the job save and end; returns at once. Nothing happens to one that has ended."""
+        """Asks the job to save and end, without waiting for it; a job that has ended is left alone."""

@@ -1,7 +1,7 @@
-"""Jobs as RayJobs on Kubernetes: each brings its own Ray cluster and takes it away."""
+"""Jobs as RayJobs on Kubernetes, each with a Ray cluster of its own."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cluster.kube.kustomize import rendered_overlay
 from cluster.kube.status import Object
@@ -12,25 +12,16 @@ from cluster.submission.preflight import Folders
 from cluster.submission.rayjob import rayjob, rayjob_name
 from cluster.submission.record import Backend, JobRecord, JobState
 
-if TYPE_CHECKING:
-    from cluster.kube.client import KubeApi
-
 _RAY = "ray.io/v1"
-_ENDED = {
-    "SUCCEEDED": JobState.SUCCEEDED,
-    "FAILED": JobState.FAILED,
-    "STOPPED": JobState.STOPPED,
-    "Failed": JobState.FAILED,
-    "ValidationFailed": JobState.FAILED,
-}
-"""By Ray's word for the job, or else KubeRay's."""
 
 
 class KubeJobs(JobBackend):
-    """`overlay` is needed to submit only."""
+    """RayJobs of one namespace; only submitting needs the `overlay`. Raises `UserError` without Kubernetes' client."""
 
-    def __init__(self, api: "KubeApi", overlay: Path | None = None) -> None:
-        self._api, self._overlay = api, overlay
+    def __init__(self, namespace: str, overlay: Path | None = None) -> None:
+        from cluster.kube.client import KubeApi  # noqa: PLC0415 (its client is an extra)
+
+        self._api, self._overlay = KubeApi(namespace), overlay
         self._needs: dict[str, Any] = {}
 
     @property
@@ -47,7 +38,7 @@ class KubeJobs(JobBackend):
             raise ConfigError(f"the overlay's namespace is {namespace}, not {self._api.namespace}: give -n {namespace}")
 
     def objects(self, config: RunConfig, stage: str, *, number: int) -> list[Object]:
-        """What `start` applies; `check` comes first."""
+        """Returns what `start` applies; `check` comes first."""
         assert self._overlay is not None, "submitting takes an overlay"
         name = rayjob_name(str(config.run_id), number)
         return rayjob(rendered_overlay(self._overlay), config, stage, name=name, needs=self._needs)
@@ -58,7 +49,7 @@ class KubeJobs(JobBackend):
         return JobRecord(run_id, stage, Backend.KUBERAY, self._api.namespace, name, number, submitted)
 
     def start(self, config: RunConfig, record: JobRecord) -> JobRecord:
-        """The job first: it owns its settings, so that Kubernetes removes them with it, and its pods wait for them."""
+        """Applies the job first: it owns its settings, so Kubernetes removes them with it; its pods wait for them."""
         job, settings = self.objects(config, record.stage, number=record.number)
         made = self._api.apply(job)
         owner = {"apiVersion": _RAY, "kind": "RayJob", "name": record.job, "uid": made["metadata"].get("uid", "")}
@@ -72,11 +63,13 @@ class KubeJobs(JobBackend):
             return None
         status = job.get("status") or {}
         deployment = status.get("jobDeploymentStatus", "")
+        ray_status = status.get("jobStatus", "")
         if deployment in ("Complete", "Failed", "ValidationFailed"):
-            return _ENDED.get(status.get("jobStatus", "")) or _ENDED.get(deployment, JobState.FAILED)
-        is_running = deployment == "Running" and status.get("jobStatus") == "RUNNING"
+            has_ended = ray_status in ("SUCCEEDED", "FAILED", "STOPPED")
+            return JobState(ray_status.lower()) if has_ended else JobState.FAILED
+        is_running = deployment == "Running" and ray_status == "RUNNING"
         return JobState.RUNNING if is_running else JobState.PENDING
 
     def stop(self, record: JobRecord) -> None:
-        """Its pods are drained, so the run saves; the object goes, so that nobody resumes it beside a later one."""
+        """Deletes the object: its pods are drained, so the run saves, and nobody can resume it beside a later job."""
         self._api.delete(_RAY, "RayJob", record.job)

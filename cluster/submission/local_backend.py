@@ -1,4 +1,4 @@
-"""Jobs on a local cluster of their own, which a process in the background starts, owns and ends (`local_job`)."""
+"""Jobs on a local cluster of their own, which a background process (`run_local_job`) starts, owns and ends."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ from cluster.submission.record import Backend, JobRecord, JobState
 
 
 class LocalJobs(JobBackend):
-    """Known by their owner's process. On another machine than theirs nothing is known of them but their logs."""
+    """Jobs known by their owner's process; other machines know only their logs."""
 
     @property
     def folders(self) -> Folders:
@@ -37,30 +37,24 @@ class LocalJobs(JobBackend):
     def check(self, config: RunConfig, stage: str, needs: dict[str, Any]) -> None:
         memory, count = psutil.virtual_memory().total, max(1, config.cluster.num_nodes - 1)
         cpus = config.cluster.cpus_per_node or cpus_per_node(config)
-        # All nodes are one machine: its memory is theirs together.
+        # All nodes share the memory of this machine.
         nodes = [{"CPU": float(cpus), "memory": memory / count}] * count
         check_rooms(config, stage, needs, nodes=nodes, where="this machine")
 
     def record(self, config: RunConfig, stage: str, *, number: int, submitted: float) -> JobRecord:
         run_id, me = str(config.run_id), ProcessIdentity.own()
         record = JobRecord(run_id, stage, Backend.LOCAL, socket.gethostname(), f"{run_id}.{number}", number, submitted)
-        return dataclasses.replace(record, **dataclasses.asdict(me))  # until its owner is there
+        return dataclasses.replace(record, **dataclasses.asdict(me))  # until its owner runs
 
     def start(self, config: RunConfig, record: JobRecord) -> JobRecord:
-        """Returns once the cluster is up and has the job, some ten seconds later."""
+        """Returns once the cluster is up and has the job, after some ten seconds."""
         with tempfile.TemporaryDirectory(prefix="raymill-submit-") as name:
             folder = Path(name)
             write_config(config, folder / "run.yaml")
             with (folder / "errors").open("wb") as errors:
+                module = "cluster.submission.run_local_job"
                 owner = subprocess.Popen(
-                    [
-                        sys.executable,
-                        "-m",
-                        "cluster.submission.run_local_job",
-                        STAGES[record.stage][0],
-                        "run.yaml",
-                        record.job,
-                    ],
+                    [sys.executable, "-m", module, STAGES[record.stage][0], "run.yaml", record.job],
                     cwd=folder,
                     env=os.environ | {"PYTHONPATH": str(CODE_ROOT)},
                     stdin=subprocess.DEVNULL,
@@ -79,7 +73,7 @@ class LocalJobs(JobBackend):
                 owner.wait()
                 said = (folder / "errors").read_text(errors="replace").strip().splitlines() or ["it said nothing"]
                 raise ClusterError(f"the local cluster could not start the job: {said[-1].removeprefix('error: ')}")
-        assert json.loads(ready)["job"] == record.job, "the owner says which job it has"
+        assert json.loads(ready)["job"] == record.job, "the owner names its job"
         return dataclasses.replace(record, **dataclasses.asdict(ProcessIdentity.of(owner.pid)))
 
     def state(self, record: JobRecord) -> JobState | None:

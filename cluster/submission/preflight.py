@@ -1,9 +1,9 @@
-"""What is looked at before a job is spent: the storage, the sources, and whether the workers find room.
+"""Checks before a job is spent: the storage, the sources, and whether the workers find room.
 
 The settings themselves are checked when they are read.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from typing import Any
 
@@ -16,60 +16,45 @@ from model.errors import UserError
 
 
 class AdmissionError(UserError):
-    """A job that could only fail, or wait for ever."""
+    """A job that could only fail or wait forever."""
 
 
 class Folders(StrEnum):
     """Whether a job sees the folders of the machine that it is submitted from."""
 
     SAME = "same"  # it runs on that machine
-    UNKNOWN = "unknown"  # it does where they are on a file system that all share
+    UNKNOWN = "unknown"  # it does if they are on a shared file system
     NONE = "none"
 
 
-NeedsOf = Callable[[RunConfig], dict[str, Any]]
-"""Returns what a worker needs of its node, in bytes, and `problems` in words: `jobs.plan.memory`."""
-
-
-def check_run(config: RunConfig, folders: Folders, needs_of: NeedsOf) -> dict[str, Any]:
-    """Checks what does not depend on the nodes, and returns what a worker needs of them.
-
-    Raises `AdmissionError`, or `StorageError` where a location is no such.
-    """
+def check_run(config: RunConfig, folders: Folders) -> None:
+    """Checks the storage and the sources. Raises `AdmissionError`, or `StorageError` for a malformed location."""
     storage = config.storage.uri
-    problem = next((check.problem for check in check_storage(storage) if check.problem), None)
-    if problem is not None:
-        raise AdmissionError(f"{problem} (`raymill storage check {storage}` tells more)")
+    _, problem = check_storage(storage)
+    if problem:
+        raise AdmissionError(f"{problem} (`raymill storage check {storage}` says more)")
     if _is_folder(storage) and folders is not Folders.SAME:
         if folders is Folders.NONE:
             raise AdmissionError(
                 f"{storage} is a folder of this machine; the job needs --storage.uri s3://bucket/prefix"
             )
-        say(f"{storage} is a folder: all nodes of the cluster have to see the same there")
+        say(f"{storage} is a folder: all nodes of the cluster must see the same files there")
     check_sources(config.data, folders)
-    needs = needs_of(config)
-    if needs["problems"]:
-        raise AdmissionError("; ".join(needs["problems"]))
-    return needs
 
 
 def check_sources(data: TextConfig, folders: Folders) -> None:
-    """Raises `AdmissionError` for a source that is not there, as far as this machine can tell."""
+    """Raises `AdmissionError` for a missing source, as far as this machine can tell."""
     sources = [data.source] if isinstance(data.source, str) else data.source
     validation = data.validation.values() if isinstance(data, DataConfig) else ()
-    for uri in [*sources, *validation]:
-        _check_source(uri.removeprefix(TOKENS), folders)
-
-
-def _check_source(uri: str, folders: Folders) -> None:
-    if uri.startswith(HF) or (_is_folder(uri) and folders is Folders.UNKNOWN):
-        return  # the cluster may reach what this machine cannot
-    if _is_folder(uri) and folders is Folders.NONE:
-        raise AdmissionError(f"data.source: {uri} is on this machine, and the job is not; upload it to s3://")
-    try:
-        glob_uris(uri)
-    except NotFoundError as error:
-        raise AdmissionError(f"data.source: {error}") from None
+    for uri in (source.removeprefix(TOKENS) for source in [*sources, *validation]):
+        if uri.startswith(HF) or (_is_folder(uri) and folders is Folders.UNKNOWN):
+            continue  # the cluster may reach what this machine cannot
+        if _is_folder(uri) and folders is Folders.NONE:
+            raise AdmissionError(f"data.source: {uri} is on this machine, and the job is not; upload it to s3://")
+        try:
+            glob_uris(uri)
+        except NotFoundError as error:
+            raise AdmissionError(f"data.source: {error}") from None
 
 
 def _is_folder(uri: str) -> bool:
@@ -79,10 +64,7 @@ def _is_folder(uri: str) -> bool:
 def check_rooms(
     config: RunConfig, stage: str, needs: Mapping[str, Any], *, nodes: Iterable[Mapping[str, float]], where: str
 ) -> None:
-    """Whether `scaling.min_workers` find their place on nodes of those resources (CPU, GPU, memory in bytes …).
-
-    Raises `AdmissionError` with both numbers.
-    """
+    """Raises `AdmissionError` if `scaling.min_workers` do not fit on nodes of these resources (CPU, GPU, memory …)."""
     nodes, scaling = list(nodes), config.scaling
     if stage == "tokenize":
         if not any(node.get("CPU", 0) >= 1 for node in nodes):
@@ -113,5 +95,5 @@ def _rooms(node: Mapping[str, float], worker: Mapping[str, float]) -> int:
 
 
 def _memory(node: Mapping[str, float]) -> float:
-    """Ray divides what a node had free at its start between tasks and objects."""
+    """Returns a node's memory, which Ray divides between tasks and objects."""
     return node.get("memory", 0.0) + node.get("object_store_memory", 0.0)

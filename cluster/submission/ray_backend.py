@@ -1,4 +1,4 @@
-"""Jobs of a Ray cluster, by its Jobs API."""
+"""Jobs of a Ray cluster, through its Jobs API."""
 
 from typing import Any
 from urllib.parse import urlsplit
@@ -14,17 +14,10 @@ from cluster.submission.preflight import AdmissionError, Folders, check_rooms
 from cluster.submission.record import Backend, JobRecord, JobState
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
-_STATES = {
-    "PENDING": JobState.PENDING,
-    "RUNNING": JobState.RUNNING,
-    "SUCCEEDED": JobState.SUCCEEDED,
-    "FAILED": JobState.FAILED,
-    "STOPPED": JobState.STOPPED,
-}
 
 
 class RayJobs(JobBackend):
-    """A job's name there is RUN.NUMBER, which the cluster takes only once."""
+    """Jobs named RUN.NUMBER, a name that the cluster takes only once."""
 
     def __init__(self, api: JobsApi) -> None:
         self._api = api
@@ -58,7 +51,7 @@ class RayJobs(JobBackend):
 
     def state(self, record: JobRecord) -> JobState | None:
         job = self._api.job(record.job)
-        return _STATES[job["status"]] if job else None
+        return JobState(job["status"].lower()) if job else None
 
     def stop(self, record: JobRecord) -> None:
         self._api.stop(record.job)

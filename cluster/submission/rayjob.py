@@ -1,4 +1,4 @@
-"""A RayJob for one run, made from the manifests of an overlay and the run's own settings. Pure: objects in and out."""
+"""Makes a run's RayJob from the manifests of an overlay and the run's settings. Pure: objects in and out."""
 
 import copy
 import hashlib
@@ -14,26 +14,17 @@ from cluster.submission.preflight import AdmissionError
 
 RUN_ANNOTATION = "raymill/run-id"
 COMPONENTS = {"tokenize": "tokenize", "pretrain": "pretrain", "pipeline": "pretrain"}
-"""Whose RayJob a stage takes as its model, with the pods and the network policies of that component."""
+"""The component whose RayJob a stage copies, with its pods and network policies."""
 
 _COMPONENT = "app.kubernetes.io/component"
 _VOLUME, _PATH = "run-config", "/config/run.yaml"
-_SUFFIXES = {
-    "": 1.0,
-    "m": 1e-3,
-    "k": 1e3,
-    "M": 1e6,
-    "G": 1e9,
-    "Ki": 2.0**10,
-    "Mi": 2.0**20,
-    "Gi": 2.0**30,
-    "Ti": 2.0**40,
-}
-_NAME_CHARS = 36  # KubeRay allows 47 for a RayJob, and the number comes behind
+_SUFFIXES = {"": 1.0, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9}
+_SUFFIXES |= {"Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30, "Ti": 2.0**40}
+_NAME_CHARS = 36  # KubeRay allows 47 for a RayJob, and the number follows
 
 
 def rayjob(objects: list[Object], config: RunConfig, stage: str, *, name: str, needs: dict[str, Any]) -> list[Object]:
-    """[RayJob, ConfigMap with its settings]. Raises `AdmissionError` where the overlay's pods do not hold a worker."""
+    """Returns a RayJob and the ConfigMap of its settings. Raises `AdmissionError` if the pods are too small."""
     model = _model_of(objects, COMPONENTS[stage])
     job = copy.deepcopy(model)
     labels, annotations = job["metadata"]["labels"], job["metadata"].get("annotations", {})
@@ -54,7 +45,7 @@ def rayjob(objects: list[Object], config: RunConfig, stage: str, *, name: str, n
 
 
 def rayjob_name(run_id: str, number: int) -> str:
-    """A name that Kubernetes takes: as the run's id where that is one, else like it, with a hash of it."""
+    """Returns a name that Kubernetes accepts: the run's id, or something like it with a hash of it."""
     plain = re.sub(r"[^a-z0-9]+", "-", run_id.lower()).strip("-")
     if plain != run_id or len(plain) > _NAME_CHARS:
         plain = f"{plain[: _NAME_CHARS - 7].strip('-')}-{hashlib.sha256(run_id.encode()).hexdigest()[:6]}"
@@ -71,7 +62,7 @@ def _model_of(objects: list[Object], component: str) -> Object:
 
 
 def _fit(job: Object, config: RunConfig, needs: dict[str, Any]) -> None:
-    """As many pods as `scaling.max_workers` workers fill."""
+    """Sets the group's bounds to the pods that `scaling.max_workers` workers fill."""
     (group,) = cluster_spec(job)["workerGroupSpecs"]
     limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
     scaling, name = config.scaling, group["groupName"]
@@ -93,6 +84,6 @@ def _fit(job: Object, config: RunConfig, needs: dict[str, Any]) -> None:
 
 
 def _quantity(text: str) -> float:
-    """A Kubernetes quantity as a number: `200m` is 0.2, `1Gi` is 2^30."""
+    """Returns a Kubernetes quantity as a number: `200m` is 0.2, `1Gi` is 2^30."""
     digits = str(text).rstrip("mkKMGTi")
     return float(digits) * _SUFFIXES[str(text)[len(digits) :]]

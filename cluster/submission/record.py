@@ -1,25 +1,26 @@
-"""Where a run's job was submitted: a small file in the run's storage, by which every later command finds it."""
+"""Where a run's job was submitted: a small file in the run's storage by which later commands find it."""
 
 import json
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 
 from cluster.output.job_log import JOBS, STARTED
-from cluster.storage.uris import AlreadyExistsError, ConflictError, NotFoundError, Storage
+from cluster.storage.lease import read_with_version
+from cluster.storage.uris import AlreadyExistsError, ConflictError, Storage
 
 _SUBMITTED = "submitted.json"
 _KEY = f"{JOBS}/{_SUBMITTED}"
 
 
 class JobState(StrEnum):
-    """What a job is doing, as far as anybody can tell."""
+    """What a job is doing, as far as is known."""
 
-    PENDING = "pending"  # accepted; waits for a cluster, a queue or a place
+    PENDING = "pending"  # accepted; waits for a cluster, a queue or room
     RUNNING = "running"
     SUCCEEDED = "succeeded"
     FAILED = "failed"  # its log says why
     STOPPED = "stopped"  # by somebody; submitting the run again resumes it
-    LOST = "lost"  # its cluster is gone and nobody wrote how it ended; submitting the run again resumes it
+    LOST = "lost"  # its cluster is gone without a word on how it ended; submitting the run again resumes it
 
     @property
     def is_live(self) -> bool:
@@ -57,31 +58,24 @@ class JobRecord:
 
 
 def read_record(run: Storage) -> tuple[JobRecord, str] | None:
-    """The last submission of the run and the version of the file that says so; None when there is none."""
-    while (entry := run.stat(_KEY)) is not None:
-        try:
-            values = json.loads(run.read_bytes(_KEY))
-        except NotFoundError:
-            return None
-        if run.stat(_KEY) == entry:
-            return JobRecord(**values | {"backend": Backend(values["backend"])}), entry.version
-    return None
+    """Returns the run's last submission and the version of its file; None if there is none."""
+    content, version = read_with_version(run, _KEY)
+    if version is None:
+        return None
+    values = json.loads(content)
+    return JobRecord(**values | {"backend": Backend(values["backend"])}), version
 
 
 def write_record(run: Storage, record: JobRecord, *, replaces: str | None) -> str | None:
-    """Stores it in place of the version `replaces`, or as the first one; gives its version.
-
-    None when somebody else was faster.
-    """
+    """Replaces the version `replaces`, or stores the first record. Returns its version, None if another was faster."""
+    content = json.dumps(asdict(record)).encode()
     try:
-        return run.write_bytes(
-            _KEY, json.dumps(asdict(record)).encode(), if_absent=replaces is None, if_version=replaces
-        )
+        return run.write_bytes(_KEY, content, if_absent=replaces is None, if_version=replaces)
     except (AlreadyExistsError, ConflictError):
         return None
 
 
 def recorded_runs(runs: Storage) -> list[str]:
-    """Ids of the runs below `runs` that were submitted, or of which a stage was started by hand."""
+    """Returns the ids of runs below `runs` that were submitted or had a stage started by hand."""
     keys = [entry.key.split("/") for entry in runs.list()]
     return sorted({run for run, *rest in keys if rest[:1] == [JOBS] and rest[-1] in (_SUBMITTED, STARTED)})

@@ -1,7 +1,7 @@
 """Owns a local cluster in the background while one job runs there: `python -m cluster.submission.run_local_job`.
 
-Says `{"job": NAME}` on standard output once the job is submitted. SIGTERM has the job save and end, and the cluster. A
-head that is lost is started again, and then the job.
+Prints `{"job": NAME}` once the job is submitted. SIGTERM has the job save and end, then ends the cluster. A lost head
+is restarted, and then the job.
 """
 
 import json
@@ -30,14 +30,14 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda number, frame: asked_to_stop.set())
     try:
         config = read_config(Path(path), RunConfig)
-        os.chdir("/")  # the folder goes once the job is submitted
+        os.chdir("/")  # the folder is removed once the job is submitted
         with connected(config.cluster, cpus_per_node=cpus_per_node(config)) as connection:
             submit_stage(connection, module, config, job=job)
             sys.stdout.write(json.dumps({"job": job}) + "\n")
             sys.stdout.flush()
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever submitted may be gone
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the submitting process may be gone
             cluster = connection.local
-            assert cluster is not None, "there is no address among its settings"
+            assert cluster is not None, "its settings name no address"
             attempt = 0
             while not _ended(cluster, attempt_name(job, attempt), asked_to_stop):
                 cluster.restart_head()
@@ -50,7 +50,7 @@ def main() -> int:
 
 
 def _ended(cluster: LocalCluster, name: str, asked_to_stop: threading.Event) -> bool:
-    """Waits for the job's end; False when the head was lost first, and the job with it."""
+    """Waits for the job's end; returns False if the head was lost first, and the job with it."""
     api, deadline_s = JobsApi(cluster.jobs_url, Token(cluster.token, "the cluster")), math.inf
     while time.monotonic() < deadline_s:
         try:

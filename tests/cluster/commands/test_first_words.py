@@ -91,7 +91,7 @@ def test_a_cheap_mistake_is_one_line_before_a_cluster_starts(name: str, folder: 
 
 
 WORDS = {
-    "tokenize": (["tokenize", "--data.source", "text.txt", "--run-id", "t"], "tokenize: run t, of "),
+    "tokenize": (["tokenize", "--data.source", "text.txt", "--run-id", "t"], "tokenize: run t, on "),
     "pretrain": (["pretrain", *TINY, "--train.seed", "1"], "pretrain: run begun, "),
     "pipeline": (["pipeline", *TINY, "--train.seed", "1"], "pipeline: run begun, "),
     "submit": (["submit", "pretrain", *TINY], "submit: pretrain of run begun; checking"),
