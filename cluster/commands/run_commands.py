@@ -66,7 +66,7 @@ def _commands(storage: str, *commands: str) -> str:
 
 
 def storage_check(arguments: argparse.Namespace) -> dict[str, Any]:
-    from cluster.storage.check import check_storage
+    from cluster.submission.storage_check import check_storage
 
     uri = absolute_uri(arguments.uri)
     passed, problem = check_storage(uri)

@@ -1,13 +1,13 @@
-"""Copies of remote checkpoints on this machine, for whoever serves, evaluates or exports them: a bounded cache.
+"""A bounded cache of remote checkpoints on this machine, for serving, evaluating and exporting them.
 
 A copy has what a model needs to compute, and never the training state, which is twice as large. The processes of a
 machine share the cache:
 
-- One process fetches at a time (`flock`): of replicas that start together one fetches, and the others find the copy. It
-  appears by a rename, so nobody sees half of one.
-- Before it fetches it makes room: the copies that were used least recently go, but none that is held. A replica holds
-  the checkpoints that its delivery knows (live, candidate, previous) from before it loads them, by a shared `flock` for
-  each, which ends with its process however that ends.
+- One process fetches at a time (`flock`): of replicas that start together one fetches, and the others find the copy. A
+  copy appears by a rename, never half.
+- Before fetching it makes room: the least recently used copies go, except those that are held. A replica holds the
+  checkpoints that its delivery knows (live, candidate, previous) before it loads them, by a shared `flock` for each,
+  which ends with its process.
 """
 
 import fcntl
@@ -25,19 +25,19 @@ from cluster.storage.uris import NotFoundError, Storage, open_storage
 from model.checkpoint_folder import MANIFEST
 
 MAX_BYTES = 8 << 30  # half of the scratch space that the manifests give a pod; what is held may exceed it
-MAX_COPIES = 4  # the three that a delivery knows, and one that somebody looks at
+MAX_COPIES = 4  # the three that a delivery knows, and one to look at
 NEEDED = re.compile(
     r"manifest\.json|config\.json|raymill\.json|tokenizer\.json|tokenizer_config\.json|vocab\.json|merges\.txt"
     r"|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
 )
-"""The files that are copied: of raymill's own checkpoints, and of folders that transformers saved."""
+"""Files that are copied, of raymill's checkpoints and of folders that transformers saved."""
 
 _log = logging.getLogger(__name__)
 
 
 def fetch(storage: Storage) -> Path:
-    """Returns a folder with the files of the checkpoint at the root of a remote storage: a copy from before, or a fresh
-    one where there is none or the manifest has changed. Raises `StorageError`."""
+    """Returns a folder with the files of the checkpoint at a remote storage's root, fetched if there is no copy yet or
+    the manifest has changed. Raises `StorageError`."""
     files = [entry for entry in storage.list() if NEEDED.fullmatch(entry.key)]
     if not files:
         raise NotFoundError(f"{storage.uri} is empty or does not exist, or holds no checkpoint; check the location")
@@ -47,30 +47,30 @@ def fetch(storage: Storage) -> Path:
             if not _is_usable(copy, files):
                 _make_room(sum(entry.size for entry in files))
                 partial = _cache("checkpoint-fetch") / "partial"
-                shutil.rmtree(partial, ignore_errors=True)  # what a killed process left
+                shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
                 partial.mkdir(parents=True)
                 for entry in files:
                     storage.download_file(entry.key, partial / entry.key)
                 copy.parent.mkdir(parents=True, exist_ok=True)
-                shutil.rmtree(copy, ignore_errors=True)  # one that is not whole
+                shutil.rmtree(copy, ignore_errors=True)  # a damaged one
                 partial.rename(copy)
     return copy
 
 
 def discard(copy: Path) -> None:
-    """Removes a damaged copy, so that the next one who asks gets a fresh one."""
+    """Removes a damaged copy, so that it is fetched again."""
     with _alone():
         shutil.rmtree(copy, ignore_errors=True)
 
 
 class Holds:
-    """The checkpoints whose copies must stay, as long as this process lives or until they are not needed any more."""
+    """The checkpoints whose copies must stay while this process lives and needs them."""
 
     def __init__(self) -> None:
         self._locks: dict[str, int] = {}  # file descriptors, by URI
 
     def keep(self, uris: Collection[str]) -> None:
-        """Holds these, which need not be here yet, and no others."""
+        """Holds these checkpoints, which need not be here yet, and no others."""
         for uri in self._locks.keys() - set(uris):
             os.close(self._locks.pop(uri))
         for uri in uris:
@@ -92,7 +92,7 @@ def _hold(name: str) -> int:
 
 
 def _make_room(num_bytes: int) -> None:
-    """For a copy of that size. Only by the one who fetches."""
+    """Makes room for a copy of that size; called only by the process that fetches."""
     folder = _cache("checkpoints")
     copies = sorted((path.stat().st_mtime_ns, path) for path in folder.iterdir()) if folder.is_dir() else []
     sizes = {copy: sum(file.stat().st_size for file in copy.rglob("*") if file.is_file()) for _, copy in copies}
@@ -105,10 +105,10 @@ def _make_room(num_bytes: int) -> None:
 
 
 def _evicted(copy: Path) -> bool:
-    """False for a copy that a process holds. It goes by a rename: no replica waits for files to be removed."""
+    """Removes a copy that no process holds, by a rename first: no replica waits for files to be removed."""
     held = _cache("checkpoint-fetch") / "held" / copy.name.rpartition("--")[0]
     evicted = _cache("checkpoint-fetch") / "evicted"
-    shutil.rmtree(evicted, ignore_errors=True)  # what a killed process left
+    shutil.rmtree(evicted, ignore_errors=True)  # left by a killed process
     held.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(held, os.O_RDWR | os.O_CREAT, 0o600)
     try:
@@ -124,7 +124,7 @@ def _evicted(copy: Path) -> bool:
 
 
 def _is_usable(copy: Path, files: Entries) -> bool:
-    """Whether it is there with all its files; it counts as used now."""
+    """Says whether the copy has all its files, and marks it as used now."""
     if not all((copy / entry.key).is_file() for entry in files):
         return False
     with suppress(FileNotFoundError):
@@ -134,7 +134,7 @@ def _is_usable(copy: Path, files: Entries) -> bool:
 
 
 def _version(files: Entries) -> str:
-    """Another one whenever the checkpoint is another: that of its manifest, which has the hashes of all files."""
+    """Returns the checkpoint's version: that of its manifest, which has the hashes of all files, if it has one."""
     versions = {entry.key: entry.version for entry in files}
     every = hashlib.sha256(repr(sorted(versions.items())).encode()).hexdigest()[:32]
     return versions.get(MANIFEST, every).replace('"', "")

@@ -1,4 +1,4 @@
-"""Storage in a folder of this machine or of a file system that all nodes mount."""
+"""Storage in a folder, of this machine or of a file system that all nodes mount."""
 
 import errno
 import fcntl
@@ -25,7 +25,7 @@ from cluster.storage.interface import (
 )
 
 _TEMPORARY = ".partial-"
-"""Files being written are called `.partial-<random>` beside their target; no listing shows them."""
+"""Prefix of a file that is being written, beside its target; no listing shows it."""
 
 _LOCK_TIMEOUT_S = 5.0
 _NOTHING_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
@@ -33,7 +33,7 @@ _NOTHING_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 @dataclass(frozen=True)
 class LocalStorage(Storage):
-    """Files below a folder, which the first write makes."""
+    """Files below a folder, which the first write creates."""
 
     root: Path
 
@@ -56,29 +56,27 @@ class LocalStorage(Storage):
         return self._store(key, lambda path: path.write_bytes(data), if_absent=if_absent, if_version=if_version)
 
     def _store(
-        self,
-        key: str,
-        fill: Callable[[Path], object],
-        *,
-        if_absent: bool = False,
-        if_version: str | None = None,
+        self, key: str, fill: Callable[[Path], object], *, if_absent: bool = False, if_version: str | None = None
     ) -> str:
-        """Writes a temporary file that takes the key's name, durably and at once, and returns its version."""
+        """Fills a temporary file that then takes the key's name, durably and atomically, and returns its version."""
         path = self.local_path(key)
         temporary = path.with_name(f"{_TEMPORARY}{secrets.token_hex(8)}")
         with _explained_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 fill(temporary)
+                # The kernel dates files by its tick, up to 10 ms long, so two writes in a row could look the same.
                 _date(temporary, time.time_ns())
                 _fsync(temporary)
                 with _expected(path, if_version):
                     _date_after(temporary, _version(path))
                     version = str(_version(temporary))
                     if if_absent:
-                        _link(temporary, path)
+                        os.link(temporary, path)
                     else:
                         temporary.replace(path)
+            except FileExistsError as error:
+                raise AlreadyExistsError(f"{path} exists already") from error
             finally:
                 temporary.unlink(missing_ok=True)
             _fsync(path.parent)
@@ -93,21 +91,18 @@ class LocalStorage(Storage):
         return [entry for entry in entries if entry.key.startswith(prefix)]
 
     def walk(self, *, max_depth: int | None = None) -> Entries:
-        """Regular files at most `max_depth` folders down; raises `StorageError` for a folder that cannot be read.
+        """Returns the regular files at most `max_depth` folders down. Raises `StorageError` for an unreadable folder.
 
-        Pipes, sockets, devices and links to nothing hold no bytes; links to folders may loop and are not followed.
+        Pipes, sockets, devices and dangling links hold no bytes; links to folders may loop and are not followed.
         """
-        entries = []
+        entries: list[Entry | None] = []
         for folder, folders, names in os.walk(self.root, onerror=_refused):
             relative = Path(folder).relative_to(self.root)
             if max_depth is not None and len(relative.parts) >= max_depth:
                 folders.clear()
-            for name in names:
-                if not name.startswith(_TEMPORARY) and (
-                    entry := _entry(Path(folder, name), (relative / name).as_posix())
-                ):
-                    entries.append(entry)
-        return sorted(entries, key=lambda entry: entry.key)
+            named = [name for name in names if not name.startswith(_TEMPORARY)]
+            entries += [_entry(Path(folder, name), (relative / name).as_posix()) for name in named]
+        return sorted((entry for entry in entries if entry is not None), key=lambda entry: entry.key)
 
     def stat(self, key: str) -> Entry | None:
         return _entry(self.local_path(key), key)
@@ -120,7 +115,7 @@ class LocalStorage(Storage):
     def open(self, key: str) -> BinaryIO:
         path = self.local_path(key)
         with _explained_errors(path):
-            # Without O_NONBLOCK, opening a pipe waits for somebody who writes into it.
+            # Without O_NONBLOCK, opening a pipe waits for a writer.
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
             if not S_ISREG(os.fstat(descriptor).st_mode):
                 os.close(descriptor)
@@ -151,16 +146,8 @@ def _explain(path: Path, error: OSError) -> StorageError:
     return StorageError(f"{path}: {reason}; check the path, its rights and the space left")
 
 
-def _link(source: Path, target: Path) -> None:
-    """Unlike `Path.replace`, fails where there is a file already."""
-    try:
-        os.link(source, target)
-    except FileExistsError as error:
-        raise AlreadyExistsError(f"{target} exists already") from error
-
-
 def _entry(path: Path, key: str) -> Entry | None:
-    """None unless a regular file is there."""
+    """Returns a regular file's entry, else None."""
     try:
         stat = path.stat()
     except OSError as error:
@@ -171,13 +158,13 @@ def _entry(path: Path, key: str) -> Entry | None:
 
 
 def _refused(error: OSError) -> None:
-    """What `os.walk` calls for a folder that it would otherwise leave out silently."""
+    """Handles a folder that `os.walk` would otherwise leave out silently."""
     if error.errno not in _NOTHING_THERE:
         raise _explain(Path(error.filename), error) from error
 
 
 def _version(path: Path) -> int:
-    """Modification time in ns; -1 when nothing is there."""
+    """Returns the modification time in ns; -1 if there is no file."""
     try:
         return path.stat().st_mtime_ns
     except FileNotFoundError:
@@ -185,12 +172,11 @@ def _version(path: Path) -> int:
 
 
 def _date(path: Path, time_ns: int) -> None:
-    """The kernel dates files by its tick, up to 10 ms long, so two writes in a row could look the same."""
     os.utime(path, ns=(time_ns, time_ns))
 
 
 def _date_after(path: Path, version: int) -> None:
-    """Makes the time differ from the replaced file's if the clock went back or the file system rounds it."""
+    """Dates the file after the replaced one, even if the clock went back or the file system rounds times."""
     for step_ns in (1, 1000, 1_000_000, 2_000_000_000):
         if _version(path) > version:
             return
@@ -199,7 +185,7 @@ def _date_after(path: Path, version: int) -> None:
 
 @contextmanager
 def _expected(path: Path, if_version: str | None) -> Iterator[None]:
-    """Keeps other conditional writers out of the block, once the file is found to have the version."""
+    """Checks that the file has the version, and keeps other conditional writers out of the block."""
     if if_version is None:
         yield
         return
@@ -208,7 +194,7 @@ def _expected(path: Path, if_version: str | None) -> Iterator[None]:
     try:
         _flock(descriptor, lock)
         if str(_version(path)) != if_version:
-            raise ConflictError(f"{path} was changed or removed by somebody else")
+            raise ConflictError(f"{path} was changed or removed by another process")
         yield
     finally:
         os.close(descriptor)  # unlocks; the lock file stays, as others may wait for it

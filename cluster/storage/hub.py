@@ -1,7 +1,8 @@
 """Datasets on the Hugging Face Hub, read only: hf://datasets/owner/name@revision/path.
 
-The token comes from HF_TOKEN and the address from HF_ENDPOINT, as everywhere in Hugging Face's tools; huggingface_hub
-makes the requests and repeats those that fail for a while.
+The token comes from HF_TOKEN and the address from HF_ENDPOINT, as in all of Hugging Face's tools. huggingface_hub makes
+the requests and retries them for a while. Its `HfFileSystem` would not do: it lists a whole folder to open a file,
+keeps listings of branches that move, and accepts an answer that ignores the range.
 """
 
 import os
@@ -12,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO, Never
+from typing import Any, BinaryIO, Never
 from urllib.parse import quote
 
 from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url, parse_hf_uri
@@ -47,7 +48,7 @@ class HubStorage(Storage):
 
     @classmethod
     def at(cls, uri: str) -> "HubStorage":
-        """Asks nobody. Raises `StorageError` for a URI of another form."""
+        """Returns the storage at a URI without a request. Raises `StorageError` for a malformed one."""
         try:
             parsed = parse_hf_uri(uri.rstrip("/"))
         except HfUriError as error:
@@ -61,7 +62,7 @@ class HubStorage(Storage):
         return join_uri(f"{HF}datasets/{self.dataset}@{quote(self.revision, safe='')}", self.folder)
 
     def pinned(self) -> "HubStorage":
-        """The same place at the commit that the revision is now, so that no later commit is seen."""
+        """Returns the same place at the revision's current commit, so that no later commit is seen."""
         if _COMMIT.fullmatch(self.revision):
             return self
         with _explained_errors(self):
@@ -78,19 +79,16 @@ class HubStorage(Storage):
         return "/".join(part for part in (self.folder, checked_key(key).strip("/")) if part)
 
     def list(self, prefix: str = "") -> Entries:
-        folder = self._path(prefix.rpartition("/")[0])
+        folder = self._path(prefix.rpartition("/")[0]) or None
+        options: dict[str, Any] = {"recursive": True, "revision": self.revision, "repo_type": "dataset"}
         with _explained_errors(self):
             try:
-                found = list(
-                    _api().list_repo_tree(
-                        self.dataset, folder or None, recursive=True, revision=self.revision, repo_type="dataset"
-                    )
-                )
+                found = list(_api().list_repo_tree(self.dataset, folder, **options))
             except EntryNotFoundError:
                 return []
         root = f"{self.folder}/" if self.folder else ""
         entries = [
-            # The entity tag that the Hub gives for the file too: git's hash, or the SHA-256 of large files.
+            # The Hub's entity tag for the file too: git's hash, or the SHA-256 of large files.
             Entry(item.path.removeprefix(root), item.size, item.lfs.sha256 if item.lfs else item.blob_id)
             for item in found
             if isinstance(item, RepoFile)
@@ -105,14 +103,14 @@ class HubStorage(Storage):
                 return None
             raise
         if found.size is None or found.etag is None:
-            raise StorageError(f"{join_uri(self.uri, key)}: the Hub tells neither size nor entity tag; set HF_ENDPOINT")
+            raise StorageError(f"{join_uri(self.uri, key)}: the Hub names neither size nor entity tag; set HF_ENDPOINT")
         return Entry(key, found.size, found.etag)
 
     def open(self, key: str) -> BinaryIO:
         # Size and ranges of one commit, whatever happens to a branch meanwhile.
         source = replace(self, revision=self._metadata(key).commit_hash or self.revision)
         entry = source.stat(key)
-        assert entry is not None
+        assert entry is not None, "a file of a commit stays there"
         return ranged_reader(entry.size, lambda start, end: source.read_bytes(key, start=start, end=end))
 
     def read_bytes(self, key: str, *, start: int = 0, end: int | None = None) -> bytes:
@@ -133,22 +131,14 @@ class HubStorage(Storage):
         with self.open(key) as source, target.open("wb") as copy:
             shutil.copyfileobj(source, copy, 8 << 20)
 
-    def write_bytes(self, key: str, data: bytes, *, if_absent: bool = False, if_version: str | None = None) -> Never:
-        raise self._read_only()
+    def _refuse(self, *arguments: Any, **options: Any) -> Never:
+        raise StorageError(f"{self.uri} can only be read; write to a folder or to s3://bucket/prefix")
 
-    def delete(self, key: str, *, if_version: str | None = None) -> Never:
-        raise self._read_only()
-
-    def upload_file(self, source: Path, key: str) -> Never:
-        raise self._read_only()
-
-    def _read_only(self) -> StorageError:
-        return StorageError(f"{self.uri} can only be read; write to a folder or to s3://bucket/prefix")
+    write_bytes = delete = upload_file = _refuse
 
     def _url(self, key: str) -> str:
-        return hf_hub_url(
-            self.dataset, self._path(key), repo_type="dataset", revision=self.revision, endpoint=_endpoint()
-        )
+        name = self._path(key)
+        return hf_hub_url(self.dataset, name, repo_type="dataset", revision=self.revision, endpoint=_endpoint())
 
     def _metadata(self, key: str) -> HfFileMetadata:
         ask = _kept_metadata if _COMMIT.fullmatch(self.revision) else _asked_metadata
@@ -162,7 +152,7 @@ def _asked_metadata(url: str) -> HfFileMetadata:
 
 @lru_cache(maxsize=1 << 14)
 def _kept_metadata(url: str) -> HfFileMetadata:
-    """Of a file at a commit, which never changes: the Hub limits requests, and a file is opened once for each part."""
+    """Keeps a file's metadata at a commit, where it never changes: the Hub limits requests, and parts share a file."""
     return _asked_metadata(url)
 
 
@@ -171,7 +161,7 @@ def _endpoint() -> str:
 
 
 def _token() -> str | bool:
-    """From the environment alone, as workers have no login file; False asks as nobody."""
+    """Returns the token of the environment, as workers have no login file; False asks anonymously."""
     return os.environ.get("HF_TOKEN") or False
 
 
@@ -193,7 +183,7 @@ _REASONS: list[tuple[type[Exception], type[StorageError], str]] = [
     (RevisionNotFoundError, NotFoundError, "no such revision; name a branch, a tag or a commit of the dataset"),
     (EntryNotFoundError, NotFoundError, "there is no such file; check the URI"),
 ]
-"""The first that fits."""
+"""Reasons by kind of error, of which the first that fits counts."""
 
 _STATUS = {
     401: "access denied (401); check HF_TOKEN",

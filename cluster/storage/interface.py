@@ -1,4 +1,4 @@
-"""What every storage can do: keys such as `tokens/ab12/manifest.json` under a root, and the errors of it."""
+"""The interface of a storage: keys such as `tokens/ab12/manifest.json` under a root, and its errors."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ HF = "hf://"
 
 
 class StorageError(UserError):
-    """A location that cannot be used as asked: the text names it, the reason and the remedy."""
+    """A location cannot be used as asked: the text names it, the reason and the remedy."""
 
 
 class NotFoundError(StorageError):
@@ -20,16 +20,16 @@ class NotFoundError(StorageError):
 
 
 class AlreadyExistsError(StorageError):
-    """`if_absent` was asked and something is stored under the key."""
+    """A write with `if_absent` found something stored under the key."""
 
 
 class ConflictError(StorageError):
-    """`if_version` was asked and the key holds another version, or nothing any more."""
+    """A write or delete with `if_version` found another version under the key, or nothing."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One stored file. `version` changes with its bytes: modification time in ns, or an entity tag."""
+    """One stored file; `version` (modification time in ns, or an entity tag) changes with its bytes."""
 
     key: str
     size: int
@@ -40,44 +40,44 @@ Entries = list[Entry]
 
 
 class Storage(ABC):
-    """A root for keys. Picklable; touches neither disk nor network before it is asked to."""
+    """A root for keys. It is picklable, and touches neither disk nor network until it is used."""
 
     @property
     @abstractmethod
     def uri(self) -> str:
-        """Absolute: a plain path for a local folder, otherwise s3://bucket/prefix or hf://datasets/owner/name@…"""
+        """Absolute: a plain path for a local folder, else s3://bucket/prefix or hf://datasets/owner/name@…"""
 
     @abstractmethod
     def read_bytes(self, key: str, *, start: int = 0, end: int | None = None) -> bytes:
-        """Bytes [start, end) of the file, all of it by default. Raises `NotFoundError`."""
+        """Returns bytes [start, end) of the file, by default all. Raises `NotFoundError`."""
 
     @abstractmethod
     def write_bytes(self, key: str, data: bytes, *, if_absent: bool = False, if_version: str | None = None) -> str:
-        """Stores all of `data` or nothing, durably, and returns the version, another one at each write.
+        """Stores all of `data` or nothing, durably, and returns the version, which is new at each write.
 
-        `if_absent` only creates: raises `AlreadyExistsError`. `if_version` only replaces that version: raises
-        `ConflictError`. Of many who ask for the same at once, one succeeds.
+        `if_absent` only creates, or raises `AlreadyExistsError`. `if_version` only replaces that version, or raises
+        `ConflictError`. Of several such writes at once, one succeeds.
         """
 
     @abstractmethod
     def list(self, prefix: str = "") -> Entries:
-        """Files whose key starts with `prefix`, in the order of their keys; empty when there are none."""
+        """Returns the files whose key starts with `prefix`, in the order of their keys."""
 
     @abstractmethod
     def stat(self, key: str) -> Entry | None:
-        """Size and version of a file; None when nothing is stored under the key."""
+        """Returns a file's size and version; None if nothing is stored under the key."""
 
     @abstractmethod
     def delete(self, key: str, *, if_version: str | None = None) -> None:
-        """Removes the file; no error when it is not there. With `if_version` as for a write: `ConflictError`."""
+        """Removes the file if it exists; with `if_version` only that version, or raises `ConflictError`."""
 
     @abstractmethod
     def open(self, key: str) -> BinaryIO:
-        """A seekable, buffered reader. Raises `NotFoundError`."""
+        """Returns a seekable, buffered reader. Raises `NotFoundError`."""
 
     @abstractmethod
     def upload_file(self, source: Path, key: str) -> None:
-        """Stores a file of any size under the key: all of it or nothing, durably."""
+        """Stores a file of any size under the key, all of it or nothing, durably."""
 
     @abstractmethod
     def download_file(self, key: str, target: Path) -> None:
@@ -85,14 +85,14 @@ class Storage(ABC):
 
     @abstractmethod
     def local_path(self, key: str) -> Path | None:
-        """Where the file lies on this machine, for memory maps; None when it does not."""
+        """Returns the file's path on this machine, for memory maps; None if it is elsewhere."""
 
     @abstractmethod
     def child(self, key: str) -> "Storage":
-        """The storage rooted at the folder `key`."""
+        """Returns the storage rooted at the folder `key`."""
 
-    def abort_uploads(self) -> None:  # noqa: B027 (most storages keep no such)
-        """Frees what uploads that never ended hold below this root, where the storage keeps such."""
+    def abort_uploads(self) -> None:  # noqa: B027 (most storages keep none)
+        """Frees the parts of unfinished uploads below this root, if the storage keeps any."""
 
     def exists(self, key: str) -> bool:
         return self.stat(key) is not None
@@ -105,7 +105,7 @@ class Storage(ABC):
             folder.upload_file(local / name, name)
 
     def download_folder(self, key: str, local: Path, *, last: str | None = None) -> None:
-        """Copies the files under `key` into a folder. Raises `NotFoundError` when there are none."""
+        """Copies the files under `key` into a folder. Raises `NotFoundError` if there are none."""
         folder = self.child(key)
         names = [entry.key for entry in folder.list()]
         if not names:
@@ -117,7 +117,7 @@ class Storage(ABC):
 
 
 def checked_key(key: str) -> str:
-    """Keys also come from manifests, which others may have written: none may leave its root."""
+    """Returns the key, refusing one that leaves its root: manifests that others wrote hold keys too."""
     if key.startswith("/") or ".." in key.split("/"):
         raise StorageError(f"the key {key!r} leaves its folder; keys are relative and hold no '..'")
     return key

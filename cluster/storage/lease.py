@@ -1,8 +1,8 @@
 """One writer at a time: a lease is an object that its holder rewrites every few seconds, on any storage.
 
-It is made, renewed, taken over and removed by conditional writes alone, so of two contenders one wins. Whoever waits
-judges by his own monotonic clock how long the object stayed the same; no two machines' clocks are compared. A holder
-that was stopped and goes on finds another's version there: `check()`, called before anything is published, says so.
+Conditional writes alone create, renew, take over and remove it, so of two contenders one wins. A contender judges by
+its own monotonic clock how long the object stays the same; no two machines' clocks are compared. A holder that was
+stopped and continues finds another's version: `check()`, called before anything is published, raises then.
 """
 
 import json
@@ -23,16 +23,16 @@ _LOG = logging.getLogger(__name__)
 
 
 class LeaseHeldError(StorageError):
-    """Somebody else holds the lease and is alive."""
+    """Another process holds the lease and is alive."""
 
 
 class LeaseLostError(StorageError):
-    """The lease was taken over, because this process did not renew it in time; nothing more may be written."""
+    """The lease was taken over, as this process did not renew it in time; it may write nothing more."""
 
 
 @dataclass(frozen=True)
 class Holder:
-    """What is stored. `owner` is random; `host` and `since` are for people."""
+    """The stored content. `owner` is random; `host` and `since` are for people."""
 
     owner: str
     generation: int  # grows by one at each take-over
@@ -44,15 +44,15 @@ class Holder:
     beat: int = 0
 
     def is_gone(self) -> bool:
-        """Whether the holder ran on this machine and its process ended; False if that cannot be known."""
+        """Says whether the holder ran on this machine and has ended; False if that cannot be known."""
         return ProcessIdentity(self.machine, self.pid, self.started_s).is_gone()
 
 
 class Lease:
     """Held inside the `with` block, once. Raises `LeaseHeldError` on entry, within about `timeout_s`.
 
-    A dead holder's lease is taken over: at once if he ran on this machine, else when `timeout_s` passed without a
-    sign of him. An outage of the storage loses the lease only if somebody takes it meanwhile.
+    A dead holder's lease is taken over: at once if it ran on this machine, else after `timeout_s` without a sign of
+    life. An outage of the storage loses the lease only if another process takes it meanwhile.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Lease:
 
     @property
     def generation(self) -> int:
-        """1 for the first holder, one more at each take-over."""
+        """Is 1 for the first holder, and one more at each take-over."""
         return self._me.generation
 
     def __enter__(self) -> Self:
@@ -87,7 +87,7 @@ class Lease:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._released.set()
-        # A lease that cannot be removed is taken over by the next run: no reason to fail one that has ended well.
+        # The next run takes over a lease that cannot be removed: no reason to fail one that ended well.
         with self._renewing, suppress(StorageError):
             if self._lost is None:
                 self._storage.delete(self._key, if_version=self._version)
@@ -101,17 +101,17 @@ class Lease:
                 raise self._lost
 
     def _acquired(self) -> bool:
-        """One attempt; False when somebody else was faster. Raises `LeaseHeldError`."""
+        """Tries once; returns False if another process was faster. Raises `LeaseHeldError`."""
         self._me = replace(self._me, generation=1)
         try:
             self._version = self._storage.write_bytes(self._key, _stored(self._me), if_absent=True)
             return True
         except AlreadyExistsError:
-            found = self._read()
+            found = _held(self._storage, self._key)
         if found is None:
             return False
         holder, version = found
-        if holder.owner == self._me.owner:  # the answer to our own write got lost, and its repetition was refused
+        if holder.owner == self._me.owner:  # the answer to our own write was lost, and its retry refused
             self._me, self._version = found
             return True
         if not holder.is_gone():
@@ -123,7 +123,7 @@ class Lease:
         return False
 
     def _watch(self, holder: Holder, version: str) -> None:
-        """Returns when the holder is dead. Raises `LeaseHeldError` at his next sign of life."""
+        """Returns once the holder is dead. Raises `LeaseHeldError` at its next sign of life."""
         deadline_s = time.monotonic() + self._timeout_s
         while time.monotonic() < deadline_s and not holder.is_gone():
             time.sleep(min(self._interval_s, self._timeout_s / 20))
@@ -136,9 +136,6 @@ class Lease:
                     f"ends, or stop it: a holder that died is replaced after {self._timeout_s:g} s"
                 )
 
-    def _read(self) -> tuple[Holder, str] | None:
-        return _held(self._storage, self._key)
-
     def _beat(self) -> None:
         while not self._released.wait(self._interval_s):
             with self._renewing:
@@ -146,7 +143,7 @@ class Lease:
                     return
                 try:
                     self._renew()
-                except StorageError as error:  # out of reach: as long as nobody else writes, the lease is ours
+                except StorageError as error:  # out of reach: until another process writes, the lease is ours
                     _LOG.warning("the lease could not be renewed yet: %s", error)
 
     def _renew(self) -> None:
@@ -154,9 +151,9 @@ class Lease:
         try:
             self._version = self._storage.write_bytes(self._key, _stored(self._me), if_version=self._version)
         except ConflictError:
-            found = self._read()
+            found = _held(self._storage, self._key)
             if found is not None and found[0].owner == self._me.owner:
-                self._version = found[1]  # of our own write, whose answer got lost
+                self._version = found[1]  # of our own write, whose answer was lost
                 return
             other = f"process {found[0].pid} on {found[0].host}" if found else "a process that has ended since"
             self._lost = LeaseLostError(
@@ -166,7 +163,7 @@ class Lease:
 
 
 def living_holder(storage: Storage, key: str, *, timeout_s: float) -> Holder | None:
-    """Who holds the lease and shows it: at once on his own machine, elsewhere at his next beat within `timeout_s`."""
+    """Returns the lease's living holder: at once on its own machine, else at its next beat within `timeout_s`."""
     found = _held(storage, key)
     if found is None or found[0].is_gone():
         return None
@@ -183,13 +180,18 @@ def living_holder(storage: Storage, key: str, *, timeout_s: float) -> Holder | N
 
 
 def _held(storage: Storage, key: str) -> tuple[Holder, str] | None:
-    """The holder and the version that says so; None when there is none."""
+    """Returns the holder and the version of its lease; None if there is none. A damaged lease belongs to nobody."""
     content, version = read_with_version(storage, key)
-    return None if version is None else (_parsed(content), version)
+    if version is None:
+        return None
+    try:
+        return Holder(**json.loads(content)), version
+    except (ValueError, TypeError):  # cut off by a power loss: it is watched and then replaced
+        return Holder("", 0, "an unknown host", "", 0, 0.0, "an unknown time"), version
 
 
 def read_with_version(storage: Storage, key: str) -> tuple[bytes, str | None]:
-    """Content and version of one and the same write; no bytes and None where there is no such file."""
+    """Returns content and version of one and the same write; no bytes and None if there is no such file."""
     while (entry := storage.stat(key)) is not None:
         try:
             content = storage.read_bytes(key)
@@ -215,11 +217,3 @@ def _myself() -> Holder:
 
 def _stored(holder: Holder) -> bytes:
     return json.dumps(asdict(holder), indent=1).encode()
-
-
-def _parsed(content: bytes) -> Holder:
-    """An object that is no lease (cut off by a power loss) belongs to nobody: it is watched and then replaced."""
-    try:
-        return Holder(**json.loads(content))
-    except (ValueError, TypeError):
-        return Holder("", 0, "an unknown host", "", 0, 0.0, "an unknown time")

@@ -1,7 +1,7 @@
-"""Workers that a run lends for a while: a record in its storage, written by who borrows and looked at by the run.
+"""Workers that a run lends for a while: a record in its storage that the borrower writes and the run reads.
 
-A loan ends by itself, so a borrower that is gone keeps nothing. The run counts by its own monotonic clock from when it
-first saw the loan: no two machines' clocks are compared.
+A loan ends by itself, so a lost borrower keeps nothing. The run counts by its own monotonic clock from when it first
+saw the loan: no two machines' clocks are compared.
 """
 
 import json
@@ -21,16 +21,18 @@ POLL_S = 1.0
 class Loan:
     num_workers: int
     for_s: float
-    loan_id: str = field(default_factory=lambda: secrets.token_hex(8))  # a renewal is a new one
+    loan_id: str = field(
+        default_factory=lambda: secrets.token_hex(8)
+    )  # a renewal is a new loan, even of the same size and time
 
 
 def lend(run: Storage, loan: Loan) -> None:
-    """In the place of any loan before. The run keeps its `scaling.min_workers` whatever is asked for."""
+    """Replaces any earlier loan. The run keeps its `scaling.min_workers` whatever is asked for."""
     run.write_bytes(LENT_FILE, json.dumps(asdict(loan)).encode())
 
 
 def give_back(run: Storage) -> None:
-    """After what ran in the workers' place has ended: the run grows into it again."""
+    """Ends the loan, once what replaced the workers has ended: the run grows again."""
     run.delete(LENT_FILE)
 
 
@@ -42,7 +44,7 @@ def read_loan(run: Storage) -> Loan | None:
 
 
 class Lender:
-    """The run's side: how many of its workers are lent now."""
+    """The run's view of the loan: how many of its workers are lent now."""
 
     def __init__(self, run: Storage, clock: Callable[[], float] = time.monotonic) -> None:
         self._run = run
@@ -51,7 +53,7 @@ class Lender:
         self._seen_s = 0.0
 
     def look(self) -> None:
-        """Reads the record; during an outage of the storage what was read last holds."""
+        """Reads the record; during an outage of the storage the last one holds."""
         try:
             loan = read_loan(self._run)
         except StorageError:
@@ -60,11 +62,12 @@ class Lender:
             self._loan, self._seen_s = loan, self._clock()
 
     def num_lent(self) -> int:
-        is_over = self._loan is None or self._clock() - self._seen_s >= self._loan.for_s
-        return 0 if is_over or self._loan is None else self._loan.num_workers
+        if self._loan is None or self._clock() - self._seen_s >= self._loan.for_s:
+            return 0
+        return self._loan.num_workers
 
     def look_forever(self) -> None:
-        """From a thread of its own, as a storage may take long to answer."""
+        """Looks from a thread, as a storage may take long to answer."""
 
         def look() -> None:
             while True:

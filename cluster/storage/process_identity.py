@@ -1,4 +1,4 @@
-"""Which process a number means, also after a restart of the machine, whether it is still there, and how it ends."""
+"""Processes by identity: which one a number means, even after a reboot, whether it is alive, and how it ends."""
 
 import ctypes
 import os
@@ -11,13 +11,13 @@ from pathlib import Path
 import psutil
 
 _TRUSTED_START_S = 2.0
-"""Two readings of one process's start differ by rounding; a new process has not got the old one's number so soon."""
+"""Two readings of a process's start differ by rounding; a number is not reused so soon."""
 
 
 @dataclass(frozen=True)
 class ProcessIdentity:
-    """`machine` is the boot and the process namespace in which the pid means something, empty if unknown; `started_s`
-    counts from the machine's boot, which a change of the wall clock leaves as it is."""
+    """A process: `machine` is the boot and process namespace in which its pid is valid, empty if unknown; `started_s`
+    counts from the boot, so a change of the wall clock does not matter."""
 
     machine: str
     pid: int
@@ -33,11 +33,11 @@ class ProcessIdentity:
 
     @property
     def is_here(self) -> bool:
-        """Whether it ran on this machine, so that its number means the same here."""
+        """Says whether it ran on this machine, where its pid is valid."""
         return bool(self.machine) and self.machine == _this_machine()
 
     def is_gone(self) -> bool:
-        """Whether it ran on this machine and has ended; False if that cannot be known."""
+        """Says whether it ran on this machine and has ended; False if that cannot be known."""
         if not self.is_here:
             return False
         try:
@@ -49,7 +49,7 @@ class ProcessIdentity:
 
 
 def _this_machine() -> str:
-    """Containers on one host may share its name."""
+    """Returns an id that differs even between containers, which may share their host's name."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return f"{boot.read_text().strip()} {Path('/proc/self/ns/pid').readlink()}" if boot.exists() else ""
 
@@ -64,12 +64,12 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def die_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
-    """A `preexec_fn`: one system call, safe beside other threads. The parent is the thread that starts the child."""
+    """Binds a child to the thread that starts it. As a `preexec_fn` it is one system call, safe with threads."""
     _libc.prctl(_PR_SET_PDEATHSIG, number)
 
 
 def with_descendants(pid: int) -> list[psutil.Process]:
-    """The process and all below it; none where it is gone."""
+    """Returns the process and all its descendants; none if it is gone."""
     try:
         process = psutil.Process(pid)
         return [process, *process.children(recursive=True)]
@@ -78,7 +78,7 @@ def with_descendants(pid: int) -> list[psutil.Process]:
 
 
 def kill(processes: Sequence[psutil.Process]) -> None:
-    """SIGKILL, and waits; psutil knows a process by its start too, so no other one of the same number is hit."""
+    """Kills and waits; psutil also compares start times, so a reused pid is not hit."""
     for process in processes:
         with suppress(psutil.NoSuchProcess):
             process.kill()

@@ -1,15 +1,15 @@
-"""A seekable file over something that answers byte ranges: an object in S3, a file on the Hub."""
+"""A seekable file over byte ranges: of an object in S3, or a file on the Hub."""
 
 import io
 from collections.abc import Callable
 from typing import Any, BinaryIO, cast
 
 _BLOCK_BYTES = 8 << 20
-"""One request's worth: large against the time to the first byte, small against a worker's memory."""
+"""Size of a request: large against the time to the first byte, small against a worker's memory."""
 
 
 def ranged_reader(size: int, fetch: Callable[[int, int], bytes]) -> BinaryIO:
-    """A buffered reader of `size` bytes; `fetch(start, end)` returns the bytes [start, end), all of them."""
+    """Returns a buffered reader of `size` bytes; `fetch(start, end)` returns all bytes of [start, end)."""
     return cast("BinaryIO", io.BufferedReader(_RangedReader(size, fetch), buffer_size=_BLOCK_BYTES))
 
 
@@ -43,5 +43,5 @@ class _RangedReader(io.RawIOBase):
         return len(data)
 
     def readall(self) -> bytes:
-        # The inherited one asks for 8 KiB at a time.
+        # The inherited method asks for 8 KiB at a time.
         return b"".join(iter(lambda: self.read(_BLOCK_BYTES) or b"", b""))

@@ -1,7 +1,7 @@
-"""The registry of published checkpoints: what `latest` means, and how any checkpoint reference becomes a folder.
+"""The registry of published checkpoints: what `latest` means, and how a checkpoint reference becomes a folder.
 
-A publication is one small numbered file under `registry/`; the highest number is the latest. Two publishers cannot
-take the same number, and none is ever rewritten.
+A publication is a small numbered file under `registry/`; the highest number is the latest. Two publishers cannot take
+the same number, and none is ever rewritten.
 """
 
 import json
@@ -19,9 +19,9 @@ from model.checkpoint_folder import MANIFEST, CheckpointError, Metadata, is_hf_f
 
 LATEST = "latest"
 ENDPOINTS = "endpoints/"
-"""Below it each endpoint keeps what it serves, with the checkpoints that it needs under `pinned`."""
+"""Folder in which each endpoint keeps what it serves, with the checkpoints that it needs under `pinned`."""
 LAST_GOOD = f"{ENDPOINTS}last-good/"
-"""Below it lies a copy of each of these files, for one that is damaged."""
+"""Folder with a copy of each of these files, in case one is damaged."""
 
 _log = logging.getLogger(__name__)
 
@@ -38,10 +38,7 @@ class Publication:
 
 
 def publish(storage: Storage, reference: str) -> Publication:
-    """Makes the checkpoint that `reference` names the latest one; `find_checkpoint` says what a reference is.
-
-    Raises `CheckpointError` when it is not valid.
-    """
+    """Makes the checkpoint of a reference (see `find_checkpoint`) the latest. Raises `CheckpointError` if invalid."""
     checkpoint, folder = find_checkpoint(reference, storage.uri)
     if is_hf_folder(folder):
         raise CheckpointError(
@@ -63,24 +60,24 @@ def publish(storage: Storage, reference: str) -> Publication:
 
 
 def publications(storage: Storage) -> list[Publication]:
-    """Everything published, oldest first."""
+    """Returns everything published, oldest first."""
     return list(newest_first(storage))[::-1]
 
 
 def newest_first(storage: Storage) -> Iterator[Publication]:
-    """Yields everything published, each read when it is asked for: `latest` is one request, not one a publication."""
+    """Yields everything published, read one by one: `latest` is one request, not one for each publication."""
     for entry in reversed(_entries(storage)):
         yield Publication(**json.loads(storage.read_bytes(entry.key)))
 
 
 def newest_usable(published: list[Publication]) -> Publication | None:
-    """The publication that `latest` means, by the names of the checkpoints' files alone."""
+    """Returns the publication that `latest` means, judged by file names alone."""
     return next((found for found in reversed(published) if open_storage(found.checkpoint).exists(MANIFEST)), None)
 
 
 def what_latest_became(storage: Storage) -> str:
-    """Says in a line what `latest` is since the newest publication, what it was before, and how to return to that
-    where it has the lower validation loss on the same data."""
+    """Returns a line on what `latest` is and was, and how to return to the earlier checkpoint if that has the lower
+    validation loss on the same data."""
     newest, *earlier = islice(newest_first(storage), 2)
     now = metadata_of(newest.checkpoint)
     said = f"latest is now step {newest.step:,} of run {newest.run_id}{_loss(now)}"
@@ -94,22 +91,24 @@ def what_latest_became(storage: Storage) -> str:
 
 
 def served_checkpoints(storage: Storage) -> set[str]:
-    """URIs of the checkpoints that endpoints serve, are about to serve, or would go back to. Raises `StorageError`
-    where that cannot be known."""
+    """Returns the URIs of checkpoints that endpoints serve, are about to serve, or would roll back to.
+
+    Raises `StorageError` if that cannot be known.
+    """
     keys = [entry.key for entry in storage.list(ENDPOINTS) if not entry.key.startswith(LAST_GOOD)]
     return {uri for key in keys for uri in _pinned(storage, key)}
 
 
 def _pinned(storage: Storage, key: str) -> list[str]:
-    """By one endpoint's file; by its copy where the file is damaged."""
+    """Returns the checkpoints in an endpoint's file, or in its copy if the file is damaged."""
     for candidate in (key, LAST_GOOD + key.removeprefix(ENDPOINTS)):
         try:
             return [str(uri) for uri in endpoint_state(storage.read_bytes(candidate))["pinned"]]
         except (ValueError, NotFoundError):
-            _log.warning("%s says nothing about the checkpoints that its endpoint needs", candidate)
+            _log.warning("%s does not say which checkpoints its endpoint needs", candidate)
     raise StorageError(
         f"{storage.uri}/{key} is damaged, so the checkpoints that its endpoint needs are not known: restore the file, "
-        "or delete it if there is no such endpoint any more"
+        "or delete it if the endpoint no longer exists"
     )
 
 
@@ -122,16 +121,15 @@ def endpoint_state(data: bytes) -> dict[str, Any]:
 
 
 def resolve_checkpoint(reference: str, storage_uri: str) -> Path:
-    """A local folder with the verified checkpoint that `reference` names, see `find_checkpoint`."""
+    """Returns a local folder with the verified checkpoint of a reference, see `find_checkpoint`."""
     return find_checkpoint(reference, storage_uri)[1]
 
 
 def find_checkpoint(reference: str, storage_uri: str) -> tuple[str, Path]:
-    """The URI of the verified checkpoint that `reference` names, and a local folder with it.
+    """Returns the URI of the verified checkpoint that `reference` names, and a local folder with it.
 
-    `latest` is the newest published one that is valid; a damaged one is named in the log and passed over. A URI
-    names a checkpoint's folder, or a run's, whose newest valid checkpoint is meant; a remote one is copied here.
-    Raises `CheckpointError`.
+    `latest` is the newest valid published checkpoint; damaged ones are logged and skipped. A URI names a checkpoint's
+    folder, or a run's, which means its newest valid checkpoint; a remote one is copied here. Raises `CheckpointError`.
     """
     candidates, none = _candidates(reference, storage_uri)
     if none:
@@ -144,8 +142,8 @@ def find_checkpoint(reference: str, storage_uri: str) -> tuple[str, Path]:
 
 
 def named_checkpoint(reference: str, storage_uri: str) -> str:
-    """The URI of the checkpoint that `reference` names, by the names of its files alone: whatever can be said before
-    it is fetched and verified. Raises `CheckpointError`."""
+    """Returns the URI of the checkpoint that `reference` names, judged by file names alone, before it is fetched and
+    verified. Raises `CheckpointError`."""
     candidates, none = _candidates(reference, storage_uri)
     for checkpoint in candidates:
         folder = open_storage(checkpoint)
@@ -155,8 +153,8 @@ def named_checkpoint(reference: str, storage_uri: str) -> str:
 
 
 def _candidates(reference: str, storage_uri: str) -> tuple[Iterable[str], str]:
-    """URIs of the checkpoints that may be meant, the newest first, and what to say where none of them is valid; empty
-    where one is named by itself."""
+    """Returns the URIs of the possible checkpoints, newest first, and the error if none of them is valid, which is
+    empty for a reference to a single checkpoint."""
     storage = open_storage(storage_uri)
     if reference == LATEST:
         published = (publication.checkpoint for publication in newest_first(storage))
@@ -174,7 +172,7 @@ def _candidates(reference: str, storage_uri: str) -> tuple[Iterable[str], str]:
 
 
 def metadata_of(checkpoint: str) -> Metadata | None:
-    """Where the checkpoint's weights come from; None where it is gone, such as with its run's folder."""
+    """Returns where the checkpoint's weights come from; None if it is gone, such as with its run's folder."""
     try:
         return Metadata(**json.loads(open_storage(checkpoint).read_bytes("raymill.json")))
     except NotFoundError:
@@ -186,7 +184,7 @@ def _loss(metadata: Metadata | None) -> str:
 
 
 def _is_better(one: Metadata, other: Metadata) -> bool:
-    """By the loss on the validation split, where both were trained with the same token store."""
+    """Compares the loss on the validation split, if both were trained on the same token store."""
     if one.val_loss is None or other.val_loss is None or one.data_manifest_hash is None:
         return False
     return one.data_manifest_hash == other.data_manifest_hash and one.val_loss < other.val_loss
@@ -205,18 +203,14 @@ def _newest(checkpoints: Iterable[str], *, none: str) -> tuple[str, Path]:
 
 
 def _checked(uri: str) -> tuple[Path, list[str]]:
-    """A local folder with the checkpoint, and what is wrong with it. A damaged copy is not kept for the next time."""
-    local = _fetched(uri)
+    """Returns the checkpoint's folder or a copy in the cache, and its problems. A damaged copy is not kept."""
+    storage = open_storage(uri)
+    here = storage.local_path("")
+    local = here or fetch(storage)
     problems = [] if is_hf_folder(local) else verify_checkpoint(local, to_train=False)
-    if problems and open_storage(uri).local_path("") is None:
+    if problems and here is None:
         discard(local)
     return local, problems
-
-
-def _fetched(uri: str) -> Path:
-    """The folder itself where it is on this machine, a copy in the cache otherwise."""
-    storage = open_storage(uri)
-    return storage.local_path("") or fetch(storage)
 
 
 def _entries(storage: Storage) -> list[Entry]:

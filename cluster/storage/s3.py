@@ -1,4 +1,4 @@
-"""Storage in S3 or a store that speaks its protocol; credentials and endpoint come from the environment."""
+"""Storage in S3 or a store with its protocol; credentials and endpoint come from the environment."""
 
 import re
 from contextlib import AbstractContextManager, suppress
@@ -34,7 +34,7 @@ def _client(url: str | None) -> Any:
     config = Config(
         retries={"mode": "standard", "total_max_attempts": _MAX_ATTEMPTS},
         connect_timeout=5,
-        read_timeout=15,  # without a byte; a store that swallows requests must not hold up its return for a minute
+        read_timeout=15,  # without a byte; a store that swallows requests must not delay recovery by a minute
         # Stores other than AWS rarely have a DNS name for each bucket.
         s3={"addressing_style": "path" if url else "auto"},
     )
@@ -75,8 +75,8 @@ class S3Storage(Storage):
         return self._read(key, start, end)
 
     def _read(self, key: str, start: int, end: int | None, version: str | None = None) -> bytes:
-        """Bytes [start, end) of one version. botocore repeats requests that fail, but not a body that breaks off or
-        is short: it is continued where it ended, until it brought less than a piece four times in a row."""
+        """Returns bytes [start, end) of one version. botocore retries failed requests, but not a body that breaks off
+        or is short: it is continued where it ended, until it brought less than a piece four times in a row."""
         content, tries = bytearray(), 0
         with self._explained(key):
             while tries < _MAX_ATTEMPTS:
@@ -93,7 +93,7 @@ class S3Storage(Storage):
         raise StorageError(f"{join_uri(self.uri, key)}: the transfer broke off {tries} times; run again")
 
     def _get(self, key: str, position: int, end: int | None, version: str | None) -> dict[str, Any]:
-        """The answer to GetObject for the bytes [position, end) of a version."""
+        """Returns the answer to GetObject for the bytes [position, end) of a version."""
         wanted: dict[str, str] = {} if version is None else {"IfMatch": version}
         if position or end is not None:
             wanted["Range"] = f"bytes={position}-{'' if end is None else end - 1}"
@@ -118,7 +118,7 @@ class S3Storage(Storage):
 
     def _raise_conflict(self, key: str, error: ClientError, if_version: str | None) -> None:
         if if_version is not None and code_of(error) in (*REFUSED_CONDITION, *MISSING_KEY):
-            raise ConflictError(f"{join_uri(self.uri, key)} was changed or removed by somebody else") from error
+            raise ConflictError(f"{join_uri(self.uri, key)} was changed or removed by another process") from error
 
     def list(self, prefix: str = "") -> Entries:
         root = f"{self.prefix}/" if self.prefix else ""
@@ -128,11 +128,11 @@ class S3Storage(Storage):
                 Entry(item["Key"].removeprefix(root), item["Size"], item["ETag"].strip('"'))
                 for page in pages.paginate(Bucket=self.bucket, Prefix=root + prefix)
                 for item in page.get("Contents", [])
-                if not item["Key"].endswith("/")  # the "folders" that web consoles make
+                if not item["Key"].endswith("/")  # "folders" that web consoles create
             ]
 
     def stat(self, key: str) -> Entry | None:
-        # A listing rather than HEAD, whose bare 404 does not tell a missing object from a missing bucket.
+        # A listing, as HEAD's bare 404 does not tell a missing object from a missing bucket.
         name = self._object_key(key)
         with self._explained(key):
             answer = _client(endpoint()).list_objects_v2(Bucket=self.bucket, Prefix=name, MaxKeys=1)

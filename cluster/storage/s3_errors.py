@@ -1,4 +1,4 @@
-"""What S3 and botocore complain about, as one line that names the URI and the remedy."""
+"""Errors of S3 and botocore as one line that names the URI and the remedy."""
 
 import os
 from collections.abc import Iterator
@@ -56,25 +56,25 @@ _FAILURES: tuple[tuple[tuple[type[BaseException], ...], str], ...] = (
     ),
     ((ResponseParserError,), "what answers at {host} is no S3; check AWS_ENDPOINT_URL"),
 )
-"""What failed before S3 had an answer."""
+"""Failures before S3 had an answer."""
 
 
 def endpoint() -> str | None:
-    """Of S3, from the environment; None is AWS itself."""
+    """Returns S3's address from the environment; None means AWS."""
     return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
 
 
 def code_of(error: ClientError) -> str:
-    """S3's own word for it, or the status of an answer without a body."""
+    """Returns S3's own word for the error, or the status of an answer without a body."""
     return str(error.response["Error"]["Code"])
 
 
 @contextmanager
 def explained_errors(uri: str, bucket: str) -> Iterator[None]:
-    """Raises `StorageError` and `NotFoundError` in place of what boto3 raises in the block."""
+    """Raises `StorageError` and `NotFoundError` for what boto3 raises in the block."""
     try:
         yield
-    except S3UploadFailedError as error:  # wraps what went wrong
+    except S3UploadFailedError as error:  # wraps the cause
         raise _explain(uri, bucket, error.__context__) from error
     except (ClientError, BotoCoreError, ResponseParserError) as error:
         raise _explain(uri, bucket, error) from error

@@ -1,4 +1,4 @@
-"""Bytes by URI: a path, file://, s3://bucket/prefix or hf://datasets/owner/name, behind the one `Storage` interface."""
+"""Storages by URI: a path, file://, s3://bucket/prefix or hf://datasets/owner/name."""
 
 import glob
 import os
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from cluster.storage.folder import LocalStorage
-from cluster.storage.interface import (
+from cluster.storage.interface import (  # noqa: F401 (also for those who open storages)
     HF,
     AlreadyExistsError,
     ConflictError,
@@ -22,27 +22,12 @@ from cluster.storage.interface import (
 if TYPE_CHECKING:
     from cluster.storage.hub import HubStorage
 
-__all__ = [
-    "AlreadyExistsError",
-    "ConflictError",
-    "Entry",
-    "NotFoundError",
-    "Storage",
-    "StorageError",
-    "absolute_uri",
-    "glob_uris",
-    "join_uri",
-    "open_storage",
-    "pinned",
-    "split_uri",
-]
-
 _ROOT = re.compile(r"s3://[^/]+|hf://[^/]+/[^/]+/[^/]+")
-"""Has no folder above it, unlike what lies below."""
+"""Matches a bucket or a whole dataset, which has no folder above it."""
 
 
 def open_storage(uri: str) -> Storage:
-    """The storage rooted at a path or URI. Touches neither disk nor network."""
+    """Returns the storage rooted at a path or URI. Touches neither disk nor network."""
     # Their libraries take 0.2 s to import, which every worker that reads local files would pay.
     if uri.startswith("s3://"):
         from cluster.storage.s3 import S3Storage  # noqa: PLC0415
@@ -59,16 +44,16 @@ def _hub(uri: str) -> "HubStorage":
 
 
 def absolute_uri(uri: str) -> str:
-    """A plain absolute path for anything local, the URI itself for S3, with the revision for the Hub."""
+    """Returns a plain absolute path for a local location, and a Hub URI with its revision."""
     if uri.startswith(HF):
         return _hub(uri).uri
     return uri.rstrip("/") if uri.startswith("s3://") else str(_local_path(uri))
 
 
 def pinned(uri: str) -> tuple[str, str]:
-    """A location whose bytes stay the same, and its commit: asks the Hub for the commit that a branch or tag is now.
+    """Returns a location whose bytes stay the same, and its commit, by asking the Hub for a branch's or tag's commit.
 
-    Other locations come back unchanged, with "" as the commit.
+    Other locations are returned unchanged, with "" as the commit.
     """
     if not uri.startswith(HF):
         return uri, ""
@@ -77,7 +62,7 @@ def pinned(uri: str) -> tuple[str, str]:
 
 
 def split_uri(uri: str) -> tuple[Storage, str]:
-    """The storage of a file's folder, and the file's key in it, which is empty for a bucket or a whole dataset."""
+    """Returns the storage of a file's folder, and the file's key in it: empty for a bucket or a whole dataset."""
     whole = absolute_uri(uri)
     if _ROOT.fullmatch(whole):
         return open_storage(whole), ""
@@ -86,10 +71,10 @@ def split_uri(uri: str) -> tuple[Storage, str]:
 
 
 def glob_uris(pattern: str) -> list[Entry]:
-    """The files that a location names, with absolute URIs as keys, in the order of their paths.
+    """Returns the files that a location names, with absolute URIs as keys, in the order of their paths.
 
     A location is a file, a folder (everything below it), or a pattern in which `*`, `?` and `[...]` stay
-    within one path component and `**` crosses them. Raises `NotFoundError` when nothing matches.
+    within one path component and `**` crosses them. Raises `NotFoundError` if nothing matches.
     """
     uri = absolute_uri(pattern)
     storage, name = split_uri(uri)
@@ -120,14 +105,13 @@ def _matches(pattern: str) -> list[Entry]:
 
 
 def _pattern_regex(pattern: str) -> str:
-    """One meaning of patterns for all storages, the one of `glob.translate` in Python 3.13."""
+    """Returns the regex of a pattern, the same for all storages, as `glob.translate` in Python 3.13 gives it."""
     wild = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
     parts = re.split(r"(\*\*/|\*\*|\*|\?|\[[^]]+\])", pattern)
-    return "".join(wild.get(part) or _class_or_literal(part) for part in parts)
-
-
-def _class_or_literal(part: str) -> str:
-    return part.replace("[!", "[^", 1) if re.fullmatch(r"\[[^]]+\]", part) else re.escape(part)
+    is_class = re.compile(r"\[[^]]+\]").fullmatch
+    return "".join(
+        wild.get(part) or (part.replace("[!", "[^", 1) if is_class(part) else re.escape(part)) for part in parts
+    )
 
 
 def _local_path(uri: str) -> Path:

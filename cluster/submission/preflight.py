@@ -9,9 +9,9 @@ from typing import Any
 
 from cluster.output.progress import say
 from cluster.settings.run import TOKENS, DataConfig, RunConfig, TextConfig
-from cluster.storage.check import check_storage
 from cluster.storage.interface import HF
 from cluster.storage.uris import NotFoundError, glob_uris, open_storage
+from cluster.submission.storage_check import check_storage
 from model.errors import UserError
 
 

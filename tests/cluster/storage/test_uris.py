@@ -108,7 +108,7 @@ def test_each_write_has_another_version_which_a_condition_may_ask_for(storage: S
     newer = storage.write_bytes("lease", b"mine", if_version=versions[-1])
     assert newer not in versions
     for outdated in (versions[0], versions[-1]):
-        with pytest.raises(ConflictError, match="lease was changed or removed by somebody else"):
+        with pytest.raises(ConflictError, match="lease was changed or removed by another process"):
             storage.write_bytes("lease", b"theirs", if_version=outdated)
         with pytest.raises(ConflictError):
             storage.delete("lease", if_version=outdated)

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from cluster.cli import main
-from cluster.storage.check import check_storage
 from cluster.storage.uris import open_storage
+from cluster.submission.storage_check import check_storage
 from tests.cluster.fault_proxy import Cut, FaultProxy, Refused, running_proxy
 
 STEPS = ["list", "write", "read", "create only once", "replace only a known version", "delete"]
