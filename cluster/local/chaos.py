@@ -1,4 +1,4 @@
-"""Faults on purpose, on the local cluster only: a worker, a node or the head is killed, or a node joins, at a step."""
+"""Injects faults into the local cluster at steps of a run: kills a worker, a node or the head, or adds a node."""
 
 import json
 import os
@@ -35,7 +35,7 @@ class Fault:
 
 
 def parse_faults(words: Sequence[str]) -> list[Fault]:
-    """Faults in the order of their steps, from words such as `kill-node@40`. Raises `ConfigError`."""
+    """Returns faults in the order of their steps, from words such as `kill-node@40`. Raises `ConfigError`."""
     faults = []
     for word in words:
         kind, _, step = word.partition("@")
@@ -46,7 +46,7 @@ def parse_faults(words: Sequence[str]) -> list[Fault]:
 
 
 class Chaos:
-    """While its context lasts, watches the run's ledger and injects each fault when its step is reached."""
+    """Watches the run's ledger while its context lasts, and injects each fault when its step is reached."""
 
     def __init__(self, faults: Sequence[Fault], *, cluster: LocalCluster | None, config: RunConfig) -> None:
         self._faults = list(faults)
@@ -72,32 +72,26 @@ class Chaos:
         killed_attempt = 0
         for fault in self._faults:
             start: dict[str, Any] | None = None
-            while start is None:
+            # After a kill the ledger still shows the attempt that was hit, until the next one has started.
+            while start is None or start["attempt"] <= killed_attempt:
                 if self._ended.wait(_POLL_S):
                     return
                 start = self._attempt_at(fault.step)
-                # After a kill the ledger still shows the attempt that was hit, until the next one has started.
-                if start is not None and start["attempt"] <= killed_attempt:
-                    start = None
             worker = start["workers"][-1]
-            match fault.kind:
-                case Kind.KILL_WORKER:
-                    say(f"chaos: SIGKILL to worker {worker['pid']} after step {fault.step}")
-                    os.kill(worker["pid"], signal.SIGKILL)
-                    killed_attempt = start["attempt"]
-                case Kind.KILL_NODE:
-                    say(f"chaos: SIGKILL to {worker['node']} after step {fault.step}")
-                    self._cluster.kill_node(worker["node"])
-                    killed_attempt = start["attempt"]
-                case Kind.KILL_HEAD:
-                    say(f"chaos: SIGKILL to the head after step {fault.step}")
-                    self._cluster.kill_node("head")
-                    killed_attempt = start["attempt"]
-                case Kind.ADD_NODE:
-                    say(f"chaos: {self._cluster.add_node()} joined after step {fault.step}")
+            if fault.kind is Kind.ADD_NODE:
+                say(f"chaos: {self._cluster.add_node()} joined after step {fault.step}")
+                continue
+            killed_attempt = start["attempt"]
+            if fault.kind is Kind.KILL_WORKER:
+                say(f"chaos: SIGKILL to worker {worker['pid']} after step {fault.step}")
+                os.kill(worker["pid"], signal.SIGKILL)
+            else:
+                node = "head" if fault.kind is Kind.KILL_HEAD else worker["node"]
+                say(f"chaos: SIGKILL to {node} after step {fault.step}")
+                self._cluster.kill_node(node)
 
     def _attempt_at(self, step: int) -> dict[str, Any] | None:
-        """The start event of the current attempt, once the run has completed `step`; until then None."""
+        """Returns the start event of the current attempt once the run has completed `step`, until then None."""
         try:
             lines = [json.loads(line) for line in self._run.read_bytes("ledger.jsonl").split(b"\n")[:-1]]
         except NotFoundError:

@@ -1,11 +1,11 @@
-"""A Ray cluster of several real raylets on this machine: loopback only, token auth, one process group a node.
+"""A Ray cluster of several real raylets on this machine: loopback only, token auth, one process group per node.
 
 Every node is a `ray start --block` in its own process group. Ray binds a node's processes to the life of that
 command, and the command is bound to the life of this process, so nothing outlives its owner for long, even one that was
-killed; and nothing that this module did not start is ever signalled.
+killed; and nothing that this module did not start is ever signaled.
 
-The head keeps the cluster's state on disk (RocksDB), so that one that was lost can be started again: the other nodes
-find it by themselves, and the actors on them live on.
+The head keeps the cluster's state on disk (RocksDB), so that a lost head can be restarted: the other nodes find it by
+themselves, and the actors on them live on.
 """
 
 import errno
@@ -35,7 +35,7 @@ from cluster.storage.process_identity import die_with_parent, kill, with_descend
 from model.errors import UserError
 
 NODE_NAME_VARIABLE = "RAYMILL_NODE"
-"""Environment variable by which a process on a local node knows the node's name."""
+"""Environment variable with the node's name, in every process on a local node."""
 
 STOP_WAIT_S = 30
 """Seconds that a job has to save after SIGTERM, before it is killed; Ray's default is 3."""
@@ -52,8 +52,8 @@ _HEAD_ENDS_S = 5.0
 _OBJECT_STORE_BYTES = 256 << 20
 
 PATIENT_WORKERS = {
-    # What workers add to their owner's niceness. Ray's 15 leaves a worker a thirtieth of a core that any other program
-    # wants too: whatever else a person's machine does would halt training, serving, and the start of both.
+    # Workers add this to their owner's niceness. Ray's 15 leaves a worker a thirtieth of a core that any other program
+    # wants too: whatever else the machine does would halt training, serving, and the start of both.
     "RAY_worker_niceness": "0",
     "RAY_worker_register_timeout_seconds": "240",  # of 60 s, after which a worker that starts on busy cores is killed
 }
@@ -79,11 +79,11 @@ _ENVIRONMENT = PATIENT_WORKERS | {
 
 
 class ClusterError(UserError):
-    """A cluster that could not be started or reached."""
+    """A cluster cannot be started or reached."""
 
 
 def free_port(promised: Collection[int] = ()) -> int:
-    """A TCP port of the loopback interface that nobody listens on now, and none of those that somebody will."""
+    """Returns a TCP port of the loopback interface on which nothing listens, except the promised ones."""
     while True:
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
@@ -93,7 +93,7 @@ def free_port(promised: Collection[int] = ()) -> int:
 
 
 def require_free_port(host: str, port: int) -> None:
-    """Raises `UserError` where another process listens already: Ray Serve's proxy would share the port with it
+    """Raises `UserError` if another process listens already: Ray Serve's proxy would share the port with it
     (SO_REUSEPORT), and each get some of the requests."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that linger do not count
@@ -120,35 +120,22 @@ class LocalCluster:
         self._num_started = 0
         # The kernel ends a node with the very thread that started it, so that thread must last as long as the cluster.
         self._starter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="node-starter")
-        self._ports: set[int] = set()  # Ray refuses to start where two of its parts are told the same one
+        self._ports: set[int] = set()  # Ray refuses to start if two of its parts get the same one
         self._gcs_port, self._jobs_port = self._new_port(), self._new_port()
+        self.address = f"127.0.0.1:{self._gcs_port}"  # for `ray.init`
+        self.jobs_url = f"http://127.0.0.1:{self._jobs_port}"
         self.token = secrets.token_hex(32)
         interpreter = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
         self.environment = _ENVIRONMENT | {"RAY_AUTH_TOKEN_PATH": str(self._directory / "token"), "PATH": interpreter}
-        """What a process needs to join; set before it imports ray, which reads the variables once."""
-
-    @property
-    def address(self) -> str:
-        """For `ray.init`."""
-        return f"127.0.0.1:{self._gcs_port}"
-
-    @property
-    def jobs_url(self) -> str:
-        """For Ray's Jobs API."""
-        return f"http://127.0.0.1:{self._jobs_port}"
-
-    @property
-    def scrape_targets(self) -> Path:
-        """A file for Prometheus' `file_sd_configs`, which Ray keeps up: the metrics ports of all nodes."""
-        return self._directory / _HEAD / "prom_metrics_service_discovery.json"
+        """Variables that a process needs to join, before it imports ray, which reads them once."""
 
     @property
     def node_names(self) -> list[str]:
-        """The nodes that were started and run, the head first."""
+        """The running nodes, the head first."""
         return [name for name, process in self._nodes.items() if process.poll() is None]
 
     def lost_head(self) -> bool:
-        """Whether the head has ended, or does within seconds: it ends a moment after one of its processes has."""
+        """Says whether the head has ended, or does within seconds: it ends a moment after one of its processes."""
         deadline_s = time.monotonic() + _HEAD_ENDS_S
         while _HEAD in self.node_names:
             if time.monotonic() > deadline_s:
@@ -182,26 +169,28 @@ class LocalCluster:
         return name
 
     def kill_node(self, name: str) -> None:
-        """SIGKILL to the node: its raylet, its workers and all that they hold are gone at once."""
+        """Kills the node: its raylet, its workers and all that they hold are gone at once."""
         process = self._nodes.pop(name)
-        process.kill()  # the kernel then kills the raylet, and the raylet's end its workers
+        process.kill()  # the kernel then kills the raylet, whose end kills the workers
         process.wait(_STOP_TIMEOUT_S)
 
     def restart_head(self) -> None:
-        """Starts a head in the place of the one that was lost, at the same addresses and with the state that it left.
-        The jobs that the old one carried are gone. Raises `ClusterError`."""
+        """Starts a new head at the addresses and with the state of the lost one, whose jobs are gone.
+
+        Raises `ClusterError`.
+        """
         self._clear(_HEAD)
         self._start_head()
         self._nodes = {_HEAD: self._nodes.pop(_HEAD)} | self._nodes
 
     def _clear(self, name: str) -> None:
-        """Ends what is left of a node, before one of the same name starts."""
-        kill(self._processes_of(name))  # also a driver that does not know yet, and would hold its lease
-        # By this file `ray start` would take the other nodes for a cluster whose head runs.
+        """Ends what is left of a node before another one of the same name starts."""
+        kill(self._processes_of(name))  # even a driver that does not know yet, and would hold its lease
+        # With this file `ray start` would take the other nodes for a cluster whose head runs.
         (self._directory / name / "ray_current_cluster").unlink(missing_ok=True)
 
     def stop(self) -> None:
-        """Ends every process that the nodes started, gently and then not, and removes the cluster's files."""
+        """Ends every process of the nodes, gently at first, and removes the cluster's files."""
         started = [process for node in self._nodes.values() for process in with_descendants(node.pid)]
         for node in self._nodes.values():
             node.terminate()
@@ -214,11 +203,11 @@ class LocalCluster:
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def _processes_of(self, name: str) -> list[psutil.Process]:
-        """Returns a node's processes, known by the environment that it was given, whether it runs or has ended."""
+        """Returns a node's processes, even if the node has ended, by the environment that they were given."""
         mine = {NODE_NAME_VARIABLE: name, "RAY_AUTH_TOKEN_PATH": self.environment["RAY_AUTH_TOKEN_PATH"]}
         found = []
         for process in psutil.process_iter():
-            with suppress(psutil.Error):  # of another user, or gone
+            with suppress(psutil.Error):  # another user's, or gone
                 if mine.items() <= process.environ().items():
                     found.append(process)
         return found
@@ -228,13 +217,8 @@ class LocalCluster:
         return port
 
     def _start_head(self) -> None:
-        ports = {
-            "--port": self._gcs_port,
-            "--dashboard-port": self._jobs_port,
-            "--ray-client-server-port": self._new_port(),
-        }
-        flags = ["--head", "--dashboard-host", "127.0.0.1"]
-        flags += [word for flag, port in ports.items() for word in (flag, str(port))]
+        flags = ["--head", "--dashboard-host", "127.0.0.1", "--port", str(self._gcs_port)]
+        flags += ["--dashboard-port", str(self._jobs_port), "--ray-client-server-port", str(self._new_port())]
         self._start_node(_HEAD, flags, num_cpus=self._cpus_per_node if self._num_nodes == 1 else 0)
         self._wait([_HEAD])
 
@@ -250,7 +234,7 @@ class LocalCluster:
         # Port 0 lets each worker process take any free one: several nodes share one address here.
         command += ["--min-worker-port", "0", "--max-worker-port", "0"]
         command += ["--dashboard-agent-listen-port", str(self._new_port())]
-        # A session folder of its own: nodes that start together would race for the names of their sockets.
+        # Each has its own session folder: nodes that start together would race for the names of their sockets.
         command += ["--temp-dir", str(self._directory / name)]
         state = {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(self._directory / "state")}
         with self._log(name).open("ab") as log:
@@ -266,7 +250,7 @@ class LocalCluster:
             ).result()
 
     def _alive_nodes(self) -> dict[str, str]:
-        """Returns ids and names of the nodes that the head counts as alive, one that was just killed among them."""
+        """Returns ids and names of the nodes that the head counts as alive, including one that was just killed."""
         try:
             response = httpx.get(
                 f"{self.jobs_url}/api/v0/nodes",
@@ -281,13 +265,13 @@ class LocalCluster:
         return {node["node_id"]: node["node_name"] for node in response.json()["data"]["result"]["result"]}
 
     def _wait(self, names: Collection[str]) -> None:
-        """Waits until the nodes are alive. Each that ends or is not there in time is started once more, as a machine
-        that was busy at its start is the usual reason. Raises `ClusterError`."""
+        """Waits until the nodes are alive. One that ends or is late is started once more, as a machine that was busy at
+        the time is the usual reason. Raises `ClusterError`."""
         began_s = said_s = time.monotonic()
         launched_s = dict.fromkeys(names, began_s)
         while True:
             alive, now_s = self._alive_nodes(), time.monotonic()
-            # A head that takes over first counts its predecessor too, until that one's health checks have failed.
+            # A new head first counts its predecessor too, until that one's health checks have failed.
             ids = {name: [node_id for node_id in alive if alive[node_id] == name] for name in names}
             late = [name for name in names if len(ids[name]) != 1 or ids[name][0] in self._joined]
             if not late:
@@ -317,8 +301,8 @@ class LocalCluster:
         return self._directory / f"{name}.log"
 
     def _last_words(self, name: str) -> str:
-        """Returns a node's own reason to end, the machine's likely one, and where its log is kept."""
-        handle, kept = tempfile.mkstemp(prefix=f"raymill-{name}-", suffix=".log")  # the cluster's folder goes
+        """Returns a node's own reason to end, the machine's likely one, and where the log is kept."""
+        handle, kept = tempfile.mkstemp(prefix=f"raymill-{name}-", suffix=".log")  # the cluster's folder is removed
         os.close(handle)
         shutil.copyfile(self._log(name), kept)
         said = f"It said: {words}. " if (words := _last_words(self._log(name))) else "It said nothing. "
@@ -326,7 +310,7 @@ class LocalCluster:
 
 
 def _last_words(log: Path) -> str:
-    """Returns the line of a log that says why its process ended: the last that names an error, or else the last."""
+    """Returns the line of a log that says why its process ended: the last with an error, else the last."""
     lines = [line for line in log.read_text(errors="replace").splitlines() if line[:1].strip()]
     errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
     return printable((errors or lines or [""])[-1], keep="")[:300].rstrip(". ")
@@ -335,15 +319,14 @@ def _last_words(log: Path) -> str:
 def _load() -> str:
     """Returns how busy the machine is, in words."""
     num_cpus, load, free_bytes = os.cpu_count() or 1, os.getloadavg()[0], psutil.virtual_memory().available
+    is_overloaded = load > _BUSY_LOAD * num_cpus or free_bytes < _LITTLE_MEMORY_BYTES
     words = f"{load:.1f} processes want its {num_cpus} CPUs and {free_bytes / 1e9:.1f} GB of memory are free"
-    if load > _BUSY_LOAD * num_cpus or free_bytes < _LITTLE_MEMORY_BYTES:
-        return f"the machine is overloaded: {words}"
-    return f"the machine is not overloaded: {words}"
+    return f"the machine is {'' if is_overloaded else 'not '}overloaded: {words}"
 
 
 def cpus_per_node(config: RunConfig | EvaluateConfig) -> int:
-    """Logical CPUs of each local node, such that the workers of one node fewer than planned still find a place, and
-    one more where tokenizing runs beside them."""
+    """Returns the logical CPUs of each local node: enough that the workers still fit with one node fewer, and one more
+    if tokenizing runs beside them."""
     worker_nodes = max(1, config.cluster.num_nodes - 1)
     if isinstance(config, EvaluateConfig):
         return -(-config.num_workers // worker_nodes) * config.threads_per_worker

@@ -1,8 +1,8 @@
-"""What a run's jobs print, kept in the run's storage as it grows, so that it is there when the cluster is gone.
+"""The log of a run's jobs, kept in the run's storage as it grows, so that it outlives the cluster.
 
-Each launch of a stage has a folder `jobs/<launch>/`. Its output lies there in segments named by the byte at which they
-begin. Nothing can be appended to an object in S3, so the newest segment is written again while it grows, and never more
-once it is full. A launch keeps its first segment and the newest ones; what lies between is left out, and named.
+Each launch of a stage has a folder `jobs/<launch>/` with its output in segments, named by their first byte's position.
+S3 cannot append to an object, so the newest segment is rewritten while it grows, until it is full. A launch keeps its
+first segment and the newest ones; the reader names what is left out between.
 """
 
 import json
@@ -21,7 +21,7 @@ JOBS = "jobs"
 """Folder of the run's storage."""
 
 STARTED = "started.json"
-"""In a launch's folder, from its first moment on."""
+"""File in a launch's folder from the beginning."""
 
 _ENDED, _SEGMENT = "ended.json", "log-"
 _SEGMENT_BYTES = 256 << 10
@@ -34,7 +34,7 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Started:
-    """Who began a launch, for people; `job` is the name that the cluster knows it by, empty if started by hand."""
+    """How a launch began, for people; `job` is its name in the cluster, empty if started by hand."""
 
     job: str
     stage: str
@@ -44,7 +44,7 @@ class Started:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a launch ended. `stopped`: it had been told to. `result` is the stage's, where it had one."""
+    """How a launch ended; `stopped` if it was asked to; `result` is the stage's, if it had one."""
 
     exit_code: int
     stopped: bool
@@ -53,14 +53,16 @@ class Ended:
 
 
 class JobLog:
-    """The writer's side of one launch. No storage ever holds up who writes: lines are dropped, and counted, when an
-    outage lasts longer than the memory for it."""
+    """The writer of one launch's log. Storage never blocks it: an outage that exceeds its memory costs lines."""
 
     def __init__(self, run: Storage, launch: str, started: Started, *, launch_bytes: int = _LAUNCH_BYTES) -> None:
-        """Raises `StorageError` when the run's storage does not take the first word."""
+        """Raises `StorageError` if the run's storage refuses the first file."""
         for old in launches(run)[: 1 - _NUM_LAUNCHES]:
-            with suppress(StorageError):  # such as one where jobs may not delete
-                _remove(run.child(f"{JOBS}/{old}"))
+            folder = run.child(f"{JOBS}/{old}")
+            with suppress(StorageError):  # such as one in which jobs may not delete
+                # The first file last: a folder without it is no launch.
+                for entry in sorted(folder.list(), key=lambda entry: entry.key == STARTED):
+                    folder.delete(entry.key)
         self._folder, self._launch_bytes = run.child(f"{JOBS}/{launch}"), launch_bytes
         self._folder.write_bytes(STARTED, json.dumps(asdict(started)).encode())
         self._start, self._growing = 0, bytearray()
@@ -80,7 +82,7 @@ class JobLog:
                 self._growing, self._num_stored = bytearray(), 0
 
     def close(self, ended: Ended, *, timeout_s: float = 30.0) -> None:
-        """Returns once the storage has all, or would not take it for so long."""
+        """Returns once everything is stored, or after `timeout_s` of failed attempts."""
         self._closing.set()
         self._thread.join()
         deadline_s = time.monotonic() + timeout_s
@@ -99,7 +101,7 @@ class JobLog:
         while not self._closing.wait(_INTERVAL_S):
             try:
                 self._store()
-            except StorageError as error:  # an outage; the stage itself tells of it
+            except StorageError as error:  # an outage, which the stage itself reports
                 _LOG.debug("the log is not stored yet: %s", error)
 
     def _store(self) -> None:
@@ -129,7 +131,7 @@ class JobLog:
 
 
 class LogReader:
-    """The reader's side of one launch: its text, also as it grows."""
+    """The reader of one launch's log, even as it grows."""
 
     def __init__(self, run: Storage, launch: str) -> None:
         self._folder = run.child(f"{JOBS}/{launch}")
@@ -145,7 +147,7 @@ class LogReader:
             return None
 
     def new_text(self) -> Iterator[str]:
-        """What came since the last call, whole lines, a piece at a time."""
+        """Yields what is new since the last call, in pieces of whole lines."""
         for entry in self._folder.list(_SEGMENT):
             start = int(entry.key.removeprefix(_SEGMENT))
             if start + entry.size <= self._position:
@@ -163,15 +165,9 @@ class LogReader:
 
 
 def launches(run: Storage) -> list[str]:
-    """Names of the run's launches, the oldest first."""
+    """Returns the names of the run's launches, oldest first."""
     keys = [entry.key for entry in run.child(JOBS).list()]
     return sorted(key.partition("/")[0] for key in keys if key.endswith(f"/{STARTED}"))
-
-
-def _remove(folder: Storage) -> None:
-    """The first word last: a folder without it is no launch."""
-    for entry in sorted(folder.list(), key=lambda entry: entry.key == STARTED):
-        folder.delete(entry.key)
 
 
 def _segment(start: int) -> str:

@@ -1,4 +1,4 @@
-"""How far a stage is: stages report in marked lines, whoever watches draws a bar at a terminal or prints lines."""
+"""Progress of a stage: stages report in marked lines, and watchers draw bars at a terminal or print lines."""
 
 import json
 import re
@@ -12,15 +12,7 @@ from types import TracebackType
 from typing import Self, TextIO
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    SpinnerColumn,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from cluster.output.result_text import printable
 
@@ -28,11 +20,11 @@ _MARK = "raymill-progress: "
 _REPORT_INTERVAL_S = 1.0
 _LINE_INTERVAL_S = 10.0
 
-# Ray's own voice: lines of its processes and its dated log lines. They go to the log file only, but for the last line
-# of a worker's traceback, which says what happened.
+# Ray's own lines: those of its processes and its dated log lines. They go to the log file only, except the last line of
+# a worker's traceback, which says what happened.
 _RAY_LINE = re.compile(
     r"\((\w+ pid=|\w+:.* pid=|pid=|raylet\b|autoscaler\b)"
-    r"|\[\d{4}-\d\d-\d\d [\d:,]+ [A-Z] \d+ \d+\] "  # its C++ parts, which call much an error that is none
+    r"|\[\d{4}-\d\d-\d\d [\d:,]+ [A-Z] \d+ \d+\] "  # its C++ parts, which call many harmless things an error
     r"|(INFO )?\d{4}-\d\d-\d\d [\d:,]+\s(INFO|WARNING|serve )|Running entrypoint for job "
 )
 _WORKER_ERROR = re.compile(r"\(RayTrainWorker.*?\) (\w+\.)*\w*(Error|Exception): ")
@@ -40,7 +32,7 @@ _WORKER_ERROR = re.compile(r"\(RayTrainWorker.*?\) (\w+\.)*\w*(Error|Exception):
 
 @dataclass(frozen=True)
 class Report:
-    """`done` of `total` units, and a few words on how it goes."""
+    """Progress of `done` out of `total` units, with a short note."""
 
     label: str
     done: float
@@ -50,14 +42,14 @@ class Report:
 
 
 def say(text: str) -> None:
-    """One line for the person who watches; standard output is for results."""
+    """Prints a line for the person who watches; standard output is for results."""
     sys.stderr.write(f"{printable(text)}\n")
     sys.stderr.flush()
 
 
 @contextmanager
 def doing(what: str) -> Iterator[None]:
-    """Says at once what is being done; at a terminal the line counts the seconds while the context lasts."""
+    """Says at once what is being done; at a terminal the line counts the seconds of the context."""
     if not sys.stderr.isatty():
         say(what)
         yield
@@ -69,12 +61,12 @@ def doing(what: str) -> Iterator[None]:
         line.update(task, total=1, completed=1)
 
 
-_views: list["ProgressView"] = []  # at most one: what shows this process's own reports
+_views: list["ProgressView"] = []  # at most one, which shows this process's own reports
 
 
 @contextmanager
 def reports_shown() -> Iterator[None]:
-    """Shows the reports of this process itself while the context lasts, not as lines for whoever reads its log."""
+    """Shows this process's own reports while the context lasts, not as marked lines for a watcher."""
     with ProgressView() as view:
         _views.append(view)
         try:
@@ -84,7 +76,7 @@ def reports_shown() -> Iterator[None]:
 
 
 def report_progress(label: str, *, done: float, total: float, unit: str, note: str = "") -> None:
-    """Called by a stage; `ProgressView` shows it."""
+    """Reports a stage's progress, which a `ProgressView` shows."""
     line = _MARK + json.dumps(asdict(Report(label, done, total, unit, note)))
     for view in _views:
         view.line(line)
@@ -94,7 +86,7 @@ def report_progress(label: str, *, done: float, total: float, unit: str, note: s
 
 @contextmanager
 def progress(label: str, *, total_bytes: int) -> Iterator[Callable[[int], None]]:
-    """Gives a function to call with the bytes that were just finished."""
+    """Gives a function to call with the number of bytes just finished."""
     done_bytes, reported = 0, time.monotonic()
 
     def show() -> None:
@@ -112,7 +104,7 @@ def progress(label: str, *, total_bytes: int) -> Iterator[Callable[[int], None]]
 
 
 class RayFilter:
-    """Tells Ray's own lines from a stage's, line by line."""
+    """Tells Ray's own lines from a stage's."""
 
     def __init__(self) -> None:
         self._in_block = False
@@ -124,17 +116,17 @@ class RayFilter:
 
 
 class PlainProgress:
-    """A stage's log for who cannot see bars: its reports become a line now and then, all else stays."""
+    """A stage's log without bars: reports become a line now and then, everything else stays."""
 
     def __init__(self) -> None:
         self._printed_at: dict[str, float] = {}
 
     def line(self, text: str) -> str | None:
-        """What stands for a line of the log; None when nothing does."""
+        """Returns the text for a line of the log, or None to leave it out."""
         return self.text(_report(text)) if text.startswith(_MARK) else text
 
     def text(self, report: Report) -> str | None:
-        """None when the last one is not long ago."""
+        """Returns a report's text, or None soon after the last one."""
         now, is_done = time.monotonic(), report.done >= report.total
         if not is_done and now - self._printed_at.get(report.label, -_LINE_INTERVAL_S) < _LINE_INTERVAL_S:
             return None
@@ -144,10 +136,9 @@ class PlainProgress:
 
 
 class ProgressView:
-    """Shows a stage's log as it comes: bars for its reports at a terminal, a line now and then elsewhere, and its own
-    lines. The whole log, Ray's lines among them, is kept in the file `log` if there is one.
+    """Shows a stage's log as it comes: its own lines, and its reports as bars at a terminal or as a line now and then.
 
-    `waiting` is what is being done until the first line comes.
+    The whole log, with Ray's lines, is kept in the file `log` if given. `waiting` is shown until the first line comes.
     """
 
     def __init__(self, log: Path | None = None, *, waiting: str = "") -> None:
@@ -177,12 +168,12 @@ class ProgressView:
             self._file.close()
 
     def keep(self, text: str) -> None:
-        """A line for the file alone."""
+        """Writes a line to the file alone."""
         if self._file is not None:
             self._file.write(f"{text}\n")
 
     def line(self, text: str) -> None:
-        """One line of a stage's log."""
+        """Shows one line of a stage's log."""
         if text.startswith(_MARK):
             self._until_first_line.close()
             self._show(_report(text))
@@ -199,7 +190,7 @@ class ProgressView:
     def _show(self, report: Report) -> None:
         if self._bars is not None:
             if report.label not in self._tasks:
-                self._bars.start()  # not before: without a bar it would paint an empty line again and again
+                self._bars.start()  # not before: without a bar it would keep painting an empty line
                 self._tasks[report.label] = self._bars.add_task(report.label, total=report.total, unit="", note="")
             self._bars.update(self._tasks[report.label], completed=report.done, unit=report.unit, note=report.note)
             return
@@ -212,11 +203,6 @@ def _report(line: str) -> Report:
 
 
 def _bars() -> Progress:
-    columns = (
-        TextColumn("{task.description:>12}"),
-        BarColumn(),
-        TextColumn("{task.completed:g} of {task.total:g} {task.fields[unit]}"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    return Progress(*columns, console=Console(stderr=True))
+    amount = TextColumn("{task.completed:g} of {task.total:g} {task.fields[unit]}")
+    columns = (TextColumn("{task.description:>12}"), BarColumn(), amount, TimeRemainingColumn())
+    return Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True))

@@ -1,6 +1,6 @@
-"""Ray's Jobs API as raymill asks it: first whether it is there and takes the token, then jobs and nodes.
+"""Ray's Jobs API as raymill uses it: a probe of the address and the token, then jobs and nodes.
 
-By plain HTTP with deadlines. Ray's own client retries a wrong token for 22 s and says nothing of it (Ray 2.60).
+It uses plain HTTP with deadlines: Ray's own client silently retries a wrong token for 22 s (Ray 2.60).
 """
 
 import os
@@ -16,12 +16,11 @@ from cluster.local.local_cluster import ClusterError
 
 _TOKEN, _TOKEN_PATH = "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 _TIMEOUT_S = 10.0
-_UNAUTHORIZED, _FORBIDDEN, _NOT_FOUND = 401, 403, 404
 
 
 @dataclass(frozen=True)
 class Token:
-    """What a cluster knows us by, and where it came from, for messages: the value itself is never shown."""
+    """A cluster's token, and its source for messages; the value itself is never shown."""
 
     value: str
     source: str
@@ -31,9 +30,9 @@ class Token:
 
 
 def ray_token(file: Path | None = None) -> Token | None:
-    """The token in the file, or else in the one that RAY_AUTH_TOKEN_PATH names, or else in RAY_AUTH_TOKEN.
+    """Returns the token in the file, else in the one that RAY_AUTH_TOKEN_PATH names, else in RAY_AUTH_TOKEN.
 
-    Raises `ClusterError` where a file was named and holds none.
+    Raises `ClusterError` if a file is named and holds no token.
     """
     named, source = (file, "--token-file") if file else (os.environ.get(_TOKEN_PATH), _TOKEN_PATH)
     if not named:
@@ -66,38 +65,34 @@ class JobsApi:
         return {"Authorization": f"Bearer {self._token.value}"} if self._token else {}
 
     def probe(self) -> None:
-        """Returns when a Ray that fits answers and takes the token; raises `ClusterError` with what is wrong if not."""
-        version, ours = self._get("/api/version").get("ray_version"), metadata.version("ray")
+        """Raises `ClusterError` unless a Ray of a fitting version answers and accepts the token."""
+        version, ours = self._ask("GET", "/api/version").get("ray_version"), metadata.version("ray")
         if version is None:
             raise ClusterError(f"what answers at {self.url} is no Ray dashboard: its port is 8265 unless changed")
         if version.split(".")[:2] != ours.split(".")[:2]:
             raise ClusterError(f"Ray {version} runs at {self.url}, and here {ours}: jobs need the same minor version")
 
     def jobs(self) -> list[dict[str, Any]]:
-        """All jobs that were submitted, as Ray tells of them."""
-        found = self._get("/api/jobs/")
-        return [job for job in found if job.get("submission_id")]
+        """Returns all submitted jobs, as Ray describes them."""
+        return [job for job in self._ask("GET", "/api/jobs/") if job.get("submission_id")]
 
     def job(self, name: str) -> dict[str, Any] | None:
-        """None when the cluster knows no such job."""
+        """Returns the job, or None if the cluster does not know it."""
         found: dict[str, Any] | None = self._ask("GET", f"/api/jobs/{name}", missing_is_none=True)
         return found
 
     def stop(self, name: str) -> None:
-        """Asks the job to end; returns at once. Nothing happens to one that has ended."""
+        """Asks the job to end, without waiting for it; a job that has ended is left alone."""
         self._ask("POST", f"/api/jobs/{name}/stop", missing_is_none=True)
 
     def node_resources(self) -> list[dict[str, float]]:
-        """What each living node has in all: CPU, GPU, memory (bytes) …"""
+        """Returns the total resources of each living node: CPU, GPU, memory (bytes) …"""
         query = "filter_keys=state&filter_predicates=%3D&filter_values=ALIVE&detail=true"
-        rows = self._get(f"/api/v0/nodes?{query}")["data"]["result"]["result"]
+        rows = self._ask("GET", f"/api/v0/nodes?{query}")["data"]["result"]["result"]
         return [row["resources_total"] for row in rows]
 
     def has_autoscaler(self) -> bool:
-        return bool(self._get("/api/cluster_status")["data"].get("clusterStatus", {}).get("autoscalingStatus"))
-
-    def _get(self, path: str) -> Any:
-        return self._ask("GET", path)
+        return bool(self._ask("GET", "/api/cluster_status")["data"].get("clusterStatus", {}).get("autoscalingStatus"))
 
     def _ask(self, method: str, path: str, *, missing_is_none: bool = False) -> Any:
         try:
@@ -105,12 +100,12 @@ class JobsApi:
         except (httpx.TransportError, httpx.InvalidURL) as error:
             reason = str(error) or type(error).__name__
             raise ClusterError(f"no Ray Jobs API answers at {self.url} ({reason}): check address and port") from None
-        if answer.status_code == _UNAUTHORIZED:
+        if answer.status_code == 401:
             raise ClusterError(f"{self.url} asks for a token: put it into a file and name that with {_TOKEN_PATH}")
-        if answer.status_code == _FORBIDDEN:
+        if answer.status_code == 403:
             sent = f"the token from {self._token.source}" if self._token else "a request without a token"
             raise ClusterError(f"{self.url} refuses {sent}: it is another cluster's, or an old one")
-        if answer.status_code == _NOT_FOUND and missing_is_none:
+        if answer.status_code == 404 and missing_is_none:
             return None
         if not answer.is_success:
             raise ClusterError(f"{self.url} answered {answer.status_code} to {method} {path.partition('?')[0]}")

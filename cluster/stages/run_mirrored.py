@@ -1,8 +1,8 @@
 """Runs a stage as the process of a job: `python -m cluster.stages.run_mirrored --job NAME jobs.pretrain run.yaml`.
 
-Everything that the stage and its workers print goes on to this process's own output and, as it comes, into the storage
-of the run (`job_log`), also what a stage leaves behind that was killed or crashed. While the stage runs, this process
-holds the lease `jobs/<stage>.lease`: a run has each stage once, whoever submits it how often.
+What the stage and its workers print goes to this process's own output and, as it comes, into the run's storage
+(`job_log`), even from a stage that was killed or crashed. While the stage runs, this process holds the lease
+`jobs/<stage>.lease`, so a run has each stage once, however often it is submitted.
 """
 
 import secrets
@@ -20,42 +20,43 @@ import yaml
 
 from cluster.output.job_log import JOBS, Ended, JobLog, Started
 from cluster.output.progress import PlainProgress
-from cluster.stages.stage_module import parse_result
+from cluster.stages.stage_module import MISUSED, parse_result
 from cluster.storage.lease import Lease, LeaseHeldError
 from cluster.storage.process_identity import die_with_parent
 from cluster.storage.uris import Storage, open_storage
 from model.errors import UserError
 
-_MISUSED = 2  # exit code
 _LINE_BYTES = 64 << 10  # longer ones are cut into several
-_PIPE_TIMEOUT_S = 5.0  # for what a process that outlives the stage may still hold open
+_PIPE_TIMEOUT_S = 5.0  # a process that outlives the stage may hold the pipe open
 _BEAT_S = 5.0
 SILENCE_S = 20.0
-"""After which the holder of a stage's lease counts as dead on other machines."""
+"""Silence after which the holder of a stage's lease counts as dead on other machines."""
 
 
 def main() -> int:
     try:
         job, module, path = _arguments(sys.argv[1:])
         run = _run_storage(Path(path))
-        with Lease(run, lease_key(stage := _stage(module)), interval_s=_BEAT_S, timeout_s=SILENCE_S):
+        stage = module.rpartition(".")[2]
+        with Lease(run, lease_key(stage), interval_s=_BEAT_S, timeout_s=SILENCE_S):
             started = Started(job, stage, socket.gethostname(), time.time())
-            return _mirror([sys.executable, "-m", module, path], JobLog(run, _new_launch(), started))
+            launch = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
+            return _mirror([sys.executable, "-m", module, path], JobLog(run, launch, started))
     except LeaseHeldError as error:
         sys.stderr.write(f"error: this run's {stage} runs already: {error}\n")
         return 1
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
-        return _MISUSED if isinstance(error, _MisusedError) else 1
+        return MISUSED if isinstance(error, _MisusedError) else 1
 
 
 def entrypoint(module: str, path: str, *, job: str) -> list[str]:
-    """The command of a job."""
+    """Returns the command of a job."""
     return ["python", "-m", "cluster.stages.run_mirrored", "--job", job, module, path]
 
 
 def lease_key(stage: str) -> str:
-    """Who holds it runs the stage."""
+    """Returns the key of the lease whose holder runs the stage."""
     return f"{JOBS}/{stage}.lease"
 
 
@@ -73,28 +74,20 @@ def _arguments(words: list[str]) -> tuple[str, str, str]:
 
 
 def _run_storage(path: Path) -> Storage:
-    """Read by hand: the settings' own classes would take half a second, and the stage checks them anyway."""
+    """Returns the run's storage. The settings' classes would take half a second, and the stage checks them anyway."""
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(values, dict) or not values.get("run_id"):
-        raise _MisusedError(f"{path} names no run_id, by which a job that is started again finds its run")
+        raise _MisusedError(f"{path} names no run_id, by which a restarted job finds its run")
     return open_storage((values.get("storage") or {}).get("uri", ".raymill")).child(f"runs/{values['run_id']}")
 
 
-def _stage(module: str) -> str:
-    return module.rpartition(".")[2]
-
-
-def _new_launch() -> str:
-    return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
-
-
 def _mirror(command: list[str], log: JobLog) -> int:
-    """Runs the command to its end; gives its exit code as a shell would."""
+    """Runs the command to its end, and returns its exit code as a shell would."""
     was_told_to_stop = threading.Event()
-    # Whoever stops a Ray job signals each of its processes, the stage among them: this one only waits for it.
+    # Ray stops a job by signaling each of its processes, including the stage: this one only waits for it.
     signal.signal(signal.SIGTERM, lambda number, frame: was_told_to_stop.set())
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    child = subprocess.Popen(command, **pipes, preexec_fn=die_with_parent)  # noqa: PLW1509 (it says why)
+    child = subprocess.Popen(command, **pipes, preexec_fn=die_with_parent)  # noqa: PLW1509 (one system call)
     results: list[dict[str, Any]] = []
     reader = threading.Thread(target=_pass_on, args=(child, log, results), name="reader", daemon=True)
     reader.start()
@@ -113,7 +106,7 @@ def _pass_on(child: "subprocess.Popen[bytes]", log: JobLog, results: list[dict[s
         sys.stdout.buffer.write(raw)
         sys.stdout.buffer.flush()
         text: str | None = (line := raw.decode(errors="replace").rstrip("\n"))
-        with suppress(ValueError):  # a line that another one was written into, or that is cut: kept as it is
+        with suppress(ValueError):  # a line that is cut, or mixed with another: kept as it is
             if (result := parse_result(line)) is not None:
                 results.append(result)
                 continue

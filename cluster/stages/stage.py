@@ -1,7 +1,7 @@
-"""How a stage runs: as a Ray job of a snapshot of the code, with live logs, an exit code and one JSON result.
+"""Runs a stage as a Ray job, with live logs, an exit code and one JSON result.
 
 A job's working directory is a snapshot of the four code folders and the resolved `run.yaml`, so a cluster needs no
-installation of this package and a run says exactly which settings it had.
+installation of this package, and a run records exactly which settings it had.
 """
 
 import asyncio
@@ -41,10 +41,7 @@ _STOP_MARGIN_S = 5.0
 _MAX_LOST_HEADS = 3  # for one stage
 
 Config = TypeVar("Config", RunConfig, ServeConfig, EvaluateConfig)
-
-
-class HeadLostError(ClusterError):
-    """The local cluster's head has ended, and the stage's job with it."""
+StageConfig = RunConfig | ServeConfig | EvaluateConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +55,7 @@ class Connection:
 
 @contextmanager
 def connected(config: ClusterConfig, *, cpus_per_node: int) -> Iterator[Connection]:
-    """The cluster at `config.address`, or a local one that lives as long as the context."""
+    """Gives the cluster at `config.address`, or a local one that lives as long as the context."""
     if config.address is not None:
         api = JobsApi(config.address, ray_token())
         api.probe()
@@ -71,44 +68,30 @@ def connected(config: ClusterConfig, *, cpus_per_node: int) -> Iterator[Connecti
         yield Connection(cluster.jobs_url, {"Authorization": f"Bearer {cluster.token}"}, cluster)
 
 
-def run_stage(
-    connection: Connection,
-    module: str,
-    config: RunConfig | ServeConfig | EvaluateConfig,
-) -> dict[str, Any]:
+def run_stage(connection: Connection, module: str, config: StageConfig) -> dict[str, Any]:
     """Runs `python -m MODULE run.yaml` on the cluster, shows its log as it comes, and returns its result.
 
-    Where the head of a local cluster is lost, and the job with it, both are started again: a stage finds what it has
-    done, and a run goes on under its id.
-
-    Raises `StageFailedError` when the job ends without one, `ConfigError` when it found itself misused, and
-    `ClusterError` when the cluster cannot be reached.
+    A lost head of a local cluster is restarted, and then the job: a stage finds what it has done, and a run continues
+    under its id. Raises `StageFailedError` if the job ends without a result, `ConfigError` if it found itself misused,
+    and `ClusterError` if the cluster cannot be reached.
     """
-    for _ in range(_MAX_LOST_HEADS):
+    lost_heads = 0
+    while True:
         try:
-            return _run_job(connection, module, config)
-        except HeadLostError as error:
-            say(f"{error}; it is started again, and then the job")
-            assert connection.local is not None
-            connection.local.restart_head()
-    return _run_job(connection, module, config)
-
-
-def _run_job(connection: Connection, module: str, config: RunConfig | ServeConfig | EvaluateConfig) -> dict[str, Any]:
-    """Raises `HeadLostError`, and what `run_stage` raises."""
-    try:
-        return _submit_and_follow(connection, module, config)
-    except UserError:
-        raise
-    except Exception as error:  # of several kinds, when nobody answers any more
-        if connection.local is None or not connection.local.lost_head():
+            return _submit_and_follow(connection, module, config)
+        except UserError:
             raise
-        raise HeadLostError("the head of the local cluster was lost") from error
+        except Exception as error:  # of several kinds, when nothing answers any more
+            if connection.local is None or not connection.local.lost_head():
+                raise
+            if lost_heads == _MAX_LOST_HEADS:
+                raise ClusterError("the head of the local cluster was lost") from error
+        lost_heads += 1
+        say("the head of the local cluster was lost; it is restarted, and then the job")
+        connection.local.restart_head()
 
 
-def _submit_and_follow(
-    connection: Connection, module: str, config: RunConfig | ServeConfig | EvaluateConfig
-) -> dict[str, Any]:
+def _submit_and_follow(connection: Connection, module: str, config: StageConfig) -> dict[str, Any]:
     client, job = _jobs_client(connection), f"raymill-{secrets.token_hex(8)}"
     folder_of_logs = open_storage(config.storage.uri).local_path("logs") or Path(".raymill/logs")
     job_id = None
@@ -120,23 +103,26 @@ def _submit_and_follow(
         if job_id is not None and client.get_job_status(job_id) in (JobStatus.PENDING, JobStatus.RUNNING):
             with doing("stopping: the job saves and ends"):
                 client.stop_job(job_id)
-                _wait_for_end(client, job_id)
+                deadline_s = time.monotonic() + STOP_WAIT_S + _STOP_MARGIN_S  # then Ray kills it
+                while client.get_job_status(job_id) == JobStatus.RUNNING and time.monotonic() < deadline_s:
+                    time.sleep(_POLL_S)
             if words := [line for line in client.get_job_logs(job_id).splitlines() if line.startswith(ERROR_MARK)]:
                 say(words[-1].removeprefix(ERROR_MARK))  # such as which step it has saved
         raise
 
 
-def submit_stage(
-    connection: Connection, module: str, config: RunConfig | ServeConfig | EvaluateConfig, *, job: str, attempt: int = 0
-) -> str:
-    """Starts `python -m MODULE run.yaml` on the cluster as the job of that name; gives the attempt's, which is another
-    one each time: Ray takes a name once.
+def submit_stage(connection: Connection, module: str, config: StageConfig, *, job: str, attempt: int = 0) -> str:
+    """Starts `python -m MODULE run.yaml` on the cluster as the job of that name, and returns the attempt's own name:
+    Ray takes a name once.
 
-    Raises `ClusterError` when the cluster cannot be reached, `RuntimeError` when it does not take the job, such as one
-    of a name that it knows.
+    Raises `ClusterError` if the cluster cannot be reached, `RuntimeError` if it refuses the job, such as one with a
+    known name.
     """
-    is_run = isinstance(config, RunConfig)  # whose storage keeps what its jobs print
-    command = entrypoint(module, "run.yaml", job=job) if is_run else ["python", "-m", module, "run.yaml"]
+    metadata = {"raymill_module": module, "raymill_storage": config.storage.uri}  # for `raymill list --address`
+    command = ["python", "-m", module, "run.yaml"]
+    if isinstance(config, RunConfig):
+        metadata["raymill_run_id"] = str(config.run_id)
+        command = entrypoint(module, "run.yaml", job=job)  # the run's storage keeps what its jobs print
     with tempfile.TemporaryDirectory(prefix="raymill-job-") as folder:
         snapshot_code(Path(folder))
         write_config(config, Path(folder) / "run.yaml")
@@ -145,23 +131,16 @@ def submit_stage(
             submission_id=attempt_name(job, attempt),
             entrypoint=f"exec {shlex.join(command)}",
             runtime_env={"working_dir": folder, "env_vars": _job_environment(connection)},
-            metadata=_metadata(config, module),
+            metadata=metadata,
         )
 
 
 def attempt_name(job: str, attempt: int) -> str:
-    """By which Ray knows it."""
     return f"{job}+{attempt}" if attempt else job
 
 
-def _metadata(config: RunConfig | ServeConfig | EvaluateConfig, module: str) -> dict[str, str]:
-    """What `raymill list --address` tells of a job."""
-    run = {"raymill_run_id": str(config.run_id)} if isinstance(config, RunConfig) else {}
-    return {"raymill_module": module, "raymill_storage": config.storage.uri} | run
-
-
 def _submit(client: JobSubmissionClient, **job: Any) -> str:
-    """The job's id. A cluster that has just started answers before the agent that starts jobs is there."""
+    """Returns the job's id. A cluster that has just started answers before the agent that starts jobs is there."""
     deadline_s = time.monotonic() + _AGENT_TIMEOUT_S
     while True:
         try:
@@ -172,24 +151,17 @@ def _submit(client: JobSubmissionClient, **job: Any) -> str:
         time.sleep(_POLL_S)
 
 
-def _wait_for_end(client: JobSubmissionClient, job_id: str) -> None:
-    """A stage that was told to stop may still save; Ray kills it after `STOP_WAIT_S`."""
-    deadline = time.monotonic() + STOP_WAIT_S + _STOP_MARGIN_S
-    while client.get_job_status(job_id) == JobStatus.RUNNING and time.monotonic() < deadline:
-        time.sleep(_POLL_S)
-
-
 def stage_main(
     run: Callable[[Config], dict[str, Any]],
     root: type[Config] = RunConfig,  # type: ignore[assignment]
     *,
     needs_ray: bool = True,
 ) -> int:
-    """The whole command line of a stage module: settings in, one JSON result out, and the exit code.
+    """Is the command line of a stage module: reads settings, prints one JSON result, and returns the exit code.
 
     Inside a Ray job it joins the job's cluster; started by hand it starts a local one and submits itself there.
     """
-    # Run as a script, the module is called __main__; its spec knows the real name.
+    # Run as a script, the module is called __main__; its spec has the real name.
     module = str(sys.modules["__main__"].__spec__.name)  # type: ignore[union-attr]
 
     def result() -> dict[str, Any]:
@@ -208,11 +180,11 @@ def stage_main(
 
 
 def _job_environment(connection: Connection) -> dict[str, str]:
-    """Variables that a job needs from its submitter: where S3 is. Credentials are the cluster's own affair; a local
+    """Returns variables that a job needs from its submitter: where S3 is. Credentials are the cluster's own; a local
     cluster's nodes inherit this process's."""
     names = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")
     variables = {name: os.environ[name] for name in names if name in os.environ} | {"PYTHONUNBUFFERED": "1"}
-    if connection.local is not None:  # Ray Train's actors look for their cluster, and may find another one's
+    if connection.local is not None:  # Ray Train's actors look for their cluster, and may find another
         variables["RAY_ADDRESS"] = connection.local.address
     return variables
 
@@ -238,7 +210,9 @@ def _follow(client: JobSubmissionClient, job_id: str, view: ProgressView) -> dic
             for line in lines:
                 found = parse_result(line)
                 result = result if found is None else found
-                if line.startswith(ERROR_MARK):  # the stage's last word, said once: by whoever reports its failure
+                if line.startswith(
+                    ERROR_MARK
+                ):  # the stage's last word, shown once: by the command that reports its failure
                     error = line.removeprefix(ERROR_MARK)
                     view.keep(line)
                 elif found is None:

@@ -11,7 +11,7 @@ import pytest
 
 from cluster.endpoint.endpoint import deploy
 from cluster.local.chaos import Chaos, parse_faults
-from cluster.local.local_cluster import free_port
+from cluster.local.local_cluster import LocalCluster, free_port
 from cluster.monitoring.metric_table import SERIES
 from cluster.monitoring.panels import DASHBOARDS, Panel
 from cluster.settings.run import ClusterConfig, RunConfig
@@ -67,11 +67,17 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
         patch.setenv("RAY_metrics_report_interval_ms", "1000")  # of 10 s
         with connected(ClusterConfig(num_nodes=2), cpus_per_node=3) as connection:
             assert connection.local is not None
-            with prometheus(folder / "prometheus", scrape_targets=connection.local.scrape_targets) as server:
+            with prometheus(folder / "prometheus", scrape_targets=scrape_targets(connection.local)) as server:
                 with Chaos(parse_faults(["kill-worker@100"]), cluster=connection.local, config=config):
                     run_stage(connection, "jobs.pretrain", config)
                 ask_an_endpoint(connection, folder, server)
                 yield Scene(server, began_s, "seen")
+
+
+def scrape_targets(cluster: LocalCluster) -> Path:
+    """The file in which Ray's head keeps the metrics ports of all nodes, for Prometheus' `file_sd_configs`."""
+    folder = Path(cluster.environment["RAY_AUTH_TOKEN_PATH"]).parent
+    return folder / "head" / "prom_metrics_service_discovery.json"
 
 
 def ask_an_endpoint(connection: Connection, folder: Path, server: Prometheus) -> None:
