@@ -35,17 +35,17 @@ def promote(arguments: argparse.Namespace) -> dict[str, Any]:
         follow_run(operator, arguments.follow, arguments.storage_uri, terms=terms, gate=gate)
     if arguments.finish:
         operator.finish()
-        return _result(operator.wait(say=say))
+        return _result(operator.wait())
     operator.promote(arguments.checkpoint, terms=terms, gate=gate(arguments.checkpoint))
     until = ("steady",) if arguments.canary is None else ("canary", "steady")
-    return _result(operator.wait(until=until, say=say))
+    return _result(operator.wait(until=until))
 
 
 def rollback(arguments: argparse.Namespace) -> dict[str, Any]:
     """Rolls back, and waits until the previous version serves."""
     operator = _operator(arguments)
     if operator.roll_back()["phase"] == "loading":
-        return _result(operator.wait(say=say))
+        return _result(operator.wait())
     return _result(operator.wait_until_steady())
 
 
@@ -53,7 +53,7 @@ def follow_run(operator: Operator, run: str, storage_uri: str, *, terms: dict[st
     """Promotes new checkpoints of a run (an id, or the path or URI of its folder) until a signal ends it."""
     folder = open_storage(run if "/" in run else join_uri(storage_uri, f"runs/{run}"))
     say(f"promoting the newest checkpoint of {folder.uri} as it appears; Ctrl-C ends it")
-    follow(operator, folder, terms=terms, gate=gate, say=say)
+    follow(operator, folder, terms=terms, gate=gate)
 
 
 def _operator(arguments: argparse.Namespace) -> Operator:

@@ -1,13 +1,13 @@
-"""Promotion as an operator sees it: asks a running endpoint, and waits for what becomes of it."""
+"""Promotion as an operator sees it: requests to a running endpoint, and waiting for the outcome."""
 
 import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from typing import Any, NoReturn
 
 import httpx
 
 from cluster.endpoint.endpoint import Endpoint, raise_for
+from cluster.output.progress import say
 from cluster.storage.registry import LATEST
 from cluster.storage.uris import Storage, absolute_uri
 from model.checkpoint_folder import MANIFEST
@@ -16,28 +16,26 @@ from model.errors import UserError
 POLL_S = 0.5
 SAY_S = 10.0
 FOLLOW_S = 2.0
-ANSWER_TIMEOUT_S = 600.0  # the endpoint fetches and verifies a checkpoint before it answers
+ANSWER_TIMEOUT_S = 600.0  # the endpoint fetches and verifies a checkpoint first
 AWAY_S = 60.0  # an endpoint whose replica or coordinator is being replaced
-
-Progress = Callable[[str], None]
 
 
 class RefusedError(UserError):
-    """The endpoint did not take the checkpoint, or gave it back."""
+    """The endpoint refused the checkpoint, or rolled it back."""
 
 
 class AwayError(UserError):
-    """No endpoint answers, or it cannot just now."""
+    """No endpoint answers, or it cannot at the moment."""
 
 
 class Operator:
-    """Of one endpoint, through its /admin routes."""
+    """The operator of one endpoint, through its /admin routes."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
 
     def promote(self, checkpoint: str, *, terms: dict[str, Any], gate: dict[str, Any]) -> dict[str, Any]:
-        """Returns once the promotion is on. Raises `RefusedError`."""
+        """Starts the promotion. Raises `RefusedError`."""
         reference = checkpoint if checkpoint == LATEST else absolute_uri(checkpoint)
         given = {name: value for name, value in (terms | gate).items() if value is not None}
         return self._ask("POST", "/admin/promote", {"checkpoint": reference, **given})
@@ -48,19 +46,12 @@ class Operator:
     def roll_back(self) -> dict[str, Any]:
         return self._ask("POST", "/admin/rollback", {})
 
-    def drain(self, *, drain: bool) -> dict[str, Any]:
-        return self._ask("POST", "/admin/drain", {"drain": drain})
-
-    def status(self) -> dict[str, Any]:
-        return self._ask("GET", "/admin/status", None)
-
-    def wait(self, *, until: tuple[str, ...] = ("steady",), say: Progress) -> dict[str, Any]:
-        """The delivery's state once its phase is one of `until`. Each phase on the way is reported, and every ten
-        seconds how long it lasts still. Raises `RefusedError` when the promotion was refused or rolled back, with the
-        reason."""
+    def wait(self, *, until: tuple[str, ...] = ("steady",)) -> dict[str, Any]:
+        """Returns the delivery's state once its phase is one of `until`. Reports each phase on the way, and every ten
+        seconds how long it still lasts. Raises `RefusedError` with the reason of a refusal or rollback."""
         phase, said_s = "", 0.0
         while True:
-            status = self._patient_status()
+            status = self._status()
             state = status["delivery"]
             if state["phase"] != phase or time.monotonic() - said_s > SAY_S:
                 phase, said_s = state["phase"], time.monotonic()
@@ -74,31 +65,28 @@ class Operator:
             time.sleep(POLL_S)
 
     def wait_until_steady(self) -> dict[str, Any]:
-        """The delivery's state once no promotion is on, whatever has become of the last one."""
-        while (state := self._patient_status()["delivery"])["phase"] != "steady":
+        """Returns the delivery's state once no promotion is in progress, whatever the last one's outcome."""
+        while (state := self._status()["delivery"])["phase"] != "steady":
             time.sleep(POLL_S)
         return dict(state)
 
-    def _patient_status(self) -> dict[str, Any]:
-        """Waits for a replica or a coordinator that is being replaced."""
+    def _status(self) -> dict[str, Any]:
+        """Returns the status, waiting for a replica or a coordinator that is being replaced."""
         deadline_s = time.monotonic() + AWAY_S
         while True:
             try:
-                return self.status()
+                return self._ask("GET", "/admin/status", None)
             except AwayError:
                 if time.monotonic() > deadline_s:
                     raise
             time.sleep(POLL_S)
 
     def _ask(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
-        with _answered(self._endpoint.url):
-            response = httpx.request(
-                method,
-                f"{self._endpoint.url}{path}",
-                json=body,
-                headers=self._endpoint.admin_headers,
-                timeout=ANSWER_TIMEOUT_S,
-            )
+        url, headers = self._endpoint.url, self._endpoint.admin_headers
+        try:
+            response = httpx.request(method, url + path, json=body, headers=headers, timeout=ANSWER_TIMEOUT_S)
+        except httpx.TransportError as error:
+            raise AwayError(f"no endpoint answers at {url} ({error}): start one with `raymill serve`") from None
         if response.status_code in (400, 409):
             raise RefusedError(response.json()["error"]["message"])
         if response.status_code >= 500:
@@ -108,7 +96,7 @@ class Operator:
 
 
 def progress_of(state: dict[str, Any], *, phase_s: float) -> str:
-    """Says what an endpoint does about its promotion, and for how long still."""
+    """Says what an endpoint is doing for its promotion, and for how much longer."""
     live, candidate = state["live"]["checkpoint"], (state["candidate"] or state["live"])["checkpoint"]
     terms = state["terms"] or {}
     left = f"{max(0.0, terms.get('watch_s', 0.0) - phase_s):.0f} s more"
@@ -123,19 +111,11 @@ def progress_of(state: dict[str, Any], *, phase_s: float) -> str:
     return f"{state['phase']}: {live} serves"
 
 
-@contextmanager
-def _answered(url: str) -> Iterator[None]:
-    try:
-        yield
-    except httpx.TransportError as error:
-        raise AwayError(f"no endpoint answers at {url} ({error}): start one with `raymill serve`") from None
-
-
 def follow(
-    operator: Operator, run: Storage, *, terms: dict[str, Any], gate: Callable[[str], dict[str, Any]], say: Progress
+    operator: Operator, run: Storage, *, terms: dict[str, Any], gate: Callable[[str], dict[str, Any]]
 ) -> NoReturn:
-    """Promotes the newest checkpoint of a run whenever there is one newer than what is live. One that is refused or
-    rolled back is told of and not tried again."""
+    """Promotes a run's newest checkpoint whenever it is newer than the live one. One that is refused or rolled back is
+    reported and not tried again."""
     tried: set[str] = set()
     while True:
         state = operator.wait_until_steady()
@@ -145,14 +125,13 @@ def follow(
         tried.add(checkpoint)
         try:
             operator.promote(checkpoint, terms=terms, gate=gate(checkpoint))
-            operator.wait(say=say)
+            operator.wait()
         except RefusedError as error:
             say(f"not promoted: {error}")
 
 
 def next_checkpoint(run: Storage, *, live: str, tried: Collection[str]) -> str | None:
-    """The newest whole checkpoint of a run that has not been tried and is newer than the live one, if that is of the
-    run too."""
+    """Returns a run's newest whole checkpoint that has not been tried and is newer than the live one of that run."""
     folder = run.child("checkpoints")
     files = {entry.key for entry in folder.list("step-")}
     names = [key.removesuffix(f"/{MANIFEST}") for key in files if key.endswith(f"/{MANIFEST}")]

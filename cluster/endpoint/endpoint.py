@@ -1,4 +1,4 @@
-"""The endpoint as its clients on this machine see it: deployed, remembered, asked for a completion."""
+"""The endpoint as clients on this machine see it: deployed, remembered, asked for a completion."""
 
 import json
 import os
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 _FILE = "endpoint.json"
 _HAPROXY_VARIABLE = "RAY_SERVE_ENABLE_HA_PROXY"
 _DONE = "[DONE]"
-_MAX_TOKENS = 64  # of a completion, where nobody says how many
+_MAX_TOKENS = 64  # of a completion without `max_tokens`
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where an endpoint answers, and the file with the key that it asks for."""
+    """Where an endpoint answers, and the files with the keys that it asks for."""
 
     url: str
     model: str
@@ -36,7 +36,7 @@ class Endpoint:
     def load(
         cls, storage_uri: str, *, url: str | None, api_key_file: Path | None = None, admin_key_file: Path | None = None
     ) -> "Endpoint":
-        """The one at `url`, or the last that was served from this storage. Raises `UserError` when there is none."""
+        """Returns the endpoint at `url`, or the last one served from this storage. Raises `UserError` if there is none."""
         if url is not None:
             return cls(url.rstrip("/"), "", *(str(path) if path else None for path in (api_key_file, admin_key_file)))
         try:
@@ -54,7 +54,7 @@ class Endpoint:
     def admin_headers(self) -> dict[str, str]:
         if self.admin_key_file is None:
             raise UserError(
-                f"{self.url} is changed with an admin key only: start `raymill serve` with --admin-key-file FILE, or "
+                f"{self.url} can be changed only with an admin key: start `raymill serve` with --admin-key-file FILE, or "
                 "name its file here"
             )
         return _bearer(Path(self.admin_key_file), flag="--admin-key-file")
@@ -68,10 +68,10 @@ def _bearer(path: Path, *, flag: str) -> dict[str, str]:
 
 
 def require_ray_proxies() -> None:
-    """Raises `UserError` where HAProxy replaces Ray Serve's proxies, which hold serving/proxy/front_door.py."""
+    """Raises `UserError` if HAProxy replaces Ray Serve's proxies, which run serving/proxy/front_door.py."""
     if os.environ.get(_HAPROXY_VARIABLE) == "1":
         raise UserError(
-            f"{_HAPROXY_VARIABLE}=1 has HAProxy take the requests in place of Ray Serve's proxies: the endpoint's "
+            f"{_HAPROXY_VARIABLE}=1 makes HAProxy replace Ray Serve's proxies: the endpoint's "
             "bounds on clients, its retries and its error counts would be missing. Unset it where Ray is started"
         )
 
@@ -87,9 +87,9 @@ def deploy(connection: "Connection", config: "ServeConfig") -> Endpoint:
 
 
 def stream_completion(endpoint: Endpoint, request: dict[str, Any], *, on_text: Callable[[str], None]) -> dict[str, Any]:
-    """Asks for one completion and passes its text on as it comes. Returns the text and its timing, in seconds.
+    """Asks for one completion, calls `on_text` as text comes, and returns all of it with its timing in seconds.
 
-    Where the request says no `max_tokens` it is 64, or as many as fit behind the prompt.
+    Without `max_tokens` in the request it is 64, or as many as fit after the prompt.
     """
     start = time.perf_counter()
     texts: list[str] = []
@@ -127,7 +127,7 @@ def stream_completion(endpoint: Endpoint, request: dict[str, Any], *, on_text: C
 
 def _what_fits(client: httpx.Client, model: str, prompt: str) -> int:
     response = client.post("/tokenize", json={"model": model, "prompt": prompt})
-    if response.status_code == httpx.codes.NOT_FOUND:  # an endpoint of others, with OpenAI's routes alone
+    if response.status_code == httpx.codes.NOT_FOUND:  # not raymill's, with OpenAI's routes alone
         return _MAX_TOKENS
     raise_for(response)
     counted = response.json()
@@ -139,6 +139,6 @@ def raise_for(response: httpx.Response) -> None:
     if response.is_error:
         try:
             message = response.json()["error"]["message"]
-        except (ValueError, KeyError):  # not an endpoint of ours
+        except (ValueError, KeyError):  # not raymill's endpoint
             message = " ".join(response.text[:200].split())
         raise UserError(f"{response.url} answered {response.status_code}: {message}")

@@ -1,4 +1,4 @@
-"""Why the pods of a Ray cluster do not go away, a sentence each, from what Ray says of its nodes. Pure."""
+"""Says why each pod of a Ray cluster does not go away, from what Ray says about its nodes. Pure."""
 
 from dataclasses import dataclass
 
@@ -7,15 +7,11 @@ from dataclasses import dataclass
 class NodeUse:
     """A worker node, and what it holds."""
 
-    name: str
-    """Of its pod."""
+    name: str  # of its pod
     group: str
-    tasks: tuple[str, ...] = ()
-    """Names of the tasks that run there."""
-    actors: tuple[str, ...] = ()
-    """Class names of the actors that live there."""
-    placement_groups: int = 0
-    """That reserve resources there."""
+    tasks: tuple[str, ...] = ()  # names of those that run there
+    actors: tuple[str, ...] = ()  # class names of those that live there
+    placement_groups: int = 0  # number of those that reserve resources there
 
 
 @dataclass(frozen=True)
@@ -25,7 +21,7 @@ class GroupBounds:
 
 
 def why_not_idle(nodes: list[NodeUse], bounds: dict[str, GroupBounds]) -> dict[str, str]:
-    """By the name of its pod. Of a group's pods without work, as many are kept as its `minReplicas` asks for."""
+    """Returns a reason by pod name. Of a group's pods without work, `minReplicas` decides how many stay."""
     reasons: dict[str, str] = {}
     for group, bound in bounds.items():
         ours = [node for node in nodes if node.group == group]
@@ -38,9 +34,8 @@ def why_not_idle(nodes: list[NodeUse], bounds: dict[str, GroupBounds]) -> dict[s
                 kept -= 1
                 reasons[node.name] = f"has no work, and stays as {group} keeps {bound.min_replicas} pods (minReplicas)"
             else:
-                reasons[node.name] = (
-                    f"has no work, and goes {bound.idle_timeout_s} s after its last (idleTimeoutSeconds)"
-                )
+                wait = f"{bound.idle_timeout_s} s after its last (idleTimeoutSeconds)"
+                reasons[node.name] = f"has no work, and goes {wait}"
     return reasons
 
 

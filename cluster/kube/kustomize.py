@@ -12,7 +12,7 @@ from model.errors import UserError
 
 
 def rendered_overlay(folder: Path) -> list[dict[str, Any]]:
-    """The objects of a kustomization."""
+    """Returns the objects of a kustomization."""
     beside = Path(sys.executable).parent / "kubectl"
     kubectl = str(beside) if beside.exists() else shutil.which("kubectl")
     if kubectl is None:

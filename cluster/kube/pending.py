@@ -1,9 +1,8 @@
-"""Why a pod does not run yet, in one sentence, from the pod and its events. Pure: objects of the API in, text out."""
+"""Says in a sentence why a pod does not run yet, from the pod and its events. Pure: objects in, text out."""
 
 import re
-from typing import Any
 
-Object = dict[str, Any]
+from cluster.kube.status import Object
 
 _IMAGE = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull")
 _CONFIG = ("CreateContainerConfigError", "CreateContainerError")
@@ -15,7 +14,7 @@ _NODES = re.compile(r"0/(\d+) nodes are available")
 
 
 def is_pending(pod: Object) -> bool:
-    """Whether a container of it that should run does not. One that is leaving or done is not waited for."""
+    """Says whether a container that should run does not; a pod that is leaving or done is not pending."""
     if "deletionTimestamp" in pod["metadata"] or pod["status"].get("phase") in ("Succeeded", "Failed"):
         return False
     if pod["status"].get("phase") == "Pending":
@@ -24,7 +23,7 @@ def is_pending(pod: Object) -> bool:
 
 
 def why_pending(pod: Object, events: list[Object]) -> str:
-    """`events` are those of this pod, in any order."""
+    """Returns the reason; `events` are those of this pod, in any order."""
     conditions = {condition["type"]: condition for condition in pod["status"].get("conditions", [])}
     scheduled = conditions.get("PodScheduled", {})
     if scheduled.get("reason") == "SchedulingGated":
@@ -42,7 +41,7 @@ def why_pending(pod: Object, events: list[Object]) -> str:
 
 
 def why_not_made(events: list[Object]) -> str | None:
-    """Why KubeRay could not make a pod at all, from the events of the Ray object; the newest says it."""
+    """Says why KubeRay could not create a pod, from the newest failure among the Ray object's events."""
     failed = [event for event in events if event.get("type") == "Warning" and "Failed" in event.get("reason", "")]
     if not failed:
         return None
@@ -55,11 +54,9 @@ def why_not_made(events: list[Object]) -> str | None:
 
 def _unscheduled(message: str, events: list[Object]) -> str:
     reasons = [f"{number} lack {resource}" for number, resource in _LACKS.findall(message)]
-    reasons += [
-        f"{number} have the taint {taint.strip()}, which it does not tolerate"
-        for number, taint in _TAINT.findall(message)
-    ]
-    reasons += [f"{number} have not the labels that it asks for" for number in _SELECTOR.findall(message)]
+    taints = [(number, taint.strip()) for number, taint in _TAINT.findall(message)]
+    reasons += [f"{number} have the taint {taint}, which it does not tolerate" for number, taint in taints]
+    reasons += [f"{number} lack the labels that it asks for" for number in _SELECTOR.findall(message)]
     if _CLAIM.search(message):
         reasons.append("its volume is not there yet")
     nodes = _NODES.search(message)
@@ -76,7 +73,7 @@ def _unscheduled(message: str, events: list[Object]) -> str:
 def _waiting(status: Object, waiting: Object, events: list[Object]) -> str:
     reason, message = waiting.get("reason", ""), waiting.get("message", "")
     if reason in _IMAGE:
-        return f"its image {status.get('image', '')} cannot be had{_detail(waiting)}"
+        return f"its image {status.get('image', '')} cannot be pulled{_detail(waiting)}"
     if reason in _CONFIG:
         return f"what it names is not there: {message or reason}"
     if reason == "CrashLoopBackOff":
@@ -88,15 +85,14 @@ def _waiting(status: Object, waiting: Object, events: list[Object]) -> str:
     mounts = [event for event in events if event.get("reason") in ("FailedMount", "FailedAttachVolume")]
     if mounts:
         return f"a volume cannot be mounted{_detail(_newest(mounts))}"
-    if any(event.get("reason") == "Pulling" for event in events) and not any(
-        event.get("reason") == "Pulled" for event in events
-    ):
+    known = {event.get("reason") for event in events}
+    if "Pulling" in known and "Pulled" not in known:
         return f"its image {status.get('image', '')} is being pulled"
     return "is starting"
 
 
-def _detail(said: Object) -> str:
-    return f": {said['message'][:300]}" if said.get("message") else ""
+def _detail(source: Object) -> str:
+    return f": {source['message'][:300]}" if source.get("message") else ""
 
 
 def _newest(events: list[Object]) -> Object:

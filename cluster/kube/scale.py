@@ -1,4 +1,4 @@
-"""What has to change in a Ray object so that it is scaled, suspended or resumed: JSON patches. Pure."""
+"""Makes the JSON patches that scale, suspend or resume a Ray object. Pure."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ Patch = list[dict[str, Any]]
 
 
 def scale_group(manifest: Object, group: str | None, *, lowest: int | None, most: int | None) -> Patch:
-    """New bounds of a worker group, of the only one when `group` is None. Ray's autoscaler obeys them at once."""
+    """Sets new bounds of a worker group, by default the only one. Ray's autoscaler obeys them at once."""
     index, found = _group(manifest, group)
     if suspended_bounds(manifest, found["groupName"]):
         raise ConfigError(f"the group {found['groupName']} is suspended; resume it first")
@@ -23,7 +23,7 @@ def scale_group(manifest: Object, group: str | None, *, lowest: int | None, most
 
 
 def suspend_group(manifest: Object, group: str) -> Patch:
-    """No pods, and a note of the bounds that it had. (KubeRay's own `suspend` of a group excludes the autoscaler.)"""
+    """Sets the bounds to 0 and notes the old ones. (KubeRay's own `suspend` of a group excludes the autoscaler.)"""
     index, found = _group(manifest, group)
     if suspended_bounds(manifest, group):
         raise ConfigError(f"the group {group} is suspended already")
@@ -34,7 +34,7 @@ def suspend_group(manifest: Object, group: str) -> Patch:
 
 
 def resume_group(manifest: Object, group: str) -> Patch:
-    """The bounds that it had before."""
+    """Restores the bounds that the group had before."""
     index, found = _group(manifest, group)
     before = suspended_bounds(manifest, group)
     if before is None:
@@ -44,7 +44,7 @@ def resume_group(manifest: Object, group: str) -> Patch:
 
 
 def suspend(manifest: Object, *, suspended: bool) -> Patch:
-    """All of it, head and pods. A job that is resumed starts again, and its run goes on by its `run_id`."""
+    """Suspends or resumes all, head and workers. A resumed job restarts, and its run continues under its `run_id`."""
     if bool(manifest["spec"].get("suspend")) is suspended:
         raise ConfigError(f"{manifest['metadata']['name']} is {'' if suspended else 'not '}suspended already")
     queue = manifest["metadata"].get("labels", {}).get("kueue.x-k8s.io/queue-name")
@@ -66,7 +66,7 @@ def _bounds(manifest: Object, index: int, group: Object, lowest: int, most: int)
     inside = {"RayJob": "/rayClusterSpec", "RayService": "/rayClusterConfig"}.get(manifest["kind"], "")
     at = f"/spec{inside}/workerGroupSpecs/{index}"
     return [
-        {"op": "test", "path": f"{at}/groupName", "value": group["groupName"]},  # nobody has reordered them meanwhile
+        {"op": "test", "path": f"{at}/groupName", "value": group["groupName"]},  # fails if the groups were reordered
         _add(f"{at}/minReplicas", lowest),
         _add(f"{at}/maxReplicas", most),
     ]

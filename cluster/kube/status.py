@@ -1,4 +1,4 @@
-"""What the status of a RayCluster, RayJob or RayService means, in one sentence. Pure: objects in, text out."""
+"""Says in a sentence what a RayCluster, RayJob or RayService does. Pure: objects in, text out."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,30 +9,30 @@ KINDS = ("RayCluster", "RayJob", "RayService")
 
 _JOBS = {
     "Initializing": "is starting its cluster",
-    "Waiting": "waits for somebody else to submit its job",
+    "Waiting": "waits for its job to be submitted",
     "Running": "is running",
     "Complete": "is done",
     "Failed": "has failed",
     "Suspending": "is being suspended",
     "Suspended": "is suspended: it has no pods",
-    "Retrying": "failed and is tried again on a new cluster",
+    "Retrying": "failed and is being retried on a new cluster",
     "ValidationFailed": "is refused by KubeRay",
 }
 
 
 def cluster_spec(manifest: Object) -> Object:
-    """What a RayCluster is made of, also inside a RayJob or RayService."""
+    """Returns the spec of a RayCluster, or of the one inside a RayJob or RayService."""
     inside = {"RayJob": "rayClusterSpec", "RayService": "rayClusterConfig"}.get(manifest["kind"])
     return manifest["spec"][inside] if inside else manifest["spec"]
 
 
 def sentence(manifest: Object) -> str:
-    """What it is doing, and why not what it should."""
+    """Says what the object is doing, and what keeps it from what it should do."""
     status = manifest.get("status") or {}
     if not status:
         if manifest["spec"].get("suspend"):
             return f"is suspended: it has no pods{_queue(manifest)}"
-        return "has not been looked at by KubeRay: is the operator running, and does it watch this namespace?"
+        return "has not been seen by KubeRay: is the operator running, and does it watch this namespace?"
     kind = manifest["kind"]
     if kind == "RayJob":
         return _job(manifest, status)
@@ -40,23 +40,22 @@ def sentence(manifest: Object) -> str:
 
 
 def groups(manifest: Object) -> Iterator[str]:
-    """A line for each worker group: its bounds, and whether `raymill cluster scale` suspended it."""
+    """Yields a line for each worker group: its bounds, or that `raymill cluster scale` suspended it."""
     for group in cluster_spec(manifest).get("workerGroupSpecs", []):
         name, lowest, most = group["groupName"], group.get("minReplicas", 0), group.get("maxReplicas", 0)
         wanted = f", {group['replicas']} wanted now" if "replicas" in group else ""
-        before = suspended_bounds(manifest, name)
-        state = (
-            f"suspended, {before[0]} to {before[1]} pods when resumed" if before else f"{lowest} to {most} pods{wanted}"
-        )
-        yield f"{name}: {state}"
+        if before := suspended_bounds(manifest, name):
+            yield f"{name}: suspended, {before[0]} to {before[1]} pods when resumed"
+        else:
+            yield f"{name}: {lowest} to {most} pods{wanted}"
 
 
 SUSPENDED = "raymill/suspended."
-"""Annotation, with a group's name behind it, that keeps the bounds which the group had before it was suspended."""
+"""Prefix, before a group's name, of the annotation with the group's bounds before it was suspended."""
 
 
 def suspended_bounds(manifest: Object, group: str) -> tuple[int, int] | None:
-    """(`minReplicas`, `maxReplicas`) of the group before it was suspended, if it is."""
+    """Returns (`minReplicas`, `maxReplicas`) from before the group was suspended; None if it is not."""
     kept = manifest["metadata"].get("annotations", {}).get(SUSPENDED + group)
     if kept is None:
         return None

@@ -71,22 +71,23 @@ def state(phase: str, **fields: Any) -> dict[str, Any]:
     return {"phase": phase, "live": live, "candidate": None, "terms": terms, "outcome": None} | fields
 
 
-def test_a_promotion_is_reported_while_it_lasts(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_promotion_is_reported_while_it_lasts(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (key := tmp_path / "key").write_text("k\n")
     new = {"checkpoint": "/new"}
     watching = state("watching", live=new)
     states = [state("loading", candidate=new), watching, watching, state("steady", live=new, terms=None)]
     monkeypatch.setattr(delivery, "POLL_S", 0.01)
     monkeypatch.setattr(delivery, "SAY_S", 0.0)
-    said: list[str] = []
 
     def answer(path: str, body: dict[str, Any]) -> tuple[int, str]:
         phase_s = 20.0 * (4 - len(states))
         return 200, json.dumps({"delivery": states.pop(0), "phase_s": phase_s})
 
     with served(answer) as url:
-        assert Operator(Endpoint(url, "", None, str(key))).wait(say=said.append)["phase"] == "steady"
-    assert said == [
+        assert Operator(Endpoint(url, "", None, str(key))).wait()["phase"] == "steady"
+    assert capsys.readouterr().err.splitlines() == [
         "loading: each replica loads and tests /new, for 0 s so far; /old serves",
         "watching: /new serves; for 40 s more, errors or slowness roll it back",
         "watching: /new serves; for 20 s more, errors or slowness roll it back",
@@ -107,4 +108,4 @@ def test_a_refused_promotion_says_why(tmp_path: Any) -> None:
         served(lambda path, asked: (200, body)) as url,
         pytest.raises(RefusedError, match="/new was refused: its loss"),
     ):
-        Operator(Endpoint(url, "", None, str(key))).wait(say=lambda text: None)
+        Operator(Endpoint(url, "", None, str(key))).wait()
