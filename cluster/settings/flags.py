@@ -1,4 +1,4 @@
-"""Every setting of the configuration tree as a command-line flag, laid over a YAML file, with errors for people."""
+"""Settings as command-line flags, laid over a YAML file, with errors for people."""
 
 import argparse
 import dataclasses
@@ -23,7 +23,7 @@ Config = TypeVar("Config", bound=Settings)
 def add_config_arguments(
     parser: argparse.ArgumentParser, root: type[BaseModel], *, leave_out: Collection[str] = ()
 ) -> None:
-    """Adds one flag for each setting of `root`; the caller adds `config`, the YAML file that they are laid over."""
+    """Adds one flag for each setting of `root`; the caller adds `config`, the YAML file that the flags override."""
     for path, help_text, is_list in _leaves(root):
         if path in leave_out:
             continue
@@ -35,7 +35,7 @@ def add_config_arguments(
 
 
 def config_from_arguments(arguments: argparse.Namespace, root: type[Config], *, needs_source: bool = True) -> Config:
-    """The validated tree of the file and the flags. Raises `ConfigError` naming every setting that does not fit."""
+    """Returns the validated tree of file and flags. Raises `ConfigError` that names every wrong setting."""
     values = _read_yaml(arguments.config) if arguments.config else {}
     is_run = needs_source and root is RunConfig
     if arguments.config is None and is_run and arguments.__dict__.get("data.source") is None:
@@ -44,12 +44,12 @@ def config_from_arguments(arguments: argparse.Namespace, root: type[Config], *, 
 
 
 def settings_from_flags(arguments: argparse.Namespace, root: type[BaseModel]) -> dict[str, Any]:
-    """What the flags alone say."""
+    """Returns the settings that the flags alone give."""
     return _overlaid({}, arguments, root)
 
 
 def _overlaid(values: dict[str, Any], arguments: argparse.Namespace, root: type[BaseModel]) -> dict[str, Any]:
-    """`values`, with the flags laid over."""
+    """Returns `values` with the flags laid over them."""
     for path, _, is_list in _leaves(root):
         value = getattr(arguments, path)
         if value is None:
@@ -81,7 +81,7 @@ def validate_config(values: dict[str, Any], root: type[Config]) -> Config:
 
 
 def _settled(config: Config) -> Config:
-    """Paths made absolute, since a job runs in another folder; and a run id, if none was given."""
+    """Makes paths absolute, since a job runs in another folder, and adds a run id if none was given."""
     update: dict[str, Any] = {}
     for name, value in config:
         match value:
@@ -102,18 +102,17 @@ def _settled(config: Config) -> Config:
 
 
 def _absolute_source(uri: str) -> str:
-    if uri.startswith(TOKENS):
-        return TOKENS + absolute_uri(uri.removeprefix(TOKENS))
-    return absolute_uri(uri)
+    mark = TOKENS if uri.startswith(TOKENS) else ""
+    return mark + absolute_uri(uri.removeprefix(mark))
 
 
 def new_run_id() -> str:
-    """Sorts by time; the random end tells apart runs of one second."""
+    """Returns an id that sorts by time, with a random end for runs of the same second."""
     return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
 
 
 def read_config(path: Path, root: type[Config]) -> Config:
-    """The validated tree of a YAML file as it stands. Raises `ConfigError`."""
+    """Returns the validated tree of a YAML file as it stands. Raises `ConfigError`."""
     return validate_config(_read_yaml(path), root)
 
 
@@ -131,7 +130,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that is set twice, of which YAML's own loader silently takes the last."""
+    """A loader that refuses a key set twice, of which YAML's own silently takes the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         lines: dict[str, int] = {}
@@ -144,7 +143,7 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def _leaves(root: type[BaseModel], prefix: str = "") -> list[tuple[str, str, bool]]:
-    """(dotted path, help, whether it takes several values) of each setting."""
+    """Returns (dotted path, help, whether it takes several values) of each setting."""
     leaves = []
     for name, info in root.model_fields.items():
         kind = info.annotation

@@ -1,6 +1,6 @@
-"""argparse as `raymill` and its modules use it: errors are one line with a suggestion, and end with exit code 2.
+"""The argparse of `raymill` and its modules, whose errors are one line with a suggestion.
 
-It imports nothing else, so that `raymill --help` answers at once.
+It imports nothing heavy, so that `raymill --help` answers at once.
 """
 
 import argparse
@@ -11,17 +11,17 @@ from model.errors import UserError
 
 
 class ConfigError(UserError):
-    """The command line or the configuration file is misused: exit code 2."""
+    """The command line or the configuration file is wrong: exit code 2."""
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line with a suggestion, raised as `ConfigError`; flags are never abbreviated."""
+    """An argument parser that raises `ConfigError` and never accepts abbreviated flags."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, **settings)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Refuses here what `parse_args` would refuse later: only a subcommand's own parser can suggest its flags."""
+        """Refuses unknown arguments here, as only a subcommand's own parser can suggest its flags."""
         namespace, unknown = super().parse_known_args(args, namespace)
         if unknown:
             flag = unknown[0].split("=")[0]
@@ -33,6 +33,6 @@ class Parser(argparse.ArgumentParser):
 
 
 def suggestion(word: str, known: list[str]) -> str:
-    """Returns the end of an error's line that names the known word nearest to this one, or nothing."""
+    """Returns the end of an error that suggests the known word nearest to this one, or an empty text."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""

@@ -18,7 +18,7 @@ _JOB = {"kind": "RayJob", "metadata": {"name": "pretrain", "labels": {}}, "spec"
 _SERVICE = {"kind": "RayService", "metadata": {"name": "completions"}, "spec": {}}
 
 _STATES: list[tuple[dict[str, Any], str, str]] = [
-    (_CLUSTER, "{}", "has not been looked at by KubeRay"),
+    (_CLUSTER, "{}", "has not been seen by KubeRay"),
     (_CLUSTER, "{state: ready, readyWorkerReplicas: 1, desiredWorkerReplicas: 3}", "its head is ready, and 1 of 3 workers"),
     (
         _CLUSTER,
@@ -40,7 +40,7 @@ _STATES: list[tuple[dict[str, Any], str, str]] = [
         "{jobDeploymentStatus: Failed, reason: AppFailed, message: \"Traceback:\\n  error: no source\"}",
         "has failed (AppFailed):   error: no source",
     ),
-    (_JOB, "{jobDeploymentStatus: Retrying, reason: DeadlineExceeded}", "is tried again on a new cluster (DeadlineExceeded)"),
+    (_JOB, "{jobDeploymentStatus: Retrying, reason: DeadlineExceeded}", "is being retried on a new cluster (DeadlineExceeded)"),
     (
         _SERVICE,
         "{conditions: [{type: Ready, status: 'True'}], activeServiceStatus: {rayClusterName: completions-a}}",
@@ -89,7 +89,7 @@ _PODS: list[tuple[str, str, str]] = [
     (
         "containerStatuses: [{name: ray, image: 'raymill:1', state: {waiting: {reason: ImagePullBackOff, message: not found}}}]",
         "[]",
-        "its image raymill:1 cannot be had: not found",
+        "its image raymill:1 cannot be pulled: not found",
     ),
     (
         "containerStatuses: [{name: ray, image: i, state: {waiting: {reason: CreateContainerConfigError, message: 'secret \"api-keys\" not found'}}}]",
