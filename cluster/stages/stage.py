@@ -154,8 +154,6 @@ def _submit(client: JobSubmissionClient, **job: Any) -> str:
 def stage_main(
     run: Callable[[Config], dict[str, Any]],
     root: type[Config] = RunConfig,  # type: ignore[assignment]
-    *,
-    needs_ray: bool = True,
 ) -> int:
     """Is the command line of a stage module: reads settings, prints one JSON result, and returns the exit code.
 
@@ -169,11 +167,10 @@ def stage_main(
         parser.add_argument("config", nargs="?", type=Path, help="YAML file; flags override its settings")
         add_config_arguments(parser, root)
         config = config_from_arguments(parser.parse_args(), root)
-        if needs_ray and "RAY_ADDRESS" not in os.environ and not isinstance(config, ServeConfig):
+        if "RAY_ADDRESS" not in os.environ and not isinstance(config, ServeConfig):
             with connected(config.cluster, cpus_per_node=cpus_per_node(config)) as connection:
                 return run_stage(connection, module, config)
-        if needs_ray:
-            ray.init(log_to_driver=True, logging_level=logging.WARNING)
+        ray.init(log_to_driver=True, logging_level=logging.WARNING)
         return run(config)
 
     return print_result(result)

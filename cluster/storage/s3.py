@@ -1,15 +1,20 @@
 """Storage in S3 or a store with its protocol; credentials and endpoint come from the environment."""
 
+import os
 import re
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import boto3
+from boto3.exceptions import S3UploadFailedError
+from botocore import exceptions
 from botocore.config import Config
-from botocore.exceptions import ClientError, IncompleteReadError, ReadTimeoutError, ResponseStreamingError
+from botocore.exceptions import ClientError
+from botocore.parsers import ResponseParserError
 
 from cluster.storage.interface import (
     AlreadyExistsError,
@@ -23,14 +28,57 @@ from cluster.storage.interface import (
     join_uri,
 )
 from cluster.storage.ranged_reader import ranged_reader
-from cluster.storage.s3_errors import MISSING_KEY, REFUSED_CONDITION, code_of, endpoint, explained_errors
 
 _PIECE_BYTES = 256 << 10
 _MAX_ATTEMPTS = 4
 
+_REFUSED_CONDITION = ("PreconditionFailed", "ConditionalRequestConflict", "412", "409")
+_MISSING_KEY = ("NoSuchKey", "404")
+
+_DENIED = "access denied ({code}); check the credentials and the bucket's policy"
+_UNKNOWN_KEY = "the store does not know this access key ({code}); check AWS_ACCESS_KEY_ID, or the profile"
+_OTHER_PAIR = "the secret key does not fit the access key ({code}); check AWS_SECRET_ACCESS_KEY, or the profile"
+_EXPIRED = "the session token is expired or invalid ({code}); get new credentials"
+_ELSEWHERE = "the bucket lies in another region ({code}); set AWS_DEFAULT_REGION to it"
+_CLOCK = "refused because this machine's clock is wrong ({code}); set it"
+_CHANGED = "the object changed while it was read; run again once nobody writes to it"
+_BUSY = "the store is overloaded ({code}) and stayed so; run again later or with fewer workers"
+_WORDLESS = "what answers does not speak as S3 does ({code}); check AWS_ENDPOINT_URL, or run again later"
+_REASONS = {
+    **dict.fromkeys(("403", "AccessDenied", "AllAccessDisabled"), _DENIED),
+    "InvalidAccessKeyId": _UNKNOWN_KEY,
+    "SignatureDoesNotMatch": _OTHER_PAIR,
+    "NotImplemented": "the store lacks something that raymill needs ({code}), such as conditional writes; use another",
+    **dict.fromkeys(("ExpiredToken", "InvalidToken", "TokenRefreshRequired"), _EXPIRED),
+    **dict.fromkeys(("301", "PermanentRedirect", "AuthorizationHeaderMalformed", "IncorrectEndpoint"), _ELSEWHERE),
+    **dict.fromkeys(("RequestTimeTooSkewed", "RequestExpired"), _CLOCK),
+    **dict.fromkeys(_REFUSED_CONDITION, _CHANGED),
+    **dict.fromkeys(("SlowDown", "ServiceUnavailable", "InternalError", "503"), _BUSY),
+    "500": _WORDLESS,
+}
+
+_BROKEN = "the transfer broke off ({name}) each time; run again"
+_FAILURES: tuple[tuple[tuple[type[BaseException], ...], str], ...] = (
+    (
+        (exceptions.NoCredentialsError, exceptions.PartialCredentialsError),
+        "no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile",
+    ),
+    ((exceptions.SSLError,), "no TLS with {host}; check its certificate, AWS_CA_BUNDLE, and http or https"),
+    (
+        (exceptions.EndpointConnectionError, exceptions.ConnectTimeoutError),
+        "{host} cannot be reached; check AWS_ENDPOINT_URL and the network",
+    ),
+    ((ResponseParserError,), "what answers at {host} is no S3; check AWS_ENDPOINT_URL"),
+)
+"""Failures before S3 had an answer."""
+
+
+def _client() -> Any:
+    return _client_at(_endpoint())
+
 
 @cache
-def _client(url: str | None) -> Any:
+def _client_at(url: str | None) -> Any:
     config = Config(
         retries={"mode": "standard", "total_max_attempts": _MAX_ATTEMPTS},
         connect_timeout=5,
@@ -66,8 +114,16 @@ class S3Storage(Storage):
     def _object_key(self, key: str) -> str:
         return "/".join(part for part in (self.prefix, checked_key(key).strip("/")) if part)
 
-    def _explained(self, key: str) -> AbstractContextManager[None]:
-        return explained_errors(join_uri(self.uri, key), self.bucket)
+    @contextmanager
+    def _explained(self, key: str) -> Iterator[None]:
+        """Raises `StorageError` and `NotFoundError` for what boto3 raises in the block."""
+        uri = join_uri(self.uri, key)
+        try:
+            yield
+        except S3UploadFailedError as error:  # wraps the cause
+            raise _explain(uri, self.bucket, error.__context__) from error
+        except (ClientError, exceptions.BotoCoreError, ResponseParserError) as error:
+            raise _explain(uri, self.bucket, error) from error
 
     def read_bytes(self, key: str, *, start: int = 0, end: int | None = None) -> bytes:
         if end is not None and end <= start:
@@ -84,7 +140,9 @@ class S3Storage(Storage):
                 answer = self._get(key, position, end, version)
                 version = answer["ETag"]
                 total = int(answer.get("ContentRange", f"/{answer['ContentLength']}").rpartition("/")[2])
-                with suppress(ResponseStreamingError, IncompleteReadError, ReadTimeoutError):
+                with suppress(
+                    exceptions.ResponseStreamingError, exceptions.IncompleteReadError, exceptions.ReadTimeoutError
+                ):
                     for piece in answer["Body"].iter_chunks(_PIECE_BYTES):
                         content += piece
                 if start + len(content) >= (total if end is None else min(end, total)):
@@ -97,7 +155,7 @@ class S3Storage(Storage):
         wanted: dict[str, str] = {} if version is None else {"IfMatch": version}
         if position or end is not None:
             wanted["Range"] = f"bytes={position}-{'' if end is None else end - 1}"
-        answer: dict[str, Any] = _client(endpoint()).get_object(Bucket=self.bucket, Key=self._object_key(key), **wanted)
+        answer: dict[str, Any] = _client().get_object(Bucket=self.bucket, Key=self._object_key(key), **wanted)
         if "Range" in wanted and not answer.get("ContentRange", "").startswith(f"bytes {position}-"):
             raise StorageError(f"{join_uri(self.uri, key)}: the store ignores byte ranges; copy the file elsewhere")
         return answer
@@ -106,24 +164,22 @@ class S3Storage(Storage):
         condition = {"IfNoneMatch": "*"} if if_absent else _if_match(if_version)
         with self._explained(key):
             try:
-                answer = _client(endpoint()).put_object(
-                    Bucket=self.bucket, Key=self._object_key(key), Body=data, **condition
-                )
+                answer = _client().put_object(Bucket=self.bucket, Key=self._object_key(key), Body=data, **condition)
             except ClientError as error:
-                if if_absent and code_of(error) in REFUSED_CONDITION:
+                if if_absent and _code_of(error) in _REFUSED_CONDITION:
                     raise AlreadyExistsError(f"{join_uri(self.uri, key)} exists already") from error
                 self._raise_conflict(key, error, if_version)
                 raise
         return str(answer["ETag"]).strip('"')
 
     def _raise_conflict(self, key: str, error: ClientError, if_version: str | None) -> None:
-        if if_version is not None and code_of(error) in (*REFUSED_CONDITION, *MISSING_KEY):
+        if if_version is not None and _code_of(error) in (*_REFUSED_CONDITION, *_MISSING_KEY):
             raise ConflictError(f"{join_uri(self.uri, key)} was changed or removed by another process") from error
 
     def list(self, prefix: str = "") -> Entries:
         root = f"{self.prefix}/" if self.prefix else ""
         with self._explained(prefix):
-            pages = _client(endpoint()).get_paginator("list_objects_v2")
+            pages = _client().get_paginator("list_objects_v2")
             return [
                 Entry(item["Key"].removeprefix(root), item["Size"], item["ETag"].strip('"'))
                 for page in pages.paginate(Bucket=self.bucket, Prefix=root + prefix)
@@ -135,16 +191,14 @@ class S3Storage(Storage):
         # A listing, as HEAD's bare 404 does not tell a missing object from a missing bucket.
         name = self._object_key(key)
         with self._explained(key):
-            answer = _client(endpoint()).list_objects_v2(Bucket=self.bucket, Prefix=name, MaxKeys=1)
+            answer = _client().list_objects_v2(Bucket=self.bucket, Prefix=name, MaxKeys=1)
         found = [item for item in answer.get("Contents", []) if item["Key"] == name]
         return Entry(key, found[0]["Size"], found[0]["ETag"].strip('"')) if found else None
 
     def delete(self, key: str, *, if_version: str | None = None) -> None:
         with self._explained(key):
             try:
-                _client(endpoint()).delete_object(
-                    Bucket=self.bucket, Key=self._object_key(key), **_if_match(if_version)
-                )
+                _client().delete_object(Bucket=self.bucket, Key=self._object_key(key), **_if_match(if_version))
             except ClientError as error:
                 self._raise_conflict(key, error, if_version)
                 raise
@@ -158,20 +212,45 @@ class S3Storage(Storage):
 
     def upload_file(self, source: Path, key: str) -> None:
         with self._explained(key):
-            _client(endpoint()).upload_file(str(source), self.bucket, self._object_key(key))
+            _client().upload_file(str(source), self.bucket, self._object_key(key))
 
     def abort_uploads(self) -> None:
         name = {"Bucket": self.bucket}
         with self._explained(""):
-            pages = _client(endpoint()).get_paginator("list_multipart_uploads")
+            pages = _client().get_paginator("list_multipart_uploads")
             for page in pages.paginate(**name, Prefix=f"{self.prefix}/" if self.prefix else ""):
                 for upload in page.get("Uploads", []):
-                    _client(endpoint()).abort_multipart_upload(**name, Key=upload["Key"], UploadId=upload["UploadId"])
+                    _client().abort_multipart_upload(**name, Key=upload["Key"], UploadId=upload["UploadId"])
 
     def download_file(self, key: str, target: Path) -> None:
         with self._explained(key):
-            _client(endpoint()).download_file(self.bucket, self._object_key(key), str(target))
+            _client().download_file(self.bucket, self._object_key(key), str(target))
 
 
 def _if_match(version: str | None) -> dict[str, str]:
     return {} if version is None else {"IfMatch": f'"{version}"'}
+
+
+def _endpoint() -> str | None:
+    """Returns S3's address from the environment; None means AWS."""
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+
+
+def _code_of(error: ClientError) -> str:
+    """Returns S3's own word for the error, or the status of an answer without a body."""
+    return str(error.response["Error"]["Code"])
+
+
+def _explain(uri: str, bucket: str, error: BaseException | None) -> StorageError:
+    host = (_endpoint() or "AWS").rpartition("@")[2]
+    if not isinstance(error, ClientError):
+        name = type(error).__name__
+        reasons = (reason for kinds, reason in _FAILURES if isinstance(error, kinds))
+        return StorageError(f"{uri}: {next(reasons, _BROKEN).format(host=host, name=name)}")
+    code = _code_of(error)
+    if code == "NoSuchBucket":
+        return NotFoundError(f"{uri}: there is no bucket {bucket!r} at {host}; create it or correct the URI")
+    if code in _MISSING_KEY:
+        return NotFoundError(f"{uri} does not exist; check the URI")
+    reason = _REASONS.get(code, "S3 answered {code}; run again, or see the store's own log")
+    return StorageError(f"{uri}: {reason.format(code=code)}")

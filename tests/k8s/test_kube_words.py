@@ -83,7 +83,7 @@ _PODS: list[tuple[str, str, str]] = [
         "[{reason: NotTriggerScaleUp, message: max node group size reached}]",
         "the node autoscaler will add none: max node group size reached",
     ),
-    (_SCHEDULED % "\"0/2 nodes are available: 2 node(s) didn't match Pod's node affinity/selector.\"", "[]", "2 have not the labels"),
+    (_SCHEDULED % "\"0/2 nodes are available: 2 node(s) didn't match Pod's node affinity/selector.\"", "[]", "2 lack the labels"),
     (_SCHEDULED % '"0/2 nodes are available: pod has unbound immediate PersistentVolumeClaims."', "[]", "its volume is not there yet"),
     ("conditions: [{type: PodScheduled, status: 'False', reason: SchedulingGated}]", "[]", "held back by kueue.x-k8s.io/admission"),
     (
