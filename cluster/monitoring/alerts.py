@@ -1,24 +1,24 @@
-"""The alerts, as rules for Prometheus: what wakes somebody, and what they should look at first."""
+"""The alerts, as rules for Prometheus: what wakes a person, and what to look at first."""
 
 from dataclasses import dataclass
 from typing import Any
 
 from cluster.monitoring.metric_table import BUDGET, FAST_BURN, METRICS, OBJECTIVE, SLOW_BURN, error_ratio
 
-STALLED_S = 600  # at least; and twenty times the last step
+STALLED_S = 600  # at least, and twenty times the last step
 NO_CHECKPOINT_S = 7200
 RESTARTS, RESTART_WINDOW = 3, "30m"
 QUEUE_S = 10
 DRAINED_FOR = "30m"
-AWAY_S = 120  # the coordinator; a new process of it takes seconds
+AWAY_S = 120  # of the coordinator, which takes seconds to restart
 
 
 @dataclass(frozen=True)
 class Alert:
     name: str
     expr: str
-    for_: str  # how long it has to hold
-    severity: str  # `page` wakes somebody, `ticket` waits for the morning
+    for_: str  # how long it must hold
+    severity: str  # `page` wakes a person, `ticket` waits for the morning
     summary: str
     action: str
 
@@ -54,8 +54,8 @@ ALERTS = (
         f"({_LAST_STEP} > clamp_min(20 * {_of_run('step_seconds')}, {STALLED_S})) and on (run) ({_RUNNING})",
         "2m",
         "page",
-        "Run {{ $labels.run }} is on and has completed no step for {{ $value | humanizeDuration }}",
-        "The job's log says what the run waits for; `raymill why-slow RUN` what it did until then.",
+        "Run {{ $labels.run }} is running and has completed no step for {{ $value | humanizeDuration }}",
+        "The job's log says what the run waits for; `raymill why-slow RUN` says what it did before.",
     ),
     Alert(
         "RaymillNoCheckpoint",
@@ -89,7 +89,7 @@ ALERTS = (
         "2m",
         "page",
         f"Completions fail so fast that 2% of the error budget of {OBJECTIVE:.1%} went in an hour",
-        "Look at replicas and at promotions on the serving dashboard; `raymill rollback` gives the version before.",
+        "Look at replicas and promotions on the serving dashboard; `raymill rollback` returns to the version before.",
     ),
     Alert(
         "RaymillEndpointErrorBudgetSlowBurn",
@@ -97,7 +97,7 @@ ALERTS = (
         "15m",
         "ticket",
         f"Completions fail so fast that 5% of the error budget of {OBJECTIVE:.1%} went in six hours",
-        "As for the fast burn, with more time.",
+        "Do as for the fast burn, with more time.",
     ),
     Alert(
         "RaymillEndpointDrained",
@@ -105,7 +105,7 @@ ALERTS = (
         DRAINED_FOR,
         "ticket",
         f"Completions have been refused for {DRAINED_FOR}, as the endpoint is drained: {{{{ $value }}}} a second",
-        "A drain lasts until it is ended, over restarts too: POST /admin/drain with drain=false ends it.",
+        "A drain lasts until it is ended, even over restarts: POST /admin/drain with drain=false ends it.",
     ),
     Alert(
         "RaymillQueueTooLong",
@@ -121,7 +121,7 @@ ALERTS = (
         "0m",
         "ticket",
         "Replicas of {{ $labels.application }} have had no coordinator for {{ $value | humanizeDuration }}",
-        "They serve on, but nothing can be promoted or rolled back. A replica's log says why the coordinator fails.",
+        "They keep serving, but nothing can be promoted or rolled back. A replica's log says why it fails.",
     ),
     Alert(
         "RaymillReplicaMissing",
@@ -135,21 +135,15 @@ ALERTS = (
 
 
 def rules() -> dict[str, Any]:
-    """The content of a rules file."""
-    return {
-        "groups": [
-            {
-                "name": "raymill",
-                "rules": [
-                    {
-                        "alert": alert.name,
-                        "expr": alert.expr,
-                        "for": alert.for_,
-                        "labels": {"severity": alert.severity},
-                        "annotations": {"summary": alert.summary, "description": alert.action},
-                    }
-                    for alert in ALERTS
-                ],
-            }
-        ]
-    }
+    """Returns the content of a rules file."""
+    found = [
+        {
+            "alert": alert.name,
+            "expr": alert.expr,
+            "for": alert.for_,
+            "labels": {"severity": alert.severity},
+            "annotations": {"summary": alert.summary, "description": alert.action},
+        }
+        for alert in ALERTS
+    ]
+    return {"groups": [{"name": "raymill", "rules": found}]}

@@ -1,4 +1,4 @@
-"""The dashboards as Grafana's JSON: native panels with units, legends and colours that everyone can tell apart."""
+"""The dashboards as Grafana's JSON: native panels with units, legends and colors that everyone can tell apart."""
 
 from collections.abc import Iterator, Sequence
 from itertools import count, cycle
@@ -12,39 +12,21 @@ FOLDER_UID, FOLDER_TITLE = "raymill", "raymill"
 Json = dict[str, Any]
 
 # Okabe and Ito's palette, without its black and with its yellow last, which is faint on white.
-BLUE, ORANGE, GREEN, SKY, VERMILION, PINK, YELLOW = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#56B4E9",
-    "#D55E00",
-    "#CC79A7",
-    "#F0E442",
-)
+FEW = ["#0072B2", "#E69F00", "#009E73", "#56B4E9", "#D55E00", "#CC79A7", "#F0E442"]
+BLUE, ORANGE, _, SKY, VERMILION, PINK, YELLOW = FEW
 # Paul Tol's muted scheme, for more than seven series.
-MUTED = (
-    "#332288",
-    "#88CCEE",
-    "#44AA99",
-    "#117733",
-    "#999933",
-    "#DDCC77",
-    "#CC6677",
-    "#882255",
-    "#AA4499",
-    "#7F7F7F",
-    "#DDDDDD",
-)
-FEW = (BLUE, ORANGE, GREEN, SKY, VERMILION, PINK, YELLOW)
+MUTED = ["#332288", "#88CCEE", "#44AA99", "#117733", "#999933", "#DDCC77"]
+MUTED += ["#CC6677", "#882255", "#AA4499", "#7F7F7F", "#DDDDDD"]
 
-_EVENT_COLOURS = {"kill": VERMILION, "rollback": PINK, "resize": ORANGE, "restart": YELLOW, "preemption": SKY}
+_EVENT_COLORS = {"kill": VERMILION, "rollback": PINK, "resize": ORANGE, "restart": YELLOW, "preemption": SKY}
+_DATA_SOURCE = {"name": "datasource", "label": "Prometheus", "type": "datasource", "query": "prometheus"}
 _PROMETHEUS = {"type": "prometheus", "uid": "${datasource}"}
 _WIDTH = 24
 _SIZE = {True: (4, 4), False: (8, 8)}  # width and height of a stat panel, and of others
 
 
 def documents() -> dict[str, Json]:
-    """Each dashboard's JSON, by its uid."""
+    """Returns each dashboard's JSON by its uid."""
     return {dashboard.uid: document(dashboard) for dashboard in DASHBOARDS}
 
 
@@ -60,19 +42,14 @@ def document(dashboard: Dashboard) -> Json:
         "refresh": "15s",
         "time": {"from": "now-1h", "to": "now"},
         "timezone": "",
-        "templating": {"list": [_datasource(), *map(_variable, dashboard.variables)]},
+        "templating": {"list": [_DATA_SOURCE, *map(_variable, dashboard.variables)]},
         "annotations": {"list": [_annotations(kind, dashboard) for kind in dashboard.annotations]},
         "panels": list(_panels(dashboard)),
     }
 
 
-def _datasource() -> Json:
-    return {"name": "datasource", "label": "Prometheus", "type": "datasource", "query": "prometheus"}
-
-
 def _variable(variable: Variable) -> Json:
-    metric = METRICS[variable.metric]
-    query = f"label_values({metric.series[0]}, {variable.name})"
+    query = f"label_values({METRICS[variable.metric].series[0]}, {variable.name})"
     several: Json = {"multi": True, "includeAll": True, "current": {"text": "All", "value": "$__all"}}
     return {
         "name": variable.name,
@@ -92,14 +69,14 @@ def _annotations(kind: str, dashboard: Dashboard) -> Json:
     return {
         "name": kind.capitalize(),
         "enable": True,
-        "iconColor": _EVENT_COLOURS.get(kind, BLUE),
+        "iconColor": _EVENT_COLORS.get(kind, BLUE),
         "datasource": {"type": "grafana", "uid": "-- Grafana --"},
         "target": {"type": "tags", "tags": tags, "matchAny": False, "limit": 100},
     }
 
 
 def _panels(dashboard: Dashboard) -> Iterator[Json]:
-    """Row by row from left to right."""
+    """Places panels row by row, from left to right."""
     numbers, y = count(1), 0
     for title, panels in dashboard.rows.items():
         place = {"x": 0, "y": y, "w": _WIDTH, "h": 1}
@@ -131,7 +108,7 @@ def _panel(panel: Panel) -> Json:
             }
             for number, query in enumerate(panel.queries)
         ],
-        "fieldConfig": {"defaults": _defaults(panel), "overrides": list(_colours(panel))},
+        "fieldConfig": {"defaults": _defaults(panel), "overrides": list(_colors(panel))},
         "options": _STAT_OPTIONS if panel.is_stat else _LINE_OPTIONS,
     }
 
@@ -154,13 +131,11 @@ def _defaults(panel: Panel) -> Json:
         defaults |= {"min": 0, "max": panel.top}
     if panel.thresholds is not None:
         steps = zip((None, *panel.thresholds), (BLUE, ORANGE, VERMILION), strict=True)
-        defaults["thresholds"] = {
-            "mode": "absolute",
-            "steps": [{"value": value, "color": colour} for value, colour in steps],
-        }
+        colors = [{"value": value, "color": color} for value, color in steps]
+        defaults["thresholds"] = {"mode": "absolute", "steps": colors}
     if panel.is_stat:
         return defaults | ({"color": {"mode": "thresholds"}} if panel.thresholds else {})
-    if not panel.names and len(panel.queries) == 1:  # whatever series there are
+    if not panel.names and len(panel.queries) == 1:  # for any number of series
         defaults["color"] = {"mode": "shades", "fixedColor": BLUE}
     defaults["custom"] = {
         "drawStyle": "line",
@@ -174,8 +149,8 @@ def _defaults(panel: Panel) -> Json:
     return defaults
 
 
-def _colours(panel: Panel) -> Iterator[Json]:
-    """Known series have a colour each, others one for each query."""
+def _colors(panel: Panel) -> Iterator[Json]:
+    """Gives each known series a color, or else each query."""
     if panel.names:
         yield from _overrides("byName", panel.names)
     elif len(panel.queries) > 1:
@@ -184,6 +159,6 @@ def _colours(panel: Panel) -> Iterator[Json]:
 
 def _overrides(matcher: str, options: Sequence[str]) -> Iterator[Json]:
     palette = FEW if len(options) <= len(FEW) else MUTED
-    for option, colour in zip(options, cycle(palette), strict=False):
-        value = {"mode": "fixed", "fixedColor": colour}
+    for option, color in zip(options, cycle(palette), strict=False):
+        value = {"mode": "fixed", "fixedColor": color}
         yield {"matcher": {"id": matcher, "options": option}, "properties": [{"id": "color", "value": value}]}

@@ -1,4 +1,4 @@
-"""What `raymill dashboards export` writes: the dashboards and alerts as files for Grafana, Prometheus and kustomize.
+"""The files of `raymill dashboards export`: dashboards and alerts for Grafana, Prometheus and kustomize.
 
 `k8s/monitoring` is such a folder.
 """
@@ -15,7 +15,7 @@ from cluster.monitoring.dashboards import FOLDER_TITLE, documents
 from cluster.monitoring.grafana import data_source
 
 IN_CLUSTER_PROMETHEUS = "http://prometheus-operated.monitoring.svc:9090"
-"""Where Prometheus' operator puts it."""
+"""The address that Prometheus' operator gives it."""
 
 SCRAPE_INTERVAL = "15s"
 
@@ -25,7 +25,7 @@ _NODES = {"raymill/role": "node"}
 
 
 def files(prometheus_url: str = IN_CLUSTER_PROMETHEUS) -> dict[str, str]:
-    """The content of each, by its path."""
+    """Returns the content of each file by its path."""
     texts = {f"dashboards/{uid}.json": _json(body) for uid, body in documents().items()}
     parts = {
         "provisioning/dashboards.yaml": ("Grafana's provider of the folder dashboards/.", _provider()),
@@ -46,12 +46,14 @@ def files(prometheus_url: str = IN_CLUSTER_PROMETHEUS) -> dict[str, str]:
             _component(configMapGenerator=list(_config_maps())),
         ),
     }
-    texts |= {path: f"# {about}\n{_MADE}\n{_yaml(body)}" for path, (about, body) in parts.items()}
+    for path, (about, body) in parts.items():
+        text = yaml.safe_dump(body, sort_keys=False, width=120, allow_unicode=True)
+        texts[path] = f"# {about}\n{_MADE}\n{text}"
     return texts
 
 
 def write_files(folder: Path, prometheus_url: str = IN_CLUSTER_PROMETHEUS) -> list[str]:
-    """Returns their paths."""
+    """Writes the files and returns their paths."""
     written = files(prometheus_url)
     for path, text in written.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
@@ -60,13 +62,9 @@ def write_files(folder: Path, prometheus_url: str = IN_CLUSTER_PROMETHEUS) -> li
 
 
 def _json(dashboard: dict[str, Any]) -> str:
-    """A panel a line, so that changes can be read."""
+    """Returns the dashboard with one panel per line, so that changes are readable."""
     panels = ",\n".join(json.dumps(panel) for panel in dashboard["panels"])
     return json.dumps(dashboard | {"panels": []}, indent=1).replace('"panels": []', f'"panels": [\n{panels}\n]') + "\n"
-
-
-def _yaml(body: Any) -> str:
-    return yaml.safe_dump(body, sort_keys=False, width=120, allow_unicode=True)
 
 
 def _component(**fields: Any) -> dict[str, Any]:
@@ -75,7 +73,7 @@ def _component(**fields: Any) -> dict[str, Any]:
 
 def _config_maps() -> Iterator[dict[str, Any]]:
     def config_map(name: str, *paths: str, **labels: str) -> dict[str, Any]:
-        # Sidecars know a ConfigMap by its name, so that has no hash.
+        # Sidecars know a ConfigMap by its name, so it has no hash.
         options: dict[str, Any] = {"labels": {**_LABELS, **labels}, "disableNameSuffixHash": True}
         if "grafana_dashboard" in labels:
             options["annotations"] = {"grafana_folder": FOLDER_TITLE}
@@ -88,13 +86,8 @@ def _config_maps() -> Iterator[dict[str, Any]]:
 
 
 def _provider() -> dict[str, Any]:
-    provider = {
-        "name": "raymill",
-        "folder": FOLDER_TITLE,
-        "type": "file",
-        "allowUiUpdates": False,
-        "options": {"path": "/var/lib/grafana/dashboards/raymill"},
-    }
+    provider: dict[str, Any] = {"name": "raymill", "folder": FOLDER_TITLE, "type": "file", "allowUiUpdates": False}
+    provider["options"] = {"path": "/var/lib/grafana/dashboards/raymill"}
     return {"apiVersion": 1, "providers": [provider]}
 
 
@@ -104,12 +97,8 @@ def _scrape() -> dict[str, Any]:
         {"source_labels": ["__meta_kubernetes_pod_ip"], "target_label": "__address__", "replacement": "$1:8080"},
         {"source_labels": ["__meta_kubernetes_pod_label_ray_io_cluster"], "target_label": "ray_cluster"},
     ]
-    job = {
-        "job_name": "raymill",
-        "scrape_interval": SCRAPE_INTERVAL,
-        "kubernetes_sd_configs": [{"role": "pod"}],
-        "relabel_configs": relabel,
-    }
+    job: dict[str, Any] = {"job_name": "raymill", "scrape_interval": SCRAPE_INTERVAL}
+    job |= {"kubernetes_sd_configs": [{"role": "pod"}], "relabel_configs": relabel}
     return {"scrape_configs": [job]}
 
 

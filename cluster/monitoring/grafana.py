@@ -1,8 +1,8 @@
-"""Grafana as raymill speaks to it, by the `grafana-api` package: data source, folder, dashboards, annotations.
+"""Grafana through the `grafana-api` package: data source, folder, dashboards, annotations.
 
-Everything is found by a uid of ours and may be pushed again at any time. The package is not kept up: its calls by
-numeric ids, which Grafana 13 has no more, are left alone; an answer without a body it fails to parse, and on an error
-page in HTML it may fail with a TypeError.
+Everything has a uid of raymill's and may be pushed again at any time. The package is unmaintained: its calls by numeric
+ids, which Grafana 13 has dropped, are not used; it fails to parse an answer without a body, and an error page in HTML
+may give a TypeError.
 """
 
 import os
@@ -33,20 +33,20 @@ Json = dict[str, Any]
 
 
 class GrafanaError(UserError):
-    """Grafana cannot be reached, or does not do as asked."""
+    """Grafana cannot be reached, or refuses a request."""
 
 
 class NotThereError(GrafanaError):
-    """It answered 404."""
+    """Grafana answered 404."""
 
 
 class AwayError(GrafanaError):
-    """It may do so later."""
+    """Grafana did not answer, and may later."""
 
 
 @dataclass(frozen=True)
 class Annotation:
-    """A moment in every dashboard that asks for its tags."""
+    """A moment that is shown in every dashboard that asks for its tags."""
 
     time_s: float
     kind: str
@@ -75,7 +75,7 @@ class Grafana:
 
     @classmethod
     def from_environment(cls) -> Self:
-        """By `GRAFANA_URL` and `GRAFANA_TOKEN`, or the file that `GRAFANA_TOKEN_FILE` names. Raises `ConfigError`."""
+        """Reads `GRAFANA_URL` and `GRAFANA_TOKEN`, or the file in `GRAFANA_TOKEN_FILE`. Raises `ConfigError`."""
         url, token = os.environ.get(URL_VARIABLE), os.environ.get(TOKEN_VARIABLE)
         if not token and (path := os.environ.get(TOKEN_FILE_VARIABLE)):
             try:
@@ -90,7 +90,7 @@ class Grafana:
         return cls(url, token)
 
     def push_data_source(self, prometheus_url: str) -> str:
-        """Returns `created`, `updated` or `unchanged`, as all that push do."""
+        """Pushes and returns `created`, `updated` or `unchanged`, like the other methods that push."""
         wanted = data_source(prometheus_url)
         try:
             found = self._call("GET", f"/datasources/uid/{DATA_SOURCE_UID}")
@@ -125,7 +125,7 @@ class Grafana:
             return None
 
     def annotate(self, annotation: Annotation) -> str:
-        """Asked again for the same one, also after an answer that got lost, it leaves it at one."""
+        """Annotates once, even if the same is asked again or an answer was lost."""
         time_ms = round(annotation.time_s * 1000)
         tags = "&".join(f"tags={quote(tag)}" for tag in annotation.tags)
         body = {"time": time_ms, "tags": annotation.tags, "text": annotation.text}
@@ -145,7 +145,7 @@ class Grafana:
     def _call(
         self, method: str, path: str, body: Json | None = None, *, retries_after_s: Sequence[float] | None = None
     ) -> Any:
-        """The answer's JSON, None of an empty one."""
+        """Returns the answer's JSON, or None if it is empty."""
         for wait_s in (*(RETRIES_AFTER_S if retries_after_s is None else retries_after_s), None):
             try:
                 return getattr(self._face.api, method)(path, json=body)
@@ -171,7 +171,7 @@ class Grafana:
 
 
 class Annotator:
-    """Annotates from a thread, so that no Grafana holds up what is annotated."""
+    """Annotates from a thread, so that Grafana never delays what is annotated."""
 
     def __init__(self, grafana: Grafana) -> None:
         self._grafana = grafana
@@ -181,7 +181,7 @@ class Annotator:
 
     @classmethod
     def from_environment(cls) -> Self | None:
-        """None where no Grafana is named, or none that can be used, which is told."""
+        """Returns None if no Grafana is named, or, with a message, if it cannot be used."""
         if not os.environ.get(URL_VARIABLE):
             return None
         try:
@@ -194,7 +194,7 @@ class Annotator:
         self._waiting.put(annotation)
 
     def close(self) -> None:
-        """Gives what waits some seconds more."""
+        """Waits some seconds for what is left to annotate."""
         self._waiting.put(None)
         self._thread.join(timeout=2 * TIMEOUT_S)
 
@@ -222,7 +222,7 @@ def data_source(prometheus_url: str) -> Json:
 
 
 def differences(wanted: Any, found: Any, where: str = "") -> list[str]:
-    """Places where `found` lacks what is wanted; what Grafana has added besides is its own affair."""
+    """Returns the places where `found` lacks what is wanted, ignoring what Grafana has added."""
     if isinstance(wanted, dict) and isinstance(found, dict):
         return [
             place

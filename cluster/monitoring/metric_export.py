@@ -1,9 +1,8 @@
-"""How the metrics of one process reach Prometheus: set in a registry of its own, and copied to Ray's metrics.
+"""Exports the metrics of one process: set in a registry of their own, and copied to Ray's metrics every few seconds.
 
-Copied now and then, as Ray's own classes would take 4.6 µs for each token where these take 1.3 (a copy is 0.5 ms for a
-replica), and know a histogram's sum by the middle of its buckets only. Each series leaves as a gauge of Ray's that
-holds its value: so sums are exact, and no series outlives its process for long. `rate` and `histogram_quantile` do not
-look at a series' type.
+Ray's own classes would take 4.6 µs for each token where these take 1.3 (a copy is 0.5 ms for a replica), and know a
+histogram's sum only by the middle of its buckets. Each series becomes a gauge of Ray's with its value: so sums are
+exact, and no series outlives its process for long. `rate` and `histogram_quantile` ignore a series' type.
 """
 
 import threading
@@ -19,7 +18,7 @@ PUBLISH_INTERVAL_S = 2.0  # Ray passes values on every 10 s
 
 
 class Metrics:
-    """Those of one exporter in the table."""
+    """The metrics of one exporter in the table."""
 
     def __init__(self, exporter: Exporter, **labels: str) -> None:
         """`labels` are the exporter's common ones."""
@@ -29,11 +28,11 @@ class Metrics:
         self._gauges: dict[str, Gauge] = {}
 
     def of(self, name: str, **labels: str) -> Any:
-        """The counter, gauge or histogram of that name and these labels; it is exported from now on."""
+        """Returns the counter, gauge or histogram of that name and these labels, which is exported from now on."""
         return self._metrics[name].labels(**self._labels, **labels)
 
     def publish(self, **labels: str) -> None:
-        """Gives Ray the values; they get `labels` besides."""
+        """Gives Ray the values, with `labels` added."""
         for family in self.collectors.collect():
             for sample in family.samples:
                 if not sample.name.endswith("_created"):
@@ -41,7 +40,7 @@ class Metrics:
                     self._gauge(sample.name, tags, family.documentation).set(sample.value, tags=tags)
 
     def keep_published(self) -> None:
-        """As long as the process lives, by a thread."""
+        """Publishes from a thread while the process lives."""
 
         def work() -> None:
             never = threading.Event()
@@ -51,7 +50,7 @@ class Metrics:
         threading.Thread(target=work, name="metrics", daemon=True).start()
 
     def _make(self, metric: Metric) -> Any:
-        # In the clients' order: name, text, labels, then namespace, subsystem and unit, which the name has already.
+        # In the clients' order: name, text, labels, then namespace, subsystem and unit, which the name already has.
         arguments = (metric.name, metric.help, metric.all_labels, "", "", "", self.collectors)
         match metric.kind:
             case Kind.COUNTER:
@@ -63,6 +62,6 @@ class Metrics:
 
     def _gauge(self, name: str, tags: Mapping[str, str], text: str) -> Gauge:
         if name not in self._gauges:
-            # vLLM's colons are not for Ray.
+            # Ray does not accept vLLM's colons.
             self._gauges[name] = Gauge(name.replace(":", "_"), description=text, tag_keys=tuple(tags))
         return self._gauges[name]

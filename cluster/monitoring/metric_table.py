@@ -1,6 +1,6 @@
-"""The one table of metrics: what raymill exports and what its dashboards and alerts read, with units and meanings.
+"""The table of all metrics that raymill exports and its dashboards and alerts read, with units and meanings.
 
-Nothing else makes a metric (`metric_export.py` refuses a name that is not here), and no panel or rule reads another.
+There are no others: `metric_export.py` refuses a name that is not here, and no panel or rule reads one.
 """
 
 from collections.abc import Iterator
@@ -16,13 +16,13 @@ class Kind(StrEnum):
 
 
 class Exporter(StrEnum):
-    """Which process tells of it. All reach Prometheus through the metrics port of the process's Ray node."""
+    """The process that exports a metric, which reaches Prometheus through the metrics port of its Ray node."""
 
     LAUNCHER = "launcher"  # the driver of jobs.pretrain, from the run's ledger
     DATA = "data"  # the driver of a stage that reads a corpus
     REPLICA = "replica"  # each replica of the endpoint
     PROXY = "proxy"  # each HTTP proxy of the endpoint
-    RAY = "ray"  # Ray itself; listed are those that dashboards and alerts read
+    RAY = "ray"  # Ray itself: only those that dashboards and alerts read
 
 
 COMMON_LABELS: dict[Exporter, tuple[str, ...]] = {
@@ -45,13 +45,13 @@ PER_S = {COUNT: COUNTS_PER_S, BYTES: BYTES_PER_S, TOKENS: TOKENS_PER_S}
 
 @dataclass(frozen=True)
 class Metric:
-    name: str  # as its exporter says it, without _total
+    name: str  # as exported, without _total
     kind: Kind
     exporter: Exporter
     unit: str
     help: str
     labels: tuple[str, ...] = ()  # beside the exporter's common ones
-    values: tuple[str, ...] = ()  # of its label, where there are a few that are known
+    values: tuple[str, ...] = ()  # of its label, if they are few and known
     buckets: tuple[float, ...] = ()  # upper bounds, of a histogram
 
     @property
@@ -60,7 +60,7 @@ class Metric:
 
     @property
     def series(self) -> tuple[str, ...]:
-        """The names that Prometheus finds at a Ray node's metrics port."""
+        """The names at a Ray node's metrics port."""
         if self.exporter is Exporter.RAY:
             return (self.name,)
         name = f"ray_{self.name.replace(':', '_')}"
@@ -83,17 +83,17 @@ Phase = Literal[
     "load", "forward", "loss", "backward", "sync", "update", "snapshot", "checkpoint", "validation", "statistics"
 ]
 PHASES: tuple[str, ...] = get_args(Phase)
-"""Of a training step: `loss` is the head and its cross-entropy, with their gradient; `sync` what of the exchange is not
-overlapped."""
+"""Parts of a training step: `loss` is the head and its cross-entropy, with their gradient; `sync` is the part of the
+exchange that is not overlapped."""
 REST, UNTIMED = "stall", "step"
-"""What no phase claims; the one phase of a step that an earlier version was asked not to time."""
+"""The time that no phase claims; the only phase of a step that an earlier version did not time."""
 FAILURES = ("user_error", "raised", "died", "lost", "hang")
 FINISH_REASONS = ("stop", "length", "error", "abort")
 OUTCOMES = ("ok", "invalid", "refused", "drained", "failed", "cut", "left")
 
 
 def _run(name: str, unit: str, text: str, *labels: str, values: tuple[str, ...] = ()) -> Metric:
-    """A gauge, as also what only grows is the whole run's figure: it goes on where a launch before this one ended."""
+    """Returns a gauge, even for what only grows: as the whole run's figure it continues from earlier launches."""
     return Metric(f"raymill_{name}", Kind.GAUGE, Exporter.LAUNCHER, unit, text, labels, values)
 
 
@@ -201,7 +201,7 @@ TABLE: tuple[Metric, ...] = (
 METRICS: dict[str, Metric] = {metric.name: metric for metric in TABLE}
 
 SERIES: dict[str, Metric] = {name: metric for metric in TABLE for name in metric.series}
-"""By the names in Prometheus."""
+"""Metrics by their names in Prometheus."""
 
 
 def metrics_of(exporter: Exporter) -> Iterator[Metric]:
@@ -210,19 +210,19 @@ def metrics_of(exporter: Exporter) -> Iterator[Metric]:
 
 OBJECTIVE = 0.999
 """Share of the valid completions that are answered whole, over `PERIOD`. Invalid, refused (429) and drained ones (503
-while an operator has the endpoint drained) do not count; an answer with status 200 whose replica itself ended it with
-an error event counts as answered."""
+while an operator drains the endpoint) do not count; an answer with status 200 that its replica ended with an error
+event counts as answered."""
 
 PERIOD = "30d"
 
 BUDGET = round(1 - OBJECTIVE, 6)
 
 FAST_BURN, SLOW_BURN = 14.4, 6.0
-"""Times the rate that would just use up the budget: 2% of it in an hour, 5% in six (Google's SRE workbook)."""
+"""Multiples of the rate that just uses up the budget: 2% of it in an hour, 5% in six (Google's SRE workbook)."""
 
 
 def error_ratio(window: str) -> str:
-    """Share of the completions within a window that failed."""
+    """Returns the expression for the share of a window's completions that failed."""
     (answers,) = METRICS["raymill:http_answers"].series
     failed = f'sum(rate({answers}{{outcome=~"failed|cut"}}[{window}]))'
     return f'{failed} / sum(rate({answers}{{outcome=~"ok|failed|cut"}}[{window}]))'
@@ -233,5 +233,5 @@ def burn_rate(window: str) -> str:
 
 
 def budget_left() -> str:
-    """Share of the period's budget, below 0 once it is overspent."""
+    """Returns the expression for the share of the period's budget that is left, below 0 if overspent."""
     return f"1 - {burn_rate(PERIOD)}"

@@ -1,4 +1,4 @@
-"""What each dashboard shows: panels made from the metric table, which gives their units and explanations."""
+"""The panels of each dashboard, with units and explanations from the metric table."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -40,14 +40,14 @@ class Panel:
     about: str
     is_stat: bool = False
     is_stacked: bool = False
-    names: tuple[str, ...] = ()  # of series that are known, each with its colour
-    thresholds: tuple[float, float] | None = None  # from where on a value is doubtful, and bad
+    names: tuple[str, ...] = ()  # of known series, each with its color
+    thresholds: tuple[float, float] | None = None  # above them a value is doubtful, and bad
     top: float | None = None  # of the axis
 
 
 @dataclass(frozen=True)
 class Variable:
-    """A choice above the panels: the values of a label."""
+    """A choice above the panels among the values of a label."""
 
     name: str
     metric: str
@@ -64,7 +64,7 @@ class Dashboard:
 
 
 def series(name: str, suffix: str = "", **labels: str) -> str:
-    """The series of a metric of the table that the dashboard's variables choose. `suffix` is one of a histogram's."""
+    """Returns the series of a metric that the dashboard's variables choose. `suffix` is one of a histogram's."""
     metric = METRICS[name]
     chosen = dict(labels)
     if metric.exporter is Exporter.LAUNCHER:
@@ -76,7 +76,7 @@ def series(name: str, suffix: str = "", **labels: str) -> str:
 
 
 def lines(title: str, *names: str, by: str = "", op: str = "max", stacked: bool = False, **options: Any) -> Panel:
-    """A line for each metric, or for each value of the label `by`. Of counters it is the growth a second."""
+    """Returns lines for metrics, or for the values of the label `by`; of counters, their growth per second."""
     metrics = [METRICS[name] for name in names]
     grouping = f" by ({by})" if by else ""
     queries = []
@@ -99,7 +99,7 @@ def stat(title: str, name: str) -> Panel:
 
 
 def quantiles(title: str, name: str) -> Panel:
-    """Of a histogram."""
+    """Returns the quantiles of a histogram."""
     buckets = f"sum by (le) (rate({series(name, '_bucket')}[{RATE}]))"
     queries = tuple(Query(f"histogram_quantile({q / 100}, {buckets})", f"p{q}") for q in (50, 95, 99))
     return Panel(title, queries, METRICS[name].unit, f"{METRICS[name].help}.")
@@ -112,7 +112,7 @@ def age(title: str, name: str, *, bad_s: float) -> Panel:
 
 
 def computed(title: str, unit: str, about: str, exprs: Mapping[str, str]) -> Panel:
-    """By expressions of their own, by legend."""
+    """Returns lines with expressions of their own, by legend."""
     return Panel(title, tuple(Query(expr, legend) for legend, expr in exprs.items()), unit, about)
 
 

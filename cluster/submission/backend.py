@@ -1,19 +1,20 @@
 """The interface of a job backend: check, submit, report, stop."""
 
+import time
 from abc import ABC, abstractmethod
 from typing import Any
 
 from cluster.settings.run import RunConfig
 from cluster.submission.preflight import Folders
-from cluster.submission.record import JobRecord, JobState
+from cluster.submission.record import Backend, JobRecord, JobState
 
 
 class JobBackend(ABC):
     """A place that runs jobs. None of its methods waits for a job."""
 
-    @property
-    @abstractmethod
-    def folders(self) -> Folders: ...
+    kind: Backend
+    where: str
+    folders: Folders
 
     @abstractmethod
     def probe(self) -> None:
@@ -23,9 +24,13 @@ class JobBackend(ABC):
     def check(self, config: RunConfig, stage: str, needs: dict[str, Any]) -> None:
         """Raises `AdmissionError` if the job would not find the room that it needs (`jobs.plan.memory`)."""
 
-    @abstractmethod
-    def record(self, config: RunConfig, stage: str, *, number: int, submitted: float) -> JobRecord:
+    def name(self, run_id: str, number: int) -> str:
+        return f"{run_id}.{number}"
+
+    def record(self, config: RunConfig, stage: str, *, number: int) -> JobRecord:
         """Returns the record by which the run's submission of that number will be found."""
+        run_id = str(config.run_id)
+        return JobRecord(run_id, stage, self.kind, self.where, self.name(run_id, number), number, time.time())
 
     @abstractmethod
     def start(self, config: RunConfig, record: JobRecord) -> JobRecord:

@@ -21,12 +21,9 @@ class KubeJobs(JobBackend):
     def __init__(self, namespace: str, overlay: Path | None = None) -> None:
         from cluster.kube.client import KubeApi  # noqa: PLC0415 (its client is an extra)
 
+        self.kind, self.where, self.folders = Backend.KUBERAY, namespace, Folders.NONE
         self._api, self._overlay = KubeApi(namespace), overlay
         self._needs: dict[str, Any] = {}
-
-    @property
-    def folders(self) -> Folders:
-        return Folders.NONE
 
     def probe(self) -> None:
         self._api.all(_RAY, "RayJob")
@@ -40,13 +37,11 @@ class KubeJobs(JobBackend):
     def objects(self, config: RunConfig, stage: str, *, number: int) -> list[Object]:
         """Returns what `start` applies; `check` comes first."""
         assert self._overlay is not None, "submitting takes an overlay"
-        name = rayjob_name(str(config.run_id), number)
+        name = self.name(str(config.run_id), number)
         return rayjob(rendered_overlay(self._overlay), config, stage, name=name, needs=self._needs)
 
-    def record(self, config: RunConfig, stage: str, *, number: int, submitted: float) -> JobRecord:
-        run_id = str(config.run_id)
-        name = rayjob_name(run_id, number)
-        return JobRecord(run_id, stage, Backend.KUBERAY, self._api.namespace, name, number, submitted)
+    def name(self, run_id: str, number: int) -> str:
+        return rayjob_name(run_id, number)
 
     def start(self, config: RunConfig, record: JobRecord) -> JobRecord:
         """Applies the job first: it owns its settings, so Kubernetes removes them with it; its pods wait for them."""

@@ -27,9 +27,7 @@ from cluster.submission.record import Backend, JobRecord, JobState
 class LocalJobs(JobBackend):
     """Jobs known by their owner's process; other machines know only their logs."""
 
-    @property
-    def folders(self) -> Folders:
-        return Folders.SAME
+    kind, where, folders = Backend.LOCAL, socket.gethostname(), Folders.SAME
 
     def probe(self) -> None:
         pass
@@ -41,10 +39,9 @@ class LocalJobs(JobBackend):
         nodes = [{"CPU": float(cpus), "memory": memory / count}] * count
         check_rooms(config, stage, needs, nodes=nodes, where="this machine")
 
-    def record(self, config: RunConfig, stage: str, *, number: int, submitted: float) -> JobRecord:
-        run_id, me = str(config.run_id), ProcessIdentity.own()
-        record = JobRecord(run_id, stage, Backend.LOCAL, socket.gethostname(), f"{run_id}.{number}", number, submitted)
-        return dataclasses.replace(record, **dataclasses.asdict(me))  # until its owner runs
+    def record(self, config: RunConfig, stage: str, *, number: int) -> JobRecord:
+        record = super().record(config, stage, number=number)
+        return dataclasses.replace(record, **dataclasses.asdict(ProcessIdentity.own()))  # until its owner runs
 
     def start(self, config: RunConfig, record: JobRecord) -> JobRecord:
         """Returns once the cluster is up and has the job, after some ten seconds."""

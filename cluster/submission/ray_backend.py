@@ -21,10 +21,8 @@ class RayJobs(JobBackend):
 
     def __init__(self, api: JobsApi) -> None:
         self._api = api
-
-    @property
-    def folders(self) -> Folders:
-        return Folders.SAME if urlsplit(self._api.url).hostname in _LOOPBACK else Folders.UNKNOWN
+        self.kind, self.where = Backend.RAY, api.url
+        self.folders = Folders.SAME if urlsplit(api.url).hostname in _LOOPBACK else Folders.UNKNOWN
 
     def probe(self) -> None:
         self._api.probe()
@@ -36,10 +34,6 @@ class RayJobs(JobBackend):
             if not self._api.has_autoscaler():
                 raise
             say(f"the job waits for new nodes: {error}")
-
-    def record(self, config: RunConfig, stage: str, *, number: int, submitted: float) -> JobRecord:
-        run_id = str(config.run_id)
-        return JobRecord(run_id, stage, Backend.RAY, self._api.url, f"{run_id}.{number}", number, submitted)
 
     def start(self, config: RunConfig, record: JobRecord) -> JobRecord:
         connection = Connection(self._api.url, self._api.headers, None)

@@ -77,7 +77,7 @@ def submit_job(config: RunConfig, stage: str, backend: JobBackend, token_file: P
     while True:
         found = read_record(run)
         number, version = (found[0].number + 1, found[1]) if found else (1, None)
-        record = backend.record(config, stage, number=number, submitted=time.time())
+        record = backend.record(config, stage, number=number)
         taken = write_record(run, record, replaces=version)
         if taken is not None:
             break
