@@ -4,7 +4,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +32,8 @@ _VALIDATION_ROWS = 512
 _KILL_AT, _ADD_AT, _STEPS_WITH_FAULTS = 60, 66, 240
 
 
-@dataclass(frozen=True)
-class Small:
-    """A rehearsal's settings."""
-
-    config: RunConfig
-    faults: list[Fault]
-
-
-def in_small(config: RunConfig, *, faults: Sequence[Fault] = ()) -> Small:
-    """Returns the same run with fewer steps, and with fewer lanes per step if a lane takes seconds.
+def in_small(config: RunConfig, *, faults: Sequence[Fault] = ()) -> tuple[RunConfig, list[Fault]]:
+    """Returns the run with fewer steps, and with fewer lanes per step if a lane takes seconds, and the faults in it.
 
     Raises `ConfigError` if a single lane would take too long to be measured in a minute.
     """
@@ -77,10 +68,8 @@ def in_small(config: RunConfig, *, faults: Sequence[Fault] = ()) -> Small:
         }
     )
     moved = {Kind.KILL_NODE: _KILL_AT, Kind.KILL_WORKER: _KILL_AT, Kind.ADD_NODE: _ADD_AT}
-    return Small(
-        config.model_copy(update={"train": small, "run_id": "rehearsal"}),
-        [Fault(fault.kind, moved[fault.kind]) for fault in faults],
-    )
+    rehearsed_faults = [Fault(fault.kind, moved[fault.kind]) for fault in faults]
+    return config.model_copy(update={"train": small, "run_id": "rehearsal"}), rehearsed_faults
 
 
 @contextmanager
@@ -88,19 +77,23 @@ def rehearsed(
     config: RunConfig, *, faults: Sequence[Fault] = (), serving: ServeConfig | None = None
 ) -> Iterator[dict[str, Any]]:
     """Runs the rehearsal and gives its measurements for `jobs.plan.prediction`; its storage lasts for the context."""
-    small = in_small(config, faults=faults)
+    small, small_faults = in_small(config, faults=faults)
     busy_before = psutil.cpu_percent(interval=1.0) / 100
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="raymill-rehearsal-") as folder:
         storage = StorageConfig(uri=folder)
-        corpus = _corpus(config, Path(folder))
+        if not config.data.source:
+            raise ConfigError(
+                "--calibrate trains on the run's own text: name it with --data.source, or plan the --demo"
+            )
+        corpus = rehearsal_corpus(config, Path(folder, "corpus"))
         data = config.data.model_copy(update={"source": corpus["source"], "weights": []})
-        run = small.config.model_copy(update={"data": data, "storage": storage})
+        run = small.model_copy(update={"data": data, "storage": storage})
         if serving is not None:
             key = str(Path(folder, "api_key"))
             serving = serving.model_copy(update={"storage": storage, "api_key_file": key})
         say(f"rehearsing {max_steps(run)} of {max_steps(config)} steps, and every stage around them")
-        with river(run, faults=small.faults, serving=serving) as found:
+        with river(run, faults=small_faults, serving=serving) as found:
             pass
         yield {
             "stage_s": found.stage_s,
@@ -109,14 +102,7 @@ def rehearsed(
             "source_bytes": corpus["source_bytes"],
             "rehearsed_bytes": corpus["rehearsed_bytes"],
             "faults": [vars(fault) for fault in faults],
-            "rehearsed_faults": [vars(fault) for fault in small.faults],
+            "rehearsed_faults": [vars(fault) for fault in small_faults],
             "busy_before": busy_before,
             "took_s": round(time.monotonic() - start, 1),
         }
-
-
-def _corpus(config: RunConfig, folder: Path) -> dict[str, Any]:
-    """Returns the run's corpus if it is small, else its beginning as files in the folder."""
-    if not config.data.source:
-        raise ConfigError("--calibrate trains on the run's own text: name it with --data.source, or plan the --demo")
-    return rehearsal_corpus(config, folder / "corpus")

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Self, TextIO
 
 from rich.console import Console
@@ -158,9 +157,7 @@ class ProgressView:
             self._until_first_line.enter_context(doing(self._waiting))
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *failure: object) -> None:
         self._until_first_line.close()
         if self._bars is not None:
             self._bars.stop()
@@ -188,14 +185,14 @@ class ProgressView:
             say(text)
 
     def _show(self, report: Report) -> None:
-        if self._bars is not None:
-            if report.label not in self._tasks:
-                self._bars.start()  # not before: without a bar it would keep painting an empty line
-                self._tasks[report.label] = self._bars.add_task(report.label, total=report.total, unit="", note="")
-            self._bars.update(self._tasks[report.label], completed=report.done, unit=report.unit, note=report.note)
+        if self._bars is None:
+            if (text := self._plain.text(report)) is not None:
+                say(text)
             return
-        if (text := self._plain.text(report)) is not None:
-            say(text)
+        if report.label not in self._tasks:
+            self._bars.start()  # not before: without a bar it would keep painting an empty line
+            self._tasks[report.label] = self._bars.add_task(report.label, total=report.total, unit="", note="")
+        self._bars.update(self._tasks[report.label], completed=report.done, unit=report.unit, note=report.note)
 
 
 def _report(line: str) -> Report:

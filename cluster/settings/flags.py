@@ -154,7 +154,8 @@ def _leaves(root: type[BaseModel], prefix: str = "") -> list[tuple[str, str, boo
             for field in dataclasses.fields(GPTConfig):
                 leaves.append((f"{prefix}{name}.{field.name}", f"{field.metadata['help']} ({field.default})", False))
         else:
-            leaves.append((f"{prefix}{name}", _help(info), _holds_list(kind)))
+            holds_list = get_origin(kind) in (list, dict) or any(get_origin(part) is list for part in get_args(kind))
+            leaves.append((f"{prefix}{name}", _help(info), holds_list))
     return [(path, text.replace("%", "%%"), is_list) for path, text, is_list in leaves] if not prefix else leaves
 
 
@@ -164,10 +165,6 @@ def _help(info: FieldInfo) -> str:
     notes = [f"one of {', '.join(choices)}"] if choices else []
     notes += [f"default {default}"] if default not in (None, [], {}) else []
     return f"{info.description}" + (f" ({'; '.join(notes)})" if notes else "")
-
-
-def _holds_list(kind: Any) -> bool:
-    return get_origin(kind) in (list, dict) or any(get_origin(part) is list for part in get_args(kind))
 
 
 def _explained(problem: Any, root: type[BaseModel]) -> str:

@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from stat import S_ISREG
 from typing import BinaryIO
@@ -85,9 +85,7 @@ class LocalStorage(Storage):
     def list(self, prefix: str = "") -> Entries:
         folder = prefix.rpartition("/")[0]
         below = LocalStorage(self.local_path(folder)).walk()
-        entries = [
-            Entry(f"{folder}/{entry.key}" if folder else entry.key, entry.size, entry.version) for entry in below
-        ]
+        entries = [replace(entry, key=f"{folder}/{entry.key}" if folder else entry.key) for entry in below]
         return [entry for entry in entries if entry.key.startswith(prefix)]
 
     def walk(self, *, max_depth: int | None = None) -> Entries:
@@ -192,7 +190,11 @@ def _expected(path: Path, if_version: str | None) -> Iterator[None]:
     lock = path.with_name(f"{_TEMPORARY}lock-{path.name}")
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        _flock(descriptor, lock)
+        deadline_s = time.monotonic() + _LOCK_TIMEOUT_S
+        while not _is_locked(descriptor):
+            if time.monotonic() > deadline_s:
+                raise StorageError(f"{lock} is locked for over {_LOCK_TIMEOUT_S} s; is a process stopped?")
+            time.sleep(0.002)
         if str(_version(path)) != if_version:
             raise ConflictError(f"{path} was changed or removed by another process")
         yield
@@ -200,17 +202,13 @@ def _expected(path: Path, if_version: str | None) -> Iterator[None]:
         os.close(descriptor)  # unlocks; the lock file stays, as others may wait for it
 
 
-def _flock(descriptor: int, lock: Path) -> None:
-    deadline_s = time.monotonic() + _LOCK_TIMEOUT_S
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            if time.monotonic() > deadline_s:
-                raise StorageError(f"{lock} is locked for over {_LOCK_TIMEOUT_S} s; is a process stopped?") from error
-            time.sleep(0.002)
-        else:
-            return
+def _is_locked(descriptor: int) -> bool:
+    """Tries to lock the file, and says whether it did."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _fsync(path: Path) -> None:

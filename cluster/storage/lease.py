@@ -13,7 +13,6 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from types import TracebackType
 from typing import Self
 
 from cluster.storage.interface import AlreadyExistsError, ConflictError, NotFoundError, Storage, StorageError, join_uri
@@ -43,9 +42,9 @@ class Holder:
     since: str
     beat: int = 0
 
-    def is_gone(self) -> bool:
-        """Says whether the holder ran on this machine and has ended; False if that cannot be known."""
-        return ProcessIdentity(self.machine, self.pid, self.started_s).is_gone()
+    @property
+    def process(self) -> ProcessIdentity:
+        return ProcessIdentity(self.machine, self.pid, self.started_s)
 
 
 class Lease:
@@ -83,9 +82,7 @@ class Lease:
         self._heart.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *failure: object) -> None:
         self._released.set()
         # The next run takes over a lease that cannot be removed: no reason to fail one that ended well.
         with self._renewing, suppress(StorageError):
@@ -114,7 +111,7 @@ class Lease:
         if holder.owner == self._me.owner:  # the answer to our own write was lost, and its retry refused
             self._me, self._version = found
             return True
-        if not holder.is_gone():
+        if not holder.process.is_gone():
             self._watch(holder, version)
         self._me = replace(self._me, generation=holder.generation + 1)
         with suppress(ConflictError):
@@ -125,7 +122,7 @@ class Lease:
     def _watch(self, holder: Holder, version: str) -> None:
         """Returns once the holder is dead. Raises `LeaseHeldError` at its next sign of life."""
         deadline_s = time.monotonic() + self._timeout_s
-        while time.monotonic() < deadline_s and not holder.is_gone():
+        while time.monotonic() < deadline_s and not holder.process.is_gone():
             time.sleep(min(self._interval_s, self._timeout_s / 20))
             entry = self._storage.stat(self._key)
             if entry is None:
@@ -165,10 +162,10 @@ class Lease:
 def living_holder(storage: Storage, key: str, *, timeout_s: float) -> Holder | None:
     """Returns the lease's living holder: at once on its own machine, else at its next beat within `timeout_s`."""
     found = _held(storage, key)
-    if found is None or found[0].is_gone():
+    if found is None or found[0].process.is_gone():
         return None
     holder, version = found
-    if ProcessIdentity(holder.machine, holder.pid, holder.started_s).is_here:
+    if holder.process.is_here:
         return holder
     deadline_s = time.monotonic() + timeout_s
     while time.monotonic() < deadline_s:
@@ -203,16 +200,8 @@ def read_with_version(storage: Storage, key: str) -> tuple[bytes, str | None]:
 
 
 def _myself() -> Holder:
-    me = ProcessIdentity.own()
-    return Holder(
-        owner=secrets.token_hex(8),
-        generation=1,
-        host=socket.gethostname(),
-        machine=me.machine,
-        pid=me.pid,
-        started_s=me.started_s,
-        since=time.strftime("%Y-%m-%d %H:%M:%S %Z"),
-    )
+    since, me = time.strftime("%Y-%m-%d %H:%M:%S %Z"), asdict(ProcessIdentity.own())
+    return Holder(owner=secrets.token_hex(8), generation=1, host=socket.gethostname(), since=since, **me)
 
 
 def _stored(holder: Holder) -> bytes:

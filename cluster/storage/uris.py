@@ -3,6 +3,7 @@
 import glob
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
@@ -79,7 +80,7 @@ def glob_uris(pattern: str) -> list[Entry]:
     uri = absolute_uri(pattern)
     storage, name = split_uri(uri)
     if name and (entry := storage.stat(name)):
-        return [Entry(uri, entry.size, entry.version)]
+        return [replace(entry, key=uri)]
     found = _below(uri, open_storage(uri).list()) or (_matches(uri) if glob.has_magic(uri) else [])
     if not found:
         raise NotFoundError(f"nothing is at {pattern!r} (looked for {uri}); check the path or pattern")
@@ -87,7 +88,7 @@ def glob_uris(pattern: str) -> list[Entry]:
 
 
 def _below(folder: str, entries: list[Entry]) -> list[Entry]:
-    return [Entry(join_uri(folder, entry.key), entry.size, entry.version) for entry in entries]
+    return [replace(entry, key=join_uri(folder, entry.key)) for entry in entries]
 
 
 def _matches(pattern: str) -> list[Entry]:

@@ -95,20 +95,20 @@ def test_more_lanes_and_more_text() -> None:
 
 def test_a_rehearsal_is_the_run_in_small() -> None:
     planned = config(10_000)
-    small = in_small(planned).config
+    small, _ = in_small(planned)
     assert max_steps(small) <= 240
     assert small.train.global_batch_size == 8
     assert (small.model, small.data, small.scaling) == (planned.model, planned.data, planned.scaling)
     faults = [Fault(Kind.KILL_NODE, 4000), Fault(Kind.ADD_NODE, 5000)]
-    moved = in_small(planned, faults=faults)
-    assert [fault.kind for fault in moved.faults] == [Kind.KILL_NODE, Kind.ADD_NODE]
-    assert all(fault.step < max_steps(moved.config) / 2 for fault in moved.faults)
+    small, moved = in_small(planned, faults=faults)
+    assert [fault.kind for fault in moved] == [Kind.KILL_NODE, Kind.ADD_NODE]
+    assert all(fault.step < max_steps(small) / 2 for fault in moved)
 
 
 def test_large_models_are_rehearsed_with_fewer_lanes_or_not_at_all() -> None:
     values = {"run_id": "large", "data": {"source": "texts"}, "model": {"preset": "gpt2-124m", "n_positions": 128}}
     train = {"global_batch_size": 64, "micro_batch_size": 1, "max_tokens": 10**9}
-    small = in_small(RunConfig.model_validate(values | {"train": train})).config
+    small, _ = in_small(RunConfig.model_validate(values | {"train": train}))
     assert small.train.global_batch_size < 64
     assert max_steps(small) == 8
     with pytest.raises(ConfigError, match=r"a lane of 64 x 128 tokens may take .* too long for a rehearsal"):
