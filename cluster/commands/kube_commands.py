@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,21 +75,17 @@ def pending(arguments: argparse.Namespace) -> dict[str, Any]:
     api = _api(arguments)
     found = _all(api, arguments.name)
     clusters = {_cluster_name(manifest) for manifest in found}
-    events = api.all("v1", "Event")
-
-    def events_of(manifest: Object) -> list[Object]:
-        name = manifest["metadata"]["name"]
-        return [event for event in events if event["involvedObject"].get("name") == name]
-
-    pods = api.all("v1", "Pod", selector="ray.io/is-ray-node=yes")
+    events = defaultdict(list)
+    for event in api.all("v1", "Event"):
+        events[event["involvedObject"].get("name")].append(event)
     reasons = {
-        pod["metadata"]["name"]: why_pending(pod, events_of(pod))
-        for pod in pods
+        pod["metadata"]["name"]: why_pending(pod, events[pod["metadata"]["name"]])
+        for pod in api.all("v1", "Pod", selector="ray.io/is-ray-node=yes")
         if pod["metadata"]["labels"].get("ray.io/cluster") in clusters and is_pending(pod)
     }
     for manifest in found:
         suspended = manifest["spec"].get("suspend")
-        reason = sentence(manifest) if suspended else why_not_made(events_of(manifest))
+        reason = sentence(manifest) if suspended else why_not_made(events[manifest["metadata"]["name"]])
         if reason:
             reasons[_name(manifest)] = reason
     return reasons or {"pending": "nothing: every requested pod runs"}
@@ -121,29 +118,25 @@ def _node_uses(url: str, pods: list[Object]) -> list[NodeUse]:
             raise ClusterError(f"{url} refuses the token: use auth_token from the cluster's Secret")
         if answer.is_error:
             raise ClusterError(f"{url} answered {answer.status_code} when asked for its {what}")
-        found: list[dict[str, Any]] = answer.json()["data"]["result"]["result"]
-        return found
+        return list(answer.json()["data"]["result"]["result"])
 
-    nodes = {row["node_name"]: row["node_id"] for row in rows("nodes", "ALIVE")}
-    names = {row["node_ip"]: row["node_id"] for row in rows("nodes", "ALIVE")} | nodes
+    nodes = rows("nodes", "ALIVE")
+    names = {row["node_ip"]: row["node_id"] for row in nodes} | {row["node_name"]: row["node_id"] for row in nodes}
     tasks, actors = rows("tasks", "RUNNING"), rows("actors", "ALIVE")
     reserved = rows("placement_groups", "CREATED")
-    uses = []
-    for pod in pods:
+
+    def use(pod: Object) -> NodeUse:
         metadata = pod["metadata"]
         node_id = names.get(metadata["name"], names.get(pod["status"].get("podIP", "")))
-        uses.append(
-            NodeUse(
-                metadata["name"],
-                metadata["labels"]["ray.io/group"],
-                tasks=tuple(row["name"] for row in tasks if row["node_id"] == node_id and row["type"] == "NORMAL_TASK"),
-                actors=tuple(row["class_name"] for row in actors if row["node_id"] == node_id),
-                placement_groups=sum(
-                    any(bundle["node_id"] == node_id for bundle in row["bundles"]) for row in reserved
-                ),
-            )
+        return NodeUse(
+            metadata["name"],
+            metadata["labels"]["ray.io/group"],
+            tasks=tuple(row["name"] for row in tasks if row["node_id"] == node_id and row["type"] == "NORMAL_TASK"),
+            actors=tuple(row["class_name"] for row in actors if row["node_id"] == node_id),
+            placement_groups=sum(any(bundle["node_id"] == node_id for bundle in row["bundles"]) for row in reserved),
         )
-    return uses
+
+    return list(map(use, pods))
 
 
 def _objects(arguments: argparse.Namespace) -> list[Object]:
@@ -178,9 +171,8 @@ def _all(api: "KubeApi", name: str | None) -> list[Object]:
         return [_find(api, name)]
     found = [manifest for kind in KINDS for manifest in api.all(_RAY, kind)]
     if not found:
-        raise UserError(
-            f"the namespace {api.namespace} has no RayCluster, RayJob or RayService: `raymill cluster apply`"
-        )
+        kinds = "RayCluster, RayJob or RayService"
+        raise UserError(f"the namespace {api.namespace} has no {kinds}: `raymill cluster apply` makes them")
     owned = {_cluster_name(manifest) for manifest in found if manifest["kind"] != "RayCluster"}
     return [o for o in found if o["kind"] != "RayCluster" or o["metadata"]["name"] not in owned]
 

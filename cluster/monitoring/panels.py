@@ -1,7 +1,7 @@
 """The panels of each dashboard, with units and explanations from the metric table."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from cluster.monitoring.metric_table import (
@@ -79,14 +79,13 @@ def lines(title: str, *names: str, by: str = "", op: str = "max", stacked: bool 
     """Returns lines for metrics, or for the values of the label `by`; of counters, their growth per second."""
     metrics = [METRICS[name] for name in names]
     grouping = f" by ({by})" if by else ""
+    legend = " ".join(f"{{{{{label}}}}}" for label in by.split(", ")) if by else title
     queries = []
     for metric in metrics:
-        legend = " ".join(f"{{{{{label}}}}}" for label in by.split(", ")) if by else title
-        legend = metric.help if len(names) > 1 else legend
-        is_counter, value = metric.kind is Kind.COUNTER, series(metric.name)
-        queries.append(
-            Query(f"sum{grouping} (rate({value}[{RATE}]))" if is_counter else f"{op}{grouping} ({value})", legend)
-        )
+        value = series(metric.name)
+        is_counter = metric.kind is Kind.COUNTER
+        expr = f"sum{grouping} (rate({value}[{RATE}]))" if is_counter else f"{op}{grouping} ({value})"
+        queries.append(Query(expr, metric.help if len(names) > 1 else legend))
     first = metrics[0]
     unit = PER_S[first.unit] if first.kind is Kind.COUNTER else first.unit
     about = ". ".join(metric.help for metric in metrics) + "."
@@ -107,17 +106,16 @@ def quantiles(title: str, name: str) -> Panel:
 
 def age(title: str, name: str, *, bad_s: float) -> Panel:
     about = f"Since: {METRICS[name].help.lower()}."
-    query = Query(f"time() - max ({series(name)})", title)
-    return Panel(title, (query,), "s", about, is_stat=True, thresholds=(bad_s / 2, bad_s))
+    return number(title, "s", about, f"time() - max ({series(name)})", thresholds=(bad_s / 2, bad_s))
 
 
-def computed(title: str, unit: str, about: str, exprs: Mapping[str, str]) -> Panel:
+def computed(title: str, unit: str, about: str, exprs: Mapping[str, str], **options: Any) -> Panel:
     """Returns lines with expressions of their own, by legend."""
-    return Panel(title, tuple(Query(expr, legend) for legend, expr in exprs.items()), unit, about)
+    return Panel(title, tuple(Query(expr, legend) for legend, expr in exprs.items()), unit, about, **options)
 
 
-def number(title: str, unit: str, about: str, expr: str, *, thresholds: tuple[float, float] | None = None) -> Panel:
-    return Panel(title, (Query(expr, title),), unit, about, is_stat=True, thresholds=thresholds)
+def number(title: str, unit: str, about: str, expr: str, **options: Any) -> Panel:
+    return computed(title, unit, about, {title: expr}, is_stat=True, **options)
 
 
 def _now(name: str) -> str:
@@ -296,14 +294,12 @@ OBJECTIVES = Dashboard(
             number("Error budget left", RATIO, f"Of the {PERIOD}; below 0 it is overspent.", budget_left()),
             number("Burn rate, 1 h", COUNT, _BURN, burn_rate("1h"), thresholds=(1, FAST_BURN)),
             number("Burn rate, 6 h", COUNT, _BURN, burn_rate("6h"), thresholds=(1, SLOW_BURN)),
-            replace(
-                computed(
-                    "Burn rate of the error budget",
-                    COUNT,
-                    f"{_BURN} Alerts fire where both 1 h and 5 m exceed {FAST_BURN:g}, or both 6 h and 30 m exceed "
-                    f"{SLOW_BURN:g}.",
-                    {window: burn_rate(window) for window in ("5m", "30m", "1h", "6h")},
-                ),
+            computed(
+                "Burn rate of the error budget",
+                COUNT,
+                f"{_BURN} Alerts fire where both 1 h and 5 m exceed {FAST_BURN:g}, or both 6 h and 30 m exceed "
+                f"{SLOW_BURN:g}.",
+                {window: burn_rate(window) for window in ("5m", "30m", "1h", "6h")},
                 thresholds=(SLOW_BURN, FAST_BURN),
             ),
             computed("Failed completions", RATIO, "Share of the valid ones.", {"failed": error_ratio(RATE)}),

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.storage.checkpoint_cache import discard, fetch
-from cluster.storage.uris import AlreadyExistsError, Entry, NotFoundError, Storage, StorageError, open_storage
+from cluster.storage.uris import AlreadyExistsError, NotFoundError, Storage, StorageError, open_storage
 from model.checkpoint_folder import MANIFEST, CheckpointError, Metadata, is_hf_folder, read_metadata, verify_checkpoint
 
 LATEST = "latest"
@@ -46,11 +46,12 @@ def publish(storage: Storage, reference: str) -> Publication:
             "published; `raymill serve` and `raymill evaluate` take the folder as it is"
         )
     metadata = read_metadata(folder)
-    publication = Publication(
-        checkpoint, str(metadata.parameter_hash), metadata.run_id, metadata.step, round(time.time(), 3)
-    )
+    now_s, parameter_hash = round(time.time(), 3), str(metadata.parameter_hash)
+    publication = Publication(checkpoint, parameter_hash, metadata.run_id, metadata.step, now_s)
     while True:
-        numbers = [int(entry.key.removeprefix("registry/").removesuffix(".json")) for entry in _entries(storage)]
+        numbers = [
+            int(entry.key.removeprefix("registry/").removesuffix(".json")) for entry in storage.list("registry/")
+        ]
         key = f"registry/{max(numbers, default=0) + 1:06d}.json"
         try:
             storage.write_bytes(key, json.dumps(asdict(publication)).encode(), if_absent=True)
@@ -66,7 +67,7 @@ def publications(storage: Storage) -> list[Publication]:
 
 def newest_first(storage: Storage) -> Iterator[Publication]:
     """Yields everything published, read one by one: `latest` is one request, not one for each publication."""
-    for entry in reversed(_entries(storage)):
+    for entry in reversed(storage.list("registry/")):
         yield Publication(**json.loads(storage.read_bytes(entry.key)))
 
 
@@ -132,13 +133,19 @@ def find_checkpoint(reference: str, storage_uri: str) -> tuple[str, Path]:
     folder, or a run's, which means its newest valid checkpoint; a remote one is copied here. Raises `CheckpointError`.
     """
     candidates, none = _candidates(reference, storage_uri)
-    if none:
-        return _newest(candidates, none=none)
-    (checkpoint,) = candidates
-    local, problems = _checked(checkpoint)
-    if problems:
-        raise CheckpointError(f"checkpoint {reference} is not valid: {'; '.join(problems)}")
-    return checkpoint, local
+    for checkpoint in candidates:
+        try:
+            local, problems = _checked(checkpoint)
+        except NotFoundError as error:
+            if not none:
+                raise
+            problems = [str(error)]  # deleted since it was listed
+        if not problems:
+            return checkpoint, local
+        if not none:
+            raise CheckpointError(f"checkpoint {reference} is not valid: {'; '.join(problems)}")
+        _log.warning("checkpoint %s is skipped: %s", checkpoint, "; ".join(problems))
+    raise CheckpointError(none)
 
 
 def named_checkpoint(reference: str, storage_uri: str) -> str:
@@ -190,18 +197,6 @@ def _is_better(one: Metadata, other: Metadata) -> bool:
     return one.data_manifest_hash == other.data_manifest_hash and one.val_loss < other.val_loss
 
 
-def _newest(checkpoints: Iterable[str], *, none: str) -> tuple[str, Path]:
-    for checkpoint in checkpoints:
-        try:
-            local, problems = _checked(checkpoint)
-        except NotFoundError as error:  # deleted since
-            problems = [str(error)]
-        if not problems:
-            return checkpoint, local
-        _log.warning("checkpoint %s is skipped: %s", checkpoint, "; ".join(problems))
-    raise CheckpointError(none)
-
-
 def _checked(uri: str) -> tuple[Path, list[str]]:
     """Returns the checkpoint's folder or a copy in the cache, and its problems. A damaged copy is not kept."""
     storage = open_storage(uri)
@@ -211,7 +206,3 @@ def _checked(uri: str) -> tuple[Path, list[str]]:
     if problems and here is None:
         discard(local)
     return local, problems
-
-
-def _entries(storage: Storage) -> list[Entry]:
-    return storage.list("registry/")
