@@ -1,1 +1,1 @@
-"""What each subcommand of `raymill` does; the top floor, which imports all others where it needs them."""
+"""The subcommands of `raymill`; the top floor, which imports all others inside the functions that need them."""

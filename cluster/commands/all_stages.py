@@ -1,4 +1,4 @@
-"""All stages one after another on a local cluster: what the demo shows, and a rehearsal measures on a small scale."""
+"""Runs all stages one after another on a local cluster, for the demo and for a rehearsal on a small scale."""
 
 import time
 from collections.abc import Iterator, Sequence

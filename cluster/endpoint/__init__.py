@@ -1,1 +1,1 @@
-"""The serving endpoint as its clients and its operators see it."""
+"""The serving endpoint as its clients and operators see it."""

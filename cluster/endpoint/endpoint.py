@@ -25,7 +25,7 @@ _MAX_TOKENS = 64  # of a completion without `max_tokens`
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where an endpoint answers, and the files with the keys that it asks for."""
+    """An endpoint's address, and the files with the keys that it asks for."""
 
     url: str
     model: str

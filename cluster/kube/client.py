@@ -121,5 +121,5 @@ def _words(error: ApiException, method: str, path: str) -> str:
     if error.status == 404:
         return f"there is no {what}, or its kind is not installed: apply KubeRay's operator and the namespace first"
     if error.status == 409:
-        return f"somebody else owns a part of {what}: {message}"
+        return f"another field manager owns a part of {what}: {message}"
     return f"Kubernetes refused {method} {what} with {error.status}: {message or error.reason}"

@@ -27,7 +27,7 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens once the run has completed `step`."""
+    """A fault that happens once the run has completed `step`."""
 
     kind: Kind
     step: int

@@ -147,7 +147,7 @@ TABLE: tuple[Metric, ...] = (
     _data(Kind.COUNTER, "source_bytes", BYTES, "Source bytes finished"),
     _data(Kind.COUNTER, "documents", COUNT, "Documents finished, dropped ones among them"),
     _data(Kind.COUNTER, "tokens", TOKENS, "Tokens written"),
-    _data(Kind.COUNTER, "dropped_documents", COUNT, "Documents left out, told when that is decided", "reason"),
+    _data(Kind.COUNTER, "dropped_documents", COUNT, "Documents left out, counted when that is decided", "reason"),
     _data(Kind.GAUGE, "queued_tasks", COUNT, "Tasks that are not finished"),
     _data(Kind.GAUGE, "worker_rss_bytes", BYTES, "Resident memory of the worker that last finished a task"),
     # Serving, under vLLM's names; where vLLM counts requests, these count sequences

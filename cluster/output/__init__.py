@@ -1,1 +1,1 @@
-"""What a command prints: progress, results, and the kept log of a job."""
+"""The output of commands: progress, results, and the kept log of a job."""

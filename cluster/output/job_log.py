@@ -34,7 +34,7 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Started:
-    """How a launch began, for people; `job` is its name in the cluster, empty if started by hand."""
+    """The beginning of a launch, for people; `job` is its name in the cluster, empty if started by hand."""
 
     job: str
     stage: str
@@ -44,7 +44,7 @@ class Started:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a launch ended; `stopped` if it was asked to; `result` is the stage's, if it had one."""
+    """The end of a launch; `stopped` if it was asked to; `result` is the stage's, if it had one."""
 
     exit_code: int
     stopped: bool

@@ -43,7 +43,7 @@ class BatchSchedule:
 
     @property
     def lane_counts(self) -> list[int]:
-        """All numbers of lanes that steps of the run have, in ascending order."""
+        """The numbers of lanes that steps of the run have, in ascending order."""
         max_steps = self.max_steps
         return [stage.num_lanes for stage in self.stages if stage.first_step <= max_steps]
 

@@ -1,1 +1,1 @@
-"""A stage as a Ray job: started, followed, and its log kept."""
+"""A stage as a Ray job: it is started and followed, and its log is kept."""

@@ -30,7 +30,7 @@ class StageFailedError(UserError):
 
 
 class BadResultError(UserError):
-    """What a command looked at is not as it should be; the result, which is shown instead of an error, says so."""
+    """A command found a problem in what it looked at; the result, which is shown instead of an error, says so."""
 
     def __init__(self, result: dict[str, Any]) -> None:
         super().__init__("the result says what is wrong")

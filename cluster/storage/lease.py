@@ -177,7 +177,7 @@ def living_holder(storage: Storage, key: str, *, timeout_s: float) -> Holder | N
 
 
 def _held(storage: Storage, key: str) -> tuple[Holder, str] | None:
-    """Returns the holder and the version of its lease; None if there is none. A damaged lease belongs to nobody."""
+    """Returns the holder and the version of its lease; None if there is none. A damaged lease has no owner."""
     content, version = read_with_version(storage, key)
     if version is None:
         return None

@@ -66,5 +66,5 @@ class KubeJobs(JobBackend):
         return JobState.RUNNING if is_running else JobState.PENDING
 
     def stop(self, record: JobRecord) -> None:
-        """Deletes the object: its pods are drained, so the run saves, and nobody can resume it beside a later job."""
+        """Deletes the object: its pods are drained, so the run saves, and it cannot be resumed beside a later job."""
         self._api.delete(_RAY, "RayJob", record.job)

@@ -20,7 +20,7 @@ class AdmissionError(UserError):
 
 
 class Folders(StrEnum):
-    """Whether a job sees the folders of the machine that it is submitted from."""
+    """Says whether a job sees the folders of the machine that submits it."""
 
     SAME = "same"  # it runs on that machine
     UNKNOWN = "unknown"  # it does if they are on a shared file system

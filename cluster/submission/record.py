@@ -1,4 +1,4 @@
-"""Where a run's job was submitted: a small file in the run's storage by which later commands find it."""
+"""The record of a run's submitted job: a small file in the run's storage by which later commands find it."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -13,13 +13,13 @@ _KEY = f"{JOBS}/{_SUBMITTED}"
 
 
 class JobState(StrEnum):
-    """What a job is doing, as far as is known."""
+    """The state of a job, as far as it is known."""
 
     PENDING = "pending"  # accepted; waits for a cluster, a queue or room
     RUNNING = "running"
     SUCCEEDED = "succeeded"
     FAILED = "failed"  # its log says why
-    STOPPED = "stopped"  # by somebody; submitting the run again resumes it
+    STOPPED = "stopped"  # on request; submitting the run again resumes it
     LOST = "lost"  # its cluster is gone without a word on how it ended; submitting the run again resumes it
 
     @property
@@ -32,7 +32,7 @@ class JobState(StrEnum):
 
 
 class Backend(StrEnum):
-    """Who runs a job."""
+    """The kind of place that runs a job."""
 
     LOCAL = "local"  # a cluster on the submitter's machine that lasts as long as the job
     RAY = "ray"  # a Ray cluster with a Jobs API
@@ -50,7 +50,7 @@ class JobRecord:
     job: str  # the name that the backend knows it by
     number: int
     submitted: float  # Unix time, s
-    stopped: bool = False  # somebody asked it to end
+    stopped: bool = False  # it was asked to end
     refused: str = ""  # why the backend did not take it
     pid: int = 0  # of a local job's owner
     started_s: float = 0.0  # of that process, after the machine's boot

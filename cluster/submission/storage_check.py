@@ -1,4 +1,4 @@
-"""`raymill storage check`: whether a storage does all that runs need, and what is wrong if not.
+"""`raymill storage check`: finds out whether a storage does all that runs need, and what is wrong if not.
 
 The check uses an object of its own below the URI and removes it again.
 """
@@ -20,7 +20,7 @@ _UNCONDITIONAL = (
 
 
 class _RefusedError(Exception):
-    """What a step found, in words."""
+    """A step found a problem, in words."""
 
 
 def check_storage(uri: str) -> tuple[list[str], str]:

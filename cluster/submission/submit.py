@@ -23,7 +23,7 @@ _SUBMITTING_S = 60.0
 
 @dataclass(frozen=True)
 class JobView:
-    """What is known of a run's job: its newest launch in the log and how that ended; `note` is for people."""
+    """A view of a run's job: its state, its newest launch in the log and how that ended; `note` is for people."""
 
     state: JobState
     record: JobRecord | None  # None for a job that `raymill submit` did not start
@@ -69,7 +69,7 @@ def living_job(config: RunConfig, stage: str, token_file: Path | None) -> JobVie
 
 
 def submit_job(config: RunConfig, stage: str, backend: JobBackend, token_file: Path | None) -> tuple[JobView, bool]:
-    """Returns the run's job and whether it is new: of several who submit at once, one starts a job.
+    """Returns the run's job and whether it is new: of several submissions at once, one starts a job.
 
     A job that has ended is followed by another one, which resumes the run. Raises `UserError` if the job is refused.
     """

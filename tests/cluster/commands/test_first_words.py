@@ -1,6 +1,6 @@
-"""What a person reads in the first seconds: a word at once, and a cheap mistake named before a cluster is started.
+"""A person reads a line at once, and a cheap mistake is named before a cluster is started.
 
-Of real processes, by their own processor time, so that a busy machine changes little.
+Measured on real processes by their own processor time, so that a busy machine changes little.
 """
 
 import os

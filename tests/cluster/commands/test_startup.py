@@ -1,6 +1,6 @@
-"""What a command line costs before it does anything: processor time and imported modules, of real processes.
+"""The cost of a command line before it does anything: processor time and imported modules, of real processes.
 
-Processor time of the child alone, so that a busy machine changes little; the median of three.
+Processor time of the child alone counts, so that a busy machine changes little; the median of three.
 """
 
 import os
@@ -24,7 +24,7 @@ NAMES += [name for name, command in COMMANDS.items() if not command.commands]
 
 
 def measured(argv: list[str], folder: Path) -> tuple[float, set[str], str]:
-    """CPU-seconds of a command, the packages that it imported, and what it printed."""
+    """Returns a command's CPU-seconds, the packages that it imported, and what it printed."""
     command = [sys.executable, "-X", "importtime", "-m", "cluster.cli", *argv]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     with (folder / "out").open("w+") as out, (folder / "imports").open("w+") as imports:

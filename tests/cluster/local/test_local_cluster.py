@@ -70,7 +70,7 @@ class Unlucky(LocalCluster):
 
 @pytest.fixture(scope="module")
 def said() -> io.StringIO:
-    """What the cluster said while it started."""
+    """Holds what the cluster printed while it started."""
     return io.StringIO()
 
 
@@ -219,7 +219,7 @@ def test_a_killed_owner_leaves_nothing_running(waits_for_agents: bool) -> None:
 
 
 def test_a_node_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """After a second try: one line with the node's own last words, the machine's state and a log that is kept."""
+    """The second failure is one line with the node's own last words, the machine's state and a log that is kept."""
     children = set(psutil.Process().children(recursive=True))
     cluster = LocalCluster(num_nodes=1, cpus_per_node=1)
     monkeypatch.setenv("PYTHONHOME", "/nonexistent")  # no Python starts with it

@@ -1,4 +1,4 @@
-"""What raymill says to Grafana, against a recording stub, and, where GRAFANA_URL is set, to a real one."""
+"""Raymill's requests to Grafana, against a recording stub and, if GRAFANA_URL is set, a real Grafana."""
 
 import os
 import time

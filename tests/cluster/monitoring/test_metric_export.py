@@ -1,4 +1,4 @@
-"""From a process's registry through Ray's own metrics to a real Prometheus: every metric of the table, with its value."""
+"""Every metric of the table goes from a process's registry through Ray's metrics to a real Prometheus."""
 
 import json
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What others wrote is shown, and does nothing else to a terminal."""
+"""Text from outside is shown, and has no other effect on a terminal."""
 
 import os
 import pty

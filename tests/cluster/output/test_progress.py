@@ -1,4 +1,4 @@
-"""What whoever watches a stage sees: its own lines and now and then a report, with Ray's voice kept in the file."""
+"""A watcher sees a stage's own lines and now and then a report; Ray's lines go to the file."""
 
 import json
 from pathlib import Path

@@ -10,7 +10,7 @@ from cluster.settings.batch_schedule import BatchSchedule
 
 @st.composite
 def schedules(draw: st.DrawFn) -> BatchSchedule:
-    """Of one step at least, as settings have to be."""
+    """Draws schedules of at least one step, as settings must have."""
     start_lanes, micro_batch_size, seq_len = (draw(st.integers(1, 12)) for _ in range(3))
     full_lanes, ramp_tokens = start_lanes + draw(st.integers(0, 40)), draw(st.integers(0, 20_000))
     first_lanes = start_lanes if ramp_tokens else full_lanes

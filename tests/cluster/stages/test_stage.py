@@ -1,4 +1,4 @@
-"""What whoever starts a stage reads: its progress as progress, and one line of error with the place of the whole log."""
+"""A person who starts a stage reads its progress, and one line of error with the place of the whole log."""
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager

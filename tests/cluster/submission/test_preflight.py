@@ -1,4 +1,4 @@
-"""What is refused before a job is spent, and with which words. No cluster: nodes are what Ray would tell of them."""
+"""Jobs that are refused before one is spent, and the words. No cluster: nodes are as Ray would describe them."""
 
 from pathlib import Path
 from typing import Any
