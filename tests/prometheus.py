@@ -23,6 +23,12 @@ needs_prometheus = pytest.mark.skipif(
 )
 
 
+def promtool(folder: Path, *arguments: str) -> None:
+    """Runs promtool in a folder, and fails where it does."""
+    done = subprocess.run(["promtool", *arguments], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @dataclass(frozen=True)
 class Prometheus:
     http: httpx.Client

@@ -1,14 +1,13 @@
 """Every alert fires when it should and only then, by promtool on the rules that Prometheus gets."""
 
 import re
-import subprocess
 from pathlib import Path
 
 import yaml
 
 from cluster.monitoring.alerts import ALERTS, rules
 from cluster.monitoring.metric_table import SERIES
-from tests.prometheus import needs_prometheus
+from tests.prometheus import needs_prometheus, promtool
 
 RUN = '{run="a"}'
 DEPLOYMENT = '{application="raymill",deployment="Replica"}'
@@ -118,8 +117,3 @@ def test_alerts_fire_when_they_should_and_only_then(tmp_path: Path) -> None:
     (tmp_path / "tests.yaml").write_text(yaml.safe_dump(test_file))
     promtool(tmp_path, "check", "rules", "rules.yaml")
     promtool(tmp_path, "test", "rules", "tests.yaml")
-
-
-def promtool(folder: Path, *arguments: str) -> None:
-    done = subprocess.run(["promtool", *arguments], cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr

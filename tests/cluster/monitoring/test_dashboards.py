@@ -14,9 +14,8 @@ from cluster.monitoring.dashboards import FEW, MUTED, document, documents
 from cluster.monitoring.files import files
 from cluster.monitoring.metric_table import METRICS, SERIES, TABLE, Exporter
 from cluster.monitoring.panels import DASHBOARDS, series
-from tests.cluster.monitoring.test_alerts import promtool
 from tests.k8s.manifests import K8S, of_kind, render_folder
-from tests.prometheus import needs_prometheus, prometheus
+from tests.prometheus import needs_prometheus, prometheus, promtool
 
 MONITORING = K8S / "monitoring"
 UNITS = {"s", "bytes", "Bps", "percentunit", "percent", "short", "cps", "reqps", "decmbytes"}
