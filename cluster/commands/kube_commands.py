@@ -6,7 +6,6 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import httpx
 import yaml
 
 from cluster.kube.idle import GroupBounds, NodeUse, why_not_idle
@@ -14,7 +13,6 @@ from cluster.kube.kustomize import rendered_overlay
 from cluster.kube.pending import is_pending, why_not_made, why_pending
 from cluster.kube.scale import Patch, resume_group, scale_group, suspend, suspend_group
 from cluster.kube.status import KINDS, Object, cluster_spec, groups, sentence
-from cluster.local.local_cluster import ClusterError
 from cluster.settings.code_folders import CODE_ROOT
 from cluster.settings.parser import ConfigError
 from cluster.stages.jobs_api import JobsApi, ray_token
@@ -106,20 +104,7 @@ def not_idle(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _node_uses(url: str, pods: list[Object]) -> list[NodeUse]:
     """Returns what each pod's node holds, from Ray's state API."""
-    headers = JobsApi(url, ray_token()).headers
-
-    def rows(what: str, state: str) -> list[dict[str, Any]]:
-        query = {"filter_keys": "state", "filter_predicates": "=", "filter_values": state, "detail": "true"}
-        try:
-            answer = httpx.get(f"{url}/api/v0/{what}", params=query, headers=headers, timeout=30)
-        except httpx.TransportError as error:
-            raise ClusterError(f"no Ray answers at {url} ({error}): `kubectl port-forward` the head's 8265") from None
-        if answer.status_code in (401, 403):
-            raise ClusterError(f"{url} refuses the token: use auth_token from the cluster's Secret")
-        if answer.is_error:
-            raise ClusterError(f"{url} answered {answer.status_code} when asked for its {what}")
-        return list(answer.json()["data"]["result"]["result"])
-
+    rows = JobsApi(url, ray_token()).state_rows
     nodes = rows("nodes", "ALIVE")
     names = {row["node_ip"]: row["node_id"] for row in nodes} | {row["node_name"]: row["node_id"] for row in nodes}
     tasks, actors = rows("tasks", "RUNNING"), rows("actors", "ALIVE")

@@ -116,18 +116,15 @@ class JobLog:
             with self._lock:
                 if self._full and self._full[0] is full:
                     self._full.popleft()
-            self._thin_out()
+            while sum(self._kept.values()) > self._launch_bytes and len(self._kept) > 2:
+                oldest = sorted(self._kept)[1]
+                del self._kept[oldest]
+                with suppress(StorageError):
+                    self._folder.delete(_segment(oldest))
         if len(growing) > self._num_stored:
             self._folder.write_bytes(_segment(start), growing)
             with self._lock:
                 self._num_stored = len(growing) if start == self._start else 0
-
-    def _thin_out(self) -> None:
-        while sum(self._kept.values()) > self._launch_bytes and len(self._kept) > 2:
-            oldest = sorted(self._kept)[1]
-            del self._kept[oldest]
-            with suppress(StorageError):
-                self._folder.delete(_segment(oldest))
 
 
 class LogReader:

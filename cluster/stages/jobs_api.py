@@ -15,7 +15,7 @@ import httpx
 from cluster.local.local_cluster import ClusterError
 
 _TOKEN, _TOKEN_PATH = "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
-_TIMEOUT_S = 10.0
+_TIMEOUT_S, _STATE_TIMEOUT_S = 10.0, 30.0
 
 
 @dataclass(frozen=True)
@@ -87,16 +87,20 @@ class JobsApi:
 
     def node_resources(self) -> list[dict[str, float]]:
         """Returns the total resources of each living node: CPU, GPU, memory (bytes) …"""
-        query = "filter_keys=state&filter_predicates=%3D&filter_values=ALIVE&detail=true"
-        rows = self._ask("GET", f"/api/v0/nodes?{query}")["data"]["result"]["result"]
-        return [row["resources_total"] for row in rows]
+        return [row["resources_total"] for row in self.state_rows("nodes", "ALIVE")]
+
+    def state_rows(self, what: str, state: str) -> list[dict[str, Any]]:
+        """Returns the nodes, tasks, actors or placement groups that are in a state, from Ray's state API."""
+        query = f"filter_keys=state&filter_predicates=%3D&filter_values={state}&detail=true"
+        answer = self._ask("GET", f"/api/v0/{what}?{query}", timeout_s=_STATE_TIMEOUT_S)
+        return list(answer["data"]["result"]["result"])
 
     def has_autoscaler(self) -> bool:
         return bool(self._ask("GET", "/api/cluster_status")["data"].get("clusterStatus", {}).get("autoscalingStatus"))
 
-    def _ask(self, method: str, path: str, *, missing_is_none: bool = False) -> Any:
+    def _ask(self, method: str, path: str, *, missing_is_none: bool = False, timeout_s: float = _TIMEOUT_S) -> Any:
         try:
-            answer = httpx.request(method, self.url + path, headers=self.headers, timeout=_TIMEOUT_S)
+            answer = httpx.request(method, self.url + path, headers=self.headers, timeout=timeout_s)
         except (httpx.TransportError, httpx.InvalidURL) as error:
             reason = str(error) or type(error).__name__
             raise ClusterError(f"no Ray Jobs API answers at {self.url} ({reason}): check address and port") from None

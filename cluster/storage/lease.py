@@ -200,7 +200,7 @@ def read_with_version(storage: Storage, key: str) -> tuple[bytes, str | None]:
 
 
 def _myself() -> Holder:
-    since, me = time.strftime("%Y-%m-%d %H:%M:%S %Z"), asdict(ProcessIdentity.own())
+    since, me = time.strftime("%Y-%m-%d %H:%M:%S %Z"), asdict(ProcessIdentity.of())
     return Holder(owner=secrets.token_hex(8), generation=1, host=socket.gethostname(), since=since, **me)
 
 

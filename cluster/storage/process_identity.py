@@ -1,7 +1,6 @@
 """Processes by identity: which one a number means, even after a reboot, whether it is alive, and how it ends."""
 
 import ctypes
-import os
 import signal
 from collections.abc import Sequence
 from contextlib import suppress
@@ -24,12 +23,10 @@ class ProcessIdentity:
     started_s: float
 
     @classmethod
-    def of(cls, pid: int) -> "ProcessIdentity":
-        return cls(_this_machine(), pid, _started_s(psutil.Process(pid)))
-
-    @classmethod
-    def own(cls) -> "ProcessIdentity":
-        return cls.of(os.getpid())
+    def of(cls, pid: int | None = None) -> "ProcessIdentity":
+        """Returns the identity of a process, by default this one."""
+        process = psutil.Process(pid)
+        return cls(_this_machine(), process.pid, _started_s(process))
 
     @property
     def is_here(self) -> bool:

@@ -41,7 +41,7 @@ class LocalJobs(JobBackend):
 
     def record(self, config: RunConfig, stage: str, *, number: int) -> JobRecord:
         record = super().record(config, stage, number=number)
-        return dataclasses.replace(record, **dataclasses.asdict(ProcessIdentity.own()))  # until its owner runs
+        return dataclasses.replace(record, **dataclasses.asdict(ProcessIdentity.of()))  # until its owner runs
 
     def start(self, config: RunConfig, record: JobRecord) -> JobRecord:
         """Returns once the cluster is up and has the job, after some ten seconds."""
