@@ -25,7 +25,7 @@ ModelShape = Annotated[GPTConfig, BeforeValidator(_model_shape), PlainSerializer
 
 
 class Settings(BaseModel):
-    """Base of every branch: frozen, unknown keys refused."""
+    """The base of every branch: frozen, and refusing unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 

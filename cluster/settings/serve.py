@@ -1,4 +1,4 @@
-"""The typed configuration of the endpoint: `ServeConfig`, of the same kind as the trees in config.py."""
+"""The typed settings of the endpoint: `ServeConfig`, of the same kind as the trees in run.py."""
 
 from typing import Literal, Self
 
@@ -8,7 +8,7 @@ from cluster.settings.run import ClusterConfig, Settings, StorageConfig
 
 
 class ReplicaConfig(Settings):
-    """How many replicas, and what each may use."""
+    """The number of replicas, and what each may use."""
 
     min_replicas: int = Field(default=1, ge=0, description="replicas kept when idle; 0 scales to zero")
     max_replicas: int = Field(default=1, ge=1, description="replicas under load")
@@ -84,7 +84,7 @@ class EngineConfig(Settings):
 
 
 class HttpConfig(Settings):
-    """How long, and how often, a client may hold on to the endpoint's HTTP server."""
+    """The limits on a client's use of the endpoint's HTTP server."""
 
     header_timeout_s: float = Field(default=10.0, gt=0, description="for a request's headers, seconds")
     body_timeout_s: float = Field(default=15.0, gt=0, description="for a request's body, seconds")
@@ -98,7 +98,7 @@ class HttpConfig(Settings):
 
 
 class DeliveryConfig(Settings):
-    """How a checkpoint that is promoted is judged, unless `raymill promote` says otherwise."""
+    """The rules by which a promoted checkpoint is judged, unless `raymill promote` says otherwise."""
 
     endpoint: str | None = Field(
         default=None,

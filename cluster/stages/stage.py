@@ -207,9 +207,7 @@ def _follow(client: JobSubmissionClient, job_id: str, view: ProgressView) -> dic
             for line in lines:
                 found = parse_result(line)
                 result = result if found is None else found
-                if line.startswith(
-                    ERROR_MARK
-                ):  # the stage's last word, shown once: by the command that reports its failure
+                if line.startswith(ERROR_MARK):  # shown once, by the command that reports the failure
                     error = line.removeprefix(ERROR_MARK)
                     view.keep(line)
                 elif found is None:
