@@ -1,4 +1,4 @@
-"""Run by tests in the place of a stage: does what the words in `noisy.txt` beside its settings say."""
+"""Stands in for a stage in tests: does what the words in `noisy.txt` beside its settings say."""
 
 import json
 import os
@@ -34,12 +34,12 @@ def main() -> int:
 
 
 def wait_for_sigterm() -> None:
-    told = threading.Event()
-    signal.signal(signal.SIGTERM, lambda number, frame: told.set())
+    asked = threading.Event()
+    signal.signal(signal.SIGTERM, lambda number, frame: asked.set())
     print("waiting", flush=True)
-    while not told.wait(0.05):
+    while not asked.wait(0.05):
         pass
-    print("told to stop", flush=True)
+    print("asked to stop", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The dashboards and the files made of them: known metrics, valid queries, no overlap, telling colours."""
+"""The dashboards and the files made of them: known metrics, valid queries, no overlap, distinct colors."""
 
 import json
 import os
@@ -70,10 +70,10 @@ def test_a_dashboard_can_be_read(dashboard: Any) -> None:
         assert all(target["legendFormat"] for target in panel["targets"])
         legends = [target["legendFormat"] for target in panel["targets"]]
         assert len(set(legends)) == len(legends)
-        colours = re.findall(r"#[0-9A-F]{6}", json.dumps(field))
-        assert colours and set(colours) <= {*FEW, *MUTED}
+        colors = re.findall(r"#[0-9A-F]{6}", json.dumps(field))
+        assert colors and set(colors) <= {*FEW, *MUTED}
         by_name = [rule["properties"][0]["value"]["fixedColor"] for rule in field["overrides"]]
-        assert len(set(by_name)) == min(len(by_name), len(MUTED)), "two series of one colour"
+        assert len(set(by_name)) == min(len(by_name), len(MUTED)), "two series of one color"
     variables = {variable["name"] for variable in body["templating"]["list"]}
     used = set(re.findall(r"\$\{?(\w+)", json.dumps(body["panels"] + body["annotations"]["list"])))
     assert used - {"__rate_interval"} <= variables

@@ -116,7 +116,7 @@ def test_a_misuse_is_told_and_leaves_with_2(
     assert code == 2 and words in error
     with pytest.raises(ConfigError):
         Grafana.from_environment()
-    assert Annotator.from_environment() is None  # and training goes on without
+    assert Annotator.from_environment() is None  # and training continues without
 
 
 def test_the_token_may_lie_in_a_file(stub: GrafanaStub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,7 +95,7 @@ def test_ray_tells_stage_and_mirror_to_stop_and_both_say_so(run: Storage, tmp_pa
     assert process.wait(limit_s(20)) == 1
     ended = newest(run).ended()
     assert ended is not None and ended.stopped
-    assert "".join(newest(run).new_text()) == "waiting\ntold to stop\n"
+    assert "".join(newest(run).new_text()) == "waiting\nasked to stop\n"
 
 
 def test_a_stage_dies_with_its_mirror(run: Storage, tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def test_replicas_that_start_together_fetch_once_and_see_whole_copies(
         assert not verify_checkpoint(folder, to_train=False)
         assert not (folder / TRAIN_STATE).exists()
         load_model(folder)
-    assert any(TRAIN_STATE in problem for problem in verify_checkpoint(folders[0])), "training cannot go on from it"
+    assert any(TRAIN_STATE in problem for problem in verify_checkpoint(folders[0])), "training cannot continue from it"
 
 
 def test_what_a_killed_process_left_is_no_copy(run: Storage, tmp_path: Path) -> None:

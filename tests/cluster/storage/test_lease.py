@@ -51,7 +51,7 @@ def holder(uri: str, *, timeout_s: float = limit_s(20)) -> Iterator[tuple[subpro
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin and process.stdout
 
-        def told(line: str) -> str:
+        def answer(line: str) -> str:
             assert process.stdin and process.stdout
             process.stdin.write(f"{line}\n")
             process.stdin.flush()
@@ -59,7 +59,7 @@ def holder(uri: str, *, timeout_s: float = limit_s(20)) -> Iterator[tuple[subpro
 
         try:
             assert process.stdout.readline() == "ready\n"
-            yield process, told
+            yield process, answer
         finally:
             process.kill()
 
@@ -114,8 +114,8 @@ def test_one_of_many_threads_gets_it(storage: Storage) -> None:
 def test_one_of_many_processes_takes_over_from_a_dead_one(uri: str, storage: Storage) -> None:
     with ExitStack() as stack:
         processes = [stack.enter_context(holder(uri)) for _ in range(3)]
-        with holder(uri) as (victim, told):
-            assert told("go") == "held 1"
+        with holder(uri) as (victim, answer):
+            assert answer("go") == "held 1"
             victim.send_signal(signal.SIGKILL)
             victim.wait()
         assert stored(storage)["pid"] == victim.pid
@@ -128,8 +128,8 @@ def test_one_of_many_processes_takes_over_from_a_dead_one(uri: str, storage: Sto
 
 
 def test_a_killed_holder_is_replaced_at_once_even_before_it_is_reaped(uri: str, storage: Storage) -> None:
-    with holder(uri) as (victim, told):
-        assert told("go") == "held 1"
+    with holder(uri) as (victim, answer):
+        assert answer("go") == "held 1"
         victim.send_signal(signal.SIGKILL)
         os.waitid(os.P_PID, victim.pid, os.WEXITED | os.WNOWAIT)  # a zombie from here on
         started_s = time.monotonic()
@@ -142,16 +142,16 @@ def test_a_killed_holder_is_replaced_at_once_even_before_it_is_reaped(uri: str, 
 
 def test_a_stopped_holder_is_replaced_after_the_timeout_and_fenced(uri: str, storage: Storage) -> None:
     timeout_s = limit_s(0.4)  # in which the holder must show itself
-    with holder(uri, timeout_s=timeout_s) as (victim, told):
-        assert told("go") == "held 1"
-        assert told("check") == "still held"
+    with holder(uri, timeout_s=timeout_s) as (victim, answer):
+        assert answer("go") == "held 1"
+        assert answer("check") == "still held"
         victim.send_signal(signal.SIGSTOP)
         started_s = time.monotonic()
         with short(storage, timeout_s=timeout_s) as lease:
             assert time.monotonic() - started_s > 0.9 * timeout_s
             assert lease.generation == 2
             victim.send_signal(signal.SIGCONT)
-            assert f"was taken over by process {os.getpid()} on " in told("check")
+            assert f"was taken over by process {os.getpid()} on " in answer("check")
             assert victim.stdin
             victim.stdin.close()  # it ends, and its release leaves our lease alone
             assert victim.wait(limit_s(10)) == 0

@@ -1,4 +1,4 @@
-"""Submitted jobs on a real Ray cluster that asks for a token: taken once, followed, stopped, resumed, told of later."""
+"""Submitted jobs on a real Ray cluster that asks for a token: submitted once, followed, stopped, resumed, and reported later."""
 
 import io
 import json
@@ -50,7 +50,7 @@ class Done:
 
 
 class Person:
-    """Somebody at a prompt in a folder, with a token or without."""
+    """A person at a prompt in a folder, with a token or without."""
 
     def __init__(self, folder: Path, **environment: str) -> None:
         self._folder, self._environment = folder, environment
@@ -143,7 +143,7 @@ def test_a_job_that_cannot_fit_is_not_submitted(person: Person, cluster: LocalCl
     assert not run.list()
 
 
-def test_submitted_once_stopped_resumed_and_told_of_afterwards(
+def test_submitted_once_stopped_resumed_and_reported_afterwards(
     person: Person, cluster: LocalCluster, folder: Path, run: Storage
 ) -> None:
     words = ["submit", "pretrain", "run.yaml", "--address", cluster.jobs_url]
@@ -156,9 +156,9 @@ def test_submitted_once_stopped_resumed_and_told_of_afterwards(
     assert "run demo has another job, pretrain, which is " in other.err
 
     wait_until(lambda: "attempt 1: 1 workers" in person.call("logs", "demo").out)
-    told = person.ask("status", "demo")
-    assert (told["state"], told["stage"], told["exit_code"]) == ("running", "pretrain", None)
-    # Without the token nobody is asked, but the storage tells: the job's lease is held.
+    shown = person.ask("status", "demo")
+    assert (shown["state"], shown["stage"], shown["exit_code"]) == ("running", "pretrain", None)
+    # Without the token Ray is not asked, but the storage shows that the job's lease is held.
     stranger = Person(folder).ask("status", "demo")
     assert (stranger["state"], "asks for a token" in stranger["note"]) == ("running", True)
     assert Person(folder).call("stop", "demo").code == 1
@@ -168,9 +168,9 @@ def test_submitted_once_stopped_resumed_and_told_of_afterwards(
     stopped = person.ask("stop", "demo")
     assert (stopped["state"], stopped["was_live"]) == ("stopped", True)
     assert person.ask("stop", "demo")["was_live"] is False
-    told = person.ask("status", "demo", code=1)
-    assert told["state"] == "stopped"
-    assert 0 < told["step"] < NUM_STEPS
+    shown = person.ask("status", "demo", code=1)
+    assert shown["state"] == "stopped"
+    assert 0 < shown["step"] < NUM_STEPS
     assert "is saved at step" in person.call("logs", "demo", "--tail", "3").out
 
     resumed = person.ask(*words)
@@ -178,12 +178,12 @@ def test_submitted_once_stopped_resumed_and_told_of_afterwards(
     followed = person.call("logs", "-f", "demo")
     assert followed.code == 0, followed.err
     assert f"training: {NUM_STEPS} of {NUM_STEPS} steps" in followed.out
-    assert f"from step {told['step']}" in followed.out
+    assert f"from step {shown['step']}" in followed.out
     assert [LogReader(run, launch).started().job for launch in launches(run)] == ["demo.1", "demo.2"]
 
     cluster.stop()
-    told = person.ask("status", "demo")
-    assert (told["state"], told["step"], told["result"]["step"]) == ("succeeded", NUM_STEPS, NUM_STEPS)
+    shown = person.ask("status", "demo")
+    assert (shown["state"], shown["step"], shown["result"]["step"]) == ("succeeded", NUM_STEPS, NUM_STEPS)
     lines = person.ask("logs", "demo", "--all")["lines"]
     assert sum(line.startswith("== pretrain on ") for line in lines) == 2
     assert [row["state"] for row in person.ask("list")["jobs"]] == ["succeeded"]
@@ -203,8 +203,8 @@ def test_a_local_job_has_a_cluster_of_its_own(folder: Path) -> None:
     assert person.ask("stop", "local")["state"] == "stopped"
     assert person.ask(*words)["job"] == "local.2"
     assert person.call("logs", "-f", "local").code == 0
-    told = person.ask("status", "local")
-    assert (told["state"], told["step"]) == ("succeeded", NUM_STEPS)
+    shown = person.ask("status", "local")
+    assert (shown["state"], shown["step"]) == ("succeeded", NUM_STEPS)
 
 
 def test_a_local_job_whose_owner_is_killed_has_ended_and_is_resumed(folder: Path) -> None:
@@ -221,7 +221,7 @@ def test_a_local_job_whose_owner_is_killed_has_ended_and_is_resumed(folder: Path
     assert person.call("logs", "-f", "orphan").code == 0
 
 
-def test_a_local_job_goes_on_under_a_new_head(folder: Path) -> None:
+def test_a_local_job_continues_under_a_new_head(folder: Path) -> None:
     person = Person(folder)
     person.ask("submit", "pretrain", "run.yaml", "--run-id", "headless", "--cluster.num-nodes", "1")
     wait_until(lambda: "attempt 1: 1 workers" in person.call("logs", "headless").out)
