@@ -8,11 +8,11 @@ import argparse
 import json
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
-from cluster.commands.table import COMMANDS, Command, imported
+from cluster.commands.table import COMMANDS, GROUPS, NOTES, imported
 from cluster.output.result_text import lines, printable
 from cluster.settings.code_folders import code_version, version
 from cluster.settings.parser import ConfigError, Parser
@@ -58,26 +58,21 @@ def command_parser(words: Sequence[str] | None = None) -> Parser:
     parser = Parser(prog="raymill", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action=_ShowVersion, help="print the version and the code's hash, and exit")
     named = None if words is None else next((word for word in words if not word.startswith("-")), "")
-    _add_commands(parser, COMMANDS, only=named)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    groups = {}
+    for words_of_command, command in COMMANDS.items():
+        first, _, second = words_of_command.partition(" ")
+        if second and first not in groups:
+            group = commands.add_parser(first, help=GROUPS[first], description=GROUPS[first] + NOTES.get(first, ""))
+            groups[first] = group.add_subparsers(metavar="COMMAND", required=True)
+        name, place = second or first, groups.get(first, commands)
+        sub = place.add_parser(name, help=command.about, description=command.about)
+        if named in (None, first):
+            sub.add_argument("--json", action="store_true", help="print one JSON object as the last line of output")
+            sub.set_defaults(run=command.run, command=name)
+            for add in command.arguments:
+                add(sub)
     return parser
-
-
-def _add_commands(parser: Parser, commands: Mapping[str, Command], *, only: str | None = None) -> None:
-    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name, command in commands.items():
-        sub = subparsers.add_parser(name, help=command.about, description=command.about + command.note)
-        if only in (None, name):
-            _add_arguments(sub, name, command)
-
-
-def _add_arguments(parser: Parser, name: str, command: Command) -> None:
-    if command.commands:
-        _add_commands(parser, command.commands)
-        return
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line of output")
-    parser.set_defaults(run=command.run, command=name)
-    for add in command.arguments:
-        add(parser)
 
 
 class _ShowVersion(argparse.Action):

@@ -4,8 +4,8 @@ Functions and settings are named, not imported: a command line imports only what
 """
 
 import argparse
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -93,20 +93,27 @@ def runs(*, nargs: int | str = 1) -> Add:
 
 @dataclass(frozen=True)
 class Command:
-    """A command with arguments, or one that has commands of its own."""
-
     about: str
-    run: str = ""  # `module:function` of this folder; takes the parsed arguments, returns the result to print
-    arguments: tuple[Add, ...] = ()
-    commands: Mapping[str, "Command"] = field(default_factory=dict)
-    note: str = ""  # what only its own manual says
+    run: str  # `module:function` of this folder; takes the parsed arguments, returns the result to print
+    arguments: tuple[Add, ...]
 
 
 def _command(about: str, run: str, *arguments: Add) -> Command:
     return Command(about, run, arguments)
 
 
-_STORAGE_CHECK = "check that a storage does all that runs need, and say what is wrong if not"
+GROUPS = {
+    "storage": "check a storage",
+    "data": "look at a corpus before a job is spent, and at a token store afterwards",
+    "dashboards": "manage the Grafana dashboards and the alerts, made from the metric table",
+    "checkpoint": "look at checkpoints",
+    "cluster": "render and apply the manifests, scale their groups, and say why a pod is pending or stays",
+}
+NOTES = {
+    "dashboards": ". Grafana is the one at GRAFANA_URL; its token is in GRAFANA_TOKEN, or in the file that "
+    "GRAFANA_TOKEN_FILE names."
+}
+"""What only the manual of a group says."""
 
 COMMANDS: dict[str, Command] = {
     "tokenize": _command(STAGES["tokenize"][1], "run_commands:stage", CONFIG, RUN_SETTINGS),
@@ -164,60 +171,40 @@ COMMANDS: dict[str, Command] = {
         *JOB,
     ),
     "stop": _command("have a run's job save and end; submitting the run again resumes it", "job_commands:stop", *JOB),
-    "storage": Command(
-        _STORAGE_CHECK,
-        commands={
-            "check": _command(
-                _STORAGE_CHECK,
-                "run_commands:storage_check",
-                argument("uri", metavar="URI", help="a path, file:// or s3://bucket/prefix"),
-            )
-        },
+    "storage check": _command(
+        "check that a storage does all that runs need, and say what is wrong if not",
+        "run_commands:storage_check",
+        argument("uri", metavar="URI", help="a path, file:// or s3://bucket/prefix"),
     ),
-    "data": Command(
-        "look at a corpus before a job is spent, and at a token store afterwards",
-        commands={
-            "preview": _command(
-                "estimate documents, tokens and drop rates of a corpus from a sample",
-                "run_commands:data_preview",
-                CONFIG,
-                RUN_SETTINGS,
-            ),
-            "stats": _command(
-                "count documents, tokens and bytes of a token store, by split and source",
-                "run_commands:look_at_store",
-                STORE,
-                STORAGE,
-            ),
-            "verify": _command(
-                "recompute the hash of every shard of a token store", "run_commands:look_at_store", STORE, STORAGE
-            ),
-            "report": _command(
-                "show what was dropped and why, with samples", "run_commands:look_at_store", STORE, STORAGE
-            ),
-        },
+    "data preview": _command(
+        "estimate documents, tokens and drop rates of a corpus from a sample",
+        "run_commands:data_preview",
+        CONFIG,
+        RUN_SETTINGS,
     ),
-    "dashboards": Command(
-        "manage the Grafana dashboards and the alerts, made from the metric table",
-        commands={
-            "push": _command(
-                "update Grafana's data source, folder and dashboards to this version",
-                "dashboard_commands:push",
-                PROMETHEUS,
-            ),
-            "diff": _command(
-                "list where Grafana's dashboards differ from this version's; exit code 1 if any do",
-                "dashboard_commands:diff",
-            ),
-            "export": _command(
-                "write them, the alerts and the scrape settings as files for Grafana, Prometheus and kustomize",
-                "dashboard_commands:export",
-                argument("folder", help="such as k8s/monitoring"),
-                PROMETHEUS,
-            ),
-        },
-        note=". Grafana is the one at GRAFANA_URL; its token is in GRAFANA_TOKEN, or in the file that "
-        "GRAFANA_TOKEN_FILE names.",
+    "data stats": _command(
+        "count documents, tokens and bytes of a token store, by split and source",
+        "run_commands:look_at_store",
+        STORE,
+        STORAGE,
+    ),
+    "data verify": _command(
+        "recompute the hash of every shard of a token store", "run_commands:look_at_store", STORE, STORAGE
+    ),
+    "data report": _command(
+        "show what was dropped and why, with samples", "run_commands:look_at_store", STORE, STORAGE
+    ),
+    "dashboards push": _command(
+        "update Grafana's data source, folder and dashboards to this version", "dashboard_commands:push", PROMETHEUS
+    ),
+    "dashboards diff": _command(
+        "list where Grafana's dashboards differ from this version's; exit code 1 if any do", "dashboard_commands:diff"
+    ),
+    "dashboards export": _command(
+        "write them, the alerts and the scrape settings as files for Grafana, Prometheus and kustomize",
+        "dashboard_commands:export",
+        argument("folder", help="such as k8s/monitoring"),
+        PROMETHEUS,
     ),
     "plan": _command(
         "estimate what a run will take: operations, days, cost, memory, checkpoints, links",
@@ -303,15 +290,10 @@ COMMANDS: dict[str, Command] = {
         STORAGE,
     ),
     "publish": _command("make a checkpoint the latest one", "run_commands:publish_checkpoint", CHECKPOINT, STORAGE),
-    "checkpoint": Command(
-        "look at checkpoints",
-        commands={
-            "show": _command(
-                "verify a checkpoint and print its hashes", "run_commands:checkpoint_show", CHECKPOINT, STORAGE
-            ),
-            "list": _command("list the published checkpoints", "run_commands:checkpoint_list", STORAGE),
-        },
+    "checkpoint show": _command(
+        "verify a checkpoint and print its hashes", "run_commands:checkpoint_show", CHECKPOINT, STORAGE
     ),
+    "checkpoint list": _command("list the published checkpoints", "run_commands:checkpoint_list", STORAGE),
     "serve": _command(
         "serve a checkpoint behind an OpenAI-compatible endpoint until SIGTERM or Ctrl-C",
         "run_commands:serve",
@@ -353,52 +335,42 @@ COMMANDS: dict[str, Command] = {
     "rollback": _command(
         "make the running endpoint serve the previous version", "delivery_commands:rollback", URL, ADMIN_KEY, STORAGE
     ),
-    "cluster": Command(
-        "render and apply the manifests, scale their groups, and say why a pod is pending or stays",
-        commands={
-            "render": _command("print the objects of an overlay as YAML", "kube_commands:render", *OVERLAY),
-            "apply": _command(
-                "apply the objects of an overlay (server-side)",
-                "kube_commands:apply",
-                NAMESPACE,
-                *OVERLAY,
-                argument("--dry-run", action="store_true", help="let Kubernetes check it, and change nothing"),
-            ),
-            "scale": _command(
-                "change how many pods a group may have, or suspend and resume one group or all",
-                "kube_commands:scale",
-                NAMESPACE,
-                KUBE_OBJECT,
-                argument("--group", help="worker group; the only one when unset"),
-                argument("--min", type=int, dest="lowest", help="pods that are always there"),
-                argument("--max", type=int, dest="most", help="pods under load"),
-                one_of(
-                    argument(
-                        "--suspend", action="store_true", help="remove the pods of the group, or all without --group"
-                    ),
-                    argument("--resume", action="store_true", help="restore what was suspended"),
-                ),
-            ),
-            "status": _command(
-                "say in a sentence what each cluster, job and service does",
-                "kube_commands:status",
-                NAMESPACE,
-                KUBE_OBJECTS,
-            ),
-            "why-pending": _command("say why pods do not run yet", "kube_commands:pending", NAMESPACE, KUBE_OBJECTS),
-            "why-not-idle": _command(
-                "say why pods of a Ray cluster do not go away",
-                "kube_commands:not_idle",
-                NAMESPACE,
-                KUBE_OBJECT,
-                argument(
-                    "--url",
-                    default="http://127.0.0.1:8265",
-                    help="the Ray dashboard, for example after `kubectl port-forward svc/NAME-head-svc 8265`; the "
-                    "token comes from RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN",
-                ),
-            ),
-        },
+    "cluster render": _command("print the objects of an overlay as YAML", "kube_commands:render", *OVERLAY),
+    "cluster apply": _command(
+        "apply the objects of an overlay (server-side)",
+        "kube_commands:apply",
+        NAMESPACE,
+        *OVERLAY,
+        argument("--dry-run", action="store_true", help="let Kubernetes check it, and change nothing"),
+    ),
+    "cluster scale": _command(
+        "change how many pods a group may have, or suspend and resume one group or all",
+        "kube_commands:scale",
+        NAMESPACE,
+        KUBE_OBJECT,
+        argument("--group", help="worker group; the only one when unset"),
+        argument("--min", type=int, dest="lowest", help="pods that are always there"),
+        argument("--max", type=int, dest="most", help="pods under load"),
+        one_of(
+            argument("--suspend", action="store_true", help="remove the pods of the group, or all without --group"),
+            argument("--resume", action="store_true", help="restore what was suspended"),
+        ),
+    ),
+    "cluster status": _command(
+        "say in a sentence what each cluster, job and service does", "kube_commands:status", NAMESPACE, KUBE_OBJECTS
+    ),
+    "cluster why-pending": _command("say why pods do not run yet", "kube_commands:pending", NAMESPACE, KUBE_OBJECTS),
+    "cluster why-not-idle": _command(
+        "say why pods of a Ray cluster do not go away",
+        "kube_commands:not_idle",
+        NAMESPACE,
+        KUBE_OBJECT,
+        argument(
+            "--url",
+            default="http://127.0.0.1:8265",
+            help="the Ray dashboard, for example after `kubectl port-forward svc/NAME-head-svc 8265`; the "
+            "token comes from RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN",
+        ),
     ),
     "demo": _command(
         "train and serve a small model on a 3-node local cluster, with a node killed on purpose",

@@ -23,8 +23,7 @@ from tests.wheel import OF_AN_EXTRA, build_wheel
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
-NAMES = [f"{name} {inner}" for name, command in COMMANDS.items() for inner in command.commands]
-NAMES += [name for name, command in COMMANDS.items() if not command.commands]
+
 RUN = """
 data: {source: [texts], vocab_size: 400, val_fraction: 0.2}
 model: {preset: tiny, n_positions: 128}
@@ -118,7 +117,7 @@ def test_only_modules_of_an_extra_cannot_be_imported(installed: Installation) ->
     assert missing == set(OF_AN_EXTRA)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_each_command_has_its_manual(name: str, installed: Installation) -> None:
     done = installed.raymill(*name.split(), "--help")
     assert (done.returncode, done.stderr) == (0, "")
