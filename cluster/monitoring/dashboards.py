@@ -101,12 +101,12 @@ def _panel(panel: Panel) -> Json:
             {
                 "refId": chr(ord("A") + number),
                 "datasource": _PROMETHEUS,
-                "expr": query.expr,
-                "legendFormat": query.legend,
+                "expr": expr,
+                "legendFormat": legend,
                 "range": not panel.is_stat,
                 "instant": panel.is_stat,
             }
-            for number, query in enumerate(panel.queries)
+            for number, (legend, expr) in enumerate(panel.queries.items())
         ],
         "fieldConfig": {"defaults": _defaults(panel), "overrides": list(_colors(panel))},
         "options": _STAT_OPTIONS if panel.is_stat else _LINE_OPTIONS,

@@ -27,17 +27,11 @@ RATE = "$__rate_interval"
 
 
 @dataclass(frozen=True)
-class Query:
-    expr: str
-    legend: str
-
-
-@dataclass(frozen=True)
 class Panel:
     title: str
-    queries: tuple[Query, ...]
     unit: str
     about: str
+    queries: Mapping[str, str]  # expressions by legend
     is_stat: bool = False
     is_stacked: bool = False
     names: tuple[str, ...] = ()  # of known series, each with its color
@@ -80,17 +74,17 @@ def lines(title: str, *names: str, by: str = "", op: str = "max", stacked: bool 
     metrics = [METRICS[name] for name in names]
     grouping = f" by ({by})" if by else ""
     legend = " ".join(f"{{{{{label}}}}}" for label in by.split(", ")) if by else title
-    queries = []
+    queries = {}
     for metric in metrics:
         value = series(metric.name)
         is_counter = metric.kind is Kind.COUNTER
         expr = f"sum{grouping} (rate({value}[{RATE}]))" if is_counter else f"{op}{grouping} ({value})"
-        queries.append(Query(expr, metric.help if len(names) > 1 else legend))
+        queries[metric.help if len(names) > 1 else legend] = expr
     first = metrics[0]
     unit = PER_S[first.unit] if first.kind is Kind.COUNTER else first.unit
     about = ". ".join(metric.help for metric in metrics) + "."
     known = first.values if by in first.labels else ()
-    return Panel(title, tuple(queries), unit, about, is_stacked=stacked, names=known, **options)
+    return Panel(title, unit, about, queries, is_stacked=stacked, names=known, **options)
 
 
 def stat(title: str, name: str) -> Panel:
@@ -100,8 +94,8 @@ def stat(title: str, name: str) -> Panel:
 def quantiles(title: str, name: str) -> Panel:
     """Returns the quantiles of a histogram."""
     buckets = f"sum by (le) (rate({series(name, '_bucket')}[{RATE}]))"
-    queries = tuple(Query(f"histogram_quantile({q / 100}, {buckets})", f"p{q}") for q in (50, 95, 99))
-    return Panel(title, queries, METRICS[name].unit, f"{METRICS[name].help}.")
+    queries = {f"p{q}": f"histogram_quantile({q / 100}, {buckets})" for q in (50, 95, 99)}
+    return Panel(title, METRICS[name].unit, f"{METRICS[name].help}.", queries)
 
 
 def age(title: str, name: str, *, bad_s: float) -> Panel:
@@ -109,13 +103,8 @@ def age(title: str, name: str, *, bad_s: float) -> Panel:
     return number(title, "s", about, f"time() - max ({series(name)})", thresholds=(bad_s / 2, bad_s))
 
 
-def computed(title: str, unit: str, about: str, exprs: Mapping[str, str], **options: Any) -> Panel:
-    """Returns lines with expressions of their own, by legend."""
-    return Panel(title, tuple(Query(expr, legend) for legend, expr in exprs.items()), unit, about, **options)
-
-
 def number(title: str, unit: str, about: str, expr: str, **options: Any) -> Panel:
-    return computed(title, unit, about, {title: expr}, is_stat=True, **options)
+    return Panel(title, unit, about, {title: expr}, is_stat=True, **options)
 
 
 def _now(name: str) -> str:
@@ -171,7 +160,7 @@ TRAINING = Dashboard(
             lines("Source bytes read a second", "raymill_data_source_bytes", by="stage"),
             lines("Documents a second", "raymill_data_documents", by="stage"),
             lines("Tokens written a second", "raymill_data_tokens", by="stage"),
-            computed(
+            Panel(
                 "Documents left out",
                 COUNT,
                 f"{METRICS[_DROPPED].help}.",
@@ -229,7 +218,7 @@ CLUSTER = Dashboard(
         "Nodes": [
             lines("Nodes", "ray_cluster_active_nodes", by="node_type", stacked=True),
             lines("Nodes that the autoscaler waits for", "ray_cluster_pending_nodes", by="node_type"),
-            computed(
+            Panel(
                 "CPUs and GPUs taken",
                 COUNT,
                 "Logical resources in use, and all there are.",
@@ -241,7 +230,7 @@ CLUSTER = Dashboard(
         ],
         "Load": [
             lines("CPU", "ray_node_cpu_utilization", by="ip", top=100),
-            computed(
+            Panel(
                 "Memory",
                 RATIO,
                 "Share of each node's memory in use.",
@@ -294,7 +283,7 @@ OBJECTIVES = Dashboard(
             number("Error budget left", RATIO, f"Of the {PERIOD}; below 0 it is overspent.", budget_left()),
             number("Burn rate, 1 h", COUNT, _BURN, burn_rate("1h"), thresholds=(1, FAST_BURN)),
             number("Burn rate, 6 h", COUNT, _BURN, burn_rate("6h"), thresholds=(1, SLOW_BURN)),
-            computed(
+            Panel(
                 "Burn rate of the error budget",
                 COUNT,
                 f"{_BURN} Alerts fire where both 1 h and 5 m exceed {FAST_BURN:g}, or both 6 h and 30 m exceed "
@@ -302,7 +291,7 @@ OBJECTIVES = Dashboard(
                 {window: burn_rate(window) for window in ("5m", "30m", "1h", "6h")},
                 thresholds=(SLOW_BURN, FAST_BURN),
             ),
-            computed("Failed completions", RATIO, "Share of the valid ones.", {"failed": error_ratio(RATE)}),
+            Panel("Failed completions", RATIO, "Share of the valid ones.", {"failed": error_ratio(RATE)}),
         ],
     },
     annotations=("promotion",),
