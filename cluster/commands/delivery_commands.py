@@ -2,21 +2,19 @@
 
 import argparse
 import json
-from collections.abc import Callable
+import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cluster.endpoint.delivery import Operator, follow
+from cluster.endpoint.delivery import Operator, RefusedError, next_checkpoint
 from cluster.endpoint.endpoint import Endpoint
 from cluster.output.progress import say
 from cluster.settings.parser import ConfigError
 from cluster.storage.uris import join_uri, open_storage
 from model.errors import UserError
 
-Gate = Callable[[str], dict[str, Any]]
-"""Returns the request fields that say on what a checkpoint and the live version are compared."""
-
-MAX_GATE_TEXT = 1 << 18  # characters
+_MAX_GATE_CHARS = 1 << 18
+_FOLLOW_S = 2.0
 
 
 def promote(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -24,19 +22,20 @@ def promote(arguments: argparse.Namespace) -> dict[str, Any]:
     asked = [arguments.checkpoint is not None, arguments.finish, arguments.follow is not None]
     if sum(asked) != 1:
         raise ConfigError("name a checkpoint to promote, or give --follow RUN, or --finish for the current canary")
-    operator = _operator(arguments)
-    gate = gate_of(arguments.gate_source, arguments.storage_uri)
+    operator, storage_uri = _operator(arguments), arguments.storage_uri
+    gate = None if arguments.gate_source is None else _text_or_rows(arguments.gate_source)
     terms = {
         "canary_percent": arguments.canary,
         "watch_s": arguments.watch_s,
         "max_loss_increase": arguments.max_loss_increase,
     }
     if arguments.follow is not None:
-        follow_run(operator, arguments.follow, arguments.storage_uri, terms=terms, gate=gate)
+        follow_run(operator, arguments.follow, storage_uri, terms=terms, gate=gate)
     if arguments.finish:
         operator.finish()
         return _result(operator.wait())
-    operator.promote(arguments.checkpoint, terms=terms, gate=gate(arguments.checkpoint))
+    fields = _gate_rows(arguments.checkpoint, storage_uri) if gate is None else gate
+    operator.promote(arguments.checkpoint, terms=terms, gate=fields)
     until = ("steady",) if arguments.canary is None else ("canary", "steady")
     return _result(operator.wait(until=until))
 
@@ -49,11 +48,27 @@ def rollback(arguments: argparse.Namespace) -> dict[str, Any]:
     return _result(operator.wait_until_steady())
 
 
-def follow_run(operator: Operator, run: str, storage_uri: str, *, terms: dict[str, Any], gate: Gate) -> NoReturn:
-    """Promotes new checkpoints of a run (an id, or the path or URI of its folder) until a signal ends it."""
+def follow_run(
+    operator: Operator, run: str, storage_uri: str, *, terms: dict[str, Any], gate: dict[str, Any] | None
+) -> NoReturn:
+    """Promotes the newest checkpoint of a run (an id, or the path or URI of its folder) whenever it is newer than the
+    live one, until a signal. A checkpoint that is refused or rolled back is reported and not tried again."""
     folder = open_storage(run if "/" in run else join_uri(storage_uri, f"runs/{run}"))
     say(f"promoting the newest checkpoint of {folder.uri} as it appears; Ctrl-C ends it")
-    follow(operator, folder, terms=terms, gate=gate)
+    tried: set[str] = set()
+    while True:
+        live = operator.wait_until_steady()["live"]["checkpoint"]
+        if (checkpoint := next_checkpoint(folder, live=live, tried=tried)) is None:
+            time.sleep(_FOLLOW_S)
+            continue
+        tried.add(checkpoint)
+        try:
+            operator.promote(
+                checkpoint, terms=terms, gate=_gate_rows(checkpoint, storage_uri) if gate is None else gate
+            )
+            operator.wait()
+        except RefusedError as error:
+            say(f"not promoted: {error}")
 
 
 def _operator(arguments: argparse.Namespace) -> Operator:
@@ -61,29 +76,25 @@ def _operator(arguments: argparse.Namespace) -> Operator:
     return Operator(endpoint)
 
 
-def gate_of(source: str | None, storage_uri: str) -> Gate:
-    if source is None:
-        return lambda checkpoint: {"gate_rows": _validation_rows(checkpoint, storage_uri)}
-    fixed = {} if source == "none" else _text_or_rows(Path(source))
-    return lambda checkpoint: fixed
-
-
-def _validation_rows(checkpoint: str, storage_uri: str) -> list[list[int]]:
+def _gate_rows(checkpoint: str, storage_uri: str) -> dict[str, Any]:
     """Returns validation rows of the run that wrote the checkpoint; reports it if they are unknown."""
     from jobs.evaluate import gate_rows
 
     found = gate_rows(checkpoint, storage_uri)
     if not found["rows"]:
         say(f"no loss is compared, the gate is the self-test alone ({found['reason']}); name a text: --gate-source")
-    return list(found["rows"])
+    return {"gate_rows": list(found["rows"])}
 
 
-def _text_or_rows(path: Path) -> dict[str, Any]:
+def _text_or_rows(source: str) -> dict[str, Any]:
+    """Returns the request fields with what a checkpoint and the live version are compared on."""
+    if source == "none":
+        return {}
     try:
-        text = path.read_text(encoding="utf-8")
-        return {"gate_rows": json.loads(text)} if path.suffix == ".json" else {"gate_text": text[:MAX_GATE_TEXT]}
+        text = Path(source).read_text(encoding="utf-8")
+        return {"gate_rows": json.loads(text)} if source.endswith(".json") else {"gate_text": text[:_MAX_GATE_CHARS]}
     except (OSError, ValueError) as error:
-        raise UserError(f"--gate-source {path} cannot be read: {error}") from None
+        raise UserError(f"--gate-source {source} cannot be read: {error}") from None
 
 
 def _result(state: dict[str, Any]) -> dict[str, Any]:

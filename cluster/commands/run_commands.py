@@ -282,7 +282,7 @@ def checkpoint_list(arguments: argparse.Namespace) -> dict[str, Any] | None:
 def serve(arguments: argparse.Namespace) -> None:
     """Serves until a signal. On a cluster at an address it deploys and returns, unless it is to follow a run."""
     from cluster.commands.checks import check_endpoint
-    from cluster.commands.delivery_commands import follow_run, gate_of
+    from cluster.commands.delivery_commands import follow_run
     from cluster.endpoint.delivery import Operator
     from cluster.endpoint.endpoint import deploy, require_ray_proxies
     from cluster.settings.flags import config_from_arguments
@@ -302,8 +302,7 @@ def serve(arguments: argparse.Namespace) -> None:
         endpoint = deploy(connection, config)
         arguments.show({"url": endpoint.url, "model": endpoint.model})
         if arguments.follow is not None:
-            gate = gate_of(None, config.storage.uri)
-            follow_run(Operator(endpoint), arguments.follow, config.storage.uri, terms={}, gate=gate)
+            follow_run(Operator(endpoint), arguments.follow, config.storage.uri, terms={}, gate=None)
         if connection.local is None:
             say(f"{endpoint.url} stays up; end it with Ray Serve's own tools")
             return

@@ -1,8 +1,8 @@
 """Promotion as an operator sees it: requests to a running endpoint, and waiting for the outcome."""
 
 import time
-from collections.abc import Callable, Collection
-from typing import Any, NoReturn
+from collections.abc import Collection
+from typing import Any
 
 import httpx
 
@@ -15,7 +15,6 @@ from model.errors import UserError
 
 POLL_S = 0.5
 SAY_S = 10.0
-FOLLOW_S = 2.0
 ANSWER_TIMEOUT_S = 600.0  # the endpoint fetches and verifies a checkpoint first
 AWAY_S = 60.0  # an endpoint whose replica or coordinator is being replaced
 
@@ -109,25 +108,6 @@ def progress_of(state: dict[str, Any], *, phase_s: float) -> str:
         case "watching":
             return f"watching: {live} serves; for {left}, errors or slowness roll it back"
     return f"{state['phase']}: {live} serves"
-
-
-def follow(
-    operator: Operator, run: Storage, *, terms: dict[str, Any], gate: Callable[[str], dict[str, Any]]
-) -> NoReturn:
-    """Promotes a run's newest checkpoint whenever it is newer than the live one. One that is refused or rolled back is
-    reported and not tried again."""
-    tried: set[str] = set()
-    while True:
-        state = operator.wait_until_steady()
-        if (checkpoint := next_checkpoint(run, live=state["live"]["checkpoint"], tried=tried)) is None:
-            time.sleep(FOLLOW_S)
-            continue
-        tried.add(checkpoint)
-        try:
-            operator.promote(checkpoint, terms=terms, gate=gate(checkpoint))
-            operator.wait()
-        except RefusedError as error:
-            say(f"not promoted: {error}")
 
 
 def next_checkpoint(run: Storage, *, live: str, tried: Collection[str]) -> str | None:
