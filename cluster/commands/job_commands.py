@@ -22,7 +22,7 @@ from cluster.stages.stage_module import STAGES, BadResultError
 from cluster.storage.uris import NotFoundError, Storage, absolute_uri, open_storage
 from cluster.submission.backend import JobBackend
 from cluster.submission.kuberay_backend import KubeJobs
-from cluster.submission.preflight import AdmissionError, check_run
+from cluster.submission.preflight import AdmissionError, Folders, check_run
 from cluster.submission.record import Backend, recorded_runs
 from cluster.submission.submit import JobView, backend_at, describe, living_job, stop_job, submit_job, view_job
 from model.errors import UserError
@@ -41,14 +41,7 @@ def submit(arguments: argparse.Namespace) -> dict[str, Any] | None:
     living = None if arguments.dry_run else living_job(config, stage, arguments.token_file)
     if living is not None:
         return _submitted(config, living, is_new=False)
-    check_run(config, backend.folders)
-
-    from jobs.plan.memory import worker_needs
-
-    needs = worker_needs(config)
-    if needs["problems"]:
-        raise AdmissionError("; ".join(needs["problems"]))
-    backend.check(config, stage, needs)
+    backend.check(config, stage, checked_needs(config, backend.folders))
     if not arguments.dry_run:
         view, is_new = submit_job(config, stage, backend, arguments.token_file)
         return _submitted(config, view, is_new=is_new)
@@ -56,6 +49,18 @@ def submit(arguments: argparse.Namespace) -> dict[str, Any] | None:
         return {"run_id": config.run_id, "admitted": True}
     objects = backend.objects(config, stage, number=1)
     return {"run_id": config.run_id, "objects": objects} if arguments.json else print_objects(objects)
+
+
+def checked_needs(config: RunConfig, folders: Folders) -> dict[str, Any]:
+    """Checks what does not depend on the nodes, and returns what a worker needs of them. Raises `AdmissionError`."""
+    check_run(config, folders)
+
+    from jobs.plan.memory import worker_needs
+
+    needs = worker_needs(config)
+    if needs["problems"]:
+        raise AdmissionError("; ".join(needs["problems"]))
+    return needs
 
 
 def _submitted(config: RunConfig, view: JobView, *, is_new: bool) -> dict[str, Any]:

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
+from cluster.commands.job_commands import checked_needs
 from cluster.settings.flags import validate_config
 from cluster.settings.run import RunConfig, to_yaml
 from cluster.storage.uris import StorageError, open_storage
-from cluster.submission.preflight import AdmissionError, Folders, check_rooms, check_run
-from jobs.plan.memory import worker_needs
+from cluster.submission.preflight import AdmissionError, Folders, check_rooms
 
 NODE = {"CPU": 4.0, "memory": 6e9, "object_store_memory": 2e9}
 NEEDS = {"worker_bytes": 3_000_000_000}
@@ -76,8 +76,8 @@ def test_tokenizing_needs_a_cpu_somewhere(tmp_path: Path) -> None:
 
 
 def test_a_good_run_is_told_what_it_needs(texts: Path) -> None:
-    tiny = check_run(config(texts), Folders.SAME, worker_needs)["worker_bytes"]
-    wide = check_run(config(texts, model={"preset": "gpt2-124m"}), Folders.SAME, worker_needs)["worker_bytes"]
+    tiny = checked_needs(config(texts), Folders.SAME)["worker_bytes"]
+    wide = checked_needs(config(texts, model={"preset": "gpt2-124m"}), Folders.SAME)["worker_bytes"]
     assert 0.4e9 < tiny < 0.6e9
     assert wide > tiny + 4 * 4 * 124e6  # weights, gradients and two moments in fp32
     assert not (texts / "store").exists()
@@ -89,29 +89,29 @@ def test_other_settings_than_the_run_was_begun_with_are_refused(texts: Path) -> 
     values["model"]["vocab_size"] = 300  # the tokenizer's
     before = validate_config(values, RunConfig)
     open_storage(run.storage.uri).write_bytes("runs/demo/config.yaml", to_yaml(before).encode())
-    check_run(run, Folders.SAME, worker_needs)
+    checked_needs(run, Folders.SAME)
     changed = run.model_copy(update={"train": run.train.model_copy(update={"learning_rate": 1e-3})})
     with pytest.raises(AdmissionError, match=r"run demo has other settings: train.learning_rate was 0.0006, now 0.001"):
-        check_run(changed, Folders.SAME, worker_needs)
+        checked_needs(changed, Folders.SAME)
 
 
 def test_sources_and_storage_are_looked_at(texts: Path, s3_bucket: str) -> None:
     missing = config(texts, data={"source": [str(texts / "texts"), f"s3://{s3_bucket}/corpus"]})
     with pytest.raises(AdmissionError, match=f"data.source: nothing is at 's3://{s3_bucket}/corpus'"):
-        check_run(missing, Folders.SAME, worker_needs)
+        checked_needs(missing, Folders.SAME)
     nowhere = config(texts, storage={"uri": "s3://no-such-bucket/x"})
     with pytest.raises(AdmissionError, match=r"there is no bucket 'no-such-bucket'.*`raymill storage check"):
-        check_run(nowhere, Folders.SAME, worker_needs)
+        checked_needs(nowhere, Folders.SAME)
     with pytest.raises(StorageError, match="cannot open 'ftp://x'"):
-        check_run(config(texts, storage={"uri": "ftp://x"}), Folders.SAME, worker_needs)
+        checked_needs(config(texts, storage={"uri": "ftp://x"}), Folders.SAME)
 
 
 def test_a_folder_of_this_machine_is_nothing_for_others(
     texts: Path, s3_bucket: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(AdmissionError, match=r"is a folder of this machine; the job needs --storage.uri s3://"):
-        check_run(config(texts), Folders.NONE, worker_needs)
+        checked_needs(config(texts), Folders.NONE)
     with pytest.raises(AdmissionError, match="is on this machine, and the job is not; upload it"):
-        check_run(config(texts, storage={"uri": f"s3://{s3_bucket}/store"}), Folders.NONE, worker_needs)
-    check_run(config(texts, data={"source": "/only/there"}), Folders.UNKNOWN, worker_needs)
-    assert "all nodes of the cluster have to see the same there" in capsys.readouterr().err
+        checked_needs(config(texts, storage={"uri": f"s3://{s3_bucket}/store"}), Folders.NONE)
+    checked_needs(config(texts, data={"source": "/only/there"}), Folders.UNKNOWN)
+    assert "all nodes of the cluster must see the same files there" in capsys.readouterr().err
