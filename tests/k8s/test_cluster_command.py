@@ -84,7 +84,7 @@ def test_a_jobs_group_is_scaled_on_the_cluster_that_it_made(
     api: ApiStandIn, capsys: pytest.CaptureFixture[str]
 ) -> None:
     job = find(render("overlays/gpu"), "RayJob/pretrain")
-    assert "has no cluster now: it has not been looked at" in _with(
+    assert "has no cluster now: it has not been seen by KubeRay" in _with(
         api, job, lambda: refused(capsys, "scale", "pretrain", "--max", "3")
     )
     job["status"] = {"jobDeploymentStatus": "Running", "jobStatus": "RUNNING", "rayClusterName": "pretrain-x"}
@@ -112,7 +112,7 @@ def test_a_jobs_group_is_scaled_on_the_cluster_that_it_made(
 def test_why_pending_reads_pods_and_events(api: ApiStandIn, capsys: pytest.CaptureFixture[str]) -> None:
     shared = find(render("base"), "RayCluster/shared") | {"status": {"state": "ready"}}
     api.put(f"{_RAY}/rayclusters/shared", shared)
-    assert asked(capsys, "why-pending") == {"pending": "nothing: each pod that was asked for runs"}
+    assert asked(capsys, "why-pending") == {"pending": "nothing: every requested pod runs"}
     labels = {"ray.io/cluster": "shared", "ray.io/is-ray-node": "yes", "ray.io/node-type": "worker"}
     scheduled = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable"}
     scheduled["message"] = "0/3 nodes are available: 3 Insufficient cpu."
