@@ -10,7 +10,7 @@ import sys
 import time
 from typing import Any
 
-from cluster.commands.kube_commands import overlay_folder, print_objects
+from cluster.commands.kube_commands import overlay_folder, shown_objects
 from cluster.output.job_log import LogReader, launches
 from cluster.output.progress import RayFilter, say
 from cluster.output.result_text import table
@@ -47,8 +47,7 @@ def submit(arguments: argparse.Namespace) -> dict[str, Any] | None:
         return _submitted(config, view, is_new=is_new)
     if not isinstance(backend, KubeJobs):
         return {"run_id": config.run_id, "admitted": True}
-    objects = backend.objects(config, stage, number=1)
-    return {"run_id": config.run_id, "objects": objects} if arguments.json else print_objects(objects)
+    return shown_objects(backend.objects(config, stage, number=1), arguments, run_id=config.run_id)
 
 
 def checked_needs(config: RunConfig, folders: Folders) -> dict[str, Any]:

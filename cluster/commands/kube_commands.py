@@ -27,12 +27,15 @@ _OVERLAYS = CODE_ROOT / "cluster" / "k8s" / "overlays"  # a link, so that a whee
 
 
 def render(arguments: argparse.Namespace) -> dict[str, Any] | None:
-    objects = _objects(arguments)
-    return {"objects": objects} if arguments.json else print_objects(objects)
+    return shown_objects(_objects(arguments), arguments)
 
 
-def print_objects(objects: list[Object]) -> None:
+def shown_objects(objects: list[Object], arguments: argparse.Namespace, **fields: Any) -> dict[str, Any] | None:
+    """Returns the objects with `fields` for --json, or else prints them as YAML."""
+    if arguments.json:
+        return {**fields, "objects": objects}
     sys.stdout.write(yaml.safe_dump_all(objects, sort_keys=False))
+    return None
 
 
 def apply(arguments: argparse.Namespace) -> dict[str, Any]:
