@@ -16,9 +16,10 @@ from jobs.run.run_plan import RunPlan
 from jobs.training.train_loop import train
 from model.gpt import GPT
 from tests.jobs.runs import tiny_plan
+from tests.time_limits import slowness
 
 NUM_STEPS = 20
-SLOW_BY_S = 0.03  # a lane
+SLOW_BY_S = 0.06 * slowness()  # a lane, which a busy machine's exchange must not take too
 WORLDS = {"one": 1, "sharded": 2, "slow": 2}  # the slow one last, as what slows it stays
 
 

@@ -1,9 +1,9 @@
 """The Dockerfile is checked as far as possible without a container runtime: it is read, not built."""
 
 import re
-import tomllib
 from pathlib import Path
 
+from cluster.settings.code_folders import CODE_FOLDERS
 from serving.engine.native_library import FOLDER_VARIABLE
 from tests.k8s.manifests import CLUSTER_KINDS, K8S, cluster_spec, of_kind, render
 from tests.repository import REPOSITORY
@@ -37,10 +37,7 @@ def test_copies_what_is_there_and_all_the_code() -> None:
     copied = [rest.split()[:-1] for name, rest in _instructions() if name == "COPY" and "--from=" not in rest]
     sources = {source for sources in copied for source in sources}
     assert [source for source in sources if not (REPOSITORY / source).exists()] == []
-    packages = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"][
-        "packages"
-    ]
-    assert set(packages) <= sources
+    assert set(CODE_FOLDERS) <= sources
     allowed = {line[1:] for line in Path(K8S / "Dockerfile.dockerignore").read_text().splitlines() if line[0] == "!"}
     assert allowed == sources
 
