@@ -5,7 +5,6 @@ Functions and settings are named, not imported: a command line imports only what
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ from typing import Any
 from cluster.stages.stage_module import STAGES
 from cluster.storage.uris import absolute_uri
 
-Add = Callable[[argparse.ArgumentParser], None]
-"""Puts arguments on a parser, which happens only for the command that was asked for."""
+Add = Callable[[Any], object]
+"""Adds arguments to a parser or group, which happens only for the command that was asked for."""
 
 
 def imported(reference: str) -> Any:
@@ -25,11 +24,7 @@ def imported(reference: str) -> Any:
 
 def argument(*names: str, **options: Any) -> Add:
     """Adds one argument; the parameters are those of `add_argument`."""
-
-    def add(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument(*names, **options)
-
-    return add
+    return lambda parser: parser.add_argument(*names, **options)
 
 
 def one_of(*arguments: Add, required: bool = False) -> Add:
@@ -38,7 +33,7 @@ def one_of(*arguments: Add, required: bool = False) -> Add:
     def add(parser: argparse.ArgumentParser) -> None:
         group = parser.add_mutually_exclusive_group(required=required)
         for add_one in arguments:
-            add_one(group)  # type: ignore[arg-type]
+            add_one(group)
 
     return add
 
@@ -91,15 +86,11 @@ def runs(*, nargs: int | str = 1) -> Add:
     return argument("runs", nargs=nargs, metavar="RUN", help="run id, or path or URI of a run's folder")
 
 
-@dataclass(frozen=True)
 class Command:
-    about: str
-    run: str  # `module:function` of this folder; takes the parsed arguments, returns the result to print
-    arguments: tuple[Add, ...]
+    """`run` is `module:function` of this folder: it takes the parsed arguments and returns the result to print."""
 
-
-def _command(about: str, run: str, *arguments: Add) -> Command:
-    return Command(about, run, arguments)
+    def __init__(self, about: str, run: str, *arguments: Add) -> None:
+        self.about, self.run, self.arguments = about, run, arguments
 
 
 GROUPS = {
@@ -116,8 +107,8 @@ NOTES = {
 """What only the manual of a group says."""
 
 COMMANDS: dict[str, Command] = {
-    "tokenize": _command(STAGES["tokenize"][1], "run_commands:stage", CONFIG, RUN_SETTINGS),
-    "pretrain": _command(
+    "tokenize": Command(STAGES["tokenize"][1], "run_commands:stage", CONFIG, RUN_SETTINGS),
+    "pretrain": Command(
         STAGES["pretrain"][1],
         "run_commands:stage",
         CONFIG,
@@ -130,8 +121,8 @@ COMMANDS: dict[str, Command] = {
         ),
         RUN_SETTINGS,
     ),
-    "pipeline": _command(STAGES["pipeline"][1], "run_commands:stage", CONFIG, RUN_SETTINGS),
-    "submit": _command(
+    "pipeline": Command(STAGES["pipeline"][1], "run_commands:stage", CONFIG, RUN_SETTINGS),
+    "submit": Command(
         "start a stage as a background job; submitting the same run twice starts one job",
         "job_commands:submit",
         argument(
@@ -147,19 +138,19 @@ COMMANDS: dict[str, Command] = {
         TOKEN_FILE,
         RUN_SETTINGS,
     ),
-    "list": _command(
+    "list": Command(
         "list the jobs of a storage's runs, and what they are doing",
         "job_commands:list_jobs",
         argument("--address", metavar="URL", help="list the jobs of this Ray cluster instead, whatever their storage"),
         TOKEN_FILE,
         STORAGE,
     ),
-    "status": _command(
+    "status": Command(
         "show what a run's job is doing, or how it ended; exit code 1 if it failed, was stopped or is lost",
         "job_commands:status",
         *JOB,
     ),
-    "logs": _command(
+    "logs": Command(
         "print what a run's job and its workers printed, even after the cluster is gone",
         "job_commands:logs",
         argument(
@@ -170,69 +161,67 @@ COMMANDS: dict[str, Command] = {
         argument("--ray", action="store_true", help="include the lines of Ray and of its workers' processes"),
         *JOB,
     ),
-    "stop": _command("have a run's job save and end; submitting the run again resumes it", "job_commands:stop", *JOB),
-    "storage check": _command(
+    "stop": Command("have a run's job save and end; submitting the run again resumes it", "job_commands:stop", *JOB),
+    "storage check": Command(
         "check that a storage does all that runs need, and say what is wrong if not",
         "run_commands:storage_check",
         argument("uri", metavar="URI", help="a path, file:// or s3://bucket/prefix"),
     ),
-    "data preview": _command(
+    "data preview": Command(
         "estimate documents, tokens and drop rates of a corpus from a sample",
         "run_commands:data_preview",
         CONFIG,
         RUN_SETTINGS,
     ),
-    "data stats": _command(
+    "data stats": Command(
         "count documents, tokens and bytes of a token store, by split and source",
         "run_commands:look_at_store",
         STORE,
         STORAGE,
     ),
-    "data verify": _command(
+    "data verify": Command(
         "recompute the hash of every shard of a token store", "run_commands:look_at_store", STORE, STORAGE
     ),
-    "data report": _command(
-        "show what was dropped and why, with samples", "run_commands:look_at_store", STORE, STORAGE
-    ),
-    "dashboards push": _command(
+    "data report": Command("show what was dropped and why, with samples", "run_commands:look_at_store", STORE, STORAGE),
+    "dashboards push": Command(
         "update Grafana's data source, folder and dashboards to this version", "dashboard_commands:push", PROMETHEUS
     ),
-    "dashboards diff": _command(
+    "dashboards diff": Command(
         "list where Grafana's dashboards differ from this version's; exit code 1 if any do", "dashboard_commands:diff"
     ),
-    "dashboards export": _command(
+    "dashboards export": Command(
         "write them, the alerts and the scrape settings as files for Grafana, Prometheus and kustomize",
         "dashboard_commands:export",
         argument("folder", help="such as k8s/monitoring"),
         PROMETHEUS,
     ),
-    "plan": _command(
+    "plan": Command(
         "estimate what a run will take: operations, days, cost, memory, checkpoints, links",
         "plan_command:plan",
         arguments_of("cluster.commands.plan_command:add_plan_arguments"),
     ),
-    "inspect": _command(
+    "inspect": Command(
         "show the shape and bytes of a batch at every stage of the model",
         "shapes_command:inspect",
         CONFIG,
         argument("--shapes", action="store_true", required=True, help="each stage's shape and bytes"),
         RUN_SETTINGS,
     ),
-    "evaluate": _command(
+    "evaluate": Command(
         "measure loss, perplexity and bits per byte of a checkpoint",
         "run_commands:evaluate",
         CHECKPOINT,
         CONFIG_FLAG,
         settings("cluster.settings.run:EvaluateConfig"),
     ),
-    "export": _command(
+    "export": Command(
         "copy a checkpoint without its training state, ready for Hugging Face",
         "run_commands:export",
         CHECKPOINT,
         argument("destination", help="folder or s3:// URI to make"),
         STORAGE,
     ),
-    "report": _command(
+    "report": Command(
         "draw a run: loss, workers, throughput, a step's time, cost, plan and actual",
         "run_commands:report",
         runs(),
@@ -240,17 +229,17 @@ COMMANDS: dict[str, Command] = {
         argument("--plan", type=Path, metavar="FILE", help="output of `raymill plan --json` to compare with"),
         STORAGE,
     ),
-    "compare": _command(
+    "compare": Command(
         "put runs side by side: curves, settings that differ, final figures",
         "run_commands:compare",
         runs(nargs="+"),
         STORAGE,
     ),
-    "why-slow": _command("say what bounds a run, and by which numbers", "run_commands:why_slow", runs(), STORAGE),
-    "verify": _command(
+    "why-slow": Command("say what bounds a run, and by which numbers", "run_commands:why_slow", runs(), STORAGE),
+    "verify": Command(
         "recompute the hashes of a run's checkpoints and of its data", "run_commands:verify", runs(), STORAGE
     ),
-    "replay": _command(
+    "replay": Command(
         "take steps of a run again and compare their bits",
         "run_commands:replay",
         runs(),
@@ -258,14 +247,14 @@ COMMANDS: dict[str, Command] = {
         argument("--workers", type=int, default=1, help="processes that train; 1 when unset"),
         STORAGE,
     ),
-    "diff": _command("find the first step where two runs part", "run_commands:diff", runs(nargs=2), STORAGE),
-    "probe": _command(
+    "diff": Command("find the first step where two runs part", "run_commands:diff", runs(nargs=2), STORAGE),
+    "probe": Command(
         "measure what each kept checkpoint does in context: copying, induction, few-shot",
         "run_commands:probe",
         runs(),
         STORAGE,
     ),
-    "track": _command(
+    "track": Command(
         "send a run's curves to Weights & Biases or MLflow",
         "run_commands:track",
         runs(),
@@ -277,7 +266,7 @@ COMMANDS: dict[str, Command] = {
         argument("--follow", action="store_true", help="continue until the run has ended"),
         STORAGE,
     ),
-    "lend": _command(
+    "lend": Command(
         "have a running elastic run shrink for a while, and grow again",
         "run_commands:lend_workers",
         RUN_ID,
@@ -289,12 +278,12 @@ COMMANDS: dict[str, Command] = {
         argument("--for", dest="for_s", type=float, default=300.0, metavar="SECONDS", help="300 when unset"),
         STORAGE,
     ),
-    "publish": _command("make a checkpoint the latest one", "run_commands:publish_checkpoint", CHECKPOINT, STORAGE),
-    "checkpoint show": _command(
+    "publish": Command("make a checkpoint the latest one", "run_commands:publish_checkpoint", CHECKPOINT, STORAGE),
+    "checkpoint show": Command(
         "verify a checkpoint and print its hashes", "run_commands:checkpoint_show", CHECKPOINT, STORAGE
     ),
-    "checkpoint list": _command("list the published checkpoints", "run_commands:checkpoint_list", STORAGE),
-    "serve": _command(
+    "checkpoint list": Command("list the published checkpoints", "run_commands:checkpoint_list", STORAGE),
+    "serve": Command(
         "serve a checkpoint behind an OpenAI-compatible endpoint until SIGTERM or Ctrl-C",
         "run_commands:serve",
         CHECKPOINT,
@@ -302,7 +291,7 @@ COMMANDS: dict[str, Command] = {
         CONFIG_FLAG,
         settings("cluster.settings.serve:ServeConfig"),
     ),
-    "complete": _command(
+    "complete": Command(
         "complete a prompt at the endpoint that `raymill serve` started here",
         "run_commands:complete",
         argument("prompt"),
@@ -313,7 +302,7 @@ COMMANDS: dict[str, Command] = {
         argument("--seed", type=int),
         STORAGE,
     ),
-    "promote": _command(
+    "promote": Command(
         "make the running endpoint serve another checkpoint",
         "delivery_commands:promote",
         argument("checkpoint", nargs="?", help="path or URI of a checkpoint's or run's folder, or `latest`"),
@@ -332,18 +321,18 @@ COMMANDS: dict[str, Command] = {
         ADMIN_KEY,
         STORAGE,
     ),
-    "rollback": _command(
+    "rollback": Command(
         "make the running endpoint serve the previous version", "delivery_commands:rollback", URL, ADMIN_KEY, STORAGE
     ),
-    "cluster render": _command("print the objects of an overlay as YAML", "kube_commands:render", *OVERLAY),
-    "cluster apply": _command(
+    "cluster render": Command("print the objects of an overlay as YAML", "kube_commands:render", *OVERLAY),
+    "cluster apply": Command(
         "apply the objects of an overlay (server-side)",
         "kube_commands:apply",
         NAMESPACE,
         *OVERLAY,
         argument("--dry-run", action="store_true", help="let Kubernetes check it, and change nothing"),
     ),
-    "cluster scale": _command(
+    "cluster scale": Command(
         "change how many pods a group may have, or suspend and resume one group or all",
         "kube_commands:scale",
         NAMESPACE,
@@ -356,11 +345,11 @@ COMMANDS: dict[str, Command] = {
             argument("--resume", action="store_true", help="restore what was suspended"),
         ),
     ),
-    "cluster status": _command(
+    "cluster status": Command(
         "say in a sentence what each cluster, job and service does", "kube_commands:status", NAMESPACE, KUBE_OBJECTS
     ),
-    "cluster why-pending": _command("say why pods do not run yet", "kube_commands:pending", NAMESPACE, KUBE_OBJECTS),
-    "cluster why-not-idle": _command(
+    "cluster why-pending": Command("say why pods do not run yet", "kube_commands:pending", NAMESPACE, KUBE_OBJECTS),
+    "cluster why-not-idle": Command(
         "say why pods of a Ray cluster do not go away",
         "kube_commands:not_idle",
         NAMESPACE,
@@ -372,7 +361,7 @@ COMMANDS: dict[str, Command] = {
             "token comes from RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN",
         ),
     ),
-    "demo": _command(
+    "demo": Command(
         "train and serve a small model on a 3-node local cluster, with a node killed on purpose",
         "run_commands:demo",
         argument("--keep", action="store_true", help="keep the endpoint up until Ctrl-C"),

@@ -101,8 +101,8 @@ def _data(kind: Kind, name: str, unit: str, text: str, *labels: str) -> Metric:
     return Metric(f"raymill_data_{name}", kind, Exporter.DATA, unit, text, labels)
 
 
-def _replica(kind: Kind, name: str, unit: str, text: str) -> Metric:
-    return Metric(name, kind, Exporter.REPLICA, unit, text)
+def _replica(kind: Kind, name: str, unit: str, text: str, *labels: str, values: tuple[str, ...] = ()) -> Metric:
+    return Metric(name, kind, Exporter.REPLICA, unit, text, labels, values)
 
 
 def _histogram(name: str, text: str, buckets_s: tuple[float, ...]) -> Metric:
@@ -154,14 +154,13 @@ TABLE: tuple[Metric, ...] = (
     _replica(Kind.GAUGE, "vllm:num_requests_running", COUNT, "Sequences that hold KV cache blocks"),
     _replica(Kind.GAUGE, "vllm:num_requests_waiting", COUNT, "Sequences that wait for blocks"),
     _replica(Kind.GAUGE, "vllm:kv_cache_usage_perc", RATIO, "Share of the blocks in use, 0 to 1"),
-    Metric(
-        "vllm:request_success",
+    _replica(
         Kind.COUNTER,
-        Exporter.REPLICA,
+        "vllm:request_success",
         COUNT,
         "Sequences ended, by reason",
-        ("finished_reason",),
-        FINISH_REASONS,
+        "finished_reason",
+        values=FINISH_REASONS,
     ),
     _replica(Kind.COUNTER, "vllm:prompt_tokens", TOKENS, "Prompt tokens admitted"),
     _replica(Kind.COUNTER, "vllm:generation_tokens", TOKENS, "Tokens generated"),
