@@ -104,7 +104,7 @@ NOTES = {
     "dashboards": ". Grafana is the one at GRAFANA_URL; its token is in GRAFANA_TOKEN, or in the file that "
     "GRAFANA_TOKEN_FILE names."
 }
-"""What only the manual of a group says."""
+"""Ends of the groups' own manuals."""
 
 COMMANDS: dict[str, Command] = {
     "tokenize": Command(STAGES["tokenize"][1], "run_commands:stage", CONFIG, RUN_SETTINGS),

@@ -188,7 +188,7 @@ def test_stop_leaves_nothing(cluster: LocalCluster, before: set[psutil.Process])
 
 
 AGENTS = {"ray::DashboardAgent", "ray::RuntimeEnvAgent"}
-"""Where the raylet was killed rather than ended, they report it to a head that is gone too, for up to a minute."""
+"""Processes that report a killed raylet, for up to a minute, to a head that is gone too."""
 
 
 @pytest.mark.parametrize("waits_for_agents", [False, pytest.param(True, marks=pytest.mark.slow)])

@@ -103,7 +103,7 @@ def test_an_outage_neither_holds_up_the_writer_nor_costs_lines(proxy: FaultProxy
 
 
 def test_a_writer_that_is_cut_off_leaves_what_it_stored(run: Storage) -> None:
-    """Like a SIGKILL: no end is written, and at most the last lines of an interval are missing."""
+    """As with SIGKILL, no end is written, and at most the last lines of an interval are missing."""
     log = JobLog(run, "cut", STARTED)
     log.write(b"stored\n")
     wait_until(lambda: text(run, "cut") == "stored\n")
