@@ -53,7 +53,7 @@ bench-data: $(BENCH_INSTALLED)
 bench-serve: $(BENCH_INSTALLED) $(VLLM_INSTALLED)
 	$(BIN)/python -m tests.benchmarks.bench_serve
 
-# Of the newest demo's run, for the READMEs.
+# The pictures in the READMEs, from the newest demo's run.
 pictures: $(INSTALLED)
 	$(BIN)/python -m tests.pictures
 
