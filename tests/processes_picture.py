@@ -56,7 +56,7 @@ NODE = [
     Process(
         "training worker", "jobs/training/train_worker.py", ("computes its lanes, sums", "exactly with the others")
     ),
-    Process("keeper", "jobs/snapshots/snapshot_actor.py", ("holds the last steps'", "state in memory")),
+    Process("keeper", "jobs/snapshots/keepers.py", ("holds the last steps'", "state in memory")),
     Process("replica", "serving/replica.py", ("HTTP, keys, text and", "tokens, admission")),
     Process("engine", "serving/engine_process/run_engine.py", ("continuous batching,", "KV cache, sampling")),
 ]
