@@ -128,7 +128,7 @@ def test_a_tree_cannot_be_changed() -> None:
         ({"train": {"qqq": 1}}, ["unknown setting train.qqq"]),
         ({"model": {"n_heads": 2}}, ["'n_heads'", "n_head,"]),
         ({"model": {"preset": "tinny"}}, ["'tinny'", "tiny"]),
-        ({"model": {"n_embd": 32, "n_head": 3}}, ["n_head=3", "n_embd=32", "divisors of 32"]),
+        ({"model": {"n_embd": 32, "n_head": 3}}, ["n_head=3", "n_embd=32", "divisors"]),
         ({"model": {"n_layer": 2.5}}, ["model.n_layer", "integer", "2.5"]),
         ({"model": {"activation_function": "gelo"}}, ["activation_function", "'gelo'", "gelu_exact"]),
         (
