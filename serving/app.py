@@ -1,6 +1,6 @@
-"""Deploys the endpoint: the one name that manifests (`serving.app:build_app`) and `python -m serving.app` know.
+"""Deploys the endpoint, from manifests (`serving.app:build_app`) and with `python -m serving.app`.
 
-Never write `from __future__ import annotations` here: Ray Serve would hand `build_app` a plain dict.
+Never write `from __future__ import annotations` here: Ray Serve would pass `build_app` a plain dict.
 """
 
 import ipaddress
@@ -24,7 +24,7 @@ from cluster.stages.stage import stage_main
 from cluster.storage.registry import LATEST, find_checkpoint
 from cluster.storage.uris import absolute_uri, open_storage
 from model.errors import UserError
-from serving.api.access import AccessRules, make_key_file, read_rules
+from serving.api.access import read_rules
 from serving.delivery.autoscaling import ScalingPolicy, ScalingRules
 from serving.delivery.coordinator import Coordinator
 from serving.delivery.delivery_file import DeliveryFile, endpoint_name
@@ -36,12 +36,12 @@ from serving.replica import Replica
 APP_NAME = "raymill"
 READY_TIMEOUT_S = 60.0
 CONTROL_LOOP_S = "0.5"  # Ray's 0.1 would take 3% of a core from the engine, all day
-LONGEST_STREAM_S = 120.0  # a replica that leaves finishes its streams first
+LONGEST_STREAM_S = 120.0  # for a replica that leaves to finish its streams
 
 
 def build_app(config: ServeConfig) -> serve.Application:
-    """The application for a Ray Serve config file: of the same checkpoint in the settings, it goes on with what was
-    promoted meanwhile, also on a new cluster."""
+    """Builds the application for a Ray Serve config file. As long as the settings name the same checkpoint, it
+    continues with what was promoted meanwhile, also on a new cluster."""
     return _app(config, deployment=f"config file: {config.checkpoint}")
 
 
@@ -54,9 +54,14 @@ def _app(config: ServeConfig, *, deployment: str) -> serve.Application:
         )
     replicas = config.replicas
     fixed = replicas.min_replicas == replicas.max_replicas
-    # A full replica answers 429 itself. Ray Serve's own limit lies above it, so that only a flood meets the proxy's
-    # refusal, which front_door.py puts into OpenAI's shape.
+    # A full replica answers 429 itself. Ray Serve's own limit is higher, so that only a flood gets the proxy's refusal,
+    # to which front_door.py gives OpenAI's shape.
     flood_limit = 2 * replicas.max_ongoing_requests
+    health: dict[str, Any] = {
+        "health_check_period_s": 1,  # a dead engine is replaced within seconds; the default is 10 s
+        "health_check_timeout_s": 5,
+        "max_constructor_retry_count": 3,  # a checkpoint that does not load will not load the twentieth time either
+    }
     replica = serve.deployment(
         name="Replica",
         num_replicas=replicas.min_replicas if fixed else None,
@@ -69,9 +74,7 @@ def _app(config: ServeConfig, *, deployment: str) -> serve.Application:
         max_queued_requests=flood_limit,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
         graceful_shutdown_timeout_s=LONGEST_STREAM_S,
-        health_check_period_s=1,  # a dead engine is replaced within seconds; the default is 10 s
-        health_check_timeout_s=5,
-        max_constructor_retry_count=3,  # a checkpoint that does not load will not the twentieth time either
+        **health,
     )(Replica)
     coordinator = serve.deployment(
         name="Coordinator",
@@ -79,31 +82,20 @@ def _app(config: ServeConfig, *, deployment: str) -> serve.Application:
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=1000,  # each replica's report, and what operators ask
         graceful_shutdown_timeout_s=1,
-        health_check_period_s=1,
-        health_check_timeout_s=5,
-        max_constructor_retry_count=3,
+        **health,
     )(Coordinator)
     files = {"api_key_file": config.api_key_file, "admin_key_file": config.admin_key_file}
     absolute = {name: file and str(Path(file).absolute()) for name, file in files.items()}  # replicas run elsewhere
     return replica.bind(
         config.model_copy(update=absolute),
-        access=read_access_rules(config),
+        access=read_rules(config),
         coordinator=coordinator.bind(config, deployment=deployment),
         deployment=deployment,
     )
 
 
-def read_access_rules(config: ServeConfig) -> AccessRules:
-    """From the key files of `config`."""
-    files = (config.api_key_file, config.admin_key_file)
-    for file in files:
-        if file is not None:
-            make_key_file(Path(file))
-    return read_rules(*files, max_requests_per_key=config.replicas.max_requests_per_key)
-
-
 def autoscaling(config: ServeConfig) -> AutoscalingConfig:
-    """By `ScalingPolicy` with figures of the last seconds. Its delays are in the place of Ray Serve's own."""
+    """Scales by `ScalingPolicy`, with figures of the last seconds and its own delays instead of Ray Serve's."""
     replicas = config.replicas
     rules = ScalingRules(
         min_replicas=replicas.min_replicas,
@@ -126,14 +118,14 @@ def autoscaling(config: ServeConfig) -> AutoscalingConfig:
 
 
 def run(config: ServeConfig) -> dict[str, Any]:
-    """Deploys on the cluster that the caller has joined, and returns once the endpoint answers. It stays up until
-    the caller ends Ray Serve or the cluster. Raises `UserError` for a port in use, an unusable checkpoint, or a
-    damaged state of this endpoint, whose coordinator would wait until somebody restores it."""
+    """Deploys on the cluster that the caller has joined, and returns once the endpoint answers. It stays up until the
+    caller ends Ray Serve or the cluster. Raises `UserError` for a port in use, an unusable checkpoint, or a damaged
+    state of this endpoint, with which its coordinator would wait for a repair."""
     config = _absolute(config)
     checkpoint, folder = find_checkpoint(config.checkpoint, storage_uri=config.storage.uri)
     model = read_served_model(folder, name=config.model_name)
     name = config.model_name or version_of(model, checkpoint=checkpoint).name
-    deployment = f"started {uuid.uuid4().hex}"  # serves what was asked for now
+    deployment = f"started {uuid.uuid4().hex}"  # a new one, which begins with this checkpoint
     DeliveryFile(open_storage(config.storage.uri), endpoint_name(config), deployment=deployment).restore()
     app = _app(config, deployment=deployment)
     if not serve.status().proxies:
@@ -148,7 +140,7 @@ def run(config: ServeConfig) -> dict[str, Any]:
 
 
 def start_proxies(config: ServeConfig) -> None:
-    """Starts Ray Serve from a task, whose environment its proxies inherit: there is no other way to give them
+    """Starts Ray Serve from a task whose environment its proxies inherit; there is no other way to give them
     settings."""
     environment = {"env_vars": proxy_environment(config.http) | {"RAY_SERVE_CONTROL_LOOP_INTERVAL_S": CONTROL_LOOP_S}}
     start = ray.remote(num_cpus=0, runtime_env=environment)(serve.start)
@@ -156,7 +148,7 @@ def start_proxies(config: ServeConfig) -> None:
 
 
 def _absolute(config: ServeConfig) -> ServeConfig:
-    """The working directory of replicas is not ours."""
+    """Makes paths absolute: replicas have another working directory."""
     checkpoint = config.checkpoint if config.checkpoint == LATEST else absolute_uri(config.checkpoint)
     storage = config.storage.model_copy(update={"uri": absolute_uri(config.storage.uri)})
     return config.model_copy(update={"checkpoint": checkpoint, "storage": storage})
@@ -165,18 +157,18 @@ def _absolute(config: ServeConfig) -> ServeConfig:
 def _is_loopback(host: str) -> bool:
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a name, which may be anything
+    except ValueError:  # a name, which may be any address
         return False
 
 
 def _wait_until_ready(url: str) -> None:
-    """The proxy learns of a new route shortly after `serve.run` returns."""
+    """Waits until the proxy knows the new route, shortly after `serve.run` has returned."""
     deadline = time.monotonic() + READY_TIMEOUT_S
     while not _is_ready(url):
         if time.monotonic() > deadline:
             raise UserError(
-                f"{url}/ready did not answer within {READY_TIMEOUT_S:.0f} s. Where Ray Serve already runs on this "
-                "cluster, it keeps the host and port that it was started with"
+                f"{url}/ready did not answer within {READY_TIMEOUT_S:.0f} s. If Ray Serve already runs on this "
+                "cluster, it keeps the host and port with which it was started"
             )
         time.sleep(0.1)
 

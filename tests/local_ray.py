@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -13,13 +14,14 @@ from tests.repository import REPOSITORY
 
 
 @contextmanager
-def local_ray(*, num_cpus: int, environment: Mapping[str, str] | None = None, **settings: Any) -> Iterator[None]:
-    """Runs Ray with workers that can import the repository's modules; `environment` is added to theirs."""
+def local_ray(*, num_cpus: int, environment: Mapping[str, str] | None = None, **settings: Any) -> Iterator[Path]:
+    """Runs Ray with workers that can import the repository's modules; `environment` is added to theirs. Gives the
+    folder of Ray's logs."""
     # Without a setting for authentication Ray writes a token into ~/.ray, with which every other Ray of the user then starts.
     with mock.patch.dict(os.environ, PATIENT_WORKERS | {"RAY_AUTH_MODE": "disabled"}):
         for name in ("RAY_AUTH_TOKEN", "RAY_ADDRESS"):
             os.environ.pop(name, None)
-        ray.init(
+        context = ray.init(
             address="local",
             num_cpus=num_cpus,
             include_dashboard=False,
@@ -30,6 +32,6 @@ def local_ray(*, num_cpus: int, environment: Mapping[str, str] | None = None, **
             **({"object_store_memory": 100 << 20} | settings),
         )
         try:
-            yield
+            yield Path(context.address_info["session_dir"]) / "logs"
         finally:
             ray.shutdown()

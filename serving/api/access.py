@@ -1,4 +1,4 @@
-"""API keys: the files that hold them, read again and again; what a key opens; how many requests of one run at once."""
+"""API keys: reads and rereads their files, decides what a key opens, and counts the running requests of each."""
 
 import asyncio
 import hashlib
@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from cluster.settings.serve import ServeConfig
 from model.errors import UserError
-from serving.protocol.errors import forbidden, not_found, too_many_requests, unauthorized
+from serving.protocol.errors import ApiError, not_found, unauthorized
 from serving.xray.page_routes import PAGE_PATHS
 
 OPEN_PATHS = ("/health", "/ready", *PAGE_PATHS)  # for probes and navigation, which have no key
@@ -27,15 +28,15 @@ Headers = Sequence[tuple[bytes, bytes]]
 
 @dataclass(frozen=True)
 class AccessRules:
-    """Whose keys open what. Keys are known by their SHA-256 only."""
+    """The keys of users and of operators. Only their SHA-256 is kept."""
 
-    user_key_hashes: tuple[str, ...] = ()  # none lets everybody in
-    admin_key_hashes: tuple[str, ...] = ()  # none: nothing under /admin exists
+    user_key_hashes: tuple[str, ...] = ()  # if empty, everybody may come in
+    admin_key_hashes: tuple[str, ...] = ()  # if empty, there is no /admin
     max_requests_per_key: int | None = None
 
 
 def make_key_file(path: Path) -> None:
-    """With a fresh key, where the file is missing."""
+    """Writes a file with a fresh key if it is missing."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
@@ -43,34 +44,44 @@ def make_key_file(path: Path) -> None:
 
 
 def read_key_hashes(path: Path) -> tuple[str, ...]:
-    """SHA-256 of each key in the file, one key a line. Only the hashes are handed to replicas, so that no key stands in
+    """Returns the SHA-256 of each key in the file, one key a line. Replicas get only these hashes, so that no key is in
     the cluster's state or logs."""
     keys = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not keys:
-        raise UserError(f"the API key file {path} is empty: write one key a line, or delete it to have one made")
+        raise UserError(
+            f"the API key file {path} is empty: write one key on each line, or delete the file to have one created"
+        )
     return tuple(hashlib.sha256(key.encode()).hexdigest() for key in keys)
 
 
-def read_rules(user_file: str | None, admin_file: str | None, *, max_requests_per_key: int | None) -> AccessRules:
-    """Raises `UserError` for a file without a key, and for a key of users that is an admin's too."""
-    user, admin = (() if file is None else read_key_hashes(Path(file)) for file in (user_file, admin_file))
+def read_rules(config: ServeConfig) -> AccessRules:
+    """Reads the key files, and creates those that are missing. Raises `UserError` for a file without a key, and for a
+    key that is in both."""
+    for file in (config.api_key_file, config.admin_key_file):
+        if file is not None:
+            make_key_file(Path(file))
+    user = read_key_hashes(Path(config.api_key_file)) if config.api_key_file else ()
+    admin = read_key_hashes(Path(config.admin_key_file)) if config.admin_key_file else ()
     if both := set(user) & set(admin):
-        raise UserError(f"{len(both)} of the keys in {admin_file} is an API key too; an admin key opens /admin only")
-    return AccessRules(user, admin, max_requests_per_key)
+        raise UserError(
+            f"{len(both)} of the keys in {config.admin_key_file} are API keys too; an admin key opens /admin only"
+        )
+    return AccessRules(user, admin, config.replicas.max_requests_per_key)
 
 
 class CurrentAccess:
-    """The rules as the key files have them now: a key is added or revoked without a restart. A file that cannot be read
-    or has no key in it changes nothing, as it would let in everybody or nobody."""
+    """The rules as the key files have them now, so that keys are added and revoked without a restart. A file that
+    cannot be read or has no key changes nothing: it would admit everybody or nobody."""
 
     def __init__(self, rules: AccessRules, *, user_file: str | None = None, admin_file: str | None = None) -> None:
-        """`rules` hold until the files can be read."""
+        """`rules` apply until the files can be read."""
         self.rules = rules
         self._files = (user_file, admin_file)
         self._problems = ["", ""]
 
     def reload(self) -> None:
-        """Blocks for as long as the disk does. Reads the few lines each time: a file's time of change is too coarse."""
+        """Rereads the files, which may block. It reads the few lines each time: a file's modification time is too
+        coarse."""
         user, admin = self.rules.user_key_hashes, self.rules.admin_key_hashes
         user = self._reread(0, user, excluded=admin)
         admin = self._reread(1, admin, excluded=user)
@@ -84,7 +95,7 @@ class CurrentAccess:
             await asyncio.sleep(every_s)
 
     def _reread(self, index: int, before: tuple[str, ...], *, excluded: tuple[str, ...]) -> tuple[str, ...]:
-        """The keys of one file, none of which may be among the other's."""
+        """Returns the keys of one file, none of which may be in the other."""
         file, problem = self._files[index], ""
         if file is None:
             return before
@@ -101,7 +112,8 @@ class CurrentAccess:
 
 
 def presented_key(headers: Headers, key_hashes: Sequence[str]) -> str | None:
-    """The hash of the key in the one Authorization header, if it is known. Takes the same time for any wrong key."""
+    """Returns the hash of the key in the single Authorization header if it is known. Takes the same time for any wrong
+    key."""
     values = [value for name, value in headers if name == b"authorization"]
     scheme, _, key = values[0].partition(b" ") if len(values) == 1 else (b"", b"", b"")
     presented = hashlib.sha256(key.strip()).hexdigest()
@@ -110,13 +122,16 @@ def presented_key(headers: Headers, key_hashes: Sequence[str]) -> str | None:
 
 
 def authorize(path: str, headers: Headers, rules: AccessRules) -> str | None:
-    """The hash of the key that a request came with, or None where it needed none. Everything under /admin needs an
-    admin key, also what is routed there later; such a key opens nothing else. Raises `ApiError` (401, 403, 404)."""
+    """Returns the hash of a request's key, or None if it needs none. Everything under /admin, also routes that are
+    added later, needs an admin key, which opens nothing else. Raises `ApiError` (401, 403, 404)."""
     if path == ADMIN_PATH or path.startswith(f"{ADMIN_PATH}/"):
         if not rules.admin_key_hashes:
             raise not_found(path)
         if (key := presented_key(headers, rules.admin_key_hashes)) is None:
-            raise forbidden() if presented_key(headers, rules.user_key_hashes) else unauthorized()
+            if presented_key(headers, rules.user_key_hashes) is None:
+                raise unauthorized()
+            message = "This key does not open /admin; use a key of admin_key_file."
+            raise ApiError(403, message, code="admin_key_required")
         return key
     if path in OPEN_PATHS or not rules.user_key_hashes:
         return None
@@ -134,12 +149,14 @@ class RequestsInFlight:
 
     @contextmanager
     def of(self, key: str | None) -> Iterator[None]:
-        """One more while the context lasts; of nobody when `key` is None. Raises `ApiError` (429) at the limit."""
+        """Counts one more request of `key` during the context; None is not counted. Raises `ApiError` (429) at the
+        limit."""
         if key is None or self._limit is None:
             yield
             return
         if self._running[key] >= self._limit:
-            raise too_many_requests(self._limit)
+            message = f"This key has its limit of {self._limit} requests in flight; wait for one to end"
+            raise ApiError(429, message, code="rate_limit_exceeded", headers={"Retry-After": "1"})
         self._running[key] += 1
         try:
             yield

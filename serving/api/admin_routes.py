@@ -1,4 +1,4 @@
-"""What operators change while the endpoint serves: /admin/promote, /admin/finish, /admin/rollback, /admin/drain."""
+"""The routes of operators: /admin/promote, /admin/finish, /admin/rollback, /admin/drain, /admin/status."""
 
 import asyncio
 from typing import Annotated, Any
@@ -11,19 +11,19 @@ from cluster.storage.registry import find_checkpoint
 from model.errors import UserError
 from serving.delivery.follower import CoordinatorAwayError, Follower, answer_of
 from serving.delivery.promotion import Delivery, DeliveryError, Terms, Version, version_of
-from serving.protocol.errors import ApiError, invalid_request
+from serving.protocol.errors import ApiError, invalid_request, unavailable
 from serving.protocol.protocol import Request as Body
 from serving.protocol.protocol import parse_request
 from serving.protocol.served_model import ServedModel, misfit, read_served_model
 from serving.protocol.strict_json import read_json_body
 
-MAX_GATE_TOKENS = 16_384  # measured by every replica, on both versions, beside its clients' requests
+MAX_GATE_TOKENS = 16_384  # every replica measures them on both versions, beside its clients' requests
 
 Row = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2)]
 
 
 class PromoteRequest(Body):
-    """Body of POST /admin/promote. What is not given is as in the endpoint's settings under `delivery`."""
+    """The body of POST /admin/promote. Missing fields are as in the endpoint's settings under `delivery`."""
 
     checkpoint: str = Field(min_length=1)
     canary_percent: float | None = Field(None, ge=0, le=100)
@@ -51,22 +51,13 @@ def admin_router(follower: Follower) -> APIRouter:
 
     @router.post("/promote")
     async def promote(request: Request) -> JSONResponse:
-        """Answers once the promotion is on; /admin/status tells how it goes."""
+        """Answers once the promotion has begun; /admin/status reports its progress."""
         asked = parse_request(await read_json_body(request), PromoteRequest)
         live, config = follower.versions.live.model, follower.versions.config
         candidate = await asyncio.to_thread(_read_candidate, asked.checkpoint, live, config.storage.uri)
-        delivery = config.delivery
-        terms = Terms(
-            canary_percent=asked.canary_percent,
-            watch_s=delivery.watch_s if asked.watch_s is None else asked.watch_s,
-            gate_rows=await asyncio.to_thread(_gate_rows, asked, live),
-            max_loss_increase=(
-                delivery.max_loss_increase if asked.max_loss_increase is None else asked.max_loss_increase
-            ),
-            max_error_rate=delivery.max_error_rate,
-            max_latency_ratio=delivery.max_latency_ratio,
-            load_timeout_s=delivery.load_timeout_s,
-        )
+        gate_rows = await asyncio.to_thread(_gate_rows, asked, live)
+        given = asked.model_dump(include={"canary_percent", "watch_s", "max_loss_increase"}, exclude_none=True)
+        terms = Terms(**config.delivery.model_dump(exclude={"endpoint"}) | given | {"gate_rows": gate_rows})
         return JSONResponse(_shown(await _asked(coordinator.promote.remote(candidate, terms))), status_code=202)
 
     @router.post("/finish")
@@ -81,7 +72,7 @@ def admin_router(follower: Follower) -> APIRouter:
 
     @router.post("/drain")
     async def drain(request: Request) -> dict[str, Any]:
-        """Every replica refuses new completions, and finishes those that run; `{"drain": false}` ends it."""
+        """Makes every replica refuse new completions and finish those that run; `{"drain": false}` ends that."""
         asked = parse_request(await read_json_body(request), DrainRequest)
         return _shown(await _asked(coordinator.drain.remote(asked.drain)))
 
@@ -93,11 +84,11 @@ def admin_router(follower: Follower) -> APIRouter:
 
 
 def _read_candidate(reference: str, live: ServedModel, storage_uri: str) -> Version:
-    """Raises `ApiError` (400) for a checkpoint that cannot take the live one's place."""
+    """Reads the candidate. Raises `ApiError` (400) for a checkpoint that cannot replace the live one."""
     try:
         uri, folder = find_checkpoint(reference, storage_uri)
         model = read_served_model(folder, name=live.name)
-    except (UserError, OSError, ValueError, KeyError, TypeError) as error:  # the last ones of a stranger's config.json
+    except (UserError, OSError, ValueError, KeyError, TypeError) as error:  # the last ones from a foreign config.json
         message = str(error) if isinstance(error, UserError) else f"{reference} is not a checkpoint: {error!r}"
         raise _refused(message) from None
     if problem := misfit(live, model):
@@ -106,7 +97,7 @@ def _read_candidate(reference: str, live: ServedModel, storage_uri: str) -> Vers
 
 
 def _gate_rows(asked: PromoteRequest, live: ServedModel) -> tuple[tuple[int, ...], ...]:
-    """Raises `ApiError` (400) for what the model cannot read."""
+    """Returns the token rows of the gate. Raises `ApiError` (400) for what the model cannot read."""
     longest = live.config.n_positions
     rows = asked.gate_rows
     if asked.gate_text:
@@ -126,12 +117,11 @@ async def _asked(call: Any) -> Any:
     except DeliveryError as error:
         raise invalid_request(str(error), code="delivery_conflict", status=409) from None
     except CoordinatorAwayError:
-        raise ApiError(
-            503,
-            "The coordinator of this endpoint gives no answer: it is being replaced, or fails, and then the replicas' "
+        raise unavailable(
+            "The coordinator of this endpoint does not answer: it is being replaced, or fails, and then the replicas' "
             "logs say why. Requests are served meanwhile; try again.",
             code="coordinator_unavailable",
-            headers={"Retry-After": "2"},
+            retry_after_s=2,
         ) from None
 
 

@@ -1,62 +1,60 @@
-"""What a finished or growing generation becomes in JSON; chat.py has the other implementation."""
+"""The JSON of answers, whole or as the events of a stream. chat.py has the shape of chats."""
 
 import time
 import uuid
-from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, ClassVar
 
 from serving.protocol.protocol import Choice, Usage
+from serving.protocol.served_model import ServedModel
 
 
-class Answer(Protocol):
-    """The shape of one endpoint's answers."""
+class Answer:
+    """One request's answer. Subclasses have the shape of their endpoint."""
 
-    def whole(self, choices: list[Choice], usage: Usage) -> dict[str, Any]: ...
+    ID_PREFIX: ClassVar[str]
+    KIND: ClassVar[str]  # `object` of a whole answer
+    PART_KIND: ClassVar[str]  # `object` of an event
 
-    def part(self, choice: Choice, usage: Usage | None) -> dict[str, Any]:
-        """An event of a stream, with the usage so far where `stream_options.continuous_usage_stats` asked for it."""
-
-    def usage_part(self, usage: Usage) -> dict[str, Any]:
-        """Its last event, where `stream_options.include_usage` asked for one."""
-
-
-@dataclass(frozen=True)
-class AnswerHead:
-    """What all events of an answer have in common."""
-
-    id: str
-    created: int  # unix seconds
-    model: str
-    system_fingerprint: str  # the model's version
-
-    @classmethod
-    def new(cls, prefix: str, *, model: str, version: str) -> Self:
-        return cls(f"{prefix}-{uuid.uuid4().hex}", int(time.time()), model, version)
-
-    def fields(self, kind: str) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "object": kind,
-            "created": self.created,
-            "model": self.model,
-            "system_fingerprint": self.system_fingerprint,
-        }
-
-
-@dataclass(frozen=True)
-class TextAnswer:
-    """`Answer` of POST /v1/completions."""
-
-    head: AnswerHead
+    def __init__(self, model: ServedModel) -> None:
+        self._id = f"{self.ID_PREFIX}-{uuid.uuid4().hex}"
+        self._created = int(time.time())
+        self._model = model
 
     def whole(self, choices: list[Choice], usage: Usage) -> dict[str, Any]:
-        return self._fields([choice.model_dump() for choice in choices], usage.model_dump())
+        return self._fields(self.KIND, [self._whole_choice(choice) for choice in choices], usage)
 
     def part(self, choice: Choice, usage: Usage | None) -> dict[str, Any]:
-        return self._fields([choice.model_dump()], None if usage is None else usage.model_dump())
+        """Returns an event; with the usage so far if `stream_options.continuous_usage_stats` asks for it."""
+        return self._fields(self.PART_KIND, [self._part_choice(choice)], usage)
 
     def usage_part(self, usage: Usage) -> dict[str, Any]:
-        return self._fields([], usage.model_dump())
+        """Returns the last event if `stream_options.include_usage` asks for one."""
+        return self._fields(self.PART_KIND, [], usage)
 
-    def _fields(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None) -> dict[str, Any]:
-        return self.head.fields("text_completion") | {"choices": choices, "usage": usage}
+    def _fields(self, kind: str, choices: list[dict[str, Any]], usage: Usage | None) -> dict[str, Any]:
+        return {
+            "id": self._id,
+            "object": kind,
+            "created": self._created,
+            "model": self._model.name,
+            "system_fingerprint": self._model.version,
+            "choices": choices,
+            "usage": None if usage is None else usage.model_dump(),
+        }
+
+    def _whole_choice(self, choice: Choice) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _part_choice(self, choice: Choice) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+class TextAnswer(Answer):
+    """The answer of POST /v1/completions."""
+
+    ID_PREFIX, KIND, PART_KIND = "cmpl", "text_completion", "text_completion"
+
+    def _whole_choice(self, choice: Choice) -> dict[str, Any]:
+        return choice.model_dump()
+
+    _part_choice = _whole_choice

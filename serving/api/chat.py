@@ -1,16 +1,15 @@
-"""Chat over a base model: a plain template, requests as completions, and answers in the chat shapes.
+"""Chat over a base model: a plain template, requests as completions, and answers in the shapes of chats.
 
-A base model was never taught to chat: it goes on with text. The template lets it see a dialogue, and every answer says
-so in the header `x-model-note`.
+A base model was never taught to chat; it continues text. The template shows it a dialogue, and every answer says so in
+the header `x-model-note`.
 """
 
 import re
-from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 
-from serving.api.answers import AnswerHead
+from serving.api.answers import Answer
 from serving.protocol import harmless_fields
 from serving.protocol.errors import invalid_request
 from serving.protocol.protocol import (
@@ -20,22 +19,20 @@ from serving.protocol.protocol import (
     GenerationRequest,
     Logprobs,
     Request,
-    Usage,
     parse_request,
     require_stream_for_options,
 )
 from serving.protocol.served_model import ServedModel
 
 MAX_MESSAGES = 256
-NOTE = "base model, not chat-tuned; the messages were given to it as plain text"
-NOTE_HEADER = {"x-model-note": NOTE}
+NOTE_HEADER = {"x-model-note": "base model, not chat-tuned; the messages were given to it as plain text"}
 _SPEAKERS = {"system": "System", "developer": "System", "user": "User", "assistant": "Assistant"}
 _BYTES_NAME, _ID_NAME = re.compile(r"bytes:(\\x[0-9a-f]{2})+"), re.compile(r"token_id:\d+")
-_STOP = "\nUser:"  # the model would go on with the other side's turn
+_STOP = "\nUser:"  # or the model would continue with the other side's turn
 
 
 def _content(value: Any, info: ValidationInfo) -> Any:
-    """A text, or a list of parts of which each is one. What an assistant said without text is an empty turn."""
+    """Accepts a text, or a list of parts that are texts. An assistant's message without text is an empty turn."""
     if value is None and info.data.get("role") == "assistant":
         return ""
     if not isinstance(value, list):
@@ -55,22 +52,15 @@ def _limit(value: Any) -> Any:
 Limit = Annotated[int, Field(ge=1, le=2**31)]
 
 
-class TextPart(Request):
-    """For the JSON schema; `_content` reads them."""
-
-    type: Literal["text"]
-    text: str
-
-
 class Message(Request):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_content, json_schema_input_type=str | list[TextPart] | None)]
+    content: Annotated[str, BeforeValidator(_content)]
     name: str | None = Field(None, max_length=64)
 
     @model_validator(mode="before")
     @classmethod
     def _without_harmless(cls, fields: Any) -> Any:
-        """So that an answer can be sent back as it came."""
+        """Removes harmless fields, so that an answer can be sent back as it came."""
         if not isinstance(fields, dict):
             return fields
         table = harmless_fields.MESSAGE_FIELDS
@@ -78,17 +68,17 @@ class Message(Request):
 
 
 class ChatRequest(GenerationRequest):
-    """Body of POST /v1/chat/completions."""
+    """The body of POST /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
-    max_tokens: Annotated[Limit | None, BeforeValidator(_limit, json_schema_input_type=Literal[-1] | Limit)] = None
+    max_tokens: Annotated[Limit | None, BeforeValidator(_limit)] = None
     max_completion_tokens: Limit | None = None
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS)
 
 
 def parse_chat(body: bytes) -> ChatRequest:
-    """Raises `ApiError` (400) that names the field."""
+    """Reads a chat request. Raises `ApiError` (400) that names the field."""
     request = parse_request(body, ChatRequest)
     require_stream_for_options(request)
     if request.top_logprobs and not request.logprobs:
@@ -97,13 +87,14 @@ def parse_chat(body: bytes) -> ChatRequest:
 
 
 def render(messages: list[Message]) -> str:
-    """The text that the model goes on with: each turn after its speaker's name, the last one the assistant's."""
+    """Returns the text that the model continues: each turn after its speaker's name, the last one the assistant's."""
     turns = [f"{message.name or _SPEAKERS[message.role]}: {message.content}\n" for message in messages]
     return "".join(turns) + "Assistant:"
 
 
 def as_completion(request: ChatRequest, model: ServedModel) -> CompletionRequest:
-    """Without a limit the answer may fill the context. Raises `ApiError` (400) when there is no room for a token."""
+    """Returns the completion that answers a chat. Without a limit it may fill the context. Raises `ApiError` (400) if
+    there is no room for a token."""
     max_tokens = request.max_completion_tokens or request.max_tokens
     prompt_ids = model.prompt_ids(render(request.messages), max_tokens=max_tokens or 1)
     shared = {name: getattr(request, name) for name in GenerationRequest.model_fields}
@@ -116,43 +107,32 @@ def as_completion(request: ChatRequest, model: ServedModel) -> CompletionRequest
     )
 
 
-@dataclass(eq=False)
-class ChatAnswer:
-    """`Answer` of POST /v1/chat/completions."""
+class ChatAnswer(Answer):
+    """The answer of POST /v1/chat/completions."""
 
-    head: AnswerHead
-    num_top: int
-    _started: set[int] = field(default_factory=set)
+    ID_PREFIX, KIND, PART_KIND = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def whole(self, choices: list[Choice], usage: Usage) -> dict[str, Any]:
-        answers = [
-            {"index": choice.index, "message": {"role": "assistant", "content": choice.text, "refusal": None}}
-            | self._ending(choice)
-            for choice in choices
-        ]
-        return self.head.fields("chat.completion") | {"choices": answers, "usage": usage.model_dump()}
+    def __init__(self, model: ServedModel, *, num_top: int) -> None:
+        super().__init__(model)
+        self._num_top = num_top
+        self._started: set[int] = set()  # choices
 
-    def part(self, choice: Choice, usage: Usage | None) -> dict[str, Any]:
-        delta = {"content": choice.text} if choice.index in self._started else {
-            "role": "assistant", "content": choice.text
-        }  # fmt: skip
+    def _whole_choice(self, choice: Choice) -> dict[str, Any]:
+        message = {"role": "assistant", "content": choice.text, "refusal": None}
+        return {"index": choice.index, "message": message} | self._ending(choice)
+
+    def _part_choice(self, choice: Choice) -> dict[str, Any]:
+        role = {} if choice.index in self._started else {"role": "assistant"}
         self._started.add(choice.index)
-        part = {"index": choice.index, "delta": delta} | self._ending(choice)
-        return self.head.fields("chat.completion.chunk") | {
-            "choices": [part],
-            "usage": None if usage is None else usage.model_dump(),
-        }
-
-    def usage_part(self, usage: Usage) -> dict[str, Any]:
-        return self.head.fields("chat.completion.chunk") | {"choices": [], "usage": usage.model_dump()}
+        return {"index": choice.index, "delta": role | {"content": choice.text}} | self._ending(choice)
 
     def _ending(self, choice: Choice) -> dict[str, Any]:
-        logprobs = None if choice.logprobs is None else {"content": _tokens(choice.logprobs, self.num_top)}
+        logprobs = None if choice.logprobs is None else {"content": _tokens(choice.logprobs, self._num_top)}
         return {"logprobs": logprobs, "finish_reason": choice.finish_reason}
 
 
 def _tokens(logprobs: Logprobs, num_top: int) -> list[dict[str, Any]]:
-    """`top_logprobs` of completions also names the chosen token where it is not among the most likely ones."""
+    """Returns a chat's log-probabilities. Those of completions also name a chosen token that is not among the top."""
     return [
         _token(name, logprob) | {"top_logprobs": [_token(*item) for item in list((top or {}).items())[:num_top]]}
         for name, logprob, top in zip(logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True)
@@ -164,7 +144,7 @@ def _token(name: str, logprob: float | None) -> dict[str, Any]:
 
 
 def _bytes(name: str) -> bytes:
-    """What `ServedModel.token_name` was made from."""
+    """Returns the bytes from which `ServedModel.token_name` was made."""
     if _BYTES_NAME.fullmatch(name):
         return bytes.fromhex(name.removeprefix("bytes:").replace("\\x", ""))
     return b"" if _ID_NAME.fullmatch(name) else name.encode()

@@ -1,4 +1,4 @@
-"""One choice of a completion: takes the engine's events, gives what is final of its text and log-probabilities."""
+"""Turns the engine's events into the text and log-probabilities of one choice, as soon as they are final."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from serving.protocol.served_model import ServedModel
 
 
 class TokenEntry(NamedTuple):
-    """One token's place in the answer's `logprobs`."""
+    """One token of the answer's `logprobs`."""
 
     token_id: int
     candidates: Candidates | None
@@ -17,8 +17,8 @@ class TokenEntry(NamedTuple):
 
 
 class SharedEchoes:
-    """Gives the log-probabilities of a prompt, which the engine computes for its first choice alone, to all of its
-    choices. Those whose tokens come earlier wait for them: their blocks may have been in the cache."""
+    """Gives all choices of a prompt its log-probabilities, which the engine computes for the first choice only. Choices
+    whose tokens come earlier wait: their blocks may have been in the cache."""
 
     def __init__(self, seq_ids: list[int], *, num_choices: int) -> None:
         self._first_of = {seq_id: seq_ids[i - i % num_choices] for i, seq_id in enumerate(seq_ids)}
@@ -27,7 +27,7 @@ class SharedEchoes:
         self._held: list[TokenEvent] = []
 
     def complete(self, arrived: TokenEvent) -> list[TokenEvent]:
-        """The events that can be given out now, in order."""
+        """Returns the events that are complete now, in order."""
         first = self._first_of[arrived.seq_id]
         if arrived.prompt_logprobs is not None:
             self._echoes[first] = arrived.prompt_logprobs
@@ -46,6 +46,8 @@ class SharedEchoes:
 
 
 class ChoiceOutput:
+    """The text and log-probabilities of one choice, as far as they are not given out."""
+
     def __init__(self, index: int, sequence: SequenceRequest, request: CompletionRequest, model: ServedModel) -> None:
         self._index = index
         self._sequence = sequence
@@ -58,8 +60,8 @@ class ChoiceOutput:
         self.num_output_tokens = 0
 
     def push(self, event: TokenEvent) -> Choice:
-        """The part of the choice that this event makes final. It may be empty: a stream has a part for each token, so
-        that a client sees when tokens come. `finish_reason` is set on the last part."""
+        """Returns the part of the choice that this event makes final. It may be empty: a stream has a part for each
+        token, so that a client sees when tokens arrive. `finish_reason` is set on the last part."""
         text = ""
         if not self._started and self._request.echo:
             text = self._echo(event.prompt_logprobs)
@@ -68,7 +70,7 @@ class ChoiceOutput:
             self.num_output_tokens += 1
             offset = self._echoed_chars + self._detokenizer.num_chars
             self._entries.append(TokenEntry(event.token_id, event.logprobs, offset))
-            # The end-of-text token is no text, but has its entry: lm-eval takes the last one for the new token's.
+            # The end-of-text token is not text but has an entry: lm-eval takes the last one for the new token's.
             if event.finish_reason is not FinishReason.STOP:
                 text += self._detokenizer.push(self._model.token_bytes(event.token_id))
         if event.finish_reason is not None:
@@ -79,7 +81,7 @@ class ChoiceOutput:
         return Choice(text=text, index=self._index, logprobs=logprobs, finish_reason=finish_reason)
 
     def _echo(self, prompt_logprobs: list[Candidates | None] | None) -> str:
-        """The prompt as the start of the text; its tokens' entries go before all others."""
+        """Returns the prompt as the start of the text, and puts its tokens' entries before all others."""
         detokenizer = Detokenizer()
         text = ""
         token_ids = self._sequence.prompt_ids
@@ -91,7 +93,8 @@ class ChoiceOutput:
         return text
 
     def _take_entries(self, *, all_of_them: bool) -> list[TokenEntry]:
-        """Those whose text has been given out, at least in part; those after a stop string never are."""
+        """Removes and returns the entries whose text has been given out, at least in part. Entries after a stop string
+        never are."""
         num_chars = self._echoed_chars + self._detokenizer.num_released_chars
         nothing_held = not (self._detokenizer.holds_text or self._detokenizer.stopped)
         taken = [e for e in self._entries if all_of_them or nothing_held or e.text_offset < num_chars]
@@ -114,7 +117,7 @@ class ChoiceOutput:
 
 
 def join_parts(parts: list[Choice]) -> Choice:
-    """The whole choice from all its parts."""
+    """Returns the whole choice from all its parts."""
     logprobs = [part.logprobs for part in parts if part.logprobs is not None]
     return Choice(
         text="".join(part.text for part in parts),

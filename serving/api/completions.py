@@ -1,46 +1,44 @@
-"""The life of a completion request: admitted, turned into sequences, answered whole or as a stream of events."""
+"""Admits a completion request, turns it into sequences, and answers it whole or as a stream of events."""
 
 import asyncio
 import hashlib
+import math
 import secrets
 from collections.abc import AsyncIterator
-from typing import Any
+from dataclasses import KW_ONLY, dataclass
 
 import orjson
 
+from cluster.settings.serve import ServeConfig
 from model.sampling import SamplingParams
-from serving.api.admission import AdmissionLimits, refuse_when_full, waited_too_long
 from serving.api.answers import Answer
 from serving.api.choice_output import ChoiceOutput, SharedEchoes, join_parts
 from serving.api.metrics import ReplicaMetrics, RequestTimer
 from serving.delivery.loaded_version import LoadedVersion
 from serving.engine.messages import FinishReason, SequenceRequest
-from serving.engine_process.client import EngineDiedError, Generation
-from serving.protocol.errors import ApiError, engine_unavailable, internal_error, invalid_request
+from serving.engine_process.client import EngineClient, EngineDiedError, Generation
+from serving.protocol.errors import ApiError, engine_unavailable, internal_error, invalid_request, overloaded
 from serving.protocol.protocol import Choice, CompletionRequest, Usage
 from serving.protocol.served_model import ServedModel
 
+EXPECTED_SHARE = 0.8  # of the longest wait: a refusal at once is better than one after a wait that was misjudged
 
+
+@dataclass(eq=False)
 class Completion:
-    """A request that the engine works on. `close` frees its slots, whatever became of it."""
+    """A request that the engine works on. `close` frees its slots, however it ended."""
 
-    def __init__(
-        self,
-        request: CompletionRequest,
-        *,
-        answer: Answer,
-        model: ServedModel,
-        sequences: list[SequenceRequest],
-        generation: Generation,
-        timer: RequestTimer,
-    ) -> None:
-        self._request = request
-        self._answer = answer
-        self._generation = generation
-        self._timer = timer
-        self._choices = {
-            sequence.seq_id: ChoiceOutput(index, sequence, request, model) for index, sequence in enumerate(sequences)
-        }
+    request: CompletionRequest
+    _: KW_ONLY
+    answer: Answer
+    model: ServedModel
+    sequences: list[SequenceRequest]
+    generation: Generation
+    timer: RequestTimer
+
+    def __post_init__(self) -> None:
+        request, sequences = self.request, self.sequences
+        self._choices = {s.seq_id: ChoiceOutput(i, s, request, self.model) for i, s in enumerate(sequences)}
         self._echoes = None
         if request.echo and request.logprobs is not None:
             self._echoes = SharedEchoes([sequence.seq_id for sequence in sequences], num_choices=request.n)
@@ -50,35 +48,34 @@ class Completion:
         self._num_prompt_tokens = sum(len(sequence.prompt_ids) for sequence in sequences[:: request.n])
 
     def close(self) -> None:
-        self._generation.close()
-        self._timer.close()
+        self.generation.close()
+        self.timer.close()
 
     async def begin(self) -> None:
-        """Waits for the first token, and so until the request can be answered: what fails before it has a status.
-        Raises `ApiError`."""
+        """Waits for the first token: a failure before it can still have an HTTP status. Raises `ApiError`."""
         self._first_part = await anext(self._parts)
 
     async def respond(self) -> bytes:
-        """The whole answer, as JSON. Raises `ApiError` when the engine fails."""
+        """Returns the whole answer as JSON. Raises `ApiError` if the engine fails."""
         parts: dict[int, list[Choice]] = {}
         async for part in self._all_parts():
             parts.setdefault(part.index, []).append(part)
-        return to_json(self._answer.whole([join_parts(parts[index]) for index in sorted(parts)], self._usage()))
+        return orjson.dumps(self.answer.whole([join_parts(parts[index]) for index in sorted(parts)], self._usage()))
 
     async def stream(self) -> AsyncIterator[bytes]:
-        """Server-sent events. A failure is an event too, and then no `[DONE]` follows: a client cannot mistake half
-        an answer for a whole one."""
-        options = self._request.stream_options
+        """Yields server-sent events. A failure is an event too, and no `[DONE]` follows it, so that a client cannot
+        mistake half an answer for a whole one."""
+        options = self.request.stream_options
         has_usage = options is not None and options.include_usage
         is_counted = has_usage and options is not None and options.continuous_usage_stats
         try:
             async for part in self._all_parts():
-                yield b"data: %b\n\n" % to_json(self._answer.part(part, self._usage() if is_counted else None))
+                yield b"data: %b\n\n" % orjson.dumps(self.answer.part(part, self._usage() if is_counted else None))
         except ApiError as error:
             yield error.event().encode()
             return
         if has_usage:
-            yield b"data: %b\n\n" % to_json(self._answer.usage_part(self._usage()))
+            yield b"data: %b\n\n" % orjson.dumps(self.answer.usage_part(self._usage()))
         yield b"data: [DONE]\n\n"
 
     async def _all_parts(self) -> AsyncIterator[Choice]:
@@ -90,20 +87,20 @@ class Completion:
     async def _generated_parts(self) -> AsyncIterator[Choice]:
         finished: set[int] = set()
         try:
-            async for arrived in self._generation:
+            async for arrived in self.generation:
                 if arrived.finish_reason is FinishReason.ERROR:
-                    self._timer.finished(arrived.seq_id, FinishReason.ERROR)
+                    self.timer.finished(arrived.seq_id, FinishReason.ERROR)
                     raise internal_error("The model gave logits that are not finite numbers for this prompt.")
                 for event in [arrived] if self._echoes is None else self._echoes.complete(arrived):
                     if event.seq_id in finished:  # by a stop string, in an event that was held back with this one
                         continue
                     if event.token_id is not None:
-                        self._timer.token(event.seq_id)
+                        self.timer.token(event.seq_id)
                     part = self._choices[event.seq_id].push(event)
                     if part.finish_reason is not None:
                         finished.add(event.seq_id)
-                        self._timer.finished(event.seq_id, part.finish_reason)
-                        self._generation.cancel(event.seq_id)  # a stop string ends what the engine would go on with
+                        self.timer.finished(event.seq_id, part.finish_reason)
+                        self.generation.cancel(event.seq_id)  # the engine does not know of stop strings
                     yield part
         except EngineDiedError:
             raise engine_unavailable() from None
@@ -123,27 +120,27 @@ async def start_completion(
     answer: Answer,
     version: LoadedVersion,
     metrics: ReplicaMetrics,
-    limits: AdmissionLimits,
+    config: ServeConfig,
 ) -> Completion:
     """Admits a request to the engine of `version`, and returns with its first token. Raises `ApiError`: 400 for a
-    request that cannot be served, 429 when there is no room for it now, 503 without an engine."""
+    request that cannot be served, 429 if there is no room for it now, 503 without an engine."""
     model, engine = version.model, version.engine
     num_sequences = len(request.prompt) * request.n
-    if num_sequences > limits.max_sequences:
+    if num_sequences > config.engine.max_sequences:
         raise invalid_request(
             f"The request asks for {num_sequences} sequences ({len(request.prompt)} prompts, n={request.n}); "
-            f"this endpoint holds {limits.max_sequences} at once; ask for fewer",
+            f"this endpoint holds {config.engine.max_sequences} at once; ask for fewer",
             param="n",
         )
-    refuse_when_full(engine, num_sequences, limits)
+    refuse_when_full(engine, num_sequences, config)
     model.checked_ids(list(request.logit_bias), param="logit_bias")
     if request.stop:
         model.require_tokenizer()
-    # Tokenizing a long prompt takes milliseconds that other streams' tokens would wait for.
+    # In the event loop other streams' tokens would wait for the milliseconds that a long prompt takes.
     prompts = await asyncio.to_thread(
         lambda: [model.prompt_ids(prompt, max_tokens=request.max_tokens) for prompt in request.prompt]
     )
-    refuse_when_full(engine, num_sequences, limits)
+    refuse_when_full(engine, num_sequences, config)
     sequences = [
         SequenceRequest(
             seq_id=engine.next_seq_id(),
@@ -162,36 +159,55 @@ async def start_completion(
         generation = engine.submit(sequences)
     except EngineDiedError:
         raise engine_unavailable() from None
-    timer = metrics.start_request(
-        [sequence.seq_id for sequence in sequences],
+    timer = RequestTimer(
+        metrics,
+        version.stats,
+        seq_ids=[sequence.seq_id for sequence in sequences],
         num_prompt_tokens=sum(len(prompt_ids) for prompt_ids in prompts),
-        stats=version.stats,
     )
     completion = Completion(
         request, answer=answer, model=model, sequences=sequences, generation=generation, timer=timer
     )
+    max_queue_s = config.engine.max_queue_s
     try:
-        async with asyncio.timeout(limits.max_queue_s):
+        async with asyncio.timeout(max_queue_s):
             await generation.has_begun.wait()
         await completion.begin()
     except TimeoutError:
         completion.close()
-        raise waited_too_long(limits) from None
-    except BaseException:  # a client that leaves too
+        raise overloaded(
+            f"The request has waited for {max_queue_s:g} s, which is the most; try again later",
+            retry_after_s=math.ceil(max_queue_s),
+        ) from None
+    except BaseException:  # also a client that leaves
         completion.close()
         raise
     return completion
 
 
+def refuse_when_full(engine: EngineClient, num_sequences: int, config: ServeConfig) -> None:
+    """Raises `ApiError` (429) if there is no room for as many more sequences, or only after too long a wait."""
+    max_requests, max_sequences = config.replicas.max_ongoing_requests, config.engine.max_sequences
+    max_queue_s = config.engine.max_queue_s
+    if engine.num_open_requests >= max_requests:
+        raise overloaded(f"The replica is at its limit of {max_requests} requests; try again later")
+    if engine.num_open_sequences + num_sequences > max_sequences:
+        raise overloaded(
+            f"The replica is at its limit of {max_sequences} running and waiting sequences "
+            f"({engine.num_open_sequences} now, {num_sequences} asked for); try again later"
+        )
+    if (wait_s := engine.queue.wait_s()) > EXPECTED_SHARE * max_queue_s:
+        raise overloaded(
+            f"The request would wait about {wait_s:.1f} s, and {max_queue_s:g} s are the most; try again later",
+            retry_after_s=max(1, math.ceil(wait_s - max_queue_s)),
+        )
+
+
 def choice_seed(seed: int, index: int) -> int:
-    """The seed of choice `index`: the request's own for the first, so that n=1 is the first choice of any n."""
+    """Returns the seed of choice `index`. The first has the request's own, so that n=1 is the first choice of any n."""
     if index == 0:
         return seed
     return int.from_bytes(hashlib.sha256(f"{seed}:{index}".encode()).digest()[:8]) >> 1
-
-
-def to_json(answer: dict[str, Any]) -> bytes:
-    return orjson.dumps(answer)
 
 
 def _sampling(request: CompletionRequest, *, seed: int) -> SamplingParams:

@@ -1,12 +1,12 @@
-"""Text from tokens as they come: holds back what may still change, and ends the text before a stop string."""
+"""Turns tokens into text as they arrive: holds back what may still change, and ends the text before a stop string."""
 
 import codecs
 from collections.abc import Sequence
 
 
 class Detokenizer:
-    """Feeds on the bytes of tokens. What it gives out, joined, is the whole output decoded at once (errors replaced),
-    cut before the stop string that is complete first, however the bytes are spread over tokens."""
+    """Takes the bytes of tokens. The texts that it returns, joined, are the whole output decoded at once (errors
+    replaced), cut before the stop string that is complete first, however the bytes are split into tokens."""
 
     def __init__(self, *, stop: Sequence[str] = ()) -> None:
         self._stop = stop
@@ -17,7 +17,7 @@ class Detokenizer:
 
     @property
     def num_chars(self) -> int:
-        """Characters so far, held ones included: where the text of the next token starts."""
+        """The number of characters so far, including held ones: where the text of the next token starts."""
         return self.num_released_chars + len(self._held)
 
     @property
@@ -25,12 +25,12 @@ class Detokenizer:
         return bool(self._held)
 
     def push(self, token: bytes) -> str:
-        """The text that is final with this token. Not after `stopped`."""
+        """Returns the text that this token makes final. Not to be called after `stopped`."""
         self._held += self._decoder.decode(token)
         return self._release(final=False)
 
     def finish(self) -> str:
-        """The rest of the text: no more tokens come."""
+        """Returns the rest of the text after the last token."""
         if self.stopped:
             return ""
         self._held += self._decoder.decode(b"", final=True)
@@ -47,13 +47,13 @@ class Detokenizer:
 
 
 def _first_complete(text: str, stop: Sequence[str]) -> int | None:
-    """Where the stop string that ends first in `text` starts (of several that end there, the longest)."""
+    """Returns where the stop string that ends first in `text` starts; of several that end there, the longest."""
     matches = [(start + len(s), start) for s in stop if (start := text.find(s)) >= 0]
     return min(matches)[1] if matches else None
 
 
 def _longest_start_of_stop(text: str, stop: Sequence[str]) -> int:
-    """Length of the longest end of `text` that a stop string starts with."""
+    """Returns the length of the longest end of `text` with which a stop string starts."""
     longest = max((len(s) for s in stop), default=1) - 1
     for length in range(min(longest, len(text)), 0, -1):
         if any(s.startswith(text[-length:]) for s in stop):

@@ -1,19 +1,20 @@
-"""The HTTP routes of a replica: each reads its request strictly and answers in OpenAI's shape, errors too."""
+"""The HTTP routes of a replica. Each reads its request strictly and answers in OpenAI's shape, errors too."""
 
 import asyncio
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from prometheus_client import generate_latest
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.settings.code_folders import code_version
 from serving.api.access import CurrentAccess, RequestsInFlight, authorize
-from serving.api.admission import AdmissionLimits
-from serving.api.answers import Answer, AnswerHead, TextAnswer
+from serving.api.answers import Answer, TextAnswer
 from serving.api.chat import NOTE_HEADER, ChatAnswer, as_completion, parse_chat
 from serving.api.completions import Completion, start_completion
 from serving.api.metrics import ReplicaMetrics
@@ -28,24 +29,18 @@ from serving.protocol.strict_json import read_request
 from serving.proxy.token_relay import YES_HEADER, RelayClient
 from serving.xray.page_routes import page_router
 
-# Count against a key's limit, and are refused while the endpoint drains.
+# These count against a key's limit, and are refused while the endpoint drains.
 METERED_PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/xray", "/tokenize", "/detokenize")
 
 
-def build_http_app(
-    *,
-    versions: Versions,
-    metrics: ReplicaMetrics,
-    limits: AdmissionLimits,
-    access: CurrentAccess,
-    admin: APIRouter,
-) -> ASGIApp:
-    """All routes, behind `access`."""
-    # The interactive documentation and the schema would tell strangers what this endpoint can do.
+def build_http_app(*, versions: Versions, metrics: ReplicaMetrics, access: CurrentAccess, admin: APIRouter) -> ASGIApp:
+    """Builds the application of all routes, behind `access`."""
+    config = versions.config
+    # Interactive documentation and a schema would show strangers what this endpoint can do.
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.include_router(page_router())
     app.include_router(admin)
-    app.include_router(tool_router(max_waiting=limits.max_requests))
+    app.include_router(tool_router(max_waiting=config.replicas.max_ongoing_requests))
     add_state_routes(app, versions=versions, metrics=metrics)
     add_error_handlers(app)
     relay = RelayClient()
@@ -53,23 +48,15 @@ def build_http_app(
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         parsed = await read_request(request, parse_completion)
-
-        def shape(model: ServedModel) -> Answer:
-            return TextAnswer(AnswerHead.new("cmpl", model=model.name, version=model.version))
-
         version = RoutedRequest.of(request).take(parsed.model, user=parsed.user)
-        return await answer(parsed, shape, request, version=version)
+        return await answer(parsed, TextAnswer, request, version=version)
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
         parsed = await read_request(request, parse_chat)
         version = RoutedRequest.of(request).take(parsed.model, user=parsed.user)
         completion = await asyncio.to_thread(as_completion, parsed, version.model)  # tokenizes
-
-        def shape(model: ServedModel) -> Answer:
-            head = AnswerHead.new("chatcmpl", model=model.name, version=model.version)
-            return ChatAnswer(head, num_top=parsed.top_logprobs)
-
+        shape = partial(ChatAnswer, num_top=parsed.top_logprobs)
         return await answer(completion, shape, request, version=version, headers=NOTE_HEADER)
 
     async def answer(
@@ -82,7 +69,7 @@ def build_http_app(
     ) -> Response:
         try:
             completion = await start_completion(
-                parsed, answer=shape(version.model), version=version, metrics=metrics, limits=limits
+                parsed, answer=shape(version.model), version=version, metrics=metrics, config=config
             )
             if parsed.stream:
                 return EventStream(completion, headers=headers or {}, relay=relay)
@@ -91,7 +78,7 @@ def build_http_app(
             finally:
                 completion.close()
         except ApiError as error:
-            # Nothing has gone out yet: what a new version fails to answer, the one before answers whole.
+            # Nothing has gone out yet, so the version before can answer what a new version fails to answer.
             other = RoutedRequest.of(request).take_other() if error.status >= 500 else None
             if other is None:
                 raise
@@ -111,16 +98,16 @@ def build_http_app(
 
 
 def add_state_routes(app: FastAPI, *, versions: Versions, metrics: ReplicaMetrics) -> None:
-    """How the replica is doing."""
+    """Adds the routes that show the replica's state."""
 
     @app.get("/health")
     async def health() -> dict[str, str]:
-        """The replica's process answers."""
+        """Answers if the replica's process does."""
         return {"status": "ok"}
 
     @app.get("/ready")
     async def ready() -> dict[str, str]:
-        """The engine has passed its self-test and runs, and takes requests."""
+        """Answers 200 if the engine runs, has passed its self-test, and takes requests."""
         live = versions.live
         if not live.engine.alive:
             raise engine_unavailable()
@@ -130,16 +117,16 @@ def add_state_routes(app: FastAPI, *, versions: Versions, metrics: ReplicaMetric
 
     @app.get("/version")
     async def version() -> dict[str, str]:
-        """Of the code; the model's is in /ready and on each answer."""
+        """Returns the code's version. The model's is in /ready and on each answer."""
         return {"version": code_version()}
 
     @app.get("/metrics")
     async def render_metrics() -> Response:
-        return Response(metrics.render(), media_type="text/plain; version=0.0.4")
+        return Response(generate_latest(metrics.exported.collectors), media_type="text/plain; version=0.0.4")
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Every error in OpenAI's shape."""
+    """Gives every error OpenAI's shape."""
 
     @app.exception_handler(ApiError)
     async def api_error(_request: Request, error: ApiError) -> Response:
@@ -147,24 +134,18 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def routing_error(_request: Request, error: HTTPException) -> Response:
-        """404 of an unknown path, 405 with its Allow header."""
-        return error_response(
-            ApiError(
-                error.status_code,
-                str(error.detail),
-                headers=dict(error.headers or {}),
-            )
-        )
+        """Answers 404 for an unknown path, and 405 with its Allow header."""
+        return error_response(ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {})))
 
     @app.exception_handler(Exception)
     async def unexpected_error(_request: Request, _error: Exception) -> Response:
-        """A defect of ours: the traceback is in the replica's log, not in the answer."""
+        """Answers for a bug. The traceback is in the replica's log, not in the answer."""
         return error_response(internal_error())
 
 
 class Gate:
-    """Around all routes: lets no request without its key through, keeps the version that answers a request loaded to
-    the end of the answer, and names it there."""
+    """Wraps all routes: requires a key, keeps the version that answers a request loaded until the answer has ended, and
+    names it in the answer."""
 
     def __init__(self, app: ASGIApp, *, access: CurrentAccess, versions: Versions) -> None:
         self._app = app
@@ -176,8 +157,7 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        routed = RoutedRequest(self._versions, scope["headers"])
-        routed.put_into(scope)
+        routed = RoutedRequest(self._versions, scope)
 
         async def send_with_version(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -198,7 +178,7 @@ class Gate:
 
 
 class EventStream(StreamingResponse):
-    """A streamed completion, closed however the response ends: a client that goes away frees its slots."""
+    """A streamed completion. It is closed however the response ends, so that a client that leaves frees its slots."""
 
     def __init__(self, completion: Completion, *, headers: Mapping[str, str], relay: RelayClient) -> None:
         headers = {"Cache-Control": "no-cache"} | dict(headers)

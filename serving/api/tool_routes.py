@@ -5,10 +5,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import orjson
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from serving.api.completions import to_json
 from serving.delivery.routed_request import RoutedRequest
 from serving.protocol.errors import overloaded
 from serving.protocol.protocol import DetokenizeRequest, TokenizeRequest, parse_request
@@ -18,8 +18,8 @@ from serving.xray.xray import XrayRequest
 
 
 class ToolThread:
-    """One thread that turns text into tokens and back, in order of arrival. A megabyte takes half a second: in the
-    event loop every stream of the replica would wait for it, in many threads the engine would lose its processors."""
+    """Turns text into tokens and back in one thread, in order of arrival. A megabyte takes half a second: in the event
+    loop every stream of the replica would wait for it, and many threads would take the engine's processors."""
 
     def __init__(self, max_waiting: int) -> None:
         self._max_waiting = max_waiting
@@ -27,12 +27,13 @@ class ToolThread:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tools")
 
     async def answer(self, work: Callable[[], dict[str, Any]]) -> Response:
-        """Raises `ApiError`: 429 where too many wait already, and what `work` raises."""
+        """Answers with the result of `work`. Raises `ApiError`: 429 if too many wait already, and what `work`
+        raises."""
         if self._num_waiting >= self._max_waiting:
             raise overloaded(f"The replica has {self._max_waiting} texts to turn into tokens or back; try again later")
         self._num_waiting += 1
         try:
-            content = await asyncio.get_running_loop().run_in_executor(self._thread, lambda: to_json(work()))
+            content = await asyncio.get_running_loop().run_in_executor(self._thread, lambda: orjson.dumps(work()))
         finally:
             self._num_waiting -= 1
         return Response(content, media_type="application/json")

@@ -1,7 +1,7 @@
-"""How many replicas the load needs: by requests, by what waits, and by the use of the KV cache.
+"""Decides how many replicas the load needs: by requests, by waiting sequences, and by the use of the KV cache.
 
-Ray Serve asks `ScalingPolicy` ten times a second and starts or drains replicas. It sends this module to its controller
-by value, so it imports nothing of ours.
+Ray Serve calls `ScalingPolicy` ten times a second and starts or drains replicas. It sends this module to its controller
+by value, so the module imports nothing of ours.
 """
 
 import math
@@ -11,11 +11,13 @@ from typing import Any
 
 from ray.serve.config import AutoscalingContext
 
-WAITING, KV_USE = "waiting", "kv_use"  # what a replica reports of itself
+WAITING, KV_USE = "waiting", "kv_use"  # the figures that a replica reports
 
 
 @dataclass(frozen=True)
 class ScalingRules:
+    """The settings of `decide`."""
+
     min_replicas: int
     max_replicas: int
     target_ongoing_requests: float  # of a replica
@@ -28,13 +30,13 @@ class ScalingRules:
 
 @dataclass(frozen=True)
 class Observation:
-    """Of all replicas together."""
+    """The load of all replicas together."""
 
     now_s: float
-    num_replicas: int  # those that start, too
+    num_replicas: int  # including those that are starting
     num_ongoing: float  # requests, at the replicas and before them
     num_waiting: float  # sequences without a slot
-    kv_use: float  # of cache or slots, whichever is fuller, in replicas: 1.5 is one full replica and a half
+    kv_use: float  # of cache or slots, whichever is fuller, in replicas: 1.5 is one and a half full replicas
 
 
 @dataclass(frozen=True)
@@ -51,18 +53,18 @@ History = tuple[Wanted, ...]
 
 
 def wanted_replicas(seen: Observation, rules: ScalingRules) -> int:
-    """What the load of this moment needs."""
+    """Returns how many replicas the current load needs."""
     by_requests = seen.num_ongoing / rules.target_ongoing_requests
     by_sequences = (seen.kv_use + seen.num_waiting / rules.num_slots) / rules.target_kv_use
-    # Averages over a few seconds end in dust, of which a replica would be kept.
+    # Averages over a few seconds never quite reach 0, for which a replica would be kept.
     wanted = math.ceil(max(by_requests, by_sequences) - 1e-3)
     return min(max(wanted, rules.min_replicas), rules.max_replicas)
 
 
 def decide(seen: Observation, history: History, rules: ScalingRules) -> tuple[int, History]:
-    """The number of replicas to have now, and the history to decide with next time. More, once the load has needed
-    more for `up_after_s`, and as many as it needed all that time; fewer, once it has needed fewer for `down_after_s`,
-    and as many as it needed at most. So a burst that returns within that time finds its replicas."""
+    """Returns the number of replicas to have now, and the history for the next call. It grows once the load has needed
+    more for `up_after_s`, to what was needed all that time. It shrinks once the load has needed fewer for
+    `down_after_s`, to the most that was needed in that time, so that a burst that returns soon finds its replicas."""
     history = _remember(seen, wanted_replicas(seen, rules), history, rules)
     up = min((w.fewest for w in _last(rules.up_after_s, history, seen.now_s)), default=seen.num_replicas)
     down = max((w.most for w in _last(rules.down_after_s, history, seen.now_s)), default=seen.num_replicas)
@@ -80,13 +82,14 @@ def _remember(seen: Observation, wanted: int, history: History, rules: ScalingRu
         return (*kept[:-1], Wanted(last.first_s, now_s, wanted, wanted))
     if last.last_s < now_s:
         return (*kept, Wanted(now_s, now_s, wanted, wanted))
-    # Another moment of a second that we have already.
+    # The last entry covers this second already.
     before = () if last.first_s == now_s else (Wanted(last.first_s, now_s - 1, last.fewest, last.most),)
     return (*kept[:-1], *before, Wanted(now_s, now_s, min(last.fewest, wanted), max(last.most, wanted)))
 
 
 def _last(seconds: float, history: History, now_s: float, *, fewer_than: int | None = None) -> History:
-    """What was wanted in the last `seconds`; nothing where the history is shorter, or where more was wanted."""
+    """Returns what was wanted in the last `seconds`; nothing if the history is shorter, or if `fewer_than` was
+    reached."""
     if history[0].first_s > now_s - seconds:
         return ()
     recent = tuple(w for w in history if w.last_s >= math.floor(now_s - seconds))
@@ -94,7 +97,7 @@ def _last(seconds: float, history: History, now_s: float, *, fewer_than: int | N
 
 
 class ScalingPolicy:
-    """What Ray Serve calls. Its delays are ours: Ray Serve's own are zero, and its bounds the same as the rules'."""
+    """Ray Serve's policy. All delays are in our rules: Ray Serve's own are zero, and its bounds equal ours."""
 
     def __init__(self, **rules: Any) -> None:
         self._rules = ScalingRules(**rules)

@@ -1,6 +1,6 @@
-"""The one place that changes what is served: a small deployment beside the replicas, which tell it how they are and
-ask it what to serve. Its state is in the storage, so that its death, or all replicas', changes nothing;
-`delivery_file.py` says what happens where two coordinators write there.
+"""The one place that changes what is served: a small deployment beside the replicas, which report to it and ask it what
+to serve. Its state is in the storage, so that nothing changes if it or all replicas die. `delivery_file.py` says what
+happens if two coordinators write there.
 """
 
 import asyncio
@@ -21,30 +21,28 @@ from serving.delivery.delivery_file import DamagedStateError, DeliveryFile, Newe
 from serving.delivery.promotion import Delivery, DeliveryError, ReplicaReport, Terms, Version
 
 REPLICA_LOST_S = 10.0  # without a report; a replica on a busy machine may be late
-FORGET_S = 3600.0  # what a replica that is gone had seen
+FORGET_S = 3600.0  # how long the reports of a replica that is gone count
 RETRY_STORING_S = 10.0
 
 _log = logging.getLogger(__name__)
 
 
 class Reply(NamedTuple):
-    """To a replica."""
+    """The answer to a replica's report."""
 
-    is_ours: (
-        bool  # whether the replica is of the coordinator's own deployment: a redeployed endpoint has both for a while
-    )
+    is_ours: bool  # false for a replica of another deployment, which a redeployed endpoint has for a while
     delivery: Delivery | None  # None before the first replica has begun
 
 
 class Coordinator:
-    """All methods run in one event loop. Decisions are taken as reports come in: without replicas there are none."""
+    """Decides when reports arrive, so without replicas nothing changes. All methods run in one event loop."""
 
     def __init__(self, config: ServeConfig, *, deployment: str) -> None:
         self._deployment = deployment
         self._storage = open_storage(config.storage.uri)
         self._name = endpoint_name(config)
         self._file = DeliveryFile(self._storage, self._name, deployment=deployment)
-        self._damage: DamagedStateError | None = None  # why what is live is not known
+        self._damage: DamagedStateError | None = None  # set if the stored state cannot be read
         self._delivery: Delivery | None = None
         self._stored: Delivery | None = None
         self._retry_at_s = 0.0
@@ -58,7 +56,7 @@ class Coordinator:
             self._borrow_from(config.replicas.borrow_from, config.replicas)
 
     async def exchange(self, deployment: str, report: ReplicaReport) -> Reply:
-        """A replica's report, and what it is to serve."""
+        """Takes a replica's report, and returns what it is to serve."""
         if deployment != self._deployment:
             return Reply(is_ours=False, delivery=None)
         self._reports[report.replica] = (time.monotonic(), report)
@@ -72,7 +70,7 @@ class Coordinator:
         return Reply(is_ours=True, delivery=self._delivery)
 
     async def begin(self, model_name: str, live: Version) -> Delivery:
-        """What a new endpoint serves; the first replica's word counts for all."""
+        """Sets what a new endpoint serves; the first replica decides for all."""
         async with self._lock:
             await self._require_known()
             if self._delivery is None:
@@ -82,7 +80,7 @@ class Coordinator:
             return self._delivery
 
     async def promote(self, candidate: Version, terms: Terms) -> Delivery:
-        """Raises `DeliveryError` while another promotion is on, and where the storage takes no state."""
+        """Starts a promotion. Raises `DeliveryError` during another one, and if the storage does not take the state."""
         async with self._lock:
             before = self._begun()
             promoted = await self._obey(lambda state: promotion.start(state, candidate, terms))
@@ -90,7 +88,7 @@ class Coordinator:
                 await self._change(before)
                 raise DeliveryError(
                     f"the state could not be stored in {self._file.uri}, so a replica that starts later would not know "
-                    "of the checkpoint; the coordinator's log says why"
+                    "the checkpoint; the coordinator's log says why"
                 )
             return promoted
 
@@ -105,12 +103,14 @@ class Coordinator:
     async def drain(self, draining: bool) -> Delivery:
         async with self._lock:
             update = {"draining": draining}
-            if not await self._change(self._begun().model_copy(update=update)):  # means the same for a newer state
+            if not await self._change(
+                self._begun().model_copy(update=update)
+            ):  # the order applies to a newer state too
                 await self._change(self._begun().model_copy(update=update))
             return self._begun()
 
     async def status(self) -> dict[str, Any]:
-        """For people: the state, and what each replica says."""
+        """Returns what /admin/status shows: the state, and each replica's report."""
         present, gone = self._by_presence()
         state = self._begun()
         return {
@@ -130,13 +130,13 @@ class Coordinator:
         return self._delivery
 
     async def _obey(self, order: Callable[[Delivery], Delivery]) -> Delivery:
-        """Carries out an operator's order, on the state that the operator could see and no other."""
+        """Carries out an operator's order, but only on the state that the operator could see."""
         if not await self._change(order(self._begun())):
             now = self._begun()
             raise DeliveryError(
                 "another coordinator of this endpoint has changed the state meanwhile (two clusters have one while one "
                 f"replaces the other): the endpoint is {now.phase}, live is {now.live.checkpoint}; nothing was done, "
-                "ask again if it is still wanted"
+                "ask again if you still want it"
             )
         return self._begun()
 
@@ -144,17 +144,13 @@ class Coordinator:
         application = serve.get_replica_context().app_name
 
         def look() -> Seen:
-            """From the borrower's thread."""
+            """Returns the current replicas; runs in the borrower's thread."""
             now_s = time.monotonic()
             num_placed = sum(now_s - at_s < REPLICA_LOST_S for at_s, _ in list(self._reports.values()))
             return Seen(num_wanted_replicas(application), num_placed)
 
-        self._borrower = Borrower(
-            self._storage.child(f"runs/{run_id}"),
-            after_s=replicas.borrow_after_s,
-            min_replicas=replicas.min_replicas,
-            look=look,
-        )
+        run = self._storage.child(f"runs/{run_id}")
+        self._borrower = Borrower(run, min_replicas=replicas.min_replicas, look=look)
         self._borrower.step_forever()
 
     def _by_presence(self) -> tuple[list[ReplicaReport], list[ReplicaReport]]:
@@ -165,8 +161,8 @@ class Coordinator:
         return present, gone
 
     def _restore(self) -> None:
-        """Raises `StorageError` for a storage that does not answer. A damaged state without a copy lets the coordinator
-        start and say so: replicas that serve need it for nothing but changes."""
+        """Reads the stored state. Raises `StorageError` if the storage does not answer. With a damaged state without a
+        copy the coordinator starts and reports it: replicas that serve need the coordinator for changes only."""
         try:
             self._delivery = self._stored = self._file.restore()
         except DamagedStateError as error:
@@ -183,15 +179,15 @@ class Coordinator:
             )
 
     async def _require_known(self) -> None:
-        """Raises `DeliveryError` where the state is damaged, after looking whether somebody has restored it."""
+        """Raises `DeliveryError` if the state is damaged and nobody has restored it meanwhile."""
         if self._damage is not None and time.monotonic() > self._retry_at_s:
             await asyncio.to_thread(self._restore)
         if self._damage is not None:
             raise DeliveryError(str(self._damage))
 
     async def _change(self, state: Delivery) -> bool:
-        """Stores the state, then acts on it. A storage that is down delays no decision: it is tried again later. False
-        where another coordinator has stored a newer state: then that one counts."""
+        """Stores the state, then acts on it. A storage that is down delays no decision; writing is tried again later.
+        Returns False if another coordinator has stored a newer state, which then counts."""
         before, is_ours = self._delivery, True
         is_due = state is not before or time.monotonic() > self._retry_at_s
         if state is not self._stored and is_due:

@@ -1,21 +1,20 @@
-"""The state of an endpoint in the storage: one file, whole or replaced, and never overwritten by an older one.
+"""Keeps the state of an endpoint in one file in the storage, which no older state ever overwrites.
 
-Fencing. Several coordinators may believe that the endpoint is theirs: both clusters of a RayService during an upgrade
-call themselves by the same `deployment`, and one that was cut off comes back. So the file, `endpoints/NAME.json`, names
-who wrote it (a random `incarnation` of each coordinator's process) and how often it was written (`generation`, one more
-each time):
+Fencing. Several coordinators may consider the endpoint theirs: both clusters of a RayService during an upgrade have the
+same `deployment`, and one that was cut off comes back. So the file, `endpoints/NAME.json`, names its writer (a random
+`incarnation` for each coordinator's process) and counts its writes (`generation`):
 
-1. Each write replaces exactly the version of the file that its writer has built on (a conditional write). The first
-   one therefore wins, and every other coordinator finds a conflict.
-2. On a conflict the file is read again. Where it has the writer's own incarnation, the answer to an earlier write was
-   lost: it writes again. Where another incarnation of the same deployment has a higher generation, nothing is written:
-   `NewerStateError` carries the newer state, which the coordinator adopts. Where another deployment has it, a
-   coordinator that has not begun replaces it (an endpoint that is started anew), and one that has begun stops writing.
-3. The file pins the checkpoints of the state that it holds, so whoever adopts a state also keeps its pins.
+1. Each write replaces exactly the version of the file that its writer has built on (a conditional write). So the first
+   one wins, and every other coordinator gets a conflict.
+2. After a conflict the file is read again. If it has the writer's own incarnation, the answer to an earlier write was
+   lost, and it writes again. If another incarnation of the same deployment has a higher generation, nothing is written:
+   `NewerStateError` carries the newer state, which the coordinator adopts. If it belongs to another deployment, a
+   coordinator that has not begun replaces it (the endpoint was restarted), and one that has begun stops writing.
+3. The file pins the checkpoints of its state, so a coordinator that adopts a state also keeps its pins.
 
-A file that cannot be read (truncated, or edited by hand) is not the end: each write leaves a copy of what it stored in
-`endpoints/last-good/`. A coordinator that starts continues with that copy, and one that runs with its own state; the
-next write replaces the damaged file.
+Each write leaves a copy in `endpoints/last-good/`. If the file cannot be read (truncated, or edited by hand), a
+coordinator that starts continues with that copy, one that runs with its own state, and the next write replaces the
+file.
 """
 
 import json
@@ -34,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 
 class DamagedStateError(StorageError):
-    """The file is there and holds no state."""
+    """The file exists but holds no state."""
 
 
 class NewerStateError(StorageError):
@@ -49,17 +48,17 @@ class Stored(NamedTuple):
     """The content of the file."""
 
     incarnation: str  # of the coordinator that wrote it; "" in files of older versions
-    generation: int  # how many writes there were
+    generation: int  # the number of writes so far
     state: Delivery
 
 
 def endpoint_name(config: ServeConfig) -> str:
-    """The name of an endpoint's file."""
+    """Returns the name of an endpoint's file."""
     return config.delivery.endpoint or f"{config.host}-{config.port}".replace(":", ".")
 
 
 class DeliveryFile:
-    """One coordinator's view of the file. Its methods block, and are called one at a time."""
+    """One coordinator's view of the file. Its methods block, and run one at a time."""
 
     def __init__(self, storage: Storage, name: str, *, deployment: str) -> None:
         self.uri = join_uri(storage.uri, f"{ENDPOINTS}{name}.json")
@@ -68,12 +67,13 @@ class DeliveryFile:
         self._deployment = deployment
         self._incarnation = secrets.token_hex(8)
         self._generation = 0
-        self._version: str | None = None  # of the file that the next write replaces; None where there is none
+        self._version: str | None = None  # of the file that the next write replaces; None if there is no file
         self._has_begun = False  # whether this deployment's state was read or written here
 
     def restore(self) -> Delivery | None:
-        """Returns what this deployment served last, and None for a new one. Raises `StorageError`: not to know what is
-        live is worse than to wait for the storage. Raises `DamagedStateError` where the copy does not help either."""
+        """Returns what this deployment served last, or None for a new one. Raises `StorageError`, because waiting for
+        the storage is better than not knowing what is live, and `DamagedStateError` if the copy does not help
+        either."""
         entry = self._storage.stat(self._key)
         if entry is None:
             return None
@@ -99,7 +99,7 @@ class DeliveryFile:
         return state
 
     def write(self, state: Delivery) -> None:
-        """Stores the state. Raises `NewerStateError` and `StorageError`, and has changed nothing then."""
+        """Stores the state. Raises `NewerStateError` or `StorageError`, and then has changed nothing."""
         try:
             data = self._write(state)
         except (AlreadyExistsError, ConflictError):
@@ -125,7 +125,7 @@ class DeliveryFile:
         return data
 
     def _look_again(self) -> None:
-        """After a conflict: returns where the next write may replace what is there."""
+        """Reads the file after a conflict. Returns if the next write may replace it."""
         entry = self._storage.stat(self._key)
         if entry is None:
             _log.warning("%s was removed; it is written again", self.uri)
@@ -134,7 +134,7 @@ class DeliveryFile:
         try:
             stored = self._read(self._key)
         except DamagedStateError as error:
-            _log.error("%s; this coordinator replaces it by the state that it holds", error)
+            _log.error("%s; this coordinator replaces it with its own state", error)
             self._version = entry.version
             return
         if stored.state.deployment != self._deployment:
@@ -165,7 +165,7 @@ class DeliveryFile:
         return stored
 
     def _read(self, key: str) -> Stored:
-        """Raises `DamagedStateError`, and `NotFoundError` where there is none."""
+        """Reads a file. Raises `DamagedStateError`, or `NotFoundError` if there is none."""
         uri = join_uri(self._storage.uri, key)
         try:
             content: dict[str, Any] = endpoint_state(self._storage.read_bytes(key))
@@ -174,7 +174,6 @@ class DeliveryFile:
         except (ValueError, KeyError, TypeError, ValidationError) as error:
             raise DamagedStateError(
                 f"the state in {uri} is damaged ({type(error).__name__}: {str(error).splitlines()[0][:200]}): restore "
-                "the file from a backup, or delete it, upon which the endpoint begins with the checkpoint of its "
-                "settings"
+                "the file from a backup, or delete it to begin with the checkpoint of the endpoint's settings"
             ) from None
         return Stored(incarnation, generation, state)

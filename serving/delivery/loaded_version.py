@@ -1,4 +1,4 @@
-"""One version on one replica: its engine process, the model that it runs, and what it has done."""
+"""One version on one replica: its engine process, its model, and what it has done."""
 
 import asyncio
 import math
@@ -19,11 +19,11 @@ from serving.protocol.served_model import ServedModel, read_served_model
 from serving.xray.xray import Xray
 
 DRAIN_POLL_S = 0.1
-LONGEST_REQUEST_S = 600.0  # an engine that is not needed any more ends after this, whatever still runs on it
+LONGEST_REQUEST_S = 600.0  # after this an unneeded engine ends, whatever still runs on it
 
 
 class LoadedVersion:
-    """`open_requests` counts those that may still use the engine."""
+    """A version that can serve. `open_requests` counts the requests that may still use its engine."""
 
     def __init__(self, folder: Path, *, model: ServedModel, engine: EngineClient, dtype: str) -> None:
         self.model = model
@@ -31,23 +31,19 @@ class LoadedVersion:
         self.xray = Xray(folder, name=model.name, dtype=dtype)
         self.health = HealthCheck(engine, prompt_ids=[0])
         self.open_requests = 0
-        self.stats = StatsCounter()
+        self.stats = VersionStats()
 
     @classmethod
     async def load(cls, version: Version, *, name: str, config: ServeConfig) -> "LoadedVersion":
-        """Returns when the model answers. Raises `UserError` for an unusable checkpoint, `EngineDiedError` for one
+        """Returns when the model answers. Raises `UserError` for an unusable checkpoint, and `EngineDiedError` for one
         that fails its self-test."""
         folder = await asyncio.to_thread(resolve_checkpoint, version.checkpoint, config.storage.uri)
         model = await asyncio.to_thread(read_served_model, folder, name=name)
         if model.version != version.version:
-            raise UserError(f"{version.checkpoint} holds {model.version} now, {version.version} was promoted")
+            raise UserError(f"{version.checkpoint} holds {model.version} now, but {version.version} was promoted")
         settings = await asyncio.to_thread(with_dtype, config.engine, folder)
-        engine = await EngineClient.start(
-            folder,
-            config=settings,
-            eos_id=model.eos_id,
-            threads=config.replicas.threads_per_replica,
-        )
+        threads = config.replicas.threads_per_replica
+        engine = await EngineClient.start(folder, config=settings, eos_id=model.eos_id, threads=threads)
         loaded = cls(folder, model=model, engine=engine, dtype=settings.dtype)
         try:
             await loaded.health.self_test()
@@ -57,8 +53,8 @@ class LoadedVersion:
         return loaded
 
     async def loss(self, rows: Sequence[Sequence[int]]) -> float:
-        """Nats per token over the rows, one row after the other, so that clients' tokens come in between. NaN where
-        the logits are no numbers."""
+        """Returns the nats per token over the rows, NaN if the logits are not finite. The rows are read one after the
+        other, so that clients' tokens come in between."""
         logprobs: list[float] = []
         for row in rows:
             request = SequenceRequest(
@@ -76,7 +72,7 @@ class LoadedVersion:
         return -sum(logprobs) / len(logprobs)
 
     async def retire(self) -> None:
-        """Ends the engine once no request uses it any more."""
+        """Ends the engine once no request uses it."""
         deadline_s = time.monotonic() + LONGEST_REQUEST_S
         while self.open_requests and time.monotonic() < deadline_s:
             await asyncio.sleep(DRAIN_POLL_S)
@@ -85,23 +81,3 @@ class LoadedVersion:
     async def close(self) -> None:
         self.xray.close()
         await self.engine.close()
-
-
-class StatsCounter:
-    """Adds up `VersionStats`."""
-
-    def __init__(self) -> None:
-        self._sequences = self._errors = self._tokens = 0
-        self._busy_s = 0.0
-
-    def token(self) -> None:
-        self._tokens += 1
-
-    def ended(self, *, since_start_s: float, failed: bool) -> None:
-        self._sequences += 1
-        self._errors += failed
-        self._busy_s += since_start_s
-
-    @property
-    def value(self) -> VersionStats:
-        return VersionStats(self._sequences, self._errors, self._tokens, self._busy_s)

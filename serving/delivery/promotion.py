@@ -1,4 +1,4 @@
-"""Which version serves whom, and when that changes: decisions on plain reports, without clock or cluster."""
+"""Decides which version serves which requests, and when that changes: from plain reports, without clock or cluster."""
 
 import hashlib
 import math
@@ -13,26 +13,26 @@ from pydantic import BaseModel, ConfigDict
 from serving.protocol.served_model import ServedModel
 
 ROUTE_HEADER = "x-route"
-MIN_ERRORS = 3  # fewer may be anything
-MIN_JUDGED_SEQUENCES = 20  # before its speed says something about a version
+MIN_ERRORS = 3  # fewer may be chance
+MIN_JUDGED_SEQUENCES = 20  # after which a version's speed is judged
 HISTORY = 20  # promotions that are remembered
 
 
 class Phase(StrEnum):
     STEADY = "steady"  # one version serves
-    LOADING = "loading"  # a candidate is loaded and measured beside the live version; no request sees it
+    LOADING = "loading"  # a candidate is loaded and measured beside the live version; it gets no requests
     CANARY = "canary"  # the candidate serves its share of the requests
-    WATCHING = "watching"  # the candidate is live now; the version before stays loaded, so that it can return at once
+    WATCHING = "watching"  # the candidate is live; the version before stays loaded and can return at once
 
 
 class SlotStatus(StrEnum):
-    LOADING = "loading"  # its engine starts, or is measured
-    READY = "ready"  # it could serve
-    FAILED = "failed"  # it did not load, fails its self-test, or its engine has died
+    LOADING = "loading"  # its engine starts or is being measured
+    READY = "ready"  # it can serve
+    FAILED = "failed"  # it did not load, failed its self-test, or its engine has died
 
 
 class DeliveryError(Exception):
-    """What was asked for does not fit what is going on."""
+    """An order does not fit the endpoint's state."""
 
 
 class Record(BaseModel):
@@ -42,31 +42,31 @@ class Record(BaseModel):
 class Version(Record):
     """A checkpoint as it was promoted."""
 
-    serial: int = 0  # grows with each promotion: a checkpoint that is tried again is another version
+    serial: int = 0  # grows with each promotion; a checkpoint that is tried again is another version
     checkpoint: str  # URI of its folder
     version: str  # hash of the weights, `x-model-version`
     lineage: dict[str, Any] | None = None  # run, step, data, tokenizer, code
 
     @property
     def name(self) -> str:
-        """Its run's id; its folder's name where transformers saved it."""
+        """The run's id, or the folder's name if transformers saved the checkpoint."""
         return str(self.lineage["run_id"]) if self.lineage else self.checkpoint.rstrip("/").rpartition("/")[2]
 
 
 class Terms(Record):
-    """On which a candidate becomes the live version, and stays it."""
+    """The conditions on which a candidate becomes the live version and stays it."""
 
-    canary_percent: float | None = None  # share of the requests that it serves first; all at once when unset
+    canary_percent: float | None = None  # share of the requests that it serves first; None: all at once
     watch_s: float  # as a canary, and once more as the live version
-    gate_rows: tuple[tuple[int, ...], ...] = ()  # token rows whose loss is measured; none are self-tested only
+    gate_rows: tuple[tuple[int, ...], ...] = ()  # token rows whose loss is measured; without any, only a self-test
     max_loss_increase: float = 0.0  # nats per token above the live version's loss
     max_error_rate: float = 0.01  # of its sequences, once `MIN_ERRORS` have failed
-    max_latency_ratio: float | None = None  # seconds a token, against the version before
+    max_latency_ratio: float | None = None  # of the seconds for a token, compared with the version before
     load_timeout_s: float = 600.0
 
 
 class Outcome(Record):
-    """How a promotion ended."""
+    """The end of a promotion."""
 
     version: Version
     result: Literal["promoted", "refused", "rolled_back"]
@@ -74,16 +74,16 @@ class Outcome(Record):
 
 
 class Delivery(Record):
-    """What is served now, and what is on its way. All that survives a restart."""
+    """The versions that are served and being promoted: all that survives a restart."""
 
-    deployment: str  # of the endpoint that this is the state of
-    model_name: str  # of the first version, or the one that the settings give to all
+    deployment: str  # of the endpoint
+    model_name: str  # of the first version, or the name that the settings give to all
     live: Version
     phase: Phase = Phase.STEADY
-    epoch: int = 1  # grows whenever requests go elsewhere
+    epoch: int = 1  # grows whenever the route changes
     candidate: Version | None = None  # while LOADING or CANARY
-    previous: Version | None = None  # loaded while WATCHING; else what a rollback would load
-    terms: Terms | None = None  # while a promotion is on
+    previous: Version | None = None  # loaded while WATCHING; otherwise a rollback would load it
+    terms: Terms | None = None  # during a promotion
     last_serial: int = 1
     outcome: Outcome | None = None  # of the last promotion, once it has ended
     history: tuple[Outcome, ...] = ()  # of the last ones, the oldest first
@@ -91,18 +91,18 @@ class Delivery(Record):
 
     @property
     def needed(self) -> list[Version]:
-        """What each replica has loaded, in the order of loading."""
+        """The versions that each replica has loaded, in the order of loading."""
         beside = self.previous if self.phase is Phase.WATCHING else self.candidate
         return [self.live] if beside is None else [self.live, beside]
 
     @property
     def known(self) -> list[Version]:
-        """Whose checkpoints must not be deleted."""
+        """The versions whose checkpoints must not be deleted."""
         return [version for version in (self.live, self.candidate, self.previous) if version is not None]
 
     @property
     def names(self) -> list[str]:
-        """By which a client may ask for the model: a promotion takes none away from those who use it."""
+        """The names by which a client may ask for the model. A promotion removes none that is in use."""
         served = [outcome.version for outcome in self.history if outcome.result != "refused"]
         now = [version for version in self.known if self.phase is not Phase.LOADING or version != self.candidate]
         return list(dict.fromkeys([self.live.name, self.model_name, *(v.name for v in [*now, *served])]))
@@ -116,7 +116,7 @@ class Delivery(Record):
 
 @dataclass(frozen=True)
 class Route:
-    """Which version a request goes to."""
+    """Says which version a request goes to."""
 
     epoch: int
     primary: int  # serial
@@ -124,7 +124,7 @@ class Route:
     percent: float = 0.0
 
     def serial_for(self, key: str | None) -> int:
-        """The same for the same key; at random without one."""
+        """Returns a version's serial: the same one for the same key, a random one without a key."""
         if not self.canary:
             return self.primary
         digest = hashlib.sha256(f"{self.canary}:{key}".encode()).digest()
@@ -136,7 +136,7 @@ class Route:
 
     @classmethod
     def from_header(cls, text: str) -> Self | None:
-        """None for what is no route."""
+        """Returns None if `text` is not a route."""
         try:
             epoch, primary, canary, percent = text.split(":")
             return cls(int(epoch), int(primary), int(canary), float(percent))
@@ -144,9 +144,9 @@ class Route:
             return None
 
 
-@dataclass(frozen=True)
+@dataclass
 class VersionStats:
-    """What a version has done on one replica. Sequences of clients that left are not counted."""
+    """Counts what a version has done on one replica, without the sequences of clients that left."""
 
     sequences: int = 0
     errors: int = 0
@@ -156,13 +156,13 @@ class VersionStats:
 
 @dataclass(frozen=True)
 class SlotReport:
-    """One version on one replica."""
+    """A replica's report on one version."""
 
     status: SlotStatus
     problem: str = ""
-    loss: float | None = None  # of the gate's rows, nats per token
+    loss: float | None = None  # on the gate's rows, nats per token
     live_loss: float | None = None
-    stats: VersionStats = VersionStats()
+    stats: VersionStats = field(default_factory=VersionStats)
 
 
 @dataclass(frozen=True)
@@ -173,10 +173,10 @@ class ReplicaReport:
 
 
 def start(state: Delivery, candidate: Version, terms: Terms) -> Delivery:
-    """Has `candidate` loaded beside the live version."""
+    """Starts a promotion: `candidate` is loaded beside the live version."""
     if state.phase is not Phase.STEADY:
-        of = (state.candidate or state.live).checkpoint
-        raise DeliveryError(f"a promotion is on ({of} is {state.phase}): wait for it, finish it, or roll it back")
+        checkpoint = (state.candidate or state.live).checkpoint
+        raise DeliveryError(f"{checkpoint} is being promoted ({state.phase}): wait for it, finish it, or roll it back")
     serial = state.last_serial + 1
     return state.model_copy(
         update={
@@ -197,11 +197,11 @@ def finish(state: Delivery) -> Delivery:
 
 
 def roll_back(state: Delivery, reason: str) -> Delivery:
-    """Ends what is on, or returns to the version before. That one is loaded again where it is not any more."""
+    """Ends the promotion, or returns to the version before, which is loaded again if necessary."""
     ended: dict[str, Any] = {"phase": Phase.STEADY, "candidate": None, "terms": None}
     if state.phase is Phase.STEADY:
         if state.previous is None:
-            raise DeliveryError("there is no version before this one to go back to")
+            raise DeliveryError("there is no earlier version to return to")
         return start(state, state.previous, Terms(watch_s=0))
     if state.phase is Phase.WATCHING:
         assert state.previous is not None
@@ -216,10 +216,10 @@ def roll_back(state: Delivery, reason: str) -> Delivery:
 def advance(
     state: Delivery, present: Collection[ReplicaReport], *, gone: Collection[ReplicaReport] = (), elapsed_s: float
 ) -> Delivery:
-    """The next state, or the same. `present` are the replicas that report; what `gone` ones saw counts as well.
-    `elapsed_s` is since the phase began."""
+    """Returns the next state, or the same. `present` are the replicas that report; reports of `gone` ones count too.
+    `elapsed_s` is the time since the phase began."""
     newest = max((report.epoch for report in present), default=0)
-    if newest > state.epoch:  # a coordinator that died before it could store its last decision
+    if newest > state.epoch:  # a coordinator died before it could store its last decision
         state = state.model_copy(update={"epoch": newest + 1})
     if state.terms is None:
         return state
@@ -233,7 +233,7 @@ def advance(
 
 
 def _loading(state: Delivery, terms: Terms, present: Collection[ReplicaReport], elapsed_s: float) -> Delivery:
-    """No replica switches before all of them could."""
+    """Returns the state after LOADING. No replica switches before all of them can."""
     assert state.candidate is not None
     slots = [report.slots.get(state.candidate.serial) for report in present]
     for slot in slots:
@@ -264,16 +264,18 @@ def _gate_problem(slot: SlotReport, terms: Terms) -> str:
 def _problem(
     state: Delivery, terms: Terms, present: Collection[ReplicaReport], everyone: Collection[ReplicaReport]
 ) -> str:
-    """Why the candidate has to go; empty when it may stay."""
+    """Returns why the new version must go; empty if it may stay."""
     new, old = (state.candidate, state.live) if state.phase is Phase.CANARY else (state.live, state.previous)
     assert new is not None and old is not None
     for report in present:
         slot = report.slots.get(new.serial)
-        if slot is not None and (reason := slot.problem or _gate_problem(slot, terms)):  # the gate: of one that joined
+        if slot is not None and (
+            reason := slot.problem or _gate_problem(slot, terms)
+        ):  # the gate again: for a late replica
             return reason
     stats, before = total(everyone, new.serial), total(everyone, old.serial)
     if stats.errors >= MIN_ERRORS and stats.errors > terms.max_error_rate * stats.sequences:
-        return f"{stats.errors} of its {stats.sequences} sequences failed, allowed are {terms.max_error_rate:.1%}"
+        return f"{stats.errors} of its {stats.sequences} sequences failed, more than {terms.max_error_rate:.1%}"
     if terms.max_latency_ratio is None or min(stats.sequences, before.sequences) < MIN_JUDGED_SEQUENCES:
         return ""
     took_s, took_before_s = stats.busy_s / max(1, stats.tokens), before.busy_s / max(1, before.tokens)
@@ -286,6 +288,7 @@ def _problem(
 
 
 def total(reports: Collection[ReplicaReport], serial: int) -> VersionStats:
+    """Adds up what all replicas report of a version."""
     found = [report.slots[serial].stats for report in reports if serial in report.slots]
     return VersionStats(
         sequences=sum(stats.sequences for stats in found),
@@ -318,5 +321,5 @@ def _ended(state: Delivery, outcome: Outcome, update: dict[str, Any]) -> Deliver
 
 
 def version_of(model: ServedModel, *, checkpoint: str) -> Version:
-    """What the coordinator keeps of it; `checkpoint` is its URI."""
+    """Returns what the coordinator keeps of a model; `checkpoint` is its URI."""
     return Version(checkpoint=checkpoint, version=model.version, lineage=model.lineage)

@@ -1,10 +1,9 @@
-"""The version that one request is given, from the moment when it is known who asks until the answer has gone out.
+"""Holds the version of one request, from the check of its key until the answer has gone out.
 
-In each proxy the newest route that an answer came by goes along with every later request, so that no client sees a
-new version from one replica and afterwards the old one from another, which has not heard of the switch yet.
+Each proxy sends the newest route that it has seen in an answer along with every later request, so that no client sees a
+new version from one replica and then the old one from another, which has not heard of the switch yet.
 """
 
-from collections.abc import MutableMapping
 from typing import Any
 
 from starlette.requests import Request
@@ -20,9 +19,12 @@ _SCOPE_KEY = "raymill.routed"
 
 
 class RoutedRequest:
-    """Holds its version: an engine that is not needed any more ends after the last of those who hold it."""
+    """One request and the version that it holds. An unneeded engine ends after the last request that holds it."""
 
-    def __init__(self, versions: Versions, headers: list[tuple[bytes, bytes]]) -> None:
+    def __init__(self, versions: Versions, scope: Scope) -> None:
+        """Puts itself into the scope, where `of` finds it."""
+        scope[_SCOPE_KEY] = self
+        headers = scope["headers"]
         self._versions = versions
         self._sessions = [value.decode("latin-1") for name, value in headers if name == SESSION_HEADER]
         self._held: LoadedVersion | None = None
@@ -38,13 +40,10 @@ class RoutedRequest:
         assert isinstance(routed, cls)
         return routed
 
-    def put_into(self, scope: MutableMapping[str, Any]) -> None:
-        scope[_SCOPE_KEY] = self
-
     def take(self, model: str | None = None, *, user: str | None = None) -> LoadedVersion:
-        """The version that answers the request, which asks for `model` if it names one, by whatever name it was served
-        here. While a canary is on it is
-        the one of the API key; else of `user`, of the session header, or any. Raises `ApiError` (404)."""
+        """Returns the version that answers the request. `model` may be any name under which a version was served here.
+        During a canary the version depends on the API key, or else on `user` or the session header. Raises `ApiError`
+        (404)."""
         if model is not None and model not in (names := self._versions.names):
             raise model_not_found(model, served=names[0])
         self._hold(self._versions.pick(self.key or user or next(iter(self._sessions), None)))
@@ -52,7 +51,7 @@ class RoutedRequest:
         return self._held
 
     def take_other(self) -> LoadedVersion | None:
-        """In place of the version that failed, once; None where there is no other."""
+        """Returns another version after one has failed, once; None if there is no other."""
         assert self._held is not None
         other = None if self._is_second_try else self._versions.other_than(self._held)
         if other is not None:
@@ -61,7 +60,7 @@ class RoutedRequest:
         return other
 
     def card(self) -> dict[str, Any]:
-        """The model as its entry under /v1/models, with the versions that are about."""
+        """Returns the model's entry under /v1/models, with the versions that are loaded or in question."""
         state = self._versions.delivery
         about = {"live": state.live, "candidate": state.candidate, "previous": state.previous}
         shown = {role: found and found.model_dump(include={"version", "lineage"}) for role, found in about.items()}
@@ -69,7 +68,7 @@ class RoutedRequest:
 
     @property
     def headers(self) -> dict[str, str]:
-        """Of the answer. The route may be newer than the one that was taken, never older."""
+        """The headers of the answer. The route may be newer than the one that was taken, never older."""
         held = self._held or self._versions.live
         return {"x-model-version": held.model.version, ROUTE_HEADER: self._versions.route.to_header()}
 
@@ -88,6 +87,8 @@ _NAME = ROUTE_HEADER.encode()
 
 
 class NewestRoute:
+    """The proxy's middleware that sends the newest route along."""
+
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
         self._newest = Route(epoch=0, primary=0)

@@ -1,9 +1,10 @@
-"""The versions on one replica: loads and ends engines as the state wants, and picks one for each request."""
+"""The versions on one replica: loads and ends engines as the state demands, and picks one for each request."""
 
 import asyncio
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 from cluster.settings.serve import ServeConfig
 from cluster.storage.checkpoint_cache import Holds
@@ -13,17 +14,17 @@ from serving.delivery.promotion import Delivery, Phase, Route, SlotReport, SlotS
 _log = logging.getLogger(__name__)
 
 
+@dataclass(eq=False)
 class Slot:
-    """A version that this replica has, or is about to have."""
+    """A version that this replica has or is loading."""
 
-    def __init__(self, version: Version) -> None:
-        self.version = version
-        self.loading: asyncio.Task[None]
-        self.loaded: LoadedVersion | None = None
-        self.is_measured = False
-        self.problem = ""
-        self.loss: float | None = None
-        self.live_loss: float | None = None
+    version: Version
+    loading: asyncio.Task[None] = field(init=False)
+    loaded: LoadedVersion | None = None
+    is_measured: bool = False
+    problem: str = ""
+    loss: float | None = None
+    live_loss: float | None = None
 
     @property
     def usable(self) -> LoadedVersion | None:
@@ -33,17 +34,17 @@ class Slot:
         loaded = self.loaded
         problem = self.problem or ("" if loaded is None else loaded.engine.death_notice)
         ready = SlotStatus.READY if self.is_measured else SlotStatus.LOADING
-        stats = VersionStats() if loaded is None else loaded.stats.value
+        stats = VersionStats() if loaded is None else replace(loaded.stats)
         return SlotReport(SlotStatus.FAILED if problem else ready, problem, self.loss, self.live_loss, stats)
 
 
 class Versions:
-    """All methods run in one event loop."""
+    """All versions of one replica. All methods run in one event loop."""
 
     def __init__(
         self, config: ServeConfig, delivery: Delivery, *, on_live_death: Callable[[str], None] | None = None
     ) -> None:
-        """`on_live_death` is told of the end of a live engine that no other version can stand in for."""
+        """`on_live_death` is called when a live engine dies that no other version can replace."""
         self._on_live_death = on_live_death
         self.config = config
         self.delivery = delivery
@@ -56,23 +57,23 @@ class Versions:
         self._reconcile()
 
     async def wait_until_live(self) -> None:
-        """Returns when what is live answers. Raises `RuntimeError` where it cannot be loaded."""
+        """Returns when the live version answers. Raises `RuntimeError` if it cannot be loaded."""
         while not (live := self._slots[self.delivery.live.serial]).usable:  # what is live may change meanwhile
             await asyncio.shield(live.loading)
             if live.problem and live.version == self.delivery.live:
                 raise RuntimeError(live.problem)
 
     def adopt(self, delivery: Delivery, *, asked_at_s: float) -> None:
-        """The state as the coordinator gave it to a question of `asked_at_s`. What was learned from a request since
-        is newer."""
+        """Adopts the state that the coordinator returned to a question of `asked_at_s`. A route that was learned from a
+        request since then is newer."""
         self.delivery = delivery
         if asked_at_s >= self._learned_at_s:
             self.route = delivery.route
         self._reconcile()
 
     def learn(self, route: Route) -> None:
-        """A route that a client has seen at another replica, which heard from the coordinator a moment before this
-        one. No replica switches before all of them could."""
+        """Adopts a route that a client has seen at another replica, which heard from the coordinator a moment earlier.
+        No replica switches before all of them can."""
         slot = self._slots.get(route.primary)
         if route.epoch > self.route.epoch and slot is not None and slot.usable:
             self.route = route
@@ -84,22 +85,22 @@ class Versions:
 
     @property
     def names(self) -> list[str]:
-        """By which a request may ask for the model, the live one's first."""
+        """The names by which a request may ask for the model, the live one's first."""
         if self.config.model_name is not None:
             return [self.config.model_name]
         return [self.live.model.name, *self.delivery.names]
 
     def pick(self, key: str | None) -> LoadedVersion:
-        """The version for a request; the same one for the same `key`."""
+        """Returns the version for a request; the same one for the same `key`."""
         return self._usable(self.route.serial_for(key))
 
     def other_than(self, failed: LoadedVersion) -> LoadedVersion | None:
-        """A version for a request that `failed` could not answer; None while no promotion is on."""
+        """Returns a version for a request that `failed` could not answer; None without a promotion."""
         return next((loaded for loaded in self._trusted if loaded is not failed), None)
 
     def check_health(self) -> None:
-        """Raises for a replica to be replaced: its live engine has died, or its weights give no numbers. While another
-        version stands in for it, the coordinator has the word."""
+        """Raises if this replica must be replaced: its live engine has died, or its weights give NaN. While another
+        version can replace the live one, the coordinator decides."""
         live = self.live
         if self.other_than(live) is None:
             live.health.check()
@@ -117,12 +118,12 @@ class Versions:
 
     @property
     def kv_cache_usage(self) -> float:
-        """Of the fullest engine."""
+        """The use of the fullest engine."""
         return max(loaded.engine.kv_cache_usage for loaded in self._engines)
 
     @property
     def expected_wait_s(self) -> float:
-        """Of a new sequence on the live engine."""
+        """The expected wait of a new sequence on the live engine."""
         return self.live.engine.queue.wait_s()
 
     async def close(self) -> None:
@@ -136,7 +137,7 @@ class Versions:
 
     @property
     def _trusted(self) -> list[LoadedVersion]:
-        """Usable versions, the primary first, without one that has only its share of the requests, or none yet."""
+        """The usable versions, the primary first, without a candidate."""
         slots = sorted(self._slots.values(), key=lambda slot: slot.version.serial != self.route.primary)
         return [slot.usable for slot in slots if slot.usable and slot.version != self.delivery.candidate]
 
@@ -150,13 +151,13 @@ class Versions:
         needed = {version.serial: version for version in self.delivery.needed}
         for serial, version in needed.items():
             if (slot := self._slots.get(serial)) is not None and slot.version != version:
-                # Two coordinators gave the same number, one of them without a storage. What serves stays meanwhile.
+                # Two coordinators gave the same number, one of them without a storage. The old version still serves.
                 self._slots[-serial] = self._slots.pop(serial)
             if serial not in self._slots:
                 slot = self._slots[serial] = Slot(version)
                 slot.loading = asyncio.create_task(self._load(slot))
         if not self._slots[self.delivery.live.serial].usable:
-            return  # whoever serves in its place stays
+            return  # the version that serves instead stays
         for serial in self._slots.keys() - needed.keys():
             task = asyncio.create_task(self._end(self._slots.pop(serial)))
             self._ending.add(task)
@@ -173,11 +174,11 @@ class Versions:
                     await self._measure(slot, loaded, before=self.live)
                 slot.is_measured = True
                 if self.delivery.phase is Phase.WATCHING and self.delivery.previous is not None:
-                    # Only a replica that has joined meanwhile loads anything then. The new version serves already.
+                    # Only a replica that has joined later loads anything now. The new version serves already.
                     live, before = (self._slots.get(v.serial) for v in (self.delivery.live, self.delivery.previous))
                     if live and live.usable and live.loss is None and before and before.usable:
                         await self._measure(live, live.usable, before=before.usable)
-            except Exception as error:  # a stranger's files may raise anything; that refuses them, and is reported
+            except Exception as error:  # foreign files may raise anything; they are refused, and the error is reported
                 _log.warning("%s cannot be served", slot.version.checkpoint, exc_info=True)
                 slot.problem = str(error) or repr(error)
 
@@ -187,7 +188,7 @@ class Versions:
             self._on_live_death(notice)
 
     async def _measure(self, slot: Slot, loaded: LoadedVersion, *, before: LoadedVersion) -> None:
-        """The new version's loss on the gate's rows, and that of the one before."""
+        """Measures the losses of the new version and the one before on the gate's rows."""
         terms = self.delivery.terms
         if terms is not None and terms.gate_rows:
             live_loss, loss = await before.loss(terms.gate_rows), await loaded.loss(terms.gate_rows)

@@ -1,4 +1,4 @@
-"""The blocks of the KV cache: who holds them, and which of them already hold the start of a prompt. No tensors."""
+"""The blocks of the KV cache: which sequences hold them, and which contain the start of a prompt. No tensors."""
 
 import hashlib
 from array import array
@@ -10,8 +10,9 @@ _ROOT = b""  # the prefix before the first block
 
 
 class BlockPool:
-    """A block is free, or held by one or more sequences. A full block is found again by all tokens up to its end, also
-    after it was freed, until somebody else gets it: the one that has been free for longest goes first."""
+    """A block is free, or held by one or more sequences. A full block can be found again by all tokens up to its end,
+    even after it was freed, until another sequence gets it. The block that has been free for longest is reused
+    first."""
 
     def __init__(self, num_blocks: int, *, keep_prefixes: bool) -> None:
         self.num_blocks = num_blocks
@@ -23,17 +24,17 @@ class BlockPool:
 
     @property
     def usage(self) -> float:
-        """Share of the blocks that are held, 0 to 1."""
+        """The share of the blocks that are held, 0 to 1."""
         return 1 - len(self._free) / self.num_blocks
 
     def missing(self, prompt_ids: Sequence[int]) -> list[bytes]:
-        """The prefixes to the end of each full block of the prompt that nothing holds yet."""
+        """Returns the prefixes to the end of each full block of the prompt that is not in the pool yet."""
         prefixes = _prefixes(prompt_ids) if self._keep_prefixes else []
         return prefixes[len(self._find(prompt_ids)) :]
 
     def allocate(self, num_tokens: int, *, prompt_ids: Sequence[int]) -> tuple[list[int], int] | None:
-        """Blocks for `num_tokens`, and how many of the prompt's tokens they hold already: all but the last at most, as
-        its logits are needed. None when there is no room."""
+        """Returns blocks for `num_tokens` and how many of the prompt's tokens they contain already: at most all but the
+        last, whose logits are needed. Returns None if there is no room."""
         found = self._find(prompt_ids)
         num_new = num_blocks_for(num_tokens) - len(found)
         if num_new > len(self._free) - sum(block in self._free for block in found):
@@ -46,14 +47,15 @@ class BlockPool:
         return blocks, len(found) * BLOCK_TOKENS
 
     def release(self, blocks: Sequence[int]) -> None:
-        """The last ones become free first, as a shorter prefix serves more prompts."""
+        """Frees the blocks that no other sequence holds. The last become free first: a shorter prefix fits more
+        prompts."""
         for block in reversed(blocks):
             self._num_holders[block] -= 1
             if self._num_holders[block] == 0:
                 self._free[block] = None
 
     def seal(self, block: int, token_ids: Sequence[int], *, before: bytes = _ROOT) -> bytes:
-        """Says that a block is full: it holds `token_ids`, after the prefix `before`. Returns the prefix to its end."""
+        """Marks a block as full with `token_ids` after the prefix `before`. Returns the prefix to its end."""
         prefix = _prefix(before, token_ids)
         if self._keep_prefixes and prefix not in self._block_of:
             self._block_of[prefix] = block
@@ -61,13 +63,13 @@ class BlockPool:
         return prefix
 
     def forget(self, blocks: Sequence[int]) -> None:
-        """They are not found any more."""
+        """Makes the blocks impossible to find."""
         for block in blocks:
             if (prefix := self._prefix_of.pop(block, None)) is not None:
                 del self._block_of[prefix]
 
     def held_once(self, blocks: Sequence[int]) -> list[int]:
-        """Those of `blocks` that no second sequence holds."""
+        """Returns those of `blocks` that only one sequence holds."""
         return [block for block in blocks if self._num_holders[block] == 1]
 
     def _find(self, prompt_ids: Sequence[int]) -> list[int]:
@@ -90,7 +92,7 @@ def num_blocks_for(num_tokens: int) -> int:
 
 
 def _prefixes(prompt_ids: Sequence[int]) -> list[bytes]:
-    """To the end of each full block, but for one that ends with the prompt."""
+    """Returns the prefix to the end of each full block, except one that ends with the prompt."""
     prefixes = [_ROOT]
     for start in range(0, len(prompt_ids) - BLOCK_TOKENS, BLOCK_TOKENS):
         prefixes.append(_prefix(prefixes[-1], prompt_ids[start : start + BLOCK_TOKENS]))
@@ -98,5 +100,6 @@ def _prefixes(prompt_ids: Sequence[int]) -> list[bytes]:
 
 
 def _prefix(before: bytes, token_ids: Sequence[int]) -> bytes:
-    """A hash that nobody can find a second prompt for, which would be answered by the first one's keys and values."""
+    """Returns a cryptographic hash: a second prompt with the same one would be answered with the first prompt's
+    keys."""
     return hashlib.blake2b(before + array("I", token_ids).tobytes(), digest_size=16).digest()

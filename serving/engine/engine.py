@@ -1,6 +1,6 @@
-"""The engine: continuous batching over a pool of KV cache blocks. It knows token ids; text, HTTP and Ray are elsewhere.
+"""The engine: continuous batching over a pool of KV cache blocks. It knows token ids, but no text, HTTP or Ray.
 
-Shapes: N tokens that a step reads, C model width, M rows that a token is drawn for, V vocabulary.
+Shapes: N tokens that a step reads, C model width, M rows for which a token is drawn, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ PROMPT_LOGPROBS_CHUNK_TOKENS = 128  # 128 x 50,257 logits are 26 MB
 
 
 class Engine:
-    """What it generates for a sequence is what `model.generate` does, whatever else shares its steps."""
+    """Generates the same tokens for a sequence as `model.generate`, whatever else shares its steps."""
 
     def __init__(
         self,
@@ -46,11 +46,12 @@ class Engine:
         self._scheduler.cancel(seq_id)
 
     @torch.inference_mode()
-    def step(self, tell: Callable[[Admission], None] | None = None) -> StepReport:
-        """Admit, read, draw, emit. `tell` hears which sequences it begins with, before it computes."""
+    def step(self, on_admission: Callable[[Admission], None] | None = None) -> StepReport:
+        """Admits, reads, draws and emits. Calls `on_admission` with the sequences that it starts before it computes."""
         chunks = self._scheduler.plan()
-        if tell is not None and self._scheduler.admitted:
-            tell(Admission(self._scheduler.admitted, self._scheduler.num_running, self._scheduler.num_waiting))
+        scheduler = self._scheduler
+        if on_admission is not None and scheduler.admitted:
+            on_admission(Admission(scheduler.admitted, scheduler.num_running, scheduler.num_waiting))
         events: list[TokenEvent] = []
         if chunks:
             hidden = self._runner.forward([_reading(chunk) for chunk in chunks])  # (N, C)
@@ -64,7 +65,6 @@ class Engine:
             if drawing:
                 logits = self._runner.logits(torch.stack([row for _, row in drawing]))  # (M, V)
                 events = self._emit([chunk for chunk, _ in drawing], logits)
-        scheduler = self._scheduler
         return StepReport(
             events,
             num_running=scheduler.num_running,
@@ -98,13 +98,13 @@ class Engine:
         return self._scheduler.fail(sequence)
 
     def _keep_prompt_logprobs(self, chunk: Chunk, hidden: Tensor) -> None:
-        """Log-probability of each prompt token after a chunk's, from hidden (chunk, C); the first token has none."""
+        """Keeps the log-probabilities of the prompt tokens that follow a chunk's, from hidden (chunk, C)."""
         request = chunk.sequence.request
         if not request.prompt_logprobs or chunk.sequence.output_ids:
             return
         candidates = chunk.sequence.prompt_logprobs
         if chunk.first == 0:
-            candidates.append(None)
+            candidates.append(None)  # nothing predicts the first token
         targets = request.prompt_ids[chunk.first + 1 : chunk.last + 1]
         for start in range(0, len(targets), PROMPT_LOGPROBS_CHUNK_TOKENS):
             some = targets[start : start + PROMPT_LOGPROBS_CHUNK_TOKENS]
@@ -127,7 +127,7 @@ def _sample(sequences: list[Sequence], logits: Tensor, best: Tensor) -> list[int
 
 
 def _candidates(logits: Tensor, token_ids: list[int], num_top: int) -> list[Candidates]:
-    """Of logits (N, V): the log-probability of each row's own token, and the row's most likely tokens."""
+    """Returns the log-probability of each row's own token and the row's most likely tokens, from logits (N, V)."""
     logprobs = logits.log_softmax(dim=-1)
     own = logprobs.gather(1, torch.tensor(token_ids, device=logits.device)[:, None])[:, 0].tolist()  # (N,)
     top_values, top_ids = logprobs.topk(min(num_top, logits.shape[-1]), dim=-1)  # (N, num_top)

@@ -1,11 +1,11 @@
-"""Compiles native/ for the processor at hand, once, and loads it; or loads what was compiled into an image.
+"""Compiles native/ for this processor, once, and loads it; or loads a library that was compiled into an image.
 
     python -m serving.engine.native_library --bake FOLDER
 
-compiles it for every processor of this machine's kind. Where the environment variable RAYMILL_KERNELS names that
-folder, the fastest library that the processor runs is taken from there, and no compiler is needed.
+compiles it for every processor of this machine's kind. If the environment variable RAYMILL_KERNELS names that folder,
+the fastest library that the processor can run is loaded from there, and no compiler is needed.
 
-RAYMILL_KERNELS_MARCH takes the place of "native" in GCC's -march: "x86-64-v3" holds the kernels to AVX2.
+RAYMILL_KERNELS_MARCH replaces "native" in GCC's -march: "x86-64-v3" limits the kernels to AVX2.
 """
 
 import argparse
@@ -31,7 +31,7 @@ FOLDER_VARIABLE, MARCH_VARIABLE = "RAYMILL_KERNELS", "RAYMILL_KERNELS_MARCH"
 _V3 = frozenset(("avx2", "fma", "bmi1", "bmi2", "f16c", "movbe", "abm"))
 _V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 _BF16 = _V4 | {"avx512_vnni", "avx512_bf16"}
-# By machine: what `--bake` compiles for, the fastest first, and what Linux calls the instructions that it needs.
+# By machine: the targets of `--bake`, the fastest first, and the processor features they need, as Linux names them.
 TARGETS = {
     "x86_64": {
         "x86-64-v4+avx512vnni+avx512bf16+amx-tile+amx-bf16+amx-int8": _BF16 | {"amx_tile", "amx_bf16", "amx_int8"},
@@ -45,23 +45,22 @@ TARGETS = {
 
 
 class NoNativeLibraryError(Exception):
-    """The kernels cannot be had here; the message says why."""
+    """The kernels are not available here; the message says why."""
 
 
 class _BrokenLibraryError(Exception):
-    """A library's file is not what was written there."""
+    """A library's file does not hold what was written there."""
 
 
 def load_library() -> ctypes.CDLL:
-    """Raises `NoNativeLibraryError`, whatever stands in the way."""
+    """Loads the kernels. Raises `NoNativeLibraryError` whatever prevents it."""
     if missing := TARGETS.get(platform.machine(), {}).get(_march(), frozenset()) - cpu_features():
         raise NoNativeLibraryError(
             f"{MARCH_VARIABLE}={_march()}, but this processor has no {' '.join(sorted(missing))}"
         )
     try:
-        if (baked := _baked()) is not None:
-            return _load(baked)
-        return _load_compiled()
+        baked = _baked()
+        return _load_compiled() if baked is None else _load(baked)
     except (OSError, RuntimeError, subprocess.SubprocessError, _BrokenLibraryError) as error:  # RuntimeError: no home
         raise NoNativeLibraryError(str(error)) from error
 
@@ -77,7 +76,7 @@ def bake(folder: Path) -> list[Path]:
 
 
 def _baked() -> Path | None:
-    """The fastest library in the image that the processor runs, or the one that is asked for."""
+    """Returns the fastest library in the image that the processor can run, or the one that is asked for."""
     if not (folder := os.environ.get(FOLDER_VARIABLE)):
         return None
     runs = [march for march, needs in TARGETS.get(platform.machine(), {}).items() if needs <= cpu_features()]
@@ -101,23 +100,23 @@ def _load_compiled() -> ctypes.CDLL:
         try:
             return _load(path)
         except (OSError, _BrokenLibraryError):
-            path.unlink(missing_ok=True)  # cut short by a full disk, say
+            path.unlink(missing_ok=True)  # truncated by a full disk, for example
     _compile(compiler, _march(), path)
     return _load(path)
 
 
 def _load(path: Path) -> ctypes.CDLL:
-    """Whoever can write the file or its folder could run code as this user."""
+    """Loads a library that only this user or root can write: anybody else could run code as this user."""
     for place in (path.parent, path):
         status = place.stat()
         if status.st_uid not in (os.geteuid(), 0) or status.st_mode & 0o022:
             raise NoNativeLibraryError(
                 f"{place} can be written by others (owner {status.st_uid}, mode {status.st_mode & 0o777:o}); expected "
-                "a file and a folder of this user's or root's own, which group and others cannot write"
+                "a file and a folder that belong to this user or root and that group and others cannot write"
             )
     content = path.read_bytes()
-    if _sealed(content[:-32]) != content:  # loading it could end the process by SIGBUS
-        raise _BrokenLibraryError(f"{path} is not the library that was written there")
+    if _sealed(content[:-32]) != content:  # loading it could kill the process with SIGBUS
+        raise _BrokenLibraryError(f"{path} does not hold the library that was written there")
     return ctypes.CDLL(str(path))
 
 
@@ -128,7 +127,7 @@ def _sealed(library: bytes) -> bytes:
 def _compiler() -> str:
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
-        raise NoNativeLibraryError("there is no C++ compiler (g++, or what CXX names)")
+        raise NoNativeLibraryError("there is no C++ compiler (g++, or the one that CXX names)")
     return compiler
 
 
@@ -137,7 +136,7 @@ def _march() -> str:
 
 
 def _flags(march: str) -> list[str]:
-    """GCC takes "armv8.2-a+dotprod" as it is, and further instructions of x86 as flags of their own."""
+    """Returns GCC's flags. It accepts "armv8.2-a+dotprod" as it is, but wants a flag for each extension of x86."""
     if march.startswith("arm"):
         return [*FLAGS, f"-march={march}"]
     name, *more = march.split("+")
@@ -149,7 +148,7 @@ def _cache_folder() -> Path:
 
 
 def _key(compiler: str) -> str:
-    """Of the sources and all that decides what becomes of it: a home may be shared by unlike machines."""
+    """Returns a hash of the sources and of all that affects the library: different machines may share a home."""
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=COMPILE_TIMEOUT_S).stdout
     processor = " ".join((platform.machine(), *sorted(cpu_features())))
     return _digest(_sources(), " ".join(_flags(_march())).encode(), version, processor.encode())
@@ -178,7 +177,7 @@ def _compile(compiler: str, march: str, path: Path) -> None:
 
 
 def _run(command: list[str], log: Path) -> None:
-    """In a process group, as the compiler proper is a child of g++, which would outlive it."""
+    """Runs the compiler in a process group: its real work is done by a child, which would outlive g++."""
     with (
         log.open("w") as output,
         subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True) as process,
@@ -189,13 +188,13 @@ def _run(command: list[str], log: Path) -> None:
             os.killpg(process.pid, signal.SIGKILL)
             raise
     if status != 0:
-        said = log.read_text(errors="replace").strip()[:500]
-        raise NoNativeLibraryError(f"{command[0]} cannot compile {SOURCES.name}/ (exit status {status}): {said}")
+        output_text = log.read_text(errors="replace").strip()[:500]
+        raise NoNativeLibraryError(f"{command[0]} cannot compile {SOURCES.name}/ (exit status {status}): {output_text}")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bake", type=Path, required=True, metavar="FOLDER", help="where the libraries go")
+    parser.add_argument("--bake", type=Path, required=True, metavar="FOLDER", help="folder for the libraries")
     try:
         paths = bake(parser.parse_args().bake)
     except NoNativeLibraryError as error:

@@ -1,5 +1,5 @@
-"""The decoder's step by the CPU kernels of native/decoder.cpp: weights in the order in which they are read, threads of
-their own, and the same bits for a token whatever shares its step.
+"""Computes the decoder's step with the CPU kernels of native/decoder.cpp: weights in the order in which they are read,
+their own threads, and the same bits for a token whatever shares its step.
 
 Shapes: N tokens of all readings, M rows, C model width, V vocabulary, W blocks of a reading.
 """
@@ -17,9 +17,9 @@ from serving.engine.runner import Reading, Survey
 
 KINDS = {"float32": 0, "bfloat16": 1, "int8": 2}
 ACTIVATIONS = {"gelu": 0, "gelu_exact": 1, "relu": 2}
-LN_1, LN_2 = 0, 1
-QKV, ATTENTION_OUT, FFN_IN, FFN_OUT = 0, 1, 2, 3
-HEAD, TOKENS = 0, 1  # behind the last layer
+NORMS = ("ln_1", "ln_2")  # in the order of decoder.cpp, like the following
+MATRICES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+HEAD, TOKENS = 0, 1  # after the last layer
 
 
 class Shape(ctypes.Structure):
@@ -40,14 +40,14 @@ class Pass(ctypes.Structure):
 
 
 class NativeRunner:
-    """A `Runner`. Sums are fp32 whatever the weights are.
+    """The `Runner` of the CPU kernels. Sums are fp32 whatever the weights are.
 
-    int8: each column of a weight and each row of inputs in 255 steps of its own size ("vector-wise quantization",
-    Dettmers et al., 2022); keys and values in bf16.
+    int8 quantizes each column of a weight and each row of inputs in 255 steps of its own size ("vector-wise
+    quantization", Dettmers et al., 2022); keys and values are bf16.
     """
 
     def __init__(self, model: GPT, *, dtype: str, num_blocks: int, threads: int) -> None:
-        """Raises `NoNativeLibraryError` where the kernels cannot be had."""
+        """Raises `NoNativeLibraryError` if the kernels are not available."""
         self._library = load_library()
         self._declare()
         self._config = config = model.config
@@ -69,13 +69,11 @@ class NativeRunner:
         weights = dict(model.named_parameters())
         for layer in range(config.n_layer):
             at = f"transformer.h.{layer}"
-            self._set_norm(layer, LN_1, weights, f"{at}.ln_1")
-            self._set_norm(layer, LN_2, weights, f"{at}.ln_2")
-            self._set_projection(layer, QKV, weights, f"{at}.attn.c_attn")
-            self._set_projection(layer, ATTENTION_OUT, weights, f"{at}.attn.c_proj")
-            self._set_projection(layer, FFN_IN, weights, f"{at}.mlp.c_fc")
-            self._set_projection(layer, FFN_OUT, weights, f"{at}.mlp.c_proj")
-        self._set_norm(config.n_layer, LN_1, weights, "transformer.ln_f")
+            for which, name in enumerate(NORMS):
+                self._set_norm(layer, which, weights, f"{at}.{name}")
+            for which, name in enumerate(MATRICES):
+                self._set_matrix(layer, which, weights[f"{at}.{name}.weight"], weights[f"{at}.{name}.bias"])
+        self._set_norm(config.n_layer, 0, weights, "transformer.ln_f")
         self._set_matrix(config.n_layer, HEAD, model.head_weight.T)
         if not config.tie_word_embeddings:
             self._set_matrix(config.n_layer, TOKENS, model.transformer.wte.weight.T)
@@ -111,17 +109,14 @@ class NativeRunner:
         return found
 
     def clear(self, blocks: Sequence[int]) -> None:
-        """Nothing to do: these kernels read no position that a token may not see."""
+        """Does nothing: these kernels never read a position that a token may not see."""
 
     def _set_norm(self, layer: int, which: int, weights: Mapping[str, Tensor], name: str) -> None:
         weight, bias = _as_float(weights[f"{name}.weight"]), _as_float(weights[f"{name}.bias"])
         self._library.raymill_set_norm(self._decoder, layer, which, weight.data_ptr(), bias.data_ptr())
 
-    def _set_projection(self, layer: int, which: int, weights: Mapping[str, Tensor], name: str) -> None:
-        self._set_matrix(layer, which, weights[f"{name}.weight"], weights[f"{name}.bias"])
-
     def _set_matrix(self, layer: int, which: int, weight: Tensor, bias: Tensor | None = None) -> None:
-        """From weight (in, out)."""
+        """Passes weight (in, out) to the kernels."""
         weight = weight.detach().float()
         bias = None if bias is None else _as_float(bias)
         self._library.raymill_set_matrix(

@@ -1,6 +1,7 @@
-"""What computes a step: the decoder on chunks of many sequences, with its KV cache in blocks.
+"""The interface of a runner, which computes a step: the decoder on chunks of many sequences, with its KV cache in
+blocks.
 
-Two of them: the CPU kernels of native_runner.py, and PyTorch for everything else (torch_runner.py).
+There are two: the CPU kernels (native_runner.py), and PyTorch for everything else (torch_runner.py).
 Shapes: N tokens of all chunks, C model width, M rows, V vocabulary.
 """
 
@@ -15,12 +16,12 @@ from cluster.settings.serve import EngineConfig
 from model.checkpoint_folder import is_hf_folder, read_metadata
 from model.processor import fast_precision
 
-# What a checkpoint is loaded in, by `engine.dtype`; the native kernels make int8 of it.
+# The type in which a checkpoint is loaded, by `engine.dtype`; the native kernels turn it into int8.
 LOADED_IN = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.float32}
 
 
 class Reading(NamedTuple):
-    """Tokens of one sequence that a step reads: ids, the position of the first, the sequence's blocks in order."""
+    """The tokens of one sequence that a step reads, the position of the first, and the sequence's blocks in order."""
 
     token_ids: list[int]
     position: int
@@ -32,30 +33,30 @@ class Reading(NamedTuple):
 
 
 class Survey(NamedTuple):
-    """Of rows of logits."""
+    """Facts about rows of logits."""
 
-    best: Tensor  # (M,): the first of the highest ones
-    finite: Tensor  # (M,): whether all of the row are finite numbers
+    best: Tensor  # (M,): the index of the first of the highest logits
+    finite: Tensor  # (M,): whether the whole row is finite
 
 
 class Runner(Protocol):
     def forward(self, readings: Sequence[Reading]) -> Tensor:
-        """Hidden states (N, C), one reading after the other; their keys and values are in the cache then."""
+        """Returns hidden states (N, C), one reading after the other, and stores their keys and values in the cache."""
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(M, V), fp32, of hidden states (M, C)."""
+        """Returns fp32 logits (M, V) of hidden states (M, C)."""
 
     def survey(self, logits: Tensor) -> Survey:
-        """Of logits (M, V)."""
+        """Surveys logits (M, V)."""
 
     def clear(self, blocks: Sequence[int]) -> None:
-        """Removes numbers that are none, which masked positions would still spread (0 x NaN is NaN)."""
+        """Removes NaN from the blocks; masked positions would still spread it (0 x NaN is NaN)."""
 
 
 def with_dtype(config: EngineConfig, folder: Path) -> EngineConfig:
-    """Returns the settings with the type in the place of `auto`; where another one is set, as they are.
+    """Returns the settings with a type instead of `auto`.
 
-    A run in bf16 rounded its matrices to bf16 in each step, so that they may be served so where the processor computes
+    A run in bf16 rounded its matrices to bf16 in each step, so bf16 serves it without loss where the processor computes
     bf16 at speed. All others are served in float32, which rounds nothing.
     """
     if config.dtype != "auto":

@@ -1,31 +1,25 @@
-"""Which tokens a step reads: admission, the waiting queue, and all transitions of a sequence's state. No tensors."""
+"""Decides which tokens a step reads, and when a sequence is admitted and ends. No tensors."""
 
 from collections import deque
 from dataclasses import dataclass, field
-from enum import Enum, auto
 from typing import NamedTuple
 
 from serving.engine.block_pool import BLOCK_TOKENS, BlockPool
 from serving.engine.messages import Candidates, FinishReason, SequenceRequest
 
-UNWATCHED = 4  # times as many prompt tokens are read in a step that no running sequence waits for
-
-
-class State(Enum):
-    WAITING = auto()  # accepted; holds nothing yet
-    RUNNING = auto()  # holds KV cache blocks for all tokens that it may get
-    FINISHED = auto()  # ended; holds nothing
+UNWATCHED = 4  # factor for the prompt tokens of a step that no running sequence waits for
 
 
 @dataclass(eq=False)
 class Sequence:
+    """A sequence that waits, or runs and holds KV cache blocks for all tokens that it may get."""
+
     request: SequenceRequest
-    state: State = State.WAITING
     output_ids: list[int] = field(default_factory=list)
-    blocks: list[int] = field(default_factory=list)  # of the KV cache, in the order of their tokens
+    blocks: list[int] = field(default_factory=list)  # in the order of their tokens
     num_read: int = 0  # tokens whose keys and values are in the cache
     sealed_prefix: bytes = b""  # of the full blocks among them
-    promised: list[bytes] = field(default_factory=list)  # prefixes to the end of blocks that it is about to read
+    promised: list[bytes] = field(default_factory=list)  # prefixes to the ends of the blocks that it is about to read
     prompt_logprobs: list[Candidates | None] = field(default_factory=list)  # of the tokens read, when asked for
 
     @property
@@ -38,7 +32,7 @@ class Sequence:
 
 
 class Chunk(NamedTuple):
-    """Tokens `first` to `last` - 1 of a sequence. A step reads them, and draws a token where they are all there are."""
+    """Tokens `first` to `last` - 1 of a sequence. A step reads them, and draws a token if they are the last ones."""
 
     sequence: Sequence
     first: int
@@ -51,11 +45,11 @@ class Chunk(NamedTuple):
 
 class Scheduler:
     """First come, first served. A sequence is admitted when there are blocks for its prompt and all tokens that it may
-    get, so an admitted one always runs to its end. One whose prompt starts as another one that is being read waits for
-    that, and shares its blocks: the choices of a request read their prompt once.
+    get, so it always runs to its end. A sequence whose prompt starts like one that is being read waits for that one and
+    shares its blocks: the choices of a request read their prompt once.
 
-    A step gives each running sequence its next token, and reads up to `prefill_tokens_per_step` tokens of prompts: so
-    long do the others wait. Where there are none yet it reads more.
+    A step gives each running sequence its next token, and reads up to `prefill_tokens_per_step` prompt tokens while the
+    running sequences wait. If none has a token yet, it reads more.
     """
 
     def __init__(self, pool: BlockPool, *, max_num_seqs: int, eos_id: int | None, prefill_tokens_per_step: int) -> None:
@@ -66,9 +60,8 @@ class Scheduler:
         self._waiting: deque[Sequence] = deque()
         self._running: dict[int, Sequence] = {}  # in order of admission
         self._promised: set[bytes] = set()
-        # Of the latest plan:
-        self.admitted: list[int] = []  # sequences
-        self.num_prompt_tokens = 0  # that are read, or need no reading
+        self.admitted: list[int] = []  # sequences, by the latest plan
+        self.num_prompt_tokens = 0  # read by the latest plan, or found in the cache
 
     @property
     def num_waiting(self) -> int:
@@ -84,7 +77,7 @@ class Scheduler:
         return sequence
 
     def plan(self) -> list[Chunk]:
-        """Admits what fits, and says what this step reads."""
+        """Admits what fits, and returns what this step reads."""
         budget = self._prefill_tokens_per_step
         if not any(sequence.output_ids for sequence in self._running.values()):
             budget *= UNWATCHED
@@ -105,7 +98,7 @@ class Scheduler:
         return chunks
 
     def advance(self, chunk: Chunk, token_id: int | None) -> FinishReason | None:
-        """Records that a chunk was read and the token that it drew, if any; says why its sequence has finished, if it
+        """Records that a chunk was read, and the token that it drew. Returns why its sequence has finished, if it
         has."""
         sequence, request = chunk.sequence, chunk.sequence.request
         drew = chunk.draws
@@ -116,19 +109,23 @@ class Scheduler:
         self._end_promise(sequence)
         if token_id is not None:
             sequence.output_ids.append(token_id)
+        reason = None
         if token_id is not None and token_id == self._eos_id and not request.ignore_eos:
-            return self._finish(sequence, FinishReason.STOP)
-        if len(sequence.output_ids) >= request.max_tokens:
-            return self._finish(sequence, FinishReason.LENGTH)
-        return None
+            reason = FinishReason.STOP
+        elif len(sequence.output_ids) >= request.max_tokens:
+            reason = FinishReason.LENGTH
+        if reason is not None:
+            self._release(sequence)
+        return reason
 
     def fail(self, sequence: Sequence) -> FinishReason:
-        """What it left in its blocks is given to nobody else."""
+        """Ends a sequence whose blocks no other may share."""
         self._pool.forget(sequence.blocks)
-        return self._finish(sequence, FinishReason.ERROR)
+        self._release(sequence)
+        return FinishReason.ERROR
 
     def cancel(self, seq_id: int) -> None:
-        """Forgets a sequence, whatever its state. One that has finished meanwhile is no error."""
+        """Ends a sequence that waits or runs. It is no error if the sequence has finished meanwhile."""
         if seq_id in self._running:
             self._release(self._running[seq_id])
             return
@@ -138,7 +135,7 @@ class Scheduler:
         if not self._waiting or len(self._running) >= self._max_num_seqs:
             return None
         sequence, request = self._waiting[0], self._waiting[0].request
-        # The prompt's log-probabilities need all of it to be read; others share what that leaves.
+        # The log-probabilities of a prompt need all of it to be read; other sequences share the result.
         known = [] if request.prompt_logprobs else request.prompt_ids
         missing = self._pool.missing(request.prompt_ids)
         if known and missing and missing[0] in self._promised:
@@ -151,12 +148,11 @@ class Scheduler:
         sequence.promised = missing
         self._promised.update(missing)
         self._seal(sequence, first=0)
-        sequence.state = State.RUNNING
         self._running[request.seq_id] = sequence
         return sequence
 
     def _seal(self, sequence: Sequence, *, first: int) -> None:
-        """The blocks that became full since `first` tokens were read."""
+        """Marks the blocks that have become full since `first` tokens were read."""
         for index in range(first // BLOCK_TOKENS, sequence.num_read // BLOCK_TOKENS):
             tokens = sequence.token_ids[index * BLOCK_TOKENS : (index + 1) * BLOCK_TOKENS]
             sequence.sealed_prefix = self._pool.seal(sequence.blocks[index], tokens, before=sequence.sealed_prefix)
@@ -165,15 +161,10 @@ class Scheduler:
         self._promised.difference_update(sequence.promised)
         sequence.promised = []
 
-    def _finish(self, sequence: Sequence, reason: FinishReason) -> FinishReason:
-        self._release(sequence)
-        return reason
-
     def _release(self, sequence: Sequence) -> None:
         del self._running[sequence.request.seq_id]
         self._end_promise(sequence)
         self._pool.release(sequence.blocks)
-        sequence.state = State.FINISHED
         sequence.blocks = []
 
 

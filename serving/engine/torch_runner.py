@@ -1,6 +1,6 @@
-"""The decoder's step in PyTorch, on any device: one call of the model for all tokens of a step.
+"""Computes the decoder's step in PyTorch, on any device, with one call of the model for all tokens of a step.
 
-The projections see them as one long row; attention takes readings of one length at a time.
+The projections see the tokens as one long row; attention takes the readings of one length at a time.
 Shapes: N tokens of a step, B readings of one length T, P cached positions read, L layers, H heads of width D, W blocks
 of a reading, S = BLOCK_TOKENS.
 """
@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.config import GPTConfig
 from model.gpt import GPT
 from model.kv_cache import visible_mask
 from serving.engine.block_pool import BLOCK_TOKENS, num_blocks_for
@@ -21,13 +20,16 @@ from serving.engine.runner import Reading, Survey
 
 
 class TorchRunner:
-    """A `Runner`."""
+    """The `Runner` of PyTorch."""
 
     def __init__(self, model: GPT, *, num_blocks: int) -> None:
         self._model = model.eval()
         parameter = next(model.parameters())
         self._device = parameter.device
-        self._cache = BlockCache(model.config, num_blocks=num_blocks, dtype=parameter.dtype, device=parameter.device)
+        shape = (model.config.n_layer, num_blocks, BLOCK_TOKENS, model.config.n_head, model.config.head_dim)
+        # Zeros, not empty memory: a masked position is still multiplied by its weight of 0, and 0 x NaN is NaN.
+        self._keys = torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)  # (L, blocks, S, H, D)
+        self._values = torch.zeros_like(self._keys)
 
     def forward(self, readings: Sequence[Reading]) -> Tensor:
         lengths = [len(reading.token_ids) for reading in readings]
@@ -37,7 +39,7 @@ class TorchRunner:
         positions = [position for r in ordered for position in r.positions]
         hidden = self._model(
             torch.tensor([token_ids], device=self._device),  # (1, N)
-            kv_cache=StepCache(self._cache, ordered),
+            kv_cache=StepCache(self._keys, self._values, ordered),
             positions=torch.tensor([positions], device=self._device),  # (1, N)
         )[0]
         if order == sorted(order):
@@ -52,40 +54,28 @@ class TorchRunner:
         return Survey(logits.argmax(dim=-1), logits.isfinite().all(dim=-1))
 
     def clear(self, blocks: Sequence[int]) -> None:
-        self._cache.keys[:, list(blocks)] = 0
-        self._cache.values[:, list(blocks)] = 0
-
-
-class BlockCache:
-    """Keys and values (L, blocks, S, H, D) of many sequences: a block is one piece of memory, which a reading's copy
-    takes as a whole."""
-
-    def __init__(self, config: GPTConfig, *, num_blocks: int, dtype: torch.dtype, device: torch.device) -> None:
-        shape = (config.n_layer, num_blocks, BLOCK_TOKENS, config.n_head, config.head_dim)
-        # Zeros, not empty memory: a masked position still meets its weight of 0, and 0 x NaN is NaN.
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self._keys[:, list(blocks)] = 0
+        self._values[:, list(blocks)] = 0
 
 
 @dataclass(frozen=True)
 class StepCache:
-    """The cache as one step sees it, whose readings follow each other in one row, sorted by length."""
+    """The cache as one step sees it: its readings follow each other in one row, sorted by length."""
 
-    cache: BlockCache
+    keys: Tensor  # (L, blocks, S, H, D), as `values`
+    values: Tensor
     readings: Sequence[Reading]
 
     def window(self, positions: Tensor) -> "StepWindow":
-        """What tokens at `positions` (1, N) see."""
+        """Returns what tokens at `positions` (1, N) see."""
         groups, start = [], 0
         for length, group in itertools.groupby(self.readings, key=lambda reading: len(reading.token_ids)):
             rows = list(group)
             end = start + length * len(rows)
-            groups.append(Group.of(rows, positions[0, start:end].view(-1, length), first=start, cache=self.cache))
+            groups.append(Group.of(rows, positions[0, start:end].view(-1, length), first=start, dtype=self.keys.dtype))
             start = end
         blocks = [r.blocks[position // BLOCK_TOKENS] for r in self.readings for position in r.positions]
-        return StepWindow(
-            self.cache, torch.tensor(blocks, device=positions.device), positions[0] % BLOCK_TOKENS, groups
-        )
+        return StepWindow(self, torch.tensor(blocks, device=positions.device), positions[0] % BLOCK_TOKENS, groups)
 
 
 @dataclass(frozen=True)
@@ -100,16 +90,16 @@ class Group:
     is_causal: bool
 
     @classmethod
-    def of(cls, rows: Sequence[Reading], positions: Tensor, *, first: int, cache: BlockCache) -> "Group":
+    def of(cls, rows: Sequence[Reading], positions: Tensor, *, first: int, dtype: torch.dtype) -> "Group":
         num_positions = max(r.positions.stop for r in rows)
         width = num_blocks_for(num_positions)
         tables = torch.tensor([(r.blocks + [0] * width)[:width] for r in rows], device=positions.device)
-        is_causal, mask = visible_mask(positions, num_positions, dtype=cache.keys.dtype)
+        is_causal, mask = visible_mask(positions, num_positions, dtype=dtype)
         tokens = slice(first, first + positions.numel())
         return cls(tokens, len(rows), tables, num_positions, mask=mask, is_causal=is_causal)
 
     def seen(self, pool: Tensor) -> Tensor:
-        """(B, H, P, D), of the keys or values of a layer (blocks, S, H, D)."""
+        """Returns the visible keys or values (B, H, P, D) of a layer (blocks, S, H, D)."""
         rows = pool.index_select(0, self.tables.flatten()).view(self.num_rows, -1, *pool.shape[2:])  # (B, W x S, H, D)
         return rows[:, : self.num_positions].transpose(1, 2)
 
@@ -118,13 +108,13 @@ class Group:
 class StepWindow:
     """One step's view of the cache, the same for every layer."""
 
-    cache: BlockCache
+    cache: StepCache
     blocks: Tensor  # (N,)
     offsets: Tensor  # (N,), within their blocks
     groups: list[Group]
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Of (1, H, N, D) each."""
+        """Attends with queries, keys and values of (1, H, N, D) each."""
         pool_keys, pool_values = self.cache.keys[layer], self.cache.values[layer]  # (blocks, S, H, D)
         pool_keys[self.blocks, self.offsets] = keys[0].transpose(0, 1)  # (N, H, D)
         pool_values[self.blocks, self.offsets] = values[0].transpose(0, 1)

@@ -1,8 +1,8 @@
-"""vLLM in the place of the engine: the same checkpoint, the same messages, and so the same API before it.
+"""Runs vLLM instead of the engine, with the same checkpoint and the same messages, and therefore the same API.
 
-Runs in the engine's process, by a Python whose environment has vLLM (`engine.vllm_python`). Written for vLLM 0.32 and
-its V1 engine. What differs from the own engine: sampled text depends on what shares a step; logits that are no numbers
-are not noticed; the wait for a place in the cache is vLLM's own, and it may put a running sequence back.
+It runs in the engine's process, with a Python whose environment has vLLM (`engine.vllm_python`). Written for vLLM 0.32
+and its V1 engine. Differences from our engine: sampled text depends on what shares a step; NaN logits go unnoticed;
+vLLM decides how long a sequence waits for room in the cache, and may put a running one back.
 """
 
 import os
@@ -17,8 +17,8 @@ from model.errors import UserError
 from model.sampling import SamplingParams
 from serving.engine.messages import Admission, Candidates, FinishReason, SequenceRequest, StepReport, TokenEvent
 
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # this process is its engine's already
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # replicas would all take the same cores
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # this process already belongs to the engine
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # otherwise all replicas take the same cores
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # nothing is sent anywhere
 
 import vllm
@@ -26,12 +26,12 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
 NUMBER_BYTES = {"float32": 4, "bfloat16": 2}
-SPARE_BLOCKS = 8  # vLLM keeps one for itself, and cuts the last
+SPARE_BLOCKS = 8  # vLLM keeps one for itself and cuts off the last
 BLOCK_TOKENS = 128  # vLLM's largest, on CPUs
 
 
 class VllmEngine:
-    """Has the methods of `Engine`."""
+    """The same interface as `Engine`."""
 
     def __init__(self, checkpoint: Path, config: EngineConfig, *, eos_id: int | None) -> None:
         """Raises `UserError` for settings that vLLM does not have."""
@@ -40,7 +40,7 @@ class VllmEngine:
         shape = read_config(checkpoint)
         self._eos_id = eos_id
         self._requests: dict[int, SequenceRequest] = {}
-        self._started: set[int] = set()  # those that have given a token
+        self._started: set[int] = set()  # those that have a token
         arguments = vllm.EngineArgs(
             model=str(checkpoint),
             skip_tokenizer_init=True,
@@ -51,7 +51,7 @@ class VllmEngine:
             max_logprobs=-1,
             enable_prefix_caching=config.prefix_cache,
             kv_cache_memory_bytes=_cache_bytes(shape, config),
-            generation_config="vllm",  # and no defaults from the checkpoint's folder
+            generation_config="vllm",  # no defaults from the checkpoint's folder
             disable_log_stats=True,
             seed=0,
         )
@@ -67,13 +67,13 @@ class VllmEngine:
         self._engine.add_request(str(request.seq_id), prompt, self._params(request))
 
     def cancel(self, seq_id: int) -> None:
-        """One that has finished meanwhile is no error."""
+        """Ends a sequence. It is no error if the sequence has finished meanwhile."""
         if self._requests.pop(seq_id, None) is not None:
             self._started.discard(seq_id)
             self._engine.abort_request([str(seq_id)])
 
-    def step(self, tell: Callable[[Admission], None] | None = None) -> StepReport:
-        """vLLM says what it has admitted only with its first token."""
+    def step(self, on_admission: Callable[[Admission], None] | None = None) -> StepReport:
+        """Runs a step. vLLM reports an admission only together with the first token."""
         outputs = self._engine.step() if self._requests else []
         events: list[TokenEvent] = []
         admitted: list[int] = []
@@ -89,8 +89,8 @@ class VllmEngine:
             events += self._events(request, output)
         scheduler = self._engine.engine_core.engine_core.scheduler
         num_running, num_waiting = len(scheduler.running), len(scheduler.waiting)
-        if tell is not None and admitted:
-            tell(Admission(admitted, num_running, num_waiting))
+        if on_admission is not None and admitted:
+            on_admission(Admission(admitted, num_running, num_waiting))
         return StepReport(
             events,
             num_running=num_running,
@@ -111,7 +111,7 @@ class VllmEngine:
             repetition_penalty=sampling.repetition_penalty,
             logit_bias=dict(sampling.logit_bias) or None,
             seed=sampling.seed,
-            max_tokens=max(request.max_tokens, 1),  # it has no 0; see `_events`
+            max_tokens=max(request.max_tokens, 1),  # 0 is not allowed; see `_events`
             ignore_eos=request.ignore_eos,
             stop_token_ids=[] if request.ignore_eos or self._eos_id is None else [self._eos_id],
             logprobs=request.num_logprobs,
@@ -121,7 +121,7 @@ class VllmEngine:
         )
 
     def _events(self, request: SequenceRequest, output: Any) -> list[TokenEvent]:
-        """Of what a step gave a sequence: its tokens, and with the first one what was asked of the prompt."""
+        """Returns a sequence's new tokens; the first comes with the prompt's log-probabilities, if asked for."""
         [choice] = output.outputs
         reason = {None: None, "stop": FinishReason.STOP, "length": FinishReason.LENGTH}.get(
             choice.finish_reason, FinishReason.ERROR
@@ -151,13 +151,13 @@ class VllmEngine:
 
 
 def _candidates(entries: dict[int, Any], token_id: int, num_top: int) -> Candidates:
-    """From vLLM's: the token itself, and others by rank."""
+    """Converts vLLM's entries: the token itself, and the others by rank."""
     ranked = sorted((entry.rank, other, entry.logprob) for other, entry in entries.items() if entry.rank <= num_top)
     return Candidates(entries[token_id].logprob, [(other, logprob) for _, other, logprob in ranked])
 
 
 def _cache_bytes(shape: GPTConfig, config: EngineConfig) -> int | None:
-    """As many tokens as the own engine keeps; on a GPU without a setting what vLLM finds room for."""
+    """Returns room for as many tokens as our engine has. None, on a GPU without a setting, lets vLLM decide."""
     if config.kv_cache_tokens is None and config.device == "cuda":
         return None
     num_tokens = config.kv_cache_tokens or config.max_num_seqs * shape.n_positions

@@ -1,4 +1,4 @@
-"""Starts a module of this package as a process beside the replica, joined to it by one socket."""
+"""Starts a module as a process beside the replica, connected to it by one socket."""
 
 import asyncio
 import os
@@ -22,13 +22,12 @@ async def start_child(
     pass_fds: Sequence[int] = (),
     python: str = sys.executable,
 ) -> Child:
-    """The process and this end of its socket, whose other end it gets as `--socket`. Arguments that are None are left
-    out. It has to end when the socket closes, which it does with a replica that dies too. Raises `UserError` where
-    there is no such Python."""
+    """Returns the process and our end of its socket; it gets the other end as `--socket`. Arguments that are None are
+    omitted. The process must end when the socket closes, as happens when the replica dies. Raises `UserError` if
+    `python` cannot be run."""
     ours, theirs = socket.socketpair()
     given = {"--socket": theirs.fileno()} | {flag: value for flag, value in arguments.items() if value is not None}
-    # Neither fork nor multiprocessing: both break inside a Ray worker. The folder above this package is where `-m`
-    # finds it.
+    # Neither fork nor multiprocessing: both break inside a Ray worker.
     with theirs:
         try:
             process = subprocess.Popen(

@@ -1,6 +1,7 @@
-"""The replica's side of the engine process: starts it, hands it sequences, spreads its reports over the requests."""
+"""The replica's side of the engine process: starts it, sends it sequences, gives its reports to the requests."""
 
 import asyncio
+import contextlib
 import itertools
 import socket
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from cluster.settings.serve import EngineConfig
 from model.errors import UserError
@@ -21,7 +23,7 @@ from serving.engine.messages import (
     parse_report,
     submit_message,
 )
-from serving.engine_process.child_process import start_child
+from serving.engine_process.child_process import Child, start_child
 from serving.engine_process.peer_watchdog import watch_peer
 from serving.engine_process.sequence_queue import SequenceQueue
 
@@ -30,11 +32,11 @@ SHUTDOWN_TIMEOUT_S = 5.0
 
 
 class EngineDiedError(Exception):
-    """The engine process has ended; no answer comes any more."""
+    """The engine process has ended and gives no more answers."""
 
 
 class Generation:
-    """The events of one request's sequences, in the order in which they happen, until each has finished."""
+    """The events of one request's sequences, in order, until each sequence has finished."""
 
     def __init__(self, client: "EngineClient", seq_ids: Iterable[int]) -> None:
         self._client = client
@@ -43,17 +45,17 @@ class Generation:
         self.has_begun = asyncio.Event()  # the engine has admitted one of its sequences, or has died
 
     def close(self) -> None:
-        """Ends the sequences that still run: their slots are free for others from the next step."""
+        """Ends the sequences that still run. Their slots are free from the next step on."""
         for seq_id in list(self._open):
             self.cancel(seq_id)
 
     async def __aiter__(self) -> AsyncIterator[TokenEvent]:
-        """Raises `EngineDiedError` when the engine does."""
+        """Yields the events. Raises `EngineDiedError` when the engine dies."""
         while self._open:
             event = await self._events.get()
             if event is None:
                 raise EngineDiedError(self._client.death_notice)
-            if event.seq_id in self._open:  # not one that was cancelled after this was sent
+            if event.seq_id in self._open:  # not cancelled since this was sent
                 if event.finish_reason is not None:
                     self._open.remove(event.seq_id)
                 yield event
@@ -68,19 +70,10 @@ class Generation:
 
 
 class EngineClient:
-    """One engine process. All methods run in the event loop that `start` ran in."""
+    """One engine process. All methods run in the event loop of `start`."""
 
-    def __init__(
-        self,
-        process: subprocess.Popen[bytes],
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-        *,
-        queue: SequenceQueue,
-    ) -> None:
-        self._process = process
-        self._reader = reader
-        self._writer = writer
+    def __init__(self, child: Child, *, queue: SequenceQueue) -> None:
+        self._process, self._reader, self._writer = child
         self.queue = queue
         self._seq_ids = itertools.count()
         self._generations: dict[int, Generation] = {}  # by open sequence
@@ -89,13 +82,14 @@ class EngineClient:
         self.num_waiting = 0
         self.kv_cache_usage = 0.0  # share of the blocks that are held
         self.num_failed_sequences = 0  # ended by logits that are not finite numbers
-        self.last_progress_s = time.monotonic()  # a report, or work for an engine without any
+        self.last_progress_s = time.monotonic()  # of a report, or of new work for an idle engine
         self.death_notice = ""
-        self.on_death: Callable[[str], None] | None = None  # called with the notice, before any request learns of it
+        self.on_death: Callable[[str], None] | None = None  # called with the notice before any request hears of it
 
     @classmethod
     async def start(cls, checkpoint: Path, *, config: EngineConfig, eos_id: int | None, threads: int) -> "EngineClient":
-        """Returns once the weights are loaded. Raises `UserError` for an unusable checkpoint."""
+        """Starts the process, and returns once the weights are loaded. Raises `UserError` for an unusable
+        checkpoint."""
         arguments = {
             "--checkpoint": checkpoint.absolute(),
             "--config": config.model_dump_json(),
@@ -105,7 +99,7 @@ class EngineClient:
         line, their_line = socket.socketpair()
         with their_line:
             client = cls(
-                *await start_child(
+                await start_child(
                     "serving.engine_process.run_engine",
                     arguments | {"--watchdog": their_line.fileno()},
                     threads=threads,
@@ -115,13 +109,19 @@ class EngineClient:
                 queue=SequenceQueue(num_slots=config.max_num_seqs, tokens_per_step=config.prefill_tokens_per_step),
             )
         try:
-            await client._wait_until_ready()
+            messages = client._messages()
+            async for message in messages:  # one: it is ready, or why not
+                if "error" in message:
+                    raise UserError(message["error"])
+                break
+            else:
+                raise EngineDiedError(await client._describe_death())
         except (UserError, EngineDiedError):
             line.close()
             await client.close()
             raise
         watch_peer(line, peer_pid=client.pid)
-        client._reports = asyncio.create_task(client._dispatch_reports())
+        client._reports = asyncio.create_task(client._dispatch(messages))
         return client
 
     @property
@@ -134,7 +134,7 @@ class EngineClient:
 
     @property
     def num_open_sequences(self) -> int:
-        """Submitted and not ended: those that run and those that wait."""
+        """The number of sequences that run or wait."""
         return len(self._generations)
 
     @property
@@ -145,7 +145,7 @@ class EngineClient:
         return next(self._seq_ids)
 
     def submit(self, requests: list[SequenceRequest]) -> Generation:
-        """Raises `EngineDiedError` when there is no engine."""
+        """Sends sequences to the engine. Raises `EngineDiedError` if it has died."""
         if not self.alive:
             raise EngineDiedError(self.death_notice)
         if not self._generations:
@@ -165,11 +165,11 @@ class EngineClient:
             self._writer.write(encode_frame({"cancel": seq_id}))
 
     def kill(self) -> None:
-        """For an engine that makes no progress."""
+        """Kills an engine that makes no progress."""
         self._process.kill()
 
     async def close(self) -> None:
-        """Ends the process: it goes when its socket closes, or is killed."""
+        """Ends the process by closing its socket; kills it if that does not help."""
         self.on_death = None
         self._writer.close()
         try:
@@ -178,49 +178,36 @@ class EngineClient:
             self._process.kill()
             await asyncio.to_thread(self._process.wait)
 
-    async def _wait_until_ready(self) -> None:
+    async def _messages(self) -> AsyncIterator[Any]:
+        """Yields what the engine process sends until it ends."""
         frames = FrameBuffer()
-        while True:
-            data = await self._reader.read(READ_BYTES)
-            if not data:
-                raise EngineDiedError(await self._describe_death())
-            for message in frames.feed(data):
-                if "error" in message:
-                    raise UserError(message["error"])
-                return
+        with contextlib.suppress(ConnectionError):  # it was killed before it read our commands
+            while data := await self._reader.read(READ_BYTES):
+                for message in frames.feed(data):
+                    yield message
 
-    async def _dispatch_reports(self) -> None:
-        frames = FrameBuffer()
-        while data := await self._read():
-            for message in frames.feed(data):
-                self.last_progress_s = time.monotonic()
-                if isinstance(message, dict):
-                    self._note(Admission(*message["admission"]))
-                    continue
-                report = parse_report(message)
-                self.num_running, self.num_waiting = report.num_running, report.num_waiting
-                self.kv_cache_usage = report.kv_cache_usage
-                for event in report.events:
-                    self._deliver(event)
-                self.queue.observe_step(report)
+    async def _dispatch(self, messages: AsyncIterator[Any]) -> None:
+        async for message in messages:
+            self.last_progress_s = time.monotonic()
+            if isinstance(message, dict):
+                admission = Admission(*message["admission"])
+                self.num_running, self.num_waiting = admission.num_running, admission.num_waiting
+                for begun in map(self._generations.get, admission.admitted):
+                    if begun is not None:  # not cancelled meanwhile
+                        begun.has_begun.set()
+                continue
+            report = parse_report(message)
+            self.num_running, self.num_waiting = report.num_running, report.num_waiting
+            self.kv_cache_usage = report.kv_cache_usage
+            for event in report.events:
+                self._deliver(event)
+            self.queue.observe_step(report)
         self.death_notice = await self._describe_death()
         if self.on_death is not None:
             self.on_death(self.death_notice)
         for generation in set(self._generations.values()):
             generation.put(None)
         self._generations.clear()
-
-    async def _read(self) -> bytes:
-        try:
-            return await self._reader.read(READ_BYTES)
-        except ConnectionError:  # killed with our commands unread
-            return b""
-
-    def _note(self, admission: Admission) -> None:
-        self.num_running, self.num_waiting = admission.num_running, admission.num_waiting
-        for seq_id in admission.admitted:
-            if (generation := self._generations.get(seq_id)) is not None:  # not cancelled meanwhile
-                generation.has_begun.set()
 
     def _deliver(self, event: TokenEvent) -> None:
         self.num_failed_sequences += event.finish_reason is FinishReason.ERROR

@@ -1,4 +1,4 @@
-"""Whether a replica should go on: its engine runs and makes progress, and its weights give numbers."""
+"""Checks that a replica is healthy: its engine runs and makes progress, and its weights give finite numbers."""
 
 import asyncio
 import os
@@ -14,16 +14,16 @@ STALLED_S = 60.0  # the longest step: a prompt that fills the context of a large
 
 
 def leave(death_notice: str) -> NoReturn:
-    """Ends this replica with its engine, and at once. What waits for a first byte is then given to another replica,
-    while a replica that stays until Ray Serve has looked three times would refuse it, and attract more by its haste."""
+    """Ends this replica at once after its engine has died. Requests without a first byte then go to another replica. A
+    replica that stayed until Ray Serve had checked it three times would refuse them and, by its speed, attract more."""
     sys.stderr.write(f"{death_notice}; the replica ends with it\n")
     sys.stderr.flush()
     os._exit(1)
 
 
 class HealthCheck:
-    """After a request whose logits were not finite numbers the self-test decides who is to blame. Damaged weights fail
-    it too, and the replica is replaced. Otherwise the request was, and no client can end a replica with it."""
+    """After a request with NaN logits, a self-test decides what was at fault. Damaged weights fail it too, and the
+    replica is replaced. Otherwise it was the request, so that no client can end a replica with a prompt."""
 
     def __init__(self, engine: EngineClient, *, prompt_ids: list[int]) -> None:
         self._engine = engine
@@ -32,7 +32,7 @@ class HealthCheck:
         self._retest: asyncio.Task[None] | None = None
 
     def check(self) -> None:
-        """Asked every second. Raises `EngineDiedError` for a replica to be replaced."""
+        """Runs every second. Raises `EngineDiedError` if the replica has to be replaced."""
         if not self._engine.alive:
             raise EngineDiedError(self._engine.death_notice)
         if self._engine.num_open_sequences and time.monotonic() - self._engine.last_progress_s > STALLED_S:
@@ -45,7 +45,7 @@ class HealthCheck:
             self._retest = asyncio.create_task(self.self_test())
 
     async def self_test(self) -> None:
-        """One greedy token: weights that load but give no finite logits are never served. Raises `EngineDiedError`."""
+        """Draws one greedy token, so that weights that give NaN are never served. Raises `EngineDiedError`."""
         request = SequenceRequest(
             seq_id=self._engine.next_seq_id(),
             prompt_ids=self._prompt_ids,

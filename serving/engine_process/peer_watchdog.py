@@ -1,5 +1,5 @@
-"""Replica and engine process watch each other: whichever does not run any more is killed by the other, as Ray notices a
-dead process at once, and a stopped one after half a minute."""
+"""Lets replica and engine process watch each other. Each kills the other if it hangs: Ray notices a dead process at
+once, but a stopped one only after half a minute."""
 
 import contextlib
 import socket
@@ -11,19 +11,19 @@ from collections.abc import Callable
 import psutil
 
 BEAT_S = 0.5
-STOPPED_S = 3.0  # silent and without any CPU time for so long: stopped by a signal, or frozen
-SILENT_S = 30.0  # silent though it computes: its interpreter never gets to the thread that beats
+STOPPED_S = 3.0  # without a beat or any CPU time for so long: stopped by a signal, or frozen
+SILENT_S = 30.0  # without a beat although it computes: its interpreter never runs the thread that beats
 READ_BYTES = 1 << 12
 
 
 def is_hung(*, silent_s: float, idle_s: float) -> bool:
-    """Of a process without a sign of life for `silent_s`, in which it used no CPU time for the last `idle_s`. One that
-    waits for a busy processor still gets some of it within seconds, a stopped one gets none."""
+    """Returns whether a process hangs that gave no sign of life for `silent_s` and used no CPU time for `idle_s`. A
+    process that waits for a busy processor gets some time within seconds, a stopped one gets none."""
     return silent_s >= SILENT_S or idle_s >= STOPPED_S
 
 
 class Silence:
-    """For how long the other side has given no sign, while this side was able to see one."""
+    """Measures how long the other side has given no sign while this side was able to notice one."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -31,16 +31,16 @@ class Silence:
         self.seconds = 0.0
 
     def observe(self, *, sign: bool) -> None:
-        """After each look, which come `BEAT_S` apart. A longer pause was ours (a machine that slept, a starved
-        thread), and counts as one."""
+        """Records a check, one each `BEAT_S`. A longer pause was on our side (a machine that slept, a starved thread)
+        and counts as one."""
         now_s = self._clock()
         self.seconds = 0.0 if sign else self.seconds + min(now_s - self._last_look_s, 2 * BEAT_S)
         self._last_look_s = now_s
 
 
 def watch_peer(line: socket.socket, *, peer_pid: int) -> None:
-    """Beats on `line` from a thread of its own, as the other end does, and kills a peer that hangs. A thread beats
-    through steps and prompts of any length, since torch computes without Python's lock."""
+    """Beats on `line` from its own thread, as the other end does, and kills a peer that hangs. The thread beats during
+    steps and prompts of any length, since torch computes without Python's lock."""
     line.setblocking(False)
     threading.Thread(target=_watch, args=(line, psutil.Process(peer_pid)), daemon=True, name="watchdog").start()
 
@@ -65,7 +65,7 @@ def _watch(line: socket.socket, peer: psutil.Process) -> None:
 
 
 def _exchange(line: socket.socket) -> bool:
-    """One beat out; whether any came in. Raises `EOFError` when the other end is closed."""
+    """Sends a beat, and returns whether any arrived. Raises `EOFError` when the other end is closed."""
     with contextlib.suppress(BlockingIOError):  # nobody reads
         line.send(b".")
     try:
@@ -77,5 +77,4 @@ def _exchange(line: socket.socket) -> bool:
 
 
 def _cpu_s(process: psutil.Process) -> float:
-    times = process.cpu_times()
-    return times.user + times.system
+    return sum(process.cpu_times()[:2])  # user and system

@@ -1,4 +1,4 @@
-"""The engine's own process: loads the checkpoint, then steps while there is work; it ends when its replica does."""
+"""The engine's process: loads the checkpoint, steps while there is work, and ends when its replica does."""
 
 import argparse
 import contextlib
@@ -40,8 +40,8 @@ class Channel:
         self._connection.sendall(encode_frame(message))
 
     def receive(self, *, wait: bool) -> Iterator[Any]:
-        """The messages that have arrived; `wait` blocks until some bytes have. Raises `EOFError` once the replica
-        has closed its end or died: this is how the process learns that nobody needs it."""
+        """Yields the messages that have arrived; with `wait`, blocks until some bytes have. Raises `EOFError` once the
+        replica has closed its end or died, which is how this process learns that it is no longer needed."""
         while select.select([self._connection], [], [], None if wait else 0)[0]:
             data = self._connection.recv(RECEIVE_BYTES)
             if not data:
@@ -51,46 +51,43 @@ class Channel:
 
 
 class AnyEngine(Protocol):
-    """`Engine`, or vLLM in its place."""
+    """The interface of `Engine` and `VllmEngine`."""
 
     @property
     def has_work(self) -> bool: ...
     def submit(self, request: SequenceRequest) -> None: ...
     def cancel(self, seq_id: int) -> None: ...
-    def step(self, tell: Callable[[Admission], None] | None = None) -> StepReport: ...
+    def step(self, on_admission: Callable[[Admission], None] | None = None) -> StepReport: ...
 
 
 def run_engine(engine: AnyEngine, channel: Channel) -> NoReturn:
-    """Commands in, one report per step out, until the replica is gone. What a step begins with is told before it."""
-
-    def tell(admission: Admission) -> None:
-        channel.send({"admission": admission})
-
+    """Takes commands, and sends admissions before and a report after each step, until the replica is gone."""
     while True:
         for message in channel.receive(wait=not engine.has_work):
             if "submit" in message:
                 engine.submit(parse_request(message["submit"]))
             else:
                 engine.cancel(message["cancel"])
-        channel.send(engine.step(tell))
+        channel.send(engine.step(lambda admission: channel.send({"admission": admission})))
 
 
 def _load_engine(checkpoint: Path, config: EngineConfig, *, eos_id: int | None, threads: int) -> AnyEngine:
-    """Raises `UserError` for an unusable checkpoint or setting."""
+    """Loads the engine. Raises `UserError` for an unusable checkpoint or setting."""
     config = with_dtype(config, checkpoint)
     if config.backend == "vllm":
         try:
-            from serving.engine.vllm_engine import VllmEngine  # noqa: PLC0415  (in another environment, as a rule)
+            from serving.engine.vllm_engine import VllmEngine  # noqa: PLC0415  (usually in another environment)
         except ImportError as error:
             raise UserError(f"engine.backend=vllm, but {sys.executable} cannot import it: {error}") from None
         return VllmEngine(checkpoint, config, eos_id=eos_id)
-    # The replica has the folder from `resolve_checkpoint`, which verified it.
+    # The replica got the folder from `resolve_checkpoint`, which verified it.
     model = load_model(checkpoint, dtype=LOADED_IN[config.dtype], verify=False)
-    return build_engine(model, config, eos_id=eos_id, threads=threads)  # whose kernels have weights in their own order
+    return build_engine(model, config, eos_id=eos_id, threads=threads)
 
 
 def build_engine(model: GPT, config: EngineConfig, *, eos_id: int | None, threads: int) -> Engine:
-    """Raises `UserError` for a cache that is too small for the model, and without kernels that must be native."""
+    """Builds the engine. Raises `UserError` for a cache that is too small for the model, and if kernels that must be
+    native are missing."""
     n_positions = model.config.n_positions
     kv_cache_tokens = config.kv_cache_tokens or config.max_num_seqs * n_positions
     if kv_cache_tokens < n_positions:
@@ -119,7 +116,7 @@ def _build_runner(model: GPT, config: EngineConfig, *, num_blocks: int, threads:
                 raise UserError(f"engine.{wanted}, but {error}") from None
             logging.getLogger(__name__).warning("PyTorch computes, which is slower than the native kernels: %s", error)
         else:
-            torch.set_num_threads(1)  # sampling alone; two pools of threads would get into each other's way
+            torch.set_num_threads(1)  # only for sampling; two pools of threads would disturb each other
             return runner
     if config.dtype == "int8":
         raise UserError("engine.dtype=int8 needs the native kernels; expected float32 or bfloat16 without them")
@@ -133,7 +130,7 @@ def main() -> int:
     parser.add_argument("--socket", type=int, required=True, help="file descriptor of the connection to the replica")
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--config", type=EngineConfig.model_validate_json, required=True, help="as JSON")
-    parser.add_argument("--eos-id", type=int, help="token that ends a text; none for a checkpoint without tokenizer")
+    parser.add_argument("--eos-id", type=int, help="token that ends a text; omit it without a tokenizer")
     parser.add_argument("--threads", type=int, required=True, help="compute threads")
     parser.add_argument("--watchdog", type=int, required=True, help="file descriptor on which the replica beats")
     args = parser.parse_args()

@@ -1,15 +1,15 @@
-"""Errors of the HTTP interface: one exception, its OpenAI-shaped body, and a constructor for each kind."""
+"""The errors of the HTTP interface: one exception, its OpenAI-shaped body, and a constructor for each common kind."""
 
 import json
 from typing import Any
 
-DRAINING_HEADER = "x-raymill-draining"  # what the front door counts a planned drain by
+DRAINING_HEADER = "x-raymill-draining"  # by which the front door recognizes a planned drain
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
 class ApiError(Exception):
-    """An answer other than 200. `message` is for the client: what was wrong, what was expected, with the numbers."""
+    """An answer other than 200. `message` tells the client what was wrong and what was expected, with the numbers."""
 
     def __init__(
         self,
@@ -32,7 +32,7 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     def event(self) -> str:
-        """As a server-sent event, for a failure after the status has gone out."""
+        """Returns a server-sent event, for a failure after the status has gone out."""
         return f"data: {json.dumps(self.body())}\n\n"
 
 
@@ -50,17 +50,13 @@ def context_length_exceeded(*, num_prompt_tokens: int, max_tokens: int, context_
 
 
 def unauthorized() -> ApiError:
-    """Says the same whatever was wrong with the key."""
+    """Returns the same error whatever was wrong with the key."""
     return ApiError(
         401,
         "A valid API key is required, as the header `Authorization: Bearer KEY`.",
         code="invalid_api_key",
         headers={"WWW-Authenticate": "Bearer"},
     )
-
-
-def forbidden() -> ApiError:
-    return ApiError(403, "This key does not open /admin; use a key of admin_key_file.", code="admin_key_required")
 
 
 def not_found(path: str) -> ApiError:
@@ -76,57 +72,38 @@ def model_not_found(name: str, *, served: str) -> ApiError:
     )
 
 
-def step_not_found(step: int, *, known: str) -> ApiError:
-    return ApiError(
-        404, f"No checkpoint of step {step} is here; those are: {known}", param="step", code="step_not_found"
-    )
-
-
 def overloaded(message: str, *, retry_after_s: int = 1) -> ApiError:
-    headers = {"Retry-After": str(retry_after_s)}
-    return ApiError(429, message, code="overloaded", headers=headers)
-
-
-def too_many_requests(limit: int) -> ApiError:
-    return ApiError(
-        429,
-        f"This key has its limit of {limit} requests in flight; wait for one to end",
-        code="rate_limit_exceeded",
-        headers={"Retry-After": "1"},
-    )
+    return ApiError(429, message, code="overloaded", headers={"Retry-After": str(retry_after_s)})
 
 
 def closing(status: int, message: str, *, code: str) -> ApiError:
-    """For a request of which the rest is not read: the connection ends with this answer."""
+    """Returns an error that ends the connection, for a request whose rest is not read."""
     return ApiError(status, message, code=code, headers={"Connection": "close"})
 
 
+def unavailable(message: str, *, code: str, retry_after_s: int) -> ApiError:
+    return ApiError(503, message, code=code, headers={"Retry-After": str(retry_after_s)})
+
+
 def interrupted() -> ApiError:
-    return ApiError(
-        503,
-        "The replica that worked on this request went away or ran out of time; try again.",
-        code="interrupted",
-        headers={"Retry-After": "1"},
-    )
+    message = "The replica that worked on this request went away or ran out of time; try again."
+    return unavailable(message, code="interrupted", retry_after_s=1)
 
 
 def engine_unavailable() -> ApiError:
-    return ApiError(
-        503,
-        "The engine of this replica has stopped and is being replaced; try again.",
-        code="engine_unavailable",
-        headers={"Retry-After": "5"},
-    )
+    message = "The engine of this replica has stopped and is being replaced; try again."
+    return unavailable(message, code="engine_unavailable", retry_after_s=5)
 
 
 def draining() -> ApiError:
-    return ApiError(
-        503,
-        "The endpoint is draining: it finishes what runs and takes nothing new, until an operator ends that by "
+    error = unavailable(
+        "The endpoint is draining: it finishes what runs and takes nothing new until an operator ends that by "
         'POST /admin/drain with {"drain": false}.',
         code="draining",
-        headers={"Retry-After": "30", DRAINING_HEADER: "1"},
+        retry_after_s=30,
     )
+    error.headers[DRAINING_HEADER] = "1"
+    return error
 
 
 def internal_error(message: str = "The server failed to handle the request.") -> ApiError:

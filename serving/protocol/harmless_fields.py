@@ -1,6 +1,6 @@
-"""Fields of OpenAI's and vLLM's interfaces that this endpoint does not have, each with the values that change nothing.
+"""Fields of OpenAI's and vLLM's interfaces that this endpoint lacks, each with the values that change nothing.
 
-The rule: what would change the answer is refused, and what would not is accepted.
+The rule: what would change the answer is refused, everything else is accepted.
 """
 
 import json
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 HarmlessValues = Mapping[str, tuple[Any, ...]]
-"""By field, beside null. A type stands for all of its values."""
+"""The harmless values of each field, besides null. A type stands for all of its values."""
 
 
 def _each(*values: Any, names: str) -> dict[str, tuple[Any, ...]]:
@@ -23,11 +23,11 @@ FIELDS: HarmlessValues = {
         names="prediction prompt_embeds prompt_logprobs reasoning_effort structured_outputs truncate_prompt_tokens"
     ),
     **_each(names="verbosity web_search_options"),
-    # What is asked for here never happens: nothing is stored or billed, there are no tools, and GPT-2 adds no tokens.
+    # These have no effect here: nothing is stored or billed, there are no tools, and GPT-2 adds no tokens.
     **_each(bool, names="add_special_tokens parallel_tool_calls store"),
     **_each(str, names="prompt_cache_key prompt_cache_retention safety_identifier service_tier"),
     **_each(dict, names="metadata"),
-    # Their defaults, and so what happens anyway.
+    # These are the defaults.
     **_each([], names="bad_words documents functions logits_processors stop_token_ids tools"),
     **_each({}, names="chat_template_kwargs mm_processor_kwargs"),
     **_each(True, names="add_generation_prompt detokenize skip_special_tokens spaces_between_special_tokens"),
@@ -41,7 +41,7 @@ FIELDS: HarmlessValues = {
     "response_format": ({"type": "text"},),
     "suffix": ("",),
 }
-# What servers and client libraries write beside the text of a message; `type` is lm-eval's.
+# Servers and client libraries write these beside the text of a message; `type` is lm-eval's.
 MESSAGE_FIELDS: HarmlessValues = {
     **_each(names="audio function_call"),
     **_each([], names="annotations tool_calls"),
@@ -62,7 +62,7 @@ def is_harmless(name: str, value: Any, table: HarmlessValues) -> bool:
 
 
 def advice(name: str, table: HarmlessValues) -> str:
-    """What a client can do whose value of the field is not harmless."""
+    """Tells a client what to do about a field whose value is not harmless."""
     kinds = {bool: "true or false", str: "any text", dict: "any object"}
     values = [kinds[known] if isinstance(known, type) else json.dumps(known) for known in table[name]]
     return f"leave it out{', or give ' if values else ''}{' or '.join(values)}"

@@ -1,4 +1,4 @@
-"""The requests and answers of the HTTP interface: strict JSON, OpenAI's completions, vLLM's tokenize."""
+"""The requests and answers of the HTTP interface: OpenAI's completions, vLLM's tokenize."""
 
 import difflib
 import re
@@ -24,7 +24,7 @@ def _is_token_ids(value: Any) -> bool:
 
 
 def _prompts(value: Any) -> Prompts:
-    """One prompt or several, as text or as token ids: always a list of prompts of one kind."""
+    """Turns one prompt or several, as text or as token ids, into a list of prompts of one kind."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, list) and value:
@@ -57,38 +57,27 @@ def _token_id_keys(value: Any) -> Any:
 
 
 def _whole_number(value: Any) -> Any:
-    """What JSON has no word of its own for: some libraries write 1.0 for 1."""
+    """Accepts 1.0 for 1, which some libraries write."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-# Numbers as small as these would overflow or vanish in the sampler, where they decide nothing any more: the most
-# probable token is far more probable than others, or more than 1e-9 of all.
+# Smaller numbers would overflow or vanish in the sampler, where they change nothing: the most probable token already
+# wins by far, or has more than 1e-9 of all.
 GREEDY_BELOW, SMALLEST_TOP_P = 1e-5, 1e-9
 Temperature = Annotated[float, Field(ge=0, le=2), AfterValidator(lambda value: 0.0 if value < GREEDY_BELOW else value)]
 TopP = Annotated[float, Field(gt=0, le=1), AfterValidator(lambda value: max(value, SMALLEST_TOP_P))]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
-# What the validators above take, for the JSON schema.
-TokenIds = Annotated[list[int], Field(min_length=1)]
-SeveralPrompts = Field(min_length=1, max_length=MAX_PROMPTS)
-WrittenPrompts = str | TokenIds | Annotated[list[str], SeveralPrompts] | Annotated[list[TokenIds], SeveralPrompts]
-StopString = Annotated[str, Field(min_length=1, max_length=1024)]
-StopStrings = StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)]
-WrittenBiases = Annotated[
-    dict[Annotated[str, Field(pattern="^[0-9]{1,10}$")], Bias],
-    Field(max_length=300, json_schema_extra={"additionalProperties": False}),
-]
-
 
 class Request(BaseModel):
-    """Base of the request bodies: no conversion between types, no unknown field, no NaN."""
+    """The base of all request bodies: no conversion between types, no unknown field, no NaN."""
 
-    harmless: ClassVar[harmless_fields.HarmlessValues] = {}  # fields that it lacks, by their values that change nothing
+    harmless: ClassVar[harmless_fields.HarmlessValues] = {}  # fields that it lacks but accepts with these values
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-Flag = Annotated[bool, BeforeValidator(lambda value: value is not None and value, json_schema_input_type=bool | None)]
+Flag = Annotated[bool, BeforeValidator(lambda value: value is not None and value)]  # null is false
 
 
 class StreamOptions(Request):
@@ -98,8 +87,8 @@ class StreamOptions(Request):
 
 
 class GenerationRequest(Request):
-    """What completions and chat share; ranges and defaults are OpenAI's, `top_k`, `min_p`, `repetition_penalty` and
-    `ignore_eos` vLLM's."""
+    """The fields that completions and chats share. `top_k`, `min_p`, `repetition_penalty` and `ignore_eos` are vLLM's;
+    the others, with their ranges and defaults, are OpenAI's."""
 
     harmless = harmless_fields.FIELDS
     model: str
@@ -110,16 +99,10 @@ class GenerationRequest(Request):
     n: int = Field(1, ge=1, le=MAX_CHOICES)
     stream: bool = False
     stream_options: StreamOptions | None = None
-    stop: Annotated[tuple[str, ...], PlainValidator(_stop_strings, json_schema_input_type=StopStrings)] = ()
-    seed: Annotated[
-        int | None,
-        Field(ge=-(2**63), lt=2**63),
-        BeforeValidator(_whole_number, json_schema_input_type=Annotated[int, Field(ge=-(2**63), lt=2**63)]),
-    ] = None
+    stop: Annotated[tuple[str, ...], PlainValidator(_stop_strings)] = ()
+    seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63), BeforeValidator(_whole_number)] = None
     user: str | None = Field(None, max_length=256)
-    logit_bias: Annotated[
-        dict[int, Bias], Field(max_length=300), BeforeValidator(_token_id_keys, json_schema_input_type=WrittenBiases)
-    ] = {}
+    logit_bias: Annotated[dict[int, Bias], Field(max_length=300), BeforeValidator(_token_id_keys)] = {}
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
     repetition_penalty: float = Field(1.0, ge=0.01, le=2)
@@ -127,11 +110,11 @@ class GenerationRequest(Request):
 
 
 class CompletionRequest(GenerationRequest):
-    """Body of POST /v1/completions."""
+    """The body of POST /v1/completions."""
 
-    prompt: Annotated[Prompts, PlainValidator(_prompts, json_schema_input_type=WrittenPrompts)]
+    prompt: Annotated[Prompts, PlainValidator(_prompts)]
     max_tokens: int = Field(DEFAULT_MAX_TOKENS, ge=0, le=2**31)
-    max_completion_tokens: int | None = Field(None, ge=0, le=2**31)  # guidellm sends both; this one counts
+    max_completion_tokens: int | None = Field(None, ge=0, le=2**31)  # counts before max_tokens; guidellm sends both
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool = False
 
@@ -172,7 +155,7 @@ RequestType = TypeVar("RequestType", bound=Request)
 
 
 def parse_request(body: bytes, request_type: type[RequestType]) -> RequestType:
-    """Raises `ApiError` (400) that names the field. A field that is null counts as not given."""
+    """Reads a body, in which null counts as missing. Raises `ApiError` (400) that names the field."""
     fields = parse_json_object(body)
     given: dict[str, Any] = {}
     for name, value in fields.items():
@@ -216,7 +199,7 @@ def _refuse_field(name: str, request_type: type[Request]) -> NoReturn:
 
 
 def _from_pydantic(error: ValidationError) -> ApiError:
-    """The first problem, in words."""
+    """Describes the first problem."""
     first = error.errors(include_url=False)[0]
     param = ".".join(shown(str(part)) for part in first["loc"])
     if first["type"] == "missing":

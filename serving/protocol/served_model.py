@@ -1,4 +1,4 @@
-"""What the replica knows of the checkpoint that it serves: name, shape, vocabulary and lineage, but no weights."""
+"""A served checkpoint as its replica knows it: name, shape, vocabulary and lineage, but no weights."""
 
 import dataclasses
 import hashlib
@@ -17,20 +17,22 @@ from serving.protocol.errors import context_length_exceeded, invalid_request
 
 @dataclass(frozen=True)
 class ServedModel:
+    """A checkpoint without its weights."""
+
     name: str
     created: int  # when the checkpoint was written, unix seconds
     config: GPTConfig
     tokenizer: Tokenizer | None  # a folder saved by transformers may have none
-    metadata: Metadata | None  # lineage; only raymill's own checkpoints have it
-    version: str  # the same weights, the same version
+    metadata: Metadata | None  # only in raymill's own checkpoints
+    version: str  # a hash of the weights
 
     @property
     def eos_id(self) -> int | None:
         return None if self.tokenizer is None else self.tokenizer.eot_id
 
     def prompt_ids(self, prompt: str | list[int], *, max_tokens: int) -> list[int]:
-        """The tokens of a prompt, of which an empty text has one: the end-of-text token. Raises `ApiError` (400) for
-        ids outside the vocabulary and for a prompt that leaves no room for `max_tokens`."""
+        """Returns the tokens of a prompt; an empty text has the end-of-text token. Raises `ApiError` (400) for ids
+        outside the vocabulary and for a prompt that leaves no room for `max_tokens`."""
         if isinstance(prompt, str):
             token_ids = self.require_tokenizer().encode(prompt) or [self.require_tokenizer().eot_id]
         else:
@@ -62,7 +64,8 @@ class ServedModel:
         return self.tokenizer
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Nothing for an id that the tokenizer does not have: a model's vocabulary may be padded."""
+        """Returns a token's bytes; none for an id that the tokenizer lacks, since a model's vocabulary may be
+        padded."""
         if self.tokenizer is None:
             return b""
         try:
@@ -71,7 +74,8 @@ class ServedModel:
             return b""
 
     def token_name(self, token_id: int) -> str:
-        """How log-probabilities call a token: its text; its bytes where these are no whole characters; else its id."""
+        """Returns a token's name in log-probabilities: its text, its bytes if they are not whole characters, or its
+        id."""
         if not (token := self.token_bytes(token_id)):
             return f"token_id:{token_id}"
         try:
@@ -80,7 +84,7 @@ class ServedModel:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)
 
     def card(self) -> dict[str, Any]:
-        """The entry under /v1/models."""
+        """Returns the entry under /v1/models."""
         return {
             "id": self.name,
             "object": "model",
@@ -94,7 +98,7 @@ class ServedModel:
 
     @property
     def lineage(self) -> dict[str, Any] | None:
-        """Run, step, data, tokenizer and code; only raymill's own checkpoints know them."""
+        """The run, step, data, tokenizer and code; None for a checkpoint that is not raymill's own."""
         if self.metadata is None:
             return None
         tokenizer_hash = None if self.tokenizer is None else self.tokenizer.hash
@@ -102,7 +106,8 @@ class ServedModel:
 
 
 def read_served_model(folder: Path, *, name: str | None) -> ServedModel:
-    """Raises `CheckpointError` for a folder that cannot be served, `UnsupportedModelError` for another model."""
+    """Reads a folder. Raises `CheckpointError` if it cannot be served, and `UnsupportedModelError` for another
+    model."""
     config_file = folder / "config.json"
     config = config_from_hf(json.loads(config_file.read_bytes()))
     tokenizer = load_tokenizer(folder)
@@ -124,7 +129,7 @@ def read_served_model(folder: Path, *, name: str | None) -> ServedModel:
 
 
 def misfit(live: ServedModel, candidate: ServedModel) -> str:
-    """Why `candidate` cannot take the place of `live` without a client noticing; empty when it can."""
+    """Returns why clients would notice if `candidate` replaced `live`; empty if they would not."""
     if candidate.version == live.version:
         return f"has the weights that are served now ({live.version})"
     if (size := candidate.config.vocab_size) != live.config.vocab_size:

@@ -1,4 +1,4 @@
-"""JSON as strictly as strangers' bodies need it: one object, UTF-8, no key twice, only finite numbers, not too deep."""
+"""Reads untrusted JSON strictly: one object, UTF-8, no duplicate keys, only finite numbers, not too deep."""
 
 import asyncio
 import json
@@ -12,18 +12,18 @@ from fastapi import Request
 from serving.protocol.errors import invalid_request
 
 MAX_BODY_BYTES = 1 << 20
-PARSED_AT_ONCE_BYTES = 16 << 10  # in 2 to 5 ms at most; a megabyte takes up to 0.25 s
+PARSED_AT_ONCE_BYTES = 16 << 10  # takes at most 2 to 5 ms; a megabyte takes up to 0.25 s
 Parsed = TypeVar("Parsed")
 
 
 async def read_request(request: Request, parse: Callable[[bytes], Parsed]) -> Parsed:
-    """The body as `parse` reads it, which goes to a thread for a large one. Raises `ApiError`."""
+    """Returns the body as read by `parse`, which runs in a thread if the body is large. Raises `ApiError`."""
     body = await read_json_body(request)
     return parse(body) if len(body) <= PARSED_AT_ONCE_BYTES else await asyncio.to_thread(parse, body)
 
 
 async def read_json_body(request: Request) -> bytes:
-    """The raw body, refused before it is read where its headers say that it is too large or not plain JSON."""
+    """Returns the raw body. Raises `ApiError` if its headers do not declare plain JSON, or if it is too large."""
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
         raise invalid_request(
@@ -44,7 +44,7 @@ _ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # UTF-8 has none
 
 
 def parse_json_object(body: bytes) -> dict[str, Any]:
-    """Raises `ApiError` (400). Text that cannot be encoded (half of a surrogate pair) is refused too."""
+    """Parses a body. Raises `ApiError` (400), also for text that cannot be encoded (half of a surrogate pair)."""
     try:
         fields = json.loads(
             body.decode("utf-8"),
@@ -71,7 +71,7 @@ def parse_json_object(body: bytes) -> dict[str, Any]:
 
 
 def shown(name: str) -> str:
-    """A client's own text in a message: short, and without control characters."""
+    """Returns a client's text for a message: short, and without control characters."""
     return ascii(name[:64])[1:-1]
 
 

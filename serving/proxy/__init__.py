@@ -1,1 +1,1 @@
-"""What runs in Ray Serve's proxy: bounds, retries, the token relay."""
+"""Runs in Ray Serve's proxy: bounds on clients, retries, the token relay."""

@@ -1,8 +1,8 @@
-"""What stands before Ray Serve in each proxy process: takes in a whole request within bounds, or refuses it, and lets
-no answer end without a word.
+"""Guards Ray Serve in each proxy process: reads a whole request within bounds or refuses it, asks another replica where
+one dies, and ends every broken stream with an error event.
 
 Ray Serve calls `middlewares` in every proxy that was started with `proxy_environment`. The bounds on connections and
-headers are in http_server.py, as only the protocol of a connection sees these.
+headers are in http_bounds.py, since only a connection's protocol sees them.
 """
 
 import asyncio
@@ -12,10 +12,10 @@ import os
 import re
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from enum import StrEnum
 from http import HTTPStatus
 
-import uvicorn.config
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -25,7 +25,7 @@ from cluster.settings.serve import HttpConfig
 from serving.delivery.routed_request import NewestRoute
 from serving.protocol.errors import DRAINING_HEADER, ApiError, closing, interrupted, invalid_request, not_found
 from serving.protocol.strict_json import MAX_BODY_BYTES
-from serving.proxy import http_bounds as http_server
+from serving.proxy.http_bounds import install_bounds
 from serving.proxy.token_relay import ASK_HEADER, YES_HEADER, Relay, RelayedAnswer
 
 SETTINGS_VARIABLE = "RAYMILL_HTTP"
@@ -34,20 +34,20 @@ HIDDEN_PATHS = ("/-/routes",)  # Ray Serve's own; it keeps /-/healthz, which Kub
 DROPPED_HEADERS = (b"x-request-disconnect-disabled", b"serve_multiplexed_model_id", b"serve-multiplexed-model-id")
 TIMEOUT_HEADER = b"x-request-timeout-seconds"
 REQUEST_ID = re.compile(rb"[A-Za-z0-9-]{1,64}")
-MAX_DISCARDED_BYTES = 64 << 20  # of a body too large, read so that its sender reads our answer
+MAX_DISCARDED_BYTES = 64 << 20  # read of a body that is too large, so that its sender reads our answer
 MAX_ATTEMPTS = 3
 COUNTED_PATHS = ("/v1/completions", "/v1/chat/completions")
 
 
 class Outcome(StrEnum):
-    """How a completion ended, as its client saw it: what the endpoint's objective is measured by."""
+    """The end of a completion as its client saw it. The endpoint's service objective is measured by it."""
 
     OK = "ok"
-    INVALID = "invalid"  # a request that cannot be answered: 4xx
+    INVALID = "invalid"  # any other 4xx: the request cannot be answered
     REFUSED = "refused"  # 429: more than the endpoint takes on
-    DRAINED = "drained"  # 503 while an operator drains the endpoint, which is no failure of it
+    DRAINED = "drained"  # 503 while an operator drains the endpoint, which is not a failure
     FAILED = "failed"  # any other 5xx
-    CUT = "cut"  # a stream that the front door had to end with an error, or an answer that is not whole
+    CUT = "cut"  # the front door ended a stream with an error, or the answer is incomplete
     LEFT = "left"  # the client went away first
 
 
@@ -58,7 +58,7 @@ def outcome_of(status: int) -> Outcome:
 
 
 def proxy_environment(config: HttpConfig) -> dict[str, str]:
-    """Variables that a proxy process needs for all of this."""
+    """Returns the environment variables with which a proxy process runs the front door."""
     return {
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serving.proxy.front_door:middlewares",
         SETTINGS_VARIABLE: config.model_dump_json(),
@@ -66,10 +66,9 @@ def proxy_environment(config: HttpConfig) -> dict[str, str]:
 
 
 def middlewares() -> list[Middleware]:
-    """Called by Ray Serve before its HTTP server starts."""
+    """Returns the front door; Ray Serve calls this before its HTTP server starts."""
     config = HttpConfig.model_validate_json(os.environ.get(SETTINGS_VARIABLE, "{}"))
-    http_server.BoundedHttpProtocol.config_of_bounds = config
-    uvicorn.config.HTTP_PROTOCOLS["auto"] = f"{http_server.__name__}:BoundedHttpProtocol"
+    install_bounds(config)
     metrics = Metrics(Exporter.PROXY)
     counters = {outcome: metrics.of("raymill:http_answers", outcome=outcome) for outcome in Outcome}
     metrics.keep_published()
@@ -79,7 +78,7 @@ def middlewares() -> list[Middleware]:
 
 class FrontDoor:
     def __init__(self, app: ASGIApp, *, config: HttpConfig, count: Callable[[Outcome], None]) -> None:
-        """`count` is told of each completion's end."""
+        """`count` is called with the outcome of each completion."""
         self._app = app
         self._config = config
         self._count = count
@@ -109,8 +108,7 @@ class FrontDoor:
             return outcome_of(error.status)
         if body is None:
             return Outcome.LEFT
-        exchange = Exchange(self._app, scope, body, receive=receive, send=send, request_id=request_id)
-        return await exchange.run(self._relay)
+        return await Exchange(self._app, scope, body, receive, send, request_id).run(self._relay)
 
     def _forwarded_headers(self, headers: list[tuple[bytes, bytes]], request_id: bytes) -> list[tuple[bytes, bytes]]:
         dropped = (*DROPPED_HEADERS, TIMEOUT_HEADER, ASK_HEADER, b"x-request-id")
@@ -122,7 +120,7 @@ class FrontDoor:
         return kept if timeout_s is None else [*kept, (TIMEOUT_HEADER, str(timeout_s).encode())]
 
     async def _read_body(self, scope: Scope, receive: Receive) -> bytes | None:
-        """The whole body; None when the client has gone. Raises `ApiError` (408, 413)."""
+        """Returns the whole body, or None if the client has left. Raises `ApiError` (408, 413)."""
         expects_continue = any(name == b"expect" for name, _ in scope["headers"])
         declared = max((int(v) for n, v in scope["headers"] if n == b"content-length"), default=0)
         if declared > (MAX_BODY_BYTES if expects_continue else MAX_DISCARDED_BYTES):
@@ -148,36 +146,30 @@ class FrontDoor:
         return bytes(body)
 
 
+@dataclass(eq=False)
 class Exchange:
-    """One request and its answer, by as many replicas as it takes: until the first byte has gone out, a request whose
-    replica dies is given to another one."""
+    """One request and its answer. If a replica dies before the first byte has gone out, another one gets the
+    request."""
 
-    def __init__(
-        self, app: ASGIApp, scope: Scope, body: bytes, *, receive: Receive, send: Send, request_id: bytes
-    ) -> None:
-        self._app = app
-        self._scope = scope
-        self._body = body
-        self._receive = receive
-        self._send = send
-        self._request_id = request_id
-        self._client_gone = False
-        self._relayed: RelayedAnswer
-        self._started = False
-        self._status = 0
-        self._is_drained = False
-        self._is_event_stream = False
-        self._replaced = False
-        self._finished = False
+    app: ASGIApp
+    scope: Scope
+    body: bytes
+    receive: Receive
+    send: Send
+    request_id: bytes
+    _relayed: RelayedAnswer = field(init=False)
+    _body_given = _client_gone = _started = _replaced = _finished = False
+    _is_drained = _is_event_stream = False
+    _status = 0
 
     async def run(self, relay: Relay) -> Outcome:
         for _ in range(MAX_ATTEMPTS):
             self._body_given = False
             self._relayed = await relay.open()
             # A copy: Ray Serve writes into the scope.
-            scope = {**self._scope, "headers": [*self._scope["headers"], self._relayed.header]}
+            scope = {**self.scope, "headers": [*self.scope["headers"], self._relayed.header]}
             try:
-                await self._app(scope, self._next_message, self._pass_on)
+                await self.app(scope, self._next_message, self._pass_on)
                 await self._finish_relayed()
             finally:
                 await self._relayed.close()
@@ -188,25 +180,25 @@ class Exchange:
         if self._client_gone:
             return Outcome.LEFT
         if not self._started:
-            await send_error(interrupted(), self._send, request_id=self._request_id)
+            await send_error(interrupted(), self.send, request_id=self.request_id)
             return Outcome.FAILED
         if self._is_event_stream:
-            # Without it the stream would just stop. Any other answer is cut, which its length betrays.
-            await self._send({"type": "http.response.body", "body": interrupted().event().encode()})
+            # Without it the stream would just stop. In any other answer the missing bytes show.
+            await self.send({"type": "http.response.body", "body": interrupted().event().encode()})
         return Outcome.CUT
 
     async def _finish_relayed(self) -> None:
-        """Ends an answer that has come in whole, whose replica died before it could tell Ray Serve."""
+        """Ends an answer that has arrived whole although its replica died before it could end it through Ray Serve."""
         if self._relayed.has_ended and not self._finished and not self._client_gone:
             await self._relayed.end()
             self._finished = True
-            await self._send({"type": "http.response.body", "body": b""})
+            await self.send({"type": "http.response.body", "body": b""})
 
     async def _next_message(self) -> Message:
         if not self._body_given:
             self._body_given = True
-            return {"type": "http.request", "body": self._body, "more_body": False}
-        message = await self._receive()
+            return {"type": "http.request", "body": self.body, "more_body": False}
+        message = await self.receive()
         self._client_gone = message["type"] == "http.disconnect" and not self._finished
         return message
 
@@ -217,14 +209,14 @@ class Exchange:
             self._is_drained = DRAINING_HEADER.encode() in headers
             media_type = headers.get(b"content-type", b"")
             self._is_event_stream = media_type.startswith(b"text/event-stream")
-            if message["status"] >= 400 and b"x-model-version" not in headers:  # Ray Serve's own words
+            if message["status"] >= 400 and b"x-model-version" not in headers:  # from Ray Serve itself
                 self._replaced = True
-                await send_error(of_proxy(message["status"], headers), self._send, request_id=self._request_id)
+                await send_error(of_proxy(message["status"], headers), self.send, request_id=self.request_id)
                 self._finished = True
             if YES_HEADER in headers:
                 kept = [(name, value) for name, value in message["headers"] if name != YES_HEADER]
-                await self._send({**message, "headers": kept})
-                self._relayed.start(self._send)
+                await self.send({**message, "headers": kept})
+                self._relayed.start(self.send)
                 return
         if self._replaced:
             return
@@ -233,17 +225,17 @@ class Exchange:
             if last and self._relayed.started and not await self._relayed.end():
                 return
             self._finished = last
-        await self._send(message)
+        await self.send(message)
 
 
 def clean_request_id(headers: list[tuple[bytes, bytes]]) -> bytes:
-    """The client's own, or a new one where it has none or one that a log could stumble over."""
+    """Returns the client's request id, or a new one if it has none or one that is unsafe in a log."""
     values = [value for name, value in headers if name == b"x-request-id"]
     return values[0] if len(values) == 1 and REQUEST_ID.fullmatch(values[0]) else uuid.uuid4().hex.encode()
 
 
 def clamped_timeout_s(value: bytes, longest_s: float) -> float | None:
-    """What a client may ask for; None for what is no time at all."""
+    """Returns the time that the client gets, or None if `value` is not a time."""
     try:
         asked_s = float(value)
     except ValueError:
@@ -262,7 +254,7 @@ def body_too_large() -> ApiError:
 
 
 def of_proxy(status: int, headers: dict[bytes, bytes]) -> ApiError:
-    """Ray Serve's own refusal: no replica took the request, or none had time for it."""
+    """Translates Ray Serve's own refusal: no replica took the request, or none had time for it."""
     retry_after = headers.get(b"retry-after", b"1").decode("ascii")
     phrase = "No replica is free" if status == 429 else HTTPStatus(status).phrase
     return ApiError(

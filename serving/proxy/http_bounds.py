@@ -1,7 +1,5 @@
-"""Bounds on a connection that uvicorn does not have: time and size of headers and trailers, one request ahead, idle
-connections, stalled readers.
-
-Set up by front_door.py in each proxy process, before Ray Serve starts its HTTP server there.
+"""Bounds that uvicorn does not have: on the time and size of headers and trailers, on pipelined requests, idle
+connections and stalled readers. The only file that uses uvicorn's private names.
 """
 
 import asyncio
@@ -11,13 +9,14 @@ import uuid
 from collections.abc import Sized
 from typing import ClassVar
 
+import uvicorn.config
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from cluster.settings.serve import HttpConfig
 from serving.protocol.errors import ApiError, closing
 
-MAX_HEADER_BYTES = 64 << 10  # of all headers together, and of the request line
+MAX_HEADER_BYTES = 64 << 10  # for the request line and all headers together
 MAX_HEADERS = 100
 # A stalled reader is noticed when this much waits for it; the kernel would take megabytes.
 SEND_BUFFER_BYTES = 256 << 10
@@ -25,8 +24,14 @@ SEND_BUFFER_BYTES = 256 << 10
 PIECE_BYTES = 4 << 10
 
 
+def install_bounds(config: HttpConfig) -> None:
+    """Makes every HTTP server that starts later in this process use `BoundedHttpProtocol`."""
+    BoundedHttpProtocol.config_of_bounds = config
+    uvicorn.config.HTTP_PROTOCOLS["auto"] = f"{__name__}:BoundedHttpProtocol"
+
+
 class BoundedHttpProtocol(HttpToolsProtocol):
-    """One connection."""
+    """One connection to the proxy."""
 
     config_of_bounds: ClassVar[HttpConfig] = HttpConfig()
 
@@ -38,7 +43,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._refusal = closing(400, "This is not a valid HTTP/1.1 request.", code="invalid_http")
         self._unread = bytearray()
         self._in_headers = False
-        self._num_header_bytes = 0  # without any body since: of headers, trailers, ends of chunks
+        self._num_header_bytes = 0  # of headers, trailers and chunk ends since the last byte of a body
         self._header_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
         self._idle_since_s = self.loop.time()
@@ -62,10 +67,10 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._in_headers = True
-        self._expect_headers()  # also those of a request that comes during an answer
+        self._expect_headers()  # also for a request that comes during an answer
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Drops trailers: as headers they would pass by a gateway that removes or sets such a header."""
+        """Drops trailers. As headers they would bypass a gateway that removes or sets such a header."""
         if self._in_headers:
             super().on_header(name, value)
 
@@ -79,7 +84,11 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_headers_complete(self) -> None:
-        self._headers_arrived()
+        self._in_headers = False
+        self._num_header_bytes = 0
+        if self._header_timer is not None:
+            self._header_timer.cancel()
+            self._header_timer = None
         num_bytes = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
         if len(self.headers) > MAX_HEADERS or num_bytes > MAX_HEADER_BYTES:
             self._refusal = headers_too_large()
@@ -87,13 +96,13 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def send_400_response(self, msg: str) -> None:
-        """In OpenAI's shape. Where other answers are under way the client could take it for one of them, so its
-        connection is cut instead."""
+        """Refuses in OpenAI's shape. While other answers are under way the client could take this for one of them, so
+        the connection is cut instead."""
         if not self.is_idle:
             if self.pipeline or self.cycle.response_started or not self.cycle.more_body:
                 self.transport.abort()
                 return
-            self.cycle.disconnected = True  # it says no more
+            self.cycle.disconnected = True  # it sends nothing more
             self.cycle.message_event.set()
         body = json.dumps(self._refusal.body())
         headers = {
@@ -111,7 +120,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         super().on_response_complete()
         if self._unread:
             self.loop.call_soon(self._read)
-        if self.transport.is_closing():  # what is not read of the answer in time never is
+        if self.transport.is_closing():  # a client gets this long to read the rest of the answer
             self.loop.call_later(self._bounds.write_timeout_s, self.transport.abort)
 
     def timeout_keep_alive_handler(self) -> None:
@@ -130,7 +139,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         return False  # there are no WebSockets here
 
     def _read(self) -> None:
-        """Parses what has come, until a request waits for its turn: what follows it is read after that."""
+        """Parses what has arrived until a request waits for its turn. What follows that request is read after it."""
         while self._unread and not self.pipeline and not self.transport.is_closing():
             if self.is_idle:
                 self._expect_headers()
@@ -148,17 +157,10 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def _headers_are_late(self) -> None:
         self._header_timer = None
-        if self.pipeline:  # then it is we who do not read
+        if self.pipeline:  # late only because we do not read
             self._expect_headers()
         else:
             self.transport.abort()
-
-    def _headers_arrived(self) -> None:
-        self._in_headers = False
-        self._num_header_bytes = 0
-        if self._header_timer is not None:
-            self._header_timer.cancel()
-            self._header_timer = None
 
     def _close_longest_idle(self) -> None:
         if len(self.connections) > self._bounds.max_connections:
@@ -167,7 +169,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
 
 class PipelineFlow(FlowControl):
-    """Does not read while a whole request waits for its turn. uvicorn would resume with every look for a disconnect."""
+    """Stops reading while a whole request waits for its turn; uvicorn resumes whenever it checks for a disconnect."""
 
     def __init__(self, transport: asyncio.Transport, pipeline: Sized) -> None:
         super().__init__(transport)

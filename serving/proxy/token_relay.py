@@ -1,11 +1,11 @@
-"""The way of a streamed answer's bytes from a replica to the proxy on its machine, around Ray Serve.
+"""Carries a streamed answer's bytes from a replica to the proxy on its machine, around Ray Serve.
 
 Through Ray Serve each token would be a message between actors, 0.8 ms of processor time. So only the start and the end
-of the answer go there, with all that hangs on them (choice of a replica, retries, cancellation, draining); what lies
-between is written to a socket, one frame for each part: number of the answer, length, bytes. Length 0 is its end.
+of an answer go there, with all that depends on them (choice of a replica, retries, cancellation, draining); the rest
+goes over a socket, one frame for each part: the answer's number, a length, bytes. Length 0 ends the answer.
 
-A proxy listens under a random name in Linux's abstract namespace, which leaves no file behind, and tells replicas the
-name and the answer's number in a header. A replica that cannot reach it, on another machine, answers through Ray Serve.
+A proxy listens under a random name in Linux's abstract namespace, which leaves no file behind, and sends replicas the
+name and the answer's number in a header. A replica on another machine cannot reach it and answers through Ray Serve.
 """
 
 import asyncio
@@ -16,30 +16,31 @@ import socket
 import struct
 import sys
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 from starlette.types import Send
 
 ASK_HEADER, YES_HEADER = b"x-raymill-relay", b"x-raymill-relayed"
-END_TIMEOUT_S = 5.0  # for an end that Ray Serve has already told of
+PASSED_BYTES = 1 << 20
+END_TIMEOUT_S = 5.0  # for an end that Ray Serve has already reported
 _NAME_PREFIX = "\0raymill-relay-"
 _FRAME = struct.Struct(">QI")
 _PEER_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 
 
+@dataclass(eq=False)
 class RelayedAnswer:
     """The proxy's end of one answer."""
 
-    def __init__(self, relay: "Relay", number: int) -> None:
-        self._relay = relay
-        self._number = number
-        self._waiting = bytearray()
-        self._arrived = asyncio.Event()
-        self._ended = asyncio.Event()
-        self._pump: asyncio.Task[None] | None = None
+    relay: "Relay"
+    number: int
+    _arrived: asyncio.StreamReader = field(default_factory=asyncio.StreamReader)
+    _ended: asyncio.Event = field(default_factory=asyncio.Event)
+    _pump: asyncio.Task[None] | None = None
 
     @property
     def header(self) -> tuple[bytes, bytes]:
-        return ASK_HEADER, f"{self._relay.name}/{self._number}".encode()
+        return ASK_HEADER, f"{self.relay.name}/{self.number}".encode()
 
     @property
     def started(self) -> bool:
@@ -47,15 +48,15 @@ class RelayedAnswer:
 
     @property
     def has_ended(self) -> bool:
-        """Its end has come in, and with it all of it."""
+        """True once the whole answer has arrived."""
         return self.started and self._ended.is_set()
 
     def start(self, send: Send) -> None:
-        """Passes on what comes."""
+        """Starts to pass on what arrives."""
         self._pump = asyncio.create_task(self._pass_on(send))
 
     async def end(self) -> bool:
-        """Waits until all of a started answer has been passed on; False where its end does not come."""
+        """Waits until all of a started answer has been passed on. Returns False if its end does not arrive."""
         assert self._pump is not None
         try:
             async with asyncio.timeout(END_TIMEOUT_S):
@@ -66,29 +67,26 @@ class RelayedAnswer:
         return True
 
     async def close(self) -> None:
-        """Nothing more is passed on."""
-        self._relay.answers.pop(self._number, None)
+        """Stops passing on."""
+        self.relay.answers.pop(self.number, None)
         if self._pump is not None:
             self._pump.cancel()
             await asyncio.wait([self._pump])
 
     def put(self, data: bytes) -> None:
-        self._waiting += data
-        if not data:
+        if data:
+            self._arrived.feed_data(data)
+        else:
+            self._arrived.feed_eof()
             self._ended.set()
-        self._arrived.set()
 
     async def _pass_on(self, send: Send) -> None:
-        while not self._ended.is_set() or self._waiting:
-            await self._arrived.wait()
-            self._arrived.clear()
-            if self._waiting:  # several parts are one where the client is slow
-                data, self._waiting = bytes(self._waiting), bytearray()
-                await send({"type": "http.response.body", "body": data, "more_body": True})
+        while data := await self._arrived.read(PASSED_BYTES):  # several parts at once if the client is slow
+            await send({"type": "http.response.body", "body": data, "more_body": True})
 
 
 class Relay:
-    """A proxy's socket, and the answers that come in over it."""
+    """A proxy's socket, and the answers that arrive over it."""
 
     def __init__(self) -> None:
         self.name = secrets.token_hex(16)
@@ -127,37 +125,37 @@ class _Incoming(asyncio.Protocol):
             end = start + _FRAME.size + length
             if len(self._buffer) < end:
                 break
-            if number in self._answers:  # not one that the client has left
+            if number in self._answers:  # its client has not left
                 self._answers[number].put(bytes(self._buffer[start + _FRAME.size : end]))
             start = end
         del self._buffer[:start]
 
 
+@dataclass(frozen=True)
 class RelayWriter:
     """A replica's end of one answer."""
 
-    def __init__(self, connection: "_Outgoing", number: int) -> None:
-        self._connection = connection
-        self._number = number
+    connection: "_Outgoing"
+    number: int
 
     def write(self, data: bytes) -> None:
-        """Not empty. Raises `ConnectionError` once the proxy has gone."""
-        self._connection.write(_FRAME.pack(self._number, len(data)) + data)
+        """Sends `data`, which is not empty. Raises `ConnectionError` once the proxy is gone."""
+        self.connection.write(_FRAME.pack(self.number, len(data)) + data)
 
     def end(self) -> None:
-        self._connection.write(_FRAME.pack(self._number, 0))
-        self._connection.flush()
+        self.connection.write(_FRAME.pack(self.number, 0))
+        self.connection.flush()
 
 
 class RelayClient:
-    """A replica's connections, one to each proxy on its machine."""
+    """A replica's connections, one for each proxy on its machine."""
 
     def __init__(self) -> None:
         self._connections: dict[str, _Outgoing] = {}
         self._connecting = asyncio.Lock()
 
     async def open(self, headers: Iterable[tuple[bytes, bytes]]) -> RelayWriter | None:
-        """For the request with these headers; None where the answer goes through Ray Serve."""
+        """Returns a writer for the request with these headers, or None if the answer goes through Ray Serve."""
         asked = [value for name, value in headers if name == ASK_HEADER]
         if len(asked) != 1:
             return None
@@ -175,7 +173,7 @@ class RelayClient:
         return RelayWriter(connection, int(number))
 
     async def _connect(self, name: str) -> "_Outgoing | None":
-        # By hand: uvloop cannot connect to a name that starts with a zero byte.
+        # uvloop cannot connect to a name that starts with a zero byte.
         end = socket.socket(socket.AF_UNIX)
         end.setblocking(False)
         try:
@@ -190,7 +188,7 @@ class RelayClient:
 
 
 class _Outgoing(asyncio.Protocol):
-    """A connection of a replica's. Writes what the answers of one step have in one go."""
+    """A replica's connection to a proxy. Sends what all answers of one step have in one write."""
 
     def connection_made(self, transport: asyncio.WriteTransport) -> None:  # type: ignore[override]
         self._transport = transport
@@ -214,6 +212,6 @@ class _Outgoing(asyncio.Protocol):
 
 
 def _is_our_own(end: socket.socket) -> bool:
-    """The other end is a process of the same user: the namespace has no permissions of its own."""
+    """Returns whether the other end belongs to the same user; the abstract namespace has no permissions of its own."""
     raw = end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
     return _PEER_CREDENTIALS.unpack(raw)[1] == os.getuid()

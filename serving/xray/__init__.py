@@ -1,1 +1,1 @@
-"""A look inside one query, and its page."""
+"""Looks inside one query, and shows it on a page."""

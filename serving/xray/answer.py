@@ -1,4 +1,4 @@
-"""The answer of /v1/xray: what happened in a query, with each token's text beside its numbers.
+"""Builds the answer of /v1/xray: what happened in a query, with each token's text beside its numbers.
 
 Shapes: T tokens read, C model width, V vocabulary.
 """
@@ -22,9 +22,10 @@ NUM_NEAREST = 5
 
 @torch.inference_mode()
 def xray_answer(request: XrayRequest, *, model: GPT, served: ServedModel, arrived_s: float) -> bytes:
-    """The JSON body. `arrived_s` is when the request came, on the clock that all processes of a machine share.
+    """Returns the JSON body. `arrived_s` is the time of the request, on the clock that all processes of a machine
+    share.
 
-    Raises `ApiError` (400) for a request over the limits, `FloatingPointError` for a model whose logits are no numbers.
+    Raises `ApiError` (400) for a request over the limits, and `FloatingPointError` for a model whose logits are NaN.
     """
     spans = [Span("queue", arrived_s, time.monotonic())]
     prompt_ids = served.prompt_ids(request.prompt, max_tokens=request.max_tokens)
@@ -61,7 +62,7 @@ def xray_answer(request: XrayRequest, *, model: GPT, served: ServedModel, arrive
             "attention": list(_attention(query, request, model)),
         }
     )
-    # The rest is what only an x-ray takes time for, the JSON above included.
+    # The rest is the extra work of an x-ray, including the JSON above.
     spans.append(Span("inspect", spans[-1].end_s, time.monotonic()))
     return body[:-1] + b',"timeline":' + orjson.dumps(_timeline(spans, arrived_s)) + b"}"
 
@@ -90,10 +91,7 @@ def _check_limits(request: XrayRequest, model: GPT, *, num_tokens: int) -> None:
 
 def _tokens(query: Query, model: GPT, served: ServedModel) -> list[dict[str, Any]]:
     ids = query.token_ids
-    scores: list[Candidate | None] = [
-        None,
-        *score(query.logits[: len(ids) - 1], ids[1:]),
-    ]  # nothing foretells the first
+    scores: list[Candidate | None] = [None, *score(query.logits[: len(ids) - 1], ids[1:])]  # the first has none
     embeddings, positions = model.transformer.wte.weight[ids], model.transformer.wpe.weight[: len(ids)]  # (T, C)
     norms = zip(*(table.float().norm(dim=-1).tolist() for table in (embeddings, positions)), strict=True)
     distinct = sorted(set(ids))
@@ -137,7 +135,7 @@ def _prediction(prediction: Prediction, served: ServedModel) -> dict[str, Any]:
 def _stages(
     query: Query, request: XrayRequest, model: GPT, served: ServedModel, spans: list[Span]
 ) -> list[dict[str, Any]]:
-    """Those of the prompt, in order; each new token passes through the same ones from its embedding on."""
+    """Returns the stages of the prompt, in order. Each new token passes through those from the embedding on."""
     tokenizer = served.tokenizer
     normalizer = None if tokenizer is None else tokenizer.backend.normalizer
     normalized = type(normalizer).__name__ if normalizer else "the text stays as it is"
@@ -173,7 +171,7 @@ _NOTES = {
 
 
 def _attention(query: Query, request: XrayRequest, model: GPT) -> Iterator[dict[str, Any]]:
-    """Rows of 1, 2, … T weights, rounded to 7 decimals: T of them still add up to 1 within 1e-5."""
+    """Yields rows of 1, 2, … T weights, rounded to 7 decimals: T of them still add up to 1 within 1e-5."""
     heads = range(model.config.n_head) if request.heads is None else request.heads
     for layer in request.layers:
         for head in heads:
@@ -184,7 +182,7 @@ def _attention(query: Query, request: XrayRequest, model: GPT) -> Iterator[dict[
 
 
 def _timeline(spans: list[Span], arrived_s: float) -> dict[str, Any]:
-    """Of this query in the process that looked into it; `total_ms` is measured apart from the spans."""
+    """Returns the times of this query in the x-ray process; `total_ms` is measured separately from the spans."""
     return {
         "total_ms": (time.monotonic() - arrived_s) * 1e3,
         "spans": [{"name": s.name, "start_ms": (s.start_s - arrived_s) * 1e3, "ms": _ms(s)} for s in spans],

@@ -1,4 +1,4 @@
-"""The x-ray page: a few files as they are, open to all, as they tell nothing; what they show needs the key."""
+"""Serves the files of the x-ray page. They are open to everybody, as they hold no data; the data needs the key."""
 
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -9,7 +9,7 @@ from fastapi.responses import Response
 _FOLDER = Path(__file__).with_name("page")
 _MEDIA_TYPES = {".html": "text/html; charset=utf-8", ".css": "text/css", ".js": "text/javascript"}
 _HEADERS = {
-    # `none` where nothing is said: no foreign script, no inline one, no request to another host, no form, no frame.
+    # `none` by default: no foreign or inline script, no request to another host, no form, no frame.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",

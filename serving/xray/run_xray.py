@@ -1,4 +1,4 @@
-"""The process that looks into queries: one request a line, one answer each; it ends when its replica does."""
+"""The process that looks into queries: each line is a request and gets an answer. It ends when its replica does."""
 
 import argparse
 import contextlib
@@ -17,30 +17,32 @@ from model.checkpoint import load_model
 from model.errors import UserError
 from model.gpt import GPT
 from serving.engine.runner import LOADED_IN
-from serving.protocol.errors import ApiError, internal_error, invalid_request, step_not_found
+from serving.protocol.errors import ApiError, internal_error, invalid_request
 from serving.protocol.served_model import ServedModel, read_served_model
 from serving.xray.answer import xray_answer
 from serving.xray.xray import ANSWER_HEAD, XrayRequest, run_checkpoints
 
-LOW_PRIORITY = 10  # a tenth of a core that the engine wants as well
+LOW_PRIORITY = 10  # gets a tenth of a core that the engine wants too
 
 
 class Models:
-    """The served checkpoint, and those of its run."""
+    """Loads the served checkpoint, and others of its run."""
 
     def __init__(self, folder: Path, *, name: str | None, dtype: torch.dtype) -> None:
         self._folder = folder
         self._name = name
         self._dtype = dtype
-        self._load = lru_cache(maxsize=2)(self._read)  # the served one, and the one of a moment ago
+        self._load = lru_cache(maxsize=2)(self._read)  # the served one, and the latest other one
 
     def get(self, step: int | None) -> tuple[GPT, ServedModel]:
-        """Raises `ApiError` for a step of which there is no checkpoint, or a damaged one."""
+        """Returns a step's model. Raises `ApiError` if its checkpoint is missing or damaged."""
         if step is None:
             return self._load(self._folder)
         checkpoints = run_checkpoints(self._folder)
         if step not in checkpoints:
-            raise step_not_found(step, known=", ".join(map(str, checkpoints)) or "none")
+            known = ", ".join(map(str, checkpoints)) or "none"
+            message = f"There is no checkpoint of step {step} here; there are: {known}"
+            raise ApiError(404, message, param="step", code="step_not_found")
         try:
             return self._load(checkpoints[step])
         except UserError as error:
@@ -53,7 +55,7 @@ class Models:
 
 
 def answer_line(line: bytes, models: Models) -> tuple[int, bytes]:
-    """Status and JSON body of one request."""
+    """Returns the status and JSON body for one request."""
     message: dict[str, Any] = json.loads(line)
     request = XrayRequest(**{name: value for name, value in message["request"].items() if value is not None})
     try:
@@ -70,7 +72,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--socket", type=int, required=True, help="file descriptor of the connection to the replica")
     parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--name", help="the model's id; the checkpoint's own when not given")
+    parser.add_argument("--name", help="the model's id; by default the checkpoint's own")
     parser.add_argument("--dtype", choices=list(LOADED_IN), required=True)
     args = parser.parse_args()
     os.nice(LOW_PRIORITY)

@@ -1,15 +1,14 @@
-"""Looking inside a query: the request, its limits, and the process beside the replica that computes the answer.
+"""Looks inside a query: the request, its limits, and the process beside the replica that computes the answer.
 
-The engine must not wait for it: reading a prompt with all attention weights takes many times a step, and its weights
-may be packed for speed. In a thread of the replica it would take Python's lock from other clients' tokens. So it is a
-process of its own at low priority, which starts with the first request, maps the same checkpoint file (the kernel
-keeps its pages once for all who map it) and ends when it has been idle.
+The engine must not do it: reading a prompt with all attention weights takes many times as long as a step, and its own
+weights may be packed for speed. A thread of the replica would take Python's lock from other clients' tokens. So it is a
+separate process at low priority, which starts with the first request, maps the same checkpoint file (the pages are in
+memory only once), and ends after some idle time.
 """
 
 import asyncio
 import json
 import struct
-import subprocess
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,12 +16,12 @@ from typing import Annotated, Any
 from pydantic import Field, PlainValidator
 
 from model.checkpoint_folder import MANIFEST, read_metadata
-from serving.engine_process.child_process import start_child
-from serving.protocol.errors import ApiError, overloaded
+from serving.engine_process.child_process import Child, start_child
+from serving.protocol.errors import overloaded, unavailable
 from serving.protocol.protocol import Request, Temperature, TopP
 
 MAX_NEW_TOKENS = 32
-MAX_SEQUENCE_TOKENS = 160  # prompt and new ones
+MAX_SEQUENCE_TOKENS = 160  # prompt and new tokens together
 MAX_WEIGHTS = 500_000  # numbers of attention in an answer: 5 MB
 MAX_TOP = 20
 TIMEOUT_S = 60.0
@@ -41,7 +40,7 @@ Indices = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_l
 
 
 class XrayRequest(Request):
-    """Body of POST /v1/xray. Sampling parameters mean what they do in /v1/completions; greedy unless told otherwise."""
+    """The body of POST /v1/xray. Sampling parameters mean the same as in /v1/completions; the default is greedy."""
 
     model: str
     prompt: Annotated[str | list[int], PlainValidator(_prompt)]
@@ -52,14 +51,14 @@ class XrayRequest(Request):
     min_p: float = Field(0.0, ge=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     layers: Indices = Field(default_factory=lambda: [0])
-    heads: Indices | None = None  # all
+    heads: Indices | None = None  # None: all
     top: int = Field(5, ge=1, le=MAX_TOP)
-    step: int | None = Field(None, ge=0)  # of the run's checkpoints that lie beside the served one
+    step: int | None = Field(None, ge=0)  # of another checkpoint of the run, beside the served one
 
 
 def run_checkpoints(folder: Path) -> dict[int, Path]:
-    """The checkpoints of the served one's run that lie beside it, by step, in order. A step that was written twice
-    counts once, as its later attempt wrote it. Folders that transformers saved have no run."""
+    """Returns the checkpoints of the served one's run that are beside it, by step, in order. Of a step that was written
+    twice the later attempt counts. Folders that transformers saved have no run."""
     if not (folder / MANIFEST).exists():
         return {}
     run_id = read_metadata(folder).run_id
@@ -71,7 +70,7 @@ def run_checkpoints(folder: Path) -> dict[int, Path]:
 
 
 class Xray:
-    """One replica's process for it. Takes one request at a time."""
+    """One replica's x-ray. Takes one request at a time."""
 
     def __init__(self, folder: Path, *, name: str | None, dtype: str) -> None:
         self._folder = folder.absolute()
@@ -82,13 +81,13 @@ class Xray:
         self._idle: asyncio.TimerHandle | None = None
 
     async def card(self) -> dict[str, Any]:
-        """What may be asked: the limits, and the steps of the run whose checkpoints are there."""
+        """Returns what may be asked: the limits, and the steps of the run that have a checkpoint here."""
         steps = await asyncio.to_thread(run_checkpoints, self._folder)
         limits = {"max_tokens": MAX_NEW_TOKENS, "max_sequence_tokens": MAX_SEQUENCE_TOKENS, "max_weights": MAX_WEIGHTS}
         return limits | {"steps": list(steps)}
 
     async def answer(self, request: XrayRequest) -> tuple[int, bytes]:
-        """Status and JSON body. Raises `ApiError`: 429 while another request is answered, 503 without an answer."""
+        """Returns the status and JSON body. Raises `ApiError`: 429 during another request, 503 without an answer."""
         if self._is_busy:
             raise overloaded("The replica looks into one query at a time; try again in a moment")
         self._is_busy = True
@@ -98,11 +97,10 @@ class Xray:
                 return await self._ask(json.dumps(asked))
         except (TimeoutError, ConnectionError, asyncio.IncompleteReadError) as error:
             reason = f"took over {TIMEOUT_S:.0f} s" if isinstance(error, TimeoutError) else "has ended"
-            raise ApiError(
-                503,
+            raise unavailable(
                 f"The process that looks into queries {reason}; completions are not affected. Try again.",
                 code="xray_unavailable",
-                headers={"Retry-After": "5"},
+                retry_after_s=5,
             ) from None
         finally:
             self._is_busy = False
@@ -112,10 +110,11 @@ class Xray:
             self._idle.cancel()
         process, self._process = self._process, None
         if process is None:
-            process = await XrayProcess.start(self._folder, name=self._name, dtype=self._dtype)
+            arguments = {"--checkpoint": self._folder, "--dtype": self._dtype, "--name": self._name}
+            process = XrayProcess(await start_child("serving.xray.run_xray", arguments, threads=1))
         try:
             answer = await process.ask(message)
-            # Only now: an answer that was not read to its end must not become the next request's.
+            # Only now: the rest of a half-read answer must not become the answer to the next request.
             self._process = process
         finally:
             if self._process is None:
@@ -130,19 +129,10 @@ class Xray:
 
 
 class XrayProcess:
-    """The process, and the socket to it. It ends when the socket closes, so also with a replica that dies."""
+    """The process and its socket. It ends when the socket closes, and so when the replica dies."""
 
-    def __init__(
-        self, process: subprocess.Popen[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        self._process = process
-        self._reader = reader
-        self._writer = writer
-
-    @classmethod
-    async def start(cls, folder: Path, *, name: str | None, dtype: str) -> "XrayProcess":
-        arguments = {"--checkpoint": folder, "--dtype": dtype, "--name": name}
-        return cls(*await start_child("serving.xray.run_xray", arguments, threads=1))
+    def __init__(self, child: Child) -> None:
+        self._process, self._reader, self._writer = child
 
     async def ask(self, message: str) -> tuple[int, bytes]:
         self._writer.write(f"{message}\n".encode())
@@ -150,7 +140,8 @@ class XrayProcess:
         return status, await self._reader.readexactly(num_bytes)
 
     def kill(self) -> None:
-        """It holds nothing that could be lost. Waiting for a killed process takes no time worth a thread."""
+        """Kills the process, which holds nothing that could be lost. Waiting for it takes too little time for a
+        thread."""
         self._writer.close()
         self._process.kill()
         self._process.wait()

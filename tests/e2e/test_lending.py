@@ -132,7 +132,6 @@ def test_a_spike_at_the_endpoint_borrows_a_worker_and_gives_it_back(connection: 
             scale_up_after_s=1,
             scale_down_after_s=5,
             borrow_from="spiked",
-            borrow_after_s=5,
         ),
     )
     endpoint = deploy(connection, config)

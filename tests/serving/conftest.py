@@ -14,11 +14,7 @@ from model.config import GPTConfig
 from model.gpt import GPT
 from model.tokenizer import Tokenizer, train_bpe
 from tests.checkpoints import save_model
-from tests.serving.delivery_parts import lively_model, write_model
-
-RUN_ID = "tiny-run"
-FRAGILE_POSITION = 120
-LONG_CONTEXT_TOKENS = 256
+from tests.serving.tiny_models import FRAGILE_POSITION, LONG_CONTEXT_TOKENS, RUN_ID, lively_model, write_model
 
 
 @pytest.fixture(scope="module", autouse=True)

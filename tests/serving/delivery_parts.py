@@ -1,7 +1,6 @@
-"""Clients that never stop asking, and the checkpoints that are promoted under them."""
+"""An operator, and clients that never stop asking while checkpoints are promoted."""
 
 import json
-import shutil
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,41 +10,14 @@ from typing import Any
 
 import httpx
 
-from model.checkpoint_folder import Metadata
-from model.config import GPTConfig
 from model.generate import generate
 from model.gpt import GPT
 from model.sampling import SamplingParams
 from model.tokenizer import Tokenizer
-from tests.checkpoints import save_model
 from tests.time_limits import limit_s
 from tests.waiting import wait_until
 
 MAX_TOKENS = 24
-
-
-def lively_model(tokenizer: Tokenizer, *, n_embd: int = 32, spread: float = 0.3, seed: int = 1) -> GPT:
-    """Initialised wide (0.3 instead of 0.02), so that greedy output wanders instead of repeating one token."""
-    config = GPTConfig(
-        vocab_size=tokenizer.vocab_size, n_positions=128, n_layer=2, n_head=2, n_embd=n_embd, initializer_range=spread
-    )
-    gpt = GPT(config)
-    gpt.init_weights(seed)
-    return gpt.eval()
-
-
-def write_model(folder: Path, model: GPT, tokenizer: Tokenizer, *, step: int = 1) -> Path:
-    metadata = Metadata(run_id="tiny-run", step=step, tokens_seen=step, data_manifest_hash=None, code_version="test")
-    save_model(folder, model=model, tokenizer=tokenizer, metadata=metadata)
-    return folder
-
-
-def as_transformers_folder(checkpoint: Path, folder: Path) -> Path:
-    """Without raymill's manifest, whose hashes would betray what is then done to it."""
-    folder.mkdir()
-    for name in ("config.json", "tokenizer.json", "model.safetensors"):
-        shutil.copy(checkpoint / name, folder)
-    return folder
 
 
 def greedy_texts(model: GPT, tokenizer: Tokenizer, prompts: list[list[int]]) -> list[str]:

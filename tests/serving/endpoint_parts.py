@@ -1,12 +1,13 @@
-"""A Ray cluster of its own for endpoint tests, and what they ask the endpoint besides completions."""
+"""Endpoints on a Ray of the tests, a replica without Ray, and what tests ask either besides completions."""
 
 import asyncio
 import contextlib
 import re
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -17,22 +18,56 @@ from starlette.types import ASGIApp
 
 from cluster.settings.serve import ServeConfig
 from serving.api.access import AccessRules, CurrentAccess
-from serving.api.admission import AdmissionLimits
 from serving.api.ingress import build_http_app
 from serving.api.metrics import ReplicaMetrics
+from serving.app import APP_NAME, run
 from serving.delivery.promotion import Delivery, version_of
 from serving.delivery.versions import Versions
 from serving.protocol.served_model import read_served_model
 from tests.local_ray import local_ray
+from tests.time_limits import limit_s
 
 
 @contextmanager
-def ray_cluster(*, num_cpus: int = 2) -> Iterator[None]:
-    with local_ray(num_cpus=num_cpus):
+def ray_cluster(*, num_cpus: int = 2) -> Iterator[Path]:
+    """Gives the folder of Ray's logs."""
+    with local_ray(num_cpus=num_cpus) as logs:
         try:
-            yield
+            yield logs
         finally:
             serve.shutdown()
+
+
+class Endpoints:
+    """The endpoints of several test files on one Ray, one after the other. A file takes over the proxy that the file
+    before has left, and the whole endpoint where both want the same."""
+
+    def __init__(self, ray_logs: Path) -> None:
+        self.ray_logs = ray_logs
+        self._config: ServeConfig | None = None
+        self._result: dict[str, Any] = {}
+
+    def deployed(self, config: ServeConfig) -> dict[str, Any]:
+        """Returns what `run` gave for this endpoint, whose port is chosen here."""
+        if self._config is None or self._config.http != config.http:
+            serve.shutdown()  # a proxy keeps its bounds and its port
+            return self._run(config, port=free_port())
+        if self._config == config.model_copy(update={"port": self._config.port}):
+            return self._result
+        serve.delete(APP_NAME)
+        return self._run(config, port=self._config.port)
+
+    def replaced(self, config: ServeConfig) -> dict[str, Any]:
+        """Deploys over the endpoint that is there, as `raymill serve` does."""
+        assert self._config is not None
+        return self._run(config, port=self._config.port)
+
+    def _run(self, config: ServeConfig, *, port: int) -> dict[str, Any]:
+        self._config = None  # what has failed is not taken over
+        config = config.model_copy(update={"port": port})
+        self._result = run(config)
+        self._config = config
+        return self._result
 
 
 def free_port() -> int:
@@ -47,6 +82,20 @@ def metric(http: httpx.Client, name: str, **labels: str) -> float:
     return sum(float(v) for found, v in lines if all(f'{k}="{label}"' in found for k, label in labels.items()))
 
 
+def assert_error(answer: httpx.Response, status: int) -> dict[str, Any]:
+    """Returns the error of an answer in OpenAI's shape."""
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/json"
+    assert len(answer.headers.get_list("x-request-id")) == 1
+    error: dict[str, Any] = answer.json()["error"]
+    assert set(answer.json()) == {"error"} and set(error) == {"message", "type", "param", "code"}
+    assert error["message"].isprintable() and len(error["message"]) < 500
+    kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+    kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
+    assert error["type"] == kind
+    return error
+
+
 def children_with(word: str) -> list[psutil.Process]:
     """The live processes that this test's own Ray has started and whose command line has `word`."""
     found = []
@@ -55,6 +104,16 @@ def children_with(word: str) -> list[psutil.Process]:
             if process.status() != psutil.STATUS_ZOMBIE and word in " ".join(process.cmdline()):
                 found.append(process)
     return found
+
+
+def engine_and_replica(checkpoint: Path) -> set[int]:
+    """The process ids of the one engine that serves `checkpoint`, and of its replica."""
+    [engine] = [
+        process
+        for process in children_with("serving.engine_process.run_engine")
+        if str(checkpoint) in process.cmdline()
+    ]
+    return {engine.pid, engine.ppid()}
 
 
 def num_running_replicas() -> int | None:
@@ -73,19 +132,12 @@ async def replica_app(
     live = version_of(read_served_model(folder, name=name), checkpoint=str(folder))
     versions = Versions(config, Delivery(deployment="test", model_name=name, live=live))
     await versions.wait_until_live()
-    engine = config.engine
-    limits = AdmissionLimits(
-        max_requests=config.replicas.max_ongoing_requests,
-        max_sequences=engine.max_num_seqs + engine.max_waiting,
-        max_queue_s=engine.max_queue_s,
-    )
     metrics = ReplicaMetrics(versions=versions, model_name=name, replica="r", start_s=1.0)
     try:
         yield (
             build_http_app(
                 versions=versions,
                 metrics=metrics,
-                limits=limits,
                 access=access if isinstance(access, CurrentAccess) else CurrentAccess(access or AccessRules()),
                 admin=APIRouter(),
             ),
@@ -93,6 +145,35 @@ async def replica_app(
         )
     finally:
         await versions.close()
+
+
+@asynccontextmanager
+async def replica_client(
+    folder: Path, *, config: ServeConfig | None = None, access: AccessRules | None = None, key: str | None = None
+) -> AsyncIterator[tuple[httpx.AsyncClient, Versions]]:
+    """A client of `replica_app`, which serves the model under the name "tiny"."""
+    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+    async with (
+        replica_app(folder, name="tiny", config=config, access=access) as (app, versions),
+        httpx.AsyncClient(
+            transport=httpx.ASGITransport(app), base_url="http://test", timeout=limit_s(60), headers=headers
+        ) as http,
+    ):
+        yield http, versions
+
+
+Check = Callable[[httpx.AsyncClient, Versions], Coroutine[Any, Any, None]]
+Run = Callable[[Check], None]
+
+
+@contextmanager
+def shared_replica(folder: Path, **settings: Any) -> Iterator[Run]:
+    """Gives a function that runs a test's body beside one `replica_client` that all of them share."""
+    with asyncio.Runner() as runner:
+        context = replica_client(folder, **settings)
+        http, versions = runner.run(context.__aenter__())
+        yield lambda check: runner.run(check(http, versions))
+        runner.run(context.__aexit__(None, None, None))
 
 
 @asynccontextmanager

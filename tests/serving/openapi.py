@@ -1,13 +1,23 @@
-"""The endpoint's OpenAPI document, which it does not publish: request bodies from its own models, answers written down
-here as OpenAI has them."""
+"""The endpoint's OpenAPI document, which it does not publish: request bodies from its own models, with what their
+validators accept; answers as OpenAI has them."""
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, create_model
 from pydantic.json_schema import models_json_schema
 
-from serving.api.chat import ChatRequest
-from serving.protocol.protocol import Choice, CompletionRequest, DetokenizeRequest, Request, TokenizeRequest, Usage
+from serving.api.chat import ChatRequest, Limit
+from serving.protocol.protocol import (
+    MAX_PROMPTS,
+    MAX_STOP_STRINGS,
+    Bias,
+    Choice,
+    CompletionRequest,
+    DetokenizeRequest,
+    Request,
+    TokenizeRequest,
+    Usage,
+)
 from tests.serving.hostile_requests import MODEL
 
 REFERENCE = "#/components/schemas/{model}"
@@ -88,10 +98,52 @@ ROUTES: dict[str, tuple[type[Request], type[Answer]]] = {
 }
 
 
+TokenIds = Annotated[list[int], Field(min_length=1)]
+SeveralPrompts = Field(min_length=1, max_length=MAX_PROMPTS)
+StopString = Annotated[str, Field(min_length=1, max_length=1024)]
+TEXT_PART = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "required": ["type", "text"],
+    "additionalProperties": False,
+}
+
+
+def _schema(accepted: Any) -> dict[str, Any]:
+    return TypeAdapter(accepted).json_schema()
+
+
+ACCEPTED: dict[tuple[str, str], dict[str, Any]] = {
+    ("CompletionRequest", "prompt"): _schema(
+        str | TokenIds | Annotated[list[str], SeveralPrompts] | Annotated[list[TokenIds], SeveralPrompts]
+    ),
+    ("ChatRequest", "max_tokens"): _schema(Literal[-1] | Limit),
+    ("Message", "content"): {
+        "anyOf": [{"type": "string"}, {"type": "array", "items": TEXT_PART}, {"type": "null"}],
+    },
+}
+for _model in ("CompletionRequest", "ChatRequest"):
+    ACCEPTED |= {
+        (_model, "stop"): _schema(StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)]),
+        (_model, "seed"): _schema(Annotated[int, Field(ge=-(2**63), lt=2**63)]),
+        (_model, "logit_bias"): {
+            "type": "object",
+            "patternProperties": {"^[0-9]{1,10}$": _schema(Bias)},
+            "additionalProperties": False,
+            "maxProperties": 300,
+        },
+    }
+for _name in ("include_usage", "continuous_usage_stats", "include_obfuscation"):
+    ACCEPTED["StreamOptions", _name] = _schema(bool | None)
+
+
 def openapi() -> dict[str, Any]:
     models = [model for route in ROUTES.values() for model in route] + [ErrorAnswer]
     _, definitions = models_json_schema([(m, "validation") for m in models], ref_template=REFERENCE)
     schemas = definitions["$defs"]
+    for (model, field), accepted in ACCEPTED.items():
+        assert field in schemas[model]["properties"]
+        schemas[model]["properties"][field] = accepted
     for request, _ in ROUTES.values():
         _as_the_endpoint_reads(schemas[request.__name__])
     return {

@@ -1,8 +1,8 @@
-// The decoder's forward pass on CPU cores, for many sequences at once: each token of a pass names its position and the
-// KV cache blocks of its sequence. Prompts and single tokens are the same to it.
+// Computes the decoder's forward pass on CPU cores, for many sequences at once: each token of a pass names its position
+// and the KV cache blocks of its sequence. Prompts and single tokens are treated the same.
 //
-// A token's result has the same bits whatever else is in its pass and however its prompt was cut into passes: every sum
-// runs over its own numbers in an order that nothing else decides.
+// A token's result has the same bits whatever else is in its pass and however its prompt is cut into passes: every sum
+// runs over its own numbers in an order that depends on nothing else.
 //
 // Shapes: N tokens of a pass, C width, H heads of width D (DP with padding), F feed-forward width, V vocabulary.
 
@@ -52,8 +52,8 @@ public:
     virtual void survey(int num_rows, const float* logits, int64_t* best, bool* finite) = 0;
 };
 
-enum { LN_1, LN_2 };  // which norm of a layer; layer L has the final one
-enum { QKV, ATTENTION_OUT, FFN_IN, FFN_OUT };  // which matrix of a layer; layer L has these two:
+enum { LN_1, LN_2 };  // the norms of a layer; layer L has the final one
+enum { QKV, ATTENTION_OUT, FFN_IN, FFN_OUT };  // the matrices of a layer; layer L has these two:
 enum { HEAD, TOKENS };
 
 template <class Kind>
@@ -63,7 +63,7 @@ class DecoderOf : public Decoder {
     using Element = typename Kind::Element;
     using CachedElement = typename Cached::Element;
     static constexpr int GROUP = Cached::GROUP;
-    // Of a piece of work: their inputs and a panel fit into a core's cache. Tiles are as fast as weights come from memory.
+    // Rows of a piece of work: their inputs and a panel fit into a core's cache. Tiles are as fast as memory gives weights.
     static constexpr int ROWS = uses_tiles<Kind> ? 192 : 8 * TILE;
 
 public:
@@ -72,8 +72,8 @@ public:
           positions_(positions, positions + size_t(shape.positions) * shape.width), norms_(2 * shape.layers + 1),
           matrices_(4 * shape.layers + 2), team_(num_threads) {
         const size_t cache = size_t(s_.layers) * s_.num_blocks * s_.heads * BLOCK * padded_;
-        keys_ = Buffer<Number>(cache);
-        values_ = Buffer<Number>(cache);
+        keys_ = allocate<Number>(cache);
+        values_ = allocate<Number>(cache);
     }
 
     void set_norm(int layer, int which, const float* weight, const float* bias) override {
@@ -98,38 +98,38 @@ public:
         const int head_groups = (s_.heads + heads_each - 1) / heads_each;
         team_.run(12 * s_.layers + 2, [&] {
             int phase = 0;
-            each_row(phase++, N, [&](int n) { embed(pass.token_ids[n], pass.positions[n], x + size_t(n) * C); });
+            team_.share(phase++, N, [&](int n) { embed(pass.token_ids[n], pass.positions[n], x + size_t(n) * C); });
             for (int layer = 0; layer < s_.layers; layer++) {
-                each_row(phase++, N, [&](int n) { pack_normed(x, n, norms_[2 * layer + LN_1]); });
-                project(phase++, N, matrix(layer, QKV), [&](float* to, F32 y) { store(to, y); }, qkv_.data, 3 * C);
+                team_.share(phase++, N, [&](int n) { pack_normed(x, n, norms_[2 * layer + LN_1]); });
+                project(phase++, N, matrix(layer, QKV), [&](float* to, F32 y) { store(to, y); }, qkv_.get(), 3 * C);
                 team_.share(phase++, s_.heads, [&](int head) { remember(layer, pass, head); });
                 team_.share(phase++, N * head_groups, [&](int i) {
                     const int first = i % head_groups * heads_each;
                     attend(layer, pass, i / head_groups, first, std::min(first + heads_each, s_.heads));
                 });
-                each_row(phase++, N, [&](int n) { pack(attended_.data, n, C); });
+                team_.share(phase++, N, [&](int n) { pack(attended_.get(), n, C); });
                 project(phase++, N, matrix(layer, ATTENTION_OUT), add, x, C);
-                each_row(phase++, N, [&](int n) { pack_normed(x, n, norms_[2 * layer + LN_2]); });
+                team_.share(phase++, N, [&](int n) { pack_normed(x, n, norms_[2 * layer + LN_2]); });
                 project(phase++, N, matrix(layer, FFN_IN),
-                        [&](float* to, F32 y) { store(to, activate(y, s_.activation)); }, ffn_.data, F);
-                each_row(phase++, N, [&](int n) { pack(ffn_.data, n, F); });
+                        [&](float* to, F32 y) { store(to, activate(y, s_.activation)); }, ffn_.get(), F);
+                team_.share(phase++, N, [&](int n) { pack(ffn_.get(), n, F); });
                 project(phase++, N, matrix(layer, FFN_OUT), add, x, C);
             }
-            each_row(phase++, N, [&](int n) { normalize(x + size_t(n) * C, norms_.back(), x + size_t(n) * C); });
+            team_.share(phase++, N, [&](int n) { normalize(x + size_t(n) * C, norms_.back(), x + size_t(n) * C); });
         });
     }
 
     void logits(int num_rows, const float* hidden, float* logits) override {
         reserve(num_rows);
         team_.run(2, [&] {
-            each_row(0, num_rows, [&](int n) { pack(hidden, n, s_.width); });
+            team_.share(0, num_rows, [&](int n) { pack(hidden, n, s_.width); });
             project(1, num_rows, matrix(s_.layers, HEAD), [](float* to, F32 y) { store(to, y); }, logits, s_.vocabulary);
         });
     }
 
     void survey(int num_rows, const float* logits, int64_t* best, bool* finite) override {
         team_.run(1, [&] {
-            each_row(0, num_rows, [&](int n) {
+            team_.share(0, num_rows, [&](int n) {
                 const Survey found = survey_of(logits + size_t(n) * s_.vocabulary, s_.vocabulary);
                 best[n] = found.best;
                 finite[n] = found.finite;
@@ -145,26 +145,21 @@ private:
     void reserve(int num_rows) {
         if (num_rows <= capacity_) return;
         capacity_ = (num_rows + ROWS - 1) / ROWS * ROWS;
-        packed_ = Buffer<Element>(size_t(capacity_) * padded_to_depth<Kind>(std::max(s_.width, s_.ffn_width)));
+        packed_ = allocate<Element>(size_t(capacity_) * padded_to_depth<Kind>(std::max(s_.width, s_.ffn_width)));
         units_.resize(capacity_);
-        qkv_ = Buffer<float>(size_t(capacity_) * 3 * s_.width + LANES);
-        attended_ = Buffer<float>(size_t(capacity_) * (s_.width + padded_));
-        ffn_ = Buffer<float>(size_t(capacity_) * s_.ffn_width + LANES);
-        queries_ = Buffer<CachedElement>(size_t(capacity_) * s_.heads * query_width());
+        qkv_ = allocate<float>(size_t(capacity_) * 3 * s_.width + LANES);
+        attended_ = allocate<float>(size_t(capacity_) * (s_.width + padded_));
+        ffn_ = allocate<float>(size_t(capacity_) * s_.ffn_width + LANES);
+        queries_ = allocate<CachedElement>(size_t(capacity_) * s_.heads * query_width());
     }
 
-    template <class Row>
-    void each_row(int phase, int num_rows, const Row& row) {
-        team_.share(phase, num_rows, row);
-    }
-
-    // to(n, :) = finish of packed row n times the matrix, plus its bias.
+    // Calls finish(to(n, :), packed row n times the matrix, plus its bias).
     template <class Finish>
     void project(int phase, int num_rows, const Matrix<Kind>& weights, const Finish& finish, float* to, int stride) {
         const int row_blocks = (num_rows + ROWS - 1) / ROWS;
         team_.share(phase, row_blocks * weights.panels, [&](int piece) {
             const int first = piece / weights.panels * ROWS, p = piece % weights.panels;
-            multiply<Kind>(weights.panel(p), packed_.data, weights.depth, first, std::min(first + ROWS, num_rows),
+            multiply<Kind>(weights.panel(p), packed_.get(), weights.depth, first, std::min(first + ROWS, num_rows),
                            [&](int row, int vector, typename Kind::Sums sums) {
                                const int column = p * PANEL + vector * LANES, valid = weights.num_out - column;
                                const F32 y = weights.result(sums, column, units_[row]);
@@ -183,13 +178,9 @@ private:
 
     void embed(int token_id, int position, float* to) const {
         const int C = s_.width;
-        const Matrix<Kind>& tokens = tokens_or_head();
+        const Matrix<Kind>& own = matrix(s_.layers, TOKENS);
+        const Matrix<Kind>& tokens = own.num_out > 0 ? own : matrix(s_.layers, HEAD);
         for (int c = 0; c < C; c++) to[c] = tokens.at(c, token_id) + positions_[size_t(position) * C + c];
-    }
-
-    const Matrix<Kind>& tokens_or_head() const {
-        const Matrix<Kind>& tokens = matrix(s_.layers, TOKENS);
-        return tokens.num_out > 0 ? tokens : matrix(s_.layers, HEAD);
     }
 
     void normalize(const float* x, const Norm& norm, float* to) const {
@@ -205,16 +196,16 @@ private:
     void pack_normed(const float* x, int n, const Norm& norm) {
         std::vector<float> normed(s_.width);
         normalize(x + size_t(n) * s_.width, norm, normed.data());
-        units_[n] = pack_row<Kind>(normed.data(), s_.width, packed_.data + size_t(n) * matrix(0, QKV).depth);
+        units_[n] = pack_row<Kind>(normed.data(), s_.width, packed_.get() + size_t(n) * matrix(0, QKV).depth);
     }
 
     void pack(const float* from, int n, int width) {
-        units_[n] = pack_row<Kind>(from + size_t(n) * width, width, packed_.data + size_t(n) * padded_to_depth<Kind>(width));
+        units_[n] = pack_row<Kind>(from + size_t(n) * width, width, packed_.get() + size_t(n) * padded_to_depth<Kind>(width));
     }
 
     // Keys of a block: [D / GROUP][position][GROUP]; values: [position][DP].
     Number* block_of(const Buffer<Number>& cache, int layer, int block, int head) const {
-        return cache.data + ((size_t(layer) * s_.num_blocks + block) * s_.heads + head) * BLOCK * padded_;
+        return cache.get() + ((size_t(layer) * s_.num_blocks + block) * s_.heads + head) * BLOCK * padded_;
     }
 
     int query_width() const { return padded_to_depth<Cached>(head_width_); }
@@ -223,14 +214,14 @@ private:
         return pass.tables[size_t(pass.rows[n]) * pass.table_width + index];
     }
 
-    // The keys and values of a head into the cache, and its queries as attention reads them. Tokens that follow each
-    // other share cache lines of keys, so that a head is one thread's.
+    // Stores the keys and values of a head in the cache, and its queries as attention reads them. Successive tokens share
+    // cache lines of keys, so one thread does a whole head.
     void remember(int layer, const Pass& pass, int head) {
         const int C = s_.width, D = head_width_;
         for (int n = 0; n < pass.num_tokens; n++) {
-            const float* row = qkv_.data + size_t(n) * 3 * C + head * D;
+            const float* row = qkv_.get() + size_t(n) * 3 * C + head * D;
             const int block = block_at(pass, n, pass.positions[n] / BLOCK), lane = pass.positions[n] % BLOCK;
-            pack_row<Cached>(row, D, queries_.data + (size_t(n) * s_.heads + head) * query_width());
+            pack_row<Cached>(row, D, queries_.get() + (size_t(n) * s_.heads + head) * query_width());
             Number* keys = block_of(keys_, layer, block, head) + lane * GROUP;
             for (int d = 0; d < D; d += GROUP, keys += BLOCK * GROUP)
                 for (int i = 0; i < GROUP; i++) keys[i] = d + i < D ? Cached::from(row[C + d + i]) : Number();
@@ -239,7 +230,7 @@ private:
         }
     }
 
-    // softmax(q k / sqrt(D)) v of a token and some heads, over its sequence up to itself.
+    // Computes softmax(q k / sqrt(D)) v of a token and some heads, over its sequence up to itself.
     void attend(int layer, const Pass& pass, int n, int first_head, int last_head) {
         const int num_positions = pass.positions[n] + 1, num_blocks = (num_positions + BLOCK - 1) / BLOCK;
         const int row = num_blocks * BLOCK;
@@ -250,7 +241,7 @@ private:
         for (int b = 0; b < num_blocks; b++) {
             const Number* keys = block_of(keys_, layer, block_at(pass, n, b), first_head);
             for (int head = first_head; head < last_head; head++, keys += BLOCK * padded_) {
-                const auto* query = queries_.data + (size_t(n) * s_.heads + head) * query_width();
+                const auto* query = queries_.get() + (size_t(n) * s_.heads + head) * query_width();
                 dot_products(keys, query, scale, &scores[(head - first_head) * row + b * BLOCK]);
             }
         }
@@ -273,12 +264,12 @@ private:
         }
         for (int head = first_head; head < last_head; head++)
             std::copy_n(&mixed[(head - first_head) * padded_], head_width_,
-                        attended_.data + size_t(n) * s_.width + head * head_width_);
+                        attended_.get() + size_t(n) * s_.width + head * head_width_);
     }
 
-    // Of the query with the keys of a block.
+    // Multiplies the query with the keys of a block.
     void dot_products(const Number* keys, const CachedElement* query, float scale, float* to) const {
-        constexpr int CHAINS = 4, PARTS = BLOCK / LANES;  // one sum alone would wait for itself
+        constexpr int CHAINS = 4, PARTS = BLOCK / LANES;  // a single sum would wait for its own result
         F32 sums[CHAINS][PARTS] = {};
         const auto add = [&](F32* chain, int d) {
             const uint32_t input = load_word(query + d);
@@ -360,7 +351,7 @@ void raymill_forward(void* d, const Pass* pass) { static_cast<Decoder*>(d)->forw
 void raymill_logits(void* d, int num_rows, const float* hidden, float* logits) {
     static_cast<Decoder*>(d)->logits(num_rows, hidden, logits);
 }
-// best (M,): the first of the highest logits; finite (M,): whether all logits of the row are finite numbers.
+// best (M,): the index of the first of the highest logits; finite (M,): whether all logits of the row are finite.
 void raymill_survey(void* d, int num_rows, const float* logits, int64_t* best, bool* finite) {
     static_cast<Decoder*>(d)->survey(num_rows, logits, best, finite);
 }

@@ -1,11 +1,11 @@
-// Weights in panels of output columns, in the order in which they are read; several rows of inputs share each load.
+// Keeps weights in panels of output columns, in the order in which they are read. Rows of inputs share each load.
 
 #pragma once
 
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
-#include <utility>
+#include <memory>
 #include <vector>
 
 #include <sys/mman.h>
@@ -13,35 +13,28 @@
 #include "numbers.h"
 #include "tiles.h"
 
-// Rows, and vectors of a panel's columns, whose sums are in registers at once, with the weights and an input: 8 x 3 + 3 + 1
-// of 32 registers, 6 x 2 + 2 + 1 of 16.
+// The rows, and the vectors of a panel's columns, whose sums are in registers at the same time, with the weights and an
+// input: 8 x 3 + 3 + 1 of 32 registers, 6 x 2 + 2 + 1 of 16.
 constexpr int TILE = REGISTERS == 32 ? 8 : 6, VECTORS = REGISTERS == 32 ? 3 : 2;
 constexpr int PANEL = VECTORS * LANES;
 constexpr int PREFETCH_BYTES = 4096;
 constexpr size_t HUGE_PAGE = 2 << 20;
 
+struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+};
 template <class T>
-T* allocate(size_t count, bool zeroed) {
+using Buffer = std::unique_ptr<T[], Free>;
+
+template <class T>
+Buffer<T> allocate(size_t count, bool zeroed = false) {
     const size_t num_bytes = (count * sizeof(T) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
     void* memory = std::aligned_alloc(HUGE_PAGE, num_bytes);
     if (memory == nullptr) std::abort();
     madvise(memory, num_bytes, MADV_HUGEPAGE);  // weights are read end to end for each token
     if (zeroed) std::memset(memory, 0, num_bytes);
-    return static_cast<T*>(memory);
+    return Buffer<T>(static_cast<T*>(memory));
 }
-
-template <class T>
-struct Buffer {
-    T* data = nullptr;
-    Buffer() = default;
-    explicit Buffer(size_t count, bool zeroed = false) : data(allocate<T>(count, zeroed)) {}
-    Buffer(Buffer&& other) noexcept : data(std::exchange(other.data, nullptr)) {}
-    Buffer& operator=(Buffer&& other) noexcept {
-        std::swap(data, other.data);
-        return *this;
-    }
-    ~Buffer() { std::free(data); }
-};
 
 // A weight (K, N) in panels: [panel][K / GROUP][column][GROUP], padded with zeros.
 template <class Kind>
@@ -54,7 +47,7 @@ struct Matrix {
     Matrix() = default;
     Matrix(int num_in, int num_out, const float* weight, size_t in_stride, size_t out_stride, const float* bias_values)
         : num_in(num_in), num_out(num_out), depth(padded_to_depth<Kind>(num_in)),
-          panels((num_out + PANEL - 1) / PANEL), numbers(size_t(panels) * depth * PANEL, true),
+          panels((num_out + PANEL - 1) / PANEL), numbers(allocate<typename Kind::Number>(size_t(panels) * depth * PANEL, true)),
           bias(size_t(panels) * PANEL, 0.0f) {
         std::vector<float> per_unit(num_out, 1.0f);
         if constexpr (Kind::QUANTIZED) {
@@ -70,7 +63,7 @@ struct Matrix {
             for (int k = 0; k < num_in; k++)
                 for (int n = first; n < std::min(first + PANEL, num_out); n++) {
                     const auto number = Kind::from(weight[k * in_stride + n * out_stride] * per_unit[n]);
-                    numbers.data[index(k, n)] = number;
+                    numbers[index(k, n)] = number;
                     if constexpr (Kind::QUANTIZED) offset[n] += Kind::ZERO * float(number);
                 }
         if (bias_values != nullptr) std::copy_n(bias_values, num_out, bias.begin());
@@ -81,27 +74,27 @@ struct Matrix {
         return (group * PANEL + n % PANEL) * Kind::GROUP + k % Kind::GROUP;
     }
     float at(int k, int n) const {
-        const float value = Kind::value(numbers.data[index(k, n)]);
+        const float value = Kind::value(numbers[index(k, n)]);
         return Kind::QUANTIZED ? value * unit[n] : value;
     }
-    // Of the sums of a vector of columns from n on, with inputs in units of `input_unit`.
+    // Turns the sums of a vector of columns from n on into results; inputs are in units of `input_unit`.
     F32 result(typename Kind::Sums sums, int n, float input_unit) const {
         if constexpr (Kind::QUANTIZED)
             return (__builtin_convertvector(sums, F32) - load(&offset[n])) * (load(&unit[n]) * input_unit) + load(&bias[n]);
         else
             return sums + load(&bias[n]);
     }
-    const typename Kind::Number* panel(int p) const { return numbers.data + size_t(p) * depth * PANEL; }
+    const typename Kind::Number* panel(int p) const { return numbers.get() + size_t(p) * depth * PANEL; }
 };
 
-// The products of M rows of inputs and a panel. A function of its own, as GCC runs out of registers where it is inlined.
+// Multiplies M rows of inputs with a panel. A separate function, because GCC runs out of registers if it is inlined.
 template <class Kind, int M>
 __attribute__((noinline)) void multiply_tile(const typename Kind::Number* panel, const typename Kind::Element* inputs,
                                              int depth, typename Kind::Sums (*to)[VECTORS]) {
     constexpr int GROUP = Kind::GROUP;
     typename Kind::Sums sums[M][VECTORS] = {};
     for (int k = 0; k < depth; k += GROUP, panel += PANEL * GROUP) {
-        // Of AVX2's own rows: 8 rows read weights from memory 1.16 times as fast. One or two rows, and AVX-512, got slower.
+        // With AVX2 and 8 rows, weights come from memory 1.16 times as fast. One or two rows, and AVX-512, got slower.
         if (LANES == 8 && M > 2) __builtin_prefetch(reinterpret_cast<const char*>(panel) + PREFETCH_BYTES);
         decltype(Kind::weights(panel)) weights[VECTORS];
 #pragma GCC unroll 8
@@ -117,7 +110,7 @@ __attribute__((noinline)) void multiply_tile(const typename Kind::Number* panel,
         for (int v = 0; v < VECTORS; v++) to[m][v] = sums[m][v];
 }
 
-// The same for `num_rows` rows, at most M.
+// Does the same for `num_rows` rows, at most M.
 template <class Kind, int M>
 void multiply_rows(const typename Kind::Number* panel, const typename Kind::Element* inputs, int depth, int num_rows,
                    typename Kind::Sums (*to)[VECTORS]) {
@@ -131,7 +124,7 @@ template <class Kind, class Done>
 void multiply(const typename Kind::Number* panel, const typename Kind::Element* inputs, int depth, int first, int last,
               const Done& done) {
 #ifdef RAYMILL_TILES
-    // Whole numbers have the same sums either way; those of bf16 do not, so that one way must do for all.
+    // Integers have the same sums either way. Those of bf16 do not, so all must be computed in one way.
     if constexpr (uses_tiles<Kind>)
         if (has_tiles() && (!Kind::QUANTIZED || last - first > TILE))
             return multiply_by_tiles<Kind>(panel, inputs, depth, first, last, done);

@@ -1,7 +1,7 @@
-// How numbers are stored, and how sums of their products are formed.
+// Defines how numbers are stored and how their products are summed.
 //
-// A lane of weights holds GROUP numbers, which follow each other along the summed dimension; that is padded with zeros to
-// a multiple of DEPTH. Inputs lie in a row, each an Element; those of a group are 4 bytes.
+// A lane of weights holds GROUP numbers that follow each other along the summed dimension, which is padded with zeros to
+// a multiple of DEPTH. Inputs are Elements in a row; a group of them has 4 bytes.
 
 #pragma once
 
@@ -75,10 +75,10 @@ private:
     }
 };
 
-// Weights of -127 … 127 in units of their column's scale; inputs of 0 … 255 in units of their row's, where 128 is zero.
+// Weights are -127 … 127 in units of their column; inputs are 0 … 255 in units of their row, and 128 is zero.
 struct Int8 {
     using Number = int8_t;
-    using Sums = I32;  // whole numbers, whose order does not matter
+    using Sums = I32;  // integers, whose order does not matter
     using Cached = Bf16;
     static constexpr int DEPTH = 64;
     static constexpr bool QUANTIZED = true;
@@ -135,19 +135,19 @@ struct Int8 {
 #endif
 };
 
-// Numbers along the summed dimension that `width` of them take with their padding.
+// Returns how many numbers `width` of them are with padding along the summed dimension.
 template <class Kind>
 constexpr int padded_to_depth(int width) {
     return (width + Kind::DEPTH - 1) / Kind::DEPTH * Kind::DEPTH;
 }
 
-// Writes a row of inputs, padded with zeros; returns the unit that they are in.
+// Writes a row of inputs, padded with zeros, and returns their unit.
 template <class Kind>
 float pack_row(const float* from, int width, typename Kind::Element* to) {
     using Element = typename Kind::Element;
     const int padded = padded_to_depth<Kind>(width);
     if constexpr (Kind::QUANTIZED) {
-        F32 peaks = {}, broken = {};  // NaN when a value is no number, which rounding would hide
+        F32 peaks = {}, broken = {};  // NaN if a value is not finite, which rounding would hide
         int k = 0;
         for (; k + LANES <= width; k += LANES) {
             const F32 x = load(from + k), size = x < 0.0f ? -x : x;

@@ -1,5 +1,5 @@
-// The threads of a pass. They take the pieces of a phase as they come, as a core may have other work too, and wait for
-// each other between phases.
+// The threads of a pass. They take the pieces of a phase one by one, because a core may have other work too, and wait
+// for each other between phases.
 
 #pragma once
 
@@ -31,7 +31,7 @@ public:
         for (auto& thread : threads_) thread.join();
     }
 
-    // Runs `job` in all threads; the caller is one of them. `num_phases` is at least how often it calls `share`.
+    // Runs `job` in all threads, of which the caller is one. It calls `share` at most `num_phases` times.
     void run(int num_phases, const std::function<void()>& job) {
         if (taken_.size() < size_t(num_phases)) taken_ = std::vector<std::atomic<int>>(num_phases);
         for (auto& taken : taken_) taken.store(0, std::memory_order_relaxed);
@@ -39,7 +39,7 @@ public:
         job();
     }
 
-    // One phase of a job: all threads together do piece(0) … piece(num_pieces - 1), and none leaves before all are done.
+    // Does one phase of a job: all threads share piece(0) … piece(num_pieces - 1), and none leaves before all are done.
     template <class Piece>
     void share(int phase, int num_pieces, const Piece& piece) {
         for (int i; (i = taken_[phase].fetch_add(1, std::memory_order_relaxed)) < num_pieces;) piece(i);
@@ -76,7 +76,7 @@ private:
         }
         for (int spins = 0; round_.load(std::memory_order_acquire) == round; spins++) {
             if (spins < 4000) relax();
-            else sched_yield();  // the core that others wait for may be this one
+            else sched_yield();  // the thread that all wait for may need this core
         }
     }
 

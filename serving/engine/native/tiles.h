@@ -1,7 +1,7 @@
-// Products by a processor's matrix unit (AMX): 16 rows of inputs by 16 columns of weights, 64 bytes deep, at once.
+// Multiplies with a processor's matrix unit (AMX): 16 rows of inputs by 16 columns of weights, 64 bytes deep, at once.
 //
-// The sum of a row and a column is formed in the same order whatever stands in the tile's other rows, so that rows which
-// hold no input are multiplied like the others and dropped.
+// The sum of a row and a column has the same order whatever the tile's other rows hold, so rows without input are
+// multiplied like the others and dropped.
 
 #pragma once
 
@@ -11,7 +11,7 @@
 #define RAYMILL_TILES
 #endif
 
-// Of the kinds of numbers, those that the unit multiplies.
+// Whether the unit multiplies this kind of numbers.
 template <class Kind>
 #ifdef RAYMILL_TILES
 constexpr bool uses_tiles = Kind::GROUP > 1;
@@ -27,14 +27,14 @@ constexpr bool uses_tiles = false;
 constexpr int TILE_ROWS = 16;
 constexpr int TILE_GROUPS = 16;  // of inputs, one under the other in a tile of weights
 
-// Whether Linux lets this process use the unit: it asks once, as each thread's state grows by 8 KiB.
+// Whether Linux lets this process use the unit. It must ask once, because each thread's state grows by 8 KiB.
 inline bool has_tiles() {
     constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
     static const bool granted = syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
     return granted;
 }
 
-// Gives the calling thread eight full tiles, once.
+// Configures eight full tiles for the calling thread, once.
 inline void shape_tiles() {
     struct Shapes {
         uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -50,7 +50,7 @@ inline void shape_tiles() {
     (void)done;
 }
 
-// Adds the products of tile 6, inputs, and tile 7, weights. A macro, as the intrinsics take no tile but a literal number.
+// Adds the products of tile 6, inputs, and tile 7, weights. A macro, because the intrinsics need literal tile numbers.
 #define ADD_PRODUCTS(sums)                                   \
     if constexpr (Kind::QUANTIZED) _tile_dpbusd(sums, 6, 7); \
     else _tile_dpbf16ps(sums, 6, 7)

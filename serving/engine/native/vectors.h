@@ -1,5 +1,5 @@
-// Vectors of 32-bit numbers, as wide as the processor's registers. GCC lowers wider ones to code that keeps its sums in
-// memory: with 64 bytes on AVX2 a product of matrices ran at 6 GFLOP/s, with 32 at 95.
+// Vectors of 32-bit numbers, as wide as the processor's registers. For wider ones GCC keeps sums in memory: with 64 bytes
+// on AVX2 a matrix product ran at 6 GFLOP/s, with 32 at 95.
 
 #pragma once
 
@@ -56,7 +56,7 @@ inline float sum(F32 v) {
     return total;
 }
 
-// The sum over count terms, many at once and then the last ones.
+// Sums `count` terms, many at once and then the last ones.
 template <class Many, class One>
 inline float sum_of(int count, const Many& many, const One& one) {
     F32 sums = {};
@@ -74,12 +74,12 @@ inline float highest(F32 v) {
 }
 
 struct Survey {
-    int best;  // the first of the highest numbers
-    bool finite;  // all of them
+    int best;  // the index of the first of the highest numbers
+    bool finite;  // whether all are finite
 };
 
 inline Survey survey_of(const float* numbers, int count) {
-    F32 highest_yet = splat(-INFINITY), broken = {};  // NaN where a number is none, or infinite
+    F32 highest_yet = splat(-INFINITY), broken = {};  // NaN if a number is NaN or infinite
     I32 where = lane_numbers(), here = where;
     int i = 0;
     for (; i + LANES <= count; i += LANES, here += LANES) {
@@ -99,7 +99,7 @@ inline Survey survey_of(const float* numbers, int count) {
     return {best < count ? best : 0, rest == 0.0f};
 }
 
-// e^x to 2 ulp: 2^n times a polynomial of degree 6 (Cephes).
+// Returns e^x to 2 ulp: 2^n times a polynomial of degree 6 (Cephes).
 inline F32 exponential(F32 x) {
     x = x > 88.0f ? splat(88.0f) : x;
     x = x < -87.0f ? splat(-87.0f) : x;

@@ -1,4 +1,4 @@
-// Asks the endpoint. The key lives in this module's memory and nowhere else.
+// Sends requests to the endpoint. The key is kept in this module's memory only.
 
 let key = null;
 
@@ -31,8 +31,8 @@ export async function askJson(path, options) {
   return (await ask(path, options)).json();
 }
 
-// The answer of /v1/xray, and how long it took from here. The endpoint takes one at a time: this page's own wait for
-// each other, those of others are waited for.
+// Returns the answer of /v1/xray and how long it took. The endpoint takes one request at a time: those of this page wait
+// for each other, and are repeated while the endpoint answers somebody else's.
 let last = Promise.resolve();
 export function xray(body, signal) {
   const answer = last.then(() => askXray(body, signal));
@@ -53,14 +53,14 @@ async function askXray(body, signal) {
   }
 }
 
-// The events of a streamed completion, until its `[DONE]`.
+// Yields the events of a streamed completion, until its `[DONE]`.
 export async function* streamCompletion(body, signal) {
   const response = await ask("/v1/completions", { body: { ...body, stream: true }, signal });
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let buffer = "";
   for (;;) {
     const { done, value } = await reader.read();
-    if (done) throw new Error("The stream broke off before its end.");
+    if (done) throw new Error("The stream ended too early.");
     const events = (buffer + value).split("\n\n");
     buffer = events.pop();
     for (const event of events) {

@@ -1,12 +1,12 @@
-// The attention map of one layer and head: a canvas, the chosen row in words, and all of it as a table.
+// Shows the attention map of one layer and head: a canvas, the chosen row in words, and everything as a table.
 
 import { byId, element, fillTable, number, visible, Tabs } from "/page/elements.js";
 
 const LABEL_PX = 72;
-const MIN_LABELLED_PX = 9; // of a row; smaller letters cannot be read
+const MIN_LABELLED_PX = 9; // height of a row; smaller letters cannot be read
 
 export class AttentionView {
-  // `load(layer)` gives the maps of a layer, by head.
+  // `load(layer)` returns the maps of a layer, by head.
   constructor(load, onError) {
     this.load = load;
     this.onError = onError;
@@ -20,7 +20,7 @@ export class AttentionView {
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.draw());
   }
 
-  // A new query: its tokens that were read.
+  // Shows a new query, given the tokens that were read.
   show(tokens, numLayers, numHeads) {
     this.tokens = tokens.map((token) => visible(token.text));
     this.row = tokens.length - 1;
@@ -56,7 +56,7 @@ export class AttentionView {
     this.head = head;
     this.rows = this.maps.get(this.layer)?.[head];
     if (!this.rows) return;
-    this.canvas.setAttribute("aria-label", `Attention of layer ${this.layer}, head ${head}: ${this.rows.length} tokens, each looking at those before it`);
+    this.canvas.setAttribute("aria-label", `Attention of layer ${this.layer}, head ${head}: ${this.rows.length} tokens, each attending to itself and those before it`);
     this.canvas.dataset.shows = `${this.layer}/${head}`;
     this.showRow(this.row);
     this.fillTable();
@@ -69,13 +69,13 @@ export class AttentionView {
     if (!this.rows) return;
     const weights = this.rows[this.row];
     const order = weights.map((weight, index) => [weight, index]).sort((a, b) => b[0] - a[0]);
-    const told = column === null || column > this.row ? order.slice(0, 6) : [[weights[column], column]];
+    const shown = column === null || column > this.row ? order.slice(0, 6) : [[weights[column], column]];
     byId("looks").replaceChildren(
       fillTable(
         element("table"),
-        `${this.tokens[this.row]} (${this.row + 1}) looks at`,
+        `${this.tokens[this.row]} (${this.row + 1}) attends to`,
         [["token", "name"], ["weight", "number"]],
-        told.map(([weight, index]) => [`${this.tokens[index]} (${index + 1})`, number(weight)]),
+        shown.map(([weight, index]) => [`${this.tokens[index]} (${index + 1})`, number(weight)]),
       ),
     );
     this.draw();
@@ -111,7 +111,7 @@ export class AttentionView {
     context.fillStyle = style.getPropertyValue("--bar");
     this.rows.forEach((weights, row) =>
       weights.forEach((weight, column) => {
-        context.globalAlpha = Math.sqrt(weight); // small weights would be invisible beside those of 1
+        context.globalAlpha = Math.sqrt(weight); // or small weights would be invisible beside large ones
         context.fillRect(label + column * size, 1 + row * size, size - (size > 6 ? 1 : 0), size - (size > 6 ? 1 : 0));
       }),
     );
@@ -134,6 +134,6 @@ export class AttentionView {
       this.tokens[row],
       ...this.tokens.map((_, column) => (column <= row ? number(weights[column]) : "")),
     ]);
-    fillTable(byId("map-table"), `Layer ${this.layer}, head ${this.head}: a row looks at its columns`, columns, cells);
+    fillTable(byId("map-table"), `Layer ${this.layer}, head ${this.head}: each row attends to its columns`, columns, cells);
   }
 }

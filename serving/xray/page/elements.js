@@ -1,4 +1,4 @@
-// Small pieces of the document: elements, tables, tabs.
+// Builds parts of the document: elements, tables, tabs.
 
 export function byId(id) {
   return document.getElementById(id);
@@ -10,7 +10,7 @@ export function element(tag, properties = {}, ...children) {
   return node;
 }
 
-// Blanks, line ends and control characters that a reader can see.
+// Makes blanks, line ends and control characters visible.
 export function visible(text) {
   const signs = { " ": "␣", "\n": "⏎", "\t": "⇥" };
   return text.replace(/[\s\p{Cc}]/gu, (c) => signs[c] ?? `\\x${c.codePointAt(0).toString(16).padStart(2, "0")}`) || "∅";
@@ -46,7 +46,7 @@ export function shareBar(share) {
   return bar;
 }
 
-// Tabs by the ARIA pattern: one of them is in the tab order, arrow keys, Home and End move and choose.
+// Tabs in the ARIA pattern: one of them is in the tab order; the arrow keys, Home and End move and select.
 export class Tabs {
   constructor(list, onChoose) {
     this.list = list;
@@ -77,7 +77,7 @@ export class Tabs {
   }
 }
 
-// Where a key leads among `count` things in a row, null for any other key.
+// Returns where a key leads among `count` things in a row, or null for other keys.
 export function step(key, index, count) {
   const target = { ArrowRight: index + 1, ArrowDown: index + 1, ArrowLeft: index - 1, ArrowUp: index - 1, Home: 0, End: count - 1 }[key];
   return target === undefined ? null : (target + count) % count;

@@ -1,4 +1,4 @@
-// The page: asks for a completion, then looks inside it.
+// The page: requests a completion, then looks inside it.
 
 import { ApiError, askJson, streamCompletion, useKey, xray } from "/page/api.js";
 import { AttentionView } from "/page/attention.js";
@@ -6,7 +6,7 @@ import { byId, Tabs } from "/page/elements.js";
 import { showStages, showTime } from "/page/timing.js";
 import { shaded, streamedTokens, TokenRow, xrayTokens } from "/page/tokens.js";
 
-const PAUSE_MS = 150; // a slider that rests this long is asked for
+const PAUSE_MS = 150; // a slider must rest this long before its value is requested
 const state = { model: null, limits: null, answer: null, asked: null, abort: null, steps: new Map() };
 const views = new Tabs(byId("views"), (_, chosen) => {
   for (const tab of views.tabs) byId(tab.getAttribute("aria-controls")).hidden = tab !== chosen;
@@ -84,7 +84,7 @@ async function stream(asked, signal) {
   return streamed;
 }
 
-// The x-ray of the same query: the seed gives the same tokens.
+// Requests the x-ray of the same query; the seed gives the same tokens.
 function look(asked, changes, signal) {
   const maxTokens = Math.min(asked.max_tokens, state.limits.max_tokens);
   return xray({ ...asked, max_tokens: maxTokens, ...changes }, signal);
@@ -103,7 +103,7 @@ function show(answer, streamed) {
   row.choose(Math.min(answer.num_prompt_tokens, row.tokens.length - 1));
 }
 
-// The maps of one layer by head. Those of the first came with the answer; others are asked for as token ids.
+// Returns the maps of one layer by head. The first layer's came with the answer; others are requested by token ids.
 async function loadLayer(layer) {
   const { attention: maps, tokens, predictions } = state.answer;
   if (layer === maps[0].layer) return maps.map((map) => map.rows);

@@ -1,4 +1,4 @@
-// Where a query's time went, and what it went through.
+// Shows where a query's time went, and its stages.
 
 import { byId, element, fillTable, number } from "/page/elements.js";
 
@@ -14,7 +14,7 @@ const TOLD = {
   network: "to the endpoint and back, as this page saw it; drawn at the end",
 };
 
-// The phases with all their spans; what the page waited beyond them is the network.
+// Returns the phases with all their spans; the rest of the page's wait is the network.
 export function phases(answer) {
   const { spans, total_ms: total } = answer.timeline;
   const names = [...new Set(["queue", "tokenize", "prefill", "sample", "decode", "detokenize", "inspect", ...spans.map((s) => s.name)])];

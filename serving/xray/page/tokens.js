@@ -1,8 +1,8 @@
-// The row of tokens, shaded by probability, and what is known of the chosen one.
+// Shows the row of tokens, shaded by probability, and details of the chosen one.
 
 import { element, fillTable, number, percent, shareBar, step, visible } from "/page/elements.js";
 
-// A token as it stands in its text, shaded. Control characters get a sign, of which only `\n` keeps its effect.
+// Returns a token of the text, shaded. Control characters become visible; only `\n` keeps its effect.
 export function shaded(token) {
   const text = token.text.replace(/\p{Cc}/gu, (c) => visible(c) + (c === "\n" ? c : ""));
   const node = element("span", { className: token.generated ? "token" : "token prompt" }, text || "∅");
@@ -10,7 +10,7 @@ export function shaded(token) {
   return node;
 }
 
-// One event of a stream as tokens.
+// Returns the tokens of one event of a stream.
 export function streamedTokens(logprobs) {
   return logprobs.tokens.map((text, index) => {
     const top = Object.entries(logprobs.top_logprobs[index] ?? {}).map(([name, logprob]) => ({ text: name, probability: Math.exp(logprob) }));
@@ -19,7 +19,7 @@ export function streamedTokens(logprobs) {
   });
 }
 
-// The tokens of an x-ray, each with what the model expected at its place.
+// Returns the tokens of an x-ray, each with what the model expected there.
 export function xrayTokens(answer) {
   return answer.tokens.map((token, index) => ({ ...token, ...(index ? answer.predictions[index - 1] : { top: [] }) }));
 }
@@ -91,8 +91,8 @@ function describe(token, index) {
   }
   const about = fillTable(element("table"), "Token", [["what"], ["value", "name"]], facts);
   about.tHead.hidden = true;
-  if (!token.top.length) return [about, element("p", { className: "quiet" }, "Nothing foretells the first token.")];
+  if (!token.top.length) return [about, element("p", { className: "quiet" }, "Nothing predicts the first token.")];
   const columns = [["token", "name"], ["probability", "number"], ["", "share"], ["logit", "number"]];
   const rows = token.top.map((t) => [visible(t.text), percent(t.probability), shareBar(t.probability), number(t.logit)]);
-  return [about, fillTable(element("table"), "What could stand here", columns, rows)];
+  return [about, fillTable(element("table"), "What the model expected here", columns, rows)];
 }

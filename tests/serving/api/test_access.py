@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.settings.serve import ServeConfig
+from cluster.settings.serve import ReplicaConfig, ServeConfig
 from model.errors import UserError
 from serving.api.access import (
     AccessRules,
@@ -18,7 +18,6 @@ from serving.api.access import (
     read_key_hashes,
     read_rules,
 )
-from serving.app import read_access_rules
 from serving.protocol.errors import ApiError
 
 
@@ -106,7 +105,7 @@ def test_a_key_is_for_users_or_for_admins(tmp_path: Path) -> None:
     (tmp_path / "user").write_text("one\ntwo\n")
     (tmp_path / "admin").write_text("two\n")
     with pytest.raises(UserError, match="opens /admin only"):
-        read_access_rules(ServeConfig(api_key_file=str(tmp_path / "user"), admin_key_file=str(tmp_path / "admin")))
+        read_rules(ServeConfig(api_key_file=str(tmp_path / "user"), admin_key_file=str(tmp_path / "admin")))
 
 
 def test_requests_in_flight_are_counted_by_key() -> None:
@@ -128,7 +127,12 @@ class Files:
         self.user, self.admin = folder / "user", folder / "admin"
         self.user.write_text("one\ntwo\n")
         self.admin.write_text("root\n")
-        rules = read_rules(str(self.user), str(self.admin), max_requests_per_key=3)
+        config = ServeConfig(
+            api_key_file=str(self.user),
+            admin_key_file=str(self.admin),
+            replicas=ReplicaConfig(max_requests_per_key=3),
+        )
+        rules = read_rules(config)
         self.access = CurrentAccess(rules, user_file=str(self.user), admin_file=str(self.admin))
 
     def opened(self, *keys: str) -> list[bool]:

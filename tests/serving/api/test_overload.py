@@ -15,9 +15,9 @@ from cluster.settings.serve import EngineConfig, ServeConfig
 from model.gpt import GPT
 from model.tokenizer import Tokenizer
 from serving.app import run
-from tests.serving.conftest import LONG_CONTEXT_TOKENS
 from tests.serving.endpoint_parts import children_with, free_port, loopback_server, ray_cluster, replica_app
 from tests.serving.load import End, Load, Outcome, greedy_asks, percentile
+from tests.serving.tiny_models import LONG_CONTEXT_TOKENS
 from tests.time_limits import slowness
 
 pytestmark = pytest.mark.cluster

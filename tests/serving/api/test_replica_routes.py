@@ -3,8 +3,7 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Coroutine, Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,8 @@ from serving.api.access import AccessRules
 from serving.delivery.versions import Versions
 from serving.protocol import harmless_fields
 from serving.protocol.protocol import CompletionRequest
-from tests.serving.endpoint_parts import replica_app
-from tests.serving.protocol.test_protocol import values
-from tests.time_limits import limit_s
+from tests.serving.endpoint_parts import Run, shared_replica
+from tests.serving.harmless_values import values
 
 MODEL, KEYS = "tiny", ("sk-one", "sk-two", "sk-three")
 PER_KEY, OF_ALL = 2, 4  # requests at once
@@ -37,30 +35,13 @@ LARGE: dict[str, tuple[str, dict[str, Any], int]] = {
 ASKED = {"model": MODEL, "prompt": [5, 6, 7], "max_tokens": 6, "ignore_eos": True, "seed": 3}
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "the quick"}], "max_tokens": 6, "seed": 3}
 
-Check = Callable[[httpx.AsyncClient, Versions], Coroutine[Any, Any, None]]
-Run = Callable[[Check], None]
-
-
-@asynccontextmanager
-async def endpoint(checkpoint: Path) -> AsyncIterator[tuple[httpx.AsyncClient, Versions]]:
-    config = ServeConfig(replicas=ReplicaConfig(max_ongoing_requests=OF_ALL))
-    access = AccessRules(tuple(sha256(key.encode()).hexdigest() for key in KEYS), max_requests_per_key=PER_KEY)
-    async with (
-        replica_app(checkpoint, name=MODEL, config=config, access=access) as (app, versions),
-        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=limit_s(60)) as http,
-    ):
-        http.headers["Authorization"] = f"Bearer {KEYS[0]}"
-        yield http, versions
-
 
 @pytest.fixture(scope="module")
 def run(checkpoint: Path) -> Iterator[Run]:
-    """Runs a test's body beside one endpoint that all of them share."""
-    with asyncio.Runner() as runner:
-        context = endpoint(checkpoint)
-        http, versions = runner.run(context.__aenter__())
-        yield lambda check: runner.run(check(http, versions))
-        runner.run(context.__aexit__(None, None, None))
+    config = ServeConfig(replicas=ReplicaConfig(max_ongoing_requests=OF_ALL))
+    access = AccessRules(tuple(sha256(key.encode()).hexdigest() for key in KEYS), max_requests_per_key=PER_KEY)
+    with shared_replica(checkpoint, config=config, access=access, key=KEYS[0]) as run:
+        yield run
 
 
 async def longest_stretch_s(work: Coroutine[Any, Any, None]) -> float:

@@ -9,7 +9,10 @@ from cluster.storage.uris import open_storage
 from serving.delivery.borrowing import LOAN_S, RENEW_S, Borrower, Seen
 from tests.waiting import wait_until
 
-AFTER_S = 10
+
+@pytest.fixture(autouse=True)
+def _borrows_after_10_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.delivery.borrowing.BORROW_AFTER_S", 10)
 
 
 class Endpoint:
@@ -20,9 +23,7 @@ class Endpoint:
         self.now_s = 0.0
         self.seen = Seen(1, 1)
         self.failure: Exception | None = None
-        self.borrower = Borrower(
-            self.run, after_s=AFTER_S, min_replicas=min_replicas, look=self._look, clock=lambda: self.now_s
-        )
+        self.borrower = Borrower(self.run, min_replicas=min_replicas, look=self._look, clock=lambda: self.now_s)
 
     def _look(self) -> Seen:
         if self.failure is not None:

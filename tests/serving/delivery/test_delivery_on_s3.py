@@ -15,8 +15,9 @@ from model.checkpoint_folder import read_metadata
 from model.gpt import GPT
 from model.tokenizer import Tokenizer
 from serving.app import build_app
-from tests.serving.delivery_parts import Admin, write_model
+from tests.serving.delivery_parts import Admin
 from tests.serving.endpoint_parts import free_port, ray_cluster
+from tests.serving.tiny_models import write_model
 from tests.time_limits import limit_s
 from tests.waiting import wait_until
 
@@ -59,7 +60,7 @@ def test_what_was_promoted_on_s3_is_live_on_the_next_cluster(
         model_name="tiny",
         admin_key_file=str(tmp_path / "admin"),
         storage=StorageConfig(uri=f"s3://{s3_bucket}"),
-        delivery=DeliveryConfig(watch_s=1, poll_s=0.2, max_latency_ratio=None),
+        delivery=DeliveryConfig(watch_s=1, max_latency_ratio=None),
     )
     with endpoint(config) as admin:
         assert admin.promote(second, canary_percent=50, watch_s=600).status_code == 202

@@ -11,14 +11,17 @@ import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import DeploymentUnavailableError
 
-from cluster.settings.serve import DeliveryConfig, ServeConfig
+from cluster.settings.serve import ServeConfig
 from serving.delivery.coordinator import Reply
 from serving.delivery.follower import CoordinatorAwayError, Follower, answer_of
 from serving.delivery.promotion import Delivery, DeliveryError, version_of
 from serving.protocol.served_model import read_served_model
 from tests.waiting import wait_in_loop_until
 
-POLL_S = 0.01
+
+@pytest.fixture(autouse=True)
+def _reports_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.delivery.follower.POLL_S", 0.01)
 
 
 def failed_task(cause: Exception) -> RayTaskError:
@@ -59,7 +62,7 @@ FAILURES = {
 
 def follower_of(handle: Handle, checkpoint: Path) -> tuple[Follower, Delivery]:
     live = version_of(read_served_model(checkpoint, name=None), checkpoint=str(checkpoint))
-    config = ServeConfig(checkpoint=str(checkpoint), delivery=DeliveryConfig(poll_s=POLL_S))
+    config = ServeConfig(checkpoint=str(checkpoint))
     follower = Follower(config, handle, deployment="d", replica="r", on_live_death=print)  # type: ignore[arg-type]
     return follower, Delivery(deployment="d", model_name="tiny", live=live)
 
@@ -77,7 +80,7 @@ def test_a_coordinator_that_fails_touches_no_replica_that_serves(
                 caplog.clear()
                 handle.answer, seen = failure(), handle.num_asked
                 await wait_in_loop_until(lambda seen=seen: handle.num_asked > seen + 5)  # type: ignore[misc]
-                follower.check_health()
+                follower.versions.check_health()
                 assert follower.away_s > 0, name
                 assert (
                     follower.versions.live.engine.alive and follower.versions.live.model.version == state.live.version
@@ -108,7 +111,7 @@ def test_a_replica_that_starts_waits_for_a_coordinator_that_fails(checkpoint: Pa
             assert not starting.done(), name
         handle.answer = lambda: Reply(is_ours=True, delivery=state)
         await asyncio.wait_for(starting, 60)
-        follower.check_health()
+        follower.versions.check_health()
         await follower.close()
 
     asyncio.run(scenario())

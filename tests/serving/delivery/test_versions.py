@@ -13,7 +13,7 @@ from model.tokenizer import Tokenizer
 from serving.delivery.promotion import Delivery, Phase, Terms, Version, version_of
 from serving.delivery.versions import Versions
 from serving.protocol.served_model import read_served_model
-from tests.serving.delivery_parts import write_model
+from tests.serving.tiny_models import write_model
 from tests.waiting import wait_in_loop_until
 
 ROWS = ((1, 2, 3, 4, 5), (7, 8, 9))

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from model.sampling import SamplingParams
 from serving.engine.block_pool import BlockPool
 from serving.engine.messages import FinishReason, SequenceRequest
-from serving.engine.scheduler import UNWATCHED, Chunk, Scheduler, Sequence, State
+from serving.engine.scheduler import UNWATCHED, Chunk, Scheduler, Sequence
 
 EOS = 0
 WATCHER = 99  # a sequence that has begun to draw tokens, so that prompts are read within the budget
@@ -54,13 +54,13 @@ def step(target: Scheduler, *, token_id: int = 5) -> list[tuple[int, int, int]]:
 def test_a_sequence_waits_is_read_and_frees_its_place() -> None:
     target = scheduler(max_num_seqs=1)
     first, second = target.add(request(1, max_tokens=2)), target.add(request(2, max_tokens=1))
-    assert (first.state, second.state, target.num_waiting) == (State.WAITING, State.WAITING, 2)
+    assert (target.num_running, target.num_waiting) == (0, 2)
     assert step(target) == [(1, 0, 1)]
-    assert (first.state, len(first.blocks), target.num_running) == (State.RUNNING, 1, 1)
+    assert (len(first.blocks), target.num_running, target.num_waiting) == (1, 1, 1)
     assert step(target) == [(1, 1, 2)]
-    assert first.state is State.FINISHED and first.output_ids == [5, 5]
+    assert (first.blocks, first.output_ids, target.num_running) == ([], [5, 5], 0)
     assert step(target) == [(2, 0, 1)]
-    assert (second.state, target.num_running, target.num_waiting) == (State.FINISHED, 0, 0)
+    assert (second.output_ids, target.num_running, target.num_waiting) == ([5], 0, 0)
 
 
 def test_reasons_to_finish() -> None:
@@ -163,14 +163,14 @@ def test_what_a_failed_sequence_left_is_found_by_nobody() -> None:
     assert step(target) == [(1, 0, 20)]
 
 
-def test_cancel_in_every_state() -> None:
+def test_waiting_and_running_sequences_are_cancelled() -> None:
     target = scheduler(max_num_seqs=1)
-    running, waiting = target.add(request(1)), target.add(request(2))
+    running, _ = target.add(request(1)), target.add(request(2))
     step(target)
     target.cancel(2)
-    assert target.num_waiting == 0 and waiting.state is State.WAITING
+    assert (target.num_running, target.num_waiting) == (1, 0)
     target.cancel(1)
-    assert running.state is State.FINISHED and target.num_running == 0
+    assert (running.blocks, target.num_running) == ([], 0)
     target.cancel(1)
     target.add(request(3))
     assert step(target) == [(3, 0, 1)]

@@ -17,8 +17,8 @@ from model.tokenizer import Tokenizer
 from serving.engine.messages import FinishReason, SequenceRequest, TokenEvent
 from serving.engine_process.client import EngineClient
 from tests.repository import REPOSITORY
-from tests.serving.delivery_parts import lively_model, write_model
 from tests.serving.endpoint_parts import loopback_server, replica_app
+from tests.serving.tiny_models import lively_model, write_model
 from tests.time_limits import limit_s
 
 VLLM_PYTHON = REPOSITORY / ".venv-vllm" / "bin" / "python"

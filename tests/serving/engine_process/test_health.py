@@ -10,7 +10,7 @@ from model.sampling import SamplingParams
 from serving.engine.messages import FinishReason, SequenceRequest
 from serving.engine_process.client import EngineClient, EngineDiedError
 from serving.engine_process.health import HealthCheck
-from tests.serving.conftest import FRAGILE_POSITION
+from tests.serving.tiny_models import FRAGILE_POSITION
 
 
 @pytest.mark.parametrize("weights_are_to_blame", [False, True])

@@ -17,7 +17,7 @@ from serving.engine_process import health
 from serving.engine_process.client import EngineClient, EngineDiedError
 from serving.engine_process.health import HealthCheck
 from serving.engine_process.peer_watchdog import BEAT_S, SILENT_S, STOPPED_S, Silence, is_hung
-from tests.serving.engine_process.test_run_engine import START, engine
+from tests.serving.engine_processes import START, engine
 from tests.time_limits import limit_s
 from tests.waiting import wait_in_loop_until
 

@@ -8,8 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -39,33 +38,11 @@ from serving.engine.runner import Reading
 from serving.engine.torch_runner import TorchRunner
 from serving.engine_process.client import EngineClient, EngineDiedError, Generation
 from serving.engine_process.run_engine import Channel, run_engine
+from tests.serving.engine_processes import START, engine
 from tests.time_limits import limit_s
 from tests.waiting import wait_in_loop_until
 
 GREEDY = SamplingParams(temperature=0.0)
-START = """
-import asyncio, sys
-from pathlib import Path
-from cluster.settings.serve import EngineConfig
-from serving.engine_process.client import EngineClient
-
-async def main():
-    client = await EngineClient.start(Path(sys.argv[1]), config=EngineConfig(max_num_seqs=2), eos_id=None, threads=1)
-    print(client.pid, flush=True)
-    await asyncio.sleep(600)
-
-asyncio.run(main())
-"""
-
-
-@asynccontextmanager
-async def engine(checkpoint: Path, *, num_slots: int = 4) -> AsyncIterator[EngineClient]:
-    client = await EngineClient.start(checkpoint, config=EngineConfig(max_num_seqs=num_slots), eos_id=None, threads=1)
-    try:
-        yield client
-    finally:
-        await client.close()
-    assert not psutil.pid_exists(client.pid)
 
 
 def request(client: EngineClient, prompt_ids: list[int], *, max_tokens: int = 20) -> SequenceRequest:

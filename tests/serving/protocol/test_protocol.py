@@ -12,6 +12,7 @@ from serving.protocol import harmless_fields
 from serving.protocol.errors import ApiError
 from serving.protocol.protocol import CompletionRequest, parse_completion
 from serving.protocol.strict_json import parse_json_object
+from tests.serving.harmless_values import values
 
 
 def body(**fields: Any) -> bytes:
@@ -168,12 +169,6 @@ def test_bounds_and_value_are_in_the_message() -> None:
 
 
 OTHER_FIELDS = harmless_fields.FIELDS.keys() - CompletionRequest.model_fields.keys()
-EXAMPLES: dict[type, list[Any]] = {bool: [True, False], str: ["x", ""], dict: [{}, {"a": "b"}]}
-
-
-def values(table: harmless_fields.HarmlessValues, name: str) -> list[Any]:
-    known = [EXAMPLES[value] if isinstance(value, type) else [value] for value in table[name]]
-    return [None, *(value for some in known for value in some)]
 
 
 @pytest.mark.parametrize("name", sorted(OTHER_FIELDS))

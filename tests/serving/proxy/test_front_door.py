@@ -1,6 +1,5 @@
 """The front door before a stand-in for Ray Serve: what it hands on, when it asks again, and how it ends an answer."""
 
-import asyncio
 import json
 from collections.abc import Callable
 from typing import Any
@@ -11,42 +10,13 @@ from hypothesis import strategies as st
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.cli import main
-from cluster.settings.serve import HttpConfig, ServeConfig
+from cluster.settings.serve import ServeConfig
 from model.errors import UserError
 from serving.app import build_app
 from serving.protocol.errors import DRAINING_HEADER
-from serving.proxy.front_door import FrontDoor, Outcome, clamped_timeout_s, clean_request_id
+from serving.proxy.front_door import Outcome, clamped_timeout_s, clean_request_id
 from serving.proxy.token_relay import ASK_HEADER
-from tests.time_limits import limit_s
-
-OK = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]}
-
-
-def scope(*headers: tuple[bytes, bytes], path: str = "/v1/completions") -> Scope:
-    return {"type": "http", "http_version": "1.1", "path": path, "headers": [(b"host", b"x"), *headers]}
-
-
-def ask(
-    app: ASGIApp,
-    *messages: Message,
-    headers: tuple[tuple[bytes, bytes], ...] = (),
-    count: Callable[[Outcome], None] = lambda outcome: None,
-) -> list[Message]:
-    """What goes out to a client that sends `messages`, and then stays on the line."""
-    sent: list[Message] = []
-    incoming = list(messages) or [{"type": "http.request", "body": b"{}", "more_body": False}]
-
-    async def receive() -> Message:
-        if not incoming:
-            await asyncio.Event().wait()
-        return incoming.pop(0)
-
-    async def send(message: Message) -> None:
-        sent.append(message)
-
-    config = HttpConfig(body_timeout_s=limit_s(0.05))
-    asyncio.run(FrontDoor(app, config=config, count=count)(scope(*headers), receive, send))
-    return sent
+from tests.serving.front_door_parts import ask, half, whole
 
 
 def error(sent: list[Message]) -> dict[str, Any]:
@@ -65,16 +35,6 @@ def dies(times: int, answer: Callable[[Send], Any]) -> ASGIApp:
             await answer(send)
 
     return app
-
-
-async def whole(send: Send) -> None:
-    await send(OK)
-    await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
-
-
-async def half(send: Send) -> None:
-    await send(OK)
-    await send({"type": "http.response.body", "body": b"data: 1\n\n", "more_body": True})
 
 
 @pytest.mark.parametrize(("deaths", "status"), [(0, 200), (2, 200), (3, 503)])

@@ -19,6 +19,7 @@ from cluster.settings.serve import HttpConfig
 from serving.proxy.front_door import FrontDoor
 from serving.proxy.http_bounds import PIECE_BYTES, BoundedHttpProtocol
 from tests.serving.endpoint_parts import free_port
+from tests.serving.raw_http import drip, read_to_end
 from tests.time_limits import limit_s
 from tests.waiting import wait_until
 
@@ -82,19 +83,11 @@ def server(request: pytest.FixtureRequest) -> Iterator[Server]:
     server.stop()
 
 
-def to_the_end(connection: socket.socket) -> bytes:
-    answer = b""
-    with contextlib.suppress(ConnectionError):
-        while data := connection.recv(1 << 16):
-            answer += data
-    return answer
-
-
 def test_trailers_become_no_headers_of_any_request(server: Server) -> None:
     trailers = b"authorization: Bearer x\r\nx-forwarded-for: 1.2.3.4\r\nx-one: 1\r\n\r\n"
     with server.connection() as connection:
         connection.sendall(CHUNKED + trailers + START + b"x-two: 2\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
-        first, second = (json.loads(line)["headers"] for line in re.findall(rb"(\{.*\})\n", to_the_end(connection)))
+        first, second = (json.loads(line)["headers"] for line in re.findall(rb"(\{.*\})\n", read_to_end(connection)))
     assert set(first) - {"x-request-id", "x-raymill-relay"} == {"host", "transfer-encoding"}
     assert second["x-two"] == "2" and not second.keys() & {"authorization", "x-forwarded-for", "x-one"}
 
@@ -124,7 +117,7 @@ def test_a_flood_takes_neither_memory_nor_time(server: Server, start: bytes, dro
                 connection.sendall(drop * (1 << 14))
                 num_sent += len(drop) << 14
                 peak = max(peak, psutil.Process().memory_info().rss)
-        answer = to_the_end(connection)
+        answer = read_to_end(connection)
     server.stop()
     # The sender's own buffers and the kernel's take up to 3 MiB before it hears of the end.
     assert num_sent < FLOOD_BYTES // 2
@@ -140,22 +133,8 @@ def test_a_flood_takes_neither_memory_nor_time(server: Server, start: bytes, dro
     ids=["trailers", "pipelined headers"],
 )
 def test_what_drips_ends_in_time(server: Server, start: bytes, drop: bytes, status: bytes) -> None:
-    began_s = time.monotonic()
-    with server.connection() as connection:
-        connection.sendall(start)
-        connection.settimeout(0.05)
-        answer = b""
-        while time.monotonic() < began_s + limit_s(20):
-            try:
-                connection.sendall(drop)
-                if not (data := connection.recv(1 << 16)):
-                    break
-                answer += data
-            except TimeoutError:
-                continue
-            except ConnectionError:
-                break
-    assert 0.4 < time.monotonic() - began_s < limit_s(10)
+    seconds, answer = drip(("127.0.0.1", server.port), start, drop=drop)
+    assert 0.4 < seconds < limit_s(10)
     assert answer.startswith(status)
 
 
@@ -171,6 +150,6 @@ def test_a_deep_pipeline_is_answered_in_order_and_read_bit_by_bit(server: Server
         [protocol] = server.uvicorn.server_state.connections
         assert isinstance(protocol, Protocol)
         assert 0 < len(protocol.pipeline) <= PIECE_BYTES // len(b"GET /0 HTTP/1.1\r\nHost: a\r\n\r\n")
-        answer = to_the_end(connection)
+        answer = read_to_end(connection)
     paths = [path.decode() for path in re.findall(rb'"path": "/(\w+)"', answer)]
     assert paths == ["slow", *map(str, range(count)), "last"]

@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.proxy import token_relay as relay
 from serving.proxy.token_relay import ASK_HEADER, YES_HEADER, Relay, RelayClient, RelayWriter
-from tests.serving.proxy.test_front_door import OK, ask, half
+from tests.serving.front_door_parts import OK, ask, half
 
 PARTS = [f"data: {i}\n\n".encode() for i in range(100)]
 START = OK | {"headers": [*OK["headers"], (YES_HEADER, b"1")]}

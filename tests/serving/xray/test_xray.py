@@ -7,8 +7,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,11 +24,11 @@ from model.gpt import GPT
 from model.sampling import SamplingParams
 from model.tokenizer import Tokenizer
 from serving.api.access import AccessRules
+from serving.delivery.versions import Versions
 from serving.xray.page_routes import PAGE_PATHS
-from serving.xray.xray import Xray, run_checkpoints
+from serving.xray.xray import run_checkpoints
 from tests.checkpoints import save_model
-from tests.serving.endpoint_parts import replica_app
-from tests.time_limits import limit_s
+from tests.serving.endpoint_parts import Run, replica_client, shared_replica
 
 KEY = "sk-xray"
 PROMPT = "the quick naïve fox"
@@ -37,27 +36,10 @@ Body = dict[str, Any]
 PHASES = ["queue", "tokenize", "prefill", "sample", "decode", "detokenize", "inspect"]
 
 
-@asynccontextmanager
-async def endpoint(folder: Path, **settings: Any) -> AsyncIterator[tuple[httpx.AsyncClient, Xray]]:
-    async with (
-        replica_app(folder, name="tiny", access=AccessRules(**settings)) as (app, versions),
-        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=limit_s(60)) as http,
-    ):
-        yield http, versions.live.xray
-
-
-Check = Callable[[httpx.AsyncClient, Xray], Coroutine[Any, Any, None]]
-Run = Callable[[Check], None]
-
-
 @pytest.fixture(scope="module")
 def run(folder: Path) -> Iterator[Run]:
-    """Runs a test's body beside one endpoint that all of them share."""
-    with asyncio.Runner() as runner:
-        context = endpoint(folder)
-        http, xray = runner.run(context.__aenter__())
-        yield lambda check: runner.run(check(http, xray))
-        runner.run(context.__aexit__(None, None, None))
+    with shared_replica(folder) as run:
+        yield run
 
 
 async def look(http: httpx.AsyncClient, **fields: Any) -> Body:
@@ -104,7 +86,7 @@ def test_an_answer_shows_the_models_own_numbers(run: Run, model: GPT, tokenizer:
         logits = model.logits(model(torch.tensor([sequence]))[0])
     probabilities = logits.softmax(-1)
 
-    async def check(http: httpx.AsyncClient, _: Xray) -> None:
+    async def check(http: httpx.AsyncClient, _: Versions) -> None:
         answer = await look(http, max_tokens=12, layers=[0, 1], top=4)
         tokens = answer["tokens"]
         assert [t["id"] for t in tokens] == sequence and answer["num_prompt_tokens"] == len(ids)
@@ -146,7 +128,7 @@ def test_an_answer_shows_the_models_own_numbers(run: Run, model: GPT, tokenizer:
 
 
 def test_times_sum_to_the_whole(run: Run) -> None:
-    async def check(http: httpx.AsyncClient, _: Xray) -> None:
+    async def check(http: httpx.AsyncClient, _: Versions) -> None:
         for _again in range(2):  # with the start of the process, and without
             start_s = time.monotonic()
             timeline = (await look(http, max_tokens=20))["timeline"]
@@ -165,7 +147,7 @@ def test_times_sum_to_the_whole(run: Run) -> None:
 def test_a_seed_gives_the_tokens_of_a_completion(run: Run) -> None:
     sampling = {"max_tokens": 16, "temperature": 0.9, "top_p": 0.8, "top_k": 40, "seed": 12}
 
-    async def check(http: httpx.AsyncClient, _: Xray) -> None:
+    async def check(http: httpx.AsyncClient, _: Versions) -> None:
         completion = (await http.post("/v1/completions", json={"model": "tiny", "prompt": PROMPT} | sampling)).json()
         answer = await look(http, **sampling)
         assert answer["text"] == completion["choices"][0]["text"] and answer["seed"] == 12
@@ -176,7 +158,7 @@ def test_a_seed_gives_the_tokens_of_a_completion(run: Run) -> None:
 
 
 def test_one_layer_of_a_sequence_as_ids_equals_that_of_the_whole(run: Run) -> None:
-    async def check(http: httpx.AsyncClient, _: Xray) -> None:
+    async def check(http: httpx.AsyncClient, _: Versions) -> None:
         whole = await look(http, max_tokens=8, layers=[1], heads=[1])
         ids = [t["id"] for t in whole["tokens"]][:-1]
         alone = await look(http, prompt=ids, max_tokens=0, layers=[1], heads=[1])
@@ -195,7 +177,7 @@ def test_a_checkpoint_of_the_run_can_be_asked(run: Run, folder: Path, model: GPT
     greedy = SamplingParams(temperature=0.0)
     expected = generate(early(model, 2), ids, max_tokens=10, params=greedy, eos_id=tokenizer.eot_id)
 
-    async def check(http: httpx.AsyncClient, _: Xray) -> None:
+    async def check(http: httpx.AsyncClient, _: Versions) -> None:
         assert (await http.get("/v1/xray")).json()["steps"] == [3, 7]
         answer = await look(http, max_tokens=10, step=3)
         assert answer["step"] == 3 and answer["text"] == tokenizer.decode(expected)
@@ -226,7 +208,7 @@ def test_a_checkpoint_of_the_run_can_be_asked(run: Run, folder: Path, model: GPT
     ],
 )
 def test_a_request_over_a_limit_is_refused_by_name(run: Run, fields: Body, status: int, param: str) -> None:
-    async def check(http: httpx.AsyncClient, _: Xray) -> None:
+    async def check(http: httpx.AsyncClient, _: Versions) -> None:
         answer = await http.post("/v1/xray", json={"model": "tiny", "prompt": PROMPT} | fields)
         assert answer.status_code == status and answer.json()["error"]["param"] == param, answer.text
 
@@ -236,7 +218,7 @@ def test_a_request_over_a_limit_is_refused_by_name(run: Run, fields: Body, statu
 def test_one_at_a_time_and_beside_the_engine(run: Run) -> None:
     """While an x-ray waits for its process, a second one is refused at once and completions go on."""
 
-    async def check(http: httpx.AsyncClient, _: Xray) -> None:
+    async def check(http: httpx.AsyncClient, _: Versions) -> None:
         await look(http)
         [process] = processes()
         process.suspend()
@@ -255,7 +237,7 @@ def test_one_at_a_time_and_beside_the_engine(run: Run) -> None:
 
 
 def test_a_killed_process_is_an_error_of_one_request(run: Run) -> None:
-    async def check(http: httpx.AsyncClient, xray: Xray) -> None:
+    async def check(http: httpx.AsyncClient, versions: Versions) -> None:
         await look(http)
         [process] = processes()
         process.suspend()
@@ -265,14 +247,14 @@ def test_a_killed_process_is_an_error_of_one_request(run: Run) -> None:
         answer = await slow
         assert answer.status_code == 503 and answer.json()["error"]["code"] == "xray_unavailable"
         assert (await look(http))["tokens"]
-        xray.close()
+        versions.live.xray.close()
         assert not processes()
 
     run(check)
 
 
 def test_one_that_is_given_up_does_not_answer_the_next(run: Run) -> None:
-    async def check(http: httpx.AsyncClient, _: Xray) -> None:
+    async def check(http: httpx.AsyncClient, _: Versions) -> None:
         await look(http)
         [process] = processes()
         process.suspend()
@@ -288,7 +270,7 @@ def test_one_that_is_given_up_does_not_answer_the_next(run: Run) -> None:
 
 
 def test_the_page_is_open_and_what_it_shows_is_not(folder: Path) -> None:
-    async def check(http: httpx.AsyncClient, _: Xray) -> None:
+    async def check(http: httpx.AsyncClient) -> None:
         for path in PAGE_PATHS:
             answer = await http.get(path)
             assert answer.status_code == 200 and len(answer.text) > 500
@@ -304,8 +286,9 @@ def test_the_page_is_open_and_what_it_shows_is_not(folder: Path) -> None:
         assert (await http.post("/v1/xray", json=fields, headers=authorized)).status_code == 200
 
     async def main() -> None:
-        async with endpoint(folder, user_key_hashes=(hashlib.sha256(KEY.encode()).hexdigest(),)) as parts:
-            await check(*parts)
+        access = AccessRules((hashlib.sha256(KEY.encode()).hexdigest(),))
+        async with replica_client(folder, access=access) as (http, _):
+            await check(http)
 
     asyncio.run(main())
 
@@ -315,10 +298,7 @@ def test_an_int8_endpoint_is_looked_into_as_well(folder: Path) -> None:
 
     async def main() -> None:
         config = ServeConfig(engine=EngineConfig(dtype="int8"))
-        async with (
-            replica_app(folder, name="tiny", config=config) as (app, _),
-            httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=limit_s(60)) as http,
-        ):
+        async with replica_client(folder, config=config) as (http, _):
             fields = {"model": "tiny", "prompt": PROMPT, "max_tokens": 3, "temperature": 0}
             assert (await http.post("/v1/completions", json=fields)).json()["usage"]["completion_tokens"] == 3
             assert len((await look(http))["tokens"]) > 4

@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -11,8 +10,7 @@ import pytest
 from cluster.settings.serve import EngineConfig, ReplicaConfig, ServeConfig
 from model.gpt import GPT
 from model.tokenizer import Tokenizer
-from serving.app import run
-from tests.serving.endpoint_parts import free_port, metric, num_running_replicas, ray_cluster
+from tests.serving.endpoint_parts import Endpoints, metric, num_running_replicas
 from tests.serving.load import End, Load, greedy_asks
 from tests.time_limits import limit_s
 from tests.waiting import wait_until
@@ -35,19 +33,13 @@ WELL = {(False, End.DONE), (True, End.DONE)}
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 
-@pytest.fixture(scope="module")
-def port() -> Iterator[int]:
-    with ray_cluster(num_cpus=NUM_REPLICAS):
-        yield free_port()
-
-
 @pytest.mark.parametrize("engine", [BY_QUEUE, BY_CACHE], ids=["queue", "cache"])
 def test_one_three_one_and_again(
-    engine: EngineConfig, port: int, long_checkpoint: Path, long_model: GPT, tokenizer: Tokenizer
+    engine: EngineConfig, endpoints: Endpoints, long_checkpoint: Path, long_model: GPT, tokenizer: Tokenizer
 ) -> None:
-    config = ServeConfig(checkpoint=str(long_checkpoint), port=port, model_name=MODEL, engine=engine, replicas=REPLICAS)
+    config = ServeConfig(checkpoint=str(long_checkpoint), model_name=MODEL, engine=engine, replicas=REPLICAS)
     asks = greedy_asks(long_model, tokenizer, [list(range(60))], max_tokens=64)
-    load = Load(str(run(config)["url"]), MODEL, asks)
+    load = Load(str(endpoints.deployed(config)["url"]), MODEL, asks)
 
     async def under_load(num_clients: int, num_replicas: int) -> float:
         """Until there are as many replicas, and for a while after. Seconds to get there."""
@@ -75,15 +67,14 @@ def test_one_three_one_and_again(
 
 
 def test_to_nothing_and_back(
-    port: int, checkpoint: Path, model: GPT, tokenizer: Tokenizer, prompts: list[list[int]]
+    endpoints: Endpoints, checkpoint: Path, model: GPT, tokenizer: Tokenizer, prompts: list[list[int]]
 ) -> None:
     config = ServeConfig(
         checkpoint=str(checkpoint),
-        port=port,
         model_name=MODEL,
         replicas=REPLICAS.model_copy(update={"min_replicas": 0}),
     )
-    load = Load(str(run(config)["url"]), MODEL, greedy_asks(model, tokenizer, prompts, max_tokens=60))
+    load = Load(str(endpoints.deployed(config)["url"]), MODEL, greedy_asks(model, tokenizer, prompts, max_tokens=60))
     idle_s = wait_until(lambda: num_running_replicas() == 0, timeout_s=60)
 
     async def ask_together() -> None:

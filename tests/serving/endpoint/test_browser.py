@@ -4,21 +4,14 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
 
-from cluster.settings.serve import EngineConfig, ServeConfig
-from model.checkpoint_folder import read_metadata
-from model.gpt import GPT
-from model.tokenizer import Tokenizer
-from serving.app import run
-from tests.checkpoints import save_model
-from tests.serving.endpoint_parts import free_port, ray_cluster
+from cluster.settings.serve import ServeConfig
+from tests.serving.endpoint_parts import Endpoints
 from tests.time_limits import limit_s
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -67,41 +60,6 @@ def sign(match: re.Match[str]) -> str:
 
 
 @pytest.fixture(scope="module")
-def port() -> Iterator[int]:
-    with ray_cluster():
-        yield free_port()
-
-
-@pytest.fixture(scope="module")
-def checkpoints(checkpoint: Path, model: GPT, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run's folder: step 7, which is served, and step 3."""
-    folder = tmp_path_factory.mktemp("run")
-    shutil.copytree(checkpoint, folder / "step-7")
-    early = GPT(model.config)
-    early.init_weights(99)
-    metadata = replace(read_metadata(checkpoint), step=3)
-    save_model(
-        folder / "step-3",
-        model=early.eval(),
-        tokenizer=tokenizer,
-        metadata=metadata,
-    )
-    return folder / "step-7"
-
-
-def deploy(checkpoints: Path, port: int, **settings: Any) -> str:
-    config = ServeConfig(
-        checkpoint=str(checkpoints), port=port, model_name="tiny", engine=EngineConfig(max_num_seqs=2), **settings
-    )
-    return str(run(config)["url"])
-
-
-@pytest.fixture(scope="module")
-def url(checkpoints: Path, port: int) -> str:
-    return deploy(checkpoints, port)
-
-
-@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
         # Debian's sandbox needs a user namespace, which a container's root has not.
@@ -128,10 +86,10 @@ class Watched:
 
 
 @pytest.fixture(params=[DESKTOP, PHONE], ids=["desktop", "phone"])
-def watched(request: pytest.FixtureRequest, browser: Browser, url: str) -> Iterator[Watched]:
+def watched(request: pytest.FixtureRequest, browser: Browser, open_url: str) -> Iterator[Watched]:
     context = browser.new_context(viewport=request.param, color_scheme="dark" if request.param is PHONE else "light")
-    watched = Watched(context.new_page(), url)
-    watched.page.goto(url)
+    watched = Watched(context.new_page(), open_url)
+    watched.page.goto(open_url)
     expect(watched.page.locator("#model")).to_contain_text("step 7")
     yield watched
     assert watched.problems == []
@@ -170,9 +128,9 @@ def expected_text(url: str, **fields: Any) -> dict[str, Any]:
     return dict(answer.json())
 
 
-def test_tokens_appear_with_their_probabilities_and_alternatives(page: Page, url: str) -> None:
+def test_tokens_appear_with_their_probabilities_and_alternatives(page: Page, open_url: str) -> None:
     ask(page)
-    answer = expected_text(url)
+    answer = expected_text(open_url)
     tokens = page.get_by_role("listbox", name="Tokens").get_by_role("option")
     expect(tokens).to_have_count(len(answer["tokens"]))
     shades = tokens.evaluate_all("nodes => nodes.map(n => Number(n.style.getPropertyValue('--p')))")
@@ -189,16 +147,16 @@ def test_tokens_appear_with_their_probabilities_and_alternatives(page: Page, url
             expect(row).to_contain_text(f"{candidate['logit']:.3f}")
         expect(detail).to_contain_text(f"{answer['tokens'][index]['id']}, ")
     page.keyboard.press("Home")
-    expect(detail).to_contain_text("Nothing foretells the first token.")
+    expect(detail).to_contain_text("Nothing predicts the first token.")
 
 
-def test_a_map_is_drawn_for_each_layer_and_head(page: Page, url: str) -> None:
+def test_a_map_is_drawn_for_each_layer_and_head(page: Page, open_url: str) -> None:
     ask(page)
     canvas = page.locator("#map")
     drawn = set()
     for layer in range(2):
         page.locator("#layers [role=tab]").nth(layer).click()
-        answer = expected_text(url, layers=[layer])
+        answer = expected_text(open_url, layers=[layer])
         for head in range(2):
             page.locator("#heads [role=tab]").nth(head).click()
             expect(canvas).to_have_attribute("data-shows", f"{layer}/{head}")
@@ -219,7 +177,7 @@ def test_a_map_is_drawn_for_each_layer_and_head(page: Page, url: str) -> None:
         assert sum(weights) == pytest.approx(1, abs=0.0005 * len(row)) and not any(weights[index + 1 :])
 
 
-def test_tabs_and_sliders_work_by_keyboard(page: Page, url: str) -> None:
+def test_tabs_and_sliders_work_by_keyboard(page: Page, open_url: str) -> None:
     ask(page)
     page.locator("#tab-attention").focus()
     for name in ("Stages", "Time", "Checkpoints", "Attention", "Stages"):
@@ -237,7 +195,7 @@ def test_tabs_and_sliders_work_by_keyboard(page: Page, url: str) -> None:
     texts = []
     for key, step in (("End", 7), ("ArrowLeft", 3)):
         page.keyboard.press(key)
-        answer = expected_text(url, step=step)
+        answer = expected_text(open_url, step=step)
         shown = "".join(SIGNED.sub(sign, t["text"]) or "∅" for t in answer["tokens"])
         expect(page.locator("#step-name")).to_have_text(str(step))
         expect(page.locator("#step-text")).to_have_text(shown, use_inner_text=False)
@@ -284,11 +242,15 @@ def test_an_error_is_shown_and_the_next_try_works(watched: Watched) -> None:
 
 
 def test_a_key_is_asked_for_and_kept_nowhere(
-    browser: Browser, checkpoints: Path, port: int, tmp_path_factory: pytest.TempPathFactory
+    browser: Browser,
+    endpoints: Endpoints,
+    open_url: str,
+    open_config: ServeConfig,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     key_file = tmp_path_factory.mktemp("keys") / "keys"
     key_file.write_text(f"{KEY}\n")
-    url = deploy(checkpoints, port, api_key_file=str(key_file))
+    url = endpoints.replaced(open_config.model_copy(update={"api_key_file": str(key_file)}))["url"]
     page = browser.new_context(viewport=DESKTOP).new_page()
     page.goto(url)
     expect(page.get_by_label("API key")).to_be_focused()

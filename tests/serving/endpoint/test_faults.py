@@ -17,8 +17,7 @@ import pytest
 from cluster.settings.serve import EngineConfig, ReplicaConfig, ServeConfig
 from model.gpt import GPT
 from model.tokenizer import Tokenizer
-from serving.app import run
-from tests.serving.endpoint_parts import children_with, free_port, num_running_replicas, ray_cluster
+from tests.serving.endpoint_parts import Endpoints, children_with, num_running_replicas
 from tests.serving.load import Ask, End, Load, greedy_asks, percentile
 from tests.time_limits import limit_s
 from tests.waiting import wait_until
@@ -36,16 +35,14 @@ ALL_WELL = {(UNARY, End.DONE), (STREAMED, End.DONE)}
 
 
 @pytest.fixture(scope="module")
-def url(checkpoint: Path) -> Iterator[str]:
+def url(endpoints: Endpoints, checkpoint: Path) -> str:
     config = ServeConfig(
         checkpoint=str(checkpoint),
-        port=free_port(),
         model_name=MODEL,
         replicas=ReplicaConfig(min_replicas=NUM_REPLICAS, max_replicas=NUM_REPLICAS),
         engine=EngineConfig(max_num_seqs=NUM_SLOTS, max_queue_s=MAX_QUEUE_S),
     )
-    with ray_cluster():
-        yield str(run(config)["url"])
+    return str(endpoints.deployed(config)["url"])
 
 
 @pytest.fixture(scope="module")

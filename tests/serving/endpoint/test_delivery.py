@@ -24,13 +24,12 @@ from model.generate import generate
 from model.gpt import GPT
 from model.sampling import SamplingParams
 from model.tokenizer import Tokenizer, train_bpe
-from serving.app import run
 from serving.delivery.promotion import Route
 from serving.protocol.errors import DRAINING_HEADER
 from tests.command_line import raymill_here
-from tests.serving.conftest import FRAGILE_POSITION
-from tests.serving.delivery_parts import Admin, Load, as_transformers_folder, greedy_texts, write_model
-from tests.serving.endpoint_parts import children_with, free_port, ray_cluster
+from tests.serving.delivery_parts import Admin, Load, greedy_texts
+from tests.serving.endpoint_parts import Endpoints, children_with
+from tests.serving.tiny_models import FRAGILE_POSITION, as_transformers_folder, write_model
 from tests.time_limits import limit_s
 from tests.waiting import wait_until
 
@@ -76,12 +75,11 @@ def texts(
 
 
 @pytest.fixture(scope="module")
-def url(checkpoint: Path, folder: Path) -> Iterator[str]:
+def url(endpoints: Endpoints, checkpoint: Path, folder: Path) -> str:
     (folder / "keys").write_text("\n".join(KEYS))
     (folder / "admin").write_text(ADMIN_KEY)
     config = ServeConfig(
         checkpoint=str(checkpoint),
-        port=free_port(),
         model_name="tiny",
         api_key_file=str(folder / "keys"),
         admin_key_file=str(folder / "admin"),
@@ -89,10 +87,9 @@ def url(checkpoint: Path, folder: Path) -> Iterator[str]:
         replicas=ReplicaConfig(min_replicas=2, max_replicas=2),
         engine=EngineConfig(max_num_seqs=16, max_waiting=100),
         # Two engines share a busy core while one takes over from the other: times say nothing here.
-        delivery=DeliveryConfig(watch_s=WATCH_S, poll_s=0.2, max_latency_ratio=None),
+        delivery=DeliveryConfig(watch_s=WATCH_S, max_latency_ratio=None),
     )
-    with ray_cluster():
-        yield str(run(config)["url"])
+    return str(endpoints.deployed(config)["url"])
 
 
 @pytest.fixture

@@ -18,12 +18,9 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from cluster.settings.serve import EngineConfig, ServeConfig
-from serving.app import run
-from tests.serving.endpoint_parts import free_port, ray_cluster
+from tests.serving.endpoint_parts import assert_error, engine_and_replica
 from tests.serving.hostile_requests import MODEL
 from tests.serving.openapi import openapi
-from tests.serving.proxy.test_hostile import assert_error, processes_of
 from tests.time_limits import limit_s
 
 pytestmark = pytest.mark.cluster
@@ -39,23 +36,14 @@ bounded = settings(
 )
 
 
-@pytest.fixture(scope="module")
-def url(checkpoint: Path) -> Iterator[str]:
-    config = ServeConfig(
-        checkpoint=str(checkpoint), model_name=MODEL, port=free_port(), engine=EngineConfig(max_num_seqs=8)
-    )
-    with ray_cluster():
-        yield run(config)["url"]
-
-
 @pytest.fixture
-def http(url: str, checkpoint: Path) -> Iterator[httpx.Client]:
-    before = processes_of(checkpoint)
-    with httpx.Client(base_url=url, timeout=TIMEOUT_S, headers={"Content-Type": "application/json"}) as http:
+def http(open_url: str, run_checkpoint: Path) -> Iterator[httpx.Client]:
+    before = engine_and_replica(run_checkpoint)
+    with httpx.Client(base_url=open_url, timeout=TIMEOUT_S, headers={"Content-Type": "application/json"}) as http:
         yield http
         answer = http.post("/v1/completions", json={"model": MODEL, "prompt": "x", "max_tokens": 3, "ignore_eos": True})
         assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == 3
-    assert processes_of(checkpoint) == before
+    assert engine_and_replica(run_checkpoint) == before
 
 
 def anything() -> st.SearchStrategy[Any]:
@@ -199,10 +187,10 @@ schema = schemathesis.openapi.from_dict(openapi())
 
 @schema.parametrize()
 @settings(bounded, max_examples=60)
-def test_the_schema_and_the_endpoint_agree(case: schemathesis.Case, url: str, http: httpx.Client) -> None:
+def test_the_schema_and_the_endpoint_agree(case: schemathesis.Case, open_url: str, http: httpx.Client) -> None:
     """Answers have the shapes, types and status codes of the schema, and a body that is not of it is refused."""
     case.call_and_validate(
-        base_url=url,
+        base_url=open_url,
         timeout=TIMEOUT_S,
         checks=[
             not_a_server_error,

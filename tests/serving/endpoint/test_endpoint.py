@@ -8,6 +8,7 @@ import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -15,6 +16,7 @@ import openai
 import psutil
 import pytest
 import torch
+from ray import serve
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from cluster.settings.serve import EngineConfig, ReplicaConfig, ServeConfig
@@ -25,7 +27,7 @@ from model.gpt import GPT
 from model.sampling import SamplingParams
 from model.tokenizer import Tokenizer
 from serving.app import run
-from tests.serving.endpoint_parts import children_with, free_port, metric, ray_cluster
+from tests.serving.endpoint_parts import Endpoints, children_with, metric
 from tests.time_limits import limit_s
 from tests.waiting import wait_until
 
@@ -38,49 +40,38 @@ GREEDY = SamplingParams(temperature=0.0)
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    with ray_cluster():
-        yield
-
-
-@pytest.fixture(scope="module")
 def key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("keys") / "keys"
     path.write_text(f"sk-other\n{KEY}\n")
     return path
 
 
-@pytest.fixture(scope="module")
-def port() -> int:
-    return free_port()
-
-
-def config(checkpoint: Path, *, port: int, **settings: Any) -> ServeConfig:
+def config(checkpoint: Path, **settings: Any) -> ServeConfig:
     return ServeConfig(
         checkpoint=str(checkpoint),
-        port=port,
         replicas=ReplicaConfig(max_ongoing_requests=50),
         engine=EngineConfig(max_num_seqs=NUM_SLOTS, max_waiting=MAX_WAITING),
         **settings,
     )
 
 
-def test_a_port_in_use_is_an_error_that_says_so(cluster: None, checkpoint: Path) -> None:
+def test_a_port_in_use_is_an_error_that_says_so(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "status", lambda: SimpleNamespace(proxies={}))  # whatever another file has left
     with socket.create_server(("127.0.0.1", 0), reuse_port=True) as other:
         taken = other.getsockname()[1]
         with pytest.raises(UserError, match=rf"port {taken} on 127\.0\.0\.1 is in use.*--port"):
             run(config(checkpoint, port=taken))
 
 
-def test_an_address_that_others_reach_needs_a_key(checkpoint: Path, port: int) -> None:
+def test_an_address_that_others_reach_needs_a_key(checkpoint: Path) -> None:
     with pytest.raises(UserError, match="api_key_file"):
-        run(config(checkpoint, port=port, host="0.0.0.0"))
+        run(config(checkpoint, host="0.0.0.0"))
 
 
 @pytest.fixture(scope="module")
-def url(cluster: None, checkpoint: Path, key_file: Path, port: int) -> str:
-    result = run(config(checkpoint, port=port, model_name=MODEL, api_key_file=str(key_file)))
-    assert result == {"url": f"http://127.0.0.1:{port}", "model": MODEL}
+def url(endpoints: Endpoints, checkpoint: Path, key_file: Path) -> str:
+    result = endpoints.deployed(config(checkpoint, model_name=MODEL, api_key_file=str(key_file)))
+    assert result["model"] == MODEL
     return str(result["url"])
 
 
@@ -427,12 +418,14 @@ def test_a_killed_replica_fails_no_request_before_its_first_byte_and_ends_stream
     assert whole.result().json()["choices"] == expected
 
 
-def test_a_folder_saved_by_transformers_is_served_with_its_logits(url: str, port: int, tmp_path: Path) -> None:
+def test_a_folder_saved_by_transformers_is_served_with_its_logits(
+    url: str, endpoints: Endpoints, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
     shape = {"vocab_size": 211, "n_positions": 64, "n_embd": 24, "n_layer": 2, "n_head": 3, "initializer_range": 0.3}
     theirs = GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=0)).eval()
     theirs.save_pretrained(tmp_path / "gpt2")
-    assert run(config(tmp_path / "gpt2", port=port))["model"] == "gpt2"
+    assert endpoints.replaced(config(tmp_path / "gpt2")) == {"url": url, "model": "gpt2"}
     ids = [5, 200, 17, 42, 3]
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none needed", max_retries=0) as client:
         answer = client.completions.create(

@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 from cluster.settings.serve import EngineConfig, HttpConfig, ReplicaConfig, ServeConfig
 from model.tokenizer import Tokenizer
 from serving.api.access import RELOAD_S
-from serving.app import run
-from tests.serving.conftest import FRAGILE_POSITION
-from tests.serving.endpoint_parts import free_port, metric, ray_cluster
+from tests.serving.endpoint_parts import Endpoints, assert_error, engine_and_replica, metric
 from tests.serving.hostile_requests import FRAMINGS, HEAD, KEY, MODEL, TABLE, Hostile, post
+from tests.serving.raw_http import drip, read_to_end
+from tests.serving.tiny_models import FRAGILE_POSITION
 from tests.time_limits import limit_s
 from tests.waiting import wait_until
 
@@ -47,14 +47,12 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def address(fragile_checkpoint: Path, keys: Path) -> Iterator[tuple[str, int]]:
+def url(endpoints: Endpoints, fragile_checkpoint: Path, keys: Path) -> str:
     (keys / "user").write_text(f"{LIMITED_KEY}\n{KEY}\n")
     (keys / "admin").write_text(f"{ADMIN_KEY}\n")
-    port = free_port()
     config = ServeConfig(
         checkpoint=str(fragile_checkpoint),
         model_name=MODEL,
-        port=port,
         api_key_file=str(keys / "user"),
         admin_key_file=str(keys / "admin"),
         http=BOUNDS,
@@ -62,14 +60,12 @@ def address(fragile_checkpoint: Path, keys: Path) -> Iterator[tuple[str, int]]:
         # PyTorch is slow enough for a flood to last.
         engine=EngineConfig(kernels="torch", max_num_seqs=NUM_SLOTS, max_waiting=MAX_WAITING),
     )
-    with ray_cluster():
-        run(config)
-        yield "127.0.0.1", port
+    return str(endpoints.deployed(config)["url"])
 
 
 @pytest.fixture(scope="module")
-def url(address: tuple[str, int]) -> str:
-    return f"http://{address[0]}:{address[1]}"
+def address(url: str) -> tuple[str, int]:
+    return "127.0.0.1", int(url.rpartition(":")[2])
 
 
 @pytest.fixture
@@ -81,7 +77,7 @@ def http(url: str) -> Iterator[httpx.Client]:
 
 @pytest.fixture(scope="module")
 def processes(url: str, fragile_checkpoint: Path) -> set[int]:
-    return processes_of(fragile_checkpoint)
+    return engine_and_replica(fragile_checkpoint)
 
 
 @pytest.fixture(autouse=True)
@@ -93,19 +89,7 @@ def same_replica_serves_on(url: str, processes: set[int], fragile_checkpoint: Pa
     )
     assert answer.status_code == 200, answer.text
     assert answer.json()["usage"]["completion_tokens"] == 1
-    assert processes_of(fragile_checkpoint) == processes
-
-
-def processes_of(checkpoint: Path) -> set[int]:
-    """The engine, and the replica that it belongs to."""
-    [engine] = [
-        process
-        for process in psutil.Process().children(recursive=True)
-        if process.status() != psutil.STATUS_ZOMBIE
-        and "serving.engine_process.run_engine" in process.cmdline()
-        and str(checkpoint) in process.cmdline()
-    ]
-    return {engine.pid, engine.ppid()}
+    assert engine_and_replica(fragile_checkpoint) == processes
 
 
 def completion(**fields: Any) -> dict[str, Any]:
@@ -115,19 +99,6 @@ def completion(**fields: Any) -> dict[str, Any]:
 def flood(**fields: Any) -> dict[str, Any]:
     """All the sequences that the replica can hold, each to where the logits end."""
     return completion(prompt=[[1]] * 27, n=4, max_tokens=FRAGILE_POSITION - 1, stream=True) | fields
-
-
-def assert_error(answer: httpx.Response, status: int) -> dict[str, Any]:
-    assert answer.status_code == status, answer.text
-    assert answer.headers["content-type"] == "application/json"
-    assert len(answer.headers.get_list("x-request-id")) == 1
-    error: dict[str, Any] = answer.json()["error"]
-    assert set(answer.json()) == {"error"} and set(error) == {"message", "type", "param", "code"}
-    assert error["message"].isprintable() and len(error["message"]) < 500
-    kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
-    kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
-    assert error["type"] == kind
-    return error
 
 
 @pytest.mark.parametrize("case", TABLE, ids=lambda case: f"{case.number} {case.name}")
@@ -155,14 +126,6 @@ def exchange(address: tuple[str, int], request: bytes, *, timeout_s: float = lim
         with contextlib.suppress(ConnectionError):  # refused before all of it was sent
             connection.sendall(request)
         return read_to_end(connection)
-
-
-def read_to_end(connection: socket.socket) -> bytes:
-    answer = b""
-    with contextlib.suppress(ConnectionResetError):  # it closed with our bytes unread
-        while data := connection.recv(1 << 16):
-            answer += data
-    return answer
 
 
 def parsed(answer: bytes) -> tuple[int, dict[str, str], bytes]:
@@ -270,25 +233,6 @@ def test_45_a_strange_request_id_is_replaced(url: str, given: str) -> None:
     assert httpx.get(f"{url}/health", headers={"x-request-id": "mine-1"}, timeout=limit_s(30)).headers.get_list(
         "x-request-id"
     ) == ["mine-1"]
-
-
-def drip(address: tuple[str, int], start: bytes, *, drop: bytes) -> tuple[float, bytes]:
-    """Sends `start`, then `drop` again and again until the connection ends: after how long, and with which answer."""
-    with socket.create_connection(address, timeout=0.1) as connection:
-        began = time.monotonic()
-        connection.sendall(start)
-        answer = b""
-        while time.monotonic() - began < limit_s(10):
-            try:
-                connection.sendall(drop)
-                if not (data := connection.recv(1 << 16)):
-                    break
-                answer += data
-            except TimeoutError:
-                continue
-            except (ConnectionResetError, BrokenPipeError):
-                break
-        return time.monotonic() - began, answer
 
 
 @pytest.mark.parametrize(
@@ -442,21 +386,14 @@ def test_7_54_any_text_is_a_prompt(http: httpx.Client, prompt: str) -> None:
     assert answer.json()["choices"][0]["text"].startswith(prompt)
 
 
-def test_54_prompts_and_keys_are_in_no_log(http: httpx.Client, ray_logs: Path) -> None:
+def test_54_prompts_and_keys_are_in_no_log(http: httpx.Client, endpoints: Endpoints) -> None:
     http.post("/v1/completions", json=completion(prompt=SECRET_PROMPT))
     http.post("/v1/completions", json=completion(prompt=SECRET_PROMPT, n=0))
     http.post("/v1/completions", json=completion(model="marker-of-a-prompt"))
-    for path in ray_logs.rglob("*"):
+    for path in endpoints.ray_logs.rglob("*"):
         if path.is_file():
             content = path.read_bytes()
             assert b"marker-of-a-prompt" not in content and KEY.encode() not in content, path
-
-
-@pytest.fixture
-def ray_logs(url: str) -> Path:
-    import ray
-
-    return Path(ray._private.worker._global_node.get_logs_dir_path())
 
 
 def test_55_special_text_is_text(http: httpx.Client, tokenizer: Tokenizer) -> None:

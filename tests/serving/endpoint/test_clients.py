@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,11 @@ import pytest
 import torch
 import yaml
 
-from cluster.settings.serve import EngineConfig, ServeConfig
 from model.generate import generate
 from model.gpt import GPT
 from model.sampling import SamplingParams
 from model.tokenizer import Tokenizer
-from serving.app import run
 from tests.repository import REPOSITORY
-from tests.serving.endpoint_parts import free_port, ray_cluster
 from tests.serving.hostile_requests import MODEL
 from tests.time_limits import limit_s
 
@@ -36,16 +32,7 @@ main(parser.parse_args())
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 CHOICES = ["the quick brown fox", "over the lazy dog", "naïve cafés sell tea", "dog dog dog"]
 QUESTIONS = ["the quick", "brown fox jumps", "sell €5", "lazy dog, and"]
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def url(checkpoint: Path) -> Iterator[str]:
-    config = ServeConfig(
-        checkpoint=str(checkpoint), model_name=MODEL, port=free_port(), engine=EngineConfig(max_num_seqs=8)
-    )
-    with ray_cluster():
-        yield run(config)["url"]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 
 def run_client(command: list[str], *, folder: Path) -> None:
@@ -98,12 +85,12 @@ def log_likelihood(model: GPT, context_ids: list[int], ids: list[int]) -> float:
 
 @pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is not installed; `make test-all` installs it")
 def test_lm_eval_reads_what_the_model_says(
-    url: str, checkpoint: Path, model: GPT, tokenizer: Tokenizer, tmp_path: Path
+    open_url: str, checkpoint: Path, model: GPT, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     write_tasks(tmp_path)
     settings = {
         "model": MODEL,
-        "base_url": f"{url}/v1/completions",
+        "base_url": f"{open_url}/v1/completions",
         "tokenizer": checkpoint,
         "tokenizer_backend": "huggingface",
         "max_length": 128,
@@ -129,10 +116,10 @@ def test_lm_eval_reads_what_the_model_says(
 
 @pytest.mark.skipif(not VLLM_PYTHON.exists(), reason="no vLLM in .venv-vllm; `make bench-serve` installs it")
 @pytest.mark.parametrize("route", ["/v1/completions", "/v1/chat/completions"])
-def test_vllm_bench_serve_gets_every_token(url: str, checkpoint: Path, tmp_path: Path, route: str) -> None:
+def test_vllm_bench_serve_gets_every_token(open_url: str, checkpoint: Path, tmp_path: Path, route: str) -> None:
     settings = {
         "--backend": "openai-chat" if "chat" in route else "openai",
-        "--base-url": url,
+        "--base-url": open_url,
         "--endpoint": route,
         "--model": MODEL,
         "--tokenizer": checkpoint,

@@ -1,0 +1,49 @@
+"""A stand-in for Ray Serve behind the front door, and a client before it."""
+
+import asyncio
+from collections.abc import Callable
+
+from starlette.types import ASGIApp, Message, Scope, Send
+
+from cluster.settings.serve import HttpConfig
+from serving.proxy.front_door import FrontDoor, Outcome
+from tests.time_limits import limit_s
+
+OK = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]}
+
+
+def scope(*headers: tuple[bytes, bytes], path: str = "/v1/completions") -> Scope:
+    return {"type": "http", "http_version": "1.1", "path": path, "headers": [(b"host", b"x"), *headers]}
+
+
+def ask(
+    app: ASGIApp,
+    *messages: Message,
+    headers: tuple[tuple[bytes, bytes], ...] = (),
+    count: Callable[[Outcome], None] = lambda outcome: None,
+) -> list[Message]:
+    """What goes out to a client that sends `messages`, and then stays on the line."""
+    sent: list[Message] = []
+    incoming = list(messages) or [{"type": "http.request", "body": b"{}", "more_body": False}]
+
+    async def receive() -> Message:
+        if not incoming:
+            await asyncio.Event().wait()
+        return incoming.pop(0)
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    config = HttpConfig(body_timeout_s=limit_s(0.05))
+    asyncio.run(FrontDoor(app, config=config, count=count)(scope(*headers), receive, send))
+    return sent
+
+
+async def whole(send: Send) -> None:
+    await send(OK)
+    await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+
+
+async def half(send: Send) -> None:
+    await send(OK)
+    await send({"type": "http.response.body", "body": b"data: 1\n\n", "more_body": True})
