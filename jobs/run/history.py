@@ -15,12 +15,8 @@ from cluster.storage.uris import Storage
 from jobs.run.ledger import Ledger, Line
 
 CONFIG_FILE = "config.yaml"
-
-ASSUMED_PRICES = {"GPU": 2.0, "CPU": 0.05}
-"""Dollars per hour: round numbers near what clouds ask."""
-
-_MEASUREMENTS = ("phases", "layers")
-"""Events that a run has hundreds of."""
+ASSUMED_PRICES = {"GPU": 2.0, "CPU": 0.05}  # dollars per hour: round numbers near what clouds ask
+_MEASUREMENTS = ("phases", "layers")  # events that a run has hundreds of
 
 
 @dataclass(frozen=True)
@@ -57,14 +53,13 @@ class Interruption:
 
 
 def recorded_config(run: Storage) -> RunConfig:
-    """Returns the settings that the run was started with, without those that are constants now. Raises
-    `NotFoundError`."""
+    """Returns the settings that the run was started with, without former ones. Raises `NotFoundError`."""
     return _recorded(run)[0]
 
 
 def former_differences(run: Storage) -> dict[str, tuple[Any, Any]]:
-    """Returns each setting on which the run's bits depend and that is a constant now, where the run had another value:
-    that and the constant. Such a run can be looked at, but neither continued nor replayed."""
+    """Returns (the run's value, today's constant) of each former setting that changes the run's bits. A run with any
+    can be looked at, but neither continued nor replayed."""
     return {
         name: (value, FORMER_SETTINGS[name])
         for name, value in _recorded(run)[1].items()
@@ -73,7 +68,7 @@ def former_differences(run: Storage) -> dict[str, tuple[Any, Any]]:
 
 
 def _recorded(run: Storage) -> tuple[RunConfig, dict[str, Any]]:
-    """Returns the run's settings, and the values of those that are constants now."""
+    """Returns the run's settings, and the values of former settings, which are constants now."""
     settings, former = yaml.safe_load(run.read_bytes(CONFIG_FILE)), {}
     for path in FORMER_SETTINGS:
         branch, name = path.split(".")
@@ -83,8 +78,7 @@ def _recorded(run: Storage) -> tuple[RunConfig, dict[str, Any]]:
 
 
 def changed_settings(run: Storage, now: RunConfig) -> list[str]:
-    """Says which settings on which the run's weights depend differ now, with both values. Precision `auto` is what the
-    run found before."""
+    """Describes each changed setting on which the weights depend. Precision `auto` means the run's earlier one."""
     before = recorded_config(run)
     if before.train.precision != "auto":
         now = with_precision(now, before.train.precision)
