@@ -63,6 +63,22 @@ def test_the_table_has_every_command() -> None:
     assert not missing, f"not in the table of GUIDE.md: {sorted(missing)}"
 
 
+def setting_names() -> set[str]:
+    """Returns the settings of all commands, as a YAML file has them."""
+    parsers = list(subcommands(PARSER).values())
+    options = {option for parser in parsers for action in parser._actions for option in action.option_strings}
+    return {option.removeprefix("--").replace("-", "_") for option in options if "." in option}
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_each_setting_that_is_named_exists(readme: Path) -> None:
+    names = setting_names()
+    sections = "|".join({name.split(".")[0] for name in names} - {"model"})  # which begins file names, too
+    assert {"train.exact", "data.source", "replicas.max_replicas"} <= names
+    named = re.findall(rf"(?<![\w/.-])(?:{sections})\.[a-z_]{{3,}}\b(?![(/.-])", readme.read_text())
+    assert {name for name in named if name not in names} == set()
+
+
 @pytest.mark.parametrize("readme", READMES, ids=lambda path: str(path.relative_to(REPOSITORY)))
 def test_each_link_leads_somewhere(readme: Path) -> None:
     links = re.findall(r"\]\(([^)#]+)[^)]*\)", readme.read_text())
