@@ -92,7 +92,6 @@ def test_no_folder_has_more_modules_than_a_reader_takes_in() -> None:
     }
 
 
-@pytest.mark.xfail(reason="the folders are still being shortened")
 def test_no_package_and_no_file_is_too_long() -> None:
     folders = by_folder(code_files())
     sizes = {folder: num_lines(files) for folder, files in folders.items() if folder not in CODE_FOLDERS}
@@ -115,7 +114,6 @@ def test_an_init_holds_a_docstring_and_nothing_else() -> None:
         assert ast.get_docstring(tree) and len(tree.body) == 1, path
 
 
-@pytest.mark.xfail(reason="some helpers are still in test files")
 def test_no_test_file_imports_another_one() -> None:
     files = list((REPOSITORY / "tests").rglob("*.py"))
     assert len(files) > 200
