@@ -72,9 +72,6 @@ class HubStorage(Storage):
     def child(self, key: str) -> "HubStorage":
         return replace(self, folder=self._path(key))
 
-    def local_path(self, key: str) -> None:
-        return None
-
     def _path(self, key: str) -> str:
         return "/".join(part for part in (self.folder, checked_key(key).strip("/")) if part)
 

@@ -83,9 +83,9 @@ class Storage(ABC):
     def download_file(self, key: str, target: Path) -> None:
         """Copies what the key holds to a local file. Raises `NotFoundError`."""
 
-    @abstractmethod
     def local_path(self, key: str) -> Path | None:
         """Returns the file's path on this machine, for memory maps; None if it is elsewhere."""
+        return None
 
     @abstractmethod
     def child(self, key: str) -> "Storage":

@@ -105,9 +105,6 @@ class S3Storage(Storage):
     def uri(self) -> str:
         return join_uri(f"s3://{self.bucket}", self.prefix)
 
-    def local_path(self, key: str) -> None:
-        return None
-
     def child(self, key: str) -> "S3Storage":
         return S3Storage(self.bucket, self._object_key(key))
 
