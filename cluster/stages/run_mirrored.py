@@ -20,6 +20,7 @@ import yaml
 
 from cluster.output.job_log import JOBS, Ended, JobLog, Started
 from cluster.output.progress import PlainProgress
+from cluster.settings.parser import ConfigError, Parser
 from cluster.stages.stage_module import MISUSED, parse_result
 from cluster.storage.lease import Lease, LeaseHeldError
 from cluster.storage.process_identity import die_with_parent
@@ -35,19 +36,23 @@ SILENCE_S = 20.0
 
 def main() -> int:
     try:
-        job, module, path = _arguments(sys.argv[1:])
-        run = _run_storage(Path(path))
-        stage = module.rpartition(".")[2]
+        parser = Parser(prog="python -m cluster.stages.run_mirrored", description=__doc__)
+        parser.add_argument("--job", default="", metavar="NAME", help="the job's name in the cluster")
+        parser.add_argument("module", help="the stage's module")
+        parser.add_argument("config", help="the resolved run.yaml")
+        arguments = parser.parse_args()
+        run, stage = _run_storage(Path(arguments.config)), arguments.module.rpartition(".")[2]
         with Lease(run, lease_key(stage), interval_s=_BEAT_S, timeout_s=SILENCE_S):
-            started = Started(job, stage, socket.gethostname(), time.time())
+            started = Started(arguments.job, stage, socket.gethostname(), time.time())
             launch = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
-            return _mirror([sys.executable, "-m", module, path], JobLog(run, launch, started))
+            command = [sys.executable, "-m", arguments.module, arguments.config]
+            return _mirror(command, JobLog(run, launch, started))
     except LeaseHeldError as error:
         sys.stderr.write(f"error: this run's {stage} runs already: {error}\n")
         return 1
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
-        return MISUSED if isinstance(error, _MisusedError) else 1
+        return MISUSED if isinstance(error, ConfigError) else 1
 
 
 def entrypoint(module: str, path: str, *, job: str) -> list[str]:
@@ -60,32 +65,19 @@ def lease_key(stage: str) -> str:
     return f"{JOBS}/{stage}.lease"
 
 
-class _MisusedError(UserError):
-    pass
-
-
-def _arguments(words: list[str]) -> tuple[str, str, str]:
-    job = ""
-    if words[:1] == ["--job"] and len(words) > 1:
-        job, words = words[1], words[2:]
-    if len(words) != 2:
-        raise _MisusedError("expected `python -m cluster.stages.run_mirrored [--job NAME] MODULE run.yaml`")
-    return job, words[0], words[1]
-
-
 def _run_storage(path: Path) -> Storage:
     """Returns the run's storage. The settings' classes would take half a second, and the stage checks them anyway."""
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(values, dict) or not values.get("run_id"):
-        raise _MisusedError(f"{path} names no run_id, by which a restarted job finds its run")
+        raise ConfigError(f"{path} names no run_id, by which a restarted job finds its run")
     return open_storage((values.get("storage") or {}).get("uri", ".raymill")).child(f"runs/{values['run_id']}")
 
 
 def _mirror(command: list[str], log: JobLog) -> int:
     """Runs the command to its end, and returns its exit code as a shell would."""
-    was_told_to_stop = threading.Event()
+    was_asked_to_stop = threading.Event()
     # Ray stops a job by signaling each of its processes, including the stage: this one only waits for it.
-    signal.signal(signal.SIGTERM, lambda number, frame: was_told_to_stop.set())
+    signal.signal(signal.SIGTERM, lambda number, frame: was_asked_to_stop.set())
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     child = subprocess.Popen(command, **pipes, preexec_fn=die_with_parent)  # noqa: PLW1509 (one system call)
     results: list[dict[str, Any]] = []
@@ -95,7 +87,7 @@ def _mirror(command: list[str], log: JobLog) -> int:
     reader.join(_PIPE_TIMEOUT_S)
     code = 128 - code if code < 0 else code
     result = results[-1] if results and code == 0 else None
-    log.close(Ended(code, was_told_to_stop.is_set(), result, time.time()))
+    log.close(Ended(code, was_asked_to_stop.is_set(), result, time.time()))
     return code
 
 
