@@ -81,6 +81,7 @@ def data_preview(arguments: argparse.Namespace) -> dict[str, Any]:
     from cluster.settings.run import RunConfig
 
     config = config_from_arguments(arguments, RunConfig)
+    say("data preview: reading a sample of the corpus")
 
     from jobs.tokens.preview_data import preview  # takes a second
 
@@ -89,6 +90,8 @@ def data_preview(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def look_at_store(arguments: argparse.Namespace) -> dict[str, Any]:
+    say(f"data {arguments.command}: {arguments.store or f'the token store in {arguments.storage_uri}'}")
+
     from jobs.tokens import inspect_store
 
     look = {"stats": inspect_store.stats, "report": inspect_store.report, "verify": inspect_store.verify}
@@ -165,6 +168,7 @@ def why_slow(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def probe(arguments: argparse.Namespace) -> dict[str, Any]:
     (run,) = _runs(arguments)
+    say(f"probe: asking the checkpoints of {run.uri}")
 
     from jobs.report.probe_run import probe_run
 

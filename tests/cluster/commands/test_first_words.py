@@ -99,6 +99,9 @@ WORDS = {
     "serve": (["serve", "step-1"], "serve: /"),
     "export": (["export", "step-1", "exported"], "export: /"),
     "report": (["report", "begun"], "report: drawing /"),
+    "probe": (["probe", "begun"], "probe: asking the checkpoints of /"),
+    "data preview": (["data", "preview", "--data.source", "text.txt"], "data preview: reading a sample"),
+    "data verify": (["data", "verify", "nowhere"], "data verify: nowhere"),
     "demo": (["demo"], "demo: "),
 }
 
