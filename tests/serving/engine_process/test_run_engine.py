@@ -66,7 +66,7 @@ def test_messages_survive_the_wire() -> None:
     sent = SequenceRequest(1, [1, 2], 3, sampling, ignore_eos=True, num_logprobs=2, prompt_logprobs=True)
     [message] = FrameBuffer().feed(encode_frame(submit_message(sent)))
     assert parse_request(message["submit"]) == sent
-    event = TokenEvent(1, 5, FinishReason.STOP, Candidates(-0.5, [[5, -0.5]]), [None, Candidates(-1.0, [])])  # type: ignore[list-item]
+    event = TokenEvent(1, 5, FinishReason.STOP, Candidates(-0.5, [(5, -0.5)]), [None, Candidates(-1.0, [])])
     [message] = FrameBuffer().feed(encode_frame(StepReport([event], 1, 2, 0.25, 30)))
     report = parse_report(message)
     assert report == ([event], 1, 2, 0.25, 30)

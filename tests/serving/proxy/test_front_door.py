@@ -138,7 +138,7 @@ def test_each_completion_is_counted_once_by_how_its_client_saw_it_end() -> None:
 
 def test_haproxy_in_place_of_the_proxies_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
-    with pytest.raises(UserError, match="RAY_SERVE_ENABLE_HA_PROXY=1 has HAProxy"):
+    with pytest.raises(UserError, match="RAY_SERVE_ENABLE_HA_PROXY=1 makes HAProxy"):
         build_app(ServeConfig())
     monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "0")
     assert build_app(ServeConfig())
