@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, redirect_stderr, suppress
 from pathlib import Path
 from typing import Any
@@ -42,14 +42,22 @@ def started_since(before: set[psutil.Process]) -> list[psutil.Process]:
     return [process for process in psutil.Process().children(recursive=True) if process not in before]
 
 
-def of_node(name: str, before: set[psutil.Process]) -> list[psutil.Process]:
-    """Returns the processes of a node that run; one may end, and be a zombie, while they are looked at."""
+def looked_at(before: set[psutil.Process], look: Callable[[psutil.Process], Any]) -> list[tuple[psutil.Process, Any]]:
+    """Returns the cluster's processes and what `look` finds; one may end, and be a zombie, while it is looked at."""
     found = []
     for process in started_since(before):
         with suppress(psutil.Error):
-            if process.environ().get(NODE_NAME_VARIABLE) == name:
-                found.append(process)
+            found.append((process, look(process)))
     return found
+
+
+def of_node(name: str, before: set[psutil.Process]) -> list[psutil.Process]:
+    """Returns the processes of a node that run."""
+    return [
+        process
+        for process, variables in looked_at(before, psutil.Process.environ)
+        if variables.get(NODE_NAME_VARIABLE) == name
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +98,8 @@ def test_a_node_that_is_lost_while_it_starts_is_started_once_more(cluster: Local
 def test_it_is_out_of_others_reach(cluster: LocalCluster, before: set[psutil.Process]) -> None:
     listening = {
         connection.laddr.ip.removeprefix("::ffff:")  # IPv4 on a socket for both
-        for process in started_since(before)
-        for connection in process.net_connections("inet")
+        for _, connections in looked_at(before, lambda process: process.net_connections("inet"))
+        for connection in connections
         if connection.status == psutil.CONN_LISTEN
     }
     assert listening
@@ -102,8 +110,9 @@ def test_it_is_out_of_others_reach(cluster: LocalCluster, before: set[psutil.Pro
     assert len(cluster.token) >= 32
     assert stat.S_IMODE(token_path.stat().st_mode) == 0o600
     assert stat.S_IMODE(token_path.parent.stat().st_mode) == 0o700
-    command_lines = [" ".join(process.cmdline()) for process in started_since(before)]
-    assert not any(cluster.token in line for line in command_lines)  # everyone may read those
+    command_lines = looked_at(before, psutil.Process.cmdline)
+    assert command_lines
+    assert not any(cluster.token in " ".join(words) for _, words in command_lines)  # everyone may read those
 
 
 @pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer wrong"}], ids=["no token", "wrong token"])
@@ -123,7 +132,7 @@ def test_workers_have_the_niceness_of_their_owner(cluster: LocalCluster, before:
     httpx.post(url, headers=headers, json=asked, timeout=limit_s(60)).raise_for_status()
 
     def workers() -> list[psutil.Process]:
-        return [process for process in started_since(before) if process.name().startswith("ray::<lambda>")]
+        return [process for process, name in looked_at(before, psutil.Process.name) if name.startswith("ray::<lambda>")]
 
     wait_until(workers)
     assert {process.nice() for process in workers()} == {psutil.Process().nice()}
@@ -158,10 +167,9 @@ def test_nodes_come_and_go(cluster: LocalCluster, before: set[psutil.Process]) -
 @pytest.mark.slow
 def test_a_lost_head_is_started_again_and_finds_its_nodes(cluster: LocalCluster, before: set[psutil.Process]) -> None:
     def pids() -> set[int]:
-        at_head = set(of_node("head", before))
-        return {process.pid for process in started_since(before) if process.name() == "raylet"} - {
-            process.pid for process in at_head
-        }
+        at_head = of_node("head", before)
+        names = looked_at(before, psutil.Process.name)
+        return {process.pid for process, name in names if name == "raylet" and process not in at_head}
 
     assert not cluster.lost_head()
     names, others = cluster.node_names, pids()
