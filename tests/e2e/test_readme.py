@@ -1,4 +1,4 @@
-"""Follows README.md and GUIDE.md: every block of commands is typed as it is, on a small corpus and a small model.
+"""Follows README.md and cluster/guide.md: every block of commands is typed as it is, on a small corpus and a small model.
 
 Names that stand for the reader's own (a run's id, hosts, a bucket), ports and sizes are replaced. `make demo` and
 `make test` are left out; the commands of k8s/README.md are tested in ../k8s/test_cluster_command.py.
@@ -42,7 +42,7 @@ SMALLER = {"small-10m": "tiny", "20000000": "16384"}
 EXIT_CODES = {"diff": 1}  # the two runs differ
 BLOCKS = [
     block
-    for name in ("README.md", "GUIDE.md", "k8s/scale.md")
+    for name in ("README.md", "cluster/guide.md", "k8s/scale.md")
     for block in blocks_of_commands(REPOSITORY / name)
     if not {command.program for command in block} & {"make", "kubectl"}
 ]
