@@ -100,7 +100,11 @@ def test_a_wheel_is_built_without_a_warning_and_lacks_nothing(tmp_path: Path) ->
     assert not re.search("warn", said, re.IGNORECASE), said
     held = set(zipfile.ZipFile(wheel).namelist())
     code = {p for folder in CODE_FOLDERS for p in (REPOSITORY / folder).rglob("*") if p.suffix not in (".pyc", ".md")}
-    expected = {path.relative_to(REPOSITORY).as_posix() for path in code if path.suffix not in (".png", ".svg") and path.is_file()}
+    expected = {
+        path.relative_to(REPOSITORY).as_posix()
+        for path in code
+        if path.suffix not in (".png", ".svg") and path.is_file()
+    }
     assert expected - held == set()
     manifests = {path.relative_to(REPOSITORY) for path in (REPOSITORY / "k8s").glob("*/**/*") if path.is_file()}
     assert {f"cluster/{path.as_posix()}" for path in manifests} - held == set()
