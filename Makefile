@@ -18,8 +18,8 @@ demo: $(INSTALLED)
 
 # Files that start no cluster run three at a time, as many of their tests wait; then the rest, two at a time. Both parts run.
 test: $(INSTALLED)
-	$(BIN)/pytest -m "not slow and not cluster" --numprocesses 3 --dist loadfile; first=$$?; \
-	$(BIN)/pytest -m "not slow and cluster" --numprocesses 2 --dist loadfile && exit $$first
+	$(BIN)/pytest -m "not slow and not cluster" --numprocesses 3 --dist loadfile --no-loadscope-reorder; first=$$?; \
+	$(BIN)/pytest -m "not slow and cluster" --numprocesses 2 --dist loadfile --no-loadscope-reorder && exit $$first
 
 test-all: $(CLIENTS_INSTALLED)
 	$(BIN)/pytest

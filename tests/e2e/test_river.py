@@ -37,10 +37,11 @@ def test_text_becomes_a_served_model_in_s3(tmp_path: Path, s3_bucket: str) -> No
         "16384",
     ]
     settings += ["--train.global-batch-size", "8", "--train.micro-batch-size", "2", "--train.seq-len", "64"]
+    nodes = ["--cluster.num-nodes", "2"]
     settings += ["--checkpoint.save-every-steps", "10", "--train.eval-max-tokens", "4096"]
 
     run = raymill_result(
-        "pretrain", "--data.source", f"s3://{s3_bucket}/corpus/*.txt", *settings, *storage, folder=tmp_path
+        "pretrain", "--data.source", f"s3://{s3_bucket}/corpus/*.txt", *settings, *nodes, *storage, folder=tmp_path
     )
     assert run["step"] == 32
     assert run["val_loss"] < run["first_loss"]
@@ -52,7 +53,7 @@ def test_text_becomes_a_served_model_in_s3(tmp_path: Path, s3_bucket: str) -> No
     assert report["html"].startswith(f"s3://{s3_bucket}/")
 
     port = free_port()
-    command = [*RAYMILL, "serve", "latest", "--port", str(port), "--api-key-file", "key", *storage, "--json"]
+    command = [*RAYMILL, "serve", "latest", "--port", str(port), "--api-key-file", "key", *nodes, *storage, "--json"]
     server = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None
