@@ -117,7 +117,8 @@ def view_job(run: Storage, token_file: Path | None, *, stage: str = "") -> JobVi
         state, note = _backend_of(record, token_file).state(record), ""
     except ClusterError as error:
         state, note = None, str(error)
-    if state is None and launch is None and time.time() - record.submitted < _SUBMITTING_S:
+    is_young = time.time() - record.submitted < _SUBMITTING_S
+    if state is None and launch is None and is_young and not record.stopped:
         return JobView(JobState.PENDING, record, None, None, note or "it is being submitted")
     if state is None:
         return _seen_in_storage(run, record, launch, ended, record.stage, note)

@@ -1,6 +1,7 @@
 """`raymill submit --kuberay` makes a RayJob that obeys every rule, started once, reported and stopped."""
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from tests.k8s import life_rules, network_rules, operator_rules, security_rules
 from tests.k8s.api_stand_in import ApiStandIn
 from tests.k8s.manifests import CRDS, find, render
 from tests.k8s.schema_rules import builtin_problems, crd_problems
+from tests.time_limits import limit_s
 
 RULES = (*operator_rules.RULES, *security_rules.RULES, *life_rules.RULES, *network_rules.RULES)
 RAY, CORE = "/apis/ray.io/v1/namespaces/raymill", "/api/v1/namespaces/raymill"
@@ -142,8 +144,10 @@ def test_a_run_is_submitted_once_told_of_stopped_and_resumed(
     assert asked(capsys, "status", "Demo_1", *storage, code=1)["state"] == "failed"
 
     api.put(f"{RAY}/rayjobs/{name}", job | {"status": {"jobDeploymentStatus": "Running", "jobStatus": "RUNNING"}})
+    began_s = time.monotonic()
     stopped = asked(capsys, "stop", "Demo_1", *storage)
     assert (stopped["state"], stopped["was_live"]) == ("stopped", True)
+    assert time.monotonic() - began_s < limit_s(5), "a job that is gone is not waited for"
     assert api.get(f"{RAY}/rayjobs/{name}") is None
     second = asked(capsys, *words)
     assert (second["new"], second["number"]) == (True, 2)

@@ -94,7 +94,7 @@ def seeds() -> list[Any]:
 
 
 @pytest.mark.parametrize("seed", seeds())
-@pytest.mark.parametrize("victim", ["worker", "node", "driver"])
+@pytest.mark.parametrize("victim", ["worker", pytest.param("node", marks=pytest.mark.slow), "driver"])
 def test_a_kill_changes_no_byte(
     cluster: LocalCluster, corpus: Path, quiet: dict[str, Any], victim: str, seed: int, tmp_path: Path
 ) -> None:

@@ -149,7 +149,7 @@ def load_of(traffic: Traffic, model: GPT, tokenizer: Tokenizer, *, url: str) -> 
 @pytest.mark.parametrize(
     "traffic",
     [
-        pytest.param(ANSWERS, id="answers"),
+        pytest.param(ANSWERS, id="answers", marks=pytest.mark.slow),
         pytest.param(BLOCKS, id="blocks", marks=pytest.mark.slow),
         pytest.param(PROMPTS, id="prompts"),
     ],

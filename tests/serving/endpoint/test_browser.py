@@ -85,7 +85,7 @@ class Watched:
             self.problems.append(message.text)
 
 
-@pytest.fixture(params=[DESKTOP, PHONE], ids=["desktop", "phone"])
+@pytest.fixture(params=[pytest.param(DESKTOP, id="desktop"), pytest.param(PHONE, id="phone", marks=pytest.mark.slow)])
 def watched(request: pytest.FixtureRequest, browser: Browser, open_url: str) -> Iterator[Watched]:
     context = browser.new_context(viewport=request.param, color_scheme="dark" if request.param is PHONE else "light")
     watched = Watched(context.new_page(), open_url)

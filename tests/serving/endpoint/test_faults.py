@@ -125,7 +125,7 @@ def both_replicas_are_back_and_idle(url: str, checkpoint: Path) -> Iterator[None
     ("fault", "gone_within_s", "num_faults"),
     [
         (signal.SIGKILL, 1.0, 1),
-        (signal.SIGSTOP, 5.0, 1),
+        pytest.param(signal.SIGSTOP, 5.0, 1, marks=pytest.mark.slow),
         pytest.param(signal.SIGKILL, 1.0, 4, marks=pytest.mark.slow),
         pytest.param(signal.SIGSTOP, 5.0, 4, marks=pytest.mark.slow),
     ],
