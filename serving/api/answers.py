@@ -2,13 +2,14 @@
 
 import time
 import uuid
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 from serving.protocol.protocol import Choice, Usage
 from serving.protocol.served_model import ServedModel
 
 
-class Answer:
+class Answer(ABC):
     """One request's answer. Subclasses have the shape of their endpoint."""
 
     ID_PREFIX: ClassVar[str]
@@ -42,11 +43,13 @@ class Answer:
             "usage": None if usage is None else usage.model_dump(),
         }
 
+    @abstractmethod
     def _whole_choice(self, choice: Choice) -> dict[str, Any]:
-        raise NotImplementedError
+        """Returns a choice of a whole answer."""
 
+    @abstractmethod
     def _part_choice(self, choice: Choice) -> dict[str, Any]:
-        raise NotImplementedError
+        """Returns a choice of an event."""
 
 
 class TextAnswer(Answer):
