@@ -42,7 +42,7 @@ def submit(parser: argparse.ArgumentParser) -> None:
     place = parser.add_mutually_exclusive_group()
     place.add_argument("--address", metavar="URL", help="Jobs API of a Ray cluster, such as http://head:8265")
     place.add_argument("--kuberay", metavar="OVERLAY", help="as a RayJob: dev, gpu, spot, kueue or your kustomization")
-    _namespace_argument(parser, help_text="on Kubernetes; raymill when unset")
+    _namespace_argument(parser, help_text="on Kubernetes, instead of the overlay's own")
     parser.add_argument(
         "--dry-run", action="store_true", help="check all, start nothing; with --kuberay print the objects"
     )
@@ -200,6 +200,7 @@ def operator(parser: argparse.ArgumentParser) -> None:
 
 
 def render(parser: argparse.ArgumentParser) -> None:
+    _namespace_argument(parser, help_text="instead of the overlay's own")
     parser.add_argument(
         "overlay", metavar="OVERLAY", help="dev, gpu, spot, kueue, or the folder of a kustomization of yours"
     )
@@ -209,7 +210,6 @@ def render(parser: argparse.ArgumentParser) -> None:
 
 
 def apply(parser: argparse.ArgumentParser) -> None:
-    _namespace_argument(parser)
     render(parser)
     parser.add_argument("--dry-run", action="store_true", help="let Kubernetes check it, and change nothing")
 
@@ -287,4 +287,4 @@ def _token_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def _namespace_argument(parser: argparse.ArgumentParser, *, help_text: str = "raymill when unset") -> None:
-    parser.add_argument("--namespace", "-n", default="raymill", help=help_text)
+    parser.add_argument("--namespace", "-n", help=help_text)

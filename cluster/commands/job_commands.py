@@ -24,7 +24,7 @@ from cluster.stages.jobs_api import JobsApi, ray_token
 from cluster.stages.stage_module import STAGES, ShownError
 from cluster.storage.uris import NotFoundError, Storage, absolute_uri, open_storage
 from cluster.submission.backend import JobBackend
-from cluster.submission.kuberay_backend import KubeJobs
+from cluster.submission.kuberay_backend import KubeJobs, Overlay
 from cluster.submission.local_backend import LocalJobs
 from cluster.submission.record import Backend, JobRecord, recorded_runs
 from cluster.submission.submit import Backends, JobView, check_only, describe, stop_job, submit_job, view_job
@@ -66,7 +66,8 @@ def _needs(config: RunConfig) -> dict[str, Any]:
 def _backend(arguments: argparse.Namespace, config: RunConfig) -> JobBackend:
     address = arguments.address or config.cluster.address
     if arguments.kuberay is not None:
-        return KubeJobs(connected_api(arguments.namespace), overlay_folder(arguments.kuberay))
+        overlay = Overlay(overlay_folder(arguments.kuberay), arguments.namespace)
+        return KubeJobs(connected_api(arguments.namespace), overlay)
     if address is not None:
         return _ray_jobs(address, arguments.token_file)
     return LocalJobs()

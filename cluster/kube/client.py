@@ -9,12 +9,13 @@ from kubernetes.client import ApiClient
 from kubernetes.client.exceptions import ApiException
 from urllib3.exceptions import HTTPError
 
-from cluster.kube.scale import Patch
-from cluster.kube.status import Object
+from cluster.kube.scale import Patch, as_applied
+from cluster.kube.status import KINDS, Object, full_name
 from cluster.local.local_cluster import ClusterError
 
 FIELD_MANAGER = "raymill"
 _TIMEOUT_S = 30
+_TRIES = 5  # of an apply that the operator and the autoscaler write in between
 
 
 class KubeApi:
@@ -43,15 +44,60 @@ class KubeApi:
 
     def patch(self, manifest: Object, patch: Patch) -> None:
         """Raises `ClusterError` when the object has changed such that the patch does not fit."""
-        self._ask("PATCH", _path_of(manifest), body=patch, content_type="application/json-patch+json")
+        query = [("fieldManager", FIELD_MANAGER)]
+        self._ask("PATCH", _path_of(manifest), query=query, body=patch, content_type="application/json-patch+json")
 
-    def apply(self, manifest: Object, *, dry_run: bool = False) -> Object:
-        """Server-side apply: what others own, such as the autoscaler the number of pods, stays theirs. Gives the
-        object as it is then."""
-        query = [("fieldManager", FIELD_MANAGER), *([("dryRun", "All")] if dry_run else [])]
-        content_type = "application/apply-patch+yaml"
-        made: Object = self._ask("PATCH", _path_of(manifest), query=query, body=manifest, content_type=content_type)
+    def apply(self, manifest: Object, *, dry_run: bool = False, force: bool = False) -> Object:
+        """Server-side apply, which returns the object as it is then. Raises `ClusterError` when somebody else owns
+        what it would change, unless `force` takes it from him."""
+        flags = {"fieldManager": FIELD_MANAGER} | ({"dryRun": "All"} if dry_run else {})
+        flags |= {"force": "true"} if force else {}
+        made: Object = self._ask(
+            "PATCH",
+            _path_of(manifest),
+            query=list(flags.items()),
+            body=manifest,
+            content_type="application/apply-patch+yaml",
+        )
         return made
+
+    def apply_all(self, manifests: list[Object], *, dry_run: bool = False) -> dict[str, Any]:
+        """Applies each, whatever becomes of the others: which ones were taken, what was kept as it ran, which failed
+        and why, and (of a dry run) which cannot be checked before their namespace is there."""
+        result: dict[str, Any] = {"checked" if dry_run else "applied": (taken := [])}
+        for manifest in manifests:
+            name = full_name(manifest)
+            try:
+                kept = self._apply_as_it_runs(manifest, dry_run=dry_run)
+            except _RefusedError as error:
+                if dry_run and error.lacks_namespace:
+                    result.setdefault("not_checked", []).append(name)
+                else:
+                    result.setdefault("failed", {})[name] = str(error)
+                continue
+            taken.append(name)
+            if kept:
+                result.setdefault("kept", {})[name] = kept
+        return result
+
+    def _apply_as_it_runs(self, manifest: Object, *, dry_run: bool) -> list[str]:
+        """Ray's kinds are applied by force: a list of worker groups has one owner, and KubeRay and the autoscaler write
+        it too. So what is theirs is read from the object first, and its version tells whether they wrote since."""
+        if manifest["kind"] not in KINDS:
+            self.apply(manifest, dry_run=dry_run)
+            return []
+        tries = _TRIES
+        while True:
+            live = self._ask("GET", _path_of(manifest), missing_is=None)
+            wanted, kept = as_applied(manifest, live)
+            try:
+                self.apply(wanted, dry_run=dry_run, force=True)
+            except _RefusedError as error:
+                tries -= 1
+                if error.status != 409 or not tries:
+                    raise
+            else:
+                return kept
 
     def delete(self, api_version: str, kind: str, name: str) -> None:
         """Nothing happens where it is not there."""
@@ -84,37 +130,54 @@ class KubeApi:
         except ApiException as error:
             if error.status == 404 and missing_is is not self._RAISE:
                 return missing_is
-            raise ClusterError(_words(error, method, path)) from None
+            if error.status == 401:
+                raise ClusterError(
+                    "Kubernetes does not know who you are: log in again, so that the kubeconfig has a valid token"
+                ) from None
+            raise _RefusedError(error, method, path) from None
         except HTTPError as error:
             host = self._client.configuration.host
             raise ClusterError(f"no Kubernetes API answers at {host}: {str(error).splitlines()[0][:300]}") from None
 
 
+class _RefusedError(ClusterError):
+    """Kubernetes does not do it."""
+
+    def __init__(self, error: ApiException, method: str, path: str) -> None:
+        self.status = error.status
+        try:
+            said = json.loads(error.body or "{}")
+        except json.JSONDecodeError:  # plain text for a kind that is not installed
+            said = {}
+        self.lacks_namespace = error.status == 404 and (said.get("details") or {}).get("kind") == "namespaces"
+        super().__init__(self._words(said, method, path) or f"Kubernetes refused {method} {path}: {error.reason}")
+
+    def _words(self, said: Object, method: str, path: str) -> str:
+        what, message = path.rsplit("/namespaces/", maxsplit=1)[-1], said.get("message", "")
+        if self.status == 403 and "exceeded quota" not in message:
+            group = "k8s/base/rbac.yaml gives the group raymill-operators that right"
+            return f"you may not {method} {what}: {group} ({message})"
+        if self.lacks_namespace:
+            return f"{what}: the namespace is not there: apply the component `platform` first"
+        if self.status == 404 and (not message or "could not find the requested resource" in message):
+            return f"{what}: its kind is not installed: apply KubeRay's operator, or Kueue, first"
+        if self.status == 404:
+            return f"there is no {what}"
+        if self.status == 409:
+            return f"somebody else owns a part of {what}: {message}"
+        return f"Kubernetes refused {method} {what} with {self.status}: {message}" if message else ""
+
+
 def _path(api_version: str, kind: str, namespace: str | None) -> str:
     root = f"/apis/{api_version}" if "/" in api_version else f"/api/{api_version}"
     word = kind.lower()
-    plural = (
-        f"{word[:-1]}ies" if word.endswith("cy") or word.endswith("ty") else f"{word}{'es' if word[-1] == 's' else 's'}"
-    )
+    if word[-1] == "y" and word[-2] not in "aeiou":
+        plural = f"{word[:-1]}ies"
+    else:
+        plural = f"{word}{'es' if word[-1] == 's' else 's'}"
     return f"{root}/namespaces/{namespace}/{plural}" if namespace else f"{root}/{plural}"
 
 
 def _path_of(manifest: Object) -> str:
     metadata = manifest["metadata"]
     return f"{_path(manifest['apiVersion'], manifest['kind'], metadata.get('namespace'))}/{metadata['name']}"
-
-
-def _words(error: ApiException, method: str, path: str) -> str:
-    what = path.rsplit("/namespaces/", maxsplit=1)[-1]
-    message = json.loads(error.body).get("message", "") if error.body else ""
-    if error.status == 401:
-        return "Kubernetes does not know who you are: log in again, so that the kubeconfig has a valid token"
-    if error.status == 403:
-        return (
-            f"you may not {method} {what}: k8s/base/rbac.yaml gives the group raymill-operators that right ({message})"
-        )
-    if error.status == 404:
-        return f"there is no {what}, or its kind is not installed: apply KubeRay's operator and the namespace first"
-    if error.status == 409:
-        return f"somebody else owns a part of {what}: {message}"
-    return f"Kubernetes refused {method} {what} with {error.status}: {message or error.reason}"

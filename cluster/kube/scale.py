@@ -1,15 +1,22 @@
-"""What has to change in a Ray object so that it is scaled, suspended or resumed: JSON patches. Pure."""
+"""What has to change in a Ray object so that it is scaled, suspended or resumed: JSON patches; and what of that an
+apply leaves as it is. Pure."""
 
+import copy
 from typing import Any
+
+import yaml
 
 from cluster.kube.status import SUSPENDED, Object, cluster_spec, suspended_bounds
 from cluster.settings.parser import ConfigError
 
 Patch = list[dict[str, Any]]
 
+SCALED = "raymill/scaled."
+"""Annotation, with a group's name behind it, of the bounds that `scale` found and set, such as `0-4 2-6`."""
+
 
 def scale_group(manifest: Object, group: str | None, *, lowest: int | None, most: int | None) -> Patch:
-    """New bounds of a worker group, of the only one when `group` is None. Ray's autoscaler obeys them at once."""
+    """Gives a worker group new bounds, the only one when `group` is None. Ray's autoscaler obeys them at once."""
     index, found = _group(manifest, group)
     if suspended_bounds(manifest, found["groupName"]):
         raise ConfigError(f"the group {found['groupName']} is suspended; resume it first")
@@ -19,7 +26,42 @@ def scale_group(manifest: Object, group: str | None, *, lowest: int | None, most
         raise ConfigError(
             f"the group {found['groupName']} would have {new_lowest} to {new_most} pods; expected 0 <= min <= max"
         )
-    return _bounds(manifest, index, found, new_lowest, new_most)
+    noted = _scaled(manifest, found)  # a group that is scaled twice still has the bounds of its manifest beneath
+    note = f"{noted or _text(found)} {new_lowest}-{new_most}"
+    bounds = _bounds(manifest, index, found, new_lowest, new_most)
+    return [*bounds, *_annotate(manifest, SCALED + found["groupName"], note)]
+
+
+def as_applied(manifest: Object, live: Object | None) -> tuple[Object, list[str]]:
+    """The manifest with what is not the overlay's to say taken from the live object, and what that is in words: how
+    many pods the autoscaler asks for, bounds that `scale` set since the overlay last changed them, and whether it is
+    suspended."""
+    if live is None:
+        return manifest, []
+    wanted, kept = copy.deepcopy(manifest), []
+    wanted["metadata"]["resourceVersion"] = live["metadata"]["resourceVersion"]
+    if "suspend" in wanted["spec"]:  # Kueue's from then on
+        wanted["spec"]["suspend"] = bool(live["spec"].get("suspend"))
+    running = {group["groupName"]: group for group in cluster_spec(live).get("workerGroupSpecs", [])}
+    for group in cluster_spec(wanted).get("workerGroupSpecs", []):
+        name, keys = group["groupName"], ["replicas", "scaleStrategy"]
+        if (found := running.get(name)) is None:
+            continue
+        is_suspended = suspended_bounds(live, name) is not None
+        if is_suspended or _scaled(live, found) == _text(group):
+            keys += ["minReplicas", "maxReplicas"]
+            bounds = "suspended" if is_suspended else f"{found['minReplicas']} to {found['maxReplicas']} pods"
+            kept.append(f"{name}: {bounds}, as `raymill cluster scale` left it")
+        group |= {key: found[key] for key in keys if key in found}
+    return wanted, kept
+
+
+def most_replicas(service: Object) -> int | None:
+    """How many replicas a RayService's own settings allow, where they say it."""
+    settings = yaml.safe_load(service["spec"].get("serveConfigV2", "")) or {}
+    arguments = [application.get("args", {}) for application in settings.get("applications", [])]
+    found = [most for given in arguments if (most := given.get("replicas", {}).get("max_replicas")) is not None]
+    return sum(found) if found else None
 
 
 def suspend_group(manifest: Object, group: str) -> Patch:
@@ -27,10 +69,7 @@ def suspend_group(manifest: Object, group: str) -> Patch:
     index, found = _group(manifest, group)
     if suspended_bounds(manifest, group):
         raise ConfigError(f"the group {group} is suspended already")
-    note = f"{found.get('minReplicas', 0)}-{found.get('maxReplicas', 0)}"
-    path = f"/metadata/annotations/{_escaped(SUSPENDED + group)}"
-    annotations = [] if manifest["metadata"].get("annotations") else [_add("/metadata/annotations", {})]
-    return [*_bounds(manifest, index, found, 0, 0), *annotations, _add(path, note)]
+    return [*_bounds(manifest, index, found, 0, 0), *_annotate(manifest, SUSPENDED + group, _text(found))]
 
 
 def resume_group(manifest: Object, group: str) -> Patch:
@@ -70,6 +109,21 @@ def _bounds(manifest: Object, index: int, group: Object, lowest: int, most: int)
         _add(f"{at}/minReplicas", lowest),
         _add(f"{at}/maxReplicas", most),
     ]
+
+
+def _annotate(manifest: Object, key: str, note: str) -> Patch:
+    empty = [] if manifest["metadata"].get("annotations") else [_add("/metadata/annotations", {})]
+    return [*empty, _add(f"/metadata/annotations/{_escaped(key)}", note)]
+
+
+def _scaled(manifest: Object, group: Object) -> str | None:
+    """The bounds that the group had before it was scaled, if it still has those that it was scaled to."""
+    before, _, after = manifest["metadata"].get("annotations", {}).get(SCALED + group["groupName"], "").partition(" ")
+    return before if after and after == _text(group) else None
+
+
+def _text(group: Object) -> str:
+    return f"{group.get('minReplicas', 0)}-{group.get('maxReplicas', 0)}"
 
 
 def _add(path: str, value: Any) -> dict[str, Any]:

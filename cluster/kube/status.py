@@ -1,5 +1,6 @@
 """What the status of a RayCluster, RayJob or RayService means, in one sentence. Pure: objects in, text out."""
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,19 +37,50 @@ def sentence(manifest: Object) -> str:
     kind = manifest["kind"]
     if kind == "RayJob":
         return _job(manifest, status)
-    return _service(status) if kind == "RayService" else _cluster(manifest, status)
+    return _service(manifest, status) if kind == "RayService" else _cluster(manifest, status)
 
 
-def groups(manifest: Object) -> Iterator[str]:
-    """A line for each worker group: its bounds, and whether `raymill cluster scale` suspended it."""
+def groups(manifest: Object, pods: list[Object] | None = None) -> Iterator[str]:
+    """A line for each worker group: its bounds, whether `raymill cluster scale` suspended it, and of a RayCluster that
+    runs how many pods are wanted and, of the namespace's `pods`, run."""
+    is_up = manifest["kind"] == "RayCluster" and bool(manifest.get("status")) and not manifest["spec"].get("suspend")
+    running = Counter(
+        (pod["metadata"]["labels"].get("ray.io/cluster"), pod["metadata"]["labels"].get("ray.io/group"))
+        for pod in pods or []
+        if pod["status"].get("phase") == "Running" and "deletionTimestamp" not in pod["metadata"]
+    )
     for group in cluster_spec(manifest).get("workerGroupSpecs", []):
         name, lowest, most = group["groupName"], group.get("minReplicas", 0), group.get("maxReplicas", 0)
-        wanted = f", {group['replicas']} wanted now" if "replicas" in group else ""
         before = suspended_bounds(manifest, name)
-        state = (
-            f"suspended, {before[0]} to {before[1]} pods when resumed" if before else f"{lowest} to {most} pods{wanted}"
-        )
+        state = f"suspended, {before[0]} to {before[1]} pods when resumed" if before else f"{lowest} to {most} pods"
+        # KubeRay keeps `replicas` within the bounds, and writes that nowhere.
+        wanted = min(max(group.get("replicas", 0), lowest), most) * group.get("numOfHosts", 1)
+        state += f", {wanted} wanted" if is_up else ""
+        state += f", {running[manifest['metadata']['name'], name]} running" if is_up and pods is not None else ""
         yield f"{name}: {state}"
+
+
+def has_ended(manifest: Object) -> bool:
+    """Whether it is a job that KubeRay does not look at any more."""
+    return (manifest.get("status") or {}).get("jobDeploymentStatus") in ("Complete", "Failed", "ValidationFailed")
+
+
+def cluster_names(manifest: Object) -> list[str]:
+    """The RayClusters behind it: a job's one, a service's active and pending ones, or itself."""
+    if manifest["kind"] == "RayCluster":
+        return [manifest["metadata"]["name"]]
+    status = manifest.get("status") or {}
+    parts = [status, status.get("activeServiceStatus") or {}, status.get("pendingServiceStatus") or {}]
+    return [part["rayClusterName"] for part in parts if part.get("rayClusterName")]
+
+
+def full_name(manifest: Object) -> str:
+    return f"{manifest['kind']}/{manifest['metadata']['name']}"
+
+
+def conditions(manifest: Object) -> dict[str, Object]:
+    """By their types."""
+    return {condition["type"]: condition for condition in (manifest.get("status") or {}).get("conditions") or []}
 
 
 SUSPENDED = "raymill/suspended."
@@ -77,9 +109,10 @@ def _job(manifest: Object, status: Object) -> str:
     return text + (f", on the cluster {cluster}" if cluster and state in ("Initializing", "Running") else "")
 
 
-def _service(status: Object) -> str:
-    conditions = _conditions(status)
-    ready, upgrade = conditions.get("Ready", {}), conditions.get("UpgradeInProgress", {})
+def _service(manifest: Object, status: Object) -> str:
+    if manifest["spec"].get("suspend"):
+        return f"is suspended: it has no pods{_queue(manifest)}"
+    ready, upgrade = (conditions(manifest).get(kind, {}) for kind in ("Ready", "UpgradeInProgress"))
     active, pending = status.get("activeServiceStatus") or {}, status.get("pendingServiceStatus") or {}
     ill = [
         f"{name} is {application.get('status', 'unknown')}{_detail(application.get('message', ''))}"
@@ -97,8 +130,7 @@ def _service(status: Object) -> str:
 
 
 def _cluster(manifest: Object, status: Object) -> str:
-    conditions = _conditions(status)
-    failure, head = conditions.get("ReplicaFailure", {}), conditions.get("HeadPodReady", {})
+    failure, head = (conditions(manifest).get(kind, {}) for kind in ("ReplicaFailure", "HeadPodReady"))
     if manifest["spec"].get("suspend") or status.get("state") == "suspended":
         return f"is suspended: it has no pods{_queue(manifest)}"
     if failure.get("status") == "True":
@@ -109,12 +141,8 @@ def _cluster(manifest: Object, status: Object) -> str:
     return f"is up: its head is ready, and {ready} of {desired} workers"
 
 
-def _conditions(status: Object) -> dict[str, Object]:
-    return {condition["type"]: condition for condition in status.get("conditions") or []}
-
-
 def _why(status: Object) -> str:
-    reason, message = status.get("reason", ""), status.get("message", "")
+    reason, message = status.get("reason", "").replace("Unknown", ""), status.get("message", "")
     return f" ({reason}){_detail(message)}" if reason else _detail(message)
 
 

@@ -1,5 +1,6 @@
 """Jobs as RayJobs on Kubernetes: each brings its own Ray cluster and takes it away."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,10 +27,18 @@ _ENDED = {
 """By Ray's word for the job, or else KubeRay's."""
 
 
+@dataclass(frozen=True)
+class Overlay:
+    """A kustomization, and the namespace that it is rendered into; its own when that is None."""
+
+    folder: Path
+    namespace: str | None = None
+
+
 class KubeJobs(JobBackend):
     """`overlay` is needed to submit only."""
 
-    def __init__(self, api: "KubeApi", overlay: Path | None = None) -> None:
+    def __init__(self, api: "KubeApi", overlay: Overlay | None = None) -> None:
         self._api, self._overlay = api, overlay
         self._needs: dict[str, Any] = {}
 
@@ -50,7 +59,8 @@ class KubeJobs(JobBackend):
         """What `start` applies; `check` comes first."""
         assert self._overlay is not None, "submitting takes an overlay"
         name = rayjob_name(str(config.run_id), number)
-        return rayjob(rendered_overlay(self._overlay), config, stage, name=name, needs=self._needs)
+        rendered = rendered_overlay(self._overlay.folder, self._overlay.namespace)
+        return rayjob(rendered, config, stage, name=name, needs=self._needs)
 
     def record(self, config: RunConfig, stage: str, *, number: int, submitted: float) -> JobRecord:
         run_id = str(config.run_id)
@@ -61,8 +71,8 @@ class KubeJobs(JobBackend):
         """The job first: it owns its settings, so that Kubernetes removes them with it, and its pods wait for them."""
         job, settings = self.objects(config, record.stage, number=record.number)
         made = self._api.apply(job)
-        owner = {"apiVersion": _RAY, "kind": "RayJob", "name": record.job, "uid": made["metadata"].get("uid", "")}
-        settings["metadata"]["ownerReferences"] = [owner] if owner["uid"] else []
+        owner = {"apiVersion": _RAY, "kind": "RayJob", "name": record.job, "uid": made["metadata"]["uid"]}
+        settings["metadata"]["ownerReferences"] = [owner]
         self._api.apply(settings)
         return record
 
