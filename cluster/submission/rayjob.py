@@ -71,8 +71,12 @@ def _model_of(objects: list[Object], component: str) -> Object:
 
 
 def _fit(job: Object, config: RunConfig, needs: dict[str, Any]) -> None:
-    """As many pods as `scaling.max_workers` workers fill."""
-    (group,) = cluster_spec(job)["workerGroupSpecs"]
+    """As many pods as `scaling.max_workers` workers fill, of each group: a second one stands in for the first."""
+    for group in cluster_spec(job)["workerGroupSpecs"]:
+        _fit_group(group, config, needs)
+
+
+def _fit_group(group: Object, config: RunConfig, needs: dict[str, Any]) -> None:
     limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
     scaling, name = config.scaling, group["groupName"]
     cpus, memory = _quantity(limits["cpu"]), _quantity(limits["memory"])

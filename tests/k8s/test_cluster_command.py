@@ -9,7 +9,7 @@ import yaml
 from cluster.cli import main
 from tests.k8s.api_stand_in import ApiStandIn
 from tests.k8s.cluster_cli import RAY, Asked, stand_in
-from tests.k8s.manifests import KUSTOMIZATIONS, find, render
+from tests.k8s.manifests import OVERLAYS, find, render
 from tests.k8s.operator_stand_in import OperatorStandIn
 
 
@@ -31,7 +31,7 @@ def test_render_prints_what_kustomize_makes(asked: Asked, capsys: pytest.Capture
     assert "expected one of completions, evaluate" in asked.refused("render", "dev", "--component", "x", code=2)
 
 
-@pytest.mark.parametrize("overlay", [name.removeprefix("overlays/") for name in KUSTOMIZATIONS[1:]])
+@pytest.mark.parametrize("overlay", OVERLAYS)
 def test_an_overlay_takes_another_namespace(overlay: str, asked: Asked) -> None:
     objects = asked("render", overlay, "-n", "elsewhere")["objects"]
     (namespace,) = (o for o in objects if o["kind"] == "Namespace")
