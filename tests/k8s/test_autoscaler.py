@@ -167,7 +167,7 @@ def test_a_run_has_its_gpu_group_grow_and_shrink_and_its_bits_stay(tmp_path: Pat
 
 def test_pods_of_several_gpus_carry_several_workers_each_and_their_bits_stay(tmp_path: Path) -> None:
     objects = node_cluster()
-    config = run_config(objects, tmp_path, num_steps=NUM_FEW_STEPS, max_workers=4)
+    config = run_config(objects, tmp_path, num_steps=NUM_STEPS, max_workers=4)
     entrypoint, run = entrypoint_of(objects, config, tmp_path), run_storage(config)
 
     with PodCluster(objects, "RayJob/pretrain", num_nodes=2) as pods:
@@ -184,7 +184,7 @@ def test_pods_of_several_gpus_carry_several_workers_each_and_their_bits_stay(tmp
         assert sorted(nodes_then.count(node) for node in set(nodes_then)) == [2, 2]
         assert watched.end_of(job) == JobStatus.SUCCEEDED, watched.jobs.get_job_logs(job)[-4000:]
         ledger = Ledger.read(run)
-        assert [line["step"] for line in ledger.steps] == list(range(1, NUM_FEW_STEPS + 1))
+        assert [line["step"] for line in ledger.steps] == list(range(1, NUM_STEPS + 1))
         assert ledger.events("checkpoint")[-1]["parameter_hash"] == hash_of_a_local_run(run)
         watched.until(lambda: not pods.running and not pods.pending)
         watched.say("no pods")
