@@ -33,7 +33,7 @@ def main(names: list[str]) -> int:
 
 
 def asked(name: str) -> list[dict[str, Any]]:
-    """What pip would install."""
+    """Returns what pip would install."""
     ours = [] if name == "vllm" else [str(HERE.parent), "setuptools>=77"]
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed"]
     command += ["--use-feature", "fast-deps", "--only-binary", ":all:", "--report", "-", *WANTED[name], *ours]
@@ -43,7 +43,7 @@ def asked(name: str) -> list[dict[str, Any]]:
 
 
 def lock(name: str, packages: list[dict[str, Any]]) -> str:
-    """A requirements file of what came with a hash, which this project itself did not."""
+    """Returns a requirements file of the packages, without this project itself."""
     lines = [f"# Made by `python .ci/lock_image.py {name}`."]
     for package in sorted(packages, key=lambda each: normal(each["metadata"]["name"])):
         if "archive_info" in package["download_info"]:
@@ -56,7 +56,7 @@ def lock(name: str, packages: list[dict[str, Any]]) -> str:
 
 
 def digest(download: dict[str, Any]) -> str:
-    """As the index says, or of a wheel that `pip config` or PIP_FIND_LINKS has found in a folder."""
+    """Returns the hash that the index gives, or that of a wheel which PIP_FIND_LINKS found in a folder."""
     told = download["archive_info"].get("hashes", {}).get("sha256")
     if told is None:
         told = hashlib.sha256(Path(unquote(urlsplit(download["url"]).path)).read_bytes()).hexdigest()

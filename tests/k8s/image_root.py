@@ -1,4 +1,4 @@
-"""A pod's view of the image: a root file system that cannot be written, /tmp and /dev/shm that can, and user 1000.
+"""Runs commands as a pod does: on a root that cannot be written, with /tmp and /dev/shm that can, as user 1000.
 
 The root is that of a built image, where RAYMILL_IMAGE_ROOT names a folder with one (`buildah mount`). Otherwise it is this
 machine's with what the Dockerfile's steps make: its code, copied, and its kernels, compiled, at /mnt.
@@ -19,7 +19,7 @@ ROOT_VARIABLE = "RAYMILL_IMAGE_ROOT"
 
 @dataclass(frozen=True)
 class ImageRoot:
-    """`mounts` are shell commands in a mount namespace of their own; then `python` and the code are found at `app`."""
+    """Runs scripts: `mounts` are shell commands in a mount namespace, after which the code is found at `app`."""
 
     mounts: str
     enter: str
@@ -28,7 +28,7 @@ class ImageRoot:
     environment: dict[str, str]
 
     def run(self, script: str, files: Path, *, timeout_s: float) -> subprocess.CompletedProcess[str]:
-        """A shell script in /tmp, as a pod's user without capabilities. It finds `files` at /mnt/files."""
+        """Runs a shell script in /tmp as a pod's user, without capabilities. It finds `files` at /mnt/files."""
         inside = f"cd /tmp && {script}"
         enter = f"{self.enter} sh -c {shlex.quote(inside)}"
         whole = f"set -e; FILES={shlex.quote(str(files))}; {self.mounts}\nexec {enter}"
@@ -47,7 +47,7 @@ _VOLUMES = "mount -t tmpfs -o mode=1777 tmpfs {root}/tmp; mount -t tmpfs -o mode
 
 
 def built_root(root: Path) -> ImageRoot:
-    """Of an image that was built for real."""
+    """Returns the root of an image that was built."""
     mounts = f"R={shlex.quote(str(root))}; mount --bind $R $R; mkdir -p $R/mnt/files; mount --bind $FILES $R/mnt/files;"
     mounts += "mount --rbind /dev $R/dev; mount -t proc proc $R/proc; mount --rbind /sys $R/sys;"
     mounts += f"{_VOLUMES.format(root='$R')} mount -o remount,bind,ro $R"
@@ -57,7 +57,7 @@ def built_root(root: Path) -> ImageRoot:
 
 
 def followed_root(made: Path) -> ImageRoot:
-    """Of this machine, with what `made` holds: `app` and `kernels`."""
+    """Returns this machine's root with what `made` holds: `app` and `kernels`."""
     prefix = Path(sys.base_prefix)
     mounts = "mount -t tmpfs tmpfs /mnt; mkdir /mnt/app /mnt/kernels /mnt/base /mnt/files;"
     mounts += f"mount --bind {made}/app /mnt/app; mount --bind {made}/kernels /mnt/kernels;"
@@ -73,7 +73,7 @@ def followed_root(made: Path) -> ImageRoot:
 
 
 def image_root(made: Path, *, sources: list[Path]) -> ImageRoot:
-    """The built image's, or this machine's once the steps are followed: the code folders copied and the kernels baked."""
+    """Returns the built image's root, or this machine's with the steps followed: code copied and kernels compiled."""
     if root := os.environ.get(ROOT_VARIABLE):
         return built_root(Path(root))
     for source in sources:

@@ -67,7 +67,7 @@ def render(kustomization: str) -> list[Manifest]:
 
 
 def render_into(namespace: str, kustomization: str) -> list[Manifest]:
-    """The same by an overlay of somebody's own that names another namespace."""
+    """Renders it by an overlay of somebody's own that names another namespace."""
     return list(yaml.load_all(_render_with(kustomization, (), namespace), Loader=yaml.CSafeLoader))
 
 

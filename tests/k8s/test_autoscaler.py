@@ -88,7 +88,7 @@ def run_config(objects: list[Manifest], folder: Path, *, num_steps: int, max_wor
 
 
 class Watched:
-    """A run on a cluster of pods, waited for."""
+    """Waits for what becomes of a run on a cluster of pods."""
 
     def __init__(self, pods: PodCluster, run: Any) -> None:
         self.pods, self.run = pods, run
@@ -126,7 +126,7 @@ class Watched:
 
 
 def entrypoint_of(objects: list[Manifest], config: RunConfig, folder: Path) -> str:
-    """Of the job, with its settings in `folder`."""
+    """Returns the job's entry point, with its settings in `folder`."""
     write_config(config, folder / "run.yaml")
     return str(find(objects, "RayJob/pretrain")["spec"]["entrypoint"]).replace("/config/", f"{folder}/")
 

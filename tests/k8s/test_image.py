@@ -1,4 +1,4 @@
-"""The image: its Dockerfile read, its packages' hashes, and its code and kernels run as a pod runs them.
+"""Reads the Dockerfile and its packages' hashes, and runs the image's code and kernels as a pod runs them.
 
 `image_root.py` says what it runs in: a built image where there is one, else the Dockerfile's steps followed here.
 """
@@ -37,7 +37,7 @@ def _instructions() -> list[tuple[str, str]]:
 
 
 def _stage(name: str) -> list[tuple[str, str]]:
-    """The instructions of the stage that is called so; the last one has no name."""
+    """Returns the instructions of a stage; the last one has no name."""
     stages: dict[str, list[tuple[str, str]]] = {}
     for instruction, rest in _instructions():
         if instruction == "FROM":

@@ -1,4 +1,4 @@
-"""Component `redis-tls`: the rendered Redis and a head of Ray's agree on TLS, and Redis says nothing without it."""
+"""Has the Redis of component `redis-tls` and a head of Ray's agree on TLS, without which Redis says nothing."""
 
 import secrets
 import socket
