@@ -22,6 +22,7 @@ _NODE_WORDS = (
     (re.compile(r"(\d+) node\(s\) were unschedulable"), "{} are cordoned"),
 )
 _CLAIM = re.compile(r"unbound immediate PersistentVolumeClaims|persistentvolumeclaim \"[^\"]+\" not found")
+_MOUNT = ("FailedMount", "FailedAttachVolume")
 _NOT_MADE = ("FailedToCreate", "FailedCreate")
 _MADE = ("Created", "SuccessfulCreate")
 
@@ -161,12 +162,11 @@ def _waiting(status: Object, waiting: Object, events: list[Object]) -> str:
             f"its container {status['name']} ended {status.get('restartCount', 0)} times, last with exit code "
             f"{last.get('exitCode', 'unknown')} ({last.get('reason', 'Error')}); `kubectl logs --previous` has its end"
         )
-    mounts = [event for event in events if event.get("reason") in ("FailedMount", "FailedAttachVolume")]
-    if mounts:
-        return f"a volume cannot be mounted{_detail(_newest(mounts))}"
-    if any(event.get("reason") == "Pulling" for event in events) and not any(
-        event.get("reason") == "Pulled" for event in events
-    ):
+    told = [event for event in events if event.get("reason") in (*_MOUNT, "Pulling", "Pulled")]
+    last = _newest(told) if told else {}
+    if last.get("reason") in _MOUNT:
+        return f"a volume cannot be mounted{_detail(last)}"
+    if last.get("reason") == "Pulling":
         return f"its image {status.get('image', '')} is being pulled"
     return "is starting"
 

@@ -74,8 +74,11 @@ class ApiObjects:
             return self._store(path, value)
 
     def delete(self, path: str) -> None:
-        """Takes what it owns with it."""
+        """Takes what it owns with it, and a namespace what is in it."""
         with self.lock:
+            if path.startswith("/api/v1/namespaces/") and path.count("/") == 4:
+                for inside in [other for other in self._objects if f"/namespaces/{path.rpartition('/')[2]}/" in other]:
+                    self.delete(inside)
             gone = self._objects.pop(path, None)
             self._owners.pop(path, None)
             uid = (gone or {}).get("metadata", {}).get("uid")
@@ -98,14 +101,14 @@ class ApiObjects:
             ]
             return {"kind": "List", "metadata": {"resourceVersion": str(self._version)}, "items": items}
 
-    def create(self, collection: str, value: Object, *, manager: str) -> Object:
+    def create(self, collection: str, value: Object, *, manager: str, dry_run: bool = False) -> Object:
         path = f"{collection}/{value['metadata']['name']}"
         with self.lock:
             self._namespace_of(path)
             if path in self._objects:
                 what, name = path.split("/")[-2:]
                 raise RefusedError(409, "AlreadyExists", f'{what} "{name}" already exists')
-            return self.put(path, value, manager=manager)
+            return value if dry_run else self.put(path, value, manager=manager)
 
     def apply(self, path: str, body: Object, *, manager: str, force: bool, dry_run: bool) -> Object:
         """Server-side apply."""

@@ -142,13 +142,18 @@ def _handler(api: ApiStandIn) -> type[BaseHTTPRequestHandler]:
 
         def do_POST(self) -> None:
             body = self._body()
-            self._answer(
-                lambda url, query: api.create(url, body, manager=query.get("fieldManager") or self._client()), 201
-            )
+
+            def created(url: str, query: Query) -> Object:
+                manager = query.get("fieldManager") or self._client()
+                return api.create(url, body, manager=manager, dry_run="dryRun" in query)
+
+            self._answer(created, 201)
 
         def do_DELETE(self) -> None:
             def deleted(url: str, query: Query) -> Object | None:
-                found = api.get(url)
+                found = api.get(url) or self._listed(url, query)
+                for item in (found or {}).get("items", []):
+                    api.delete(f"{url}/{item['metadata']['name']}")
                 api.delete(url)
                 return found
 
@@ -195,4 +200,8 @@ def _handler(api: ApiStandIn) -> type[BaseHTTPRequestHandler]:
     return Handler
 
 
-_COLLECTIONS = ("pods", "events", "rayclusters", "rayjobs", "rayservices", "workloads", "namespaces")
+_COLLECTIONS = (
+    *("pods", "events", "namespaces", "secrets", "persistentvolumeclaims"),
+    *("rayclusters", "rayjobs", "rayservices", "workloads"),
+    *("priorityclasses", "customresourcedefinitions"),
+)

@@ -163,7 +163,7 @@ def _remove(namespace: str) -> None:
             for item in KubeApi(namespace).all(_RAY, kind):
                 if item["metadata"].get("finalizers"):
                     where = ("ray.io", "v1", namespace, f"{kind.lower()}s", item["metadata"]["name"])
-                    body = {"metadata": {"finalizers": None}}
+                    body = [{"op": "remove", "path": "/metadata/finalizers"}]
                     _ignoring_missing(
                         lambda where=where, body=body: custom.patch_namespaced_custom_object(*where, body)
                     )

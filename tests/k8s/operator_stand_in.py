@@ -6,13 +6,15 @@ marks. A test says what becomes of them with `fates`.
 """
 
 import copy
+import datetime
 import json
+import math
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.k8s.api_objects import ApiObjects
+from tests.k8s.api_objects import ApiObjects, now
 from tests.k8s.manifests import cluster_spec
 
 Object = dict[str, Any]
@@ -35,7 +37,14 @@ def unscheduled(message: str) -> Fate:
 
 def unmounted(message: str) -> Fate:
     """A pod with a volume that the kubelet cannot mount."""
-    waiting = {"name": "ray-head", "image": "i", "ready": False, "state": {"waiting": {"reason": "ContainerCreating"}}}
+    waiting = {
+        "name": "ray-head",
+        "image": "i",
+        "imageID": "",
+        "restartCount": 0,
+        "ready": False,
+        "state": {"waiting": {"reason": "ContainerCreating"}},
+    }
     ready = {
         "type": "Ready",
         "status": "False",
@@ -51,8 +60,6 @@ def unmounted(message: str) -> Fate:
 class OperatorStandIn:
     api: ApiObjects
     namespace: str = "raymill"
-    most_pods: int = 99
-    """The quota of pods; a look obeys the ResourceQuota's `pods` no further than this."""
     fates: list[tuple[Callable[[Object], bool], Fate]] = field(default_factory=list)
     """What becomes of the pods that fit, the first one that does; a pod that none fits runs."""
 
@@ -125,9 +132,9 @@ class OperatorStandIn:
             for _ in range(desired - len(mine)):
                 middle = "head" if kind == "head" else f"{name}-worker"
                 pod_name = f"{cluster['metadata']['name']}-{middle}-{secrets.token_hex(3)}"
-                used = len(self._names(self._path("pods")))
-                if used >= self.most_pods:
-                    refused = f'pods "{pod_name}" is forbidden: exceeded quota: raymill, requested: pods=1, used: pods={used}, limited: pods={self.most_pods}'
+                used, most = len(self._names(self._path("pods"))), self._quota()
+                if used >= most:
+                    refused = f'pods "{pod_name}" is forbidden: exceeded quota: raymill, requested: pods=1, used: pods={used}, limited: pods={most}'
                     said = f"Failed to create {kind} Pod for the cluster {full}, {refused}"
                     self.api.event(cluster, f"FailedToCreate{kind.capitalize()}Pod", said, kind="Warning")
                     reason = f"FailedCreate{kind.capitalize()}Pod"
@@ -154,10 +161,14 @@ class OperatorStandIn:
             return
         if not status.get("rayClusterName"):
             status = {"jobDeploymentStatus": "Initializing", "rayClusterName": f"{name}-{secrets.token_hex(3)[:5]}"}
+            status["startTime"] = now()
             self._make_cluster(job, status["rayClusterName"], {})
             said = f"Created RayCluster {self.namespace}/{status['rayClusterName']}"
             self.api.event(job, "CreatedRayCluster", said)
         cluster = self.api.get(f"{clusters}/{status['rayClusterName']}")
+        if _seconds_since(status["startTime"]) > job["spec"].get("activeDeadlineSeconds", math.inf):
+            self._set_status(job, status | {"jobDeploymentStatus": "Failed", "reason": "DeadlineExceeded"})
+            return
         if state == "Initializing" and cluster and (cluster.get("status") or {}).get("state") == "ready":
             path = f"{self._path('jobs')}/{name}"
             submitter = self.api.put(path, {"kind": "Job", "metadata": self._owned(job, name)})
@@ -221,7 +232,10 @@ class OperatorStandIn:
             for template in owner["spec"].get("volumeClaimTemplates", []):
                 claim = f"{template['metadata']['name']}-{name}"
                 made = {"kind": "PersistentVolumeClaim", "metadata": {"name": claim, "namespace": self.namespace}}
-                self.api.put(f"{self._path('persistentvolumeclaims')}/{claim}", made)
+                made = self.api.put(f"{self._path('persistentvolumeclaims')}/{claim}", made)
+                if storage_class := template["spec"].get("storageClassName"):
+                    said = f'storageclass.storage.k8s.io "{storage_class}" not found'
+                    self.api.event(made, "ProvisioningFailed", said, kind="Warning")
                 spec["volumes"].append({"name": "data", "persistentVolumeClaim": {"claimName": claim}})
             self._make_pod(owner, name, owner["spec"]["template"]["metadata"]["labels"], spec)
 
@@ -266,11 +280,21 @@ class OperatorStandIn:
         return items
 
     def _owned(self, owner: Object, name: str) -> Object:
-        reference = {"kind": owner["kind"], "name": owner["metadata"]["name"], "uid": owner["metadata"]["uid"]}
+        reference = {
+            "apiVersion": owner.get("apiVersion", "batch/v1"),
+            "kind": owner["kind"],
+            "name": owner["metadata"]["name"],
+            "uid": owner["metadata"]["uid"],
+        }
         return {"name": name, "namespace": self.namespace, "ownerReferences": [reference]}
 
     def _names(self, collection: str) -> list[str]:
         return [item["metadata"]["name"] for item in self.api.list(collection)["items"]]
+
+    def _quota(self) -> int:
+        """How many pods there may be."""
+        quota = self.api.get(f"{self._path('resourcequotas')}/raymill")
+        return int(quota["spec"]["hard"]["pods"]) if quota else 999
 
     def _full(self, value: Object) -> str:
         return f"{self.namespace}/{value['metadata']['name']}"
@@ -279,6 +303,11 @@ class OperatorStandIn:
         groups = {"statefulsets": "/apis/apps/v1", "jobs": "/apis/batch/v1"}
         root = groups.get(plural, "/apis/ray.io/v1" if plural.startswith("ray") else "/api/v1")
         return f"{root}/namespaces/{self.namespace}/{plural}"
+
+
+def _seconds_since(text: str) -> float:
+    then = datetime.datetime.fromisoformat(text.replace("Z", "+00:00"))
+    return (datetime.datetime.now(datetime.UTC) - then).total_seconds()
 
 
 def _desired(group: Object) -> int:

@@ -141,10 +141,15 @@ _PODS: list[tuple[str, str, str]] = [
         "[{reason: Pulling, message: m}]",
         "its image big is being pulled",
     ),
+    (
+        "containerStatuses: [{name: ray, image: mounted, state: {waiting: {reason: ContainerCreating}}}]",
+        "[{reason: FailedMount, message: 'no Secret', lastTimestamp: '1'}, {reason: Pulling, message: m, lastTimestamp: '2'}]",
+        "its image mounted is being pulled",
+    ),
 ]  # fmt: skip
 
 
-_OF_OTHERS = [{"reason": "FailedMount", "message": "of a pod of that name an hour ago"}]
+_OF_OTHERS = [{"reason": "FailedMount", "message": "of a pod of that name", "lastTimestamp": "9"}]
 
 
 @pytest.mark.parametrize(("status", "events", "says"), _PODS, ids=[says for _, _, says in _PODS])

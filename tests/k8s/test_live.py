@@ -124,6 +124,7 @@ def test_what_runs_is_scaled_suspended_and_resumed(operated: LiveCluster, name: 
 def test_all_of_it_is_suspended_and_resumed(operated: LiveCluster, name: str) -> None:
     kind, plain = name.split("/")
     before = operated.cluster_of(kind, plain)["metadata"]["name"]
+    operated.cluster("scale", name.lower(), "--min", "1")
     operated.cluster("scale", name.lower(), "--suspend")
 
     def is_suspended() -> bool:

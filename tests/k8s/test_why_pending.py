@@ -43,14 +43,19 @@ def test_a_quota_is_named_for_a_job_and_no_more_once_it_is_raised(
     api: ApiStandIn, asked: Asked, operator: OperatorStandIn
 ) -> None:
     operator.look()
-    operator.most_pods = len(api.list(f"{CORE}/pods")["items"]) + 2
+
+    def set_quota(pods: int) -> None:
+        change = {"spec": {"hard": {"pods": str(pods)}}}
+        api.patch(f"{CORE}/resourcequotas/raymill", "application/merge-patch+json", change, manager="kubectl-patch")
+
+    set_quota(len(api.list(f"{CORE}/pods")["items"]) + 2)
     asked("scale", "rayjob/pretrain", "--min", "6", "--max", "6")
     operator.look()
     cluster = cluster_behind(api, ray_object(api, "RayJob", "pretrain"))["metadata"]["name"]
     full = "no more pods: the quota raymill is used up (requested: pods=1)"
     assert asked("why-pending", "rayjob/pretrain") == {f"RayCluster/{cluster}": full}
     assert asked("why-pending", cluster) == {f"RayCluster/{cluster}": full}
-    operator.most_pods = 99
+    set_quota(64)
     operator.look()
     assert asked("why-pending", "rayjob/pretrain") == NOTHING
     assert asked("why-pending", cluster) == NOTHING
