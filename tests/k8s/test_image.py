@@ -26,7 +26,6 @@ model: {preset: tiny, n_positions: 128}
 train: {max_tokens: 16384, global_batch_size: 4, micro_batch_size: 2, eval_max_tokens: 4096}
 scaling: {max_workers: 1}
 cluster: {num_nodes: 1}
-storage: {uri: /tmp/storage}
 """
 
 
@@ -156,7 +155,7 @@ def test_trains_and_serves_as_user_1000_on_a_root_that_cannot_be_written(tmp_pat
     [check] = [rest for name, rest in _stage("") if name == "RUN" and "getuid" in rest]
     check = check.replace("python ", f"{root.python} ", 1).replace("'/app'", f"'{root.app}'")
     raymill = f"{root.python} -m cluster.cli"
-    serve = f"{raymill} serve latest --storage.uri /tmp/storage --engine.kernels native --port {free_port()}"
+    serve = f"{raymill} serve latest --engine.kernels native --port {free_port()}"
     script = f"""set -e
 {check}
 if touch {root.app}/probe 2> /dev/null; then echo the root can be written; exit 1; fi
