@@ -11,7 +11,7 @@ VLLM_INSTALLED := $(VLLM_VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-all test-chaos lint format audit bench bench-train bench-data bench-serve pictures clean
+.PHONY: demo test test-all test-chaos test-live lint format audit bench bench-train bench-data bench-serve pictures clean
 
 demo: $(INSTALLED)
 	$(BIN)/raymill demo
@@ -26,6 +26,11 @@ test-all: $(CLIENTS_INSTALLED)
 
 test-chaos: $(INSTALLED)
 	$(BIN)/pytest -m chaos tests/chaos tests/jobs
+
+# In a namespace of its own, which goes away at the end, on the Kubernetes that RAYMILL_LIVE_KUBECONFIG names.
+test-live: $(INSTALLED)
+	@test -n "$$RAYMILL_LIVE_KUBECONFIG" || { echo "set RAYMILL_LIVE_KUBECONFIG to a kubeconfig of an administrator"; exit 2; }
+	$(BIN)/pytest -m live tests/k8s/test_live.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

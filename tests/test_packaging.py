@@ -83,8 +83,10 @@ def test_torch_is_bound_to_one_release() -> None:
     constraints = (REPOSITORY / ".ci/constraints.txt").read_text(encoding="utf-8")
     (low, high) = re.findall(r"^torch>=2\.(\d+),<2\.(\d+)$", constraints, re.MULTILINE)[0]
     assert int(high) == int(low) + 1
-    for file in ("Makefile", "k8s/Dockerfile"):
-        assert "--constraint .ci/constraints.txt" in (REPOSITORY / file).read_text(encoding="utf-8")
+    assert "--constraint .ci/constraints.txt" in (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    for build in ("cpu", "gpu"):
+        packages = (REPOSITORY / f".ci/image-{build}.txt").read_text(encoding="utf-8")
+        assert re.search(rf"^torch==2\.{low}\.", packages, re.MULTILINE)
 
 
 def test_an_editable_installation_prints_no_warning(tmp_path: Path) -> None:

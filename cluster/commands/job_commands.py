@@ -73,7 +73,7 @@ def _submitted(config: RunConfig, view: JobView, *, is_new: bool) -> dict[str, A
 def _backend(arguments: argparse.Namespace, config: RunConfig) -> JobBackend:
     address = arguments.address or config.cluster.address
     if arguments.kuberay is not None:
-        return backend_at(Backend.KUBERAY, arguments.namespace, overlay=overlay_folder(arguments.kuberay))
+        return backend_at(Backend.KUBERAY, arguments.namespace or "", overlay=overlay_folder(arguments.kuberay))
     if address is not None:
         return backend_at(Backend.RAY, address, token_file=arguments.token_file)
     return backend_at(Backend.LOCAL)

@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +9,13 @@ import yaml
 
 from cluster.kube.idle import GroupBounds, NodeUse, why_not_idle
 from cluster.kube.kustomize import rendered_overlay
-from cluster.kube.pending import is_pending, why_not_made, why_pending
-from cluster.kube.scale import Patch, resume_group, scale_group, suspend, suspend_group
-from cluster.kube.status import KINDS, Object, cluster_spec, groups, sentence
+from cluster.kube.pending import reasons
+from cluster.kube.scale import Patch, most_replicas, resume_group, scale_group, suspend, suspend_group
+from cluster.kube.status import KINDS, Object, cluster_names, cluster_spec, full_name, groups, has_ended, sentence
 from cluster.settings.code_folders import CODE_ROOT
 from cluster.settings.parser import ConfigError
 from cluster.stages.jobs_api import JobsApi, ray_token
+from cluster.stages.stage_module import BadResultError
 from model.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,20 +39,51 @@ def shown_objects(objects: list[Object], arguments: argparse.Namespace, **fields
 
 
 def apply(arguments: argparse.Namespace) -> dict[str, Any]:
-    objects, api = _objects(arguments), _api(arguments)
-    for manifest in objects:
-        api.apply(manifest, dry_run=arguments.dry_run)
-    return {"checked" if arguments.dry_run else "applied": [_name(manifest) for manifest in objects]}
+    objects = _objects(arguments)
+    namespaces = (manifest["metadata"].get("namespace") for manifest in objects)
+    result = _api(next(filter(None, namespaces), None)).apply_all(objects, dry_run=arguments.dry_run)
+    if "not_checked" in result:
+        result["note"] = "the rest needs the namespace: apply the component `platform`, then check again"
+    if "failed" in result:
+        raise BadResultError(result)
+    return result
 
 
 def scale(arguments: argparse.Namespace) -> dict[str, Any]:
-    api = _api(arguments)
+    """Changes the object, for the clusters that KubeRay makes of it later, and those that run.
+
+    KubeRay passes an object's new bounds to no cluster that exists already.
+    """
+    api = _api(arguments.namespace)
     manifest = _find(api, arguments.name)
-    if manifest["kind"] == "RayJob" and (arguments.group or not (arguments.suspend or arguments.resume)):
-        manifest = _cluster_of(api, manifest)  # KubeRay copies a job's groups to its cluster only once
-    api.patch(manifest, _change(arguments, manifest))
-    changed = api.get(manifest["apiVersion"], manifest["kind"], manifest["metadata"]["name"])
-    return {"changed": _name(manifest), "groups": list(groups(changed or manifest))}
+    if has_ended(manifest):
+        raise UserError(
+            f"{full_name(manifest)} {sentence(manifest)}: nothing of it runs, and KubeRay does not start it again"
+        )
+    of_all = arguments.group is None and (arguments.suspend or arguments.resume)
+    clusters = [] if of_all or manifest["kind"] == "RayCluster" else _clusters_of(api, manifest)
+    patches, problems = {}, []
+    targets = {full_name(target): target for target in (*clusters, manifest)}
+    for name, target in targets.items():
+        try:
+            patches[name] = _change(arguments, target)
+        except ConfigError as error:  # such as a group that is suspended in one of them only
+            problems.append(error)
+    if not patches:
+        raise problems[0]
+    for name, patch in patches.items():
+        api.patch(targets[name], patch)
+    result: dict[str, Any] = {"changed": list(patches)}
+    changed = (api.get(_RAY, target["kind"], target["metadata"]["name"]) for target in clusters or [manifest])
+    result["groups"] = [line for target in changed if target for line in groups(target)]
+    if problems:
+        result["not_changed"] = [str(problem) for problem in problems]
+    if not clusters and not of_all and manifest["kind"] != "RayCluster":
+        result["note"] = "it has no cluster now: the next one starts with these bounds"
+    most = most_replicas(manifest) if manifest["kind"] == "RayService" else None
+    if most is not None and (arguments.most or 0) > most:
+        result["note"] = f"its settings allow {most} replicas, so more pods find no work: raise `max_replicas` too"
+    return result
 
 
 def _change(arguments: argparse.Namespace, manifest: Object) -> Patch:
@@ -68,34 +99,35 @@ def _change(arguments: argparse.Namespace, manifest: Object) -> Patch:
 
 
 def status(arguments: argparse.Namespace) -> dict[str, Any]:
-    found = _all(_api(arguments), arguments.name)
-    return {_name(manifest): [sentence(manifest), *groups(manifest)] for manifest in found}
+    api = _api(arguments.namespace)
+    result, pods = {}, api.all("v1", "Pod", selector="ray.io/node-type=worker")
+    for manifest in _all(api, arguments.name):
+        clusters = _clusters_of(api, manifest)
+        lines = [
+            f"{cluster['metadata']['name']}: {line}" if len(clusters) > 1 else line
+            for cluster in clusters
+            for line in groups(cluster, pods)
+        ]
+        result[full_name(manifest)] = [sentence(manifest), *(lines or groups(manifest))]
+    return result
 
 
 def pending(arguments: argparse.Namespace) -> dict[str, Any]:
-    api = _api(arguments)
-    found = _all(api, arguments.name)
-    clusters = {_cluster_name(manifest) for manifest in found}
-    events = defaultdict(list)
-    for event in api.all("v1", "Event"):
-        events[event["involvedObject"].get("name")].append(event)
-    reasons = {
-        pod["metadata"]["name"]: why_pending(pod, events[pod["metadata"]["name"]])
-        for pod in api.all("v1", "Pod", selector="ray.io/is-ray-node=yes")
-        if pod["metadata"]["labels"].get("ray.io/cluster") in clusters and is_pending(pod)
-    }
+    api = _api(arguments.namespace)
+    found, pods, events = _all(api, arguments.name), api.all("v1", "Pod"), api.all("v1", "Event")
+    said: dict[str, str] = {}
     for manifest in found:
-        suspended = manifest["spec"].get("suspend")
-        reason = sentence(manifest) if suspended else why_not_made(events[manifest["metadata"]["name"]])
-        if reason:
-            reasons[_name(manifest)] = reason
-    return reasons or {"pending": "nothing: every requested pod runs"}
+        said |= reasons(manifest, _clusters_of(api, manifest), pods, events)
+    return said or {"pending": "nothing: every requested pod runs"}
 
 
 def not_idle(arguments: argparse.Namespace) -> dict[str, Any]:
-    api = _api(arguments)
+    api = _api(arguments.namespace)
     manifest = _find(api, arguments.name)
-    cluster = manifest if manifest["kind"] == "RayCluster" else _cluster_of(api, manifest)
+    clusters = _clusters_of(api, manifest)
+    if not clusters:
+        raise UserError(f"{full_name(manifest)} has no cluster now: it {sentence(manifest)}")
+    cluster = clusters[0]
     pods = api.all("v1", "Pod", selector=f"ray.io/cluster={cluster['metadata']['name']},ray.io/node-type=worker")
     default_s = cluster_spec(cluster)["autoscalerOptions"].get("idleTimeoutSeconds", 60)
     bounds = {
@@ -128,7 +160,7 @@ def _node_uses(url: str, pods: list[Object]) -> list[NodeUse]:
 
 
 def _objects(arguments: argparse.Namespace) -> list[Object]:
-    objects = rendered_overlay(overlay_folder(arguments.overlay))
+    objects = rendered_overlay(overlay_folder(arguments.overlay), arguments.namespace)
     if arguments.component is None:
         return objects
     chosen = [o for o in objects if o["metadata"].get("labels", {}).get(_COMPONENT) == arguments.component]
@@ -148,10 +180,10 @@ def overlay_folder(name: str) -> Path:
     raise ConfigError(f"unknown overlay {name!r}, expected {choices} of your own kustomization")
 
 
-def _api(arguments: argparse.Namespace) -> "KubeApi":
+def _api(namespace: str | None) -> "KubeApi":
     from cluster.kube.client import KubeApi
 
-    return KubeApi(arguments.namespace)
+    return KubeApi(namespace)
 
 
 def _all(api: "KubeApi", name: str | None) -> list[Object]:
@@ -161,7 +193,7 @@ def _all(api: "KubeApi", name: str | None) -> list[Object]:
     if not found:
         kinds = "RayCluster, RayJob or RayService"
         raise UserError(f"the namespace {api.namespace} has no {kinds}: `raymill cluster apply` makes them")
-    owned = {_cluster_name(manifest) for manifest in found if manifest["kind"] != "RayCluster"}
+    owned = {name for manifest in found if manifest["kind"] != "RayCluster" for name in cluster_names(manifest)}
     return [o for o in found if o["kind"] != "RayCluster" or o["metadata"]["name"] not in owned]
 
 
@@ -173,28 +205,15 @@ def _find(api: "KubeApi", name: str) -> Object:
         raise ConfigError(f"unknown kind {kind!r}; expected {', '.join(known.lower() for known in KINDS)}")
     found = [manifest for known in kinds if (manifest := api.get(_RAY, known, plain)) is not None]
     if not found:
-        names = ", ".join(_name(manifest) for manifest in (m for known in KINDS for m in api.all(_RAY, known)))
+        names = ", ".join(full_name(manifest) for manifest in (m for known in KINDS for m in api.all(_RAY, known)))
         raise UserError(f"the namespace {api.namespace} has no {name}; it has {names or 'none'}")
     if len(found) > 1:
-        raise ConfigError(f"{name} may be {' or '.join(map(_name, found))}; say which")
+        raise ConfigError(f"{name} may be {' or '.join(map(full_name, found))}; say which")
     return found[0]
 
 
-def _cluster_of(api: "KubeApi", manifest: Object) -> Object:
-    """Returns the RayCluster that KubeRay made for a job or service."""
-    name = _cluster_name(manifest)
-    cluster = api.get(_RAY, "RayCluster", name) if name else None
-    if cluster is None:
-        raise UserError(f"{_name(manifest)} has no cluster now: it {sentence(manifest)}")
-    return cluster
-
-
-def _cluster_name(manifest: Object) -> str | None:
-    state = manifest.get("status") or {}
+def _clusters_of(api: "KubeApi", manifest: Object) -> list[Object]:
+    """Returns the existing RayClusters behind an object, or a RayCluster itself."""
     if manifest["kind"] == "RayCluster":
-        return str(manifest["metadata"]["name"])
-    return state.get("rayClusterName") or (state.get("activeServiceStatus") or {}).get("rayClusterName")
-
-
-def _name(manifest: Object) -> str:
-    return f"{manifest['kind']}/{manifest['metadata']['name']}"
+        return [manifest]
+    return [found for name in cluster_names(manifest) if (found := api.get(_RAY, "RayCluster", name)) is not None]

@@ -71,8 +71,10 @@ TOKEN_FILE = argument(
     help="file with the Ray cluster's token; RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN when unset",
 )
 JOB = (RUN_ID, TOKEN_FILE, STORAGE)
-NAMESPACE = argument("--namespace", "-n", default="raymill", help="Kubernetes namespace; raymill when unset")
+NAMESPACE = argument("--namespace", "-n", help="Kubernetes namespace; raymill when unset")
+OVERLAYS_NAMESPACE = argument("--namespace", "-n", help="Kubernetes namespace, instead of the overlay's own")
 OVERLAY = (
+    OVERLAYS_NAMESPACE,
     argument("overlay", metavar="OVERLAY", help="dev, gpu, spot, kueue, or the folder of your own kustomization"),
     argument("--component", help="only this component: platform, tokenize, pretrain, evaluate, completions or shared"),
 )
@@ -133,7 +135,7 @@ COMMANDS: dict[str, Command] = {
             argument("--address", metavar="URL", help="Jobs API of a Ray cluster, such as http://head:8265"),
             argument("--kuberay", metavar="OVERLAY", help="as a RayJob: dev, gpu, spot, kueue or your kustomization"),
         ),
-        NAMESPACE,
+        OVERLAYS_NAMESPACE,
         argument("--dry-run", action="store_true", help="check all, start nothing; with --kuberay print the objects"),
         TOKEN_FILE,
         RUN_SETTINGS,
@@ -328,7 +330,6 @@ COMMANDS: dict[str, Command] = {
     "cluster apply": Command(
         "apply the objects of an overlay (server-side)",
         "kube_commands:apply",
-        NAMESPACE,
         *OVERLAY,
         argument("--dry-run", action="store_true", help="let Kubernetes check it, and change nothing"),
     ),

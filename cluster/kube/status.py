@@ -1,5 +1,6 @@
 """Says in a sentence what a RayCluster, RayJob or RayService does. Pure: objects in, text out."""
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,18 +37,52 @@ def sentence(manifest: Object) -> str:
     kind = manifest["kind"]
     if kind == "RayJob":
         return _job(manifest, status)
-    return _service(status) if kind == "RayService" else _cluster(manifest, status)
+    return _service(manifest, status) if kind == "RayService" else _cluster(manifest, status)
 
 
-def groups(manifest: Object) -> Iterator[str]:
-    """Yields a line for each worker group: its bounds, or that `raymill cluster scale` suspended it."""
+def groups(manifest: Object, pods: list[Object] | None = None) -> Iterator[str]:
+    """Yields a line for each worker group: its bounds, or that `raymill cluster scale` suspended it.
+
+    The line of a running RayCluster also has how many pods are wanted and how many of the namespace's `pods` run.
+    """
+    is_up = manifest["kind"] == "RayCluster" and bool(manifest.get("status")) and not manifest["spec"].get("suspend")
+    running = Counter(
+        (pod["metadata"]["labels"].get("ray.io/cluster"), pod["metadata"]["labels"].get("ray.io/group"))
+        for pod in pods or []
+        if pod["status"].get("phase") == "Running" and "deletionTimestamp" not in pod["metadata"]
+    )
     for group in cluster_spec(manifest).get("workerGroupSpecs", []):
         name, lowest, most = group["groupName"], group.get("minReplicas", 0), group.get("maxReplicas", 0)
-        wanted = f", {group['replicas']} wanted now" if "replicas" in group else ""
-        if before := suspended_bounds(manifest, name):
-            yield f"{name}: suspended, {before[0]} to {before[1]} pods when resumed"
-        else:
-            yield f"{name}: {lowest} to {most} pods{wanted}"
+        before = suspended_bounds(manifest, name)
+        state = f"suspended, {before[0]} to {before[1]} pods when resumed" if before else f"{lowest} to {most} pods"
+        # KubeRay keeps `replicas` within the bounds, and writes that nowhere.
+        wanted = min(max(group.get("replicas", 0), lowest), most) * group.get("numOfHosts", 1)
+        state += f", {wanted} wanted" if is_up else ""
+        state += f", {running[manifest['metadata']['name'], name]} running" if is_up and pods is not None else ""
+        yield f"{name}: {state}"
+
+
+def has_ended(manifest: Object) -> bool:
+    """Says whether the object is a job that KubeRay no longer looks at."""
+    return (manifest.get("status") or {}).get("jobDeploymentStatus") in ("Complete", "Failed", "ValidationFailed")
+
+
+def cluster_names(manifest: Object) -> list[str]:
+    """Returns the RayClusters' names behind an object: a job's, a service's active and pending ones, or its own."""
+    if manifest["kind"] == "RayCluster":
+        return [manifest["metadata"]["name"]]
+    status = manifest.get("status") or {}
+    parts = [status, status.get("activeServiceStatus") or {}, status.get("pendingServiceStatus") or {}]
+    return [part["rayClusterName"] for part in parts if part.get("rayClusterName")]
+
+
+def full_name(manifest: Object) -> str:
+    return f"{manifest['kind']}/{manifest['metadata']['name']}"
+
+
+def conditions(manifest: Object) -> dict[str, Object]:
+    """Returns the object's conditions by type."""
+    return {condition["type"]: condition for condition in (manifest.get("status") or {}).get("conditions") or []}
 
 
 SUSPENDED = "raymill/suspended."
@@ -76,9 +111,10 @@ def _job(manifest: Object, status: Object) -> str:
     return text + (f", on the cluster {cluster}" if cluster and state in ("Initializing", "Running") else "")
 
 
-def _service(status: Object) -> str:
-    conditions = _conditions(status)
-    ready, upgrade = conditions.get("Ready", {}), conditions.get("UpgradeInProgress", {})
+def _service(manifest: Object, status: Object) -> str:
+    if manifest["spec"].get("suspend"):
+        return f"is suspended: it has no pods{_queue(manifest)}"
+    ready, upgrade = (conditions(manifest).get(kind, {}) for kind in ("Ready", "UpgradeInProgress"))
     active, pending = status.get("activeServiceStatus") or {}, status.get("pendingServiceStatus") or {}
     ill = [
         f"{name} is {application.get('status', 'unknown')}{_detail(application.get('message', ''))}"
@@ -96,8 +132,7 @@ def _service(status: Object) -> str:
 
 
 def _cluster(manifest: Object, status: Object) -> str:
-    conditions = _conditions(status)
-    failure, head = conditions.get("ReplicaFailure", {}), conditions.get("HeadPodReady", {})
+    failure, head = (conditions(manifest).get(kind, {}) for kind in ("ReplicaFailure", "HeadPodReady"))
     if manifest["spec"].get("suspend") or status.get("state") == "suspended":
         return f"is suspended: it has no pods{_queue(manifest)}"
     if failure.get("status") == "True":
@@ -108,12 +143,8 @@ def _cluster(manifest: Object, status: Object) -> str:
     return f"is up: its head is ready, and {ready} of {desired} workers"
 
 
-def _conditions(status: Object) -> dict[str, Object]:
-    return {condition["type"]: condition for condition in status.get("conditions") or []}
-
-
 def _why(status: Object) -> str:
-    reason, message = status.get("reason", ""), status.get("message", "")
+    reason, message = status.get("reason", "").replace("Unknown", ""), status.get("message", "")
     return f" ({reason}){_detail(message)}" if reason else _detail(message)
 
 

@@ -16,13 +16,16 @@ _RAY = "ray.io/v1"
 
 
 class KubeJobs(JobBackend):
-    """RayJobs of one namespace; only submitting needs the `overlay`. Raises `UserError` without Kubernetes' client."""
+    """RayJobs of one namespace; only submitting needs the `overlay`. Raises `UserError` without Kubernetes' client.
 
-    def __init__(self, namespace: str, overlay: Path | None = None) -> None:
+    The overlay is rendered into `namespace`; if that is None, into its own, which has to be `raymill`.
+    """
+
+    def __init__(self, namespace: str | None, overlay: Path | None = None) -> None:
         from cluster.kube.client import KubeApi  # noqa: PLC0415 (its client is an extra)
 
-        self.kind, self.where, self.folders = Backend.KUBERAY, namespace, Folders.NONE
-        self._api, self._overlay = KubeApi(namespace), overlay
+        self._api, self._overlay, self._namespace = KubeApi(namespace), overlay, namespace
+        self.kind, self.where, self.folders = Backend.KUBERAY, self._api.namespace, Folders.NONE
         self._needs: dict[str, Any] = {}
 
     def probe(self) -> None:
@@ -38,7 +41,7 @@ class KubeJobs(JobBackend):
         """Returns what `start` applies; `check` comes first."""
         assert self._overlay is not None, "submitting takes an overlay"
         name = self.name(str(config.run_id), number)
-        return rayjob(rendered_overlay(self._overlay), config, stage, name=name, needs=self._needs)
+        return rayjob(rendered_overlay(self._overlay, self._namespace), config, stage, name=name, needs=self._needs)
 
     def name(self, run_id: str, number: int) -> str:
         return rayjob_name(run_id, number)
@@ -47,8 +50,8 @@ class KubeJobs(JobBackend):
         """Applies the job first: it owns its settings, so Kubernetes removes them with it; its pods wait for them."""
         job, settings = self.objects(config, record.stage, number=record.number)
         made = self._api.apply(job)
-        owner = {"apiVersion": _RAY, "kind": "RayJob", "name": record.job, "uid": made["metadata"].get("uid", "")}
-        settings["metadata"]["ownerReferences"] = [owner] if owner["uid"] else []
+        owner = {"apiVersion": _RAY, "kind": "RayJob", "name": record.job, "uid": made["metadata"]["uid"]}
+        settings["metadata"]["ownerReferences"] = [owner]
         self._api.apply(settings)
         return record
 

@@ -62,8 +62,13 @@ def _model_of(objects: list[Object], component: str) -> Object:
 
 
 def _fit(job: Object, config: RunConfig, needs: dict[str, Any]) -> None:
-    """Sets the group's bounds to the pods that `scaling.max_workers` workers fill."""
-    (group,) = cluster_spec(job)["workerGroupSpecs"]
+    """Sets each group's bounds to the pods that `scaling.max_workers` workers fill: a second group stands in for the
+    first."""
+    for group in cluster_spec(job)["workerGroupSpecs"]:
+        _fit_group(group, config, needs)
+
+
+def _fit_group(group: Object, config: RunConfig, needs: dict[str, Any]) -> None:
     limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
     scaling, name = config.scaling, group["groupName"]
     cpus, memory = _quantity(limits["cpu"]), _quantity(limits["memory"])

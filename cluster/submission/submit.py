@@ -44,7 +44,7 @@ def backend_at(
         case Backend.KUBERAY:
             from cluster.submission.kuberay_backend import KubeJobs  # noqa: PLC0415
 
-            return KubeJobs(where, overlay)
+            return KubeJobs(where or None, overlay)
         case Backend.LOCAL:
             from cluster.submission.local_backend import LocalJobs  # noqa: PLC0415
 

@@ -154,7 +154,7 @@ def test_the_manifests_are_there(installed: Installation) -> None:
     assert (held / "overlays" / "dev" / "kustomization.yaml").is_file()
     done = installed.raymill("cluster", "render", "production")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "one of dev, gpu, kueue, spot" in done.stderr
+    assert "one of dev, eks, gke, gpu, gpu-node, gpu-serving, kueue, spot" in done.stderr
 
 
 def test_a_run_is_reported_and_exported(installed: Installation, trained: str) -> None:

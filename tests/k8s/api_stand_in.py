@@ -1,16 +1,16 @@
-"""The few routes of a Kubernetes API that Ray's autoscaler and `raymill cluster` use, over objects in memory.
+"""The few routes of a Kubernetes API that Ray's autoscaler and `raymill cluster` use, over the objects of
+`api_objects.py`.
 
-Not a Kubernetes: nothing here validates, schedules or admits. HTTPS on loopback, with a certificate authority made for
-the occasion; who has no certificate of it is not heard.
+Not a Kubernetes: nothing here schedules or admits. HTTPS on loopback, with a certificate authority made for the
+occasion; who has no certificate of it is not heard.
 """
 
-import copy
 import datetime
 import ipaddress
 import json
 import ssl
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -23,19 +23,22 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from tests.k8s.api_objects import ApiObjects, RefusedError
+
 Object = dict[str, Any]
+Query = dict[str, str]
 
 
-class ApiStandIn:
-    """Holds objects by their paths, such as `/api/v1/namespaces/raymill/pods/head`. Every change has a number."""
+class ApiStandIn(ApiObjects):
+    """Serves its objects."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, namespaces: tuple[str, ...] = ("raymill",)) -> None:
+        super().__init__(namespaces=namespaces)
         self.folder = folder
-        self.lock = threading.RLock()
         self.requests: list[str] = []
-        """`METHOD path` of every request, in order."""
-        self._objects: dict[str, Object] = {}
-        self._version = 0
+        """`METHOD path` of every request, in order; a server-side apply is an `APPLY`."""
+        self.not_installed: set[str] = set()
+        """API groups that this cluster does not know."""
         self._certificates()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -84,49 +87,6 @@ class ApiStandIn:
         path.write_text(yaml.safe_dump(config))
         return path
 
-    def get(self, path: str) -> Object | None:
-        with self.lock:
-            return copy.deepcopy(self._objects.get(path))
-
-    def put(self, path: str, value: Object) -> Object:
-        with self.lock:
-            self._version += 1
-            value = copy.deepcopy(value)
-            value.setdefault("metadata", {})["resourceVersion"] = str(self._version)
-            self._objects[path] = value
-            return copy.deepcopy(value)
-
-    def delete(self, path: str) -> None:
-        with self.lock:
-            self._objects.pop(path, None)
-
-    def list(self, collection: str, selector: str = "") -> Object:
-        """Returns the objects directly below `collection` that have all labels of `selector`."""
-        wanted = dict(pair.split("=", 1) for pair in selector.replace("==", "=").split(",") if pair)
-        with self.lock:
-            items = [
-                copy.deepcopy(value)
-                for path, value in self._objects.items()
-                if path.rpartition("/")[0] == collection
-                and wanted.items() <= value["metadata"].get("labels", {}).items()
-            ]
-            return {"kind": "List", "metadata": {"resourceVersion": str(self._version)}, "items": items}
-
-    def patch(self, path: str, content_type: str, body: Any, *, dry_run: bool = False) -> Object | None:
-        """Returns None where there is nothing to patch; server-side apply creates it."""
-        with self.lock:
-            value = self.get(path)
-            if content_type.startswith("application/apply-patch"):
-                value = merged(value or {}, body)
-                return value if dry_run else self.put(path, value)
-            if value is None:
-                return None
-            if content_type.startswith("application/json-patch"):
-                for step in body:
-                    change(value, step)
-                return self.put(path, value)
-            return self.put(path, merged(value, body))
-
     def _certificates(self) -> None:
         authority_key, name = ec.generate_private_key(ec.SECP256R1()), _name("raymill test authority")
         authority = _certificate(authority_key, name, authority_key, name, is_authority=True)
@@ -137,39 +97,6 @@ class ApiStandIn:
             pem = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
             (self.folder / f"{who}.key").write_bytes(key.private_bytes(*pem))
         (self.folder / "ca.crt").write_bytes(authority.public_bytes(serialization.Encoding.PEM))
-
-
-class _DoesNotFitError(Exception):
-    pass
-
-
-def merged(value: Any, change: Any) -> Any:
-    """Applies RFC 7396: objects are merged, null removes, everything else replaces."""
-    if not isinstance(change, dict):
-        return change
-    result = dict(value) if isinstance(value, dict) else {}
-    for key, item in change.items():
-        if item is None:
-            result.pop(key, None)
-        else:
-            result[key] = merged(result.get(key), item)
-    return result
-
-
-def change(value: Any, step: Object) -> None:
-    """Applies one operation of RFC 6902: test, add, replace or remove."""
-    *parents, last = [part.replace("~1", "/").replace("~0", "~") for part in step["path"].strip("/").split("/")]
-    for part in parents:
-        value = value[int(part)] if isinstance(value, list) else value[part]
-    if step["op"] == "test":
-        if value[last] != step["value"]:
-            raise _DoesNotFitError(f"{step['path']} is {value[last]!r}")
-    elif step["op"] == "remove":
-        del value[int(last) if isinstance(value, list) else last]
-    elif isinstance(value, list) and step["op"] == "add":
-        value.insert(len(value) if last == "-" else int(last), step["value"])
-    else:
-        value[int(last) if isinstance(value, list) else last] = step["value"]
 
 
 def _name(common: str) -> x509.Name:
@@ -199,48 +126,70 @@ def _handler(api: ApiStandIn) -> type[BaseHTTPRequestHandler]:
         timeout = 30
 
         def do_GET(self) -> None:
-            url, query = self._asked()
-            value = api.get(url)
-            if value is None and url.rpartition("/")[2] in _COLLECTIONS:
-                value = api.list(url, query.get("labelSelector", [""])[0])
-            self._answer(value)
+            self._answer(lambda url, query: api.get(url) or self._listed(url, query))
 
         def do_PATCH(self) -> None:
-            url, query = self._asked()
-            try:
-                value = api.patch(url, self.headers["Content-Type"], self._body(), dry_run="dryRun" in query)
-            except _DoesNotFitError as error:
-                self._answer(None, otherwise=422, message=str(error))
-            else:
-                self._answer(value)
+            content_type, body = self.headers["Content-Type"], self._body()
+
+            def patched(url: str, query: Query) -> Object | None:
+                manager = query.get("fieldManager", "")
+                if content_type.startswith("application/apply-patch"):
+                    force = query.get("force") == "true"
+                    return api.apply(url, body, manager=manager, force=force, dry_run="dryRun" in query)
+                return api.patch(url, content_type, body, manager=manager or self._client())
+
+            self._answer(patched)
 
         def do_POST(self) -> None:
-            url, _ = self._asked()
-            value = self._body()
-            path = f"{url}/{value['metadata']['name']}"
-            exists = api.get(path) is not None
-            self._answer(None if exists else api.put(path, value), status=201, otherwise=409)
+            body = self._body()
+
+            def created(url: str, query: Query) -> Object:
+                manager = query.get("fieldManager") or self._client()
+                return api.create(url, body, manager=manager, dry_run="dryRun" in query)
+
+            self._answer(created, 201)
 
         def do_DELETE(self) -> None:
-            url, _ = self._asked()
-            value = api.get(url)
-            api.delete(url)
-            self._answer(value)
+            def deleted(url: str, query: Query) -> Object | None:
+                found = api.get(url) or self._listed(url, query)
+                for item in (found or {}).get("items", []):
+                    api.delete(f"{url}/{item['metadata']['name']}")
+                api.delete(url)
+                return found
 
-        def _asked(self) -> tuple[str, dict[str, list[str]]]:
-            api.requests.append(f"{self.command} {self.path}")
-            parts = urlsplit(self.path)
-            return parts.path, parse_qs(parts.query)
+            self._answer(deleted)
+
+        def _listed(self, url: str, query: Query) -> Object | None:
+            return api.list(url, query.get("labelSelector", "")) if url.rpartition("/")[2] in _COLLECTIONS else None
+
+        def _client(self) -> str:
+            """Who writes without saying who he is."""
+            return self.headers.get("User-Agent", "").partition("/")[0]
 
         def _body(self) -> Any:
             return yaml.safe_load(self.rfile.read(int(self.headers["Content-Length"])))
 
-        def _answer(self, value: Object | None, *, status: int = 200, otherwise: int = 404, message: str = "") -> None:
-            if value is None:
-                status, value = otherwise, {"kind": "Status", "code": otherwise, "message": message}
-            body = json.dumps(value).encode()
+        def _answer(self, ask: Callable[[str, Query], Object | None], status: int = 200) -> None:
+            is_apply = self.headers.get("Content-Type", "").startswith("application/apply-patch")
+            api.requests.append(f"{'APPLY' if is_apply else self.command} {self.path}")
+            parts = urlsplit(self.path)
+            if any(parts.path.startswith(f"/apis/{group}/") for group in api.not_installed):
+                self._send(404, b"404 page not found\n", "text/plain; charset=utf-8")
+                return
+            try:
+                value = ask(parts.path, {key: values[0] for key, values in parse_qs(parts.query).items()})
+                if value is None:
+                    *_, what, name = parts.path.split("/")
+                    raise RefusedError(404, "NotFound", f'{what} "{name}" not found', {"name": name, "kind": what})
+            except RefusedError as error:
+                status = error.code
+                value = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": error.code}
+                value |= {"reason": error.reason, "message": error.message, "details": error.details or {}}
+            self._send(status, json.dumps(value).encode(), "application/json")
+
+        def _send(self, status: int, body: bytes, content_type: str) -> None:
             self.send_response(status)
-            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Type", content_type)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
@@ -251,4 +200,8 @@ def _handler(api: ApiStandIn) -> type[BaseHTTPRequestHandler]:
     return Handler
 
 
-_COLLECTIONS = ("pods", "events", "rayclusters", "rayjobs", "rayservices", "workloads")
+_COLLECTIONS = (
+    *("pods", "events", "namespaces", "secrets", "persistentvolumeclaims"),
+    *("rayclusters", "rayjobs", "rayservices", "workloads"),
+    *("priorityclasses", "customresourcedefinitions"),
+)

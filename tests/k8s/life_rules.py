@@ -15,6 +15,8 @@ from tests.k8s.manifests import (
 
 _SPOT = "raymill/capacity"  # key of the label and the taint of spot nodes
 _SPOT_NOTICE_S = 25  # the least that a cloud gives
+_SPOT_WAIT_S = 900
+_STAYS = {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false", "karpenter.sh/do-not-disrupt": "true"}
 _PRIORITIES = {"submitter": "raymill-batch", "head": "raymill-head", "redis": "raymill-head"}
 
 
@@ -36,23 +38,48 @@ def termination_problems(objects: list[Manifest]) -> list[str]:
 
 
 def disruption_problems(objects: list[Manifest]) -> list[str]:
-    """A PodDisruptionBudget over pods without a scale subresource takes an integer minAvailable only."""
+    """A PodDisruptionBudget over pods without a scale subresource takes an integer minAvailable only. It lets a drain end:
+    its pods are more than it keeps, or they end by themselves."""
     problems = []
     budgets = of_kind(objects, "PodDisruptionBudget")
     for budget in budgets:
         if type(budget["spec"].get("minAvailable")) is not int or "maxUnavailable" in budget["spec"]:
             problems.append(f"{name_of(budget)}: must say minAvailable, as an integer")
-    guarded = [budget["spec"]["selector"]["matchLabels"].items() for budget in budgets]
-    for pod in pods(objects):
-        component = pod.template["metadata"]["labels"]["app.kubernetes.io/component"]
-        labels = {"app.kubernetes.io/component": component, "ray.io/node-type": pod.role}.items()
-        if (
-            component in ("pretrain", "completions")
-            and pod.role == "worker"
-            and not any(selector <= labels for selector in guarded)
-        ):
-            problems.append(f"{pod.where}: no PodDisruptionBudget guards it")
+    for manifest in of_kind(objects, *CLUSTER_KINDS):
+        component = manifest["metadata"]["labels"].get("app.kubernetes.io/component")
+        lowest = sum(group["minReplicas"] for group in cluster_spec(manifest)["workerGroupSpecs"])
+        for role, number in (("head", 1), ("worker", lowest)):
+            labels = {"app.kubernetes.io/component": component, "ray.io/node-type": role}.items()
+            kept = [
+                o["spec"].get("minAvailable", 0)
+                for o in budgets
+                if o["spec"]["selector"]["matchLabels"].items() <= labels
+            ]
+            ends = role == "head" and manifest["kind"] == "RayJob"
+            if kept and not ends and not any(type(least) is int and least < number for least in kept):
+                problems.append(f"{name_of(manifest)}: its {role}'s PodDisruptionBudget lets no node be drained")
+            if not kept and component == "completions" and role == "worker" and lowest > 1:
+                problems.append(f"{name_of(manifest)}: no PodDisruptionBudget keeps one of its workers")
     return problems
+
+
+def stay_problems(objects: list[Manifest]) -> list[str]:
+    """Node autoscalers leave what cannot move without a loss; trainers save and go."""
+    problems = []
+    for pod in pods(objects):
+        told = _STAYS.items() <= pod.template["metadata"].get("annotations", {}).items()
+        if told is not (pod.role != "worker"):
+            problems.append(f"{pod.where}: a node autoscaler {'cannot move it' if told else 'would move it'}")
+    return problems
+
+
+def after_the_end_problems(objects: list[Manifest]) -> list[str]:
+    """Nobody pays for pods of a job that has ended."""
+    return [
+        f"{name_of(job)}: its pods stay for {job['spec']['ttlSecondsAfterFinished']} s after its end"
+        for job in of_kind(objects, "RayJob")
+        if job["spec"].get("ttlSecondsAfterFinished", 0) > 0
+    ]
 
 
 def priority_problems(objects: list[Manifest]) -> list[str]:
@@ -111,12 +138,33 @@ def spot_problems(objects: list[Manifest]) -> list[str]:
             problems.append(f"{pod.where}: must not stand on a spot node")
         elif _drain_s(pod, objects) >= _SPOT_NOTICE_S:
             problems.append(f"{pod.where}: drains longer than the {_SPOT_NOTICE_S} s of notice")
+    return problems + _fallback_problems(objects)
+
+
+def _fallback_problems(objects: list[Manifest]) -> list[str]:
+    """Where no spot node comes, an equal group on demand takes over, after the time that the autoscaler is told."""
+    problems = []
+    for manifest in of_kind(objects, *CLUSTER_KINDS):
+        cluster, name = cluster_spec(manifest), name_of(manifest)
+        groups = cluster["workerGroupSpecs"]
+        spot = [g for g in groups if _SPOT in g["template"]["spec"].get("nodeSelector", {})]
+        others = [g for g in groups if g not in spot]
+        for group in spot:
+            resources = group["template"]["spec"]["containers"][0]["resources"]
+            equal = [g for g in others if g["template"]["spec"]["containers"][0]["resources"] == resources]
+            if not any(g.get("priority", 0) < group.get("priority", 0) for g in equal):
+                problems.append(f"{name}: group {group['groupName']} has no group on demand behind it")
+            told = {v["name"]: v["value"] for v in cluster["autoscalerOptions"].get("env", [])}
+            if float(told.get("RAY_AUTOSCALER_RECONCILE_ALLOCATE_STATUS_TIMEOUT_S", 3600)) > _SPOT_WAIT_S:
+                problems.append(f"{name}: waits over {_SPOT_WAIT_S} s for spot nodes")
     return problems
 
 
 RULES = (
     termination_problems,
     disruption_problems,
+    stay_problems,
+    after_the_end_problems,
     priority_problems,
     quota_problems,
     spot_problems,

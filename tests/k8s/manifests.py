@@ -1,9 +1,11 @@
 """Renders the manifests with `kubectl kustomize` and finds the parts that the rules look at."""
 
 import functools
+import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +17,36 @@ from tests.repository import REPOSITORY
 
 K8S = REPOSITORY / "k8s"
 CRDS = REPOSITORY.parent / "shared" / "crds"
-KUSTOMIZATIONS = ["base", *sorted(f"overlays/{folder.name}" for folder in (K8S / "overlays").iterdir())]
+COMPONENTS = {
+    "efa": "gpu-node",
+    "eks": "dev",
+    "gke": "gpu",
+    "huggingface": "gpu",
+    "ipc-lock": "gpu-node + components/efa",
+    "proxy": "gpu",
+    "pull-secret": "gpu",
+    "rdma": "gpu-node",
+    "redis-tls": "gpu",
+    "serve-settings": "dev",
+    "topology": "kueue",
+    "whole-node": "gpu",
+}
+"""Each component of k8s/components, with an overlay that it is for."""
+
+_IN_OVERLAYS = ("serve-settings", "whole-node")  # which have the settings that fit them
+
+OVERLAYS = sorted(folder.name for folder in (K8S / "overlays").iterdir())
+KUSTOMIZATIONS = [
+    "base",
+    *(f"overlays/{name}" for name in OVERLAYS),
+    *(f"overlays/{overlay} + components/{name}" for name, overlay in COMPONENTS.items() if name not in _IN_OVERLAYS),
+]
+"""The kustomizations that `render` takes."""
 
 CLUSTER_KINDS = ("RayCluster", "RayJob", "RayService")
 """The kinds that hold a Ray cluster."""
 
+GPU = "nvidia.com/gpu"
 Manifest = dict[str, Any]
 Rule = Callable[[list[Manifest]], list[str]]
 """Takes all objects of one kustomization and returns what is wrong, in words; an empty result means that nothing is."""
@@ -34,8 +61,27 @@ def _render(folder: Path) -> str:
 
 
 def render(kustomization: str) -> list[Manifest]:
-    """Returns fresh objects, so that a test may spoil them."""
-    return render_folder(K8S / kustomization)
+    """Returns fresh objects, so that a test may spoil them. Components behind a + are added to the folder before it."""
+    folder, *components = kustomization.split(" + ")
+    return list(yaml.load_all(_render_with(folder, tuple(components), None), Loader=yaml.CSafeLoader))
+
+
+def render_into(namespace: str, kustomization: str) -> list[Manifest]:
+    """Renders a kustomization through a user's own overlay that names another namespace."""
+    return list(yaml.load_all(_render_with(kustomization, (), namespace), Loader=yaml.CSafeLoader))
+
+
+@functools.cache
+def _render_with(folder: str, components: tuple[str, ...], namespace: str | None) -> str:
+    if not components and namespace is None:
+        return _render(K8S / folder)
+    with tempfile.TemporaryDirectory() as own:
+        near = {name: os.path.relpath((K8S / name).resolve(), Path(own).resolve()) for name in (folder, *components)}
+        overlay: Manifest = {"resources": [near[folder]], "components": [near[name] for name in components]}
+        if folder != "overlays/kueue":  # whose kinds kustomize does not know, nor that some have no namespace
+            overlay["namespace"] = namespace or "raymill"
+        (Path(own) / "kustomization.yaml").write_text(yaml.safe_dump(overlay))
+        return _render(Path(own))
 
 
 def render_folder(folder: Path) -> list[Manifest]:
@@ -82,6 +128,14 @@ class Pod:
     @property
     def container(self) -> Manifest:
         return self.template["spec"]["containers"][0]
+
+    @property
+    def component(self) -> str:
+        return str(self.template["metadata"]["labels"].get("app.kubernetes.io/component"))
+
+    @property
+    def gpus(self) -> int:
+        return int(self.container["resources"]["limits"].get(GPU, 0))
 
 
 def pods(objects: list[Manifest]) -> Iterator[Pod]:

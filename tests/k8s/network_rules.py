@@ -3,7 +3,7 @@
 import ipaddress
 from dataclasses import dataclass, field
 
-from tests.k8s.manifests import Manifest, name_of, of_kind, pods
+from tests.k8s.manifests import Manifest, find, name_of, of_kind, pods
 
 _HOME = "raymill"
 
@@ -32,11 +32,25 @@ _STRANGER = Peer("a stranger in the namespace", {"app": "stranger"})
 _OUTSIDER = _elsewhere("another-namespace")
 _GATEWAY = _elsewhere("gateway", labels={"raymill/gateway": "true"})
 _MONITORING = _elsewhere("monitoring")
-_OPERATOR = _elsewhere("kuberay-operator", pod_labels={"app.kubernetes.io/name": "kuberay-operator"})
+_HELM_LABELS = {"app.kubernetes.io/name": "kuberay-operator"}
+_KUSTOMIZE_LABELS = {"app.kubernetes.io/name": "kuberay", "app.kubernetes.io/component": "kuberay-operator"}
+_OPERATORS = [
+    _elsewhere(namespace, pod_labels=labels)
+    for namespace in ("kuberay-operator", "ray-system", "default")
+    for labels in (_HELM_LABELS, _KUSTOMIZE_LABELS)
+]
 _IMPOSTOR = _elsewhere("impostor", pod_labels={"app.kubernetes.io/name": "kuberay-operator"})
 _DNS = _elsewhere("kube-system", pod_labels={"k8s-app": "kube-dns"})
 _SUBMITTER = Peer("submitter", {"app.kubernetes.io/component": "pretrain", "raymill/role": "submitter"})
 _METADATA = Peer("the cloud's metadata service", namespace="", address="169.254.169.254")
+_NODE_DNS = Peer("the node's DNS cache", namespace="", address="169.254.20.10")
+_EKS_DNS = Peer("EKS' DNS on the node", namespace="", address="172.20.0.10")
+_POD_IDENTITY = Peer("EKS Pod Identity's agent", namespace="", address="169.254.170.23")
+_EKS_BALANCER = Peer("EKS' load balancer", namespace="", address="192.168.3.4")
+_GKE_BALANCER = Peer("GKE's load balancer", namespace="", address="35.191.0.7")
+_PROXY = Peer("the proxy", namespace="", address="10.0.0.10")
+_METADATA_6 = Peer("AWS' metadata service by IPv6", namespace="", address="fd00:ec2::254")
+_INTERNET_6 = Peer("object storage by IPv6", namespace="", address="2600:1f18::1")
 _INTERNET = Peer("object storage", namespace="", address="52.216.0.1")
 
 _REDIS = Peer("redis", {"raymill/role": "redis", "app.kubernetes.io/component": "platform"})
@@ -48,9 +62,12 @@ _WORKERS = [_node(component, "worker") for component in _COMPONENTS]
 _RAY_PORTS = (6379, 8265, 10001, 8000, 8080, 30000)
 
 
-def _expectations() -> list[tuple[Peer, Peer, int, bool]]:
-    """Each is (source, target, TCP port, whether they may talk)."""
+def _expectations(policies: list[Manifest], *, has_proxy: bool) -> list[tuple[Peer, Peer, int, bool]]:
+    """Returns (source, target, TCP port, whether they may talk) of each; a cloud's policies are named after what they
+    open."""
     nodes = [*_HEADS, *_WORKERS]
+    names = {policy["metadata"]["name"] for policy in policies}
+    on_eks, on_gke = "pod-identity" in names, "cloud-dns" in names
     table = [(source, node, port, False) for source in (_STRANGER, _OUTSIDER) for node in nodes for port in _RAY_PORTS]
     for source in nodes:
         same = "app.kubernetes.io/component"
@@ -61,16 +78,25 @@ def _expectations() -> list[tuple[Peer, Peer, int, bool]]:
         table += [(_MONITORING, node, port, port == 8080) for port in _RAY_PORTS]
         is_head = node in _HEADS
         table += [(_SUBMITTER, node, port, is_head and port == 8265) for port in _RAY_PORTS]
-        table += [(_OPERATOR, node, port, is_head and port == 8265) for port in _RAY_PORTS]
+        table += [(operator, node, port, is_head and port == 8265) for operator in _OPERATORS for port in _RAY_PORTS]
+        for balancer, is_there in ((_EKS_BALANCER, on_eks), (_GKE_BALANCER, on_gke)):
+            table += [(balancer, node, port, is_there and is_endpoint and port == 8000) for port in _RAY_PORTS]
         table += [(_IMPOSTOR, node, port, False) for port in _RAY_PORTS]
-        table += [(node, _METADATA, port, False) for port in (80, 443, 6443)]
-        table += [(node, _INTERNET, 443, True), (node, _INTERNET, 80, False), (node, _INTERNET, 6443, is_head)]
-        table += [(node, _DNS, 53, True)]
+        table += [
+            (node, metadata, port, False) for metadata in (_METADATA, _METADATA_6) for port in (80, 443, 988, 6443)
+        ]
+        table += [(node, _POD_IDENTITY, 80, on_eks), (node, _POD_IDENTITY, 443, False)]
+        table += [(node, _INTERNET, 80, False), (node, _INTERNET, 6443, is_head)]
+        goes_out = is_head or not has_proxy  # a head asks the Kubernetes API, whose address nobody knows
+        table += [(node, internet, 443, goes_out) for internet in (_INTERNET, _INTERNET_6)]
+        table += [(node, _PROXY, 3128, has_proxy)]
+        table += [(node, _DNS, 53, True), (node, _NODE_DNS, 53, True), (node, _NODE_DNS, 80, False)]
+        table += [(node, _METADATA, 53, on_gke), (node, _EKS_DNS, 53, on_eks)]
         table += [(_USER, node, port, node.name == "shared head" and port == 8265) for port in _RAY_PORTS]
         keeps_state = is_head and node.name in ("completions head", "shared head")
         table += [(node, _REDIS, 6379, keeps_state), (node, _REDIS, 6380, False), (_REDIS, node, 8265, False)]
     table += [(_SUBMITTER, _METADATA, 80, False), (_SUBMITTER, _INTERNET, 443, False), (_SUBMITTER, _DNS, 53, True)]
-    table += [(source, _REDIS, 6379, False) for source in (_STRANGER, _OUTSIDER, _SUBMITTER, _USER, _OPERATOR)]
+    table += [(source, _REDIS, 6379, False) for source in (_STRANGER, _OUTSIDER, _SUBMITTER, _USER, *_OPERATORS)]
     table += [(_REDIS, _INTERNET, 443, False), (_REDIS, _METADATA, 80, False)]
     table += [(_OUTSIDER, _SUBMITTER, 8000, False), (_OUTSIDER, _STRANGER, 8000, False)]
     return [*table, (_STRANGER, _INTERNET, 443, False), (_STRANGER, _METADATA, 80, False)]
@@ -78,9 +104,10 @@ def _expectations() -> list[tuple[Peer, Peer, int, bool]]:
 
 def network_problems(objects: list[Manifest]) -> list[str]:
     policies = of_kind(objects, "NetworkPolicy")
+    has_proxy = "HTTPS_PROXY" in find(objects, "ConfigMap/ray-environment")["data"]
     return [
         f"{source.name} {'cannot' if expected else 'can'} reach {target.name} on port {port}"
-        for source, target, port, expected in _expectations()
+        for source, target, port, expected in _expectations(policies, has_proxy=has_proxy)
         if _may_talk(policies, source, target, port, trust_source=not expected) is not expected
     ]
 
@@ -150,8 +177,12 @@ def _matches(peer: Manifest, other: Peer) -> bool:
 
 
 def _selects(selector: Manifest, labels: dict[str, str]) -> bool:
-    assert selector.keys() <= {"matchLabels"}, "matchExpressions are not evaluated here"
-    return selector.get("matchLabels", {}).items() <= labels.items()
+    assert selector.keys() <= {"matchLabels", "matchExpressions"}
+    expressions = selector.get("matchExpressions", [])
+    assert all(expression["operator"] == "In" for expression in expressions), "others are not evaluated here"
+    return selector.get("matchLabels", {}).items() <= labels.items() and all(
+        labels.get(expression["key"]) in expression["values"] for expression in expressions
+    )
 
 
 RULES = (network_problems, label_problems)

@@ -10,6 +10,7 @@ _LONGEST_NAME = 47  # of Ray's kinds: pod names grow from it
 _NODE_DEATH_S = 60  # a group that idles out sooner than a dead node is noticed makes its replacements flap
 _MIN_VERSION_FOR_TOKENS = (2, 52)
 _MOST_QUEUED_GROUPS = 7
+_NEAR = "kueue.x-k8s.io/podset-preferred-topology"
 
 
 def name_problems(objects: list[Manifest]) -> list[str]:
@@ -77,6 +78,9 @@ def job_problems(objects: list[Manifest]) -> list[str]:
         shuts_down, strategy = spec.get("shutdownAfterJobFinishes", False), spec.get("deletionStrategy", {})
         if not shuts_down and not strategy:
             problems.append(f"{name}: nothing ends its cluster when the job has finished")
+        policies = [*strategy.get("deletionRules", []), strategy.get("onSuccess", {}), strategy.get("onFailure", {})]
+        if any(rule.get("policy") == "DeleteWorkers" for rule in policies):
+            problems.append(f"{name}: DeleteWorkers is refused beside the autoscaler")
         if shuts_down and strategy.get("deletionRules"):
             problems.append(f"{name}: deletionRules and shutdownAfterJobFinishes exclude each other")
         if spec.get("suspend") and (not shuts_down or spec.get("clusterSelector")):
@@ -130,8 +134,13 @@ def recovery_problems(objects: list[Manifest]) -> list[str]:
                 problems.append(f"{name}: no gcsFaultToleranceOptions: the cluster ends with its head")
             continue
         services = {f"{o['metadata']['name']}:{o['spec']['ports'][0]['port']}" for o in of_kind(objects, "Service")}
-        if options.get("backend", "redis") == "redis" and options.get("redisAddress") not in services:
-            problems.append(f"{name}: no service at redisAddress {options.get('redisAddress')}")
+        address = options.get("redisAddress", "")
+        if options.get("backend", "redis") == "redis" and address.removeprefix("rediss://") not in services:
+            problems.append(f"{name}: no service at redisAddress {address}")
+        head = cluster["headGroupSpec"]["template"]["spec"]["containers"][0]
+        knows_authority = "RAY_REDIS_CA_CERT" in {variable["name"] for variable in head.get("env", [])}
+        if len({address.startswith("rediss://"), _redis_speaks_tls(objects), knows_authority}) > 1:
+            problems.append(f"{name}: TLS is not agreed upon between redisAddress, the head and Redis")
         if "secretKeyRef" not in options.get("redisPassword", {}).get("valueFrom", {}):
             problems.append(f"{name}: redisPassword must come from a Secret")
         if "ray.io/ft-enabled" in manifest["metadata"].get("annotations", {}):
@@ -143,6 +152,11 @@ def recovery_problems(objects: list[Manifest]) -> list[str]:
     return problems
 
 
+def _redis_speaks_tls(objects: list[Manifest]) -> bool:
+    (server,) = (pod for pod in pods(objects) if pod.role == "redis")
+    return "tls-port" in server.container["args"][0]
+
+
 def queue_problems(objects: list[Manifest]) -> list[str]:
     """A queued job has what Kueue asks for, and the queue covers each resource that its pods request."""
     problems = []
@@ -152,6 +166,7 @@ def queue_problems(objects: list[Manifest]) -> list[str]:
         for group in queue["spec"]["resourceGroups"]
         for resource in group["coveredResources"]
     }
+    topologies = {o["metadata"]["name"] for o in of_kind(objects, "Topology")}
     queues = {queue["metadata"]["name"] for queue in of_kind(objects, "LocalQueue")}
     for manifest in of_kind(objects, *CLUSTER_KINDS):
         name, metadata = name_of(manifest), manifest["metadata"]
@@ -166,6 +181,18 @@ def queue_problems(objects: list[Manifest]) -> list[str]:
             problems.append(f"{name}: Kueue refuses a cluster that scales, unless it is an elastic-job")
         if len(cluster_spec(manifest)["workerGroupSpecs"]) > _MOST_QUEUED_GROUPS:
             problems.append(f"{name}: Kueue takes at most {_MOST_QUEUED_GROUPS} worker groups")
+        if len(
+            {
+                o["spec"]["topologyName"]
+                for o in of_kind(objects, "ResourceFlavor")
+                if "topologyName" in o.get("spec", {})
+            }
+            - topologies
+        ):
+            problems.append(f"{name}: there is no Topology of its flavor's name")
+        levels = {level["nodeLabel"] for o in of_kind(objects, "Topology") for level in o["spec"]["levels"]}
+        near = {pod.template["metadata"].get("annotations", {}).get(_NEAR) for pod in pods([manifest])} - {None}
+        problems += [f"{name}: {label} is no level of a Topology" for label in near - levels]
         requested = {
             resource
             for pod in pods([manifest])

@@ -51,12 +51,21 @@ class _Pod:
 class PodCluster:
     """Starts on entering the context, with its head and autoscaler; ends on leaving it."""
 
-    def __init__(self, objects: list[Manifest], name: str, *, num_nodes: int, redis: Redis | None = None) -> None:
+    def __init__(
+        self,
+        objects: list[Manifest],
+        name: str,
+        *,
+        num_nodes: int,
+        redis: Redis | None = None,
+        without_nodes: str | None = None,
+    ) -> None:
         """Takes all `objects` of a kustomization, and runs the cluster of `Kind/name`. The Kubernetes nodes have
-        room for `num_nodes` of its worker pods; further ones stay Pending. `redis` stands for the one that it names."""
+        room for `num_nodes` of its worker pods; further ones stay Pending, as do all of the group `without_nodes`.
+        `redis` stands for the one that it names."""
         owner = find(objects, name)
         self.name, self.namespace = owner["metadata"]["name"], owner["metadata"]["namespace"]
-        self.num_nodes = num_nodes
+        self.num_nodes, self._without_nodes = num_nodes, without_nodes
         self.problem: BaseException | None = None
         """The error that ended the thread of the pods too early."""
         self._spec = cluster_spec(owner)
@@ -172,6 +181,7 @@ class PodCluster:
         command = [sys.executable, "-m", "ray.scripts.scripts", "kuberay-autoscaler", "--cluster-name", self.name]
         command += ["--cluster-namespace", self.namespace, "--gcs-address", f"127.0.0.1:{self._gcs_port}"]
         further = {"RAY_HEAD_POD_NAME": f"{self.name}-head", "KUBERAY_CRD_VER": "v1"}
+        further |= {variable["name"]: variable["value"] for variable in self._spec["autoscalerOptions"].get("env", [])}
         environment = self._environment | self._api.environment | further
         self._autoscaler = start_bound(command, log=self._folder / "autoscaler.log", environment=environment)
 
@@ -225,7 +235,8 @@ class PodCluster:
                 self._pods[pod.name] = pod
                 self._show(pod)
         for pod in self._pods.values():
-            if pod.process is None and not pod.is_leaving and len(self._running()) < self.num_nodes:
+            has_room = len(self._running()) < self.num_nodes and pod.group["groupName"] != self._without_nodes
+            if pod.process is None and not pod.is_leaving and has_room:
                 flags = ["--address", f"127.0.0.1:{self._gcs_port}"]
                 pod.process = self._start(pod.name, pod.group["groupName"], pod.group, flags, {})
                 self._show(pod)

@@ -15,7 +15,10 @@ from ray.serve.schema import HTTPOptionsSchema, ServeApplicationSchema, ServeDep
 
 from cluster.settings.run import EvaluateConfig, RunConfig
 from cluster.settings.serve import ServeConfig
-from tests.k8s.manifests import CLUSTER_KINDS, Manifest, cluster_spec, find, name_of, of_kind, quantity
+from tests.k8s.manifests import CLUSTER_KINDS, GPU, Manifest, cluster_spec, find, name_of, of_kind, quantity
+
+VLLM_PYTHON = "/opt/vllm/bin/python"  # k8s/Dockerfile
+_GPU_PRODUCTS = {"nvidia.com/gpu.product", "eks.amazonaws.com/instance-gpu-name", "cloud.google.com/gke-accelerator"}
 
 
 def run_config(objects: list[Manifest]) -> RunConfig:
@@ -130,18 +133,29 @@ def capacity_problems(objects: list[Manifest]) -> list[str]:
     checks = [
         (evaluator, evaluation.threads_per_worker, 0, evaluation.num_workers, "evaluating workers"),
         (trainer, scaling.threads_per_worker, int(scaling.use_gpu), scaling.max_workers, "training workers"),
-        (server, replicas.threads_per_replica, 0, replicas.max_replicas, "replicas"),
+        (server, replicas.threads_per_replica, _gpus_a_replica(server), replicas.max_replicas, "replicas"),
     ]
     problems = []
     for manifest, cpus, gpus, wanted, what in checks:
-        places = _places(cluster_spec(manifest)["workerGroupSpecs"], cpus, gpus=gpus)
-        if places != wanted:
-            problems.append(f"{name_of(manifest)}: room for {places} {what}, but the settings ask for up to {wanted}")
+        for group in cluster_spec(manifest)["workerGroupSpecs"]:  # each alone: a second one stands in for the first
+            places = _places(group, cpus, gpus=gpus)
+            if places != wanted:
+                problems.append(
+                    f"{name_of(manifest)}: room for {places} {what}, but the settings ask for up to {wanted}"
+                )
+    lowest = sum(group["minReplicas"] for group in cluster_spec(server)["workerGroupSpecs"])
+    if lowest < replicas.min_replicas:
+        problems.append(f"{name_of(server)}: keeps {lowest} pods for {replicas.min_replicas} replicas")
     return problems
 
 
+def _gpus_a_replica(service: Manifest) -> int:
+    return int(serve_config(service).engine.device == "cuda")
+
+
 def gpu_problems(objects: list[Manifest]) -> list[str]:
-    """A group with GPUs tolerates their taint and goes down to none; a run that needs no GPU gets none."""
+    """A group with GPUs names their product, tolerates their taint and, unless it serves, goes down to none; what needs
+    no GPU gets none; vLLM stands where the image has it."""
     problems = []
     for manifest in of_kind(objects, *CLUSTER_KINDS):
         for group in cluster_spec(manifest)["workerGroupSpecs"]:
@@ -150,25 +164,35 @@ def gpu_problems(objects: list[Manifest]) -> list[str]:
                 continue
             if not any(toleration["key"] == "nvidia.com/gpu" for toleration in spec.get("tolerations", [])):
                 problems.append(f"{where}: does not tolerate the taint of GPU nodes")
-            if group["minReplicas"] != 0:
+            if not _GPU_PRODUCTS & spec.get("nodeSelector", {}).keys():
+                problems.append(f"{where}: takes whatever GPU there is")
+            if "cloud.google.com/gke-accelerator" in spec.get("nodeSelector", {}) and not _finds_gke_driver(objects):
+                problems.append(f"{where}: does not look where GKE puts the driver")
+            if group["minReplicas"] != 0 and manifest["kind"] != "RayService":
                 problems.append(f"{where}: holds GPUs while idle")
             by_run = name_of(manifest) == "RayJob/pretrain" and run_config(objects).scaling.use_gpu
-            if not by_run and manifest["kind"] != "RayCluster":  # whose users know
+            by_replicas = manifest["kind"] == "RayService" and _gpus_a_replica(manifest) > 0
+            if not by_run and not by_replicas and manifest["kind"] != "RayCluster":  # whose users know
                 problems.append(f"{where}: asks for GPUs that nothing uses")
+    for service in of_kind(objects, "RayService"):
+        engine = serve_config(service).engine
+        if engine.device == "cuda" and (engine.backend, engine.vllm_python) != ("vllm", VLLM_PYTHON):
+            problems.append(f"{name_of(service)}: a GPU is vLLM's, at {VLLM_PYTHON}")
     return problems
 
 
+def _finds_gke_driver(objects: list[Manifest]) -> bool:
+    return find(objects, "ConfigMap/ray-environment")["data"].get("LD_LIBRARY_PATH") == "/usr/local/nvidia/lib64"
+
+
 def _gpus(group: Manifest) -> int:
-    return int(group["template"]["spec"]["containers"][0]["resources"]["limits"].get("nvidia.com/gpu", 0))
+    return int(group["template"]["spec"]["containers"][0]["resources"]["limits"].get(GPU, 0))
 
 
-def _places(groups: list[Manifest], cpus: int, *, gpus: int) -> int:
-    total = 0
-    for group in groups:
-        limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
-        fit = int(quantity(limits["cpu"])) // cpus
-        total += group["maxReplicas"] * (min(fit, _gpus(group) // gpus) if gpus else fit)
-    return total
+def _places(group: Manifest, cpus: int, *, gpus: int) -> int:
+    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    fit = int(quantity(limits["cpu"])) // cpus
+    return int(group["maxReplicas"]) * (min(fit, _gpus(group) // gpus) if gpus else fit)
 
 
 RULES = (config_problems, entry_problems, storage_problems, capacity_problems, gpu_problems)

@@ -8,8 +8,19 @@ import yaml
 
 from tests.k8s.manifests import CLUSTER_KINDS, Manifest, cluster_spec, name_of, of_kind, pods
 
-_EXTERNAL_SECRETS = {"api-keys", "redis", "s3-credentials"}  # made by hand, see k8s/README.md
-_CLUSTER_SCOPED = {"Namespace", "PriorityClass", "ClusterQueue", "ResourceFlavor"}
+_EXTERNAL_SECRETS = {"api-keys", "huggingface", "redis", "redis-tls", "registry", "s3-credentials"}  # see k8s/README.md
+_CLUSTER_SCOPED = {
+    "Namespace",
+    "PriorityClass",
+    "ClusterQueue",
+    "ResourceFlavor",
+    "StorageClass",
+    "IngressClass",
+    "Topology",
+}
+_TOKEN_FOLDER = "/var/run/secrets/kubernetes.io/serviceaccount"
+_FABRICS = {"vpc.amazonaws.com/efa", "rdma/rdma_shared_device_a"}
+_ENDPOINT = {"name": "completions-serve-svc", "port": 8000}
 _SECRET_NAME = re.compile(r"(^|_)(token|secret|password|credentials?|access_key|api_?key)(_|$)", re.IGNORECASE)
 _SECRET_VALUE = re.compile(r"AKIA[0-9A-Z]{16}|-----BEGIN|\bsk-[\w-]{20}")
 
@@ -17,8 +28,11 @@ _SECRET_VALUE = re.compile(r"AKIA[0-9A-Z]{16}|-----BEGIN|\bsk-[\w-]{20}")
 def namespace_problems(objects: list[Manifest]) -> list[str]:
     (namespace,) = of_kind(objects, "Namespace")
     problems = []
-    if namespace["metadata"]["labels"].get("pod-security.kubernetes.io/enforce") != "restricted":
-        problems.append("the namespace does not enforce the restricted pod security standard")
+    locks = any("add" in c.get("securityContext", {}).get("capabilities", {}) for _, c in _containers(objects))
+    for mode in ("enforce", "audit", "warn"):
+        level = "privileged" if locks and mode == "enforce" else "restricted"
+        if namespace["metadata"]["labels"].get(f"pod-security.kubernetes.io/{mode}") != level:
+            problems.append(f"the namespace does not {mode} the pod security standard {level}")
     for manifest in objects:
         expected = None if manifest["kind"] in _CLUSTER_SCOPED else namespace["metadata"]["name"]
         if manifest["metadata"].get("namespace") != expected:
@@ -48,13 +62,16 @@ def confinement_problems(objects: list[Manifest]) -> list[str]:
         if pod.spec.keys() & {"hostNetwork", "hostPID", "hostIPC"}:
             problems.append(f"{pod.where}: shares a namespace with its node")
         for volume in pod.spec.get("volumes", []):
-            if not volume.keys() & {"emptyDir", "configMap", "secret"}:
+            if not volume.keys() & {"emptyDir", "configMap", "secret", "projected"}:  # of which see identity_problems
                 problems.append(f"{pod.where}: volume {volume['name']} is none of emptyDir, configMap, secret")
     for where, container in _containers(objects):
         context = container.get("securityContext", {})
         if context.get("allowPrivilegeEscalation") is not False or context.get("privileged"):
             problems.append(f"{where}: may gain privileges")
-        if context.get("capabilities") != {"drop": ["ALL"]}:
+        capabilities = context.get("capabilities", {})
+        may_lock = bool(_FABRICS & container.get("resources", {}).get("limits", {}).keys())
+        added = set(capabilities.get("add", [])) - ({"IPC_LOCK"} if may_lock else set())
+        if capabilities.get("drop") != ["ALL"] or added:
             problems.append(f"{where}: keeps capabilities")
         if context.get("readOnlyRootFilesystem") is not True:
             problems.append(f"{where}: its root file system is writable")
@@ -100,8 +117,17 @@ def identity_problems(objects: list[Manifest]) -> list[str]:
             problems.append(f"{pod.where}: service account {account} is not among the manifests")
         if roles.setdefault(account, pod.role) != pod.role:
             problems.append(f"{pod.where}: shares service account {account} with a {roles[account]}")
-        if pod.spec.get("automountServiceAccountToken") is not (pod.role == "head"):
+        if pod.spec.get("automountServiceAccountToken") is not False:
             problems.append(f"{pod.where}: a Kubernetes token is for the head's autoscaler only")
+        tokens = {volume["name"] for volume in pod.spec.get("volumes", []) if "projected" in volume}
+        mounted = {mount["name"] for container in pod.spec["containers"] for mount in container["volumeMounts"]}
+        if tokens & mounted or (tokens and pod.role != "head"):
+            problems.append(f"{pod.where}: users' code would have the autoscaler's token")
+    for manifest in of_kind(objects, *CLUSTER_KINDS):
+        problems += _autoscaler_token_problems(manifest)
+    serving = {pod.spec.get("serviceAccountName") for pod in pods(objects) if pod.component == "completions"}
+    training = {pod.spec.get("serviceAccountName") for pod in pods(objects) if pod.component != "completions"}
+    problems += [f"ServiceAccount/{name}: trains and serves" for name in sorted(serving & training)]
     problems += [
         f"ServiceAccount/{name}: mounts its token unasked"
         for name, account in accounts.items()
@@ -115,6 +141,8 @@ def identity_problems(objects: list[Manifest]) -> list[str]:
             if "secrets" in rule["resources"]:
                 problems.append(f"{name_of(role)}: nobody reads Secrets by it")
             stopping = {"delete"} if rule["resources"] == ["rayjobs"] else set()
+            if {"pods/exec", "pods/attach"} & set(rule["resources"]):
+                problems.append(f"{name_of(role)}: a way into pods")
             if set(rule["verbs"]) - {"get", "list", "create", "patch"} - stopping:
                 problems.append(f"{name_of(role)}: {rule['verbs']} is more than raymill does")
     problems += [
@@ -125,8 +153,33 @@ def identity_problems(objects: list[Manifest]) -> list[str]:
     return problems
 
 
+def _autoscaler_token_problems(manifest: Manifest) -> list[str]:
+    cluster = cluster_spec(manifest)
+    volumes = {volume["name"]: volume for volume in cluster["headGroupSpec"]["template"]["spec"]["volumes"]}
+    mounts = [m for m in cluster["autoscalerOptions"].get("volumeMounts", []) if m["mountPath"] == _TOKEN_FOLDER]
+    sources = [s for mount in mounts for s in volumes.get(mount["name"], {}).get("projected", {}).get("sources", [])]
+    if {kind for source in sources for kind in source} != {"serviceAccountToken", "configMap"}:
+        return [f"{name_of(manifest)}: the autoscaler has no token, with which it asks Kubernetes for pods"]
+    return []
+
+
 def exposure_problems(objects: list[Manifest]) -> list[str]:
-    problems = [f"{name_of(o)} leads in from outside" for o in of_kind(objects, "Ingress", "HTTPRoute", "Gateway")]
+    """Nothing leads in from outside but to the endpoint, by TLS."""
+    problems = []
+    for ingress in of_kind(objects, "Ingress"):
+        paths = [path for rule in ingress["spec"].get("rules", []) for path in rule["http"]["paths"]]
+        services = [path["backend"]["service"] for path in paths]
+        if not services or any((s["name"], s["port"]["number"]) != tuple(_ENDPOINT.values()) for s in services):
+            problems.append(f"{name_of(ingress)} leads in from outside, and not to the endpoint")
+        listening = ingress["metadata"].get("annotations", {}).get("alb.ingress.kubernetes.io/listen-ports")
+        if listening != '[{"HTTPS": 443}]':
+            problems.append(f"{name_of(ingress)}: keys would go in the clear")
+    for route in of_kind(objects, "HTTPRoute"):
+        if any(backend != _ENDPOINT for rule in route["spec"]["rules"] for backend in rule["backendRefs"]):
+            problems.append(f"{name_of(route)} leads in from outside, and not to the endpoint")
+    for gateway in of_kind(objects, "Gateway"):
+        if any(listener["protocol"] != "HTTPS" for listener in gateway["spec"]["listeners"]):
+            problems.append(f"{name_of(gateway)}: keys would go in the clear")
     problems += [
         f"{name_of(service)} leads in from outside"
         for service in of_kind(objects, "Service")
@@ -155,11 +208,17 @@ def resource_problems(objects: list[Manifest]) -> list[str]:
 
 def image_problems(objects: list[Manifest]) -> list[str]:
     problems, images = [], set()
+    for pod in pods(objects):
+        if pod.spec.get("nodeSelector", {}).get("kubernetes.io/arch") != "amd64":
+            problems.append(f"{pod.where}: may come onto a node of another architecture than the image's")
+        built_for_gpu = pod.container["image"].rpartition("/")[2].startswith("raymill-gpu")
+        if built_for_gpu is not bool(pod.gpus):
+            problems.append(f"{pod.where}: {pod.container['image']} is not the build for its node")
     for where, container in _containers(objects):
         if "image" not in container:  # the autoscaler's is the head's
             continue
         if container["name"] != "redis":
-            images.add(container["image"])
+            images.add(container["image"].replace("raymill-gpu", "raymill"))  # two builds of one image
         tag = container["image"].rpartition("/")[2].partition(":")[2]
         if "@sha256:" not in container["image"] and tag in ("", "latest"):
             problems.append(f"{where}: image {container['image']} is not pinned")
@@ -189,13 +248,15 @@ def secret_problems(objects: list[Manifest]) -> list[str]:
 
 def reference_problems(objects: list[Manifest]) -> list[str]:
     """Every ConfigMap that a pod names is among the objects, and every Secret is one that the README lists."""
-    problems = []
     config_maps = {config["metadata"]["name"] for config in of_kind(objects, "ConfigMap")}
+    pulling = [secret["name"] for o in of_kind(objects, "ServiceAccount") for secret in o.get("imagePullSecrets", [])]
+    problems = [f"nobody makes Secret {name}" for name in pulling if name not in _EXTERNAL_SECRETS]
     for pod in pods(objects):
         sources = pod.container.get("envFrom", [])
         volumes = pod.spec.get("volumes", [])
         named = [source["configMapRef"]["name"] for source in sources if "configMapRef" in source]
         named += [volume["configMap"]["name"] for volume in volumes if "configMap" in volume]
+        named = [name for name in named if name != "kube-root-ca.crt"]  # Kubernetes makes it in every namespace
         secrets = [source["secretRef"]["name"] for source in sources if "secretRef" in source]
         secrets += [volume["secret"]["secretName"] for volume in volumes if "secret" in volume]
         sources = [variable.get("valueFrom", {}) for variable in pod.container.get("env", [])]

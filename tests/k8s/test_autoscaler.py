@@ -35,21 +35,38 @@ def spot_cluster() -> list[Manifest]:
     """Returns the overlay `spot` as rendered, except that a pod has one CPU, drains for 5 s, not 20, and goes after 15 s
     without work, not 300."""
     objects = render("overlays/spot")
-    (group,) = cluster_spec(find(objects, "RayJob/pretrain"))["workerGroupSpecs"]
-    assert group["minReplicas"] == 0
-    assert group["template"]["spec"]["nodeSelector"] == {"raymill/capacity": "spot"}
-    (container,) = group["template"]["spec"]["containers"]
-    (notice,) = container["env"]
+    group, fallback = cluster_spec(find(objects, "RayJob/pretrain"))["workerGroupSpecs"]
+    assert group["template"]["spec"]["nodeSelector"]["raymill/capacity"] == "spot"
+    (notice,) = group["template"]["spec"]["containers"][0]["env"]
     assert notice == {"name": "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "value": "20"}
     notice["value"] = "5"
-    resources = container["resources"]
-    assert resources["limits"]["nvidia.com/gpu"] == "1"
-    resources["limits"]["cpu"] = resources["requests"]["cpu"] = "1"
-    group["idleTimeoutSeconds"] = 15
+    for each in (group, fallback):
+        make_small(each, gpus=1)
     return objects
 
 
-def run_config(objects: list[Manifest], folder: Path, *, num_steps: int) -> RunConfig:
+def node_cluster() -> list[Manifest]:
+    """Returns the overlay `gpu-node` as rendered, except that a node has 2 GPUs and CPUs instead of 8 and 64, and that a
+    pod goes after 15 s without work, not 300."""
+    objects = render("overlays/gpu-node")
+    (group,) = cluster_spec(find(objects, "RayJob/pretrain"))["workerGroupSpecs"]
+    resources = group["template"]["spec"]["containers"][0]["resources"]
+    assert resources["limits"]["nvidia.com/gpu"] == "8"
+    for which in resources.values():
+        which["nvidia.com/gpu"] = "2"
+    make_small(group, gpus=2)
+    return objects
+
+
+def make_small(group: Manifest, *, gpus: int) -> None:
+    assert group["minReplicas"] == 0
+    resources = group["template"]["spec"]["containers"][0]["resources"]
+    assert resources["limits"]["nvidia.com/gpu"] == str(gpus)
+    resources["limits"]["cpu"] = resources["requests"]["cpu"] = str(gpus)
+    group["idleTimeoutSeconds"] = 15
+
+
+def run_config(objects: list[Manifest], folder: Path, *, num_steps: int, max_workers: int = 3) -> RunConfig:
     """Returns the overlay's settings for a tiny model on CPUs: a worker takes the CPU of a GPU pod, the only ones there."""
     texts = {"train": make_text(30_000), "val": make_text(400, seed=1)}
     store = str(folder / "made")
@@ -57,7 +74,7 @@ def run_config(objects: list[Manifest], folder: Path, *, num_steps: int) -> RunC
     values = yaml.safe_load(find(objects, "ConfigMap/run-config")["data"]["run.yaml"])
     values |= {"model": {"preset": "tiny", "dropout": 0.1}, "data": {"source": f"tokens://{store}/tokens/made"}}
     values["storage"] = {"uri": str(folder / "storage")}
-    values["scaling"] |= {"max_workers": 3, "threads_per_worker": 1, "use_gpu": False, "resize_check_s": 2}
+    values["scaling"] |= {"max_workers": max_workers, "threads_per_worker": 1, "use_gpu": False, "resize_check_s": 2}
     values["checkpoint"] |= {"save_every_steps": 25}
     values["train"] = {
         "max_tokens": num_steps * 64 * 32,
@@ -70,75 +87,132 @@ def run_config(objects: list[Manifest], folder: Path, *, num_steps: int) -> RunC
     return validate_config(values, RunConfig)
 
 
+class Watched:
+    """Waits for events of a run on a cluster of pods."""
+
+    def __init__(self, pods: PodCluster, run: Any) -> None:
+        self.pods, self.run = pods, run
+        self.jobs = JobSubmissionClient(pods.jobs_url, headers=pods.headers)
+        self._start_s = time.monotonic()
+
+    def say(self, what: str) -> None:
+        print(f"{time.monotonic() - self._start_s:.0f} s: {what}")
+
+    def until(self, condition: Callable[[], object], timeout_s: float = 120) -> None:
+        def comes_true() -> object:
+            assert self.pods.problem is None, self.pods.problem
+            return condition()
+
+        wait_until(comes_true, timeout_s=timeout_s, poll_s=0.2, why=lambda: self.pods.autoscaler_log()[-4000:])
+
+    def end_of(self, job: str) -> JobStatus:
+        self.until(lambda: self.jobs.get_job_status(job).is_terminal(), timeout_s=240)
+        return self.jobs.get_job_status(job)
+
+    def last_start(self) -> dict[str, Any]:
+        return Ledger.read(self.run).events("start")[-1]
+
+    def until_workers(self, number: int, *, after: int = 0) -> dict[str, Any]:
+        """Returns the `start` event of an attempt later than `after` with so many workers."""
+
+        def started() -> bool:
+            starts = Ledger.read(self.run).events("start")
+            return bool(starts) and starts[-1]["attempt"] > after and starts[-1]["world_size"] == number
+
+        self.until(started)
+        start = self.last_start()
+        self.say(f"{number} workers after step {start['step']}")
+        return start
+
+
+def entrypoint_of(objects: list[Manifest], config: RunConfig, folder: Path) -> str:
+    """Returns the job's entry point, with its settings in `folder`."""
+    write_config(config, folder / "run.yaml")
+    return str(find(objects, "RayJob/pretrain")["spec"]["entrypoint"]).replace("/config/", f"{folder}/")
+
+
 def test_a_run_has_its_gpu_group_grow_and_shrink_and_its_bits_stay(tmp_path: Path) -> None:
     objects = spot_cluster()
     config = run_config(objects, tmp_path, num_steps=NUM_STEPS)
-    write_config(config, tmp_path / "run.yaml")
-    entrypoint = find(objects, "RayJob/pretrain")["spec"]["entrypoint"].replace("/config/", f"{tmp_path}/")
-    run = run_storage(config)
+    entrypoint, run = entrypoint_of(objects, config, tmp_path), run_storage(config)
 
     with PodCluster(objects, "RayJob/pretrain", num_nodes=3) as pods:
-        jobs = JobSubmissionClient(pods.jobs_url, headers=pods.headers)
+        watched = Watched(pods, run)
         assert pods.running == []
-        start_s = time.monotonic()
-
-        def until(condition: Callable[[], object], timeout_s: float = 120) -> None:
-            def comes_true() -> object:
-                assert pods.problem is None, pods.problem
-                return condition()
-
-            wait_until(comes_true, timeout_s=timeout_s, poll_s=0.2, why=lambda: pods.autoscaler_log()[-4000:])
-
-        def end_of(job: str) -> JobStatus:
-            until(lambda: jobs.get_job_status(job).is_terminal(), timeout_s=240)
-            return jobs.get_job_status(job)
-
-        def until_workers(number: int, *, after: int = 0) -> dict[str, Any]:
-            """Returns the `start` event of an attempt later than `after` with so many workers."""
-
-            def started() -> bool:
-                starts = Ledger.read(run).events("start")
-                return bool(starts) and starts[-1]["attempt"] > after and starts[-1]["world_size"] == number
-
-            until(started)
-            start = Ledger.read(run).events("start")[-1]
-            print(f"{time.monotonic() - start_s:.0f} s: {number} workers after step {start['step']}")
-            return start
-
-        assert end_of(jobs.submit_job(entrypoint="true", entrypoint_num_gpus=1)) == JobStatus.SUCCEEDED
+        first = watched.jobs.submit_job(entrypoint="true", entrypoint_num_gpus=1)
+        assert watched.end_of(first) == JobStatus.SUCCEEDED
         assert len(pods.running) == 1
-        print(f"{time.monotonic() - start_s:.0f} s: a pod for who asked for a GPU")
-        job = jobs.submit_job(entrypoint=entrypoint)
-        start = until_workers(3)
+        watched.say("a pod for who asked for a GPU")
+        job = watched.jobs.submit_job(entrypoint=entrypoint)
+        start = watched.until_workers(3)
         killed = start["workers"][-1]["node"]
         pods.kill(killed)
-        until_workers(3, after=start["attempt"])
+        watched.until_workers(3, after=start["attempt"])
         assert killed not in pods.running
         assert len(pods.running) == 3
 
         for left in (2, 1):  # the run's minimum
-            start = Ledger.read(run).events("start")[-1]
+            start = watched.last_start()
             pods.take_back_node_of(start["workers"][-1]["node"])
-            until_workers(left, after=start["attempt"])
-        assert end_of(job) == JobStatus.SUCCEEDED, jobs.get_job_logs(job)[-4000:]
+            watched.until_workers(left, after=start["attempt"])
+        assert watched.end_of(job) == JobStatus.SUCCEEDED, watched.jobs.get_job_logs(job)[-4000:]
         assert len(pods.pending) >= 2, "the run wants three, and there is room for one"
-        print(f"{time.monotonic() - start_s:.0f} s: done")
+        watched.say("done")
         ledger = Ledger.read(run)
         assert [line["step"] for line in ledger.steps] == list(range(1, NUM_STEPS + 1))
         assert ledger.events("checkpoint")[-1]["parameter_hash"] == hash_of_a_local_run(run)
-        until(lambda: not pods.running and not pods.pending)
-        print(f"{time.monotonic() - start_s:.0f} s: no pods")
+        watched.until(lambda: not pods.running and not pods.pending)
+        watched.say("no pods")
+
+
+def test_pods_of_several_gpus_carry_several_workers_each_and_their_bits_stay(tmp_path: Path) -> None:
+    objects = node_cluster()
+    config = run_config(objects, tmp_path, num_steps=NUM_STEPS, max_workers=4)
+    entrypoint, run = entrypoint_of(objects, config, tmp_path), run_storage(config)
+
+    with PodCluster(objects, "RayJob/pretrain", num_nodes=2) as pods:
+        watched = Watched(pods, run)
+        assert pods.running == []
+        job = watched.jobs.submit_job(entrypoint=entrypoint)
+        start = watched.until_workers(4)
+        nodes = [worker["node"] for worker in start["workers"]]
+        assert sorted(nodes.count(node) for node in pods.running) == [2, 2]
+        pods.kill(nodes[-1])
+        start = watched.until_workers(4, after=start["attempt"])
+        nodes_then = [worker["node"] for worker in start["workers"]]
+        assert nodes[-1] not in nodes_then
+        assert sorted(nodes_then.count(node) for node in set(nodes_then)) == [2, 2]
+        assert watched.end_of(job) == JobStatus.SUCCEEDED, watched.jobs.get_job_logs(job)[-4000:]
+        ledger = Ledger.read(run)
+        assert [line["step"] for line in ledger.steps] == list(range(1, NUM_STEPS + 1))
+        assert ledger.events("checkpoint")[-1]["parameter_hash"] == hash_of_a_local_run(run)
+        watched.until(lambda: not pods.running and not pods.pending)
+        watched.say("no pods")
+
+
+def test_where_no_spot_node_comes_a_pod_on_demand_does(tmp_path: Path) -> None:
+    objects = spot_cluster()
+    (wait,) = cluster_spec(find(objects, "RayJob/pretrain"))["autoscalerOptions"]["env"]
+    assert wait == {"name": "RAY_AUTOSCALER_RECONCILE_ALLOCATE_STATUS_TIMEOUT_S", "value": "600"}
+    wait["value"] = "10"
+    with PodCluster(objects, "RayJob/pretrain", num_nodes=1, without_nodes="trainers") as pods:
+        watched = Watched(pods, None)
+        job = watched.jobs.submit_job(entrypoint="true", entrypoint_num_gpus=1)
+        watched.until(lambda: pods.pending)
+        (waiting,) = pods.pending
+        assert waiting.rpartition("-")[0] == "pretrain-trainers"
+        assert watched.end_of(job) == JobStatus.SUCCEEDED
+        (running,) = pods.running
+        assert running.rpartition("-")[0] == "pretrain-trainers-on-demand"
 
 
 def test_a_job_that_lost_its_cluster_resumes_its_run_on_the_next(tmp_path: Path) -> None:
-    """Shows the purpose of a RayJob's `backoffLimit`: its head runs the driver, so with it the whole cluster is lost."""
+    """Shows what follows a RayJob that failed, by its `backoffLimit` or a new submission: its head ran the driver, so
+    with it the whole cluster is lost."""
     objects = spot_cluster()
     config = run_config(objects, tmp_path, num_steps=NUM_FEW_STEPS)
-    write_config(config, tmp_path / "run.yaml")
-    job = find(objects, "RayJob/pretrain")["spec"]
-    assert job["backoffLimit"] > 0
-    entrypoint = job["entrypoint"].replace("/config/", f"{tmp_path}/")
-    run = run_storage(config)
+    assert find(objects, "RayJob/pretrain")["spec"]["backoffLimit"] > 0
+    entrypoint, run = entrypoint_of(objects, config, tmp_path), run_storage(config)
 
     def on_a_new_cluster(is_enough: Callable[[Ledger], bool]) -> JobStatus:
         """Returns the job's status once it has ended or the ledger shows enough steps; then the cluster is gone at once."""

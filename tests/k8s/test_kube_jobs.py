@@ -1,6 +1,7 @@
 """`raymill submit --kuberay` makes a RayJob that obeys every rule, started once, reported and stopped."""
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,8 @@ from cluster.submission.preflight import AdmissionError
 from cluster.submission.rayjob import rayjob, rayjob_name
 from tests.k8s import life_rules, network_rules, operator_rules, security_rules
 from tests.k8s.api_stand_in import ApiStandIn
-from tests.k8s.manifests import CRDS, find, render
+from tests.k8s.cluster_cli import operators_rights, stand_in
+from tests.k8s.manifests import CRDS, K8S, render
 from tests.k8s.schema_rules import builtin_problems, crd_problems
 from tests.time_limits import limit_s
 
@@ -81,18 +83,12 @@ def test_names_are_kubernetes_own_and_tell_runs_apart() -> None:
 
 @pytest.fixture
 def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ApiStandIn]:
-    with ApiStandIn(tmp_path).serving() as api:
-        monkeypatch.setenv("KUBECONFIG", str(api.kubeconfig()))
+    with stand_in(tmp_path, monkeypatch) as api:
         yield api
-        role = find(render("base"), "Role/raymill-operator")["rules"]
-        rights = {(res, verb) for rule in role for res in rule["resources"] for verb in rule["verbs"]}
-        assert {_right(line) for line in api.requests} <= rights
-
-
-def _right(request: str) -> tuple[str, str]:
-    method, path = request.split()
-    resource, _, name = path.partition("?")[0].partition("/namespaces/raymill/")[2].partition("/")
-    return resource, {"GET": "get" if name else "list", "PATCH": "patch", "DELETE": "delete"}[method]
+        applied = {line.split("/namespaces/raymill/")[1].split("/")[0] for line in api.requests if "APPLY" in line}
+        assert {(what, verb) for what in applied for verb in ("create", "patch")} <= {
+            (what, verb) for _, what, verb in operators_rights()
+        }
 
 
 @pytest.fixture
@@ -163,9 +159,17 @@ def test_a_run_is_submitted_once_told_of_stopped_and_resumed(
     assert [row["state"] for row in asked(capsys, "list", *storage)["jobs"]] == ["succeeded"]
 
 
-def test_the_overlays_namespace_is_the_jobs(
-    api: ApiStandIn, words: list[str], capsys: pytest.CaptureFixture[str]
+def test_the_job_goes_into_another_namespace(
+    api: ApiStandIn, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*words, "-n", "other"]) == 2
-    assert "the overlay's namespace is raymill, not other" in capsys.readouterr().err
+    made = asked(capsys, *words, "-n", "other", "--dry-run")["objects"]
+    assert {manifest["metadata"]["namespace"] for manifest in made} == {"other"}
+    own = tmp_path / "own"
+    own.mkdir()
+    resource = os.path.relpath(K8S / "overlays/dev", own)
+    (own / "kustomization.yaml").write_text(yaml.safe_dump({"namespace": "mine", "resources": [resource]}))
+    words[-1] = str(own)
+    assert main(words) == 2
+    assert "the overlay's namespace is mine, not raymill: give -n mine" in capsys.readouterr().err
+    assert len(asked(capsys, *words, "-n", "mine", "--dry-run")["objects"]) == 2
     api.requests.clear()

@@ -10,7 +10,7 @@ from cluster.kube.pending import is_pending, why_not_made, why_pending
 from cluster.kube.scale import resume_group, scale_group, suspend, suspend_group
 from cluster.kube.status import groups, sentence
 from cluster.settings.parser import ConfigError
-from tests.k8s.api_stand_in import change as change_object
+from tests.k8s.api_objects import change as change_object
 from tests.k8s.manifests import find, render
 
 _CLUSTER = {"kind": "RayCluster", "metadata": {"name": "shared"}, "spec": {}}
@@ -25,6 +25,7 @@ _STATES: list[tuple[dict[str, Any], str, str]] = [
         "{conditions: [{type: HeadPodReady, status: 'False', reason: ContainersNotReady, message: 'no: [ray-head]'}]}",
         "waits for its head (ContainersNotReady): no: [ray-head]",
     ),
+    (_CLUSTER, "{conditions: [{type: HeadPodReady, status: 'False', reason: Unknown}]}", "waits for its head"),
     (
         _CLUSTER,
         "{conditions: [{type: ReplicaFailure, status: 'True', reason: FailedCreateWorkerPod, message: exceeded quota}]}",
@@ -76,7 +77,7 @@ def test_a_job_in_a_queue_says_which() -> None:
 _SCHEDULED = "conditions: [{type: PodScheduled, status: 'False', reason: Unschedulable, message: %s}]"
 _FULL = '"0/5 nodes are available: 2 node(s) had untolerated taint {nvidia.com/gpu: present}, 3 Insufficient nvidia.com/gpu. preemption: 0/5 nodes are available"'
 _PODS: list[tuple[str, str, str]] = [
-    (_SCHEDULED % _FULL, "[]", "no node of 5 has room: 3 lack nvidia.com/gpu, 2 have the taint nvidia.com/gpu, which it does not tolerate"),
+    (_SCHEDULED % _FULL, "[]", "no node of 5 has room: 2 have the taint nvidia.com/gpu, which it does not tolerate, 3 lack nvidia.com/gpu"),
     (_SCHEDULED % _FULL, "[{reason: TriggeredScaleUp, message: m}]", "; a node is on its way"),
     (
         _SCHEDULED % _FULL,
@@ -85,6 +86,33 @@ _PODS: list[tuple[str, str, str]] = [
     ),
     (_SCHEDULED % "\"0/2 nodes are available: 2 node(s) didn't match Pod's node affinity/selector.\"", "[]", "2 lack the labels"),
     (_SCHEDULED % '"0/2 nodes are available: pod has unbound immediate PersistentVolumeClaims."', "[]", "its volume is not there yet"),
+    # As Kubernetes 1.36 words it.
+    (
+        _SCHEDULED % '"0/3 nodes are available: 3 node(s) had untolerated taint(s). no new claims to deallocate, preemption: not eligible due to preemptionPolicy=Never."',
+        "[]",
+        "no node of 3 has room: 3 have a taint that it does not tolerate",
+    ),
+    (
+        _SCHEDULED % '"0/3 nodes are available: 1 node(s) had untolerated taint(s), 2 Insufficient nvidia.com/gpu. no new claims to deallocate, preemption: m."',
+        "[]",
+        "no node of 3 has room: 1 have a taint that it does not tolerate, 2 lack nvidia.com/gpu",
+    ),
+    (
+        _SCHEDULED % '"0/3 nodes are available: 1 node(s) were unschedulable, 2 node(s) had untolerated taint(s)."',
+        "[]",
+        "no node of 3 has room: 1 are cordoned, 2 have a taint that it does not tolerate",
+    ),
+    (
+        _SCHEDULED % '"0/3 nodes are available: 3 node(s) didn\'t satisfy something new."',
+        "[]",
+        "no node of 3 has room: 3 node(s) didn't satisfy something new",
+    ),
+    (_SCHEDULED % '"0/3 nodes are available: pod has unbound immediate PersistentVolumeClaims. not found"', "[]", "its volume is not there yet"),
+    (
+        """initContainerStatuses: [{name: wait-gcs-ready, ready: false, state: {waiting: {reason: PodInitializing}}}]""",
+        "[{reason: FailedMount, message: 'secret \"api-keys\" not found'}]",
+        'a volume cannot be mounted: secret "api-keys" not found',
+    ),
     ("conditions: [{type: PodScheduled, status: 'False', reason: SchedulingGated}]", "[]", "held back by kueue.x-k8s.io/admission"),
     (
         "containerStatuses: [{name: ray, image: 'raymill:1', state: {waiting: {reason: ImagePullBackOff, message: not found}}}]",
@@ -113,15 +141,26 @@ _PODS: list[tuple[str, str, str]] = [
         "[{reason: Pulling, message: m}]",
         "its image big is being pulled",
     ),
+    (
+        "containerStatuses: [{name: ray, image: mounted, state: {waiting: {reason: ContainerCreating}}}]",
+        "[{reason: FailedMount, message: 'no Secret', lastTimestamp: '1'}, {reason: Pulling, message: m, lastTimestamp: '2'}]",
+        "its image mounted is being pulled",
+    ),
 ]  # fmt: skip
+
+
+_OF_OTHERS = [{"reason": "FailedMount", "message": "of a pod of that name", "lastTimestamp": "9"}]
 
 
 @pytest.mark.parametrize(("status", "events", "says"), _PODS, ids=[says for _, _, says in _PODS])
 def test_a_pending_pod_says_why(status: str, events: str, says: str) -> None:
     gates = {"schedulingGates": [{"name": "kueue.x-k8s.io/admission"}]}
     pod = {"metadata": {"name": "p"}, "spec": gates, "status": {"phase": "Pending"} | yaml.safe_load(status)}
+    pod["metadata"]["uid"] = "u"
     assert is_pending(pod)
-    assert says in why_pending(pod, yaml.safe_load(events))
+    of_it = [event | {"involvedObject": {"kind": "Pod", "name": "p", "uid": "u"}} for event in yaml.safe_load(events)]
+    others = [event | {"involvedObject": {"kind": "Pod", "name": "p", "uid": "before"}} for event in _OF_OTHERS]
+    assert says in why_pending(pod, [*of_it, *others])
 
 
 def test_a_pod_that_leaves_or_runs_is_not_pending() -> None:
@@ -133,8 +172,19 @@ def test_a_pod_that_leaves_or_runs_is_not_pending() -> None:
 def test_a_quota_that_is_used_up_is_named() -> None:
     message = 'pods "p" is forbidden: exceeded quota: raymill, requested: requests.nvidia.com/gpu=1, used: requests.nvidia.com/gpu=16, limited: requests.nvidia.com/gpu=16'
     event = {"type": "Warning", "reason": "FailedToCreateWorkerPod", "message": message, "lastTimestamp": "2"}
-    assert why_not_made([event]) == "no more pods: the quota raymill is used up (requested: requests.nvidia.com/gpu=1)"
-    assert why_not_made([{"type": "Normal", "reason": "CreatedWorkerPod", "message": "m"}]) is None
+    assert (
+        why_not_made(_CLUSTER, [event])
+        == "no more pods: the quota raymill is used up (requested: requests.nvidia.com/gpu=1)"
+    )
+    assert why_not_made(_CLUSTER, [{"type": "Normal", "reason": "CreatedWorkerPod", "message": "m"}]) is None
+    later = {
+        "reason": "CreatedWorkerPod",
+        "message": "m",
+        "lastTimestamp": None,
+        "eventTime": "2",
+        "series": {"lastObservedTime": "3"},
+    }
+    assert why_not_made(_CLUSTER, [event, later]) is None
 
 
 def test_a_pod_that_stays_says_what_it_holds() -> None:
@@ -170,6 +220,8 @@ def test_a_group_is_scaled_suspended_and_resumed(name: str) -> None:
     before = bounds()
     change(scale_group(manifest, None, lowest=1, most=3))
     assert bounds() == "1 to 3 pods"
+    change(scale_group(manifest, None, lowest=None, most=2))
+    change(scale_group(manifest, None, lowest=None, most=3))
     change(suspend_group(manifest, group))
     assert bounds() == "suspended, 1 to 3 pods when resumed"
     with pytest.raises(ConfigError, match="suspended already"):

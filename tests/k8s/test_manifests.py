@@ -9,8 +9,12 @@ from serving.app import build_app
 from tests.k8s import life_rules, network_rules, operator_rules, run_rules, security_rules
 from tests.k8s.manifests import (
     CLUSTER_KINDS,
+    COMPONENTS,
     CRDS,
+    K8S,
     KUSTOMIZATIONS,
+    Manifest,
+    Pod,
     Rule,
     cluster_spec,
     find,
@@ -19,6 +23,7 @@ from tests.k8s.manifests import (
     pods,
     ray_pods,
     render,
+    render_into,
 )
 from tests.k8s.schema_rules import builtin_problems, crd_problems
 
@@ -51,7 +56,8 @@ def test_holds_all_that_runs(kustomization: str) -> None:
     names = [name_of(manifest) for manifest in of_kind(objects, *CLUSTER_KINDS)]
     jobs = ["RayJob/evaluate", "RayJob/pretrain", "RayJob/tokenize"]
     assert sorted(names) == ["RayCluster/shared", *jobs, "RayService/completions"]
-    assert len(list(pods(objects))) == 14  # a head and a group each, the jobs' submitters, and Redis
+    second_groups = kustomization == "overlays/spot"
+    assert len(list(pods(objects))) == 14 + second_groups  # a head and a group each, the jobs' submitters, and Redis
 
 
 def test_gpu_trainers_go_from_none_to_the_runs_workers() -> None:
@@ -62,9 +68,107 @@ def test_gpu_trainers_go_from_none_to_the_runs_workers() -> None:
     assert run_rules.run_config(objects).scaling.max_workers == 8
 
 
-def test_spot_moves_the_trainers_only() -> None:
-    on_spot = [pod.where for pod in ray_pods(render("overlays/spot")) if "nodeSelector" in pod.spec]
+def test_a_whole_node_is_one_pod_with_a_worker_for_each_gpu() -> None:
+    objects = render("overlays/gpu-node")
+    (group,) = cluster_spec(find(objects, "RayJob/pretrain"))["workerGroupSpecs"]
+    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    scaling = run_rules.run_config(objects).scaling
+    assert (group["minReplicas"], group["maxReplicas"], limits["nvidia.com/gpu"]) == (0, 2, "8")
+    assert (scaling.max_workers, int(limits["cpu"])) == (16, 8 * scaling.threads_per_worker)
+
+
+def test_gpu_replicas_go_from_one_to_four_by_vllm() -> None:
+    objects = render("overlays/gpu-serving")
+    service = find(objects, "RayService/completions")
+    (group,) = cluster_spec(service)["workerGroupSpecs"]
+    config = run_rules.serve_config(service)
+    assert (group["minReplicas"], group["maxReplicas"]) == (1, 4)
+    assert (config.replicas.min_replicas, config.replicas.max_replicas) == (1, 4)
+    assert (config.engine.backend, config.engine.device) == ("vllm", "cuda")
+
+
+@pytest.mark.parametrize(
+    ("kustomization", "label"),
+    [
+        ("overlays/gpu", "nvidia.com/gpu.product"),
+        ("overlays/eks", "eks.amazonaws.com/instance-gpu-name"),
+        ("overlays/gke", "cloud.google.com/gke-accelerator"),
+    ],
+)
+def test_gpu_pods_name_their_gpu_as_the_cloud_does(kustomization: str, label: str) -> None:
+    selectors = [pod.spec["nodeSelector"].keys() for pod in ray_pods(render(kustomization)) if pod.gpus]
+    assert selectors
+    assert all(keys == {"kubernetes.io/arch", label} for keys in selectors)
+
+
+def test_the_node_pools_of_eks_are_those_that_its_pods_ask_for() -> None:
+    pools = {name_of(o): o["spec"]["template"] for o in render("nodes/eks") if o["kind"] == "NodePool"}
+    on_demand, spot = pools["NodePool/gpu"], pools["NodePool/gpu-spot"]
+    asked = [pod for pod in ray_pods(render("overlays/eks")) if pod.gpus]
+    assert len(asked) == 3
+    assert all(_may_stand_on(pod, on_demand) and not _may_stand_on(pod, spot) for pod in asked)
+    (reclaimable,) = [
+        pod for pod in ray_pods(render("overlays/spot")) if "raymill/capacity" in pod.spec["nodeSelector"]
+    ]
+    del reclaimable.spec["nodeSelector"]["nvidia.com/gpu.product"]  # EKS has another label for it
+    assert _may_stand_on(reclaimable, spot)
+
+
+def _may_stand_on(pod: Pod, template: Manifest) -> bool:
+    labels = {r["key"]: r["values"] for r in template["spec"]["requirements"]}
+    labels |= {key: [value] for key, value in template.get("metadata", {}).get("labels", {}).items()}
+    selected = all(value in labels.get(key, []) for key, value in pod.spec["nodeSelector"].items())
+    tolerated = {toleration["key"] for toleration in pod.spec["tolerations"]}
+    return selected and {taint["key"] for taint in template["spec"]["taints"]} <= tolerated
+
+
+def test_an_efa_pod_asks_for_adapters_and_huge_pages_and_keeps_its_confinement() -> None:
+    (trainer,) = [pod for pod in ray_pods(render("overlays/gpu-node + components/efa")) if pod.gpus == 8]
+    limits, requests = (trainer.container["resources"][which] for which in ("limits", "requests"))
+    assert (limits["vpc.amazonaws.com/efa"], limits["hugepages-2Mi"]) == ("32", "5120Mi")
+    assert limits.items() >= {key: requests[key] for key in ("vpc.amazonaws.com/efa", "hugepages-2Mi")}.items()
+    assert trainer.container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+
+
+def test_only_trainers_lock_memory_and_only_by_the_component_for_it() -> None:
+    objects = render("overlays/gpu-node + components/efa + components/ipc-lock")
+    locking = [pod.where for pod in pods(objects) if "add" in pod.container["securityContext"]["capabilities"]]
+    assert locking == ["RayJob/pretrain group trainers"]
+
+
+def test_spot_moves_the_trainers_only_and_has_others_behind_them() -> None:
+    objects = render("overlays/spot")
+    on_spot = [pod.where for pod in ray_pods(objects) if "raymill/capacity" in pod.spec["nodeSelector"]]
     assert on_spot == ["RayJob/pretrain group trainers"]
+    groups = {g["groupName"]: g for g in cluster_spec(find(objects, "RayJob/pretrain"))["workerGroupSpecs"]}
+    assert {name: group.get("priority", 0) for name, group in groups.items()} == {
+        "trainers": 10,
+        "trainers-on-demand": 0,
+    }
+
+
+@pytest.mark.parametrize("kustomization", ["overlays/dev", "overlays/gpu-serving", "overlays/eks", "overlays/gke"])
+def test_goes_into_another_namespace(kustomization: str) -> None:
+    objects = render_into("somewhere-else", kustomization)
+    assert find(objects, "Namespace/somewhere-else")["metadata"]["labels"]["pod-security.kubernetes.io/enforce"]
+    assert [problem for rule in security_rules.RULES for problem in rule(objects)] == []
+    subjects = find(objects, "RoleBinding/raymill-operators")["subjects"]
+    assert [subject["kind"] for subject in subjects] == ["Group"]
+
+
+def test_the_group_may_do_what_the_readme_tells_it_to_watch_and_repeat() -> None:
+    rules = find(render("base"), "Role/raymill-operator")["rules"]
+    rights = {(resource, verb) for rule in rules for resource in rule["resources"] for verb in rule["verbs"]}
+    logs = {("pods", "list"), ("pods", "get"), ("pods/log", "get")}
+    forwarding = {("services", "get"), ("pods/portforward", "create")}
+    again = {("rayjobs", "delete"), ("rayjobs", "create")}
+    assert rights >= {(kind, "list") for kind in ("rayjobs", "rayservices", "rayclusters")} | logs | forwarding | again
+    assert not {resource for resource, _ in rights} & {"secrets", "pods/exec"}
+
+
+def test_every_component_is_rendered() -> None:
+    folders = {folder.name for folder in (K8S / "components").iterdir()}
+    assert folders == COMPONENTS.keys()
 
 
 def test_kueue_holds_every_job_until_there_is_room() -> None:

@@ -1,0 +1,71 @@
+"""Writes which packages the image is made of, each with the hash of its wheel for Linux on x86-64: image-*.txt.
+
+    python .ci/lock_image.py cpu gpu vllm
+
+Asks pip what it would install, by Python 3.11 as in the image, and installs nothing.
+"""
+
+import hashlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+HERE = Path(__file__).resolve().parent
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+TORCH, VLLM = "2.13.0", "0.32.0"
+WANTED: dict[str, list[str]] = {
+    "cpu": ["--constraint", str(HERE / "constraints.txt"), "--extra-index-url", CPU_INDEX, f"torch=={TORCH}+cpu"],
+    "gpu": ["--constraint", str(HERE / "constraints.txt"), f"torch=={TORCH}"],
+    "vllm": [f"vllm=={VLLM}"],  # an environment of its own: vLLM pins a torch of its own
+}
+
+
+def main(names: list[str]) -> int:
+    for name in names:
+        path = HERE / f"image-{name}.txt"
+        path.write_text(lock(name, asked(name)), encoding="utf-8")
+        sys.stdout.write(f"{path}\n")
+    return 0
+
+
+def asked(name: str) -> list[dict[str, Any]]:
+    """Returns what pip would install."""
+    ours = [] if name == "vllm" else [str(HERE.parent), "setuptools>=77"]
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed"]
+    command += ["--use-feature", "fast-deps", "--only-binary", ":all:", "--report", "-", *WANTED[name], *ours]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    installed: list[dict[str, Any]] = json.loads(done.stdout)["install"]
+    return installed
+
+
+def lock(name: str, packages: list[dict[str, Any]]) -> str:
+    """Returns a requirements file of the packages, without this project itself."""
+    lines = [f"# Made by `python .ci/lock_image.py {name}`."]
+    for package in sorted(packages, key=lambda each: normal(each["metadata"]["name"])):
+        if "archive_info" in package["download_info"]:
+            found = package["metadata"]
+            lines += [
+                f"{normal(found['name'])}=={found['version']} \\",
+                f"    --hash=sha256:{digest(package['download_info'])}",
+            ]
+    return "\n".join(lines) + "\n"
+
+
+def digest(download: dict[str, Any]) -> str:
+    """Returns the hash that the index gives, or that of a wheel which PIP_FIND_LINKS found in a folder."""
+    told = download["archive_info"].get("hashes", {}).get("sha256")
+    if told is None:
+        told = hashlib.sha256(Path(unquote(urlsplit(download["url"]).path)).read_bytes()).hexdigest()
+    return str(told)
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

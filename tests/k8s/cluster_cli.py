@@ -1,0 +1,77 @@
+"""Runs `raymill cluster` in this process against a stand-in for the API, and says which rights it needed."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.cli import main
+from tests.k8s.api_stand_in import ApiStandIn
+from tests.k8s.manifests import Manifest, find, render
+
+RAY, CORE = "/apis/ray.io/v1/namespaces/raymill", "/api/v1/namespaces/raymill"
+Right = tuple[str, str, str]
+"""(API group, resource, verb)."""
+
+
+@contextmanager
+def stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Iterator[ApiStandIn]:
+    """Where `raymill cluster` finds it. An operator of raymill has the right to all that was asked, but to apply."""
+    with ApiStandIn(folder, **settings).serving() as api:
+        monkeypatch.setenv("KUBECONFIG", str(api.kubeconfig()))
+        yield api
+        assert {_right(line) for line in api.requests if not line.startswith("APPLY")} <= operators_rights()
+
+
+def operators_rights() -> set[Right]:
+    return {
+        (group, resource, verb)
+        for rule in find(render("base"), "Role/raymill-operator")["rules"]
+        for group in rule["apiGroups"]
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+    }
+
+
+def _right(request: str) -> Right:
+    method, path = request.split()
+    root, _, rest = path.partition("?")[0].partition("/namespaces/raymill/")
+    resource, _, name = rest.partition("/")
+    group = root.split("/")[2] if root.startswith("/apis/") else ""
+    return group, resource, {"GET": "get" if name else "list"}.get(method, method.lower())
+
+
+class Asked:
+    """The command, and what it printed."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self._capsys = capsys
+
+    def __call__(self, *argv: str, code: int = 0) -> dict[str, Any]:
+        """The result."""
+        assert main(["cluster", *argv, "--json"]) == code
+        return json.loads(self._capsys.readouterr().out.splitlines()[-1])
+
+    def refused(self, *argv: str, code: int = 1) -> str:
+        """The error."""
+        assert main(["cluster", *argv]) == code
+        return self._capsys.readouterr().err
+
+
+def ray_object(api: ApiStandIn, kind: str, name: str) -> Manifest:
+    found = api.get(f"{RAY}/{kind.lower()}s/{name}")
+    assert found is not None, f"there is no {kind}/{name}"
+    return found
+
+
+def cluster_behind(api: ApiStandIn, owner: Manifest) -> Manifest:
+    """The newest RayCluster that was made for it."""
+    mine = [
+        item["metadata"]["name"]
+        for item in api.list(f"{RAY}/rayclusters")["items"]
+        if any(o["uid"] == owner["metadata"]["uid"] for o in item["metadata"].get("ownerReferences", []))
+    ]
+    return ray_object(api, "RayCluster", mine[-1])

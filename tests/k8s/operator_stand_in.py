@@ -1,0 +1,339 @@
+"""What KubeRay 1.7, a scheduler and a kubelet do to the objects of `api_objects.py`, a look at a time.
+
+As the real operator was seen to act: what it writes and therefore owns, the events and conditions that it leaves, which
+changes of a RayService reach a cluster that runs, and that a job which has ended is not looked at again. Pods only bear
+marks. A test says what becomes of them with `fates`.
+"""
+
+import copy
+import datetime
+import json
+import math
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from tests.k8s.api_objects import ApiObjects, now
+from tests.k8s.manifests import cluster_spec
+
+Object = dict[str, Any]
+Fate = tuple[Object, list[tuple[str, str, str]]]
+"""A pod's status, and its events: (type, reason, message)."""
+
+RUNNING: Fate = ({"phase": "Running", "conditions": [{"type": "Ready", "status": "True"}]}, [])
+
+_HASH = "ray.io/hash-without-replicas-and-workers-to-delete"
+_NUM_GROUPS = "ray.io/num-worker-groups"
+_ENDED = ("Complete", "Failed", "ValidationFailed")
+_NOT_HASHED = ("replicas", "minReplicas", "maxReplicas", "scaleStrategy")
+
+
+def unscheduled(message: str) -> Fate:
+    """A pod that the scheduler finds no node for."""
+    condition = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": message}
+    return {"phase": "Pending", "conditions": [condition]}, [("Warning", "FailedScheduling", message)]
+
+
+def unmounted(message: str) -> Fate:
+    """A pod with a volume that the kubelet cannot mount."""
+    waiting = {
+        "name": "ray-head",
+        "image": "i",
+        "imageID": "",
+        "restartCount": 0,
+        "ready": False,
+        "state": {"waiting": {"reason": "ContainerCreating"}},
+    }
+    ready = {
+        "type": "Ready",
+        "status": "False",
+        "reason": "ContainersNotReady",
+        "message": "containers with unready status: [ray-head autoscaler]",
+    }
+    scheduled = {"type": "PodScheduled", "status": "True"}
+    status = {"phase": "Pending", "conditions": [scheduled, ready], "containerStatuses": [waiting]}
+    return status, [("Warning", "FailedMount", message)]
+
+
+@dataclass
+class OperatorStandIn:
+    api: ApiObjects
+    namespace: str = "raymill"
+    fates: list[tuple[Callable[[Object], bool], Fate]] = field(default_factory=list)
+    """What becomes of the pods that fit, the first one that does; a pod that none fits runs."""
+
+    def look(self) -> None:
+        """One look at everything, as often as it takes until nothing changes any more."""
+        for _ in range(4):
+            for kind, reconcile in (
+                ("rayservices", self._service),
+                ("rayjobs", self._job),
+                ("rayclusters", self._cluster),
+                ("statefulsets", self._stateful_set),
+            ):
+                for name in self._names(self._path(kind)):
+                    found = self.api.get(f"{self._path(kind)}/{name}")
+                    if found is not None:
+                        reconcile(found)
+            for name in self._names(self._path("pods")):
+                self._pod(name)
+
+    def end_job(self, name: str, *, deployment: str = "Complete", status: str = "SUCCEEDED") -> None:
+        """The job's own end; its cluster stays for a while."""
+        job = self.api.get(f"{self._path('rayjobs')}/{name}")
+        assert job is not None
+        self._set_status(job, job["status"] | {"jobDeploymentStatus": deployment, "jobStatus": status})
+
+    def _cluster(self, cluster: Object) -> None:
+        spec, metadata = cluster["spec"], cluster["metadata"]
+        finalizers = ["ray.io/gcs-ft-redis-cleanup-finalizer"] if "gcsFaultToleranceOptions" in spec else []
+        if finalizers and "finalizers" not in metadata:
+            metadata["finalizers"] = finalizers
+            cluster = self._rewrite(cluster)
+            spec = cluster["spec"]
+        pods = self._pods_of(cluster)
+        if spec.get("suspend"):
+            if pods:
+                said = f"Deleted Pods for RayCluster {self._full(cluster)} due to suspension"
+                self.api.event(cluster, "DeletedPod", said)
+            for pod in pods:
+                self.api.delete(f"{self._path('pods')}/{pod['metadata']['name']}")
+            self._set_status(cluster, {"state": "suspended", "desiredWorkerReplicas": 0, "conditions": []})
+            return
+        failure = self._make_pods(cluster, pods)
+        pods = self._pods_of(cluster)
+        head = next((pod for pod in pods if pod["metadata"]["labels"]["ray.io/node-type"] == "head"), None)
+        workers = [pod for pod in pods if pod is not head]
+        conditions = [_head_ready(head), *([failure] if failure else [])]
+        status = {
+            "conditions": conditions,
+            "desiredWorkerReplicas": sum(_desired(group) for group in spec["workerGroupSpecs"]),
+            "readyWorkerReplicas": sum(pod["status"].get("phase") == "Running" for pod in workers),
+            "minWorkerReplicas": sum(group["minReplicas"] for group in spec["workerGroupSpecs"]),
+            "maxWorkerReplicas": sum(group["maxReplicas"] for group in spec["workerGroupSpecs"]),
+            "observedGeneration": metadata["generation"],
+        }
+        was_ready = (cluster.get("status") or {}).get("state") == "ready"
+        if was_ready or (conditions[0]["status"] == "True" and not failure):
+            status["state"] = "ready"
+        self._set_status(cluster, status)
+
+    def _make_pods(self, cluster: Object, pods: list[Object]) -> Object | None:
+        """Makes what is missing and removes what is too much; the condition that says why it could not."""
+        full = self._full(cluster)
+        groups = [("head", "headgroup", cluster["spec"]["headGroupSpec"], 1)]
+        groups += [("worker", g["groupName"], g, _desired(g)) for g in cluster["spec"]["workerGroupSpecs"]]
+        for kind, name, group, desired in groups:
+            mine = [pod for pod in pods if pod["metadata"]["labels"]["ray.io/group"] == name]
+            for pod in mine[desired:]:
+                self.api.delete(f"{self._path('pods')}/{pod['metadata']['name']}")
+                self.api.event(cluster, "DeletedWorkerPod", f"Deleted worker Pod {self._full(pod)}")
+            for _ in range(desired - len(mine)):
+                middle = "head" if kind == "head" else f"{name}-worker"
+                pod_name = f"{cluster['metadata']['name']}-{middle}-{secrets.token_hex(3)}"
+                used, most = len(self._names(self._path("pods"))), self._quota()
+                if used >= most:
+                    refused = f'pods "{pod_name}" is forbidden: exceeded quota: raymill, requested: pods=1, used: pods={used}, limited: pods={most}'
+                    said = f"Failed to create {kind} Pod for the cluster {full}, {refused}"
+                    self.api.event(cluster, f"FailedToCreate{kind.capitalize()}Pod", said, kind="Warning")
+                    reason = f"FailedCreate{kind.capitalize()}Pod"
+                    return {"type": "ReplicaFailure", "status": "True", "reason": reason, "message": refused}
+                labels = group["template"].get("metadata", {}).get("labels", {})
+                labels = labels | {"ray.io/cluster": cluster["metadata"]["name"], "ray.io/is-ray-node": "yes"}
+                labels |= {"ray.io/node-type": kind, "ray.io/group": name}
+                self._make_pod(cluster, pod_name, labels, group["template"]["spec"])
+                said = f"Created {kind} Pod {self.namespace}/{pod_name}"
+                self.api.event(cluster, f"Created{kind.capitalize()}Pod", said)
+        return None
+
+    def _job(self, job: Object) -> None:
+        status, name = job.get("status") or {}, job["metadata"]["name"]
+        state, clusters = status.get("jobDeploymentStatus", ""), self._path("rayclusters")
+        if state in _ENDED:
+            return
+        if job["spec"].get("suspend"):
+            if status.get("rayClusterName"):
+                self.api.delete(f"{clusters}/{status['rayClusterName']}")
+                self.api.delete(f"{self._path('jobs')}/{name}")
+                job = self._rewrite(job)
+            self._set_status(job, {"jobDeploymentStatus": "Suspended"})
+            return
+        if not status.get("rayClusterName"):
+            status = {"jobDeploymentStatus": "Initializing", "rayClusterName": f"{name}-{secrets.token_hex(3)[:5]}"}
+            status["startTime"] = now()
+            self._make_cluster(job, status["rayClusterName"], {})
+            said = f"Created RayCluster {self.namespace}/{status['rayClusterName']}"
+            self.api.event(job, "CreatedRayCluster", said)
+        cluster = self.api.get(f"{clusters}/{status['rayClusterName']}")
+        if _seconds_since(status["startTime"]) > job["spec"].get("activeDeadlineSeconds", math.inf):
+            self._set_status(job, status | {"jobDeploymentStatus": "Failed", "reason": "DeadlineExceeded"})
+            return
+        if state == "Initializing" and cluster and (cluster.get("status") or {}).get("state") == "ready":
+            path = f"{self._path('jobs')}/{name}"
+            submitter = self.api.put(path, {"kind": "Job", "metadata": self._owned(job, name)})
+            self.api.event(job, "CreatedRayJobSubmitter", f"Created Kubernetes Job {self.namespace}/{name}")
+            template = job["spec"]["submitterPodTemplate"]
+            labels = template["metadata"]["labels"] | {"job-name": name, "batch.kubernetes.io/job-name": name}
+            self._make_pod(submitter, f"{name}-{secrets.token_hex(3)[:5]}", labels, template["spec"])
+            status |= {"jobDeploymentStatus": "Running", "jobStatus": "PENDING"}
+        self._set_status(job, status)
+
+    def _service(self, service: Object) -> None:
+        """A cluster that is to be is pending until its head is up. Of an active one nothing but the hash is looked at,
+        which leaves out the bounds of its groups."""
+        status, metadata = service.get("status") or {}, service["metadata"]
+        active = (status.get("activeServiceStatus") or {}).get("rayClusterName")
+        pending = (status.get("pendingServiceStatus") or {}).get("rayClusterName")
+        clusters = self._path("rayclusters")
+        if service["spec"].get("suspend"):
+            for name in filter(None, (active, pending)):
+                self.api.delete(f"{clusters}/{name}")
+                said = f"Deleted the RayCluster {self.namespace}/{name} during suspend"
+                self.api.event(service, "DeletedRayCluster", said)
+            self._set_status(service, {"conditions": [{"type": "Suspended", "status": "True"}]})
+            return
+        goal = cluster_spec(service)
+        if active and not pending:
+            cluster = self.api.get(f"{clusters}/{active}")
+            assert cluster is not None
+            before = cluster["metadata"]["annotations"]
+            kept = int(before[_NUM_GROUPS])
+            if before[_HASH] == _hash(goal, len(goal["workerGroupSpecs"])):
+                return
+            if before[_HASH] == _hash(goal, kept):  # groups behind the known ones: the one change that it takes over
+                cluster["spec"] = copy.deepcopy(goal)
+                cluster["metadata"]["annotations"] |= _marks(goal)
+                self.api.put(f"{clusters}/{active}", cluster)
+                return
+        if (not pending and not active) or not pending:
+            pending = f"{metadata['name']}-{secrets.token_hex(3)[:5]}"
+            self._make_cluster(service, pending, _marks(goal))
+            said = f"Created the RayCluster {self.namespace}/{pending}"
+            self.api.event(service, "CreatedRayCluster", said)
+            said = f'Failed to create the RayCluster {self.namespace}/{pending}: rayclusters.ray.io "{pending}" already exists'
+            self.api.event(service, "FailedToCreateRayCluster", said, kind="Warning")  # it races with its own cache
+        cluster = self.api.get(f"{clusters}/{pending}")
+        status = {"pendingServiceStatus": {"rayClusterName": pending}}
+        status |= {"activeServiceStatus": {"rayClusterName": active}} if active else {}
+        ready = {"type": "Ready", "status": "True" if active else "False", "reason": "Initializing"}
+        if cluster and (cluster.get("status") or {}).get("state") == "ready":
+            if active:
+                self.api.delete(f"{clusters}/{active}")
+            status = {"activeServiceStatus": {"rayClusterName": pending}}
+            ready = {"type": "Ready", "status": "True", "reason": "NonZeroServeEndpoints"}
+        self._set_status(service, status | {"conditions": [ready]})
+
+    def _stateful_set(self, owner: Object) -> None:
+        """As its controller, with one pod and no more."""
+        name = f"{owner['metadata']['name']}-0"
+        if self.api.get(f"{self._path('pods')}/{name}") is None:
+            spec = copy.deepcopy(owner["spec"]["template"]["spec"])
+            for template in owner["spec"].get("volumeClaimTemplates", []):
+                claim = f"{template['metadata']['name']}-{name}"
+                made = {"kind": "PersistentVolumeClaim", "metadata": {"name": claim, "namespace": self.namespace}}
+                made = self.api.put(f"{self._path('persistentvolumeclaims')}/{claim}", made)
+                if storage_class := template["spec"].get("storageClassName"):
+                    said = f'storageclass.storage.k8s.io "{storage_class}" not found'
+                    self.api.event(made, "ProvisioningFailed", said, kind="Warning")
+                spec["volumes"].append({"name": "data", "persistentVolumeClaim": {"claimName": claim}})
+            self._make_pod(owner, name, owner["spec"]["template"]["metadata"]["labels"], spec)
+
+    def _pod(self, name: str) -> None:
+        path = f"{self._path('pods')}/{name}"
+        pod = self.api.get(path)
+        assert pod is not None
+        status, events = next((fate for fits, fate in self.fates if fits(pod)), RUNNING)
+        if pod["status"] != status:
+            self.api.put(path, pod | {"status": status}, manager="kubelet")
+            for kind, reason, message in events:
+                self.api.event(pod, reason, message, kind=kind)
+
+    def _make_pod(self, owner: Object, name: str, labels: dict[str, str], spec: Object) -> None:
+        metadata = self._owned(owner, name) | {"labels": labels}
+        pod = {"kind": "Pod", "metadata": metadata, "spec": spec, "status": {"phase": "Pending"}}
+        self.api.put(f"{self._path('pods')}/{name}", pod)
+
+    def _make_cluster(self, owner: Object, name: str, annotations: dict[str, str]) -> None:
+        before = owner["metadata"]
+        metadata = self._owned(owner, name) | {"labels": before.get("labels", {})}
+        metadata["annotations"] = before.get("annotations", {}) | annotations
+        spec = copy.deepcopy(cluster_spec(owner))
+        cluster = {"apiVersion": "ray.io/v1", "kind": "RayCluster", "metadata": metadata, "spec": spec}
+        self._rewrite(cluster)
+
+    def _rewrite(self, value: Object) -> Object:
+        """An Update of the whole object from Go's structs, in which a group always has its `scaleStrategy`."""
+        cluster = cluster_spec(value)
+        cluster["workerGroupSpecs"] = [{"scaleStrategy": {}} | group for group in cluster["workerGroupSpecs"]]
+        return self.api.put(f"{self._path(value['kind'].lower() + 's')}/{value['metadata']['name']}", value)
+
+    def _set_status(self, value: Object, status: Object) -> None:
+        path = f"{self._path(value['kind'].lower() + 's')}/{value['metadata']['name']}"
+        found = self.api.get(path)
+        if found is not None and found.get("status") != status:
+            self.api.put(path, found | {"status": status})
+
+    def _pods_of(self, cluster: Object) -> list[Object]:
+        selector = f"ray.io/cluster={cluster['metadata']['name']}"
+        items: list[Object] = self.api.list(self._path("pods"), selector)["items"]
+        return items
+
+    def _owned(self, owner: Object, name: str) -> Object:
+        reference = {
+            "apiVersion": owner.get("apiVersion", "batch/v1"),
+            "kind": owner["kind"],
+            "name": owner["metadata"]["name"],
+            "uid": owner["metadata"]["uid"],
+        }
+        return {"name": name, "namespace": self.namespace, "ownerReferences": [reference]}
+
+    def _names(self, collection: str) -> list[str]:
+        return [item["metadata"]["name"] for item in self.api.list(collection)["items"]]
+
+    def _quota(self) -> int:
+        """How many pods there may be."""
+        quota = self.api.get(f"{self._path('resourcequotas')}/raymill")
+        return int(quota["spec"]["hard"]["pods"]) if quota else 999
+
+    def _full(self, value: Object) -> str:
+        return f"{self.namespace}/{value['metadata']['name']}"
+
+    def _path(self, plural: str) -> str:
+        groups = {"statefulsets": "/apis/apps/v1", "jobs": "/apis/batch/v1"}
+        root = groups.get(plural, "/apis/ray.io/v1" if plural.startswith("ray") else "/api/v1")
+        return f"{root}/namespaces/{self.namespace}/{plural}"
+
+
+def _seconds_since(text: str) -> float:
+    then = datetime.datetime.fromisoformat(text.replace("Z", "+00:00"))
+    return (datetime.datetime.now(datetime.UTC) - then).total_seconds()
+
+
+def _desired(group: Object) -> int:
+    """Of a group's pods: KubeRay keeps `replicas` within the bounds without writing it."""
+    if group.get("suspend"):
+        return 0
+    return int(min(max(group["replicas"], group["minReplicas"]), group["maxReplicas"]) * group["numOfHosts"])
+
+
+def _head_ready(head: Object | None) -> Object:
+    if head is None:
+        return {"type": "HeadPodReady", "status": "False", "reason": "HeadPodNotFound", "message": "Head Pod not found"}
+    ready = next((c for c in head["status"].get("conditions", []) if c["type"] == "Ready"), None)
+    if ready is None:
+        return {"type": "HeadPodReady", "status": "False", "reason": "Unknown", "message": ""}
+    return {"reason": "HeadPodRunningAndReady", "message": ""} | ready | {"type": "HeadPodReady"}
+
+
+def _hash(cluster: Object, num_groups: int) -> str:
+    groups = [
+        {key: item for key, item in group.items() if key not in _NOT_HASHED}
+        for group in cluster["workerGroupSpecs"][:num_groups]
+    ]
+    return json.dumps(cluster | {"workerGroupSpecs": groups}, sort_keys=True)
+
+
+def _marks(cluster: Object) -> dict[str, str]:
+    number = len(cluster["workerGroupSpecs"])
+    return {_HASH: _hash(cluster, number), _NUM_GROUPS: str(number)}

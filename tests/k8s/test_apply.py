@@ -1,0 +1,161 @@
+"""`raymill cluster apply` any number of times, on what KubeRay, the autoscaler, Kueue and `scale` have written since."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.kube.client import KubeApi
+from tests.k8s.api_stand_in import ApiStandIn
+from tests.k8s.cluster_cli import RAY, Asked, ray_object, stand_in
+from tests.k8s.manifests import cluster_spec, name_of, render
+from tests.k8s.operator_stand_in import OperatorStandIn
+
+
+@pytest.fixture
+def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ApiStandIn]:
+    with stand_in(tmp_path, monkeypatch) as api:
+        yield api
+
+
+@pytest.fixture
+def asked(capsys: pytest.CaptureFixture[str]) -> Asked:
+    return Asked(capsys)
+
+
+def group_of(api: ApiStandIn, kind: str, name: str) -> dict[str, object]:
+    (group,) = cluster_spec(ray_object(api, kind, name))["workerGroupSpecs"]
+    return group
+
+
+def test_every_object_is_applied_and_twice_is_once(api: ApiStandIn, asked: Asked) -> None:
+    names = [name_of(manifest) for manifest in render("overlays/kueue")]
+    assert asked("apply", "kueue", "--component", "pretrain", "--dry-run") == {"checked": ["RayJob/pretrain"]}
+    assert api.get(f"{RAY}/rayjobs/pretrain") is None
+    assert asked("apply", "kueue") == {"applied": names}
+    for path in (
+        f"{RAY}/rayjobs/pretrain",
+        "/api/v1/namespaces/raymill",
+        "/apis/networking.k8s.io/v1/namespaces/raymill/networkpolicies/default-deny",
+        "/apis/scheduling.k8s.io/v1/priorityclasses/raymill-head",
+        "/apis/kueue.x-k8s.io/v1beta2/clusterqueues/raymill",
+    ):
+        assert api.get(path) is not None, path
+    before = ray_object(api, "RayJob", "pretrain")
+    OperatorStandIn(api).look()  # which writes the worker groups of `shared` anew, and so owns them
+    assert asked("apply", "kueue") == {"applied": names}
+    assert ray_object(api, "RayJob", "pretrain")["spec"] == before["spec"]
+
+
+def test_what_the_autoscaler_and_scale_set_stays(api: ApiStandIn, asked: Asked) -> None:
+    operator = OperatorStandIn(api)
+    asked("apply", "dev")
+    operator.look()
+    replicas = [
+        {"op": "replace", "path": "/spec/workerGroupSpecs/0/replicas", "value": 2},
+        {"op": "add", "path": "/spec/workerGroupSpecs/0/scaleStrategy", "value": {"workersToDelete": ["a"]}},
+    ]
+    api.patch(f"{RAY}/rayclusters/shared", "application/json-patch+json", replicas, manager="python-requests")
+    asked("scale", "shared", "--max", "7")
+    asked("scale", "completions", "--max", "5")
+    asked("scale", "completions", "--min", "2")
+    asked("scale", "rayjob/pretrain", "--group", "trainers", "--suspend")
+    asked("scale", "rayjob/tokenize", "--suspend")
+    operator.look()
+    result = asked("apply", "dev")
+    assert "failed" not in result
+    assert result["kept"] == {
+        "RayCluster/shared": ["workers: 0 to 7 pods, as `raymill cluster scale` left it"],
+        "RayJob/pretrain": ["trainers: suspended, as `raymill cluster scale` left it"],
+        "RayService/completions": ["servers: 2 to 5 pods, as `raymill cluster scale` left it"],
+    }
+    shared = group_of(api, "RayCluster", "shared")
+    assert (shared["replicas"], shared["scaleStrategy"]) == (2, {"workersToDelete": ["a"]})
+    assert (shared["minReplicas"], shared["maxReplicas"]) == (0, 7)
+    assert ray_object(api, "RayJob", "tokenize")["spec"]["suspend"] is True
+    asked("scale", "rayjob/pretrain", "--group", "trainers", "--resume")
+    assert "RayJob/pretrain" not in asked("apply", "dev")["kept"]
+    assert group_of(api, "RayJob", "pretrain")["minReplicas"] == 1
+
+
+def test_bounds_that_the_overlay_changes_afterwards_win(api: ApiStandIn, asked: Asked) -> None:
+    asked("apply", "dev", "--component", "shared")
+    asked("scale", "shared", "--max", "7")
+    assert "kept" not in asked("apply", "gpu", "--component", "shared")  # 4 there, 2 in `dev`
+    assert group_of(api, "RayCluster", "shared")["maxReplicas"] == 4
+    asked("scale", "shared", "--max", "9")
+    assert "kept" in asked("apply", "gpu", "--component", "shared")
+    assert group_of(api, "RayCluster", "shared")["maxReplicas"] == 9
+
+
+def test_a_queued_job_that_runs_is_not_suspended_again(api: ApiStandIn, asked: Asked) -> None:
+    asked("apply", "kueue")
+    admit = [{"op": "replace", "path": "/spec/suspend", "value": False}]
+    api.patch(f"{RAY}/rayjobs/pretrain", "application/json-patch+json", admit, manager="kueue")
+    assert "failed" not in asked("apply", "kueue")
+    assert ray_object(api, "RayJob", "pretrain")["spec"]["suspend"] is False
+
+
+def test_an_apply_that_others_write_into_is_tried_again(
+    api: ApiStandIn, asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between its reading and its writing the autoscaler asks for two pods."""
+    asked("apply", "dev")
+    ask, written = KubeApi._ask, []
+
+    def interfering(self: KubeApi, method: str, path: str, **given: object) -> object:
+        found = ask(self, method, path, **given)  # type: ignore[arg-type]
+        if method == "GET" and path.endswith("/rayclusters/shared") and not written:
+            written.append(path)
+            change = [{"op": "replace", "path": "/spec/workerGroupSpecs/0/replicas", "value": 2}]
+            api.patch(path, "application/json-patch+json", change, manager="python-requests")
+        return found
+
+    monkeypatch.setattr(KubeApi, "_ask", interfering)
+    assert "failed" not in asked("apply", "dev", "--component", "shared")
+    assert written
+    assert group_of(api, "RayCluster", "shared")["replicas"] == 2
+
+
+def test_what_is_refused_is_said_and_the_rest_is_applied(api: ApiStandIn, asked: Asked) -> None:
+    asked("apply", "dev")
+    raised = [{"op": "replace", "path": "/spec/hard/pods", "value": "99"}]
+    quota = "/api/v1/namespaces/raymill/resourcequotas/raymill"
+    api.patch(quota, "application/json-patch+json", raised, manager="kubectl-edit")
+    result = asked("apply", "dev", code=1)
+    (refused,) = result["failed"].items()
+    assert refused[0] == "ResourceQuota/raymill"
+    assert (
+        "another field manager owns a part" in refused[1]
+        and 'conflict with "kubectl-edit": .spec.hard.pods' in refused[1]
+    )
+    assert len(result["applied"]) == len(render("overlays/dev")) - 1
+    assert api.get(quota)["spec"]["hard"]["pods"] == "99"
+
+    api.not_installed.add("ray.io")
+    result = asked("apply", "dev", code=1)
+    assert "its kind is not installed: apply KubeRay's operator" in result["failed"]["RayJob/pretrain"]
+
+
+def test_a_dry_run_on_an_empty_cluster_checks_what_it_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: Asked
+) -> None:
+    with stand_in(tmp_path, monkeypatch, namespaces=()) as api:
+        result = asked("apply", "dev", "--dry-run")
+        assert "Namespace/raymill" in result["checked"] and "PriorityClass/raymill-head" in result["checked"]
+        assert "RayJob/pretrain" in result["not_checked"]
+        assert "apply the component `platform`, then check again" in result["note"]
+        assert len(result["checked"]) + len(result["not_checked"]) == len(render("overlays/dev"))
+        assert api.get("/api/v1/namespaces/raymill") is None
+        api.not_installed.add("ray.io")
+        assert "kind is not installed" in asked("apply", "dev", "--dry-run", code=1)["failed"]["RayJob/pretrain"]
+        api.not_installed.clear()
+        assert len(asked("apply", "dev")["applied"]) == len(render("overlays/dev"))
+
+
+def test_all_goes_into_another_namespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: Asked) -> None:
+    with stand_in(tmp_path, monkeypatch, namespaces=()) as api:
+        assert "failed" not in asked("apply", "dev", "-n", "elsewhere")
+        assert api.get("/apis/ray.io/v1/namespaces/elsewhere/rayjobs/pretrain") is not None
+        assert api.get(f"{RAY}/rayjobs/pretrain") is None
+        api.requests.clear()

@@ -1,0 +1,260 @@
+"""The manifests and `raymill cluster` against a real Kubernetes: `make test-live`, see `live_cluster.py`.
+
+First what needs an API server with KubeRay's CRDs only; then what needs KubeRay's operator, with an image that nobody
+has; then, with an image, a run of which a pod is evicted.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from kubernetes import client
+from kubernetes.client import V1Eviction, V1ObjectMeta
+
+from cluster.storage.uris import open_storage
+from tests.k8s.cluster_cli import operators_rights
+from tests.k8s.live_cluster import IMAGE, KUBECONFIG, STORAGE, LiveCluster, live_cluster
+from tests.k8s.manifests import K8S, cluster_spec, pods, render
+
+pytestmark = [
+    pytest.mark.live,
+    pytest.mark.skipif(
+        KUBECONFIG not in os.environ, reason=f"no {KUBECONFIG}: a real cluster is asked only where named"
+    ),
+]
+
+NAMES = ("RayCluster/shared", "RayJob/pretrain", "RayService/completions")
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveCluster]:
+    with live_cluster(tmp_path_factory.mktemp("live")) as live:
+        dry = live.apply("--dry-run")
+        assert "not_checked" in dry and "failed" not in dry
+        yield live
+
+
+@pytest.fixture(scope="module")
+def applied(live: LiveCluster) -> LiveCluster:
+    assert "failed" not in live.apply()
+    return live
+
+
+@pytest.fixture(scope="module")
+def operated(applied: LiveCluster) -> LiveCluster:
+    applied.needs_operator()
+    return applied
+
+
+# With an API server alone
+
+
+def test_it_is_applied_any_number_of_times(applied: LiveCluster) -> None:
+    for words in ((), (), ("--dry-run",)):
+        result = applied.apply(*words)
+        assert len(result["checked" if words else "applied"]) == len(render("overlays/dev"))
+        assert not result.keys() & {"failed", "not_checked", "kept"}
+
+
+def test_an_operator_of_raymill_may_do_its_work_and_no_more(applied: LiveCluster) -> None:
+    forbidden = {
+        ("", "secrets", "get"),
+        ("", "pods", "create"),
+        ("", "pods/exec", "create"),
+        ("", "serviceaccounts/token", "create"),
+        ("ray.io", "rayclusters", "delete"),
+        ("rbac.authorization.k8s.io", "rolebindings", "create"),
+    }
+    for right in operators_rights() | forbidden:
+        group, resource, verb = right
+        what, _, sub = resource.partition("/")
+        attributes = client.V1ResourceAttributes(
+            namespace=applied.namespace, group=group, resource=what, subresource=sub or None, verb=verb
+        )
+        spec = client.V1SubjectAccessReviewSpec(
+            user="somebody", groups=["raymill-operators", "system:authenticated"], resource_attributes=attributes
+        )
+        review = client.AuthorizationV1Api().create_subject_access_review(client.V1SubjectAccessReview(spec=spec))
+        assert review.status.allowed is (right not in forbidden), right
+
+
+@pytest.mark.parametrize("overlay", ["dev", "gpu", "spot"])
+def test_each_pod_is_one_that_the_namespace_takes(applied: LiveCluster, overlay: str) -> None:
+    """PodSecurity, priorities and service accounts, as the API server itself sees them."""
+    for pod in pods(render(f"overlays/{overlay}")):
+        metadata = pod.template["metadata"] | {"name": "pod-of-a-template"}
+        data = [{"name": "data", "emptyDir": {}}] if pod.role == "redis" else []  # in place of its claim
+        spec = pod.spec | {"volumes": [*pod.spec["volumes"], *data]}
+        body = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}
+        client.CoreV1Api().create_namespaced_pod(applied.namespace, body, dry_run="All")
+
+
+# With KubeRay's operator
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_runs_is_scaled_suspended_and_resumed(operated: LiveCluster, name: str) -> None:
+    kind, plain = name.split("/")
+    found = operated.cluster_of(kind, plain)
+    cluster, (group,) = found["metadata"]["name"], cluster_spec(found)["workerGroupSpecs"]
+
+    def has_workers(number: int) -> None:
+        def agree() -> bool:
+            status = (operated.api.get("ray.io/v1", "RayCluster", cluster) or {}).get("status") or {}
+            return len(operated.workers(cluster)) == status.get("desiredWorkerReplicas", 0) == number
+
+        operated.until(agree, f"{cluster} has {number} workers")
+
+    operated.cluster("scale", name.lower(), "--min", "2", "--max", "3")
+    has_workers(2)
+    assert f"{group['groupName']}: 2 to 3 pods, 2 wanted" in operated.cluster("status", name.lower())[name][1]
+    assert "kept" in operated.apply()  # the scaling, also of what KubeRay has written since
+    has_workers(2)
+    operated.cluster("scale", name.lower(), "--group", group["groupName"], "--suspend")
+    has_workers(0)
+    operated.cluster("scale", name.lower(), "--group", group["groupName"], "--resume")
+    has_workers(2)
+    operated.cluster("scale", name.lower(), "--min", "1", "--max", "2")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_all_of_it_is_suspended_and_resumed(operated: LiveCluster, name: str) -> None:
+    kind, plain = name.split("/")
+    before = operated.cluster_of(kind, plain)["metadata"]["name"]
+    operated.cluster("scale", name.lower(), "--min", "1")
+    operated.cluster("scale", name.lower(), "--suspend")
+
+    def is_suspended() -> bool:
+        pods = operated.api.all("v1", "Pod", selector=f"ray.io/cluster={before}")
+        return not pods and "is suspended" in operated.cluster("status", name.lower())[name][0]
+
+    operated.until(is_suspended, f"{name} is suspended")
+    assert "failed" not in operated.apply()
+    assert is_suspended()
+    operated.cluster("scale", name.lower(), "--resume")
+    cluster = operated.cluster_of(kind, plain)["metadata"]["name"]
+    operated.until(lambda: operated.workers(cluster), f"{name} has workers again")
+
+
+def test_a_job_that_has_ended_is_not_scaled(operated: LiveCluster) -> None:
+    def has_failed() -> bool:
+        return "has failed" in operated.cluster("status", "evaluate")["RayJob/evaluate"][0]
+
+    operated.until(has_failed, "RayJob/evaluate runs out of time")
+    error = operated.cluster("scale", "evaluate", "--suspend", code=1)["error"]
+    assert "nothing of it runs" in error
+
+
+def test_a_quota_is_told_of_and_no_more_once_it_is_raised(operated: LiveCluster) -> None:
+    core = client.CoreV1Api()
+    cluster = operated.cluster_of("RayJob", "pretrain")["metadata"]["name"]
+
+    def set_quota(pods: int) -> None:
+        core.patch_namespaced_resource_quota("raymill", operated.namespace, {"spec": {"hard": {"pods": str(pods)}}})
+
+    def says() -> Any:
+        return operated.cluster("why-pending", "rayjob/pretrain").get(f"RayCluster/{cluster}", "")
+
+    set_quota(len(core.list_namespaced_pod(operated.namespace).items))
+    try:
+        operated.cluster("scale", "pretrain", "--min", "4", "--max", "4")
+        operated.until(lambda: "the quota raymill is used up" in says(), "the quota is told of")
+        assert "cannot make its pods" in operated.cluster("status", cluster)[f"RayCluster/{cluster}"][0]
+    finally:
+        set_quota(64)
+    operated.until(lambda: not says(), "the quota is not told of any more", timeout_s=300)
+    operated.cluster("scale", "pretrain", "--min", "1", "--max", "2")
+
+
+def test_a_secret_that_is_missing_is_told_of(operated: LiveCluster) -> None:
+    def says() -> str:
+        return " ".join(operated.cluster("why-pending", "completions").values())
+
+    operated.until(lambda: 'secret "api-keys" not found' in says(), "the Secret is told of")
+    secret = client.V1Secret(metadata=V1ObjectMeta(name="api-keys"), string_data={"keys": "a"})
+    client.CoreV1Api().create_namespaced_secret(operated.namespace, secret)
+    # A kubelet tries again after two minutes at the latest.
+    operated.until(lambda: "api-keys" not in says(), "the Secret is not told of any more", timeout_s=400)
+
+
+def test_a_volume_that_nobody_makes_is_told_of(operated: LiveCluster) -> None:
+    for name in ("shared", "completions"):
+        said = operated.cluster("why-pending", name)["redis-0"]
+        assert said.startswith("its volume is not there yet: "), said
+
+
+def test_a_node_that_does_not_fit_is_told_of(operated: LiveCluster) -> None:
+    gpu = operated.overlay / "gpu"
+    gpu.mkdir(exist_ok=True)
+    settings = {"resources": [os.path.relpath(K8S / "overlays/gpu", gpu.resolve())]}
+    (gpu / "kustomization.yaml").write_text(yaml.safe_dump(settings))
+    operated.cluster("apply", str(gpu), "--component", "shared")
+    operated.cluster("scale", "shared", "--group", "workers", "--suspend")
+    operated.until(lambda: not operated.workers("shared"), "the pods of `dev` are gone")
+    operated.cluster("scale", "shared", "--group", "workers", "--resume")
+    operated.cluster("scale", "shared", "--min", "1", "--max", "1")
+    operated.until(lambda: operated.workers("shared"), "a GPU pod is there")
+    (worker,) = operated.workers("shared")
+    try:
+        operated.until(lambda: _is_judged(operated, worker), "the scheduler has looked at it")
+        said = operated.cluster("why-pending", "shared").get(worker)
+        if said is None or "no node of" not in said:
+            pytest.skip(f"the cluster has a node with a free GPU: {said}")
+        assert any(word in said for word in ("lack nvidia.com/gpu", "taint", "cordoned", "labels")), said
+        assert "{" not in said and "preemption" not in said and "taint ." not in said, said
+    finally:
+        operated.apply("--component", "shared")
+
+
+def _is_judged(operated: LiveCluster, pod: str) -> bool:
+    found = operated.api.get("v1", "Pod", pod) or {}
+    return any(c["type"] == "PodScheduled" for c in found.get("status", {}).get("conditions", []))
+
+
+# With an image
+
+
+@pytest.mark.skipif(not {IMAGE, STORAGE} <= os.environ.keys(), reason=f"no {IMAGE} and {STORAGE}: no run")
+def test_a_run_loses_no_step_to_an_eviction(operated: LiveCluster, tmp_path: Path) -> None:
+    """`RAYMILL_LIVE_STORAGE` is an s3:// URI that this machine and the pods reach, with AWS_ACCESS_KEY_ID and so on."""
+    core, uri = client.CoreV1Api(), os.environ[STORAGE].rstrip("/")
+    keys = {name: os.environ[name] for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
+    secret = client.V1Secret(metadata=V1ObjectMeta(name="s3-credentials"), string_data=keys)
+    core.create_namespaced_secret(operated.namespace, secret)
+    text = b"".join(b"The %d ships sailed at dawn, and %d came home.\n" % (n, n // 2) for n in range(4000))
+    open_storage(uri).write_bytes(f"{operated.namespace}/corpus/ships.txt", text)
+    values = yaml.safe_load((K8S / "overlays/dev/run.yaml").read_text())
+    values |= {"run_id": operated.namespace, "storage": {"uri": f"{uri}/{operated.namespace}"}}
+    values["data"] |= {"source": f"{uri}/{operated.namespace}/corpus", "vocab_size": 300}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    where = ["--storage.uri", values["storage"]["uri"]]
+    submitted = operated.raymill(
+        "submit", "pretrain", str(tmp_path / "run.yaml"), "--kuberay", str(operated.overlay), "-n", operated.namespace
+    )
+    cluster = operated.cluster_of("RayJob", submitted["job"])["metadata"]["name"]
+
+    def running() -> list[str]:
+        pods = {pod["metadata"]["name"]: pod for pod in operated.api.all("v1", "Pod")}
+        return [name for name in operated.workers(cluster) if pods[name]["status"].get("phase") == "Running"]
+
+    operated.until(lambda: len(running()) == 2, "two workers run", timeout_s=900)
+    ledger = open_storage(values["storage"]["uri"]).child(f"runs/{operated.namespace}")
+    operated.until(lambda: b'"step": 20' in _read(ledger), "the run has taken 20 steps", timeout_s=900)
+    evicted = running()[-1]
+    body = V1Eviction(metadata=V1ObjectMeta(name=evicted, namespace=operated.namespace))
+    core.create_namespaced_pod_eviction(evicted, operated.namespace, body)
+
+    def has_ended() -> bool:
+        return operated.raymill("status", operated.namespace, *where)["state"] not in ("pending", "running")
+
+    operated.until(has_ended, "the run ends", timeout_s=1800)
+    told = operated.raymill("status", operated.namespace, *where)
+    assert told["state"] == "succeeded", told
+    assert told["result"]["restarts"] >= 1 and told["result"]["lost_steps"] == 0, told
+
+
+def _read(run: Any) -> bytes:
+    return run.read_bytes("ledger.jsonl") if run.stat("ledger.jsonl") else b""

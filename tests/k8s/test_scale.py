@@ -1,0 +1,110 @@
+"""`raymill cluster scale` reaches what runs, and says so where it does not: a cluster, a job, a service."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.k8s.api_stand_in import ApiStandIn
+from tests.k8s.cluster_cli import RAY, Asked, cluster_behind, ray_object, stand_in
+from tests.k8s.manifests import Manifest, cluster_spec
+from tests.k8s.operator_stand_in import OperatorStandIn
+
+
+@pytest.fixture
+def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ApiStandIn]:
+    with stand_in(tmp_path, monkeypatch) as api:
+        yield api
+
+
+@pytest.fixture
+def asked(capsys: pytest.CaptureFixture[str]) -> Asked:
+    return Asked(capsys)
+
+
+@pytest.fixture
+def operator(api: ApiStandIn, asked: Asked) -> OperatorStandIn:
+    """After a first look at all of `dev`."""
+    asked("apply", "dev")
+    operator = OperatorStandIn(api)
+    operator.look()
+    return operator
+
+
+def bounds(manifest: Manifest) -> tuple[int, int]:
+    (group,) = cluster_spec(manifest)["workerGroupSpecs"]
+    return group["minReplicas"], group["maxReplicas"]
+
+
+@pytest.mark.parametrize("owner", ["RayCluster/shared", "RayJob/pretrain", "RayService/completions"])
+def test_the_pods_that_run_follow(api: ApiStandIn, asked: Asked, operator: OperatorStandIn, owner: str) -> None:
+    kind, name = owner.split("/")
+    manifest = ray_object(api, kind, name)
+    cluster = manifest if kind == "RayCluster" else cluster_behind(api, manifest)
+    group = cluster_spec(manifest)["workerGroupSpecs"][0]["groupName"]
+
+    def workers() -> int:
+        operator.look()
+        selector = f"ray.io/cluster={cluster['metadata']['name']},ray.io/node-type=worker"
+        return len(api.list("/api/v1/namespaces/raymill/pods", selector)["items"])
+
+    before = bounds(manifest)
+    changed = asked("scale", owner.lower(), "--min", "2", "--max", "6")
+    assert changed["changed"] == list(dict.fromkeys([f"RayCluster/{cluster['metadata']['name']}", owner]))
+    assert changed["groups"][0].startswith(f"{group}: 2 to 6 pods, 2 wanted")
+    assert workers() == 2
+    asked("scale", owner.lower(), "--group", group, "--suspend")
+    assert workers() == 0
+    assert bounds(ray_object(api, kind, name)) == (0, 0), "the next cluster would have pods"
+    asked("scale", owner.lower(), "--group", group, "--resume")
+    assert workers() == 2
+    assert before != bounds(ray_object(api, kind, name)) == (2, 6)
+
+
+def test_the_next_cluster_has_the_bounds_too(api: ApiStandIn, asked: Asked, operator: OperatorStandIn) -> None:
+    asked("scale", "rayjob/pretrain", "--min", "2", "--max", "5")
+    asked("scale", "pretrain", "--suspend")
+    operator.look()
+    told = asked("scale", "pretrain", "--max", "6")
+    assert told["note"] == "it has no cluster now: the next one starts with these bounds"
+    asked("scale", "pretrain", "--resume")
+    operator.look()
+    assert bounds(cluster_behind(api, ray_object(api, "RayJob", "pretrain"))) == (2, 6)
+
+
+def test_a_service_that_gets_another_cluster_has_both_scaled(
+    api: ApiStandIn, asked: Asked, operator: OperatorStandIn
+) -> None:
+    operator.fates = [(lambda pod: True, ({"phase": "Pending"}, []))]
+    service = ray_object(api, "RayService", "completions")
+    service["spec"]["rayClusterConfig"]["rayVersion"] = "2.60.1"
+    api.put(f"{RAY}/rayservices/completions", service)
+    operator.look()
+    assert len(asked("scale", "completions", "--max", "2", "--min", "2")["changed"]) == 3
+
+
+def test_a_service_has_a_maximum_of_its_own(asked: Asked, operator: OperatorStandIn) -> None:
+    told = asked("scale", "completions", "--max", "6")
+    assert told["note"] == "its settings allow 2 replicas, so more pods find no work: raise `max_replicas` too"
+    assert "note" not in asked("scale", "completions", "--max", "2")
+
+
+@pytest.mark.parametrize("words", [["--suspend"], ["--resume"], ["--max", "3"], ["--group", "trainers", "--suspend"]])
+def test_a_job_that_has_ended_is_not_scaled(
+    api: ApiStandIn, asked: Asked, operator: OperatorStandIn, words: list[str]
+) -> None:
+    for deployment, status, says in (("Complete", "SUCCEEDED", "is done"), ("Failed", "FAILED", "has failed")):
+        operator.end_job("pretrain", deployment=deployment, status=status)
+        before = ray_object(api, "RayJob", "pretrain")["spec"]
+        assert f"RayJob/pretrain {says}: nothing of it runs" in asked.refused("scale", "pretrain", *words)
+        assert ray_object(api, "RayJob", "pretrain")["spec"] == before
+
+
+def test_what_cannot_be_asked_for_is_refused(api: ApiStandIn, asked: Asked, operator: OperatorStandIn) -> None:
+    assert "nothing to change" in asked.refused("scale", "shared", code=2)
+    assert "9 to 2 pods; expected 0 <= min <= max" in asked.refused("scale", "pretrain", "--min", "9", code=2)
+    assert "RayCluster/shared" in asked.refused("scale", "other", "--max", "1")
+    writers = {entry["manager"] for entry in ray_object(api, "RayCluster", "shared")["metadata"]["managedFields"]}
+    asked("scale", "shared", "--max", "1")
+    after = {entry["manager"] for entry in ray_object(api, "RayCluster", "shared")["metadata"]["managedFields"]}
+    assert "OpenAPI-Generator" not in after and writers <= after

@@ -1,0 +1,144 @@
+"""`raymill cluster why-pending` on a cluster as Kubernetes 1.36 and KubeRay 1.7 leave it: what it says, and that it stops."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.k8s.api_stand_in import ApiStandIn
+from tests.k8s.cluster_cli import CORE, RAY, Asked, cluster_behind, ray_object, stand_in
+from tests.k8s.operator_stand_in import OperatorStandIn, unmounted, unscheduled
+
+NOTHING = {"pending": "nothing: every requested pod runs"}
+
+
+@pytest.fixture
+def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ApiStandIn]:
+    with stand_in(tmp_path, monkeypatch) as api:
+        yield api
+
+
+@pytest.fixture
+def asked(capsys: pytest.CaptureFixture[str]) -> Asked:
+    return Asked(capsys)
+
+
+@pytest.fixture
+def operator(api: ApiStandIn, asked: Asked) -> OperatorStandIn:
+    asked("apply", "dev")
+    return OperatorStandIn(api)
+
+
+def labelled(key: str, value: str) -> Callable[[dict[str, Any]], bool]:
+    return lambda pod: pod["metadata"]["labels"].get(key) == value
+
+
+def test_all_that_was_asked_for_runs(asked: Asked, operator: OperatorStandIn) -> None:
+    operator.look()  # whose race leaves "FailedToCreateRayCluster ... already exists" with the service
+    assert asked("why-pending") == NOTHING
+
+
+def test_a_quota_is_named_for_a_job_and_no_more_once_it_is_raised(
+    api: ApiStandIn, asked: Asked, operator: OperatorStandIn
+) -> None:
+    operator.look()
+
+    def set_quota(pods: int) -> None:
+        change = {"spec": {"hard": {"pods": str(pods)}}}
+        api.patch(f"{CORE}/resourcequotas/raymill", "application/merge-patch+json", change, manager="kubectl-patch")
+
+    set_quota(len(api.list(f"{CORE}/pods")["items"]) + 2)
+    asked("scale", "rayjob/pretrain", "--min", "6", "--max", "6")
+    operator.look()
+    cluster = cluster_behind(api, ray_object(api, "RayJob", "pretrain"))["metadata"]["name"]
+    full = "no more pods: the quota raymill is used up (requested: pods=1)"
+    assert asked("why-pending", "rayjob/pretrain") == {f"RayCluster/{cluster}": full}
+    assert asked("why-pending", cluster) == {f"RayCluster/{cluster}": full}
+    set_quota(64)
+    operator.look()
+    assert asked("why-pending", "rayjob/pretrain") == NOTHING
+    assert asked("why-pending", cluster) == NOTHING
+
+
+def test_a_submitter_that_has_no_node_is_shown(api: ApiStandIn, asked: Asked, operator: OperatorStandIn) -> None:
+    message = "0/3 nodes are available: 1 Insufficient cpu, 2 node(s) had untolerated taint(s). no new claims to deallocate, preemption: not eligible due to preemptionPolicy=Never."
+    operator.fates = [(labelled("raymill/role", "submitter"), unscheduled(message))]
+    operator.look()
+    (said,) = asked("why-pending", "pretrain").items()
+    assert said[0].startswith("pretrain-")
+    assert said[1] == "no node of 3 has room: 1 lack cpu, 2 have a taint that it does not tolerate"
+
+
+def test_redis_without_a_volume_is_shown_by_what_waits_for_it(
+    api: ApiStandIn, asked: Asked, operator: OperatorStandIn
+) -> None:
+    message = "0/3 nodes are available: pod has unbound immediate PersistentVolumeClaims. not found"
+    operator.fates = [(labelled("raymill/role", "redis"), unscheduled(message))]
+    operator.look()
+    claim = api.get(f"{CORE}/persistentvolumeclaims/data-redis-0")
+    unbound = "no persistent volumes available for this claim and no storage class is set"
+    api.event(claim, "FailedBinding", unbound)
+    for name in ("shared", "completions"):
+        assert asked("why-pending", name) == {"redis-0": f"its volume is not there yet: {unbound}"}
+    assert asked("why-pending", "pretrain") == NOTHING
+
+
+def test_a_service_that_starts_shows_its_pending_cluster(
+    api: ApiStandIn, asked: Asked, operator: OperatorStandIn
+) -> None:
+    message = 'MountVolume.SetUp failed for volume "api-keys" : secret "api-keys" not found'
+    is_head = labelled("ray.io/node-type", "head")
+    operator.fates = [(lambda pod: is_head(pod) and "completions" in pod["metadata"]["name"], unmounted(message))]
+    operator.look()
+    said = asked("why-pending", "completions")
+    assert list(said.values()) == [f"a volume cannot be mounted: {message}"]
+    cluster = ray_object(api, "RayService", "completions")["status"]["pendingServiceStatus"]["rayClusterName"]
+    assert asked("status", "completions")["RayService/completions"][0] == "does not answer yet (Initializing)"
+    assert f"RayCluster/{cluster}" not in asked("status"), "it is a part of the service"
+
+
+def test_events_of_an_object_that_had_the_name_before_say_nothing(
+    api: ApiStandIn, asked: Asked, operator: OperatorStandIn
+) -> None:
+    operator.look()
+    before = ray_object(api, "RayService", "completions")
+    said = "Failed to create the RayCluster raymill/completions-vnjkh: exceeded quota: raymill, requested: pods=1, used: pods=14, limited: pods=14"
+    api.event(before, "FailedToCreateRayCluster", said, kind="Warning", at="2999-01-01T00:00:00Z")
+    assert asked("why-pending", "completions") == {
+        "RayService/completions": "no more pods: the quota raymill is used up (requested: pods=1)"
+    }
+    api.delete(f"{RAY}/rayservices/completions")
+    asked("apply", "dev", "--component", "completions")
+    operator.look()
+    assert asked("why-pending", "completions") == NOTHING
+
+
+def test_a_newer_success_is_believed(api: ApiStandIn, asked: Asked, operator: OperatorStandIn) -> None:
+    operator.look()
+    job = ray_object(api, "RayJob", "pretrain")
+    said = "Failed to create RayCluster raymill/pretrain-a: quota"
+    api.event(job, "FailedToCreateRayCluster", said, kind="Warning", at="2999-01-01T00:00:00Z")
+    assert "RayJob/pretrain" in asked("why-pending", "pretrain")
+    api.event(job, "CreatedRayCluster", "Created RayCluster raymill/pretrain-a", at="2999-01-01T00:00:09Z")
+    assert asked("why-pending", "pretrain") == NOTHING
+
+
+def test_a_submitter_that_cannot_be_made_is_shown(api: ApiStandIn, asked: Asked, operator: OperatorStandIn) -> None:
+    operator.look()
+    (submitter,) = api.list(f"{CORE}/pods", "job-name=pretrain")["items"]
+    api.delete(f"{CORE}/pods/{submitter['metadata']['name']}")
+    refused = 'Error creating: pods "pretrain-x" is forbidden: exceeded quota: raymill, requested: pods=1, used: pods=14, limited: pods=14'
+    owner = api.get("/apis/batch/v1/namespaces/raymill/jobs/pretrain")
+    api.event(owner, "FailedCreate", refused, kind="Warning")
+    assert asked("why-pending", "pretrain") == {
+        "Job/pretrain": "no more pods: the quota raymill is used up (requested: pods=1)"
+    }
+
+
+def test_what_is_suspended_or_not_looked_at_says_so(api: ApiStandIn, asked: Asked, operator: OperatorStandIn) -> None:
+    assert "is the operator running" in asked("why-pending", "pretrain")["RayJob/pretrain"]
+    operator.look()
+    asked("scale", "completions", "--suspend")
+    operator.look()
+    assert asked("why-pending", "completions")["RayService/completions"].startswith("is suspended: it has no pods")
