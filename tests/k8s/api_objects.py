@@ -1,6 +1,6 @@
 """The objects of a Kubernetes API in memory, and what it does with a write: defaults, owners, versions, subresources.
 
-As `kube-apiserver` 1.36 with KubeRay's CRDs was seen to answer. Not a Kubernetes: nothing here admits or schedules.
+It answers as `kube-apiserver` 1.36 with KubeRay's CRDs was observed to. Not a Kubernetes: nothing here admits or schedules.
 """
 
 import copy
@@ -18,7 +18,7 @@ from tests.k8s.schema_rules import crd_problems
 Object = dict[str, Any]
 
 GROUP_DEFAULTS = {"maxReplicas": 2147483647, "minReplicas": 0, "numOfHosts": 1, "priority": 0, "replicas": 0}
-"""What the CRDs fill into a worker group. A test holds it to them."""
+"""Defaults that the CRDs fill into a worker group; a test compares them."""
 
 RAY_DEFAULTS: dict[str, Object] = {
     "RayCluster": {},
@@ -33,7 +33,7 @@ _CLUSTER_SCOPED = ("namespaces", "priorityclasses", "clusterqueues", "resourcefl
 
 @dataclass
 class RefusedError(Exception):
-    """An answer that is no success."""
+    """The API refused a request."""
 
     code: int
     reason: str
@@ -45,7 +45,7 @@ class RefusedError(Exception):
 
 
 class ApiObjects:
-    """The objects by their paths, such as `/api/v1/namespaces/raymill/pods/head`. Every change has a number."""
+    """Holds objects by their paths, such as `/api/v1/namespaces/raymill/pods/head`. Every change has a number."""
 
     def __init__(self, *, namespaces: tuple[str, ...] = ("raymill",)) -> None:
         self.lock = threading.RLock()
@@ -65,7 +65,7 @@ class ApiObjects:
             return found
 
     def put(self, path: str, value: Object, *, manager: str = OPERATOR) -> Object:
-        """Writes all of it, status too: what KubeRay and the kubelet do with an Update of the object and of its status."""
+        """Writes the whole object with its status, as KubeRay and the kubelet do by an Update of both."""
         with self.lock:
             value = copy.deepcopy(value)
             value.setdefault("metadata", {}).pop("managedFields", None)
@@ -74,7 +74,7 @@ class ApiObjects:
             return self._store(path, value)
 
     def delete(self, path: str) -> None:
-        """Takes what it owns with it, and a namespace what is in it."""
+        """Deletes the object with what it owns; a namespace with what is in it."""
         with self.lock:
             if path.startswith("/api/v1/namespaces/") and path.count("/") == 4:
                 for inside in [other for other in self._objects if f"/namespaces/{path.rpartition('/')[2]}/" in other]:
@@ -87,7 +87,7 @@ class ApiObjects:
                     self.delete(other)
 
     def list(self, collection: str, selector: str = "") -> Object:
-        """The objects right below `collection` that have all labels of `selector`. Items do not say their kind."""
+        """Returns the objects directly below `collection` that have all labels of `selector`; items do not say their kind."""
         pairs = [pair for pair in selector.replace("==", "=").split(",") if pair]
         wanted = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
         present = {pair for pair in pairs if "=" not in pair}
@@ -111,7 +111,7 @@ class ApiObjects:
             return value if dry_run else self.put(path, value, manager=manager)
 
     def apply(self, path: str, body: Object, *, manager: str, force: bool, dry_run: bool) -> Object:
-        """Server-side apply."""
+        """Applies on the server's side."""
         if not manager:
             raise RefusedError(422, "Invalid", "fieldManager: Required value: is required for apply patch")
         with self.lock:
@@ -139,7 +139,7 @@ class ApiObjects:
             return self._store(path, value)
 
     def patch(self, path: str, content_type: str, body: Any, *, manager: str = OPERATOR) -> Object | None:
-        """A JSON patch or a merge patch of an object, or of its `/status`; None where there is none."""
+        """Applies a JSON patch or a merge patch to an object or its `/status`; returns None if there is no such object."""
         with self.lock:
             main, is_status = path.removesuffix("/status"), path.endswith("/status")
             live = self._objects.get(main)
@@ -161,7 +161,7 @@ class ApiObjects:
             return self._store(main, value)
 
     def event(self, of: Object, reason: str, message: str, *, kind: str = "Normal", at: str = "") -> None:
-        """As a controller of the old kind records it."""
+        """Records an event, in the form that older controllers use."""
         metadata = of["metadata"]
         name, namespace = f"{metadata['name']}.{uuid.uuid4().hex[:16]}", metadata.get("namespace", "raymill")
         about = {"kind": of["kind"], "name": metadata["name"], "namespace": namespace, "uid": metadata.get("uid", "")}
@@ -195,7 +195,7 @@ class ApiObjects:
         return found
 
     def _writable(self, body: Object, path: str) -> Object:
-        """What an apply may write of it."""
+        """Returns what an apply may write of the object."""
         held = ("uid", "resourceVersion", "generation", "creationTimestamp", "managedFields")
         wanted = {key: item for key, item in body.items() if key != "status" or body["kind"] not in _WITH_STATUS}
         wanted["metadata"] = {key: item for key, item in body["metadata"].items() if key not in held}
@@ -203,7 +203,7 @@ class ApiObjects:
         return wanted
 
     def _namespace_of(self, path: str) -> None:
-        """Refuses a write into a namespace that is not there."""
+        """Refuses a write into a namespace that does not exist."""
         parts = path.split("/namespaces/")
         if len(parts) == 2 and "/" in parts[1]:
             name = parts[1].split("/")[0]
@@ -221,7 +221,7 @@ class ApiObjects:
 
 
 def defaulted(value: Object) -> Object:
-    """With the defaults of Ray's CRDs."""
+    """Returns the object with the defaults of Ray's CRDs."""
     if value.get("kind") not in RAY_DEFAULTS or "spec" not in value:
         return value
     value["spec"] = RAY_DEFAULTS[value["kind"]] | value["spec"]
@@ -236,7 +236,7 @@ def now() -> str:
 
 
 def _conflict(conflicts: list[tuple[Manager, tuple[str, ...]]]) -> RefusedError:
-    """In the words of Kubernetes."""
+    """Returns the refusal in Kubernetes' words."""
     causes = [
         {
             "reason": "FieldManagerConflict",
@@ -251,7 +251,7 @@ def _conflict(conflicts: list[tuple[Manager, tuple[str, ...]]]) -> RefusedError:
 
 
 def merged(value: Any, change: Any) -> Any:
-    """RFC 7396: objects are merged, null removes, all else replaces."""
+    """Applies RFC 7396: objects are merged, null removes, everything else replaces."""
     if not isinstance(change, dict):
         return change
     result = dict(value) if isinstance(value, dict) else {}
@@ -264,7 +264,7 @@ def merged(value: Any, change: Any) -> Any:
 
 
 def change(value: Any, step: Object) -> None:
-    """One operation of RFC 6902: test, add, replace or remove."""
+    """Applies one operation of RFC 6902: test, add, replace or remove."""
     *parents, last = [part.replace("~1", "/").replace("~0", "~") for part in step["path"].strip("/").split("/")]
     for part in parents:
         value = value[int(part)] if isinstance(value, list) else value[part]

@@ -30,7 +30,7 @@ Query = dict[str, str]
 
 
 class ApiStandIn(ApiObjects):
-    """Serves its objects."""
+    """Serves the objects."""
 
     def __init__(self, folder: Path, *, namespaces: tuple[str, ...] = ("raymill",)) -> None:
         super().__init__(namespaces=namespaces)
@@ -163,7 +163,7 @@ def _handler(api: ApiStandIn) -> type[BaseHTTPRequestHandler]:
             return api.list(url, query.get("labelSelector", "")) if url.rpartition("/")[2] in _COLLECTIONS else None
 
         def _client(self) -> str:
-            """Who writes without saying who he is."""
+            """Returns the field manager of a request that names none."""
             return self.headers.get("User-Agent", "").partition("/")[0]
 
         def _body(self) -> Any:

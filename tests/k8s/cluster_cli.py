@@ -14,12 +14,12 @@ from tests.k8s.manifests import Manifest, find, render
 
 RAY, CORE = "/apis/ray.io/v1/namespaces/raymill", "/api/v1/namespaces/raymill"
 Right = tuple[str, str, str]
-"""(API group, resource, verb)."""
+"""An (API group, resource, verb)."""
 
 
 @contextmanager
 def stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Iterator[ApiStandIn]:
-    """Where `raymill cluster` finds it. An operator of raymill has the right to all that was asked, but to apply."""
+    """Serves a stand-in that `raymill cluster` finds, and checks that all requests but applying are an operator's rights."""
     with ApiStandIn(folder, **settings).serving() as api:
         monkeypatch.setenv("KUBECONFIG", str(api.kubeconfig()))
         yield api
@@ -45,18 +45,18 @@ def _right(request: str) -> Right:
 
 
 class Asked:
-    """The command, and what it printed."""
+    """Runs the command and returns what it printed."""
 
     def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
         self._capsys = capsys
 
     def __call__(self, *argv: str, code: int = 0) -> dict[str, Any]:
-        """The result."""
+        """Returns the result."""
         assert main(["cluster", *argv, "--json"]) == code
         return json.loads(self._capsys.readouterr().out.splitlines()[-1])
 
     def refused(self, *argv: str, code: int = 1) -> str:
-        """The error."""
+        """Returns the error."""
         assert main(["cluster", *argv]) == code
         return self._capsys.readouterr().err
 
@@ -68,7 +68,7 @@ def ray_object(api: ApiStandIn, kind: str, name: str) -> Manifest:
 
 
 def cluster_behind(api: ApiStandIn, owner: Manifest) -> Manifest:
-    """The newest RayCluster that was made for it."""
+    """Returns the newest RayCluster that was made for the object."""
     mine = [
         item["metadata"]["name"]
         for item in api.list(f"{RAY}/rayclusters")["items"]

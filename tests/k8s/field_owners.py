@@ -38,12 +38,12 @@ class Manager:
 
 @dataclass
 class Owners:
-    """Who owns the fields of one object."""
+    """The owners of one object's fields."""
 
     of: dict[Path, set[Manager]] = field(default_factory=dict)
 
     def update(self, before: Object, after: Object, manager: Manager) -> None:
-        """After a write that is no apply, what it changed belongs to its manager alone."""
+        """Makes the manager of a write that is no apply the only owner of what it changed."""
         for path in leaves(before).keys() - leaves(after).keys():
             self.of.pop(path, None)
         for path, value in leaves(after).items():
@@ -51,7 +51,7 @@ class Owners:
                 self.of[path] = {manager}
 
     def conflicts(self, live: Object, wanted: Object, manager: Manager) -> list[tuple[Manager, Path]]:
-        """What others own, and an apply of `wanted` would change. It is compared before defaults are filled in."""
+        """Returns the fields that others own and an apply of `wanted` would change, compared before defaults are filled in."""
         return sorted(
             (
                 (owner, path)
@@ -64,8 +64,10 @@ class Owners:
         )
 
     def apply(self, live: Object, wanted: Object, manager: Manager) -> Object:
-        """The object with `wanted` in it, which then belongs to the manager (to others too where they agree), and
-        without what it applied earlier and does not any more."""
+        """Returns the object with `wanted` in it, and without what the manager applied earlier and no longer does.
+
+        The manager then owns `wanted`, with others where they agree.
+        """
         result, fields = copy.deepcopy(live), leaves(wanted)
         for path in [path for path, owners in self.of.items() if manager in owners and path not in fields]:
             self.of[path].discard(manager)
@@ -79,7 +81,7 @@ class Owners:
         return result
 
     def shown(self) -> list[Object]:
-        """`metadata.managedFields`."""
+        """Returns `metadata.managedFields`."""
         found: dict[Manager, Object] = {}
         for path, owners in self.of.items():
             for owner in owners:
@@ -94,7 +96,7 @@ class Owners:
 
 
 def leaves(value: Object) -> dict[Path, Any]:
-    """The fields of an object that somebody owns, and their values."""
+    """Returns the fields of an object that have owners, with their values."""
     return {path: item for path, item in _leaves(value, ()) if path not in _UNOWNED}
 
 

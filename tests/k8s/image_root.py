@@ -1,4 +1,4 @@
-"""Runs commands as a pod does: on a root that cannot be written, with /tmp and /dev/shm that can, as user 1000.
+"""Runs commands as a pod does: on a read-only root, with a writable /tmp and /dev/shm, as user 1000.
 
 The root is that of a built image, where RAYMILL_IMAGE_ROOT names a folder with one (`buildah mount`). Otherwise it is this
 machine's with what the Dockerfile's steps make: its code, copied, and its kernels, compiled, at /mnt.
@@ -47,7 +47,7 @@ _VOLUMES = "mount -t tmpfs -o mode=1777 tmpfs {root}/tmp; mount -t tmpfs -o mode
 
 
 def built_root(root: Path) -> ImageRoot:
-    """Returns the root of an image that was built."""
+    """Returns the root of a built image."""
     mounts = f"R={shlex.quote(str(root))}; mount --bind $R $R; mkdir -p $R/mnt/files; mount --bind $FILES $R/mnt/files;"
     mounts += "mount --rbind /dev $R/dev; mount -t proc proc $R/proc; mount --rbind /sys $R/sys;"
     mounts += f"{_VOLUMES.format(root='$R')} mount -o remount,bind,ro $R"

@@ -38,8 +38,10 @@ def termination_problems(objects: list[Manifest]) -> list[str]:
 
 
 def disruption_problems(objects: list[Manifest]) -> list[str]:
-    """A PodDisruptionBudget over pods without a scale subresource takes an integer minAvailable only. It lets a drain end:
-    its pods are more than it keeps, or they end by themselves."""
+    """A PodDisruptionBudget over pods without a scale subresource takes an integer minAvailable only.
+
+    It lets a drain end: its pods are more than it keeps, or they end by themselves.
+    """
     problems = []
     budgets = of_kind(objects, "PodDisruptionBudget")
     for budget in budgets:
@@ -64,7 +66,7 @@ def disruption_problems(objects: list[Manifest]) -> list[str]:
 
 
 def stay_problems(objects: list[Manifest]) -> list[str]:
-    """Node autoscalers leave what cannot move without a loss; trainers save and go."""
+    """Node autoscalers leave what cannot move without a loss; trainers save and end."""
     problems = []
     for pod in pods(objects):
         told = _STAYS.items() <= pod.template["metadata"].get("annotations", {}).items()
@@ -74,7 +76,7 @@ def stay_problems(objects: list[Manifest]) -> list[str]:
 
 
 def after_the_end_problems(objects: list[Manifest]) -> list[str]:
-    """Nobody pays for pods of a job that has ended."""
+    """A job that has ended keeps no pods."""
     return [
         f"{name_of(job)}: its pods stay for {job['spec']['ttlSecondsAfterFinished']} s after its end"
         for job in of_kind(objects, "RayJob")
@@ -142,7 +144,7 @@ def spot_problems(objects: list[Manifest]) -> list[str]:
 
 
 def _fallback_problems(objects: list[Manifest]) -> list[str]:
-    """Where no spot node comes, an equal group on demand takes over, after the time that the autoscaler is told."""
+    """If no spot node comes, an equal group on demand takes over, after the autoscaler's time limit."""
     problems = []
     for manifest in of_kind(objects, *CLUSTER_KINDS):
         cluster, name = cluster_spec(manifest), name_of(manifest)

@@ -1,4 +1,4 @@
-"""A namespace of its own on a real Kubernetes, with the overlay `dev` in it, and gone at the end.
+"""A namespace on a real Kubernetes, with the overlay `dev` in it, which is removed at the end.
 
 `RAYMILL_LIVE_KUBECONFIG` names the cluster, as an administrator. KubeRay's CRDs must be there; its operator and
 `RAYMILL_LIVE_IMAGE` may be: what needs them is skipped otherwise, and says so.
@@ -35,21 +35,21 @@ _NO_CLASS = "raymill-live-none"
 """A storage class that no cluster has."""
 
 STARTED_S = 180
-"""Within which KubeRay has looked at an object, made its pods or removed them, on a cluster that is not ours."""
+"""Time in which KubeRay looks at an object, makes its pods or removes them, on a foreign cluster."""
 
 
 @dataclass
 class LiveCluster:
     namespace: str
     overlay: Path
-    """`dev`, but that Redis asks for a volume that nobody makes, and that the job `evaluate` runs out of time."""
+    """`dev`, except that Redis needs a volume that nobody makes, and that the job `evaluate` runs out of time."""
 
     @property
     def api(self) -> KubeApi:
         return KubeApi(self.namespace)
 
     def raymill(self, *words: str, code: int = 0) -> dict[str, Any]:
-        """The result of the command."""
+        """Returns the result of the command."""
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             ended = main([*words, "--json"])
@@ -58,14 +58,14 @@ class LiveCluster:
         return json.loads(lines[-1]) if lines else {"error": err.getvalue()}
 
     def cluster(self, command: str, *words: str, code: int = 0) -> dict[str, Any]:
-        """The result of `raymill cluster` in the namespace."""
+        """Returns the result of `raymill cluster` in the namespace."""
         return self.raymill("cluster", command, *words, "-n", self.namespace, code=code)
 
     def apply(self, *words: str) -> dict[str, Any]:
         return self.cluster("apply", str(self.overlay), *words)
 
     def cluster_of(self, kind: str, name: str) -> Manifest:
-        """The newest RayCluster behind it, once there is one."""
+        """Returns the newest RayCluster behind the object, once there is one."""
         found: list[Manifest] = []
 
         def is_there() -> bool:
@@ -78,7 +78,7 @@ class LiveCluster:
         return found[-1]
 
     def workers(self, cluster: str) -> list[str]:
-        """Names of its worker pods that stay."""
+        """Returns the names of the cluster's worker pods that are not being removed."""
         pods = self.api.all("v1", "Pod", selector=f"ray.io/cluster={cluster},ray.io/node-type=worker")
         return [pod["metadata"]["name"] for pod in pods if "deletionTimestamp" not in pod["metadata"]]
 
@@ -90,7 +90,7 @@ class LiveCluster:
         wait_until(condition, timeout_s=timeout_s, poll_s=1, why=why)
 
     def needs_operator(self) -> None:
-        """Skips the test where nobody looks at Ray's objects."""
+        """Skips the test if no operator looks at Ray's objects."""
         deadline_s = time.monotonic() + 60
         while not (self.api.get(_RAY, "RayCluster", "shared") or {}).get("status"):
             if time.monotonic() > deadline_s:
@@ -122,7 +122,7 @@ def live_cluster(folder: Path) -> Iterator[LiveCluster]:
 
 
 def _overlay(folder: Path) -> Path:
-    """The kustomization of a user who changes `dev` in some places."""
+    """Writes the kustomization of a user that changes `dev` in some places."""
     no_volume = [{"op": "add", "path": "/spec/volumeClaimTemplates/0/spec/storageClassName", "value": _NO_CLASS}]
     no_time = [
         {"op": "add", "path": "/spec/activeDeadlineSeconds", "value": 5},
@@ -149,7 +149,7 @@ def _overlay(folder: Path) -> Path:
 
 
 def _remove(namespace: str) -> None:
-    """Finalizers go by force: what they wait for, such as a job that empties Redis, may have no image to run on."""
+    """Removes finalizers by force: what they wait for, such as a job that empties Redis, may have no image to run on."""
     core, custom = client.CoreV1Api(), client.CustomObjectsApi()
     for kind in _KINDS:
         plural = f"{kind.lower()}s"

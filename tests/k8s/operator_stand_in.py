@@ -1,6 +1,6 @@
-"""What KubeRay 1.7, a scheduler and a kubelet do to the objects of `api_objects.py`, a look at a time.
+"""Does what KubeRay 1.7, a scheduler and a kubelet do to the objects of `api_objects.py`, a look at a time.
 
-As the real operator was seen to act: what it writes and therefore owns, the events and conditions that it leaves, which
+It acts as the real operator was observed to: what it writes and therefore owns, the events and conditions that it leaves, which
 changes of a RayService reach a cluster that runs, and that a job which has ended is not looked at again. Pods only bear
 marks. A test says what becomes of them with `fates`.
 """
@@ -30,13 +30,13 @@ _NOT_HASHED = ("replicas", "minReplicas", "maxReplicas", "scaleStrategy")
 
 
 def unscheduled(message: str) -> Fate:
-    """A pod that the scheduler finds no node for."""
+    """Returns the fate of a pod that the scheduler finds no node for."""
     condition = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": message}
     return {"phase": "Pending", "conditions": [condition]}, [("Warning", "FailedScheduling", message)]
 
 
 def unmounted(message: str) -> Fate:
-    """A pod with a volume that the kubelet cannot mount."""
+    """Returns the fate of a pod with a volume that the kubelet cannot mount."""
     waiting = {
         "name": "ray-head",
         "image": "i",
@@ -61,10 +61,10 @@ class OperatorStandIn:
     api: ApiObjects
     namespace: str = "raymill"
     fates: list[tuple[Callable[[Object], bool], Fate]] = field(default_factory=list)
-    """What becomes of the pods that fit, the first one that does; a pod that none fits runs."""
+    """Conditions with fates: a pod gets the fate of the first that it fulfills, and runs if it fulfills none."""
 
     def look(self) -> None:
-        """One look at everything, as often as it takes until nothing changes any more."""
+        """Looks at everything, as often as it takes until nothing changes."""
         for _ in range(4):
             for kind, reconcile in (
                 ("rayservices", self._service),
@@ -80,7 +80,7 @@ class OperatorStandIn:
                 self._pod(name)
 
     def end_job(self, name: str, *, deployment: str = "Complete", status: str = "SUCCEEDED") -> None:
-        """The job's own end; its cluster stays for a while."""
+        """Ends a job; its cluster stays for a while."""
         job = self.api.get(f"{self._path('rayjobs')}/{name}")
         assert job is not None
         self._set_status(job, job["status"] | {"jobDeploymentStatus": deployment, "jobStatus": status})
@@ -120,7 +120,7 @@ class OperatorStandIn:
         self._set_status(cluster, status)
 
     def _make_pods(self, cluster: Object, pods: list[Object]) -> Object | None:
-        """Makes what is missing and removes what is too much; the condition that says why it could not."""
+        """Makes missing pods and removes surplus ones; returns the condition that says why it could not."""
         full = self._full(cluster)
         groups = [("head", "headgroup", cluster["spec"]["headGroupSpec"], 1)]
         groups += [("worker", g["groupName"], g, _desired(g)) for g in cluster["spec"]["workerGroupSpecs"]]
@@ -180,8 +180,8 @@ class OperatorStandIn:
         self._set_status(job, status)
 
     def _service(self, service: Object) -> None:
-        """A cluster that is to be is pending until its head is up. Of an active one nothing but the hash is looked at,
-        which leaves out the bounds of its groups."""
+        """Keeps a new cluster pending until its head is up. Of an active one it compares only the hash, which leaves out
+        the bounds of its groups."""
         status, metadata = service.get("status") or {}, service["metadata"]
         active = (status.get("activeServiceStatus") or {}).get("rayClusterName")
         pending = (status.get("pendingServiceStatus") or {}).get("rayClusterName")
@@ -225,7 +225,7 @@ class OperatorStandIn:
         self._set_status(service, status | {"conditions": [ready]})
 
     def _stateful_set(self, owner: Object) -> None:
-        """As its controller, with one pod and no more."""
+        """Acts as the controller, with a single pod."""
         name = f"{owner['metadata']['name']}-0"
         if self.api.get(f"{self._path('pods')}/{name}") is None:
             spec = copy.deepcopy(owner["spec"]["template"]["spec"])
@@ -263,7 +263,7 @@ class OperatorStandIn:
         self._rewrite(cluster)
 
     def _rewrite(self, value: Object) -> Object:
-        """An Update of the whole object from Go's structs, in which a group always has its `scaleStrategy`."""
+        """Updates the whole object from Go's structs, in which a group always has its `scaleStrategy`."""
         cluster = cluster_spec(value)
         cluster["workerGroupSpecs"] = [{"scaleStrategy": {}} | group for group in cluster["workerGroupSpecs"]]
         return self.api.put(f"{self._path(value['kind'].lower() + 's')}/{value['metadata']['name']}", value)
@@ -292,7 +292,7 @@ class OperatorStandIn:
         return [item["metadata"]["name"] for item in self.api.list(collection)["items"]]
 
     def _quota(self) -> int:
-        """How many pods there may be."""
+        """Returns how many pods there may be."""
         quota = self.api.get(f"{self._path('resourcequotas')}/raymill")
         return int(quota["spec"]["hard"]["pods"]) if quota else 999
 
@@ -311,7 +311,7 @@ def _seconds_since(text: str) -> float:
 
 
 def _desired(group: Object) -> int:
-    """Of a group's pods: KubeRay keeps `replicas` within the bounds without writing it."""
+    """Returns how many pods a group should have: KubeRay keeps `replicas` within the bounds without writing it."""
     if group.get("suspend"):
         return 0
     return int(min(max(group["replicas"], group["minReplicas"]), group["maxReplicas"]) * group["numOfHosts"])

@@ -154,8 +154,10 @@ def _gpus_a_replica(service: Manifest) -> int:
 
 
 def gpu_problems(objects: list[Manifest]) -> list[str]:
-    """A group with GPUs names their product, tolerates their taint and, unless it serves, goes down to none; what needs
-    no GPU gets none; vLLM stands where the image has it."""
+    """A group with GPUs names their product, tolerates their taint and, unless it serves, goes down to none.
+
+    Pods that need no GPU get none, and vLLM is where the image has it.
+    """
     problems = []
     for manifest in of_kind(objects, *CLUSTER_KINDS):
         for group in cluster_spec(manifest)["workerGroupSpecs"]:

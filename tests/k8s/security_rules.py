@@ -164,7 +164,7 @@ def _autoscaler_token_problems(manifest: Manifest) -> list[str]:
 
 
 def exposure_problems(objects: list[Manifest]) -> list[str]:
-    """Nothing leads in from outside but to the endpoint, by TLS."""
+    """Only the endpoint can be reached from outside, by TLS."""
     problems = []
     for ingress in of_kind(objects, "Ingress"):
         paths = [path for rule in ingress["spec"].get("rules", []) for path in rule["http"]["paths"]]

@@ -1,4 +1,4 @@
-"""The stand-in for the API behaves as Kubernetes 1.36 with KubeRay's CRDs was seen to: what `raymill cluster` meets."""
+"""The stand-in for the API behaves, as far as `raymill cluster` needs, as Kubernetes 1.36 with KubeRay's CRDs did."""
 
 from typing import Any
 

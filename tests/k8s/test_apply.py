@@ -1,4 +1,4 @@
-"""`raymill cluster apply` any number of times, on what KubeRay, the autoscaler, Kueue and `scale` have written since."""
+"""`raymill cluster apply` works any number of times, on what KubeRay, the autoscaler, Kueue and `scale` wrote since."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,7 +99,7 @@ def test_a_queued_job_that_runs_is_not_suspended_again(api: ApiStandIn, asked: A
 def test_an_apply_that_others_write_into_is_tried_again(
     api: ApiStandIn, asked: Asked, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between its reading and its writing the autoscaler asks for two pods."""
+    """Has the autoscaler request two pods between the reading and the writing."""
     asked("apply", "dev")
     ask, written = KubeApi._ask, []
 

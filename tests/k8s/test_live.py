@@ -1,7 +1,7 @@
-"""The manifests and `raymill cluster` against a real Kubernetes: `make test-live`, see `live_cluster.py`.
+"""The manifests and `raymill cluster` work with a real Kubernetes: `make test-live`, see `live_cluster.py`.
 
-First what needs an API server with KubeRay's CRDs only; then what needs KubeRay's operator, with an image that nobody
-has; then, with an image, a run of which a pod is evicted.
+The first tests need only an API server with KubeRay's CRDs; the next also need KubeRay's operator, with an image that
+nobody has; the last one needs an image, and evicts a pod of a run.
 """
 
 import os
@@ -83,7 +83,7 @@ def test_an_operator_of_raymill_may_do_its_work_and_no_more(applied: LiveCluster
 
 @pytest.mark.parametrize("overlay", ["dev", "gpu", "spot"])
 def test_each_pod_is_one_that_the_namespace_takes(applied: LiveCluster, overlay: str) -> None:
-    """PodSecurity, priorities and service accounts, as the API server itself sees them."""
+    """The API server itself enforces PodSecurity, priorities and service accounts."""
     for pod in pods(render(f"overlays/{overlay}")):
         metadata = pod.template["metadata"] | {"name": "pod-of-a-template"}
         data = [{"name": "data", "emptyDir": {}}] if pod.role == "redis" else []  # in place of its claim

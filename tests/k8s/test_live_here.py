@@ -1,4 +1,4 @@
-"""`make test-live` itself, on the stand-ins for the API and the operator: what it asks, waits for and takes away works.
+"""`make test-live` itself works on the stand-ins for the API and the operator: what it asks, waits for and removes.
 
 They are no Kubernetes. That a real one behaves so is what it is for.
 """
@@ -25,7 +25,7 @@ Object = dict[str, Any]
 
 
 class _Cluster(ApiStandIn):
-    """With KubeRay's CRDs, an operator that looks again and again, no volumes and no GPUs."""
+    """Serves KubeRay's CRDs, an operator that looks again and again, no volumes and no GPUs."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, namespaces=("default",))

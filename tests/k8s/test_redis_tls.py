@@ -1,4 +1,4 @@
-"""Has the Redis of component `redis-tls` and a head of Ray's agree on TLS, without which Redis says nothing."""
+"""The Redis of component `redis-tls` and a Ray head agree on TLS, without which Redis does not answer."""
 
 import secrets
 import socket
@@ -22,7 +22,7 @@ SECRET = "/secrets/redis-tls"
 
 
 def test_a_head_keeps_its_state_in_redis_by_tls(tmp_path: Path) -> None:
-    """Certificate, folder, address and port are the test's own."""
+    """Starts Redis with the test's own certificate, folder, address and port."""
     make = "openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=redis -addext subjectAltName=DNS:redis,IP:127.0.0.1"
     subprocess.run(
         [*make.split(), "-keyout", "tls.key", "-out", "tls.crt"], cwd=tmp_path, check=True, capture_output=True

@@ -1,4 +1,4 @@
-"""`raymill cluster scale` reaches what runs, and says so where it does not: a cluster, a job, a service."""
+"""`raymill cluster scale` reaches a running cluster, job or service, and says so if it does not."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +24,7 @@ def asked(capsys: pytest.CaptureFixture[str]) -> Asked:
 
 @pytest.fixture
 def operator(api: ApiStandIn, asked: Asked) -> OperatorStandIn:
-    """After a first look at all of `dev`."""
+    """Serves `dev`, after the operator's first look at all of it."""
     asked("apply", "dev")
     operator = OperatorStandIn(api)
     operator.look()

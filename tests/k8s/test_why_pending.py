@@ -1,4 +1,4 @@
-"""`raymill cluster why-pending` on a cluster as Kubernetes 1.36 and KubeRay 1.7 leave it: what it says, and that it stops."""
+"""`raymill cluster why-pending` gives reasons, and stops giving them, as Kubernetes 1.36 and KubeRay 1.7 leave a cluster."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
