@@ -27,9 +27,9 @@ test-all: $(CLIENTS_INSTALLED)
 test-chaos: $(INSTALLED)
 	$(BIN)/pytest -m chaos tests/chaos tests/jobs
 
-# In a namespace of its own, which goes away at the end, on the Kubernetes that RAYMILL_LIVE_KUBECONFIG names.
+# On the Kubernetes that RAYMILL_LIVE_KUBECONFIG names, in its own namespace, which is removed at the end.
 test-live: $(INSTALLED)
-	@test -n "$$RAYMILL_LIVE_KUBECONFIG" || { echo "set RAYMILL_LIVE_KUBECONFIG to a kubeconfig of an administrator"; exit 2; }
+	@test -n "$$RAYMILL_LIVE_KUBECONFIG" || { echo "set RAYMILL_LIVE_KUBECONFIG to an administrator's kubeconfig"; exit 2; }
 	$(BIN)/pytest -m live tests/k8s/test_live.py
 
 lint: $(INSTALLED)
