@@ -10,6 +10,8 @@ VLLM_INSTALLED := $(VLLM_VENV)/.installed
 
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+# The suite starts hundreds of processes: where this is set, each compiles every module again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-all test-chaos test-live lint format audit bench bench-train bench-data bench-serve pictures clean
 

@@ -243,7 +243,10 @@ CANARIES = [
 def test_a_private_name_is_what_the_code_relies_on(canary: Canary) -> None:
     found = pkgutil.resolve_name(canary.name)
     if canary.parameters is not None:
-        assert list(inspect.signature(found).parameters) == canary.parameters.split()
+        names = [
+            name for name in inspect.signature(found).parameters if name != "_ray_trace_ctx"
+        ]  # an actor's, added later
+        assert names == canary.parameters.split()
     assert canary.use in inspect.getsource(pkgutil.resolve_name(canary.user))
 
 

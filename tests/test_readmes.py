@@ -115,4 +115,4 @@ def test_the_root_readme_is_read_in_five_minutes() -> None:
 
 def test_the_picture_of_the_processes_is_the_one_that_the_code_draws() -> None:
     assert PICTURE.read_text(encoding="utf-8") == draw(), "`make pictures` draws it again"
-    assert f"]({PICTURE.name})" in README
+    assert f"]({PICTURE.relative_to(REPOSITORY)})" in README
