@@ -2,7 +2,9 @@
 
     python .ci/lock_image.py cpu gpu vllm
 
-Asks pip what it would install, by Python 3.11 as in the image, and installs nothing.
+Asks pip what it would install, by Python 3.11 as in the image, and installs nothing. For `cpu`, pip's own settings
+(PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS) lead it to PyTorch's CPU builds; for `gpu`, they must not. A list names no index:
+the hash alone says which build it is.
 """
 
 import hashlib
@@ -15,19 +17,22 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 HERE = Path(__file__).resolve().parent
-CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-TORCH, VLLM = "2.13.0", "0.32.0"
+CONSTRAINTS = ["--constraint", str(HERE / "constraints.txt")]
 WANTED: dict[str, list[str]] = {
-    "cpu": ["--constraint", str(HERE / "constraints.txt"), "--extra-index-url", CPU_INDEX, f"torch=={TORCH}+cpu"],
-    "gpu": ["--constraint", str(HERE / "constraints.txt"), f"torch=={TORCH}"],
-    "vllm": [f"vllm=={VLLM}"],  # an environment of its own: vLLM pins a torch of its own
+    "cpu": CONSTRAINTS,
+    "gpu": CONSTRAINTS,
+    "vllm": ["vllm==0.32.0"],  # an environment of its own: vLLM pins a torch of its own
 }
 
 
 def main(names: list[str]) -> int:
     for name in names:
-        path = HERE / f"image-{name}.txt"
-        path.write_text(lock(name, asked(name)), encoding="utf-8")
+        path, packages = HERE / f"image-{name}.txt", asked(name)
+        (torch,) = (each["metadata"]["version"] for each in packages if each["metadata"]["name"] == "torch")
+        if torch.endswith("+cpu") is not (name == "cpu"):
+            sys.stderr.write(f"{path} is left as it was: pip chose torch {torch}; see PIP_EXTRA_INDEX_URL above\n")
+            return 1
+        path.write_text(lock(name, packages), encoding="utf-8")
         sys.stdout.write(f"{path}\n")
     return 0
 
@@ -49,7 +54,7 @@ def lock(name: str, packages: list[dict[str, Any]]) -> str:
         if "archive_info" in package["download_info"]:
             found = package["metadata"]
             lines += [
-                f"{normal(found['name'])}=={found['version']} \\",
+                f"{normal(found['name'])}=={found['version'].partition('+')[0]} \\",
                 f"    --hash=sha256:{digest(package['download_info'])}",
             ]
     return "\n".join(lines) + "\n"
