@@ -1,6 +1,5 @@
 """`raymill cluster apply` works any number of times, on what KubeRay, the autoscaler, Kueue and `scale` wrote since."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,17 +9,6 @@ from tests.k8s.api_stand_in import ApiStandIn
 from tests.k8s.cluster_cli import RAY, Asked, ray_object, stand_in
 from tests.k8s.manifests import cluster_spec, name_of, render
 from tests.k8s.operator_stand_in import OperatorStandIn
-
-
-@pytest.fixture
-def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ApiStandIn]:
-    with stand_in(tmp_path, monkeypatch) as api:
-        yield api
-
-
-@pytest.fixture
-def asked(capsys: pytest.CaptureFixture[str]) -> Asked:
-    return Asked(capsys)
 
 
 def group_of(api: ApiStandIn, kind: str, name: str) -> dict[str, object]:

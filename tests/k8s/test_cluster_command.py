@@ -1,6 +1,5 @@
 """`raymill cluster` prints its results and errors, through the official client and against a stand-in for the API."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,20 +7,9 @@ import yaml
 
 from cluster.cli import main
 from tests.k8s.api_stand_in import ApiStandIn
-from tests.k8s.cluster_cli import RAY, Asked, stand_in
+from tests.k8s.cluster_cli import RAY, Asked
 from tests.k8s.manifests import OVERLAYS, find, render
 from tests.k8s.operator_stand_in import OperatorStandIn
-
-
-@pytest.fixture
-def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ApiStandIn]:
-    with stand_in(tmp_path, monkeypatch) as api:
-        yield api
-
-
-@pytest.fixture
-def asked(capsys: pytest.CaptureFixture[str]) -> Asked:
-    return Asked(capsys)
 
 
 def test_render_prints_what_kustomize_makes(asked: Asked, capsys: pytest.CaptureFixture[str]) -> None:

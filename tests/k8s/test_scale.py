@@ -1,25 +1,11 @@
 """`raymill cluster scale` reaches a running cluster, job or service, and says so if it does not."""
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 
 from tests.k8s.api_stand_in import ApiStandIn
-from tests.k8s.cluster_cli import RAY, Asked, cluster_behind, ray_object, stand_in
+from tests.k8s.cluster_cli import RAY, Asked, cluster_behind, ray_object
 from tests.k8s.manifests import Manifest, cluster_spec
 from tests.k8s.operator_stand_in import OperatorStandIn
-
-
-@pytest.fixture
-def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ApiStandIn]:
-    with stand_in(tmp_path, monkeypatch) as api:
-        yield api
-
-
-@pytest.fixture
-def asked(capsys: pytest.CaptureFixture[str]) -> Asked:
-    return Asked(capsys)
 
 
 @pytest.fixture

@@ -1,27 +1,15 @@
 """`raymill cluster why-pending` gives reasons, and stops giving them, as Kubernetes 1.36 and KubeRay 1.7 leave a cluster."""
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from tests.k8s.api_stand_in import ApiStandIn
-from tests.k8s.cluster_cli import CORE, RAY, Asked, cluster_behind, ray_object, stand_in
+from tests.k8s.cluster_cli import CORE, RAY, Asked, cluster_behind, ray_object
 from tests.k8s.operator_stand_in import OperatorStandIn, unmounted, unscheduled
 
 NOTHING = {"pending": "nothing: every requested pod runs"}
-
-
-@pytest.fixture
-def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ApiStandIn]:
-    with stand_in(tmp_path, monkeypatch) as api:
-        yield api
-
-
-@pytest.fixture
-def asked(capsys: pytest.CaptureFixture[str]) -> Asked:
-    return Asked(capsys)
 
 
 @pytest.fixture
