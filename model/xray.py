@@ -162,28 +162,31 @@ def run_query(
 
     Raises `FloatingPointError` when the logits are not finite numbers.
     """
+    begun_s = clock()
     params = params.with_seed()
     reader = Reader(model, clock=clock)
     spans: list[Span] = []
     drawn: list[float] = []
     output_ids: list[int] = []
 
+    def end_span(name: str) -> None:
+        """Ends the span that began where the one before it ended, so that no time lies between two."""
+        spans.append(Span(name, spans[-1].end_s if spans else begun_s, clock()))
+
     def read(name: str, token_ids: Sequence[int]) -> Reading:
-        start_s = clock()
         reading = reader.read(token_ids)
-        spans.append(Span(name, start_s, clock()))
+        end_span(name)
         return reading
 
     readings = [read("prefill", prompt_ids)]
     while len(output_ids) < max_tokens:
-        start_s = clock()
         row = SamplingRow(params, prompt_ids, output_ids, position=len(prompt_ids) + len(output_ids))
         logits = readings[-1].logits[-1]  # (V,)
         token_id = sample(logits, params, prompt_ids=prompt_ids, output_ids=output_ids, position=row.position)
         is_greedy = params.temperature == 0
         drawn.append(1.0 if is_greedy else float(distribution(adjusted(logits, row), params)[token_id]))
         output_ids.append(token_id)
-        spans.append(Span("sample", start_s, clock()))
+        end_span("sample")
         if token_id == eos_id or len(output_ids) == max_tokens:
             break
         readings.append(read("decode", [token_id]))

@@ -29,7 +29,6 @@ def xray_answer(request: XrayRequest, *, model: GPT, served: ServedModel, arrive
     """
     spans = [Span("queue", arrived_s, time.monotonic())]
     prompt_ids = served.prompt_ids(request.prompt, max_tokens=request.max_tokens)
-    spans.append(Span("tokenize", spans[-1].end_s, time.monotonic()))
     _check_limits(request, model, num_tokens=len(prompt_ids) + request.max_tokens)
     params = SamplingParams(
         temperature=request.temperature,
@@ -38,6 +37,7 @@ def xray_answer(request: XrayRequest, *, model: GPT, served: ServedModel, arrive
         min_p=request.min_p,
         seed=request.seed,
     ).with_seed()
+    spans.append(Span("tokenize", spans[-1].end_s, time.monotonic()))
     query = run_query(model, prompt_ids, max_tokens=request.max_tokens, params=params, eos_id=served.eos_id)
     spans += query.spans
     text_ids = query.token_ids[query.num_prompt_tokens :]

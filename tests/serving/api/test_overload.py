@@ -24,6 +24,7 @@ pytestmark = pytest.mark.cluster
 
 MODEL = "long"
 LATE_S = 0.2  # another step, and what HTTP takes while others use the processors too
+STALL_S = 2.0  # in which a busy machine may let the slowest request stand; without admission it would wait for over 10 s
 OVERLOAD = 5
 MIN_BUSY = 0.7  # share of the engine's room that is used meanwhile
 MIN_GOODPUT = 0.5  # of what is answered without a queue: 0.93 to 1.05 on a quiet machine, 0.6 on one that others use
@@ -61,7 +62,8 @@ PROMPTS = Traffic(
 @dataclass(frozen=True)
 class Overloaded:
     unloaded_s: float  # the slowest of as many at a time as the engine has room for
-    p99_s: float  # of those that were taken in
+    median_s: float  # of those that were taken in
+    p99_s: float
     ttft_p99_s: float  # of their streams
     goodput: float  # answers a second, against those without a queue
     busy: float | None  # share of the engine's room that was used, where that can be seen
@@ -114,6 +116,7 @@ async def overload(
     refused = [outcome for outcome in outcomes if outcome.end is End.REFUSED]
     seen = Overloaded(
         unloaded_s=max(outcome.latency_s for outcome in unloaded),
+        median_s=percentile([outcome.latency_s for outcome in accepted], 0.5),
         p99_s=percentile([outcome.latency_s for outcome in accepted], 0.99),
         ttft_p99_s=percentile([outcome.ttft_s for outcome in accepted if outcome.ttft_s is not None], 0.99),
         goodput=len(accepted) / took_s / capacity_per_s,
@@ -133,10 +136,12 @@ def check(seen: Overloaded, traffic: Traffic, *, num_requests: int) -> None:
     assert seen.num_refused > num_requests / 2
     assert seen.goodput >= MIN_GOODPUT
     assert seen.busy is None or seen.busy >= MIN_BUSY
-    late_s, longest_queue_s = LATE_S * slowness(), traffic.engine.max_queue_s
+    late_s, stall_s, longest_queue_s = LATE_S * slowness(), STALL_S * slowness(), traffic.engine.max_queue_s
     own_s = 2 * seen.unloaded_s if traffic.is_reading else 0.0  # its prompt is read between others' tokens
-    assert seen.ttft_p99_s <= longest_queue_s + own_s + late_s
-    assert seen.p99_s <= max(own_s, seen.unloaded_s) + max(seen.unloaded_s, longest_queue_s + late_s)
+    assert seen.ttft_p99_s <= longest_queue_s + own_s + stall_s
+    answer_s = max(own_s, seen.unloaded_s)
+    assert seen.median_s <= answer_s + max(seen.unloaded_s, longest_queue_s + late_s)
+    assert seen.p99_s <= answer_s + max(seen.unloaded_s, longest_queue_s + stall_s)
     assert seen.num_refused_late <= seen.num_refused / 10, "who is refused should hear of it at once"
     assert seen.refused_median_s <= late_s
     assert seen.growth_bytes < MAX_GROWTH_BYTES
