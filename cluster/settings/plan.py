@@ -2,60 +2,53 @@
 
 from typing import Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from cluster.settings.run import Settings
+from cluster.settings.run import Settings, setting
 from model.gpus import GPUS, Gpu
 
 
 class PlanConfig(Settings):
     """The hardware that the run is to be computed on, with its price and its risk."""
 
-    gpu: str = Field(default="a100", description=f"kind of GPU, one of {', '.join(GPUS)}")
-    count: int | None = Field(default=None, ge=1, description="GPUs, one for each worker; scaling.max_workers if unset")
-    gpus_per_node: int = Field(default=8, ge=1, description="GPUs of a node")
-    mfu: float = Field(
-        default=0.4,
-        gt=0,
-        le=1,
-        description="model FLOPs utilization, the share of the GPUs' bf16 peak that the model's arithmetic uses. 0.4 "
+    gpu: str = setting("a100", f"kind of GPU, one of {', '.join(GPUS)}")
+    count: PositiveInt | None = setting(None, "GPUs, one for each worker; scaling.max_workers if unset")
+    gpus_per_node: PositiveInt = setting(8, "GPUs of a node")
+    mfu: float = setting(
+        0.4,
+        "model FLOPs utilization, the share of the GPUs' bf16 peak that the model's arithmetic uses. 0.4 "
         "is what is published for well-tuned runs (Llama 3 405B on H100: 0.38 to 0.43, PaLM on TPU v4: 0.46; GPT-3 on "
         "V100: 0.21), and is not a measurement of raymill",
-    )
-    sustained_tflops: float | None = Field(
-        default=None,
         gt=0,
-        description="TFLOP/s of each GPU, as papers report it, instead of mfu; those of activation recomputation count "
+        le=1,
+    )
+    sustained_tflops: PositiveFloat | None = setting(
+        None,
+        "TFLOP/s of each GPU, as papers report it, instead of mfu; those of activation recomputation count "
         "where recompute is set",
     )
-    recompute: bool = Field(
-        default=False,
-        description="assume that activations are computed again in backward: 8 FLOPs for each parameter and token, not "
+    recompute: bool = setting(
+        False,
+        "assume that activations are computed again in backward: 8 FLOPs for each parameter and token, not "
         "6 (raymill itself keeps them)",
     )
-    price: float | None = Field(
-        default=None, ge=0, description="dollars for an hour of one GPU; an assumption for each kind when unset"
+    price: NonNegativeFloat | None = setting(
+        None, "dollars for an hour of one GPU; an assumption for each kind when unset"
     )
-    network_gbit_per_s: float | None = Field(
-        default=None, gt=0, description="each GPU's share of the links between nodes; usual for its kind when unset"
+    network_gbit_per_s: PositiveFloat | None = setting(
+        None, "each GPU's share of the links between nodes; usual for its kind when unset"
     )
-    storage_bytes_per_s: float = Field(
-        default=1e9, gt=0, description="speed at which storage takes a checkpoint, bytes per second; an assumption"
+    storage_bytes_per_s: PositiveFloat = setting(
+        1e9, "speed at which storage takes a checkpoint, bytes per second; an assumption"
     )
-    mtbf_gpu_hours: float = Field(
-        default=50_000,
-        gt=0,
-        description="GPU-hours between failures; Llama 3 (2024) had 419 in 54 days on 16,384 GPUs: one in 50,700",
+    mtbf_gpu_hours: PositiveFloat = setting(
+        50_000, "GPU-hours between failures; Llama 3 (2024) had 419 in 54 days on 16,384 GPUs: one in 50,700"
     )
-    restart_s: float = Field(
-        default=60,
-        gt=0,
-        description="seconds from a failure to the next step; an assumption (a lost worker of a small model: 4 s)",
+    restart_s: PositiveFloat = setting(
+        60, "seconds from a failure to the next step; an assumption (a lost worker of a small model: 4 s)"
     )
-    replace_s: float = Field(
-        default=600, ge=0, description="seconds until a lost node is replaced, for --simulate; an assumption"
-    )
-    seed: int = Field(default=0, ge=0, description="seed of the failures that --simulate draws")
+    replace_s: NonNegativeFloat = setting(600, "seconds until a lost node is replaced, for --simulate; an assumption")
+    seed: NonNegativeInt = setting(0, "seed of the failures that --simulate draws")
 
     @field_validator("gpu")
     @classmethod

@@ -10,7 +10,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PlainSerializer,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from cluster.settings.batch_schedule import BatchSchedule
 from model.config import GPTConfig, preset_fields
@@ -30,6 +41,11 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+def setting(default: Any, about: str, **bounds: Any) -> Any:
+    """Returns a setting's default, its line of help, and bounds that its type does not say."""
+    return Field(default, description=about, **bounds)
+
+
 TOKENS = "tokens://"
 """Prefix in `data.source` of a finished token store's location, whose shards are used as they are."""
 
@@ -43,74 +59,58 @@ SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
 class TextConfig(Settings):
     """The text to read."""
 
-    source: str | list[str] = Field(
-        default_factory=list,
-        description="corpus: a path, file://, s3:// or hf://datasets/OWNER/NAME@REVISION URI, or a list of them; globs "
+    source: str | list[str] = setting(
+        [],
+        "corpus: a path, file://, s3:// or hf://datasets/OWNER/NAME@REVISION URI, or a list of them; globs "
         "allowed; tokens://PATH is a finished token store. Endings: .txt .jsonl .csv .parquet, .gz and .zst of the "
         "first three",
     )
-    text_field: str = Field(default="text", description="field (jsonl) or column (csv, parquet) that holds the text")
+    text_field: str = setting("text", "field (jsonl) or column (csv, parquet) that holds the text")
 
 
 class DataConfig(TextConfig):
     """The way from text to token shards."""
 
-    weights: list[Annotated[float, Field(gt=0)]] = Field(
-        default_factory=list,
-        description="share of the training rows from each source, relative to each other; by their sizes when empty",
+    weights: list[PositiveFloat] = setting(
+        [], "share of the training rows from each source, relative to each other; by their sizes when empty"
     )
-    validation: dict[SetName, str] = Field(
-        default_factory=dict,
-        description="further texts that every validation measures, by name; as a flag NAME=SOURCE ...",
+    validation: dict[SetName, str] = setting(
+        {}, "further texts that every validation measures, by name; as a flag NAME=SOURCE ..."
     )
-    tokenizer: str | None = Field(
-        default=None, description="URI of a tokenizer.json or of a folder with one; trained from the corpus when unset"
+    tokenizer: str | None = setting(
+        None, "URI of a tokenizer.json or of a folder with one; trained from the corpus when unset"
     )
-    vocab_size: int = Field(default=4096, ge=257, le=1_000_000, description="ids of the trained vocabulary")
-    normalize: list[Literal["nfc", "lowercase", "collapse_spaces"]] = Field(
-        default_factory=list, description="text normalization of a trained tokenizer, recorded in it; GPT-2 has none"
+    vocab_size: int = setting(4096, "ids of the trained vocabulary", ge=257, le=1_000_000)
+    normalize: list[Literal["nfc", "lowercase", "collapse_spaces"]] = setting(
+        [], "text normalization of a trained tokenizer, recorded in it; GPT-2 has none"
     )
-    tokenizer_sample_bytes: int = Field(
-        default=256 << 20,
-        ge=1,
-        description="bytes of text, from places all over the corpus, that the tokenizer is trained on",
+    tokenizer_sample_bytes: PositiveInt = setting(
+        256 << 20, "bytes of text, from places all over the corpus, that the tokenizer is trained on"
     )
-    invalid_utf8: Literal["replace", "skip", "fail"] = Field(
-        default="replace", description="what to do with a document that is not UTF-8: put U+FFFD, drop it, or stop"
+    invalid_utf8: Literal["replace", "skip", "fail"] = setting(
+        "replace", "what to do with a document that is not UTF-8: put U+FFFD, drop it, or stop"
     )
-    max_document_bytes: int = Field(
-        default=16 << 20,
-        ge=1,
-        description="bytes above which a document is dropped and counted; a longer txt file is cut",
+    max_document_bytes: PositiveInt = setting(
+        16 << 20, "bytes above which a document is dropped and counted; a longer txt file is cut"
     )
-    max_compression_ratio: float = Field(
-        default=100.0, gt=1, description="a .gz or .zst that unpacks to more than this many times its size is refused"
+    max_compression_ratio: float = setting(
+        100.0, "a .gz or .zst that unpacks to more than this many times its size is refused", gt=1
     )
-    max_unreadable_fraction: float = Field(
-        default=1.0,
-        ge=0,
-        le=1,
-        description="stop when a larger share of the documents is binary, not UTF-8 or without the text field",
+    max_unreadable_fraction: float = setting(
+        1.0, "stop when a larger share of the documents is binary, not UTF-8 or without the text field", ge=0, le=1
     )
-    dedup: bool = Field(
-        default=True, description="drop documents whose text occurred before, ignoring case, blanks and Unicode form"
+    dedup: bool = setting(True, "drop documents whose text occurred before, ignoring case, blanks and Unicode form")
+    near_dedup_threshold: float | None = setting(
+        None, "drop documents at least this similar (Jaccard, word 3-grams) to another", gt=0, le=1
     )
-    near_dedup_threshold: float | None = Field(
-        default=None, gt=0, le=1, description="drop documents at least this similar (Jaccard, word 3-grams) to another"
+    quality_rules: list[QualityRule] = setting(
+        [], "rules that a document must pass, with the bounds of Gopher (Rae et al., 2021)"
     )
-    quality_rules: list[QualityRule] = Field(
-        default_factory=list,
-        description="rules that a document must pass, with the bounds of Gopher (Rae et al., 2021)",
+    decontaminate_ngram: int | None = setting(
+        None, "drop training documents that share this many words in a row with validation", ge=4
     )
-    decontaminate_ngram: int | None = Field(
-        default=None, ge=4, description="drop training documents that share this many words in a row with validation"
-    )
-    val_fraction: float = Field(
-        default=0.05, ge=0, lt=1, description="share of documents held out, chosen by each document's own hash"
-    )
-    shard_bytes: int = Field(
-        default=16 << 20, ge=1, description="source bytes per shard: the unit of work and of resuming"
-    )
+    val_fraction: float = setting(0.05, "share of documents held out, chosen by each document's own hash", ge=0, lt=1)
+    shard_bytes: PositiveInt = setting(16 << 20, "source bytes per shard: the unit of work and of resuming")
 
     @model_validator(mode="after")
     def _one_weight_a_source(self) -> Self:
@@ -123,83 +123,63 @@ class DataConfig(TextConfig):
 class TrainConfig(Settings):
     """The way from tokens to weights. The global batch is the same for any number of workers."""
 
-    max_tokens: int = Field(default=10_000_000, ge=1, description="tokens to train on; never exceeded")
-    global_batch_size: int = Field(default=64, ge=1, description="sequences per optimizer step, over all workers")
-    micro_batch_size: int = Field(default=8, ge=1, description="sequences per lane; divides global_batch_size")
-    batch_ramp_tokens: int = Field(
-        default=0,
-        ge=0,
-        description="tokens over which the batch grows linearly to global_batch_size; 0: full from the start",
+    max_tokens: PositiveInt = setting(10_000_000, "tokens to train on; never exceeded")
+    global_batch_size: PositiveInt = setting(64, "sequences per optimizer step, over all workers")
+    micro_batch_size: PositiveInt = setting(8, "sequences per lane; divides global_batch_size")
+    batch_ramp_tokens: NonNegativeInt = setting(
+        0, "tokens over which the batch grows linearly to global_batch_size; 0: full from the start"
     )
-    batch_ramp_start: int | None = Field(
-        default=None, ge=1, description="sequences of the first step of a growing batch"
-    )
-    seq_len: int | None = Field(default=None, ge=1, description="tokens per sequence; model.n_positions when unset")
-    learning_rate: float = Field(default=6e-4, gt=0, description="peak learning rate")
-    schedule: Literal["cosine", "wsd"] = Field(
-        default="cosine",
-        description="learning rate after the warm-up: cosine down to the horizon; or wsd, the peak until a last, "
+    batch_ramp_start: PositiveInt | None = setting(None, "sequences of the first step of a growing batch")
+    seq_len: PositiveInt | None = setting(None, "tokens per sequence; model.n_positions when unset")
+    learning_rate: PositiveFloat = setting(6e-4, "peak learning rate")
+    schedule: Literal["cosine", "wsd"] = setting(
+        "cosine",
+        "learning rate after the warm-up: cosine down to the horizon; or wsd, the peak until a last, "
         "linear stretch of cooldown_tokens down to the horizon",
     )
-    min_learning_rate_ratio: float = Field(
-        default=0.1, ge=0, le=1, description="learning rate at the horizon, as a share of the peak"
+    min_learning_rate_ratio: float = setting(0.1, "learning rate at the horizon, as a share of the peak", ge=0, le=1)
+    warmup_tokens: NonNegativeInt | None = setting(
+        None, "linear warm-up, tokens; 375M or 2% of max_tokens, the smaller, when unset"
     )
-    warmup_tokens: int | None = Field(
-        default=None, ge=0, description="linear warm-up, tokens; 375M or 2% of max_tokens, the smaller, when unset"
+    decay_tokens: PositiveInt | None = setting(None, "horizon of the learning rate, tokens; max_tokens when unset")
+    cooldown_tokens: PositiveInt | None = setting(
+        None, "last stretch of schedule wsd, tokens; 20% of the horizon when unset"
     )
-    decay_tokens: int | None = Field(
-        default=None, ge=1, description="horizon of the learning rate, tokens; max_tokens when unset"
-    )
-    cooldown_tokens: int | None = Field(
-        default=None, ge=1, description="last stretch of schedule wsd, tokens; 20% of the horizon when unset"
-    )
-    weight_decay: float = Field(
-        default=0.1, ge=0, description="AdamW decay of matrices; biases and LayerNorms have none"
-    )
-    beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW, decay of the first moment")
-    beta2: float = Field(default=0.95, ge=0, lt=1, description="AdamW, decay of the second moment")
-    grad_clip: float = Field(default=1.0, ge=0, description="largest norm of the summed gradient; 0 never clips")
-    precision: Literal["auto", Precision] = Field(
-        default="auto",
-        description="compute precision; bf16 is autocast over fp32 master weights; auto: bf16 where the workers' "
+    weight_decay: NonNegativeFloat = setting(0.1, "AdamW decay of matrices; biases and LayerNorms have none")
+    beta1: float = setting(0.9, "AdamW, decay of the first moment", ge=0, lt=1)
+    beta2: float = setting(0.95, "AdamW, decay of the second moment", ge=0, lt=1)
+    grad_clip: NonNegativeFloat = setting(1.0, "largest norm of the summed gradient; 0 never clips")
+    precision: Literal["auto", Precision] = setting(
+        "auto",
+        "compute precision; bf16 is autocast over fp32 master weights; auto: bf16 where the workers' "
         "processor computes it at speed when the run first starts, else fp32, and the same for the rest of the run",
     )
-    exact: bool = Field(
-        default=True, description="the same bits for any number of workers; false is stock DistributedDataParallel"
+    exact: bool = setting(True, "the same bits for any number of workers; false is stock DistributedDataParallel")
+    shard_optimizer: bool = setting(
+        False, "each worker keeps AdamW's moments of its own part of the weights only (ZeRO-1)"
     )
-    shard_optimizer: bool = Field(
-        default=False, description="each worker keeps AdamW's moments of its own part of the weights only (ZeRO-1)"
+    seed: int = setting(0, "initial weights, sample order, dropout", ge=0, lt=2**63)
+    max_skipped_steps: NonNegativeInt = setting(3, "bad steps in a row that are skipped before the run is rolled back")
+    max_rollbacks: NonNegativeInt = setting(3, "rollbacks after which a run stops instead of rolling back")
+    spike_factor: NonNegativeFloat = setting(
+        0.0, "a loss this many median absolute deviations above the median is bad; 0 is off"
     )
-    seed: int = Field(default=0, ge=0, lt=2**63, description="initial weights, sample order, dropout")
-    max_skipped_steps: int = Field(
-        default=3, ge=0, description="bad steps in a row that are skipped before the run is rolled back"
+    shuffle_window_rows: PositiveInt = setting(
+        1 << 20, "rows shuffled together; windows follow each other in the order of the store"
     )
-    max_rollbacks: int = Field(default=3, ge=0, description="rollbacks after which a run stops instead of rolling back")
-    spike_factor: float = Field(
-        default=0.0, ge=0, description="a loss this many median absolute deviations above the median is bad; 0 is off"
+    document_mask: bool = setting(
+        False, "no token attends to another document in its row; positions restart at each document"
     )
-    shuffle_window_rows: int = Field(
-        default=1 << 20, ge=1, description="rows shuffled together; windows follow each other in the order of the store"
+    while_tokenizing: bool = setting(
+        False, "start on the sealed part of the token store while the rest is being written"
     )
-    document_mask: bool = Field(
-        default=False, description="no token attends to another document in its row; positions restart at each document"
+    eval_every_steps: PositiveInt = setting(100, "steps between validations; the last step always validates")
+    eval_max_tokens: PositiveInt = setting(1_000_000, "validation tokens, from the front of the split")
+    sample_prompts: list[str] = setting([], "prompts completed at every validation, with a fixed seed")
+    layer_statistics_every_steps: NonNegativeInt = setting(
+        50, "steps between measurements of each layer's gradient, weights and update; 0 never"
     )
-    while_tokenizing: bool = Field(
-        default=False, description="start on the sealed part of the token store while the rest is being written"
-    )
-    eval_every_steps: int = Field(
-        default=100, ge=1, description="steps between validations; the last step always validates"
-    )
-    eval_max_tokens: int = Field(default=1_000_000, ge=1, description="validation tokens, from the front of the split")
-    sample_prompts: list[str] = Field(
-        default_factory=list, description="prompts completed at every validation, with a fixed seed"
-    )
-    layer_statistics_every_steps: int = Field(
-        default=50, ge=0, description="steps between measurements of each layer's gradient, weights and update; 0 never"
-    )
-    hash_every_steps: int = Field(
-        default=0, ge=0, description="steps between parameter hashes in the ledger; 0 at checkpoints only"
-    )
+    hash_every_steps: NonNegativeInt = setting(0, "steps between parameter hashes in the ledger; 0 at checkpoints only")
 
     @model_validator(mode="after")
     def _cooldown_fits(self) -> Self:
@@ -237,21 +217,17 @@ class TrainConfig(Settings):
 class ScalingConfig(Settings):
     """The number of training workers, and what each may use."""
 
-    min_workers: int = Field(default=1, ge=1, description="training waits below this many workers")
-    max_workers: int = Field(default=2, ge=1, description="training grows up to this many workers")
-    threads_per_worker: int = Field(default=1, ge=1, description="compute threads, and logical CPUs, of a worker")
-    use_gpu: bool = Field(default=False, description="one GPU per worker")
-    resize_check_s: float = Field(default=10.0, gt=0, description="seconds between looks for newly available workers")
-    max_fruitless_attempts: int = Field(
-        default=6, ge=1, description="attempts in a row without progress after which the run gives up"
+    min_workers: PositiveInt = setting(1, "training waits below this many workers")
+    max_workers: PositiveInt = setting(2, "training grows up to this many workers")
+    threads_per_worker: PositiveInt = setting(1, "compute threads, and logical CPUs, of a worker")
+    use_gpu: bool = setting(False, "one GPU per worker")
+    resize_check_s: PositiveFloat = setting(10.0, "seconds between looks for newly available workers")
+    max_fruitless_attempts: PositiveInt = setting(6, "attempts in a row without progress after which the run gives up")
+    hang_timeout_s: NonNegativeFloat = setting(
+        30.0, "seconds without a sign of life before a worker is killed; 0 never does"
     )
-    hang_timeout_s: float = Field(
-        default=30.0, ge=0, description="seconds without a sign of life before a worker is killed; 0 never does"
-    )
-    price_per_device_hour: float | None = Field(
-        default=None,
-        ge=0,
-        description="price of an hour of a GPU, or of a CPU where workers have none, for the cost metrics",
+    price_per_device_hour: NonNegativeFloat | None = setting(
+        None, "price of an hour of a GPU, or of a CPU where workers have none, for the cost metrics"
     )
 
     @model_validator(mode="after")
@@ -264,40 +240,30 @@ class ScalingConfig(Settings):
 class ClusterConfig(Settings):
     """The Ray cluster to use."""
 
-    address: str | None = Field(
-        default=None, description="Ray Jobs address (http://host:8265) of a running cluster; a local one when unset"
+    address: str | None = setting(
+        None, "Ray Jobs address (http://host:8265) of a running cluster; a local one when unset"
     )
-    num_nodes: int = Field(default=3, ge=1, le=16, description="raylets of the local cluster, the head among them")
-    cpus_per_node: int | None = Field(
-        default=None, ge=1, description="logical CPUs of each local node; just enough for max_workers when unset"
+    num_nodes: int = setting(3, "raylets of the local cluster, the head among them", ge=1, le=16)
+    cpus_per_node: PositiveInt | None = setting(
+        None, "logical CPUs of each local node; just enough for max_workers when unset"
     )
 
 
 class StorageConfig(Settings):
     """The place of everything durable."""
 
-    uri: str = Field(
-        default=".raymill", description="root of tokens, runs and checkpoints: a path, file:// or s3://bucket/prefix"
-    )
+    uri: str = setting(".raymill", "root of tokens, runs and checkpoints: a path, file:// or s3://bucket/prefix")
 
 
 class CheckpointConfig(Settings):
     """The checkpoints to write and to keep."""
 
-    save_every_steps: int = Field(
-        default=100, ge=1, description="steps between checkpoints; the last step always saves"
-    )
-    num_to_keep: int = Field(
-        default=3, ge=1, description="newest checkpoints to keep, at least two; published ones are kept besides"
-    )
-    keep_best: int = Field(default=0, ge=0, description="checkpoints of the lowest validation loss to keep besides")
-    keep_every_steps: int | None = Field(
-        default=None, ge=1, description="keep each checkpoint of a multiple of these steps besides"
-    )
-    snapshot_bytes: int = Field(
-        default=16 << 30,
-        ge=0,
-        description="memory of each node for copies of the training state, which outlive its workers; 0 keeps none",
+    save_every_steps: PositiveInt = setting(100, "steps between checkpoints; the last step always saves")
+    num_to_keep: PositiveInt = setting(3, "newest checkpoints to keep, at least two; published ones are kept besides")
+    keep_best: NonNegativeInt = setting(0, "checkpoints of the lowest validation loss to keep besides")
+    keep_every_steps: PositiveInt | None = setting(None, "keep each checkpoint of a multiple of these steps besides")
+    snapshot_bytes: NonNegativeInt = setting(
+        16 << 30, "memory of each node for copies of the training state, which outlive its workers; 0 keeps none"
     )
 
 
@@ -317,10 +283,10 @@ FORMER_SETTINGS: dict[str, Any] = {
 class RunConfig(Settings):
     """The settings of a run."""
 
-    run_id: str | None = Field(
-        default=None,
+    run_id: str | None = setting(
+        None,
+        "name of the run; naming an existing one resumes it. A new one is made when unset",
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
-        description="name of the run; naming an existing one resumes it. A new one is made when unset",
     )
     data: DataConfig = DataConfig()
     model: ModelShape = GPTConfig()
@@ -410,21 +376,21 @@ def cooldown_tokens(config: RunConfig) -> int | None:
 class EvaluateConfig(Settings):
     """The settings of an evaluation. The model's shape and its tokenizer come from the checkpoint."""
 
-    checkpoint: str = Field(
-        default="latest", description="path or URI of a checkpoint's or run's folder, or `latest`: the newest published"
+    checkpoint: str = setting(
+        "latest", "path or URI of a checkpoint's or run's folder, or `latest`: the newest published"
     )
     data: TextConfig = TextConfig()
     """The text to evaluate on; the validation split that the checkpoint was trained with when unset."""
-    max_tokens: int = Field(default=10_000_000, ge=1, description="tokens to evaluate on, from the front")
-    batch_size: int = Field(default=8, ge=1, description="sequences computed together")
-    seq_len: int | None = Field(
-        default=None, ge=1, description="tokens per sequence; as the run trained, or else n_positions, when unset"
+    max_tokens: PositiveInt = setting(10_000_000, "tokens to evaluate on, from the front")
+    batch_size: PositiveInt = setting(8, "sequences computed together")
+    seq_len: PositiveInt | None = setting(
+        None, "tokens per sequence; as the run trained, or else n_positions, when unset"
     )
-    precision: Literal["auto", Precision] = Field(
-        default="auto", description="compute precision, bf16 is autocast; auto: as the run trained, or else fp32"
+    precision: Literal["auto", Precision] = setting(
+        "auto", "compute precision, bf16 is autocast; auto: as the run trained, or else fp32"
     )
-    num_workers: int = Field(default=2, ge=1, description="batches computed at once; the result does not depend on it")
-    threads_per_worker: int = Field(default=1, ge=1, description="compute threads, and logical CPUs, of a worker")
+    num_workers: PositiveInt = setting(2, "batches computed at once; the result does not depend on it")
+    threads_per_worker: PositiveInt = setting(1, "compute threads, and logical CPUs, of a worker")
     cluster: ClusterConfig = ClusterConfig()
     storage: StorageConfig = StorageConfig()
 
