@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from cluster.kube.idle import GroupBounds, NodeUse, why_not_idle
+from cluster.kube.idle import held_by_nodes, why_not_idle
 from cluster.kube.kustomize import rendered_overlay
 from cluster.kube.pending import reasons
 from cluster.kube.scale import Patch, most_replicas, resume_group, scale_group, suspend, suspend_group
-from cluster.kube.status import KINDS, Object, cluster_names, cluster_spec, full_name, groups, has_ended, sentence
+from cluster.kube.status import COMPONENT, KINDS, RAY, Object, cluster_names, full_name, groups, has_ended, sentence
 from cluster.settings.code_folders import CODE_ROOT
 from cluster.settings.parser import ConfigError
 from cluster.stages.jobs_api import JobsApi, ray_token
@@ -21,8 +21,6 @@ from model.errors import UserError
 if TYPE_CHECKING:
     from cluster.kube.client import KubeApi
 
-_RAY = "ray.io/v1"
-_COMPONENT = "app.kubernetes.io/component"
 _OVERLAYS = CODE_ROOT / "cluster" / "k8s" / "overlays"  # a link, so that a wheel has them too
 
 
@@ -74,7 +72,7 @@ def scale(arguments: argparse.Namespace) -> dict[str, Any]:
     for name, patch in patches.items():
         api.patch(targets[name], patch)
     result: dict[str, Any] = {"changed": list(patches)}
-    changed = (api.get(_RAY, target["kind"], target["metadata"]["name"]) for target in clusters or [manifest])
+    changed = (api.get(RAY, target["kind"], target["metadata"]["name"]) for target in clusters or [manifest])
     result["groups"] = [line for target in changed if target for line in groups(target)]
     if problems:
         result["not_changed"] = [str(problem) for problem in problems]
@@ -127,45 +125,30 @@ def not_idle(arguments: argparse.Namespace) -> dict[str, Any]:
     clusters = _clusters_of(api, manifest)
     if not clusters:
         raise UserError(f"{full_name(manifest)} has no cluster now: it {sentence(manifest)}")
-    cluster = clusters[0]
-    pods = api.all("v1", "Pod", selector=f"ray.io/cluster={cluster['metadata']['name']},ray.io/node-type=worker")
-    default_s = cluster_spec(cluster)["autoscalerOptions"].get("idleTimeoutSeconds", 60)
-    bounds = {
-        group["groupName"]: GroupBounds(group.get("minReplicas", 0), group.get("idleTimeoutSeconds", default_s))
-        for group in cluster_spec(cluster)["workerGroupSpecs"]
-    }
-    return why_not_idle(_node_uses(arguments.url, pods), bounds) or {"pods": "there is none but the head"}
-
-
-def _node_uses(url: str, pods: list[Object]) -> list[NodeUse]:
-    """Returns what each pod's node holds, from Ray's state API."""
-    rows = JobsApi(url, ray_token()).state_rows
+    cluster, rows = clusters[0], JobsApi(arguments.url, ray_token()).state_rows
     nodes = rows("nodes", "ALIVE")
-    names = {row["node_ip"]: row["node_id"] for row in nodes} | {row["node_name"]: row["node_id"] for row in nodes}
-    tasks, actors = rows("tasks", "RUNNING"), rows("actors", "ALIVE")
-    reserved = rows("placement_groups", "CREATED")
-
-    def use(pod: Object) -> NodeUse:
-        metadata = pod["metadata"]
-        node_id = names.get(metadata["name"], names.get(pod["status"].get("podIP", "")))
-        return NodeUse(
-            metadata["name"],
-            metadata["labels"]["ray.io/group"],
-            tasks=tuple(row["name"] for row in tasks if row["node_id"] == node_id and row["type"] == "NORMAL_TASK"),
-            actors=tuple(row["class_name"] for row in actors if row["node_id"] == node_id),
-            placement_groups=sum(any(bundle["node_id"] == node_id for bundle in row["bundles"]) for row in reserved),
-        )
-
-    return list(map(use, pods))
+    ids = {row["node_ip"]: row["node_id"] for row in nodes} | {row["node_name"]: row["node_id"] for row in nodes}
+    held = held_by_nodes(
+        tasks=rows("tasks", "RUNNING"),
+        actors=rows("actors", "ALIVE"),
+        placement_groups=rows("placement_groups", "CREATED"),
+    )
+    holds: dict[str, dict[str, list[str]]] = {}
+    selector = f"ray.io/cluster={cluster['metadata']['name']},ray.io/node-type=worker"
+    for pod in api.all("v1", "Pod", selector=selector):
+        name, group = pod["metadata"]["name"], pod["metadata"]["labels"]["ray.io/group"]
+        node_id = ids.get(name, ids.get(pod["status"].get("podIP", ""), ""))
+        holds.setdefault(group, {})[name] = held.get(node_id, [])
+    return why_not_idle(cluster, holds) or {"pods": "there is none but the head"}
 
 
 def _objects(arguments: argparse.Namespace) -> list[Object]:
     objects = rendered_overlay(overlay_folder(arguments.overlay), arguments.namespace)
     if arguments.component is None:
         return objects
-    chosen = [o for o in objects if o["metadata"].get("labels", {}).get(_COMPONENT) == arguments.component]
+    chosen = [o for o in objects if o["metadata"].get("labels", {}).get(COMPONENT) == arguments.component]
     if not chosen:
-        known = sorted({o["metadata"]["labels"][_COMPONENT] for o in objects if "labels" in o["metadata"]})
+        known = sorted({o["metadata"]["labels"][COMPONENT] for o in objects if "labels" in o["metadata"]})
         raise ConfigError(f"unknown component {arguments.component!r}; expected one of {', '.join(known)}")
     return chosen
 
@@ -187,9 +170,10 @@ def _api(namespace: str | None) -> "KubeApi":
 
 
 def _all(api: "KubeApi", name: str | None) -> list[Object]:
+    """Returns the named object, or all but the clusters that others own."""
     if name is not None:
         return [_find(api, name)]
-    found = [manifest for kind in KINDS for manifest in api.all(_RAY, kind)]
+    found = _everything(api)
     if not found:
         kinds = "RayCluster, RayJob or RayService"
         raise UserError(f"the namespace {api.namespace} has no {kinds}: `raymill cluster apply` makes them")
@@ -199,21 +183,22 @@ def _all(api: "KubeApi", name: str | None) -> list[Object]:
 
 def _find(api: "KubeApi", name: str) -> Object:
     """Returns the object called `NAME`, or `KIND/NAME` where several kinds share the name."""
-    kind, _, plain = name.rpartition("/")
-    kinds = [known for known in KINDS if kind.lower() in ("", known.lower())]
-    if not kinds:
-        raise ConfigError(f"unknown kind {kind!r}; expected {', '.join(known.lower() for known in KINDS)}")
-    found = [manifest for known in kinds if (manifest := api.get(_RAY, known, plain)) is not None]
+    everything = _everything(api)
+    found = [o for o in everything if name.lower() in (o["metadata"]["name"], full_name(o).lower())]
     if not found:
-        names = ", ".join(full_name(manifest) for manifest in (m for known in KINDS for m in api.all(_RAY, known)))
-        raise UserError(f"the namespace {api.namespace} has no {name}; it has {names or 'none'}")
+        names = ", ".join(map(full_name, everything)) or "none"
+        raise UserError(f"the namespace {api.namespace} has no {name}; it has {names}")
     if len(found) > 1:
         raise ConfigError(f"{name} may be {' or '.join(map(full_name, found))}; say which")
     return found[0]
+
+
+def _everything(api: "KubeApi") -> list[Object]:
+    return [manifest for kind in KINDS for manifest in api.all(RAY, kind)]
 
 
 def _clusters_of(api: "KubeApi", manifest: Object) -> list[Object]:
     """Returns the existing RayClusters behind an object, or a RayCluster itself."""
     if manifest["kind"] == "RayCluster":
         return [manifest]
-    return [found for name in cluster_names(manifest) if (found := api.get(_RAY, "RayCluster", name)) is not None]
+    return [found for name in cluster_names(manifest) if (found := api.get(RAY, "RayCluster", name)) is not None]

@@ -1,59 +1,50 @@
 """Says why each pod of a Ray cluster does not go away, from what Ray says about its nodes. Pure."""
 
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from typing import Any
+
+from cluster.kube.status import Object, cluster_spec
+
+Rows = list[dict[str, Any]]
+"""Rows of Ray's state API."""
 
 
-@dataclass(frozen=True)
-class NodeUse:
-    """A worker node, and what it holds."""
-
-    name: str  # of its pod
-    group: str
-    tasks: tuple[str, ...] = ()  # names of those that run there
-    actors: tuple[str, ...] = ()  # class names of those that live there
-    placement_groups: int = 0  # number of those that reserve resources there
-
-
-@dataclass(frozen=True)
-class GroupBounds:
-    min_replicas: int
-    idle_timeout_s: int
+def held_by_nodes(*, tasks: Rows, actors: Rows, placement_groups: Rows) -> dict[str, list[str]]:
+    """Returns in words what each node holds, by its id: running tasks, living actors, reserved resources."""
+    held = defaultdict[str, list[str]](list)
+    normal = [row for row in tasks if row["type"] == "NORMAL_TASK"]
+    for word, rows, key in (("task", normal, "name"), ("actor", actors, "class_name")):
+        for node, count in Counter(row["node_id"] for row in rows).items():
+            names = sorted({row[key] for row in rows if row["node_id"] == node})
+            some = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
+            held[node].append(f"{_number(count, word)} ({some})")
+    sharers = (node for row in placement_groups for node in {bundle["node_id"] for bundle in row["bundles"]})
+    for node, count in Counter(sharers).items():
+        held[node].append(f"a share of {_number(count, 'placement group')}")
+    return dict(held)
 
 
-def why_not_idle(nodes: list[NodeUse], bounds: dict[str, GroupBounds]) -> dict[str, str]:
-    """Returns a reason by pod name. Of a group's pods without work, `minReplicas` decides how many stay."""
-    reasons: dict[str, str] = {}
-    for group, bound in bounds.items():
-        ours = [node for node in nodes if node.group == group]
-        busy = [node for node in ours if _holds(node)]
-        kept = max(0, bound.min_replicas - len(busy))
-        for node in ours:
-            if held := _holds(node):
-                reasons[node.name] = f"holds {', '.join(held)}"
-            elif kept:
-                kept -= 1
-                reasons[node.name] = f"has no work, and stays as {group} keeps {bound.min_replicas} pods (minReplicas)"
+def why_not_idle(cluster: Object, holds: dict[str, dict[str, list[str]]]) -> dict[str, str]:
+    """Returns a reason by pod name. `holds` has what each pod of each worker group holds.
+
+    Of a group's pods without work, `minReplicas` decides how many stay.
+    """
+    reasons, spec = {}, cluster_spec(cluster)
+    for group in spec["workerGroupSpecs"]:
+        name, lowest = group["groupName"], group.get("minReplicas", 0)
+        idle_s = group.get("idleTimeoutSeconds", spec["autoscalerOptions"].get("idleTimeoutSeconds", 60))
+        pods = holds.get(name, {})
+        num_kept = lowest - sum(map(bool, pods.values()))
+        for pod, held in pods.items():
+            if held:
+                reasons[pod] = f"holds {', '.join(held)}"
+            elif num_kept > 0:
+                num_kept -= 1
+                reasons[pod] = f"has no work, and stays as {name} keeps {lowest} pods (minReplicas)"
             else:
-                wait = f"{bound.idle_timeout_s} s after its last (idleTimeoutSeconds)"
-                reasons[node.name] = f"has no work, and goes {wait}"
+                reasons[pod] = f"has no work, and goes {idle_s} s after its last (idleTimeoutSeconds)"
     return reasons
 
 
-def _holds(node: NodeUse) -> list[str]:
-    held = []
-    if node.tasks:
-        held.append(f"{_number(node.tasks, 'task')} ({_names(node.tasks)})")
-    if node.actors:
-        held.append(f"{_number(node.actors, 'actor')} ({_names(node.actors)})")
-    if node.placement_groups:
-        held.append(f"a share of {node.placement_groups} placement group{'s' * (node.placement_groups > 1)}")
-    return held
-
-
-def _number(things: tuple[str, ...], word: str) -> str:
-    return f"{len(things)} {word}{'s' * (len(things) > 1)}"
-
-
-def _names(things: tuple[str, ...]) -> str:
-    names = sorted(set(things))
-    return ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
+def _number(count: int, word: str) -> str:
+    return f"{count} {word}{'s' * (count > 1)}"

@@ -6,7 +6,10 @@ from typing import Any
 
 Object = dict[str, Any]
 
+RAY = "ray.io/v1"
 KINDS = ("RayCluster", "RayJob", "RayService")
+COMPONENT = "app.kubernetes.io/component"
+"""The label with the component that an object of the manifests belongs to."""
 
 _JOBS = {
     "Initializing": "is starting its cluster",
@@ -15,7 +18,6 @@ _JOBS = {
     "Complete": "is done",
     "Failed": "has failed",
     "Suspending": "is being suspended",
-    "Suspended": "is suspended: it has no pods",
     "Retrying": "failed and is being retried on a new cluster",
     "ValidationFailed": "is refused by KubeRay",
 }
@@ -29,14 +31,14 @@ def cluster_spec(manifest: Object) -> Object:
 
 def sentence(manifest: Object) -> str:
     """Says what the object is doing, and what keeps it from what it should do."""
-    status = manifest.get("status") or {}
+    status, kind = manifest.get("status") or {}, manifest["kind"]
+    has_no_pods = "suspended" in (status.get("state"), status.get("jobDeploymentStatus", "").lower())
+    if has_no_pods or (manifest["spec"].get("suspend") and not (status and kind == "RayJob")):
+        return f"is suspended: it has no pods{_queue(manifest)}"
     if not status:
-        if manifest["spec"].get("suspend"):
-            return f"is suspended: it has no pods{_queue(manifest)}"
         return "has not been seen by KubeRay: is the operator running, and does it watch this namespace?"
-    kind = manifest["kind"]
     if kind == "RayJob":
-        return _job(manifest, status)
+        return _job(status)
     return _service(manifest, status) if kind == "RayService" else _cluster(manifest, status)
 
 
@@ -98,11 +100,9 @@ def suspended_bounds(manifest: Object, group: str) -> tuple[int, int] | None:
     return int(lowest), int(most)
 
 
-def _job(manifest: Object, status: Object) -> str:
+def _job(status: Object) -> str:
     state = status.get("jobDeploymentStatus", "")
     text = _JOBS.get(state, "has not been started yet")
-    if state == "Suspended":
-        text += _queue(manifest)
     if state == "Running" and status.get("jobStatus") == "PENDING":
         text = "has a cluster, on which its job does not run yet"
     if state in ("Failed", "Retrying", "ValidationFailed"):
@@ -112,8 +112,6 @@ def _job(manifest: Object, status: Object) -> str:
 
 
 def _service(manifest: Object, status: Object) -> str:
-    if manifest["spec"].get("suspend"):
-        return f"is suspended: it has no pods{_queue(manifest)}"
     ready, upgrade = (conditions(manifest).get(kind, {}) for kind in ("Ready", "UpgradeInProgress"))
     active, pending = status.get("activeServiceStatus") or {}, status.get("pendingServiceStatus") or {}
     ill = [
@@ -133,8 +131,6 @@ def _service(manifest: Object, status: Object) -> str:
 
 def _cluster(manifest: Object, status: Object) -> str:
     failure, head = (conditions(manifest).get(kind, {}) for kind in ("ReplicaFailure", "HeadPodReady"))
-    if manifest["spec"].get("suspend") or status.get("state") == "suspended":
-        return f"is suspended: it has no pods{_queue(manifest)}"
     if failure.get("status") == "True":
         return f"cannot make its pods{_why(failure)}"
     if head.get("status") == "False":

@@ -4,15 +4,13 @@ from pathlib import Path
 from typing import Any
 
 from cluster.kube.kustomize import rendered_overlay
-from cluster.kube.status import Object
+from cluster.kube.status import RAY, Object
 from cluster.settings.parser import ConfigError
 from cluster.settings.run import RunConfig
 from cluster.submission.backend import JobBackend
 from cluster.submission.preflight import Folders
 from cluster.submission.rayjob import rayjob, rayjob_name
 from cluster.submission.record import Backend, JobRecord, JobState
-
-_RAY = "ray.io/v1"
 
 
 class KubeJobs(JobBackend):
@@ -29,7 +27,7 @@ class KubeJobs(JobBackend):
         self._needs: dict[str, Any] = {}
 
     def probe(self) -> None:
-        self._api.all(_RAY, "RayJob")
+        self._api.all(RAY, "RayJob")
 
     def check(self, config: RunConfig, stage: str, needs: dict[str, Any]) -> None:
         self._needs = needs
@@ -50,13 +48,13 @@ class KubeJobs(JobBackend):
         """Applies the job first: it owns its settings, so Kubernetes removes them with it; its pods wait for them."""
         job, settings = self.objects(config, record.stage, number=record.number)
         made = self._api.apply(job)
-        owner = {"apiVersion": _RAY, "kind": "RayJob", "name": record.job, "uid": made["metadata"]["uid"]}
+        owner = {"apiVersion": RAY, "kind": "RayJob", "name": record.job, "uid": made["metadata"]["uid"]}
         settings["metadata"]["ownerReferences"] = [owner]
         self._api.apply(settings)
         return record
 
     def state(self, record: JobRecord) -> JobState | None:
-        job = self._api.get(_RAY, "RayJob", record.job)
+        job = self._api.get(RAY, "RayJob", record.job)
         if job is None:
             return None
         status = job.get("status") or {}
@@ -70,4 +68,4 @@ class KubeJobs(JobBackend):
 
     def stop(self, record: JobRecord) -> None:
         """Deletes the object: its pods are drained, so the run saves, and it cannot be resumed beside a later job."""
-        self._api.delete(_RAY, "RayJob", record.job)
+        self._api.delete(RAY, "RayJob", record.job)

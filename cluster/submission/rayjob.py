@@ -6,7 +6,7 @@ import re
 import shlex
 from typing import Any
 
-from cluster.kube.status import Object, cluster_spec
+from cluster.kube.status import COMPONENT, Object, cluster_spec
 from cluster.settings.run import RunConfig, to_yaml
 from cluster.stages.run_mirrored import entrypoint
 from cluster.stages.stage_module import STAGES
@@ -16,7 +16,6 @@ RUN_ANNOTATION = "raymill/run-id"
 COMPONENTS = {"tokenize": "tokenize", "pretrain": "pretrain", "pipeline": "pretrain"}
 """The component whose RayJob a stage copies, with its pods and network policies."""
 
-_COMPONENT = "app.kubernetes.io/component"
 _VOLUME, _PATH = "run-config", "/config/run.yaml"
 _SUFFIXES = {"": 1.0, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9}
 _SUFFIXES |= {"Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30, "Ti": 2.0**40}
@@ -34,7 +33,8 @@ def rayjob(objects: list[Object], config: RunConfig, stage: str, *, name: str, n
         if volume["name"] == _VOLUME:
             volume["configMap"]["name"] = name
     if stage != "tokenize":
-        _fit(job, config, needs)
+        for group in cluster_spec(job)["workerGroupSpecs"]:  # a second one stands in for the first
+            _fit_group(group, config, needs)
     settings: Object = {
         "apiVersion": "v1",
         "kind": "ConfigMap",
@@ -54,21 +54,15 @@ def rayjob_name(run_id: str, number: int) -> str:
 
 def _model_of(objects: list[Object], component: str) -> Object:
     found = [
-        o for o in objects if o["kind"] == "RayJob" and o["metadata"].get("labels", {}).get(_COMPONENT) == component
+        o for o in objects if o["kind"] == "RayJob" and o["metadata"].get("labels", {}).get(COMPONENT) == component
     ]
     if len(found) != 1:
         raise AdmissionError(f"the overlay has {len(found)} RayJobs of the component {component!r}; expected one")
     return found[0]
 
 
-def _fit(job: Object, config: RunConfig, needs: dict[str, Any]) -> None:
-    """Sets each group's bounds to the pods that `scaling.max_workers` workers fill: a second group stands in for the
-    first."""
-    for group in cluster_spec(job)["workerGroupSpecs"]:
-        _fit_group(group, config, needs)
-
-
 def _fit_group(group: Object, config: RunConfig, needs: dict[str, Any]) -> None:
+    """Sets the group's bounds to the pods that `scaling.max_workers` workers fill."""
     limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
     scaling, name = config.scaling, group["groupName"]
     cpus, memory = _quantity(limits["cpu"]), _quantity(limits["memory"])

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster.kube.idle import GroupBounds, NodeUse, why_not_idle
+from cluster.kube.idle import held_by_nodes, why_not_idle
 from cluster.kube.pending import is_pending, why_not_made, why_pending
 from cluster.kube.scale import resume_group, scale_group, suspend, suspend_group
 from cluster.kube.status import groups, sentence
@@ -188,15 +188,18 @@ def test_a_quota_that_is_used_up_is_named() -> None:
 
 
 def test_a_pod_that_stays_says_what_it_holds() -> None:
-    nodes = [
-        NodeUse("a", "gpus", actors=("Trainer", "Trainer"), placement_groups=1),
-        NodeUse("b", "gpus", tasks=("tokenize",)),
-        NodeUse("c", "gpus"),
-        NodeUse("d", "cpus"),
-        NodeUse("e", "cpus"),
-    ]
-    bounds = {"gpus": GroupBounds(min_replicas=0, idle_timeout_s=300), "cpus": GroupBounds(1, 120)}
-    assert why_not_idle(nodes, bounds) == {
+    held = held_by_nodes(
+        tasks=[
+            {"node_id": "2", "name": "tokenize", "type": "NORMAL_TASK"},
+            {"node_id": "3", "name": "step", "type": "ACTOR_TASK"},
+        ],
+        actors=[{"node_id": "1", "class_name": "Trainer"}] * 2,
+        placement_groups=[{"bundles": [{"node_id": "1"}, {"node_id": "1"}]}],
+    )
+    groups = [{"groupName": "gpus"}, {"groupName": "cpus", "minReplicas": 1, "idleTimeoutSeconds": 120}]
+    spec = {"workerGroupSpecs": groups, "autoscalerOptions": {"idleTimeoutSeconds": 300}}
+    holds = {"gpus": {"a": held["1"], "b": held["2"], "c": held.get("3", [])}, "cpus": {"d": [], "e": []}}
+    assert why_not_idle({"kind": "RayCluster", "spec": spec}, holds) == {
         "a": "holds 2 actors (Trainer), a share of 1 placement group",
         "b": "holds 1 task (tokenize)",
         "c": "has no work, and goes 300 s after its last (idleTimeoutSeconds)",
