@@ -9,10 +9,10 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 from urllib.parse import quote, urlsplit
 
 import requests
@@ -30,14 +30,11 @@ TIMEOUT_S = 10.0
 RETRIES_AFTER_S = (0.5, 2.0, 5.0)
 
 Json = dict[str, Any]
+Answer = TypeVar("Answer")
 
 
 class GrafanaError(UserError):
     """Grafana cannot be reached, or refuses a request."""
-
-
-class NotThereError(GrafanaError):
-    """Grafana answered 404."""
 
 
 class AwayError(GrafanaError):
@@ -58,13 +55,23 @@ class Annotation:
         return ["raymill", self.kind, self.subject]
 
 
+def _retried(ask: Callable[[], Answer]) -> Answer:
+    """Asks again where Grafana did not answer."""
+    for wait_s in RETRIES_AFTER_S:
+        try:
+            return ask()
+        except AwayError:
+            time.sleep(wait_s)
+    return ask()
+
+
 class Grafana:
-    def __init__(self, url: str, token: str, *, sleep: Callable[[float], None] = time.sleep) -> None:
+    def __init__(self, url: str, token: str) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.netloc:
             raise ConfigError(f"{URL_VARIABLE}={url!r}: expected a URL such as https://grafana.example.org")
         prefix = parts.path.strip("/")
-        self._url, self._sleep = url, sleep
+        self._url = url
         self._face = GrafanaFace(
             auth=token,
             protocol=parts.scheme,
@@ -91,83 +98,68 @@ class Grafana:
 
     def push_data_source(self, prometheus_url: str) -> str:
         """Pushes and returns `created`, `updated` or `unchanged`, like the other methods that push."""
-        wanted = data_source(prometheus_url)
-        try:
-            found = self._call("GET", f"/datasources/uid/{DATA_SOURCE_UID}")
-        except NotThereError:
-            self._call("POST", "/datasources", wanted)
+        wanted, path = data_source(prometheus_url), f"/datasources/uid/{DATA_SOURCE_UID}"
+        found = self._ask("GET", path)
+        if found is None:
+            self._ask("POST", "/datasources", wanted)
             return "created"
         if not differences(wanted, found):
             return "unchanged"
-        self._call("PUT", f"/datasources/uid/{DATA_SOURCE_UID}", wanted)
+        self._ask("PUT", path, wanted)
         return "updated"
 
     def push_folder(self) -> str:
-        try:
-            self._call("GET", f"/folders/{FOLDER_UID}")
-        except NotThereError:
-            self._call("POST", "/folders", {"uid": FOLDER_UID, "title": FOLDER_TITLE})
-            return "created"
-        return "unchanged"
+        if self._ask("GET", f"/folders/{FOLDER_UID}") is not None:
+            return "unchanged"
+        self._ask("POST", "/folders", {"uid": FOLDER_UID, "title": FOLDER_TITLE})
+        return "created"
 
     def push_dashboard(self, dashboard: Json) -> str:
         there = self.dashboard(dashboard["uid"])
         if there is not None and not differences(dashboard, there):
             return "unchanged"
         body = {"dashboard": dashboard, "folderUid": FOLDER_UID, "overwrite": True, "message": "raymill dashboards"}
-        self._call("POST", "/dashboards/db", body)
+        self._ask("POST", "/dashboards/db", body)
         return "created" if there is None else "updated"
 
     def dashboard(self, uid: str) -> Json | None:
-        try:
-            return dict(self._call("GET", f"/dashboards/uid/{uid}")["dashboard"])
-        except NotThereError:
-            return None
+        found = self._ask("GET", f"/dashboards/uid/{uid}")
+        return None if found is None else dict(found["dashboard"])
 
     def annotate(self, annotation: Annotation) -> str:
         """Annotates once, even if the same is asked again or an answer was lost."""
+        return _retried(lambda: self._annotate(annotation))
+
+    def _annotate(self, annotation: Annotation) -> str:
         time_ms = round(annotation.time_s * 1000)
         tags = "&".join(f"tags={quote(tag)}" for tag in annotation.tags)
-        body = {"time": time_ms, "tags": annotation.tags, "text": annotation.text}
-        for wait_s in (*RETRIES_AFTER_S, None):
-            found = self._call("GET", f"/annotations?from={time_ms}&to={time_ms}&{tags}")
-            if any(there["text"] == annotation.text for there in found):
-                return "unchanged"
-            try:
-                self._call("POST", "/annotations", body, retries_after_s=())
-                return "created"
-            except AwayError:
-                if wait_s is None:
-                    raise
-            self._sleep(wait_s)
-        raise AssertionError("the last round returns or raises")
+        found = self._ask_once("GET", f"/annotations?from={time_ms}&to={time_ms}&{tags}")
+        if any(there["text"] == annotation.text for there in found):
+            return "unchanged"
+        self._ask_once("POST", "/annotations", {"time": time_ms, "tags": annotation.tags, "text": annotation.text})
+        return "created"
 
-    def _call(
-        self, method: str, path: str, body: Json | None = None, *, retries_after_s: Sequence[float] | None = None
-    ) -> Any:
-        """Returns the answer's JSON, or None if it is empty."""
-        for wait_s in (*(RETRIES_AFTER_S if retries_after_s is None else retries_after_s), None):
-            try:
-                return getattr(self._face.api, method)(path, json=body)
-            except requests.JSONDecodeError as error:
-                if not error.doc:
-                    return None
-                raise GrafanaError(
-                    f"{self._url} answered {method} {path} with something else than JSON ({error.doc[:80]!r}); is "
-                    f"{URL_VARIABLE} the address of a Grafana?"
-                ) from None
-            except GrafanaClientError as error:
-                if error.status_code == requests.codes.not_found:
-                    raise NotThereError(f"{self._url} has no {path}") from None
-                if error.status_code != requests.codes.too_many_requests:
-                    raise GrafanaError(f"{self._url} refused {method} {path}: {error.message}") from None
-                failure: Exception = error
-            except (GrafanaException, TypeError, requests.RequestException) as error:
-                failure = error
-            if wait_s is None:
-                raise AwayError(f"{self._url} does not answer {method} {path}: {failure}")
-            self._sleep(wait_s)
-        raise AssertionError("the last round returns or raises")
+    def _ask(self, method: str, path: str, body: Json | None = None) -> Any:
+        return _retried(lambda: self._ask_once(method, path, body))
+
+    def _ask_once(self, method: str, path: str, body: Json | None = None) -> Any:
+        """Returns the answer's JSON, an empty object if it has no body, and None for what is not there."""
+        try:
+            return getattr(self._face.api, method)(path, json=body)
+        except requests.JSONDecodeError as error:
+            if not error.doc:
+                return {}
+            raise GrafanaError(
+                f"{self._url} answered {method} {path} with something else than JSON ({error.doc[:80]!r}); is "
+                f"{URL_VARIABLE} the address of a Grafana?"
+            ) from None
+        except GrafanaClientError as error:
+            if error.status_code == requests.codes.not_found and method == "GET":
+                return None
+            kind, does = (AwayError, "does not answer") if error.status_code == 429 else (GrafanaError, "refused")
+            raise kind(f"{self._url} {does} {method} {path}: {error.message}") from None
+        except (GrafanaException, TypeError, requests.RequestException) as error:
+            raise AwayError(f"{self._url} does not answer {method} {path}: {error}") from None
 
 
 class Annotator:
