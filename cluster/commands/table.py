@@ -98,7 +98,7 @@ class Command:
 GROUPS = {
     "storage": "check a storage",
     "data": "look at a corpus before a job is spent, and at a token store afterwards",
-    "dashboards": "manage the Grafana dashboards and the alerts, made from the metric table",
+    "dashboards": "manage the Grafana dashboards, made from the metric table, and the alerts",
     "checkpoint": "look at checkpoints",
     "cluster": "render and apply the manifests, scale their groups, and say why a pod is pending or stays",
 }

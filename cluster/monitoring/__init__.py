@@ -1,1 +1,1 @@
-"""The metric table and all that is made from it: exports, dashboards, alerts."""
+"""The metric table, what is made from it (exports, dashboards), and the files for Grafana and Prometheus."""

@@ -5,9 +5,12 @@ from pathlib import Path
 
 import yaml
 
-from cluster.monitoring.alerts import ALERTS, rules
-from cluster.monitoring.metric_table import SERIES
+from cluster.monitoring.files import files
+from cluster.monitoring.metric_table import BUDGET, FAST_BURN, SERIES, SLOW_BURN, error_ratio
 from tests.prometheus import needs_prometheus, promtool
+
+RULES = files()["prometheus/rules.yaml"]
+ALERTS = {rule["alert"]: rule["expr"] for group in yaml.safe_load(RULES)["groups"] for rule in group["rules"]}
 
 RUN = '{run="a"}'
 DEPLOYMENT = '{application="raymill",deployment="Replica"}'
@@ -88,26 +91,32 @@ CASES: list[tuple[str, dict[str, str | None], int, set[str]]] = [
 
 
 def test_rules_read_metrics_of_the_table_alone() -> None:
-    for alert in ALERTS:
-        names = set(re.findall(r"\bray_\w+", alert.expr))
-        assert names and names <= SERIES.keys(), alert.name
+    for alert, expr in ALERTS.items():
+        names = set(re.findall(r"\bray_\w+", expr))
+        assert names and names <= SERIES.keys(), alert
+
+
+def test_the_error_budget_is_that_of_the_table() -> None:
+    for speed, factor, windows in (("Fast", FAST_BURN, ("1h", "5m")), ("Slow", SLOW_BURN, ("6h", "30m"))):
+        burning = " and ".join(f"({error_ratio(window)}) > {factor:g} * {BUDGET}" for window in windows)
+        assert ALERTS[f"RaymillEndpointErrorBudget{speed}Burn"] == burning
 
 
 def test_every_alert_is_tested_both_ways() -> None:
-    assert {name for *_, fire in CASES for name in fire} == {alert.name for alert in ALERTS}
+    assert {name for *_, fire in CASES for name in fire} == ALERTS.keys()
 
 
 @needs_prometheus
 def test_alerts_fire_when_they_should_and_only_then(tmp_path: Path) -> None:
-    (tmp_path / "rules.yaml").write_text(yaml.safe_dump(rules()))
+    (tmp_path / "rules.yaml").write_text(RULES)
     tests = []
     for what, changes, minute, firing in CASES:
         series = {name: values for name, values in (FINE | changes).items() if values is not None}
         expectations = [
             {
-                "expr": f'count(ALERTS{{alertname="{alert.name}",alertstate="firing"}}) or vector(0)',
+                "expr": f'count(ALERTS{{alertname="{alert}",alertstate="firing"}}) or vector(0)',
                 "eval_time": f"{minute}m",
-                "exp_samples": [{"labels": "{}", "value": int(alert.name in firing)}],
+                "exp_samples": [{"labels": "{}", "value": int(alert in firing)}],
             }
             for alert in ALERTS
         ]
