@@ -2,6 +2,7 @@
 # Roles that read and write the bucket, and which service account has which, by EKS Pod Identity:
 #   k8s/nodes/eks/identities.sh CLUSTER BUCKET
 set -eu
+export AWS_PAGER=  # or each answer waits in a pager
 cluster=$1 bucket=$2
 account=$(aws sts get-caller-identity --query Account --output text)
 trust='{"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Principal": {"Service": "pods.eks.amazonaws.com"},
@@ -10,6 +11,7 @@ trust='{"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Principal": 
 # role NAME ACTIONS RESOURCE: may list and read all of the bucket, and ACTIONS on RESOURCE.
 role() {
   aws iam create-role --role-name "raymill-$1" --assume-role-policy-document "$trust"
+  aws iam wait role-exists --role-name "raymill-$1"  # a new role is not known everywhere at once
   aws iam put-role-policy --role-name "raymill-$1" --policy-name bucket --policy-document "{\"Version\": \"2012-10-17\",
     \"Statement\": [
       {\"Effect\": \"Allow\", \"Action\": \"s3:ListBucket\", \"Resource\": \"arn:aws:s3:::$bucket\"},
