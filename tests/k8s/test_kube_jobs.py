@@ -21,6 +21,7 @@ from tests.k8s import life_rules, network_rules, operator_rules, security_rules
 from tests.k8s.api_stand_in import ApiStandIn
 from tests.k8s.cluster_cli import operators_rights, stand_in
 from tests.k8s.manifests import CRDS, K8S, render
+from tests.k8s.operator_stand_in import OperatorStandIn
 from tests.k8s.schema_rules import builtin_problems, crd_problems
 from tests.time_limits import limit_s
 
@@ -157,6 +158,30 @@ def test_a_run_is_submitted_once_told_of_stopped_and_resumed(
     assert (told["state"], told["result"]) == ("succeeded", {"loss": 1.0})
     assert asked(capsys, "logs", "Demo_1", *storage)["lines"] == ["hello"]
     assert [row["state"] for row in asked(capsys, "list", *storage)["jobs"]] == ["succeeded"]
+
+
+@pytest.mark.parametrize("reason", ["DeadlineExceeded", "JobStatusCheckTimeoutExceeded"])
+def test_a_job_that_kuberay_does_not_retry_has_failed_and_is_submitted_again(
+    api: ApiStandIn, words: list[str], s3_bucket: str, capsys: pytest.CaptureFixture[str], reason: str
+) -> None:
+    """`backoffLimit` is for a job that failed, not for one out of time or out of KubeRay's sight (a lost head)."""
+    operator = OperatorStandIn(api)
+    job = f"{RAY}/rayjobs/{asked(capsys, *words)['job']}"
+    operator.look()
+    if reason == "DeadlineExceeded":
+        ended: dict[str, Any] = {"startTime": "2020-01-01T00:00:00Z"}
+    else:
+        ended = {"jobDeploymentStatus": "Failed", "jobStatus": "RUNNING", "reason": reason}
+    api.patch(f"{job}/status", "application/merge-patch+json", {"status": ended})
+    operator.look()
+    found = api.get(job)
+    assert found is not None and found["spec"]["backoffLimit"] > 0
+    assert (found["status"]["jobDeploymentStatus"], found["status"]["reason"]) == ("Failed", reason)
+    (lines,) = asked(capsys, "cluster", "status", job.rpartition("/")[2]).values()
+    assert lines[0] == f"has failed ({reason})"
+    assert asked(capsys, "status", "Demo_1", "--storage.uri", f"s3://{s3_bucket}/store", code=1)["state"] == "failed"
+    again = asked(capsys, *words)
+    assert (again["new"], again["number"]) == (True, 2)
 
 
 def test_the_job_goes_into_another_namespace(
