@@ -1,5 +1,8 @@
 """Bounds that uvicorn does not have: on the time and size of headers and trailers, on pipelined requests, idle
 connections and stalled readers. The only file that uses uvicorn's private names.
+
+An offer to speak another protocol (`Upgrade`) is ignored here, as HTTP allows. uvicorn's parser believes such a request
+to have no body and takes the body for the next request, so it gets the same head again without the offer.
 """
 
 import asyncio
@@ -9,6 +12,7 @@ import uuid
 from collections.abc import Sized
 from typing import ClassVar
 
+import httptools
 import uvicorn.config
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -43,6 +47,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._refusal = closing(400, "This is not a valid HTTP/1.1 request.", code="invalid_http")
         self._unread = bytearray()
         self._in_headers = False
+        self._head_without_offer = b""
         self._num_header_bytes = 0  # of headers, trailers and chunk ends since the last byte of a body
         self._header_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
@@ -80,6 +85,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self._head_without_offer:  # of the request that is parsed again
+            return
         self._num_header_bytes = 0
         super().on_message_complete()
 
@@ -93,6 +100,11 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if len(self.headers) > MAX_HEADERS or num_bytes > MAX_HEADER_BYTES:
             self._refusal = headers_too_large()
             raise ValueError("headers too large")  # uvicorn calls send_400_response
+        if self.parser.get_method() == b"CONNECT":
+            raise ValueError("this is not a forward proxy")
+        if self.parser.should_upgrade():
+            self._head_without_offer = self._rebuilt_head()
+            return
         super().on_headers_complete()
 
     def send_400_response(self, msg: str) -> None:
@@ -135,9 +147,6 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if self._write_timer is not None:
             self._write_timer.cancel()
 
-    def _should_upgrade_to_ws(self) -> bool:
-        return False  # there are no WebSockets here
-
     def _read(self) -> None:
         """Parses what has arrived until a request waits for its turn. What follows that request is read after it."""
         while self._unread and not self.pipeline and not self.transport.is_closing():
@@ -146,10 +155,27 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             piece = bytes(self._unread[:PIECE_BYTES])
             del self._unread[:PIECE_BYTES]
             self._num_header_bytes += len(piece)
-            super().data_received(piece)
+            self._parse(piece)
             if self._num_header_bytes > MAX_HEADER_BYTES and not self.transport.is_closing():
                 self._refusal = headers_too_large()
                 self.send_400_response("")
+
+    def _parse(self, piece: bytes) -> None:
+        self._unset_keepalive_if_required()
+        try:
+            self.parser.feed_data(piece)
+        except httptools.HttpParserUpgrade as offer:
+            self._unread[:0] = self._head_without_offer + piece[offer.args[0] :]
+            self._head_without_offer, self._num_header_bytes = b"", 0
+            self.parser = httptools.HttpRequestParser(self)
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's own
+        except httptools.HttpParserError:
+            self.send_400_response("")
+
+    def _rebuilt_head(self) -> bytes:
+        line = b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+        kept = (b"%b: %b" % header for header in self.headers if header[0] != b"upgrade")
+        return b"\r\n".join([line, *kept, b"\r\n"])
 
     def _expect_headers(self) -> None:
         if self._header_timer is None:

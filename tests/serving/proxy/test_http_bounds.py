@@ -34,17 +34,17 @@ class Protocol(BoundedHttpProtocol):
 
 
 async def echo(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answers with the request's path and headers, after the seconds of `x-sleep`; looks for a disconnect meanwhile, as
+    """Answers with the request's path, body and headers, after the seconds of `x-sleep`; looks for a disconnect meanwhile, as
     Ray Serve does."""
-    await receive()
+    body = (await receive())["body"].decode()
     headers = {name.decode(): value.decode() for name, value in scope["headers"]}
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(float(headers.get("x-sleep", 0))):
             await receive()
-    body = json.dumps({"path": scope["path"], "headers": headers}).encode() + b"\n"
-    answer_headers = [(b"content-length", b"%d" % len(body)), (b"x-model-version", b"1")]
+    answer = json.dumps({"path": scope["path"], "body": body, "headers": headers}).encode() + b"\n"
+    answer_headers = [(b"content-length", b"%d" % len(answer)), (b"x-model-version", b"1")]
     await send({"type": "http.response.start", "status": 200, "headers": answer_headers})
-    await send({"type": "http.response.body", "body": body})
+    await send({"type": "http.response.body", "body": answer})
 
 
 class Server:
@@ -153,3 +153,37 @@ def test_a_deep_pipeline_is_answered_in_order_and_read_bit_by_bit(server: Server
         answer = read_to_end(connection)
     paths = [path.decode() for path in re.findall(rb'"path": "/(\w+)"', answer)]
     assert paths == ["slow", *map(str, range(count)), "last"]
+
+
+OFFER = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n"
+HIDDEN = b"GET /hidden HTTP/1.1\r\nHost: a\r\n\r\n"
+
+
+@pytest.mark.parametrize("num_bytes", [1, 10_000], ids=["byte by byte", "at once"])
+@pytest.mark.parametrize(
+    "framed",
+    [b"Content-Length: %d\r\n\r\n%b" % (len(HIDDEN), HIDDEN),
+     b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(HIDDEN), HIDDEN)],
+    ids=["length", "chunked"],
+)  # fmt: skip
+def test_a_body_is_read_although_its_request_offers_another_protocol(
+    server: Server, framed: bytes, num_bytes: int
+) -> None:
+    """Java's client offers HTTP/2 in each first request. The body was lost, and taken for the next request."""
+    before = b"GET /before HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\nConnection: upgrade\r\n\r\n"
+    after = b"GET /after HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+    sent = before + START + OFFER + framed + after
+    with server.connection() as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for start in range(0, len(sent), num_bytes):
+            connection.sendall(sent[start : start + num_bytes])
+        answers = [json.loads(line) for line in re.findall(rb"(\{.*\})\n", read_to_end(connection))]
+    assert [answer["path"] for answer in answers] == ["/before", "/x", "/after"]
+    assert [answer["body"] for answer in answers] == ["", HIDDEN.decode(), ""]
+    assert all("upgrade" not in answer["headers"] for answer in answers)
+
+
+def test_a_tunnel_is_refused(server: Server) -> None:
+    with server.connection() as connection:
+        connection.sendall(b"CONNECT a:80 HTTP/1.1\r\nHost: a\r\n\r\n" + HIDDEN)
+        assert read_to_end(connection).startswith(b"HTTP/1.1 400 ")
