@@ -6,6 +6,7 @@ happens if two coordinators write there.
 import asyncio
 import dataclasses
 import logging
+import secrets
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -75,7 +76,10 @@ class Coordinator:
             await self._require_known()
             if self._delivery is None:
                 first = live.model_copy(update={"serial": 1})
-                await self._change(Delivery(deployment=self._deployment, model_name=model_name, live=first))
+                origin = secrets.token_hex(4)
+                await self._change(
+                    Delivery(deployment=self._deployment, origin=origin, model_name=model_name, live=first)
+                )
             assert self._delivery is not None
             return self._delivery
 

@@ -80,6 +80,7 @@ class Delivery(Record):
     model_name: str  # of the first version, or the name that the settings give to all
     live: Version
     phase: Phase = Phase.STEADY
+    origin: str = ""  # random: an endpoint that begins anew counts its epochs and serials from 1 again
     epoch: int = 1  # grows whenever the route changes
     candidate: Version | None = None  # while LOADING or CANARY
     previous: Version | None = None  # loaded while WATCHING; otherwise a rollback would load it
@@ -110,8 +111,10 @@ class Delivery(Record):
     @property
     def route(self) -> "Route":
         if self.phase is Phase.CANARY and self.candidate and self.terms and self.terms.canary_percent:
-            return Route(self.epoch, self.live.serial, self.candidate.serial, self.terms.canary_percent)
-        return Route(self.epoch, self.live.serial)
+            return Route(
+                self.epoch, self.live.serial, self.candidate.serial, self.terms.canary_percent, origin=self.origin
+            )
+        return Route(self.epoch, self.live.serial, origin=self.origin)
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,10 @@ class Route:
     primary: int  # serial
     canary: int = 0  # serial, 0 for none
     percent: float = 0.0
+    origin: str = ""  # that of the `Delivery`; epochs and serials of different origins are not comparable
+
+    def is_newer_than(self, other: "Route") -> bool:
+        return self.origin == other.origin and self.epoch > other.epoch
 
     def serial_for(self, key: str | None) -> int:
         """Returns a version's serial: the same one for the same key, a random one without a key."""
@@ -132,14 +139,14 @@ class Route:
         return self.canary if place * 100 < self.percent else self.primary
 
     def to_header(self) -> str:
-        return f"{self.epoch}:{self.primary}:{self.canary}:{self.percent}"
+        return f"{self.epoch}:{self.primary}:{self.canary}:{self.percent}:{self.origin}"
 
     @classmethod
     def from_header(cls, text: str) -> Self | None:
         """Returns None if `text` is not a route."""
         try:
-            epoch, primary, canary, percent = text.split(":")
-            return cls(int(epoch), int(primary), int(canary), float(percent))
+            epoch, primary, canary, percent, origin = text.split(":")
+            return cls(int(epoch), int(primary), int(canary), float(percent), origin)
         except ValueError:
             return None
 

@@ -15,6 +15,7 @@ from serving.delivery.versions import Versions
 from serving.protocol.errors import model_not_found
 
 SESSION_HEADER = b"x-session-id"
+RETRY_HEADER = b"x-raymill-retry"  # from the front door: a replica has ended while it worked on this request
 _SCOPE_KEY = "raymill.routed"
 
 
@@ -28,7 +29,7 @@ class RoutedRequest:
         self._versions = versions
         self._sessions = [value.decode("latin-1") for name, value in headers if name == SESSION_HEADER]
         self._held: LoadedVersion | None = None
-        self._is_second_try = False
+        self._is_second_try = any(name == RETRY_HEADER for name, _ in headers)
         self.key: str | None = None  # hash of the API key
         for name, value in headers:
             if name == ROUTE_HEADER.encode() and (route := Route.from_header(value.decode("latin-1"))):
@@ -84,14 +85,16 @@ class RoutedRequest:
 
 
 _NAME = ROUTE_HEADER.encode()
+_MAX_ORIGINS = 4
 
 
 class NewestRoute:
-    """The proxy's middleware that sends the newest route along."""
+    """The proxy's middleware that sends the newest route along: one of each origin, as an endpoint that is redeployed
+    begins anew while replicas of the old one still answer."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        self._newest = Route(epoch=0, primary=0)
+        self._newest: dict[str, Route] = {}  # by origin; the one that was added last is the youngest
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -101,11 +104,17 @@ class NewestRoute:
         async def learn(message: Message) -> None:
             if message["type"] == "http.response.start":
                 for name, value in message["headers"]:
-                    route = Route.from_header(value.decode("latin-1")) if name == _NAME else None
-                    if route is not None and route.epoch > self._newest.epoch:
-                        self._newest = route
+                    if name == _NAME and (route := Route.from_header(value.decode("latin-1"))):
+                        self._learn(route)
             await send(message)
 
         headers = [header for header in scope["headers"] if header[0] != _NAME]  # a client may not choose
-        headers.append((_NAME, self._newest.to_header().encode()))
+        headers += [(_NAME, route.to_header().encode()) for route in self._newest.values()]
         await self._app({**scope, "headers": headers}, receive, learn)
+
+    def _learn(self, route: Route) -> None:
+        known = self._newest.get(route.origin)
+        if known is None or route.is_newer_than(known):
+            self._newest[route.origin] = route
+        if len(self._newest) > _MAX_ORIGINS:
+            del self._newest[next(iter(self._newest))]

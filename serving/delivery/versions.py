@@ -75,7 +75,7 @@ class Versions:
         """Adopts a route that a client has seen at another replica, which heard from the coordinator a moment earlier.
         No replica switches before all of them can."""
         slot = self._slots.get(route.primary)
-        if route.epoch > self.route.epoch and slot is not None and slot.usable:
+        if route.is_newer_than(self.route) and slot is not None and slot.usable:
             self.route = route
             self._learned_at_s = time.monotonic()
 

@@ -90,6 +90,18 @@ def interrupted() -> ApiError:
     return unavailable(message, code="interrupted", retry_after_s=1)
 
 
+def ended_replicas(count: int) -> ApiError:
+    """Returns the error for a request under which one replica after the other has ended. OpenAI's clients would repeat
+    it by themselves without the header."""
+    return ApiError(
+        500,
+        f"{count} replicas ended while they worked on this request, the last one after a retry, so it is not tried "
+        "again. Either the request ends them or they ended by chance: look into their logs before you repeat it.",
+        code="replicas_ended",
+        headers={"x-should-retry": "false"},
+    )
+
+
 def engine_unavailable() -> ApiError:
     message = "The engine of this replica has stopped and is being replaced; try again."
     return unavailable(message, code="engine_unavailable", retry_after_s=5)

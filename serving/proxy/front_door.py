@@ -22,8 +22,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from cluster.monitoring.metric_export import Metrics
 from cluster.monitoring.metric_table import Exporter
 from cluster.settings.serve import HttpConfig
-from serving.delivery.routed_request import NewestRoute
-from serving.protocol.errors import DRAINING_HEADER, ApiError, closing, interrupted, invalid_request, not_found
+from serving.delivery.routed_request import RETRY_HEADER, NewestRoute
+from serving.protocol.errors import (
+    DRAINING_HEADER,
+    ApiError,
+    closing,
+    ended_replicas,
+    interrupted,
+    invalid_request,
+    not_found,
+)
 from serving.protocol.strict_json import MAX_BODY_BYTES
 from serving.proxy.http_bounds import install_bounds
 from serving.proxy.token_relay import ASK_HEADER, YES_HEADER, Relay, RelayedAnswer
@@ -35,7 +43,7 @@ DROPPED_HEADERS = (b"x-request-disconnect-disabled", b"serve_multiplexed_model_i
 TIMEOUT_HEADER = b"x-request-timeout-seconds"
 REQUEST_ID = re.compile(rb"[A-Za-z0-9-]{1,64}")
 MAX_DISCARDED_BYTES = 64 << 20  # read of a body that is too large, so that its sender reads our answer
-MAX_ATTEMPTS = 3
+MAX_ATTEMPTS = 2  # a request may be what ends its replicas: one that ended a third would end them all
 COUNTED_PATHS = ("/v1/completions", "/v1/chat/completions")
 
 
@@ -111,7 +119,7 @@ class FrontDoor:
         return await Exchange(self._app, scope, body, receive, send, request_id).run(self._relay)
 
     def _forwarded_headers(self, headers: list[tuple[bytes, bytes]], request_id: bytes) -> list[tuple[bytes, bytes]]:
-        dropped = (*DROPPED_HEADERS, TIMEOUT_HEADER, ASK_HEADER, b"x-request-id")
+        dropped = (*DROPPED_HEADERS, TIMEOUT_HEADER, ASK_HEADER, RETRY_HEADER, b"x-request-id")
         # Ray Serve reads further headers as UTF-8 and fails on others; only Authorization is ours to judge.
         kept = [(n, v) for n, v in headers if n not in dropped and (v.isascii() or n == b"authorization")]
         kept.append((b"x-request-id", request_id))
@@ -148,8 +156,8 @@ class FrontDoor:
 
 @dataclass(eq=False)
 class Exchange:
-    """One request and its answer. If a replica dies before the first byte has gone out, another one gets the
-    request."""
+    """One request and its answer. If a replica dies before the first byte has gone out, another one gets the request,
+    once."""
 
     app: ASGIApp
     scope: Scope
@@ -163,11 +171,12 @@ class Exchange:
     _status = 0
 
     async def run(self, relay: Relay) -> Outcome:
-        for _ in range(MAX_ATTEMPTS):
+        for attempt in range(MAX_ATTEMPTS):
             self._body_given = False
             self._relayed = await relay.open()
+            retry = [(RETRY_HEADER, b"1")] if attempt else []
             # A copy: Ray Serve writes into the scope.
-            scope = {**self.scope, "headers": [*self.scope["headers"], self._relayed.header]}
+            scope = {**self.scope, "headers": [*self.scope["headers"], self._relayed.header, *retry]}
             try:
                 await self.app(scope, self._next_message, self._pass_on)
                 await self._finish_relayed()
@@ -180,7 +189,7 @@ class Exchange:
         if self._client_gone:
             return Outcome.LEFT
         if not self._started:
-            await send_error(interrupted(), self.send, request_id=self.request_id)
+            await send_error(ended_replicas(MAX_ATTEMPTS), self.send, request_id=self.request_id)
             return Outcome.FAILED
         if self._is_event_stream:
             # Without it the stream would just stop. In any other answer the missing bytes show.

@@ -238,6 +238,6 @@ def test_whatever_happens_somebody_serves(events: Sequence[str]) -> None:
         assert Route.from_header(state.route.to_header()) == state.route
 
 
-@pytest.mark.parametrize("text", ["", "1:2:3", "a:b:c:d", "1:2:3:4:5"])
+@pytest.mark.parametrize("text", ["", "1:2:3", "a:b:c:d", "1:2:3:4", "1:2:3:4:5:6"])
 def test_what_is_no_route_is_none(text: str) -> None:
     assert Route.from_header(text) is None

@@ -10,7 +10,8 @@ import pytest
 from cluster.settings.serve import EngineConfig, ServeConfig
 from model.gpt import GPT
 from model.tokenizer import Tokenizer
-from serving.delivery.promotion import Delivery, Phase, Terms, Version, version_of
+from serving.delivery.promotion import Delivery, Phase, Route, Terms, Version, version_of
+from serving.delivery.routed_request import RETRY_HEADER, RoutedRequest
 from serving.delivery.versions import Versions
 from serving.protocol.served_model import read_served_model
 from tests.serving.tiny_models import write_model
@@ -71,5 +72,37 @@ def test_a_number_that_two_coordinators_gave_is_not_taken_for_the_same_version(c
             await wait_in_loop_until(lambda: versions.live.model.version == served(other, 1).version)
             versions.adopt(versions.delivery, asked_at_s=0)
             await wait_in_loop_until(lambda: set(versions.report()) == {1})
+
+    asyncio.run(scenario())
+
+
+def test_a_request_uses_routes_of_this_endpoint_only_and_one_version_after_a_death(
+    checkpoint: Path, other: Path
+) -> None:
+    """The proxy also knows the route of the endpoint before, whose epochs and serials say nothing here."""
+    new, old = served(other, 2), served(checkpoint, 1)
+    state = Delivery(
+        deployment="d", model_name="tiny", origin="b", epoch=2, phase=Phase.WATCHING, live=new, previous=old,
+        terms=Terms(watch_s=1000), last_serial=2,
+    )  # fmt: skip
+
+    def request(versions: Versions, *headers: tuple[bytes, bytes]) -> RoutedRequest:
+        return RoutedRequest(versions, {"headers": headers})
+
+    def header(route: Route) -> tuple[bytes, bytes]:
+        return b"x-route", route.to_header().encode()
+
+    async def scenario() -> None:
+        async with joined(state) as versions:
+            await wait_in_loop_until(lambda: versions.report()[1].status == "ready")
+            assert request(versions).take().model.version == new.version
+            before = header(Route(epoch=9, primary=1, origin="a"))
+            assert request(versions, before).take().model.version == new.version
+            rolled_back = header(Route(epoch=3, primary=1, origin="b"))
+            assert request(versions, before, rolled_back).take().model.version == old.version
+            for headers, has_other in [((), True), (((RETRY_HEADER, b"1"),), False)]:
+                routed = request(versions, *headers)
+                routed.take()
+                assert (routed.take_other() is not None) == has_other
 
     asyncio.run(scenario())

@@ -13,10 +13,11 @@ from cluster.cli import main
 from cluster.settings.serve import ServeConfig
 from model.errors import UserError
 from serving.app import build_app
+from serving.delivery.routed_request import RETRY_HEADER, NewestRoute
 from serving.protocol.errors import DRAINING_HEADER
 from serving.proxy.front_door import Outcome, clamped_timeout_s, clean_request_id
 from serving.proxy.token_relay import ASK_HEADER
-from tests.serving.front_door_parts import ask, half, whole
+from tests.serving.front_door_parts import OK, ask, half, whole
 
 
 def error(sent: list[Message]) -> dict[str, Any]:
@@ -37,12 +38,23 @@ def dies(times: int, answer: Callable[[Send], Any]) -> ASGIApp:
     return app
 
 
-@pytest.mark.parametrize(("deaths", "status"), [(0, 200), (2, 200), (3, 503)])
-def test_a_request_outlives_two_replicas(deaths: int, status: int) -> None:
+@pytest.mark.parametrize("deaths", [0, 1])
+def test_a_request_outlives_a_replica(deaths: int) -> None:
     sent = ask(dies(deaths, whole))
-    assert len(sent) == 2 and sent[0]["status"] == status
-    if status == 503:
-        assert error(sent)["code"] == "interrupted"
+    assert len(sent) == 2 and sent[0]["status"] == 200
+
+
+def test_a_request_that_ends_its_replicas_ends_two_and_its_client_is_told_so() -> None:
+    retries: list[bool] = []
+
+    async def end(scope: Scope, receive: Receive, send: Send) -> None:
+        retries.append((RETRY_HEADER, b"1") in scope["headers"])
+
+    sent = ask(end, headers=((RETRY_HEADER, b"1"),))  # a client cannot say that this is a retry
+    assert retries == [False, True]
+    assert len(sent) == 2 and sent[0]["status"] == 500
+    assert dict(sent[0]["headers"])[b"x-should-retry"] == b"false"  # OpenAI's clients heed it
+    assert error(sent)["code"] == "replicas_ended" and "2 replicas ended" in error(sent)["message"]
 
 
 def test_a_stream_that_breaks_off_ends_in_an_error_event() -> None:
@@ -104,6 +116,23 @@ def test_headers_that_ray_serve_would_obey_are_kept_from_it() -> None:
     assert headers[b"x-request-id"].isalnum()
 
 
+def test_a_redeployed_endpoint_has_the_newest_route_of_its_own() -> None:
+    """Epochs begin at 1 again, while old replicas still answer. The higher epoch of the endpoint before was kept."""
+    answered = ["5:3:0:0.0:old", "1:1:0:0.0:new", "5:3:0:0.0:old", "2:2:0:0.0:new", "1:1:0:0.0:new", "6:4:0:0.0:old"]
+    seen: list[set[str]] = []
+
+    async def replica(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append({value.decode() for name, value in scope["headers"] if name == b"x-route"})
+        await send({**OK, "headers": [(b"x-route", answered[len(seen) - 1].encode())]})
+        await send({"type": "http.response.body", "body": b""})
+
+    app = NewestRoute(replica)
+    for _ in answered:
+        ask(app, headers=((b"x-route", b"9:9:0:0.0:new"),))  # a client may not choose
+    assert seen[0] == set() and seen[1] == {answered[0]}
+    assert seen[2] == seen[3] == {answered[0], answered[1]} and seen[4] == seen[5] == {answered[0], answered[3]}
+
+
 def test_each_completion_is_counted_once_by_how_its_client_saw_it_end() -> None:
     def says(status: int, *more: tuple[bytes, bytes]) -> ASGIApp:
         async def answer(send: Send) -> None:
@@ -119,13 +148,13 @@ def test_each_completion_is_counted_once_by_how_its_client_saw_it_end() -> None:
 
     body, gone = {"type": "http.request", "body": b"{}", "more_body": False}, {"type": "http.disconnect"}
     cases: list[tuple[ASGIApp, list[Message], Outcome]] = [
-        (dies(2, whole), [], Outcome.OK),
+        (dies(1, whole), [], Outcome.OK),
         (says(400), [], Outcome.INVALID),
         (says(429), [], Outcome.REFUSED),
         (says(500), [], Outcome.FAILED),
         (says(503), [], Outcome.FAILED),
         (says(503, (DRAINING_HEADER.encode(), b"1")), [], Outcome.DRAINED),
-        (dies(3, whole), [], Outcome.FAILED),
+        (dies(2, whole), [], Outcome.FAILED),
         (dies(0, half), [], Outcome.CUT),
         (leaves, [body, gone], Outcome.LEFT),
         (dies(0, whole), [gone], Outcome.LEFT),
