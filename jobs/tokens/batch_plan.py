@@ -18,6 +18,7 @@ from jobs.corpus.text_hashes import mix64
 Indices = npt.NDArray[np.int64]
 
 PATTERN_SAMPLES = 10_000  # samples after which the pattern of sources repeats: a weight is exact to 1 / 10,000
+_SAMPLES_OF_SOURCE = 10  # of the pattern, on average at least: with very many sources it is longer
 _ROUNDS = 8  # four make a pseudorandom permutation (Luby and Rackoff, 1988); eight cost microseconds
 
 
@@ -72,22 +73,23 @@ def _source_pattern(weights: tuple[float, ...]) -> tuple[Indices, Indices, Indic
 
     The j-th of a source's n samples is due at (j + 1/2) / n of the pattern, so any stretch holds each source's share.
     """
-    counts = _counts_of_sources(weights) if len(weights) > 1 else np.ones(1, dtype=np.int64)
+    counts = counts_of_sources(weights) if len(weights) > 1 else np.ones(1, dtype=np.int64)
     sources = np.repeat(np.arange(len(counts)), counts)
     ranks = np.concatenate([np.arange(count) for count in counts])
     order = np.argsort((ranks + 0.5) / counts[sources], kind="stable")
     return sources[order], ranks[order], counts
 
 
-def _counts_of_sources(weights: Sequence[float]) -> Indices:
-    """Divides `PATTERN_SAMPLES` by largest remainder, with at least one sample for each source."""
-    shares = np.array(weights) / sum(weights) * PATTERN_SAMPLES
+def counts_of_sources(weights: Sequence[float]) -> Indices:
+    """Divides the pattern's samples by largest remainder, with at least one sample for each source. What that takes
+    beyond the pattern's length, the largest sources give."""
+    num_samples = max(PATTERN_SAMPLES, _SAMPLES_OF_SOURCE * len(weights))
+    shares = np.array(weights) / sum(weights) * num_samples
     counts = np.maximum(1, np.floor(shares)).astype(np.int64)
-    missing = PATTERN_SAMPLES - int(counts.sum())
-    if missing > 0:
-        counts[np.argsort(counts - shares, kind="stable")[:missing]] += 1
-    else:
-        counts[np.argmax(counts)] += missing
+    while (missing := num_samples - int(counts.sum())) < 0:
+        largest = np.argmax(counts)
+        counts[largest] -= min(-missing, counts[largest] // 2)
+    counts[np.argsort(counts - shares, kind="stable")[:missing]] += 1
     return counts
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs.tokens.batch_plan import SampleOrder, lane_sample_indices, lanes_of_rank
+from jobs.tokens.batch_plan import SampleOrder, counts_of_sources, lane_sample_indices, lanes_of_rank
 
 seeds = st.integers(0, 2**63 - 1)
 weight_lists = st.lists(st.floats(0.01, 1.0), min_size=2, max_size=4).map(tuple)
@@ -121,6 +121,27 @@ def test_each_source_has_its_own_epochs(
 def test_a_source_of_hardly_any_weight_still_gets_its_turn() -> None:
     sources, _ = SampleOrder(0, 10, (100, 100, 100), (1e-7, 0.5, 0.5)).rows(np.arange(10_000))
     assert np.bincount(sources).tolist() == [1, 5000, 4999]
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [(1.0,) * 10_001, (1.0, 3.0) * 10_000, (4000.0, 4000.0, *(0.25,) * 8000), (1e9, *(1e-3,) * 9_999)],
+    ids=[
+        "10,001 equal ones",
+        "20,000 of two weights",
+        "two large and 8,000 small ones",
+        "one large and 9,999 tiny ones",
+    ],
+)
+def test_each_of_very_many_sources_gets_its_turn(weights: tuple[float, ...]) -> None:
+    """One of 10,001 got none, and with two large ones a share was below zero."""
+    counts = counts_of_sources(weights)
+    sources, _ = SampleOrder(0, 1000, (10,) * len(weights), weights).rows(np.arange(counts.sum(), counts.sum() + 100))
+    assert sources.max() < len(weights)
+    assert counts.min() >= 1
+    expected = np.maximum(1, np.array(weights) / sum(weights) * counts.sum())
+    assert (counts <= np.ceil(expected)).all(), "none gets more than its share, and one if that is below one"
+    assert counts[np.array(weights) == max(weights)].min() > counts[np.array(weights) == min(weights)].max() - 1
 
 
 @given(
