@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from cluster.output.job_log import JOBS, Ended, JobLog, Started
-from cluster.output.progress import PlainProgress
+from cluster.output.progress import PlainProgress, say
 from cluster.settings.parser import ConfigError, Parser
 from cluster.stages.stage_module import MISUSED, parse_result
 from cluster.storage.lease import Lease, LeaseHeldError
@@ -48,10 +48,10 @@ def main() -> int:
             command = [sys.executable, "-m", arguments.module, arguments.config]
             return _mirror(command, JobLog(run, launch, started))
     except LeaseHeldError as error:
-        sys.stderr.write(f"error: this run's {stage} runs already: {error}\n")
+        say(f"error: this run's {stage} runs already: {error}")
         return 1
     except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
+        say(f"error: {error}")
         return MISUSED if isinstance(error, ConfigError) else 1
 
 

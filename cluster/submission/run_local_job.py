@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from cluster.local.local_cluster import STOP_WAIT_S, ClusterError, LocalCluster, cpus_per_node
+from cluster.output.progress import say
 from cluster.settings.flags import read_config
 from cluster.settings.run import RunConfig
 from cluster.stages.jobs_api import JobsApi, Token
@@ -44,7 +45,7 @@ def main() -> int:
                 attempt += 1
                 submit_stage(connection, module, config, job=job, attempt=attempt)
     except (UserError, RuntimeError) as error:
-        sys.stderr.write(f"error: {error}\n")
+        say(f"error: {error}")
         return 1
     return 0
 
