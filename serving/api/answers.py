@@ -5,8 +5,10 @@ import uuid
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
-from serving.protocol.protocol import Choice, Usage
+from serving.api.choice_output import Part, TokenEntry
 from serving.protocol.served_model import ServedModel
+
+Usage = dict[str, int]
 
 
 class Answer(ABC):
@@ -21,16 +23,12 @@ class Answer(ABC):
         self._created = int(time.time())
         self._model = model
 
-    def whole(self, choices: list[Choice], usage: Usage) -> dict[str, Any]:
+    def whole(self, choices: list[Part], usage: Usage) -> dict[str, Any]:
         return self._fields(self.KIND, [self._whole_choice(choice) for choice in choices], usage)
 
-    def part(self, choice: Choice, usage: Usage | None) -> dict[str, Any]:
-        """Returns an event; with the usage so far if `stream_options.continuous_usage_stats` asks for it."""
-        return self._fields(self.PART_KIND, [self._part_choice(choice)], usage)
-
-    def usage_part(self, usage: Usage) -> dict[str, Any]:
-        """Returns the last event if `stream_options.include_usage` asks for one."""
-        return self._fields(self.PART_KIND, [], usage)
+    def event(self, parts: list[Part], usage: Usage | None) -> dict[str, Any]:
+        """Returns an event of a stream. `stream_options` asks for the usage in each, or in a last one without parts."""
+        return self._fields(self.PART_KIND, [self._part_choice(part) for part in parts], usage)
 
     def _fields(self, kind: str, choices: list[dict[str, Any]], usage: Usage | None) -> dict[str, Any]:
         return {
@@ -40,15 +38,15 @@ class Answer(ABC):
             "model": self._model.name,
             "system_fingerprint": self._model.version,
             "choices": choices,
-            "usage": None if usage is None else usage.model_dump(),
+            "usage": usage,
         }
 
     @abstractmethod
-    def _whole_choice(self, choice: Choice) -> dict[str, Any]:
+    def _whole_choice(self, part: Part) -> dict[str, Any]:
         """Returns a choice of a whole answer."""
 
     @abstractmethod
-    def _part_choice(self, choice: Choice) -> dict[str, Any]:
+    def _part_choice(self, part: Part) -> dict[str, Any]:
         """Returns a choice of an event."""
 
 
@@ -57,7 +55,26 @@ class TextAnswer(Answer):
 
     ID_PREFIX, KIND, PART_KIND = "cmpl", "text_completion", "text_completion"
 
-    def _whole_choice(self, choice: Choice) -> dict[str, Any]:
-        return choice.model_dump()
+    def _whole_choice(self, part: Part) -> dict[str, Any]:
+        return {
+            "text": part.text,
+            "index": part.index,
+            "logprobs": None if part.tokens is None else self._logprobs(part.tokens),
+            "finish_reason": part.finish_reason,
+        }
 
     _part_choice = _whole_choice
+
+    def _logprobs(self, tokens: list[TokenEntry]) -> dict[str, list[Any]]:
+        name = self._model.token_name
+        return {
+            "tokens": [name(token.token_id) for token in tokens],
+            "token_logprobs": [token.candidates and token.candidates.logprob for token in tokens],
+            "top_logprobs": [
+                token.candidates
+                and {name(token_id): logprob for token_id, logprob in token.candidates.top}
+                | {name(token.token_id): token.candidates.logprob}
+                for token in tokens
+            ],
+            "text_offset": [token.text_offset for token in tokens],
+        }

@@ -4,20 +4,19 @@ A base model was never taught to chat; it continues text. The template shows it 
 the header `x-model-note`.
 """
 
-import re
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 
 from serving.api.answers import Answer
+from serving.api.choice_output import Part, TokenEntry
 from serving.protocol import harmless_fields
 from serving.protocol.errors import invalid_request
 from serving.protocol.protocol import (
     MAX_LOGPROBS,
-    Choice,
     CompletionRequest,
     GenerationRequest,
-    Logprobs,
     Request,
     parse_request,
     require_stream_for_options,
@@ -27,7 +26,6 @@ from serving.protocol.served_model import ServedModel
 MAX_MESSAGES = 256
 NOTE_HEADER = {"x-model-note": "base model, not chat-tuned; the messages were given to it as plain text"}
 _SPEAKERS = {"system": "System", "developer": "System", "user": "User", "assistant": "Assistant"}
-_BYTES_NAME, _ID_NAME = re.compile(r"bytes:(\\x[0-9a-f]{2})+"), re.compile(r"token_id:\d+")
 _STOP = "\nUser:"  # or the model would continue with the other side's turn
 
 
@@ -112,39 +110,29 @@ class ChatAnswer(Answer):
 
     ID_PREFIX, KIND, PART_KIND = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, model: ServedModel, *, num_top: int) -> None:
+    def __init__(self, model: ServedModel) -> None:
         super().__init__(model)
-        self._num_top = num_top
         self._started: set[int] = set()  # choices
 
-    def _whole_choice(self, choice: Choice) -> dict[str, Any]:
-        message = {"role": "assistant", "content": choice.text, "refusal": None}
-        return {"index": choice.index, "message": message} | self._ending(choice)
+    def _whole_choice(self, part: Part) -> dict[str, Any]:
+        message = {"role": "assistant", "content": part.text, "refusal": None}
+        return {"index": part.index, "message": message} | self._ending(part)
 
-    def _part_choice(self, choice: Choice) -> dict[str, Any]:
-        role = {} if choice.index in self._started else {"role": "assistant"}
-        self._started.add(choice.index)
-        return {"index": choice.index, "delta": role | {"content": choice.text}} | self._ending(choice)
+    def _part_choice(self, part: Part) -> dict[str, Any]:
+        role = {} if part.index in self._started else {"role": "assistant"}
+        self._started.add(part.index)
+        return {"index": part.index, "delta": role | {"content": part.text}} | self._ending(part)
 
-    def _ending(self, choice: Choice) -> dict[str, Any]:
-        logprobs = None if choice.logprobs is None else {"content": _tokens(choice.logprobs, self._num_top)}
-        return {"logprobs": logprobs, "finish_reason": choice.finish_reason}
+    def _ending(self, part: Part) -> dict[str, Any]:
+        logprobs = None if part.tokens is None else {"content": list(self._logprobs(part.tokens))}
+        return {"logprobs": logprobs, "finish_reason": part.finish_reason}
 
+    def _logprobs(self, tokens: list[TokenEntry]) -> Iterator[dict[str, Any]]:
+        for token_id, candidates, _ in tokens:
+            assert candidates is not None  # only an echoed prompt's first token has none
+            top = [self._token(*candidate) for candidate in candidates.top]
+            yield self._token(token_id, candidates.logprob) | {"top_logprobs": top}
 
-def _tokens(logprobs: Logprobs, num_top: int) -> list[dict[str, Any]]:
-    """Returns a chat's log-probabilities. Those of completions also name a chosen token that is not among the top."""
-    return [
-        _token(name, logprob) | {"top_logprobs": [_token(*item) for item in list((top or {}).items())[:num_top]]}
-        for name, logprob, top in zip(logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True)
-    ]
-
-
-def _token(name: str, logprob: float | None) -> dict[str, Any]:
-    return {"token": name, "logprob": logprob, "bytes": list(_bytes(name))}
-
-
-def _bytes(name: str) -> bytes:
-    """Returns the bytes from which `ServedModel.token_name` was made."""
-    if _BYTES_NAME.fullmatch(name):
-        return bytes.fromhex(name.removeprefix("bytes:").replace("\\x", ""))
-    return b"" if _ID_NAME.fullmatch(name) else name.encode()
+    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
+        token = self._model.token_bytes(token_id)
+        return {"token": self._model.token_name(token_id), "logprob": logprob, "bytes": list(token)}

@@ -1,10 +1,11 @@
-"""Turns the engine's events into the text and log-probabilities of one choice, as soon as they are final."""
+"""Turns the engine's events into the text and the tokens of one choice, as soon as they are final."""
 
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from serving.api.detokenizer import Detokenizer
 from serving.engine.messages import Candidates, FinishReason, SequenceRequest, TokenEvent
-from serving.protocol.protocol import Choice, CompletionRequest, Logprobs
+from serving.protocol.protocol import CompletionRequest
 from serving.protocol.served_model import ServedModel
 
 
@@ -16,37 +17,18 @@ class TokenEntry(NamedTuple):
     text_offset: int
 
 
-class SharedEchoes:
-    """Gives all choices of a prompt its log-probabilities, which the engine computes for the first choice only. Choices
-    whose tokens come earlier wait: their blocks may have been in the cache."""
+@dataclass(frozen=True)
+class Part:
+    """A piece of a choice, or all of it."""
 
-    def __init__(self, seq_ids: list[int], *, num_choices: int) -> None:
-        self._first_of = {seq_id: seq_ids[i - i % num_choices] for i, seq_id in enumerate(seq_ids)}
-        self._echoes: dict[int, list[Candidates | None]] = {}  # by first choice
-        self._without_echo = set(seq_ids)
-        self._held: list[TokenEvent] = []
-
-    def complete(self, arrived: TokenEvent) -> list[TokenEvent]:
-        """Returns the events that are complete now, in order."""
-        first = self._first_of[arrived.seq_id]
-        if arrived.prompt_logprobs is not None:
-            self._echoes[first] = arrived.prompt_logprobs
-        if first not in self._echoes:
-            self._held.append(arrived)
-            return []
-        held = [event for event in self._held if self._first_of[event.seq_id] == first]
-        self._held = [event for event in self._held if self._first_of[event.seq_id] != first]
-        return [self._with_echo(event, self._echoes[first]) for event in [*held, arrived]]
-
-    def _with_echo(self, event: TokenEvent, echo: list[Candidates | None]) -> TokenEvent:
-        if event.seq_id not in self._without_echo:
-            return event
-        self._without_echo.remove(event.seq_id)
-        return event._replace(prompt_logprobs=echo)
+    index: int  # of the choice
+    text: str
+    tokens: list[TokenEntry] | None  # None if the request asks for no `logprobs`
+    finish_reason: FinishReason | None  # on the last part
 
 
 class ChoiceOutput:
-    """The text and log-probabilities of one choice, as far as they are not given out."""
+    """The text and the tokens of one choice, as far as they are not given out."""
 
     def __init__(self, index: int, sequence: SequenceRequest, request: CompletionRequest, model: ServedModel) -> None:
         self._index = index
@@ -59,9 +41,9 @@ class ChoiceOutput:
         self._started = False
         self.num_output_tokens = 0
 
-    def push(self, event: TokenEvent) -> Choice:
+    def push(self, event: TokenEvent) -> Part:
         """Returns the part of the choice that this event makes final. It may be empty: a stream has a part for each
-        token, so that a client sees when tokens arrive. `finish_reason` is set on the last part."""
+        token, so that a client sees when tokens arrive."""
         text = ""
         if not self._started and self._request.echo:
             text = self._echo(event.prompt_logprobs)
@@ -77,8 +59,7 @@ class ChoiceOutput:
             text += self._detokenizer.finish()
         finish_reason = FinishReason.STOP if self._detokenizer.stopped else event.finish_reason
         entries = self._take_entries(all_of_them=finish_reason is not None and not self._detokenizer.stopped)
-        logprobs = None if self._request.logprobs is None else self._logprobs(entries)
-        return Choice(text=text, index=self._index, logprobs=logprobs, finish_reason=finish_reason)
+        return Part(self._index, text, None if self._request.logprobs is None else entries, finish_reason)
 
     def _echo(self, prompt_logprobs: list[Candidates | None] | None) -> str:
         """Returns the prompt as the start of the text, and puts its tokens' entries before all others."""
@@ -101,34 +82,10 @@ class ChoiceOutput:
         self._entries = self._entries[len(taken) :]
         return taken
 
-    def _logprobs(self, entries: list[TokenEntry]) -> Logprobs:
-        name = self._model.token_name
-        return Logprobs(
-            tokens=[name(entry.token_id) for entry in entries],
-            token_logprobs=[entry.candidates and entry.candidates.logprob for entry in entries],
-            top_logprobs=[
-                entry.candidates
-                and {name(token_id): logprob for token_id, logprob in entry.candidates.top}
-                | {name(entry.token_id): entry.candidates.logprob}
-                for entry in entries
-            ],
-            text_offset=[entry.text_offset for entry in entries],
-        )
 
-
-def join_parts(parts: list[Choice]) -> Choice:
+def join_parts(parts: list[Part]) -> Part:
     """Returns the whole choice from all its parts."""
-    logprobs = [part.logprobs for part in parts if part.logprobs is not None]
-    return Choice(
-        text="".join(part.text for part in parts),
-        index=parts[-1].index,
-        logprobs=None
-        if not logprobs
-        else Logprobs(
-            tokens=[x for part in logprobs for x in part.tokens],
-            token_logprobs=[x for part in logprobs for x in part.token_logprobs],
-            top_logprobs=[x for part in logprobs for x in part.top_logprobs],
-            text_offset=[x for part in logprobs for x in part.text_offset],
-        ),
-        finish_reason=parts[-1].finish_reason,
+    tokens = [token for part in parts for token in part.tokens or []]
+    return replace(
+        parts[-1], text="".join(part.text for part in parts), tokens=None if parts[-1].tokens is None else tokens
     )

@@ -11,14 +11,14 @@ import orjson
 
 from cluster.settings.serve import ServeConfig
 from model.sampling import SamplingParams
-from serving.api.answers import Answer
-from serving.api.choice_output import ChoiceOutput, SharedEchoes, join_parts
+from serving.api.answers import Answer, Usage
+from serving.api.choice_output import ChoiceOutput, Part, join_parts
 from serving.api.metrics import ReplicaMetrics, RequestTimer
 from serving.delivery.loaded_version import LoadedVersion
 from serving.engine.messages import FinishReason, SequenceRequest
 from serving.engine_process.client import EngineClient, EngineDiedError, Generation
 from serving.protocol.errors import ApiError, engine_unavailable, internal_error, invalid_request, overloaded
-from serving.protocol.protocol import Choice, CompletionRequest, Usage
+from serving.protocol.protocol import CompletionRequest, StreamOptions
 from serving.protocol.served_model import ServedModel
 
 EXPECTED_SHARE = 0.8  # of the longest wait: a refusal at once is better than one after a wait that was misjudged
@@ -39,11 +39,8 @@ class Completion:
     def __post_init__(self) -> None:
         request, sequences = self.request, self.sequences
         self._choices = {s.seq_id: ChoiceOutput(i, s, request, self.model) for i, s in enumerate(sequences)}
-        self._echoes = None
-        if request.echo and request.logprobs is not None:
-            self._echoes = SharedEchoes([sequence.seq_id for sequence in sequences], num_choices=request.n)
         self._parts = self._generated_parts()
-        self._first_part: Choice | None = None
+        self._first_part: Part | None = None
         # A prompt counts once, however many choices it has.
         self._num_prompt_tokens = sum(len(sequence.prompt_ids) for sequence in sequences[:: request.n])
 
@@ -57,7 +54,7 @@ class Completion:
 
     async def respond(self) -> bytes:
         """Returns the whole answer as JSON. Raises `ApiError` if the engine fails."""
-        parts: dict[int, list[Choice]] = {}
+        parts: dict[int, list[Part]] = {}
         async for part in self._all_parts():
             parts.setdefault(part.index, []).append(part)
         return orjson.dumps(self.answer.whole([join_parts(parts[index]) for index in sorted(parts)], self._usage()))
@@ -65,53 +62,47 @@ class Completion:
     async def stream(self) -> AsyncIterator[bytes]:
         """Yields server-sent events. A failure is an event too, and no `[DONE]` follows it, so that a client cannot
         mistake half an answer for a whole one."""
-        options = self.request.stream_options
-        has_usage = options is not None and options.include_usage
-        is_counted = has_usage and options is not None and options.continuous_usage_stats
+        options = self.request.stream_options or StreamOptions()
+        is_counted = options.include_usage and options.continuous_usage_stats
         try:
             async for part in self._all_parts():
-                yield b"data: %b\n\n" % orjson.dumps(self.answer.part(part, self._usage() if is_counted else None))
+                yield b"data: %b\n\n" % orjson.dumps(self.answer.event([part], self._usage() if is_counted else None))
         except ApiError as error:
             yield error.event().encode()
             return
-        if has_usage:
-            yield b"data: %b\n\n" % orjson.dumps(self.answer.usage_part(self._usage()))
+        if options.include_usage:
+            yield b"data: %b\n\n" % orjson.dumps(self.answer.event([], self._usage()))
         yield b"data: [DONE]\n\n"
 
-    async def _all_parts(self) -> AsyncIterator[Choice]:
+    async def _all_parts(self) -> AsyncIterator[Part]:
         assert self._first_part is not None, "begin() comes first"
         yield self._first_part
         async for part in self._parts:
             yield part
 
-    async def _generated_parts(self) -> AsyncIterator[Choice]:
-        finished: set[int] = set()
+    async def _generated_parts(self) -> AsyncIterator[Part]:
         try:
-            async for arrived in self.generation:
-                if arrived.finish_reason is FinishReason.ERROR:
-                    self.timer.finished(arrived.seq_id, FinishReason.ERROR)
+            async for event in self.generation:
+                if event.finish_reason is FinishReason.ERROR:
+                    self.timer.finished(event.seq_id, FinishReason.ERROR)
                     raise internal_error("The model gave logits that are not finite numbers for this prompt.")
-                for event in [arrived] if self._echoes is None else self._echoes.complete(arrived):
-                    if event.seq_id in finished:  # by a stop string, in an event that was held back with this one
-                        continue
-                    if event.token_id is not None:
-                        self.timer.token(event.seq_id)
-                    part = self._choices[event.seq_id].push(event)
-                    if part.finish_reason is not None:
-                        finished.add(event.seq_id)
-                        self.timer.finished(event.seq_id, part.finish_reason)
-                        self.generation.cancel(event.seq_id)  # the engine does not know of stop strings
-                    yield part
+                if event.token_id is not None:
+                    self.timer.token(event.seq_id)
+                part = self._choices[event.seq_id].push(event)
+                if part.finish_reason is not None:
+                    self.timer.finished(event.seq_id, part.finish_reason)
+                    self.generation.cancel(event.seq_id)  # the engine does not know of stop strings
+                yield part
         except EngineDiedError:
             raise engine_unavailable() from None
 
     def _usage(self) -> Usage:
         num_output_tokens = sum(choice.num_output_tokens for choice in self._choices.values())
-        return Usage(
-            prompt_tokens=self._num_prompt_tokens,
-            completion_tokens=num_output_tokens,
-            total_tokens=self._num_prompt_tokens + num_output_tokens,
-        )
+        return {
+            "prompt_tokens": self._num_prompt_tokens,
+            "completion_tokens": num_output_tokens,
+            "total_tokens": self._num_prompt_tokens + num_output_tokens,
+        }
 
 
 async def start_completion(
@@ -149,7 +140,7 @@ async def start_completion(
             sampling=_sampling(request, seed=choice_seed(seed, index)),
             ignore_eos=request.ignore_eos,
             num_logprobs=request.logprobs,
-            prompt_logprobs=request.echo and request.logprobs is not None and index == 0,
+            prompt_logprobs=request.echo and request.logprobs is not None,
         )
         for prompt_ids in prompts
         for seed in [secrets.randbits(63) if request.seed is None else request.seed]

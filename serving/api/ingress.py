@@ -1,8 +1,7 @@
 """The HTTP routes of a replica. Each reads its request strictly and answers in OpenAI's shape, errors too."""
 
 import asyncio
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
@@ -24,7 +23,6 @@ from serving.delivery.routed_request import RoutedRequest
 from serving.delivery.versions import Versions
 from serving.protocol.errors import ApiError, draining, engine_unavailable, internal_error
 from serving.protocol.protocol import CompletionRequest, parse_completion
-from serving.protocol.served_model import ServedModel
 from serving.protocol.strict_json import read_request
 from serving.proxy.token_relay import YES_HEADER, RelayClient
 from serving.xray.page_routes import page_router
@@ -56,12 +54,11 @@ def build_http_app(*, versions: Versions, metrics: ReplicaMetrics, access: Curre
         parsed = await read_request(request, parse_chat)
         version = RoutedRequest.of(request).take(parsed.model, user=parsed.user)
         completion = await asyncio.to_thread(as_completion, parsed, version.model)  # tokenizes
-        shape = partial(ChatAnswer, num_top=parsed.top_logprobs)
-        return await answer(completion, shape, request, version=version, headers=NOTE_HEADER)
+        return await answer(completion, ChatAnswer, request, version=version, headers=NOTE_HEADER)
 
     async def answer(
         parsed: CompletionRequest,
-        shape: Callable[[ServedModel], Answer],
+        shape: type[Answer],
         request: Request,
         *,
         version: LoadedVersion,

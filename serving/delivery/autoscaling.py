@@ -6,6 +6,7 @@ by value, so the module imports nothing of ours.
 
 import math
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,12 +42,10 @@ class Observation:
 
 @dataclass(frozen=True)
 class Wanted:
-    """The fewest and the most replicas that the load has needed in each of these seconds."""
+    """The number of replicas that the load has needed from `since_s` on, until the next entry of the history."""
 
-    first_s: int
-    last_s: int
-    fewest: int
-    most: int
+    since_s: float
+    num_replicas: int
 
 
 History = tuple[Wanted, ...]
@@ -65,35 +64,28 @@ def decide(seen: Observation, history: History, rules: ScalingRules) -> tuple[in
     """Returns the number of replicas to have now, and the history for the next call. It grows once the load has needed
     more for `up_after_s`, to what was needed all that time. It shrinks once the load has needed fewer for
     `down_after_s`, to the most that was needed in that time, so that a burst that returns soon finds its replicas."""
-    history = _remember(seen, wanted_replicas(seen, rules), history, rules)
-    up = min((w.fewest for w in _last(rules.up_after_s, history, seen.now_s)), default=seen.num_replicas)
-    down = max((w.most for w in _last(rules.down_after_s, history, seen.now_s)), default=seen.num_replicas)
-    if down == 0 and not _last(rules.to_zero_after_s, history, seen.now_s, fewer_than=1):
+    wanted = wanted_replicas(seen, rules)
+    if not history or history[-1].num_replicas != wanted:
+        history = (*history, Wanted(seen.now_s, wanted))
+    up = min(_in_the_last(rules.up_after_s, history, seen.now_s), default=seen.num_replicas)
+    down = max(_in_the_last(rules.down_after_s, history, seen.now_s), default=seen.num_replicas)
+    if down == 0 and history[-1].since_s > seen.now_s - rules.to_zero_after_s:
         down = 1
+    oldest_s = seen.now_s - max(rules.up_after_s, rules.down_after_s)
+    history = tuple(w for w, end_s in _with_ends(history) if end_s > oldest_s)
     return max(min(seen.num_replicas, down), up), history
 
 
-def _remember(seen: Observation, wanted: int, history: History, rules: ScalingRules) -> History:
-    now_s = math.floor(seen.now_s)
-    oldest_s = now_s - 1 - max(rules.up_after_s, rules.down_after_s, rules.to_zero_after_s)
-    kept = tuple(w for w in history if w.last_s >= oldest_s)
-    last = kept[-1] if kept else Wanted(now_s, now_s - 1, wanted, wanted)
-    if last.fewest == last.most == wanted:
-        return (*kept[:-1], Wanted(last.first_s, now_s, wanted, wanted))
-    if last.last_s < now_s:
-        return (*kept, Wanted(now_s, now_s, wanted, wanted))
-    # The last entry covers this second already.
-    before = () if last.first_s == now_s else (Wanted(last.first_s, now_s - 1, last.fewest, last.most),)
-    return (*kept[:-1], *before, Wanted(now_s, now_s, min(last.fewest, wanted), max(last.most, wanted)))
+def _in_the_last(seconds: float, history: History, now_s: float) -> list[int]:
+    """Returns the numbers that were wanted in the last `seconds`; none if the history is shorter."""
+    if history[0].since_s > now_s - seconds:
+        return []
+    return [w.num_replicas for w, end_s in _with_ends(history) if end_s > now_s - seconds]
 
 
-def _last(seconds: float, history: History, now_s: float, *, fewer_than: int | None = None) -> History:
-    """Returns what was wanted in the last `seconds`; nothing if the history is shorter, or if `fewer_than` was
-    reached."""
-    if history[0].first_s > now_s - seconds:
-        return ()
-    recent = tuple(w for w in history if w.last_s >= math.floor(now_s - seconds))
-    return () if fewer_than is not None and any(w.most >= fewer_than for w in recent) else recent
+def _with_ends(history: History) -> Iterable[tuple[Wanted, float]]:
+    """Returns each entry of the history with the time at which the next one began."""
+    return zip(history, [*(w.since_s for w in history[1:]), math.inf], strict=True)
 
 
 class ScalingPolicy:

@@ -1,4 +1,4 @@
-"""The requests and answers of the HTTP interface: OpenAI's completions, vLLM's tokenize."""
+"""The requests of the HTTP interface: OpenAI's completions, vLLM's tokenize."""
 
 import difflib
 import re
@@ -129,26 +129,6 @@ class TokenizeRequest(Request):
 class DetokenizeRequest(Request):
     model: str | None = None
     tokens: list[int]
-
-
-class Logprobs(BaseModel):
-    tokens: list[str]
-    token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float] | None]
-    text_offset: list[int]
-
-
-class Choice(BaseModel):
-    text: str
-    index: int
-    logprobs: Logprobs | None
-    finish_reason: str | None
-
-
-class Usage(BaseModel):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
 
 
 RequestType = TypeVar("RequestType", bound=Request)

@@ -11,12 +11,10 @@ from serving.protocol.protocol import (
     MAX_PROMPTS,
     MAX_STOP_STRINGS,
     Bias,
-    Choice,
     CompletionRequest,
     DetokenizeRequest,
     Request,
     TokenizeRequest,
-    Usage,
 )
 from tests.serving.hostile_requests import MODEL
 
@@ -36,6 +34,26 @@ class Error(Answer):
 
 class ErrorAnswer(Answer):
     error: Error
+
+
+class Usage(Answer):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Logprobs(Answer):
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class Choice(Answer):
+    text: str
+    index: int
+    logprobs: Logprobs | None
+    finish_reason: str
 
 
 class Head(Answer):

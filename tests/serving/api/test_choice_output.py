@@ -1,4 +1,4 @@
-"""The choices of a prompt share its log-probabilities, whichever of them is first."""
+"""Each choice of a prompt has the prompt's log-probabilities."""
 
 import asyncio
 from pathlib import Path
@@ -8,29 +8,7 @@ import httpx
 import pytest
 
 from cluster.settings.serve import EngineConfig, ServeConfig
-from serving.api.choice_output import SharedEchoes
-from serving.engine.messages import Candidates, FinishReason, TokenEvent
 from tests.serving.endpoint_parts import loopback_server, replica_app
-
-ECHO = [None, Candidates(-1.0, [])]
-
-
-def event(seq_id: int, token_id: int, *, echo: list[Candidates | None] | None = None, last: bool = False) -> TokenEvent:
-    return TokenEvent(seq_id, token_id, FinishReason.LENGTH if last else None, None, echo)
-
-
-def test_a_choice_that_is_faster_than_the_first_waits_for_the_prompts_logprobs() -> None:
-    shared = SharedEchoes([10, 11, 20, 21], num_choices=2)
-    assert shared.complete(event(11, 1)) == []
-    assert shared.complete(event(20, 7, echo=ECHO)) == [event(20, 7, echo=ECHO)], "another prompt waits for nothing"
-    assert shared.complete(event(11, 2, last=True)) == []
-    assert shared.complete(event(10, 3, echo=ECHO)) == [
-        event(11, 1, echo=ECHO),
-        event(11, 2, last=True),
-        event(10, 3, echo=ECHO),
-    ]
-    assert shared.complete(event(10, 4, last=True)) == [event(10, 4, last=True)]
-    assert shared.complete(event(21, 8)) == [event(21, 8, echo=ECHO)]
 
 
 @pytest.mark.parametrize("prefix_cache", [True, False])
