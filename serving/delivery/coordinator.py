@@ -106,11 +106,9 @@ class Coordinator:
 
     async def drain(self, draining: bool) -> Delivery:
         async with self._lock:
-            update = {"draining": draining}
-            if not await self._change(
-                self._begun().model_copy(update=update)
-            ):  # the order applies to a newer state too
-                await self._change(self._begun().model_copy(update=update))
+            for _ in range(2):  # the order applies to a newer state of another coordinator too
+                if await self._change(self._begun().model_copy(update={"draining": draining})):
+                    break
             return self._begun()
 
     async def status(self) -> dict[str, Any]:

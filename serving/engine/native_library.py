@@ -48,10 +48,6 @@ class NoNativeLibraryError(Exception):
     """The kernels are not available here; the message says why."""
 
 
-class _BrokenLibraryError(Exception):
-    """A library's file does not hold what was written there."""
-
-
 def load_library() -> ctypes.CDLL:
     """Loads the kernels. Raises `NoNativeLibraryError` whatever prevents it."""
     if missing := TARGETS.get(platform.machine(), {}).get(_march(), frozenset()) - cpu_features():
@@ -61,7 +57,7 @@ def load_library() -> ctypes.CDLL:
     try:
         baked = _baked()
         return _load_compiled() if baked is None else _load(baked)
-    except (OSError, RuntimeError, subprocess.SubprocessError, _BrokenLibraryError) as error:  # RuntimeError: no home
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: no home
         raise NoNativeLibraryError(str(error)) from error
 
 
@@ -99,14 +95,15 @@ def _load_compiled() -> ctypes.CDLL:
     if path.exists():
         try:
             return _load(path)
-        except (OSError, _BrokenLibraryError):
+        except OSError:
             path.unlink(missing_ok=True)  # truncated by a full disk, for example
     _compile(compiler, _march(), path)
     return _load(path)
 
 
 def _load(path: Path) -> ctypes.CDLL:
-    """Loads a library that only this user or root can write: anybody else could run code as this user."""
+    """Loads a library that only this user or root can write: anybody else could run code as this user. Raises
+    `OSError` for a broken one."""
     for place in (path.parent, path):
         status = place.stat()
         if status.st_uid not in (os.geteuid(), 0) or status.st_mode & 0o022:
@@ -116,7 +113,7 @@ def _load(path: Path) -> ctypes.CDLL:
             )
     content = path.read_bytes()
     if _sealed(content[:-32]) != content:  # loading it could kill the process with SIGBUS
-        raise _BrokenLibraryError(f"{path} does not hold the library that was written there")
+        raise OSError(f"{path} does not hold the library that was written there")
     return ctypes.CDLL(str(path))
 
 

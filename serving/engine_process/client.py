@@ -108,18 +108,12 @@ class EngineClient:
                 ),
                 queue=SequenceQueue(num_slots=config.max_num_seqs, tokens_per_step=config.prefill_tokens_per_step),
             )
-        try:
-            messages = client._messages()
-            async for message in messages:  # one: it is ready, or why not
-                if "error" in message:
-                    raise UserError(message["error"])
-                break
-            else:
-                raise EngineDiedError(await client._describe_death())
-        except (UserError, EngineDiedError):
+        messages = client._messages()
+        first = await anext(messages, None)
+        if first is None or "error" in first:
             line.close()
             await client.close()
-            raise
+            raise EngineDiedError(await client._describe_death()) if first is None else UserError(first["error"])
         watch_peer(line, peer_pid=client.pid)
         client._reports = asyncio.create_task(client._dispatch(messages))
         return client

@@ -17,12 +17,10 @@ def _each(*values: Any, names: str) -> dict[str, tuple[Any, ...]]:
 
 FIELDS: HarmlessValues = {
     **_each(
-        names="allowed_token_ids audio cache_salt chat_template guided_choice guided_grammar guided_json guided_regex"
+        names="allowed_token_ids audio cache_salt chat_template guided_choice guided_grammar guided_json guided_regex "
+        "prediction prompt_embeds prompt_logprobs reasoning_effort structured_outputs truncate_prompt_tokens verbosity "
+        "web_search_options"
     ),
-    **_each(
-        names="prediction prompt_embeds prompt_logprobs reasoning_effort structured_outputs truncate_prompt_tokens"
-    ),
-    **_each(names="verbosity web_search_options"),
     # These have no effect here: nothing is stored or billed, there are no tools, and GPT-2 adds no tokens.
     **_each(bool, names="add_special_tokens parallel_tool_calls store"),
     **_each(str, names="prompt_cache_key prompt_cache_retention safety_identifier service_tier"),

@@ -11,7 +11,7 @@ import math
 import os
 import re
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from http import HTTPStatus
@@ -166,9 +166,9 @@ class Exchange:
     send: Send
     request_id: bytes
     _relayed: RelayedAnswer = field(init=False)
-    _body_given = _client_gone = _started = _replaced = _finished = False
-    _is_drained = _is_event_stream = False
-    _status = 0
+    _body_given = _client_gone = _finished = False
+    _status = 0  # of the answer, once it has started
+    _headers: Mapping[bytes, bytes] = field(default_factory=dict)  # of the answer
 
     async def run(self, relay: Relay) -> Outcome:
         for attempt in range(MAX_ATTEMPTS):
@@ -182,16 +182,16 @@ class Exchange:
                 await self._finish_relayed()
             finally:
                 await self._relayed.close()
-            if self._started or self._client_gone:
+            if self._status or self._client_gone:
                 break
         if self._finished:
-            return Outcome.DRAINED if self._is_drained else outcome_of(self._status)
+            return Outcome.DRAINED if DRAINING_HEADER.encode() in self._headers else outcome_of(self._status)
         if self._client_gone:
             return Outcome.LEFT
-        if not self._started:
+        if not self._status:
             await send_error(ended_replicas(MAX_ATTEMPTS), self.send, request_id=self.request_id)
             return Outcome.FAILED
-        if self._is_event_stream:
+        if self._headers.get(b"content-type", b"").startswith(b"text/event-stream"):
             # Without it the stream would just stop. In any other answer the missing bytes show.
             await self.send({"type": "http.response.body", "body": interrupted().event().encode()})
         return Outcome.CUT
@@ -212,23 +212,19 @@ class Exchange:
         return message
 
     async def _pass_on(self, message: Message) -> None:
+        if self._finished:  # by our own error
+            return
         if message["type"] == "http.response.start":
-            self._started, self._status = True, message["status"]
-            headers = dict(message["headers"])
-            self._is_drained = DRAINING_HEADER.encode() in headers
-            media_type = headers.get(b"content-type", b"")
-            self._is_event_stream = media_type.startswith(b"text/event-stream")
-            if message["status"] >= 400 and b"x-model-version" not in headers:  # from Ray Serve itself
-                self._replaced = True
-                await send_error(of_proxy(message["status"], headers), self.send, request_id=self.request_id)
+            self._status, self._headers = message["status"], dict(message["headers"])
+            if self._status >= 400 and b"x-model-version" not in self._headers:  # from Ray Serve itself
+                await send_error(of_proxy(self._status, self._headers), self.send, request_id=self.request_id)
                 self._finished = True
-            if YES_HEADER in headers:
+                return
+            if YES_HEADER in self._headers:
                 kept = [(name, value) for name, value in message["headers"] if name != YES_HEADER]
                 await self.send({**message, "headers": kept})
                 self._relayed.start(self.send)
                 return
-        if self._replaced:
-            return
         if message["type"] == "http.response.body":
             last = not message.get("more_body", False)
             if last and self._relayed.started and not await self._relayed.end():
@@ -262,7 +258,7 @@ def body_too_large() -> ApiError:
     return closing(413, f"The body exceeds {MAX_BODY_BYTES} bytes; send less", code="body_too_large")
 
 
-def of_proxy(status: int, headers: dict[bytes, bytes]) -> ApiError:
+def of_proxy(status: int, headers: Mapping[bytes, bytes]) -> ApiError:
     """Translates Ray Serve's own refusal: no replica took the request, or none had time for it."""
     retry_after = headers.get(b"retry-after", b"1").decode("ascii")
     phrase = "No replica is free" if status == 429 else HTTPStatus(status).phrase

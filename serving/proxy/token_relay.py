@@ -15,7 +15,8 @@ import secrets
 import socket
 import struct
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 
 from starlette.types import Send
@@ -98,37 +99,19 @@ class Relay:
     async def open(self) -> RelayedAnswer:
         async with self._starting:
             if self._server is None and sys.platform == "linux":
-                loop = asyncio.get_running_loop()
-                path = _NAME_PREFIX + self.name
-                self._server = await loop.create_unix_server(lambda: _Incoming(self.answers), path)
+                self._server = await asyncio.start_unix_server(self._receive, _NAME_PREFIX + self.name)
         number = next(self._numbers)
         self.answers[number] = RelayedAnswer(self, number)
         return self.answers[number]
 
-
-class _Incoming(asyncio.Protocol):
-    """A replica's connection to a proxy."""
-
-    def __init__(self, answers: Mapping[int, RelayedAnswer]) -> None:
-        self._answers = answers
-        self._buffer = bytearray()
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        if not _is_our_own(transport.get_extra_info("socket")):
-            transport.close()
-
-    def data_received(self, data: bytes) -> None:
-        self._buffer += data
-        start = 0
-        while len(self._buffer) - start >= _FRAME.size:
-            number, length = _FRAME.unpack_from(self._buffer, start)
-            end = start + _FRAME.size + length
-            if len(self._buffer) < end:
-                break
-            if number in self._answers:  # its client has not left
-                self._answers[number].put(bytes(self._buffer[start + _FRAME.size : end]))
-            start = end
-        del self._buffer[:start]
+    async def _receive(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Takes what one replica sends until its connection ends."""
+        with closing(writer), suppress(asyncio.IncompleteReadError, ConnectionError):
+            while _is_our_own(writer.get_extra_info("socket")):
+                number, length = _FRAME.unpack(await reader.readexactly(_FRAME.size))
+                data = await reader.readexactly(length)
+                if number in self.answers:  # its client has not left
+                    self.answers[number].put(data)
 
 
 @dataclass(frozen=True)
@@ -163,14 +146,13 @@ class RelayClient:
         if not number.isdecimal() or len(number) > 18:
             return None
         async with self._connecting:
-            connection = self._connections.get(name)
-            if connection is None or connection.is_closing:
+            self._connections = {n: c for n, c in self._connections.items() if not c.is_closing}
+            if name not in self._connections:
                 connection = await self._connect(name)
                 if connection is None:
                     return None
-                open_ones = {n: c for n, c in self._connections.items() if not c.is_closing}
-                self._connections = open_ones | {name: connection}
-        return RelayWriter(connection, int(number))
+                self._connections[name] = connection
+        return RelayWriter(self._connections[name], int(number))
 
     async def _connect(self, name: str) -> "_Outgoing | None":
         # uvloop cannot connect to a name that starts with a zero byte.
@@ -178,10 +160,10 @@ class RelayClient:
         end.setblocking(False)
         try:
             end.connect(_NAME_PREFIX + name)
+            is_usable = _is_our_own(end)
         except OSError:  # not on this machine
-            end.close()
-            return None
-        if not _is_our_own(end):
+            is_usable = False
+        if not is_usable:
             end.close()
             return None
         return (await asyncio.get_running_loop().create_unix_connection(_Outgoing, sock=end))[1]
