@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import ray
@@ -22,8 +22,11 @@ from jobs.snapshots.slots import NUM_SLOTS, Bytes, Header, Slots, checksum_of
 
 CHUNK_BYTES = 16 << 20  # of one message of a transfer between nodes
 _POLL_S = 0.5
-_ANSWER_S = 2.0  # a keeper whose node is gone never answers
+ANSWER_S = 2.0  # a keeper whose node is gone never answers
+READ_BYTES_PER_S = 0.4e9  # a tenth of what a keeper reads on two busy cores
 _COPY_S = 60.0  # at most
+
+Key = TypeVar("Key")
 _COPY_SHARE = 0.05  # of the time
 
 
@@ -63,15 +66,18 @@ class Keeper:
     def _close(self, area: str) -> None:
         os.close(self._areas.pop(area)[0])
 
-    def holdings(self, *, verify: bool) -> list[Holding]:
-        """Returns the sealed slots; with `verify`, only those whose data match their checksum."""
+    def holdings(self) -> list[Holding]:
+        """Returns the sealed slots."""
         return [
             Holding(self._node, area, slot, head.sequence, head.attempt, head.step, head.rank, head.world_size)
             for area, (_, slots) in self._areas.items()
             for slot in range(NUM_SLOTS)
             if (head := slots.header(slot)) and head.identity == self._identity
-            if not verify or slots.is_whole(slot)
         ]
+
+    def is_whole(self, held: Holding) -> bool:
+        """Reports whether the slot's data match its checksum; reads all of them."""
+        return self.header(held) is not None and self._areas[held.area][1].is_whole(held.slot)
 
     def header(self, held: Holding) -> Header | None:
         """Returns the slot's header, or None when the slot was written again since."""
@@ -128,14 +134,15 @@ def find_keepers(launch: str) -> dict[str, Any]:
     return found
 
 
-def ask(references: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the answers, by node, of the keepers that are alive."""
-    nodes = {reference: node for node, reference in references.items()}
-    ready, _ = ray.wait(list(nodes), num_returns=len(nodes), timeout=_ANSWER_S) if nodes else ([], [])
+def ask(references: Mapping[Key, Any], *, num_bytes: int = 0) -> dict[Key, Any]:
+    """Returns the answers of the keepers that are alive, which read `num_bytes` for them."""
+    keys = {reference: key for key, reference in references.items()}
+    timeout_s = ANSWER_S + num_bytes / READ_BYTES_PER_S
+    ready, _ = ray.wait(list(keys), num_returns=len(keys), timeout=timeout_s) if keys else ([], [])
     answers = {}
     for reference in ready:
         try:
-            answers[nodes[reference]] = ray.get(reference)
+            answers[keys[reference]] = ray.get(reference)
         except RayError:  # a dead actor raises one of several kinds
             continue
     return answers
@@ -170,7 +177,7 @@ class Keepers:
             self._start_missing()
             if time.monotonic() < copied_until:
                 continue
-            answers = ask({node: keeper.holdings.remote(verify=False) for node, keeper in self._keepers.items()})
+            answers = ask({node: keeper.holdings.remote() for node, keeper in self._keepers.items()})
             holdings = [held for found in answers.values() for held in found]
             newest = max((held.step for held in holdings), default=-1)
             if newest != self._newest_step:

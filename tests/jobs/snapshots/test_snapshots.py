@@ -1,5 +1,6 @@
 """A training state through a keeper's memory and back: the same bits, of the right run only, within its bounds."""
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -7,15 +8,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray
 import torch
 
+import jobs.snapshots.keepers
+import jobs.snapshots.snapshots
 import jobs.training.attempt
 from cluster.settings.run import TrainConfig
 from jobs.exact.train_state import TrainState
 from jobs.run.ledger import Ledger
 from jobs.run.run_plan import RunPlan
-from jobs.snapshots.choice import choose
-from jobs.snapshots.keepers import CHUNK_BYTES, Keeper
+from jobs.snapshots.choice import Holding, choose
+from jobs.snapshots.keepers import ANSWER_S, CHUNK_BYTES, Keeper
 from jobs.snapshots.slots import Header, Slots
 from jobs.snapshots.snapshots import Snapshot, Snapshots, state_part, whole_state
 from jobs.training.train_loop import train
@@ -48,6 +52,10 @@ def header_of(state: TrainState | None = None, *, step: int = 1, attempt: int = 
     )
 
 
+def whole(memory: Keeper) -> list[Holding]:
+    return [held for held in memory.holdings() if memory.is_whole(held)]
+
+
 def opened(memory: Keeper, area: str, num_bytes: int = SIZE) -> Slots:
     """Maps the memory as a worker in another process would."""
     path = memory.open(area, num_bytes)
@@ -67,7 +75,7 @@ def test_a_state_comes_back_with_the_same_bits_and_trains_on_alike() -> None:
     arrays = [tensor.numpy().view(np.uint8) for tensor in whole_state(state).tensors.values()]
     opened(memory, "state", sum(array.size for array in arrays)).write(header_of(state, step=3), arrays)
 
-    (held,) = memory.holdings(verify=True)
+    (held,) = whole(memory)
     assert (held.node, held.area, held.step) == ("a", "state", 3)
     header, data = memory.header(held), memory.chunk(held, 0)
     assert header is not None
@@ -86,19 +94,45 @@ def test_of_another_run_or_damaged_is_not_held() -> None:
     memory = make_memory()
     slots = opened(memory, "state")
     write(slots, header_of(identity="another", step=5))
-    assert memory.holdings(verify=False) == []
+    assert memory.holdings() == []
     write(slots, header_of(step=6))
-    assert [held.step for held in memory.holdings(verify=True)] == [6]
+    assert [held.step for held in whole(memory)] == [6]
     slots.data(1)[17] ^= 1
-    assert [held.step for held in memory.holdings(verify=False)] == [6]
-    assert memory.holdings(verify=True) == []
+    assert [held.step for held in memory.holdings()] == [6]
+    assert whole(memory) == []
+
+
+class LargeKeeper(Keeper):
+    """A keeper that has 1.3 billion parameters to read, and so takes longer than an answer without reading may."""
+
+    def is_whole(self, held: Holding) -> bool:
+        time.sleep(ANSWER_S + 0.5)
+        return super().is_whole(held)
+
+
+@pytest.mark.cluster
+def test_a_large_state_has_the_time_to_be_read_and_a_damaged_one_is_named(
+    ray_workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both slots were read within 2 s or the keeper was left out, so a large run silently had no snapshots."""
+    keeper = ray.remote(num_cpus=0)(LargeKeeper).remote(node="a", identity="run", max_bytes=1 << 30)
+    slots = Slots.at(ray.get(keeper.open.remote("state", SIZE)))
+    write(slots, header_of(step=6))
+    slots.data(slots.write(header_of(step=7), [np.full(SIZE, 7, np.uint8)]))[17] ^= 1
+    monkeypatch.setattr(jobs.snapshots.keepers, "READ_BYTES_PER_S", SIZE / 20)
+    monkeypatch.setattr(jobs.snapshots.snapshots, "find_keepers", lambda launch: {"a": keeper})
+    snapshots = Snapshots(tiny_plan(str(tmp_path)), WorkerGroup(0, 1))
+    snapshots._launch = "this process"
+    found = snapshots.newest(explained_step=9, at_least=0, is_left_out=lambda step: False)
+    assert found is not None and found.step == 6
+    assert "the snapshot of step 7 on node a is damaged" in capsys.readouterr().err
 
 
 def test_what_was_written_again_is_not_given_out_for_the_old() -> None:
     memory = make_memory()
     slots = opened(memory, "state")
     write(slots, header_of(step=1))
-    (held,) = memory.holdings(verify=False)
+    (held,) = memory.holdings()
     write(slots, header_of(step=2))
     assert memory.chunk(held, 0) is not None
     write(slots, header_of(step=3))  # over step 1
@@ -112,13 +146,13 @@ def test_memory_is_bounded_kept_and_given_back() -> None:
     write(opened(memory, "state"), header_of(step=4, attempt=1))
     write(opened(memory, "copy-state"), header_of(step=4, attempt=2))
     assert memory.open("third", SIZE) is None
-    assert [held.step for held in memory.holdings(verify=True)] == [4, 4]
+    assert [held.step for held in whole(memory)] == [4, 4]
     write(opened(memory, "state"), header_of(step=5, attempt=2))  # the next group takes the same memory
-    assert sorted(held.step for held in memory.holdings(verify=True) if held.area == "state") == [4, 5]
+    assert sorted(held.step for held in whole(memory) if held.area == "state") == [4, 5]
     memory.close_older(2)
-    assert len(memory.holdings(verify=True)) == 3
+    assert len(whole(memory)) == 3
     memory.close_older(3)
-    assert memory.holdings(verify=True) == []
+    assert whole(memory) == []
     assert memory.open("third", SIZE) is not None
 
 
@@ -133,7 +167,7 @@ def test_another_size_starts_afresh() -> None:
     memory = make_memory()
     write(opened(memory, "state"), header_of())
     opened(memory, "state", 2 * SIZE)
-    assert memory.holdings(verify=False) == []
+    assert memory.holdings() == []
 
 
 class KilledError(Exception):
@@ -158,7 +192,7 @@ class OwnMemory(Snapshots):
 
     def newest(self, *, explained_step: int, at_least: int, is_left_out: Callable[[int], bool]) -> Snapshot | None:
         choice = choose(
-            self.memory.holdings(verify=True),
+            whole(self.memory),
             explained_step=explained_step,
             at_least=at_least,
             is_left_out=is_left_out,
