@@ -16,9 +16,10 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
+from typing import TextIO
 
 from cluster.storage.interface import Entries
 from cluster.storage.uris import NotFoundError, Storage, open_storage
@@ -43,7 +44,7 @@ def fetch(storage: Storage) -> Path:
         raise NotFoundError(f"{storage.uri} is empty or does not exist, or holds no checkpoint; check the location")
     copy = _cache("checkpoints") / f"{_name(storage.uri)}--{_version(files)}"
     if not _is_usable(copy, files):
-        with _alone():
+        with _locked("lock", fcntl.LOCK_EX):
             if not _is_usable(copy, files):
                 _make_room(sum(entry.size for entry in files))
                 partial = _cache("checkpoint-fetch") / "partial"
@@ -59,7 +60,7 @@ def fetch(storage: Storage) -> Path:
 
 def discard(copy: Path) -> None:
     """Removes a damaged copy, so that it is fetched again."""
-    with _alone():
+    with _locked("lock", fcntl.LOCK_EX):
         shutil.rmtree(copy, ignore_errors=True)
 
 
@@ -67,28 +68,16 @@ class Holds:
     """The checkpoints whose copies must stay while this process lives and needs them."""
 
     def __init__(self) -> None:
-        self._locks: dict[str, int] = {}  # file descriptors, by URI
+        self._locks: dict[str, TextIO] = {}  # by URI
 
     def keep(self, uris: Collection[str]) -> None:
         """Holds these checkpoints, which need not be here yet, and no others."""
         for uri in self._locks.keys() - set(uris):
-            os.close(self._locks.pop(uri))
+            self._locks.pop(uri).close()
         for uri in uris:
             storage = open_storage(uri)
             if uri not in self._locks and storage.local_path("") is None:
-                self._locks[uri] = _hold(_name(storage.uri))
-
-
-def _hold(name: str) -> int:
-    path = _cache("checkpoint-fetch") / "held" / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
-        with suppress(FileNotFoundError):
-            if path.stat().st_ino == os.fstat(descriptor).st_ino:
-                return descriptor
-        os.close(descriptor)  # an eviction has just removed the file
+                self._locks[uri] = _locked(f"held/{_name(storage.uri)}", fcntl.LOCK_SH)
 
 
 def _make_room(num_bytes: int) -> None:
@@ -106,19 +95,13 @@ def _make_room(num_bytes: int) -> None:
 
 def _evicted(copy: Path) -> bool:
     """Removes a copy that no process holds, by a rename first: no replica waits for files to be removed."""
-    held = _cache("checkpoint-fetch") / "held" / copy.name.rpartition("--")[0]
     evicted = _cache("checkpoint-fetch") / "evicted"
     shutil.rmtree(evicted, ignore_errors=True)  # left by a killed process
-    held.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(held, os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        copy.rename(evicted)
-        held.unlink(missing_ok=True)
+        with _locked(f"held/{copy.name.rpartition('--')[0]}", fcntl.LOCK_EX | fcntl.LOCK_NB):
+            copy.rename(evicted)
     except BlockingIOError:
         return False
-    finally:
-        os.close(descriptor)
     shutil.rmtree(evicted)
     return True
 
@@ -148,10 +131,10 @@ def _cache(name: str) -> Path:
     return Path.home() / ".cache" / "raymill" / name
 
 
-@contextmanager
-def _alone() -> Iterator[None]:
-    path = _cache("checkpoint-fetch") / "lock"
+def _locked(name: str, how: int) -> TextIO:
+    """Returns an open lock file, which is locked until it is closed; it stays, as others may wait for it."""
+    path = _cache("checkpoint-fetch") / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
-        yield
+    file = path.open("w")
+    fcntl.flock(file, how)
+    return file

@@ -21,9 +21,8 @@ POLL_S = 1.0
 class Loan:
     num_workers: int
     for_s: float
-    loan_id: str = field(
-        default_factory=lambda: secrets.token_hex(8)
-    )  # a renewal is a new loan, even of the same size and time
+    # A renewal is a new loan, even of the same size and time.
+    loan_id: str = field(default_factory=lambda: secrets.token_hex(8))
 
 
 def lend(run: Storage, loan: Loan) -> None:
