@@ -32,15 +32,11 @@ class PlanConfig(Settings):
         "assume that activations are computed again in backward: 8 FLOPs for each parameter and token, not "
         "6 (raymill itself keeps them)",
     )
-    price: NonNegativeFloat | None = setting(
-        None, "dollars for an hour of one GPU; an assumption for each kind when unset"
-    )
+    price: NonNegativeFloat | None = setting(None, "dollars for an hour of one GPU; assumed for each kind when unset")
     network_gbit_per_s: PositiveFloat | None = setting(
         None, "each GPU's share of the links between nodes; usual for its kind when unset"
     )
-    storage_bytes_per_s: PositiveFloat = setting(
-        1e9, "speed at which storage takes a checkpoint, bytes per second; an assumption"
-    )
+    storage_bytes_per_s: PositiveFloat = setting(1e9, "bytes/s at which storage takes a checkpoint; an assumption")
     mtbf_gpu_hours: PositiveFloat = setting(
         50_000, "GPU-hours between failures; Llama 3 (2024) had 419 in 54 days on 16,384 GPUs: one in 50,700"
     )

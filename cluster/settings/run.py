@@ -74,12 +74,8 @@ class DataConfig(TextConfig):
     weights: list[PositiveFloat] = setting(
         [], "share of the training rows from each source, relative to each other; by their sizes when empty"
     )
-    validation: dict[SetName, str] = setting(
-        {}, "further texts that every validation measures, by name; as a flag NAME=SOURCE ..."
-    )
-    tokenizer: str | None = setting(
-        None, "URI of a tokenizer.json or of a folder with one; trained from the corpus when unset"
-    )
+    validation: dict[SetName, str] = setting({}, "further texts to validate on, by name; as a flag NAME=SOURCE ...")
+    tokenizer: str | None = setting(None, "tokenizer.json's URI, or its folder's; trained on the corpus when unset")
     vocab_size: int = setting(4096, "ids of the trained vocabulary", ge=257, le=1_000_000)
     normalize: list[Literal["nfc", "lowercase", "collapse_spaces"]] = setting(
         [], "text normalization of a trained tokenizer, recorded in it; GPT-2 has none"
@@ -103,9 +99,7 @@ class DataConfig(TextConfig):
     near_dedup_threshold: float | None = setting(
         None, "drop documents at least this similar (Jaccard, word 3-grams) to another", gt=0, le=1
     )
-    quality_rules: list[QualityRule] = setting(
-        [], "rules that a document must pass, with the bounds of Gopher (Rae et al., 2021)"
-    )
+    quality_rules: list[QualityRule] = setting([], "rules for documents, with Gopher's bounds (Rae et al., 2021)")
     decontaminate_ngram: int | None = setting(
         None, "drop training documents that share this many words in a row with validation", ge=4
     )
@@ -142,9 +136,7 @@ class TrainConfig(Settings):
         None, "linear warm-up, tokens; 375M or 2% of max_tokens, the smaller, when unset"
     )
     decay_tokens: PositiveInt | None = setting(None, "horizon of the learning rate, tokens; max_tokens when unset")
-    cooldown_tokens: PositiveInt | None = setting(
-        None, "last stretch of schedule wsd, tokens; 20% of the horizon when unset"
-    )
+    cooldown_tokens: PositiveInt | None = setting(None, "end of schedule wsd, tokens; 20% of the horizon when unset")
     weight_decay: NonNegativeFloat = setting(0.1, "AdamW decay of matrices; biases and LayerNorms have none")
     beta1: float = setting(0.9, "AdamW, decay of the first moment", ge=0, lt=1)
     beta2: float = setting(0.95, "AdamW, decay of the second moment", ge=0, lt=1)
@@ -155,9 +147,7 @@ class TrainConfig(Settings):
         "processor computes it at speed when the run first starts, else fp32, and the same for the rest of the run",
     )
     exact: bool = setting(True, "the same bits for any number of workers; false is stock DistributedDataParallel")
-    shard_optimizer: bool = setting(
-        False, "each worker keeps AdamW's moments of its own part of the weights only (ZeRO-1)"
-    )
+    shard_optimizer: bool = setting(False, "each worker keeps AdamW's moments of its own part of the weights (ZeRO-1)")
     seed: int = setting(0, "initial weights, sample order, dropout", ge=0, lt=2**63)
     max_skipped_steps: NonNegativeInt = setting(3, "bad steps in a row that are skipped before the run is rolled back")
     max_rollbacks: NonNegativeInt = setting(3, "rollbacks after which a run stops instead of rolling back")
@@ -167,12 +157,8 @@ class TrainConfig(Settings):
     shuffle_window_rows: PositiveInt = setting(
         1 << 20, "rows shuffled together; windows follow each other in the order of the store"
     )
-    document_mask: bool = setting(
-        False, "no token attends to another document in its row; positions restart at each document"
-    )
-    while_tokenizing: bool = setting(
-        False, "start on the sealed part of the token store while the rest is being written"
-    )
+    document_mask: bool = setting(False, "no token attends to another document in its row; positions restart at each")
+    while_tokenizing: bool = setting(False, "start on the sealed part of the token store while the rest is written")
     eval_every_steps: PositiveInt = setting(100, "steps between validations; the last step always validates")
     eval_max_tokens: PositiveInt = setting(1_000_000, "validation tokens, from the front of the split")
     sample_prompts: list[str] = setting([], "prompts completed at every validation, with a fixed seed")
@@ -223,9 +209,7 @@ class ScalingConfig(Settings):
     use_gpu: bool = setting(False, "one GPU per worker")
     resize_check_s: PositiveFloat = setting(10.0, "seconds between looks for newly available workers")
     max_fruitless_attempts: PositiveInt = setting(6, "attempts in a row without progress after which the run gives up")
-    hang_timeout_s: NonNegativeFloat = setting(
-        30.0, "seconds without a sign of life before a worker is killed; 0 never does"
-    )
+    hang_timeout_s: NonNegativeFloat = setting(30.0, "silent seconds after which a worker is killed; 0 never does")
     price_per_device_hour: NonNegativeFloat | None = setting(
         None, "price of an hour of a GPU, or of a CPU where workers have none, for the cost metrics"
     )
@@ -240,13 +224,9 @@ class ScalingConfig(Settings):
 class ClusterConfig(Settings):
     """The Ray cluster to use."""
 
-    address: str | None = setting(
-        None, "Ray Jobs address (http://host:8265) of a running cluster; a local one when unset"
-    )
+    address: str | None = setting(None, "Ray Jobs address (http://host:8265) of a cluster; a local one when unset")
     num_nodes: int = setting(3, "raylets of the local cluster, the head among them", ge=1, le=16)
-    cpus_per_node: PositiveInt | None = setting(
-        None, "logical CPUs of each local node; just enough for max_workers when unset"
-    )
+    cpus_per_node: PositiveInt | None = setting(None, "CPUs of a local node; enough for max_workers when unset")
 
 
 class StorageConfig(Settings):
@@ -376,16 +356,12 @@ def cooldown_tokens(config: RunConfig) -> int | None:
 class EvaluateConfig(Settings):
     """The settings of an evaluation. The model's shape and its tokenizer come from the checkpoint."""
 
-    checkpoint: str = setting(
-        "latest", "path or URI of a checkpoint's or run's folder, or `latest`: the newest published"
-    )
+    checkpoint: str = setting("latest", "path or URI of a checkpoint's or run's folder, or `latest`: newest published")
     data: TextConfig = TextConfig()
     """The text to evaluate on; the validation split that the checkpoint was trained with when unset."""
     max_tokens: PositiveInt = setting(10_000_000, "tokens to evaluate on, from the front")
     batch_size: PositiveInt = setting(8, "sequences computed together")
-    seq_len: PositiveInt | None = setting(
-        None, "tokens per sequence; as the run trained, or else n_positions, when unset"
-    )
+    seq_len: PositiveInt | None = setting(None, "tokens per sequence; as the run trained, or n_positions, when unset")
     precision: Literal["auto", Precision] = setting(
         "auto", "compute precision, bf16 is autocast; auto: as the run trained, or else fp32"
     )

@@ -54,21 +54,15 @@ class EngineConfig(Settings):
     backend: Literal["raymill", "vllm"] = setting(
         "raymill", "vllm: the same checkpoint and API, computed by vLLM; see engine.vllm_python"
     )
-    vllm_python: str | None = setting(
-        None, "Python of an environment with vLLM, which needs its own torch; raymill's when unset"
-    )
+    vllm_python: str | None = setting(None, "Python of vLLM's own environment, with its torch; raymill's when unset")
     kernels: Literal["auto", "native", "torch"] = setting(
         "auto",
         "native: compiled for this CPU at first use, by g++ or $CXX; torch: PyTorch's own; auto: native if "
         "available, and torch on a GPU",
     )
-    kv_cache_tokens: int | None = setting(
-        None, "tokens that fit into the KV cache; max_num_seqs whole contexts when unset", ge=16
-    )
+    kv_cache_tokens: int | None = setting(None, "tokens in the KV cache; max_num_seqs whole contexts when unset", ge=16)
     prefix_cache: bool = setting(True, "read the common start of prompts only once while the cache holds it")
-    prefill_tokens_per_step: PositiveInt = setting(
-        96, "prompt tokens that a step reads while the running sequences wait"
-    )
+    prefill_tokens_per_step: PositiveInt = setting(96, "prompt tokens that a step reads while running sequences wait")
 
     @property
     def max_sequences(self) -> int:
@@ -109,17 +103,13 @@ class ServeConfig(Settings):
     """Everything that the endpoint needs, except the model's shape, which comes from the checkpoint."""
 
     checkpoint: str = setting("latest", "path or URI of a checkpoint folder, or `latest`: the newest published one")
-    model_name: str | None = setting(
-        None, "id under /v1/models, whatever is promoted; the live checkpoint's run id when unset"
-    )
+    model_name: str | None = setting(None, "id in /v1/models, whatever is promoted; the live run's id when unset")
     host: str = setting("127.0.0.1", "address to listen on; any but loopback needs an API key")
     port: int = setting(8000, "TCP port to listen on", ge=1, le=65535)
     api_key_file: str | None = setting(
         None, "file with one API key on each line; created with a new key (0600) if missing, reread on changes"
     )
-    admin_key_file: str | None = setting(
-        None, "file like api_key_file with keys for /admin; there is no /admin when unset"
-    )
+    admin_key_file: str | None = setting(None, "file like api_key_file with /admin's keys; no /admin when unset")
     http: HttpConfig = HttpConfig()
     delivery: DeliveryConfig = DeliveryConfig()
     replicas: ReplicaConfig = ReplicaConfig()
