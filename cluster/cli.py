@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
-from cluster.commands.table import COMMANDS, GROUPS, NOTES, imported
+from cluster.commands.table import COMMANDS, GROUPS, imported
 from cluster.output.result_text import lines, printable
 from cluster.settings.code_folders import code_version, version
 from cluster.settings.parser import ConfigError, Parser
@@ -63,7 +63,7 @@ def command_parser(words: Sequence[str] | None = None) -> Parser:
     for words_of_command, command in COMMANDS.items():
         first, _, second = words_of_command.partition(" ")
         if second and first not in groups:
-            group = commands.add_parser(first, help=GROUPS[first], description=GROUPS[first] + NOTES.get(first, ""))
+            group = commands.add_parser(first, help=GROUPS[first], description=GROUPS[first])
             groups[first] = group.add_subparsers(metavar="COMMAND", required=True)
         name, place = second or first, groups.get(first, commands)
         sub = place.add_parser(name, help=command.about, description=command.about)

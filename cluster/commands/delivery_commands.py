@@ -24,11 +24,7 @@ def promote(arguments: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError("name a checkpoint to promote, or give --follow RUN, or --finish for the current canary")
     operator, storage_uri = _operator(arguments), arguments.storage_uri
     gate = None if arguments.gate_source is None else _text_or_rows(arguments.gate_source)
-    terms = {
-        "canary_percent": arguments.canary,
-        "watch_s": arguments.watch_s,
-        "max_loss_increase": arguments.max_loss_increase,
-    }
+    terms = {name: getattr(arguments, name) for name in ("canary_percent", "watch_s", "max_loss_increase")}
     if arguments.follow is not None:
         follow_run(operator, arguments.follow, storage_uri, terms=terms, gate=gate)
     if arguments.finish:
@@ -36,7 +32,7 @@ def promote(arguments: argparse.Namespace) -> dict[str, Any]:
         return _result(operator.wait())
     fields = _gate_rows(arguments.checkpoint, storage_uri) if gate is None else gate
     operator.promote(arguments.checkpoint, terms=terms, gate=fields)
-    until = ("steady",) if arguments.canary is None else ("canary", "steady")
+    until = ("steady",) if arguments.canary_percent is None else ("canary", "steady")
     return _result(operator.wait(until=until))
 
 
@@ -63,9 +59,8 @@ def follow_run(
             continue
         tried.add(checkpoint)
         try:
-            operator.promote(
-                checkpoint, terms=terms, gate=_gate_rows(checkpoint, storage_uri) if gate is None else gate
-            )
+            fields = _gate_rows(checkpoint, storage_uri) if gate is None else gate
+            operator.promote(checkpoint, terms=terms, gate=fields)
             operator.wait()
         except RefusedError as error:
             say(f"not promoted: {error}")

@@ -11,7 +11,7 @@ from cluster.kube.idle import held_by_nodes, why_not_idle
 from cluster.kube.kustomize import rendered_overlay
 from cluster.kube.pending import reasons
 from cluster.kube.scale import Patch, most_replicas, resume_group, scale_group, suspend, suspend_group
-from cluster.kube.status import COMPONENT, KINDS, RAY, Object, cluster_names, full_name, groups, has_ended, sentence
+from cluster.kube.status import KINDS, RAY, Object, cluster_names, component_of, full_name, groups, has_ended, sentence
 from cluster.settings.code_folders import CODE_ROOT
 from cluster.settings.parser import ConfigError
 from cluster.stages.jobs_api import JobsApi, ray_token
@@ -146,9 +146,9 @@ def _objects(arguments: argparse.Namespace) -> list[Object]:
     objects = rendered_overlay(overlay_folder(arguments.overlay), arguments.namespace)
     if arguments.component is None:
         return objects
-    chosen = [o for o in objects if o["metadata"].get("labels", {}).get(COMPONENT) == arguments.component]
+    chosen = [o for o in objects if component_of(o) == arguments.component]
     if not chosen:
-        known = sorted({o["metadata"]["labels"][COMPONENT] for o in objects if "labels" in o["metadata"]})
+        known = sorted(filter(None, set(map(component_of, objects))))
         raise ConfigError(f"unknown component {arguments.component!r}; expected one of {', '.join(known)}")
     return chosen
 

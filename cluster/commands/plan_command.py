@@ -1,33 +1,14 @@
-"""`raymill plan`: its flags, and the plan that it prints."""
+"""`raymill plan`: the plan that it prints."""
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
-from cluster.settings.flags import add_config_arguments, config_from_arguments, settings_from_flags, validate_config
+from cluster.settings.flags import config_from_arguments, settings_from_flags, validate_config
 from cluster.settings.parser import ConfigError
 from cluster.settings.plan import PlanConfig
 from cluster.settings.run import RunConfig
 from cluster.storage.uris import absolute_uri
-
-
-def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", nargs="?", type=Path, help="YAML file of the run; flags override its settings")
-    parser.add_argument("--demo", action="store_true", help="plan the run of `raymill demo`, with its faults")
-    parser.add_argument(
-        "--calibrate",
-        action="store_true",
-        help="rehearse the run on a small scale on a local cluster, and estimate from that how long it would take here",
-    )
-    parser.add_argument(
-        "--simulate",
-        action="store_true",
-        help="plan the run at 8 to 4,096 GPUs instead: exchange, snapshots, checkpoints, data, where each saturates",
-    )
-    parser.add_argument("--recompute", action="store_true", help=PlanConfig.model_fields["recompute"].description)
-    add_config_arguments(parser, PlanConfig, leave_out=("recompute",))
-    add_config_arguments(parser, RunConfig)
 
 
 def plan(arguments: argparse.Namespace) -> dict[str, Any] | None:

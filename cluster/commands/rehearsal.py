@@ -83,9 +83,7 @@ def rehearsed(
     with tempfile.TemporaryDirectory(prefix="raymill-rehearsal-") as folder:
         storage = StorageConfig(uri=folder)
         if not config.data.source:
-            raise ConfigError(
-                "--calibrate trains on the run's own text: name it with --data.source, or plan the --demo"
-            )
+            raise ConfigError("--calibrate trains on the run's own text: give --data.source, or plan the --demo")
         corpus = rehearsal_corpus(config, Path(folder, "corpus"))
         data = config.data.model_copy(update={"source": corpus["source"], "weights": []})
         run = small.model_copy(update={"data": data, "storage": storage})

@@ -7,17 +7,14 @@ import argparse
 import os
 import shlex
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cluster.output.progress import reports_shown, say
 from cluster.output.result_text import printable
 from cluster.settings.parser import ConfigError
 from cluster.stages.stage_module import STAGES, BadResultError
-from cluster.storage.uris import absolute_uri, open_storage
+from cluster.storage.uris import Storage, absolute_uri, open_storage
 from model.errors import UserError
-
-if TYPE_CHECKING:
-    from cluster.storage.uris import Storage
 
 
 def stage(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -132,7 +129,7 @@ def export(arguments: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def _runs(arguments: argparse.Namespace) -> "list[Storage]":
+def _runs(arguments: argparse.Namespace) -> list[Storage]:
     """Returns the runs that the arguments name. Raises `UserError` for what is no run."""
     from jobs.run.find_run import find_run
 

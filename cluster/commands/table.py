@@ -4,7 +4,7 @@ Functions and settings are named, not imported: a command line imports only what
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -38,14 +38,10 @@ def one_of(*arguments: Add, required: bool = False) -> Add:
     return add
 
 
-def settings(tree: str) -> Add:
+def settings(tree: str, *, leave_out: Sequence[str] = ()) -> Add:
     """Adds one flag for each setting of the tree `module:class`, which takes a while to import."""
-    return lambda parser: imported("cluster.settings.flags:add_config_arguments")(parser, imported(tree))
-
-
-def arguments_of(reference: str) -> Add:
-    """Adds what the function `module:name` adds."""
-    return lambda parser: imported(reference)(parser)  # noqa: PLW0108 (imports only then)
+    add = "cluster.settings.flags:add_config_arguments"
+    return lambda parser: imported(add)(parser, imported(tree), leave_out=leave_out)
 
 
 RUN_SETTINGS = settings("cluster.settings.run:RunConfig")
@@ -98,15 +94,10 @@ class Command:
 GROUPS = {
     "storage": "check a storage",
     "data": "look at a corpus before a job is spent, and at a token store afterwards",
-    "dashboards": "manage the Grafana dashboards, made from the metric table, and the alerts",
+    "dashboards": "manage dashboards and alerts (GRAFANA_URL, and GRAFANA_TOKEN or GRAFANA_TOKEN_FILE, name Grafana)",
     "checkpoint": "look at checkpoints",
     "cluster": "render and apply the manifests, scale their groups, and say why a pod is pending or stays",
 }
-NOTES = {
-    "dashboards": ". Grafana is the one at GRAFANA_URL; its token is in GRAFANA_TOKEN, or in the file that "
-    "GRAFANA_TOKEN_FILE names."
-}
-"""Ends of the groups' own manuals."""
 
 COMMANDS: dict[str, Command] = {
     "tokenize": Command(STAGES["tokenize"][1], "run_commands:stage", CONFIG, RUN_SETTINGS),
@@ -155,9 +146,7 @@ COMMANDS: dict[str, Command] = {
     "logs": Command(
         "print what a run's job and its workers printed, even after the cluster is gone",
         "job_commands:logs",
-        argument(
-            "-f", "--follow", action="store_true", help="continue until the job ends; exit code 1 unless it succeeded"
-        ),
+        argument("-f", "--follow", action="store_true", help="until the job ends; exit code 1 unless it succeeded"),
         argument("--all", action="store_true", help="print all launches that are kept, not only the last one"),
         argument("--tail", type=int, metavar="N", help="print only the last N lines"),
         argument("--ray", action="store_true", help="include the lines of Ray and of its workers' processes"),
@@ -181,9 +170,7 @@ COMMANDS: dict[str, Command] = {
         STORE,
         STORAGE,
     ),
-    "data verify": Command(
-        "recompute the hash of every shard of a token store", "run_commands:look_at_store", STORE, STORAGE
-    ),
+    "data verify": Command("recompute the hashes of a token store", "run_commands:look_at_store", STORE, STORAGE),
     "data report": Command("show what was dropped and why, with samples", "run_commands:look_at_store", STORE, STORAGE),
     "dashboards push": Command(
         "update Grafana's data source, folder and dashboards to this version", "dashboard_commands:push", PROMETHEUS
@@ -200,7 +187,21 @@ COMMANDS: dict[str, Command] = {
     "plan": Command(
         "estimate what a run will take: operations, days, cost, memory, checkpoints, links",
         "plan_command:plan",
-        arguments_of("cluster.commands.plan_command:add_plan_arguments"),
+        CONFIG,
+        argument("--demo", action="store_true", help="plan the run of `raymill demo`, with its faults"),
+        argument(
+            "--calibrate",
+            action="store_true",
+            help="rehearse the run in small on a local cluster, and estimate from that how long it would take here",
+        ),
+        argument(
+            "--simulate",
+            action="store_true",
+            help="at 8 to 4,096 GPUs instead: exchange, snapshots, checkpoints, data, where each saturates",
+        ),
+        argument("--recompute", action="store_true", help="assume that activations are computed again in backward"),
+        settings("cluster.settings.plan:PlanConfig", leave_out=["recompute"]),
+        RUN_SETTINGS,
     ),
     "inspect": Command(
         "show the shape and bytes of a batch at every stage of the model",
@@ -238,9 +239,7 @@ COMMANDS: dict[str, Command] = {
         STORAGE,
     ),
     "why-slow": Command("say what bounds a run, and by which numbers", "run_commands:why_slow", runs(), STORAGE),
-    "verify": Command(
-        "recompute the hashes of a run's checkpoints and of its data", "run_commands:verify", runs(), STORAGE
-    ),
+    "verify": Command("recompute the hashes of a run's checkpoints and data", "run_commands:verify", runs(), STORAGE),
     "replay": Command(
         "take steps of a run again and compare their bits",
         "run_commands:replay",
@@ -308,7 +307,7 @@ COMMANDS: dict[str, Command] = {
         "make the running endpoint serve another checkpoint",
         "delivery_commands:promote",
         argument("checkpoint", nargs="?", help="path or URI of a checkpoint's or run's folder, or `latest`"),
-        argument("--canary", type=float, metavar="PERCENT", help="share of the requests that it serves first"),
+        argument("--canary", type=float, dest="canary_percent", metavar="PERCENT", help="of the requests, at first"),
         argument("--finish", action="store_true", help="give all requests to the current canary"),
         FOLLOW,
         argument("--watch-s", type=float, help="seconds in which it may be rolled back; the endpoint's when unset"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from typing import Any
 
 from cluster.kube.scale import Patch, as_applied
@@ -46,8 +47,7 @@ class KubeApi:
 
     def get(self, api_version: str, kind: str, name: str) -> Object | None:
         path = f"{_path(api_version, kind, self.namespace)}/{name}"
-        found: Object | None = self._ask("GET", path, missing_is_none=True)
-        return found
+        return self._ask("GET", path, missing_is_none=True)
 
     def patch(self, manifest: Object, patch: Patch) -> None:
         """Patches the object. Raises `ClusterError` if it has changed so that the patch does not fit."""
@@ -59,16 +59,10 @@ class KubeApi:
 
         Raises `ClusterError` if another field manager owns what would change, unless `force` takes it.
         """
-        flags = {"fieldManager": FIELD_MANAGER} | ({"dryRun": "All"} if dry_run else {})
-        flags |= {"force": "true"} if force else {}
-        made: Object = self._ask(
-            "PATCH",
-            _path_of(manifest),
-            query=list(flags.items()),
-            body=manifest,
-            content_type="application/apply-patch+yaml",
-        )
-        return made
+        query = [("fieldManager", FIELD_MANAGER)]
+        query += [("dryRun", "All")] * dry_run + [("force", "true")] * force
+        kind = "application/apply-patch+yaml"
+        return self._ask("PATCH", _path_of(manifest), query=query, body=manifest, content_type=kind)
 
     def apply_all(self, manifests: list[Object], *, dry_run: bool = False) -> dict[str, Any]:
         """Applies each object, whether or not others fail.
@@ -183,11 +177,7 @@ class _RefusedError(ClusterError):
 
 def _path(api_version: str, kind: str, namespace: str | None) -> str:
     root = f"/apis/{api_version}" if "/" in api_version else f"/api/{api_version}"
-    word = kind.lower()
-    if word[-1] == "y" and word[-2] not in "aeiou":
-        plural = f"{word[:-1]}ies"
-    else:
-        plural = f"{word}{'es' if word[-1] == 's' else 's'}"
+    plural = re.sub(r"s$", "se", re.sub(r"(?<![aeiou])y$", "ie", kind.lower())) + "s"  # policies, classes
     return f"{root}/namespaces/{namespace}/{plural}" if namespace else f"{root}/{plural}"
 
 

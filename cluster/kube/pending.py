@@ -8,19 +8,13 @@ _IMAGE = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNever
 _CONFIG = ("CreateContainerConfigError", "CreateContainerError")
 _PIECES = re.compile(r"0/(\d+) nodes are available: (.*?)(?:\. |\.?$)")
 """Matches the number of nodes and why each is not taken; what preemption would do follows."""
-_NODE_WORDS = (
-    (re.compile(r"(\d+) Insufficient (\S+)"), "{} lack {}"),
-    (
-        re.compile(r"(\d+) node\(s\) had untolerated taint \{([^:}]*).*"),
-        "{} have the taint {}, which it does not tolerate",
-    ),
-    (re.compile(r"(\d+) node\(s\) had untolerated taint.*"), "{} have a taint that it does not tolerate"),
-    (
-        re.compile(r"(\d+) node\(s\) didn't match Pod's node affinity/selector"),
-        "{} lack the labels that it asks for",
-    ),
-    (re.compile(r"(\d+) node\(s\) were unschedulable"), "{} are cordoned"),
-)
+_NODE_WORDS = {
+    r"(\d+) Insufficient (\S+)": "{} lack {}",
+    r"(\d+) node\(s\) had untolerated taint \{([^:}]*).*": "{} have the taint {}, which it does not tolerate",
+    r"(\d+) node\(s\) had untolerated taint.*": "{} have a taint that it does not tolerate",
+    r"(\d+) node\(s\) didn't match Pod's node affinity/selector": "{} lack the labels that it asks for",
+    r"(\d+) node\(s\) were unschedulable": "{} are cordoned",
+}
 _CLAIM = re.compile(r"unbound immediate PersistentVolumeClaims|persistentvolumeclaim \"[^\"]+\" not found")
 _MOUNT = ("FailedMount", "FailedAttachVolume")
 _NOT_MADE = ("FailedToCreate", "FailedCreate")
@@ -35,10 +29,10 @@ def reasons(manifest: Object, clusters: list[Object], pods: list[Object], events
     if manifest["spec"].get("suspend") or not manifest.get("status"):
         return {full_name(manifest): sentence(manifest)}
     owners = {owner["metadata"]["uid"]: owner for owner in (manifest, *clusters)}
-    reasons = {
-        full_name(owner): reason for owner in owners.values() if (reason := why_not_made(owner, _events(owner, events)))
-    }
+    why = {full_name(owner): why_not_made(owner, _events(owner, events)) for owner in owners.values()}
+    reasons = {name: reason for name, reason in why.items() if reason is not None}
     name, names = manifest["metadata"]["name"], cluster_names(manifest)
+    born = manifest["metadata"]["creationTimestamp"]
     is_job, has_redis = manifest["kind"] == "RayJob", "gcsFaultToleranceOptions" in cluster_spec(manifest)
     submitters = [pod for pod in pods if is_job and _label(pod, "job-name") == name]
     redis = [pod for pod in pods if has_redis and _label(pod, "raymill/role") == "redis"]
@@ -49,9 +43,7 @@ def reasons(manifest: Object, clusters: list[Object], pods: list[Object], events
     # A controller of Kubernetes that cannot make its pod names itself in the event; an operator may not read its uid.
     makers = [("Job", name, submitters)] * is_job + [("StatefulSet", "redis", redis)] * has_redis
     for kind, its_name, made in makers:
-        about = [
-            e for e in events if _about(e) == (kind, its_name) and _time(e) >= manifest["metadata"]["creationTimestamp"]
-        ]
+        about = [event for event in events if _about(event) == (kind, its_name) and _time(event) >= born]
         if not made and (reason := _last_failure(about)):
             reasons[f"{kind}/{its_name}"] = reason
     return reasons
@@ -142,8 +134,8 @@ def _unscheduled(message: str, events: list[Object]) -> str:
 
 
 def _node_words(piece: str) -> str:
-    for pattern, words in _NODE_WORDS:
-        if found := pattern.fullmatch(piece):
+    for pattern, words in _NODE_WORDS.items():
+        if found := re.fullmatch(pattern, piece):
             return words.format(*found.groups())
     return piece
 

@@ -18,18 +18,16 @@ SCALED = "raymill/scaled."
 def scale_group(manifest: Object, group: str | None, *, lowest: int | None, most: int | None) -> Patch:
     """Sets new bounds of a worker group, by default the only one. Ray's autoscaler obeys them at once."""
     index, found = _group(manifest, group)
-    if suspended_bounds(manifest, found["groupName"]):
-        raise ConfigError(f"the group {found['groupName']} is suspended; resume it first")
+    name = found["groupName"]
+    if suspended_bounds(manifest, name):
+        raise ConfigError(f"the group {name} is suspended; resume it first")
     new_lowest = found.get("minReplicas", 0) if lowest is None else lowest
     new_most = found.get("maxReplicas", 0) if most is None else most
     if not 0 <= new_lowest <= new_most:
-        raise ConfigError(
-            f"the group {found['groupName']} would have {new_lowest} to {new_most} pods; expected 0 <= min <= max"
-        )
+        raise ConfigError(f"the group {name} would have {new_lowest} to {new_most} pods; expected 0 <= min <= max")
     noted = _scaled(manifest, found)  # a group that is scaled twice still has its manifest's bounds noted
     note = f"{noted or _text(found)} {new_lowest}-{new_most}"
-    bounds = _bounds(manifest, index, found, new_lowest, new_most)
-    return [*bounds, *_annotate(manifest, SCALED + found["groupName"], note)]
+    return [*_bounds(manifest, index, found, new_lowest, new_most), *_annotate(manifest, SCALED + name, note)]
 
 
 def as_applied(manifest: Object, live: Object | None) -> tuple[Object, list[str]]:

@@ -8,8 +8,6 @@ Object = dict[str, Any]
 
 RAY = "ray.io/v1"
 KINDS = ("RayCluster", "RayJob", "RayService")
-COMPONENT = "app.kubernetes.io/component"
-"""The label with the component that an object of the manifests belongs to."""
 
 _JOBS = {
     "Initializing": "is starting its cluster",
@@ -76,6 +74,11 @@ def cluster_names(manifest: Object) -> list[str]:
     status = manifest.get("status") or {}
     parts = [status, status.get("activeServiceStatus") or {}, status.get("pendingServiceStatus") or {}]
     return [part["rayClusterName"] for part in parts if part.get("rayClusterName")]
+
+
+def component_of(manifest: Object) -> str | None:
+    """Returns the component of raymill's manifests that an object belongs to."""
+    return manifest["metadata"].get("labels", {}).get("app.kubernetes.io/component")
 
 
 def full_name(manifest: Object) -> str:

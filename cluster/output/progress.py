@@ -121,11 +121,10 @@ class PlainProgress:
         self._printed_at: dict[str, float] = {}
 
     def line(self, text: str) -> str | None:
-        """Returns the text for a line of the log, or None to leave it out."""
-        return self.text(_report(text)) if text.startswith(_MARK) else text
-
-    def text(self, report: Report) -> str | None:
-        """Returns a report's text, or None soon after the last one."""
+        """Returns the text for a line of the log, or None for a report soon after the last one."""
+        if not text.startswith(_MARK):
+            return text
+        report = _report(text)
         now, is_done = time.monotonic(), report.done >= report.total
         if not is_done and now - self._printed_at.get(report.label, -_LINE_INTERVAL_S) < _LINE_INTERVAL_S:
             return None
@@ -171,28 +170,25 @@ class ProgressView:
 
     def line(self, text: str) -> None:
         """Shows one line of a stage's log."""
-        if text.startswith(_MARK):
-            self._until_first_line.close()
-            self._show(_report(text))
-            return
-        self.keep(text)
-        if self._rays.hides(text):
-            return
+        is_report = text.startswith(_MARK)
+        if not is_report:
+            self.keep(text)
+            if self._rays.hides(text):
+                return
         self._until_first_line.close()
-        if self._bars is not None:
-            self._bars.console.print(printable(text), markup=False, highlight=False)
-        else:
-            say(text)
-
-    def _show(self, report: Report) -> None:
         if self._bars is None:
-            if (text := self._plain.text(report)) is not None:
-                say(text)
-            return
+            if (shown := self._plain.line(text)) is not None:
+                say(shown)
+        elif is_report:
+            self._draw(self._bars, _report(text))
+        else:
+            self._bars.console.print(printable(text), markup=False, highlight=False)
+
+    def _draw(self, bars: Progress, report: Report) -> None:
         if report.label not in self._tasks:
-            self._bars.start()  # not before: without a bar it would keep painting an empty line
-            self._tasks[report.label] = self._bars.add_task(report.label, total=report.total, unit="", note="")
-        self._bars.update(self._tasks[report.label], completed=report.done, unit=report.unit, note=report.note)
+            bars.start()  # not before: without a bar it would keep painting an empty line
+            self._tasks[report.label] = bars.add_task(report.label, total=report.total, unit="", note="")
+        bars.update(self._tasks[report.label], completed=report.done, unit=report.unit, note=report.note)
 
 
 def _report(line: str) -> Report:

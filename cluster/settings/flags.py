@@ -29,9 +29,7 @@ def add_config_arguments(
             continue
         flag = f"--{path}"
         names = [flag.replace("_", "-")] + ([flag] if "_" in flag else [])
-        parser.add_argument(
-            *names, dest=path, default=None, nargs="+" if is_list else None, metavar="VALUE", help=help_text
-        )
+        parser.add_argument(*names, dest=path, nargs="+" if is_list else None, metavar="VALUE", help=help_text)
 
 
 def config_from_arguments(arguments: argparse.Namespace, root: type[Config], *, needs_source: bool = True) -> Config:
@@ -40,16 +38,14 @@ def config_from_arguments(arguments: argparse.Namespace, root: type[Config], *, 
     is_run = needs_source and root is RunConfig
     if arguments.config is None and is_run and arguments.__dict__.get("data.source") is None:
         raise ConfigError("no configuration: name a YAML file, or at least --data.source")
-    return _settled(validate_config(_overlaid(values, arguments, root), root))
+    return _settled(validate_config(settings_from_flags(arguments, root, over=values), root))
 
 
-def settings_from_flags(arguments: argparse.Namespace, root: type[BaseModel]) -> dict[str, Any]:
-    """Returns the settings that the flags alone give."""
-    return _overlaid({}, arguments, root)
-
-
-def _overlaid(values: dict[str, Any], arguments: argparse.Namespace, root: type[BaseModel]) -> dict[str, Any]:
-    """Returns `values` with the flags laid over them."""
+def settings_from_flags(
+    arguments: argparse.Namespace, root: type[BaseModel], *, over: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Returns the settings that the flags give, laid over others."""
+    values = over or {}
     for path, _, is_list in _leaves(root):
         value = getattr(arguments, path)
         if value is None:

@@ -55,9 +55,7 @@ class JobsApi:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ClusterError(f"{parts.scheme or 'it'!r} is no address of a Jobs API; expected http://HOST:8265")
         if parts.username or parts.password:
-            raise ClusterError(
-                f"the address of {parts.hostname} holds a password, which others could read; leave it out"
-            )
+            raise ClusterError(f"the address of {parts.hostname} holds a password, which others can read; leave it out")
         self.url, self._token = url.rstrip("/"), token
 
     @property
@@ -68,7 +66,7 @@ class JobsApi:
         """Raises `ClusterError` unless a Ray of a fitting version answers and accepts the token."""
         version, ours = self._ask("GET", "/api/version").get("ray_version"), metadata.version("ray")
         if version is None:
-            raise ClusterError(f"what answers at {self.url} is no Ray dashboard: its port is 8265 unless changed")
+            raise self._is_no_dashboard()
         if version.split(".")[:2] != ours.split(".")[:2]:
             raise ClusterError(f"Ray {version} runs at {self.url}, and here {ours}: jobs need the same minor version")
 
@@ -78,8 +76,7 @@ class JobsApi:
 
     def job(self, name: str) -> dict[str, Any] | None:
         """Returns the job, or None if the cluster does not know it."""
-        found: dict[str, Any] | None = self._ask("GET", f"/api/jobs/{name}", missing_is_none=True)
-        return found
+        return self._ask("GET", f"/api/jobs/{name}", missing_is_none=True)
 
     def stop(self, name: str) -> None:
         """Asks the job to end, without waiting for it; a job that has ended is left alone."""
@@ -116,6 +113,7 @@ class JobsApi:
         try:
             return answer.json()
         except ValueError:
-            raise ClusterError(
-                f"what answers at {self.url} is no Ray dashboard: its port is 8265 unless changed"
-            ) from None
+            raise self._is_no_dashboard() from None
+
+    def _is_no_dashboard(self) -> ClusterError:
+        return ClusterError(f"what answers at {self.url} is no Ray dashboard: its port is 8265 unless changed")

@@ -49,9 +49,7 @@ def publish(storage: Storage, reference: str) -> Publication:
     now_s, parameter_hash = round(time.time(), 3), str(metadata.parameter_hash)
     publication = Publication(checkpoint, parameter_hash, metadata.run_id, metadata.step, now_s)
     while True:
-        numbers = [
-            int(entry.key.removeprefix("registry/").removesuffix(".json")) for entry in storage.list("registry/")
-        ]
+        numbers = [int(Path(entry.key).stem) for entry in storage.list("registry/")]
         key = f"registry/{max(numbers, default=0) + 1:06d}.json"
         try:
             storage.write_bytes(key, json.dumps(asdict(publication)).encode(), if_absent=True)

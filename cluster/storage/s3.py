@@ -123,13 +123,13 @@ class S3Storage(Storage):
             raise _explain(uri, self.bucket, error) from error
 
     def read_bytes(self, key: str, *, start: int = 0, end: int | None = None) -> bytes:
-        if end is not None and end <= start:
-            return b""  # an HTTP range cannot be empty
         return self._read(key, start, end)
 
     def _read(self, key: str, start: int, end: int | None, version: str | None = None) -> bytes:
         """Returns bytes [start, end) of one version. botocore retries failed requests, but not a body that breaks off
         or is short: it is continued where it ended, until it brought less than a piece four times in a row."""
+        if end is not None and end <= start:
+            return b""  # an HTTP range cannot be empty
         content, tries = bytearray(), 0
         with self._explained(key):
             while tries < _MAX_ATTEMPTS:

@@ -35,9 +35,7 @@ def check_run(config: RunConfig, folders: Folders) -> None:
         raise AdmissionError(f"{problem} (`raymill storage check {storage}` says more)")
     if _is_folder(storage) and folders is not Folders.SAME:
         if folders is Folders.NONE:
-            raise AdmissionError(
-                f"{storage} is a folder of this machine; the job needs --storage.uri s3://bucket/prefix"
-            )
+            raise AdmissionError(f"{storage} is a folder of this machine; the job needs --storage.uri s3://bucket")
         say(f"{storage} is a folder: all nodes of the cluster must see the same files there")
     check_sources(config.data, folders)
 

@@ -6,7 +6,7 @@ import re
 import shlex
 from typing import Any
 
-from cluster.kube.status import COMPONENT, Object, cluster_spec
+from cluster.kube.status import Object, cluster_spec, component_of
 from cluster.settings.run import RunConfig, to_yaml
 from cluster.stages.run_mirrored import entrypoint
 from cluster.stages.stage_module import STAGES
@@ -53,9 +53,7 @@ def rayjob_name(run_id: str, number: int) -> str:
 
 
 def _model_of(objects: list[Object], component: str) -> Object:
-    found = [
-        o for o in objects if o["kind"] == "RayJob" and o["metadata"].get("labels", {}).get(COMPONENT) == component
-    ]
+    found = [o for o in objects if o["kind"] == "RayJob" and component_of(o) == component]
     if len(found) != 1:
         raise AdmissionError(f"the overlay has {len(found)} RayJobs of the component {component!r}; expected one")
     return found[0]

@@ -5,9 +5,8 @@ from itertools import pairwise
 
 import pytest
 
-from cluster.commands.plan_command import add_plan_arguments
+from cluster.cli import command_parser
 from cluster.settings.flags import settings_from_flags, validate_config
-from cluster.settings.parser import Parser
 from cluster.settings.plan import PlanConfig
 from cluster.settings.run import RunConfig
 from jobs.plan.scale_simulation import scale_table, scales, simulate, simulated_goodput
@@ -18,9 +17,8 @@ PAGE = REPOSITORY / "k8s" / "scale.md"
 
 def documented() -> tuple[RunConfig, PlanConfig]:
     (command,) = [line for line in PAGE.read_text().splitlines() if line.startswith("raymill plan ")]
-    parser = Parser()
-    add_plan_arguments(parser)
-    arguments = parser.parse_args(shlex.split(command)[2:])
+    words = shlex.split(command)[1:]
+    arguments = command_parser(words).parse_args(words)
     assert arguments.simulate
     found = (settings_from_flags(arguments, root) for root in (RunConfig, PlanConfig))
     run, options = found
