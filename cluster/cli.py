@@ -50,10 +50,9 @@ def _exit_on_signal(number: int, frame: FrameType | None) -> None:
 
 
 def command_parser(words: Sequence[str] | None = None) -> Parser:
-    """Returns the parser for a command line of these words; without words, the parser of all commands.
+    """Returns the parser for a command line of these words; without words, that of all commands.
 
-    Only the command that the words name gets its arguments: a configuration tree takes longer to import than
-    `raymill --help` may take.
+    Only the named command gets its arguments, as a configuration tree takes long to import.
     """
     parser = Parser(prog="raymill", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action=_ShowVersion, help="print the version and the code's hash, and exit")

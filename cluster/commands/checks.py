@@ -1,7 +1,4 @@
-"""Checks that find cheap mistakes before a cluster is started: what a stage or an endpoint would fail at first.
-
-Anything that costs more than a look at names is left to the stage itself. Each function raises a `UserError`.
-"""
+"""Checks that find cheap mistakes, by names alone, before a cluster is started. Each raises a `UserError`."""
 
 from cluster.local.local_cluster import require_free_port
 from cluster.settings.parser import ConfigError

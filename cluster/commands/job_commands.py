@@ -1,7 +1,6 @@
 """`raymill submit|list|status|logs|stop`: jobs that outlive the command that started them.
 
-The run's storage keeps where its job was submitted, what it printed and how it ended. So these commands take the run's
-id and `--storage.uri` on any machine, and the logs outlive the cluster.
+A job's record and log lie in the run's storage, so a run id and `--storage.uri` find them on any machine.
 """
 
 import argparse

@@ -48,10 +48,7 @@ def apply(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def scale(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Changes the object, for the clusters that KubeRay makes of it later, and those that run.
-
-    KubeRay passes an object's new bounds to no cluster that exists already.
-    """
+    """Changes the object, for its later clusters, and those that run, to which KubeRay passes no new bounds."""
     api = _api(arguments.namespace)
     manifest = _find(api, arguments.name)
     if has_ended(manifest):

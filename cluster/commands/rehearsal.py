@@ -33,10 +33,8 @@ _KILL_AT, _ADD_AT, _STEPS_WITH_FAULTS = 60, 66, 240
 
 
 def in_small(config: RunConfig, *, faults: Sequence[Fault] = ()) -> tuple[RunConfig, list[Fault]]:
-    """Returns the run with fewer steps, and with fewer lanes per step if a lane takes seconds, and the faults in it.
-
-    Raises `ConfigError` if a single lane would take too long to be measured in a minute.
-    """
+    """Returns the run with fewer steps, and fewer lanes per step if a lane takes seconds, and the faults in it.
+    Raises `ConfigError` if a single lane would take too long to be measured in a minute."""
     scaling, train = config.scaling, config.train
     rate = _FLOPS_PER_S["gpu"] if scaling.use_gpu else _FLOPS_PER_S["cpu"] * scaling.threads_per_worker
     lane_s = flops_per_token(config.model, seq_len(config)) * train.micro_batch_size * seq_len(config) / rate

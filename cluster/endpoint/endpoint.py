@@ -87,10 +87,8 @@ def deploy(connection: "Connection", config: "ServeConfig") -> Endpoint:
 
 
 def stream_completion(endpoint: Endpoint, request: dict[str, Any], *, on_text: Callable[[str], None]) -> dict[str, Any]:
-    """Asks for one completion, calls `on_text` as text comes, and returns all of it with its timing in seconds.
-
-    Without `max_tokens` in the request it is 64, or as many as fit after the prompt.
-    """
+    """Asks for one completion, calls `on_text` as text comes, and returns all of it with its timing in seconds. Without
+    `max_tokens` in the request it is 64, or as many as fit after the prompt."""
     start = time.perf_counter()
     texts: list[str] = []
     result: dict[str, Any] = {"model": endpoint.model, "prompt": request["prompt"], "ttft_s": None}

@@ -24,10 +24,8 @@ _TRIES = 5  # of an apply, since the operator and the autoscaler may write in be
 
 
 class KubeApi:
-    """One namespace of the Kubernetes cluster in the kubeconfig's current context, or of this pod's cluster.
-
-    The namespace is `raymill` if it is None. Raises `ClusterError` where no Kubernetes is configured.
-    """
+    """One namespace, `raymill` if it is None, of the cluster in the kubeconfig's current context, or of this pod's.
+    Raises `ClusterError` where no Kubernetes is configured."""
 
     def __init__(self, namespace: str | None) -> None:
         self.namespace = namespace or "raymill"
@@ -55,21 +53,16 @@ class KubeApi:
         self._ask("PATCH", _path_of(manifest), query=query, body=patch, content_type="application/json-patch+json")
 
     def apply(self, manifest: Object, *, dry_run: bool = False, force: bool = False) -> Object:
-        """Applies on the server's side, and returns the resulting object.
-
-        Raises `ClusterError` if another field manager owns what would change, unless `force` takes it.
-        """
+        """Applies on the server's side, and returns the resulting object. Raises `ClusterError` if another field
+        manager owns what would change, unless `force` takes it."""
         query = [("fieldManager", FIELD_MANAGER)]
         query += [("dryRun", "All")] * dry_run + [("force", "true")] * force
         kind = "application/apply-patch+yaml"
         return self._ask("PATCH", _path_of(manifest), query=query, body=manifest, content_type=kind)
 
     def apply_all(self, manifests: list[Object], *, dry_run: bool = False) -> dict[str, Any]:
-        """Applies each object, whether or not others fail.
-
-        Returns which were applied, what was kept as it ran, which failed and why, and (for a dry run) which cannot be
-        checked before their namespace exists.
-        """
+        """Applies each object, whether or not others fail. Returns which were applied, what was kept as it ran, which
+        failed and why, and, for a dry run, which cannot be checked before their namespace exists."""
         result: dict[str, Any] = {"checked" if dry_run else "applied": (taken := [])}
         for manifest in manifests:
             name = full_name(manifest)

@@ -25,10 +25,8 @@ def held_by_nodes(*, tasks: Rows, actors: Rows, placement_groups: Rows) -> dict[
 
 
 def why_not_idle(cluster: Object, holds: dict[str, dict[str, list[str]]]) -> dict[str, str]:
-    """Returns a reason by pod name. `holds` has what each pod of each worker group holds.
-
-    Of a group's pods without work, `minReplicas` decides how many stay.
-    """
+    """Returns a reason by pod name. `holds` has what each pod of each worker group holds; of a group's pods without
+    work, `minReplicas` decides how many stay."""
     reasons, spec = {}, cluster_spec(cluster)
     for group in spec["workerGroupSpecs"]:
         name, lowest = group["groupName"], group.get("minReplicas", 0)

@@ -22,10 +22,8 @@ _MADE = ("Created", "SuccessfulCreate")
 
 
 def reasons(manifest: Object, clusters: list[Object], pods: list[Object], events: list[Object]) -> dict[str, str]:
-    """Returns why parts of a Ray object do not run yet, by the names of the object, its clusters and its pods.
-
-    Empty if all run. `clusters` are those behind it; `pods` and `events` are all of the namespace.
-    """
+    """Returns why parts of a Ray object do not run yet, by the names of the object, its clusters and its pods: nothing
+    if all run. `clusters` are those behind it; `pods` and `events` are all of the namespace."""
     if manifest["spec"].get("suspend") or not manifest.get("status"):
         return {full_name(manifest): sentence(manifest)}
     owners = {owner["metadata"]["uid"]: owner for owner in (manifest, *clusters)}
@@ -102,10 +100,8 @@ def why_not_made(owner: Object, events: list[Object]) -> str | None:
 
 
 def _last_failure(events: list[Object]) -> str | None:
-    """Returns why something could not be made, unless something was made later.
-
-    That a thing exists already is no failure: KubeRay raced with its own cache.
-    """
+    """Returns why something could not be made, unless something was made later. That a thing exists already is no
+    failure: KubeRay raced with its own cache."""
     failed = [e for e in events if e.get("reason", "").startswith(_NOT_MADE) and "already exists" not in e["message"]]
     made = [event for event in events if event.get("reason", "").startswith(_MADE)]
     if not failed or (made and _time(_newest(made)) > _time(_newest(failed))):

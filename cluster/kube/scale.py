@@ -31,11 +31,9 @@ def scale_group(manifest: Object, group: str | None, *, lowest: int | None, most
 
 
 def as_applied(manifest: Object, live: Object | None) -> tuple[Object, list[str]]:
-    """Returns the manifest with the live object's values of what the overlay does not decide, and lines that say which.
-
-    These are the number of pods that the autoscaler requests, the bounds that `scale` set since the overlay last
-    changed them, and whether the object is suspended.
-    """
+    """Returns the manifest with the live object's values of what the overlay does not decide, and lines that say which:
+    the number of pods that the autoscaler requests, the bounds that `scale` set since the overlay last changed them,
+    and whether the object is suspended."""
     if live is None:
         return manifest, []
     wanted, kept = copy.deepcopy(manifest), []

@@ -41,10 +41,8 @@ def sentence(manifest: Object) -> str:
 
 
 def groups(manifest: Object, pods: list[Object] | None = None) -> Iterator[str]:
-    """Yields a line for each worker group: its bounds, or that `raymill cluster scale` suspended it.
-
-    The line of a running RayCluster also has how many pods are wanted and how many of the namespace's `pods` run.
-    """
+    """Yields a line for each worker group: its bounds, or that `raymill cluster scale` suspended it. That of a running
+    RayCluster also has how many pods are wanted and how many of the namespace's `pods` run."""
     is_up = manifest["kind"] == "RayCluster" and bool(manifest.get("status")) and not manifest["spec"].get("suspend")
     running = Counter(
         (pod["metadata"]["labels"].get("ray.io/cluster"), pod["metadata"]["labels"].get("ray.io/group"))

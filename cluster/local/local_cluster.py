@@ -1,11 +1,8 @@
 """A Ray cluster of several real raylets on this machine: loopback only, token auth, one process group per node.
 
-Every node is a `ray start --block` in its own process group. Ray binds a node's processes to the life of that
-command, and the command is bound to the life of this process, so nothing outlives its owner for long, even one that was
-killed; and nothing that this module did not start is ever signaled.
-
-The head keeps the cluster's state on disk (RocksDB), so that a lost head can be restarted: the other nodes find it by
-themselves, and the actors on them live on.
+Ray binds a node's processes to the life of its `ray start --block`, and that is bound to the life of this process:
+nothing outlives its owner for long, even one that was killed, and nothing that this module did not start is signaled.
+The head keeps the cluster's state on disk, so that it can be restarted: other nodes find it, and their actors live on.
 """
 
 import errno
@@ -172,10 +169,7 @@ class LocalCluster:
         process.wait(_STOP_TIMEOUT_S)
 
     def restart_head(self) -> None:
-        """Starts a new head at the addresses and with the state of the lost one, whose jobs are gone.
-
-        Raises `ClusterError`.
-        """
+        """Starts a new head at the addresses and with the state of the lost one, whose jobs are gone."""
         self._clear(_HEAD)
         self._start_head()
         self._nodes = {_HEAD: self._nodes.pop(_HEAD)} | self._nodes

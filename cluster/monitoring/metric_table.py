@@ -10,9 +10,13 @@ from typing import Literal, get_args
 
 
 class Kind(StrEnum):
-    COUNTER = "counter"  # only grows while its process lives; Prometheus sees it as NAME_total
+    COUNTER = "counter"  # only grows while its process lives
     GAUGE = "gauge"  # the value now
-    HISTOGRAM = "histogram"  # NAME_bucket, NAME_sum and NAME_count
+    HISTOGRAM = "histogram"
+
+
+ENDS = {Kind.COUNTER: ("_total",), Kind.GAUGE: ("",), Kind.HISTOGRAM: ("_bucket", "_sum", "_count")}
+"""Ends of the names by which Prometheus sees a metric."""
 
 
 class Exporter(StrEnum):
@@ -63,14 +67,7 @@ class Metric:
         """The names at a Ray node's metrics port."""
         if self.exporter is Exporter.RAY:
             return (self.name,)
-        name = f"ray_{self.name.replace(':', '_')}"
-        match self.kind:
-            case Kind.COUNTER:
-                return (f"{name}_total",)
-            case Kind.GAUGE:
-                return (name,)
-            case Kind.HISTOGRAM:
-                return (f"{name}_bucket", f"{name}_sum", f"{name}_count")
+        return tuple(f"ray_{self.name.replace(':', '_')}{end}" for end in ENDS[self.kind])
 
 
 # Bucket bounds in seconds, vLLM's own.
@@ -101,8 +98,13 @@ def _data(kind: Kind, name: str, unit: str, text: str, *labels: str) -> Metric:
     return Metric(f"raymill_data_{name}", kind, Exporter.DATA, unit, text, labels)
 
 
-def _replica(kind: Kind, name: str, unit: str, text: str, *labels: str, values: tuple[str, ...] = ()) -> Metric:
-    return Metric(name, kind, Exporter.REPLICA, unit, text, labels, values)
+def _replica(kind: Kind, name: str, unit: str, text: str) -> Metric:
+    return Metric(name, kind, Exporter.REPLICA, unit, text)
+
+
+def _ended(exporter: Exporter, name: str, text: str, label: str, values: tuple[str, ...]) -> Metric:
+    """Returns a counter of what ended, by how it did."""
+    return Metric(name, Kind.COUNTER, exporter, COUNT, text, (label,), values)
 
 
 def _histogram(name: str, text: str, buckets_s: tuple[float, ...]) -> Metric:
@@ -154,14 +156,7 @@ TABLE: tuple[Metric, ...] = (
     _replica(Kind.GAUGE, "vllm:num_requests_running", COUNT, "Sequences that hold KV cache blocks"),
     _replica(Kind.GAUGE, "vllm:num_requests_waiting", COUNT, "Sequences that wait for blocks"),
     _replica(Kind.GAUGE, "vllm:kv_cache_usage_perc", RATIO, "Share of the blocks in use, 0 to 1"),
-    _replica(
-        Kind.COUNTER,
-        "vllm:request_success",
-        COUNT,
-        "Sequences ended, by reason",
-        "finished_reason",
-        values=FINISH_REASONS,
-    ),
+    _ended(Exporter.REPLICA, "vllm:request_success", "Sequences ended, by reason", "finished_reason", FINISH_REASONS),
     _replica(Kind.COUNTER, "vllm:prompt_tokens", TOKENS, "Prompt tokens admitted"),
     _replica(Kind.COUNTER, "vllm:generation_tokens", TOKENS, "Tokens generated"),
     _histogram("vllm:time_to_first_token_seconds", "From admission to the first token", _TTFT_S),
@@ -170,14 +165,12 @@ TABLE: tuple[Metric, ...] = (
     _replica(Kind.GAUGE, "raymill:predicted_queue_seconds", SECONDS, "What a new sequence waits"),
     _replica(Kind.GAUGE, "raymill:replica_start_seconds", SECONDS, "From its constructor to its self-test"),
     _replica(Kind.GAUGE, "raymill:coordinator_away_seconds", SECONDS, "Without a usable answer of the coordinator"),
-    Metric(
-        "raymill:http_answers",
-        Kind.COUNTER,
+    _ended(
         Exporter.PROXY,
-        COUNT,
+        "raymill:http_answers",
         "Completions as their clients saw them end: answered, invalid (4xx), refused (429), refused while the "
         "endpoint is drained, failed (5xx), cut in the middle, or left by the client",
-        ("outcome",),
+        "outcome",
         OUTCOMES,
     ),
     # Ray's own

@@ -135,9 +135,7 @@ class PlainProgress:
 
 class ProgressView:
     """Shows a stage's log as it comes: its own lines, and its reports as bars at a terminal or as a line now and then.
-
-    The whole log, with Ray's lines, is kept in the file `log` if given. `waiting` is shown until the first line comes.
-    """
+    All of it, with Ray's lines, is kept in the file `log` if given. `waiting` is shown until the first line comes."""
 
     def __init__(self, log: Path | None = None, *, waiting: str = "") -> None:
         self.log = log

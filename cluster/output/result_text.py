@@ -47,10 +47,8 @@ def date_of(seconds: float) -> str:
 
 
 def printable(text: str, *, keep: str = "\n\t") -> str:
-    r"""Returns the text with unprintable characters as escapes such as `\x1b`, except blanks and those in `keep`.
-
-    So no ESC moves the cursor or sets the clipboard, and no bidirectional mark reverses a line.
-    """
+    r"""Returns the text with unprintable characters as escapes such as `\x1b`, except blanks and those in `keep`: no
+    ESC moves the cursor or sets the clipboard, and no bidirectional mark reverses a line."""
     if text.isprintable():
         return text
     return "".join(

@@ -1,7 +1,4 @@
-"""The argparse of `raymill` and its modules, whose errors are one line with a suggestion.
-
-It imports nothing heavy, so that `raymill --help` answers at once.
-"""
+"""The argparse of `raymill` and its modules, whose errors are one line with a suggestion. It imports nothing heavy."""
 
 import argparse
 import difflib

@@ -1,8 +1,7 @@
 """The typed settings: `RunConfig` for a run, `EvaluateConfig` for an evaluation (`ServeConfig` is in `serve`).
 
-YAML is the source of truth; every setting is also a command-line flag (`--train.learning-rate 1e-3`). The trees
-are frozen and refuse unknown keys with a suggestion. Secrets are never settings: they come from the environment
-or from files named by a setting.
+Each is a key of the YAML file and a flag (`--train.learning-rate 1e-3`). The trees are frozen and refuse unknown keys.
+Secrets are never settings: they come from the environment or from files named by a setting.
 """
 
 import dataclasses

@@ -31,9 +31,7 @@ class Token:
 
 def ray_token(file: Path | None = None) -> Token | None:
     """Returns the token in the file, else in the one that RAY_AUTH_TOKEN_PATH names, else in RAY_AUTH_TOKEN.
-
-    Raises `ClusterError` if a file is named and holds no token.
-    """
+    Raises `ClusterError` if a file is named and holds no token."""
     named, source = (file, "--token-file") if file else (os.environ.get(_TOKEN_PATH), _TOKEN_PATH)
     if not named:
         value = os.environ.get(_TOKEN, "").strip()

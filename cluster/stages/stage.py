@@ -112,12 +112,8 @@ def _submit_and_follow(connection: Connection, module: str, config: StageConfig)
 
 
 def submit_stage(connection: Connection, module: str, config: StageConfig, *, job: str, attempt: int = 0) -> str:
-    """Starts `python -m MODULE run.yaml` on the cluster as the job of that name, and returns the attempt's own name:
-    Ray takes a name once.
-
-    Raises `ClusterError` if the cluster cannot be reached, `RuntimeError` if it refuses the job, such as one with a
-    known name.
-    """
+    """Starts `python -m MODULE run.yaml` on the cluster as the job of that name, and returns the attempt's own name, as
+    Ray takes a name once. Raises `ClusterError` if the cluster cannot be reached, `RuntimeError` if it refuses."""
     metadata = {"raymill_module": module, "raymill_storage": config.storage.uri}  # for `raymill list --address`
     command = ["python", "-m", module, "run.yaml"]
     if isinstance(config, RunConfig):
@@ -155,10 +151,8 @@ def stage_main(
     run: Callable[[Config], dict[str, Any]],
     root: type[Config] = RunConfig,  # type: ignore[assignment]
 ) -> int:
-    """Is the command line of a stage module: reads settings, prints one JSON result, and returns the exit code.
-
-    Inside a Ray job it joins the job's cluster; started by hand it starts a local one and submits itself there.
-    """
+    """Is the command line of a stage module: reads settings, prints one JSON result, and returns the exit code. Inside
+    a Ray job it joins the job's cluster; started by hand it starts a local one and submits itself there."""
     # Run as a script, the module is called __main__; its spec has the real name.
     module = str(sys.modules["__main__"].__spec__.name)  # type: ignore[union-attr]
 

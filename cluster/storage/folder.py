@@ -90,9 +90,7 @@ class LocalStorage(Storage):
 
     def walk(self, *, max_depth: int | None = None) -> Entries:
         """Returns the regular files at most `max_depth` folders down. Raises `StorageError` for an unreadable folder.
-
-        Pipes, sockets, devices and dangling links hold no bytes; links to folders may loop and are not followed.
-        """
+        Pipes, devices and dangling links hold no bytes; links to folders may loop and are not followed."""
         entries: list[Entry | None] = []
         for folder, folders, names in os.walk(self.root, onerror=_refused):
             relative = Path(folder).relative_to(self.root)

@@ -90,10 +90,8 @@ def what_latest_became(storage: Storage) -> str:
 
 
 def served_checkpoints(storage: Storage) -> set[str]:
-    """Returns the URIs of checkpoints that endpoints serve, are about to serve, or would roll back to.
-
-    Raises `StorageError` if that cannot be known.
-    """
+    """Returns the URIs of checkpoints that endpoints serve, are about to serve, or would roll back to. Raises
+    `StorageError` if that cannot be known."""
     keys = [entry.key for entry in storage.list(ENDPOINTS) if not entry.key.startswith(LAST_GOOD)]
     return {uri for key in keys for uri in _pinned(storage, key)}
 

@@ -52,10 +52,8 @@ def absolute_uri(uri: str) -> str:
 
 
 def pinned(uri: str) -> tuple[str, str]:
-    """Returns a location whose bytes stay the same, and its commit, by asking the Hub for a branch's or tag's commit.
-
-    Other locations are returned unchanged, with "" as the commit.
-    """
+    """Returns a location whose bytes stay the same, and its commit, by asking the Hub for a branch's or tag's commit;
+    other locations unchanged, with "" as the commit."""
     if not uri.startswith(HF):
         return uri, ""
     storage = _hub(uri).pinned()

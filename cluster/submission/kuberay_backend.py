@@ -14,10 +14,8 @@ from cluster.submission.record import Backend, JobRecord, JobState
 
 
 class KubeJobs(JobBackend):
-    """RayJobs of one namespace; only submitting needs the `overlay`. Raises `UserError` without Kubernetes' client.
-
-    The overlay is rendered into `namespace`; if that is None, into its own, which has to be `raymill`.
-    """
+    """RayJobs of one namespace; only submitting needs the `overlay`, which is rendered into `namespace`, or if that is
+    None into its own, which has to be `raymill`. Raises `UserError` without Kubernetes' client."""
 
     def __init__(self, namespace: str | None, overlay: Path | None = None) -> None:
         from cluster.kube.client import KubeApi  # noqa: PLC0415 (its client is an extra)

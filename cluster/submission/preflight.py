@@ -1,7 +1,4 @@
-"""Checks before a job is spent: the storage, the sources, and whether the workers find room.
-
-The settings themselves are checked when they are read.
-"""
+"""Checks before a job is spent: the storage, the sources, and whether the workers find room."""
 
 from collections.abc import Iterable, Mapping
 from enum import StrEnum

@@ -1,7 +1,4 @@
-"""`raymill storage check`: finds out whether a storage does all that runs need, and what is wrong if not.
-
-The check uses an object of its own below the URI and removes it again.
-"""
+"""`raymill storage check`: finds out, by an object of its own, whether a storage does all that runs need."""
 
 import secrets
 import shutil
@@ -24,10 +21,8 @@ class _RefusedError(Exception):
 
 
 def check_storage(uri: str) -> tuple[list[str], str]:
-    """Returns the names of the steps that passed, and the first problem, which is empty if there is none.
-
-    Raises `StorageError` for a wrong URI.
-    """
+    """Returns the names of the steps that passed, and the first problem, which is empty if there is none. Raises
+    `StorageError` for a wrong URI."""
     if uri.startswith(HF):
         return [], f"{uri}: the Hugging Face Hub can only be read; name a folder or s3://"
     storage, folder = open_storage(uri), f"raymill-check-{secrets.token_hex(8)}"

@@ -69,10 +69,8 @@ def living_job(config: RunConfig, stage: str, token_file: Path | None) -> JobVie
 
 
 def submit_job(config: RunConfig, stage: str, backend: JobBackend, token_file: Path | None) -> tuple[JobView, bool]:
-    """Returns the run's job and whether it is new: of several submissions at once, one starts a job.
-
-    A job that has ended is followed by another one, which resumes the run. Raises `UserError` if the job is refused.
-    """
+    """Returns the run's job and whether it is new: of several submissions at once, one starts a job. A job that has
+    ended is followed by another one, which resumes the run. Raises `UserError` if the job is refused."""
     run = _run(config)
     while True:
         found = read_record(run)
@@ -98,11 +96,8 @@ def _run(config: RunConfig) -> Storage:
 
 
 def view_job(run: Storage, token_file: Path | None, *, stage: str = "") -> JobView | None:
-    """Returns what the run's job is doing, or None if it never had one.
-
-    The backend is asked first; where it is gone, the run's storage says. `stage` is one that may have been started by
-    other means than `raymill submit`.
-    """
+    """Returns what the run's job is doing, or None if it never had one. The backend is asked first; where it is gone,
+    the run's storage says. `stage` is one that may have been started by other means than `raymill submit`."""
     found = read_record(run)
     record = found[0] if found else None
     launch, ended = _newest_launch(run, record)
