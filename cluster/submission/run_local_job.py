@@ -1,6 +1,7 @@
 """Owns a local cluster in the background while one job runs there: `python -m cluster.submission.run_local_job`.
 
-Prints `{"job": NAME}` once the job is submitted. SIGTERM has the job save and end. A lost head is restarted, so is the job.
+Prints `{"job": NAME}` once the job is submitted. SIGTERM has the job save and end. A lost head is restarted and so is
+the job.
 """
 
 import json
