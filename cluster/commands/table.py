@@ -165,19 +165,12 @@ COMMANDS: dict[str, Command] = {
         RUN_SETTINGS,
     ),
     "data stats": Command(
-        "count documents, tokens and bytes of a token store, by split and source",
-        "run_commands:look_at_store",
-        STORE,
-        STORAGE,
+        "count a token store's documents, tokens and bytes", "run_commands:look_at_store", STORE, STORAGE
     ),
     "data verify": Command("recompute the hashes of a token store", "run_commands:look_at_store", STORE, STORAGE),
     "data report": Command("show what was dropped and why, with samples", "run_commands:look_at_store", STORE, STORAGE),
-    "dashboards push": Command(
-        "update Grafana's data source, folder and dashboards to this version", "dashboard_commands:push", PROMETHEUS
-    ),
-    "dashboards diff": Command(
-        "list where Grafana's dashboards differ from this version's; exit code 1 if any do", "dashboard_commands:diff"
-    ),
+    "dashboards push": Command("update Grafana to this version's dashboards", "dashboard_commands:push", PROMETHEUS),
+    "dashboards diff": Command("list where Grafana's differ; exit code 1 if any do", "dashboard_commands:diff"),
     "dashboards export": Command(
         "write them, the alerts and the scrape settings as files for Grafana, Prometheus and kustomize",
         "dashboard_commands:export",
@@ -233,10 +226,7 @@ COMMANDS: dict[str, Command] = {
         STORAGE,
     ),
     "compare": Command(
-        "put runs side by side: curves, settings that differ, final figures",
-        "run_commands:compare",
-        runs(nargs="+"),
-        STORAGE,
+        "put runs side by side: curves, settings, figures", "run_commands:compare", runs(nargs="+"), STORAGE
     ),
     "why-slow": Command("say what bounds a run, and by which numbers", "run_commands:why_slow", runs(), STORAGE),
     "verify": Command("recompute the hashes of a run's checkpoints and data", "run_commands:verify", runs(), STORAGE),
@@ -249,12 +239,7 @@ COMMANDS: dict[str, Command] = {
         STORAGE,
     ),
     "diff": Command("find the first step where two runs part", "run_commands:diff", runs(nargs=2), STORAGE),
-    "probe": Command(
-        "measure what each kept checkpoint does in context: copying, induction, few-shot",
-        "run_commands:probe",
-        runs(),
-        STORAGE,
-    ),
+    "probe": Command("measure each checkpoint's copying, induction, few-shot", "run_commands:probe", runs(), STORAGE),
     "track": Command(
         "send a run's curves to Weights & Biases or MLflow",
         "run_commands:track",

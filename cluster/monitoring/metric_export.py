@@ -52,13 +52,9 @@ class Metrics:
     def _make(self, metric: Metric) -> Any:
         # In the clients' order: name, text, labels, then namespace, subsystem and unit, which the name already has.
         arguments = (metric.name, metric.help, metric.all_labels, "", "", "", self.collectors)
-        match metric.kind:
-            case Kind.COUNTER:
-                return prometheus.Counter(*arguments)
-            case Kind.GAUGE:
-                return prometheus.Gauge(*arguments)
-            case Kind.HISTOGRAM:
-                return prometheus.Histogram(*arguments, buckets=metric.buckets)
+        if metric.kind is Kind.HISTOGRAM:
+            return prometheus.Histogram(*arguments, buckets=metric.buckets)
+        return {Kind.COUNTER: prometheus.Counter, Kind.GAUGE: prometheus.Gauge}[metric.kind](*arguments)
 
     def _gauge(self, name: str, tags: Mapping[str, str], text: str) -> Gauge:
         if name not in self._gauges:

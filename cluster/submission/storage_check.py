@@ -2,7 +2,7 @@
 
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -27,25 +27,15 @@ def check_storage(uri: str) -> tuple[list[str], str]:
         return [], f"{uri}: the Hugging Face Hub can only be read; name a folder or s3://"
     storage, folder = open_storage(uri), f"raymill-check-{secrets.token_hex(8)}"
     key, made = f"{folder}/probe", _first_missing(storage.local_path(folder))
-    steps: dict[str, Callable[[Storage, str], object]] = {
-        "list": lambda storage, key: storage.list(f"{folder}/"),
-        "write": _write,
-        "read": _read,
-        "create only once": _create_once,
-        "replace only a known version": _replace_known,
-        "delete": _delete,
-    }
-    passed: list[str] = []
+    steps: list[str] = []
     try:
-        for name, step in steps.items():
-            try:
-                step(storage, key)
-            except _RefusedError as refused:
-                return passed, f"{storage.uri}: {refused}"
-            except StorageError as error:
-                return passed, f"cannot {name}: {error}"
-            passed.append(name)
-        return passed, ""
+        for name in _steps(storage, key):
+            steps.append(name)
+        return steps, ""
+    except _RefusedError as refused:
+        return steps[:-1], f"{storage.uri}: {refused}"
+    except StorageError as error:
+        return steps[:-1], f"cannot {steps[-1]}: {error}"
     finally:
         with suppress(StorageError):
             storage.delete(key)
@@ -53,31 +43,29 @@ def check_storage(uri: str) -> tuple[list[str], str]:
             shutil.rmtree(made, ignore_errors=True)
 
 
-def _write(storage: Storage, key: str) -> None:
+def _steps(storage: Storage, key: str) -> Iterator[str]:
+    """Yields the name of each step and then takes it. Raises `_RefusedError` for what it finds."""
+    yield "list"
+    storage.list(key)
+    yield "write"
     try:
         storage.write_bytes(key, _CONTENT)
     except StorageError as error:
         if any(reason in str(error) for reason in ("access denied", "permission denied", "read-only")):
             raise _RefusedError(f"it can be listed but not written, at least by these credentials: {error}") from None
         raise
-
-
-def _read(storage: Storage, key: str) -> None:
+    yield "read"
     if storage.read_bytes(key) != _CONTENT:
         raise _RefusedError("it returns other bytes than were written")
     if storage.read_bytes(key, start=10, end=20) != _CONTENT[10:20]:
         raise _RefusedError("it returns another range of bytes than was asked for")
     if [entry.key for entry in storage.list(key)] != [key]:
         raise _RefusedError("an object that was just written is not listed")
-
-
-def _create_once(storage: Storage, key: str) -> None:
+    yield "create only once"
     with suppress(AlreadyExistsError):
         storage.write_bytes(key, _OTHER, if_absent=True)
         raise _RefusedError(_UNCONDITIONAL.format(what="an object that exists already"))
-
-
-def _replace_known(storage: Storage, key: str) -> None:
+    yield "replace only a known version"
     first = storage.write_bytes(key, _CONTENT)
     second = storage.write_bytes(key, _OTHER, if_version=first)
     entry = storage.stat(key)
@@ -86,9 +74,7 @@ def _replace_known(storage: Storage, key: str) -> None:
     with suppress(ConflictError):
         storage.write_bytes(key, _CONTENT, if_version=first)
         raise _RefusedError(_UNCONDITIONAL.format(what="an object that replaces another version"))
-
-
-def _delete(storage: Storage, key: str) -> None:
+    yield "delete"
     storage.delete(key)
     if storage.exists(key):
         raise _RefusedError("a deleted object is still there")
