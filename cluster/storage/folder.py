@@ -189,24 +189,21 @@ def _expected(path: Path, if_version: str | None) -> Iterator[None]:
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         deadline_s = time.monotonic() + _LOCK_TIMEOUT_S
-        while not _is_locked(descriptor):
-            if time.monotonic() > deadline_s:
-                raise StorageError(f"{lock} is locked for over {_LOCK_TIMEOUT_S} s; is a process stopped?")
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline_s:
+                    raise StorageError(
+                        f"{lock} is locked for over {_LOCK_TIMEOUT_S} s; is a process stopped?"
+                    ) from None
             time.sleep(0.002)
         if str(_version(path)) != if_version:
             raise ConflictError(f"{path} was changed or removed by another process")
         yield
     finally:
         os.close(descriptor)  # unlocks; the lock file stays, as others may wait for it
-
-
-def _is_locked(descriptor: int) -> bool:
-    """Tries to lock the file, and says whether it did."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _fsync(path: Path) -> None:

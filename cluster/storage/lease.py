@@ -111,27 +111,16 @@ class Lease:
         if holder.owner == self._me.owner:  # the answer to our own write was lost, and its retry refused
             self._me, self._version = found
             return True
-        if not holder.process.is_gone():
-            self._watch(holder, version)
+        if _is_renewed(self._storage, self._key, found, timeout_s=self._timeout_s):
+            raise LeaseHeldError(
+                f"{self._uri} is held by process {holder.pid} on {holder.host} since {holder.since}; wait until it "
+                f"ends, or stop it: a holder that died is replaced after {self._timeout_s:g} s"
+            )
         self._me = replace(self._me, generation=holder.generation + 1)
         with suppress(ConflictError):
             self._version = self._storage.write_bytes(self._key, _stored(self._me), if_version=version)
             return True
         return False
-
-    def _watch(self, holder: Holder, version: str) -> None:
-        """Returns once the holder is dead. Raises `LeaseHeldError` at its next sign of life."""
-        deadline_s = time.monotonic() + self._timeout_s
-        while time.monotonic() < deadline_s and not holder.process.is_gone():
-            time.sleep(min(self._interval_s, self._timeout_s / 20))
-            entry = self._storage.stat(self._key)
-            if entry is None:
-                return
-            if entry.version != version:
-                raise LeaseHeldError(
-                    f"{self._uri} is held by process {holder.pid} on {holder.host} since {holder.since}; wait until it "
-                    f"ends, or stop it: a holder that died is replaced after {self._timeout_s:g} s"
-                )
 
     def _beat(self) -> None:
         while not self._released.wait(self._interval_s):
@@ -162,18 +151,23 @@ class Lease:
 def living_holder(storage: Storage, key: str, *, timeout_s: float) -> Holder | None:
     """Returns the lease's living holder: at once on its own machine, else at its next beat within `timeout_s`."""
     found = _held(storage, key)
-    if found is None or found[0].process.is_gone():
+    if found is None:
         return None
+    process = found[0].process
+    is_alive = not process.is_gone() and (process.is_here or _is_renewed(storage, key, found, timeout_s=timeout_s))
+    return found[0] if is_alive else None
+
+
+def _is_renewed(storage: Storage, key: str, found: tuple[Holder, str], *, timeout_s: float) -> bool:
+    """Says whether the holder renews its lease within `timeout_s`: not if its process is gone, or the lease."""
     holder, version = found
-    if holder.process.is_here:
-        return holder
     deadline_s = time.monotonic() + timeout_s
-    while time.monotonic() < deadline_s:
+    while time.monotonic() < deadline_s and not holder.process.is_gone():
         time.sleep(timeout_s / 20)
         entry = storage.stat(key)
         if entry is None or entry.version != version:
-            return holder if entry else None
-    return None
+            return entry is not None
+    return False
 
 
 def _held(storage: Storage, key: str) -> tuple[Holder, str] | None:
