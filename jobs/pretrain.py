@@ -13,6 +13,7 @@ from ray.train import ControllerError, FailureConfig, ScalingConfig
 from ray.util import get_node_ip_address
 
 from cluster.output.progress import say
+from cluster.output.result_text import counted
 from cluster.settings.code_folders import code_version
 from cluster.settings.parser import ConfigError
 from cluster.settings.run import RunConfig, max_steps, seq_len, to_yaml, with_precision
@@ -133,9 +134,9 @@ def _begins(config: RunConfig, before: Ledger) -> str:
     if before.events("finish"):
         return f"run {config.run_id} has finished already, after step {steps[-1]['step']:,}"
     most, least = config.scaling.max_workers, config.scaling.min_workers
-    workers = f"{most} worker{'s' * (most > 1)}" if least == most else f"{least} to {most} workers"
+    workers = counted(most, "worker") if least == most else f"{least} to {most} workers"
     place = f"continues after step {steps[-1]['step']:,} of {total:,}" if steps else f"has {total:,} steps to take"
-    return f"run {config.run_id} {place} in {config.train.precision}; {workers} are starting"
+    return f"run {config.run_id} {place} in {config.train.precision}, starting {workers}"
 
 
 def _train(plan: RunPlan) -> None:

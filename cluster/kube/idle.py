@@ -4,6 +4,7 @@ from collections import Counter, defaultdict
 from typing import Any
 
 from cluster.kube.status import Object, cluster_spec
+from cluster.output.result_text import counted
 
 Rows = list[dict[str, Any]]
 """Rows of Ray's state API."""
@@ -17,10 +18,10 @@ def held_by_nodes(*, tasks: Rows, actors: Rows, placement_groups: Rows) -> dict[
         for node, count in Counter(row["node_id"] for row in rows).items():
             names = sorted({row[key] for row in rows if row["node_id"] == node})
             some = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
-            held[node].append(f"{_number(count, word)} ({some})")
+            held[node].append(f"{counted(count, word)} ({some})")
     sharers = (node for row in placement_groups for node in {bundle["node_id"] for bundle in row["bundles"]})
     for node, count in Counter(sharers).items():
-        held[node].append(f"a share of {_number(count, 'placement group')}")
+        held[node].append(f"a share of {counted(count, 'placement group')}")
     return dict(held)
 
 
@@ -42,7 +43,3 @@ def why_not_idle(cluster: Object, holds: dict[str, dict[str, list[str]]]) -> dic
             else:
                 reasons[pod] = f"has no work, and goes {idle_s} s after its last (idleTimeoutSeconds)"
     return reasons
-
-
-def _number(count: int, word: str) -> str:
-    return f"{count} {word}{'s' * (count > 1)}"

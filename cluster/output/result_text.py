@@ -41,6 +41,11 @@ def text_of(value: Any) -> str:
     return "-" if value is None else printable(str(value), keep="")
 
 
+def counted(number: int, noun: str) -> str:
+    """Returns a number of things, such as `1 worker` and `2 workers`."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def date_of(seconds: float) -> str:
     """Returns a Unix time in this machine's time zone."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))

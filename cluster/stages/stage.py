@@ -23,6 +23,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from cluster.local.local_cluster import STOP_WAIT_S, ClusterError, LocalCluster, cpus_per_node
 from cluster.output.progress import ProgressView, doing, say
+from cluster.output.result_text import counted
 from cluster.settings.code_folders import snapshot_code
 from cluster.settings.flags import add_config_arguments, config_from_arguments
 from cluster.settings.parser import ConfigError, Parser
@@ -62,7 +63,7 @@ def connected(config: ClusterConfig, *, cpus_per_node: int) -> Iterator[Connecti
         yield Connection(api.url, api.headers, None)
         return
     with ExitStack() as stack:
-        with doing(f"starting a local cluster of {config.num_nodes} node{'s' * (config.num_nodes > 1)}"):
+        with doing(f"starting a local cluster of {counted(config.num_nodes, 'node')}"):
             nodes = LocalCluster(num_nodes=config.num_nodes, cpus_per_node=config.cpus_per_node or cpus_per_node)
             cluster = stack.enter_context(nodes)
         yield Connection(cluster.jobs_url, {"Authorization": f"Bearer {cluster.token}"}, cluster)

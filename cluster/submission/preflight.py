@@ -5,6 +5,7 @@ from enum import StrEnum
 from typing import Any
 
 from cluster.output.progress import say
+from cluster.output.result_text import counted
 from cluster.settings.run import TOKENS, DataConfig, RunConfig, TextConfig
 from cluster.storage.interface import HF
 from cluster.storage.uris import NotFoundError, glob_uris, open_storage
@@ -67,7 +68,7 @@ def check_rooms(
         return
     worker = {"CPU": float(scaling.threads_per_worker)} | ({"GPU": 1.0} if scaling.use_gpu else {})
     rooms = sum(_rooms(node, worker) for node in nodes)
-    each = f"{scaling.threads_per_worker} CPU{'s' * (scaling.threads_per_worker > 1)}"
+    each = counted(scaling.threads_per_worker, "CPU")
     each += " and a GPU" if scaling.use_gpu else ""
     if rooms < scaling.min_workers:
         raise AdmissionError(

@@ -14,6 +14,7 @@ from cluster.monitoring.grafana import Annotation, Annotator
 from cluster.monitoring.metric_export import Metrics
 from cluster.monitoring.metric_table import METRICS, Exporter
 from cluster.output.progress import report_progress, say
+from cluster.output.result_text import counted
 from cluster.settings.run import max_steps
 from cluster.storage.uris import StorageError
 from jobs.run.ledger import Ledger, LedgerTail, Line
@@ -25,7 +26,7 @@ from jobs.workers.room import REPEAT_S, waiting_for
 _INTERVAL_S = 2.0
 
 _MESSAGES = {
-    "start": "attempt {attempt}: {world_size} workers, from step {step}",
+    "start": "attempt {attempt}: {team}, from step {step}",
     "failure": "a failure ({kind}, rank {rank}): {reason}",
     "hang": "rank {rank} hung for {seconds} s ({health}), its stack is in {stack}",
     "precision": "{reason}",
@@ -48,7 +49,8 @@ _ANNOTATED = {
 
 def message_of(event: Line) -> str:
     """Returns the line that is logged for the event; empty where none is."""
-    return _MESSAGES.get(event.get("event", ""), "").format(**event)
+    team = counted(event.get("world_size", 0), "worker")
+    return _MESSAGES.get(event.get("event", ""), "").format(**event, team=team)
 
 
 @contextmanager
@@ -112,7 +114,8 @@ class _Watcher:
             if waiting := self._waiting_for_workers(self._tail.ledger, now_s=time.monotonic()):
                 say(waiting)
         if last := next((line for line in reversed(lines) if "event" not in line), None):
-            note = f"loss {last['loss']:.3f}, {last['tokens_per_s']:.0f} tokens/s, {last['world_size']} workers"
+            speed, workers = f"{last['tokens_per_s']:.0f} tokens/s", counted(last["world_size"], "worker")
+            note = f"loss {last['loss']:.3f}, {speed}, {workers}"
             total = max_steps(self._plan.config)
             report_progress("training", done=last["step"], total=total, unit="steps", note=note)
         self._export(is_running=True)

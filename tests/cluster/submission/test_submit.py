@@ -155,7 +155,7 @@ def test_submitted_once_stopped_resumed_and_reported_afterwards(
     assert other.code == 1
     assert "run demo has another job, pretrain, which is " in other.err
 
-    wait_until(lambda: "attempt 1: 1 workers" in person.call("logs", "demo").out)
+    wait_until(lambda: "attempt 1: 1 worker" in person.call("logs", "demo").out)
     shown = person.ask("status", "demo")
     assert (shown["state"], shown["stage"], shown["exit_code"]) == ("running", "pretrain", None)
     # Without the token Ray is not asked, but the storage shows that the job's lease is held.
@@ -199,7 +199,7 @@ def test_a_local_job_has_a_cluster_of_its_own(folder: Path) -> None:
     first = person.ask(*words)
     assert (first["new"], first["backend"], first["job"]) == (True, "local", "local.1")
     assert person.ask(*words)["new"] is False
-    wait_until(lambda: "attempt 1: 1 workers" in person.call("logs", "local").out)
+    wait_until(lambda: "attempt 1: 1 worker" in person.call("logs", "local").out)
     assert person.ask("stop", "local")["state"] == "stopped"
     assert person.ask(*words)["job"] == "local.2"
     assert person.call("logs", "-f", "local").code == 0
@@ -211,7 +211,7 @@ def test_a_local_job_whose_owner_is_killed_has_ended_and_is_resumed(folder: Path
     person = Person(folder)
     words = ["submit", "pretrain", "run.yaml", "--run-id", "orphan", "--cluster.num-nodes", "1"]
     person.ask(*words)
-    wait_until(lambda: "attempt 1: 1 workers" in person.call("logs", "orphan").out)
+    wait_until(lambda: "attempt 1: 1 worker" in person.call("logs", "orphan").out)
     record = json.loads((folder / ".raymill/runs/orphan/jobs/submitted.json").read_text())
     os.kill(record["pid"], 9)
     wait_until(lambda: person.call("status", "orphan", "--json").code == 1)
@@ -224,7 +224,7 @@ def test_a_local_job_whose_owner_is_killed_has_ended_and_is_resumed(folder: Path
 def test_a_local_job_continues_under_a_new_head(folder: Path) -> None:
     person = Person(folder)
     person.ask("submit", "pretrain", "run.yaml", "--run-id", "headless", "--cluster.num-nodes", "1")
-    wait_until(lambda: "attempt 1: 1 workers" in person.call("logs", "headless").out)
+    wait_until(lambda: "attempt 1: 1 worker" in person.call("logs", "headless").out)
     record = json.loads((folder / ".raymill/runs/headless/jobs/submitted.json").read_text())
     (head,) = psutil.Process(record["pid"]).children()
     head.kill()

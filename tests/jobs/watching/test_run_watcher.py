@@ -24,7 +24,7 @@ def test_a_run_is_told_of_and_annotated_once_however_often_it_is_launched(
         with watching(plan, snapshot_time_s=lambda: None):
             plan.run.write_bytes(LEDGER, ledger)
         said = capsys.readouterr().err
-        assert "attempt 1: 1 workers, from step 0" in said and '"label": "training", "done": 8' in said
+        assert "attempt 1: 1 worker, from step 0" in said and '"label": "training", "done": 8' in said
         with watching(plan, snapshot_time_s=lambda: None):  # a later launch, which finds these lines there
             pass
         said = capsys.readouterr().err
