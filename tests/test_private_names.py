@@ -36,7 +36,7 @@ PROTOCOL = f"{HTTP}.HttpToolsProtocol"
 FLOW = "uvicorn.protocols.http.flow_control.FlowControl"
 
 CANARIES = [
-    # cluster/local/start_node.py: one machine may have several nodes, and their ports are on loopback.
+    # cluster/local/start_node.py: one machine may have several nodes, their ports are on loopback, and none is Ray Client's.
     Canary(
         "ray._private.services.resolve_ip_for_localhost", "host", "ray.scripts.scripts", "= services.resolve_ip_for_l"
     ),
@@ -48,6 +48,12 @@ CANARIES = [
         None,
         "ray._private.services",
         "not ray_constants.ENABLE_RAY_CL",
+    ),
+    Canary(
+        "ray.scripts.scripts.get_ray_client_dependency_error",
+        "",
+        "ray.scripts.scripts",
+        "has_ray_client = get_ray_client_dependency_error() is None",
     ),
     Canary("ray.scripts.scripts.main", None, "ray.scripts.scripts", 'if __name__ == "__main__":\n    main()'),
     # jobs/ray_train/callbacks.py

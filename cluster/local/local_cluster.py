@@ -209,7 +209,7 @@ class LocalCluster:
 
     def _start_head(self) -> None:
         flags = ["--head", "--dashboard-host", "127.0.0.1", "--port", str(self._gcs_port)]
-        flags += ["--dashboard-port", str(self._jobs_port), "--ray-client-server-port", str(self._new_port())]
+        flags += ["--dashboard-port", str(self._jobs_port), "--no-monitor"]  # no autoscaler, as nodes are added by hand
         self._start_node(_HEAD, flags, num_cpus=self._cpus_per_node if self._num_nodes == 1 else 0)
         self._wait([_HEAD])
 

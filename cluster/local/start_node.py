@@ -2,14 +2,23 @@
 
 Ray replaces a node address of 127.0.0.1 by the machine's outside address, and opens its ports there, unless it believes
 that the machine cannot have several nodes (`RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0`); but then it refuses a second node.
-Both decisions are reversed here, in this one process. Ray 2.60 has no public setting for it; a test lists the listening
+Both decisions are reversed here, in this one process. A head also gets no server of Ray Client, which nothing here uses
+and whose start takes a second of processor time. Ray 2.60 has no public setting for either; a test lists the listening
 sockets of a whole cluster.
 """
 
-from ray._private import ray_constants, services
-from ray.scripts.scripts import main
+import sys
+
+# `ray` goes without the subcommands that it cannot import. These, with all of Ray Serve, took 1.3 of the 1.9 s of
+# processor time after which a node's start began.
+for _name in ("ray.serve.scripts", "ray.dashboard.modules.job.cli", "ray.util.state.state_cli"):
+    sys.modules[_name] = None  # type: ignore[assignment]
+
+from ray._private import ray_constants, services  # noqa: E402
+from ray.scripts import scripts  # noqa: E402
 
 if __name__ == "__main__":
     ray_constants.ENABLE_RAY_CLUSTER = True
     services.resolve_ip_for_localhost = lambda host: host
-    main()
+    scripts.get_ray_client_dependency_error = lambda: ImportError("not used")
+    scripts.main()
