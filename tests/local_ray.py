@@ -12,13 +12,19 @@ import ray
 from cluster.local.local_cluster import PATIENT_WORKERS
 from tests.repository import REPOSITORY
 
+UNUSED = ("start_api_server", "start_log_monitor", "start_monitor")
+"""Starts of processes that no test of a one-node Ray asks anything: 2 of the 8 s of processor time of such a Ray's start."""
+
 
 @contextmanager
 def local_ray(*, num_cpus: int, environment: Mapping[str, str] | None = None, **settings: Any) -> Iterator[Path]:
     """Runs Ray with workers that can import the repository's modules; `environment` is added to theirs. Gives the
     folder of Ray's logs."""
     # Without a setting for authentication Ray writes a token into ~/.ray, with which every other Ray of the user then starts.
-    with mock.patch.dict(os.environ, PATIENT_WORKERS | {"RAY_AUTH_MODE": "disabled"}):
+    with (
+        mock.patch.dict(os.environ, PATIENT_WORKERS | {"RAY_AUTH_MODE": "disabled"}),
+        mock.patch.multiple("ray._private.node.Node", **dict.fromkeys(UNUSED, mock.DEFAULT)),
+    ):
         for name in ("RAY_AUTH_TOKEN", "RAY_ADDRESS"):
             os.environ.pop(name, None)
         context = ray.init(
