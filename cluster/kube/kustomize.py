@@ -32,4 +32,5 @@ def _rendered(folder: Path, named: Path | None = None) -> list[dict[str, Any]]:
     done = subprocess.run([kubectl, "kustomize", str(folder)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError(f"{named or folder} cannot be rendered: {done.stderr.strip().splitlines()[-1]}")
-    return [manifest for manifest in yaml.safe_load_all(done.stdout) if manifest]
+    # libyaml reads eight times as fast as the loader in Python.
+    return [manifest for manifest in yaml.load_all(done.stdout, Loader=yaml.CSafeLoader) if manifest]

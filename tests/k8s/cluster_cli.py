@@ -1,5 +1,6 @@
 """Runs `raymill cluster` in this process against a stand-in for the API, and says which rights it needed."""
 
+import functools
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,14 +27,15 @@ def stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> 
         assert {_right(line) for line in api.requests if not line.startswith("APPLY")} <= operators_rights()
 
 
-def operators_rights() -> set[Right]:
-    return {
+@functools.cache
+def operators_rights() -> frozenset[Right]:
+    return frozenset(
         (group, resource, verb)
         for rule in find(render("base"), "Role/raymill-operator")["rules"]
         for group in rule["apiGroups"]
         for resource in rule["resources"]
         for verb in rule["verbs"]
-    }
+    )
 
 
 def _right(request: str) -> Right:

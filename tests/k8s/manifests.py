@@ -85,7 +85,7 @@ def _render_with(folder: str, components: tuple[str, ...], namespace: str | None
 
 
 def render_folder(folder: Path) -> list[Manifest]:
-    return list(yaml.safe_load_all(_render(folder)))
+    return list(yaml.load_all(_render(folder), Loader=yaml.CSafeLoader))
 
 
 def name_of(manifest: Manifest) -> str:

@@ -1,6 +1,7 @@
 """Validates against schemas: the CRDs for Ray's kinds as the API server reads them, `kubernetes-validate` for others."""
 
 import functools
+import json
 from typing import Any
 
 import jsonschema
@@ -31,13 +32,20 @@ def builtin_problems(objects: list[Manifest]) -> list[str]:
     inside = [
         {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": pod.where}, "spec": pod.spec} for pod in pods(objects)
     ]
-    problems = []
-    for manifest in [*(o for o in objects if o["kind"] not in (*RAY_KINDS, *QUEUE_KINDS, *GATEWAY_KINDS)), *inside]:
-        try:
-            kubernetes_validate.validate(manifest, kubernetes_validate.latest_version(), strict=True)
-        except kubernetes_validate.ValidationError as error:
-            problems.append(f"{name_of(manifest)}: {error.message}")
-    return problems
+    builtin = (o for o in objects if o["kind"] not in (*RAY_KINDS, *QUEUE_KINDS, *GATEWAY_KINDS))
+    found = (_builtin_problem(json.dumps(manifest)) for manifest in (*builtin, *inside))
+    return [problem for problem in found if problem is not None]
+
+
+@functools.cache
+def _builtin_problem(text: str) -> str | None:
+    """Each object once, as most are in every overlay and each validation reads the schemas of all kinds."""
+    manifest = json.loads(text)
+    try:
+        kubernetes_validate.validate(manifest, kubernetes_validate.latest_version(), strict=True)
+    except kubernetes_validate.ValidationError as error:
+        return f"{name_of(manifest)}: {error.message}"
+    return None
 
 
 @functools.cache
