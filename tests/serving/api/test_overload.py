@@ -24,9 +24,7 @@ pytestmark = pytest.mark.cluster
 
 MODEL = "long"
 LATE_S = 0.2  # another step, and what HTTP takes while others use the processors too
-STALL_S = (
-    2.0  # in which a busy machine may let the slowest request stand; without admission it would wait for over 10 s
-)
+STALL_S = 2.0  # in which a busy machine may let the slowest request stand; without admission it would wait 10 s
 OVERLOAD = 5
 MIN_BUSY = 0.7  # share of the engine's room that is used meanwhile
 MIN_GOODPUT = 0.5  # of what is answered without a queue: 0.93 to 1.05 on a quiet machine, 0.6 on one that others use

@@ -107,7 +107,7 @@ def test_refused(http: httpx.Client, case: Hostile) -> None:
     answer = httpx.request(
         case.route.split()[0],
         f"{http.base_url}".rstrip("/") + case.route.split()[1],
-        content=case.body,
+        content=case.body() if callable(case.body) else case.body,
         headers=[*headers, *case.headers.items()],
         timeout=limit_s(20),
     )
@@ -246,20 +246,20 @@ def test_45_a_strange_request_id_is_replaced(url: str, given: str) -> None:
 )
 def test_46_headers_that_drip_end_in_time(address: tuple[str, int], start: bytes, drop: bytes) -> None:
     seconds, _ = drip(address, start, drop=drop)
-    assert 0.5 * BOUNDS.header_timeout_s < seconds < 3 * BOUNDS.header_timeout_s
+    assert 0.5 * BOUNDS.header_timeout_s < seconds < BOUNDS.header_timeout_s + limit_s(2)
 
 
 def test_46_a_connection_that_says_nothing_is_closed(address: tuple[str, int]) -> None:
     began = time.monotonic()
     assert exchange(address, b"") == b""
-    assert time.monotonic() - began < 3 * BOUNDS.header_timeout_s
+    assert time.monotonic() - began < BOUNDS.header_timeout_s + limit_s(2)
 
 
 @pytest.mark.parametrize("drop", [b"", b"a"])
 def test_47_a_body_that_drips_gets_408(address: tuple[str, int], drop: bytes) -> None:
     seconds, answer = drip(address, HEAD.encode() + b"Content-Length: 1000\r\n\r\n{", drop=drop)
     status, headers, body = parsed(answer)
-    assert seconds < 3 * BOUNDS.body_timeout_s
+    assert seconds < BOUNDS.body_timeout_s + limit_s(2)
     assert status == 408 and headers["connection"] == "close"
     assert json.loads(body)["error"]["code"] == "request_timeout"
 
@@ -369,11 +369,15 @@ def test_53_a_strange_timeout_changes_nothing(http: httpx.Client, asked: str) ->
 
 
 def test_53_a_timeout_is_kept_before_and_within_a_stream(http: httpx.Client) -> None:
-    headers = {"x-request-timeout-seconds": "0.2"}
-    slow = flood(stream=False)
-    assert_error(http.post("/v1/completions", json=slow, headers=headers), 408)
-    with http.stream("POST", "/v1/completions", json=flood(), headers=headers) as answer:
-        lines = [line for line in answer.iter_lines() if line]
+    def within(timeout_s: float) -> dict[str, str]:
+        return {"x-request-timeout-seconds": str(timeout_s)}
+
+    assert_error(http.post("/v1/completions", json=flood(stream=False), headers=within(0.2)), 408)
+    for timeout_s in (0.2, 0.8, 3.2):  # in which a busy machine must send the first byte
+        with http.stream("POST", "/v1/completions", json=flood(), headers=within(timeout_s)) as answer:
+            lines = [line for line in answer.iter_lines() if line]
+        if answer.status_code == 200:
+            break
     assert json.loads(lines[-1].removeprefix("data: "))["error"]["code"] == "interrupted"
     assert "data: [DONE]" not in lines
     wait_until(lambda: idle(http), timeout_s=2)
