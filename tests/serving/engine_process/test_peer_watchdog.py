@@ -66,10 +66,10 @@ def open_request(client: EngineClient) -> SequenceRequest:
 def test_a_stopped_engine_is_killed_by_its_replica(checkpoint: Path, idle: bool) -> None:
     async def scenario() -> None:
         async with engine(checkpoint) as client:
-            generation = None if idle else client.submit([open_request(client)])
             notices: list[str] = []
             client.on_death = notices.append
-            os.kill(client.pid, signal.SIGSTOP)
+            os.kill(client.pid, signal.SIGSTOP)  # before the request, which it would otherwise soon have answered
+            generation = None if idle else client.submit([open_request(client)])
             await wait_in_loop_until(lambda: bool(notices), timeout_s=NOTICED_S)
             assert "-9" in notices[0]
             if generation is not None:
@@ -88,9 +88,9 @@ def test_an_engine_that_beats_and_makes_no_progress_is_killed(
             monkeypatch.setattr(health, "STALLED_S", 0.2)
             await asyncio.sleep(0.3)
             check.check()  # idle is no stall
+            os.kill(client.pid, signal.SIGSTOP)  # well within what the watchdog allows for
             client.submit([open_request(client)])
             check.check()
-            os.kill(client.pid, signal.SIGSTOP)  # well within what the watchdog allows for
             await asyncio.sleep(0.5)
             check.check()
             await wait_in_loop_until(lambda: not client.alive, timeout_s=1)

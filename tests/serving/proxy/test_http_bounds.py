@@ -142,13 +142,15 @@ def test_a_deep_pipeline_is_answered_in_order_and_read_bit_by_bit(server: Server
     """Its second request's headers are late only by our not reading them: that ends nothing."""
     count = 3000
     requests = b"".join(b"GET /%d HTTP/1.1\r\nHost: a\r\n\r\n" % number for number in range(count))
-    slow = b"GET /slow HTTP/1.1\r\nHost: a\r\nx-sleep: 1.2\r\n\r\n"
+    slow = b"GET /slow HTTP/1.1\r\nHost: a\r\nx-sleep: %.1f\r\n\r\n" % limit_s(0.5)
     last = b"GET /last HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
     with server.connection() as connection:
         connection.sendall(slow + requests + last)
-        time.sleep(0.6)
+        wait_until(lambda: server.uvicorn.server_state.connections)
         [protocol] = server.uvicorn.server_state.connections
         assert isinstance(protocol, Protocol)
+        wait_until(lambda: protocol.pipeline)
+        time.sleep(0.3)  # in which it would read more
         assert 0 < len(protocol.pipeline) <= PIECE_BYTES // len(b"GET /0 HTTP/1.1\r\nHost: a\r\n\r\n")
         answer = read_to_end(connection)
     paths = [path.decode() for path in re.findall(rb'"path": "/(\w+)"', answer)]

@@ -29,6 +29,7 @@ from serving.xray.page_routes import PAGE_PATHS
 from serving.xray.xray import run_checkpoints
 from tests.checkpoints import save_model
 from tests.serving.endpoint_parts import Run, replica_client, shared_replica
+from tests.waiting import wait_in_loop_until
 
 KEY = "sk-xray"
 PROMPT = "the quick naïve fox"
@@ -218,12 +219,12 @@ def test_a_request_over_a_limit_is_refused_by_name(run: Run, fields: Body, statu
 def test_one_at_a_time_and_beside_the_engine(run: Run) -> None:
     """While an x-ray waits for its process, a second one is refused at once and completions go on."""
 
-    async def check(http: httpx.AsyncClient, _: Versions) -> None:
+    async def check(http: httpx.AsyncClient, versions: Versions) -> None:
         await look(http)
         [process] = processes()
         process.suspend()
         slow = asyncio.create_task(look(http, max_tokens=4))
-        await asyncio.sleep(0.05)
+        await wait_in_loop_until(lambda: versions.live.xray._is_busy)
         second = await http.post("/v1/xray", json={"model": "tiny", "prompt": "x"})
         assert second.status_code == 429 and int(second.headers["Retry-After"]) >= 1
         fields = {"model": "tiny", "prompt": PROMPT, "max_tokens": 5}
@@ -242,7 +243,7 @@ def test_a_killed_process_is_an_error_of_one_request(run: Run) -> None:
         [process] = processes()
         process.suspend()
         slow = asyncio.create_task(http.post("/v1/xray", json={"model": "tiny", "prompt": "x"}))
-        await asyncio.sleep(0.05)
+        await wait_in_loop_until(lambda: versions.live.xray._is_busy)
         os.kill(process.pid, signal.SIGKILL)
         answer = await slow
         assert answer.status_code == 503 and answer.json()["error"]["code"] == "xray_unavailable"
@@ -254,12 +255,12 @@ def test_a_killed_process_is_an_error_of_one_request(run: Run) -> None:
 
 
 def test_one_that_is_given_up_does_not_answer_the_next(run: Run) -> None:
-    async def check(http: httpx.AsyncClient, _: Versions) -> None:
+    async def check(http: httpx.AsyncClient, versions: Versions) -> None:
         await look(http)
         [process] = processes()
         process.suspend()
         slow = asyncio.create_task(look(http, prompt="another one"))
-        await asyncio.sleep(0.05)
+        await wait_in_loop_until(lambda: versions.live.xray._is_busy)
         slow.cancel()
         with pytest.raises(asyncio.CancelledError):
             await slow
