@@ -4,12 +4,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, takewhile
-from typing import Self
+from typing import Protocol, Self
 
 from cluster.storage.uris import Storage
 from jobs.corpus.chunks import Chunk
-from jobs.tokens.shard_writer import ChunkResult
-from jobs.tokens.token_store import MANIFEST, SEALED, Manifest, TokenStoreError, in_order, read_manifest
+from jobs.tokens.token_store import MANIFEST, SEALED, Manifest, Shard, TokenStoreError, in_order, read_manifest
 
 
 def newest_manifest(store: Storage) -> Manifest | None:
@@ -78,11 +77,19 @@ _WRITE_SHARE = 0.02  # of the time may go into rewriting the list, which grows w
 _INTERVAL_S = 1.0
 
 
+class WithShards(Protocol):
+    """A chunk's result. The writer's own class comes with Ray Data, whose import would cost each process that trains
+    1.2 s of processor time, as those of `raymill replay`."""
+
+    @property
+    def shards(self) -> Sequence[Shard]: ...
+
+
 class SealedPrefix:
     """Keeps the stored list of sealed shards current, to a second or so, while results come in any order."""
 
     def __init__(
-        self, store: Storage, manifest: Manifest, chunks: Sequence[Chunk], results: Mapping[int, ChunkResult]
+        self, store: Storage, manifest: Manifest, chunks: Sequence[Chunk], results: Mapping[int, WithShards]
     ) -> None:
         """`results` has those of ready shards, whose numbers follow the chunks', and gets one for each chunk."""
         self._store = store
