@@ -2,9 +2,8 @@
 
 import time
 from collections import deque
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 
@@ -49,7 +48,10 @@ class CudaClock:
 
 
 class StepTimer:
-    """Measures seconds by phase, from one `take` to the next. A phase inside another one interrupts it."""
+    """Measures seconds by phase, from one `take` to the next. A phase inside another one interrupts it.
+
+    The timer itself is the context of each phase, which takes half the time of one that a generator makes.
+    """
 
     def __init__(self, clock: Clock | None = None) -> None:
         self._clock: Clock = clock or HostClock()
@@ -59,8 +61,18 @@ class StepTimer:
         self._num_lanes = 0
         self._taken = self._now_s()
 
-    def phase(self, name: Phase) -> AbstractContextManager[None]:
-        return _Open(self, name)
+    def phase(self, name: Phase) -> Self:
+        """Begins a phase, which lasts as long as the context."""
+        self._switch()
+        self._names.append(name)
+        self._num_lanes += name == "backward"
+        return self
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error: object) -> None:
+        self._switch()
+        self._names.pop()
 
     def take(self) -> StepTime:
         """Returns the time since the last call."""
@@ -87,28 +99,6 @@ class StepTimer:
         mark = self._clock.mark()
         self._spans.append((self._names[-1], self._mark, mark))
         self._mark = mark
-
-    def open(self, name: Phase) -> None:
-        self._switch()
-        self._names.append(name)
-        self._num_lanes += name == "backward"
-
-    def close(self) -> None:
-        self._switch()
-        self._names.pop()
-
-
-class _Open:
-    """An open phase; a context manager made from a generator would take twice the time."""
-
-    def __init__(self, timer: StepTimer, name: Phase) -> None:
-        self._timer, self._name = timer, name
-
-    def __enter__(self) -> None:
-        self._timer.open(self._name)
-
-    def __exit__(self, *error: object) -> None:
-        self._timer.close()
 
 
 def step_timer(device: torch.device) -> StepTimer:
