@@ -33,7 +33,6 @@ class BucketExchange:
         self._received = buffers[0].new_empty(num_foreign, longest)
         self._block_sums: list[Tensor] = []
         self._side_work = side_work(buffers[0].device)
-        self.bytes_sent = 0  # by this rank, since the start
 
     def begin(self, num_lanes: int) -> None:
         """Prepares for the buckets of a step of so many lanes."""
@@ -78,27 +77,26 @@ class BucketExchange:
         padded[: len(own)] = own
         table = [torch.empty_like(padded) for _ in lengths]
         dist.all_gather(table, padded)
-        self.bytes_sent += (len(lengths) - 1) * padded.nbytes
         return table
 
     def _exchange(self, bucket: int) -> None:
         rank, own = self._group.rank, self._own_parts[bucket]
-        peers = _Peers(self._layout.buckets[bucket], self._group)
-        by_node = {node: at(self._buffers[k], own) for k, node in enumerate(self._nodes[rank])}
+        sums = self._buffers[: len(self._nodes[rank])]
+        by_node = {node: at(values, own) for node, values in zip(self._nodes[rank], sums, strict=True)}
         foreign = iter(self._received)
-        for peer, part in peers.parts():
-            for k in range(len(self._nodes[rank])):
-                peers.send(at(self._buffers[k], part), peer)
+        messages = []
+        for peer, part in _parts_of_others(self._layout.buckets[bucket], self._group):
+            messages += [dist.P2POp(dist.isend, at(values, part), peer) for values in sums]
             for node in self._nodes[peer]:
                 by_node[node] = next(foreign)[: len(own)]
-                peers.receive(by_node[node], peer)
-        self.bytes_sent += peers.run()
+                messages.append(dist.P2POp(dist.irecv, by_node[node], peer))
+        _run(messages)
         result = at(self._buffers[0], own)
         left, right = (tree_sum(half, by_node.get) for half in halves(self._root))
         torch.add(left, right, out=result)
         self._block_sums.append(block_square_sums(result))
         if not self._sharded:
-            self.bytes_sent += gather_parts(self._buffers[0], self._layout.buckets[bucket], self._group)
+            gather_parts(self._buffers[0], self._layout.buckets[bucket], self._group)
 
 
 def _nodes(num_lanes: int, *, world_size: int) -> list[list[range]]:
@@ -107,47 +105,27 @@ def _nodes(num_lanes: int, *, world_size: int) -> list[list[range]]:
     return [maximal_subtrees(each, root=range(num_lanes)) for each in lanes]
 
 
-def gather_parts(flat: Tensor, bucket: range, group: WorkerGroup) -> int:
-    """Sends each part of a bucket from the rank that owns it to all others. Returns the bytes sent."""
-    peers = _Peers(bucket, group)
-    for peer, part in peers.parts():
-        peers.send(at(flat, peers.own), peer)
-        peers.receive(at(flat, part), peer)
-    return peers.run()
+def gather_parts(flat: Tensor, bucket: range, group: WorkerGroup) -> None:
+    """Sends each part of a bucket from the rank that owns it to all others."""
+    own = part_of(bucket, group.rank, world_size=group.world_size)
+    messages = []
+    for peer, part in _parts_of_others(bucket, group):
+        messages.append(dist.P2POp(dist.isend, at(flat, own), peer))
+        messages.append(dist.P2POp(dist.irecv, at(flat, part), peer))
+    _run(messages)
 
 
-class _Peers:
-    """Simultaneous messages between all pairs of ranks."""
+def _parts_of_others(bucket: range, group: WorkerGroup) -> list[tuple[int, range]]:
+    """Returns (rank, its part) of each other rank."""
+    others = [rank for rank in range(group.world_size) if rank != group.rank]
+    return [(rank, part_of(bucket, rank, world_size=group.world_size)) for rank in others]
 
-    def __init__(self, bucket: range, group: WorkerGroup) -> None:
-        self._rank = group.rank
-        self._parts = [part_of(bucket, rank, world_size=group.world_size) for rank in range(group.world_size)]
-        self._operations: list[dist.P2POp] = []
-        self._bytes = 0
 
-    @property
-    def own(self) -> range:
-        return self._parts[self._rank]
-
-    def parts(self) -> list[tuple[int, range]]:
-        """Returns (rank, its part) of each other rank."""
-        return [(peer, part) for peer, part in enumerate(self._parts) if peer != self._rank]
-
-    def send(self, values: Tensor, peer: int) -> None:
-        if len(values):
-            self._operations.append(dist.P2POp(dist.isend, values, peer))
-            self._bytes += values.nbytes
-
-    def receive(self, values: Tensor, peer: int) -> None:
-        if len(values):
-            self._operations.append(dist.P2POp(dist.irecv, values, peer))
-
-    def run(self) -> int:
-        """Sends and receives everything. Returns the bytes sent."""
-        if self._operations:
-            for work in dist.batch_isend_irecv(self._operations):
-                work.wait()
-        return self._bytes
+def _run(messages: list[dist.P2POp]) -> None:
+    """Sends and receives everything at once, without the messages of empty parts."""
+    if full := [message for message in messages if len(message.tensor)]:
+        for work in dist.batch_isend_irecv(full):
+            work.wait()
 
 
 def block_square_sums(values: Tensor) -> Tensor:

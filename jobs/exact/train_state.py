@@ -62,7 +62,6 @@ class TrainState:
 
     def __init__(self, model: GPT, config: TrainConfig, *, device: torch.device, group: WorkerGroup = ALONE) -> None:
         self.model, self.device, self.num_updates = model, device, 0
-        self.bytes_sent = 0  # of weights, by this rank
         self.layout = layout = FlatLayout.of(parameter_shapes(model.config))
         self._group, self._config = group, config
         self.is_sharded = config.shard_optimizer and group.world_size > 1
@@ -72,7 +71,8 @@ class TrainState:
             view = layout.view(self.values, name, parameter)
             view.copy_(parameter.detach())
             parameter.data, parameter.grad = view, layout.view(self.gradient, name, parameter)
-        self._owned = self._shares() if self.is_sharded else [range(layout.size)]
+        own_parts = layout.parts(group.rank, world_size=group.world_size)
+        self._owned = own_parts if self.is_sharded else [range(layout.size)]
         self._moments = {name: large_zeros(sum(map(len, self._owned)), device=device) for name in MOMENTS}
         self._segments: dict[float, list[_Segment]] = {}
         for segment in self._make_segments(config):
@@ -126,7 +126,7 @@ class TrainState:
             return
         with timer.phase("sync") if timer else nullcontext():
             for bucket in self.layout.buckets:
-                self.bytes_sent += gather_parts(self.values, bucket, self._group)
+                gather_parts(self.values, bucket, self._group)
 
     def flat_moments(self) -> dict[str, Tensor]:
         """Returns AdamW's moments (P,) for a checkpoint, as views unless the optimizer is sharded.
@@ -156,12 +156,9 @@ class TrainState:
             own.copy_(_joined(flat, self._owned))
 
     def own_state(self) -> StatePart:
-        """Returns a copy of this rank's share of the state, 1 / W of it whether or not the optimizer is sharded."""
-        shares = self._shares()
-        moments = {
-            name: flat.clone() if self.is_sharded else _joined(flat, shares) for name, flat in self._moments.items()
-        }
-        return StatePart(shares, {"values": _joined(self.values, shares), **moments}, self.num_updates)
+        """Returns this rank's part of the state until the next update: its share where the optimizer is sharded, else
+        the whole."""
+        return StatePart(self._owned, {"values": _joined(self.values, self._owned), **self._moments}, self.num_updates)
 
     def load_state(self, parts: Iterable[StatePart]) -> None:
         """Loads the state from parts that together make the whole, from a world of any size."""
@@ -171,14 +168,10 @@ class TrainState:
             num_loaded += sum(map(len, part.places))
             self._set_num_updates(part.num_updates)
             for name, values in part.tensors.items():
-                for place, piece in zip(part.places, values.split([len(place) for place in part.places]), strict=True):
-                    at(whole[name], place).copy_(piece)
+                _spread(values, whole[name], part.places)
         assert num_loaded == self.layout.size, f"{num_loaded} of {self.layout.size} values"
         for moment, own in self._moments.items():
             own.copy_(_joined(whole[moment], self._owned))
-
-    def _shares(self) -> list[range]:
-        return self.layout.parts(self._group.rank, world_size=self._group.world_size)
 
     def _set_num_updates(self, number: int) -> None:
         self.num_updates = number
@@ -197,14 +190,20 @@ class TrainState:
             part = own if rank == 0 else own.new_empty(sum(map(len, places)))
             if rank:
                 dist.recv(part, rank)
-            for place, piece in zip(places, part.split([len(place) for place in places]), strict=True):
-                at(flat, place).copy_(piece)
+            _spread(part, flat, places)
         return flat
 
 
 def _joined(flat: Tensor, places: list[range]) -> Tensor:
-    """Returns a copy of the places of a flat buffer, end to end."""
-    return torch.cat([at(flat, place) for place in places])
+    """Returns the places of a flat buffer end to end: a view of one place, a copy of several."""
+    pieces = [at(flat, place) for place in places]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def _spread(values: Tensor, flat: Tensor, places: list[range]) -> None:
+    """Copies values that lie end to end to their places in a flat buffer."""
+    for place, piece in zip(places, values.split([len(place) for place in places]), strict=True):
+        at(flat, place).copy_(piece)
 
 
 def checkpoint_moments(state: TrainState, flat: Mapping[str, Tensor], *, num_updates: int) -> dict[str, Tensor]:

@@ -1,8 +1,10 @@
 """Chooses the snapshot that a new attempt continues from, and the snapshots that need a second node: pure decisions."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
+
+from jobs.snapshots.slots import Header
 
 MAX_SHARE = 0.01  # of a step's time that snapshots may cost
 COPIES = "copy-"  # begins the name of an area of copies
@@ -15,33 +17,24 @@ class Holding:
     node: str
     area: str  # the name of the memory on its node
     slot: int
-    sequence: int
-    attempt: int
-    step: int
-    rank: int
-    world_size: int  # number of shares; 1 where this is the whole state
+    header: Header
 
 
 @dataclass(frozen=True)
-class Choice:
+class Snapshot:
     """A state whose every share is held."""
 
-    step: int
-    holders: list[list[Holding]]  # the holdings of each share, by rank
+    shares: list[list[Holding]]  # the holdings of each, by rank
 
-
-@dataclass(frozen=True)
-class Source:
-    """The rank that brings a share into the new group."""
-
-    reader: int
-    holding: Holding
-    is_local: bool  # whether it lies in the memory of the reader's own node
+    @property
+    def header(self) -> Header:
+        """The header of one of the shares, which have the step and `carried` in common."""
+        return self.shares[0][0].header
 
 
 def choose(
     holdings: Iterable[Holding], *, explained_step: int, at_least: int, is_left_out: Callable[[int], bool]
-) -> Choice | None:
+) -> Snapshot | None:
     """Returns the newest complete state, or None when the checkpoint of step `at_least` is newer.
 
     `explained_step` is the ledger's last step, which a state must not be ahead of. `is_left_out` reports the steps
@@ -49,33 +42,22 @@ def choose(
     """
     states: dict[tuple[int, int, int], dict[int, list[Holding]]] = {}
     for held in holdings:
-        if at_least <= held.step <= explained_step and not is_left_out(held.step):
-            shares = states.setdefault((held.step, held.attempt, held.world_size), {})
-            shares.setdefault(held.rank, []).append(held)
+        head = held.header
+        if at_least <= head.step <= explained_step and not is_left_out(head.step):
+            shares = states.setdefault((head.step, head.attempt, head.world_size), {})
+            shares.setdefault(head.rank, []).append(held)
     complete = {key: shares for key, shares in states.items() if len(shares) == key[2]}
     if not complete:
         return None
     newest = max(complete)
-    return Choice(newest[0], [complete[newest][rank] for rank in range(newest[2])])
+    return Snapshot([complete[newest][rank] for rank in range(newest[2])])
 
 
-def sources(choice: Choice, node_of_rank: Sequence[str]) -> list[Source]:
-    """Returns the source of each share: the first rank whose node holds it, or else rank 0, from another node."""
-    found = []
-    for holders in choice.holders:
-        by_node = {held.node: held for held in holders}
-        local = [rank for rank, node in enumerate(node_of_rank) if node in by_node]
-        if local:
-            found.append(Source(local[0], by_node[node_of_rank[local[0]]], is_local=True))
-        else:
-            found.append(Source(0, holders[0], is_local=False))
-    return found
-
-
-def held_on(choice: Choice, node: str) -> list[Holding] | None:
-    """Returns every share, if the node holds them all."""
-    shares = [next((held for held in holders if held.node == node), None) for holders in choice.holders]
-    return None if None in shares else [share for share in shares if share is not None]
+def reader_of(holders: Container[str], node_of_rank: Sequence[str]) -> int | None:
+    """Returns the rank that reads a share for all: the first whose node is a holder, or else rank 0, from another node.
+    None where every rank's own node is one."""
+    local = [rank for rank, node in enumerate(node_of_rank) if node in holders]
+    return None if len(local) == len(node_of_rank) else min(local, default=0)
 
 
 def copies(holdings: Iterable[Holding], nodes: Sequence[str]) -> list[tuple[Holding, str]]:
@@ -83,12 +65,13 @@ def copies(holdings: Iterable[Holding], nodes: Sequence[str]) -> list[tuple[Hold
     newest: dict[tuple[int, int], Holding] = {}
     holders: dict[tuple[int, int], set[str]] = {}
     held = list(holdings)
-    attempt = max((share.attempt for share in held), default=0)
+    attempt = max((share.header.attempt for share in held), default=0)
     for share in held:
-        key = (share.rank, share.world_size)
-        if share.attempt == attempt and not share.area.startswith(COPIES):
+        head = share.header
+        key = (head.rank, head.world_size)
+        if head.attempt == attempt and not share.area.startswith(COPIES):
             holders.setdefault(key, set()).add(share.node)
-            if key not in newest or share.step > newest[key].step:
+            if key not in newest or head.step > newest[key].header.step:
                 newest[key] = share
     load = {node: sum(share.node == node for share in held) for node in nodes}
     wanted = []

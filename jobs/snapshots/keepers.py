@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from jobs.ray_train.cluster_view import renew_view
 from jobs.run.run_plan import RunPlan
 from jobs.snapshots.choice import Holding, copies, copy_area
-from jobs.snapshots.slots import NUM_SLOTS, Bytes, Header, Slots, checksum_of
+from jobs.snapshots.slots import NUM_SLOTS, Bytes, Slots, checksum_of
 
 CHUNK_BYTES = 16 << 20  # of one message of a transfer between nodes
 _POLL_S = 0.5
@@ -69,49 +69,39 @@ class Keeper:
     def holdings(self) -> list[Holding]:
         """Returns the sealed slots."""
         return [
-            Holding(self._node, area, slot, head.sequence, head.attempt, head.step, head.rank, head.world_size)
+            Holding(self._node, area, slot, header)
             for area, (_, slots) in self._areas.items()
             for slot in range(NUM_SLOTS)
-            if (head := slots.header(slot)) and head.identity == self._identity
+            if (header := slots.header(slot)) and header.identity == self._identity
         ]
 
     def is_whole(self, held: Holding) -> bool:
-        """Reports whether the slot's data match its checksum; reads all of them."""
-        return self.header(held) is not None and self._areas[held.area][1].is_whole(held.slot)
-
-    def header(self, held: Holding) -> Header | None:
-        """Returns the slot's header, or None when the slot was written again since."""
-        if held.area not in self._areas:
-            return None
-        header = self._areas[held.area][1].header(held.slot)
-        return header if header and header.sequence == held.sequence else None
+        """Reports whether the slot was not written again since and its data match its checksum; reads all of them."""
+        slots = self._areas[held.area][1] if held.area in self._areas else None
+        return slots is not None and slots.holds(held.header, held.slot) and slots.is_whole(held.slot)
 
     def chunk(self, held: Holding, start: int) -> Bytes | None:
         """Returns a copy of at most `CHUNK_BYTES`, or None when the slot was written again since."""
-        if self.header(held) is None:
+        if held.area not in self._areas:
             return None
-        content = self._areas[held.area][1].data(held.slot)[start : start + CHUNK_BYTES].copy()
-        return content if self.header(held) else None
+        slots = self._areas[held.area][1]
+        content = slots.data(held.slot)[start : start + CHUNK_BYTES].copy()
+        return content if slots.holds(held.header, held.slot) else None
 
-    def copy(self, held: Holding, other: Any) -> bool:
-        """Copies a slot of another node's keeper; returns False when it is gone or there is no room."""
+    def copy(self, held: Holding, other: Any) -> None:
+        """Copies a slot of another node's keeper, unless that is gone or there is no room."""
         try:
-            fetched = fetch(held, other)
+            data = fetch(held, other)
         except RayError:  # the other keeper ended, most likely with its node
-            return False
+            return
         area = copy_area(held)
-        if fetched is None or self.open(area, fetched[1].size) is None:
-            return False
-        header, data = fetched
-        self._areas[area][1].write(header, list(data.reshape(len(header.names), -1)))
-        return True
+        if data is not None and self.open(area, data.size) is not None:
+            self._areas[area][1].write(held.header, list(data.reshape(len(held.header.names), -1)))
 
 
-def fetch(held: Holding, keeper: Any) -> tuple[Header, Bytes] | None:
-    """Returns a whole slot of another node's keeper, or None when it was written again meanwhile."""
-    header: Header | None = ray.get(keeper.header.remote(held))
-    if header is None:
-        return None
+def fetch(held: Holding, keeper: Any) -> Bytes | None:
+    """Returns the data of a slot of another node's keeper, or None when it was written again meanwhile."""
+    header = held.header
     data = np.empty(header.num_bytes, np.uint8)
     for start in range(0, data.size, CHUNK_BYTES):
         chunk = ray.get(keeper.chunk.remote(held, start))
@@ -119,7 +109,7 @@ def fetch(held: Holding, keeper: Any) -> tuple[Header, Bytes] | None:
             return None
         piece = data[start : start + CHUNK_BYTES]
         piece[:] = chunk[: piece.size]
-    return (header, data) if checksum_of(data, header.names) == header.checksum else None
+    return data if checksum_of(data, header.names) == header.checksum else None
 
 
 def find_keepers(launch: str) -> dict[str, Any]:
@@ -179,7 +169,7 @@ class Keepers:
                 continue
             answers = ask({node: keeper.holdings.remote() for node, keeper in self._keepers.items()})
             holdings = [held for found in answers.values() for held in found]
-            newest = max((held.step for held in holdings), default=-1)
+            newest = max((held.header.step for held in holdings), default=-1)
             if newest != self._newest_step:
                 self._newest_step, self.snapshot_time_s = newest, time.time()
             start = time.monotonic()

@@ -106,6 +106,11 @@ class Slots:
         start = slot * self._slot_bytes
         return self._bytes[start + _DATA_OFFSET : start + self._slot_bytes]
 
+    def holds(self, header: Header, slot: int) -> bool:
+        """Reports whether the slot was not written again since it had this header."""
+        found = self.header(slot)
+        return found is not None and found.sequence == header.sequence
+
     def is_whole(self, slot: int) -> bool:
         """Reports whether the slot is sealed and its data match the header's checksum."""
         header = self.header(slot)

@@ -4,8 +4,7 @@ Without a keeper on the node, as outside a Ray job, nothing is kept and training
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,25 +17,13 @@ import torch.distributed as dist
 from cluster.output.progress import say
 from jobs.exact.train_state import StatePart, TrainState
 from jobs.run.run_plan import RunPlan
-from jobs.snapshots.choice import Choice, Holding, Source, choose, held_on, interval, sources
+from jobs.snapshots.choice import Holding, Snapshot, choose, interval, reader_of
 from jobs.snapshots.keepers import ask, fetch, find_keepers
 from jobs.snapshots.slots import Bytes, Header, Slots
 from jobs.workers.worker_group import WorkerGroup
 
 _FIRST_AGREEMENT, _AGREEMENT_EVERY = 4, 64  # snapshots after which all ranks agree on their interval
 _RETRY_S = 1.0
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """The choice that rank 0 made for all ranks."""
-
-    choice: Choice
-    headers: list[Header]  # of each share
-
-    @property
-    def step(self) -> int:
-        return self.choice.step
 
 
 class Snapshots:
@@ -55,58 +42,58 @@ class Snapshots:
         self._last: tuple[int, float] | None = None
 
     def newest(self, *, explained_step: int, at_least: int, is_left_out: Callable[[int], bool]) -> Snapshot | None:
-        """Returns the snapshot that `choose` chooses; called by rank 0."""
+        """Returns the snapshot that `choose` takes of all that the keepers hold; called by rank 0."""
         if self._launch is None:
             return None
         keepers = find_keepers(self._launch)
         answers = ask({node: keeper.holdings.remote() for node, keeper in keepers.items()})
         holdings: list[Holding] = [held for found in answers.values() for held in found]
-        while choice := choose(holdings, explained_step=explained_step, at_least=at_least, is_left_out=is_left_out):
-            chosen = [held for holders in choice.holders for held in holders]
-            whole = whole_ones(chosen, keepers)
-            if len(whole) == len(chosen):
-                return Snapshot(choice, [whole[holders[0]] for holders in choice.holders])
-            for held in chosen:
-                if held not in whole:
-                    say(f"the snapshot of step {held.step} on node {held.node} is damaged or cannot be read; not used")
-            holdings = [held for held in holdings if held in whole or held not in chosen]
+        while snapshot := choose(holdings, explained_step=explained_step, at_least=at_least, is_left_out=is_left_out):
+            chosen = [held for holders in snapshot.shares for held in holders]
+            # Only what is chosen is read: both slots of 1.3B parameters take a keeper 4 to 8 s.
+            asked = {n: keepers[held.node].is_whole.remote(held) for n, held in enumerate(chosen)}
+            are_whole = ask(asked, num_bytes=sum(held.header.num_bytes for held in chosen))
+            damaged = [held for n, held in enumerate(chosen) if not are_whole.get(n)]
+            if not damaged:
+                return snapshot
+            for held in damaged:
+                step = held.header.step
+                say(f"the snapshot of step {step} on node {held.node} is damaged or cannot be read; not used")
+            holdings = [held for held in holdings if held not in damaged]
         return None
 
     def restore(self, snapshot: Snapshot, state: TrainState) -> dict[str, Any]:
-        """Loads the state on every rank, from its own node's memory where all ranks can; returns `carried`."""
-        if all(held_on(snapshot.choice, node) for node in self._node_of_rank):
-            own = held_on(snapshot.choice, self._node) or []
-            datas = [self._read(held, is_local=True) for held in own]
-            state.load_state(state_part(header, data) for header, data in zip(snapshot.headers, datas, strict=True))
-        else:
-            found = zip(snapshot.headers, sources(snapshot.choice, self._node_of_rank), strict=True)
-            state.load_state(state_part(header, self._shared(header, source, state.device)) for header, source in found)
-        return snapshot.headers[0].carried
+        """Loads the state on every rank; returns `carried`."""
+        state.load_state(
+            state_part(holders[0].header, self._share(holders, state.device)) for holders in snapshot.shares
+        )
+        return snapshot.header.carried
 
-    def _shared(self, header: Header, source: Source, device: torch.device) -> Bytes:
-        """Returns a share that one rank reads and broadcasts to the others."""
-        if self._group.rank == source.reader:
-            data = self._read(source.holding, is_local=source.is_local)
+    def _share(self, holders: list[Holding], device: torch.device) -> Bytes:
+        """Returns a share, from this node's memory where every node has it; else one rank broadcasts it to all."""
+        by_node = {held.node: held for held in holders}
+        reader = reader_of(by_node, self._node_of_rank)
+        if reader in (None, self._group.rank):
+            data = self._read(by_node.get(self._node, holders[0]))
         else:
-            data = np.empty(header.num_bytes, np.uint8)
-        if self._group.world_size > 1:
-            whole = torch.from_numpy(data).to(device)
-            dist.broadcast(whole, source.reader)
-            data = whole.cpu().numpy()
-        return data
+            data = np.empty(holders[0].header.num_bytes, np.uint8)
+        if reader is None or self._group.world_size == 1:
+            return data
+        whole = torch.from_numpy(data).to(device)
+        dist.broadcast(whole, reader)
+        return whole.cpu().numpy()
 
-    def _read(self, held: Holding, *, is_local: bool) -> Bytes:
+    def _read(self, held: Holding) -> Bytes:
         assert self._launch is not None
         keeper = ray.get_actor(held.node, namespace=self._launch)
-        if is_local:
+        if held.node == self._node:
             slots = Slots.at(str(ray.get(keeper.path.remote(held.area))))
-            header = slots.header(held.slot)
-            assert header is not None and header.sequence == held.sequence, "nobody writes during a restore"
-            return slots.data(held.slot)[: header.num_bytes].copy()
-        fetched = fetch(held, keeper)
-        if fetched is None:
-            raise RuntimeError(f"the snapshot of step {held.step} on node {held.node} was lost on its way")
-        return fetched[1]
+            assert slots.holds(held.header, held.slot), "nobody writes during a restore"
+            return slots.data(held.slot)[: held.header.num_bytes].copy()
+        data = fetch(held, keeper)
+        if data is None:
+            raise RuntimeError(f"the snapshot of step {held.header.step} on node {held.node} was lost on its way")
+        return data
 
     def after_step(self, step: int, state: TrainState, *, attempt: int, carried: dict[str, Any]) -> None:
         """Takes a snapshot if one is due; every rank calls this after every step, once the ledger has the step."""
@@ -137,7 +124,7 @@ class Snapshots:
         group, is_sharded = self._group, state.is_sharded
         if not is_sharded and group.rank != self._node_of_rank.index(self._node):
             return  # all ranks have the same state, and one rank of each node writes it
-        part = state.own_state() if is_sharded else whole_state(state)
+        part = state.own_state()
         arrays = [tensor.detach().cpu().numpy().view(np.uint8) for tensor in part.tensors.values()]
         area = f"rank-{group.rank}-of-{group.world_size}" if is_sharded else "state"
         slots = self._slots(area, sum(array.size for array in arrays))
@@ -191,22 +178,6 @@ class Snapshots:
         if self._group.rank == 0:  # each rank has written since this attempt began
             for keeper in find_keepers(str(self._launch)).values():
                 keeper.close_older.remote(attempt)
-
-
-def whole_ones(chosen: Sequence[Holding], keepers: Mapping[str, Any]) -> dict[Holding, Header]:
-    """Returns the headers of those whose data match their checksum. Only what is chosen is read: both slots of 1.3B
-    parameters take a keeper 4 to 8 s."""
-    headers = ask({held: keepers[held.node].header.remote(held) for held in chosen})
-    found = {held: header for held, header in headers.items() if header is not None}
-    num_bytes = sum(header.num_bytes for header in found.values())
-    are_whole = ask({held: keepers[held.node].is_whole.remote(held) for held in found}, num_bytes=num_bytes)
-    return {held: header for held, header in found.items() if are_whole.get(held)}
-
-
-def whole_state(state: TrainState) -> StatePart:
-    """Returns the whole state as views, without a copy."""
-    tensors = {"values": state.values, **state.flat_moments()}
-    return StatePart([range(state.layout.size)], tensors, state.num_updates)
 
 
 def state_part(header: Header, data: Bytes) -> StatePart:

@@ -20,7 +20,8 @@ from jobs.run.checkpoints import RunCheckpoints
 from jobs.run.ledger import Ledger
 from jobs.run.run_plan import RunPlan, open_stream, open_validation_sets
 from jobs.run.storage_retry import patiently
-from jobs.snapshots.snapshots import Snapshot, Snapshots
+from jobs.snapshots.choice import Snapshot
+from jobs.snapshots.snapshots import Snapshots
 from jobs.training.guards import Decision, GuardState, Verdict, Windows, longest
 from jobs.training.mixed_hardware import differences, hardware
 from jobs.training.run_writer import RunWriter
@@ -262,9 +263,9 @@ class Attempt:
         config, owed = self.plan.config, recorded + 1
         if owed % config.train.eval_every_steps and owed % config.checkpoint.save_every_steps:  # the line is all it has
             snapshot = self.snapshots.newest(explained_step=owed, **limits)
-            if snapshot is None or snapshot.step <= recorded:
+            if snapshot is None or snapshot.header.step <= recorded:
                 return snapshot
-            if line := snapshot.headers[0].carried["line"]:
+            if line := snapshot.header.carried["line"]:
                 assert self.writer is not None, "rank 0 has it"
                 self.writer.ledger.step(**line)
                 return snapshot
@@ -277,7 +278,7 @@ class Attempt:
         if begun.snapshot is not None:
             self.state = TrainState(GPT(config.model), config.train, device=device, group=self.group)
             self.guard = GuardState.from_json(self.snapshots.restore(begun.snapshot, self.state)["guard"])
-            return begun.snapshot.step
+            return begun.snapshot.header.step
         if name is None:
             model = GPT(config.model)
             model.init_weights(config.train.seed)

@@ -21,6 +21,7 @@ from jobs.run.step_timer import StepTimer
 from jobs.workers.worker_group import WorkerGroup
 from model.gpt import GPT
 from model.training_memory import keep_freed_memory
+from tests.jobs.sent_bytes import sent_bytes
 
 WORLD_SIZE = 2
 VOCAB_SIZE = 4096  # what a trained tokenizer has by default; GPT-2's would triple the model
@@ -76,18 +77,16 @@ class ExactTrainer:
         self.state = TrainState(model, config.train, device=CPU, group=group)
         rows: Any = MadeRows(config)
         self.gradient = BatchGradient(config, self.state, rows, group, eot_id=None)
-        self.timer = StepTimer()
+        self.timer, self.bytes_sent = StepTimer(), 0
 
     def step(self, number: int) -> float:
         self.timer.take()
-        measured = self.gradient.of_step(number, self.timer)
-        with self.timer.phase("update"):
-            self.state.apply(norm=measured.norm, learning_rate=RATE, timer=self.timer)
+        with sent_bytes() as sent:
+            measured = self.gradient.of_step(number, self.timer)
+            with self.timer.phase("update"):
+                self.state.apply(norm=measured.norm, learning_rate=RATE, timer=self.timer)
+        self.bytes_sent += sent.num_bytes
         return self.timer.take().seconds["sync"]
-
-    @property
-    def bytes_sent(self) -> int:
-        return self.gradient.exchange.bytes_sent + self.state.bytes_sent
 
 
 class _Loss(nn.Module):

@@ -23,11 +23,12 @@ from torch import Tensor
 
 from cluster.settings.run import RunConfig
 from jobs.exact.batch_gradient import BatchGradient
-from jobs.exact.train_state import TrainState
+from jobs.exact.train_state import StatePart, TrainState
 from jobs.run.step_timer import StepTimer
 from jobs.workers.worker_group import WorkerGroup
 from model.checkpoint import parameter_hash
 from model.gpt import GPT
+from tests.jobs.sent_bytes import sent_bytes
 from tests.jobs.train_states import moments
 
 NUM_STEPS = 4
@@ -111,10 +112,12 @@ class Trainer:
 
     def steps(self, steps: range) -> list[float]:
         losses = []
-        for step in steps:
-            measured = self.gradient.of_step(step, StepTimer())
-            self.state.apply(norm=measured.norm, learning_rate=1e-2)
-            losses.append(measured.loss)
+        with sent_bytes() as sent:
+            for step in steps:
+                measured = self.gradient.of_step(step, StepTimer())
+                self.state.apply(norm=measured.norm, learning_rate=1e-2)
+                losses.append(measured.loss)
+        self.bytes_per_step = sent.num_bytes / len(steps)
         return losses
 
     @property
@@ -135,10 +138,15 @@ def worlds(rank: int, max_world_size: int, folder: Path) -> Iterator[tuple[str, 
             dist.destroy_process_group()
 
 
+def parts_of_all(state: TrainState, group: WorkerGroup) -> list[StatePart]:
+    parts: list[StatePart] = group.gather(state.own_state())
+    return parts if state.is_sharded else parts[:1]
+
+
 def hand_over(trainer: Trainer, group: WorkerGroup, path: Path, *, in_parts: bool) -> None:
     """Hands the state to the next world, as in-memory snapshots or as checkpoints do."""
     state = trainer.state
-    kept = {"parts": group.gather(state.own_state())} if in_parts else {"moments": moments(state)}
+    kept = {"parts": parts_of_all(state, group)} if in_parts else {"moments": moments(state)}
     if group.rank == 0:
         torch.save(kept | {"weights": state.model.state_dict()}, path)
 
@@ -170,8 +178,6 @@ def run_rank(rank: int, max_world_size: int, folder: Path) -> list[dict[str, Any
                 if steps.stop <= NUM_STEPS:
                     continue
             ranks = group.gather({"hash": trainer.hash, "losses": resized[case] or losses})
-            sent = trainer.gradient.exchange.bytes_sent if case.exact else 0
-            sent += trainer.state.bytes_sent
             parameters = sum(parameter.numel() for parameter in trainer.state.model.parameters())
             found.append(
                 {
@@ -179,7 +185,7 @@ def run_rank(rank: int, max_world_size: int, folder: Path) -> list[dict[str, Any
                     "world": name,
                     "hashes": [rank["hash"] for rank in ranks],
                     "losses": ranks[0]["losses"],  # rank 0 was part of every world
-                    "bytes_per_step": sum(group.gather(sent)) / group.world_size / len(steps),
+                    "bytes_per_step": sum(group.gather(trainer.bytes_per_step)) / group.world_size,
                     "ring_bytes": 2 * (group.world_size - 1) / group.world_size * 4 * parameters,
                 }
             )

@@ -1,15 +1,15 @@
 """The choice of a snapshot, of its readers, of second copies and of the interval: plain values in and out."""
 
-from dataclasses import replace
-
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.snapshots.choice import MAX_SHARE, Holding, choose, copies, copy_area, held_on, interval, sources
+from jobs.snapshots.choice import MAX_SHARE, Holding, choose, copies, copy_area, interval, reader_of
+from jobs.snapshots.slots import Header
 
 
 def held(node: str, step: int, *, rank: int = 0, world_size: int = 1, attempt: int = 1, area: str = "state") -> Holding:
-    return Holding(node, area, step % 2, step, attempt, step, rank, world_size)
+    header = Header("run", step, attempt, step, rank, world_size, step, [], [], 0, 0, {})
+    return Holding(node, area, step % 2, header)
 
 
 def choice_of(*holdings: Holding, explained_step: int = 100, at_least: int = 0, left_out: range = range(0)):
@@ -19,14 +19,14 @@ def choice_of(*holdings: Holding, explained_step: int = 100, at_least: int = 0, 
 def test_the_newest_state_that_any_node_holds_is_taken() -> None:
     choice = choice_of(held("a", 6), held("a", 7), held("b", 7), held("b", 8))
     assert choice is not None
-    assert choice.step == 8
-    assert [[share.node for share in holders] for holders in choice.holders] == [["b"]]
+    assert choice.header.step == 8
+    assert [[share.node for share in holders] for holders in choice.shares] == [["b"]]
 
 
 def test_no_state_is_ahead_of_the_ledger() -> None:
     choice = choice_of(held("a", 7), held("a", 8), explained_step=7)
     assert choice is not None
-    assert choice.step == 7
+    assert choice.header.step == 7
     assert choice_of(held("a", 8), explained_step=7) is None
 
 
@@ -38,7 +38,7 @@ def test_a_newer_checkpoint_is_better() -> None:
 def test_what_a_rollback_left_out_stays_out() -> None:
     choice = choice_of(held("a", 4), held("a", 5), held("a", 6), left_out=range(5, 7))
     assert choice is not None
-    assert choice.step == 4
+    assert choice.header.step == 4
 
 
 def test_a_sharded_state_needs_every_share_of_one_step_attempt_and_world() -> None:
@@ -50,16 +50,17 @@ def test_a_sharded_state_needs_every_share_of_one_step_attempt_and_world() -> No
     assert choice_of(*shares, other_world) is None
     choice = choice_of(*shares, held("a", 7, rank=0, world_size=2))
     assert choice is not None
-    assert choice.step == 7
+    assert choice.header.step == 7
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 6), st.integers(0, 2), st.sampled_from([1, 2, 3]))))
 def test_a_choice_is_complete_and_none_newer_is(found: list[tuple[str, int, int, int]]) -> None:
     holdings = [held(node, step, rank=rank % world, world_size=world) for node, step, rank, world in found]
+    headers = [share.header for share in holdings]
 
     def complete(step: int) -> bool:
         return any(
-            {share.rank for share in holdings if share.step == step and share.world_size == world} == set(range(world))
+            {head.rank for head in headers if head.step == step and head.world_size == world} == set(range(world))
             for world in (1, 2, 3)
         )
 
@@ -69,21 +70,16 @@ def test_a_choice_is_complete_and_none_newer_is(found: list[tuple[str, int, int,
         assert choice is None
         return
     assert choice is not None
-    assert choice.step == steps[-1]
-    world = choice.holders[0][0].world_size
-    assert [{share.rank for share in holders} for holders in choice.holders] == [{rank} for rank in range(world)]
+    assert choice.header.step == steps[-1]
+    world = choice.header.world_size
+    assert [{share.header.rank for share in holders} for holders in choice.shares] == [{rank} for rank in range(world)]
 
 
 def test_a_rank_whose_node_holds_a_share_brings_it() -> None:
-    shares = [held("a", 8, rank=0, world_size=2), held("b", 8, rank=1, world_size=2)]
-    choice = choice_of(*shares)
-    assert choice is not None
-    assert held_on(choice, "a") is None
-    assert [(source.reader, source.is_local) for source in sources(choice, ["c", "b", "a"])] == [(2, True), (1, True)]
-    assert [(source.reader, source.is_local) for source in sources(choice, ["c", "b"])] == [(0, False), (1, True)]
-    both = choice_of(*shares, replace(shares[1], node="a"))
-    assert both is not None
-    assert held_on(both, "a") is not None
+    assert reader_of({"a"}, ["c", "b", "a"]) == 2
+    assert reader_of({"a", "b"}, ["c", "b", "a"]) == 1
+    assert reader_of({"a"}, ["c", "b"]) == 0
+    assert reader_of({"a", "b", "c"}, ["b", "b", "a"]) is None
 
 
 def test_a_state_on_one_node_is_copied_to_another_and_to_the_same_one_again() -> None:

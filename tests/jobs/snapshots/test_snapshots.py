@@ -18,10 +18,10 @@ from cluster.settings.run import TrainConfig
 from jobs.exact.train_state import TrainState
 from jobs.run.ledger import Ledger
 from jobs.run.run_plan import RunPlan
-from jobs.snapshots.choice import Holding, choose
+from jobs.snapshots.choice import Holding, Snapshot, choose
 from jobs.snapshots.keepers import ANSWER_S, CHUNK_BYTES, Keeper
 from jobs.snapshots.slots import Header, Slots
-from jobs.snapshots.snapshots import Snapshot, Snapshots, state_part, whole_state
+from jobs.snapshots.snapshots import Snapshots, state_part
 from jobs.training.train_loop import train
 from jobs.workers.worker_group import WorkerGroup
 from model.checkpoint import parameter_hash
@@ -45,7 +45,7 @@ def header_of(state: TrainState | None = None, *, step: int = 1, attempt: int = 
         world_size=1,
         num_updates=state.num_updates if state else step,
         places=[(0, state.layout.size if state else SIZE // 4)],
-        names=list(whole_state(state).tensors) if state else ["values"],
+        names=list(state.own_state().tensors) if state else ["values"],
         num_bytes=0,
         checksum=0,
         carried={},
@@ -72,13 +72,12 @@ def test_a_state_comes_back_with_the_same_bits_and_trains_on_alike() -> None:
     for gradient in gradients(state, 3):
         apply(state, gradient, learning_rate=RATE)
     memory = make_memory()
-    arrays = [tensor.numpy().view(np.uint8) for tensor in whole_state(state).tensors.values()]
+    arrays = [tensor.numpy().view(np.uint8) for tensor in state.own_state().tensors.values()]
     opened(memory, "state", sum(array.size for array in arrays)).write(header_of(state, step=3), arrays)
 
     (held,) = whole(memory)
-    assert (held.node, held.area, held.step) == ("a", "state", 3)
-    header, data = memory.header(held), memory.chunk(held, 0)
-    assert header is not None
+    assert (held.node, held.area, held.header.step) == ("a", "state", 3)
+    header, data = held.header, memory.chunk(held, 0)
     assert data is not None
     assert header.num_bytes < CHUNK_BYTES
     other = TrainState(make_model(), TrainConfig(), device=torch.device("cpu"))
@@ -96,9 +95,9 @@ def test_of_another_run_or_damaged_is_not_held() -> None:
     write(slots, header_of(identity="another", step=5))
     assert memory.holdings() == []
     write(slots, header_of(step=6))
-    assert [held.step for held in whole(memory)] == [6]
+    assert [held.header.step for held in whole(memory)] == [6]
     slots.data(1)[17] ^= 1
-    assert [held.step for held in memory.holdings()] == [6]
+    assert [held.header.step for held in memory.holdings()] == [6]
     assert whole(memory) == []
 
 
@@ -124,7 +123,7 @@ def test_a_large_state_has_the_time_to_be_read_and_a_damaged_one_is_named(
     snapshots = Snapshots(tiny_plan(str(tmp_path)), WorkerGroup(0, 1))
     snapshots._launch = "this process"
     found = snapshots.newest(explained_step=9, at_least=0, is_left_out=lambda step: False)
-    assert found is not None and found.step == 6
+    assert found is not None and found.header.step == 6
     assert "the snapshot of step 7 on node a is damaged" in capsys.readouterr().err
 
 
@@ -136,7 +135,7 @@ def test_what_was_written_again_is_not_given_out_for_the_old() -> None:
     write(slots, header_of(step=2))
     assert memory.chunk(held, 0) is not None
     write(slots, header_of(step=3))  # over step 1
-    assert memory.header(held) is None
+    assert not memory.is_whole(held)
     assert memory.chunk(held, 0) is None
     assert memory.chunk(replace(held, area="gone"), 0) is None
 
@@ -146,9 +145,9 @@ def test_memory_is_bounded_kept_and_given_back() -> None:
     write(opened(memory, "state"), header_of(step=4, attempt=1))
     write(opened(memory, "copy-state"), header_of(step=4, attempt=2))
     assert memory.open("third", SIZE) is None
-    assert [held.step for held in whole(memory)] == [4, 4]
+    assert [held.header.step for held in whole(memory)] == [4, 4]
     write(opened(memory, "state"), header_of(step=5, attempt=2))  # the next group takes the same memory
-    assert sorted(held.step for held in whole(memory) if held.area == "state") == [4, 5]
+    assert sorted(held.header.step for held in whole(memory) if held.area == "state") == [4, 5]
     memory.close_older(2)
     assert len(whole(memory)) == 3
     memory.close_older(3)
@@ -186,26 +185,24 @@ class OwnMemory(Snapshots):
         self._launch = "this process"
 
     def _write(self, step: int, state: TrainState, *, attempt: int, carried: dict[str, Any]) -> None:
-        arrays = [tensor.numpy().view(np.uint8) for tensor in whole_state(state).tensors.values()]
+        arrays = [tensor.numpy().view(np.uint8) for tensor in state.own_state().tensors.values()]
         header = replace(header_of(state, step=step, attempt=attempt), carried=carried)
         opened(self.memory, "state", sum(array.size for array in arrays)).write(header, arrays)
 
     def newest(self, *, explained_step: int, at_least: int, is_left_out: Callable[[int], bool]) -> Snapshot | None:
-        choice = choose(
+        return choose(
             whole(self.memory),
             explained_step=explained_step,
             at_least=at_least,
             is_left_out=is_left_out,
         )
-        headers = [self.memory.header(holders[0]) for holders in choice.holders] if choice else []
-        return Snapshot(choice, [header for header in headers if header]) if choice else None
 
     def restore(self, snapshot: Snapshot, state: TrainState) -> dict[str, Any]:
-        (holders,), (header,) = snapshot.choice.holders, snapshot.headers
-        data = self.memory.chunk(holders[0], 0)
+        ((held,),) = snapshot.shares
+        data = self.memory.chunk(held, 0)
         assert data is not None
-        state.load_state([state_part(header, data[: header.num_bytes])])
-        return header.carried
+        state.load_state([state_part(held.header, data[: held.header.num_bytes])])
+        return held.header.carried
 
     def after_step(self, step: int, state: TrainState, *, attempt: int, carried: dict[str, Any]) -> None:
         if step % self.every_steps == 0:
