@@ -58,7 +58,7 @@ class FlatLayout:
 
     def buckets_of(self, name: str) -> list[int]:
         place = self.places[name]
-        return [i for i, bucket in enumerate(self.buckets) if place.start < bucket.stop and bucket.start < place.stop]
+        return [i for i, bucket in enumerate(self.buckets) if shared(bucket, place)]
 
     def view(self, flat: "Tensor", name: str, parameter: "nn.Parameter") -> "Tensor":
         return at(flat, self.places[name]).view(parameter.shape)
@@ -69,6 +69,11 @@ def part_of(bucket: range, rank: int, *, world_size: int) -> range:
     num_blocks = len(bucket) // BLOCK
     first, end = (rank * num_blocks // world_size, (rank + 1) * num_blocks // world_size)
     return range(bucket.start + first * BLOCK, bucket.start + end * BLOCK)
+
+
+def shared(a: range, b: range) -> range:
+    """Returns the places that lie in both."""
+    return range(max(a.start, b.start), min(a.stop, b.stop))
 
 
 def at(flat: "Tensor", place: range) -> "Tensor":

@@ -18,7 +18,7 @@ from torch.optim.adamw import adamw  # the optimizer's class imports torch._dyna
 
 from cluster.settings.run import TrainConfig
 from jobs.exact.bucket_exchange import gather_parts
-from jobs.exact.flat_layout import FlatLayout, at
+from jobs.exact.flat_layout import FlatLayout, at, shared
 from jobs.run.step_timer import StepTimer
 from jobs.workers.worker_group import WorkerGroup
 from model.gpt import GPT
@@ -72,8 +72,8 @@ class TrainState:
             view.copy_(parameter.detach())
             parameter.data, parameter.grad = view, layout.view(self.gradient, name, parameter)
         own_parts = layout.parts(group.rank, world_size=group.world_size)
-        self._owned = own_parts if self.is_sharded else [range(layout.size)]
-        self._moments = {name: large_zeros(sum(map(len, self._owned)), device=device) for name in MOMENTS}
+        self.owned = own_parts if self.is_sharded else [range(layout.size)]  # places of this rank's moments
+        self._moments = {name: large_zeros(sum(map(len, self.owned)), device=device) for name in MOMENTS}
         self._segments: dict[float, list[_Segment]] = {}
         for segment in self._make_segments(config):
             self._segments.setdefault(segment.weight_decay, []).append(segment)
@@ -81,10 +81,9 @@ class TrainState:
     def _make_segments(self, config: TrainConfig) -> Iterator[_Segment]:
         decayed, undecayed = range(self.layout.boundary), range(self.layout.boundary, self.layout.size)
         start = 0
-        for place in self._owned:
+        for place in self.owned:
             for half, weight_decay in ((decayed, config.weight_decay), (undecayed, 0.0)):
-                segment = range(max(place.start, half.start), min(place.stop, half.stop))
-                if segment:
+                if segment := shared(place, half):
                     own = range(start, start := start + len(segment))
                     yield _Segment(
                         values=at(self.values, segment),
@@ -102,7 +101,7 @@ class TrainState:
         """
         grad_clip = self._config.grad_clip
         if grad_clip and norm > grad_clip:
-            for place in self._owned:
+            for place in self.owned:
                 at(self.gradient, place).mul_(grad_clip / norm)
         for weight_decay, segments in self._segments.items():
             adamw(
@@ -153,12 +152,12 @@ class TrainState:
             flat = torch.zeros_like(self.values)
             for name, parameter in self.model.named_parameters():
                 self.layout.view(flat, name, parameter).copy_(tensors[f"{moment}.{name}"])
-            own.copy_(_joined(flat, self._owned))
+            own.copy_(_joined(flat, self.owned))
 
     def own_state(self) -> StatePart:
         """Returns this rank's part of the state until the next update: its share where the optimizer is sharded, else
         the whole."""
-        return StatePart(self._owned, {"values": _joined(self.values, self._owned), **self._moments}, self.num_updates)
+        return StatePart(self.owned, {"values": _joined(self.values, self.owned), **self._moments}, self.num_updates)
 
     def load_state(self, parts: Iterable[StatePart]) -> None:
         """Loads the state from parts that together make the whole, from a world of any size."""
@@ -171,7 +170,7 @@ class TrainState:
                 _spread(values, whole[name], part.places)
         assert num_loaded == self.layout.size, f"{num_loaded} of {self.layout.size} values"
         for moment, own in self._moments.items():
-            own.copy_(_joined(whole[moment], self._owned))
+            own.copy_(_joined(whole[moment], self.owned))
 
     def _set_num_updates(self, number: int) -> None:
         self.num_updates = number

@@ -27,7 +27,6 @@ from jobs.run.run_plan import RunPlan
 from jobs.tokens.token_store import TOKENIZER
 from jobs.training.guards import GuardState
 from jobs.training.train_loop import train
-from model.checkpoint_folder import verify_checkpoint
 from model.errors import UserError
 
 
@@ -87,27 +86,18 @@ def _lay_out(run: Storage, ledger: Ledger, plan: RunPlan, *, before: int) -> str
     """Makes the scratch run look like the run killed after its newest valid checkpoint before the step. Returns that
     checkpoint's name, or None where there is none."""
     plan.run.write_bytes(CONFIG_FILE, to_yaml(plan.config).encode())
-    checkpoints = RunCheckpoints(run)
-    place = plan.run.local_path("checkpoints")
-    assert place is not None
-    left_out = GuardState(rollbacks=tuple((event["first"], event["last"]) for event in ledger.events("rollback")))
-    names = [name for name in checkpoints.names if step_of(name) < before and not left_out.leaves_out(step_of(name))]
-    for name in reversed(names):
-        with tempfile.TemporaryDirectory(prefix="raymill-fetch-") as scratch:
-            folder = checkpoints.fetch(name, Path(scratch))
-            if problems := verify_checkpoint(folder):
-                say(f"checkpoint {name} is skipped: {'; '.join(problems)}")
-                continue
-            shutil.copytree(folder, place / name)
-        ends = [number for number, line in enumerate(ledger.lines) if _is_step(line, step_of(name))]  # a skip too
-        before_lines = ledger.lines[: ends[-1] + 1] if ends else []
-        plan.run.write_bytes(LEDGER, "".join(json.dumps(line) + "\n" for line in before_lines).encode())
-        return name
-    return None
-
-
-def _is_step(line: dict[str, Any], step: int) -> bool:
-    return line.get("event") in (None, "skip") and line["step"] == step
+    guard = GuardState(rollbacks=ledger.rollbacks)
+    with tempfile.TemporaryDirectory(prefix="raymill-fetch-") as scratch:
+        found = RunCheckpoints(run).find(Path(scratch), left_out=lambda n: n >= before or guard.leaves_out(n)).folder
+        if found is None:
+            return None
+        place = plan.run.local_path(f"checkpoints/{found.name}")
+        assert place is not None
+        shutil.copytree(found, place)
+    taken = [line.get("event") in (None, "skip") and line["step"] == step_of(found.name) for line in ledger.lines]
+    lines = ledger.lines[: len(taken) - taken[::-1].index(True)] if True in taken else []
+    plan.run.write_bytes(LEDGER, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    return found.name
 
 
 def _train(plan: RunPlan, *, num_workers: int, folder: Path) -> None:

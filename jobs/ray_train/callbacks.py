@@ -13,7 +13,6 @@ from jobs.run.run_plan import RunPlan
 from jobs.run.storage_retry import patiently
 from jobs.workers.failures import main_cause
 from jobs.workers.incident_notes import note
-from jobs.workers.preemption import Signals
 
 
 class FailureRecorder(UserCallback):
@@ -54,6 +53,6 @@ def _count(signum: int, frame: Any) -> None:
     _num_sigterms += 1
 
 
-def signals() -> Signals:
-    """Returns the signals of this worker."""
-    return Signals(_num_sigterms, _context.preemption_context.preemption_info if _context else None)
+def signals() -> tuple[int, Any]:
+    """Returns the number of SIGTERMs, and what Ray knows of nodes that are being drained."""
+    return _num_sigterms, _context.preemption_context.preemption_info if _context else None

@@ -200,6 +200,11 @@ class Ledger:
         return [line for line in self.lines if "event" in line and (not names or line["event"] in names)]
 
     @property
+    def rollbacks(self) -> tuple[tuple[int, int], ...]:
+        """The first and the last step that each rollback left out, in order."""
+        return tuple((line["first"], line["last"]) for line in self.events("rollback"))
+
+    @property
     def world_sizes(self) -> list[int]:
         """The number of workers of each attempt, in order."""
         return [line["world_size"] for line in self.events("start")]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 
@@ -22,7 +22,7 @@ from jobs.run.run_plan import RunPlan, open_stream, open_validation_sets
 from jobs.run.storage_retry import patiently
 from jobs.snapshots.choice import Snapshot
 from jobs.snapshots.snapshots import Snapshots
-from jobs.training.guards import Decision, GuardState, Verdict, Windows, longest
+from jobs.training.guards import Decision, GuardState, Verdict, Windows
 from jobs.training.mixed_hardware import differences, hardware
 from jobs.training.run_writer import RunWriter
 from jobs.training.step_record import StepRecord
@@ -30,7 +30,7 @@ from jobs.training.validation import Validation
 from jobs.workers.failures import why_give_up
 from jobs.workers.incident_notes import write_down
 from jobs.workers.precision import at_odds
-from jobs.workers.preemption import Notice, Notices, Signals
+from jobs.workers.preemption import Notice, Notices
 from jobs.workers.worker_group import WorkerGroup
 from model.checkpoint import load_model, read_train_state
 from model.checkpoint_folder import CheckpointError, Metadata, read_metadata
@@ -44,7 +44,7 @@ from model.training_memory import keep_freed_memory
 class _Beginning:
     """The state from which rank 0 lets all ranks continue: fresh weights, without snapshot and checkpoint."""
 
-    rollbacks: Windows  # the steps to leave out
+    rollbacks: Windows = ()  # the steps to leave out
     checkpoint: str | None = None
     snapshot: Snapshot | None = None
     saved_step: int = 0  # of the newest checkpoint, which is no newer than the snapshot
@@ -61,22 +61,13 @@ class Attempt:
         self,
         plan: RunPlan,
         group: WorkerGroup,
+        opened: ExitStack,
         *,
-        rollbacks: Windows = (),
-        signals: Callable[[], Signals] = Signals,
+        signals: Callable[[], object] = lambda: None,
     ) -> None:
-        """Takes the `rollbacks` that this process knows of; the ledger and the checkpoint record earlier ones."""
-        self.plan, self.group = plan, group
+        """Begins. `opened` ends the attempt's threads; the next attempt repeats what was not stored by then."""
+        self.plan, self.group, config = plan, group, plan.config
         self._kept: tuple[int, dict[str, Any], int] | None = None  # step, guard, number of updates
-        self._opened = ExitStack()
-        try:
-            self._open(rollbacks, signals)
-        except BaseException:
-            self.close()
-            raise
-
-    def _open(self, rollbacks: Windows, signals: Callable[[], Signals]) -> None:
-        plan, group, config = self.plan, self.group, self.plan.config
         torch.set_num_threads(config.scaling.threads_per_worker)
         keep_freed_memory()
         # Does what torch.use_deterministic_algorithms does, which also imports the compiler: a second of each start.
@@ -89,19 +80,19 @@ class Attempt:
         self.writer: RunWriter | None = None
         # Rank 0 chooses the checkpoint for all: another rank might see a newer or a damaged one.
         self.snapshots = Snapshots(plan, group)
-        begun = group.broadcast(self._begin(rollbacks) if group.rank == 0 else None)
+        begun = group.broadcast(self._begin(opened) if group.rank == 0 else None)
         self._stop_reason = begun.stop_reason
         self.ledger = self.writer.ledger if self.writer else None
         if self._stop_reason:
             return
         with tempfile.TemporaryDirectory(prefix="raymill-resume-") as scratch:
             restored_step = self._restore(begun, Path(scratch))
-        self.guard = replace(self.guard, rollbacks=longest(self.guard.rollbacks, begun.rollbacks))
+        self.guard = replace(self.guard, rollbacks=begun.rollbacks)
         self.first_step, self.guard = self.guard.entering(restored_step + 1)
         self.train_rows, val_rows = open_stream(plan, "train"), open_stream(plan, "val")
         eot_id = self.tokenizer.eot_id if config.train.document_mask else None
         self.gradient = BatchGradient(config, self.state, self.train_rows, group, eot_id=eot_id)
-        self._opened.callback(self.gradient.close)
+        opened.callback(self.gradient.close)
         sets = open_validation_sets(plan)
         self.validation = Validation(config, self.state, val_rows, group, eot_id=eot_id, sets=sets)
         before = self.writer.before if self.writer else Ledger([])
@@ -110,7 +101,7 @@ class Attempt:
         self.attempt = 1 + len(before.world_sizes)
         workers = group.gather({"pid": os.getpid(), "node": os.environ.get(NODE_NAME_VARIABLE, socket.gethostname())})
         self.notices = Notices(plan.run, group, signals, device=self.state.device)
-        self._opened.callback(self.notices.close)
+        opened.callback(self.notices.close)
         kinds = group.gather(hardware(self.state.device))
         nodes = [worker["node"] for worker in workers]
         self.record = StepRecord(plan, self.state, group, ledger=self.ledger, attempt=self.attempt, nodes=nodes)
@@ -132,16 +123,6 @@ class Attempt:
                 self.ledger.event("tolerance_mode", attempt=self.attempt, reasons=reasons)
         if begun.snapshot and restored_step - begun.saved_step >= config.checkpoint.save_every_steps:
             self.save(restored_step, {})  # the checkpoint that was due had not been stored yet
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Ends the attempt's threads, wherever it failed. The next attempt repeats what was not stored by then."""
-        self._opened.close()
 
     def is_hopeless(self) -> bool:
         """Returns whether earlier attempts made no progress, or none can, and records why for the launcher."""
@@ -211,8 +192,8 @@ class Attempt:
         if self.ledger:
             self.ledger.event("preempted", step=step, notice=notice.name.lower())
 
-    def leave(self, step: int, decision: Decision) -> Windows | None:
-        """Ends the attempt at a step that cannot stand. Returns what to leave out where another attempt continues."""
+    def leave(self, step: int, decision: Decision) -> bool:
+        """Ends the attempt at a step that cannot stand. Returns whether another attempt continues."""
         continues = decision.verdict is Verdict.ROLL_BACK
         if self.ledger and continues:
             first, last = decision.state.rollbacks[-1]
@@ -223,7 +204,7 @@ class Attempt:
             self.ledger.event("gave_up", step=step, reason=f"step {step}: {decision.reason}")
         if self.writer:
             self.writer.finish(step=None)
-        return decision.state.rollbacks if continues else None
+        return continues
 
     def _record_precision(self, before: Ledger) -> None:
         """Records, once for each kind, a processor that is not made for the run's precision."""
@@ -234,18 +215,17 @@ class Attempt:
         if found and found["fast"] != last.get("fast"):
             self.ledger.event("precision", attempt=self.attempt, **found)
 
-    def _begin(self, rollbacks: Windows) -> _Beginning:
+    def _begin(self, opened: ExitStack) -> _Beginning:
         try:
             self.writer = RunWriter(self.plan)
-            self._opened.callback(self.writer.abandon)
+            opened.callback(self.writer.abandon)
             ledger = self.writer.ledger
             patiently(lambda: write_down(self.plan.run, ledger), "incidents")
-            lines = ledger.read().lines
-            recorded = tuple((line["first"], line["last"]) for line in lines if line.get("event") == "rollback")
-            rollbacks = longest(rollbacks, recorded)
+            read = ledger.read()
+            lines, rollbacks = read.lines, read.rollbacks
             max_attempts = self.plan.config.scaling.max_fruitless_attempts
             if reason := why_give_up(lines, max_fruitless_attempts=max_attempts):
-                return _Beginning(rollbacks, stop_reason=reason)
+                return _Beginning(stop_reason=reason)
             left_out = GuardState(rollbacks=rollbacks).leaves_out
             saved_step = self.writer.newest_step(left_out=left_out)
             last = max((line["step"] for line in lines if line.get("event") in (None, "skip")), default=0)
@@ -254,7 +234,7 @@ class Attempt:
                 return _Beginning(rollbacks, snapshot=snapshot, saved_step=saved_step)
             return _Beginning(rollbacks, checkpoint=self.writer.newest_checkpoint(left_out=left_out))
         except (LeaseLostError, CheckpointError) as error:
-            return _Beginning(rollbacks, stop_reason=str(error))
+            return _Beginning(stop_reason=str(error))
 
     def _newest_snapshot(self, recorded: int, *, at_least: int, is_left_out: Callable[[int], bool]) -> Snapshot | None:
         """Returns the newest snapshot of a step that the ledger has, or of the step after it, whose line a lost rank 0

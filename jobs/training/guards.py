@@ -107,8 +107,3 @@ def roll_back(state: GuardState, config: RunConfig, *, step: int, reason: str) -
         first = (state.last_applied - 1) // every * every + 1
         return Decision(Verdict.ROLL_BACK, replace(state, rollbacks=(*state.rollbacks, (first, step))), reason)
     return Decision(Verdict.STOP, state, f"{reason}; {obstacle}: lower train.learning_rate, or look at the data there")
-
-
-def longest(*histories: Windows) -> Windows:
-    """Returns the most complete of several records of one run's rollbacks: each is a beginning of it."""
-    return max(histories, key=len)

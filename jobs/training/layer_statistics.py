@@ -1,7 +1,7 @@
 """Measures what a step does to each layer: the norms of its gradient and its weights, and the ratio of its update."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from jobs.exact.flat_layout import at
+from jobs.exact.flat_layout import at, shared
 from jobs.exact.train_state import TrainState
 from jobs.run.step_timer import StepTimer
 from jobs.workers.worker_group import WorkerGroup
@@ -20,6 +20,7 @@ class LayerStatistics:
 
     def __init__(self, state: TrainState, group: WorkerGroup, timer: StepTimer, *, every_steps: int) -> None:
         self._state, self._group, self._timer, self._every_steps = state, group, timer, every_steps
+        self._layers = list(dict.fromkeys(layer_of(name) for name, _ in state.model.named_parameters()))
         self.fields: dict[str, Any] | None = None
         """The ledger's event `layers` of the last update, where that was measured, on rank 0."""
 
@@ -29,54 +30,39 @@ class LayerStatistics:
 
         All ranks take part, as with a sharded optimizer each has a part of the gradient.
         """
-        self.fields = None
+        self.fields, state = None, self._state
         if not self._every_steps or step % self._every_steps:
             yield
             return
-        parameters = dict(self._state.model.named_parameters())
         with self._timer.phase("statistics"):
-            gradient = self._gradient_square_sums()
-            before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+            gradient = self._square_sums(state.gradient, state.owned)
+            if state.is_sharded:
+                dist.all_reduce(gradient)
+            before = state.values.clone()
         yield
         if self._group.rank:
             return
         with self._timer.phase("statistics"):
-            weight = square_sums(before)
-            changes = {name: before[name].sub_(parameter.detach()) for name, parameter in parameters.items()}
-            self.fields = _fields(*(layer_norms(sums) for sums in (gradient, weight, square_sums(changes))))
+            whole = [range(state.layout.size)]
+            weight = self._square_sums(before, whole)
+            update = self._square_sums(before.sub_(state.values), whole)
+            ratios = _rounded((update / weight).sqrt())
+            self.fields = {
+                "layers": self._layers,
+                "gradient_norm": _rounded(gradient.sqrt()),
+                "weight_norm": _rounded(weight.sqrt()),
+                "update_ratio": [ratio if math.isfinite(ratio) else None for ratio in ratios],  # None of zero weights
+            }
 
-    def _gradient_square_sums(self) -> dict[str, float]:
-        """Returns the sum of squares of each parameter's gradient, over the parts of all ranks."""
-        state, layout = self._state, self._state.layout
-        if not state.is_sharded:
-            return square_sums({name: at(state.gradient, place) for name, place in layout.places.items()})
-        parts = layout.parts(self._group.rank, world_size=self._group.world_size)
-        own = {
-            f"{name} {part.start}": at(state.gradient, shared)
-            for name, place in layout.places.items()
-            for part in parts
-            if (shared := range(max(place.start, part.start), min(place.stop, part.stop)))
-        }
-        sums = dict.fromkeys(layout.places, 0.0)
-        for name, value in square_sums(own).items():
-            sums[name.split()[0]] += value
-        total = torch.tensor(list(sums.values()), dtype=torch.float64, device=state.device)
-        dist.all_reduce(total)
-        return dict(zip(sums, total.tolist(), strict=True))
-
-
-def square_sums(tensors: Mapping[str, Tensor]) -> dict[str, float]:
-    """Returns each tensor's sum of squares, in float64."""
-    norms = torch.stack([torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors.values()])
-    return dict(zip(tensors, norms.square().tolist(), strict=True))
-
-
-def layer_norms(sums: Mapping[str, float]) -> dict[str, float]:
-    """Returns the Euclidean norm of each layer, from its parameters' sums of squares."""
-    layers: dict[str, float] = {}
-    for name in sorted(sums, key=_place):
-        layers[layer_of(name)] = layers.get(layer_of(name), 0.0) + sums[name]
-    return {layer: math.sqrt(total) for layer, total in layers.items()}
+    def _square_sums(self, flat: Tensor, parts: Sequence[range]) -> Tensor:
+        """Returns the sum of squares of each layer (L,), in float64, over these parts of a flat buffer (P,)."""
+        sums = torch.zeros(len(self._layers), dtype=torch.float64, device=flat.device)
+        for name, place in self._state.layout.places.items():
+            for part in parts:
+                if values := shared(place, part):
+                    norm = torch.linalg.vector_norm(at(flat, values), dtype=torch.float64)
+                    sums[self._layers.index(layer_of(name))] += norm.square()
+        return sums
 
 
 def layer_of(parameter: str) -> str:
@@ -87,22 +73,6 @@ def layer_of(parameter: str) -> str:
     return ".".join([*parts[:2], {"ln_1": "attn", "ln_2": "mlp"}.get(parts[2], parts[2])])
 
 
-def _place(parameter: str) -> tuple[int, int, str]:
-    """Orders parameters from the embeddings to the head."""
-    parts = parameter.removeprefix("transformer.").split(".")
-    stage = {"wte": 0, "wpe": 0, "h": 1}.get(parts[0], 2)
-    return stage, int(parts[1]) if parts[0] == "h" else 0, parameter
-
-
-def _fields(gradient: dict[str, float], weight: dict[str, float], update: dict[str, float]) -> dict[str, Any]:
-    return {
-        "layers": list(weight),
-        "gradient_norm": [_rounded(gradient[layer]) for layer in weight],
-        "weight_norm": [_rounded(weight[layer]) for layer in weight],
-        "update_ratio": [_rounded(update[layer] / weight[layer]) if weight[layer] else None for layer in weight],
-    }
-
-
-def _rounded(value: float) -> float:
+def _rounded(values: Tensor) -> list[float]:
     """Rounds to six digits, none of which depends on how many ranks the squares were summed over."""
-    return float(f"{value:.6g}")
+    return [float(f"{value:.6g}") for value in values.tolist()]

@@ -1,9 +1,12 @@
 """Compares the workers of an attempt: bits are promised on one kind of hardware, library versions and thread count."""
 
 import platform
+import re
 from pathlib import Path
 
 import torch
+
+from model.processor import cpu_features
 
 Hardware = dict[str, str]
 
@@ -39,9 +42,6 @@ def _cpu_model() -> str:
     """Returns Linux's name of the processor with its matrix units, which the name leaves open; elsewhere the
     architecture."""
     cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.exists():
-        return platform.machine()
-    lines = cpuinfo.read_text().partition("\n\n")[0].splitlines()
-    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    units = [flag for flag in fields.get("flags", "").split() if flag.startswith(("amx_", "avx512_bf16", "avx_vnni"))]
-    return " ".join([fields.get("model name", platform.machine()), *units])
+    name = re.search(r"^model name\s*:(.*)", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
+    units = sorted(feature for feature in cpu_features() if feature.startswith(("amx_", "avx512_bf16", "avx_vnni")))
+    return " ".join([name[1].strip() if name else platform.machine(), *units])

@@ -1,15 +1,16 @@
 """The training loop that every worker runs: one attempt, from the newest state to the end or to a failure."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 from cluster.settings.run import max_steps
 from jobs.run.run_plan import TOKENIZING_FAILED, RunPlan
 from jobs.training.attempt import Attempt
-from jobs.training.guards import Verdict, Windows, decide, roll_back
+from jobs.training.guards import Verdict, decide, roll_back
 from jobs.workers.failures import is_lost_peer
 from jobs.workers.heartbeat import Pulse
-from jobs.workers.preemption import Notice, Signals
+from jobs.workers.preemption import Notice
 from jobs.workers.watchdog import Place
 from jobs.workers.worker_group import WorkerGroup
 
@@ -20,31 +21,31 @@ def train(
     rank: int,
     world_size: int,
     pulse: Pulse | None = None,
-    signals: Callable[[], Signals] = Signals,
+    signals: Callable[[], object] = lambda: None,
 ) -> None:
     """Trains to the end of the run, or until a worker is lost: then the next attempt continues from the newest state.
 
-    `pulse` shows a watchdog where this worker is; `signals` returns the signals that its process has received.
+    `pulse` shows a watchdog where this worker is; `signals` returns what changes when its process is warned of its end.
     """
     group, pulse = WorkerGroup(rank, world_size), pulse or Pulse({})
     if plan.growing and group.broadcast(plan.run.exists(TOKENIZING_FAILED) if rank == 0 else None):
         return  # not an error, as Ray Train would restart the attempt; the launcher reports the reason
-    rollbacks: Windows | None = ()
-    while rollbacks is not None:  # a rollback is a restart without Ray Train
-        with Attempt(plan, group, rollbacks=rollbacks, signals=signals) as attempt:
+    continues = True
+    while continues:  # a rollback is a restart without Ray Train
+        with ExitStack() as opened:
+            attempt = Attempt(plan, group, opened, signals=signals)
             try:
-                rollbacks = take_steps(attempt, pulse)
+                continues = take_steps(attempt, pulse)
             except RuntimeError as error:
                 if is_lost_peer(error):
                     attempt.rescue()
                 raise
 
 
-def take_steps(attempt: Attempt, pulse: Pulse) -> Windows | None:
-    """Takes steps until the run ends or has to stop. Returns what to leave out where it is to continue from an earlier
-    state."""
+def take_steps(attempt: Attempt, pulse: Pulse) -> bool:
+    """Takes steps until the run ends or has to stop. Returns whether it is to continue from an earlier state."""
     if attempt.is_hopeless():
-        return None
+        return False
     config, timer, state = attempt.plan.config, attempt.record.timer, attempt.state
     last_step = max_steps(config)
     step = attempt.first_step
@@ -88,4 +89,4 @@ def take_steps(attempt: Attempt, pulse: Pulse) -> Windows | None:
         step, attempt.guard = attempt.guard.entering(step + 1)
     pulse.at(Place.AROUND)
     attempt.finish(min(step, attempt.plan.last_step))
-    return None
+    return False

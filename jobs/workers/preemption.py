@@ -7,7 +7,6 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
@@ -31,20 +30,13 @@ class Notice(IntEnum):
     STOP = 2  # the run is asked to stop: save, and leave
 
 
-@dataclass(frozen=True)
-class Signals:
-    """The signals that this process has received."""
-
-    num_sigterms: int = 0
-    drain: Any = None  # Ray's information about nodes that are being drained
-
-
 class Notices:
     """Collects one worker's notices, and agrees on them with the other ranks."""
 
     def __init__(
-        self, run: Storage, group: WorkerGroup, signals: Callable[[], Signals], *, device: torch.device
+        self, run: Storage, group: WorkerGroup, signals: Callable[[], object], *, device: torch.device
     ) -> None:
+        """`signals` returns another value once this process was warned of its end."""
         self._run, self._group, self._signals, self._device = run, group, signals, device
         self._heard = signals()
         self._stop_requested, self._closed = threading.Event(), threading.Event()

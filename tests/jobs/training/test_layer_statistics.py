@@ -48,7 +48,7 @@ def test_norms_are_those_of_the_parameters() -> None:
         state.apply(norm=1e9, learning_rate=0.1)  # clipped: the gradient is measured before that
     fields = statistics.fields
     assert fields is not None
-    assert fields["layers"] == ["wpe", "wte", "h.0.attn", "h.0.mlp", "h.1.attn", "h.1.mlp", "ln_f"]
+    assert fields["layers"] == ["wte", "wpe", "h.0.attn", "h.0.mlp", "h.1.attn", "h.1.mlp", "ln_f"]
     after = {name: parameter.detach().double() for name, parameter in model.named_parameters()}
     for number, layer in enumerate(fields["layers"]):
         names = [name for name in before if layer_of(name) == layer]

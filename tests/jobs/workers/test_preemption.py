@@ -8,7 +8,7 @@ import pytest
 from jobs.run.ledger import Ledger
 from jobs.run.run_plan import RunPlan
 from jobs.training.train_loop import train
-from jobs.workers.preemption import STOP_REQUESTED, Notices, Signals, stopping_on_sigterm
+from jobs.workers.preemption import STOP_REQUESTED, Notices, stopping_on_sigterm
 from tests.jobs.runs import tiny_plan
 from tests.time_limits import limit_s
 
@@ -22,17 +22,20 @@ def saved_steps(plan: RunPlan) -> list[int]:
     return [line["step"] for line in Ledger.read(plan.run).events("checkpoint")]
 
 
+Signals = tuple[int, str | None]  # the number of SIGTERMs, and which node is drained
+
+
 def heard(*later: Signals) -> Iterator[Signals]:
     """Simulates the signals to a worker's process, at its start and before each step."""
-    yield Signals()
+    yield 0, None
     yield from later
     while True:
         yield later[-1]
 
 
 def test_sigterm_and_drains_save_at_the_end_of_the_step_and_the_run_goes_on(plan: RunPlan) -> None:
-    once, drained = Signals(num_sigterms=1), Signals(num_sigterms=1, drain="node-1 in 30 s")
-    news = heard(Signals(), once, once, once, drained)
+    once, drained = (1, None), (1, "node-1 in 30 s")
+    news = heard((0, None), once, once, once, drained)
     train(plan, rank=0, world_size=1, signals=lambda: next(news))
     events = Ledger.read(plan.run).events("preempted")
     assert [(line["step"], line["notice"]) for line in events] == [(2, "save"), (5, "save")]
