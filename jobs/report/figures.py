@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, StrMethodFormatter
 
 from jobs.report.theme import Theme, new_figure, png, style
 from jobs.report.why_slow import shares, why_slow
-from jobs.run.history import duration, interruptions, lost_ranges, seconds_by_phase, segments
+from jobs.run.history import duration, lost_ranges, seconds_by_phase, segments
 from jobs.run.ledger import Ledger
 
 Array = npt.NDArray[np.float64]
@@ -56,7 +56,7 @@ def pictures(ledger: Ledger) -> dict[str, Picture]:
     first, last = ledger.steps[0], ledger.steps[-1]
     validations = ledger.events("validation")
     span = f"steps {first['step']} to {last['step']}"
-    stops = "; ".join(f"{stop.label} after step {stop.step}" for stop in interruptions(ledger)) or "no interruption"
+    stops = "; ".join(f"{stop.label} after step {stop.step}" for stop in ledger.interruptions()) or "no interruption"
     phases = {name: float(np.mean(seconds)) for name, seconds in seconds_by_phase(ledger).items()}
     of_step = ", ".join(f"{name} {seconds / sum(phases.values()):.0%}" for name, seconds in phases.items())
     spent = ", ".join(f"{name} {share:.0%}" for name, share in parts(ledger).items())
@@ -144,7 +144,7 @@ def _mark_interruptions(axes: Axes, ledger: Ledger, theme: Theme) -> None:
         axes.axvspan(*span, facecolor=theme.restart, edgecolor=theme.text, alpha=0.25, hatch="////", lw=0, label=label)
     styles = {"resize": (theme.resize, "-."), "restart": (theme.restart, "--"), "resume": (theme.text, ":")}
     labelled: set[str] = set()
-    for stop in interruptions(ledger):
+    for stop in ledger.interruptions():
         kind = stop.label.partition(" ")[0]
         label = None if kind in labelled else kind
         labelled.add(kind)

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import yaml
@@ -27,29 +26,6 @@ class Segment:
     world_size: int
     first_step: int
     last_step: int
-
-
-@dataclass(frozen=True)
-class Interruption:
-    """The start of a later attempt."""
-
-    attempt: int
-    step: int  # the last step before the start
-    world_size: int
-    previous_world_size: int
-    lost_steps: int
-    seconds: float | None  # from the last step before to the first one after; None without a later step
-    pause_s: float | None = None  # from the save to the start, where the run had been asked to stop
-
-    @property
-    def is_resize(self) -> bool:
-        return self.world_size != self.previous_world_size
-
-    @property
-    def label(self) -> str:
-        if self.pause_s is not None:
-            return "resume"
-        return f"resize {self.previous_world_size} → {self.world_size}" if self.is_resize else "restart"
 
 
 def recorded_config(run: Storage) -> RunConfig:
@@ -115,18 +91,6 @@ def segments(ledger: Ledger) -> list[Segment]:
     return list(found.values())
 
 
-def interruptions(ledger: Ledger) -> list[Interruption]:
-    starts, recoveries = ledger.events("start"), {recovery.attempt: recovery for recovery in ledger.recoveries()}
-    pauses, found = ledger.pauses, []
-    for before, start in pairwise(starts):
-        recovery = recoveries.get(start["attempt"])
-        lost, seconds = (recovery.lost_steps, recovery.seconds) if recovery else (0, None)
-        sizes = (start["world_size"], before["world_size"])
-        pause_s = pauses.get(start["attempt"])
-        found.append(Interruption(start["attempt"], start["step"], *sizes, lost, seconds, pause_s))
-    return found
-
-
 def lost_steps(ledger: Ledger) -> list[Line]:
     """Returns the lines of steps that were lost and taken again."""
     counted = {id(line) for line in ledger.steps}
@@ -146,7 +110,7 @@ def seconds_by_phase(ledger: Ledger) -> dict[str, list[float]]:
 def statistics(ledger: Ledger, config: RunConfig) -> list[tuple[str, str]]:
     """Returns (name, value with its unit) of the run's summary, all of it from the ledger but the planned steps."""
     steps, again, wall_s, pauses = ledger.steps, lost_steps(ledger), ledger.wall_s, ledger.pauses.values()
-    stops = [stop for stop in interruptions(ledger) if stop.pause_s is None]
+    stops = [stop for stop in ledger.interruptions() if stop.pause_s is None]
     useful_s, again_s = sum(line["wall_s"] for line in steps), sum(line["wall_s"] for line in again)
     idle_s = sum(stop.seconds or 0.0 for stop in stops)
     kind, hours = worker_hours(ledger, config)
@@ -216,7 +180,7 @@ def lost_ranges(ledger: Ledger) -> list[tuple[int, int]]:
 
 def event_rows(ledger: Ledger) -> list[tuple[Line, str, str]]:
     """Returns (line, name, description) of each event, in order."""
-    stops = {stop.attempt: stop for stop in interruptions(ledger)}
+    stops = {stop.attempt: stop for stop in ledger.interruptions()}
     rows = []
     for line in ledger.events():
         if line["event"] in _MEASUREMENTS:

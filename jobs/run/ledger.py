@@ -9,7 +9,7 @@ import json
 import os
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -161,12 +161,26 @@ class LedgerWriter:
 
 
 @dataclass(frozen=True)
-class Recovery:
-    """One restart of the worker group; the events around it tell its cause."""
+class Interruption:
+    """The start of a later attempt; the events around it tell its cause."""
 
     attempt: int
-    lost_steps: int  # completed steps that had to be taken again
-    seconds: float  # from the last completed step of the old group to the first of the new one
+    step: int  # the last step before the start
+    world_size: int
+    previous_world_size: int
+    pause_s: float | None = None  # from the save to the start, where the run had been asked to stop
+    lost_steps: int = 0  # completed steps that had to be taken again
+    seconds: float | None = None  # from the last step before to the first one after; None without one of them
+
+    @property
+    def is_resize(self) -> bool:
+        return self.world_size != self.previous_world_size
+
+    @property
+    def label(self) -> str:
+        if self.pause_s is not None:
+            return "resume"
+        return f"resize {self.previous_world_size} → {self.world_size}" if self.is_resize else "restart"
 
 
 @dataclass(frozen=True)
@@ -215,36 +229,37 @@ class Ledger:
 
         Nothing failed, so a pause is neither a recovery nor lost time.
         """
-        found: dict[int, float] = {}
-        saved_s: float | None = None
-        for line in self.lines:
-            if is_stop(line):
-                saved_s = line["time"]
-            elif line.get("event") == "start" and saved_s is not None:
-                found[line["attempt"]] = round(line["time"] - saved_s, 3)
-                saved_s = None
-        return found
+        return {stop.attempt: stop.pause_s for stop in self.interruptions() if stop.pause_s is not None}
 
     @property
     def wall_s(self) -> float:
         """The seconds from the first line to the last one, without the pauses."""
         return float(self.lines[-1]["time"] - self.lines[0]["time"] - sum(self.pauses.values()))
 
-    def recoveries(self) -> list[Recovery]:
-        found = []
-        last_step: Line | None = None
+    def interruptions(self) -> list[Interruption]:
+        found: list[Interruption] = []
         start: Line | None = None
+        last_step: Line | None = None  # without a requested stop after it
+        saved: Line | None = None
         for line in self.lines:
             if is_stop(line):
-                last_step = None  # what comes next is a resume
+                saved, last_step = line, None
             elif line.get("event") == "start":
-                start = line
+                if start is not None:
+                    pause_s = round(line["time"] - saved["time"], 3) if saved else None
+                    sizes = (line["world_size"], start["world_size"])
+                    found.append(Interruption(line["attempt"], line["step"], *sizes, pause_s))
+                start, saved, is_first = line, None, True
             elif "event" not in line:
-                if start is not None and last_step is not None:
-                    lost = last_step["step"] - start["step"]
-                    found.append(Recovery(start["attempt"], lost, round(line["time"] - last_step["time"], 3)))
-                start, last_step = None, line
+                if found and start is not None and last_step is not None and is_first:
+                    seconds = round(line["time"] - last_step["time"], 3)
+                    found[-1] = replace(found[-1], lost_steps=last_step["step"] - start["step"], seconds=seconds)
+                last_step, is_first = line, False
         return found
+
+    def recoveries(self) -> list[Interruption]:
+        """The interruptions between two steps of a run that had not been asked to stop."""
+        return [stop for stop in self.interruptions() if stop.seconds is not None]
 
 
 def is_stop(line: Line) -> bool:

@@ -32,9 +32,6 @@ from model.tokenizer import Tokenizer
 
 Tensors = dict[str, Tensor]
 
-SPOOL_BYTES = 32 << 30
-"""Bytes of local disk for checkpoints on their way to remote storage; the newest one is always written."""
-
 
 @dataclass(frozen=True)
 class Copy:
@@ -69,8 +66,7 @@ class CheckpointWriter:
         self._outage = Outage("checkpoints", ledger.event)
         self._changed = threading.Condition()
         self._pending: Copy | None = None
-        self._spooled: Path | None = None  # written to the spool, not yet published
-        self._copied: Copy | None = None  # the copy in the spool, without its memory
+        self._spooled: tuple[Path, Copy] | None = None  # in the spool, not yet published; the copy without its memory
         self._free: list[Tensors] = []
         self._is_finishing = self._is_abandoned = False
         self._failure: BaseException | None = None
@@ -152,17 +148,13 @@ class CheckpointWriter:
                 else:
                     self._free.append(copy.flat)
         if self._spooled is not None:
-            self._publish(self._spooled)
+            self._publish(*self._spooled)
         if refusal is not None:
             raise refusal
 
     def _spool(self, copy: Copy) -> None:
         earlier, metadata = self._spooled, copy.metadata
         folder = self._checkpoints.spool / checkpoint_name(metadata.step, metadata.generation)
-        size = sum(tensor.nbytes for tensor in copy.flat.values())
-        if earlier is not None and 2 * size > SPOOL_BYTES:
-            self._spooled = None
-            shutil.rmtree(earlier)
         try:
             metadata = write_checkpoint(
                 folder,
@@ -175,13 +167,11 @@ class CheckpointWriter:
         except NotFiniteError as error:
             self._ledger.event("checkpoint_refused", step=metadata.step, reason=str(error))
             return
-        if self._spooled is not None and self._spooled != folder:
-            shutil.rmtree(self._spooled)
-        self._spooled, self._copied = folder, replace(copy, metadata=metadata, flat={})
+        if earlier is not None and earlier[0] != folder:
+            shutil.rmtree(earlier[0])
+        self._spooled = folder, replace(copy, metadata=metadata, flat={})
 
-    def _publish(self, folder: Path) -> None:
-        copied = self._copied
-        assert copied is not None
+    def _publish(self, folder: Path, copied: Copy) -> None:
         metadata = copied.metadata
         if problems := verify_checkpoint(folder):
             self._checkpoints.check_fence()  # a newer writer clears the spool

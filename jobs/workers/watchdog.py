@@ -14,11 +14,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-from cluster.storage.uris import StorageError, open_storage
+from cluster.storage.uris import open_storage
 from jobs.run.storage_retry import patiently
 from jobs.workers.incident_notes import note
 
@@ -29,7 +28,6 @@ _STEP_FACTOR = 20  # a straggler that gets a tenth of its time stays below it
 _STUCK_FACTOR = 1.25  # later than silence is noticed, so that a worker that waits for a silent one is never blamed
 _UNKNOWN_FACTOR = 10  # the first step may compile, a validation may be long
 _FORSAKEN_FACTOR = 20  # by then the worker that it waits for has been killed, or has a reason to wait itself
-_KEEP_STACK_FACTOR = 0.9  # of the deadline, before a worker is killed
 
 
 class Place(StrEnum):
@@ -67,13 +65,9 @@ class Beat:
 
 class Health(StrEnum):
     WELL = "well"
-    SLOW = "slow"  # suspicious: its stack is kept
     SILENT = "silent"  # no sign of life: stopped, or stuck outside of its interpreter
     STUCK = "stuck"  # alive, but stands still
     FORSAKEN = "forsaken"  # waits for other workers forever
-
-
-HANGING = (Health.SILENT, Health.STUCK, Health.FORSAKEN)
 
 
 def health(beat: Beat, *, silent_s: float, unmoved_s: float, hang_timeout_s: float) -> Health:
@@ -84,14 +78,12 @@ def health(beat: Beat, *, silent_s: float, unmoved_s: float, hang_timeout_s: flo
         return Health.WELL
     if beat.place is Place.STEP and beat.usual_step_s is not None:
         deadline_s = max(_STUCK_FACTOR * hang_timeout_s, _STEP_FACTOR * beat.usual_step_s)
-        suspicious_s = _KEEP_STACK_FACTOR * max(hang_timeout_s, _STEP_FACTOR * beat.usual_step_s)
     else:
         deadline_s = _UNKNOWN_FACTOR * hang_timeout_s
-        suspicious_s = _KEEP_STACK_FACTOR * deadline_s
     is_waiting = Waits.WORKERS in beat.waits_for
-    if unmoved_s >= (_FORSAKEN_FACTOR if is_waiting else 1) * deadline_s:
-        return Health.FORSAKEN if is_waiting else Health.STUCK
-    return Health.SLOW if unmoved_s >= suspicious_s else Health.WELL
+    if unmoved_s < (_FORSAKEN_FACTOR if is_waiting else 1) * deadline_s:
+        return Health.WELL
+    return Health.FORSAKEN if is_waiting else Health.STUCK
 
 
 def report(beat: Beat, verdict: Health, *, rank: int, pid: int, silent_s: float, unmoved_s: float) -> str:
@@ -114,7 +106,6 @@ def watch(run_uri: str, *, rank: int, hang_timeout_s: float, pid: int, pipe: int
     """Reads beats from the pipe until it ends with the worker, or kills the worker."""
     beat, rest = Beat(Place.AROUND, 0, None, [], []), b""
     beaten_at = moved_at = time.monotonic()
-    kept_at_move = -1
     while True:
         if select.select([pipe], [], [], _POLL_S)[0]:
             data = os.read(pipe, 1 << 16)
@@ -128,22 +119,14 @@ def watch(run_uri: str, *, rank: int, hang_timeout_s: float, pid: int, pipe: int
         now = time.monotonic()
         since = {"silent_s": now - beaten_at, "unmoved_s": now - moved_at}
         verdict = health(beat, hang_timeout_s=hang_timeout_s, **since)
-        if verdict is Health.WELL or (verdict is Health.SLOW and kept_at_move == beat.num_moves):
-            continue
-        text = report(beat, verdict, rank=rank, pid=pid, **since)
-        if verdict in HANGING:
-            os.kill(pid, signal.SIGKILL)  # before anything that could hang itself
-        run, name = open_storage(run_uri), f"{HANGS}/{time.time_ns()}-rank-{rank}-{verdict}.txt"
-        if verdict in HANGING:
-            patiently(partial(run.write_bytes, name, text.encode()), name)
-            fields = {"rank": rank, "seconds": round(max(since.values()), 1), "health": verdict, "stack": name}
-            patiently(partial(note, run, "hang", **fields), name)
-            return
-        try:
-            run.write_bytes(name, text.encode())
-        except StorageError as error:  # the worker may wait for the same outage
-            sys.stderr.write(f"a stack of rank {rank} was not kept: {error}\n")
-        kept_at_move = beat.num_moves
+        if verdict is not Health.WELL:
+            break
+    text = report(beat, verdict, rank=rank, pid=pid, **since)
+    os.kill(pid, signal.SIGKILL)  # before anything that could hang itself
+    run, name = open_storage(run_uri), f"{HANGS}/{time.time_ns()}-rank-{rank}-{verdict}.txt"
+    patiently(lambda: run.write_bytes(name, text.encode()), name)
+    seconds = round(max(since.values()), 1)
+    patiently(lambda: note(run, "hang", rank=rank, seconds=seconds, health=verdict, stack=name), name)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -27,7 +27,6 @@ from jobs.report.why_slow import why_slow
 from jobs.run.find_run import RunError, find_run
 from jobs.run.history import (
     duration,
-    interruptions,
     lost_ranges,
     recorded_config,
     seconds_by_phase,
@@ -59,12 +58,12 @@ def test_history_of_a_kill_and_a_resize(eventful: Storage) -> None:
         (3, 2, 201, 265),
         (4, 2, 261, 300),
     ]
-    assert [(stop.step, stop.label, stop.lost_steps) for stop in interruptions(ledger)] == [
+    assert [(stop.step, stop.label, stop.lost_steps) for stop in ledger.interruptions()] == [
         (120, "resize 2 → 1", 3),
         (200, "resize 1 → 2", 0),
         (260, "restart", 5),
     ]
-    assert all(5 < (stop.seconds or 0) < 8 for stop in interruptions(ledger))
+    assert all(5 < (stop.seconds or 0) < 8 for stop in ledger.interruptions())
     assert lost_ranges(ledger) == [(121, 123), (261, 265)]
     phases = seconds_by_phase(ledger)
     assert list(phases) == ["load", "forward", "backward", "sync", "update", "checkpoint", "stall"]
@@ -96,7 +95,7 @@ def test_statistics_are_those_of_the_ledger(eventful: Storage) -> None:
     assert values["Wall time"] == duration(wall_s)
     useful_s = sum(line["wall_s"] for line in ledger.steps)
     assert values["Goodput"].startswith(f"{useful_s / wall_s:.1%} ")
-    idle_s = sum(stop.seconds or 0 for stop in interruptions(ledger))
+    idle_s = sum(stop.seconds or 0 for stop in ledger.interruptions())
     again_s = sum(line["wall_s"] for line in steps if line not in ledger.steps)
     assert values["Time lost"] == f"{idle_s + again_s:.1f} s, {again_s:.1f} s of it in steps taken again"
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from cluster.storage.uris import Storage, open_storage
-from jobs.run.ledger import LEDGER, Ledger, LedgerWriter, Recovery
+from jobs.run.ledger import LEDGER, Ledger, LedgerWriter
 
 
 def lines_of(*words: tuple[Any, ...]) -> Ledger:
@@ -72,5 +72,6 @@ def test_recoveries_count_lost_steps_and_seconds() -> None:
         *((12, "start", 3, 2), (13, "start", 4, 2), (14, 3)),  # none lost; attempt 3 came to nothing
         (20, "start", 5, 3),  # no step yet
     )
-    assert ledger.recoveries() == [Recovery(2, lost_steps=2, seconds=6.5), Recovery(4, lost_steps=0, seconds=4.5)]
+    assert [(stop.attempt, stop.lost_steps, stop.seconds) for stop in ledger.recoveries()] == [(2, 2, 6.5), (4, 0, 4.5)]
+    assert [(stop.attempt, stop.step) for stop in ledger.interruptions()] == [(2, 1), (3, 2), (4, 2), (5, 3)]
     assert lines_of((0, "start", 1, 0), (1, "start", 2, 0), (2, 1)).recoveries() == []

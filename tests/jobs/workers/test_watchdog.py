@@ -37,11 +37,11 @@ READING = [Waits.STORAGE]
     [
         (Place.STEP, 0.1, [], 1, 20, Health.WELL),
         (Place.STEP, 0.1, [], 30, 30, Health.SILENT),
-        (Place.STEP, 0.1, [], 1, 28, Health.SLOW),
+        (Place.STEP, 0.1, [], 1, 36, Health.WELL),
         (Place.STEP, 0.1, [], 1, 38, Health.STUCK),
         (Place.STEP, 10.0, [], 1, 150, Health.WELL),  # long steps have a long deadline
         (Place.STEP, 10.0, [], 1, 201, Health.STUCK),
-        (Place.STEP, 0.1, COLLECTIVE, 1, 100, Health.SLOW),  # a victim is not blamed
+        (Place.STEP, 0.1, COLLECTIVE, 1, 100, Health.WELL),  # a victim is not blamed
         (Place.STEP, 0.1, COLLECTIVE, 1, 751, Health.FORSAKEN),
         (Place.STEP, 0.1, READING, 1, 3600, Health.WELL),  # an outage of the storage ends no training
         (Place.AROUND, None, [], 1, 3600, Health.WELL),
