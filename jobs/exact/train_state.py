@@ -7,7 +7,7 @@ value by value.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -45,18 +45,6 @@ class StatePart:
     num_updates: int
 
 
-@dataclass(frozen=True)
-class _Segment:
-    """Weights that AdamW treats alike, as views of the flat buffers."""
-
-    values: Tensor
-    gradient: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    count: Tensor  # of updates, as AdamW's kernel reads it
-    weight_decay: float
-
-
 class TrainState:
     """The model, its flat buffers and its optimizer."""
 
@@ -74,25 +62,23 @@ class TrainState:
         own_parts = layout.parts(group.rank, world_size=group.world_size)
         self.owned = own_parts if self.is_sharded else [range(layout.size)]  # places of this rank's moments
         self._moments = {name: large_zeros(sum(map(len, self.owned)), device=device) for name in MOMENTS}
-        self._segments: dict[float, list[_Segment]] = {}
-        for segment in self._make_segments(config):
-            self._segments.setdefault(segment.weight_decay, []).append(segment)
+        self._updates: dict[float, tuple[list[Tensor], ...]] = {}  # AdamW's lists of tensors, by weight decay
+        self._list_updates()
 
-    def _make_segments(self, config: TrainConfig) -> Iterator[_Segment]:
+    def _list_updates(self) -> None:
+        """Lists the stretches of this rank's places that AdamW treats alike, as views of the flat buffers."""
         decayed, undecayed = range(self.layout.boundary), range(self.layout.boundary, self.layout.size)
         start = 0
         for place in self.owned:
-            for half, weight_decay in ((decayed, config.weight_decay), (undecayed, 0.0)):
-                if segment := shared(place, half):
-                    own = range(start, start := start + len(segment))
-                    yield _Segment(
-                        values=at(self.values, segment),
-                        gradient=at(self.gradient, segment),
-                        exp_avg=at(self._moments["exp_avg"], own),
-                        exp_avg_sq=at(self._moments["exp_avg_sq"], own),
-                        count=torch.zeros((), device=self.device),
-                        weight_decay=weight_decay,
-                    )
+            for half, weight_decay in ((decayed, self._config.weight_decay), (undecayed, 0.0)):
+                if stretch := shared(place, half):
+                    own = range(start, start := start + len(stretch))
+                    moments = [at(flat, own) for flat in self._moments.values()]
+                    count = torch.zeros((), device=self.device)  # of updates, which AdamW's kernel counts up
+                    lists = self._updates.setdefault(weight_decay, ([], [], [], [], []))
+                    views = (at(self.values, stretch), at(self.gradient, stretch), *moments, count)
+                    for tensors, view in zip(lists, views, strict=True):
+                        tensors.append(view)
 
     def apply(self, *, norm: float, learning_rate: float, timer: StepTimer | None = None) -> None:
         """Takes one AdamW step, on every rank, with the gradient of the whole batch and its norm.
@@ -103,14 +89,9 @@ class TrainState:
         if grad_clip and norm > grad_clip:
             for place in self.owned:
                 at(self.gradient, place).mul_(grad_clip / norm)
-        for weight_decay, segments in self._segments.items():
+        for weight_decay, (values, gradients, exp_avgs, exp_avg_sqs, counts) in self._updates.items():
             adamw(
-                [segment.values for segment in segments],
-                [segment.gradient for segment in segments],
-                [segment.exp_avg for segment in segments],
-                [segment.exp_avg_sq for segment in segments],
-                [],
-                [segment.count for segment in segments],  # counted up in place
+                *(values, gradients, exp_avgs, exp_avg_sqs, [], counts),
                 fused=True,
                 amsgrad=False,
                 maximize=False,
@@ -174,9 +155,9 @@ class TrainState:
 
     def _set_num_updates(self, number: int) -> None:
         self.num_updates = number
-        for segments in self._segments.values():
-            for segment in segments:
-                segment.count.fill_(number)
+        for *_, counts in self._updates.values():
+            for count in counts:
+                count.fill_(number)
 
     def _on_rank_0(self, own: Tensor) -> Tensor | None:
         """Returns the whole of a sharded moment (P,) on rank 0."""

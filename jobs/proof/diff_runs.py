@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.settings.run import RunConfig
 from cluster.storage.uris import Storage
 from jobs.run.find_run import data_identity
 from jobs.run.history import former_differences, recorded_config, training_differences
@@ -65,18 +64,14 @@ def first_difference(a: dict[int, Line], b: dict[int, Line], *, steps: Sequence[
     return None
 
 
-def setting_differences(a: RunConfig, b: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """Returns (a, b) of each setting on which a run's bits depend and that differs, by name."""
-    return {name: pair for name, pair in training_differences(a, b).items() if name not in _MEASURING}
-
-
 def diff(run_a: Storage, run_b: Storage) -> dict[str, Any]:
     """Returns whether the runs are `equal`, for how many steps, where they part, and the settings that differ."""
     ledgers = Ledger.read(run_a), Ledger.read(run_b)
     a, b = (step_values(ledger) for ledger in ledgers)
     steps = sorted(a.keys() & b.keys())
     parted = first_difference(a, b, steps=steps)
-    settings = setting_differences(recorded_config(run_a), recorded_config(run_b))
+    differing = training_differences(recorded_config(run_a), recorded_config(run_b))
+    settings = {name: pair for name, pair in differing.items() if name not in _MEASURING}
     former_a, former_b = former_differences(run_a), former_differences(run_b)
     for name, (_, constant) in (former_a | former_b).items():
         pair = former_a.get(name, (constant,))[0], former_b.get(name, (constant,))[0]

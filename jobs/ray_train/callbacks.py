@@ -3,6 +3,7 @@
 import signal
 import threading
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from ray.train import UserCallback
@@ -24,11 +25,8 @@ class FailureRecorder(UserCallback):
     def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, BaseException]) -> None:
         rank, kind, reason = main_cause({rank: str(error) for rank, error in worker_exceptions.items()})
         run = self._plan.run  # if its storage is out of reach, the controller must not stop
-
-        def write() -> None:
-            patiently(lambda: note(run, "failure", rank=rank, kind=kind, reason=reason), "a failure")
-
-        threading.Thread(target=write, name="failures", daemon=True).start()
+        write = partial(note, run, "failure", rank=rank, kind=kind, reason=reason)
+        threading.Thread(target=patiently, args=(write, "a failure"), name="failures", daemon=True).start()
 
 
 _num_sigterms = 0

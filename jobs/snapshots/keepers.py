@@ -183,15 +183,11 @@ class Keepers:
         self._keepers = {node: self._keepers.get(node) or self._start(node) for node in capable}
 
     def _start(self, node: str) -> Any:
-        options = {
-            "name": node,
-            "namespace": self._launch,
-            "num_cpus": 0,
-            "max_restarts": -1,
-            "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False),
-        }
+        place = NodeAffinitySchedulingStrategy(node, soft=False)
+        actor = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=place)(Keeper)
         identity, max_bytes = self._plan.identity, self._plan.config.checkpoint.snapshot_bytes
-        return ray.remote(Keeper).options(**options).remote(node=node, identity=identity, max_bytes=max_bytes)
+        named = actor.options(name=node, namespace=self._launch)
+        return named.remote(node=node, identity=identity, max_bytes=max_bytes)
 
     def _copy(self, holdings: Sequence[Holding], nodes: Sequence[str]) -> None:
         for held, target in copies(holdings, nodes):

@@ -36,7 +36,7 @@ class Snapshots:
         self._memory: tuple[Path, Slots] | None = None
         self._retry_at = 0.0
         self._is_warned = False
-        self._interval, self._num_written, self._next_step, self._last_written = 1, 0, 0, 0
+        self._interval, self._num_written, self._last_written = 1, 0, 0
         self._copy_s: list[float] = []
         self._step_s: list[float] = []
         self._last: tuple[int, float] | None = None
@@ -102,14 +102,13 @@ class Snapshots:
         start = time.perf_counter()
         if self._last is not None and step == self._last[0] + 1:
             self._step_s.append(start - self._last[1])
-        if step >= self._next_step:
+        if step >= self._last_written + self._interval:
             self._write(step, state, attempt=attempt, carried=carried)
             self._last_written = step
             self._copy_s.append(time.perf_counter() - start)
             self._num_written += 1
             if self._num_written == _FIRST_AGREEMENT or self._num_written % _AGREEMENT_EVERY == 0:
                 self._agree(attempt)
-            self._next_step = step + self._interval
         self._last = (step, time.perf_counter())
 
     def rescue(self, step: int, state: TrainState, *, attempt: int, carried: dict[str, Any]) -> None:

@@ -143,7 +143,7 @@ class Attempt:
 
     def validate(self, step: int) -> dict[str, Any]:
         """Returns the figures of the held-out split, and records them with samples and the figures of other sets."""
-        figures, sets = self.validation.measure(), self.validation.measure_sets()
+        figures, sets = self.validation.measure()
         if self.ledger:
             samples = self.validation.samples(self.tokenizer)
             self.ledger.event("validation", step=step, **figures, **({"sets": sets} if sets else {}), samples=samples)

@@ -31,18 +31,14 @@ class Validation:
         group: WorkerGroup,
         *,
         eot_id: int | None,
-        sets: Mapping[str, TokenStream] | None = None,
+        sets: Mapping[str, TokenStream],
     ) -> None:
         self._config, self._state, self._rows, self._group = config, state, rows, group
-        self._eot_id, self._sets = eot_id, sets or {}
+        self._eot_id, self._sets = eot_id, sets
 
-    def measure(self) -> dict[str, float]:
-        """Returns `val_loss` (nats per token) and `val_bits_per_byte` of the held-out split."""
-        return self._measured(self._rows)
-
-    def measure_sets(self) -> dict[str, dict[str, float]]:
-        """Returns the same figures of each further set."""
-        return {name: self._measured(rows) for name, rows in self._sets.items()}
+    def measure(self) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+        """Returns `val_loss` (nats per token) and `val_bits_per_byte` of the held-out split, and of each set."""
+        return self._measured(self._rows), {name: self._measured(rows) for name, rows in self._sets.items()}
 
     @torch.no_grad()
     def _measured(self, rows: TokenStream) -> dict[str, float]:
