@@ -49,9 +49,6 @@ class LaneStep:
     adds: bool  # to the buffer's value, its left sibling; else it replaces the buffer's value
     merges: int = 0  # how many times buffer n is then added to buffer n - 1, from `buffer` down
 
-    def __post_init__(self) -> None:
-        assert 0 <= self.merges <= self.buffer
-
 
 def lane_steps(lanes: range, *, num_lanes: int) -> list[LaneStep]:
     """Returns a step for each of a rank's lanes; after the last, buffer k holds the sum of the rank's k-th subtree."""

@@ -3,7 +3,7 @@
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 
@@ -19,15 +19,9 @@ class StepTime:
     num_lanes: int = 0  # backward passes in it
 
 
-class Clock(Protocol):
-    """Marks moments, and returns the time between two of them once it is known."""
-
-    def mark(self) -> Any: ...
-
-    def elapsed_s(self, start: Any, end: Any) -> float | None: ...
-
-
 class HostClock:
+    """Marks moments, and returns the time between two of them once it is known: here, at once."""
+
     def mark(self) -> float:
         return time.perf_counter()
 
@@ -53,8 +47,8 @@ class StepTimer:
     The timer itself is the context of each phase, which takes half the time of one that a generator makes.
     """
 
-    def __init__(self, clock: Clock | None = None) -> None:
-        self._clock: Clock = clock or HostClock()
+    def __init__(self, clock: HostClock | CudaClock | None = None) -> None:
+        self._clock: Any = clock or HostClock()
         self._names = [REST]  # the phases that are open
         self._mark = self._clock.mark()
         self._spans: deque[tuple[str, Any, Any]] = deque()

@@ -30,7 +30,7 @@ from jobs.training.validation import Validation
 from jobs.workers.failures import why_give_up
 from jobs.workers.incident_notes import write_down
 from jobs.workers.precision import at_odds
-from jobs.workers.preemption import Notice, Notices
+from jobs.workers.preemption import Notices
 from jobs.workers.worker_group import WorkerGroup
 from model.checkpoint import load_model, read_train_state
 from model.checkpoint_folder import CheckpointError, Metadata, read_metadata
@@ -186,11 +186,6 @@ class Attempt:
         """Returns once the storage has the attempt's last checkpoint and all of its ledger; `step` was its last one."""
         if self.writer:
             self.writer.finish(step=step if step == self.schedule.max_steps else None)
-
-    def record_preempted(self, step: int, notice: Notice) -> None:
-        """Records the save that a notice asked for."""
-        if self.ledger:
-            self.ledger.event("preempted", step=step, notice=notice.name.lower())
 
     def leave(self, step: int, decision: Decision) -> bool:
         """Ends the attempt at a step that cannot stand. Returns whether another attempt continues."""

@@ -79,8 +79,8 @@ def take_steps(attempt: Attempt, pulse: Pulse) -> bool:
             pulse.at(Place.SAVE)
             with timer.phase("checkpoint"):
                 attempt.save(step, validation)
-        if notice:
-            attempt.record_preempted(step, notice)
+        if notice and attempt.ledger:
+            attempt.ledger.event("preempted", step=step, notice=notice.name.lower())
         if notice is Notice.STOP:
             break
         if not is_last:  # a run is not done before its last checkpoint is

@@ -74,7 +74,8 @@ def why_give_up(lines: Sequence[Line], *, max_fruitless_attempts: int) -> str | 
     last = failures[-1] if failures else None
     if last and last["kind"] == Kind.USER_ERROR:
         return str(last["reason"])
-    raised = [_without_numbers(line["reason"]) for line in failures if line["kind"] == Kind.RAISED]
+    # Process ids, ports and addresses differ between two cases of one error.
+    raised = [re.sub(r"0x[0-9a-f]+|\d+", "#", line["reason"]) for line in failures if line["kind"] == Kind.RAISED]
     if len(raised) > 1 and raised[-1] == raised[-2]:
         return f"after step {furthest} the same error came twice: {failures[-1]['reason']}"
     num_fruitless = max(num_starts, len(failures))
@@ -82,8 +83,3 @@ def why_give_up(lines: Sequence[Line], *, max_fruitless_attempts: int) -> str | 
         return None
     reason = f"the last failure was: {last['reason']}" if last else "no failure was reported"
     return f"{num_fruitless} attempts in a row got no further than step {furthest}; {reason}"
-
-
-def _without_numbers(reason: str) -> str:
-    """Masks process ids, ports and addresses, which differ between two cases of one error."""
-    return re.sub(r"\d+", "#", re.sub(r"0x[0-9a-f]+", "#", reason))

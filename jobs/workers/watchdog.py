@@ -88,18 +88,13 @@ def health(beat: Beat, *, silent_s: float, unmoved_s: float, hang_timeout_s: flo
 
 def report(beat: Beat, verdict: Health, *, rank: int, pid: int, silent_s: float, unmoved_s: float) -> str:
     """Returns the text that is kept of a hang."""
-    states = "".join(
-        f"  thread {path.parent.name}: {_state(path)}\n" for path in Path(f"/proc/{pid}/task").glob("*/stat")
-    )
+    stats = {path.parent.name: path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")}
+    states = "".join(f"  thread {thread}: {stat.rpartition(') ')[2][:1]}\n" for thread, stat in stats.items())
     return (
         f"rank {rank}, process {pid}: {verdict}, at {beat.place}, {silent_s:.1f} s without a sign of life, "
         f"{unmoved_s:.1f} s without a move\nkernel states of its threads (T is stopped by a signal):\n{states}"
         f"training thread at its last sign of life, innermost frame last:\n{''.join(beat.stack)}"
     )
-
-
-def _state(stat: Path) -> str:
-    return stat.read_text().rpartition(") ")[2][:1]
 
 
 def watch(run_uri: str, *, rank: int, hang_timeout_s: float, pid: int, pipe: int) -> None:
