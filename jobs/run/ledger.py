@@ -9,7 +9,7 @@ import json
 import os
 import threading
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +184,13 @@ class Interruption:
 
 
 @dataclass(frozen=True)
+class Recovery(Interruption):
+    """An interruption between two steps of a run that had not been asked to stop."""
+
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
 class Ledger:
     """A run's lines as read back."""
 
@@ -253,13 +260,13 @@ class Ledger:
             elif "event" not in line:
                 if found and start is not None and last_step is not None and is_first:
                     seconds = round(line["time"] - last_step["time"], 3)
-                    found[-1] = replace(found[-1], lost_steps=last_step["step"] - start["step"], seconds=seconds)
+                    taken = {"lost_steps": last_step["step"] - start["step"], "seconds": seconds}
+                    found[-1] = Recovery(**vars(found[-1]) | taken)
                 last_step, is_first = line, False
         return found
 
-    def recoveries(self) -> list[Interruption]:
-        """The interruptions between two steps of a run that had not been asked to stop."""
-        return [stop for stop in self.interruptions() if stop.seconds is not None]
+    def recoveries(self) -> list[Recovery]:
+        return [stop for stop in self.interruptions() if isinstance(stop, Recovery)]
 
 
 def is_stop(line: Line) -> bool:

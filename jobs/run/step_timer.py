@@ -48,9 +48,9 @@ class StepTimer:
     """
 
     def __init__(self, clock: HostClock | CudaClock | None = None) -> None:
-        self._clock: Any = clock or HostClock()
+        self._clock = clock or HostClock()
         self._names = [REST]  # the phases that are open
-        self._mark = self._clock.mark()
+        self._mark: Any = self._clock.mark()
         self._spans: deque[tuple[str, Any, Any]] = deque()
         self._num_lanes = 0
         self._taken = self._now_s()

@@ -184,10 +184,11 @@ class Keepers:
 
     def _start(self, node: str) -> Any:
         place = NodeAffinitySchedulingStrategy(node, soft=False)
-        actor = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=place)(Keeper)
+        actor = ray.remote(Keeper).options(
+            name=node, namespace=self._launch, num_cpus=0, max_restarts=-1, scheduling_strategy=place
+        )
         identity, max_bytes = self._plan.identity, self._plan.config.checkpoint.snapshot_bytes
-        named = actor.options(name=node, namespace=self._launch)
-        return named.remote(node=node, identity=identity, max_bytes=max_bytes)
+        return actor.remote(node=node, identity=identity, max_bytes=max_bytes)
 
     def _copy(self, holdings: Sequence[Holding], nodes: Sequence[str]) -> None:
         for held, target in copies(holdings, nodes):
