@@ -40,6 +40,7 @@ class Snapshots:
         self._copy_s: list[float] = []
         self._step_s: list[float] = []
         self._last: tuple[int, float] | None = None
+        self._whole: tuple[int, int, dict[str, Any], int] | None = None  # the last whole step, due or not
 
     def newest(self, *, explained_step: int, at_least: int, is_left_out: Callable[[int], bool]) -> Snapshot | None:
         """Returns the snapshot that `choose` takes of all that the keepers hold; called by rank 0."""
@@ -99,6 +100,7 @@ class Snapshots:
         """Takes a snapshot if one is due; every rank calls this after every step, once the ledger has the step."""
         if self._launch is None:
             return
+        self._whole = (step, attempt, carried, state.num_updates)
         start = time.perf_counter()
         if self._last is not None and step == self._last[0] + 1:
             self._step_s.append(start - self._last[1])
@@ -111,12 +113,16 @@ class Snapshots:
                 self._agree(attempt)
         self._last = (step, time.perf_counter())
 
-    def rescue(self, step: int, state: TrainState, *, attempt: int, carried: dict[str, Any]) -> None:
-        """Takes a snapshot that was not due, after another worker was lost: this worker may hold the only newer state.
+    def rescue(self, state: TrainState) -> None:
+        """Takes a snapshot of the last whole step, though none was due, after another worker was lost: this worker may
+        hold the only newer state.
 
         A sharded optimizer is left alone: the lost share has no newer form than its own last snapshot.
         """
-        if self._launch is not None and not state.is_sharded and step > self._last_written:
+        if self._whole is None or state.is_sharded:
+            return
+        step, attempt, carried, num_updates = self._whole
+        if step > self._last_written and num_updates == state.num_updates:  # no step without a line has updated it
             self._write(step, state, attempt=attempt, carried=carried)
 
     def _write(self, step: int, state: TrainState, *, attempt: int, carried: dict[str, Any]) -> None:

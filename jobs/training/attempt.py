@@ -67,7 +67,6 @@ class Attempt:
     ) -> None:
         """Begins. `opened` ends the attempt's threads; the next attempt repeats what was not stored by then."""
         self.plan, self.group, config = plan, group, plan.config
-        self._kept: tuple[int, dict[str, Any], int] | None = None  # step, guard, number of updates
         torch.set_num_threads(config.scaling.threads_per_worker)
         keep_freed_memory()
         # Does what torch.use_deterministic_algorithms does, which also imports the compiler: a second of each start.
@@ -172,15 +171,7 @@ class Attempt:
     def keep(self, step: int) -> None:
         """Takes a snapshot of the state after a step whose line the ledger has."""
         carried = {"guard": self.guard.to_json(), "line": self.record.line}
-        self._kept = (step, carried, self.state.num_updates)
         self.snapshots.after_step(step, self.state, attempt=self.attempt, carried=carried)
-
-    def rescue(self) -> None:
-        """Takes a snapshot of the last whole step, though none was due, once another worker is lost."""
-        if self._kept is None or self._kept[2] != self.state.num_updates:  # a step without a line has updated it since
-            return
-        step, carried, _ = self._kept
-        self.snapshots.rescue(step, self.state, attempt=self.attempt, carried=carried)
 
     def finish(self, step: int) -> None:
         """Returns once the storage has the attempt's last checkpoint and all of its ledger; `step` was its last one."""

@@ -38,7 +38,7 @@ def train(
                 continues = take_steps(attempt, pulse)
             except RuntimeError as error:
                 if is_lost_peer(error):
-                    attempt.rescue()
+                    attempt.snapshots.rescue(attempt.state)
                 raise
 
 

@@ -205,6 +205,7 @@ class OwnMemory(Snapshots):
         return held.header.carried
 
     def after_step(self, step: int, state: TrainState, *, attempt: int, carried: dict[str, Any]) -> None:
+        self._whole = (step, attempt, carried, state.num_updates)
         if step % self.every_steps == 0:
             self._write(step, state, attempt=attempt, carried=carried)
         if step in self.raise_after:
