@@ -12,7 +12,7 @@ from cluster.settings.run import RunConfig
 from cluster.storage.uris import Storage, open_storage
 from jobs.corpus.progress import DataProgress
 from jobs.report.why_slow import why_slow
-from jobs.run.history import interruptions, lost_steps, statistics
+from jobs.run.history import lost_steps, statistics
 from jobs.run.ledger import LEDGER, Ledger, LedgerTail, Line
 from jobs.watching.run_metrics import RunFigures
 from jobs.watching.tensorboard_files import TensorBoardFiles
@@ -43,7 +43,7 @@ def test_a_deliberate_pause_is_neither_a_failure_nor_lost_time() -> None:
     ]
     ledger = Ledger(lines)
     assert (ledger.pauses, ledger.recoveries(), ledger.wall_s) == ({2: 100.0}, [], 10.0)
-    (stop,) = interruptions(ledger)
+    (stop,) = ledger.interruptions()
     assert (stop.label, stop.pause_s, stop.seconds) == ("resume", 100.0, None)
     config = RunConfig.model_validate({"model": {"preset": "tiny"}})
     values = dict(statistics(ledger, config))
@@ -82,8 +82,8 @@ def test_figures_agree_with_the_ledgers_other_readers(figures: dict[tuple[str, s
     ledger = Ledger(EVENTFUL)
     useful_s = sum(line["wall_s"] for line in ledger.steps)
     expected: dict[tuple[str, str], float] = {
-        ("train_restarts", ""): len(interruptions(ledger)),
-        ("train_resizes", ""): sum(stop.is_resize for stop in interruptions(ledger)),
+        ("train_restarts", ""): len(ledger.interruptions()),
+        ("train_resizes", ""): sum(stop.is_resize for stop in ledger.interruptions()),
         ("train_lost_steps", ""): len(lost_steps(ledger)),
         ("train_goodput", ""): useful_s / (132 - 100),
         ("train_skipped_steps", ""): 1,
