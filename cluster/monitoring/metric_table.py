@@ -4,8 +4,9 @@ There are no others: `metric_export.py` refuses a name that is not here, and no 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from enum import StrEnum
+from functools import partial
 from typing import Literal, get_args
 
 
@@ -50,13 +51,14 @@ PER_S = {COUNT: COUNTS_PER_S, BYTES: BYTES_PER_S, TOKENS: TOKENS_PER_S}
 @dataclass(frozen=True)
 class Metric:
     name: str  # as exported, without _total
-    kind: Kind
-    exporter: Exporter
     unit: str
     help: str
     labels: tuple[str, ...] = ()  # beside the exporter's common ones
     values: tuple[str, ...] = ()  # of its label, if they are few and known
     buckets: tuple[float, ...] = ()  # upper bounds, of a histogram
+    _: KW_ONLY
+    kind: Kind
+    exporter: Exporter
 
     @property
     def all_labels(self) -> tuple[str, ...]:
@@ -88,106 +90,95 @@ FAILURES = ("user_error", "raised", "died", "lost", "hang")
 FINISH_REASONS = ("stop", "length", "error", "abort")
 OUTCOMES = ("ok", "invalid", "refused", "drained", "failed", "cut", "left")
 
-
-def _run(name: str, unit: str, text: str, *labels: str, values: tuple[str, ...] = ()) -> Metric:
-    """Returns a gauge, even for what only grows: as the whole run's figure it continues from earlier launches."""
-    return Metric(f"raymill_{name}", Kind.GAUGE, Exporter.LAUNCHER, unit, text, labels, values)
-
-
-def _data(kind: Kind, name: str, unit: str, text: str, *labels: str) -> Metric:
-    return Metric(f"raymill_data_{name}", kind, Exporter.DATA, unit, text, labels)
-
-
-def _replica(kind: Kind, name: str, unit: str, text: str) -> Metric:
-    return Metric(name, kind, Exporter.REPLICA, unit, text)
-
-
-def _ended(exporter: Exporter, name: str, text: str, label: str, values: tuple[str, ...]) -> Metric:
-    """Returns a counter of what ended, by how it did."""
-    return Metric(name, Kind.COUNTER, exporter, COUNT, text, (label,), values)
-
-
-def _histogram(name: str, text: str, buckets_s: tuple[float, ...]) -> Metric:
-    return Metric(name, Kind.HISTOGRAM, Exporter.REPLICA, SECONDS, text, buckets=buckets_s)
-
-
-def _ray(name: str, unit: str, text: str, *labels: str) -> Metric:
-    return Metric(f"ray_{name}", Kind.GAUGE, Exporter.RAY, unit, text, labels)
-
+# Figures of a whole run are gauges, even those that only grow: they continue from earlier launches.
+_run = partial(Metric, kind=Kind.GAUGE, exporter=Exporter.LAUNCHER)
+_read = partial(Metric, kind=Kind.COUNTER, exporter=Exporter.DATA)
+_reading = partial(Metric, kind=Kind.GAUGE, exporter=Exporter.DATA)
+_served = partial(Metric, kind=Kind.COUNTER, exporter=Exporter.REPLICA)
+_serving = partial(Metric, kind=Kind.GAUGE, exporter=Exporter.REPLICA)
+_times = partial(Metric, unit=SECONDS, kind=Kind.HISTOGRAM, exporter=Exporter.REPLICA)
+_ray = partial(Metric, kind=Kind.GAUGE, exporter=Exporter.RAY)
 
 TABLE: tuple[Metric, ...] = (
     # Training
-    _run("train_running", COUNT, "1 while the launcher waits for the run's end, 0 once it has ended"),
-    _run("train_step", STEPS, "Optimizer steps completed"),
-    _run("train_planned_steps", STEPS, "Optimizer steps of the whole run"),
-    _run("train_tokens_seen", TOKENS, "Tokens trained on"),
-    _run("train_loss", NATS, "Cross-entropy of the last step"),
-    _run("train_learning_rate", COUNT, "Learning rate of the last step"),
-    _run("train_grad_norm", COUNT, "Norm of the summed gradient before clipping"),
-    _run("train_tokens_per_second", TOKENS_PER_S, "Of the last step, without validation and checkpoints"),
-    _run("train_mfu", RATIO, "Model FLOPs utilization, on GPUs whose peak is known"),
-    _run("train_step_seconds", SECONDS, "Wall time of the last step, of rank 0"),
-    _run("train_phase_seconds", SECONDS, "Its parts, which sum to it", "phase", values=(*PHASES, REST, UNTIMED)),
-    _run("train_world_size", WORKERS, "Workers of the attempt that is on"),
-    _run("train_validation_loss", NATS, "Of the held-out split (val) and of each further text", "set"),
-    _run("train_validation_bits_per_byte", BITS, "The same per byte of text", "set"),
-    _run("train_restarts", COUNT, "Attempts after the first one, without the resumes of a run that was asked to end"),
-    _run("train_resizes", COUNT, "Those of them with another number of workers than the one before"),
-    _run("train_failures", COUNT, "Failures of a worker group, by kind, and hangs", "kind", values=FAILURES),
-    _run("train_lost_steps", STEPS, "Completed steps that were lost and taken again"),
-    _run("train_skipped_steps", STEPS, "Steps whose update the guard left out, for NaN or a spike"),
-    _run("train_rollbacks", COUNT, "Times that the guard went back to an earlier state"),
-    _run("train_goodput", RATIO, "Share of the wall time, without deliberate pauses, in steps that count"),
-    _run("train_last_step_timestamp_seconds", SECONDS, "When the last step was completed, Unix time"),
-    _run("train_last_checkpoint_timestamp_seconds", SECONDS, "When the last checkpoint was stored, Unix time"),
-    _run("train_last_snapshot_timestamp_seconds", SECONDS, "When a node's memory last got a snapshot, Unix time"),
+    _run("raymill_train_running", COUNT, "1 while the launcher waits for the run's end, 0 once it has ended"),
+    _run("raymill_train_step", STEPS, "Optimizer steps completed"),
+    _run("raymill_train_planned_steps", STEPS, "Optimizer steps of the whole run"),
+    _run("raymill_train_tokens_seen", TOKENS, "Tokens trained on"),
+    _run("raymill_train_loss", NATS, "Cross-entropy of the last step"),
+    _run("raymill_train_learning_rate", COUNT, "Learning rate of the last step"),
+    _run("raymill_train_grad_norm", COUNT, "Norm of the summed gradient before clipping"),
+    _run("raymill_train_tokens_per_second", TOKENS_PER_S, "Of the last step, without validation and checkpoints"),
+    _run("raymill_train_mfu", RATIO, "Model FLOPs utilization, on GPUs whose peak is known"),
+    _run("raymill_train_step_seconds", SECONDS, "Wall time of the last step, of rank 0"),
+    _run("raymill_train_phase_seconds", SECONDS, "Its parts, which sum to it", ("phase",), (*PHASES, REST, UNTIMED)),
+    _run("raymill_train_world_size", WORKERS, "Workers of the attempt that is on"),
+    _run("raymill_train_validation_loss", NATS, "Of the held-out split (val) and of each further text", ("set",)),
+    _run("raymill_train_validation_bits_per_byte", BITS, "The same per byte of text", ("set",)),
+    _run("raymill_train_restarts", COUNT, "Attempts after the first, but for resumes of a run that was asked to end"),
+    _run("raymill_train_resizes", COUNT, "Those of them with another number of workers than the one before"),
+    _run("raymill_train_failures", COUNT, "Failures of a worker group, by kind, and hangs", ("kind",), FAILURES),
+    _run("raymill_train_lost_steps", STEPS, "Completed steps that were lost and taken again"),
+    _run("raymill_train_skipped_steps", STEPS, "Steps whose update the guard left out, for NaN or a spike"),
+    _run("raymill_train_rollbacks", COUNT, "Times that the guard went back to an earlier state"),
+    _run("raymill_train_goodput", RATIO, "Share of the wall time, without deliberate pauses, in steps that count"),
+    _run("raymill_train_last_step_timestamp_seconds", SECONDS, "When the last step was completed, Unix time"),
+    _run("raymill_train_last_checkpoint_timestamp_seconds", SECONDS, "When the last checkpoint was stored, Unix time"),
+    _run("raymill_train_last_snapshot_timestamp_seconds", SECONDS, "When a node last kept a snapshot, Unix time"),
     # Cost
-    _run("cost_device_seconds", SECONDS, "GPU-seconds, or CPU-seconds, that workers held during attempts", "device"),
-    _run("cost_money_per_hour", MONEY, "What the workers of now cost, where scaling.price_per_device_hour is set"),
-    _run("cost_money", MONEY, "Of the run so far, where scaling.price_per_device_hour is set"),
+    _run("raymill_cost_device_seconds", SECONDS, "GPU-seconds, or CPU-seconds, that workers held", ("device",)),
+    _run("raymill_cost_money_per_hour", MONEY, "Of the workers of now, where scaling.price_per_device_hour is set"),
+    _run("raymill_cost_money", MONEY, "Of the run so far, where scaling.price_per_device_hour is set"),
     # Data
-    _data(Kind.COUNTER, "source_bytes", BYTES, "Source bytes finished"),
-    _data(Kind.COUNTER, "documents", COUNT, "Documents finished, dropped ones among them"),
-    _data(Kind.COUNTER, "tokens", TOKENS, "Tokens written"),
-    _data(Kind.COUNTER, "dropped_documents", COUNT, "Documents left out, counted when that is decided", "reason"),
-    _data(Kind.GAUGE, "queued_tasks", COUNT, "Tasks that are not finished"),
-    _data(Kind.GAUGE, "worker_rss_bytes", BYTES, "Resident memory of the worker that last finished a task"),
+    _read("raymill_data_source_bytes", BYTES, "Source bytes finished"),
+    _read("raymill_data_documents", COUNT, "Documents finished, dropped ones among them"),
+    _read("raymill_data_tokens", TOKENS, "Tokens written"),
+    _read("raymill_data_dropped_documents", COUNT, "Documents left out, counted when that is decided", ("reason",)),
+    _reading("raymill_data_queued_tasks", COUNT, "Tasks that are not finished"),
+    _reading("raymill_data_worker_rss_bytes", BYTES, "Resident memory of the worker that last finished a task"),
     # Serving, under vLLM's names; where vLLM counts requests, these count sequences
-    _replica(Kind.GAUGE, "vllm:num_requests_running", COUNT, "Sequences that hold KV cache blocks"),
-    _replica(Kind.GAUGE, "vllm:num_requests_waiting", COUNT, "Sequences that wait for blocks"),
-    _replica(Kind.GAUGE, "vllm:kv_cache_usage_perc", RATIO, "Share of the blocks in use, 0 to 1"),
-    _ended(Exporter.REPLICA, "vllm:request_success", "Sequences ended, by reason", "finished_reason", FINISH_REASONS),
-    _replica(Kind.COUNTER, "vllm:prompt_tokens", TOKENS, "Prompt tokens admitted"),
-    _replica(Kind.COUNTER, "vllm:generation_tokens", TOKENS, "Tokens generated"),
-    _histogram("vllm:time_to_first_token_seconds", "From admission to the first token", _TTFT_S),
-    _histogram("vllm:inter_token_latency_seconds", "Between two tokens of a sequence", _ITL_S),
-    _histogram("vllm:e2e_request_latency_seconds", "From admission to the end of a sequence", _E2E_S),
-    _replica(Kind.GAUGE, "raymill:predicted_queue_seconds", SECONDS, "What a new sequence waits"),
-    _replica(Kind.GAUGE, "raymill:replica_start_seconds", SECONDS, "From its constructor to its self-test"),
-    _replica(Kind.GAUGE, "raymill:coordinator_away_seconds", SECONDS, "Without a usable answer of the coordinator"),
-    _ended(
-        Exporter.PROXY,
+    _serving("vllm:num_requests_running", COUNT, "Sequences that hold KV cache blocks"),
+    _serving("vllm:num_requests_waiting", COUNT, "Sequences that wait for blocks"),
+    _serving("vllm:kv_cache_usage_perc", RATIO, "Share of the blocks in use, 0 to 1"),
+    _served("vllm:request_success", COUNT, "Sequences ended, by reason", ("finished_reason",), FINISH_REASONS),
+    _served("vllm:prompt_tokens", TOKENS, "Prompt tokens admitted"),
+    _served("vllm:generation_tokens", TOKENS, "Tokens generated"),
+    _times("vllm:time_to_first_token_seconds", help="From admission to the first token", buckets=_TTFT_S),
+    _times("vllm:inter_token_latency_seconds", help="Between two tokens of a sequence", buckets=_ITL_S),
+    _times("vllm:e2e_request_latency_seconds", help="From admission to the end of a sequence", buckets=_E2E_S),
+    _serving("raymill:predicted_queue_seconds", SECONDS, "What a new sequence waits"),
+    _serving("raymill:replica_start_seconds", SECONDS, "From its constructor to its self-test"),
+    _serving("raymill:coordinator_away_seconds", SECONDS, "Without a usable answer of the coordinator"),
+    Metric(
         "raymill:http_answers",
+        COUNT,
         "Completions as their clients saw them end: answered, invalid (4xx), refused (429), refused while the "
         "endpoint is drained, failed (5xx), cut in the middle, or left by the client",
-        "outcome",
+        ("outcome",),
         OUTCOMES,
+        kind=Kind.COUNTER,
+        exporter=Exporter.PROXY,
     ),
     # Ray's own
-    _ray("node_cpu_utilization", PERCENT, "CPU of a node in use, 0 to 100", "ip"),
-    _ray("node_mem_used", BYTES, "Memory of a node in use", "ip"),
-    _ray("node_mem_total", BYTES, "Memory of a node", "ip"),
-    _ray("node_disk_utilization_percentage", PERCENT, "Disk of a node in use, 0 to 100", "ip"),
-    _ray("node_network_send_speed", BYTES_PER_S, "Bytes sent by a node", "ip"),
-    _ray("node_network_receive_speed", BYTES_PER_S, "Bytes received by a node", "ip"),
-    _ray("node_gpus_utilization", PERCENT, "Use of each GPU, 0 to 100", "ip", "GpuIndex"),
-    _ray("node_gram_used", "decmbytes", "Memory of each GPU in use", "ip", "GpuIndex"),
-    _ray("cluster_active_nodes", NODES, "Nodes that are alive, by type", "node_type"),
-    _ray("cluster_pending_nodes", NODES, "Nodes that the autoscaler waits for", "node_type"),
-    _ray("resources", COUNT, "Logical CPUs and GPUs, by state (USED, AVAILABLE)", "Name", "State"),
-    _ray("object_store_memory", BYTES, "Memory of the object store, by location", "Location"),
-    _ray("serve_deployment_replica_healthy", REPLICAS, "Healthy replicas", "application", "deployment"),
-    _ray("serve_autoscaling_target_replicas", REPLICAS, "Replicas that there should be", "application", "deployment"),
+    _ray("ray_node_cpu_utilization", PERCENT, "CPU of a node in use, 0 to 100", ("ip",)),
+    _ray("ray_node_mem_used", BYTES, "Memory of a node in use", ("ip",)),
+    _ray("ray_node_mem_total", BYTES, "Memory of a node", ("ip",)),
+    _ray("ray_node_disk_utilization_percentage", PERCENT, "Disk of a node in use, 0 to 100", ("ip",)),
+    _ray("ray_node_network_send_speed", BYTES_PER_S, "Bytes sent by a node", ("ip",)),
+    _ray("ray_node_network_receive_speed", BYTES_PER_S, "Bytes received by a node", ("ip",)),
+    _ray("ray_node_gpus_utilization", PERCENT, "Use of each GPU, 0 to 100", ("ip", "GpuIndex")),
+    _ray("ray_node_gram_used", "decmbytes", "Memory of each GPU in use", ("ip", "GpuIndex")),
+    _ray("ray_cluster_active_nodes", NODES, "Nodes that are alive, by type", ("node_type",)),
+    _ray("ray_cluster_pending_nodes", NODES, "Nodes that the autoscaler waits for", ("node_type",)),
+    _ray("ray_resources", COUNT, "Logical CPUs and GPUs, by state (USED, AVAILABLE)", ("Name", "State")),
+    _ray("ray_object_store_memory", BYTES, "Memory of the object store, by location", ("Location",)),
+    _ray("ray_serve_deployment_replica_healthy", REPLICAS, "Healthy replicas", ("application", "deployment")),
+    _ray(
+        "ray_serve_autoscaling_target_replicas",
+        REPLICAS,
+        "Replicas that there should be",
+        ("application", "deployment"),
+    ),
 )
 
 METRICS: dict[str, Metric] = {metric.name: metric for metric in TABLE}
