@@ -232,7 +232,5 @@ def _run(arguments: argparse.Namespace) -> Storage:
 
 
 def _no_job(arguments: argparse.Namespace) -> NotFoundError:
-    return NotFoundError(
-        f"run {arguments.run_id} has no job in {arguments.storage_uri}: `raymill list` shows which runs have one, and "
-        "--storage.uri is where it looks"
-    )
+    hint = "`raymill list` shows which runs have one, and --storage.uri is where it looks"
+    return NotFoundError(f"run {arguments.run_id} has no job in {arguments.storage_uri}: {hint}")

@@ -57,18 +57,18 @@ def scale(arguments: argparse.Namespace) -> dict[str, Any]:
         )
     of_all = arguments.group is None and (arguments.suspend or arguments.resume)
     clusters = [] if of_all or manifest["kind"] == "RayCluster" else _clusters_of(api, manifest)
-    patches, problems = {}, []
-    targets = {full_name(target): target for target in (*clusters, manifest)}
-    for name, target in targets.items():
+    patches: list[tuple[Object, Patch]] = []
+    problems = []
+    for target in (*clusters, manifest):
         try:
-            patches[name] = _change(arguments, target)
+            patches.append((target, _change(arguments, target)))
         except ConfigError as error:  # such as a group that is suspended in one of them only
             problems.append(error)
     if not patches:
         raise problems[0]
-    for name, patch in patches.items():
-        api.patch(targets[name], patch)
-    result: dict[str, Any] = {"changed": list(patches)}
+    for target, patch in patches:
+        api.patch(target, patch)
+    result: dict[str, Any] = {"changed": [full_name(target) for target, _ in patches]}
     changed = (api.get(RAY, target["kind"], target["metadata"]["name"]) for target in clusters or [manifest])
     result["groups"] = [line for target in changed if target for line in groups(target)]
     if problems:

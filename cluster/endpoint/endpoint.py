@@ -53,10 +53,7 @@ class Endpoint:
     @property
     def admin_headers(self) -> dict[str, str]:
         if self.admin_key_file is None:
-            raise UserError(
-                f"{self.url} can be changed only with an admin key: start `raymill serve` with --admin-key-file FILE, "
-                "or name its file here"
-            )
+            raise UserError(f"{self.url} asks for an admin key: give --admin-key-file here and to `raymill serve`")
         return _bearer(Path(self.admin_key_file), flag="--admin-key-file")
 
 

@@ -131,9 +131,7 @@ class KubeApi:
             if error.status == 404 and missing_is_none:
                 return None
             if error.status == 401:
-                raise ClusterError(
-                    "Kubernetes does not know who you are: log in again, so that the kubeconfig has a valid token"
-                ) from None
+                raise ClusterError("Kubernetes does not know who you are: log in again, for a valid token") from None
             raise _RefusedError(error, method, path) from None
         except HTTPError as error:
             host = self._client.configuration.host

@@ -99,7 +99,7 @@ def require_free_port(host: str, port: int) -> None:
             if error.errno != errno.EADDRINUSE:
                 raise UserError(f"cannot listen on {host}:{port}: {error.strerror}") from None
             raise UserError(
-                f"port {port} on {host} is in use by another process; end it, or choose another port with --port"
+                f"port {port} on {host} is in use by another process; end it, or choose another --port"
             ) from None
 
 

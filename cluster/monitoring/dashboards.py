@@ -1,6 +1,6 @@
 """The dashboards as Grafana's JSON: native panels with units, legends and colors that everyone can tell apart."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import count, cycle
 from typing import Any
 
@@ -150,14 +150,9 @@ def _defaults(panel: Panel) -> Json:
 
 
 def _colors(panel: Panel) -> Iterator[Json]:
-    """Gives each known series a color, or else each query."""
-    if panel.names:
-        yield from _overrides("byName", panel.names)
-    elif len(panel.queries) > 1:
-        yield from _overrides("byFrameRefID", [chr(ord("A") + number) for number in range(len(panel.queries))])
-
-
-def _overrides(matcher: str, options: Sequence[str]) -> Iterator[Json]:
+    """Gives each known series a color, or else each of several queries."""
+    queries = [chr(ord("A") + number) for number in range(len(panel.queries))]
+    matcher, options = ("byName", panel.names) if panel.names else ("byFrameRefID", queries if queries[1:] else ())
     palette = FEW if len(options) <= len(FEW) else MUTED
     for option, color in zip(options, cycle(palette), strict=False):
         value = {"mode": "fixed", "fixedColor": color}

@@ -55,11 +55,9 @@ class PlanConfig(Settings):
 
     @model_validator(mode="after")
     def _below_the_peak(self) -> Self:
-        peak = self.hardware.peak_flops_per_s / 1e12
-        if self.sustained_tflops is not None and self.sustained_tflops > peak:
-            raise ValueError(
-                f"sustained_tflops={self.sustained_tflops:g} exceeds the {peak:g} TFLOP/s that one {self.gpu} can do"
-            )
+        given, peak = self.sustained_tflops, self.hardware.peak_flops_per_s / 1e12
+        if given is not None and given > peak:
+            raise ValueError(f"sustained_tflops={given:g} exceeds the {peak:g} TFLOP/s that one {self.gpu} can do")
         return self
 
     @property

@@ -138,19 +138,14 @@ class HubStorage(Storage):
         return hf_hub_url(self.dataset, name, repo_type="dataset", revision=self.revision, endpoint=_endpoint())
 
     def _metadata(self, key: str) -> HfFileMetadata:
-        ask = _kept_metadata if _COMMIT.fullmatch(self.revision) else _asked_metadata
+        ask = _file_metadata if _COMMIT.fullmatch(self.revision) else _file_metadata.__wrapped__
         with _explained_errors(self, key):
             return ask(self._url(key))
 
 
-def _asked_metadata(url: str) -> HfFileMetadata:
+@lru_cache(maxsize=1 << 14)  # at a commit it never changes: the Hub limits requests, and parts share a file
+def _file_metadata(url: str) -> HfFileMetadata:
     return get_hf_file_metadata(url, token=_token(), timeout=_TIMEOUT_S, retry_on_errors=True)
-
-
-@lru_cache(maxsize=1 << 14)
-def _kept_metadata(url: str) -> HfFileMetadata:
-    """Keeps a file's metadata at a commit, where it never changes: the Hub limits requests, and parts share a file."""
-    return _asked_metadata(url)
 
 
 def _endpoint() -> str:
