@@ -19,6 +19,7 @@ from cluster.storage.interface import AlreadyExistsError, ConflictError, NotFoun
 from cluster.storage.process_identity import ProcessIdentity
 
 _LOG = logging.getLogger(__name__)
+_LOOK_S = 0.25  # between looks for a sign of life
 
 
 class LeaseHeldError(StorageError):
@@ -163,7 +164,7 @@ def _is_renewed(storage: Storage, key: str, found: tuple[Holder, str], *, timeou
     holder, version = found
     deadline_s = time.monotonic() + timeout_s
     while time.monotonic() < deadline_s and not holder.process.is_gone():
-        time.sleep(timeout_s / 20)
+        time.sleep(min(_LOOK_S, timeout_s / 20))
         entry = storage.stat(key)
         if entry is None or entry.version != version:
             return entry is not None
