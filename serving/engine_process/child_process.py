@@ -1,6 +1,7 @@
 """Starts a module as a process beside the replica, connected to it by one socket."""
 
 import asyncio
+import json
 import os
 import socket
 import subprocess
@@ -22,16 +23,15 @@ async def start_child(
     pass_fds: Sequence[int] = (),
     python: str = sys.executable,
 ) -> Child:
-    """Returns the process and our end of its socket; it gets the other end as `--socket`. Arguments that are None are
-    omitted. The process must end when the socket closes, as happens when the replica dies. Raises `UserError` if
+    """Returns the process and our end of its socket. Its argument is a JSON object: `arguments`, and the other end as
+    `socket`. The process must end when the socket closes, as happens when the replica dies. Raises `UserError` if
     `python` cannot be run."""
     ours, theirs = socket.socketpair()
-    given = {"--socket": theirs.fileno()} | {flag: value for flag, value in arguments.items() if value is not None}
     # Neither fork nor multiprocessing: both break inside a Ray worker.
     with theirs:
         try:
             process = subprocess.Popen(
-                [python, "-m", module, *(str(word) for item in given.items() for word in item)],
+                [python, "-m", module, json.dumps({"socket": theirs.fileno(), **arguments})],
                 cwd=CODE_ROOT,
                 env=os.environ | {"OMP_NUM_THREADS": str(threads)},
                 pass_fds=[theirs.fileno(), *pass_fds],

@@ -91,17 +91,17 @@ class EngineClient:
         """Starts the process, and returns once the weights are loaded. Raises `UserError` for an unusable
         checkpoint."""
         arguments = {
-            "--checkpoint": checkpoint.absolute(),
-            "--config": config.model_dump_json(),
-            "--threads": threads,
-            "--eos-id": eos_id,
+            "checkpoint": str(checkpoint.absolute()),
+            "config": config.model_dump(),
+            "threads": threads,
+            "eos_id": eos_id,  # None without a tokenizer
         }
         line, their_line = socket.socketpair()
         with their_line:
             client = cls(
                 await start_child(
                     "serving.engine_process.run_engine",
-                    arguments | {"--watchdog": their_line.fileno()},
+                    arguments | {"watchdog": their_line.fileno()},
                     threads=threads,
                     pass_fds=[their_line.fileno()],
                     python=(config.backend == "vllm" and config.vllm_python) or sys.executable,

@@ -1,7 +1,7 @@
 """The engine's process: loads the checkpoint, steps while there is work, and ends when its replica does."""
 
-import argparse
 import contextlib
+import json
 import logging
 import os
 import select
@@ -126,21 +126,15 @@ def _build_runner(model: GPT, config: EngineConfig, *, num_blocks: int, threads:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--socket", type=int, required=True, help="file descriptor of the connection to the replica")
-    parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--config", type=EngineConfig.model_validate_json, required=True, help="as JSON")
-    parser.add_argument("--eos-id", type=int, help="token that ends a text; omit it without a tokenizer")
-    parser.add_argument("--threads", type=int, required=True, help="compute threads")
-    parser.add_argument("--watchdog", type=int, required=True, help="file descriptor on which the replica beats")
-    args = parser.parse_args()
-    channel = Channel(socket.socket(fileno=args.socket))
+    args = json.loads(sys.argv[1])  # see `EngineClient.start`
+    channel = Channel(socket.socket(fileno=args["socket"]))
+    config = EngineConfig.model_validate(args["config"])
     try:
-        engine = _load_engine(args.checkpoint, args.config, eos_id=args.eos_id, threads=args.threads)
+        engine = _load_engine(Path(args["checkpoint"]), config, eos_id=args["eos_id"], threads=args["threads"])
     except UserError as error:
         channel.send({"error": str(error)})
         return 1
-    watch_peer(socket.socket(fileno=args.watchdog), peer_pid=os.getppid())
+    watch_peer(socket.socket(fileno=args["watchdog"]), peer_pid=os.getppid())
     channel.send({"ready": True})
     with contextlib.suppress(EOFError, ConnectionError):
         run_engine(engine, channel)

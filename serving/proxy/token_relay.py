@@ -107,7 +107,9 @@ class Relay:
     async def _receive(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Takes what one replica sends until its connection ends."""
         with closing(writer), suppress(asyncio.IncompleteReadError, ConnectionError):
-            while _is_our_own(writer.get_extra_info("socket")):
+            if not _is_our_own(writer.get_extra_info("socket")):
+                return
+            while True:
                 number, length = _FRAME.unpack(await reader.readexactly(_FRAME.size))
                 data = await reader.readexactly(length)
                 if number in self.answers:  # its client has not left

@@ -4,7 +4,7 @@ Shapes: T tokens read, C model width, V vocabulary.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import orjson
@@ -139,24 +139,23 @@ def _stages(
     tokenizer = served.tokenizer
     normalizer = None if tokenizer is None else tokenizer.backend.normalizer
     normalized = type(normalizer).__name__ if normalizer else "the text stays as it is"
-    stages: list[dict[str, Any]] = [
-        {"name": "normalize", "layer": None, "shape": None, "ms": None, "note": normalized},
-        {
-            "name": "tokenize",
-            "layer": None,
-            "shape": [1, query.num_prompt_tokens],
-            "ms": _ms(next(s for s in spans if s.name == "tokenize")),
-            "note": f"to ids below {model.config.vocab_size:,}",
-        },
-    ]
+    tokenize = next(span for span in spans if span.name == "tokenize")
+    shape, to_ids = [1, query.num_prompt_tokens], f"to ids below {model.config.vocab_size:,}"
+    stages = [_stage("normalize", normalized), _stage("tokenize", to_ids, shape=shape, ms=_ms(tokenize))]
     stages += [
-        {"name": s.name, "layer": s.layer, "shape": s.shape, "ms": s.seconds * 1e3, "note": _NOTES[s.name]}
+        _stage(s.name, _NOTES[s.name], layer=s.layer, shape=s.shape, ms=s.seconds * 1e3)
         for s in query.readings[0].stages
     ]
     if sampled := [s for s in query.spans if s.name == "sample"]:
         how = "the most probable" if request.temperature == 0 else f"drawn at temperature {request.temperature:g}"
-        stages.append({"name": "sampling", "layer": None, "shape": [1, 1], "ms": _ms(sampled[0]), "note": how})
+        stages.append(_stage("sampling", how, shape=[1, 1], ms=_ms(sampled[0])))
     return stages
+
+
+def _stage(
+    name: str, note: str, *, layer: int | None = None, shape: Sequence[int] | None = None, ms: float | None = None
+) -> dict[str, Any]:
+    return {"name": name, "layer": layer, "shape": shape, "ms": ms, "note": note}
 
 
 _NOTES = {

@@ -1,6 +1,5 @@
 """The process that looks into queries: each line is a request and gets an answer. It ends when its replica does."""
 
-import argparse
 import contextlib
 import json
 import os
@@ -69,16 +68,11 @@ def answer_line(line: bytes, models: Models) -> tuple[int, bytes]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--socket", type=int, required=True, help="file descriptor of the connection to the replica")
-    parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--name", help="the model's id; by default the checkpoint's own")
-    parser.add_argument("--dtype", choices=list(LOADED_IN), required=True)
-    args = parser.parse_args()
+    args = json.loads(sys.argv[1])  # see `Xray`
     os.nice(LOW_PRIORITY)
     torch.set_num_threads(1)
-    models = Models(args.checkpoint, name=args.name, dtype=LOADED_IN[args.dtype])
-    connection = socket.socket(fileno=args.socket)
+    models = Models(Path(args["checkpoint"]), name=args["name"], dtype=LOADED_IN[args["dtype"]])
+    connection = socket.socket(fileno=args["socket"])
     with contextlib.suppress(ConnectionError), connection.makefile("rb") as lines:
         for line in lines:
             status, body = answer_line(line, models)

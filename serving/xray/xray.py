@@ -77,7 +77,7 @@ class Xray:
         self._name = name
         self._dtype = dtype
         self._is_busy = False
-        self._process: XrayProcess | None = None
+        self._child: Child | None = None  # it ends when its socket closes, and so when the replica dies
         self._idle: asyncio.TimerHandle | None = None
 
     async def card(self) -> dict[str, Any]:
@@ -108,40 +108,31 @@ class Xray:
     async def _ask(self, message: str) -> tuple[int, bytes]:
         if self._idle is not None:
             self._idle.cancel()
-        process, self._process = self._process, None
-        if process is None:
-            arguments = {"--checkpoint": self._folder, "--dtype": self._dtype, "--name": self._name}
-            process = XrayProcess(await start_child("serving.xray.run_xray", arguments, threads=1))
+        child, self._child = self._child, None
+        if child is None:
+            arguments = {"checkpoint": str(self._folder), "dtype": self._dtype, "name": self._name}
+            child = await start_child("serving.xray.run_xray", arguments, threads=1)
+        _, reader, writer = child
         try:
-            answer = await process.ask(message)
-            # Only now: the rest of a half-read answer must not become the answer to the next request.
-            self._process = process
-        finally:
-            if self._process is None:
-                process.kill()
+            writer.write(f"{message}\n".encode())
+            status, num_bytes = ANSWER_HEAD.unpack(await reader.readexactly(ANSWER_HEAD.size))
+            answer = status, await reader.readexactly(num_bytes)
+        except BaseException:  # the rest of a half-read answer must not become the answer to the next request
+            _kill(child)
+            raise
+        self._child = child
         self._idle = asyncio.get_running_loop().call_later(IDLE_S, self.close)
         return answer
 
     def close(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process = None
+        if self._child is not None:
+            _kill(self._child)
+            self._child = None
 
 
-class XrayProcess:
-    """The process and its socket. It ends when the socket closes, and so when the replica dies."""
-
-    def __init__(self, child: Child) -> None:
-        self._process, self._reader, self._writer = child
-
-    async def ask(self, message: str) -> tuple[int, bytes]:
-        self._writer.write(f"{message}\n".encode())
-        status, num_bytes = ANSWER_HEAD.unpack(await self._reader.readexactly(ANSWER_HEAD.size))
-        return status, await self._reader.readexactly(num_bytes)
-
-    def kill(self) -> None:
-        """Kills the process, which holds nothing that could be lost. Waiting for it takes too little time for a
-        thread."""
-        self._writer.close()
-        self._process.kill()
-        self._process.wait()
+def _kill(child: Child) -> None:
+    """Kills the process, which holds nothing that could be lost. Waiting for it takes too little time for a thread."""
+    process, _, writer = child
+    writer.close()
+    process.kill()
+    process.wait()
