@@ -166,7 +166,8 @@ class Coordinator:
         """Reads the stored state. Raises `StorageError` if the storage does not answer. With a damaged state without a
         copy the coordinator starts and reports it: replicas that serve need the coordinator for changes only."""
         try:
-            self._delivery = self._stored = self._file.restore()
+            self._delivery = self._file.restore()
+            self._stored = None if self._file.is_damaged else self._delivery
         except DamagedStateError as error:
             if self._damage is None:
                 _log.error("%s", error)

@@ -69,6 +69,7 @@ class DeliveryFile:
         self._generation = 0
         self._version: str | None = None  # of the file that the next write replaces; None if there is no file
         self._has_begun = False  # whether this deployment's state was read or written here
+        self.is_damaged = False  # whether `restore` read the copy instead of the file
 
     def restore(self) -> Delivery | None:
         """Returns what this deployment served last, or None for a new one. Raises `StorageError`, because waiting for
@@ -78,25 +79,15 @@ class DeliveryFile:
         if entry is None:
             return None
         self._version = entry.version
-        is_damaged = False
         try:
             stored = self._read(self._key)
         except DamagedStateError as error:
-            stored, is_damaged = self._copy(error), True
+            stored, self.is_damaged = self._copy(error), True
         self._generation = stored.generation
         if stored.state.deployment != self._deployment:
             return None
         self._has_begun = True
-        return self._repaired(stored.state) if is_damaged else stored.state
-
-    def _repaired(self, state: Delivery) -> Delivery:
-        try:
-            self.write(state)
-        except NewerStateError as error:  # another coordinator was faster
-            return error.state
-        except StorageError as error:  # the next change tries it again
-            _log.warning("the damaged file is not replaced yet: %s", error)
-        return state
+        return stored.state
 
     def write(self, state: Delivery) -> None:
         """Stores the state. Raises `NewerStateError` or `StorageError`, and then has changed nothing."""
