@@ -3,6 +3,7 @@
 Never write `from __future__ import annotations` here: Ray Serve would pass `build_app` a plain dict.
 """
 
+import contextlib
 import ipaddress
 import sys
 import time
@@ -164,20 +165,15 @@ def _is_loopback(host: str) -> bool:
 def _wait_until_ready(url: str) -> None:
     """Waits until the proxy knows the new route, shortly after `serve.run` has returned."""
     deadline = time.monotonic() + READY_TIMEOUT_S
-    while not _is_ready(url):
-        if time.monotonic() > deadline:
-            raise UserError(
-                f"{url}/ready did not answer within {READY_TIMEOUT_S:.0f} s. If Ray Serve already runs on this "
-                "cluster, it keeps the host and port with which it was started"
-            )
+    while time.monotonic() < deadline:
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(f"{url}/ready", timeout=READY_TIMEOUT_S).status_code == 200:
+                return
         time.sleep(0.1)
-
-
-def _is_ready(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/ready", timeout=READY_TIMEOUT_S).status_code == 200
-    except httpx.TransportError:
-        return False
+    raise UserError(
+        f"{url}/ready did not answer within {READY_TIMEOUT_S:.0f} s. If Ray Serve already runs on this cluster, it "
+        "keeps the host and port with which it was started"
+    )
 
 
 if __name__ == "__main__":

@@ -77,37 +77,35 @@ class CurrentAccess:
         """`rules` apply until the files can be read."""
         self.rules = rules
         self._files = (user_file, admin_file)
-        self._problems = ["", ""]
+        self._problems: dict[str, str] = {}  # by file
 
     def reload(self) -> None:
         """Rereads the files, which may block. It reads the few lines each time: a file's modification time is too
         coarse."""
-        user, admin = self.rules.user_key_hashes, self.rules.admin_key_hashes
-        user = self._reread(0, user, excluded=admin)
-        admin = self._reread(1, admin, excluded=user)
-        if (user, admin) != (self.rules.user_key_hashes, self.rules.admin_key_hashes):
-            _log.warning("the API keys have changed: %d for users and %d for admins now", len(user), len(admin))
-            self.rules = AccessRules(user, admin, self.rules.max_requests_per_key)
+        keys = [self.rules.user_key_hashes, self.rules.admin_key_hashes]
+        for index, file in enumerate(self._files):
+            if file is not None:
+                keys[index] = self._reread(file, keys[index], excluded=keys[1 - index])
+        rules = AccessRules(keys[0], keys[1], self.rules.max_requests_per_key)
+        if rules != self.rules:
+            _log.warning("the API keys have changed: %d for users and %d for admins now", *map(len, keys))
+            self.rules = rules
 
     async def keep(self, *, every_s: float = RELOAD_S) -> NoReturn:
         while True:
             await asyncio.to_thread(self.reload)
             await asyncio.sleep(every_s)
 
-    def _reread(self, index: int, before: tuple[str, ...], *, excluded: tuple[str, ...]) -> tuple[str, ...]:
+    def _reread(self, file: str, before: tuple[str, ...], *, excluded: tuple[str, ...]) -> tuple[str, ...]:
         """Returns the keys of one file, none of which may be in the other."""
-        file, problem = self._files[index], ""
-        if file is None:
-            return before
         try:
             now = read_key_hashes(Path(file))
-            if set(now) & set(excluded):
-                problem = "a key in it is in the other key file too"
+            problem = "a key in it is in the other key file too" if set(now) & set(excluded) else ""
         except (UserError, OSError, ValueError) as error:
             problem = str(error)
-        if problem and problem != self._problems[index]:
+        if problem and problem != self._problems.get(file):
             _log.error("%s: %s. Its keys from before stay valid, and none is added or revoked", file, problem)
-        self._problems[index] = problem
+        self._problems[file] = problem
         return before if problem else now
 
 

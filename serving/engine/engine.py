@@ -48,20 +48,21 @@ class Engine:
     @torch.inference_mode()
     def step(self, on_admission: Callable[[Admission], None] | None = None) -> StepReport:
         """Admits, reads, draws and emits. Calls `on_admission` with the sequences that it starts before it computes."""
-        chunks = self._scheduler.plan()
         scheduler = self._scheduler
+        chunks = scheduler.plan()
         if on_admission is not None and scheduler.admitted:
             on_admission(Admission(scheduler.admitted, scheduler.num_running, scheduler.num_waiting))
         events: list[TokenEvent] = []
         if chunks:
             hidden = self._runner.forward([_reading(chunk) for chunk in chunks])  # (N, C)
             parts = hidden.split([chunk.last - chunk.first for chunk in chunks])
+            drawing: list[tuple[Chunk, Tensor]] = []
             for chunk, part in zip(chunks, parts, strict=True):
                 self._keep_prompt_logprobs(chunk, part)
-            drawing = [(chunk, part[-1]) for chunk, part in zip(chunks, parts, strict=True) if chunk.draws]
-            for chunk in chunks:
-                if not chunk.draws:
-                    self._scheduler.advance(chunk, None)
+                if chunk.draws:
+                    drawing.append((chunk, part[-1]))
+                else:
+                    scheduler.advance(chunk, None)
             if drawing:
                 logits = self._runner.logits(torch.stack([row for _, row in drawing]))  # (M, V)
                 events = self._emit([chunk for chunk, _ in drawing], logits)
