@@ -94,8 +94,9 @@ def _lay_out(run: Storage, ledger: Ledger, plan: RunPlan, *, before: int) -> str
         place = plan.run.local_path(f"checkpoints/{found.name}")
         assert place is not None
         shutil.copytree(found, place)
-    taken = [line.get("event") in (None, "skip") and line["step"] == step_of(found.name) for line in ledger.lines]
-    lines = ledger.lines[: len(taken) - taken[::-1].index(True)] if True in taken else []
+    step = step_of(found.name)
+    ends = [n for n, line in enumerate(ledger.lines, 1) if line.get("event") in (None, "skip") and line["step"] == step]
+    lines = ledger.lines[: ends[-1]] if ends else []
     plan.run.write_bytes(LEDGER, "".join(json.dumps(line) + "\n" for line in lines).encode())
     return found.name
 

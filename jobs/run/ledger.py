@@ -245,24 +245,23 @@ class Ledger:
 
     def interruptions(self) -> list[Interruption]:
         found: list[Interruption] = []
-        start: Line | None = None
+        begun: Line | None = None  # a start after which no step was completed yet
         last_step: Line | None = None  # without a requested stop after it
-        saved: Line | None = None
+        saved: Line | None = None  # for such a stop
+        world_size = 0  # of the last start
         for line in self.lines:
             if is_stop(line):
                 saved, last_step = line, None
             elif line.get("event") == "start":
-                if start is not None:
+                if world_size:
                     pause_s = round(line["time"] - saved["time"], 3) if saved else None
-                    sizes = (line["world_size"], start["world_size"])
-                    found.append(Interruption(line["attempt"], line["step"], *sizes, pause_s))
-                start, saved, is_first = line, None, True
+                    found.append(Interruption(line["attempt"], line["step"], line["world_size"], world_size, pause_s))
+                begun, saved, world_size = line, None, line["world_size"]
             elif "event" not in line:
-                if found and start is not None and last_step is not None and is_first:
-                    seconds = round(line["time"] - last_step["time"], 3)
-                    taken = {"lost_steps": last_step["step"] - start["step"], "seconds": seconds}
-                    found[-1] = Recovery(**vars(found[-1]) | taken)
-                last_step, is_first = line, False
+                if found and begun and last_step:
+                    lost, seconds = last_step["step"] - begun["step"], round(line["time"] - last_step["time"], 3)
+                    found[-1] = Recovery(**vars(found[-1]) | {"lost_steps": lost, "seconds": seconds})
+                begun, last_step = None, line
         return found
 
     def recoveries(self) -> list[Recovery]:
