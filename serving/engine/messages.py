@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, NamedTuple
@@ -75,16 +74,5 @@ def submit_message(request: SequenceRequest) -> dict[str, Any]:
     return {"submit": dataclasses.asdict(request)}
 
 
-def encode_frame(message: Any) -> bytes:
+def encode_message(message: Any) -> bytes:
     return json.dumps(message, separators=(",", ":")).encode() + b"\n"
-
-
-class FrameBuffer:
-    """Cuts the arriving bytes into messages."""
-
-    def __init__(self) -> None:
-        self._rest = b""
-
-    def feed(self, data: bytes) -> Iterator[Any]:
-        *frames, self._rest = (self._rest + data).split(b"\n")
-        yield from map(json.loads, frames)

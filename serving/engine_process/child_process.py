@@ -12,6 +12,8 @@ from typing import Any
 from cluster.settings.code_folders import CODE_ROOT
 from model.errors import UserError
 
+MAX_LINE_BYTES = 1 << 30  # of what it sends; the log-probabilities of a prompt are some megabytes
+
 Child = tuple[subprocess.Popen[bytes], asyncio.StreamReader, asyncio.StreamWriter]
 
 
@@ -39,4 +41,4 @@ async def start_child(
         except OSError as error:
             ours.close()
             raise UserError(f"cannot run {python}: {error.strerror}") from None
-    return process, *await asyncio.open_connection(sock=ours)
+    return process, *await asyncio.open_connection(sock=ours, limit=MAX_LINE_BYTES)

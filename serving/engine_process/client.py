@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import itertools
+import json
 import socket
 import subprocess
 import sys
@@ -16,10 +17,9 @@ from model.errors import UserError
 from serving.engine.messages import (
     Admission,
     FinishReason,
-    FrameBuffer,
     SequenceRequest,
     TokenEvent,
-    encode_frame,
+    encode_message,
     parse_report,
     submit_message,
 )
@@ -27,7 +27,6 @@ from serving.engine_process.child_process import Child, start_child
 from serving.engine_process.peer_watchdog import watch_peer
 from serving.engine_process.sequence_queue import SequenceQueue
 
-READ_BYTES = 1 << 16
 SHUTDOWN_TIMEOUT_S = 5.0
 
 
@@ -148,7 +147,7 @@ class EngineClient:
         for request in requests:
             self._generations[request.seq_id] = generation
             self.queue.enter(request.seq_id, num_prompt_tokens=len(request.prompt_ids))
-            self._writer.write(encode_frame(submit_message(request)))
+            self._writer.write(encode_message(submit_message(request)))
         return generation
 
     def cancel(self, seq_id: int) -> None:
@@ -156,7 +155,7 @@ class EngineClient:
             return
         self.queue.leave(seq_id)
         if self.alive:
-            self._writer.write(encode_frame({"cancel": seq_id}))
+            self._writer.write(encode_message({"cancel": seq_id}))
 
     def kill(self) -> None:
         """Kills an engine that makes no progress."""
@@ -174,11 +173,10 @@ class EngineClient:
 
     async def _messages(self) -> AsyncIterator[Any]:
         """Yields what the engine process sends until it ends."""
-        frames = FrameBuffer()
         with contextlib.suppress(ConnectionError):  # it was killed before it read our commands
-            while data := await self._reader.read(READ_BYTES):
-                for message in frames.feed(data):
-                    yield message
+            async for line in self._reader:
+                if line.endswith(b"\n"):  # not cut off by its death
+                    yield json.loads(line)
 
     async def _dispatch(self, messages: AsyncIterator[Any]) -> None:
         async for message in messages:

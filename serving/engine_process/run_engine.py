@@ -19,7 +19,7 @@ from model.errors import UserError
 from model.gpt import GPT
 from serving.engine.block_pool import BlockPool, num_blocks_for
 from serving.engine.engine import Engine
-from serving.engine.messages import Admission, FrameBuffer, SequenceRequest, StepReport, encode_frame, parse_request
+from serving.engine.messages import Admission, SequenceRequest, StepReport, encode_message, parse_request
 from serving.engine.native_library import NoNativeLibraryError
 from serving.engine.native_runner import NativeRunner
 from serving.engine.runner import LOADED_IN, Runner, with_dtype
@@ -34,10 +34,10 @@ class Channel:
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
-        self._frames = FrameBuffer()
+        self._rest = b""  # of a message that has not arrived whole
 
     def send(self, message: Any) -> None:
-        self._connection.sendall(encode_frame(message))
+        self._connection.sendall(encode_message(message))
 
     def receive(self, *, wait: bool) -> Iterator[Any]:
         """Yields the messages that have arrived; with `wait`, blocks until some bytes have. Raises `EOFError` once the
@@ -46,7 +46,8 @@ class Channel:
             data = self._connection.recv(RECEIVE_BYTES)
             if not data:
                 raise EOFError
-            yield from self._frames.feed(data)
+            *lines, self._rest = (self._rest + data).split(b"\n")
+            yield from map(json.loads, lines)
             wait = False
 
 

@@ -1,4 +1,4 @@
-"""The process that looks into queries: each line is a request and gets an answer. It ends when its replica does."""
+"""The process that looks into queries: each line is a request and gets a line. It ends when its replica does."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ from serving.engine.runner import LOADED_IN
 from serving.protocol.errors import ApiError, internal_error, invalid_request
 from serving.protocol.served_model import ServedModel, read_served_model
 from serving.xray.answer import xray_answer
-from serving.xray.xray import ANSWER_HEAD, XrayRequest, run_checkpoints
+from serving.xray.xray import XrayRequest, run_checkpoints
 
 LOW_PRIORITY = 10  # gets a tenth of a core that the engine wants too
 
@@ -76,7 +76,7 @@ def main() -> int:
     with contextlib.suppress(ConnectionError), connection.makefile("rb") as lines:
         for line in lines:
             status, body = answer_line(line, models)
-            connection.sendall(ANSWER_HEAD.pack(status, len(body)) + body)
+            connection.sendall(b"%d %b\n" % (status, body))
     return 0
 
 

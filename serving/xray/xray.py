@@ -8,7 +8,6 @@ memory only once), and ends after some idle time.
 
 import asyncio
 import json
-import struct
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,7 +25,6 @@ MAX_WEIGHTS = 500_000  # numbers of attention in an answer: 5 MB
 MAX_TOP = 20
 TIMEOUT_S = 60.0
 IDLE_S = 300.0
-ANSWER_HEAD = struct.Struct(">HI")  # status, bytes of the body
 
 
 def _prompt(value: Any) -> str | list[int]:
@@ -115,14 +113,13 @@ class Xray:
         _, reader, writer = child
         try:
             writer.write(f"{message}\n".encode())
-            status, num_bytes = ANSWER_HEAD.unpack(await reader.readexactly(ANSWER_HEAD.size))
-            answer = status, await reader.readexactly(num_bytes)
+            status, _, body = (await reader.readuntil()).partition(b" ")
         except BaseException:  # the rest of a half-read answer must not become the answer to the next request
             _kill(child)
             raise
         self._child = child
         self._idle = asyncio.get_running_loop().call_later(IDLE_S, self.close)
-        return answer
+        return int(status), body.rstrip()
 
     def close(self) -> None:
         if self._child is not None:

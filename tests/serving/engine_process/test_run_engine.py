@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -25,11 +26,10 @@ from serving.engine.engine import Engine
 from serving.engine.messages import (
     Candidates,
     FinishReason,
-    FrameBuffer,
     SequenceRequest,
     StepReport,
     TokenEvent,
-    encode_frame,
+    encode_message,
     parse_report,
     parse_request,
     submit_message,
@@ -53,21 +53,26 @@ async def collect(generation: Generation) -> list[int | None]:
     return [event.token_id async for event in generation]
 
 
-def test_frames_arrive_whole_however_they_are_cut() -> None:
+def test_messages_arrive_whole_however_they_are_cut() -> None:
     messages = [{"a": [1, None, "é"]}, [], {"b": "x" * 1000}]
-    stream = b"".join(encode_frame(message) for message in messages)
+    stream = b"".join(encode_message(message) for message in messages)
     for size in (1, 3, 7, len(stream)):
-        buffer = FrameBuffer()
-        assert [m for i in range(0, len(stream), size) for m in buffer.feed(stream[i : i + size])] == messages
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            channel, arrived = Channel(theirs), []
+            for start in range(0, len(stream), size):
+                ours.sendall(stream[start : start + size])
+                arrived += channel.receive(wait=True)
+        assert arrived == messages
 
 
 def test_messages_survive_the_wire() -> None:
     sampling = SamplingParams(temperature=0.5, logit_bias=((3, -1.5), (7, 2.0)), seed=2**63 - 1)
     sent = SequenceRequest(1, [1, 2], 3, sampling, ignore_eos=True, num_logprobs=2, prompt_logprobs=True)
-    [message] = FrameBuffer().feed(encode_frame(submit_message(sent)))
+    message = json.loads(encode_message(submit_message(sent)))
     assert parse_request(message["submit"]) == sent
     event = TokenEvent(1, 5, FinishReason.STOP, Candidates(-0.5, [(5, -0.5)]), [None, Candidates(-1.0, [])])
-    [message] = FrameBuffer().feed(encode_frame(StepReport([event], 1, 2, 0.25, 30)))
+    message = json.loads(encode_message(StepReport([event], 1, 2, 0.25, 30)))
     report = parse_report(message)
     assert report == ([event], 1, 2, 0.25, 30)
     assert report.events[0].finish_reason is FinishReason.STOP
@@ -156,10 +161,10 @@ def test_what_a_step_begins_with_is_told_before_it_computes(model: GPT) -> None:
 
     with ours:
         for seq_id in range(3):
-            ours.sendall(encode_frame(submit_message(SequenceRequest(seq_id, [seq_id, 2, 3], 1, GREEDY))))
+            ours.sendall(encode_message(submit_message(SequenceRequest(seq_id, [seq_id, 2, 3], 1, GREEDY))))
         threading.Thread(target=run, daemon=True).start()
-        frames = FrameBuffer()
-        assert list(frames.feed(ours.recv(1 << 16))) == [{"admission": [[0, 1], 2, 1]}]
+        lines = ours.makefile("rb")
+        assert json.loads(lines.readline()) == {"admission": [[0, 1], 2, 1]}
         runner.may_compute.set()
-        report = next(frames.feed(ours.recv(1 << 16)))
+        report = json.loads(lines.readline())
         assert [event.seq_id for event in parse_report(report).events] == [0, 1]
