@@ -3,18 +3,17 @@
     python .ci/lock_image.py cpu gpu vllm
 
 Asks pip what it would install, by Python 3.11 as in the image, and installs nothing. For `cpu`, pip's own settings
-(PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS) lead it to PyTorch's CPU builds; for `gpu`, they must not. A list names no index:
-the hash alone says which build it is.
+(PIP_EXTRA_INDEX_URL) lead it to PyTorch's CPU builds or a mirror of them; for `gpu`, they must not. A list names no
+index: the hash alone says which build it is, so it is always an index's. A wheel in a folder of this machine may be a
+build that nobody else has.
 """
 
-import hashlib
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 HERE = Path(__file__).resolve().parent
 CONSTRAINTS = ["--constraint", str(HERE / "constraints.txt")]
@@ -31,6 +30,13 @@ def main(names: list[str]) -> int:
         (torch,) = (each["metadata"]["version"] for each in packages if each["metadata"]["name"] == "torch")
         if torch.endswith("+cpu") is not (name == "cpu"):
             sys.stderr.write(f"{path} is left as it was: pip chose torch {torch}; see PIP_EXTRA_INDEX_URL above\n")
+            return 1
+        downloads = [each["download_info"] for each in packages if "archive_info" in each["download_info"]]
+        if unpublished := [download["url"] for download in downloads if not is_published(download)]:
+            sys.stderr.write(
+                f"{path} is left as it was: pip chose {', '.join(unpublished)}, whose hash no index gives; lead pip to "
+                "one that does, and away from folders (PIP_FIND_LINKS)\n"
+            )
             return 1
         path.write_text(lock(name, packages), encoding="utf-8")
         sys.stdout.write(f"{path}\n")
@@ -55,17 +61,14 @@ def lock(name: str, packages: list[dict[str, Any]]) -> str:
             found = package["metadata"]
             lines += [
                 f"{normal(found['name'])}=={found['version'].partition('+')[0]} \\",
-                f"    --hash=sha256:{digest(package['download_info'])}",
+                f"    --hash=sha256:{package['download_info']['archive_info']['hashes']['sha256']}",
             ]
     return "\n".join(lines) + "\n"
 
 
-def digest(download: dict[str, Any]) -> str:
-    """Returns the hash that the index gives, or that of a wheel which PIP_FIND_LINKS found in a folder."""
-    told = download["archive_info"].get("hashes", {}).get("sha256")
-    if told is None:
-        told = hashlib.sha256(Path(unquote(urlsplit(download["url"]).path)).read_bytes()).hexdigest()
-    return str(told)
+def is_published(download: dict[str, Any]) -> bool:
+    """Tells whether an index gives the wheel and its hash; of one in a folder, pip may have taken the hash itself."""
+    return not download["url"].startswith("file:") and "sha256" in download["archive_info"].get("hashes", {})
 
 
 def normal(name: str) -> str:
