@@ -1,5 +1,5 @@
-"""The few routes of a Kubernetes API that Ray's autoscaler and `raymill cluster` use, over the objects of
-`api_objects.py`.
+"""The few routes of a Kubernetes API that Ray's autoscaler, `raymill cluster` and `kubectl apply` use, over the objects
+of `api_objects.py`.
 
 Not a Kubernetes: nothing here schedules or admits. HTTPS on loopback, with a certificate authority made for the
 occasion; who has no certificate of it is not heard.
@@ -87,6 +87,28 @@ class ApiStandIn(ApiObjects):
         path.write_text(yaml.safe_dump(config))
         return path
 
+    def discovered(self, path: str) -> Object | None:
+        """Returns what kubectl asks for first: the API's groups, or the kinds of one. A kind is known by its objects."""
+        kinds: dict[str, dict[str, Object]] = {"/api/v1": {}}
+        with self.lock:
+            for at, value in self._objects.items():
+                *root, plural, _ = at.split("/")
+                is_namespaced = root[-2] == "namespaces"
+                kind = {"name": plural, "singularName": "", "kind": value["kind"], "namespaced": is_namespaced}
+                kind["verbs"] = ["get", "create", "patch"]
+                kinds.setdefault("/".join(root[:-2] if is_namespaced else root), {})[plural] = kind
+        if path == "/api":
+            return {"kind": "APIVersions", "versions": ["v1"]}
+        if path == "/apis":
+            names = [root.split("/")[2:] for root in kinds if root != "/api/v1"]
+            versions = {name: {"groupVersion": f"{name}/{version}", "version": version} for name, version in names}
+            groups = [{"name": name, "versions": [it], "preferredVersion": it} for name, it in versions.items()]
+            return {"kind": "APIGroupList", "apiVersion": "v1", "groups": groups}
+        if path not in kinds:
+            return None
+        group_version = path.removeprefix("/apis/").removeprefix("/api/")
+        return {"kind": "APIResourceList", "groupVersion": group_version, "resources": [*kinds[path].values()]}
+
     def _certificates(self) -> None:
         authority_key, name = ec.generate_private_key(ec.SECP256R1()), _name("raymill test authority")
         authority = _certificate(authority_key, name, authority_key, name, is_authority=True)
@@ -126,7 +148,7 @@ def _handler(api: ApiStandIn) -> type[BaseHTTPRequestHandler]:
         timeout = 30
 
         def do_GET(self) -> None:
-            self._answer(lambda url, query: api.get(url) or self._listed(url, query))
+            self._answer(lambda url, query: api.get(url) or self._listed(url, query) or api.discovered(url))
 
         def do_PATCH(self) -> None:
             content_type, body = self.headers["Content-Type"], self._body()

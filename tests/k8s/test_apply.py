@@ -1,5 +1,6 @@
 """`raymill cluster apply` works any number of times, on what KubeRay, the autoscaler, Kueue and `scale` wrote since."""
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -7,13 +8,18 @@ import pytest
 from cluster.kube.client import KubeApi
 from tests.k8s.api_stand_in import ApiStandIn
 from tests.k8s.cluster_cli import RAY, Asked, ray_object, stand_in
-from tests.k8s.manifests import cluster_spec, name_of, render
+from tests.k8s.manifests import K8S, cluster_spec, kubectl, name_of, render
 from tests.k8s.operator_stand_in import OperatorStandIn
 
 
 def group_of(api: ApiStandIn, kind: str, name: str) -> dict[str, object]:
     (group,) = cluster_spec(ray_object(api, kind, name))["workerGroupSpecs"]
     return group
+
+
+def two_pods() -> list[dict[str, object]]:
+    """Returns the patch by which the autoscaler requests two."""
+    return [{"op": "replace", "path": "/spec/workerGroupSpecs/0/replicas", "value": 2}]
 
 
 def test_every_object_is_applied_and_twice_is_once(api: ApiStandIn, asked: Asked) -> None:
@@ -40,7 +46,7 @@ def test_what_the_autoscaler_and_scale_set_stays(api: ApiStandIn, asked: Asked) 
     asked("apply", "dev")
     operator.look()
     replicas = [
-        {"op": "replace", "path": "/spec/workerGroupSpecs/0/replicas", "value": 2},
+        *two_pods(),
         {"op": "add", "path": "/spec/workerGroupSpecs/0/scaleStrategy", "value": {"workersToDelete": ["a"]}},
     ]
     api.patch(f"{RAY}/rayclusters/shared", "application/json-patch+json", replicas, manager="python-requests")
@@ -64,6 +70,20 @@ def test_what_the_autoscaler_and_scale_set_stays(api: ApiStandIn, asked: Asked) 
     asked("scale", "rayjob/pretrain", "--group", "trainers", "--resume")
     assert "RayJob/pretrain" not in asked("apply", "dev")["kept"]
     assert group_of(api, "RayJob", "pretrain")["minReplicas"] == 1
+
+
+def test_kubectl_undoes_what_the_autoscaler_and_scale_set(api: ApiStandIn, asked: Asked, tmp_path: Path) -> None:
+    """Has kubectl itself apply, which sends the whole list of worker groups; the stand-in has no schemas for it to check."""
+    flags = ["-l", "app.kubernetes.io/component=shared", "--validate=false", "--cache-dir", str(tmp_path)]
+    asked("apply", "dev")
+    api.patch(f"{RAY}/rayclusters/shared", "application/json-patch+json", two_pods(), manager="python-requests")
+    asked("scale", "shared", "--max", "7")
+    group = group_of(api, "RayCluster", "shared")
+    assert (group["replicas"], group["maxReplicas"]) == (2, 7)
+    subprocess.run([kubectl(), "apply", "-k", str(K8S / "overlays/dev"), *flags], check=True)
+    group = group_of(api, "RayCluster", "shared")
+    assert (group["replicas"], group["maxReplicas"]) == (0, 2)
+    api.requests.clear()  # which an administrator made
 
 
 def test_bounds_that_the_overlay_changes_afterwards_win(api: ApiStandIn, asked: Asked) -> None:
@@ -95,8 +115,7 @@ def test_an_apply_that_others_write_into_is_tried_again(
         found = ask(self, method, path, **given)  # type: ignore[arg-type]
         if method == "GET" and path.endswith("/rayclusters/shared") and not written:
             written.append(path)
-            change = [{"op": "replace", "path": "/spec/workerGroupSpecs/0/replicas", "value": 2}]
-            api.patch(path, "application/json-patch+json", change, manager="python-requests")
+            api.patch(path, "application/json-patch+json", two_pods(), manager="python-requests")
         return found
 
     monkeypatch.setattr(KubeApi, "_ask", interfering)
