@@ -230,22 +230,23 @@ def advance(
         state = state.model_copy(update={"epoch": newest + 1})
     if state.terms is None:
         return state
+    new = state.live if state.phase is Phase.WATCHING else state.candidate
+    assert new is not None
+    slots = [report.slots.get(new.serial) for report in present]
+    for slot in slots:  # in every phase, since a replica may join late
+        if slot is not None and (reason := slot.problem or _gate_problem(slot, state.terms)):
+            return roll_back(state, reason)
     if state.phase is Phase.LOADING:
-        return _loading(state, state.terms, present, elapsed_s)
-    if reason := _problem(state, state.terms, present, [*present, *gone]):
+        return _loading(state, state.terms, slots, elapsed_s)
+    if reason := _service_problem(state, state.terms, [*present, *gone]):
         return roll_back(state, reason)
     if elapsed_s < state.terms.watch_s:
         return state
     return _switched(state) if state.phase is Phase.CANARY else _settled(state)
 
 
-def _loading(state: Delivery, terms: Terms, present: Collection[ReplicaReport], elapsed_s: float) -> Delivery:
+def _loading(state: Delivery, terms: Terms, slots: Collection[SlotReport | None], elapsed_s: float) -> Delivery:
     """Returns the state after LOADING. No replica switches before all of them can."""
-    assert state.candidate is not None
-    slots = [report.slots.get(state.candidate.serial) for report in present]
-    for slot in slots:
-        if slot is not None and (reason := slot.problem or _gate_problem(slot, terms)):
-            return roll_back(state, reason)
     if slots and all(slot is not None and slot.status is SlotStatus.READY for slot in slots):
         if terms.canary_percent is None:
             return _switched(state)
@@ -268,18 +269,10 @@ def _gate_problem(slot: SlotReport, terms: Terms) -> str:
     return ""
 
 
-def _problem(
-    state: Delivery, terms: Terms, present: Collection[ReplicaReport], everyone: Collection[ReplicaReport]
-) -> str:
-    """Returns why the new version must go; empty if it may stay."""
+def _service_problem(state: Delivery, terms: Terms, everyone: Collection[ReplicaReport]) -> str:
+    """Returns why the new version must go, by how it has served; empty if it may stay."""
     new, old = (state.candidate, state.live) if state.phase is Phase.CANARY else (state.live, state.previous)
     assert new is not None and old is not None
-    for report in present:
-        slot = report.slots.get(new.serial)
-        if slot is not None and (
-            reason := slot.problem or _gate_problem(slot, terms)
-        ):  # the gate again: for a late replica
-            return reason
     stats, before = total(everyone, new.serial), total(everyone, old.serial)
     if stats.errors >= MIN_ERRORS and stats.errors > terms.max_error_rate * stats.sequences:
         return f"{stats.errors} of its {stats.sequences} sequences failed, more than {terms.max_error_rate:.1%}"
