@@ -1,26 +1,34 @@
 """A worker of a group that meets by a store, adds up all ranks' numbers round by round, and may be killed.
 
-    python -m tests.jobs.meeting_worker ADDRESS RANK WORLD_SIZE ROUNDS
-
 Prints its process id when it has come and when it has met the others, and the sum of each round; a lost worker makes all begin again.
 """
 
 import os
-import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from jobs.workers.rendezvous import Rendezvous
+from tests.jobs.worker_processes import into_log
 
 
-def main(address: str, rank: int, world_size: int, num_rounds: int) -> None:
+def tell(*words: object) -> None:
+    """Prints a line in one piece, as the process may be killed between two."""
+    os.write(1, f"{' '.join(map(str, words))}\n".encode())
+
+
+def meet(
+    address: str, rank: int, world_size: int, num_rounds: int, *, log: Path, is_deaf: bool, has_broken_backend: bool
+) -> None:
+    into_log(log)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     rendezvous = Rendezvous(address, group="group", rank=rank, world_size=world_size, backend="gloo")
-    print("come", os.getpid(), flush=True)
+    tell("come", os.getpid())
 
     def work() -> None:
-        print("met", os.getpid(), flush=True)
+        tell("met", os.getpid())
         for number in range(num_rounds):
             own = torch.full((1 << 16,), float(rank + number))
             others = [other for other in range(world_size) if other != rank]
@@ -30,7 +38,7 @@ def main(address: str, rank: int, world_size: int, num_rounds: int) -> None:
             for message in dist.batch_isend_irecv(sends + receives):
                 message.wait()
             dist.all_reduce(own)
-            print("sum", number, float(own[0]), flush=True)
+            tell("sum", number, float(own[0]))
             time.sleep(0.01)
 
     def deaf() -> None:
@@ -40,13 +48,8 @@ def main(address: str, rank: int, world_size: int, num_rounds: int) -> None:
             time.sleep(600)  # as a worker that waits for a message whose end it does not notice
 
     def broken() -> None:
-        print("met", os.getpid(), flush=True)
+        tell("met", os.getpid())
         raise dist.DistBackendError("NCCL error: unhandled system error\nno space for a segment in /dev/shm")
 
-    work = broken if "BROKEN_BACKEND" in os.environ else work
-    while not rendezvous.attend(deaf if "DEAF_RANK" in os.environ and rank == int(os.environ["DEAF_RANK"]) else work):
+    while not rendezvous.attend(broken if has_broken_backend else deaf if is_deaf else work):
         pass
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:]))

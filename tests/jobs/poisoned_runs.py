@@ -1,6 +1,5 @@
 """Real training in processes of their own, whose loss turns to NaN at chosen lanes, or that die at a chosen step."""
 
-import multiprocessing
 import os
 import tempfile
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from torch import Tensor
 from jobs.exact.batch_gradient import BatchGradient
 from jobs.run.run_plan import RunPlan
 from jobs.training.train_loop import train
+from tests.jobs.worker_processes import worker_process
 from tests.time_limits import limit_s
 
 
@@ -27,10 +27,8 @@ class Faults:
 def run_world(plan: RunPlan, faults: Faults = Faults(), *, world_size: int = 1) -> None:
     """Trains the plan, with one process for each rank, to its end or to the fault's."""
     with tempfile.TemporaryDirectory() as folder:
-        context = multiprocessing.get_context("forkserver")  # imports once, not once a process
-        context.set_forkserver_preload([__name__])
-        arguments = [(plan, faults, rank, world_size, str(Path(folder) / "meeting")) for rank in range(world_size)]
-        processes = [context.Process(target=_work, args=each) for each in arguments]
+        meeting = str(Path(folder) / "meeting")
+        processes = [worker_process(_work, plan, faults, rank, world_size, meeting) for rank in range(world_size)]
         for process in processes:
             process.start()
         for process in processes:

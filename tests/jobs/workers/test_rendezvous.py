@@ -1,42 +1,52 @@
 """Workers meet, lose one another at random moments, and meet again with the replacement: no other worker is restarted."""
 
-import os
 import random
-import subprocess
-import sys
 import time
+from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
 from jobs.workers.rendezvous import FruitlessError, Rendezvous, meeting_place
-from tests.repository import REPOSITORY
-from tests.time_limits import limit_s
+from tests.jobs.meeting_worker import meet
+from tests.jobs.worker_processes import exit_code, worker_process
 from tests.waiting import wait_until
 
 WORLD_SIZE, ROUNDS = 3, 60
 
 
 class Group:
-    def __init__(self, address: str, folder: Path) -> None:
+    def __init__(
+        self, address: str, folder: Path, *, deaf_rank: int | None = None, has_broken_backend: bool = False
+    ) -> None:
         self._address, self._folder, self.num_started = address, folder, 0
+        self.deaf_rank, self._has_broken_backend = deaf_rank, has_broken_backend
         self.processes = [self.start(rank) for rank in range(WORLD_SIZE)]
 
-    def start(self, rank: int) -> subprocess.Popen[bytes]:
+    def start(self, rank: int) -> BaseProcess:
         self.num_started += 1
-        command = [sys.executable, "-m", "tests.jobs.meeting_worker", self._address, str(rank), str(WORLD_SIZE)]
-        environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "GLOO_SOCKET_IFNAME": "lo"}
-        with (self._folder / f"{rank}.log").open("ab") as log:
-            return subprocess.Popen([*command, str(ROUNDS)], env=environment, stdout=log, stderr=subprocess.STDOUT)
+        settings = {"is_deaf": rank == self.deaf_rank, "has_broken_backend": self._has_broken_backend}
+        work = partial(meet, log=self._folder / f"{rank}.log", **settings)
+        process = worker_process(work, self._address, rank, WORLD_SIZE, ROUNDS)
+        process.start()
+        return process
+
+    def kill(self, rank: int) -> None:
+        self.processes[rank].kill()
+        self.processes[rank].join()
 
     def replace(self, rank: int) -> None:
-        self.processes[rank].kill()
-        self.processes[rank].wait()
+        self.kill(rank)
         self.processes[rank] = self.start(rank)
 
+    def exit_codes(self) -> list[int]:
+        return [exit_code(process) for process in self.processes]
+
     def lines(self, rank: int, word: str) -> list[list[str]]:
-        lines = (self._folder / f"{rank}.log").read_text().splitlines()
+        log = self._folder / f"{rank}.log"
+        lines = log.read_text().splitlines() if log.exists() else []
         return [line.split()[1:] for line in lines if line.startswith(word)]
 
     def wait_for_meeting(self, number: int) -> None:
@@ -67,7 +77,7 @@ def test_only_the_lost_are_started_again(victims: list[int], tmp_path: Path) -> 
             group.replace(victim)
             group.wait_for_meeting(1)
             assert [p.pid == pid for p, pid in zip(group.processes, before, strict=True)].count(False) == 1
-        assert [process.wait(timeout=limit_s(60)) for process in group.processes] == [0] * WORLD_SIZE
+        assert group.exit_codes() == [0] * WORLD_SIZE
         for rank in range(WORLD_SIZE):
             whole = [["sum", str(number), str(float(3 + 3 * number))][1:] for number in range(ROUNDS)]
             assert group.lines(rank, "sum")[-ROUNDS:] == whole
@@ -79,24 +89,20 @@ def test_two_lost_at_once_and_one_lost_again_before_it_met_anyone(tmp_path: Path
         group = Group(address, tmp_path)
         group.wait_for_meeting(1)
         for rank in (1, 2):
-            group.processes[rank].kill()
-            group.processes[rank].wait()
+            group.kill(rank)
         group.processes[1] = group.start(1)
         wait_until(lambda: group.lines(1, "come")[-1] == [str(group.processes[1].pid)])
         time.sleep(1)  # it waits for the other
         group.replace(1)
         group.processes[2] = group.start(2)
-        assert [process.wait(timeout=limit_s(60)) for process in group.processes] == [0] * WORLD_SIZE
+        assert group.exit_codes() == [0] * WORLD_SIZE
         assert len(group.lines(0, "met")) == 2
 
 
-def test_a_group_whose_backend_can_never_start_gives_up_in_every_rank(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("BROKEN_BACKEND", "")
+def test_a_group_whose_backend_can_never_start_gives_up_in_every_rank(tmp_path: Path) -> None:
     with meeting_place("127.0.0.1") as address:
-        group = Group(address, tmp_path)
-        assert [process.wait(timeout=limit_s(60)) for process in group.processes] == [1] * WORLD_SIZE
+        group = Group(address, tmp_path, has_broken_backend=True)
+        assert group.exit_codes() == [1] * WORLD_SIZE
     for rank in range(WORLD_SIZE):
         assert len(group.lines(rank, "met")) == 6
         error = (tmp_path / f"{rank}.log").read_text().splitlines()[-1]
@@ -123,13 +129,12 @@ def test_a_step_between_two_losses_is_no_standstill() -> None:
             rendezvous.attend(work)
 
 
-def test_one_that_cannot_leave_a_round_that_is_over_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DEAF_RANK", "0")
+def test_one_that_cannot_leave_a_round_that_is_over_ends(tmp_path: Path) -> None:
     with meeting_place("127.0.0.1") as address:
-        group = Group(address, tmp_path)
+        group = Group(address, tmp_path, deaf_rank=0)
         group.wait_for_meeting(1)
-        monkeypatch.delenv("DEAF_RANK")
+        group.deaf_rank = None
         group.replace(1)
-        assert group.processes[0].wait(timeout=limit_s(30)) == 1
+        assert exit_code(group.processes[0], timeout_s=30) == 1
         group.processes[0] = group.start(0)
-        assert [process.wait(timeout=limit_s(60)) for process in group.processes] == [0] * WORLD_SIZE
+        assert group.exit_codes() == [0] * WORLD_SIZE
