@@ -307,9 +307,7 @@ COMMANDS: dict[str, Command] = {
         ADMIN_KEY,
         STORAGE,
     ),
-    "rollback": Command(
-        "make the running endpoint serve the previous version", "delivery_commands:rollback", URL, ADMIN_KEY, STORAGE
-    ),
+    "rollback": Command("serve the previous version again", "delivery_commands:rollback", URL, ADMIN_KEY, STORAGE),
     "cluster render": Command("print the objects of an overlay as YAML", "kube_commands:render", *OVERLAY),
     "cluster apply": Command(
         "apply the objects of an overlay (server-side)",
