@@ -27,6 +27,11 @@ def argument(*names: str, **options: Any) -> Add:
     return lambda parser: parser.add_argument(*names, **options)
 
 
+def flag(*names: str, help: str, **options: Any) -> Add:  # noqa: A002 (as in `add_argument`)
+    """Adds a flag without a value."""
+    return argument(*names, action="store_true", help=help, **options)
+
+
 def one_of(*arguments: Add, required: bool = False) -> Add:
     """Adds arguments that exclude each other."""
 
@@ -127,7 +132,7 @@ COMMANDS: dict[str, Command] = {
             argument("--kuberay", metavar="OVERLAY", help="as a RayJob: dev, gpu, spot, kueue or your kustomization"),
         ),
         OVERLAYS_NAMESPACE,
-        argument("--dry-run", action="store_true", help="check all, start nothing; with --kuberay print the objects"),
+        flag("--dry-run", help="check all, start nothing; with --kuberay print the objects"),
         TOKEN_FILE,
         RUN_SETTINGS,
     ),
@@ -139,17 +144,15 @@ COMMANDS: dict[str, Command] = {
         STORAGE,
     ),
     "status": Command(
-        "show what a run's job is doing, or how it ended; exit code 1 if it failed, was stopped or is lost",
-        "job_commands:status",
-        *JOB,
+        "show a run's job; exit code 1 if it failed, was stopped or is lost", "job_commands:status", *JOB
     ),
     "logs": Command(
         "print what a run's job and its workers printed, even after the cluster is gone",
         "job_commands:logs",
-        argument("-f", "--follow", action="store_true", help="until the job ends; exit code 1 unless it succeeded"),
-        argument("--all", action="store_true", help="print all launches that are kept, not only the last one"),
+        flag("-f", "--follow", help="until the job ends; exit code 1 unless it succeeded"),
+        flag("--all", help="print all launches that are kept, not only the last one"),
         argument("--tail", type=int, metavar="N", help="print only the last N lines"),
-        argument("--ray", action="store_true", help="include the lines of Ray and of its workers' processes"),
+        flag("--ray", help="include the lines of Ray and of its workers' processes"),
         *JOB,
     ),
     "stop": Command("have a run's job save and end; submitting the run again resumes it", "job_commands:stop", *JOB),
@@ -164,9 +167,7 @@ COMMANDS: dict[str, Command] = {
         CONFIG,
         RUN_SETTINGS,
     ),
-    "data stats": Command(
-        "count a token store's documents, tokens and bytes", "run_commands:look_at_store", STORE, STORAGE
-    ),
+    "data stats": Command("count a store's documents, tokens and bytes", "run_commands:look_at_store", STORE, STORAGE),
     "data verify": Command("recompute the hashes of a token store", "run_commands:look_at_store", STORE, STORAGE),
     "data report": Command("show what was dropped and why, with samples", "run_commands:look_at_store", STORE, STORAGE),
     "dashboards push": Command("update Grafana to this version's dashboards", "dashboard_commands:push", PROMETHEUS),
@@ -181,18 +182,10 @@ COMMANDS: dict[str, Command] = {
         "estimate what a run will take: operations, days, cost, memory, checkpoints, links",
         "plan_command:plan",
         CONFIG,
-        argument("--demo", action="store_true", help="plan the run of `raymill demo`, with its faults"),
-        argument(
-            "--calibrate",
-            action="store_true",
-            help="rehearse the run in small on a local cluster, and estimate from that how long it would take here",
-        ),
-        argument(
-            "--simulate",
-            action="store_true",
-            help="at 8 to 4,096 GPUs instead: exchange, snapshots, checkpoints, data, where each saturates",
-        ),
-        argument("--recompute", action="store_true", help="assume that activations are computed again in backward"),
+        flag("--demo", help="plan the run of `raymill demo`, with its faults"),
+        flag("--calibrate", help="rehearse the run in small here, and predict its wall time from that"),
+        flag("--simulate", help="at 8 to 4,096 GPUs instead: exchange, snapshots, checkpoints, data, limits"),
+        flag("--recompute", help="assume that activations are computed again in backward"),
         settings("cluster.settings.plan:PlanConfig", leave_out=["recompute"]),
         RUN_SETTINGS,
     ),
@@ -200,7 +193,7 @@ COMMANDS: dict[str, Command] = {
         "show the shape and bytes of a batch at every stage of the model",
         "shapes_command:inspect",
         CONFIG,
-        argument("--shapes", action="store_true", required=True, help="each stage's shape and bytes"),
+        flag("--shapes", required=True, help="each stage's shape and bytes"),
         RUN_SETTINGS,
     ),
     "evaluate": Command(
@@ -225,9 +218,7 @@ COMMANDS: dict[str, Command] = {
         argument("--plan", type=Path, metavar="FILE", help="output of `raymill plan --json` to compare with"),
         STORAGE,
     ),
-    "compare": Command(
-        "put runs side by side: curves, settings, figures", "run_commands:compare", runs(nargs="+"), STORAGE
-    ),
+    "compare": Command("compare curves, settings and figures", "run_commands:compare", runs(nargs="+"), STORAGE),
     "why-slow": Command("say what bounds a run, and by which numbers", "run_commands:why_slow", runs(), STORAGE),
     "verify": Command("recompute the hashes of a run's checkpoints and data", "run_commands:verify", runs(), STORAGE),
     "replay": Command(
@@ -249,7 +240,7 @@ COMMANDS: dict[str, Command] = {
             argument("--mlflow", metavar="EXPERIMENT", help="an experiment of MLflow"),
             required=True,
         ),
-        argument("--follow", action="store_true", help="continue until the run has ended"),
+        flag("--follow", help="continue until the run has ended"),
         STORAGE,
     ),
     "lend": Command(
@@ -258,7 +249,7 @@ COMMANDS: dict[str, Command] = {
         RUN_ID,
         one_of(
             argument("--workers", type=int, choices=range(1, 65), metavar="N", help="number of workers to give up"),
-            argument("--return", dest="give_back", action="store_true", help="end the loan"),
+            flag("--return", dest="give_back", help="end the loan"),
             required=True,
         ),
         argument("--for", dest="for_s", type=float, default=300.0, metavar="SECONDS", help="300 when unset"),
@@ -293,7 +284,7 @@ COMMANDS: dict[str, Command] = {
         "delivery_commands:promote",
         argument("checkpoint", nargs="?", help="path or URI of a checkpoint's or run's folder, or `latest`"),
         argument("--canary", type=float, dest="canary_percent", metavar="PERCENT", help="of the requests, at first"),
-        argument("--finish", action="store_true", help="give all requests to the current canary"),
+        flag("--finish", help="give all requests to the current canary"),
         FOLLOW,
         argument("--watch-s", type=float, help="seconds in which it may be rolled back; the endpoint's when unset"),
         argument(
@@ -313,7 +304,7 @@ COMMANDS: dict[str, Command] = {
         "apply the objects of an overlay (server-side)",
         "kube_commands:apply",
         *OVERLAY,
-        argument("--dry-run", action="store_true", help="let Kubernetes check it, and change nothing"),
+        flag("--dry-run", help="let Kubernetes check it, and change nothing"),
     ),
     "cluster scale": Command(
         "change how many pods a group may have, or suspend and resume one group or all",
@@ -324,8 +315,8 @@ COMMANDS: dict[str, Command] = {
         argument("--min", type=int, dest="lowest", help="pods that are always there"),
         argument("--max", type=int, dest="most", help="pods under load"),
         one_of(
-            argument("--suspend", action="store_true", help="remove the pods of the group, or all without --group"),
-            argument("--resume", action="store_true", help="restore what was suspended"),
+            flag("--suspend", help="remove the pods of the group, or all without --group"),
+            flag("--resume", help="restore what was suspended"),
         ),
     ),
     "cluster status": Command(
@@ -347,7 +338,7 @@ COMMANDS: dict[str, Command] = {
     "demo": Command(
         "train and serve a small model on a 3-node local cluster, with a node killed on purpose",
         "run_commands:demo",
-        argument("--keep", action="store_true", help="keep the endpoint up until Ctrl-C"),
+        flag("--keep", help="keep the endpoint up until Ctrl-C"),
         STORAGE,
     ),
 }
