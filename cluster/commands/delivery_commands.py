@@ -23,6 +23,7 @@ def promote(arguments: argparse.Namespace) -> dict[str, Any]:
     if sum(asked) != 1:
         raise ConfigError("name a checkpoint to promote, or give --follow RUN, or --finish for the current canary")
     operator, storage_uri = _operator(arguments), arguments.storage_uri
+    operator.require_access()  # the gate's rows take PyTorch, and seconds
     gate = None if arguments.gate_source is None else _text_or_rows(arguments.gate_source)
     terms = {name: getattr(arguments, name) for name in ("canary_percent", "watch_s", "max_loss_increase")}
     if arguments.follow is not None:
@@ -73,6 +74,7 @@ def _operator(arguments: argparse.Namespace) -> Operator:
 
 def _gate_rows(checkpoint: str, storage_uri: str) -> dict[str, Any]:
     """Returns validation rows of the run that wrote the checkpoint; reports it if they are unknown."""
+    say(f"reading the text on which {checkpoint} is compared with the live version")
     from jobs.evaluate import gate_rows
 
     found = gate_rows(checkpoint, storage_uri)

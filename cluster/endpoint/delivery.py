@@ -33,6 +33,10 @@ class Operator:
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
 
+    def require_access(self) -> None:
+        """Raises an error if no endpoint answers, or if it may not be changed with this key."""
+        self._ask("GET", "/admin/status", None)
+
     def promote(self, checkpoint: str, *, terms: dict[str, Any], gate: dict[str, Any]) -> dict[str, Any]:
         """Starts the promotion. Raises `RefusedError`."""
         reference = checkpoint if checkpoint == LATEST else absolute_uri(checkpoint)

@@ -4,11 +4,14 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
 from typing import Any
 
 import pytest
 
+from cluster.cli import main
+from cluster.commands import delivery_commands
 from cluster.endpoint import delivery
 from cluster.endpoint.delivery import Operator, RefusedError, progress_of
 from cluster.endpoint.endpoint import Endpoint, stream_completion
@@ -63,6 +66,17 @@ def test_a_completion_takes_what_fits(num_prompt_tokens: int | None, asked: int 
         request = {"prompt": "import os", "max_tokens": asked}
         assert stream_completion(Endpoint(url, "second", None), request, on_text=lambda text: None)["text"] == "hi"
     assert [body["max_tokens"] for body in bodies] == [expected]
+
+
+@pytest.mark.parametrize("words", [["x"], ["--follow", "run"]])
+def test_a_promotion_that_is_not_allowed_is_refused_before_anything_is_read(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It took a minute on a busy machine, most of it for PyTorch."""
+    monkeypatch.setattr(delivery_commands, "_gate_rows", lambda *_: pytest.fail("the gate's rows were read"))
+    with served(lambda path, body: (404, json.dumps({"error": {"message": "There is nothing"}}))) as url:
+        assert main(["promote", *words, "--url", url, "--storage.uri", str(tmp_path)]) == 1
+    assert "can be changed only with an admin key" in capsys.readouterr().err
 
 
 def state(phase: str, **fields: Any) -> dict[str, Any]:
