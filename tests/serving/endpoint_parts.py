@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import re
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
@@ -111,7 +112,7 @@ def engine_and_replica(checkpoint: Path) -> set[int]:
     [engine] = [
         process
         for process in children_with("serving.engine_process.run_engine")
-        if str(checkpoint) in process.cmdline()
+        if json.dumps(str(checkpoint)) in process.cmdline()[-1]  # which has the engine's settings
     ]
     return {engine.pid, engine.ppid()}
 
