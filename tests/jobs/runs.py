@@ -3,19 +3,25 @@
 import hashlib
 import random
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+from torch import Tensor
 
 from cluster.settings.run import RunConfig, to_yaml
 from cluster.storage.uris import open_storage
 from jobs.run.checkpoints import RunCheckpoints
 from jobs.run.run_plan import RunPlan
 from jobs.tokens.token_store import MANIFEST, TOKENIZER, Manifest, Shard, Split, token_dtype
+from jobs.training.checkpoint_writer import CheckpointWriter
 from jobs.training.train_loop import train
+from model.checkpoint_folder import Metadata
 from model.tokenizer import Tokenizer, train_bpe
 from tests.jobs.stores import manifest_of
+from tests.waiting import wait_until
 
 
 def make_text(num_words: int, *, seed: int = 0) -> str:
@@ -81,9 +87,18 @@ def tiny_plan(
 
 
 def trained_run(storage_uri: str, *, precision: str = "fp32", document_mask: bool = False) -> RunPlan:
-    """Trains a run of eight steps that validates at steps 4 and 8 and saves at 3, 6 and 8."""
+    """Trains a run of eight steps that validates at steps 4 and 8 and saves at 3, 6 and 8. It waits for each
+    checkpoint: on a busy machine a newer one would take the place of one that is not stored yet."""
     plan = tiny_plan(storage_uri, train={"precision": precision, "document_mask": document_mask})
-    train(plan, rank=0, world_size=1)
+    save = CheckpointWriter.save
+
+    def save_and_wait(writer: CheckpointWriter, metadata: Metadata, moments: Mapping[str, Tensor]) -> None:
+        save(writer, metadata, moments)
+        wait_until(lambda: any(f"{metadata.step:09}" in name for name in RunCheckpoints(plan.run).names))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CheckpointWriter, "save", save_and_wait)
+        train(plan, rank=0, world_size=1)
     return plan
 
 
