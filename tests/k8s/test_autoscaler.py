@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from ray.job_submission import JobStatus, JobSubmissionClient
+from ray.job_submission import JobStatus
 
 from cluster.settings.flags import validate_config
 from cluster.settings.run import RunConfig, write_config
@@ -95,7 +95,6 @@ class Watched:
 
     def __init__(self, pods: PodCluster, run: Any) -> None:
         self.pods, self.run = pods, run
-        self.jobs = JobSubmissionClient(pods.jobs_url, headers=pods.headers)
         self._start_s = time.monotonic()
 
     def say(self, what: str) -> None:
@@ -109,8 +108,8 @@ class Watched:
         wait_until(comes_true, timeout_s=timeout_s, poll_s=0.2, why=lambda: self.pods.autoscaler_log()[-4000:])
 
     def end_of(self, job: str) -> JobStatus:
-        self.until(lambda: self.jobs.get_job_status(job).is_terminal(), timeout_s=240)
-        return self.jobs.get_job_status(job)
+        self.until(lambda: self.pods.jobs.get_job_status(job).is_terminal(), timeout_s=240)
+        return self.pods.jobs.get_job_status(job)
 
     def last_start(self) -> dict[str, Any]:
         return Ledger.read(self.run).events("start")[-1]
@@ -142,11 +141,11 @@ def test_a_run_has_its_gpu_group_grow_and_shrink_and_its_bits_stay(tmp_path: Pat
     with PodCluster(objects, "RayJob/pretrain", num_nodes=3) as pods:
         watched = Watched(pods, run)
         assert pods.running == []
-        first = watched.jobs.submit_job(entrypoint="true", entrypoint_num_gpus=1)
+        first = pods.submit("true", num_gpus=1)
         assert watched.end_of(first) == JobStatus.SUCCEEDED
         assert len(pods.running) == 1
         watched.say("a pod for who asked for a GPU")
-        job = watched.jobs.submit_job(entrypoint=entrypoint)
+        job = pods.submit(entrypoint)
         start = watched.until_workers(3)
         killed = start["workers"][-1]["node"]
         pods.kill(killed)
@@ -158,7 +157,7 @@ def test_a_run_has_its_gpu_group_grow_and_shrink_and_its_bits_stay(tmp_path: Pat
             start = watched.last_start()
             pods.take_back_node_of(start["workers"][-1]["node"])
             watched.until_workers(left, after=start["attempt"])
-        assert watched.end_of(job) == JobStatus.SUCCEEDED, watched.jobs.get_job_logs(job)[-4000:]
+        assert watched.end_of(job) == JobStatus.SUCCEEDED, pods.jobs.get_job_logs(job)[-4000:]
         assert len(pods.pending) >= 2, "the run wants three, and there is room for one"
         watched.say("done")
         ledger = Ledger.read(run)
@@ -178,7 +177,7 @@ def test_pods_of_several_gpus_carry_several_workers_each_and_their_bits_stay(tmp
     with PodCluster(objects, "RayJob/pretrain", num_nodes=2) as pods:
         watched = Watched(pods, run)
         assert pods.running == []
-        job = watched.jobs.submit_job(entrypoint=entrypoint)
+        job = pods.submit(entrypoint)
         start = watched.until_workers(4)
         nodes = [worker["node"] for worker in start["workers"]]
         assert sorted(nodes.count(node) for node in pods.running) == [2, 2]
@@ -187,7 +186,7 @@ def test_pods_of_several_gpus_carry_several_workers_each_and_their_bits_stay(tmp
         nodes_then = [worker["node"] for worker in start["workers"]]
         assert nodes[-1] not in nodes_then
         assert sorted(nodes_then.count(node) for node in set(nodes_then)) == [2, 2]
-        assert watched.end_of(job) == JobStatus.SUCCEEDED, watched.jobs.get_job_logs(job)[-4000:]
+        assert watched.end_of(job) == JobStatus.SUCCEEDED, pods.jobs.get_job_logs(job)[-4000:]
         ledger = Ledger.read(run)
         assert [line["step"] for line in ledger.steps] == list(range(1, NUM_FEW_STEPS + 1))
         assert ledger.events("checkpoint")[-1]["parameter_hash"] == hash_of_a_local_run(run)
@@ -202,7 +201,7 @@ def test_where_no_spot_node_comes_a_pod_on_demand_does(tmp_path: Path) -> None:
     wait["value"] = "10"
     with PodCluster(objects, "RayJob/pretrain", num_nodes=1, without_nodes="trainers") as pods:
         watched = Watched(pods, None)
-        job = watched.jobs.submit_job(entrypoint="true", entrypoint_num_gpus=1)
+        job = pods.submit("true", num_gpus=1)
         watched.until(lambda: pods.pending)
         (waiting,) = pods.pending
         assert waiting.rpartition("-")[0] == "pretrain-trainers"
@@ -222,8 +221,7 @@ def test_a_job_that_lost_its_cluster_resumes_its_run_on_the_next(tmp_path: Path)
     def on_a_new_cluster(is_enough: Callable[[Ledger], bool]) -> JobStatus:
         """Returns the job's status once it has ended or the ledger shows enough steps; then the cluster is gone at once."""
         with PodCluster(objects, "RayJob/pretrain", num_nodes=1) as pods:
-            jobs = JobSubmissionClient(pods.jobs_url, headers=pods.headers)
-            job_id = jobs.submit_job(entrypoint=entrypoint)
+            jobs, job_id = pods.jobs, pods.submit(entrypoint)
 
             def has_done_enough() -> bool:
                 assert pods.problem is None, pods.problem

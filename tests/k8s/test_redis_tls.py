@@ -6,7 +6,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from ray.job_submission import JobSubmissionClient
 
 from cluster.local.local_cluster import free_port
 from tests.bound_process import start_bound
@@ -46,9 +45,8 @@ def test_a_head_keeps_its_state_in_redis_by_tls(tmp_path: Path) -> None:
         scheme = shared["gcsFaultToleranceOptions"]["redisAddress"].partition("://")[0]
         redis = Redis(f"{scheme}://127.0.0.1:{port}", password)
         with PodCluster(objects, "RayCluster/shared", num_nodes=0, redis=redis) as cluster:
-            jobs = JobSubmissionClient(cluster.jobs_url, headers=cluster.headers)
-            job = jobs.submit_job(entrypoint="true")
-            wait_until(lambda: jobs.get_job_status(job).is_terminal(), timeout_s=60, why=lambda: "the job does not end")
+            job = cluster.submit("true")
+            wait_until(lambda: cluster.jobs.get_job_status(job).is_terminal(), why=lambda: "the job does not end")
         assert (tmp_path / "appendonlydir").is_dir()
         assert b"RAY" in b"".join(path.read_bytes() for path in (tmp_path / "appendonlydir").iterdir())
     finally:
