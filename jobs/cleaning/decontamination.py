@@ -6,7 +6,7 @@ writer maps them from a file on its own disk: 8 bytes per word of the validation
 
 import hashlib
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from functools import cache, partial
 from pathlib import Path
 
@@ -17,9 +17,9 @@ from cluster.settings.run import DataConfig
 from cluster.storage.uris import Storage
 from jobs.cleaning.disk_buckets import BucketFile
 from jobs.cleaning.document_index import INDEX, read_chunk
-from jobs.cleaning.selection import HELD_OUT
-from jobs.corpus.chunks import Part
-from jobs.corpus.ray_data_tasks import Task, run_tasks
+from jobs.cleaning.selection import HELD_OUT, stored_codes
+from jobs.corpus.chunks import Chunk
+from jobs.corpus.ray_data_tasks import run_tasks
 from jobs.corpus.text_hashes import normalized, word_ngrams
 
 _FILE = f"{INDEX}/validation-ngrams.bin"
@@ -28,10 +28,10 @@ _BUCKET_BITS = 8
 Ngrams = npt.NDArray[np.uint64]
 
 
-def store_validation_ngrams(store: Storage, tasks: list[Task], data: DataConfig) -> str:
+def store_validation_ngrams(store: Storage, chunks: Sequence[Chunk], data: DataConfig) -> str:
     """Gathers and stores the n-grams of all held-out documents; returns their hash. Needs Ray, and 16 bytes of the
     driver's disk per word of the validation split."""
-    results = run_tasks(tasks, partial(held_out_ngrams, store=store, data=data))
+    results = run_tasks(chunks, partial(held_out_ngrams, store=store, data=data))
     with tempfile.TemporaryDirectory(prefix="raymill-ngrams-") as folder:
         path = Path(folder, "merged")
         content_hash = merge_runs((np.frombuffer(result.content, "<u8") for result in results), path)
@@ -57,16 +57,15 @@ def merge_runs(runs: Iterable[Ngrams], path: Path) -> str:
     return digest.hexdigest()
 
 
-def held_out_ngrams(task: Task, *, store: Storage, data: DataConfig) -> Iterator[bytes]:
-    """Yields the n-grams, little-endian and sorted, of a chunk's held-out documents."""
-    codes = store.read_bytes(task["codes"])
+def held_out_ngrams(chunk: Chunk, *, store: Storage, data: DataConfig) -> bytes:
+    """Returns the n-grams, little-endian and sorted, of a chunk's held-out documents."""
+    _, codes = stored_codes(store, chunk.number)
     found: list[Ngrams] = [np.empty(0, np.uint64)]
     if HELD_OUT in codes:
-        documents = read_chunk([Part(**part) for part in task["parts"]], data, hashlib.sha256())
-        for code, (_, document) in zip(codes, documents, strict=False):
+        for code, (_, document) in zip(codes, read_chunk(chunk, data, hashlib.sha256()), strict=False):
             if code == HELD_OUT:
                 found.append(_ngrams(document.text, data))
-    yield np.unique(np.concatenate(found)).astype("<u8").tobytes()
+    return np.unique(np.concatenate(found)).astype("<u8").tobytes()
 
 
 def shares_ngram(text: str, validation: Ngrams, data: DataConfig) -> bool:

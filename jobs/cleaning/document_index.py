@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
 
@@ -19,7 +19,7 @@ from jobs.cleaning.quality_rules import failed_rule
 from jobs.corpus.chunks import Chunk, Part
 from jobs.corpus.documents import Document, Drop, read_documents
 from jobs.corpus.progress import DataProgress
-from jobs.corpus.ray_data_tasks import Task, run_tasks
+from jobs.corpus.ray_data_tasks import run_tasks
 from jobs.corpus.text_hashes import HASH_BYTES, document_hash, normalized, word_ngrams
 
 INDEX = "index"
@@ -48,24 +48,22 @@ class ChunkIndex:
 
 def index_corpus(store: Storage, chunks: Sequence[Chunk], data: DataConfig) -> Iterator[tuple[int, bytes]]:
     """Yields (chunk number, bytes of its `ChunkIndex`) in the order in which they are ready. Needs Ray."""
-    tasks = [asdict(chunk) for chunk in chunks]
     total_bytes = sum(chunk.bytes for chunk in chunks)
-    with DataProgress("indexing documents", total_bytes=total_bytes, num_tasks=len(tasks)) as progress:
-        for result in run_tasks(tasks, partial(index_chunk, store=store, data=data)):
+    with DataProgress("indexing documents", total_bytes=total_bytes, num_tasks=len(chunks)) as progress:
+        for result in run_tasks(chunks, partial(index_chunk, store=store, data=data)):
             index = ChunkIndex.from_bytes(result.content)
-            chunk = chunks[result.number]
-            progress.advance(chunk.bytes, documents=len(index.drops), rss_bytes=result.rss_bytes)
-            yield chunk.number, result.content
+            progress.advance(result.chunk.bytes, documents=len(index.drops), rss_bytes=result.rss_bytes)
+            yield result.chunk.number, result.content
 
 
-def index_chunk(task: Task, *, store: Storage, data: DataConfig) -> Iterator[bytes]:
-    """Yields the index of a chunk once it is stored; an index that is already stored is used as it is."""
-    key = f"{INDEX}/{task['number']:05d}.safetensors"
+def index_chunk(chunk: Chunk, *, store: Storage, data: DataConfig) -> bytes:
+    """Returns the index of a chunk once it is stored; an index that is already stored is used as it is."""
+    key = f"{INDEX}/{chunk.number:05d}.safetensors"
     content = _stored(store, key)
     if content is None:
-        content = _indexed([Part(**part) for part in task["parts"]], data).to_bytes()
+        content = _indexed(chunk, data).to_bytes()
         store.write_bytes(key, content)
-    yield content
+    return content
 
 
 def _stored(store: Storage, key: str) -> bytes | None:
@@ -79,10 +77,10 @@ def _stored(store: Storage, key: str) -> bytes | None:
     return content
 
 
-def _indexed(parts: Sequence[Part], data: DataConfig) -> ChunkIndex:
+def _indexed(chunk: Chunk, data: DataConfig) -> ChunkIndex:
     digest = hashlib.sha256()
     hashes, drops, signatures = bytearray(), bytearray(), []
-    for _, document in read_chunk(parts, data, digest):
+    for _, document in read_chunk(chunk, data, digest):
         drop = document.drop
         if drop is None and data.quality_rules and (rule := failed_rule(document.text, data.quality_rules)):
             drop = Drop(rule)
@@ -99,9 +97,9 @@ def _indexed(parts: Sequence[Part], data: DataConfig) -> ChunkIndex:
     )
 
 
-def read_chunk(parts: Sequence[Part], data: DataConfig, digest: "hashlib._Hash") -> Iterator[tuple[Part, Document]]:
+def read_chunk(chunk: Chunk, data: DataConfig, digest: "hashlib._Hash") -> Iterator[tuple[Part, Document]]:
     """Yields the documents of a chunk in canonical order, and adds their texts to `digest`."""
-    for part in parts:
+    for part in chunk.parts:
         for document in read_documents(part, data):
             digest.update(document.text.encode() + b"\0")
             yield part, document

@@ -7,37 +7,84 @@ its own (Shrivastava, 2017), which keeps the estimate unbiased. So a signature c
 
 import math
 import os
+import tempfile
+from abc import ABC, abstractmethod
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
+from typing import BinaryIO, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from jobs.cleaning.disk_buckets import DocumentSearch, Numbers, Records
+from jobs.cleaning.disk_buckets import BucketFile, Records
 from jobs.corpus.text_hashes import Hashes, mix64
 
-_RECORD = np.dtype([("high", "u8"), ("low", "u8"), ("place", "u8")])  # halves of the hash; the document's place
+Marks = npt.NDArray[np.bool_]
+Rows = npt.NDArray[np.int64]
+
+_RECORD = np.dtype([("high", "u8"), ("low", "u8"), ("row", "u8")])  # halves of the hash; the document's row
 _NUM_BUCKETS = 256  # a bucket of 10^9 documents takes 94 MB
 
 
-class Duplicates(DocumentSearch):
-    """Drops all documents of equal hash but the first in canonical order (chunk, then document)."""
+class DuplicateSearch(ABC):
+    """A search for documents to drop: add all documents in their order, then call `find`.
+
+    Memory holds a buffer and one bucket at a time. The files have no names, so nothing is left of them when the context
+    or the process ends, however it ends.
+    """
+
+    def __init__(self, folder: Path, dtype: npt.DTypeLike, *, num_buckets: int) -> None:
+        self._folder, self._num_buckets = folder, num_buckets
+        self._files = ExitStack()
+        self._records = BucketFile(self._open(), dtype, num_buckets=num_buckets)
+        self._num_rows = 0
+
+    def find(self) -> Marks:
+        """Returns the documents to drop, marked in a mapped file (N,)."""
+        file = self._open()
+        file.truncate(max(1, self._num_rows))
+        dropped = np.memmap(file, dtype=np.bool_, mode="r+")
+        for bucket in range(self._num_buckets):
+            self._search(self._records.bucket(bucket), dropped)
+        return dropped[: self._num_rows]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._files.close()
+
+    @abstractmethod
+    def _search(self, records: Records, dropped: Marks) -> None:
+        """Marks the documents to drop among the records of one bucket."""
+
+    def _open(self) -> BinaryIO:
+        return self._files.enter_context(tempfile.TemporaryFile(dir=self._folder))
+
+    def _next_rows(self, count: int) -> Rows:
+        self._num_rows += count
+        return np.arange(self._num_rows - count, self._num_rows)
+
+
+class Duplicates(DuplicateSearch):
+    """Drops all documents of equal hash but the first."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, _RECORD, num_buckets=_NUM_BUCKETS)
 
-    def add(self, chunk: int, documents: Numbers, hashes: npt.NDArray[np.uint8]) -> None:
-        """Adds the numbers (D,) of a chunk's documents, ascending, and their hashes (D, 16)."""
+    def add(self, hashes: npt.NDArray[np.uint8]) -> None:
+        """Adds the next documents by their hashes (D, 16)."""
         records = np.empty(len(hashes), dtype=_RECORD)
         records["high"], records["low"] = np.ascontiguousarray(hashes).view(np.uint64).reshape(-1, 2).T
-        records["place"] = self._enter(chunk, documents)
+        records["row"] = self._next_rows(len(hashes))
         self._records.add(hashes[:, 0].astype(np.uint16), records)
 
-    def _search(self, records: Records, dropped: npt.NDArray[np.bool_]) -> None:
-        records = records[np.lexsort((records["place"], records["low"], records["high"]))]
+    def _search(self, records: Records, dropped: Marks) -> None:
+        records = records[np.lexsort((records["row"], records["low"], records["high"]))]
         later, former = records[1:], records[:-1]
         repeats = (later["high"] == former["high"]) & (later["low"] == former["low"])
-        dropped[self._rows(later["place"][repeats])] = True
+        dropped[later["row"][repeats]] = True
 
 
 Signatures = npt.NDArray[np.uint16]
@@ -53,7 +100,7 @@ _LEAST_RECALL = 0.98  # of the bands, for two documents exactly as similar as th
 _MARGIN_DEVIATIONS = 2.0  # the estimate of such a pair falls short by more than this in 2% of cases
 _WINDOW = 64  # bounds the pairs of a group that shares a page header or license
 
-_BAND = np.dtype([("key", "u8"), ("place", "u8")])  # hash of a band; the document's place
+_BAND = np.dtype([("key", "u8"), ("row", "u8")])  # hash of a band; the document's row
 _NUM_BAND_BUCKETS = 1024  # a bucket of 10^8 documents, 25 bands each, takes 39 MB
 _BLOCK = 1 << 13  # documents or pairs at once
 
@@ -101,8 +148,8 @@ def bands_for(threshold: float) -> tuple[int, int]:
     return SIGNATURE_SIZE, 1
 
 
-class NearDuplicates(DocumentSearch):
-    """Drops each document that is similar to an earlier one in canonical order (chunk, then document), kept or not.
+class NearDuplicates(DuplicateSearch):
+    """Drops each document that is similar to an earlier one, kept or not.
 
     Two documents that share a band of their signatures are compared by the whole signatures. In a group that shares a
     band, a document is compared with the 64 before it, so the work is linear in the documents, whatever they contain.
@@ -116,21 +163,15 @@ class NearDuplicates(DocumentSearch):
         deviation = math.sqrt(threshold * (1 - threshold) / SIGNATURE_SIZE)
         self._least_estimate = threshold - _MARGIN_DEVIATIONS * deviation
 
-    def add(self, chunk: int, documents: Numbers, signatures: Signatures) -> None:
-        """Adds the numbers (D,) of a chunk's documents, ascending, and their signatures (D, 128)."""
-        places = self._enter(chunk, documents)
-        first_row = self._chunks[chunk].start
+    def add(self, signatures: Signatures) -> None:
+        """Adds the next documents by their signatures (D, 128)."""
         for start in range(0, len(signatures), _BLOCK):
             block = signatures[start : start + _BLOCK]
             keys = self._band_keys(block)
             records = np.empty(keys.shape, dtype=_BAND)
-            records["key"], records["place"] = keys, places[start : start + _BLOCK, None]
+            records["key"], records["row"] = keys, self._next_rows(len(block))[:, None]
             self._records.add((keys % np.uint64(_NUM_BAND_BUCKETS)).astype(np.uint16).reshape(-1), records.reshape(-1))
-            rows = first_row + documents[start : start + _BLOCK]
-            whole = np.zeros((int(rows[-1] - rows[0]) + 1, SIGNATURE_SIZE), dtype=np.uint16)
-            whole[rows - rows[0]] = block
-            self._signatures.seek(int(rows[0]) * _SIGNATURE_BYTES)
-            self._signatures.write(whole.tobytes())
+        self._signatures.write(signatures.tobytes())
         self._signatures.flush()
 
     def _band_keys(self, signatures: Signatures) -> Hashes:
@@ -142,15 +183,15 @@ class NearDuplicates(DocumentSearch):
             keys = mix64(keys ^ cut[:, :, row])
         return keys
 
-    def _search(self, records: Records, dropped: npt.NDArray[np.bool_]) -> None:
+    def _search(self, records: Records, dropped: Marks) -> None:
         records = records[np.argsort(records["key"])]
         same = records["key"][1:] == records["key"][:-1]
         has_twin = np.zeros(len(records), dtype=np.bool_)
         has_twin[1:] |= same
         has_twin[:-1] |= same
         records = records[has_twin]
-        records = records[np.lexsort((records["place"], records["key"]))]
-        keys, rows = records["key"], self._rows(records["place"])
+        records = records[np.lexsort((records["row"], records["key"]))]
+        keys, rows = records["key"], records["row"].astype(np.int64)
         for distance in range(1, _WINDOW + 1):
             later = np.flatnonzero(keys[distance:] == keys[:-distance]) + distance
             if not later.size:
@@ -161,7 +202,7 @@ class NearDuplicates(DocumentSearch):
                 estimates = similarity(self._read(rows[pairs]), self._read(rows[pairs - distance]))
                 dropped[rows[pairs[estimates >= self._least_estimate]]] = True
 
-    def _read(self, rows: Numbers) -> Signatures:
+    def _read(self, rows: Rows) -> Signatures:
         """Returns signatures (R, 128), read one by one: a mapped file's pages would count as this process's memory."""
         file = self._signatures.fileno()
         content = b"".join(os.pread(file, _SIGNATURE_BYTES, row * _SIGNATURE_BYTES) for row in rows.tolist())

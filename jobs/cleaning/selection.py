@@ -6,7 +6,6 @@ compared across chunks lie in a local temporary folder: 40 bytes per document, a
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from cluster.settings.run import DataConfig
-from jobs.cleaning.document_index import DROP_CODES, ChunkIndex
-from jobs.cleaning.duplicates import Duplicates, NearDuplicates
+from cluster.storage.uris import Storage
+from jobs.cleaning.document_index import DROP_CODES, INDEX, ChunkIndex
+from jobs.cleaning.duplicates import Duplicates, Marks, NearDuplicates
 from jobs.corpus.documents import Drop
 
 Codes = npt.NDArray[np.uint8]  # (N,) of a chunk's documents: 0 trains, `HELD_OUT` validates, others are drop codes
@@ -38,32 +38,23 @@ class Selection:
     def __init__(self, data: DataConfig, *, num_chunks: int) -> None:
         self._data = data
         self._num_chunks = num_chunks
+        self._duplicates: dict[Drop, Marks] = {}  # by reason, among the documents that nothing else drops
+        self._starts = [0]  # the number of those before each chunk
         self._exceptions: dict[tuple[int, int], int] = {}
 
     def __enter__(self) -> Self:
-        self._files = ExitStack()
-        self._folder = Path(self._files.enter_context(TemporaryDirectory(prefix="raymill-selection-")))
-        self._duplicates = self._files.enter_context(Duplicates(self._folder))
-        near = NearDuplicates(self._folder, threshold=self._data.near_dedup_threshold or 1.0)
-        self._near_duplicates = self._files.enter_context(near)
+        self._scratch = TemporaryDirectory(prefix="raymill-selection-")
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._files.close()
+        self._scratch.cleanup()
 
     def add(self, chunk: int, content: bytes) -> None:
         self._path(chunk).write_bytes(content)
-        index = ChunkIndex.from_bytes(content)
-        kept = np.flatnonzero(index.drops == 0)
-        if self._data.dedup:
-            self._duplicates.add(chunk, kept, index.hashes[kept])
-        if self._data.near_dedup_threshold is not None:
-            self._near_duplicates.add(chunk, kept, index.signatures[kept])
 
     def decide(self) -> Summary:
         """Finds the duplicates, once all chunks are added; then counts."""
-        for finder, _ in self._finders():
-            finder.find()
+        self._find_duplicates()
         counts = np.zeros(256, dtype=np.int64)
         extremes: list[tuple[bytes, int, int]] = []
         digests = hashlib.sha256()
@@ -89,8 +80,9 @@ class Selection:
     def codes(self, chunk: int) -> Codes:
         index = self._index(chunk)
         codes = index.drops.copy()
-        for finder, reason in self._finders():
-            found = finder.dropped_in(chunk)
+        candidates = np.flatnonzero(codes == 0)
+        for reason, dropped in self._duplicates.items():
+            found = candidates[dropped[self._starts[chunk] : self._starts[chunk + 1]]]
             codes[found[codes[found] == 0]] = DROP_CODES.index(reason)
         codes[(codes == 0) & held_out(index.hashes, self._data.val_fraction)] = HELD_OUT
         for (moved_chunk, document), code in self._exceptions.items():
@@ -98,14 +90,26 @@ class Selection:
                 codes[document] = code
         return codes
 
-    def digest(self, chunk: int) -> str:
-        return self._index(chunk).digest
+    def store_codes(self, chunk: int, store: Storage) -> None:
+        """Stores the codes, and the digest of the texts, for the tasks that read the chunk again."""
+        digest = bytes.fromhex(self._index(chunk).digest)
+        store.write_bytes(_codes_key(chunk), digest + self.codes(chunk).tobytes())
 
-    def _finders(self) -> Iterator[tuple[Duplicates | NearDuplicates, Drop]]:
-        if self._data.dedup:
-            yield self._duplicates, Drop.DUPLICATE
-        if self._data.near_dedup_threshold is not None:
-            yield self._near_duplicates, Drop.NEAR_DUPLICATE
+    def _find_duplicates(self) -> None:
+        folder, threshold = Path(self._scratch.name), self._data.near_dedup_threshold
+        with Duplicates(folder) as exact, NearDuplicates(folder, threshold=threshold or 1.0) as near:
+            for chunk in range(self._num_chunks):
+                index = self._index(chunk)
+                candidates = index.drops == 0
+                self._starts.append(self._starts[-1] + int(candidates.sum()))
+                if self._data.dedup:
+                    exact.add(index.hashes[candidates])
+                if threshold is not None:
+                    near.add(index.signatures[candidates])
+            if self._data.dedup:
+                self._duplicates[Drop.DUPLICATE] = exact.find()
+            if threshold is not None:
+                self._duplicates[Drop.NEAR_DUPLICATE] = near.find()
 
     def _kept(self, chunk: int, codes: Codes, index: ChunkIndex) -> Iterator[tuple[bytes, int, int]]:
         """Yields (hash, chunk, document) of the kept documents with the smallest and the largest hash."""
@@ -124,7 +128,17 @@ class Selection:
         return ChunkIndex.from_bytes(self._path(chunk).read_bytes())
 
     def _path(self, chunk: int) -> Path:
-        return self._folder / f"{chunk:05d}"
+        return Path(self._scratch.name, f"{chunk:05d}")
+
+
+def stored_codes(store: Storage, chunk: int) -> tuple[str, bytes]:
+    """Returns the digest of a chunk's texts and its codes."""
+    content = store.read_bytes(_codes_key(chunk))
+    return content[:32].hex(), content[32:]
+
+
+def _codes_key(chunk: int) -> str:
+    return f"{INDEX}/{chunk:05d}.codes"
 
 
 def held_out(hashes: npt.NDArray[np.uint8], val_fraction: float) -> npt.NDArray[np.bool_]:

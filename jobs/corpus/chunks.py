@@ -7,7 +7,7 @@ entered in the middle, so it is first cut into pieces (see file_pieces).
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 
 from jobs.corpus.listing import CorpusFile
@@ -20,24 +20,21 @@ _CHUNK_PARTS = 512  # tiny files are opened one by one: a larger chunk would tak
 class Part:
     """The documents that begin at bytes [start, end) of a file."""
 
-    file: int  # index in the listing
-    uri: str
-    version: str
-    kind: str
-    compression: str
+    file: CorpusFile
     start: int
     end: int
-    size: int  # bytes of the file
     offset: int = 0  # where this file begins in the file that it was cut from
     piece_of: str = ""  # URI of the file that it was cut from
 
 
-def whole_file(number: int, file: CorpusFile) -> Part:
-    return Part(number, file.uri, file.version, file.kind, file.compression, 0, file.size, file.size)
+def whole_file(file: CorpusFile) -> Part:
+    return Part(file, 0, file.size)
 
 
 @dataclass(frozen=True)
 class Chunk:
+    """The parts that one task works on."""
+
     number: int
     source: int
     parts: list[Part]
@@ -66,13 +63,12 @@ def plan_chunks(
 ) -> list[Chunk]:
     """Returns the chunks, none of which spans two sources; `pieces` holds the pieces of each file that was cut."""
     chunks: list[Chunk] = []
-    for source, numbered in groupby(enumerate(files), key=lambda pair: pair[1].source):
+    for source, own in groupby(files, key=lambda file: file.source):
         parts: list[Part] = []
         weight = 0
-        for number, file in numbered:
-            divided = pieces[number] if number in pieces else _ranges(number, file, shard_bytes, max_document_bytes)
-            for part in divided:
-                added = (part.end - part.start) * EXPANSION[part.compression]
+        for file in own:
+            for part in pieces.get(file.number) or _ranges(file, shard_bytes, max_document_bytes):
+                added = (part.end - part.start) * EXPANSION[part.file.compression]
                 if parts and (weight + added > shard_bytes or len(parts) == _CHUNK_PARTS):
                     chunks.append(Chunk(len(chunks), source, parts))
                     parts, weight = [], 0
@@ -83,15 +79,14 @@ def plan_chunks(
     return chunks
 
 
-def _ranges(number: int, file: CorpusFile, shard_bytes: int, max_document_bytes: int) -> Iterator[Part]:
-    whole = whole_file(number, file)
+def _ranges(file: CorpusFile, shard_bytes: int, max_document_bytes: int) -> Iterator[Part]:
     is_whole = not is_divisible(file) or (file.kind == "txt" and file.size <= max_document_bytes)
     step = text_step(max_document_bytes) if file.kind == "txt" else shard_bytes
     if is_whole or file.size <= step:
-        yield whole
+        yield whole_file(file)
         return
     for start in range(0, file.size, step):
-        yield replace(whole, start=start, end=min(start + step, file.size))
+        yield Part(file, start, min(start + step, file.size))
 
 
 def interleaved(chunks: Sequence[Chunk]) -> list[Chunk]:

@@ -5,18 +5,18 @@ from typing import BinaryIO
 
 import pyarrow as pa
 
-from jobs.corpus.chunks import Part
 from jobs.corpus.listing import CorpusError, CorpusFile
-
-Archive = CorpusFile | Part
 
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _BUFFER_BYTES = 1 << 20
 _SMALL_BYTES = 64 << 20  # any archive may unpack to this much
 
 
-def decompressed(file: BinaryIO, archive: Archive, *, max_ratio: float) -> BinaryIO:
-    """Returns the text of an archive, which raises `CorpusError` past `max_ratio` times the archive's size."""
+def decompressed(file: BinaryIO, archive: CorpusFile, *, max_ratio: float) -> BinaryIO:
+    """Returns the text of an archive, which raises `CorpusError` past `max_ratio` times the archive's size; a file that
+    is none as it is."""
+    if not archive.compression:
+        return file
     # Unlike `zstandard`'s reader, Arrow's detects a truncated stream, in both formats.
     stream = pa.CompressedInputStream(pa.PythonFile(file, mode="r"), _COMPRESSIONS[archive.compression])
     limit = max(_SMALL_BYTES, int(archive.size * max_ratio))

@@ -76,17 +76,14 @@ def read_documents(part: Part, data: DataConfig) -> Iterator[Document]:
     Raises `CorpusError` for a file that changed or cannot be read to its end, and for text that is not UTF-8 when
     `data.invalid_utf8` is `fail`.
     """
-    storage, name = split_uri(part.uri)
-    reader = _Reader(part, data)
-    with storage.open(name) as file, named_damage(part.uri):
+    listed, reader = part.file, _Reader(part, data)
+    storage, name = split_uri(listed.uri)
+    with storage.open(name) as file, named_damage(listed.uri):
         entry = storage.stat(name)
-        if entry is None or (entry.version, entry.size) != (part.version, part.size):
-            raise CorpusError(f"{part.uri} changed after it was listed; run again")
-        if part.kind == "parquet":
-            yield from reader.parquet(file)
-            return
-        read = {"txt": reader.txt, "jsonl": reader.jsonl, "csv": reader.csv}[part.kind]
-        yield from read(decompressed(file, part, max_ratio=data.max_compression_ratio) if part.compression else file)
+        if entry is None or (entry.version, entry.size) != (listed.version, listed.size):
+            raise CorpusError(f"{listed.uri} changed after it was listed; run again")
+        read = {"txt": reader.txt, "jsonl": reader.jsonl, "csv": reader.csv, "parquet": reader.parquet}[listed.kind]
+        yield from read(decompressed(file, listed, max_ratio=data.max_compression_ratio))
 
 
 @contextmanager
@@ -129,12 +126,12 @@ class _Reader:
 
     @property
     def uri(self) -> str:
-        return self.part.piece_of or self.part.uri
+        return self.part.piece_of or self.part.file.uri
 
     @property
     def end(self) -> int | None:
         """The part's end in the text; None for an archive, whose text ends where the archive does."""
-        return None if self.part.compression else self.part.end
+        return None if self.part.file.compression else self.part.end
 
     def dropped(self, raw: bytes, offset: int, drop: Drop) -> Document:
         preview = raw[:_PREVIEW_BYTES].decode(errors="replace").strip()
@@ -251,8 +248,8 @@ class _Reader:
             metadata = parquet.metadata.row_group(group)
             first = metadata.column(0)
             begins = min(filter(None, (first.dictionary_page_offset, first.data_page_offset)), default=0)
-            if metadata.num_rows and not 0 < begins < self.part.size:  # no part would own this row group
-                raise pa.ArrowInvalid(f"row group {group} begins at byte {begins} of {self.part.size}")
+            if metadata.num_rows and not 0 < begins < self.part.file.size:  # no part would own this row group
+                raise pa.ArrowInvalid(f"row group {group} begins at byte {begins} of {self.part.file.size}")
             if self.part.start <= begins < self.part.end:
                 number = row
                 for number, raw in enumerate(self.column_values(parquet, group), start=row + 1):

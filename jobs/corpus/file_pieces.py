@@ -4,60 +4,62 @@ One task streams such a file and stores its text in pieces of about a shard each
 are then read like any corpus file, so all workers share the work on one 5 GB archive.
 """
 
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from functools import partial
+
+from pydantic import TypeAdapter
 
 from cluster.output.progress import progress
 from cluster.settings.run import DataConfig
 from cluster.storage.uris import Storage, join_uri, split_uri
-from jobs.corpus.chunks import Part, is_divisible
+from jobs.corpus.chunks import Chunk, Part, is_divisible, whole_file
 from jobs.corpus.decompression import decompressed
 from jobs.corpus.documents import endless_header, longest_line, named_damage, stretches
 from jobs.corpus.listing import CorpusFile
-from jobs.corpus.ray_data_tasks import Task, run_tasks
+from jobs.corpus.ray_data_tasks import run_tasks
 from jobs.corpus.text_borders import lines, records
 
 PIECES = "pieces"
 
 
+_PARTS = TypeAdapter(list[Part])
+
+
 def cut_files(store: Storage, files: Sequence[CorpusFile], data: DataConfig) -> dict[int, list[Part]]:
     """Returns the pieces of the large indivisible files, which lie in `store`'s folder `pieces`. Needs Ray."""
-    numbers = [n for n, file in enumerate(files) if file.size > data.shard_bytes and not is_divisible(file)]
-    tasks: list[Task] = [{"number": number, "parts": [asdict(files[number])]} for number in numbers]
+    large = [file for file in files if file.size > data.shard_bytes and not is_divisible(file)]
+    tasks = [Chunk(file.number, file.source, [whole_file(file)]) for file in large]
     pieces: dict[int, list[Part]] = {}
     if tasks:
-        with progress("unpacking", total_bytes=sum(files[number].size for number in numbers)) as advance:
+        with progress("unpacking", total_bytes=sum(file.size for file in large)) as advance:
             for result in run_tasks(tasks, partial(cut_file, store=store, data=data)):
-                number = numbers[result.number]
-                pieces[number] = [Part(**part) for part in json.loads(result.content)]
-                advance(files[number].size)
+                pieces[result.chunk.number] = _PARTS.validate_json(result.content)
+                advance(result.chunk.bytes)
     return pieces
 
 
-def cut_file(task: Task, *, store: Storage, data: DataConfig) -> Iterator[bytes]:
-    """Yields a file's parts as JSON once its pieces, and then their list, are stored."""
-    number, file = task["number"], CorpusFile(**task["parts"][0])
-    folder = store.child(f"{PIECES}/{number:05d}")
+def cut_file(chunk: Chunk, *, store: Storage, data: DataConfig) -> bytes:
+    """Returns a file's parts as JSON once its pieces, and then their list, are stored."""
+    folder = store.child(f"{PIECES}/{chunk.number:05d}")
     if not folder.exists("pieces.json"):
-        parts: list[Task] = []
+        file, parts = chunk.parts[0].file, list[Part]()
         for offset, content in _pieces(file, data):
             name = f"{len(parts):05d}.{file.kind}"
             folder.write_bytes(name, content)
             entry = folder.stat(name)
             assert entry is not None
-            uri, size = join_uri(folder.uri, name), len(content)
-            parts.append(asdict(Part(number, uri, entry.version, file.kind, "", 0, size, size, offset, file.uri)))
-        folder.write_bytes("pieces.json", json.dumps(parts).encode())
-    yield folder.read_bytes("pieces.json")
+            stored = replace(file, uri=join_uri(folder.uri, name), size=len(content), version=entry.version)
+            parts.append(Part(replace(stored, compression=""), 0, len(content), offset, file.uri))
+        folder.write_bytes("pieces.json", _PARTS.dump_json(parts))
+    return folder.read_bytes("pieces.json")
 
 
 def _pieces(file: CorpusFile, data: DataConfig) -> Iterator[tuple[int, bytes]]:
     """Yields (offset in the text, content) of pieces of whole documents; each piece of a csv file has the header."""
     storage, name = split_uri(file.uri)
     with storage.open(name) as raw, named_damage(file.uri):
-        text = decompressed(raw, file, max_ratio=data.max_compression_ratio) if file.compression else raw
+        text = decompressed(raw, file, max_ratio=data.max_compression_ratio)
         if file.kind == "txt":
             yield from stretches(text, data.max_document_bytes)
             return

@@ -19,6 +19,7 @@ class CorpusError(UserError):
 
 @dataclass(frozen=True)
 class CorpusFile:
+    number: int  # in the listing
     uri: str
     source: int  # index in data.source
     size: int  # bytes
@@ -66,7 +67,7 @@ def list_corpus(source: str | list[str]) -> Listing:
         if revision:
             listing.revisions[name] = revision
         for entry in glob_uris(location):
-            if file := _corpus_file(entry, number):
+            if file := _corpus_file(entry, len(files), source=number):
                 files.setdefault(entry.key, file)
             elif entry.key == absolute_uri(location):
                 raise CorpusError(f"{name} has an unknown ending; {_EXPECTED}")
@@ -80,12 +81,12 @@ def list_corpus(source: str | list[str]) -> Listing:
     return listing
 
 
-def _corpus_file(entry: Entry, source: int) -> CorpusFile | None:
+def _corpus_file(entry: Entry, number: int, *, source: int) -> CorpusFile | None:
     ending = _ENDINGS.search(entry.key)
     if ending is None:
         return None
     kind, compression, parquet = (part.lower() if part else "" for part in ending.groups())
-    return CorpusFile(entry.key, source, entry.size, entry.version, kind or parquet, compression)
+    return CorpusFile(number, entry.key, source, entry.size, entry.version, kind or parquet, compression)
 
 
 def empty_corpus(num_files: int, dropped: Mapping[str, int]) -> CorpusError:

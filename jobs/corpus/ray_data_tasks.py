@@ -1,64 +1,62 @@
 """Runs many independent tasks on the cluster with Ray Data: one CPU each, results as they come, clear errors."""
 
-import json
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import psutil
 import ray.data
+from pydantic import TypeAdapter
 from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
 from ray.util.annotations import RayDeprecationWarning
 
+from jobs.corpus.chunks import Chunk
 from model.errors import UserError
 
-Task = dict[str, Any]  # JSON values; "parts" has the files, or the parts of files, that it reads, each with its URI
-Work = Callable[[Task], Iterator[bytes]]  # does a task and yields its results
-
+_CHUNK = TypeAdapter(Chunk)
 _WORKER_DEATHS = (WorkerCrashedError, NodeDiedError, OutOfMemoryError)
 _MAX_RETRIES = 3  # Ray Data would retry a file that crashes its reader forever
 
 
 @dataclass(frozen=True)
 class Result:
-    number: int  # of the task
+    chunk: Chunk
     content: bytes
     rss_bytes: int  # resident memory of the worker
 
 
-def run_tasks(tasks: list[Task], work: Work) -> Iterator[Result]:
-    """Yields every result, in the order in which tasks finish.
+def run_tasks(chunks: Sequence[Chunk], work: Callable[[Chunk], bytes]) -> Iterator[Result]:
+    """Does the work on each chunk in a task, and yields the results in the order in which tasks finish.
 
     A task whose worker or node dies is run again, but only a few times, since the task itself may be the killer. An
     error in a task stops all of them; that of a `UserError` keeps its text. `work` is pickled by name, so its module
     must not be run as a script.
     """
-    if not tasks:
+    if not chunks:
         return
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.max_errored_blocks = 0
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it logs what it raises
-    rows = [{"number": number, "task": json.dumps(task)} for number, task in enumerate(tasks)]
+    rows = [{"place": place, "chunk": _CHUNK.dump_json(chunk)} for place, chunk in enumerate(chunks)]
     items = ray.data.from_items(rows, override_num_blocks=len(rows))
     perform = partial(_perform, work=work)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RayDeprecationWarning)  # there is no other way to set `max_retries`
         dataset = items.map_batches(perform, batch_size=1, batch_format="numpy", num_cpus=1, max_retries=_MAX_RETRIES)
-    unfinished = dict(enumerate(tasks))
+    unfinished = dict(enumerate(chunks))
     try:
         for row in dataset.iter_rows():
             if row["error"]:
                 raise UserError(row["error"])
-            unfinished.pop(row["number"], None)
-            yield Result(row["number"], row["content"], row["rss_bytes"])
+            yield Result(unfinished.pop(row["place"]), row["content"], row["rss_bytes"])
     except _WORKER_DEATHS as error:
-        uris = [part["uri"] for task in unfinished.values() for part in task["parts"]]
+        uris = [part.file.uri for chunk in unfinished.values() for part in chunk.parts]
         raise UserError(
             f"a worker died each time at one of {len(uris)} files, {', '.join(uris[:3])} first; such a file crashes "
             "its reader or needs more memory than there is: find it with `raymill data preview` and take it out of "
@@ -66,12 +64,12 @@ def run_tasks(tasks: list[Task], work: Work) -> Iterator[Result]:
         ) from error
 
 
-def _perform(batch: dict[str, Any], *, work: Work) -> Iterator[dict[str, Any]]:
+def _perform(batch: dict[str, Any], *, work: Callable[[Chunk], bytes]) -> dict[str, Any]:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a task owns one CPU
-    row = {"number": [int(batch["number"][0])], "content": [b""], "rss_bytes": [0], "error": [""]}
+    content, problem = b"", ""
     try:
-        for content in work(json.loads(batch["task"][0])):
-            yield row | {"content": [content], "rss_bytes": [psutil.Process().memory_info().rss]}
+        content = work(_CHUNK.validate_json(batch["chunk"][0]))
     except UserError as error:
-        # A value, because Ray Data wraps an exception in its own and loses the one inside.
-        yield row | {"error": [str(error)]}
+        problem = str(error)  # a value, because Ray Data wraps an exception in its own and loses the one inside
+    rss_bytes = psutil.Process().memory_info().rss
+    return {"place": batch["place"], "content": [content], "rss_bytes": [rss_bytes], "error": [problem]}

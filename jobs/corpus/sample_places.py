@@ -7,7 +7,6 @@ reading begins. So little of a huge source is read, from all over it, and always
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from itertools import accumulate
 
 import numpy as np
@@ -20,51 +19,41 @@ _PLACE_BYTES = 256 << 10  # 1,024 places at the default of data.tokenizer_sample
 _LEAST_PLACE_BYTES = 4 << 10
 _LEAST_PLACES = 64  # where the sample has room for as many
 
-Numbered = Sequence[tuple[int, CorpusFile]]
-
-
-def is_sampled(files: Sequence[CorpusFile], share_bytes: int) -> bool:
-    """Reports whether the files of a source are more than its share of the sample."""
-    return sum(map(_text_bytes, files)) > share_bytes
-
 
 def sample_places(
-    files: Numbered, *, share_bytes: int, max_document_bytes: int
+    files: Sequence[CorpusFile], *, share_bytes: int, max_document_bytes: int
 ) -> Iterator[tuple[int, Iterator[Part]]]:
     """Yields (bytes of text to take, parts to take them from) for each place; the parts together are the whole source.
 
-    A place's parts reach up to the next place, so that a place where much is dropped can read further. `files` are the
-    files of one source with their numbers in the listing. An archive or csv file can be entered only at its front, so
-    all the places in it are there.
+    A place's parts reach up to the next place, so that a place where much is dropped can read further. The files
+    are those of one source. An archive or csv file can be entered only at its front, so all the places in it are there.
     """
-    if not is_sampled([file for _, file in files], share_bytes):
-        yield share_bytes, (whole_file(number, file) for number, file in files)
-        return
-    offsets = [0, *accumulate(_text_bytes(file) for _, file in files)]
+    offsets = [0, *accumulate(map(_text_bytes, files))]
     total = offsets[-1]
+    if total <= share_bytes:
+        yield share_bytes, map(whole_file, files)
+        return
     num_places = -(-share_bytes // min(_PLACE_BYTES, max(_LEAST_PLACE_BYTES, share_bytes // _LEAST_PLACES)))
     hashes = mix64(np.arange(1, num_places + 1, dtype=np.uint64)).tolist()
     found: Counter[int] = Counter()
     for number, fraction in enumerate(hashes):  # a fraction of 2^64
         offset = ((number << 64) + fraction) * total // num_places >> 64
         place = bisect_right(offsets, offset) - 1
-        found[offsets[place] + _entrance(files[place][1], offset - offsets[place], max_document_bytes)] += 1
+        found[offsets[place] + _entrance(files[place], offset - offsets[place], max_document_bytes)] += 1
     starts = sorted(found)
     for start, end in zip(starts, [*starts[1:], total + starts[0]], strict=True):
         yield found[start] * share_bytes // num_places, _between(files, offsets, start, end)
 
 
-def _between(files: Numbered, offsets: list[int], start: int, end: int) -> Iterator[Part]:
+def _between(files: Sequence[CorpusFile], offsets: list[int], start: int, end: int) -> Iterator[Part]:
     """Yields the parts of a stretch of the source; after the source's end comes its front again."""
     position, total = start, offsets[-1]
     while position < end:
         turn, offset = position - position % total, position % total
         place = bisect_right(offsets, offset) - 1
         first, last = offsets[place : place + 2]
-        part = whole_file(*files[place])
-        if is_divisible(files[place][1]):
-            part = replace(part, start=offset - first, end=min(last, end - turn) - first)
-        yield part
+        file = files[place]
+        yield Part(file, offset - first, min(last, end - turn) - first) if is_divisible(file) else whole_file(file)
         position = turn + last
 
 

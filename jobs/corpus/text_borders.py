@@ -4,8 +4,8 @@ A range [start, end) owns what begins in it, so the ranges of a file, read by di
 line and each stretch once. A long text is cut into pieces, which bounds the encoder's memory.
 """
 
-import io
 import re
+from collections import deque
 from collections.abc import Iterator
 from enum import Enum, auto
 from typing import BinaryIO
@@ -65,37 +65,30 @@ def records(file: BinaryIO, *, limit: int) -> Iterator[tuple[int, bytes, bool]]:
     line alone is yielded as not whole, and the next line begins a record. Only the front of a line over `limit` bytes
     is yielded.
     """
-    sources = [lines(file, limit=limit)]  # a stack: lines that are read again lie above those that follow them
-    record, start, front, state = bytearray(), 0, 0, _Quotes.CLOSED  # `front`: bytes of its first line
+    fresh, again = lines(file, limit=limit), deque[tuple[int, bytes, bool]]()
+    held: list[tuple[int, bytes, bool]] = []  # the record's lines so far
+    state = _Quotes.CLOSED
     again_until = alone_until = 0  # lines are read twice, never a third time: then each is a record
-    while sources or record:
-        found = next(sources[-1], None) if sources else None
+    while (found := again.popleft() if again else next(fresh, None)) or held:
         if found is not None:
+            held.append(found)
             offset, line, is_whole = found
-            if not record:
-                start, front = offset, len(line)
-            record += line
             state = _after(line, state)
             if is_whole and state is _Quotes.CLOSED:
-                yield start, bytes(record), True
-                record = bytearray()
+                yield held[0][0], b"".join(line for _, line, _ in held), True
+                held = []
                 continue
-            if is_whole and state is _Quotes.OPEN and len(record) < limit and start >= alone_until:
+            size = offset + len(line) - held[0][0]
+            if is_whole and state is _Quotes.OPEN and size < limit and held[0][0] >= alone_until:
                 continue
-        elif sources:
-            sources.pop()
-            continue
-        yield start, bytes(record[:front]), False
+        (start, first, _), *rest = held
+        yield start, first, False
         if start < again_until:
             alone_until = again_until
-        if rest := record[front:]:
-            again_until = start + len(record)
-            sources.append(_moved(lines(io.BytesIO(rest), limit=limit), start + front))
-        record, state = bytearray(), _Quotes.CLOSED
-
-
-def _moved(found: Iterator[tuple[int, bytes, bool]], by: int) -> Iterator[tuple[int, bytes, bool]]:
-    return ((by + offset, line, is_whole) for offset, line, is_whole in found)
+        if rest:
+            again_until = rest[-1][0] + len(rest[-1][1])
+            again.extendleft(reversed(rest))
+        held, state = [], _Quotes.CLOSED
 
 
 def _after(line: bytes, before: _Quotes) -> _Quotes:

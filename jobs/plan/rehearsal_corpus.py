@@ -29,7 +29,7 @@ def rehearsal_corpus(config: RunConfig, folder: Path) -> dict[str, Any]:
     for number, files in enumerate(groups):
         with (folder / f"source-{number}.jsonl").open("w", encoding="utf-8") as file:
             left = MAX_BYTES // len(groups)
-            for text in kept_texts(map(whole_file, range(len(files)), files), data):
+            for text in kept_texts(map(whole_file, files), data):
                 written += file.write(json.dumps({data.text_field: text}, ensure_ascii=False) + "\n")
                 left -= len(text)
                 if left <= 0:

@@ -6,9 +6,8 @@ job that was killed continues where it was. The manifest comes last: without one
 """
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from cluster.output.progress import say
@@ -26,7 +25,7 @@ from jobs.corpus.progress import DataProgress
 from jobs.corpus.ray_data_tasks import run_tasks
 from jobs.tokens.growing_store import SealedPrefix
 from jobs.tokens.ready_shards import copy_shards
-from jobs.tokens.shard_writer import ChunkResult, ChunkWriter
+from jobs.tokens.shard_writer import RESULT, ChunkResult, ChunkWriter
 from jobs.tokens.token_store import (
     MANIFEST,
     SEALED,
@@ -143,13 +142,13 @@ class _Builder:
             shard_bytes=self.data.shard_bytes,
             max_document_bytes=self.data.max_document_bytes,
         )
-        summary, tasks = self._select(chunks)
+        summary = self._select(chunks)
         results = copy_shards(store, listing.token_stores, tokenizer, first_chunk=len(chunks))
-        with SealedPrefix(store, self._manifest(summary, {}), chunks, results) as sealed:
-            for chunk, result in self._write(chunks, tasks, is_bulk=is_bulk, dropped=summary.dropped):
-                results[chunk] = result
-                lease.check()
-                sealed.update()
+        sealed = SealedPrefix(store, self._manifest(summary, {}), chunks, results)
+        for chunk, result in self._write(chunks, is_bulk=is_bulk, dropped=summary.dropped):
+            results[chunk] = result
+            lease.check()
+            sealed.update()
         manifest = self._manifest(summary, results)
         if not manifest.shards:
             raise empty_corpus(len(listing.files), manifest.dropped)
@@ -167,8 +166,8 @@ class _Builder:
             say(f"encoding with `tokenizers`, about eight times slower than with tiktoken's core: {reason}")
         return reason is None
 
-    def _select(self, chunks: Sequence[Chunk]) -> tuple[Summary, list[dict[str, Any]]]:
-        """Decides which documents are kept, and stores that; returns the writers' tasks in the order of the chunks."""
+    def _select(self, chunks: Sequence[Chunk]) -> Summary:
+        """Decides which documents are kept, and stores that."""
         with Selection(self.data, num_chunks=len(chunks)) as selection:
             for number, content in index_corpus(self.store, chunks, self.data):
                 selection.add(number, content)
@@ -176,25 +175,21 @@ class _Builder:
             if not summary.documents and not self.listing.token_stores:
                 raise empty_corpus(len(self.listing.files), summary.dropped)
             _check_readable(summary.documents, summary.dropped, self.data)
-            tasks = []
             for chunk in chunks:
-                key = f"{INDEX}/{chunk.number:05d}.codes"
-                self.store.write_bytes(key, selection.codes(chunk.number).tobytes())
-                tasks.append(asdict(chunk) | {"codes": key, "digest": selection.digest(chunk.number)})
-        return summary, tasks
+                selection.store_codes(chunk.number, self.store)
+        return summary
 
     def _write(
-        self, chunks: Sequence[Chunk], tasks: list[dict[str, Any]], *, is_bulk: bool, dropped: Mapping[str, int]
+        self, chunks: Sequence[Chunk], *, is_bulk: bool, dropped: Mapping[str, int]
     ) -> Iterator[tuple[int, ChunkResult]]:
         store, data = self.store, self.data
-        ngrams_hash = store_validation_ngrams(store, tasks, data) if data.decontaminate_ngram else ""
+        ngrams_hash = store_validation_ngrams(store, chunks, data) if data.decontaminate_ngram else ""
         writer = ChunkWriter(store, self.tokenizer.to_json(), data, is_bulk, ngrams_hash)
-        ordered = interleaved(chunks)
         total_bytes = sum(chunk.bytes for chunk in chunks)
         with DataProgress("tokenizing", total_bytes=total_bytes, num_tasks=len(chunks)) as progress:
             progress.drop(dropped)
-            for answer in run_tasks([tasks[chunk.number] for chunk in ordered], writer):
-                chunk, result = ordered[answer.number], ChunkResult.from_values(json.loads(answer.content))
+            for answer in run_tasks(interleaved(chunks), writer):
+                chunk, result = answer.chunk, RESULT.validate_json(answer.content)
                 tokens = sum(shard.tokens for shard in result.shards)
                 progress.advance(chunk.bytes, documents=result.documents, tokens=tokens, rss_bytes=answer.rss_bytes)
                 progress.drop({Drop.CONTAMINATED.value: result.contaminated})

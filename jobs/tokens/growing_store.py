@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, takewhile
-from typing import Protocol, Self
+from typing import Protocol
 
 from cluster.storage.uris import Storage
 from jobs.corpus.chunks import Chunk
@@ -32,40 +32,31 @@ class Clock:
 
 
 class GrowingStore:
-    """The part of a store that may be read now. `check` raises when nobody writes the store any longer."""
+    """A store that is read while it is written. `check` raises when nobody writes it any longer."""
 
     def __init__(self, storage: Storage, *, check: Callable[[], None], clock: Clock) -> None:
-        self.storage = storage
-        self._check, self._clock = check, clock
+        self._storage, self._check, self._clock = storage, check, clock
         self._checked_at = clock.now()
-        manifest = newest_manifest(storage)
-        while manifest is None:
-            self._pause()
-            manifest = newest_manifest(storage)
-        self.manifest = manifest
 
-    def wait_until(self, ready: Callable[[Manifest], bool]) -> Manifest:
-        """Returns the newest manifest, once `ready` holds for it or the store is finished."""
-        if not self.manifest.complete and self._clock.now() - self._checked_at >= self._clock.poll_s:
-            self._checked()
-        while not (self.manifest.complete or ready(self.manifest)):
-            manifest = newest_manifest(self.storage)
-            if manifest is None or not _agree(self.manifest, manifest):
-                raise TokenStoreError(f"{self.storage.uri} was replaced while it was read; start again")
+    def next_manifest(self, old: Manifest | None) -> Manifest:
+        """Waits until more shards are sealed than the old manifest has, or the store is finished. Without an old one it
+        returns the first that there is."""
+        while True:
+            new = newest_manifest(self._storage)
+            if old is not None and (new is None or not _agree(old, new)):
+                raise TokenStoreError(f"{self._storage.uri} was replaced while it was read; start again")
             # A restarted writer lists the shards from the first one again.
-            grown = manifest.complete or len(manifest.shards) > len(self.manifest.shards)
-            self.manifest = manifest if grown else self.manifest
-            if not grown:
-                self._pause()
-        return self.manifest
+            if new is not None and (old is None or new.complete or len(new.shards) > len(old.shards)):
+                return new
+            self._check()
+            self._checked_at = self._clock.now()
+            self._clock.sleep(self._clock.poll_s)
 
-    def _pause(self) -> None:
-        self._checked()
-        self._clock.sleep(self._clock.poll_s)
-
-    def _checked(self) -> None:
-        self._check()
-        self._checked_at = self._clock.now()
+    def check(self) -> None:
+        """Notices a failed writer, also where no read has to wait."""
+        if self._clock.now() - self._checked_at >= self._clock.poll_s:
+            self._check()
+            self._checked_at = self._clock.now()
 
 
 def _agree(old: Manifest, new: Manifest) -> bool:
@@ -101,27 +92,13 @@ class SealedPrefix:
         self._ready, self._results = list(results), results
         self._write_after = 0.0
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: object, *error: object) -> None:
-        if kind is None:
-            self._write()
-
     def update(self) -> None:
         """Writes the list again, unless it was written just now."""
-        if time.monotonic() >= self._write_after:
-            started = time.monotonic()
-            self._write()
-            now = time.monotonic()
-            self._write_after = now + max(_INTERVAL_S, (now - started) / _WRITE_SHARE)
-
-    def _write(self) -> None:
-        numbers = [*sealed_chunks(self._chunks, self._results), *self._ready]
-        shards = in_order(shard for number in numbers for shard in self._results[number].shards)
+        started = time.monotonic()
+        if started < self._write_after:
+            return
+        sealed = [n for numbers in self._chunks.values() for n in takewhile(self._results.__contains__, numbers)]
+        shards = in_order(shard for number in [*sealed, *self._ready] for shard in self._results[number].shards)
         self._store.write_bytes(SEALED, replace(self._manifest, shards=shards).to_json())
-
-
-def sealed_chunks(chunks: Mapping[int, Sequence[int]], done: Mapping[int, object]) -> list[int]:
-    """Returns the chunks, in canonical order, that come before the first unfinished one of their source."""
-    return [number for numbers in chunks.values() for number in takewhile(done.__contains__, numbers)]
+        now = time.monotonic()
+        self._write_after = now + max(_INTERVAL_S, (now - started) / _WRITE_SHARE)

@@ -7,24 +7,23 @@ sidecar matches the task and the bytes is not written again; so a killed job con
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from cluster.settings.run import DataConfig
 from cluster.storage.uris import NotFoundError, Storage
 from jobs.cleaning.decontamination import shares_ngram, validation_ngrams
 from jobs.cleaning.document_index import DROP_CODES, read_chunk
-from jobs.cleaning.selection import HELD_OUT
-from jobs.corpus.chunks import Part
+from jobs.cleaning.selection import HELD_OUT, stored_codes
+from jobs.corpus.chunks import Chunk, Part
 from jobs.corpus.documents import Document, Drop
 from jobs.corpus.listing import CorpusError
-from jobs.corpus.ray_data_tasks import Task
 from jobs.corpus.text_borders import cut_text
 from jobs.tokens.token_store import SPLITS, DropSample, Shard, canonical_json, shard_file, token_dtype
 from model.bulk_encoder import BulkEncoder, PlainEncoder
@@ -44,16 +43,14 @@ class ChunkResult:
     contaminated: int = 0
     samples: dict[str, list[DropSample]] = field(default_factory=dict)
 
-    @classmethod
-    def from_values(cls, values: dict[str, Any]) -> Self:
-        samples = {reason: [DropSample(**sample) for sample in found] for reason, found in values["samples"].items()}
-        return cls(**values | {"shards": [Shard(**shard) for shard in values["shards"]], "samples": samples})
-
     def sample(self, reason: str, part: Part, document: Document) -> None:
         found = self.samples.setdefault(reason, [])
         if len(found) < _MAX_SAMPLES:
             preview = document.preview or document.text[:_PREVIEW_CHARS]
-            found.append(DropSample(part.file, document.offset, document.size, preview))
+            found.append(DropSample(part.file.number, document.offset, document.size, preview))
+
+
+RESULT = TypeAdapter(ChunkResult)
 
 
 @dataclass(frozen=True)
@@ -66,22 +63,22 @@ class ChunkWriter:
     is_bulk: bool  # whether the driver has proven that tiktoken gives the tokenizer's ids
     ngrams_hash: str  # of validation_ngrams; "" without decontamination
 
-    def __call__(self, task: Task) -> Iterator[bytes]:
-        """Yields the `ChunkResult` as JSON once the shards and then their sidecar are stored."""
+    def __call__(self, chunk: Chunk) -> bytes:
+        """Returns the `ChunkResult` as JSON once the shards and then their sidecar are stored."""
         tokenizer, encoder = _encoder(self.tokenizer_json, is_bulk=self.is_bulk)
-        codes = self.store.read_bytes(task["codes"])
+        digest, codes = stored_codes(self.store, chunk.number)
         made_of = {
-            "digest": task["digest"],
+            "digest": digest,
             "codes": hashlib.sha256(codes).hexdigest(),
             "tokenizer": tokenizer.hash,
             "ngrams": self.ngrams_hash,
         }
-        sidecar = f"shard-{task['number']:05d}.json"
+        sidecar = f"shard-{chunk.number:05d}.json"
         result = self._finished(sidecar, made_of)
         if result is None:
-            result = self._write(task, codes, tokenizer, encoder)
+            result = self._write(chunk, digest, codes, tokenizer, encoder)
             self.store.write_bytes(sidecar, canonical_json({"made_of": made_of, "result": asdict(result)}))
-        yield canonical_json(asdict(result))
+        return RESULT.dump_json(result)
 
     def _finished(self, sidecar: str, made_of: dict[str, str]) -> ChunkResult | None:
         try:
@@ -90,7 +87,7 @@ class ChunkWriter:
             return None
         except ValueError:
             return None  # cut off on a disk that lost power
-        result = ChunkResult.from_values(values["result"]) if values["made_of"] == made_of else None
+        result = RESULT.validate_python(values["result"]) if values["made_of"] == made_of else None
         return result if result and all(self._is_stored(shard) for shard in result.shards) else None
 
     def _is_stored(self, shard: Shard) -> bool:
@@ -99,12 +96,13 @@ class ChunkWriter:
         except NotFoundError:
             return False
 
-    def _write(self, task: Task, codes: bytes, tokenizer: Tokenizer, encoder: PlainEncoder) -> ChunkResult:
-        parts = [Part(**part) for part in task["parts"]]
-        digest = hashlib.sha256()
+    def _write(
+        self, chunk: Chunk, digest: str, codes: bytes, tokenizer: Tokenizer, encoder: PlainEncoder
+    ) -> ChunkResult:
+        found = hashlib.sha256()
         result = ChunkResult(documents=len(codes))
         ngrams = validation_ngrams(self.store, self.ngrams_hash) if self.ngrams_hash else None
-        names = {split: shard_file(split, task["number"]) for split in SPLITS}
+        names = {split: shard_file(split, chunk.number) for split in SPLITS}
         with ExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="raymill-shard-")))
             dtype = token_dtype(tokenizer.vocab_size)
@@ -112,11 +110,10 @@ class ChunkWriter:
                 split: _ShardFile(stack.enter_context((folder / name).open("w+b")), tokenizer.eot_id, dtype)
                 for split, name in names.items()
             }
-            numbered = enumerate(read_chunk(parts, self.data, digest))
-            for number, (part, document) in numbered:
+            for number, (part, document) in enumerate(read_chunk(chunk, self.data, found)):
                 code = codes[number] if number < len(codes) else None
                 if code is None or (document.drop and code != DROP_CODES.index(document.drop)):
-                    raise _changed(parts)
+                    raise _changed(chunk)
                 if code not in (0, HELD_OUT):
                     result.sample(str(DROP_CODES[code]), part, document)
                 elif code == 0 and ngrams is not None and shares_ngram(document.text, ngrams, self.data):
@@ -125,17 +122,17 @@ class ChunkWriter:
                 else:
                     result.replaced += document.replaced
                     writers["val" if code == HELD_OUT else "train"].add(document, encoder)
-            if digest.hexdigest() != task["digest"]:
-                raise _changed(parts)
+            if found.hexdigest() != digest:
+                raise _changed(chunk)
             for split, writer in writers.items():
                 if writer.documents:
-                    result.shards.append(Shard(names[split], split, task["source"], **writer.finished()))
+                    result.shards.append(Shard(names[split], split, chunk.source, **writer.finished()))
                     self.store.upload_file(folder / names[split], names[split])
         return result
 
 
-def _changed(parts: Sequence[Part]) -> CorpusError:
-    names = ", ".join(dict.fromkeys(part.piece_of or part.uri for part in parts[:3]))
+def _changed(chunk: Chunk) -> CorpusError:
+    names = ", ".join(dict.fromkeys(part.piece_of or part.file.uri for part in chunk.parts[:3]))
     return CorpusError(f"the corpus changed while it was tokenized (one of {names}); run again")
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from cluster.storage.uris import NotFoundError, Storage
 from model.errors import UserError
@@ -93,16 +94,7 @@ class Manifest:
             raise TokenStoreError(
                 f"the token store has format {values['format_version']}, not {FORMAT_VERSION}; tokenize again"
             )
-        known = {field.name for field in dataclasses.fields(cls)}
-        built = {
-            "shards": tuple(Shard(**shard) for shard in values["shards"]),
-            "weights": tuple(values["weights"]),
-            "drop_samples": {
-                reason: [DropSample(**sample) for sample in samples]
-                for reason, samples in values["drop_samples"].items()
-            },
-        }
-        return cls(**{name: value for name, value in values.items() if name in known} | built)
+        return TypeAdapter(cls).validate_python(values)
 
     @property
     def hash(self) -> str:

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -22,12 +21,6 @@ class ShardChain:
     def __init__(self, shards: Sequence[Shard]) -> None:
         self.shards = shards
         self._ends = np.cumsum([shard.tokens for shard in shards], dtype=np.int64)
-
-    @classmethod
-    def end_to_end(cls, manifest: Manifest, split: Split) -> Self:
-        """Returns the shards of all sources in order; the first source's alone while the store grows."""
-        shards = sorted((shard for shard in manifest.shards if shard.split == split), key=lambda shard: shard.source)
-        return cls(shards if manifest.complete else [shard for shard in shards if shard.source == 0])
 
     @property
     def num_tokens(self) -> int:
@@ -81,20 +74,18 @@ class TokenStream:
         self.seq_len = seq_len
         self._uri, self._split, self._seed, self._window_rows = storage.uri, split, seed, window_rows
         self._store = GrowingStore(storage, check=check, clock=clock) if growing else None
-        manifest = self._store.manifest if self._store else read_manifest(storage)
+        manifest = self._store.next_manifest(None) if self._store else read_manifest(storage)
         self._reader = open_shards(storage, dtype=token_dtype(manifest.vocab_size), cache_bytes=cache_bytes)
         self._take(manifest)
 
     def _take(self, manifest: Manifest) -> None:
         self.manifest = manifest
-        self._all = ShardChain.end_to_end(manifest, self._split)
-        self._sources = [self._all]
+        shards = [shard for shard in manifest.shards if shard.split == self._split]
         weights = manifest.weights if self._split == "train" else ()
-        if weights:
-            shards = [shard for shard in manifest.shards if shard.split == self._split]
-            self._sources = [
-                ShardChain([shard for shard in shards if shard.source == source]) for source in range(len(weights))
-            ]
+        by_source = [ShardChain([shard for shard in shards if shard.source == n]) for n in range(len(weights))]
+        # While the store grows, only the first source's rows have their final place.
+        self._all = ShardChain(shards if manifest.complete else [shard for shard in shards if shard.source == 0])
+        self._sources = by_source or [self._all]
         num_rows = tuple(chain.num_rows(self.seq_len) for chain in self._sources)
         if manifest.complete and 0 in num_rows:
             source = num_rows.index(0)
@@ -108,17 +99,11 @@ class TokenStream:
 
     def _wait_until(self, ready: Callable[[], bool]) -> None:
         """Waits until `ready` holds for this stream with the newest manifest, or the store is finished."""
-        if self._store is None:
+        if self._store is None or self.manifest.complete:
             return
-
-        def ready_with(manifest: Manifest) -> bool:
-            if manifest is not self.manifest:
-                self._take(manifest)
-            return ready()
-
-        manifest = self._store.wait_until(ready_with)
-        if manifest is not self.manifest:
-            self._take(manifest)
+        self._store.check()
+        while not (self.manifest.complete or ready()):
+            self._take(self._store.next_manifest(self.manifest))
 
     def count_rows(self, *, at_most: float = math.inf) -> int:
         """Returns the number of rows of the finished store, or `at_most` as soon as so many are sealed."""

@@ -2,24 +2,20 @@
 
 import hashlib
 import math
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
 from functools import partial
 from itertools import groupby, islice
-from typing import Any
 
 from cluster.output.progress import say
 from cluster.settings.run import DataConfig, RunConfig
-from cluster.stages.stage import stage_main
 from cluster.storage.uris import NotFoundError, join_uri, open_storage, split_uri
 from jobs.cleaning.quality_rules import failed_rule
-from jobs.corpus.chunks import Part, whole_file
+from jobs.corpus.chunks import Chunk, Part, whole_file
 from jobs.corpus.documents import read_documents
 from jobs.corpus.listing import CorpusFile, Listing, empty_corpus, list_corpus
-from jobs.corpus.ray_data_tasks import Task, run_tasks
-from jobs.corpus.sample_places import is_sampled, sample_places
+from jobs.corpus.ray_data_tasks import run_tasks
+from jobs.corpus.sample_places import sample_places
 from jobs.corpus.text_borders import cut_text
 from jobs.corpus.text_hashes import document_hash, normalized
 from jobs.tokens.ready_shards import store_tokenizer
@@ -53,16 +49,14 @@ def ensure_tokenizer(config: RunConfig, listing: Listing | None = None) -> tuple
     if listing.token_stores:
         location = next(iter(listing.token_stores.values()))
         return store_tokenizer(location), join_uri(location, TOKENIZER_FILE)
-    shaping: list[Any] = [config.data.model_dump(mode="json", include=_SHAPING), listing.identity()]
-    if _is_sampled(listing.files, config.data):  # smaller corpora keep the key that they have always had
-        shaping.append("places")
+    shaping = [config.data.model_dump(mode="json", include=_SHAPING), listing.identity()]
     key = hashlib.sha256(canonical_json(shaping)).hexdigest()[:12]
     folder = open_storage(config.storage.uri).child(f"tokenizers/{key}")
     uri = join_uri(folder.uri, TOKENIZER_FILE)
     if not folder.exists(TOKENIZER_FILE):
         say(f"training a tokenizer of up to {config.data.vocab_size} ids on {len(listing.files)} files")
-        files = [asdict(file) for file in listing.files]
-        (trained,) = run_tasks([{"parts": files}], partial(train_tokenizer, data=config.data))
+        corpus = Chunk(0, 0, list(map(whole_file, listing.files)))
+        (trained,) = run_tasks([corpus], partial(train_tokenizer, data=config.data))
         folder.write_bytes(TOKENIZER_FILE, trained.content)
     tokenizer = Tokenizer.from_json(folder.read_bytes(TOKENIZER_FILE))
     if tokenizer.vocab_size < config.data.vocab_size:
@@ -80,10 +74,10 @@ def load_tokenizer(uri: str) -> tuple[Tokenizer, str]:
         raise NotFoundError(f"data.tokenizer={uri!r}: {error}") from error
 
 
-def train_tokenizer(task: Task, *, data: DataConfig) -> Iterator[bytes]:
-    """Yields the tokenizer.json of the files of a task."""
-    sample = sample_texts([CorpusFile(**file) for file in task["parts"]], data)
-    yield train_bpe(sample, vocab_size=data.vocab_size, normalize=data.normalize).to_json()
+def train_tokenizer(corpus: Chunk, *, data: DataConfig) -> bytes:
+    """Returns the tokenizer.json of a corpus."""
+    sample = sample_texts([part.file for part in corpus.parts], data)
+    return train_bpe(sample, vocab_size=data.vocab_size, normalize=data.normalize).to_json()
 
 
 def sample_texts(files: Sequence[CorpusFile], data: DataConfig) -> Iterator[str]:
@@ -94,10 +88,10 @@ def sample_texts(files: Sequence[CorpusFile], data: DataConfig) -> Iterator[str]
     megabyte. The last document of a place may be cut. The next place makes up for one where much is dropped. Raises
     `CorpusError` when no document is kept.
     """
-    share_bytes = _share_bytes(files, data)
+    share_bytes = max(1, data.tokenizer_sample_bytes // len({file.source for file in files}))
     seen: set[bytes] = set()
     dropped: Counter[str] = Counter()
-    for _, group in groupby(enumerate(files), key=lambda numbered: numbered[1].source):
+    for _, group in groupby(files, key=lambda file: file.source):
         remaining = 0
         places = sample_places(list(group), share_bytes=share_bytes, max_document_bytes=data.max_document_bytes)
         for num_bytes, parts in places:
@@ -110,15 +104,6 @@ def sample_texts(files: Sequence[CorpusFile], data: DataConfig) -> Iterator[str]
                     break
     if not seen:
         raise empty_corpus(len(files), dropped)
-
-
-def _share_bytes(files: Sequence[CorpusFile], data: DataConfig) -> int:
-    return max(1, data.tokenizer_sample_bytes // len({file.source for file in files}))
-
-
-def _is_sampled(files: Sequence[CorpusFile], data: DataConfig) -> bool:
-    share_bytes = _share_bytes(files, data)
-    return any(is_sampled(list(group), share_bytes) for _, group in groupby(files, key=lambda file: file.source))
 
 
 def kept_texts(
@@ -152,14 +137,5 @@ def kept_texts(
 
 def text_sample(listing: Listing, data: DataConfig, *, num_texts: int = 20) -> list[str]:
     """Returns a few texts from the front of the corpus, each cut to some kilobytes."""
-    texts = kept_texts(map(whole_file, range(len(listing.files)), listing.files), data)
+    texts = kept_texts(map(whole_file, listing.files), data)
     return [text[:8192] for text in islice(texts, num_texts)]
-
-
-def run(config: RunConfig) -> dict[str, Any]:
-    tokenizer, uri = ensure_tokenizer(config)
-    return {"tokenizer": uri, "tokenizer_hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size}
-
-
-if __name__ == "__main__":
-    sys.exit(stage_main(run))

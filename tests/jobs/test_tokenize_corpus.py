@@ -71,7 +71,7 @@ def test_every_document_is_kept_once_or_counted(result: dict, corpus: Path) -> N
     all_documents = [
         document
         for number, file in enumerate(list_corpus(str(corpus)).files)
-        for document in read_documents(whole_file(number, file), config.data)
+        for document in read_documents(whole_file(file), config.data)
     ]
     unusable = [document.drop for document in all_documents if document.drop]
     texts = list(dict.fromkeys(document.text for document in all_documents if not document.drop))

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jobs.cleaning import disk_buckets as spool
+from jobs.cleaning import disk_buckets
 from jobs.cleaning.duplicates import Duplicates
 from tests.time_limits import limit_s
 
@@ -20,38 +21,27 @@ def as_hashes(numbers: list[int]) -> np.ndarray:
     return (values * np.uint64(0x3F00000000000001)).astype(">u8").view(np.uint8).reshape(-1, 16)
 
 
-@given(chunks=st.lists(st.lists(st.tuples(st.integers(0, 20), st.booleans()), max_size=12), max_size=8), data=st.data())
+@given(
+    parts=st.lists(st.lists(st.integers(0, 20), max_size=12), max_size=8),
+    buffer_bytes=st.sampled_from([1, 100, 1 << 20]),
+)
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 def test_the_first_of_equal_hashes_stays(
-    chunks: list[list[tuple[int, bool]]], data: st.DataObject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    parts: list[list[int]], buffer_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(spool, "_BUFFER_BYTES", data.draw(st.sampled_from([1, 100, 1 << 20])))
+    monkeypatch.setattr(disk_buckets, "_BUFFER_BYTES", buffer_bytes)
+    numbers = list(chain.from_iterable(parts))
     with Duplicates(tmp_path) as duplicates:
-        for chunk in data.draw(st.permutations(range(len(chunks)))):
-            documents = np.array([place for place, (_, usable) in enumerate(chunks[chunk]) if usable], dtype=np.int64)
-            duplicates.add(chunk, documents, as_hashes([number for number, usable in chunks[chunk] if usable]))
-        duplicates.find()
-        seen: set[int] = set()
-        for chunk, members in enumerate(chunks):
-            expected = []
-            for place, (number, usable) in enumerate(members):
-                if usable and number in seen:
-                    expected.append(place)
-                seen |= {number} if usable else set()
-            assert duplicates.dropped_in(chunk).tolist() == expected
+        for part in parts:
+            duplicates.add(as_hashes(part))
+        assert duplicates.find().tolist() == [number in numbers[:place] for place, number in enumerate(numbers)]
 
 
-def test_no_file_is_left_and_misuse_is_refused(tmp_path: Path) -> None:
-    folder = tmp_path / "new"
-    with Duplicates(folder) as duplicates:
-        duplicates.add(7, np.arange(3), as_hashes([1, 1, 2]))
-        with pytest.raises(AssertionError, match="chunk 7"):
-            duplicates.add(7, np.arange(1), as_hashes([1]))
-        duplicates.find()
-        assert duplicates.dropped_in(7).tolist() == [1]
-        with pytest.raises(KeyError):
-            duplicates.dropped_in(8)
-        assert list(folder.iterdir()) == []
+def test_no_file_is_left(tmp_path: Path) -> None:
+    with Duplicates(tmp_path) as duplicates:
+        duplicates.add(as_hashes([1, 1, 2]))
+        assert duplicates.find().tolist() == [False, True, False]
+        assert list(tmp_path.iterdir()) == []
 
 
 FILL = """
@@ -65,16 +55,15 @@ def peak_bytes():
     return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 
 kind, folder, num_chunks = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-rng, before, dropped = np.random.default_rng(0), peak_bytes(), 0
+rng, before = np.random.default_rng(0), peak_bytes()
 with Duplicates(folder) if kind == "exact" else NearDuplicates(folder, threshold=0.7) as search:
     for chunk in range(num_chunks):  # half of each chunk's documents repeat the chunk before
         values = rng.integers(0, 256, (2000, 16 if kind == "exact" else 256), dtype=np.uint8)
         if chunk:
             values[:1000] = former[1000:]
         former = values
-        search.add(chunk, np.arange(2000), values if kind == "exact" else values.view(np.uint16))
-    search.find()
-    dropped = sum(len(search.dropped_in(chunk)) for chunk in range(num_chunks))
+        search.add(values if kind == "exact" else values.view(np.uint16))
+    dropped = int(search.find().sum())
 assert dropped == (num_chunks - 1) * 1000, dropped
 print(peak_bytes() - before)
 """

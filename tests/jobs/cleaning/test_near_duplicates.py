@@ -5,7 +5,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -14,8 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jobs.cleaning import disk_buckets as spool
-from jobs.cleaning import duplicates
+from jobs.cleaning import disk_buckets, duplicates
 from jobs.cleaning.duplicates import NGRAM_WORDS, NearDuplicates, bands_for, signature, similarity
 from jobs.corpus.text_hashes import normalized, word_ngrams
 
@@ -62,9 +61,8 @@ def test_short_documents_are_alike_only_if_they_are_equal(tmp_path: Path) -> Non
     """Three words are one n-gram; 16 bits of it alone would confuse many of 3,000 documents."""
     texts = [f"number {number} only" for number in range(3000)] + ["Number 5 ONLY"]
     with NearDuplicates(tmp_path, threshold=0.6) as search:
-        search.add(0, np.arange(len(texts)), np.array([signature(ngrams_of(text)) for text in texts]))
-        search.find()
-        assert search.dropped_in(0).tolist() == [3000]
+        search.add(np.array([signature(ngrams_of(text)) for text in texts]))
+        assert np.flatnonzero(search.find()).tolist() == [3000]
 
 
 @pytest.mark.parametrize("threshold", [0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
@@ -162,9 +160,8 @@ def test_planted_copies_are_found_and_unrelated_documents_stay(
 ) -> None:
     sets, pairs, highest = corpus
     with NearDuplicates(tmp_path, threshold=threshold) as search:
-        search.add(0, np.arange(len(sets)), np.array([signature(ngrams) for ngrams in sets]))
-        search.find()
-        dropped = set(search.dropped_in(0).tolist())
+        search.add(np.array([signature(ngrams) for ngrams in sets]))
+        dropped = set(np.flatnonzero(search.find()).tolist())
     similar = {copy: jaccard(sets[original], sets[copy]) for original, copy in pairs}
     for kind, name in enumerate(KINDS):
         due = [copy for original, copy in pairs if original % len(KINDS) == kind and similar[copy] >= threshold]
@@ -185,20 +182,18 @@ def versions(count: int, rng: random.Random) -> list[str]:
 
 @given(seed=st.integers(0, 2**32), threshold=st.sampled_from([0.3, 0.6, 0.8, 1.0]), data=st.data())
 @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-def test_dropped_is_what_shares_a_band_with_and_is_like_an_earlier_one_in_any_order_of_adding(
+def test_dropped_is_what_shares_a_band_with_and_is_like_an_earlier_one(
     seed: int, threshold: float, data: st.DataObject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng = random.Random(seed)
     signatures = np.array([signature(ngrams_of(text)) for text in versions(60, rng)])
     cuts = [0, *sorted(rng.sample(range(61), 5)), 60]
-    monkeypatch.setattr(spool, "_BUFFER_BYTES", data.draw(st.sampled_from([1, 2000, 1 << 20])))
+    monkeypatch.setattr(disk_buckets, "_BUFFER_BYTES", data.draw(st.sampled_from([1, 2000, 1 << 20])))
     monkeypatch.setattr(duplicates, "_BLOCK", data.draw(st.sampled_from([1, 7, 8192])))
     with NearDuplicates(tmp_path, threshold=threshold) as search:
-        for chunk in data.draw(st.permutations(range(len(cuts) - 1))):
-            members = signatures[cuts[chunk] : cuts[chunk + 1]]
-            search.add(chunk, np.arange(len(members)) * 3 + 1, members)  # other documents of the chunk do not take part
-        search.find()
-        found = [(search.dropped_in(chunk) - 1) // 3 + cuts[chunk] for chunk in range(len(cuts) - 1)]
+        for start, end in pairwise(cuts):
+            search.add(signatures[start:end])
+        found = np.flatnonzero(search.find())
     bands, rows = bands_for(threshold)
     cut = signatures[:, : bands * rows].reshape(60, bands, rows)
     least = threshold - 2 * (threshold * (1 - threshold) / 128) ** 0.5
@@ -210,7 +205,7 @@ def test_dropped_is_what_shares_a_band_with_and_is_like_an_earlier_one_in_any_or
             for former in range(later)
         )
     ]
-    assert np.concatenate(found).tolist() == expected
+    assert found.tolist() == expected
 
 
 def test_work_in_a_crowd_is_bounded_and_a_chain_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,7 +219,6 @@ def test_work_in_a_crowd_is_bounded_and_a_chain_is_followed(tmp_path: Path, monk
     read: Callable[..., np.ndarray] = NearDuplicates._read
     monkeypatch.setattr(NearDuplicates, "_read", lambda self, rows: (reads.append(len(rows)), read(self, rows))[1])
     with NearDuplicates(tmp_path, threshold=0.7) as search:
-        search.add(0, np.arange(600), signatures)
-        search.find()
-        assert search.dropped_in(0).tolist() == [401]
+        search.add(signatures)
+        assert np.flatnonzero(search.find()).tolist() == [401]
     assert 600 * 60 * 2 < sum(reads) <= 600 * 64 * 2 + 2 * bands

@@ -22,7 +22,7 @@ PACKERS = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
 
 
 def read(uri: Path | str, **settings: Any) -> list[Document]:
-    return list(read_documents(whole_file(0, list_corpus(str(uri)).files[0]), DataConfig(**settings)))
+    return list(read_documents(whole_file(list_corpus(str(uri)).files[0]), DataConfig(**settings)))
 
 
 def read_in_chunks(uri: Path | str, *, shard_bytes: int, max_document_bytes: int = 1 << 20) -> list[Document]:
@@ -216,7 +216,7 @@ def test_s3_documents_are_the_local_ones(tmp_path: Path, s3_bucket: str) -> None
 
 def test_a_file_that_changed_after_its_listing_is_noticed(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "a.jsonl", [{"text": "one"}])
-    listed = whole_file(0, list_corpus(str(path)).files[0])
+    listed = whole_file(list_corpus(str(path)).files[0])
     write_lines(path, [{"text": "two"}])
     with pytest.raises(CorpusError, match=r"a\.jsonl changed after it was listed; run again"):
         list(read_documents(listed, DataConfig()))

@@ -18,8 +18,9 @@ import ray
 from cluster.settings.run import write_config
 from cluster.storage.uris import split_uri
 from jobs.corpus import ray_data_tasks as data_tasks
-from jobs.corpus.listing import CorpusError
-from jobs.corpus.ray_data_tasks import Task, run_tasks
+from jobs.corpus.chunks import Chunk, whole_file
+from jobs.corpus.listing import CorpusError, CorpusFile
+from jobs.corpus.ray_data_tasks import run_tasks
 from jobs.pretrain import pretrain
 from jobs.tokens.build_store import tokenize
 from jobs.tokens.preview_data import preview
@@ -149,17 +150,17 @@ def test_an_empty_corpus_is_named_before_a_gpu_is_asked_for(ray_workers: int, tm
         pretrain(config.model_copy(update={"scaling": scaling}))
 
 
-def kill_worker(task: Task) -> Any:
-    if task["parts"][0]["uri"] == "poison.parquet":
+def kill_worker(chunk: Chunk) -> bytes:
+    if chunk.parts[0].file.uri == "poison.parquet":
         os.abort()  # as Arrow does for some damaged footers
-    yield b"done"
+    return b"done"
 
 
 def test_a_file_that_kills_its_reader_stops_the_job_by_name(ray_workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data_tasks, "_MAX_RETRIES", 1)
-    tasks = [{"parts": [{"uri": uri}]} for uri in ("a.txt", "poison.parquet", "b.txt")]
+    files = [CorpusFile(n, name, 0, 1, "v", "parquet") for n, name in enumerate(("a.txt", "poison.parquet", "b.txt"))]
     with pytest.raises(UserError, match=r"a worker died each time at one of \d files, .*poison\.parquet.* first; "):
-        for result in run_tasks(tasks, kill_worker):
+        for result in run_tasks([Chunk(file.number, 0, [whole_file(file)]) for file in files], kill_worker):
             assert result.content == b"done"
 
 

@@ -133,7 +133,7 @@ def uploaded(bucket: str, name: str, folder: Path) -> str:
 
 
 def texts_at(uri: str) -> list[str]:
-    return [document.text for document in read_documents(whole_file(0, list_corpus(uri).files[0]), DataConfig())]
+    return [document.text for document in read_documents(whole_file(list_corpus(uri).files[0]), DataConfig())]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet"])
@@ -164,7 +164,7 @@ from jobs.corpus.documents import read_documents
 
 def peak_after(uri):
     file = list_corpus(uri).files[0]
-    found = [(str(document.drop), document.size) for document in read_documents(whole_file(0, file), DATA)]
+    found = [(str(document.drop), document.size) for document in read_documents(whole_file(file), DATA)]
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, len(found), sum(size for _, size in found), found[0][0]
 
 DATA = DataConfig(max_document_bytes=50_000)

@@ -17,7 +17,7 @@ from cluster.storage.uris import NotFoundError, open_storage, split_uri
 from jobs.corpus.chunks import Part
 from jobs.corpus.documents import Document, read_documents
 from jobs.corpus.listing import list_corpus
-from jobs.tokens.train_tokenizer import ensure_tokenizer, run, sample_texts
+from jobs.tokens.train_tokenizer import ensure_tokenizer, sample_texts
 from model.errors import UserError
 from model.tokenizer import train_bpe
 from tests.jobs.corpora import data_config, make_corpus
@@ -47,7 +47,6 @@ def test_it_is_trained_once_until_what_shapes_it_changes(ray_workers: int, tmp_p
     assert ensure_tokenizer(data_config(str(corpus), tmp_path, val_fraction=0.5))[1] == uri
     assert Path(uri).stat().st_mtime_ns == written_ns
     assert ensure_tokenizer(data_config(str(corpus), tmp_path, vocab_size=300))[1] != uri
-    assert run(data_config(str(corpus), tmp_path))["tokenizer"] == uri
     (corpus / "a.jsonl").write_text(json.dumps({"text": "other text"}))
     assert ensure_tokenizer(data_config(str(corpus), tmp_path))[1] != uri
 
