@@ -12,8 +12,8 @@ from cluster.settings.parser import ConfigError
 from cluster.settings.run import RunConfig
 from cluster.storage.uris import Storage, join_uri
 from jobs.report.figures import smoothed
-from jobs.report.page import Figure, document, grid, picture
-from jobs.report.theme import DARK, LIGHT, Theme, new_figure, png, titled
+from jobs.report.page import document, grid, picture
+from jobs.report.theme import new_figure, png, titled
 from jobs.run.find_run import begun_ledger
 from jobs.run.history import final_figures, flattened, recorded_config
 from jobs.run.ledger import Ledger
@@ -49,13 +49,13 @@ def compare(runs: Sequence[Storage], storage: Storage) -> dict[str, Any]:
     differing = grid("Settings that differ", heads, [[n, *values] for n, values in settings.items()])
     ends = "; ".join(f"{run.name} ends at {run.ledger.steps[-1]['loss']:.3f} nats per token" for run in read)
     text = f"Training and validation loss of each run over the tokens seen: {ends}."
-    figure = Figure(text, draw(read, LIGHT), draw(read, DARK))
+    image = draw(read)
     body = (
-        f"<h1>{escape(' and '.join(names))}</h1>{picture(figure)}"
+        f"<h1>{escape(' and '.join(names))}</h1>{picture(text, image)}"
         f"<h2>Final figures</h2>{grid('Final figures', heads, [[name, *row] for name, row in rows.items()])}"
         f"<h2>Settings that differ</h2>{differing if settings else '<p>None.</p>'}"
     )
-    storage.write_bytes(f"{folder}/loss.png", figure.light)
+    storage.write_bytes(f"{folder}/loss.png", image)
     storage.write_bytes(f"{folder}/index.html", document("Comparison of runs", body).encode())
     return {
         "html": join_uri(storage.uri, f"{folder}/index.html"),
@@ -74,12 +74,12 @@ def differing_settings(runs: Sequence[Run]) -> dict[str, list[str]]:
     return {name: values for name, values in found.items() if len(set(values)) > 1}
 
 
-def draw(runs: Sequence[Run], theme: Theme) -> bytes:
+def draw(runs: Sequence[Run]) -> bytes:
     """Draws the training loss, smoothed, and the validation loss over the tokens seen."""
     most = max(run.ledger.steps[-1]["tokens_seen"] for run in runs)
     factor, unit = next(((f, u) for f, u in ((1e9, "billion "), (1e6, "million ")) if most >= f), (1.0, ""))
-    figure = new_figure(theme, height_inches=4.6)
-    axes = titled(figure, theme, "Loss of each run", x=f"{unit}tokens seen", y="loss (nats/token)")
+    figure = new_figure(height_inches=4.6)
+    axes = titled(figure, "Loss of each run", x=f"{unit}tokens seen", y="loss (nats/token)")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     for number, run in enumerate(runs):
         look: dict[str, Any] = {"color": _COLORS[number], "linestyle": _DASHES[number]}
@@ -93,4 +93,4 @@ def draw(runs: Sequence[Run], theme: Theme) -> bytes:
             look["linestyle"] = "none"
             look |= {"marker": "osD^vPX*"[number], "markersize": 5 + number, "fillstyle": "none"}  # none hides another
             axes.plot(*zip(*points, strict=True), label=f"{run.name}, validation", **look)
-    return png(figure, theme, columns=2)
+    return png(figure, columns=2)

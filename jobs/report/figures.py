@@ -1,4 +1,4 @@
-"""Draws the figures of a run over its steps, as PNG, for light and for dark pages."""
+"""Draws the figures of a run over its steps, as PNG."""
 
 import textwrap
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.ticker import FuncFormatter, MaxNLocator, StrMethodFormatter
 
-from jobs.report.theme import Theme, new_figure, png, style
+from jobs.report.theme import ACCENT, PHASES, RESIZE, RESTART, SERIES, TEXT, new_figure, png, style
 from jobs.report.why_slow import shares, why_slow
 from jobs.run.history import duration, lost_ranges, seconds_by_phase, segments
 from jobs.run.ledger import Ledger
@@ -27,28 +27,25 @@ _STRIP_SHARE = 1 / 80  # the share of the steps at which one measurement is wide
 class Picture:
     title: str
     description: str  # for readers who cannot see it
-    draw: Callable[[Axes, Ledger, Theme], None]
-    below: Callable[[Axes, Ledger, Theme], None] | None = None  # a strip below it, over the same steps
+    draw: Callable[[Axes, Ledger], None]
+    below: Callable[[Axes, Ledger], None] | None = None  # a strip below it, over the same steps
     is_over_steps: bool = True
 
 
-def draw(picture: Picture, ledger: Ledger, theme: Theme) -> bytes:
+def draw(picture: Picture, ledger: Ledger) -> bytes:
     """Returns the picture as PNG."""
-    figure = new_figure(theme, height_inches=5.0 if picture.below else 3.8)
-    panels = [(figure.subplots(), picture.draw)]
-    if picture.below:
-        figure.clear()
-        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
-        panels = [(upper, picture.draw), (lower, picture.below)]
-    panels[0][0].set_title(picture.title, loc="left", color=theme.text, fontweight="bold")
-    for axes, drawn in panels:
-        style(axes, theme)
+    figure = new_figure(height_inches=5.0 if picture.below else 3.8)
+    draws = [picture.draw, picture.below] if picture.below else [picture.draw]
+    panels = figure.subplots(len(draws), squeeze=False, sharex=True, height_ratios=(4, 1)[: len(draws)])[:, 0]
+    panels[0].set_title(picture.title, loc="left", fontweight="bold")
+    for axes, drawn in zip(panels, draws, strict=True):
+        style(axes)
         if picture.is_over_steps:
-            _over_steps(axes, ledger, theme, is_lowest=axes is panels[-1][0])
-        drawn(axes, ledger, theme)
+            _over_steps(axes, ledger, is_lowest=axes is panels[-1])
+        drawn(axes, ledger)
         if picture.is_over_steps:
-            _mark_interruptions(axes, ledger, theme)
-    return png(figure, theme)
+            _mark_interruptions(axes, ledger)
+    return png(figure)
 
 
 def pictures(ledger: Ledger) -> dict[str, Picture]:
@@ -127,22 +124,22 @@ def _window_means(values: Array, half: int) -> Array:
     return np.asarray((sums[high] - sums[low]) / (high - low), dtype=np.float64)
 
 
-def _over_steps(axes: Axes, ledger: Ledger, theme: Theme, *, is_lowest: bool) -> None:
+def _over_steps(axes: Axes, ledger: Ledger, *, is_lowest: bool) -> None:
     steps = ledger.steps
     margin = max(0.5, 0.01 * (steps[-1]["step"] - steps[0]["step"]))
     axes.set_xlim(steps[0]["step"] - margin, steps[-1]["step"] + margin)
     if is_lowest:
-        axes.set_xlabel("optimizer step", color=theme.text)
+        axes.set_xlabel("optimizer step")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
 
 
-def _mark_interruptions(axes: Axes, ledger: Ledger, theme: Theme) -> None:
+def _mark_interruptions(axes: Axes, ledger: Ledger) -> None:
     for number, (first, last) in enumerate(lost_ranges(ledger)):
         label = "steps lost, taken again" if number == 0 else None
         span = (first - 0.5, last + 0.5)
-        axes.axvspan(*span, facecolor=theme.restart, edgecolor=theme.text, alpha=0.25, hatch="////", lw=0, label=label)
-    styles = {"resize": (theme.resize, "-."), "restart": (theme.restart, "--"), "resume": (theme.text, ":")}
+        axes.axvspan(*span, facecolor=RESTART, edgecolor=TEXT, alpha=0.25, hatch="////", lw=0, label=label)
+    styles = {"resize": (RESIZE, "-."), "restart": (RESTART, "--"), "resume": (TEXT, ":")}
     labelled: set[str] = set()
     for stop in ledger.interruptions():
         kind = stop.label.partition(" ")[0]
@@ -152,81 +149,81 @@ def _mark_interruptions(axes: Axes, ledger: Ledger, theme: Theme) -> None:
         axes.axvline(stop.step + 0.5, color=color, linestyle=style, linewidth=1.4, label=label)
 
 
-def _plot_smoothed(axes: Axes, ledger: Ledger, field: str, theme: Theme, *, label: str) -> None:
+def _plot_smoothed(axes: Axes, ledger: Ledger, field: str, *, label: str) -> None:
     steps, values = [line["step"] for line in ledger.steps], [line[field] for line in ledger.steps]
     alpha, size = (0.3, 3) if len(steps) > 300 else (0.6, 5)
-    axes.plot(steps, values, ".", color=theme.series, alpha=alpha, markersize=size, label=f"{label}, each step")
-    axes.plot(steps, smoothed(values, ledger), color=theme.series, linewidth=1.8, label=f"{label}, smoothed")
+    axes.plot(steps, values, ".", color=SERIES, alpha=alpha, markersize=size, label=f"{label}, each step")
+    axes.plot(steps, smoothed(values, ledger), color=SERIES, linewidth=1.8, label=f"{label}, smoothed")
 
 
-def _loss(axes: Axes, ledger: Ledger, theme: Theme) -> None:
-    axes.set_ylabel("loss (nats/token)", color=theme.text)
-    _plot_smoothed(axes, ledger, "loss", theme, label="training")
+def _loss(axes: Axes, ledger: Ledger) -> None:
+    axes.set_ylabel("loss (nats/token)")
+    _plot_smoothed(axes, ledger, "loss", label="training")
     if validations := {line["step"]: line["val_loss"] for line in ledger.events("validation")}:
-        axes.plot(*zip(*sorted(validations.items()), strict=True), "D-", color=theme.accent, ms=5, label="validation")
+        axes.plot(*zip(*sorted(validations.items()), strict=True), "D-", color=ACCENT, ms=5, label="validation")
     sets = {line["step"]: line.get("sets", {}) for line in ledger.events("validation")}
     for number, name in enumerate(dict.fromkeys(name for measured in sets.values() for name in measured)):
         points = [(step, measured[name]["val_loss"]) for step, measured in sorted(sets.items()) if name in measured]
-        color = theme.phases[(2 + number) % len(theme.phases)]
+        color = PHASES[(2 + number) % len(PHASES)]
         axes.plot(*zip(*points, strict=True), "s--", color=color, ms=4, label=f"validation, {name}")
     if saved := sorted({line["step"] for line in ledger.events("checkpoint")}):
         floor = axes.get_xaxis_transform()  # y in shares of the axes
-        axes.plot(saved, [0.02] * len(saved), "^", color=theme.text, ms=5, transform=floor, label="checkpoint")
+        axes.plot(saved, [0.02] * len(saved), "^", color=TEXT, ms=5, transform=floor, label="checkpoint")
 
 
-def _learning_rate(axes: Axes, ledger: Ledger, theme: Theme) -> None:
-    axes.set_ylabel("learning rate (dimensionless)", color=theme.text)
+def _learning_rate(axes: Axes, ledger: Ledger) -> None:
+    axes.set_ylabel("learning rate (dimensionless)")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     rates = [line["lr"] for line in ledger.steps]
-    axes.plot([line["step"] for line in ledger.steps], rates, ".-", color=theme.series, ms=3, label="learning rate")
+    axes.plot([line["step"] for line in ledger.steps], rates, ".-", color=SERIES, ms=3, label="learning rate")
     axes.set_ylim(0, 1.1 * max(rates))
 
 
-def _throughput(axes: Axes, ledger: Ledger, theme: Theme) -> None:
-    axes.set_ylabel("throughput (tokens/s)", color=theme.text)
+def _throughput(axes: Axes, ledger: Ledger) -> None:
+    axes.set_ylabel("throughput (tokens/s)")
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    _plot_smoothed(axes, ledger, "tokens_per_s", theme, label="all workers")
+    _plot_smoothed(axes, ledger, "tokens_per_s", label="all workers")
     axes.set_ylim(0, 1.1 * max(line["tokens_per_s"] for line in ledger.steps))
 
 
-def _mfu(axes: Axes, ledger: Ledger, theme: Theme) -> None:
-    axes.set_ylabel("share of the bf16 peak (%)", color=theme.text)
+def _mfu(axes: Axes, ledger: Ledger) -> None:
+    axes.set_ylabel("share of the bf16 peak (%)")
     known = [line for line in ledger.steps if line["mfu"] is not None]
     values = [100 * line["mfu"] for line in known]
-    axes.plot([line["step"] for line in known], values, ".", color=theme.series, markersize=3, label="MFU, each step")
+    axes.plot([line["step"] for line in known], values, ".", color=SERIES, markersize=3, label="MFU, each step")
     axes.set_ylim(0, 1.1 * max(values))
 
 
-def _world_size(axes: Axes, ledger: Ledger, theme: Theme) -> None:
-    axes.set_ylabel("workers", color=theme.text)
+def _world_size(axes: Axes, ledger: Ledger) -> None:
+    axes.set_ylabel("workers")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     parts = segments(ledger)
     for part in parts:
         ends, height = (part.first_step - 0.5, part.last_step + 0.5), part.world_size
         label = "workers" if part is parts[0] else None
-        axes.plot(ends, (height, height), color=theme.text, linewidth=4, solid_capstyle="butt", label=label)
+        axes.plot(ends, (height, height), color=TEXT, linewidth=4, solid_capstyle="butt", label=label)
     axes.set_ylim(0, max(part.world_size for part in parts) + 0.5)
 
 
-def _step_time(axes: Axes, ledger: Ledger, theme: Theme) -> None:
+def _step_time(axes: Axes, ledger: Ledger) -> None:
     phases = {name: smoothed(seconds, ledger) for name, seconds in seconds_by_phase(ledger).items()}
     unit, factor = ("ms", 1000.0) if np.sum([seconds.mean() for seconds in phases.values()]) < 1 else ("s", 1.0)
-    axes.set_ylabel(f"time per step ({unit})", color=theme.text)
+    axes.set_ylabel(f"time per step ({unit})")
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     steps = [line["step"] for line in ledger.steps]
     axes.stackplot(
         [steps[0] - 0.5, *steps, steps[-1] + 0.5],  # a step has its width, even if it is the only one
         [factor * np.pad(seconds, 1, mode="edge") for seconds in phases.values()],
         labels=list(phases),
-        colors=[theme.phases[index % len(theme.phases)] for index in range(len(phases))],
-        hatch=["" if index < len(theme.phases) else "////" for index in range(len(phases))],
-        edgecolor=theme.background,
+        colors=[PHASES[index % len(PHASES)] for index in range(len(phases))],
+        hatch=["" if index < len(PHASES) else "////" for index in range(len(phases))],
+        edgecolor="white",
         linewidth=0.4,
     )
     axes.set_ylim(bottom=0)
 
 
-def _layers(axes: Axes, ledger: Ledger, theme: Theme, *, field: str) -> None:
+def _layers(axes: Axes, ledger: Ledger, *, field: str) -> None:
     measured = {line["step"]: line for line in ledger.events("layers")}  # the last counts of steps taken again
     steps = sorted(measured)
     names = measured[steps[-1]]["layers"]
@@ -244,8 +241,7 @@ def _layers(axes: Axes, ledger: Ledger, theme: Theme, *, field: str) -> None:
     axes.set_yticks(range(len(names)), names, fontsize=min(8.0, 160 / len(names)))
     axes.grid(visible=False)
     bar = axes.figure.colorbar(mesh, ax=axes)
-    bar.ax.tick_params(which="both", colors=theme.text)
-    bar.set_label(f"{field.replace('_', ' ')} (no unit)", color=theme.text)
+    bar.set_label(f"{field.replace('_', ' ')} (no unit)")
 
 
 _LINE_CHARS = 90
@@ -260,11 +256,11 @@ def parts(ledger: Ledger) -> dict[str, float]:
     return {name: share for name, share in spent.items() if share >= _LEAST_SHARE}
 
 
-def waterfall(axes: Axes, ledger: Ledger, theme: Theme, *, verdict: str) -> None:
+def waterfall(axes: Axes, ledger: Ledger, *, verdict: str) -> None:
     wall_s, drawn = shares(ledger).wall_s, parts(ledger)
     start = 0.0
     for row, share in enumerate(drawn.values()):
-        axes.barh(row, 100 * share, left=100 * start, color=theme.series, height=0.65)
+        axes.barh(row, 100 * share, left=100 * start, color=SERIES, height=0.65)
         start += share
         is_late = start > 0.8  # then there is no room to the right of the bar
         axes.annotate(
@@ -274,13 +270,12 @@ def waterfall(axes: Axes, ledger: Ledger, theme: Theme, *, verdict: str) -> None
             textcoords="offset points",
             ha="right" if is_late else "left",
             va="center",
-            color=theme.text,
             fontsize="small",
-            bbox={"facecolor": theme.background, "edgecolor": "none", "pad": 1.0},
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
         )
     axes.set_yticks(range(len(drawn)), list(drawn))
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     label = "\n".join(textwrap.wrap(verdict, _LINE_CHARS))
-    axes.set_xlabel(f"wall time of the run (% of {duration(wall_s)})\n{label}", color=theme.text)
+    axes.set_xlabel(f"wall time of the run (% of {duration(wall_s)})\n{label}")

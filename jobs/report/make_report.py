@@ -7,9 +7,8 @@ from typing import Any
 
 from cluster.storage.uris import Storage, join_uri
 from jobs.report.figures import draw, pictures
-from jobs.report.page import Figure, cells, document, grid, pairs, picture, table
+from jobs.report.page import cells, document, grid, pairs, picture, table
 from jobs.report.plan_actual import plan_rows
-from jobs.report.theme import DARK, LIGHT
 from jobs.report.why_slow import why_slow
 from jobs.run.find_run import begun_ledger, data_identity, find_tokens
 from jobs.run.history import cost_rows, event_rows, flattened, recorded_config, statistics
@@ -23,10 +22,11 @@ def make_report(run: Storage, *, price: float | None = None, plan: Mapping[str, 
     `price` is for an hour of a GPU, or of a CPU where workers have none; `plan` is what `raymill plan --json` printed.
     """
     ledger, config = begun_ledger(run), recorded_config(run)
-    figures, uris = [], {}
+    figures, uris = "", {}
     for name, drawn in pictures(ledger).items():
-        figures.append(Figure(drawn.description, draw(drawn, ledger, LIGHT), draw(drawn, ledger, DARK)))
-        run.write_bytes(f"report/{name}.png", figures[-1].light)
+        image = draw(drawn, ledger)
+        run.write_bytes(f"report/{name}.png", image)
+        figures += picture(drawn.description, image)
         uris[name] = join_uri(run.uri, f"report/{name}.png")
     samples, drops = _samples(ledger), _drops(run, ledger)
     title = f"Run {run.uri.rpartition('/')[2]}"
@@ -36,8 +36,7 @@ def make_report(run: Storage, *, price: float | None = None, plan: Mapping[str, 
 <h2>Plan and actual</h2>
 {grid("Plan and actual", ("", "Planned", "Actual"), plan_rows(ledger, config, plan))}
 <h2>Curves</h2>
-{"".join(map(picture, figures))}
-{f"<h2>Samples</h2>{samples}" if samples else ""}
+{figures}{f"<h2>Samples</h2>{samples}" if samples else ""}
 {f"<h2>Documents</h2>{grid('Documents', ('', 'Number', 'Share'), drops)}" if drops else ""}
 <h2>Events</h2>
 {_events(ledger)}

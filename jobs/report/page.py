@@ -2,13 +2,13 @@
 
 import base64
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from html import escape
 
 _STYLE = """
 :root { color-scheme: light dark; --text: #222; --background: #fff; --line: #ddd; --quiet: #595959 }
 @media (prefers-color-scheme: dark) {
   :root { --text: #e6e6e6; --background: #16181c; --line: #3a3d44; --quiet: #a8a8a8 }
+  img { filter: invert(.91) hue-rotate(180deg) }
 }
 body { margin: 2rem auto; padding: 0 1rem; max-width: 62rem; color: var(--text); background: var(--background);
   font: 16px/1.5 system-ui, sans-serif }
@@ -24,15 +24,6 @@ td.text { white-space: pre-wrap; font-family: ui-monospace, monospace; font-size
 td.text b { font-weight: 400; color: var(--quiet) }
 summary { cursor: pointer; font-size: 1.2rem; font-weight: 700; margin-top: 2.5rem }
 """
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One figure in both themes."""
-
-    description: str
-    light: bytes  # PNG
-    dark: bytes
 
 
 def document(title: str, body: str) -> str:
@@ -59,12 +50,8 @@ def grid(caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> s
     return table(caption, heads, [f'<th scope="row">{escape(name)}</th>{cells(values)}' for name, *values in rows])
 
 
-def picture(figure: Figure) -> str:
-    light, dark = (f"data:image/png;base64,{base64.b64encode(png).decode()}" for png in (figure.light, figure.dark))
-    return (
-        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-        f'<img src="{light}" alt="{escape(figure.description)}"></picture>\n'
-    )
+def picture(description: str, png: bytes) -> str:
+    return f'<img src="data:image/png;base64,{base64.b64encode(png).decode()}" alt="{escape(description)}">\n'
 
 
 def pairs(rows: Iterable[tuple[str, str]]) -> str:

@@ -9,7 +9,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from cluster.output.progress import say
 from cluster.settings.run import seq_len
 from cluster.storage.uris import Storage, join_uri
-from jobs.report.theme import LIGHT, new_figure, png, titled
+from jobs.report.theme import PHASES, TEXT, new_figure, png, titled
 from jobs.run.checkpoints import RunCheckpoints
 from jobs.run.find_run import RunError
 from jobs.run.history import recorded_config
@@ -47,15 +47,15 @@ def probe_run(run: Storage) -> dict[str, Any]:
 
 
 def draw(found: list[dict[str, Any]]) -> bytes:
-    figure = new_figure(LIGHT)
-    axes = titled(figure, LIGHT, "What checkpoints do in context", x="optimizer step", y="accuracy (%)")
+    figure = new_figure()
+    axes = titled(figure, "What checkpoints do in context", x="optimizer step", y="accuracy (%)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
     steps = [line["step"] for line in found]
     for number, name in enumerate(TASKS):
         line, marker = _LOOKS[name]
         shares = [checkpoint[name] for checkpoint in found]
-        axes.plot(steps, shares, linestyle=line, marker=marker, color=LIGHT.phases[(1, 4, 3)[number]], label=name)
-    axes.axhline(0.25, color=LIGHT.text, linewidth=0.8, linestyle=":", label="a guess at few-shot")
+        axes.plot(steps, shares, linestyle=line, marker=marker, color=PHASES[(1, 4, 3)[number]], label=name)
+    axes.axhline(0.25, color=TEXT, linewidth=0.8, linestyle=":", label="a guess at few-shot")
     axes.set_ylim(-0.02, 1.02)
-    return png(figure, LIGHT)
+    return png(figure)
