@@ -7,7 +7,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from cluster.settings.plan import PlanConfig
 from jobs.exact.exact_reduce import maximal_subtrees
+from jobs.exact.flat_layout import FlatLayout
 from jobs.tokens.batch_plan import lanes_of_rank
 
 DAY_S = 86_400
@@ -71,25 +73,17 @@ class Exchange:
     seconds: float  # with those that overlap with backward
 
 
-def exchange(
-    num_values: int,
-    *,
-    world_size: int,
-    num_lanes: int,
-    num_buckets: int,
-    gpus_per_node: int,
-    link_bytes_per_s: float,
-    network_bytes_per_s: float,
-) -> Exchange:
+def exchange(layout: FlatLayout, options: PlanConfig, *, world_size: int, num_lanes: int) -> Exchange:
     """Returns the exchange of a step. (W - g)/(W - 1) of the bytes leave a node of g GPUs, and both links work at the
     same time; the K + 1 messages of each bucket to each other rank are sent one after another."""
     if world_size == 1:
         return Exchange(0, 0, 0.0)
     num_subtrees = max(num_subtrees_of_rank(num_lanes, world_size=world_size))
-    num_bytes = sent_bytes(num_values, world_size=world_size, num_subtrees=num_subtrees)
-    num_messages = num_buckets * (world_size - 1) * (num_subtrees + 1)
-    outside = max(0, world_size - gpus_per_node) / (world_size - 1)
-    seconds = max(num_bytes * (1 - outside) / link_bytes_per_s, num_bytes * outside / network_bytes_per_s)
+    num_bytes = sent_bytes(layout.size, world_size=world_size, num_subtrees=num_subtrees)
+    num_messages = len(layout.buckets) * (world_size - 1) * (num_subtrees + 1)
+    outside = max(0, world_size - options.gpus_per_node) / (world_size - 1)
+    inside_s = num_bytes * (1 - outside) / options.hardware.link_bytes_per_s
+    seconds = max(inside_s, num_bytes * outside / options.network_bytes_per_s)
     return Exchange(num_bytes, num_messages, seconds + num_messages * MESSAGE_S)
 
 

@@ -109,15 +109,8 @@ def _memory(config: RunConfig, layout: FlatLayout, count: int, *, is_sharded: bo
 
 
 def _exchange(config: RunConfig, options: PlanConfig, layout: FlatLayout, count: int) -> dict[str, float]:
-    found = exchange(
-        layout.size,
-        world_size=count,
-        num_lanes=batch_schedule(config).num_lanes(batch_schedule(config).max_steps),
-        num_buckets=len(layout.buckets),
-        gpus_per_node=options.gpus_per_node,
-        link_bytes_per_s=options.hardware.link_bytes_per_s,
-        network_bytes_per_s=options.network_bytes_per_s,
-    )
+    schedule = batch_schedule(config)
+    found = exchange(layout, options, world_size=count, num_lanes=schedule.num_lanes(schedule.max_steps))
     return {
         "bytes_per_step": found.num_bytes,
         "messages_per_step": found.num_messages,

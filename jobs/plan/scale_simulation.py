@@ -60,15 +60,7 @@ def _scale(config: RunConfig, options: PlanConfig, layout: FlatLayout, size: int
     step_tokens = lanes * batch_schedule(config).lane_tokens
     rate = options.mfu * gpu.peak_flops_per_s
     lane_s = flops_per_token(config.model, seq_len(config)) * batch_schedule(config).lane_tokens / rate
-    moved = exchange(
-        layout.size,
-        world_size=size,
-        num_lanes=lanes,
-        num_buckets=len(layout.buckets),
-        gpus_per_node=options.gpus_per_node,
-        link_bytes_per_s=gpu.link_bytes_per_s,
-        network_bytes_per_s=options.network_bytes_per_s,
-    )
+    moved = exchange(layout, options, world_size=size, num_lanes=lanes)
     # With ZeRO-1 the second half of the bytes, the weights, is sent after the update, where nothing hides it.
     hidden_s = min(_BACKWARD_SHARE * lane_s, moved.seconds / (2 if sharded else 1))
     compute_s, exposed_s = math.ceil(lanes / size) * lane_s, moved.seconds - hidden_s

@@ -26,11 +26,11 @@ class Piece(NamedTuple):
     end: int
 
 
-def open_shards(storage: Storage, *, dtype: np.dtype[Any], cache_bytes: int) -> "_MappedShards | _RemoteShards":
+def open_shards(storage: Storage, *, dtype: np.dtype[Any], cache_bytes: int) -> "_MappedShards | RemoteShards":
     """Returns a reader, for one thread, that opens no shard before the first read."""
     if storage.local_path("") is not None:
         return _MappedShards(storage, dtype)
-    return _RemoteShards(RangeCache(storage, max_bytes=cache_bytes), dtype)
+    return RemoteShards(storage, dtype, max_bytes=cache_bytes)
 
 
 class _MappedShards:
@@ -55,97 +55,79 @@ class _MappedShards:
         """Does nothing: a page fault costs less than a thread."""
 
 
-class _RemoteShards:
-    def __init__(self, cache: "RangeCache", dtype: np.dtype[Any]) -> None:
-        self._cache, self._dtype = cache, dtype
+class RemoteShards:
+    """Reads by ranged requests, and caches up to `max_bytes` of pieces read lately or read ahead by a few threads.
 
-    def read(self, piece: Piece, *, scattered: bool) -> Tokens:
-        """Returns the tokens of the piece; `scattered` means that its neighbors will not be read soon."""
-        wanted = self._range(piece)
-        if scattered:
-            return np.frombuffer(self._cache.read(wanted), dtype=self._dtype)
-        size = piece.shard.tokens * self._dtype.itemsize
-        starts = range(wanted.start // BLOCK_BYTES * BLOCK_BYTES, wanted.end, BLOCK_BYTES)
-        blocks = [self._cache.read(Range(wanted.file, start, min(size, start + BLOCK_BYTES))) for start in starts]
-        data = b"".join(blocks)[wanted.start - starts.start : wanted.end - starts.start]
-        return np.frombuffer(data, dtype=self._dtype)
-
-    def read_ahead(self, pieces: Iterable[Piece]) -> None:
-        """Names the scattered pieces that are read next, in order, replacing those named before."""
-        self._cache.read_ahead(self._range(piece) for piece in pieces)
-
-    def _range(self, piece: Piece) -> "Range":
-        return Range(piece.shard.file, piece.start * self._dtype.itemsize, piece.end * self._dtype.itemsize)
-
-
-class Range(NamedTuple):
-    """Bytes [start, end) of a file."""
-
-    file: str
-    start: int
-    end: int
-
-    @property
-    def size(self) -> int:
-        return self.end - self.start
-
-
-class RangeCache:
-    """Caches up to `max_bytes` of the ranges read lately and of those that a few threads read ahead.
-
-    Ranges already read make room for those read ahead. A range that finds no room is read anyway, and not kept.
+    Pieces already read make room for those read ahead. A piece that finds no room is read anyway, and not kept.
     """
 
-    def __init__(self, storage: Storage, *, max_bytes: int) -> None:
-        self._storage, self._max_bytes = storage, max_bytes
+    def __init__(self, storage: Storage, dtype: np.dtype[Any], *, max_bytes: int) -> None:
+        self._storage, self._dtype, self._max_bytes = storage, dtype, max_bytes
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="read-ahead")  # starts them when needed
-        self._queue: deque[Range] = deque()
-        self._ahead: dict[Range, Future[bytes]] = {}  # being read or already read, not requested yet
-        self._used: OrderedDict[Range, bytes] = OrderedDict()  # the last used last
+        self._queue: deque[Piece] = deque()
+        self._ahead: dict[Piece, Future[bytes]] = {}  # being read or already read, not requested yet
+        self._used: OrderedDict[Piece, bytes] = OrderedDict()  # the last used last
         self.held_bytes = 0
 
-    def read(self, wanted: Range) -> bytes:
-        """Raises what the storage raises, also for a range that was read ahead; another call tries again."""
-        if wanted in self._used:
-            self._used.move_to_end(wanted)
-            return self._used[wanted]
-        future = self._ahead.pop(wanted, None)
-        if future is not None:
-            self.held_bytes -= wanted.size
-            data = future.result()
-        else:
-            if self._queue and self._queue[0] == wanted:
-                self._queue.popleft()
-            data = self._storage.read_bytes(wanted.file, start=wanted.start, end=wanted.end)
-        if self._make_room(wanted.size):
-            self._used[wanted] = data
-            self.held_bytes += wanted.size
-        self._fill()
-        return data
+    def read(self, piece: Piece, *, scattered: bool) -> Tokens:
+        """Returns the tokens of the piece; `scattered` means that its neighbors will not be read soon.
 
-    def read_ahead(self, ranges: Iterable[Range]) -> None:
-        """Reads these next, in order, instead of those named before and not requested yet."""
-        wanted = dict.fromkeys(ranges)
+        Raises what the storage raises, also for a piece that was read ahead; another call tries again.
+        """
+        if scattered:
+            return np.frombuffer(self._bytes(piece), dtype=self._dtype)
+        size = BLOCK_BYTES // self._dtype.itemsize
+        starts = range(piece.start // size * size, piece.end, size)
+        blocks = (Piece(piece.shard, start, min(piece.shard.tokens, start + size)) for start in starts)
+        tokens = np.frombuffer(b"".join(map(self._bytes, blocks)), dtype=self._dtype)
+        return tokens[piece.start - starts.start : piece.end - starts.start]
+
+    def read_ahead(self, pieces: Iterable[Piece]) -> None:
+        """Reads these scattered pieces next, in order, instead of those named before and not requested yet."""
+        wanted = dict.fromkeys(pieces)
         for old, future in list(self._ahead.items()):
             if old not in wanted and (future.cancel() or future.done()):
                 del self._ahead[old]
-                self.held_bytes -= old.size
+                self.held_bytes -= self._size(old)
         self._queue = deque(wanted)
         self._fill()
+
+    def _bytes(self, piece: Piece) -> bytes:
+        if piece in self._used:
+            self._used.move_to_end(piece)
+            return self._used[piece]
+        future = self._ahead.pop(piece, None)
+        if future is not None:
+            self.held_bytes -= self._size(piece)
+            data = future.result()
+        else:
+            if self._queue and self._queue[0] == piece:
+                self._queue.popleft()
+            data = self._fetch(piece)
+        if self._make_room(piece):
+            self._used[piece] = data
+            self.held_bytes += self._size(piece)
+        self._fill()
+        return data
 
     def _fill(self) -> None:
         while self._queue:
             first = self._queue[0]
             if first not in self._ahead and first not in self._used:
-                if not self._make_room(first.size):
+                if not self._make_room(first):
                     return
-                self._ahead[first] = self._threads.submit(
-                    self._storage.read_bytes, first.file, start=first.start, end=first.end
-                )
-                self.held_bytes += first.size
+                self._ahead[first] = self._threads.submit(self._fetch, first)
+                self.held_bytes += self._size(first)
             self._queue.popleft()
 
-    def _make_room(self, size: int) -> bool:
-        while self._used and self.held_bytes + size > self._max_bytes:
-            self.held_bytes -= self._used.popitem(last=False)[0].size
-        return self.held_bytes + size <= self._max_bytes
+    def _make_room(self, piece: Piece) -> bool:
+        while self._used and self.held_bytes + self._size(piece) > self._max_bytes:
+            self.held_bytes -= self._size(self._used.popitem(last=False)[0])
+        return self.held_bytes + self._size(piece) <= self._max_bytes
+
+    def _fetch(self, piece: Piece) -> bytes:
+        itemsize = self._dtype.itemsize
+        return self._storage.read_bytes(piece.shard.file, start=piece.start * itemsize, end=piece.end * itemsize)
+
+    def _size(self, piece: Piece) -> int:
+        return (piece.end - piece.start) * self._dtype.itemsize

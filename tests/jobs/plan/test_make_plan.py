@@ -10,8 +10,10 @@ import torch
 from cluster.cli import main
 from cluster.settings.plan import PlanConfig
 from cluster.settings.run import RunConfig
+from jobs.exact.flat_layout import FlatLayout
 from jobs.exact.train_state import TrainState
 from jobs.plan.formulas import (
+    MESSAGE_S,
     checkpoint_interval_s,
     exchange,
     goodput,
@@ -84,19 +86,16 @@ def test_intervals_by_young_and_daly() -> None:
 
 
 def test_an_exchange_is_bound_by_its_slowest_link() -> None:
-    links = {
-        "num_lanes": 64,
-        "num_buckets": 1,
-        "gpus_per_node": 8,
-        "link_bytes_per_s": 3e11,
-        "network_bytes_per_s": 1e10,
-    }
-    inside = exchange(10**9, world_size=8, **links)  # type: ignore[arg-type]
-    assert inside.num_bytes == pytest.approx(8e9 * 7 / 8)
-    assert inside.seconds == pytest.approx(7e9 / 3e11, rel=0.01)
-    across = exchange(10**9, world_size=16, **links)  # type: ignore[arg-type]
-    assert across.seconds == pytest.approx(8e9 * 15 / 16 * 8 / 15 / 1e10, rel=0.01)
-    assert exchange(10**9, world_size=1, **links).num_bytes == 0  # type: ignore[arg-type]
+    layout, options = FlatLayout.of({"weight": (10**9,)}), PlanConfig(gpu="a100", network_gbit_per_s=80)
+
+    def exchanged(world_size: int) -> tuple[float, float]:
+        """Returns the bytes, and the seconds that they take without what messages take besides."""
+        found = exchange(layout, options, world_size=world_size, num_lanes=64)
+        return found.num_bytes, found.seconds - found.num_messages * MESSAGE_S
+
+    assert exchanged(8) == pytest.approx((8e9 * 7 / 8, 7e9 / 3e11), rel=1e-5)
+    assert exchanged(16) == pytest.approx((8e9 * 15 / 16, 8e9 * 15 / 16 * 8 / 15 / 1e10), rel=1e-5)
+    assert exchanged(1) == (0, 0)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

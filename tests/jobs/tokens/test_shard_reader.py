@@ -9,23 +9,25 @@ import pytest
 
 from cluster.storage.folder import LocalStorage
 from cluster.storage.uris import NotFoundError, Storage, StorageError, open_storage
-from jobs.tokens.shard_reader import _MAX_MAPS, Piece, Range, RangeCache, open_shards
-from jobs.tokens.token_store import token_dtype
+from jobs.tokens.shard_reader import _MAX_MAPS, Piece, RemoteShards, open_shards
+from jobs.tokens.token_store import Shard, token_dtype
 from tests.jobs.stores import write_shard
 from tests.time_limits import limit_s
+
+FILE, OTHER, MISSING = (Shard(name, "train", 0, 1000, 1, 1000, "") for name in ("file", "other", "missing"))
 
 
 @dataclass(frozen=True)
 class Watched(LocalStorage):
     """A folder whose reads can be counted, held back and failed."""
 
-    reads: list[Range] = field(default_factory=list)
+    reads: list[tuple[str, int, int]] = field(default_factory=list)
     gate: threading.Event = field(default_factory=threading.Event)
     broken: set[str] = field(default_factory=set)
 
     def read_bytes(self, key: str, *, start: int = 0, end: int | None = None) -> bytes:
         assert end is not None
-        self.reads.append(Range(key, start, end))
+        self.reads.append((key, start, end))
         assert self.gate.wait(limit_s(10))
         if key in self.broken:
             raise StorageError(f"{key}: the disk is on fire")
@@ -41,60 +43,70 @@ def storage(tmp_path: Path) -> Watched:
     return watched
 
 
+def reader_of(storage: Storage, *, max_bytes: int) -> RemoteShards:
+    return RemoteShards(storage, np.dtype("u1"), max_bytes=max_bytes)
+
+
+def ranges_of(pieces: list[Piece]) -> list[tuple[str, int, int]]:
+    return [(piece.shard.file, piece.start, piece.end) for piece in pieces]
+
+
 def test_what_was_read_last_is_kept_within_the_bound(storage: Watched) -> None:
-    cache = RangeCache(storage, max_bytes=300)
-    blocks = [Range("file", start, start + 100) for start in range(0, 500, 100)]
+    cache = reader_of(storage, max_bytes=300)
+    blocks = [Piece(FILE, start, start + 100) for start in range(0, 500, 100)]
     for number in (0, 1, 2, 0, 3):
-        assert cache.read(blocks[number])[0] == number * 100 % 250
+        assert cache.read(blocks[number], scattered=True)[0] == number * 100 % 250
         assert cache.held_bytes <= 300
-    assert storage.reads == [blocks[number] for number in (0, 1, 2, 3)]
+    assert storage.reads == ranges_of(blocks[:4])
     for number in (0, 2, 3, 1):
-        cache.read(blocks[number])
-    assert storage.reads[4:] == [blocks[1]]
+        cache.read(blocks[number], scattered=True)
+    assert storage.reads[4:] == ranges_of(blocks[1:2])
 
 
 def test_reading_ahead_stays_within_the_bound_and_goes_on_as_room_is_made(storage: Watched) -> None:
     storage.gate.clear()
-    cache = RangeCache(storage, max_bytes=350)
-    wanted = [Range("file", start, start + 100) for start in range(0, 1000, 100)]
+    cache = reader_of(storage, max_bytes=350)
+    wanted = [Piece(FILE, start, start + 100) for start in range(0, 1000, 100)]
     cache.read_ahead(wanted)
     assert cache.held_bytes == 300  # three are on their way although no read waits for them
     storage.gate.set()
-    for range_ in wanted:
-        assert cache.read(range_)[0] == range_.start % 250
+    for piece in wanted:
+        assert cache.read(piece, scattered=True)[0] == piece.start % 250
         assert cache.held_bytes <= 350
-    assert sorted(storage.reads) == wanted  # each was read once
+    assert sorted(storage.reads) == ranges_of(wanted)  # each was read once
 
 
 def test_more_than_the_bound_at_once_is_read_but_not_kept(storage: Watched) -> None:
-    cache = RangeCache(storage, max_bytes=50)
-    cache.read_ahead([Range("file", 0, 100)])
+    cache = reader_of(storage, max_bytes=50)
+    cache.read_ahead([Piece(FILE, 0, 100)])
     assert storage.reads == []
-    assert len(cache.read(Range("file", 0, 100))) == 100
+    assert len(cache.read(Piece(FILE, 0, 100), scattered=True)) == 100
     assert cache.held_bytes == 0
 
 
 def test_a_new_wish_replaces_the_old_one(storage: Watched) -> None:
-    cache = RangeCache(storage, max_bytes=200)
-    cache.read_ahead([Range("file", 0, 100), Range("file", 100, 200), Range("file", 200, 300)])
-    for range_ in (Range("file", 0, 100), Range("file", 100, 200)):
-        cache.read(range_)
-        cache.read_ahead([Range("other", 0, 100), Range("other", 100, 200)])
-    assert [cache.read(Range("other", start, start + 100)) for start in (0, 100)] == [bytes(100)] * 2
+    cache = reader_of(storage, max_bytes=200)
+    cache.read_ahead([Piece(FILE, 0, 100), Piece(FILE, 100, 200), Piece(FILE, 200, 300)])
+    for piece in (Piece(FILE, 0, 100), Piece(FILE, 100, 200)):
+        cache.read(piece, scattered=True)
+        cache.read_ahead([Piece(OTHER, 0, 100), Piece(OTHER, 100, 200)])
+    assert [cache.read(Piece(OTHER, start, start + 100), scattered=True).tobytes() for start in (0, 100)] == [
+        bytes(100)
+    ] * 2
     assert cache.held_bytes <= 200
 
 
 def test_an_error_ahead_surfaces_at_its_read_and_may_pass(storage: Watched) -> None:
     storage.broken.add("other")
-    cache = RangeCache(storage, max_bytes=1000)
-    cache.read_ahead([Range("file", 0, 10), Range("other", 0, 10), Range("missing", 0, 10)])
-    assert cache.read(Range("file", 0, 10)) == bytes(range(10))
+    cache = reader_of(storage, max_bytes=1000)
+    cache.read_ahead([Piece(FILE, 0, 10), Piece(OTHER, 0, 10), Piece(MISSING, 0, 10)])
+    assert cache.read(Piece(FILE, 0, 10), scattered=True).tobytes() == bytes(range(10))
     with pytest.raises(StorageError, match="other: the disk is on fire"):
-        cache.read(Range("other", 0, 10))
+        cache.read(Piece(OTHER, 0, 10), scattered=True)
     with pytest.raises(NotFoundError, match="missing does not exist"):
-        cache.read(Range("missing", 0, 10))
+        cache.read(Piece(MISSING, 0, 10), scattered=True)
     storage.broken.clear()
-    assert cache.read(Range("other", 0, 10)) == bytes(10)
+    assert cache.read(Piece(OTHER, 0, 10), scattered=True).tobytes() == bytes(10)
 
 
 def test_a_store_of_many_shards_holds_few_files_open(tmp_path: Path) -> None:
