@@ -4,8 +4,6 @@ B sequences in a batch, T tokens of each. A batch's loss does not depend on whic
 adds the batches in their order: the result is the same for any number of workers.
 """
 
-import hashlib
-import json
 import math
 import re
 import sys
@@ -25,13 +23,14 @@ from cluster.settings.run import DataConfig, EvaluateConfig, RunConfig, StorageC
 from cluster.stages.stage import stage_main
 from cluster.storage.registry import find_checkpoint
 from cluster.storage.uris import Storage, absolute_uri, open_storage, split_uri
+from jobs.run.find_run import find_tokens
 from jobs.run.history import CONFIG_FILE, recorded_config
 from jobs.tokens.build_store import tokenize
-from jobs.tokens.token_store import FORMAT_VERSION, MANIFEST, Manifest, Split, TokenStoreError, read_manifest
+from jobs.tokens.token_store import Split, TokenStoreError, read_manifest
 from jobs.tokens.token_stream import TokenStream
 from jobs.tokens.train_tokenizer import TOKENIZER_FILE
 from model.checkpoint import load_model, load_tokenizer, parameter_hash, read_config
-from model.checkpoint_folder import CheckpointError, Metadata, is_hf_folder, read_metadata
+from model.checkpoint_folder import CheckpointError, is_hf_folder, read_metadata
 from model.errors import UserError
 from model.gpt import GPT
 from model.processor import bf16_slowdown, fast_precision
@@ -138,26 +137,17 @@ def storage_of(config: EvaluateConfig) -> Storage:
 
 
 def validation_split(folder: Path, config: EvaluateConfig) -> tuple[Storage, Split]:
-    """Returns what the checkpoint's run validated on, found by the hashes that the checkpoint records."""
+    """Returns what the checkpoint's run validated on, found by the identity that the checkpoint records."""
     if is_hf_folder(folder):
         raise CheckpointError(f"checkpoint {folder} records no validation split; name a text with --data.source")
-    metadata, storage = read_metadata(folder), storage_of(config)
-    for entry in storage.list("tokens/"):
-        if entry.key.endswith(f"/{MANIFEST}") and is_trained_on(storage.read_bytes(entry.key), metadata):
-            return storage.child(entry.key.removesuffix(f"/{MANIFEST}")), "val"
-    wanted = metadata.data_manifest_hash or metadata.data_identity or "unknown"
-    raise TokenStoreError(
-        f"no token store under {storage.uri}/tokens has the manifest hash {wanted[:12]}… that the checkpoint was "
-        "trained with; name its storage with --storage.uri, or a text with --data.source"
-    )
-
-
-def is_trained_on(manifest: bytes, metadata: Metadata) -> bool:
-    """Returns whether a token store's manifest is of the data that the checkpoint was trained with."""
-    if metadata.data_manifest_hash is not None:
-        return hashlib.sha256(manifest).hexdigest() == metadata.data_manifest_hash
-    is_current = json.loads(manifest)["format_version"] == FORMAT_VERSION
-    return is_current and Manifest.from_json(manifest).identity == metadata.data_identity
+    metadata = read_metadata(folder)
+    run = storage_of(config).child(f"runs/{metadata.run_id}")
+    try:
+        return find_tokens(run, metadata.data_identity), "val"
+    except TokenStoreError as error:
+        raise TokenStoreError(
+            f"{error}; or name its storage with --storage.uri, or a text with --data.source"
+        ) from error
 
 
 def _documents(folder: Path, config: EvaluateConfig) -> tuple[Storage, Split]:

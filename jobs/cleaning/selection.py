@@ -5,7 +5,6 @@ compared across chunks lie in a local temporary folder: 40 bytes per document, a
 """
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,6 +21,7 @@ from jobs.corpus.documents import Drop
 
 Codes = npt.NDArray[np.uint8]  # (N,) of a chunk's documents: 0 trains, `HELD_OUT` validates, others are drop codes
 HELD_OUT = 255
+_NO_COUNTS = np.zeros(256, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Selection:
         self._num_chunks = num_chunks
         self._duplicates: dict[Drop, Marks] = {}  # by reason, among the documents that nothing else drops
         self._starts = [0]  # the number of those before each chunk
-        self._exceptions: dict[tuple[int, int], int] = {}
+        self._val_below = int(data.val_fraction * 2**64)
 
     def __enter__(self) -> Self:
         self._scratch = TemporaryDirectory(prefix="raymill-selection-")
@@ -55,21 +55,16 @@ class Selection:
     def decide(self) -> Summary:
         """Finds the duplicates, once all chunks are added; then counts."""
         self._find_duplicates()
-        counts = np.zeros(256, dtype=np.int64)
-        extremes: list[tuple[bytes, int, int]] = []
+        counts = self._counts()
+        if self._data.val_fraction and 0 in (counts[0], counts[HELD_OUT]):
+            # An exception for small corpora: at least one document trains and one validates.
+            kept = np.concatenate([self._kept_hashes(chunk) for chunk in range(self._num_chunks)])
+            if len(set(kept.tolist())) > 1:
+                self._val_below = int(kept.max() if counts[HELD_OUT] else kept.min() + np.uint64(1))
+                counts = self._counts()
         digests = hashlib.sha256()
         for chunk in range(self._num_chunks):
-            codes, index = self.codes(chunk), self._index(chunk)
-            counts += np.bincount(codes, minlength=256)
-            digests.update(index.digest.encode())
-            if found := [*extremes, *self._kept(chunk, codes, index)]:
-                extremes = [min(found), max(found)]
-        if extremes and self._data.val_fraction and counts[0] + counts[HELD_OUT] >= 2:
-            # An exception for small corpora: at least one document trains and one validates.
-            if not counts[HELD_OUT]:
-                self._move(extremes[0], HELD_OUT, counts)
-            elif not counts[0]:
-                self._move(extremes[-1], 0, counts)
+            digests.update(self._index(chunk).digest.encode())
         return Summary(
             documents=int(counts[0] + counts[HELD_OUT]),
             held_out=int(counts[HELD_OUT]),
@@ -84,10 +79,7 @@ class Selection:
         for reason, dropped in self._duplicates.items():
             found = candidates[dropped[self._starts[chunk] : self._starts[chunk + 1]]]
             codes[found[codes[found] == 0]] = DROP_CODES.index(reason)
-        codes[(codes == 0) & held_out(index.hashes, self._data.val_fraction)] = HELD_OUT
-        for (moved_chunk, document), code in self._exceptions.items():
-            if moved_chunk == chunk:
-                codes[document] = code
+        codes[(codes == 0) & (leading(index.hashes) < np.uint64(self._val_below))] = HELD_OUT
         return codes
 
     def store_codes(self, chunk: int, store: Storage) -> None:
@@ -111,18 +103,12 @@ class Selection:
             if threshold is not None:
                 self._duplicates[Drop.NEAR_DUPLICATE] = near.find()
 
-    def _kept(self, chunk: int, codes: Codes, index: ChunkIndex) -> Iterator[tuple[bytes, int, int]]:
-        """Yields (hash, chunk, document) of the kept documents with the smallest and the largest hash."""
-        places = np.flatnonzero((codes == 0) | (codes == HELD_OUT))
-        if len(places):
-            order = np.lexsort(index.hashes[places].T[::-1])
-            for place in (places[order[0]], places[order[-1]]):
-                yield index.hashes[place].tobytes(), chunk, int(place)
+    def _counts(self) -> npt.NDArray[np.int64]:
+        """Returns the number of documents by code."""
+        return sum((np.bincount(self.codes(chunk), minlength=256) for chunk in range(self._num_chunks)), _NO_COUNTS)
 
-    def _move(self, document: tuple[bytes, int, int], code: int, counts: npt.NDArray[np.int64]) -> None:
-        self._exceptions[document[1:]] = code
-        counts[code] += 1
-        counts[HELD_OUT - code] -= 1
+    def _kept_hashes(self, chunk: int) -> npt.NDArray[np.uint64]:
+        return leading(self._index(chunk).hashes[np.isin(self.codes(chunk), (0, HELD_OUT))])
 
     def _index(self, chunk: int) -> ChunkIndex:
         return ChunkIndex.from_bytes(self._path(chunk).read_bytes())
@@ -141,11 +127,7 @@ def _codes_key(chunk: int) -> str:
     return f"{INDEX}/{chunk:05d}.codes"
 
 
-def held_out(hashes: npt.NDArray[np.uint8], val_fraction: float) -> npt.NDArray[np.bool_]:
-    """Marks the validation documents among hashes (N, 16): those whose hash, as a number in [0, 1), is below the share.
-
-    So a document keeps its split when others come and go, and equal texts are in the same split.
-    """
-    leading = np.ascontiguousarray(hashes[:, :8]).view(">u8").reshape(-1)
-    chosen: npt.NDArray[np.bool_] = leading < np.uint64(int(val_fraction * 2**64))
-    return chosen
+def leading(hashes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
+    """Returns the first eight bytes of hashes (N, 16) as numbers. A document validates if its number is in the lowest
+    share of all: it keeps its split when others come and go, and equal texts are in the same split."""
+    return np.ascontiguousarray(hashes[:, :8]).view(">u8").reshape(-1).astype(np.uint64)
