@@ -1,7 +1,6 @@
 """Indexes a chunk: the hash and the reason to drop of each document, found by a task and stored for restarts."""
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -33,17 +32,14 @@ class ChunkIndex:
     hashes: npt.NDArray[np.uint8]  # (N, 16) of the normalized text; zeros when dropped
     drops: npt.NDArray[np.uint8]  # (N,) drop codes
     signatures: npt.NDArray[Any]  # (N, K) for near-duplicates; (N, 0) without data.near_dedup_threshold
-    digest: str  # SHA-256 of all texts, by which a second reader proves that it saw the same
+    digest: npt.NDArray[np.uint8]  # (32,) SHA-256 of all texts, by which a second reader proves that it saw the same
 
     def to_bytes(self) -> bytes:
-        return save(
-            {"hashes": self.hashes, "drops": self.drops, "signatures": self.signatures}, {"digest": self.digest}
-        )
+        return save(vars(self))
 
     @classmethod
     def from_bytes(cls, content: bytes) -> Self:
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        return cls(**load(content), digest=header["__metadata__"]["digest"])
+        return cls(**load(content))
 
 
 def index_corpus(store: Storage, chunks: Sequence[Chunk], data: DataConfig) -> Iterator[tuple[int, bytes]]:
@@ -70,10 +66,8 @@ def _stored(store: Storage, key: str) -> bytes | None:
     try:
         content = store.read_bytes(key)
         ChunkIndex.from_bytes(content)
-    except NotFoundError:  # one request, where checking first would take two
+    except (NotFoundError, SafetensorError, TypeError):  # or it was cut off on a disk that lost power
         return None
-    except (SafetensorError, ValueError, KeyError, TypeError):
-        return None  # cut off on a disk that lost power
     return content
 
 
@@ -93,7 +87,7 @@ def _indexed(chunk: Chunk, data: DataConfig) -> ChunkIndex:
         hashes=np.frombuffer(hashes, np.uint8).reshape(-1, HASH_BYTES),
         drops=np.frombuffer(drops, np.uint8),
         signatures=np.array(signatures) if signatures else np.empty((len(drops), 0), np.uint8),
-        digest=digest.hexdigest(),
+        digest=np.frombuffer(digest.digest(), np.uint8),
     )
 
 

@@ -64,7 +64,7 @@ class Selection:
                 counts = self._counts()
         digests = hashlib.sha256()
         for chunk in range(self._num_chunks):
-            digests.update(self._index(chunk).digest.encode())
+            digests.update(self._index(chunk).digest.tobytes().hex().encode())
         return Summary(
             documents=int(counts[0] + counts[HELD_OUT]),
             held_out=int(counts[HELD_OUT]),
@@ -84,8 +84,7 @@ class Selection:
 
     def store_codes(self, chunk: int, store: Storage) -> None:
         """Stores the codes, and the digest of the texts, for the tasks that read the chunk again."""
-        digest = bytes.fromhex(self._index(chunk).digest)
-        store.write_bytes(_codes_key(chunk), digest + self.codes(chunk).tobytes())
+        store.write_bytes(_codes_key(chunk), self._index(chunk).digest.tobytes() + self.codes(chunk).tobytes())
 
     def _find_duplicates(self) -> None:
         folder, threshold = Path(self._scratch.name), self._data.near_dedup_threshold

@@ -173,14 +173,11 @@ _LIMITS: tuple[tuple[str, Callable[[Row], bool], str, str], ...] = (
 def simulate(config: RunConfig, options: PlanConfig) -> dict[str, Any]:
     """Returns `scales`, and in `limits` the fewest GPUs at which each part bounds the run, or None, and what helps."""
     rows = scales(config, options)
-    bounds = [
-        (part, next((row["num_gpus"] for row in rows if binds(row)), None), sign, then)
-        for part, binds, sign, then in _LIMITS
-    ]
-    return {
-        "scales": rows,
-        "limits": [dict(zip(("part", "num_gpus", "sign", "then"), bound, strict=True)) for bound in bounds],
-    }
+    limits = []
+    for part, binds, sign, then in _LIMITS:
+        first = next((row["num_gpus"] for row in rows if binds(row)), None)
+        limits.append({"part": part, "num_gpus": first, "sign": sign, "then": then})
+    return {"scales": rows, "limits": limits}
 
 
 _TABLES: tuple[dict[str, Callable[[Row], str]], ...] = (

@@ -53,10 +53,9 @@ def stats(store: Storage) -> dict[str, Any]:
 
 def _sources(manifest: Manifest, recorded: dict[str, Any]) -> list[dict[str, Any]]:
     numbers = sorted({shard.source for shard in manifest.shards})
-    locations = recorded.get("sources")  # not recorded in stores made before this was
     return [
         {
-            "source": locations[number] if locations else number,
+            "source": recorded["sources"][number],
             "weight": round(manifest.weights[number], 4) if manifest.weights else None,
             "documents": sum(shard.documents for shard in manifest.shards if shard.source == number),
             "tokens": sum(shard.tokens for shard in manifest.shards if shard.source == number),

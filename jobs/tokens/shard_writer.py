@@ -83,18 +83,13 @@ class ChunkWriter:
     def _finished(self, sidecar: str, made_of: dict[str, str]) -> ChunkResult | None:
         try:
             values = json.loads(self.store.read_bytes(sidecar))
-        except NotFoundError:  # one request, where checking first would take two
+            if values["made_of"] != made_of:
+                return None
+            result = RESULT.validate_python(values["result"])
+            is_stored = all(file_sha256(self.store, shard.file) == shard.sha256 for shard in result.shards)
+        except (NotFoundError, ValueError):  # or the sidecar was cut off on a disk that lost power
             return None
-        except ValueError:
-            return None  # cut off on a disk that lost power
-        result = RESULT.validate_python(values["result"]) if values["made_of"] == made_of else None
-        return result if result and all(self._is_stored(shard) for shard in result.shards) else None
-
-    def _is_stored(self, shard: Shard) -> bool:
-        try:
-            return file_sha256(self.store, shard.file) == shard.sha256
-        except NotFoundError:
-            return False
+        return result if is_stored else None
 
     def _write(
         self, chunk: Chunk, digest: str, codes: bytes, tokenizer: Tokenizer, encoder: PlainEncoder

@@ -39,9 +39,8 @@ class RunFigures:
         self._failures: Counter[str] = Counter()
         self._first_s = self._last_s = 0.0
         self._world_size = 0
-        self._step: Line | None = None
         self._last_times: dict[str, float] = {}
-        self._validation: dict[str, tuple[float, float]] = {}
+        self._curves: dict[tuple[str, str], Sample] = {}  # the last sample of each
 
     def add(self, line: Line) -> None:
         event, now_s = line.get("event"), line["time"]
@@ -49,6 +48,7 @@ class RunFigures:
         if event != "start":
             self._worker_s += self._world_size * max(0.0, now_s - self._last_s)
         self._last_s = max(self._last_s, now_s)
+        self._curves |= {(sample.name, sample.label): sample for sample in curve_samples(line)}
         match event:
             case None:
                 self._take_step(line)
@@ -72,12 +72,10 @@ class RunFigures:
                 self._failures["hang"] += 1
             case "checkpoint":
                 self._last_times["train_last_checkpoint_timestamp_seconds"] = now_s
-            case "validation":
-                sets = {"val": line} | line.get("sets", {})
-                self._validation |= {name: (of["val_loss"], of["val_bits_per_byte"]) for name, of in sets.items()}
 
     def samples(self) -> Iterator[Sample]:
         """Yields what is known so far, under the table's names without their `raymill_`."""
+        yield from self._curves.values()
         yield Sample("train_planned_steps", max_steps(self._config))
         yield Sample("train_world_size", self._world_size)
         for name in ("restarts", "resizes", "lost_steps", "skipped_steps", "rollbacks"):
@@ -86,14 +84,6 @@ class RunFigures:
         yield from (Sample(name, at_s) for name, at_s in self._last_times.items())
         if (wall_s := self._last_s - self._first_s - self._paused_s) > 0:
             yield Sample("train_goodput", self._useful_s / wall_s)
-        for name, (loss, bits) in self._validation.items():
-            yield Sample("train_validation_loss", loss, name)
-            yield Sample("train_validation_bits_per_byte", bits, name)
-        yield from self._costs()
-        if self._step is not None:
-            yield from step_samples(self._step)
-
-    def _costs(self) -> Iterator[Sample]:
         scaling = self._config.scaling
         device, devices = ("gpu", 1) if scaling.use_gpu else ("cpu", scaling.threads_per_worker)
         yield Sample("cost_device_seconds", self._worker_s * devices, device)
@@ -105,7 +95,6 @@ class RunFigures:
         self._lose(line["step"])  # one that is taken again
         self._wall_s[line["step"]] = line["wall_s"]
         self._useful_s += line["wall_s"]
-        self._step = line
         self._last_times["train_last_step_timestamp_seconds"] = line["time"]
 
     def _lose(self, step: int) -> None:
@@ -118,7 +107,12 @@ def curve_samples(line: Line) -> list[Sample]:
     """Returns what a line of the ledger adds to a run's curves; only steps and validations add something."""
     match line.get("event"):
         case None:
-            return [*step_samples(line), Sample("train_world_size", line["world_size"])]
+            fields = {name: field for name, field in _STEP_FIELDS.items() if line[field] is not None}
+            return [
+                *(Sample(f"train_{name}", line[field]) for name, field in fields.items()),
+                *(Sample("train_phase_seconds", seconds, phase) for phase, seconds in line["seconds"].items()),
+                Sample("train_world_size", line["world_size"]),
+            ]
         case "validation":
             return [
                 Sample(f"train_validation_{name}", measured[f"val_{name}"], of)
@@ -127,12 +121,3 @@ def curve_samples(line: Line) -> list[Sample]:
             ]
         case _:
             return []
-
-
-def step_samples(line: Line) -> Iterator[Sample]:
-    """Yields the figures of a step's line."""
-    for name, field in _STEP_FIELDS.items():
-        if line[field] is not None:
-            yield Sample(f"train_{name}", line[field])
-    for phase, seconds in line["seconds"].items():
-        yield Sample("train_phase_seconds", seconds, phase)

@@ -25,7 +25,7 @@ def index_of(texts: list[bytes]) -> ChunkIndex:
         hashes=np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, 16),
         drops=np.array([0 if text else DROP_CODES.index(Drop.EMPTY) for text in texts], np.uint8),
         signatures=np.array([signature(word_ngrams(text, 3)) for text in texts]).reshape(len(texts), SIGNATURE_SIZE),
-        digest=hashlib.sha256(b"".join(texts)).hexdigest(),
+        digest=np.frombuffer(hashlib.sha256(b"".join(texts)).digest(), np.uint8),
     )
 
 
