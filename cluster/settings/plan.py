@@ -2,7 +2,7 @@
 
 from typing import Self
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from cluster.settings.run import Settings, setting
 from model.gpus import GPUS, Gpu
@@ -44,7 +44,6 @@ class PlanConfig(Settings):
         60, "seconds from a failure to the next step; an assumption (a lost worker of a small model: 4 s)"
     )
     replace_s: NonNegativeFloat = setting(600, "seconds until a lost node is replaced, for --simulate; an assumption")
-    seed: NonNegativeInt = setting(0, "seed of the failures that --simulate draws")
 
     @field_validator("gpu")
     @classmethod

@@ -7,8 +7,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from cluster.settings.plan import PlanConfig
 from cluster.settings.run import RunConfig, batch_schedule, seq_len
 from jobs.exact.flat_layout import FlatLayout
@@ -19,6 +17,7 @@ from jobs.plan.formulas import (
     TEXT_BYTES_PER_TOKEN,
     checkpoint_interval_s,
     exchange,
+    goodput,
     mean_time_between_failures_s,
 )
 from jobs.plan.memory import layout_of
@@ -43,7 +42,6 @@ SLOW_SHARE = 0.1
 """Share of a step from which a part counts as saturated."""
 
 _BACKWARD_SHARE = 2 / 3  # of a lane's time
-_SIMULATED_S = 90 * 86_400.0
 
 Row = Mapping[str, Any]
 """The figures at one number of GPUs, by name."""
@@ -75,10 +73,10 @@ def _scale(config: RunConfig, options: PlanConfig, layout: FlatLayout, size: int
     mtbf_s = mean_time_between_failures_s(options.mtbf_gpu_hours, size)
     store_s = state / options.storage_bytes_per_s
     checkpoint_every_s = max(checkpoint_interval_s(wait_s, mtbf_s), store_s)
-    failures = {"mtbf_s": mtbf_s, "restart_s": options.restart_s, "replace_s": options.replace_s, "seed": options.seed}
-    snapshots = {"interval_s": snapshot_every * step_s, "cost_s": snapshot_s} | failures
-    checkpoints = {"interval_s": checkpoint_every_s, "cost_s": wait_s} | failures
-    absent = min(1.0, options.gpus_per_node / size)
+    snapshots = {"interval_s": snapshot_every * step_s, "cost_s": snapshot_s, "mtbf_s": mtbf_s}
+    checkpoints = {"interval_s": checkpoint_every_s, "cost_s": wait_s, "mtbf_s": mtbf_s}
+    # Until a lost node is replaced, training continues without its share of the throughput.
+    continuing_s = options.restart_s + min(1.0, options.gpus_per_node / size) * options.replace_s
     return {
         "num_gpus": size,
         "lanes_per_gpu": lanes / size,
@@ -97,35 +95,10 @@ def _scale(config: RunConfig, options: PlanConfig, layout: FlatLayout, size: int
         "read_bytes_per_s": token_dtype(config.model.vocab_size).itemsize * step_tokens / step_s,  # by all GPUs
         "text_bytes_per_s": TEXT_BYTES_PER_TOKEN * step_tokens / step_s,  # for tokenizing while training
         "health_calls_per_s": size / HEALTH_CHECK_S,
-        # Continuing without the lost node until it is replaced: with snapshots, and with checkpoints alone.
-        "goodput": simulated_goodput(**snapshots, absent=absent),
-        "goodput_elastic": simulated_goodput(**checkpoints, absent=absent),
-        # Waiting for the replacement, with checkpoints alone.
-        "goodput_waiting": simulated_goodput(**checkpoints, absent=1.0),
+        "goodput": goodput(**snapshots, restart_s=continuing_s),
+        "goodput_elastic": goodput(**checkpoints, restart_s=continuing_s),  # with checkpoints alone
+        "goodput_waiting": goodput(**checkpoints, restart_s=options.restart_s + options.replace_s),
     }
-
-
-def simulated_goodput(
-    *, interval_s: float, cost_s: float, restart_s: float, mtbf_s: float, replace_s: float, absent: float, seed: float
-) -> float:
-    """Returns the share of 90 days that goes into steps that count, with failures drawn one after another.
-
-    A state is kept after each interval, for a cost. A failure costs what came after the last state, a restart, and
-    until the node is replaced the share `absent` of the throughput, which is 1 where training waits for it.
-    """
-    rng = np.random.default_rng(int(seed))
-    wall_s = useful_s = 0.0
-    while wall_s < _SIMULATED_S:
-        up_s = float(rng.exponential(mtbf_s))
-        useful_s += up_s // (interval_s + cost_s) * interval_s
-        down_s = restart_s + absent * replace_s
-        # A further failure during the restart starts it over.
-        while (until_next_s := float(rng.exponential(mtbf_s))) < down_s:
-            wall_s += until_next_s
-            if wall_s > _SIMULATED_S:
-                break
-        wall_s += up_s + down_s
-    return useful_s / wall_s
 
 
 _LIMITS: tuple[tuple[str, Callable[[Row], bool], str, str], ...] = (

@@ -9,7 +9,7 @@ from cluster.cli import command_parser
 from cluster.settings.flags import settings_from_flags, validate_config
 from cluster.settings.plan import PlanConfig
 from cluster.settings.run import RunConfig
-from jobs.plan.scale_simulation import scale_table, scales, simulate, simulated_goodput
+from jobs.plan.scale_simulation import scale_table, scales, simulate
 from tests.repository import REPOSITORY
 
 PAGE = REPOSITORY / "k8s" / "scale.md"
@@ -62,21 +62,3 @@ def test_limits_move_with_the_links() -> None:
     assert (slow["reduction"] or 0) < (fast["reduction"] or 0)
     assert fast["control"] == 1024
     assert fast["data"] is None
-
-
-def test_goodput_by_simulation_agrees_with_arithmetic() -> None:
-    rare = {
-        "interval_s": 1000.0,
-        "cost_s": 10.0,
-        "restart_s": 60.0,
-        "replace_s": 0.0,
-        "absent": 1.0,
-        "mtbf_s": 50_000.0,
-    }
-    # Of each failure half an interval and the restart; of each interval its cost.
-    expected = 1000 / 1010 * (1 - (505 + 60) / 50_000)
-    found = [simulated_goodput(**rare, seed=seed) for seed in range(20)]
-    assert sum(found) / len(found) == pytest.approx(expected, abs=0.003)
-    assert simulated_goodput(**rare, seed=3) == found[3]
-    hopeless = rare | {"mtbf_s": 100.0}
-    assert simulated_goodput(**hopeless, seed=0) < 0.01
