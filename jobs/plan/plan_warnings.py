@@ -18,13 +18,9 @@ FULL_MEMORY = 0.9
 
 def warnings(config: RunConfig, options: PlanConfig, plan: dict[str, Any]) -> list[str]:
     """Returns the warnings, the gravest first; none where all agrees."""
-    found = [_memory(config, options, plan)]
-    if not config.scaling.use_gpu and not _ASK_FOR_GPUS & options.model_fields_set:
-        found += [_on_cpus(config, options), _schedule(config)]
-    else:
-        found += [_batch(config, plan), _precision(config, options), _exchange(plan)]
-        found += [_schedule(config), _count(config, options), _keeping(config, plan)]
-    return [text for part in found for text in part]
+    is_on_cpus = not config.scaling.use_gpu and not _ASK_FOR_GPUS & options.model_fields_set
+    hardware = _on_cpus(config, options) if is_on_cpus else _on_gpus(config, options, plan)
+    return [*_memory(config, options, plan), *hardware, *_schedule(config)]
 
 
 def other_work(calibration: dict[str, Any]) -> Iterator[str]:
@@ -60,8 +56,8 @@ def _on_cpus(config: RunConfig, options: PlanConfig) -> Iterator[str]:
     )
 
 
-def _batch(config: RunConfig, plan: dict[str, Any]) -> Iterator[str]:
-    lanes, count = batch_schedule(config).num_lanes(1), plan["count"]
+def _on_gpus(config: RunConfig, options: PlanConfig, plan: dict[str, Any]) -> Iterator[str]:
+    lanes, count, step_s = batch_schedule(config).num_lanes(1), plan["count"], plan["step_s"]
     if count > lanes:
         yield (
             f"{count:,} GPUs for {lanes:,} lanes: train.global_batch_size {config.train.global_batch_size:,} / "
@@ -75,9 +71,6 @@ def _batch(config: RunConfig, plan: dict[str, Any]) -> Iterator[str]:
             f"{lanes:,} lanes do not divide among {count:,} GPUs: some compute {-(-lanes // count)} a step, others "
             f"{lanes // count} and wait: {1 - busy:.0%} of the GPUs' time is lost, which the days below leave out."
         )
-
-
-def _precision(config: RunConfig, options: PlanConfig) -> Iterator[str]:
     if config.train.precision == "fp32" and options.sustained_tflops is None:
         has_bf16 = options.hardware.fast_precision == "bf16"
         yield (
@@ -90,15 +83,32 @@ def _precision(config: RunConfig, options: PlanConfig) -> Iterator[str]:
             "--recompute changes no days with --mfu, which does not count repeated operations; it does with "
             "--sustained-tflops."
         )
-
-
-def _exchange(plan: dict[str, Any]) -> Iterator[str]:
-    exchange_s, step_s = plan["exchange"]["seconds_per_step"], plan["step_s"]
-    if exchange_s > step_s:
+    if (exchange_s := plan["exchange"]["seconds_per_step"]) > step_s:
         yield (
             f"The exchange of gradients takes {exchange_s:,.3g} s, and a step only {step_s:,.3g} s: the assumed "
             f"{plan['flops_per_s_per_gpu'] / 1e12:,.0f} TFLOP/s cannot be sustained. A larger "
             "train.global_batch_size, fewer GPUs or a faster network helps."
+        )
+    workers = config.scaling.max_workers
+    if options.count is not None and workers not in (options.count, 2):  # 2 is the default, which nobody chose
+        yield (
+            f"--count is {options.count:,} and scaling.max_workers {workers:,}: the plan has other GPUs than the run "
+            "would have workers."
+        )
+    host = plan["host_memory_bytes"]
+    snapshots = host["snapshots"] + host["copies_of_another_node"]
+    if 0 < config.checkpoint.snapshot_bytes < snapshots:
+        yield (
+            f"Snapshots need {snapshots / 1e9:,.1f} GB of each node's memory and checkpoint.snapshot_bytes allows "
+            f"{config.checkpoint.snapshot_bytes / 1e9:,.1f} GB: without them a failure costs all steps since the last "
+            "checkpoint."
+        )
+    between_s = config.checkpoint.save_every_steps * step_s
+    if between_s < (store_s := plan["checkpoint"]["store_s"]):
+        yield (
+            f"Checkpoints come every {between_s:,.3g} s, {config.checkpoint.save_every_steps:,} steps, and storing one "
+            f"takes {store_s:,.3g} s: those that come meanwhile are passed over "
+            "(checkpoint.save_every_steps)."
         )
 
 
@@ -124,32 +134,4 @@ def _schedule(config: RunConfig) -> Iterator[str]:
         yield (
             f"train.seq_len {seq_len(config):,} is less than model.n_positions {config.model.n_positions:,}: later "
             "positions are never trained, and a served model accepts them all the same."
-        )
-
-
-def _count(config: RunConfig, options: PlanConfig) -> Iterator[str]:
-    workers = config.scaling.max_workers
-    if options.count is not None and workers not in (options.count, 2):  # 2 is the default, which nobody chose
-        yield (
-            f"--count is {options.count:,} and scaling.max_workers {workers:,}: the plan has other GPUs than the run "
-            "would have workers."
-        )
-
-
-def _keeping(config: RunConfig, plan: dict[str, Any]) -> Iterator[str]:
-    checkpoint, step_s = plan["checkpoint"], plan["step_s"]
-    host = plan["host_memory_bytes"]
-    snapshots = host["snapshots"] + host["copies_of_another_node"]
-    if 0 < config.checkpoint.snapshot_bytes < snapshots:
-        yield (
-            f"Snapshots need {snapshots / 1e9:,.1f} GB of each node's memory and checkpoint.snapshot_bytes allows "
-            f"{config.checkpoint.snapshot_bytes / 1e9:,.1f} GB: without them a failure costs all steps since the last "
-            "checkpoint."
-        )
-    between_s = config.checkpoint.save_every_steps * step_s
-    if between_s < checkpoint["store_s"]:
-        yield (
-            f"Checkpoints come every {between_s:,.3g} s, {config.checkpoint.save_every_steps:,} steps, and storing one "
-            f"takes {checkpoint['store_s']:,.3g} s: those that come meanwhile are passed over "
-            "(checkpoint.save_every_steps)."
         )

@@ -1,6 +1,7 @@
 """Makes the text of a rehearsal: a small corpus as it is, else the front of each of its sources, in one folder."""
 
 import json
+from collections import Counter
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ def rehearsal_corpus(config: RunConfig, folder: Path) -> dict[str, Any]:
     for number, files in enumerate(groups):
         with (folder / f"source-{number}.jsonl").open("w", encoding="utf-8") as file:
             left = MAX_BYTES // len(groups)
-            for text in kept_texts(map(whole_file, files), data):
+            for text in kept_texts(map(whole_file, files), data, set(), Counter()):
                 written += file.write(json.dumps({data.text_field: text}, ensure_ascii=False) + "\n")
                 left -= len(text)
                 if left <= 0:

@@ -3,6 +3,7 @@
 from collections import OrderedDict, deque
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,18 +39,15 @@ class _MappedShards:
 
     def __init__(self, storage: Storage, dtype: np.dtype[Any]) -> None:
         self._storage, self._dtype = storage, dtype
-        self._maps: OrderedDict[str, Tokens] = OrderedDict()
+        self._mapped = lru_cache(_MAX_MAPS)(self._map)
 
     def read(self, piece: Piece, *, scattered: bool) -> Tokens:
-        file = piece.shard.file
-        if file not in self._maps:
-            path = self._storage.local_path(file)
-            assert path is not None
-            self._maps[file] = np.memmap(path, dtype=self._dtype, mode="r", shape=(piece.shard.tokens,))
-            if len(self._maps) > _MAX_MAPS:
-                self._maps.popitem(last=False)
-        self._maps.move_to_end(file)
-        return self._maps[file][piece.start : piece.end]
+        return self._mapped(piece.shard)[piece.start : piece.end]
+
+    def _map(self, shard: Shard) -> Tokens:
+        path = self._storage.local_path(shard.file)
+        assert path is not None
+        return np.memmap(path, dtype=self._dtype, mode="r", shape=(shard.tokens,))
 
     def read_ahead(self, pieces: Iterable[Piece]) -> None:
         """Does nothing: a page fault costs less than a thread."""

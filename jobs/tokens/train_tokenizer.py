@@ -109,8 +109,8 @@ def sample_texts(files: Sequence[CorpusFile], data: DataConfig) -> Iterator[str]
 def kept_texts(
     parts: Iterable[Part],
     data: DataConfig,
-    seen: set[bytes] | None = None,
-    dropped: Counter[str] | None = None,
+    seen: set[bytes],
+    dropped: Counter[str],
     *,
     most_bytes: float = math.inf,
 ) -> Iterator[str]:
@@ -118,7 +118,6 @@ def kept_texts(
 
     Ends after reading `most_bytes`, if anything was seen by then.
     """
-    seen, dropped = (set() if seen is None else seen), (Counter() if dropped is None else dropped)
     num_bytes = 0
     for part in parts:
         for document in read_documents(part, data):
@@ -137,5 +136,5 @@ def kept_texts(
 
 def text_sample(listing: Listing, data: DataConfig, *, num_texts: int = 20) -> list[str]:
     """Returns a few texts from the front of the corpus, each cut to some kilobytes."""
-    texts = kept_texts(map(whole_file, listing.files), data)
+    texts = kept_texts(map(whole_file, listing.files), data, set(), Counter())
     return [text[:8192] for text in islice(texts, num_texts)]
