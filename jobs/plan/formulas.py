@@ -32,11 +32,6 @@ def parameter_flops(num_parameters: float, num_tokens: float, *, recompute: bool
     return (8.0 if recompute else 6.0) * num_parameters * num_tokens
 
 
-def petaflop_s_days(flops: float) -> float:
-    """Returns the days that a machine of 1e15 FLOP/s would take: a measure of work, independent of any GPU."""
-    return flops / (1e15 * DAY_S)
-
-
 def gpu_days(flops: float, flops_per_s: float) -> float:
     """Returns the days that one GPU takes which sustains so many FLOP/s."""
     return flops / (flops_per_s * DAY_S)

@@ -18,7 +18,6 @@ from jobs.plan.formulas import (
     gpu_days,
     mean_time_between_failures_s,
     parameter_flops,
-    petaflop_s_days,
 )
 from jobs.plan.memory import gpu_memory, host_memory, layout_of
 from jobs.plan.plan_warnings import FULL_MEMORY, other_work, warnings
@@ -60,7 +59,7 @@ def make_plan(config: RunConfig, options: PlanConfig) -> dict[str, Any]:
         "precision": config.train.precision,
         "total_flops": total_flops,
         "model_flops": model_flops,
-        "petaflop_s_days": petaflop_s_days(total_flops),
+        "petaflop_s_days": gpu_days(total_flops, 1e15),
         "gpu": options.gpu,
         "count": count,
         "flops_per_s_per_gpu": rate,

@@ -107,12 +107,7 @@ def sample_texts(files: Sequence[CorpusFile], data: DataConfig) -> Iterator[str]
 
 
 def kept_texts(
-    parts: Iterable[Part],
-    data: DataConfig,
-    seen: set[bytes],
-    dropped: Counter[str],
-    *,
-    most_bytes: float = math.inf,
+    parts: Iterable[Part], data: DataConfig, seen: set[bytes], dropped: Counter[str], *, most_bytes: float = math.inf
 ) -> Iterator[str]:
     """Yields the texts of kept documents that were not `seen` before, in order; counts the `dropped` ones by reason.
 
@@ -134,7 +129,7 @@ def kept_texts(
                 yield document.text
 
 
-def text_sample(listing: Listing, data: DataConfig, *, num_texts: int = 20) -> list[str]:
+def text_sample(listing: Listing, data: DataConfig) -> list[str]:
     """Returns a few texts from the front of the corpus, each cut to some kilobytes."""
     texts = kept_texts(map(whole_file, listing.files), data, set(), Counter())
-    return [text[:8192] for text in islice(texts, num_texts)]
+    return [text[:8192] for text in islice(texts, 20)]

@@ -20,7 +20,6 @@ from jobs.plan.formulas import (
     gpu_days,
     mean_time_between_failures_s,
     parameter_flops,
-    petaflop_s_days,
 )
 from jobs.plan.make_plan import make_plan
 from jobs.plan.memory import activation_bytes, gpu_memory, host_memory, layout_of
@@ -45,7 +44,7 @@ def small(**train: Any) -> dict[str, Any]:
 def test_gpt3_as_its_paper_counts_it() -> None:
     flops = parameter_flops(174.6e9, 300e9)
     assert flops == pytest.approx(3.14e23, rel=1e-3)
-    assert petaflop_s_days(flops) == pytest.approx(3637, abs=1)
+    assert gpu_days(flops, 1e15) == pytest.approx(3637, abs=1)
     assert gpu_days(flops, 28e12) == pytest.approx(129_900, rel=1e-3)
 
 
