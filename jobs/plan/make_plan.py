@@ -114,8 +114,6 @@ def _exchange(config: RunConfig, options: PlanConfig, layout: FlatLayout, count:
         "bytes_per_step": found.num_bytes,
         "messages_per_step": found.num_messages,
         "seconds_per_step": found.seconds,
-        "link_bytes_per_s": options.hardware.link_bytes_per_s,
-        "network_bytes_per_s": options.network_bytes_per_s,
     }
 
 
@@ -140,7 +138,6 @@ def _checkpoint(config: RunConfig, options: PlanConfig, size: int, count: int, s
 def _data(config: RunConfig, tokens_per_s: float) -> dict[str, float]:
     id_bytes = token_dtype(config.model.vocab_size).itemsize
     return {
-        "tokens_per_s": tokens_per_s,
         "read_bytes_per_s": id_bytes * tokens_per_s,
         "store_bytes": id_bytes * config.train.max_tokens,
         "text_bytes": TEXT_BYTES_PER_TOKEN * config.train.max_tokens,

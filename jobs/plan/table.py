@@ -137,8 +137,8 @@ def _assumptions(plan: Mapping[str, Any], options: PlanConfig) -> Iterator[str]:
     if options.price is None:
         yield f"${plan['price_per_gpu_hour']:,.2f} for a GPU-hour (--price): a round number, not an offer."
     yield (
-        f"Links: {size(plan['exchange']['link_bytes_per_s'], '/s')} within a node of {options.gpus_per_node}, "
-        f"{size(plan['exchange']['network_bytes_per_s'], '/s')} for each GPU between nodes (--network-gbit-per-s)."
+        f"Links: {size(options.hardware.link_bytes_per_s, '/s')} within a node of {options.gpus_per_node}, "
+        f"{size(options.network_bytes_per_s, '/s')} for each GPU between nodes (--network-gbit-per-s)."
     )
     yield (
         f"A GPU fails once in {options.mtbf_gpu_hours:,.0f} hours (--mtbf-gpu-hours; Llama 3: 50,700), storage takes "

@@ -10,13 +10,8 @@ from cluster.output.progress import progress
 from cluster.storage.uris import Storage, open_storage
 from jobs.corpus.listing import CorpusError
 from jobs.tokens.shard_writer import ChunkResult, file_sha256
-from jobs.tokens.token_store import TOKENIZER, Shard, TokenStoreError, read_manifest, shard_file
+from jobs.tokens.token_store import Shard, TokenStoreError, read_manifest, shard_file
 from model.tokenizer import Tokenizer
-
-
-def store_tokenizer(location: str) -> Tokenizer:
-    """Returns the tokenizer that a token store was made with."""
-    return Tokenizer.from_json(open_storage(location).read_bytes(TOKENIZER))
 
 
 def copy_shards(

@@ -18,7 +18,6 @@ from jobs.corpus.ray_data_tasks import run_tasks
 from jobs.corpus.sample_places import sample_places
 from jobs.corpus.text_borders import cut_text
 from jobs.corpus.text_hashes import document_hash, normalized
-from jobs.tokens.ready_shards import store_tokenizer
 from jobs.tokens.token_store import canonical_json
 from model.tokenizer import Tokenizer, train_bpe
 
@@ -47,8 +46,7 @@ def ensure_tokenizer(config: RunConfig, listing: Listing | None = None) -> tuple
         return load_tokenizer(config.data.tokenizer)
     listing = listing or list_corpus(config.data.source)
     if listing.token_stores:
-        location = next(iter(listing.token_stores.values()))
-        return store_tokenizer(location), join_uri(location, TOKENIZER_FILE)
+        return load_tokenizer(next(iter(listing.token_stores.values())))
     shaping = [config.data.model_dump(mode="json", include=_SHAPING), listing.identity()]
     key = hashlib.sha256(canonical_json(shaping)).hexdigest()[:12]
     folder = open_storage(config.storage.uri).child(f"tokenizers/{key}")
@@ -71,7 +69,7 @@ def load_tokenizer(uri: str) -> tuple[Tokenizer, str]:
     try:
         return Tokenizer.from_json(storage.read_bytes(name)), join_uri(storage.uri, name)
     except NotFoundError as error:
-        raise NotFoundError(f"data.tokenizer={uri!r}: {error}") from error
+        raise NotFoundError(f"{error}; data.tokenizer and tokens:// sources need one") from error
 
 
 def train_tokenizer(corpus: Chunk, *, data: DataConfig) -> bytes:
