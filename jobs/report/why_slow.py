@@ -1,6 +1,8 @@
 """Says in one sentence what bounds a run, with the numbers that show it, from its ledger alone."""
 
+from collections import defaultdict
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -76,7 +78,7 @@ def shares(ledger: Ledger) -> Shares:
     windows = _windows(ledger)
     sums = dict.fromkeys(_SENTENCES, 0.0)
     computing = dict.fromkeys((*_COMPUTING, "sync"), 0.0)
-    held_up: dict[int, float] = {}
+    held_up: defaultdict[int, float] = defaultdict(float)  # seconds for which others waited, by rank
     ratios: dict[int, float] = {}
     for window in windows:
         slow = stragglers(window.ranks)
@@ -99,21 +101,22 @@ def shares(ledger: Ledger) -> Shares:
             continue
         sums["communication"] += exposed_s
         if slow:
-            rank = max(slow, key=lambda number: slow[number])
+            rank = max(slow, key=slow.__getitem__)
             sums["straggler"] += waited_s
-            held_up[rank] = held_up.get(rank, 0.0) + waited_s
+            held_up[rank] += waited_s
             ratios[rank] = max(ratios.get(rank, 0.0), slow[rank])
         elif max(rank.num_lanes for rank in window.ranks) > min(rank.num_lanes for rank in window.ranks):
             sums["lanes"] += waited_s
         else:
             sums["communication"] += waited_s
     sums["compute"] = sum(computing.values())
-    sums["restarts"] = _restarts_s(ledger)
+    between_s = sum(max(0.0, recovery.seconds) for recovery in ledger.recoveries())
+    sums["restarts"] = between_s + sum(line["wall_s"] for line in lost_steps(ledger))
     if finish := ledger.events("finish"):  # which waits for the last checkpoint
         sums["checkpoints"] += max(0.0, finish[-1]["time"] - ledger.steps[-1]["time"])
     wall_s = max(ledger.wall_s, sum(sums.values()))
     sums["other"] += wall_s - sum(sums.values())
-    slowest = max(held_up, key=lambda number: held_up[number]) if held_up else None
+    slowest = max(held_up, key=held_up.__getitem__, default=None)
     return Shares(
         {cause: seconds / wall_s for cause, seconds in sums.items()},
         {phase: seconds / wall_s for phase, seconds in computing.items()},
@@ -183,27 +186,15 @@ def _windows(ledger: Ledger) -> list[Window]:
     """Returns the steps that count, in the windows that all ranks recorded; others in rank 0's lines."""
     recorded = {(event["step"], event["attempt"]): event for event in ledger.events("phases")}
     windows: list[Window] = []
-    waiting: list[dict[str, Any]] = []
-    for line in ledger.steps:
-        if waiting and waiting[-1]["attempt"] != line["attempt"]:
-            windows += _alone(waiting)
-            waiting = []
-        waiting.append(line)
-        event = recorded.get((line["step"], line["attempt"]))
-        if event is not None:
-            windows.append(Window(len(waiting), line["world_size"], from_fields(event)))
-            waiting = []
-    return windows + _alone(waiting)
-
-
-def _alone(lines: list[dict[str, Any]]) -> list[Window]:
-    return [Window(1, line["world_size"], [RankTime(line["seconds"], 0.0)]) for line in lines]
-
-
-def _restarts_s(ledger: Ledger) -> float:
-    """Returns the seconds between attempts, and in steps that were taken again."""
-    again_s = sum(line["wall_s"] for line in lost_steps(ledger))
-    return again_s + sum(max(0.0, recovery.seconds) for recovery in ledger.recoveries())
+    for attempt, lines in groupby(ledger.steps, key=lambda line: line["attempt"]):
+        waiting = []
+        for line in lines:
+            waiting.append(line)
+            if event := recorded.get((line["step"], attempt)):
+                windows.append(Window(len(waiting), line["world_size"], from_fields(event)))
+                waiting = []
+        windows += [Window(1, line["world_size"], [RankTime(line["seconds"], 0.0)]) for line in waiting]
+    return windows
 
 
 def _duration(seconds: float) -> str:
