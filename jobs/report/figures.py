@@ -140,13 +140,11 @@ def _mark_interruptions(axes: Axes, ledger: Ledger) -> None:
         span = (first - 0.5, last + 0.5)
         axes.axvspan(*span, facecolor=RESTART, edgecolor=TEXT, alpha=0.25, hatch="////", lw=0, label=label)
     styles = {"resize": (RESIZE, "-."), "restart": (RESTART, "--"), "resume": (TEXT, ":")}
-    labelled: set[str] = set()
-    for stop in ledger.interruptions():
-        kind = stop.label.partition(" ")[0]
-        label = None if kind in labelled else kind
-        labelled.add(kind)
-        color, style = styles[kind]
-        axes.axvline(stop.step + 0.5, color=color, linestyle=style, linewidth=1.4, label=label)
+    for kind, (color, line) in styles.items():
+        places = [stop.step + 0.5 for stop in ledger.interruptions() if stop.label.startswith(kind)]
+        if places:
+            whole = axes.get_xaxis_transform()  # y in shares of the axes
+            axes.vlines(places, 0, 1, color=color, linestyle=line, linewidth=1.4, label=kind, transform=whole)
 
 
 def _plot_smoothed(axes: Axes, ledger: Ledger, field: str, *, label: str) -> None:
@@ -198,11 +196,10 @@ def _world_size(axes: Axes, ledger: Ledger) -> None:
     axes.set_ylabel("workers")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     parts = segments(ledger)
-    for part in parts:
-        ends, height = (part.first_step - 0.5, part.last_step + 0.5), part.world_size
-        label = "workers" if part is parts[0] else None
-        axes.plot(ends, (height, height), color=TEXT, linewidth=4, solid_capstyle="butt", label=label)
-    axes.set_ylim(0, max(part.world_size for part in parts) + 0.5)
+    sizes = [part.world_size for part in parts]
+    starts, ends = [part.first_step - 0.5 for part in parts], [part.last_step + 0.5 for part in parts]
+    axes.hlines(sizes, starts, ends, color=TEXT, linewidth=4, label="workers")
+    axes.set_ylim(0, max(sizes) + 0.5)
 
 
 def _step_time(axes: Axes, ledger: Ledger) -> None:
