@@ -6,8 +6,10 @@ job that was killed continues where it was. The manifest comes last: without one
 """
 
 import hashlib
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby, takewhile
 from typing import Any
 
 from cluster.output.progress import say
@@ -23,7 +25,6 @@ from jobs.corpus.file_pieces import PIECES, cut_files
 from jobs.corpus.listing import CorpusError, Listing, empty_corpus, list_corpus
 from jobs.corpus.progress import DataProgress
 from jobs.corpus.ray_data_tasks import run_tasks
-from jobs.tokens.growing_store import SealedPrefix
 from jobs.tokens.ready_shards import copy_shards
 from jobs.tokens.shard_writer import RESULT, ChunkResult, ChunkWriter
 from jobs.tokens.token_store import (
@@ -144,7 +145,7 @@ class _Builder:
         )
         summary = self._select(chunks)
         results = copy_shards(store, listing.token_stores, tokenizer, first_chunk=len(chunks))
-        sealed = SealedPrefix(store, self._manifest(summary, {}), chunks, results)
+        sealed = _SealedPrefix(store, self._manifest(summary, {}), chunks, results)
         for chunk, result in self._write(chunks, is_bulk=is_bulk, dropped=summary.dropped):
             results[chunk] = result
             lease.check()
@@ -217,3 +218,35 @@ class _Builder:
             replaced_utf8=sum(result.replaced for result in ordered),
             shards=in_order(shard for result in ordered for shard in result.shards),
         )
+
+
+_WRITE_SHARE = 0.02  # of the time may go into rewriting the list, which grows with the store
+_INTERVAL_S = 1.0
+
+
+class _SealedPrefix:
+    """Keeps the stored list of sealed shards current, to a second or so, while results come in any order."""
+
+    def __init__(
+        self, store: Storage, manifest: Manifest, chunks: Sequence[Chunk], results: Mapping[int, ChunkResult]
+    ) -> None:
+        """`results` has those of ready shards, whose numbers follow the chunks', and gets one for each chunk."""
+        self._store = store
+        self._manifest = replace(manifest, complete=False)
+        self._chunks = {
+            source: [chunk.number for chunk in group]
+            for source, group in groupby(chunks, key=lambda chunk: chunk.source)
+        }
+        self._ready, self._results = list(results), results
+        self._write_after = 0.0
+
+    def update(self) -> None:
+        """Writes the list again, unless it was written just now."""
+        started = time.monotonic()
+        if started < self._write_after:
+            return
+        sealed = [n for numbers in self._chunks.values() for n in takewhile(self._results.__contains__, numbers)]
+        shards = in_order(shard for number in [*sealed, *self._ready] for shard in self._results[number].shards)
+        self._store.write_bytes(SEALED, replace(self._manifest, shards=shards).to_json())
+        now = time.monotonic()
+        self._write_after = now + max(_INTERVAL_S, (now - started) / _WRITE_SHARE)
