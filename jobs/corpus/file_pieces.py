@@ -8,8 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
-from pydantic import TypeAdapter
-
 from cluster.output.progress import progress
 from cluster.settings.run import DataConfig
 from cluster.storage.uris import Storage, join_uri, split_uri
@@ -23,9 +21,6 @@ from jobs.corpus.text_borders import lines, records
 PIECES = "pieces"
 
 
-_PARTS = TypeAdapter(list[Part])
-
-
 def cut_files(store: Storage, files: Sequence[CorpusFile], data: DataConfig) -> dict[int, list[Part]]:
     """Returns the pieces of the large indivisible files, which lie in `store`'s folder `pieces`. Needs Ray."""
     large = [file for file in files if file.size > data.shard_bytes and not is_divisible(file)]
@@ -34,7 +29,7 @@ def cut_files(store: Storage, files: Sequence[CorpusFile], data: DataConfig) -> 
     if tasks:
         with progress("unpacking", total_bytes=sum(file.size for file in large)) as advance:
             for result in run_tasks(tasks, partial(cut_file, store=store, data=data)):
-                pieces[result.chunk.number] = _PARTS.validate_json(result.content)
+                pieces[result.chunk.number] = Chunk.from_json(result.content.decode()).parts
                 advance(result.chunk.bytes)
     return pieces
 
@@ -51,7 +46,7 @@ def cut_file(chunk: Chunk, *, store: Storage, data: DataConfig) -> bytes:
             assert entry is not None
             stored = replace(file, uri=join_uri(folder.uri, name), size=len(content), version=entry.version)
             parts.append(Part(replace(stored, compression=""), 0, len(content), offset, file.uri))
-        folder.write_bytes("pieces.json", _PARTS.dump_json(parts))
+        folder.write_bytes("pieces.json", replace(chunk, parts=parts).to_json().encode())
     return folder.read_bytes("pieces.json")
 
 

@@ -10,14 +10,12 @@ from typing import Any
 
 import psutil
 import ray.data
-from pydantic import TypeAdapter
 from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
 from ray.util.annotations import RayDeprecationWarning
 
 from jobs.corpus.chunks import Chunk
 from model.errors import UserError
 
-_CHUNK = TypeAdapter(Chunk)
 _WORKER_DEATHS = (WorkerCrashedError, NodeDiedError, OutOfMemoryError)
 _MAX_RETRIES = 3  # Ray Data would retry a file that crashes its reader forever
 
@@ -43,7 +41,7 @@ def run_tasks(chunks: Sequence[Chunk], work: Callable[[Chunk], bytes]) -> Iterat
     context.print_on_execution_start = False
     context.max_errored_blocks = 0
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it logs what it raises
-    rows = [{"place": place, "chunk": _CHUNK.dump_json(chunk)} for place, chunk in enumerate(chunks)]
+    rows = [{"place": place, "chunk": chunk.to_json()} for place, chunk in enumerate(chunks)]
     items = ray.data.from_items(rows, override_num_blocks=len(rows))
     perform = partial(_perform, work=work)
     with warnings.catch_warnings():
@@ -68,7 +66,7 @@ def _perform(batch: dict[str, Any], *, work: Callable[[Chunk], bytes]) -> dict[s
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a task owns one CPU
     content, problem = b"", ""
     try:
-        content = work(_CHUNK.validate_json(batch["chunk"][0]))
+        content = work(Chunk.from_json(batch["chunk"][0]))
     except UserError as error:
         problem = str(error)  # a value, because Ray Data wraps an exception in its own and loses the one inside
     rss_bytes = psutil.Process().memory_info().rss
