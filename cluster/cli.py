@@ -9,19 +9,18 @@ import json
 import signal
 import sys
 from collections.abc import Sequence
-from types import FrameType
 from typing import Any
 
 from cluster.commands.table import COMMANDS, GROUPS, imported
 from cluster.output.result_text import lines, printable
 from cluster.settings.code_folders import code_version, version
 from cluster.settings.parser import ConfigError, Parser
-from cluster.stages.stage_module import BadResultError
+from cluster.stages.stage_module import BadResultError, exit_on_signal
 from model.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    signal.signal(signal.SIGTERM, _exit_on_signal)
+    signal.signal(signal.SIGTERM, exit_on_signal)
     words = sys.argv[1:] if argv is None else list(argv)
     try:
         arguments = command_parser(words).parse_args(words)
@@ -42,11 +41,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.next:
         sys.stderr.write(f"next: {printable(arguments.next)}\n")
     return 0
-
-
-def _exit_on_signal(number: int, frame: FrameType | None) -> None:
-    signal.signal(number, signal.SIG_IGN)  # once is enough
-    sys.exit(128 + number)  # as a shell reports it; contexts on the way out stop what they started
 
 
 def command_parser(words: Sequence[str] | None = None) -> Parser:

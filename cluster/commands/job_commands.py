@@ -16,8 +16,7 @@ from cluster.output.result_text import table
 from cluster.settings.flags import config_from_arguments
 from cluster.settings.parser import ConfigError
 from cluster.settings.run import RunConfig
-from cluster.stages.jobs_api import JobsApi, ray_token
-from cluster.stages.stage_module import STAGES, BadResultError
+from cluster.stages.stage_module import BadResultError
 from cluster.storage.uris import NotFoundError, Storage, absolute_uri, open_storage
 from cluster.submission.backend import JobBackend
 from cluster.submission.kuberay_backend import KubeJobs
@@ -66,7 +65,7 @@ def _submitted(config: RunConfig, view: JobView, *, is_new: bool) -> dict[str, A
         say(f"run {config.run_id} has this job already: nothing was submitted")
     uri = config.storage.uri
     hint = f"raymill logs -f {config.run_id}" + ("" if uri == absolute_uri(".raymill") else f" --storage.uri {uri}")
-    return describe(view, str(config.run_id)) | {"new": is_new, "storage": uri, "logs": hint}
+    return describe(view) | {"new": is_new, "storage": uri, "logs": hint}
 
 
 def _backend(arguments: argparse.Namespace, config: RunConfig) -> JobBackend:
@@ -79,62 +78,20 @@ def _backend(arguments: argparse.Namespace, config: RunConfig) -> JobBackend:
 
 
 def list_jobs(arguments: argparse.Namespace) -> dict[str, Any] | None:
-    rows = _of_cluster(arguments) if arguments.address else _of_storage(arguments)
+    runs = open_storage(arguments.storage_uri).child("runs")
+    rows = []
+    for run in map(runs.child, recorded_runs(runs)):
+        if view := view_job(run, arguments.token_file):
+            rows.append(describe(view) | _progress(run))
+    rows.sort(key=lambda row: str(row["submitted"]))
     if arguments.json:
         return {"jobs": rows}
     if rows:
         sys.stdout.write(table(("run_id", "stage", "state", "step", "backend", "where", "job"), rows))
     else:
-        place = arguments.address or arguments.storage_uri
-        say(f"no runs in {place}: `raymill pretrain` or `raymill submit` starts one; --storage.uri names another place")
+        start = "`raymill pretrain` or `raymill submit` starts one"
+        say(f"no runs in {arguments.storage_uri}: {start}; --storage.uri names another place")
     return None
-
-
-def _of_storage(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    runs = open_storage(arguments.storage_uri).child("runs")
-    rows = []
-    for run_id in recorded_runs(runs):
-        run = runs.child(run_id)
-        view = view_job(run, arguments.token_file)
-        if view is not None:
-            rows.append(describe(view, run_id) | _started_by_hand(run, view) | _progress(run))
-    return sorted(rows, key=lambda row: str(row["submitted"]))
-
-
-def _started_by_hand(run: Storage, view: JobView) -> dict[str, Any]:
-    """Returns what a submission record would say, for a run that `raymill pretrain` or another stage started."""
-    if view.record is not None or view.launch is None:
-        return {}
-    started = LogReader(run, view.launch).started()
-    stage = next((name for name, (module, _) in STAGES.items() if module.endswith(f".{started.stage}")), started.stage)
-    return {
-        "stage": stage,
-        "backend": "by hand",
-        "where": started.host,
-        "job": started.job,
-        "submitted": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started.time)),
-    }
-
-
-def _of_cluster(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    api = JobsApi(arguments.address, ray_token(arguments.token_file))
-    api.probe()
-    modules = {module: stage for stage, (module, _) in STAGES.items()}
-
-    def row(job: dict[str, Any]) -> dict[str, Any]:
-        metadata = job.get("metadata") or {}
-        module = metadata.get("raymill_module", "")
-        return {
-            "run_id": metadata.get("raymill_run_id"),
-            "stage": modules.get(module, module),
-            "state": job["status"].lower(),
-            "backend": str(Backend.RAY),
-            "where": api.url,
-            "job": job["submission_id"],
-            "storage": metadata.get("raymill_storage"),
-        }
-
-    return list(map(row, api.jobs()))
 
 
 def status(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -142,7 +99,7 @@ def status(arguments: argparse.Namespace) -> dict[str, Any]:
     view = view_job(run, arguments.token_file)
     if view is None:
         raise _no_job(arguments)
-    result = describe(view, arguments.run_id) | _started_by_hand(run, view) | _progress(run)
+    result = describe(view) | _progress(run)
     if view.ended is not None and view.ended.result is not None:
         result["result"] = view.ended.result
     if view.state.is_bad:
@@ -170,7 +127,6 @@ def logs(arguments: argparse.Namespace) -> dict[str, Any] | None:
         return _follow(arguments, run)
     chosen = names if arguments.all else names[-1:]
     lines = [line for name in chosen for line in _lines(run, name, header=arguments.all, rays=arguments.ray)]
-    lines = lines[-arguments.tail :] if arguments.tail else lines
     if arguments.json:
         return {"run_id": arguments.run_id, "launches": chosen, "lines": lines}
     sys.stdout.write("".join(f"{line}\n" for line in lines))
@@ -203,7 +159,7 @@ def _follow(arguments: argparse.Namespace, run: Storage) -> dict[str, Any]:
             looked_s = time.monotonic()
             view = view_job(run, arguments.token_file)
             if view is not None and not view.state.is_live and view.launch in (shown or None, None):
-                result = describe(view, arguments.run_id)
+                result = describe(view)
                 if view.state.is_bad:
                     if arguments.json:
                         raise BadResultError(result)
@@ -221,7 +177,7 @@ def stop(arguments: argparse.Namespace) -> dict[str, Any]:
         view = view_job(run, arguments.token_file) or view
     if view.state.is_live:
         say(f"run {arguments.run_id} was asked to end and has not done so within {_STOP_TIMEOUT_S:.0f} s")
-    return describe(view, arguments.run_id) | {"was_live": was_live}
+    return describe(view) | {"was_live": was_live}
 
 
 def _run(arguments: argparse.Namespace) -> Storage:

@@ -139,7 +139,6 @@ COMMANDS: dict[str, Command] = {
     "list": Command(
         "list the jobs of a storage's runs, and what they are doing",
         "job_commands:list_jobs",
-        argument("--address", metavar="URL", help="list the jobs of this Ray cluster instead, whatever their storage"),
         TOKEN_FILE,
         STORAGE,
     ),
@@ -151,7 +150,6 @@ COMMANDS: dict[str, Command] = {
         "job_commands:logs",
         flag("-f", "--follow", help="until the job ends; exit code 1 unless it succeeded"),
         flag("--all", help="print all launches that are kept, not only the last one"),
-        argument("--tail", type=int, metavar="N", help="print only the last N lines"),
         flag("--ray", help="include the lines of Ray and of its workers' processes"),
         *JOB,
     ),

@@ -25,7 +25,7 @@ STARTED = "started.json"
 
 _ENDED, _SEGMENT = "ended.json", "log-"
 _SEGMENT_BYTES = 256 << 10
-_WAITING_SEGMENTS = 32  # 8 MiB of memory for an outage of the storage
+_HELD_SEGMENTS = 33  # the growing one, and 8 MiB of memory for an outage of the storage
 _LAUNCH_BYTES = 64 << 20
 _NUM_LAUNCHES = 10
 _INTERVAL_S = 1.0
@@ -65,21 +65,18 @@ class JobLog:
                     folder.delete(entry.key)
         self._folder, self._launch_bytes = run.child(f"{JOBS}/{launch}"), launch_bytes
         self._folder.write_bytes(STARTED, json.dumps(asdict(started)).encode())
-        self._start, self._growing = 0, bytearray()
-        self._full: deque[tuple[int, bytes]] = deque(maxlen=_WAITING_SEGMENTS)
-        self._kept: dict[int, int] = {}  # size of each full segment in the storage, by its start
-        self._num_stored = 0  # bytes of the growing segment that the storage has
+        self._held = deque([(0, bytearray())], maxlen=_HELD_SEGMENTS)  # by their starts; the last one grows
+        self._stored: dict[int, int] = {}  # size of each segment in the storage, by its start
         self._lock, self._closing = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._keep_stored, name="job-log", daemon=True)
         self._thread.start()
 
     def write(self, line: bytes) -> None:
         with self._lock:
-            self._growing += line
-            if len(self._growing) >= _SEGMENT_BYTES:
-                self._full.append((self._start, bytes(self._growing)))
-                self._start += len(self._growing)
-                self._growing, self._num_stored = bytearray(), 0
+            start, growing = self._held[-1]
+            growing += line
+            if len(growing) >= _SEGMENT_BYTES:
+                self._held.append((start + len(growing), bytearray()))
 
     def close(self, ended: Ended, *, timeout_s: float = 30.0) -> None:
         """Returns once everything is stored, or after `timeout_s` of failed attempts."""
@@ -105,26 +102,22 @@ class JobLog:
                 _LOG.debug("the log is not stored yet: %s", error)
 
     def _store(self) -> None:
-        while True:
+        is_full = True
+        while is_full:
             with self._lock:
-                full = self._full[0] if self._full else None
-                start, growing = self._start, bytes(self._growing)
-            if full is None:
-                break
-            self._folder.write_bytes(_segment(full[0]), full[1])
-            self._kept[full[0]] = len(full[1])
+                start, segment = self._held[0]
+                is_full, content = len(self._held) > 1, bytes(segment)
+            if len(content) > self._stored.get(start, 0):
+                self._folder.write_bytes(_segment(start), content)
+                self._stored[start] = len(content)
             with self._lock:
-                if self._full and self._full[0] is full:
-                    self._full.popleft()
-            while sum(self._kept.values()) > self._launch_bytes and len(self._kept) > 2:
-                oldest = sorted(self._kept)[1]
-                del self._kept[oldest]
+                if is_full and self._held[0][0] == start:
+                    self._held.popleft()
+            while sum(self._stored.values()) > self._launch_bytes and len(self._stored) > 2:
+                oldest = sorted(self._stored)[1]
+                del self._stored[oldest]
                 with suppress(StorageError):
                     self._folder.delete(_segment(oldest))
-        if len(growing) > self._num_stored:
-            self._folder.write_bytes(_segment(start), growing)
-            with self._lock:
-                self._num_stored = len(growing) if start == self._start else 0
 
 
 class LogReader:

@@ -68,10 +68,6 @@ class JobsApi:
         if version.split(".")[:2] != ours.split(".")[:2]:
             raise ClusterError(f"Ray {version} runs at {self.url}, and here {ours}: jobs need the same minor version")
 
-    def jobs(self) -> list[dict[str, Any]]:
-        """Returns all submitted jobs, as Ray describes them."""
-        return [job for job in self._ask("GET", "/api/jobs/") if job.get("submission_id")]
-
     def job(self, name: str) -> dict[str, Any] | None:
         """Returns the job, or None if the cluster does not know it."""
         return self._ask("GET", f"/api/jobs/{name}", missing_is_none=True)

@@ -21,7 +21,7 @@ import yaml
 from cluster.output.job_log import JOBS, Ended, JobLog, Started
 from cluster.output.progress import PlainProgress, say
 from cluster.settings.parser import ConfigError, Parser
-from cluster.stages.stage_module import MISUSED, parse_result
+from cluster.stages.stage_module import MISUSED, parse_result, stage_name
 from cluster.storage.lease import Lease, LeaseHeldError
 from cluster.storage.process_identity import die_with_parent
 from cluster.storage.uris import Storage, open_storage
@@ -41,7 +41,7 @@ def main() -> int:
         parser.add_argument("module", help="the stage's module")
         parser.add_argument("config", help="the resolved run.yaml")
         arguments = parser.parse_args()
-        run, stage = _run_storage(Path(arguments.config)), arguments.module.rpartition(".")[2]
+        run, stage = _run_storage(Path(arguments.config)), stage_name(arguments.module)
         with Lease(run, lease_key(stage), interval_s=_BEAT_S, timeout_s=SILENCE_S):
             started = Started(arguments.job, stage, socket.gethostname(), time.time())
             launch = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"

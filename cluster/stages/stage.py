@@ -69,17 +69,26 @@ def connected(config: ClusterConfig, *, cpus_per_node: int) -> Iterator[Connecti
         yield Connection(cluster.jobs_url, {"Authorization": f"Bearer {cluster.token}"}, cluster)
 
 
-def run_stage(connection: Connection, module: str, config: StageConfig) -> dict[str, Any]:
-    """Runs `python -m MODULE run.yaml` on the cluster, shows its log as it comes, and returns its result.
+def run_stage(
+    connection: Connection,
+    module: str,
+    config: StageConfig,
+    *,
+    job: str = "",
+    when_submitted: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Runs `python -m MODULE run.yaml` on the cluster, shows its log as it comes, and returns its result. `job` is its
+    name there, a random one if empty.
 
     A lost head of a local cluster is restarted, and then the job: a stage finds what it has done, and a run continues
     under its id. Raises `StageFailedError` if the job ends without a result, `ConfigError` if it found itself misused,
     and `ClusterError` if the cluster cannot be reached.
     """
-    lost_heads = 0
+    job, lost_heads = job or f"raymill-{secrets.token_hex(8)}", 0
     while True:
+        attempt = f"{job}+{lost_heads}" if lost_heads else job  # Ray takes a name once
         try:
-            return _submit_and_follow(connection, module, config)
+            return _submit_and_follow(connection, module, config, attempt, when_submitted)
         except UserError:
             raise
         except Exception as error:  # of several kinds, when nothing answers any more
@@ -92,13 +101,16 @@ def run_stage(connection: Connection, module: str, config: StageConfig) -> dict[
         connection.local.restart_head()
 
 
-def _submit_and_follow(connection: Connection, module: str, config: StageConfig) -> dict[str, Any]:
-    client, job = _jobs_client(connection), f"raymill-{secrets.token_hex(8)}"
+def _submit_and_follow(
+    connection: Connection, module: str, config: StageConfig, job: str, when_submitted: Callable[[], None]
+) -> dict[str, Any]:
+    client = _jobs_client(connection)
     folder_of_logs = open_storage(config.storage.uri).local_path("logs") or Path(".raymill/logs")
     job_id = None
     try:
         with ProgressView(folder_of_logs.absolute() / f"{module}-{job}.log", waiting="starting the job") as view:
             job_id = submit_stage(connection, module, config, job=job)
+            when_submitted()
             return _follow(client, job_id, view)
     except BaseException:
         if job_id is not None and client.get_job_status(job_id) in (JobStatus.PENDING, JobStatus.RUNNING):
@@ -112,28 +124,21 @@ def _submit_and_follow(connection: Connection, module: str, config: StageConfig)
         raise
 
 
-def submit_stage(connection: Connection, module: str, config: StageConfig, *, job: str, attempt: int = 0) -> str:
-    """Starts `python -m MODULE run.yaml` on the cluster as the job of that name, and returns the attempt's own name, as
-    Ray takes a name once. Raises `ClusterError` if the cluster cannot be reached, `RuntimeError` if it refuses."""
-    metadata = {"raymill_module": module, "raymill_storage": config.storage.uri}  # for `raymill list --address`
+def submit_stage(connection: Connection, module: str, config: StageConfig, *, job: str) -> str:
+    """Starts `python -m MODULE run.yaml` on the cluster as the job of that name, which it returns. Raises
+    `ClusterError` if the cluster cannot be reached, `RuntimeError` if it refuses."""
     command = ["python", "-m", module, "run.yaml"]
     if isinstance(config, RunConfig):
-        metadata["raymill_run_id"] = str(config.run_id)
         command = entrypoint(module, "run.yaml", job=job)  # the run's storage keeps what its jobs print
     with tempfile.TemporaryDirectory(prefix="raymill-job-") as folder:
         snapshot_code(Path(folder))
         write_config(config, Path(folder) / "run.yaml")
         return _submit(
             _jobs_client(connection),
-            submission_id=attempt_name(job, attempt),
+            submission_id=job,
             entrypoint=f"exec {shlex.join(command)}",
             runtime_env={"working_dir": folder, "env_vars": _job_environment(connection)},
-            metadata=metadata,
         )
-
-
-def attempt_name(job: str, attempt: int) -> str:
-    return f"{job}+{attempt}" if attempt else job
 
 
 def _submit(client: JobSubmissionClient, **job: Any) -> str:

@@ -1,8 +1,10 @@
 """The contract of modules that `stage.py` runs as Ray jobs: stage names, the line that carries a result, exit codes."""
 
 import json
+import signal
 import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 from cluster.output.result_text import printable
@@ -23,6 +25,11 @@ RESULT_MARK = "raymill-result: "
 
 ERROR_MARK = "error: "
 """Prefix of the line in which a module says why it ends."""
+
+
+def stage_name(module: str) -> str:
+    """Returns the name of the stage that a module is; another module is called by its own."""
+    return next((name for name, (its_module, _) in STAGES.items() if its_module == module), module.rpartition(".")[2])
 
 
 class StageFailedError(UserError):
@@ -51,3 +58,9 @@ def print_result(compute: Callable[[], dict[str, Any]]) -> int:
         return MISUSED if isinstance(error, ConfigError) else 1
     sys.stdout.write(f"{RESULT_MARK}{json.dumps(result)}\n")
     return 0
+
+
+def exit_on_signal(number: int, frame: FrameType | None) -> None:
+    """Handles a signal by an exit, on whose way out contexts stop what they started."""
+    signal.signal(number, signal.SIG_IGN)  # once is enough
+    sys.exit(128 + number)  # as a shell reports it

@@ -1,7 +1,6 @@
 """Jobs on a local cluster of their own, which a background process (`run_local_job`) starts, owns and ends."""
 
 import dataclasses
-import json
 import os
 import signal
 import socket
@@ -49,10 +48,10 @@ class LocalJobs(JobBackend):
             folder = Path(name)
             write_config(config, folder / "run.yaml")
             with (folder / "errors").open("wb") as errors:
-                module = "cluster.submission.run_local_job"
+                stage, path = STAGES[record.stage][0], str(folder / "run.yaml")
                 owner = subprocess.Popen(
-                    [sys.executable, "-m", module, STAGES[record.stage][0], "run.yaml", record.job],
-                    cwd=folder,
+                    # -P: a folder here may have the name of one of our packages.
+                    [sys.executable, "-P", "-m", "cluster.submission.run_local_job", stage, path, record.job],
                     env=os.environ | {"PYTHONPATH": str(CODE_ROOT)},
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.PIPE,
@@ -70,7 +69,6 @@ class LocalJobs(JobBackend):
                 owner.wait()
                 said = (folder / "errors").read_text(errors="replace").strip().splitlines() or ["it said nothing"]
                 raise ClusterError(f"the local cluster could not start the job: {said[-1].removeprefix('error: ')}")
-        assert json.loads(ready)["job"] == record.job, "the owner names its job"
         return dataclasses.replace(record, **dataclasses.asdict(ProcessIdentity.of(owner.pid)))
 
     def state(self, record: JobRecord) -> JobState | None:

@@ -37,6 +37,7 @@ class Backend(StrEnum):
     LOCAL = "local"  # a cluster on the submitter's machine that lasts as long as the job
     RAY = "ray"  # a Ray cluster with a Jobs API
     KUBERAY = "kuberay"  # a RayJob on Kubernetes
+    HAND = "by hand"  # none: another command than `raymill submit` started it
 
 
 @dataclass(frozen=True)

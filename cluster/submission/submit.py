@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.local.local_cluster import ClusterError
-from cluster.output.job_log import Ended, LogReader, launches
+from cluster.output.job_log import Ended, LogReader, Started, launches
 from cluster.settings.parser import ConfigError
 from cluster.settings.run import RunConfig
 from cluster.stages.jobs_api import JobsApi, ray_token
@@ -26,7 +26,7 @@ class JobView:
     """A view of a run's job: its state, its newest launch in the log and how that ended; `note` is for people."""
 
     state: JobState
-    record: JobRecord | None  # None for a job that `raymill submit` did not start
+    record: JobRecord
     launch: str | None
     ended: Ended | None
     note: str = ""
@@ -45,7 +45,7 @@ def backend_at(
             from cluster.submission.kuberay_backend import KubeJobs  # noqa: PLC0415
 
             return KubeJobs(where or None, overlay)
-        case Backend.LOCAL:
+        case _:
             from cluster.submission.local_backend import LocalJobs  # noqa: PLC0415
 
             return LocalJobs()
@@ -57,10 +57,10 @@ def _backend_of(record: JobRecord, token_file: Path | None) -> JobBackend:
 
 def living_job(config: RunConfig, stage: str, token_file: Path | None) -> JobView | None:
     """Returns the job of this stage that the run has now, if any. Raises `UserError` if the run has another job."""
-    view = view_job(_run(config), token_file, stage=stage)
+    view = view_job(_run(config), token_file)
     if view is None or not view.state.is_live:
         return None
-    if view.record is not None and view.record.stage != stage:
+    if view.record.stage != stage:
         raise UserError(
             f"run {config.run_id} has another job, {view.record.stage}, which is {view.state}: wait for its end, or "
             f"`raymill stop {config.run_id}`"
@@ -95,19 +95,24 @@ def _run(config: RunConfig) -> Storage:
     return open_storage(config.storage.uri).child(f"runs/{config.run_id}")
 
 
-def view_job(run: Storage, token_file: Path | None, *, stage: str = "") -> JobView | None:
+def view_job(run: Storage, token_file: Path | None) -> JobView | None:
     """Returns what the run's job is doing, or None if it never had one. The backend is asked first; where it is gone,
-    the run's storage says. `stage` is one that may have been started by other means than `raymill submit`."""
+    or there is none, the run's storage says."""
     found = read_record(run)
-    record = found[0] if found else None
-    launch, ended = _newest_launch(run, record)
-    if record is None:
-        return _seen_in_storage(run, None, launch, ended, stage) if launch or stage else None
+    launch, started, ended = _newest_launch(run, found and found[0].job)
+    if found:
+        record = found[0]
+    elif started:
+        run_id = run.uri.rpartition("/")[2]
+        record = JobRecord(run_id, started.stage, Backend.HAND, started.host, started.job, 0, started.time)
+    else:
+        return None
     if record.refused:
         return JobView(JobState.FAILED, record, launch, ended, f"it was refused: {record.refused}")
     # KubeRay follows a failed launch by another one, on a new cluster.
-    if ended is not None and (ended.exit_code == 0 or record.backend is not Backend.KUBERAY):
-        return _seen_in_storage(run, record, launch, ended, record.stage)
+    has_ended = ended is not None and (ended.exit_code == 0 or record.backend is not Backend.KUBERAY)
+    if has_ended or record.backend is Backend.HAND:
+        return _seen_in_storage(run, record, launch, ended)
     try:
         state, note = _backend_of(record, token_file).state(record), ""
     except ClusterError as error:
@@ -116,33 +121,33 @@ def view_job(run: Storage, token_file: Path | None, *, stage: str = "") -> JobVi
     if state is None and launch is None and is_young and not record.stopped:
         return JobView(JobState.PENDING, record, None, None, note or "it is being submitted")
     if state is None:
-        return _seen_in_storage(run, record, launch, ended, record.stage, note)
+        return _seen_in_storage(run, record, launch, ended, note)
     if state is JobState.FAILED and record.stopped:
         state = JobState.STOPPED
     return JobView(state, record, launch, ended, note)
 
 
-def _newest_launch(run: Storage, record: JobRecord | None) -> tuple[str | None, Ended | None]:
-    """Returns the newest launch of the record's job, or of any job without a record; and how it ended."""
+def _newest_launch(run: Storage, job: str | None) -> tuple[str | None, Started | None, Ended | None]:
+    """Returns the newest launch of the job (of any, if it is None), and how it began and ended."""
     for launch in reversed(launches(run)):
         reader = LogReader(run, launch)
-        if record is None or reader.started().job == record.job:
-            return launch, reader.ended()
-    return None, None
+        started = reader.started()
+        if job in (None, started.job.partition("+")[0]):  # see `run_stage`
+            return launch, started, reader.ended()
+    return None, None, None
 
 
 def _seen_in_storage(
-    run: Storage, record: JobRecord | None, launch: str | None, ended: Ended | None, stage: str, note: str = ""
+    run: Storage, record: JobRecord, launch: str | None, ended: Ended | None, note: str = ""
 ) -> JobView:
     if ended is None:
-        stage = stage or LogReader(run, launch).started().stage if launch else stage
-        if holder := living_holder(run, lease_key(stage), timeout_s=SILENCE_S):
+        if holder := living_holder(run, lease_key(record.stage), timeout_s=SILENCE_S):
             return JobView(JobState.RUNNING, record, launch, None, note or f"on {holder.host} since {holder.since}")
-        state = JobState.STOPPED if record and record.stopped else JobState.LOST
+        state = JobState.STOPPED if record.stopped else JobState.LOST
     elif ended.exit_code == 0:
         state = JobState.SUCCEEDED
     else:
-        state = JobState.STOPPED if ended.stopped or (record and record.stopped) else JobState.FAILED
+        state = JobState.STOPPED if ended.stopped or record.stopped else JobState.FAILED
     return JobView(state, record, launch, ended, note)
 
 
@@ -153,7 +158,7 @@ def stop_job(run: Storage, run_id: str, token_file: Path | None) -> tuple[JobVie
         raise UserError(f"run {run_id} has no job: `raymill list` shows which runs have one")
     if not view.state.is_live:
         return view, False
-    if view.record is None:
+    if view.record.backend is Backend.HAND:
         raise ConfigError(f"run {run_id} was not submitted by `raymill submit`, but started by hand: end it there")
     _backend_of(view.record, token_file).stop(view.record)
     while (found := read_record(run)) is not None and found[0].job == view.record.job and not found[0].stopped:
@@ -161,15 +166,18 @@ def stop_job(run: Storage, run_id: str, token_file: Path | None) -> tuple[JobVie
     return view, True
 
 
-def describe(view: JobView, run_id: str) -> dict[str, Any]:
+def describe(view: JobView) -> dict[str, Any]:
     """Returns the view as a result, for `--json` and for people."""
-    record, ended = view.record, view.ended
-    described: dict[str, Any] = {"run_id": run_id, "state": str(view.state)}
-    if record is not None:
-        described |= {"stage": record.stage, "job": record.job, "backend": str(record.backend), "where": record.where}
-        submitted = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.submitted))
-        described |= {"submitted": submitted, "number": record.number}
-    described |= {"launch": view.launch, "exit_code": ended.exit_code if ended else None}
-    if view.note:
-        described["note"] = view.note
-    return described
+    record = view.record
+    return {
+        "run_id": record.run_id,
+        "state": str(view.state),
+        "stage": record.stage,
+        "job": record.job,
+        "backend": str(record.backend),
+        "where": record.where,
+        "submitted": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.submitted)),
+        "number": record.number,
+        "launch": view.launch,
+        "exit_code": view.ended.exit_code if view.ended else None,
+    } | ({"note": view.note} if view.note else {})
