@@ -96,9 +96,7 @@ def list_jobs(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
 def status(arguments: argparse.Namespace) -> dict[str, Any]:
     run = _run(arguments)
-    view = view_job(run, arguments.token_file)
-    if view is None:
-        raise _no_job(arguments)
+    view = _view(arguments, run)
     result = describe(view) | _progress(run)
     if view.ended is not None and view.ended.result is not None:
         result["result"] = view.ended.result
@@ -121,8 +119,8 @@ def _progress(run: Storage) -> dict[str, Any]:
 def logs(arguments: argparse.Namespace) -> dict[str, Any] | None:
     run = _run(arguments)
     names = launches(run)
-    if not names and (not arguments.follow or view_job(run, arguments.token_file) is None):
-        raise _no_job(arguments)
+    if not names:
+        _view(arguments, run)  # which may be one that waits
     if arguments.follow:
         return _follow(arguments, run)
     chosen = names if arguments.all else names[-1:]
@@ -157,8 +155,8 @@ def _follow(arguments: argparse.Namespace, run: Storage) -> dict[str, Any]:
         sys.stdout.flush()
         if ended is not None or time.monotonic() - looked_s > _STATE_INTERVAL_S:
             looked_s = time.monotonic()
-            view = view_job(run, arguments.token_file)
-            if view is not None and not view.state.is_live and view.launch in (shown or None, None):
+            view = _view(arguments, run)
+            if not view.state.is_live and view.launch in (shown or None, None):
                 result = describe(view)
                 if view.state.is_bad:
                     if arguments.json:
@@ -170,11 +168,13 @@ def _follow(arguments: argparse.Namespace, run: Storage) -> dict[str, Any]:
 
 def stop(arguments: argparse.Namespace) -> dict[str, Any]:
     run = _run(arguments)
-    view, was_live = stop_job(run, arguments.run_id, arguments.token_file)
+    view = _view(arguments, run)
+    if was_live := view.state.is_live:
+        stop_job(run, view.record, arguments.token_file)
     deadline_s = time.monotonic() + _STOP_TIMEOUT_S
-    while was_live and view.state.is_live and time.monotonic() < deadline_s:
+    while view.state.is_live and time.monotonic() < deadline_s:
         time.sleep(1)
-        view = view_job(run, arguments.token_file) or view
+        view = _view(arguments, run)
     if view.state.is_live:
         say(f"run {arguments.run_id} was asked to end and has not done so within {_STOP_TIMEOUT_S:.0f} s")
     return describe(view) | {"was_live": was_live}
@@ -187,6 +187,8 @@ def _run(arguments: argparse.Namespace) -> Storage:
     return open_storage(arguments.storage_uri).child(f"runs/{run_id}")
 
 
-def _no_job(arguments: argparse.Namespace) -> NotFoundError:
+def _view(arguments: argparse.Namespace, run: Storage) -> JobView:
+    if view := view_job(run, arguments.token_file):
+        return view
     hint = "`raymill list` shows which runs have one, and --storage.uri is where it looks"
-    return NotFoundError(f"run {arguments.run_id} has no job in {arguments.storage_uri}: {hint}")
+    raise NotFoundError(f"run {arguments.run_id} has no job in {arguments.storage_uri}: {hint}")

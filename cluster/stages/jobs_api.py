@@ -4,7 +4,7 @@ It uses plain HTTP with deadlines: Ray's own client silently retries a wrong tok
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,8 @@ _TIMEOUT_S, _STATE_TIMEOUT_S = 10.0, 30.0
 class Token:
     """A cluster's token, and its source for messages; the value itself is never shown."""
 
-    value: str
+    value: str = field(repr=False)
     source: str
-
-    def __repr__(self) -> str:
-        return f"Token(from {self.source})"
 
 
 def ray_token(file: Path | None = None) -> Token | None:
@@ -75,10 +72,6 @@ class JobsApi:
     def stop(self, name: str) -> None:
         """Asks the job to end, without waiting for it; a job that has ended is left alone."""
         self._ask("POST", f"/api/jobs/{name}/stop", missing_is_none=True)
-
-    def node_resources(self) -> list[dict[str, float]]:
-        """Returns the total resources of each living node: CPU, GPU, memory (bytes) …"""
-        return [row["resources_total"] for row in self.state_rows("nodes", "ALIVE")]
 
     def state_rows(self, what: str, state: str) -> list[dict[str, Any]]:
         """Returns the nodes, tasks, actors or placement groups that are in a state, from Ray's state API."""

@@ -72,18 +72,16 @@ class LocalJobs(JobBackend):
         return dataclasses.replace(record, **dataclasses.asdict(ProcessIdentity.of(owner.pid)))
 
     def state(self, record: JobRecord) -> JobState | None:
-        owner = _owner(record)
-        if not owner.is_here:
-            raise ClusterError(f"the job runs, or ran, on {record.where}; only there can its processes be seen")
-        return None if owner.is_gone() else JobState.RUNNING
+        return None if _owner(record).is_gone() else JobState.RUNNING
 
     def stop(self, record: JobRecord) -> None:
         owner = _owner(record)
-        if not owner.is_here:
-            raise ClusterError(f"the job runs on {record.where}: stop it there")
         if not owner.is_gone():
             os.kill(owner.pid, signal.SIGTERM)
 
 
 def _owner(record: JobRecord) -> ProcessIdentity:
-    return ProcessIdentity(record.machine, record.pid, record.started_s)
+    owner = ProcessIdentity(record.machine, record.pid, record.started_s)
+    if not owner.is_here:
+        raise ClusterError(f"the job runs, or ran, on {record.where}; only there can its processes be seen and stopped")
+    return owner

@@ -28,8 +28,9 @@ class RayJobs(JobBackend):
         self._api.probe()
 
     def check(self, config: RunConfig, stage: str, needs: dict[str, Any]) -> None:
+        nodes = [row["resources_total"] for row in self._api.state_rows("nodes", "ALIVE")]
         try:
-            check_rooms(config, stage, needs, nodes=self._api.node_resources(), where=self._api.url)
+            check_rooms(config, stage, needs, nodes=nodes, where=self._api.url)
         except AdmissionError as error:
             if not self._api.has_autoscaler():
                 raise

@@ -17,8 +17,6 @@ COMPONENTS = {"tokenize": "tokenize", "pretrain": "pretrain", "pipeline": "pretr
 """The component whose RayJob a stage copies, with its pods and network policies."""
 
 _VOLUME, _PATH = "run-config", "/config/run.yaml"
-_SUFFIXES = {"": 1.0, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9}
-_SUFFIXES |= {"Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30, "Ti": 2.0**40}
 _NAME_CHARS = 36  # KubeRay allows 47 for a RayJob, and the number follows
 
 
@@ -61,9 +59,11 @@ def _model_of(objects: list[Object], component: str) -> Object:
 
 def _fit_group(group: Object, config: RunConfig, needs: dict[str, Any]) -> None:
     """Sets the group's bounds to the pods that `scaling.max_workers` workers fill."""
+    from kubernetes.utils import parse_quantity  # noqa: PLC0415 (an extra, which takes seconds)
+
     limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
     scaling, name = config.scaling, group["groupName"]
-    cpus, memory = _quantity(limits["cpu"]), _quantity(limits["memory"])
+    cpus, memory = float(parse_quantity(limits["cpu"])), float(parse_quantity(limits["memory"]))
     need = needs["worker_bytes"]
     rooms = {
         f"scaling.threads_per_worker={scaling.threads_per_worker}, and the pods have {cpus:g} CPUs": (
@@ -72,15 +72,9 @@ def _fit_group(group: Object, config: RunConfig, needs: dict[str, Any]) -> None:
         f"it needs about {need / 1e9:.1f} GB of memory, and the pods have {memory / 1e9:.1f} GB": memory // need,
     }
     if scaling.use_gpu:
-        rooms["scaling.use_gpu, and the pods have no GPU"] = _quantity(limits.get("nvidia.com/gpu", "0"))
+        rooms["scaling.use_gpu, and the pods have no GPU"] = float(parse_quantity(limits.get("nvidia.com/gpu", "0")))
     for problem, room in rooms.items():
         if room < 1:
             raise AdmissionError(f"the group {name} cannot hold a worker: {problem}")
     pods = -(-scaling.max_workers // int(min(rooms.values())))
     group |= {"maxReplicas": pods, "minReplicas": min(group.get("minReplicas", 0), pods)}
-
-
-def _quantity(text: str) -> float:
-    """Returns a Kubernetes quantity as a number: `200m` is 0.2, `1Gi` is 2^30."""
-    digits = str(text).rstrip("mkKMGTi")
-    return float(digits) * _SUFFIXES[str(text)[len(digits) :]]

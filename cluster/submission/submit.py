@@ -151,19 +151,13 @@ def _seen_in_storage(
     return JobView(state, record, launch, ended, note)
 
 
-def stop_job(run: Storage, run_id: str, token_file: Path | None) -> tuple[JobView, bool]:
-    """Asks the run's job to save and end. Returns its previous view, and whether there was a job to stop."""
-    view = view_job(run, token_file)
-    if view is None:
-        raise UserError(f"run {run_id} has no job: `raymill list` shows which runs have one")
-    if not view.state.is_live:
-        return view, False
-    if view.record.backend is Backend.HAND:
-        raise ConfigError(f"run {run_id} was not submitted by `raymill submit`, but started by hand: end it there")
-    _backend_of(view.record, token_file).stop(view.record)
-    while (found := read_record(run)) is not None and found[0].job == view.record.job and not found[0].stopped:
+def stop_job(run: Storage, job: JobRecord, token_file: Path | None) -> None:
+    """Asks the run's job to save and end."""
+    if job.backend is Backend.HAND:
+        raise ConfigError(f"run {job.run_id} was not submitted by `raymill submit`, but started by hand: end it there")
+    _backend_of(job, token_file).stop(job)
+    while (found := read_record(run)) is not None and found[0].job == job.job and not found[0].stopped:
         write_record(run, replace(found[0], stopped=True), replaces=found[1])
-    return view, True
 
 
 def describe(view: JobView) -> dict[str, Any]:
