@@ -7,7 +7,7 @@ import argparse
 import os
 import shlex
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.output.progress import reports_shown, say
 from cluster.output.result_text import printable
@@ -16,20 +16,28 @@ from cluster.stages.stage_module import STAGES, BadResultError
 from cluster.storage.uris import Storage, absolute_uri, open_storage
 from model.errors import UserError
 
+if TYPE_CHECKING:
+    from cluster.settings.run import EvaluateConfig
+    from cluster.settings.serve import ServeConfig
+
 
 def stage(arguments: argparse.Namespace) -> dict[str, Any]:
     """Submits the stage that the command is named after as a job, and follows it."""
-    from cluster.commands.checks import check_stage
     from cluster.local.chaos import Chaos, parse_faults
     from cluster.local.local_cluster import cpus_per_node
     from cluster.settings.flags import config_from_arguments
     from cluster.settings.run import RunConfig, max_steps
+    from cluster.submission.preflight import check_sources, folders_at
+    from jobs.run.history import why_not_resumed
 
     config = config_from_arguments(arguments, RunConfig)
     faults = parse_faults(getattr(arguments, "chaos", []))
     if faults and config.cluster.address is not None:
         raise ConfigError("--chaos kills nodes of the local cluster; leave out --cluster.address")
-    check_stage(config, arguments.command)
+    check_sources(config.data, folders_at(config.cluster.address))
+    run = open_storage(config.storage.uri).child(f"runs/{config.run_id}")
+    if arguments.command != "tokenize" and (reason := why_not_resumed(run, config)):
+        raise ConfigError(reason)
     steps = "" if arguments.command == "tokenize" else f", {max_steps(config):,} steps"
     sources = [config.data.source] if isinstance(config.data.source, str) else config.data.source
     more = f" and {len(sources) - 1} more" if len(sources) > 1 else ""
@@ -97,15 +105,14 @@ def look_at_store(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
-    from cluster.commands.checks import check_checkpoint, check_data
     from cluster.local.local_cluster import cpus_per_node
     from cluster.settings.flags import config_from_arguments
     from cluster.settings.run import EvaluateConfig
+    from cluster.submission.preflight import check_sources, folders_at
 
     config = config_from_arguments(arguments, EvaluateConfig)
-    address = config.cluster.address
-    checkpoint = check_checkpoint(config.checkpoint, config.storage.uri, address=address)
-    check_data(config.data, address=address)
+    checkpoint = _named_by(config)
+    check_sources(config.data, folders_at(config.cluster.address))
     say(f"evaluate: {checkpoint}")
 
     from cluster.stages.stage import connected, run_stage  # imports Ray, which takes a second
@@ -114,6 +121,16 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         result = run_stage(connection, "jobs.evaluate", config)
     arguments.next = _commands(config.storage.uri, f"raymill serve {result['checkpoint']}")
     return result
+
+
+def _named_by(config: "EvaluateConfig | ServeConfig") -> str:
+    """Returns the URI of the settings' checkpoint, judged by file names alone, before a cluster is started."""
+    from cluster.storage.registry import LATEST, named_checkpoint
+
+    place = config.storage.uri if config.checkpoint == LATEST else config.checkpoint
+    if config.cluster.address is not None and open_storage(place).local_path("") is not None:
+        return config.checkpoint  # that cluster may see other folders
+    return named_checkpoint(config.checkpoint, config.storage.uri)
 
 
 def export(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -260,10 +277,12 @@ def checkpoint_show(arguments: argparse.Namespace) -> dict[str, Any]:
 def checkpoint_list(arguments: argparse.Namespace) -> dict[str, Any] | None:
     """Lists what was published, oldest first, with its validation loss and whether `latest` means it."""
     from cluster.output.result_text import date_of, table
-    from cluster.storage.registry import metadata_of, newest_usable, publications
+    from cluster.storage.registry import metadata_of, publications
+    from model.checkpoint_folder import MANIFEST
 
     published = publications(open_storage(arguments.storage_uri))
-    latest = newest_usable(published)
+    usable = (found for found in reversed(published) if open_storage(found.checkpoint).exists(MANIFEST))
+    latest = next(usable, None)
     rows = []
     for publication in published:
         metadata = metadata_of(publication.checkpoint)
@@ -282,10 +301,10 @@ def checkpoint_list(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
 def serve(arguments: argparse.Namespace) -> None:
     """Serves until a signal. On a cluster at an address it deploys and returns, unless it is to follow a run."""
-    from cluster.commands.checks import check_endpoint
     from cluster.commands.delivery_commands import follow_run
     from cluster.endpoint.delivery import Operator
     from cluster.endpoint.endpoint import deploy, require_ray_proxies
+    from cluster.local.local_cluster import require_free_port
     from cluster.settings.flags import config_from_arguments
     from cluster.settings.serve import ServeConfig
 
@@ -293,7 +312,10 @@ def serve(arguments: argparse.Namespace) -> None:
     config = config_from_arguments(arguments, ServeConfig)
     if arguments.follow is not None and config.admin_key_file is None:
         raise ConfigError("--follow promotes through /admin: name a file for its key with --admin-key-file")
-    say(f"serve: {check_endpoint(config)} at http://{config.host}:{config.port}")
+    checkpoint = _named_by(config)
+    if config.cluster.address is None:
+        require_free_port(config.host, config.port)
+    say(f"serve: {checkpoint} at http://{config.host}:{config.port}")
 
     from cluster.stages.stage import connected  # imports Ray, which takes a second
 

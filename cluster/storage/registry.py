@@ -69,11 +69,6 @@ def newest_first(storage: Storage) -> Iterator[Publication]:
         yield Publication(**json.loads(storage.read_bytes(entry.key)))
 
 
-def newest_usable(published: list[Publication]) -> Publication | None:
-    """Returns the publication that `latest` means, judged by file names alone."""
-    return next((found for found in reversed(published) if open_storage(found.checkpoint).exists(MANIFEST)), None)
-
-
 def what_latest_became(storage: Storage) -> str:
     """Returns a line on what `latest` is and was, and how to return to the earlier checkpoint if that has the lower
     validation loss on the same data."""

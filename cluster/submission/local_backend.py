@@ -28,9 +28,6 @@ class LocalJobs(JobBackend):
 
     kind, where, folders = Backend.LOCAL, socket.gethostname(), Folders.SAME
 
-    def probe(self) -> None:
-        pass
-
     def check(self, config: RunConfig, stage: str, needs: dict[str, Any]) -> None:
         memory, count = psutil.virtual_memory().total, max(1, config.cluster.num_nodes - 1)
         cpus = config.cluster.cpus_per_node or cpus_per_node(config)

@@ -51,10 +51,6 @@ def backend_at(
             return LocalJobs()
 
 
-def _backend_of(record: JobRecord, token_file: Path | None) -> JobBackend:
-    return backend_at(record.backend, record.where, token_file=token_file)
-
-
 def living_job(config: RunConfig, stage: str, token_file: Path | None) -> JobView | None:
     """Returns the job of this stage that the run has now, if any. Raises `UserError` if the run has another job."""
     view = view_job(_run(config), token_file)
@@ -114,7 +110,7 @@ def view_job(run: Storage, token_file: Path | None) -> JobView | None:
     if has_ended or record.backend is Backend.HAND:
         return _seen_in_storage(run, record, launch, ended)
     try:
-        state, note = _backend_of(record, token_file).state(record), ""
+        state, note = backend_at(record.backend, record.where, token_file=token_file).state(record), ""
     except ClusterError as error:
         state, note = None, str(error)
     is_young = time.time() - record.submitted < _SUBMITTING_S
@@ -155,7 +151,7 @@ def stop_job(run: Storage, job: JobRecord, token_file: Path | None) -> None:
     """Asks the run's job to save and end."""
     if job.backend is Backend.HAND:
         raise ConfigError(f"run {job.run_id} was not submitted by `raymill submit`, but started by hand: end it there")
-    _backend_of(job, token_file).stop(job)
+    backend_at(job.backend, job.where, token_file=token_file).stop(job)
     while (found := read_record(run)) is not None and found[0].job == job.job and not found[0].stopped:
         write_record(run, replace(found[0], stopped=True), replaces=found[1])
 
