@@ -52,7 +52,10 @@ def built_root(root: Path) -> ImageRoot:
     mounts += "mount --rbind /dev $R/dev; mount -t proc proc $R/proc; mount --rbind /sys $R/sys;"
     mounts += f"{_VOLUMES.format(root='$R')} mount -o remount,bind,ro $R"
     environment = {"HOME": "/tmp", "PYTHONPATH": "/app", "RAYMILL_KERNELS": "/opt/kernels", "USER": "raymill"}
-    environment |= {"PATH": "/usr/local/bin:/usr/bin:/bin", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment |= {
+        "PATH": "/usr/local/bin:/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
     return ImageRoot(mounts, f"chroot $R {_AS_USER}", "python", "/app", environment)
 
 

@@ -24,6 +24,7 @@ from tests.jobs.runs import make_store, make_text
 from tests.k8s.manifests import Manifest, cluster_spec, find, render
 from tests.k8s.pod_process import needs_pods
 from tests.k8s.process_pods import PodCluster
+from tests.time_limits import limit_s
 from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, needs_pods]
@@ -198,14 +199,14 @@ def test_where_no_spot_node_comes_a_pod_on_demand_does(tmp_path: Path) -> None:
     objects = spot_cluster()
     (wait,) = cluster_spec(find(objects, "RayJob/pretrain"))["autoscalerOptions"]["env"]
     assert wait == {"name": "RAY_AUTOSCALER_RECONCILE_ALLOCATE_STATUS_TIMEOUT_S", "value": "600"}
-    wait["value"] = "10"
+    wait["value"] = f"{limit_s(3):.0f}"  # which the pod on demand is given, too, to join
     with PodCluster(objects, "RayJob/pretrain", num_nodes=1, without_nodes="trainers") as pods:
         watched = Watched(pods, None)
         job = pods.submit("true", num_gpus=1)
         watched.until(lambda: pods.pending)
         (waiting,) = pods.pending
         assert waiting.rpartition("-")[0] == "pretrain-trainers"
-        assert watched.end_of(job) == JobStatus.SUCCEEDED
+        assert watched.end_of(job) == JobStatus.SUCCEEDED, pods.jobs.get_job_info(job).message
         (running,) = pods.running
         assert running.rpartition("-")[0] == "pretrain-trainers-on-demand"
 
