@@ -94,7 +94,7 @@ class ApiStandIn(ApiObjects):
             for at, value in self._objects.items():
                 *root, plural, _ = at.split("/")
                 is_namespaced = root[-2] == "namespaces"
-                kind = {"name": plural, "singularName": "", "kind": value["kind"], "namespaced": is_namespaced}
+                kind = {"name": plural, "singularName": "", "kind": value.get("kind", ""), "namespaced": is_namespaced}
                 kind["verbs"] = ["get", "create", "patch"]
                 kinds.setdefault("/".join(root[:-2] if is_namespaced else root), {})[plural] = kind
         if path == "/api":
