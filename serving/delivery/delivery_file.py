@@ -17,17 +17,15 @@ coordinator that starts continues with that copy, one that runs with its own sta
 file.
 """
 
-import json
 import logging
 import secrets
-from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
 from cluster.settings.serve import ServeConfig
-from cluster.storage.registry import ENDPOINTS, LAST_GOOD, endpoint_state
+from cluster.storage.registry import ENDPOINTS, LAST_GOOD
 from cluster.storage.uris import AlreadyExistsError, ConflictError, NotFoundError, Storage, StorageError, join_uri
-from serving.delivery.promotion import Delivery
+from serving.delivery.promotion import Delivery, Record
 
 _log = logging.getLogger(__name__)
 
@@ -44,12 +42,13 @@ class NewerStateError(StorageError):
         self.state = state
 
 
-class Stored(NamedTuple):
+class Stored(Record):
     """The content of the file."""
 
-    incarnation: str  # of the coordinator that wrote it; "" in files of older versions
+    incarnation: str  # of the coordinator that wrote it
     generation: int  # the number of writes so far
-    state: Delivery
+    pinned: list[str]  # the checkpoints that a run's retention keeps
+    delivery: Delivery
 
 
 def endpoint_name(config: ServeConfig) -> str:
@@ -84,10 +83,10 @@ class DeliveryFile:
         except DamagedStateError as error:
             stored, self.is_damaged = self._copy(error), True
         self._generation = stored.generation
-        if stored.state.deployment != self._deployment:
+        if stored.delivery.deployment != self._deployment:
             return None
         self._has_begun = True
-        return stored.state
+        return stored.delivery
 
     def write(self, state: Delivery) -> None:
         """Stores the state. Raises `NewerStateError` or `StorageError`, and then has changed nothing."""
@@ -104,13 +103,9 @@ class DeliveryFile:
             _log.warning("the state of this endpoint is stored, but no copy of it: %s", error)
 
     def _write(self, state: Delivery) -> bytes:
-        content = {
-            "pinned": [version.checkpoint for version in state.known],
-            "incarnation": self._incarnation,
-            "generation": self._generation + 1,
-            "delivery": state.model_dump(mode="json"),
-        }
-        data = json.dumps(content).encode()
+        pinned = [version.checkpoint for version in state.known]
+        content = Stored(incarnation=self._incarnation, generation=self._generation + 1, pinned=pinned, delivery=state)
+        data = content.model_dump_json().encode()
         is_new = self._version is None
         self._version = self._storage.write_bytes(self._key, data, if_absent=is_new, if_version=self._version)
         return data
@@ -128,20 +123,20 @@ class DeliveryFile:
             _log.error("%s; this coordinator replaces it with its own state", error)
             self._version = entry.version
             return
-        if stored.state.deployment != self._deployment:
-            if self._has_begun:
-                raise StorageError(
-                    f"another endpoint keeps its state in {self.uri}; give each its own name with --delivery.endpoint"
-                )
-        elif stored.incarnation != self._incarnation and stored.generation > self._generation:
-            self._version, self._generation, self._has_begun = entry.version, stored.generation, True
+        is_ours = stored.delivery.deployment == self._deployment
+        if self._has_begun and not is_ours:
+            raise StorageError(
+                f"another endpoint keeps its state in {self.uri}; give each its own name with --delivery.endpoint"
+            )
+        is_newer = stored.generation > self._generation
+        self._version, self._generation = entry.version, max(self._generation, stored.generation)
+        if is_ours and is_newer and stored.incarnation != self._incarnation:
+            self._has_begun = True
             raise NewerStateError(
                 f"another coordinator of this endpoint has stored a newer state in {self.uri} (write "
-                f"{stored.generation}, live is {stored.state.live.checkpoint}); this coordinator continues with it",
-                stored.state,
+                f"{stored.generation}, live is {stored.delivery.live.checkpoint}); this coordinator continues with it",
+                stored.delivery,
             )
-        self._version = entry.version
-        self._generation = max(self._generation, stored.generation)
 
     def _copy(self, damage: DamagedStateError) -> Stored:
         try:
@@ -157,14 +152,11 @@ class DeliveryFile:
 
     def _read(self, key: str) -> Stored:
         """Reads a file. Raises `DamagedStateError`, or `NotFoundError` if there is none."""
-        uri = join_uri(self._storage.uri, key)
         try:
-            content: dict[str, Any] = endpoint_state(self._storage.read_bytes(key))
-            generation, incarnation = int(content.get("generation", 0)), str(content.get("incarnation", ""))
-            state = Delivery.model_validate_json(json.dumps(content["delivery"]))
-        except (ValueError, KeyError, TypeError, ValidationError) as error:
+            return Stored.model_validate_json(self._storage.read_bytes(key))
+        except ValidationError as error:
+            problem, uri = error.errors()[0]["msg"], join_uri(self._storage.uri, key)
             raise DamagedStateError(
-                f"the state in {uri} is damaged ({type(error).__name__}: {str(error).splitlines()[0][:200]}): restore "
-                "the file from a backup, or delete it to begin with the checkpoint of the endpoint's settings"
+                f"the state in {uri} is damaged ({problem[:200]}): restore the file from a backup, or delete it to "
+                "begin with the checkpoint of the endpoint's settings"
             ) from None
-        return Stored(incarnation, generation, state)

@@ -207,20 +207,6 @@ def test_a_decision_of_a_stale_coordinator_changes_nothing(root: Root) -> None:
     asyncio.run(check())
 
 
-def test_a_state_of_an_older_raymill_is_read_and_replaced(root: Root) -> None:
-    async def check() -> None:
-        await promoted(coordinator(root))
-        content = stored(root)
-        assert content["generation"] == 3 and len(content["incarnation"]) == 16
-        del content["generation"], content["incarnation"]
-        damage(root, json.dumps(content).encode())
-        again = coordinator(root)
-        assert (await again.roll_back("why")).live.version == "old"
-        assert stored(root)["generation"] == 1
-
-    asyncio.run(check())
-
-
 DAMAGES = {
     "truncated": lambda data: data[: len(data) // 2],
     "empty": lambda data: b"",
