@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
 
 from ray import serve
 
@@ -61,43 +60,33 @@ class Borrower:
     min_replicas: int
     look: Callable[[], Seen]
     clock: Callable[[], float] = time.monotonic
-    _borrowed = Borrowed()
+    borrowed = Borrowed()
     _lent_s = 0.0
-    _num_failures = 0
-    _last_failure = ""
-
-    def status(self) -> dict[str, Any]:
-        """Returns what /admin/status shows."""
-        failures = {"num_failures": self._num_failures, "last_failure": self._last_failure}
-        return {"num_workers": self._borrowed.num_workers, **failures}
 
     def step(self) -> None:
         """Acts once. What fails is tried again the next time. A loan is also renewed while the number of replicas is
         unknown, because the replicas that it made room for continue to serve."""
+        now_s, before = self.clock(), self.borrowed
         try:
-            self._step()
+            if before.num_workers and now_s - self._lent_s >= RENEW_S:
+                self._lend(before.num_workers)
+            seen = self.look()
+            decided = decide(before, seen, now_s=now_s, min_replicas=self.min_replicas)
+            if decided.num_workers != before.num_workers:
+                self._lend(decided.num_workers)
+                _log.warning("%d workers of %s are borrowed: %s", decided.num_workers, self.run.uri, seen)
+            self.borrowed = decided
         except Exception as error:
             # Ray Serve's controller is being replaced; the application is being redeployed and missing in status()
             # (KeyError); a storage does not answer. Whatever it is, a thread that ended would never renew a loan again.
-            self._num_failures += 1
-            self._last_failure = f"{type(error).__name__}: {error}"
-            _log.warning("no workers are borrowed or given back now, failure %d", self._num_failures, exc_info=error)
+            _log.warning("no workers are borrowed or given back now", exc_info=error)
 
-    def _step(self) -> None:
-        now_s, before = self.clock(), self._borrowed
-        if before.num_workers and now_s - self._lent_s >= RENEW_S:
-            lend(self.run, Loan(before.num_workers, LOAN_S))
-            self._lent_s = now_s
-        seen = self.look()
-        decided = decide(before, seen, now_s=now_s, min_replicas=self.min_replicas)
-        if decided.num_workers != before.num_workers:
-            if decided.num_workers:
-                lend(self.run, Loan(decided.num_workers, LOAN_S))
-                self._lent_s = now_s
-            else:
-                give_back(self.run)
-            _log.warning("%d workers of %s are borrowed: %s", decided.num_workers, self.run.uri, seen)
-        self._borrowed = decided
+    def _lend(self, num_workers: int) -> None:
+        if num_workers:
+            lend(self.run, Loan(num_workers, LOAN_S))
+            self._lent_s = self.clock()
+        else:
+            give_back(self.run)
 
     def step_forever(self) -> None:
         def run() -> None:
