@@ -76,19 +76,17 @@ class CurrentAccess:
     def __init__(self, rules: AccessRules, *, user_file: str | None = None, admin_file: str | None = None) -> None:
         """`rules` apply until the files can be read."""
         self.rules = rules
-        self._files = (user_file, admin_file)
+        self._user_file, self._admin_file = user_file, admin_file
         self._problems: dict[str, str] = {}  # by file
 
     def reload(self) -> None:
         """Rereads the files, which may block. It reads the few lines each time: a file's modification time is too
         coarse."""
-        keys = [self.rules.user_key_hashes, self.rules.admin_key_hashes]
-        for index, file in enumerate(self._files):
-            if file is not None:
-                keys[index] = self._reread(file, keys[index], excluded=keys[1 - index])
-        rules = AccessRules(keys[0], keys[1], self.rules.max_requests_per_key)
+        user = self._reread(self._user_file, self.rules.user_key_hashes, excluded=self.rules.admin_key_hashes)
+        admin = self._reread(self._admin_file, self.rules.admin_key_hashes, excluded=user)
+        rules = AccessRules(user, admin, self.rules.max_requests_per_key)
         if rules != self.rules:
-            _log.warning("the API keys have changed: %d for users and %d for admins now", *map(len, keys))
+            _log.warning("the API keys have changed: %d for users and %d for admins now", len(user), len(admin))
             self.rules = rules
 
     async def keep(self, *, every_s: float = RELOAD_S) -> NoReturn:
@@ -96,8 +94,10 @@ class CurrentAccess:
             await asyncio.to_thread(self.reload)
             await asyncio.sleep(every_s)
 
-    def _reread(self, file: str, before: tuple[str, ...], *, excluded: tuple[str, ...]) -> tuple[str, ...]:
+    def _reread(self, file: str | None, before: tuple[str, ...], *, excluded: tuple[str, ...]) -> tuple[str, ...]:
         """Returns the keys of one file, none of which may be in the other."""
+        if file is None:
+            return before
         try:
             now = read_key_hashes(Path(file))
             problem = "a key in it is in the other key file too" if set(now) & set(excluded) else ""

@@ -11,11 +11,10 @@ from cluster.storage.registry import find_checkpoint
 from model.errors import UserError
 from serving.delivery.follower import CoordinatorAwayError, Follower, answer_of
 from serving.delivery.promotion import Delivery, DeliveryError, Terms, Version, version_of
-from serving.protocol.errors import ApiError, invalid_request, unavailable
+from serving.protocol.errors import invalid_request, unavailable
 from serving.protocol.protocol import Request as Body
-from serving.protocol.protocol import parse_request
+from serving.protocol.protocol import read_request
 from serving.protocol.served_model import ServedModel, misfit, read_served_model
-from serving.protocol.strict_json import read_json_body
 
 MAX_GATE_TOKENS = 16_384  # every replica measures them on both versions, beside its clients' requests
 
@@ -41,10 +40,6 @@ class DrainRequest(Body):
     drain: bool = True
 
 
-class EmptyRequest(Body):
-    pass
-
-
 def admin_router(follower: Follower) -> APIRouter:
     router = APIRouter(prefix="/admin")
     coordinator = follower.coordinator
@@ -52,29 +47,29 @@ def admin_router(follower: Follower) -> APIRouter:
     @router.post("/promote")
     async def promote(request: Request) -> JSONResponse:
         """Answers once the promotion has begun; /admin/status reports its progress."""
-        asked = parse_request(await read_json_body(request), PromoteRequest)
+        asked = await read_request(request, PromoteRequest)
         live, config = follower.versions.live.model, follower.versions.config
         candidate = await asyncio.to_thread(_read_candidate, asked.checkpoint, live, config.storage.uri)
         gate_rows = await asyncio.to_thread(_gate_rows, asked, live)
         given = asked.model_dump(include={"canary_percent", "watch_s", "max_loss_increase"}, exclude_none=True)
         terms = Terms(**config.delivery.model_dump(exclude={"endpoint"}) | given | {"gate_rows": gate_rows})
-        return JSONResponse(_shown(await _asked(coordinator.promote.remote(candidate, terms))), status_code=202)
+        return JSONResponse(await _ordered(coordinator.promote.remote(candidate, terms)), status_code=202)
 
     @router.post("/finish")
     async def finish(request: Request) -> dict[str, Any]:
-        parse_request(await read_json_body(request), EmptyRequest)
-        return _shown(await _asked(coordinator.finish.remote()))
+        await read_request(request, Body)
+        return await _ordered(coordinator.finish.remote())
 
     @router.post("/rollback")
     async def rollback(request: Request) -> dict[str, Any]:
-        asked = parse_request(await read_json_body(request), RollbackRequest)
-        return _shown(await _asked(coordinator.roll_back.remote(asked.reason)))
+        asked = await read_request(request, RollbackRequest)
+        return await _ordered(coordinator.roll_back.remote(asked.reason))
 
     @router.post("/drain")
     async def drain(request: Request) -> dict[str, Any]:
         """Makes every replica refuse new completions and finish those that run; `{"drain": false}` ends that."""
-        asked = parse_request(await read_json_body(request), DrainRequest)
-        return _shown(await _asked(coordinator.drain.remote(asked.drain)))
+        asked = await read_request(request, DrainRequest)
+        return await _ordered(coordinator.drain.remote(asked.drain))
 
     @router.get("/status")
     async def status() -> dict[str, Any]:
@@ -90,10 +85,11 @@ def _read_candidate(reference: str, live: ServedModel, storage_uri: str) -> Vers
         model = read_served_model(folder, name=live.name)
     except (UserError, OSError, ValueError, KeyError, TypeError) as error:  # the last ones from a foreign config.json
         message = str(error) if isinstance(error, UserError) else f"{reference} is not a checkpoint: {error!r}"
-        raise _refused(message) from None
-    if problem := misfit(live, model):
-        raise _refused(f"checkpoint {uri} {problem}")
-    return version_of(model, checkpoint=uri)
+    else:
+        if not (problem := misfit(live, model)):
+            return version_of(model, checkpoint=uri)
+        message = f"checkpoint {uri} {problem}"
+    raise invalid_request(message, param="checkpoint", code="checkpoint_refused")
 
 
 def _gate_rows(asked: PromoteRequest, live: ServedModel) -> tuple[tuple[int, ...], ...]:
@@ -111,6 +107,12 @@ def _gate_rows(asked: PromoteRequest, live: ServedModel) -> tuple[tuple[int, ...
     return tuple(tuple(row) for row in cut if len(row) > 1)
 
 
+async def _ordered(call: Any) -> dict[str, Any]:
+    """Returns the state of the endpoint after an order."""
+    delivery: Delivery = await _asked(call)
+    return delivery.shown()
+
+
 async def _asked(call: Any) -> Any:
     try:
         return await answer_of(call)
@@ -123,11 +125,3 @@ async def _asked(call: Any) -> Any:
             code="coordinator_unavailable",
             retry_after_s=2,
         ) from None
-
-
-def _refused(message: str) -> ApiError:
-    return invalid_request(message, param="checkpoint", code="checkpoint_refused")
-
-
-def _shown(delivery: Delivery) -> dict[str, Any]:
-    return delivery.model_dump(mode="json", exclude={"terms": {"gate_rows"}})

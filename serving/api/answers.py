@@ -45,9 +45,9 @@ class Answer(ABC):
     def _whole_choice(self, part: Part) -> dict[str, Any]:
         """Returns a choice of a whole answer."""
 
-    @abstractmethod
     def _part_choice(self, part: Part) -> dict[str, Any]:
         """Returns a choice of an event."""
+        return self._whole_choice(part)
 
 
 class TextAnswer(Answer):
@@ -62,8 +62,6 @@ class TextAnswer(Answer):
             "logprobs": None if part.tokens is None else self._logprobs(part.tokens),
             "finish_reason": part.finish_reason,
         }
-
-    _part_choice = _whole_choice
 
     def _logprobs(self, tokens: list[TokenEntry]) -> dict[str, list[Any]]:
         name = self._model.token_name

@@ -5,7 +5,7 @@ the header `x-model-note`.
 """
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 
@@ -13,14 +13,7 @@ from serving.api.answers import Answer
 from serving.api.choice_output import Part, TokenEntry
 from serving.protocol import harmless_fields
 from serving.protocol.errors import invalid_request
-from serving.protocol.protocol import (
-    MAX_LOGPROBS,
-    CompletionRequest,
-    GenerationRequest,
-    Request,
-    parse_request,
-    require_stream_for_options,
-)
+from serving.protocol.protocol import MAX_LOGPROBS, CompletionRequest, GenerationRequest, Request
 from serving.protocol.served_model import ServedModel
 
 MAX_MESSAGES = 256
@@ -74,14 +67,11 @@ class ChatRequest(GenerationRequest):
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS)
 
-
-def parse_chat(body: bytes) -> ChatRequest:
-    """Reads a chat request. Raises `ApiError` (400) that names the field."""
-    request = parse_request(body, ChatRequest)
-    require_stream_for_options(request)
-    if request.top_logprobs and not request.logprobs:
-        raise invalid_request("top_logprobs is allowed with logprobs=true only", param="top_logprobs")
-    return request
+    @model_validator(mode="after")
+    def _candidates_need_logprobs(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise invalid_request("top_logprobs is allowed with logprobs=true only", param="top_logprobs")
+        return self
 
 
 def render(messages: list[Message]) -> str:

@@ -129,14 +129,14 @@ async def start_completion(
         model.require_tokenizer()
     # In the event loop other streams' tokens would wait for the milliseconds that a long prompt takes.
     prompts = await asyncio.to_thread(
-        lambda: [model.prompt_ids(prompt, max_tokens=request.max_tokens) for prompt in request.prompt]
+        lambda: [model.prompt_ids(prompt, max_tokens=request.token_limit) for prompt in request.prompt]
     )
     refuse_when_full(engine, num_sequences, config)
     sequences = [
         SequenceRequest(
             seq_id=engine.next_seq_id(),
             prompt_ids=prompt_ids,
-            max_tokens=request.max_tokens,
+            max_tokens=request.token_limit,
             sampling=_sampling(request, seed=choice_seed(seed, index)),
             ignore_eos=request.ignore_eos,
             num_logprobs=request.logprobs,
@@ -164,15 +164,12 @@ async def start_completion(
         async with asyncio.timeout(max_queue_s):
             await generation.has_begun.wait()
         await completion.begin()
-    except TimeoutError:
+    except BaseException as error:  # also a client that leaves
         completion.close()
-        raise overloaded(
-            f"The request has waited for {max_queue_s:g} s, which is the most; try again later",
-            retry_after_s=math.ceil(max_queue_s),
-        ) from None
-    except BaseException:  # also a client that leaves
-        completion.close()
-        raise
+        if not isinstance(error, TimeoutError):
+            raise
+        message = f"The request has waited for {max_queue_s:g} s, which is the most; try again later"
+        raise overloaded(message, retry_after_s=math.ceil(max_queue_s)) from None
     return completion
 
 

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from cluster.settings.code_folders import code_version
 from serving.api.access import CurrentAccess, RequestsInFlight, authorize
 from serving.api.answers import Answer, TextAnswer
-from serving.api.chat import NOTE_HEADER, ChatAnswer, as_completion, parse_chat
+from serving.api.chat import NOTE_HEADER, ChatAnswer, ChatRequest, as_completion
 from serving.api.completions import Completion, start_completion
 from serving.api.metrics import ReplicaMetrics
 from serving.api.tool_routes import tool_router
@@ -22,8 +22,7 @@ from serving.delivery.loaded_version import LoadedVersion
 from serving.delivery.routed_request import RoutedRequest
 from serving.delivery.versions import Versions
 from serving.protocol.errors import ApiError, draining, engine_unavailable, internal_error
-from serving.protocol.protocol import CompletionRequest, parse_completion
-from serving.protocol.strict_json import read_request
+from serving.protocol.protocol import CompletionRequest, read_request
 from serving.proxy.token_relay import YES_HEADER, RelayClient
 from serving.xray.page_routes import page_router
 
@@ -45,13 +44,13 @@ def build_http_app(*, versions: Versions, metrics: ReplicaMetrics, access: Curre
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        parsed = await read_request(request, parse_completion)
+        parsed = await read_request(request, CompletionRequest)
         version = RoutedRequest.of(request).take(parsed.model, user=parsed.user)
         return await answer(parsed, TextAnswer, request, version=version)
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
-        parsed = await read_request(request, parse_chat)
+        parsed = await read_request(request, ChatRequest)
         version = RoutedRequest.of(request).take(parsed.model, user=parsed.user)
         completion = await asyncio.to_thread(as_completion, parsed, version.model)  # tokenizes
         return await answer(completion, ChatAnswer, request, version=version, headers=NOTE_HEADER)

@@ -11,9 +11,8 @@ from fastapi.responses import Response
 
 from serving.delivery.routed_request import RoutedRequest
 from serving.protocol.errors import overloaded
-from serving.protocol.protocol import DetokenizeRequest, TokenizeRequest, parse_request
+from serving.protocol.protocol import DetokenizeRequest, TokenizeRequest, read_request
 from serving.protocol.served_model import ServedModel
-from serving.protocol.strict_json import read_request
 from serving.xray.xray import XrayRequest
 
 
@@ -45,13 +44,13 @@ def tool_router(*, max_waiting: int) -> APIRouter:
 
     @router.post("/tokenize")
     async def tokenize(request: Request) -> Response:
-        parsed = await read_request(request, lambda body: parse_request(body, TokenizeRequest))
+        parsed = await read_request(request, TokenizeRequest)
         model = RoutedRequest.of(request).take(parsed.model).model
         return await thread.answer(lambda: _tokenized(parsed, model))
 
     @router.post("/detokenize")
     async def detokenize(request: Request) -> Response:
-        parsed = await read_request(request, lambda body: parse_request(body, DetokenizeRequest))
+        parsed = await read_request(request, DetokenizeRequest)
         model = RoutedRequest.of(request).take(parsed.model).model
         return await thread.answer(lambda: _detokenized(parsed, model))
 
@@ -61,7 +60,7 @@ def tool_router(*, max_waiting: int) -> APIRouter:
 
     @router.post("/v1/xray")
     async def look_inside(request: Request) -> Response:
-        parsed = await read_request(request, lambda body: parse_request(body, XrayRequest))
+        parsed = await read_request(request, XrayRequest)
         status, body = await RoutedRequest.of(request).take(parsed.model).xray.answer(parsed)
         return Response(body, status_code=status, media_type="application/json")
 

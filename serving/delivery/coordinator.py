@@ -113,17 +113,14 @@ class Coordinator:
 
     async def status(self) -> dict[str, Any]:
         """Returns what /admin/status shows: the state, and each replica's report."""
-        present, gone = self._by_presence()
+        present, _ = self._by_presence()
         state = self._begun()
         return {
-            "delivery": state.model_dump(mode="json", exclude={"terms": {"gate_rows"}}),
+            "delivery": state.shown(),
             "is_stored": self._stored is state,
-            "borrowing": self._borrower and self._borrower.status(),
+            "borrowing": self._borrower and {"num_workers": self._borrower.borrowed.num_workers},
             "phase_s": round(time.monotonic() - self._phase_began_s, 1),
             "replicas": [dataclasses.asdict(report) for report in present],
-            "totals": {
-                version.serial: vars(promotion.total([*present, *gone], version.serial)) for version in state.known
-            },
         }
 
     def _begun(self) -> Delivery:

@@ -4,7 +4,7 @@ import hashlib
 import math
 import random
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from enum import StrEnum
 from typing import Any, Literal, Self
 
@@ -89,6 +89,10 @@ class Delivery(Record):
     outcome: Outcome | None = None  # of the last promotion, once it has ended
     history: tuple[Outcome, ...] = ()  # of the last ones, the oldest first
     draining: bool = False
+
+    def shown(self) -> dict[str, Any]:
+        """Returns what /admin shows of it."""
+        return self.model_dump(mode="json", exclude={"terms": {"gate_rows"}})
 
     @property
     def needed(self) -> list[Version]:
@@ -289,13 +293,8 @@ def _service_problem(state: Delivery, terms: Terms, everyone: Collection[Replica
 
 def total(reports: Collection[ReplicaReport], serial: int) -> VersionStats:
     """Adds up what all replicas report of a version."""
-    found = [report.slots[serial].stats for report in reports if serial in report.slots]
-    return VersionStats(
-        sequences=sum(stats.sequences for stats in found),
-        errors=sum(stats.errors for stats in found),
-        tokens=sum(stats.tokens for stats in found),
-        busy_s=sum(stats.busy_s for stats in found),
-    )
+    found = [astuple(report.slots[serial].stats) for report in reports if serial in report.slots]
+    return VersionStats(*(sum(counts) for counts in zip(*found, strict=True)))
 
 
 def _switched(state: Delivery) -> Delivery:
