@@ -8,7 +8,7 @@ import ipaddress
 import sys
 import time
 import uuid
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -98,19 +98,13 @@ def _app(config: ServeConfig, *, deployment: str) -> serve.Application:
 def autoscaling(config: ServeConfig) -> AutoscalingConfig:
     """Scales by `ScalingPolicy`, with figures of the last seconds and its own delays instead of Ray Serve's."""
     replicas = config.replicas
-    rules = ScalingRules(
-        min_replicas=replicas.min_replicas,
-        max_replicas=replicas.max_replicas,
-        target_ongoing_requests=replicas.target_ongoing_requests,
-        num_slots=config.engine.max_num_seqs,
-        up_after_s=replicas.scale_up_after_s,
-        down_after_s=replicas.scale_down_after_s,
-        to_zero_after_s=replicas.scale_to_zero_after_s,
-    )
+    rules = replicas.model_dump(include={field.name for field in fields(ScalingRules)})
     return AutoscalingConfig(
         min_replicas=replicas.min_replicas,
         max_replicas=replicas.max_replicas,
-        policy=AutoscalingPolicy(policy_function=ScalingPolicy, policy_kwargs=asdict(rules)),
+        policy=AutoscalingPolicy(
+            policy_function=ScalingPolicy, policy_kwargs=rules | {"num_slots": config.engine.max_num_seqs}
+        ),
         metrics_interval_s=1,
         look_back_period_s=5,
         upscale_delay_s=0,

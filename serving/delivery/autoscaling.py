@@ -17,15 +17,15 @@ WAITING, KV_USE = "waiting", "kv_use"  # the figures that a replica reports
 
 @dataclass(frozen=True)
 class ScalingRules:
-    """The settings of `decide`."""
+    """The settings of `decide`, with the names of the endpoint's."""
 
     min_replicas: int
     max_replicas: int
     target_ongoing_requests: float  # of a replica
     num_slots: int  # of a replica
-    up_after_s: float  # of load that needs more
-    down_after_s: float  # of load that needs less
-    to_zero_after_s: float  # without any request
+    scale_up_after_s: float  # of load that needs more
+    scale_down_after_s: float  # of load that needs less
+    scale_to_zero_after_s: float  # without any request
     target_kv_use: float = 0.8
 
 
@@ -62,16 +62,16 @@ def wanted_replicas(seen: Observation, rules: ScalingRules) -> int:
 
 def decide(seen: Observation, history: History, rules: ScalingRules) -> tuple[int, History]:
     """Returns the number of replicas to have now, and the history for the next call. It grows once the load has needed
-    more for `up_after_s`, to what was needed all that time. It shrinks once the load has needed fewer for
-    `down_after_s`, to the most that was needed in that time, so that a burst that returns soon finds its replicas."""
+    more for `scale_up_after_s`, to what was needed all that time. It shrinks once the load has needed fewer for
+    `scale_down_after_s`, to the most that was needed in that time: a burst that returns soon finds its replicas."""
     wanted = wanted_replicas(seen, rules)
     if not history or history[-1].num_replicas != wanted:
         history = (*history, Wanted(seen.now_s, wanted))
-    up = min(_in_the_last(rules.up_after_s, history, seen.now_s), default=seen.num_replicas)
-    down = max(_in_the_last(rules.down_after_s, history, seen.now_s), default=seen.num_replicas)
-    if down == 0 and history[-1].since_s > seen.now_s - rules.to_zero_after_s:
+    up = min(_in_the_last(rules.scale_up_after_s, history, seen.now_s), default=seen.num_replicas)
+    down = max(_in_the_last(rules.scale_down_after_s, history, seen.now_s), default=seen.num_replicas)
+    if down == 0 and history[-1].since_s > seen.now_s - rules.scale_to_zero_after_s:
         down = 1
-    oldest_s = seen.now_s - max(rules.up_after_s, rules.down_after_s)
+    oldest_s = seen.now_s - max(rules.scale_up_after_s, rules.scale_down_after_s)
     history = tuple(w for w, end_s in _with_ends(history) if end_s > oldest_s)
     return max(min(seen.num_replicas, down), up), history
 

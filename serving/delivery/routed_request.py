@@ -6,6 +6,7 @@ new version from one replica and then the old one from another, which has not he
 
 from typing import Any
 
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -14,7 +15,6 @@ from serving.delivery.promotion import ROUTE_HEADER, Route
 from serving.delivery.versions import Versions
 from serving.protocol.errors import model_not_found
 
-SESSION_HEADER = b"x-session-id"
 RETRY_HEADER = b"x-raymill-retry"  # from the front door: a replica has ended while it worked on this request
 _SCOPE_KEY = "raymill.routed"
 
@@ -25,15 +25,14 @@ class RoutedRequest:
     def __init__(self, versions: Versions, scope: Scope) -> None:
         """Puts itself into the scope, where `of` finds it."""
         scope[_SCOPE_KEY] = self
-        headers = scope["headers"]
+        headers = Headers(scope=scope)
         self._versions = versions
-        self._sessions = [value.decode("latin-1") for name, value in headers if name == SESSION_HEADER]
+        self._session = headers.get("x-session-id")
         self._held: LoadedVersion | None = None
-        self._is_second_try = any(name == RETRY_HEADER for name, _ in headers)
+        self._is_second_try = RETRY_HEADER.decode() in headers
         self.key: str | None = None  # hash of the API key
-        for name, value in headers:
-            if name == ROUTE_HEADER.encode() and (route := Route.from_header(value.decode("latin-1"))):
-                versions.learn(route)
+        for route in filter(None, map(Route.from_header, headers.getlist(ROUTE_HEADER))):
+            versions.learn(route)
 
     @classmethod
     def of(cls, request: Request) -> "RoutedRequest":
@@ -47,7 +46,7 @@ class RoutedRequest:
         (404)."""
         if model is not None and model not in (names := self._versions.names):
             raise model_not_found(model, served=names[0])
-        self._hold(self._versions.pick(self.key or user or next(iter(self._sessions), None)))
+        self._hold(self._versions.pick(self.key or user or self._session))
         assert self._held is not None
         return self._held
 
@@ -103,9 +102,10 @@ class NewestRoute:
 
         async def learn(message: Message) -> None:
             if message["type"] == "http.response.start":
-                for name, value in message["headers"]:
-                    if name == _NAME and (route := Route.from_header(value.decode("latin-1"))):
-                        self._learn(route)
+                for route in filter(
+                    None, map(Route.from_header, Headers(raw=message["headers"]).getlist(ROUTE_HEADER))
+                ):
+                    self._learn(route)
             await send(message)
 
         headers = [header for header in scope["headers"] if header[0] != _NAME]  # a client may not choose

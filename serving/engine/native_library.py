@@ -87,7 +87,8 @@ def _baked_name(march: str) -> str:
 
 
 def _load_compiled() -> ctypes.CDLL:
-    compiler, folder = _compiler(), _cache_folder()
+    compiler = _compiler()
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raymill" / "kernels"
     path = folder / f"decoder-{_key(compiler)}.so"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if os.statvfs(folder).f_flag & os.ST_NOEXEC:
@@ -138,10 +139,6 @@ def _flags(march: str) -> list[str]:
         return [*FLAGS, f"-march={march}"]
     name, *more = march.split("+")
     return [*FLAGS, f"-march={name}", *(f"-m{extension}" for extension in more)]
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raymill" / "kernels"
 
 
 def _key(compiler: str) -> str:

@@ -7,9 +7,9 @@ import os
 import select
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
@@ -19,12 +19,15 @@ from model.errors import UserError
 from model.gpt import GPT
 from serving.engine.block_pool import BlockPool, num_blocks_for
 from serving.engine.engine import Engine
-from serving.engine.messages import Admission, SequenceRequest, StepReport, encode_message, parse_request
+from serving.engine.messages import encode_message, parse_request
 from serving.engine.native_library import NoNativeLibraryError
 from serving.engine.native_runner import NativeRunner
 from serving.engine.runner import LOADED_IN, Runner, with_dtype
 from serving.engine.torch_runner import TorchRunner
 from serving.engine_process.peer_watchdog import watch_peer
+
+if TYPE_CHECKING:
+    from serving.engine.vllm_engine import VllmEngine
 
 RECEIVE_BYTES = 1 << 16
 
@@ -51,17 +54,7 @@ class Channel:
             wait = False
 
 
-class AnyEngine(Protocol):
-    """The interface of `Engine` and `VllmEngine`."""
-
-    @property
-    def has_work(self) -> bool: ...
-    def submit(self, request: SequenceRequest) -> None: ...
-    def cancel(self, seq_id: int) -> None: ...
-    def step(self, on_admission: Callable[[Admission], None] | None = None) -> StepReport: ...
-
-
-def run_engine(engine: AnyEngine, channel: Channel) -> NoReturn:
+def run_engine(engine: "Engine | VllmEngine", channel: Channel) -> NoReturn:
     """Takes commands, and sends admissions before and a report after each step, until the replica is gone."""
     while True:
         for message in channel.receive(wait=not engine.has_work):
@@ -72,7 +65,7 @@ def run_engine(engine: AnyEngine, channel: Channel) -> NoReturn:
         channel.send(engine.step(lambda admission: channel.send({"admission": admission})))
 
 
-def _load_engine(checkpoint: Path, config: EngineConfig, *, eos_id: int | None, threads: int) -> AnyEngine:
+def _load_engine(checkpoint: Path, config: EngineConfig, *, eos_id: int | None, threads: int) -> "Engine | VllmEngine":
     """Loads the engine. Raises `UserError` for an unusable checkpoint or setting."""
     config = with_dtype(config, checkpoint)
     if config.backend == "vllm":

@@ -149,26 +149,22 @@ class RelayClient:
             return None
         async with self._connecting:
             self._connections = {n: c for n, c in self._connections.items() if not c.is_closing}
-            if name not in self._connections:
-                connection = await self._connect(name)
-                if connection is None:
-                    return None
-                self._connections[name] = connection
-        return RelayWriter(self._connections[name], int(number))
+            connection = self._connections.get(name) or await self._connect(name)
+            if connection is None:
+                return None
+            self._connections[name] = connection
+        return RelayWriter(connection, int(number))
 
     async def _connect(self, name: str) -> "_Outgoing | None":
         # uvloop cannot connect to a name that starts with a zero byte.
         end = socket.socket(socket.AF_UNIX)
         end.setblocking(False)
-        try:
+        with suppress(OSError):  # not on this machine
             end.connect(_NAME_PREFIX + name)
-            is_usable = _is_our_own(end)
-        except OSError:  # not on this machine
-            is_usable = False
-        if not is_usable:
-            end.close()
-            return None
-        return (await asyncio.get_running_loop().create_unix_connection(_Outgoing, sock=end))[1]
+            if _is_our_own(end):
+                return (await asyncio.get_running_loop().create_unix_connection(_Outgoing, sock=end))[1]
+        end.close()
+        return None
 
 
 class _Outgoing(asyncio.Protocol):

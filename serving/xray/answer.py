@@ -3,6 +3,7 @@
 Shapes: T tokens read, C model width, V vocabulary.
 """
 
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 
 from model.gpt import GPT
 from model.sampling import SamplingParams
-from model.xray import Candidate, Prediction, Query, Span, nearest_tokens, predictions, run_query, score
+from model.xray import Candidate, Query, Span, nearest_tokens, predictions, run_query, score
 from serving.protocol.errors import invalid_request
 from serving.protocol.served_model import ServedModel
 from serving.xray.xray import MAX_SEQUENCE_TOKENS, MAX_WEIGHTS, XrayRequest
@@ -57,14 +58,19 @@ def xray_answer(request: XrayRequest, *, model: GPT, served: ServedModel, arrive
             "num_layers": model.config.n_layer,
             "num_heads": model.config.n_head,
             "tokens": _tokens(query, model, served),
-            "predictions": [_prediction(p, served) for p in predictions(query.logits, num_top=request.top)],
+            "predictions": [
+                {"entropy_nats": p.entropy_nats, "top": [_scored(c.token_id, c, served) for c in p.top]}
+                for p in predictions(query.logits, num_top=request.top)
+            ],
             "stages": _stages(query, request, model, served, spans),
             "attention": list(_attention(query, request, model)),
         }
     )
     # The rest is the extra work of an x-ray, including the JSON above.
     spans.append(Span("inspect", spans[-1].end_s, time.monotonic()))
-    return body[:-1] + b',"timeline":' + orjson.dumps(_timeline(spans, arrived_s)) + b"}"
+    pieces = [{"name": s.name, "start_ms": (s.start_s - arrived_s) * 1e3, "ms": _ms(s)} for s in spans]
+    total_ms = (time.monotonic() - arrived_s) * 1e3  # measured separately from the spans
+    return body[:-1] + b',"timeline":' + orjson.dumps({"total_ms": total_ms, "spans": pieces}) + b"}"
 
 
 def _check_limits(request: XrayRequest, model: GPT, *, num_tokens: int) -> None:
@@ -96,40 +102,29 @@ def _tokens(query: Query, model: GPT, served: ServedModel) -> list[dict[str, Any
     norms = zip(*(table.float().norm(dim=-1).tolist() for table in (embeddings, positions)), strict=True)
     distinct = sorted(set(ids))
     nearest = dict(zip(distinct, nearest_tokens(model, distinct, num_nearest=NUM_NEAREST), strict=True))
-    tokens = []
-    num_bytes = 0
-    for index, (token_id, candidate, (embedding_norm, position_norm)) in enumerate(
-        zip(ids, scores, norms, strict=True)
-    ):
-        start, num_bytes = num_bytes, num_bytes + len(served.token_bytes(token_id))
-        drawn = index - query.num_prompt_tokens
-        tokens.append(
-            _token(token_id, served)
-            | {
-                "bytes": [start, num_bytes],
-                "generated": drawn >= 0,
-                "logit": candidate and candidate.logit,
-                "probability": candidate and candidate.probability,
-                "rank": candidate and candidate.rank,
-                "drawn_probability": query.drawn_probabilities[drawn] if drawn >= 0 else None,
-                "embedding_norm": embedding_norm,
-                "position_norm": position_norm,
-                "nearest": [_token(near_id, served) | {"cosine": cosine} for near_id, cosine in nearest[token_id]],
-            }
-        )
-    return tokens
+    ends = list(itertools.accumulate((len(served.token_bytes(token_id)) for token_id in ids), initial=0))
+    drawn = [None] * query.num_prompt_tokens + query.drawn_probabilities
+    return [
+        _scored(token_id, scores[index], served)
+        | {
+            "bytes": ends[index : index + 2],
+            "generated": index >= query.num_prompt_tokens,
+            "drawn_probability": drawn[index],
+            "embedding_norm": embedding_norm,
+            "position_norm": position_norm,
+            "nearest": [_token(near_id, served) | {"cosine": cosine} for near_id, cosine in nearest[token_id]],
+        }
+        for index, (token_id, (embedding_norm, position_norm)) in enumerate(zip(ids, norms, strict=True))
+    ]
 
 
 def _token(token_id: int, served: ServedModel) -> dict[str, Any]:
     return {"id": token_id, "text": served.token_name(token_id)}
 
 
-def _prediction(prediction: Prediction, served: ServedModel) -> dict[str, Any]:
-    top = [
-        _token(c.token_id, served) | {"logit": c.logit, "probability": c.probability, "rank": c.rank}
-        for c in prediction.top
-    ]
-    return {"entropy_nats": prediction.entropy_nats, "top": top}
+def _scored(token_id: int, candidate: Candidate | None, served: ServedModel) -> dict[str, Any]:
+    scores = {name: candidate and getattr(candidate, name) for name in ("logit", "probability", "rank")}
+    return _token(token_id, served) | scores
 
 
 def _stages(
@@ -178,14 +173,6 @@ def _attention(query: Query, request: XrayRequest, model: GPT) -> Iterator[dict[
                 row.double().mul(1e7).round().div(1e7).tolist() for row in query.attention_rows(layer=layer, head=head)
             ]
             yield {"layer": layer, "head": head, "rows": rows}
-
-
-def _timeline(spans: list[Span], arrived_s: float) -> dict[str, Any]:
-    """Returns the times of this query in the x-ray process; `total_ms` is measured separately from the spans."""
-    return {
-        "total_ms": (time.monotonic() - arrived_s) * 1e3,
-        "spans": [{"name": s.name, "start_ms": (s.start_s - arrived_s) * 1e3, "ms": _ms(s)} for s in spans],
-    }
 
 
 def _ms(span: Span) -> float:

@@ -28,9 +28,7 @@ class Models:
     """Loads the served checkpoint, and others of its run."""
 
     def __init__(self, folder: Path, *, name: str | None, dtype: torch.dtype) -> None:
-        self._folder = folder
-        self._name = name
-        self._dtype = dtype
+        self._folder, self._name, self._dtype = folder, name, dtype
         self._load = lru_cache(maxsize=2)(self._read)  # the served one, and the latest other one
 
     def get(self, step: int | None) -> tuple[GPT, ServedModel]:

@@ -17,9 +17,9 @@ RULES = ScalingRules(
     max_replicas=8,
     target_ongoing_requests=14,
     num_slots=16,
-    up_after_s=2,
-    down_after_s=180,
-    to_zero_after_s=300,
+    scale_up_after_s=2,
+    scale_down_after_s=180,
+    scale_to_zero_after_s=300,
 )
 BUSY = Observation(now_s=0, num_replicas=2, num_ongoing=28, num_waiting=0, kv_use=1.6)
 DAY_S, SERVICE_S, COLD_START_S, WAIT_SLO_S = 86_400, 8.0, 20, 10.0
@@ -73,7 +73,7 @@ def test_whatever_the_load_nothing_ends_within_minutes_of_having_been_started(
     assert all(RULES.min_replicas <= n <= RULES.max_replicas for n in decisions)
     ups = [i for i in range(1, len(decisions)) if decisions[i] > decisions[i - 1]]
     downs = [i for i in range(1, len(decisions)) if decisions[i] < decisions[i - 1]]
-    assert not any(0 < down - up < RULES.down_after_s - 1 for up in ups for down in downs)
+    assert not any(0 < down - up < RULES.scale_down_after_s - 1 for up in ups for down in downs)
 
 
 @dataclass
@@ -143,7 +143,7 @@ def test_a_day_of_traffic(seed: int) -> None:
         (up, down)
         for up in np.flatnonzero(changes > 0)
         for down in np.flatnonzero(changes < 0)
-        if 0 < down - up < RULES.down_after_s - 1
+        if 0 < down - up < RULES.scale_down_after_s - 1
     ]
     print(
         f"seed {seed}: {len(day.waits_s)} requests, {100 * day.slo_share:.2f} % wait at most {WAIT_SLO_S:.0f} s, "
