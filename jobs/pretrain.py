@@ -88,13 +88,11 @@ def pretrain(config: RunConfig) -> dict[str, Any]:
     run, storage = run_storage(config), open_storage(config.storage.uri)
     with Lease(run) as lease:
         config = _enter(run, config)
-        published = [publication.checkpoint for publication in publications(storage)]
         plan = RunPlan(
             config=config,
             tokens_uri=tokens.uri,
             tokenizer_json=tokenizer.to_json(),
             code_version=code_version(),
-            pinned=frozenset(uri.rsplit("/", 1)[1] for uri in published if uri.startswith(f"{run.uri}/")),
             growing=growing,
             launcher=Fence(run, launcher=None).generation,
             launch=f"raymill-{secrets.token_hex(8)}",
@@ -108,7 +106,7 @@ def pretrain(config: RunConfig) -> dict[str, Any]:
         if not ledger.events("finish"):
             raise StageFailedError(_why_unfinished(plan, ledger))
         checkpoint = RunCheckpoints(run).uri(ledger.events("checkpoint")[-1]["checkpoint"].rsplit("/", 1)[1])
-        if checkpoint not in published:
+        if checkpoint not in [published.checkpoint for published in publications(storage)]:
             publish(storage, checkpoint)
             say(what_latest_became(storage))
         return _figures(run, ledger, checkpoint)

@@ -186,9 +186,9 @@ def _spread(values: Tensor, flat: Tensor, places: list[range]) -> None:
         at(flat, place).copy_(piece)
 
 
-def checkpoint_moments(state: TrainState, flat: Mapping[str, Tensor], *, num_updates: int) -> dict[str, Tensor]:
+def checkpoint_moments(state: TrainState, flat: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns the tensors of a checkpoint, from flat moments (P,)."""
-    tensors = {"step": torch.tensor(num_updates, dtype=torch.int64)}
+    tensors = {"step": torch.tensor(state.num_updates, dtype=torch.int64)}
     for moment in MOMENTS:
         tensors |= {f"{moment}.{name}": view for name, view in state.by_parameter(flat[moment]).items()}
     return tensors

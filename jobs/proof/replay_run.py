@@ -57,7 +57,6 @@ def replay(run: Storage, *, steps: range, num_workers: int = 1) -> dict[str, Any
             tokens_uri=tokens.uri,
             tokenizer_json=tokens.read_bytes(TOKENIZER),
             code_version=code_version(),
-            pinned=frozenset(),
             until=steps[-1],
         )
         start = _lay_out(run, ledger, plan, before=steps[0])

@@ -21,7 +21,6 @@ class RunPlan:
     tokens_uri: str
     tokenizer_json: bytes
     code_version: str
-    pinned: frozenset[str]  # names of published checkpoints of this run
     growing: bool = False  # the token store is still being written
     launcher: int = 0  # the driver's number among the run's writers; writers of older drivers are refused
     until: int | None = None  # a replay ends after this step

@@ -5,7 +5,7 @@ import socket
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +95,6 @@ class Attempt:
         sets = open_validation_sets(plan)
         self.validation = Validation(config, self.state, val_rows, group, eot_id=eot_id, sets=sets)
         before = self.writer.before if self.writer else Ledger([])
-        if self.writer:
-            self.writer.start_saving(self.state, self.tokenizer)
         self.attempt = 1 + len(before.world_sizes)
         workers = group.gather({"pid": os.getpid(), "node": os.environ.get(NODE_NAME_VARIABLE, socket.gethostname())})
         self.notices = Notices(plan.run, group, signals, device=self.state.device)
@@ -161,16 +159,17 @@ class Attempt:
             tokens_seen=self.schedule.tokens_seen(step),
             data_manifest_hash=manifest.hash if manifest.complete else None,
             data_identity=manifest.identity,
+            generation=self.writer.fence.generation,
             code_version=self.plan.code_version,
             precision=config.train.precision,
-            guard=self.guard.to_json(),
+            guard=asdict(self.guard),
             **validation,
         )
-        self.writer.save(metadata, moments)
+        self.writer.saving.save(metadata, self.state, self.tokenizer, moments)
 
     def keep(self, step: int) -> None:
         """Takes a snapshot of the state after a step whose line the ledger has."""
-        carried = {"guard": self.guard.to_json(), "line": self.record.line}
+        carried = {"guard": asdict(self.guard), "line": self.record.line}
         self.snapshots.after_step(step, self.state, attempt=self.attempt, carried=carried)
 
     def finish(self, step: int) -> None:
@@ -241,19 +240,18 @@ class Attempt:
         """Restores the snapshot or the checkpoint, or makes fresh weights; returns the step of that state."""
         config, name = self.plan.config, begun.checkpoint
         device = torch.device("cuda", torch.cuda.current_device()) if config.scaling.use_gpu else torch.device("cpu")
-        if begun.snapshot is not None:
-            self.state = TrainState(GPT(config.model), config.train, device=device, group=self.group)
+        folder = self.checkpoints.fetch(name, scratch) if name else None
+        # It is loaded for inference, without dropout.
+        model = load_model(folder, verify=False).train() if folder else GPT(config.model)
+        if not folder and not begun.snapshot:
+            model.init_weights(config.train.seed)
+        self.state = TrainState(model, config.train, device=device, group=self.group)
+        if begun.snapshot:
             self.guard = GuardState.from_json(self.snapshots.restore(begun.snapshot, self.state)["guard"])
             return begun.snapshot.header.step
-        if name is None:
-            model = GPT(config.model)
-            model.init_weights(config.train.seed)
-            self.state = TrainState(model, config.train, device=device, group=self.group)
+        if folder is None:
             self.guard = GuardState()
             return 0
-        folder = self.checkpoints.fetch(name, scratch)
-        model = load_model(folder, verify=False).train()  # which is loaded for inference, without dropout
-        self.state = TrainState(model, config.train, device=device, group=self.group)
         self.state.load_moments(read_train_state(folder))
         metadata = read_metadata(folder)
         self.guard = GuardState.from_json(metadata.guard) if metadata.guard else GuardState(last_applied=metadata.step)

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ class Copy:
 
     metadata: Metadata
     flat: Tensors  # "values" and the moments, (P,) each
-    num_updates: int
+    write: Callable[[Path], Metadata]  # writes them into a folder, as `write_checkpoint` does
     taken_at_s: float  # on the monotonic clock
     exposed_s: float  # for which training waited
 
@@ -53,27 +54,24 @@ class CheckpointWriter:
         ledger: LedgerWriter,
         keep: CheckpointConfig,
         *,
-        state: TrainState,
-        tokenizer: Tokenizer,
         pinned: Callable[[], Collection[str]],
-        verified: Collection[str] = (),
-        val_losses: Mapping[str, float] | None = None,
+        val_losses: dict[str, float],
     ) -> None:
-        """`pinned` returns the published checkpoints' names; `verified` and `val_losses` are of earlier attempts."""
+        """`pinned` returns the published checkpoints' names; `val_losses` are those of earlier attempts, by name."""
         self._checkpoints, self._ledger, self._keep = checkpoints, ledger, keep
-        self._state, self._tokenizer, self._pinned = state, tokenizer, pinned
-        self._verified, self._val_losses = set(verified), dict(val_losses or {})
+        self._pinned, self._val_losses = pinned, val_losses
+        self.verified: set[str] = set()  # names of checkpoints that were read or written whole
         self._outage = Outage("checkpoints", ledger.event)
         self._changed = threading.Condition()
         self._pending: Copy | None = None
-        self._spooled: tuple[Path, Copy] | None = None  # in the spool, not yet published; the copy without its memory
+        self._spooled: tuple[Path, Copy] | None = None  # in the spool, not yet published
         self._free: list[Tensors] = []
         self._is_finishing = self._is_abandoned = False
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="checkpoints", daemon=True)
         self._thread.start()
 
-    def save(self, metadata: Metadata, moments: Mapping[str, Tensor]) -> None:
+    def save(self, metadata: Metadata, state: TrainState, tokenizer: Tokenizer, moments: Mapping[str, Tensor]) -> None:
         """Copies the state and has the copy stored. The ledger must hold its step already, as no checkpoint may be
         ahead of the ledger. Raises `LeaseLostError`."""
         start_s = time.monotonic()
@@ -83,12 +81,20 @@ class CheckpointWriter:
                 self._free.append(self._pending.flat)
                 self._pending = None
             buffers = self._free.pop() if self._free else {}
-        for name, tensor in {"values": self._state.values, **moments}.items():
+        for name, tensor in {"values": state.values, **moments}.items():
             if name not in buffers:  # writing to used memory is twice as fast as to fresh pages
                 buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
             buffers[name].copy_(tensor)
+        write = partial(
+            write_checkpoint,
+            config=state.model.config,
+            state=state.by_parameter(buffers["values"]),
+            tokenizer=tokenizer,
+            metadata=metadata,
+            train_state=checkpoint_moments(state, buffers),
+        )
         with self._changed:
-            self._pending = Copy(metadata, buffers, self._state.num_updates, start_s, time.monotonic() - start_s)
+            self._pending = Copy(metadata, buffers, write, start_s, time.monotonic() - start_s)
             self._changed.notify_all()
 
     def finish(self) -> None:
@@ -156,20 +162,13 @@ class CheckpointWriter:
         earlier, metadata = self._spooled, copy.metadata
         folder = self._checkpoints.spool / checkpoint_name(metadata.step, metadata.generation)
         try:
-            metadata = write_checkpoint(
-                folder,
-                config=self._state.model.config,
-                state=self._state.by_parameter(copy.flat["values"]),
-                tokenizer=self._tokenizer,
-                metadata=metadata,
-                train_state=checkpoint_moments(self._state, copy.flat, num_updates=copy.num_updates),
-            )
+            metadata = copy.write(folder)
         except NotFiniteError as error:
             self._ledger.event("checkpoint_refused", step=metadata.step, reason=str(error))
             return
         if earlier is not None and earlier[0] != folder:
             shutil.rmtree(earlier[0])
-        self._spooled = folder, replace(copy, metadata=metadata, flat={})
+        self._spooled = folder, replace(copy, metadata=metadata)
 
     def _publish(self, folder: Path, copied: Copy) -> None:
         metadata = copied.metadata
@@ -190,9 +189,9 @@ class CheckpointWriter:
             seconds=round(time.monotonic() - copied.taken_at_s, 6),
             exposed_seconds=round(copied.exposed_s, 6),
         )
-        self._verified.add(folder.name)
+        self.verified.add(folder.name)
         self._checkpoints.thin_out(
-            self._keep, verified=self._verified, pinned=self._pinned(), val_losses=self._val_losses
+            self._keep, verified=self.verified, pinned=self._pinned(), val_losses=self._val_losses
         )
 
 

@@ -7,7 +7,7 @@ exist, so the same happens in every replay, at any world size and after any kill
 """
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from statistics import median
 from typing import Any, Self
@@ -40,9 +40,6 @@ class GuardState:
     skipped_in_a_row: int = 0
     losses: tuple[float, ...] = ()  # of the newest steps applied, oldest first; kept only to find spikes
     rollbacks: Windows = ()  # in the order in which they happened
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:

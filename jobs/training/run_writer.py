@@ -1,15 +1,12 @@
 """Writes a run's ledger and checkpoints for one attempt, and finds the state from which that continues."""
 
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-
-from torch import Tensor
 
 from cluster.storage.registry import publications, served_checkpoints
 from cluster.storage.uris import open_storage
-from jobs.exact.train_state import TrainState
 from jobs.run.checkpoints import RunCheckpoints, step_of
 from jobs.run.ledger import Ledger, LedgerWriter
 from jobs.run.run_plan import RunPlan
@@ -17,8 +14,7 @@ from jobs.run.storage_retry import patiently
 from jobs.run.writer_generation import Fence
 from jobs.training.checkpoint_writer import CheckpointWriter, checkpoint_fields
 from model.checkpoint import read_config
-from model.checkpoint_folder import CheckpointError, Metadata, read_metadata
-from model.tokenizer import Tokenizer
+from model.checkpoint_folder import CheckpointError, read_metadata
 
 
 class RunWriter:
@@ -32,8 +28,9 @@ class RunWriter:
         self.checkpoints = RunCheckpoints(plan.run, self.fence)
         self.before: Ledger = self.ledger.read()
         self._published = {line["checkpoint"].rsplit("/", 1)[1]: line for line in self.before.events("checkpoint")}
-        self._verified: list[str] = []
-        self._saving: CheckpointWriter | None = None
+        losses = {name: line["val_loss"] for name, line in self._published.items() if line.get("val_loss") is not None}
+        keep = plan.config.checkpoint
+        self.saving = CheckpointWriter(self.checkpoints, self.ledger, keep, pinned=self._pinned, val_losses=losses)
 
     def newest_step(self, *, left_out: Callable[[int], bool]) -> int:
         """Returns the step of the newest checkpoint that no rollback left out, whole or not; 0 where there is none."""
@@ -69,7 +66,7 @@ class RunWriter:
                 f"all checkpoints of {self._plan.run.uri} are damaged: {', '.join(quarantined)}. None was deleted; "
                 "restore one from a copy and remove its file QUARANTINED, or choose another --run-id"
             )
-        self._verified = [name] if name else []
+        self.saving.verified |= {name} if name else set()
         return name
 
     def _check_settings(self, folder: Path) -> None:
@@ -85,29 +82,9 @@ class RunWriter:
                 "now; restore the one under tokenizers/, or choose another --run-id"
             )
 
-    def start_saving(self, state: TrainState, tokenizer: Tokenizer) -> None:
-        """Makes `save` copy this state."""
-        losses = {name: line["val_loss"] for name, line in self._published.items() if line.get("val_loss") is not None}
-        self._saving = CheckpointWriter(
-            self.checkpoints,
-            self.ledger,
-            self._plan.config.checkpoint,
-            state=state,
-            tokenizer=tokenizer,
-            pinned=self._pinned,
-            verified=self._verified,
-            val_losses=losses,
-        )
-
-    def save(self, metadata: Metadata, moments: Mapping[str, Tensor]) -> None:
-        """Copies the state and has it stored. Raises `LeaseLostError` when there is a newer writer."""
-        assert self._saving is not None, "`start_saving` comes first"
-        self._saving.save(replace(metadata, generation=self.fence.generation), moments)
-
     def finish(self, *, step: int | None) -> None:
         """Returns once the storage has everything; `step` is the run's last one, if that is done."""
-        if self._saving is not None:
-            self._saving.finish()
+        self.saving.finish()
         if step is not None:
             self.ledger.event("finish", step=step)
         self.ledger.close()
@@ -120,8 +97,7 @@ class RunWriter:
 
     def abandon(self) -> None:
         """Leaves what is not stored yet to the next attempt, which shuts this one out."""
-        if self._saving is not None:
-            self._saving.abandon()
+        self.saving.abandon()
         self.ledger.abandon()
 
     def _pinned(self) -> set[str]:
@@ -129,4 +105,4 @@ class RunWriter:
         prefix = f"{self._plan.run.uri}/checkpoints/"
         storage = open_storage(self._plan.config.storage.uri)
         used = {found.checkpoint for found in publications(storage)} | served_checkpoints(storage)
-        return {uri.removeprefix(prefix) for uri in used if uri.startswith(prefix)} | self._plan.pinned
+        return {uri.removeprefix(prefix) for uri in used if uri.startswith(prefix)}

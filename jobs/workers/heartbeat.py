@@ -9,6 +9,7 @@ import traceback
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from types import FrameType, ModuleType
@@ -81,7 +82,7 @@ def watched(run_uri: str, *, rank: int, hang_timeout_s: float, waiting_places: W
     def beat() -> None:
         try:
             while not ended.wait(BEAT_S):
-                pipe.write(json.dumps(pulse.beat().to_json()).encode() + b"\n")
+                pipe.write(json.dumps(asdict(pulse.beat())).encode() + b"\n")
                 pipe.flush()
         except BrokenPipeError:
             sys.stderr.write(f"rank {rank} continues without its watchdog, which ended\n")

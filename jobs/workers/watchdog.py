@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Self
@@ -54,9 +54,6 @@ class Beat:
     usual_step_s: float | None  # median of its recent steps
     waits_for: list[Waits]
     stack: list[str]  # of the training thread, the innermost frame last
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:

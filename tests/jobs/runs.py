@@ -3,13 +3,11 @@
 import hashlib
 import random
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from torch import Tensor
 
 from cluster.settings.run import RunConfig, to_yaml
 from cluster.storage.uris import open_storage
@@ -81,7 +79,7 @@ def tiny_plan(
         | branches
     )
     tokens_uri = open_storage(tokens_in or storage_uri).child("tokens/made").uri
-    plan = RunPlan(config, tokens_uri, tokenizer.to_json(), code_version="test", pinned=frozenset())
+    plan = RunPlan(config, tokens_uri, tokenizer.to_json(), code_version="test")
     plan.run.write_bytes("config.yaml", to_yaml(config).encode())
     return plan
 
@@ -92,8 +90,8 @@ def trained_run(storage_uri: str, *, precision: str = "fp32", document_mask: boo
     plan = tiny_plan(storage_uri, train={"precision": precision, "document_mask": document_mask})
     save = CheckpointWriter.save
 
-    def save_and_wait(writer: CheckpointWriter, metadata: Metadata, moments: Mapping[str, Tensor]) -> None:
-        save(writer, metadata, moments)
+    def save_and_wait(writer: CheckpointWriter, metadata: Metadata, *state: Any) -> None:
+        save(writer, metadata, *state)
         wait_until(lambda: any(f"{metadata.step:09}" in name for name in RunCheckpoints(plan.run).names))
 
     with pytest.MonkeyPatch.context() as patch:

@@ -48,4 +48,4 @@ def apply(state: TrainState, gradient: Tensor, *, learning_rate: float) -> float
 def moments(state: TrainState) -> dict[str, Tensor]:
     """Returns a copy of AdamW's state by parameter."""
     flat = {name: values.clone() for name, values in state.flat_moments().items()}
-    return checkpoint_moments(state, flat, num_updates=state.num_updates) if flat else {}
+    return checkpoint_moments(state, flat) if flat else {}

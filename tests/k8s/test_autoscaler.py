@@ -243,7 +243,7 @@ def hash_of_a_local_run(run: Any) -> str:
     config = recorded_config(run).model_copy(update={"run_id": "local"})
     (store,) = Path(config.storage.uri, "tokens").iterdir()
     tokenizer_json = (store / "tokenizer.json").read_bytes()
-    plan = RunPlan(config, str(store), tokenizer_json, code_version="test", pinned=frozenset())
+    plan = RunPlan(config, str(store), tokenizer_json, code_version="test")
     train(plan, rank=0, world_size=1)
     ledger = Ledger.read(open_storage(config.storage.uri).child("runs/local"))
     return str(ledger.events("checkpoint")[-1]["parameter_hash"])

@@ -32,7 +32,7 @@ def growing(tmp_path: Path) -> RunPlan:
     store.write_bytes(SEALED, dataclasses.replace(manifest, complete=False).to_json())
     train_settings = made.config.train.model_copy(update={"shuffle_window_rows": 8, "eval_max_tokens": 300})
     config = made.config.model_copy(update={"run_id": "growing", "train": train_settings})
-    return RunPlan(config, made.tokens_uri, made.tokenizer_json, "test", frozenset(), growing=True)
+    return RunPlan(config, made.tokens_uri, made.tokenizer_json, "test", growing=True)
 
 
 def test_training_keeps_its_cpus() -> None:
@@ -56,7 +56,7 @@ def test_a_failure_ends_the_training_with_its_own_error(
     config = growing.config.model_copy(
         update={"train": growing.config.train.model_copy(update={"max_tokens": 10**6})}  # more than is sealed
     )
-    plan = RunPlan(config, growing.tokens_uri, growing.tokenizer_json, "test", frozenset(), growing=True)
+    plan = RunPlan(config, growing.tokens_uri, growing.tokenizer_json, "test", growing=True)
     before = DataContext.get_current().execution_options.resource_limits
     with pytest.raises(UserError, match="the corpus changed") as raised, tokenizing(config, plan.run):
         wait_for_first_rows(plan)
@@ -97,7 +97,7 @@ def test_the_trained_run_waits_for_the_store_and_resumes_on_the_finished_one(
     # The same run, its last checkpoint lost, goes on from step 6 with the finished store: the same weights again.
     checkpoint = newest_checkpoint(growing)
     checkpoint.rename(checkpoint.with_name("lost"))
-    resumed = RunPlan(growing.config, growing.tokens_uri, growing.tokenizer_json, "test", frozenset())
+    resumed = RunPlan(growing.config, growing.tokens_uri, growing.tokenizer_json, "test")
     train(resumed, rank=0, world_size=1)
     late = read_metadata(newest_checkpoint(growing))
     assert (late.data_manifest_hash, late.data_identity) == (finished.hash, finished.identity)

@@ -46,9 +46,7 @@ class Saving:
         self.ledger = LedgerWriter(run, self.fence)
         self.checkpoints = RunCheckpoints(run, self.fence)
         keep = keep or CheckpointConfig()
-        self.writer = CheckpointWriter(
-            self.checkpoints, self.ledger, keep, state=self.state, tokenizer=TOKENIZER, pinned=lambda: pinned
-        )
+        self.writer = CheckpointWriter(self.checkpoints, self.ledger, keep, pinned=lambda: pinned, val_losses={})
 
     def step(self, step: int, *, val_loss: float | None = None) -> str:
         """Takes a step and saves; gives the hash of the weights at that moment."""
@@ -64,7 +62,7 @@ class Saving:
             val_loss=val_loss,
             generation=self.fence.generation,
         )
-        self.writer.save(metadata, self.state.flat_moments())
+        self.writer.save(metadata, self.state, TOKENIZER, self.state.flat_moments())
         return parameter_hash(self.state.model.state_dict())
 
     def finish(self) -> Ledger:

@@ -1,7 +1,7 @@
 """Bad steps are skipped, rolled back or end the run: the decisions by themselves, and in real training by real faults."""
 
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -131,7 +131,7 @@ def test_kills_and_missing_checkpoints_change_no_decision(bad: set[int], kept: s
 
 def test_the_state_survives_a_checkpoint() -> None:
     state = GuardState(7, 2, (3.25, 1 / 3), ((1, 4), (6, 9)))
-    assert GuardState.from_json(state.to_json()) == state
+    assert GuardState.from_json(asdict(state)) == state
 
 
 def poisoned(*steps: int) -> Faults:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -59,7 +60,7 @@ def test_who_hangs(
     expected: Health,
 ) -> None:
     beat = Beat(place, 1, usual_step_s, waits_for, [])
-    assert Beat.from_json(beat.to_json()) == beat
+    assert Beat.from_json(asdict(beat)) == beat
     assert health(beat, silent_s=silent_s, unmoved_s=unmoved_s, hang_timeout_s=30) is expected
 
 
@@ -85,7 +86,7 @@ def test_the_modules_in_a_stack_show_what_a_worker_waits_for(module: ModuleType,
     exec(code, names)
     beat = names["look"](Pulse(WAITING_PLACES).beat)
     assert beat.waits_for == expected
-    assert Beat.from_json(json.loads(json.dumps(beat.to_json()))) == beat
+    assert Beat.from_json(json.loads(json.dumps(asdict(beat)))) == beat
 
 
 WORKER = """
