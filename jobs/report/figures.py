@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, StrMethodFormatter
 
 from jobs.report.theme import ACCENT, PHASES, RESIZE, RESTART, SERIES, TEXT, new_figure, png, style
 from jobs.report.why_slow import shares, why_slow
-from jobs.run.history import duration, lost_ranges, seconds_by_phase, segments
+from jobs.run.history import duration, lost_ranges, seconds_by_phase
 from jobs.run.ledger import Ledger
 
 Array = npt.NDArray[np.float64]
@@ -195,10 +195,8 @@ def _mfu(axes: Axes, ledger: Ledger) -> None:
 def _world_size(axes: Axes, ledger: Ledger) -> None:
     axes.set_ylabel("workers")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    parts = segments(ledger)
-    sizes = [part.world_size for part in parts]
-    starts, ends = [part.first_step - 0.5 for part in parts], [part.last_step + 0.5 for part in parts]
-    axes.hlines(sizes, starts, ends, color=TEXT, linewidth=4, label="workers")
+    steps, sizes = np.array([(line["step"], line["world_size"]) for line in ledger.steps]).T
+    axes.hlines(sizes, steps - 0.5, steps + 0.5, color=TEXT, linewidth=4, label="workers")
     axes.set_ylim(0, max(sizes) + 0.5)
 
 

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import yaml
@@ -16,16 +15,6 @@ from jobs.run.ledger import Ledger, Line
 CONFIG_FILE = "config.yaml"
 ASSUMED_PRICES = {"GPU": 2.0, "CPU": 0.05}  # dollars per hour: round numbers near what clouds ask
 _MEASUREMENTS = ("phases", "layers")  # events that a run has hundreds of
-
-
-@dataclass(frozen=True)
-class Segment:
-    """The steps that one attempt completed, including those that were lost and taken again."""
-
-    attempt: int
-    world_size: int
-    first_step: int
-    last_step: int
 
 
 def recorded_config(run: Storage) -> RunConfig:
@@ -59,15 +48,6 @@ def why_not_resumed(run: Storage, config: RunConfig) -> str:
     # The recorded vocabulary is the tokenizer's, which may not be there yet for these settings.
     changed = [text for text in changed_settings(run, config) if not text.startswith("model.vocab_size ")]
     return f"run {config.run_id} has other settings: {'; '.join(changed)}. Choose another --run-id" if changed else ""
-
-
-def segments(ledger: Ledger) -> list[Segment]:
-    found: dict[int, Segment] = {}
-    for line in _step_lines(ledger):
-        attempt, step = line["attempt"], line["step"]
-        first = found[attempt].first_step if attempt in found else step
-        found[attempt] = Segment(attempt, line["world_size"], first, step)
-    return list(found.values())
 
 
 def lost_steps(ledger: Ledger) -> list[Line]:
