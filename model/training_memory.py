@@ -8,7 +8,7 @@ import ctypes
 import math
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TypeVar
 
@@ -23,9 +23,15 @@ _CPU = torch.device("cpu")
 Places = Mapping[nn.Parameter, Tensor]
 _T = TypeVar("_T")
 
-_sinks: ContextVar[Places] = ContextVar("gradient sinks")
-_copies: ContextVar[Places] = ContextVar("weight copies")
-_scratch: ContextVar["Scratch | None"] = ContextVar("scratch")
+gradient_sinks: ContextVar[Places] = ContextVar("gradient sinks")
+"""A loss whose forward pass runs meanwhile writes these parameters' gradients there, over the earlier values. Each
+takes one forward and one backward pass; `parameter.grad` must be None and becomes the sink itself."""
+
+weight_copies: ContextVar[Places] = ContextVar("weight copies")
+"""Forward passes use these copies, in autocast's type, instead of converting the weights each time."""
+
+scratch_memory: ContextVar["Scratch | None"] = ContextVar("scratch memory")
+"""Operations on a CPU take memory from there."""
 
 
 class Scratch:
@@ -73,26 +79,9 @@ def keep_freed_memory() -> None:
         libc.mallopt(_M_MMAP_THRESHOLD, 1 << 25)
 
 
-def gradient_sinks(sinks: Places) -> AbstractContextManager[None]:
-    """Has a loss whose forward pass runs within write these parameters' gradients there, over the earlier values.
-
-    Each takes one forward and one backward pass; `parameter.grad` must be None and becomes the sink itself.
-    """
-    return _within(_sinks, sinks)
-
-
-def weight_copies(copies: Places) -> AbstractContextManager[None]:
-    """Has forward passes within use these copies, in autocast's type, instead of converting the weights each time."""
-    return _within(_copies, copies)
-
-
-def scratch_memory(scratch: Scratch | None) -> AbstractContextManager[None]:
-    """Has operations on a CPU within take memory from there."""
-    return _within(_scratch, scratch)
-
-
 @contextmanager
-def _within(variable: ContextVar[_T], value: _T) -> Iterator[None]:
+def lent(variable: ContextVar[_T], value: _T) -> Iterator[None]:
+    """Lends the value to the model as one of the three above."""
     token = variable.set(value)
     try:
         yield
@@ -101,14 +90,14 @@ def _within(variable: ContextVar[_T], value: _T) -> Iterator[None]:
 
 
 def sink_of(parameter: Tensor) -> Tensor | None:
-    return _sinks.get({}).get(parameter)  # type: ignore[call-overload]
+    return gradient_sinks.get({}).get(parameter)  # type: ignore[call-overload]
 
 
 def copy_of(parameter: Tensor) -> Tensor | None:
-    return _copies.get({}).get(parameter)  # type: ignore[call-overload]
+    return weight_copies.get({}).get(parameter)  # type: ignore[call-overload]
 
 
 def scratch_like(x: Tensor, name: str, shape: tuple[int, ...]) -> Tensor | None:
     """Returns memory of x's type for an `out=`, or None, with which `out=` allocates its own."""
-    scratch = _scratch.get(None)
+    scratch = scratch_memory.get(None)
     return scratch.piece(name, shape, x.dtype) if scratch is not None and x.device.type == "cpu" else None

@@ -25,7 +25,7 @@ from jobs.tokens.batch_plan import Indices, lane_sample_indices, lanes_of_rank
 from jobs.tokens.token_stream import TokenStream
 from jobs.workers.worker_group import WorkerGroup
 from model.gpt import GPT
-from model.training_memory import Places, large_zeros, weight_copies
+from model.training_memory import Places, large_zeros, lent, weight_copies
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class BatchGradient:
         with timer.phase("load"):
             samples = [self._samples_of(each, lane) for each in steps for lane in self._lanes(each)]
             self._rows.read_ahead(np.concatenate(samples))
-        with weight_copies(self._rounded_weights()):
+        with lent(weight_copies, self._rounded_weights()):
             return self._ddp_gradient(self._ddp, step, timer) if self._ddp else self._exact_gradient(step, timer)
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from jobs.exact.exact_reduce import LaneStep
 from jobs.exact.flat_layout import FlatLayout
-from model.training_memory import Places, Scratch, gradient_sinks, large_zeros, scratch_memory
+from model.training_memory import Places, Scratch, gradient_sinks, large_zeros, lent, scratch_memory
 
 
 class LaneSums:
@@ -51,7 +51,7 @@ class LaneSums:
         if is_last:
             self._report_final()
         try:
-            with gradient_sinks(self._sinks(step)), scratch_memory(self._scratch):
+            with lent(gradient_sinks, self._sinks(step)), lent(scratch_memory, self._scratch):
                 yield
         finally:
             self._step = None

@@ -13,22 +13,17 @@ class SideThread:
     """Runs calls in a thread. A call that fails ends the work: `wait` raises its error."""
 
     def __init__(self) -> None:
-        self._calls: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
-        self._done = threading.Semaphore(0)
-        self._num_waiting = 0
+        self._calls: queue.Queue[Call | None] = queue.Queue()
         self._error: BaseException | None = None
         # A daemon: a process whose peers are gone must be able to end while a call still waits for them.
         threading.Thread(target=self._run, name="exchange", daemon=True).start()
 
     def submit(self, call: Call) -> None:
-        self._num_waiting += 1
         self._calls.put(call)
 
     def wait(self) -> None:
         """Waits until all submitted calls have run."""
-        while self._num_waiting:
-            self._done.acquire()
-            self._num_waiting -= 1
+        self._calls.join()
         if self._error is not None:
             raise self._error
 
@@ -43,7 +38,7 @@ class SideThread:
                     call()
                 except BaseException as error:
                     self._error = error
-            self._done.release()
+            self._calls.task_done()
 
 
 class SideStream:

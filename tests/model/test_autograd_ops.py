@@ -11,7 +11,7 @@ from torch import Tensor
 import model.autograd_ops as ops
 from model import gpt
 from model.gpt import GPT
-from model.training_memory import gradient_sinks
+from model.training_memory import gradient_sinks, lent
 from tests.model.small_models import chunked_loss, small_model
 
 TOKENS = torch.randint(97, (3, 21), generator=torch.Generator().manual_seed(1))
@@ -41,7 +41,7 @@ def test_gradients_are_those_of_autograd(
     if on_gpu:  # where the upstream gradient is not looked at
         monkeypatch.setattr(ops, "_is_known_to_be_one", lambda grad: False)
     sinks = {parameter: torch.full_like(parameter, 7.0) for parameter in model.parameters()} if with_sinks else {}
-    with gradient_sinks(sinks):
+    with lent(gradient_sinks, sinks):
         chunked_loss(model, INPUTS, TARGETS, chunk_tokens=16).backward(torch.tensor(upstream))
     assert expected.keys() == {name for name, _ in model.named_parameters()}
     for name, parameter in model.named_parameters():

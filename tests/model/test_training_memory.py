@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from model.autograd_ops import IGNORE_INDEX, cross_entropy
-from model.training_memory import Scratch, large_zeros, scratch_memory
+from model.training_memory import Scratch, large_zeros, lent, scratch_memory
 
 VOCAB_SIZE, WIDTH, NUM_TOKENS, CHUNK_TOKENS = 307, 32, 100, 48  # the last chunk is a smaller one
 
@@ -34,7 +34,7 @@ def loss_and_gradients(precision: torch.dtype, scratch: Scratch | None) -> list[
     targets = torch.randint(VOCAB_SIZE, (NUM_TOKENS,), generator=generator)
     targets[::7] = IGNORE_INDEX
     is_rounded = precision == torch.bfloat16
-    with scratch_memory(scratch), torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_rounded):
+    with lent(scratch_memory, scratch), torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_rounded):
         loss = cross_entropy(hidden, weight, targets, scale=1 / 64, chunk_tokens=CHUNK_TOKENS)
     loss.backward()
     assert hidden.grad is not None and weight.grad is not None
