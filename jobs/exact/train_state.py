@@ -35,13 +35,12 @@ ALONE = WorkerGroup(rank=0, world_size=1)
 
 @dataclass(frozen=True)
 class StatePart:
-    """The state at some places of the flat buffers, which depend only on the model's shape.
+    """The state in a rank's own parts of the flat buffers, or in all of them, as of rank 0 of 1, where nothing is
+    sharded. The parts of all ranks together make the whole state, whatever the size of the world that reads them."""
 
-    The parts of all ranks together make the whole state, whatever the size of the world that reads them.
-    """
-
-    places: list[range]
-    tensors: dict[str, Tensor]  # "values" and MOMENTS, (sum of the places' lengths,) each
+    rank: int
+    world_size: int
+    tensors: dict[str, Tensor]  # "values" and MOMENTS, the parts end to end
     num_updates: int
 
 
@@ -138,17 +137,20 @@ class TrainState:
     def own_state(self) -> StatePart:
         """Returns this rank's part of the state until the next update: its share where the optimizer is sharded, else
         the whole."""
-        return StatePart(self.owned, {"values": _joined(self.values, self.owned), **self._moments}, self.num_updates)
+        owner = self._group if self.is_sharded else ALONE
+        tensors = {"values": _joined(self.values, self.owned), **self._moments}
+        return StatePart(owner.rank, owner.world_size, tensors, self.num_updates)
 
     def load_state(self, parts: Iterable[StatePart]) -> None:
         """Loads the state from parts that together make the whole, from a world of any size."""
         whole = {name: torch.zeros_like(self.values) for name in MOMENTS} | {"values": self.values}
         num_loaded = 0
         for part in parts:
-            num_loaded += sum(map(len, part.places))
+            places = self.layout.parts(part.rank, world_size=part.world_size)
+            num_loaded += sum(map(len, places))
             self._set_num_updates(part.num_updates)
             for name, values in part.tensors.items():
-                _spread(values, whole[name], part.places)
+                _spread(values, whole[name], places)
         assert num_loaded == self.layout.size, f"{num_loaded} of {self.layout.size} values"
         for moment, own in self._moments.items():
             own.copy_(_joined(whole[moment], self.owned))

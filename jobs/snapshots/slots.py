@@ -34,17 +34,16 @@ class Header:
     """Describes the data of a slot."""
 
     identity: str  # of the run's settings, data and launch
-    sequence: int  # grows with each write
     attempt: int
     step: int
     rank: int  # the owner of this share of the state
     world_size: int  # number of shares; 1 where one rank holds the whole state
     num_updates: int
-    places: list[tuple[int, int]]  # of the share in the flat buffers
     names: list[str]  # of the tensors, which lie end to end and have equal lengths
-    num_bytes: int
-    checksum: int
     carried: dict[str, Any]  # the rest of the state
+    sequence: int = 0  # grows with each write, which sets it and the next two
+    num_bytes: int = 0
+    checksum: int = 0
 
 
 class Slots:
@@ -76,11 +75,10 @@ class Slots:
         content = self._memory[start : start + min(size, _DATA_OFFSET)]
         if zlib.crc32(content) != crc:
             return None
-        values = json.loads(content)
-        return Header(**values | {"places": [(start, stop) for start, stop in values["places"]]})
+        return Header(**json.loads(content))
 
     def write(self, header: Header, arrays: Sequence[Bytes]) -> int:
-        """Writes into the slot that is unsealed or older, and returns its number; sets sequence and checksum."""
+        """Writes into the slot that is unsealed or older, and returns its number."""
         before = [self.header(slot) for slot in range(NUM_SLOTS)]
         slot = min(range(NUM_SLOTS), key=lambda index: found.sequence if (found := before[index]) else -1)
         sequence = 1 + max((found.sequence for found in before if found), default=0)

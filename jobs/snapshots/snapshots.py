@@ -137,16 +137,12 @@ class Snapshots:
             return
         header = Header(
             identity=self._plan.identity,
-            sequence=0,
             attempt=attempt,
             step=step,
-            rank=group.rank if is_sharded else 0,
-            world_size=group.world_size if is_sharded else 1,
+            rank=part.rank,
+            world_size=part.world_size,
             num_updates=part.num_updates,
-            places=[(place.start, place.stop) for place in part.places],
             names=list(part.tensors),
-            num_bytes=0,
-            checksum=0,
             carried=carried,
         )
         slots.write(header, arrays)
@@ -186,9 +182,5 @@ class Snapshots:
 
 
 def state_part(header: Header, data: Bytes) -> StatePart:
-    tensors = data.view(np.float32).reshape(len(header.names), -1)
-    return StatePart(
-        [range(start, stop) for start, stop in header.places],
-        {name: torch.from_numpy(values) for name, values in zip(header.names, tensors, strict=True)},
-        header.num_updates,
-    )
+    values = torch.from_numpy(data.view(np.float32)).view(len(header.names), -1)
+    return StatePart(header.rank, header.world_size, dict(zip(header.names, values, strict=True)), header.num_updates)

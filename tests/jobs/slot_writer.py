@@ -30,16 +30,12 @@ def arrays(step: int) -> list[Bytes]:
 def header_of(step: int) -> Header:
     return Header(
         identity="run",
-        sequence=0,
         attempt=1,
         step=step,
         rank=0,
         world_size=1,
         num_updates=step,
-        places=[(0, NUM_BYTES // 12)],
         names=["values", "exp_avg", "exp_avg_sq"],
-        num_bytes=0,
-        checksum=0,
         carried={"losses": [0.1, 0.2]},
     )
 

@@ -38,16 +38,12 @@ def make_memory(*, max_bytes: int = 1 << 30) -> Keeper:
 def header_of(state: TrainState | None = None, *, step: int = 1, attempt: int = 1, identity: str = "run") -> Header:
     return Header(
         identity=identity,
-        sequence=0,
         attempt=attempt,
         step=step,
         rank=0,
         world_size=1,
         num_updates=state.num_updates if state else step,
-        places=[(0, state.layout.size if state else SIZE // 4)],
         names=list(state.own_state().tensors) if state else ["values"],
-        num_bytes=0,
-        checksum=0,
         carried={},
     )
 
