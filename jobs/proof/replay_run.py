@@ -84,7 +84,7 @@ def _lay_out(run: Storage, ledger: Ledger, plan: RunPlan, *, before: int) -> str
     plan.run.write_bytes(CONFIG_FILE, to_yaml(plan.config).encode())
     guard = GuardState(rollbacks=ledger.rollbacks)
     with tempfile.TemporaryDirectory(prefix="raymill-fetch-") as scratch:
-        found = RunCheckpoints(run).find(Path(scratch), left_out=lambda n: n >= before or guard.leaves_out(n)).folder
+        found, _ = RunCheckpoints(run).find(Path(scratch), left_out=lambda n: n >= before or guard.leaves_out(n))
         if found is None:
             return None
         place = plan.run.local_path(f"checkpoints/{found.name}")

@@ -3,13 +3,11 @@
 import json
 import logging
 import shutil
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from cluster.settings.run import CheckpointConfig
 from cluster.storage.uris import AlreadyExistsError, Storage, StorageError
-from jobs.run.retention import is_checkpoint_name, step_of, superseded
+from jobs.run.retention import is_checkpoint_name, step_of
 from jobs.run.storage_retry import node_spool
 from jobs.run.writer_generation import Fence
 from model.checkpoint_folder import MANIFEST, verify_checkpoint
@@ -22,14 +20,6 @@ QUARANTINED = "QUARANTINED"
 _SPOOL = ".spool"
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Found:
-    """The result of a search for the newest valid checkpoint."""
-
-    folder: Path | None
-    damaged: dict[str, list[str]]  # the problems of each newer checkpoint
 
 
 class RunCheckpoints:
@@ -45,6 +35,11 @@ class RunCheckpoints:
     def names(self) -> list[str]:
         """The complete checkpoints that are not known to be damaged, oldest first."""
         return sorted(name for name, files in self._folders().items() if MANIFEST in files and QUARANTINED not in files)
+
+    @property
+    def torn(self) -> list[str]:
+        """The checkpoints that lack their manifest and are not known to be damaged, oldest first."""
+        return sorted(name for name, files in self._folders().items() if not files & {MANIFEST, QUARANTINED})
 
     @property
     def quarantined(self) -> list[str]:
@@ -115,26 +110,20 @@ class RunCheckpoints:
             shutil.rmtree(folder)
         self._storage.abort_uploads()
 
-    def find(self, scratch: Path, *, left_out: Callable[[int], bool] = lambda step: False) -> Found:
-        """Returns the newest complete and unaltered checkpoint in a local folder; `left_out` excludes steps."""
+    def find(
+        self, scratch: Path, *, left_out: Callable[[int], bool] = lambda step: False
+    ) -> tuple[Path | None, dict[str, list[str]]]:
+        """Returns the newest complete and unaltered checkpoint in a local folder, and the problems of each newer one,
+        by name; `left_out` excludes steps."""
         damaged: dict[str, list[str]] = {}
         for name in reversed([name for name in self.names if not left_out(step_of(name))]):
             folder = self.fetch(name, scratch)
             problems = verify_checkpoint(folder)
             if not problems:
-                return Found(folder, damaged)
+                return folder, damaged
             _log.warning("checkpoint %s is skipped: %s", self.uri(name), "; ".join(problems))
             damaged[name] = problems
-        return Found(None, damaged)
-
-    def without_manifest(self, published: Collection[str], *, newer_than: str) -> list[str]:
-        """Returns the published checkpoints that have files but lost their manifest."""
-        folders = self._folders()
-        return sorted(
-            name
-            for name in published
-            if name > newer_than and folders.get(name) and not {MANIFEST, QUARANTINED} & folders[name]
-        )
+        return None, damaged
 
     def quarantine(self, name: str, problems: list[str]) -> None:
         """Marks a damaged checkpoint, and keeps all its bytes."""
@@ -148,20 +137,10 @@ class RunCheckpoints:
         self._storage.download_folder(name, scratch / name, last=MANIFEST)
         return scratch / name
 
-    def thin_out(
-        self,
-        keep: CheckpointConfig,
-        *,
-        verified: Collection[str],
-        pinned: Collection[str] = (),
-        val_losses: Mapping[str, float] | None = None,
-    ) -> list[str]:
-        """Deletes the checkpoints that `superseded` names, manifest first: the rest is then no checkpoint."""
-        folders = {name: files for name, files in self._folders().items() if QUARANTINED not in files}
-        complete = {name for name, files in folders.items() if MANIFEST in files}
-        torn = folders.keys() - complete
-        gone = superseded(complete, torn, keep=keep, verified=verified, pinned=pinned, val_losses=val_losses)
-        for name in gone:
+    def delete(self, names: Iterable[str]) -> None:
+        """Deletes checkpoints, each with its manifest first: the rest is then no checkpoint."""
+        folders = self._folders()
+        for name in names:
             self.check_fence()
             self._storage.delete(f"{name}/{MANIFEST}")
             failpoint("mid_delete")
@@ -169,7 +148,6 @@ class RunCheckpoints:
                 self._storage.delete(f"{name}/{file}")
             if self._local is not None:
                 shutil.rmtree(self._local / name)
-        return gone
 
     def _folders(self) -> dict[str, set[str]]:
         """Returns the files of each checkpoint, incomplete ones included."""

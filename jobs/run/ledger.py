@@ -51,7 +51,7 @@ class LedgerWriter:
         self._waiting = b""  # lines that the disk has not accepted yet
         self._num_mirrored = 0
         self._lost: LeaseLostError | None = None
-        self._outage = Outage("ledger", self._append_event)
+        self._outage = Outage("ledger", self.event)
         self._appending, self._mirroring = threading.RLock(), threading.Lock()
         self._is_urgent, self._closing = threading.Event(), threading.Event()
         self._mirror = threading.Thread(target=self._keep_mirrored, name="ledger", daemon=True)
@@ -60,7 +60,7 @@ class LedgerWriter:
 
     def event(self, name: str, **fields: Any) -> None:
         """Raises `LeaseLostError` when this is no longer the run's writer."""
-        self._append_event(name, **fields)
+        self._append({"event": name, "time": round(time.time(), 3), **fields})
         self._is_urgent.set()
 
     def step(self, **fields: Any) -> None:
@@ -111,9 +111,6 @@ class LedgerWriter:
 
     def _content(self) -> bytes:
         return os.pread(self._file.fileno(), self._size, 0)  # a newer writer may have removed its name
-
-    def _append_event(self, name: str, **fields: Any) -> None:
-        self._append({"event": name, "time": round(time.time(), 3), **fields})
 
     def _append(self, line: Line) -> None:
         with self._appending:

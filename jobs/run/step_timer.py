@@ -93,8 +93,3 @@ class StepTimer:
         mark = self._clock.mark()
         self._spans.append((self._names[-1], self._mark, mark))
         self._mark = mark
-
-
-def step_timer(device: torch.device) -> StepTimer:
-    """Returns a timer for this process's computation on the device."""
-    return StepTimer(CudaClock() if device.type == "cuda" else HostClock())

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -217,7 +218,8 @@ class Attempt:
             snapshot = self._newest_snapshot(last, at_least=saved_step, is_left_out=left_out)
             if snapshot is not None:
                 return _Beginning(rollbacks, snapshot=snapshot, saved_step=saved_step)
-            return _Beginning(rollbacks, checkpoint=self.writer.newest_checkpoint(left_out=left_out))
+            newest = partial(self.writer.newest_checkpoint, left_out=left_out)
+            return _Beginning(rollbacks, checkpoint=patiently(newest, "checkpoints"))
         except (LeaseLostError, CheckpointError) as error:
             return _Beginning(stop_reason=str(error))
 

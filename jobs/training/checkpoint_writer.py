@@ -25,7 +25,7 @@ from cluster.storage.uris import StorageError
 from jobs.exact.train_state import TrainState, checkpoint_moments
 from jobs.run.checkpoints import RunCheckpoints
 from jobs.run.ledger import LedgerWriter
-from jobs.run.retention import checkpoint_name
+from jobs.run.retention import checkpoint_name, superseded
 from jobs.run.storage_retry import Outage
 from model.checkpoint import NotFiniteError, write_checkpoint
 from model.checkpoint_folder import Metadata, verify_checkpoint
@@ -190,9 +190,15 @@ class CheckpointWriter:
             exposed_seconds=round(copied.exposed_s, 6),
         )
         self.verified.add(folder.name)
-        self._checkpoints.thin_out(
-            self._keep, verified=self.verified, pinned=self._pinned(), val_losses=self._val_losses
+        gone = superseded(
+            self._checkpoints.names,
+            self._checkpoints.torn,
+            keep=self._keep,
+            verified=self.verified,
+            pinned=self._pinned(),
+            val_losses=self._val_losses,
         )
+        self._checkpoints.delete(gone)
 
 
 def checkpoint_fields(uri: str, metadata: Metadata) -> dict[str, Any]:

@@ -41,23 +41,21 @@ class RunWriter:
         """Returns the newest whole checkpoint of a step that no rollback left out; None when the run has none.
 
         Damaged ones are marked, and recorded in the ledger. Raises `CheckpointError` when all checkpoints are damaged,
-        as a run never silently starts over, and when the newest has another shape or vocabulary than the settings.
+        as a run never silently starts over, and when the newest has another shape or vocabulary than the settings;
+        `StorageError` in an outage.
         """
-        return patiently(lambda: self._newest_checkpoint(left_out), "checkpoints")
-
-    def _newest_checkpoint(self, left_out: Callable[[int], bool]) -> str | None:
         self.checkpoints.recover()
         with tempfile.TemporaryDirectory(prefix="raymill-newest-") as scratch:
-            found = self.checkpoints.find(Path(scratch), left_out=left_out)
-            name = found.folder.name if found.folder else None
-            if found.folder:
-                self._check_settings(found.folder)
-            if found.folder and name not in self._published:  # its writer was killed before it could record it
-                fields = checkpoint_fields(self.checkpoints.uri(found.folder.name), read_metadata(found.folder))
+            folder, damaged = self.checkpoints.find(Path(scratch), left_out=left_out)
+            name = folder.name if folder else None
+            if folder:
+                self._check_settings(folder)
+            if folder and name not in self._published:  # its writer was killed before it could record it
+                fields = checkpoint_fields(self.checkpoints.uri(folder.name), read_metadata(folder))
                 self.ledger.event("checkpoint", **fields, seconds=0.0)
-        damaged = dict(found.damaged)
-        for torn in self.checkpoints.without_manifest(self._published, newer_than=name or ""):
-            damaged[torn] = ["its manifest is missing"]
+        for torn in self.checkpoints.torn:
+            if torn in self._published and torn > (name or ""):
+                damaged[torn] = ["its manifest is missing"]
         for torn, problems in damaged.items():
             self.checkpoints.quarantine(torn, problems)
             self.ledger.event("checkpoint_damaged", checkpoint=self.checkpoints.uri(torn), problems=problems)

@@ -9,7 +9,7 @@ from cluster.settings.run import batch_schedule, seq_len
 from jobs.exact.train_state import TrainState
 from jobs.run.ledger import LedgerWriter
 from jobs.run.run_plan import RunPlan
-from jobs.run.step_timer import step_timer
+from jobs.run.step_timer import CudaClock, StepTimer
 from jobs.training.layer_statistics import LayerStatistics
 from jobs.training.rank_phases import WINDOW_STEPS, RankPhases, as_fields
 from jobs.workers.worker_group import WorkerGroup
@@ -40,7 +40,7 @@ class StepRecord:
         self.line: dict[str, Any] | None = None
         """The last step's line, which every rank has; None where the step was skipped."""
         self._phases = RankPhases(group, device=state.device)
-        self.timer = step_timer(state.device)
+        self.timer = StepTimer(CudaClock() if state.device.type == "cuda" else None)
         self.layers = LayerStatistics(state, group, self.timer, every_steps=train.layer_statistics_every_steps)
 
     def write(self, step: int, *, loss: float, lr: float, grad_norm: float, skipped: str = "") -> None:

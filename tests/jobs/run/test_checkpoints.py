@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from cluster.settings.run import CheckpointConfig
 from cluster.storage.uris import Storage, open_storage
 from jobs.run.checkpoints import RunCheckpoints
-from jobs.run.retention import checkpoint_name
+from jobs.run.retention import checkpoint_name, superseded
 from model.checkpoint_folder import MANIFEST, read_metadata, verify_checkpoint
 from tests.checkpoints import DAMAGES, FILES, damage, write_tiny
 
@@ -30,12 +31,20 @@ def save(run: Storage, *steps: int) -> RunCheckpoints:
     return checkpoints
 
 
+def thin_out(checkpoints: RunCheckpoints, *, pinned: Collection[str] = ()) -> list[str]:
+    """Keeps the newest, as a run does that has read or written each checkpoint whole."""
+    complete, keep = checkpoints.names, CheckpointConfig(num_to_keep=1)
+    gone = superseded(complete, checkpoints.torn, keep=keep, verified=complete, pinned=pinned)
+    checkpoints.delete(gone)
+    return gone
+
+
 def test_saved_checkpoints_are_found_newest_first(run: Storage, tmp_path: Path) -> None:
     assert RunCheckpoints(run).names == []
-    assert RunCheckpoints(run).find(tmp_path / "scratch").folder is None
+    assert RunCheckpoints(run).find(tmp_path / "scratch")[0] is None
     checkpoints = save(run, 9, 10, 2)
     assert checkpoints.names == [checkpoint_name(step) for step in (2, 9, 10)]
-    folder = checkpoints.find(tmp_path / "scratch").folder
+    folder = checkpoints.find(tmp_path / "scratch")[0]
     assert folder is not None
     assert (read_metadata(folder).step, folder.name) == (10, checkpoint_name(10))
     assert open_storage(checkpoints.uri(checkpoint_name(9))).exists(MANIFEST)
@@ -47,7 +56,7 @@ def test_saved_checkpoints_are_found_newest_first(run: Storage, tmp_path: Path) 
 def test_a_step_is_saved_again(run: Storage, tmp_path: Path) -> None:
     """An attempt that started from an older checkpoint does this."""
     checkpoints = save(run, 1, 2, 2)
-    folder = checkpoints.find(tmp_path / "scratch").folder
+    folder = checkpoints.find(tmp_path / "scratch")[0]
     assert folder is not None
     assert verify_checkpoint(folder) == []
 
@@ -60,7 +69,7 @@ def test_a_damaged_newest_is_named_and_the_one_before_is_used(
     checkpoints = save(open_storage(str(tmp_path)), 1, 2)
     damage(tmp_path / "checkpoints" / checkpoint_name(2), name, how)
     with caplog.at_level(logging.WARNING):
-        folder = checkpoints.find(tmp_path / "scratch").folder
+        folder = checkpoints.find(tmp_path / "scratch")[0]
     assert folder is not None
     assert read_metadata(folder).step == 1
     if (name, how) == (MANIFEST, "remove"):  # then it never was a checkpoint
@@ -80,7 +89,7 @@ def test_a_remote_damaged_newest_is_named_too(
     damage(tmp_path / "two", "model.safetensors", how)
     run.upload_folder(tmp_path / "two", f"checkpoints/{checkpoint_name(2)}", last=MANIFEST)
     with caplog.at_level(logging.WARNING):
-        folder = checkpoints.find(tmp_path / "scratch").folder
+        folder = checkpoints.find(tmp_path / "scratch")[0]
     assert folder is not None
     assert read_metadata(folder).step == 1
     assert f"{checkpoints.uri(checkpoint_name(2))} is skipped: model.safetensors" in caplog.text
@@ -90,7 +99,7 @@ def test_with_every_checkpoint_damaged_there_is_none(tmp_path: Path) -> None:
     checkpoints = save(open_storage(str(tmp_path)), 1, 2)
     for name in checkpoints.names:
         damage(tmp_path / "checkpoints" / name, "config.json", "flip")
-    assert checkpoints.find(tmp_path / "scratch").folder is None
+    assert checkpoints.find(tmp_path / "scratch")[0] is None
 
 
 def test_leftovers_are_no_checkpoints(run: Storage, tmp_path: Path) -> None:
@@ -102,7 +111,7 @@ def test_leftovers_are_no_checkpoints(run: Storage, tmp_path: Path) -> None:
     (tmp_path / "torn" / MANIFEST).unlink()
     run.upload_folder(tmp_path / "torn", f"checkpoints/{checkpoint_name(2)}")
     assert checkpoints.names == [checkpoint_name(1)]
-    folder = checkpoints.find(tmp_path / "scratch").folder
+    folder = checkpoints.find(tmp_path / "scratch")[0]
     assert folder is not None
     assert read_metadata(folder).step == 1
     save(run, 2)
@@ -111,8 +120,7 @@ def test_leftovers_are_no_checkpoints(run: Storage, tmp_path: Path) -> None:
 
 def test_thinning_leaves_nothing_of_what_it_deletes(run: Storage, tmp_path: Path) -> None:
     checkpoints = save(run, 1, 2, 3, 4, 5)
-    keep = CheckpointConfig(num_to_keep=1)
-    gone = checkpoints.thin_out(keep, verified=checkpoints.names, pinned={checkpoint_name(2)})
+    gone = thin_out(checkpoints, pinned={checkpoint_name(2)})
     assert gone == [checkpoint_name(step) for step in (1, 3)]
     assert checkpoints.names == [checkpoint_name(step) for step in (2, 4, 5)]
     assert {entry.key.split("/")[1] for entry in run.list("checkpoints/")} == set(checkpoints.names)
@@ -127,7 +135,7 @@ def test_a_deletion_cut_short_leaves_no_checkpoint_and_is_ended_by_the_next(run:
     run.delete(f"checkpoints/{checkpoint_name(1)}/config.json")
     assert checkpoints.names == [checkpoint_name(step) for step in (2, 3, 4)]
     for _ in range(2):
-        checkpoints.thin_out(CheckpointConfig(num_to_keep=1), verified=checkpoints.names)
+        thin_out(checkpoints)
         assert {entry.key.split("/")[1] for entry in run.list("checkpoints/")} == {
             checkpoint_name(3),
             checkpoint_name(4),
@@ -137,10 +145,10 @@ def test_a_deletion_cut_short_leaves_no_checkpoint_and_is_ended_by_the_next(run:
 def test_an_unfinished_upload_goes_once_two_newer_ones_are_verified(run: Storage) -> None:
     checkpoints = save(run, 1, 2, 3)
     run.delete(f"checkpoints/{checkpoint_name(2)}/{MANIFEST}")
-    checkpoints.thin_out(CheckpointConfig(num_to_keep=1), verified=checkpoints.names)
+    thin_out(checkpoints)
     assert run.list(f"checkpoints/{checkpoint_name(2)}/"), "older than one verified checkpoint alone"
     save(run, 4)
-    checkpoints.thin_out(CheckpointConfig(num_to_keep=1), verified=checkpoints.names)
+    thin_out(checkpoints)
     assert not run.list(f"checkpoints/{checkpoint_name(2)}/")
 
 
@@ -151,10 +159,10 @@ def test_a_quarantined_one_is_passed_over_and_never_deleted(run: Storage, tmp_pa
         checkpoints.quarantine(name, ["altered"])
     assert checkpoints.names == [checkpoint_name(2), checkpoint_name(3)]
     assert checkpoints.quarantined == [checkpoint_name(1), checkpoint_name(4)]
-    found = checkpoints.find(tmp_path)
-    assert found.folder is not None
-    assert (found.folder.name, found.damaged) == (checkpoint_name(3), {})
-    checkpoints.thin_out(CheckpointConfig(num_to_keep=1), verified=checkpoints.names)
+    folder, damaged = checkpoints.find(tmp_path)
+    assert folder is not None
+    assert (folder.name, damaged) == (checkpoint_name(3), {})
+    thin_out(checkpoints)
     after = {entry.key: entry for entry in run.list(f"checkpoints/{checkpoint_name(1)}/")}
     assert [after[entry.key] for entry in before] == before, "all of its bytes are kept"
 
@@ -170,7 +178,7 @@ def test_what_a_killed_attempt_left_in_the_spool_is_published(run: Storage, tmp_
     checkpoints.recover()
     assert checkpoints.names == [checkpoint_name(2), checkpoint_name(3)]
     assert list(checkpoints.spool.iterdir()) == []
-    folder = checkpoints.find(tmp_path).folder
+    folder = checkpoints.find(tmp_path)[0]
     assert folder is not None
     assert read_metadata(folder).step == 3
 

@@ -231,7 +231,7 @@ def test_what_an_outage_left_in_the_spool_is_found_by_the_next_attempt(
     following = Saving(run)
     assert [line["step"] for line in following.ledger.read().steps] == [7], "lines that never reached the store"
     following.checkpoints.recover()
-    folder = following.checkpoints.find(tmp_path / "scratch").folder
+    folder = following.checkpoints.find(tmp_path / "scratch")[0]
     assert folder is not None
     assert (folder.name, parameter_hash(load_model(folder).state_dict())) == (checkpoint_name(7, 1), expected)
     assert list(following.checkpoints.spool.glob("step-*")) == []
