@@ -53,7 +53,7 @@ class LedgerWriter:
         self._lost: LeaseLostError | None = None
         self._outage = Outage("ledger", self.event)
         self._appending, self._mirroring = threading.RLock(), threading.Lock()
-        self._is_urgent, self._closing = threading.Event(), threading.Event()
+        self._closing = threading.Event()
         self._mirror = threading.Thread(target=self._keep_mirrored, name="ledger", daemon=True)
         if self._is_mirrored:
             self._mirror.start()
@@ -61,7 +61,6 @@ class LedgerWriter:
     def event(self, name: str, **fields: Any) -> None:
         """Raises `LeaseLostError` when this is no longer the run's writer."""
         self._append({"event": name, "time": round(time.time(), 3), **fields})
-        self._is_urgent.set()
 
     def step(self, **fields: Any) -> None:
         """Raises `LeaseLostError` when this is no longer the run's writer."""
@@ -107,7 +106,6 @@ class LedgerWriter:
     def abandon(self) -> None:
         """Ends the mirroring; the next writer on this node finds the lines that were not copied."""
         self._closing.set()
-        self._is_urgent.set()
 
     def _content(self) -> bytes:
         return os.pread(self._file.fileno(), self._size, 0)  # a newer writer may have removed its name
@@ -142,19 +140,18 @@ class LedgerWriter:
         self._waiting = b""
 
     def _keep_mirrored(self) -> None:
-        while not self._closing.is_set():
-            self._is_urgent.wait(_MIRROR_INTERVAL_S)
-            self._is_urgent.clear()
+        pause_s = _MIRROR_INTERVAL_S
+        while not self._closing.wait(pause_s):
             try:
                 self.mirror()
             except LeaseLostError as error:
                 self._lost = error
                 return
             except (StorageError, OSError) as error:
-                self._closing.wait(self._outage.failed(error))
+                pause_s = self._outage.failed(error)
             else:
                 self._outage.over()
-                self._closing.wait(self._size / _MIRROR_BYTES_PER_S)
+                pause_s = _MIRROR_INTERVAL_S + self._size / _MIRROR_BYTES_PER_S
 
 
 @dataclass(frozen=True)
