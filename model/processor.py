@@ -23,7 +23,6 @@ _AMPERE = (8, 0)  # the first CUDA capability with bf16 products
 _OLDER_ISA = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
 _HELD_TO = {
     "ONEDNN_MAX_CPU_ISA": _OLDER_ISA,
-    "DNNL_MAX_CPU_ISA": _OLDER_ISA,
     "ATEN_CPU_CAPABILITY": ("DEFAULT", "AVX2"),
 }
 
@@ -48,6 +47,11 @@ def cpu_precision(features: Set[str], environment: Mapping[str, str]) -> Precisi
 
 def cpu_features() -> frozenset[str]:
     """Returns the names of this CPU's features; none where the system does not list them as Linux does."""
+    return frozenset((cpu_field("flags|Features") or "").split())
+
+
+def cpu_field(name: str) -> str | None:
+    """Returns the first field of this name, a pattern, that Linux lists of its CPUs; None elsewhere."""
     cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"^(?:flags|Features)\s*:(.*)", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
-    return frozenset(found[1].split()) if found else frozenset()
+    found = re.search(rf"^(?:{name})\s*:(.*)", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
+    return found[1].strip() if found else None

@@ -25,7 +25,8 @@ class LaneSums:
         self._on_final = on_final
         self._parameters = dict(model.named_parameters())
         self._buckets_of = {name: layout.buckets_of(name) for name in self._parameters}
-        self._num_buckets = len(layout.buckets)
+        found = [bucket for buckets in self._buckets_of.values() for bucket in buckets]
+        self._num_parameters_in = [found.count(bucket) for bucket in range(len(layout.buckets))]
         self._views = {
             name: [layout.view(buffer, name, parameter) for buffer in buffers]
             for name, parameter in self._parameters.items()
@@ -43,11 +44,7 @@ class LaneSums:
         for parameter in self._parameters.values():
             parameter.grad = None
         self._step, self._is_last, self._num_taken = step, is_last, 0
-        self._unfinished = [0] * self._num_buckets  # parameters of each bucket
-        for buckets in self._buckets_of.values():
-            for bucket in buckets:
-                self._unfinished[bucket] += 1
-        self._next_bucket = 0
+        self._unfinished, self._next_bucket = [*self._num_parameters_in], 0
         if is_last:
             self._report_final()
         try:
@@ -88,6 +85,6 @@ class LaneSums:
 
     def _report_final(self) -> None:
         """Reports in the order of buckets, the same on every rank, whatever order backward took."""
-        while self._next_bucket < self._num_buckets and not self._unfinished[self._next_bucket]:
+        while self._next_bucket < len(self._unfinished) and not self._unfinished[self._next_bucket]:
             self._on_final(self._next_bucket)
             self._next_bucket += 1

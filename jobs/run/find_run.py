@@ -1,5 +1,7 @@
 """Finds a run by its id or its folder's path or URI, and the token store that it was trained on."""
 
+from contextlib import suppress
+
 from cluster.storage.uris import Storage, open_storage
 from jobs.run.ledger import LEDGER, Ledger
 from jobs.tokens.token_store import MANIFEST, Manifest, TokenStoreError
@@ -41,18 +43,13 @@ def data_identity(ledger: Ledger) -> str | None:
 def find_tokens(run: Storage, identity: str | None) -> Storage:
     """Returns the finished token store with this identity, in the run's storage. Raises `TokenStoreError`."""
     root = open_storage(run.uri.rpartition("/runs/")[0])
-    found = []
-    for entry in root.list("tokens/"):
-        folder, _, name = entry.key.rpartition("/")
-        if name != MANIFEST:
-            continue
-        found.append(root.child(folder))
-        try:
-            if Manifest.from_json(root.read_bytes(entry.key)).identity == identity:
-                return found[-1]
-        except (ValueError, KeyError, TypeError, TokenStoreError):
-            continue  # a store that is damaged or of another format is not the right one
+    manifests = [entry.key for entry in root.list("tokens/") if entry.key.endswith(f"/{MANIFEST}")]
+    for key in manifests:
+        # A store that is damaged or of another format is not the right one.
+        with suppress(ValueError, KeyError, TypeError, TokenStoreError):
+            if Manifest.from_json(root.read_bytes(key)).identity == identity:
+                return root.child(key.removesuffix(f"/{MANIFEST}"))
     raise TokenStoreError(
-        f"none of the {len(found)} token stores under {root.uri}/tokens is the one that {run.uri} was trained on, of "
-        f"identity {(identity or 'unknown')[:12]}…; put it back there, or tokenize again with the run's settings"
+        f"none of the {len(manifests)} token stores under {root.uri}/tokens is the one that {run.uri} was trained on, "
+        f"of identity {(identity or 'unknown')[:12]}…; put it back there, or tokenize again with the run's settings"
     )

@@ -6,7 +6,6 @@ finds that out by the check before it publishes. Attempts belong to a launcher; 
 
 import json
 import os
-import secrets
 import socket
 from typing import Any
 
@@ -39,7 +38,6 @@ class Fence:
             content = {
                 "generation": self.generation,  # grows by one with each attempt and each launcher
                 "launcher": self.generation if launcher is None else launcher,
-                "owner": secrets.token_hex(8),
                 "host": socket.gethostname(),
                 "pid": os.getpid(),
             }

@@ -27,7 +27,7 @@ from jobs.training.guards import Decision, GuardState, Verdict, Windows
 from jobs.training.mixed_hardware import differences, hardware
 from jobs.training.run_writer import RunWriter
 from jobs.training.step_record import StepRecord
-from jobs.training.validation import Validation
+from jobs.training.validation import measured, samples
 from jobs.workers.failures import why_give_up
 from jobs.workers.incident_notes import write_down
 from jobs.workers.precision import at_odds
@@ -57,6 +57,7 @@ class Attempt:
 
     state: TrainState
     guard: GuardState  # belongs to `state`
+    is_hopeless: bool  # earlier attempts made no progress, or none can: the ledger says why, and nothing else is there
 
     def __init__(
         self,
@@ -81,20 +82,21 @@ class Attempt:
         # Rank 0 chooses the checkpoint for all: another rank might see a newer or a damaged one.
         self.snapshots = Snapshots(plan, group)
         begun = group.broadcast(self._begin(opened) if group.rank == 0 else None)
-        self._stop_reason = begun.stop_reason
         self.ledger = self.writer.ledger if self.writer else None
-        if self._stop_reason:
+        self.is_hopeless = begun.stop_reason is not None
+        if begun.stop_reason is not None:
+            if self.writer:
+                self.writer.give_up(begun.stop_reason)
             return
         with tempfile.TemporaryDirectory(prefix="raymill-resume-") as scratch:
             restored_step = self._restore(begun, Path(scratch))
         self.guard = replace(self.guard, rollbacks=begun.rollbacks)
         self.first_step, self.guard = self.guard.entering(restored_step + 1)
-        self.train_rows, val_rows = open_stream(plan, "train"), open_stream(plan, "val")
-        eot_id = self.tokenizer.eot_id if config.train.document_mask else None
-        self.gradient = BatchGradient(config, self.state, self.train_rows, group, eot_id=eot_id)
+        self.train_rows, self.val_rows = open_stream(plan, "train"), open_stream(plan, "val")
+        self.val_sets = open_validation_sets(plan)
+        self.eot_id = self.tokenizer.eot_id if config.train.document_mask else None
+        self.gradient = BatchGradient(config, self.state, self.train_rows, group, eot_id=self.eot_id)
         opened.callback(self.gradient.close)
-        sets = open_validation_sets(plan)
-        self.validation = Validation(config, self.state, val_rows, group, eot_id=eot_id, sets=sets)
         before = self.writer.before if self.writer else Ledger([])
         self.attempt = 1 + len(before.world_sizes)
         workers = group.gather({"pid": os.getpid(), "node": os.environ.get(NODE_NAME_VARIABLE, socket.gethostname())})
@@ -122,12 +124,6 @@ class Attempt:
         if begun.snapshot and restored_step - begun.saved_step >= config.checkpoint.save_every_steps:
             self.save(restored_step, {})  # the checkpoint that was due had not been stored yet
 
-    def is_hopeless(self) -> bool:
-        """Returns whether earlier attempts made no progress, or none can, and records why for the launcher."""
-        if self._stop_reason and self.writer:
-            self.writer.give_up(self._stop_reason)
-        return self._stop_reason is not None
-
     def rate(self, step: int) -> float:
         train = self.plan.config.train
         return learning_rate(
@@ -141,10 +137,13 @@ class Attempt:
 
     def validate(self, step: int) -> dict[str, Any]:
         """Returns the figures of the held-out split, and records them with samples and the figures of other sets."""
-        figures, sets = self.validation.measure()
+        config = self.plan.config
+        measure = partial(measured, config=config, state=self.state, group=self.group, eot_id=self.eot_id)
+        figures, sets = measure(self.val_rows), {name: measure(rows) for name, rows in self.val_sets.items()}
         if self.ledger:
-            samples = self.validation.samples(self.tokenizer)
-            self.ledger.event("validation", step=step, **figures, **({"sets": sets} if sets else {}), samples=samples)
+            more = {"sets": sets} if sets else {}
+            completed = samples(self.state.model, self.tokenizer, config.train)
+            self.ledger.event("validation", step=step, **figures, **more, samples=completed)
         return figures
 
     def save(self, step: int, validation: dict[str, Any]) -> None:

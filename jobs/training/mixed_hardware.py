@@ -1,12 +1,10 @@
 """Compares the workers of an attempt: bits are promised on one kind of hardware, library versions and thread count."""
 
 import platform
-import re
-from pathlib import Path
 
 import torch
 
-from model.processor import cpu_features
+from model.processor import cpu_features, cpu_field
 
 Hardware = dict[str, str]
 
@@ -41,7 +39,5 @@ def differences(workers: list[Hardware]) -> list[str]:
 def _cpu_model() -> str:
     """Returns Linux's name of the processor with its matrix units, which the name leaves open; elsewhere the
     architecture."""
-    cpuinfo = Path("/proc/cpuinfo")
-    name = re.search(r"^model name\s*:(.*)", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
     units = sorted(feature for feature in cpu_features() if feature.startswith(("amx_", "avx512_bf16", "avx_vnni")))
-    return " ".join([name[1].strip() if name else platform.machine(), *units])
+    return " ".join([cpu_field("model name") or platform.machine(), *units])

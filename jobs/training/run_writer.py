@@ -69,15 +69,13 @@ class RunWriter:
 
     def _check_settings(self, folder: Path) -> None:
         saved, wanted = asdict(read_config(folder)), asdict(self._plan.config.model)
-        if differing := [f"{key} {saved[key]}, expected {wanted[key]}" for key in wanted if saved[key] != wanted[key]]:
+        differing = [f"{key} {saved[key]}, expected {wanted[key]}" for key in wanted if saved[key] != wanted[key]]
+        if (folder / "tokenizer.json").read_bytes() != self._plan.tokenizer_json:
+            differing.append("another tokenizer than is under tokenizers/ now")
+        if differing:
             raise CheckpointError(
                 f"checkpoint {folder.name} of run {self._plan.config.run_id} has {'; '.join(differing)}. Set these as "
                 "they were, or choose another --run-id"
-            )
-        if (folder / "tokenizer.json").read_bytes() != self._plan.tokenizer_json:
-            raise CheckpointError(
-                f"checkpoint {folder.name} of run {self._plan.config.run_id} has another tokenizer than the run has "
-                "now; restore the one under tokenizers/, or choose another --run-id"
             )
 
     def finish(self, *, step: int | None) -> None:

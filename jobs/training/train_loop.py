@@ -44,7 +44,7 @@ def train(
 
 def take_steps(attempt: Attempt, pulse: Pulse) -> bool:
     """Takes steps until the run ends or has to stop. Returns whether it is to continue from an earlier state."""
-    if attempt.is_hopeless():
+    if attempt.is_hopeless:
         return False
     config, timer, state = attempt.plan.config, attempt.record.timer, attempt.state
     last_step = max_steps(config)
