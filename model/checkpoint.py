@@ -7,10 +7,11 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -26,11 +27,14 @@ from model.checkpoint_folder import (
     verify_checkpoint,
 )
 from model.config import GPTConfig
-from model.durable_files import move_into_place, not_finite, safetensors_pieces, sync, write_file
+from model.durable_files import move_into_place, sync, write_file
 from model.failpoints import failpoint
 from model.gpt import GPT
 from model.hf import build_model, config_from_hf, config_to_hf, load_hf, tokenizer_config_to_hf
 from model.tokenizer import Tokenizer, from_gpt2_files
+
+_PIECE_BYTES = 8 << 20
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64"}
 
 
 class NotFiniteError(CheckpointError):
@@ -101,6 +105,38 @@ def write_checkpoint(
         shutil.rmtree(staging, ignore_errors=True)  # a full disk gets its space back
         raise
     return metadata
+
+
+def safetensors_pieces(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """Yields a safetensors file in version 0.8's layout: the header, then the widest types first, by name.
+
+    Tensors on the CPU are written from where they are: they must not change meanwhile.
+    """
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        tensor = tensors[name]
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    yield len(encoded).to_bytes(8, "little") + encoded
+    for name in names:
+        content = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        for start in range(0, len(content), _PIECE_BYTES):
+            yield content[start : start + _PIECE_BYTES]
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Returns the names of the tensors that hold a NaN or an infinity."""
+
+    def is_finite(tensor: Tensor) -> bool:
+        # By numpy, as torch would use threads of its own beside the training's.
+        parts = tensor.detach().cpu().float().reshape(-1).split(1 << 20)
+        return all(np.isfinite(part.numpy()).all() for part in parts)
+
+    return [name for name, tensor in tensors.items() if tensor.is_floating_point() and not is_finite(tensor)]
 
 
 def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, verify: bool = True) -> GPT:

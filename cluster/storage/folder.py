@@ -23,6 +23,7 @@ from cluster.storage.interface import (
     StorageError,
     checked_key,
 )
+from model.durable_files import sync
 
 _TEMPORARY = ".partial-"
 """Prefix of a file that is being written, beside its target; no listing shows it."""
@@ -67,7 +68,7 @@ class LocalStorage(Storage):
                 fill(temporary)
                 # The kernel dates files by its tick, up to 10 ms long, so two writes in a row could look the same.
                 _date(temporary, time.time_ns())
-                _fsync(temporary)
+                sync(temporary)
                 with _expected(path, if_version):
                     _date_after(temporary, _version(path))
                     version = str(_version(temporary))
@@ -79,7 +80,7 @@ class LocalStorage(Storage):
                 raise AlreadyExistsError(f"{path} exists already") from error
             finally:
                 temporary.unlink(missing_ok=True)
-            _fsync(path.parent)
+            sync(path.parent)
         return version
 
     def list(self, prefix: str = "") -> Entries:
@@ -204,11 +205,3 @@ def _expected(path: Path, if_version: str | None) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)  # unlocks; the lock file stays, as others may wait for it
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
