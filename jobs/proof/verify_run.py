@@ -1,7 +1,6 @@
 """Recomputes the hashes of a run's checkpoints and of its data, and names what is not as it was recorded."""
 
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ def verify(run: Storage) -> dict[str, Any]:
         say(f"checkpoint {number} of {len(names)}: {name}")
         with tempfile.TemporaryDirectory(prefix="raymill-verify-") as scratch:
             folder = checkpoints.fetch(name, Path(scratch))
-            found = list(checkpoint_problems(folder, saved.get(name)))
+            found = checkpoint_problems(folder, saved.get(name))
             problems += [f"{name}: {problem}" for problem in found]
             if not found:
                 metadata.append(read_metadata(folder))
@@ -57,14 +56,16 @@ def verify(run: Storage) -> dict[str, Any]:
     }
 
 
-def checkpoint_problems(folder: Path, event: Line | None) -> Iterator[str]:
-    """Yields what is wrong with a checkpoint: its files compared with its manifest, and its parameters' hash with what
+def checkpoint_problems(folder: Path, event: Line | None) -> list[str]:
+    """Returns what is wrong with a checkpoint: its files compared with its manifest, and its parameters' hash with what
     it records and with the ledger's event."""
     if altered := verify_checkpoint(folder):
-        yield from altered
-        return
-    found, recorded = parameter_hash(load_file(folder / "model.safetensors")), read_metadata(folder).parameter_hash
-    if found != recorded:
-        yield f"its parameters' hash is {found[:12]}…, raymill.json says {str(recorded)[:12]}…"
-    if event is not None and found != event["parameter_hash"]:
-        yield f"its parameters' hash is {found[:12]}…, the ledger says {event['parameter_hash'][:12]}…"
+        return altered
+    found = parameter_hash(load_file(folder / "model.safetensors"))
+    said = {"raymill.json": str(read_metadata(folder).parameter_hash)}
+    said |= {"the ledger": event["parameter_hash"]} if event else {}
+    return [
+        f"its parameters' hash is {found[:12]}…, {place} says {recorded[:12]}…"
+        for place, recorded in said.items()
+        if recorded != found
+    ]

@@ -11,10 +11,12 @@ Hardware = dict[str, str]
 
 def hardware(device: torch.device) -> Hardware:
     """Returns what decides how this worker rounds."""
+    # The name of an x86 processor leaves its matrix units open.
+    units = sorted(feature for feature in cpu_features() if feature.startswith(("amx_", "avx512_bf16", "avx_vnni")))
     found = {
         "torch": torch.__version__,
         "threads": str(torch.get_num_threads()),
-        "cpu": _cpu_model(),
+        "cpu": " ".join([cpu_field("model name") or platform.machine(), *units]),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
     }
     if device.type == "cuda":
@@ -34,10 +36,3 @@ def differences(workers: list[Hardware]) -> list[str]:
             values = ", ".join(f"{value} (rank {' '.join(of)})" for value, of in sorted(ranks.items()))
             lines.append(f"{name}: {values}")
     return lines
-
-
-def _cpu_model() -> str:
-    """Returns Linux's name of the processor with its matrix units, which the name leaves open; elsewhere the
-    architecture."""
-    units = sorted(feature for feature in cpu_features() if feature.startswith(("amx_", "avx512_bf16", "avx_vnni")))
-    return " ".join([cpu_field("model name") or platform.machine(), *units])
