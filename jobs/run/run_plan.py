@@ -1,6 +1,5 @@
 """The plan that the driver makes before a run trains, with the run's storage and the rows that it reads."""
 
-import hashlib
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -30,13 +29,6 @@ class RunPlan:
     @property
     def run(self) -> Storage:
         return run_storage(self.config)
-
-    @property
-    def identity(self) -> str:
-        """A hash of everything that a training state depends on, and of the launch."""
-        train, model = self.config.train.model_dump_json(), self.config.model
-        parts = (self.launch, self.run.uri, train, model, self.tokens_uri, self.tokenizer_json)
-        return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     @property
     def last_step(self) -> int:

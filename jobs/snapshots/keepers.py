@@ -33,8 +33,8 @@ _COPY_SHARE = 0.05  # of the time
 class Keeper:
     """The actor on one node: pairs of slots ("areas") by name, up to `max_bytes`."""
 
-    def __init__(self, *, node: str, identity: str, max_bytes: int) -> None:
-        self._node, self._identity, self._max_bytes = node, identity, max_bytes
+    def __init__(self, *, node: str, max_bytes: int) -> None:
+        self._node, self._max_bytes = node, max_bytes
         self._areas: dict[str, tuple[int, Slots]] = {}
 
     def open(self, area: str, num_bytes: int) -> str | None:
@@ -72,7 +72,7 @@ class Keeper:
             Holding(self._node, area, slot, header)
             for area, (_, slots) in self._areas.items()
             for slot in range(NUM_SLOTS)
-            if (header := slots.header(slot)) and header.identity == self._identity
+            if (header := slots.header(slot))
         ]
 
     def is_whole(self, held: Holding) -> bool:
@@ -142,8 +142,7 @@ class Keepers:
     """Keeps, while the context lasts, a keeper on every node that can hold a worker, and each snapshot on two nodes."""
 
     def __init__(self, plan: RunPlan) -> None:
-        assert plan.launch is not None
-        self._plan, self._launch = plan, plan.launch
+        self._plan = plan
         self._keepers: dict[str, Any] = {}
         self._newest_step = -1
         self.snapshot_time_s: float | None = None  # Unix time at which the newest snapshot was first seen
@@ -185,10 +184,9 @@ class Keepers:
     def _start(self, node: str) -> Any:
         place = NodeAffinitySchedulingStrategy(node, soft=False)
         actor = ray.remote(Keeper).options(
-            name=node, namespace=self._launch, num_cpus=0, max_restarts=-1, scheduling_strategy=place
+            name=node, namespace=self._plan.launch, num_cpus=0, max_restarts=-1, scheduling_strategy=place
         )
-        identity, max_bytes = self._plan.identity, self._plan.config.checkpoint.snapshot_bytes
-        return actor.remote(node=node, identity=identity, max_bytes=max_bytes)
+        return actor.remote(node=node, max_bytes=self._plan.config.checkpoint.snapshot_bytes)
 
     def _copy(self, holdings: Sequence[Holding], nodes: Sequence[str]) -> None:
         for held, target in copies(holdings, nodes):

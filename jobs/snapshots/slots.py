@@ -33,7 +33,6 @@ _CHUNK_BYTES = 1 << 20  # copied and summed while it is in the cache
 class Header:
     """Describes the data of a slot."""
 
-    identity: str  # of the run's settings, data and launch
     attempt: int
     step: int
     rank: int  # the owner of this share of the state

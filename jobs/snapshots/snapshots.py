@@ -16,7 +16,6 @@ import torch.distributed as dist
 
 from cluster.output.progress import say
 from jobs.exact.train_state import StatePart, TrainState
-from jobs.run.run_plan import RunPlan
 from jobs.snapshots.choice import Holding, Snapshot, choose, interval, reader_of
 from jobs.snapshots.keepers import ask, fetch, find_keepers
 from jobs.snapshots.slots import Bytes, Header, Slots
@@ -29,8 +28,9 @@ _RETRY_S = 1.0
 class Snapshots:
     """The snapshots of one worker in one attempt."""
 
-    def __init__(self, plan: RunPlan, group: WorkerGroup) -> None:
-        self._plan, self._group, self._launch = plan, group, plan.launch
+    def __init__(self, launch: str | None, group: WorkerGroup) -> None:
+        """Keeps them with the keepers of the launch, if it has any."""
+        self._launch, self._group = launch, group
         self._node = ray.get_runtime_context().get_node_id() if self._launch else ""
         self._node_of_rank: list[str] = group.gather(self._node) if self._launch else []
         self._memory: tuple[Path, Slots] | None = None
@@ -136,7 +136,6 @@ class Snapshots:
         if slots is None:
             return
         header = Header(
-            identity=self._plan.identity,
             attempt=attempt,
             step=step,
             rank=part.rank,

@@ -80,7 +80,7 @@ class Attempt:
         self.checkpoints = RunCheckpoints(plan.run)
         self.writer: RunWriter | None = None
         # Rank 0 chooses the checkpoint for all: another rank might see a newer or a damaged one.
-        self.snapshots = Snapshots(plan, group)
+        self.snapshots = Snapshots(plan.launch, group)
         begun = group.broadcast(self._begin(opened) if group.rank == 0 else None)
         self.ledger = self.writer.ledger if self.writer else None
         self.is_hopeless = begun.stop_reason is not None

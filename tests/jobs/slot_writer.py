@@ -29,7 +29,6 @@ def arrays(step: int) -> list[Bytes]:
 
 def header_of(step: int) -> Header:
     return Header(
-        identity="run",
         attempt=1,
         step=step,
         rank=0,

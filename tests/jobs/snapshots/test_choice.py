@@ -8,7 +8,7 @@ from jobs.snapshots.slots import Header
 
 
 def held(node: str, step: int, *, rank: int = 0, world_size: int = 1, attempt: int = 1, area: str = "state") -> Holding:
-    header = Header("run", attempt, step, rank, world_size, step, [], {}, sequence=step)
+    header = Header(attempt, step, rank, world_size, step, [], {}, sequence=step)
     return Holding(node, area, step % 2, header)
 
 

@@ -17,7 +17,6 @@ import jobs.training.attempt
 from cluster.settings.run import TrainConfig
 from jobs.exact.train_state import TrainState
 from jobs.run.ledger import Ledger
-from jobs.run.run_plan import RunPlan
 from jobs.snapshots.choice import Holding, Snapshot, choose
 from jobs.snapshots.keepers import ANSWER_S, CHUNK_BYTES, Keeper
 from jobs.snapshots.slots import Header, Slots
@@ -32,12 +31,11 @@ SIZE = 12 << 12
 
 
 def make_memory(*, max_bytes: int = 1 << 30) -> Keeper:
-    return Keeper(node="a", identity="run", max_bytes=max_bytes)
+    return Keeper(node="a", max_bytes=max_bytes)
 
 
-def header_of(state: TrainState | None = None, *, step: int = 1, attempt: int = 1, identity: str = "run") -> Header:
+def header_of(state: TrainState | None = None, *, step: int = 1, attempt: int = 1) -> Header:
     return Header(
-        identity=identity,
         attempt=attempt,
         step=step,
         rank=0,
@@ -85,14 +83,13 @@ def test_a_state_comes_back_with_the_same_bits_and_trains_on_alike() -> None:
     assert parameter_hash(other.model.state_dict()) == parameter_hash(state.model.state_dict())
 
 
-def test_of_another_run_or_damaged_is_not_held() -> None:
+def test_a_damaged_one_is_held_and_known_to_be_damaged() -> None:
     memory = make_memory()
     slots = opened(memory, "state")
-    write(slots, header_of(identity="another", step=5))
     assert memory.holdings() == []
     write(slots, header_of(step=6))
     assert [held.header.step for held in whole(memory)] == [6]
-    slots.data(1)[17] ^= 1
+    slots.data(0)[17] ^= 1
     assert [held.header.step for held in memory.holdings()] == [6]
     assert whole(memory) == []
 
@@ -110,13 +107,13 @@ def test_a_large_state_has_the_time_to_be_read_and_a_damaged_one_is_named(
     ray_workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Both slots were read within 2 s or the keeper was left out, so a large run silently had no snapshots."""
-    keeper = ray.remote(num_cpus=0)(LargeKeeper).remote(node="a", identity="run", max_bytes=1 << 30)
+    keeper = ray.remote(num_cpus=0)(LargeKeeper).remote(node="a", max_bytes=1 << 30)
     slots = Slots.at(ray.get(keeper.open.remote("state", SIZE)))
     write(slots, header_of(step=6))
     slots.data(slots.write(header_of(step=7), [np.full(SIZE, 7, np.uint8)]))[17] ^= 1
     monkeypatch.setattr(jobs.snapshots.keepers, "READ_BYTES_PER_S", SIZE / 20)
     monkeypatch.setattr(jobs.snapshots.snapshots, "find_keepers", lambda launch: {"a": keeper})
-    snapshots = Snapshots(tiny_plan(str(tmp_path)), WorkerGroup(0, 1))
+    snapshots = Snapshots(None, WorkerGroup(0, 1))
     snapshots._launch = "this process"
     found = snapshots.newest(explained_step=9, at_least=0, is_left_out=lambda step: False)
     assert found is not None and found.header.step == 6
@@ -176,8 +173,8 @@ class OwnMemory(Snapshots):
     raise_after: dict[int, Exception]  # by step
     every_steps = 1
 
-    def __init__(self, plan: RunPlan, group: WorkerGroup) -> None:
-        super().__init__(plan, group)
+    def __init__(self, launch: str | None, group: WorkerGroup) -> None:
+        super().__init__(launch, group)
         self._launch = "this process"
 
     def _write(self, step: int, state: TrainState, *, attempt: int, carried: dict[str, Any]) -> None:
