@@ -75,11 +75,8 @@ class Tokenizer:
         return max(self._bytes_of_id) + 1
 
     def encode(self, text: str) -> list[int]:
-        return self.encode_batch([text])[0]
-
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        try:
-            return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        try:  # as a batch, which computes no offsets
+            return self.backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
         except TypeError as error:
             raise TokenizerError("the text holds a lone surrogate, which no UTF-8 text can; remove it") from error
 

@@ -54,7 +54,7 @@ def test_gpt2_ids(gpt2: Tokenizer) -> None:
 def test_ids_equal_a_second_implementation(gpt2: Tokenizer, tokenizer: Tokenizer, corpus: list[str]) -> None:
     assert sum(map(len, corpus)) > 1_000_000
     for ours in (gpt2, tokenizer):
-        assert ours.encode_batch(corpus) == tiktoken_of(ours).encode_ordinary_batch(corpus, num_threads=1)
+        assert [*map(ours.encode, corpus)] == tiktoken_of(ours).encode_ordinary_batch(corpus, num_threads=1)
 
 
 @settings(max_examples=300, deadline=None)
