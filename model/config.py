@@ -74,11 +74,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def resolve_preset(values: dict[str, Any]) -> GPTConfig:
-    """Returns a `GPTConfig` from its fields and an optional `preset` whose fields they override."""
-    return GPTConfig(**preset_fields(values))
-
-
 def preset_fields(values: dict[str, Any]) -> dict[str, Any]:
     """Returns the fields in `values` over those of its `preset`. Raises `ValueError` for an unknown one."""
     values = dict(values)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from model.checkpoint import write_checkpoint
 from model.checkpoint_folder import MANIFEST, Metadata
-from model.config import resolve_preset
+from model.config import GPTConfig, preset_fields
 from model.gpt import GPT
 from model.tokenizer import Tokenizer, train_bpe
 
@@ -26,7 +26,7 @@ def write_tiny(
 ) -> Metadata:
     """Writes a checkpoint whose weights, and thus its parameter hash, depend on the step."""
     tokenizer = train_bpe(["to be or not to be"], vocab_size=257)
-    model = GPT(resolve_preset({"preset": "tiny", "n_layer": 1, "vocab_size": tokenizer.vocab_size}))
+    model = GPT(GPTConfig(**preset_fields({"preset": "tiny", "n_layer": 1, "vocab_size": tokenizer.vocab_size})))
     model.init_weights(step)
     metadata = Metadata(
         run_id=run_id,

@@ -56,10 +56,6 @@ class FlatLayout:
         """Returns the rank's part of each bucket, in the order of buckets; a part may be empty."""
         return [part_of(bucket, rank, world_size=world_size) for bucket in self.buckets]
 
-    def buckets_of(self, name: str) -> list[int]:
-        place = self.places[name]
-        return [i for i, bucket in enumerate(self.buckets) if shared(bucket, place)]
-
     def view(self, flat: "Tensor", name: str, parameter: "nn.Parameter") -> "Tensor":
         return at(flat, self.places[name]).view(parameter.shape)
 

@@ -12,7 +12,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from jobs.exact.exact_reduce import LaneStep
-from jobs.exact.flat_layout import FlatLayout
+from jobs.exact.flat_layout import FlatLayout, shared
 from model.training_memory import Places, Scratch, gradient_sinks, large_zeros, lent, scratch_memory
 
 
@@ -24,9 +24,9 @@ class LaneSums:
     ) -> None:
         self._on_final = on_final
         self._parameters = dict(model.named_parameters())
-        self._buckets_of = {name: layout.buckets_of(name) for name in self._parameters}
-        found = [bucket for buckets in self._buckets_of.values() for bucket in buckets]
-        self._num_parameters_in = [found.count(bucket) for bucket in range(len(layout.buckets))]
+        in_buckets = [[name for name, place in layout.places.items() if shared(b, place)] for b in layout.buckets]
+        self._num_in_bucket = [len(names) for names in in_buckets]
+        self._buckets_of = {name: [b for b, of in enumerate(in_buckets) if name in of] for name in self._parameters}
         self._views = {
             name: [layout.view(buffer, name, parameter) for buffer in buffers]
             for name, parameter in self._parameters.items()
@@ -44,7 +44,7 @@ class LaneSums:
         for parameter in self._parameters.values():
             parameter.grad = None
         self._step, self._is_last, self._num_taken = step, is_last, 0
-        self._unfinished, self._next_bucket = [*self._num_parameters_in], 0
+        self._unfinished, self._next_bucket = [*self._num_in_bucket], 0
         if is_last:
             self._report_final()
         try:

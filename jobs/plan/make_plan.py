@@ -27,7 +27,7 @@ from jobs.plan.table import table
 from jobs.run.history import recorded_config
 from jobs.run.ledger import Ledger
 from jobs.tokens.token_store import token_dtype
-from model.config import PRESETS, flops_per_token, num_parameters, resolve_preset
+from model.config import PRESETS, GPTConfig, flops_per_token, num_parameters
 
 
 def make_plan(config: RunConfig, options: PlanConfig) -> dict[str, Any]:
@@ -94,8 +94,8 @@ def largest_preset(config: RunConfig, options: PlanConfig) -> str | None:
     least = {"precision": "bf16", "seq_len": None, "micro_batch_size": 1, "global_batch_size": 1}
     config = config.model_copy(update={"train": config.train.model_copy(update=least)})
     fitting = {}
-    for name in PRESETS:
-        model = resolve_preset({"preset": name})
+    for name, shape in PRESETS.items():
+        model = GPTConfig(**shape)
         total = _memory(config.model_copy(update={"model": model}), layout_of(model), 1)["total"]
         if total <= FULL_MEMORY * options.hardware.memory_bytes:
             fitting[num_parameters(model)] = name

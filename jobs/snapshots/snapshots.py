@@ -26,10 +26,9 @@ _RETRY_S = 1.0
 
 
 class Snapshots:
-    """The snapshots of one worker in one attempt."""
+    """The snapshots of one worker in one attempt, with the keepers of its launch, if that has any."""
 
     def __init__(self, launch: str | None, group: WorkerGroup) -> None:
-        """Keeps them with the keepers of the launch, if it has any."""
         self._launch, self._group = launch, group
         self._node = ray.get_runtime_context().get_node_id() if self._launch else ""
         self._node_of_rank: list[str] = group.gather(self._node) if self._launch else []

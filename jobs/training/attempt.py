@@ -141,9 +141,9 @@ class Attempt:
         measure = partial(measured, config=config, state=self.state, group=self.group, eot_id=self.eot_id)
         figures, sets = measure(self.val_rows), {name: measure(rows) for name, rows in self.val_sets.items()}
         if self.ledger:
-            more = {"sets": sets} if sets else {}
+            figures_of_sets = {"sets": sets} if sets else {}
             completed = samples(self.state.model, self.tokenizer, config.train)
-            self.ledger.event("validation", step=step, **figures, **more, samples=completed)
+            self.ledger.event("validation", step=step, **figures, **figures_of_sets, samples=completed)
         return figures
 
     def save(self, step: int, validation: dict[str, Any]) -> None:
@@ -217,8 +217,8 @@ class Attempt:
             snapshot = self._newest_snapshot(last, at_least=saved_step, is_left_out=left_out)
             if snapshot is not None:
                 return _Beginning(rollbacks, snapshot=snapshot, saved_step=saved_step)
-            newest = partial(self.writer.newest_checkpoint, left_out=left_out)
-            return _Beginning(rollbacks, checkpoint=patiently(newest, "checkpoints"))
+            newest = patiently(partial(self.writer.newest_checkpoint, left_out=left_out), "checkpoints")
+            return _Beginning(rollbacks, checkpoint=newest)
         except (LeaseLostError, CheckpointError) as error:
             return _Beginning(stop_reason=str(error))
 

@@ -31,7 +31,7 @@ from cluster.settings.flags import validate_config
 from cluster.settings.run import RunConfig
 from cluster.stages.stage import Connection, run_stage
 from cluster.stages.stage_module import StageFailedError
-from model.config import resolve_preset
+from model.config import GPTConfig, preset_fields
 from tests.jobs.corpora import number_texts
 from tests.repository import REPOSITORY
 
@@ -165,7 +165,7 @@ def raymill_training(cluster: LocalCluster, config: RunConfig) -> Iterator[None]
 
 @contextmanager
 def stock_training(cluster: LocalCluster, folder: Path) -> Iterator[None]:
-    model = dataclasses.replace(resolve_preset({"preset": "demo"}), vocab_size=VOCAB)
+    model = dataclasses.replace(GPTConfig(**preset_fields({"preset": "demo"})), vocab_size=VOCAB)
     settings = {
         "storage": str(folder / "stock"),
         "log": str(folder / "stock.jsonl"),

@@ -9,7 +9,7 @@ from torch import Tensor
 from cluster.settings.run import TrainConfig
 from jobs.exact.bucket_exchange import gradient_norm
 from jobs.exact.train_state import TrainState, checkpoint_moments
-from model.config import resolve_preset
+from model.config import GPTConfig, preset_fields
 from model.gpt import GPT
 
 RATE = 1e-2
@@ -18,7 +18,7 @@ RATE = 1e-2
 def make_model(**changes: Any) -> GPT:
     # Odd sizes, so that no parameter but by padding ends at a multiple of 16 values.
     shape = {"preset": "tiny", "n_embd": 18, "n_inner": 31, "n_positions": 9, "vocab_size": 301}
-    model = GPT(resolve_preset(shape | changes))
+    model = GPT(GPTConfig(**preset_fields(shape | changes)))
     model.init_weights(0)
     return model
 

@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from model.config import GPTConfig, num_parameters, resolve_preset
+from model.config import GPTConfig, num_parameters, preset_fields
 from model.gpt import GPT
 from model.shapes import parameter_shapes, stages, weights
 from tests.model.small_models import small_model
@@ -47,7 +47,7 @@ def test_gpt2_small_is_pinned() -> None:
 
 
 def test_whole_logits_would_take_13_gb() -> None:
-    config = resolve_preset({"preset": "seed"})
+    config = GPTConfig(**preset_fields({"preset": "seed"}))
     (logits,) = [s for s in stages(config, batch_size=32, seq_len=2048) if s.name == "logits"]
     assert logits.num_bytes == 32 * 2048 * 50257 * 4 > 13e9
     (scores,) = [s for s in stages(config, batch_size=1, seq_len=8) if s.name == "block: scores"]
@@ -81,7 +81,7 @@ def test_weights_are_the_models() -> None:
 def test_parameter_shapes_are_the_models_in_its_order() -> None:
     untied = {"preset": "tiny", "tie_word_embeddings": False, "n_inner": 100}
     for values in ({"preset": "gpt2-124m"}, {"preset": "seed"}, untied):
-        config = resolve_preset(values)
+        config = GPTConfig(**preset_fields(values))
         with torch.device("meta"):
             named = [(name, tuple(parameter.shape)) for name, parameter in GPT(config).named_parameters()]
         assert list(parameter_shapes(config).items()) == named

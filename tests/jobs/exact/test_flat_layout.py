@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from jobs.exact.bucket_exchange import block_square_sums, gradient_norm
 from jobs.exact.flat_layout import BLOCK, FlatLayout, part_of
-from model.config import resolve_preset
+from model.config import GPTConfig, preset_fields
 from model.gpt import GPT
 from model.shapes import parameter_shapes
 
@@ -33,7 +33,7 @@ def test_buckets_of_real_shapes() -> None:
     """A few for a small model, 4 to 25 MB for larger ones, and powers of two divide all but the last evenly."""
     sizes = {}
     for preset in ("small-10m", "gpt2-124m"):
-        layout = FlatLayout.of(parameter_shapes(resolve_preset({"preset": preset})))
+        layout = FlatLayout.of(parameter_shapes(GPTConfig(**preset_fields({"preset": preset}))))
         sizes[preset] = 4 * len(layout.buckets[0])
         assert all(len(bucket) % (16 * BLOCK) == 0 for bucket in layout.buckets[:-1])
         assert len(layout.buckets) >= 8
@@ -41,7 +41,7 @@ def test_buckets_of_real_shapes() -> None:
 
 
 def test_backward_finishes_matrices_in_the_order_of_the_buffer() -> None:
-    model = GPT(resolve_preset({"preset": "tiny"}))
+    model = GPT(GPTConfig(**preset_fields({"preset": "tiny"})))
     model.init_weights(0)
     layout, finished = FlatLayout.of(parameter_shapes(model.config)), []
     for name, parameter in model.named_parameters():

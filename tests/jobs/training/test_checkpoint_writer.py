@@ -23,7 +23,7 @@ from jobs.run.writer_generation import Fence
 from jobs.training.checkpoint_writer import CheckpointWriter
 from model.checkpoint import load_model, parameter_hash, read_train_state
 from model.checkpoint_folder import Metadata, verify_checkpoint
-from model.config import resolve_preset
+from model.config import GPTConfig, preset_fields
 from model.gpt import GPT
 from model.tokenizer import train_bpe
 from tests.cluster.fault_proxy import running_proxy
@@ -38,7 +38,7 @@ class Saving:
     """One writer of a run, and a state that each step changes."""
 
     def __init__(self, run: Storage, keep: CheckpointConfig | None = None, *, pinned: set[str] = frozenset()) -> None:  # type: ignore[assignment]
-        model = GPT(resolve_preset({"preset": "tiny", "n_layer": 1, "vocab_size": TOKENIZER.vocab_size}))
+        model = GPT(GPTConfig(**preset_fields({"preset": "tiny", "n_layer": 1, "vocab_size": TOKENIZER.vocab_size})))
         model.init_weights(0)
         self.run = run
         self.state = TrainState(model, TrainConfig(), device=torch.device("cpu"))
