@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from typing import Any
-from urllib.parse import urlsplit
 
 from cluster.output.progress import say
 from cluster.output.result_text import counted
@@ -27,9 +26,8 @@ class Folders(StrEnum):
 
 
 def folders_at(address: str | None) -> Folders:
-    """Returns what a job of the Ray cluster at the address sees; None is a local one."""
-    is_here = address is None or urlsplit(address).hostname in ("127.0.0.1", "localhost", "::1")
-    return Folders.SAME if is_here else Folders.UNKNOWN
+    """Returns what a stage on the Ray cluster at the address sees; None is a local one."""
+    return Folders.SAME if address is None else Folders.UNKNOWN
 
 
 def check_run(config: RunConfig, folders: Folders) -> None:

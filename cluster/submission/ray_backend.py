@@ -1,6 +1,7 @@
 """Jobs of a Ray cluster, through its Jobs API."""
 
 from typing import Any
+from urllib.parse import urlsplit
 
 from cluster.local.local_cluster import ClusterError
 from cluster.output.progress import say
@@ -9,8 +10,10 @@ from cluster.stages.jobs_api import JobsApi
 from cluster.stages.stage import Connection, submit_stage
 from cluster.stages.stage_module import STAGES
 from cluster.submission.backend import JobBackend
-from cluster.submission.preflight import AdmissionError, check_rooms, folders_at
+from cluster.submission.preflight import AdmissionError, Folders, check_rooms
 from cluster.submission.record import Backend, JobRecord, JobState
+
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class RayJobs(JobBackend):
@@ -18,7 +21,8 @@ class RayJobs(JobBackend):
 
     def __init__(self, api: JobsApi) -> None:
         self._api = api
-        self.kind, self.where, self.folders = Backend.RAY, api.url, folders_at(api.url)
+        self.kind, self.where = Backend.RAY, api.url
+        self.folders = Folders.SAME if urlsplit(api.url).hostname in _LOOPBACK else Folders.UNKNOWN
 
     def probe(self) -> None:
         self._api.probe()
