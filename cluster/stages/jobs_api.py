@@ -80,7 +80,8 @@ class JobsApi:
         return list(answer["data"]["result"]["result"])
 
     def has_autoscaler(self) -> bool:
-        return bool(self._ask("GET", "/api/cluster_status")["data"].get("clusterStatus", {}).get("autoscalingStatus"))
+        status = self._ask("GET", "/api/cluster_status")["data"]["clusterStatus"]  # null where nothing ever reported
+        return bool(status and status.get("autoscalingStatus"))
 
     def _ask(self, method: str, path: str, *, missing_is_none: bool = False, timeout_s: float = _TIMEOUT_S) -> Any:
         try:
