@@ -99,7 +99,8 @@ async def overload(
         return outcomes
 
     await load.run_clients(4, until=lambda: False, max_requests=16, seed=1, pause_s=0.02)
-    taken()  # warm now, buffers for several prompts in a step included
+    await load.run_arrivals(100, num_requests=24)
+    taken()  # warm now, buffers for as many prompts as a step may read included
     start_s = time.monotonic()
     await load.run_clients(num_together, until=lambda: False, max_requests=4 * num_together, seed=1)
     unloaded = taken()
