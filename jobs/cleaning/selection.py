@@ -56,10 +56,10 @@ class Selection:
         """Finds the duplicates, once all chunks are added; then counts."""
         self._find_duplicates()
         counts = self._counts()
-        if self._data.val_fraction and 0 in (counts[0], counts[HELD_OUT]):
+        if self._num_chunks and self._data.val_fraction and 0 in (counts[0], counts[HELD_OUT]):
             # An exception for small corpora: at least one document trains and one validates.
             kept = np.concatenate([self._kept_hashes(chunk) for chunk in range(self._num_chunks)])
-            if len(set(kept.tolist())) > 1:
+            if kept.size and kept.min() < kept.max():
                 self._val_below = int(kept.max() if counts[HELD_OUT] else kept.min() + np.uint64(1))
                 counts = self._counts()
         digests = hashlib.sha256()

@@ -76,7 +76,7 @@ def test_a_promotion_that_is_not_allowed_is_refused_before_anything_is_read(
     monkeypatch.setattr(delivery_commands, "_gate_rows", lambda *_: pytest.fail("the gate's rows were read"))
     with served(lambda path, body: (404, json.dumps({"error": {"message": "There is nothing"}}))) as url:
         assert main(["promote", *words, "--url", url, "--storage.uri", str(tmp_path)]) == 1
-    assert "can be changed only with an admin key" in capsys.readouterr().err
+    assert "asks for an admin key: give --admin-key-file" in capsys.readouterr().err
 
 
 def state(phase: str, **fields: Any) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def long_plan(storage_uri: str, *, tokens_in: str | None = None) -> RunPlan:
 
 
 @pytest.mark.chaos
-@pytest.mark.parametrize("fault", ["down", "slow"])
+@pytest.mark.parametrize("fault", ["down", pytest.param("slow", marks=pytest.mark.slow)])
 def test_a_store_out_of_reach_costs_no_restart_and_no_time(
     s3_bucket: str,
     s3_server: str,
