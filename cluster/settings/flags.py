@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from cluster.settings.parser import ConfigError, suggestion
-from cluster.settings.run import TOKENS, DataConfig, RunConfig, Settings, StorageConfig, TextConfig
+from cluster.settings.run import FORMER_SETTINGS, TOKENS, DataConfig, RunConfig, Settings, StorageConfig, TextConfig
 from cluster.storage.uris import absolute_uri
 from model.config import PRESETS, GPTConfig
 
@@ -166,6 +166,8 @@ def _help(info: FieldInfo) -> str:
 def _explained(problem: Any, root: type[BaseModel]) -> str:
     path = [str(part) for part in problem["loc"]]
     name = ".".join(path)
+    if problem["type"] == "extra_forbidden" and root is RunConfig and name in FORMER_SETTINGS:
+        return f"{name} is no setting any more, its value is a constant; leave it out"
     if problem["type"] == "extra_forbidden":
         siblings = [".".join(leaf.split(".")[: len(path)]) for leaf, _, _ in _leaves(root)]
         return f"unknown setting {name}{suggestion(name, sorted(set(siblings)))}"

@@ -246,6 +246,19 @@ class CheckpointConfig(Settings):
     )
 
 
+FORMER_SETTINGS: dict[str, Any] = {
+    "train.epsilon": 1e-8,
+    "train.spike_window": 64,
+    "train.sample_tokens": None,
+    "train.timing": None,
+    "scaling.max_failures": None,
+    "scaling.start_timeout_s": None,
+    "scaling.standby": None,
+    "checkpoint.spool_bytes": None,
+}
+"""Settings that earlier versions recorded and that are constants now: the value, where a run's bits depend on it."""
+
+
 class RunConfig(Settings):
     """The settings of a run."""
 

@@ -6,17 +6,20 @@ from typing import Any
 
 from cluster.storage.uris import Storage
 from jobs.run.find_run import data_identity
-from jobs.run.history import recorded_config, training_differences
+from jobs.run.history import former_differences, recorded_config, training_differences
 from jobs.run.ledger import Ledger, Line
 
 FIELDS = ("samples", "tokens_seen", "lr", "skipped", "loss", "grad_norm", "parameter_hash")
 """The fields that hold a step's bits, in the order in which one decides the next. Time, world size and attempt may
 differ."""
 
-_MEASURING = (
-    *("train.eval_every_steps", "train.eval_max_tokens", "train.sample_prompts", "train.layer_statistics_every_steps"),
-    *("train.hash_every_steps", "train.while_tokenizing", "train.shard_optimizer"),
-)
+_MEASURING = {
+    f"train.{name}"
+    for name in (
+        *("eval_every_steps", "eval_max_tokens", "sample_prompts", "layer_statistics_every_steps"),
+        *("hash_every_steps", "while_tokenizing", "shard_optimizer"),
+    )
+}
 """Settings of training on which no bit depends."""
 
 
@@ -69,6 +72,10 @@ def diff(run_a: Storage, run_b: Storage) -> dict[str, Any]:
     parted = first_difference(a, b, steps=steps)
     differing = training_differences(recorded_config(run_a), recorded_config(run_b))
     settings = {name: pair for name, pair in differing.items() if name not in _MEASURING}
+    former_a, former_b = former_differences(run_a), former_differences(run_b)
+    for name, (_, constant) in (former_a | former_b).items():
+        pair = former_a.get(name, (constant,))[0], former_b.get(name, (constant,))[0]
+        settings |= {name: pair} if pair[0] != pair[1] else {}
     data_a, data_b = (data_identity(ledger) for ledger in ledgers)
     if data_a != data_b:
         settings["data"] = (data_a, data_b)

@@ -8,7 +8,7 @@ import yaml
 
 from cluster.monitoring.metric_table import PHASES, REST, UNTIMED
 from cluster.settings.flags import validate_config
-from cluster.settings.run import RunConfig, max_steps, with_precision
+from cluster.settings.run import FORMER_SETTINGS, RunConfig, max_steps, with_precision
 from cluster.storage.uris import Storage
 from jobs.run.ledger import Ledger, Line
 
@@ -18,8 +18,28 @@ _MEASUREMENTS = ("phases", "layers")  # events that a run has hundreds of
 
 
 def recorded_config(run: Storage) -> RunConfig:
-    """Returns the settings that the run was started with. Raises `NotFoundError`."""
-    return validate_config(yaml.safe_load(run.read_bytes(CONFIG_FILE)), RunConfig)
+    """Returns the settings that the run was started with, without former ones. Raises `NotFoundError`."""
+    return _recorded(run)[0]
+
+
+def former_differences(run: Storage) -> dict[str, tuple[Any, Any]]:
+    """Returns (the run's value, today's constant) of each former setting that changes the run's bits. A run with any
+    can be looked at, but neither continued nor replayed."""
+    return {
+        name: (value, FORMER_SETTINGS[name])
+        for name, value in _recorded(run)[1].items()
+        if FORMER_SETTINGS[name] is not None and value != FORMER_SETTINGS[name]
+    }
+
+
+def _recorded(run: Storage) -> tuple[RunConfig, dict[str, Any]]:
+    """Returns the run's settings, and the values of former settings, which are constants now."""
+    settings, former = yaml.safe_load(run.read_bytes(CONFIG_FILE)), {}
+    for path in FORMER_SETTINGS:
+        branch, name = path.split(".")
+        if name in settings.get(branch, {}):
+            former[path] = settings[branch].pop(name)
+    return validate_config(settings, RunConfig), former
 
 
 def changed_settings(run: Storage, now: RunConfig) -> list[str]:
@@ -27,7 +47,8 @@ def changed_settings(run: Storage, now: RunConfig) -> list[str]:
     before = recorded_config(run)
     if before.train.precision != "auto":
         now = with_precision(now, before.train.precision)
-    return [f"{name} was {old}, now {new}" for name, (old, new) in training_differences(before, now).items()]
+    changed = former_differences(run) | training_differences(before, now)
+    return [f"{name} was {old}, now {new}" for name, (old, new) in changed.items()]
 
 
 def training_differences(before: RunConfig, now: RunConfig) -> dict[str, tuple[Any, Any]]:
