@@ -1,11 +1,15 @@
 """The dashboards as Grafana's JSON: native panels with units, legends and colors that everyone can tell apart."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import count, cycle
+from pathlib import Path
 from typing import Any
 
+import yaml
+
+from cluster.monitoring import panels
 from cluster.monitoring.metric_table import METRICS
-from cluster.monitoring.panels import DASHBOARDS, Dashboard, Panel, Variable
+from cluster.monitoring.panels import Panel
 
 FOLDER_UID, FOLDER_TITLE = "raymill", "raymill"
 
@@ -27,13 +31,17 @@ _SIZE = {True: (4, 4), False: (8, 8)}  # width and height of a stat panel, and o
 
 def documents() -> dict[str, Json]:
     """Returns each dashboard's JSON by its uid."""
-    return {dashboard.uid: document(dashboard) for dashboard in DASHBOARDS}
+    declared = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+    return {dashboard["uid"]: _document(**dashboard) for dashboard in declared}
 
 
-def document(dashboard: Dashboard) -> Json:
+def _document(
+    uid: str, title: str, rows: Json, variables: Sequence[Json] = (), annotations: Sequence[str] = ()
+) -> Json:
+    is_of_run = any(variable["name"] == "run" for variable in variables)
     return {
-        "uid": dashboard.uid,
-        "title": dashboard.title,
+        "uid": uid,
+        "title": title,
         "description": "Made by `raymill dashboards` from the metric table; changes made here are overwritten.",
         "tags": ["raymill"],
         "schemaVersion": 39,
@@ -42,47 +50,50 @@ def document(dashboard: Dashboard) -> Json:
         "refresh": "15s",
         "time": {"from": "now-1h", "to": "now"},
         "timezone": "",
-        "templating": {"list": [_DATA_SOURCE, *map(_variable, dashboard.variables)]},
-        "annotations": {"list": [_annotations(kind, dashboard) for kind in dashboard.annotations]},
-        "panels": list(_panels(dashboard)),
+        "templating": {"list": [_DATA_SOURCE, *(_variable(**variable) for variable in variables)]},
+        "annotations": {"list": [_annotations(kind, is_of_run) for kind in annotations]},
+        "panels": list(_panels(rows)),
     }
 
 
-def _variable(variable: Variable) -> Json:
-    query = f"label_values({METRICS[variable.metric].series[0]}, {variable.name})"
+def _variable(name: str, metric: str, is_multi: bool = False) -> Json:
+    """Returns a choice above the panels among the values of a label."""
     several: Json = {"multi": True, "includeAll": True, "current": {"text": "All", "value": "$__all"}}
     return {
-        "name": variable.name,
-        "label": variable.name.capitalize(),
+        "name": name,
+        "label": name.capitalize(),
         "type": "query",
         "datasource": _PROMETHEUS,
-        "query": {"query": query, "refId": variable.name},
+        "query": {"query": f"label_values({METRICS[metric].series[0]}, {name})", "refId": name},
         "refresh": 2,
         "sort": 2,
-        **(several if variable.is_multi else {}),
+        **(several if is_multi else {}),
     }
 
 
-def _annotations(kind: str, dashboard: Dashboard) -> Json:
-    is_of_run = kind != "promotion" and any(variable.name == "run" for variable in dashboard.variables)
-    tags = ["raymill", kind, *(["run:$run"] if is_of_run else [])]
+def _annotations(kind: str, is_of_run: bool) -> Json:
     return {
         "name": kind.capitalize(),
         "enable": True,
         "iconColor": _EVENT_COLORS.get(kind, BLUE),
         "datasource": {"type": "grafana", "uid": "-- Grafana --"},
-        "target": {"type": "tags", "tags": tags, "matchAny": False, "limit": 100},
+        "target": {
+            "type": "tags",
+            "tags": ["raymill", kind, *(["run:$run"] if is_of_run and kind != "promotion" else [])],
+            "matchAny": False,
+            "limit": 100,
+        },
     }
 
 
-def _panels(dashboard: Dashboard) -> Iterator[Json]:
+def _panels(rows: dict[str, list[Json]]) -> Iterator[Json]:
     """Places panels row by row, from left to right."""
     numbers, y = count(1), 0
-    for title, panels in dashboard.rows.items():
+    for title, declared in rows.items():
         place = {"x": 0, "y": y, "w": _WIDTH, "h": 1}
         yield {"id": next(numbers), "type": "row", "title": title, "collapsed": False, "panels": [], "gridPos": place}
         y, x, tallest = y + 1, 0, 0
-        for panel in panels:
+        for panel in map(panels.read, declared):
             width, height = _SIZE[panel.is_stat]
             if x + width > _WIDTH:
                 x, y, tallest = 0, y + tallest, 0
@@ -129,7 +140,7 @@ def _defaults(panel: Panel) -> Json:
     defaults: Json = {"unit": panel.unit, "color": {"mode": "fixed", "fixedColor": BLUE}}
     if panel.top is not None:
         defaults |= {"min": 0, "max": panel.top}
-    if panel.thresholds is not None:
+    if panel.thresholds:
         steps = zip((None, *panel.thresholds), (BLUE, ORANGE, VERMILION), strict=True)
         colors = [{"value": value, "color": color} for value, color in steps]
         defaults["thresholds"] = {"mode": "absolute", "steps": colors}

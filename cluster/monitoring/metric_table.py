@@ -189,32 +189,3 @@ SERIES: dict[str, Metric] = {name: metric for metric in TABLE for name in metric
 
 def metrics_of(exporter: Exporter) -> Iterator[Metric]:
     return (metric for metric in TABLE if metric.exporter is exporter)
-
-
-OBJECTIVE = 0.999
-"""Share of the valid completions that are answered whole, over `PERIOD`. Invalid, refused (429) and drained ones (503
-while an operator drains the endpoint) do not count; an answer with status 200 that its replica ended with an error
-event counts as answered."""
-
-PERIOD = "30d"
-
-BUDGET = round(1 - OBJECTIVE, 6)
-
-FAST_BURN, SLOW_BURN = 14.4, 6.0
-"""Multiples of the rate that just uses up the budget: 2% of it in an hour, 5% in six (Google's SRE workbook)."""
-
-
-def error_ratio(window: str) -> str:
-    """Returns the expression for the share of a window's completions that failed."""
-    (answers,) = METRICS["raymill:http_answers"].series
-    failed = f'sum(rate({answers}{{outcome=~"failed|cut"}}[{window}]))'
-    return f'{failed} / sum(rate({answers}{{outcome=~"ok|failed|cut"}}[{window}]))'
-
-
-def burn_rate(window: str) -> str:
-    return f"({error_ratio(window)}) / {BUDGET}"
-
-
-def budget_left() -> str:
-    """Returns the expression for the share of the period's budget that is left, below 0 if overspent."""
-    return f"1 - {burn_rate(PERIOD)}"

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import yaml
 
+from cluster.monitoring.dashboards import documents
 from cluster.monitoring.files import files
-from cluster.monitoring.metric_table import BUDGET, FAST_BURN, SERIES, SLOW_BURN, error_ratio
+from cluster.monitoring.metric_table import SERIES
 from tests.prometheus import needs_prometheus, promtool
 
 RULES = files()["prometheus/rules.yaml"]
@@ -96,10 +97,14 @@ def test_rules_read_metrics_of_the_table_alone() -> None:
         assert names and names <= SERIES.keys(), alert
 
 
-def test_the_error_budget_is_that_of_the_table() -> None:
-    for speed, factor, windows in (("Fast", FAST_BURN, ("1h", "5m")), ("Slow", SLOW_BURN, ("6h", "30m"))):
-        burning = " and ".join(f"({error_ratio(window)}) > {factor:g} * {BUDGET}" for window in windows)
-        assert ALERTS[f"RaymillEndpointErrorBudget{speed}Burn"] == burning
+def test_the_alerts_burn_the_budget_that_the_dashboard_shows() -> None:
+    panels = {panel["title"]: panel for panel in documents()["raymill-slo"]["panels"] if panel["type"] != "row"}
+    burn = {target["legendFormat"]: target["expr"] for target in panels["Burn rate of the error budget"]["targets"]}
+    for speed, factor, windows in (("Fast", "14.4", ("1h", "5m")), ("Slow", "6", ("6h", "30m"))):
+        expr = ALERTS[f"RaymillEndpointErrorBudget{speed}Burn"]
+        for condition, window in zip(expr.split(" and "), windows, strict=True):
+            ratio, threshold = condition.split(" > ")
+            assert (f"{ratio} / 0.001", threshold) == (burn[window], f"{factor} * 0.001")
 
 
 def test_every_alert_is_tested_both_ways() -> None:
