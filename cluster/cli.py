@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from cluster.commands.table import COMMANDS, GROUPS, imported
+from cluster.commands.table import add_argument, imported, table
 from cluster.output.result_text import lines, printable
 from cluster.settings.code_folders import code_version, version
 from cluster.settings.parser import ConfigError, Parser
@@ -53,18 +53,19 @@ def command_parser(words: Sequence[str] | None = None) -> Parser:
     named = None if words is None else next((word for word in words if not word.startswith("-")), "")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     groups = {}
-    for words_of_command, command in COMMANDS.items():
+    for words_of_command, command in table()["commands"].items():
         first, _, second = words_of_command.partition(" ")
         if second and first not in groups:
-            group = commands.add_parser(first, help=GROUPS[first], description=GROUPS[first])
+            about = table()["groups"][first]
+            group = commands.add_parser(first, help=about, description=about)
             groups[first] = group.add_subparsers(metavar="COMMAND", required=True)
         name, place = second or first, groups.get(first, commands)
-        sub = place.add_parser(name, help=command.about, description=command.about)
+        sub = place.add_parser(name, help=command["help"], description=command["help"])
         if named in (None, first):
             sub.add_argument("--json", action="store_true", help="print one JSON object as the last line of output")
-            sub.set_defaults(run=command.run, command=name)
-            for add in command.arguments:
-                add(sub)
+            sub.set_defaults(run=command["run"], command=name)
+            for argument in command.get("arguments", []):
+                add_argument(sub, argument)
     return parser
 
 

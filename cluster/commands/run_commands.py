@@ -50,7 +50,7 @@ def stage(arguments: argparse.Namespace) -> dict[str, Any]:
             connected(config.cluster, cpus_per_node=cpus_per_node(config)) as connection,
             Chaos(faults, cluster=connection.local, config=config),
         ):
-            result = run_stage(connection, STAGES[arguments.command][0], config)
+            result = run_stage(connection, STAGES[arguments.command], config)
     except (KeyboardInterrupt, SystemExit):
         if arguments.command != "tokenize":
             known = [] if "--run-id" in arguments.words else ["--run-id", str(config.run_id)]
@@ -242,6 +242,8 @@ def lend_workers(arguments: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"no run {arguments.run_id} in {arguments.storage_uri}: `raymill lend` takes a run id")
     if arguments.give_back:
         give_back(run)
+    elif arguments.workers < 1:
+        raise ConfigError(f"--workers {arguments.workers}: expected at least 1; --return ends a loan")
     else:
         lend(run, Loan(arguments.workers, arguments.for_s))
     loan = read_loan(run)

@@ -11,12 +11,8 @@ from cluster.output.result_text import printable
 from cluster.settings.parser import ConfigError
 from model.errors import UserError
 
-STAGES = {
-    "tokenize": ("jobs.tokenize_corpus", "turn a corpus into token shards"),
-    "pretrain": ("jobs.pretrain", "train on token shards, made first where missing, and publish the checkpoint"),
-    "pipeline": ("jobs.pipeline", "tokenize, train, evaluate and report, all stages in one job"),
-}
-"""The stages that can be submitted: the module of each, and what it does."""
+STAGES = {"tokenize": "jobs.tokenize_corpus", "pretrain": "jobs.pretrain", "pipeline": "jobs.pipeline"}
+"""The module of each stage that can be submitted."""
 
 MISUSED = 2
 """Exit code of a module that was called wrongly."""
@@ -29,7 +25,7 @@ ERROR_MARK = "error: "
 
 def stage_name(module: str) -> str:
     """Returns the name of the stage that a module is; another module is called by its own."""
-    return next((name for name, (its_module, _) in STAGES.items() if its_module == module), module.rpartition(".")[2])
+    return next((name for name, its_module in STAGES.items() if its_module == module), module.rpartition(".")[2])
 
 
 class StageFailedError(UserError):

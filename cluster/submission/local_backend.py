@@ -45,7 +45,7 @@ class LocalJobs(JobBackend):
             folder = Path(name)
             write_config(config, folder / "run.yaml")
             with (folder / "errors").open("wb") as errors:
-                stage, path = STAGES[record.stage][0], str(folder / "run.yaml")
+                stage, path = STAGES[record.stage], str(folder / "run.yaml")
                 owner = subprocess.Popen(
                     # -P: a folder here may have the name of one of our packages.
                     [sys.executable, "-P", "-m", "cluster.submission.run_local_job", stage, path, record.job],

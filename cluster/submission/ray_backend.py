@@ -39,7 +39,7 @@ class RayJobs(JobBackend):
     def start(self, config: RunConfig, record: JobRecord) -> JobRecord:
         connection = Connection(self._api.url, self._api.headers, None)
         try:
-            submit_stage(connection, STAGES[record.stage][0], config, job=record.job)
+            submit_stage(connection, STAGES[record.stage], config, job=record.job)
         except RuntimeError as error:
             raise ClusterError(f"{self._api.url} did not take the job: {str(error).splitlines()[0]}") from None
         return record

@@ -26,7 +26,7 @@ def rayjob(objects: list[Object], config: RunConfig, stage: str, *, name: str, n
     job = copy.deepcopy(model)
     labels, annotations = job["metadata"]["labels"], job["metadata"].get("annotations", {})
     job["metadata"] |= {"name": name, "annotations": annotations | {RUN_ANNOTATION: str(config.run_id)}}
-    job["spec"]["entrypoint"] = shlex.join(entrypoint(STAGES[stage][0], _PATH, job=name))
+    job["spec"]["entrypoint"] = shlex.join(entrypoint(STAGES[stage], _PATH, job=name))
     for volume in cluster_spec(job)["headGroupSpec"]["template"]["spec"]["volumes"]:
         if volume["name"] == _VOLUME:
             volume["configMap"]["name"] = name
