@@ -54,6 +54,7 @@ class Rows:
     batch_size: int
     precision: str
     document_mask: bool
+    device: str  # cpu or cuda
 
     @property
     def batches(self) -> list[range]:
@@ -73,7 +74,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     say(f"evaluating {checkpoint}")
     model = load_model(folder, verify=False)  # which `find_checkpoint` has just done
     rows = _rows(folder, model, config.model_copy(update={"checkpoint": checkpoint}))
-    if rows.precision == "bf16" and fast_precision("cpu") == "fp32":
+    if rows.device == "cpu" and rows.precision == "bf16" and fast_precision("cpu") == "fp32":
         say(
             "this processor emulates bf16, in which the checkpoint's run computed: a projection takes "
             f"{bf16_slowdown('cpu'):.0f} times as long as in fp32 (--precision fp32 is faster, but gives another loss "
@@ -119,7 +120,18 @@ def _rows(folder: Path, model: GPT, config: EvaluateConfig) -> Rows:
         )
     num_rows = min((num_tokens - 1) // row_tokens, max(1, config.max_tokens // row_tokens))
     document_mask = trained is not None and trained.train.document_mask
-    return Rows(tokens, split, row_tokens, num_rows, config.batch_size, precision, document_mask)
+    device = _device(trained)
+    return Rows(tokens, split, row_tokens, num_rows, config.batch_size, precision, document_mask, device)
+
+
+def _device(trained: RunConfig | None) -> str:
+    """Returns the kind of processor that the run trained on, where this cluster has one."""
+    if trained is None or not trained.scaling.use_gpu:
+        return "cpu"
+    if ray.cluster_resources().get("GPU", 0) >= 1:
+        return "cuda"
+    say("the checkpoint's run trained on GPUs and this cluster has none: CPUs round differently, and are slower")
+    return "cpu"
 
 
 def _training_config(folder: Path, config: EvaluateConfig) -> RunConfig | None:
@@ -165,9 +177,11 @@ def _documents(folder: Path, config: EvaluateConfig) -> tuple[Storage, Split]:
 def _batch_losses(model: GPT, rows: Rows, config: EvaluateConfig) -> list[float]:
     """Returns the summed loss of each batch, in order. A task whose worker dies is run again."""
     num_batches = len(rows.batches)
-    task = ray.remote(_worker_losses).options(num_cpus=config.threads_per_worker, num_returns="streaming")
+    task = ray.remote(_worker_losses).options(
+        num_cpus=config.threads_per_worker, num_gpus=int(rows.device == "cuda"), num_returns="streaming"
+    )
     shared = ray.put(model)  # once, for all workers of a node
-    # Tasks and not actors: where fewer CPUs are free, they run one after another and the result comes all the same.
+    # Tasks and not actors: where fewer CPUs or GPUs are free, they run one after another, with the same result.
     running = [
         task.remote(shared, rows, range(number, num_batches, config.num_workers), config.threads_per_worker)
         for number in range(min(config.num_workers, num_batches))
@@ -195,11 +209,12 @@ def _batch_losses(model: GPT, rows: Rows, config: EvaluateConfig) -> list[float]
 def _worker_losses(model: GPT, rows: Rows, batches: range, num_threads: int) -> Iterator[tuple[int, float]]:
     """Yields the number and the summed loss of each of the worker's batches."""
     torch.set_num_threads(num_threads)
-    stream = rows.open()
+    model, stream = model.to(rows.device), rows.open()
     eot_id = stream.manifest.eot_id if rows.document_mask else None
     for batch in batches:
-        inputs, targets = stream.rows(rows.batches[batch])  # (B, T) each
-        with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=rows.precision == "bf16"):
+        inputs, targets = (part.to(rows.device) for part in stream.rows(rows.batches[batch]))  # (B, T) each
+        is_bf16 = rows.precision == "bf16"
+        with torch.inference_mode(), torch.autocast(rows.device, dtype=torch.bfloat16, enabled=is_bf16):
             yield batch, float(model.loss(inputs, targets, eot_id=eot_id))
 
 

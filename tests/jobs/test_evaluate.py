@@ -11,6 +11,7 @@ from cluster.settings.run import EvaluateConfig
 from cluster.storage.registry import publish
 from cluster.storage.uris import open_storage
 from jobs.evaluate import evaluate, storage_of
+from jobs.run.history import CONFIG_FILE
 from jobs.run.ledger import Ledger
 from jobs.run.run_plan import RunPlan
 from jobs.tokens.token_store import TokenStoreError
@@ -58,6 +59,22 @@ def test_it_equals_the_trainers_validation_for_any_workers(plan: RunPlan, ray_wo
     assert first["tokens"] > 10 * 32
     for other in others:
         assert other | {"tokens_per_s": 0} == first | {"tokens_per_s": 0}
+
+
+def test_a_run_that_trained_on_gpus_is_evaluated_on_cpus_where_there_is_none(
+    plan: RunPlan, ray_workers: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = EvaluateConfig(checkpoint=str(newest_checkpoint(plan)))
+    expected = evaluate(config)
+    assert "GPU" not in capsys.readouterr().err
+    before = plan.run.read_bytes(CONFIG_FILE)
+    plan.run.write_bytes(CONFIG_FILE, before.replace(b"use_gpu: false", b"use_gpu: true"))
+    try:
+        found = evaluate(config)
+    finally:
+        plan.run.write_bytes(CONFIG_FILE, before)
+    assert "this cluster has none" in capsys.readouterr().err
+    assert found | {"tokens_per_s": 0} == expected | {"tokens_per_s": 0}
 
 
 def test_documents_of_ones_own(plan: RunPlan, ray_workers: int, tmp_path: Path) -> None:
