@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # The suite starts hundreds of processes: where this is set, each compiles every module again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-all test-chaos test-live lint format audit bench bench-train bench-data bench-serve pictures clean
+.PHONY: demo test test-all test-chaos test-gpu test-live lint format audit bench bench-train bench-data bench-serve pictures clean
 
 demo: $(INSTALLED)
 	$(BIN)/raymill demo
@@ -35,6 +35,11 @@ test-all: $(CLIENTS_INSTALLED)
 
 test-chaos: $(INSTALLED)
 	$(BIN)/pytest -m chaos tests/chaos tests/jobs
+
+# Where PyTorch finds no GPU each test is skipped and says so. It needs neither Ray nor the network:
+# PYTHONPATH=. pytest -m gpu tests/gpu does the same with a Python that has PyTorch, pydantic, PyYAML, hypothesis and pytest.
+test-gpu: $(INSTALLED)
+	$(BIN)/pytest -m gpu --numprocesses 0 tests/gpu
 
 # On the Kubernetes that RAYMILL_LIVE_KUBECONFIG names, in its own namespace, which is removed at the end.
 test-live: $(INSTALLED)

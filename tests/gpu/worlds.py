@@ -1,0 +1,97 @@
+"""Trains small runs in worlds of 1, 1 again, 2 and 4 ranks that share one device, and prints their hashes.
+
+    python -m tests.gpu.worlds cpu|cuda FOLDER
+
+Each rank is a process with its own context on the device, and runs training's own code. Prints one JSON object: by
+case, a list of (world's size, every rank's hash, losses). Imports neither Ray nor a client of any storage.
+"""
+
+import hashlib
+import json
+import multiprocessing
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from jobs.workers.worker_group import WorkerGroup
+from tests.gpu.made_runs import MadeRun, made_config
+
+WORLDS = [1, 1, 2, 4]
+NUM_STEPS = 3
+
+CASES: dict[str, dict[str, dict[str, Any]]] = {
+    "cpu": {"fp32": {"num_lanes": 5}},
+    "cuda": {
+        "fp32": {"num_lanes": 7},
+        "bf16": {"num_lanes": 8, "precision": "bf16"},
+        "bf16, odd lanes": {"num_lanes": 7, "precision": "bf16"},
+        "bf16, documents": {"num_lanes": 7, "precision": "bf16", "document_mask": True},
+        "bf16, dropout": {"num_lanes": 5, "precision": "bf16", "model": {"dropout": 0.1}},
+        "bf16, untied, sharded": {
+            "num_lanes": 7,
+            "precision": "bf16",
+            "shard_optimizer": True,
+            "model": {"tie_word_embeddings": False},
+        },
+    },
+}
+
+
+def pass_through_the_host() -> None:
+    """Sends a GPU's messages through the host's memory: NCCL refuses two ranks on one card, and gloo sends none from a
+    GPU. All else about the exchange is the product's."""
+    batch, gather = dist.batch_isend_irecv, dist.all_gather
+
+    def staged_batch(messages: list[dist.P2POp]) -> list[dist.Work]:
+        staged = [dist.P2POp(message.op, message.tensor.cpu(), message.peer) for message in messages]
+        for work in batch(staged):
+            work.wait()
+        for message, host in zip(messages, staged, strict=True):
+            if message.op is dist.irecv:
+                message.tensor.copy_(host.tensor)
+        return []
+
+    def staged_gather(rows: list[Tensor], own: Tensor) -> None:
+        staged = [row.cpu() for row in rows]
+        gather(staged, own.cpu())
+        for row, host in zip(rows, staged, strict=True):
+            row.copy_(host)
+
+    dist.batch_isend_irecv, dist.all_gather = staged_batch, staged_gather
+
+
+def run_rank(rank: int, device_type: str, folder: Path) -> dict[str, list[Any]]:
+    torch.set_num_threads(1)
+    device = torch.device(device_type)
+    if device.type == "cuda":
+        pass_through_the_host()
+    found: dict[str, list[Any]] = {name: [] for name in CASES[device.type]}
+    for number, size in enumerate(WORLDS):
+        if rank >= size:
+            continue
+        store = f"file://{folder}/world-{number}"
+        # A rank whose peer has failed ends too, so that the error is seen.
+        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(minutes=1))
+        group = WorkerGroup(rank, size)
+        for name, changes in CASES[device.type].items():
+            run = MadeRun(made_config(device, **changes), device, group)
+            losses = [run.step(step) for step in range(1, NUM_STEPS + 1)]
+            run.close()
+            digest = hashlib.sha256(run.state.values.cpu().numpy().data).hexdigest()
+            found[name].append((size, group.gather(digest), losses))
+        dist.barrier()
+        dist.destroy_process_group()
+    return found
+
+
+if __name__ == "__main__":
+    device_type, folder = sys.argv[1], Path(sys.argv[2])
+    # Forked while this process has no other thread, and before any of them has touched the GPU.
+    with multiprocessing.get_context("fork").Pool(max(WORLDS)) as pool:
+        ranks = pool.starmap(run_rank, [(r, device_type, folder) for r in range(max(WORLDS))], chunksize=1)
+    print(json.dumps(ranks[0]))
