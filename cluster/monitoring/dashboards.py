@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from cluster.monitoring import panels
-from cluster.monitoring.metric_table import METRICS
+from cluster.monitoring.metric_table import metrics
 from cluster.monitoring.panels import Panel
 
 FOLDER_UID, FOLDER_TITLE = "raymill", "raymill"
@@ -64,7 +64,7 @@ def _variable(name: str, metric: str, is_multi: bool = False) -> Json:
         "label": name.capitalize(),
         "type": "query",
         "datasource": _PROMETHEUS,
-        "query": {"query": f"label_values({METRICS[metric].series[0]}, {name})", "refId": name},
+        "query": {"query": f"label_values({metrics()[metric].series[0]}, {name})", "refId": name},
         "refresh": 2,
         "sort": 2,
         **(several if is_multi else {}),

@@ -12,7 +12,7 @@ from typing import Any
 import prometheus_client as prometheus
 from ray.util.metrics import Gauge
 
-from cluster.monitoring.metric_table import Exporter, Kind, Metric, metrics_of
+from cluster.monitoring.metric_table import Exporter, Kind, Metric, metrics
 
 PUBLISH_INTERVAL_S = 2.0  # Ray passes values on every 10 s
 
@@ -24,7 +24,7 @@ class Metrics:
         """`labels` are the exporter's common ones."""
         self.collectors = prometheus.CollectorRegistry()
         self._labels = labels
-        self._metrics = {metric.name: self._make(metric) for metric in metrics_of(exporter)}
+        self._metrics = {name: self._make(metric) for name, metric in metrics().items() if metric.exporter is exporter}
         self._gauges: dict[str, Gauge] = {}
 
     def of(self, name: str, **labels: str) -> Any:

@@ -12,7 +12,7 @@ import ray
 
 from cluster.monitoring.grafana import Annotation, Annotator
 from cluster.monitoring.metric_export import Metrics
-from cluster.monitoring.metric_table import METRICS, Exporter
+from cluster.monitoring.metric_table import Exporter, metrics
 from cluster.output.progress import report_progress, say
 from cluster.output.result_text import counted
 from cluster.settings.run import max_steps
@@ -143,7 +143,7 @@ class _Watcher:
             samples.append(Sample("train_last_snapshot_timestamp_seconds", at_s))
         for sample in samples:
             name = f"raymill_{sample.name}"
-            self._metrics.of(name, **dict.fromkeys(METRICS[name].labels, sample.label)).set(sample.value)
+            self._metrics.of(name, **dict.fromkeys(metrics()[name].labels, sample.label)).set(sample.value)
         self._metrics.publish()
 
     def _annotation(self, line: Line) -> Annotation | None:

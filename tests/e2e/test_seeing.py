@@ -13,10 +13,10 @@ from cluster.endpoint.endpoint import deploy
 from cluster.local.chaos import Chaos, parse_faults
 from cluster.local.local_cluster import LocalCluster, free_port
 from cluster.monitoring.dashboards import Json, documents
-from cluster.monitoring.metric_table import SERIES
 from cluster.settings.run import ClusterConfig, RunConfig
 from cluster.settings.serve import ServeConfig
 from cluster.stages.stage import Connection, connected, run_stage
+from tests.metric_series import SERIES
 from tests.prometheus import Prometheus, needs_prometheus, prometheus
 from tests.time_limits import limit_s
 from tests.waiting import wait_until

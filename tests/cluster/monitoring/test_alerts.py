@@ -7,7 +7,7 @@ import yaml
 
 from cluster.monitoring.dashboards import documents
 from cluster.monitoring.files import files
-from cluster.monitoring.metric_table import SERIES
+from tests.metric_series import SERIES
 from tests.prometheus import needs_prometheus, promtool
 
 RULES = files()["prometheus/rules.yaml"]

@@ -12,9 +12,10 @@ import yaml
 from cluster import cli
 from cluster.monitoring.dashboards import FEW, MUTED, documents
 from cluster.monitoring.files import files
-from cluster.monitoring.metric_table import METRICS, SERIES, TABLE, Exporter
+from cluster.monitoring.metric_table import Exporter, metrics
 from cluster.monitoring.panels import read
 from tests.k8s.manifests import K8S, of_kind, render_folder
+from tests.metric_series import SERIES
 from tests.prometheus import needs_prometheus, prometheus, promtool
 
 MONITORING = K8S / "monitoring"
@@ -38,7 +39,7 @@ def test_panels_read_the_metrics_of_the_table_all_of_them_and_no_others() -> Non
     names = {name for expr in queries() for name in re.findall(r"\bray_\w+", expr)}
     assert names <= SERIES.keys()
     shown = {SERIES[name].name for name in names}
-    assert {metric.name for metric in TABLE} - shown == set()
+    assert shown == metrics().keys()
     with pytest.raises(KeyError):
         read({"title": "Nonsense", "metrics": ["raymill_train_nonsense"]})
 
@@ -84,7 +85,7 @@ def test_metrics_of_runs_are_chosen_by_run() -> None:
     for expr in queries():
         for name, chosen in re.findall(r"\b(ray_\w+)({[^}]*})?", expr):
             assert SERIES[name].exporter is not Exporter.LAUNCHER or 'run="r"' in chosen, expr
-    assert METRICS["vllm:prompt_tokens"].series == ("ray_vllm_prompt_tokens_total",)
+    assert metrics()["vllm:prompt_tokens"].series == ("ray_vllm_prompt_tokens_total",)
 
 
 def test_the_files_in_k8s_are_what_export_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,8 +8,9 @@ import pytest
 import ray
 
 from cluster.monitoring.metric_export import Metrics
-from cluster.monitoring.metric_table import COMMON_LABELS, SERIES, Exporter, Kind, metrics_of
+from cluster.monitoring.metric_table import COMMON_LABELS, Exporter, Kind
 from tests.local_ray import local_ray
+from tests.metric_series import SERIES, metrics_of
 from tests.prometheus import needs_prometheus, prometheus
 from tests.waiting import wait_until
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from cluster.monitoring.metric_export import Metrics
-from cluster.monitoring.metric_table import METRICS, Exporter, metrics_of
+from cluster.monitoring.metric_table import Exporter
 from cluster.settings.run import RunConfig
 from cluster.storage.uris import Storage, open_storage
 from jobs.corpus.progress import DataProgress
@@ -18,6 +18,7 @@ from jobs.watching.run_metrics import RunFigures
 from jobs.watching.tensorboard_files import TensorBoardFiles
 from tests.jobs.runs import tiny_plan
 from tests.jobs.watching.eventful_ledger import EVENTFUL, events_of, start, step
+from tests.metric_series import metrics_of
 
 TOLD_BY_THE_WATCHER = {"raymill_train_running", "raymill_train_last_snapshot_timestamp_seconds"}
 
@@ -106,11 +107,11 @@ def test_figures_agree_with_the_ledgers_other_readers(figures: dict[tuple[str, s
 
 
 def test_every_metric_of_a_launcher_is_exported(figures: dict[tuple[str, str], float]) -> None:
-    metrics = Metrics(Exporter.LAUNCHER, run="r")
+    exporter = Metrics(Exporter.LAUNCHER, run="r")
     for (name, label), value in figures.items():
-        metric = METRICS[f"raymill_{name}"]
+        metric = metrics()[f"raymill_{name}"]
         assert bool(label) == bool(metric.labels) and (not metric.values or label in metric.values)
-        metrics.of(metric.name, **dict.fromkeys(metric.labels, label)).set(value)
+        exporter.of(metric.name, **dict.fromkeys(metric.labels, label)).set(value)
     exported = {f"raymill_{name}" for name, _ in figures}
     assert exported | TOLD_BY_THE_WATCHER == {metric.name for metric in metrics_of(Exporter.LAUNCHER)}
 
