@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from cluster.monitoring.metric_export import Metrics
-from cluster.monitoring.metric_table import Exporter
+from cluster.monitoring.metric_table import Exporter, metrics
 from cluster.settings.run import RunConfig
 from cluster.storage.uris import Storage, open_storage
 from jobs.corpus.progress import DataProgress
