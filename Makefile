@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # The suite starts hundreds of processes: where this is set, each compiles every module again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-all test-chaos test-gpu test-live lint format audit bench bench-train bench-data bench-serve pictures clean
+.PHONY: demo test test-all test-chaos test-gpu test-live lint format audit bench bench-train bench-data bench-serve bench-gpu pictures clean
 
 demo: $(INSTALLED)
 	$(BIN)/raymill demo
@@ -71,6 +71,10 @@ bench-data: $(BENCH_INSTALLED)
 
 bench-serve: $(BENCH_INSTALLED) $(VLLM_INSTALLED)
 	$(BIN)/python -m tests.benchmarks.bench_serve
+
+# With any Python that has PyTorch, pydantic, PyYAML and psutil: python -m tests.benchmarks.bench_gpu
+bench-gpu: $(INSTALLED)
+	$(BIN)/python -m tests.benchmarks.bench_gpu
 
 # The pictures in the READMEs, from the newest demo's run.
 pictures: $(INSTALLED)

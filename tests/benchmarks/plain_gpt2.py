@@ -3,12 +3,15 @@
 B sequences, T tokens of each, C width. Linear layers, SDPA, the whole logits at once, fused AdamW, clipping.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Batch = tuple[Tensor, Tensor]
+"""Inputs and targets (B, T)."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class PlainGPT2(nn.Module):
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Returns the mean cross-entropy of targets (B, T)."""
-        x = self.tokens(inputs) + self.positions(torch.arange(inputs.shape[1]))
+        x = self.tokens(inputs) + self.positions(torch.arange(inputs.shape[1], device=inputs.device))
         for block in self.blocks:
             x = block(x)
         logits = self.head(self.ln_f(x))
@@ -70,25 +73,29 @@ class PlainGPT2(nn.Module):
 
 
 def training_step(
-    model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], *, is_bf16: bool
-) -> Callable[[Tensor, Tensor], float]:
-    """Takes a step of nanoGPT's loop: bf16 autocast or fp32, clipping at 1, fused AdamW. Returns the loss."""
+    model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], *, is_bf16: bool, learning_rate: float = 6e-4
+) -> Callable[[Sequence[Batch]], float]:
+    """Takes a step of nanoGPT's loop over micro-batches of one size: bf16 autocast or fp32, clipping at 1, fused AdamW.
+    Returns the loss."""
     decayed = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
     others = [parameter for parameter in model.parameters() if parameter.dim() < 2]
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
-        lr=6e-4,
+        lr=learning_rate,
         betas=(0.9, 0.95),
         fused=True,
     )
 
-    def step(inputs: Tensor, targets: Tensor) -> float:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_bf16):
-            loss = loss_of(inputs, targets)
-        loss.backward()
+    def step(batches: Sequence[Batch]) -> float:
+        total = 0.0
+        for inputs, targets in batches:
+            with torch.autocast(inputs.device.type, dtype=torch.bfloat16, enabled=is_bf16):
+                loss = loss_of(inputs, targets) / len(batches)
+            loss.backward()
+            total += loss.detach()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return loss.item()
+        return float(total)
 
     return step

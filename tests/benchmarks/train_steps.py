@@ -139,7 +139,7 @@ def _step(cell: Cell, model: nn.Module, loss_of: Callable[..., Tensor], *, is_co
     loss_of = torch.compile(loss_of, dynamic=False) if is_compiled else loss_of
     step = training_step(model, loss_of, is_bf16=cell.precision == "bf16")
     pairs = [(batch[:, :-1].contiguous(), batch[:, 1:].contiguous()) for batch in cell.batches()]
-    return lambda number: step(*pairs[number % len(pairs)])
+    return lambda number: step([pairs[number % len(pairs)]])
 
 
 PEERS: dict[str, Callable[[Cell], Step]] = {

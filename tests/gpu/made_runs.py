@@ -4,8 +4,8 @@ It imports neither Ray nor a client of any storage, as what it is used by must r
 """
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -82,12 +82,21 @@ class MadeRows:
 class MadeRun:
     """One rank's part of a run on a device."""
 
-    def __init__(self, config: RunConfig, device: torch.device, group: WorkerGroup | None = None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        device: torch.device,
+        group: WorkerGroup | None = None,
+        *,
+        draw: Callable[[GPT], None] | None = None,
+    ) -> None:
+        """`draw` sets the weights on the device; without it they are those of a real run, drawn on the host."""
         self.config, self.device, self.group = config, device, group or WorkerGroup(0, 1)
         self.rows = MadeRows.of(config)
         self.eot_id = EOT_ID if config.train.document_mask else None
-        model = GPT(config.model)
-        model.init_weights(config.train.seed)
+        with device if draw else nullcontext():
+            model = GPT(config.model)
+        draw(model) if draw else model.init_weights(config.train.seed)
         self.state = TrainState(model.train(), config.train, device=device, group=self.group)
         rows: Any = self.rows
         self.gradient = BatchGradient(config, self.state, rows, self.group, eot_id=self.eot_id)
