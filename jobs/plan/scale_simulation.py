@@ -21,8 +21,7 @@ from jobs.plan.formulas import (
     mean_time_between_failures_s,
 )
 from jobs.plan.memory import layout_of
-from jobs.plan.table import size
-from jobs.run.history import duration
+from jobs.plan.table import Figures, template
 from jobs.snapshots.choice import interval
 from jobs.tokens.token_store import token_dtype
 from model.config import flops_per_token
@@ -153,59 +152,25 @@ def simulate(config: RunConfig, options: PlanConfig) -> dict[str, Any]:
     return {"scales": rows, "limits": limits}
 
 
-_TABLES: tuple[dict[str, Callable[[Row], str]], ...] = (
-    {
-        "GPUs": lambda row: f"{row['num_gpus']:,}",
-        "lanes each": lambda row: f"{row['lanes_per_gpu']:g}",
-        "computing": lambda row: seconds(row["compute_s"]),
-        "exchange": lambda row: seconds(row["exchange_s"]),
-        "not hidden": lambda row: seconds(row["exposed_s"]),
-        "step": lambda row: seconds(row["step_s"]),
-        "efficiency": lambda row: f"{row['efficiency']:.0%}",
-    },
-    {
-        "GPUs": lambda row: f"{row['num_gpus']:,}",
-        "failure every": lambda row: f"{row['mtbf_s'] / 3600:,.4g} h",
-        "snapshot": lambda row: seconds(row["snapshot_s"]),
-        "one every": lambda row: f"{row['snapshot_every']} steps",
-        "checkpoint waits": lambda row: seconds(row["checkpoint_wait_s"]),
-        "stored in": lambda row: seconds(row["checkpoint_store_s"]),
-        "every": lambda row: duration(row["checkpoint_every_s"]),
-        "goodput": lambda row: f"{row['goodput']:.2%}",
-        "without snapshots": lambda row: f"{row['goodput_elastic']:.2%}",
-        "and waiting": lambda row: f"{row['goodput_waiting']:.2%}",
-    },
-    {
-        "GPUs": lambda row: f"{row['num_gpus']:,}",
-        "token ids read": lambda row: size(row["read_bytes_per_s"], "/s"),
-        "text for tokenizing": lambda row: size(row["text_bytes_per_s"], "/s"),
-        "health answers": lambda row: f"{row['health_calls_per_s']:,.0f}/s",
-        "messages a step": lambda row: f"{row['messages']:,}",
-    },
-)
-"""The columns of the tables over the numbers of GPUs."""
-
-
 def scale_table(found: Row) -> str:
-    """Formats three tables over the numbers of GPUs, and where each part saturates."""
-    parts = [
-        _table(list(columns), [[of(row) for of in columns.values()] for row in found["scales"]]) for columns in _TABLES
+    """Formats the tables of `scales.txt` over the numbers of GPUs, and where each part saturates."""
+    tables = [table.splitlines() for table in template("scales.txt").split("\n\n")]
+    lines = [
+        [heads, *(Figures().format(row, **scale, mtbf_h=scale["mtbf_s"] / 3600) for scale in found["scales"])]
+        for heads, row in tables
     ]
-    bounds = [
-        [limit["part"], f"{num:,} GPUs" if (num := limit["num_gpus"]) else "not here", limit["sign"], limit["then"]]
-        for limit in found["limits"]
-    ]
-    return "\n\n".join([*parts, _table(["part", "saturates at", "when", "what then"], bounds)])
+    bounds = ["| part | saturates at | when | what then |"]
+    for limit in found["limits"]:
+        place = f"{num:,} GPUs" if (num := limit["num_gpus"]) else "not here"
+        bounds.append(f"| {limit['part']} | {place} | {limit['sign']} | {limit['then']} |")
+    return "\n\n".join(map(_aligned, [*lines, bounds]))
 
 
-def seconds(value: float) -> str:
-    """Formats a time as `12 ms`."""
-    return f"{value:,.3g} s" if value >= 1 else f"{1000 * value:,.3g} ms"
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[column]) for row in [heads, *rows]) for column in range(len(heads))]
-    lines = [heads, ["-" * width for width in widths], *rows]
+def _aligned(lines: Sequence[str]) -> str:
+    """Returns the lines of a table with columns of one width, and a rule below the first line."""
+    heads, *rows = [line.strip("| ").split(" | ") for line in lines]
+    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
     return "\n".join(
-        f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))} |" for line in lines
+        f"| {' | '.join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))} |"
+        for cells in (heads, ["-" * width for width in widths], *rows)
     )

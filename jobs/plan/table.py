@@ -32,8 +32,8 @@ _PARTS = {
 
 def table(plan: Mapping[str, Any], options: PlanConfig) -> str:
     warned = [_wrapped(f"warning: {text}", further=" " * 9) for text in plan["warnings"]]
-    figures = _Figures().format(
-        Path(__file__).with_name("plan.txt").read_text(encoding="utf-8").rstrip("\n"),
+    figures = Figures().format(
+        template("plan.txt"),
         tflops=plan["flops_per_s_per_gpu"] / 1e12,
         wall_s=plan["days"] * 86_400,
         gpu_memory=_memory(plan["memory_bytes"], plan["memory_bytes_sharded"], plan["gpu_memory_bytes"]),
@@ -45,8 +45,12 @@ def table(plan: Mapping[str, Any], options: PlanConfig) -> str:
     return "\n\n".join(filter(None, sections))
 
 
-class _Figures(string.Formatter):
-    """Formats values as bytes (`:size`) and as times (`:time`) too."""
+def template(name: str) -> str:
+    return Path(__file__).with_name(name).read_text(encoding="utf-8").rstrip("\n")
+
+
+class Figures(string.Formatter):
+    """Formats values as bytes (`:size`) and as long (`:time`) and short times (`:seconds`) too."""
 
     def format_field(self, value: Any, format_spec: str) -> str:
         match format_spec:
@@ -54,6 +58,8 @@ class _Figures(string.Formatter):
                 return size(value)
             case "time":
                 return duration(value)
+            case "seconds":
+                return f"{value:,.3g} s" if value >= 1 else f"{1000 * value:,.3g} ms"
         return format(value, format_spec)
 
 
