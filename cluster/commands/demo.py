@@ -47,24 +47,9 @@ def ask(endpoint: Endpoint, prompt: str) -> dict[str, Any]:
 
 def _print_figures(result: dict[str, Any]) -> None:
     """Prints what was done, in numbers."""
-    dropped = ", ".join(f"{count} {reason}" for reason, count in result["dropped"].items() if count) or "none"
-    facts = {
-        "corpus": result["corpus"],
-        "documents": f"{result['documents']} kept; dropped: {dropped}",
-        "tokens": f"{result['tokens']:,} from {result['bytes']:,} bytes of text",
-        "training": f"{result['step']} steps, {result['tokens_seen']:,} tokens, {result['tokens_per_s']:,.0f} tokens/s "
-        f"in {result['precision']}",
-        "workers": f"{' -> '.join(map(str, result['world_sizes']))} (a node killed, later one added)",
-        "lost": f"{result['lost_steps']} steps in {result['restarts']} restarts, {result['recovery_s']:.1f} s at most",
-        "training loss": f"{result['first_loss']:.3f} -> {result['train_loss']:.3f} nats per token",
-        "validation": f"{result['val_loss']:.3f} nats per token, {result['val_bits_per_byte']:.3f} bits per byte",
-        "report": result["html"],
-        "checkpoint": result["checkpoint"],
-        "whole demo": f"{result['wall_s']:.0f} s",
-    }
-    say("")
-    for name, value in facts.items():
-        say(f"{name:>17}  {value}")
+    facts = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8").rstrip("\n")
+    reasons = ", ".join(f"{count} {reason}" for reason, count in result["dropped"].items() if count) or "none"
+    say(facts.format(**result, reasons=reasons, workers=" -> ".join(map(str, result["world_sizes"]))))
     for completion in result["completions"]:
         say(f"\n{completion['prompt']}|{completion['text']}")
         say(f"   first token after {completion['ttft_s'] * 1e3:.0f} ms, all after {completion['total_s'] * 1e3:.0f} ms")
