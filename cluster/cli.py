@@ -9,9 +9,10 @@ import json
 import signal
 import sys
 from collections.abc import Sequence
+from pkgutil import resolve_name
 from typing import Any
 
-from cluster.commands.table import add_argument, imported, table
+from cluster.commands.table import add_argument, table
 from cluster.output.result_text import lines, printable
 from cluster.settings.code_folders import code_version, version
 from cluster.settings.parser import ConfigError, Parser
@@ -26,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = command_parser(words).parse_args(words)
         arguments.words, arguments.next = words, ""
         arguments.show = lambda result: _show(result, as_json=arguments.json)
-        result = imported(f"cluster.commands.{arguments.run}")(arguments)
+        result = resolve_name(f"cluster.commands.{arguments.run}")(arguments)
     except BadResultError as bad:
         arguments.show(bad.result)
         return 1

@@ -6,8 +6,8 @@ Functions and settings are named there, not imported: a command line imports onl
 import argparse
 import tomllib
 from functools import cache
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from cluster.storage.uris import absolute_uri
@@ -30,15 +30,9 @@ def add_argument(place: argparse._ActionsContainer, declared: str | dict[str, An
         for argument in arguments:
             add_argument(group, argument)
     elif "settings" in options:
-        tree = imported(options.pop("settings"))
-        imported("cluster.settings.flags:add_config_arguments")(place, tree, **options)
+        tree = resolve_name(options.pop("settings"))
+        resolve_name("cluster.settings.flags:add_config_arguments")(place, tree, **options)
     else:
         if "type" in options:
             options["type"] = _TYPES[options["type"]]
         place.add_argument(*options.pop("name").split(), **options)
-
-
-def imported(reference: str) -> Any:
-    """Returns what `module:name` names."""
-    module, _, name = reference.partition(":")
-    return getattr(import_module(module), name)
