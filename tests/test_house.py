@@ -114,19 +114,6 @@ def test_an_init_holds_a_docstring_and_nothing_else() -> None:
         assert ast.get_docstring(tree) and len(tree.body) == 1, path
 
 
-def test_a_wheel_has_every_file_beside_the_code() -> None:
-    declared = PYPROJECT["tool"]["setuptools"]["package-data"]
-    packed = {
-        file
-        for package, patterns in declared.items()
-        for pattern in patterns
-        for file in (REPOSITORY / package.replace(".", "/")).glob(pattern)
-    }
-    beside = [path for folder in CODE_FOLDERS for path in (REPOSITORY / folder).rglob("*.*") if path.is_file()]
-    needed = {path for path in beside if path.suffix not in (".py", ".pyc", ".md", ".png", ".svg")}
-    assert len(needed) > 20 and needed - packed == set()
-
-
 def test_no_test_file_imports_another_one() -> None:
     files = list((REPOSITORY / "tests").rglob("*.py"))
     assert len(files) > 200
