@@ -6,32 +6,72 @@ Parameters have the names and the layout of Hugging Face's GPT2LMHeadModel, so t
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.autograd_ops import affine, cross_entropy, embed
 from model.config import GPTConfig
 from model.kv_cache import Cache, Window
-from model.shapes import CHUNK_TOKENS
+from model.operations import PLAIN, Operations
+from model.shapes import CHUNK_TOKENS, GPU_CHUNK_TOKENS
 
 
-def document_mask(token_ids: Tensor, *, eot_id: int) -> tuple[Tensor, Tensor]:
-    """Returns positions (B, T) for token_ids (B, T), which restart at 0 at each end-of-text token, and the attention
-    mask (B, 1, T, T), true where a token sees another: in its own document, up to itself.
+class Documents(NamedTuple):
+    """The documents in rows of tokens, for attention without a mask: B x T tokens end to end are so many sequences."""
+
+    starts: Tensor  # (documents + 1,), int32: where each begins, and the end; the last may be empty
+    longest: int  # tokens, at most
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Returns what each token sees of its own document, up to itself; all are (B, T, H, D). CUDA, fp16 or bf16."""
+        from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415 (takes seconds, which a CPU need not wait)
+
+        q_flat, k_flat, v_flat = (part.flatten(0, 1) for part in (q, k, v))  # (B x T, H, D)
+        lengths = (self.starts, self.starts, self.longest, self.longest)
+        y = varlen_attn(q_flat, k_flat, v_flat, *lengths, window_size=(-1, 0))  # causal
+        assert isinstance(y, Tensor)
+        return y.view(q.shape)
+
+
+Mask = Tensor | Documents | None
+"""What a token may see of its row: where a mask (B, 1, T, T) is true, its own document, or, without one, all before it.
+"""
+
+
+def document_positions(token_ids: Tensor, *, eot_id: int) -> Tensor:
+    """Returns positions (B, T) for token_ids (B, T), which restart at 0 at each end-of-text token.
 
     An end-of-text token is the last target of its document and the first input of the next one: a document's first
     token is predicted from it alone, as in text generated without a prompt. A row may start in a document's middle.
     """
     places = torch.arange(token_ids.shape[1], device=token_ids.device)  # (T,)
-    starts = torch.where(token_ids == eot_id, places, 0).cummax(dim=1).values  # (B, T), where its document starts
+    return places - torch.where(token_ids == eot_id, places, 0).cummax(dim=1).values
+
+
+def document_mask(positions: Tensor) -> Tensor:
+    """Returns the attention mask (B, 1, T, T) of documents at `positions` (B, T), true where a token sees another."""
+    places = torch.arange(positions.shape[1], device=positions.device)  # (T,)
+    starts = places - positions
     same = starts[:, :, None] == starts[:, None, :]  # (B, T, T)
-    return places - starts, (same & (places <= places[:, None]))[:, None]
+    return (same & (places <= places[:, None]))[:, None]
+
+
+def packed_documents(positions: Tensor) -> Documents:
+    """Returns the documents at `positions` (B, T), on a CPU, as the number of documents decides a shape. Empty ones
+    make that a power of two, so that a compiled model meets few shapes."""
+    begins = (positions == 0).flatten().nonzero().flatten()
+    size = max(64, 1 << (len(begins) - 1).bit_length())
+    starts = torch.full((size + 1,), positions.numel(), dtype=torch.int32)
+    starts[: len(begins)] = begins
+    return Documents(starts, positions.shape[1])
 
 
 class Projection(nn.Module):
     """An affine map whose weight is stored (in, out), GPT-2's own layout (`Conv1D` in Hugging Face)."""
+
+    ops: Operations = PLAIN
 
     def __init__(self, num_in: int, num_out: int) -> None:
         super().__init__()
@@ -39,7 +79,7 @@ class Projection(nn.Module):
         self.bias = nn.Parameter(torch.empty(num_out))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = affine(x.reshape(-1, x.shape[-1]), self.weight, self.bias)  # (N, out)
+        y = self.ops.affine(x.reshape(-1, x.shape[-1]), self.weight, self.bias)  # (N, out)
         return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -52,21 +92,22 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = Projection(config.n_embd, 3 * config.n_embd)
         self.c_proj = Projection(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, window: Window | None, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, window: Window | None, mask: Mask) -> Tensor:
         B, T, C = x.shape  # noqa: N806
-        q, k, v = (
-            part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, H, T, D)
-            for part in self.c_attn(x).split(C, dim=2)
-        )
-        # Scores are scaled by 1 / sqrt(D).
+        q, k, v = (part.view(B, T, self.n_head, C // self.n_head) for part in self.c_attn(x).split(C, dim=2))
+        y = self._attend(q, k, v, window, mask)  # (B, T, H, D)
+        return F.dropout(self.c_proj(y.reshape(B, T, C)), self.dropout, self.training)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, window: Window | None, mask: Mask) -> Tensor:
+        """Scores are scaled by 1 / sqrt(D)."""
+        if isinstance(mask, Documents):
+            return mask.attend(q, k, v)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, H, T, D)
         if window is not None:
-            y = window.attend(self.layer, q, k, v)  # (B, H, T, D)
-        else:
-            y = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0, is_causal=mask is None
-            )  # (B, H, T, D)
-        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
-        return F.dropout(y, self.dropout, self.training)
+            return window.attend(self.layer, q, k, v).transpose(1, 2)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
+        return y.transpose(1, 2)
 
 
 class MLP(nn.Module):
@@ -97,7 +138,7 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, window: Window | None, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, window: Window | None, mask: Mask) -> Tensor:
         x = x + self.attn(self.ln_1(x), window, mask)
         return x + self.mlp(self.ln_2(x))
 
@@ -108,6 +149,8 @@ def embedding(num_rows: int, width: int) -> nn.Embedding:
 
 
 class Transformer(nn.Module):
+    ops: Operations = PLAIN
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.dropout = config.dropout
@@ -117,16 +160,18 @@ class Transformer(nn.Module):
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
 
-    def forward(self, token_ids: Tensor, positions: Tensor, window: Window | None, mask: Tensor | None) -> Tensor:
-        x = embed(token_ids, self.wte.weight, adds=self.is_tied) + embed(positions, self.wpe.weight, adds=False)
-        x = F.dropout(x, self.dropout, self.training)
+    def forward(self, token_ids: Tensor, positions: Tensor, window: Window | None, mask: Mask) -> Tensor:
+        tokens = self.ops.embed(token_ids, self.wte.weight, shared=self.is_tied)
+        x = F.dropout(tokens + self.ops.embed(positions, self.wpe.weight, shared=False), self.dropout, self.training)
         for block in self.h:
-            x = block(x, window, mask)
+            x = self.ops.block(block, x, mask) if window is None else block(x, window, mask)
         return self.ln_f(x)
 
 
 class GPT(nn.Module):
     """The decoder. Its weights are uninitialized memory until `init_weights` or `load_state_dict`."""
+
+    ops: Operations = PLAIN
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -162,13 +207,13 @@ class GPT(nn.Module):
         *,
         kv_cache: Cache | None = None,
         positions: Tensor | None = None,
-        mask: Tensor | None = None,
+        mask: Mask = None,
     ) -> Tensor:
         """Returns hidden states (B, T, C) after the final LayerNorm, from token_ids (B, T).
 
-        Without a cache each row attends to itself, causally or where `mask` (B, 1, T, T) is true; `positions` then
-        defaults to 0 … T-1. With a cache, the keys and values of the tokens are written at `positions` (B, T), and
-        each token attends to all positions of its sequence up to its own.
+        Without a cache each row attends to itself, causally or as `mask` says; `positions` then defaults to 0 … T-1.
+        With a cache, the keys and values of the tokens are written at `positions` (B, T), and each token attends to all
+        positions of its sequence up to its own.
         """
         if positions is None:
             positions = torch.arange(token_ids.shape[1], device=token_ids.device).expand_as(token_ids)
@@ -188,14 +233,12 @@ class GPT(nn.Module):
 
         With `eot_id` the documents in a row see nothing of each other.
         """
-        return self.loss_of(self.hidden(token_ids, eot_id=eot_id), targets)
-
-    def hidden(self, token_ids: Tensor, *, eot_id: int | None = None) -> Tensor:
-        """Returns the first half of `loss`, hidden states (B, T, C)."""
-        positions, mask = (None, None) if eot_id is None else document_mask(token_ids, eot_id=eot_id)
-        return self.forward(token_ids, positions=positions, mask=mask)
+        positions = None if eot_id is None else document_positions(token_ids, eot_id=eot_id)
+        mask = None if positions is None else document_mask(positions)
+        return self.loss_of(self.forward(token_ids, positions=positions, mask=mask), targets)
 
     def loss_of(self, hidden: Tensor, targets: Tensor, *, scale: float = 1.0) -> Tensor:
-        """Returns the second half of `loss`, times `scale`, from hidden (B, T, C) and targets (B, T)."""
+        """Returns `scale` times the loss of targets (B, T) from hidden (B, T, C), what `forward` returns."""
         rows, labels = hidden.flatten(0, 1), targets.flatten()  # (N, C), (N,)
-        return cross_entropy(rows, self.head_weight, labels, scale=scale, chunk_tokens=CHUNK_TOKENS)
+        size = GPU_CHUNK_TOKENS if hidden.is_cuda else CHUNK_TOKENS
+        return self.ops.cross_entropy(rows, self.head_weight, labels, scale=scale, chunk_tokens=size)

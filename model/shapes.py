@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from model.config import GPTConfig, num_parameters
 
 CHUNK_TOKENS = 1024
-"""How many tokens' logits are computed together."""
+"""How many tokens' logits a CPU computes together."""
+
+GPU_CHUNK_TOKENS = 8192
+"""And a GPU: more of them make fewer sums of the head's gradient, each a pass over it."""
 
 # The dimensions of each parameter of a block, in the order of `GPT.named_parameters`; a projection's weight is
 # (in, out), as GPT-2 stores it.

@@ -37,10 +37,10 @@ def in_small(config: RunConfig, *, faults: Sequence[Fault] = ()) -> tuple[RunCon
     Raises `ConfigError` if a single lane would take too long to be measured in a minute."""
     scaling, train = config.scaling, config.train
     rate = _FLOPS_PER_S["gpu"] if scaling.use_gpu else _FLOPS_PER_S["cpu"] * scaling.threads_per_worker
-    lane_s = flops_per_token(config.model, seq_len(config)) * train.micro_batch_size * seq_len(config) / rate
+    lane_s = flops_per_token(config.model, seq_len(config)) * train.lane_size * seq_len(config) / rate
     if lane_s > _MAX_LANE_S:
         raise ConfigError(
-            f"a lane of {train.micro_batch_size} x {seq_len(config)} tokens may take {lane_s:,.0f} s here, too long "
+            f"a lane of {train.lane_size} x {seq_len(config)} tokens may take {lane_s:,.0f} s here, too long "
             "for a rehearsal; calibrate on the hardware that the run is for, or with a smaller "
             "--train.micro-batch-size or model"
         )
@@ -54,10 +54,10 @@ def in_small(config: RunConfig, *, faults: Sequence[Fault] = ()) -> tuple[RunCon
         raise ConfigError(f"a run of {steps} steps is too short for a rehearsal of its faults")
     small = train.model_copy(
         update={
-            "global_batch_size": lanes * train.micro_batch_size,
+            "global_batch_size": lanes * train.lane_size,
             "batch_ramp_tokens": 0,
             "batch_ramp_start": None,
-            "max_tokens": steps * lanes * train.micro_batch_size * seq_len(config),
+            "max_tokens": steps * lanes * train.lane_size * seq_len(config),
             "warmup_tokens": None,
             "decay_tokens": None,
             "cooldown_tokens": None,

@@ -1,8 +1,8 @@
 """The samples and tokens of each step of a run, even while the batch grows: pure arithmetic.
 
-A batch is a whole number of lanes (micro-batches). It grows linearly with the tokens seen, as GPT-3's did (Brown et
-al., 2020, section 2.3). A stage is a row of steps with equally many lanes, so a run has at most one stage for each
-number of lanes. Steps count from 1, samples from 0.
+A batch is a whole number of lanes, of `lane_size` samples each. It grows linearly with the tokens seen, as GPT-3's did
+(Brown et al., 2020, section 2.3). A stage is a row of steps with equally many lanes, so a run has at most one stage for
+each number of lanes. Steps count from 1, samples from 0.
 """
 
 from bisect import bisect_right
@@ -24,7 +24,7 @@ class BatchSchedule:
     """The lanes of every step: `start_lanes` in the first, `full_lanes` once `ramp_tokens` were seen."""
 
     seq_len: int
-    micro_batch_size: int
+    lane_size: int
     full_lanes: int
     max_tokens: int
     start_lanes: int
@@ -32,7 +32,7 @@ class BatchSchedule:
 
     @property
     def lane_tokens(self) -> int:
-        return self.micro_batch_size * self.seq_len
+        return self.lane_size * self.seq_len
 
     @property
     def max_steps(self) -> int:
@@ -54,7 +54,7 @@ class BatchSchedule:
         """Returns global indices of the step's samples, which begin where the previous step's end."""
         stage = self._stage(step)
         first = stage.lanes_before + (step - stage.first_step) * stage.num_lanes
-        return range(first * self.micro_batch_size, (first + stage.num_lanes) * self.micro_batch_size)
+        return range(first * self.lane_size, (first + stage.num_lanes) * self.lane_size)
 
     def samples_of(self, first: int, last: int) -> range:
         """Returns the samples of the steps from `first` to `last`."""

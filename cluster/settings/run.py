@@ -48,6 +48,9 @@ def setting(default: Any, about: str, **bounds: Any) -> Any:
 TOKENS = "tokens://"
 """Prefix in `data.source` of a finished token store's location, whose shards are used as they are."""
 
+Compute = Literal["plain", "compiled", "cpu"]
+"""Ways to compute a training step."""
+
 QualityRule = Literal["word_count", "word_length", "symbol_ratio", "line_marks", "alphabetic_words", "stop_words"]
 """Names of `data.quality_rules`."""
 
@@ -118,7 +121,12 @@ class TrainConfig(Settings):
 
     max_tokens: PositiveInt = setting(10_000_000, "tokens to train on; never exceeded")
     global_batch_size: PositiveInt = setting(64, "sequences per optimizer step, over all workers")
-    micro_batch_size: PositiveInt = setting(8, "sequences per lane; divides global_batch_size")
+    micro_batch_size: PositiveInt = setting(8, "sequences computed together")
+    micro_batches_per_lane: PositiveInt = setting(
+        1,
+        "micro-batches that are added up in order before the exact sum takes them, as one lane: more need less memory "
+        "and pass less often over the gradient; they are part of the bits. A lane's size divides global_batch_size",
+    )
     batch_ramp_tokens: NonNegativeInt = setting(
         0, "tokens over which the batch grows linearly to global_batch_size; 0: full from the start"
     )
@@ -144,6 +152,14 @@ class TrainConfig(Settings):
         "auto",
         "compute precision; bf16 is autocast over fp32 master weights; auto: bf16 where the workers' "
         "processor computes it at speed when the run first starts, else fp32, and the same for the rest of the run",
+    )
+    compute: Literal["auto", Compute] = setting(
+        "auto",
+        "operations of the model: PyTorch's own (plain), these in fused kernels (compiled), or some with gradients "
+        "written for CPUs (cpu); auto: compiled on GPUs, else cpu",
+    )
+    recompute: bool = setting(
+        False, "keep each block's input alone for backward, which computes the rest again: less memory, the same bits"
     )
     exact: bool = setting(True, "the same bits for any number of workers; false is stock DistributedDataParallel")
     shard_optimizer: bool = setting(False, "each worker keeps AdamW's moments of its own part of the weights (ZeRO-1)")
@@ -180,14 +196,25 @@ class TrainConfig(Settings):
             )
         return self
 
+    @property
+    def lane_size(self) -> int:
+        """Sequences of a lane, the unit of the exact sum."""
+        return self.micro_batch_size * self.micro_batches_per_lane
+
+    @property
+    def lane_in_words(self) -> str:
+        lane = f"train.micro_batch_size={self.micro_batch_size}"
+        several = self.micro_batches_per_lane > 1
+        return f"{lane} times train.micro_batches_per_lane={self.micro_batches_per_lane}" if several else lane
+
     @model_validator(mode="after")
     def _ramp_fits(self) -> Self:
-        start, micro = self.batch_ramp_start, self.micro_batch_size
+        start, lane = self.batch_ramp_start, self.lane_size
         if (start is None) != (self.batch_ramp_tokens == 0):
             raise ValueError("train.batch_ramp_tokens and train.batch_ramp_start belong together; set both, or neither")
-        if start is not None and (start % micro or start >= self.global_batch_size):
+        if start is not None and (start % lane or start >= self.global_batch_size):
             raise ValueError(
-                f"train.batch_ramp_start={start} has to be a multiple of train.micro_batch_size={micro}, less than "
+                f"train.batch_ramp_start={start} has to be a multiple of {self.lane_in_words}, less than "
                 f"train.global_batch_size={self.global_batch_size}"
             )
         return self
@@ -278,16 +305,15 @@ class RunConfig(Settings):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         train = self.train
-        if train.global_batch_size % train.micro_batch_size:
-            raise ValueError(
-                f"train.micro_batch_size={train.micro_batch_size} does not divide "
-                f"train.global_batch_size={train.global_batch_size}"
-            )
+        if train.global_batch_size % train.lane_size:
+            raise ValueError(f"{train.lane_in_words} does not divide train.global_batch_size={train.global_batch_size}")
+        if train.compute == "cpu" and self.scaling.use_gpu:
+            raise ValueError("train.compute=cpu is for CPUs, and scaling.use_gpu is set; leave out one of them")
         schedule, batch = batch_schedule(self), "batch_ramp_start" if train.batch_ramp_start else "global_batch_size"
         if schedule.num_lanes(1) < self.scaling.max_workers:
             raise ValueError(
                 f"scaling.max_workers={self.scaling.max_workers} exceeds the {schedule.num_lanes(1)} lanes of a step "
-                f"(train.{batch} / train.micro_batch_size): a worker would have nothing to do"
+                f"(train.{batch} / {train.lane_in_words}): a worker would have nothing to do"
             )
         if seq_len(self) > self.model.n_positions:
             raise ValueError(f"train.seq_len={seq_len(self)} exceeds model.n_positions={self.model.n_positions}")
@@ -319,15 +345,22 @@ def with_precision(config: RunConfig, precision: Precision) -> RunConfig:
     return config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
 
 
+def way_to_compute(config: RunConfig) -> Compute:
+    """Returns `train.compute`, with `auto` settled by the workers' device."""
+    if config.train.compute == "auto":
+        return "compiled" if config.scaling.use_gpu else "cpu"
+    return config.train.compute
+
+
 def batch_schedule(config: RunConfig) -> BatchSchedule:
     """Returns the lanes, samples and tokens of every step."""
     train = config.train
     return BatchSchedule(
         seq_len=seq_len(config),
-        micro_batch_size=train.micro_batch_size,
-        full_lanes=train.global_batch_size // train.micro_batch_size,
+        lane_size=train.lane_size,
+        full_lanes=train.global_batch_size // train.lane_size,
         max_tokens=train.max_tokens,
-        start_lanes=(train.batch_ramp_start or train.global_batch_size) // train.micro_batch_size,
+        start_lanes=(train.batch_ramp_start or train.global_batch_size) // train.lane_size,
         ramp_tokens=train.batch_ramp_tokens,
     )
 

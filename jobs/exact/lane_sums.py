@@ -1,8 +1,8 @@
 """Sums a rank's lanes along the tree as backward brings their gradients, parameter by parameter.
 
 A hook of autograd stores each parameter's gradient in a flat buffer, or adds it there, at once, unless backward has
-written it there itself: nothing is zeroed or cloned between lanes. In the last lane, a bucket whose parameters are all
-done is final.
+written it there itself: nothing is zeroed or cloned between lanes. A lane of several micro-batches adds them up in
+order first. In the last lane, a bucket whose parameters are all done is final.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,16 +13,28 @@ from torch import Tensor, nn
 
 from jobs.exact.exact_reduce import LaneStep
 from jobs.exact.flat_layout import FlatLayout, shared
-from model.training_memory import Places, Scratch, gradient_sinks, large_zeros, lent, scratch_memory
+from model.cpu_ops.loans import Scratch, gradient_sinks, lent, scratch_memory
+from model.training_memory import large_zeros
 
 
 class LaneSums:
-    """Sums into `buffers`, flat buffers (P,) each; calls `on_final` with each bucket, in order, when it is final."""
+    """Sums into `buffers`, flat buffers (P,) each; calls `on_final` with each bucket, in order, when it is final.
+
+    A lane has `num_micro_batches` backward passes. With `lends` the first of them is lent the buffers as sinks, which
+    `model.cpu_ops` writes gradients to.
+    """
 
     def __init__(
-        self, model: nn.Module, layout: FlatLayout, buffers: list[Tensor], *, on_final: Callable[[int], None]
+        self,
+        model: nn.Module,
+        layout: FlatLayout,
+        buffers: list[Tensor],
+        *,
+        num_micro_batches: int,
+        lends: bool,
+        on_final: Callable[[int], None],
     ) -> None:
-        self._on_final = on_final
+        self._num_micro_batches, self._lends, self._on_final = num_micro_batches, lends, on_final
         self._parameters = dict(model.named_parameters())
         in_buckets = [[name for name, place in layout.places.items() if shared(b, place)] for b in layout.buckets]
         self._num_in_bucket = [len(names) for names in in_buckets]
@@ -32,6 +44,8 @@ class LaneSums:
             for name, parameter in self._parameters.items()
         }
         self._step: LaneStep | None = None
+        self._num_passes: dict[str, int] = {}
+        self._sinks: dict[nn.Parameter, Tensor] = {}
         self._largest = max(self._parameters.values(), key=nn.Parameter.numel)
         self._second: Tensor | None = None
         self._scratch = Scratch()
@@ -41,14 +55,16 @@ class LaneSums:
     @contextmanager
     def lane(self, step: LaneStep, *, is_last: bool) -> Iterator[None]:
         """Lasts for the forward and backward passes of one lane."""
+        self._num_passes = dict.fromkeys(self._parameters, 0)
         for parameter in self._parameters.values():
             parameter.grad = None
         self._step, self._is_last, self._num_taken = step, is_last, 0
         self._unfinished, self._next_bucket = [*self._num_in_bucket], 0
         if is_last:
             self._report_final()
+        self._sinks = self._sinks_of(step) if self._lends else {}
         try:
-            with lent(gradient_sinks, self._sinks(step)), lent(scratch_memory, self._scratch):
+            with lent(gradient_sinks, self._sinks), lent(scratch_memory, self._scratch):
                 yield
         finally:
             self._step = None
@@ -56,7 +72,7 @@ class LaneSums:
                 parameter.grad = self._views[name][0]
         assert self._num_taken == len(self._parameters), "a parameter got no gradient"
 
-    def _sinks(self, step: LaneStep) -> Places:
+    def _sinks_of(self, step: LaneStep) -> dict[nn.Parameter, Tensor]:
         if not step.adds:
             return {parameter: self._views[name][step.buffer] for name, parameter in self._parameters.items()}
         # A tied embedding without a sink has two whole gradients, which autograd adds.
@@ -68,6 +84,10 @@ class LaneSums:
     def _take(self, name: str, parameter: nn.Parameter) -> None:
         if self._step is None:
             return
+        self._sinks.pop(parameter, None)  # the next micro-batch would write over it
+        self._num_passes[name] += 1
+        if self._num_passes[name] < self._num_micro_batches:
+            return  # autograd adds the next one to this parameter's gradient
         gradient, views, buffer = parameter.grad, self._views[name], self._step.buffer
         assert gradient is not None
         if self._step.adds:

@@ -114,9 +114,10 @@ def _permuted(places: Indices, key: str, size: int) -> Indices:
     return values.astype(np.int64)
 
 
-def lane_sample_indices(batch: range, lane: int, *, micro_batch_size: int) -> Indices:
-    """Returns the global indices (micro_batch_size,) of one lane's samples, in the step with the samples `batch`."""
-    first = batch.start + lane * micro_batch_size
+def micro_batch_samples(batch: range, number: int, *, micro_batch_size: int) -> Indices:
+    """Returns the global indices (micro_batch_size,) of a micro-batch's samples, in the step with the samples `batch`.
+    The micro-batches of a lane follow each other."""
+    first = batch.start + number * micro_batch_size
     return np.arange(first, first + micro_batch_size, dtype=np.int64)
 
 

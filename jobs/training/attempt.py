@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from cluster.local.local_cluster import NODE_NAME_VARIABLE
-from cluster.settings.run import batch_schedule, cooldown_tokens, warmup_tokens
+from cluster.settings.run import batch_schedule, cooldown_tokens, warmup_tokens, way_to_compute
 from cluster.storage.lease import LeaseLostError
 from jobs.exact.batch_gradient import BatchGradient
 from jobs.exact.train_state import TrainState
@@ -117,6 +117,7 @@ class Attempt:
                 data_identity=self.train_rows.manifest.identity,
                 code_version=plan.code_version,
                 precision=config.train.precision,
+                compute=way_to_compute(config),
             )
             self._record_precision(before)
             if reasons := differences(kinds):

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from cluster.settings.run import RunConfig, TrainConfig, seq_len
-from jobs.exact.batch_gradient import autocast
+from jobs.exact.compute import autocast, loss_of, micro_batch
 from jobs.exact.train_state import TrainState
 from jobs.run.run_plan import num_validation_rows
 from jobs.run.storage_retry import patiently
@@ -31,10 +31,9 @@ def measured(
     losses = torch.zeros(len(batches), dtype=torch.float64, device=state.device)
     state.model.eval()
     for index in range(group.rank, len(batches), group.world_size):
-        batch = patiently(lambda: rows.rows(batches[index]), "tokens")  # noqa: B023 (called at once)
-        inputs, targets = (part.to(state.device) for part in batch)
+        read = patiently(lambda: rows.rows(batches[index]), "tokens")  # noqa: B023 (called at once)
         with autocast(config, state.device):
-            losses[index] = state.model.loss(inputs, targets, eot_id=eot_id).double()
+            losses[index] = loss_of(state.model, micro_batch(read, config, state.device, eot_id=eot_id)).double()
     state.model.train()
     if group.world_size > 1:
         dist.all_reduce(losses)

@@ -41,16 +41,16 @@ def run_world(plan: RunPlan, faults: Faults = Faults(), *, world_size: int = 1) 
 
 
 def _work(plan: RunPlan, faults: Faults, rank: int, world_size: int, meeting: str) -> None:
-    lane_backward = BatchGradient._lane_backward
+    backward = BatchGradient._backward
 
     def faulty(self: BatchGradient, loss_of: Any, step: int, lane: int, *rest: Any, scale: float) -> Tensor:
         if step == faults.dies_at:
             os._exit(137)
         if (step, lane) in faults.poisoned:
             scale = float("nan")
-        return lane_backward(self, loss_of, step, lane, *rest, scale=scale * dict(faults.scaled).get(step, 1.0))
+        return backward(self, loss_of, step, lane, *rest, scale=scale * dict(faults.scaled).get(step, 1.0))
 
-    BatchGradient._lane_backward = faulty  # type: ignore[method-assign, assignment]
+    BatchGradient._backward = faulty  # type: ignore[method-assign, assignment]
     if world_size > 1:
         dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size)
     train(plan, rank=rank, world_size=world_size)

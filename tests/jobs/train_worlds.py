@@ -6,13 +6,12 @@ Prints one JSON object: by case and world, the parameter hash and losses of ever
 The world "resized" is one run whose world has another size at each step.
 """
 
-import itertools
 import json
 import multiprocessing
 import random
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from tests.jobs.train_states import moments
 
 NUM_STEPS = 4
 RESIZES = random.Random(8).choices(range(1, 6), k=NUM_STEPS)  # the world's size at each step
-SEQ_LEN, VOCAB = 16, 301
+SEQ_LEN, VOCAB, EOT = 16, 301, 7
 CPU = torch.device("cpu")
 
 
@@ -45,11 +44,15 @@ class Case:
     sharded: bool = False
     exact: bool = True
     start_lanes: int | None = None  # of the first step, where the batch grows
+    compute: str = "cpu"
+    recompute: bool = False
+    micro_batches: int = 1  # of a lane
+    documents: bool = False  # see nothing of each other
 
     @property
     def numbers(self) -> "Case":
         """The case whose bits this one must have."""
-        return Case(self.precision, self.activation, self.num_lanes, start_lanes=self.start_lanes)
+        return replace(self, sharded=False, exact=True, recompute=False)
 
     def config(self) -> RunConfig:
         model = {
@@ -62,8 +65,12 @@ class Case:
             "dropout": 0.1,
         }
         train = {
-            "global_batch_size": 2 * self.num_lanes,
+            "global_batch_size": 2 * self.micro_batches * self.num_lanes,
             "micro_batch_size": 2,
+            "micro_batches_per_lane": self.micro_batches,
+            "compute": self.compute,
+            "recompute": self.recompute,
+            "document_mask": self.documents,
             "max_tokens": 1000 * SEQ_LEN,
             "precision": self.precision,
             "exact": self.exact,
@@ -76,9 +83,18 @@ class Case:
 
 CASES = [
     *(
-        Case(precision, activation, sharded=sharded)
-        for precision, activation, sharded in itertools.product(("fp32", "bf16"), ("gelu", "relu"), (False, True))
+        Case(precision, activation, compute=compute, sharded=sharded)
+        for precision, activation, compute, sharded in (
+            ("fp32", "gelu", "cpu", False),
+            ("fp32", "relu", "cpu", True),
+            ("bf16", "gelu", "cpu", True),
+            ("bf16", "relu", "cpu", False),
+            ("fp32", "gelu", "plain", True),
+            ("bf16", "relu", "plain", False),
+        )
     ),
+    Case(recompute=True, documents=True, micro_batches=3),
+    Case("bf16", compute="plain", recompute=True, documents=True, micro_batches=2, sharded=True),
     Case(num_lanes=8),
     Case(num_lanes=8, sharded=True),
     Case(num_lanes=13, start_lanes=5),  # 5, 7, 9, then 13 lanes
@@ -93,6 +109,7 @@ class MadeRows:
     def samples(self, indices: Any) -> tuple[Tensor, Tensor]:
         rows = [np.random.default_rng(int(index)).integers(VOCAB, size=SEQ_LEN + 1) for index in indices]
         batch = torch.from_numpy(np.stack(rows))
+        batch[:, SEQ_LEN // 2] = EOT
         return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
 
     def read_ahead(self, indices: Any) -> None:
@@ -108,7 +125,7 @@ class Trainer:
         model = GPT(config.model)
         model.init_weights(0)
         self.state = TrainState(model, config.train, device=CPU, group=group)
-        self.gradient = BatchGradient(config, self.state, MadeRows(), group, eot_id=None)  # type: ignore[arg-type]
+        self.gradient = BatchGradient(config, self.state, MadeRows(), group, eot_id=EOT if case.documents else None)  # type: ignore[arg-type]
 
     def steps(self, steps: range) -> list[float]:
         losses = []

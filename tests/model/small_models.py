@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.autograd_ops import cross_entropy
 from model.config import GPTConfig
 from model.gpt import GPT
 
@@ -24,5 +23,5 @@ def small_model(seed: int = 0, **changes: Any) -> GPT:
 
 def chunked_loss(model: GPT, token_ids: Tensor, targets: Tensor, *, chunk_tokens: int) -> Tensor:
     """Returns `model.loss` with chunks of another size."""
-    rows = model.hidden(token_ids).flatten(0, 1)
-    return cross_entropy(rows, model.head_weight, targets.flatten(), scale=1.0, chunk_tokens=chunk_tokens)
+    rows = model(token_ids).flatten(0, 1)
+    return model.ops.cross_entropy(rows, model.head_weight, targets.flatten(), scale=1.0, chunk_tokens=chunk_tokens)

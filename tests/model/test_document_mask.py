@@ -2,7 +2,7 @@
 
 import torch
 
-from model.gpt import GPT, document_mask
+from model.gpt import GPT, document_mask, document_positions
 from tests.model.small_models import small_model
 
 EOT = 96
@@ -20,7 +20,8 @@ def packed(*lengths: int, first_is_cut: bool) -> tuple[torch.Tensor, list[torch.
 
 
 def test_positions_and_mask_by_example() -> None:
-    positions, mask = document_mask(torch.tensor([[5, 6, EOT, 7, EOT, EOT, 8]]), eot_id=EOT)
+    positions = document_positions(torch.tensor([[5, 6, EOT, 7, EOT, EOT, 8]]), eot_id=EOT)
+    mask = document_mask(positions)
     assert positions.tolist() == [[0, 1, 0, 1, 0, 0, 1]]
     assert mask.shape == (1, 1, 7, 7)
     seen = [row.nonzero().flatten().tolist() for row in mask[0, 0]]
@@ -33,9 +34,9 @@ def test_a_document_computes_as_if_it_were_alone(model: GPT) -> None:
     parameters = list(model.parameters())
     for tokens, parts in rows:
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
-        positions, mask = document_mask(inputs, eot_id=EOT)
+        positions = document_positions(inputs, eot_id=EOT)
         alone = torch.cat([model.logits(model(part[None]))[0] for part in parts])
-        logits = model.logits(model(inputs, positions=positions, mask=mask))[0]
+        logits = model.logits(model(inputs, positions=positions, mask=document_mask(positions)))[0]
         torch.testing.assert_close(logits, alone, rtol=0, atol=1e-5)
         loss = model.loss(inputs, targets, eot_id=EOT)
         # Each document's last target, an end-of-text token, is the first input of the next one.

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from model.autograd_ops import IGNORE_INDEX
 from model.config import PRESETS, GPTConfig, num_parameters, preset_fields
 from model.gpt import GPT
 from model.kv_cache import KVCache
+from model.linear_cross_entropy import IGNORE_INDEX
 from tests.model.small_models import chunked_loss, small_model
 
 

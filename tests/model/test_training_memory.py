@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.autograd_ops import IGNORE_INDEX, cross_entropy
-from model.training_memory import Scratch, large_zeros, lent, scratch_memory
+from model.cpu_ops.loans import Scratch, lent, scratch_memory
+from model.cpu_ops.operations import cross_entropy
+from model.linear_cross_entropy import IGNORE_INDEX
+from model.training_memory import large_zeros
 
 VOCAB_SIZE, WIDTH, NUM_TOKENS, CHUNK_TOKENS = 307, 32, 100, 48  # the last chunk is a smaller one
 

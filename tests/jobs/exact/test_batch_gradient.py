@@ -1,4 +1,4 @@
-"""A step's gradient as training computes it: that of autograd, as on a GPU; dropout that every process draws alike."""
+"""A step's gradient as training computes it: that of autograd; dropout that every process draws alike."""
 
 import dataclasses
 import os
@@ -8,7 +8,6 @@ import sys
 import pytest
 import torch
 
-import model.autograd_ops as ops
 from jobs.exact.batch_gradient import BatchGradient
 from jobs.exact.train_state import TrainState
 from jobs.run.step_timer import StepTimer
@@ -19,27 +18,25 @@ from tests.jobs.train_worlds import CPU, Case, MadeRows
 DROPOUT = """
 import torch
 from jobs.exact.batch_gradient import dropout_seed
-torch.manual_seed(dropout_seed(0, step=3, lane=5))
-print(dropout_seed(0, step=3, lane=5), torch.rand(3).tolist())
+torch.manual_seed(dropout_seed(0, step=3, micro_batch=5))
+print(dropout_seed(0, step=3, micro_batch=5), torch.rand(3).tolist())
 """
 
 
-@pytest.mark.parametrize("num_lanes", [1, 3, 8])
-@pytest.mark.parametrize("tied", [True, False])
-def test_of_a_step_is_autograds_where_upstream_gradients_are_not_looked_at(
-    num_lanes: int, tied: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A GPU takes this path, because its values are not waited for."""
-    config = Case(num_lanes=num_lanes).config()
+@pytest.mark.parametrize(
+    ("num_lanes", "micro_batches", "tied", "compute"),
+    [(1, 1, True, "cpu"), (3, 1, True, "plain"), (8, 1, True, "cpu"), (3, 2, False, "cpu"), (8, 1, False, "plain")],
+)
+def test_of_a_step_is_autograds(num_lanes: int, micro_batches: int, tied: bool, compute: str) -> None:
+    config = Case(num_lanes=num_lanes, micro_batches=micro_batches, compute=compute).config()
     shape = dataclasses.replace(config.model, dropout=0.0, tie_word_embeddings=tied)
     config = config.model_copy(update={"model": shape})
     model = GPT(config.model)
     model.init_weights(0)
     rows = MadeRows()
-    inputs, targets = rows.samples(range(2 * num_lanes))
+    inputs, targets = rows.samples(range(2 * num_lanes * micro_batches))
     expected = torch.autograd.grad(model.loss(inputs, targets) / targets.numel(), list(model.parameters()))
 
-    monkeypatch.setattr(ops, "_is_known_to_be_one", lambda grad: False)
     state = TrainState(model, config.train, device=CPU)
     gradient = BatchGradient(config, state, rows, WorkerGroup(0, 1), eot_id=None)  # type: ignore[arg-type]
     gradient.of_step(1, StepTimer())

@@ -12,14 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from jobs.exact.batch_gradient import autocast, dropout_seed
+from jobs.exact.batch_gradient import dropout_seed
 from jobs.exact.bucket_exchange import gradient_norm
+from jobs.exact.compute import autocast, loss_of, micro_batch
 from jobs.exact.exact_reduce import tree_sum
 from jobs.plan.formulas import num_subtrees_of_rank, sent_bytes
 from jobs.workers.worker_group import WorkerGroup
 from model.checkpoint import parameter_hash
 from tests.jobs.reference_reduce import reduce_worlds
-from tests.jobs.train_worlds import CASES, CPU, NUM_STEPS, RESIZES, Case, MadeRows, Trainer
+from tests.jobs.train_worlds import CASES, CPU, EOT, NUM_STEPS, RESIZES, Case, MadeRows, Trainer
 from tests.repository import REPOSITORY
 from tests.time_limits import limit_s
 
@@ -60,19 +61,23 @@ def reference(case: Case) -> tuple[str, list[float]]:
             lane_losses: dict[range, Tensor] = lane_losses,
         ) -> Tensor:
             state.gradient.zero_()
-            first = first_sample + lane * 2
-            inputs, targets = MadeRows().samples(range(first, first + 2))
-            torch.manual_seed(dropout_seed(config.train.seed, step=step, lane=lane))
-            with autocast(config, CPU):
-                scale = 1.0 / (num_lanes * 2 * inputs.shape[1])
-                loss = state.model.loss_of(state.model.hidden(inputs), targets, scale=scale)
-            loss.backward()
-            lane_losses[range(lane, lane + 1)] = loss.detach()
+            of_lane = []
+            for number in range(lane * case.micro_batches, (lane + 1) * case.micro_batches):
+                first = first_sample + number * 2
+                rows = MadeRows().samples(range(first, first + 2))
+                batch = micro_batch(rows, config, CPU, eot_id=EOT if case.documents else None)
+                torch.manual_seed(dropout_seed(config.train.seed, step=step, micro_batch=number))
+                with autocast(config, CPU):
+                    scale = 1.0 / (num_lanes * case.micro_batches * batch.inputs.numel())
+                    loss = loss_of(state.model, batch, scale=scale)
+                loss.backward()
+                of_lane.append(loss.detach())
+            lane_losses[range(lane, lane + 1)] = functools.reduce(torch.add, of_lane)
             return state.gradient.clone()
 
         summed = reduce_worlds(1, num_lanes=num_lanes, lane_value=lane_value)
         losses.append(float(tree_sum(range(num_lanes), lane_losses.get)))
-        first_sample += num_lanes * 2
+        first_sample += num_lanes * case.micro_batches * 2
         state.gradient.copy_(summed)
         state.apply(norm=gradient_norm(summed), learning_rate=1e-2)
     torch.set_num_threads(threads)

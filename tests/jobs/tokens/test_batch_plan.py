@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs.tokens.batch_plan import SampleOrder, counts_of_sources, lane_sample_indices, lanes_of_rank
+from jobs.tokens.batch_plan import SampleOrder, counts_of_sources, lanes_of_rank, micro_batch_samples
 
 seeds = st.integers(0, 2**63 - 1)
 weight_lists = st.lists(st.floats(0.01, 1.0), min_size=2, max_size=4).map(tuple)
@@ -167,7 +167,7 @@ def samples_of_rank(step: int, rank: int, world_size: int, num_lanes: int, micro
     size = num_lanes * micro_batch_size
     batch = range(step * size, (step + 1) * size)
     lanes = lanes_of_rank(rank, world_size=world_size, num_lanes=num_lanes)
-    return np.concatenate([lane_sample_indices(batch, lane, micro_batch_size=micro_batch_size) for lane in lanes])
+    return np.concatenate([micro_batch_samples(batch, lane, micro_batch_size=micro_batch_size) for lane in lanes])
 
 
 def test_more_ranks_than_lanes_is_refused() -> None:

@@ -1,7 +1,7 @@
 """The decoder's operations with hand-written gradients; autograd's own would allocate, convert or compute more.
 
-Shapes: N tokens, C width, V vocabulary, K tokens of a chunk. A weight that has a sink (`training_memory`) gets its
-gradient written straight into it; the bits are the same with and without one.
+Shapes: N tokens, C width, V vocabulary, K tokens of a chunk. A weight that has a sink (`loans`) gets its gradient
+written straight into it; the bits are the same with and without one.
 """
 
 from typing import Any
@@ -10,20 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.training_memory import copy_of, scratch_like, sink_of
-
-IGNORE_INDEX = -100
-"""The target of a position that the loss does not count."""
+from model.cpu_ops.loans import copy_of, scratch_like, sink_of
+from model.linear_cross_entropy import IGNORE_INDEX, compute_dtype
+from model.operations import PLAIN
 
 _BLOCK_VALUES = 1 << 18
-"""How many scores a CPU exponentiates together: in fp32 they take 1 MB, which stays in its cache."""
+"""How many scores are exponentiated together: in fp32 they take 1 MB, which stays in its cache."""
 
 
 def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Returns x @ weight + bias for x (N, in) and a weight (in, out), in autocast's type where that is on."""
     if not torch.is_grad_enabled():
         return torch.addmm(bias, x, weight)
-    dtype = _compute_dtype(x)
+    dtype = compute_dtype(x)
     return _Affine.apply(x.to(dtype), weight, bias, _in_type(weight, dtype), sink_of(weight))
 
 
@@ -44,18 +43,18 @@ class _Affine(torch.autograd.Function):
         return grad_x, grad_weight.result(), grad.sum(0, dtype=ctx.dtype), None, None
 
 
-def embed(indices: Tensor, weight: Tensor, *, adds: bool) -> Tensor:
-    """Returns rows (..., C) of a weight (V, C). With `adds`, its sink holds the head's share before backward runs."""
+def embed(indices: Tensor, weight: Tensor, *, shared: bool) -> Tensor:
+    """Returns rows (..., C) of a weight (V, C). A `shared` one's sink holds the head's share before backward runs."""
     if not torch.is_grad_enabled():
         return F.embedding(indices, weight)
-    return _Embed.apply(weight, indices, sink_of(weight), adds)
+    return _Embed.apply(weight, indices, sink_of(weight), shared)
 
 
 class _Embed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, indices: Tensor, sink: Tensor | None, adds: bool) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, indices: Tensor, sink: Tensor | None, shared: bool) -> Tensor:
         ctx.save_for_backward(indices)
-        ctx.shape, ctx.dtype, ctx.sink, ctx.adds = weight.shape, weight.dtype, sink, adds
+        ctx.shape, ctx.dtype, ctx.sink, ctx.shared = weight.shape, weight.dtype, sink, shared
         return F.embedding(indices, weight)
 
     @staticmethod
@@ -65,7 +64,7 @@ class _Embed(torch.autograd.Function):
         # Rows are summed before they are added, as autograd sums two uses of a weight.
         rows, places = indices.flatten().unique(return_inverse=True)
         sums = grad.new_zeros(len(rows), ctx.shape[1]).index_add_(0, places, grad)
-        if ctx.sink is not None and ctx.adds:
+        if ctx.sink is not None and ctx.shared:
             ctx.sink.index_add_(0, rows, sums)
             return None, None, None, None
         whole = grad.new_empty(ctx.shape) if ctx.sink is None else ctx.sink.detach()
@@ -75,7 +74,7 @@ class _Embed(torch.autograd.Function):
 def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, scale: float, chunk_tokens: int) -> Tensor:
     """Returns `scale` times the summed cross-entropy (a scalar, at least fp32) of hidden (N, C) @ weight.T (C, V) and
     targets (N,). Only `chunk_tokens` rows of scores exist at a time."""
-    w = _in_type(weight, _compute_dtype(hidden))
+    w = _in_type(weight, compute_dtype(hidden))
     with_grad = torch.is_grad_enabled()
     return _ChunkedCrossEntropy.apply(hidden, weight, targets, w, sink_of(weight), scale, chunk_tokens, with_grad)
 
@@ -129,21 +128,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         (grad_loss,) = grads
         (grad_hidden,) = ctx.saved_tensors
         grad_weight = ctx.grad_weight.result()
-        if not _is_known_to_be_one(grad_loss):
+        if grad_loss != 1:
             # In place for the weight: a tied embedding adds its rows to the sink, which must be what autograd keeps.
             grad_hidden, grad_weight = grad_hidden * grad_loss, grad_weight.mul_(grad_loss)
         return grad_hidden, grad_weight, *[None] * 6
 
 
-def _is_known_to_be_one(grad: Tensor) -> bool:
-    """Tells whether a product with it, a pass over a gradient, can be skipped. Reading a GPU's value would stall."""
-    return grad.device.type == "cpu" and bool(grad == 1)
-
-
 def _exponentiate(scores: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Replaces scores (V, K) by exp(scores - largest). Returns the largest scores and the sums, (K,) each."""
     num_columns = scores.shape[1]
-    num_rows = max(1, _BLOCK_VALUES // num_columns) if scores.device.type == "cpu" else len(scores)
+    num_rows = max(1, _BLOCK_VALUES // num_columns)
     blocks = scores.split(num_rows)
     scratch = scores if scores.dtype == dtype else scores.new_empty(num_rows, num_columns, dtype=dtype)
 
@@ -187,11 +181,9 @@ class _Sum:
         return self._value.detach()
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    device_type = x.device.type
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
-
-
 def _in_type(weight: Tensor, dtype: torch.dtype) -> Tensor:
     copy = copy_of(weight)
     return copy if copy is not None and copy.dtype == dtype else weight.detach().to(dtype)
+
+
+CPU = PLAIN._replace(embed=embed, affine=affine, cross_entropy=cross_entropy)

@@ -1,0 +1,59 @@
+"""How a run computes: with which operations, in which precision, and how rows come to the device."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cluster.settings.run import RunConfig, way_to_compute
+from model.cpu_ops import operations as cpu_ops
+from model.gpt import GPT, Mask, document_mask, document_positions, packed_documents
+from model.operations import PLAIN, compiled, recomputed, use_operations
+
+
+class MicroBatch(NamedTuple):
+    """Rows that are computed together, on the device: B sequences of T tokens."""
+
+    inputs: Tensor  # (B, T)
+    targets: Tensor  # (B, T)
+    positions: Tensor | None  # (B, T)
+    mask: Mask
+
+
+def choose_operations(model: GPT, config: RunConfig) -> None:
+    """Lets the model compute as the run's settings say."""
+    ways = {"plain": lambda: PLAIN, "compiled": compiled, "cpu": lambda: cpu_ops.CPU}
+    ops = ways[way_to_compute(config)]()
+    use_operations(model, recomputed(ops) if config.train.recompute else ops)
+
+
+def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
+    assert config.train.precision != "auto", "the precision is decided before a run starts"
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.train.precision == "bf16")
+
+
+def micro_batch(
+    rows: tuple[Tensor, Tensor], config: RunConfig, device: torch.device, *, eot_id: int | None
+) -> MicroBatch:
+    """Returns inputs and targets (B, T) that were read, without waiting for the device. With `eot_id` the documents in
+    a row see nothing of each other: FlashAttention, which has neither fp32 nor dropout here, gets their borders, others
+    a mask."""
+
+    def moved(values: Tensor) -> Tensor:
+        return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
+
+    inputs, targets = rows
+    if eot_id is None:
+        return MicroBatch(moved(inputs), moved(targets), None, None)
+    positions = document_positions(inputs, eot_id=eot_id)
+    if device.type == "cuda" and config.train.precision == "bf16" and not config.model.dropout:
+        documents = packed_documents(positions)
+        mask = documents._replace(starts=moved(documents.starts))
+        return MicroBatch(moved(inputs), moved(targets), moved(positions), mask)
+    positions = moved(positions)
+    return MicroBatch(moved(inputs), moved(targets), positions, document_mask(positions))
+
+
+def loss_of(model: GPT, batch: MicroBatch, *, scale: float = 1.0) -> Tensor:
+    """Returns `scale` times the summed loss of the batch."""
+    return model.loss_of(model(batch.inputs, positions=batch.positions, mask=batch.mask), batch.targets, scale=scale)

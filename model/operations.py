@@ -1,0 +1,76 @@
+"""The operations that the decoder is composed of, each of which can be computed in more than one way.
+
+PLAIN is PyTorch's own, on any device, and the truth that the others are held against: `compiled` has the same ones as
+fused kernels, `model.cpu_ops` has some with hand-written gradients, for training on a CPU.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from model.linear_cross_entropy import linear_cross_entropy, losses_and_gradients
+
+
+class Operations(NamedTuple):
+    """Shapes: N tokens, C width, V vocabulary."""
+
+    embed: Callable[..., Tensor]
+    """(indices, weight (V, C), shared): the rows (..., C); `shared` tells that the output head has the weight too."""
+    affine: Callable[[Tensor, Tensor, Tensor], Tensor]
+    """(x (N, in), weight (in, out), bias): x @ weight + bias, in autocast's type where that is on."""
+    block: Callable[..., Tensor]
+    """(block, x (B, T, C), mask): what the block makes of x."""
+    cross_entropy: Callable[..., Tensor]
+    """As `linear_cross_entropy`."""
+
+
+def _embed(indices: Tensor, weight: Tensor, *, shared: bool) -> Tensor:
+    return F.embedding(indices, weight)
+
+
+def _affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch.addmm(bias, x, weight)
+
+
+def _block(block: nn.Module, x: Tensor, mask: Any) -> Tensor:
+    y: Tensor = block(x, None, mask)
+    return y
+
+
+PLAIN = Operations(_embed, _affine, _block, linear_cross_entropy)
+
+
+def recomputed(ops: Operations) -> Operations:
+    """Returns operations that keep each block's input alone for its backward pass, which computes the rest again, with
+    the same bits (Chen et al., arXiv 1604.06174)."""
+    return ops._replace(block=partial(checkpoint, ops.block, use_reentrant=False))
+
+
+def compiled(backend: "str | Callable[..., Any]" = "inductor") -> Operations:
+    """Returns PLAIN with fused kernels for each block and for the head's loss, in a training step alone: its shapes are
+    always the same, and each is compiled once. All blocks share one graph."""
+    # The compiler, too, then chooses kernels by rule and not by timing, which would make bits depend on the moment.
+    torch.use_deterministic_algorithms(torch.are_deterministic_algorithms_enabled())
+    fused = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend)
+    block, chunk = fused(_block), fused(losses_and_gradients)
+
+    def block_in_training(module: nn.Module, x: Tensor, mask: Any) -> Tensor:
+        y: Tensor = (block if torch.is_grad_enabled() else _block)(module, x, mask)
+        return y
+
+    def cross_entropy(*args: Any, **options: Any) -> Tensor:
+        return linear_cross_entropy(*args, **options, chunk=chunk if torch.is_grad_enabled() else None)
+
+    return PLAIN._replace(block=block_in_training, cross_entropy=cross_entropy)
+
+
+def use_operations(model: nn.Module, ops: Operations) -> None:
+    """Lets the model compute with these from now on."""
+    for module in model.modules():
+        if hasattr(module, "ops"):
+            module.__dict__["ops"] = ops
