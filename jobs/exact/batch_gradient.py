@@ -53,8 +53,8 @@ class BatchGradient:
         self._rounded, lends = None, way_to_compute(config) == "cpu"
         if lends and config.train.precision == "bf16":
             self._rounded = large_zeros(state.layout.boundary, dtype=torch.bfloat16, device=state.device)
-        self._ddp = None if config.train.exact else DistributedDataParallel(self._loss)
-        if config.train.exact:
+        self._is_exact = config.train.exact
+        if self._is_exact:
             lane_counts = self._schedule.lane_counts
             self._lane_steps = {count: lane_steps(self._own(count), num_lanes=count) for count in lane_counts}
             num_buffers = 1 + max(step.buffer for steps in self._lane_steps.values() for step in steps)
@@ -72,6 +72,9 @@ class BatchGradient:
                 on_final=self.exchange.start,
             )
 
+        else:
+            self._stock = DistributedDataParallel(self._loss) if group.world_size > 1 else self._loss
+
     def of_step(self, step: int, timer: StepTimer) -> Measured:
         """Puts the gradient of the whole batch into the state's buffer; with a sharded optimizer, only this rank's own
         parts of it."""
@@ -80,11 +83,11 @@ class BatchGradient:
             samples = [self._samples_of(each, number) for each in steps for number in self._numbers(self._lanes(each))]
             self._rows.read_ahead(np.concatenate(samples))
         with lent(weight_copies, self._rounded_weights()):
-            return self._ddp_gradient(self._ddp, step, timer) if self._ddp else self._exact_gradient(step, timer)
+            return self._exact_gradient(step, timer) if self._is_exact else self._stock_gradient(step, timer)
 
     def close(self) -> None:
         """Ends the work beside the training thread."""
-        if self._ddp is None:
+        if self._is_exact:
             self.exchange.close()
 
     def _rounded_weights(self) -> Places:
@@ -111,18 +114,20 @@ class BatchGradient:
         with timer.phase("sync"):
             return Measured(*self.exchange.finish([tree_sum(subtree, losses.get) for subtree in subtrees]))
 
-    def _ddp_gradient(self, ddp: DistributedDataParallel, step: int, timer: StepTimer) -> Measured:
+    def _stock_gradient(self, step: int, timer: StepTimer) -> Measured:
         """Uses stock DistributedDataParallel: local accumulation, one all-reduce overlapped with the last backward."""
         self._state.gradient.zero_()
-        loss = torch.zeros((), device=self._state.device)
+        loss, world_size = torch.zeros((), device=self._state.device), self._group.world_size
         numbers = self._numbers(self._lanes(step))
         for number in numbers:
-            ddp.require_backward_grad_sync = number == numbers[-1]
+            if isinstance(self._stock, DistributedDataParallel):
+                self._stock.require_backward_grad_sync = number == numbers[-1]
             # DDP takes the mean over ranks; the scale makes it their sum.
-            loss += self._backward(ddp, step, number, timer, scale=float(self._group.world_size))
+            loss += self._backward(self._stock, step, number, timer, scale=float(world_size))
         with timer.phase("sync"):
-            dist.all_reduce(loss)
-            return Measured(float(loss) / self._group.world_size, gradient_norm(self._state.gradient))
+            if world_size > 1:
+                dist.all_reduce(loss)
+            return Measured(float(loss) / world_size, gradient_norm(self._state.gradient))
 
     def _backward(self, loss_of: nn.Module, step: int, number: int, timer: StepTimer, *, scale: float) -> Tensor:
         """Returns `scale` times a micro-batch's share of the batch's loss, after its gradient went to the parameters.

@@ -1,12 +1,12 @@
 """One GPU's training in numbers, and the proof that its bits are right: raymill's step beside a compiled plain loop's.
 
-    python -m tests.benchmarks.bench_gpu [--seconds 450] [--device cpu --tiny]
+    python -m tests.benchmarks.bench_gpu [--seconds 450] [--only CONTENDER ...] [--device cpu --tiny]
 
-Needs PyTorch, pydantic, PyYAML, psutil and, for one contender, transformers: neither Ray nor the network. First the
-exact step is checked (`tests/gpu`). Then every contender trains each model in a process of its own, with a time limit:
-the same tokens, bf16, forward, loss, backward, clipping, AdamW; compiling is not timed. One that fails has its error in
-its row, and what there is no time for is left out. Prints a line as soon as it is known, then a table and, last, one
-JSON object.
+Needs PyTorch, pydantic, PyYAML, psutil and, for one contender, transformers: neither Ray nor the network. Every
+contender trains each model in a process of its own, with a time limit: the same tokens, bf16, forward, loss, backward,
+clipping, AdamW; compiling is not timed. Two others check the exact step's gradients and that several ranks on the card
+have the same bits (`tests/gpu`). One that fails has its error in its row; what there is no time for is left out, and
+`--only` measures it. Prints a line as soon as it is known, then a table and, last, one JSON object.
 """
 
 import argparse
@@ -29,11 +29,11 @@ Row = dict[str, Any]
 CELLS = [("gpt2-124m", 16, 1024, 4), ("gpt3-350m", 8, 2048, 4), ("gpt3-1.3b", 4, 2048, 4)]
 TINY_CELLS = [("tiny", 2, 32, 2)]
 
-# In the order of what matters most, as time may run out. raymill's step comes in exact mode, without it, and once more in
-# exact mode, for the hash of its weights. The plain loop is nanoGPT's, with the whole model compiled.
-CONTENDERS = ["exact", "plain", "not exact", "Hugging Face", "exact again"]
-PEERS, EXACT = ("plain", "Hugging Face"), ("exact", "exact again")
-CHECKS = "checks"
+# raymill's step is measured in exact mode, without it, and once more in exact mode, for the hash of its weights. The plain
+# loop is nanoGPT's, with the whole model compiled.
+EXACT, PEERS = ("exact", "exact again"), ("plain", "Hugging Face")
+CHECKS = ("gradients", "ranks")
+CONTENDERS = (*EXACT, "not exact", *PEERS)
 
 VOCAB_SIZE = 50304
 """GPT-2's 50,257 rounded up to a multiple of 64, as nanoGPT does for its matrix products: the same for everybody."""
@@ -47,10 +47,15 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=450.0, help="time limit of the whole benchmark")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--tiny", action="store_true", help="a tiny model: tries the benchmark itself")
+    parser.add_argument("--only", nargs="+", choices=[*CONTENDERS, *CHECKS], default=[*CONTENDERS, *CHECKS])
     arguments = parser.parse_args()
     deadline = time.monotonic() + arguments.seconds
     cells = TINY_CELLS if arguments.tiny else CELLS
-    work = [(CHECKS, cells[0]), *((name, cell) for name in CONTENDERS for cell in cells)]
+    # What matters most comes first, as time may run out.
+    work = [(name, cell) for name in ("exact", "plain") for cell in cells]
+    work += [(name, cells[0]) for name in CHECKS]
+    work += [(name, cell) for cell in cells for name in ("exact again", "not exact", "Hugging Face")]
+    work = [(name, cell) for name, cell in work if name in arguments.only]
     print(f"{len(work)} measurements, within {arguments.seconds:.0f} s", flush=True)
     rows = []
     for contender, (preset, batch_size, seq_len, num_lanes) in work:
@@ -112,7 +117,7 @@ def line_of(row: Row) -> str:
     name = f"{row['preset']:10} {row['contender']:15}"
     if "error" in row:
         return f"{name} {row['error']}"
-    if row["contender"] == CHECKS:
+    if row["contender"] in CHECKS:
         return "\n".join(
             f"{'ok' if good else 'WRONG':5} {check}: {text}" for check, (good, text) in row["checks"].items()
         )
@@ -132,7 +137,9 @@ def table(rows: list[Row]) -> str:
     """Returns a line for each model and contender, with its speed beside the plain loop's, and whether hashes agree."""
     lines = [f"{'model':10} {'contender':15} {'tokens/s':>11} {'MFU':>6} {'GB':>7} {'x plain':>8}  weights"]
     for preset in dict.fromkeys(row["preset"] for row in rows):
-        of_preset = {row["contender"]: row for row in rows if row["preset"] == preset and row["contender"] != CHECKS}
+        of_preset = {
+            row["contender"]: row for row in rows if row["preset"] == preset and row["contender"] not in CHECKS
+        }
         plain = of_preset.get("plain", {}).get("tokens_per_s")
         for contender, row in of_preset.items():
             if "error" in row:

@@ -4,7 +4,6 @@ B sequences of a lane, T tokens of each. A step is several lanes, whose gradient
 """
 
 import hashlib
-import itertools
 import json
 import os
 import resource
@@ -25,6 +24,7 @@ from model.gpus import gpu_of
 from tests.benchmarks.plain_gpt2 import PlainGPT2, Shape, training_step
 from tests.gpu.gradient_error import gradient_error
 from tests.gpu.made_runs import MadeRows, MadeRun, made_config
+from tests.gpu.worlds import CASES
 from tests.repository import REPOSITORY
 
 NUM_HASHED_STEPS = 3  # which also warm up
@@ -42,8 +42,8 @@ Step = Callable[[int], float]
 def found(task: Task) -> dict[str, Any]:
     device = torch.device(task["device"])
     torch.set_num_threads(1)  # on a CPU only the benchmark itself is tried
-    if task["contender"] == "checks":
-        return {"machine": machine(device), "checks": checks(device)}
+    if task["contender"] in CHECKS:
+        return {"machine": machine(device), "checks": CHECKS[task["contender"]](device)}
     start_s = time.perf_counter()
     make = {"plain": plain, "Hugging Face": hugging_face}.get(task["contender"], raymill)
     step, after = make(task, device)
@@ -156,26 +156,42 @@ def shape_of(task: Task) -> dict[str, int]:
     return {name: getattr(model, name) for name in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")}
 
 
-def checks(device: torch.device) -> dict[str, Check]:
-    """Returns the outcome of each check of the exact step: errors of gradients, and whose bits are equal."""
+def gradients(device: torch.device) -> dict[str, Check]:
+    """Returns how far the exact step's gradients are from those of float64, as training computes them, and not compiled
+    in fp32."""
     outcomes: dict[str, Check] = {}
     variants: dict[str, dict[str, Any]] = {
-        "": {},
-        ", documents": {"document_mask": True},
-        ", untied": {"model": {"tie_word_embeddings": False}},
+        "bf16": {"precision": "bf16"},
+        "bf16, documents": {"precision": "bf16", "document_mask": True},
+        "bf16, untied": {"precision": "bf16", "model": {"tie_word_embeddings": False}},
+        "fp32, not compiled": {"compute": "plain"},
+        "fp32, documents, not compiled": {"compute": "plain", "document_mask": True},
     }
-    for precision, (name, changes) in itertools.product(("fp32", "bf16"), variants.items()):
-        error = gradient_error(made_config(device, num_lanes=3, precision=precision, **changes), device)
-        outcomes[f"gradient in {precision}{name}, off float64's by"] = (error.is_rounding, str(error))
+    for name, changes in variants.items():
+        try:
+            error = gradient_error(made_config(device, num_lanes=3, **changes), device)
+            outcomes[f"gradient in {name}"] = (error.is_rounding, f"off float64's by {error}")
+        except Exception as error:
+            outcomes[f"gradient in {name}"] = (False, f"{type(error).__name__}: {error}"[:200])
+    return outcomes
+
+
+def ranks(device: torch.device) -> dict[str, Check]:
+    """Returns whether one, two and four ranks on this device end with the same weights."""
+    names = list(CASES[device.type])[:2]
     with tempfile.TemporaryDirectory(prefix="raymill-worlds-") as scratch:
-        command = [sys.executable, "-m", "tests.gpu.worlds", device.type, scratch]
+        command = [sys.executable, "-m", "tests.gpu.worlds", device.type, scratch, *names]
         environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=True)
+    outcomes: dict[str, Check] = {}
     for case, worlds in json.loads(done.stdout.splitlines()[-1]).items():
         digests = sorted({digest[:16] for _, hashes, _ in worlds for digest in hashes})
         sizes = ", ".join(str(size) for size, _, _ in worlds)
         outcomes[f"weights of {sizes} ranks in {case}"] = (len(digests) == 1, " ".join(digests))
     return outcomes
+
+
+CHECKS = {"gradients": gradients, "ranks": ranks}
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -99,7 +99,8 @@ class MadeRun:
         draw(model) if draw else model.init_weights(config.train.seed)
         self.state = TrainState(model.train(), config.train, device=device, group=self.group)
         rows: Any = self.rows
-        self.gradient = BatchGradient(config, self.state, rows, self.group, eot_id=self.eot_id)
+        with as_in_training(exact=config.train.exact):
+            self.gradient = BatchGradient(config, self.state, rows, self.group, eot_id=self.eot_id)
         self.timer = StepTimer(CudaClock() if device.type == "cuda" else None)
 
     def gradient_of(self, step: int) -> Measured:

@@ -28,11 +28,13 @@ from tests.time_limits import limit_s
 @pytest.mark.parametrize("document_mask", [False, True], ids=["whole rows", "documents"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("compute", ["auto", "plain"])
 def test_the_gradient_is_that_of_float64_autograd(
-    device: torch.device, precision: str, tied: bool, document_mask: bool
+    device: torch.device, compute: str, precision: str, tied: bool, document_mask: bool
 ) -> None:
-    shape = {"tie_word_embeddings": tied}
-    config = made_config(device, num_lanes=3, model=shape, precision=precision, document_mask=document_mask)
+    """`auto` is compiled kernels on a GPU."""
+    shape, settings = {"tie_word_embeddings": tied}, {"compute": compute, "document_mask": document_mask}
+    config = made_config(device, num_lanes=3, model=shape, precision=precision, **settings)
     error = gradient_error(config, device)
     print(error)
     assert error.is_rounding, error
@@ -65,6 +67,31 @@ def test_the_bits_do_not_depend_on_the_number_of_ranks(device: torch.device, tmp
         assert len({digest for _, hashes, _ in worlds for digest in hashes}) == 1, (case, worlds)
         assert len({tuple(losses) for _, _, losses in worlds}) == 1, (case, worlds)
     assert len({worlds[0][1][0] for worlds in found.values()}) == len(found), "the cases differ"
+
+
+@pytest.mark.parametrize("compute", ["auto", "plain"])
+def test_computing_activations_again_changes_no_bit(device: torch.device, compute: str) -> None:
+    shape = {"dropout": 0.1}
+    gradients = []
+    for recompute in (False, True):
+        run = MadeRun(made_config(device, model=shape, precision="bf16", compute=compute, recompute=recompute), device)
+        run.gradient_of(1)
+        gradients.append(run.state.gradient.clone())
+        run.close()
+    assert torch.equal(*gradients)
+
+
+def test_a_lane_of_several_micro_batches_has_their_gradient(device: torch.device) -> None:
+    """Up to rounding, as a sum of four has another order then."""
+    gradients = []
+    for size in (1, 2):
+        config = made_config(device)
+        half = {"micro_batch_size": config.train.micro_batch_size // 2, "micro_batches_per_lane": size}
+        run = MadeRun(made_config(device, **half), device)
+        run.gradient_of(1)
+        gradients.append(run.state.gradient.clone())
+        run.close()
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
