@@ -11,7 +11,19 @@ from cluster.kube.idle import held_by_nodes, why_not_idle
 from cluster.kube.kustomize import rendered_overlay
 from cluster.kube.pending import reasons
 from cluster.kube.scale import Patch, most_replicas, resume_group, scale_group, suspend, suspend_group
-from cluster.kube.status import KINDS, RAY, Object, cluster_names, component_of, full_name, groups, has_ended, sentence
+from cluster.kube.status import (
+    KINDS,
+    RAY,
+    Object,
+    cluster_names,
+    component_of,
+    full_name,
+    groups,
+    has_ended,
+    lacks_head,
+    sentence,
+    wanted,
+)
 from cluster.settings.code_folders import CODE_ROOT
 from cluster.settings.parser import ConfigError
 from cluster.stages.jobs_api import JobsApi, ray_token
@@ -69,12 +81,15 @@ def scale(arguments: argparse.Namespace) -> dict[str, Any]:
     for target, patch in patches:
         api.patch(target, patch)
     result: dict[str, Any] = {"changed": [full_name(target) for target, _ in patches]}
-    changed = (api.get(RAY, target["kind"], target["metadata"]["name"]) for target in clusters or [manifest])
-    result["groups"] = [line for target in changed if target for line in groups(target)]
+    before = clusters or [manifest]
+    after = [api.get(RAY, target["kind"], target["metadata"]["name"]) or target for target in before]
+    result["groups"] = [line for target in after for line in groups(target)]
     if problems:
         result["not_changed"] = [str(problem) for problem in problems]
     if not clusters and not of_all and manifest["kind"] != "RayCluster":
         result["note"] = "it has no cluster now: the next one starts with these bounds"
+    elif any(lacks_head(new) and wanted(new) < wanted(old) for old, new in zip(before, after, strict=True)):
+        result["note"] = "its head is not up: surplus pods stay until its autoscaler, which alone removes any, is there"
     most = most_replicas(manifest) if manifest["kind"] == "RayService" else None
     if most is not None and (arguments.most or 0) > most:
         result["note"] = f"its settings allow {most} replicas, so more pods find no work: raise `max_replicas` too"
@@ -195,7 +210,8 @@ def _everything(api: "KubeApi") -> list[Object]:
 
 
 def _clusters_of(api: "KubeApi", manifest: Object) -> list[Object]:
-    """Returns the existing RayClusters behind an object, or a RayCluster itself."""
+    """Returns the RayClusters behind an object that are not being removed, or a RayCluster itself."""
     if manifest["kind"] == "RayCluster":
         return [manifest]
-    return [found for name in cluster_names(manifest) if (found := api.get(RAY, "RayCluster", name)) is not None]
+    found = [api.get(RAY, "RayCluster", name) for name in cluster_names(manifest)]
+    return [cluster for cluster in found if cluster and "deletionTimestamp" not in cluster["metadata"]]

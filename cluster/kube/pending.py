@@ -14,6 +14,7 @@ _NODE_WORDS = {
     r"(\d+) node\(s\) had untolerated taint.*": "{} have a taint that it does not tolerate",
     r"(\d+) node\(s\) didn't match Pod's node affinity/selector": "{} lack the labels that it asks for",
     r"(\d+) node\(s\) were unschedulable": "{} are cordoned",
+    r"(\d+) node\(s\) didn't satisfy plugin\(s\) \[NodeAffinity\]": "{} are not the one that it names",
 }
 _CLAIM = re.compile(r"unbound immediate PersistentVolumeClaims|persistentvolumeclaim \"[^\"]+\" not found")
 _MOUNT = ("FailedMount", "FailedAttachVolume")

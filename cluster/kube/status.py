@@ -30,9 +30,13 @@ def cluster_spec(manifest: Object) -> Object:
 def sentence(manifest: Object) -> str:
     """Says what the object is doing, and what keeps it from what it should do."""
     status, kind = manifest.get("status") or {}, manifest["kind"]
-    has_no_pods = "suspended" in (status.get("state"), status.get("jobDeploymentStatus", "").lower())
-    if has_no_pods or (manifest["spec"].get("suspend") and not (status and kind == "RayJob")):
+    is_asked = manifest["spec"].get("suspend")
+    # Not `state`, which a cluster keeps after it is resumed until all of its pods run.
+    told = [said["status"] for name, said in conditions(manifest).items() if name.endswith("Suspended")]
+    if "True" in told or status.get("jobDeploymentStatus") == "Suspended" or (is_asked and not status):
         return f"is suspended: it has no pods{_queue(manifest)}"
+    if is_asked and kind != "RayJob":
+        return "is being suspended: its pods are being removed"
     if not status:
         return "has not been seen by KubeRay: is the operator running, and does it watch this namespace?"
     if kind == "RayJob":
@@ -53,9 +57,7 @@ def groups(manifest: Object, pods: list[Object] | None = None) -> Iterator[str]:
         name, lowest, most = group["groupName"], group.get("minReplicas", 0), group.get("maxReplicas", 0)
         before = suspended_bounds(manifest, name)
         state = f"suspended, {before[0]} to {before[1]} pods when resumed" if before else f"{lowest} to {most} pods"
-        # KubeRay keeps `replicas` within the bounds, and writes that nowhere.
-        wanted = min(max(group.get("replicas", 0), lowest), most) * group.get("numOfHosts", 1)
-        state += f", {wanted} wanted" if is_up else ""
+        state += f", {_wanted(group)} wanted" if is_up else ""
         state += f", {running[manifest['metadata']['name'], name]} running" if is_up and pods is not None else ""
         yield f"{name}: {state}"
 
@@ -63,6 +65,23 @@ def groups(manifest: Object, pods: list[Object] | None = None) -> Iterator[str]:
 def has_ended(manifest: Object) -> bool:
     """Says whether the object is a job that KubeRay no longer looks at."""
     return (manifest.get("status") or {}).get("jobDeploymentStatus") in ("Complete", "Failed", "ValidationFailed")
+
+
+def wanted(manifest: Object) -> int:
+    """Returns how many worker pods the object's cluster should have."""
+    return sum(_wanted(group) for group in cluster_spec(manifest).get("workerGroupSpecs", []))
+
+
+def _wanted(group: Object) -> int:
+    """Returns the group's number of pods: KubeRay keeps `replicas` within the bounds, and writes that nowhere."""
+    within = min(max(group.get("replicas", 0), group.get("minReplicas", 0)), group.get("maxReplicas", 0))
+    return int(within * group.get("numOfHosts", 1))
+
+
+def lacks_head(cluster: Object) -> bool:
+    """Says whether the head of a RayCluster is to be up and is not, nor its autoscaler."""
+    is_ready = conditions(cluster).get("HeadPodReady", {}).get("status") == "True"
+    return not is_ready and not cluster["spec"].get("suspend")
 
 
 def cluster_names(manifest: Object) -> list[str]:

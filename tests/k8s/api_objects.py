@@ -74,17 +74,33 @@ class ApiObjects:
             return self._store(path, value)
 
     def delete(self, path: str) -> None:
-        """Deletes the object with what it owns; a namespace with what is in it."""
+        """Deletes the object with what it owns; a namespace with what is in it. What has finalizers only bears a mark
+        until these are removed, and with it its namespace."""
         with self.lock:
-            if path.startswith("/api/v1/namespaces/") and path.count("/") == 4:
-                for inside in [other for other in self._objects if f"/namespaces/{path.rpartition('/')[2]}/" in other]:
-                    self.delete(inside)
-            gone = self._objects.pop(path, None)
-            self._owners.pop(path, None)
-            uid = (gone or {}).get("metadata", {}).get("uid")
-            for other, value in list(self._objects.items()):
-                if uid and any(owner["uid"] == uid for owner in value["metadata"].get("ownerReferences", [])):
+            inside = self._inside(path)
+            for other in inside:
+                self.delete(other)
+            value = self._objects.get(path)
+            if value is None:
+                return
+            if value["metadata"].get("finalizers") or (inside and self._inside(path)):
+                value["metadata"].setdefault("deletionTimestamp", now())
+                return
+            del self._objects[path], self._owners[path]
+            for other, owned in list(self._objects.items()):
+                if any(
+                    owner["uid"] == value["metadata"]["uid"] for owner in owned["metadata"].get("ownerReferences", [])
+                ):
                     self.delete(other)
+            if "/namespaces/" in path:
+                space = "/api/v1/namespaces/" + path.split("/namespaces/")[1].partition("/")[0]
+                if "deletionTimestamp" in self._objects.get(space, {}).get("metadata", {}) and not self._inside(space):
+                    self.delete(space)
+
+    def _inside(self, path: str) -> list[str]:
+        """Returns the paths of what is in a namespace; of nothing for other objects."""
+        is_namespace = path.startswith("/api/v1/namespaces/") and path.count("/") == 4
+        return [o for o in self._objects if is_namespace and f"/namespaces/{path.rpartition('/')[2]}/" in o]
 
     def list(self, collection: str, selector: str = "") -> Object:
         """Returns the objects directly below `collection` that have all labels of `selector`; items do not say their kind."""
@@ -192,6 +208,8 @@ class ApiObjects:
         self._objects[path] = value
         found = self.get(path)
         assert found is not None
+        if "deletionTimestamp" in metadata and kept.get("finalizers") and not metadata.get("finalizers"):
+            self.delete(path)
         return found
 
     def _writable(self, body: Object, path: str) -> Object:

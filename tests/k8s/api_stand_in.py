@@ -225,5 +225,5 @@ def _handler(api: ApiStandIn) -> type[BaseHTTPRequestHandler]:
 _COLLECTIONS = (
     *("pods", "events", "namespaces", "secrets", "persistentvolumeclaims"),
     *("rayclusters", "rayjobs", "rayservices", "workloads"),
-    *("priorityclasses", "customresourcedefinitions"),
+    *("priorityclasses", "customresourcedefinitions", "nodes"),
 )

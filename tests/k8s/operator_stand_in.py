@@ -1,8 +1,10 @@
-"""Does what KubeRay 1.7, a scheduler and a kubelet do to the objects of `api_objects.py`, a look at a time.
+"""Does what KubeRay 1.7, Kubernetes' controllers, a scheduler and a kubelet do to the objects of `api_objects.py`, a look
+at a time.
 
-It acts as the real operator was observed to: what it writes and therefore owns, the events and conditions that it leaves, which
-changes of a RayService reach a cluster that runs, and that a job which has ended is not looked at again. Pods only bear
-marks. A test says what becomes of them with `fates`.
+It acts as the real operator was observed to, or as its source says: what it writes and therefore owns, the events and
+conditions that it leaves, which changes of a RayService reach a cluster that runs, that a job which has ended is not
+looked at again, that Redis is cleaned before a cluster goes, and that surplus pods are the autoscaler's to remove, which
+runs if the head does. Pods only bear marks. A test says what becomes of them with `fates`.
 """
 
 import copy
@@ -22,6 +24,7 @@ Fate = tuple[Object, list[tuple[str, str, str]]]
 """A pod's status, and its events: (type, reason, message)."""
 
 RUNNING: Fate = ({"phase": "Running", "conditions": [{"type": "Ready", "status": "True"}]}, [])
+_SUCCEEDED: Fate = ({"phase": "Succeeded"}, [])
 
 _HASH = "ray.io/hash-without-replicas-and-workers-to-delete"
 _NUM_GROUPS = "ray.io/num-worker-groups"
@@ -37,13 +40,23 @@ def unscheduled(message: str) -> Fate:
 
 def unmounted(message: str) -> Fate:
     """Returns the fate of a pod with a volume that the kubelet cannot mount."""
+    return _waiting({"reason": "ContainerCreating"}), [("Warning", "FailedMount", message)]
+
+
+def unpulled(image: str) -> Fate:
+    """Returns the fate of a pod with an image that nobody has."""
+    said = f'Back-off pulling image "{image}"'
+    return _waiting({"reason": "ImagePullBackOff", "message": said}), [("Normal", "BackOff", said)]
+
+
+def _waiting(state: Object) -> Object:
     waiting = {
         "name": "ray-head",
         "image": "i",
         "imageID": "",
         "restartCount": 0,
         "ready": False,
-        "state": {"waiting": {"reason": "ContainerCreating"}},
+        "state": {"waiting": state},
     }
     ready = {
         "type": "Ready",
@@ -52,8 +65,7 @@ def unmounted(message: str) -> Fate:
         "message": "containers with unready status: [ray-head autoscaler]",
     }
     scheduled = {"type": "PodScheduled", "status": "True"}
-    status = {"phase": "Pending", "conditions": [scheduled, ready], "containerStatuses": [waiting]}
-    return status, [("Warning", "FailedMount", message)]
+    return {"phase": "Pending", "conditions": [scheduled, ready], "containerStatuses": [waiting]}
 
 
 @dataclass
@@ -62,11 +74,14 @@ class OperatorStandIn:
     namespace: str = "raymill"
     fates: list[tuple[Callable[[Object], bool], Fate]] = field(default_factory=list)
     """Conditions with fates: a pod gets the fate of the first that it fulfills, and runs if it fulfills none."""
+    cleanup_s: float = 300
+    """Time that a cluster's last pod has to clean Redis."""
 
     def look(self) -> None:
         """Looks at everything, as often as it takes until nothing changes."""
         for _ in range(4):
             for kind, reconcile in (
+                ("resourcequotas", self._quota_of_pods),
                 ("rayservices", self._service),
                 ("rayjobs", self._job),
                 ("rayclusters", self._cluster),
@@ -93,40 +108,71 @@ class OperatorStandIn:
             cluster = self._rewrite(cluster)
             spec = cluster["spec"]
         pods = self._pods_of(cluster)
+        if "deletionTimestamp" in metadata:
+            self._end_cluster(cluster, pods)
+            return
+        status = {
+            "desiredWorkerReplicas": sum(_desired(group) for group in spec["workerGroupSpecs"]),
+            "minWorkerReplicas": sum(group["minReplicas"] for group in spec["workerGroupSpecs"]),
+            "maxWorkerReplicas": sum(group["maxReplicas"] for group in spec["workerGroupSpecs"]),
+            "observedGeneration": metadata["generation"],
+        }
         if spec.get("suspend"):
             if pods:
                 said = f"Deleted Pods for RayCluster {self._full(cluster)} due to suspension"
                 self.api.event(cluster, "DeletedPod", said)
             for pod in pods:
                 self.api.delete(f"{self._path('pods')}/{pod['metadata']['name']}")
-            self._set_status(cluster, {"state": "suspended", "desiredWorkerReplicas": 0, "conditions": []})
+            suspended = {"type": "RayClusterSuspended", "status": "True"}
+            self._set_status(cluster, status | {"state": "suspended", "conditions": [_head_ready(None), suspended]})
             return
         failure = self._make_pods(cluster, pods)
         pods = self._pods_of(cluster)
         head = next((pod for pod in pods if pod["metadata"]["labels"]["ray.io/node-type"] == "head"), None)
         workers = [pod for pod in pods if pod is not head]
-        conditions = [_head_ready(head), *([failure] if failure else [])]
-        status = {
-            "conditions": conditions,
-            "desiredWorkerReplicas": sum(_desired(group) for group in spec["workerGroupSpecs"]),
-            "readyWorkerReplicas": sum(pod["status"].get("phase") == "Running" for pod in workers),
-            "minWorkerReplicas": sum(group["minReplicas"] for group in spec["workerGroupSpecs"]),
-            "maxWorkerReplicas": sum(group["maxReplicas"] for group in spec["workerGroupSpecs"]),
-            "observedGeneration": metadata["generation"],
-        }
-        was_ready = (cluster.get("status") or {}).get("state") == "ready"
-        if was_ready or (conditions[0]["status"] == "True" and not failure):
-            status["state"] = "ready"
-        self._set_status(cluster, status)
+        suspended = {"type": "RayClusterSuspended", "status": "False"}
+        status["conditions"] = [_head_ready(head), *([failure] if failure else []), suspended]
+        status["readyWorkerReplicas"] = sum(pod["status"].get("phase") == "Running" for pod in workers)
+        has_all = len(pods) == status["desiredWorkerReplicas"] + 1 and not failure
+        state = (cluster.get("status") or {}).get("state")  # stays what it was, also "suspended", until all pods run
+        state = "ready" if has_all and all(pod["status"].get("phase") == "Running" for pod in pods) else state
+        self._set_status(cluster, status | ({"state": state} if state else {}))
+
+    def _end_cluster(self, cluster: Object, pods: list[Object]) -> None:
+        """Ends the pods of a deleted cluster that has its state in Redis, and lets go of it once that is cleaned, or its
+        time is over."""
+        name = f"{cluster['metadata']['name']}-redis-cleanup"
+        cleaning = [pod for pod in pods if pod["metadata"]["labels"]["ray.io/node-type"] == "redis-cleanup"]
+        for pod in pods:
+            if pod not in cleaning:
+                self.api.delete(f"{self._path('pods')}/{pod['metadata']['name']}")
+        if not cleaning:
+            job = self.api.put(f"{self._path('jobs')}/{name}", {"kind": "Job", "metadata": self._owned(cluster, name)})
+            self.api.event(cluster, "CreatedRedisCleanupJob", f"Created Redis cleanup Job {self.namespace}/{name}")
+            template = cluster["spec"]["headGroupSpec"]["template"]
+            labels = template["metadata"]["labels"] | {"ray.io/is-ray-node": "yes", "ray.io/group": "headgroup"}
+            labels |= {"ray.io/cluster": cluster["metadata"]["name"], "ray.io/node-type": "redis-cleanup"}
+            self._make_pod(job, f"{name}-{secrets.token_hex(3)[:5]}", labels, template["spec"])
+        elif (
+            cleaning[0]["status"].get("phase") == "Succeeded"
+            or _seconds_since(cleaning[0]["metadata"]["creationTimestamp"]) > self.cleanup_s
+        ):
+            cluster["metadata"]["finalizers"] = []
+            self.api.put(f"{self._path('rayclusters')}/{cluster['metadata']['name']}", cluster)
 
     def _make_pods(self, cluster: Object, pods: list[Object]) -> Object | None:
-        """Makes missing pods and removes surplus ones; returns the condition that says why it could not."""
+        """Makes missing pods; returns the condition that says why it could not. Surplus ones are removed if the head's
+        autoscaler is there, which names them; KubeRay by itself removes none."""
         full = self._full(cluster)
+        autoscales = any(
+            pod["metadata"]["labels"]["ray.io/node-type"] == "head" and pod["status"].get("phase") == "Running"
+            for pod in pods
+        )
         groups = [("head", "headgroup", cluster["spec"]["headGroupSpec"], 1)]
         groups += [("worker", g["groupName"], g, _desired(g)) for g in cluster["spec"]["workerGroupSpecs"]]
         for kind, name, group, desired in groups:
             mine = [pod for pod in pods if pod["metadata"]["labels"]["ray.io/group"] == name]
-            for pod in mine[desired:]:
+            for pod in mine[desired:] if autoscales else []:
                 self.api.delete(f"{self._path('pods')}/{pod['metadata']['name']}")
                 self.api.event(cluster, "DeletedWorkerPod", f"Deleted worker Pod {self._full(pod)}")
             for _ in range(desired - len(mine)):
@@ -186,12 +232,18 @@ class OperatorStandIn:
         active = (status.get("activeServiceStatus") or {}).get("rayClusterName")
         pending = (status.get("pendingServiceStatus") or {}).get("rayClusterName")
         clusters = self._path("rayclusters")
-        if service["spec"].get("suspend"):
+        is_suspending = any(c["type"] == "Suspending" and c["status"] == "True" for c in status.get("conditions", []))
+        if service["spec"].get("suspend") or is_suspending:  # it is gone through with, even if it is resumed meanwhile
             for name in filter(None, (active, pending)):
-                self.api.delete(f"{clusters}/{name}")
-                said = f"Deleted the RayCluster {self.namespace}/{name} during suspend"
-                self.api.event(service, "DeletedRayCluster", said)
-            self._set_status(service, {"conditions": [{"type": "Suspended", "status": "True"}]})
+                found = self.api.get(f"{clusters}/{name}")
+                if found and "deletionTimestamp" not in found["metadata"]:
+                    self.api.delete(f"{clusters}/{name}")
+                    said = f"Deleted the RayCluster {self.namespace}/{name} during suspend"
+                    self.api.event(service, "DeletedRayCluster", said)
+            are_left = any(self.api.get(f"{clusters}/{name}") for name in filter(None, (active, pending)))
+            kept = {key: status[key] for key in ("activeServiceStatus", "pendingServiceStatus") if key in status}
+            condition = {"type": "Suspending" if are_left else "Suspended", "status": "True"}
+            self._set_status(service, (kept if are_left else {}) | {"conditions": [condition]})
             return
         goal = cluster_spec(service)
         if active and not pending:
@@ -243,7 +295,8 @@ class OperatorStandIn:
         path = f"{self._path('pods')}/{name}"
         pod = self.api.get(path)
         assert pod is not None
-        status, events = next((fate for fits, fate in self.fates if fits(pod)), RUNNING)
+        cleans = pod["metadata"]["labels"].get("ray.io/node-type") == "redis-cleanup"
+        status, events = next((fate for fits, fate in self.fates if fits(pod)), _SUCCEEDED if cleans else RUNNING)
         if pod["status"] != status:
             self.api.put(path, pod | {"status": status}, manager="kubelet")
             for kind, reason, message in events:
@@ -291,10 +344,15 @@ class OperatorStandIn:
     def _names(self, collection: str) -> list[str]:
         return [item["metadata"]["name"] for item in self.api.list(collection)["items"]]
 
+    def _quota_of_pods(self, quota: Object) -> None:
+        """Acts as the controller, without which a quota's numbers are not in force."""
+        used = {"pods": str(len(self._names(self._path("pods"))))}
+        self._set_status(quota, {"hard": quota["spec"]["hard"], "used": used})
+
     def _quota(self) -> int:
         """Returns how many pods there may be."""
         quota = self.api.get(f"{self._path('resourcequotas')}/raymill")
-        return int(quota["spec"]["hard"]["pods"]) if quota else 999
+        return int(quota["status"]["hard"]["pods"]) if quota else 999
 
     def _full(self, value: Object) -> str:
         return f"{self.namespace}/{value['metadata']['name']}"

@@ -145,5 +145,19 @@ def test_what_an_object_owns_goes_with_it(api: ApiObjects, shared: dict[str, Any
     applied(api, shared)
     OperatorStandIn(api).look()
     assert api.list("/api/v1/namespaces/raymill/pods")["items"]
+    api.patch(SHARED, JSON_PATCH, [{"op": "remove", "path": "/metadata/finalizers"}])
     api.delete(SHARED)
     assert not api.list("/api/v1/namespaces/raymill/pods")["items"]
+
+
+def test_what_has_a_finalizer_goes_once_that_is_removed_and_its_namespace_with_it(
+    api: ApiObjects, shared: dict[str, Any]
+) -> None:
+    applied(api, shared)
+    OperatorStandIn(api).look()
+    api.delete("/api/v1/namespaces/raymill")
+    assert "deletionTimestamp" in api.get(SHARED)["metadata"]
+    assert "deletionTimestamp" in api.get("/api/v1/namespaces/raymill")["metadata"]
+    api.patch(SHARED, JSON_PATCH, [{"op": "remove", "path": "/metadata/finalizers"}])
+    assert api.get(SHARED) is None
+    assert api.get("/api/v1/namespaces/raymill") is None

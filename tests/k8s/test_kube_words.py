@@ -31,7 +31,16 @@ _STATES: list[tuple[dict[str, Any], str, str]] = [
         "{conditions: [{type: ReplicaFailure, status: 'True', reason: FailedCreateWorkerPod, message: exceeded quota}]}",
         "cannot make its pods (FailedCreateWorkerPod): exceeded quota",
     ),
-    (_CLUSTER, "{state: suspended}", "is suspended: it has no pods; `raymill cluster scale` with --resume"),
+    (
+        _CLUSTER,
+        "{state: suspended, conditions: [{type: RayClusterSuspended, status: 'True'}]}",
+        "is suspended: it has no pods; `raymill cluster scale` with --resume",
+    ),
+    (
+        _CLUSTER,  # resumed
+        "{state: suspended, conditions: [{type: RayClusterSuspended, status: 'False'}, {type: HeadPodReady, status: 'False'}]}",
+        "waits for its head",
+    ),
     (_JOB, "{jobDeploymentStatus: Initializing, rayClusterName: pretrain-x7k2p}", "starting its cluster, on the cluster pretrain-x7k2p"),
     (_JOB, "{jobDeploymentStatus: Running, jobStatus: RUNNING}", "is running"),
     (_JOB, "{jobDeploymentStatus: Running, jobStatus: PENDING}", "on which its job does not run yet"),
@@ -101,6 +110,11 @@ _PODS: list[tuple[str, str, str]] = [
         _SCHEDULED % '"0/3 nodes are available: 1 node(s) were unschedulable, 2 node(s) had untolerated taint(s)."',
         "[]",
         "no node of 3 has room: 1 are cordoned, 2 have a taint that it does not tolerate",
+    ),
+    (
+        _SCHEDULED % "\"0/3 nodes are available: 1 node(s) had untolerated taint(s), 2 node(s) didn't satisfy plugin(s) [NodeAffinity].\"",
+        "[]",
+        "no node of 3 has room: 1 have a taint that it does not tolerate, 2 are not the one that it names",
     ),
     (
         _SCHEDULED % '"0/3 nodes are available: 3 node(s) didn\'t satisfy something new."',

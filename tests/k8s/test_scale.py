@@ -5,7 +5,7 @@ import pytest
 from tests.k8s.api_stand_in import ApiStandIn
 from tests.k8s.cluster_cli import RAY, Asked, cluster_behind, ray_object
 from tests.k8s.manifests import Manifest, cluster_spec
-from tests.k8s.operator_stand_in import OperatorStandIn
+from tests.k8s.operator_stand_in import OperatorStandIn, unpulled
 
 
 @pytest.fixture
@@ -45,6 +45,46 @@ def test_the_pods_that_run_follow(api: ApiStandIn, asked: Asked, operator: Opera
     asked("scale", owner.lower(), "--group", group, "--resume")
     assert workers() == 2
     assert before != bounds(ray_object(api, kind, name)) == (2, 6)
+
+
+def test_without_a_head_surplus_pods_stay_and_it_says_so(
+    api: ApiStandIn, asked: Asked, operator: OperatorStandIn
+) -> None:
+    """KubeRay leaves them to the autoscaler, a container of the head's pod."""
+    selector = "ray.io/cluster=shared,ray.io/node-type=worker"
+    assert "note" not in asked("scale", "shared", "--min", "2")
+    operator.fates = [(lambda pod: True, unpulled("raymill:0.1.0"))]
+    operator.look()
+    told = asked("scale", "shared", "--group", "workers", "--suspend")
+    assert told["note"].startswith("its head is not up: surplus pods stay until its autoscaler")
+    operator.look()
+    assert len(api.list("/api/v1/namespaces/raymill/pods", selector)["items"]) == 2
+    assert "note" not in asked("scale", "shared", "--group", "workers", "--resume")
+    operator.fates = []
+    operator.look()
+    assert "note" not in asked("scale", "shared", "--min", "0", "--max", "1")
+    operator.look()
+    assert not api.list("/api/v1/namespaces/raymill/pods", selector)["items"]
+
+
+def test_a_service_is_suspended_once_redis_is_cleaned_and_not_before(
+    api: ApiStandIn, asked: Asked, operator: OperatorStandIn
+) -> None:
+    operator.fates = [(lambda pod: "redis-cleanup" in pod["metadata"]["name"], unpulled("raymill:0.1.0"))]
+    name = "RayService/completions"
+    before = cluster_behind(api, ray_object(api, *name.split("/")))["metadata"]["name"]
+    asked("scale", "completions", "--suspend")
+    operator.look()
+    assert asked("status", "completions")[name][0] == "is being suspended: its pods are being removed"
+    asked("scale", "completions", "--resume")  # KubeRay goes through with it all the same
+    operator.look()
+    assert "deletionTimestamp" in ray_object(api, "RayCluster", before)["metadata"]
+    assert asked("scale", "completions", "--max", "2")["note"].startswith("it has no cluster now")
+    operator.fates = []
+    operator.look()
+    assert api.get(f"{RAY}/rayclusters/{before}") is None
+    operator.look()
+    assert "is answering" in asked("status", "completions")[name][0]
 
 
 def test_the_next_cluster_has_the_bounds_too(api: ApiStandIn, asked: Asked, operator: OperatorStandIn) -> None:
