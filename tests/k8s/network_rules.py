@@ -41,6 +41,7 @@ _OPERATORS = [
 ]
 _IMPOSTOR = _elsewhere("impostor", pod_labels={"app.kubernetes.io/name": "kuberay-operator"})
 _DNS = _elsewhere("kube-system", pod_labels={"k8s-app": "kube-dns"})
+_POD_DNS = Peer("a DNS cache in a pod", {"k8s-app": "node-local-dns"}, "kube-system", _DNS.namespace_labels)
 _SUBMITTER = Peer("submitter", {"app.kubernetes.io/component": "pretrain", "raymill/role": "submitter"})
 _METADATA = Peer("the cloud's metadata service", namespace="", address="169.254.169.254")
 _NODE_DNS = Peer("the node's DNS cache", namespace="", address="169.254.20.10")
@@ -90,7 +91,7 @@ def _expectations(policies: list[Manifest], *, has_proxy: bool) -> list[tuple[Pe
         goes_out = is_head or not has_proxy  # a head asks the Kubernetes API, whose address nobody knows
         table += [(node, internet, 443, goes_out) for internet in (_INTERNET, _INTERNET_6)]
         table += [(node, _PROXY, 3128, has_proxy)]
-        table += [(node, _DNS, 53, True), (node, _NODE_DNS, 53, True), (node, _NODE_DNS, 80, False)]
+        table += [(node, dns, port, port == 53) for dns in (_DNS, _POD_DNS, _NODE_DNS) for port in (53, 80)]
         table += [(node, _METADATA, 53, on_gke), (node, _EKS_DNS, 53, on_eks)]
         table += [(_USER, node, port, node.name == "shared head" and port == 8265) for port in _RAY_PORTS]
         keeps_state = is_head and node.name in ("completions head", "shared head")

@@ -10,6 +10,7 @@ _LONGEST_NAME = 47  # of Ray's kinds: pod names grow from it
 _NODE_DEATH_S = 60  # a group that idles out sooner than a dead node is noticed makes its replacements flap
 _MIN_VERSION_FOR_TOKENS = (2, 52)
 _MOST_QUEUED_GROUPS = 7
+_INSTEAD_OF_OPTIONS = {"ray.io/ft-enabled", "ray.io/external-storage-namespace"}
 _NEAR = "kueue.x-k8s.io/podset-preferred-topology"
 
 
@@ -59,6 +60,8 @@ def cluster_problems(objects: list[Manifest]) -> list[str]:
             problems.append(f"{name}: enableK8sTokenAuth is for a RayCluster only")
         if tuple(int(part) for part in cluster["rayVersion"].split(".")[:2]) < _MIN_VERSION_FOR_TOKENS:
             problems.append(f"{name}: token auth needs rayVersion 2.52 or later, not {cluster['rayVersion']}")
+        if "upgradeStrategy" in cluster and manifest["kind"] != "RayCluster":
+            problems.append(f"{name}: upgradeStrategy is for a RayCluster that nobody owns")
         for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
             params, where = group["rayStartParams"], group.get("groupName", "head")
             if group.get("resources") and params.keys() & {"num-cpus", "num-gpus", "memory", "resources"}:
@@ -143,11 +146,12 @@ def recovery_problems(objects: list[Manifest]) -> list[str]:
             problems.append(f"{name}: TLS is not agreed upon between redisAddress, the head and Redis")
         if "secretKeyRef" not in options.get("redisPassword", {}).get("valueFrom", {}):
             problems.append(f"{name}: redisPassword must come from a Secret")
-        if "ray.io/ft-enabled" in manifest["metadata"].get("annotations", {}):
-            problems.append(f"{name}: ray.io/ft-enabled stands beside gcsFaultToleranceOptions")
+        for key in _INSTEAD_OF_OPTIONS & manifest["metadata"].get("annotations", {}).keys():
+            problems.append(f"{name}: {key} stands beside gcsFaultToleranceOptions")
         for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
             own = {variable["name"] for variable in group["template"]["spec"]["containers"][0].get("env", [])}
-            if own & {"RAY_REDIS_ADDRESS", "REDIS_PASSWORD"} or "redis-password" in group["rayStartParams"]:
+            given = own | group["rayStartParams"].keys()
+            if given & {"RAY_REDIS_ADDRESS", "REDIS_USERNAME", "REDIS_PASSWORD", "redis-username", "redis-password"}:
                 problems.append(f"{name}: Redis stands in a pod beside gcsFaultToleranceOptions")
     return problems
 

@@ -145,6 +145,19 @@ def identity_problems(objects: list[Manifest]) -> list[str]:
                 problems.append(f"{name_of(role)}: a way into pods")
             if set(rule["verbs"]) - {"get", "list", "create", "patch"} - stopping:
                 problems.append(f"{name_of(role)}: {rule['verbs']} is more than raymill does")
+    may_apply = {
+        resource
+        for role in of_kind(objects, "Role")
+        for rule in role["rules"]
+        if {"create", "patch"} <= set(rule["verbs"])
+        for resource in rule["resources"]
+    }
+    problems += [
+        f"{name_of(manifest)}: raymill's operators may not apply it, so it belongs to the platform"
+        for manifest in objects
+        if manifest["metadata"].get("labels", {}).get("app.kubernetes.io/component") not in ("platform", "monitoring")
+        and f"{manifest['kind'].lower()}s" not in may_apply
+    ]
     problems += [
         f"{name_of(binding)}: gives a pod's account rights"
         for binding in of_kind(objects, "RoleBinding")
