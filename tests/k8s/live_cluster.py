@@ -1,7 +1,9 @@
 """A namespace on a real Kubernetes, with the overlay `dev` in it, which is removed at the end.
 
 `RAYMILL_LIVE_KUBECONFIG` names the cluster, as an administrator. KubeRay's CRDs must be there; its operator and
-`RAYMILL_LIVE_IMAGE` may be: what needs them is skipped otherwise, and says so.
+`RAYMILL_LIVE_IMAGE` may be: what needs them is skipped otherwise, and says so. Without an image the pods are small, so
+that a cluster of one node has room for them; no head is ever up then, and no autoscaler, without which KubeRay removes
+no surplus pod.
 """
 
 import contextlib
@@ -10,11 +12,12 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import yaml
@@ -25,14 +28,17 @@ from cluster.cli import main
 from cluster.kube.client import KubeApi
 from cluster.kube.kustomize import rendered_overlay
 from cluster.kube.status import cluster_names
+from cluster.local.local_cluster import ClusterError
 from tests.k8s.manifests import K8S, Manifest
 from tests.waiting import wait_until
 
 KUBECONFIG, IMAGE, STORAGE = "RAYMILL_LIVE_KUBECONFIG", "RAYMILL_LIVE_IMAGE", "RAYMILL_LIVE_STORAGE"
 _RAY = "ray.io/v1"
 _KINDS = ("RayService", "RayJob", "RayCluster")
-_NO_CLASS = "raymill-live-none"
-"""A storage class that no cluster has."""
+NOBODYS = "raymill-live-none"
+"""The name of a storage class, and the value of a label, that no cluster has."""
+
+_SMALL = {key: {"cpu": "10m", "memory": "64Mi"} for key in ("requests", "limits")}
 
 STARTED_S = 180
 """Time in which KubeRay looks at an object, makes its pods or removes them, on a foreign cluster."""
@@ -42,7 +48,8 @@ STARTED_S = 180
 class LiveCluster:
     namespace: str
     overlay: Path
-    """`dev`, except that Redis needs a volume that nobody makes, and that the job `evaluate` runs out of time."""
+    """`dev`, except that Redis needs a volume that nobody makes, that the job `evaluate` runs out of time, and that the
+    pods are small if there is no image."""
 
     @property
     def api(self) -> KubeApi:
@@ -65,13 +72,13 @@ class LiveCluster:
         return self.cluster("apply", str(self.overlay), *words)
 
     def cluster_of(self, kind: str, name: str) -> Manifest:
-        """Returns the newest RayCluster behind the object, once there is one."""
+        """Returns the newest RayCluster behind the object, once there is one that is not being removed."""
         found: list[Manifest] = []
 
         def is_there() -> bool:
             owner = self.api.get(_RAY, kind, name)
-            names = cluster_names(owner) if owner else []
-            found[:] = [c for n in names if (c := self.api.get(_RAY, "RayCluster", n)) is not None]
+            clusters = [self.api.get(_RAY, "RayCluster", n) for n in (cluster_names(owner) if owner else [])]
+            found[:] = [c for c in clusters if c is not None and "deletionTimestamp" not in c["metadata"]]
             return bool(found)
 
         self.until(is_there, f"{kind}/{name} has a cluster")
@@ -82,6 +89,31 @@ class LiveCluster:
         pods = self.api.all("v1", "Pod", selector=f"ray.io/cluster={cluster},ray.io/node-type=worker")
         return [pod["metadata"]["name"] for pod in pods if "deletionTimestamp" not in pod["metadata"]]
 
+    def bounds(self, cluster: str) -> tuple[int, int, int]:
+        """Returns the least, most and wanted workers that KubeRay tells of, which leaves out what is 0."""
+        status = (self.api.get(_RAY, "RayCluster", cluster) or {}).get("status") or {}
+        low, high, wanted = (status.get(f"{which}WorkerReplicas", 0) for which in ("min", "max", "desired"))
+        return low, high, wanted
+
+    def is_suspended(self, name: str) -> bool:
+        return "is suspended" in self.cluster("status", name.lower())[name][0]
+
+    def suspend(self, name: str) -> None:
+        """Waits until all is gone. A service's cluster has up to five minutes to clean Redis, which is not there."""
+        self.cluster("scale", name.lower(), "--suspend")
+        self.until(lambda: self.is_suspended(name), f"{name} is suspended", timeout_s=400)
+
+    def set_quota(self, pods: int) -> None:
+        """Waits until it is in force, which is when its controller has copied it."""
+        quota = self.api.get("v1", "ResourceQuota", "raymill")
+        assert quota is not None
+        self.api.patch(quota, [{"op": "replace", "path": "/spec/hard/pods", "value": str(pods)}])
+        self.until(lambda: self._quota().get("pods") == str(pods), f"the quota of {pods} pods is in force")
+
+    def _quota(self) -> dict[str, str]:
+        quota = self.api.get("v1", "ResourceQuota", "raymill") or {}
+        return (quota.get("status") or {}).get("hard") or {}
+
     def until(self, condition: Any, what: str, timeout_s: float = STARTED_S) -> None:
         def why() -> str:
             asked = {command: self.cluster(command) for command in ("status", "why-pending")}
@@ -91,10 +123,20 @@ class LiveCluster:
 
     def needs_operator(self) -> None:
         """Skips the test if no operator looks at Ray's objects."""
+        self._needs(
+            lambda: (self.api.get(_RAY, "RayCluster", "shared") or {}).get("status"),
+            "no KubeRay operator has looked at RayCluster/shared",
+        )
+
+    def needs_controllers(self) -> None:
+        """Skips the test on an API server alone: without its controllers no pod passes a quota."""
+        self._needs(self._quota, "no controller manager has counted what the quota raymill allows")
+
+    def _needs(self, condition: Callable[[], object], what: str) -> None:
         deadline_s = time.monotonic() + 60
-        while not (self.api.get(_RAY, "RayCluster", "shared") or {}).get("status"):
+        while not condition():
             if time.monotonic() > deadline_s:
-                pytest.skip("no KubeRay operator has looked at RayCluster/shared for 60 s")
+                pytest.skip(f"{what} for 60 s")
             time.sleep(1)
 
 
@@ -123,7 +165,7 @@ def live_cluster(folder: Path) -> Iterator[LiveCluster]:
 
 def _overlay(folder: Path) -> Path:
     """Writes the kustomization of a user that changes `dev` in some places."""
-    no_volume = [{"op": "add", "path": "/spec/volumeClaimTemplates/0/spec/storageClassName", "value": _NO_CLASS}]
+    no_volume = [{"op": "add", "path": "/spec/volumeClaimTemplates/0/spec/storageClassName", "value": NOBODYS}]
     no_time = [
         {"op": "add", "path": "/spec/activeDeadlineSeconds", "value": 5},
         {"op": "add", "path": "/spec/backoffLimit", "value": 0},
@@ -141,11 +183,36 @@ def _overlay(folder: Path) -> Path:
         kustomization["images"] = [
             {"name": "raymill", "newName": name} | ({"digest": digest} if at else {"newTag": tag})
         ]
-    if url := os.environ.get("AWS_ENDPOINT_URL"):
-        literals = [f"AWS_ENDPOINT_URL={url}"]
+    else:
+        for kind, inside in (("RayJob", "/rayClusterSpec"), ("RayService", "/rayClusterConfig"), ("RayCluster", "")):
+            pods = [f"/spec{inside}/{group}/template" for group in ("headGroupSpec", "workerGroupSpecs/0")]
+            pods += ["/spec/submitterPodTemplate"] * (kind == "RayJob")
+            paths = [f"/spec{inside}/autoscalerOptions", *(f"{pod}/spec/containers/0" for pod in pods)]
+            small = [{"op": "replace", "path": f"{path}/resources", "value": _SMALL} for path in paths]
+            kustomization["patches"].append({"target": {"kind": kind}, "patch": yaml.safe_dump(small)})
+    if STORAGE in os.environ:  # in place of MinIO
+        region = os.environ.get("AWS_DEFAULT_REGION", "us-east-1")
+        url = os.environ.get("AWS_ENDPOINT_URL", f"https://s3.{region}.amazonaws.com")
+        literals = [f"AWS_ENDPOINT_URL={url}", f"AWS_DEFAULT_REGION={region}"]
         kustomization["configMapGenerator"] = [{"name": "ray-environment", "behavior": "merge", "literals": literals}]
+        (folder / "storage.yaml").write_text(yaml.safe_dump(_way_to(url)))
+        kustomization["resources"].append("storage.yaml")
     (folder / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
     return folder
+
+
+def _way_to(url: str) -> Manifest:
+    """Returns the policy that lets Ray's nodes reach a storage which is on another port than 443."""
+    parts = urlsplit(url)
+    port = parts.port or {"http": 80, "https": 443}[parts.scheme]
+    labels = {"app.kubernetes.io/part-of": "raymill", "app.kubernetes.io/component": "platform"}
+    spec = {
+        "podSelector": {"matchLabels": {"raymill/role": "node"}},
+        "policyTypes": ["Egress"],
+        "egress": [{"ports": [{"protocol": "TCP", "port": port}]}],
+    }
+    metadata = {"name": "live-storage", "labels": labels}
+    return {"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": metadata, "spec": spec}
 
 
 def _remove(namespace: str) -> None:
@@ -159,17 +226,15 @@ def _remove(namespace: str) -> None:
     _ignoring_missing(lambda: core.delete_namespace(namespace))
 
     def is_gone() -> bool:
-        for kind in _KINDS:
-            for item in KubeApi(namespace).all(_RAY, kind):
-                if item["metadata"].get("finalizers"):
-                    where = ("ray.io", "v1", namespace, f"{kind.lower()}s", item["metadata"]["name"])
-                    body = [{"op": "remove", "path": "/metadata/finalizers"}]
-                    _ignoring_missing(
-                        lambda where=where, body=body: custom.patch_namespaced_custom_object(*where, body)
-                    )
+        api = KubeApi(namespace)  # whose patches say what kind they are, which the client's do not for these kinds
+        for item in (item for kind in _KINDS for item in api.all(_RAY, kind)):
+            if item["metadata"].get("finalizers"):
+                with contextlib.suppress(ClusterError):  # the operator was faster
+                    api.patch(item, [{"op": "remove", "path": "/metadata/finalizers"}])
         return all(item.metadata.name != namespace for item in core.list_namespace().items)
 
-    wait_until(is_gone, timeout_s=STARTED_S, poll_s=2, why=lambda: f"the namespace {namespace} does not go away")
+    # Pods may take their grace, up to 150 s, and Kubernetes looks again after a part of it.
+    wait_until(is_gone, timeout_s=600, poll_s=2, why=lambda: f"the namespace {namespace} does not go away")
 
 
 def _ignoring_missing(act: Any) -> None:

@@ -3,6 +3,7 @@
 They are no Kubernetes. That a real one behaves so is what it is for.
 """
 
+import functools
 import os
 import subprocess
 import sys
@@ -13,9 +14,10 @@ from typing import Any
 
 import pytest
 
+from tests.k8s.api_objects import RefusedError
 from tests.k8s.api_stand_in import ApiStandIn
-from tests.k8s.live_cluster import IMAGE, KUBECONFIG, STORAGE
-from tests.k8s.operator_stand_in import OperatorStandIn, unmounted, unscheduled
+from tests.k8s.live_cluster import IMAGE, KUBECONFIG, NOBODYS, STORAGE
+from tests.k8s.operator_stand_in import OperatorStandIn, unmounted, unpulled, unscheduled
 from tests.repository import REPOSITORY
 from tests.time_limits import limit_s
 
@@ -24,8 +26,19 @@ pytestmark = pytest.mark.slow
 Object = dict[str, Any]
 
 
+_NEVER = "no new claims to deallocate, preemption: not eligible due to preemptionPolicy=Never."
+_UNPLACED = {
+    "persistentVolumeClaim": "pod has unbound immediate PersistentVolumeClaims. not found",
+    "matchFields": f"1 node(s) had untolerated taint(s), 2 node(s) didn't satisfy plugin(s) [NodeAffinity]. {_NEVER}",
+    NOBODYS: f"3 node(s) didn't match Pod's node affinity/selector. {_NEVER}",
+    "nvidia.com/gpu": f"1 node(s) had untolerated taint(s), 2 Insufficient nvidia.com/gpu. {_NEVER}",
+}
+"""What the scheduler says of a pod with this word in it."""
+
+
 class _Cluster(ApiStandIn):
-    """Serves KubeRay's CRDs, an operator that looks again and again, no volumes and no GPUs."""
+    """Serves KubeRay's CRDs, and controllers that look again and again: with three nodes, one of them tainted, no volumes,
+    no GPUs and no image."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, namespaces=("default",))
@@ -36,8 +49,12 @@ class _Cluster(ApiStandIn):
             self.put(
                 f"{crds}/{names['plural']}.ray.io", {"metadata": {"name": f"{names['plural']}.ray.io"}, "spec": spec}
             )
+        for name, taints in (("cpu-1", []), ("cpu-2", []), ("gpu-1", [{"key": "gpu", "effect": "NoSchedule"}])):
+            self.put(f"/api/v1/nodes/{name}", {"kind": "Node", "metadata": {"name": name}, "spec": {"taints": taints}})
 
     def create(self, collection: str, value: Object, *, manager: str, dry_run: bool = False) -> Object:
+        if collection.endswith("/pods"):
+            self._admit(collection, value["metadata"]["name"])
         if not collection.endswith("/subjectaccessreviews"):
             return super().create(collection, value, manager=manager, dry_run=dry_run)
         asked = value["spec"]["resourceAttributes"]
@@ -50,24 +67,33 @@ class _Cluster(ApiStandIn):
         )
         return value | {"status": {"allowed": allowed}}
 
+    def _admit(self, collection: str, name: str) -> None:
+        """Refuses a pod, as Kubernetes does, before the quota's controller has counted."""
+        quota = self.get(collection.replace("/pods", "/resourcequotas/raymill"))
+        if "status" not in (quota or {}):
+            said = f'pods "{name}" is forbidden: status unknown for quota: raymill, resources: limits.memory,pods'
+            raise RefusedError(403, "Forbidden", said)
+
     def operate(self, ended: threading.Event) -> None:
+        missing = 'MountVolume.SetUp failed for volume "api-keys" : secret "api-keys" not found'
+        fates = [
+            (functools.partial(_has, word), unscheduled(f"0/3 nodes are available: {message}"))
+            for word, message in _UNPLACED.items()
+        ]
+        fates += [(self._lacks_its_keys, unmounted(missing)), (lambda pod: True, unpulled("raymill:0.1.0"))]
         while not ended.wait(0.3):
             with self.lock:
                 for item in self.list("/api/v1/namespaces")["items"]:
-                    operator = OperatorStandIn(self, namespace=item["metadata"]["name"])
-                    gpu = "0/3 nodes are available: 1 node(s) had untolerated taint(s), 2 Insufficient nvidia.com/gpu. no new claims to deallocate, preemption: not eligible due to preemptionPolicy=Never."
-                    redis = "0/3 nodes are available: pod has unbound immediate PersistentVolumeClaims. not found"
-                    missing = 'MountVolume.SetUp failed for volume "api-keys" : secret "api-keys" not found'
-                    operator.fates = [
-                        (lambda pod: pod["metadata"]["labels"].get("raymill/role") == "redis", unscheduled(redis)),
-                        (lambda pod: "nvidia.com/gpu" in str(pod["spec"]["containers"]), unscheduled(gpu)),
-                        (self._lacks_its_keys, unmounted(missing)),
-                    ]
-                    operator.look()
+                    if "deletionTimestamp" not in item["metadata"]:
+                        OperatorStandIn(self, item["metadata"]["name"], fates, cleanup_s=2).look()
 
     def _lacks_its_keys(self, pod: Object) -> bool:
         secret = f"/api/v1/namespaces/{pod['metadata']['namespace']}/secrets/api-keys"
         return "api-keys" in str(pod["spec"]["volumes"]) and self.get(secret) is None
+
+
+def _has(word: str, pod: Object) -> bool:
+    return word in str(pod["spec"])
 
 
 def test_it_passes_and_leaves_nothing(tmp_path: Path) -> None:
@@ -93,5 +119,5 @@ def test_it_passes_and_leaves_nothing(tmp_path: Path) -> None:
             thread.join()
         print(f"{time.monotonic() - start_s:.0f} s")
         assert done.returncode == 0, done.stdout[-20000:]
-        assert "16 passed, 1 skipped" in done.stdout, done.stdout[-3000:]  # the run, without an image
+        assert "18 passed, 1 skipped" in done.stdout, done.stdout[-3000:]  # the run, without an image
         assert set(api._objects) == before
