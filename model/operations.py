@@ -5,7 +5,7 @@ fused kernels, `model.cpu_ops` has some with hand-written gradients, for trainin
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -51,6 +51,7 @@ def recomputed(ops: Operations) -> Operations:
     return ops._replace(block=partial(checkpoint, ops.block, use_reentrant=False))
 
 
+@cache
 def compiled(backend: "str | Callable[..., Any]" = "inductor") -> Operations:
     """Returns PLAIN with fused kernels for each block and for the head's loss, in a training step alone: its shapes are
     always the same, and each is compiled once. All blocks share one graph."""

@@ -22,8 +22,13 @@ class MicroBatch(NamedTuple):
 
 def choose_operations(model: GPT, config: RunConfig) -> None:
     """Lets the model compute as the run's settings say."""
-    ways = {"plain": lambda: PLAIN, "compiled": compiled, "cpu": lambda: cpu_ops.CPU}
-    ops = ways[way_to_compute(config)]()
+    match way_to_compute(config):
+        case "plain":
+            ops = PLAIN
+        case "compiled":
+            ops = compiled()
+        case "cpu":
+            ops = cpu_ops.CPU
     use_operations(model, recomputed(ops) if config.train.recompute else ops)
 
 

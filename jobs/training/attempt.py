@@ -24,7 +24,8 @@ from jobs.run.storage_retry import patiently
 from jobs.snapshots.choice import Snapshot
 from jobs.snapshots.snapshots import Snapshots
 from jobs.training.guards import Decision, GuardState, Verdict, Windows
-from jobs.training.mixed_hardware import differences, hardware
+from jobs.training.kernels import prepared
+from jobs.training.mixed_hardware import differences
 from jobs.training.run_writer import RunWriter
 from jobs.training.step_record import StepRecord
 from jobs.training.validation import measured, samples
@@ -90,6 +91,7 @@ class Attempt:
             return
         with tempfile.TemporaryDirectory(prefix="raymill-resume-") as scratch:
             restored_step = self._restore(begun, Path(scratch))
+        own_kind = prepared(plan, group, self.state.device)
         self.guard = replace(self.guard, rollbacks=begun.rollbacks)
         self.first_step, self.guard = self.guard.entering(restored_step + 1)
         self.train_rows, self.val_rows = open_stream(plan, "train"), open_stream(plan, "val")
@@ -102,7 +104,7 @@ class Attempt:
         workers = group.gather({"pid": os.getpid(), "node": os.environ.get(NODE_NAME_VARIABLE, socket.gethostname())})
         self.notices = Notices(plan.run, group, signals, device=self.state.device)
         opened.callback(self.notices.close)
-        kinds = group.gather(hardware(self.state.device))
+        kinds = group.gather(own_kind)
         nodes = [worker["node"] for worker in workers]
         self.record = StepRecord(plan, self.state, group, ledger=self.ledger, attempt=self.attempt, nodes=nodes)
         if self.ledger:
@@ -118,6 +120,7 @@ class Attempt:
                 code_version=plan.code_version,
                 precision=config.train.precision,
                 compute=way_to_compute(config),
+                **{"kernels": own_kind["kernels"]} if "kernels" in own_kind else {},
             )
             self._record_precision(before)
             if reasons := differences(kinds):

@@ -1,0 +1,157 @@
+"""Checks before a worker trains that its device computes the gradient that the model defines, and the same one twice.
+
+A tiny step goes the whole way of a real one, in the run's own precision, and is held against autograd in float64. Fused
+kernels are then compiled for the run's own shape, which is held against plain operations in one block.
+"""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from cluster.settings.run import RunConfig, seq_len, way_to_compute
+from jobs.exact.batch_gradient import BatchGradient
+from jobs.exact.compute import loss_of, micro_batch
+from jobs.exact.train_state import ALONE, TrainState
+from jobs.run.step_timer import StepTimer
+from jobs.tokens.batch_plan import Indices
+from model.errors import UserError
+from model.gpt import GPT
+from model.operations import PLAIN, use_operations
+
+_WITHIN = {"fp32": 1e-4, "bf16": 5e-2}  # a healthy device: 5e-7 and 5e-3
+_EOT = 3
+_SEED = 1
+
+_OPERATIONS = {
+    "ln_f": "the last LayerNorm, or the head's loss",
+    "lm_head": "the head's loss",
+    "mlp": "a feed-forward layer",
+    "attn": "attention",
+    "ln_": "a LayerNorm",
+    "wpe": "the embedding of positions",
+    "wte": "the embedding of tokens, or the head's loss",
+}
+"""By the first part that a parameter's name has: what computes its gradient."""
+
+
+class SelfTestError(UserError):
+    """This device computes something else than the model."""
+
+
+class _Rows:
+    """Rows that are a function of their number."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._shape, self._vocab_size = (config.train.micro_batch_size, seq_len(config) + 1), config.model.vocab_size
+
+    def samples(self, indices: Indices | range) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(int(indices[0]))
+        rows = torch.randint(self._vocab_size, self._shape, generator=generator)
+        rows[:, self._shape[1] // 2] = _EOT
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+    def read_ahead(self, indices: Indices) -> None:
+        pass
+
+
+def self_test(config: RunConfig, device: torch.device) -> None:
+    """Raises `SelfTestError`, which names the operation, where a gradient is wrong or is another one the next time."""
+    tiny = _in_tiny(config)
+    _check(tiny, device, exact=_in_float64(tiny))
+    if way_to_compute(config) == "compiled":
+        block = _in_one_block(config)
+        plain = block.model_copy(update={"train": block.train.model_copy(update={"compute": "plain"})})
+        _check(block, device, exact=_gradients(plain, device))
+
+
+def _check(config: RunConfig, device: torch.device, *, exact: dict[str, Tensor]) -> None:
+    found, again = (_gradients(config, device) for _ in range(2))
+    within = _WITHIN[config.train.precision]
+    for name in reversed(exact):  # from the loss backward: what comes after a wrong operation is wrong too
+        expected = exact[name].double()
+        error = float((found[name].double() - expected).norm() / expected.norm())
+        if not error < within:  # it may be NaN
+            raise SelfTestError(
+                f"{_what(name, device)} has a gradient of {name} that is {error:.1g} off, relative to autograd in a "
+                f"wider type, and {within:g} is allowed in {config.train.precision}: nothing was trained. Try --train."
+                "compute plain, and another version of PyTorch or of the driver"
+            )
+        if not torch.equal(found[name], again[name]):
+            raise SelfTestError(
+                f"{_what(name, device)} gives {name} another gradient each time, so that no run would have the same "
+                "bits twice: nothing was trained. Try --train.compute plain, or --train.exact false without equal bits"
+            )
+
+
+def _what(name: str, device: torch.device) -> str:
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else "this processor"
+    return f"on {kind}, {next(what for part, what in _OPERATIONS.items() if part in name)}"
+
+
+def _gradients(config: RunConfig, device: torch.device) -> dict[str, Tensor]:
+    """Returns the gradient of a step by parameter, on the CPU, as training computes it."""
+    state = TrainState(_model(config), config.train, device=device)
+    gradient = BatchGradient(config, state, _Rows(config), ALONE, eot_id=_eot_id(config))  # type: ignore[arg-type]
+    gradient.of_step(1, StepTimer())
+    gradient.close()
+    return {name: view.cpu() for name, view in state.by_parameter(state.gradient).items()}
+
+
+def _in_float64(config: RunConfig) -> dict[str, Tensor]:
+    """Returns the same, by autograd alone, in float64 and on the CPU."""
+    model = _model(config).double()
+    config = config.model_copy(update={"train": config.train.model_copy(update={"precision": "fp32"})})
+    use_operations(model, PLAIN)
+    rows, cpu, num_rows = _Rows(config), torch.device("cpu"), config.train.global_batch_size
+    for first in range(0, num_rows, config.train.micro_batch_size):
+        batch = micro_batch(rows.samples(range(first, num_rows)), config, cpu, eot_id=_eot_id(config))
+        loss_of(model, batch, scale=1 / (num_rows * seq_len(config))).backward()
+    return {name: weights.grad for name, weights in model.named_parameters() if weights.grad is not None}
+
+
+def _model(config: RunConfig) -> GPT:
+    model = GPT(config.model)
+    model.init_weights(_SEED)
+    return model
+
+
+def _eot_id(config: RunConfig) -> int | None:
+    return _EOT if config.train.document_mask else None
+
+
+def _in_tiny(config: RunConfig) -> RunConfig:
+    """Returns the run with two lanes of a few short sequences, and two narrow layers with heads as wide as its own."""
+    shape = dataclasses.replace(
+        config.model,
+        vocab_size=97,
+        n_positions=64,
+        n_layer=2,
+        n_head=2,
+        n_embd=2 * config.model.head_dim,
+        n_inner=None,
+        dropout=0.0,
+        initializer_range=0.2,
+    )
+    compute = way_to_compute(config)
+    return _with(config, shape, micro_batch_size=2, seq_len=64, compute="plain" if compute == "compiled" else compute)
+
+
+def _in_one_block(config: RunConfig) -> RunConfig:
+    shape = dataclasses.replace(config.model, n_layer=1, dropout=0.0)
+    return _with(config, shape, micro_batch_size=config.train.micro_batch_size, seq_len=seq_len(config))
+
+
+def _with(config: RunConfig, shape: object, *, micro_batch_size: int, **changes: object) -> RunConfig:
+    """Returns the run with another shape of the model, in steps of two lanes of one micro-batch."""
+    step = {
+        "micro_batch_size": micro_batch_size,
+        "micro_batches_per_lane": 1,
+        "global_batch_size": 2 * micro_batch_size,
+        "batch_ramp_tokens": 0,
+        "batch_ramp_start": None,
+        "shard_optimizer": False,
+        "exact": True,
+    }
+    train = config.train.model_copy(update=step | changes)
+    return config.model_copy(update={"model": shape, "train": train})

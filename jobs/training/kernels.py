@@ -1,0 +1,47 @@
+"""Prepares a worker to compute: tests its device, and shares compiled kernels between a run's workers and attempts."""
+
+import hashlib
+import json
+from collections.abc import Callable
+
+import torch
+
+from cluster.settings.run import way_to_compute
+from cluster.storage.uris import NotFoundError, Storage
+from jobs.exact.self_test import self_test
+from jobs.run.run_plan import RunPlan
+from jobs.run.storage_retry import patiently
+from jobs.training.mixed_hardware import Hardware, hardware
+from jobs.workers.worker_group import WorkerGroup
+
+
+def prepared(plan: RunPlan, group: WorkerGroup, device: torch.device) -> Hardware:
+    """Returns what decides how this worker rounds, after its self-test; its compiled kernels are part of that."""
+    found, test = hardware(device), lambda: self_test(plan.config, device)
+    if way_to_compute(plan.config) != "compiled":
+        test()
+        return found
+    return found | {"kernels": _share(plan.run, group, found, compiles=test)}
+
+
+def _share(run: Storage, group: WorkerGroup, on: Hardware, *, compiles: Callable[[], None]) -> str:
+    """Compiles on every rank with the kernels that the run's storage has for rank 0's hardware, or that rank 0 compiles
+    now. Returns their SHA-256. Whoever can write to that storage can thus run code in the workers, as PyTorch trusts
+    what it loads."""
+    kernels = group.broadcast(_kept(run, on, compiles) if group.rank == 0 else None)
+    torch.compiler.load_cache_artifacts(kernels)
+    compiles()
+    return hashlib.sha256(kernels).hexdigest()
+
+
+def _kept(run: Storage, on: Hardware, compiles: Callable[[], None]) -> bytes:
+    name = f"kernels/{hashlib.sha256(json.dumps(on, sort_keys=True).encode()).hexdigest()[:16]}.bin"
+    try:
+        return patiently(lambda: run.read_bytes(name), name)
+    except NotFoundError:
+        compiles()
+        saved = torch.compiler.save_cache_artifacts()
+        assert saved is not None, "something was compiled"
+        kernels = saved[0]
+        patiently(lambda: run.write_bytes(name, kernels), name)
+        return kernels

@@ -1,0 +1,30 @@
+"""A run that computes with compiled kernels has one hash for any number of workers, and shares its kernels."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from jobs.run.ledger import Ledger
+from tests.jobs.poisoned_runs import run_world
+from tests.jobs.runs import tiny_plan
+
+pytestmark = pytest.mark.slow  # compiles
+
+
+def test_worlds_and_attempts_compute_with_the_same_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashes = []
+    for world_size in (1, 2):
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / f"cache-{world_size}"))
+        plan = tiny_plan(
+            str(tmp_path / str(world_size)),
+            train={"compute": "compiled", "precision": "bf16", "hash_every_steps": 4},
+            scaling={"max_workers": world_size},
+        )
+        run_world(plan, world_size=world_size)
+        ledger = Ledger.read(plan.run)
+        hashes.append([step["parameter_hash"] for step in ledger.steps if "parameter_hash" in step])
+        (start,) = ledger.events("start")
+        (kernels,) = plan.run.list("kernels/")
+        assert hashlib.sha256(plan.run.read_bytes(kernels.key)).hexdigest() == start["kernels"]
+    assert hashes[0] and hashes[0] == hashes[1]
