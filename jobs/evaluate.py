@@ -29,11 +29,13 @@ from jobs.tokens.build_store import tokenize
 from jobs.tokens.token_store import Split, TokenStoreError, read_manifest
 from jobs.tokens.token_stream import TokenStream
 from jobs.tokens.train_tokenizer import TOKENIZER_FILE
-from model.checkpoint import load_model, load_tokenizer, parameter_hash, read_config
+from model.checkpoint import load_model, parameter_hash
 from model.checkpoint_folder import CheckpointError, is_hf_folder, read_metadata
 from model.errors import UserError
 from model.gpt import GPT
+from model.hf_config import read_config
 from model.processor import bf16_slowdown, fast_precision
+from model.tokenizer import load_tokenizer
 
 _CHECKPOINT_PLACE = re.compile(r"(?P<storage>.+)/runs/[^/]+(/checkpoints/[^/]+)?")
 

@@ -12,8 +12,9 @@ from cluster.settings.parser import Parser
 from cluster.stages.stage_module import print_result
 from cluster.storage.registry import resolve_checkpoint
 from cluster.storage.uris import absolute_uri, open_storage, split_uri
-from model.checkpoint import load_model, load_tokenizer, write_checkpoint
+from model.checkpoint import load_model, write_checkpoint
 from model.checkpoint_folder import MANIFEST, CheckpointError, is_hf_folder, read_metadata, verify_checkpoint
+from model.tokenizer import load_tokenizer
 
 
 def export(checkpoint: str, destination: str, *, storage_uri: str) -> dict[str, Any]:

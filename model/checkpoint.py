@@ -23,15 +23,15 @@ from model.checkpoint_folder import (
     CheckpointError,
     Metadata,
     is_hf_folder,
-    read_json,
     verify_checkpoint,
 )
 from model.config import GPTConfig
 from model.durable_files import move_into_place, sync, write_file
 from model.failpoints import failpoint
 from model.gpt import GPT
-from model.hf import build_model, config_from_hf, config_to_hf, load_hf, tokenizer_config_to_hf
-from model.tokenizer import Tokenizer, from_gpt2_files
+from model.hf import build_model, load_hf
+from model.hf_config import config_to_hf, read_config, tokenizer_config_to_hf
+from model.tokenizer import Tokenizer
 
 _PIECE_BYTES = 8 << 20
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64"}
@@ -149,21 +149,6 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, verify: bool
     if verify and (problems := verify_checkpoint(folder, to_train=False)):
         raise CheckpointError(f"checkpoint {folder} is not valid: {'; '.join(problems)}. Use another checkpoint")
     return build_model(read_config(folder), load_file(folder / "model.safetensors"), source=folder).to(dtype)
-
-
-def load_tokenizer(folder: Path) -> Tokenizer | None:
-    """Returns the checkpoint's tokenizer, or None where a folder that transformers saved holds none."""
-    if (path := folder / "tokenizer.json").exists():
-        return Tokenizer.from_json(path.read_bytes())
-    if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-        return from_gpt2_files(folder / "vocab.json", folder / "merges.txt")
-    if is_hf_folder(folder):
-        return None
-    raise CheckpointError(f"checkpoint {folder} is not valid: tokenizer.json is missing")
-
-
-def read_config(folder: Path) -> GPTConfig:
-    return config_from_hf(read_json(folder / "config.json"))
 
 
 def read_train_state(folder: Path) -> dict[str, Tensor]:

@@ -7,7 +7,8 @@ import torch
 from model.errors import UserError
 from model.gpt import GPT
 from model.kv_cache import KVCache
-from model.sampling import SamplingParams, sample
+from model.sampling import sample
+from model.sampling_params import SamplingParams
 
 
 class ContextLengthError(UserError):

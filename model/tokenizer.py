@@ -14,6 +14,7 @@ from typing import Any, Self
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from model.checkpoint_folder import CheckpointError, is_hf_folder
 from model.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -135,6 +136,17 @@ def from_gpt2_files(encoder: Path, merges: Path) -> Tokenizer:
     pairs = [(left, right) for left, right in map(str.split, lines)]
     vocab = json.loads(encoder.read_text(encoding="utf-8"))
     return _byte_level(tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=pairs)))
+
+
+def load_tokenizer(folder: Path) -> Tokenizer | None:
+    """Returns the checkpoint's tokenizer, or None where a folder that transformers saved holds none."""
+    if (path := folder / "tokenizer.json").exists():
+        return Tokenizer.from_json(path.read_bytes())
+    if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
+        return from_gpt2_files(folder / "vocab.json", folder / "merges.txt")
+    if is_hf_folder(folder):
+        return None
+    raise CheckpointError(f"checkpoint {folder} is not valid: tokenizer.json is missing")
 
 
 def _byte_level(backend: tokenizers.Tokenizer) -> Tokenizer:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from model.gpt import GPT, Block, CausalSelfAttention
-from model.sampling import SamplingParams, SamplingRow, adjusted, distribution, sample
+from model.sampling import SamplingRow, adjusted, distribution, sample
+from model.sampling_params import SamplingParams
 
 Clock = Callable[[], float]
 

@@ -13,8 +13,8 @@ from jobs.run.run_plan import RunPlan
 from jobs.run.storage_retry import patiently
 from jobs.run.writer_generation import Fence
 from jobs.training.checkpoint_writer import CheckpointWriter, checkpoint_fields
-from model.checkpoint import read_config
 from model.checkpoint_folder import CheckpointError, read_metadata
+from model.hf_config import read_config
 
 
 class RunWriter:

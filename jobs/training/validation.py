@@ -14,7 +14,7 @@ from jobs.tokens.token_stream import TokenStream
 from jobs.workers.worker_group import WorkerGroup
 from model.generate import generate
 from model.gpt import GPT
-from model.sampling import SamplingParams
+from model.sampling_params import SamplingParams
 from model.tokenizer import Tokenizer
 
 SAMPLE_TOKENS = 64

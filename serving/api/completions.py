@@ -10,7 +10,7 @@ from dataclasses import KW_ONLY, dataclass
 import orjson
 
 from cluster.settings.serve import ServeConfig
-from model.sampling import SamplingParams
+from model.sampling_params import SamplingParams
 from serving.api.answers import Answer, Usage
 from serving.api.choice_output import ChoiceOutput, Part, join_parts
 from serving.api.metrics import ReplicaMetrics, RequestTimer

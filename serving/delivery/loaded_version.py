@@ -9,10 +9,10 @@ from pathlib import Path
 from cluster.settings.serve import ServeConfig
 from cluster.storage.registry import resolve_checkpoint
 from model.errors import UserError
-from model.sampling import SamplingParams
+from model.sampling_params import SamplingParams
 from serving.delivery.promotion import Version, VersionStats
+from serving.engine.engine_dtype import with_dtype
 from serving.engine.messages import FinishReason, SequenceRequest
-from serving.engine.runner import with_dtype
 from serving.engine_process.client import EngineClient
 from serving.engine_process.health import HealthCheck
 from serving.protocol.served_model import ServedModel, read_served_model

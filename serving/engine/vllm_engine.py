@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from cluster.settings.serve import EngineConfig
-from model.checkpoint import read_config
 from model.config import GPTConfig
 from model.errors import UserError
-from model.sampling import SamplingParams
+from model.hf_config import read_config
+from model.sampling_params import SamplingParams
 from serving.engine.messages import Admission, Candidates, FinishReason, SequenceRequest, StepReport, TokenEvent
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # this process already belongs to the engine

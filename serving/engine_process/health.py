@@ -6,7 +6,7 @@ import sys
 import time
 from typing import NoReturn
 
-from model.sampling import SamplingParams
+from model.sampling_params import SamplingParams
 from serving.engine.messages import FinishReason, SequenceRequest
 from serving.engine_process.client import EngineClient, EngineDiedError
 

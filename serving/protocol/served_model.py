@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model.checkpoint import load_tokenizer
 from model.checkpoint_folder import CheckpointError, Metadata, is_hf_folder, read_metadata
 from model.config import GPTConfig
-from model.hf import config_from_hf
-from model.tokenizer import Tokenizer, TokenizerError
+from model.hf_config import config_from_hf
+from model.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 from serving.protocol.errors import context_length_exceeded, invalid_request
 
 

@@ -12,7 +12,7 @@ import orjson
 import torch
 
 from model.gpt import GPT
-from model.sampling import SamplingParams
+from model.sampling_params import SamplingParams
 from model.xray import Candidate, Query, Span, nearest_tokens, predictions, run_query, score
 from serving.protocol.errors import invalid_request
 from serving.protocol.served_model import ServedModel

@@ -21,7 +21,8 @@ from cluster.storage.lending import Loan, read_loan
 from cluster.storage.registry import resolve_checkpoint
 from jobs.run.ledger import Ledger
 from jobs.run.run_plan import run_storage
-from model.checkpoint import load_model, load_tokenizer
+from model.checkpoint import load_model
+from model.tokenizer import load_tokenizer
 from tests.e2e.tiny_runs import tiny_run
 from tests.jobs.corpora import number_texts
 from tests.serving.delivery_parts import Admin

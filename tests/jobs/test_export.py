@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cluster.stages.stage_module import parse_result
 from cluster.storage.uris import open_storage
 from jobs.export import export
-from model.checkpoint import load_model, load_tokenizer
+from model.checkpoint import load_model
 from model.checkpoint_folder import TRAIN_STATE, CheckpointError, Metadata, read_metadata, verify_checkpoint
 from model.config import GPTConfig
 from model.gpt import GPT
-from model.tokenizer import train_bpe
+from model.tokenizer import load_tokenizer, train_bpe
 from tests.checkpoints import save_model
 from tests.repository import REPOSITORY
 from tests.time_limits import limit_s

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.checkpoint import load_model, load_tokenizer, parameter_hash, read_train_state
+from model.checkpoint import load_model, parameter_hash, read_train_state
 from model.checkpoint_folder import CheckpointError, Metadata, read_metadata, verify_checkpoint
 from model.gpt import GPT
-from model.tokenizer import Tokenizer
+from model.tokenizer import Tokenizer, load_tokenizer
 from tests.checkpoints import save_model
 from tests.model.small_models import small_model
 

@@ -7,7 +7,7 @@ import torch
 
 from model.generate import ContextLengthError, generate
 from model.gpt import GPT
-from model.sampling import SamplingParams
+from model.sampling_params import SamplingParams
 
 GREEDY = SamplingParams(temperature=0)
 PROMPT = [3, 14, 15, 92, 65]

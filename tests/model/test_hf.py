@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from model.checkpoint import load_model, load_tokenizer
+from model.checkpoint import load_model
 from model.checkpoint_folder import Metadata
-from model.hf import UnsupportedModelError, load_hf
-from model.tokenizer import Tokenizer, train_bpe
+from model.hf import load_hf
+from model.hf_config import UnsupportedModelError
+from model.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from tests.checkpoints import save_model
 from tests.model.small_models import small_model
 

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.sampling import SamplingParams, SamplingRow, distribution, sample, sample_batch, uniform
+from model.sampling import SamplingRow, distribution, sample, sample_batch, uniform
+from model.sampling_params import SamplingParams
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -0.5, -1.0, -2.0, 1.0])
 RULES = {

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from model.generate import generate
 from model.gpt import GPT
-from model.sampling import SamplingParams, distribution
+from model.sampling import distribution
+from model.sampling_params import SamplingParams
 from model.xray import Query, Reader, nearest_tokens, predictions, run_query, score
 from tests.model.small_models import small_model
 

@@ -12,7 +12,7 @@ import httpx
 
 from model.generate import generate
 from model.gpt import GPT
-from model.sampling import SamplingParams
+from model.sampling_params import SamplingParams
 from model.tokenizer import Tokenizer
 from tests.time_limits import limit_s
 from tests.waiting import wait_until

@@ -15,7 +15,7 @@ import yaml
 
 from model.generate import generate
 from model.gpt import GPT
-from model.sampling import SamplingParams
+from model.sampling_params import SamplingParams
 from model.tokenizer import Tokenizer
 from tests.repository import REPOSITORY
 from tests.serving.hostile_requests import MODEL

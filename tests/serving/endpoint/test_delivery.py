@@ -22,7 +22,7 @@ from model.checkpoint_folder import read_metadata
 from model.config import GPTConfig
 from model.generate import generate
 from model.gpt import GPT
-from model.sampling import SamplingParams
+from model.sampling_params import SamplingParams
 from model.tokenizer import Tokenizer, train_bpe
 from serving.delivery.promotion import Route
 from serving.protocol.errors import DRAINING_HEADER

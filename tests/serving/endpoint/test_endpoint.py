@@ -24,7 +24,7 @@ from model.checkpoint_folder import read_metadata
 from model.errors import UserError
 from model.generate import generate
 from model.gpt import GPT
-from model.sampling import SamplingParams
+from model.sampling_params import SamplingParams
 from model.tokenizer import Tokenizer
 from serving.app import run
 from tests.serving.endpoint_parts import Endpoints, children_with, metric

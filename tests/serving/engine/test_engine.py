@@ -18,7 +18,7 @@ from model.config import GPTConfig
 from model.errors import UserError
 from model.generate import generate
 from model.gpt import GPT
-from model.sampling import SamplingParams
+from model.sampling_params import SamplingParams
 from serving.engine.engine import Engine
 from serving.engine.messages import FinishReason, SequenceRequest, TokenEvent
 from serving.engine.native_runner import NativeRunner

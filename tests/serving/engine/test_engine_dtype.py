@@ -7,7 +7,7 @@ import pytest
 from cluster.settings.serve import EngineConfig
 from model.processor import Precision
 from serving.engine import runner
-from serving.engine.runner import with_dtype
+from serving.engine.engine_dtype import with_dtype
 from tests.checkpoints import write_tiny
 
 

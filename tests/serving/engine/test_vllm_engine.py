@@ -12,7 +12,7 @@ from cluster.settings.serve import EngineConfig, ServeConfig
 from model.errors import UserError
 from model.generate import generate
 from model.gpt import GPT
-from model.sampling import SamplingParams
+from model.sampling_params import SamplingParams
 from model.tokenizer import Tokenizer
 from serving.engine.messages import FinishReason, SequenceRequest, TokenEvent
 from serving.engine_process.client import EngineClient

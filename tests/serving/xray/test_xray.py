@@ -21,7 +21,7 @@ from cluster.settings.serve import EngineConfig, ServeConfig
 from model.checkpoint_folder import read_metadata
 from model.generate import generate
 from model.gpt import GPT
-from model.sampling import SamplingParams
+from model.sampling_params import SamplingParams
 from model.tokenizer import Tokenizer
 from serving.api.access import AccessRules
 from serving.delivery.versions import Versions
