@@ -20,7 +20,7 @@ from tests.jobs.corpora import number_texts
 
 pytestmark = pytest.mark.cluster
 
-NUM_STEPS = 120
+NUM_STEPS = 80
 HASH_EVERY = 10
 SIZES = (1, 2, 3, 4)
 
@@ -55,7 +55,7 @@ def run_config(folder: Path, run_id: str, *, exact: bool = True, **scaling: Any)
 def disturbed(connection: Connection, folder: Path) -> tuple[RunConfig, dict[str, Any]]:
     """A run and its result: a worker and then a node are killed, and a node joins, so the run shrinks and grows."""
     config = run_config(folder, "disturbed", min_workers=1, max_workers=4, resize_check_s=2)
-    faults = parse_faults(["kill-worker@15", "kill-node@45", "add-node@65"])
+    faults = parse_faults(["kill-worker@10", "kill-node@25", "add-node@35"])
     with Chaos(faults, cluster=connection.local, config=config):
         return config, run_stage(connection, "jobs.pretrain", config)
 

@@ -1,4 +1,4 @@
-"""Tokenizing under SIGKILL of a worker, a node and the driver at random moments: always the bytes of a quiet run.
+"""Tokenizing under SIGKILL of a worker, a node and the driver at random moments: always the same bytes.
 
 Everything is real: raylets, Ray Data, SIGKILL. A seed draws the moment and the victim; the suite tries a few, the
 slow suite ten of each kind.
@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import pytest
@@ -84,9 +84,37 @@ def workers_of(cluster: LocalCluster) -> list[psutil.Process]:
     return [process for process, title in titles.items() if title.startswith("ray::") and "Agent" not in title]
 
 
+class Contest(NamedTuple):
+    """A run that another one wanted to join."""
+
+    first_pid: int
+    first: dict[str, Any]  # its result
+    second_code: int
+    second_log: str
+
+
 @pytest.fixture(scope="module")
-def quiet(cluster: LocalCluster, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return finish(start(cluster, corpus, tmp_path_factory.mktemp("quiet")))
+def contest(cluster: LocalCluster, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Contest:
+    """The first run of the module, which nothing kills; a second one is started into its store."""
+    folder = tmp_path_factory.mktemp("contest")
+    first = start(cluster, corpus, folder)
+    wait_for_progress(folder, files=5)
+    first.send_signal(signal.SIGSTOP)  # it holds the store whatever the machine's speed
+    try:
+        second = start(cluster, corpus, folder)
+        time.sleep(1)
+        first.send_signal(signal.SIGCONT)
+        _, log = second.communicate(timeout=limit_s(60))
+    finally:
+        first.send_signal(signal.SIGCONT)
+    return Contest(first.pid, finish(first), second.returncode, log)
+
+
+def test_two_runs_into_one_store_are_refused(contest: Contest) -> None:
+    assert contest.second_code == 1
+    assert f"{contest.first_pid} on" in contest.second_log
+    assert "Traceback" not in contest.second_log
+    assert contest.first["documents"]
 
 
 def seeds() -> list[Any]:
@@ -96,7 +124,7 @@ def seeds() -> list[Any]:
 @pytest.mark.parametrize("seed", seeds())
 @pytest.mark.parametrize("victim", ["worker", pytest.param("node", marks=pytest.mark.slow), "driver"])
 def test_a_kill_changes_no_byte(
-    cluster: LocalCluster, corpus: Path, quiet: dict[str, Any], victim: str, seed: int, tmp_path: Path
+    cluster: LocalCluster, corpus: Path, contest: Contest, victim: str, seed: int, tmp_path: Path
 ) -> None:
     rng = random.Random(f"{victim} {seed}")
     job = start(cluster, corpus, tmp_path)
@@ -116,22 +144,4 @@ def test_a_kill_changes_no_byte(
         for process in rng.sample(workers := workers_of(cluster), min(1, len(workers))):
             process.kill()
         result = finish(job)
-    assert result == quiet, f"victim {victim}, seed {seed}"
-
-
-def test_two_runs_into_one_store_are_refused(cluster: LocalCluster, corpus: Path, tmp_path: Path) -> None:
-    first = start(cluster, corpus, tmp_path)
-    wait_for_progress(tmp_path, files=5)
-    first.send_signal(signal.SIGSTOP)  # it holds the store whatever the machine's speed
-    try:
-        second = start(cluster, corpus, tmp_path)
-        time.sleep(1)
-        first.send_signal(signal.SIGCONT)
-        _, log = second.communicate(timeout=limit_s(60))
-    finally:
-        first.send_signal(signal.SIGCONT)
-    result = finish(first)
-    assert second.returncode == 1
-    assert f"{first.pid} on" in log
-    assert "Traceback" not in log
-    assert result["documents"]
+    assert result == contest.first, f"victim {victim}, seed {seed}"
