@@ -18,17 +18,12 @@ unexport PYTHONDONTWRITEBYTECODE
 demo: $(INSTALLED)
 	$(BIN)/raymill demo
 
-# Files that start no cluster run three at a time, as many of their tests wait; then the rest, two at a time. Both parts run.
-# Each process imports every file that it is given, for 18 s of processor time if it is given all; long files come first.
-TEST = $(BIN)/pytest --dist loadfile --no-loadscope-reorder
-WITH_CLUSTER = $(sort $(shell grep -rl 'mark\.cluster' tests --include='test_*.py' | xargs grep -L '^pytestmark.*mark\.slow'))
-LONGEST = tests/e2e/% tests/jobs/tokens/% tests/serving/endpoint/%
-CLUSTER_OR_SLOW = $(shell grep -rlE '^(pytestmark.*|    pytest\.)mark\.(cluster|slow)' tests --include='test_*.py')
+# Three processes, as many tests wait; what files of a lane (tests/lanes.py) share is made once. Each process imports every
+# file that it is given, for 18 s of processor time if it is given all: those with slow tests alone are left out.
+SLOW = $(shell grep -rlE '^(pytestmark.*|    pytest\.)mark\.slow' tests --include='test_*.py')
 
 test: $(INSTALLED)
-	@$(TEST) -m "not slow and not cluster" --numprocesses 3 $(addprefix --ignore=,$(CLUSTER_OR_SLOW)); first=$$?; \
-	$(TEST) -m "not slow and cluster" --numprocesses 2 $(filter $(LONGEST),$(WITH_CLUSTER)) \
-	    $(filter-out $(LONGEST),$(WITH_CLUSTER)) && exit $$first
+	$(BIN)/pytest -m "not slow" --numprocesses 3 --dist loadfile --no-loadscope-reorder $(addprefix --ignore=,$(SLOW))
 
 test-all: $(CLIENTS_INSTALLED)
 	$(BIN)/pytest

@@ -1,12 +1,16 @@
-"""Sets up every test: one compute thread, no AWS key of the machine's own, an S3 server, time limits that fit the machine."""
+"""Sets up every test: one compute thread, no AWS key of the machine's own, an S3 server, time limits that fit the machine,
+and an order in which files that share something follow each other.
+"""
 
 import os
 import uuid
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.lanes import LaneScheduling, place
 from tests.time_limits import slowness
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -18,6 +22,15 @@ slowness()  # measured here once, before the session's other processes start
 # A limit on one example would judge the machine.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: place(item.nodeid.split("::")[0]))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LaneScheduling | None:
+    return LaneScheduling(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,5 @@
-"""The private names of Ray, uvicorn and PyTorch that the code relies on: each exists, takes these parameters, and is used
-by its own package as it was when this was written. A release that changes one fails here, in one place.
+"""The private names of other packages that the code relies on: each exists, takes these parameters, and is used by its own
+package as it was when this was written. A release that changes one fails here, in one place.
 """
 
 import ast
@@ -242,6 +242,13 @@ CANARIES = [
         None,
         "ray._private.runtime_env.packaging",
         "default_logger = logging.getLogger(__name__)",
+    ),
+    # tests/lanes.py
+    Canary(
+        "xdist.scheduler.LoadFileScheduling._split_scope",
+        "self nodeid",
+        "xdist.scheduler.LoadScopeScheduling",
+        "scope = self._split_scope(nodeid)",
     ),
 ]
 

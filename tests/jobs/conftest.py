@@ -1,4 +1,4 @@
-"""A one-node Ray cluster for the data stages."""
+"""A one-node Ray for the data stages, which the files that use it share."""
 
 import os
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import pytest
 from tests.local_ray import local_ray
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def ray_workers(s3_server: str) -> Iterator[int]:
     """Three Ray workers that can import the stages and reach the S3 server; gives their number."""
     keys = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}

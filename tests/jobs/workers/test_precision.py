@@ -41,8 +41,9 @@ def test_it_is_what_the_workers_processor_computes_at_speed(
 
 
 @pytest.mark.parametrize("recorded", ["fp32", "bf16"])
-def test_a_resume_keeps_it(recorded: str, tmp_path: Path) -> None:
-    """No worker is asked: there is no cluster."""
+def test_a_resume_keeps_it(recorded: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No worker is asked."""
+    monkeypatch.setattr(ray, "nodes", lambda: pytest.fail("the workers were looked for"))
     plan = tiny_plan(str(tmp_path), train={"precision": recorded})
     asked = plan.config.train.model_copy(update={"precision": "auto"})
     assert _enter(plan.run, plan.config.model_copy(update={"train": asked})) == plan.config
