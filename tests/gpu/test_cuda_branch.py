@@ -1,0 +1,111 @@
+"""A lane along its CUDA branches, without a GPU: nothing waits for its values, all of it is there, in the right types."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.gpu.trace_lane import CASES
+from tests.repository import REPOSITORY
+from tests.time_limits import limit_s
+
+# Operations that wait for values; a trace without values would raise for most.
+WAITING = {
+    "_local_scalar_dense",
+    "item",
+    "nonzero",
+    "unique",
+    "_unique2",
+    "unique_dim",
+    "masked_select",
+    "is_nonzero",
+    "equal",
+}
+
+# Operations that raise on a GPU in exact mode (the docstring of torch.use_deterministic_algorithms), as far as GPT-2 could
+# come to use them. A cumulative sum of integers would be allowed, and is not used on the GPU either.
+UNORDERED = {
+    "cumsum",
+    "put_",
+    "histc",
+    "bincount",
+    "kthvalue",
+    "median",
+    "scatter_reduce",
+    "nll_loss2d",
+    "_embedding_bag",
+}
+
+
+@pytest.fixture(scope="module")
+def traces(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    if torch.version.cuda is not None:
+        pytest.skip("this PyTorch has CUDA: `make test-gpu` proves more")
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ on this machine, which compiles what lets PyTorch take itself to have a GPU")
+    library, torch_folder = tmp_path_factory.mktemp("cuda") / "fake_cuda.so", Path(torch.__file__).parent
+    places = [f"-I{torch_folder}/include", f"-L{torch_folder}/lib", f"-Wl,-rpath,{torch_folder}/lib"]
+    source = Path(__file__).with_name("fake_cuda.cpp")
+    compile_it = [
+        "g++",
+        "-shared",
+        "-fPIC",
+        "-O0",
+        "-std=c++20",
+        source,
+        "-o",
+        library,
+        *places,
+        "-lc10",
+        "-ltorch_cpu",
+    ]
+    subprocess.run(compile_it, check=True, timeout=limit_s(60))
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.gpu.trace_lane", library],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        timeout=limit_s(60),
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def test_what_waits_or_leaves_the_gpu_is_seen(traces: dict[str, Any]) -> None:
+    """Shows that the tests below can fail."""
+    planted = traces["planted"]
+    assert planted["item"] == "DataDependentOutputException"
+    assert planted["nonzero"] == "DynamicOutputShapeException"
+    assert planted["elsewhere"] == "_to_copy: cpu"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_nothing_waits_and_all_of_it_is_on_the_gpu(traces: dict[str, Any], case: str) -> None:
+    operations = set(traces[case]["operations"])
+    assert {"addmm", "native_layer_norm_backward", "_log_softmax", "_fused_adamw_"} <= operations
+    assert operations & WAITING == set()
+    assert operations & UNORDERED == set()
+    assert traces[case]["elsewhere"] == []
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_products_are_in_the_runs_precision_and_the_rest_in_fp32(traces: dict[str, Any], case: str) -> None:
+    types, product = traces[case]["types"], "torch.float32" if "fp32" in case else "torch.bfloat16"
+    assert types["mm"] == types["addmm"] == types["gelu"] == [product]
+    for name in ("native_layer_norm", "native_layer_norm_backward", "_log_softmax", "embedding", "add", "add_"):
+        assert types[name] == ["torch.float32"], name
+    assert traces[case]["loss"] == "torch.float32"
+
+
+def test_documents_are_borders_and_no_mask_where_flash_attention_can_compute(traces: dict[str, Any]) -> None:
+    for case in CASES:
+        has_borders = {"_varlen_attn", "_varlen_attn_backward"} <= set(traces[case]["operations"])
+        assert has_borders == (case in ("documents", "documents, recomputed"))

@@ -1,0 +1,136 @@
+"""Traces a lane along its CUDA branches, on tensors that have a shape and a device but no memory, and prints what it saw.
+
+    python -m tests.gpu.trace_lane LIBRARY
+
+LIBRARY is `fake_cuda.cpp`, compiled. Prints a JSON object by case: see `traced`, and `planted` for what it refuses. Attention without documents is traced as
+matrix products: only a PyTorch with CUDA chooses among its fused kernels.
+"""
+
+import ctypes
+import json
+import sys
+from typing import Any
+
+if __name__ == "__main__":
+    ctypes.CDLL(sys.argv[1])  # before PyTorch asks which devices there are
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from cluster.settings.run import RunConfig
+from jobs.exact.compute import MicroBatch, autocast, choose_operations, loss_of
+from jobs.exact.exact_reduce import LaneStep
+from jobs.exact.lane_sums import LaneSums
+from jobs.exact.train_state import TrainState
+from model.gpt import GPT, Documents
+
+BATCH_SIZE, SEQ_LEN = 2, 2048
+
+CASES: dict[str, dict[str, Any]] = {
+    "whole rows": {},
+    "documents": {"document_mask": True},
+    "documents, recomputed": {"document_mask": True, "recompute": True},
+    "documents, fp32": {"document_mask": True, "precision": "fp32"},
+}
+
+
+def run_config(**train: Any) -> RunConfig:
+    """Returns a run with the width of 1.3B parameters, and four of its layers."""
+    sizes = {"micro_batch_size": BATCH_SIZE, "global_batch_size": BATCH_SIZE, "seq_len": SEQ_LEN}
+    return RunConfig.model_validate(
+        {
+            "model": {"preset": "gpt3-1.3b", "n_layer": 4},
+            # Compiled kernels compute the same operations, which the compiler is given.
+            "train": {"precision": "bf16", "compute": "plain"} | sizes | train,
+            "scaling": {"max_workers": 1, "use_gpu": True},
+        }
+    )
+
+
+class Seen(TorchDispatchMode):
+    """The operations that reach the device, and the types of matrix products and LayerNorms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: set[str] = set()
+        self.devices: set[str] = set()
+        self.types: dict[str, set[str]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)]
+        if func.namespace != "prim":
+            name = func.overloadpacket.__name__
+            self.operations.add(name)
+            self.devices |= {f"{name}: {tensor.device}" for tensor in tensors if tensor.device.type != "cuda"}
+            self.types.setdefault(name, set()).update(str(t.dtype) for t in tree_leaves(out) if isinstance(t, Tensor))
+        return out
+
+
+def traced(config: RunConfig) -> dict[str, Any]:
+    """Returns the operations of forward, loss, backward, the sum of lanes and the update; what was not on the GPU; types;
+    and the bytes that forward keeps for backward beside the parameters."""
+    device, kept = torch.device("cuda"), {}
+    with FakeTensorMode(), device:
+        state = TrainState(GPT(config.model).train(), config.train, device=device)
+        choose_operations(state.model, config)
+        sums = LaneSums(
+            state.model,
+            state.layout,
+            [state.gradient],
+            num_micro_batches=1,
+            lends=False,
+            on_final=lambda bucket: None,
+        )
+        ids = torch.zeros(BATCH_SIZE, SEQ_LEN, dtype=torch.int64)
+        batch = MicroBatch(ids, ids, None, None)
+        if config.train.document_mask:
+            is_bf16 = config.train.precision == "bf16"
+            documents = Documents(torch.zeros(65, dtype=torch.int32), SEQ_LEN)
+            mask = documents if is_bf16 else torch.zeros(BATCH_SIZE, 1, SEQ_LEN, SEQ_LEN, dtype=torch.bool)
+            batch = MicroBatch(ids, ids, ids, mask)
+        own = {parameter.untyped_storage()._cdata for parameter in state.model.parameters()}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in own:
+                kept[storage._cdata] = storage.nbytes()
+            return tensor
+
+        seen = Seen()
+        with seen, sums.lane(LaneStep(0, adds=True), is_last=True):
+            with autocast(config, device), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                loss = loss_of(state.model, batch, scale=1e-4)
+            loss.backward()
+        with seen:
+            state.apply(norm=2.0, learning_rate=1e-3)
+    return {
+        "operations": sorted(seen.operations),
+        "elsewhere": sorted(seen.devices),
+        "types": {name: sorted(types) for name, types in seen.types.items()},
+        "loss": str(loss.dtype),
+        "kept_bytes": sum(kept.values()),
+    }
+
+
+def planted() -> dict[str, str]:
+    """Returns what happens to operations that wait for a GPU's values, or that take place on the host."""
+    found = {}
+    with FakeTensorMode(), torch.device("cuda"):
+        for name, operation in {"item": torch.Tensor.item, "nonzero": torch.Tensor.nonzero}.items():
+            try:
+                operation(torch.ones(1))
+            except RuntimeError as error:
+                found[name] = type(error).__name__
+        with Seen() as seen:
+            torch.ones(2).cpu()
+    return found | {"elsewhere": "; ".join(seen.devices)}
+
+
+if __name__ == "__main__":
+    torch.cuda.is_available = torch.cuda.is_bf16_supported = lambda *_: True  # autocast asks
+    found = {name: traced(run_config(**changes)) for name, changes in CASES.items()}
+    print(json.dumps(found | {"planted": planted()}))
