@@ -15,8 +15,7 @@ def plan(arguments: argparse.Namespace) -> dict[str, Any] | None:
     """Prints the table, or returns the figures with --json."""
     from jobs.plan.make_plan import planned, simulated
 
-    flags = settings_from_flags(arguments, PlanConfig) | {"recompute": arguments.recompute}
-    options = validate_config(flags, PlanConfig)
+    options = validate_config(settings_from_flags(arguments, PlanConfig), PlanConfig)
     if arguments.demo:
         from cluster.commands.demo_run import demo_config
 

@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import secrets
 import time
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -20,13 +19,9 @@ from model.config import PRESETS, GPTConfig
 Config = TypeVar("Config", bound=Settings)
 
 
-def add_config_arguments(
-    parser: argparse.ArgumentParser, root: type[BaseModel], *, leave_out: Collection[str] = ()
-) -> None:
+def add_config_arguments(parser: argparse.ArgumentParser, root: type[BaseModel]) -> None:
     """Adds one flag for each setting of `root`; the caller adds `config`, the YAML file that the flags override."""
     for path, help_text, is_list in _leaves(root):
-        if path in leave_out:
-            continue
         flag = f"--{path}"
         names = [flag.replace("_", "-")] + ([flag] if "_" in flag else [])
         parser.add_argument(*names, dest=path, nargs="+" if is_list else None, metavar="VALUE", help=help_text)

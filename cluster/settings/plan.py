@@ -25,12 +25,7 @@ class PlanConfig(Settings):
     sustained_tflops: PositiveFloat | None = setting(
         None,
         "TFLOP/s of each GPU, as papers report it, instead of mfu; those of activation recomputation count "
-        "where recompute is set",
-    )
-    recompute: bool = setting(
-        False,
-        "assume that activations are computed again in backward: 8 FLOPs for each parameter and token, not "
-        "6 (raymill itself keeps them)",
+        "where train.recompute is set",
     )
     price: NonNegativeFloat | None = setting(None, "dollars for an hour of one GPU; assumed for each kind when unset")
     network_gbit_per_s: PositiveFloat | None = setting(

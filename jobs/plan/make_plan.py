@@ -43,7 +43,7 @@ def make_plan(config: RunConfig, options: PlanConfig) -> dict[str, Any]:
     model_flops = float(flops_per_token(config.model, seq_len(config)) * num_tokens)
     if options.sustained_tflops is not None:
         rate = options.sustained_tflops * 1e12
-        days = gpu_days(parameter_flops(size, num_tokens, recompute=options.recompute), rate)
+        days = gpu_days(parameter_flops(size, num_tokens, recompute=config.train.recompute), rate)
     else:
         rate = options.mfu * gpu.peak_flops_per_s
         days = gpu_days(model_flops, rate)
@@ -92,6 +92,7 @@ def make_plan(config: RunConfig, options: PlanConfig) -> dict[str, Any]:
 def largest_preset(config: RunConfig, options: PlanConfig) -> str | None:
     """Returns the preset of most parameters that fits one GPU in bf16, a sequence at a time."""
     least = {"precision": "bf16", "seq_len": None, "micro_batch_size": 1, "global_batch_size": 1}
+    least |= {"micro_batches_per_lane": 1}
     config = config.model_copy(update={"train": config.train.model_copy(update=least)})
     fitting = {}
     for name, shape in PRESETS.items():
@@ -103,7 +104,8 @@ def largest_preset(config: RunConfig, options: PlanConfig) -> str | None:
 
 
 def _memory(config: RunConfig, layout: FlatLayout, count: int, *, is_sharded: bool = False) -> dict[str, float]:
-    parts = gpu_memory(config, layout, world_size=count, shard_optimizer=is_sharded)
+    on_gpus = config.model_copy(update={"scaling": config.scaling.model_copy(update={"use_gpu": True})})
+    parts = gpu_memory(on_gpus, layout, world_size=count, shard_optimizer=is_sharded)
     return parts | {"total": sum(parts.values())}
 
 

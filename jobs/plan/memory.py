@@ -5,7 +5,7 @@ B sequences in a lane, T tokens of each, C width, F feed-forward width, V vocabu
 
 from typing import Any, get_args
 
-from cluster.settings.run import RunConfig, batch_schedule, planned_vocabulary, seq_len, with_precision
+from cluster.settings.run import RunConfig, batch_schedule, planned_vocabulary, seq_len, way_to_compute, with_precision
 from cluster.storage.uris import open_storage
 from jobs.exact.exact_reduce import lane_steps
 from jobs.exact.flat_layout import BLOCK, FlatLayout
@@ -15,7 +15,7 @@ from jobs.snapshots.slots import NUM_SLOTS
 from jobs.tokens.batch_plan import lanes_of_rank
 from model.config import GPTConfig
 from model.processor import Precision
-from model.shapes import CHUNK_TOKENS, parameter_shapes
+from model.shapes import CHUNK_TOKENS, GPU_CHUNK_TOKENS, parameter_shapes
 
 BF16_BYTES = 2
 
@@ -29,19 +29,21 @@ def layout_of(model: GPTConfig) -> FlatLayout:
 
 
 def gpu_memory(config: RunConfig, layout: FlatLayout, *, world_size: int, shard_optimizer: bool) -> dict[str, float]:
-    """Returns the bytes by part of the rank that holds most, at the peak of a step: its last layer's backward. The
-    GB or two that the GPU's allocator and libraries usually take are not included."""
+    """Returns the bytes by part of the rank that holds most, at the peak of a step: the loss, or the last layer's
+    backward. The GB or two that the GPU's allocator and libraries usually take are not included."""
     num_lanes = batch_schedule(config).num_lanes(1)
     owners = min(world_size, num_lanes)
     own = max((lanes_of_rank(rank, world_size=owners, num_lanes=num_lanes) for rank in range(owners)), key=len)
     num_buffers = 1 + max(step.buffer for step in lane_steps(own, num_lanes=num_lanes))
     bf16 = config.train.precision == "bf16"
-    largest = max(map(len, layout.places.values()))
+    second = max(map(len, layout.places.values())) if way_to_compute(config) == "cpu" and len(own) > 1 else 0
+    if config.train.micro_batches_per_lane > 1:
+        second = layout.size  # what autograd adds the lane's micro-batches up in
     return {
         "weights": FP32_BYTES * layout.size,
-        "bf16_weights": BF16_BYTES * layout.boundary if bf16 else 0,
+        "bf16_weights": BF16_BYTES * layout.boundary if bf16 else 0,  # in autocast's cache
         "gradients": FP32_BYTES * layout.size,
-        "lane_sums": FP32_BYTES * ((num_buffers - 1) * layout.size + (largest if len(own) > 1 else 0)),
+        "lane_sums": FP32_BYTES * ((num_buffers - 1) * layout.size + second),
         "optimizer": 2 * FP32_BYTES * layout.size / (world_size if shard_optimizer else 1),
         "activations": activation_bytes(config),
         "logits_chunk": logits_chunk_bytes(config),
@@ -50,28 +52,36 @@ def gpu_memory(config: RunConfig, layout: FlatLayout, *, world_size: int, shard_
 
 
 def activation_bytes(config: RunConfig) -> float:
-    """Returns the bytes that forward keeps for backward of one lane. A block in fp32 keeps for each token the two
-    LayerNorms' inputs and outputs, query, key and value, the attention's output (8 C), and the feed-forward layer
-    before and after its activation (2 F); with bf16 all but the LayerNorms' inputs have half the size. Attention's
-    scores are never kept (FlashAttention), only a number for each head; LayerNorms keep two."""
+    """Returns the bytes that forward keeps for backward of one micro-batch. With `train.recompute` that is each block's
+    input, and all of one block at a time. Fused kernels may keep less."""
     model, tokens = config.model, config.train.micro_batch_size * seq_len(config)
-    small = BF16_BYTES if config.train.precision == "bf16" else FP32_BYTES
+    block, stream = block_bytes(config), FP32_BYTES * model.n_embd
+    blocks = model.n_layer * stream + block if config.train.recompute else model.n_layer * block
+    return float(tokens * (blocks + 2 * stream))  # the last LayerNorm's input, and the gradient of its output
+
+
+def block_bytes(config: RunConfig) -> int:
+    """Returns the bytes that a block keeps of each token: in fp32 the two LayerNorms' inputs and outputs, query, key
+    and value, the attention's output (8 C), and the feed-forward layer before and after its activation (2 F); with bf16
+    all but the LayerNorms' inputs have half the size. Attention's scores are never kept (FlashAttention), only a number
+    for each head; LayerNorms keep two."""
+    model, small = config.model, BF16_BYTES if config.train.precision == "bf16" else FP32_BYTES
     c, f = model.n_embd, model.ffn_width
-    block = 2 * c * FP32_BYTES + (6 * c + 2 * f) * small + FP32_BYTES * (model.n_head + 4)
-    if model.dropout:
-        block += 2 * c
-    ends = 2 * c * FP32_BYTES  # the last LayerNorm's input, and the gradient of its output
-    return float(tokens * (model.n_layer * block + ends))
+    return 2 * c * FP32_BYTES + (6 * c + 2 * f) * small + FP32_BYTES * (model.n_head + 4) + 2 * c * bool(model.dropout)
 
 
 def logits_chunk_bytes(config: RunConfig) -> float:
-    """Returns the bytes of the scores of a chunk of tokens, (V, K) in the computed type and in fp32, and of the head's
-    gradient (V, C) in bf16 before it is added: the cross-entropy never holds all scores (B, T, V)."""
+    """Returns the bytes of the scores (V, K) of a chunk of tokens, from which the cross-entropy makes their gradients,
+    and of the head's gradient (V, C) where the activations are still there: all scores (B, T, V) never exist."""
     model, tokens = config.model, config.train.micro_batch_size * seq_len(config)
-    scores = model.vocab_size * min(CHUNK_TOKENS, tokens)
-    if config.train.precision == "fp32":
-        return float(FP32_BYTES * scores)
-    return float((FP32_BYTES + BF16_BYTES) * scores + BF16_BYTES * model.vocab_size * model.n_embd)
+    bf16, compute = config.train.precision == "bf16", way_to_compute(config)
+    small = BF16_BYTES if bf16 else FP32_BYTES
+    # Fused kernels read the scores and write their gradients. Plain operations have five copies in fp32 at a time,
+    # and a mask; those for CPUs write over the scores.
+    each = {"compiled": 2 * small, "plain": 21 + BF16_BYTES * bf16, "cpu": FP32_BYTES + BF16_BYTES * bf16}[compute]
+    head = (0 if compute == "cpu" else FP32_BYTES) + BF16_BYTES * bf16
+    num_scores = model.vocab_size * min(CHUNK_TOKENS if compute == "cpu" else GPU_CHUNK_TOKENS, tokens)
+    return float(each * num_scores + head * model.vocab_size * model.n_embd)
 
 
 def host_memory(

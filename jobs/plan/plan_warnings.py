@@ -78,9 +78,9 @@ def _on_gpus(config: RunConfig, options: PlanConfig, plan: dict[str, Any]) -> It
             f"{options.hardware.peak_flops_per_s / 1e12:,.0f} TFLOP/s: {'set --train.precision bf16, or ' * has_bf16}"
             "say with --sustained-tflops what fp32 sustains."
         )
-    if options.recompute and options.sustained_tflops is None:
+    if config.train.recompute and options.sustained_tflops is None:
         yield (
-            "--recompute changes no days with --mfu, which does not count repeated operations; it does with "
+            "train.recompute changes no days with --mfu, which does not count repeated operations; it does with "
             "--sustained-tflops."
         )
     if (exchange_s := plan["exchange"]["seconds_per_step"]) > step_s:

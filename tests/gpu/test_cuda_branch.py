@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.gpu.trace_lane import CASES
+from jobs.plan.memory import activation_bytes, block_bytes, gpu_memory, layout_of
+from tests.gpu.trace_lane import BATCH_SIZE, CASES, SEQ_LEN, run_config
 from tests.repository import REPOSITORY
 from tests.time_limits import limit_s
 
@@ -109,3 +110,17 @@ def test_documents_are_borders_and_no_mask_where_flash_attention_can_compute(tra
     for case in CASES:
         has_borders = {"_varlen_attn", "_varlen_attn_backward"} <= set(traces[case]["operations"])
         assert has_borders == (case in ("documents", "documents, recomputed"))
+
+
+@pytest.mark.parametrize("case", ["documents", "documents, recomputed"])
+def test_a_plans_memory_is_what_the_lane_takes(traces: dict[str, Any], case: str) -> None:
+    """With the width and the context of 1.3B parameters."""
+    config = run_config(**CASES[case])
+    model, num_tokens = config.model, BATCH_SIZE * SEQ_LEN
+    head = 4 * model.vocab_size * model.n_embd  # its gradient, which the loss has made already
+    matrices = 2 * 12 * model.n_embd**2 * model.n_layer  # in bf16, the rest of what autograd keeps
+    if config.train.recompute:
+        head, matrices = head - num_tokens * block_bytes(config), 0
+    assert traces[case]["kept_bytes"] == pytest.approx(activation_bytes(config) + head + matrices, rel=1e-3)
+    parts = gpu_memory(config, layout_of(model), world_size=1, shard_optimizer=False)
+    assert 1 <= sum(parts.values()) / traces[case]["peak_bytes"] < 1.1

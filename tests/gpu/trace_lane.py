@@ -9,6 +9,7 @@ matrix products: only a PyTorch with CUDA chooses among its fused kernels.
 import ctypes
 import json
 import sys
+import weakref
 from typing import Any
 
 if __name__ == "__main__":
@@ -51,13 +52,15 @@ def run_config(**train: Any) -> RunConfig:
 
 
 class Seen(TorchDispatchMode):
-    """The operations that reach the device, and the types of matrix products and LayerNorms."""
+    """The operations that reach the device, the types of what they return, and the bytes that are alive at a time."""
 
     def __init__(self) -> None:
         super().__init__()
         self.operations: set[str] = set()
         self.devices: set[str] = set()
         self.types: dict[str, set[str]] = {}
+        self._living: set[int] = set()
+        self._bytes, self.peak_bytes = 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -67,7 +70,22 @@ class Seen(TorchDispatchMode):
             self.operations.add(name)
             self.devices |= {f"{name}: {tensor.device}" for tensor in tensors if tensor.device.type != "cuda"}
             self.types.setdefault(name, set()).update(str(t.dtype) for t in tree_leaves(out) if isinstance(t, Tensor))
+        for tensor in tensors:
+            self.count(tensor)
         return out
+
+    def count(self, tensor: Tensor) -> None:
+        """Counts the tensor's memory for as long as it is used."""
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._living:
+            self._living.add(storage._cdata)
+            self._bytes += storage.nbytes()
+            self.peak_bytes = max(self.peak_bytes, self._bytes)
+            weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
+
+    def _forget(self, data: int, num_bytes: int) -> None:
+        self._living.discard(data)
+        self._bytes -= num_bytes
 
 
 def traced(config: RunConfig) -> dict[str, Any]:
@@ -101,6 +119,8 @@ def traced(config: RunConfig) -> dict[str, Any]:
             return tensor
 
         seen = Seen()
+        for tensor in (state.values, state.gradient, *state.flat_moments().values()):
+            seen.count(tensor)
         with seen, sums.lane(LaneStep(0, adds=True), is_last=True):
             with autocast(config, device), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                 loss = loss_of(state.model, batch, scale=1e-4)
@@ -113,6 +133,7 @@ def traced(config: RunConfig) -> dict[str, Any]:
         "types": {name: sorted(types) for name, types in seen.types.items()},
         "loss": str(loss.dtype),
         "kept_bytes": sum(kept.values()),
+        "peak_bytes": seen.peak_bytes,
     }
 
 

@@ -27,6 +27,7 @@ from jobs.plan.table import size, table
 from model.config import GPTConfig
 from model.gpt import GPT
 from tests.jobs.runs import trained_run
+from tests.repository import REPOSITORY
 
 GPT3 = {"model": {"preset": "gpt3-175b"}, "train": {"max_tokens": 300_000_000_000, "precision": "bf16"}}
 
@@ -51,7 +52,8 @@ def test_gpt3_as_its_paper_counts_it() -> None:
 def test_gpt3_on_1024_a100_with_recomputation() -> None:
     """Narayanan et al., 2021, section 5.1: 8 N D / (1024 x 140 TFLOP/s) is 33.9 days for 175 billion parameters."""
     assert gpu_days(parameter_flops(175e9, 300e9, recompute=True), 140e12) / 1024 == pytest.approx(33.9, abs=0.05)
-    plan = planned(GPT3, gpu="a100", count=1024, sustained_tflops=140, recompute=True)
+    run = GPT3 | {"train": GPT3["train"] | {"recompute": True}}
+    plan = planned(run, gpu="a100", count=1024, sustained_tflops=140)
     assert plan["days"] == pytest.approx(33.9, rel=0.003)
     assert plan["total_flops"] == pytest.approx(3.14e23, rel=2e-3)
 
@@ -150,6 +152,26 @@ def test_flat_buffers_have_the_planned_sizes(*, sharded: bool) -> None:
     assert parts["lane_sums"] == pytest.approx(2 * state.values.nbytes + largest)
 
 
+def test_the_memory_of_1_3b_is_as_its_table_says() -> None:
+    """The columns of the table in k8s/scale.md: one of eight GPUs, with a batch of 512 sequences."""
+    columns = [
+        {},
+        {"recompute": True},
+        {"micro_batches_per_lane": 16},
+        {"recompute": True, "micro_batches_per_lane": 16},
+        {"recompute": True, "micro_batches_per_lane": 16, "shard_optimizer": True},
+    ]
+    sizes = {"global_batch_size": 512, "micro_batch_size": 4, "max_tokens": 10**10, "precision": "bf16"}
+    found = [
+        planned({"model": {"preset": "gpt3-1.3b"}, "train": sizes | column}, gpu="h100", count=8)["memory_bytes"]
+        for column in columns
+    ]
+    text = (REPOSITORY / "k8s" / "scale.md").read_text()
+    for part in found[0]:
+        row = f"| {part} | {' | '.join(f'{parts[part] / 1e9:.1f}' for parts in found)} |"
+        assert row in text, f"expected {row}"
+
+
 def test_a_checkpoint_has_the_planned_bytes(tmp_path: Path) -> None:
     plan = trained_run(str(tmp_path))
     folder = max((tmp_path / "runs").glob("*/checkpoints/step-*"))
@@ -197,7 +219,7 @@ def test_zero_1_is_named_where_it_helps() -> None:
         ({"decay_tokens": 2 * 10**10}, {}, "never reaches its least"),
         ({"decay_tokens": 5 * 10**9}, {}, "for the last 50% of the run"),
         ({"seq_len": 512}, {}, "later positions are never trained"),
-        ({}, {"recompute": True}, "--recompute changes no days"),
+        ({"recompute": True}, {}, "train.recompute changes no days"),
         ({}, {"count": 64, "network_gbit_per_s": 0.1}, "cannot be sustained"),
     ],
 )
