@@ -5,8 +5,9 @@
 First, one process and one thread: every contender does the same work on the same batches, forward, loss, backward,
 clipping, AdamW. raymill's step takes turns with one peer at a time, so that a change of the machine's speed meets both
 and two models are in memory at most; a ratio is the median of its rounds' ratios, and the best peer decides. Compiling
-is not timed. Precisions are those that this processor computes at speed, the same for all. Then what `bench_exact`
-says. Prints a table of each and, last, one JSON object.
+is not timed. raymill's plain way to compute (`train.compute`) stands beside its way for CPUs. Precisions are those that
+this processor computes at speed, the same for all. Then what `bench_exact` says. Prints a table of each and, last, one
+JSON object.
 """
 
 import argparse
@@ -82,6 +83,10 @@ def compare(cell: Cell, peers: dict[str, Callable[[Cell], Step]], *, num_rounds:
         total += ours
         ratios[name], cpu_ratios[name] = ratio(theirs.wall, ours.wall), ratio(theirs.cpu, ours.cpu)
         figures |= _row(cell, name, theirs, f"  ratio {ratios[name]:.2f}, of processor time {cpu_ratios[name]:.2f}")
+    ours, theirs = take_turns(step, raymill(cell, "plain"), num_rounds=num_rounds)
+    text = f"  ratio {ratio(theirs.wall, ours.wall):.2f}: what a GPU computes with, uncompiled"
+    figures |= _row(cell, "raymill, plain way", theirs, text)
+    figures[f"{cell.label}_plain_way_ratio"] = round(ratio(theirs.wall, ours.wall), 3)
     # One thread that waits for nothing: its processor time is what a step takes on an idle machine.
     fraction = cell.num_flops / statistics.median(total.cpu) / peak
     best = min(ratios, key=lambda name: ratios[name])
@@ -104,7 +109,7 @@ def _row(cell: Cell, name: str, taken: Taken, text: str) -> dict[str, float]:
     spread = (max(taken.wall) - min(taken.wall)) / median
     rate = cell.num_tokens / median
     print(f"{cell.label:14} {name:22} {rate:7,.0f} tokens/s  spread {spread:4.0%}{text}", flush=True)
-    return {f"{cell.label}_{name.lower().replace(' ', '_')}_tokens_per_s": round(rate, 1)}
+    return {f"{cell.label}_{name.lower().replace(',', '').replace(' ', '_')}_tokens_per_s": round(rate, 1)}
 
 
 def main() -> int:

@@ -51,8 +51,9 @@ class Cell:
         """The operations of a step."""
         return self.num_tokens * flops_per_token(self.config().model, self.seq_len)
 
-    def config(self) -> RunConfig:
+    def config(self, compute: str = "cpu") -> RunConfig:
         train = {
+            "compute": compute,
             "global_batch_size": self.batch_size,
             "micro_batch_size": self.batch_size,
             "seq_len": self.seq_len,
@@ -94,10 +95,10 @@ def _exactly() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-def raymill(cell: Cell) -> Step:
+def raymill(cell: Cell, compute: str = "cpu") -> Step:
     """Steps with the parts and the settings of `jobs/training/train_loop.py`."""
     keep_freed_memory()  # for the whole process: its peers gain by it as well
-    config, group = cell.config(), WorkerGroup(rank=0, world_size=1)
+    config, group = cell.config(compute), WorkerGroup(rank=0, world_size=1)
     model = GPT(config.model)
     model.init_weights(0)
     state = TrainState(model.train(), config.train, device=torch.device("cpu"), group=group)

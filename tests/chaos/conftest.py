@@ -22,7 +22,8 @@ _SUMMARY = pytest.StashKey[dict]()
 def arena(s3_server: str, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Arena]:
     """The cluster starts after the S3 server, whose keys its nodes inherit."""
     with connected(ClusterConfig(num_nodes=NUM_NODES + 1), cpus_per_node=1) as connection:
-        arena = Arena(connection, tmp_path_factory.mktemp("chaos"))
+        compute = request.config.getoption("--compute", default="cpu")
+        arena = Arena(connection, tmp_path_factory.mktemp("chaos"), compute=compute)
         yield arena
         request.config.stash[_SUMMARY]["max_lost_steps"] = max(arena.lost_steps, default=None)
 
@@ -31,6 +32,10 @@ def arena(s3_server: str, tmp_path_factory: pytest.TempPathFactory, request: pyt
 def summary(request: pytest.FixtureRequest) -> dict:
     """Cells may add figures of their own."""
     return request.config.stash[_SUMMARY]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--compute", default="cpu", choices=["cpu", "plain", "compiled"], help="how the runs compute")
 
 
 def pytest_configure(config: pytest.Config) -> None:
