@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from cluster.settings.run import RunConfig
+from jobs.exact.self_test import self_test
 from model.config import flops_per_token
 from model.gpus import gpu_of
 from tests.benchmarks.plain_gpt2 import PlainGPT2, Shape, training_step
 from tests.gpu.gradient_error import gradient_error
-from tests.gpu.made_runs import MadeRows, MadeRun, made_config
+from tests.gpu.made_runs import MadeRows, MadeRun, as_in_training, made_config
 from tests.gpu.worlds import CASES
 from tests.repository import REPOSITORY
 
@@ -43,7 +44,7 @@ def found(task: Task) -> dict[str, Any]:
     device = torch.device(task["device"])
     torch.set_num_threads(1)  # on a CPU only the benchmark itself is tried
     if task["contender"] in CHECKS:
-        return {"machine": machine(device), "checks": CHECKS[task["contender"]](device)}
+        return {"machine": machine(device), "checks": CHECKS[task["contender"]](task, device)}
     start_s = time.perf_counter()
     make = {"plain": plain, "Hugging Face": hugging_face}.get(task["contender"], raymill)
     step, after = make(task, device)
@@ -156,9 +157,9 @@ def shape_of(task: Task) -> dict[str, int]:
     return {name: getattr(model, name) for name in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")}
 
 
-def gradients(device: torch.device) -> dict[str, Check]:
+def gradients(task: Task, device: torch.device) -> dict[str, Check]:
     """Returns how far the exact step's gradients are from those of float64, as training computes them, and not compiled
-    in fp32."""
+    in fp32; and what a worker finds by itself before it trains."""
     outcomes: dict[str, Check] = {}
     variants: dict[str, dict[str, Any]] = {
         "bf16": {"precision": "bf16"},
@@ -173,10 +174,16 @@ def gradients(device: torch.device) -> dict[str, Check]:
             outcomes[f"gradient in {name}"] = (error.is_rounding, f"off float64's by {error}")
         except Exception as error:
             outcomes[f"gradient in {name}"] = (False, f"{type(error).__name__}: {error}"[:200])
+    try:
+        with as_in_training():
+            self_test(run_config(task), device)
+        outcomes["a worker's own test"] = (True, f"passed for {task['preset']}")
+    except Exception as error:
+        outcomes["a worker's own test"] = (False, str(error)[:300])
     return outcomes
 
 
-def ranks(device: torch.device) -> dict[str, Check]:
+def ranks(task: Task, device: torch.device) -> dict[str, Check]:
     """Returns whether one, two and four ranks on this device end with the same weights."""
     names = list(CASES[device.type])[:2]
     with tempfile.TemporaryDirectory(prefix="raymill-worlds-") as scratch:

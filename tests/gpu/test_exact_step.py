@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from jobs.exact.batch_gradient import BatchGradient, Measured
+from jobs.exact.self_test import self_test
 from jobs.exact.train_state import StatePart, TrainState
 from jobs.run.step_timer import StepTimer
 from jobs.training.validation import measured
@@ -67,6 +68,12 @@ def test_the_bits_do_not_depend_on_the_number_of_ranks(device: torch.device, tmp
         assert len({digest for _, hashes, _ in worlds for digest in hashes}) == 1, (case, worlds)
         assert len({tuple(losses) for _, _, losses in worlds}) == 1, (case, worlds)
     assert len({worlds[0][1][0] for worlds in found.values()}) == len(found), "the cases differ"
+
+
+@pytest.mark.parametrize("document_mask", [False, True], ids=["whole rows", "documents"])
+def test_a_workers_own_test_passes(device: torch.device, document_mask: bool) -> None:
+    with as_in_training():
+        self_test(made_config(device, precision="bf16", document_mask=document_mask), device)
 
 
 @pytest.mark.parametrize("compute", ["auto", "plain"])
