@@ -23,6 +23,7 @@ from cluster.settings.run import DataConfig, EvaluateConfig, RunConfig, StorageC
 from cluster.stages.stage import stage_main
 from cluster.storage.registry import find_checkpoint
 from cluster.storage.uris import Storage, absolute_uri, open_storage, split_uri
+from jobs.exact.compute import autocast, loss_of, micro_batch
 from jobs.run.find_run import find_tokens
 from jobs.run.history import CONFIG_FILE, recorded_config
 from jobs.tokens.build_store import tokenize
@@ -34,7 +35,7 @@ from model.checkpoint_folder import CheckpointError, is_hf_folder, read_metadata
 from model.errors import UserError
 from model.gpt import GPT
 from model.hf_config import read_config
-from model.processor import bf16_slowdown, fast_precision
+from model.processor import Device, bf16_slowdown, fast_precision
 from model.tokenizer import load_tokenizer
 
 _CHECKPOINT_PLACE = re.compile(r"(?P<storage>.+)/runs/[^/]+(/checkpoints/[^/]+)?")
@@ -54,9 +55,11 @@ class Rows:
     seq_len: int
     num_rows: int
     batch_size: int
-    precision: str
-    document_mask: bool
-    device: str  # cpu or cuda
+    run: RunConfig  # as its trainer validates
+
+    @property
+    def device(self) -> Device:
+        return "cuda" if self.run.scaling.use_gpu else "cpu"
 
     @property
     def batches(self) -> list[range]:
@@ -76,7 +79,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     say(f"evaluating {checkpoint}")
     model = load_model(folder, verify=False)  # which `find_checkpoint` has just done
     rows = _rows(folder, model, config.model_copy(update={"checkpoint": checkpoint}))
-    if rows.device == "cpu" and rows.precision == "bf16" and fast_precision("cpu") == "fp32":
+    if rows.device == "cpu" and rows.run.train.precision == "bf16" and fast_precision("cpu") == "fp32":
         say(
             "this processor emulates bf16, in which the checkpoint's run computed: a projection takes "
             f"{bf16_slowdown('cpu'):.0f} times as long as in fp32 (--precision fp32 is faster, but gives another loss "
@@ -106,9 +109,6 @@ def _rows(folder: Path, model: GPT, config: EvaluateConfig) -> Rows:
     row_tokens = config.seq_len or (seq_len(trained) if trained else model.config.n_positions)
     if row_tokens > model.config.n_positions:
         raise ConfigError(f"seq_len={row_tokens} exceeds the model's n_positions={model.config.n_positions}")
-    precision = config.precision
-    if precision == "auto":
-        precision = trained.train.precision if trained else "fp32"
     tokens, split = _documents(folder, config) if config.data.source else validation_split(folder, config)
     manifest = read_manifest(tokens)
     if manifest.vocab_size > model.config.vocab_size:
@@ -121,19 +121,21 @@ def _rows(folder: Path, model: GPT, config: EvaluateConfig) -> Rows:
             f"the text has {num_tokens} tokens, a row needs {row_tokens + 1}; add text or lower seq_len"
         )
     num_rows = min((num_tokens - 1) // row_tokens, max(1, config.max_tokens // row_tokens))
-    document_mask = trained is not None and trained.train.document_mask
-    device = _device(trained)
-    return Rows(tokens, split, row_tokens, num_rows, config.batch_size, precision, document_mask, device)
+    return Rows(tokens, split, row_tokens, num_rows, config.batch_size, _as_trained(trained, model, config))
 
 
-def _device(trained: RunConfig | None) -> str:
-    """Returns the kind of processor that the run trained on, where this cluster has one."""
-    if trained is None or not trained.scaling.use_gpu:
-        return "cpu"
-    if ray.cluster_resources().get("GPU", 0) >= 1:
-        return "cuda"
-    say("the checkpoint's run trained on GPUs and this cluster has none: CPUs round differently, and are slower")
-    return "cpu"
+def _as_trained(trained: RunConfig | None, model: GPT, config: EvaluateConfig) -> RunConfig:
+    """Returns the run with the evaluation's precision, and without a GPU where this cluster has none."""
+    if trained is None:
+        plain = {"precision": "fp32" if config.precision == "auto" else config.precision}
+        return RunConfig.model_validate({"model": vars(model.config), "train": plain})
+    if config.precision != "auto":
+        update = {"train": trained.train.model_copy(update={"precision": config.precision})}
+        trained = trained.model_copy(update=update)
+    if trained.scaling.use_gpu and ray.cluster_resources().get("GPU", 0) < 1:
+        say("the checkpoint's run trained on GPUs and this cluster has none: CPUs round differently, and are slower")
+        trained = trained.model_copy(update={"scaling": trained.scaling.model_copy(update={"use_gpu": False})})
+    return trained
 
 
 def _training_config(folder: Path, config: EvaluateConfig) -> RunConfig | None:
@@ -211,13 +213,13 @@ def _batch_losses(model: GPT, rows: Rows, config: EvaluateConfig) -> list[float]
 def _worker_losses(model: GPT, rows: Rows, batches: range, num_threads: int) -> Iterator[tuple[int, float]]:
     """Yields the number and the summed loss of each of the worker's batches."""
     torch.set_num_threads(num_threads)
-    model, stream = model.to(rows.device), rows.open()
-    eot_id = stream.manifest.eot_id if rows.document_mask else None
-    for batch in batches:
-        inputs, targets = (part.to(rows.device) for part in stream.rows(rows.batches[batch]))  # (B, T) each
-        is_bf16 = rows.precision == "bf16"
-        with torch.inference_mode(), torch.autocast(rows.device, dtype=torch.bfloat16, enabled=is_bf16):
-            yield batch, float(model.loss(inputs, targets, eot_id=eot_id))
+    device = torch.device(rows.device)
+    model, stream = model.to(device), rows.open()
+    eot_id = stream.manifest.eot_id if rows.run.train.document_mask else None
+    for number in batches:
+        batch = micro_batch(stream.rows(rows.batches[number]), rows.run, device, eot_id=eot_id)
+        with torch.inference_mode(), autocast(rows.run, device):
+            yield number, float(loss_of(model, batch))
 
 
 def gate_rows(checkpoint: str, storage_uri: str) -> dict[str, Any]:

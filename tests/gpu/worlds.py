@@ -73,8 +73,7 @@ def pass_through_the_host() -> None:
 def run_rank(rank: int, device_type: str, folder: Path, names: list[str]) -> dict[str, list[Any]]:
     torch.set_num_threads(1)
     device = torch.device(device_type)
-    if device.type == "cuda":
-        pass_through_the_host()
+    pass_through_the_host()
     found: dict[str, list[Any]] = {name: [] for name in names}
     for number, size in enumerate(WORLDS):
         if rank >= size:
