@@ -97,6 +97,15 @@ class ApiObjects:
                 if "deletionTimestamp" in self._objects.get(space, {}).get("metadata", {}) and not self._inside(space):
                     self.delete(space)
 
+    def finalize(self, path: str) -> Object | None:
+        """Lets go of a namespace that is being deleted, whatever is in it."""
+        with self.lock:
+            namespace = self._objects.get(path)
+            if namespace is None or "deletionTimestamp" not in namespace["metadata"]:
+                return namespace
+            del self._owners[path]
+            return self._objects.pop(path)
+
     def _inside(self, path: str) -> list[str]:
         """Returns the paths of what is in a namespace; of nothing for other objects."""
         is_namespace = path.startswith("/api/v1/namespaces/") and path.count("/") == 4

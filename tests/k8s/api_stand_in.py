@@ -171,6 +171,10 @@ def _handler(api: ApiStandIn) -> type[BaseHTTPRequestHandler]:
 
             self._answer(created, 201)
 
+        def do_PUT(self) -> None:
+            self._body()
+            self._answer(lambda url, query: api.finalize(url.removesuffix("/finalize")))
+
         def do_DELETE(self) -> None:
             def deleted(url: str, query: Query) -> Object | None:
                 found = api.get(url) or self._listed(url, query)

@@ -1,9 +1,9 @@
 """A namespace on a real Kubernetes, with the overlay `dev` in it, which is removed at the end.
 
 `RAYMILL_LIVE_KUBECONFIG` names the cluster, as an administrator. KubeRay's CRDs must be there; its operator and
-`RAYMILL_LIVE_IMAGE` may be: what needs them is skipped otherwise, and says so. Without an image the pods are small, so
-that a cluster of one node has room for them; no head is ever up then, and no autoscaler, without which KubeRay removes
-no surplus pod.
+`RAYMILL_LIVE_IMAGE` may be: what needs them is skipped otherwise, and says so. All pods but those of the run are small, so
+that a cluster of one node has room for them. Their heads are never up, for want of an image or of Secrets, nor their
+autoscalers, without which KubeRay removes no surplus pod.
 """
 
 import contextlib
@@ -48,8 +48,8 @@ STARTED_S = 180
 class LiveCluster:
     namespace: str
     overlay: Path
-    """`dev`, except that Redis needs a volume that nobody makes, that the job `evaluate` runs out of time, and that the
-    pods are small if there is no image."""
+    """`dev`, except that Redis needs a volume that nobody makes, that the job `evaluate` runs out of time, and that pods
+    are small."""
 
     @property
     def api(self) -> KubeApi:
@@ -123,21 +123,13 @@ class LiveCluster:
 
     def needs_operator(self) -> None:
         """Skips the test if no operator looks at Ray's objects."""
-        self._needs(
-            lambda: (self.api.get(_RAY, "RayCluster", "shared") or {}).get("status"),
-            "no KubeRay operator has looked at RayCluster/shared",
-        )
+        if not _happens(lambda: (self.api.get(_RAY, "RayCluster", "shared") or {}).get("status"), 60):
+            pytest.skip("no KubeRay operator has looked at RayCluster/shared for 60 s")
 
-    def needs_controllers(self) -> None:
-        """Skips the test on an API server alone: without its controllers no pod passes a quota."""
-        self._needs(self._quota, "no controller manager has counted what the quota raymill allows")
-
-    def _needs(self, condition: Callable[[], object], what: str) -> None:
-        deadline_s = time.monotonic() + 60
-        while not condition():
-            if time.monotonic() > deadline_s:
-                pytest.skip(f"{what} for 60 s")
-            time.sleep(1)
+    def admit_pods(self) -> None:
+        """Removes the quota on an API server alone, where nothing counts what it leaves, so that it lets no pod in."""
+        if not _happens(self._quota, 20):
+            self.api.delete("v1", "ResourceQuota", "raymill")
 
 
 @contextmanager
@@ -156,8 +148,9 @@ def live_cluster(folder: Path) -> Iterator[LiveCluster]:
         try:
             yield live
         finally:
-            _remove(namespace)
-            for manifest in rendered_overlay(live.overlay):
+            manifests = rendered_overlay(live.overlay, namespace)
+            _remove(namespace, manifests)
+            for manifest in manifests:
                 name = manifest["metadata"]["name"]
                 if manifest["kind"] == "PriorityClass" and name not in before:
                     _ignoring_missing(lambda name=name: scheduling.delete_priority_class(name))
@@ -183,13 +176,13 @@ def _overlay(folder: Path) -> Path:
         kustomization["images"] = [
             {"name": "raymill", "newName": name} | ({"digest": digest} if at else {"newTag": tag})
         ]
-    else:
-        for kind, inside in (("RayJob", "/rayClusterSpec"), ("RayService", "/rayClusterConfig"), ("RayCluster", "")):
-            pods = [f"/spec{inside}/{group}/template" for group in ("headGroupSpec", "workerGroupSpecs/0")]
-            pods += ["/spec/submitterPodTemplate"] * (kind == "RayJob")
-            paths = [f"/spec{inside}/autoscalerOptions", *(f"{pod}/spec/containers/0" for pod in pods)]
-            small = [{"op": "replace", "path": f"{path}/resources", "value": _SMALL} for path in paths]
-            kustomization["patches"].append({"target": {"kind": kind}, "patch": yaml.safe_dump(small)})
+    for kind, inside in (("RayJob", "/rayClusterSpec"), ("RayService", "/rayClusterConfig"), ("RayCluster", "")):
+        target = {"kind": kind} | ({"name": "tokenize|evaluate"} if image and kind == "RayJob" else {})
+        pods = [f"/spec{inside}/{group}/template" for group in ("headGroupSpec", "workerGroupSpecs/0")]
+        pods += ["/spec/submitterPodTemplate"] * (kind == "RayJob")
+        paths = [f"/spec{inside}/autoscalerOptions", *(f"{pod}/spec/containers/0" for pod in pods)]
+        small = [{"op": "replace", "path": f"{path}/resources", "value": _SMALL} for path in paths]
+        kustomization["patches"].append({"target": target, "patch": yaml.safe_dump(small)})
     if STORAGE in os.environ:  # in place of MinIO
         region = os.environ.get("AWS_DEFAULT_REGION", "us-east-1")
         url = os.environ.get("AWS_ENDPOINT_URL", f"https://s3.{region}.amazonaws.com")
@@ -215,26 +208,47 @@ def _way_to(url: str) -> Manifest:
     return {"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": metadata, "spec": spec}
 
 
-def _remove(namespace: str) -> None:
+def _remove(namespace: str, manifests: list[Manifest]) -> None:
     """Removes finalizers by force: what they wait for, such as a job that empties Redis, may have no image to run on."""
-    core, custom = client.CoreV1Api(), client.CustomObjectsApi()
+    core, custom, api = client.CoreV1Api(), client.CustomObjectsApi(), KubeApi(namespace)
     for kind in _KINDS:
         plural = f"{kind.lower()}s"
         _ignoring_missing(
             lambda plural=plural: custom.delete_collection_namespaced_custom_object("ray.io", "v1", namespace, plural)
         )
     _ignoring_missing(lambda: core.delete_namespace(namespace))
+    alone_s = time.monotonic() + 60  # the controller of namespaces tells of its progress within seconds
 
     def is_gone() -> bool:
-        api = KubeApi(namespace)  # whose patches say what kind they are, which the client's do not for these kinds
         for item in (item for kind in _KINDS for item in api.all(_RAY, kind)):
-            if item["metadata"].get("finalizers"):
+            if item["metadata"].get("finalizers"):  # `api` says what kind of patch it is; the client does not for these
                 with contextlib.suppress(ClusterError):  # the operator was faster
                     api.patch(item, [{"op": "remove", "path": "/metadata/finalizers"}])
-        return all(item.metadata.name != namespace for item in core.list_namespace().items)
+        found = {item.metadata.name: item.status for item in core.list_namespace().items}
+        if namespace in found and time.monotonic() > alone_s and not getattr(found[namespace], "conditions", None):
+            _remove_alone(namespace, manifests)
+        return namespace not in found
 
     # Pods may take their grace, up to 150 s, and Kubernetes looks again after a part of it.
     wait_until(is_gone, timeout_s=600, poll_s=2, why=lambda: f"the namespace {namespace} does not go away")
+
+
+def _remove_alone(namespace: str, manifests: list[Manifest]) -> None:
+    """Does on an API server alone what the controller of namespaces does."""
+    for manifest in manifests:
+        if "namespace" in manifest["metadata"]:
+            KubeApi(namespace).delete(manifest["apiVersion"], manifest["kind"], manifest["metadata"]["name"])
+    metadata, spec = {"name": namespace}, {"finalizers": []}
+    body = {"apiVersion": "v1", "kind": "Namespace", "metadata": metadata, "spec": spec}
+    client.CoreV1Api().replace_namespace_finalize(namespace, body)
+
+
+def _happens(condition: Callable[[], object], within_s: float) -> bool:
+    """Tells whether what a controller does comes about, for which there may be none."""
+    deadline_s = time.monotonic() + within_s
+    while not (happened := condition()) and time.monotonic() < deadline_s:
+        time.sleep(1)
+    return bool(happened)
 
 
 def _ignoring_missing(act: Any) -> None:

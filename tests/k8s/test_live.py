@@ -45,6 +45,12 @@ def applied(live: LiveCluster) -> LiveCluster:
 
 
 @pytest.fixture(scope="module")
+def admitting(applied: LiveCluster) -> LiveCluster:
+    applied.admit_pods()
+    return applied
+
+
+@pytest.fixture(scope="module")
 def operated(applied: LiveCluster) -> LiveCluster:
     applied.needs_operator()
     return applied
@@ -83,15 +89,14 @@ def test_an_operator_of_raymill_may_do_its_work_and_no_more(applied: LiveCluster
 
 
 @pytest.mark.parametrize("overlay", ["dev", "gpu", "spot"])
-def test_each_pod_is_one_that_the_namespace_takes(applied: LiveCluster, overlay: str) -> None:
+def test_each_pod_is_one_that_the_namespace_takes(admitting: LiveCluster, overlay: str) -> None:
     """The API server itself enforces PodSecurity, the quota, priorities and service accounts."""
-    applied.needs_controllers()
     for pod in pods(render(f"overlays/{overlay}")):
         metadata = pod.template["metadata"] | {"name": "pod-of-a-template"}
         data = [{"name": "data", "emptyDir": {}}] if pod.role == "redis" else []  # in place of its claim
         spec = pod.spec | {"volumes": [*pod.spec["volumes"], *data]}
         body = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}
-        client.CoreV1Api().create_namespaced_pod(applied.namespace, body, dry_run="All")
+        client.CoreV1Api().create_namespaced_pod(admitting.namespace, body, dry_run="All")
 
 
 # With KubeRay's operator
