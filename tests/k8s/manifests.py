@@ -28,6 +28,7 @@ COMPONENTS = {
     "rdma": "gpu-node",
     "redis-tls": "gpu",
     "serve-settings": "dev",
+    "spot": "gpu-node",
     "topology": "kueue",
     "whole-node": "gpu",
 }

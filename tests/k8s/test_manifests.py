@@ -21,6 +21,7 @@ from tests.k8s.manifests import (
     name_of,
     of_kind,
     pods,
+    quantity,
     ray_pods,
     render,
     render_into,
@@ -56,7 +57,7 @@ def test_holds_all_that_runs(kustomization: str) -> None:
     names = [name_of(manifest) for manifest in of_kind(objects, *CLUSTER_KINDS)]
     jobs = ["RayJob/evaluate", "RayJob/pretrain", "RayJob/tokenize"]
     assert sorted(names) == ["RayCluster/shared", *jobs, "RayService/completions"]
-    second_groups = kustomization == "overlays/spot"
+    second_groups = "spot" in kustomization
     assert len(list(pods(objects))) == 14 + second_groups  # a head and a group each, the jobs' submitters, and Redis
 
 
@@ -128,6 +129,28 @@ def test_an_efa_pod_asks_for_adapters_and_huge_pages_and_keeps_its_confinement()
     assert (limits["vpc.amazonaws.com/efa"], limits["hugepages-2Mi"]) == ("32", "5120Mi")
     assert limits.items() >= {key: requests[key] for key in ("vpc.amazonaws.com/efa", "hugepages-2Mi")}.items()
     assert trainer.container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+
+
+@pytest.mark.parametrize("network", ["efa", "rdma"])
+def test_pods_on_spot_nodes_and_those_behind_them_keep_their_network(network: str) -> None:
+    objects = render(f"overlays/gpu-node + components/{network} + components/spot")
+    assert [problem for rule in RULES for problem in rule(objects)] == []
+    names = [{v["name"] for v in pod.container["env"]} for pod in ray_pods(objects) if pod.gpus == 8]
+    assert ["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S" in given for given in names] == [True, False]
+    assert all("NCCL_SOCKET_IFNAME" in given for given in names)
+
+
+@pytest.mark.parametrize("network", ["efa", "rdma"])
+def test_whole_nodes_queue_too(network: str) -> None:
+    objects = render(f"overlays/kueue + components/whole-node + components/{network} + components/topology")
+    assert operator_rules.queue_problems(objects) == []
+    (group,) = find(objects, "ClusterQueue/raymill")["spec"]["resourceGroups"]
+    quota = {resource["name"]: quantity(resource["nominalQuota"]) for resource in group["flavors"][0]["resources"]}
+    assert list(quota) == group["coveredResources"]  # Kueue asks for the same order
+    job = cluster_spec(find(objects, "RayJob/pretrain"))
+    (workers,) = job["workerGroupSpecs"]
+    for resource, least in workers["template"]["spec"]["containers"][0]["resources"]["requests"].items():
+        assert workers["maxReplicas"] * quantity(least) <= quota[resource], resource
 
 
 def test_only_trainers_lock_memory_and_only_by_the_component_for_it() -> None:
