@@ -40,7 +40,7 @@ def test_a_sample_alone_is_the_same_as_among_others(
     assert 0 <= rows.min() <= rows.max() < num_rows
 
 
-@settings(deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     seed=seeds,
     sealed=st.lists(st.integers(0, 300), min_size=2, max_size=2),
@@ -105,7 +105,7 @@ def test_any_million_tokens_honour_the_weights(weights: tuple[float, ...], seq_l
         assert np.abs(shares - weights).max() < 0.01, start
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(seed=seeds, weights=weight_lists, window_rows=st.integers(1, 40), data=st.data())
 def test_each_source_has_its_own_epochs(
     seed: int, weights: tuple[float, ...], window_rows: int, data: st.DataObject
