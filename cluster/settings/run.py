@@ -268,8 +268,8 @@ class CheckpointConfig(Settings):
     num_to_keep: PositiveInt = setting(3, "newest checkpoints to keep, at least two; published ones are kept besides")
     keep_best: NonNegativeInt = setting(0, "checkpoints of the lowest validation loss to keep besides")
     keep_every_steps: PositiveInt | None = setting(None, "keep each checkpoint of a multiple of these steps besides")
-    snapshot_bytes: NonNegativeInt = setting(
-        16 << 30, "memory of each node for copies of the training state, which outlive its workers; 0 keeps none"
+    snapshot_bytes: NonNegativeInt | None = setting(
+        None, "most memory of a node for copies of the training state; half of the node's when unset, 0 keeps none"
     )
 
 

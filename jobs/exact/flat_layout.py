@@ -5,9 +5,10 @@ their gradients. A bucket is exchanged as soon as backward is done with it. Ever
 whole blocks. Blocks do not depend on the world size: the gradient's norm is summed over them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, pairwise
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -75,6 +76,29 @@ def shared(a: range, b: range) -> range:
 def at(flat: "Tensor", place: range) -> "Tensor":
     """Returns the view of a flat buffer (P,) at a place."""
     return flat[place.start : place.stop]
+
+
+def end_to_end(places: Iterable[range]) -> list[range]:
+    """Returns where the values of each place are, if those of all lie end to end."""
+    ends = list(accumulate(map(len, places), initial=0))
+    return [range(start, end) for start, end in pairwise(ends)]
+
+
+def within(places: Sequence[range], span: range) -> list[range]:
+    """Returns the places of the values that are at `span` if all lie end to end."""
+    cuts = ((place, own.start, shared(own, span)) for place, own in zip(places, end_to_end(places), strict=True))
+    return [range(place.start + cut.start - start, place.start + cut.stop - start) for place, start, cut in cuts if cut]
+
+
+def stretches(a: Sequence[range], b: Sequence[range]) -> Iterator[tuple[range, range]]:
+    """Yields where each stretch that both have is in a's and in b's values, end to end. Both are in order."""
+    i = j = 0
+    own_a, own_b = end_to_end(a), end_to_end(b)
+    while i < len(a) and j < len(b):
+        if both := shared(a[i], b[j]):
+            start_a, start_b = both.start - a[i].start + own_a[i].start, both.start - b[j].start + own_b[j].start
+            yield range(start_a, start_a + len(both)), range(start_b, start_b + len(both))
+        i, j = (i + 1, j) if a[i].stop <= b[j].stop else (i, j + 1)
 
 
 def _rounded(number: int, unit: int) -> int:

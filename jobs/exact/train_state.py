@@ -9,7 +9,7 @@ value by value.
 import math
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,8 @@ from torch.optim.adamw import adamw  # the optimizer's class imports torch._dyna
 
 from cluster.settings.run import TrainConfig
 from jobs.exact.bucket_exchange import gather_parts
-from jobs.exact.flat_layout import FlatLayout, at, shared
+from jobs.exact.flat_layout import FlatLayout, at, end_to_end, part_of, shared, stretches
+from jobs.exact.host_copies import HostCopies
 from jobs.run.step_timer import StepTimer
 from jobs.workers.worker_group import WorkerGroup
 from model.gpt import GPT
@@ -33,15 +34,12 @@ _EPSILON = 1e-8
 ALONE = WorkerGroup(rank=0, world_size=1)
 
 
-@dataclass(frozen=True)
-class StatePart:
-    """The state in a rank's own parts of the flat buffers, or in all of them, as of rank 0 of 1, where nothing is
-    sharded. The parts of all ranks together make the whole state, whatever the size of the world that reads them."""
+class StatePiece(NamedTuple):
+    """Some of the state's values, which lie end to end."""
 
-    rank: int
-    world_size: int
-    tensors: dict[str, Tensor]  # "values" and MOMENTS, the parts end to end
-    num_updates: int
+    name: str  # "values" or one of MOMENTS
+    places: list[range]  # in the flat buffer
+    values: Tensor
 
 
 class TrainState:
@@ -51,6 +49,7 @@ class TrainState:
         self.model, self.device, self.num_updates = model, device, 0
         self.layout = layout = FlatLayout.of(parameter_shapes(model.config))
         self._group, self._config = group, config
+        self.copies = HostCopies(device)
         self.is_sharded = config.shard_optimizer and group.world_size > 1
         self.values = large_zeros(layout.size, device=device)  # (P,)
         self.gradient = large_zeros(layout.size, device=device)  # (P,)
@@ -60,7 +59,7 @@ class TrainState:
             parameter.data, parameter.grad = view, layout.view(self.gradient, name, parameter)
         own_parts = layout.parts(group.rank, world_size=group.world_size)
         self.owned = own_parts if self.is_sharded else [range(layout.size)]  # places of this rank's moments
-        self._moments = {name: large_zeros(sum(map(len, self.owned)), device=device) for name in MOMENTS}
+        self.moments = {name: large_zeros(sum(map(len, self.owned)), device=device) for name in MOMENTS}
         self._updates: dict[float, tuple[list[Tensor], ...]] = {}  # AdamW's lists of tensors, by weight decay
         self._list_updates()
 
@@ -72,7 +71,7 @@ class TrainState:
             for half, weight_decay in ((decayed, self._config.weight_decay), (undecayed, 0.0)):
                 if stretch := shared(place, half):
                     own = range(start, start := start + len(stretch))
-                    moments = [at(flat, own) for flat in self._moments.values()]
+                    moments = [at(flat, own) for flat in self.moments.values()]
                     count = torch.zeros((), device=self.device)  # of updates, which AdamW's kernel counts up
                     lists = self._updates.setdefault(weight_decay, ([], [], [], [], []))
                     views = (at(self.values, stretch), at(self.gradient, stretch), *moments, count)
@@ -80,10 +79,12 @@ class TrainState:
                         tensors.append(view)
 
     def apply(self, *, norm: float, learning_rate: float, timer: StepTimer | None = None) -> None:
-        """Takes one AdamW step, on every rank, with the gradient of the whole batch and its norm.
+        """Takes one AdamW step, on every rank, with the gradient of the whole batch and its norm, once the copies of
+        the state before it are taken.
 
         With a sharded optimizer, the exchange of the weights is phase `sync` of the timer.
         """
+        self.copies.wait(timer)
         grad_clip = self._config.grad_clip
         if grad_clip and norm > grad_clip:
             for place in self.owned:
@@ -107,15 +108,20 @@ class TrainState:
             for bucket in self.layout.buckets:
                 gather_parts(self.values, bucket, self._group)
 
-    def flat_moments(self) -> dict[str, Tensor]:
-        """Returns AdamW's moments (P,) for a checkpoint, as views unless the optimizer is sharded.
-
-        With a sharded optimizer all ranks must call together; rank 0 gets the moments, the others an empty dict.
-        """
-        if not self.is_sharded:
-            return dict(self._moments)
-        whole = {name: self._on_rank_0(own) for name, own in self._moments.items()}
-        return {name: flat for name, flat in whole.items() if flat is not None}
+    def gather_moments(self, flat: Mapping[str, Tensor]) -> None:
+        """Brings a sharded optimizer's moments together in rank 0's `flat`, on its host (P,), bucket by bucket: no GPU
+        has to hold more. All ranks call together; those of the others are left as they are."""
+        rank, world_size = self._group.rank, self._group.world_size
+        for bucket, own_place in zip(self.layout.buckets, end_to_end(self.owned), strict=True):
+            parts = [part_of(bucket, each, world_size=world_size) for each in range(world_size)]
+            longest = max(map(len, parts))
+            for name, own in self.moments.items():
+                sent = own.new_zeros(longest)
+                sent[: len(own_place)] = at(own, own_place)
+                received = list(own.new_empty(world_size, longest)) if rank == 0 else None
+                dist.gather(sent, received)
+                for part, values in zip(parts, received or [], strict=False):
+                    at(flat[name], part).copy_(values[: len(part)])
 
     def by_parameter(self, flat: Tensor) -> dict[str, Tensor]:
         """Returns views of a flat buffer (P,)."""
@@ -128,64 +134,42 @@ class TrainState:
     def load_moments(self, tensors: Mapping[str, Tensor]) -> None:
         """Loads the tensors of `checkpoint_moments`; each rank takes the parts that it owns."""
         self._set_num_updates(int(tensors["step"]))
-        for moment, own in self._moments.items():
-            flat = torch.zeros_like(self.values)
-            for name, parameter in self.model.named_parameters():
-                self.layout.view(flat, name, parameter).copy_(tensors[f"{moment}.{name}"])
-            own.copy_(_joined(flat, self.owned))
+        for moment in MOMENTS:
+            for name, place in self.layout.places.items():
+                self._load(StatePiece(moment, [place], tensors[f"{moment}.{name}"].flatten()))
 
-    def own_state(self) -> StatePart:
-        """Returns this rank's part of the state until the next update: its share where the optimizer is sharded, else
-        the whole."""
-        owner = self._group if self.is_sharded else ALONE
-        tensors = {"values": _joined(self.values, self.owned), **self._moments}
-        return StatePart(owner.rank, owner.world_size, tensors, self.num_updates)
+    def share(self, rank: int, *, world_size: int) -> dict[str, list[Tensor]]:
+        """Returns views of the state in a rank's parts of the flat buffers, which lie end to end in the order of
+        `FlatLayout.parts`; where the optimizer is sharded, that rank must be this one. The shares of all ranks of any
+        world make the whole state."""
+        parts = self.layout.parts(rank, world_size=world_size)
+        of_moments = end_to_end(parts) if self.is_sharded else parts
+        moments = {name: [at(moment, part) for part in of_moments] for name, moment in self.moments.items()}
+        return {"values": [at(self.values, part) for part in parts], **moments}
 
-    def load_state(self, parts: Iterable[StatePart]) -> None:
-        """Loads the state from parts that together make the whole, from a world of any size."""
-        whole = {name: torch.zeros_like(self.values) for name in MOMENTS} | {"values": self.values}
+    def load_state(self, num_updates: int, pieces: Iterable[StatePiece]) -> None:
+        """Loads the whole state; each rank takes the moments of the parts that it owns. A piece is used before the next
+        one is asked for."""
+        self._set_num_updates(num_updates)
         num_loaded = 0
-        for part in parts:
-            places = self.layout.parts(part.rank, world_size=part.world_size)
-            num_loaded += sum(map(len, places))
-            self._set_num_updates(part.num_updates)
-            for name, values in part.tensors.items():
-                _spread(values, whole[name], places)
-        assert num_loaded == self.layout.size, f"{num_loaded} of {self.layout.size} values"
-        for moment, own in self._moments.items():
-            own.copy_(_joined(whole[moment], self.owned))
+        for piece in pieces:
+            num_loaded += len(piece.values)
+            self._load(piece)
+        expected = (1 + len(MOMENTS)) * self.layout.size
+        assert num_loaded == expected, f"{num_loaded} of {expected} values"
+
+    def _load(self, piece: StatePiece) -> None:
+        target, places = (self.values, [range(self.layout.size)])
+        if piece.name != "values":
+            target, places = self.moments[piece.name], self.owned
+        for source, own in stretches(piece.places, places):
+            at(target, own).copy_(at(piece.values, source))
 
     def _set_num_updates(self, number: int) -> None:
         self.num_updates = number
         for *_, counts in self._updates.values():
             for count in counts:
                 count.fill_(number)
-
-    def _on_rank_0(self, own: Tensor) -> Tensor | None:
-        """Returns the whole of a sharded moment (P,) on rank 0."""
-        if self._group.rank:
-            dist.send(own, 0)
-            return None
-        flat = torch.zeros_like(self.values)
-        for rank in range(self._group.world_size):
-            places = self.layout.parts(rank, world_size=self._group.world_size)
-            part = own if rank == 0 else own.new_empty(sum(map(len, places)))
-            if rank:
-                dist.recv(part, rank)
-            _spread(part, flat, places)
-        return flat
-
-
-def _joined(flat: Tensor, places: list[range]) -> Tensor:
-    """Returns the places of a flat buffer end to end: a view of one place, a copy of several."""
-    pieces = [at(flat, place) for place in places]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-
-
-def _spread(values: Tensor, flat: Tensor, places: list[range]) -> None:
-    """Copies values that lie end to end to their places in a flat buffer."""
-    for place, piece in zip(places, values.split([len(place) for place in places]), strict=True):
-        at(flat, place).copy_(piece)
 
 
 def checkpoint_moments(state: TrainState, flat: Mapping[str, Tensor]) -> dict[str, Tensor]:

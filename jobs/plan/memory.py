@@ -9,6 +9,7 @@ from cluster.settings.run import RunConfig, batch_schedule, planned_vocabulary, 
 from cluster.storage.uris import open_storage
 from jobs.exact.exact_reduce import lane_steps
 from jobs.exact.flat_layout import BLOCK, FlatLayout
+from jobs.exact.host_copies import PIECE_VALUES
 from jobs.plan.formulas import FP32_BYTES, STATE_BYTES, num_subtrees_of_rank
 from jobs.run.history import why_not_resumed
 from jobs.snapshots.slots import NUM_SLOTS
@@ -89,14 +90,17 @@ def host_memory(
 ) -> dict[str, float]:
     """Returns the bytes by part of a node's own memory: two slots of the state, one of them being written
     (`snapshots/slots`); with ZeRO-1, where no other node has the same, as many of another node's shares
-    (`snapshots/choice`); and on rank 0's node a checkpoint that is being stored and one that waits."""
+    (`snapshots/choice`); on rank 0's node a checkpoint that is being stored and one that waits; and two pieces of each
+    GPU's copies (`exact/host_copies`)."""
     state = STATE_BYTES * layout.size
-    share = min(world_size, gpus_per_node) / world_size if shard_optimizer else 1.0
+    num_ranks = min(world_size, gpus_per_node)
+    share = num_ranks / world_size if shard_optimizer else 1.0
     is_copied = shard_optimizer and world_size > gpus_per_node
     return {
         "snapshots": NUM_SLOTS * state * share,
         "copies_of_another_node": NUM_SLOTS * state * share * is_copied,
         "checkpoints": 2.0 * state,
+        "pieces": float(2 * FP32_BYTES * PIECE_VALUES * num_ranks),
     }
 
 

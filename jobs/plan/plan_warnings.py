@@ -97,11 +97,10 @@ def _on_gpus(config: RunConfig, options: PlanConfig, plan: dict[str, Any]) -> It
         )
     host = plan["host_memory_bytes"]
     snapshots = host["snapshots"] + host["copies_of_another_node"]
-    if 0 < config.checkpoint.snapshot_bytes < snapshots:
+    if (allowed := config.checkpoint.snapshot_bytes) is not None and 0 < allowed < snapshots:
         yield (
             f"Snapshots need {snapshots / 1e9:,.1f} GB of each node's memory and checkpoint.snapshot_bytes allows "
-            f"{config.checkpoint.snapshot_bytes / 1e9:,.1f} GB: without them a failure costs all steps since the last "
-            "checkpoint."
+            f"{allowed / 1e9:,.1f} GB: without them a failure costs all steps since the last checkpoint."
         )
     between_s = config.checkpoint.save_every_steps * step_s
     if between_s < (store_s := plan["checkpoint"]["store_s"]):

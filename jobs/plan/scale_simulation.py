@@ -64,15 +64,17 @@ def _scale(config: RunConfig, options: PlanConfig, layout: FlatLayout, size: int
     step_s = compute_s + exposed_s
 
     state = STATE_BYTES * layout.size
-    written = state / size if sharded else state  # by one rank
-    snapshot_s = written / gpu.host_bytes_per_s + written / COPY_BYTES_PER_S
-    snapshot_every = interval(copy_s=snapshot_s, step_s=step_s)
-    gathered_s = 2 * FP32_BYTES * layout.size * (size - 1) / size / options.network_bytes_per_s if sharded else 0.0
-    wait_s = gathered_s + state / gpu.host_bytes_per_s
+    copy_bytes_per_s = min(gpu.host_bytes_per_s, COPY_BYTES_PER_S)  # a piece moves while another one is written
+    snapshot_s = state / (size if sharded else min(size, options.gpus_per_node)) / copy_bytes_per_s  # each rank's share
+    snapshot_wait_s = max(0.0, snapshot_s - compute_s)  # copies are taken beside the next step
+    snapshot_every = interval(copy_s=snapshot_wait_s, step_s=step_s)
+    gathered = 2 * FP32_BYTES * layout.size if sharded else 0  # bytes of moments, for which all wait
+    gathered_s = gathered * (size - 1) / size / options.network_bytes_per_s + gathered / copy_bytes_per_s
+    wait_s = gathered_s + max(0.0, (state - gathered) / copy_bytes_per_s - compute_s)
     mtbf_s = mean_time_between_failures_s(options.mtbf_gpu_hours, size)
     store_s = state / options.storage_bytes_per_s
     checkpoint_every_s = max(checkpoint_interval_s(wait_s, mtbf_s), store_s)
-    snapshots = {"interval_s": snapshot_every * step_s, "cost_s": snapshot_s, "mtbf_s": mtbf_s}
+    snapshots = {"interval_s": snapshot_every * step_s, "cost_s": snapshot_wait_s, "mtbf_s": mtbf_s}
     checkpoints = {"interval_s": checkpoint_every_s, "cost_s": wait_s, "mtbf_s": mtbf_s}
     # Until a lost node is replaced, training continues without its share of the throughput.
     continuing_s = options.restart_s + min(1.0, options.gpus_per_node / size) * options.replace_s
@@ -86,6 +88,7 @@ def _scale(config: RunConfig, options: PlanConfig, layout: FlatLayout, size: int
         "step_s": step_s,
         "efficiency": compute_s / step_s,
         "snapshot_s": snapshot_s,  # for one snapshot
+        "snapshot_wait_s": snapshot_wait_s,  # of it, after the next step's backward
         "snapshot_every": snapshot_every,  # steps
         "checkpoint_wait_s": wait_s,  # for which all wait
         "checkpoint_store_s": store_s,
@@ -121,8 +124,8 @@ _LIMITS: tuple[tuple[str, Callable[[Row], bool], str, str], ...] = (
     ),
     (
         "checkpoints",
-        lambda row: row["checkpoint_store_s"] >= row["checkpoint_every_s"],
-        "storing one takes longer than the best interval",
+        lambda row: row["checkpoint_store_s"] > SLOW_SHARE * row["mtbf_s"],
+        f"storing one takes over {SLOW_SHARE:.0%} of the time between failures",
         "faster storage (--storage-bytes-per-s); a checkpoint is written by rank 0 alone (shards are not built)",
     ),
     (

@@ -27,6 +27,7 @@ _PARTS = {
     "snapshots": "snapshots, two slots",
     "copies_of_another_node": "copies of another node's",
     "checkpoints": "checkpoints (rank 0)",
+    "pieces": "pinned, for copies",
 }
 
 
@@ -113,4 +114,5 @@ def _assumptions(plan: Mapping[str, Any], options: PlanConfig) -> Iterator[str]:
         f"{size(options.storage_bytes_per_s, '/s')} (--storage-bytes-per-s), a restart {options.restart_s:,.0f} s "
         "(--restart-s), a message between GPUs 5 µs besides its bytes."
     )
+    yield "Snapshots take up to half of a node's memory, unless checkpoint.snapshot_bytes says how much."
     yield f"{TEXT_BYTES_PER_TOKEN:g} bytes of text for each token, about as in English web text."

@@ -1,6 +1,7 @@
 """Chooses the snapshot that a new attempt continues from, and the snapshots that need a second node: pure decisions."""
 
 import math
+import sys
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ COPIES = "copy-"  # begins the name of an area of copies
 
 @dataclass(frozen=True)
 class Holding:
-    """One rank's share of the state after a step, in the memory of a node."""
+    """A share of the state after a step, in the memory of a node."""
 
     node: str
     area: str  # the name of the memory on its node
@@ -61,23 +62,17 @@ def reader_of(holders: Container[str], node_of_rank: Sequence[str]) -> int | Non
 
 
 def copies(holdings: Iterable[Holding], nodes: Sequence[str]) -> list[tuple[Holding, str]]:
-    """Returns what to copy to which node, so that each rank's newest share is also on the node with the fewest."""
-    newest: dict[tuple[int, int], Holding] = {}
-    holders: dict[tuple[int, int], set[str]] = {}
+    """Returns what to copy to which node, so that each share of the newest complete state of the newest attempt is also
+    on the node with the fewest; one that two nodes write is left."""
     held = list(holdings)
     attempt = max((share.header.attempt for share in held), default=0)
-    for share in held:
-        head = share.header
-        key = (head.rank, head.world_size)
-        if head.attempt == attempt and not share.area.startswith(COPIES):
-            holders.setdefault(key, set()).add(share.node)
-            if key not in newest or head.step > newest[key].header.step:
-                newest[key] = share
+    written = [share for share in held if share.header.attempt == attempt and not share.area.startswith(COPIES)]
+    newest = choose(written, explained_step=sys.maxsize, at_least=0, is_left_out=lambda step: False)
     load = {node: sum(share.node == node for share in held) for node in nodes}
     wanted = []
-    for key, share in sorted(newest.items()):
+    for share in [holders[0] for holders in newest.shares] if newest else []:
         others = [node for node in nodes if node != share.node]
-        if len(holders[key]) > 1 or not others:
+        if not others or len({other.node for other in written if other.area == share.area}) > 1:
             continue
         having = {copy.node for copy in held if copy.area == copy_area(share)}
         target = min(others, key=lambda node: (node not in having, load[node], node))

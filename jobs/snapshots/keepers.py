@@ -7,10 +7,10 @@ methods, and it is gone with the keeper, which ends with the launcher. So nothin
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
-import numpy as np
 import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -18,16 +18,24 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from jobs.ray_train.cluster_view import renew_view
 from jobs.run.run_plan import RunPlan
 from jobs.snapshots.choice import Holding, copies, copy_area
-from jobs.snapshots.slots import NUM_SLOTS, Bytes, Slots, checksum_of
+from jobs.snapshots.slots import NUM_SLOTS, Bytes, Checksum, Slots
 
 CHUNK_BYTES = 16 << 20  # of one message of a transfer between nodes
 _POLL_S = 0.5
 ANSWER_S = 2.0  # a keeper whose node is gone never answers
 READ_BYTES_PER_S = 0.4e9  # a tenth of what a keeper reads on two busy cores
 _COPY_S = 60.0  # at most
+_COPY_SHARE = 0.05  # of the time
+_MEMORY_SHARE = 0.5  # of what Ray counts as a node's, where the settings say nothing
 
 Key = TypeVar("Key")
-_COPY_SHARE = 0.05  # of the time
+
+
+@dataclass(frozen=True)
+class NoRoom:
+    """A keeper's refusal to open an area."""
+
+    reason: str
 
 
 class Keeper:
@@ -37,17 +45,19 @@ class Keeper:
         self._node, self._max_bytes = node, max_bytes
         self._areas: dict[str, tuple[int, Slots]] = {}
 
-    def open(self, area: str, num_bytes: int) -> str | None:
-        """Returns the path of an area for states of so many bytes, or None where memory does not suffice.
-
-        An existing area of the same size keeps its content.
-        """
+    def open(self, area: str, num_bytes: int) -> str | NoRoom:
+        """Returns the path of an area for shares of so many bytes; one that has this size is left as it is."""
         needed = Slots.bytes_needed(num_bytes)
         if area in self._areas and os.fstat(self._areas[area][0]).st_size != needed:
             self._close(area)
         if area not in self._areas:
-            if needed + sum(os.fstat(descriptor).st_size for descriptor, _ in self._areas.values()) > self._max_bytes:
-                return None
+            used = sum(os.fstat(descriptor).st_size for descriptor, _ in self._areas.values())
+            if used + needed > self._max_bytes:
+                return NoRoom(
+                    f"node {self._node} allows {self._max_bytes / 1e9:.1f} GB for them (checkpoint.snapshot_bytes, or "
+                    f"half of its memory), of which {used / 1e9:.1f} GB are used, and one more share takes "
+                    f"{needed / 1e9:.1f} GB"
+                )
             descriptor = os.memfd_create(f"raymill-{area}")
             os.ftruncate(descriptor, needed)
             self._areas[area] = (descriptor, Slots(descriptor))
@@ -80,36 +90,50 @@ class Keeper:
         slots = self._areas[held.area][1] if held.area in self._areas else None
         return slots is not None and slots.holds(held.header, held.slot) and slots.is_whole(held.slot)
 
-    def chunk(self, held: Holding, start: int) -> Bytes | None:
-        """Returns a copy of at most `CHUNK_BYTES`, or None when the slot was written again since."""
+    def pin(self, held: Holding, seconds: float) -> None:
+        """Keeps a slot from being written for so long."""
+        if held.area in self._areas:
+            self._areas[held.area][1].pin(held.slot, seconds)
+
+    def chunk(self, held: Holding, start: int, stop: int) -> Bytes | None:
+        """Returns a copy of some of the data, or None when the slot was written again since."""
         if held.area not in self._areas:
             return None
         slots = self._areas[held.area][1]
-        content = slots.data(held.slot)[start : start + CHUNK_BYTES].copy()
+        content = slots.data(held.slot)[start:stop].copy()
         return content if slots.holds(held.header, held.slot) else None
 
     def copy(self, held: Holding, other: Any) -> None:
         """Copies a slot of another node's keeper, unless that is gone or there is no room."""
-        try:
-            data = fetch(held, other)
-        except RayError:  # the other keeper ended, most likely with its node
+        area, num_bytes = copy_area(held), held.header.num_bytes
+        if isinstance(self.open(area, num_bytes), NoRoom):
             return
-        area = copy_area(held)
-        if data is not None and self.open(area, data.size) is not None:
-            self._areas[area][1].write(held.header, list(data.reshape(len(held.header.names), -1)))
+        spans = [range(start, min(start + CHUNK_BYTES, num_bytes)) for start in range(0, num_bytes, CHUNK_BYTES)]
+        try:
+            self._areas[area][1].write(held.header, fetch(held, other, spans))
+        except (RayError, LostError):  # the other keeper ended, most likely with its node; the older copy is left
+            return
 
 
-def fetch(held: Holding, keeper: Any) -> Bytes | None:
-    """Returns the data of a slot of another node's keeper, or None when it was written again meanwhile."""
-    header = held.header
-    data = np.empty(header.num_bytes, np.uint8)
-    for start in range(0, data.size, CHUNK_BYTES):
-        chunk = ray.get(keeper.chunk.remote(held, start))
-        if chunk is None:
-            return None
-        piece = data[start : start + CHUNK_BYTES]
-        piece[:] = chunk[: piece.size]
-    return data if checksum_of(data, header.names) == header.checksum else None
+class LostError(RuntimeError):
+    """A slot was written again, or altered, while it was read."""
+
+
+def fetch(held: Holding, keeper: Any, spans: Sequence[range]) -> Iterator[Bytes]:
+    """Yields a slot of another node's keeper in these pieces, each asked for while the one before is used. Raises
+    `LostError`, at the end where the data do not match their checksum."""
+    asked = [keeper.chunk.remote(held, span.start, span.stop) for span in spans[:1]]
+    checksum = Checksum()
+    for number in range(len(spans)):
+        asked += [keeper.chunk.remote(held, span.start, span.stop) for span in spans[number + 1 : number + 2]]
+        data = ray.get(asked.pop(0))
+        if data is None:
+            break
+        for part in checksum.chunks(data):
+            checksum.add(part)
+        yield data
+    if checksum.value != held.header.checksum:
+        raise LostError(f"the snapshot of step {held.header.step} on node {held.node} was lost on its way")
 
 
 def find_keepers(launch: str) -> dict[str, Any]:
@@ -176,18 +200,26 @@ class Keepers:
             copied_until = time.monotonic() + (time.monotonic() - start) / _COPY_SHARE
 
     def _start_missing(self) -> None:
-        capable = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+        resources = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+        capable = [node for node in resources if resources[node].get("CPU")]
         if set(capable) != set(self._keepers):
             renew_view()
-        self._keepers = {node: self._keepers.get(node) or self._start(node) for node in capable}
+        self._keepers = {node: self._keepers.get(node) or self._start(node, resources[node]) for node in capable}
 
-    def _start(self, node: str) -> Any:
+    def _start(self, node: str, resources: Mapping[str, float]) -> Any:
         place = NodeAffinitySchedulingStrategy(node, soft=False)
         actor = ray.remote(Keeper).options(
             name=node, namespace=self._plan.launch, num_cpus=0, max_restarts=-1, scheduling_strategy=place
         )
-        return actor.remote(node=node, max_bytes=self._plan.config.checkpoint.snapshot_bytes)
+        allowed = self._plan.config.checkpoint.snapshot_bytes
+        max_bytes = int(_MEMORY_SHARE * resources.get("memory", 0)) if allowed is None else allowed
+        return actor.remote(node=node, max_bytes=max_bytes)
 
     def _copy(self, holdings: Sequence[Holding], nodes: Sequence[str]) -> None:
-        for held, target in copies(holdings, nodes):
+        """Copies the shares of one step, which stay as they are until all are copied."""
+        wanted = copies(holdings, nodes)
+        for held, _ in wanted:
+            self._keepers[held.node].pin.remote(held, _COPY_S)
+        for held, target in wanted:
             ray.wait([self._keepers[target].copy.remote(held, self._keepers[held.node])], timeout=_COPY_S)
+            self._keepers[held.node].pin.remote(held, 0.0)

@@ -1,16 +1,21 @@
-"""Stores the training state in node-local memory, in two slots written in turn; a kill at any moment leaves one whole.
+"""Stores a share of the training state in node-local memory, in two slots written in turn; a kill at any moment leaves
+one whole.
 
-    slot = magic (8) | header length (4) | header CRC-32 (4) | header, JSON … | data, from _DATA_OFFSET on
+    slot = magic (8) | header length (4) | header CRC-32 (4) | header, JSON … | pin (8) | data, from _DATA_OFFSET on
 
 A write breaks the older slot's magic, copies the data, then the header, and puts the magic back last. The header has a
-checksum of the data, which reveals a slot that was torn or altered.
+checksum of the data, which reveals a slot that was torn or altered. The pin is the time until which the slot is read,
+and the other one written instead.
 """
 
+import fcntl
 import json
 import mmap
+import os
 import struct
+import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -24,8 +29,10 @@ NUM_SLOTS = 2
 
 _MAGIC = b"RAYMILL1"
 _PREFIX = struct.Struct("<II")  # after the magic
+_PIN = struct.Struct("<d")
 _HEADER_OFFSET = len(_MAGIC) + _PREFIX.size
 _DATA_OFFSET = 1 << 17  # the guards' losses make the longest header; pages that are not written take no memory
+_PIN_OFFSET = _DATA_OFFSET - _PIN.size
 _CHUNK_BYTES = 1 << 20  # copied and summed while it is in the cache
 
 
@@ -36,13 +43,38 @@ class Header:
     attempt: int
     step: int
     rank: int  # the owner of this share of the state
-    world_size: int  # number of shares; 1 where one rank holds the whole state
+    world_size: int  # number of shares
     num_updates: int
     names: list[str]  # of the tensors, which lie end to end and have equal lengths
     carried: dict[str, Any]  # the rest of the state
     sequence: int = 0  # grows with each write, which sets it and the next two
     num_bytes: int = 0
-    checksum: int = 0
+    checksum: int | None = None
+
+
+class Checksum:
+    """A CRC of the sums, as 64-bit integers, of each chunk of the data: at the speed of memory, and the same for any
+    pieces of whole integers."""
+
+    def __init__(self) -> None:
+        self.size = self._crc = self._sum = 0
+
+    def chunks(self, piece: Bytes) -> Iterator[Bytes]:
+        """Cuts the next piece where chunks end. The caller adds each part before it takes the next."""
+        while piece.size:
+            room = _CHUNK_BYTES - self.size % _CHUNK_BYTES
+            yield piece[:room]
+            piece = piece[room:]
+
+    def add(self, part: Bytes) -> None:
+        self._sum += int(part.view(np.uint64).sum(dtype=np.uint64))
+        self.size += part.size
+        if self.size % _CHUNK_BYTES == 0:
+            self._crc, self._sum = self.value, 0
+
+    @property
+    def value(self) -> int:
+        return zlib.crc32((self._sum % (1 << 64)).to_bytes(8, "little"), self._crc)
 
 
 class Slots:
@@ -50,6 +82,7 @@ class Slots:
 
     def __init__(self, descriptor: int) -> None:
         """Maps an open file, whose size is what `bytes_needed` returned."""
+        self._file = os.fdopen(os.dup(descriptor), "r+b", buffering=0)
         self._memory = mmap.mmap(descriptor, 0)
         self._bytes = np.frombuffer(self._memory, np.uint8)
         self._slot_bytes = len(self._memory) // NUM_SLOTS
@@ -61,8 +94,15 @@ class Slots:
 
     @staticmethod
     def bytes_needed(num_bytes: int) -> int:
-        """Returns the size of the file for states of so many bytes."""
+        """Returns the size of the file for shares of so many bytes."""
         return NUM_SLOTS * (_DATA_OFFSET + -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE)
+
+    def is_at(self, path: str) -> bool:
+        """Reports whether the path still leads to this memory: an open file's number may be used again."""
+        try:
+            return os.path.samestat(os.stat(path), os.fstat(self._file.fileno()))  # noqa: PTH116
+        except OSError:
+            return False
 
     def header(self, slot: int) -> Header | None:
         """Returns the header of a sealed slot; None while the slot is written, or where a write was cut off."""
@@ -71,32 +111,53 @@ class Slots:
             return None
         size, crc = _PREFIX.unpack_from(self._memory, start + len(_MAGIC))
         start += _HEADER_OFFSET
-        content = self._memory[start : start + min(size, _DATA_OFFSET)]
+        content = self._memory[start : start + min(size, _PIN_OFFSET)]
         if zlib.crc32(content) != crc:
             return None
         return Header(**json.loads(content))
 
-    def write(self, header: Header, arrays: Sequence[Bytes]) -> int:
-        """Writes into the slot that is unsealed or older, and returns its number."""
+    def write(self, header: Header, pieces: Iterable[Bytes]) -> int | None:
+        """Writes into the slot that is unsealed or older, and not pinned if the other is not. Returns its number, or
+        None where the step is there already, from another process, or the data do not match a checksum that the header
+        brings."""
+        fcntl.flock(self._file, fcntl.LOCK_EX)  # which a process that is killed gives back
+        try:
+            return self._write(header, pieces)
+        finally:
+            fcntl.flock(self._file, fcntl.LOCK_UN)
+
+    def _write(self, header: Header, pieces: Iterable[Bytes]) -> int | None:
         before = [self.header(slot) for slot in range(NUM_SLOTS)]
-        slot = min(range(NUM_SLOTS), key=lambda index: found.sequence if (found := before[index]) else -1)
+        if any(found and (found.attempt, found.step) == (header.attempt, header.step) for found in before):
+            return None
+        ages = [(self._is_pinned(slot), found.sequence if found else -1) for slot, found in enumerate(before)]
+        slot = ages.index(min(ages))
         sequence = 1 + max((found.sequence for found in before if found), default=0)
         start = slot * self._slot_bytes
         self._memory[start : start + len(_MAGIC)] = bytes(len(_MAGIC))
-        data, end, checksum = self.data(slot), 0, 0
-        for array in arrays:
-            for first in range(0, array.size, _CHUNK_BYTES):
-                chunk = array[first : first + _CHUNK_BYTES]
-                place = data[end : (end := end + chunk.size)]
+        data, checksum = self.data(slot), Checksum()
+        for piece in pieces:
+            for chunk in checksum.chunks(piece):
+                place = data[checksum.size : checksum.size + chunk.size]
                 place[:] = chunk
-                checksum = _summed(place, checksum)
-        content = json.dumps(vars(header) | {"sequence": sequence, "num_bytes": end, "checksum": checksum})
-        encoded = content.encode()
-        assert len(encoded) <= _DATA_OFFSET - _HEADER_OFFSET, f"a header of {len(encoded)} bytes"
+                checksum.add(place)
+        if header.checksum not in (None, checksum.value):
+            return None
+        written = {"sequence": sequence, "num_bytes": checksum.size, "checksum": checksum.value}
+        encoded = json.dumps(vars(header) | written).encode()
+        assert len(encoded) <= _PIN_OFFSET - _HEADER_OFFSET, f"a header of {len(encoded)} bytes"
         _PREFIX.pack_into(self._memory, start + len(_MAGIC), len(encoded), zlib.crc32(encoded))
         self._memory[start + _HEADER_OFFSET : start + _HEADER_OFFSET + len(encoded)] = encoded
         self._memory[start : start + len(_MAGIC)] = _MAGIC
         return slot
+
+    def pin(self, slot: int, seconds: float) -> None:
+        """Has writers use the other slot for so long, at most."""
+        _PIN.pack_into(self._memory, slot * self._slot_bytes + _PIN_OFFSET, time.monotonic() + seconds)
+
+    def _is_pinned(self, slot: int) -> bool:
+        (until,) = _PIN.unpack_from(self._memory, slot * self._slot_bytes + _PIN_OFFSET)
+        return bool(until > time.monotonic())
 
     def data(self, slot: int) -> Bytes:
         """Returns the slot's data, in place."""
@@ -110,19 +171,9 @@ class Slots:
 
     def is_whole(self, slot: int) -> bool:
         """Reports whether the slot is sealed and its data match the header's checksum."""
-        header = self.header(slot)
-        return header is not None and checksum_of(self.data(slot)[: header.num_bytes], header.names) == header.checksum
-
-
-def checksum_of(data: Bytes, names: Sequence[str]) -> int:
-    """Returns the checksum of a slot's data, in which the named tensors lie end to end."""
-    checksum = 0
-    for array in data.reshape(len(names), -1):
-        for first in range(0, array.size, _CHUNK_BYTES):
-            checksum = _summed(array[first : first + _CHUNK_BYTES], checksum)
-    return checksum
-
-
-def _summed(chunk: Bytes, checksum: int) -> int:
-    """Adds a chunk to a checksum: a CRC of the chunks' sums as 64-bit integers, at the speed of memory."""
-    return zlib.crc32(chunk.view(np.uint64).sum(dtype=np.uint64).tobytes(), checksum)
+        header, checksum = self.header(slot), Checksum()
+        if header is None:
+            return False
+        for chunk in checksum.chunks(self.data(slot)[: header.num_bytes]):
+            checksum.add(chunk)
+        return checksum.value == header.checksum

@@ -1,11 +1,13 @@
 """Copies a worker's state into its node's memory after a step, and back from some node's memory after a failure.
 
-Without a keeper on the node, as outside a Ray job, nothing is kept and training is the same.
+Where every rank holds the whole state, the ranks of a node divide it among them; with a sharded optimizer each writes
+its own share. Without a keeper on the node, as outside a Ray job, nothing is kept and training is the same.
 """
 
+import itertools
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -13,16 +15,24 @@ import numpy as np
 import ray
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from cluster.output.progress import say
-from jobs.exact.train_state import StatePart, TrainState
+from jobs.exact.flat_layout import within
+from jobs.exact.host_copies import HostCopy
+from jobs.exact.train_state import StatePiece, TrainState
 from jobs.snapshots.choice import Holding, Snapshot, choose, interval, reader_of
-from jobs.snapshots.keepers import ask, fetch, find_keepers
+from jobs.snapshots.keepers import CHUNK_BYTES, NoRoom, ask, fetch, find_keepers
 from jobs.snapshots.slots import Bytes, Header, Slots
 from jobs.workers.worker_group import WorkerGroup
 
+NUM_SHARES = {"cuda": 8, "cpu": 1}
+"""Shares of a state that is not sharded, by the kind of device. The GPUs of a node copy at the same time; the number
+does not follow theirs, so that the next attempt finds the same memory. A CPU's ranks compete for its memory anyway."""
+
 _FIRST_AGREEMENT, _AGREEMENT_EVERY = 4, 64  # snapshots after which all ranks agree on their interval
 _RETRY_S = 1.0
+_FP32_BYTES = 4
 
 
 class Snapshots:
@@ -32,11 +42,11 @@ class Snapshots:
         self._launch, self._group = launch, group
         self._node = ray.get_runtime_context().get_node_id() if self._launch else ""
         self._node_of_rank: list[str] = group.gather(self._node) if self._launch else []
-        self._memory: tuple[Path, Slots] | None = None
+        self._memory: dict[str, tuple[str, Slots]] = {}  # path and mapping by area
+        self._why_none = self._known_reason = ""  # of this worker; of any at the last agreement
         self._retry_at = 0.0
-        self._is_warned = False
         self._interval, self._num_written, self._last_written = 1, 0, 0
-        self._copy_s: list[float] = []
+        self._copies: list[list[HostCopy]] = []  # of each snapshot since the last agreement
         self._step_s: list[float] = []
         self._last: tuple[int, float] | None = None
         self._whole: tuple[int, int, dict[str, Any], int] | None = None  # the last whole step, due or not
@@ -64,121 +74,126 @@ class Snapshots:
 
     def restore(self, snapshot: Snapshot, state: TrainState) -> dict[str, Any]:
         """Loads the state on every rank; returns `carried`."""
-        state.load_state(
-            state_part(holders[0].header, self._share(holders, state.device)) for holders in snapshot.shares
-        )
+        pieces = (piece for holders in snapshot.shares for piece in self._pieces(holders, state))
+        state.load_state(snapshot.header.num_updates, pieces)
         return snapshot.header.carried
 
-    def _share(self, holders: list[Holding], device: torch.device) -> Bytes:
-        """Returns a share, from this node's memory where every node has it; else one rank broadcasts it to all."""
-        by_node = {held.node: held for held in holders}
+    def _pieces(self, holders: list[Holding], state: TrainState) -> Iterator[StatePiece]:
+        """Yields a share from this node's memory where every node has it; else one rank broadcasts it to all."""
+        header, by_node = holders[0].header, {held.node: held for held in holders}
         reader = reader_of(by_node, self._node_of_rank)
+        places = state.layout.parts(header.rank, world_size=header.world_size)
+        length = header.num_bytes // len(header.names)  # of each tensor
+        within_one = [range(start, min(start + CHUNK_BYTES, length)) for start in range(0, length, CHUNK_BYTES)]
+        named = [(n, span) for n in range(len(header.names)) for span in within_one]
+        chunks: Iterable[Bytes | None] = itertools.repeat(None)
         if reader in (None, self._group.rank):
-            data = self._read(by_node.get(self._node, holders[0]))
-        else:
-            data = np.empty(holders[0].header.num_bytes, np.uint8)
-        if reader is None or self._group.world_size == 1:
-            return data
-        whole = torch.from_numpy(data).to(device)
-        dist.broadcast(whole, reader)
-        return whole.cpu().numpy()
+            spans = [range(n * length + span.start, n * length + span.stop) for n, span in named]
+            chunks = self._read(by_node.get(self._node, holders[0]), spans)
+        for (n, span), chunk in zip(named, chunks, strict=False):
+            place = range(span.start // _FP32_BYTES, span.stop // _FP32_BYTES)
+            values = torch.empty(0) if chunk is None else torch.from_numpy(chunk.view(np.float32))
+            if reader is not None and self._group.world_size > 1:
+                values = values.to(state.device) if len(values) else torch.empty(len(place), device=state.device)
+                dist.broadcast(values, reader)
+            yield StatePiece(header.names[n], within(places, place), values)
 
-    def _read(self, held: Holding) -> Bytes:
+    def _read(self, held: Holding, spans: list[range]) -> Iterable[Bytes]:
+        """Returns these bytes of a share, in place where it is in this node's memory."""
         assert self._launch is not None
         keeper = ray.get_actor(held.node, namespace=self._launch)
-        if held.node == self._node:
-            slots = Slots.at(str(ray.get(keeper.path.remote(held.area))))
-            assert slots.holds(held.header, held.slot), "nobody writes during a restore"
-            return slots.data(held.slot)[: held.header.num_bytes].copy()
-        data = fetch(held, keeper)
-        if data is None:
-            raise RuntimeError(f"the snapshot of step {held.header.step} on node {held.node} was lost on its way")
-        return data
+        if held.node != self._node:
+            return map(np.copy, fetch(held, keeper, spans))  # torch warns of what it could not write
+        slots = Slots.at(str(ray.get(keeper.path.remote(held.area))))
+        assert slots.holds(held.header, held.slot), "nobody writes during a restore"
+        return (slots.data(held.slot)[span.start : span.stop] for span in spans)
 
-    def after_step(self, step: int, state: TrainState, *, attempt: int, carried: dict[str, Any]) -> None:
-        """Takes a snapshot if one is due; every rank calls this after every step, once the ledger has the step."""
+    def after_step(self, step: int, state: TrainState, *, attempt: int, carried: dict[str, Any]) -> str:
+        """Begins a snapshot if one is due; every rank calls this after every step, once the ledger has the step.
+
+        Returns why some node keeps none, when that was just found out, else an empty string.
+        """
         if self._launch is None:
-            return
+            return ""
         self._whole = (step, attempt, carried, state.num_updates)
-        start = time.perf_counter()
         if self._last is not None and step == self._last[0] + 1:
-            self._step_s.append(start - self._last[1])
+            self._step_s.append(time.perf_counter() - self._last[1])
+        found = ""
         if step >= self._last_written + self._interval:
-            self._write(step, state, attempt=attempt, carried=carried)
+            self._copies.append(self._write(step, state, attempt=attempt, carried=carried))
             self._last_written = step
-            self._copy_s.append(time.perf_counter() - start)
             self._num_written += 1
             if self._num_written == _FIRST_AGREEMENT or self._num_written % _AGREEMENT_EVERY == 0:
-                self._agree(attempt)
+                found = self._agree(attempt)
         self._last = (step, time.perf_counter())
+        return found
 
     def rescue(self, state: TrainState) -> None:
-        """Takes a snapshot of the last whole step, though none was due, after another worker was lost: this worker may
-        hold the only newer state.
+        """Completes the snapshot of the last whole step, due or not, after another worker was lost: this one may hold
+        the only newer state, and writes the shares of its node's other workers if they do not.
 
         A sharded optimizer is left alone: the lost share has no newer form than its own last snapshot.
         """
+        state.copies.wait()
         if self._whole is None or state.is_sharded:
             return
         step, attempt, carried, num_updates = self._whole
-        if step > self._last_written and num_updates == state.num_updates:  # no step without a line has updated it
-            self._write(step, state, attempt=attempt, carried=carried)
+        if num_updates == state.num_updates:  # no step without a line has updated it
+            self._retry_at = 0.0
+            self._write(step, state, attempt=attempt, carried=carried, is_rescue=True)
+            state.copies.wait()
 
-    def _write(self, step: int, state: TrainState, *, attempt: int, carried: dict[str, Any]) -> None:
-        group, is_sharded = self._group, state.is_sharded
-        if not is_sharded and group.rank != self._node_of_rank.index(self._node):
-            return  # all ranks have the same state, and one rank of each node writes it
-        part = state.own_state()
-        arrays = [tensor.detach().cpu().numpy().view(np.uint8) for tensor in part.tensors.values()]
-        area = f"rank-{group.rank}-of-{group.world_size}" if is_sharded else "state"
-        slots = self._slots(area, sum(array.size for array in arrays))
-        if slots is None:
-            return
-        header = Header(
-            attempt=attempt,
-            step=step,
-            rank=part.rank,
-            world_size=part.world_size,
-            num_updates=part.num_updates,
-            names=list(part.tensors),
-            carried=carried,
-        )
-        slots.write(header, arrays)
+    def _write(
+        self, step: int, state: TrainState, *, attempt: int, carried: dict[str, Any], is_rescue: bool = False
+    ) -> list[HostCopy]:
+        """Begins the copies of this worker's shares, and after them of the other ones on its node in a rescue."""
+        ranks, count, name = [self._group.rank], self._group.world_size, "rank"
+        if not state.is_sharded:
+            neighbors = [rank for rank, node in enumerate(self._node_of_rank) if node == self._node]
+            first, count, name = neighbors.index(self._group.rank), NUM_SHARES[state.device.type], "share"
+            turns = [range((first + turn) % len(neighbors), count, len(neighbors)) for turn in range(len(neighbors))]
+            ranks = list(itertools.chain(*(turns if is_rescue else turns[:1])))
+        shares = {f"{name}-{rank}-of-{count}": (rank, state.share(rank, world_size=count)) for rank in ranks}
+        sizes = {area: sum(view.nbytes for views in of.values() for view in views) for area, (_, of) in shares.items()}
+        if not self._opened(sizes):
+            return []
+        copies = []
+        for area, (rank, tensors) in shares.items():
+            header = Header(attempt, step, rank, count, state.num_updates, list(tensors), carried)
+            write = partial(_write_pieces, self._memory[area][1], header)
+            copies.append(state.copies.start("snapshot", list(itertools.chain(*tensors.values())), write))
+        return copies
 
-    def _slots(self, area: str, num_bytes: int) -> Slots | None:
-        """Returns this rank's memory on its node, or None while the node has no living keeper with room."""
-        if self._memory is not None and self._memory[0].exists():
-            return self._memory[1]
-        self._memory = None
-        if time.monotonic() < self._retry_at:
-            return None
-        self._retry_at = time.monotonic() + _RETRY_S
-        keeper = find_keepers(str(self._launch)).get(self._node)
-        answers = ask({self._node: keeper.open.remote(area, num_bytes)}) if keeper else {}
-        path = answers.get(self._node)
-        if path is None:
-            if answers and not self._is_warned:
-                self._is_warned = True
-                say(
-                    f"no snapshots on node {self._node}: checkpoint.snapshot_bytes has no room for two of {num_bytes} "
-                    "bytes beside what is there; after a failure the run continues from a checkpoint"
-                )
-            return None
-        self._memory = (Path(path), Slots.at(path))
-        return self._memory[1]
+    def _opened(self, sizes: dict[str, int]) -> bool:
+        """Maps this worker's memory on its node. Returns False while the node has no living keeper with room."""
+        self._memory = {area: (path, slots) for area, (path, slots) in self._memory.items() if slots.is_at(path)}
+        missing = sizes.keys() - self._memory.keys()
+        if missing and time.monotonic() >= self._retry_at:
+            self._retry_at = time.monotonic() + _RETRY_S
+            keeper = find_keepers(str(self._launch)).get(self._node)
+            answers = ask({area: keeper.open.remote(area, sizes[area]) for area in missing}) if keeper else {}
+            refusals = [answer.reason for answer in answers.values() if isinstance(answer, NoRoom)]
+            self._why_none = refusals[0] if refusals else f"node {self._node} has no keeper that answers"
+            self._memory |= {area: (at, Slots.at(at)) for area, at in answers.items() if isinstance(at, str)}
+        return sizes.keys() <= self._memory.keys()
 
-    def _agree(self, attempt: int) -> None:
-        """Agrees on one interval for all ranks, because the shares of a state must be of one step."""
-        own = (min(self._copy_s), median(self._step_s) if self._step_s else float("inf"))
-        copy_s, step_s = zip(*self._group.gather(own), strict=True)
-        self._interval = interval(copy_s=max(copy_s), step_s=min(step_s))
-        self._copy_s.clear()
+    def _agree(self, attempt: int) -> str:
+        """Agrees on one interval for all ranks, because the shares of a state must be of one step. Returns what
+        `after_step` does."""
+        done = self._copies[:-1]  # the last may be in flight
+        exposed_s = [sum(copy.exposed_s for copy in copies) for copies in done]
+        step_s = median(self._step_s) if self._step_s else float("inf")
+        own = (min(exposed_s, default=0.0), step_s, "" if self._copies[-1] else self._why_none)
+        copy_s, steps_s, reasons = zip(*self._group.gather(own), strict=True)
+        self._interval = interval(copy_s=max(copy_s), step_s=min(steps_s))
+        self._copies.clear()
         self._step_s.clear()
         if self._group.rank == 0:  # each rank has written since this attempt began
             for keeper in find_keepers(str(self._launch)).values():
                 keeper.close_older.remote(attempt)
+        before, self._known_reason = self._known_reason, max(reasons)
+        return self._known_reason if self._known_reason != before else ""
 
 
-def state_part(header: Header, data: Bytes) -> StatePart:
-    values = torch.from_numpy(data.view(np.float32)).view(len(header.names), -1)
-    return StatePart(header.rank, header.world_size, dict(zip(header.names, values, strict=True)), header.num_updates)
+def _write_pieces(slots: Slots, header: Header, pieces: Iterator[Tensor]) -> None:
+    slots.write(header, (piece.numpy().view(np.uint8) for piece in pieces))

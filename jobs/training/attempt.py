@@ -92,6 +92,7 @@ class Attempt:
         with tempfile.TemporaryDirectory(prefix="raymill-resume-") as scratch:
             restored_step = self._restore(begun, Path(scratch))
         own_kind = prepared(plan, group, self.state.device)
+        opened.callback(self.state.copies.close)
         self.guard = replace(self.guard, rollbacks=begun.rollbacks)
         self.first_step, self.guard = self.guard.entering(restored_step + 1)
         self.train_rows, self.val_rows = open_stream(plan, "train"), open_stream(plan, "val")
@@ -152,9 +153,9 @@ class Attempt:
 
     def save(self, step: int, validation: dict[str, Any]) -> None:
         """Copies the state; on rank 0 the copy is stored while training continues."""
-        # On all ranks, as each holds a part where the optimizer is sharded.
-        moments = self.state.flat_moments() if self.writer or self.state.is_sharded else {}
         if self.writer is None:
+            if self.state.is_sharded:  # rank 0 needs the part that each rank holds
+                self.state.gather_moments({})
             return
         config, manifest = self.plan.config, self.train_rows.manifest
         metadata = Metadata(
@@ -169,12 +170,14 @@ class Attempt:
             guard=asdict(self.guard),
             **validation,
         )
-        self.writer.saving.save(metadata, self.state, self.tokenizer, moments)
+        self.writer.saving.save(metadata, self.state, self.tokenizer)
 
     def keep(self, step: int) -> None:
-        """Takes a snapshot of the state after a step whose line the ledger has."""
+        """Begins a snapshot of the state after a step whose line the ledger has."""
         carried = {"guard": asdict(self.guard), "line": self.record.line}
-        self.snapshots.after_step(step, self.state, attempt=self.attempt, carried=carried)
+        why_none = self.snapshots.after_step(step, self.state, attempt=self.attempt, carried=carried)
+        if self.ledger and why_none:
+            self.ledger.event("snapshots_off", step=step, attempt=self.attempt, reason=why_none)
 
     def finish(self, step: int) -> None:
         """Returns once the storage has the attempt's last checkpoint and all of its ledger; `step` was its last one."""

@@ -10,7 +10,7 @@ neither ends nor waits, except for its last checkpoint.
 import shutil
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,8 @@ from torch import Tensor
 from cluster.settings.run import CheckpointConfig
 from cluster.storage.lease import LeaseLostError
 from cluster.storage.uris import StorageError
-from jobs.exact.train_state import TrainState, checkpoint_moments
+from jobs.exact.host_copies import HostCopy
+from jobs.exact.train_state import MOMENTS, TrainState, checkpoint_moments
 from jobs.run.checkpoints import RunCheckpoints
 from jobs.run.ledger import LedgerWriter
 from jobs.run.retention import checkpoint_name, superseded
@@ -31,18 +32,17 @@ from model.checkpoint import NotFiniteError, write_checkpoint
 from model.checkpoint_folder import Metadata, verify_checkpoint
 from model.tokenizer import Tokenizer
 
-Tensors = dict[str, Tensor]
-
 
 @dataclass(frozen=True)
 class Copy:
     """A copy of the state after a step, in its own memory."""
 
     metadata: Metadata
-    flat: Tensors  # "values" and the moments, (P,) each
+    flat: Tensor  # (3, P): the weights and the moments
     write: Callable[[Path], Metadata]  # writes them into a folder, as `write_checkpoint` does
     taken_at_s: float  # on the monotonic clock
-    exposed_s: float  # for which training waited
+    gathered_s: float  # for which training waited before the copy began
+    from_device: HostCopy
 
 
 class CheckpointWriter:
@@ -65,26 +65,30 @@ class CheckpointWriter:
         self._changed = threading.Condition()
         self._pending: Copy | None = None
         self._spooled: tuple[Path, Copy] | None = None  # in the spool, not yet published
-        self._free: list[Tensors] = []
+        self._free: list[Tensor] = []
         self._is_finishing = self._is_abandoned = False
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="checkpoints", daemon=True)
         self._thread.start()
 
-    def save(self, metadata: Metadata, state: TrainState, tokenizer: Tokenizer, moments: Mapping[str, Tensor]) -> None:
-        """Copies the state and has the copy stored. The ledger must hold its step already, as no checkpoint may be
-        ahead of the ledger. Raises `LeaseLostError`."""
+    def save(self, metadata: Metadata, state: TrainState, tokenizer: Tokenizer) -> None:
+        """Begins a copy of the state and has it stored. The ledger must hold its step already, as no checkpoint may be
+        ahead of the ledger. Where the optimizer is sharded, the other ranks call `gather_moments`. Raises
+        `LeaseLostError`."""
         start_s = time.monotonic()
         with self._changed:
             self._raise_failure()
             if self._pending is not None:
                 self._free.append(self._pending.flat)
                 self._pending = None
-            buffers = self._free.pop() if self._free else {}
-        for name, tensor in {"values": state.values, **moments}.items():
-            if name not in buffers:  # writing to used memory is twice as fast as to fresh pages
-                buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
-            buffers[name].copy_(tensor)
+            # Writing to used memory is twice as fast as to fresh pages.
+            flat = self._free.pop() if self._free else torch.empty(1 + len(MOMENTS), state.layout.size)
+        buffers = dict(zip(("values", *MOMENTS), flat, strict=True))
+        if state.is_sharded:
+            state.gather_moments(buffers)
+        gathered_s = time.monotonic() - start_s
+        tensors = [state.values, *([] if state.is_sharded else state.moments.values())]
+        copy = state.copies.start("checkpoint", tensors, partial(_fill, flat.flatten()))
         write = partial(
             write_checkpoint,
             config=state.model.config,
@@ -94,7 +98,7 @@ class CheckpointWriter:
             train_state=checkpoint_moments(state, buffers),
         )
         with self._changed:
-            self._pending = Copy(metadata, buffers, write, start_s, time.monotonic() - start_s)
+            self._pending = Copy(metadata, flat, write, start_s, gathered_s, copy)
             self._changed.notify_all()
 
     def finish(self) -> None:
@@ -161,6 +165,7 @@ class CheckpointWriter:
     def _spool(self, copy: Copy) -> None:
         earlier, metadata = self._spooled, copy.metadata
         folder = self._checkpoints.spool / checkpoint_name(metadata.step, metadata.generation)
+        copy.from_device.taken.result()
         try:
             metadata = copy.write(folder)
         except NotFiniteError as error:
@@ -187,7 +192,7 @@ class CheckpointWriter:
             "checkpoint",
             **checkpoint_fields(self._checkpoints.uri(folder.name), metadata),
             seconds=round(time.monotonic() - copied.taken_at_s, 6),
-            exposed_seconds=round(copied.exposed_s, 6),
+            exposed_seconds=round(copied.gathered_s + copied.from_device.exposed_s, 6),
         )
         self.verified.add(folder.name)
         gone = superseded(
@@ -210,3 +215,10 @@ def checkpoint_fields(uri: str, metadata: Metadata) -> dict[str, Any]:
         "generation": metadata.generation,
         "val_loss": metadata.val_loss,
     }
+
+
+def _fill(flat: Tensor, pieces: Iterator[Tensor]) -> None:
+    """Copies the pieces to the beginning of a vector, end to end."""
+    end = 0
+    for piece in pieces:
+        flat[end : (end := end + len(piece))].copy_(piece)

@@ -30,6 +30,7 @@ _MESSAGES = {
     "failure": "a failure ({kind}, rank {rank}): {reason}",
     "hang": "rank {rank} hung for {seconds} s ({health}), its stack is in {stack}",
     "precision": "{reason}",
+    "snapshots_off": "NO SNAPSHOTS, so a failure costs all steps since the last checkpoint: {reason}",
     "skip": "step {step} is skipped: {reason}",
     "rollback": "steps {first} to {last} are left out: {reason}",
     "preempted": "saved after step {step} on notice ({notice})",

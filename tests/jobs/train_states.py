@@ -8,7 +8,8 @@ from torch import Tensor
 
 from cluster.settings.run import TrainConfig
 from jobs.exact.bucket_exchange import gradient_norm
-from jobs.exact.train_state import TrainState, checkpoint_moments
+from jobs.exact.flat_layout import within
+from jobs.exact.train_state import StatePiece, TrainState, checkpoint_moments
 from model.config import GPTConfig, preset_fields
 from model.gpt import GPT
 
@@ -46,6 +47,19 @@ def apply(state: TrainState, gradient: Tensor, *, learning_rate: float) -> float
 
 
 def moments(state: TrainState) -> dict[str, Tensor]:
-    """Returns a copy of AdamW's state by parameter."""
-    flat = {name: values.clone() for name, values in state.flat_moments().items()}
-    return checkpoint_moments(state, flat) if flat else {}
+    """Returns a copy of AdamW's state by parameter; of a sharded one on rank 0, while all ranks call together."""
+    flat = {name: values.clone() for name, values in state.moments.items()}
+    if state.is_sharded:
+        flat = {name: torch.zeros(state.layout.size) for name in flat}
+        state.gather_moments(flat)
+    return checkpoint_moments(state, flat)
+
+
+def pieces_of(state: TrainState, rank: int, *, world_size: int) -> Iterator[StatePiece]:
+    """Yields a rank's share of the state, in pieces that end anywhere."""
+    places = state.layout.parts(rank, world_size=world_size)
+    for name, views in state.share(rank, world_size=world_size).items():
+        values = torch.cat(views)
+        for start in range(0, len(values), 7777):
+            span = range(start, min(start + 7777, len(values)))
+            yield StatePiece(name, within(places, span), values[start : span.stop].clone())

@@ -22,8 +22,12 @@ from torch import Tensor
 
 from cluster.settings.run import RunConfig
 from jobs.exact.batch_gradient import BatchGradient
-from jobs.exact.train_state import StatePart, TrainState
+from jobs.exact.train_state import TrainState
 from jobs.run.step_timer import StepTimer
+from jobs.snapshots import snapshots
+from jobs.snapshots.choice import Holding, Snapshot, choose
+from jobs.snapshots.slots import NUM_SLOTS, Bytes, Slots
+from jobs.snapshots.snapshots import Snapshots
 from jobs.workers.worker_group import WorkerGroup
 from model.checkpoint import parameter_hash
 from model.gpt import GPT
@@ -155,30 +159,63 @@ def worlds(rank: int, max_world_size: int, folder: Path) -> Iterator[tuple[str, 
             dist.destroy_process_group()
 
 
-def parts_of_all(state: TrainState, group: WorkerGroup) -> list[StatePart]:
-    parts: list[StatePart] = group.gather(state.own_state())
-    return parts if state.is_sharded else parts[:1]
+class FileSnapshots(Snapshots):
+    """Snapshots whose memory is files, of nodes of two ranks each; a rank reads the files of its own node."""
+
+    def __init__(self, group: WorkerGroup, folder: Path) -> None:
+        super().__init__(None, group)
+        self._launch, self._folder, self._node = "files", folder, f"node-{group.rank // 2}"
+        self._node_of_rank = group.gather(self._node)
+
+    def _opened(self, sizes: dict[str, int]) -> bool:
+        for area, num_bytes in sizes.items():
+            path = self._folder / self._node / area
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("w+b") as file:
+                file.truncate(Slots.bytes_needed(num_bytes))
+            self._memory[area] = (str(path), Slots.at(str(path)))
+        return True
+
+    def newest(self, **limits: Any) -> Snapshot:
+        found = []
+        for path in self._folder.glob("*/*"):
+            for slot in range(NUM_SLOTS):
+                if header := Slots.at(str(path)).header(slot):
+                    assert Slots.at(str(path)).is_whole(slot)
+                    found.append(Holding(path.parent.name, path.name, slot, header))
+        snapshot = choose(found, explained_step=NUM_STEPS, at_least=0, is_left_out=lambda step: False)
+        assert snapshot is not None
+        return snapshot
+
+    def _read(self, held: Holding, spans: list[range]) -> list[Bytes]:
+        data = Slots.at(str(self._folder / held.node / held.area)).data(held.slot)
+        return [data[span.start : span.stop].copy() for span in spans]
 
 
-def hand_over(trainer: Trainer, group: WorkerGroup, path: Path, *, in_parts: bool) -> None:
-    """Hands the state to the next world, as in-memory snapshots or as checkpoints do."""
-    state = trainer.state
-    kept = {"parts": parts_of_all(state, group)} if in_parts else {"moments": moments(state)}
-    if group.rank == 0:
-        torch.save(kept | {"weights": state.model.state_dict()}, path)
-
-
-def take_over(trainer: Trainer, path: Path) -> None:
-    kept = torch.load(path, weights_only=False)
-    if "parts" in kept:
-        trainer.state.load_state(reversed(kept["parts"]))
+def hand_over(trainer: Trainer, group: WorkerGroup, path: Path, step: int) -> None:
+    """Hands the state to the next world, as in-memory snapshots do after even steps, and checkpoints after the others."""
+    if step % 2 == 0:
+        FileSnapshots(group, path).after_step(step, trainer.state, attempt=step, carried={})
     else:
+        kept = {"moments": moments(trainer.state), "weights": trainer.state.model.state_dict()}
+        if group.rank == 0:
+            torch.save(kept, path.with_suffix(".pt"))
+
+
+def take_over(trainer: Trainer, group: WorkerGroup, path: Path, step: int) -> None:
+    if step % 2 == 0:
+        memory = FileSnapshots(group, path)
+        memory.restore(group.broadcast(memory.newest() if group.rank == 0 else None), trainer.state)
+    else:
+        kept = torch.load(path.with_suffix(".pt"), weights_only=False)
         trainer.state.model.load_state_dict(kept["weights"])
         trainer.state.load_moments(kept["moments"])
 
 
 def run_rank(rank: int, max_world_size: int, folder: Path) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
+    snapshots.NUM_SHARES = {"cpu": 3}  # as on GPUs: of the ranks of a node each writes some
+    snapshots.CHUNK_BYTES = 40_000  # no share is one piece
     found = []
     resized: dict[Case, list[float]] = {case: [] for case in CASES}
     for name, group, steps in worlds(rank, max_world_size, folder):
@@ -187,11 +224,11 @@ def run_rank(rank: int, max_world_size: int, folder: Path) -> list[dict[str, Any
                 continue
             trainer, path = Trainer(case, group), folder / f"state-{number}"
             if steps.start > 1:
-                take_over(trainer, path)
+                take_over(trainer, group, path, steps.start - 1)
             losses = trainer.steps(steps)
             if name == "resized":
                 resized[case] += losses
-                hand_over(trainer, group, path, in_parts=steps.start % 2 == 0)
+                hand_over(trainer, group, path, steps.start)
                 if steps.stop <= NUM_STEPS:
                     continue
             ranks = group.gather({"hash": trainer.hash, "losses": resized[case] or losses})

@@ -144,7 +144,7 @@ def test_flat_buffers_have_the_planned_sizes(*, sharded: bool) -> None:
     parts = gpu_memory(config, layout_of(config.model), world_size=1, shard_optimizer=sharded)
     assert parts["weights"] == state.values.nbytes
     assert parts["gradients"] == state.gradient.nbytes
-    assert parts["optimizer"] == sum(moment.nbytes for moment in state.flat_moments().values())
+    assert parts["optimizer"] == sum(moment.nbytes for moment in state.moments.values())
     four = gpu_memory(config, layout_of(config.model), world_size=4, shard_optimizer=sharded)
     assert four["optimizer"] == parts["optimizer"] / (4 if sharded else 1)
     # Halves of 8 lanes, and their halves, wait for each other: two more buffers, and a second of the largest matrix.

@@ -1,31 +1,32 @@
 """A training state through a keeper's memory and back: the same bits, of the right run only, within its bounds."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import ray
-import torch
 
+import jobs.exact.train_state
 import jobs.snapshots.keepers
 import jobs.snapshots.snapshots
 import jobs.training.attempt
-from cluster.settings.run import TrainConfig
+from jobs.exact.host_copies import HostCopies
 from jobs.exact.train_state import TrainState
 from jobs.run.ledger import Ledger
-from jobs.snapshots.choice import Holding, Snapshot, choose
-from jobs.snapshots.keepers import ANSWER_S, CHUNK_BYTES, Keeper
-from jobs.snapshots.slots import Header, Slots
-from jobs.snapshots.snapshots import Snapshots, state_part
+from jobs.snapshots.choice import Holding, Snapshot, choose, copy_area
+from jobs.snapshots.keepers import ANSWER_S, Keeper, NoRoom
+from jobs.snapshots.slots import Bytes, Header, Slots
+from jobs.snapshots.snapshots import Snapshots
 from jobs.training.train_loop import train
 from jobs.workers.worker_group import WorkerGroup
 from model.checkpoint import parameter_hash
 from tests.jobs.runs import tiny_plan
-from tests.jobs.train_states import RATE, apply, gradients, make_model
+from tests.jobs.train_states import RATE, apply, gradients, make_state
 
 SIZE = 12 << 12
 
@@ -34,16 +35,8 @@ def make_memory(*, max_bytes: int = 1 << 30) -> Keeper:
     return Keeper(node="a", max_bytes=max_bytes)
 
 
-def header_of(state: TrainState | None = None, *, step: int = 1, attempt: int = 1) -> Header:
-    return Header(
-        attempt=attempt,
-        step=step,
-        rank=0,
-        world_size=1,
-        num_updates=state.num_updates if state else step,
-        names=list(state.own_state().tensors) if state else ["values"],
-        carried={},
-    )
+def header_of(*, step: int = 1, attempt: int = 1) -> Header:
+    return Header(attempt, step, rank=0, world_size=1, num_updates=step, names=["values"], carried={})
 
 
 def whole(memory: Keeper) -> list[Holding]:
@@ -53,34 +46,12 @@ def whole(memory: Keeper) -> list[Holding]:
 def opened(memory: Keeper, area: str, num_bytes: int = SIZE) -> Slots:
     """Maps the memory as a worker in another process would."""
     path = memory.open(area, num_bytes)
-    assert path is not None
+    assert isinstance(path, str)
     return Slots.at(path)
 
 
 def write(slots: Slots, header: Header) -> None:
     slots.write(header, [np.full(SIZE, header.step % 251, np.uint8)])
-
-
-def test_a_state_comes_back_with_the_same_bits_and_trains_on_alike() -> None:
-    state = TrainState(make_model(), TrainConfig(), device=torch.device("cpu"))
-    for gradient in gradients(state, 3):
-        apply(state, gradient, learning_rate=RATE)
-    memory = make_memory()
-    arrays = [tensor.numpy().view(np.uint8) for tensor in state.own_state().tensors.values()]
-    opened(memory, "state", sum(array.size for array in arrays)).write(header_of(state, step=3), arrays)
-
-    (held,) = whole(memory)
-    assert (held.node, held.area, held.header.step) == ("a", "state", 3)
-    header, data = held.header, memory.chunk(held, 0)
-    assert data is not None
-    assert header.num_bytes < CHUNK_BYTES
-    other = TrainState(make_model(), TrainConfig(), device=torch.device("cpu"))
-    other.load_state([state_part(header, data[: header.num_bytes])])
-    assert other.num_updates == 3
-    for gradient in gradients(state, 2):
-        apply(state, gradient, learning_rate=RATE)
-        apply(other, gradient, learning_rate=RATE)
-    assert parameter_hash(other.model.state_dict()) == parameter_hash(state.model.state_dict())
 
 
 def test_a_damaged_one_is_held_and_known_to_be_damaged() -> None:
@@ -110,7 +81,8 @@ def test_a_large_state_has_the_time_to_be_read_and_a_damaged_one_is_named(
     keeper = ray.remote(num_cpus=0)(LargeKeeper).remote(node="a", max_bytes=1 << 30)
     slots = Slots.at(ray.get(keeper.open.remote("state", SIZE)))
     write(slots, header_of(step=6))
-    slots.data(slots.write(header_of(step=7), [np.full(SIZE, 7, np.uint8)]))[17] ^= 1
+    write(slots, header_of(step=7))
+    slots.data(1)[17] ^= 1
     monkeypatch.setattr(jobs.snapshots.keepers, "READ_BYTES_PER_S", SIZE / 20)
     monkeypatch.setattr(jobs.snapshots.snapshots, "find_keepers", lambda launch: {"a": keeper})
     snapshots = Snapshots(None, WorkerGroup(0, 1))
@@ -126,18 +98,69 @@ def test_what_was_written_again_is_not_given_out_for_the_old() -> None:
     write(slots, header_of(step=1))
     (held,) = memory.holdings()
     write(slots, header_of(step=2))
-    assert memory.chunk(held, 0) is not None
+    assert memory.chunk(held, 0, 8) is not None
     write(slots, header_of(step=3))  # over step 1
     assert not memory.is_whole(held)
-    assert memory.chunk(held, 0) is None
-    assert memory.chunk(replace(held, area="gone"), 0) is None
+    assert memory.chunk(held, 0, 8) is None
+    assert memory.chunk(replace(held, area="gone"), 0, 8) is None
+
+
+def test_what_is_copied_to_another_node_stays_while_newer_ones_are_written() -> None:
+    memory = make_memory()
+    slots = opened(memory, "state")
+    write(slots, header_of(step=1))
+    (held,) = memory.holdings()
+    memory.pin(held, 60.0)
+    for step in range(2, 6):
+        write(slots, header_of(step=step))
+    assert sorted(held.header.step for held in whole(memory)) == [1, 5]
+    memory.pin(held, 0.0)
+    write(slots, header_of(step=6))
+    write(slots, header_of(step=7))
+    assert sorted(held.header.step for held in whole(memory)) == [6, 7]
+    for held in memory.holdings():  # more than can be: training goes on
+        memory.pin(held, 60.0)
+    write(slots, header_of(step=8))
+    assert sorted(held.header.step for held in whole(memory)) == [7, 8]
+
+
+@pytest.mark.cluster
+def test_a_share_is_copied_from_keeper_to_keeper_and_a_lack_of_room_is_reported(
+    ray_workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = make_state()
+    num_bytes = 12 * state.layout.size
+    room = {"a": Slots.bytes_needed(num_bytes), "b": Slots.bytes_needed(num_bytes) - 1, "c": 1 << 30}
+    keepers = {node: ray.remote(num_cpus=0)(Keeper).remote(node=node, max_bytes=room[node]) for node in room}
+    ray.get([keeper.holdings.remote() for keeper in keepers.values()])  # they are there
+    monkeypatch.setattr(jobs.snapshots.snapshots, "find_keepers", lambda launch: keepers)
+    monkeypatch.setattr(jobs.snapshots.snapshots, "_FIRST_AGREEMENT", 2)
+    reasons = {}
+    for node in "ab":
+        snapshots = Snapshots(None, WorkerGroup(0, 1))
+        snapshots._launch, snapshots._node, snapshots._node_of_rank = "this process", node, [node]
+        reasons[node] = [snapshots.after_step(step, state, attempt=1, carried={}) for step in (1, 2, 3)]
+    assert reasons["a"] == ["", "", ""]
+    assert reasons["b"][0] == reasons["b"][2] == ""
+    assert "node b allows 0.0 GB for them (checkpoint.snapshot_bytes" in reasons["b"][1]
+    newest = max(ray.get(keepers["a"].holdings.remote()), key=lambda held: held.header.step)
+    for node in "bc":
+        ray.get(keepers[node].copy.remote(newest, keepers["a"]))
+    assert ray.get(keepers["b"].holdings.remote()) == []
+    (copied,) = ray.get(keepers["c"].holdings.remote())
+    assert copied.area == copy_area(newest)
+    assert copied.header.checksum == newest.header.checksum
+    assert ray.get(keepers["c"].is_whole.remote(copied))
+    gone = replace(newest, header=replace(newest.header, step=9, sequence=99))
+    ray.get(keepers["c"].copy.remote(gone, keepers["a"]))
+    assert ray.get(keepers["c"].holdings.remote()) == [copied], "what is lost on its way is not kept"
 
 
 def test_memory_is_bounded_kept_and_given_back() -> None:
     memory = make_memory(max_bytes=3 * Slots.bytes_needed(SIZE) - 1)
     write(opened(memory, "state"), header_of(step=4, attempt=1))
     write(opened(memory, "copy-state"), header_of(step=4, attempt=2))
-    assert memory.open("third", SIZE) is None
+    assert isinstance(memory.open("third", SIZE), NoRoom)
     assert [held.header.step for held in whole(memory)] == [4, 4]
     write(opened(memory, "state"), header_of(step=5, attempt=2))  # the next group takes the same memory
     assert sorted(held.header.step for held in whole(memory) if held.area == "state") == [4, 5]
@@ -145,7 +168,7 @@ def test_memory_is_bounded_kept_and_given_back() -> None:
     assert len(whole(memory)) == 3
     memory.close_older(3)
     assert whole(memory) == []
-    assert memory.open("third", SIZE) is not None
+    assert isinstance(memory.open("third", SIZE), str)
 
 
 def test_the_memory_has_no_name_in_a_file_system() -> None:
@@ -170,50 +193,104 @@ class OwnMemory(Snapshots):
     """Snapshots whose keeper is this process."""
 
     memory: Keeper
-    raise_after: dict[int, Exception]  # by step
+    raise_after: ClassVar[dict[int, Exception]] = {}  # by step
     every_steps = 1
 
-    def __init__(self, launch: str | None, group: WorkerGroup) -> None:
-        super().__init__(launch, group)
-        self._launch = "this process"
+    def __init__(self, launch: str | None, group: WorkerGroup, *, memory: Keeper | None = None) -> None:
+        super().__init__(None, WorkerGroup(0, 1))
+        self._launch, self._group = "this process", group
+        self._node, self._node_of_rank = "a", ["a"] * group.world_size
+        self._interval = self.every_steps
+        self.memory = memory or self.memory
 
-    def _write(self, step: int, state: TrainState, *, attempt: int, carried: dict[str, Any]) -> None:
-        arrays = [tensor.numpy().view(np.uint8) for tensor in state.own_state().tensors.values()]
-        header = replace(header_of(state, step=step, attempt=attempt), carried=carried)
-        opened(self.memory, "state", sum(array.size for array in arrays)).write(header, arrays)
+    def _opened(self, sizes: dict[str, int]) -> bool:
+        for area in sizes.keys() - self._memory.keys():
+            path = self.memory.open(area, sizes[area])
+            assert isinstance(path, str)
+            self._memory[area] = (path, Slots.at(path))
+        return True
 
-    def newest(self, *, explained_step: int, at_least: int, is_left_out: Callable[[int], bool]) -> Snapshot | None:
-        return choose(
-            whole(self.memory),
-            explained_step=explained_step,
-            at_least=at_least,
-            is_left_out=is_left_out,
-        )
+    def _agree(self, attempt: int) -> str:
+        return ""
 
-    def restore(self, snapshot: Snapshot, state: TrainState) -> dict[str, Any]:
-        ((held,),) = snapshot.shares
-        data = self.memory.chunk(held, 0)
-        assert data is not None
-        state.load_state([state_part(held.header, data[: held.header.num_bytes])])
-        return held.header.carried
+    def newest(
+        self, *, explained_step: int = 100, at_least: int = 0, is_left_out: Callable[[int], bool] = lambda step: False
+    ) -> Snapshot | None:
+        held = whole(self.memory)
+        return choose(held, explained_step=explained_step, at_least=at_least, is_left_out=is_left_out)
 
-    def after_step(self, step: int, state: TrainState, *, attempt: int, carried: dict[str, Any]) -> None:
-        self._whole = (step, attempt, carried, state.num_updates)
-        if step % self.every_steps == 0:
-            self._write(step, state, attempt=attempt, carried=carried)
+    def _read(self, held: Holding, spans: list[range]) -> Iterator[Bytes]:
+        for span in spans:
+            data = self.memory.chunk(held, span.start, span.stop)
+            assert data is not None
+            yield data
+
+    def after_step(self, step: int, state: TrainState, *, attempt: int, carried: dict[str, Any]) -> str:
+        super().after_step(step, state, attempt=attempt, carried=carried)
         if step in self.raise_after:
             raise self.raise_after.pop(step)
+        return ""
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_state_comes_back_with_the_same_bits_and_trains_on_alike(beside: bool) -> None:
+    state, other = make_state(), make_state()
+    state.copies = HostCopies(state.device, beside=beside)
+    snapshots = OwnMemory(None, WorkerGroup(0, 1), memory=make_memory())
+    for step, gradient in enumerate(gradients(state, 3), start=1):
+        apply(state, gradient, learning_rate=RATE)
+        snapshots.after_step(step, state, attempt=1, carried={"of": step})
+    state.copies.close()
+    (held,) = [held for held in whole(snapshots.memory) if held.header.step == 3]
+    snapshot = snapshots.newest()
+    assert snapshot is not None
+    assert snapshot.shares == [[held]]
+    assert snapshots.restore(snapshot, other) == {"of": 3}
+    assert other.num_updates == 3
+    state.copies = HostCopies(state.device)
+    for gradient in gradients(state, 2):
+        apply(state, gradient, learning_rate=RATE)
+        apply(other, gradient, learning_rate=RATE)
+    assert parameter_hash(other.model.state_dict()) == parameter_hash(state.model.state_dict())
+
+
+def test_the_workers_of_a_node_write_a_state_together_and_in_a_rescue_each_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rank 0 dies after its update and before it has written: rank 1 has the same state."""
+    monkeypatch.setattr(jobs.snapshots.snapshots, "NUM_SHARES", {"cpu": 3})
+    memory = make_memory()
+    ranks = [OwnMemory(None, WorkerGroup(rank, 2), memory=memory) for rank in range(2)]
+    state, other = make_state(), make_state()
+    first, second = gradients(state, 2)
+    apply(state, first, learning_rate=RATE)
+    for rank in ranks:
+        rank.after_step(1, state, attempt=1, carried={})
+    assert {held.area: held.header.step for held in whole(memory)} == {f"share-{share}-of-3": 1 for share in range(3)}
+    apply(state, second, learning_rate=RATE)
+    ranks[1].after_step(2, state, attempt=1, carried={})
+    assert sorted(held.area for held in whole(memory) if held.header.step == 2) == ["share-1-of-3"]
+    before = ranks[1].newest()
+    assert before is not None and before.header.step == 1
+    ranks[1].rescue(state)
+    after = ranks[1].newest()
+    assert after is not None and after.header.step == 2
+    ranks[1].restore(after, other)
+    assert parameter_hash(other.model.state_dict()) == parameter_hash(state.model.state_dict())
+    ranks[1].rescue(state)
+    assert len(whole(memory)) == 6, "both steps are still there"
+
+
+@pytest.mark.parametrize(("dropout", "beside"), [(0.0, False), (0.1, True)])
 @pytest.mark.parametrize(
     ("every_steps", "error"), [(1, KilledError()), (4, RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed"))]
 )
 def test_a_run_that_continues_from_memory_ends_with_the_bits_of_an_undisturbed_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dropout: float, every_steps: int, error: Exception
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dropout: float, beside: bool, every_steps: int, error: Exception
 ) -> None:
     """One worker, killed right after the snapshots of steps 2 and 7, between which a checkpoint comes; or one that
     loses another then, with no snapshot due."""
+    monkeypatch.setattr(jobs.exact.train_state, "HostCopies", partial(HostCopies, beside=beside))
     monkeypatch.setattr(OwnMemory, "memory", make_memory(), raising=False)
     monkeypatch.setattr(OwnMemory, "raise_after", {2: error, 7: error}, raising=False)
     monkeypatch.setattr(OwnMemory, "every_steps", every_steps)
