@@ -38,8 +38,8 @@ class HostCopy:
 class HostCopies:
     """Takes the copies of one device's tensors, one after another; with `beside` in a thread."""
 
-    def __init__(self, device: torch.device, *, beside: bool = False) -> None:
-        self._device, self._staging = device, Staging(device)
+    def __init__(self, device: torch.device, *, beside: bool = False, piece_values: int = PIECE_VALUES) -> None:
+        self._device, self._staging = device, Staging(device, piece_values)
         self._thread = ThreadPoolExecutor(1, "host copies") if beside or device.type == "cuda" else None
         self._unfinished: list[HostCopy] = []
 
@@ -73,7 +73,7 @@ class HostCopies:
 class Staging:
     """Two buffers, one of which is filled from the device while the other one is read."""
 
-    def __init__(self, device: torch.device, *, piece_values: int = PIECE_VALUES) -> None:
+    def __init__(self, device: torch.device, piece_values: int) -> None:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._piece_values = piece_values
         self._buffers: list[Tensor] = []

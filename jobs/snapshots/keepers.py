@@ -126,7 +126,7 @@ def fetch(held: Holding, keeper: Any, spans: Sequence[range]) -> Iterator[Bytes]
     checksum = Checksum()
     for number in range(len(spans)):
         asked += [keeper.chunk.remote(held, span.start, span.stop) for span in spans[number + 1 : number + 2]]
-        data = ray.get(asked.pop(0))
+        data = ray.get(asked.pop(0), timeout=_COPY_S)  # two keepers that copy from each other would wait forever
         if data is None:
             break
         for part in checksum.chunks(data):

@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 @given(lengths=st.lists(st.integers(0, 40), max_size=6), piece_values=st.integers(1, 30))
 def test_pieces_are_the_values_end_to_end(lengths: list[int], piece_values: int) -> None:
     tensors = [torch.randn(length) for length in lengths]
-    staging = Staging(CPU, piece_values=piece_values)
+    staging = Staging(CPU, piece_values)
     for _ in range(2):
         pieces, memory = [], set()
         for piece in staging.pieces(tensors):

