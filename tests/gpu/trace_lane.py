@@ -119,7 +119,7 @@ def traced(config: RunConfig) -> dict[str, Any]:
             return tensor
 
         seen = Seen()
-        for tensor in (state.values, state.gradient, *state.flat_moments().values()):
+        for tensor in (state.values, state.gradient, *state.moments.values()):
             seen.count(tensor)
         with seen, sums.lane(LaneStep(0, adds=True), is_last=True):
             with autocast(config, device), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
