@@ -4,6 +4,7 @@ B sequences of a lane, T tokens of each. A step is several lanes, whose gradient
 """
 
 import hashlib
+import itertools
 import json
 import os
 import resource
@@ -12,14 +13,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from cluster.settings.run import RunConfig
 from jobs.exact.self_test import self_test
+from jobs.snapshots.slots import NUM_SLOTS, Header, Slots
 from model.config import flops_per_token
 from model.gpus import gpu_of
 from tests.benchmarks.plain_gpt2 import PlainGPT2, Shape, training_step
@@ -47,11 +50,12 @@ def found(task: Task) -> dict[str, Any]:
         return {"machine": machine(device), "checks": CHECKS[task["contender"]](task, device)}
     start_s = time.perf_counter()
     make = {"plain": plain, "Hugging Face": hugging_face}.get(task["contender"], raymill)
-    step, after = make(task, device)
+    step, run = make(task, device)
     losses = [step(1)]
     figures: dict[str, Any] = {"machine": machine(device), "first_step_s": round(time.perf_counter() - start_s, 1)}
     losses += [step(number) for number in range(2, NUM_HASHED_STEPS + 1)]
-    figures |= after()
+    if run is not None:
+        figures["hash"] = hashlib.sha256(run.state.values.cpu().numpy().data).hexdigest()
     num_timed = 2 if task["contender"] == "exact again" else NUM_TIMED_STEPS
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -65,7 +69,7 @@ def found(task: Task) -> dict[str, Any]:
     num_tokens, step_s = task["num_lanes"] * task["batch_size"] * task["seq_len"], statistics.median(taken)
     flops_per_s = num_tokens * flops_per_token(run_config(task).model, task["seq_len"]) / step_s
     gpu = gpu_of(torch.cuda.get_device_name()) if device.type == "cuda" else None
-    return figures | {
+    figures |= {
         "step_s": step_s,
         "spread": round((max(taken) - min(taken)) / step_s, 3),
         "tokens_per_s": round(num_tokens / step_s, 1),
@@ -74,16 +78,37 @@ def found(task: Task) -> dict[str, Any]:
         "peak_bytes": peak_bytes(device),
         "losses": losses,
     }
+    if task["contender"] == "exact":
+        figures["snapshot_s"] = snapshot_s(run, step, first_step=len(losses) + 1)
+    return figures
 
 
-def raymill(task: Task, device: torch.device) -> tuple[Step, Callable[[], dict[str, Any]]]:
-    """Returns training's own step, and what hashes its weights."""
+def snapshot_s(run: MadeRun, step: Step, *, first_step: int) -> float:
+    """Returns the seconds for which training waits for a snapshot of the state into memory that other processes may map,
+    as `jobs.snapshots.snapshots` takes it: by one rank, whose next step hides what it can."""
+    tensors = run.state.share(0, world_size=1)
+    views = list(itertools.chain(*tensors.values()))
+    descriptor = os.memfd_create("snapshots")
+    os.ftruncate(descriptor, Slots.bytes_needed(sum(view.nbytes for view in views)))
+    slots, exposed_s = Slots(descriptor), 0.0
+    for number in range(
+        first_step, first_step + NUM_SLOTS + 1
+    ):  # the last one writes into memory that is there already
+        header = Header(1, number, 0, 1, run.state.num_updates, list(tensors), {})
+
+        def take(pieces: Iterator[Tensor], header: Header = header) -> None:
+            slots.write(header, (piece.numpy().view(np.uint8) for piece in pieces))
+
+        copy = run.state.copies.start("snapshot", views, take)
+        step(number)
+        exposed_s = copy.exposed_s
+    return round(exposed_s, 4)
+
+
+def raymill(task: Task, device: torch.device) -> tuple[Step, MadeRun | None]:
+    """Returns training's own step."""
     run = MadeRun(run_config(task), device, draw=drawn_on_device)
-
-    def after() -> dict[str, Any]:
-        return {"hash": hashlib.sha256(run.state.values.cpu().numpy().data).hexdigest()}
-
-    return lambda number: run.step(number, learning_rate=LEARNING_RATE), after
+    return lambda number: run.step(number, learning_rate=LEARNING_RATE), run
 
 
 def drawn_on_device(model: nn.Module) -> None:
@@ -93,13 +118,13 @@ def drawn_on_device(model: nn.Module) -> None:
             value.normal_(std=0.02) if value.dim() >= 2 else value.fill_(float(".ln_" in name and "weight" in name))
 
 
-def plain(task: Task, device: torch.device) -> tuple[Step, Callable[[], dict[str, Any]]]:
+def plain(task: Task, device: torch.device) -> tuple[Step, MadeRun | None]:
     with device:
         model = PlainGPT2(Shape(**shape_of(task)))
     return _loop(task, device, model, model)
 
 
-def hugging_face(task: Task, device: torch.device) -> tuple[Step, Callable[[], dict[str, Any]]]:
+def hugging_face(task: Task, device: torch.device) -> tuple[Step, MadeRun | None]:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -115,7 +140,7 @@ def hugging_face(task: Task, device: torch.device) -> tuple[Step, Callable[[], d
 
 def _loop(
     task: Task, device: torch.device, model: nn.Module, loss_of: Callable[..., Tensor]
-) -> tuple[Step, Callable[[], dict[str, Any]]]:
+) -> tuple[Step, MadeRun | None]:
     """Returns nanoGPT's loop, as fast as it is: TF32 where it computes in fp32; on a GPU its model is one compiled graph,
     and Hugging Face's comes as it is."""
     torch.backends.cuda.matmul.allow_tf32 = True
@@ -130,7 +155,7 @@ def _loop(
         lanes = (rows.samples(range(start, start + task["batch_size"])) for start in starts)
         return take([(inputs.to(device), targets.to(device)) for inputs, targets in lanes])
 
-    return step, dict
+    return step, None
 
 
 def run_config(task: Task) -> RunConfig:

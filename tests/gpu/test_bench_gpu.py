@@ -23,6 +23,7 @@ def test_it_measures_every_contender() -> None:
     assert all(good for check in CHECKS for good, _ in rows.pop(check)["checks"].values())
     assert all(row["tokens_per_s"] > 0 and row["peak_bytes"] > 0 for row in rows.values())
     assert len({rows[name]["hash"] for name in EXACT}) == 1
+    assert rows["exact"]["snapshot_s"] > 0
     assert all(row["losses"][0] == pytest.approx(rows["exact"]["losses"][0], abs=0.05) for row in rows.values())
 
 
