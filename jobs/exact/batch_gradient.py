@@ -105,7 +105,7 @@ class BatchGradient:
     def _exact_gradient(self, step: int, timer: StepTimer) -> Measured:
         losses: dict[range, Tensor] = {}
         lanes, num_lanes = self._lanes(step), self._schedule.num_lanes(step)
-        self.exchange.begin(num_lanes)
+        self.exchange.begin(step, num_lanes)
         for lane, lane_step in zip(lanes, self._lane_steps[num_lanes], strict=True):
             with self._sums.lane(lane_step, is_last=lane == lanes[-1]):
                 of_lane = [self._backward(self._loss, step, n, timer, scale=1.0) for n in self._numbers([lane])]

@@ -2,7 +2,11 @@
 
 Of each bucket, every rank sends each other rank the part that the other one owns, finishes the tree over its own part,
 and sends the result to all (but not with a sharded optimizer). With one subtree per rank, the bytes are those of a ring
-all-reduce. Messages go straight from rank to rank, from and into permanent buffers.
+all-reduce. Messages go from and into permanent buffers.
+
+One call sends and receives the parts of all ranks. With 512 of them a bucket takes 1.1 ms of the host, and 0.4 ms more
+where NCCL gathers equal parts. With a message for each pair of ranks each took 9 ms (where messages cost nothing): four
+seconds in a step of 1.3B parameters.
 """
 
 from collections.abc import Sequence
@@ -13,7 +17,7 @@ from torch import Tensor
 
 from jobs.exact.exact_reduce import halves, maximal_subtrees, tree_sum
 from jobs.exact.flat_layout import BLOCK, FlatLayout, at, part_of
-from jobs.exact.side_thread import side_work
+from jobs.exact.side_thread import SideStream, side_work
 from jobs.tokens.batch_plan import lanes_of_rank
 from jobs.workers.worker_group import WorkerGroup
 
@@ -31,17 +35,19 @@ class BucketExchange:
         self._nodes_of = {count: _nodes(count, world_size=group.world_size) for count in lane_counts}
         parts = [layout.parts(rank, world_size=group.world_size) for rank in range(group.world_size)]
         self._own_parts = parts[group.rank]
+        self._lengths = [[len(of_rank[bucket]) for of_rank in parts] for bucket in range(len(layout.buckets))]
         self._num_blocks = [sum(map(len, of_rank)) // BLOCK for of_rank in parts]
         self._block_order = _block_order(parts, device=buffers[0].device)
-        longest = max(len(part) for part in self._own_parts)
-        num_foreign = max(sum(map(len, nodes)) - len(nodes[group.rank]) for nodes in self._nodes_of.values())
-        self._received = buffers[0].new_empty(num_foreign, longest)
+        most_nodes = max(sum(map(len, nodes)) for nodes in self._nodes_of.values())
+        self._received = buffers[0].new_empty(most_nodes * max(map(len, self._own_parts)))
         self._block_sums: list[Tensor] = []
         self._side_work = side_work(buffers[0].device)
+        if isinstance(self._side_work, SideStream):
+            group.streams.append(self._side_work.stream)
 
-    def begin(self, num_lanes: int) -> None:
+    def begin(self, step: int, num_lanes: int) -> None:
         """Prepares for the buckets of a step of so many lanes."""
-        self._root, self._nodes = range(num_lanes), self._nodes_of[num_lanes]
+        self._step, self._root, self._nodes = step, range(num_lanes), self._nodes_of[num_lanes]
 
     def start(self, bucket: int) -> None:
         """Starts the exchange of a bucket whose subtree sums are final; every rank starts the buckets in order."""
@@ -52,47 +58,51 @@ class BucketExchange:
         self._side_work.close()
 
     def finish(self, losses: list[Tensor]) -> tuple[float, float]:
-        """Waits for all buckets. Returns the loss, from its sums over the K subtrees, and the gradient's norm."""
+        """Waits for all buckets, which every rank then has whole. Returns the loss, from its sums over the K subtrees,
+        and the gradient's norm. Raises `LostPeerError` where a message did not arrive."""
         if self._group.world_size == 1:
             return float(losses[0]), gradient_norm(self._buffers[0])
         self._side_work.wait()
-        table = self._gathered(torch.cat([*self._block_sums, torch.stack(losses).double()]))
+        own = torch.cat([*self._block_sums, torch.stack(losses).double()])
         self._block_sums = []
-        by_node = {
-            node: table[rank, num_blocks + k].to(losses[0].dtype)
-            for rank, num_blocks in enumerate(self._num_blocks)
-            for k, node in enumerate(self._nodes[rank])
-        }
-        ranks, places = self._block_order
-        return float(tree_sum(self._root, by_node.get)), norm_of(table[ranks, places])
-
-    def _gathered(self, own: Tensor) -> Tensor:
-        """Returns every rank's vector as a row, padded to equal lengths."""
-        lengths = [num_blocks + len(nodes) for num_blocks, nodes in zip(self._num_blocks, self._nodes, strict=True)]
-        padded = own.new_zeros(max(lengths))
-        padded[: len(own)] = own
-        table = padded.new_empty(len(lengths), len(padded))
-        dist.all_gather(list(table), padded)
-        return table
+        width = max(num_blocks + len(nodes) for num_blocks, nodes in zip(self._num_blocks, self._nodes, strict=True))
+        table = self._group.proven(own, step=self._step, width=width)
+        nodes = [(node, r, self._num_blocks[r] + k) for r, of in enumerate(self._nodes) for k, node in enumerate(of)]
+        order, ranks, places = zip(*nodes, strict=True)
+        values = table[list(ranks), list(places)].to(losses[0].dtype).cpu()
+        return float(tree_sum(self._root, dict(zip(order, values, strict=True)).get)), norm_of(table[self._block_order])
 
     def _exchange(self, bucket: int) -> None:
-        rank, own = self._group.rank, self._own_parts[bucket]
-        sums = self._buffers[: len(self._nodes[rank])]
-        by_node = {node: at(values, own) for node, values in zip(self._nodes[rank], sums, strict=True)}
-        foreign = iter(self._received)
-        messages = []
-        for peer, part in _parts_of_others(self._layout.buckets[bucket], self._group):
-            messages += [dist.P2POp(dist.isend, at(values, part), peer) for values in sums]
-            for node in self._nodes[peer]:
-                by_node[node] = next(foreign)[: len(own)]
-                messages.append(dist.P2POp(dist.irecv, by_node[node], peer))
-        _run(messages)
+        own, num_sums, start = self._own_parts[bucket], len(self._nodes[self._group.rank]), 0
+        for k in range(max(map(len, self._nodes))):  # the k-th subtree sum of each rank that has so many
+            sent, lengths = self._received[:0], [0] * self._group.world_size
+            if k < num_sums:
+                sent, lengths = at(self._buffers[k], self._layout.buckets[bucket]), self._lengths[bucket]
+            received = [len(own) * (len(nodes) > k) for nodes in self._nodes]
+            target = self._received[start : start + sum(received)]
+            dist.all_to_all_single(target, sent, received, lengths)
+            start += len(target)
         result = at(self._buffers[0], own)
-        left, right = (tree_sum(half, by_node.get) for half in halves(self._root))
-        torch.add(left, right, out=result)
+        self._add_up(result)
         self._block_sums.append(block_square_sums(result))
         if not self._sharded:
             gather_parts(self._buffers[0], self._layout.buckets[bucket], self._group)
+
+    def _add_up(self, result: Tensor) -> None:
+        """Puts the whole sum of a part (P,) into `result`, from the sums of all nodes, own ones too, as received."""
+        nodes, length = self._nodes, len(result)
+        order = [of[k] for k in range(max(map(len, nodes))) for of in nodes if len(of) > k]
+        rows = self._received[: len(order) * length].view(len(order), length)
+        gap, num_rows = 1, len(rows)
+        if num_rows == self._group.world_size and num_rows.bit_count() == 1:  # a whole level of the tree
+            while 2 * gap < num_rows:
+                rows[:: 2 * gap] += rows[gap :: 2 * gap]
+                gap *= 2
+            torch.add(rows[0], rows[gap], out=result)
+            return
+        by_node = dict(zip(order, rows, strict=True))
+        left, right = (tree_sum(half, by_node.get) for half in halves(self._root))
+        torch.add(left, right, out=result)
 
 
 def _nodes(num_lanes: int, *, world_size: int) -> list[list[range]]:
@@ -116,22 +126,15 @@ def _block_order(parts: Sequence[Sequence[range]], *, device: torch.device) -> t
 
 def gather_parts(flat: Tensor, bucket: range, group: WorkerGroup) -> None:
     """Sends each part of a bucket from the rank that owns it to all others."""
-    own = part_of(bucket, group.rank, world_size=group.world_size)
+    parts = [part_of(bucket, rank, world_size=group.world_size) for rank in range(group.world_size)]
+    own = at(flat, parts[group.rank])
+    if flat.is_cuda and len(bucket) == group.world_size * len(own):  # NCCL then passes equal parts on from rank to rank
+        dist.all_gather_single(at(flat, bucket), own)
+        return
     messages = []
-    for peer, part in _parts_of_others(bucket, group):
-        messages.append(dist.P2POp(dist.isend, at(flat, own), peer))
-        messages.append(dist.P2POp(dist.irecv, at(flat, part), peer))
-    _run(messages)
-
-
-def _parts_of_others(bucket: range, group: WorkerGroup) -> list[tuple[int, range]]:
-    """Returns (rank, its part) of each other rank."""
-    others = [rank for rank in range(group.world_size) if rank != group.rank]
-    return [(rank, part_of(bucket, rank, world_size=group.world_size)) for rank in others]
-
-
-def _run(messages: list[dist.P2POp]) -> None:
-    """Sends and receives everything at once, without the messages of empty parts."""
+    for peer, part in enumerate(parts):
+        if peer != group.rank:
+            messages += [dist.P2POp(dist.isend, own, peer), dist.P2POp(dist.irecv, at(flat, part), peer)]
     if full := [message for message in messages if len(message.tensor)]:
         for work in dist.batch_isend_irecv(full):
             work.wait()

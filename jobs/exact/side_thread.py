@@ -45,15 +45,16 @@ class SideStream:
     """Runs calls that only enqueue kernels and collectives, which then run beside the caller's stream."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._stream = device, torch.cuda.Stream(device)
+        self._device, self.stream = device, torch.cuda.Stream(device)
 
     def submit(self, call: Call) -> None:
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
+        self.stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self.stream):
             call()
 
     def wait(self) -> None:
-        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        """Makes the caller's stream wait, not the caller."""
+        torch.cuda.current_stream(self._device).wait_stream(self.stream)
 
     def close(self) -> None:
         pass

@@ -108,9 +108,9 @@ class TrainState:
             for bucket in self.layout.buckets:
                 gather_parts(self.values, bucket, self._group)
 
-    def gather_moments(self, flat: Mapping[str, Tensor]) -> None:
-        """Brings a sharded optimizer's moments together in rank 0's `flat`, on its host (P,), bucket by bucket: no GPU
-        has to hold more. All ranks call together; those of the others are left as they are."""
+    def gather_moments(self, flat: Mapping[str, Tensor], *, step: int) -> None:
+        """Brings a sharded optimizer's moments after a step together in rank 0's `flat`, on its host (P,), bucket by
+        bucket: no GPU has to hold more. All ranks call together; those of the others are left as they are."""
         rank, world_size = self._group.rank, self._group.world_size
         for bucket, own_place in zip(self.layout.buckets, end_to_end(self.owned), strict=True):
             parts = [part_of(bucket, each, world_size=world_size) for each in range(world_size)]
@@ -122,6 +122,7 @@ class TrainState:
                 dist.gather(sent, received)
                 for part, values in zip(parts, received or [], strict=False):
                     at(flat[name], part).copy_(values[: len(part)])
+        self._group.prove(step, self.device)
 
     def by_parameter(self, flat: Tensor) -> dict[str, Tensor]:
         """Returns views of a flat buffer (P,)."""

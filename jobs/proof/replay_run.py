@@ -28,6 +28,7 @@ from jobs.run.run_plan import RunPlan
 from jobs.tokens.token_store import TOKENIZER
 from jobs.training.guards import GuardState
 from jobs.training.train_loop import train
+from jobs.workers.rendezvous import backend
 from model.errors import UserError
 
 
@@ -117,8 +118,9 @@ def _train(plan: RunPlan, *, num_workers: int, folder: Path) -> None:
 def _train_rank(rank: int, plan: RunPlan, world_size: int, meeting: str) -> None:
     if plan.config.scaling.use_gpu:
         torch.cuda.set_device(rank)
-    backend = "nccl" if plan.config.scaling.use_gpu else "gloo"
-    dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=world_size)
+    dist.init_process_group(
+        backend(use_gpu=plan.config.scaling.use_gpu), init_method=meeting, rank=rank, world_size=world_size
+    )
     train(plan, rank=rank, world_size=world_size)
     dist.destroy_process_group()
     # Everything is written. An interpreter that ends may abort on a thread of gloo's or of ours that still runs.

@@ -25,7 +25,7 @@ from jobs.snapshots.choice import Snapshot
 from jobs.snapshots.snapshots import Snapshots
 from jobs.training.guards import Decision, GuardState, Verdict, Windows
 from jobs.training.kernels import prepared
-from jobs.training.mixed_hardware import differences
+from jobs.training.mixed_hardware import differences, settle_rounding
 from jobs.training.run_writer import RunWriter
 from jobs.training.step_record import StepRecord
 from jobs.training.validation import measured, samples
@@ -70,12 +70,8 @@ class Attempt:
     ) -> None:
         """Begins. `opened` ends the attempt's threads; the next attempt repeats what was not stored by then."""
         self.plan, self.group, config = plan, group, plan.config
-        torch.set_num_threads(config.scaling.threads_per_worker)
+        settle_rounding(config)
         keep_freed_memory()
-        # Does what torch.use_deterministic_algorithms does, which also imports the compiler: a second of each start.
-        torch.set_deterministic_debug_mode("error" if config.train.exact else "default")
-        # Its debugging aid, NaN in all fresh memory, costs a pass over each activation.
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         self.schedule = batch_schedule(config)
         self.tokenizer = Tokenizer.from_json(plan.tokenizer_json)
         self.checkpoints = RunCheckpoints(plan.run)
@@ -103,7 +99,7 @@ class Attempt:
         before = self.writer.before if self.writer else Ledger([])
         self.attempt = 1 + len(before.world_sizes)
         workers = group.gather({"pid": os.getpid(), "node": os.environ.get(NODE_NAME_VARIABLE, socket.gethostname())})
-        self.notices = Notices(plan.run, group, signals, device=self.state.device)
+        self.notices = Notices(plan.run, group, signals)
         opened.callback(self.notices.close)
         kinds = group.gather(own_kind)
         nodes = [worker["node"] for worker in workers]
@@ -155,7 +151,7 @@ class Attempt:
         """Copies the state; on rank 0 the copy is stored while training continues."""
         if self.writer is None:
             if self.state.is_sharded:  # rank 0 needs the part that each rank holds
-                self.state.gather_moments({})
+                self.state.gather_moments({}, step=step)
             return
         config, manifest = self.plan.config, self.train_rows.manifest
         metadata = Metadata(
@@ -253,6 +249,8 @@ class Attempt:
         model = load_model(folder, verify=False).train() if folder else GPT(config.model)
         if not folder and not begun.snapshot:
             model.init_weights(config.train.seed)
+        if device.type == "cuda":
+            self.group.streams[:] = [torch.cuda.current_stream(device)]
         self.state = TrainState(model, config.train, device=device, group=self.group)
         if begun.snapshot:
             self.guard = GuardState.from_json(self.snapshots.restore(begun.snapshot, self.state)["guard"])

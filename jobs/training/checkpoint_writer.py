@@ -85,7 +85,7 @@ class CheckpointWriter:
             flat = self._free.pop() if self._free else torch.empty(1 + len(MOMENTS), state.layout.size)
         buffers = dict(zip(("values", *MOMENTS), flat, strict=True))
         if state.is_sharded:
-            state.gather_moments(buffers)
+            state.gather_moments(buffers, step=metadata.step)
         gathered_s = time.monotonic() - start_s
         tensors = [state.values, *([] if state.is_sharded else state.moments.values())]
         copy = state.copies.start("checkpoint", tensors, partial(_fill, flat.flatten()))

@@ -35,7 +35,7 @@ class LayerStatistics:
             yield
             return
         with self._timer.phase("statistics"):
-            gradient = self._square_sums(state.gradient, state.owned)
+            gradient = self._square_sums(state.gradient, state.owned).cpu()
             if state.is_sharded:
                 dist.all_reduce(gradient)
             before = state.values.clone()

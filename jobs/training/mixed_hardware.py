@@ -1,12 +1,39 @@
-"""Compares the workers of an attempt: bits are promised on one kind of hardware, library versions and thread count."""
+"""Settles how a worker rounds, and compares the workers of an attempt.
 
+Bits are promised on one kind of hardware, library versions and thread count.
+"""
+
+import os
 import platform
 
 import torch
 
+from cluster.settings.run import RunConfig
 from model.processor import cpu_features, cpu_field
 
 Hardware = dict[str, str]
+
+_READ_BY_CUDA = {
+    # cuBLAS chooses its algorithm by the memory that it may use, and torch's default differs from GPU to GPU.
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    # In no library. TF32 drops 13 of a factor's 23 bits: a run in fp32 would differ from the same run on CPUs in the
+    # fourth digit of each product. Speed is what `train.precision: bf16` is for, which has twice that of TF32.
+    "NVIDIA_TF32_OVERRIDE": "0",
+}
+
+
+def settle_rounding(config: RunConfig) -> None:
+    """Makes this process compute the bits that any other one does on like hardware. CUDA must not have computed yet."""
+    torch.set_num_threads(config.scaling.threads_per_worker)
+    torch.set_float32_matmul_precision("highest")
+    if config.scaling.use_gpu:
+        os.environ |= _READ_BY_CUDA
+        torch.use_deterministic_algorithms(config.train.exact)
+    else:
+        # The same but for the compiler's choices, whose import takes a second of each start: CPUs compile nothing.
+        torch.set_deterministic_debug_mode("error" if config.train.exact else "default")
+    # Its debugging aid, NaN in all fresh memory, costs a pass over each activation.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def hardware(device: torch.device) -> Hardware:
@@ -18,10 +45,18 @@ def hardware(device: torch.device) -> Hardware:
         "threads": str(torch.get_num_threads()),
         "cpu": " ".join([cpu_field("model name") or platform.machine(), *units]),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "deterministic": str(torch.are_deterministic_algorithms_enabled()),
     }
     if device.type == "cuda":
-        found["gpu"] = torch.cuda.get_device_name(device)
-        found["cuda"] = str(torch.version.cuda)
+        found |= {name: os.environ.get(name, "none") for name in _READ_BY_CUDA}
+        found |= {
+            "gpu": torch.cuda.get_device_name(device),
+            "multiprocessors": str(torch.cuda.get_device_properties(device).multi_processor_count),
+            "cuda": str(torch.version.cuda),
+            "cudnn": str(torch.backends.cudnn.version()),
+            "fp32_products": torch.get_float32_matmul_precision(),
+            "compiler_deterministic": str(torch._inductor.config.deterministic),
+        }
     return found
 
 

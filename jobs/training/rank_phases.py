@@ -48,8 +48,8 @@ def stragglers(ranks: list[RankTime]) -> dict[int, float]:
 class RankPhases:
     """Sums up this rank's steps and gathers the means of all ranks, a hundred bytes a window."""
 
-    def __init__(self, group: WorkerGroup, *, device: torch.device) -> None:
-        self._group, self._device = group, device
+    def __init__(self, group: WorkerGroup) -> None:
+        self._group = group
         self._slow: set[int] = set()  # in the last window
         self._named: set[int] = set()
         self._clear()
@@ -65,7 +65,7 @@ class RankPhases:
         self._num_steps += 1
         if not closes_window:
             return []
-        sums = torch.tensor([*self._sums.values(), self._num_lanes], dtype=torch.float64, device=self._device)
+        sums = torch.tensor([*self._sums.values(), self._num_lanes], dtype=torch.float64)
         own = sums / self._num_steps
         self._clear()
         rows = own.new_empty(self._group.world_size, len(own))  # (W, N)

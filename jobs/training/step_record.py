@@ -39,7 +39,7 @@ class StepRecord:
         self._schedule = batch_schedule(plan.config)
         self.line: dict[str, Any] | None = None
         """The last step's line, which every rank has; None where the step was skipped."""
-        self._phases = RankPhases(group, device=state.device)
+        self._phases = RankPhases(group)
         self.timer = StepTimer(CudaClock() if state.device.type == "cuda" else None)
         self.layers = LayerStatistics(state, group, self.timer, every_steps=train.layer_statistics_every_steps)
 

@@ -12,7 +12,7 @@ from jobs.workers.failures import is_lost_peer
 from jobs.workers.heartbeat import Pulse
 from jobs.workers.preemption import Notice
 from jobs.workers.watchdog import Place
-from jobs.workers.worker_group import WorkerGroup
+from jobs.workers.worker_group import Meeting, WorkerGroup
 
 
 def train(
@@ -20,14 +20,17 @@ def train(
     *,
     rank: int,
     world_size: int,
+    meeting: Meeting | None = None,
     pulse: Pulse | None = None,
     signals: Callable[[], object] = lambda: None,
 ) -> None:
     """Trains to the end of the run, or until a worker is lost: then the next attempt continues from the newest state.
 
-    `pulse` shows a watchdog where this worker is; `signals` returns what changes when its process is warned of its end.
+    `meeting` is the round in which the workers met. `pulse` shows a watchdog where this worker is. `signals` returns
+    what changes when its process is warned of its end.
     """
-    group, pulse = WorkerGroup(rank, world_size), pulse or Pulse({})
+    group, pulse = WorkerGroup(rank, world_size, meeting or Meeting()), pulse or Pulse({})
+    pulse.is_device_waiting = group.is_device_waiting
     if plan.growing and group.broadcast(plan.run.exists(TOKENIZING_FAILED) if rank == 0 else None):
         return  # not an error, as Ray Train would restart the attempt; the launcher reports the reason
     continues = True
@@ -53,11 +56,15 @@ def take_steps(attempt: Attempt, pulse: Pulse) -> bool:
         pulse.at(Place.STEP if step > attempt.first_step else Place.FIRST_STEP)
         attempt.notices.ask()
         measured = attempt.gradient.of_step(step, timer)
+        if not config.train.exact:
+            attempt.group.prove(step, state.device)
         decision = decide(attempt.guard, config, step=step, loss=measured.loss, grad_norm=measured.norm)
         rate = attempt.rate(step)
         if decision.verdict is Verdict.APPLY:
             with timer.phase("update"), attempt.record.layers.around_update(step):
                 state.apply(norm=measured.norm, learning_rate=rate, timer=timer)
+            if state.is_sharded:  # the others' weights
+                attempt.group.prove(step, state.device)
         is_last = step == last_step
         saves = is_last or step % config.checkpoint.save_every_steps == 0
         if saves and decision.verdict in (Verdict.APPLY, Verdict.SKIP) and not state.is_finite():

@@ -48,14 +48,16 @@ def train_worker(settings: dict[str, Any]) -> None:
             group=place.id.hex(),
             rank=rank,
             world_size=world_size,
-            backend="nccl" if scaling.use_gpu else "gloo",
+            use_gpu=scaling.use_gpu,
             is_waiting=lambda: Waits.WORKERS in pulse.beat().waits_for,
             progress=lambda: pulse.num_steps,
             max_fruitless=scaling.max_fruitless_attempts,
         )
         try:
             while not rendezvous.attend(
-                lambda: train(plan, rank=rank, world_size=world_size, pulse=pulse, signals=signals)
+                lambda meeting: train(
+                    plan, rank=rank, world_size=world_size, meeting=meeting, pulse=pulse, signals=signals
+                )
             ):
                 pulse.at(Place.AROUND)
         except FruitlessError as error:

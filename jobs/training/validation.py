@@ -35,6 +35,7 @@ def measured(
         with autocast(config, state.device):
             losses[index] = loss_of(state.model, micro_batch(read, config, state.device, eot_id=eot_id)).double()
     state.model.train()
+    losses = losses.cpu()  # over gloo, which fails where a worker is lost
     if group.world_size > 1:
         dist.all_reduce(losses)
     loss = float(losses.sum()) / (num_rows * seq_len(config))

@@ -7,7 +7,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -33,6 +33,7 @@ class Pulse:
         self._waiting_places = waiting_places
         self._place, self._num_moves = Place.AROUND, 0
         self.num_steps = 0  # completed, but for those that an attempt ended with
+        self.is_device_waiting: Callable[[], bool] = lambda: False  # for other workers, wherever that holds its host up
         self._step_s: deque[float] = deque(maxlen=_NUM_STEPS)
         self._step_start: float | None = None
         self._thread_id = threading.get_ident()
@@ -51,7 +52,10 @@ class Pulse:
         frame = sys._current_frames().get(self._thread_id)
         stack = traceback.format_stack(frame)[-_NUM_FRAMES:] if frame else []
         usual = median(list(self._step_s)) if self._step_s else None
-        return Beat(self._place, self._num_moves, usual, self._waits_for(frame), stack)
+        waits_for = self._waits_for(frame)
+        if Waits.WORKERS not in waits_for and self.is_device_waiting():
+            waits_for.append(Waits.WORKERS)
+        return Beat(self._place, self._num_moves, usual, waits_for, stack)
 
     def _waits_for(self, frame: FrameType | None) -> list[Waits]:
         if frame is None:

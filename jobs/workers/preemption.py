@@ -33,11 +33,9 @@ class Notice(IntEnum):
 class Notices:
     """Collects one worker's notices, and agrees on them with the other ranks."""
 
-    def __init__(
-        self, run: Storage, group: WorkerGroup, signals: Callable[[], object], *, device: torch.device
-    ) -> None:
+    def __init__(self, run: Storage, group: WorkerGroup, signals: Callable[[], object]) -> None:
         """`signals` returns another value once this process was warned of its end."""
-        self._run, self._group, self._signals, self._device = run, group, signals, device
+        self._run, self._group, self._signals = run, group, signals
         self._heard = signals()
         self._stop_requested, self._closed = threading.Event(), threading.Event()
         if group.rank == 0:
@@ -45,7 +43,7 @@ class Notices:
 
     def ask(self) -> None:
         """Starts the exchange with the other ranks at the start of a step, which costs the step nothing."""
-        self._level = torch.tensor([int(self._news())], device=self._device)
+        self._level = torch.tensor([int(self._news())])  # on the host, so that no GPU is waited for
         self._work = (
             dist.all_reduce(self._level, dist.ReduceOp.MAX, async_op=True) if self._group.world_size > 1 else None
         )

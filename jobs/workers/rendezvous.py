@@ -15,20 +15,37 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import NoReturn
 
+import torch
 import torch.distributed as dist
 
 from jobs.workers.failures import is_lost_peer, one_line
+from jobs.workers.worker_group import Meeting
 
 _POLL_S = 0.02
 _WATCH_S = 0.5
 _GRACE_S = 1.0
+_ABORT_S = 15.0  # the longest that an abort of 512 GPUs' connections may take
 _FRUITLESS = "fruitless"  # the number of fruitless rounds in a row, the last round, and why it ended
 _TIMEOUT = timedelta(minutes=30)  # of a message; in an outage, all ranks wait for the one that waits for the storage
+_NCCL_SETTINGS = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",  # 3, the default, ends every survivor at a network error; `_watch` aborts
+    # A failed message leaves the key "exception_dump" in the store of all rounds: each process that starts later would
+    # take it for its own failure, and end 8 minutes after its first meeting.
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+    "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "0",  # else each failed message of a step holds up the abort for 60 s
+}
 
 
 class FruitlessError(Exception):
     """The workers met too often without completing a step."""
+
+
+def backend(*, use_gpu: bool) -> str:
+    """Returns what carries messages: tensors on GPUs go over NCCL, and all else, as pickled values, over gloo."""
+    return "cpu:gloo,cuda:nccl" if use_gpu else "gloo"
 
 
 @contextmanager
@@ -53,7 +70,7 @@ class Rendezvous:
         group: str,
         rank: int,
         world_size: int,
-        backend: str,
+        use_gpu: bool = False,
         is_waiting: Callable[[], bool] = lambda: True,
         progress: Callable[[], int] = lambda: 0,
         max_fruitless: int = 6,
@@ -63,7 +80,7 @@ class Rendezvous:
         without growth of the number `progress`, they meet no more."""
         self._address, self._group = address, group
         self._store = self._open_store()
-        self._rank, self._world_size, self._backend = rank, world_size, backend
+        self._rank, self._world_size, self._use_gpu = rank, world_size, use_gpu
         self._is_waiting, self._progress, self._max_fruitless = is_waiting, progress, max_fruitless
         self._id = secrets.token_hex(8)
         self._store.compare_set("round", "", "0")
@@ -73,19 +90,20 @@ class Rendezvous:
         host, _, port = self._address.rpartition(":")
         return dist.PrefixStore(self._group, dist.TCPStore(host, int(port), is_master=False, wait_for_workers=False))
 
-    def attend(self, work: Callable[[], None]) -> bool:
+    def attend(self, work: Callable[[Meeting], None]) -> bool:
         """Meets the others and does the work with them. Returns False when one of them was lost: then meet again.
 
         Raises `FruitlessError`, in every rank, after too many meetings without progress."""
-        number, left = self._meet()
+        meeting, left = self._meet()
+        number = meeting.number
         before, reason = self._progress(), "another worker was lost"
         try:
-            work()
+            work(meeting)
         except RuntimeError as error:
             if not is_lost_peer(error):
                 raise
             reason = one_line(str(error))
-            sys.stderr.write(f"rank {self._rank} lost another worker and waits for it: {reason}\n")
+            self._say(f"lost another worker and waits for it: {reason}")
         else:
             # A rank that left earlier would break connections that the others' last messages still need; and rank 0
             # may be lost while it stores the common result, which its replacement cannot make alone.
@@ -98,14 +116,12 @@ class Rendezvous:
         self._end(number)
         gc.collect()  # the model and its buffers, which the error's traceback held
         # The abort gives the ranks that wait for this one's messages their error too.
-        group = dist.group.WORLD
-        assert group is not None
-        group.abort()
-        dist.destroy_process_group()
+        self._abort(meeting)
+        self._within_bounds(dist.destroy_process_group)
         return False
 
-    def _meet(self) -> tuple[int, threading.Event]:
-        """Returns the number of the round, and the event that ends its watch."""
+    def _meet(self) -> tuple[Meeting, threading.Event]:
+        """Returns the round, and the event that ends its watch."""
         while True:
             number = int(self._store.get("round"))
             fruitless = json.loads(self._store.get(_FRUITLESS))
@@ -119,8 +135,10 @@ class Rendezvous:
                 self._end(number)
                 continue
             # Twice, because a worker that came may have died while it waited for the others.
-            if self._all(number, "came") and self._all(number, "stayed") and (left := self._connect(number)):
-                return number, left
+            if self._all(number, "came") and self._all(number, "stayed"):
+                meeting, left = Meeting(number), threading.Event()
+                if self._connect(meeting, left):
+                    return meeting, left
 
     def _all(self, number: int, what: str) -> bool:
         """Waits until every rank has said so; returns False when the round is over before that."""
@@ -132,37 +150,69 @@ class Rendezvous:
             time.sleep(_POLL_S)
         return True
 
-    def _connect(self, number: int) -> threading.Event | None:
-        store, left = dist.PrefixStore(str(number), self._store), threading.Event()
-        rank, world_size = self._rank, self._world_size
-        threading.Thread(target=self._watch, args=(number, left), name="rendezvous", daemon=True).start()
+    def _connect(self, meeting: Meeting, left: threading.Event) -> bool:
+        threading.Thread(target=self._watch, args=(meeting, left), name="rendezvous", daemon=True).start()
+        os.environ |= _NCCL_SETTINGS
         try:
-            dist.init_process_group(self._backend, store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT)
-        except RuntimeError as error:  # one of the workers is already gone
+            dist.init_process_group(
+                backend(use_gpu=self._use_gpu),
+                store=dist.PrefixStore(str(meeting.number), self._store),
+                rank=self._rank,
+                world_size=self._world_size,
+                timeout=_TIMEOUT,
+                # With it NCCL connects here, and what keeps it from starting is found before anything is loaded.
+                device_id=torch.device("cuda", torch.cuda.current_device()) if self._use_gpu else None,
+                _ranks=[*range(self._world_size)],  # else the name of a group counts those that did not connect
+            )
+        except RuntimeError as error:  # one of the workers is already gone, or NCCL cannot start
             left.set()
-            self._count(number, is_fruitless=True, reason=one_line(str(error)))
-            self._end(number)
-            return None
-        return left
+            self._count(meeting.number, is_fruitless=True, reason=one_line(str(error)))
+            self._end(meeting.number)
+            return False
+        return True
 
-    def _watch(self, number: int, left: threading.Event) -> None:
+    def _watch(self, meeting: Meeting, left: threading.Event) -> None:
         """Gets this worker out of a round that is over, where it still waits: for a worker that died while they
-        connected, or for a message whose end gloo did not notice (a send to a killed worker, seen once in some tens of
-        kills)."""
-        store, waits_since = self._open_store(), None  # its own, because a store serves one caller at a time
-        has_aborted = False
-        while not left.wait(_WATCH_S):
-            if int(store.get("round")) == number or not self._is_waiting():
+        connected, for a message of NCCL's, which never ends by itself, or for one whose end gloo did not notice (a send
+        to a killed worker, seen once in some tens of kills)."""
+        try:
+            store, waits_since = self._open_store(), None  # its own, because a store serves one caller at a time
+            while not left.wait(_WATCH_S):
+                if int(store.get("round")) == meeting.number or not self._is_waiting():
+                    waits_since = None
+                    continue
+                waits_since = waits_since or time.monotonic()
+                if time.monotonic() - waits_since <= _GRACE_S:
+                    continue
+                if meeting.aborted.is_set():
+                    self._end_process("cannot leave a round that is over")
+                self._abort(meeting)
                 waits_since = None
-                continue
-            waits_since = waits_since or time.monotonic()
-            waited_s = time.monotonic() - waits_since
-            if waited_s > _GRACE_S and not has_aborted and dist.group.WORLD is not None:
-                has_aborted = True
-                dist.group.WORLD.abort()
-            if waited_s > 2 * _GRACE_S:
-                sys.stderr.write(f"rank {self._rank} cannot leave a round that is over: it ends, to be replaced\n")
-                os._exit(1)
+        except RuntimeError as error:
+            if not left.is_set():
+                self._say(f"no longer notices lost workers, as the launcher's meeting place is gone: {error}")
+
+    def _abort(self, meeting: Meeting) -> None:
+        """Ends this worker's messages."""
+        meeting.aborted.set()
+        if dist.group.WORLD is not None:
+            self._within_bounds(dist.group.WORLD.abort)
+
+    def _within_bounds(self, call: Callable[[], None]) -> None:
+        """Calls what may hang, as NCCL's abort does at times (NVIDIA/nccl#1013): then this process ends."""
+        thread = threading.Thread(target=call, name="abort", daemon=True)
+        thread.start()
+        thread.join(_ABORT_S)
+        if thread.is_alive():
+            self._end_process(f"could not abort its messages in {_ABORT_S:g} s")
+
+    def _end_process(self, reason: str) -> NoReturn:
+        self._say(f"{reason}: it ends, to be replaced")
+        os._exit(1)
+
+    def _say(self, what: str) -> None:
+        sys.stderr.write(f"rank {self._rank} {what}\n")
+        sys.stderr.flush()
 
     def _count(self, number: int, *, is_fruitless: bool, reason: str) -> None:
         """Counts each round once, before any rank ends it, so that all ranks of a later round read the same number.

@@ -1,15 +1,37 @@
-"""The workers of an attempt as one of them sees the others: plain values broadcast to all or gathered from all."""
+"""The workers of an attempt as one of them sees the others: values that pass between all, and the proof of a step.
 
-from dataclasses import dataclass
+What lies on a host travels over gloo, where a lost worker is an error. What lies on GPUs travels over NCCL, where it is
+none: an aborted message returns as if it had arrived (meta-pytorch/torchft#147). So nothing that came over it is used
+for good before every rank has shown that all of its messages of the step have arrived.
+"""
+
+import threading
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
+
+from jobs.workers.failures import LostPeerError
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """One round of the workers' meetings, as one of them sees it."""
+
+    number: int = 0
+    aborted: threading.Event = field(default_factory=threading.Event)
+    """Set before this worker's messages are aborted."""
 
 
 @dataclass(frozen=True)
 class WorkerGroup:
     rank: int
     world_size: int
+    meeting: Meeting = field(default_factory=Meeting, compare=False)
+    streams: list[torch.cuda.Stream] = field(default_factory=list, compare=False)
+    """This worker's GPU runs its messages, or what waits for them, on these."""
 
     def broadcast(self, value: Any) -> Any:
         """Returns rank 0's value on every rank."""
@@ -25,3 +47,40 @@ class WorkerGroup:
             values = [None] * self.world_size
             dist.all_gather_object(values, value)
         return values
+
+    def is_device_waiting(self) -> bool:
+        """Reports whether the GPU has work of this group left, which waits for another worker if it lasts."""
+        return not self.meeting.aborted.is_set() and any(not stream.query() for stream in self.streams)
+
+    def prove(self, step: int, device: torch.device) -> None:
+        """Returns once every rank has all that it was sent so far. Raises `LostPeerError`."""
+        if self.world_size > 1:
+            self.proven(torch.zeros(0, dtype=torch.float64, device=device), step=step, width=0)
+
+    def proven(self, own: Tensor, *, step: int, width: int) -> Tensor:
+        """Returns a table (W, width), in float64, with every rank's vector `own`, of `width` values at most.
+
+        With it, every rank has all that the ranks sent one another before. For each puts its stamp beside its vector
+        only after its host has seen its own messages arrive, which costs a GPU the time to start a few kernels; and the
+        table is made of zeros, as a gather that was aborted leaves what lay in that memory, perhaps the table of the
+        step before. Raises `LostPeerError`.
+        """
+        self._settle(own.device, step)
+        stamp = own.new_tensor([self.meeting.number, step])
+        padded = torch.cat([own, own.new_zeros(width - len(own)), stamp])
+        flat = own.new_zeros(self.world_size * len(padded))
+        dist.all_gather_single(flat, padded)
+        table = flat.view(self.world_size, -1)
+        stamps = table[:, width:].tolist()
+        self._settle(own.device, step)
+        if missing := [rank for rank, found in enumerate(stamps) if found != [self.meeting.number, step]]:
+            ranks = ", ".join(map(str, missing))
+            raise LostPeerError(f"step {step}: nothing shows that the messages of rank {ranks} have arrived")
+        return table[:, :width]
+
+    def _settle(self, device: torch.device, step: int) -> None:
+        """Waits for the messages that this worker's GPU sends and receives, and looks whether they were aborted."""
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
+        if self.meeting.aborted.is_set():
+            raise LostPeerError(f"step {step}: another worker was lost, and this one's messages were aborted")

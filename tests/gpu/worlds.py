@@ -50,7 +50,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
 def pass_through_the_host() -> None:
     """Sends a GPU's messages through the host's memory: NCCL refuses two ranks on one card, and gloo sends none from a
     GPU. All else about the exchange is the product's."""
-    batch, gather = dist.batch_isend_irecv, dist.all_gather
+    batch, all_to_all, gather = dist.batch_isend_irecv, dist.all_to_all_single, dist.all_gather_single
 
     def staged_batch(messages: list[dist.P2POp]) -> list[dist.Work]:
         staged = [dist.P2POp(message.op, message.tensor.cpu(), message.peer) for message in messages]
@@ -61,13 +61,18 @@ def pass_through_the_host() -> None:
                 message.tensor.copy_(host.tensor)
         return []
 
-    def staged_gather(rows: list[Tensor], own: Tensor) -> None:
-        staged = [row.cpu() for row in rows]
-        gather(staged, own.cpu())
-        for row, host in zip(rows, staged, strict=True):
-            row.copy_(host)
+    def staged_all_to_all(found: Tensor, own: Tensor, found_lengths: list[int], own_lengths: list[int]) -> None:
+        staged = found.cpu()
+        all_to_all(staged, own.cpu(), found_lengths, own_lengths)
+        found.copy_(staged)
 
-    dist.batch_isend_irecv, dist.all_gather = staged_batch, staged_gather
+    def staged_gather(table: Tensor, own: Tensor) -> None:
+        staged = table.cpu()
+        gather(staged, own.cpu())
+        table.copy_(staged)
+
+    dist.batch_isend_irecv = staged_batch
+    dist.all_to_all_single, dist.all_gather_single = staged_all_to_all, staged_gather
 
 
 def run_rank(rank: int, device_type: str, folder: Path, names: list[str]) -> dict[str, list[Any]]:

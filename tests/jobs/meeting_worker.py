@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from jobs.workers.failures import LostPeerError
 from jobs.workers.rendezvous import Rendezvous
+from jobs.workers.worker_group import Meeting
 from tests.jobs.worker_processes import into_log
 
 
@@ -19,15 +21,21 @@ def tell(*words: object) -> None:
     os.write(1, f"{' '.join(map(str, words))}\n".encode())
 
 
-def meet(
-    address: str, rank: int, world_size: int, num_rounds: int, *, log: Path, is_deaf: bool, has_broken_backend: bool
-) -> None:
+def meet(address: str, rank: int, world_size: int, num_rounds: int, *, log: Path, how: str | None = None) -> None:
+    """`how` is one of the ways to work below, or None for the sound one."""
     into_log(log)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    rendezvous = Rendezvous(address, group="group", rank=rank, world_size=world_size, backend="gloo")
+    meetings: list[Meeting] = []
+    rendezvous = Rendezvous(
+        address,
+        group="group",
+        rank=rank,
+        world_size=world_size,
+        is_waiting=lambda: how != "elsewhere" or not meetings[-1].aborted.is_set(),
+    )
     tell("come", os.getpid())
 
-    def work() -> None:
+    def work(meeting: Meeting) -> None:
         tell("met", os.getpid())
         for number in range(num_rounds):
             own = torch.full((1 << 16,), float(rank + number))
@@ -41,15 +49,25 @@ def meet(
             tell("sum", number, float(own[0]))
             time.sleep(0.01)
 
-    def deaf() -> None:
+    def deaf(meeting: Meeting) -> None:
         try:
-            work()
+            work(meeting)
         except RuntimeError:
             time.sleep(600)  # as a worker that waits for a message whose end it does not notice
 
-    def broken() -> None:
+    def broken(meeting: Meeting) -> None:
         tell("met", os.getpid())
         raise dist.DistBackendError("NCCL error: unhandled system error\nno space for a segment in /dev/shm")
 
-    while not rendezvous.attend(broken if has_broken_backend else deaf if is_deaf else work):
+    def elsewhere(meeting: Meeting) -> None:
+        meetings.append(meeting)
+        if len(meetings) > 1:
+            return work(meeting)
+        tell("met", os.getpid())
+        meeting.aborted.wait()  # as a copy to a GPU does that is busy with a lost worker's message, until that is aborted
+        time.sleep(2)  # longer than one may stay that still waits for others
+        raise LostPeerError("a step")
+
+    ways = {"deaf": deaf, "broken backend": broken, "elsewhere": elsewhere}
+    while not rendezvous.attend(ways[how] if how else work):
         pass

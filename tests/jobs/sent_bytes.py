@@ -15,18 +15,24 @@ class SentBytes:
 @contextmanager
 def sent_bytes() -> Iterator[SentBytes]:
     """Counts messages from rank to rank and what is gathered from all, as they are handed to torch."""
-    sent, exchange, all_gather = SentBytes(), dist.batch_isend_irecv, dist.all_gather
+    sent, stock = SentBytes(), (dist.batch_isend_irecv, dist.all_to_all_single, dist.all_gather_single)
+    exchange, all_to_all, all_gather = stock
 
     def counted_exchange(messages: list[dist.P2POp]) -> Any:
         sent.num_bytes += sum(message.tensor.nbytes for message in messages if message.op is dist.isend)
         return exchange(messages)
 
-    def counted_gather(found: list[Tensor], own: Tensor) -> Any:
-        sent.num_bytes += (len(found) - 1) * own.nbytes
+    def counted_all_to_all(found: Tensor, own: Tensor, found_lengths: list[int], own_lengths: list[int]) -> Any:
+        sent.num_bytes += own.nbytes - own_lengths[dist.get_rank()] * own.itemsize
+        return all_to_all(found, own, found_lengths, own_lengths)
+
+    def counted_gather(found: Tensor, own: Tensor) -> Any:
+        sent.num_bytes += found.nbytes - own.nbytes
         return all_gather(found, own)
 
-    dist.batch_isend_irecv, dist.all_gather = counted_exchange, counted_gather
+    dist.batch_isend_irecv = counted_exchange
+    dist.all_to_all_single, dist.all_gather_single = counted_all_to_all, counted_gather
     try:
         yield sent
     finally:
-        dist.batch_isend_irecv, dist.all_gather = exchange, all_gather
+        dist.batch_isend_irecv, dist.all_to_all_single, dist.all_gather_single = stock

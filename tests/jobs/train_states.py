@@ -51,7 +51,7 @@ def moments(state: TrainState) -> dict[str, Tensor]:
     flat = {name: values.clone() for name, values in state.moments.items()}
     if state.is_sharded:
         flat = {name: torch.zeros(state.layout.size) for name in flat}
-        state.gather_moments(flat)
+        state.gather_moments(flat, step=1)
     return checkpoint_moments(state, flat)
 
 

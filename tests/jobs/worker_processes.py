@@ -9,7 +9,7 @@ from typing import Any
 
 from tests.time_limits import limit_s
 
-_PRELOADED = ["tests.jobs.meeting_worker", "tests.jobs.poisoned_runs"]
+_PRELOADED = ["tests.jobs.meeting_worker", "tests.jobs.poisoned_runs", "tests.jobs.runs_in_rounds"]
 
 
 def worker_process(target: Callable[..., object], *arguments: Any) -> BaseProcess:

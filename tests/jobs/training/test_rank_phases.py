@@ -1,13 +1,10 @@
 """The rank that holds the others up is named, and what each rank did reaches the ledger."""
 
 import pytest
-import torch
 
 from jobs.run.step_timer import StepTime
 from jobs.training.rank_phases import RankPhases, RankTime, as_fields, from_fields, stragglers
 from jobs.workers.worker_group import WorkerGroup
-
-CPU = torch.device("cpu")
 
 
 def rank(lane_ms: float, *, lanes: int = 2, sync_ms: float = 0.0) -> RankTime:
@@ -33,14 +30,14 @@ def test_stragglers_take_longer_for_a_lane(ranks: list[RankTime], slow: dict[int
 
 
 def test_a_straggler_is_named_in_its_second_window_and_once() -> None:
-    phases = RankPhases(WorkerGroup(0, 2), device=CPU)
+    phases = RankPhases(WorkerGroup(0, 2))
     usual, slow = [rank(10), rank(10)], [rank(10), rank(20)]
     told = [bool(phases.new_stragglers(ranks)) for ranks in (slow, usual, slow, slow, slow, usual, slow, slow)]
     assert told == [False, False, False, True, False, False, False, True]
 
 
 def test_a_window_holds_the_mean_of_its_steps() -> None:
-    phases = RankPhases(WorkerGroup(0, 1), device=CPU)
+    phases = RankPhases(WorkerGroup(0, 1))
     assert phases.add(StepTime(1.0, {"load": 0.2, "backward": 0.8}, 4), closes_window=False) == []
     (found,) = phases.add(StepTime(1.0, {"load": 0.4, "stall": 0.6}, 2), closes_window=True)
     assert found.num_lanes == 3

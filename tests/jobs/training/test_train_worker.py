@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -11,6 +12,7 @@ from jobs.training import train_worker as entry
 from jobs.workers.failures import Kind
 from jobs.workers.incident_notes import note
 from jobs.workers.rendezvous import meeting_place
+from jobs.workers.worker_group import WorkerGroup
 from tests.jobs.runs import tiny_plan
 
 NCCL = (
@@ -20,22 +22,23 @@ NCCL = (
 
 
 def test_a_group_that_can_never_start_gives_up_in_the_ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first message fails, before an attempt has a line in the ledger."""
     plan = tiny_plan(str(tmp_path), scaling={"max_workers": 1, "max_fruitless_attempts": 3, "hang_timeout_s": 0})
     note(plan.run, "failure", rank=0, kind=Kind.DIED, reason="an earlier one")
-    num_meetings = 0
+    num_messages = 0
 
-    def train(*args: object, **settings: object) -> None:
-        nonlocal num_meetings
-        num_meetings += 1
+    def broadcast(group: WorkerGroup, value: Any) -> Any:
+        nonlocal num_messages
+        num_messages += 1
         raise dist.DistBackendError(NCCL)
 
     context = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
     monkeypatch.setattr(entry.ray.train, "get_context", lambda: context)
     monkeypatch.setattr(entry, "get_current_placement_group", lambda: SimpleNamespace(id=b"group"))
-    monkeypatch.setattr(entry, "train", train)
+    monkeypatch.setattr(WorkerGroup, "broadcast", broadcast)
     with meeting_place("127.0.0.1") as address:
         entry.train_worker({"plan": plan, "address": address})
-    assert num_meetings == 3
+    assert num_messages == 3
     lines = Ledger.read(plan.run).lines
     assert [line["event"] for line in lines] == ["failure", "gave_up"]
     assert lines[-1]["reason"] == (

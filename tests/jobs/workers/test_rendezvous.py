@@ -1,34 +1,39 @@
 """Workers meet, lose one another at random moments, and meet again with the replacement: no other worker is restarted."""
 
 import random
+import threading
 import time
+from contextlib import ExitStack
 from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
+from jobs.workers import rendezvous as rendezvous_module
+from jobs.workers.failures import LostPeerError
 from jobs.workers.rendezvous import FruitlessError, Rendezvous, meeting_place
+from jobs.workers.worker_group import Meeting
 from tests.jobs.meeting_worker import meet
-from tests.jobs.worker_processes import exit_code, worker_process
+from tests.jobs.worker_processes import exit_code, into_log, worker_process
 from tests.waiting import wait_until
 
 WORLD_SIZE, ROUNDS = 3, 60
 
 
 class Group:
-    def __init__(
-        self, address: str, folder: Path, *, deaf_rank: int | None = None, has_broken_backend: bool = False
-    ) -> None:
+    def __init__(self, address: str, folder: Path, *, ways: dict[int, str] | None = None) -> None:
+        """`ways` names ranks that do not work as they should, and how."""
         self._address, self._folder, self.num_started = address, folder, 0
-        self.deaf_rank, self._has_broken_backend = deaf_rank, has_broken_backend
+        self.ways = ways or {}
         self.processes = [self.start(rank) for rank in range(WORLD_SIZE)]
 
     def start(self, rank: int) -> BaseProcess:
         self.num_started += 1
-        settings = {"is_deaf": rank == self.deaf_rank, "has_broken_backend": self._has_broken_backend}
-        work = partial(meet, log=self._folder / f"{rank}.log", **settings)
+        work = partial(meet, log=self._folder / f"{rank}.log", how=self.ways.get(rank))
         process = worker_process(work, self._address, rank, WORLD_SIZE, ROUNDS)
         process.start()
         return process
@@ -101,7 +106,7 @@ def test_two_lost_at_once_and_one_lost_again_before_it_met_anyone(tmp_path: Path
 
 def test_a_group_whose_backend_can_never_start_gives_up_in_every_rank(tmp_path: Path) -> None:
     with meeting_place("127.0.0.1") as address:
-        group = Group(address, tmp_path, has_broken_backend=True)
+        group = Group(address, tmp_path, ways=dict.fromkeys(range(WORLD_SIZE), "broken backend"))
         assert group.exit_codes() == [1] * WORLD_SIZE
     for rank in range(WORLD_SIZE):
         assert len(group.lines(rank, "met")) == 6
@@ -116,13 +121,13 @@ def test_a_step_between_two_losses_is_no_standstill() -> None:
     """A long run may lose workers any number of times."""
     num_steps = 0
 
-    def work() -> None:
+    def work(meeting: Meeting) -> None:
         nonlocal num_steps
         num_steps += num_steps < 3
         raise dist.DistNetworkError("Connection closed by peer")
 
     with meeting_place("127.0.0.1") as address:
-        settings = {"group": "g", "rank": 0, "world_size": 1, "backend": "gloo", "max_fruitless": 2}
+        settings = {"group": "g", "rank": 0, "world_size": 1, "max_fruitless": 2}
         rendezvous = Rendezvous(address, **settings, progress=lambda: num_steps)
         assert [rendezvous.attend(work) for _ in range(5)] == [False] * 5
         with pytest.raises(FruitlessError, match="met 2 times in a row"):
@@ -131,10 +136,76 @@ def test_a_step_between_two_losses_is_no_standstill() -> None:
 
 def test_one_that_cannot_leave_a_round_that_is_over_ends(tmp_path: Path) -> None:
     with meeting_place("127.0.0.1") as address:
-        group = Group(address, tmp_path, deaf_rank=0)
+        group = Group(address, tmp_path, ways={0: "deaf"})
         group.wait_for_meeting(1)
-        group.deaf_rank = None
+        group.ways.clear()
         group.replace(1)
         assert exit_code(group.processes[0], timeout_s=30) == 1
         group.processes[0] = group.start(0)
         assert group.exit_codes() == [0] * WORLD_SIZE
+
+
+def test_one_that_is_held_up_elsewhere_is_freed_and_lives(tmp_path: Path) -> None:
+    """On a GPU a lost worker's message holds up whatever the host asks of the device next."""
+    with meeting_place("127.0.0.1") as address:
+        group = Group(address, tmp_path, ways={0: "elsewhere", 2: "elsewhere"})
+        group.wait_for_meeting(1)
+        group.replace(1)
+        assert group.exit_codes() == [0] * WORLD_SIZE
+    assert group.num_started == WORLD_SIZE + 1
+    assert [len(group.lines(rank, "met")) for rank in (0, 2)] == [2, 2]
+
+
+def alone(address: str, **settings: Any) -> Rendezvous:
+    return Rendezvous(address, group="g", rank=0, world_size=1, **settings)
+
+
+def hang(address: str, log: Path) -> None:
+    into_log(log)
+    rendezvous_module._ABORT_S = 0.1
+
+    def lose(meeting: Meeting) -> None:
+        dist.destroy_process_group = threading.Event().wait
+        raise LostPeerError("a step")
+
+    alone(address).attend(lose)
+
+
+def test_an_abort_that_hangs_ends_the_process_and_says_so(tmp_path: Path) -> None:
+    with meeting_place("127.0.0.1") as address:
+        process = worker_process(hang, address, tmp_path / "log")
+        process.start()
+        assert exit_code(process) == 1
+    assert "rank 0 could not abort its messages in 0.1 s: it ends, to be replaced" in (tmp_path / "log").read_text()
+
+
+def test_a_watch_whose_meeting_place_is_gone_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    said: list[str] = []
+
+    def work(meeting: Meeting) -> None:
+        place.close()
+        wait_until(lambda: said.append(capsys.readouterr().err) or "no longer notices lost workers" in "".join(said))
+
+    with ExitStack() as place, pytest.raises(RuntimeError):
+        alone(place.enter_context(meeting_place("127.0.0.1"))).attend(work)
+    dist.destroy_process_group()
+
+
+def test_a_backend_that_never_connects_is_given_up_and_one_that_did_once_finds_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names: list[str] = []
+
+    def refuse(*args: object, **more: object) -> None:
+        raise dist.DistBackendError("NCCL error: unhandled system error\nno space for a segment in /dev/shm")
+
+    with meeting_place("127.0.0.1") as address:
+        with monkeypatch.context() as patch, pytest.raises(FruitlessError, match=r"met 2 times .* /dev/shm"):
+            patch.setattr(distributed_c10d, "_new_process_group_helper", refuse)
+            alone(address, max_fruitless=2).attend(lambda meeting: None)
+        for number in range(2):
+            rendezvous = Rendezvous(address, group=f"g{number}", rank=0, world_size=1)
+            rendezvous.attend(lambda meeting: names.append(dist.group.WORLD.group_name))
+    assert names[0] == names[1], (
+        "a process that failed to connect looks for the others under the same name as a new one"
+    )

@@ -89,6 +89,13 @@ def test_the_modules_in_a_stack_show_what_a_worker_waits_for(module: ModuleType,
     assert Beat.from_json(json.loads(json.dumps(asdict(beat)))) == beat
 
 
+def test_a_gpu_that_waits_for_others_makes_its_worker_wait_wherever_its_host_is_held_up() -> None:
+    pulse = Pulse({})
+    assert pulse.beat().waits_for == []
+    pulse.is_device_waiting = lambda: True
+    assert pulse.beat().waits_for == [Waits.WORKERS]
+
+
 WORKER = """
 import os, select, signal, sys, time
 from jobs.workers.heartbeat import watched
