@@ -254,6 +254,7 @@ class Attempt:
         self.state = TrainState(model, config.train, device=device, group=self.group)
         if begun.snapshot:
             self.guard = GuardState.from_json(self.snapshots.restore(begun.snapshot, self.state)["guard"])
+            self.group.prove(begun.snapshot.header.step, device)  # a checkpoint of it may be due
             return begun.snapshot.header.step
         if folder is None:
             self.guard = GuardState()
