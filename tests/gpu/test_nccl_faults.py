@@ -19,10 +19,10 @@ pytestmark = [
 ]
 
 
-def plan_in(folder: Path, *, sharded: bool, precision: str) -> RunPlan:
+def plan_in(folder: Path, *, sharded: bool) -> RunPlan:
     folder.mkdir()
     settings: dict[str, Any] = {
-        "train": {"eval_every_steps": 8, "shard_optimizer": sharded, "precision": precision},
+        "train": {"eval_every_steps": 8, "shard_optimizer": sharded, "precision": "bf16", "compute": "plain"},
         "scaling": {"max_workers": 2, "use_gpu": True},
         "checkpoint": {"save_every_steps": 2, "num_to_keep": 9},
     }
@@ -44,9 +44,9 @@ def outcome(plan: RunPlan) -> tuple[list[float], str]:
     ids=["killed", "cut off"],
 )
 def test_survivors_live_and_the_run_ends_with_its_bits(tmp_path: Path, sharded: bool, cut_offs: list[CutOff]) -> None:
-    undisturbed = plan_in(tmp_path / "undisturbed", sharded=False, precision="bf16")
+    undisturbed = plan_in(tmp_path / "undisturbed", sharded=False)
     run_in_rounds(undisturbed, tmp_path / "undisturbed", [], world_size=1)
-    plan = plan_in(tmp_path / "disturbed", sharded=sharded, precision="bf16")
+    plan = plan_in(tmp_path / "disturbed", sharded=sharded)
     logs = run_in_rounds(plan, tmp_path / "disturbed", cut_offs)
     assert outcome(plan) == outcome(undisturbed)
     met = [[line for line in log if line.startswith("met ")] for log in logs]
