@@ -24,7 +24,7 @@ from tests.waiting import wait_until
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, needs_prometheus]
 
 SEEN_ON_GPUS_ONLY = {"raymill_train_mfu", "ray_node_gpus_utilization", "ray_node_gram_used"}
-SEEN_WITH_AN_AUTOSCALER_ONLY = {"ray_cluster_pending_nodes"}
+SEEN_WITH_AN_AUTOSCALER_ONLY = {"ray_cluster_active_nodes", "ray_cluster_pending_nodes"}
 CANNOT_BE_SEEN_HERE = {
     name for name, metric in SERIES.items() if metric.name in SEEN_ON_GPUS_ONLY | SEEN_WITH_AN_AUTOSCALER_ONLY
 }
