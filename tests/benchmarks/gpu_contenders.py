@@ -200,7 +200,7 @@ def gradients(task: Task, device: torch.device) -> dict[str, Check]:
         except Exception as error:
             outcomes[f"gradient in {name}"] = (False, f"{type(error).__name__}: {error}"[:200])
     try:
-        with as_in_training():
+        with as_in_training(run_config(task)):
             self_test(run_config(task), device)
         outcomes["a worker's own test"] = (True, f"passed for {task['preset']}")
     except Exception as error:

@@ -8,7 +8,7 @@ from cluster.settings.run import RunConfig
 from tests.gpu.float64_gpt2 import loss_and_gradients
 from tests.gpu.made_runs import MadeRun
 
-BOUNDS = {"fp32": (2e-6, 2e-5), "bf16": (2e-2, 8e-2)}
+BOUNDS = {"fp32": (1e-5, 1e-4), "bf16": (2e-2, 8e-2)}
 """The largest errors of the whole gradient and of a parameter's. On a CPU the whole one's were 2.4e-7 to 3.7e-7 in fp32
 and 5e-3 in bf16, as large as those of PyTorch's own autocast, and 2e-2 with ReLU."""
 

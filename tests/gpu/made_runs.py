@@ -16,6 +16,7 @@ from cluster.settings.run import RunConfig, seq_len
 from jobs.exact.batch_gradient import BatchGradient, Measured
 from jobs.exact.train_state import TrainState
 from jobs.run.step_timer import CudaClock, StepTimer
+from jobs.training.mixed_hardware import settle_rounding
 from jobs.workers.worker_group import WorkerGroup
 from model.gpt import GPT
 
@@ -99,18 +100,18 @@ class MadeRun:
         draw(model) if draw else model.init_weights(config.train.seed)
         self.state = TrainState(model.train(), config.train, device=device, group=self.group)
         rows: Any = self.rows
-        with as_in_training(exact=config.train.exact):
+        with as_in_training(config):
             self.gradient = BatchGradient(config, self.state, rows, self.group, eot_id=self.eot_id)
         self.timer = StepTimer(CudaClock() if device.type == "cuda" else None)
 
     def gradient_of(self, step: int) -> Measured:
-        with as_in_training(exact=self.config.train.exact):
+        with as_in_training(self.config):
             return self.gradient.of_step(step, self.timer)
 
     def step(self, number: int, *, learning_rate: float = 1e-2) -> float:
         """Returns the loss before the update."""
         measured = self.gradient_of(number)
-        with as_in_training(exact=self.config.train.exact):
+        with as_in_training(self.config):
             self.state.apply(norm=measured.norm, learning_rate=learning_rate, timer=self.timer)
         self.timer.take()
         return measured.loss
@@ -126,10 +127,9 @@ class MadeRun:
 
 
 @contextmanager
-def as_in_training(*, exact: bool = True) -> Iterator[None]:
-    """Sets up PyTorch as `jobs.training.attempt` does: in exact mode an operation without fixed order raises."""
-    torch.set_deterministic_debug_mode("error" if exact else "default")
-    torch.utils.deterministic.fill_uninitialized_memory = False
+def as_in_training(config: RunConfig) -> Iterator[None]:
+    """Lasts while PyTorch rounds as in training: in exact mode an operation without fixed order raises."""
+    settle_rounding(config)
     try:
         yield
     finally:
