@@ -114,6 +114,7 @@ class LocalCluster:
         self._flags: dict[str, list[str]] = {}  # of `ray start`
         self._joined: set[str] = set()  # ids of nodes that were waited for
         self._num_started = 0
+        self._is_ending = False
         # The kernel ends a node with the very thread that started it, so that thread must last as long as the cluster.
         self._starter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="node-starter")
         self._ports: set[int] = set()  # Ray refuses to start if two of its parts get the same one
@@ -137,7 +138,7 @@ class LocalCluster:
             if time.monotonic() > deadline_s:
                 return False
             time.sleep(0.25)
-        return True
+        return not self._is_ending  # another thread may end the cluster meanwhile; a new head would outlive that
 
     def __enter__(self) -> Self:
         token_path = Path(self.environment["RAY_AUTH_TOKEN_PATH"])
@@ -182,6 +183,7 @@ class LocalCluster:
 
     def stop(self) -> None:
         """Ends every process of the nodes, gently at first, and removes the cluster's files."""
+        self._is_ending = True
         started = [process for node in self._nodes.values() for process in with_descendants(node.pid)]
         for node in self._nodes.values():
             node.terminate()
