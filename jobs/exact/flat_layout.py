@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 BLOCK = 1024  # values in a block
 
+PIECE_VALUES = 16 << 20  # copied at a time from a GPU: 64 MiB of fp32, twice in pinned memory
+
 # Parameters start at multiples of 64 bytes, as torch's own allocations do: vector kernels may round differently on
 # other alignments.
 _ALIGNMENT = 16

@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from cluster.monitoring.metric_table import Phase
+from jobs.exact.flat_layout import PIECE_VALUES
 from jobs.run.step_timer import StepTimer
-
-PIECE_VALUES = 16 << 20  # of fp32: 64 MiB, twice in pinned memory
 
 Take = Callable[[Iterator[Tensor]], object]
 """Takes values end to end, in pieces on the host (n,), each of which is valid until the next one is asked for."""

@@ -8,8 +8,7 @@ from typing import Any, get_args
 from cluster.settings.run import RunConfig, batch_schedule, planned_vocabulary, seq_len, way_to_compute, with_precision
 from cluster.storage.uris import open_storage
 from jobs.exact.exact_reduce import lane_steps
-from jobs.exact.flat_layout import BLOCK, FlatLayout
-from jobs.exact.host_copies import PIECE_VALUES
+from jobs.exact.flat_layout import BLOCK, PIECE_VALUES, FlatLayout
 from jobs.plan.formulas import FP32_BYTES, STATE_BYTES, num_subtrees_of_rank
 from jobs.run.history import why_not_resumed
 from jobs.snapshots.slots import NUM_SLOTS

@@ -50,13 +50,13 @@ def run_rank(rank: int, folder: Path) -> None:
 
 def train_world(name: str, rank: int, folder: Path) -> None:
     if name == "slow" and rank == 1:
-        hidden = GPT.hidden
+        forward = GPT.forward
 
-        def slow_hidden(model: GPT, token_ids: Tensor, *, eot_id: int | None = None) -> Tensor:
-            time.sleep(SLOW_BY_S)
-            return hidden(model, token_ids, eot_id=eot_id)
+        def slow_forward(model: GPT, token_ids: Tensor, **options: Any) -> Tensor:
+            time.sleep(SLOW_BY_S if model.training else 0)
+            return forward(model, token_ids, **options)
 
-        GPT.hidden = slow_hidden  # type: ignore[method-assign]
+        GPT.forward = slow_forward  # type: ignore[method-assign]
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{name}", rank=rank, world_size=WORLDS[name])
     train(plan_of(name, folder), rank=rank, world_size=WORLDS[name])
     dist.destroy_process_group()
