@@ -38,7 +38,8 @@ STOP_WAIT_S = 30
 
 _HEAD = "head"
 _START_NODE = Path(__file__).resolve().with_name("start_node.py")
-_START_TIMEOUT_S = 120.0  # for each of two tries; a node takes 5 to 15 s on two free cores, 60 s on busy ones
+_MAX_STARTS = 3
+_START_TIMEOUT_S = 120.0  # for each of them; a node takes 5 to 15 s on two free cores, 60 s on busy ones
 _SAY_EVERY_S = 15.0
 _BUSY_LOAD = 2.0  # processes that want each CPU
 _LITTLE_MEMORY_BYTES = 1 << 30
@@ -258,10 +259,10 @@ class LocalCluster:
         return {node["node_id"]: node["node_name"] for node in response.json()["data"]["result"]["result"]}
 
     def _wait(self, names: Collection[str]) -> None:
-        """Waits until the nodes are alive. One that ends or is late is started once more, as a machine that was busy at
-        the time is the usual reason. Raises `ClusterError`."""
+        """Waits until the nodes are alive. One that ends or is late is started again, as a machine that was busy at the
+        time is the usual reason: Ray ends a node that takes over 30 s. Raises `ClusterError`."""
         began_s = said_s = time.monotonic()
-        launched_s = dict.fromkeys(names, began_s)
+        launched_s, num_starts = dict.fromkeys(names, began_s), dict.fromkeys(names, 1)
         while True:
             alive, now_s = self._alive_nodes(), time.monotonic()
             # A new head first counts its predecessor too, until that one's health checks have failed.
@@ -278,10 +279,11 @@ class LocalCluster:
                 else:
                     continue
                 problem = f"the local cluster's {name} {problem}"
-                if launched_s[name] > began_s:
-                    raise ClusterError(f"{problem}, for the second time. {self._last_words(name)}")
+                if num_starts[name] == _MAX_STARTS:
+                    raise ClusterError(f"{problem}, {_MAX_STARTS} times. {self._last_words(name)}")
                 said = f" and said: {words}" if (words := _last_words(self._log(name))) else ""
-                say(f"{problem}{said}; it is started once more")
+                say(f"{problem}{said}; it is started again")
+                num_starts[name] += 1
                 self._clear(name)
                 self._launch(name)
                 launched_s[name] = said_s = time.monotonic()

@@ -92,7 +92,7 @@ def cluster(before: set[psutil.Process], said: io.StringIO) -> Iterator[LocalClu
 
 def test_a_node_that_is_lost_while_it_starts_is_started_once_more(cluster: LocalCluster, said: io.StringIO) -> None:
     assert cluster.node_names == ["head", "node-1"]
-    assert "the local cluster's node-1 ended while starting; it is started once more\n" in said.getvalue()
+    assert "the local cluster's node-1 ended while starting; it is started again\n" in said.getvalue()
 
 
 def test_it_is_out_of_others_reach(cluster: LocalCluster, before: set[psutil.Process]) -> None:
@@ -227,24 +227,24 @@ def test_a_killed_owner_leaves_nothing_running(waits_for_agents: bool) -> None:
 
 
 def test_a_node_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """The second failure is one line with the node's own last words, the machine's state and a log that is kept."""
+    """The last failure is one line with the node's own last words, the machine's state and a log that is kept."""
     children = set(psutil.Process().children(recursive=True))
     cluster = LocalCluster(num_nodes=1, cpus_per_node=1)
     monkeypatch.setenv("PYTHONHOME", "/nonexistent")  # no Python starts with it
     with pytest.raises(ClusterError) as raised:
         cluster.__enter__()
     words = re.fullmatch(
-        r"the local cluster's head ended while starting, for the second time\. "
+        r"the local cluster's head ended while starting, 3 times\. "
         r"It said: ModuleNotFoundError: No module named 'encodings'\. Now the machine is (not )?overloaded: "
         r"[\d.]+ processes want its \d+ CPUs and [\d.]+ GB of memory are free\. Its log is (.*)",
         str(raised.value),
     )
     assert words, str(raised.value)
     log = Path(words[2])
-    assert log.read_text().count("No module named 'encodings'") == 2
+    assert log.read_text().count("No module named 'encodings'") == 3
     log.unlink()
-    said = "ended while starting and said: ModuleNotFoundError: No module named 'encodings'; it is started once more\n"
-    assert capsys.readouterr().err == f"the local cluster's head {said}"
+    said = "ended while starting and said: ModuleNotFoundError: No module named 'encodings'; it is started again\n"
+    assert capsys.readouterr().err == 2 * f"the local cluster's head {said}"
     assert started_since(children) == []
     assert not Path(cluster.environment["RAY_AUTH_TOKEN_PATH"]).parent.exists()
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cluster.storage.folder import LocalStorage
-from cluster.storage.uris import Storage, open_storage
+from cluster.storage.uris import NotFoundError, Storage, open_storage
 from jobs.tokens.growing_store import Clock
 from jobs.tokens.token_store import MANIFEST, SEALED, Manifest, Shard, TokenStoreError
 from jobs.tokens.token_stream import TokenStream
@@ -24,8 +24,11 @@ class GrowingFolder(LocalStorage):
 
     def local_path(self, key: str) -> Path:
         if key.endswith(".bin"):
-            name = MANIFEST if self.exists(MANIFEST) else SEALED
-            listed = {shard.file for shard in Manifest.from_json(self.read_bytes(name)).shards}
+            try:
+                manifest = self.read_bytes(MANIFEST if self.exists(MANIFEST) else SEALED)
+            except NotFoundError:  # the writer has just finished
+                manifest = self.read_bytes(MANIFEST)
+            listed = {shard.file for shard in Manifest.from_json(manifest).shards}
             assert key in listed, f"{key} is read before it is sealed"
         return super().local_path(key)
 

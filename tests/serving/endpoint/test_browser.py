@@ -75,6 +75,7 @@ class Watched:
         self.page = page
         self.problems: list[str] = []
         page.set_default_timeout(1e3 * limit_s(20))
+        expect.set_options(timeout=1e3 * limit_s(20))
         page.on("console", self._heard)
         page.on("pageerror", lambda error: self.problems.append(str(error)))
         page.on("request", lambda r: None if r.url.startswith((url, "data:")) else self.problems.append(r.url))
