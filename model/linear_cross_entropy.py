@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE_INDEX = -100
@@ -47,6 +48,13 @@ def losses_and_gradients(h: Tensor, w: Tensor, targets: Tensor) -> tuple[Tensor,
     return losses[:, 0], gradients.to(scores.dtype)
 
 
+def _losses(h: Tensor, w: Tensor, targets: Tensor) -> Tensor:
+    """Returns each token's loss alone, the same bits."""
+    scores = h @ w.T
+    wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    return F.cross_entropy(wide, targets, ignore_index=IGNORE_INDEX, reduction="none")
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """Turns each chunk into its share of the gradients in the forward pass, as the gradient of the scores is known as
     soon as they are: none are kept or computed again (Liger kernel, arXiv 2410.10989, section 3.2)."""
@@ -66,12 +74,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight: Tensor | None = None
         for some, labels in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True):
             h = some.to(dtype)  # (K, C)
+            if not with_grad:
+                losses.append(_losses(h, w, labels))
+                continue
             chunk_losses, grad = chunk(h, w, labels)
             losses.append(chunk_losses)
-            if with_grad:
-                grads_hidden.append((grad @ w).to(hidden.dtype))
-                product = grad.T @ h
-                grad_weight = product.to(weight.dtype) if grad_weight is None else grad_weight.add_(product)
+            grads_hidden.append((grad @ w).to(hidden.dtype))
+            product = grad.T @ h
+            grad_weight = product.to(weight.dtype) if grad_weight is None else grad_weight.add_(product)
         if with_grad:
             ctx.save_for_backward(torch.cat(grads_hidden), grad_weight)
         return torch.cat(losses).sum()

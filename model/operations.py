@@ -64,10 +64,7 @@ def compiled(backend: "str | Callable[..., Any]" = "inductor") -> Operations:
         y: Tensor = (block if torch.is_grad_enabled() else _block)(module, x, mask)
         return y
 
-    def cross_entropy(*args: Any, **options: Any) -> Tensor:
-        return linear_cross_entropy(*args, **options, chunk=chunk if torch.is_grad_enabled() else None)
-
-    return PLAIN._replace(block=block_in_training, cross_entropy=cross_entropy)
+    return PLAIN._replace(block=block_in_training, cross_entropy=partial(linear_cross_entropy, chunk=chunk))
 
 
 def use_operations(model: nn.Module, ops: Operations) -> None:

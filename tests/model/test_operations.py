@@ -86,6 +86,15 @@ def test_a_loss_keeps_its_gradient_for_a_second_backward() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_loss_has_the_same_bits_without_gradients(autocast: bool) -> None:
+    model = with_operations(PLAIN)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        with_gradients = model.loss(INPUTS, TARGETS)
+        with torch.no_grad():
+            assert torch.equal(model.loss(INPUTS, TARGETS), with_gradients.detach())
+
+
 @pytest.mark.parametrize("ops", [PLAIN, CPU], ids=["plain", "cpu"])
 def test_recomputing_changes_no_bit(ops: Operations) -> None:
     def gradients(ops: Operations) -> list[Tensor]:
