@@ -57,7 +57,7 @@ def _app(config: ServeConfig, *, deployment: str) -> serve.Application:
     fixed = replicas.min_replicas == replicas.max_replicas
     # A full replica answers 429 itself. Ray Serve's own limit is higher, so that only a flood gets the proxy's refusal,
     # to which front_door.py gives OpenAI's shape.
-    flood_limit = 2 * replicas.max_ongoing_requests
+    flood_limit = 2 * config.max_ongoing_requests
     health: dict[str, Any] = {
         "health_check_period_s": 1,  # a dead engine is replaced within seconds; the default is 10 s
         "health_check_timeout_s": 5,
@@ -69,7 +69,7 @@ def _app(config: ServeConfig, *, deployment: str) -> serve.Application:
         autoscaling_config=None if fixed else autoscaling(config),
         ray_actor_options={
             "num_cpus": replicas.threads_per_replica,
-            "num_gpus": 1 if config.engine.device == "cuda" else 0,
+            "num_gpus": config.engine.tensor_parallel_size if config.engine.device == "cuda" else 0,
         },
         max_ongoing_requests=flood_limit,
         max_queued_requests=flood_limit,
@@ -99,12 +99,11 @@ def autoscaling(config: ServeConfig) -> AutoscalingConfig:
     """Scales by `ScalingPolicy`, with figures of the last seconds and its own delays instead of Ray Serve's."""
     replicas = config.replicas
     rules = replicas.model_dump(include={field.name for field in fields(ScalingRules)})
+    rules["target_ongoing_requests"] = config.target_ongoing_requests
     return AutoscalingConfig(
         min_replicas=replicas.min_replicas,
         max_replicas=replicas.max_replicas,
-        policy=AutoscalingPolicy(
-            policy_function=ScalingPolicy, policy_kwargs=rules | {"num_slots": config.engine.max_num_seqs}
-        ),
+        policy=AutoscalingPolicy(policy_function=ScalingPolicy, policy_kwargs=rules),
         metrics_interval_s=1,
         look_back_period_s=5,
         upscale_delay_s=0,

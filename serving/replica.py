@@ -61,8 +61,9 @@ class Replica:
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Returns figures for `ScalingPolicy`; Ray Serve calls this each second."""
         versions = self._follower.versions
-        in_use = max(versions.kv_cache_usage, versions.num_running / self._config.engine.max_num_seqs)
-        return {WAITING: versions.num_waiting, KV_USE: in_use}
+        num_slots = versions.live.engine.facts.max_num_seqs
+        in_use = max(versions.kv_cache_usage, versions.num_running / num_slots)
+        return {WAITING: versions.num_waiting / num_slots, KV_USE: in_use}
 
     async def check_health(self) -> None:
         """Raises if Ray Serve has to replace this replica. The coordinator plays no part in that: a fault of its own

@@ -1,10 +1,45 @@
 """The typed settings of the endpoint: `ServeConfig`, of the same kind as the trees in run.py."""
 
-from typing import Literal, Self
+import json
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import BeforeValidator, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from cluster.settings.run import ClusterConfig, Settings, StorageConfig, setting
+
+CPU_NUM_SEQS, CPU_PREFILL_TOKENS = 16, 96  # of settings that are unset; on a GPU vLLM has its own
+
+NOT_VLLM_ARGS = {
+    "model": "set checkpoint",
+    "served_model_name": "set model_name",
+    "dtype": "set engine.dtype",
+    "max_num_seqs": "set engine.max_num_seqs",
+    "max_num_batched_tokens": "set engine.prefill_tokens_per_step",
+    "enable_prefix_caching": "set engine.prefix_cache",
+    "kv_cache_memory_bytes": "set engine.kv_cache_tokens",
+    "tensor_parallel_size": "set engine.tensor_parallel_size",
+    "pipeline_parallel_size": "set engine.tensor_parallel_size",
+    "data_parallel_size": "set replicas.max_replicas",
+    "max_model_len": "it is the checkpoint's n_positions",
+    "speculative_config": "with it vLLM refuses min_p and logit_bias, which requests may have",
+} | dict.fromkeys(
+    ("tokenizer", "skip_tokenizer_init", "generation_config", "seed", "max_logprobs", "disable_log_stats"),
+    "raymill sets it",
+)
+"""vLLM's arguments that follow from other settings, and what to do instead."""
+
+
+def _from_json(value: Any) -> Any:
+    """Reads what a flag gives: a list of one text, or of several if the shell has split it."""
+    if not isinstance(value, list):
+        return value
+    try:
+        return json.loads(" ".join(value))
+    except ValueError as error:
+        raise ValueError(f"expected one JSON object, such as '{{\"enforce_eager\": true}}': {error}") from None
+
+
+VllmArgs = Annotated[dict[str, Any], BeforeValidator(_from_json)]
 
 
 class ReplicaConfig(Settings):
@@ -12,8 +47,12 @@ class ReplicaConfig(Settings):
 
     min_replicas: NonNegativeInt = setting(1, "replicas kept when idle; 0 scales to zero")
     max_replicas: PositiveInt = setting(1, "replicas under load")
-    target_ongoing_requests: PositiveFloat = setting(8.0, "requests per replica that autoscaling aims at")
-    max_ongoing_requests: PositiveInt = setting(64, "completions a replica takes on at once; more get 429")
+    target_ongoing_requests: PositiveFloat | None = setting(
+        None, "requests per replica that autoscaling aims at; 8 when unset, 128 on a GPU"
+    )
+    max_ongoing_requests: PositiveInt | None = setting(
+        None, "completions a replica takes on at once; more get 429; 64 when unset, 1024 on a GPU"
+    )
     max_requests_per_key: PositiveInt | None = setting(
         None, "POST requests of one API key in flight on a replica; more get 429"
     )
@@ -40,34 +79,74 @@ class ReplicaConfig(Settings):
 class EngineConfig(Settings):
     """The engine of one replica."""
 
-    max_num_seqs: PositiveInt = setting(16, "sequences decoded together")
-    max_waiting: NonNegativeInt = setting(128, "sequences that may wait for a slot; more get 429")
+    max_num_seqs: PositiveInt | None = setting(
+        None, f"sequences decoded together; {CPU_NUM_SEQS} when unset, on a GPU vLLM's own number"
+    )
+    max_waiting: NonNegativeInt | None = setting(
+        None, "sequences that may wait for a slot; more get 429; 128 when unset, 1024 on a GPU"
+    )
     max_queue_s: PositiveFloat = setting(
         30.0, "longest wait until a request is started, seconds; one that waits, or would wait, longer gets 429"
     )
     dtype: Literal["auto", "float32", "bfloat16", "int8"] = setting(
         "auto",
         "precision of weights and KV cache; int8 needs the native kernels and has a bfloat16 cache; auto: "
-        "bfloat16 if the run computed in it and this processor does so at speed, otherwise float32",
+        "bfloat16 if the run computed in it and this processor does so at speed, and on any GPU that does; "
+        "otherwise float32",
     )
-    device: Literal["cpu", "cuda"] = setting("cpu", "cuda: one GPU for each replica")
-    backend: Literal["raymill", "vllm"] = setting(
-        "raymill", "vllm: the same checkpoint and API, computed by vLLM; see engine.vllm_python"
+    device: Literal["cpu", "cuda"] = setting("cpu", "cuda: as many GPUs for each replica as tensor_parallel_size says")
+    backend: Literal["auto", "raymill", "vllm"] = setting(
+        "auto",
+        "raymill: its own engine, on CPUs only; vllm: the same checkpoint and API, computed by vLLM; auto: vllm on "
+        "a GPU, raymill on CPUs",
     )
-    vllm_python: str | None = setting(None, "Python of vLLM's own environment, with its torch; raymill's when unset")
+    vllm_python: str | None = setting(
+        None, "Python of vLLM's own environment, with its torch; $RAYMILL_VLLM_PYTHON or raymill's when unset"
+    )
+    vllm_args: VllmArgs = setting(
+        {}, "further arguments of vLLM's engine, by their names in its EngineArgs; as a flag one JSON object"
+    )
+    tensor_parallel_size: PositiveInt = setting(1, "GPUs of one pod that share the model, by vLLM")
+    batch_invariant: bool = setting(
+        False, "have vLLM compute the same bits for a sequence whatever shares its steps, on GPUs that can; slower"
+    )
     kernels: Literal["auto", "native", "torch"] = setting(
         "auto",
-        "native: compiled for this CPU at first use, by g++ or $CXX; torch: PyTorch's own; auto: native if "
-        "available, and torch on a GPU",
+        "native: compiled for this CPU at first use, by g++ or $CXX; torch: PyTorch's own; auto: native if available",
     )
-    kv_cache_tokens: int | None = setting(None, "tokens in the KV cache; max_num_seqs whole contexts when unset", ge=16)
+    kv_cache_tokens: int | None = setting(
+        None, "tokens in the KV cache; max_num_seqs whole contexts when unset, on a GPU all that fits", ge=16
+    )
     prefix_cache: bool = setting(True, "read the common start of prompts only once while the cache holds it")
-    prefill_tokens_per_step: PositiveInt = setting(96, "prompt tokens that a step reads while running sequences wait")
+    prefill_tokens_per_step: PositiveInt | None = setting(
+        None,
+        f"prompt tokens that a step reads while running sequences wait; {CPU_PREFILL_TOKENS} when unset, on a GPU "
+        "vLLM's own number",
+    )
 
     @property
-    def max_sequences(self) -> int:
-        """The number of sequences that a replica takes on, running and waiting; each prompt and each choice is one."""
-        return self.max_num_seqs + self.max_waiting
+    def runs_vllm(self) -> bool:
+        return self.backend == "vllm" or (self.backend == "auto" and self.device == "cuda")
+
+    @property
+    def waiting_room(self) -> int:
+        """The number of sequences that may wait."""
+        return self.max_waiting if self.max_waiting is not None else 1024 if self.device == "cuda" else 128
+
+    @model_validator(mode="after")
+    def _what_the_engine_has(self) -> Self:
+        if self.backend == "raymill" and self.device == "cuda":
+            raise ValueError("backend=raymill computes on CPUs; with device=cuda expected backend auto or vllm")
+        if not self.runs_vllm and (self.vllm_args or self.tensor_parallel_size > 1):
+            raise ValueError("vllm_args and tensor_parallel_size are vLLM's; expected backend=vllm or device=cuda")
+        if self.batch_invariant and self.device == "cpu":
+            raise ValueError(
+                "batch_invariant needs device=cuda; on CPUs a sequence has the same bits in any batch by raymill's own "
+                "kernels (backend=raymill), and never by vLLM"
+            )
+        for name in self.vllm_args.keys() & NOT_VLLM_ARGS.keys():
+            raise ValueError(f"vllm_args cannot have {name}: {NOT_VLLM_ARGS[name]}")
+        return self
 
 
 class HttpConfig(Settings):
@@ -116,3 +195,13 @@ class ServeConfig(Settings):
     engine: EngineConfig = EngineConfig()
     cluster: ClusterConfig = ClusterConfig(num_nodes=2)
     storage: StorageConfig = StorageConfig()
+
+    @property
+    def max_ongoing_requests(self) -> int:
+        """The number of requests that a replica takes on."""
+        return self.replicas.max_ongoing_requests or (1024 if self.engine.device == "cuda" else 64)
+
+    @property
+    def target_ongoing_requests(self) -> float:
+        """The number of requests per replica that autoscaling aims at."""
+        return self.replicas.target_ongoing_requests or (128 if self.engine.device == "cuda" else 8)

@@ -3,7 +3,6 @@
 import asyncio
 import hashlib
 import math
-import secrets
 from collections.abc import AsyncIterator
 from dataclasses import KW_ONLY, dataclass
 
@@ -117,10 +116,11 @@ async def start_completion(
     request that cannot be served, 429 if there is no room for it now, 503 without an engine."""
     model, engine = version.model, version.engine
     num_sequences = len(request.prompt) * request.n
-    if num_sequences > config.engine.max_sequences:
+    max_sequences = engine.facts.max_num_seqs + config.engine.waiting_room
+    if num_sequences > max_sequences:
         raise invalid_request(
             f"The request asks for {num_sequences} sequences ({len(request.prompt)} prompts, n={request.n}); "
-            f"this endpoint holds {config.engine.max_sequences} at once; ask for fewer",
+            f"this endpoint holds {max_sequences} at once; ask for fewer",
             param="n",
         )
     refuse_when_full(engine, num_sequences, config)
@@ -137,13 +137,12 @@ async def start_completion(
             seq_id=engine.next_seq_id(),
             prompt_ids=prompt_ids,
             max_tokens=request.token_limit,
-            sampling=_sampling(request, seed=choice_seed(seed, index)),
+            sampling=_sampling(request, index),
             ignore_eos=request.ignore_eos,
             num_logprobs=request.logprobs,
             prompt_logprobs=request.echo and request.logprobs is not None,
         )
         for prompt_ids in prompts
-        for seed in [secrets.randbits(63) if request.seed is None else request.seed]
         for index in range(request.n)
     ]
     try:
@@ -175,7 +174,7 @@ async def start_completion(
 
 def refuse_when_full(engine: EngineClient, num_sequences: int, config: ServeConfig) -> None:
     """Raises `ApiError` (429) if there is no room for as many more sequences, or only after too long a wait."""
-    max_requests, max_sequences = config.replicas.max_ongoing_requests, config.engine.max_sequences
+    max_requests, max_sequences = config.max_ongoing_requests, engine.facts.max_num_seqs + config.engine.waiting_room
     max_queue_s = config.engine.max_queue_s
     if engine.num_open_requests >= max_requests:
         raise overloaded(f"The replica is at its limit of {max_requests} requests; try again later")
@@ -198,7 +197,8 @@ def choice_seed(seed: int, index: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{index}".encode()).digest()[:8]) >> 1
 
 
-def _sampling(request: CompletionRequest, *, seed: int) -> SamplingParams:
+def _sampling(request: CompletionRequest, index: int) -> SamplingParams:
+    """Returns how choice `index` is drawn: with a seed only if the client gave one, as vLLM draws such rows alone."""
     return SamplingParams(
         temperature=request.temperature,
         top_k=max(request.top_k, 0),
@@ -208,5 +208,5 @@ def _sampling(request: CompletionRequest, *, seed: int) -> SamplingParams:
         frequency_penalty=request.frequency_penalty,
         repetition_penalty=request.repetition_penalty,
         logit_bias=tuple(request.logit_bias.items()),
-        seed=seed,
+        seed=None if request.seed is None else choice_seed(request.seed, index),
     )

@@ -37,7 +37,7 @@ def build_http_app(*, versions: Versions, metrics: ReplicaMetrics, access: Curre
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.include_router(page_router())
     app.include_router(admin)
-    app.include_router(tool_router(max_waiting=config.replicas.max_ongoing_requests))
+    app.include_router(tool_router(max_waiting=config.max_ongoing_requests))
     add_state_routes(app, versions=versions, metrics=metrics)
     add_error_handlers(app)
     relay = RelayClient()

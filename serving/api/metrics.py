@@ -1,9 +1,13 @@
-"""A replica's metrics, under vLLM's names, so that vLLM's dashboards work."""
+"""A replica's metrics, under vLLM's names, so that vLLM's dashboards work, and those of vLLM itself beside them."""
 
 import time
+from collections.abc import Iterator
+
+from prometheus_client import Metric
+from prometheus_client.registry import Collector
 
 from cluster.monitoring.metric_export import Metrics
-from cluster.monitoring.metric_table import Exporter
+from cluster.monitoring.metric_table import Exporter, metrics
 from serving.delivery.promotion import VersionStats
 from serving.delivery.versions import Versions
 from serving.engine.messages import FinishReason
@@ -15,19 +19,37 @@ class ReplicaMetrics:
     """Counts sequences where vLLM counts requests: one for each prompt and each choice of a request."""
 
     def __init__(self, *, versions: Versions, model_name: str, replica: str, start_s: float) -> None:
-        self.exported = metrics = Metrics(Exporter.REPLICA, model_name=model_name, replica=replica)
-        metrics.of("vllm:num_requests_running").set_function(lambda: versions.num_running)
-        metrics.of("vllm:num_requests_waiting").set_function(lambda: versions.num_waiting)
-        metrics.of("vllm:kv_cache_usage_perc").set_function(lambda: versions.kv_cache_usage)
-        metrics.of("raymill:predicted_queue_seconds").set_function(lambda: versions.expected_wait_s)
-        metrics.of("raymill:replica_start_seconds").set(start_s)
+        self.exported = exported = Metrics(Exporter.REPLICA, model_name=model_name, replica=replica)
+        exported.of("vllm:num_requests_running").set_function(lambda: versions.num_running)
+        exported.of("vllm:num_requests_waiting").set_function(lambda: versions.num_waiting)
+        exported.of("vllm:kv_cache_usage_perc").set_function(lambda: versions.kv_cache_usage)
+        exported.of("raymill:predicted_queue_seconds").set_function(lambda: versions.expected_wait_s)
+        exported.of("raymill:replica_start_seconds").set(start_s)
         for reason in (*FinishReason, ABORTED):
-            metrics.of("vllm:request_success", finished_reason=reason)
-        self.prompt_tokens = metrics.of("vllm:prompt_tokens")
-        self.generation_tokens = metrics.of("vllm:generation_tokens")
-        self.ttft_s = metrics.of("vllm:time_to_first_token_seconds")
-        self.itl_s = metrics.of("vllm:inter_token_latency_seconds")
-        self.e2e_s = metrics.of("vllm:e2e_request_latency_seconds")
+            exported.of("vllm:request_success", finished_reason=reason)
+        self.prompt_tokens = exported.of("vllm:prompt_tokens")
+        self.generation_tokens = exported.of("vllm:generation_tokens")
+        self.ttft_s = exported.of("vllm:time_to_first_token_seconds")
+        self.itl_s = exported.of("vllm:inter_token_latency_seconds")
+        self.e2e_s = exported.of("vllm:e2e_request_latency_seconds")
+        exported.collectors.register(EngineMetrics(versions, {"model_name": model_name, "replica": replica}))
+
+
+class EngineMetrics(Collector):
+    """The live engine's own metrics, which only vLLM has, as of the collection before. Those that the replica counts
+    itself are left out: they are sequences here, and requests in vLLM, whose requests are sequences."""
+
+    def __init__(self, versions: Versions, labels: dict[str, str]) -> None:
+        self._versions = versions
+        self._labels = labels
+
+    def collect(self) -> Iterator[Metric]:
+        for name, kind, text, samples in self._versions.live.engine.metrics():
+            if name not in metrics():
+                family = Metric(name, text, kind)
+                for sample_name, labels, value in samples:
+                    family.add_sample(sample_name, labels | self._labels, value)
+                yield family
 
 
 class RequestTimer:

@@ -22,7 +22,6 @@ class ScalingRules:
     min_replicas: int
     max_replicas: int
     target_ongoing_requests: float  # of a replica
-    num_slots: int  # of a replica
     scale_up_after_s: float  # of load that needs more
     scale_down_after_s: float  # of load that needs less
     scale_to_zero_after_s: float  # without any request
@@ -36,8 +35,8 @@ class Observation:
     now_s: float
     num_replicas: int  # including those that are starting
     num_ongoing: float  # requests, at the replicas and before them
-    num_waiting: float  # sequences without a slot
-    kv_use: float  # of cache or slots, whichever is fuller, in replicas: 1.5 is one and a half full replicas
+    waiting: float  # sequences without a slot, in replicas: 1.5 would fill the slots of one and a half
+    kv_use: float  # of cache or slots, whichever is fuller, in replicas
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ History = tuple[Wanted, ...]
 def wanted_replicas(seen: Observation, rules: ScalingRules) -> int:
     """Returns how many replicas the current load needs."""
     by_requests = seen.num_ongoing / rules.target_ongoing_requests
-    by_sequences = (seen.kv_use + seen.num_waiting / rules.num_slots) / rules.target_kv_use
+    by_sequences = (seen.kv_use + seen.waiting) / rules.target_kv_use
     # Averages over a few seconds never quite reach 0, for which a replica would be kept.
     wanted = math.ceil(max(by_requests, by_sequences) - 1e-3)
     return min(max(wanted, rules.min_replicas), rules.max_replicas)
@@ -100,7 +99,7 @@ class ScalingPolicy:
             now_s=time.time() if context.current_time is None else context.current_time,
             num_replicas=context.target_num_replicas,
             num_ongoing=context.total_num_requests,
-            num_waiting=sum(reported.get(WAITING, {}).values()),
+            waiting=sum(reported.get(WAITING, {}).values()),
             kv_use=sum(reported.get(KV_USE, {}).values()),
         )
         target, history = decide(seen, context.policy_state.get("history", ()), self._rules)

@@ -11,7 +11,6 @@ from cluster.storage.registry import resolve_checkpoint
 from model.errors import UserError
 from model.sampling_params import SamplingParams
 from serving.delivery.promotion import Version, VersionStats
-from serving.engine.engine_dtype import with_dtype
 from serving.engine.messages import FinishReason, SequenceRequest
 from serving.engine_process.client import EngineClient
 from serving.engine_process.health import HealthCheck
@@ -25,10 +24,10 @@ LONGEST_REQUEST_S = 600.0  # after this an unneeded engine ends, whatever still 
 class LoadedVersion:
     """A version that can serve. `open_requests` counts the requests that may still use its engine."""
 
-    def __init__(self, folder: Path, *, model: ServedModel, engine: EngineClient, dtype: str) -> None:
+    def __init__(self, folder: Path, *, model: ServedModel, engine: EngineClient) -> None:
         self.model = model
         self.engine = engine
-        self.xray = Xray(folder, name=model.name, dtype=dtype)
+        self.xray = Xray(folder, name=model.name, dtype=engine.facts.dtype)
         self.health = HealthCheck(engine, prompt_ids=[0])
         self.open_requests = 0
         self.stats = VersionStats()
@@ -41,10 +40,9 @@ class LoadedVersion:
         model = await asyncio.to_thread(read_served_model, folder, name=name)
         if model.version != version.version:
             raise UserError(f"{version.checkpoint} holds {model.version} now, but {version.version} was promoted")
-        settings = await asyncio.to_thread(with_dtype, config.engine, folder)
         threads = config.replicas.threads_per_replica
-        engine = await EngineClient.start(folder, config=settings, eos_id=model.eos_id, threads=threads)
-        loaded = cls(folder, model=model, engine=engine, dtype=settings.dtype)
+        engine = await EngineClient.start(folder, config=config.engine, eos_id=model.eos_id, threads=threads)
+        loaded = cls(folder, model=model, engine=engine)
         try:
             await loaded.health.self_test()
         except BaseException:

@@ -4,6 +4,7 @@ Shapes: N tokens that a step reads, C model width, M rows for which a token is d
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ class Engine:
         return self._scheduler.num_running + self._scheduler.num_waiting > 0
 
     def submit(self, request: SequenceRequest) -> None:
-        self._scheduler.add(request)
+        self._scheduler.add(replace(request, sampling=request.sampling.with_seed()))
 
     def cancel(self, seq_id: int) -> None:
         self._scheduler.cancel(seq_id)
@@ -130,7 +131,7 @@ def _sample(sequences: list[Sequence], logits: Tensor, best: Tensor) -> list[int
 def _candidates(logits: Tensor, token_ids: list[int], num_top: int) -> list[Candidates]:
     """Returns the log-probability of each row's own token and the row's most likely tokens, from logits (N, V)."""
     logprobs = logits.log_softmax(dim=-1)
-    own = logprobs.gather(1, torch.tensor(token_ids, device=logits.device)[:, None])[:, 0].tolist()  # (N,)
+    own = logprobs.gather(1, torch.tensor(token_ids)[:, None])[:, 0].tolist()  # (N,)
     top_values, top_ids = logprobs.topk(min(num_top, logits.shape[-1]), dim=-1)  # (N, num_top)
     return [
         Candidates(logprob, list(zip(ids, values, strict=True)))

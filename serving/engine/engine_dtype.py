@@ -11,10 +11,11 @@ def with_dtype(config: EngineConfig, folder: Path) -> EngineConfig:
     """Returns the settings with a type instead of `auto`.
 
     A run in bf16 rounded its matrices to bf16 in each step, so bf16 serves it without loss where the processor computes
-    bf16 at speed. All others are served in float32, which rounds nothing.
+    bf16 at speed. All others are served in float32, which rounds nothing, except on a GPU: it has fast attention for
+    bf16 alone.
     """
     if config.dtype != "auto":
         return config
     trained = None if is_hf_folder(folder) else read_metadata(folder).precision
-    is_rounded = trained == "bf16" and fast_precision(config.device) == "bf16"
-    return config.model_copy(update={"dtype": "bfloat16" if is_rounded else "float32"})
+    is_bf16 = (trained == "bf16" or config.device == "cuda") and fast_precision(config.device) == "bf16"
+    return config.model_copy(update={"dtype": "bfloat16" if is_bf16 else "float32"})

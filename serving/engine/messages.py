@@ -47,6 +47,14 @@ class TokenEvent(NamedTuple):
     prompt_logprobs: list[Candidates | None] | None  # in the first event, if asked for; the first token has none
 
 
+class EngineFacts(NamedTuple):
+    """Sent once, when the engine takes sequences."""
+
+    dtype: str
+    max_num_seqs: int  # sequences that are decoded together
+    tokens_per_step: int  # of prompts, that a step may read
+
+
 class Admission(NamedTuple):
     """Sent before a step that starts new sequences. On a slow processor that step takes seconds, during which no
     request that has begun may be refused for having waited too long."""
@@ -54,6 +62,15 @@ class Admission(NamedTuple):
     admitted: list[int]  # sequences
     num_running: int
     num_waiting: int
+
+
+class MetricFamily(NamedTuple):
+    """One of vLLM's own metrics, in Prometheus' terms."""
+
+    name: str
+    kind: str
+    help: str
+    samples: list[tuple[str, dict[str, str], float]]  # name, labels, value
 
 
 class StepReport(NamedTuple):

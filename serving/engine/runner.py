@@ -1,7 +1,7 @@
 """The interface of a runner, which computes a step: the decoder on chunks of many sequences, with its KV cache in
 blocks.
 
-There are two: the CPU kernels (native_runner.py), and PyTorch for everything else (torch_runner.py).
+There are two: the native kernels (native_runner.py), and PyTorch where they are missing (torch_runner.py).
 Shapes: N tokens of all chunks, C model width, M rows, V vocabulary.
 """
 

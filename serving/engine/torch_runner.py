@@ -1,4 +1,5 @@
-"""Computes the decoder's step in PyTorch, on any device, with one call of the model for all tokens of a step.
+"""Computes the decoder's step in PyTorch, with one call of the model for all tokens of a step: the reference for the
+native kernels, and the fallback where they cannot be compiled.
 
 The projections see the tokens as one long row; attention takes the readings of one length at a time.
 Shapes: N tokens of a step, B readings of one length T, P cached positions read, L layers, H heads of width D, W blocks
@@ -24,11 +25,9 @@ class TorchRunner:
 
     def __init__(self, model: GPT, *, num_blocks: int) -> None:
         self._model = model.eval()
-        parameter = next(model.parameters())
-        self._device = parameter.device
         shape = (model.config.n_layer, num_blocks, BLOCK_TOKENS, model.config.n_head, model.config.head_dim)
         # Zeros, not empty memory: a masked position is still multiplied by its weight of 0, and 0 x NaN is NaN.
-        self._keys = torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)  # (L, blocks, S, H, D)
+        self._keys = torch.zeros(shape, dtype=next(model.parameters()).dtype)  # (L, blocks, S, H, D)
         self._values = torch.zeros_like(self._keys)
 
     def forward(self, readings: Sequence[Reading]) -> Tensor:
@@ -38,9 +37,9 @@ class TorchRunner:
         token_ids = [token_id for r in ordered for token_id in r.token_ids]
         positions = [position for r in ordered for position in r.positions]
         hidden = self._model(
-            torch.tensor([token_ids], device=self._device),  # (1, N)
+            torch.tensor([token_ids]),  # (1, N)
             kv_cache=StepCache(self._keys, self._values, ordered),
-            positions=torch.tensor([positions], device=self._device),  # (1, N)
+            positions=torch.tensor([positions]),  # (1, N)
         )[0]
         if order == sorted(order):
             return hidden
@@ -75,7 +74,7 @@ class StepCache:
             groups.append(Group.of(rows, positions[0, start:end].view(-1, length), first=start, dtype=self.keys.dtype))
             start = end
         blocks = [r.blocks[position // BLOCK_TOKENS] for r in self.readings for position in r.positions]
-        return StepWindow(self, torch.tensor(blocks, device=positions.device), positions[0] % BLOCK_TOKENS, groups)
+        return StepWindow(self, torch.tensor(blocks), positions[0] % BLOCK_TOKENS, groups)
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ class Group:
     def of(cls, rows: Sequence[Reading], positions: Tensor, *, first: int, dtype: torch.dtype) -> "Group":
         num_positions = max(r.positions.stop for r in rows)
         width = num_blocks_for(num_positions)
-        tables = torch.tensor([(r.blocks + [0] * width)[:width] for r in rows], device=positions.device)
+        tables = torch.tensor([(r.blocks + [0] * width)[:width] for r in rows])
         is_causal, mask = visible_mask(positions, num_positions, dtype=dtype)
         tokens = slice(first, first + positions.numel())
         return cls(tokens, len(rows), tables, num_positions, mask=mask, is_causal=is_causal)

@@ -1,28 +1,45 @@
 """Runs vLLM instead of the engine, with the same checkpoint and the same messages, and therefore the same API.
 
 It runs in the engine's process, with a Python whose environment has vLLM (`engine.vllm_python`). Written for vLLM 0.32
-and its V1 engine. Differences from our engine: sampled text depends on what shares a step; NaN logits go unnoticed;
-vLLM decides how long a sequence waits for room in the cache, and may put a running one back.
+and its V1 engine. Differences from our engine: sampled text depends on what shares a step (unless
+`engine.batch_invariant`); of logits that are not finite only NaN is noticed; vLLM decides how long a sequence waits for
+room in the cache, and may put a running one back.
 """
 
+import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cluster.settings.serve import EngineConfig
+from cluster.settings.parser import suggestion
+from cluster.settings.serve import CPU_NUM_SEQS, CPU_PREFILL_TOKENS, EngineConfig
 from model.config import GPTConfig
 from model.errors import UserError
 from model.hf_config import read_config
 from model.sampling_params import SamplingParams
-from serving.engine.messages import Admission, Candidates, FinishReason, SequenceRequest, StepReport, TokenEvent
+from serving.engine.engine_dtype import with_dtype
+from serving.engine.messages import (
+    Admission,
+    Candidates,
+    EngineFacts,
+    FinishReason,
+    SequenceRequest,
+    StepReport,
+    TokenEvent,
+)
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # this process already belongs to the engine
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # otherwise all replicas take the same cores
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # nothing is sent anywhere
+os.environ.setdefault("VLLM_COMPUTE_NANS_IN_LOGITS", "1")
+os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # a fork would inherit our socket and a started CUDA
 
 import vllm
+import vllm.envs
+from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
+from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.llm_engine import LLMEngine
 
 NUMBER_BYTES = {"float32": 4, "bfloat16": 2}
@@ -34,28 +51,25 @@ class VllmEngine:
     """The same interface as `Engine`."""
 
     def __init__(self, checkpoint: Path, config: EngineConfig, *, eos_id: int | None) -> None:
-        """Raises `UserError` for settings that vLLM does not have."""
+        """Raises `UserError` for settings that vLLM, or this machine, does not have."""
+        _require_device(config)
+        config = with_dtype(config, checkpoint)
         if config.dtype not in NUMBER_BYTES:
             raise UserError(f"engine.dtype={config.dtype} is not vLLM's; expected float32 or bfloat16")
-        shape = read_config(checkpoint)
         self._eos_id = eos_id
         self._requests: dict[int, SequenceRequest] = {}
         self._started: set[int] = set()  # those that have a token
-        arguments = vllm.EngineArgs(
-            model=str(checkpoint),
-            skip_tokenizer_init=True,
-            dtype=config.dtype,
-            max_model_len=shape.n_positions,
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=max(config.prefill_tokens_per_step + config.max_num_seqs, shape.n_positions),
-            max_logprobs=-1,
-            enable_prefix_caching=config.prefix_cache,
-            kv_cache_memory_bytes=_cache_bytes(shape, config),
-            generation_config="vllm",  # no defaults from the checkpoint's folder
-            disable_log_stats=True,
-            seed=0,
-        )
-        self._engine = LLMEngine.from_engine_args(arguments)
+        self._not_finite: set[int] = set()  # those whose logits had NaN in the latest step
+        try:
+            settings = _arguments(checkpoint, config).create_engine_config(UsageContext.OPENAI_API_SERVER)
+        except ValueError as error:
+            raise UserError(f"vLLM refuses its settings: {error}") from None
+        self._engine = LLMEngine.from_vllm_config(settings)
+        core = self._engine.engine_core
+        self._scheduler = core.engine_core.scheduler
+        core.get_output = self._noticing_nan(core.get_output)
+        sizes = settings.scheduler_config
+        self.facts = EngineFacts(config.dtype, sizes.max_num_seqs, sizes.max_num_batched_tokens)
 
     @property
     def has_work(self) -> bool:
@@ -87,7 +101,7 @@ class VllmEngine:
                 admitted.append(request.seq_id)
                 num_prompt_tokens += len(request.prompt_ids)
             events += self._events(request, output)
-        scheduler = self._engine.engine_core.engine_core.scheduler
+        scheduler = self._scheduler
         num_running, num_waiting = len(scheduler.running), len(scheduler.waiting)
         if on_admission is not None and admitted:
             on_admission(Admission(admitted, num_running, num_waiting))
@@ -98,6 +112,17 @@ class VllmEngine:
             kv_cache_usage=round(scheduler.kv_cache_manager.usage, 4),
             num_prompt_tokens=num_prompt_tokens,
         )
+
+    def _noticing_nan(self, get_output: Callable[[], Any]) -> Callable[[], Any]:
+        """Wraps the inner half of vLLM's step, whose outer half forgets how many logits were NaN."""
+
+        def noticed() -> Any:
+            outputs = get_output()
+            # vLLM adds a random end to its requests' names.
+            self._not_finite = {int(o.request_id.partition("-")[0]) for o in outputs.outputs if o.num_nans_in_logits}
+            return outputs
+
+        return noticed
 
     def _params(self, request: SequenceRequest) -> Any:
         sampling: SamplingParams = request.sampling
@@ -122,6 +147,9 @@ class VllmEngine:
 
     def _events(self, request: SequenceRequest, output: Any) -> list[TokenEvent]:
         """Returns a sequence's new tokens; the first comes with the prompt's log-probabilities, if asked for."""
+        if request.seq_id in self._not_finite:
+            self.cancel(request.seq_id)
+            return [TokenEvent(request.seq_id, None, FinishReason.ERROR, None, None)]
         [choice] = output.outputs
         reason = {None: None, "stop": FinishReason.STOP, "length": FinishReason.LENGTH}.get(
             choice.finish_reason, FinishReason.ERROR
@@ -156,10 +184,52 @@ def _candidates(entries: dict[int, Any], token_id: int, num_top: int) -> Candida
     return Candidates(entries[token_id].logprob, [(other, logprob) for _, other, logprob in ranked])
 
 
-def _cache_bytes(shape: GPTConfig, config: EngineConfig) -> int | None:
-    """Returns room for as many tokens as our engine has. None, on a GPU without a setting, lets vLLM decide."""
-    if config.kv_cache_tokens is None and config.device == "cuda":
+def _require_device(config: EngineConfig) -> None:
+    """Raises `UserError` unless this vLLM computes on the device, in the way that is asked for."""
+    device = current_platform.device_type or "no device that it finds"
+    if device != config.device:
+        raise UserError(f"engine.device={config.device}, but vLLM {vllm.__version__} computes on {device} here")
+    if config.batch_invariant and "VLLM_BATCH_INVARIANT" not in vllm.envs.environment_variables:
+        raise UserError(f"engine.batch_invariant is not in vLLM {vllm.__version__}; expected 0.32")
+    if config.batch_invariant and current_platform.is_cuda() and not current_platform.has_device_capability(80):
+        raise UserError("engine.batch_invariant needs a GPU of compute capability 8.0 or more, which this one is not")
+
+
+def _arguments(checkpoint: Path, config: EngineConfig) -> Any:
+    """Returns vLLM's arguments. Raises `UserError` for names that it does not know."""
+    known = sorted(field.name for field in dataclasses.fields(vllm.EngineArgs))
+    for name in config.vllm_args:
+        if name not in known:
+            hint = suggestion(name, known)
+            raise UserError(f"engine.vllm_args: vLLM {vllm.__version__} has no argument {name}{hint}")
+    shape = read_config(checkpoint)
+    num_seqs, num_tokens = config.max_num_seqs, config.prefill_tokens_per_step
+    if config.device == "cpu":
+        num_seqs, num_tokens = num_seqs or CPU_NUM_SEQS, num_tokens or CPU_PREFILL_TOKENS
+    return vllm.EngineArgs(
+        model=str(checkpoint),
+        skip_tokenizer_init=True,
+        dtype=config.dtype,
+        max_model_len=shape.n_positions,
+        max_num_seqs=num_seqs,
+        max_num_batched_tokens=num_tokens and max(num_tokens + (num_seqs or 0), shape.n_positions),
+        max_logprobs=-1,
+        enable_prefix_caching=config.prefix_cache,
+        kv_cache_memory_bytes=_cache_bytes(shape, config, num_seqs),
+        tensor_parallel_size=config.tensor_parallel_size,
+        generation_config="vllm",  # no defaults from the checkpoint's folder
+        seed=0,
+        **config.vllm_args,
+    )
+
+
+def _cache_bytes(shape: GPTConfig, config: EngineConfig, num_seqs: int | None) -> int | None:
+    """Returns the bytes on each device for as many tokens as our engine has room for. None, on a GPU without a setting,
+    lets vLLM decide."""
+    on_cpu = num_seqs * shape.n_positions if num_seqs and config.device == "cpu" else None
+    num_tokens = config.kv_cache_tokens or on_cpu
+    if num_tokens is None:
         return None
-    num_tokens = config.kv_cache_tokens or config.max_num_seqs * shape.n_positions
     num_blocks = -(-num_tokens // BLOCK_TOKENS) + SPARE_BLOCKS
-    return num_blocks * BLOCK_TOKENS * 2 * shape.n_layer * shape.n_embd * NUMBER_BYTES[config.dtype]
+    all_heads = num_blocks * BLOCK_TOKENS * 2 * shape.n_layer * shape.n_embd * NUMBER_BYTES[config.dtype]
+    return all_heads // config.tensor_parallel_size

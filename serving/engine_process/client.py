@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -16,7 +17,9 @@ from cluster.settings.serve import EngineConfig
 from model.errors import UserError
 from serving.engine.messages import (
     Admission,
+    EngineFacts,
     FinishReason,
+    MetricFamily,
     SequenceRequest,
     TokenEvent,
     encode_message,
@@ -28,6 +31,7 @@ from serving.engine_process.peer_watchdog import watch_peer
 from serving.engine_process.sequence_queue import SequenceQueue
 
 SHUTDOWN_TIMEOUT_S = 5.0
+VLLM_PYTHON_VARIABLE = "RAYMILL_VLLM_PYTHON"  # which the image sets
 
 
 class EngineDiedError(Exception):
@@ -71,9 +75,11 @@ class Generation:
 class EngineClient:
     """One engine process. All methods run in the event loop of `start`."""
 
-    def __init__(self, child: Child, *, queue: SequenceQueue) -> None:
+    facts: EngineFacts
+    queue: SequenceQueue
+
+    def __init__(self, child: Child) -> None:
         self._process, self._reader, self._writer = child
-        self.queue = queue
         self._seq_ids = itertools.count()
         self._generations: dict[int, Generation] = {}  # by open sequence
         self._reports: asyncio.Task[None] | None = None
@@ -81,6 +87,7 @@ class EngineClient:
         self.num_waiting = 0
         self.kv_cache_usage = 0.0  # share of the blocks that are held
         self.num_failed_sequences = 0  # ended by logits that are not finite numbers
+        self._metrics: list[MetricFamily] = []
         self.last_progress_s = time.monotonic()  # of a report, or of new work for an idle engine
         self.death_notice = ""
         self.on_death: Callable[[str], None] | None = None  # called with the notice before any request hears of it
@@ -103,9 +110,8 @@ class EngineClient:
                     arguments | {"watchdog": their_line.fileno()},
                     threads=threads,
                     pass_fds=[their_line.fileno()],
-                    python=(config.backend == "vllm" and config.vllm_python) or sys.executable,
-                ),
-                queue=SequenceQueue(num_slots=config.max_num_seqs, tokens_per_step=config.prefill_tokens_per_step),
+                    python=_vllm_python(config) if config.runs_vllm else sys.executable,
+                )
             )
         messages = client._messages()
         first = await anext(messages, None)
@@ -114,6 +120,8 @@ class EngineClient:
             await client.close()
             raise EngineDiedError(await client._describe_death()) if first is None else UserError(first["error"])
         watch_peer(line, peer_pid=client.pid)
+        client.facts = facts = EngineFacts(*first["ready"])
+        client.queue = SequenceQueue(num_slots=facts.max_num_seqs, tokens_per_step=facts.tokens_per_step)
         client._reports = asyncio.create_task(client._dispatch(messages))
         return client
 
@@ -157,6 +165,13 @@ class EngineClient:
         if self.alive:
             self._writer.write(encode_message({"cancel": seq_id}))
 
+    def metrics(self) -> list[MetricFamily]:
+        """Returns the engine's own metrics as the call before asked for them, and asks for new ones. The engine gives
+        them between two steps, so a scrape never waits for a step."""
+        if self.alive:
+            self._writer.write(encode_message({"metrics": None}))
+        return self._metrics
+
     def kill(self) -> None:
         """Kills an engine that makes no progress."""
         self._process.kill()
@@ -181,6 +196,9 @@ class EngineClient:
     async def _dispatch(self, messages: AsyncIterator[Any]) -> None:
         async for message in messages:
             self.last_progress_s = time.monotonic()
+            if isinstance(message, dict) and "metrics" in message:
+                self._metrics = [MetricFamily(*family) for family in message["metrics"]]
+                continue
             if isinstance(message, dict):
                 admission = Admission(*message["admission"])
                 self.num_running, self.num_waiting = admission.num_running, admission.num_waiting
@@ -215,3 +233,7 @@ class EngineClient:
     async def _describe_death(self) -> str:
         exit_code = await asyncio.to_thread(self._process.wait)
         return f"engine process {self.pid} ended with exit code {exit_code}; its own log says why"
+
+
+def _vllm_python(config: EngineConfig) -> str:
+    return config.vllm_python or os.environ.get(VLLM_PYTHON_VARIABLE) or sys.executable

@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
+from prometheus_client import REGISTRY
 
-from cluster.settings.serve import EngineConfig
+from cluster.settings.serve import CPU_NUM_SEQS, CPU_PREFILL_TOKENS, EngineConfig
 from model.checkpoint import load_model
 from model.errors import UserError
 from model.gpt import GPT
 from serving.engine.block_pool import BlockPool, num_blocks_for
 from serving.engine.engine import Engine
 from serving.engine.engine_dtype import with_dtype
-from serving.engine.messages import encode_message, parse_request
+from serving.engine.messages import EngineFacts, MetricFamily, encode_message, parse_request
 from serving.engine.native_library import NoNativeLibraryError
 from serving.engine.native_runner import NativeRunner
 from serving.engine.runner import LOADED_IN, Runner
@@ -61,30 +62,56 @@ def run_engine(engine: "Engine | VllmEngine", channel: Channel) -> NoReturn:
         for message in channel.receive(wait=not engine.has_work):
             if "submit" in message:
                 engine.submit(parse_request(message["submit"]))
-            else:
+            elif "cancel" in message:
                 engine.cancel(message["cancel"])
+            else:
+                channel.send({"metrics": _metrics()})
         channel.send(engine.step(lambda admission: channel.send({"admission": admission})))
 
 
-def _load_engine(checkpoint: Path, config: EngineConfig, *, eos_id: int | None, threads: int) -> "Engine | VllmEngine":
+def _metrics() -> list[MetricFamily]:
+    """Returns vLLM's own metrics, which it keeps in this process. Our engine has none: its replica counts."""
+    return [
+        MetricFamily(family.name, family.type, family.documentation, [sample[:3] for sample in family.samples])
+        for family in REGISTRY.collect()
+        if family.name.startswith("vllm:")
+    ]
+
+
+def _load_engine(
+    checkpoint: Path, config: EngineConfig, *, eos_id: int | None, threads: int
+) -> "tuple[Engine | VllmEngine, EngineFacts]":
     """Loads the engine. Raises `UserError` for an unusable checkpoint or setting."""
-    config = with_dtype(config, checkpoint)
-    if config.backend == "vllm":
+    if config.runs_vllm:
+        if config.batch_invariant:
+            os.environ["VLLM_BATCH_INVARIANT"] = "1"  # read while vLLM is imported
         try:
             from serving.engine.vllm_engine import VllmEngine  # noqa: PLC0415  (usually in another environment)
         except ImportError as error:
-            raise UserError(f"engine.backend=vllm, but {sys.executable} cannot import it: {error}") from None
-        return VllmEngine(checkpoint, config, eos_id=eos_id)
+            raise UserError(
+                f"vLLM is to compute, but {sys.executable} cannot import it: {error}; name the Python of its "
+                "environment in engine.vllm_python"
+            ) from None
+        vllm_engine = VllmEngine(checkpoint, config, eos_id=eos_id)
+        return vllm_engine, vllm_engine.facts
+    config = with_dtype(config, checkpoint)
     # The replica got the folder from `resolve_checkpoint`, which verified it.
     model = load_model(checkpoint, dtype=LOADED_IN[config.dtype], verify=False)
-    return build_engine(model, config, eos_id=eos_id, threads=threads)
+    engine = build_engine(model, config, eos_id=eos_id, threads=threads)
+    return engine, EngineFacts(config.dtype, *_sizes(config))
+
+
+def _sizes(config: EngineConfig) -> tuple[int, int]:
+    """Returns the number of sequences that are decoded together, and of prompt tokens that a step reads."""
+    return config.max_num_seqs or CPU_NUM_SEQS, config.prefill_tokens_per_step or CPU_PREFILL_TOKENS
 
 
 def build_engine(model: GPT, config: EngineConfig, *, eos_id: int | None, threads: int) -> Engine:
     """Builds the engine. Raises `UserError` for a cache that is too small for the model, and if kernels that must be
     native are missing."""
     n_positions = model.config.n_positions
-    kv_cache_tokens = config.kv_cache_tokens or config.max_num_seqs * n_positions
+    max_num_seqs, prefill_tokens_per_step = _sizes(config)
+    kv_cache_tokens = config.kv_cache_tokens or max_num_seqs * n_positions
     if kv_cache_tokens < n_positions:
         raise UserError(
             f"engine.kv_cache_tokens={kv_cache_tokens} is less than one context of this model, {n_positions} tokens"
@@ -93,8 +120,8 @@ def build_engine(model: GPT, config: EngineConfig, *, eos_id: int | None, thread
     return Engine(
         _build_runner(model, config, num_blocks=pool.num_blocks, threads=threads),
         pool,
-        max_num_seqs=config.max_num_seqs,
-        prefill_tokens_per_step=config.prefill_tokens_per_step,
+        max_num_seqs=max_num_seqs,
+        prefill_tokens_per_step=prefill_tokens_per_step,
         eos_id=eos_id,
     )
 
@@ -102,7 +129,7 @@ def build_engine(model: GPT, config: EngineConfig, *, eos_id: int | None, thread
 def _build_runner(model: GPT, config: EngineConfig, *, num_blocks: int, threads: int) -> Runner:
     torch.set_num_threads(threads)
     dtype = str(model.head_weight.dtype).removeprefix("torch.") if config.dtype == "auto" else config.dtype
-    if config.kernels != "torch" and config.device == "cpu":
+    if config.kernels != "torch":
         try:
             runner = NativeRunner(model, dtype=dtype, num_blocks=num_blocks, threads=threads)
         except NoNativeLibraryError as error:
@@ -115,9 +142,7 @@ def _build_runner(model: GPT, config: EngineConfig, *, num_blocks: int, threads:
             return runner
     if config.dtype == "int8":
         raise UserError("engine.dtype=int8 needs the native kernels; expected float32 or bfloat16 without them")
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("engine.device=cuda, but PyTorch sees no GPU here; expected cpu, or a node with one")
-    return TorchRunner(model.to(config.device), num_blocks=num_blocks)
+    return TorchRunner(model, num_blocks=num_blocks)
 
 
 def main() -> int:
@@ -125,12 +150,12 @@ def main() -> int:
     channel = Channel(socket.socket(fileno=args["socket"]))
     config = EngineConfig.model_validate(args["config"])
     try:
-        engine = _load_engine(Path(args["checkpoint"]), config, eos_id=args["eos_id"], threads=args["threads"])
+        engine, facts = _load_engine(Path(args["checkpoint"]), config, eos_id=args["eos_id"], threads=args["threads"])
     except UserError as error:
         channel.send({"error": str(error)})
         return 1
     watch_peer(socket.socket(fileno=args["watchdog"]), peer_pid=os.getppid())
-    channel.send({"ready": True})
+    channel.send({"ready": facts})
     with contextlib.suppress(EOFError, ConnectionError):
         run_engine(engine, channel)
     return 0

@@ -17,7 +17,7 @@ from cluster.settings.run import EvaluateConfig, RunConfig
 from cluster.settings.serve import ServeConfig
 from tests.k8s.manifests import CLUSTER_KINDS, GPU, Manifest, cluster_spec, find, name_of, of_kind, quantity
 
-VLLM_PYTHON = "/opt/vllm/bin/python"  # k8s/Dockerfile
+VLLM_IMAGE = "raymill-gpu"  # k8s/Dockerfile's `gpu` build
 _GPU_PRODUCTS = {"nvidia.com/gpu.product", "eks.amazonaws.com/instance-gpu-name", "cloud.google.com/gke-accelerator"}
 
 
@@ -150,13 +150,14 @@ def capacity_problems(objects: list[Manifest]) -> list[str]:
 
 
 def _gpus_a_replica(service: Manifest) -> int:
-    return int(serve_config(service).engine.device == "cuda")
+    engine = serve_config(service).engine
+    return engine.tensor_parallel_size if engine.device == "cuda" else 0
 
 
 def gpu_problems(objects: list[Manifest]) -> list[str]:
     """A group with GPUs names their product, tolerates their taint and, unless it serves, goes down to none.
 
-    Pods that need no GPU get none, and vLLM is where the image has it.
+    Pods that need no GPU get none, and vLLM computes where the image has it.
     """
     problems = []
     for manifest in of_kind(objects, *CLUSTER_KINDS):
@@ -177,9 +178,12 @@ def gpu_problems(objects: list[Manifest]) -> list[str]:
             if not by_run and not by_replicas and manifest["kind"] != "RayCluster":  # whose users know
                 problems.append(f"{where}: asks for GPUs that nothing uses")
     for service in of_kind(objects, "RayService"):
-        engine = serve_config(service).engine
-        if engine.device == "cuda" and (engine.backend, engine.vllm_python) != ("vllm", VLLM_PYTHON):
-            problems.append(f"{name_of(service)}: a GPU is vLLM's, at {VLLM_PYTHON}")
+        images = [
+            group["template"]["spec"]["containers"][0]["image"].partition(":")[0].rpartition("/")[2]
+            for group in cluster_spec(service)["workerGroupSpecs"]
+        ]
+        if serve_config(service).engine.runs_vllm and images != [VLLM_IMAGE] * len(images):
+            problems.append(f"{name_of(service)}: vLLM is to compute, which only the image {VLLM_IMAGE} has")
     return problems
 
 

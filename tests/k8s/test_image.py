@@ -13,10 +13,10 @@ import pytest
 from cluster.local.local_cluster import free_port
 from cluster.settings.code_folders import CODE_FOLDERS
 from serving.engine.native_library import FOLDER_VARIABLE
+from serving.engine_process.client import VLLM_PYTHON_VARIABLE
 from tests.k8s.image_root import image_root
 from tests.k8s.manifests import CLUSTER_KINDS, K8S, cluster_spec, of_kind, render
 from tests.k8s.pod_process import needs_pods
-from tests.k8s.run_rules import VLLM_PYTHON
 from tests.repository import REPOSITORY
 
 RUN = """
@@ -93,7 +93,9 @@ def test_no_compiler_is_left_but_the_one_that_vllm_needs() -> None:
 
 def test_vllm_is_where_the_endpoint_looks_for_it() -> None:
     [made] = [rest for name, rest in _stage("packages-gpu") if name == "RUN" and "venv" in rest]
-    assert f"python -m venv {Path(VLLM_PYTHON).parent.parent} &&" in made
+    [(variable, python)] = [rest.split("=") for name, rest in _stage("packages-gpu") if name == "ENV"]
+    assert variable == VLLM_PYTHON_VARIABLE
+    assert f"python -m venv {Path(python).parent.parent} &&" in made
 
 
 def test_every_package_comes_by_its_hash() -> None:

@@ -85,7 +85,7 @@ def test_gpu_replicas_go_from_one_to_four_by_vllm() -> None:
     config = run_rules.serve_config(service)
     assert (group["minReplicas"], group["maxReplicas"]) == (1, 4)
     assert (config.replicas.min_replicas, config.replicas.max_replicas) == (1, 4)
-    assert (config.engine.backend, config.engine.device) == ("vllm", "cuda")
+    assert config.engine.runs_vllm and config.engine.device == "cuda"
 
 
 @pytest.mark.parametrize(

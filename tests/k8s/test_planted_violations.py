@@ -41,7 +41,7 @@ _SERVE_VIOLATIONS: list[tuple[str, dict[str, Any], str]] = [
     ("entry_problems", {"args": {"api_key_file": "/etc/keys"}}, "/etc/keys is not mounted"),
     ("storage_problems", {"args": {"storage": {"uri": "s3://other"}}}, "reads from s3://other"),
     ("capacity_problems", {"args": {"replicas": {"max_replicas": 9}}}, "ask for up to 9"),
-    ("gpu_problems", {"args": {"engine": {"device": "cuda"}}}, "a GPU is vLLM's"),
+    ("gpu_problems", {"args": {"engine": {"device": "cuda"}}}, "which only the image raymill-gpu has"),
 ]
 
 

@@ -14,7 +14,10 @@ import pytest
 from cluster.settings.serve import ReplicaConfig, ServeConfig
 from model.tokenizer import Tokenizer
 from serving.api.access import AccessRules
+from serving.api.completions import choice_seed
 from serving.delivery.versions import Versions
+from serving.engine.messages import SequenceRequest
+from serving.engine_process.client import EngineClient, Generation
 from serving.protocol import harmless_fields
 from serving.protocol.protocol import CompletionRequest
 from tests.serving.endpoint_parts import Run, shared_replica
@@ -62,6 +65,27 @@ async def longest_stretch_s(work: Coroutine[Any, Any, None]) -> float:
     await asyncio.sleep(0.01)
     watching.cancel()
     return longest
+
+
+def test_only_a_clients_seed_goes_to_the_engine(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a seed vLLM draws row by row. The engine of raymill adds one where there is none."""
+    seeds: list[list[int | None]] = []
+    submit = EngineClient.submit
+
+    def seen(self: EngineClient, requests: list[SequenceRequest]) -> Generation:
+        seeds.append([request.sampling.seed for request in requests])
+        return submit(self, requests)
+
+    monkeypatch.setattr(EngineClient, "submit", seen)
+
+    async def check(http: httpx.AsyncClient, _: Versions) -> None:
+        for seed in (None, 3):
+            asked = ASKED | {"seed": seed, "n": 2, "max_tokens": 30}
+            choices = (await http.post("/v1/completions", json=asked)).json()["choices"]
+            assert choices[0]["text"] != choices[1]["text"]
+
+    run(check)
+    assert seeds == [[None, None], [3, choice_seed(3, 1)]]
 
 
 @pytest.mark.parametrize("name", LARGE)

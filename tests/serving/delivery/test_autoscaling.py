@@ -16,12 +16,12 @@ RULES = ScalingRules(
     min_replicas=0,
     max_replicas=8,
     target_ongoing_requests=14,
-    num_slots=16,
     scale_up_after_s=2,
     scale_down_after_s=180,
     scale_to_zero_after_s=300,
 )
-BUSY = Observation(now_s=0, num_replicas=2, num_ongoing=28, num_waiting=0, kv_use=1.6)
+BUSY = Observation(now_s=0, num_replicas=2, num_ongoing=28, waiting=0, kv_use=1.6)
+NUM_SLOTS = 16
 DAY_S, SERVICE_S, COLD_START_S, WAIT_SLO_S = 86_400, 8.0, 20, 10.0
 
 
@@ -31,7 +31,7 @@ DAY_S, SERVICE_S, COLD_START_S, WAIT_SLO_S = 86_400, 8.0, 20, 10.0
         ({}, 2),
         ({"num_ongoing": 29}, 3),
         ({"kv_use": 1.7}, 3),  # few requests of many sequences
-        ({"num_waiting": 16}, 4),
+        ({"waiting": 1}, 4),
         ({"num_ongoing": 0, "kv_use": 0}, 0),
         ({"num_ongoing": 1, "kv_use": 0.1}, 1),
         ({"num_ongoing": 1e6}, 8),
@@ -118,12 +118,13 @@ def live(seed: int, *, fixed: int | None = None) -> Day:
         starting = [ready_s for ready_s in starting if ready_s > now_s]
         while running and running[0] <= now_s:
             heapq.heappop(running)
-        while queue and len(running) < num_ready * RULES.num_slots:
+        while queue and len(running) < num_ready * NUM_SLOTS:
             waits_s.append(now_s - queue.popleft())
             heapq.heappush(running, now_s + rng.exponential(SERVICE_S))
         target = num_ready + len(starting)
         if fixed is None:
-            seen = Observation(now_s, target, len(queue) + len(running), len(queue), len(running) / RULES.num_slots)
+            waiting, in_use = len(queue) / NUM_SLOTS, len(running) / NUM_SLOTS
+            seen = Observation(now_s, target, len(queue) + len(running), waiting, in_use)
             target, history = decide(seen, history, RULES)
             more = target - num_ready - len(starting)
             starting += [now_s + COLD_START_S] * more
@@ -161,4 +162,4 @@ def test_the_policy_survives_the_way_to_the_controller() -> None:
     rules = {name: getattr(RULES, name) for name in RULES.__dataclass_fields__}
     policy = AutoscalingPolicy(policy_function=ScalingPolicy, policy_kwargs=rules)
     policy.serialize_policy()
-    assert policy.get_policy()(**rules)._rules.num_slots == RULES.num_slots
+    assert policy.get_policy()(**rules)._rules.target_ongoing_requests == 14

@@ -337,17 +337,3 @@ def test_pytorch_reads_all_of_a_step_in_one_call(model: GPT, monkeypatch: pytest
 def test_int8_is_refused_where_only_pytorch_computes(model: GPT) -> None:
     with pytest.raises(UserError, match="int8 needs the native kernels"):
         build_engine(model, EngineConfig(kernels="torch", dtype="int8"), eos_id=None, threads=1)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
-def test_a_gpu_that_is_not_there_is_named(model: GPT) -> None:
-    with pytest.raises(UserError, match="device=cuda, but PyTorch sees no GPU"):
-        build_engine(model, EngineConfig(device="cuda"), eos_id=None, threads=1)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-def test_on_a_gpu_greedy_equals_generate(model: GPT, prompts: list[list[int]]) -> None:
-    engine = build_engine(copy.deepcopy(model), EngineConfig(device="cuda"), eos_id=None, threads=1)
-    events = run(engine, [request(i, prompt) for i, prompt in enumerate(prompts)], per_step=2)
-    for i, prompt in enumerate(prompts):
-        assert tokens(events[i]) == generate(model, prompt, max_tokens=20, params=GREEDY)

@@ -33,6 +33,17 @@ def test_auto_keeps_to_the_checkpoint_and_to_the_processor(
     assert settled == config.model_copy(update={"dtype": expected})
 
 
+@pytest.mark.parametrize(("fast", "expected"), [("bf16", "bfloat16"), ("fp32", "float32")])
+def test_on_a_gpu_auto_keeps_to_the_gpu_alone(
+    fast: Precision, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tiny(tmp_path / "checkpoint", precision="fp32")
+    asked = []
+    monkeypatch.setattr(engine_dtype, "fast_precision", lambda device: asked.append(device) or fast)
+    assert with_dtype(EngineConfig(device="cuda"), tmp_path / "checkpoint").dtype == expected
+    assert asked == ["cuda"]
+
+
 def test_what_transformers_saved_is_served_in_float32(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     assert with_dtype(EngineConfig(), tmp_path).dtype == "float32"

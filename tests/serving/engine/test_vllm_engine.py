@@ -1,12 +1,15 @@
 """vLLM behind the API in the engine's place, in the environment that `make bench-serve` installs for it."""
 
 import asyncio
+import re
 from pathlib import Path
 
 import httpx
 import openai
+import psutil
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from cluster.settings.serve import EngineConfig, ServeConfig
 from model.errors import UserError
@@ -15,10 +18,11 @@ from model.gpt import GPT
 from model.sampling_params import SamplingParams
 from model.tokenizer import Tokenizer
 from serving.engine.messages import FinishReason, SequenceRequest, TokenEvent
-from serving.engine_process.client import EngineClient
+from serving.engine_process.client import EngineClient, EngineDiedError
+from serving.engine_process.health import HealthCheck
 from tests.repository import REPOSITORY
 from tests.serving.endpoint_parts import loopback_server, replica_app
-from tests.serving.tiny_models import lively_model, write_model
+from tests.serving.tiny_models import FRAGILE_POSITION, as_transformers_folder, lively_model, write_model
 from tests.time_limits import limit_s
 
 VLLM_PYTHON = REPOSITORY / ".venv-vllm" / "bin" / "python"
@@ -44,18 +48,41 @@ def folder(model: GPT, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFa
 
 
 def test_without_vllm_its_environment_is_asked_for(folder: Path) -> None:
-    for python, message in [(None, "engine.backend=vllm"), ("/nowhere/python", "cannot run /nowhere/python")]:
+    for python, message in [(None, "name the Python of its environment"), ("/nowhere/python", "cannot run /nowhere/p")]:
         with pytest.raises(UserError, match=message):
             asyncio.run(EngineClient.start(folder, config=config(vllm_python=python), eos_id=None, threads=1))
 
 
 @installed
 @pytest.mark.slow
-def test_its_tokens_and_log_probabilities_are_the_models(folder: Path, model: GPT) -> None:
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"device": "cuda"}, "device=cuda, but vLLM 0.32.0 computes on cpu here"),
+        ({"dtype": "int8"}, "dtype=int8 is not vLLM's"),
+        ({"vllm_args": {"gpu_memory_utilisation": 0.5}}, "did you mean gpu_memory_utilization?"),
+        ({"vllm_args": {"gpu_memory_utilization": 1.5}}, "vLLM refuses its settings: .*gpu_memory_utilization"),
+        ({"tensor_parallel_size": 3}, "vLLM refuses its settings: .*heads"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_vllm_does_not_have_is_refused_with_a_word(
+    folder: Path, settings: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        asyncio.run(EngineClient.start(folder, config=config(**settings), eos_id=None, threads=1))
+
+
+@installed
+@pytest.mark.slow
+@pytest.mark.parametrize("tensor_parallel_size", [1, 2])
+def test_its_tokens_and_log_probabilities_are_the_models(folder: Path, model: GPT, tensor_parallel_size: int) -> None:
     prompts = [[(7 * i + 11 * k) % model.config.vocab_size for k in range(1 + 9 * i)] for i in range(6)]
 
     async def answers() -> list[list[TokenEvent]]:
-        client = await EngineClient.start(folder, config=config(), eos_id=None, threads=1)
+        settings = config(tensor_parallel_size=tensor_parallel_size)
+        client = await EngineClient.start(folder, config=settings, eos_id=None, threads=1)
+        family = [psutil.Process(client.pid), *psutil.Process(client.pid).children(recursive=True)]
         try:
             left = client.submit([SequenceRequest(client.next_seq_id(), [1, 2, 3], 100, GREEDY)])
             generations = [
@@ -70,6 +97,7 @@ def test_its_tokens_and_log_probabilities_are_the_models(folder: Path, model: GP
             whole.append([event async for event in client.submit([empty])])
         finally:
             await client.close()
+        assert psutil.wait_procs(family, timeout=limit_s(10))[1] == []
         return whole
 
     *generated, scored = asyncio.run(answers())
@@ -106,7 +134,7 @@ def logprobs(model: GPT, token_ids: list[int]) -> torch.Tensor:
 @pytest.mark.slow
 def test_the_api_before_it_is_the_same(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
     async def check() -> None:
-        settings = ServeConfig(engine=config())
+        settings = ServeConfig(model_name="tiny", engine=config(vllm_args={"gpu_memory_utilization": 0.31}))
         async with replica_app(folder, name="tiny", config=settings) as (app, versions), loopback_server(app) as url:
             client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
             prompt = tokenizer.encode("the quick")
@@ -124,7 +152,78 @@ def test_the_api_before_it_is_the_same(folder: Path, model: GPT, tokenizer: Toke
             assert sampled[0].choices[0].text == sampled[1].choices[0].text
             async with httpx.AsyncClient(base_url=url, timeout=limit_s(30)) as http:
                 refused = await http.post("/v1/completions", json={"model": "tiny", "prompt": prompt * 99})
+                await http.get("/metrics")  # which asks vLLM for its own
+                await asyncio.sleep(limit_s(0.2))
+                shown = (await http.get("/metrics")).text
             assert refused.status_code == 400
             assert versions.num_running == 0
+            names = re.findall(r"^# TYPE (\S+)", shown, re.MULTILINE)
+            assert len(names) == len(set(names))
+            assert 'vllm:request_success_total{finished_reason="length",model_name="tiny",replica="one"} 4.0' in shown
+            [queries] = re.findall(r'vllm:prefix_cache_queries_total\{.*model_name="tiny".*\} (.*)', shown)
+            assert float(queries) > 4 * len(prompt)
+            assert 'gpu_memory_utilization="0.31"' in shown  # vLLM was given this argument
 
     asyncio.run(check())
+
+
+def damaged(folder: Path, copy: Path, name: str, first: int) -> Path:
+    """Copies a checkpoint, with no numbers in the rows of a tensor from `first` on."""
+    as_transformers_folder(folder, copy)
+    tensors = load_file(copy / "model.safetensors")
+    [tensor] = [tensor for key, tensor in tensors.items() if key.endswith(name)]
+    tensor[first:] = float("nan")
+    save_file(tensors, copy / "model.safetensors")
+    return copy
+
+
+@installed
+@pytest.mark.slow
+def test_logits_that_are_no_numbers_end_their_own_sequence(folder: Path, model: GPT, tmp_path: Path) -> None:
+    fragile = damaged(folder, tmp_path / "fragile", "wpe.weight", FRAGILE_POSITION)
+    good = [[(7 * i + 11 * k) % model.config.vocab_size for k in range(3 + 20 * i)] for i in range(4)]
+    bad = [k % model.config.vocab_size for k in range(FRAGILE_POSITION - 3)]
+    expected = [generate(model, prompt, max_tokens=20, params=GREEDY) for prompt in good]
+
+    async def check() -> None:
+        client = await EngineClient.start(fragile, config=config(), eos_id=None, threads=1)
+
+        async def answer(prompt: list[int], max_tokens: int = 20) -> list[TokenEvent]:
+            request = SequenceRequest(client.next_seq_id(), prompt, max_tokens, GREEDY, num_logprobs=1)
+            return [event async for event in client.submit([request])]
+
+        try:
+            for _ in range(3):  # so that blocks of the cache come back after those that failed
+                *answers, failed = await asyncio.gather(*map(answer, good), answer(bad))
+                assert [[event.token_id for event in events] for events in answers] == expected
+                assert [event.finish_reason for event in failed] == [None] * 3 + [FinishReason.ERROR]
+            assert client.num_failed_sequences == 3
+            [scored] = await answer(bad + [1] * 8, max_tokens=0)
+            assert (scored.token_id, scored.finish_reason) == (None, FinishReason.ERROR)
+            await HealthCheck(client, prompt_ids=[0]).self_test()
+            with pytest.raises(EngineDiedError, match="self-test"):
+                await HealthCheck(client, prompt_ids=bad + [1] * 8).self_test()
+            client.metrics()
+            await answer(good[0])
+            counted = {family.name: family.samples[0][2] for family in client.metrics()}
+            assert counted["vllm:corrupted_requests"] >= 3
+        finally:
+            await client.close()
+
+    asyncio.run(check())
+
+
+@installed
+@pytest.mark.slow
+def test_weights_that_are_no_numbers_are_never_served(folder: Path, tmp_path: Path) -> None:
+    broken = damaged(folder, tmp_path / "broken", "ln_f.weight", 0)
+
+    async def check() -> None:
+        client = await EngineClient.start(broken, config=config(), eos_id=None, threads=1)
+        try:
+            await HealthCheck(client, prompt_ids=[0]).self_test()
+        finally:
+            await client.close()
+
+    with pytest.raises(EngineDiedError, match="self-test"):
+        asyncio.run(check())
