@@ -9,7 +9,7 @@ Shapes: B rows of a batch, V vocabulary.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +27,11 @@ class SamplingRow:
     prompt_ids: Sequence[int]
     output_ids: Sequence[int]
     position: int  # of the token to be drawn in its sequence, prompt included: a resumed sequence continues the same
+    forbidden_ids: Collection[int] = ()  # tokens that may not be drawn; at least one other is left
+
+    @property
+    def adjusts_logits(self) -> bool:
+        return self.params.adjusts_logits or bool(self.forbidden_ids)
 
 
 def sample(
@@ -39,7 +44,7 @@ def sample(
 def sample_batch(logits: Tensor, rows: Sequence[SamplingRow], *, best: Tensor | None = None) -> list[int]:
     """Returns the next token of each row of logits (B, V), the same as `sample` for the row alone. `best` (B,) holds
     the rows' argmax where the caller knows it."""
-    if any(row.params.adjusts_logits for row in rows):
+    if any(row.adjusts_logits for row in rows):
         logits = torch.stack([adjusted(row_logits, row) for row_logits, row in zip(logits, rows, strict=True)])
         best = None
     if best is None:
@@ -83,9 +88,9 @@ def _draw(weights: Tensor, numbers: list[float]) -> list[int]:
 
 
 def adjusted(logits: Tensor, row: SamplingRow) -> Tensor:
-    """Returns logits (V,) with the row's biases and penalties."""
+    """Returns logits (V,) with the row's biases and penalties, and -inf for its forbidden tokens."""
     params = row.params
-    if not params.adjusts_logits:
+    if not row.adjusts_logits:
         return logits
     logits = logits.clone()
     if params.logit_bias:
@@ -97,6 +102,8 @@ def adjusted(logits: Tensor, row: SamplingRow) -> Tensor:
     logits[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
     ids, counts = output.unique(return_counts=True)
     logits[ids] -= params.presence_penalty + params.frequency_penalty * counts
+    if row.forbidden_ids:
+        logits[list(row.forbidden_ids)] = -torch.inf
     return logits
 
 

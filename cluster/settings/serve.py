@@ -3,7 +3,15 @@
 import json
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from cluster.settings.run import ClusterConfig, Settings, StorageConfig, setting
 
@@ -157,6 +165,9 @@ class HttpConfig(Settings):
     write_timeout_s: PositiveFloat = setting(30.0, "longest time for a client that does not read, seconds")
     request_timeout_s: PositiveFloat = setting(600.0, "the most that x-request-timeout-seconds may ask for, seconds")
     max_connections: PositiveInt = setting(1000, "connections to a proxy; beyond it the longest idle one is closed")
+    cors_origins: list[Annotated[str, Field(pattern=r"^(\*|https?://[^/\s*]+)$")]] = setting(
+        [], "origins whose pages may use the endpoint in a browser, such as https://app.example.com; * allows all"
+    )
 
 
 class DeliveryConfig(Settings):

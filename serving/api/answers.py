@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 from serving.api.choice_output import Part, TokenEntry
+from serving.engine.messages import Candidates
 from serving.protocol.served_model import ServedModel
 
 Usage = dict[str, int]
@@ -17,6 +18,8 @@ class Answer(ABC):
     ID_PREFIX: ClassVar[str]
     KIND: ClassVar[str]  # `object` of a whole answer
     PART_KIND: ClassVar[str]  # `object` of an event
+    PROMPT_FIELD: ClassVar[str] = "prompt"  # of the request
+    EMBEDS: ClassVar[bool] = False  # whether it shows the prompts' hidden states
 
     def __init__(self, model: ServedModel) -> None:
         self._id = f"{self.ID_PREFIX}-{uuid.uuid4().hex}"
@@ -41,6 +44,23 @@ class Answer(ABC):
             "usage": usage,
         }
 
+    def _token_ids(self, part: Part) -> dict[str, Any]:
+        """Returns what `return_token_ids` adds to a choice, as in vLLM."""
+        return {} if part.token_ids is None else {"token_ids": part.token_ids}
+
+    def _of_prompt(self, part: Part) -> dict[str, Any]:
+        """Returns what `return_token_ids` and `prompt_logprobs` add about the prompt, as in vLLM."""
+        fields: dict[str, Any] = {} if part.prompt_ids is None else {"prompt_token_ids": part.prompt_ids}
+        if part.prompt_logprobs is None:
+            return fields
+        return fields | {"prompt_logprobs": [found and self._ranked(i, found) for i, found in part.prompt_logprobs]}
+
+    def _ranked(self, token_id: int, candidates: Candidates) -> dict[str, dict[str, Any]]:
+        ranked = [(candidates.rank, token_id, candidates.logprob)]
+        ranked += [(rank, *candidate) for rank, candidate in enumerate(candidates.top, start=1)]
+        name = lambda i: self._model.token_bytes(i).decode(errors="replace")  # noqa: E731
+        return {str(i): {"logprob": logprob, "rank": rank, "decoded_token": name(i)} for rank, i, logprob in ranked}
+
     @abstractmethod
     def _whole_choice(self, part: Part) -> dict[str, Any]:
         """Returns a choice of a whole answer."""
@@ -61,6 +81,8 @@ class TextAnswer(Answer):
             "index": part.index,
             "logprobs": None if part.tokens is None else self._logprobs(part.tokens),
             "finish_reason": part.finish_reason,
+            **self._token_ids(part),
+            **self._of_prompt(part),
         }
 
     def _logprobs(self, tokens: list[TokenEntry]) -> dict[str, list[Any]]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 
-from serving.api.answers import Answer
+from serving.api.answers import Answer, Usage
 from serving.api.choice_output import Part, TokenEntry
 from serving.protocol import harmless_fields
 from serving.protocol.errors import invalid_request
@@ -84,7 +84,7 @@ def as_completion(request: ChatRequest, model: ServedModel) -> CompletionRequest
     """Returns the completion that answers a chat. Without a limit it may fill the context. Raises `ApiError` (400) if
     there is no room for a token."""
     max_tokens = request.max_completion_tokens or request.max_tokens
-    prompt_ids = model.prompt_ids(render(request.messages), max_tokens=max_tokens or 1)
+    prompt_ids = model.prompt_ids(render(request.messages), max_tokens=max_tokens or 1, param=ChatAnswer.PROMPT_FIELD)
     shared = {name: getattr(request, name) for name in GenerationRequest.model_fields}
     return CompletionRequest.model_construct(
         **shared | {"stop": (*request.stop, _STOP)},
@@ -99,10 +99,17 @@ class ChatAnswer(Answer):
     """The answer of POST /v1/chat/completions."""
 
     ID_PREFIX, KIND, PART_KIND = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    PROMPT_FIELD = "messages"
 
     def __init__(self, model: ServedModel) -> None:
         super().__init__(model)
         self._started: set[int] = set()  # choices
+
+    def whole(self, choices: list[Part], usage: Usage) -> dict[str, Any]:
+        return super().whole(choices, usage) | self._of_prompt(choices[0])
+
+    def event(self, parts: list[Part], usage: Usage | None) -> dict[str, Any]:
+        return super().event(parts, usage) | (self._of_prompt(parts[0]) if parts else {})
 
     def _whole_choice(self, part: Part) -> dict[str, Any]:
         message = {"role": "assistant", "content": part.text, "refusal": None}
@@ -115,7 +122,7 @@ class ChatAnswer(Answer):
 
     def _ending(self, part: Part) -> dict[str, Any]:
         logprobs = None if part.tokens is None else {"content": list(self._logprobs(part.tokens))}
-        return {"logprobs": logprobs, "finish_reason": part.finish_reason}
+        return {"logprobs": logprobs, "finish_reason": part.finish_reason} | self._token_ids(part)
 
     def _logprobs(self, tokens: list[TokenEntry]) -> Iterator[dict[str, Any]]:
         for token_id, candidates, _ in tokens:

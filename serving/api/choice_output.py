@@ -25,6 +25,10 @@ class Part:
     text: str
     tokens: list[TokenEntry] | None  # None if the request asks for no `logprobs`
     finish_reason: FinishReason | None  # on the last part
+    token_ids: list[int] | None  # if asked for, as are the following; not held back like their text
+    prompt_ids: list[int] | None  # on the first part, like the following
+    prompt_logprobs: list[tuple[int, Candidates | None]] | None  # by token
+    embedding: str | None
 
 
 class ChoiceOutput:
@@ -35,7 +39,7 @@ class ChoiceOutput:
         self._sequence = sequence
         self._request = request
         self._model = model
-        self._detokenizer = Detokenizer(stop=request.stop)
+        self._detokenizer = Detokenizer(stop=request.stop, min_tokens=request.min_tokens)
         self._entries: list[TokenEntry] = []  # those whose text is held back
         self._echoed_chars = 0
         self._started = False
@@ -44,10 +48,8 @@ class ChoiceOutput:
     def push(self, event: TokenEvent) -> Part:
         """Returns the part of the choice that this event makes final. It may be empty: a stream has a part for each
         token, so that a client sees when tokens arrive."""
-        text = ""
-        if not self._started and self._request.echo:
-            text = self._echo(event.prompt_logprobs)
-        self._started = True
+        is_first, self._started = not self._started, True
+        text = self._echo(event.prompt_logprobs) if is_first and self._request.echo else ""
         if event.token_id is not None:
             self.num_output_tokens += 1
             offset = self._echoed_chars + self._detokenizer.num_chars
@@ -59,14 +61,34 @@ class ChoiceOutput:
             text += self._detokenizer.finish()
         finish_reason = FinishReason.STOP if self._detokenizer.stopped else event.finish_reason
         entries = self._take_entries(all_of_them=finish_reason is not None and not self._detokenizer.stopped)
-        return Part(self._index, text, None if self._request.logprobs is None else entries, finish_reason)
+        token_ids = [] if event.token_id is None else [event.token_id]
+        asked = self._request
+        return Part(
+            self._index,
+            text,
+            None if asked.logprobs is None else entries,
+            finish_reason,
+            token_ids=token_ids if asked.return_token_ids else None,
+            prompt_ids=self._sequence.prompt_ids if asked.return_token_ids and is_first else None,
+            prompt_logprobs=self._scored(event.prompt_logprobs, asked.prompt_logprobs) if is_first else None,
+            embedding=event.embedding,
+        )
+
+    def _scored(
+        self, prompt_logprobs: list[Candidates | None] | None, num_top: int | None
+    ) -> list[tuple[int, Candidates | None]] | None:
+        """Returns the prompt's tokens with as many of the candidates as were asked for, None if none were."""
+        if num_top is None:
+            return None
+        found = [each and each._replace(top=each.top[:num_top]) for each in prompt_logprobs or []]
+        return list(zip(self._sequence.prompt_ids, found, strict=True))
 
     def _echo(self, prompt_logprobs: list[Candidates | None] | None) -> str:
         """Returns the prompt as the start of the text, and puts its tokens' entries before all others."""
         detokenizer = Detokenizer()
         text = ""
-        token_ids = self._sequence.prompt_ids
-        for token_id, candidates in zip(token_ids, prompt_logprobs or [None] * len(token_ids), strict=True):
+        unscored = [(token_id, None) for token_id in self._sequence.prompt_ids]
+        for token_id, candidates in self._scored(prompt_logprobs, self._request.logprobs) or unscored:
             self._entries.append(TokenEntry(token_id, candidates, detokenizer.num_chars))
             text += detokenizer.push(self._model.token_bytes(token_id))
         text += detokenizer.finish()
@@ -85,7 +107,11 @@ class ChoiceOutput:
 
 def join_parts(parts: list[Part]) -> Part:
     """Returns the whole choice from all its parts."""
-    tokens = [token for part in parts for token in part.tokens or []]
+    first = parts[0]
     return replace(
-        parts[-1], text="".join(part.text for part in parts), tokens=None if parts[-1].tokens is None else tokens
+        first,
+        text="".join(part.text for part in parts),
+        tokens=None if first.tokens is None else [token for part in parts for token in part.tokens or []],
+        finish_reason=parts[-1].finish_reason,
+        token_ids=None if first.token_ids is None else [i for part in parts for i in part.token_ids or []],
     )

@@ -115,23 +115,27 @@ async def start_completion(
     """Admits a request to the engine of `version`, and returns with its first token. Raises `ApiError`: 400 for a
     request that cannot be served, 429 if there is no room for it now, 503 without an engine."""
     model, engine = version.model, version.engine
-    num_sequences = len(request.prompt) * request.n
-    max_sequences = engine.facts.max_num_seqs + config.engine.waiting_room
-    if num_sequences > max_sequences:
+    # The engine gets no more of a request than keep it busy. The rest waits here, and leaves room for other requests.
+    num_slots = engine.facts.max_num_seqs
+    at_once = min(len(request.prompt) * request.n, 2 * num_slots, num_slots + config.engine.waiting_room)
+    refuse_when_full(engine, at_once, config)
+    _require_possible(request, model)
+    if answer.EMBEDS and not engine.facts.embeds:
         raise invalid_request(
-            f"The request asks for {num_sequences} sequences ({len(request.prompt)} prompts, n={request.n}); "
-            f"this endpoint holds {max_sequences} at once; ask for fewer",
-            param="n",
+            "This endpoint runs on vLLM, which computes no embeddings beside completions; ask one with "
+            "engine.backend=raymill",
+            code="unsupported_by_backend",
         )
-    refuse_when_full(engine, num_sequences, config)
-    model.checked_ids(list(request.logit_bias), param="logit_bias")
-    if request.stop:
-        model.require_tokenizer()
     # In the event loop other streams' tokens would wait for the milliseconds that a long prompt takes.
     prompts = await asyncio.to_thread(
-        lambda: [model.prompt_ids(prompt, max_tokens=request.token_limit) for prompt in request.prompt]
+        lambda: [
+            model.prompt_ids(prompt, max_tokens=request.token_limit, param=answer.PROMPT_FIELD)
+            for prompt in request.prompt
+        ]
     )
-    refuse_when_full(engine, num_sequences, config)
+    refuse_when_full(engine, at_once, config)
+    echoed = request.logprobs if request.echo else None
+    scored = [each for each in (echoed, request.prompt_logprobs) if each is not None]
     sequences = [
         SequenceRequest(
             seq_id=engine.next_seq_id(),
@@ -139,14 +143,17 @@ async def start_completion(
             max_tokens=request.token_limit,
             sampling=_sampling(request, index),
             ignore_eos=request.ignore_eos,
+            stop_token_ids=tuple(request.stop_token_ids),
+            min_tokens=request.min_tokens,
             num_logprobs=request.logprobs,
-            prompt_logprobs=request.echo and request.logprobs is not None,
+            num_prompt_logprobs=max(scored, default=None),
+            embed=answer.EMBEDS,
         )
         for prompt_ids in prompts
         for index in range(request.n)
     ]
     try:
-        generation = engine.submit(sequences)
+        generation = engine.submit(sequences, at_once=at_once)
     except EngineDiedError:
         raise engine_unavailable() from None
     timer = RequestTimer(
@@ -170,6 +177,22 @@ async def start_completion(
         message = f"The request has waited for {max_queue_s:g} s, which is the most; try again later"
         raise overloaded(message, retry_after_s=math.ceil(max_queue_s)) from None
     return completion
+
+
+def _require_possible(request: CompletionRequest, model: ServedModel) -> None:
+    """Raises `ApiError` (400) for what this model cannot do, and for fields that contradict each other."""
+    model.checked_ids(list(request.logit_bias), param="logit_bias")
+    model.checked_ids(request.stop_token_ids, param="stop_token_ids")
+    if request.stop:
+        model.require_tokenizer()
+    if request.min_tokens > request.token_limit:
+        raise invalid_request(
+            f"min_tokens={request.min_tokens} exceeds the {request.token_limit} tokens of max_tokens",
+            param="min_tokens",
+        )
+    ending = {*request.stop_token_ids, *({model.eos_id} if model.eos_id is not None else ())}
+    if request.min_tokens and len(ending) >= model.config.vocab_size:
+        raise invalid_request("stop_token_ids leave no token for min_tokens", param="stop_token_ids")
 
 
 def refuse_when_full(engine: EngineClient, num_sequences: int, config: ServeConfig) -> None:

@@ -6,10 +6,13 @@ from collections.abc import Sequence
 
 class Detokenizer:
     """Takes the bytes of tokens. The texts that it returns, joined, are the whole output decoded at once (errors
-    replaced), cut before the stop string that is complete first, however the bytes are split into tokens."""
+    replaced), cut before the stop string that is complete first, however the bytes are split into tokens. Stop strings
+    that are complete within the first `min_tokens` do not count."""
 
-    def __init__(self, *, stop: Sequence[str] = ()) -> None:
+    def __init__(self, *, stop: Sequence[str] = (), min_tokens: int = 0) -> None:
         self._stop = stop
+        self._min_tokens = min_tokens  # still to come
+        self._num_uncut = 0  # held characters of those tokens
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
         self.num_released_chars = 0
@@ -27,6 +30,9 @@ class Detokenizer:
     def push(self, token: bytes) -> str:
         """Returns the text that this token makes final. Not to be called after `stopped`."""
         self._held += self._decoder.decode(token)
+        if self._min_tokens > 0:
+            self._min_tokens -= 1
+            self._num_uncut = len(self._held)
         return self._release(final=False)
 
     def finish(self) -> str:
@@ -37,18 +43,20 @@ class Detokenizer:
         return self._release(final=True)
 
     def _release(self, *, final: bool) -> str:
-        num_final = _first_complete(self._held, self._stop)
+        num_final = _first_complete(self._held, self._stop, after=self._num_uncut)
         self.stopped = num_final is not None
         if num_final is None:
             num_final = len(self._held) - (0 if final else _longest_start_of_stop(self._held, self._stop))
         text, self._held = self._held[:num_final], "" if self.stopped else self._held[num_final:]
         self.num_released_chars += len(text)
+        self._num_uncut = max(0, self._num_uncut - len(text))
         return text
 
 
-def _first_complete(text: str, stop: Sequence[str]) -> int | None:
-    """Returns where the stop string that ends first in `text` starts; of several that end there, the longest."""
-    matches = [(start + len(s), start) for s in stop if (start := text.find(s)) >= 0]
+def _first_complete(text: str, stop: Sequence[str], *, after: int) -> int | None:
+    """Returns where the stop string starts that ends first beyond `after` characters of `text`; of several that end
+    there, the longest."""
+    matches = [(start + len(s), start) for s in stop if (start := text.find(s, max(0, after + 1 - len(s)))) >= 0]
     return min(matches)[1] if matches else None
 
 

@@ -1,7 +1,8 @@
 """The HTTP routes of a replica. Each reads its request strictly and answers in OpenAI's shape, errors too."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
@@ -16,18 +17,20 @@ from serving.api.access import CurrentAccess, RequestsInFlight, authorize
 from serving.api.answers import Answer, TextAnswer
 from serving.api.chat import NOTE_HEADER, ChatAnswer, ChatRequest, as_completion
 from serving.api.completions import Completion, start_completion
+from serving.api.embeddings import EmbeddingAnswer, reading_only
 from serving.api.metrics import ReplicaMetrics
 from serving.api.tool_routes import tool_router
 from serving.delivery.loaded_version import LoadedVersion
 from serving.delivery.routed_request import RoutedRequest
 from serving.delivery.versions import Versions
 from serving.protocol.errors import ApiError, draining, engine_unavailable, internal_error
-from serving.protocol.protocol import CompletionRequest, read_request
+from serving.protocol.protocol import CompletionRequest, EmbeddingRequest, read_request
+from serving.protocol.served_model import ServedModel
 from serving.proxy.token_relay import YES_HEADER, RelayClient
 from serving.xray.page_routes import page_router
 
 # These count against a key's limit, and are refused while the endpoint drains.
-METERED_PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/xray", "/tokenize", "/detokenize")
+METERED_PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/v1/xray", "/tokenize", "/detokenize")
 
 
 def build_http_app(*, versions: Versions, metrics: ReplicaMetrics, access: CurrentAccess, admin: APIRouter) -> ASGIApp:
@@ -55,9 +58,16 @@ def build_http_app(*, versions: Versions, metrics: ReplicaMetrics, access: Curre
         completion = await asyncio.to_thread(as_completion, parsed, version.model)  # tokenizes
         return await answer(completion, ChatAnswer, request, version=version, headers=NOTE_HEADER)
 
+    @app.post("/v1/embeddings")
+    async def embeddings(request: Request) -> Response:
+        parsed = await read_request(request, EmbeddingRequest)
+        version = RoutedRequest.of(request).take(parsed.model, user=parsed.user)
+        shape = partial(EmbeddingAnswer, encoding=parsed.encoding_format)
+        return await answer(reading_only(parsed), shape, request, version=version)
+
     async def answer(
         parsed: CompletionRequest,
-        shape: type[Answer],
+        shape: Callable[[ServedModel], Answer],
         request: Request,
         *,
         version: LoadedVersion,

@@ -75,14 +75,15 @@ class RequestTimer:
         self._stats.tokens += 1
 
     def finished(self, seq_id: int, finish_reason: str) -> None:
-        del self._last_token_s[seq_id]
+        last_s = self._last_token_s.pop(seq_id)
         since_start_s = time.monotonic() - self._start_s
         self._metrics.exported.of("vllm:request_success", finished_reason=finish_reason).inc()
         if finish_reason != ABORTED:
             self._metrics.e2e_s.observe(since_start_s)
             self._stats.sequences += 1
             self._stats.errors += finish_reason == FinishReason.ERROR
-            self._stats.busy_s += since_start_s
+            if last_s is not None:  # the time for a token is judged, and scores and embeddings have none
+                self._stats.busy_s += since_start_s
 
     def close(self) -> None:
         """Counts every sequence that has not finished as aborted."""

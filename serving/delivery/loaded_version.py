@@ -60,8 +60,7 @@ class LoadedVersion:
                 prompt_ids=list(row),
                 max_tokens=0,
                 sampling=SamplingParams(temperature=0.0),
-                num_logprobs=0,
-                prompt_logprobs=True,
+                num_prompt_logprobs=0,
             )
             async for event in self.engine.submit([request]):
                 if event.finish_reason is FinishReason.ERROR:

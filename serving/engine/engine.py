@@ -3,6 +3,7 @@
 Shapes: N tokens that a step reads, C model width, M rows for which a token is drawn, V vocabulary.
 """
 
+import base64
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -60,6 +61,8 @@ class Engine:
             drawing: list[tuple[Chunk, Tensor]] = []
             for chunk, part in zip(chunks, parts, strict=True):
                 self._keep_prompt_logprobs(chunk, part)
+                if chunk.sequence.request.embed:
+                    chunk.sequence.hidden_states.append(part.clone())
                 if chunk.draws:
                     drawing.append((chunk, part[-1]))
                 else:
@@ -90,9 +93,16 @@ class Engine:
                 [logprobs] = _candidates(logits[i : i + 1], [token_id], sequence.request.num_logprobs)
             finish_reason = self._scheduler.advance(chunk, token_id) if usable[i] else self._fail(sequence)
             events.append(
-                TokenEvent(sequence.request.seq_id, token_id, finish_reason, logprobs, sequence.prompt_logprobs or None)
+                TokenEvent(
+                    sequence.request.seq_id,
+                    token_id,
+                    finish_reason,
+                    logprobs,
+                    sequence.prompt_logprobs or None,
+                    _embedding(sequence.hidden_states),
+                )
             )
-            sequence.prompt_logprobs = []
+            sequence.prompt_logprobs, sequence.hidden_states = [], []
         return events
 
     def _fail(self, sequence: Sequence) -> FinishReason:
@@ -102,7 +112,7 @@ class Engine:
     def _keep_prompt_logprobs(self, chunk: Chunk, hidden: Tensor) -> None:
         """Keeps the log-probabilities of the prompt tokens that follow a chunk's, from hidden (chunk, C)."""
         request = chunk.sequence.request
-        if not request.prompt_logprobs or chunk.sequence.output_ids:
+        if request.num_prompt_logprobs is None or chunk.sequence.output_ids:
             return
         candidates = chunk.sequence.prompt_logprobs
         if chunk.first == 0:
@@ -111,7 +121,7 @@ class Engine:
         for start in range(0, len(targets), PROMPT_LOGPROBS_CHUNK_TOKENS):
             some = targets[start : start + PROMPT_LOGPROBS_CHUNK_TOKENS]
             logits = self._runner.logits(hidden[start : start + len(some)])  # (some, V)
-            candidates += _candidates(logits, some, request.num_logprobs or 0)
+            candidates += _candidates(logits, some, request.num_prompt_logprobs)
 
 
 def _reading(chunk: Chunk) -> Reading:
@@ -123,7 +133,10 @@ def _reading(chunk: Chunk) -> Reading:
 
 def _sample(sequences: list[Sequence], logits: Tensor, best: Tensor) -> list[int]:
     rows = [
-        SamplingRow(s.request.sampling, s.request.prompt_ids, s.output_ids, position=s.num_tokens) for s in sequences
+        SamplingRow(
+            s.request.sampling, s.request.prompt_ids, s.output_ids, position=s.num_tokens, forbidden_ids=s.forbidden_ids
+        )
+        for s in sequences
     ]
     return sample_batch(logits, rows, best=best) if rows else []
 
@@ -131,9 +144,20 @@ def _sample(sequences: list[Sequence], logits: Tensor, best: Tensor) -> list[int
 def _candidates(logits: Tensor, token_ids: list[int], num_top: int) -> list[Candidates]:
     """Returns the log-probability of each row's own token and the row's most likely tokens, from logits (N, V)."""
     logprobs = logits.log_softmax(dim=-1)
-    own = logprobs.gather(1, torch.tensor(token_ids)[:, None])[:, 0].tolist()  # (N,)
+    own = logprobs.gather(1, torch.tensor(token_ids)[:, None])  # (N, 1)
+    ranks = 1 + torch.count_nonzero(logprobs > own, dim=-1)  # (N,)
     top_values, top_ids = logprobs.topk(min(num_top, logits.shape[-1]), dim=-1)  # (N, num_top)
     return [
-        Candidates(logprob, list(zip(ids, values, strict=True)))
-        for logprob, ids, values in zip(own, top_ids.tolist(), top_values.tolist(), strict=True)
+        Candidates(logprob, list(zip(ids, values, strict=True)), rank)
+        for [logprob], ids, values, rank in zip(
+            own.tolist(), top_ids.tolist(), top_values.tolist(), ranks.tolist(), strict=True
+        )
     ]
+
+
+def _embedding(hidden_states: list[Tensor]) -> str | None:
+    """Returns the mean over all tokens of the chunks' hidden states (chunk, C), None without chunks. Sums of each chunk
+    would have other bits wherever a prompt is cut."""
+    if not hidden_states:
+        return None
+    return base64.b64encode(torch.cat(hidden_states).float().mean(dim=0).numpy().astype("<f4").tobytes()).decode()

@@ -26,8 +26,16 @@ class SequenceRequest:
     max_tokens: int
     sampling: SamplingParams
     ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0  # before which nothing that would end the sequence is drawn
     num_logprobs: int | None = None  # candidates reported for each token; 0: only the chosen token's logprob
-    prompt_logprobs: bool = False
+    num_prompt_logprobs: int | None = None  # the same for the prompt's tokens
+    embed: bool = False  # reports the mean of the prompt's hidden states
+
+    @property
+    def reads_whole_prompt(self) -> bool:
+        """Whether it needs the results of all of its prompt; other sequences share what the cache has of it."""
+        return self.embed or self.num_prompt_logprobs is not None
 
 
 class Candidates(NamedTuple):
@@ -35,6 +43,7 @@ class Candidates(NamedTuple):
 
     logprob: float
     top: list[tuple[int, float]]
+    rank: int  # of the token itself, 1 for the most likely
 
 
 class TokenEvent(NamedTuple):
@@ -45,6 +54,7 @@ class TokenEvent(NamedTuple):
     finish_reason: FinishReason | None
     logprobs: Candidates | None
     prompt_logprobs: list[Candidates | None] | None  # in the first event, if asked for; the first token has none
+    embedding: str | None = None  # C fp32 numbers, little-endian, in base64
 
 
 class EngineFacts(NamedTuple):
@@ -53,6 +63,7 @@ class EngineFacts(NamedTuple):
     dtype: str
     max_num_seqs: int  # sequences that are decoded together
     tokens_per_step: int  # of prompts, that a step may read
+    embeds: bool = False  # it computes embeddings
 
 
 class Admission(NamedTuple):

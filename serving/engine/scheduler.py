@@ -2,7 +2,7 @@
 
 from collections import deque
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from serving.engine.block_pool import BLOCK_TOKENS, BlockPool
 from serving.engine.messages import Candidates, FinishReason, SequenceRequest
@@ -20,7 +20,9 @@ class Sequence:
     num_read: int = 0  # tokens whose keys and values are in the cache
     sealed_prefix: bytes = b""  # of the full blocks among them
     promised: list[bytes] = field(default_factory=list)  # prefixes to the ends of the blocks that it is about to read
+    stop_ids: frozenset[int] = frozenset()  # that end it
     prompt_logprobs: list[Candidates | None] = field(default_factory=list)  # of the tokens read, when asked for
+    hidden_states: list[Any] = field(default_factory=list)  # the engine's, of the tokens read, for an embedding
 
     @property
     def token_ids(self) -> list[int]:
@@ -29,6 +31,11 @@ class Sequence:
     @property
     def num_tokens(self) -> int:
         return len(self.request.prompt_ids) + len(self.output_ids)
+
+    @property
+    def forbidden_ids(self) -> frozenset[int]:
+        """The ids that its next token may not have."""
+        return self.stop_ids if len(self.output_ids) < self.request.min_tokens else frozenset()
 
 
 class Chunk(NamedTuple):
@@ -72,7 +79,8 @@ class Scheduler:
         return len(self._running)
 
     def add(self, request: SequenceRequest) -> Sequence:
-        sequence = Sequence(request)
+        of_text = () if request.ignore_eos or self._eos_id is None else (self._eos_id,)
+        sequence = Sequence(request, stop_ids=frozenset((*request.stop_token_ids, *of_text)))
         self._waiting.append(sequence)
         return sequence
 
@@ -110,7 +118,7 @@ class Scheduler:
         if token_id is not None:
             sequence.output_ids.append(token_id)
         reason = None
-        if token_id is not None and token_id == self._eos_id and not request.ignore_eos:
+        if token_id in sequence.stop_ids:
             reason = FinishReason.STOP
         elif len(sequence.output_ids) >= request.max_tokens:
             reason = FinishReason.LENGTH
@@ -135,8 +143,7 @@ class Scheduler:
         if not self._waiting or len(self._running) >= self._max_num_seqs:
             return None
         sequence, request = self._waiting[0], self._waiting[0].request
-        # The log-probabilities of a prompt need all of it to be read; other sequences share the result.
-        known = [] if request.prompt_logprobs else request.prompt_ids
+        known = [] if request.reads_whole_prompt else request.prompt_ids
         missing = self._pool.missing(request.prompt_ids)
         if known and missing and missing[0] in self._promised:
             return None

@@ -126,6 +126,7 @@ class VllmEngine:
 
     def _params(self, request: SequenceRequest) -> Any:
         sampling: SamplingParams = request.sampling
+        of_text = [] if request.ignore_eos or self._eos_id is None else [self._eos_id]
         return vllm.SamplingParams(
             temperature=sampling.temperature,
             top_k=sampling.top_k or -1,
@@ -138,9 +139,10 @@ class VllmEngine:
             seed=sampling.seed,
             max_tokens=max(request.max_tokens, 1),  # 0 is not allowed; see `_events`
             ignore_eos=request.ignore_eos,
-            stop_token_ids=[] if request.ignore_eos or self._eos_id is None else [self._eos_id],
+            stop_token_ids=[*request.stop_token_ids, *of_text],
+            min_tokens=request.min_tokens,
             logprobs=request.num_logprobs,
-            prompt_logprobs=(request.num_logprobs or 0) if request.prompt_logprobs else None,
+            prompt_logprobs=request.num_prompt_logprobs,
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
         )
@@ -155,9 +157,9 @@ class VllmEngine:
             choice.finish_reason, FinishReason.ERROR
         )
         of_prompt = None
-        if request.prompt_logprobs and output.prompt_logprobs:
+        if request.num_prompt_logprobs is not None and output.prompt_logprobs:
             of_prompt = [
-                None if candidates is None else _candidates(candidates, token_id, request.num_logprobs or 0)
+                None if candidates is None else _candidates(candidates, token_id, request.num_prompt_logprobs)
                 for token_id, candidates in zip(request.prompt_ids, output.prompt_logprobs, strict=True)
             ]
         events = []
@@ -181,7 +183,8 @@ class VllmEngine:
 def _candidates(entries: dict[int, Any], token_id: int, num_top: int) -> Candidates:
     """Converts vLLM's entries: the token itself, and the others by rank."""
     ranked = sorted((entry.rank, other, entry.logprob) for other, entry in entries.items() if entry.rank <= num_top)
-    return Candidates(entries[token_id].logprob, [(other, logprob) for _, other, logprob in ranked])
+    own = entries[token_id]
+    return Candidates(own.logprob, [(other, logprob) for _, other, logprob in ranked], own.rank)
 
 
 def _require_device(config: EngineConfig) -> None:

@@ -9,7 +9,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +42,16 @@ class EngineDiedError(Exception):
 class Generation:
     """The events of one request's sequences, in order, until each sequence has finished."""
 
-    def __init__(self, client: "EngineClient", seq_ids: Iterable[int]) -> None:
+    def __init__(self, client: "EngineClient", requests: Sequence[SequenceRequest]) -> None:
         self._client = client
-        self._open = set(seq_ids)
+        self._open = {request.seq_id for request in requests}
+        self.unsent = deque(requests)  # the engine does not know these yet
         self._events: asyncio.Queue[TokenEvent | None] = asyncio.Queue()
         self.has_begun = asyncio.Event()  # the engine has admitted one of its sequences, or has died
 
     def close(self) -> None:
         """Ends the sequences that still run. Their slots are free from the next step on."""
+        self.unsent.clear()
         for seq_id in list(self._open):
             self.cancel(seq_id)
 
@@ -145,25 +148,33 @@ class EngineClient:
     def next_seq_id(self) -> int:
         return next(self._seq_ids)
 
-    def submit(self, requests: list[SequenceRequest]) -> Generation:
-        """Sends sequences to the engine. Raises `EngineDiedError` if it has died."""
+    def submit(self, requests: Sequence[SequenceRequest], *, at_once: int | None = None) -> Generation:
+        """Sends sequences to the engine: `at_once` now, or all, and another one whenever one of them has ended. Raises
+        `EngineDiedError` if the engine has died."""
         if not self.alive:
             raise EngineDiedError(self.death_notice)
         if not self._generations:
             self.last_progress_s = time.monotonic()
-        generation = Generation(self, [request.seq_id for request in requests])
-        for request in requests:
+        generation = Generation(self, requests)
+        for _ in requests[:at_once]:
+            self._send_next(generation)
+        return generation
+
+    def _send_next(self, generation: Generation) -> None:
+        if generation.unsent and self.alive:
+            request = generation.unsent.popleft()
             self._generations[request.seq_id] = generation
             self.queue.enter(request.seq_id, num_prompt_tokens=len(request.prompt_ids))
             self._writer.write(encode_message(submit_message(request)))
-        return generation
 
     def cancel(self, seq_id: int) -> None:
-        if self._generations.pop(seq_id, None) is None:
+        generation = self._generations.pop(seq_id, None)
+        if generation is None:
             return
         self.queue.leave(seq_id)
         if self.alive:
             self._writer.write(encode_message({"cancel": seq_id}))
+        self._send_next(generation)
 
     def metrics(self) -> list[MetricFamily]:
         """Returns the engine's own metrics as the call before asked for them, and asks for new ones. The engine gives
@@ -228,6 +239,7 @@ class EngineClient:
         if event.finish_reason is not None:
             del self._generations[event.seq_id]
             self.queue.leave(event.seq_id)
+            self._send_next(generation)
         generation.put(event)
 
     async def _describe_death(self) -> str:

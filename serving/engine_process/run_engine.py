@@ -98,7 +98,7 @@ def _load_engine(
     # The replica got the folder from `resolve_checkpoint`, which verified it.
     model = load_model(checkpoint, dtype=LOADED_IN[config.dtype], verify=False)
     engine = build_engine(model, config, eos_id=eos_id, threads=threads)
-    return engine, EngineFacts(config.dtype, *_sizes(config))
+    return engine, EngineFacts(config.dtype, *_sizes(config), embeds=True)
 
 
 def _sizes(config: EngineConfig) -> tuple[int, int]:

@@ -40,11 +40,13 @@ def invalid_request(message: str, *, param: str | None = None, code: str | None 
     return ApiError(status, message, param=param, code=code)
 
 
-def context_length_exceeded(*, num_prompt_tokens: int, max_tokens: int, context_tokens: int) -> ApiError:
+def context_length_exceeded(
+    *, num_prompt_tokens: int, max_tokens: int, context_tokens: int, prompt_field: str
+) -> ApiError:
     return invalid_request(
         f"This model's maximum context length is {context_tokens} tokens, but {num_prompt_tokens + max_tokens} were "
-        f"requested ({num_prompt_tokens} in the prompt, {max_tokens} in max_tokens); shorten the prompt or max_tokens.",
-        param="max_tokens" if num_prompt_tokens < context_tokens else "prompt",
+        f"requested ({num_prompt_tokens} in {prompt_field}, {max_tokens} in max_tokens); shorten one of them.",
+        param="max_tokens" if num_prompt_tokens < context_tokens else prompt_field,
         code="context_length_exceeded",
     )
 

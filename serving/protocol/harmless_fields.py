@@ -17,8 +17,8 @@ def _each(*values: Any, names: str) -> dict[str, tuple[Any, ...]]:
 
 FIELDS: HarmlessValues = {
     **_each(
-        names="allowed_token_ids audio cache_salt chat_template guided_choice guided_grammar guided_json guided_regex "
-        "prediction prompt_embeds prompt_logprobs reasoning_effort structured_outputs truncate_prompt_tokens verbosity "
+        names="allowed_token_ids audio cache_salt chat_template dimensions guided_choice guided_grammar guided_json "
+        "guided_regex prediction prompt_embeds reasoning_effort structured_outputs truncate_prompt_tokens verbosity "
         "web_search_options"
     ),
     # These have no effect here: nothing is stored or billed, there are no tools, and GPT-2 adds no tokens.
@@ -26,12 +26,12 @@ FIELDS: HarmlessValues = {
     **_each(str, names="prompt_cache_key prompt_cache_retention safety_identifier service_tier"),
     **_each(dict, names="metadata"),
     # These are the defaults.
-    **_each([], names="bad_words documents functions logits_processors stop_token_ids tools"),
+    **_each([], names="bad_words documents functions logits_processors tools"),
     **_each({}, names="chat_template_kwargs mm_processor_kwargs"),
     **_each(True, names="add_generation_prompt detokenize skip_special_tokens spaces_between_special_tokens"),
-    **_each(False, names="continue_final_message include_stop_str_in_output return_token_ids use_beam_search"),
+    **_each(False, names="continue_final_message include_stop_str_in_output use_beam_search"),
     **_each(False, names="echo return_tokens_as_token_ids"),  # the first of a chat
-    **_each(0, names="min_tokens priority"),
+    **_each(0, names="priority"),
     **_each("none", "auto", names="function_call tool_choice"),
     "best_of": (1,),
     "length_penalty": (1, 1.0),

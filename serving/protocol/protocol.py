@@ -3,7 +3,7 @@
 import asyncio
 import difflib
 import re
-from typing import Annotated, Any, ClassVar, NoReturn, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, Self, TypeVar
 
 import fastapi
 from pydantic import (
@@ -24,6 +24,7 @@ from serving.protocol.strict_json import parse_json_object, read_json_body, show
 MAX_PROMPTS = 256
 MAX_CHOICES = 8
 MAX_STOP_STRINGS = 16  # OpenAI has 4, vLLM no limit
+MAX_STOP_TOKEN_IDS = 128
 MAX_LOGPROBS = 20
 DEFAULT_MAX_TOKENS = 16
 PARSED_AT_ONCE_BYTES = 16 << 10  # takes at most 2 to 5 ms; a megabyte takes up to 0.25 s
@@ -99,7 +100,7 @@ class StreamOptions(Request):
 
 
 class GenerationRequest(Request):
-    """The fields that completions and chats share. `top_k`, `min_p`, `repetition_penalty` and `ignore_eos` are vLLM's;
+    """The fields that completions and chats share. `top_k`, `min_p`, `repetition_penalty` and the last five are vLLM's;
     the others, with their ranges and defaults, are OpenAI's."""
 
     harmless = harmless_fields.FIELDS
@@ -119,11 +120,17 @@ class GenerationRequest(Request):
     frequency_penalty: Penalty = 0.0
     repetition_penalty: float = Field(1.0, ge=0.01, le=2)
     ignore_eos: bool = False
+    stop_token_ids: list[int] = Field([], max_length=MAX_STOP_TOKEN_IDS)
+    min_tokens: int = Field(0, ge=0, le=2**31)
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    return_token_ids: bool = False
 
     @model_validator(mode="after")
-    def _options_need_a_stream(self) -> Self:
+    def _fits_a_stream(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise invalid_request("stream_options is allowed with stream=true only", param="stream_options")
+        if self.prompt_logprobs is not None and self.stream:
+            raise invalid_request("prompt_logprobs is allowed without stream=true only", param="prompt_logprobs")
         return self
 
 
@@ -141,10 +148,20 @@ class CompletionRequest(GenerationRequest):
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @model_validator(mode="after")
-    def _no_tokens_need_an_echo(self) -> Self:
-        if self.token_limit == 0 and not self.echo:
-            raise invalid_request("max_tokens=0 is allowed with echo=true only", param="max_tokens")
+    def _no_tokens_need_another_result(self) -> Self:
+        if self.token_limit == 0 and not self.echo and self.prompt_logprobs is None:
+            raise invalid_request("max_tokens=0 is allowed with echo=true or prompt_logprobs only", param="max_tokens")
         return self
+
+
+class EmbeddingRequest(Request):
+    """The body of POST /v1/embeddings."""
+
+    harmless = harmless_fields.FIELDS
+    model: str
+    input: Annotated[Prompts, PlainValidator(_prompts)]
+    encoding_format: Literal["float", "base64"] = "float"
+    user: str | None = Field(None, max_length=256)
 
 
 class TokenizeRequest(Request):

@@ -29,16 +29,19 @@ class ServedModel:
     def eos_id(self) -> int | None:
         return None if self.tokenizer is None else self.tokenizer.eot_id
 
-    def prompt_ids(self, prompt: str | list[int], *, max_tokens: int) -> list[int]:
-        """Returns the tokens of a prompt; an empty text has the end-of-text token. Raises `ApiError` (400) for ids
-        outside the vocabulary and for a prompt that leaves no room for `max_tokens`."""
+    def prompt_ids(self, prompt: str | list[int], *, max_tokens: int, param: str = "prompt") -> list[int]:
+        """Returns the tokens of a prompt, the request's field `param`; an empty text has the end-of-text token. Raises
+        `ApiError` (400) for ids outside the vocabulary and for a prompt that leaves no room for `max_tokens`."""
         if isinstance(prompt, str):
             token_ids = self.require_tokenizer().encode(prompt) or [self.require_tokenizer().eot_id]
         else:
-            token_ids = self.checked_ids(prompt, param="prompt")
+            token_ids = self.checked_ids(prompt, param=param)
         if len(token_ids) + max_tokens > self.config.n_positions:
             raise context_length_exceeded(
-                num_prompt_tokens=len(token_ids), max_tokens=max_tokens, context_tokens=self.config.n_positions
+                num_prompt_tokens=len(token_ids),
+                max_tokens=max_tokens,
+                context_tokens=self.config.n_positions,
+                prompt_field=param,
             )
         return token_ids
 

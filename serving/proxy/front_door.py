@@ -17,6 +17,7 @@ from enum import StrEnum
 from http import HTTPStatus
 
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.monitoring.metric_export import Metrics
@@ -44,7 +45,7 @@ TIMEOUT_HEADER = b"x-request-timeout-seconds"
 REQUEST_ID = re.compile(rb"[A-Za-z0-9-]{1,64}")
 MAX_DISCARDED_BYTES = 64 << 20  # read of a body that is too large, so that its sender reads our answer
 MAX_ATTEMPTS = 2  # a request may be what ends its replicas: one that ended a third would end them all
-COUNTED_PATHS = ("/v1/completions", "/v1/chat/completions")
+COUNTED_PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/embeddings")
 
 
 class Outcome(StrEnum):
@@ -81,7 +82,23 @@ def middlewares() -> list[Middleware]:
     counters = {outcome: metrics.of("raymill:http_answers", outcome=outcome) for outcome in Outcome}
     metrics.keep_published()
     count = lambda outcome: counters[outcome].inc()  # noqa: E731
-    return [Middleware(FrontDoor, config=config, count=count), Middleware(NewestRoute)]
+    # Ray Serve puts each around those before it.
+    return [Middleware(FrontDoor, config=config, count=count), Middleware(NewestRoute), *_cross_origin(config)]
+
+
+def _cross_origin(config: HttpConfig) -> list[Middleware]:
+    """Lets the pages of other origins read all answers, refusals too, and answers what their browsers ask beforehand,
+    which has no key. Without origins there is nothing between a client and the front door."""
+    if not config.cors_origins:
+        return []
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origins=config.cors_origins,
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],  # OpenAI's client sends some of its own
+        expose_headers=["x-request-id", "x-model-version", "x-model-note", "retry-after"],
+    )
+    return [cors]
 
 
 class FrontDoor:

@@ -32,7 +32,7 @@ def measure(folder: Path, rows: list[list[int]], dtype: str) -> dict[str, Any]:
     model = load_model(folder, dtype=LOADED_IN[dtype])
     engine = build_engine(model, config, eos_id=None, threads=torch.get_num_threads())
     for number, row in enumerate(rows):
-        request = SequenceRequest(number, row, max_tokens=0, sampling=GREEDY, num_logprobs=0, prompt_logprobs=True)
+        request = SequenceRequest(number, row, max_tokens=0, sampling=GREEDY, num_prompt_logprobs=0)
         engine.submit(request)
     logprobs: list[float] = []
     start_s = time.perf_counter()

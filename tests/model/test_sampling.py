@@ -151,3 +151,16 @@ def test_logits_that_are_no_numbers_are_an_error(temperature: float, bad: list[f
     params = SamplingParams(temperature=temperature, seed=1)
     with pytest.raises(FloatingPointError):
         sample(torch.tensor(bad), params, prompt_ids=[], output_ids=[], position=0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_forbidden_tokens_are_never_drawn_and_the_others_keep_their_shares(temperature: float) -> None:
+    logits = torch.tensor([4.0, 3.0, 2.0, -5.0]).expand(400, 4)
+    params = SamplingParams(temperature=temperature, seed=3)
+    rows = [SamplingRow(params, [0], [0], place, forbidden_ids={0, 3}) for place in range(400)]
+    drawn = sample_batch(logits, rows, best=torch.zeros(400, dtype=torch.long))
+    if temperature == 0:
+        assert set(drawn) == {1}
+    else:
+        assert set(drawn) == {1, 2} and drawn.count(1) / 400 == pytest.approx(math.e / (1 + math.e), abs=0.08)
+    assert logits[0].tolist() == [4.0, 3.0, 2.0, -5.0]  # which log-probabilities are taken from

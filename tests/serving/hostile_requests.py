@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 MODEL, KEY = "tiny", "sk-test"
-COMPLETIONS, CHAT = "POST /v1/completions", "POST /v1/chat/completions"
+COMPLETIONS, CHAT, EMBEDDINGS = "POST /v1/completions", "POST /v1/chat/completions", "POST /v1/embeddings"
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,13 @@ def chat(number: int, name: str, param: str, *, code: str | None = None, **field
     return Hostile(number, name, CHAT, 400, code, param, json.dumps(content).encode())
 
 
+def embedding(
+    number: int, name: str, param: str, *, status: int = 400, code: str | None = None, **fields: Any
+) -> Hostile:
+    content = {"model": MODEL, "input": "x"} | fields
+    return Hostile(number, name, EMBEDDINGS, status, code, param, json.dumps(content).encode())
+
+
 def literal(number: int, name: str, text: str) -> Hostile:
     return raw(number, name, b'{"model":"tiny","prompt":"x","temperature":' + text.encode() + b"}", 400, "invalid_json")
 
@@ -59,6 +66,11 @@ INVALID_JSON = [
     literal(8, "Infinity", "-Infinity"),
     literal(8, "overflow", "1e999"),
     literal(13, "5,000 digits", "9" * 5000),
+    *(
+        raw(8, f"{name} NaN", b'{"model":"tiny","prompt":"x","%b":NaN}' % name.encode(), 400, "invalid_json")
+        for name in ("min_tokens", "prompt_logprobs", "stop_token_ids")
+    ),
+    raw(30, "stop_token_ids twice", b'{"prompt":"x","stop_token_ids":[1],"stop_token_ids":[2]}', 400, "invalid_json"),
     raw(30, "a key twice", b'{"model":"tiny","model":"tiny","prompt":"x"}', 400, "invalid_json"),
     raw(31, "nested 100,000 deep", b'{"prompt":' + b"[" * 100_000 + b"]" * 100_000 + b"}", 400, "invalid_json"),
     raw(31, "nested 33 deep", b'{"prompt":' + b"[" * 32 + b"]" * 32 + b"}", 400, "invalid_json"),
@@ -115,6 +127,23 @@ WRONG_VALUES = [
     chat(35, "30,000 messages", "messages", messages=[{"role": "user", "content": ""}] * 30_000),
     chat(35, "template settings", "chat_template_kwargs", code="unsupported_parameter", chat_template_kwargs={"a": 1}),
     completion(36, "a response format", "response_format", code="unsupported_parameter", response_format={"type": "x"}),
+    completion(20, "257 prompts", "prompt", prompt=["x"] * 257),
+    *(completion(60, f"a token id {i!r} to stop at"[:40], "stop_token_ids", stop_token_ids=[1, i])
+      for i in (-1, 300, 10**6, 2**70)),
+    *(completion(60, f"{i!r} to stop at", "stop_token_ids.0", stop_token_ids=[i]) for i in (True, 1.5, "1", None, [])),
+    completion(60, "10^5 tokens to stop at", "stop_token_ids", stop_token_ids=[1] * 10**5),
+    *(completion(61, f"min_tokens {m!r}", "min_tokens", min_tokens=m) for m in (-1, 2, 10**12, 10**400, True, "1", 1.5)),
+    chat(61, "min_tokens above a chat's max_tokens", "min_tokens", min_tokens=2),
+    *(completion(62, f"prompt_logprobs {k!r}", "prompt_logprobs", prompt_logprobs=k) for k in (-1, 21, 10**9, True, "1")),
+    completion(62, "prompt_logprobs of a stream", "prompt_logprobs", prompt_logprobs=1, stream=True),
+    *(completion(63, f"return_token_ids {v!r}", "return_token_ids", return_token_ids=v) for v in (1, "yes", {})),
+    embedding(64, "no input", "input", code="missing_required_parameter", input=None),
+    embedding(64, "257 inputs", "input", input=["x"] * 257),
+    *(embedding(64, f"token id {i!r}"[:40], "input", input=[i]) for i in (-1, 10**6, 2**70, 1.5, True)),
+    embedding(64, "longer than the context", "input", code="context_length_exceeded", input=[1] * 129),
+    embedding(64, "dimensions", "dimensions", code="unsupported_parameter", dimensions=8),
+    embedding(64, "an encoding", "encoding_format", encoding_format="int8"),
+    embedding(64, "another model", "model", status=404, code="model_not_found", model="../x"),
     completion(36, "a grammar", "guided_grammar", code="unsupported_parameter", guided_grammar="(" * 99),
 ]  # fmt: skip
 
@@ -126,7 +155,8 @@ OUTSIDE_THE_BODY = [
     raw(37, "no type", b"{}", 415, headers={"Content-Type": ""}),
     raw(38, "a gzip bomb", lambda: gzip.compress(b"x" * 10**8), 415, headers={"Content-Encoding": "gzip"}),
     *(Hostile(39, f"{m} {path}", f"{m} {path}", 405)
-      for m in ("GET", "PUT", "DELETE") for path in ("/v1/completions", "/v1/chat/completions", "/tokenize")),
+      for m in ("GET", "PUT", "DELETE")
+      for path in ("/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/tokenize")),
     *(Hostile(40, path, f"GET {path}", 404) for path in (
         "/nowhere", "//", "/v1//completions", "/v1/models/../../etc/passwd", "/v1/completions/", "/%2e%2e/x", "/V1/models",
     )),

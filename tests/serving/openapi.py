@@ -13,6 +13,7 @@ from serving.protocol.protocol import (
     Bias,
     CompletionRequest,
     DetokenizeRequest,
+    EmbeddingRequest,
     Request,
     TokenizeRequest,
 )
@@ -49,11 +50,25 @@ class Logprobs(Answer):
     text_offset: list[int]
 
 
-class Choice(Answer):
+class RankedLogprob(Answer):
+    logprob: float
+    rank: int = Field(ge=1)
+    decoded_token: str
+
+
+class OfPrompt(Answer):
+    """Where clients ask for them."""
+
+    prompt_token_ids: list[int] = []
+    prompt_logprobs: list[dict[str, RankedLogprob] | None] = []
+
+
+class Choice(OfPrompt):
     text: str
     index: int
     logprobs: Logprobs | None
     finish_reason: str
+    token_ids: list[int] = []
 
 
 class Head(Answer):
@@ -90,11 +105,27 @@ class ChatChoice(Answer):
     message: ChatMessage
     logprobs: create_model("ChatLogprobs", content=(list[ChosenLogprob], ...)) | None  # type: ignore[misc, valid-type]
     finish_reason: str
+    token_ids: list[int] = []
 
 
-class ChatAnswer(Head):
+class ChatAnswer(Head, OfPrompt):
     choices: list[ChatChoice] = Field(min_length=1)
     usage: Usage
+
+
+class Embedding(Answer):
+    object: str
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingAnswer(Answer):
+    id: str
+    object: str
+    created: int
+    model: str
+    data: list[Embedding] = Field(min_length=1)
+    usage: create_model("PromptUsage", prompt_tokens=(int, ...), total_tokens=(int, ...))  # type: ignore[valid-type]
 
 
 class TokenizeAnswer(Answer):
@@ -111,6 +142,7 @@ class DetokenizeAnswer(Answer):
 ROUTES: dict[str, tuple[type[Request], type[Answer]]] = {
     "/v1/completions": (CompletionRequest, CompletionAnswer),
     "/v1/chat/completions": (ChatRequest, ChatAnswer),
+    "/v1/embeddings": (EmbeddingRequest, EmbeddingAnswer),
     "/tokenize": (TokenizeRequest, TokenizeAnswer),
     "/detokenize": (DetokenizeRequest, DetokenizeAnswer),
 }
@@ -131,10 +163,10 @@ def _schema(accepted: Any) -> dict[str, Any]:
     return TypeAdapter(accepted).json_schema()
 
 
+PROMPTS = _schema(str | TokenIds | Annotated[list[str], SeveralPrompts] | Annotated[list[TokenIds], SeveralPrompts])
 ACCEPTED: dict[tuple[str, str], dict[str, Any]] = {
-    ("CompletionRequest", "prompt"): _schema(
-        str | TokenIds | Annotated[list[str], SeveralPrompts] | Annotated[list[TokenIds], SeveralPrompts]
-    ),
+    ("CompletionRequest", "prompt"): PROMPTS,
+    ("EmbeddingRequest", "input"): PROMPTS,
     ("ChatRequest", "max_tokens"): _schema(Literal[-1] | Limit),
     ("Message", "content"): {
         "anyOf": [{"type": "string"}, {"type": "array", "items": TEXT_PART}, {"type": "null"}],
@@ -202,4 +234,4 @@ def _json(model: str) -> dict[str, Any]:
 def _events(path: str) -> dict[str, Any]:
     """Where the answer may be a stream: the shape of each of its events."""
     event = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string", "minLength": 1}}}
-    return {"text/event-stream": {"schema": event}} if path.startswith("/v1/") else {}
+    return {"text/event-stream": {"schema": event}} if path.endswith("completions") else {}

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from serving.api.detokenizer import Detokenizer
 
 
-def pieces(tokens: Sequence[bytes], stop: Sequence[str] = ()) -> tuple[list[str], bool]:
-    detokenizer = Detokenizer(stop=stop)
+def pieces(tokens: Sequence[bytes], stop: Sequence[str] = (), *, min_tokens: int = 0) -> tuple[list[str], bool]:
+    detokenizer = Detokenizer(stop=stop, min_tokens=min_tokens)
     given_out = []
     for token in tokens:
         given_out.append(detokenizer.push(token))
@@ -22,9 +22,9 @@ def pieces(tokens: Sequence[bytes], stop: Sequence[str] = ()) -> tuple[list[str]
     return given_out, detokenizer.stopped
 
 
-def cut_at_first_complete_stop(text: str, stop: Sequence[str]) -> tuple[str, bool]:
+def cut_at_first_complete_stop(text: str, stop: Sequence[str], *, after: int = 0) -> tuple[str, bool]:
     """The definition, one character at a time."""
-    for end in range(len(text) + 1):
+    for end in range(after + 1, len(text) + 1):
         ends = [s for s in stop if text[:end].endswith(s)]
         if ends:
             return text[: end - max(map(len, ends))], True
@@ -51,6 +51,21 @@ def test_any_bytes_in_any_pieces(data: bytes, cuts: list[int]) -> None:
 def test_stop_strings_across_any_borders(text: str, stop: list[str], cuts: list[int]) -> None:
     given_out, stopped = pieces(split(text.encode(), cuts), stop)
     assert ("".join(given_out), stopped) == cut_at_first_complete_stop(text, stop)
+
+
+@given(
+    st.text(alphabet="abé"),
+    st.lists(st.text(alphabet="abé", min_size=1, max_size=4), min_size=1, max_size=4),
+    st.lists(st.integers(min_value=0)),
+    st.integers(0, 5),
+)
+def test_stop_strings_within_the_fewest_tokens_do_not_count(
+    text: str, stop: list[str], cuts: list[int], min_tokens: int
+) -> None:
+    tokens = split(text.encode(), cuts)
+    uncut = len(b"".join(tokens[:min_tokens]).decode(errors="ignore"))
+    given_out, stopped = pieces(tokens, stop, min_tokens=min_tokens)
+    assert ("".join(given_out), stopped) == cut_at_first_complete_stop(text, stop, after=uncut)
 
 
 def test_text_is_given_out_as_soon_as_it_is_final() -> None:

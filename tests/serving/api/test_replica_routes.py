@@ -72,9 +72,9 @@ def test_only_a_clients_seed_goes_to_the_engine(run: Run, monkeypatch: pytest.Mo
     seeds: list[list[int | None]] = []
     submit = EngineClient.submit
 
-    def seen(self: EngineClient, requests: list[SequenceRequest]) -> Generation:
+    def seen(self: EngineClient, requests: list[SequenceRequest], **how: int) -> Generation:
         seeds.append([request.sampling.seed for request in requests])
-        return submit(self, requests)
+        return submit(self, requests, **how)
 
     monkeypatch.setattr(EngineClient, "submit", seen)
 

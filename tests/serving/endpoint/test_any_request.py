@@ -25,7 +25,7 @@ from tests.time_limits import limit_s
 
 pytestmark = pytest.mark.cluster
 
-ROUTES = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize", "/v1/xray")
+ROUTES = ("/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/tokenize", "/detokenize", "/v1/xray")
 TIMEOUT_S = limit_s(30)  # an answer that takes longer counts as none
 VOCAB_SIZE = 300
 bounded = settings(
@@ -85,6 +85,10 @@ GENERATION = SAMPLING | {
     "frequency_penalty": number(-2, 2),
     "repetition_penalty": st.floats(0, 2),
     "ignore_eos": st.booleans(),
+    "stop_token_ids": st.lists(st.integers(0, VOCAB_SIZE), max_size=9),
+    "min_tokens": st.integers(0, 20),
+    "prompt_logprobs": st.integers(0, 21),
+    "return_token_ids": st.booleans(),
     "suffix": TEXTS,
     "tools": st.just([]),
     "temprature": st.just(1),
@@ -100,6 +104,7 @@ NEW_TOKENS = st.integers(0, 9) | st.integers(0, 200)
 REQUIRED: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "/v1/completions": {"prompt": TEXTS | IDS | st.lists(TEXTS, max_size=5) | st.lists(IDS, max_size=5)},
     "/v1/chat/completions": {"messages": st.lists(MESSAGE, max_size=4), "max_tokens": NEW_TOKENS},
+    "/v1/embeddings": {"input": TEXTS | IDS | st.lists(TEXTS, max_size=5) | st.lists(IDS, max_size=5)},
     "/tokenize": {"prompt": TEXTS},
     "/detokenize": {"tokens": IDS},
     "/v1/xray": {"prompt": TEXTS | IDS},
@@ -114,6 +119,7 @@ OPTIONAL: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     },
     "/v1/chat/completions": GENERATION
     | {"max_completion_tokens": NEW_TOKENS, "logprobs": st.booleans(), "top_logprobs": st.integers(0, 21)},
+    "/v1/embeddings": {"encoding_format": st.sampled_from(["float", "base64"]), "user": TEXTS},
     "/tokenize": {"add_special_tokens": st.booleans(), "return_token_strs": st.booleans()},
     "/detokenize": {},
     "/v1/xray": SAMPLING

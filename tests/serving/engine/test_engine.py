@@ -1,5 +1,6 @@
 """What the engine generates for a sequence equals what `model.generate` does, whatever shares its steps."""
 
+import base64
 import copy
 import math
 import platform
@@ -109,9 +110,58 @@ def test_end_of_text_ends_a_sequence_unless_ignored(engine_of: EngineOf, model: 
     assert events[1][-1].finish_reason is FinishReason.LENGTH
 
 
+@pytest.mark.parametrize("sampling", [GREEDY, SamplingParams(temperature=1.0, seed=3)])
+def test_nothing_ends_a_sequence_before_its_fewest_tokens(
+    engine_of: EngineOf, model: GPT, prompts: list[list[int]], sampling: SamplingParams
+) -> None:
+    free = generate(model, prompts[3], max_tokens=20, params=sampling, eos_id=None)
+    eos_id, stop_id = free[4], free[7]
+    engine = engine_of(model, max_num_seqs=8, eos_id=eos_id)
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"ignore_eos": True, "stop_token_ids": (stop_id, stop_id)},
+        {"min_tokens": 12, "stop_token_ids": (stop_id,)},
+        {"min_tokens": 5},
+        {"min_tokens": 20, "ignore_eos": True},
+    ]
+    events = run(engine, [request(i, prompts[3], sampling=sampling, **kind) for i, kind in enumerate(kinds)])
+    plain, stopped, late, masked, ignoring = (tokens(events[i]) for i in range(len(kinds)))
+    assert plain == free[: free.index(eos_id) + 1]
+    assert stopped == free[: free.index(stop_id) + 1]
+    assert events[0][-1].finish_reason is events[1][-1].finish_reason is FinishReason.STOP
+    assert len(late) > 12 and not {eos_id, stop_id} & set(late[:12])
+    assert len(masked) > 5 and eos_id not in masked[:5]
+    if sampling is GREEDY:  # without a token that it may not draw, a random number falls into another one's share
+        assert masked[: free.index(eos_id)] == free[: free.index(eos_id)]
+    assert ignoring == free  # there is nothing that would end it
+
+
+def test_an_embedding_is_the_mean_of_the_hidden_states_and_has_the_same_bits_however_it_is_read(
+    engine_of: EngineOf, model: GPT, prompts: list[list[int]]
+) -> None:
+    asked = [request(i, prompt, max_tokens=0, embed=True) for i, prompt in enumerate(prompts)]
+    drawing = [request(50 + i, prompt) for i, prompt in enumerate(prompts)]
+
+    def embeddings(engine: Engine, requests: list[SequenceRequest], **arrival: int) -> dict[int, str | None]:
+        events = run(engine, requests, **arrival)
+        assert all(event.embedding is None for r in requests if not r.embed for event in events[r.seq_id])
+        return {r.seq_id: events[r.seq_id][0].embedding for r in requests if r.embed}
+
+    engine = engine_of(model, max_num_seqs=3)
+    found = embeddings(engine, drawing + asked)  # the cache has the prompts, which must be read all the same
+    with torch.no_grad():
+        for r in asked:
+            vector = torch.frombuffer(bytearray(base64.b64decode(found[r.seq_id] or "")), dtype=torch.float32)
+            torch.testing.assert_close(vector, model(torch.tensor([r.prompt_ids]))[0].mean(dim=0), atol=1e-4, rtol=1e-4)
+    assert len(set(found.values())) == len(prompts)
+    if isinstance(engine._runner, NativeRunner):
+        assert embeddings(engine_of(model, max_num_seqs=8, prefill_tokens_per_step=5), asked, per_step=1) == found
+        assert embeddings(engine_of(model, max_num_seqs=1), asked[::-1]) == found
+
+
 def test_logprobs_are_those_of_one_forward_pass(engine_of: EngineOf, model: GPT, prompts: list[list[int]]) -> None:
-    requests = [request(i, p, num_logprobs=3, prompt_logprobs=True) for i, p in enumerate(prompts)]
-    requests.append(request(99, prompts[7], max_tokens=0, num_logprobs=0, prompt_logprobs=True))
+    requests = [request(i, p, num_logprobs=3, num_prompt_logprobs=3) for i, p in enumerate(prompts)]
+    requests.append(request(99, prompts[7], max_tokens=0, num_logprobs=0, num_prompt_logprobs=0))
     events = run(engine_of(model, max_num_seqs=9), requests)
     for r in requests:
         output = tokens(events[r.seq_id])
@@ -127,6 +177,7 @@ def test_logprobs_are_those_of_one_forward_pass(engine_of: EngineOf, model: GPT,
             token_id = (r.prompt_ids + output)[position + 1]
             assert candidates.logprob == pytest.approx(expected[position, token_id].item(), abs=1e-4)
             assert len(candidates.top) == r.num_logprobs
+            assert candidates.rank == 1 + (expected[position] > expected[position, token_id]).sum()
             for top_id, logprob in candidates.top:
                 assert logprob == pytest.approx(expected[position, top_id].item(), abs=1e-4)
             if candidates.top:

@@ -21,7 +21,7 @@ def request(
         max_tokens=max_tokens,
         sampling=SamplingParams(),
         ignore_eos=ignore_eos,
-        prompt_logprobs=prompt_logprobs,
+        num_prompt_logprobs=0 if prompt_logprobs else None,
     )
 
 

@@ -87,13 +87,13 @@ def test_its_tokens_and_log_probabilities_are_the_models(folder: Path, model: GP
             left = client.submit([SequenceRequest(client.next_seq_id(), [1, 2, 3], 100, GREEDY)])
             generations = [
                 client.submit(
-                    [SequenceRequest(client.next_seq_id(), p, 20, GREEDY, num_logprobs=3, prompt_logprobs=True)]
+                    [SequenceRequest(client.next_seq_id(), p, 20, GREEDY, num_logprobs=3, num_prompt_logprobs=3)]
                 )
                 for p in prompts
             ]
             left.close()
             whole = [[event async for event in generation] for generation in generations]
-            empty = SequenceRequest(client.next_seq_id(), prompts[3], 0, GREEDY, num_logprobs=0, prompt_logprobs=True)
+            empty = SequenceRequest(client.next_seq_id(), prompts[3], 0, GREEDY, num_logprobs=0, num_prompt_logprobs=0)
             whole.append([event async for event in client.submit([empty])])
         finally:
             await client.close()

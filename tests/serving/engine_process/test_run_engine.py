@@ -68,10 +68,14 @@ def test_messages_arrive_whole_however_they_are_cut() -> None:
 
 def test_messages_survive_the_wire() -> None:
     sampling = SamplingParams(temperature=0.5, logit_bias=((3, -1.5), (7, 2.0)), seed=2**63 - 1)
-    sent = SequenceRequest(1, [1, 2], 3, sampling, ignore_eos=True, num_logprobs=2, prompt_logprobs=True)
+    sent = SequenceRequest(
+        1, [1, 2], 3, sampling, ignore_eos=True, stop_token_ids=(5, 6), min_tokens=2, num_logprobs=2, embed=True
+    )
     message = json.loads(encode_message(submit_message(sent)))
     assert parse_request(message["submit"]) == sent
-    event = TokenEvent(1, 5, FinishReason.STOP, Candidates(-0.5, [(5, -0.5)]), [None, Candidates(-1.0, [])])
+    event = TokenEvent(
+        1, 5, FinishReason.STOP, Candidates(-0.5, [(5, -0.5)], 1), [None, Candidates(-1.0, [], 7)], "AACAPw=="
+    )
     message = json.loads(encode_message(StepReport([event], 1, 2, 0.25, 30)))
     report = parse_report(message)
     assert report == ([event], 1, 2, 0.25, 30)
@@ -87,6 +91,19 @@ def test_tokens_equal_generate_and_cancel_frees_the_slot(
             for prompt, output in zip(prompts, await asyncio.gather(*map(collect, generations)), strict=True):
                 assert output == generate(model, prompt, max_tokens=20, params=GREEDY, eos_id=None)
             assert client.num_open_sequences == 0
+
+            few = client.submit([request(client, prompt) for prompt in prompts], at_once=2)
+            most, outputs = 0, {}
+            async for event in few:
+                most = max(most, client.num_open_sequences)
+                outputs.setdefault(event.seq_id, []).append(event.token_id)
+            assert most == 2 and client.num_open_sequences == 0
+            expected = [generate(model, prompt, max_tokens=20, params=GREEDY, eos_id=None) for prompt in prompts]
+            assert [outputs[seq_id] for seq_id in sorted(outputs)] == expected
+            left = client.submit([request(client, [1]) for _ in range(50)], at_once=2)
+            await anext(aiter(left))
+            left.close()
+            assert client.num_open_sequences == 0 and not left.unsent
 
             endless = client.submit([request(client, [1], max_tokens=127) for _ in range(5)])
             assert (client.num_open_sequences, client.num_open_requests) == (5, 1)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from serving.api.chat import ChatRequest, Message, render
 from serving.protocol import harmless_fields
 from serving.protocol.errors import ApiError
-from serving.protocol.protocol import CompletionRequest, parse_request
+from serving.protocol.protocol import CompletionRequest, EmbeddingRequest, parse_request
 from serving.protocol.strict_json import parse_json_object
 from tests.serving.harmless_values import values
 
@@ -70,13 +70,14 @@ def test_every_field_is_taken() -> None:
             max_tokens=3, temperature=0, top_p=0.5, top_k=-1, min_p=0.1, n=2, stream=True,
             stream_options={"include_usage": True}, stop=["a", "bc"], seed=-1, user="u", logprobs=5, echo=True,
             logit_bias={"17": -100}, presence_penalty=-2, frequency_penalty=2, repetition_penalty=1.1, ignore_eos=True,
+            stop_token_ids=[3, 3], min_tokens=2, return_token_ids=True,
         )
     )  # fmt: skip
     assert request == CompletionRequest(
         model="m", prompt="hi", max_tokens=3, temperature=0.0, top_p=0.5, top_k=-1, min_p=0.1, n=2, stream=True,
         stream_options={"include_usage": True}, stop=("a", "bc"), seed=-1, user="u", logprobs=5, echo=True,
         logit_bias={"17": -100.0}, presence_penalty=-2.0, frequency_penalty=2.0, repetition_penalty=1.1,
-        ignore_eos=True,
+        ignore_eos=True, stop_token_ids=[3, 3], min_tokens=2, return_token_ids=True,
     )  # fmt: skip
     assert request.logit_bias == {17: -100.0}
 
@@ -132,6 +133,12 @@ def test_every_field_is_taken() -> None:
         ({"model": None}, "model"),
         ({"model": 7}, "model"),
         ({"user": "x" * 257}, "user"),
+        *(({"stop_token_ids": value}, "stop_token_ids") for value in (5, "5", {"5": 1}, [1] * 129)),
+        *(({"stop_token_ids": [value]}, "stop_token_ids.0") for value in (True, 1.5, "1", None, [1])),
+        *(({"min_tokens": value}, "min_tokens") for value in (-1, 1.0, True, "1", 10**12)),
+        *(({"prompt_logprobs": value}, "prompt_logprobs") for value in (-1, 21, True, 1.0)),
+        ({"prompt_logprobs": 0, "stream": True}, "prompt_logprobs"),
+        *(({"return_token_ids": value}, "return_token_ids") for value in (1, "true", [])),
     ],
 )  # fmt: skip
 def test_a_wrong_field_is_named(fields: dict[str, Any], param: str) -> None:
@@ -226,6 +233,33 @@ def test_what_other_libraries_write_is_understood() -> None:
     parsed = parse_completion(body(stream=True, stream_options=options)).stream_options
     assert parsed is not None and (parsed.include_usage, parsed.continuous_usage_stats) == (False, True)
     assert len(parse_completion(body(prompt=["x"] * 256, stop=list("abcdefghijklmnop"), logprobs=20)).prompt) == 256
+
+
+def embedding_body(**fields: Any) -> bytes:
+    return json.dumps({"model": "m", "input": "hi"} | fields).encode()
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "code"),
+    [
+        ({"input": None}, "input", "missing_required_parameter"),
+        *(({"input": value}, "input", "invalid_value") for value in ([], [""] * 257, {}, 3, [1, "a"], [[]])),
+        *(({"encoding_format": value}, "encoding_format", "invalid_value") for value in ("int8", 1, ["float"])),
+        ({"dimensions": 8}, "dimensions", "unsupported_parameter"),
+        ({"truncate_prompt_tokens": 8}, "truncate_prompt_tokens", "unsupported_parameter"),
+        ({"prompt": "x"}, "prompt", "unknown_parameter"),
+    ],
+)
+def test_a_wrong_field_of_an_embedding_is_named(fields: dict[str, Any], param: str, code: str) -> None:
+    with pytest.raises(ApiError) as caught:
+        parse_request(embedding_body(**fields), EmbeddingRequest)
+    assert (caught.value.status, caught.value.param, caught.value.code) == (400, param, code)
+
+
+def test_what_embedding_clients_send_is_understood() -> None:
+    sent = embedding_body(input=[[1, 2]], encoding_format="base64", user="u", dimensions=None, metadata={})
+    parsed = parse_request(sent, EmbeddingRequest)
+    assert (parsed.input, parsed.encoding_format) == ([[1, 2]], "base64")
 
 
 def test_json_may_be_32_levels_deep() -> None:
