@@ -3,7 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-CLIENTS_INSTALLED := $(VENV)/.installed-clients
+TRACKING_INSTALLED := $(VENV)/.installed-tracking
+CLIENTS_VENV := .venv-clients
+CLIENTS_INSTALLED := $(CLIENTS_VENV)/.installed
 BENCH_INSTALLED := $(VENV)/.installed-bench
 VLLM_VENV := .venv-vllm
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
@@ -25,7 +27,7 @@ SLOW = $(shell grep -rlE '^(pytestmark.*|    pytest\.)mark\.slow' tests --includ
 test: $(INSTALLED)
 	$(BIN)/pytest -m "not slow" --numprocesses 3 --dist loadfile --no-loadscope-reorder $(addprefix --ignore=,$(SLOW))
 
-test-all: $(CLIENTS_INSTALLED)
+test-all: $(TRACKING_INSTALLED) $(CLIENTS_INSTALLED)
 	$(BIN)/pytest
 
 COMPUTE ?= cpu
@@ -83,8 +85,14 @@ $(INSTALLED): pyproject.toml .ci/constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable '.[dev]'
 	touch $@
 
-$(CLIENTS_INSTALLED): $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable '.[clients,tracking]'
+$(TRACKING_INSTALLED): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable '.[tracking]'
+	touch $@
+
+$(CLIENTS_INSTALLED): pyproject.toml .ci/clients.txt
+	$(PYTHON) -m venv $(CLIENTS_VENV)
+	$(CLIENTS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(CLIENTS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint .ci/clients.txt --group clients
 	touch $@
 
 $(BENCH_INSTALLED): $(INSTALLED)
@@ -99,5 +107,5 @@ $(VLLM_INSTALLED):
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) .raymill build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS_VENV) $(VLLM_VENV) .raymill build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -67,8 +67,8 @@ def test_what_a_module_imports_is_a_core_dependency(folder: str) -> None:
 @pytest.mark.parametrize("folder", ["tests", ".ci"])
 def test_what_a_test_imports_is_declared(folder: str) -> None:
     declared = names(PROJECT["dependencies"])
-    for extra in PROJECT["optional-dependencies"].values():
-        declared |= names(extra)
+    for needed in (*PROJECT["optional-dependencies"].values(), *PYPROJECT["dependency-groups"].values()):
+        declared |= names(needed)
     assert undeclared(folder, declared) == set()
 
 

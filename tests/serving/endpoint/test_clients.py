@@ -1,14 +1,15 @@
-"""Clients that others wrote, unchanged, against a real endpoint: lm-eval and `vllm bench serve` (openai is in
-test_endpoint.py). Nothing is fetched."""
+"""Clients that others wrote, unchanged, each with its usual call, against a real endpoint. Nothing is fetched. A browser is
+in test_cross_origin.py, and more of openai in test_endpoint.py."""
 
 import json
 import os
 import subprocess
-import sys
-from importlib.util import find_spec
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
+import openai
 import pytest
 import torch
 import yaml
@@ -21,7 +22,9 @@ from tests.repository import REPOSITORY
 from tests.serving.hostile_requests import MODEL
 from tests.time_limits import limit_s
 
+CLIENTS_PYTHON = REPOSITORY / ".venv-clients" / "bin" / "python"
 VLLM_PYTHON = REPOSITORY / ".venv-vllm" / "bin" / "python"
+SCRIPTS = REPOSITORY / "tests" / "serving" / "clients"
 VLLM_BENCH = """
 from vllm.benchmarks.serve import add_cli_args, main
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -29,22 +32,39 @@ parser = FlexibleArgumentParser()
 add_cli_args(parser)
 main(parser.parse_args())
 """
-OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+OFFLINE = {
+    **dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE", "VLLM_NO_USAGE_STATS"), "1"),
+    "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # or it asks GitHub for prices
+    "LANGSMITH_TRACING": "false",
+}
 CHOICES = ["the quick brown fox", "over the lazy dog", "naïve cafés sell tea", "dog dog dog"]
 QUESTIONS = ["the quick", "brown fox jumps", "sell €5", "lazy dog, and"]
+GREEDY = SamplingParams(temperature=0.0)
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+installed = pytest.mark.skipif(
+    not CLIENTS_PYTHON.exists(), reason="no clients in .venv-clients; `make test-all` installs them"
+)
 
 
-def run_client(command: list[str], *, folder: Path) -> None:
+def run_client(command: Sequence[str | Path], *, folder: Path) -> str:
+    """Returns what it prints."""
     environment = os.environ | OFFLINE | {"HF_HOME": str(folder / "hf")}
     done = subprocess.run(
         command, env=environment, cwd=folder, capture_output=True, text=True, timeout=limit_s(400), check=False
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
 
 
-def write_tasks(folder: Path) -> None:
-    lines = [json.dumps({"question": question, "choices": CHOICES}) for question in QUESTIONS]
+def num_sequences(url: str) -> int:
+    text = httpx.get(f"{url}/metrics", timeout=limit_s(30)).text
+    return sum(
+        int(float(line.split()[-1])) for line in text.splitlines() if line.startswith("vllm:request_success_total{")
+    )
+
+
+def write_tasks(folder: Path, questions: list[str]) -> None:
+    lines = [json.dumps({"question": question, "choices": CHOICES}) for question in questions]
     (folder / "questions.jsonl").write_text("\n".join(lines))
     shared = {
         "dataset_path": "json",
@@ -83,11 +103,104 @@ def log_likelihood(model: GPT, context_ids: list[int], ids: list[int]) -> float:
     return float(sum(logprobs[len(context_ids) - 1 + i, token_id] for i, token_id in enumerate(ids)))
 
 
-@pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is not installed; `make test-all` installs it")
-def test_lm_eval_reads_what_the_model_says(
-    open_url: str, checkpoint: Path, model: GPT, tokenizer: Tokenizer, tmp_path: Path
+def greedy_text(model: GPT, tokenizer: Tokenizer, prompt: str, *, max_tokens: int) -> str:
+    ids = generate(model, tokenizer.encode(prompt), max_tokens=max_tokens, params=GREEDY, eos_id=tokenizer.eot_id)
+    return tokenizer.decode(ids)
+
+
+def spoken(turns: list[tuple[str, str]]) -> str:
+    return "".join(f"{speaker}: {text}\n" for speaker, text in turns) + "Assistant:"
+
+
+def reply(model: GPT, tokenizer: Tokenizer, turns: list[tuple[str, str]], *, max_tokens: int) -> str:
+    """What the model says next in a chat."""
+    return greedy_text(model, tokenizer, spoken(turns), max_tokens=max_tokens).split("\nUser:")[0]
+
+
+def mean_of(model: GPT, token_ids: list[int]) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(torch.tensor([token_ids]))[0].mean(dim=0)
+
+
+def assert_same_vector(found: list[float], expected: torch.Tensor) -> None:
+    torch.testing.assert_close(torch.tensor(found, dtype=torch.float32), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_openai_gets_vllms_fields_and_embeddings(open_url: str, model: GPT, tokenizer: Tokenizer) -> None:
+    texts = ["the quick fox", "naïve cafés sell €5 tea"]
+    with openai.OpenAI(base_url=f"{open_url}/v1", api_key="none needed", max_retries=0) as client:
+        asked: dict[str, Any] = {"return_token_ids": True, "min_tokens": 5, "stop_token_ids": [1], "prompt_logprobs": 2}
+        answer: Any = client.completions.create(
+            model=MODEL, prompt=texts, max_tokens=9, temperature=0, logprobs=20, extra_body=asked
+        )
+        for text, choice in zip(texts, answer.choices, strict=True):
+            assert choice.prompt_token_ids == tokenizer.encode(text) and len(choice.token_ids) >= 5
+            assert len(choice.prompt_logprobs) == len(choice.prompt_token_ids)
+            assert len(choice.logprobs.top_logprobs[0]) == 20
+        for encoding in ("float", openai.omit):  # it asks for base64 by itself
+            vectors = client.embeddings.create(model=MODEL, input=texts, encoding_format=encoding)
+            for text, found in zip(texts, vectors.data, strict=True):
+                assert_same_vector(found.embedding, mean_of(model, tokenizer.encode(text)))
+        with pytest.raises(openai.BadRequestError, match="dimensions"):
+            client.embeddings.create(model=MODEL, input=texts, dimensions=8)
+
+
+@installed
+def test_litellm_completes_chats_and_embeds(open_url: str, model: GPT, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    found = json.loads(
+        run_client([str(CLIENTS_PYTHON), SCRIPTS / "litellm_answers.py", open_url, MODEL], folder=tmp_path)
+    )
+    expected = reply(model, tokenizer, [("User", "the quick fox")], max_tokens=12)
+    assert found["chat"] == found["streamed"] == expected
+    assert found["text"] == greedy_text(model, tokenizer, "the quick", max_tokens=12)
+    for word, vector in zip(["fox", "lazy dog"], found["embeddings"], strict=True):
+        assert_same_vector(vector, mean_of(model, tokenizer.encode(word)))
+
+
+@installed
+def test_langchain_holds_a_conversation_of_three_turns(
+    open_url: str, model: GPT, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    write_tasks(tmp_path)
+    questions = ["tea?", "a fox", "and?"]
+    command = [str(CLIENTS_PYTHON), SCRIPTS / "langchain_answers.py", open_url, MODEL, *questions]
+    found = json.loads(run_client(command, folder=tmp_path))
+    turns = [("System", "be brief")]
+    for question, answer in zip(questions, found["replies"], strict=True):
+        turns.append(("User", question))
+        assert answer == reply(model, tokenizer, turns, max_tokens=8)
+        turns.append(("Assistant", answer))
+    assert found["text"] == greedy_text(model, tokenizer, "the quick", max_tokens=12)
+    for word, vector in zip(["fox", "lazy dog"], found["embeddings"], strict=True):
+        assert_same_vector(vector, mean_of(model, tokenizer.encode(word)))
+
+
+@installed
+@pytest.mark.parametrize("route", ["/v1/completions", "/v1/chat/completions"])
+def test_guidellm_measures_every_request(open_url: str, checkpoint: Path, tmp_path: Path, route: str) -> None:
+    report = tmp_path / "report.json"
+    settings = {
+        "--backend": f"kind=openai_http,target={open_url},model={MODEL},request_format={route}",
+        "--tokenizer": f"kind=hf_auto,model={checkpoint}",
+        "--data": "kind=synthetic_text,prompt_tokens=20,output_tokens=8",
+        "--profile": "kind=concurrent,streams=3",
+        "--constraint": "kind=max_requests,count=9",
+        "--output": f"kind=json,path={report}",
+    }
+    command = [str(CLIENTS_PYTHON), "-m", "guidellm", "run", "--disable-console"]
+    run_client([*command, *(word for item in settings.items() for word in item)], folder=tmp_path)
+    [benchmark] = json.loads(report.read_text())["benchmarks"]
+    totals = benchmark["metrics"]["request_totals"]
+    assert (totals["successful"], totals["errored"], totals["incomplete"]) == (9, 0, 0)
+
+
+@installed
+@pytest.mark.parametrize("batch_size", [1, 256])
+def test_lm_eval_reads_what_the_model_says(
+    open_url: str, checkpoint: Path, model: GPT, tokenizer: Tokenizer, tmp_path: Path, batch_size: int
+) -> None:
+    questions = QUESTIONS if batch_size == 1 else [f"{question} {i}" for i in range(32) for question in QUESTIONS]
+    write_tasks(tmp_path, questions)
+    before = num_sequences(open_url)
     settings = {
         "model": MODEL,
         "base_url": f"{open_url}/v1/completions",
@@ -97,21 +210,21 @@ def test_lm_eval_reads_what_the_model_says(
         "num_concurrent": 4,
         "max_retries": 1,
     }
-    command = [sys.executable, "-m", "lm_eval", "--model", "local-completions", "--tasks", "choosing,going_on"]
+    command = [str(CLIENTS_PYTHON), "-m", "lm_eval", "--model", "local-completions", "--tasks", "choosing,going_on"]
     command += ["--model_args", ",".join(f"{name}={value}" for name, value in settings.items())]
     command += ["--include_path", str(tmp_path), "--output_path", str(tmp_path / "out"), "--log_samples"]
+    command += ["--batch_size", str(batch_size)]
     run_client(command, folder=tmp_path)
 
-    for question, sample in zip(QUESTIONS, samples(tmp_path / "out", "choosing"), strict=True):
+    assert num_sequences(open_url) - before == 5 * len(questions)
+    for question, sample in zip(questions, samples(tmp_path / "out", "choosing"), strict=True):
         context_ids = tokenizer.encode(question)
         for choice, [response] in zip(CHOICES, sample["resps"], strict=True):
             ids = tokenizer.encode(f"{question} {choice}")[len(context_ids) :]
             expected = log_likelihood(model, context_ids, ids)
             assert float(response[0]) == pytest.approx(expected, abs=1e-3), (question, choice, sample["arguments"])
-    greedy = SamplingParams(temperature=0.0)
-    for question, sample in zip(QUESTIONS, samples(tmp_path / "out", "going_on"), strict=True):
-        ids = generate(model, tokenizer.encode(question), max_tokens=12, params=greedy, eos_id=tokenizer.eot_id)
-        assert sample["resps"] == [[tokenizer.decode(ids).split("\n")[0]]]
+    for question, sample in zip(questions, samples(tmp_path / "out", "going_on"), strict=True):
+        assert sample["resps"] == [[greedy_text(model, tokenizer, question, max_tokens=12).split("\n")[0]]]
 
 
 @pytest.mark.skipif(not VLLM_PYTHON.exists(), reason="no vLLM in .venv-vllm; `make bench-serve` installs it")
