@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 
 from cluster.settings.parser import ConfigError, suggestion
 from cluster.settings.run import FORMER_SETTINGS, TOKENS, DataConfig, RunConfig, Settings, StorageConfig, TextConfig
+from cluster.settings.serve import HttpConfig
 from cluster.storage.uris import absolute_uri
 from model.config import PRESETS, GPTConfig
 
@@ -85,6 +86,8 @@ def _settled(config: Config) -> Config:
                     paths["validation"] = {name: _absolute_source(uri) for name, uri in value.validation.items()}
                     paths["tokenizer"] = value.tokenizer and absolute_uri(value.tokenizer)
                 update[name] = value.model_copy(update=paths)
+            case HttpConfig(request_log=str(log)) if log != "-":
+                update[name] = value.model_copy(update={"request_log": str(Path(log).absolute())})
             case str() if name in ("api_key_file", "admin_key_file") or (name == "checkpoint" and value != "latest"):
                 update[name] = absolute_uri(value)
             case None if name == "run_id":

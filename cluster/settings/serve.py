@@ -164,6 +164,9 @@ class HttpConfig(Settings):
     body_timeout_s: PositiveFloat = setting(15.0, "longest time for a request's body, seconds")
     write_timeout_s: PositiveFloat = setting(30.0, "longest time for a client that does not read, seconds")
     request_timeout_s: PositiveFloat = setting(600.0, "the most that x-request-timeout-seconds may ask for, seconds")
+    request_log: str | None = setting(
+        None, "file for a line of JSON about each request, without text; - for standard output; none when unset"
+    )
     max_connections: PositiveInt = setting(1000, "connections to a proxy; beyond it the longest idle one is closed")
     cors_origins: list[Annotated[str, Field(pattern=r"^(\*|https?://[^/\s*]+)$")]] = setting(
         [], "origins whose pages may use the endpoint in a browser, such as https://app.example.com; * allows all"

@@ -22,6 +22,8 @@ ENDPOINTS = "endpoints/"
 """Folder in which each endpoint keeps what it serves, with the checkpoints that it needs under `pinned`."""
 LAST_GOOD = f"{ENDPOINTS}last-good/"
 """Folder with a copy of each of these files, in case one is damaged."""
+AUDIT = f"{ENDPOINTS}audit/"
+"""Folder with the orders that each endpoint was given."""
 
 _log = logging.getLogger(__name__)
 
@@ -87,7 +89,7 @@ def what_latest_became(storage: Storage) -> str:
 def served_checkpoints(storage: Storage) -> set[str]:
     """Returns the URIs of checkpoints that endpoints serve, are about to serve, or would roll back to. Raises
     `StorageError` if that cannot be known."""
-    keys = [entry.key for entry in storage.list(ENDPOINTS) if not entry.key.startswith(LAST_GOOD)]
+    keys = [entry.key for entry in storage.list(ENDPOINTS) if not entry.key.startswith((LAST_GOOD, AUDIT))]
     return {uri for key in keys for uri in _pinned(storage, key)}
 
 

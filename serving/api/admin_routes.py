@@ -1,6 +1,9 @@
-"""The routes of operators: /admin/promote, /admin/finish, /admin/rollback, /admin/drain, /admin/status."""
+"""The routes of operators: /admin/promote, /finish, /rollback and /drain, which the audit log records, and /status and
+/audit."""
 
 import asyncio
+import time
+from collections.abc import Awaitable
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
@@ -8,14 +11,19 @@ from fastapi.responses import JSONResponse
 from pydantic import Field
 
 from cluster.storage.registry import find_checkpoint
+from cluster.storage.uris import StorageError
 from model.errors import UserError
+from serving.delivery.audit_log import AuditLog
 from serving.delivery.follower import CoordinatorAwayError, Follower, answer_of
 from serving.delivery.promotion import Delivery, DeliveryError, Terms, Version, version_of
-from serving.protocol.errors import invalid_request, unavailable
+from serving.delivery.routed_request import RoutedRequest
+from serving.protocol.errors import ApiError, invalid_request, unavailable
 from serving.protocol.protocol import Request as Body
 from serving.protocol.protocol import read_request
+from serving.protocol.request_facts import timestamp
 from serving.protocol.served_model import ServedModel, misfit, read_served_model
 
+SHOWN = {"version", "checkpoint"}  # of a version, in the audit log
 MAX_GATE_TOKENS = 16_384  # every replica measures them on both versions, beside its clients' requests
 
 Row = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2)]
@@ -42,38 +50,68 @@ class DrainRequest(Body):
 
 def admin_router(follower: Follower) -> APIRouter:
     router = APIRouter(prefix="/admin")
-    coordinator = follower.coordinator
+    coordinator, config = follower.coordinator, follower.config
+    audit = AuditLog(config)
+
+    async def obey(request: Request, order: str, asked: Body, result: Awaitable[Delivery]) -> dict[str, Any]:
+        """Returns the endpoint's state after an order, which is in the audit log then, also if it was refused."""
+        before, entry = follower.versions.delivery.live, asked.model_dump(exclude={"gate_rows", "gate_text"})
+        key, request_id = RoutedRequest.of(request).facts.key, request.headers.get("x-request-id")
+        entry = {"time": timestamp(time.time()), "key": key, "request_id": request_id, "order": order, "asked": entry}
+        entry |= {"old": before.model_dump(include=SHOWN), "new": None, "result": "internal_error"}
+        try:
+            after = await result
+            new = after.candidate or after.live
+            entry |= {"new": new.model_dump(include=SHOWN), "result": "obeyed"}
+            return after.shown()
+        except ApiError as error:
+            entry["result"] = f"{error.code}: {error.message}"
+            raise
+        finally:
+            await asyncio.to_thread(audit.add, entry)
 
     @router.post("/promote")
     async def promote(request: Request) -> JSONResponse:
         """Answers once the promotion has begun; /admin/status reports its progress."""
         asked = await read_request(request, PromoteRequest)
-        live, config = follower.versions.live.model, follower.versions.config
-        candidate = await asyncio.to_thread(_read_candidate, asked.checkpoint, live, config.storage.uri)
-        gate_rows = await asyncio.to_thread(_gate_rows, asked, live)
-        given = asked.model_dump(include={"canary_percent", "watch_s", "max_loss_increase"}, exclude_none=True)
-        terms = Terms(**config.delivery.model_dump(exclude={"endpoint"}) | given | {"gate_rows": gate_rows})
-        return JSONResponse(await _ordered(coordinator.promote.remote(candidate, terms)), status_code=202)
+
+        async def begin() -> Delivery:
+            live = follower.versions.live.model
+            candidate = await asyncio.to_thread(_read_candidate, asked.checkpoint, live, config.storage.uri)
+            gate_rows = await asyncio.to_thread(_gate_rows, asked, live)
+            given = asked.model_dump(include={"canary_percent", "watch_s", "max_loss_increase"}, exclude_none=True)
+            terms = Terms(**config.delivery.model_dump(exclude={"endpoint"}) | given | {"gate_rows": gate_rows})
+            return await _asked(coordinator.promote.remote(candidate, terms))
+
+        return JSONResponse(await obey(request, "promote", asked, begin()), status_code=202)
 
     @router.post("/finish")
     async def finish(request: Request) -> dict[str, Any]:
-        await read_request(request, Body)
-        return await _ordered(coordinator.finish.remote())
+        asked = await read_request(request, Body)
+        return await obey(request, "finish", asked, _asked(coordinator.finish.remote()))
 
     @router.post("/rollback")
     async def rollback(request: Request) -> dict[str, Any]:
         asked = await read_request(request, RollbackRequest)
-        return await _ordered(coordinator.roll_back.remote(asked.reason))
+        return await obey(request, "rollback", asked, _asked(coordinator.roll_back.remote(asked.reason)))
 
     @router.post("/drain")
     async def drain(request: Request) -> dict[str, Any]:
         """Makes every replica refuse new completions and finish those that run; `{"drain": false}` ends that."""
         asked = await read_request(request, DrainRequest)
-        return await _ordered(coordinator.drain.remote(asked.drain))
+        return await obey(request, "drain", asked, _asked(coordinator.drain.remote(asked.drain)))
 
     @router.get("/status")
     async def status() -> dict[str, Any]:
         return dict(await _asked(coordinator.status.remote()))
+
+    @router.get("/audit")
+    async def orders() -> dict[str, Any]:
+        """Returns the orders so far, the oldest first."""
+        try:
+            return {"orders": await asyncio.to_thread(audit.read)}
+        except StorageError as error:
+            raise unavailable(f"The audit log cannot be read: {error}", code="storage", retry_after_s=5) from None
 
     return router
 
@@ -105,12 +143,6 @@ def _gate_rows(asked: PromoteRequest, live: ServedModel) -> tuple[tuple[int, ...
         )
     cut = [live.checked_ids(row[:longest], param="gate_rows") for row in rows]
     return tuple(tuple(row) for row in cut if len(row) > 1)
-
-
-async def _ordered(call: Any) -> dict[str, Any]:
-    """Returns the state of the endpoint after an order."""
-    delivery: Delivery = await _asked(call)
-    return delivery.shown()
 
 
 async def _asked(call: Any) -> Any:

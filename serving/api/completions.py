@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import math
+import time
 from collections.abc import AsyncIterator
 from dataclasses import KW_ONLY, dataclass
 
@@ -18,6 +19,7 @@ from serving.engine.messages import FinishReason, SequenceRequest
 from serving.engine_process.client import EngineClient, EngineDiedError, Generation
 from serving.protocol.errors import ApiError, engine_unavailable, internal_error, invalid_request, overloaded
 from serving.protocol.protocol import CompletionRequest, StreamOptions
+from serving.protocol.request_facts import RequestFacts
 from serving.protocol.served_model import ServedModel
 
 EXPECTED_SHARE = 0.8  # of the longest wait: a refusal at once is better than one after a wait that was misjudged
@@ -34,6 +36,7 @@ class Completion:
     sequences: list[SequenceRequest]
     generation: Generation
     timer: RequestTimer
+    facts: RequestFacts
 
     def __post_init__(self) -> None:
         request, sequences = self.request, self.sequences
@@ -42,6 +45,7 @@ class Completion:
         self._first_part: Part | None = None
         # A prompt counts once, however many choices it has.
         self._num_prompt_tokens = sum(len(sequence.prompt_ids) for sequence in sequences[:: request.n])
+        self.facts.prompt_tokens, self.facts.stream = self._num_prompt_tokens, request.stream
 
     def close(self) -> None:
         self.generation.close()
@@ -67,6 +71,7 @@ class Completion:
             async for part in self._all_parts():
                 yield b"data: %b\n\n" % orjson.dumps(self.answer.event([part], self._usage() if is_counted else None))
         except ApiError as error:
+            self.facts.reason = error.code
             yield error.event().encode()
             return
         if options.include_usage:
@@ -80,6 +85,7 @@ class Completion:
             yield part
 
     async def _generated_parts(self) -> AsyncIterator[Part]:
+        reasons: set[str] = set()
         try:
             async for event in self.generation:
                 if event.finish_reason is FinishReason.ERROR:
@@ -89,14 +95,22 @@ class Completion:
                     self.timer.token(event.seq_id)
                 part = self._choices[event.seq_id].push(event)
                 if part.finish_reason is not None:
+                    reasons.add(part.finish_reason)
                     self.timer.finished(event.seq_id, part.finish_reason)
                     self.generation.cancel(event.seq_id)  # the engine does not know of stop strings
                 yield part
         except EngineDiedError:
             raise engine_unavailable() from None
+        finally:
+            self.facts.reason, self.facts.last_token_s = "+".join(sorted(reasons)) or None, time.monotonic()
+            self.facts.completion_tokens = self._num_output_tokens
+
+    @property
+    def _num_output_tokens(self) -> int:
+        return sum(choice.num_output_tokens for choice in self._choices.values())
 
     def _usage(self) -> Usage:
-        num_output_tokens = sum(choice.num_output_tokens for choice in self._choices.values())
+        num_output_tokens = self._num_output_tokens
         return {
             "prompt_tokens": self._num_prompt_tokens,
             "completion_tokens": num_output_tokens,
@@ -111,14 +125,15 @@ async def start_completion(
     version: LoadedVersion,
     metrics: ReplicaMetrics,
     config: ServeConfig,
+    facts: RequestFacts,
 ) -> Completion:
     """Admits a request to the engine of `version`, and returns with its first token. Raises `ApiError`: 400 for a
     request that cannot be served, 429 if there is no room for it now, 503 without an engine."""
-    model, engine = version.model, version.engine
+    model, engine, key = version.model, version.engine, facts.key or ""
     # The engine gets no more of a request than keep it busy. The rest waits here, and leaves room for other requests.
     num_slots = engine.facts.max_num_seqs
     at_once = min(len(request.prompt) * request.n, 2 * num_slots, num_slots + config.engine.waiting_room)
-    refuse_when_full(engine, at_once, config)
+    refuse_when_full(engine, at_once, config, key=key)
     _require_possible(request, model)
     if answer.EMBEDS and not engine.facts.embeds:
         raise invalid_request(
@@ -133,7 +148,7 @@ async def start_completion(
             for prompt in request.prompt
         ]
     )
-    refuse_when_full(engine, at_once, config)
+    refuse_when_full(engine, at_once, config, key=key)
     echoed = request.logprobs if request.echo else None
     scored = [each for each in (echoed, request.prompt_logprobs) if each is not None]
     sequences = [
@@ -153,9 +168,10 @@ async def start_completion(
         for index in range(request.n)
     ]
     try:
-        generation = engine.submit(sequences, at_once=at_once)
+        generation = engine.submit(sequences, at_once=at_once, key=key)
     except EngineDiedError:
         raise engine_unavailable() from None
+    facts.queued_s = time.monotonic()
     timer = RequestTimer(
         metrics,
         version.stats,
@@ -163,13 +179,15 @@ async def start_completion(
         num_prompt_tokens=sum(len(prompt_ids) for prompt_ids in prompts),
     )
     completion = Completion(
-        request, answer=answer, model=model, sequences=sequences, generation=generation, timer=timer
+        request, answer=answer, model=model, sequences=sequences, generation=generation, timer=timer, facts=facts
     )
     max_queue_s = config.engine.max_queue_s
     try:
         async with asyncio.timeout(max_queue_s):
             await generation.has_begun.wait()
+        facts.begun_s = time.monotonic()
         await completion.begin()
+        facts.first_token_s = time.monotonic()
     except BaseException as error:  # also a client that leaves
         completion.close()
         if not isinstance(error, TimeoutError):
@@ -195,18 +213,20 @@ def _require_possible(request: CompletionRequest, model: ServedModel) -> None:
         raise invalid_request("stop_token_ids leave no token for min_tokens", param="stop_token_ids")
 
 
-def refuse_when_full(engine: EngineClient, num_sequences: int, config: ServeConfig) -> None:
-    """Raises `ApiError` (429) if there is no room for as many more sequences, or only after too long a wait."""
+def refuse_when_full(engine: EngineClient, num_sequences: int, config: ServeConfig, *, key: str) -> None:
+    """Raises `ApiError` (429) if there is no room for as many more sequences, or only after too long a wait. What they
+    would pass in the queue takes no room from them: a key that fills the queue fills it for itself."""
+    ahead = engine.ahead(key)
     max_requests, max_sequences = config.max_ongoing_requests, engine.facts.max_num_seqs + config.engine.waiting_room
     max_queue_s = config.engine.max_queue_s
-    if engine.num_open_requests >= max_requests:
+    if ahead.num_requests >= max_requests:
         raise overloaded(f"The replica is at its limit of {max_requests} requests; try again later")
-    if engine.num_open_sequences + num_sequences > max_sequences:
+    if ahead.num_sequences + num_sequences > max_sequences:
         raise overloaded(
             f"The replica is at its limit of {max_sequences} running and waiting sequences "
-            f"({engine.num_open_sequences} now, {num_sequences} asked for); try again later"
+            f"({ahead.num_sequences} now, {num_sequences} asked for); try again later"
         )
-    if (wait_s := engine.queue.wait_s()) > EXPECTED_SHARE * max_queue_s:
+    if (wait_s := ahead.wait_s) > EXPECTED_SHARE * max_queue_s:
         raise overloaded(
             f"The request would wait about {wait_s:.1f} s, and {max_queue_s:g} s are the most; try again later",
             retry_after_s=max(1, math.ceil(wait_s - max_queue_s)),

@@ -25,7 +25,9 @@ from serving.delivery.routed_request import RoutedRequest
 from serving.delivery.versions import Versions
 from serving.protocol.errors import ApiError, draining, engine_unavailable, internal_error
 from serving.protocol.protocol import CompletionRequest, EmbeddingRequest, read_request
+from serving.protocol.request_facts import FACTS
 from serving.protocol.served_model import ServedModel
+from serving.protocol.tracing import Span, tracing_from_environment
 from serving.proxy.token_relay import YES_HEADER, RelayClient
 from serving.xray.page_routes import page_router
 
@@ -75,7 +77,12 @@ def build_http_app(*, versions: Versions, metrics: ReplicaMetrics, access: Curre
     ) -> Response:
         try:
             completion = await start_completion(
-                parsed, answer=shape(version.model), version=version, metrics=metrics, config=config
+                parsed,
+                answer=shape(version.model),
+                version=version,
+                metrics=metrics,
+                config=config,
+                facts=RoutedRequest.of(request).facts,
             )
             if parsed.stream:
                 return EventStream(completion, headers=headers or {}, relay=relay)
@@ -135,7 +142,8 @@ def add_error_handlers(app: FastAPI) -> None:
     """Gives every error OpenAI's shape."""
 
     @app.exception_handler(ApiError)
-    async def api_error(_request: Request, error: ApiError) -> Response:
+    async def api_error(request: Request, error: ApiError) -> Response:
+        RoutedRequest.of(request).facts.reason = error.code
         return error_response(error)
 
     @app.exception_handler(HTTPException)
@@ -144,8 +152,9 @@ def add_error_handlers(app: FastAPI) -> None:
         return error_response(ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {})))
 
     @app.exception_handler(Exception)
-    async def unexpected_error(_request: Request, _error: Exception) -> Response:
+    async def unexpected_error(request: Request, _error: Exception) -> Response:
         """Answers for a bug. The traceback is in the replica's log, not in the answer."""
+        RoutedRequest.of(request).facts.reason = internal_error().code
         return error_response(internal_error())
 
 
@@ -158,29 +167,38 @@ class Gate:
         self._access = access
         self._in_flight = RequestsInFlight(access.rules.max_requests_per_key)
         self._versions = versions
+        self._tracing = tracing_from_environment("raymill-replica")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         routed = RoutedRequest(self._versions, scope)
+        facts = routed.facts
+        span = self._tracing.start("replica", scope["headers"]) if scope["method"] == "POST" else Span()
 
         async def send_with_version(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message).update(routed.headers)
+            if not message.get("more_body", False):  # in the start too, for answers whose end does not arrive
+                message[FACTS] = facts.shown()
             await send(message)
 
         is_metered = scope["path"] in METERED_PATHS
         try:
-            routed.key = authorize(scope["path"], scope["headers"], self._access.rules)
+            key = authorize(scope["path"], scope["headers"], self._access.rules)
+            if key is not None:
+                routed.key, facts.key = key.hash, key.name
             if is_metered and self._versions.delivery.draining:
                 raise draining()
-            with self._in_flight.of(routed.key if is_metered else None):
+            with self._in_flight.of(key if is_metered else None):
                 await self._app(scope, receive, send_with_version)
         except ApiError as error:
+            facts.reason = error.code
             await error_response(error)(scope, receive, send_with_version)
         finally:
             routed.close()
+            facts.trace(span)
 
 
 class EventStream(StreamingResponse):

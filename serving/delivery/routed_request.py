@@ -14,6 +14,7 @@ from serving.delivery.loaded_version import LoadedVersion
 from serving.delivery.promotion import ROUTE_HEADER, Route
 from serving.delivery.versions import Versions
 from serving.protocol.errors import model_not_found
+from serving.protocol.request_facts import RequestFacts
 
 RETRY_HEADER = b"x-raymill-retry"  # from the front door: a replica has ended while it worked on this request
 _SCOPE_KEY = "raymill.routed"
@@ -31,6 +32,7 @@ class RoutedRequest:
         self._held: LoadedVersion | None = None
         self._is_second_try = RETRY_HEADER.decode() in headers
         self.key: str | None = None  # hash of the API key
+        self.facts = RequestFacts()
         for route in filter(None, map(Route.from_header, headers.getlist(ROUTE_HEADER))):
             versions.learn(route)
 
@@ -81,6 +83,7 @@ class RoutedRequest:
         self._held = version
         if version is not None:
             version.open_requests += 1
+            self.facts.model_version = version.model.version
 
 
 _NAME = ROUTE_HEADER.encode()

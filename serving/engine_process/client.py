@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import math
 import os
 import socket
 import subprocess
@@ -12,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cluster.settings.serve import EngineConfig
 from model.errors import UserError
@@ -28,10 +29,12 @@ from serving.engine.messages import (
     submit_message,
 )
 from serving.engine_process.child_process import Child, start_child
+from serving.engine_process.fair_queue import FairQueue
 from serving.engine_process.peer_watchdog import watch_peer
 from serving.engine_process.sequence_queue import SequenceQueue
 
 SHUTDOWN_TIMEOUT_S = 5.0
+SPARE_SHARE = 0.25  # of the places: sequences that wait in the engine, so that a free place is taken in the next step
 VLLM_PYTHON_VARIABLE = "RAYMILL_VLLM_PYTHON"  # which the image sets
 
 
@@ -42,10 +45,11 @@ class EngineDiedError(Exception):
 class Generation:
     """The events of one request's sequences, in order, until each sequence has finished."""
 
-    def __init__(self, client: "EngineClient", requests: Sequence[SequenceRequest]) -> None:
+    def __init__(self, client: "EngineClient", requests: Sequence[SequenceRequest], *, key: str) -> None:
         self._client = client
         self._open = {request.seq_id for request in requests}
-        self.unsent = deque(requests)  # the engine does not know these yet
+        self.key = key  # name of the API key, or empty
+        self.unsent = deque(requests)  # these are not in line yet
         self._events: asyncio.Queue[TokenEvent | None] = asyncio.Queue()
         self.has_begun = asyncio.Event()  # the engine has admitted one of its sequences, or has died
 
@@ -75,8 +79,20 @@ class Generation:
         self._events.put_nowait(event)
 
 
+class Ahead(NamedTuple):
+    """What a new sequence would have before it."""
+
+    num_requests: int
+    num_sequences: int  # that run or wait
+    wait_s: float  # expected
+
+
 class EngineClient:
-    """One engine process. All methods run in the event loop of `start`."""
+    """One engine process. All methods run in the event loop of `start`.
+
+    The engine takes sequences in the order in which they arrive there, so only those that it can soon start are sent.
+    The others are held back here, in an order that is fair between API keys.
+    """
 
     facts: EngineFacts
     queue: SequenceQueue
@@ -85,9 +101,10 @@ class EngineClient:
         self._process, self._reader, self._writer = child
         self._seq_ids = itertools.count()
         self._generations: dict[int, Generation] = {}  # by open sequence
+        self._held = FairQueue()
         self._reports: asyncio.Task[None] | None = None
         self.num_running = 0
-        self.num_waiting = 0
+        self._num_waiting_there = 0
         self.kv_cache_usage = 0.0  # share of the blocks that are held
         self.num_failed_sequences = 0  # ended by logits that are not finite numbers
         self._metrics: list[MetricFamily] = []
@@ -142,39 +159,48 @@ class EngineClient:
         return len(self._generations)
 
     @property
-    def num_open_requests(self) -> int:
-        return len(set(self._generations.values()))
+    def num_waiting(self) -> int:
+        return self._num_waiting_there + len(self._held)
+
+    def ahead(self, key: str) -> Ahead:
+        """Returns what a new sequence of `key` would have before it; it passes others of a key that has asked for
+        more."""
+        passed = {request.seq_id for request in self._held.behind(key)}
+        requests = {generation for seq_id, generation in self._generations.items() if seq_id not in passed}
+        return Ahead(len(requests), len(self._generations) - len(passed), self.queue.wait_s(passed))
 
     def next_seq_id(self) -> int:
         return next(self._seq_ids)
 
-    def submit(self, requests: Sequence[SequenceRequest], *, at_once: int | None = None) -> Generation:
-        """Sends sequences to the engine: `at_once` now, or all, and another one whenever one of them has ended. Raises
-        `EngineDiedError` if the engine has died."""
+    def submit(self, requests: Sequence[SequenceRequest], *, at_once: int | None = None, key: str = "") -> Generation:
+        """Puts a request's sequences in line for the engine: `at_once` now, or all, and another one whenever one of
+        them has ended. Raises `EngineDiedError` if the engine has died."""
         if not self.alive:
             raise EngineDiedError(self.death_notice)
         if not self._generations:
             self.last_progress_s = time.monotonic()
-        generation = Generation(self, requests)
+        generation = Generation(self, requests, key=key)
         for _ in requests[:at_once]:
-            self._send_next(generation)
+            self._enter_next(generation)
+        self._send_next()
         return generation
 
-    def _send_next(self, generation: Generation) -> None:
+    def _enter_next(self, generation: Generation) -> None:
         if generation.unsent and self.alive:
             request = generation.unsent.popleft()
             self._generations[request.seq_id] = generation
             self.queue.enter(request.seq_id, num_prompt_tokens=len(request.prompt_ids))
-            self._writer.write(encode_message(submit_message(request)))
+            self._held.put(request, key=generation.key)
 
     def cancel(self, seq_id: int) -> None:
         generation = self._generations.pop(seq_id, None)
         if generation is None:
             return
         self.queue.leave(seq_id)
-        if self.alive:
+        if not self._held.remove(seq_id) and self.alive:
             self._writer.write(encode_message({"cancel": seq_id}))
-        self._send_next(generation)
+        self._enter_next(generation)
+        self._send_next()
 
     def metrics(self) -> list[MetricFamily]:
         """Returns the engine's own metrics as the call before asked for them, and asks for new ones. The engine gives
@@ -197,6 +223,12 @@ class EngineClient:
             self._process.kill()
             await asyncio.to_thread(self._process.wait)
 
+    def _send_next(self) -> None:
+        """Sends what the engine can soon start."""
+        places = self.queue.num_places
+        while self._held and len(self._generations) - len(self._held) < places + math.ceil(SPARE_SHARE * places):
+            self._writer.write(encode_message(submit_message(self._held.take())))
+
     async def _messages(self) -> AsyncIterator[Any]:
         """Yields what the engine process sends until it ends."""
         with contextlib.suppress(ConnectionError):  # it was killed before it read our commands
@@ -212,23 +244,25 @@ class EngineClient:
                 continue
             if isinstance(message, dict):
                 admission = Admission(*message["admission"])
-                self.num_running, self.num_waiting = admission.num_running, admission.num_waiting
+                self.num_running, self._num_waiting_there = admission.num_running, admission.num_waiting
                 for begun in map(self._generations.get, admission.admitted):
                     if begun is not None:  # not cancelled meanwhile
                         begun.has_begun.set()
                 continue
             report = parse_report(message)
-            self.num_running, self.num_waiting = report.num_running, report.num_waiting
+            self.num_running, self._num_waiting_there = report.num_running, report.num_waiting
             self.kv_cache_usage = report.kv_cache_usage
             for event in report.events:
                 self._deliver(event)
             self.queue.observe_step(report)
+            self._send_next()
         self.death_notice = await self._describe_death()
         if self.on_death is not None:
             self.on_death(self.death_notice)
         for generation in set(self._generations.values()):
             generation.put(None)
         self._generations.clear()
+        self._held = FairQueue()
 
     def _deliver(self, event: TokenEvent) -> None:
         self.num_failed_sequences += event.finish_reason is FinishReason.ERROR
@@ -239,7 +273,7 @@ class EngineClient:
         if event.finish_reason is not None:
             del self._generations[event.seq_id]
             self.queue.leave(event.seq_id)
-            self._send_next(generation)
+            self._enter_next(generation)
         generation.put(event)
 
     async def _describe_death(self) -> str:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from serving.engine.messages import StepReport
 
@@ -18,7 +18,7 @@ class SequenceQueue:
         self._clock = clock
         self._full_step = FULL_SHARE * tokens_per_step
         self._num_slots = num_slots
-        self._num_places = num_slots  # slots for which the cache has blocks, with sequences as large as now
+        self.num_places = num_slots  # slots for which the cache has blocks, with sequences as large as now
         self._unread: dict[int, int] = {}  # prompt tokens of each sequence that has no token yet
         self._first_s: dict[int, float] = {}  # when each other sequence got its first token, in that order
         self._residence_s = 0.0  # mean time from the first token to the end
@@ -46,25 +46,28 @@ class SequenceQueue:
         """Records a step, after its events."""
         if report.num_running and report.kv_cache_usage:
             room = report.num_running / report.kv_cache_usage
-            self._num_places = min(self._num_slots, math.floor(room + 0.01))  # the usage is rounded
+            self.num_places = min(self._num_slots, math.floor(room + 0.01))  # the usage is rounded
         now_s = self._clock()
         if report.num_prompt_tokens >= self._full_step and self._reading_since_s is not None:
             self._read_tokens += report.num_prompt_tokens - WEIGHT * self._read_tokens
             self._read_s += now_s - self._reading_since_s - WEIGHT * self._read_s
         self._reading_since_s = now_s if self._unread else None
 
-    def wait_s(self) -> float:
-        """Returns the expected wait; 0 as long as nothing is known."""
-        for_reading_s = sum(self._unread.values()) * self._read_s / self._read_tokens if self._read_tokens else 0.0
-        return max(self._wait_for_room_s(), for_reading_s)
+    def wait_s(self, passed: Collection[int] = ()) -> float:
+        """Returns the expected wait of a sequence that passes some of those that wait; 0 as long as nothing is
+        known."""
+        num_unread = sum(self._unread.values()) - sum(self._unread[seq_id] for seq_id in passed)
+        for_reading_s = num_unread * self._read_s / self._read_tokens if self._read_tokens else 0.0
+        return max(self._wait_for_room_s(len(self._unread) - len(passed)), for_reading_s)
 
-    def _wait_for_room_s(self) -> float:
-        """Returns the expected wait for room. On average a place becomes free each `residence / places`. Sequences that
-        began together end together: while the oldest are younger than the average, they continue for the rest of it."""
-        num_to_leave = len(self._unread) + len(self._first_s) + 1 - self._num_places
+    def _wait_for_room_s(self, num_before: int) -> float:
+        """Returns the expected wait for room behind as many that wait for it. On average a place becomes free each
+        `residence / places`. Sequences that began together end together: while the oldest are younger than the average,
+        they continue for the rest of it."""
+        num_to_leave = num_before + len(self._first_s) + 1 - self.num_places
         if num_to_leave <= 0:
             return 0.0
         began_s = list(self._first_s.values())
         last_to_leave_s = began_s[num_to_leave - 1] if num_to_leave <= len(began_s) else self._clock()
         rest_s = last_to_leave_s + self._residence_s - self._clock()
-        return max(num_to_leave * self._residence_s / self._num_places, rest_s)
+        return max(num_to_leave * self._residence_s / self.num_places, rest_s)

@@ -1,6 +1,7 @@
 """The errors of the HTTP interface: one exception, its OpenAI-shaped body, and a constructor for each common kind."""
 
 import json
+from datetime import UTC, datetime
 from typing import Any
 
 DRAINING_HEADER = "x-raymill-draining"  # by which the front door recognizes a planned drain
@@ -59,6 +60,13 @@ def unauthorized() -> ApiError:
         code="invalid_api_key",
         headers={"WWW-Authenticate": "Bearer"},
     )
+
+
+def expired_key(name: str, expires_s: float) -> ApiError:
+    since = datetime.fromtimestamp(expires_s, UTC).isoformat(timespec="seconds")
+    error = unauthorized()
+    error.message, error.code = f"The API key {name} has expired ({since}); ask for a new one.", "expired_api_key"
+    return error
 
 
 def not_found(path: str) -> ApiError:

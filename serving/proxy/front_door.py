@@ -10,11 +10,13 @@ import json
 import math
 import os
 import re
+import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from http import HTTPStatus
+from typing import Any
 
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -33,8 +35,11 @@ from serving.protocol.errors import (
     invalid_request,
     not_found,
 )
+from serving.protocol.request_facts import FACTS, timestamp
 from serving.protocol.strict_json import MAX_BODY_BYTES
+from serving.protocol.tracing import Span, Tracing, tracing_from_environment
 from serving.proxy.http_bounds import install_bounds
+from serving.proxy.request_log import KeyNames, LogRequest, RequestLog, no_log
 from serving.proxy.token_relay import ASK_HEADER, YES_HEADER, Relay, RelayedAnswer
 
 SETTINGS_VARIABLE = "RAYMILL_HTTP"
@@ -46,6 +51,9 @@ REQUEST_ID = re.compile(rb"[A-Za-z0-9-]{1,64}")
 MAX_DISCARDED_BYTES = 64 << 20  # read of a body that is too large, so that its sender reads our answer
 MAX_ATTEMPTS = 2  # a request may be what ends its replicas: one that ended a third would end them all
 COUNTED_PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/embeddings")
+CLIENT_LEFT = "client_left"  # a reason in the request log
+PROBED_PATHS = ("/health", "/ready", "/-/healthz")  # not in that log, whatever they answer
+MAX_LOGGED_PATH = 128  # characters
 
 
 class Outcome(StrEnum):
@@ -58,6 +66,17 @@ class Outcome(StrEnum):
     FAILED = "failed"  # any other 5xx
     CUT = "cut"  # the front door ended a stream with an error, or the answer is incomplete
     LEFT = "left"  # the client went away first
+
+
+@dataclass(frozen=True)
+class Ending:
+    """The end of a request, for counts, the request log and traces."""
+
+    outcome: Outcome
+    status: int | None = None  # None if none has gone out
+    reason: str | None = None
+    num_attempts: int = 0  # replicas that were asked
+    facts: dict[str, Any] = field(default_factory=dict)  # from the replica
 
 
 def outcome_of(status: int) -> Outcome:
@@ -77,13 +96,16 @@ def proxy_environment(config: HttpConfig) -> dict[str, str]:
 def middlewares() -> list[Middleware]:
     """Returns the front door; Ray Serve calls this before its HTTP server starts."""
     config = HttpConfig.model_validate_json(os.environ.get(SETTINGS_VARIABLE, "{}"))
-    install_bounds(config)
+    log = no_log if config.request_log is None else RequestLog(config.request_log).add
+    install_bounds(config, log)
     metrics = Metrics(Exporter.PROXY)
     counters = {outcome: metrics.of("raymill:http_answers", outcome=outcome) for outcome in Outcome}
     metrics.keep_published()
     count = lambda outcome: counters[outcome].inc()  # noqa: E731
+    tracing = tracing_from_environment("raymill-proxy")
+    front_door = Middleware(FrontDoor, config=config, count=count, log=log, tracing=tracing)
     # Ray Serve puts each around those before it.
-    return [Middleware(FrontDoor, config=config, count=count), Middleware(NewestRoute), *_cross_origin(config)]
+    return [front_door, Middleware(NewestRoute), *_cross_origin(config)]
 
 
 def _cross_origin(config: HttpConfig) -> list[Middleware]:
@@ -102,26 +124,53 @@ def _cross_origin(config: HttpConfig) -> list[Middleware]:
 
 
 class FrontDoor:
-    def __init__(self, app: ASGIApp, *, config: HttpConfig, count: Callable[[Outcome], None]) -> None:
-        """`count` is called with the outcome of each completion."""
+    def __init__(
+        self, app: ASGIApp, *, config: HttpConfig, count: Callable[[Outcome], None], log: LogRequest, tracing: Tracing
+    ) -> None:
+        """`count` is called with the outcome of each completion, `log` with the fields of each request."""
         self._app = app
         self._config = config
         self._count = count
+        self._log = log
+        self._tracing = tracing
         self._relay = Relay()
+        self._key_names = KeyNames()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        outcome = Outcome.FAILED
+        began_s, clock_s = time.time(), time.monotonic()
+        request_id, path = clean_request_id(scope["headers"]), scope["path"]
+        is_post = scope["method"] == "POST"
+        span = self._tracing.start(f"POST {path[:MAX_LOGGED_PATH]}", scope["headers"]) if is_post else Span()
+        ending = Ending(Outcome.FAILED, reason="internal_error")
         try:
-            outcome = await self._answer(scope, receive, send)
+            ending = await self._answer(scope, receive, send, request_id, span)
         finally:
-            if scope["path"] in COUNTED_PATHS:
-                self._count(outcome)
+            if path in COUNTED_PATHS:
+                self._count(ending.outcome)
+            is_failure = ending.outcome in (Outcome.FAILED, Outcome.CUT)
+            span.end(
+                {"http.response.status_code": ending.status, "raymill.request_id": request_id.decode()},
+                error=ending.reason if is_failure else None,
+            )
+            if (is_post or is_failure or (ending.status or 0) >= 400) and path not in PROBED_PATHS:
+                is_unknown = ending.num_attempts > 0 and ending.status is None
+                seen_here = {
+                    "time": timestamp(began_s),
+                    "request_id": request_id.decode(),
+                    "key": self._key_names.of(scope["headers"], told=ending.facts.get("key"), is_unknown=is_unknown),
+                    "route": path[:MAX_LOGGED_PATH],
+                    "status": ending.status,
+                    "reason": ending.reason,
+                    "total_s": round(time.monotonic() - clock_s, 4),
+                    "attempts": ending.num_attempts,
+                    "trace_id": span.trace_id,
+                }
+                self._log(**(ending.facts | seen_here))
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> Outcome:
-        request_id = clean_request_id(scope["headers"])
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, request_id: bytes, span: Span) -> Ending:
         scope = {**scope, "headers": self._forwarded_headers(scope["headers"], request_id)}
         try:
             require_one_host(scope)
@@ -130,10 +179,10 @@ class FrontDoor:
             body = await self._read_body(scope, receive)
         except ApiError as error:
             await send_error(error, send, request_id=request_id)
-            return outcome_of(error.status)
+            return Ending(outcome_of(error.status), error.status, error.code)
         if body is None:
-            return Outcome.LEFT
-        return await Exchange(self._app, scope, body, receive, send, request_id).run(self._relay)
+            return Ending(Outcome.LEFT, reason=CLIENT_LEFT)
+        return await Exchange(self._app, scope, body, receive, send, request_id, span).run(self._relay)
 
     def _forwarded_headers(self, headers: list[tuple[bytes, bytes]], request_id: bytes) -> list[tuple[bytes, bytes]]:
         dropped = (*DROPPED_HEADERS, TIMEOUT_HEADER, ASK_HEADER, RETRY_HEADER, b"x-request-id")
@@ -182,36 +231,53 @@ class Exchange:
     receive: Receive
     send: Send
     request_id: bytes
+    span: Span
     _relayed: RelayedAnswer = field(init=False)
     _body_given = _client_gone = _finished = False
     _status = 0  # of the answer, once it has started
     _headers: Mapping[bytes, bytes] = field(default_factory=dict)  # of the answer
+    _facts: dict[str, Any] = field(default_factory=dict)
+    _num_attempts = 0
+    _num_events = 0  # of a stream that have gone out
 
-    async def run(self, relay: Relay) -> Outcome:
+    async def run(self, relay: Relay) -> Ending:
+        outcome, reason = await self._run(relay)
+        facts = self._facts
+        if facts.get("stream") and facts["completion_tokens"] is None:
+            facts["completion_tokens"] = self._num_events  # one for each token, as far as the client got
+        return Ending(outcome, self._status or None, reason, self._num_attempts, facts)
+
+    async def _run(self, relay: Relay) -> tuple[Outcome, str]:
         for attempt in range(MAX_ATTEMPTS):
-            self._body_given = False
+            self._body_given, self._num_attempts = False, attempt + 1
             self._relayed = await relay.open()
             retry = [(RETRY_HEADER, b"1")] if attempt else []
-            # A copy: Ray Serve writes into the scope.
-            scope = {**self.scope, "headers": [*self.scope["headers"], self._relayed.header, *retry]}
+            span = self.span.child("attempt", {"raymill.attempt": self._num_attempts})
+            headers = span.forward([*self.scope["headers"], self._relayed.header, *retry])
+            scope = {**self.scope, "headers": headers}  # a copy: Ray Serve writes into the scope
             try:
                 await self.app(scope, self._next_message, self._pass_on)
                 await self._finish_relayed()
             finally:
+                span.end({}, error=None if self._status or self._client_gone else "the replica ended")
                 await self._relayed.close()
             if self._status or self._client_gone:
                 break
         if self._finished:
-            return Outcome.DRAINED if DRAINING_HEADER.encode() in self._headers else outcome_of(self._status)
+            is_drained = DRAINING_HEADER.encode() in self._headers
+            reason = self._facts.get("reason") or HTTPStatus(self._status).name.lower()
+            return Outcome.DRAINED if is_drained else outcome_of(self._status), reason
         if self._client_gone:
-            return Outcome.LEFT
+            return Outcome.LEFT, CLIENT_LEFT
         if not self._status:
-            await send_error(ended_replicas(MAX_ATTEMPTS), self.send, request_id=self.request_id)
-            return Outcome.FAILED
+            error = ended_replicas(MAX_ATTEMPTS)
+            self._status = error.status
+            await send_error(error, self.send, request_id=self.request_id)
+            return Outcome.FAILED, str(error.code)
         if self._headers.get(b"content-type", b"").startswith(b"text/event-stream"):
             # Without it the stream would just stop. In any other answer the missing bytes show.
             await self.send({"type": "http.response.body", "body": interrupted().event().encode()})
-        return Outcome.CUT
+        return Outcome.CUT, str(interrupted().code)
 
     async def _finish_relayed(self) -> None:
         """Ends an answer that has arrived whole although its replica died before it could end it through Ray Serve."""
@@ -231,22 +297,28 @@ class Exchange:
     async def _pass_on(self, message: Message) -> None:
         if self._finished:  # by our own error
             return
+        self._facts = message.pop(FACTS, self._facts)
         if message["type"] == "http.response.start":
             self._status, self._headers = message["status"], dict(message["headers"])
             if self._status >= 400 and b"x-model-version" not in self._headers:  # from Ray Serve itself
-                await send_error(of_proxy(self._status, self._headers), self.send, request_id=self.request_id)
-                self._finished = True
+                error = of_proxy(self._status, self._headers)
+                await send_error(error, self.send, request_id=self.request_id)
+                self._finished, self._facts = True, {"reason": error.code}
                 return
             if YES_HEADER in self._headers:
                 kept = [(name, value) for name, value in message["headers"] if name != YES_HEADER]
                 await self.send({**message, "headers": kept})
-                self._relayed.start(self.send)
+                self._relayed.start(self._send_on)
                 return
         if message["type"] == "http.response.body":
             last = not message.get("more_body", False)
             if last and self._relayed.started and not await self._relayed.end():
                 return
             self._finished = last
+        await self._send_on(message)
+
+    async def _send_on(self, message: Message) -> None:
+        self._num_events += message.get("body", b"").count(b"\n\n")
         await self.send(message)
 
 

@@ -8,6 +8,7 @@ to have no body and takes the body for the next request, so it gets the same hea
 import asyncio
 import json
 import socket
+import time
 import uuid
 from collections.abc import Sized
 from typing import ClassVar
@@ -19,6 +20,8 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from cluster.settings.serve import HttpConfig
 from serving.protocol.errors import ApiError, closing
+from serving.protocol.request_facts import timestamp
+from serving.proxy.request_log import LogRequest
 
 MAX_HEADER_BYTES = 64 << 10  # for the request line and all headers together
 MAX_HEADERS = 100
@@ -28,9 +31,11 @@ SEND_BUFFER_BYTES = 256 << 10
 PIECE_BYTES = 4 << 10
 
 
-def install_bounds(config: HttpConfig) -> None:
-    """Makes every HTTP server that starts later in this process use `BoundedHttpProtocol`."""
+def install_bounds(config: HttpConfig, log: LogRequest) -> None:
+    """Makes every HTTP server that starts later in this process use `BoundedHttpProtocol`, which logs what it
+    refuses."""
     BoundedHttpProtocol.config_of_bounds = config
+    BoundedHttpProtocol.log = staticmethod(log)
     uvicorn.config.HTTP_PROTOCOLS["auto"] = f"{__name__}:BoundedHttpProtocol"
 
 
@@ -38,6 +43,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     """One connection to the proxy."""
 
     config_of_bounds: ClassVar[HttpConfig] = HttpConfig()
+    log: ClassVar[LogRequest] = staticmethod(lambda **_: None)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -117,11 +123,13 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self.cycle.disconnected = True  # it sends nothing more
             self.cycle.message_event.set()
         body = json.dumps(self._refusal.body())
+        request_id, (status, reason) = uuid.uuid4().hex, (self._refusal.status, self._refusal.code)
+        self.log(time=timestamp(time.time()), request_id=request_id, status=status, reason=reason, attempts=0)
         headers = {
             "content-type": "application/json",
             "content-length": len(body),
             "connection": "close",
-            "x-request-id": uuid.uuid4().hex,
+            "x-request-id": request_id,
         }
         head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         self.transport.write(STATUS_LINE[self._refusal.status] + f"{head}\r\n{body}".encode("ascii"))

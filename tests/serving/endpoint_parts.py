@@ -5,7 +5,7 @@ import contextlib
 import json
 import re
 import socket
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,9 @@ from tests.time_limits import limit_s
 
 
 @contextmanager
-def ray_cluster(*, num_cpus: int = 2) -> Iterator[Path]:
+def ray_cluster(*, num_cpus: int = 2, environment: Mapping[str, str] | None = None) -> Iterator[Path]:
     """Gives the folder of Ray's logs."""
-    with local_ray(num_cpus=num_cpus) as logs:
+    with local_ray(num_cpus=num_cpus, environment=environment) as logs:
         try:
             yield logs
         finally:

@@ -6,14 +6,17 @@ from collections.abc import Callable
 from starlette.types import ASGIApp, Message, Scope, Send
 
 from cluster.settings.serve import HttpConfig
+from serving.protocol.tracing import Tracing
 from serving.proxy.front_door import FrontDoor, Outcome
+from serving.proxy.request_log import LogRequest, no_log
 from tests.time_limits import limit_s
 
 OK = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]}
 
 
 def scope(*headers: tuple[bytes, bytes], path: str = "/v1/completions") -> Scope:
-    return {"type": "http", "http_version": "1.1", "path": path, "headers": [(b"host", b"x"), *headers]}
+    about = {"type": "http", "http_version": "1.1", "method": "POST", "path": path}
+    return about | {"headers": [(b"host", b"x"), *headers]}
 
 
 def ask(
@@ -21,6 +24,7 @@ def ask(
     *messages: Message,
     headers: tuple[tuple[bytes, bytes], ...] = (),
     count: Callable[[Outcome], None] = lambda outcome: None,
+    log: LogRequest = no_log,
 ) -> list[Message]:
     """What goes out to a client that sends `messages`, and then stays on the line."""
     sent: list[Message] = []
@@ -35,7 +39,8 @@ def ask(
         sent.append(message)
 
     config = HttpConfig(body_timeout_s=limit_s(0.05))
-    asyncio.run(FrontDoor(app, config=config, count=count)(scope(*headers), receive, send))
+    door = FrontDoor(app, config=config, count=count, log=log, tracing=Tracing())
+    asyncio.run(door(scope(*headers), receive, send))
     return sent
 
 

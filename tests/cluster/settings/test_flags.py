@@ -101,6 +101,10 @@ def test_paths_are_made_absolute(file: str, tmp_path: Path, monkeypatch: pytest.
     serve = parsed("--checkpoint", "step-1", "--api-key-file", "key", "--admin-key-file", "admin", root=ServeConfig)
     assert (serve.checkpoint, serve.api_key_file) == (f"{tmp_path}/step-1", f"{tmp_path}/key")
     assert serve.admin_key_file == f"{tmp_path}/admin"
+    logs = [
+        parsed("--http.request-log", log, root=ServeConfig).http.request_log for log in ("log", "-", "/proc/1/fd/1")
+    ]
+    assert logs == [f"{tmp_path}/log", "-", "/proc/1/fd/1"]
     assert parsed(root=ServeConfig).checkpoint == "latest"
     assert parsed("--checkpoint", "s3://b/c", root=EvaluateConfig).checkpoint == "s3://b/c"
 

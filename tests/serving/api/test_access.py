@@ -1,41 +1,68 @@
-"""Keys: made private, kept as hashes; what each opens, and how many requests of one run at once."""
+"""Keys: made private, kept as hashes, with names, expiry and limits; what each opens, and how many requests run."""
 
+import contextlib
 import hashlib
 import stat
+import time
 from pathlib import Path
 
 import pytest
 
 from cluster.settings.serve import ReplicaConfig, ServeConfig
 from model.errors import UserError
-from serving.api.access import (
-    AccessRules,
-    CurrentAccess,
-    RequestsInFlight,
-    authorize,
-    make_key_file,
-    presented_key,
-    read_key_hashes,
-    read_rules,
-)
+from serving.api.access import AccessRules, CurrentAccess, RequestsInFlight, authorize, presented_key, read_rules
+from serving.api.keys import ApiKey, make_key_file, read_keys
 from serving.protocol.errors import ApiError
+
+
+def hashed(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def keys(*words: str) -> tuple[ApiKey, ...]:
+    return tuple(map(ApiKey.read, words))
 
 
 def test_a_missing_key_file_is_made_with_one_private_key(tmp_path: Path) -> None:
     path = tmp_path / "new" / "keys"
     make_key_file(path)
-    hashes = read_key_hashes(path)
+    keys = read_keys(path)
     make_key_file(path)
     key = path.read_text().strip()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert len(key) > 40
-    assert hashes == (hashlib.sha256(key.encode()).hexdigest(),) == read_key_hashes(path)
+    assert keys == (ApiKey(hashed(key), f"key-{hashed(key)[:8]}"),) == read_keys(path)
 
 
 def test_an_empty_key_file_lets_nobody_in_by_mistake(tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("\n \n")
     with pytest.raises(UserError, match="empty"):
-        read_key_hashes(tmp_path / "keys")
+        read_keys(tmp_path / "keys")
+
+
+def test_a_line_may_have_a_name_an_expiry_and_a_limit(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text(
+        "one\n  two  max_requests=8 name=alice@lab expires=2027-01-01 \n\nthree expires=2027-01-01T12:00:00+02:00\n"
+    )
+    assert read_keys(tmp_path / "keys") == (
+        ApiKey(hashed("one"), f"key-{hashed('one')[:8]}"),
+        ApiKey(hashed("two"), "alice@lab", 1798761600.0, 8),
+        ApiKey(hashed("three"), f"key-{hashed('three')[:8]}", 1798797600.0),
+    )
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *("alice", "nam=alice", "name=", "name=a/b", "name=a name=b", f"name={'a' * 65}"),
+        *("max_requests=0", "max_requests=-1", "max_requests=many", "expires=tomorrow", "expires=2027-13-01"),
+    ],
+)
+def test_a_line_that_cannot_be_read_is_named_and_not_quoted(tmp_path: Path, words: str) -> None:
+    (tmp_path / "keys").write_text(f"one\nsk-secret {words}\n")
+    with pytest.raises(UserError, match=r"keys, line 2: expected a key, and after it any of name=NAME") as caught:
+        read_keys(tmp_path / "keys")
+    assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -56,13 +83,9 @@ def test_an_empty_key_file_lets_nobody_in_by_mistake(tmp_path: Path) -> None:
 def test_only_a_known_key_passes(tmp_path: Path, values: list[bytes], passes: bool) -> None:
     (tmp_path / "keys").write_text("one\ntwo\n")
     headers = [(b"host", b"x"), *((b"authorization", value) for value in values)]
-    key = presented_key(headers, read_key_hashes(tmp_path / "keys"))
+    key = presented_key(headers, read_keys(tmp_path / "keys"))
     assert (key is not None) is passes
-    assert key in (None, *read_key_hashes(tmp_path / "keys"))
-
-
-def hashed(key: str) -> str:
-    return hashlib.sha256(key.encode()).hexdigest()
+    assert key in (None, *read_keys(tmp_path / "keys"))
 
 
 @pytest.mark.parametrize(
@@ -83,18 +106,33 @@ def hashed(key: str) -> str:
     ],
 )
 def test_what_a_key_opens(path: str, key: str | None, outcome: str | int | None) -> None:
-    rules = AccessRules((hashed("other"), hashed("user")), (hashed("admin"),))
+    rules = AccessRules(keys("other", "user"), keys("admin"))
     headers = [] if key is None else [(b"authorization", f"Bearer {key}".encode())]
     if isinstance(outcome, int):
         with pytest.raises(ApiError) as caught:
             authorize(path, headers, rules)
         assert caught.value.status == outcome
     else:
-        assert authorize(path, headers, rules) == (outcome and hashed(outcome))
+        assert authorize(path, headers, rules) == (outcome and ApiKey.read(outcome))
 
 
-@pytest.mark.parametrize("users", [(), (hashed("user"),)])
-def test_without_admin_keys_there_is_no_admin(users: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("path", ["/v1/completions", "/admin/status"])
+def test_a_key_opens_nothing_once_it_has_expired(path: str) -> None:
+    now_s = time.time()
+    for expires_s, opens in ((now_s + 3600, True), (now_s - 1, False)):
+        key = ApiKey(hashed("k"), "alice", expires_s)
+        rules = AccessRules((key,), (key,))
+        if opens:
+            assert authorize(path, [(b"authorization", b"Bearer k")], rules) == key
+            continue
+        with pytest.raises(ApiError, match="API key alice has expired") as caught:
+            authorize(path, [(b"authorization", b"Bearer k")], rules)
+        assert (caught.value.status, caught.value.code) == (401, "expired_api_key")
+        assert caught.value.headers["WWW-Authenticate"] == "Bearer"
+
+
+@pytest.mark.parametrize("users", [(), keys("user")])
+def test_without_admin_keys_there_is_no_admin(users: tuple[ApiKey, ...]) -> None:
     with pytest.raises(ApiError) as caught:
         authorize("/admin/promote", [(b"authorization", b"Bearer user")], AccessRules(users))
     assert caught.value.status == 404
@@ -108,16 +146,26 @@ def test_a_key_is_for_users_or_for_admins(tmp_path: Path) -> None:
         read_rules(ServeConfig(api_key_file=str(tmp_path / "user"), admin_key_file=str(tmp_path / "admin")))
 
 
-def test_requests_in_flight_are_counted_by_key() -> None:
+def test_requests_in_flight_are_counted_by_name() -> None:
     in_flight = RequestsInFlight(2)
-    with in_flight.of("a"), in_flight.of("a"), in_flight.of("b"), in_flight.of(None):
-        with pytest.raises(ApiError) as caught, in_flight.of("a"):
+    a, b, wide = ApiKey.read("a"), ApiKey.read("b"), ApiKey.read("c name=wide max_requests=3")
+    also_wide = ApiKey.read("d name=wide max_requests=3")
+    with in_flight.of(a), in_flight.of(a), in_flight.of(b), in_flight.of(None):
+        with pytest.raises(ApiError, match="its limit of 2") as caught, in_flight.of(a):
             pass
         assert (caught.value.status, caught.value.headers["Retry-After"]) == (429, "1")
-    with pytest.raises(ValueError, match="x"), in_flight.of("a"):
+        with in_flight.of(wide), in_flight.of(wide), in_flight.of(also_wide), pytest.raises(ApiError, match="of 3"):
+            in_flight.of(also_wide).__enter__()
+    with pytest.raises(ValueError, match="x"), in_flight.of(a):
         raise ValueError("x")
-    with in_flight.of("a"), in_flight.of("a"):
+    with in_flight.of(a), in_flight.of(a):
         pass
+    without_limit = RequestsInFlight(None)
+    with contextlib.ExitStack() as running:
+        for key in (a, a, a, wide, wide, wide):
+            running.enter_context(without_limit.of(key))
+        with pytest.raises(ApiError, match="its limit of 3"):
+            running.enter_context(without_limit.of(wide))
 
 
 class Files:
@@ -141,9 +189,9 @@ class Files:
         rules = self.access.rules
         assert rules.max_requests_per_key == 3
         return [
-            presented_key([(b"authorization", f"Bearer {key}".encode())], hashes) is not None
+            presented_key([(b"authorization", f"Bearer {key}".encode())], known) is not None
             for key in keys
-            for hashes in [rules.admin_key_hashes if key.startswith("root") else rules.user_key_hashes]
+            for known in [rules.admin_keys if key.startswith("root") else rules.user_keys]
         ]
 
 
@@ -179,7 +227,7 @@ def test_a_bad_key_file_keeps_the_keys_from_before_and_says_so_once(
 
 
 def test_a_machine_without_the_files_keeps_the_keys_that_it_was_given(tmp_path: Path) -> None:
-    rules = AccessRules((hashed("one"),), (hashed("root"),))
+    rules = AccessRules(keys("one"), keys("root"))
     access = CurrentAccess(rules, user_file=str(tmp_path / "user"), admin_file=str(tmp_path / "admin"))
     access.reload()
     assert access.rules == rules and not (tmp_path / "user").exists()

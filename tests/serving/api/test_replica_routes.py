@@ -4,24 +4,25 @@ import asyncio
 import json
 import time
 from collections.abc import Coroutine, Iterator
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from cluster.settings.serve import ReplicaConfig, ServeConfig
+from cluster.settings.serve import EngineConfig, ReplicaConfig, ServeConfig
 from model.tokenizer import Tokenizer
 from serving.api.access import AccessRules
 from serving.api.completions import choice_seed
+from serving.api.keys import ApiKey
 from serving.delivery.versions import Versions
 from serving.engine.messages import SequenceRequest
 from serving.engine_process.client import EngineClient, Generation
 from serving.protocol import harmless_fields
 from serving.protocol.protocol import CompletionRequest
-from tests.serving.endpoint_parts import Run, shared_replica
+from tests.serving.endpoint_parts import Run, replica_client, shared_replica
 from tests.serving.harmless_values import values
+from tests.waiting import wait_in_loop_until
 
 MODEL, KEYS = "tiny", ("sk-one", "sk-two", "sk-three")
 PER_KEY, OF_ALL = 2, 4  # requests at once
@@ -42,7 +43,7 @@ CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "the quick"}], 
 @pytest.fixture(scope="module")
 def run(checkpoint: Path) -> Iterator[Run]:
     config = ServeConfig(replicas=ReplicaConfig(max_ongoing_requests=OF_ALL))
-    access = AccessRules(tuple(sha256(key.encode()).hexdigest() for key in KEYS), max_requests_per_key=PER_KEY)
+    access = AccessRules(tuple(map(ApiKey.read, KEYS)), max_requests_per_key=PER_KEY)
     with shared_replica(checkpoint, config=config, access=access, key=KEYS[0]) as run:
         yield run
 
@@ -212,3 +213,32 @@ def test_a_body_that_is_not_declared_as_json_is_told_the_header(run: Run) -> Non
         assert "-H 'Content-Type: application/json'" in answer.json()["error"]["message"]
 
     run(check)
+
+
+def test_a_key_that_fills_the_queue_fills_it_for_itself(checkpoint: Path) -> None:
+    """Neither its sequences nor its requests are in the way of another key, up to the same number."""
+    engine = EngineConfig(max_num_seqs=2, max_waiting=6)
+    config = ServeConfig(engine=engine, replicas=ReplicaConfig(max_ongoing_requests=8))
+    long = ASKED | {"max_tokens": 100}
+
+    async def scenario() -> None:
+        access = AccessRules(tuple(map(ApiKey.read, KEYS)))
+        async with replica_client(checkpoint, config=config, access=access) as (http, versions):
+
+            def ask(key: str, fields: dict[str, Any]) -> asyncio.Task[httpx.Response]:
+                post = http.post("/v1/completions", json=fields, headers={"Authorization": f"Bearer {key}"})
+                return asyncio.create_task(post)
+
+            first = [ask(KEYS[0], long) for _ in range(8)]
+            await wait_in_loop_until(lambda: versions.num_running + versions.num_waiting == 8)
+            assert (await ask(KEYS[0], ASKED)).json()["error"]["code"] == "overloaded"
+            others = [ask(KEYS[1], ASKED), ask(KEYS[2], ASKED | {"n": 3})]
+            refused = await ask(KEYS[2], ASKED | {"n": 6})
+            assert "limit of 8 running and waiting sequences" in refused.json()["error"]["message"]
+            answers = await asyncio.gather(*others)
+            assert [answer.status_code for answer in answers] == [200, 200]
+            assert sum(task.done() for task in first) <= 5, "others' turn came before its own last ones"
+            assert {answer.status_code for answer in await asyncio.gather(*first)} == {200}
+            assert answers[0].json()["choices"] == (await ask(KEYS[0], ASKED)).json()["choices"]
+
+    asyncio.run(scenario())

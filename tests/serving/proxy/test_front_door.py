@@ -1,5 +1,6 @@
 """The front door before a stand-in for Ray Serve: what it hands on, when it asks again, and how it ends an answer."""
 
+import asyncio
 import json
 from collections.abc import Callable
 from typing import Any
@@ -10,14 +11,16 @@ from hypothesis import strategies as st
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.cli import main
-from cluster.settings.serve import ServeConfig
+from cluster.settings.serve import HttpConfig, ServeConfig
 from model.errors import UserError
 from serving.app import build_app
 from serving.delivery.routed_request import RETRY_HEADER, NewestRoute
 from serving.protocol.errors import DRAINING_HEADER
-from serving.proxy.front_door import Outcome, clamped_timeout_s, clean_request_id
+from serving.protocol.request_facts import FACTS
+from serving.protocol.tracing import Tracing
+from serving.proxy.front_door import FrontDoor, Outcome, clamped_timeout_s, clean_request_id
 from serving.proxy.token_relay import ASK_HEADER
-from tests.serving.front_door_parts import OK, ask, half, whole
+from tests.serving.front_door_parts import OK, ask, half, scope, whole
 
 
 def error(sent: list[Message]) -> dict[str, Any]:
@@ -147,22 +150,107 @@ def test_each_completion_is_counted_once_by_how_its_client_saw_it_end() -> None:
         await receive()
 
     body, gone = {"type": "http.request", "body": b"{}", "more_body": False}, {"type": "http.disconnect"}
-    cases: list[tuple[ASGIApp, list[Message], Outcome]] = [
-        (dies(1, whole), [], Outcome.OK),
-        (says(400), [], Outcome.INVALID),
-        (says(429), [], Outcome.REFUSED),
-        (says(500), [], Outcome.FAILED),
-        (says(503), [], Outcome.FAILED),
-        (says(503, (DRAINING_HEADER.encode(), b"1")), [], Outcome.DRAINED),
-        (dies(2, whole), [], Outcome.FAILED),
-        (dies(0, half), [], Outcome.CUT),
-        (leaves, [body, gone], Outcome.LEFT),
-        (dies(0, whole), [gone], Outcome.LEFT),
+    cases: list[tuple[ASGIApp, list[Message], Outcome, tuple[int | None, str, int]]] = [
+        (dies(1, whole), [], Outcome.OK, (200, "ok", 2)),
+        (says(400), [], Outcome.INVALID, (400, "bad_request", 1)),
+        (says(429), [], Outcome.REFUSED, (429, "too_many_requests", 1)),
+        (says(500), [], Outcome.FAILED, (500, "internal_server_error", 1)),
+        (says(503), [], Outcome.FAILED, (503, "service_unavailable", 1)),
+        (says(503, (DRAINING_HEADER.encode(), b"1")), [], Outcome.DRAINED, (503, "service_unavailable", 1)),
+        (dies(2, whole), [], Outcome.FAILED, (500, "replicas_ended", 2)),
+        (dies(0, half), [], Outcome.CUT, (200, "interrupted", 1)),
+        (leaves, [body, gone], Outcome.LEFT, (None, "client_left", 1)),
+        (dies(0, whole), [gone], Outcome.LEFT, (None, "client_left", 0)),
     ]
-    for app, messages, expected in cases:
+    for app, messages, expected, line in cases:
         counted: list[Outcome] = []
-        ask(app, *messages, count=counted.append)
+        logged: list[dict[str, Any]] = []
+        ask(app, *messages, count=counted.append, log=lambda logged=logged, **fields: logged.append(fields))
         assert counted == [expected]
+        assert [(fields["status"], fields["reason"], fields["attempts"]) for fields in logged] == [line]
+        assert all(fields["route"] == "/v1/completions" and fields["total_s"] >= 0 for fields in logged)
+
+
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_what_the_replica_knows_is_logged_and_goes_no_further(is_whole: bool) -> None:
+    """Without its last word the tokens are those that have gone out."""
+    facts = {"key": "alice", "stream": True, "completion_tokens": None, "reason": None, "prompt_tokens": 3}
+
+    async def answer(send: Send) -> None:
+        await send({**OK, FACTS: facts})
+        await send({"type": "http.response.body", "body": b"data: 1\n\ndata: 2\n\n", "more_body": True})
+        if is_whole:
+            last = {FACTS: facts | {"completion_tokens": 7, "reason": "stop"}}
+            await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", **last})
+
+    logged: list[dict[str, Any]] = []
+    sent = ask(dies(0, answer), log=lambda **fields: logged.append(fields))
+    assert not any(FACTS in message for message in sent)
+    [line] = logged
+    assert (line["key"], line["prompt_tokens"]) == ("alice", 3)
+    assert (line["completion_tokens"], line["reason"]) == ((7, "stop") if is_whole else (2, "interrupted"))
+
+
+def test_a_client_that_leaves_before_an_answer_is_known_by_an_earlier_one() -> None:
+    calls = 0
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        nonlocal calls
+        calls += 1
+        await receive()
+        if calls == 1:
+            await send({**OK, FACTS: {"key": "alice"}})
+            await send({"type": "http.response.body", "body": b""})
+        else:
+            await receive()
+
+    logged: list[dict[str, Any]] = []
+    door = FrontDoor(
+        app, config=HttpConfig(), count=lambda _: None, log=lambda **fields: logged.append(fields), tracing=Tracing()
+    )
+    for key in (b"alices", b"alices", b"another"):
+        messages = [{"type": "http.request", "body": b"{}", "more_body": False}, {"type": "http.disconnect"}]
+
+        async def receive(messages: list[Message] = messages) -> Message:
+            return messages.pop(0)
+
+        asyncio.run(door(scope((b"authorization", b"Bearer " + key)), receive, lambda _: asyncio.sleep(0)))
+    assert [(line["key"], line["reason"]) for line in logged] == [
+        ("alice", "ok"),
+        ("alice", "client_left"),
+        (None, "client_left"),
+    ]
+    assert "alices" not in repr(vars(door._key_names))
+
+
+def test_probes_and_what_is_only_read_are_not_logged() -> None:
+    async def answer(send: Send) -> None:
+        await send({**OK, "status": statuses.pop(0)})
+        await send({"type": "http.response.body", "body": b""})
+
+    statuses = [503, 200, 404, 200, 404]
+    logged: list[tuple[str, int]] = []
+    door = FrontDoor(
+        dies(0, answer),
+        config=HttpConfig(),
+        count=lambda _: None,
+        log=lambda **fields: logged.append((fields["route"], fields["status"])),
+        tracing=Tracing(),
+    )
+    for method, path in (
+        ("GET", "/ready"),
+        ("GET", "/v1/models"),
+        ("GET", "/v1/nothing"),
+        ("POST", "/tokenize"),
+        ("POST", "/" + "x" * 999),
+    ):
+
+        async def receive() -> Message:
+            return {"type": "http.request", "body": b"{}", "more_body": False}
+
+        about = scope((b"x-model-version", b"1"), path=path) | {"method": method}
+        asyncio.run(door(about, receive, lambda _: asyncio.sleep(0)))
+    assert logged == [("/v1/nothing", 404), ("/tokenize", 200), ("/" + "x" * 127, 404)]
 
 
 def test_haproxy_in_place_of_the_proxies_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,10 @@ import uvicorn
 from starlette.types import Receive, Scope, Send
 
 from cluster.settings.serve import HttpConfig
+from serving.protocol.tracing import Tracing
 from serving.proxy.front_door import FrontDoor
 from serving.proxy.http_bounds import PIECE_BYTES, BoundedHttpProtocol
+from serving.proxy.request_log import no_log
 from tests.serving.endpoint_parts import free_port
 from tests.serving.raw_http import drip, read_to_end
 from tests.time_limits import limit_s
@@ -51,7 +53,7 @@ class Server:
     """uvicorn in a thread."""
 
     def __init__(self, loop: Any) -> None:
-        app = FrontDoor(echo, config=BOUNDS, count=lambda outcome: None)
+        app = FrontDoor(echo, config=BOUNDS, count=lambda outcome: None, log=no_log, tracing=Tracing())
         self.port = free_port()
         config = uvicorn.Config(
             app, port=self.port, http=Protocol, loop=loop, lifespan="off", log_level="critical", timeout_keep_alive=1

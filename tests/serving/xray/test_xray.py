@@ -1,7 +1,6 @@
 """Looking inside a query over HTTP, with a real engine and a real process for it beside."""
 
 import asyncio
-import hashlib
 import itertools
 import os
 import shutil
@@ -24,6 +23,7 @@ from model.gpt import GPT
 from model.sampling_params import SamplingParams
 from model.tokenizer import Tokenizer
 from serving.api.access import AccessRules
+from serving.api.keys import ApiKey
 from serving.delivery.versions import Versions
 from serving.xray.page_routes import PAGE_PATHS
 from serving.xray.xray import run_checkpoints
@@ -287,7 +287,7 @@ def test_the_page_is_open_and_what_it_shows_is_not(folder: Path) -> None:
         assert (await http.post("/v1/xray", json=fields, headers=authorized)).status_code == 200
 
     async def main() -> None:
-        access = AccessRules((hashlib.sha256(KEY.encode()).hexdigest(),))
+        access = AccessRules((ApiKey.read(KEY),))
         async with replica_client(folder, access=access) as (http, _):
             await check(http)
 

@@ -1,0 +1,50 @@
+"""The audit log of /admin: who ordered what of an endpoint, and what came of it. It is lines of JSON in the storage,
+beside the endpoint's state."""
+
+import json
+import logging
+from typing import Any
+
+from cluster.settings.serve import ServeConfig
+from cluster.storage.registry import AUDIT
+from cluster.storage.uris import AlreadyExistsError, ConflictError, StorageError, join_uri, open_storage
+from serving.delivery.delivery_file import endpoint_name
+
+MAX_ENTRIES = 1000  # older ones go; an entry is about 500 bytes
+MAX_TRIES = 10  # while other replicas add entries too
+
+_log = logging.getLogger(__name__)
+
+
+class AuditLog:
+    """Each replica adds what it was asked. Methods block."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        self._storage = open_storage(config.storage.uri)
+        self._key = f"{AUDIT}{endpoint_name(config)}.jsonl"
+
+    def add(self, entry: dict[str, Any]) -> None:
+        """Adds an entry. If the storage does not take it, the program's log has it: no order fails for that."""
+        try:
+            self._add(json.dumps(entry).encode())
+        except StorageError as error:
+            _log.error("not in %s: %s (%s)", join_uri(self._storage.uri, self._key), json.dumps(entry), error)
+
+    def read(self) -> list[dict[str, Any]]:
+        """Returns all entries, the oldest first. Raises `StorageError`."""
+        stored = b"" if self._storage.stat(self._key) is None else self._storage.read_bytes(self._key)
+        return [json.loads(line) for line in stored.splitlines()]
+
+    def _add(self, line: bytes) -> None:
+        for _ in range(MAX_TRIES):
+            about = self._storage.stat(self._key)
+            before = [] if about is None else self._storage.read_bytes(self._key).splitlines()
+            data = b"".join(one + b"\n" for one in [*before[1 - MAX_ENTRIES :], line])
+            try:
+                self._storage.write_bytes(
+                    self._key, data, if_absent=about is None, if_version=None if about is None else about.version
+                )
+            except (AlreadyExistsError, ConflictError):
+                continue
+            return
+        raise StorageError(f"others have written there {MAX_TRIES} times meanwhile")

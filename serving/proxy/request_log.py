@@ -1,0 +1,117 @@
+"""The request log: a line of JSON for each request, written after its end. It has neither text nor keys.
+
+Lines are written together, a moment later and in a thread: a disk that hangs must not stop every stream of a proxy.
+"""
+
+import asyncio
+import logging
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from serving.protocol.tracing import Headers
+
+FIELDS = (
+    "time",  # when the request came
+    "request_id",
+    "key",  # its name
+    "route",
+    "stream",
+    "model_version",
+    "status",
+    "reason",
+    "prompt_tokens",
+    "completion_tokens",
+    "queue_s",
+    "first_token_s",
+    "total_s",
+    "attempts",  # replicas that were asked
+    "trace_id",
+)
+STDOUT = "-"
+WRITE_AFTER_S = 0.2
+MAX_WAITING_LINES = 10_000  # 4 MB; further ones are dropped, and counted in the program's own log
+MAX_KNOWN_KEYS = 1024
+MAX_FILE_BYTES = 64 << 20  # then the file is renamed to NAME.1, which replaces the one before
+
+_EMPTY = dict.fromkeys(FIELDS)
+_log = logging.getLogger(__name__)
+
+LogRequest = Callable[..., None]
+"""Takes a request's fields by name."""
+
+
+class RequestLog:
+    def __init__(self, target: str) -> None:
+        """`target` is a file, or `-` for standard output."""
+        self._target = target
+        self._lines: list[bytes] = []
+        self._num_dropped = 0
+        self._writing: asyncio.Task[None] | None = None
+
+    def add(self, **fields: Any) -> None:
+        """Takes a request's fields; those that are missing are null."""
+        if len(self._lines) >= MAX_WAITING_LINES:
+            self._num_dropped += 1
+            return
+        self._lines.append(orjson.dumps(_EMPTY | fields, option=orjson.OPT_APPEND_NEWLINE))
+        if self._writing is None:
+            self._writing = asyncio.get_running_loop().create_task(self._write_soon())
+
+    async def _write_soon(self) -> None:
+        while self._lines:
+            await asyncio.sleep(WRITE_AFTER_S)
+            lines, self._lines = self._lines, []
+            try:
+                await asyncio.to_thread(_write, self._target, b"".join(lines))
+            except OSError as error:
+                _log.error("%d lines of the request log are lost: %s", len(lines), error)
+            if self._num_dropped:
+                _log.error("%d lines of the request log are lost: %s is too slow", self._num_dropped, self._target)
+                self._num_dropped = 0
+        self._writing = None
+
+
+def no_log(**_: Any) -> None:
+    """Logs no request."""
+
+
+class KeyNames:
+    """The names of keys that replicas have accepted, for requests whose clients leave before any answer."""
+
+    def __init__(self) -> None:
+        self._names: dict[int, str] = {}  # by the header's hash
+
+    def of(self, headers: Headers, *, told: str | None, is_unknown: bool) -> str | None:
+        """Returns the name that the replica has told, or if that is unknown, what it told of an earlier request."""
+        header = hash(next((value for name, value in headers if name == b"authorization"), None))
+        if told is None:
+            return self._names.get(header) if is_unknown else None
+        if len(self._names) >= MAX_KNOWN_KEYS:
+            self._names.clear()
+        self._names[header] = told
+        return told
+
+
+def _write(target: str, data: bytes) -> None:
+    """Appends whole lines. The file is opened each time, so that it may be moved away at any moment."""
+    if target == STDOUT:
+        _write_all(1, data)
+        return
+    file = os.open(target, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    try:
+        about = os.fstat(file)
+        _write_all(file, data)
+    finally:
+        os.close(file)
+    if stat.S_ISREG(about.st_mode) and about.st_size + len(data) > MAX_FILE_BYTES:
+        Path(target).replace(f"{target}.1")
+
+
+def _write_all(file: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(file, data) :]
