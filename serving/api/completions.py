@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import math
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import KW_ONLY, dataclass
 
 import orjson
@@ -22,6 +22,8 @@ from serving.protocol.protocol import CompletionRequest, StreamOptions
 from serving.protocol.request_facts import RequestFacts
 from serving.protocol.served_model import ServedModel
 
+MAX_SCORES = 600_000  # log-probabilities in an answer, 200 MB while it is written; lm-eval's 256 prompts have fewer
+SCORES_AT_ONCE = 5_000  # written in the event loop; more would hold up other streams for milliseconds
 EXPECTED_SHARE = 0.8  # of the longest wait: a refusal at once is better than one after a wait that was misjudged
 
 
@@ -58,9 +60,17 @@ class Completion:
     async def respond(self) -> bytes:
         """Returns the whole answer as JSON. Raises `ApiError` if the engine fails."""
         parts: dict[int, list[Part]] = {}
+        choices: dict[int, Part] = {}
         async for part in self._all_parts():
             parts.setdefault(part.index, []).append(part)
-        return orjson.dumps(self.answer.whole([join_parts(parts[index]) for index in sorted(parts)], self._usage()))
+            if part.finish_reason is not None:
+                choices[part.index] = join_parts(parts.pop(part.index))
+        if max_scores(self.sequences) > SCORES_AT_ONCE:
+            return await asyncio.to_thread(self._written, choices)
+        return self._written(choices)
+
+    def _written(self, choices: dict[int, Part]) -> bytes:
+        return orjson.dumps(self.answer.whole([choices[index] for index in sorted(choices)], self._usage()))
 
     async def stream(self) -> AsyncIterator[bytes]:
         """Yields server-sent events. A failure is an event too, and no `[DONE]` follows it, so that a client cannot
@@ -167,6 +177,12 @@ async def start_completion(
         for prompt_ids in prompts
         for index in range(request.n)
     ]
+    if (num_scores := max_scores(sequences)) > MAX_SCORES:
+        raise invalid_request(
+            f"{num_scores} log-probabilities were asked for ({len(sequences)} sequences), at most {MAX_SCORES} are "
+            "given in one answer; ask for fewer prompts, tokens or candidates",
+            param="logprobs" if request.prompt_logprobs is None else "prompt_logprobs",
+        )
     try:
         generation = engine.submit(sequences, at_once=at_once, key=key)
     except EngineDiedError:
@@ -211,6 +227,10 @@ def _require_possible(request: CompletionRequest, model: ServedModel) -> None:
     ending = {*request.stop_token_ids, *({model.eos_id} if model.eos_id is not None else ())}
     if request.min_tokens and len(ending) >= model.config.vocab_size:
         raise invalid_request("stop_token_ids leave no token for min_tokens", param="stop_token_ids")
+
+
+def max_scores(sequences: Iterable[SequenceRequest]) -> int:
+    return sum(sequence.max_scores for sequence in sequences)
 
 
 def refuse_when_full(engine: EngineClient, num_sequences: int, config: ServeConfig, *, key: str) -> None:

@@ -171,6 +171,20 @@ def test_a_token_to_stop_at_is_no_text_and_none_comes_too_early(run: Run, model:
     run(check)
 
 
+def test_an_answer_has_a_bounded_number_of_log_probabilities(run: Run) -> None:
+    """2,048 sequences with 20 candidates for each token would fill the replica's memory."""
+    many: dict[str, Any] = {"prompt": [[1] * 20] * 256, "n": 8, "max_tokens": 100}
+
+    async def check(http: httpx.AsyncClient, _: Versions) -> None:
+        for fields, param in (({"logprobs": 20}, "logprobs"), ({"prompt_logprobs": 20}, "prompt_logprobs")):
+            answer = await http.post("/v1/completions", json=ASKED | many | fields)
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+        found = await choices(http, prompt=[[1] * 20] * 256, max_tokens=2, echo=True, logprobs=20)
+        assert all(len(choice["logprobs"]["tokens"]) >= 21 for choice in found) and len(found) == 256
+
+    run(check)
+
+
 def test_fewest_tokens_that_cannot_be_are_refused(run: Run) -> None:
     async def check(http: httpx.AsyncClient, _: Versions) -> None:
         for path, asked in (("/v1/completions", ASKED), ("/v1/chat/completions", CHAT | {"max_tokens": 12})):

@@ -3,6 +3,7 @@
 import asyncio
 import re
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -21,7 +22,7 @@ from serving.engine.messages import FinishReason, SequenceRequest, TokenEvent
 from serving.engine_process.client import EngineClient, EngineDiedError
 from serving.engine_process.health import HealthCheck
 from tests.repository import REPOSITORY
-from tests.serving.endpoint_parts import loopback_server, replica_app
+from tests.serving.endpoint_parts import loopback_server, replica_app, replica_client
 from tests.serving.tiny_models import FRAGILE_POSITION, as_transformers_folder, lively_model, write_model
 from tests.time_limits import limit_s
 
@@ -227,3 +228,48 @@ def test_weights_that_are_no_numbers_are_never_served(folder: Path, tmp_path: Pa
 
     with pytest.raises(EngineDiedError, match="self-test"):
         asyncio.run(check())
+
+
+@installed
+@pytest.mark.slow
+def test_fields_of_vllm_mean_the_same_on_both_engines(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
+    prompt_ids = tokenizer.encode("the quick fox")
+    free = generate(model, prompt_ids, max_tokens=12, params=GREEDY)
+    asked = {"model": "tiny", "prompt": [prompt_ids, [1, 2, 3]], "temperature": 0, "max_tokens": 12, "ignore_eos": True}
+    cases: list[dict[str, Any]] = [
+        {"return_token_ids": True, "stop_token_ids": [free[3], free[3]]},
+        {"return_token_ids": True, "stop_token_ids": free[3:6], "min_tokens": 8},
+        {"return_token_ids": True, "ignore_eos": False, "min_tokens": 12, "logprobs": 20},
+        {"prompt_logprobs": 5, "max_tokens": 1, "echo": True, "logprobs": 2},
+        {"prompt_logprobs": 0, "max_tokens": 0},
+    ]
+
+    async def check() -> None:
+        async with (
+            replica_client(folder, config=ServeConfig(engine=config())) as (theirs, _),
+            replica_client(folder) as (ours, _),
+        ):
+            for fields in cases:
+                answers = [await http.post("/v1/completions", json=asked | fields) for http in (theirs, ours)]
+                assert [answer.status_code for answer in answers] == [200, 200], answers[0].text
+                for found, expected in zip(*(answer.json()["choices"] for answer in answers), strict=True):
+                    assert_alike(found, expected)
+            refused = await theirs.post("/v1/embeddings", json={"model": "tiny", "input": "x"})
+            assert (refused.status_code, refused.json()["error"]["code"]) == (400, "unsupported_by_backend")
+
+    asyncio.run(check())
+
+
+def assert_alike(found: Any, expected: Any) -> None:
+    """Numbers may differ by rounding, and nothing else."""
+    if isinstance(expected, float):
+        assert found == pytest.approx(expected, abs=1e-4)
+    elif isinstance(expected, dict):
+        assert set(found) == set(expected)
+        for name, value in expected.items():
+            assert_alike(found[name], value)
+    elif isinstance(expected, list):
+        for each, other in zip(found, expected, strict=True):
+            assert_alike(each, other)
+    else:
+        assert found == expected
