@@ -11,7 +11,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
-from cluster.monitoring.metric_export import PUBLISH_INTERVAL_S, Metrics
+from cluster.monitoring.metric_export import PUBLISH_INTERVAL_S
 from cluster.settings.serve import ServeConfig
 from serving.api.access import AccessRules, CurrentAccess
 from serving.api.admin_routes import admin_router
@@ -45,13 +45,14 @@ class Replica:
             versions=versions, model_name=versions.delivery.model_name, replica=self._id, start_s=self._start_s
         )
         metrics.exported.of("raymill:coordinator_away_seconds").set_function(lambda: self._follower.away_s)
-        self._publishing = asyncio.create_task(self._publish(metrics.exported))
+        metrics.exported.of("raymill:state_stored").set_function(lambda: self._follower.is_stored)
+        self._publishing = asyncio.create_task(self._publish(metrics))
         self._reloading = asyncio.create_task(self._access.keep())
         return build_http_app(
             versions=versions, metrics=metrics, access=self._access, admin=admin_router(self._follower)
         )
 
-    async def _publish(self, metrics: Metrics) -> None:
+    async def _publish(self, metrics: ReplicaMetrics) -> None:
         """Publishes the metrics in this event loop, in which the versions change."""
         application = serve.get_replica_context().app_name
         while True:

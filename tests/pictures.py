@@ -1,4 +1,5 @@
-"""Makes the READMEs' pictures: the processes, a finished run, the endpoint that serves it. `make pictures` runs it.
+"""Makes the READMEs' pictures: the processes, a finished run, the endpoint that serves it, the dashboard of a canary.
+`make pictures` runs it.
 
     python -m tests.pictures [RUN_FOLDER]
 
@@ -9,6 +10,7 @@ import io
 import re
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 from PIL import Image
@@ -16,6 +18,7 @@ from playwright.sync_api import expect, sync_playwright
 
 from cluster.settings.serve import ServeConfig
 from serving.app import run
+from tests.canary_picture import picture_of_canary
 from tests.processes_picture import PICTURE, draw
 from tests.repository import REPOSITORY
 from tests.serving.endpoint_parts import free_port, ray_cluster
@@ -36,6 +39,11 @@ def main() -> int:
     if chromium is None:
         print("no Chromium; apt-get install chromium", file=sys.stderr)
         return 1
+    if shutil.which("prometheus") is None:
+        print("no Prometheus; apt-get install prometheus", file=sys.stderr)
+        return 1
+    with tempfile.TemporaryDirectory() as scratch:
+        save(picture_of_canary(Path(scratch)), REPOSITORY / "serving" / "canary.png")
     for name in FIGURES:
         save((folder / "report" / f"{name}.png").read_bytes(), REPOSITORY / "jobs" / f"{name}.png")
     checkpoint = max((folder / "checkpoints").glob("step-*"))

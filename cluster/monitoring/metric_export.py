@@ -6,8 +6,8 @@ exact, and no series outlives its process for long. `rate` and `histogram_quanti
 """
 
 import threading
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, TypeVar
 
 import prometheus_client as prometheus
 from ray.util.metrics import Gauge
@@ -15,6 +15,9 @@ from ray.util.metrics import Gauge
 from cluster.monitoring.metric_table import Exporter, Kind, Metric, metrics
 
 PUBLISH_INTERVAL_S = 2.0  # Ray passes values on every 10 s
+MAX_VERSIONS = 4  # with series of their own: two that are loaded, and the last ones before
+
+Counted = TypeVar("Counted")
 
 
 class Metrics:
@@ -39,6 +42,12 @@ class Metrics:
                     tags = {**sample.labels, **labels}
                     self._gauge(sample.name, tags, family.documentation).set(sample.value, tags=tags)
 
+    def end(self, **labels: str) -> None:
+        """Ends the series with these labels. Ray forgets them within some of its reports."""
+        for name, metric in self._metrics.items():
+            if labels.keys() <= set(metrics()[name].all_labels):
+                metric.remove_by_labels(labels)
+
     def keep_published(self) -> None:
         """Publishes from a thread while the process lives."""
 
@@ -61,3 +70,23 @@ class Metrics:
             # Ray does not accept vLLM's colons.
             self._gauges[name] = Gauge(name.replace(":", "_"), description=text, tag_keys=tuple(tags))
         return self._gauges[name]
+
+
+class ByVersion(Generic[Counted]):
+    """What is counted for each version of the model. An endpoint that follows a run sees any number of them; only the
+    `MAX_VERSIONS` that were used last have series."""
+
+    def __init__(self, metrics: Metrics, make: Callable[[str], Counted]) -> None:
+        """`make` returns what is counted for a new version."""
+        self._metrics = metrics
+        self._make = make
+        self._kept: dict[str, Counted] = {}  # the one used last is the last one
+
+    def of(self, version: str) -> Counted:
+        counted = self._kept.pop(version, None)
+        self._kept[version] = counted = self._make(version) if counted is None else counted
+        if len(self._kept) > MAX_VERSIONS:
+            oldest = next(iter(self._kept))
+            del self._kept[oldest]
+            self._metrics.end(version=oldest)
+        return counted

@@ -53,7 +53,7 @@ class Metric:
     unit: str
     help: str
     labels: Sequence[str] = ()  # beside the exporter's common ones
-    values: Sequence[str] = ()  # of its label, if they are few and known
+    values: Sequence[str] = ()  # of its last label, if they are few and known
     buckets: Sequence[float] = ()  # upper bounds, of a histogram
 
     @property

@@ -183,16 +183,18 @@ async def start_completion(
             "given in one answer; ask for fewer prompts, tokens or candidates",
             param="logprobs" if request.prompt_logprobs is None else "prompt_logprobs",
         )
+    counted = metrics.of(model.version)
     try:
-        generation = engine.submit(sequences, at_once=at_once, key=key)
+        generation = engine.submit(sequences, at_once=at_once, key=key, observer=counted)
     except EngineDiedError:
         raise engine_unavailable() from None
     facts.queued_s = time.monotonic()
     timer = RequestTimer(
-        metrics,
+        counted,
         version.stats,
         seq_ids=[sequence.seq_id for sequence in sequences],
         num_prompt_tokens=sum(len(prompt_ids) for prompt_ids in prompts),
+        start_s=generation.submitted_s,
     )
     completion = Completion(
         request, answer=answer, model=model, sequences=sequences, generation=generation, timer=timer, facts=facts

@@ -2,17 +2,27 @@
 
 import time
 from collections.abc import Iterator
+from enum import StrEnum
+from functools import partial
+from typing import get_args
 
 from prometheus_client import Metric
 from prometheus_client.registry import Collector
 
-from cluster.monitoring.metric_export import Metrics
+from cluster.monitoring.metric_export import ByVersion, Metrics
 from cluster.monitoring.metric_table import Exporter, metrics
-from serving.delivery.promotion import VersionStats
+from serving.delivery.promotion import Phase, Result, VersionStats
 from serving.delivery.versions import Versions
-from serving.engine.messages import FinishReason
+from serving.engine.messages import FinishReason, StepReport
 
 ABORTED = "abort"  # a sequence whose client left, or whose engine died
+
+
+class Role(StrEnum):
+    """A version's part in a promotion. Dashboards compare the two."""
+
+    STABLE = "stable"  # the one that serves after a rollback
+    CANARY = "canary"  # the one that is being promoted
 
 
 class ReplicaMetrics:
@@ -25,14 +35,68 @@ class ReplicaMetrics:
         exported.of("vllm:kv_cache_usage_perc").set_function(lambda: versions.kv_cache_usage)
         exported.of("raymill:predicted_queue_seconds").set_function(lambda: versions.expected_wait_s)
         exported.of("raymill:replica_start_seconds").set(start_s)
-        for reason in (*FinishReason, ABORTED):
-            exported.of("vllm:request_success", finished_reason=reason)
-        self.prompt_tokens = exported.of("vllm:prompt_tokens")
-        self.generation_tokens = exported.of("vllm:generation_tokens")
-        self.ttft_s = exported.of("vllm:time_to_first_token_seconds")
-        self.itl_s = exported.of("vllm:inter_token_latency_seconds")
-        self.e2e_s = exported.of("vllm:e2e_request_latency_seconds")
+        exported.of("raymill:draining").set_function(lambda: versions.delivery.draining)
+        for phase in Phase:
+            exported.of("raymill:promotion_phase", phase=phase).set_function(partial(_is_in, versions, phase))
+        for result in get_args(Result):
+            exported.of("raymill:last_promotion", result=result).set_function(partial(_ended_so, versions, result))
         exported.collectors.register(EngineMetrics(versions, {"model_name": model_name, "replica": replica}))
+        self._versions = versions
+        self.of = ByVersion(exported, lambda version: VersionMetrics(exported, version, versions)).of
+
+    def publish(self, *, application: str) -> None:
+        """Publishes, also the zeros of a version that has not answered yet: rates need a first value."""
+        for needed in self._versions.delivery.needed:
+            self.of(needed.version)
+        self.exported.publish(application=application)
+
+
+class VersionMetrics:
+    """The metrics of one version. It observes the engine's steps."""
+
+    def __init__(self, exported: Metrics, version: str, versions: Versions) -> None:
+        self.ended = {
+            reason: exported.of("vllm:request_success", version=version, finished_reason=reason)
+            for reason in (*FinishReason, ABORTED)
+        }
+        self.prompt_tokens = exported.of("vllm:prompt_tokens", version=version)
+        self.generation_tokens = exported.of("vllm:generation_tokens", version=version)
+        self.ttft_s = exported.of("vllm:time_to_first_token_seconds", version=version)
+        self.itl_s = exported.of("vllm:inter_token_latency_seconds", version=version)
+        self.e2e_s = exported.of("vllm:e2e_request_latency_seconds", version=version)
+        self._queue_s = exported.of("vllm:request_queue_time_seconds", version=version)
+        self._looked_up = exported.of("vllm:prefix_cache_queries", version=version)
+        self._found = exported.of("vllm:prefix_cache_hits", version=version)
+        self._step_tokens = exported.of("vllm:iteration_tokens_total", version=version)
+        self._step_s = exported.of("raymill:step_seconds", version=version)
+        for role in Role:
+            plays = partial(_plays, versions, version, role)
+            exported.of("raymill:version_role", version=version, role=role).set_function(plays)
+
+    def admitted(self, waited_s: float) -> None:
+        self._queue_s.observe(waited_s)
+
+    def stepped(self, report: StepReport) -> None:
+        if report.num_tokens == 0:  # nothing was left to do
+            return
+        self._step_tokens.observe(report.num_tokens)
+        self._step_s.observe(report.step_s)
+        self._looked_up.inc(report.num_looked_up)
+        self._found.inc(report.num_found)
+
+
+def _is_in(versions: Versions, phase: Phase) -> bool:
+    return versions.delivery.phase is phase
+
+
+def _ended_so(versions: Versions, result: str) -> bool:
+    outcome = versions.delivery.outcome
+    return outcome is not None and outcome.result == result
+
+
+def _plays(versions: Versions, version: str, role: Role) -> bool:
+    found = versions.delivery.stable if role is Role.STABLE else versions.delivery.canary
+    return found is not None and found.version == version
 
 
 class EngineMetrics(Collector):
@@ -56,11 +120,17 @@ class RequestTimer:
     """Times one request's sequences from its admission on, for the metrics and for the version that answers."""
 
     def __init__(
-        self, metrics: ReplicaMetrics, stats: VersionStats, *, seq_ids: list[int], num_prompt_tokens: int
+        self,
+        metrics: VersionMetrics,
+        stats: VersionStats,
+        *,
+        seq_ids: list[int],
+        num_prompt_tokens: int,
+        start_s: float,
     ) -> None:
         self._metrics = metrics
         self._stats = stats
-        self._start_s = time.monotonic()
+        self._start_s = start_s
         self._last_token_s: dict[int, float | None] = dict.fromkeys(seq_ids)  # of the open sequences
         metrics.prompt_tokens.inc(num_prompt_tokens)
 
@@ -77,7 +147,7 @@ class RequestTimer:
     def finished(self, seq_id: int, finish_reason: str) -> None:
         last_s = self._last_token_s.pop(seq_id)
         since_start_s = time.monotonic() - self._start_s
-        self._metrics.exported.of("vllm:request_success", finished_reason=finish_reason).inc()
+        self._metrics.ended[finish_reason].inc()
         if finish_reason != ABORTED:
             self._metrics.e2e_s.observe(since_start_s)
             self._stats.sequences += 1

@@ -33,6 +33,7 @@ class Reply(NamedTuple):
 
     is_ours: bool  # false for a replica of another deployment, which a redeployed endpoint has for a while
     delivery: Delivery | None  # None before the first replica has begun
+    is_stored: bool = True
 
 
 class Coordinator:
@@ -68,7 +69,7 @@ class Coordinator:
                 elapsed_s = time.monotonic() - self._phase_began_s
                 advanced = promotion.advance(self._delivery, present, gone=gone, elapsed_s=elapsed_s)
                 await self._change(advanced)
-        return Reply(is_ours=True, delivery=self._delivery)
+        return Reply(is_ours=True, delivery=self._delivery, is_stored=self._stored is self._delivery)
 
     async def begin(self, model_name: str, live: Version) -> Delivery:
         """Sets what a new endpoint serves; the first replica decides for all."""

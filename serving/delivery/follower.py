@@ -44,6 +44,7 @@ class Follower:
     replica: str
     on_live_death: Callable[[str], None]  # see `Versions`
     versions: Versions = field(init=False)
+    is_stored: bool = field(default=True, init=False)  # whether the storage has the endpoint's state
     _away_since_s: float | None = field(default=None, init=False)
     _warned_s = 0.0
 
@@ -90,6 +91,7 @@ class Follower:
             try:
                 report = ReplicaReport(self.replica, self.versions.delivery.epoch, self.versions.report())
                 reply: Reply = await answer_of(self.coordinator.exchange.remote(self.deployment, report))
+                self.is_stored = reply.is_stored
                 if reply.delivery is not None:
                     self.versions.adopt(reply.delivery, asked_at_s=asked_at_s)
             except Exception as error:  # nothing here may end a replica that serves

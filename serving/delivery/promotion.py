@@ -65,11 +65,14 @@ class Terms(Record):
     load_timeout_s: float = 600.0
 
 
+Result = Literal["promoted", "refused", "rolled_back"]
+
+
 class Outcome(Record):
     """The end of a promotion."""
 
     version: Version
-    result: Literal["promoted", "refused", "rolled_back"]
+    result: Result
     reason: str
 
 
@@ -93,6 +96,16 @@ class Delivery(Record):
     def shown(self) -> dict[str, Any]:
         """Returns what /admin shows of it."""
         return self.model_dump(mode="json", exclude={"terms": {"gate_rows"}})
+
+    @property
+    def stable(self) -> Version:
+        """The version that serves after a rollback."""
+        return self.previous if self.phase is Phase.WATCHING and self.previous else self.live
+
+    @property
+    def canary(self) -> Version | None:
+        """The version that is being promoted, from its loading until it is the only one."""
+        return self.live if self.phase is Phase.WATCHING else self.candidate
 
     @property
     def needed(self) -> list[Version]:
@@ -234,7 +247,7 @@ def advance(
         state = state.model_copy(update={"epoch": newest + 1})
     if state.terms is None:
         return state
-    new = state.live if state.phase is Phase.WATCHING else state.candidate
+    new = state.canary
     assert new is not None
     slots = [report.slots.get(new.serial) for report in present]
     for slot in slots:  # in every phase, since a replica may join late
@@ -275,8 +288,8 @@ def _gate_problem(slot: SlotReport, terms: Terms) -> str:
 
 def _service_problem(state: Delivery, terms: Terms, everyone: Collection[ReplicaReport]) -> str:
     """Returns why the new version must go, by how it has served; empty if it may stay."""
-    new, old = (state.candidate, state.live) if state.phase is Phase.CANARY else (state.live, state.previous)
-    assert new is not None and old is not None
+    new, old = state.canary, state.stable
+    assert new is not None
     stats, before = total(everyone, new.serial), total(everyone, old.serial)
     if stats.errors >= MIN_ERRORS and stats.errors > terms.max_error_rate * stats.sequences:
         return f"{stats.errors} of its {stats.sequences} sequences failed, more than {terms.max_error_rate:.1%}"

@@ -4,6 +4,7 @@ Shapes: N tokens that a step reads, C model width, M rows for which a token is d
 """
 
 import base64
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -50,6 +51,7 @@ class Engine:
     @torch.inference_mode()
     def step(self, on_admission: Callable[[Admission], None] | None = None) -> StepReport:
         """Admits, reads, draws and emits. Calls `on_admission` with the sequences that it starts before it computes."""
+        began_s = time.perf_counter()
         scheduler = self._scheduler
         chunks = scheduler.plan()
         if on_admission is not None and scheduler.admitted:
@@ -76,6 +78,10 @@ class Engine:
             num_waiting=scheduler.num_waiting,
             kv_cache_usage=round(self._pool.usage, 4),
             num_prompt_tokens=scheduler.num_prompt_tokens,
+            num_tokens=sum(chunk.last - chunk.first for chunk in chunks),
+            num_looked_up=scheduler.num_looked_up,
+            num_found=scheduler.num_found,
+            step_s=round(time.perf_counter() - began_s, 6),
         )
 
     def _emit(self, chunks: list[Chunk], logits: Tensor) -> list[TokenEvent]:

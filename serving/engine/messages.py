@@ -99,6 +99,10 @@ class StepReport(NamedTuple):
     num_waiting: int
     kv_cache_usage: float  # share of the KV cache blocks that are held, 0 to 1
     num_prompt_tokens: int  # read in this step, or found in the cache
+    num_tokens: int = 0  # computed in this step: of prompts, and one for each sequence that continues
+    num_looked_up: int = 0  # prompt tokens of the sequences that this step admitted, if the cache may have them
+    num_found: int = 0  # of those, tokens that the cache had
+    step_s: float = 0.0
 
 
 parse_request = TypeAdapter(SequenceRequest).validate_python

@@ -69,6 +69,7 @@ class Scheduler:
         self._promised: set[bytes] = set()
         self.admitted: list[int] = []  # sequences, by the latest plan
         self.num_prompt_tokens = 0  # read by the latest plan, or found in the cache
+        self.num_looked_up = self.num_found = 0  # prompt tokens that it looked for in the cache, and found there
 
     @property
     def num_waiting(self) -> int:
@@ -90,7 +91,7 @@ class Scheduler:
         if not any(sequence.output_ids for sequence in self._running.values()):
             budget *= UNWATCHED
         chunks = []
-        self.admitted, self.num_prompt_tokens = [], 0
+        self.admitted, self.num_prompt_tokens, self.num_looked_up, self.num_found = [], 0, 0, 0
         for sequence in self._running.values():
             if sequence.output_ids:
                 chunks.append(Chunk(sequence, sequence.num_read, sequence.num_tokens))
@@ -103,6 +104,8 @@ class Scheduler:
             budget -= chunks[-1].last - chunks[-1].first
             self.admitted.append(admitted.request.seq_id)
             self.num_prompt_tokens += chunks[-1].last
+            self.num_looked_up += 0 if admitted.request.reads_whole_prompt else len(admitted.request.prompt_ids)
+            self.num_found += chunks[-1].first
         return chunks
 
     def advance(self, chunk: Chunk, token_id: int | None) -> FinishReason | None:

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from cluster.settings.serve import EngineConfig
 from model.errors import UserError
@@ -23,6 +23,7 @@ from serving.engine.messages import (
     FinishReason,
     MetricFamily,
     SequenceRequest,
+    StepReport,
     TokenEvent,
     encode_message,
     parse_report,
@@ -42,15 +43,32 @@ class EngineDiedError(Exception):
     """The engine process has ended and gives no more answers."""
 
 
+class StepObserver(Protocol):
+    """Hears how long sequences have waited, and of each step that works on them."""
+
+    def admitted(self, waited_s: float) -> None: ...
+
+    def stepped(self, report: StepReport) -> None: ...
+
+
 class Generation:
     """The events of one request's sequences, in order, until each sequence has finished."""
 
-    def __init__(self, client: "EngineClient", requests: Sequence[SequenceRequest], *, key: str) -> None:
+    def __init__(
+        self,
+        client: "EngineClient",
+        requests: Sequence[SequenceRequest],
+        *,
+        key: str,
+        observer: StepObserver | None = None,
+    ) -> None:
+        self.observer = observer
         self._client = client
         self._open = {request.seq_id for request in requests}
         self.key = key  # name of the API key, or empty
         self.unsent = deque(requests)  # these are not in line yet
         self._events: asyncio.Queue[TokenEvent | None] = asyncio.Queue()
+        self.submitted_s = time.monotonic()
         self.has_begun = asyncio.Event()  # the engine has admitted one of its sequences, or has died
 
     def close(self) -> None:
@@ -110,6 +128,7 @@ class EngineClient:
         self._metrics: list[MetricFamily] = []
         self.last_progress_s = time.monotonic()  # of a report, or of new work for an idle engine
         self.death_notice = ""
+        self._observer: StepObserver | None = None  # of the sequences in the latest step
         self.on_death: Callable[[str], None] | None = None  # called with the notice before any request hears of it
 
     @classmethod
@@ -172,14 +191,21 @@ class EngineClient:
     def next_seq_id(self) -> int:
         return next(self._seq_ids)
 
-    def submit(self, requests: Sequence[SequenceRequest], *, at_once: int | None = None, key: str = "") -> Generation:
+    def submit(
+        self,
+        requests: Sequence[SequenceRequest],
+        *,
+        at_once: int | None = None,
+        key: str = "",
+        observer: StepObserver | None = None,
+    ) -> Generation:
         """Puts a request's sequences in line for the engine: `at_once` now, or all, and another one whenever one of
         them has ended. Raises `EngineDiedError` if the engine has died."""
         if not self.alive:
             raise EngineDiedError(self.death_notice)
         if not self._generations:
             self.last_progress_s = time.monotonic()
-        generation = Generation(self, requests, key=key)
+        generation = Generation(self, requests, key=key, observer=observer)
         for _ in requests[:at_once]:
             self._enter_next(generation)
         self._send_next()
@@ -248,6 +274,9 @@ class EngineClient:
                 for begun in map(self._generations.get, admission.admitted):
                     if begun is not None:  # not cancelled meanwhile
                         begun.has_begun.set()
+                        self._observer = begun.observer
+                        if begun.observer is not None:
+                            begun.observer.admitted(self.last_progress_s - begun.submitted_s)
                 continue
             report = parse_report(message)
             self.num_running, self._num_waiting_there = report.num_running, report.num_waiting
@@ -256,6 +285,8 @@ class EngineClient:
                 self._deliver(event)
             self.queue.observe_step(report)
             self._send_next()
+            if self._observer is not None:
+                self._observer.stepped(report)
         self.death_notice = await self._describe_death()
         if self.on_death is not None:
             self.on_death(self.death_notice)
@@ -269,6 +300,7 @@ class EngineClient:
         generation = self._generations.get(event.seq_id)
         if generation is None:  # cancelled while the step ran
             return
+        self._observer = generation.observer
         self.queue.first_event(event.seq_id)
         if event.finish_reason is not None:
             del self._generations[event.seq_id]

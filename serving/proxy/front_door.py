@@ -22,7 +22,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cluster.monitoring.metric_export import Metrics
+from cluster.monitoring.metric_export import ByVersion, Metrics
 from cluster.monitoring.metric_table import Exporter
 from cluster.settings.serve import HttpConfig
 from serving.delivery.routed_request import RETRY_HEADER, NewestRoute
@@ -99,9 +99,18 @@ def middlewares() -> list[Middleware]:
     log = no_log if config.request_log is None else RequestLog(config.request_log).add
     install_bounds(config, log)
     metrics = Metrics(Exporter.PROXY)
-    counters = {outcome: metrics.of("raymill:http_answers", outcome=outcome) for outcome in Outcome}
+    answers = {outcome: metrics.of("raymill:http_answers", outcome=outcome) for outcome in Outcome}
+    of_versions = ByVersion(
+        metrics,
+        lambda version: {o: metrics.of("raymill:version_answers", version=version, outcome=o) for o in Outcome},
+    )
     metrics.keep_published()
-    count = lambda outcome: counters[outcome].inc()  # noqa: E731
+
+    def count(outcome: Outcome, version: str) -> None:
+        answers[outcome].inc()
+        if version:
+            of_versions.of(version)[outcome].inc()
+
     tracing = tracing_from_environment("raymill-proxy")
     front_door = Middleware(FrontDoor, config=config, count=count, log=log, tracing=tracing)
     # Ray Serve puts each around those before it.
@@ -125,9 +134,16 @@ def _cross_origin(config: HttpConfig) -> list[Middleware]:
 
 class FrontDoor:
     def __init__(
-        self, app: ASGIApp, *, config: HttpConfig, count: Callable[[Outcome], None], log: LogRequest, tracing: Tracing
+        self,
+        app: ASGIApp,
+        *,
+        config: HttpConfig,
+        count: Callable[[Outcome, str], None],
+        log: LogRequest,
+        tracing: Tracing,
     ) -> None:
-        """`count` is called with the outcome of each completion, `log` with the fields of each request."""
+        """`count` is called with the outcome of each completion and the version that answered, empty for none, and
+        `log` with the fields of each request."""
         self._app = app
         self._config = config
         self._count = count
@@ -149,7 +165,7 @@ class FrontDoor:
             ending = await self._answer(scope, receive, send, request_id, span)
         finally:
             if path in COUNTED_PATHS:
-                self._count(ending.outcome)
+                self._count(ending.outcome, ending.facts.get("model_version") or "")
             is_failure = ending.outcome in (Outcome.FAILED, Outcome.CUT)
             span.end(
                 {"http.response.status_code": ending.status, "raymill.request_id": request_id.decode()},

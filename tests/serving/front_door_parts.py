@@ -23,7 +23,7 @@ def ask(
     app: ASGIApp,
     *messages: Message,
     headers: tuple[tuple[bytes, bytes], ...] = (),
-    count: Callable[[Outcome], None] = lambda outcome: None,
+    count: Callable[[Outcome, str], None] = lambda outcome, version: None,
     log: LogRequest = no_log,
 ) -> list[Message]:
     """What goes out to a client that sends `messages`, and then stays on the line."""

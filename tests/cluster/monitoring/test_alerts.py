@@ -7,15 +7,20 @@ import yaml
 
 from cluster.monitoring.dashboards import documents
 from cluster.monitoring.files import files
+from cluster.monitoring.metric_table import metrics
 from tests.metric_series import SERIES
 from tests.prometheus import needs_prometheus, promtool
 
 RULES = files()["prometheus/rules.yaml"]
-ALERTS = {rule["alert"]: rule["expr"] for group in yaml.safe_load(RULES)["groups"] for rule in group["rules"]}
+DECLARED = [rule for group in yaml.safe_load(RULES)["groups"] for rule in group["rules"]]
+ALERTS = {rule["alert"]: rule["expr"] for rule in DECLARED}
+SCRAPED = yaml.safe_load(files()["prometheus/scrape.yaml"])["scrape_configs"][0]
 
 RUN = '{run="a"}'
 DEPLOYMENT = '{application="raymill",deployment="Replica"}'
-AWAY = 'ray_raymill_coordinator_away_seconds{application="raymill",replica="r"}'
+REPLICA = '{application="raymill",replica="r"}'
+AWAY = f"ray_raymill_coordinator_away_seconds{REPLICA}"
+OF_VERSION = '{application="raymill",replica="r",version="v"'
 
 TRAINS = {
     f"ray_raymill_train_running{RUN}": "1x600",
@@ -26,24 +31,67 @@ TRAINS = {
     f"ray_raymill_train_rollbacks{RUN}": "1x600",
     f"ray_raymill_train_restarts{RUN}": "7x600",
 }
+
+
+def answers(outcome: str) -> str:
+    return f'ray_raymill_http_answers_total{{outcome="{outcome}"}}'
+
+
+def ended(reason: str) -> str:
+    return f'ray_vllm_request_success_total{OF_VERSION},finished_reason="{reason}"}}'
+
+
+def ended_promotion(result: str) -> str:
+    return f'ray_raymill_last_promotion{{application="raymill",replica="r",result="{result}"}}'
+
+
+def node(kind: str, job: str = "raymill") -> str:
+    return f'up{{job="{job}",instance="{kind}",ray_cluster="c",ray_node_type="{kind}"}}'
+
+
+def times(name: str, *, quick_up_to: str) -> dict[str, str]:
+    """A histogram's series of which a thousand values a minute lie under `quick_up_to`, and all under the next bound."""
+    bounds = metrics()[name].buckets
+    series = {}
+    for bound in (*map(str, bounds), "+Inf"):
+        count = 1000 if float(bound) > float(quick_up_to) else 900 if float(bound) == float(quick_up_to) else 0
+        series[f'ray_{name.replace(":", "_")}_bucket{OF_VERSION},le="{bound}"}}'] = f"0+{count}x600"
+    return series
+
+
+TTFT, ITL = "vllm:time_to_first_token_seconds", "vllm:inter_token_latency_seconds"
+QUEUE = f"ray_raymill_predicted_queue_seconds{REPLICA}"
+DRAINING = f"ray_raymill_draining{REPLICA}"
+STORED = f"ray_raymill_state_stored{REPLICA}"
+WANTED = f"ray_serve_autoscaling_target_replicas{DEPLOYMENT}"
+HEALTHY = f"ray_serve_deployment_replica_healthy{DEPLOYMENT}"
+OUTCOMES = metrics()["raymill:http_answers"].values
 SERVES = {
-    'ray_raymill_http_answers_total{outcome="ok"}': "0+1000x600",
-    'ray_raymill_http_answers_total{outcome="failed"}': "0x600",
-    'ray_raymill_http_answers_total{outcome="cut"}': "0x600",
-    'ray_raymill_http_answers_total{outcome="refused"}': "0+9000x600",
-    'ray_raymill_http_answers_total{outcome="drained"}': "0x600",
-    'ray_raymill_predicted_queue_seconds{application="raymill",replica="r"}': "2x600",
+    **{answers(outcome): "0x600" for outcome in OUTCOMES},
+    answers("ok"): "0+1000x600",
+    answers("refused"): "0+50x600",
+    **{ended(reason): "0x600" for reason in metrics()["vllm:request_success"].values},
+    ended("stop"): "0+1000x600",
+    **{ended_promotion(result): "0x600" for result in metrics()["raymill:last_promotion"].values},
+    ended_promotion("promoted"): "1x600",
+    **times(TTFT, quick_up_to="0.1"),
+    **times(ITL, quick_up_to="0.025"),
+    QUEUE: "2x600",
     AWAY: "0x600",
-    f"ray_serve_autoscaling_target_replicas{DEPLOYMENT}": "2x600",
-    f"ray_serve_deployment_replica_healthy{DEPLOYMENT}": "2x600",
+    DRAINING: "0x600",
+    STORED: "1x600",
+    WANTED: "2x600",
+    HEALTHY: "2x600",
+    node("head"): "1x600",
+    node("worker"): "1x600",
 }
 FINE = TRAINS | SERVES
-FAILED = 'ray_raymill_http_answers_total{outcome="failed"}'
-DRAINED = FAILED.replace("failed", "drained")
+FAILED = answers("failed")
 LAST_STEP = f"ray_raymill_train_last_step_timestamp_seconds{RUN}"
 LAST_CHECKPOINT = f"ray_raymill_train_last_checkpoint_timestamp_seconds{RUN}"
 RUNNING = f"ray_raymill_train_running{RUN}"
-HEALTHY = f"ray_serve_deployment_replica_healthy{DEPLOYMENT}"
+FULL = {"RaymillQueueAtItsLimit"}
+ASKED = (answers("ok"), answers("refused"))
 
 # (what happens, series unlike those of FINE with None for those that are missing, minute, alerts that fire)
 CASES: list[tuple[str, dict[str, str | None], int, set[str]]] = [
@@ -69,17 +117,64 @@ CASES: list[tuple[str, dict[str, str | None], int, set[str]]] = [
     ("0.3% fail", {FAILED: "0+3x600"}, 400, set()),
     (
         "streams are cut",
-        {FAILED.replace("failed", "cut"): "0+20x600"},
+        {answers("cut"): "0+20x600"},
         400,
         {"RaymillEndpointErrorBudgetFastBurn", "RaymillEndpointErrorBudgetSlowBurn"},
     ),
-    ("drained", {DRAINED: "0+9000x600"}, 400, {"RaymillEndpointDrained"}),
-    ("drained for a while", {DRAINED: "0+9000x20 180000x600"}, 24, set()),
+    ("drained", {DRAINING: "1x600"}, 40, {"RaymillEndpointDrained"}),
+    ("drained while nobody asks", {DRAINING: "1x600"} | dict.fromkeys(ASKED, "0x600"), 40, {"RaymillEndpointDrained"}),
+    ("drained for a while", {DRAINING: "0x10 1x20 0x600"}, 35, set()),
+    ("all are refused", {answers("ok"): "0x600", answers("refused"): "0+9x600"}, 400, FULL | {"RaymillAllRefused"}),
+    (
+        "so they are at a new endpoint",
+        {answers("ok"): None, answers("refused"): "0+9x600"},
+        60,
+        FULL | {"RaymillAllRefused"},
+    ),
+    ("most are refused", {answers("refused"): "0+9000x600"}, 400, FULL),
+    ("all were refused for a moment", {answers("ok"): "0+1000x300 300000x3 300000+1000x300"}, 305, set()),
+    ("first tokens are slow", times(TTFT, quick_up_to="5.0"), 30, {"RaymillFirstTokenSlow"}),
+    ("first tokens are rather slow", times(TTFT, quick_up_to="2.5"), 30, set()),
+    ("tokens are slow", times(ITL, quick_up_to="0.5"), 30, {"RaymillTokensSlow"}),
+    ("tokens are rather slow", times(ITL, quick_up_to="0.3"), 30, set()),
+    ("a version fails", {ended("error"): "0+20x600"}, 30, {"RaymillVersionFails"}),
+    ("a version fails now and then", {ended("error"): "0+5x600"}, 30, set()),
+    ("a promotion was refused", {ended_promotion("refused"): "0x10 1x600"}, 11, {"RaymillPromotionFailed"}),
+    ("a promotion was rolled back", {ended_promotion("rolled_back"): "0x10 1x600"}, 11, {"RaymillPromotionFailed"}),
+    ("and the next one went well", {ended_promotion("refused"): "0x10 1x10 0x600"}, 25, set()),
+    ("the storage takes no state", {STORED: "1x10 0x600"}, 20, {"RaymillStateNotStored"}),
+    ("the storage took none for a moment", {STORED: "1x10 0x3 1x600"}, 20, set()),
+    ("a node does not answer", {node("worker"): "1x10 0x600"}, 20, {"RaymillTargetDown"}),
+    (
+        "the operator's name of the job",
+        {node("worker"): None, node("worker", "raymill/raymill"): "0x600"},
+        20,
+        {"RaymillTargetDown"},
+    ),
+    ("somebody else's target", {node("worker", "other"): "0x600"}, 20, set()),
+    ("a node left", {node("worker"): "1x10 _x600"}, 40, set()),
+    ("the head does not answer", {node("head"): "1x10 0x600"}, 20, {"RaymillTargetDown", "RaymillHeadMissing"}),
+    ("the head is gone", {node("head"): "1x10 _x600"}, 40, {"RaymillHeadMissing"}),
+    ("the head is replaced", {node("head"): "1x10 0x2 1x600"}, 20, set()),
+    ("a cluster has ended", {node("head"): "1x10 _x600", node("worker"): "1x10 _x600"}, 40, set()),
+    ("an endpoint is gone", dict.fromkeys((WANTED, HEALTHY, DRAINING), "1x10 _x600"), 40, {"RaymillEndpointGone"}),
+    ("long since", dict.fromkeys((WANTED, HEALTHY, DRAINING), "1x10 _x600"), 120, set()),
+    ("only Ray Serve's controller is gone", dict.fromkeys((WANTED, HEALTHY), "1x10 _x600"), 40, set()),
+    (
+        "only the replicas are, as nobody asks",
+        {WANTED: "1x10 0x600", HEALTHY: "1x10 0x600", DRAINING: "0x10 _x600"},
+        40,
+        set(),
+    ),
+    ("a sudden silence", dict.fromkeys(ASKED, "0+50x300 15000x600"), 330, {"RaymillNoTraffic"}),
+    ("a short silence", dict.fromkeys(ASKED, "0+50x300 15000x10 15000+50x600"), 312, set()),
+    ("the proxies are gone", dict.fromkeys(ASKED, "0+50x300 _x600"), 330, {"RaymillNoTraffic"}),
+    ("silent for hours", dict.fromkeys(ASKED, "0+50x100 5000x600"), 330, set()),
     ("they failed until an hour ago", {FAILED: "0+20x340 6800x600"}, 400, set()),
-    ("nobody asks", {name: None for name in SERVES if "answers" in name}, 400, set()),
+    ("nobody asks", {answers(outcome): None for outcome in OUTCOMES}, 400, set()),
     (
         "a queue",
-        {'ray_raymill_predicted_queue_seconds{application="raymill",replica="r"}': "12x600"},
+        {QUEUE: "12x600"},
         20,
         {"RaymillQueueTooLong"},
     ),
@@ -91,10 +186,20 @@ CASES: list[tuple[str, dict[str, str | None], int, set[str]]] = [
 ]
 
 
-def test_rules_read_metrics_of_the_table_alone() -> None:
+def test_rules_read_metrics_of_the_table_and_prometheus_own_alone() -> None:
+    labels = {rule["target_label"] for rule in SCRAPED["relabel_configs"] if "target_label" in rule}
+    assert labels >= {"ray_cluster", "ray_node_type"}
     for alert, expr in ALERTS.items():
-        names = set(re.findall(r"\bray_\w+", expr))
-        assert names and names <= SERIES.keys(), alert
+        names = set(re.findall(r"\bray_\w+|\bup\b", expr)) - labels
+        assert names and names <= {*SERIES, "up"}, alert
+    assert SCRAPED["job_name"] == "raymill", "the alerts on `up` know it by this name"
+
+
+def test_every_alert_says_what_it_means_and_what_to_do() -> None:
+    for rule in DECLARED:
+        assert rule["labels"]["severity"] in ("page", "ticket")
+        assert rule["annotations"].keys() == {"summary", "description"}
+        assert len(rule["annotations"]["description"]) > 40, rule["alert"]
 
 
 def test_the_alerts_burn_the_budget_that_the_dashboard_shows() -> None:

@@ -1,9 +1,11 @@
 """Every metric of the table goes from a process's registry through Ray's metrics to a real Prometheus."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 import ray
 
@@ -12,6 +14,7 @@ from cluster.monitoring.metric_table import COMMON_LABELS, Exporter, Kind
 from tests.local_ray import local_ray
 from tests.metric_series import SERIES, metrics_of
 from tests.prometheus import needs_prometheus, prometheus
+from tests.time_limits import limit_s
 from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.cluster, needs_prometheus]
@@ -55,3 +58,18 @@ def test_prometheus_gets_every_metric_with_its_value(metrics_port: int, tmp_path
         ):
             (series,) = server.get("query", query=f"last_over_time({query})")["result"]
             assert float(series["value"][1]) == expected
+
+
+def test_an_ended_version_leaves_the_node_s_metrics(metrics_port: int) -> None:
+    exported = Metrics(Exporter.PROXY)
+    exported.of("raymill:version_answers", version="old", outcome="ok").inc()
+    exported.of("raymill:version_answers", version="new", outcome="ok").inc()
+
+    def versions() -> set[str]:
+        exported.publish()
+        text = httpx.get(f"http://127.0.0.1:{metrics_port}/metrics", timeout=limit_s(30)).text
+        return set(re.findall(r'^ray_raymill_version_answers_total{.*version="(\w+)"', text, re.MULTILINE))
+
+    wait_until(lambda: versions() == {"old", "new"}, timeout_s=60)
+    exported.end(version="old")
+    wait_until(lambda: versions() == {"new"}, timeout_s=60)

@@ -6,7 +6,7 @@ from typing import get_args
 
 import pytest
 
-from cluster.monitoring.metric_export import Metrics
+from cluster.monitoring.metric_export import MAX_VERSIONS, ByVersion, Metrics
 from cluster.monitoring.metric_table import (
     COMMON_LABELS,
     REST,
@@ -16,8 +16,11 @@ from cluster.monitoring.metric_table import (
     Phase,
     metrics,
 )
+from cluster.monitoring.panels import ROLES
 from jobs.workers.failures import Kind as FailureKind
-from serving.api.metrics import ABORTED
+from serving.api.metrics import ABORTED, Role
+from serving.delivery.promotion import Phase as PromotionPhase
+from serving.delivery.promotion import Result
 from serving.engine.messages import FinishReason
 from serving.proxy.front_door import Outcome
 from tests.metric_series import SERIES, metrics_of
@@ -78,3 +81,31 @@ def test_the_known_values_of_labels_are_those_of_the_code() -> None:
     assert set(metrics()["raymill_train_failures"].values) == {*FailureKind, "hang"}
     assert set(metrics()["vllm:request_success"].values) == {*FinishReason, ABORTED}
     assert set(metrics()["raymill:http_answers"].values) == set(Outcome)
+    assert set(metrics()["raymill:version_answers"].values) == set(Outcome)
+    assert set(metrics()["raymill:promotion_phase"].values) == set(PromotionPhase)
+    assert set(metrics()["raymill:last_promotion"].values) == set(get_args(Result))
+    assert set(metrics()["raymill:version_role"].values) == set(Role) == set(ROLES)
+
+
+@pytest.mark.parametrize("exporter", [Exporter.REPLICA, Exporter.PROXY])
+def test_the_series_of_a_process_are_bounded_however_many_versions_it_serves(exporter: Exporter) -> None:
+    exported = Metrics(exporter, **dict.fromkeys(COMMON_LABELS[exporter], "x"))
+
+    def make(version: str) -> None:
+        for metric in metrics_of(exporter):
+            values = metric.values or ("y",)
+            for value in values:
+                known = dict.fromkeys(metric.labels[-1:], value) if metric.values else {}
+                own = {"version": version} if "version" in metric.labels else {}
+                exported.of(metric.name, **known, **own)
+
+    by_version = ByVersion(exported, make)
+    for number in range(50):
+        by_version.of("live")
+        by_version.of(str(number))
+    samples = [sample for family in exported.collectors.collect() for sample in family.samples]
+    versions = {sample.labels["version"] for sample in samples if "version" in sample.labels}
+    assert versions == {"live", "47", "48", "49"} and len(versions) == MAX_VERSIONS
+    num_series = sum(not sample.name.endswith("_created") for sample in samples)
+    comment = (REPOSITORY / "cluster/monitoring/metrics.yaml").read_text(encoding="utf-8").partition("\n\n")[0]
+    assert re.search(rf"a {exporter}(?: has at most)? {num_series}\b", comment, re.IGNORECASE), num_series

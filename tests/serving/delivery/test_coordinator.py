@@ -65,7 +65,7 @@ async def promoted(one: Coordinator) -> None:
     await one.begin("tiny", OLD)
     await one.promote(NEW, Terms(watch_s=1000))
     reply = await one.exchange("one", ReplicaReport("r", 1, {1: READY, 2: READY}))
-    assert reply.is_ours and reply.delivery is not None and reply.delivery.phase is Phase.WATCHING
+    assert reply.is_ours and reply.delivery is not None and reply.delivery.phase is Phase.WATCHING and reply.is_stored
 
 
 def test_what_was_promoted_is_known_after_the_death_of_the_coordinator(root: Root) -> None:
@@ -125,6 +125,7 @@ def test_a_storage_that_takes_nothing_refuses_a_promotion_but_not_a_rollback(roo
         root.lose()
         assert (await one.roll_back("why")).live.version == "old"
         assert (await one.status())["is_stored"] is False
+        assert not (await one.exchange("one", ReplicaReport("r"))).is_stored
         with pytest.raises(DeliveryError, match="could not be stored"):
             await one.promote(NEW, Terms(watch_s=0))
         assert (await one.status())["delivery"]["phase"] == "steady"

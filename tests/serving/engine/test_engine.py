@@ -270,16 +270,17 @@ def test_the_bits_do_not_depend_on_what_shares_a_step_nor_on_chunks_nor_on_the_c
 def test_a_cached_prompt_is_not_read_again(engine_of: EngineOf, model: GPT, prompts: list[list[int]]) -> None:
     engine = engine_of(model, max_num_seqs=1, prefill_tokens_per_step=16 // UNWATCHED)
     prompt = prompts[7]  # 57 tokens: four steps of 16, or one when three blocks are there already
-    steps = []
+    steps: list[list[tuple[int, int, int]]] = []
     for seq_id in range(2):
         engine.submit(request(seq_id, prompt, max_tokens=1))
-        steps.append(0)
+        steps.append([])
         while engine.has_work:
-            [*events] = engine.step().events
-            steps[-1] += 1
-        [event] = events
+            report = engine.step()
+            steps[-1].append((report.num_tokens, report.num_looked_up, report.num_found))
+            assert report.step_s > 0
+        [event] = report.events
         assert event.token_id == generate(model, prompt, max_tokens=1, params=GREEDY)[0]
-    assert steps == [4, 1]
+    assert steps == [[(16, 57, 0), (16, 0, 0), (16, 0, 0), (9, 0, 0)], [(9, 57, 48)]]
 
 
 def test_a_small_cache_makes_sequences_wait_and_nothing_else(

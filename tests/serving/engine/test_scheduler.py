@@ -121,8 +121,10 @@ def test_the_same_start_of_a_prompt_is_read_once() -> None:
     target.add(request(1, num_prompt=50, max_tokens=1))
     target.add(request(2, num_prompt=32, max_tokens=1))  # its last token has to be read for the first one drawn
     assert step(target) == [(1, 32, 50), (2, 16, 32)]
+    assert (target.num_looked_up, target.num_found) == (50 + 32, 32 + 16)
     target.add(request(3, num_prompt=40, max_tokens=1, prompt_logprobs=True))
     assert step(target) == [(3, 0, 40)]
+    assert (target.num_looked_up, target.num_found) == (0, 0)
 
 
 def test_a_prompt_that_is_being_read_is_waited_for_and_shared() -> None:

@@ -76,9 +76,9 @@ def test_messages_survive_the_wire() -> None:
     event = TokenEvent(
         1, 5, FinishReason.STOP, Candidates(-0.5, [(5, -0.5)], 1), [None, Candidates(-1.0, [], 7)], "AACAPw=="
     )
-    message = json.loads(encode_message(StepReport([event], 1, 2, 0.25, 30)))
+    message = json.loads(encode_message(StepReport([event], 1, 2, 0.25, 30, 31, 40, 16, 0.5)))
     report = parse_report(message)
-    assert report == ([event], 1, 2, 0.25, 30)
+    assert report == ([event], 1, 2, 0.25, 30, 31, 40, 16, 0.5)
     assert report.events[0].finish_reason is FinishReason.STOP
 
 

@@ -163,10 +163,15 @@ def test_each_completion_is_counted_once_by_how_its_client_saw_it_end() -> None:
         (dies(0, whole), [gone], Outcome.LEFT, (None, "client_left", 0)),
     ]
     for app, messages, expected, line in cases:
-        counted: list[Outcome] = []
+        counted: list[tuple[Outcome, str]] = []
         logged: list[dict[str, Any]] = []
-        ask(app, *messages, count=counted.append, log=lambda logged=logged, **fields: logged.append(fields))
-        assert counted == [expected]
+        ask(
+            app,
+            *messages,
+            count=lambda *ended, counted=counted: counted.append(ended),
+            log=lambda logged=logged, **fields: logged.append(fields),
+        )
+        assert counted == [(expected, "")]
         assert [(fields["status"], fields["reason"], fields["attempts"]) for fields in logged] == [line]
         assert all(fields["route"] == "/v1/completions" and fields["total_s"] >= 0 for fields in logged)
 
@@ -174,7 +179,14 @@ def test_each_completion_is_counted_once_by_how_its_client_saw_it_end() -> None:
 @pytest.mark.parametrize("is_whole", [True, False])
 def test_what_the_replica_knows_is_logged_and_goes_no_further(is_whole: bool) -> None:
     """Without its last word the tokens are those that have gone out."""
-    facts = {"key": "alice", "stream": True, "completion_tokens": None, "reason": None, "prompt_tokens": 3}
+    facts = {
+        "key": "alice",
+        "model_version": "v1",
+        "stream": True,
+        "completion_tokens": None,
+        "reason": None,
+        "prompt_tokens": 3,
+    }
 
     async def answer(send: Send) -> None:
         await send({**OK, FACTS: facts})
@@ -184,7 +196,13 @@ def test_what_the_replica_knows_is_logged_and_goes_no_further(is_whole: bool) ->
             await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", **last})
 
     logged: list[dict[str, Any]] = []
-    sent = ask(dies(0, answer), log=lambda **fields: logged.append(fields))
+    counted: list[tuple[Outcome, str]] = []
+    sent = ask(
+        dies(0, answer),
+        count=lambda *ended: counted.append(ended),
+        log=lambda **fields: logged.append(fields),
+    )
+    assert counted == [(Outcome.OK if is_whole else Outcome.CUT, "v1")]
     assert not any(FACTS in message for message in sent)
     [line] = logged
     assert (line["key"], line["prompt_tokens"]) == ("alice", 3)
@@ -206,7 +224,7 @@ def test_a_client_that_leaves_before_an_answer_is_known_by_an_earlier_one() -> N
 
     logged: list[dict[str, Any]] = []
     door = FrontDoor(
-        app, config=HttpConfig(), count=lambda _: None, log=lambda **fields: logged.append(fields), tracing=Tracing()
+        app, config=HttpConfig(), count=lambda *_: None, log=lambda **fields: logged.append(fields), tracing=Tracing()
     )
     for key in (b"alices", b"alices", b"another"):
         messages = [{"type": "http.request", "body": b"{}", "more_body": False}, {"type": "http.disconnect"}]
@@ -233,7 +251,7 @@ def test_probes_and_what_is_only_read_are_not_logged() -> None:
     door = FrontDoor(
         dies(0, answer),
         config=HttpConfig(),
-        count=lambda _: None,
+        count=lambda *_: None,
         log=lambda **fields: logged.append((fields["route"], fields["status"])),
         tracing=Tracing(),
     )

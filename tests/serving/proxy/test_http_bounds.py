@@ -53,7 +53,7 @@ class Server:
     """uvicorn in a thread."""
 
     def __init__(self, loop: Any) -> None:
-        app = FrontDoor(echo, config=BOUNDS, count=lambda outcome: None, log=no_log, tracing=Tracing())
+        app = FrontDoor(echo, config=BOUNDS, count=lambda *_: None, log=no_log, tracing=Tracing())
         self.port = free_port()
         config = uvicorn.Config(
             app, port=self.port, http=Protocol, loop=loop, lifespan="off", log_level="critical", timeout_keep_alive=1
