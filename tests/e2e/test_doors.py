@@ -195,7 +195,7 @@ def test_no_secret_is_in_a_command_line(house: House) -> None:
 
 def test_no_secret_is_in_what_ray_shows_of_jobs(house: House) -> None:
     api = JobsApi(house.cluster.jobs_url, Token(house.cluster.token, "the test"))
-    jobs = api.jobs()
+    jobs = httpx.get(f"{api.url}/api/jobs/", headers=api.headers, timeout=limit_s(30)).json()
     assert len(jobs) == 2
     assert any("AWS_ENDPOINT_URL" in str(job["runtime_env"]) for job in jobs)
     assert_clean(house, "job", [str(job) for job in jobs])
