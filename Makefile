@@ -15,7 +15,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # The suite starts hundreds of processes: where this is set, each compiles every module again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-all test-chaos test-gpu test-live lint format audit bench bench-train bench-data bench-serve bench-gpu pictures clean
+.PHONY: demo test test-all test-chaos test-gpu test-live lint format audit bench bench-train bench-data bench-serve bench-gpu bench-gpu-serve pictures clean
 
 demo: $(INSTALLED)
 	$(BIN)/raymill demo
@@ -73,6 +73,10 @@ bench-serve: $(BENCH_INSTALLED) $(VLLM_INSTALLED)
 # With any Python that has PyTorch, pydantic, PyYAML and psutil: python -m tests.benchmarks.bench_gpu
 bench-gpu: $(INSTALLED)
 	$(BIN)/python -m tests.benchmarks.bench_gpu
+
+# RAYMILL_VLLM_PYTHON names the Python of an environment with vLLM 0.32 for CUDA.
+bench-gpu-serve: $(BENCH_INSTALLED)
+	$(BIN)/python -m tests.benchmarks.bench_gpu_serve
 
 # The pictures in the READMEs, from the newest demo's run.
 pictures: $(INSTALLED)

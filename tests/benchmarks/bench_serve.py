@@ -37,7 +37,7 @@ from model.processor import fast_precision
 from model.tokenizer import Tokenizer, from_gpt2_files, train_bpe
 from serving.engine.native_library import MARCH_VARIABLE
 from tests.benchmarks.http_load import MODEL, NEW_TOKENS, PROMPT_TOKENS, BenchError, Load
-from tests.benchmarks.serve_contenders import Contender, LineContender, Raymill, Vllm
+from tests.benchmarks.serve_contenders import Contender, LineContender, Raymill, vllm_on_cpu
 from tests.checkpoints import save_model
 from tests.repository import REPOSITORY
 
@@ -49,13 +49,13 @@ RAY_ROLES = {"proxy": "ray::ProxyActor", "replica": "ray::ServeReplica"}
 Rounds = dict[tuple[str, int], list[Load]]  # by contender and number of streams
 
 
-def every_id_tokenizer(folder: Path) -> Tokenizer:
+def every_id_tokenizer(folder: Path, *, vocab_size: int) -> Tokenizer:
     """Returns a tokenizer with a text for each of the model's ids, which vLLM needs: bytes, two letters, then four."""
     letters = "abcdefghijklmnopqrstuvwxyz"
     bytes_only = json.loads(train_bpe([], vocab_size=257).to_json())["model"]["vocab"]
     pairs = [(a, b) for a in letters for b in letters]
     words = ["".join(pair) for pair in pairs]
-    merges = [*pairs, *((a, b) for a in words for b in words)][: CONFIG.vocab_size - 257]
+    merges = [*pairs, *((a, b) for a in words for b in words)][: vocab_size - 257]
     texts = [*sorted((t for t in bytes_only if len(t) == 1), key=bytes_only.__getitem__), *map("".join, merges)]
     vocab, merge_lines = folder / "vocab.json", folder / "merges.txt"
     vocab.write_text(json.dumps({text: number for number, text in enumerate(texts)}))
@@ -63,9 +63,9 @@ def every_id_tokenizer(folder: Path) -> Tokenizer:
     return from_gpt2_files(vocab, merge_lines)
 
 
-def write_model(folder: Path) -> Path:
+def write_model(folder: Path, config: GPTConfig = CONFIG) -> Path:
     """Writes a checkpoint folder of raymill's, which vLLM and transformers read as it is."""
-    model = GPT(CONFIG)
+    model = GPT(config)
     model.init_weights(1)
     metadata = Metadata(
         run_id=MODEL,
@@ -78,7 +78,7 @@ def write_model(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = folder / "checkpoint"
     shutil.rmtree(checkpoint, ignore_errors=True)
-    tokenizer = every_id_tokenizer(folder)
+    tokenizer = every_id_tokenizer(folder, vocab_size=config.vocab_size)
     save_model(
         checkpoint,
         model=model,
@@ -88,9 +88,9 @@ def write_model(folder: Path) -> Path:
     return checkpoint
 
 
-def random_prompts(count: int, *, seed: str) -> list[list[int]]:
+def random_prompts(count: int, *, seed: str, vocab_size: int = CONFIG.vocab_size) -> list[list[int]]:
     source = random.Random(seed)
-    return [[source.randrange(CONFIG.vocab_size - 1) for _ in range(PROMPT_TOKENS)] for _ in range(count)]
+    return [[source.randrange(vocab_size - 1) for _ in range(PROMPT_TOKENS)] for _ in range(count)]
 
 
 def read_bandwidth() -> float:
@@ -222,7 +222,7 @@ def compare(*, num_rounds: int, num_requests: int) -> dict[str, float]:
     with contextlib.ExitStack() as running:
         contenders: list[Contender] = []
         for contender in (
-            Vllm(checkpoint, dtype=dtype, log=FOLDER / "vllm.log"),
+            vllm_on_cpu(checkpoint, dtype=dtype, log=FOLDER / "vllm.log"),
             LineContender("engine", checkpoint, dtype=dtype, log=FOLDER / "engine.log"),
             LineContender("transformers", checkpoint, dtype=dtype, log=FOLDER / "transformers.log"),
             Raymill("raymill", checkpoint, dtype=dtype, log=FOLDER / "raymill.log"),

@@ -1,4 +1,4 @@
-"""The load that `bench_serve` puts on a server over HTTP: streams of completions, each part timed as it arrives.
+"""The load that benchmarks put on a server over HTTP: streams of completions, each part timed as it arrives.
 
 One client for all servers. It shares the processors with them, so it looks into an answer only once that has ended.
 """
@@ -6,6 +6,8 @@ One client for all servers. It shares the processors with them, so it looks into
 import asyncio
 import itertools
 import json
+import multiprocessing
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,6 +18,7 @@ PROMPT_TOKENS = 128
 NEW_TOKENS = 64
 MODEL = "bench"  # the name that all servers give the model
 TIMEOUT_S = 600.0  # of one request, while other work keeps the cores busy
+STREAMS_OF_A_CLIENT = 32  # one process receives about 15,000 tokens a second, less than a GPU generates
 
 
 class BenchError(Exception):
@@ -36,12 +39,12 @@ class Load:
         return self.num_tokens / self.wall_s
 
 
-def request_body(prompt: list[int]) -> bytes:
+def request_body(prompt: list[int], *, new_tokens: int) -> bytes:
     """Returns a greedy request, answered to its full length."""
     fields = {
         "model": MODEL,
         "prompt": prompt,
-        "max_tokens": NEW_TOKENS,
+        "max_tokens": new_tokens,
         "temperature": 0,
         "ignore_eos": True,
         "stream": True,
@@ -50,22 +53,57 @@ def request_body(prompt: list[int]) -> bytes:
     return json.dumps(fields).encode()
 
 
-async def closed_loop(url: str, prompts: list[list[int]], *, num_streams: int) -> Load:
+def loaded(url: str, prompts: list[list[int]], *, num_streams: int) -> Load:
+    """Lets several processes be the client where there are cores for them. Raises `BenchError`."""
+    num_clients = max(1, min(num_streams // STREAMS_OF_A_CLIENT, (os.cpu_count() or 1) // 4))
+    if num_clients == 1:
+        return asyncio.run(closed_loop(url, prompts, num_streams=num_streams))
+    context = multiprocessing.get_context("fork")  # another one would import PyTorch for each
+    together, results = context.Barrier(num_clients), context.Queue()
+
+    def work(number: int) -> None:
+        together.wait(TIMEOUT_S)
+        share = closed_loop(url, prompts[number::num_clients], num_streams=num_streams // num_clients)
+        try:
+            results.put(asyncio.run(share))
+        except BenchError as error:
+            results.put(error)
+
+    clients = [context.Process(target=work, args=(number,), daemon=True) for number in range(num_clients)]
+    for client in clients:
+        client.start()
+    loads: list[Load] = []
+    for _ in clients:
+        result = results.get(timeout=TIMEOUT_S)
+        if isinstance(result, BenchError):
+            raise result
+        loads.append(result)
+    return Load(
+        num_tokens=sum(load.num_tokens for load in loads),
+        wall_s=max(load.wall_s for load in loads),
+        ttft_s=[seconds for load in loads for seconds in load.ttft_s],
+        itl_s=[seconds for load in loads for seconds in load.itl_s],
+    )
+
+
+async def closed_loop(url: str, prompts: list[list[int]], *, num_streams: int, new_tokens: int = NEW_TOKENS) -> Load:
     """Lets each stream send the next prompt when its last answer has ended. Raises `BenchError`."""
-    load, bodies = Load(), iter([request_body(prompt) for prompt in prompts])
+    load, bodies = Load(), iter([request_body(prompt, new_tokens=new_tokens) for prompt in prompts])
     connector = aiohttp.TCPConnector(limit=num_streams)
     timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
         start_s = time.perf_counter()
         try:
-            await asyncio.gather(*(_stream(session, url, bodies, load) for _ in range(num_streams)))
+            await asyncio.gather(*(_stream(session, url, bodies, load, new_tokens) for _ in range(num_streams)))
         except (aiohttp.ClientError, TimeoutError) as error:
             raise BenchError(f"{url}: {error!r}") from None
         load.wall_s = time.perf_counter() - start_s
     return load
 
 
-async def _stream(session: aiohttp.ClientSession, url: str, bodies: Iterator[bytes], load: Load) -> None:
+async def _stream(
+    session: aiohttp.ClientSession, url: str, bodies: Iterator[bytes], load: Load, new_tokens: int
+) -> None:
     headers = {"Content-Type": "application/json"}
     for body in bodies:
         received, arrivals_s = b"", [time.perf_counter()]
@@ -80,8 +118,8 @@ async def _stream(session: aiohttp.ClientSession, url: str, bodies: Iterator[byt
         if response.status != 200 or len(events) < 4 or events[-2] != b"data: [DONE]":
             raise BenchError(f"{url} answered {response.status}: {received[-500:]!r}")
         num_tokens = json.loads(events[-3].removeprefix(b"data: "))["usage"]["completion_tokens"]
-        if num_tokens != NEW_TOKENS:
-            raise BenchError(f"{url} generated {num_tokens} tokens where {NEW_TOKENS} were asked for")
+        if num_tokens != new_tokens:
+            raise BenchError(f"{url} generated {num_tokens} tokens where {new_tokens} were asked for")
         arrivals_s = arrivals_s[:-2]  # the last two events are the usage and [DONE]
         gaps_s = [after - before for before, after in itertools.pairwise(arrivals_s)]
         load.num_tokens += num_tokens

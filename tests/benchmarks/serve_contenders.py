@@ -1,6 +1,5 @@
-"""The contenders of `bench_serve`, each a tree of processes that is stopped (SIGSTOP) while others are measured."""
+"""The contenders of benchmarks of serving, each a tree of processes that is stopped (SIGSTOP) while others are measured."""
 
-import asyncio
 import json
 import os
 import select
@@ -11,13 +10,14 @@ import urllib.error
 import urllib.request
 from abc import ABC, abstractmethod
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import psutil
 
-from tests.benchmarks.http_load import MODEL, BenchError, Load, closed_loop
+from tests.benchmarks.http_load import MODEL, BenchError, Load, loaded
 from tests.benchmarks.serve_process import NUM_THREADS
 from tests.repository import REPOSITORY
 from tests.serving.endpoint_parts import free_port
@@ -33,19 +33,22 @@ class Contender(ABC):
 
     speaks_json = True  # on its standard output, which is read; else it goes to the log
 
-    def __init__(self, name: str, command: list[str], *, environment: dict[str, str], log: Path) -> None:
+    def __init__(
+        self, name: str, command: list[str], *, environment: Mapping[str, str], log: Path, checkout: Path = REPOSITORY
+    ) -> None:
         self.name = name
         self._command = command
         self._environment = environment
         self._log = log
+        self._checkout = checkout
 
     def __enter__(self) -> Self:
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
                 self._command,
-                cwd=REPOSITORY,
+                cwd=self._checkout,
                 # make sets a number of threads that is none of these programs' own.
-                env={k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | self._environment,
+                env={k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | dict(self._environment),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE if self.speaks_json else log,
                 stderr=log,
@@ -77,11 +80,11 @@ class Contender(ABC):
             process.resume()
 
     def cpu_s(self) -> dict[str, float]:
-        """Returns user and system seconds so far, by the name that a process of Ray gives itself (`ray::ProxyActor` …)."""
+        """Returns user and system seconds so far by command line: a process of Ray has its name there (`ray::ProxyActor` …)."""
         seconds: dict[str, float] = defaultdict(float)
         for process in self._tree():
             times = process.cpu_times()
-            seconds[" ".join(process.cmdline()[:1])] += times.user + times.system
+            seconds[" ".join(process.cmdline())] += times.user + times.system
         return seconds
 
     def _wait_until_ready(self) -> None:
@@ -146,15 +149,27 @@ class HttpContender(Contender):
     url: str
 
     def measure(self, prompts: list[list[int]], *, num_streams: int) -> Load:
-        return asyncio.run(closed_loop(self.url, prompts, num_streams=num_streams))
+        return loaded(self.url, prompts, num_streams=num_streams)
 
 
 class Raymill(HttpContender):
     """One replica behind Ray Serve's proxy, in a Ray cluster of its own."""
 
-    def __init__(self, name: str, folder: Path, *, dtype: str, log: Path) -> None:
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        *,
+        dtype: str,
+        log: Path,
+        settings: Mapping[str, Any] | None = None,
+        environment: Mapping[str, str] | None = None,
+        checkout: Path = REPOSITORY,
+    ) -> None:
+        """`settings` are groups of `ServeConfig`, over those of `serve_process`."""
         command = [sys.executable, "-m", "tests.benchmarks.serve_process", "endpoint", str(folder), dtype]
-        super().__init__(name, command, environment={}, log=log)
+        command.append(json.dumps(settings or {}))
+        super().__init__(name, command, environment=environment or {}, log=log, checkout=checkout)
 
     def _wait_until_ready(self) -> None:
         super()._wait_until_ready()
@@ -162,35 +177,36 @@ class Raymill(HttpContender):
 
 
 class Vllm(HttpContender):
-    """vLLM's CPU build as it is fastest here: one thread for each of the processors and bound to it, room for
-    more sequences than come, no look-ups of prefixes that never repeat, and no log line for a request."""
+    """A bare vLLM server without look-ups of prefixes that never repeat, and without a log line for a request."""
 
     speaks_json = False
 
-    def __init__(self, folder: Path, *, dtype: str, log: Path) -> None:
-        if not VLLM_PYTHON.exists():
-            raise BenchError("vLLM is not installed; `make bench-serve` makes .venv-vllm for it")
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        dtype: str,
+        log: Path,
+        settings: Mapping[str, Any],
+        environment: Mapping[str, str] | None = None,
+        python: Path = VLLM_PYTHON,
+    ) -> None:
+        """`settings` are vLLM's arguments without their hyphens."""
+        if not python.exists():
+            raise BenchError(f"vLLM is not installed in {python}; `make bench-serve` makes .venv-vllm for CPUs")
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
-        settings = {
-            "--model": folder,
-            "--served-model-name": MODEL,
-            "--dtype": dtype,
-            "--max-model-len": 1024,
-            "--max-num-seqs": 32,
-            "--host": "127.0.0.1",
-            "--port": port,
-        }
-        command = [str(VLLM_PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--no-enable-prefix-caching"]
-        command += ["--disable-uvicorn-access-log", *(str(word) for item in settings.items() for word in item)]
-        environment = {
-            "VLLM_CPU_OMP_THREADS_BIND": f"0-{NUM_THREADS - 1}",
-            "VLLM_CPU_KVCACHE_SPACE": "2",  # GB
+        given = {"model": folder, "served-model-name": MODEL, "dtype": dtype, "host": "127.0.0.1", "port": port}
+        command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--no-enable-prefix-caching"]
+        command += ["--disable-uvicorn-access-log"]
+        for name, value in (given | dict(settings)).items():
+            command += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+        own = {
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_CACHE_ROOT": str(log.parent / "vllm-cache"),
             "HF_HUB_OFFLINE": "1",
         }
-        super().__init__("vllm", command, environment=environment, log=log)
+        super().__init__("vllm", command, environment=own | dict(environment or {}), log=log)
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S
@@ -207,3 +223,11 @@ class Vllm(HttpContender):
     def _end(self) -> None:
         self._process.terminate()
         super()._end()
+
+
+def vllm_on_cpu(folder: Path, *, dtype: str, log: Path) -> Vllm:
+    """Returns vLLM's CPU build as it is fastest: one thread for each of the processors and bound to it, and room for
+    more sequences than come."""
+    environment = {"VLLM_CPU_OMP_THREADS_BIND": f"0-{NUM_THREADS - 1}", "VLLM_CPU_KVCACHE_SPACE": "2"}  # GB
+    settings = {"max-model-len": 1024, "max-num-seqs": 32}
+    return Vllm(folder, dtype=dtype, log=log, settings=settings, environment=environment)

@@ -1,8 +1,9 @@
 """The processes that `bench_serve` starts beside vLLM: raymill's endpoint, its engine alone, transformers.
 
-    python -m tests.benchmarks.serve_process endpoint|engine|transformers|bandwidth FOLDER DTYPE
+    python -m tests.benchmarks.serve_process endpoint|engine|transformers|bandwidth FOLDER DTYPE [SETTINGS]
 
-A line of JSON says that it is ready. The endpoint lives until its standard input ends. The others then answer each line
+A line of JSON says that it is ready. The endpoint, for which SETTINGS are groups of `ServeConfig` as JSON, lives until
+its standard input ends. The others then answer each line
 `{"prompts", "num_streams"}` with `{"num_tokens", "wall_s"}`.
 """
 
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -29,19 +31,17 @@ def engine_config(dtype: str) -> EngineConfig:
     return EngineConfig.model_validate({"max_num_seqs": NUM_SLOTS, "dtype": dtype, "prefix_cache": False})
 
 
-def serve_endpoint(folder: Path, dtype: str) -> None:
-    from cluster.settings.serve import ReplicaConfig, ServeConfig
+def serve_endpoint(folder: Path, dtype: str, settings: dict[str, dict[str, Any]]) -> None:
+    from cluster.settings.serve import ServeConfig
     from serving.app import run
     from tests.serving.endpoint_parts import free_port, ray_cluster
 
-    config = ServeConfig(
-        checkpoint=str(folder),
-        model_name=MODEL,
-        port=free_port(),
-        replicas=ReplicaConfig(threads_per_replica=NUM_THREADS),
-        engine=engine_config(dtype),
-    )
-    with ray_cluster():
+    given = {"checkpoint": str(folder), "model_name": MODEL, "port": free_port()}
+    replicas = {"threads_per_replica": NUM_THREADS} | settings.get("replicas", {})
+    engine = engine_config(dtype).model_dump(exclude_unset=True) | settings.get("engine", {})
+    config = ServeConfig.model_validate(given | settings | {"replicas": replicas, "engine": engine})
+    # `bench_http` measures what raymill refuses.
+    with mock.patch("serving.app.require_ray_proxies"), ray_cluster(num_cpus=config.replicas.threads_per_replica):
         say(run(config))
         sys.stdin.read()
 
@@ -132,7 +132,7 @@ def main() -> int:
     torch.set_num_threads(NUM_THREADS)
     match role:
         case "endpoint":
-            serve_endpoint(folder, dtype)
+            serve_endpoint(folder, dtype, json.loads(sys.argv[4]) if len(sys.argv) > 4 else {})
         case "engine":
             answer_lines(engine_alone(folder, dtype))
         case "transformers":
