@@ -15,8 +15,8 @@ import secrets
 import socket
 import struct
 import sys
-from collections.abc import Iterable
-from contextlib import closing, suppress
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from starlette.types import Send
@@ -99,21 +99,35 @@ class Relay:
     async def open(self) -> RelayedAnswer:
         async with self._starting:
             if self._server is None and sys.platform == "linux":
-                self._server = await asyncio.start_unix_server(self._receive, _NAME_PREFIX + self.name)
+                loop = asyncio.get_running_loop()
+                self._server = await loop.create_unix_server(lambda: _Incoming(self.answers), _NAME_PREFIX + self.name)
         number = next(self._numbers)
         self.answers[number] = RelayedAnswer(self, number)
         return self.answers[number]
 
-    async def _receive(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Takes what one replica sends until its connection ends."""
-        with closing(writer), suppress(asyncio.IncompleteReadError, ConnectionError):
-            if not _is_our_own(writer.get_extra_info("socket")):
-                return
-            while True:
-                number, length = _FRAME.unpack(await reader.readexactly(_FRAME.size))
-                data = await reader.readexactly(length)
-                if number in self.answers:  # its client has not left
-                    self.answers[number].put(data)
+
+class _Incoming(asyncio.Protocol):
+    """A proxy's connection from one replica."""
+
+    def __init__(self, answers: Mapping[int, RelayedAnswer]) -> None:
+        self._answers = answers
+        self._unread = b""  # of a frame that has not arrived whole
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        if not _is_our_own(transport.get_extra_info("socket")):
+            transport.close()
+
+    def data_received(self, data: bytes) -> None:
+        data = self._unread + data
+        start, end = 0, _FRAME.size
+        while end <= len(data):
+            number, length = _FRAME.unpack_from(data, start)
+            if end + length > len(data):
+                break
+            if (answer := self._answers.get(number)) is not None:  # its client has not left
+                answer.put(data[end : end + length])
+            start, end = end + length, end + length + _FRAME.size
+        self._unread = data[start:]
 
 
 @dataclass(frozen=True)
