@@ -50,7 +50,9 @@ def contenders(checkpoint: Path, config: GPTConfig, *, device: str, vllm_python:
     }
     bare = {name.replace("_", "-"): value for name, value in shared.items()}
     bare |= {"max-model-len": config.n_positions, "max-num-seqs": most}
-    environment = {} if on_gpu else {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    # One thread, as the replica has: two on a busy core would wait for each other.
+    bind = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    environment = {} if on_gpu else bind
     return [
         Raymill("raymill", checkpoint, dtype=dtype, log=FOLDER / "raymill.log", settings=settings),
         Vllm(

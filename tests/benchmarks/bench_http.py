@@ -124,7 +124,7 @@ def main() -> int:
     arguments = parser.parse_args()
     others: dict[str, dict[str, Any]] = {"raymill": {}}
     try:
-        with tempfile.TemporaryDirectory(prefix="raymill-bench-http-") as scratch, contextlib.ExitStack() as running:
+        with tempfile.TemporaryDirectory(prefix="http-") as scratch, contextlib.ExitStack() as running:
             folder = Path(scratch)
             if arguments.haproxy:
                 require_own_network()
