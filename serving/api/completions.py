@@ -194,7 +194,7 @@ async def start_completion(
         version.stats,
         seq_ids=[sequence.seq_id for sequence in sequences],
         num_prompt_tokens=sum(len(prompt_ids) for prompt_ids in prompts),
-        start_s=generation.submitted_s,
+        entered_s=generation.entered_s,
     )
     completion = Completion(
         request, answer=answer, model=model, sequences=sequences, generation=generation, timer=timer, facts=facts

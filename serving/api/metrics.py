@@ -1,7 +1,7 @@
 """A replica's metrics, under vLLM's names, so that vLLM's dashboards work, and those of vLLM itself beside them."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from functools import partial
 from typing import get_args
@@ -117,7 +117,8 @@ class EngineMetrics(Collector):
 
 
 class RequestTimer:
-    """Times one request's sequences from its admission on, for the metrics and for the version that answers."""
+    """Times one request's sequences, each since it got in line, for the metrics and for the version that answers: the
+    last of 256 prompts waits for those before it, and not for a slow engine."""
 
     def __init__(
         self,
@@ -126,18 +127,18 @@ class RequestTimer:
         *,
         seq_ids: list[int],
         num_prompt_tokens: int,
-        start_s: float,
+        entered_s: Mapping[int, float],
     ) -> None:
         self._metrics = metrics
         self._stats = stats
-        self._start_s = start_s
+        self._entered_s = entered_s  # by sequence
         self._last_token_s: dict[int, float | None] = dict.fromkeys(seq_ids)  # of the open sequences
         metrics.prompt_tokens.inc(num_prompt_tokens)
 
     def token(self, seq_id: int) -> None:
         now_s, last_s = time.monotonic(), self._last_token_s[seq_id]
         if last_s is None:
-            self._metrics.ttft_s.observe(now_s - self._start_s)
+            self._metrics.ttft_s.observe(now_s - self._entered_s[seq_id])
         else:
             self._metrics.itl_s.observe(now_s - last_s)
         self._metrics.generation_tokens.inc()
@@ -146,9 +147,9 @@ class RequestTimer:
 
     def finished(self, seq_id: int, finish_reason: str) -> None:
         last_s = self._last_token_s.pop(seq_id)
-        since_start_s = time.monotonic() - self._start_s
         self._metrics.ended[finish_reason].inc()
         if finish_reason != ABORTED:
+            since_start_s = time.monotonic() - self._entered_s[seq_id]
             self._metrics.e2e_s.observe(since_start_s)
             self._stats.sequences += 1
             self._stats.errors += finish_reason == FinishReason.ERROR

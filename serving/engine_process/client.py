@@ -68,7 +68,7 @@ class Generation:
         self.key = key  # name of the API key, or empty
         self.unsent = deque(requests)  # these are not in line yet
         self._events: asyncio.Queue[TokenEvent | None] = asyncio.Queue()
-        self.submitted_s = time.monotonic()
+        self.entered_s: dict[int, float] = {}  # when each sequence got in line
         self.has_begun = asyncio.Event()  # the engine has admitted one of its sequences, or has died
 
     def close(self) -> None:
@@ -215,6 +215,7 @@ class EngineClient:
         if generation.unsent and self.alive:
             request = generation.unsent.popleft()
             self._generations[request.seq_id] = generation
+            generation.entered_s[request.seq_id] = time.monotonic()
             self.queue.enter(request.seq_id, num_prompt_tokens=len(request.prompt_ids))
             self._held.put(request, key=generation.key)
 
@@ -271,12 +272,12 @@ class EngineClient:
             if isinstance(message, dict):
                 admission = Admission(*message["admission"])
                 self.num_running, self._num_waiting_there = admission.num_running, admission.num_waiting
-                for begun in map(self._generations.get, admission.admitted):
-                    if begun is not None:  # not cancelled meanwhile
+                for seq_id in admission.admitted:
+                    if (begun := self._generations.get(seq_id)) is not None:  # not cancelled meanwhile
                         begun.has_begun.set()
                         self._observer = begun.observer
                         if begun.observer is not None:
-                            begun.observer.admitted(self.last_progress_s - begun.submitted_s)
+                            begun.observer.admitted(self.last_progress_s - begun.entered_s[seq_id])
                 continue
             report = parse_report(message)
             self.num_running, self._num_waiting_there = report.num_running, report.num_waiting

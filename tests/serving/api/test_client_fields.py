@@ -3,6 +3,8 @@
 import asyncio
 import base64
 import json
+import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -53,7 +55,15 @@ async def events(http: httpx.AsyncClient, path: str, asked: dict[str, Any], **fi
 def test_256_prompts_are_answered_in_order_by_default_while_others_are_too(run: Run, model: GPT) -> None:
     prompts = [[1 + i % 250, 7, 1 + i // 250] for i in range(256)]
 
+    async def ttft(http: httpx.AsyncClient) -> tuple[float, float]:
+        text = (await http.get("/metrics")).text
+        of = dict.fromkeys(("sum", "count"), 0.0)
+        for name, value in re.findall(r"^vllm:time_to_first_token_seconds_(sum|count){.*} (\S+)$", text, re.MULTILINE):
+            of[name] += float(value)
+        return of["sum"], of["count"]
+
     async def check(http: httpx.AsyncClient, versions: Versions) -> None:
+        before, start_s = await ttft(http), time.monotonic()
         many = asyncio.create_task(choices(http, prompt=prompts, n=2, max_tokens=6, ignore_eos=True))
         most = 0
         while not many.done():
@@ -63,6 +73,9 @@ def test_256_prompts_are_answered_in_order_by_default_while_others_are_too(run: 
             await asyncio.sleep(0)
         assert most <= 2 * versions.live.engine.facts.max_num_seqs + 1  # room is left
         found = await many
+        took_s, after = time.monotonic() - start_s, await ttft(http)
+        # Half of it on average, if those that were not in line yet counted as waiting for a slow engine.
+        assert (after[0] - before[0]) / (after[1] - before[1]) < took_s / 4
         assert [choice["index"] for choice in found] == list(range(512))
         alone = [(await choices(http, prompt=prompts[i], max_tokens=6, ignore_eos=True))[0] for i in (0, 100, 255)]
         assert [found[2 * i]["text"] for i in (0, 100, 255)] == [choice["text"] for choice in alone]
