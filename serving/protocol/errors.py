@@ -64,9 +64,12 @@ def unauthorized() -> ApiError:
 
 def expired_key(name: str, expires_s: float) -> ApiError:
     since = datetime.fromtimestamp(expires_s, UTC).isoformat(timespec="seconds")
-    error = unauthorized()
-    error.message, error.code = f"The API key {name} has expired ({since}); ask for a new one.", "expired_api_key"
-    return error
+    return ApiError(
+        401,
+        f"The API key {name} has expired ({since}); ask for a new one.",
+        code="expired_api_key",
+        headers={"WWW-Authenticate": "Bearer"},
+    )
 
 
 def not_found(path: str) -> ApiError:

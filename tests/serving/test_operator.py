@@ -150,7 +150,8 @@ def test_what_no_replica_has_seen_has_a_line_too(operator: Operator) -> None:
 
 def test_a_key_has_a_limit_of_its_own(operator: Operator) -> None:
     with operator.client(BOB) as http, http.stream("POST", "/v1/completions", json=ASKED | MANY) as first:
-        next(first.iter_lines())
+        lines = first.iter_lines()  # the answer ends with its iterator
+        next(lines)
         answer, line = operator.ask(key=BOB, json=ASKED)
         assert (answer.status_code, line["reason"], line["key"]) == (429, "rate_limit_exceeded", "bob")
         assert operator.ask(key=ALICE, json=ASKED)[0].status_code == 200
@@ -159,16 +160,20 @@ def test_a_key_has_a_limit_of_its_own(operator: Operator) -> None:
 @pytest.mark.parametrize("has_begun", [True, False])
 def test_a_client_that_leaves_has_a_line_with_its_name(operator: Operator, has_begun: bool) -> None:
     operator.ask(json=ASKED)  # from which the proxy knows the name, wherever the client leaves
-    request_id = secrets.token_hex(8)
-    with operator.client() as http, contextlib.ExitStack() as streams:
-        if not has_begun:
-            others = streams.enter_context(http.stream("POST", "/v1/completions", json=ASKED | MANY))
-            next(others.iter_lines())
-            streams.enter_context(pytest.raises(httpx.ReadTimeout))
-        headers, timeout_s = {"x-request-id": request_id}, limit_s(60) if has_begun else 0.2
-        with http.stream("POST", "/v1/completions", json=ASKED | MANY, headers=headers, timeout=timeout_s) as answer:
+    headers, timeout_s = {"x-request-id": secrets.token_hex(8)}, limit_s(60) if has_begun else 0.5
+    [engine] = children_with("serving.engine_process.run_engine")
+    if not has_begun:
+        os.kill(engine.pid, signal.SIGSTOP)  # for less time than its replica would bear
+    try:
+        with (
+            contextlib.nullcontext() if has_begun else pytest.raises(httpx.ReadTimeout),
+            operator.client() as http,
+            http.stream("POST", "/v1/completions", json=ASKED | MANY, headers=headers, timeout=timeout_s) as answer,
+        ):
             next(answer.iter_lines())
-    line = operator.line(request_id)
+    finally:
+        os.kill(engine.pid, signal.SIGCONT)
+    line = operator.line(headers["x-request-id"])
     assert (line["key"], line["reason"], line["status"]) == ("alice", "client_left", 200 if has_begun else None)
     assert (line["completion_tokens"] or 0) >= int(has_begun)
 
@@ -184,11 +189,11 @@ def test_a_key_with_a_long_queue_keeps_no_other_waiting(operator: Operator) -> N
 
 
 def test_probes_leave_no_line(operator: Operator) -> None:
-    before = len(operator.lines)
+    read = ["/health", "/ready", "/metrics", "/v1/models"]
     with operator.client() as http:
-        assert [http.get(path).status_code for path in ("/health", "/ready", "/metrics", "/v1/models")] == [200] * 4
-    time.sleep(1)
-    assert len(operator.lines) == before
+        assert [http.get(path).status_code for path in read] == [200] * 4
+    operator.ask(json=ASKED)  # whose line comes after theirs
+    assert {line["route"] for line in operator.lines}.isdisjoint(read)
 
 
 def test_orders_are_kept_with_who_gave_them(operator: Operator, checkpoint: Path) -> None:
@@ -245,7 +250,7 @@ def test_a_streamed_request_is_one_trace_through_all_processes(operator: Operato
     queue, prefill, decode = stages = [spans[name] for name in ("queue", "prefill", "decode")]
     assert {stage.parent_id for stage in stages} == {replica.span_id}
     assert door.start_ns <= attempt.start_ns <= queue.start_ns <= queue.end_ns <= prefill.end_ns
-    assert prefill.end_ns == decode.start_ns <= decode.end_ns <= door.end_ns
+    assert abs(prefill.end_ns - decode.start_ns) < 10_000 and decode.start_ns <= decode.end_ns <= door.end_ns
     assert replica.attributes["gen_ai.usage.output_tokens"] == 6 and replica.attributes["raymill.key"] == "alice"
     assert (line["trace_id"], door.attributes["raymill.request_id"]) == (trace_id, line["request_id"])
     assert SECRET_TEXT not in repr(spans)

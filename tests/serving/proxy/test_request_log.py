@@ -12,6 +12,7 @@ import pytest
 
 from serving.proxy import request_log
 from serving.proxy.request_log import FIELDS, RequestLog
+from tests.repository import REPOSITORY
 from tests.waiting import wait_in_loop_until
 
 
@@ -100,7 +101,7 @@ def test_lines_go_to_a_pipe(target: str) -> None:
     try:
         target = target.format(pid=holder.pid)
         output = write if target == "-" else subprocess.DEVNULL
-        subprocess.run([sys.executable, "-c", PROGRAM, target], stdout=output, check=True)
+        subprocess.run([sys.executable, "-c", PROGRAM, target], stdout=output, check=True, cwd=REPOSITORY)
     finally:
         os.close(write)
         assert holder.stdin is not None
