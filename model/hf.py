@@ -27,13 +27,19 @@ def load_hf(folder: Path) -> GPT:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Returns every tensor of model.safetensors, or of the shards that its index names."""
+    """Returns every tensor of the folder."""
+    return {name: tensor for file in weight_files(folder) for name, tensor in load_file(file).items()}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Returns model.safetensors, or the shards that its index names."""
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if whole.exists():
-        return load_file(whole)
+        return [whole]
     if index.exists():
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        return {name: tensor for shard in shards for name, tensor in load_file(folder / shard).items()}
+        return [
+            folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        ]
     if pickled := sorted(path.name for path in folder.glob("*.bin")):
         raise UnsupportedModelError(
             f"{folder}: {pickled[0]} is a pickle, which can run code when it is loaded; "

@@ -182,6 +182,11 @@ class DeliveryConfig(Settings):
         "port when unset",
         pattern=r"^[A-Za-z0-9._-]+$",
     )
+    weights: Literal["auto", "beside", "in_place"] = setting(
+        "auto",
+        "beside: a second engine for the new version, beside the live one; in_place: its weights replace those of the "
+        "live version in turns, in the memory of one engine, which vLLM can; auto: in_place with vLLM",
+    )
     watch_s: NonNegativeFloat = setting(60.0, "how long a new version is watched and may be rolled back, seconds")
     max_loss_increase: NonNegativeFloat = setting(
         0.05, "largest increase over the live version's loss on the gate's text, nats per token"
@@ -219,3 +224,17 @@ class ServeConfig(Settings):
     def target_ongoing_requests(self) -> float:
         """The number of requests per replica that autoscaling aims at."""
         return self.replicas.target_ongoing_requests or (128 if self.engine.device == "cuda" else 8)
+
+    @property
+    def shares_engine(self) -> bool:
+        """Whether versions of one shape share an engine."""
+        return self.engine.runs_vllm and self.delivery.weights != "beside"
+
+    @model_validator(mode="after")
+    def _in_place(self) -> Self:
+        if self.delivery.weights == "in_place" and not self.engine.runs_vllm:
+            raise ValueError(
+                "delivery.weights=in_place needs vLLM; expected auto or beside with raymill's engine, whose weights "
+                "cannot be replaced"
+            )
+        return self

@@ -80,7 +80,8 @@ def admin_router(follower: Follower) -> APIRouter:
             candidate = await asyncio.to_thread(_read_candidate, asked.checkpoint, live, config.storage.uri)
             gate_rows = await asyncio.to_thread(_gate_rows, asked, live)
             given = asked.model_dump(include={"canary_percent", "watch_s", "max_loss_increase"}, exclude_none=True)
-            terms = Terms(**config.delivery.model_dump(exclude={"endpoint"}) | given | {"gate_rows": gate_rows})
+            rules = config.delivery.model_dump(exclude={"endpoint", "weights"})
+            terms = Terms(**rules | given | {"gate_rows": gate_rows})
             return await _asked(coordinator.promote.remote(candidate, terms))
 
         return JSONResponse(await obey(request, "promote", asked, begin()), status_code=202)

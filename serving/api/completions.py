@@ -173,6 +173,7 @@ async def start_completion(
             num_logprobs=request.logprobs,
             num_prompt_logprobs=max(scored, default=None),
             embed=answer.EMBEDS,
+            weights=version.weights,
         )
         for prompt_ids in prompts
         for index in range(request.n)

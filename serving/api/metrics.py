@@ -141,20 +141,19 @@ class RequestTimer:
             self._metrics.ttft_s.observe(now_s - self._entered_s[seq_id])
         else:
             self._metrics.itl_s.observe(now_s - last_s)
+            self._stats.tokens += 1
+            self._stats.busy_s += now_s - last_s
         self._metrics.generation_tokens.inc()
         self._last_token_s[seq_id] = now_s
-        self._stats.tokens += 1
 
     def finished(self, seq_id: int, finish_reason: str) -> None:
-        last_s = self._last_token_s.pop(seq_id)
+        del self._last_token_s[seq_id]
         self._metrics.ended[finish_reason].inc()
         if finish_reason != ABORTED:
             since_start_s = time.monotonic() - self._entered_s[seq_id]
             self._metrics.e2e_s.observe(since_start_s)
             self._stats.sequences += 1
             self._stats.errors += finish_reason == FinishReason.ERROR
-            if last_s is not None:  # the time for a token is judged, and scores and embeddings have none
-                self._stats.busy_s += since_start_s
 
     def close(self) -> None:
         """Counts every sequence that has not finished as aborted."""

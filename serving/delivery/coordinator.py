@@ -156,8 +156,10 @@ class Coordinator:
     def _by_presence(self) -> tuple[list[ReplicaReport], list[ReplicaReport]]:
         now_s = time.monotonic()
         self._reports = {name: seen for name, seen in self._reports.items() if now_s - seen[0] < FORGET_S}
-        present = [report for at_s, report in self._reports.values() if now_s - at_s < REPLICA_LOST_S]
-        gone = [report for at_s, report in self._reports.values() if now_s - at_s >= REPLICA_LOST_S]
+        present, gone = list[ReplicaReport](), list[ReplicaReport]()
+        for at_s, report in self._reports.values():
+            is_gone = report.is_leaving or now_s - at_s >= REPLICA_LOST_S
+            (gone if is_gone else present).append(report)
         return present, gone
 
     def _restore(self) -> None:

@@ -5,6 +5,7 @@ alone. Its health depends on its own engines only.
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -17,7 +18,7 @@ from ray.serve.handle import DeploymentHandle
 from cluster.settings.serve import ServeConfig
 from cluster.storage.registry import find_checkpoint
 from serving.delivery.coordinator import Reply
-from serving.delivery.promotion import Delivery, DeliveryError, ReplicaReport, version_of
+from serving.delivery.promotion import Delivery, DeliveryError, Phase, ReplicaReport, version_of
 from serving.delivery.versions import Versions
 from serving.protocol.served_model import read_served_model
 
@@ -61,7 +62,14 @@ class Follower:
 
     async def close(self) -> None:
         self._following.cancel()
+        if self.versions.delivery.phase is not Phase.STEADY:  # the new version is not what ends this replica
+            report = self._report(is_leaving=True)
+            with contextlib.suppress(CoordinatorAwayError, DeliveryError):
+                await answer_of(self.coordinator.exchange.remote(self.deployment, report))
         await self.versions.close()
+
+    def _report(self, *, is_leaving: bool = False) -> ReplicaReport:
+        return ReplicaReport(self.replica, self.versions.delivery.epoch, self.versions.report(), is_leaving)
 
     async def _join(self) -> Delivery:
         """Returns what to serve. Waits while the coordinator starts, or is still that of the previous deployment. The
@@ -89,8 +97,7 @@ class Follower:
             await asyncio.sleep(POLL_S)
             asked_at_s = time.monotonic()
             try:
-                report = ReplicaReport(self.replica, self.versions.delivery.epoch, self.versions.report())
-                reply: Reply = await answer_of(self.coordinator.exchange.remote(self.deployment, report))
+                reply: Reply = await answer_of(self.coordinator.exchange.remote(self.deployment, self._report()))
                 self.is_stored = reply.is_stored
                 if reply.delivery is not None:
                     self.versions.adopt(reply.delivery, asked_at_s=asked_at_s)

@@ -1,4 +1,4 @@
-"""One version on one replica: its engine process, its model, and what it has done."""
+"""One version on one replica: its model, its engine process or its turn in another version's, and what it has done."""
 
 import asyncio
 import math
@@ -14,7 +14,7 @@ from serving.delivery.promotion import Version, VersionStats
 from serving.engine.messages import FinishReason, SequenceRequest
 from serving.engine_process.client import EngineClient
 from serving.engine_process.health import HealthCheck
-from serving.protocol.served_model import ServedModel, read_served_model
+from serving.protocol.served_model import ServedModel, is_of_one_kind, read_served_model
 from serving.xray.xray import Xray
 
 DRAIN_POLL_S = 0.1
@@ -24,52 +24,63 @@ LONGEST_REQUEST_S = 600.0  # after this an unneeded engine ends, whatever still 
 class LoadedVersion:
     """A version that can serve. `open_requests` counts the requests that may still use its engine."""
 
-    def __init__(self, folder: Path, *, model: ServedModel, engine: EngineClient) -> None:
+    def __init__(self, folder: Path, *, model: ServedModel, engine: EngineClient, weights: int = 0) -> None:
         self.model = model
         self.engine = engine
+        self.weights = weights  # for sequences to name; 0 if the engine was started with this version
         self.xray = Xray(folder, name=model.name, dtype=engine.facts.dtype)
-        self.health = HealthCheck(engine, prompt_ids=[0])
+        self.health = HealthCheck(engine, prompt_ids=[0, 0, 0], weights=weights)
         self.open_requests = 0
         self.stats = VersionStats()
 
     @classmethod
-    async def load(cls, version: Version, *, name: str, config: ServeConfig) -> "LoadedVersion":
-        """Returns when the model answers. Raises `UserError` for an unusable checkpoint, and `EngineDiedError` for one
-        that fails its self-test."""
+    async def load(
+        cls, version: Version, *, name: str, config: ServeConfig, others: Sequence["LoadedVersion"] = ()
+    ) -> "LoadedVersion":
+        """Returns once the version can be tested. It shares the engine of one of the `others` if the settings say so
+        and it is of the same kind. Raises `UserError` for an unusable checkpoint."""
         folder = await asyncio.to_thread(resolve_checkpoint, version.checkpoint, config.storage.uri)
         model = await asyncio.to_thread(read_served_model, folder, name=name)
         if model.version != version.version:
             raise UserError(f"{version.checkpoint} holds {model.version} now, but {version.version} was promoted")
+        if config.shares_engine and (alive := [other for other in others if other.engine.alive]):
+            for other in alive:
+                if is_of_one_kind(model, other.model):
+                    return cls(folder, model=model, engine=other.engine, weights=other.engine.share(folder))
+            if config.delivery.weights == "in_place" or config.engine.device == "cuda":
+                raise UserError(
+                    f"{version.checkpoint} has another shape or precision than what is served, so its weights cannot "
+                    "replace those in place, and a second engine may find no memory: serve it as another endpoint, or "
+                    "set delivery.weights to beside if the memory is there"
+                )
         threads = config.replicas.threads_per_replica
         engine = await EngineClient.start(folder, config=config.engine, eos_id=model.eos_id, threads=threads)
-        loaded = cls(folder, model=model, engine=engine)
-        try:
-            await loaded.health.self_test()
-        except BaseException:
-            await loaded.close()
-            raise
-        return loaded
+        return cls(folder, model=model, engine=engine)
 
-    async def loss(self, rows: Sequence[Sequence[int]]) -> float:
-        """Returns the nats per token over the rows, NaN if the logits are not finite. The rows are read one after the
-        other, so that clients' tokens come in between."""
-        logprobs: list[float] = []
-        for row in rows:
-            request = SequenceRequest(
+    async def loss(self, rows: Sequence[Sequence[int]], *, at_once: bool) -> float:
+        """Returns the nats per token over the rows, NaN if the logits are not finite. The rows are read `at_once`,
+        within one turn of an engine that is shared, or else one after the other, so that clients' tokens come in
+        between."""
+        requests = [
+            SequenceRequest(
                 seq_id=self.engine.next_seq_id(),
                 prompt_ids=list(row),
                 max_tokens=0,
                 sampling=SamplingParams(temperature=0.0),
                 num_prompt_logprobs=0,
+                weights=self.weights,
             )
-            async for event in self.engine.submit([request]):
-                if event.finish_reason is FinishReason.ERROR:
-                    return math.nan
-                logprobs += [token.logprob for token in event.prompt_logprobs or [] if token is not None]
+            for row in rows
+        ]
+        logprobs: list[float] = []
+        async for event in self.engine.submit(requests, at_once=None if at_once else 1):
+            if event.finish_reason is FinishReason.ERROR:
+                return math.nan
+            logprobs += [token.logprob for token in event.prompt_logprobs or [] if token is not None]
         return -sum(logprobs) / len(logprobs)
 
     async def retire(self) -> None:
-        """Ends the engine once no request uses it."""
+        """Ends the engine, or its share of it, once no request uses it."""
         deadline_s = time.monotonic() + LONGEST_REQUEST_S
         while self.open_requests and time.monotonic() < deadline_s:
             await asyncio.sleep(DRAIN_POLL_S)

@@ -174,8 +174,8 @@ class VersionStats:
 
     sequences: int = 0
     errors: int = 0
-    tokens: int = 0
-    busy_s: float = 0.0  # from admission to the end, summed over the sequences
+    tokens: int = 0  # without each sequence's first one, for which it may have waited
+    busy_s: float = 0.0  # before those tokens, summed over the sequences
 
 
 @dataclass(frozen=True)
@@ -186,6 +186,7 @@ class SlotReport:
     problem: str = ""
     loss: float | None = None  # on the gate's rows, nats per token
     live_loss: float | None = None
+    in_place: bool = False  # whether its weights take turns with another version's, in one engine
     stats: VersionStats = field(default_factory=VersionStats)
 
 
@@ -194,6 +195,7 @@ class ReplicaReport:
     replica: str
     epoch: int = 0
     slots: Mapping[int, SlotReport] = field(default_factory=dict)  # by serial
+    is_leaving: bool = False  # it ends because it is not needed any more
 
 
 def start(state: Delivery, candidate: Version, terms: Terms) -> Delivery:
@@ -250,9 +252,8 @@ def advance(
     new = state.canary
     assert new is not None
     slots = [report.slots.get(new.serial) for report in present]
-    for slot in slots:  # in every phase, since a replica may join late
-        if slot is not None and (reason := slot.problem or _gate_problem(slot, state.terms)):
-            return roll_back(state, reason)
+    if reason := _problem_on_a_replica(new, slots, gone, state.terms):
+        return roll_back(state, reason)
     if state.phase is Phase.LOADING:
         return _loading(state, state.terms, slots, elapsed_s)
     if reason := _service_problem(state, state.terms, [*present, *gone]):
@@ -271,6 +272,20 @@ def _loading(state: Delivery, terms: Terms, slots: Collection[SlotReport | None]
     if elapsed_s > terms.load_timeout_s:
         return roll_back(state, f"it was not loaded by every replica within {terms.load_timeout_s:g} s")
     return state
+
+
+def _problem_on_a_replica(
+    new: Version, slots: Collection[SlotReport | None], gone: Collection[ReplicaReport], terms: Terms
+) -> str:
+    """Returns why the new version must go, in any phase, since a replica may join late; empty if it may stay."""
+    for slot in slots:
+        if slot is not None and (reason := slot.problem or _gate_problem(slot, terms)):
+            return reason
+    for report in gone:
+        if not report.is_leaving and (slot := report.slots.get(new.serial)) is not None and slot.in_place:
+            # A replica reports weights that end an engine of their own. These may have ended its only engine, and it.
+            return f"replica {report.replica} has ended, whose engine could have these weights"
+    return ""
 
 
 def _gate_problem(slot: SlotReport, terms: Terms) -> str:

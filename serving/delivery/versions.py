@@ -10,6 +10,9 @@ from cluster.settings.serve import ServeConfig
 from cluster.storage.checkpoint_cache import Holds
 from serving.delivery.loaded_version import LoadedVersion
 from serving.delivery.promotion import Delivery, Phase, Route, SlotReport, SlotStatus, Version, VersionStats
+from serving.engine_process.client import EngineClient
+
+TELL_S = 1.0  # before new weights get the only engine: two reports, as they may end it and the replica with it
 
 _log = logging.getLogger(__name__)
 
@@ -35,7 +38,14 @@ class Slot:
         problem = self.problem or ("" if loaded is None else loaded.engine.death_notice)
         ready = SlotStatus.READY if self.is_measured else SlotStatus.LOADING
         stats = VersionStats() if loaded is None else replace(loaded.stats)
-        return SlotReport(SlotStatus.FAILED if problem else ready, problem, self.loss, self.live_loss, stats)
+        return SlotReport(
+            SlotStatus.FAILED if problem else ready,
+            problem,
+            self.loss,
+            self.live_loss,
+            in_place=loaded is not None and loaded.weights > 0,
+            stats=stats,
+        )
 
 
 class Versions:
@@ -110,16 +120,16 @@ class Versions:
 
     @property
     def num_running(self) -> int:
-        return sum(loaded.engine.num_running for loaded in self._engines)
+        return sum(engine.num_running for engine in self._engines)
 
     @property
     def num_waiting(self) -> int:
-        return sum(loaded.engine.num_waiting for loaded in self._engines)
+        return sum(engine.num_waiting for engine in self._engines)
 
     @property
     def kv_cache_usage(self) -> float:
         """The use of the fullest engine."""
-        return max(loaded.engine.kv_cache_usage for loaded in self._engines)
+        return max(engine.kv_cache_usage for engine in self._engines)
 
     @property
     def expected_wait_s(self) -> float:
@@ -127,13 +137,17 @@ class Versions:
         return self.live.engine.queue.wait_s()
 
     async def close(self) -> None:
-        for loaded in self._engines:
+        for loaded in self._loaded:
             await loaded.close()
         self._copies.keep(())
 
     @property
-    def _engines(self) -> list[LoadedVersion]:
+    def _loaded(self) -> list[LoadedVersion]:
         return [slot.loaded for slot in self._slots.values() if slot.loaded is not None]
+
+    @property
+    def _engines(self) -> set[EngineClient]:
+        return {loaded.engine for loaded in self._loaded}
 
     @property
     def _trusted(self) -> list[LoadedVersion]:
@@ -144,7 +158,7 @@ class Versions:
     def _usable(self, serial: int) -> LoadedVersion:
         slot = self._slots.get(serial)
         wanted = slot.usable if slot is not None else None
-        return wanted or (self._trusted or self._engines)[0]
+        return wanted or (self._trusted or self._loaded)[0]
 
     def _reconcile(self) -> None:
         self._copies.keep([version.checkpoint for version in self.delivery.known])
@@ -166,12 +180,20 @@ class Versions:
     async def _load(self, slot: Slot) -> None:
         async with self._one_at_a_time:
             try:
+                name = self.config.model_name or slot.version.name
                 slot.loaded = loaded = await LoadedVersion.load(
-                    slot.version, name=self.config.model_name or slot.version.name, config=self.config
+                    slot.version,
+                    name=name,
+                    config=self.config,
+                    others=[slot.usable for slot in self._slots.values() if slot.usable],
                 )
-                loaded.engine.on_death = lambda notice: self._engine_died(slot, notice)
+                loaded.engine.on_death = self._engine_died
+                if loaded.weights:
+                    await asyncio.sleep(TELL_S)
                 if slot.version == self.delivery.candidate:
                     await self._measure(slot, loaded, before=self.live)
+                else:
+                    await loaded.health.self_test()
                 slot.is_measured = True
                 if self.delivery.phase is Phase.WATCHING and self.delivery.previous is not None:
                     # Only a replica that has joined later loads anything now. The new version serves already.
@@ -182,17 +204,23 @@ class Versions:
                 _log.warning("%s cannot be served", slot.version.checkpoint, exc_info=True)
                 slot.problem = str(error) or repr(error)
 
-    def _engine_died(self, slot: Slot, notice: str) -> None:
-        is_live = slot.version.serial == self.route.primary
-        if self._on_live_death is not None and is_live and not self._trusted:
+    def _engine_died(self, notice: str) -> None:
+        primary = self._slots.get(self.route.primary)
+        has_lost_live = primary is not None and primary.loaded is not None and not primary.loaded.engine.alive
+        if self._on_live_death is not None and has_lost_live and not self._trusted:
             self._on_live_death(notice)
 
     async def _measure(self, slot: Slot, loaded: LoadedVersion, *, before: LoadedVersion) -> None:
-        """Measures the losses of the new version and the one before on the gate's rows."""
-        terms = self.delivery.terms
-        if terms is not None and terms.gate_rows:
-            live_loss, loss = await before.loss(terms.gate_rows), await loaded.loss(terms.gate_rows)
-            slot.live_loss, slot.loss = live_loss, loss
+        """Tests the new version, and measures its loss and that of the one before on the gate's rows. Clients wait
+        while it has their engine, so it does both in one turn. Raises `EngineDiedError` if it fails its self-test."""
+        terms, is_shared = self.delivery.terms, loaded.engine is before.engine
+        if terms is None or not terms.gate_rows:
+            await loaded.health.self_test()
+            return
+        live_loss = await before.loss(terms.gate_rows, at_once=is_shared)
+        test, loss = loaded.health.self_test(), loaded.loss(terms.gate_rows, at_once=is_shared)
+        _, slot.loss = await asyncio.gather(test, loss)
+        slot.live_loss = live_loss
 
     async def _end(self, slot: Slot) -> None:
         await slot.loading

@@ -28,6 +28,7 @@ from serving.engine.messages import (
     StepReport,
     TokenEvent,
 )
+from serving.engine.vllm_weights import replace_weights, stored_shapes, weights_alone
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # this process already belongs to the engine
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # otherwise all replicas take the same cores
@@ -60,16 +61,18 @@ class VllmEngine:
         self._requests: dict[int, SequenceRequest] = {}
         self._started: set[int] = set()  # those that have a token
         self._not_finite: set[int] = set()  # those whose logits had NaN in the latest step
-        try:
-            settings = _arguments(checkpoint, config).create_engine_config(UsageContext.OPENAI_API_SERVER)
-        except ValueError as error:
-            raise UserError(f"vLLM refuses its settings: {error}") from None
-        self._engine = LLMEngine.from_vllm_config(settings)
+        with weights_alone(checkpoint) as folder:
+            try:
+                settings = _arguments(folder, config).create_engine_config(UsageContext.OPENAI_API_SERVER)
+            except ValueError as error:
+                raise UserError(f"vLLM refuses its settings: {error}") from None
+            self._engine = LLMEngine.from_vllm_config(settings)
         core = self._engine.engine_core
         self._scheduler = core.engine_core.scheduler
         core.get_output = self._noticing_nan(core.get_output)
         sizes = settings.scheduler_config
         self.facts = EngineFacts(config.dtype, sizes.max_num_seqs, sizes.max_num_batched_tokens)
+        self._shapes = stored_shapes(checkpoint)
 
     @property
     def has_work(self) -> bool:
@@ -112,6 +115,27 @@ class VllmEngine:
             kv_cache_usage=round(scheduler.kv_cache_manager.usage, 4),
             num_prompt_tokens=num_prompt_tokens,
         )
+
+    def take_back(self) -> list[SequenceRequest]:
+        """Returns the sequences that vLLM has not started, and forgets them."""
+        waiting = {int(request.request_id.partition("-")[0]) for request in self._scheduler.waiting}
+        unstarted = [r for r in self._requests.values() if r.seq_id in waiting and r.seq_id not in self._started]
+        for request in unstarted:
+            self.cancel(request.seq_id)
+        return unstarted
+
+    def replace_weights(self, checkpoint: Path) -> None:
+        """Replaces the weights in place. Raises `UserError` for a checkpoint of another shape, and then has changed
+        nothing."""
+        if (shapes := stored_shapes(checkpoint)) != self._shapes:
+            other = sorted(name for name, _ in shapes.items() ^ self._shapes.items())[0]
+            raise UserError(f"{checkpoint}: {other} is not as in the checkpoint that the engine was started with")
+        core = self._engine.engine_core.engine_core
+        while self._scheduler.has_requests() or core.batch_queue:  # steps ahead, of sequences that have ended
+            self._engine.step()
+        self._engine.collective_rpc(replace_weights, args=(str(checkpoint),))
+        if not self._engine.reset_prefix_cache():
+            raise RuntimeError("vLLM holds blocks of the old weights")
 
     def _noticing_nan(self, get_output: Callable[[], Any]) -> Callable[[], Any]:
         """Wraps the inner half of vLLM's step, whose outer half forgets how many logits were NaN."""

@@ -118,6 +118,8 @@ class EngineClient:
     def __init__(self, child: Child) -> None:
         self._process, self._reader, self._writer = child
         self._seq_ids = itertools.count()
+        self._weights = itertools.count(1)
+        self.num_users = 1  # versions that it computes
         self._generations: dict[int, Generation] = {}  # by open sequence
         self._held = FairQueue()
         self._reports: asyncio.Task[None] | None = None
@@ -191,6 +193,13 @@ class EngineClient:
     def next_seq_id(self) -> int:
         return next(self._seq_ids)
 
+    def share(self, checkpoint: Path) -> int:
+        """Returns the number of another checkpoint of the same shape, for sequences to name. Each user closes."""
+        self.num_users += 1
+        weights = next(self._weights)
+        self._writer.write(encode_message({"weights": weights, "checkpoint": str(checkpoint.absolute())}))
+        return weights
+
     def submit(
         self,
         requests: Sequence[SequenceRequest],
@@ -241,7 +250,10 @@ class EngineClient:
         self._process.kill()
 
     async def close(self) -> None:
-        """Ends the process by closing its socket; kills it if that does not help."""
+        """Ends the process after its last user, by closing its socket; kills it if that does not help."""
+        self.num_users -= 1
+        if self.num_users > 0:
+            return
         self.on_death = None
         self._writer.close()
         try:

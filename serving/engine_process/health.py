@@ -25,8 +25,9 @@ class HealthCheck:
     """After a request with NaN logits, a self-test decides what was at fault. Damaged weights fail it too, and the
     replica is replaced. Otherwise it was the request, so that no client can end a replica with a prompt."""
 
-    def __init__(self, engine: EngineClient, *, prompt_ids: list[int]) -> None:
+    def __init__(self, engine: EngineClient, *, prompt_ids: list[int], weights: int = 0) -> None:
         self._engine = engine
+        self._weights = weights
         self._prompt_ids = prompt_ids
         self._num_failures_seen = 0
         self._retest: asyncio.Task[None] | None = None
@@ -51,7 +52,12 @@ class HealthCheck:
             prompt_ids=self._prompt_ids,
             max_tokens=1,
             sampling=SamplingParams(temperature=0.0),
+            num_prompt_logprobs=0,  # vLLM compiles for them once, in seconds: at its start, not while clients wait
+            weights=self._weights,
         )
         async for event in self._engine.submit([request]):
             if event.finish_reason is FinishReason.ERROR:
-                raise EngineDiedError("the model fails its self-test: its logits are not finite numbers")
+                raise EngineDiedError(
+                    "the model fails its self-test: its logits are not finite numbers, or its weights could not be "
+                    "loaded, and then the engine's log says why"
+                )

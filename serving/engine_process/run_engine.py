@@ -9,7 +9,7 @@ import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from prometheus_client import REGISTRY
@@ -27,9 +27,7 @@ from serving.engine.native_runner import NativeRunner
 from serving.engine.runner import LOADED_IN, Runner
 from serving.engine.torch_runner import TorchRunner
 from serving.engine_process.peer_watchdog import watch_peer
-
-if TYPE_CHECKING:
-    from serving.engine.vllm_engine import VllmEngine
+from serving.engine_process.weight_turns import WeightTurns
 
 RECEIVE_BYTES = 1 << 16
 
@@ -56,12 +54,15 @@ class Channel:
             wait = False
 
 
-def run_engine(engine: "Engine | VllmEngine", channel: Channel) -> NoReturn:
+def run_engine(engine: Engine | WeightTurns, channel: Channel) -> NoReturn:
     """Takes commands, and sends admissions before and a report after each step, until the replica is gone."""
     while True:
         for message in channel.receive(wait=not engine.has_work):
             if "submit" in message:
                 engine.submit(parse_request(message["submit"]))
+            elif "weights" in message:
+                assert isinstance(engine, WeightTurns)
+                engine.add_weights(message["weights"], Path(message["checkpoint"]))
             elif "cancel" in message:
                 engine.cancel(message["cancel"])
             else:
@@ -80,7 +81,7 @@ def _metrics() -> list[MetricFamily]:
 
 def _load_engine(
     checkpoint: Path, config: EngineConfig, *, eos_id: int | None, threads: int
-) -> "tuple[Engine | VllmEngine, EngineFacts]":
+) -> tuple[Engine | WeightTurns, EngineFacts]:
     """Loads the engine. Raises `UserError` for an unusable checkpoint or setting."""
     if config.runs_vllm:
         if config.batch_invariant:
@@ -93,7 +94,7 @@ def _load_engine(
                 "environment in engine.vllm_python"
             ) from None
         vllm_engine = VllmEngine(checkpoint, config, eos_id=eos_id)
-        return vllm_engine, vllm_engine.facts
+        return WeightTurns(vllm_engine, checkpoint), vllm_engine.facts
     config = with_dtype(config, checkpoint)
     # The replica got the folder from `resolve_checkpoint`, which verified it.
     model = load_model(checkpoint, dtype=LOADED_IN[config.dtype], verify=False)

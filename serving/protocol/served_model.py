@@ -145,6 +145,16 @@ def misfit(live: ServedModel, candidate: ServedModel) -> str:
     return ""
 
 
+def is_of_one_kind(one: ServedModel, other: ServedModel) -> bool:
+    """Returns whether an engine that was started with `one` computes `other` once it has its weights."""
+
+    def kind(model: ServedModel) -> tuple[Any, ...]:
+        shape = dataclasses.replace(model.config, dropout=0.0, initializer_range=1.0)  # of training only
+        return shape, model.eos_id, model.metadata and model.metadata.precision
+
+    return kind(one) == kind(other)
+
+
 def _files_hash(paths: list[Path]) -> str:
     digest = hashlib.sha256()
     for path in paths:

@@ -1,7 +1,9 @@
 """An operator, and clients that never stop asking while checkpoints are promoted."""
 
 import json
+import shutil
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -9,15 +11,51 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import torch
+from safetensors.torch import load_file, save_file
 
+from model.checkpoint_folder import read_metadata
+from model.config import GPTConfig
 from model.generate import generate
 from model.gpt import GPT
 from model.sampling_params import SamplingParams
-from model.tokenizer import Tokenizer
+from model.tokenizer import Tokenizer, train_bpe
+from tests.serving.tiny_models import as_transformers_folder, write_model
 from tests.time_limits import limit_s
 from tests.waiting import wait_until
 
 MAX_TOKENS = 24
+
+
+def version(checkpoint: Path) -> str:
+    return str(read_metadata(checkpoint).parameter_hash)[:16]
+
+
+def bad_checkpoint(kind: str, folder: Path, other: Path, tokenizer: Tokenizer) -> Path:
+    place = folder / f"bad-{kind}"
+    if kind == "missing":
+        return place
+    if kind == "flipped":
+        shutil.copytree(other, place)
+        data = bytearray((place / "model.safetensors").read_bytes())
+        data[len(data) // 2] ^= 1
+        (place / "model.safetensors").write_bytes(data)
+    elif kind == "nan":
+        as_transformers_folder(other, place)
+        tensors = load_file(place / "model.safetensors")
+        tensors[next(name for name in tensors if "ln_f" in name)][0] = torch.nan
+        save_file(tensors, place / "model.safetensors")
+    elif kind == "shape":
+        as_transformers_folder(other, place)
+        (place / "config.json").write_text('{"model_type": "gpt2", "vocab_size": "many"}')
+    else:
+        size = 290 if kind == "vocabulary" else tokenizer.vocab_size
+        theirs = train_bpe([f"{kind}: another text, with other words in it; " * 9], vocab_size=size, normalize=[])
+        shape = GPTConfig(vocab_size=size, n_positions=128, n_layer=1, n_head=2, n_embd=32)
+        gpt = GPT(shape)
+        gpt.init_weights(3)
+        write_model(place, gpt, theirs)
+    return place
 
 
 def greedy_texts(model: GPT, tokenizer: Tokenizer, prompts: list[list[int]]) -> list[str]:
@@ -69,6 +107,7 @@ class Answers:
 
     versions: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
+    longest_s: float = 0.0  # from a request to its whole answer
 
 
 class Load:
@@ -111,6 +150,10 @@ class Load:
     def wrong(self) -> list[str]:
         return [text for answers in self.connections for text in answers.wrong]
 
+    @property
+    def longest_s(self) -> float:
+        return max(answers.longest_s for answers in self.connections)
+
     def wait_for_more(self, count: int, *, timeout_s: float = 120) -> None:
         goal = self.num_answers + count
         wait_until(lambda: self.num_answers >= goal or bool(self.wrong), timeout_s=timeout_s)
@@ -125,7 +168,9 @@ class Load:
                 prompt = count % len(self._prompts)
                 asked = {"model": "tiny", "prompt": self._prompts[prompt], "max_tokens": MAX_TOKENS, "temperature": 0}
                 asked["user"] = f"user-{number}"
+                began_s = time.monotonic()
                 status, version, text = self._completion(http, asked | {"stream": count % 2 == 0})
+                answers.longest_s = max(answers.longest_s, time.monotonic() - began_s)
                 answers.versions.append(version)
                 if status != 200 or text != self._texts.get(version, {prompt: None})[prompt]:
                     answers.wrong.append(f"{status} of {version}: {text[:300]!r}")
@@ -143,3 +188,20 @@ class Load:
         if {part["system_fingerprint"] for part in parts} != {version}:
             return answer.status_code, version, "mixed"
         return answer.status_code, version, "".join(part["choices"][0]["text"] for part in parts)
+
+
+def promote_under_load(
+    admin: Admin, load: Load, checkpoint: Path, other: Path, *, before: int, after: int, **terms: Any
+) -> None:
+    """Every connection sees the old version and then the new one, and every answer is right."""
+    old, new = version(checkpoint), version(other)
+    with load.running():
+        load.wait_for_more(before)
+        admin.promoted(other, **terms)
+        load.wait_for_more(after)
+    assert load.wrong == []
+    assert load.num_answers >= before + after
+    for answers in load.connections:
+        assert set(answers.versions) == {old, new}
+        assert answers.versions == sorted(answers.versions, key=lambda v: v == new), "the old version came back"
+    assert admin.delivery["live"]["version"] == new

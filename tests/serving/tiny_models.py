@@ -24,9 +24,10 @@ def lively_model(tokenizer: Tokenizer, *, n_embd: int = 32, spread: float = 0.3,
     return gpt.eval()
 
 
-def write_model(folder: Path, model: GPT, tokenizer: Tokenizer, *, step: int = 1) -> Path:
+def write_model(folder: Path, model: GPT, tokenizer: Tokenizer, *, step: int = 1, to_train: bool = False) -> Path:
     metadata = Metadata(run_id=RUN_ID, step=step, tokens_seen=step, data_manifest_hash=None, code_version="test")
-    save_model(folder, model=model, tokenizer=tokenizer, metadata=metadata)
+    train_state = {f"exp_avg.{name}": tensor for name, tensor in model.state_dict().items()} if to_train else None
+    save_model(folder, model=model, tokenizer=tokenizer, metadata=metadata, train_state=train_state)
     return folder
 
 

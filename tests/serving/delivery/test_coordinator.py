@@ -81,6 +81,26 @@ def test_what_was_promoted_is_known_after_the_death_of_the_coordinator(root: Roo
     asyncio.run(check())
 
 
+@pytest.mark.parametrize("is_leaving", [True, False])
+def test_a_replica_that_ends_with_new_weights_in_its_only_engine_is_their_fault_unless_it_leaves(
+    is_leaving: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.delivery.coordinator.REPLICA_LOST_S", 0.05)
+
+    async def check() -> None:
+        one = Coordinator(ServeConfig(storage=StorageConfig(uri=str(tmp_path))), deployment="one")
+        await promoted(one)
+        slots = {1: READY, 2: SlotReport(SlotStatus.READY, in_place=True)}
+        await one.exchange("one", ReplicaReport("other", 2, slots, is_leaving=is_leaving))
+        assert len((await one.status())["replicas"]) == (1 if is_leaving else 2)
+        await asyncio.sleep(0.1)
+        reply = await one.exchange("one", ReplicaReport("r", 2, {1: READY, 2: READY}))
+        assert reply.delivery is not None
+        assert reply.delivery.phase is (Phase.WATCHING if is_leaving else Phase.STEADY)
+
+    asyncio.run(check())
+
+
 def test_a_canary_and_the_history_are_known_too(root: Root) -> None:
     async def check() -> None:
         one = coordinator(root)

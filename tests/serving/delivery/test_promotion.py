@@ -151,6 +151,31 @@ def test_what_a_dead_replica_saw_counts() -> None:
     assert advance(watching(), reports({1: READY, 2: READY}), gone=seen, elapsed_s=1).phase is Phase.STEADY
 
 
+@pytest.mark.parametrize("canary", [None, 10.0])
+def test_weights_that_may_have_ended_the_only_engine_go(canary: float | None) -> None:
+    """In any phase; not for a replica that had an engine for each version, has said that it leaves, or had older
+    weights."""
+    shared = SlotReport(SlotStatus.READY, in_place=True)
+    states = [loading(canary_percent=canary)]
+    states.append(step(states[0], {1: READY, 2: shared}))
+    states.append(step(states[1], {1: READY, 2: shared}, elapsed_s=11))
+    assert [state.phase for state in states] == [
+        Phase.LOADING,
+        *([Phase.CANARY] if canary else []),
+        Phase.WATCHING,
+        Phase.STEADY,
+    ][:3]
+    for state in states[: 3 if canary else 2]:
+        present = reports({1: READY, 2: SlotReport(SlotStatus.LOADING, in_place=True)})
+        for slots, is_leaving in [({1: shared, 2: READY}, False), ({2: shared}, True), ({1: shared}, False)]:
+            gone = [ReplicaReport("gone", 1, slots, is_leaving=is_leaving)]
+            assert advance(state, present, gone=gone, elapsed_s=1) == state
+        after = advance(state, present, gone=[ReplicaReport("gone", 1, {1: READY, 2: shared})], elapsed_s=1)
+        assert after.phase is Phase.STEADY and after.live == OLD
+        assert after.outcome is not None and "gone has ended" in after.outcome.reason
+        assert after.outcome.result == ("refused" if state.phase is Phase.LOADING else "rolled_back")
+
+
 def test_a_canary_becomes_live_by_itself_or_when_asked() -> None:
     canary = step(loading(canary_percent=25.0), {1: READY, 2: READY})
     assert canary.route == Route(epoch=2, primary=1, canary=2, percent=25)

@@ -3,7 +3,6 @@
 import hashlib
 import os
 import re
-import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,25 +10,21 @@ from typing import Any
 
 import httpx
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
 from cluster.settings.run import StorageConfig
 from cluster.settings.serve import DeliveryConfig, EngineConfig, ReplicaConfig, ServeConfig
 from cluster.storage.registry import served_checkpoints
 from cluster.storage.uris import open_storage
-from model.checkpoint_folder import read_metadata
-from model.config import GPTConfig
 from model.generate import generate
 from model.gpt import GPT
 from model.sampling_params import SamplingParams
-from model.tokenizer import Tokenizer, train_bpe
+from model.tokenizer import Tokenizer
 from serving.delivery.promotion import Route
 from serving.protocol.errors import DRAINING_HEADER
 from tests.command_line import raymill_here
-from tests.serving.delivery_parts import Admin, Load, greedy_texts
+from tests.serving.delivery_parts import Admin, Load, bad_checkpoint, greedy_texts, promote_under_load, version
 from tests.serving.endpoint_parts import Endpoints, children_with
-from tests.serving.tiny_models import FRAGILE_POSITION, as_transformers_folder, write_model
+from tests.serving.tiny_models import FRAGILE_POSITION, write_model
 from tests.time_limits import limit_s
 from tests.waiting import wait_until
 
@@ -56,10 +51,6 @@ def other_model(model: GPT) -> GPT:
 @pytest.fixture(scope="module")
 def other(other_model: GPT, tokenizer: Tokenizer, folder: Path) -> Path:
     return write_model(folder / "step-8", other_model, tokenizer, step=8)
-
-
-def version(checkpoint: Path) -> str:
-    return str(read_metadata(checkpoint).parameter_hash)[:16]
 
 
 @pytest.fixture(scope="module")
@@ -109,20 +100,6 @@ def load(url: str, prompts: list[list[int]], texts: dict[str, list[str]]) -> Loa
     return Load(url, prompts, texts, key=KEYS[0])
 
 
-def promote_under_load(admin: Admin, load: Load, checkpoint: Path, other: Path, *, before: int, after: int) -> None:
-    old, new = version(checkpoint), version(other)
-    with load.running():
-        load.wait_for_more(before)
-        admin.promoted(other)
-        load.wait_for_more(after)
-    assert load.wrong == []
-    assert load.num_answers >= before + after
-    for answers in load.connections:
-        assert set(answers.versions) == {old, new}
-        assert answers.versions == sorted(answers.versions, key=lambda v: v == new), "the old version came back"
-    assert admin.delivery["live"]["version"] == new
-
-
 def test_a_promotion_under_load_fails_and_mixes_nothing(
     admin: Admin, url: str, checkpoint: Path, other: Path, prompts: list[list[int]], texts: dict[str, list[str]]
 ) -> None:
@@ -155,33 +132,6 @@ def test_the_old_engine_ends_and_the_new_lineage_shows(
     state = admin.delivery
     assert state["live"]["version"] == version(checkpoint) and state["outcome"]["result"] == "rolled_back"
     wait_until(lambda: len(children_with("serving.engine_process.run_engine")) == 2, timeout_s=10)
-
-
-def bad_checkpoint(kind: str, folder: Path, other: Path, tokenizer: Tokenizer) -> Path:
-    place = folder / f"bad-{kind}"
-    if kind == "missing":
-        return place
-    if kind == "flipped":
-        shutil.copytree(other, place)
-        data = bytearray((place / "model.safetensors").read_bytes())
-        data[len(data) // 2] ^= 1
-        (place / "model.safetensors").write_bytes(data)
-    elif kind == "nan":
-        as_transformers_folder(other, place)
-        tensors = load_file(place / "model.safetensors")
-        tensors[next(name for name in tensors if "ln_f" in name)][0] = torch.nan
-        save_file(tensors, place / "model.safetensors")
-    elif kind == "shape":
-        as_transformers_folder(other, place)
-        (place / "config.json").write_text('{"model_type": "gpt2", "vocab_size": "many"}')
-    else:
-        size = 290 if kind == "vocabulary" else tokenizer.vocab_size
-        theirs = train_bpe([f"{kind}: another text, with other words in it; " * 9], vocab_size=size, normalize=[])
-        shape = GPTConfig(vocab_size=size, n_positions=128, n_layer=1, n_head=2, n_embd=32)
-        gpt = GPT(shape)
-        gpt.init_weights(3)
-        write_model(place, gpt, theirs)
-    return place
 
 
 @pytest.mark.parametrize(

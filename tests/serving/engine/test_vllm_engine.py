@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cluster.settings.serve import EngineConfig, ServeConfig
+from cluster.settings.serve import ServeConfig
 from model.errors import UserError
 from model.generate import generate
 from model.gpt import GPT
@@ -21,26 +21,17 @@ from model.tokenizer import Tokenizer
 from serving.engine.messages import FinishReason, SequenceRequest, TokenEvent
 from serving.engine_process.client import EngineClient, EngineDiedError
 from serving.engine_process.health import HealthCheck
-from tests.repository import REPOSITORY
 from tests.serving.endpoint_parts import loopback_server, replica_app, replica_client
-from tests.serving.tiny_models import FRAGILE_POSITION, as_transformers_folder, lively_model, write_model
+from tests.serving.tiny_models import FRAGILE_POSITION, as_transformers_folder, write_model
+from tests.serving.vllm_parts import installed, vllm_config, vllm_model
 from tests.time_limits import limit_s
 
-VLLM_PYTHON = REPOSITORY / ".venv-vllm" / "bin" / "python"
 GREEDY = SamplingParams(temperature=0.0)
-installed = pytest.mark.skipif(not VLLM_PYTHON.exists(), reason="no vLLM in .venv-vllm; `make bench-serve` installs it")
-
-
-def config(**settings: object) -> EngineConfig:
-    return EngineConfig.model_validate(
-        {"backend": "vllm", "vllm_python": str(VLLM_PYTHON), "max_num_seqs": 4, "kv_cache_tokens": 1024} | settings
-    )
 
 
 @pytest.fixture(scope="module")
 def model(tokenizer: Tokenizer) -> GPT:
-    """With heads of 64, as narrower ones are not vLLM's."""
-    return lively_model(tokenizer, n_embd=128, spread=0.2, seed=5)
+    return vllm_model(tokenizer, seed=5)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +42,7 @@ def folder(model: GPT, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFa
 def test_without_vllm_its_environment_is_asked_for(folder: Path) -> None:
     for python, message in [(None, "name the Python of its environment"), ("/nowhere/python", "cannot run /nowhere/p")]:
         with pytest.raises(UserError, match=message):
-            asyncio.run(EngineClient.start(folder, config=config(vllm_python=python), eos_id=None, threads=1))
+            asyncio.run(EngineClient.start(folder, config=vllm_config(vllm_python=python), eos_id=None, threads=1))
 
 
 @installed
@@ -71,7 +62,7 @@ def test_what_vllm_does_not_have_is_refused_with_a_word(
     folder: Path, settings: dict[str, object], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        asyncio.run(EngineClient.start(folder, config=config(**settings), eos_id=None, threads=1))
+        asyncio.run(EngineClient.start(folder, config=vllm_config(**settings), eos_id=None, threads=1))
 
 
 @installed
@@ -81,7 +72,7 @@ def test_its_tokens_and_log_probabilities_are_the_models(folder: Path, model: GP
     prompts = [[(7 * i + 11 * k) % model.config.vocab_size for k in range(1 + 9 * i)] for i in range(6)]
 
     async def answers() -> list[list[TokenEvent]]:
-        settings = config(tensor_parallel_size=tensor_parallel_size)
+        settings = vllm_config(tensor_parallel_size=tensor_parallel_size)
         client = await EngineClient.start(folder, config=settings, eos_id=None, threads=1)
         family = [psutil.Process(client.pid), *psutil.Process(client.pid).children(recursive=True)]
         try:
@@ -135,7 +126,7 @@ def logprobs(model: GPT, token_ids: list[int]) -> torch.Tensor:
 @pytest.mark.slow
 def test_the_api_before_it_is_the_same(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
     async def check() -> None:
-        settings = ServeConfig(model_name="tiny", engine=config(vllm_args={"gpu_memory_utilization": 0.31}))
+        settings = ServeConfig(model_name="tiny", engine=vllm_config(vllm_args={"gpu_memory_utilization": 0.31}))
         async with replica_app(folder, name="tiny", config=settings) as (app, versions), loopback_server(app) as url:
             client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
             prompt = tokenizer.encode("the quick")
@@ -187,7 +178,7 @@ def test_logits_that_are_no_numbers_end_their_own_sequence(folder: Path, model: 
     expected = [generate(model, prompt, max_tokens=20, params=GREEDY) for prompt in good]
 
     async def check() -> None:
-        client = await EngineClient.start(fragile, config=config(), eos_id=None, threads=1)
+        client = await EngineClient.start(fragile, config=vllm_config(), eos_id=None, threads=1)
 
         async def answer(prompt: list[int], max_tokens: int = 20) -> list[TokenEvent]:
             request = SequenceRequest(client.next_seq_id(), prompt, max_tokens, GREEDY, num_logprobs=1)
@@ -220,7 +211,7 @@ def test_weights_that_are_no_numbers_are_never_served(folder: Path, tmp_path: Pa
     broken = damaged(folder, tmp_path / "broken", "ln_f.weight", 0)
 
     async def check() -> None:
-        client = await EngineClient.start(broken, config=config(), eos_id=None, threads=1)
+        client = await EngineClient.start(broken, config=vllm_config(), eos_id=None, threads=1)
         try:
             await HealthCheck(client, prompt_ids=[0]).self_test()
         finally:
@@ -246,7 +237,7 @@ def test_fields_of_vllm_mean_the_same_on_both_engines(folder: Path, model: GPT, 
 
     async def check() -> None:
         async with (
-            replica_client(folder, config=ServeConfig(engine=config())) as (theirs, _),
+            replica_client(folder, config=ServeConfig(engine=vllm_config())) as (theirs, _),
             replica_client(folder) as (ours, _),
         ):
             for fields in cases:
