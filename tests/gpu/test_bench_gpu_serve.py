@@ -4,11 +4,15 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import pytest
 
+from tests.benchmarks import http_load
 from tests.benchmarks.bench_gpu_serve import TINY_STREAMS, figures, table
-from tests.benchmarks.http_load import Load
+from tests.benchmarks.http_load import NEW_TOKENS, STREAMS_OF_A_CLIENT, Load, loaded
 from tests.benchmarks.serve_contenders import VLLM_PYTHON
 from tests.repository import REPOSITORY
 from tests.time_limits import limit_s
@@ -37,6 +41,39 @@ def test_without_vllm_it_says_what_it_needs() -> None:
     done = subprocess.run([*COMMAND, "--vllm-python", "/nowhere"], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "name the Python of an environment with vLLM" in done.stderr
+
+
+class Server(BaseHTTPRequestHandler):
+    """Answers each completion at once, with as many tokens as the benchmark asks for."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        usage = json.dumps({"usage": {"completion_tokens": NEW_TOKENS}}).encode()
+        events = [b"{}"] * NEW_TOKENS + [usage, b"[DONE]"]
+        content = b"".join(b"data: %b\n\n" % event for event in events)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_arguments: object) -> None:
+        """Says nothing."""
+
+
+def test_many_streams_come_from_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    own_pid, in_this_process = os.getpid(), http_load.closed_loop
+
+    def closed_loop(*arguments: Any, **settings: Any) -> Any:
+        assert os.getpid() != own_pid
+        return in_this_process(*arguments, **settings)
+
+    monkeypatch.setattr("os.cpu_count", lambda: 16)
+    monkeypatch.setattr(http_load, "closed_loop", closed_loop)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        load = loaded(f"http://127.0.0.1:{server.server_port}", [[1]] * 96, num_streams=2 * STREAMS_OF_A_CLIENT)
+        server.shutdown()
+    assert load.num_tokens == 96 * NEW_TOKENS and len(load.ttft_s) == 96 and load.wall_s > 0
 
 
 def test_an_aim_that_is_missed_is_seen() -> None:
