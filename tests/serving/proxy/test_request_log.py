@@ -97,7 +97,9 @@ asyncio.run(main())
 def test_lines_go_to_a_pipe(target: str) -> None:
     """A pod's first process has the container's log as its output, and Ray's proxies do not."""
     read, write = os.pipe()
-    holder = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, stdout=write)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE, stdout=write
+    )
     try:
         target = target.format(pid=holder.pid)
         output = write if target == "-" else subprocess.DEVNULL
