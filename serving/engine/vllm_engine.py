@@ -65,7 +65,7 @@ class VllmEngine:
             try:
                 settings = _arguments(folder, config).create_engine_config(UsageContext.OPENAI_API_SERVER)
             except ValueError as error:
-                raise UserError(f"vLLM refuses its settings: {error}") from None
+                raise UserError(f"vLLM refuses its settings: {' '.join(str(error).split())}") from None
             self._engine = LLMEngine.from_vllm_config(settings)
         core = self._engine.engine_core
         self._scheduler = core.engine_core.scheduler
