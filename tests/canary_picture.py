@@ -1,5 +1,5 @@
-"""Makes the picture of the canary dashboard: a real endpoint under load, a real canary that is slower, its promotion and
-its rollback, as a real Prometheus saw them. `python -m tests.canary_picture FILE` makes this picture alone.
+"""Makes the picture of the canary dashboard: a real endpoint under load, a real canary that is slower, and its rollback by
+itself, as a real Prometheus saw them. `python -m tests.canary_picture FILE` makes this picture alone.
 """
 
 import json
@@ -32,8 +32,8 @@ from tests.serving.tiny_models import write_model
 
 ADMIN_KEY = "sk-admin"
 CLIENTS = 8
-CANARY_PERCENT = 30
-STEADY_S, CANARY_S, WATCHING_S = 25.0, 50.0, 30.0
+CANARY_PERCENT = 5  # so that it takes a while until enough of its sequences can be judged
+STEADY_S = 25.0
 SHAPES = {"step-100": (4, 256), "step-200": (8, 512)}  # layers and width
 VARIABLES = {"$__rate_interval": "10s", "$application": "raymill"}
 TEXT = "the quick brown fox jumps over the lazy dog, and naïve cafés sell €5 tea\n"
@@ -54,7 +54,7 @@ def picture_of_canary(folder: Path) -> bytes:
         admin_key_file=str(folder / "admin"),
         storage=StorageConfig(uri=str(folder / "store")),
         engine=EngineConfig(max_num_seqs=CLIENTS),
-        delivery=DeliveryConfig(watch_s=CANARY_S),
+        delivery=DeliveryConfig(watch_s=600),
     )
     with grafana_stub() as grafana:
         environment = {"GRAFANA_URL": grafana.url, "GRAFANA_TOKEN": grafana.token}
@@ -70,9 +70,8 @@ def picture_of_canary(folder: Path) -> bytes:
                     time.sleep(STEADY_S)
                     admin = Admin(url, ADMIN_KEY)
                     assert admin.promote(canary, canary_percent=CANARY_PERCENT).status_code == 202
-                    admin.wait_for("watching", timeout_s=CANARY_S + 60)
-                    time.sleep(WATCHING_S)
-                    assert admin.http.post("/admin/rollback", json={"reason": "slow"}).status_code == 200
+                    outcome = admin.wait_for("steady", timeout_s=120)["outcome"]
+                    assert outcome["result"] == "rolled_back", outcome
                     time.sleep(STEADY_S)
 
                     def history(expr: str) -> list[object]:

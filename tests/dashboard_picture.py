@@ -15,14 +15,13 @@ History = Callable[[str], list[Any]]
 """Returns the series of a query over the picture's time."""
 
 COLUMNS = 3
-_BAND = 8.0  # width units of a panel in Grafana's grid of 24
 
 
 def draw(dashboard: Json, *, history: History, annotations: Sequence[Json], since_s: float, until_s: float) -> bytes:
     """Returns the panels below each other, three in a row, as PNG."""
     panels = [panel for panel in dashboard["panels"] if panel["type"] == "timeseries"]
     num_rows = -(-len(panels) // COLUMNS)
-    figure = Figure(figsize=(14, 3.1 * num_rows), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(12.5, 2.7 * num_rows), layout="constrained", facecolor="white")
     places = figure.subplots(num_rows, COLUMNS, squeeze=False).flat
     for panel, axes in zip(panels, places, strict=False):
         _draw_panel(axes, panel, history)
@@ -33,7 +32,7 @@ def draw(dashboard: Json, *, history: History, annotations: Sequence[Json], sinc
     for axes in list(figure.axes)[len(panels) :]:
         axes.remove()
     output = io.BytesIO()
-    figure.savefig(output, format="png", dpi=100)
+    figure.savefig(output, format="png", dpi=80)
     return output.getvalue()
 
 
@@ -65,7 +64,7 @@ def _draw_panel(axes: Axes, panel: Json, history: History) -> None:
         axes.set_ylim(top=top)
     axes.yaxis.set_major_locator(MaxNLocator(5))
     _set_unit(axes, field["defaults"]["unit"])
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2, fontsize=9, frameon=False)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2, fontsize=8, frameon=False, handlelength=1)
 
 
 def _color(field: Json, legend: str, ref_id: str) -> str:
