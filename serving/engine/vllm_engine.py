@@ -8,6 +8,7 @@ room in the cache, and may put a running one back.
 
 import dataclasses
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,8 @@ class VllmEngine:
         self._requests: dict[int, SequenceRequest] = {}
         self._started: set[int] = set()  # those that have a token
         self._not_finite: set[int] = set()  # those whose logits had NaN in the latest step
+        self._plans: list[Any] = []  # what vLLM's scheduler has decided in the latest step
+        self._on_admission: Callable[[Admission], None] | None = None
         with weights_alone(checkpoint) as folder:
             try:
                 settings = _arguments(folder, config).create_engine_config(UsageContext.OPENAI_API_SERVER)
@@ -70,6 +73,7 @@ class VllmEngine:
         core = self._engine.engine_core
         self._scheduler = core.engine_core.scheduler
         core.get_output = self._noticing_nan(core.get_output)
+        self._scheduler.schedule = self._noticing_plans(self._scheduler.schedule)
         sizes = settings.scheduler_config
         self.facts = EngineFacts(config.dtype, sizes.max_num_seqs, sizes.max_num_batched_tokens)
         self._shapes = stored_shapes(checkpoint)
@@ -90,10 +94,11 @@ class VllmEngine:
             self._engine.abort_request([str(seq_id)])
 
     def step(self, on_admission: Callable[[Admission], None] | None = None) -> StepReport:
-        """Runs a step. vLLM reports an admission only together with the first token."""
+        """Runs a step. Calls `on_admission` with the sequences that it starts before it computes."""
+        began_s = time.perf_counter()
+        self._on_admission, self._plans = on_admission, []
         outputs = self._engine.step() if self._requests else []
         events: list[TokenEvent] = []
-        admitted: list[int] = []
         num_prompt_tokens = 0
         for output in outputs:
             request = self._requests.get(int(output.request_id))
@@ -101,24 +106,24 @@ class VllmEngine:
                 continue
             if request.seq_id not in self._started:
                 self._started.add(request.seq_id)
-                admitted.append(request.seq_id)
                 num_prompt_tokens += len(request.prompt_ids)
             events += self._events(request, output)
-        scheduler = self._scheduler
-        num_running, num_waiting = len(scheduler.running), len(scheduler.waiting)
-        if on_admission is not None and admitted:
-            on_admission(Admission(admitted, num_running, num_waiting))
+        started = [new for plan in self._plans for new in plan.scheduled_new_reqs]
         return StepReport(
             events,
-            num_running=num_running,
-            num_waiting=num_waiting,
-            kv_cache_usage=round(scheduler.kv_cache_manager.usage, 4),
+            num_running=len(self._scheduler.running),
+            num_waiting=len(self._scheduler.waiting),
+            kv_cache_usage=round(self._scheduler.kv_cache_manager.usage, 4),
             num_prompt_tokens=num_prompt_tokens,
+            num_tokens=sum(plan.total_num_scheduled_tokens for plan in self._plans),
+            num_looked_up=sum(len(new.prompt_token_ids) for new in started),
+            num_found=sum(new.num_computed_tokens for new in started),
+            step_s=round(time.perf_counter() - began_s, 6),
         )
 
     def take_back(self) -> list[SequenceRequest]:
         """Returns the sequences that vLLM has not started, and forgets them."""
-        waiting = {int(request.request_id.partition("-")[0]) for request in self._scheduler.waiting}
+        waiting = {_seq_id(request.request_id) for request in self._scheduler.waiting}
         unstarted = [r for r in self._requests.values() if r.seq_id in waiting and r.seq_id not in self._started]
         for request in unstarted:
             self.cancel(request.seq_id)
@@ -142,9 +147,21 @@ class VllmEngine:
 
         def noticed() -> Any:
             outputs = get_output()
-            # vLLM adds a random end to its requests' names.
-            self._not_finite = {int(o.request_id.partition("-")[0]) for o in outputs.outputs if o.num_nans_in_logits}
+            self._not_finite = {_seq_id(o.request_id) for o in outputs.outputs if o.num_nans_in_logits}
             return outputs
+
+        return noticed
+
+    def _noticing_plans(self, schedule: Callable[..., Any]) -> Callable[..., Any]:
+        """Wraps vLLM's decision what a step reads, of which its outputs say nothing."""
+
+        def noticed(*arguments: Any) -> Any:
+            plan = schedule(*arguments)
+            self._plans.append(plan)
+            if plan.scheduled_new_reqs and self._on_admission is not None:
+                scheduler, admitted = self._scheduler, [_seq_id(new.req_id) for new in plan.scheduled_new_reqs]
+                self._on_admission(Admission(admitted, len(scheduler.running), len(scheduler.waiting)))
+            return plan
 
         return noticed
 
@@ -202,6 +219,11 @@ class VllmEngine:
             self._requests.pop(request.seq_id)
             self._started.discard(request.seq_id)
         return events
+
+
+def _seq_id(name: str) -> int:
+    """Returns the number of a sequence; vLLM adds a random end to its requests' names."""
+    return int(name.partition("-")[0])
 
 
 def _candidates(entries: dict[int, Any], token_id: int, num_top: int) -> Candidates:

@@ -18,7 +18,7 @@ from model.generate import generate
 from model.gpt import GPT
 from model.sampling_params import SamplingParams
 from model.tokenizer import Tokenizer
-from serving.engine.messages import FinishReason, SequenceRequest, TokenEvent
+from serving.engine.messages import FinishReason, SequenceRequest, StepReport, TokenEvent
 from serving.engine_process.client import EngineClient, EngineDiedError
 from serving.engine_process.health import HealthCheck
 from tests.serving.endpoint_parts import loopback_server, replica_app, replica_client
@@ -120,6 +120,44 @@ def assert_scores(event: TokenEvent, expected: torch.Tensor, prompt: list[int]) 
 def logprobs(model: GPT, token_ids: list[int]) -> torch.Tensor:
     """(T, V)"""
     return model.logits(model(torch.tensor([token_ids]))[0]).log_softmax(dim=-1)
+
+
+class Seen:
+    """Keeps what an engine reports of its steps."""
+
+    def __init__(self) -> None:
+        self.waits_s: list[float] = []
+        self.steps: list[StepReport] = []
+
+    def admitted(self, waited_s: float) -> None:
+        self.waits_s.append(waited_s)
+
+    def stepped(self, report: StepReport) -> None:
+        self.steps.append(report)
+
+
+@installed
+@pytest.mark.slow
+def test_it_reports_its_steps_its_queue_and_its_cache_as_our_engine_does(folder: Path) -> None:
+    seen = Seen()
+
+    async def scenario() -> None:
+        settings = vllm_config(max_num_seqs=1, vllm_args={"block_size": 16})
+        client = await EngineClient.start(folder, config=settings, eos_id=None, threads=1)
+        try:
+            prompt = list(range(1, 101))
+            requests = [SequenceRequest(client.next_seq_id(), prompt, 4, GREEDY, ignore_eos=True) for _ in range(2)]
+            async for _event in client.submit(requests, observer=seen):
+                pass
+        finally:
+            await client.close()
+
+    asyncio.run(scenario())
+    # The second prompt of 100 tokens is in the cache up to its last whole block of 16.
+    steps = [(step.num_tokens, step.num_looked_up, step.num_found) for step in seen.steps if step.num_tokens]
+    assert steps == [(100, 100, 0), (1, 0, 0), (1, 0, 0), (1, 0, 0), (4, 100, 96), (1, 0, 0), (1, 0, 0), (1, 0, 0)]
+    first, second = seen.waits_s
+    assert first < second and second > sum(step.step_s for step in seen.steps[1:4]) > 0
 
 
 @installed
