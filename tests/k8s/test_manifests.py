@@ -203,7 +203,7 @@ def test_kueue_holds_every_job_until_there_is_room() -> None:
 @pytest.mark.parametrize("kustomization", KUSTOMIZATIONS)
 def test_endpoint_builds_from_its_manifest(kustomization: str, tmp_path: Path) -> None:
     keys = tmp_path / "keys"
-    keys.write_text("a key\n")
+    keys.write_text("a-key\n")
     config = run_rules.serve_config(find(render(kustomization), "RayService/completions"))
     app = build_app(config.model_copy(update={"api_key_file": str(keys)}))
     assert isinstance(app, serve.Application)

@@ -142,7 +142,7 @@ def test_it_reports_its_steps_its_queue_and_its_cache_as_our_engine_does(folder:
     seen = Seen()
 
     async def scenario() -> None:
-        settings = vllm_config(max_num_seqs=1, vllm_args={"block_size": 16})
+        settings = vllm_config(max_num_seqs=1, vllm_args={"block_size": 32})
         client = await EngineClient.start(folder, config=settings, eos_id=None, threads=1)
         try:
             prompt = list(range(1, 101))
@@ -153,7 +153,7 @@ def test_it_reports_its_steps_its_queue_and_its_cache_as_our_engine_does(folder:
             await client.close()
 
     asyncio.run(scenario())
-    # The second prompt of 100 tokens is in the cache up to its last whole block of 16.
+    # The second prompt of 100 tokens is in the cache up to its last whole block of 32.
     steps = [(step.num_tokens, step.num_looked_up, step.num_found) for step in seen.steps if step.num_tokens]
     assert steps == [(100, 100, 0), (1, 0, 0), (1, 0, 0), (1, 0, 0), (4, 100, 96), (1, 0, 0), (1, 0, 0), (1, 0, 0)]
     first, second = seen.waits_s
