@@ -9,9 +9,10 @@ from cluster.settings.code_folders import CODE_FOLDERS
 from tests.repository import REPOSITORY
 from tests.time_limits import limit_s
 
-OF_AN_EXTRA = {  # whole modules, imported only by the commands that name the extra
+OF_AN_EXTRA = {  # whole modules, imported only by the commands that name the extra, and by each other
     "cluster/kube/client.py": {"kubernetes", "urllib3"},
     "serving/engine/vllm_engine.py": {"vllm"},  # in an environment of its own
+    "serving/engine/vllm_weights.py": {"vllm"},
 }
 
 

@@ -85,14 +85,13 @@ def test_what_was_promoted_is_known_after_the_death_of_the_coordinator(root: Roo
 def test_a_replica_that_ends_with_new_weights_in_its_only_engine_is_their_fault_unless_it_leaves(
     is_leaving: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serving.delivery.coordinator.REPLICA_LOST_S", 0.05)
-
     async def check() -> None:
         one = Coordinator(ServeConfig(storage=StorageConfig(uri=str(tmp_path))), deployment="one")
         await promoted(one)
         slots = {1: READY, 2: SlotReport(SlotStatus.READY, in_place=True)}
         await one.exchange("one", ReplicaReport("other", 2, slots, is_leaving=is_leaving))
         assert len((await one.status())["replicas"]) == (1 if is_leaving else 2)
+        monkeypatch.setattr("serving.delivery.coordinator.REPLICA_LOST_S", 0.05)
         await asyncio.sleep(0.1)
         reply = await one.exchange("one", ReplicaReport("r", 2, {1: READY, 2: READY}))
         assert reply.delivery is not None
