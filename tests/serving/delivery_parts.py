@@ -20,11 +20,19 @@ from model.generate import generate
 from model.gpt import GPT
 from model.sampling_params import SamplingParams
 from model.tokenizer import Tokenizer, train_bpe
+from serving.delivery.promotion import Version, version_of
+from serving.protocol.served_model import read_served_model
 from tests.serving.tiny_models import as_transformers_folder, write_model
 from tests.time_limits import limit_s
 from tests.waiting import wait_until
 
 MAX_TOKENS = 24
+
+
+def served(folder: Path, serial: int) -> Version:
+    """Returns the version of a checkpoint folder, with this serial."""
+    found = version_of(read_served_model(folder, name=None), checkpoint=str(folder))
+    return found.model_copy(update={"serial": serial})
 
 
 def version(checkpoint: Path) -> str:

@@ -15,9 +15,9 @@ from model.tokenizer import Tokenizer
 from serving.api.access import AccessRules, CurrentAccess
 from serving.api.ingress import build_http_app
 from serving.api.metrics import ReplicaMetrics
-from serving.delivery.promotion import Delivery, Outcome, Phase, Terms, Version, version_of
+from serving.delivery.promotion import Delivery, Outcome, Phase, Terms, Version
 from serving.delivery.versions import Versions
-from serving.protocol.served_model import read_served_model
+from tests.serving.delivery_parts import served
 from tests.serving.tiny_models import write_model
 from tests.waiting import wait_in_loop_until
 
@@ -30,11 +30,6 @@ def other(model: GPT, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFac
     gpt = GPT(model.config)
     gpt.init_weights(2)
     return write_model(tmp_path_factory.mktemp("checkpoints") / "step-8", gpt.eval(), tokenizer, step=8)
-
-
-def served(folder: Path, serial: int) -> Version:
-    found = version_of(read_served_model(folder, name="tiny"), checkpoint=str(folder))
-    return found.model_copy(update={"serial": serial})
 
 
 async def seen(http: httpx.AsyncClient, name: str, **labels: str) -> dict[str, float]:

@@ -10,10 +10,10 @@ import pytest
 from cluster.settings.serve import EngineConfig, ServeConfig
 from model.gpt import GPT
 from model.tokenizer import Tokenizer
-from serving.delivery.promotion import Delivery, Phase, Route, Terms, Version, version_of
+from serving.delivery.promotion import Delivery, Phase, Route, Terms
 from serving.delivery.routed_request import RETRY_HEADER, RoutedRequest
 from serving.delivery.versions import Versions
-from serving.protocol.served_model import read_served_model
+from tests.serving.delivery_parts import served
 from tests.serving.tiny_models import write_model
 from tests.waiting import wait_in_loop_until
 
@@ -25,11 +25,6 @@ def other(model: GPT, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFac
     gpt = GPT(model.config)
     gpt.init_weights(2)
     return write_model(tmp_path_factory.mktemp("checkpoints") / "step-8", gpt.eval(), tokenizer, step=8)
-
-
-def served(folder: Path, serial: int) -> Version:
-    found = version_of(read_served_model(folder, name=None), checkpoint=str(folder))
-    return found.model_copy(update={"serial": serial})
 
 
 @asynccontextmanager
