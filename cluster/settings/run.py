@@ -51,6 +51,9 @@ TOKENS = "tokens://"
 Compute = Literal["plain", "compiled", "cpu"]
 """Ways to compute a training step."""
 
+Shard = Literal["none", "optimizer", "gradients", "parameters"]
+"""What the workers of a run may divide among them."""
+
 QualityRule = Literal["word_count", "word_length", "symbol_ratio", "line_marks", "alphabetic_words", "stop_words"]
 """Names of `data.quality_rules`."""
 
@@ -162,7 +165,6 @@ class TrainConfig(Settings):
         False, "keep each block's input alone for backward, which computes the rest again: less memory, the same bits"
     )
     exact: bool = setting(True, "the same bits for any number of workers; false is stock DistributedDataParallel")
-    shard_optimizer: bool = setting(False, "each worker keeps AdamW's moments of its own part of the weights (ZeRO-1)")
     seed: int = setting(0, "initial weights, sample order, dropout", ge=0, lt=2**63)
     max_skipped_steps: NonNegativeInt = setting(3, "bad steps in a row that are skipped before the run is rolled back")
     max_rollbacks: NonNegativeInt = setting(3, "rollbacks after which a run stops instead of rolling back")
@@ -219,12 +221,6 @@ class TrainConfig(Settings):
             )
         return self
 
-    @model_validator(mode="after")
-    def _shards_only_exact(self) -> Self:
-        if self.shard_optimizer and not self.exact:
-            raise ValueError("train.shard_optimizer needs train.exact: shards are what the exact sum's ranks own")
-        return self
-
 
 class ScalingConfig(Settings):
     """The number of training workers, and what each may use."""
@@ -233,6 +229,16 @@ class ScalingConfig(Settings):
     max_workers: PositiveInt = setting(2, "training grows up to this many workers")
     threads_per_worker: PositiveInt = setting(1, "compute threads, and logical CPUs, of a worker")
     use_gpu: bool = setting(False, "one GPU per worker")
+    shard: Shard = setting(
+        "none",
+        "what a worker keeps its own part of alone: optimizer, AdamW's moments (ZeRO-1); gradients, their sums too "
+        "(ZeRO-2); parameters, the weights too (ZeRO-3). The bits are the same, and a resume may choose another one",
+    )
+    shard_group: PositiveInt | None = setting(
+        None,
+        "workers that hold one copy of what shard=gradients or parameters divides, usually a node's: the largest such "
+        "number that divides the workers is taken; all of them when unset",
+    )
     resize_check_s: PositiveFloat = setting(10.0, "seconds between looks for newly available workers")
     max_fruitless_attempts: PositiveInt = setting(6, "attempts in a row without progress after which the run gives up")
     hang_timeout_s: NonNegativeFloat = setting(30.0, "silent seconds after which a worker is killed; 0 never does")
@@ -244,7 +250,14 @@ class ScalingConfig(Settings):
     def _ordered(self) -> Self:
         if self.min_workers > self.max_workers:
             raise ValueError(f"min_workers={self.min_workers} exceeds max_workers={self.max_workers}")
+        if self.shard_group and self.shard not in ("gradients", "parameters"):
+            raise ValueError(f"scaling.shard_group is for scaling.shard=gradients or parameters; it is {self.shard}")
         return self
+
+    def group_size(self, world_size: int) -> int:
+        """Returns the number of workers that hold one copy of what is sharded."""
+        most = min(self.shard_group or world_size, world_size)
+        return next(size for size in range(most, 0, -1) if world_size % size == 0)
 
 
 class ClusterConfig(Settings):
@@ -278,6 +291,7 @@ FORMER_SETTINGS: dict[str, Any] = {
     "train.spike_window": 64,
     "train.sample_tokens": None,
     "train.timing": None,
+    "train.shard_optimizer": None,
     "scaling.max_failures": None,
     "scaling.start_timeout_s": None,
     "scaling.standby": None,
@@ -309,6 +323,10 @@ class RunConfig(Settings):
             raise ValueError(f"{train.lane_in_words} does not divide train.global_batch_size={train.global_batch_size}")
         if train.compute == "cpu" and self.scaling.use_gpu:
             raise ValueError("train.compute=cpu is for CPUs, and scaling.use_gpu is set; leave out one of them")
+        if self.scaling.shard != "none" and not train.exact:
+            raise ValueError(
+                f"scaling.shard={self.scaling.shard} needs train.exact: shards are what the exact sum's workers own"
+            )
         schedule, batch = batch_schedule(self), "batch_ramp_start" if train.batch_ramp_start else "global_batch_size"
         if schedule.num_lanes(1) < self.scaling.max_workers:
             raise ValueError(

@@ -150,7 +150,6 @@ def _with(config: RunConfig, shape: object, *, micro_batch_size: int, **changes:
         "global_batch_size": 2 * micro_batch_size,
         "batch_ramp_tokens": 0,
         "batch_ramp_start": None,
-        "shard_optimizer": False,
         "exact": True,
     }
     train = config.train.model_copy(update=step | changes)

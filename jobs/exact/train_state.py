@@ -1,9 +1,9 @@
 """Holds and updates the state that a training step changes: the weights and AdamW's moments, in flat buffers.
 
 The model's parameters and gradients are views into flat fp32 buffers (`flat_layout`), so a lane's gradient is summed,
-clipped and applied as one vector. With `train.shard_optimizer` (ZeRO-1, arXiv 1910.02054) a rank holds moments only of
-the parts that it owns, and updates only those weights, which it then sends to all: the same bits, because AdamW works
-value by value.
+clipped and applied as one vector. With `scaling.shard=optimizer` (ZeRO-1, arXiv 1910.02054) a rank holds moments of
+the parts that it owns alone, and updates only those weights, which it then sends to all: the same bits, because AdamW
+works value by value.
 """
 
 import math
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.adamw import adamw  # the optimizer's class imports torch._dynamo, which takes a second
 
-from cluster.settings.run import TrainConfig
+from cluster.settings.run import Shard, TrainConfig
 from jobs.exact.bucket_exchange import gather_parts
 from jobs.exact.flat_layout import FlatLayout, at, end_to_end, part_of, shared, stretches
 from jobs.exact.host_copies import HostCopies
@@ -45,12 +45,20 @@ class StatePiece(NamedTuple):
 class TrainState:
     """The model, its flat buffers and its optimizer."""
 
-    def __init__(self, model: GPT, config: TrainConfig, *, device: torch.device, group: WorkerGroup = ALONE) -> None:
+    def __init__(
+        self,
+        model: GPT,
+        config: TrainConfig,
+        *,
+        device: torch.device,
+        group: WorkerGroup = ALONE,
+        shard: Shard = "none",
+    ) -> None:
         self.model, self.device, self.num_updates = model, device, 0
         self.layout = layout = FlatLayout.of(parameter_shapes(model.config))
         self._group, self._config = group, config
         self.copies = HostCopies(device)
-        self.is_sharded = config.shard_optimizer and group.world_size > 1
+        self.is_sharded = shard != "none" and group.world_size > 1
         self.values = large_zeros(layout.size, device=device)  # (P,)
         self.gradient = large_zeros(layout.size, device=device)  # (P,)
         for name, parameter in model.named_parameters():

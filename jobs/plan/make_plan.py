@@ -71,7 +71,7 @@ def make_plan(config: RunConfig, options: PlanConfig) -> dict[str, Any]:
         "step_s": step_s,
         "tokens_per_s": num_tokens / (days / count * 86_400),
     }
-    plan["memory_bytes"] = _memory(config, layout, count, is_sharded=config.train.shard_optimizer)
+    plan["memory_bytes"] = _memory(config, layout, count, is_sharded=config.scaling.shard != "none")
     plan["memory_bytes_sharded"] = _memory(config, layout, count, is_sharded=True)
     plan["gpu_memory_bytes"] = gpu.memory_bytes
     plan["largest_preset"] = largest_preset(config, options)
@@ -80,7 +80,7 @@ def make_plan(config: RunConfig, options: PlanConfig) -> dict[str, Any]:
         layout,
         world_size=count,
         gpus_per_node=options.gpus_per_node,
-        shard_optimizer=config.train.shard_optimizer,
+        shard_optimizer=config.scaling.shard != "none",
     )
     plan["exchange"] = _exchange(config, options, layout, count)
     plan["checkpoint"] = _checkpoint(config, options, size, count, step_s)

@@ -116,7 +116,7 @@ def worker_needs(config: RunConfig) -> dict[str, Any]:
     """Returns `worker_bytes` of a node's memory and `device_bytes` of a GPU's, which a worker needs, and `problems` in
     words: settings that differ from those that the run began with."""
     planned, scaling = planned_vocabulary(config), config.scaling
-    shape: dict[str, Any] = {"world_size": scaling.min_workers, "shard_optimizer": config.train.shard_optimizer}
+    shape: dict[str, Any] = {"world_size": scaling.min_workers, "shard_optimizer": scaling.shard != "none"}
     training = max(  # as precision `auto` is settled where the workers run, there must be room for either
         sum(gpu_memory(with_precision(planned, precision), layout_of(planned.model), **shape).values())
         for precision in get_args(Precision)

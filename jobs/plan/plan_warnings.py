@@ -37,8 +37,8 @@ def _memory(config: RunConfig, options: PlanConfig, plan: dict[str, Any]) -> Ite
     if needed > FULL_MEMORY * has:
         sharded = plan["memory_bytes_sharded"]["total"]
         way_out = (
-            f"--train.shard-optimizer true makes it {sharded / 1e9:,.1f} GB"
-            if sharded <= FULL_MEMORY * has and not config.train.shard_optimizer
+            f"--scaling.shard optimizer makes it {sharded / 1e9:,.1f} GB"
+            if sharded <= FULL_MEMORY * has and config.scaling.shard == "none"
             else f"the largest preset that does in bf16 is {plan['largest_preset']}. What follows is arithmetic"
         )
         yield (

@@ -53,7 +53,7 @@ def scales(config: RunConfig, options: PlanConfig) -> list[Row]:
 
 
 def _scale(config: RunConfig, options: PlanConfig, layout: FlatLayout, size: int) -> Row:
-    gpu, lanes, sharded = options.hardware, batch_schedule(config).full_lanes, config.train.shard_optimizer
+    gpu, lanes, sharded = options.hardware, batch_schedule(config).full_lanes, config.scaling.shard != "none"
     step_tokens = lanes * batch_schedule(config).lane_tokens
     rate = options.mfu * gpu.peak_flops_per_s
     lane_s = flops_per_token(config.model, seq_len(config)) * batch_schedule(config).lane_tokens / rate

@@ -17,7 +17,7 @@ _MEASURING = {
     f"train.{name}"
     for name in (
         *("eval_every_steps", "eval_max_tokens", "sample_prompts", "layer_statistics_every_steps"),
-        *("hash_every_steps", "while_tokenizing", "shard_optimizer"),
+        *("hash_every_steps", "while_tokenizing"),
     )
 }
 """Settings of training on which no bit depends."""

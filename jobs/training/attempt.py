@@ -251,7 +251,7 @@ class Attempt:
             model.init_weights(config.train.seed)
         if device.type == "cuda":
             self.group.streams[:] = [torch.cuda.current_stream(device)]
-        self.state = TrainState(model, config.train, device=device, group=self.group)
+        self.state = TrainState(model, config.train, device=device, group=self.group, shard=config.scaling.shard)
         if begun.snapshot:
             self.guard = GuardState.from_json(self.snapshots.restore(begun.snapshot, self.state)["guard"])
             self.group.prove(begun.snapshot.header.step, device)  # a checkpoint of it may be due

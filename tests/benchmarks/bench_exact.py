@@ -79,9 +79,9 @@ def measure() -> dict[str, float]:
     with tempfile.TemporaryDirectory(prefix="raymill-bench-exact-") as scratch:
         folder = Path(scratch)
         memory = {}
-        for sharded in (False, True):
-            finish_pair(start_pair(functools.partial(memory_process, folder=folder, sharded=sharded)))
-            memory[sharded] = float((folder / f"memory-{sharded}.mb").read_text())
+        for shard in ("none", "optimizer"):
+            finish_pair(start_pair(functools.partial(memory_process, folder=folder, shard=shard)))
+            memory[shard] = float((folder / f"memory-{shard}.mb").read_text())
         stock = start_pair(functools.partial(stock_process, folder=folder))
         trainer = threading.Thread(target=fit, args=(folder,), daemon=True)
         trainer.start()
@@ -113,8 +113,8 @@ def measure() -> dict[str, float]:
         "exact_bytes_per_step": round(bytes_per_step),
         "ring_bytes_per_step": round(ring_bytes),
         "exact_over_ring_bytes": round(bytes_per_step / ring_bytes, 4),
-        "memory_mb_per_worker": round(memory[False], 1),
-        "memory_mb_per_worker_sharded": round(memory[True], 1),
+        "memory_mb_per_worker": round(memory["none"], 1),
+        "memory_mb_per_worker_sharded": round(memory["optimizer"], 1),
     }
 
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cluster.settings.run import RunConfig, batch_schedule, seq_len
+from cluster.settings.run import RunConfig, Shard, batch_schedule, seq_len
 from jobs.exact.batch_gradient import BatchGradient
 from jobs.exact.train_state import TrainState
 from jobs.run.step_timer import StepTimer
@@ -36,16 +36,17 @@ StepFunction = Callable[[int], float]
 """Takes the step of this number; returns the seconds that it waited for other ranks."""
 
 
-def run_config(*, sharded: bool = False) -> RunConfig:
+def run_config(*, shard: Shard = "none") -> RunConfig:
     batch = WORLD_SIZE * LANES_PER_RANK * MICRO_BATCH_SIZE
     train = {
         "global_batch_size": batch,
         "micro_batch_size": MICRO_BATCH_SIZE,
         "max_tokens": 1000 * batch * 256,
-        "shard_optimizer": sharded,
         "precision": "fp32",  # which any processor computes at speed, and both sides
     }
-    return RunConfig.model_validate({"model": {"preset": "small-10m", "vocab_size": VOCAB_SIZE}, "train": train})
+    return RunConfig.model_validate(
+        {"model": {"preset": "small-10m", "vocab_size": VOCAB_SIZE}, "train": train, "scaling": {"shard": shard}}
+    )
 
 
 class MadeRows:
@@ -66,15 +67,15 @@ class MadeRows:
 class ExactTrainer:
     """Takes the steps of `jobs/training/train_loop.py`, without its records."""
 
-    def __init__(self, rank: int, *, sharded: bool) -> None:
-        config, group = run_config(sharded=sharded), WorkerGroup(rank, WORLD_SIZE)
+    def __init__(self, rank: int, *, shard: Shard = "none") -> None:
+        config, group = run_config(shard=shard), WorkerGroup(rank, WORLD_SIZE)
         torch.set_num_threads(1)
         keep_freed_memory()
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
         model = GPT(config.model)
         model.init_weights(0)
-        self.state = TrainState(model, config.train, device=CPU, group=group)
+        self.state = TrainState(model, config.train, device=CPU, group=group, shard=shard)
         rows: Any = MadeRows(config)
         self.gradient = BatchGradient(config, self.state, rows, group, eot_id=None)
         self.timer, self.bytes_sent = StepTimer(), 0
@@ -165,21 +166,21 @@ def stock_process(rank: int, folder: Path) -> None:
 
 def exact_worker(settings: dict[str, Any]) -> None:
     rank = ray.train.get_context().get_world_rank()
-    trainer, folder = ExactTrainer(rank, sharded=False), Path(settings["folder"])
+    trainer, folder = ExactTrainer(rank), Path(settings["folder"])
     take_turns(folder, "exact", rank, trainer.step)
     if rank == 0:
         (folder / "bytes").write_text(str(trainer.bytes_sent / (NUM_ROUNDS * STEPS_PER_ROUND)))
 
 
-def memory_process(rank: int, folder: Path, *, sharded: bool) -> None:
+def memory_process(rank: int, folder: Path, *, shard: Shard) -> None:
     """Records the peak growth of this process from before it had a model until after three steps."""
-    store = f"file://{folder}/memory-{sharded}"
+    store = f"file://{folder}/memory-{shard}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD_SIZE)
     before = psutil.Process().memory_info().rss
-    trainer = ExactTrainer(rank, sharded=sharded)
+    trainer = ExactTrainer(rank, shard=shard)
     for number in range(1, 4):
         trainer.step(number)
     peak = 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
     if rank == 0:
-        (folder / f"memory-{sharded}.mb").write_text(str((peak - before) / 1e6))
+        (folder / f"memory-{shard}.mb").write_text(str((peak - before) / 1e6))
     dist.destroy_process_group()

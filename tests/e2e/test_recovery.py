@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run_config(folder: Path, run_id: str, *, shard_optimizer: bool = False, **scaling: Any) -> RunConfig:
+def run_config(folder: Path, run_id: str, **scaling: Any) -> RunConfig:
     return tiny_run(
         folder,
         run_id,
@@ -46,7 +46,6 @@ def run_config(folder: Path, run_id: str, *, shard_optimizer: bool = False, **sc
         batch_size=32,
         lane_size=2,
         dropout=0.1,
-        train={"shard_optimizer": shard_optimizer},
         **scaling,
     )
 
@@ -89,7 +88,7 @@ def test_the_only_worker_is_killed(connection: Connection, folder: Path, undistu
 def test_a_sharded_state_survives_a_worker(
     connection: Connection, folder: Path, undisturbed: tuple[str, list[float]]
 ) -> None:
-    config = run_config(folder, "sharded", shard_optimizer=True, min_workers=2, max_workers=2)
+    config = run_config(folder, "sharded", shard="optimizer", min_workers=2, max_workers=2)
     result, losses_of_run, ledger = run(connection, config, "kill-worker@12")
     assert [start["from_memory"] for start in ledger.events("start")] == [False, True]
     assert max(recovery.lost_steps for recovery in ledger.recoveries()) <= 1

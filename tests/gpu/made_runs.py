@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cluster.settings.run import RunConfig, seq_len
+from cluster.settings.run import RunConfig, Shard, seq_len
 from jobs.exact.batch_gradient import BatchGradient, Measured
 from jobs.exact.train_state import TrainState
 from jobs.run.step_timer import CudaClock, StepTimer
@@ -28,7 +28,12 @@ _SIZES = {"cpu": (24, 24, 2, 2, 2), "cuda": (256, 256, 4, 4, 4)}
 
 
 def made_config(
-    device: torch.device, *, num_lanes: int = 4, model: dict[str, Any] | None = None, **train: Any
+    device: torch.device,
+    *,
+    num_lanes: int = 4,
+    model: dict[str, Any] | None = None,
+    shard: Shard = "none",
+    **train: Any,
 ) -> RunConfig:
     """Returns the settings of a run on the device, with changes of the model and of `train`."""
     length, width, heads, layers, size = _SIZES[device.type]
@@ -44,7 +49,7 @@ def made_config(
             # Wide enough that attention is far from uniform, so that a wrong score changes the loss.
             "model": shape | {"initializer_range": 0.1} | (model or {}),
             "train": settings | train,
-            "scaling": {"max_workers": 1, "use_gpu": device.type == "cuda"},
+            "scaling": {"max_workers": 1, "use_gpu": device.type == "cuda", "shard": shard},
         }
     )
 
@@ -98,7 +103,9 @@ class MadeRun:
         with device if draw else nullcontext():
             model = GPT(config.model)
         draw(model) if draw else model.init_weights(config.train.seed)
-        self.state = TrainState(model.train(), config.train, device=device, group=self.group)
+        self.state = TrainState(
+            model.train(), config.train, device=device, group=self.group, shard=config.scaling.shard
+        )
         rows: Any = self.rows
         with as_in_training(config):
             self.gradient = BatchGradient(config, self.state, rows, self.group, eot_id=self.eot_id)

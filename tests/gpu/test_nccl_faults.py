@@ -22,8 +22,8 @@ pytestmark = [
 def plan_in(folder: Path, *, sharded: bool) -> RunPlan:
     folder.mkdir()
     settings: dict[str, Any] = {
-        "train": {"eval_every_steps": 8, "shard_optimizer": sharded, "precision": "bf16", "compute": "plain"},
-        "scaling": {"max_workers": 2, "use_gpu": True},
+        "train": {"eval_every_steps": 8, "precision": "bf16", "compute": "plain"},
+        "scaling": {"max_workers": 2, "use_gpu": True, "shard": "optimizer" if sharded else "none"},
         "checkpoint": {"save_every_steps": 2, "num_to_keep": 9},
     }
     return tiny_plan(str(folder), **settings)

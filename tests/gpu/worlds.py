@@ -40,7 +40,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
             "num_lanes": 7,
             "precision": "bf16",
             "compute": "plain",
-            "shard_optimizer": True,
+            "shard": "optimizer",
             "model": {"tie_word_embeddings": False},
         },
     },

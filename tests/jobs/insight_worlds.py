@@ -30,7 +30,6 @@ def plan_of(name: str, folder: Path) -> RunPlan:
         "eval_every_steps": 1000,
         "eval_max_tokens": 64,
         "sample_prompts": [],
-        "shard_optimizer": name == "sharded",
     }
     return tiny_plan(
         str(folder / name),
@@ -38,7 +37,7 @@ def plan_of(name: str, folder: Path) -> RunPlan:
         num_steps=NUM_STEPS,
         train=settings,
         checkpoint={"save_every_steps": 1000},
-        scaling={"max_workers": WORLDS[name]},
+        scaling={"max_workers": WORLDS[name], "shard": "optimizer" if name == "sharded" else "none"},
     )
 
 

@@ -78,11 +78,16 @@ class Case:
             "max_tokens": 1000 * SEQ_LEN,
             "precision": self.precision,
             "exact": self.exact,
-            "shard_optimizer": self.sharded,
         }
         if self.start_lanes:
             train |= {"batch_ramp_start": 2 * self.start_lanes, "batch_ramp_tokens": 20 * 2 * SEQ_LEN}
-        return RunConfig.model_validate({"model": model, "train": train, "scaling": {"max_workers": 1}})
+        return RunConfig.model_validate(
+            {
+                "model": model,
+                "train": train,
+                "scaling": {"max_workers": 1, "shard": "optimizer" if self.sharded else "none"},
+            }
+        )
 
 
 CASES = [
@@ -128,7 +133,7 @@ class Trainer:
         torch.use_deterministic_algorithms(case.exact)
         model = GPT(config.model)
         model.init_weights(0)
-        self.state = TrainState(model, config.train, device=CPU, group=group)
+        self.state = TrainState(model, config.train, device=CPU, group=group, shard=config.scaling.shard)
         self.gradient = BatchGradient(config, self.state, MadeRows(), group, eot_id=EOT if case.documents else None)  # type: ignore[arg-type]
 
     def steps(self, steps: range) -> list[float]:

@@ -60,13 +60,12 @@ class Elsewhere(Snapshots):
         return (self._chunk[: len(span)] for span in spans)
 
 
-@pytest.fixture(params=[False, True], ids=["whole", "sharded"])
+@pytest.fixture(params=["none", "optimizer"])
 def state(request: pytest.FixtureRequest) -> Iterator[TrainState]:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
     with META:
         model = GPT(LARGE)
-    config = TrainConfig(shard_optimizer=request.param)
-    yield TrainState(model, config, device=META, group=WorkerGroup(0, 8))
+    yield TrainState(model, TrainConfig(), device=META, group=WorkerGroup(0, 8), shard=request.param)
     dist.destroy_process_group()
 
 

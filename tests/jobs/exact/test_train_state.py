@@ -152,13 +152,13 @@ def test_parts_of_any_world_make_the_state_in_any_other() -> None:
     whole = make_state()
     for gradient in gradients(whole, 3):
         apply(whole, gradient, learning_rate=RATE)
-    config = TrainConfig(shard_optimizer=True)
     for world_size in (1, 3, 4):
         ranks = []
         for rank in range(world_size):
             model = make_model()
             model.load_state_dict(whole.model.state_dict())
-            state = TrainState(model, config, device=torch.device("cpu"), group=WorkerGroup(rank, world_size))
+            group = WorkerGroup(rank, world_size)
+            state = TrainState(model, TrainConfig(), device=torch.device("cpu"), group=group, shard="optimizer")
             state.load_moments(moments(whole))
             ranks.append(state)
         fresh = make_state(make_model())

@@ -44,7 +44,7 @@ def test_more_gpus_compute_faster_and_wait_longer() -> None:
 
 def test_zero_1_lightens_snapshots() -> None:
     config, options = documented()
-    sharded = config.model_copy(update={"train": config.train.model_copy(update={"shard_optimizer": True})})
+    sharded = config.model_copy(update={"scaling": config.scaling.model_copy(update={"shard": "optimizer"})})
     whole, shares = scales(config, options)[-1], scales(sharded, options)[-1]
     assert shares["snapshot_s"] == pytest.approx(whole["snapshot_s"] / 4096 * 8), "the 8 GPUs of a node divide it"
     assert shares["snapshot_wait_s"] == 0 < whole["snapshot_wait_s"] < whole["snapshot_s"]

@@ -23,7 +23,7 @@ def test_a_step_that_is_not_proven_leaves_no_trace(tmp_path: Path, sharded: bool
     }
     undisturbed = tiny_plan(str(tmp_path / "undisturbed"), **settings)
     train(undisturbed, rank=0, world_size=1)
-    settings["train"] |= {"shard_optimizer": sharded}
+    settings["scaling"] = {"shard": "optimizer" if sharded else "none"}
     cut_offs = CUT_OFFS
     if sharded:  # the second gather of a step follows that of the updated weights
         cut_offs = [replace(cut, number=1) for cut in CUT_OFFS if cut.rank == 0]
