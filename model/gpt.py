@@ -164,7 +164,7 @@ class Transformer(nn.Module):
         tokens = self.ops.embed(token_ids, self.wte.weight, shared=self.is_tied)
         x = F.dropout(tokens + self.ops.embed(positions, self.wpe.weight, shared=False), self.dropout, self.training)
         for block in self.h:
-            x = self.ops.block(block, x, mask) if window is None else block(x, window, mask)
+            x = self.ops.block(block, x, window, mask)
         return self.ln_f(x)
 
 

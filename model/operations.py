@@ -24,7 +24,7 @@ class Operations(NamedTuple):
     affine: Callable[[Tensor, Tensor, Tensor], Tensor]
     """(x (N, in), weight (in, out), bias): x @ weight + bias, in autocast's type where that is on."""
     block: Callable[..., Tensor]
-    """(block, x (B, T, C), mask): what the block makes of x."""
+    """(block, x (B, T, C), window of a KV cache, mask): what the block makes of x."""
     cross_entropy: Callable[..., Tensor]
     """As `linear_cross_entropy`."""
 
@@ -37,8 +37,8 @@ def _affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.addmm(bias, x, weight)
 
 
-def _block(block: nn.Module, x: Tensor, mask: Any) -> Tensor:
-    y: Tensor = block(x, None, mask)
+def _block(block: nn.Module, x: Tensor, window: Any, mask: Any) -> Tensor:
+    y: Tensor = block(x, window, mask)
     return y
 
 
@@ -60,8 +60,8 @@ def compiled(backend: "str | Callable[..., Any]" = "inductor") -> Operations:
     fused = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend)
     block, chunk = fused(_block), fused(losses_and_gradients)
 
-    def block_in_training(module: nn.Module, x: Tensor, mask: Any) -> Tensor:
-        y: Tensor = (block if torch.is_grad_enabled() else _block)(module, x, mask)
+    def block_in_training(module: nn.Module, x: Tensor, window: Any, mask: Any) -> Tensor:
+        y: Tensor = (block if torch.is_grad_enabled() else _block)(module, x, window, mask)
         return y
 
     return PLAIN._replace(block=block_in_training, cross_entropy=partial(linear_cross_entropy, chunk=chunk))

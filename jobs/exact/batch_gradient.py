@@ -5,9 +5,7 @@ of one micro-batch or of a few in order; its loss is the mean over all counted t
 """
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
 
 import numpy as np
 import torch
@@ -16,20 +14,26 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cluster.settings.run import RunConfig, batch_schedule, way_to_compute
-from jobs.exact.bucket_exchange import BucketExchange, gradient_norm
+from jobs.exact.bucket_exchange import BucketExchange
 from jobs.exact.compute import MicroBatch, autocast, choose_operations, micro_batch
-from jobs.exact.exact_reduce import lane_steps, maximal_subtrees, tree_sum
-from jobs.exact.flat_layout import at
+from jobs.exact.flat_layout import at, end_to_end
 from jobs.exact.lane_sums import LaneSums
+from jobs.exact.peers import Peers
+from jobs.exact.shard_sums import ShardSums
+from jobs.exact.side_thread import SideStream, side_work
+from jobs.exact.step_plan import StepPlan
+from jobs.exact.step_totals import StepTotals, gradient_norm
 from jobs.exact.train_state import TrainState
 from jobs.run.step_timer import StepTimer
 from jobs.run.storage_retry import patiently
-from jobs.tokens.batch_plan import Indices, lanes_of_rank, micro_batch_samples
+from jobs.tokens.batch_plan import Indices, micro_batch_samples
 from jobs.tokens.token_stream import TokenStream
 from jobs.workers.worker_group import WorkerGroup
 from model.cpu_ops.loans import Places, lent, weight_copies
 from model.gpt import GPT
 from model.training_memory import large_zeros
+
+_MAX_WAITING = 3  # buckets on their way to the owners of their parts, beside the one that is being sent
 
 
 @dataclass(frozen=True)
@@ -48,47 +52,83 @@ class BatchGradient:
     ) -> None:
         self._config, self._state, self._rows, self._group = config, state, rows, group
         self._schedule, self._eot_id = batch_schedule(config), eot_id
-        choose_operations(state.model, config)
+        choose_operations(state.model, config, state.gathered)
         self._loss = _ScaledLoss(state.model)
         self._rounded, lends = None, way_to_compute(config) == "cpu"
-        if lends and config.train.precision == "bf16":
+        if lends and config.train.precision == "bf16" and not state.gathered:
             self._rounded = large_zeros(state.layout.boundary, dtype=torch.bfloat16, device=state.device)
         self._is_exact = config.train.exact
+        k = config.train.micro_batches_per_lane
+        self._plans = {count: StepPlan(state.mesh, count, k) for count in self._schedule.lane_counts}
         if self._is_exact:
-            lane_counts = self._schedule.lane_counts
-            self._lane_steps = {count: lane_steps(self._own(count), num_lanes=count) for count in lane_counts}
-            num_buffers = 1 + max(step.buffer for steps in self._lane_steps.values() for step in steps)
-            more = [large_zeros(state.layout.size, device=state.device) for _ in range(1, num_buffers)]
-            buffers = [state.gradient, *more]
-            self.exchange = BucketExchange(
-                state.layout, buffers, group, lane_counts=lane_counts, sharded=state.is_sharded
-            )
-            self._sums = LaneSums(
+            self._sum_up(lends)
+        else:
+            self._stock = DistributedDataParallel(self._loss) if group.world_size > 1 else self._loss
+
+    def _sum_up(self, lends: bool) -> None:
+        """Makes what the exact sum needs: its buffers, the sums of a turn, and the exchange between the groups."""
+        config, state, group, mesh, plans = (
+            self._config,
+            self._state,
+            self._group,
+            self._state.mesh,
+            self._plans.values(),
+        )
+        num_buffers = max(plan.num_buffers for plan in plans)
+        buffers = [state.gradient]
+        buffers += [large_zeros(len(state.gradient), device=state.device) for _ in range(1, num_buffers)]
+        self._totals = StepTotals(state.layout, mesh, group, device=state.device)
+        own_parts = end_to_end(state.owned)
+        self._exchange = BucketExchange(
+            own_parts if state.sums_shards else state.layout.buckets,
+            buffers,
+            Peers(mesh.counterparts, group.rank, group.world_size),
+            most_subtrees=max(sum(map(len, plan.subtrees)) for plan in plans),
+            sharded=state.shard == "optimizer",
+        )
+        self._side_work = side_work(state.device, max_waiting=_MAX_WAITING if state.sums_shards else 0)
+        if isinstance(self._side_work, SideStream):
+            group.streams.append(self._side_work.stream)
+        self._sums: LaneSums | ShardSums
+        if state.sums_shards:
+            self._sums = ShardSums(
                 state.model,
                 state.layout,
                 buffers,
-                num_micro_batches=config.train.micro_batches_per_lane,
+                own_parts,
+                state.peers,
+                self._side_work,
+                bf16=config.train.precision == "bf16",
                 lends=lends,
-                on_final=self.exchange.start,
+                on_final=self._exchange.exchange,
             )
+            return
+        self._sums = LaneSums(
+            state.model,
+            state.layout,
+            buffers,
+            num_micro_batches=config.train.micro_batches_per_lane,
+            lends=lends,
+            on_final=self._exchange_beside if group.world_size > 1 else self._exchange.exchange,
+        )
 
-        else:
-            self._stock = DistributedDataParallel(self._loss) if group.world_size > 1 else self._loss
+    def _exchange_beside(self, bucket: int) -> None:
+        self._side_work.submit(lambda: self._exchange.exchange(bucket))
 
     def of_step(self, step: int, timer: StepTimer) -> Measured:
         """Puts the gradient of the whole batch into the state's buffer; with a sharded optimizer, only this rank's own
         parts of it."""
         steps = range(step, min(step + 1, self._schedule.max_steps) + 1)  # the next step's rows are read ahead
         with timer.phase("load"):
-            samples = [self._samples_of(each, number) for each in steps for number in self._numbers(self._lanes(each))]
+            samples = [self._samples_of(each, n) for each in steps for turn in self._plan(each).turns for n in turn]
             self._rows.read_ahead(np.concatenate(samples))
-        with lent(weight_copies, self._rounded_weights()):
+        with self._state.weights_in_use(), lent(weight_copies, self._rounded_weights()):
             return self._exact_gradient(step, timer) if self._is_exact else self._stock_gradient(step, timer)
 
     def close(self) -> None:
         """Ends the work beside the training thread."""
         if self._is_exact:
-            self.exchange.close()
+            self._side_work.close()
 
     def _rounded_weights(self) -> Places:
         """Returns the matrices as the lanes of a step compute with them, valid for that step only."""
@@ -103,22 +143,22 @@ class BatchGradient:
         }
 
     def _exact_gradient(self, step: int, timer: StepTimer) -> Measured:
-        losses: dict[range, Tensor] = {}
-        lanes, num_lanes = self._lanes(step), self._schedule.num_lanes(step)
-        self.exchange.begin(step, num_lanes)
-        for lane, lane_step in zip(lanes, self._lane_steps[num_lanes], strict=True):
-            with self._sums.lane(lane_step, is_last=lane == lanes[-1]):
-                of_lane = [self._backward(self._loss, step, n, timer, scale=1.0) for n in self._numbers([lane])]
-                losses[range(lane, lane + 1)] = reduce(torch.add, of_lane)
-        subtrees = maximal_subtrees(lanes, root=range(num_lanes))
+        plan, losses = self._plan(step), list[Tensor]()
+        self._exchange.begin(plan.subtrees, plan.num_lanes)
+        for turn, numbers in enumerate(plan.turns):
+            with self._sums.turn(plan, turn):
+                losses += [self._backward(self._loss, step, number, timer, scale=1.0) for number in numbers]
+        counted = losses[: len(plan.counted[self._group.rank])]
         with timer.phase("sync"):
-            return Measured(*self.exchange.finish([tree_sum(subtree, losses.get) for subtree in subtrees]))
+            self._side_work.wait()
+            totals = self._totals.finish(step, plan, block_sums=self._exchange.block_sums, losses=counted)
+            return Measured(*totals)
 
     def _stock_gradient(self, step: int, timer: StepTimer) -> Measured:
         """Uses stock DistributedDataParallel: local accumulation, one all-reduce overlapped with the last backward."""
         self._state.gradient.zero_()
         loss, world_size = torch.zeros((), device=self._state.device), self._group.world_size
-        numbers = self._numbers(self._lanes(step))
+        numbers = [number for turn in self._plan(step).turns for number in turn]
         for number in numbers:
             if isinstance(self._stock, DistributedDataParallel):
                 self._stock.require_backward_grad_sync = number == numbers[-1]
@@ -145,16 +185,8 @@ class BatchGradient:
             loss.backward()
         return loss.detach()
 
-    def _lanes(self, step: int) -> range:
-        return self._own(self._schedule.num_lanes(step))
-
-    def _own(self, num_lanes: int) -> range:
-        return lanes_of_rank(self._group.rank, world_size=self._group.world_size, num_lanes=num_lanes)
-
-    def _numbers(self, lanes: Sequence[int]) -> list[int]:
-        """Returns the numbers, within a step, of the micro-batches of these lanes."""
-        of_lane = self._config.train.micro_batches_per_lane
-        return [lane * of_lane + number for lane in lanes for number in range(of_lane)]
+    def _plan(self, step: int) -> StepPlan:
+        return self._plans[self._schedule.num_lanes(step)]
 
     def _samples_of(self, step: int, number: int) -> Indices:
         size = self._config.train.micro_batch_size

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from cluster.settings.run import RunConfig, way_to_compute
+from jobs.exact.gathered_weights import GatheredWeights
 from model.cpu_ops import operations as cpu_ops
 from model.gpt import GPT, Mask, document_mask, document_positions, packed_documents
 from model.operations import PLAIN, compiled, recomputed, use_operations
@@ -20,8 +21,8 @@ class MicroBatch(NamedTuple):
     mask: Mask
 
 
-def choose_operations(model: GPT, config: RunConfig) -> None:
-    """Lets the model compute as the run's settings say."""
+def choose_operations(model: GPT, config: RunConfig, gathered: GatheredWeights | None = None) -> None:
+    """Lets the model compute as the run's settings say, with weights that may have to be gathered."""
     match way_to_compute(config):
         case "plain":
             ops = PLAIN
@@ -29,7 +30,8 @@ def choose_operations(model: GPT, config: RunConfig) -> None:
             ops = compiled()
         case "cpu":
             ops = cpu_ops.CPU
-    use_operations(model, recomputed(ops) if config.train.recompute else ops)
+    ops = recomputed(ops) if config.train.recompute else ops
+    use_operations(model, gathered.operations(ops) if gathered else ops)
 
 
 def autocast(config: RunConfig, device: torch.device) -> torch.autocast:

@@ -1,13 +1,15 @@
 """Orders the exact gradient: a sum over lanes whose bits do not depend on which rank computed which lane.
 
 Floating-point addition is not associative, so the order of a sum is part of its result. Here the order is a fixed
-binary tree over the lanes [0, num_lanes), each node split at its middle. A rank reduces its contiguous lanes to the
-maximal subtrees that they fill (`lane_sums`). The ranks exchange these by bucket and part, and each finishes the tree
-over its own parts (`bucket_exchange`). With a power-of-two world each rank holds exactly one subtree.
+binary tree over the lanes [0, num_lanes), each node split at its middle. A rank computes the lanes of a few subtrees
+and sums each (`lane_sums`). The ranks exchange these sums by bucket and part, and each finishes the tree over its own
+parts (`bucket_exchange`). With a power-of-two world each rank has exactly one subtree.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
+from heapq import heappop, heappush
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,14 +21,31 @@ def halves(node: range) -> tuple[range, range]:
     return range(node.start, middle), range(middle, node.stop)
 
 
-def maximal_subtrees(lanes: range, *, root: range) -> list[range]:
-    """Returns the fewest nodes of the tree under `root` whose leaves are exactly `lanes`, from left to right."""
-    if root.start >= lanes.stop or root.stop <= lanes.start:
-        return []
-    if lanes.start <= root.start and root.stop <= lanes.stop:
-        return [root]
-    left, right = halves(root)
-    return maximal_subtrees(lanes, root=left) + maximal_subtrees(lanes, root=right)
+@cache
+def subtrees_of_ranks(num_lanes: int, world_size: int) -> Sequence[Sequence[range]]:
+    """Returns the subtrees that each rank has, which hold each lane once: as few as a greedy choice finds where no rank
+    has more than ceil(num_lanes / world_size) lanes, and each has one.
+
+    The bytes of the exchange follow their number. Of 64 lanes, four of seven ranks have a subtree of 8 and one of 2,
+    and three have one of 8: 1.29 times a ring's bytes, where seven even stretches of lanes took 2.5 times.
+    """
+    if not 1 <= world_size <= num_lanes:
+        raise ValueError(f"{world_size} ranks do not each have a lane of {num_lanes}")
+    free = [-(-num_lanes // world_size)] * world_size
+    found: list[list[range]] = [[] for _ in range(world_size)]
+    waiting = [(-num_lanes, 0, 0)]  # subtrees without a rank, the largest first: size, depth, start
+    while waiting:
+        size, depth, start = heappop(waiting)
+        node = range(start, start - size)
+        fitting = [rank for rank in range(world_size) if free[rank] >= len(node)]
+        if fitting and len(waiting) >= sum(not nodes for nodes in found) - 1:
+            rank = min(fitting, key=lambda rank: len(found[rank]))
+            found[rank].append(node)
+            free[rank] -= len(node)
+        else:
+            for half in halves(node):
+                heappush(waiting, (-len(half), depth + 1, half.start))
+    return sorted(found, key=lambda nodes: nodes[0].start)
 
 
 def tree_sum(root: range, value_of: "Callable[[range], Tensor | None]") -> "Tensor":
@@ -43,25 +62,25 @@ def tree_sum(root: range, value_of: "Callable[[range], Tensor | None]") -> "Tens
 
 @dataclass(frozen=True)
 class LaneStep:
-    """The use of one lane's value, by which lanes in order sum along the tree in few buffers."""
+    """The use of one lane's value, or of one piece of it, by which lanes in order sum along the tree in few buffers."""
 
     buffer: int
-    adds: bool  # to the buffer's value, its left sibling; else it replaces the buffer's value
+    adds: bool  # to the buffer's value, its left sibling or the pieces before; else it replaces the buffer's value
     merges: int = 0  # how many times buffer n is then added to buffer n - 1, from `buffer` down
 
 
-def lane_steps(lanes: range, *, num_lanes: int) -> list[LaneStep]:
-    """Returns a step for each of a rank's lanes; after the last, buffer k holds the sum of the rank's k-th subtree."""
-    subtrees = maximal_subtrees(lanes, root=range(num_lanes))
-    return [step for buffer, subtree in enumerate(subtrees) for step in _steps_under(subtree, buffer)]
+def lane_steps(subtrees: Sequence[range], *, num_pieces: int = 1) -> list[LaneStep]:
+    """Returns a step for each piece of each lane of some subtrees, where a lane is the sum of its pieces in order;
+    after the last, buffer k holds the sum of the k-th subtree."""
+    return [step for buffer, subtree in enumerate(subtrees) for step in _steps_under(subtree, buffer, num_pieces)]
 
 
-def _steps_under(node: range, buffer: int) -> list[LaneStep]:
+def _steps_under(node: range, buffer: int, num_pieces: int) -> list[LaneStep]:
     if len(node) == 1:
-        return [LaneStep(buffer, adds=False)]
+        return [LaneStep(buffer, adds=number > 0) for number in range(num_pieces)]
     left, right = halves(node)
-    steps = _steps_under(left, buffer)
-    if len(right) == 1:
+    steps = _steps_under(left, buffer, num_pieces)
+    if len(right) == 1 and num_pieces == 1:
         return [*steps, LaneStep(buffer, adds=True)]
-    *others, last = _steps_under(right, buffer + 1)
+    *others, last = _steps_under(right, buffer + 1, num_pieces)
     return [*steps, *others, replace(last, merges=last.merges + 1)]

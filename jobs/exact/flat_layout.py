@@ -5,6 +5,7 @@ their gradients. A bucket is exchanged as soon as backward is done with it. Ever
 whole blocks. Blocks do not depend on the world size: the gradient's norm is summed over them.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,8 +24,8 @@ PIECE_VALUES = 16 << 20  # copied at a time from a GPU: 64 MiB of fp32, twice in
 # other alignments.
 _ALIGNMENT = 16
 
-_BUCKETS = 8
 _BUCKET_UNIT = 16 * BLOCK  # worlds of up to 16 ranks, if a power of two, divide a bucket evenly
+_OF_BLOCK = re.compile(r"transformer\.h\.(\d+)\.")
 _MAX_BUCKET = 384 * _BUCKET_UNIT  # 25 MB of fp32, as DistributedDataParallel's
 
 
@@ -51,9 +52,25 @@ class FlatLayout:
         return cls(places, boundary, _rounded(end, BLOCK))
 
     @cached_property
+    def decoder_blocks(self) -> list[range]:
+        """The places of the matrices of each block of the decoder, which lie end to end."""
+        found: dict[int, list[range]] = {}
+        for name, place in self.places.items():
+            if (match := _OF_BLOCK.match(name)) and place.stop <= self.boundary:
+                found.setdefault(int(match[1]), []).append(place)
+        return [range(found[n][0].start, found[n][-1].stop) for n in sorted(found)]
+
+    @cached_property
     def buckets(self) -> list[range]:
-        size = min(_MAX_BUCKET, _rounded(-(-self.size // _BUCKETS), _BUCKET_UNIT))
-        return [range(start, min(start + size, self.size)) for start in range(0, self.size, size)]
+        """Stretches of whole blocks of values, which begin where a block of the decoder does, or just before."""
+        ends = [end for span in self.decoder_blocks for end in (span.start, span.stop)]
+        cuts = sorted({0, self.size, *(end - end % BLOCK for end in ends)})
+        found = []
+        for start, stop in pairwise(cuts):
+            num_buckets = -(-(stop - start) // _MAX_BUCKET)
+            size = _rounded(-(-(stop - start) // num_buckets), _BUCKET_UNIT)
+            found += [range(first, min(first + size, stop)) for first in range(start, stop, size)]
+        return found
 
     def parts(self, rank: int, *, world_size: int) -> list[range]:
         """Returns the rank's part of each bucket, in the order of buckets; a part may be empty."""
@@ -75,6 +92,11 @@ def shared(a: range, b: range) -> range:
     return range(max(a.start, b.start), min(a.stop, b.stop))
 
 
+def moved(place: range, start: int, to: int = 0) -> range:
+    """Returns the place in a buffer that has at `to` what this one has at `start`."""
+    return range(place.start - start + to, place.stop - start + to)
+
+
 def at(flat: "Tensor", place: range) -> "Tensor":
     """Returns the view of a flat buffer (P,) at a place."""
     return flat[place.start : place.stop]
@@ -89,7 +111,7 @@ def end_to_end(places: Iterable[range]) -> list[range]:
 def within(places: Sequence[range], span: range) -> list[range]:
     """Returns the places of the values that are at `span` if all lie end to end."""
     cuts = ((place, own.start, shared(own, span)) for place, own in zip(places, end_to_end(places), strict=True))
-    return [range(place.start + cut.start - start, place.start + cut.stop - start) for place, start, cut in cuts if cut]
+    return [moved(cut, start, place.start) for place, start, cut in cuts if cut]
 
 
 def stretches(a: Sequence[range], b: Sequence[range]) -> Iterator[tuple[range, range]]:
@@ -98,8 +120,7 @@ def stretches(a: Sequence[range], b: Sequence[range]) -> Iterator[tuple[range, r
     own_a, own_b = end_to_end(a), end_to_end(b)
     while i < len(a) and j < len(b):
         if both := shared(a[i], b[j]):
-            start_a, start_b = both.start - a[i].start + own_a[i].start, both.start - b[j].start + own_b[j].start
-            yield range(start_a, start_a + len(both)), range(start_b, start_b + len(both))
+            yield moved(both, a[i].start, own_a[i].start), moved(both, b[j].start, own_b[j].start)
         i, j = (i + 1, j) if a[i].stop <= b[j].stop else (i, j + 1)
 
 

@@ -13,8 +13,35 @@ from torch import Tensor, nn
 
 from jobs.exact.exact_reduce import LaneStep
 from jobs.exact.flat_layout import FlatLayout, shared
+from jobs.exact.step_plan import StepPlan
 from model.cpu_ops.loans import Scratch, gradient_sinks, lent, scratch_memory
 from model.training_memory import large_zeros
+
+
+class FinalBuckets:
+    """Counts the parameters whose gradients a backward pass has finished, and calls `on_final` with each bucket that
+    has no others: in the order of buckets, the same on every rank, whatever order backward takes."""
+
+    def __init__(self, layout: FlatLayout, on_final: Callable[[int], None]) -> None:
+        self._on_final = on_final
+        in_buckets = [[name for name, place in layout.places.items() if shared(b, place)] for b in layout.buckets]
+        self._num_in_bucket = [len(names) for names in in_buckets]
+        self._buckets_of = {name: [b for b, of in enumerate(in_buckets) if name in of] for name in layout.places}
+        self._unfinished, self._next = [*self._num_in_bucket], 0
+
+    def begin(self) -> None:
+        self._unfinished, self._next = [*self._num_in_bucket], 0
+        self._report()
+
+    def finish(self, name: str) -> None:
+        for bucket in self._buckets_of[name]:
+            self._unfinished[bucket] -= 1
+        self._report()
+
+    def _report(self) -> None:
+        while self._next < len(self._unfinished) and not self._unfinished[self._next]:
+            self._on_final(self._next)
+            self._next += 1
 
 
 class LaneSums:
@@ -34,11 +61,8 @@ class LaneSums:
         lends: bool,
         on_final: Callable[[int], None],
     ) -> None:
-        self._num_micro_batches, self._lends, self._on_final = num_micro_batches, lends, on_final
-        self._parameters = dict(model.named_parameters())
-        in_buckets = [[name for name, place in layout.places.items() if shared(b, place)] for b in layout.buckets]
-        self._num_in_bucket = [len(names) for names in in_buckets]
-        self._buckets_of = {name: [b for b, of in enumerate(in_buckets) if name in of] for name in self._parameters}
+        self._num_micro_batches, self._lends = num_micro_batches, lends
+        self._parameters, self._final = dict(model.named_parameters()), FinalBuckets(layout, on_final)
         self._views = {
             name: [layout.view(buffer, name, parameter) for buffer in buffers]
             for name, parameter in self._parameters.items()
@@ -53,16 +77,15 @@ class LaneSums:
             parameter.register_post_accumulate_grad_hook(partial(self._take, name))
 
     @contextmanager
-    def lane(self, step: LaneStep, *, is_last: bool) -> Iterator[None]:
+    def turn(self, plan: StepPlan, turn: int) -> Iterator[None]:
         """Lasts for the forward and backward passes of one lane."""
         self._num_passes = dict.fromkeys(self._parameters, 0)
         for parameter in self._parameters.values():
             parameter.grad = None
-        self._step, self._is_last, self._num_taken = step, is_last, 0
-        self._unfinished, self._next_bucket = [*self._num_in_bucket], 0
-        if is_last:
-            self._report_final()
-        self._sinks = self._sinks_of(step) if self._lends else {}
+        self._step, self._is_last, self._num_taken = plan.steps[turn], turn == len(plan.turns) - 1, 0
+        if self._is_last:
+            self._final.begin()
+        self._sinks = self._sinks_of(self._step) if self._lends else {}
         try:
             with lent(gradient_sinks, self._sinks), lent(scratch_memory, self._scratch):
                 yield
@@ -94,17 +117,14 @@ class LaneSums:
             views[buffer].add_(gradient)
         elif gradient.data_ptr() != views[buffer].data_ptr():
             views[buffer].copy_(gradient)
-        for target in range(buffer - 1, buffer - 1 - self._step.merges, -1):
-            views[target].add_(views[target + 1])
+        add_up(views, self._step)
         parameter.grad = None
         self._num_taken += 1
         if self._is_last:
-            for bucket in self._buckets_of[name]:
-                self._unfinished[bucket] -= 1
-            self._report_final()
+            self._final.finish(name)
 
-    def _report_final(self) -> None:
-        """Reports in the order of buckets, the same on every rank, whatever order backward took."""
-        while self._next_bucket < len(self._unfinished) and not self._unfinished[self._next_bucket]:
-            self._on_final(self._next_bucket)
-            self._next_bucket += 1
+
+def add_up(views: list[Tensor], step: LaneStep) -> None:
+    """Merges the subtrees of some places of the buffers that are whole with this step."""
+    for target in range(step.buffer - 1, step.buffer - 1 - step.merges, -1):
+        views[target].add_(views[target + 1])

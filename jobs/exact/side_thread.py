@@ -10,10 +10,11 @@ Call = Callable[[], None]
 
 
 class SideThread:
-    """Runs calls in a thread. A call that fails ends the work: `wait` raises its error."""
+    """Runs calls in a thread, where at most `max_waiting` wait, if that is not 0. A call that fails ends the work:
+    `wait` raises its error."""
 
-    def __init__(self) -> None:
-        self._calls: queue.Queue[Call | None] = queue.Queue()
+    def __init__(self, max_waiting: int = 0) -> None:
+        self._calls: queue.Queue[Call | None] = queue.Queue(max_waiting)
         self._error: BaseException | None = None
         # A daemon: a process whose peers are gone must be able to end while a call still waits for them.
         threading.Thread(target=self._run, name="exchange", daemon=True).start()
@@ -60,5 +61,5 @@ class SideStream:
         pass
 
 
-def side_work(device: torch.device) -> SideThread | SideStream:
-    return SideStream(device) if device.type == "cuda" else SideThread()
+def side_work(device: torch.device, *, max_waiting: int = 0) -> SideThread | SideStream:
+    return SideStream(device) if device.type == "cuda" else SideThread(max_waiting)

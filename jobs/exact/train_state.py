@@ -1,27 +1,30 @@
 """Holds and updates the state that a training step changes: the weights and AdamW's moments, in flat buffers.
 
 The model's parameters and gradients are views into flat fp32 buffers (`flat_layout`), so a lane's gradient is summed,
-clipped and applied as one vector. With `scaling.shard=optimizer` (ZeRO-1, arXiv 1910.02054) a rank holds moments of
-the parts that it owns alone, and updates only those weights, which it then sends to all: the same bits, because AdamW
-works value by value.
+clipped and applied as one vector. With `scaling.shard` a rank holds some of it of the parts that it owns alone (ZeRO,
+arXiv 1910.02054): the moments, with `gradients` the gradient too, and with `parameters` the weights too, which it
+gathers to compute (`gathered_weights`). It updates its own parts, and else sends them to all: the same bits, because
+AdamW works value by value.
 """
 
 import math
-from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.optim.adamw import adamw  # the optimizer's class imports torch._dynamo, which takes a second
 
 from cluster.settings.run import Shard, TrainConfig
-from jobs.exact.bucket_exchange import gather_parts
-from jobs.exact.flat_layout import FlatLayout, at, end_to_end, part_of, shared, stretches
+from jobs.exact.flat_layout import FlatLayout, at, end_to_end, moved, part_of, shared, stretches
+from jobs.exact.gathered_weights import GatheredWeights
 from jobs.exact.host_copies import HostCopies
+from jobs.exact.peers import Peers
+from jobs.exact.step_plan import Mesh
 from jobs.run.step_timer import StepTimer
 from jobs.workers.worker_group import WorkerGroup
+from model.checkpoint import parameter_hash
 from model.gpt import GPT
 from model.shapes import parameter_shapes
 from model.training_memory import large_zeros
@@ -43,7 +46,11 @@ class StatePiece(NamedTuple):
 
 
 class TrainState:
-    """The model, its flat buffers and its optimizer."""
+    """The model, its flat buffers and its optimizer.
+
+    `values`, `gradient` and `moments` are flat: of the whole layout (P,), or where they are sharded, of the places in
+    `owned`, end to end.
+    """
 
     def __init__(
         self,
@@ -53,37 +60,67 @@ class TrainState:
         device: torch.device,
         group: WorkerGroup = ALONE,
         shard: Shard = "none",
+        group_size: int | None = None,
     ) -> None:
+        """A group of `group_size` workers holds one copy of what is sharded; all of them if None."""
         self.model, self.device, self.num_updates = model, device, 0
         self.layout = layout = FlatLayout.of(parameter_shapes(model.config))
         self._group, self._config = group, config
         self.copies = HostCopies(device)
-        self.is_sharded = shard != "none" and group.world_size > 1
-        self.values = large_zeros(layout.size, device=device)  # (P,)
-        self.gradient = large_zeros(layout.size, device=device)  # (P,)
+        in_group = (group_size or group.world_size) if shard in ("gradients", "parameters") else group.world_size
+        self.shard: Shard = shard if in_group > 1 else "none"
+        self.sums_shards = self.shard in ("gradients", "parameters")
+        self.mesh = Mesh(group.rank, group.world_size, in_group if self.sums_shards else 1)
+        holders = self.mesh.members if self.sums_shards else [*range(group.world_size)]
+        self.peers = Peers(holders, group.rank, group.world_size)
+        """Those that together hold one copy of what is sharded."""
+        own_parts = layout.parts(self.peers.index, world_size=len(self.peers))
+        self.owned = [range(layout.size)] if self.shard == "none" else own_parts
+        num_owned = sum(map(len, self.owned))
+        self.gradient = large_zeros(num_owned if self.sums_shards else layout.size, device=device)
+        self.moments = {name: large_zeros(num_owned, device=device) for name in MOMENTS}
+        self.values = large_zeros(num_owned if self.shard == "parameters" else layout.size, device=device)
         for name, parameter in model.named_parameters():
-            view = layout.view(self.values, name, parameter)
-            view.copy_(parameter.detach())
-            parameter.data, parameter.grad = view, layout.view(self.gradient, name, parameter)
-        own_parts = layout.parts(group.rank, world_size=group.world_size)
-        self.owned = own_parts if self.is_sharded else [range(layout.size)]  # places of this rank's moments
-        self.moments = {name: large_zeros(sum(map(len, self.owned)), device=device) for name in MOMENTS}
+            self._load(StatePiece("values", [layout.places[name]], parameter.detach().flatten()))
+        self.gathered: GatheredWeights | None = None
+        if self.shard == "parameters":
+            bf16 = config.precision == "bf16"
+            self.gathered = GatheredWeights(model, layout, self.values, self.peers, bf16=bf16)
+            group.streams.extend(self.gathered.streams)
+        else:
+            for name, parameter in model.named_parameters():
+                parameter.data = layout.view(self.values, name, parameter)
+                parameter.grad = None if self.sums_shards else layout.view(self.gradient, name, parameter)
         self._updates: dict[float, tuple[list[Tensor], ...]] = {}  # AdamW's lists of tensors, by weight decay
         self._list_updates()
+
+    @property
+    def is_sharded(self) -> bool:
+        return self.shard != "none"
+
+    def weights_in_use(self) -> AbstractContextManager[None]:
+        """Lasts while the model computes, between two updates: all ranks enter and leave together, and compute as often
+        as each other meanwhile, where the weights are sharded."""
+        return self.gathered.in_use() if self.gathered else nullcontext()
+
+    def close(self) -> None:
+        """Ends the work beside the training thread."""
+        self.copies.close()
+        if self.gathered:
+            self.gathered.close()
 
     def _list_updates(self) -> None:
         """Lists the stretches of this rank's places that AdamW treats alike, as views of the flat buffers."""
         decayed, undecayed = range(self.layout.boundary), range(self.layout.boundary, self.layout.size)
-        start = 0
-        for place in self.owned:
+        for place, own_place in zip(self.owned, end_to_end(self.owned), strict=True):
             for half, weight_decay in ((decayed, self._config.weight_decay), (undecayed, 0.0)):
                 if stretch := shared(place, half):
-                    own = range(start, start := start + len(stretch))
-                    moments = [at(flat, own) for flat in self.moments.values()]
+                    own = moved(stretch, place.start, own_place.start)
                     count = torch.zeros((), device=self.device)  # of updates, which AdamW's kernel counts up
                     lists = self._updates.setdefault(weight_decay, ([], [], [], [], []))
-                    views = (at(self.values, stretch), at(self.gradient, stretch), *moments, count)
-                    for tensors, view in zip(lists, views, strict=True):
+                    flats = (self.values, self.gradient, *self.moments.values())
+                    views = [at(flat, stretch if len(flat) == self.layout.size else own) for flat in flats]
+                    for tensors, view in zip(lists, (*views, count), strict=True):
                         tensors.append(view)
 
     def apply(self, *, norm: float, learning_rate: float, timer: StepTimer | None = None) -> None:
@@ -95,8 +132,9 @@ class TrainState:
         self.copies.wait(timer)
         grad_clip = self._config.grad_clip
         if grad_clip and norm > grad_clip:
-            for place in self.owned:
-                at(self.gradient, place).mul_(grad_clip / norm)
+            for _, gradients, *_ in self._updates.values():
+                for gradient in gradients:
+                    gradient.mul_(grad_clip / norm)
         for weight_decay, (values, gradients, exp_avgs, exp_avg_sqs, counts) in self._updates.items():
             adamw(
                 *(values, gradients, exp_avgs, exp_avg_sqs, [], counts),
@@ -110,35 +148,53 @@ class TrainState:
                 eps=_EPSILON,
             )
         self.num_updates += 1
-        if not self.is_sharded:
+        if self.shard not in ("optimizer", "gradients"):
             return
         with timer.phase("sync") if timer else nullcontext():
             for bucket in self.layout.buckets:
-                gather_parts(self.values, bucket, self._group)
+                self.peers.gather(self.values, bucket)
 
-    def gather_moments(self, flat: Mapping[str, Tensor], *, step: int) -> None:
-        """Brings a sharded optimizer's moments after a step together in rank 0's `flat`, on its host (P,), bucket by
-        bucket: no GPU has to hold more. All ranks call together; those of the others are left as they are."""
-        rank, world_size = self._group.rank, self._group.world_size
-        for bucket, own_place in zip(self.layout.buckets, end_to_end(self.owned), strict=True):
-            parts = [part_of(bucket, each, world_size=world_size) for each in range(world_size)]
-            longest = max(map(len, parts))
-            for name, own in self.moments.items():
-                sent = own.new_zeros(longest)
-                sent[: len(own_place)] = at(own, own_place)
-                received = list(own.new_empty(world_size, longest)) if rank == 0 else None
-                dist.gather(sent, received)
-                for part, values in zip(parts, received or [], strict=False):
-                    at(flat[name], part).copy_(values[: len(part)])
+    def gather(self, flat: Mapping[str, Tensor], *, step: int, names: Sequence[str] = ("values", *MOMENTS)) -> None:
+        """Brings what is sharded of the values and moments after a step together in rank 0's `flat`, on its host (P,),
+        bucket by bucket: no GPU has to hold more. All ranks call together; those of the others are left as they are."""
+        sharded = {name: self._parts_of_state()[name] for name in names}
+        sharded = {name: own for name, own in sharded.items() if len(own) < self.layout.size}
+        for bucket, own_place in zip(self.layout.buckets, end_to_end(self.owned), strict=True) if sharded else []:
+            parts = [part_of(bucket, n, world_size=len(self.peers)) for n in range(len(self.peers))]
+            for name, own in sharded.items():
+                received = own.new_empty(len(bucket) if self._group.rank == 0 else 0)
+                targets = [(n, [at(received, moved(part, bucket.start))]) for n, part in enumerate(parts)]
+                if self.mesh.number == 0 or not self.sums_shards:
+                    sources = [(0, [at(own, own_place)])]
+                    self.peers.pass_on(sources, targets if self._group.rank == 0 else [])
+                if self._group.rank == 0:
+                    at(flat[name], bucket).copy_(received)
         self._group.prove(step, self.device)
+
+    @property
+    def whole_parts(self) -> list[Tensor]:
+        """The values and the moments, in this order, as far as they are not sharded."""
+        return [flat for flat in self._parts_of_state().values() if len(flat) == self.layout.size]
+
+    def _parts_of_state(self) -> dict[str, Tensor]:
+        return {"values": self.values, **self.moments}
+
+    def hash_of_weights(self, *, step: int) -> str:
+        """Returns the parameter hash on rank 0. Where the weights are sharded, all ranks call together."""
+        if self.shard != "parameters":
+            return parameter_hash(self.by_parameter(self.values))
+        flat = torch.empty(self.layout.size if self._group.rank == 0 else 0)
+        self.gather({"values": flat}, step=step, names=["values"])
+        return parameter_hash(self.by_parameter(flat)) if self._group.rank == 0 else ""
 
     def by_parameter(self, flat: Tensor) -> dict[str, Tensor]:
         """Returns views of a flat buffer (P,)."""
         return {name: self.layout.view(flat, name, weights) for name, weights in self.model.named_parameters()}
 
     def is_finite(self) -> bool:
-        """Reports whether every weight is finite, in one pass and without allocating."""
-        return all(math.isfinite(float(bound)) for bound in self.values.aminmax())
+        """Reports whether every weight is finite, in one pass and without allocating; on all ranks alike."""
+        own = all(math.isfinite(float(bound)) for bound in self.values.aminmax())
+        return all(self._group.gather(own)) if self.shard == "parameters" else own
 
     def load_moments(self, tensors: Mapping[str, Tensor]) -> None:
         """Loads the tensors of `checkpoint_moments`; each rank takes the parts that it owns."""
@@ -152,9 +208,10 @@ class TrainState:
         `FlatLayout.parts`; where the optimizer is sharded, that rank must be this one. The shares of all ranks of any
         world make the whole state."""
         parts = self.layout.parts(rank, world_size=world_size)
-        of_moments = end_to_end(parts) if self.is_sharded else parts
-        moments = {name: [at(moment, part) for part in of_moments] for name, moment in self.moments.items()}
-        return {"values": [at(self.values, part) for part in parts], **moments}
+        return {
+            name: [at(flat, part) for part in (parts if len(flat) == self.layout.size else end_to_end(parts))]
+            for name, flat in self._parts_of_state().items()
+        }
 
     def load_state(self, num_updates: int, pieces: Iterable[StatePiece]) -> None:
         """Loads the whole state; each rank takes the moments of the parts that it owns. A piece is used before the next
@@ -168,9 +225,8 @@ class TrainState:
         assert num_loaded == expected, f"{num_loaded} of {expected} values"
 
     def _load(self, piece: StatePiece) -> None:
-        target, places = (self.values, [range(self.layout.size)])
-        if piece.name != "values":
-            target, places = self.moments[piece.name], self.owned
+        target = self._parts_of_state()[piece.name]
+        places = [range(self.layout.size)] if len(target) == self.layout.size else self.owned
         for source, own in stretches(piece.places, places):
             at(target, own).copy_(at(piece.values, source))
 

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cluster.settings.plan import PlanConfig
-from jobs.exact.exact_reduce import maximal_subtrees
+from jobs.exact.exact_reduce import subtrees_of_ranks
 from jobs.exact.flat_layout import FlatLayout
-from jobs.tokens.batch_plan import lanes_of_rank
 
 DAY_S = 86_400
 FP32_BYTES = 4
@@ -93,6 +92,4 @@ def sent_bytes(num_values: int, *, world_size: int, num_subtrees: int) -> float:
 
 def num_subtrees_of_rank(num_lanes: int, *, world_size: int) -> Sequence[int]:
     """Returns how many sums each rank that has a lane holds before the exchange."""
-    root, owners = range(num_lanes), min(world_size, num_lanes)
-    lanes = (lanes_of_rank(rank, world_size=owners, num_lanes=num_lanes) for rank in range(owners))
-    return [len(maximal_subtrees(own, root=root)) for own in lanes]
+    return [len(nodes) for nodes in subtrees_of_ranks(num_lanes, min(world_size, num_lanes))]

@@ -7,12 +7,11 @@ from typing import Any, get_args
 
 from cluster.settings.run import RunConfig, batch_schedule, planned_vocabulary, seq_len, way_to_compute, with_precision
 from cluster.storage.uris import open_storage
-from jobs.exact.exact_reduce import lane_steps
+from jobs.exact.exact_reduce import lane_steps, subtrees_of_ranks
 from jobs.exact.flat_layout import BLOCK, PIECE_VALUES, FlatLayout
 from jobs.plan.formulas import FP32_BYTES, STATE_BYTES, num_subtrees_of_rank
 from jobs.run.history import why_not_resumed
 from jobs.snapshots.slots import NUM_SLOTS
-from jobs.tokens.batch_plan import lanes_of_rank
 from model.config import GPTConfig
 from model.processor import Precision
 from model.shapes import CHUNK_TOKENS, GPU_CHUNK_TOKENS, parameter_shapes
@@ -33,10 +32,10 @@ def gpu_memory(config: RunConfig, layout: FlatLayout, *, world_size: int, shard_
     backward. The GB or two that the GPU's allocator and libraries usually take are not included."""
     num_lanes = batch_schedule(config).num_lanes(1)
     owners = min(world_size, num_lanes)
-    own = max((lanes_of_rank(rank, world_size=owners, num_lanes=num_lanes) for rank in range(owners)), key=len)
-    num_buffers = 1 + max(step.buffer for step in lane_steps(own, num_lanes=num_lanes))
+    all_steps = [lane_steps(subtrees) for subtrees in subtrees_of_ranks(num_lanes, owners)]
+    num_buffers = 1 + max(step.buffer for steps in all_steps for step in steps)
     bf16 = config.train.precision == "bf16"
-    second = max(map(len, layout.places.values())) if way_to_compute(config) == "cpu" and len(own) > 1 else 0
+    second = max(map(len, layout.places.values())) if way_to_compute(config) == "cpu" and num_lanes > owners else 0
     if config.train.micro_batches_per_lane > 1:
         second = layout.size  # what autograd adds the lane's micro-batches up in
     return {

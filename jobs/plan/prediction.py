@@ -12,7 +12,6 @@ import numpy as np
 
 from cluster.settings.run import RunConfig, batch_schedule, max_steps
 from jobs.run.ledger import Ledger, Line
-from jobs.tokens.batch_plan import lanes_of_rank
 
 _LANE_PHASES = ("load", "forward", "loss", "backward")
 _APART = ("validation", "checkpoint")
@@ -65,14 +64,11 @@ def _mean_of(lines: Sequence[Line], phase: str) -> float:
 
 
 def _scaled(line: Line, rehearsed: RunConfig, planned: RunConfig) -> float:
-    """Returns the step's seconds with as many lanes as the planned run's rank 0 has."""
+    """Returns the step's seconds with as many lanes as a rank of the planned run has, at most."""
     seconds, size = line["seconds"], line["world_size"]
     training_s = line["wall_s"] - sum(seconds.get(name, 0.0) for name in _APART)
     lanes_s = sum(seconds.get(name, 0.0) for name in _LANE_PHASES)
-    had, has = (
-        len(lanes_of_rank(0, world_size=size, num_lanes=batch_schedule(config).full_lanes))
-        for config in (rehearsed, planned)
-    )
+    had, has = (-(-batch_schedule(config).full_lanes // size) for config in (rehearsed, planned))
     return training_s + lanes_s * (has / had - 1)
 
 

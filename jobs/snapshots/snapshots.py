@@ -147,9 +147,12 @@ class Snapshots:
         self, step: int, state: TrainState, *, attempt: int, carried: dict[str, Any], is_rescue: bool = False
     ) -> list[HostCopy]:
         """Begins the copies of this worker's shares, and after them of the other ones on its node in a rescue."""
-        ranks, count, name = [self._group.rank], self._group.world_size, "rank"
-        if not state.is_sharded:
-            neighbors = [rank for rank, node in enumerate(self._node_of_rank) if node == self._node]
+        neighbors = [rank for rank, node in enumerate(self._node_of_rank) if node == self._node]
+        ranks, count, name = [state.peers.index], len(state.peers), "rank"
+        if state.is_sharded:
+            if any(rank < self._group.rank and rank % count == state.peers.index for rank in neighbors):
+                return []  # a neighbor from another group writes the same
+        else:
             first, count, name = neighbors.index(self._group.rank), NUM_SHARES[state.device.type], "share"
             turns = [range((first + turn) % len(neighbors), count, len(neighbors)) for turn in range(len(neighbors))]
             ranks = list(itertools.chain(*(turns if is_rescue else turns[:1])))

@@ -119,10 +119,3 @@ def micro_batch_samples(batch: range, number: int, *, micro_batch_size: int) -> 
     The micro-batches of a lane follow each other."""
     first = batch.start + number * micro_batch_size
     return np.arange(first, first + micro_batch_size, dtype=np.int64)
-
-
-def lanes_of_rank(rank: int, *, world_size: int, num_lanes: int) -> range:
-    """Returns the contiguous lanes of a rank. The ranks own each lane once; their shares differ by one lane at most."""
-    if not 0 <= rank < world_size <= num_lanes:
-        raise ValueError(f"rank {rank} of {world_size} has no place in {num_lanes} lanes")
-    return range(rank * num_lanes // world_size, (rank + 1) * num_lanes // world_size)

@@ -88,7 +88,7 @@ class Attempt:
         with tempfile.TemporaryDirectory(prefix="raymill-resume-") as scratch:
             restored_step = self._restore(begun, Path(scratch))
         own_kind = prepared(plan, group, self.state.device)
-        opened.callback(self.state.copies.close)
+        opened.callback(self.state.close)
         self.guard = replace(self.guard, rollbacks=begun.rollbacks)
         self.first_step, self.guard = self.guard.entering(restored_step + 1)
         self.train_rows, self.val_rows = open_stream(plan, "train"), open_stream(plan, "val")
@@ -141,9 +141,12 @@ class Attempt:
         config = self.plan.config
         measure = partial(measured, config=config, state=self.state, group=self.group, eot_id=self.eot_id)
         figures, sets = measure(self.val_rows), {name: measure(rows) for name, rows in self.val_sets.items()}
+        completed = []
+        if self.ledger or self.state.gathered:
+            with self.state.weights_in_use():
+                completed = samples(self.state.model, self.tokenizer, config.train)
         if self.ledger:
             figures_of_sets = {"sets": sets} if sets else {}
-            completed = samples(self.state.model, self.tokenizer, config.train)
             self.ledger.event("validation", step=step, **figures, **figures_of_sets, samples=completed)
         return figures
 
@@ -151,7 +154,7 @@ class Attempt:
         """Copies the state; on rank 0 the copy is stored while training continues."""
         if self.writer is None:
             if self.state.is_sharded:  # rank 0 needs the part that each rank holds
-                self.state.gather_moments({}, step=step)
+                self.state.gather({}, step=step)
             return
         config, manifest = self.plan.config, self.train_rows.manifest
         metadata = Metadata(
@@ -251,7 +254,9 @@ class Attempt:
             model.init_weights(config.train.seed)
         if device.type == "cuda":
             self.group.streams[:] = [torch.cuda.current_stream(device)]
-        self.state = TrainState(model, config.train, device=device, group=self.group, shard=config.scaling.shard)
+        size = config.scaling.group_size(self.group.world_size)
+        shard = config.scaling.shard
+        self.state = TrainState(model, config.train, device=device, group=self.group, shard=shard, group_size=size)
         if begun.snapshot:
             self.guard = GuardState.from_json(self.snapshots.restore(begun.snapshot, self.state)["guard"])
             self.group.prove(begun.snapshot.header.step, device)  # a checkpoint of it may be due

@@ -73,7 +73,7 @@ class CheckpointWriter:
 
     def save(self, metadata: Metadata, state: TrainState, tokenizer: Tokenizer) -> None:
         """Begins a copy of the state and has it stored. The ledger must hold its step already, as no checkpoint may be
-        ahead of the ledger. Where the optimizer is sharded, the other ranks call `gather_moments`. Raises
+        ahead of the ledger. Where it is sharded, the other ranks call `gather`. Raises
         `LeaseLostError`."""
         start_s = time.monotonic()
         with self._changed:
@@ -85,9 +85,9 @@ class CheckpointWriter:
             flat = self._free.pop() if self._free else torch.empty(1 + len(MOMENTS), state.layout.size)
         buffers = dict(zip(("values", *MOMENTS), flat, strict=True))
         if state.is_sharded:
-            state.gather_moments(buffers, step=metadata.step)
+            state.gather(buffers, step=metadata.step)
         gathered_s = time.monotonic() - start_s
-        tensors = [state.values, *([] if state.is_sharded else state.moments.values())]
+        tensors = state.whole_parts
         copy = state.copies.start("checkpoint", tensors, partial(_fill, flat.flatten()))
         write = partial(
             write_checkpoint,

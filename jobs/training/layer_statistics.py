@@ -1,7 +1,7 @@
 """Measures what a step does to each layer: the norms of its gradient and its weights, and the ratio of its update."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from jobs.exact.flat_layout import at, shared
+from jobs.exact.flat_layout import at, end_to_end, moved, shared
 from jobs.exact.train_state import TrainState
 from jobs.run.step_timer import StepTimer
 from jobs.workers.worker_group import WorkerGroup
@@ -35,17 +35,15 @@ class LayerStatistics:
             yield
             return
         with self._timer.phase("statistics"):
-            gradient = self._square_sums(state.gradient, state.owned).cpu()
-            if state.is_sharded:
-                dist.all_reduce(gradient)
+            gradient = self._square_sums(state.gradient, is_divided=state.is_sharded)
             before = state.values.clone()
         yield
-        if self._group.rank:
+        if self._group.rank and not state.gathered:
             return
         with self._timer.phase("statistics"):
-            whole = [range(state.layout.size)]
-            weight = self._square_sums(before, whole)
-            update = self._square_sums(before.sub_(state.values), whole)
+            is_divided = state.gathered is not None
+            weight = self._square_sums(before, is_divided=is_divided)
+            update = self._square_sums(before.sub_(state.values), is_divided=is_divided)
             ratios = _rounded((update / weight).sqrt())
             self.fields = {
                 "layers": self._layers,
@@ -54,14 +52,22 @@ class LayerStatistics:
                 "update_ratio": [ratio if math.isfinite(ratio) else None for ratio in ratios],  # None of zero weights
             }
 
-    def _square_sums(self, flat: Tensor, parts: Sequence[range]) -> Tensor:
-        """Returns the sum of squares of each layer (L,), in float64, over these parts of a flat buffer (P,)."""
-        sums = torch.zeros(len(self._layers), dtype=torch.float64, device=flat.device)
-        for name, place in self._state.layout.places.items():
-            for part in parts:
+    def _square_sums(self, flat: Tensor, *, is_divided: bool) -> Tensor:
+        """Returns the sum of squares of each layer (L,), in float64, over a flat buffer, of which each rank of a group
+        has its own parts if that is divided."""
+        state, sums = self._state, torch.zeros(len(self._layers), dtype=torch.float64, device=flat.device)
+        places = state.owned if is_divided else [range(state.layout.size)]
+        in_flat = places if len(flat) == state.layout.size else end_to_end(places)
+        for name, place in state.layout.places.items():
+            for part, own in zip(places, in_flat, strict=True):
                 if values := shared(place, part):
-                    norm = torch.linalg.vector_norm(at(flat, values), dtype=torch.float64)
+                    norm = torch.linalg.vector_norm(at(flat, moved(values, part.start, own.start)), dtype=torch.float64)
                     sums[self._layers.index(layer_of(name))] += norm.square()
+        sums = sums.cpu()
+        if is_divided:
+            if state.mesh.number and state.sums_shards:  # the first group has all of it
+                sums.zero_()
+            dist.all_reduce(sums)
         return sums
 
 

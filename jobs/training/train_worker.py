@@ -10,7 +10,7 @@ import torch.distributed
 from ray.util import get_current_placement_group
 
 import cluster
-from jobs.exact import bucket_exchange, side_thread
+from jobs.exact import peers, side_thread
 from jobs.ray_train.callbacks import signals
 from jobs.run import storage_retry
 from jobs.run.run_plan import RunPlan
@@ -26,7 +26,7 @@ from jobs.workers.rendezvous import FruitlessError, Rendezvous
 from jobs.workers.watchdog import Place, Waits
 
 WAITING_PLACES: WaitingPlaces = {
-    Waits.WORKERS: (torch.distributed, worker_group, bucket_exchange, side_thread),
+    Waits.WORKERS: (torch.distributed, worker_group, peers, side_thread),
     Waits.STORAGE: (token_stream, storage_retry, checkpoint_writer, cluster),
 }
 """The modules in which a healthy worker may wait for as long as other workers, or storage, take."""

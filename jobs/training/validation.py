@@ -30,16 +30,23 @@ def measured(
     # Each element has one contributor, so the all-reduce adds only zeros and rounds nothing.
     losses = torch.zeros(len(batches), dtype=torch.float64, device=state.device)
     state.model.eval()
-    for index in range(group.rank, len(batches), group.world_size):
-        read = patiently(lambda: rows.rows(batches[index]), "tokens")  # noqa: B023 (called at once)
-        with autocast(config, state.device):
-            losses[index] = loss_of(state.model, micro_batch(read, config, state.device, eot_id=eot_id)).double()
+    with state.weights_in_use():
+        for first in range(0, len(batches), group.world_size):
+            index = first + group.rank
+            if index >= len(batches) and not state.gathered:
+                break
+            batch = batches[min(index, len(batches) - 1)]  # a rank without one helps the others to gather the weights
+            read = patiently(lambda: rows.rows(batch), "tokens")  # noqa: B023 (called at once)
+            with autocast(config, state.device):
+                loss = loss_of(state.model, micro_batch(read, config, state.device, eot_id=eot_id)).double()
+            if index < len(batches):
+                losses[index] = loss
     state.model.train()
     losses = losses.cpu()  # over gloo, which fails where a worker is lost
     if group.world_size > 1:
         dist.all_reduce(losses)
-    loss = float(losses.sum()) / (num_rows * seq_len(config))
-    return {"val_loss": loss, "val_bits_per_byte": loss / math.log(2) / rows.bytes_per_token(num_rows)}
+    mean = float(losses.sum()) / (num_rows * seq_len(config))
+    return {"val_loss": mean, "val_bits_per_byte": mean / math.log(2) / rows.bytes_per_token(num_rows)}
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ class _Affine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, w: Tensor, sink: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, w)
-        ctx.sink, ctx.dtype = sink, weight.dtype
+        ctx.sink, ctx.dtype, ctx.bias_dtype = sink, weight.dtype, bias.dtype
         return torch.addmm(bias.to(x.dtype), x, w)
 
     @staticmethod
@@ -40,7 +40,7 @@ class _Affine(torch.autograd.Function):
         grad_x = grad @ w.T if ctx.needs_input_grad[0] else None
         grad_weight = _Sum(w, ctx.sink, dtype=ctx.dtype)
         grad_weight.add_product(x.T, grad)
-        return grad_x, grad_weight.result(), grad.sum(0, dtype=ctx.dtype), None, None
+        return grad_x, grad_weight.result(), grad.sum(0, dtype=ctx.bias_dtype), None, None
 
 
 def embed(indices: Tensor, weight: Tensor, *, shared: bool) -> Tensor:

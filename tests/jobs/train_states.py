@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from cluster.settings.run import TrainConfig
-from jobs.exact.bucket_exchange import gradient_norm
 from jobs.exact.flat_layout import within
+from jobs.exact.step_totals import gradient_norm
 from jobs.exact.train_state import StatePiece, TrainState, checkpoint_moments
 from model.config import GPTConfig, preset_fields
 from model.gpt import GPT
@@ -46,13 +46,18 @@ def apply(state: TrainState, gradient: Tensor, *, learning_rate: float) -> float
     return norm
 
 
+def whole(state: TrainState) -> dict[str, Tensor]:
+    """Returns a copy of the flat values and moments; of a sharded state on rank 0, while all ranks call together."""
+    own = {"values": state.values, **state.moments}
+    flat = {name: part.clone() if len(part) == state.layout.size else torch.zeros(0) for name, part in own.items()}
+    flat = {name: part if len(part) else torch.zeros(state.layout.size) for name, part in flat.items()}
+    state.gather(flat, step=1)
+    return flat
+
+
 def moments(state: TrainState) -> dict[str, Tensor]:
     """Returns a copy of AdamW's state by parameter; of a sharded one on rank 0, while all ranks call together."""
-    flat = {name: values.clone() for name, values in state.moments.items()}
-    if state.is_sharded:
-        flat = {name: torch.zeros(state.layout.size) for name in flat}
-        state.gather_moments(flat, step=1)
-    return checkpoint_moments(state, flat)
+    return checkpoint_moments(state, whole(state))
 
 
 def pieces_of(state: TrainState, rank: int, *, world_size: int) -> Iterator[StatePiece]:

@@ -20,19 +20,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cluster.settings.run import RunConfig
+from cluster.settings.run import RunConfig, Shard
 from jobs.exact.batch_gradient import BatchGradient
-from jobs.exact.train_state import TrainState
+from jobs.exact.train_state import TrainState, checkpoint_moments
 from jobs.run.step_timer import StepTimer
 from jobs.snapshots import snapshots
 from jobs.snapshots.choice import Holding, Snapshot, choose
 from jobs.snapshots.slots import NUM_SLOTS, Bytes, Slots
 from jobs.snapshots.snapshots import Snapshots
 from jobs.workers.worker_group import WorkerGroup
-from model.checkpoint import parameter_hash
 from model.gpt import GPT
 from tests.jobs.sent_bytes import sent_bytes
-from tests.jobs.train_states import moments
+from tests.jobs.train_states import whole
 
 NUM_STEPS = 4
 RESIZES = random.Random(8).choices(range(1, 6), k=NUM_STEPS)  # the world's size at each step
@@ -45,7 +44,8 @@ class Case:
     precision: str = "fp32"
     activation: str = "gelu"
     num_lanes: int = 7
-    sharded: bool = False
+    shard: Shard = "none"
+    group: int | None = None  # workers that hold one copy
     exact: bool = True
     start_lanes: int | None = None  # of the first step, where the batch grows
     compute: str = "cpu"
@@ -56,13 +56,14 @@ class Case:
     @property
     def numbers(self) -> "Case":
         """The case whose bits this one must have."""
-        return replace(self, sharded=False, exact=True, recompute=False)
+        return replace(self, shard="none", group=None, exact=True, recompute=False)
 
     def config(self) -> RunConfig:
         model = {
             "preset": "tiny",
             "vocab_size": VOCAB,
             "n_positions": SEQ_LEN,
+            "n_layer": 3,
             "n_embd": 72,
             "n_head": 4,
             "activation_function": self.activation,
@@ -85,29 +86,33 @@ class Case:
             {
                 "model": model,
                 "train": train,
-                "scaling": {"max_workers": 1, "shard": "optimizer" if self.sharded else "none"},
+                "scaling": {"max_workers": 1, "shard": self.shard, "shard_group": self.group},
             }
         )
 
 
 CASES = [
     *(
-        Case(precision, activation, compute=compute, sharded=sharded)
-        for precision, activation, compute, sharded in (
-            ("fp32", "gelu", "cpu", False),
-            ("fp32", "relu", "cpu", True),
-            ("bf16", "gelu", "cpu", True),
-            ("bf16", "relu", "cpu", False),
-            ("fp32", "gelu", "plain", True),
-            ("bf16", "relu", "plain", False),
+        Case(precision, activation, compute=compute, shard=shard, group=group)
+        for precision, activation, compute, shard, group in (
+            ("fp32", "gelu", "cpu", "none", None),
+            ("fp32", "relu", "cpu", "optimizer", None),
+            ("bf16", "gelu", "cpu", "optimizer", None),
+            ("bf16", "relu", "cpu", "parameters", None),
+            ("fp32", "gelu", "plain", "parameters", 2),
+            ("bf16", "relu", "plain", "gradients", None),
         )
     ),
     Case(recompute=True, documents=True, micro_batches=3),
-    Case("bf16", compute="plain", recompute=True, documents=True, micro_batches=2, sharded=True),
+    Case("bf16", compute="plain", recompute=True, documents=True, micro_batches=2, shard="optimizer"),
+    Case("bf16", compute="plain", recompute=True, documents=True, micro_batches=2, shard="parameters"),
+    Case("bf16", recompute=True, documents=True, micro_batches=2, shard="gradients", group=2),
     Case(num_lanes=8),
-    Case(num_lanes=8, sharded=True),
+    Case(num_lanes=8, shard="gradients"),
+    Case(num_lanes=8, shard="parameters", recompute=True),
     Case(num_lanes=13, start_lanes=5),  # 5, 7, 9, then 13 lanes
-    Case(num_lanes=13, start_lanes=5, sharded=True),
+    Case(num_lanes=13, start_lanes=5, shard="optimizer"),
+    Case(num_lanes=13, start_lanes=5, shard="parameters", group=2),
     Case(exact=False),
 ]
 
@@ -128,12 +133,19 @@ class MadeRows:
 class Trainer:
     """One rank's model in one world."""
 
-    def __init__(self, case: Case, group: WorkerGroup) -> None:
+    def __init__(self, case: Case, group: WorkerGroup, weights: dict[str, Tensor] | None = None) -> None:
         config = case.config()
         torch.use_deterministic_algorithms(case.exact)
         model = GPT(config.model)
-        model.init_weights(0)
-        self.state = TrainState(model, config.train, device=CPU, group=group, shard=config.scaling.shard)
+        model.load_state_dict(weights, strict=False) if weights else model.init_weights(0)
+        self.state = TrainState(
+            model,
+            config.train,
+            device=CPU,
+            group=group,
+            shard=config.scaling.shard,
+            group_size=config.scaling.group_size(group.world_size),
+        )
         self.gradient = BatchGradient(config, self.state, MadeRows(), group, eot_id=EOT if case.documents else None)  # type: ignore[arg-type]
 
     def steps(self, steps: range) -> list[float]:
@@ -148,7 +160,8 @@ class Trainer:
 
     @property
     def hash(self) -> str:
-        return parameter_hash(self.state.model.state_dict())
+        """On rank 0; all ranks call together."""
+        return self.state.hash_of_weights(step=NUM_STEPS)
 
 
 def worlds(rank: int, max_world_size: int, folder: Path) -> Iterator[tuple[str, WorkerGroup, range]]:
@@ -202,19 +215,21 @@ def hand_over(trainer: Trainer, group: WorkerGroup, path: Path, step: int) -> No
     if step % 2 == 0:
         FileSnapshots(group, path).after_step(step, trainer.state, attempt=step, carried={})
     else:
-        kept = {"moments": moments(trainer.state), "weights": trainer.state.model.state_dict()}
+        flat, state = whole(trainer.state), trainer.state
         if group.rank == 0:
+            kept = {"moments": checkpoint_moments(state, flat), "weights": state.by_parameter(flat["values"])}
             torch.save(kept, path.with_suffix(".pt"))
 
 
-def take_over(trainer: Trainer, group: WorkerGroup, path: Path, step: int) -> None:
-    if step % 2 == 0:
-        memory = FileSnapshots(group, path)
-        memory.restore(group.broadcast(memory.newest() if group.rank == 0 else None), trainer.state)
-    else:
+def taken_over(case: Case, group: WorkerGroup, path: Path, step: int) -> Trainer:
+    if step % 2:
         kept = torch.load(path.with_suffix(".pt"), weights_only=False)
-        trainer.state.model.load_state_dict(kept["weights"])
+        trainer = Trainer(case, group, kept["weights"])
         trainer.state.load_moments(kept["moments"])
+        return trainer
+    trainer, memory = Trainer(case, group), FileSnapshots(group, path)
+    memory.restore(group.broadcast(memory.newest() if group.rank == 0 else None), trainer.state)
+    return trainer
 
 
 def run_rank(rank: int, max_world_size: int, folder: Path) -> list[dict[str, Any]]:
@@ -227,9 +242,8 @@ def run_rank(rank: int, max_world_size: int, folder: Path) -> list[dict[str, Any
         for number, case in enumerate(CASES):
             if name == "resized" and not case.exact:
                 continue
-            trainer, path = Trainer(case, group), folder / f"state-{number}"
-            if steps.start > 1:
-                take_over(trainer, group, path, steps.start - 1)
+            path = folder / f"state-{number}"
+            trainer = taken_over(case, group, path, steps.start - 1) if steps.start > 1 else Trainer(case, group)
             losses = trainer.steps(steps)
             if name == "resized":
                 resized[case] += losses

@@ -97,12 +97,15 @@ def test_a_checkpoint_is_loaded_without_new_memory(state: TrainState) -> None:
 
 def test_sharded_moments_come_together_bucket_by_bucket(state: TrainState, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(WorkerGroup, "prove", lambda *_: None)  # which would find that nothing has arrived
+    monkeypatch.setattr(
+        dist, "batch_isend_irecv", lambda messages: []
+    )  # which has no way to pass on what has no memory
     if not state.is_sharded:
         assert all(len(moment) == state.layout.size for moment in state.moments.values())
         return
     host = {name: torch.empty(state.layout.size, device=META) for name in MOMENTS}
     with NewMemory([*held_by(state), *host.values()]) as new:
-        state.gather_moments(host, step=1)
+        state.gather(host, step=1)
     largest_bucket = max(map(len, state.layout.buckets))
     assert 0 < new.largest_bytes <= 4 * (largest_bucket + 8 * BLOCK) < 32 << 20
 

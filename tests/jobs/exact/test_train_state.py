@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.settings.run import TrainConfig
-from jobs.exact.bucket_exchange import gradient_norm
 from jobs.exact.flat_layout import BLOCK
+from jobs.exact.step_totals import gradient_norm
 from jobs.exact.train_state import TrainState
 from jobs.workers.worker_group import WorkerGroup
 from model.checkpoint import parameter_hash

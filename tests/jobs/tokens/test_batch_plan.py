@@ -1,13 +1,15 @@
 """The batch plan: each row once per epoch, each sample of a step on one rank, whatever the world size."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs.tokens.batch_plan import SampleOrder, counts_of_sources, lanes_of_rank, micro_batch_samples
+from jobs.exact.exact_reduce import subtrees_of_ranks
+from jobs.tokens.batch_plan import SampleOrder, counts_of_sources, micro_batch_samples
 
 seeds = st.integers(0, 2**63 - 1)
 weight_lists = st.lists(st.floats(0.01, 1.0), min_size=2, max_size=4).map(tuple)
@@ -144,35 +146,20 @@ def test_each_of_very_many_sources_gets_its_turn(weights: tuple[float, ...]) -> 
     assert counts[np.array(weights) == max(weights)].min() > counts[np.array(weights) == min(weights)].max() - 1
 
 
-@given(
-    num_lanes=st.integers(1, 24),
-    micro_batch_size=st.integers(1, 5),
-    step=st.integers(0, 10**6),
-    data=st.data(),
-)
-def test_shards_of_a_step_are_disjoint_and_cover_it(
-    num_lanes: int, micro_batch_size: int, step: int, data: st.DataObject
-) -> None:
-    world_size = data.draw(st.integers(1, min(7, num_lanes)))
-    ranges = [lanes_of_rank(rank, world_size=world_size, num_lanes=num_lanes) for rank in range(world_size)]
-    assert [lane for lanes in ranges for lane in lanes] == list(range(num_lanes))
-    assert max(map(len, ranges)) - min(map(len, ranges)) <= 1
-    assert min(map(len, ranges)) >= 1
-    batch = num_lanes * micro_batch_size
-    indices = [samples_of_rank(step, rank, world_size, num_lanes, micro_batch_size) for rank in range(world_size)]
-    assert np.concatenate(indices).tolist() == list(range(step * batch, (step + 1) * batch))
+@given(num_micro_batches=st.integers(1, 24), micro_batch_size=st.integers(1, 5), step=st.integers(0, 10**6))
+def test_the_micro_batches_of_a_step_cover_it_once(num_micro_batches: int, micro_batch_size: int, step: int) -> None:
+    size = num_micro_batches * micro_batch_size
+    batch = range(step * size, (step + 1) * size)
+    numbers = range(num_micro_batches)
+    found = [micro_batch_samples(batch, number, micro_batch_size=micro_batch_size) for number in numbers]
+    assert np.concatenate(found).tolist() == [*batch]
 
 
 def samples_of_rank(step: int, rank: int, world_size: int, num_lanes: int, micro_batch_size: int) -> np.ndarray:
     size = num_lanes * micro_batch_size
     batch = range(step * size, (step + 1) * size)
-    lanes = lanes_of_rank(rank, world_size=world_size, num_lanes=num_lanes)
+    lanes = itertools.chain(*subtrees_of_ranks(num_lanes, world_size)[rank])
     return np.concatenate([micro_batch_samples(batch, lane, micro_batch_size=micro_batch_size) for lane in lanes])
-
-
-def test_more_ranks_than_lanes_is_refused() -> None:
-    with pytest.raises(ValueError, match="rank 0 of 3 has no place in 2 lanes"):
-        lanes_of_rank(0, world_size=3, num_lanes=2)
 
 
 @settings(max_examples=40, deadline=None)

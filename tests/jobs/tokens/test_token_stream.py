@@ -1,6 +1,7 @@
 """The token stream: rows are the concatenated shards, on disk and in S3, and a damaged store is named."""
 
 import hashlib
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ import torch
 
 from cluster.storage.s3 import S3Storage
 from cluster.storage.uris import Storage, open_storage
-from jobs.tokens.batch_plan import lanes_of_rank, micro_batch_samples
+from jobs.exact.exact_reduce import subtrees_of_ranks
+from jobs.tokens.batch_plan import micro_batch_samples
 from jobs.tokens.token_store import MANIFEST, Manifest, Shard, TokenStoreError, read_manifest
 from jobs.tokens.token_stream import ShardChain, TokenStream
 from tests.jobs.stores import make_store, manifest_of, write_shard
@@ -155,7 +157,7 @@ def test_an_epoch_of_a_resized_run_reads_each_token_once(weights: tuple[float, .
         streams = [TokenStream(storage, split="train", seq_len=10, seed=1, window_rows=5) for _ in range(world_size)]
         for step in range(step, until):  # noqa: B020
             for rank, stream in enumerate(streams):
-                for lane in lanes_of_rank(rank, world_size=world_size, num_lanes=5):
+                for lane in itertools.chain(*subtrees_of_ranks(5, world_size)[rank]):
                     samples = micro_batch_samples(range(10 * step, 10 * step + 10), lane, micro_batch_size=2)
                     for sample, ids in zip(samples.tolist(), stream.samples(samples)[0].tolist(), strict=True):
                         assert taken.setdefault(sample, ids) == ids

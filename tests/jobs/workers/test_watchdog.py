@@ -16,7 +16,7 @@ import pytest
 from torch.distributed import distributed_c10d
 
 from cluster.storage import s3 as s3_storage
-from jobs.exact import batch_gradient, bucket_exchange
+from jobs.exact import batch_gradient, peers
 from jobs.exact import side_thread as background
 from jobs.run import storage_retry as outage
 from jobs.tokens import token_stream
@@ -69,7 +69,7 @@ def test_who_hangs(
     [
         (distributed_c10d, [Waits.WORKERS]),
         (worker_group, [Waits.WORKERS]),
-        (bucket_exchange, [Waits.WORKERS]),
+        (peers, [Waits.WORKERS]),
         (background, [Waits.WORKERS]),
         (token_stream, [Waits.STORAGE]),
         (outage, [Waits.STORAGE]),

@@ -1,0 +1,95 @@
+"""Says who computes what in a step: the ranks are R groups of g members each, and a group has a few subtrees.
+
+Where nothing but the optimizer is sharded, g is 1: a rank takes the lanes of its subtrees in order. Else the members of
+a group take its micro-batches in turns, one each, in order: the owner of a shard then gets g neighboring pieces at
+once, and sums them along the same tree in few buffers. A member without one in the last turn computes the last one
+again, which nobody asks for, so that all have the same messages in the same order.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from jobs.exact.exact_reduce import LaneStep, lane_steps, subtrees_of_ranks
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """A rank's place among the R x g ranks; those of a group follow each other."""
+
+    rank: int
+    world_size: int
+    group_size: int = 1  # g
+
+    @property
+    def member(self) -> int:
+        return self.rank % self.group_size
+
+    @property
+    def number(self) -> int:
+        """Of this rank's group."""
+        return self.rank // self.group_size
+
+    @property
+    def num_groups(self) -> int:
+        return self.world_size // self.group_size
+
+    @property
+    def members(self) -> list[int]:
+        """The ranks of this rank's group."""
+        first = self.number * self.group_size
+        return [*range(first, first + self.group_size)]
+
+    @property
+    def counterparts(self) -> list[int]:
+        """The ranks with this rank's place in each group."""
+        return [*range(self.member, self.world_size, self.group_size)]
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """A step of so many lanes, each of k micro-batches, as one rank sees it."""
+
+    mesh: Mesh
+    num_lanes: int
+    num_micro_batches: int  # of a lane: k
+
+    @property
+    def subtrees(self) -> Sequence[Sequence[range]]:
+        """Those of each group."""
+        return subtrees_of_ranks(self.num_lanes, self.mesh.num_groups)
+
+    @cached_property
+    def steps(self) -> list[LaneStep]:
+        """The steps of the sums: one for each lane, or with members that share one out, for each micro-batch."""
+        num_pieces = self.num_micro_batches if self.mesh.group_size > 1 else 1
+        return lane_steps(self.subtrees[self.mesh.number], num_pieces=num_pieces)
+
+    @property
+    def num_buffers(self) -> int:
+        return 1 + max(step.buffer for step in self.steps)
+
+    @cached_property
+    def turns(self) -> list[list[int]]:
+        """The numbers of the micro-batches that this rank computes in each of its turns."""
+        numbers, size = self._numbers(self.mesh.number), self.mesh.group_size
+        if size == 1:
+            k = self.num_micro_batches
+            return [numbers[start : start + k] for start in range(0, len(numbers), k)]
+        last = len(numbers) - 1
+        return [[numbers[min(start + self.mesh.member, last)]] for start in range(0, len(numbers), size)]
+
+    def steps_of_turn(self, turn: int) -> list[LaneStep]:
+        """The steps of the pieces that the members have together; the first ones have one each."""
+        size = self.mesh.group_size
+        return self.steps[turn * size : (turn + 1) * size]
+
+    @cached_property
+    def counted(self) -> list[list[int]]:
+        """The numbers of each rank's micro-batches, without what is computed again."""
+        size = self.mesh.group_size
+        return [self._numbers(rank // size)[rank % size :: size] for rank in range(self.mesh.world_size)]
+
+    def _numbers(self, group: int) -> list[int]:
+        k = self.num_micro_batches
+        return [lane * k + n for subtree in self.subtrees[group] for lane in subtree for n in range(k)]
