@@ -3,7 +3,7 @@
     python -m tests.jobs.train_worlds MAX_WORLD_SIZE FOLDER
 
 Prints one JSON object: by case and world, the parameter hash and losses of every rank, and the bytes sent a step.
-The world "resized" is one run whose world has another size at each step.
+The world "resized" is one run whose world has another size at each step, and whose state is sharded in another way.
 """
 
 import json
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -86,7 +86,11 @@ class Case:
             {
                 "model": model,
                 "train": train,
-                "scaling": {"max_workers": 1, "shard": self.shard, "shard_group": self.group},
+                "scaling": {
+                    "max_workers": 1,
+                    "shard": self.shard,
+                    "shard_group": self.group if self.shard in ("gradients", "parameters") else None,
+                },
             }
         )
 
@@ -160,7 +164,7 @@ class Trainer:
 
     @property
     def hash(self) -> str:
-        """On rank 0; all ranks call together."""
+        """On a rank that has whole weights, or rank 0; all ranks call together."""
         return self.state.hash_of_weights(step=NUM_STEPS)
 
 
@@ -242,8 +246,10 @@ def run_rank(rank: int, max_world_size: int, folder: Path) -> list[dict[str, Any
         for number, case in enumerate(CASES):
             if name == "resized" and not case.exact:
                 continue
-            path = folder / f"state-{number}"
-            trainer = taken_over(case, group, path, steps.start - 1) if steps.start > 1 else Trainer(case, group)
+            path, now = folder / f"state-{number}", case
+            if name == "resized":  # and sharded otherwise at each step
+                now = replace(case, shard=get_args(Shard)[(number + steps.start) % 4], group=(None, 2)[steps.start % 2])
+            trainer = taken_over(now, group, path, steps.start - 1) if steps.start > 1 else Trainer(now, group)
             losses = trainer.steps(steps)
             if name == "resized":
                 resized[case] += losses
@@ -256,7 +262,7 @@ def run_rank(rank: int, max_world_size: int, folder: Path) -> list[dict[str, Any
                 {
                     "case": asdict(case),
                     "world": name,
-                    "hashes": [rank["hash"] for rank in ranks],
+                    "hashes": [rank["hash"] for rank in ranks if rank["hash"]],
                     "losses": ranks[0]["losses"],  # rank 0 was part of every world
                     "bytes_per_step": sum(group.gather(trainer.bytes_per_step)) / group.world_size,
                     "ring_bytes": 2 * (group.world_size - 1) / group.world_size * 4 * parameters,
