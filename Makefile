@@ -31,8 +31,9 @@ test-all: $(TRACKING_INSTALLED) $(CLIENTS_INSTALLED)
 	$(BIN)/pytest
 
 COMPUTE ?= cpu
+SHARD ?= none
 test-chaos: $(INSTALLED)
-	$(BIN)/pytest -m chaos --compute $(COMPUTE) tests/chaos tests/jobs
+	$(BIN)/pytest -m chaos --compute $(COMPUTE) --shard $(SHARD) tests/chaos tests/jobs
 
 # Where PyTorch finds no GPU each test is skipped and says so. It needs neither Ray nor the network:
 # PYTHONPATH=. pytest -m gpu tests/gpu does the same with a Python that has PyTorch, pydantic, PyYAML, hypothesis and pytest.

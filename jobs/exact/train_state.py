@@ -98,6 +98,11 @@ class TrainState:
     def is_sharded(self) -> bool:
         return self.shard != "none"
 
+    @property
+    def sends_weights(self) -> bool:
+        """Whether an update ends with the others' parts of the weights."""
+        return self.shard in ("optimizer", "gradients")
+
     def weights_in_use(self) -> AbstractContextManager[None]:
         """Lasts while the model computes, between two updates: all ranks enter and leave together, and compute as often
         as each other meanwhile, where the weights are sharded."""
@@ -148,7 +153,7 @@ class TrainState:
                 eps=_EPSILON,
             )
         self.num_updates += 1
-        if self.shard not in ("optimizer", "gradients"):
+        if not self.sends_weights:
             return
         with timer.phase("sync") if timer else nullcontext():
             for bucket in self.layout.buckets:

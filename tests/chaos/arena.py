@@ -81,18 +81,19 @@ class Watch:
 class Arena:
     """A local cluster, and the runs that are disturbed on it."""
 
-    def __init__(self, connection: Connection, folder: Path, *, compute: str) -> None:
+    def __init__(self, connection: Connection, folder: Path, *, compute: str, shard: str) -> None:
         assert connection.local is not None
         self.connection, self.cluster, self.folder = connection, connection.local, folder
-        self._compute = compute
+        self._compute, self._shard = compute, "none"
         self.lost_steps: list[int] = []  # by all recoveries so far
         number_texts(folder / "corpus")
         quiet = self.config("quiet", min_workers=2, max_workers=2)
         self.quiet = run_stage(self.connection, "jobs.pretrain", quiet)
+        self._shard = shard
 
     def config(self, run_id: str, *, storage_uri: str | None = None, **scaling: Any) -> RunConfig:
         storage = {"uri": storage_uri or str(self.folder / "storage")}
-        values = SETTINGS | {"scaling": scaling, "storage": storage, "run_id": run_id}
+        values = SETTINGS | {"scaling": scaling | {"shard": self._shard}, "storage": storage, "run_id": run_id}
         values["data"] = values["data"] | {"source": str(self.folder / "corpus")}
         values["train"] = values["train"] | {"compute": self._compute}
         return validate_config(values, RunConfig)

@@ -6,10 +6,11 @@ A cell is a test with the marker `chaos`: those of this folder, on one local clu
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from cluster.settings.run import ClusterConfig
+from cluster.settings.run import ClusterConfig, Shard
 from cluster.stages.stage import connected
 from tests.chaos.arena import Arena
 
@@ -23,7 +24,8 @@ def arena(s3_server: str, tmp_path_factory: pytest.TempPathFactory, request: pyt
     """The cluster starts after the S3 server, whose keys its nodes inherit."""
     with connected(ClusterConfig(num_nodes=NUM_NODES + 1), cpus_per_node=1) as connection:
         compute = request.config.getoption("--compute", default="cpu")
-        arena = Arena(connection, tmp_path_factory.mktemp("chaos"), compute=compute)
+        shard = request.config.getoption("--shard", default="none")
+        arena = Arena(connection, tmp_path_factory.mktemp("chaos"), compute=compute, shard=shard)
         yield arena
         request.config.stash[_SUMMARY]["max_lost_steps"] = max(arena.lost_steps, default=None)
 
@@ -36,6 +38,7 @@ def summary(request: pytest.FixtureRequest) -> dict:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--compute", default="cpu", choices=["cpu", "plain", "compiled"], help="how the runs compute")
+    parser.addoption("--shard", default="none", choices=get_args(Shard), help="what the runs' workers divide")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -88,7 +88,7 @@ def test_the_only_worker_is_killed(connection: Connection, folder: Path, undistu
 def test_a_sharded_state_survives_a_worker(
     connection: Connection, folder: Path, undisturbed: tuple[str, list[float]]
 ) -> None:
-    config = run_config(folder, "sharded", shard="optimizer", min_workers=2, max_workers=2)
+    config = run_config(folder, "sharded", shard="parameters", min_workers=2, max_workers=2)
     result, losses_of_run, ledger = run(connection, config, "kill-worker@12")
     assert [start["from_memory"] for start in ledger.events("start")] == [False, True]
     assert max(recovery.lost_steps for recovery in ledger.recoveries()) <= 1

@@ -20,7 +20,8 @@ from tests.time_limits import slowness
 
 NUM_STEPS = 20
 SLOW_BY_S = 0.06 * slowness()  # a lane, which a busy machine's exchange must not take too
-WORLDS = {"one": 1, "sharded": 2, "slow": 2}  # the slow one last, as what slows it stays
+WORLDS = {"one": 1, "sharded": 2, "divided": 2, "slow": 2}  # the slow one last, as what slows it stays
+SHARDS = {"sharded": "optimizer", "divided": "parameters"}
 
 
 def plan_of(name: str, folder: Path) -> RunPlan:
@@ -37,7 +38,7 @@ def plan_of(name: str, folder: Path) -> RunPlan:
         num_steps=NUM_STEPS,
         train=settings,
         checkpoint={"save_every_steps": 1000},
-        scaling={"max_workers": WORLDS[name], "shard": "optimizer" if name == "sharded" else "none"},
+        scaling={"max_workers": WORLDS[name], "shard": SHARDS.get(name, "none")},
     )
 
 

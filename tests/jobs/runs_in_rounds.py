@@ -94,7 +94,8 @@ def _train_in_rounds(
         return done
 
     def told(what: str, step: int, state: TrainState) -> None:
-        os.write(1, f"{what} {step} {parameter_hash(state.model.state_dict())}\n".encode())
+        own = parameter_hash({"own": state.values})
+        os.write(1, f"{what} {step} {own}\n".encode())
 
     def after_step(self: Snapshots, step: int, state: TrainState, **more: Any) -> None:
         self.last = step  # type: ignore[attr-defined]

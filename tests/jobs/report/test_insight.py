@@ -55,7 +55,7 @@ def test_layers_have_the_same_numbers_for_any_world(folder: Path) -> None:
 
 def test_worlds_differ_in_nothing_that_diff_compares(folder: Path) -> None:
     """With a parameter hash at every fourth step, as well as at the checkpoint."""
-    runs = [run_storage(plan_of(name, folder).config) for name in ("one", "sharded")]
+    runs = [run_storage(plan_of(name, folder).config) for name in ("one", "divided")]
     result = diff(*runs)
     assert (result["equal"], result["equal_steps"], result["verdict"]) == (True, NUM_STEPS, "equal for 20 steps")
     hashes = [line["step"] for line in Ledger.read(runs[1]).steps if "parameter_hash" in line]

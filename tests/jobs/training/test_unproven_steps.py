@@ -2,10 +2,11 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
+from cluster.settings.run import Shard
 from jobs.run.ledger import Ledger
 from jobs.training.train_loop import train
 from tests.jobs.runs import tiny_plan
@@ -14,8 +15,8 @@ from tests.jobs.runs_in_rounds import CutOff, run_in_rounds
 CUT_OFFS = [CutOff(1, 3, "zeros"), CutOff(0, 5, "stale"), CutOff(0, 6, "aborted"), CutOff(1, 7, "round")]
 
 
-@pytest.mark.parametrize("sharded", [False, True])
-def test_a_step_that_is_not_proven_leaves_no_trace(tmp_path: Path, sharded: bool) -> None:
+@pytest.mark.parametrize("shard", get_args(Shard))
+def test_a_step_that_is_not_proven_leaves_no_trace(tmp_path: Path, shard: Shard) -> None:
     """The rank that is cut off holds what an aborted gather leaves. The other one has a whole step, and may write it."""
     settings: dict[str, Any] = {
         "train": {"eval_every_steps": 8},
@@ -23,9 +24,9 @@ def test_a_step_that_is_not_proven_leaves_no_trace(tmp_path: Path, sharded: bool
     }
     undisturbed = tiny_plan(str(tmp_path / "undisturbed"), **settings)
     train(undisturbed, rank=0, world_size=1)
-    settings["scaling"] = {"shard": "optimizer" if sharded else "none"}
+    settings["scaling"] = {"shard": shard}
     cut_offs = CUT_OFFS
-    if sharded:  # the second gather of a step follows that of the updated weights
+    if shard in ("optimizer", "gradients"):  # the second gather of a step follows that of the updated weights
         cut_offs = [replace(cut, number=1) for cut in CUT_OFFS if cut.rank == 0]
     plan = tiny_plan(str(tmp_path / "disturbed"), **settings)
     lines = [[line.split() for line in log] for log in run_in_rounds(plan, tmp_path, cut_offs)]
@@ -42,7 +43,9 @@ def test_a_step_that_is_not_proven_leaves_no_trace(tmp_path: Path, sharded: bool
             if cut.rank == rank:
                 assert rescued[0] == "rescued"
                 assert int(rescued[1]) == (cut.step - 1 if kept else 0)
-                assert sharded or not kept or rescued == ["rescued", *kept[-1][1:]], "as the last whole step left it"
+                assert shard != "none" or not kept or rescued == ["rescued", *kept[-1][1:]], (
+                    "as the last whole step left it"
+                )
     ledgers = [Ledger.read(each.run) for each in (undisturbed, plan)]
     written = {(line["attempt"], line["step"]) for line in ledgers[1].lines if "event" not in line}
     assert {(attempt, cut.step) for attempt, cut in enumerate(cut_offs, 1) if cut.rank == 0}.isdisjoint(written)
