@@ -1,0 +1,151 @@
+"""Bytes and messages of a step's exchange, counted as the code that runs hands them over, without anybody to receive them.
+
+This process is rank 0 of as many as are asked for. What it would receive is whatever its memory holds.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from cluster.settings.run import RunConfig, Shard
+from jobs.exact.batch_gradient import BatchGradient
+from jobs.exact.step_totals import StepTotals
+from jobs.exact.train_state import TrainState
+from jobs.plan.memory import layout_of
+from jobs.run.step_timer import StepTimer
+from jobs.workers.worker_group import WorkerGroup
+from model.gpt import GPT
+
+NODE = 8  # ranks
+SIZE = {"n_layer": 3, "n_head": 4, "n_embd": 256, "vocab_size": 8192, "n_positions": 16}
+
+
+class Rows:
+    def samples(self, indices: Any) -> tuple[Tensor, Tensor]:
+        rows = torch.zeros(len(indices), SIZE["n_positions"], dtype=torch.int64)
+        return rows, rows
+
+    def read_ahead(self, indices: Any) -> None:
+        pass
+
+
+class Sent:
+    def __init__(self) -> None:
+        self.within = self.between = 0  # bytes that stay on the node, and that leave it
+        self.num_messages = 0
+
+    def add(self, peer: int, num_bytes: int) -> None:
+        if peer and num_bytes:
+            self.num_messages += 1
+            self.within += num_bytes * (peer < NODE)
+            self.between += num_bytes * (peer >= NODE)
+
+
+@contextmanager
+def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Sent]:
+    sent = Sent()
+
+    def exchange(messages: list[dist.P2POp]) -> list[dist.Work]:
+        for message in messages:
+            if message.op is dist.isend:
+                sent.add(message.peer, message.tensor.nbytes)
+        return []
+
+    def all_to_all(found: Tensor, own: Tensor, found_lengths: list[int], own_lengths: list[int]) -> None:
+        for peer, length in enumerate(own_lengths):
+            sent.add(peer, length * own.itemsize)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(dist, "batch_isend_irecv", exchange)
+        patched.setattr(dist, "all_to_all_single", all_to_all)
+        patched.setattr(StepTotals, "finish", lambda *_, **__: (0.0, 0.0))
+        patched.setattr(WorkerGroup, "prove", lambda *_: None)
+        yield sent
+
+
+def sent_by_rank_0(
+    monkeypatch: pytest.MonkeyPatch,
+    shard: Shard,
+    world_size: int,
+    *,
+    group: int | None = None,
+    lanes: int,
+    precision: str = "fp32",
+) -> Sent:
+    """Returns what rank 0 sends in a step and its update."""
+    config = RunConfig.model_validate(
+        {
+            "model": SIZE,
+            "train": {
+                "global_batch_size": lanes,
+                "micro_batch_size": 1,
+                "max_tokens": 10**9,
+                "precision": precision,
+                "compute": "plain",
+            },
+            "scaling": {"max_workers": world_size, "shard": shard, "shard_group": group},
+        }
+    )
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    try:
+        model = GPT(config.model)
+        model.init_weights(0)
+        workers = WorkerGroup(0, world_size)
+        size = config.scaling.group_size(world_size)
+        state = TrainState(model, config.train, device=torch.device("cpu"), group=workers, shard=shard, group_size=size)
+        gradient = BatchGradient(config, state, Rows(), workers, eot_id=None)  # type: ignore[arg-type]
+        with counted(monkeypatch) as sent:
+            gradient.of_step(1, StepTimer())
+            state.apply(norm=0.0, learning_rate=0.0)
+        gradient.close()
+        state.close()
+    finally:
+        dist.destroy_process_group()
+    return sent
+
+
+NUM_VALUES = layout_of(RunConfig.model_validate({"model": SIZE}).model).size
+
+
+def ring(world_size: int) -> float:
+    """The bytes that a rank sends in a ring all-reduce, in fp32."""
+    return 8 * NUM_VALUES * (world_size - 1) / world_size
+
+
+@pytest.mark.parametrize("world_size", [8, 64, 512])
+def test_groups_of_a_node_send_an_eighth_through_its_network_cards(
+    monkeypatch: pytest.MonkeyPatch, world_size: int
+) -> None:
+    flat = sent_by_rank_0(monkeypatch, "none", world_size, lanes=world_size)
+    groups = sent_by_rank_0(monkeypatch, "gradients", world_size, group=NODE, lanes=world_size)
+    for name, sent in (("flat", flat), ("groups", groups)):
+        shares = [part / ring(world_size) for part in (sent.within, sent.between)]
+        print(f"{world_size} ranks, {name}: {shares[0]:.3f} + {shares[1]:.3f} of a ring, {sent.num_messages} messages")
+    assert flat.within + flat.between == pytest.approx(ring(world_size), rel=0.1), "parts are whole blocks"
+    if world_size == NODE:
+        assert groups.between == 0
+        return
+    assert groups.between == pytest.approx(flat.between / NODE, rel=0.15)
+    assert groups.num_messages < 1.2 * flat.num_messages * (NODE + world_size // NODE) / world_size
+
+
+def test_a_world_that_lost_one_of_eight_sends_little_more_than_a_ring(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = sent_by_rank_0(monkeypatch, "none", 7, lanes=64)
+    assert sent.within <= 1.5 * 1.02 * ring(7), "rank 0 has two subtrees; seven have eleven, 1.29 times a ring's"
+
+
+def test_bf16_halves_what_leaves_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = {
+        precision: sent_by_rank_0(monkeypatch, "parameters", 8, lanes=8, precision=precision).within
+        for precision in ("fp32", "bf16")
+    }
+    blocks = sum(map(len, layout_of(RunConfig.model_validate({"model": SIZE}).model).decoder_blocks))
+    # Forward, backward and the gradient pass on each block's parts; its last two are still there for backward.
+    passes = (3 * blocks - 2 * blocks / 3) * 7 / 8
+    assert sent["fp32"] - sent["bf16"] == pytest.approx(2 * passes, rel=0.02)
