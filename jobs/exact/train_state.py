@@ -99,6 +99,11 @@ class TrainState:
         return self.shard != "none"
 
     @property
+    def num_copies(self) -> int:
+        """How many groups hold a copy each of what is sharded."""
+        return self.mesh.num_groups if self.sums_shards else 1
+
+    @property
     def sends_weights(self) -> bool:
         """Whether an update ends with the others' parts of the weights."""
         return self.shard in ("optimizer", "gradients")

@@ -72,7 +72,7 @@ def copies(holdings: Iterable[Holding], nodes: Sequence[str]) -> list[tuple[Hold
     wanted = []
     for share in [holders[0] for holders in newest.shares] if newest else []:
         others = [node for node in nodes if node != share.node]
-        if not others or len({other.node for other in written if other.area == share.area}) > 1:
+        if not others or len({other.node for other in written if other.header.rank == share.header.rank}) > 1:
             continue
         having = {copy.node for copy in held if copy.area == copy_area(share)}
         target = min(others, key=lambda node: (node not in having, load[node], node))

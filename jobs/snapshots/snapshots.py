@@ -1,6 +1,6 @@
 """Copies a worker's state into its node's memory after a step, and back from some node's memory after a failure.
 
-Where every rank holds the whole state, the ranks of a node divide it among them; with a sharded optimizer each writes
+Where every rank holds the whole state, the ranks of a node divide it among them; of a sharded state each writes
 its own share. Without a keeper on the node, as outside a Ray job, nothing is kept and training is the same.
 """
 
@@ -132,10 +132,11 @@ class Snapshots:
         """Completes the snapshot of the last whole step, due or not, after another worker was lost: this one may hold
         the only newer state, and writes the shares of its node's other workers if they do not.
 
-        A sharded optimizer is left alone: the lost share has no newer form than its own last snapshot.
+        Where one group alone holds a sharded state, that is left alone: the lost share has no newer form than its own
+        last snapshot.
         """
         state.copies.wait()
-        if self._whole is None or state.is_sharded:
+        if self._whole is None or (state.is_sharded and state.num_copies == 1):
             return
         step, attempt, carried, num_updates = self._whole
         if num_updates == state.num_updates:  # no step without a line has updated it
@@ -147,12 +148,11 @@ class Snapshots:
         self, step: int, state: TrainState, *, attempt: int, carried: dict[str, Any], is_rescue: bool = False
     ) -> list[HostCopy]:
         """Begins the copies of this worker's shares, and after them of the other ones on its node in a rescue."""
-        neighbors = [rank for rank, node in enumerate(self._node_of_rank) if node == self._node]
         ranks, count, name = [state.peers.index], len(state.peers), "rank"
-        if state.is_sharded:
-            if any(rank < self._group.rank and rank % count == state.peers.index for rank in neighbors):
-                return []  # a neighbor from another group writes the same
-        else:
+        if state.num_copies > 1:
+            name = f"group-{state.mesh.number}-rank"  # a node may have several groups
+        if not state.is_sharded:
+            neighbors = [rank for rank, node in enumerate(self._node_of_rank) if node == self._node]
             first, count, name = neighbors.index(self._group.rank), NUM_SHARES[state.device.type], "share"
             turns = [range((first + turn) % len(neighbors), count, len(neighbors)) for turn in range(len(neighbors))]
             ranks = list(itertools.chain(*(turns if is_rescue else turns[:1])))
