@@ -58,8 +58,11 @@ def run_config(folder: Path, run_id: str, compute: str, *, exact: bool = True, *
 
 @pytest.fixture(scope="module")
 def disturbed(connection: Connection, folder: Path, compute: str) -> tuple[RunConfig, dict[str, Any]]:
-    """A run and its result: a worker and then a node are killed, and a node joins, so the run shrinks and grows."""
-    config = run_config(folder, "disturbed", compute, min_workers=1, max_workers=4, resize_check_s=2)
+    """A run and its result: a worker and then a node, which is a group, are killed, and a node joins: it shrinks and grows.
+
+    Its weights, gradients and moments are divided among the workers of a group, where that has two."""
+    sharding = {"shard": "parameters", "shard_group": 2}
+    config = run_config(folder, "disturbed", compute, min_workers=1, max_workers=4, resize_check_s=2, **sharding)
     faults = parse_faults(["kill-worker@10", "kill-node@25", "add-node@35"])
     with Chaos(faults, cluster=connection.local, config=config):
         return config, run_stage(connection, "jobs.pretrain", config)

@@ -23,8 +23,8 @@ from torch.utils._pytree import tree_leaves
 
 from cluster.settings.run import RunConfig
 from jobs.exact.compute import MicroBatch, autocast, choose_operations, loss_of
-from jobs.exact.exact_reduce import LaneStep
 from jobs.exact.lane_sums import LaneSums
+from jobs.exact.step_plan import Mesh, StepPlan
 from jobs.exact.train_state import TrainState
 from model.gpt import GPT, Documents
 
@@ -121,7 +121,7 @@ def traced(config: RunConfig) -> dict[str, Any]:
         seen = Seen()
         for tensor in (state.values, state.gradient, *state.moments.values()):
             seen.count(tensor)
-        with seen, sums.lane(LaneStep(0, adds=True), is_last=True):
+        with seen, sums.turn(StepPlan(Mesh(0, 1), num_lanes=2, num_micro_batches=1), 1):
             with autocast(config, device), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                 loss = loss_of(state.model, batch, scale=1e-4)
             loss.backward()
