@@ -24,7 +24,6 @@ from jobs.exact.peers import Peers
 from jobs.exact.step_plan import Mesh
 from jobs.run.step_timer import StepTimer
 from jobs.workers.worker_group import WorkerGroup
-from model.checkpoint import parameter_hash
 from model.gpt import GPT
 from model.shapes import parameter_shapes
 from model.training_memory import large_zeros
@@ -189,13 +188,13 @@ class TrainState:
     def _parts_of_state(self) -> dict[str, Tensor]:
         return {"values": self.values, **self.moments}
 
-    def hash_of_weights(self, *, step: int) -> str:
-        """Returns the parameter hash on rank 0. Where the weights are sharded, all ranks call together."""
-        if self.shard != "parameters":
-            return parameter_hash(self.by_parameter(self.values))
-        flat = torch.empty(self.layout.size if self._group.rank == 0 else 0)
-        self.gather({"values": flat}, step=step, names=["values"])
-        return parameter_hash(self.by_parameter(flat)) if self._group.rank == 0 else ""
+    def whole_weights(self, *, step: int) -> dict[str, Tensor]:
+        """Returns the weights by parameter. Where they are sharded all ranks call together, and rank 0 alone has them."""
+        flat = self.values
+        if self.shard == "parameters":
+            flat = torch.empty(self.layout.size if self._group.rank == 0 else 0)
+            self.gather({"values": flat}, step=step, names=["values"])
+        return self.by_parameter(flat) if len(flat) else {}
 
     def by_parameter(self, flat: Tensor) -> dict[str, Tensor]:
         """Returns views of a flat buffer (P,)."""

@@ -13,6 +13,7 @@ from jobs.run.step_timer import CudaClock, StepTimer
 from jobs.training.layer_statistics import LayerStatistics
 from jobs.training.rank_phases import WINDOW_STEPS, RankPhases, as_fields
 from jobs.workers.worker_group import WorkerGroup
+from model.checkpoint import parameter_hash
 from model.config import flops_per_token
 from model.gpus import gpu_of
 
@@ -52,7 +53,8 @@ class StepRecord:
         hash_every = config.train.hash_every_steps
         if hash_every and step % hash_every == 0 and (self._ledger or self._state.gathered):
             with self.timer.phase("statistics"):
-                fields["parameter_hash"] = self._state.hash_of_weights(step=step)
+                weights = self._state.whole_weights(step=step)
+                fields["parameter_hash"] = parameter_hash(weights) if weights else None
         took = self.timer.take()
         ranks = self._phases.add(took, closes_window=step % WINDOW_STEPS == 0 or step == self._last_step)
         schedule, batch = self._schedule, self._schedule.samples(step)
