@@ -189,7 +189,7 @@ class TrainState:
         return {"values": self.values, **self.moments}
 
     def whole_weights(self, *, step: int) -> dict[str, Tensor]:
-        """Returns the weights by parameter. Where they are sharded all ranks call together, and rank 0 alone has them."""
+        """Returns the weights by parameter. If they are sharded, all ranks call together, and rank 0 alone has them."""
         flat = self.values
         if self.shard == "parameters":
             flat = torch.empty(self.layout.size if self._group.rank == 0 else 0)
