@@ -208,7 +208,7 @@ def test_zero_1_is_named_where_it_helps() -> None:
     run = {"model": {"preset": "gpt3-2.7b"}, "train": {"precision": "bf16", "global_batch_size": 512}}
     run["train"] |= {"max_tokens": 10**11, "micro_batch_size": 4, "warmup_tokens": 10**8}  # type: ignore[operator]
     (first, *_) = planned(run, gpu="a100", count=128)["warnings"]
-    assert "--train.shard-optimizer true makes it" in first
+    assert "--scaling.shard optimizer makes it" in first
 
 
 @pytest.mark.parametrize(
