@@ -15,7 +15,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # The suite starts hundreds of processes: where this is set, each compiles every module again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-all test-chaos test-gpu test-live lint format audit bench bench-train bench-data bench-serve bench-gpu bench-gpu-serve pictures clean
+.PHONY: demo test test-all test-chaos test-gpu test-live lint format audit bench bench-train bench-data bench-serve bench-gpu bench-gpu-serve pictures dashboards clean
 
 demo: $(INSTALLED)
 	$(BIN)/raymill demo
@@ -82,6 +82,10 @@ bench-gpu-serve: $(BENCH_INSTALLED)
 # The pictures in the READMEs, from the newest demo's run.
 pictures: $(INSTALLED)
 	$(BIN)/python -m tests.pictures
+
+# The dashboards of tests/dashboards, into k8s/monitoring, where `raymill dashboards` finds them.
+dashboards: $(INSTALLED)
+	$(BIN)/python -m tests.dashboards.make_dashboards
 
 $(INSTALLED): pyproject.toml .ci/constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "raymill needs Python 3.11 or newer")'

@@ -15,7 +15,7 @@ import httpx
 import ray
 from ray import serve
 
-from cluster.monitoring.dashboards import documents
+from cluster.monitoring.files import documents
 from cluster.settings.run import StorageConfig
 from cluster.settings.serve import DeliveryConfig, EngineConfig, ServeConfig
 from model.config import GPTConfig

@@ -1,8 +1,19 @@
 """The metric table as Prometheus and each exporter see it."""
 
-from cluster.monitoring.metric_table import Exporter, Metric, metrics
+from cluster.monitoring.metric_table import Exporter, Kind, Metric, metrics
 
-SERIES = {series: metric for metric in metrics().values() for series in metric.series}
+ENDS = {Kind.COUNTER: ("_total",), Kind.GAUGE: ("",), Kind.HISTOGRAM: ("_bucket", "_sum", "_count")}
+"""Ends of the names by which Prometheus sees a metric."""
+
+
+def series_of(metric: Metric) -> tuple[str, ...]:
+    """Returns the metric's names at a Ray node's metrics port."""
+    if metric.exporter is Exporter.RAY:
+        return (metric.name,)
+    return tuple(f"ray_{metric.name.replace(':', '_')}{end}" for end in ENDS[metric.kind])
+
+
+SERIES = {series: metric for metric in metrics().values() for series in series_of(metric)}
 """Metrics by their names in Prometheus."""
 
 

@@ -4,8 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from cluster.monitoring.dashboards import documents
-from cluster.monitoring.files import IN_CLUSTER_PROMETHEUS, write_files
+from cluster.monitoring.files import IN_CLUSTER_PROMETHEUS, documents, write_files
 from cluster.monitoring.grafana import Grafana, differences
 from cluster.stages.stage_module import BadResultError
 

@@ -19,17 +19,16 @@ import requests
 from grafana_api.grafana_api import GrafanaClientError, GrafanaException
 from grafana_api.grafana_face import GrafanaFace
 
-from cluster.monitoring.dashboards import FOLDER_TITLE, FOLDER_UID
+from cluster.monitoring.files import Json, data_source
 from cluster.output.progress import say
 from cluster.settings.parser import ConfigError
 from model.errors import UserError
 
 URL_VARIABLE, TOKEN_VARIABLE, TOKEN_FILE_VARIABLE = "GRAFANA_URL", "GRAFANA_TOKEN", "GRAFANA_TOKEN_FILE"
-DATA_SOURCE_UID = "raymill-prometheus"
+FOLDER = "raymill"  # its uid and its title
 TIMEOUT_S = 10.0
 RETRIES_AFTER_S = (0.5, 2.0, 5.0)
 
-Json = dict[str, Any]
 Answer = TypeVar("Answer")
 
 
@@ -98,7 +97,8 @@ class Grafana:
 
     def push_data_source(self, prometheus_url: str) -> str:
         """Pushes and returns `created`, `updated` or `unchanged`, like the other methods that push."""
-        wanted, path = data_source(prometheus_url), f"/datasources/uid/{DATA_SOURCE_UID}"
+        wanted = data_source(prometheus_url)
+        path = f"/datasources/uid/{wanted['uid']}"
         found = self._ask("GET", path)
         if found is None:
             self._ask("POST", "/datasources", wanted)
@@ -109,16 +109,16 @@ class Grafana:
         return "updated"
 
     def push_folder(self) -> str:
-        if self._ask("GET", f"/folders/{FOLDER_UID}") is not None:
+        if self._ask("GET", f"/folders/{FOLDER}") is not None:
             return "unchanged"
-        self._ask("POST", "/folders", {"uid": FOLDER_UID, "title": FOLDER_TITLE})
+        self._ask("POST", "/folders", {"uid": FOLDER, "title": FOLDER})
         return "created"
 
     def push_dashboard(self, dashboard: Json) -> str:
         there = self.dashboard(dashboard["uid"])
         if there is not None and not differences(dashboard, there):
             return "unchanged"
-        body = {"dashboard": dashboard, "folderUid": FOLDER_UID, "overwrite": True, "message": "raymill dashboards"}
+        body = {"dashboard": dashboard, "folderUid": FOLDER, "overwrite": True, "message": "raymill dashboards"}
         self._ask("POST", "/dashboards/db", body)
         return "created" if there is None else "updated"
 
@@ -200,17 +200,6 @@ class Annotator:
                 if not has_failed:
                     say(f"not annotated: {error}")
                 has_failed = True
-
-
-def data_source(prometheus_url: str) -> Json:
-    return {
-        "uid": DATA_SOURCE_UID,
-        "name": "raymill Prometheus",
-        "type": "prometheus",
-        "access": "proxy",
-        "url": prometheus_url,
-        "jsonData": {"timeInterval": "15s", "httpMethod": "POST"},
-    }
 
 
 def differences(wanted: Any, found: Any, where: str = "") -> list[str]:

@@ -19,10 +19,6 @@ class Kind(StrEnum):
     HISTOGRAM = "histogram"
 
 
-ENDS = {Kind.COUNTER: ("_total",), Kind.GAUGE: ("",), Kind.HISTOGRAM: ("_bucket", "_sum", "_count")}
-"""Ends of the names by which Prometheus sees a metric."""
-
-
 class Exporter(StrEnum):
     """The process that exports a metric, which reaches Prometheus through the metrics port of its Ray node."""
 
@@ -41,9 +37,6 @@ COMMON_LABELS: dict[Exporter, tuple[str, ...]] = {
     Exporter.RAY: (),
 }
 
-PER_S = {"short": "cps", "bytes": "Bps", "suffix: tokens": "suffix: tokens/s"}
-"""The unit of a counter's growth, by its own; both as Grafana spells them."""
-
 
 @dataclass(frozen=True)
 class Metric:
@@ -59,13 +52,6 @@ class Metric:
     @property
     def all_labels(self) -> tuple[str, ...]:
         return (*COMMON_LABELS[self.exporter], *self.labels)
-
-    @property
-    def series(self) -> tuple[str, ...]:
-        """The names at a Ray node's metrics port."""
-        if self.exporter is Exporter.RAY:
-            return (self.name,)
-        return tuple(f"ray_{self.name.replace(':', '_')}{end}" for end in ENDS[self.kind])
 
 
 @cache

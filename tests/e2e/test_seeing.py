@@ -12,7 +12,7 @@ import pytest
 from cluster.endpoint.endpoint import deploy
 from cluster.local.chaos import Chaos, parse_faults
 from cluster.local.local_cluster import LocalCluster, free_port
-from cluster.monitoring.dashboards import Json, documents
+from cluster.monitoring.files import Json, documents
 from cluster.settings.run import ClusterConfig, RunConfig
 from cluster.settings.serve import ServeConfig
 from cluster.stages.stage import Connection, connected, run_stage

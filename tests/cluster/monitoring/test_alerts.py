@@ -5,16 +5,17 @@ from pathlib import Path
 
 import yaml
 
-from cluster.monitoring.dashboards import documents
-from cluster.monitoring.files import files
+from cluster.monitoring.files import documents
 from cluster.monitoring.metric_table import metrics
 from tests.metric_series import SERIES
 from tests.prometheus import needs_prometheus, promtool
+from tests.repository import REPOSITORY
 
-RULES = files()["prometheus/rules.yaml"]
+MONITORING = REPOSITORY / "k8s" / "monitoring"
+RULES = (MONITORING / "prometheus/rules.yaml").read_text(encoding="utf-8")
 DECLARED = [rule for group in yaml.safe_load(RULES)["groups"] for rule in group["rules"]]
 ALERTS = {rule["alert"]: rule["expr"] for rule in DECLARED}
-SCRAPED = yaml.safe_load(files()["prometheus/scrape.yaml"])["scrape_configs"][0]
+SCRAPED = yaml.safe_load((MONITORING / "prometheus/scrape.yaml").read_text(encoding="utf-8"))["scrape_configs"][0]
 
 RUN = '{run="a"}'
 DEPLOYMENT = '{application="raymill",deployment="Replica"}'

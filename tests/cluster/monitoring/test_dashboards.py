@@ -10,12 +10,12 @@ import pytest
 import yaml
 
 from cluster import cli
-from cluster.monitoring.dashboards import FEW, MUTED, documents
-from cluster.monitoring.files import files
+from cluster.monitoring.files import IN_CLUSTER_PROMETHEUS, documents
 from cluster.monitoring.metric_table import Exporter, metrics
-from cluster.monitoring.panels import read
+from tests.dashboards.make_dashboards import FEW, MUTED, made
+from tests.dashboards.panels import read
 from tests.k8s.manifests import K8S, of_kind, render_folder
-from tests.metric_series import SERIES
+from tests.metric_series import SERIES, series_of
 from tests.prometheus import needs_prometheus, prometheus, promtool
 
 MONITORING = K8S / "monitoring"
@@ -85,14 +85,27 @@ def test_metrics_of_runs_are_chosen_by_run() -> None:
     for expr in queries():
         for name, chosen in re.findall(r"\b(ray_\w+)({[^}]*})?", expr):
             assert SERIES[name].exporter is not Exporter.LAUNCHER or 'run="r"' in chosen, expr
-    assert metrics()["vllm:prompt_tokens"].series == ("ray_vllm_prompt_tokens_total",)
+    assert series_of(metrics()["vllm:prompt_tokens"]) == ("ray_vllm_prompt_tokens_total",)
 
 
-def test_the_files_in_k8s_are_what_export_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["dashboards", "export", str(tmp_path)]) == 0
+def test_the_files_in_k8s_are_what_make_dashboards_makes() -> None:
+    committed = {path: (MONITORING / path).read_text(encoding="utf-8") for path in made()}
+    assert made() == committed, "run: make dashboards"
+    assert len(documents()) == sum(path.startswith("dashboards/") for path in committed), "a dashboard that is not made"
+
+
+@pytest.mark.parametrize("url", [None, "http://here:9090"])
+def test_export_copies_the_files_with_the_address_of_prometheus(
+    url: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [] if url is None else ["--prometheus-url", url]
+    assert cli.main(["dashboards", "export", str(tmp_path), *given]) == 0
     written = {path.relative_to(tmp_path): path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
     committed = {path.relative_to(MONITORING): path.read_text() for path in MONITORING.rglob("*") if path.is_file()}
-    assert written == committed, "run: raymill dashboards export k8s/monitoring"
+    changed = [path.as_posix() for path in committed if written.pop(path) != committed[path]]
+    assert written == {} and changed == ([] if url is None else ["provisioning/datasource.yaml"])
+    (source,) = yaml.safe_load((tmp_path / "provisioning/datasource.yaml").read_text())["datasources"]
+    assert source["url"] == (url or IN_CLUSTER_PROMETHEUS)
 
 
 @needs_prometheus
@@ -122,6 +135,6 @@ def test_the_component_makes_what_grafana_s_sidecar_and_the_operator_look_for(tm
     (source,) = yaml.safe_load(config_maps["raymill-grafana-datasource"]["data"]["datasource.yaml"])["datasources"]
     assert source["uid"] == "raymill-prometheus"
     (rule,) = of_kind(objects, "PrometheusRule")
-    assert rule["spec"] == yaml.safe_load(files()["prometheus/rules.yaml"])
+    assert rule["spec"] == yaml.safe_load((MONITORING / "prometheus/rules.yaml").read_text())
     (monitor,) = of_kind(objects, "PodMonitor")
     assert monitor["spec"]["selector"]["matchLabels"] == {"raymill/role": "node"}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cluster.monitoring import grafana
-from cluster.monitoring.dashboards import documents
+from cluster.monitoring.files import documents
 from cluster.monitoring.grafana import Annotation, Annotator, Grafana, GrafanaError, differences
 from cluster.settings.parser import ConfigError
 from tests.cluster.grafana_stub import GrafanaStub, grafana_stub

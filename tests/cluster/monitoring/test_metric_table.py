@@ -16,14 +16,14 @@ from cluster.monitoring.metric_table import (
     Phase,
     metrics,
 )
-from cluster.monitoring.panels import ROLES
 from jobs.workers.failures import Kind as FailureKind
 from serving.api.metrics import ABORTED, Role
 from serving.delivery.promotion import Phase as PromotionPhase
 from serving.delivery.promotion import Result
 from serving.engine.messages import FinishReason
 from serving.proxy.front_door import Outcome
-from tests.metric_series import SERIES, metrics_of
+from tests.dashboards.panels import ROLES
+from tests.metric_series import SERIES, metrics_of, series_of
 from tests.repository import REPOSITORY
 
 OURS = tuple(exporter for exporter in Exporter if exporter is not Exporter.RAY)
@@ -32,7 +32,7 @@ OURS = tuple(exporter for exporter in Exporter if exporter is not Exporter.RAY)
 def test_names_are_there_once() -> None:
     written = (REPOSITORY / "cluster/monitoring/metrics.yaml").read_text(encoding="utf-8").count("unit: ")
     assert len(metrics()) == written > 50
-    assert len(SERIES) == sum(len(metric.series) for metric in metrics().values())
+    assert len(SERIES) == sum(len(series_of(metric)) for metric in metrics().values())
 
 
 @pytest.mark.parametrize("exporter", OURS)
@@ -43,7 +43,7 @@ def test_what_an_exporter_has_leaves_under_the_names_of_the_table(exporter: Expo
         child.observe(1) if metric.kind is Kind.HISTOGRAM else child.inc(1)
     samples = [sample for family in exported.collectors.collect() for sample in family.samples]
     names = {f"ray_{sample.name.replace(':', '_')}" for sample in samples if not sample.name.endswith("_created")}
-    assert names == {name for metric in metrics_of(exporter) for name in metric.series}
+    assert names == {name for metric in metrics_of(exporter) for name in series_of(metric)}
     exported.publish()  # Ray takes names, labels and values
 
 

@@ -18,7 +18,7 @@ from jobs.watching.run_metrics import RunFigures
 from jobs.watching.tensorboard_files import TensorBoardFiles
 from tests.jobs.runs import tiny_plan
 from tests.jobs.watching.eventful_ledger import EVENTFUL, events_of, start, step
-from tests.metric_series import metrics_of
+from tests.metric_series import metrics_of, series_of
 
 TOLD_BY_THE_WATCHER = {"raymill_train_running", "raymill_train_last_snapshot_timestamp_seconds"}
 
@@ -122,7 +122,7 @@ def test_every_metric_of_a_corpus_is_exported(capsys: pytest.CaptureFixture[str]
         progress.advance(10, documents=4, tokens=5, rss_bytes=6)
         samples = [sample for family in progress.metrics.collectors.collect() for sample in family.samples]
     values = {sample.name: sample.value for sample in samples if not sample.name.endswith("_created")}
-    assert {f"ray_{name}" for name in values} == {name for of in metrics_of(Exporter.DATA) for name in of.series}
+    assert {f"ray_{name}" for name in values} == {name for of in metrics_of(Exporter.DATA) for name in series_of(of)}
     assert (values["raymill_data_dropped_documents_total"], values["raymill_data_queued_tasks"]) == (3, 1)
 
 

@@ -1,19 +1,22 @@
-"""The dashboards as Grafana's JSON: native panels with units, legends and colors that everyone can tell apart."""
+"""Makes the dashboards of `dashboards.yaml` as Grafana's JSON: native panels with units, legends and colors that everyone can
+tell apart. `make dashboards` writes them and what else follows from other files into `k8s/monitoring`.
+"""
 
+import json
 from collections.abc import Iterator, Sequence
 from itertools import count, cycle
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from cluster.monitoring import panels
+from cluster.monitoring.files import Json
 from cluster.monitoring.metric_table import metrics
-from cluster.monitoring.panels import Panel
+from tests.dashboards import panels
+from tests.dashboards.panels import Panel
+from tests.metric_series import series_of
+from tests.repository import REPOSITORY
 
-FOLDER_UID, FOLDER_TITLE = "raymill", "raymill"
-
-Json = dict[str, Any]
+FOLDER = REPOSITORY / "k8s" / "monitoring"
 
 # Okabe and Ito's palette, without its black and with its yellow last, which is faint on white.
 FEW = ["#0072B2", "#E69F00", "#009E73", "#56B4E9", "#D55E00", "#CC79A7", "#F0E442"]
@@ -29,9 +32,32 @@ _WIDTH = 24
 _SIZE = {True: (4, 4), False: (8, 8)}  # width and height of a stat panel, and of others
 
 
+def made() -> dict[str, str]:
+    """Returns the content of each file that follows from others, by its path."""
+    rules = {
+        "apiVersion": "monitoring.coreos.com/v1",
+        "kind": "PrometheusRule",
+        "metadata": {
+            "name": "raymill",
+            "labels": {"app.kubernetes.io/part-of": "raymill", "app.kubernetes.io/component": "monitoring"},
+        },
+        "spec": yaml.safe_load((FOLDER / "prometheus/rules.yaml").read_text(encoding="utf-8")),
+    }
+    text = yaml.safe_dump(rules, sort_keys=False, width=120, allow_unicode=True)
+    about = "# The alerts, for Prometheus' operator.\n# Made by `make dashboards`: change its source, not this file.\n"
+    dashboards = {f"dashboards/{uid}.json": _text(body) for uid, body in documents().items()}
+    return dashboards | {"operator/prometheus-rule.yaml": about + text}
+
+
+def _text(dashboard: Json) -> str:
+    """Returns the dashboard with one panel per line, so that changes are readable."""
+    lines = ",\n".join(json.dumps(panel) for panel in dashboard["panels"])
+    return json.dumps(dashboard | {"panels": []}, indent=1).replace('"panels": []', f'"panels": [\n{lines}\n]') + "\n"
+
+
 def documents() -> dict[str, Json]:
     """Returns each dashboard's JSON by its uid."""
-    declared = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+    declared = yaml.safe_load(Path(__file__).with_name("dashboards.yaml").read_text(encoding="utf-8"))
     return {dashboard["uid"]: _document(**dashboard) for dashboard in declared}
 
 
@@ -64,7 +90,7 @@ def _variable(name: str, metric: str, is_multi: bool = False) -> Json:
         "label": name.capitalize(),
         "type": "query",
         "datasource": _PROMETHEUS,
-        "query": {"query": f"label_values({metrics()[metric].series[0]}, {name})", "refId": name},
+        "query": {"query": f"label_values({series_of(metrics()[metric])[0]}, {name})", "refId": name},
         "refresh": 2,
         "sort": 2,
         **(several if is_multi else {}),
@@ -168,3 +194,8 @@ def _colors(panel: Panel) -> Iterator[Json]:
     for option, color in zip(options, cycle(palette), strict=False):
         value = {"mode": "fixed", "fixedColor": color}
         yield {"matcher": {"id": matcher, "options": option}, "properties": [{"id": "color", "value": value}]}
+
+
+if __name__ == "__main__":
+    for name, content in made().items():
+        (FOLDER / name).write_text(content, encoding="utf-8")

@@ -4,7 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.monitoring.metric_table import PER_S, Exporter, Kind, Metric, metrics
+from cluster.monitoring.metric_table import Exporter, Kind, Metric, metrics
+from tests.metric_series import series_of
+
+PER_S = {"short": "cps", "bytes": "Bps", "suffix: tokens": "suffix: tokens/s"}
+"""The unit of a counter's growth, by its own; both as Grafana spells them."""
 
 RATE = "$__rate_interval"
 ROLES = ("stable", "canary")  # of versions; each has its color
@@ -75,7 +79,7 @@ def _of_roles(expr: str) -> dict[str, str]:
 
 def _series(metric: Metric, suffix: str = "") -> str:
     """Returns the series of a metric that the dashboard's variables choose. `suffix` is one of a histogram's."""
-    (full,) = [found for found in metric.series if found.endswith(suffix)]
+    (full,) = [found for found in series_of(metric) if found.endswith(suffix)]
     if metric.exporter is Exporter.LAUNCHER:
         return full + '{run="$run"}'
     if metric.exporter is Exporter.REPLICA or "application" in metric.labels:
