@@ -31,11 +31,22 @@ from huggingface_hub.file_download import HfFileMetadata
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
 
-from cluster.storage.interface import HF, Entries, Entry, NotFoundError, Storage, StorageError, checked_key, join_uri
+from cluster.storage.interface import (
+    HF,
+    Entries,
+    Entry,
+    NotFoundError,
+    Storage,
+    StorageError,
+    checked_key,
+    join_uri,
+    reason_of,
+)
 from cluster.storage.ranged_reader import ranged_reader
 
 _COMMIT = re.compile("[0-9a-f]{40}")
 _TIMEOUT_S = 30.0
+_MISSING = (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError)
 
 
 @dataclass(frozen=True)
@@ -168,33 +179,12 @@ def _wrong_uri(uri: str) -> StorageError:
     )
 
 
-_REASONS: list[tuple[type[Exception], type[StorageError], str]] = [
-    (OfflineModeIsEnabled, StorageError, "HF_HUB_OFFLINE is set; unset it to read from the Hub"),
-    (GatedRepoError, StorageError, "the dataset is gated; accept its terms on its page and set HF_TOKEN"),
-    (RepositoryNotFoundError, NotFoundError, "no such dataset at {host}, or HF_TOKEN may not see it; correct either"),
-    (RevisionNotFoundError, NotFoundError, "no such revision; name a branch, a tag or a commit of the dataset"),
-    (EntryNotFoundError, NotFoundError, "there is no such file; check the URI"),
-]
-"""Reasons by kind of error, of which the first that fits counts."""
-
-_STATUS = {
-    401: "access denied (401); check HF_TOKEN",
-    403: "access denied (403); check HF_TOKEN and its rights",
-    429: "too many requests; set HF_TOKEN, which has a higher limit, or run again later",
-}
-
-
 @contextmanager
 def _explained_errors(storage: HubStorage, key: str = "") -> Iterator[None]:
     try:
         yield
     except (HTTPError, EntryNotFoundError, OfflineModeIsEnabled) as error:
         uri, host = join_uri(storage.uri, key), _endpoint().rpartition("@")[2]
-        for kind, explained, reason in _REASONS:
-            if isinstance(error, kind):
-                raise explained(f"{uri}: {reason.format(host=host)}") from error
-        if isinstance(error, HfHubHTTPError):
-            status = error.response.status_code
-            raise StorageError(f"{uri}: {_STATUS.get(status, f'the Hub answered {status}; run again')}") from error
-        reason = f"{host} cannot be reached ({type(error).__name__}); check HF_ENDPOINT and the network"
-        raise StorageError(f"{uri}: {reason}") from error
+        code = str(error.response.status_code) if isinstance(error, HfHubHTTPError) else None
+        kind = NotFoundError if isinstance(error, _MISSING) and not isinstance(error, GatedRepoError) else StorageError
+        raise kind(f"{uri}: {reason_of('hub', error, code=code, host=host)}") from error

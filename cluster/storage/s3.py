@@ -26,6 +26,7 @@ from cluster.storage.interface import (
     StorageError,
     checked_key,
     join_uri,
+    reason_of,
 )
 from cluster.storage.ranged_reader import ranged_reader
 
@@ -34,43 +35,6 @@ _MAX_ATTEMPTS = 4
 
 _REFUSED_CONDITION = ("PreconditionFailed", "ConditionalRequestConflict", "412", "409")
 _MISSING_KEY = ("NoSuchKey", "404")
-
-_DENIED = "access denied ({code}); check the credentials and the bucket's policy"
-_UNKNOWN_KEY = "the store does not know this access key ({code}); check AWS_ACCESS_KEY_ID, or the profile"
-_OTHER_PAIR = "the secret key does not fit the access key ({code}); check AWS_SECRET_ACCESS_KEY, or the profile"
-_EXPIRED = "the session token is expired or invalid ({code}); get new credentials"
-_ELSEWHERE = "the bucket lies in another region ({code}); set AWS_DEFAULT_REGION to it"
-_CLOCK = "refused because this machine's clock is wrong ({code}); set it"
-_CHANGED = "the object changed while it was read; run again once nothing writes to it"
-_BUSY = "the store is overloaded ({code}) and stayed so; run again later or with fewer workers"
-_WORDLESS = "what answers does not speak as S3 does ({code}); check AWS_ENDPOINT_URL, or run again later"
-_REASONS = {
-    **dict.fromkeys(("403", "AccessDenied", "AllAccessDisabled"), _DENIED),
-    "InvalidAccessKeyId": _UNKNOWN_KEY,
-    "SignatureDoesNotMatch": _OTHER_PAIR,
-    "NotImplemented": "the store lacks something that raymill needs ({code}), such as conditional writes; use another",
-    **dict.fromkeys(("ExpiredToken", "InvalidToken", "TokenRefreshRequired"), _EXPIRED),
-    **dict.fromkeys(("301", "PermanentRedirect", "AuthorizationHeaderMalformed", "IncorrectEndpoint"), _ELSEWHERE),
-    **dict.fromkeys(("RequestTimeTooSkewed", "RequestExpired"), _CLOCK),
-    **dict.fromkeys(_REFUSED_CONDITION, _CHANGED),
-    **dict.fromkeys(("SlowDown", "ServiceUnavailable", "InternalError", "503"), _BUSY),
-    "500": _WORDLESS,
-}
-
-_BROKEN = "the transfer broke off ({name}) each time; run again"
-_FAILURES: tuple[tuple[tuple[type[BaseException], ...], str], ...] = (
-    (
-        (exceptions.NoCredentialsError, exceptions.PartialCredentialsError),
-        "no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile",
-    ),
-    ((exceptions.SSLError,), "no TLS with {host}; check its certificate, AWS_CA_BUNDLE, and http or https"),
-    (
-        (exceptions.EndpointConnectionError, exceptions.ConnectTimeoutError),
-        "{host} cannot be reached; check AWS_ENDPOINT_URL and the network",
-    ),
-    ((ResponseParserError,), "what answers at {host} is no S3; check AWS_ENDPOINT_URL"),
-)
-"""Failures before S3 had an answer."""
 
 
 def _client() -> Any:
@@ -240,14 +204,9 @@ def _code_of(error: ClientError) -> str:
 
 def _explain(uri: str, bucket: str, error: BaseException | None) -> StorageError:
     host = (_endpoint() or "AWS").rpartition("@")[2]
-    if not isinstance(error, ClientError):
-        name = type(error).__name__
-        reasons = (reason for kinds, reason in _FAILURES if isinstance(error, kinds))
-        return StorageError(f"{uri}: {next(reasons, _BROKEN).format(host=host, name=name)}")
-    code = _code_of(error)
+    code = _code_of(error) if isinstance(error, ClientError) else None
     if code == "NoSuchBucket":
         return NotFoundError(f"{uri}: there is no bucket {bucket!r} at {host}; create it or correct the URI")
     if code in _MISSING_KEY:
         return NotFoundError(f"{uri} does not exist; check the URI")
-    reason = _REASONS.get(code, "S3 answered {code}; run again, or see the store's own log")
-    return StorageError(f"{uri}: {reason.format(code=code)}")
+    return StorageError(f"{uri}: {reason_of('s3', error, code=code, host=host)}")
