@@ -4,6 +4,8 @@ import argparse
 import dataclasses
 import secrets
 import time
+import tomllib
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -149,16 +151,22 @@ def _leaves(root: type[BaseModel], prefix: str = "") -> list[tuple[str, str, boo
                 leaves.append((f"{prefix}{name}.{field.name}", f"{field.metadata['help']} ({field.default})", False))
         else:
             holds_list = get_origin(kind) in (list, dict) or any(get_origin(part) is list for part in get_args(kind))
-            leaves.append((f"{prefix}{name}", _help(info), holds_list))
+            leaves.append((f"{prefix}{name}", _help(root, name, info), holds_list))
     return [(path, text.replace("%", "%%"), is_list) for path, text, is_list in leaves] if not prefix else leaves
 
 
-def _help(info: FieldInfo) -> str:
+def _help(branch: type[BaseModel], name: str, info: FieldInfo) -> str:
+    about = next(lines[name] for kind in branch.__mro__ if name in (lines := _help_lines().get(kind.__name__, {})))
     default = info.get_default(call_default_factory=True)
     choices = get_args(info.annotation) if all(isinstance(a, str) for a in get_args(info.annotation)) else ()
     notes = [f"one of {', '.join(choices)}"] if choices else []
     notes += [f"default {default}"] if default not in (None, [], {}) else []
-    return f"{info.description}" + (f" ({'; '.join(notes)})" if notes else "")
+    return about + (f" ({'; '.join(notes)})" if notes else "")
+
+
+@cache
+def _help_lines() -> dict[str, dict[str, str]]:
+    return tomllib.loads(Path(__file__).with_name("help.toml").read_text(encoding="utf-8"))
 
 
 def _explained(problem: Any, root: type[BaseModel]) -> str:

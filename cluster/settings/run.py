@@ -1,7 +1,8 @@
 """The typed settings: `RunConfig` for a run, `EvaluateConfig` for an evaluation (`ServeConfig` is in `serve`).
 
-Each is a key of the YAML file and a flag (`--train.learning-rate 1e-3`). The trees are frozen and refuse unknown keys.
-Secrets are never settings: they come from the environment or from files named by a setting.
+Each is a key of the YAML file and a flag (`--train.learning-rate 1e-3`); help.toml says what each is for. The trees are
+frozen and refuse unknown keys. Secrets are never settings: they come from the environment or from files named by a
+setting.
 """
 
 import dataclasses
@@ -40,11 +41,6 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-def setting(default: Any, about: str, **bounds: Any) -> Any:
-    """Returns a setting's default, its line of help, and bounds that its type does not say."""
-    return Field(default, description=about, **bounds)
-
-
 TOKENS = "tokens://"
 """Prefix in `data.source` of a finished token store's location, whose shards are used as they are."""
 
@@ -64,52 +60,29 @@ SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
 class TextConfig(Settings):
     """The text to read."""
 
-    source: str | list[str] = setting(
-        [],
-        "corpus: a path, file://, s3:// or hf://datasets/OWNER/NAME@REVISION URI, or a list of them; globs "
-        "allowed; tokens://PATH is a finished token store. Endings: .txt .jsonl .csv .parquet, .gz and .zst of the "
-        "first three",
-    )
-    text_field: str = setting("text", "field (jsonl) or column (csv, parquet) that holds the text")
+    source: str | list[str] = []
+    text_field: str = "text"
 
 
 class DataConfig(TextConfig):
     """The way from text to token shards."""
 
-    weights: list[PositiveFloat] = setting(
-        [], "share of the training rows from each source, relative to each other; by their sizes when empty"
-    )
-    validation: dict[SetName, str] = setting({}, "further texts to validate on, by name; as a flag NAME=SOURCE ...")
-    tokenizer: str | None = setting(None, "tokenizer.json's URI, or its folder's; trained on the corpus when unset")
-    vocab_size: int = setting(4096, "ids of the trained vocabulary", ge=257, le=1_000_000)
-    normalize: list[Literal["nfc", "lowercase", "collapse_spaces"]] = setting(
-        [], "text normalization of a trained tokenizer, recorded in it; GPT-2 has none"
-    )
-    tokenizer_sample_bytes: PositiveInt = setting(
-        256 << 20, "bytes of text, from places all over the corpus, that the tokenizer is trained on"
-    )
-    invalid_utf8: Literal["replace", "skip", "fail"] = setting(
-        "replace", "what to do with a document that is not UTF-8: put U+FFFD, drop it, or stop"
-    )
-    max_document_bytes: PositiveInt = setting(
-        16 << 20, "bytes above which a document is dropped and counted; a longer txt file is cut"
-    )
-    max_compression_ratio: float = setting(
-        100.0, "a .gz or .zst that unpacks to more than this many times its size is refused", gt=1
-    )
-    max_unreadable_fraction: float = setting(
-        1.0, "stop when a larger share of the documents is binary, not UTF-8 or without the text field", ge=0, le=1
-    )
-    dedup: bool = setting(True, "drop documents whose text occurred before, ignoring case, blanks and Unicode form")
-    near_dedup_threshold: float | None = setting(
-        None, "drop documents at least this similar (Jaccard, word 3-grams) to another", gt=0, le=1
-    )
-    quality_rules: list[QualityRule] = setting([], "rules for documents, with Gopher's bounds (Rae et al., 2021)")
-    decontaminate_ngram: int | None = setting(
-        None, "drop training documents that share this many words in a row with validation", ge=4
-    )
-    val_fraction: float = setting(0.05, "share of documents held out, chosen by each document's own hash", ge=0, lt=1)
-    shard_bytes: PositiveInt = setting(16 << 20, "source bytes per shard: the unit of work and of resuming")
+    weights: list[PositiveFloat] = []
+    validation: dict[SetName, str] = {}
+    tokenizer: str | None = None
+    vocab_size: int = Field(4096, ge=257, le=1_000_000)
+    normalize: list[Literal["nfc", "lowercase", "collapse_spaces"]] = []
+    tokenizer_sample_bytes: PositiveInt = 256 << 20
+    invalid_utf8: Literal["replace", "skip", "fail"] = "replace"
+    max_document_bytes: PositiveInt = 16 << 20
+    max_compression_ratio: float = Field(100.0, gt=1)
+    max_unreadable_fraction: float = Field(1.0, ge=0, le=1)
+    dedup: bool = True
+    near_dedup_threshold: float | None = Field(None, gt=0, le=1)
+    quality_rules: list[QualityRule] = []
+    decontaminate_ngram: int | None = Field(None, ge=4)
+    val_fraction: float = Field(0.05, ge=0, lt=1)
+    shard_bytes: PositiveInt = 16 << 20
 
     @model_validator(mode="after")
     def _one_weight_a_source(self) -> Self:
@@ -122,67 +95,39 @@ class DataConfig(TextConfig):
 class TrainConfig(Settings):
     """The way from tokens to weights. The global batch is the same for any number of workers."""
 
-    max_tokens: PositiveInt = setting(10_000_000, "tokens to train on; never exceeded")
-    global_batch_size: PositiveInt = setting(64, "sequences per optimizer step, over all workers")
-    micro_batch_size: PositiveInt = setting(8, "sequences computed together")
-    micro_batches_per_lane: PositiveInt = setting(
-        1,
-        "micro-batches that are added up in order before the exact sum takes them, as one lane: more need less memory "
-        "and pass less often over the gradient; they are part of the bits. A lane's size divides global_batch_size",
-    )
-    batch_ramp_tokens: NonNegativeInt = setting(
-        0, "tokens over which the batch grows linearly to global_batch_size; 0: full from the start"
-    )
-    batch_ramp_start: PositiveInt | None = setting(None, "sequences of the first step of a growing batch")
-    seq_len: PositiveInt | None = setting(None, "tokens per sequence; model.n_positions when unset")
-    learning_rate: PositiveFloat = setting(6e-4, "peak learning rate")
-    schedule: Literal["cosine", "wsd"] = setting(
-        "cosine",
-        "learning rate after the warm-up: cosine down to the horizon; or wsd, the peak until a last, "
-        "linear stretch of cooldown_tokens down to the horizon",
-    )
-    min_learning_rate_ratio: float = setting(0.1, "learning rate at the horizon, as a share of the peak", ge=0, le=1)
-    warmup_tokens: NonNegativeInt | None = setting(
-        None, "linear warm-up, tokens; 375M or 2% of max_tokens, the smaller, when unset"
-    )
-    decay_tokens: PositiveInt | None = setting(None, "horizon of the learning rate, tokens; max_tokens when unset")
-    cooldown_tokens: PositiveInt | None = setting(None, "end of schedule wsd, tokens; 20% of the horizon when unset")
-    weight_decay: NonNegativeFloat = setting(0.1, "AdamW decay of matrices; biases and LayerNorms have none")
-    beta1: float = setting(0.9, "AdamW, decay of the first moment", ge=0, lt=1)
-    beta2: float = setting(0.95, "AdamW, decay of the second moment", ge=0, lt=1)
-    grad_clip: NonNegativeFloat = setting(1.0, "largest norm of the summed gradient; 0 never clips")
-    precision: Literal["auto", Precision] = setting(
-        "auto",
-        "compute precision; bf16 is autocast over fp32 master weights; auto: bf16 where the workers' "
-        "processor computes it at speed when the run first starts, else fp32, and the same for the rest of the run",
-    )
-    compute: Literal["auto", Compute] = setting(
-        "auto",
-        "operations of the model: PyTorch's own (plain), these in fused kernels (compiled), or some with gradients "
-        "written for CPUs (cpu); auto: compiled on GPUs, else cpu",
-    )
-    recompute: bool = setting(
-        False, "keep each block's input alone for backward, which computes the rest again: less memory, the same bits"
-    )
-    exact: bool = setting(True, "the same bits for any number of workers; false is stock DistributedDataParallel")
-    seed: int = setting(0, "initial weights, sample order, dropout", ge=0, lt=2**63)
-    max_skipped_steps: NonNegativeInt = setting(3, "bad steps in a row that are skipped before the run is rolled back")
-    max_rollbacks: NonNegativeInt = setting(3, "rollbacks after which a run stops instead of rolling back")
-    spike_factor: NonNegativeFloat = setting(
-        0.0, "a loss this many median absolute deviations above the median is bad; 0 is off"
-    )
-    shuffle_window_rows: PositiveInt = setting(
-        1 << 20, "rows shuffled together; windows follow each other in the order of the store"
-    )
-    document_mask: bool = setting(False, "no token attends to another document in its row; positions restart at each")
-    while_tokenizing: bool = setting(False, "start on the sealed part of the token store while the rest is written")
-    eval_every_steps: PositiveInt = setting(100, "steps between validations; the last step always validates")
-    eval_max_tokens: PositiveInt = setting(1_000_000, "validation tokens, from the front of the split")
-    sample_prompts: list[str] = setting([], "prompts completed at every validation, with a fixed seed")
-    layer_statistics_every_steps: NonNegativeInt = setting(
-        50, "steps between measurements of each layer's gradient, weights and update; 0 never"
-    )
-    hash_every_steps: NonNegativeInt = setting(0, "steps between parameter hashes in the ledger; 0 at checkpoints only")
+    max_tokens: PositiveInt = 10_000_000
+    global_batch_size: PositiveInt = 64
+    micro_batch_size: PositiveInt = 8
+    micro_batches_per_lane: PositiveInt = 1
+    batch_ramp_tokens: NonNegativeInt = 0
+    batch_ramp_start: PositiveInt | None = None
+    seq_len: PositiveInt | None = None
+    learning_rate: PositiveFloat = 6e-4
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    min_learning_rate_ratio: float = Field(0.1, ge=0, le=1)
+    warmup_tokens: NonNegativeInt | None = None
+    decay_tokens: PositiveInt | None = None
+    cooldown_tokens: PositiveInt | None = None
+    weight_decay: NonNegativeFloat = 0.1
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    grad_clip: NonNegativeFloat = 1.0
+    precision: Literal["auto", Precision] = "auto"
+    compute: Literal["auto", Compute] = "auto"
+    recompute: bool = False
+    exact: bool = True
+    seed: int = Field(0, ge=0, lt=2**63)
+    max_skipped_steps: NonNegativeInt = 3
+    max_rollbacks: NonNegativeInt = 3
+    spike_factor: NonNegativeFloat = 0.0
+    shuffle_window_rows: PositiveInt = 1 << 20
+    document_mask: bool = False
+    while_tokenizing: bool = False
+    eval_every_steps: PositiveInt = 100
+    eval_max_tokens: PositiveInt = 1_000_000
+    sample_prompts: list[str] = []
+    layer_statistics_every_steps: NonNegativeInt = 50
+    hash_every_steps: NonNegativeInt = 0
 
     @model_validator(mode="after")
     def _cooldown_fits(self) -> Self:
@@ -225,26 +170,16 @@ class TrainConfig(Settings):
 class ScalingConfig(Settings):
     """The number of training workers, and what each may use."""
 
-    min_workers: PositiveInt = setting(1, "training waits below this many workers")
-    max_workers: PositiveInt = setting(2, "training grows up to this many workers")
-    threads_per_worker: PositiveInt = setting(1, "compute threads, and logical CPUs, of a worker")
-    use_gpu: bool = setting(False, "one GPU per worker")
-    shard: Shard = setting(
-        "none",
-        "what a worker keeps its own part of alone: optimizer, AdamW's moments (ZeRO-1); gradients, their sums too "
-        "(ZeRO-2); parameters, the weights too (ZeRO-3). The bits are the same, and a resume may choose another one",
-    )
-    shard_group: PositiveInt | None = setting(
-        None,
-        "workers that hold one copy of what shard=gradients or parameters divides, usually a node's: the largest such "
-        "number that divides the workers is taken; all of them when unset",
-    )
-    resize_check_s: PositiveFloat = setting(10.0, "seconds between looks for newly available workers")
-    max_fruitless_attempts: PositiveInt = setting(6, "attempts in a row without progress after which the run gives up")
-    hang_timeout_s: NonNegativeFloat = setting(30.0, "silent seconds after which a worker is killed; 0 never does")
-    price_per_device_hour: NonNegativeFloat | None = setting(
-        None, "price of an hour of a GPU, or of a CPU where workers have none, for the cost metrics"
-    )
+    min_workers: PositiveInt = 1
+    max_workers: PositiveInt = 2
+    threads_per_worker: PositiveInt = 1
+    use_gpu: bool = False
+    shard: Shard = "none"
+    shard_group: PositiveInt | None = None
+    resize_check_s: PositiveFloat = 10.0
+    max_fruitless_attempts: PositiveInt = 6
+    hang_timeout_s: NonNegativeFloat = 30.0
+    price_per_device_hour: NonNegativeFloat | None = None
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -263,27 +198,25 @@ class ScalingConfig(Settings):
 class ClusterConfig(Settings):
     """The Ray cluster to use."""
 
-    address: str | None = setting(None, "Ray Jobs address (http://host:8265) of a cluster; a local one when unset")
-    num_nodes: int = setting(3, "raylets of the local cluster, the head among them", ge=1, le=16)
-    cpus_per_node: PositiveInt | None = setting(None, "CPUs of a local node; enough for max_workers when unset")
+    address: str | None = None
+    num_nodes: int = Field(3, ge=1, le=16)
+    cpus_per_node: PositiveInt | None = None
 
 
 class StorageConfig(Settings):
     """The place of everything durable."""
 
-    uri: str = setting(".raymill", "root of tokens, runs and checkpoints: a path, file:// or s3://bucket/prefix")
+    uri: str = ".raymill"
 
 
 class CheckpointConfig(Settings):
     """The checkpoints to write and to keep."""
 
-    save_every_steps: PositiveInt = setting(100, "steps between checkpoints; the last step always saves")
-    num_to_keep: PositiveInt = setting(3, "newest checkpoints to keep, at least two; published ones are kept besides")
-    keep_best: NonNegativeInt = setting(0, "checkpoints of the lowest validation loss to keep besides")
-    keep_every_steps: PositiveInt | None = setting(None, "keep each checkpoint of a multiple of these steps besides")
-    snapshot_bytes: NonNegativeInt | None = setting(
-        None, "most memory of a node for copies of the training state; half of the node's when unset, 0 keeps none"
-    )
+    save_every_steps: PositiveInt = 100
+    num_to_keep: PositiveInt = 3
+    keep_best: NonNegativeInt = 0
+    keep_every_steps: PositiveInt | None = None
+    snapshot_bytes: NonNegativeInt | None = None
 
 
 FORMER_SETTINGS: dict[str, Any] = {
@@ -303,11 +236,7 @@ FORMER_SETTINGS: dict[str, Any] = {
 class RunConfig(Settings):
     """The settings of a run."""
 
-    run_id: str | None = setting(
-        None,
-        "name of the run; naming an existing one resumes it. A new one is made when unset",
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
-    )
+    run_id: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     data: DataConfig = DataConfig()
     model: ModelShape = GPTConfig()
     train: TrainConfig = TrainConfig()
@@ -406,17 +335,15 @@ def cooldown_tokens(config: RunConfig) -> int | None:
 class EvaluateConfig(Settings):
     """The settings of an evaluation. The model's shape and its tokenizer come from the checkpoint."""
 
-    checkpoint: str = setting("latest", "path or URI of a checkpoint's or run's folder, or `latest`: newest published")
+    checkpoint: str = "latest"
     data: TextConfig = TextConfig()
     """The text to evaluate on; the validation split that the checkpoint was trained with when unset."""
-    max_tokens: PositiveInt = setting(10_000_000, "tokens to evaluate on, from the front")
-    batch_size: PositiveInt = setting(8, "sequences computed together")
-    seq_len: PositiveInt | None = setting(None, "tokens per sequence; as the run trained, or n_positions, when unset")
-    precision: Literal["auto", Precision] = setting(
-        "auto", "compute precision, bf16 is autocast; auto: as the run trained, or else fp32"
-    )
-    num_workers: PositiveInt = setting(2, "batches computed at once; the result does not depend on it")
-    threads_per_worker: PositiveInt = setting(1, "compute threads, and logical CPUs, of a worker")
+    max_tokens: PositiveInt = 10_000_000
+    batch_size: PositiveInt = 8
+    seq_len: PositiveInt | None = None
+    precision: Literal["auto", Precision] = "auto"
+    num_workers: PositiveInt = 2
+    threads_per_worker: PositiveInt = 1
     cluster: ClusterConfig = ClusterConfig()
     storage: StorageConfig = StorageConfig()
 

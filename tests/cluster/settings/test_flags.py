@@ -1,16 +1,20 @@
 """Flags over YAML: every setting has one, what they say wins, and misuse gets one line with a suggestion."""
 
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cluster.settings import flags, plan, run, serve
 from cluster.settings.flags import add_config_arguments, config_from_arguments, new_run_id
 from cluster.settings.parser import ConfigError, Parser
+from cluster.settings.plan import PlanConfig
 from cluster.settings.run import EvaluateConfig, RunConfig, Settings
-from cluster.settings.serve import ServeConfig
+from cluster.settings.serve import CPU_NUM_SEQS, CPU_PREFILL_TOKENS, ServeConfig
 from model.config import GPTConfig
+from model.gpus import GPUS
 
 YAML = """
 data: {source: corpus/*.txt}
@@ -129,7 +133,7 @@ def setting_paths(root: type[Settings], prefix: str = "") -> list[str]:
     return paths
 
 
-@pytest.mark.parametrize("root", [RunConfig, ServeConfig, EvaluateConfig])
+@pytest.mark.parametrize("root", [RunConfig, ServeConfig, EvaluateConfig, PlanConfig])
 def test_every_setting_is_a_flag_with_a_line_of_help(root: type[Settings]) -> None:
     parser = Parser(prog="tool")
     add_config_arguments(parser, root)
@@ -137,6 +141,17 @@ def test_every_setting_is_a_flag_with_a_line_of_help(root: type[Settings]) -> No
     assert set(setting_paths(root)) <= set(described)
     assert all(len(text) > 10 for text in described.values())
     assert "--train.learning-rate" in parser.format_help() or root is not RunConfig  # `%` in a help text would raise
+
+
+def test_each_line_of_help_is_that_of_a_setting_and_true() -> None:
+    lines = tomllib.loads(Path(flags.__file__).with_name("help.toml").read_text(encoding="utf-8"))
+    for branch, settings in lines.items():
+        kind = next(vars(module)[branch] for module in (run, serve, plan) if branch in vars(module))
+        assert settings.keys() <= kind.model_fields.keys()
+    assert lines["PlanConfig"]["gpu"].endswith(f"one of {', '.join(GPUS)}")
+    engine = lines["EngineConfig"]
+    assert f"; {CPU_NUM_SEQS} when unset" in engine["max_num_seqs"]
+    assert f"; {CPU_PREFILL_TOKENS} when unset" in engine["prefill_tokens_per_step"]
 
 
 @pytest.mark.parametrize(
