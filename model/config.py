@@ -1,6 +1,8 @@
 """The shape of a GPT-2 style decoder, in GPT-2's own terms, its presets, and counts of parameters and operations."""
 
+import tomllib
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 Activation = Literal["gelu", "gelu_exact", "relu"]
@@ -51,27 +53,7 @@ def num_parameters(config: GPTConfig) -> int:
     return config.vocab_size * c + config.n_positions * c + config.n_layer * block + 2 * c + head
 
 
-# Shapes from the GPT-2 (2019) and GPT-3 (2020, table 2.1) papers. GPT-3 13B's table entry of width 5140 is not
-# divisible by its 40 heads; 5120 is used, as everywhere else.
-PRESETS: dict[str, dict[str, Any]] = {
-    "gpt2-124m": {"n_layer": 12, "n_head": 12, "n_embd": 768},
-    "gpt2-355m": {"n_layer": 24, "n_head": 16, "n_embd": 1024},
-    "gpt2-774m": {"n_layer": 36, "n_head": 20, "n_embd": 1280},
-    "gpt2-1.5b": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
-    "gpt3-125m": {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 2048},
-    "gpt3-350m": {"n_layer": 24, "n_head": 16, "n_embd": 1024, "n_positions": 2048},
-    "gpt3-760m": {"n_layer": 24, "n_head": 16, "n_embd": 1536, "n_positions": 2048},
-    "gpt3-1.3b": {"n_layer": 24, "n_head": 32, "n_embd": 2048, "n_positions": 2048},
-    "gpt3-2.7b": {"n_layer": 32, "n_head": 32, "n_embd": 2560, "n_positions": 2048},
-    "gpt3-6.7b": {"n_layer": 32, "n_head": 32, "n_embd": 4096, "n_positions": 2048},
-    "gpt3-13b": {"n_layer": 40, "n_head": 40, "n_embd": 5120, "n_positions": 2048},
-    "gpt3-175b": {"n_layer": 96, "n_head": 96, "n_embd": 12288, "n_positions": 2048},
-    # One head and ReLU, so that the attention scale 1/sqrt(d_head) is 1/sqrt(768).
-    "seed": {"n_layer": 12, "n_head": 1, "n_embd": 768, "activation_function": "relu"},
-    "small-10m": {"n_layer": 6, "n_head": 6, "n_embd": 384, "n_positions": 256},
-    "demo": {"n_layer": 3, "n_head": 4, "n_embd": 128, "n_positions": 128},
-    "tiny": {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 64},
-}
+PRESETS: dict[str, dict[str, Any]] = tomllib.loads(Path(__file__).with_name("presets.toml").read_text(encoding="utf-8"))
 
 
 def preset_fields(values: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """Known GPUs: their peak, memory and links, and what an hour of one is assumed to cost."""
 
 import re
+import tomllib
 from dataclasses import dataclass
+from pathlib import Path
 
 from model.processor import Precision
 
@@ -29,26 +31,8 @@ class Gpu:
         return "fp32" if self.device_name in ("V100-SXM2", "T4") else "bf16"
 
 
-_GB, _TF, _GBIT = 1e9, 1e12, 1e9 / 8
-
-# By the name that users type.
-GPUS: dict[str, Gpu] = {
-    "h100-pcie": Gpu("H100 PCIe", 756 * _TF, 80 * _GB, 64 * _GB, 64 * _GB, 100 * _GBIT, 2.5),
-    "h100-nvl": Gpu("H100 NVL", 835 * _TF, 94 * _GB, 300 * _GB, 64 * _GB, 100 * _GBIT, 2.8),
-    "h100": Gpu("H100", 989 * _TF, 80 * _GB, 450 * _GB, 64 * _GB, 400 * _GBIT, 3.0),
-    "h200": Gpu("H200", 989 * _TF, 141 * _GB, 450 * _GB, 64 * _GB, 400 * _GBIT, 3.5),
-    "b200": Gpu("B200", 2250 * _TF, 180 * _GB, 900 * _GB, 64 * _GB, 400 * _GBIT, 5.0),
-    "a100-40gb": Gpu("A100-SXM4-40GB", 312 * _TF, 40 * _GB, 300 * _GB, 32 * _GB, 200 * _GBIT, 1.5),
-    "a100": Gpu("A100", 312 * _TF, 80 * _GB, 300 * _GB, 32 * _GB, 200 * _GBIT, 2.0),
-    "a10g": Gpu("A10G", 70 * _TF, 24 * _GB, 32 * _GB, 32 * _GB, 12.5 * _GBIT, 1.0),
-    "a10": Gpu("A10", 125 * _TF, 24 * _GB, 32 * _GB, 32 * _GB, 12.5 * _GBIT, 0.75),
-    "l40s": Gpu("L40S", 362 * _TF, 48 * _GB, 32 * _GB, 32 * _GB, 12.5 * _GBIT, 1.5),
-    "l4": Gpu("L4", 121 * _TF, 24 * _GB, 32 * _GB, 32 * _GB, 12.5 * _GBIT, 0.7),
-    "v100": Gpu("V100-SXM2", 125 * _TF, 32 * _GB, 150 * _GB, 16 * _GB, 12.5 * _GBIT, 1.0),
-    "t4": Gpu("T4", 65 * _TF, 16 * _GB, 16 * _GB, 16 * _GB, 12.5 * _GBIT, 0.35),
-    "rtx-4090": Gpu("RTX 4090", 165 * _TF, 24 * _GB, 32 * _GB, 32 * _GB, 12.5 * _GBIT, 0.5),
-    "rtx-3090": Gpu("RTX 3090", 71 * _TF, 24 * _GB, 32 * _GB, 32 * _GB, 12.5 * _GBIT, 0.3),
-}
+GPUS = {name: Gpu(*row) for name, row in tomllib.loads(Path(__file__).with_name("gpus.toml").read_text()).items()}
+"""By the name that users type."""
 
 _VARIANT = re.compile(r"\b(MIG|Laptop|Max-Q|SUPER|Ti|D|NVL)\b")
 """Words that turn a name of the table into another GPU, or a part of one, with another peak."""

@@ -9,13 +9,14 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import NoReturn
 
 from cluster.settings.serve import ServeConfig
 from model.errors import UserError
 from serving.api.keys import ApiKey, make_key_file, read_keys
-from serving.protocol.errors import ApiError, expired_key, not_found, unauthorized
+from serving.protocol.errors import ApiError, error_of
 from serving.xray.page_routes import PAGE_PATHS
 
 OPEN_PATHS = ("/health", "/ready", *PAGE_PATHS)  # for probes and navigation, which have no key
@@ -110,18 +111,18 @@ def authorize(path: str, headers: Headers, rules: AccessRules) -> ApiKey | None:
     added later, needs an admin key, which opens nothing else. Raises `ApiError` (401, 403, 404)."""
     if path == ADMIN_PATH or path.startswith(f"{ADMIN_PATH}/"):
         if not rules.admin_keys:
-            raise not_found(path)
+            raise error_of("not_found", path=path[:64])
         if (key := presented_key(headers, rules.admin_keys)) is None:
             if presented_key(headers, rules.user_keys) is None:
-                raise unauthorized()
-            message = "This key does not open /admin; use a key of admin_key_file."
-            raise ApiError(403, message, code="admin_key_required")
+                raise error_of("invalid_api_key")
+            raise error_of("admin_key_required")
     elif path in OPEN_PATHS or not rules.user_keys:
         return None
     elif (key := presented_key(headers, rules.user_keys)) is None:
-        raise unauthorized()
+        raise error_of("invalid_api_key")
     if key.expires_s is not None and time.time() >= key.expires_s:
-        raise expired_key(key.name, key.expires_s)
+        since = datetime.fromtimestamp(key.expires_s, UTC).isoformat(timespec="seconds")
+        raise error_of("expired_api_key", name=key.name, since=since)
     return key
 
 

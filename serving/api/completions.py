@@ -17,7 +17,7 @@ from serving.api.metrics import ReplicaMetrics, RequestTimer
 from serving.delivery.loaded_version import LoadedVersion
 from serving.engine.messages import FinishReason, SequenceRequest
 from serving.engine_process.client import EngineClient, EngineDiedError, Generation
-from serving.protocol.errors import ApiError, engine_unavailable, internal_error, invalid_request, overloaded
+from serving.protocol.errors import ApiError, error_of, invalid_request, overloaded
 from serving.protocol.protocol import CompletionRequest, StreamOptions
 from serving.protocol.request_facts import RequestFacts
 from serving.protocol.served_model import ServedModel
@@ -100,7 +100,7 @@ class Completion:
             async for event in self.generation:
                 if event.finish_reason is FinishReason.ERROR:
                     self.timer.finished(event.seq_id, FinishReason.ERROR)
-                    raise internal_error("The model gave logits that are not finite numbers for this prompt.")
+                    raise error_of("not_finite")
                 if event.token_id is not None:
                     self.timer.token(event.seq_id)
                 part = self._choices[event.seq_id].push(event)
@@ -110,7 +110,7 @@ class Completion:
                     self.generation.cancel(event.seq_id)  # the engine does not know of stop strings
                 yield part
         except EngineDiedError:
-            raise engine_unavailable() from None
+            raise error_of("engine_unavailable") from None
         finally:
             self.facts.reason, self.facts.last_token_s = "+".join(sorted(reasons)) or None, time.monotonic()
             self.facts.completion_tokens = self._num_output_tokens
@@ -188,7 +188,7 @@ async def start_completion(
     try:
         generation = engine.submit(sequences, at_once=at_once, key=key, observer=counted)
     except EngineDiedError:
-        raise engine_unavailable() from None
+        raise error_of("engine_unavailable") from None
     facts.queued_s = time.monotonic()
     timer = RequestTimer(
         counted,

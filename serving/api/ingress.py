@@ -23,7 +23,7 @@ from serving.api.tool_routes import tool_router
 from serving.delivery.loaded_version import LoadedVersion
 from serving.delivery.routed_request import RoutedRequest
 from serving.delivery.versions import Versions
-from serving.protocol.errors import ApiError, draining, engine_unavailable, internal_error
+from serving.protocol.errors import ApiError, error_of
 from serving.protocol.protocol import CompletionRequest, EmbeddingRequest, read_request
 from serving.protocol.request_facts import FACTS
 from serving.protocol.served_model import ServedModel
@@ -123,9 +123,9 @@ def add_state_routes(app: FastAPI, *, versions: Versions, metrics: ReplicaMetric
         """Answers 200 if the engine runs, has passed its self-test, and takes requests."""
         live = versions.live
         if not live.engine.alive:
-            raise engine_unavailable()
+            raise error_of("engine_unavailable")
         if versions.delivery.draining:
-            raise draining()
+            raise error_of("draining")
         return {"status": "ready", "model": live.model.name, "version": live.model.version}
 
     @app.get("/version")
@@ -154,8 +154,8 @@ def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def unexpected_error(request: Request, _error: Exception) -> Response:
         """Answers for a bug. The traceback is in the replica's log, not in the answer."""
-        RoutedRequest.of(request).facts.reason = internal_error().code
-        return error_response(internal_error())
+        RoutedRequest.of(request).facts.reason = "internal_error"
+        return error_response(error_of("internal_error"))
 
 
 class Gate:
@@ -190,7 +190,7 @@ class Gate:
             if key is not None:
                 routed.key, facts.key = key.hash, key.name
             if is_metered and self._versions.delivery.draining:
-                raise draining()
+                raise error_of("draining")
             with self._in_flight.of(key if is_metered else None):
                 await self._app(scope, receive, send_with_version)
         except ApiError as error:

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serving.delivery.loaded_version import LoadedVersion
 from serving.delivery.promotion import ROUTE_HEADER, Route
 from serving.delivery.versions import Versions
-from serving.protocol.errors import model_not_found
+from serving.protocol.errors import error_of
 from serving.protocol.request_facts import RequestFacts
 
 RETRY_HEADER = b"x-raymill-retry"  # from the front door: a replica has ended while it worked on this request
@@ -47,7 +47,7 @@ class RoutedRequest:
         During a canary the version depends on the API key, or else on `user` or the session header. Raises `ApiError`
         (404)."""
         if model is not None and model not in (names := self._versions.names):
-            raise model_not_found(model, served=names[0])
+            raise error_of("model_not_found", param="model", name=model[:64], served=names[0])
         self._hold(self._versions.pick(self.key or user or self._session))
         assert self._held is not None
         return self._held

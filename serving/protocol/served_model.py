@@ -11,7 +11,7 @@ from model.checkpoint_folder import CheckpointError, Metadata, is_hf_folder, rea
 from model.config import GPTConfig
 from model.hf_config import config_from_hf
 from model.tokenizer import Tokenizer, TokenizerError, load_tokenizer
-from serving.protocol.errors import context_length_exceeded, invalid_request
+from serving.protocol.errors import error_of, invalid_request
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,14 @@ class ServedModel:
         else:
             token_ids = self.checked_ids(prompt, param=param)
         if len(token_ids) + max_tokens > self.config.n_positions:
-            raise context_length_exceeded(
-                num_prompt_tokens=len(token_ids),
-                max_tokens=max_tokens,
+            raise error_of(
+                "context_length_exceeded",
+                param="max_tokens" if len(token_ids) < self.config.n_positions else param,
                 context_tokens=self.config.n_positions,
+                requested_tokens=len(token_ids) + max_tokens,
+                prompt_tokens=len(token_ids),
                 prompt_field=param,
+                max_tokens=max_tokens,
             )
         return token_ids
 

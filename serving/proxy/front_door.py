@@ -26,15 +26,7 @@ from cluster.monitoring.metric_export import ByVersion, Metrics
 from cluster.monitoring.metric_table import Exporter
 from cluster.settings.serve import HttpConfig
 from serving.delivery.routed_request import RETRY_HEADER, NewestRoute
-from serving.protocol.errors import (
-    DRAINING_HEADER,
-    ApiError,
-    closing,
-    ended_replicas,
-    interrupted,
-    invalid_request,
-    not_found,
-)
+from serving.protocol.errors import DRAINING_HEADER, ApiError, closing, error_of, invalid_request
 from serving.protocol.request_facts import FACTS, timestamp
 from serving.protocol.strict_json import MAX_BODY_BYTES
 from serving.protocol.tracing import Span, Tracing, tracing_from_environment
@@ -191,7 +183,7 @@ class FrontDoor:
         try:
             require_one_host(scope)
             if scope["path"] in HIDDEN_PATHS:
-                raise not_found(scope["path"])
+                raise error_of("not_found", path=scope["path"][:64])
             body = await self._read_body(scope, receive)
         except ApiError as error:
             await send_error(error, send, request_id=request_id)
@@ -286,14 +278,14 @@ class Exchange:
         if self._client_gone:
             return Outcome.LEFT, CLIENT_LEFT
         if not self._status:
-            error = ended_replicas(MAX_ATTEMPTS)
+            error = error_of("replicas_ended", count=MAX_ATTEMPTS)
             self._status = error.status
             await send_error(error, self.send, request_id=self.request_id)
             return Outcome.FAILED, str(error.code)
         if self._headers.get(b"content-type", b"").startswith(b"text/event-stream"):
             # Without it the stream would just stop. In any other answer the missing bytes show.
-            await self.send({"type": "http.response.body", "body": interrupted().event().encode()})
-        return Outcome.CUT, str(interrupted().code)
+            await self.send({"type": "http.response.body", "body": error_of("interrupted").event().encode()})
+        return Outcome.CUT, "interrupted"
 
     async def _finish_relayed(self) -> None:
         """Ends an answer that has arrived whole although its replica died before it could end it through Ray Serve."""

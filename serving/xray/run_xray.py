@@ -16,7 +16,7 @@ from model.checkpoint import load_model
 from model.errors import UserError
 from model.gpt import GPT
 from serving.engine.runner import LOADED_IN
-from serving.protocol.errors import ApiError, internal_error, invalid_request
+from serving.protocol.errors import ApiError, error_of, invalid_request
 from serving.protocol.served_model import ServedModel, read_served_model
 from serving.xray.answer import xray_answer
 from serving.xray.xray import XrayRequest, run_checkpoints
@@ -59,7 +59,7 @@ def answer_line(line: bytes, models: Models) -> tuple[int, bytes]:
         model, served = models.get(request.step)
         return 200, xray_answer(request, model=model, served=served, arrived_s=message["arrived_s"])
     except FloatingPointError:
-        error = internal_error("The model gave logits that are not finite numbers for this prompt.")
+        error = error_of("not_finite")
     except ApiError as refused:
         error = refused
     return error.status, orjson.dumps(error.body())
