@@ -1,9 +1,9 @@
 """The shape of a GPT-2 style decoder, in GPT-2's own terms, its presets, and counts of parameters and operations."""
 
-import tomllib
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, Literal, get_args
+
+from model.tables import read_table
 
 Activation = Literal["gelu", "gelu_exact", "relu"]
 """`gelu` is GPT-2's tanh approximation (`gelu_new` in Hugging Face), `gelu_exact` the erf form."""
@@ -53,7 +53,7 @@ def num_parameters(config: GPTConfig) -> int:
     return config.vocab_size * c + config.n_positions * c + config.n_layer * block + 2 * c + head
 
 
-PRESETS: dict[str, dict[str, Any]] = tomllib.loads(Path(__file__).with_name("presets.toml").read_text(encoding="utf-8"))
+PRESETS: dict[str, dict[str, Any]] = read_table(__file__, "presets")
 
 
 def preset_fields(values: dict[str, Any]) -> dict[str, Any]:

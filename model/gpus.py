@@ -1,11 +1,10 @@
 """Known GPUs: their peak, memory and links, and what an hour of one is assumed to cost."""
 
 import re
-import tomllib
 from dataclasses import dataclass
-from pathlib import Path
 
 from model.processor import Precision
+from model.tables import read_table
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Gpu:
         return "fp32" if self.device_name in ("V100-SXM2", "T4") else "bf16"
 
 
-GPUS = {name: Gpu(*row) for name, row in tomllib.loads(Path(__file__).with_name("gpus.toml").read_text()).items()}
+GPUS = {name: Gpu(*row) for name, row in read_table(__file__, "gpus").items()}
 """By the name that users type."""
 
 _VARIANT = re.compile(r"\b(MIG|Laptop|Max-Q|SUPER|Ti|D|NVL)\b")

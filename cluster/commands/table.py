@@ -4,21 +4,19 @@ Functions and settings are named there, not imported: a command line imports onl
 """
 
 import argparse
-import tomllib
-from functools import cache
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
 from cluster.storage.uris import absolute_uri
+from model.tables import read_table
 
 _TYPES = {"int": int, "float": float, "path": Path, "uri": absolute_uri}
 
 
-@cache
 def table() -> dict[str, Any]:
     """Returns `groups`, `shared` arguments and `commands`, each by name."""
-    return tomllib.loads(Path(__file__).with_name("commands.toml").read_text(encoding="utf-8"))
+    return read_table(__file__, "commands")
 
 
 def add_argument(place: argparse._ActionsContainer, declared: str | dict[str, Any]) -> None:

@@ -2,20 +2,12 @@
 
 import re
 
-from cluster.kube.status import Object, cluster_names, cluster_spec, conditions, full_name, sentence
+from cluster.kube.status import WORDS, Object, cluster_names, cluster_spec, conditions, full_name, sentence
 
 _IMAGE = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull")
 _CONFIG = ("CreateContainerConfigError", "CreateContainerError")
 _PIECES = re.compile(r"0/(\d+) nodes are available: (.*?)(?:\. |\.?$)")
 """Matches the number of nodes and why each is not taken; what preemption would do follows."""
-_NODE_WORDS = {
-    r"(\d+) Insufficient (\S+)": "{} lack {}",
-    r"(\d+) node\(s\) had untolerated taint \{([^:}]*).*": "{} have the taint {}, which it does not tolerate",
-    r"(\d+) node\(s\) had untolerated taint.*": "{} have a taint that it does not tolerate",
-    r"(\d+) node\(s\) didn't match Pod's node affinity/selector": "{} lack the labels that it asks for",
-    r"(\d+) node\(s\) were unschedulable": "{} are cordoned",
-    r"(\d+) node\(s\) didn't satisfy plugin\(s\) \[NodeAffinity\]": "{} are not the one that it names",
-}
 _CLAIM = re.compile(r"unbound immediate PersistentVolumeClaims|persistentvolumeclaim \"[^\"]+\" not found")
 _MOUNT = ("FailedMount", "FailedAttachVolume")
 _NOT_MADE = ("FailedToCreate", "FailedCreate")
@@ -131,7 +123,7 @@ def _unscheduled(message: str, events: list[Object]) -> str:
 
 
 def _node_words(piece: str) -> str:
-    for pattern, words in _NODE_WORDS.items():
+    for pattern, words in WORDS["nodes"].items():
         if found := re.fullmatch(pattern, piece):
             return words.format(*found.groups())
     return piece

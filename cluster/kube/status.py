@@ -4,21 +4,14 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+from model.tables import read_table
+
 Object = dict[str, Any]
 
 RAY = "ray.io/v1"
 KINDS = ("RayCluster", "RayJob", "RayService")
 
-_JOBS = {
-    "Initializing": "is starting its cluster",
-    "Waiting": "waits for its job to be submitted",
-    "Running": "is running",
-    "Complete": "is done",
-    "Failed": "has failed",
-    "Suspending": "is being suspended",
-    "Retrying": "failed and is being retried on a new cluster",
-    "ValidationFailed": "is refused by KubeRay",
-}
+WORDS: dict[str, dict[str, str]] = read_table(__file__, "words")
 
 
 def cluster_spec(manifest: Object) -> Object:
@@ -122,7 +115,7 @@ def suspended_bounds(manifest: Object, group: str) -> tuple[int, int] | None:
 
 def _job(status: Object) -> str:
     state = status.get("jobDeploymentStatus", "")
-    text = _JOBS.get(state, "has not been started yet")
+    text = WORDS["job"].get(state, "has not been started yet")
     if state == "Running" and status.get("jobStatus") == "PENDING":
         text = "has a cluster, on which its job does not run yet"
     if state in ("Failed", "Retrying", "ValidationFailed"):

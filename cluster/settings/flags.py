@@ -4,8 +4,6 @@ import argparse
 import dataclasses
 import secrets
 import time
-import tomllib
-from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -18,6 +16,7 @@ from cluster.settings.run import FORMER_SETTINGS, TOKENS, DataConfig, RunConfig,
 from cluster.settings.serve import HttpConfig
 from cluster.storage.uris import absolute_uri
 from model.config import PRESETS, GPTConfig
+from model.tables import read_table
 
 Config = TypeVar("Config", bound=Settings)
 
@@ -156,17 +155,13 @@ def _leaves(root: type[BaseModel], prefix: str = "") -> list[tuple[str, str, boo
 
 
 def _help(branch: type[BaseModel], name: str, info: FieldInfo) -> str:
-    about = next(lines[name] for kind in branch.__mro__ if name in (lines := _help_lines().get(kind.__name__, {})))
+    help_table: dict[str, dict[str, str]] = read_table(__file__, "help")
+    about = next(lines[name] for kind in branch.__mro__ if name in (lines := help_table.get(kind.__name__, {})))
     default = info.get_default(call_default_factory=True)
     choices = get_args(info.annotation) if all(isinstance(a, str) for a in get_args(info.annotation)) else ()
     notes = [f"one of {', '.join(choices)}"] if choices else []
     notes += [f"default {default}"] if default not in (None, [], {}) else []
     return about + (f" ({'; '.join(notes)})" if notes else "")
-
-
-@cache
-def _help_lines() -> dict[str, dict[str, str]]:
-    return tomllib.loads(Path(__file__).with_name("help.toml").read_text(encoding="utf-8"))
 
 
 def _explained(problem: Any, root: type[BaseModel]) -> str:

@@ -14,26 +14,11 @@ from pydantic import (
 )
 
 from cluster.settings.run import ClusterConfig, Settings, StorageConfig
+from model.tables import read_table
 
 CPU_NUM_SEQS, CPU_PREFILL_TOKENS = 16, 96  # of settings that are unset; on a GPU vLLM has its own
 
-NOT_VLLM_ARGS = {
-    "model": "set checkpoint",
-    "served_model_name": "set model_name",
-    "dtype": "set engine.dtype",
-    "max_num_seqs": "set engine.max_num_seqs",
-    "max_num_batched_tokens": "set engine.prefill_tokens_per_step",
-    "enable_prefix_caching": "set engine.prefix_cache",
-    "kv_cache_memory_bytes": "set engine.kv_cache_tokens",
-    "tensor_parallel_size": "set engine.tensor_parallel_size",
-    "pipeline_parallel_size": "set engine.tensor_parallel_size",
-    "data_parallel_size": "set replicas.max_replicas",
-    "max_model_len": "it is the checkpoint's n_positions",
-    "speculative_config": "with it vLLM refuses min_p and logit_bias, which requests may have",
-} | dict.fromkeys(
-    ("tokenizer", "skip_tokenizer_init", "generation_config", "seed", "max_logprobs", "disable_log_stats"),
-    "raymill sets it",
-)
+NOT_VLLM_ARGS: dict[str, str] = read_table(__file__, "not_vllm_args")
 """vLLM's arguments that follow from other settings, and what to do instead."""
 
 

@@ -1,13 +1,12 @@
 """The interface of a storage: keys such as `tokens/ab12/manifest.json` under a root, and its errors."""
 
-import tomllib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
 from model.errors import UserError
+from model.tables import read_table
 
 HF = "hf://"
 """Scheme of the Hugging Face Hub."""
@@ -133,11 +132,7 @@ def reason_of(store: str, error: BaseException | None, *, code: str | None, host
     """Returns in words why a store failed: by the kind of the error, or else by the code of its answer."""
     kinds = [kind.__name__ for kind in type(error).__mro__]
     names = [*kinds, code, "any other answer"] if code else [*kinds, "any other failure"]
-    reason = next(_reasons(store)[name] for name in names if name in _reasons(store))
+    table = read_table(__file__, "reasons")[store]
+    reasons: dict[str, str] = {name: entry["reason"] for entry in table for name in entry["of"]}
+    reason = next(reasons[name] for name in names if name in reasons)
     return reason.format(code=code or kinds[0], host=host)
-
-
-@cache
-def _reasons(store: str) -> dict[str, str]:
-    tables = tomllib.loads(Path(__file__).with_name("reasons.toml").read_text(encoding="utf-8"))
-    return {name: entry["reason"] for entry in tables[store] for name in entry["of"]}

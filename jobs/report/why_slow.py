@@ -11,33 +11,14 @@ from cluster.monitoring.metric_table import PHASES, REST
 from jobs.run.history import lost_steps
 from jobs.run.ledger import Ledger
 from jobs.training.rank_phases import RankTime, from_fields, stragglers
+from model.tables import read_table
 
 LEAST_SHARE = 0.1
 """Share of the wall time from which something other than computing bounds a run."""
 
 _COMPUTING = ("forward", "loss", "backward", "update")
 
-_SENTENCES = {
-    "compute": ("Computing", "bounds", "{share}, at {peak}"),
-    "data": ("Reading data", "bounds", "{share} is spent waiting for rows"),
-    "communication": ("The exchange between {world_size} workers", "bounds", "{share} is spent in it"),
-    "straggler": (
-        "Rank {rank} on {node}",
-        "bounds",
-        "it takes {ratio} times the median for a lane, and the others wait for it {share}",
-    ),
-    "lanes": (
-        "Too few lanes",
-        "bound",
-        "some workers compute {most} a step and others {least}, and these wait {share}; a smaller "
-        "train.micro_batch_size or another number of workers divides better",
-    ),
-    "snapshots": ("Snapshots in memory", "bound", "{share} is spent copying them"),
-    "checkpoints": ("Checkpoints", "bound", "{share} is spent saving {checkpoints} of them"),
-    "validation": ("Validation", "bounds", "{share}; raise train.eval_every_steps or lower train.eval_max_tokens"),
-    "restarts": ("Restarts", "bound", "{share} went into {restarts} of them, with {lost_steps} steps taken again"),
-    "other": ("What no phase of a step claims (the run's start is part of it)", "bounds", "{share}"),
-}
+_SENTENCES: dict[str, list[str]] = read_table(__file__, "why_slow")
 """The subject, the verb and the rest of the sentence for each cause, in the order of `shares`."""
 
 

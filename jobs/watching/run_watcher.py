@@ -22,36 +22,17 @@ from jobs.run.run_plan import RunPlan
 from jobs.watching.run_metrics import RunFigures, Sample
 from jobs.workers.incident_notes import INCIDENTS
 from jobs.workers.room import REPEAT_S, waiting_for
+from model.tables import read_table
 
 _INTERVAL_S = 2.0
 
-_MESSAGES = {
-    "start": "attempt {attempt}: {team}, from step {step}",
-    "failure": "a failure ({kind}, rank {rank}): {reason}",
-    "hang": "rank {rank} hung for {seconds} s ({health}), its stack is in {stack}",
-    "precision": "{reason}",
-    "snapshots_off": "NO SNAPSHOTS, so a failure costs all steps since the last checkpoint: {reason}",
-    "skip": "step {step} is skipped: {reason}",
-    "rollback": "steps {first} to {last} are left out: {reason}",
-    "preempted": "saved after step {step} on notice ({notice})",
-}
-"""The line that is logged for each of these events."""
-
-_ANNOTATED = {
-    "failure": "kill",
-    "hang": "kill",
-    "rollback": "rollback",
-    "checkpoint": "checkpoint",
-    "preempted": "preemption",
-    "finish": "end",
-}
-"""The kind of annotation by event; the start of a later attempt is annotated too."""
+_EVENTS: dict[str, dict[str, str]] = read_table(__file__, "run_events")
 
 
 def message_of(event: Line) -> str:
     """Returns the line that is logged for the event; empty where none is."""
     team = counted(event.get("world_size", 0), "worker")
-    return _MESSAGES.get(event.get("event", ""), "").format(**event, team=team)
+    return _EVENTS.get(event.get("event", ""), {}).get("message", "").format(**event, team=team)
 
 
 @contextmanager
@@ -148,7 +129,7 @@ class _Watcher:
         self._metrics.publish()
 
     def _annotation(self, line: Line) -> Annotation | None:
-        kind = _ANNOTATED.get(event := line.get("event", ""))
+        kind = _EVENTS.get(event := line.get("event", ""), {}).get("annotation")
         if event == "start":
             before, self._world_size = self._world_size, line["world_size"]
             if before:

@@ -1,10 +1,9 @@
 """The errors of the HTTP interface: one exception, its OpenAI-shaped body, and what constructs it."""
 
 import json
-import tomllib
-from functools import cache
-from pathlib import Path
 from typing import Any
+
+from model.tables import read_table
 
 DRAINING_HEADER = "x-raymill-draining"  # by which the front door recognizes a planned drain
 
@@ -41,14 +40,9 @@ class ApiError(Exception):
 
 def error_of(name: str, /, *, param: str | None = None, **values: Any) -> ApiError:
     """Returns the error of that name in errors.toml, with the values in its message."""
-    known = _errors()[name]
+    known = read_table(__file__, "errors")[name]
     code, headers = known.get("code", name), dict(known.get("headers", {}))
     return ApiError(known["status"], known["message"].format(**values), param=param, code=code, headers=headers)
-
-
-@cache
-def _errors() -> dict[str, dict[str, Any]]:
-    return tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 
 
 def invalid_request(message: str, *, param: str | None = None, code: str | None = None, status: int = 400) -> ApiError:

@@ -4,10 +4,10 @@ The rule: what would change the answer is refused, everything else is accepted.
 """
 
 import json
-import tomllib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
+
+from model.tables import read_table
 
 HarmlessValues = Mapping[str, tuple[Any, ...]]
 """The harmless values of each field, besides null. A type stands for all of its values."""
@@ -15,7 +15,7 @@ HarmlessValues = Mapping[str, tuple[Any, ...]]
 
 def _table(name: str) -> HarmlessValues:
     kinds = {"bool": bool, "str": str, "dict": dict}
-    entries = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))[name]
+    entries = read_table(__file__, "harmless_fields")[name]
     return {
         field: (kinds[entry["any"]],) if "any" in entry else tuple(entry["values"])
         for entry in entries

@@ -1,7 +1,6 @@
 """Flags over YAML: every setting has one, what they say wins, and misuse gets one line with a suggestion."""
 
 import re
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from cluster.settings.run import EvaluateConfig, RunConfig, Settings
 from cluster.settings.serve import CPU_NUM_SEQS, CPU_PREFILL_TOKENS, ServeConfig
 from model.config import GPTConfig
 from model.gpus import GPUS
+from model.tables import read_table
 
 YAML = """
 data: {source: corpus/*.txt}
@@ -144,7 +144,7 @@ def test_every_setting_is_a_flag_with_a_line_of_help(root: type[Settings]) -> No
 
 
 def test_each_line_of_help_is_that_of_a_setting_and_true() -> None:
-    lines = tomllib.loads(Path(flags.__file__).with_name("help.toml").read_text(encoding="utf-8"))
+    lines = read_table(flags.__file__, "help")
     for branch, settings in lines.items():
         kind = next(vars(module)[branch] for module in (run, serve, plan) if branch in vars(module))
         assert settings.keys() <= kind.model_fields.keys()

@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from model.tables import read_table
 from serving.protocol import errors
 from tests.repository import REPOSITORY
 
@@ -11,7 +12,7 @@ from tests.repository import REPOSITORY
 def test_each_name_that_is_raised_stands_in_the_table_and_no_other() -> None:
     code = "\n".join(path.read_text(encoding="utf-8") for path in (REPOSITORY / "serving").rglob("*.py"))
     raised = set(re.findall(r"error_of\(\s*\"(\w+)\"", code))
-    assert raised == errors._errors().keys()
+    assert raised == read_table(errors.__file__, "errors").keys()
 
 
 def test_values_stand_in_the_words() -> None:
