@@ -18,28 +18,12 @@ import tiktoken
 from tokenizers import models
 
 from model.errors import UserError
+from model.tables import read_table
 from model.tokenizer import END_OF_TEXT, Tokenizer, byte_of_character
 
-_GPT2_PIECES = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
-_GPT4_PIECES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-_QWEN_PIECES = _GPT4_PIECES.replace("{1,3}", "")
-_GPT4O_PIECES = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
-    r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+"
-)
+_PIECES: dict[str, str] = read_table(__file__, "bulk_encoder")["pieces"]
 _BLANK_PIECES = r"|\s+(?!\S)|\s+"
-"""The alternatives with which all known patterns of pieces, which no merge crosses, end. Each of the four matches every
-character, and means the same to Oniguruma, which `tokenizers` runs, and to fancy-regex, which tiktoken runs. On others
-the two may differ: in \\w, \\b, ^, $, {1,3}+, in sets of classes, and, ignoring case, in pairs such as ss."""
-
-_MIXTURE = (
-    "The| quick|fox| I|'m|'LL|'ſ|’s|don't|it's|ß|ﬁ|İstanbul|K|é|e\u0301| Γειά| σου|Привет| мир|سلام|\u064e|שלום|\u05b8|"
-    "नमस्ते|ไทย|한국어|ㅎ|東京|日本語|、|0|7|42|2024|1234567|²|½|Ⅷ|٣|३|0x1f|{|}|();|==|->|#|_|://|...|<endoftext>|<|"
-    " | |  |    |\t|\n|\n\n|\r\n|\u00a0|\u3000|\u2028|\u0085|\x0b|\x00|\x1b|🙂|👩\u200d👩\u200d👧|🏳️\u200d🌈|🇩🇪|"
-    "\u200d|\ufeff|\ufffd|\U0010ffff"
-)
-"""Pieces of text, separated by bars, that `_proof_texts` joins in random order."""
+"""The alternatives with which all known patterns end."""
 
 
 class NotExpressibleError(UserError):
@@ -113,7 +97,7 @@ def _pattern(pre_tokenizer: dict[str, Any] | None) -> str:
     34 MB/s of English instead of 21."""
     match pre_tokenizer:
         case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}:
-            return f"(?:{_GPT2_PIECES}){_BLANK_PIECES}"
+            return f"(?:{_PIECES['gpt2']}){_BLANK_PIECES}"
         case {
             "type": "Sequence",
             "pretokenizers": [
@@ -121,7 +105,7 @@ def _pattern(pre_tokenizer: dict[str, Any] | None) -> str:
                 {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
             ],
         }:
-            for pieces in (_GPT2_PIECES, _GPT4_PIECES, _QWEN_PIECES, _GPT4O_PIECES):
+            for pieces in _PIECES.values():
                 if pattern == pieces + _BLANK_PIECES:
                     return f"(?:{pieces}){_BLANK_PIECES}"
     raise NotExpressibleError("its pre-tokenizer splits by another pattern than GPT-2's, GPT-4's, GPT-4o's or Qwen's")
@@ -152,5 +136,5 @@ def _proof_texts(tokenizer: Tokenizer) -> list[str]:
     characters = [*range(0x3400), *range(0x3400, 0xD800, 16), *range(0xE000, 0x20000, 16)]
     ids = sorted(tokenizer.backend.get_vocab(with_added_tokens=False).values())
     tokens = (tokenizer.decode([token_id]) for token_id in ids)
-    rng = random.Random(0)
-    return ["".join(map(chr, characters)), "\n".join(tokens), "".join(rng.choices(_MIXTURE.split("|"), k=20_000))]
+    mixture = random.Random(0).choices(read_table(__file__, "bulk_encoder")["mixture"]["words"], k=20_000)
+    return ["".join(map(chr, characters)), "\n".join(tokens), "".join(mixture)]

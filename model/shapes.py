@@ -8,29 +8,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from model.config import GPTConfig, num_parameters
+from model.tables import read_table
 
 CHUNK_TOKENS = 1024
 """How many tokens' logits a CPU computes together."""
 
 GPU_CHUNK_TOKENS = 8192
 """And a GPU: more of them make fewer sums of the head's gradient, each a pass over it."""
-
-# The dimensions of each parameter of a block, in the order of `GPT.named_parameters`; a projection's weight is
-# (in, out), as GPT-2 stores it.
-_BLOCK = {
-    "ln_1.weight": "C",
-    "ln_1.bias": "C",
-    "attn.c_attn.weight": "C 3C",
-    "attn.c_attn.bias": "3C",
-    "attn.c_proj.weight": "C C",
-    "attn.c_proj.bias": "C",
-    "ln_2.weight": "C",
-    "ln_2.bias": "C",
-    "mlp.c_fc.weight": "C F",
-    "mlp.c_fc.bias": "F",
-    "mlp.c_proj.weight": "F C",
-    "mlp.c_proj.bias": "C",
-}
 
 
 @dataclass(frozen=True)
@@ -98,8 +82,9 @@ def parameter_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _parameter_dims(config: GPTConfig, *, layers: Iterable[object]) -> dict[str, str]:
+    block: dict[str, str] = read_table(__file__, "shapes")["block"]
     decoder = {"wte.weight": "V C", "wpe.weight": "n_positions C"}
-    decoder |= {f"h.{layer}.{name}": dims for layer in layers for name, dims in _BLOCK.items()}
+    decoder |= {f"h.{layer}.{name}": dims for layer in layers for name, dims in block.items()}
     decoder |= {"ln_f.weight": "C", "ln_f.bias": "C"}
     head = {} if config.tie_word_embeddings else {"lm_head.weight": "V C"}
     return {f"transformer.{name}": dims for name, dims in decoder.items()} | head

@@ -21,6 +21,7 @@ import tempfile
 from pathlib import Path
 
 from model.processor import cpu_features
+from model.tables import read_table
 
 SOURCES = Path(__file__).parent / "native"
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden", "-Wno-psabi")
@@ -28,19 +29,9 @@ COMPILE_TIMEOUT_S = 300.0
 NATIVE = "native"
 FOLDER_VARIABLE, MARCH_VARIABLE = "RAYMILL_KERNELS", "RAYMILL_KERNELS_MARCH"
 
-_V3 = frozenset(("avx2", "fma", "bmi1", "bmi2", "f16c", "movbe", "abm"))
-_V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
-_BF16 = _V4 | {"avx512_vnni", "avx512_bf16"}
-# By machine: the targets of `--bake`, the fastest first, and the processor features they need, as Linux names them.
 TARGETS = {
-    "x86_64": {
-        "x86-64-v4+avx512vnni+avx512bf16+amx-tile+amx-bf16+amx-int8": _BF16 | {"amx_tile", "amx_bf16", "amx_int8"},
-        "x86-64-v4+avx512vnni+avx512bf16": _BF16,  # Zen 4
-        "x86-64-v4+avx512vnni": _V4 | {"avx512_vnni"},  # Ice Lake
-        "x86-64-v4": _V4,
-        "x86-64-v3": _V3,
-    },
-    "aarch64": {"armv8-a": frozenset(("asimd",))},
+    machine: {march: frozenset(features.split()) for march, features in targets.items()}
+    for machine, targets in read_table(__file__, "targets").items()
 }
 
 

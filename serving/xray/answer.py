@@ -13,6 +13,7 @@ import torch
 
 from model.gpt import GPT
 from model.sampling_params import SamplingParams
+from model.tables import read_table
 from model.xray import Candidate, Query, Span, nearest_tokens, predictions, run_query, score
 from serving.protocol.errors import invalid_request
 from serving.protocol.served_model import ServedModel
@@ -137,8 +138,9 @@ def _stages(
     tokenize = next(span for span in spans if span.name == "tokenize")
     shape, to_ids = [1, query.num_prompt_tokens], f"to ids below {model.config.vocab_size:,}"
     stages = [_stage("normalize", normalized), _stage("tokenize", to_ids, shape=shape, ms=_ms(tokenize))]
+    notes = read_table(__file__, "stages")
     stages += [
-        _stage(s.name, _NOTES[s.name], layer=s.layer, shape=s.shape, ms=s.seconds * 1e3)
+        _stage(s.name, notes[s.name], layer=s.layer, shape=s.shape, ms=s.seconds * 1e3)
         for s in query.readings[0].stages
     ]
     if sampled := [s for s in query.spans if s.name == "sample"]:
@@ -151,17 +153,6 @@ def _stage(
     name: str, note: str, *, layer: int | None = None, shape: Sequence[int] | None = None, ms: float | None = None
 ) -> dict[str, Any]:
     return {"name": name, "layer": layer, "shape": shape, "ms": ms, "note": note}
-
-
-_NOTES = {
-    "token embedding": "[1, T, C]: a vector for each token",
-    "position embedding": "[1, T, C]: one for each place, added",
-    "attention": "[1, H, T, T]: weights of each head, on earlier tokens only",
-    "mlp": "[1, T, C]: two linear maps with an activation between them",
-    "final norm": "[1, T, C]",
-    "logits": "[1, T, V]: a number for each token of the vocabulary",
-    "softmax": "[1, T, V]: as probabilities",
-}
 
 
 def _attention(query: Query, request: XrayRequest, model: GPT) -> Iterator[dict[str, Any]]:

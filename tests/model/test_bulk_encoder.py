@@ -15,11 +15,13 @@ from tokenizers import Regex, pre_tokenizers
 
 from model import bulk_encoder as module
 from model.bulk_encoder import BulkEncoder, NotExpressibleError, PlainEncoder, bulk_encoder
+from model.tables import read_table
 from model.tokenizer import Tokenizer, TokenizerError, train_bpe
 
 Edit = Callable[[dict[str, Any]], object]
 
-GPT4_PATTERN = module._GPT4_PIECES + module._BLANK_PIECES
+MIXTURE = read_table(module.__file__, "bulk_encoder")["mixture"]["words"]
+GPT4_PATTERN = module._PIECES["gpt4"] + module._BLANK_PIECES
 SCRIPTS = {
     "Latin": [(0x41, 0x5A), (0x61, 0x7A), (0x61, 0x7A), (0xC0, 0x17F), (0x1E00, 0x1EFF)],
     "Greek": [(0x370, 0x3FF), (0x1F00, 0x1FFF)],
@@ -126,10 +128,10 @@ def add_merges(content: dict[str, Any], *pairs: tuple[str, str]) -> None:
 
 VARIANTS: dict[str, Edit] = {
     "trained": lambda content: None,
-    "GPT-2's pattern": split(module._GPT2_PIECES + module._BLANK_PIECES),
+    "GPT-2's pattern": split(module._PIECES["gpt2"] + module._BLANK_PIECES),
     "GPT-4's pattern": split(GPT4_PATTERN),
-    "Qwen's pattern": split(module._QWEN_PIECES + module._BLANK_PIECES),
-    "GPT-4o's pattern": split(module._GPT4O_PIECES + module._BLANK_PIECES),
+    "Qwen's pattern": split(module._PIECES["qwen"] + module._BLANK_PIECES),
+    "GPT-4o's pattern": split(module._PIECES["gpt4o"] + module._BLANK_PIECES),
     "permuted ids": permute_ids,
     "merges as text": merge_in_text,
     "every split, merges ignored": list_every_split,
@@ -175,7 +177,7 @@ def patterns(trained: Tokenizer) -> list[tuple[BulkEncoder, Tokenizer]]:
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(st.one_of(st.text(), st.sampled_from([*module._MIXTURE.split("|"), "<|endoftext|>"]))))
+@given(st.lists(st.one_of(st.text(), st.sampled_from([*MIXTURE, "<|endoftext|>"]))))
 def test_any_text(patterns: list[tuple[BulkEncoder, Tokenizer]], parts: list[str]) -> None:
     text = "".join(parts)
     for encoder, tokenizer in patterns:
