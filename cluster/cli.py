@@ -50,7 +50,8 @@ def command_parser(words: Sequence[str] | None = None) -> Parser:
     Only the named command gets its arguments, as a configuration tree takes long to import.
     """
     parser = Parser(prog="raymill", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--version", action=_ShowVersion, help="print the version and the code's hash, and exit")
+    shown = f"raymill {version()}, code {code_version()}" if words and "--version" in words else ""  # reads all code
+    parser.add_argument("--version", action="version", version=shown, help="print the version and the code's hash")
     named = None if words is None else next((word for word in words if not word.startswith("-")), "")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     groups = {}
@@ -68,17 +69,6 @@ def command_parser(words: Sequence[str] | None = None) -> Parser:
             for argument in command.get("arguments", []):
                 add_argument(sub, argument)
     return parser
-
-
-class _ShowVersion(argparse.Action):
-    """Prints the version, and the hash of the code that a checkpoint would record."""
-
-    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:  # noqa: A002
-        super().__init__(option_strings, dest, nargs=0, help=help)
-
-    def __call__(self, parser: argparse.ArgumentParser, *parsed: object) -> None:
-        sys.stdout.write(f"raymill {version()}, code {code_version()}\n")
-        parser.exit()
 
 
 def _show(result: dict[str, Any], *, as_json: bool) -> None:

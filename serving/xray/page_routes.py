@@ -6,16 +6,11 @@ from pathlib import Path
 from fastapi import APIRouter
 from fastapi.responses import Response
 
+from model.tables import read_table
+
 _FOLDER = Path(__file__).with_name("page")
 _MEDIA_TYPES = {".html": "text/html; charset=utf-8", ".css": "text/css", ".js": "text/javascript"}
-_HEADERS = {
-    # `none` by default: no foreign or inline script, no request to another host, no form, no frame.
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
-    "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",
-}
+_HEADERS: dict[str, str] = read_table(__file__, "page_headers")
 _FILES = ("style.css", "page.js", "api.js", "attention.js", "elements.js", "timing.js", "tokens.js")
 PAGE_PATHS = ("/", *(f"/page/{name}" for name in _FILES))
 
