@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model.gpt import GPT, Block, CausalSelfAttention
+from model.gpt import GPT, Block
 from model.sampling import SamplingRow, adjusted, distribution, sample
 from model.sampling_params import SamplingParams
 
@@ -41,7 +41,6 @@ class Attention(NamedTuple):
 
     weights: Tensor  # (H, N, P), fp32; a row sums to 1, and is 0 beyond its own position
     values: Tensor  # (H, P, D)
-    output: Tensor  # (1, N, C): weights x values, heads side by side, projected
 
 
 class Reading(NamedTuple):
@@ -88,7 +87,8 @@ class Prediction(NamedTuple):
 
 
 class Reader:
-    """Reads a sequence piece by piece, and keeps the keys and values of the pieces read."""
+    """Reads a sequence piece by piece, and keeps the keys and values of the pieces read: a `Window` for the model's
+    attention, which shows its weights."""
 
     def __init__(self, model: GPT, *, clock: Clock = time.monotonic) -> None:
         self._model = model
@@ -96,13 +96,14 @@ class Reader:
         config, parameter = model.config, next(model.parameters())
         empty = torch.empty((config.n_head, 0, config.head_dim), dtype=parameter.dtype, device=parameter.device)
         self._past = [(empty, empty)] * config.n_layer
+        self._attention: list[Attention] = []  # of the layers that the present call has reached
 
     @torch.inference_mode()
     def read(self, token_ids: Sequence[int]) -> Reading:
         """Reads the next tokens, at the positions after those read before."""
         transformer = self._model.transformer
         stages: list[Stage] = []
-        attention: list[Attention] = []
+        self._attention = []
         last_s = self._clock()
 
         def done(name: str, value: Tensor, *, layer: int | None = None) -> None:
@@ -119,34 +120,27 @@ class Reader:
         done("position embedding", x)
         for layer, block in enumerate(transformer.h):
             assert isinstance(block, Block)
-            attended = self._attend(layer, block.attn, block.ln_1(x))
-            x = x + attended.output
-            done("attention", attended.weights[None], layer=layer)  # (1, H, N, P)
+            x = x + block.attn(block.ln_1(x), self, None)
+            done("attention", self._attention[layer].weights[None], layer=layer)  # (1, H, N, P)
             x = x + block.mlp(block.ln_2(x))
             done("mlp", x, layer=layer)
-            attention.append(attended)
         x = transformer.ln_f(x)
         done("final norm", x)
         logits = self._model.logits(x)  # (1, N, V)
         done("logits", logits)
         done("softmax", logits.softmax(dim=-1))
-        return Reading(stages, attention, logits[0])
+        return Reading(stages, self._attention, logits[0])
 
-    def _attend(self, layer: int, attention: CausalSelfAttention, x: Tensor) -> Attention:
-        """Returns the attention of x (1, N, C) to itself and to all tokens read before, with all weights."""
-        _, num_new, width = x.shape
-        q, k, v = (
-            part.view(num_new, attention.n_head, -1).transpose(0, 1)  # (H, N, D)
-            for part in attention.c_attn(x)[0].split(width, dim=-1)
-        )
+    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Returns the attention of the new tokens (1, H, N, D) to themselves and to all tokens read before."""
         past_keys, past_values = self._past[layer]  # (H, P - N, D)
-        keys, values = torch.cat((past_keys, k), dim=1), torch.cat((past_values, v), dim=1)  # (H, P, D)
-        self._past[layer] = keys, values
-        scores = (q @ keys.transpose(1, 2)).float() / math.sqrt(q.shape[-1])  # (H, N, P)
-        seen = torch.ones(scores.shape[1:], dtype=torch.bool, device=x.device).tril(keys.shape[1] - num_new)
+        seen_keys, seen_values = torch.cat((past_keys, keys[0]), dim=1), torch.cat((past_values, values[0]), dim=1)
+        self._past[layer] = seen_keys, seen_values  # (H, P, D)
+        scores = (queries[0] @ seen_keys.transpose(1, 2)).float() / math.sqrt(queries.shape[-1])  # (H, N, P)
+        seen = torch.ones(scores.shape[1:], dtype=torch.bool, device=scores.device).tril(past_keys.shape[1])
         weights = scores.masked_fill(~seen, -math.inf).softmax(dim=-1)
-        heads = (weights.to(values.dtype) @ values).transpose(0, 1)  # (N, H, D)
-        return Attention(weights, values, attention.c_proj(heads.reshape(1, num_new, width)))
+        self._attention.append(Attention(weights, seen_values))
+        return (weights.to(seen_values.dtype) @ seen_values)[None]
 
 
 def run_query(

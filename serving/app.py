@@ -22,8 +22,8 @@ from cluster.local.local_cluster import require_free_port
 from cluster.output.progress import say
 from cluster.settings.serve import ServeConfig
 from cluster.stages.stage import stage_main
-from cluster.storage.registry import LATEST, find_checkpoint
-from cluster.storage.uris import absolute_uri, open_storage
+from cluster.storage.registry import find_checkpoint
+from cluster.storage.uris import open_storage
 from model.errors import UserError
 from serving.api.access import read_rules
 from serving.delivery.autoscaling import ScalingPolicy, ScalingRules
@@ -113,9 +113,9 @@ def autoscaling(config: ServeConfig) -> AutoscalingConfig:
 
 def run(config: ServeConfig) -> dict[str, Any]:
     """Deploys on the cluster that the caller has joined, and returns once the endpoint answers. It stays up until the
-    caller ends Ray Serve or the cluster. Raises `UserError` for a port in use, an unusable checkpoint, or a damaged
-    state of this endpoint, with which its coordinator would wait for a repair."""
-    config = _absolute(config)
+    caller ends Ray Serve or the cluster. The paths in the settings are absolute, as replicas have another working
+    directory. Raises `UserError` for a port in use, an unusable checkpoint, or a damaged state of this endpoint, with
+    which its coordinator would wait for a repair."""
     checkpoint, folder = find_checkpoint(config.checkpoint, storage_uri=config.storage.uri)
     model = read_served_model(folder, name=config.model_name)
     name = config.model_name or version_of(model, checkpoint=checkpoint).name
@@ -139,13 +139,6 @@ def start_proxies(config: ServeConfig) -> None:
     environment = {"env_vars": proxy_environment(config.http) | {"RAY_SERVE_CONTROL_LOOP_INTERVAL_S": CONTROL_LOOP_S}}
     start = ray.remote(num_cpus=0, runtime_env=environment)(serve.start)
     ray.get(start.remote(proxy_location="HeadOnly", http_options={"host": config.host, "port": config.port}))
-
-
-def _absolute(config: ServeConfig) -> ServeConfig:
-    """Makes paths absolute: replicas have another working directory."""
-    checkpoint = config.checkpoint if config.checkpoint == LATEST else absolute_uri(config.checkpoint)
-    storage = config.storage.model_copy(update={"uri": absolute_uri(config.storage.uri)})
-    return config.model_copy(update={"checkpoint": checkpoint, "storage": storage})
 
 
 def _is_loopback(host: str) -> bool:

@@ -3,10 +3,10 @@
 The engine computes it while it reads a prompt, so embeddings are scheduled, bounded and counted like completions.
 """
 
-import array
 import base64
-import sys
 from typing import Any
+
+import numpy as np
 
 from serving.api.answers import Answer, Usage
 from serving.api.choice_output import Part
@@ -39,12 +39,7 @@ class EmbeddingAnswer(Answer):
 
     def _whole_choice(self, part: Part) -> dict[str, Any]:
         assert part.embedding is not None
-        vector = part.embedding if self._encoding == "base64" else _numbers(part.embedding)
+        vector: str | list[float] = part.embedding
+        if self._encoding != "base64":
+            vector = np.frombuffer(base64.b64decode(part.embedding), dtype="<f4").tolist()
         return {"object": "embedding", "index": part.index, "embedding": vector}
-
-
-def _numbers(encoded: str) -> list[float]:
-    numbers = array.array("f", base64.b64decode(encoded))
-    if sys.byteorder == "big":
-        numbers.byteswap()
-    return numbers.tolist()
