@@ -7,8 +7,10 @@ import argparse
 import os
 import shlex
 import sys
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
+from cluster.commands.table import table
 from cluster.output.progress import reports_shown, say
 from cluster.output.result_text import printable
 from cluster.settings.parser import ConfigError
@@ -180,23 +182,13 @@ def why_slow(arguments: argparse.Namespace) -> dict[str, Any]:
     return reason(begun_ledger(*_runs(arguments)))
 
 
-def probe(arguments: argparse.Namespace) -> dict[str, Any]:
-    (run,) = _runs(arguments)
-    say(f"probe: asking the checkpoints of {run.uri}")
-
-    from jobs.report.probe_run import probe_run
-
-    return probe_run(run)
-
-
-def verify(arguments: argparse.Namespace) -> dict[str, Any]:
-    (run,) = _runs(arguments)
-
-    from jobs.proof.verify_run import verify as verify_run
-
+def look(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Looks at the runs that the command names, by the function that stands in `commands.toml` as `looks_by`."""
+    command, runs = table()["commands"][arguments.command], _runs(arguments)
+    say(f"{arguments.command}: {' and '.join(run.uri for run in runs)}")
     with reports_shown():
-        result = verify_run(run)
-    return _if_good(result, is_good=result["valid"])
+        result: dict[str, Any] = resolve_name(command["looks_by"])(*runs)
+    return _if_good(result, is_good="good_if" not in command or result[command["good_if"]])
 
 
 def replay(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -209,13 +201,6 @@ def replay(arguments: argparse.Namespace) -> dict[str, Any]:
     steps = parse_steps(arguments.steps, Ledger.read(run))
     with reports_shown():
         result = replay_run(run, steps=steps, num_workers=arguments.workers)
-    return _if_good(result, is_good=result["equal"])
-
-
-def diff(arguments: argparse.Namespace) -> dict[str, Any]:
-    from jobs.proof.diff_runs import diff as diff_runs
-
-    result = diff_runs(*_runs(arguments))
     return _if_good(result, is_good=result["equal"])
 
 
@@ -278,7 +263,7 @@ def checkpoint_show(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def checkpoint_list(arguments: argparse.Namespace) -> dict[str, Any] | None:
     """Lists what was published, oldest first, with its validation loss and whether `latest` means it."""
-    from cluster.output.result_text import date_of, table
+    from cluster.output import result_text
     from cluster.storage.registry import metadata_of, publications
     from model.checkpoint_folder import MANIFEST
 
@@ -293,9 +278,9 @@ def checkpoint_list(arguments: argparse.Namespace) -> dict[str, Any] | None:
     if arguments.json:
         return {"published": rows}
     for row in rows:
-        row |= {"published": date_of(row["time"]), "latest": "latest" if row["is_latest"] else ""}
+        row |= {"published": result_text.date_of(row["time"]), "latest": "latest" if row["is_latest"] else ""}
     if rows:
-        sys.stdout.write(table(("published", "run_id", "step", "val_loss", "latest", "checkpoint"), rows))
+        sys.stdout.write(result_text.table(("published", "run_id", "step", "val_loss", "latest", "checkpoint"), rows))
     else:
         say(f"nothing is published in {arguments.storage_uri}: a run that ends publishes its last checkpoint")
     return None
