@@ -15,7 +15,7 @@ from cluster.output.progress import reports_shown, say
 from cluster.output.result_text import printable
 from cluster.settings.parser import ConfigError
 from cluster.stages.stage_module import STAGES, BadResultError
-from cluster.storage.uris import Storage, absolute_uri, open_storage
+from cluster.storage.uris import absolute_uri, open_storage
 from model.errors import UserError
 
 if TYPE_CHECKING:
@@ -148,75 +148,19 @@ def export(arguments: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def _runs(arguments: argparse.Namespace) -> list[Storage]:
-    """Returns the runs that the arguments name. Raises `UserError` for what is no run."""
+def look(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Looks at the runs that the command names, as `commands.toml` says. Raises `UserError` for what is no run."""
     from jobs.run.find_run import find_run
 
-    return [find_run(reference, arguments.storage_uri) for reference in arguments.runs]
-
-
-def report(arguments: argparse.Namespace) -> dict[str, Any]:
-    (run,) = _runs(arguments)
-    say(f"report: drawing {run.uri}")
-
-    from jobs.report.make_report import make_report  # imports matplotlib, which takes a second
-    from jobs.report.plan_actual import read_plan
-
-    plan = read_plan(arguments.plan) if arguments.plan else None
-    return make_report(run, price=arguments.price, plan=plan)
-
-
-def compare(arguments: argparse.Namespace) -> dict[str, Any]:
-    runs = _runs(arguments)
-    say(f"compare: {len(runs)} runs")
-
-    from jobs.report.compare_runs import compare as compare_runs
-
-    return compare_runs(runs, open_storage(arguments.storage_uri))
-
-
-def why_slow(arguments: argparse.Namespace) -> dict[str, Any]:
-    from jobs.report.why_slow import why_slow as reason
-    from jobs.run.find_run import begun_ledger
-
-    return reason(begun_ledger(*_runs(arguments)))
-
-
-def look(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Looks at the runs that the command names, by the function that stands in `commands.toml` as `looks_by`."""
-    command, runs = table()["commands"][arguments.command], _runs(arguments)
+    command = table()["commands"][arguments.command]
+    runs = [find_run(reference, arguments.storage_uri) for reference in arguments.runs]
     say(f"{arguments.command}: {' and '.join(run.uri for run in runs)}")
     with reports_shown():
-        result: dict[str, Any] = resolve_name(command["looks_by"])(*runs)
-    return _if_good(result, is_good="good_if" not in command or result[command["good_if"]])
-
-
-def replay(arguments: argparse.Namespace) -> dict[str, Any]:
-    (run,) = _runs(arguments)
-
-    from jobs.proof.replay_run import parse_steps
-    from jobs.proof.replay_run import replay as replay_run
-    from jobs.run.ledger import Ledger
-
-    steps = parse_steps(arguments.steps, Ledger.read(run))
-    with reports_shown():
-        result = replay_run(run, steps=steps, num_workers=arguments.workers)
-    return _if_good(result, is_good=result["equal"])
-
-
-def _if_good(result: dict[str, Any], *, is_good: bool) -> dict[str, Any]:
-    if not is_good:
+        passed = {name: getattr(arguments, name) for name in command.get("passes", [])}
+        result: dict[str, Any] = resolve_name(command["looks_by"])(*runs, **passed)
+    if "good_if" in command and not result[command["good_if"]]:
         raise BadResultError(result)
     return result
-
-
-def track(arguments: argparse.Namespace) -> dict[str, Any]:
-    (run,) = _runs(arguments)
-
-    from jobs.watching.track_run import track as track_run
-    from jobs.watching.track_run import tracker_of
-
-    return track_run(run, tracker_of(run, wandb=arguments.wandb, mlflow=arguments.mlflow), follow=arguments.follow)
 
 
 def lend_workers(arguments: argparse.Namespace) -> dict[str, Any]:

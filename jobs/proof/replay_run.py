@@ -36,6 +36,11 @@ class ReplayError(UserError):
     """The steps cannot be taken again."""
 
 
+def replay_steps(run: Storage, *, steps: str, workers: int) -> dict[str, Any]:
+    """Is `raymill replay`: `replay`, with the steps as a user writes them."""
+    return replay(run, steps=parse_steps(steps, Ledger.read(run)), num_workers=workers)
+
+
 def replay(run: Storage, *, steps: range, num_workers: int = 1) -> dict[str, Any]:
     """Takes the steps again in a scratch folder, from the nearest checkpoint before them, with the recorded settings.
 

@@ -10,7 +10,7 @@ from matplotlib.ticker import FuncFormatter
 
 from cluster.settings.parser import ConfigError
 from cluster.settings.run import RunConfig
-from cluster.storage.uris import Storage, join_uri
+from cluster.storage.uris import Storage, join_uri, open_storage
 from jobs.report.figures import smoothed
 from jobs.report.page import document, grid, picture
 from jobs.report.theme import new_figure, png, titled
@@ -32,7 +32,7 @@ class Run:
     config: RunConfig
 
 
-def compare(runs: Sequence[Storage], storage: Storage) -> dict[str, Any]:
+def compare(*runs: Storage, storage_uri: str) -> dict[str, Any]:
     """Writes `comparisons/…/` into the storage; returns the page, the figure, the settings and the final figures.
 
     Raises `RunError` for a run without a step, `ConfigError` for too few runs or too many.
@@ -55,6 +55,7 @@ def compare(runs: Sequence[Storage], storage: Storage) -> dict[str, Any]:
         f"<h2>Final figures</h2>{grid('Final figures', heads, [[name, *row] for name, row in rows.items()])}"
         f"<h2>Settings that differ</h2>{differing if settings else '<p>None.</p>'}"
     )
+    storage = open_storage(storage_uri)
     storage.write_bytes(f"{folder}/loss.png", image)
     storage.write_bytes(f"{folder}/index.html", document("Comparison of runs", body).encode())
     return {

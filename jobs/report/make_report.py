@@ -3,17 +3,23 @@
 import time
 from collections.abc import Mapping
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from cluster.storage.uris import Storage, join_uri
 from jobs.report.figures import draw, pictures
 from jobs.report.page import cells, document, grid, pairs, picture, table
-from jobs.report.plan_actual import plan_rows
+from jobs.report.plan_actual import plan_rows, read_plan
 from jobs.report.why_slow import why_slow
 from jobs.run.find_run import begun_ledger, data_identity, find_tokens
 from jobs.run.history import cost_rows, event_rows, flattened, recorded_config, statistics
 from jobs.run.ledger import Ledger
 from jobs.tokens.token_store import TokenStoreError, read_manifest
+
+
+def report(run: Storage, *, price: float | None, plan: Path | None) -> dict[str, Any]:
+    """Is `raymill report`: `make_report`, with the plan in a file."""
+    return make_report(run, price=price, plan=read_plan(plan) if plan else None)
 
 
 def make_report(run: Storage, *, price: float | None = None, plan: Mapping[str, Any] | None = None) -> dict[str, Any]:

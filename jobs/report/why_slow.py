@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 
 from cluster.monitoring.metric_table import PHASES, REST
+from cluster.storage.uris import Storage
+from jobs.run.find_run import begun_ledger
 from jobs.run.history import lost_steps
 from jobs.run.ledger import Ledger
 from jobs.training.rank_phases import RankTime, from_fields, stragglers
@@ -105,6 +107,11 @@ def shares(ledger: Ledger) -> Shares:
         None if slowest is None else (slowest, ratios[slowest]),
         [rank.num_lanes for rank in windows[-1].ranks],
     )
+
+
+def why_run_is_slow(run: Storage) -> dict[str, Any]:
+    """Is `raymill why-slow`. Raises `RunError` for a run without a step."""
+    return why_slow(begun_ledger(run))
 
 
 def why_slow(ledger: Ledger) -> dict[str, Any]:

@@ -69,11 +69,11 @@ def _points(lines: Iterable[Line], *, after: int) -> Iterator[tuple[int, dict[st
         yield step, values
 
 
-def tracker_of(run: Storage, *, wandb: str | None, mlflow: str | None) -> Tracker:
-    """Returns the tracker of a project of Weights & Biases or an experiment of MLflow, and reports its place."""
+def track_by(run: Storage, *, wandb: str | None, mlflow: str | None, follow: bool) -> dict[str, Any]:
+    """Is `raymill track`: sends to a project of Weights & Biases or an experiment of MLflow, and reports the place."""
     config = recorded_config(run)
     run_id, settings = str(config.run_id), dict(flattened(config.model_dump(mode="json")))
     tracker: Tracker
     tracker = WandbTracker(wandb, run_id, settings) if wandb else MlflowTracker(str(mlflow), run_id, settings)
     say(f"curves of {run_id} go to {tracker.place}, after step {max(0, tracker.last_step)}")
-    return tracker
+    return track(run, tracker, follow=follow)

@@ -27,7 +27,7 @@ def test_two_runs(tmp_path: Path) -> None:
         made(storage, "slow", learning_rate=1e-4, num_lines=130),
         made(storage, "fast", learning_rate=1e-3, num_lines=400),
     ]
-    result = compare(runs, storage)
+    result = compare(*runs, storage_uri=storage.uri)
     assert result["runs"] == ["slow", "fast"]
     assert result["settings"] == {"train.learning_rate": ["0.0001", "0.001"]}
     assert result["figures"]["Steps"] == ["123 of 300, unfinished", "300 of 300"]
@@ -36,10 +36,10 @@ def test_two_runs(tmp_path: Path) -> None:
     assert page.cells[page.cells.index("train.learning_rate") :][:3] == ["train.learning_rate", "0.0001", "0.001"]
     assert "slow ends at" in page.images[0]["alt"]
     assert all(reference.startswith("data:") for reference in page.references)
-    assert compare(runs, storage)["html"] == result["html"], "the same runs have one page"
+    assert compare(*runs, storage_uri=storage.uri)["html"] == result["html"], "the same runs have one page"
 
 
 def test_one_run_is_no_comparison(tmp_path: Path) -> None:
     storage = open_storage(str(tmp_path))
     with pytest.raises(ConfigError, match="1 runs cannot be compared; name 2 to 8"):
-        compare([made(storage, "alone", learning_rate=1e-3, num_lines=50)], storage)
+        compare(made(storage, "alone", learning_rate=1e-3, num_lines=50), storage_uri=storage.uri)
