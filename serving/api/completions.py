@@ -5,7 +5,7 @@ import hashlib
 import math
 import time
 from collections.abc import AsyncIterator, Iterable
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 
 import orjson
 
@@ -18,7 +18,7 @@ from serving.delivery.loaded_version import LoadedVersion
 from serving.engine.messages import FinishReason, SequenceRequest
 from serving.engine_process.client import EngineClient, EngineDiedError, Generation
 from serving.protocol.errors import ApiError, error_of, invalid_request, overloaded
-from serving.protocol.protocol import CompletionRequest, StreamOptions
+from serving.protocol.protocol import CompletionRequest, StreamOptions, sampling_of
 from serving.protocol.request_facts import RequestFacts
 from serving.protocol.served_model import ServedModel
 
@@ -161,12 +161,13 @@ async def start_completion(
     refuse_when_full(engine, at_once, config, key=key)
     echoed = request.logprobs if request.echo else None
     scored = [each for each in (echoed, request.prompt_logprobs) if each is not None]
+    sampling = sampling_of(request)
     sequences = [
         SequenceRequest(
             seq_id=engine.next_seq_id(),
             prompt_ids=prompt_ids,
             max_tokens=request.token_limit,
-            sampling=_sampling(request, index),
+            sampling=_of_choice(sampling, index),
             ignore_eos=request.ignore_eos,
             stop_token_ids=tuple(request.stop_token_ids),
             min_tokens=request.min_tokens,
@@ -263,16 +264,6 @@ def choice_seed(seed: int, index: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{index}".encode()).digest()[:8]) >> 1
 
 
-def _sampling(request: CompletionRequest, index: int) -> SamplingParams:
+def _of_choice(sampling: SamplingParams, index: int) -> SamplingParams:
     """Returns how choice `index` is drawn: with a seed only if the client gave one, as vLLM draws such rows alone."""
-    return SamplingParams(
-        temperature=request.temperature,
-        top_k=max(request.top_k, 0),
-        top_p=request.top_p,
-        min_p=request.min_p,
-        presence_penalty=request.presence_penalty,
-        frequency_penalty=request.frequency_penalty,
-        repetition_penalty=request.repetition_penalty,
-        logit_bias=tuple(request.logit_bias.items()),
-        seed=None if request.seed is None else choice_seed(request.seed, index),
-    )
+    return sampling if sampling.seed is None else replace(sampling, seed=choice_seed(sampling.seed, index))

@@ -167,17 +167,10 @@ class VllmEngine:
 
     def _params(self, request: SequenceRequest) -> Any:
         sampling: SamplingParams = request.sampling
+        own = {"top_k": sampling.top_k or -1, "logit_bias": dict(sampling.logit_bias) or None}
         of_text = [] if request.ignore_eos or self._eos_id is None else [self._eos_id]
         return vllm.SamplingParams(
-            temperature=sampling.temperature,
-            top_k=sampling.top_k or -1,
-            top_p=sampling.top_p,
-            min_p=sampling.min_p,
-            presence_penalty=sampling.presence_penalty,
-            frequency_penalty=sampling.frequency_penalty,
-            repetition_penalty=sampling.repetition_penalty,
-            logit_bias=dict(sampling.logit_bias) or None,
-            seed=sampling.seed,
+            **vars(sampling) | own,
             max_tokens=max(request.max_tokens, 1),  # 0 is not allowed; see `_events`
             ignore_eos=request.ignore_eos,
             stop_token_ids=[*request.stop_token_ids, *of_text],

@@ -3,6 +3,7 @@
 import asyncio
 import difflib
 import re
+from dataclasses import fields
 from typing import Annotated, Any, ClassVar, Literal, NoReturn, Self, TypeVar
 
 import fastapi
@@ -17,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+from model.sampling_params import SamplingParams
 from serving.protocol import harmless_fields
 from serving.protocol.errors import ApiError, invalid_request
 from serving.protocol.strict_json import parse_json_object, read_json_body, shown
@@ -132,6 +134,14 @@ class GenerationRequest(Request):
         if self.prompt_logprobs is not None and self.stream:
             raise invalid_request("prompt_logprobs is allowed without stream=true only", param="prompt_logprobs")
         return self
+
+
+def sampling_of(request: Request) -> SamplingParams:
+    """Returns how a request's tokens are drawn: by its fields that have the names of `SamplingParams`."""
+    names = {field.name for field in fields(SamplingParams)} & type(request).model_fields.keys()
+    asked = {name: getattr(request, name) for name in names}
+    asked |= {"top_k": max(asked["top_k"], 0), "logit_bias": tuple(asked.get("logit_bias", {}).items())}
+    return SamplingParams(**asked)
 
 
 class CompletionRequest(GenerationRequest):

@@ -12,10 +12,10 @@ import orjson
 import torch
 
 from model.gpt import GPT
-from model.sampling_params import SamplingParams
 from model.tables import read_table
 from model.xray import Candidate, Query, Span, nearest_tokens, predictions, run_query, score
 from serving.protocol.errors import invalid_request
+from serving.protocol.protocol import sampling_of
 from serving.protocol.served_model import ServedModel
 from serving.xray.xray import MAX_SEQUENCE_TOKENS, MAX_WEIGHTS, XrayRequest
 
@@ -32,13 +32,7 @@ def xray_answer(request: XrayRequest, *, model: GPT, served: ServedModel, arrive
     spans = [Span("queue", arrived_s, time.monotonic())]
     prompt_ids = served.prompt_ids(request.prompt, max_tokens=request.max_tokens)
     _check_limits(request, model, num_tokens=len(prompt_ids) + request.max_tokens)
-    params = SamplingParams(
-        temperature=request.temperature,
-        top_k=max(request.top_k, 0),
-        top_p=request.top_p,
-        min_p=request.min_p,
-        seed=request.seed,
-    ).with_seed()
+    params = sampling_of(request).with_seed()
     spans.append(Span("tokenize", spans[-1].end_s, time.monotonic()))
     query = run_query(model, prompt_ids, max_tokens=request.max_tokens, params=params, eos_id=served.eos_id)
     spans += query.spans
