@@ -6,26 +6,14 @@ from typing import Any
 from model.checkpoint_folder import read_json
 from model.config import Activation, GPTConfig
 from model.errors import UserError
+from model.tables import read_table
 from model.tokenizer import END_OF_TEXT
 
-_SIZES = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd", "n_inner")
-_SAME_NAMES = (*_SIZES, "tie_word_embeddings", "layer_norm_epsilon", "initializer_range")
-
-# `gelu_new` and `gelu_pytorch_tanh` are two names of one formula.
-ACTIVATION_FROM_HF: dict[str, Activation] = {
-    "gelu_new": "gelu",
-    "gelu_pytorch_tanh": "gelu",
-    "gelu": "gelu_exact",
-    "relu": "relu",
-}
-ACTIVATION_TO_HF: dict[Activation, str] = {"gelu": "gelu_new", "gelu_exact": "gelu", "relu": "relu"}
-
-# Settings that change what the network computes and that `GPT` does not have, with the only value that fits it.
-FIXED_SETTINGS: dict[str, Any] = {
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "add_cross_attention": False,
-}
+_TABLE = read_table(__file__, "hf_config")
+_SAME_NAMES: list[str] = _TABLE["same_names"]
+ACTIVATION_FROM_HF: dict[str, Activation] = _TABLE["activation"]
+ACTIVATION_TO_HF: dict[Activation, str] = {ours: name for name, ours in reversed(ACTIVATION_FROM_HF.items())}
+FIXED_SETTINGS: dict[str, Any] = _TABLE["fixed"]
 
 
 class UnsupportedModelError(UserError):
@@ -35,30 +23,19 @@ class UnsupportedModelError(UserError):
 def config_to_hf(config: GPTConfig, *, eot_id: int) -> dict[str, Any]:
     """Returns the content of config.json."""
     return {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        **{name: getattr(config, name) for name in _SIZES},
+        **_TABLE["config"],
+        **{name: getattr(config, name) for name in _SAME_NAMES},
         "activation_function": ACTIVATION_TO_HF[config.activation_function],
-        "tie_word_embeddings": config.tie_word_embeddings,
         **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout),
-        "layer_norm_epsilon": config.layer_norm_epsilon,
-        "initializer_range": config.initializer_range,
-        "bos_token_id": eot_id,
-        "eos_token_id": eot_id,
-        "dtype": "float32",
+        **dict.fromkeys(("bos_token_id", "eos_token_id"), eot_id),
         **FIXED_SETTINGS,
     }
 
 
 def tokenizer_config_to_hf(config: GPTConfig) -> dict[str, Any]:
-    """Returns the content of tokenizer_config.json: use tokenizer.json as it is, normalizer included."""
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": config.n_positions,
-        "bos_token": END_OF_TEXT,
-        "eos_token": END_OF_TEXT,
-        "clean_up_tokenization_spaces": False,
-    }
+    """Returns the content of tokenizer_config.json."""
+    ends = dict.fromkeys(("bos_token", "eos_token"), END_OF_TEXT)
+    return {**_TABLE["tokenizer"], "model_max_length": config.n_positions, **ends}
 
 
 def config_from_hf(values: dict[str, Any]) -> GPTConfig:
