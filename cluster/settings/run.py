@@ -26,6 +26,7 @@ from pydantic import (
 from cluster.settings.batch_schedule import BatchSchedule
 from model.config import GPTConfig, preset_fields
 from model.processor import Precision
+from model.tables import read_table
 
 
 def _model_shape(value: Any) -> Any:
@@ -219,17 +220,8 @@ class CheckpointConfig(Settings):
     snapshot_bytes: NonNegativeInt | None = None
 
 
-FORMER_SETTINGS: dict[str, Any] = {
-    "train.epsilon": 1e-8,
-    "train.spike_window": 64,
-    "train.sample_tokens": None,
-    "train.timing": None,
-    "train.shard_optimizer": None,
-    "scaling.max_failures": None,
-    "scaling.start_timeout_s": None,
-    "scaling.standby": None,
-    "checkpoint.spool_bytes": None,
-}
+_FORMER = read_table(__file__, "former_settings")
+FORMER_SETTINGS: dict[str, Any] = dict.fromkeys(_FORMER["gone"]) | _FORMER["constant"]
 """Settings that earlier versions recorded and that are constants now: the value, where a run's bits depend on it."""
 
 

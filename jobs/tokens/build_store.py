@@ -40,21 +40,8 @@ from jobs.tokens.token_store import (
 )
 from jobs.tokens.train_tokenizer import ensure_tokenizer, text_sample
 from model.bulk_encoder import bulk_encoder
+from model.tables import read_table
 from model.tokenizer import Tokenizer
-
-_SHAPING = {
-    "weights",
-    "text_field",
-    "invalid_utf8",
-    "max_document_bytes",
-    "dedup",
-    "near_dedup_threshold",
-    "quality_rules",
-    "decontaminate_ngram",
-    "val_fraction",
-    "shard_bytes",
-}
-"""The settings that shape the store, in addition to the corpus and its tokenizer."""
 
 
 def token_store(config: RunConfig) -> Storage:
@@ -100,7 +87,7 @@ def _builder(config: RunConfig) -> "_Builder":
 
 
 def _shaping(data: DataConfig) -> dict[str, Any]:
-    return data.model_dump(mode="json", include=_SHAPING)
+    return data.model_dump(mode="json", include=set(read_table(__file__, "shaping")["store"]))
 
 
 def _finished(store: Storage) -> Manifest | None:

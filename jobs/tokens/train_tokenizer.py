@@ -19,22 +19,12 @@ from jobs.corpus.sample_places import sample_places
 from jobs.corpus.text_borders import cut_text
 from jobs.corpus.text_hashes import document_hash, normalized
 from jobs.tokens.token_store import canonical_json
+from model.tables import read_table
 from model.tokenizer import Tokenizer, train_bpe
 
 TOKENIZER_FILE = "tokenizer.json"
 TRAINING_PIECE_CHARS = 1024
 _MOST_READ = 8  # times the text wanted from a place is read there at most, however much is dropped
-
-_SHAPING = {
-    "text_field",
-    "vocab_size",
-    "normalize",
-    "tokenizer_sample_bytes",
-    "invalid_utf8",
-    "max_document_bytes",
-    "dedup",
-    "quality_rules",
-}
 
 
 def ensure_tokenizer(config: RunConfig, listing: Listing | None = None) -> tuple[Tokenizer, str]:
@@ -47,7 +37,8 @@ def ensure_tokenizer(config: RunConfig, listing: Listing | None = None) -> tuple
     listing = listing or list_corpus(config.data.source)
     if listing.token_stores:
         return load_tokenizer(next(iter(listing.token_stores.values())))
-    shaping = [config.data.model_dump(mode="json", include=_SHAPING), listing.identity()]
+    settings = set(read_table(__file__, "shaping")["tokenizer"])
+    shaping = [config.data.model_dump(mode="json", include=settings), listing.identity()]
     key = hashlib.sha256(canonical_json(shaping)).hexdigest()[:12]
     folder = open_storage(config.storage.uri).child(f"tokenizers/{key}")
     uri = join_uri(folder.uri, TOKENIZER_FILE)

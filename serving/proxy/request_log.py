@@ -13,25 +13,10 @@ from typing import Any
 
 import orjson
 
+from model.tables import read_table
 from serving.protocol.tracing import Headers
 
-FIELDS = (
-    "time",  # when the request came
-    "request_id",
-    "key",  # its name
-    "route",
-    "stream",
-    "model_version",
-    "status",
-    "reason",
-    "prompt_tokens",
-    "completion_tokens",
-    "queue_s",
-    "first_token_s",
-    "total_s",
-    "attempts",  # replicas that were asked
-    "trace_id",
-)
+FIELDS: list[str] = read_table(__file__, "request_log")["fields"]
 STDOUT = "-"
 WRITE_AFTER_S = 0.2
 MAX_WAITING_LINES = 10_000  # 4 MB; further ones are dropped, and counted in the program's own log
