@@ -1,15 +1,9 @@
-"""Copies a checkpoint without its training state: a smaller checkpoint, and a folder that transformers reads.
+"""Copies a checkpoint without its training state: a smaller checkpoint, and a folder that transformers reads."""
 
-python -m jobs.export CHECKPOINT DEST
-"""
-
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from cluster.settings.parser import Parser
-from cluster.stages.stage_module import print_result
 from cluster.storage.registry import resolve_checkpoint
 from cluster.storage.uris import absolute_uri, open_storage, split_uri
 from model.checkpoint import load_model, write_checkpoint
@@ -55,19 +49,3 @@ def export(checkpoint: str, destination: str, *, storage_uri: str) -> dict[str, 
             parent.upload_folder(folder, name, last=MANIFEST)
         files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     return {"checkpoint": absolute_uri(destination), "parameter_hash": metadata.parameter_hash, "files": files}
-
-
-def main() -> int:
-    def run() -> dict[str, Any]:
-        parser = Parser(prog="python -m jobs.export", description=__doc__)
-        parser.add_argument("checkpoint", help="path or URI of a checkpoint's or run's folder, or `latest`")
-        parser.add_argument("destination", help="new or empty folder, a path or URI")
-        parser.add_argument("--storage.uri", dest="storage_uri", default=".raymill", help="root of the registry")
-        arguments = parser.parse_args()
-        return export(arguments.checkpoint, arguments.destination, storage_uri=arguments.storage_uri)
-
-    return print_result(run)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -10,7 +10,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cluster.stages.stage_module import parse_result
 from cluster.storage.uris import open_storage
 from jobs.export import export
 from model.checkpoint import load_model
@@ -93,7 +92,7 @@ def test_it_overwrites_nothing_and_takes_no_damaged_checkpoint(checkpoint: Path,
 
 
 def test_the_command_prints_one_result_or_one_line_of_error(checkpoint: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "jobs.export", str(checkpoint), "export"]
+    command = [sys.executable, "-m", "cluster.cli", "export", str(checkpoint), "export", "--json"]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     first, second = (
         subprocess.run(
@@ -101,10 +100,9 @@ def test_the_command_prints_one_result_or_one_line_of_error(checkpoint: Path, tm
         )
         for _ in range(2)
     )
-    result = parse_result(first.stdout.splitlines()[-1])
+    result = json.loads(first.stdout.splitlines()[-1])
     assert first.returncode == 0
-    assert result is not None
     assert result["checkpoint"] == str(tmp_path / "export")
     assert json.loads((tmp_path / "export" / "config.json").read_text())["model_type"] == "gpt2"
     assert second.returncode == 1
-    assert second.stderr == f"error: {tmp_path}/export exists and is not empty; name a new folder\n"
+    assert second.stderr.splitlines()[-1] == f"error: {tmp_path}/export exists and is not empty; name a new folder"
