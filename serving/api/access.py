@@ -16,7 +16,7 @@ from typing import NoReturn
 from cluster.settings.serve import ServeConfig
 from model.errors import UserError
 from serving.api.keys import ApiKey, make_key_file, read_keys
-from serving.protocol.errors import ApiError, error_of
+from serving.protocol.errors import error_of
 from serving.xray.page_routes import PAGE_PATHS
 
 OPEN_PATHS = ("/health", "/ready", *PAGE_PATHS)  # for probes and navigation, which have no key
@@ -142,8 +142,7 @@ class RequestsInFlight:
             yield
             return
         if self._running[key.name] >= limit:
-            message = f"This key has its limit of {limit} requests in flight; wait for one to end"
-            raise ApiError(429, message, code="rate_limit_exceeded", headers={"Retry-After": "1"})
+            raise error_of("rate_limit_exceeded", limit=limit)
         self._running[key.name] += 1
         try:
             yield

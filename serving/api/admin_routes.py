@@ -17,7 +17,7 @@ from serving.delivery.audit_log import AuditLog
 from serving.delivery.follower import CoordinatorAwayError, Follower, answer_of
 from serving.delivery.promotion import Delivery, DeliveryError, Terms, Version, version_of
 from serving.delivery.routed_request import RoutedRequest
-from serving.protocol.errors import ApiError, invalid_request, unavailable
+from serving.protocol.errors import ApiError, error_of, invalid_request
 from serving.protocol.protocol import Request as Body
 from serving.protocol.protocol import read_request
 from serving.protocol.request_facts import timestamp
@@ -112,7 +112,7 @@ def admin_router(follower: Follower) -> APIRouter:
         try:
             return {"orders": await asyncio.to_thread(audit.read)}
         except StorageError as error:
-            raise unavailable(f"The audit log cannot be read: {error}", code="storage", retry_after_s=5) from None
+            raise error_of("storage", problem=error) from None
 
     return router
 
@@ -152,9 +152,4 @@ async def _asked(call: Any) -> Any:
     except DeliveryError as error:
         raise invalid_request(str(error), code="delivery_conflict", status=409) from None
     except CoordinatorAwayError:
-        raise unavailable(
-            "The coordinator of this endpoint does not answer: it is being replaced, or fails, and then the replicas' "
-            "logs say why. Requests are served meanwhile; try again.",
-            code="coordinator_unavailable",
-            retry_after_s=2,
-        ) from None
+        raise error_of("coordinator_unavailable") from None

@@ -146,11 +146,7 @@ async def start_completion(
     refuse_when_full(engine, at_once, config, key=key)
     _require_possible(request, model)
     if answer.EMBEDS and not engine.facts.embeds:
-        raise invalid_request(
-            "This endpoint runs on vLLM, which computes no embeddings beside completions; ask one with "
-            "engine.backend=raymill",
-            code="unsupported_by_backend",
-        )
+        raise error_of("unsupported_by_backend")
     # In the event loop other streams' tokens would wait for the milliseconds that a long prompt takes.
     prompts = await asyncio.to_thread(
         lambda: [

@@ -51,12 +51,3 @@ def invalid_request(message: str, *, param: str | None = None, code: str | None 
 
 def overloaded(message: str, *, retry_after_s: int = 1) -> ApiError:
     return ApiError(429, message, code="overloaded", headers={"Retry-After": str(retry_after_s)})
-
-
-def closing(status: int, message: str, *, code: str) -> ApiError:
-    """Returns an error that ends the connection, for a request whose rest is not read."""
-    return ApiError(status, message, code=code, headers={"Connection": "close"})
-
-
-def unavailable(message: str, *, code: str, retry_after_s: int) -> ApiError:
-    return ApiError(503, message, code=code, headers={"Retry-After": str(retry_after_s)})

@@ -60,12 +60,7 @@ class ServedModel:
 
     def require_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
-            raise invalid_request(
-                f"The checkpoint {self.name!r} has no tokenizer.json, so it cannot read or write text; "
-                "give the prompt as a list of token ids",
-                param="prompt",
-                code="no_tokenizer",
-            )
+            raise error_of("no_tokenizer", param="prompt", name=self.name)
         return self.tokenizer
 
     def token_bytes(self, token_id: int) -> bytes:

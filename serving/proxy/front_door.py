@@ -26,7 +26,7 @@ from cluster.monitoring.metric_export import ByVersion, Metrics
 from cluster.monitoring.metric_table import Exporter
 from cluster.settings.serve import HttpConfig
 from serving.delivery.routed_request import RETRY_HEADER, NewestRoute
-from serving.protocol.errors import DRAINING_HEADER, ApiError, closing, error_of, invalid_request
+from serving.protocol.errors import DRAINING_HEADER, ApiError, error_of, invalid_request
 from serving.protocol.request_facts import FACTS, timestamp
 from serving.protocol.strict_json import MAX_BODY_BYTES
 from serving.protocol.tracing import Span, Tracing, tracing_from_environment
@@ -206,7 +206,7 @@ class FrontDoor:
         expects_continue = any(name == b"expect" for name, _ in scope["headers"])
         declared = max((int(v) for n, v in scope["headers"] if n == b"content-length"), default=0)
         if declared > (MAX_BODY_BYTES if expects_continue else MAX_DISCARDED_BYTES):
-            raise body_too_large()
+            raise error_of("body_too_large", most_bytes=MAX_BODY_BYTES)
         body, num_bytes = bytearray(), 0
         try:
             async with asyncio.timeout(self._config.body_timeout_s):
@@ -220,11 +220,9 @@ class FrontDoor:
                     if not message["more_body"] or num_bytes > MAX_DISCARDED_BYTES:
                         break
         except TimeoutError:
-            raise closing(
-                408, f"The body did not arrive within {self._config.body_timeout_s:g} s", code="request_timeout"
-            ) from None
+            raise error_of("request_timeout", most_s=self._config.body_timeout_s) from None
         if num_bytes > MAX_BODY_BYTES:
-            raise body_too_large()
+            raise error_of("body_too_large", most_bytes=MAX_BODY_BYTES)
         return bytes(body)
 
 
@@ -349,10 +347,6 @@ def require_one_host(scope: Scope) -> None:
     num_hosts = sum(name == b"host" for name, _ in scope["headers"])
     if num_hosts > 1 or (num_hosts == 0 and scope["http_version"] != "1.0"):
         raise invalid_request(f"The request has {num_hosts} Host headers; expected one", code="invalid_host")
-
-
-def body_too_large() -> ApiError:
-    return closing(413, f"The body exceeds {MAX_BODY_BYTES} bytes; send less", code="body_too_large")
 
 
 def of_proxy(status: int, headers: Mapping[bytes, bytes]) -> ApiError:

@@ -19,7 +19,7 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from cluster.settings.serve import HttpConfig
-from serving.protocol.errors import ApiError, closing
+from serving.protocol.errors import ApiError, error_of
 from serving.protocol.request_facts import timestamp
 from serving.proxy.request_log import LogRequest
 
@@ -50,7 +50,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self.flow = PipelineFlow(transport, self.pipeline)
         transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         self._bounds = self.config_of_bounds
-        self._refusal = closing(400, "This is not a valid HTTP/1.1 request.", code="invalid_http")
+        self._refusal = error_of("invalid_http")
         self._unread = bytearray()
         self._in_headers = False
         self._head_without_offer = b""
@@ -215,8 +215,4 @@ class PipelineFlow(FlowControl):
 
 
 def headers_too_large() -> ApiError:
-    return closing(
-        431,
-        f"Headers or trailers exceed {MAX_HEADER_BYTES} bytes or {MAX_HEADERS} lines; send less",
-        code="headers_too_large",
-    )
+    return error_of("headers_too_large", most_bytes=MAX_HEADER_BYTES, most_lines=MAX_HEADERS)

@@ -38,8 +38,7 @@ class Models:
         checkpoints = run_checkpoints(self._folder)
         if step not in checkpoints:
             known = ", ".join(map(str, checkpoints)) or "none"
-            message = f"There is no checkpoint of step {step} here; there are: {known}"
-            raise ApiError(404, message, param="step", code="step_not_found")
+            raise error_of("step_not_found", param="step", step=step, known=known)
         try:
             return self._load(checkpoints[step])
         except UserError as error:

@@ -16,7 +16,7 @@ from pydantic import Field, PlainValidator
 
 from model.checkpoint_folder import MANIFEST, read_metadata
 from serving.engine_process.child_process import Child, start_child
-from serving.protocol.errors import overloaded, unavailable
+from serving.protocol.errors import error_of, overloaded
 from serving.protocol.protocol import Request, Temperature, TopP
 
 MAX_NEW_TOKENS = 32
@@ -95,11 +95,7 @@ class Xray:
                 return await self._ask(json.dumps(asked))
         except (TimeoutError, ConnectionError, asyncio.IncompleteReadError) as error:
             reason = f"took over {TIMEOUT_S:.0f} s" if isinstance(error, TimeoutError) else "has ended"
-            raise unavailable(
-                f"The process that looks into queries {reason}; completions are not affected. Try again.",
-                code="xray_unavailable",
-                retry_after_s=5,
-            ) from None
+            raise error_of("xray_unavailable", reason=reason) from None
         finally:
             self._is_busy = False
 

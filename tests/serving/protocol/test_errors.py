@@ -1,6 +1,8 @@
-"""The table of errors: each is raised somewhere, with the values that its words need."""
+"""The table of errors: each is raised somewhere, with just the values that its words need."""
 
-import re
+import ast
+import string
+from collections.abc import Iterator
 
 import pytest
 
@@ -9,10 +11,23 @@ from serving.protocol import errors
 from tests.repository import REPOSITORY
 
 
-def test_each_name_that_is_raised_stands_in_the_table_and_no_other() -> None:
-    code = "\n".join(path.read_text(encoding="utf-8") for path in (REPOSITORY / "serving").rglob("*.py"))
-    raised = set(re.findall(r"error_of\(\s*\"(\w+)\"", code))
-    assert raised == read_table(errors.__file__, "errors").keys()
+def raised() -> Iterator[tuple[str, set[str]]]:
+    """Yields the name of each error that is raised, and the names of the values that it gets."""
+    for path in (REPOSITORY / "serving").rglob("*.py"):
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "error_of":
+                yield ast.literal_eval(call.args[0]), {str(keyword.arg) for keyword in call.keywords} - {"param"}
+
+
+def test_each_error_is_raised_with_what_its_words_need() -> None:
+    table = read_table(errors.__file__, "errors")
+    needed = {
+        name: {field for _, field, _, _ in string.Formatter().parse(error["message"]) if field}
+        for name, error in table.items()
+    }
+    found = list(raised())
+    assert {name for name, _ in found} == table.keys()
+    assert [(name, values) for name, values in found if values != needed[name]] == []
 
 
 def test_values_stand_in_the_words() -> None:
