@@ -41,15 +41,7 @@ from jobs.workers.failures import one_line
 from jobs.workers.precision import workers_precision
 from jobs.workers.preemption import stopping_on_sigterm
 from jobs.workers.rendezvous import meeting_place
-
-_RAY_TRAIN_SETTINGS = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # sees a failure ten times as soon
-    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # sees that a node is being drained five times as soon
-}
-
-# An elastic group starts only on nodes that are there, so a start that takes longer was planned on a node that died
-# without Ray knowing it yet. Ray Train would wait a minute for it; measured recovery from a lost node fell from 76 s.
-_ELASTIC_SETTINGS = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "6"}
+from model.tables import read_table
 
 
 def validation_stores(config: RunConfig, *, tokenizer_uri: str) -> dict[str, str]:
@@ -177,7 +169,8 @@ def _why_unfinished(plan: RunPlan, ledger: Ledger) -> str:
 def _trainer(plan: RunPlan, address: str) -> Trainer:
     scaling = plan.config.scaling
     is_elastic = scaling.min_workers < scaling.max_workers
-    os.environ |= _RAY_TRAIN_SETTINGS | (_ELASTIC_SETTINGS if is_elastic else {})
+    settings = read_table(__file__, "pretrain")
+    os.environ |= settings["all"] | (settings["elastic"] if is_elastic else {})
     callbacks = [FailureRecorder(plan), SignalListener(), Drains(), NodeLosses(is_elastic=is_elastic)]
     return Trainer(
         train_worker,

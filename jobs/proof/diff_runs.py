@@ -8,19 +8,13 @@ from cluster.storage.uris import Storage
 from jobs.run.find_run import data_identity
 from jobs.run.history import former_differences, recorded_config, training_differences
 from jobs.run.ledger import Ledger, Line
+from model.tables import read_table
 
 FIELDS = ("samples", "tokens_seen", "lr", "skipped", "loss", "grad_norm", "parameter_hash")
 """The fields that hold a step's bits, in the order in which one decides the next. Time, world size and attempt may
 differ."""
 
-_MEASURING = {
-    f"train.{name}"
-    for name in (
-        *("eval_every_steps", "eval_max_tokens", "sample_prompts", "layer_statistics_every_steps"),
-        *("hash_every_steps", "while_tokenizing"),
-    )
-}
-"""Settings of training on which no bit depends."""
+_MEASURING = {f"train.{name}" for name in read_table(__file__, "diff_runs")["measuring"]}
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from jobs.workers.failures import is_lost_peer, one_line
 from jobs.workers.worker_group import Meeting
+from model.tables import read_table
 
 _POLL_S = 0.02
 _WATCH_S = 0.5
@@ -29,14 +30,6 @@ _GRACE_S = 1.0
 _ABORT_S = 15.0  # the longest that an abort of 512 GPUs' connections may take
 _FRUITLESS = "fruitless"  # the number of fruitless rounds in a row, the last round, and why it ended
 _TIMEOUT = timedelta(minutes=30)  # of a message; in an outage, all ranks wait for the one that waits for the storage
-_NCCL_SETTINGS = {
-    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",  # 3, the default, ends every survivor at a network error; `_watch` aborts
-    # A failed message leaves the key "exception_dump" in the store of all rounds: each process that starts later would
-    # take it for its own failure, and end 8 minutes after its first meeting.
-    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
-    "TORCH_NCCL_ENABLE_MONITORING": "0",
-    "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "0",  # else each failed message of a step holds up the abort for 60 s
-}
 
 
 class FruitlessError(Exception):
@@ -152,7 +145,7 @@ class Rendezvous:
 
     def _connect(self, meeting: Meeting, left: threading.Event) -> bool:
         threading.Thread(target=self._watch, args=(meeting, left), name="rendezvous", daemon=True).start()
-        os.environ |= _NCCL_SETTINGS
+        os.environ |= read_table(__file__, "rendezvous")
         try:
             dist.init_process_group(
                 backend(use_gpu=self._use_gpu),
