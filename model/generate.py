@@ -23,7 +23,6 @@ def generate(
     max_tokens: int,
     params: SamplingParams,
     eos_id: int | None = None,
-    use_cache: bool = True,
 ) -> list[int]:
     """Returns up to `max_tokens` new tokens; ends before `eos_id`, which is not returned.
 
@@ -42,13 +41,11 @@ def generate(
     assert not model.training, "dropout would disturb the answer: call model.eval()"
     params = params.with_seed()
     parameter = next(model.parameters())
-    cache = None
-    if use_cache:
-        cache = KVCache(model.config, max_len=total, dtype=parameter.dtype, device=parameter.device)
+    cache = KVCache(model.config, max_len=total, dtype=parameter.dtype, device=parameter.device)
     output_ids: list[int] = []
     while len(output_ids) < max_tokens:
         sequence = [*prompt_ids, *output_ids]
-        first = len(sequence) - 1 if cache is not None and output_ids else 0  # earlier positions are cached
+        first = len(sequence) - 1 if output_ids else 0  # earlier positions are cached
         token_ids = torch.tensor([sequence[first:]], device=parameter.device)  # (1, T)
         positions = torch.arange(first, len(sequence), device=parameter.device)[None]  # (1, T)
         hidden = model(token_ids, kv_cache=cache, positions=positions)  # (1, T, C)

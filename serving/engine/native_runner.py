@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from model.gpt import GPT
+from model.tables import read_table
 from serving.engine.native_library import load_library
 from serving.engine.runner import Reading, Survey
 
@@ -124,16 +125,10 @@ class NativeRunner:
         )
 
     def _declare(self) -> None:
-        pointer, number = ctypes.c_void_p, ctypes.c_int
-        library = self._library
-        library.raymill_create.restype = pointer
-        library.raymill_create.argtypes = [pointer, number, number, pointer]
-        library.raymill_set_norm.argtypes = [pointer, number, number, pointer, pointer]
-        library.raymill_set_matrix.argtypes = [pointer, number, number, pointer, number, number, pointer]
-        library.raymill_forward.argtypes = [pointer, pointer]
-        library.raymill_logits.argtypes = [pointer, number, pointer, pointer]
-        library.raymill_survey.argtypes = [pointer, number, pointer, pointer, pointer]
-        library.raymill_destroy.argtypes = [pointer]
+        kinds = {"pointer": ctypes.c_void_p, "number": ctypes.c_int}
+        for name, arguments in read_table(__file__, "native_runner").items():
+            getattr(self._library, name).argtypes = [kinds[kind] for kind in arguments]
+        self._library.raymill_create.restype = ctypes.c_void_p
 
 
 def _as_float(values: Tensor) -> Tensor:

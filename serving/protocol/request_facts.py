@@ -28,13 +28,9 @@ class RequestFacts:
 
     def shown(self) -> dict[str, Any]:
         """Returns the replica's part of a line of the request log."""
+        names = ("key", "model_version", "stream", "reason", "prompt_tokens", "completion_tokens")
         return {
-            "key": self.key,
-            "model_version": self.model_version,
-            "stream": self.stream,
-            "reason": self.reason,
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
+            **{name: getattr(self, name) for name in names},
             "queue_s": _seconds(self.queued_s, self.begun_s),
             "first_token_s": _seconds(self.arrived_s, self.first_token_s),
         }
