@@ -26,9 +26,10 @@ def snapshot_code(folder: Path) -> None:
 
 
 def code_version() -> str:
-    """Returns the SHA-256 over the names and bytes of the folders' Python files, which each checkpoint records."""
+    """Returns the SHA-256 over the names and bytes of the folders' Python files and tables; each checkpoint records it."""
     digest = hashlib.sha256()
     for name in CODE_FOLDERS:
-        for path in sorted((CODE_ROOT / name).rglob("*.py")):
+        files = [path for path in (CODE_ROOT / name).rglob("*") if path.suffix in (".py", ".toml")]
+        for path in sorted(files):
             digest.update(path.relative_to(CODE_ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
