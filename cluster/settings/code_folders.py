@@ -26,7 +26,7 @@ def snapshot_code(folder: Path) -> None:
 
 
 def code_version() -> str:
-    """Returns the SHA-256 over the names and bytes of the folders' Python files and tables; each checkpoint records it."""
+    """Returns the SHA-256 over names and bytes of the folders' Python files and tables; each checkpoint records it."""
     digest = hashlib.sha256()
     for name in CODE_FOLDERS:
         files = [path for path in (CODE_ROOT / name).rglob("*") if path.suffix in (".py", ".toml")]
