@@ -14,7 +14,7 @@ class PlanConfig(Settings):
     gpu: str = "a100"
     count: PositiveInt | None = None
     gpus_per_node: PositiveInt = 8
-    mfu: float = Field(0.4, gt=0, le=1)
+    mfu: float = Field(default=0.4, gt=0, le=1)
     sustained_tflops: PositiveFloat | None = None
     price: NonNegativeFloat | None = None
     network_gbit_per_s: PositiveFloat | None = None

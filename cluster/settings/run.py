@@ -71,18 +71,18 @@ class DataConfig(TextConfig):
     weights: list[PositiveFloat] = []
     validation: dict[SetName, str] = {}
     tokenizer: str | None = None
-    vocab_size: int = Field(4096, ge=257, le=1_000_000)
+    vocab_size: int = Field(default=4096, ge=257, le=1_000_000)
     normalize: list[Literal["nfc", "lowercase", "collapse_spaces"]] = []
     tokenizer_sample_bytes: PositiveInt = 256 << 20
     invalid_utf8: Literal["replace", "skip", "fail"] = "replace"
     max_document_bytes: PositiveInt = 16 << 20
-    max_compression_ratio: float = Field(100.0, gt=1)
-    max_unreadable_fraction: float = Field(1.0, ge=0, le=1)
+    max_compression_ratio: float = Field(default=100.0, gt=1)
+    max_unreadable_fraction: float = Field(default=1.0, ge=0, le=1)
     dedup: bool = True
-    near_dedup_threshold: float | None = Field(None, gt=0, le=1)
+    near_dedup_threshold: float | None = Field(default=None, gt=0, le=1)
     quality_rules: list[QualityRule] = []
-    decontaminate_ngram: int | None = Field(None, ge=4)
-    val_fraction: float = Field(0.05, ge=0, lt=1)
+    decontaminate_ngram: int | None = Field(default=None, ge=4)
+    val_fraction: float = Field(default=0.05, ge=0, lt=1)
     shard_bytes: PositiveInt = 16 << 20
 
     @model_validator(mode="after")
@@ -105,19 +105,19 @@ class TrainConfig(Settings):
     seq_len: PositiveInt | None = None
     learning_rate: PositiveFloat = 6e-4
     schedule: Literal["cosine", "wsd"] = "cosine"
-    min_learning_rate_ratio: float = Field(0.1, ge=0, le=1)
+    min_learning_rate_ratio: float = Field(default=0.1, ge=0, le=1)
     warmup_tokens: NonNegativeInt | None = None
     decay_tokens: PositiveInt | None = None
     cooldown_tokens: PositiveInt | None = None
     weight_decay: NonNegativeFloat = 0.1
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
     grad_clip: NonNegativeFloat = 1.0
     precision: Literal["auto", Precision] = "auto"
     compute: Literal["auto", Compute] = "auto"
     recompute: bool = False
     exact: bool = True
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     max_skipped_steps: NonNegativeInt = 3
     max_rollbacks: NonNegativeInt = 3
     spike_factor: NonNegativeFloat = 0.0
@@ -200,7 +200,7 @@ class ClusterConfig(Settings):
     """The Ray cluster to use."""
 
     address: str | None = None
-    num_nodes: int = Field(3, ge=1, le=16)
+    num_nodes: int = Field(default=3, ge=1, le=16)
     cpus_per_node: PositiveInt | None = None
 
 
@@ -228,7 +228,7 @@ FORMER_SETTINGS: dict[str, Any] = dict.fromkeys(_FORMER["gone"]) | _FORMER["cons
 class RunConfig(Settings):
     """The settings of a run."""
 
-    run_id: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    run_id: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     data: DataConfig = DataConfig()
     model: ModelShape = GPTConfig()
     train: TrainConfig = TrainConfig()

@@ -46,7 +46,7 @@ class ReplicaConfig(Settings):
     scale_up_after_s: NonNegativeFloat = 2.0
     scale_down_after_s: NonNegativeFloat = 180.0
     scale_to_zero_after_s: NonNegativeFloat = 300.0
-    borrow_from: str | None = Field(None, pattern=r"^[A-Za-z0-9._-]+$")
+    borrow_from: str | None = Field(default=None, pattern=r"^[A-Za-z0-9._-]+$")
     threads_per_replica: PositiveInt = 1
 
     @model_validator(mode="after")
@@ -66,11 +66,11 @@ class EngineConfig(Settings):
     device: Literal["cpu", "cuda"] = "cpu"
     backend: Literal["auto", "raymill", "vllm"] = "auto"
     vllm_python: str | None = None
-    vllm_args: VllmArgs = Field({})
+    vllm_args: VllmArgs = Field(default={})
     tensor_parallel_size: PositiveInt = 1
     batch_invariant: bool = False
     kernels: Literal["auto", "native", "torch"] = "auto"
-    kv_cache_tokens: int | None = Field(None, ge=16)
+    kv_cache_tokens: int | None = Field(default=None, ge=16)
     prefix_cache: bool = True
     prefill_tokens_per_step: PositiveInt | None = None
 
@@ -108,17 +108,17 @@ class HttpConfig(Settings):
     request_timeout_s: PositiveFloat = 600.0
     request_log: str | None = None
     max_connections: PositiveInt = 1000
-    cors_origins: list[Annotated[str, Field(pattern=r"^(\*|https?://[^/\s*]+)$")]] = Field([])
+    cors_origins: list[Annotated[str, Field(pattern=r"^(\*|https?://[^/\s*]+)$")]] = Field(default=[])
 
 
 class DeliveryConfig(Settings):
     """The rules by which a promoted checkpoint is judged, unless `raymill promote` says otherwise."""
 
-    endpoint: str | None = Field(None, pattern=r"^[A-Za-z0-9._-]+$")
+    endpoint: str | None = Field(default=None, pattern=r"^[A-Za-z0-9._-]+$")
     weights: Literal["auto", "beside", "in_place"] = "auto"
     watch_s: NonNegativeFloat = 60.0
     max_loss_increase: NonNegativeFloat = 0.05
-    max_error_rate: float = Field(0.01, ge=0, le=1)
+    max_error_rate: float = Field(default=0.01, ge=0, le=1)
     max_latency_ratio: PositiveFloat | None = 3.0
 
 
@@ -128,7 +128,7 @@ class ServeConfig(Settings):
     checkpoint: str = "latest"
     model_name: str | None = None
     host: str = "127.0.0.1"
-    port: int = Field(8000, ge=1, le=65535)
+    port: int = Field(default=8000, ge=1, le=65535)
     api_key_file: str | None = None
     admin_key_file: str | None = None
     http: HttpConfig = HttpConfig()
