@@ -15,7 +15,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # The suite starts hundreds of processes: where this is set, each compiles every module again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-all test-chaos test-gpu test-live lint format audit bench bench-train bench-data bench-serve bench-gpu bench-gpu-serve pictures dashboards clean
+.PHONY: demo test test-all test-chaos test-gpu test-live lint format audit bench bench-train bench-sharded bench-data bench-serve bench-gpu bench-gpu-serve pictures dashboards clean
 
 demo: $(INSTALLED)
 	$(BIN)/raymill demo
@@ -60,10 +60,13 @@ audit: $(INSTALLED)
 	$(BIN)/ruff check --select S model cluster jobs serving
 	$(BIN)/python .ci/audit.py
 
-bench: bench-train bench-data bench-serve
+bench: bench-train bench-sharded bench-data bench-serve
 
 bench-train: $(INSTALLED)
 	$(BIN)/python -m tests.benchmarks.bench_train
+
+bench-sharded: $(INSTALLED)
+	$(BIN)/python -m tests.benchmarks.bench_sharded
 
 bench-data: $(BENCH_INSTALLED)
 	$(BIN)/python -m tests.benchmarks.bench_data
