@@ -20,9 +20,11 @@ from model.checkpoint_folder import (
     FORMAT_VERSION,
     MANIFEST,
     TRAIN_STATE,
+    WEIGHTS,
     CheckpointError,
     Metadata,
     is_hf_folder,
+    tensor_files,
     verify_checkpoint,
 )
 from model.config import GPTConfig
@@ -31,10 +33,12 @@ from model.failpoints import failpoint
 from model.gpt import GPT
 from model.hf import build_model, load_hf
 from model.hf_config import config_to_hf, read_config, tokenizer_config_to_hf
+from model.shapes import parameter_shapes
+from model.stored_tensors import DTYPES, StoredTensors, hashed_name, stored_in
 from model.tokenizer import Tokenizer
 
 _PIECE_BYTES = 8 << 20
-_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64"}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class NotFiniteError(CheckpointError):
@@ -50,8 +54,7 @@ def parameter_hash(state: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        digest.update(f"{name}\0{dtype}\0{','.join(map(str, tensor.shape))}\0".encode())
+        digest.update(hashed_name(name, tensor.dtype, tensor.shape))
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
@@ -70,27 +73,18 @@ def write_checkpoint(
     A crash at any point leaves `folder` absent or whole; an existing one is replaced by `move_into_place`. Raises
     `NotFiniteError` before anything is written, and `OSError`, after which nothing is left either.
     """
-    if damaged := not_finite(state) + not_finite(train_state or {}):
-        raise NotFiniteError(
-            f"step {metadata.step} is not saved: {len(damaged)} tensors hold NaN or infinity, the first is "
-            f"{damaged[0]}; lower train.learning_rate"
-        )
+    check_finite(state, train_state or {}, step=metadata.step)
     metadata = dataclasses.replace(metadata, parameter_hash=parameter_hash(state))
     staging = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(staging, ignore_errors=True)  # what a crash left
     staging.mkdir(parents=True)
-    contents: dict[str, Iterable[bytes | memoryview]] = {
-        "config.json": [_json(config_to_hf(config, eot_id=tokenizer.eot_id))],
-        "model.safetensors": safetensors_pieces(state),
-        "tokenizer.json": [tokenizer.to_json()],
-        "tokenizer_config.json": [_json(tokenizer_config_to_hf(config))],
-        "raymill.json": [_json(dataclasses.asdict(metadata))],
-    }
+    contents: dict[str, Iterable[bytes | memoryview]] = {WEIGHTS: safetensors_pieces(state)}
+    contents |= {name: [content] for name, content in descriptions(config, tokenizer, metadata).items()}
     if train_state is not None:
         contents[TRAIN_STATE] = safetensors_pieces(train_state)
     try:
         files = {name: write_file(staging / name, pieces) for name, pieces in contents.items()}
-        manifest = _json({"format_version": FORMAT_VERSION, "files": files})
+        manifest = manifest_of(files, version=FORMAT_VERSION)
         failpoint("before_manifest")
         with (staging / MANIFEST).open("wb") as file:
             file.write(manifest[: len(manifest) // 2])
@@ -107,6 +101,20 @@ def write_checkpoint(
     return metadata
 
 
+def descriptions(config: GPTConfig, tokenizer: Tokenizer, metadata: Metadata) -> dict[str, bytes]:
+    """Returns the files that tell what a checkpoint's weights are."""
+    return {
+        "config.json": _json(config_to_hf(config, eot_id=tokenizer.eot_id)),
+        "tokenizer.json": tokenizer.to_json(),
+        "tokenizer_config.json": _json(tokenizer_config_to_hf(config)),
+        "raymill.json": _json(dataclasses.asdict(metadata)),
+    }
+
+
+def manifest_of(files: Mapping[str, Mapping[str, Any]], *, version: int) -> bytes:
+    return _json({"format_version": version, "files": files})
+
+
 def safetensors_pieces(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
     """Yields a safetensors file in version 0.8's layout: the header, then the widest types first, by name.
 
@@ -118,7 +126,7 @@ def safetensors_pieces(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memory
     for name in names:
         tensor = tensors[name]
         start, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     yield len(encoded).to_bytes(8, "little") + encoded
@@ -126,6 +134,15 @@ def safetensors_pieces(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memory
         content = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
         for start in range(0, len(content), _PIECE_BYTES):
             yield content[start : start + _PIECE_BYTES]
+
+
+def check_finite(*states: Mapping[str, Tensor], step: int) -> None:
+    """Raises `NotFiniteError` if a tensor holds a NaN or an infinity."""
+    if damaged := [name for tensors in states for name in not_finite(tensors)]:
+        raise NotFiniteError(
+            f"step {step} is not saved: {len(damaged)} tensors hold NaN or infinity, the first is {damaged[0]}; lower "
+            "train.learning_rate"
+        )
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -148,13 +165,21 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, verify: bool
         return load_hf(folder).to(dtype)
     if verify and (problems := verify_checkpoint(folder, to_train=False)):
         raise CheckpointError(f"checkpoint {folder} is not valid: {'; '.join(problems)}. Use another checkpoint")
-    return build_model(read_config(folder), load_file(folder / "model.safetensors"), source=folder).to(dtype)
+    config, shards = read_config(folder), shards_in(folder)
+    weights = shards.whole(parameter_shapes(config)) if shards else load_file(folder / WEIGHTS)
+    return build_model(config, weights, source=folder).to(dtype)
 
 
-def read_train_state(folder: Path) -> dict[str, Tensor]:
-    if not (folder / TRAIN_STATE).exists():
-        raise CheckpointError(f"checkpoint {folder} has no {TRAIN_STATE}: training can't continue from it")
-    return load_file(folder / TRAIN_STATE)
+def shards_in(folder: Path) -> StoredTensors | None:
+    """Returns the weights in a folder with a checkpoint in shards; None where tensors are whole."""
+    files = tensor_files(WEIGHTS, [path.name for path in folder.iterdir()])
+    return None if files == [WEIGHTS] else stored_in(folder, files)
+
+
+def stored_parameter_hash(folder: Path) -> str:
+    """Returns the hash of the weights in a checkpoint's folder, of which a part is in memory at a time."""
+    stored = shards_in(folder) or stored_in(folder, [WEIGHTS])
+    return stored.parameter_hash(parameter_shapes(read_config(folder)))
 
 
 def _json(value: Any) -> bytes:

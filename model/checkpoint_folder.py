@@ -5,16 +5,20 @@ This module does not import PyTorch, so that a command can look at a checkpoint 
 
 import hashlib
 import json
+import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from model.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION, SHARDED_VERSION = 1, 2  # of a checkpoint with whole tensors, and with a file a worker
 MANIFEST = "manifest.json"
-TRAIN_STATE = "train_state.safetensors"
-REQUIRED_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "raymill.json")
+WEIGHTS, TRAIN_STATE = "model.safetensors", "train_state.safetensors"
+REQUIRED_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "raymill.json")
+
+_SHARD = re.compile(r"(?:model|train_state)-shard-\d{5}-of-(\d{5})\.safetensors")
 
 
 class CheckpointError(UserError):
@@ -47,20 +51,32 @@ def verify_checkpoint(folder: Path, *, to_train: bool = True) -> list[str]:
     if not folder.is_dir():
         return [f"{folder} is not a folder"]
     try:
-        files = _manifest_files(folder)
+        files = manifest_files(folder)
     except CheckpointError as error:
         return [str(error)]
-    problems = [f"{MANIFEST} does not list {name}" for name in REQUIRED_FILES if name not in files]
+    wanted = [*REQUIRED_FILES, *tensor_files(WEIGHTS, files)]
+    problems = [f"{MANIFEST} does not list {name}" for name in wanted if name not in files]
     for name, expected in files.items():
         path = folder / name
         if not path.is_file():
-            if name != TRAIN_STATE or to_train:
+            if not name.startswith("train_state") or to_train:
                 problems.append(f"{name} is missing")
         elif (size := path.stat().st_size) != expected["size"]:
             problems.append(f"{name} has {size} bytes, {MANIFEST} says {expected['size']}")
         elif (found := fingerprint(path)["sha256"]) != expected["sha256"]:
             problems.append(f"{name} is altered: its SHA-256 is {found}, {MANIFEST} says {expected['sha256']}")
     return problems
+
+
+def shard_of(file: str, index: int, *, count: int) -> str:
+    """Returns the name of the file with a worker's stretches of what `file` would hold whole."""
+    return file.replace(".", f"-shard-{index + 1:05}-of-{count:05}.", 1)
+
+
+def tensor_files(whole: str, files: Collection[str]) -> list[str]:
+    """Returns the file that a checkpoint with these has its tensors in, or where it is in shards, those of the file."""
+    counts = [int(match[1]) for name in files if (match := _SHARD.fullmatch(name))]
+    return [shard_of(whole, index, count=counts[0]) for index in range(counts[0])] if counts else [whole]
 
 
 def fingerprint(path: Path) -> dict[str, Any]:
@@ -80,7 +96,8 @@ def is_hf_folder(folder: Path) -> bool:
     )
 
 
-def _manifest_files(folder: Path) -> dict[str, dict[str, Any]]:
+def manifest_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Returns the size and the SHA-256 of each file that the manifest lists. Raises `CheckpointError`."""
     manifest = read_json(folder / MANIFEST)
     try:
         version, files = manifest["format_version"], dict(manifest["files"])
@@ -90,9 +107,10 @@ def _manifest_files(folder: Path) -> dict[str, dict[str, Any]]:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{MANIFEST} is altered: expected format_version and files") from error
-    if version != FORMAT_VERSION:
+    if version not in (FORMAT_VERSION, SHARDED_VERSION):
         raise CheckpointError(
-            f"{MANIFEST} has format_version {version!r}, this version of raymill reads {FORMAT_VERSION}"
+            f"{MANIFEST} has format_version {version!r}, this version of raymill reads {FORMAT_VERSION} and "
+            f"{SHARDED_VERSION}"
         )
     if not well_formed:
         raise CheckpointError(f"{MANIFEST} is altered: expected a file name with its size and sha256 in each entry")

@@ -6,6 +6,7 @@ Parameters have the names and the layout of Hugging Face's GPT2LMHeadModel, so t
 """
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from model.config import GPTConfig
 from model.kv_cache import Cache, Window
 from model.operations import PLAIN, Operations
-from model.shapes import CHUNK_TOKENS, GPU_CHUNK_TOKENS
+from model.shapes import CHUNK_TOKENS, GPU_CHUNK_TOKENS, parameter_shapes
 
 
 class Documents(NamedTuple):
@@ -168,6 +169,21 @@ class Transformer(nn.Module):
         return self.ln_f(x)
 
 
+def initial_weights(config: GPTConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """Yields GPT-2's initial weights, one parameter after the other: normal, biases zero, and the projections that end
+    in the residual stream scaled by 1 / sqrt(2 x n_layer). The random numbers come from the CPU, so a seed means the
+    same anywhere."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, shape in parameter_shapes(config).items():
+        if name.endswith(".bias"):
+            yield name, torch.zeros(shape)
+        elif ".ln_" in name:
+            yield name, torch.ones(shape)
+        else:
+            residual = math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1.0
+            yield name, torch.empty(shape).normal_(0.0, config.initializer_range / residual, generator=generator)
+
+
 class GPT(nn.Module):
     """The decoder. Its weights are uninitialized memory until `init_weights` or `load_state_dict`."""
 
@@ -187,19 +203,9 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Draws GPT-2's initial weights: normal, biases zero, and the projections that end in the residual stream
-        scaled by 1 / sqrt(2 x n_layer). The random numbers come from the CPU, so a seed means the same anywhere."""
-        generator = torch.Generator().manual_seed(seed)
-        for name, parameter in self.named_parameters():
-            if name.endswith(".bias"):
-                parameter.zero_()
-            elif ".ln_" in name:
-                parameter.fill_(1.0)
-            else:
-                std = self.config.initializer_range
-                if name.endswith("c_proj.weight"):
-                    std /= math.sqrt(2 * self.config.n_layer)
-                parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+        """Draws the weights."""
+        for name, values in initial_weights(self.config, seed):
+            self.get_parameter(name).copy_(values)
 
     def forward(
         self,

@@ -1,14 +1,27 @@
 """Tiny checkpoints, written for real, and ways to damage one."""
 
+import random
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 
+from safetensors.torch import load_file
 from torch import Tensor
 
-from model.checkpoint import write_checkpoint
-from model.checkpoint_folder import MANIFEST, Metadata
+from model.checkpoint import manifest_of, safetensors_pieces, write_checkpoint
+from model.checkpoint_folder import (
+    MANIFEST,
+    SHARDED_VERSION,
+    TRAIN_STATE,
+    WEIGHTS,
+    Metadata,
+    manifest_files,
+    shard_of,
+)
 from model.config import GPTConfig, preset_fields
+from model.durable_files import write_file
 from model.gpt import GPT
+from model.stored_tensors import stretch_name
 from model.tokenizer import Tokenizer, train_bpe
 
 DAMAGES = ("flip", "truncate", "remove")
@@ -71,3 +84,21 @@ def damage(folder: Path, name: str, how: str) -> None:
             path.write_bytes(content[:-1])
         case "remove":
             path.unlink()
+
+
+def into_shards(folder: Path, count: int, *, seed: int = 0) -> None:
+    """Turns a checkpoint with whole tensors into one of so many shards, cut anywhere."""
+    rng, files = random.Random(seed), manifest_files(folder)
+    for file in (WEIGHTS, TRAIN_STATE):
+        shards: list[dict[str, Tensor]] = [{} for _ in range(count)]
+        for name, tensor in load_file(folder / file).items():
+            values = tensor.reshape(-1)
+            cuts = sorted({0, len(values), *(rng.randrange(len(values)) for _ in range(5))})
+            for start, stop in pairwise(cuts):
+                rng.choice(shards)[stretch_name(name, start)] = values[start:stop].clone()
+        (folder / file).unlink()
+        del files[file]
+        for index, shard in enumerate(shards):
+            path = folder / shard_of(file, index, count=count)
+            files[path.name] = write_file(path, safetensors_pieces(shard))
+    (folder / MANIFEST).write_bytes(manifest_of(files, version=SHARDED_VERSION))

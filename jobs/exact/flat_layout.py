@@ -6,6 +6,7 @@ whole blocks. Blocks do not depend on the world size: the gradient's norm is sum
 """
 
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -75,6 +76,14 @@ class FlatLayout:
     def parts(self, rank: int, *, world_size: int) -> list[range]:
         """Returns the rank's part of each bucket, in the order of buckets; a part may be empty."""
         return [part_of(bucket, rank, world_size=world_size) for bucket in self.buckets]
+
+    def pieces(self, places: Sequence[range]) -> Iterator[tuple[str, range, range]]:
+        """Yields the stretches of parameters at the places, which are in order: a parameter's name, where the stretch
+        is in the parameter, and where it is in the places' values, end to end."""
+        names, starts = [*self.places], [own.start for own in end_to_end(self.places.values())]
+        for of_all, own in stretches([*self.places.values()], places):
+            number = bisect_right(starts, of_all.start) - 1
+            yield names[number], moved(of_all, starts[number]), own
 
     def view(self, flat: "Tensor", name: str, parameter: "nn.Parameter") -> "Tensor":
         return at(flat, self.places[name]).view(parameter.shape)

@@ -41,16 +41,17 @@ class GatheredWeights:
         self._slots = [own_values.new_zeros(longest, dtype=block_type) for _ in range(_NUM_SLOTS)]
         self._rest_spans = _between(spans, layout.size)
         self._rest = [own_values.new_empty(len(span)) for span in self._rest_spans]
+        views: dict[str, Tensor] = {}
         for name, parameter in model.named_parameters():
-            place, shape = layout.places[name], parameter.shape
+            place = layout.places[name]
             number = next((n for n, span in enumerate(spans) if shared(span, place)), None)
             if number is None:
                 n = next(n for n, span in enumerate(self._rest_spans) if shared(span, place))
                 span, flat = self._rest_spans[n], self._rest[n]
             else:
                 span, flat = _aligned(spans[number]), self._slots[number % _NUM_SLOTS]
-            parameter.data = at(flat, moved(place, span.start)).view(shape)
-            parameter.grad = None
+            views[name] = at(flat, moved(place, span.start)).view(parameter.shape).data  # the slot is filled in between
+        model.load_state_dict(views, assign=True)
         self._num_bytes = [flat.nbytes for flat in self._rest]
         self._release()
 

@@ -8,7 +8,7 @@ AdamW works value by value.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -61,9 +61,11 @@ class TrainState:
         shard: Shard = "none",
         group_size: int | None = None,
     ) -> None:
-        """A group of `group_size` workers holds one copy of what is sharded; all of them if None."""
+        """A group of `group_size` workers holds one copy of what is sharded; all of them if None. A model on torch's
+        device `meta` has no values yet, and takes no memory beside the state's."""
         self.model, self.device, self.num_updates = model, device, 0
-        self.layout = layout = FlatLayout.of(parameter_shapes(model.config))
+        self.shapes = parameter_shapes(model.config)
+        self.layout = layout = FlatLayout.of(self.shapes)
         self._group, self._config = group, config
         self.copies = HostCopies(device)
         in_group = (group_size or group.world_size) if shard in ("gradients", "parameters") else group.world_size
@@ -75,20 +77,22 @@ class TrainState:
         """Those that together hold one copy of what is sharded."""
         own_parts = layout.parts(self.peers.index, world_size=len(self.peers))
         self.owned = [range(layout.size)] if self.shard == "none" else own_parts
+        self._own_places = end_to_end(self.owned)
         num_owned = sum(map(len, self.owned))
         self.gradient = large_zeros(num_owned if self.sums_shards else layout.size, device=device)
         self.moments = {name: large_zeros(num_owned, device=device) for name in MOMENTS}
         self.values = large_zeros(num_owned if self.shard == "parameters" else layout.size, device=device)
-        for name, parameter in model.named_parameters():
-            self._load(StatePiece("values", [layout.places[name]], parameter.detach().flatten()))
+        if not any(parameter.is_meta for parameter in model.parameters()):
+            self.load_weights(model.named_parameters())
         self.gathered: GatheredWeights | None = None
         if self.shard == "parameters":
             bf16 = config.precision == "bf16"
             self.gathered = GatheredWeights(model, layout, self.values, self.peers, bf16=bf16)
             group.streams.extend(self.gathered.streams)
         else:
+            views = self.by_parameter(self.values)
+            model.load_state_dict({name: view.data for name, view in views.items()}, assign=True)
             for name, parameter in model.named_parameters():
-                parameter.data = layout.view(self.values, name, parameter)
                 parameter.grad = None if self.sums_shards else layout.view(self.gradient, name, parameter)
         self._updates: dict[float, tuple[list[Tensor], ...]] = {}  # AdamW's lists of tensors, by weight decay
         self._list_updates()
@@ -121,7 +125,7 @@ class TrainState:
     def _list_updates(self) -> None:
         """Lists the stretches of this rank's places that AdamW treats alike, as views of the flat buffers."""
         decayed, undecayed = range(self.layout.boundary), range(self.layout.boundary, self.layout.size)
-        for place, own_place in zip(self.owned, end_to_end(self.owned), strict=True):
+        for place, own_place in zip(self.owned, self._own_places, strict=True):
             for half, weight_decay in ((decayed, self._config.weight_decay), (undecayed, 0.0)):
                 if stretch := shared(place, half):
                     own = moved(stretch, place.start, own_place.start)
@@ -163,38 +167,35 @@ class TrainState:
             for bucket in self.layout.buckets:
                 self.peers.gather(self.values, bucket)
 
-    def gather(self, flat: Mapping[str, Tensor], *, step: int, names: Sequence[str] = ("values", *MOMENTS)) -> None:
+    def gather(self, flat: Mapping[str, Tensor], *, step: int) -> None:
         """Brings what is sharded of the values and moments after a step together in rank 0's `flat`, on its host (P,),
         bucket by bucket: no GPU has to hold more. All ranks call together; those of the others are left as they are."""
-        sharded = {name: self._parts_of_state()[name] for name in names}
-        sharded = {name: own for name, own in sharded.items() if len(own) < self.layout.size}
-        for bucket, own_place in zip(self.layout.buckets, end_to_end(self.owned), strict=True) if sharded else []:
-            parts = [part_of(bucket, n, world_size=len(self.peers)) for n in range(len(self.peers))]
+        sharded = {name: own for name, own in self.parts.items() if len(own) < self.layout.size}
+        for number, bucket in enumerate(self.layout.buckets) if sharded else []:
             for name, own in sharded.items():
-                received = own.new_empty(len(bucket) if self._group.rank == 0 else 0)
-                targets = [(n, [at(received, moved(part, bucket.start))]) for n, part in enumerate(parts)]
-                if self.mesh.number == 0 or not self.sums_shards:
-                    sources = [(0, [at(own, own_place)])]
-                    self.peers.pass_on(sources, targets if self._group.rank == 0 else [])
+                received = self.brought(own, bucket, bucket=number)
                 if self._group.rank == 0:
                     at(flat[name], bucket).copy_(received)
         self._group.prove(step, self.device)
 
+    def brought(self, own: Tensor, span: range, *, bucket: int) -> Tensor:
+        """Returns the values at a stretch of a bucket on rank 0, from the owners of its parts; all ranks call together,
+        and the others get nothing. `own` has this one's parts of all buckets, end to end."""
+        num_peers, own_place = len(self.peers), self._own_places[bucket]
+        parts = [part_of(self.layout.buckets[bucket], n, world_size=num_peers) for n in range(num_peers)]
+        both = [shared(part, span) for part in parts]
+        received = own.new_empty(len(span) if self._group.rank == 0 else 0)
+        if self.mesh.number == 0 or not self.sums_shards:
+            start = parts[self.peers.index].start
+            sources = [at(own, moved(place, start, own_place.start)) for place in [both[self.peers.index]] if place]
+            targets = [(n, [at(received, moved(place, span.start))]) for n, place in enumerate(both) if place]
+            self.peers.pass_on([(0, sources)], targets if self._group.rank == 0 else [])
+        return received
+
     @property
-    def whole_parts(self) -> list[Tensor]:
-        """The values and the moments, in this order, as far as they are not sharded."""
-        return [flat for flat in self._parts_of_state().values() if len(flat) == self.layout.size]
-
-    def _parts_of_state(self) -> dict[str, Tensor]:
+    def parts(self) -> dict[str, Tensor]:
+        """The values and the moments, each whole or as far as they are this rank's."""
         return {"values": self.values, **self.moments}
-
-    def whole_weights(self, *, step: int) -> dict[str, Tensor]:
-        """Returns the weights by parameter. If they are sharded, all ranks call together, and rank 0 alone has them."""
-        flat = self.values
-        if self.shard == "parameters":
-            flat = torch.empty(self.layout.size if self._group.rank == 0 else 0)
-            self.gather({"values": flat}, step=step, names=["values"])
-        return self.by_parameter(flat) if len(flat) else {}
 
     def by_parameter(self, flat: Tensor) -> dict[str, Tensor]:
         """Returns views of a flat buffer (P,)."""
@@ -205,12 +206,10 @@ class TrainState:
         own = all(math.isfinite(float(bound)) for bound in self.values.aminmax())
         return all(self._group.gather(own)) if self.shard == "parameters" else own
 
-    def load_moments(self, tensors: Mapping[str, Tensor]) -> None:
-        """Loads the tensors of `checkpoint_moments`; each rank takes the parts that it owns."""
-        self._set_num_updates(int(tensors["step"]))
-        for moment in MOMENTS:
-            for name, place in self.layout.places.items():
-                self._load(StatePiece(moment, [place], tensors[f"{moment}.{name}"].flatten()))
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Loads parameters by name. One is used before the next one is asked for."""
+        for name, values in weights:
+            self._load(StatePiece("values", [self.layout.places[name]], values.detach().flatten()))
 
     def share(self, rank: int, *, world_size: int) -> dict[str, list[Tensor]]:
         """Returns views of the state in a rank's parts of the flat buffers, which lie end to end in the order of
@@ -219,13 +218,13 @@ class TrainState:
         parts = self.layout.parts(rank, world_size=world_size)
         return {
             name: [at(flat, part) for part in (parts if len(flat) == self.layout.size else end_to_end(parts))]
-            for name, flat in self._parts_of_state().items()
+            for name, flat in self.parts.items()
         }
 
     def load_state(self, num_updates: int, pieces: Iterable[StatePiece]) -> None:
         """Loads the whole state; each rank takes the moments of the parts that it owns. A piece is used before the next
         one is asked for."""
-        self._set_num_updates(num_updates)
+        self.set_num_updates(num_updates)
         num_loaded = 0
         for piece in pieces:
             num_loaded += len(piece.values)
@@ -234,21 +233,13 @@ class TrainState:
         assert num_loaded == expected, f"{num_loaded} of {expected} values"
 
     def _load(self, piece: StatePiece) -> None:
-        target = self._parts_of_state()[piece.name]
+        target = self.parts[piece.name]
         places = [range(self.layout.size)] if len(target) == self.layout.size else self.owned
         for source, own in stretches(piece.places, places):
             at(target, own).copy_(at(piece.values, source))
 
-    def _set_num_updates(self, number: int) -> None:
+    def set_num_updates(self, number: int) -> None:
         self.num_updates = number
         for *_, counts in self._updates.values():
             for count in counts:
                 count.fill_(number)
-
-
-def checkpoint_moments(state: TrainState, flat: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the tensors of a checkpoint, from flat moments (P,)."""
-    tensors = {"step": torch.tensor(state.num_updates, dtype=torch.int64)}
-    for moment in MOMENTS:
-        tensors |= {f"{moment}.{name}": view for name, view in state.by_parameter(flat[moment]).items()}
-    return tensors

@@ -4,8 +4,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
-
 from cluster.output.progress import say
 from cluster.storage.uris import Storage
 from jobs.run.checkpoints import RunCheckpoints
@@ -13,7 +11,7 @@ from jobs.run.find_run import data_identity, find_tokens
 from jobs.run.ledger import Ledger, Line
 from jobs.tokens import inspect_store
 from jobs.tokens.token_store import TokenStoreError
-from model.checkpoint import parameter_hash
+from model.checkpoint import stored_parameter_hash
 from model.checkpoint_folder import read_metadata, verify_checkpoint
 
 
@@ -61,7 +59,7 @@ def checkpoint_problems(folder: Path, event: Line | None) -> list[str]:
     it records and with the ledger's event."""
     if altered := verify_checkpoint(folder):
         return altered
-    found = parameter_hash(load_file(folder / "model.safetensors"))
+    found = stored_parameter_hash(folder)
     said = {"raymill.json": str(read_metadata(folder).parameter_hash)}
     said |= {"the ledger": event["parameter_hash"]} if event else {}
     return [

@@ -51,8 +51,11 @@ class RunCheckpoints:
         """The folder where checkpoints are written before they are published: beside their place, or on this node."""
         return node_spool(self._run) if self._local is None else self._local / _SPOOL
 
+    def folder(self, name: str) -> Storage:
+        return self._storage.child(name)
+
     def uri(self, name: str) -> str:
-        return self._storage.child(name).uri
+        return self.folder(name).uri
 
     def publish(self, spooled: Path) -> None:
         """Moves a complete checkpoint from the spool to its name, all at once.
@@ -68,7 +71,7 @@ class RunCheckpoints:
             shutil.rmtree(spooled)
 
     def _upload(self, spooled: Path) -> None:
-        folder, manifest = self._storage.child(spooled.name), (spooled / MANIFEST).read_bytes()
+        folder, manifest = self.folder(spooled.name), (spooled / MANIFEST).read_bytes()
         if folder.exists(MANIFEST) and folder.read_bytes(MANIFEST) != manifest:  # a run that was rolled back
             self.check_fence()
             folder.delete(MANIFEST)
@@ -79,8 +82,14 @@ class RunCheckpoints:
                 folder.upload_file(spooled / name, name)
                 self._arrived[f"{spooled.name}/{name}"] = entry["sha256"]
         failpoint("before_upload_complete")
+        self.publish_manifest(spooled.name, manifest)
+        self._arrived.clear()
+
+    def publish_manifest(self, name: str, manifest: bytes) -> None:
+        """Makes a checkpoint whole, of which all other files are stored."""
+        folder, files = self.folder(name), json.loads(manifest)["files"]
         sizes = {entry.key: entry.size for entry in folder.list()}
-        if wrong := [name for name, entry in files.items() if sizes.get(name) != entry["size"]]:
+        if wrong := [file for file, entry in files.items() if sizes.get(file) != entry["size"]]:
             self._arrived.clear()
             raise StorageError(f"{folder.uri}: {', '.join(wrong)} did not arrive whole; uploading them again")
         self.check_fence()
@@ -91,7 +100,6 @@ class RunCheckpoints:
             if folder.read_bytes(MANIFEST) != manifest:
                 raise
         failpoint("after_manifest")
-        self._arrived.clear()
 
     def recover(self) -> None:
         """Publishes the checkpoints of a killed attempt's spool that are newer than everything published.

@@ -2,12 +2,10 @@
 
 import os
 import socket
-import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,11 +13,13 @@ import torch
 from cluster.local.local_cluster import NODE_NAME_VARIABLE
 from cluster.settings.run import batch_schedule, cooldown_tokens, warmup_tokens, way_to_compute
 from cluster.storage.lease import LeaseLostError
+from cluster.storage.registry import metadata_of
 from jobs.exact.batch_gradient import BatchGradient
 from jobs.exact.train_state import TrainState
 from jobs.run.checkpoints import RunCheckpoints
 from jobs.run.ledger import Ledger
 from jobs.run.run_plan import RunPlan, open_stream, open_validation_sets
+from jobs.run.sharded_checkpoints import stored_state
 from jobs.run.storage_retry import patiently
 from jobs.snapshots.choice import Snapshot
 from jobs.snapshots.snapshots import Snapshots
@@ -27,16 +27,17 @@ from jobs.training.guards import Decision, GuardState, Verdict, Windows
 from jobs.training.kernels import prepared
 from jobs.training.mixed_hardware import differences, settle_rounding
 from jobs.training.run_writer import RunWriter
+from jobs.training.shard_writer import ShardWriter
 from jobs.training.step_record import StepRecord
+from jobs.training.stored_state import restore
 from jobs.training.validation import measured, samples
 from jobs.workers.failures import why_give_up
 from jobs.workers.incident_notes import write_down
 from jobs.workers.precision import at_odds
 from jobs.workers.preemption import Notices
 from jobs.workers.worker_group import WorkerGroup
-from model.checkpoint import load_model, read_train_state
-from model.checkpoint_folder import CheckpointError, Metadata, read_metadata
-from model.gpt import GPT
+from model.checkpoint_folder import CheckpointError, Metadata
+from model.gpt import GPT, initial_weights
 from model.optimizer import learning_rate
 from model.tokenizer import Tokenizer
 from model.training_memory import keep_freed_memory
@@ -49,6 +50,7 @@ class _Beginning:
     rollbacks: Windows = ()  # the steps to leave out
     checkpoint: str | None = None
     snapshot: Snapshot | None = None
+    generation: int = 0
     saved_step: int = 0  # of the newest checkpoint, which is no newer than the snapshot
     stop_reason: str | None = None  # why neither this attempt nor a later one can continue
 
@@ -85,8 +87,14 @@ class Attempt:
             if self.writer:
                 self.writer.give_up(begun.stop_reason)
             return
-        with tempfile.TemporaryDirectory(prefix="raymill-resume-") as scratch:
-            restored_step = self._restore(begun, Path(scratch))
+        restored_step = self._restore(begun)
+        self.generation = begun.generation
+        self.shards: ShardWriter | None = None
+        if self.state.gathered:
+            complete = self.writer.saving.complete if self.writer else None
+            publish = partial(complete, state=self.state, tokenizer=self.tokenizer) if complete else None
+            self.shards = ShardWriter(self.checkpoints, self.state, group, self.ledger, publish)
+            opened.callback(self.shards.abandon)
         own_kind = prepared(plan, group, self.state.device)
         opened.callback(self.state.close)
         self.guard = replace(self.guard, rollbacks=begun.rollbacks)
@@ -150,12 +158,9 @@ class Attempt:
             self.ledger.event("validation", step=step, **figures, **figures_of_sets, samples=completed)
         return figures
 
-    def save(self, step: int, validation: dict[str, Any]) -> None:
-        """Copies the state; on rank 0 the copy is stored while training continues."""
-        if self.writer is None:
-            if self.state.is_sharded:  # rank 0 needs the part that each rank holds
-                self.state.gather({}, step=step)
-            return
+    def save(self, step: int, validation: dict[str, Any], *, must: bool = False) -> None:
+        """Copies the state; the copy is stored while training continues, in shards by those that hold them, else by
+        rank 0. With `must` it is, whatever is still being stored."""
         config, manifest = self.plan.config, self.train_rows.manifest
         metadata = Metadata(
             run_id=str(config.run_id),
@@ -163,13 +168,18 @@ class Attempt:
             tokens_seen=self.schedule.tokens_seen(step),
             data_manifest_hash=manifest.hash if manifest.complete else None,
             data_identity=manifest.identity,
-            generation=self.writer.fence.generation,
+            generation=self.generation,
             code_version=self.plan.code_version,
             precision=config.train.precision,
             guard=asdict(self.guard),
             **validation,
         )
-        self.writer.saving.save(metadata, self.state, self.tokenizer)
+        if self.shards:
+            self.shards.save(metadata, must=must)
+        elif self.writer:
+            self.writer.saving.save(metadata, self.state, self.tokenizer)
+        elif self.state.is_sharded:  # rank 0 needs the part that each rank holds
+            self.state.gather({}, step=step)
 
     def keep(self, step: int) -> None:
         """Begins a snapshot of the state after a step whose line the ledger has."""
@@ -180,8 +190,7 @@ class Attempt:
 
     def finish(self, step: int) -> None:
         """Returns once the storage has the attempt's last checkpoint and all of its ledger; `step` was its last one."""
-        if self.writer:
-            self.writer.finish(step=step if step == self.schedule.max_steps else None)
+        self._finish_writing(step if step == self.schedule.max_steps else None)
 
     def leave(self, step: int, decision: Decision) -> bool:
         """Ends the attempt at a step that cannot stand. Returns whether another attempt continues."""
@@ -193,9 +202,14 @@ class Attempt:
             self.ledger.event("rollback", step=step, first=first, last=last, samples=samples, reason=decision.reason)
         elif self.ledger:
             self.ledger.event("gave_up", step=step, reason=f"step {step}: {decision.reason}")
-        if self.writer:
-            self.writer.finish(step=None)
+        self._finish_writing(None)
         return continues
+
+    def _finish_writing(self, step: int | None) -> None:
+        if self.shards:
+            self.shards.finish()
+        if self.writer:
+            self.writer.finish(step=step)
 
     def _record_precision(self, before: Ledger) -> None:
         """Records, once for each kind, a processor that is not made for the run's precision."""
@@ -210,7 +224,7 @@ class Attempt:
         try:
             self.writer = RunWriter(self.plan)
             opened.callback(self.writer.abandon)
-            ledger = self.writer.ledger
+            ledger, generation = self.writer.ledger, self.writer.fence.generation
             patiently(lambda: write_down(self.plan.run, ledger), "incidents")
             read = ledger.read()
             lines, rollbacks = read.lines, read.rollbacks
@@ -222,9 +236,9 @@ class Attempt:
             last = max((line["step"] for line in lines if line.get("event") in (None, "skip")), default=0)
             snapshot = self._newest_snapshot(last, at_least=saved_step, is_left_out=left_out)
             if snapshot is not None:
-                return _Beginning(rollbacks, snapshot=snapshot, saved_step=saved_step)
+                return _Beginning(rollbacks, snapshot=snapshot, generation=generation, saved_step=saved_step)
             newest = patiently(partial(self.writer.newest_checkpoint, left_out=left_out), "checkpoints")
-            return _Beginning(rollbacks, checkpoint=newest)
+            return _Beginning(rollbacks, checkpoint=newest, generation=generation)
         except (LeaseLostError, CheckpointError) as error:
             return _Beginning(stop_reason=str(error))
 
@@ -243,15 +257,12 @@ class Attempt:
                 return snapshot
         return self.snapshots.newest(explained_step=recorded, **limits)
 
-    def _restore(self, begun: _Beginning, scratch: Path) -> int:
+    def _restore(self, begun: _Beginning) -> int:
         """Restores the snapshot or the checkpoint, or makes fresh weights; returns the step of that state."""
         config, name = self.plan.config, begun.checkpoint
         device = torch.device("cuda", torch.cuda.current_device()) if config.scaling.use_gpu else torch.device("cpu")
-        folder = self.checkpoints.fetch(name, scratch) if name else None
-        # It is loaded for inference, without dropout.
-        model = load_model(folder, verify=False).train() if folder else GPT(config.model)
-        if not folder and not begun.snapshot:
-            model.init_weights(config.train.seed)
+        with torch.device("meta"):
+            model = GPT(config.model)
         if device.type == "cuda":
             self.group.streams[:] = [torch.cuda.current_stream(device)]
         size = config.scaling.group_size(self.group.world_size)
@@ -261,10 +272,12 @@ class Attempt:
             self.guard = GuardState.from_json(self.snapshots.restore(begun.snapshot, self.state)["guard"])
             self.group.prove(begun.snapshot.header.step, device)  # a checkpoint of it may be due
             return begun.snapshot.header.step
-        if folder is None:
+        if name is None:
+            self.state.load_weights(initial_weights(config.model, config.train.seed))
             self.guard = GuardState()
             return 0
-        self.state.load_moments(read_train_state(folder))
-        metadata = read_metadata(folder)
+        restore(self.state, stored_state(self.checkpoints, name))
+        metadata = metadata_of(self.checkpoints.uri(name))
+        assert metadata is not None, "rank 0 has found it"
         self.guard = GuardState.from_json(metadata.guard) if metadata.guard else GuardState(last_applied=metadata.step)
         return metadata.step

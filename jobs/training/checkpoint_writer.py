@@ -3,14 +3,13 @@
     training        copy ── step ── step ── copy ── step …
     this thread         spool ── publish ── thin out   spool ── …
 
-One copy is being stored and at most one waits; a newer copy replaces the waiting one. Whatever storage does, training
-neither ends nor waits, except for its last checkpoint.
+A newer copy replaces one that waits. Where the weights are sharded, each worker's `shard_writer` stores its own part,
+and rank 0's completes the checkpoint.
 """
 
 import shutil
-import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,15 +19,18 @@ import torch
 from torch import Tensor
 
 from cluster.settings.run import CheckpointConfig
-from cluster.storage.lease import LeaseLostError
 from cluster.storage.uris import StorageError
 from jobs.exact.host_copies import HostCopy
-from jobs.exact.train_state import MOMENTS, TrainState, checkpoint_moments
+from jobs.exact.train_state import MOMENTS, TrainState
 from jobs.run.checkpoints import RunCheckpoints
 from jobs.run.ledger import LedgerWriter
 from jobs.run.retention import checkpoint_name, superseded
+from jobs.run.saving_thread import SavingThread
+from jobs.run.sharded_checkpoints import Reports
 from jobs.run.storage_retry import Outage
-from model.checkpoint import NotFiniteError, write_checkpoint
+from jobs.training.shard_writer import Shard
+from jobs.training.stored_state import fill, moments_by_name
+from model.checkpoint import NotFiniteError, descriptions, write_checkpoint
 from model.checkpoint_folder import Metadata, verify_checkpoint
 from model.tokenizer import Tokenizer
 
@@ -45,7 +47,7 @@ class Copy:
     from_device: HostCopy
 
 
-class CheckpointWriter:
+class CheckpointWriter(SavingThread[Copy]):
     """Stores checkpoints in a thread of rank 0, which `finish` ends."""
 
     def __init__(
@@ -61,15 +63,9 @@ class CheckpointWriter:
         self._checkpoints, self._ledger, self._keep = checkpoints, ledger, keep
         self._pinned, self._val_losses = pinned, val_losses
         self.verified: set[str] = set()  # names of checkpoints that were read or written whole
-        self._outage = Outage("checkpoints", ledger.event)
-        self._changed = threading.Condition()
-        self._pending: Copy | None = None
         self._spooled: tuple[Path, Copy] | None = None  # in the spool, not yet published
         self._free: list[Tensor] = []
-        self._is_finishing = self._is_abandoned = False
-        self._failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._work, name="checkpoints", daemon=True)
-        self._thread.start()
+        super().__init__("checkpoints", Outage("checkpoints", ledger.event))
 
     def save(self, metadata: Metadata, state: TrainState, tokenizer: Tokenizer) -> None:
         """Begins a copy of the state and has it stored. The ledger must hold its step already, as no checkpoint may be
@@ -87,60 +83,36 @@ class CheckpointWriter:
         if state.is_sharded:
             state.gather(buffers, step=metadata.step)
         gathered_s = time.monotonic() - start_s
-        tensors = state.whole_parts
-        copy = state.copies.start("checkpoint", tensors, partial(_fill, flat.flatten()))
+        tensors = [flat for flat in state.parts.values() if len(flat) == state.layout.size]
+        copy = state.copies.start("checkpoint", tensors, partial(fill, flat.flatten()))
         write = partial(
             write_checkpoint,
             config=state.model.config,
             state=state.by_parameter(buffers["values"]),
             tokenizer=tokenizer,
             metadata=metadata,
-            train_state=checkpoint_moments(state, buffers),
+            train_state=moments_by_name(state, buffers),
         )
         with self._changed:
             self._pending = Copy(metadata, flat, write, start_s, gathered_s, copy)
             self._changed.notify_all()
 
-    def finish(self) -> None:
-        """Returns once the last copy is published and the others are thinned out. Raises `LeaseLostError`."""
-        with self._changed:
-            self._is_finishing = True
-            self._changed.notify_all()
-        self._thread.join()
-        self._raise_failure()
+    def complete(self, shard: Shard, reports: Reports, *, state: TrainState, tokenizer: Tokenizer) -> None:
+        """Publishes a checkpoint in shards that are all stored; `shard` is this worker's. Raises `StorageError`."""
+        metadata = shard.metadata
+        if refusals := [report["refused"] for report in reports if "refused" in report]:
+            self._ledger.event("checkpoint_refused", step=metadata.step, reason=refusals[0])
+            shard.is_over = True
+            return
+        metadata = replace(metadata, parameter_hash=shard.checkpoint.parameter_hash(state.shapes))
+        self._ledger.mirror()
+        shard.checkpoint.complete(descriptions(state.model.config, tokenizer, metadata), reports)
+        shard.is_over = True
+        self._record(metadata, shard.taken_at_s, exposed_s=shard.from_device.exposed_s)
 
-    def abandon(self) -> None:
-        """Starts nothing more, and does not wait for the copy that is being stored."""
-        with self._changed:
-            self._pending, self._is_abandoned = None, True
-            self._changed.notify_all()
-
-    def _raise_failure(self) -> None:
-        if self._failure is not None:
-            raise self._failure
-
-    def _work(self) -> None:
-        try:
-            while self._has_work():
-                try:
-                    self._store()
-                except LeaseLostError:
-                    raise
-                except (StorageError, OSError) as error:
-                    wait_s = self._outage.failed(error)
-                    with self._changed:  # a newer copy is worth a try at once
-                        waiting = self._pending
-                        self._changed.wait_for(lambda: self._pending is not waiting, timeout=wait_s)  # noqa: B023
-                else:
-                    self._outage.over()
-        except BaseException as error:  # raised again in the training's thread
-            self._failure = error
-
-    def _has_work(self) -> bool:
-        """Waits for work; returns False once there will be none."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._pending or self._spooled or self._is_finishing or self._is_abandoned)
-            return bool(self._pending or self._spooled) and not self._is_abandoned
+    @property
+    def _has_begun(self) -> bool:
+        return self._spooled is not None
 
     def _store(self) -> None:
         """Spools the pending copy and publishes the newest in the spool. Raises `StorageError` or `OSError`."""
@@ -186,15 +158,20 @@ class CheckpointWriter:
         self._ledger.mirror()
         self._checkpoints.publish(folder)
         self._spooled = None
+        self._record(metadata, copied.taken_at_s, exposed_s=copied.gathered_s + copied.from_device.exposed_s)
+
+    def _record(self, metadata: Metadata, taken_at_s: float, *, exposed_s: float) -> None:
+        """Records a published checkpoint, and deletes those that it supersedes."""
+        name = checkpoint_name(metadata.step, metadata.generation)
         if metadata.val_loss is not None:
-            self._val_losses[folder.name] = metadata.val_loss
+            self._val_losses[name] = metadata.val_loss
         self._ledger.event(
             "checkpoint",
-            **checkpoint_fields(self._checkpoints.uri(folder.name), metadata),
-            seconds=round(time.monotonic() - copied.taken_at_s, 6),
-            exposed_seconds=round(copied.gathered_s + copied.from_device.exposed_s, 6),
+            **checkpoint_fields(self._checkpoints.uri(name), metadata),
+            seconds=round(time.monotonic() - taken_at_s, 6),
+            exposed_seconds=round(exposed_s, 6),
         )
-        self.verified.add(folder.name)
+        self.verified.add(name)
         gone = superseded(
             self._checkpoints.names,
             self._checkpoints.torn,
@@ -215,10 +192,3 @@ def checkpoint_fields(uri: str, metadata: Metadata) -> dict[str, Any]:
         "generation": metadata.generation,
         "val_loss": metadata.val_loss,
     }
-
-
-def _fill(flat: Tensor, pieces: Iterator[Tensor]) -> None:
-    """Copies the pieces to the beginning of a vector, end to end."""
-    end = 0
-    for piece in pieces:
-        flat[end : (end := end + len(piece))].copy_(piece)

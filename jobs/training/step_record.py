@@ -12,8 +12,8 @@ from jobs.run.run_plan import RunPlan
 from jobs.run.step_timer import CudaClock, StepTimer
 from jobs.training.layer_statistics import LayerStatistics
 from jobs.training.rank_phases import WINDOW_STEPS, RankPhases, as_fields
+from jobs.training.stored_state import hash_of_weights
 from jobs.workers.worker_group import WorkerGroup
-from model.checkpoint import parameter_hash
 from model.config import flops_per_token
 from model.gpus import gpu_of
 
@@ -53,8 +53,7 @@ class StepRecord:
         hash_every = config.train.hash_every_steps
         if hash_every and step % hash_every == 0 and (self._ledger or self._state.gathered):
             with self.timer.phase("statistics"):
-                weights = self._state.whole_weights(step=step)
-                fields["parameter_hash"] = parameter_hash(weights) if weights else None
+                fields["parameter_hash"] = hash_of_weights(self._state, self._group, step=step) or None
         took = self.timer.take()
         ranks = self._phases.add(took, closes_window=step % WINDOW_STEPS == 0 or step == self._last_step)
         schedule, batch = self._schedule, self._schedule.samples(step)

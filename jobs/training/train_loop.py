@@ -85,7 +85,7 @@ def take_steps(attempt: Attempt, pulse: Pulse) -> bool:
         if saves or notice:
             pulse.at(Place.SAVE)
             with timer.phase("checkpoint"):
-                attempt.save(step, validation)
+                attempt.save(step, validation, must=is_last or notice is Notice.STOP)
         if notice and attempt.ledger:
             attempt.ledger.event("preempted", step=step, notice=notice.name.lower())
         if notice is Notice.STOP:

@@ -12,11 +12,11 @@ from ray.util import get_current_placement_group
 import cluster
 from jobs.exact import peers, side_thread
 from jobs.ray_train.callbacks import signals
-from jobs.run import storage_retry
+from jobs.run import saving_thread, storage_retry
 from jobs.run.run_plan import RunPlan
 from jobs.run.storage_retry import patiently
 from jobs.tokens import token_stream
-from jobs.training import checkpoint_writer
+from jobs.training import shard_writer
 from jobs.training.run_writer import RunWriter
 from jobs.training.train_loop import train
 from jobs.workers import worker_group
@@ -27,7 +27,7 @@ from jobs.workers.watchdog import Place, Waits
 
 WAITING_PLACES: WaitingPlaces = {
     Waits.WORKERS: (torch.distributed, worker_group, peers, side_thread),
-    Waits.STORAGE: (token_stream, storage_retry, checkpoint_writer, cluster),
+    Waits.STORAGE: (token_stream, storage_retry, saving_thread, shard_writer, cluster),
 }
 """The modules in which a healthy worker may wait for as long as other workers, or storage, take."""
 

@@ -10,14 +10,27 @@ from safetensors import safe_open
 from torch import Tensor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
+from model.checkpoint import safetensors_pieces, shards_in
+from model.checkpoint_folder import WEIGHTS
+from model.durable_files import write_file
 from model.hf import weight_files
 from model.hf_config import read_config
+from model.shapes import parameter_shapes
 
 
 @contextmanager
 def weights_alone(checkpoint: Path) -> Iterator[Path]:
-    """Gives a folder with the weights as its only tensors: vLLM would take a training state beside them for weights
-    too. It is the checkpoint itself if there is none, since vLLM's compiled graphs are kept by its name."""
+    """Gives a folder with the weights as its only tensors, and these whole: vLLM would take a training state beside
+    them for weights too. It is the checkpoint itself if that is so already, since vLLM's compiled graphs are kept by
+    its name."""
+    if shards := shards_in(checkpoint):
+        with TemporaryDirectory() as place:
+            (Path(place) / "config.json").symlink_to((checkpoint / "config.json").absolute())
+            whole = shards.whole(parameter_shapes(read_config(checkpoint)))
+            write_file(Path(place) / WEIGHTS, safetensors_pieces(whole))
+            del whole
+            yield Path(place)
+        return
     files = weight_files(checkpoint)
     if set(checkpoint.glob("*.safetensors")) == set(files):
         yield checkpoint
@@ -30,7 +43,10 @@ def weights_alone(checkpoint: Path) -> Iterator[Path]:
 
 def stored_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of the tensors that vLLM loads, by their names without the prefix that some files lack."""
-    shapes: dict[str, tuple[int, ...]] = {}
+    if shards_in(checkpoint):
+        shapes = parameter_shapes(read_config(checkpoint))
+        return {name.removeprefix("transformer."): shape for name, shape in shapes.items()}
+    shapes = {}
     for file in weight_files(checkpoint):
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118  (it is no dict)
@@ -52,6 +68,10 @@ def replace_weights(worker: Any, checkpoint: str) -> None:
 
 def _tensors(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
     """Yields one tensor after the other. A file that stayed open would stay in memory as far as it has been read."""
+    if shards := shards_in(checkpoint):
+        for name, shape in parameter_shapes(read_config(checkpoint)).items():
+            yield name, shards.whole({name: shape})[name]
+        return
     for file in weight_files(checkpoint):
         with safe_open(file, framework="pt") as tensors:
             names = list(tensors.keys())

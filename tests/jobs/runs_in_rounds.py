@@ -23,6 +23,7 @@ from jobs.workers.heartbeat import Pulse
 from jobs.workers.rendezvous import Rendezvous, meeting_place
 from jobs.workers.worker_group import Meeting
 from model.checkpoint import parameter_hash
+from model.failpoints import VARIABLE
 from tests.jobs.worker_processes import exit_code, into_log, worker_process
 
 
@@ -31,7 +32,8 @@ class CutOff:
     """What befalls a rank at a gather of a step, the first or a later one.
 
     It finds no table (`zeros`), the one of the step before (`stale`), that of another round (`round`), or the whole
-    table, after its watcher began to abort (`aborted`). Or it is killed before (`killed`).
+    table, after its watcher began to abort (`aborted`). Or it is killed before (`killed`). Or it dies at a failpoint,
+    whatever the step: `how` is then what the variable says.
     """
 
     rank: int
@@ -52,8 +54,8 @@ def run_in_rounds(plan: RunPlan, folder: Path, cut_offs: Sequence[CutOff], *, wo
     with meeting_place("127.0.0.1") as address:
         processes = [start(rank, cut_offs) for rank in range(world_size)]
         for cut in cut_offs:
-            if cut.how == "killed":
-                assert exit_code(processes[cut.rank]) == -signal.SIGKILL
+            if cut.how == "killed" or ":" in cut.how:
+                assert exit_code(processes[cut.rank]) == (-signal.SIGKILL if cut.how == "killed" else 137)
                 processes[cut.rank] = start(cut.rank, ())
         assert {exit_code(process) for process in processes} == {0}, [log.read_text() for log in logs]
     return [log.read_text().splitlines() for log in logs]
@@ -64,6 +66,9 @@ def _train_in_rounds(
 ) -> None:
     into_log(log)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    for cut in cut_offs:
+        if cut.rank == rank and ":" in cut.how:
+            os.environ[VARIABLE] = cut.how
     use_gpu = plan.config.scaling.use_gpu
     if use_gpu:
         torch.cuda.set_device(rank)

@@ -1,6 +1,6 @@
 """Small training states, real gradients for them, and their moments as a checkpoint has them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -9,9 +9,12 @@ from torch import Tensor
 from cluster.settings.run import TrainConfig
 from jobs.exact.flat_layout import within
 from jobs.exact.step_totals import gradient_norm
-from jobs.exact.train_state import StatePiece, TrainState, checkpoint_moments
+from jobs.exact.train_state import StatePiece, TrainState
+from jobs.training.stored_state import moments_by_name
+from model.checkpoint import safetensors_pieces
 from model.config import GPTConfig, preset_fields
 from model.gpt import GPT
+from model.stored_tensors import StoredTensors
 
 RATE = 1e-2
 
@@ -57,7 +60,7 @@ def whole(state: TrainState) -> dict[str, Tensor]:
 
 def moments(state: TrainState) -> dict[str, Tensor]:
     """Returns a copy of AdamW's state by parameter; of a sharded one on rank 0, while all ranks call together."""
-    return checkpoint_moments(state, whole(state))
+    return moments_by_name(state, whole(state))
 
 
 def pieces_of(state: TrainState, rank: int, *, world_size: int) -> Iterator[StatePiece]:
@@ -68,3 +71,9 @@ def pieces_of(state: TrainState, rank: int, *, world_size: int) -> Iterator[Stat
         for start in range(0, len(values), 7777):
             span = range(start, min(start + 7777, len(values)))
             yield StatePiece(name, within(places, span), values[start : span.stop].clone())
+
+
+def stored(*files: Mapping[str, Tensor]) -> StoredTensors:
+    """Returns tensors as safetensors files have them."""
+    contents = {f"file {n}": b"".join(safetensors_pieces(tensors)) for n, tensors in enumerate(files)}
+    return StoredTensors(contents, lambda file, start, end: contents[file][start:end], source="memory")

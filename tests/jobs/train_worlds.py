@@ -6,6 +6,7 @@ Prints one JSON object: by case and world, the parameter hash and losses of ever
 The world "resized" is one run whose world has another size at each step, and whose state is sharded in another way.
 """
 
+import itertools
 import json
 import multiprocessing
 import random
@@ -22,17 +23,17 @@ from torch import Tensor
 
 from cluster.settings.run import RunConfig, Shard
 from jobs.exact.batch_gradient import BatchGradient
-from jobs.exact.train_state import TrainState, checkpoint_moments
+from jobs.exact.train_state import TrainState
 from jobs.run.step_timer import StepTimer
 from jobs.snapshots import snapshots
 from jobs.snapshots.choice import Holding, Snapshot, choose
 from jobs.snapshots.slots import NUM_SLOTS, Bytes, Slots
 from jobs.snapshots.snapshots import Snapshots
+from jobs.training.stored_state import hash_of_weights, moments_by_name, own_stretches, restore
 from jobs.workers.worker_group import WorkerGroup
-from model.checkpoint import parameter_hash
 from model.gpt import GPT
 from tests.jobs.sent_bytes import sent_bytes
-from tests.jobs.train_states import whole
+from tests.jobs.train_states import stored, whole
 
 NUM_STEPS = 4
 RESIZES = random.Random(8).choices(range(1, 6), k=NUM_STEPS)  # the world's size at each step
@@ -138,11 +139,11 @@ class MadeRows:
 class Trainer:
     """One rank's model in one world."""
 
-    def __init__(self, case: Case, group: WorkerGroup, weights: dict[str, Tensor] | None = None) -> None:
-        config = case.config()
+    def __init__(self, case: Case, group: WorkerGroup) -> None:
+        config, self.group = case.config(), group
         torch.use_deterministic_algorithms(case.exact)
         model = GPT(config.model)
-        model.load_state_dict(weights, strict=False) if weights else model.init_weights(0)
+        model.init_weights(0)
         self.state = TrainState(
             model,
             config.train,
@@ -166,8 +167,7 @@ class Trainer:
     @property
     def hash(self) -> str:
         """On a rank that has whole weights, or rank 0; all ranks call together."""
-        weights = self.state.whole_weights(step=NUM_STEPS)
-        return parameter_hash(weights) if weights else ""
+        return hash_of_weights(self.state, self.group, step=NUM_STEPS)
 
 
 def worlds(rank: int, max_world_size: int, folder: Path) -> Iterator[tuple[str, WorkerGroup, range]]:
@@ -217,21 +217,27 @@ class FileSnapshots(Snapshots):
 
 
 def hand_over(trainer: Trainer, group: WorkerGroup, path: Path, step: int) -> None:
-    """Hands the state to the next world, as in-memory snapshots do after even steps, and checkpoints after the others."""
+    """Hands the state to the next world, as in-memory snapshots do after even steps, and checkpoints after the others:
+    in shards where the weights are."""
     if step % 2 == 0:
         FileSnapshots(group, path).after_step(step, trainer.state, attempt=step, carried={})
+    elif trainer.state.gathered:
+        state = trainer.state
+        if state.mesh.number == 0:
+            shard = own_stretches(state, {"values": state.values, **state.moments})
+            torch.save(shard, f"{path}-{step}-{group.rank}.pt")
     else:
         flat, state = whole(trainer.state), trainer.state
         if group.rank == 0:
-            kept = {"moments": checkpoint_moments(state, flat), "weights": state.by_parameter(flat["values"])}
-            torch.save(kept, path.with_suffix(".pt"))
+            kept = moments_by_name(state, flat), state.by_parameter(flat["values"])
+            torch.save(kept, f"{path}-{step}-0.pt")
 
 
 def taken_over(case: Case, group: WorkerGroup, path: Path, step: int) -> Trainer:
     if step % 2:
-        kept = torch.load(path.with_suffix(".pt"), weights_only=False)
-        trainer = Trainer(case, group, kept["weights"])
-        trainer.state.load_moments(kept["moments"])
+        trainer = Trainer(case, group)
+        files = [torch.load(file, weights_only=False) for file in path.parent.glob(f"{path.name}-{step}-*.pt")]
+        restore(trainer.state, stored(*itertools.chain(*files)))
         return trainer
     trainer, memory = Trainer(case, group), FileSnapshots(group, path)
     memory.restore(group.broadcast(memory.newest() if group.rank == 0 else None), trainer.state)

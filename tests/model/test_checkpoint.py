@@ -11,17 +11,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from model.checkpoint import load_model, parameter_hash, read_train_state
+from model.checkpoint import load_model, parameter_hash
 from model.checkpoint_folder import CheckpointError, Metadata, read_metadata, verify_checkpoint
 from model.gpt import GPT
 from model.tokenizer import Tokenizer, load_tokenizer
-from tests.checkpoints import save_model
+from tests.checkpoints import into_shards, save_model
 from tests.model.small_models import small_model
 
 METADATA = Metadata(
     run_id="run-1", step=7, tokens_seen=448, data_manifest_hash="ab" * 32, code_version="0.1.0", val_loss=1.5
 )
+LAST, ENTRY = "model-shard-00002-of-00002.safetensors", {"size": 1, "sha256": "0"}
 TRAIN_STATE = {"exp_avg.transformer.wte.weight": torch.arange(6.0), "step": torch.tensor(7.0)}
 
 
@@ -50,7 +52,7 @@ def test_everything_comes_back_with_the_same_bits(checkpoint: Path, model: GPT, 
     assert all(parameter.requires_grad for parameter in loaded.parameters())
     assert parameter_hash(loaded.state_dict()) == parameter_hash(model.state_dict())
     assert read_metadata(checkpoint) == replace(METADATA, parameter_hash=parameter_hash(model.state_dict()))
-    train_state = read_train_state(checkpoint)
+    train_state = load_file(checkpoint / "train_state.safetensors")
     assert all(torch.equal(train_state[name], tensor) for name, tensor in TRAIN_STATE.items())
     read = load_tokenizer(checkpoint)
     assert read is not None
@@ -85,25 +87,32 @@ def truncate(path: Path) -> None:
     os.truncate(path, path.stat().st_size - 1)
 
 
+@pytest.mark.parametrize("is_sharded", [False, True])
 @pytest.mark.parametrize("damage", [flip, truncate, Path.unlink])
 def test_any_altered_torn_or_missing_file_is_named(
-    checkpoint: Path, damage: Callable[[Path], None], tmp_path: Path, model: GPT, tokenizer: Tokenizer
+    checkpoint: Path, damage: Callable[[Path], None], is_sharded: bool, model: GPT, tokenizer: Tokenizer
 ) -> None:
+    if is_sharded:
+        into_shards(checkpoint, 3)
     for name in sorted(path.name for path in checkpoint.iterdir()):
         write(checkpoint, model, tokenizer)
+        if is_sharded:
+            into_shards(checkpoint, 3)
         damage(checkpoint / name)
         problems = verify_checkpoint(checkpoint)
         assert any(name in problem for problem in problems), (name, problems)
-        is_enough_to_compute = name == "train_state.safetensors" and damage is Path.unlink  # a replica's copy has none
-        read = read_train_state if is_enough_to_compute else load_model
+        if name.startswith("train_state") and damage is Path.unlink:  # a replica's copy has none
+            assert parameter_hash(load_model(checkpoint).state_dict()) == read_metadata(checkpoint).parameter_hash
+            continue
         with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
-            read(checkpoint)
+            load_model(checkpoint)
 
 
 @pytest.mark.parametrize(
     ("manifest", "said"),
     [
-        ({"format_version": 2, "files": {}}, "format_version 2, this version of raymill reads 1"),
+        ({"format_version": 3, "files": {}}, "format_version 3, this version of raymill reads 1 and 2"),
+        ({"format_version": 2, "files": {LAST: ENTRY}}, "does not list model-shard-00001-of-00002.safetensors"),
         ({"format_version": 1, "files": {"../x": {"size": 1, "sha256": "0"}}}, "manifest.json is altered"),
         ({"format_version": 1, "files": {}}, "does not list model.safetensors"),
         ({"format_version": 1, "files": 3}, "manifest.json is altered"),
@@ -117,17 +126,9 @@ def test_a_manifest_that_does_not_vouch_for_the_folder_is_refused(
     assert any(said in problem for problem in verify_checkpoint(checkpoint))
 
 
-def test_missing_checkpoint_and_missing_train_state_are_said(tmp_path: Path, model: GPT, tokenizer: Tokenizer) -> None:
+def test_a_missing_checkpoint_is_said(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is not a folder"):
         load_model(tmp_path / "nowhere")
-    save_model(
-        tmp_path / "c",
-        model=model,
-        tokenizer=tokenizer,
-        metadata=METADATA,
-    )
-    with pytest.raises(CheckpointError, match=r"no train_state\.safetensors"):
-        read_train_state(tmp_path / "c")
 
 
 def crash_at(folder: Path, point: int, model: GPT, tokenizer: Tokenizer) -> bool:

@@ -17,8 +17,8 @@ from jobs.exact.compute import autocast, loss_of, micro_batch
 from jobs.exact.exact_reduce import tree_sum
 from jobs.exact.step_totals import gradient_norm
 from jobs.plan.formulas import num_subtrees_of_rank, sent_bytes
+from jobs.training.stored_state import hash_of_weights
 from jobs.workers.worker_group import WorkerGroup
-from model.checkpoint import parameter_hash
 from tests.jobs.reference_reduce import reduce_worlds
 from tests.jobs.train_worlds import CASES, CPU, EOT, NUM_STEPS, Case, MadeRows, Trainer
 from tests.repository import REPOSITORY
@@ -84,7 +84,7 @@ def reference(case: Case) -> tuple[str, list[float]]:
         state.apply(norm=gradient_norm(summed), learning_rate=1e-2)
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(False)
-    return parameter_hash(state.whole_weights(step=NUM_STEPS)), losses
+    return hash_of_weights(state, WorkerGroup(0, 1), step=NUM_STEPS), losses
 
 
 @pytest.mark.parametrize("case", EXACT, ids=str)

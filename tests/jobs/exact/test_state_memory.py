@@ -3,8 +3,9 @@
 The device is torch's `meta`, whose tensors have sizes and no memory, and the process group one that moves nothing.
 """
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+import json
+from collections.abc import Iterator
+from math import prod
 
 import numpy as np
 import pytest
@@ -12,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
 
+import model.stored_tensors
 from cluster.settings.run import TrainConfig
 from jobs.exact.flat_layout import BLOCK
 from jobs.exact.train_state import MOMENTS, TrainState
@@ -21,31 +22,15 @@ from jobs.snapshots.choice import Holding, Snapshot
 from jobs.snapshots.keepers import CHUNK_BYTES
 from jobs.snapshots.slots import Bytes, Header
 from jobs.snapshots.snapshots import Snapshots
+from jobs.training.stored_state import restore
 from jobs.workers.worker_group import WorkerGroup
 from model.config import GPTConfig, preset_fields
 from model.gpt import GPT
+from model.stored_tensors import StoredTensors
+from tests.jobs.new_memory import NewMemory
 
 META = torch.device("meta")
 LARGE = GPTConfig(**preset_fields({"preset": "gpt3-1.3b"}))
-
-
-class NewMemory(TorchDispatchMode):
-    """Sees the size of each tensor on the device that is no view of an earlier one."""
-
-    def __init__(self, known: Iterable[Tensor]) -> None:
-        super().__init__()
-        self._known = list(known)  # alive, so that their storages' ids are theirs alone
-        self._ids = {tensor.untyped_storage()._cdata for tensor in self._known}
-        self.largest_bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for tensor in made if isinstance(made, (list, tuple)) else [made]:
-            if isinstance(tensor, Tensor) and tensor.device == META:
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self._ids:
-                    self.largest_bytes = max(self.largest_bytes, storage.nbytes())
-        return made
 
 
 class Elsewhere(Snapshots):
@@ -60,12 +45,27 @@ class Elsewhere(Snapshots):
         return (self._chunk[: len(span)] for span in spans)
 
 
-@pytest.fixture(params=["none", "optimizer"])
+class OneThread:
+    """In the place of a pool, so that what it does is seen."""
+
+    def __init__(self, num_threads: int) -> None:
+        pass
+
+    def __enter__(self) -> "OneThread":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    map = staticmethod(map)
+
+
+@pytest.fixture(params=["none", "optimizer", "parameters"])
 def state(request: pytest.FixtureRequest) -> Iterator[TrainState]:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
     with META:
-        model = GPT(LARGE)
-    yield TrainState(model, TrainConfig(), device=META, group=WorkerGroup(0, 8), shard=request.param)
+        gpt = GPT(LARGE)
+    yield TrainState(gpt, TrainConfig(), device=META, group=WorkerGroup(0, 8), shard=request.param)
     dist.destroy_process_group()
 
 
@@ -80,19 +80,40 @@ def test_a_restore_needs_a_piece_at_a_time(state: TrainState, nodes: str) -> Non
         num_bytes = 12 * sum(map(len, state.layout.parts(rank, world_size=8)))
         header = Header(1, 7, rank, 8, 7, ["values", *MOMENTS], {}, 1, num_bytes, 0)
         shares.append([Holding("a", f"share-{rank}-of-8", 0, header)])
-    with NewMemory(held_by(state)) as new:
+    with NewMemory(held_by(state), META) as new:
         Elsewhere(WorkerGroup(0, 8), list(nodes)).restore(Snapshot(shares), state)
     assert state.num_updates == 7
     assert new.largest_bytes <= CHUNK_BYTES
 
 
-def test_a_checkpoint_is_loaded_without_new_memory(state: TrainState) -> None:
-    parameters = state.model.named_parameters()
-    stored = {f"{moment}.{name}": torch.empty_like(weights) for name, weights in parameters for moment in MOMENTS}
-    with NewMemory([*held_by(state), *stored.values()]) as new:
-        state.load_moments(stored | {"step": torch.tensor(3)})
-    assert state.num_updates == 3
+def test_of_a_checkpoint_is_read_what_is_kept_and_nothing_is_made(
+    state: TrainState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    header = {"step": {"dtype": "I64", "shape": [], "data_offsets": [0, 8]}}
+    end = 8
+    for name, shape in state.shapes.items():
+        for part in ("", *(f"{moment}." for moment in MOMENTS)):
+            start, end = end, end + 4 * prod(shape)
+            header[part + name] = {"dtype": "F32", "shape": [*shape], "data_offsets": [start, end]}
+    content = json.dumps(header).encode()
+    content = len(content).to_bytes(8, "little") + content
+    zeros, num_read, longest = bytes(16 << 20), 0, 0
+
+    def read(file: str, start: int, end: int) -> bytes:
+        nonlocal num_read, longest
+        if start < len(content):
+            return content[start:end]
+        num_read, longest = num_read + end - start, max(longest, end - start)
+        return zeros[: end - start]
+
+    monkeypatch.setattr(model.stored_tensors, "ThreadPoolExecutor", OneThread)
+    with NewMemory(held_by(state), META) as new:
+        restore(state, StoredTensors(["all"], read, source="zeros"))
+    assert state.num_updates == 0
     assert new.largest_bytes <= 4, "the count of updates is not among what is known"
+    assert longest <= len(zeros)
+    kept = 4 * (len(state.values) + sum(map(len, state.moments.values())))
+    assert 0.99 * kept < num_read <= kept + 8
 
 
 def test_sharded_moments_come_together_bucket_by_bucket(state: TrainState, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,15 +124,15 @@ def test_sharded_moments_come_together_bucket_by_bucket(state: TrainState, monke
     if not state.is_sharded:
         assert all(len(moment) == state.layout.size for moment in state.moments.values())
         return
-    host = {name: torch.empty(state.layout.size, device=META) for name in MOMENTS}
-    with NewMemory([*held_by(state), *host.values()]) as new:
+    host = {name: torch.empty(state.layout.size, device=META) for name in ("values", *MOMENTS)}
+    with NewMemory([*held_by(state), *host.values()], META) as new:
         state.gather(host, step=1)
     largest_bucket = max(map(len, state.layout.buckets))
     assert 0 < new.largest_bytes <= 4 * (largest_bucket + 8 * BLOCK) < 32 << 20
 
 
 def test_shares_are_views(state: TrainState) -> None:
-    with NewMemory(held_by(state)) as new:
+    with NewMemory(held_by(state), META) as new:
         share = state.share(0, world_size=8)
     assert new.largest_bytes == 0
     num_values = sum(len(view) for views in share.values() for view in views)

@@ -12,9 +12,10 @@ from cluster.settings.run import TrainConfig
 from jobs.exact.flat_layout import BLOCK
 from jobs.exact.step_totals import gradient_norm
 from jobs.exact.train_state import TrainState
+from jobs.training.stored_state import restore
 from jobs.workers.worker_group import WorkerGroup
 from model.checkpoint import parameter_hash
-from tests.jobs.train_states import RATE, apply, gradients, make_model, make_state, moments, pieces_of
+from tests.jobs.train_states import RATE, apply, gradients, make_model, make_state, moments, pieces_of, stored
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -130,16 +131,14 @@ def test_moments_carry_on_with_the_same_bits(num_before: int) -> None:
     steps = list(gradients(whole, 6))  # of the initial weights: the optimizer does not mind
     for gradient in steps[:num_before]:
         apply(whole, gradient, learning_rate=RATE)
-    stored = moments(whole)
+    kept = moments(whole)
     names = [name for name, _ in whole.model.named_parameters()]
-    assert set(stored) == {"step"} | {f"{m}.{name}" for m in ("exp_avg", "exp_avg_sq") for name in names}
-    assert int(stored["step"]) == num_before
-    assert stored["exp_avg.transformer.wte.weight"].shape == whole.model.get_parameter(names[0]).shape
+    assert set(kept) == {"step"} | {f"{m}.{name}" for m in ("exp_avg", "exp_avg_sq") for name in names}
+    assert int(kept["step"]) == num_before
+    assert kept["exp_avg.transformer.wte.weight"].shape == whole.model.get_parameter(names[0]).shape
 
-    model = make_model()
-    model.load_state_dict(whole.model.state_dict())
-    resumed = make_state(model)
-    resumed.load_moments({name: tensor.clone() for name, tensor in stored.items()})
+    resumed = make_state()
+    restore(resumed, stored(kept, dict(whole.model.state_dict())))
     for gradient in steps[num_before:]:
         apply(whole, gradient, learning_rate=RATE)
         apply(resumed, gradient, learning_rate=RATE)
@@ -155,11 +154,9 @@ def test_parts_of_any_world_make_the_state_in_any_other() -> None:
     for world_size in (1, 3, 4):
         ranks = []
         for rank in range(world_size):
-            model = make_model()
-            model.load_state_dict(whole.model.state_dict())
             group = WorkerGroup(rank, world_size)
-            state = TrainState(model, TrainConfig(), device=torch.device("cpu"), group=group, shard="optimizer")
-            state.load_moments(moments(whole))
+            state = TrainState(make_model(), TrainConfig(), device=torch.device("cpu"), group=group, shard="optimizer")
+            restore(state, stored(moments(whole), dict(whole.model.state_dict())))
             ranks.append(state)
         fresh = make_state(make_model())
         pieces = (pieces_of(state, rank, world_size=world_size) for rank, state in enumerate(ranks))

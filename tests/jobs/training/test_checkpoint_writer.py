@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from cluster.settings.run import CheckpointConfig, TrainConfig
 from cluster.storage.lease import LeaseLostError
@@ -21,7 +22,7 @@ from jobs.run.ledger import Ledger, LedgerWriter
 from jobs.run.retention import checkpoint_name, step_of
 from jobs.run.writer_generation import Fence
 from jobs.training.checkpoint_writer import CheckpointWriter
-from model.checkpoint import load_model, parameter_hash, read_train_state
+from model.checkpoint import load_model, parameter_hash
 from model.checkpoint_folder import Metadata, verify_checkpoint
 from model.config import GPTConfig, preset_fields
 from model.gpt import GPT
@@ -99,7 +100,7 @@ def test_the_copy_of_its_moment_is_stored_while_the_state_changes(run: Storage, 
         folder = saving.checkpoints.fetch(checkpoint_name(step, 1), tmp_path / "scratch")
         assert verify_checkpoint(folder) == []
         assert line["parameter_hash"] == hashes[step] == parameter_hash(load_model(folder).state_dict())
-        saved = read_train_state(folder)
+        saved = load_file(folder / "train_state.safetensors")
         assert saved.keys() == moments[step].keys()
         assert all(torch.equal(saved[name], tensor) for name, tensor in moments[step].items())
         assert line["exposed_seconds"] <= line["seconds"]

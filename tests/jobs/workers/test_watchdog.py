@@ -18,9 +18,9 @@ from torch.distributed import distributed_c10d
 from cluster.storage import s3 as s3_storage
 from jobs.exact import batch_gradient, peers
 from jobs.exact import side_thread as background
+from jobs.run import saving_thread
 from jobs.run import storage_retry as outage
 from jobs.tokens import token_stream
-from jobs.training import checkpoint_writer
 from jobs.training.train_worker import WAITING_PLACES
 from jobs.workers import worker_group
 from jobs.workers.heartbeat import Pulse
@@ -73,7 +73,7 @@ def test_who_hangs(
         (background, [Waits.WORKERS]),
         (token_stream, [Waits.STORAGE]),
         (outage, [Waits.STORAGE]),
-        (checkpoint_writer, [Waits.STORAGE]),
+        (saving_thread, [Waits.STORAGE]),
         (s3_storage, [Waits.STORAGE]),
         (batch_gradient, []),
     ],

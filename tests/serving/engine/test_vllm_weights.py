@@ -15,6 +15,7 @@ from model.sampling_params import SamplingParams
 from model.tokenizer import Tokenizer
 from serving.engine.messages import FinishReason, SequenceRequest, TokenEvent
 from serving.engine_process.client import EngineClient
+from tests.checkpoints import into_shards
 from tests.serving.delivery_parts import bad_checkpoint
 from tests.serving.tiny_models import write_model
 from tests.serving.vllm_parts import installed, memory_bytes, peak_memory, vllm_config
@@ -58,11 +59,23 @@ async def fresh_answers(folder: Path, config: EngineConfig, prompts: list[list[i
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tied", "num_shards"),
-    [("float32", True, 1), ("bfloat16", True, 1), ("float32", False, 1), ("float32", True, 2)],
+    ("dtype", "tied", "num_shards", "num_files"),
+    [
+        ("float32", True, 1, 1),
+        ("bfloat16", True, 1, 1),
+        ("float32", False, 1, 1),
+        ("float32", True, 2, 1),
+        ("float32", False, 1, 3),
+    ],
 )
 def test_replaced_weights_compute_what_a_fresh_engine_does(
-    dtype: str, tied: bool, num_shards: int, tokenizer: Tokenizer, prompts: list[list[int]], tmp_path: Path
+    dtype: str,
+    tied: bool,
+    num_shards: int,
+    num_files: int,
+    tokenizer: Tokenizer,
+    prompts: list[list[int]],
+    tmp_path: Path,
 ) -> None:
     """Bit by bit: the tokens, their log-probabilities and the prompts', there and back again. The checkpoints are those
     of a run that goes on, with a training state."""
@@ -70,6 +83,11 @@ def test_replaced_weights_compute_what_a_fresh_engine_does(
     folders = [
         write_model(tmp_path / f"step-{i}", gpt, tokenizer, step=i, to_train=True) for i, gpt in enumerate(found)
     ]
+    if num_files > 1:
+        expected_files = [path.name for path in folders[0].iterdir()]
+        for folder in folders:
+            into_shards(folder, num_files)
+        assert [path.name for path in folders[0].iterdir()] != expected_files
     config = vllm_config(dtype=dtype, max_num_seqs=8, tensor_parallel_size=num_shards)
 
     async def scenario() -> None:

@@ -1,0 +1,108 @@
+"""Checkpoints in a run's storage of which each worker stores a shard: its part of the weights and the training state.
+
+    every worker   model-shard-00002-of-00004  train_state-shard-00002-of-00004  its report, report-shard-00002-of-00004
+    rank 0, once all reports are there         config, tokenizer, raymill.json   the manifest
+
+A report has the size and the SHA-256 of the files before it, which the manifest then lists, or why there are none.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from cluster.storage.uris import Storage, StorageError
+from jobs.run.checkpoints import RunCheckpoints
+from model.checkpoint import manifest_of
+from model.checkpoint_folder import (
+    MANIFEST,
+    SHARDED_VERSION,
+    TRAIN_STATE,
+    WEIGHTS,
+    CheckpointError,
+    shard_of,
+    tensor_files,
+)
+from model.durable_files import sync
+from model.failpoints import failpoint
+from model.stored_tensors import StoredTensors
+
+Reports = list[dict[str, Any]]
+
+_REPORT = "report.json"
+
+
+class ShardedCheckpoint:
+    """One checkpoint, in `count` shards."""
+
+    def __init__(self, checkpoints: RunCheckpoints, name: str, count: int) -> None:
+        self.name, self._checkpoints, self._count = name, checkpoints, count
+        self._folder = checkpoints.folder(name)
+
+    def file(self, whole: str, index: int) -> str:
+        """Returns the name of a worker's shard of a file."""
+        return shard_of(whole, index, count=self._count)
+
+    def store(self, index: int, spooled: Path, report: Mapping[str, Any]) -> None:
+        """Moves a worker's files from a folder of its own into the checkpoint, and adds their report. After an error
+        another call continues."""
+        local = self._folder.local_path("")
+        for file in sorted(spooled.glob("*.safetensors")):
+            if local is None:
+                self._folder.upload_file(file, file.name)
+                file.unlink()
+            else:
+                local.mkdir(parents=True, exist_ok=True)
+                file.replace(local / file.name)
+                sync(local)
+            failpoint("mid_shard")
+        self._folder.write_bytes(self.file(_REPORT, index), json.dumps(report).encode())
+        failpoint("after_shard")
+
+    def reports(self) -> Reports | None:
+        """Returns the workers' reports; None while one is missing."""
+        wanted = [self.file(_REPORT, index) for index in range(self._count)]
+        sizes = {entry.key: entry.size for entry in self._folder.list()}
+        if not {*wanted} <= sizes.keys():
+            return None
+        reports = [json.loads(self._folder.read_bytes(file)) for file in wanted]
+        files = [item for report in reports if "refused" not in report for item in report.items()]
+        wrong = [file for file, entry in files if sizes.get(file) != entry["size"]]
+        return [{"refused": f"{', '.join(wrong)} did not arrive whole"}] if wrong else reports
+
+    def parameter_hash(self, shapes: Mapping[str, Sequence[int]]) -> str:
+        files = [self.file(WEIGHTS, index) for index in range(self._count)]
+        return _tensors(self._folder, files).parameter_hash(shapes)
+
+    def complete(self, descriptions: Mapping[str, bytes], reports: Reports) -> None:
+        """Publishes the checkpoint, whose shards are stored. After an error another call continues. Raises
+        `LeaseLostError`."""
+        files = {file: entry for report in reports for file, entry in report.items()}
+        for file, content in descriptions.items():
+            self._checkpoints.check_fence()
+            self._folder.write_bytes(file, content)
+            files[file] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        self._checkpoints.publish_manifest(self.name, manifest_of(files, version=SHARDED_VERSION))
+        with suppress(StorageError):  # nobody reads them any more
+            for index in range(self._count):
+                self._folder.delete(self.file(_REPORT, index))
+
+
+def stored_state(checkpoints: RunCheckpoints, name: str) -> StoredTensors:
+    """Returns the weights and the training state of a checkpoint, in shards or whole, where they are: nothing but what
+    is asked for is read. Raises `CheckpointError`."""
+    folder = checkpoints.folder(name)
+    files = json.loads(folder.read_bytes(MANIFEST))["files"]
+    wanted = [*tensor_files(WEIGHTS, files), *tensor_files(TRAIN_STATE, files)]
+    if missing := [file for file in wanted if file not in files]:
+        raise CheckpointError(f"{folder.uri} has no {', '.join(missing)}: training can't continue from it")
+    return _tensors(folder, wanted)
+
+
+def _tensors(folder: Storage, files: list[str]) -> StoredTensors:
+    def read(file: str, start: int, end: int) -> bytes:
+        return folder.read_bytes(file, start=start, end=end)
+
+    return StoredTensors(files, read, source=folder.uri)

@@ -1,0 +1,156 @@
+"""Stores each worker's shard of the checkpoints while training continues, where the weights are sharded.
+
+Every worker that holds parts of the first copy of the weights copies its own, and its own thread stores them: no worker
+has more of the state than it trains. Rank 0's thread then waits for the others' and publishes the checkpoint. All must
+store the same steps, so they agree on each save: a copy that waits on all of them makes room for a newer one; while it
+waits on some and others are at work on it already, there is no newer one.
+"""
+
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from jobs.exact.host_copies import HostCopy
+from jobs.exact.train_state import TrainState
+from jobs.run.checkpoints import RunCheckpoints
+from jobs.run.ledger import LedgerWriter
+from jobs.run.retention import checkpoint_name
+from jobs.run.saving_thread import SavingThread
+from jobs.run.sharded_checkpoints import Reports, ShardedCheckpoint
+from jobs.run.storage_retry import Outage
+from jobs.training.stored_state import fill, own_stretches
+from jobs.workers.worker_group import WorkerGroup
+from model.checkpoint import NotFiniteError, check_finite, safetensors_pieces
+from model.checkpoint_folder import TRAIN_STATE, WEIGHTS, Metadata
+from model.durable_files import write_file
+
+_POLL_S = 0.05
+
+
+@dataclass
+class Shard:
+    """A copy of this worker's parts of the state after a step."""
+
+    metadata: Metadata
+    checkpoint: ShardedCheckpoint
+    flat: Tensor  # (3, P / g)
+    tensors: Mapping[str, Mapping[str, Tensor]]  # views of it, by the file that would hold them whole
+    taken_at_s: float  # on the monotonic clock
+    from_device: HostCopy
+    report: dict[str, object] | None = None  # of its files, once they are in the spool
+    is_stored: bool = False
+    is_over: bool = False  # published or refused
+
+
+class ShardWriter(SavingThread[Shard]):
+    """Stores one worker's shards, in a thread which `finish` ends."""
+
+    def __init__(
+        self,
+        checkpoints: RunCheckpoints,
+        state: TrainState,
+        group: WorkerGroup,
+        ledger: LedgerWriter | None,
+        publish: Callable[[Shard, Reports], None] | None,
+    ) -> None:
+        """Rank 0 has the ledger and `publish`, which gets its shard and the reports of all."""
+        self._checkpoints, self._state, self._group, self._publish = checkpoints, state, group, publish
+        self._storing: Shard | None = None
+        self._free: list[Tensor] = []
+        for left in checkpoints.spool.glob(".step-*"):  # by an earlier attempt; no worker of this one has saved yet
+            shutil.rmtree(left, ignore_errors=True)
+        super().__init__("shards", Outage("checkpoints", ledger.event if ledger else lambda name, **fields: None))
+
+    def save(self, metadata: Metadata, *, must: bool) -> bool:
+        """Begins a copy of this worker's shard of a checkpoint; all ranks call together. Returns whether they save this
+        one, as an earlier one may still be on its way; with `must` it waits for that."""
+        self._raise_failure()
+        while not self._makes_room():
+            if not must:
+                return False
+            time.sleep(_POLL_S)
+        state = self._state
+        if state.mesh.number == 0:  # the other groups have the same
+            name, start_s = checkpoint_name(metadata.step, metadata.generation), time.monotonic()
+            flat = self._free.pop() if self._free else torch.empty(len(state.parts), len(state.values))
+            weights, train_state = own_stretches(state, dict(zip(state.parts, flat, strict=True)))
+            from_device = state.copies.start("checkpoint", [*state.parts.values()], partial(fill, flat.flatten()))
+            checkpoint = ShardedCheckpoint(self._checkpoints, name, len(state.peers))
+            tensors = {WEIGHTS: weights, TRAIN_STATE: train_state}
+            with self._changed:
+                self._pending = Shard(metadata, checkpoint, flat, tensors, start_s, from_device)
+                self._changed.notify_all()
+        return True
+
+    def finish(self) -> None:
+        """Returns once all ranks' shards are stored, and on rank 0 published; they call together."""
+        while any(self._group.gather(self._is_busy())):  # which finds a lost rank as well
+            time.sleep(_POLL_S)
+        self._raise_failure()
+        self._group.gather(None)  # no other one has failed
+        super().finish()
+
+    def _makes_room(self) -> bool:
+        """Drops the copy that waits, if that is so on all ranks. Returns whether none waits."""
+        with self._changed:
+            waiting, self._pending = self._pending, None
+        of_ranks = self._group.gather(waiting is not None)[: len(self._state.peers)]
+        if any(of_ranks) and not all(of_ranks):
+            with self._changed:
+                self._pending = waiting
+                self._changed.notify_all()
+            return False
+        self._free += [waiting.flat] if waiting else []
+        return True
+
+    def _is_busy(self) -> bool:
+        with self._changed:
+            is_storing = self._storing is not None and not self._storing.is_stored
+            return self._failure is None and (self._pending is not None or is_storing)
+
+    @property
+    def _has_begun(self) -> bool:
+        return self._storing is not None
+
+    def _store(self) -> None:
+        with self._changed:
+            if self._storing is None:
+                self._storing, self._pending = self._pending, None
+            shard = self._storing
+        if shard is None:
+            return
+        if not shard.is_stored:
+            self._store_own(shard)
+        while self._publish and not shard.is_over:
+            if (reports := shard.checkpoint.reports()) is not None:
+                self._publish(shard, reports)
+            elif self._is_abandoned:
+                return
+            else:
+                time.sleep(_POLL_S)
+        self._storing = None
+
+    def _store_own(self, shard: Shard) -> None:
+        index = self._state.peers.index
+        spool = self._checkpoints.spool / f".{shard.checkpoint.name}-{index}"
+        if shard.report is None:
+            shard.from_device.taken.result()
+            spool.mkdir(parents=True, exist_ok=True)
+            try:
+                check_finite(*shard.tensors.values(), step=shard.metadata.step)
+                named = {shard.checkpoint.file(name, index): tensors for name, tensors in shard.tensors.items()}
+                shard.report = {file: write_file(spool / file, safetensors_pieces(of)) for file, of in named.items()}
+            except NotFiniteError as error:
+                shard.report = {"refused": str(error)}
+            except OSError:
+                shutil.rmtree(spool, ignore_errors=True)  # a full disk gets its space back
+                raise
+            self._free.append(shard.flat)
+        shard.checkpoint.store(index, spool, shard.report)
+        shutil.rmtree(spool, ignore_errors=True)
+        shard.is_stored = True

@@ -1,0 +1,119 @@
+"""Checkpoints in shards: what one world saves any other resumes, with the bits of one worker, and crashes cost nothing."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.storage.uris import open_storage
+from jobs.export import export
+from jobs.proof.verify_run import verify
+from jobs.run.checkpoints import RunCheckpoints
+from jobs.run.ledger import Ledger
+from jobs.run.retention import step_of
+from jobs.run.sharded_checkpoints import stored_state
+from model.checkpoint import load_model, parameter_hash
+from model.checkpoint_folder import MANIFEST, CheckpointError, read_metadata
+from tests.checkpoints import write_tiny
+from tests.jobs.sharded_runs import NUM_STEPS, STAGES
+from tests.repository import REPOSITORY
+from tests.time_limits import limit_s
+
+PLACES = {
+    *("before_file", "mid_file", "before_fsync", "after_file", "mid_shard", "after_shard"),
+    *("before_manifest", "after_manifest", "mid_delete", "after_lease"),
+}
+
+
+def run(storage_uri: str, folder: Path, *, num_seeds: int = 0, places: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    (folder / "tmp").mkdir()
+    environment = os.environ | {"TMPDIR": str(folder / "tmp"), "PYTHONPATH": str(REPOSITORY)}
+    tokens_in = str(folder / "tokens") if num_seeds else storage_uri
+    arguments = [storage_uri, tokens_in, str(folder), str(num_seeds), *places]
+    command = [sys.executable, "-m", "tests.jobs.sharded_runs", *arguments]
+    timeout_s = limit_s(120 * (1 + num_seeds * len(places)))
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, text=True, env=environment, cwd=REPOSITORY, check=True, timeout=timeout_s
+    )
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("is_remote", [False, True])
+def test_any_world_resumes_what_any_other_saved(
+    s3_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_remote: bool
+) -> None:
+    uri = f"s3://{s3_bucket}/storage" if is_remote else str(tmp_path / "storage")
+    undisturbed, resized = run(uri, tmp_path)
+    assert {*undisturbed["codes"], *resized["codes"]} == {0}
+    runs = [open_storage(uri).child(f"runs/{name}") for name in ("undisturbed", "resized")]
+    expected, found = ([line["parameter_hash"] for line in Ledger.read(of).events("checkpoint")] for of in runs)
+    assert found == expected
+    assert len(found) == NUM_STEPS // 2
+    assert [line["loss"] for line in Ledger.read(runs[0]).steps] == [
+        line["loss"] for line in Ledger.read(runs[1]).steps
+    ]
+    checked = verify(runs[1])
+    assert checked["problems"] == []
+    assert checked["checkpoints"] == NUM_STEPS // 2
+    checkpoints = RunCheckpoints(runs[1])
+    for name, (world_size, shard, group), recorded in zip(checkpoints.names, STAGES, expected, strict=True):
+        folder = checkpoints.fetch(name, tmp_path / "fetched")
+        count = (group or world_size) if shard == "parameters" else 0
+        assert sum("-shard-" in path.name for path in folder.iterdir()) == 2 * count
+        assert not any(path.name.startswith("report-") for path in folder.iterdir()), "reports are gone"
+        assert parameter_hash(load_model(folder).state_dict()) == recorded == read_metadata(folder).parameter_hash
+    monkeypatch.setattr("pathlib.Path.home", lambda: tmp_path)  # its cache
+    copies = []
+    for name in checkpoints.names[:3]:
+        target = tmp_path / "copies" / name
+        exported = export(checkpoints.uri(name), str(target), storage_uri=uri)
+        assert exported["parameter_hash"] == expected[step_of(name) // 2 - 1]
+        copies.append({path.name for path in target.iterdir()})
+    assert copies[0] == copies[1] == copies[2]
+
+
+def check_crashes(storage_uri: str, folder: Path, *, num_seeds: int, places: set[str]) -> None:
+    undisturbed, *crashed = run(storage_uri, folder, num_seeds=num_seeds, places=tuple(sorted(places)))
+    assert undisturbed["codes"] == [0]
+    expected = Ledger.read(open_storage(storage_uri).child("runs/undisturbed")).events("checkpoint")[-1]
+    for crash in crashed:
+        print(crash)
+        assert crash["codes"][crash["rank"]] == 137
+        assert crash["codes"][1 - crash["rank"]] == 1, "it lost the other one"
+        assert {*crash["ended"]} == {0}
+        assert crash["damaged"] == []
+        assert crash["complete"] <= crash["went_on_from"]
+        assert crash["went_on_from"] % 2 == 0
+        assert crash["steps"], "the ledger has each step: no checkpoint was ahead of it"
+        assert crash["hash"] == expected["parameter_hash"]
+        assert crash["left"] == []
+        assert [path for path in crash["spooled"] if "step-" in path] == []
+    assert {crash["failpoint"] for crash in crashed} == places
+    assert any(crash["went_on_from"] > 0 for crash in crashed)
+
+
+def test_a_crash_of_one_worker(tmp_path: Path) -> None:
+    check_crashes(str(tmp_path / "storage"), tmp_path, num_seeds=1, places=PLACES)
+
+
+@pytest.mark.chaos
+@pytest.mark.slow
+@pytest.mark.parametrize("is_remote", [False, True])
+def test_twenty_seeds_of_crashes(s3_bucket: str, tmp_path: Path, is_remote: bool) -> None:
+    uri = f"s3://{s3_bucket}/storage" if is_remote else str(tmp_path / "storage")
+    check_crashes(uri, tmp_path, num_seeds=20, places=PLACES)
+
+
+def test_a_copy_that_only_computes_trains_nothing(tmp_path: Path) -> None:
+    run = open_storage(str(tmp_path))
+    folder = tmp_path / "checkpoints/step-000000003"
+    write_tiny(folder)
+    manifest = json.loads((folder / MANIFEST).read_bytes())
+    del manifest["files"]["train_state.safetensors"]
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=r"has no train_state\.safetensors: training can't continue from it"):
+        stored_state(RunCheckpoints(run), folder.name)

@@ -1,0 +1,148 @@
+"""Trains tiny runs in worlds of forked processes over gloo, whose checkpoints are in shards, and prints lines of JSON.
+
+python -m tests.jobs.sharded_runs STORAGE_URI TOKENS_IN FOLDER 0                     resizes one run
+python -m tests.jobs.sharded_runs STORAGE_URI TOKENS_IN FOLDER NUM_SEEDS FAILPOINT …  crashes runs of two workers
+"""
+
+import json
+import os
+import random
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from cluster.settings.run import Shard
+from jobs.run.checkpoints import RunCheckpoints, step_of
+from jobs.run.ledger import Ledger
+from jobs.run.retention import checkpoint_name
+from jobs.run.run_plan import RunPlan
+from jobs.training.attempt import Attempt
+from jobs.training.train_loop import train
+from model.checkpoint_folder import verify_checkpoint
+from model.failpoints import VARIABLE
+from tests.jobs.runs import tiny_plan
+
+NUM_STEPS = 10
+STAGES: list[tuple[int, Shard, int | None]] = [
+    (2, "parameters", None),
+    (4, "parameters", 2),
+    (1, "none", None),
+    (3, "parameters", None),
+    (4, "gradients", None),
+]
+"""The world at steps 1 and 2, 3 and 4, and so on; the weights' last checkpoint before each is in other files."""
+
+VISITS = {"after_lease": 1, "mid_delete": 3, "before_manifest": 5, "after_manifest": 5, "after_shard": 5}
+"""How often a rank passes a failpoint, if that is not for each of ten files; rank 0 alone passes the first four."""
+
+save = Attempt.save
+
+
+def save_and_wait(self: Attempt, step: int, validation: dict[str, Any], *, must: bool = False) -> None:
+    """Returns once each rank knows the checkpoint to be published."""
+    save(self, step, validation, must=must)
+    name = checkpoint_name(step, self.generation)
+    while not all(self.group.gather(name in self.checkpoints.names)):
+        time.sleep(0.005)
+
+
+def train_world(
+    plan: RunPlan, world_size: int, folder: Path, *, prepare: Callable[[int], None] = lambda rank: None
+) -> list[int]:
+    """Returns the exit code of each rank."""
+    meeting, children = tempfile.mktemp(dir=folder), []
+    for rank in range(world_size):
+        child = os.fork()
+        if child == 0:
+            try:
+                prepare(rank)
+                Attempt.save = save_and_wait  # type: ignore[method-assign]
+                dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size)
+                train(plan, rank=rank, world_size=world_size)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        children.append(child)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def sharded(plan: RunPlan, shard: Shard, group: int | None = None, **changes: Any) -> RunPlan:
+    scaling = plan.config.scaling.model_copy(update={"shard": shard, "shard_group": group})
+    return replace(plan, config=plan.config.model_copy(update={"scaling": scaling}), **changes)
+
+
+def resizes(plan: RunPlan, folder: Path) -> dict[str, Any]:
+    codes = []
+    for stage, (world_size, shard, group) in enumerate(STAGES, start=1):
+        codes += train_world(sharded(plan, shard, group, until=2 * stage), world_size, folder)
+    return {"codes": codes}
+
+
+def crash(plan: RunPlan, failpoint: str, seed: int, folder: Path) -> dict[str, Any]:
+    """The seed decides which rank dies, and at which of its visits to the failpoint."""
+    choice = random.Random(f"{failpoint} {seed}")
+    dying = 0 if failpoint in [*VISITS][:4] else choice.randrange(2)
+    nth = choice.randint(1, VISITS.get(failpoint, 10))
+
+    def arm(rank: int) -> None:
+        if rank == dying:
+            os.environ[VARIABLE] = f"{failpoint}:{nth}:exit"
+
+    codes = train_world(sharded(plan, "parameters"), 2, folder, prepare=arm)
+    checkpoints = RunCheckpoints(plan.run)
+    complete = checkpoints.names
+    with tempfile.TemporaryDirectory() as scratch:
+        damaged = [name for name in complete if verify_checkpoint(checkpoints.fetch(name, Path(scratch)))]
+    world_size, shard, group = choice.choice(STAGES)
+    ended = train_world(sharded(plan, shard, group), world_size, folder)
+    after = Ledger.read(plan.run)
+    return {
+        "failpoint": failpoint,
+        "seed": seed,
+        "rank": dying,
+        "nth": nth,
+        "codes": codes,
+        "complete": max(map(step_of, complete), default=0),
+        "damaged": damaged,
+        "resumed": (world_size, shard, group),
+        "ended": ended,
+        "went_on_from": after.events("start")[-1]["step"],
+        "steps": [line["step"] for line in after.steps] == list(range(1, NUM_STEPS + 1)),
+        "hash": after.events("checkpoint")[-1]["parameter_hash"],
+        "left": [entry.key for entry in plan.run.list("checkpoints/.")],
+        "spooled": [str(path) for path in checkpoints.spool.glob("*")],
+    }
+
+
+def main(storage_uri: str, tokens_in: str, folder: Path, num_seeds: int, places: list[str]) -> None:
+    torch.set_num_threads(1)  # a forked process has one thread
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    first = tiny_plan(
+        storage_uri,
+        tokens_in=tokens_in,
+        train={"sample_prompts": [], "global_batch_size": 8, "max_tokens": NUM_STEPS * 8 * 32},
+        checkpoint={"save_every_steps": 2, "num_to_keep": 1 if num_seeds else 9},
+    )
+
+    def named(run_id: str) -> RunPlan:
+        return replace(first, config=first.config.model_copy(update={"run_id": run_id}))
+
+    print(json.dumps({"codes": train_world(named("undisturbed"), 1, folder)}), flush=True)
+    if not num_seeds:
+        print(json.dumps(resizes(named("resized"), folder)), flush=True)
+    for seed in range(num_seeds):
+        for failpoint in places:
+            print(json.dumps(crash(named(f"{failpoint}-{seed}"), failpoint, seed, folder)), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]), sys.argv[5:])
