@@ -3,9 +3,11 @@
 from functools import partial
 from typing import Protocol, get_args
 
+import torch
 from torch import Tensor
 
 from cluster.settings.run import RunConfig, Shard
+from jobs.exact.flat_layout import at
 from jobs.workers.worker_group import WorkerGroup
 from tests.benchmarks.exact_workers import ExactTrainer
 from tests.benchmarks.stock_steps import StockTrainer, Wrap, ddp, fsdp2
@@ -46,7 +48,14 @@ class RaymillTrainer(ExactTrainer):
         return {"weights": [state.values], "gradients": [state.gradient], "moments": [*state.moments.values()]}
 
     def weights(self, *, step: int) -> dict[str, Tensor]:
-        return self.state.whole_weights(step=step)
+        state, flat = self.state, self.state.values
+        if state.gathered:
+            flat = torch.empty(state.layout.size if state.mesh.rank == 0 else 0)
+            for number, bucket in enumerate(state.layout.buckets):
+                values = state.brought(state.values, bucket, bucket=number)
+                if len(flat):
+                    at(flat, bucket).copy_(values)
+        return state.by_parameter(flat) if len(flat) else {}
 
     def close(self) -> None:
         self.gradient.close()
