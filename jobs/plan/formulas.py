@@ -1,24 +1,19 @@
-"""Computes operations, time, failures and the exchange of a run. Pure functions, each with its source.
+"""Computes operations, time and failures of a run. Pure functions, each with its source.
 
-N parameters, D tokens, W workers of one GPU each, P values of the flat buffers (N, and the padding between parameters).
+N parameters, D tokens.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 from cluster.settings.plan import PlanConfig
-from jobs.exact.exact_reduce import subtrees_of_ranks
-from jobs.exact.flat_layout import FlatLayout
+from cluster.settings.run import ScalingConfig
 
 DAY_S = 86_400
 FP32_BYTES = 4
+BF16_BYTES = 2
 
 STATE_BYTES = 3 * FP32_BYTES
 """Bytes of a checkpoint or a snapshot for each parameter: the weight and AdamW's two moments."""
-
-MESSAGE_S = 5e-6
-"""Seconds that a message between two GPUs takes besides its bytes: an assumption, of the order of InfiniBand's."""
 
 TEXT_BYTES_PER_TOKEN = 4.3
 """Bytes of English web text for each token of GPT-2's tokenizer, about."""
@@ -58,38 +53,21 @@ def goodput(*, interval_s: float, cost_s: float, restart_s: float, mtbf_s: float
     return max(0.0, interval_s / (interval_s + cost_s) * (1 - (interval_s / 2 + restart_s) / mtbf_s))
 
 
-@dataclass(frozen=True)
-class Exchange:
-    """The gradient exchange of a step, of the rank that sends most."""
-
-    num_bytes: float
-    num_messages: int
-    seconds: float  # with those that overlap with backward
+def group_of(scaling: ScalingConfig, world_size: int) -> int:
+    """Returns g, how many GPUs together hold one copy of the gradients' sums."""
+    return scaling.group_size(world_size) if scaling.shard in ("gradients", "parameters") else 1
 
 
-def exchange(layout: FlatLayout, options: PlanConfig, *, world_size: int, num_lanes: int) -> Exchange:
-    """Returns the exchange of a step. (W - g)/(W - 1) of the bytes leave a node of g GPUs, and both links work at the
-    same time; the K + 1 messages of each bucket to each other rank are sent one after another."""
-    if world_size == 1:
-        return Exchange(0, 0, 0.0)
-    num_subtrees = max(num_subtrees_of_rank(num_lanes, world_size=world_size))
-    num_bytes = sent_bytes(layout.size, world_size=world_size, num_subtrees=num_subtrees)
-    num_messages = len(layout.buckets) * (world_size - 1) * (num_subtrees + 1)
-    outside = max(0, world_size - options.gpus_per_node) / (world_size - 1)
-    inside_s = num_bytes * (1 - outside) / options.hardware.link_bytes_per_s
-    seconds = max(inside_s, num_bytes * outside / options.network_bytes_per_s)
-    return Exchange(num_bytes, num_messages, seconds + num_messages * MESSAGE_S)
+def holders_of(scaling: ScalingConfig, world_size: int) -> int:
+    """Returns how many GPUs together hold one copy of the state."""
+    return 1 if scaling.shard == "none" else scaling.group_size(world_size)
 
 
-def sent_bytes(num_values: int, *, world_size: int, num_subtrees: int) -> float:
-    """Returns the bytes that one rank sends in a step: to the others their parts of its K subtree sums, then its own
-    finished part to all, so 4 (K (P - P/W) + (W - 1) P/W), without the rounding of parts to blocks and the few bytes of
-    norms (`bucket_exchange`). With K = 1 that is a ring all-reduce's 8 P (W - 1)/W. ZeRO-1 sends as much: the updated
-    weights instead of the sums."""
-    part = num_values / world_size
-    return FP32_BYTES * (num_subtrees * (num_values - part) + (world_size - 1) * part)
+def writers_of(scaling: ScalingConfig, world_size: int) -> int:
+    """Returns how many GPUs store a checkpoint, each its shard: rank 0 alone unless the weights are sharded."""
+    return scaling.group_size(world_size) if scaling.shard == "parameters" else 1
 
 
-def num_subtrees_of_rank(num_lanes: int, *, world_size: int) -> Sequence[int]:
-    """Returns how many sums each rank that has a lane holds before the exchange."""
-    return [len(nodes) for nodes in subtrees_of_ranks(num_lanes, min(world_size, num_lanes))]
+def storing_s(num_bytes: float, options: PlanConfig, *, writers: int) -> float:
+    """Returns the seconds in which storage takes a checkpoint, from the nodes of all writers at once."""
+    return num_bytes / (options.storage_bytes_per_s * math.ceil(writers / options.gpus_per_node))

@@ -3,21 +3,25 @@
 It imports neither PyTorch nor Ray, so that `raymill plan` answers at once.
 """
 
+from dataclasses import asdict
 from typing import Any
 
 from cluster.settings.plan import PlanConfig
 from cluster.settings.run import RunConfig, batch_schedule, planned_vocabulary, seq_len, with_precision
 from cluster.storage.uris import open_storage
 from jobs.exact.flat_layout import FlatLayout
+from jobs.plan.exchange import Exchange, exchange
 from jobs.plan.formulas import (
+    DAY_S,
     STATE_BYTES,
     TEXT_BYTES_PER_TOKEN,
     checkpoint_interval_s,
-    exchange,
     goodput,
     gpu_days,
     mean_time_between_failures_s,
     parameter_flops,
+    storing_s,
+    writers_of,
 )
 from jobs.plan.memory import gpu_memory, host_memory, layout_of
 from jobs.plan.plan_warnings import FULL_MEMORY, other_work, warnings
@@ -48,7 +52,7 @@ def make_plan(config: RunConfig, options: PlanConfig) -> dict[str, Any]:
         rate = options.mfu * gpu.peak_flops_per_s
         days = gpu_days(model_flops, rate)
     price = gpu.price_per_hour if options.price is None else options.price
-    step_s = days / count * 86_400 / schedule.max_steps
+    step_s = days / count * DAY_S / schedule.max_steps
 
     plan: dict[str, Any] = {
         "parameters": size,
@@ -63,67 +67,95 @@ def make_plan(config: RunConfig, options: PlanConfig) -> dict[str, Any]:
         "gpu": options.gpu,
         "count": count,
         "flops_per_s_per_gpu": rate,
-        "mfu": model_flops / (days * 86_400 * gpu.peak_flops_per_s),
+        "mfu": model_flops / (days * DAY_S * gpu.peak_flops_per_s),
         "gpu_days": days,
         "days": days / count,
         "price_per_gpu_hour": price,
         "cost": days * 24 * price,
         "step_s": step_s,
-        "tokens_per_s": num_tokens / (days / count * 86_400),
+        "tokens_per_s": num_tokens / (days / count * DAY_S),
     }
-    plan["memory_bytes"] = _memory(config, layout, count, is_sharded=config.scaling.shard != "none")
-    plan["memory_bytes_sharded"] = _memory(config, layout, count, is_sharded=True)
+    plan["memory_bytes"] = _memory(config, layout, count)
     plan["gpu_memory_bytes"] = gpu.memory_bytes
-    plan["largest_preset"] = largest_preset(config, options)
-    plan["host_memory_bytes"] = host_memory(
-        config,
-        layout,
-        world_size=count,
-        gpus_per_node=options.gpus_per_node,
-        shard_optimizer=config.scaling.shard != "none",
-    )
-    plan["exchange"] = _exchange(config, options, layout, count)
+    plan["advice"] = _advice(config, options, layout, count, step_s)
+    plan["largest_preset"] = largest_preset(config, options, count)
+    plan["host_memory_bytes"] = host_memory(config, layout, world_size=count, gpus_per_node=options.gpus_per_node)
+    moved = _exchange(config, options, layout, count, step_s)
+    plan["exchange"] = asdict(moved) | {
+        "messages_s": moved.traffic.messages_s,
+        "step_s": moved.step_s,
+        "days": moved.step_s * schedule.max_steps / DAY_S,
+    }
     plan["checkpoint"] = _checkpoint(config, options, size, count, step_s)
     plan["data"] = _data(config, plan["tokens_per_s"])
     plan["warnings"] = warnings(config, options, plan)
     return plan
 
 
-def largest_preset(config: RunConfig, options: PlanConfig) -> str | None:
-    """Returns the preset of most parameters that fits one GPU in bf16, a sequence at a time."""
-    least = {"precision": "bf16", "seq_len": None, "micro_batch_size": 1, "global_batch_size": 1}
-    least |= {"micro_batches_per_lane": 1}
-    config = config.model_copy(update={"train": config.train.model_copy(update=least)})
+def largest_preset(config: RunConfig, options: PlanConfig, count: int) -> str | None:
+    """Returns the preset of most parameters that so many GPUs hold in bf16, sharded among all of them, with activations
+    computed again, each GPU a sequence at a time."""
+    least = _LEAST | {"precision": "bf16", "seq_len": None, "global_batch_size": count}
+    config = _changed(config, train=least, scaling={"shard": "parameters", "shard_group": None})
     fitting = {}
     for name, shape in PRESETS.items():
         model = GPTConfig(**shape)
-        total = _memory(config.model_copy(update={"model": model}), layout_of(model), 1)["total"]
-        if total <= FULL_MEMORY * options.hardware.memory_bytes:
+        if _fits(_memory(config.model_copy(update={"model": model}), layout_of(model), count), options):
             fitting[num_parameters(model)] = name
     return fitting[max(fitting)] if fitting else None
 
 
-def _memory(config: RunConfig, layout: FlatLayout, count: int, *, is_sharded: bool = False) -> dict[str, float]:
+_LEAST = {"recompute": True, "micro_batch_size": 1, "micro_batches_per_lane": 1}
+"""Settings with which a lane takes least memory."""
+
+
+def _advice(
+    config: RunConfig, options: PlanConfig, layout: FlatLayout, count: int, step_s: float
+) -> dict[str, Any] | None:
+    """Returns what to set so that the run fits its GPUs, with the memory that it then takes: the sharding that leaves
+    least of the exchange exposed, if need be with `_LEAST`. None where it fits as set, or never."""
+    if _fits(_memory(config, layout, count), options):
+        return None
+    near = options.gpus_per_node
+    sizes = [n for n in range(2, count + 1) if count % n == 0 and (n == count or n % near == 0 or near % n == 0)]
+    shards: list[tuple[str, int | None]] = [(shard, n) for shard in ("gradients", "parameters") for n in sizes]
+    ways_to_shard = [{"shard": shard, "shard_group": group} for shard, group in [("optimizer", None), *shards]]
+    for train in ({}, {"recompute": True}, _LEAST):
+        ways = [(each, _changed(config, train=train, scaling=each)) for each in ways_to_shard]
+        fitting = [(each, way) for each, way in ways if _fits(_memory(way, layout, count), options)]
+        if fitting:
+            scaling, way = min(fitting, key=lambda found: _exchange(found[1], options, layout, count, step_s).exposed_s)
+            changed = {name: value for name, value in train.items() if value != getattr(config.train, name)}
+            return {"scaling": scaling, "train": changed, "memory_bytes": _memory(way, layout, count)}
+    return None
+
+
+def _changed(config: RunConfig, *, train: dict[str, Any], scaling: dict[str, Any]) -> RunConfig:
+    branches = {"train": config.train.model_copy(update=train), "scaling": config.scaling.model_copy(update=scaling)}
+    return config.model_copy(update=branches)
+
+
+def _fits(memory: dict[str, float], options: PlanConfig) -> bool:
+    return memory["total"] <= FULL_MEMORY * options.hardware.memory_bytes
+
+
+def _memory(config: RunConfig, layout: FlatLayout, count: int) -> dict[str, float]:
     on_gpus = config.model_copy(update={"scaling": config.scaling.model_copy(update={"use_gpu": True})})
-    parts = gpu_memory(on_gpus, layout, world_size=count, shard_optimizer=is_sharded)
+    parts = gpu_memory(on_gpus, layout, world_size=count)
     return parts | {"total": sum(parts.values())}
 
 
-def _exchange(config: RunConfig, options: PlanConfig, layout: FlatLayout, count: int) -> dict[str, float]:
-    schedule = batch_schedule(config)
-    found = exchange(layout, options, world_size=count, num_lanes=schedule.num_lanes(schedule.max_steps))
-    return {
-        "bytes_per_step": found.num_bytes,
-        "messages_per_step": found.num_messages,
-        "seconds_per_step": found.seconds,
-    }
+def _exchange(config: RunConfig, options: PlanConfig, layout: FlatLayout, count: int, step_s: float) -> Exchange:
+    """Returns the exchange of a step that takes so long if all GPUs compute all the time."""
+    lanes = batch_schedule(config).full_lanes
+    return exchange(config, layout, options, world_size=count, num_lanes=lanes, lane_s=step_s * count / lanes)
 
 
 def _checkpoint(config: RunConfig, options: PlanConfig, size: int, count: int, step_s: float) -> dict[str, float]:
-    num_bytes = STATE_BYTES * size
-    cost_s = num_bytes / options.hardware.host_bytes_per_s
+    num_bytes, writers = STATE_BYTES * size, writers_of(config.scaling, count)
+    cost_s = num_bytes / writers / options.hardware.host_bytes_per_s
     mtbf_s = mean_time_between_failures_s(options.mtbf_gpu_hours, count)
-    store_s = num_bytes / options.storage_bytes_per_s
+    store_s = storing_s(num_bytes, options, writers=writers)
     interval_s = max(checkpoint_interval_s(cost_s, mtbf_s), store_s, step_s)
     return {
         "bytes": num_bytes,

@@ -7,16 +7,16 @@ from typing import Any, get_args
 
 from cluster.settings.run import RunConfig, batch_schedule, planned_vocabulary, seq_len, way_to_compute, with_precision
 from cluster.storage.uris import open_storage
-from jobs.exact.exact_reduce import lane_steps, subtrees_of_ranks
+from jobs.exact.exact_reduce import subtrees_of_ranks
 from jobs.exact.flat_layout import BLOCK, PIECE_VALUES, FlatLayout
-from jobs.plan.formulas import FP32_BYTES, STATE_BYTES, num_subtrees_of_rank
+from jobs.exact.step_plan import Mesh, StepPlan
+from jobs.plan.exchange import product_bytes
+from jobs.plan.formulas import BF16_BYTES, FP32_BYTES, STATE_BYTES, group_of, holders_of, writers_of
 from jobs.run.history import why_not_resumed
 from jobs.snapshots.slots import NUM_SLOTS
 from model.config import GPTConfig
 from model.processor import Precision
 from model.shapes import CHUNK_TOKENS, GPU_CHUNK_TOKENS, parameter_shapes
-
-BF16_BYTES = 2
 
 _PROCESS_BYTES = 0.5e9
 """Memory of Python, PyTorch and Ray in a worker that trains a tiny model (measured: 0.4 to 0.5 GB)."""
@@ -27,26 +27,36 @@ def layout_of(model: GPTConfig) -> FlatLayout:
     return FlatLayout.of(parameter_shapes(model))
 
 
-def gpu_memory(config: RunConfig, layout: FlatLayout, *, world_size: int, shard_optimizer: bool) -> dict[str, float]:
+def gpu_memory(config: RunConfig, layout: FlatLayout, *, world_size: int) -> dict[str, float]:
     """Returns the bytes by part of the rank that holds most, at the peak of a step: the loss, or the last layer's
-    backward. The GB or two that the GPU's allocator and libraries usually take are not included."""
-    num_lanes = batch_schedule(config).num_lanes(1)
-    owners = min(world_size, num_lanes)
-    all_steps = [lane_steps(subtrees) for subtrees in subtrees_of_ranks(num_lanes, owners)]
-    num_buffers = 1 + max(step.buffer for steps in all_steps for step in steps)
-    bf16 = config.train.precision == "bf16"
-    second = max(map(len, layout.places.values())) if way_to_compute(config) == "cpu" and num_lanes > owners else 0
-    if config.train.micro_batches_per_lane > 1:
+    backward. The GB or two that the GPU's allocator and libraries usually take are not included.
+
+    With g GPUs to one copy, what passes through them is the fp32 embeddings and their gradient, the weights of two
+    decoder blocks, and, as gradients on their way to their owners, about those of one.
+    """
+    scaling, per_lane, width = config.scaling, config.train.micro_batches_per_lane, product_bytes(config)
+    group, num_lanes = group_of(scaling, world_size), batch_schedule(config).full_lanes
+    num_groups = min(world_size // group, num_lanes)
+    plans = (StepPlan(Mesh(n * group, num_groups * group, group), num_lanes, per_lane) for n in range(num_groups))
+    num_buffers, own = max(plan.num_buffers for plan in plans), layout.size / group
+    second = max(map(len, layout.places.values())) * (way_to_compute(config) == "cpu" and num_lanes > num_groups)
+    if group == 1 and per_lane > 1:
         second = layout.size  # what autograd adds the lane's micro-batches up in
+    is_whole, block = scaling.shard != "parameters" or group == 1, max(map(len, layout.decoder_blocks))
+    rest = layout.boundary - sum(map(len, layout.decoder_blocks))  # the embeddings
+    rounded = BF16_BYTES * (layout.boundary if is_whole else rest)
     return {
-        "weights": FP32_BYTES * layout.size,
-        "bf16_weights": BF16_BYTES * layout.boundary if bf16 else 0,  # in autocast's cache
-        "gradients": FP32_BYTES * layout.size,
-        "lane_sums": FP32_BYTES * ((num_buffers - 1) * layout.size + second),
-        "optimizer": 2 * FP32_BYTES * layout.size / (world_size if shard_optimizer else 1),
+        "weights": FP32_BYTES * (layout.size if is_whole else own),
+        "bf16_weights": float(rounded if width == BF16_BYTES else 0),  # in autocast's cache
+        "gradients": FP32_BYTES * own,
+        "lane_sums": FP32_BYTES * ((num_buffers - 1) * own + second),
+        "optimizer": 2 * FP32_BYTES * layout.size / holders_of(scaling, world_size),
+        "embeddings": float(FP32_BYTES * rest * ((group > 1) + (not is_whole))),
+        "two_blocks": float(0 if is_whole else 2 * width * block),
+        "block_gradients": float(width * block if group > 1 else 0),
         "activations": activation_bytes(config),
         "logits_chunk": logits_chunk_bytes(config),
-        "exchange": _received_bytes(layout, world_size=world_size, num_lanes=num_lanes),
+        "exchange": _received_bytes(layout, world_size=world_size, group=group, num_lanes=num_lanes),
     }
 
 
@@ -83,42 +93,40 @@ def logits_chunk_bytes(config: RunConfig) -> float:
     return float(each * num_scores + head * model.vocab_size * model.n_embd)
 
 
-def host_memory(
-    config: RunConfig, layout: FlatLayout, *, world_size: int, gpus_per_node: int, shard_optimizer: bool
-) -> dict[str, float]:
-    """Returns the bytes by part of a node's own memory: two slots of the state, one of them being written
-    (`snapshots/slots`); with ZeRO-1, where no other node has the same, as many of another node's shares
-    (`snapshots/choice`); on rank 0's node a checkpoint that is being stored and one that waits; and two pieces of each
-    GPU's copies (`exact/host_copies`)."""
-    state = STATE_BYTES * layout.size
-    num_ranks = min(world_size, gpus_per_node)
-    share = num_ranks / world_size if shard_optimizer else 1.0
-    is_copied = shard_optimizer and world_size > gpus_per_node
+def host_memory(config: RunConfig, layout: FlatLayout, *, world_size: int, gpus_per_node: int) -> dict[str, float]:
+    """Returns the bytes by part of a node's own memory: two slots of its GPUs' shares of the state, one of them being
+    written (`snapshots/slots`); where no other node has the same, as many of another node's (`snapshots/choice`); a
+    checkpoint that is being stored and one that waits, on rank 0's node, or its GPUs' shards of them where weights are
+    sharded; and two pieces of each GPU's copies (`exact/host_copies`)."""
+    state, num_ranks = STATE_BYTES * layout.size, min(world_size, gpus_per_node)
+    holders, writers = (of(config.scaling, world_size) for of in (holders_of, writers_of))
+    snapshots = NUM_SLOTS * state * (num_ranks / holders if holders > 1 else 1.0)
     return {
-        "snapshots": NUM_SLOTS * state * share,
-        "copies_of_another_node": NUM_SLOTS * state * share * is_copied,
-        "checkpoints": 2.0 * state,
+        "snapshots": snapshots,
+        "copies_of_another_node": snapshots * (holders == world_size > gpus_per_node),
+        "checkpoints": 2 * state * min(1.0, num_ranks / writers),
         "pieces": float(2 * FP32_BYTES * PIECE_VALUES * num_ranks),
     }
 
 
-def _received_bytes(layout: FlatLayout, *, world_size: int, num_lanes: int) -> float:
-    """Returns the bytes of the sums that other ranks send: for one bucket, this rank's part of each."""
+def _received_bytes(layout: FlatLayout, *, world_size: int, group: int, num_lanes: int) -> float:
+    """Returns the bytes of what comes from other ranks: for one bucket, this rank's part of each subtree sum, and of
+    each member's gradient."""
     if world_size == 1:
         return 0.0
-    subtrees = num_subtrees_of_rank(num_lanes, world_size=world_size)
-    part = -(-max(map(len, layout.buckets)) // BLOCK // world_size) * BLOCK
-    return float(FP32_BYTES * part * (sum(subtrees) - min(subtrees)))
+    bucket, num_groups = max(map(len, layout.buckets)), world_size // group
+    subtrees = subtrees_of_ranks(num_lanes, min(num_groups, num_lanes))
+    part = -(-bucket // BLOCK // world_size) * BLOCK
+    return float(FP32_BYTES * (part * sum(map(len, subtrees)) * (num_groups > 1) + bucket * (group > 1)))
 
 
 def worker_needs(config: RunConfig) -> dict[str, Any]:
     """Returns `worker_bytes` of a node's memory and `device_bytes` of a GPU's, which a worker needs, and `problems` in
     words: settings that differ from those that the run began with."""
     planned, scaling = planned_vocabulary(config), config.scaling
-    shape: dict[str, Any] = {"world_size": scaling.min_workers, "shard_optimizer": scaling.shard != "none"}
     training = max(  # as precision `auto` is settled where the workers run, there must be room for either
-        sum(gpu_memory(with_precision(planned, precision), layout_of(planned.model), **shape).values())
-        for precision in get_args(Precision)
+        sum(gpu_memory(each, layout_of(each.model), world_size=scaling.min_workers).values())
+        for each in (with_precision(planned, precision) for precision in get_args(Precision))
     )
     on_device = training if scaling.use_gpu else 0.0
     reason = why_not_resumed(open_storage(config.storage.uri).child(f"runs/{config.run_id}"), config)

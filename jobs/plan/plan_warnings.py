@@ -20,7 +20,7 @@ def warnings(config: RunConfig, options: PlanConfig, plan: dict[str, Any]) -> li
     """Returns the warnings, the gravest first; none where all agrees."""
     is_on_cpus = not config.scaling.use_gpu and not _ASK_FOR_GPUS & options.model_fields_set
     hardware = _on_cpus(config, options) if is_on_cpus else _on_gpus(config, options, plan)
-    return [*_memory(config, options, plan), *hardware, *_schedule(config)]
+    return [*_memory(options, plan), *hardware, *_schedule(config)]
 
 
 def other_work(calibration: dict[str, Any]) -> Iterator[str]:
@@ -32,20 +32,22 @@ def other_work(calibration: dict[str, Any]) -> Iterator[str]:
         )
 
 
-def _memory(config: RunConfig, options: PlanConfig, plan: dict[str, Any]) -> Iterator[str]:
-    needed, has = plan["memory_bytes"]["total"], options.hardware.memory_bytes
-    if needed > FULL_MEMORY * has:
-        sharded = plan["memory_bytes_sharded"]["total"]
-        way_out = (
-            f"--scaling.shard optimizer makes it {sharded / 1e9:,.1f} GB"
-            if sharded <= FULL_MEMORY * has and config.scaling.shard == "none"
-            else f"the largest preset that does in bf16 is {plan['largest_preset']}. What follows is arithmetic"
-        )
-        yield (
-            f"The model does not fit one GPU: a worker needs {needed / 1e9:,.1f} GB, and the {options.gpu} has "
-            f"{has / 1e9:,.0f} GB, a tenth of it for allocator and libraries. raymill trains models that fit one GPU; "
-            f"{way_out}."
-        )
+def _memory(options: PlanConfig, plan: dict[str, Any]) -> Iterator[str]:
+    needed, has, advice = plan["memory_bytes"]["total"], options.hardware.memory_bytes, plan["advice"]
+    if needed <= FULL_MEMORY * has:
+        return
+    way_out = (
+        f"No sharding makes it fit {plan['count']:,} of them, which hold {plan['largest_preset']} in bf16 (shard: "
+        "parameters, recompute, a sequence at a time) and no larger preset. What follows is arithmetic."
+    )
+    if advice is not None:
+        settings = [(branch, name, value) for branch in ("scaling", "train") for name, value in advice[branch].items()]
+        flags = " ".join(f"--{branch}.{name.replace('_', '-')} {value}" for branch, name, value in settings if value)
+        way_out = f"{flags.replace('True', 'true')} makes it {advice['memory_bytes']['total'] / 1e9:,.1f} GB."
+    yield (
+        f"The run does not fit its GPUs: each needs {needed / 1e9:,.1f} GB, and the {options.gpu} has "
+        f"{has / 1e9:,.0f} GB, a tenth of it for allocator and libraries. {way_out}"
+    )
 
 
 def _on_cpus(config: RunConfig, options: PlanConfig) -> Iterator[str]:
@@ -83,11 +85,13 @@ def _on_gpus(config: RunConfig, options: PlanConfig, plan: dict[str, Any]) -> It
             "train.recompute changes no days with --mfu, which does not count repeated operations; it does with "
             "--sustained-tflops."
         )
-    if (exchange_s := plan["exchange"]["seconds_per_step"]) > step_s:
+    moved = plan["exchange"]
+    if moved["seconds"] > moved["compute_s"]:
         yield (
-            f"The exchange of gradients takes {exchange_s:,.3g} s, and a step only {step_s:,.3g} s: the assumed "
-            f"{plan['flops_per_s_per_gpu'] / 1e12:,.0f} TFLOP/s cannot be sustained. A larger "
-            "train.global_batch_size, fewer GPUs or a faster network helps."
+            f"The run is bound by the network: a step exchanges for {moved['seconds']:,.3g} s, of it "
+            f"{moved['messages_s']:,.3g} s for messages, and computes for {moved['compute_s']:,.3g} s, so it takes "
+            f"{moved['step_s']:,.3g} s. That is so below {moved['least_sequences']:,} sequences "
+            f"({moved['counted_in']}). More of them, fewer GPUs or a faster network helps."
         )
     workers = config.scaling.max_workers
     if options.count is not None and workers not in (options.count, 2):  # 2 is the default, which nobody chose

@@ -3,22 +3,23 @@
 The global batch stays the same, as a run's does in raymill, so more GPUs have fewer lanes each.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from cluster.settings.plan import PlanConfig
 from cluster.settings.run import RunConfig, batch_schedule, seq_len
 from jobs.exact.flat_layout import FlatLayout
+from jobs.plan.exchange import exchange
 from jobs.plan.formulas import (
     FP32_BYTES,
-    MESSAGE_S,
     STATE_BYTES,
     TEXT_BYTES_PER_TOKEN,
     checkpoint_interval_s,
-    exchange,
     goodput,
+    holders_of,
     mean_time_between_failures_s,
+    storing_s,
+    writers_of,
 )
 from jobs.plan.memory import layout_of
 from jobs.plan.table import Figures, template
@@ -40,8 +41,6 @@ CALLS_PER_S = 5_000.0
 SLOW_SHARE = 0.1
 """Share of a step from which a part counts as saturated."""
 
-_BACKWARD_SHARE = 2 / 3  # of a lane's time
-
 Row = Mapping[str, Any]
 """The figures at one number of GPUs, by name."""
 
@@ -53,26 +52,25 @@ def scales(config: RunConfig, options: PlanConfig) -> list[Row]:
 
 
 def _scale(config: RunConfig, options: PlanConfig, layout: FlatLayout, size: int) -> Row:
-    gpu, lanes, sharded = options.hardware, batch_schedule(config).full_lanes, config.scaling.shard != "none"
+    gpu, scaling, lanes = options.hardware, config.scaling, batch_schedule(config).full_lanes
     step_tokens = lanes * batch_schedule(config).lane_tokens
     rate = options.mfu * gpu.peak_flops_per_s
     lane_s = flops_per_token(config.model, seq_len(config)) * batch_schedule(config).lane_tokens / rate
-    moved = exchange(layout, options, world_size=size, num_lanes=lanes)
-    # With ZeRO-1 the second half of the bytes, the weights, is sent after the update, where nothing hides it.
-    hidden_s = min(_BACKWARD_SHARE * lane_s, moved.seconds / (2 if sharded else 1))
-    compute_s, exposed_s = math.ceil(lanes / size) * lane_s, moved.seconds - hidden_s
-    step_s = compute_s + exposed_s
+    moved = exchange(config, layout, options, world_size=size, num_lanes=lanes, lane_s=lane_s)
+    compute_s, step_s = moved.compute_s, moved.step_s
 
-    state = STATE_BYTES * layout.size
+    state, writers = STATE_BYTES * layout.size, writers_of(scaling, size)
     copy_bytes_per_s = min(gpu.host_bytes_per_s, COPY_BYTES_PER_S)  # a piece moves while another one is written
-    snapshot_s = state / (size if sharded else min(size, options.gpus_per_node)) / copy_bytes_per_s  # each rank's share
+    shares = min(size, options.gpus_per_node) if scaling.shard == "none" else holders_of(scaling, size)
+    snapshot_s = state / shares / copy_bytes_per_s  # each rank's share
     snapshot_wait_s = max(0.0, snapshot_s - compute_s)  # copies are taken beside the next step
     snapshot_every = interval(copy_s=snapshot_wait_s, step_s=step_s)
-    gathered = 2 * FP32_BYTES * layout.size if sharded else 0  # bytes of moments, for which all wait
+    # Bytes of moments that rank 0 gathers, for which all wait.
+    gathered = 2 * FP32_BYTES * layout.size if holders_of(scaling, size) > writers else 0
     gathered_s = gathered * (size - 1) / size / options.network_bytes_per_s + gathered / copy_bytes_per_s
-    wait_s = gathered_s + max(0.0, (state - gathered) / copy_bytes_per_s - compute_s)
+    wait_s = gathered_s + max(0.0, (state - gathered) / writers / copy_bytes_per_s - compute_s)
     mtbf_s = mean_time_between_failures_s(options.mtbf_gpu_hours, size)
-    store_s = state / options.storage_bytes_per_s
+    store_s = storing_s(state, options, writers=writers)
     checkpoint_every_s = max(checkpoint_interval_s(wait_s, mtbf_s), store_s)
     snapshots = {"interval_s": snapshot_every * step_s, "cost_s": snapshot_wait_s, "mtbf_s": mtbf_s}
     checkpoints = {"interval_s": checkpoint_every_s, "cost_s": wait_s, "mtbf_s": mtbf_s}
@@ -83,8 +81,10 @@ def _scale(config: RunConfig, options: PlanConfig, layout: FlatLayout, size: int
         "lanes_per_gpu": lanes / size,
         "compute_s": compute_s,
         "exchange_s": moved.seconds,  # bytes and messages, hidden or not
-        "exposed_s": exposed_s,  # the part that backward of the last lane does not hide
-        "messages": moved.num_messages,
+        "exposed_s": moved.exposed_s,  # the part that computing does not hide
+        "card_bytes": moved.traffic.card_bytes,  # through each network card
+        "messages": moved.traffic.num_messages,
+        "messages_s": moved.traffic.messages_s,
         "step_s": step_s,
         "efficiency": compute_s / step_s,
         "snapshot_s": snapshot_s,  # for one snapshot
@@ -112,21 +112,21 @@ _LIMITS: tuple[tuple[str, Callable[[Row], bool], str, str], ...] = (
     ),
     (
         "messages",
-        lambda row: row["messages"] * MESSAGE_S > SLOW_SHARE * row["step_s"],
+        lambda row: row["messages_s"] > SLOW_SHARE * row["step_s"],
         f"at 5 µs each they take over {SLOW_SHARE:.0%} of a step",
-        "a reduction in two levels, within a node and then between nodes, whose tree is as canonical (not built)",
+        "scaling.shard gradients in groups of a node: an exchange in two levels, whose tree is as canonical",
     ),
     (
         "snapshots",
         lambda row: row["snapshot_every"] * row["step_s"] > SLOW_SHARE * row["mtbf_s"],
         f"they come further apart than {SLOW_SHARE:.0%} of the time between failures",
-        "ZeRO-1, with which every GPU writes its share alone",
+        "scaling.shard, with which every GPU writes its own share alone",
     ),
     (
         "checkpoints",
         lambda row: row["checkpoint_store_s"] > SLOW_SHARE * row["mtbf_s"],
         f"storing one takes over {SLOW_SHARE:.0%} of the time between failures",
-        "faster storage (--storage-bytes-per-s); a checkpoint is written by rank 0 alone (shards are not built)",
+        "faster storage (--storage-bytes-per-s), or scaling.shard parameters, of which each worker stores its shard",
     ),
     (
         "control",

@@ -22,11 +22,14 @@ _PARTS = {
     "optimizer": "AdamW's moments",
     "activations": "activations",
     "logits_chunk": "logits, a chunk",
+    "embeddings": "embeddings, gradient",
+    "two_blocks": "weights of two blocks",
+    "block_gradients": "gradients on their way",
     "exchange": "received sums",
     "total": "in all",
     "snapshots": "snapshots, two slots",
     "copies_of_another_node": "copies of another node's",
-    "checkpoints": "checkpoints (rank 0)",
+    "checkpoints": "checkpoints",
     "pieces": "pinned, for copies",
 }
 
@@ -37,7 +40,7 @@ def table(plan: Mapping[str, Any], options: PlanConfig) -> str:
         template("plan.txt"),
         tflops=plan["flops_per_s_per_gpu"] / 1e12,
         wall_s=plan["days"] * 86_400,
-        gpu_memory=_memory(plan["memory_bytes"], plan["memory_bytes_sharded"], plan["gpu_memory_bytes"]),
+        gpu_memory=_memory(plan["memory_bytes"], plan["advice"], plan["gpu_memory_bytes"]),
         node_memory="\n".join(f"  {_PARTS[k]:<{_LABEL}}{size(v)}" for k, v in plan["host_memory_bytes"].items() if v),
         **plan,
     )
@@ -90,11 +93,12 @@ def _calibrated(plan: Mapping[str, Any]) -> str:
     return "\n".join([title, *(f"  {name:<{_LABEL}}{value}" for name, value in rows.items())])
 
 
-def _memory(parts: Mapping[str, float], sharded: Mapping[str, float], has: float) -> str:
-    rows = [("", "as set", "with ZeRO-1")]
-    rows += [(_PARTS[name], size(value), size(sharded[name])) for name, value in parts.items() if value]
-    rows += [("of", size(has), size(has))]
-    return "\n".join(f"  {name:<{_LABEL}}{as_set:>12}{with_zero:>14}" for name, as_set, with_zero in rows)
+def _memory(parts: Mapping[str, float], advice: Mapping[str, Any] | None, has: float) -> str:
+    columns = {"as set": parts} | ({"as advised": advice["memory_bytes"]} if advice else {})
+    named = [name for name in parts if any(column[name] for column in columns.values())]
+    rows = [("", [*columns]), *((_PARTS[name], [size(column[name]) for column in columns.values()]) for name in named)]
+    rows.append(("of", [size(has)] * len(columns)))
+    return "\n".join(f"  {name:<{_LABEL}}{''.join(f'{value:>13}' for value in values)}" for name, values in rows)
 
 
 def _assumptions(plan: Mapping[str, Any], options: PlanConfig) -> Iterator[str]:
@@ -111,8 +115,8 @@ def _assumptions(plan: Mapping[str, Any], options: PlanConfig) -> Iterator[str]:
     )
     yield (
         f"A GPU fails once in {options.mtbf_gpu_hours:,.0f} hours (--mtbf-gpu-hours; Llama 3: 50,700), storage takes "
-        f"{size(options.storage_bytes_per_s, '/s')} (--storage-bytes-per-s), a restart {options.restart_s:,.0f} s "
-        "(--restart-s), a message between GPUs 5 µs besides its bytes."
+        f"{size(options.storage_bytes_per_s, '/s')} from a node (--storage-bytes-per-s), a restart "
+        f"{options.restart_s:,.0f} s (--restart-s), a message between GPUs 5 µs besides its bytes."
     )
     yield "Snapshots take up to half of a node's memory, unless checkpoint.snapshot_bytes says how much."
     yield f"{TEXT_BYTES_PER_TOKEN:g} bytes of text for each token, about as in English web text."

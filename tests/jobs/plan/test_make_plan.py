@@ -10,12 +10,10 @@ import torch
 from cluster.cli import main
 from cluster.settings.plan import PlanConfig
 from cluster.settings.run import RunConfig
-from jobs.exact.flat_layout import FlatLayout
+from jobs.exact.step_plan import StepPlan
 from jobs.exact.train_state import TrainState
 from jobs.plan.formulas import (
-    MESSAGE_S,
     checkpoint_interval_s,
-    exchange,
     goodput,
     gpu_days,
     mean_time_between_failures_s,
@@ -24,6 +22,7 @@ from jobs.plan.formulas import (
 from jobs.plan.make_plan import make_plan
 from jobs.plan.memory import activation_bytes, gpu_memory, host_memory, layout_of
 from jobs.plan.table import size, table
+from jobs.workers.worker_group import WorkerGroup
 from model.config import GPTConfig
 from model.gpt import GPT
 from tests.jobs.runs import trained_run
@@ -86,19 +85,6 @@ def test_intervals_by_young_and_daly() -> None:
     assert goodput(interval_s=60, cost_s=1, restart_s=100, mtbf_s=100) == 0
 
 
-def test_an_exchange_is_bound_by_its_slowest_link() -> None:
-    layout, options = FlatLayout.of({"weight": (10**9,)}), PlanConfig(gpu="a100", network_gbit_per_s=80)
-
-    def exchanged(world_size: int) -> tuple[float, float]:
-        """Returns the bytes, and the seconds that they take without what messages take besides."""
-        found = exchange(layout, options, world_size=world_size, num_lanes=64)
-        return found.num_bytes, found.seconds - found.num_messages * MESSAGE_S
-
-    assert exchanged(8) == pytest.approx((8e9 * 7 / 8, 7e9 / 3e11), rel=1e-5)
-    assert exchanged(16) == pytest.approx((8e9 * 15 / 16, 8e9 * 15 / 16 * 8 / 15 / 1e10), rel=1e-5)
-    assert exchanged(1) == (0, 0)
-
-
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("activation", ["gelu", "relu"])
 def test_activations_are_those_that_autograd_keeps(precision: str, activation: str) -> None:
@@ -130,40 +116,46 @@ def test_activations_are_those_that_autograd_keeps(precision: str, activation: s
     loss.backward()
 
 
-@pytest.mark.parametrize("sharded", [False, True])
-def test_flat_buffers_have_the_planned_sizes(*, sharded: bool) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("shard", "group"), [("none", None), ("optimizer", None), ("gradients", 2), ("parameters", 2), ("parameters", 4)]
+)
+def test_what_a_worker_keeps_has_the_planned_sizes(precision: str, shard: str, group: int | None) -> None:
+    """Of one of four workers, made without the other ones."""
     config = RunConfig.model_validate(
         {
-            "model": {"preset": "tiny", "vocab_size": 301},
-            "train": {"global_batch_size": 8, "micro_batch_size": 1, "max_tokens": 10**6},
-            "scaling": {"max_workers": 1, "shard": "optimizer" if sharded else "none"},
+            "model": {"preset": "small-10m", "vocab_size": 3000},
+            "train": {"global_batch_size": 32, "micro_batch_size": 1, "max_tokens": 10**6, "precision": precision},
+            "scaling": {"shard": shard, "shard_group": group},
         }
     )
-    model = GPT(config.model)
+    model, workers = GPT(config.model), WorkerGroup(rank=1, world_size=4)
     model.init_weights(0)
-    state = TrainState(model, config.train, device=torch.device("cpu"))
-    parts = gpu_memory(config, layout_of(config.model), world_size=1, shard_optimizer=sharded)
-    assert parts["weights"] == state.values.nbytes
-    assert parts["gradients"] == state.gradient.nbytes
-    assert parts["optimizer"] == sum(moment.nbytes for moment in state.moments.values())
-    four = gpu_memory(config, layout_of(config.model), world_size=4, shard_optimizer=sharded)
-    assert four["optimizer"] == parts["optimizer"] / (4 if sharded else 1)
-    # Halves of 8 lanes, and their halves, wait for each other: two more buffers, and a second of the largest matrix.
-    largest = max(parameter.nbytes for parameter in model.parameters())
-    assert parts["lane_sums"] == pytest.approx(2 * state.values.nbytes + largest)
+    largest = max(parameter.numel() for parameter in model.parameters())
+    embeddings = model.transformer.wte.weight.nbytes + model.transformer.wpe.weight.nbytes
+    kept = {"shard": config.scaling.shard, "group_size": config.scaling.group_size(4)}
+    state = TrainState(model, config.train, device=torch.device("cpu"), group=workers, **kept)
+    parts = gpu_memory(config, layout_of(config.model), world_size=4)
+    num_buffers = StepPlan(state.mesh, 32, 1).num_buffers
+    assert num_buffers == {"none": 3, "optimizer": 3, "gradients": 4}.get(shard, 4 if group == 2 else 5)
+    assert parts["weights"] == pytest.approx(state.values.nbytes, rel=0.02)
+    assert parts["gradients"] == pytest.approx(state.gradient.nbytes, rel=0.02)
+    assert parts["optimizer"] == pytest.approx(sum(moment.nbytes for moment in state.moments.values()), rel=0.02)
+    assert parts["lane_sums"] == pytest.approx((num_buffers - 1) * state.gradient.nbytes + 4 * largest, rel=0.02)
+    passing = {
+        weights.untyped_storage().data_ptr(): weights.untyped_storage().nbytes() for weights in model.parameters()
+    }
+    assert parts["two_blocks"] == pytest.approx(sum(passing.values()) if shard == "parameters" else 0, rel=0.01)
+    assert parts["embeddings"] == {"gradients": embeddings, "parameters": 2 * embeddings}.get(shard, 0)
+    state.close()
 
 
 def test_the_memory_of_1_3b_is_as_its_table_says() -> None:
     """The columns of the table in k8s/scale.md: one of eight GPUs, with a batch of 512 sequences."""
-    columns = [
-        {},
-        {"recompute": True},
-        {"micro_batches_per_lane": 16},
-        {"recompute": True, "micro_batches_per_lane": 16},
-        {"recompute": True, "micro_batches_per_lane": 16},
-    ]
+    both = {"recompute": True, "micro_batches_per_lane": 16}
+    columns = [{}, {"recompute": True}, {"micro_batches_per_lane": 16}, both, both, both, both]
     sizes = {"global_batch_size": 512, "micro_batch_size": 4, "max_tokens": 10**10, "precision": "bf16"}
-    shards = ["none", "none", "none", "none", "optimizer"]
+    shards = ["none", "none", "none", "none", "optimizer", "gradients", "parameters"]
     runs = [
         {"model": {"preset": "gpt3-1.3b"}, "train": sizes | column, "scaling": {"shard": shard}}
         for column, shard in zip(columns, shards, strict=True)
@@ -184,31 +176,54 @@ def test_a_checkpoint_has_the_planned_bytes(tmp_path: Path) -> None:
 
 
 def test_memory_beside_the_gpus() -> None:
-    config = RunConfig.model_validate(small())
-    layout = layout_of(config.model)
-    shape = {"world_size": 16, "gpus_per_node": 8}
-    whole = host_memory(config, layout, **shape, shard_optimizer=False)
-    assert whole["snapshots"] == 2 * 12 * layout.size
-    assert whole["copies_of_another_node"] == 0, "every node has the whole state"
-    shares = host_memory(config, layout, **shape, shard_optimizer=True)
-    assert shares["snapshots"] == shares["copies_of_another_node"] == 12 * layout.size
+    def beside(**scaling: Any) -> dict[str, float]:
+        config = RunConfig.model_validate(small() | {"scaling": scaling})
+        return host_memory(config, layout, world_size=16, gpus_per_node=8)
+
+    layout = layout_of(RunConfig.model_validate(small()).model)
+    state = 12 * layout.size
+    assert beside()["snapshots"] == beside()["checkpoints"] == 2 * state
+    assert beside()["copies_of_another_node"] == 0, "every node has the whole state"
+    shares = beside(shard="optimizer")
+    assert shares["snapshots"] == shares["copies_of_another_node"] == state
+    assert shares["checkpoints"] == 2 * state, "rank 0 gathers it"
+    halves = beside(shard="parameters")
+    assert halves["snapshots"] == halves["copies_of_another_node"] == halves["checkpoints"] == state
+    groups = beside(shard="parameters", shard_group=8)
+    assert groups["snapshots"] == 2 * state
+    assert groups["copies_of_another_node"] == 0, "the other group has the same shares"
 
 
-def test_a_model_too_large_is_said_first_and_still_planned() -> None:
-    plan = planned(GPT3, gpu="a100", count=1024)
-    assert "does not fit one GPU" in plan["warnings"][0]
-    assert "the largest preset that does in bf16 is gpt3-2.7b" in plan["warnings"][0]
+def test_a_model_too_large_is_said_first_and_how_it_fits() -> None:
+    plan = planned(GPT3 | {"scaling": {"shard": "optimizer"}}, gpu="a100", count=1024)
+    assert plan["warnings"][0].startswith("The run does not fit its GPUs: each needs ")
+    assert "--scaling.shard parameters --scaling.shard-group" in plan["warnings"][0]
     assert plan["memory_bytes"]["weights"] == pytest.approx(4 * 174.6e9, rel=1e-3)
-    assert plan["memory_bytes_sharded"]["optimizer"] == pytest.approx(8 * 174.6e9 / 1024, rel=1e-3)
+    assert plan["memory_bytes"]["optimizer"] == pytest.approx(8 * 174.6e9 / 1024, rel=1e-3)
     assert plan["memory_bytes"]["total"] == sum(v for k, v in plan["memory_bytes"].items() if k != "total")
-    assert plan["cost"] > 1e6
+    advised = plan["advice"]
+    assert advised["memory_bytes"]["total"] < 72e9
+    followed = {"train": GPT3["train"] | advised["train"], "scaling": advised["scaling"]}
+    assert planned(GPT3 | followed, gpu="a100", count=1024)["memory_bytes"] == advised["memory_bytes"]
+    assert plan["largest_preset"] == "gpt3-175b"
+    few = planned(GPT3, gpu="a100", count=64)
+    assert few["advice"] is None
+    assert "No sharding makes it fit 64 of them, which hold gpt3-13b in bf16" in few["warnings"][0]
 
 
-def test_zero_1_is_named_where_it_helps() -> None:
+def test_the_cheapest_sharding_that_fits_is_named() -> None:
     run = {"model": {"preset": "gpt3-2.7b"}, "train": {"precision": "bf16", "global_batch_size": 512}}
     run["train"] |= {"max_tokens": 10**11, "micro_batch_size": 4, "warmup_tokens": 10**8}  # type: ignore[operator]
-    (first, *_) = planned(run, gpu="a100", count=128)["warnings"]
-    assert "--scaling.shard optimizer makes it" in first
+    for hardware in ({"gpu": "a100", "count": 128}, {"gpu": "a100-40gb", "count": 16}):
+        plan = planned(run, **hardware)
+        way, costs = plan["advice"]["scaling"], {}
+        for shard in ("optimizer", "gradients", "parameters"):
+            for group in (2, 4, 8, 16, hardware["count"]):
+                scaling = {"shard": shard} | ({"shard_group": group} if shard != "optimizer" else {})
+                other = planned(run | {"scaling": scaling, "train": run["train"] | plan["advice"]["train"]}, **hardware)
+                if not any("does not fit" in text for text in other["warnings"]):
+                    costs[shard, scaling.get("shard_group")] = other["exchange"]["exposed_s"]
+        assert costs[way["shard"], way.get("shard_group")] == min(costs.values())
 
 
 @pytest.mark.parametrize(
@@ -223,7 +238,7 @@ def test_zero_1_is_named_where_it_helps() -> None:
         ({"decay_tokens": 5 * 10**9}, {}, "for the last 50% of the run"),
         ({"seq_len": 512}, {}, "later positions are never trained"),
         ({"recompute": True}, {}, "train.recompute changes no days"),
-        ({}, {"count": 64, "network_gbit_per_s": 0.1}, "cannot be sustained"),
+        ({}, {"count": 64, "network_gbit_per_s": 0.1}, "bound by the network: a step exchanges for"),
     ],
 )
 def test_inputs_that_disagree(train: dict[str, Any], options: dict[str, Any], said: str | None) -> None:
@@ -261,13 +276,15 @@ def test_settings_that_cannot_be_are_refused() -> None:
 
 def test_the_table_is_aligned_and_has_its_units() -> None:
     options = PlanConfig.model_validate({"gpu": "a100", "count": 1024})
-    text = table(make_plan(RunConfig.model_validate(GPT3), options), options)
+    plan = make_plan(RunConfig.model_validate(GPT3), options)
+    text, moments = table(plan, options), plan["advice"]["memory_bytes"]["optimizer"]
     lines = text.splitlines()
-    assert lines[0].startswith("warning: The model does not fit one GPU")
+    assert lines[0].startswith("warning: The run does not fit its GPUs")
     assert max(map(len, lines)) <= 120
     assert "  operations, 6 N D         3.14e+23 FLOPs = 3,638 petaflop/s-days" in lines
     assert any(
-        line.startswith("  AdamW's moments") and line.split()[-4:] == ["1.397", "TB", "1.364", "GB"] for line in lines
+        line.startswith("  AdamW's moments") and line.split()[-4:-1] == ["1.397", "TB", size(moments)[:-3]]
+        for line in lines
     )
     assert size(2.5e15) == "2.5 PB"
     assert size(12, "/s") == "12 B/s"
@@ -280,6 +297,6 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["total_flops"] == pytest.approx(3.14e23, rel=2e-3)
     assert found["gpu_days"] == pytest.approx(1024 * found["days"])
-    assert {"cost", "checkpoint", "exchange", "data", "warnings"} <= found.keys()
+    assert {"cost", "checkpoint", "exchange", "data", "advice", "warnings"} <= found.keys()
     assert {"weights", "gradients", "optimizer", "activations", "logits_chunk"} <= found["memory_bytes"].keys()
     assert main(["plan", "--gpu", "a1000"]) == 2

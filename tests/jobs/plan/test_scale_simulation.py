@@ -16,7 +16,7 @@ PAGE = REPOSITORY / "k8s" / "scale.md"
 
 
 def documented() -> tuple[RunConfig, PlanConfig]:
-    (command,) = [line for line in PAGE.read_text().splitlines() if line.startswith("raymill plan ")]
+    (command,) = [line for line in PAGE.read_text().splitlines() if line.startswith("raymill plan --simulate ")]
     words = shlex.split(command)[1:]
     arguments = command_parser(words).parse_args(words)
     assert arguments.simulate
@@ -42,14 +42,31 @@ def test_more_gpus_compute_faster_and_wait_longer() -> None:
     assert all(row["step_s"] == pytest.approx(row["compute_s"] + row["exposed_s"]) for row in rows)
 
 
+def sharded(config: RunConfig, shard: str, group: int | None = None) -> RunConfig:
+    scaling = config.scaling.model_copy(update={"shard": shard, "shard_group": group})
+    return config.model_copy(update={"scaling": scaling})
+
+
 def test_zero_1_lightens_snapshots() -> None:
     config, options = documented()
-    sharded = config.model_copy(update={"scaling": config.scaling.model_copy(update={"shard": "optimizer"})})
-    whole, shares = scales(config, options)[-1], scales(sharded, options)[-1]
+    whole, shares = scales(config, options)[-1], scales(sharded(config, "optimizer"), options)[-1]
     assert shares["snapshot_s"] == pytest.approx(whole["snapshot_s"] / 4096 * 8), "the 8 GPUs of a node divide it"
     assert shares["snapshot_wait_s"] == 0 < whole["snapshot_wait_s"] < whole["snapshot_s"]
     assert shares["snapshot_every"] < whole["snapshot_every"]
     assert shares["exposed_s"] >= whole["exposed_s"], "the weights go round after the update"
+
+
+def test_groups_of_a_node_spare_the_network_and_the_storage() -> None:
+    config, options = documented()
+    flat, nodes = (scales(each, options) for each in (config, sharded(config, "gradients", 8)))
+    for all_alike, in_groups in zip(flat[1:], nodes[1:], strict=True):
+        assert in_groups["card_bytes"] < all_alike["card_bytes"] / 7
+        assert in_groups["exposed_s"] < all_alike["exposed_s"]
+    assert nodes[-1]["snapshot_s"] == flat[-1]["snapshot_s"], "a node has all shares either way"
+    assert nodes[-1]["checkpoint_store_s"] == flat[-1]["checkpoint_store_s"], "rank 0 writes it"
+    over_nodes = scales(sharded(config, "parameters", 64), options)[-1]
+    assert over_nodes["checkpoint_store_s"] == pytest.approx(flat[-1]["checkpoint_store_s"] / 8)
+    assert over_nodes["snapshot_s"] == pytest.approx(flat[-1]["snapshot_s"] / 8)
 
 
 def limits(config: RunConfig, options: PlanConfig) -> dict[str, int | None]:

@@ -1,0 +1,124 @@
+"""Computes what the exchange of a step sends within a node and through network cards, and what computing hides of it.
+
+P values of the flat buffers, W GPUs in groups of g members, K subtree sums that a group has before it meets the others.
+Where no gradients are sharded each GPU is a group, and the groups' exchange is all there is.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+from cluster.settings.plan import PlanConfig
+from cluster.settings.run import RunConfig
+from jobs.exact.exact_reduce import subtrees_of_ranks
+from jobs.exact.flat_layout import FlatLayout
+from jobs.plan.formulas import BF16_BYTES, FP32_BYTES, group_of
+
+MESSAGE_S = 5e-6
+"""Seconds that a message between two GPUs takes besides its bytes: an assumption, of the order of InfiniBand's."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What a GPU sends, of those that send most."""
+
+    link_bytes: float = 0.0  # within its node
+    card_bytes: float = 0.0  # through its network card
+    num_messages: int = 0
+
+    def __add__(self, other: "Traffic") -> "Traffic":
+        links, cards = self.link_bytes + other.link_bytes, self.card_bytes + other.card_bytes
+        return Traffic(links, cards, self.num_messages + other.num_messages)
+
+    def __mul__(self, times: int) -> "Traffic":
+        return Traffic(self.link_bytes * times, self.card_bytes * times, self.num_messages * times)
+
+    @property
+    def messages_s(self) -> float:
+        return self.num_messages * MESSAGE_S
+
+    def seconds(self, options: PlanConfig) -> float:
+        """Links and network work at the same time, messages are sent one after another."""
+        links_s = self.link_bytes / options.hardware.link_bytes_per_s
+        return max(links_s, self.card_bytes / options.network_bytes_per_s) + self.messages_s
+
+
+def between_all(num_bytes: float, *, size: int, near: int, num_calls: int) -> Traffic:
+    """Returns what sends the parts of so many bytes to their owners, or from each owner to all others (`exact/peers`),
+    among `size` ranks, `near` of them on each node."""
+    on_links, on_cards = (num_bytes * count / size for count in (near - 1, size - near))
+    return Traffic(on_links, on_cards, num_calls * (size - 1))
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """The exchange of a step, and the computing beside it."""
+
+    traffic: Traffic
+    seconds: float  # hidden or not
+    exposed_s: float  # not hidden by computing
+    compute_s: float  # of the GPU with most lanes
+    least_sequences: int  # from so many on, computing takes as long as the exchange
+    counted_in: str  # the setting that has them
+
+    @property
+    def step_s(self) -> float:
+        return self.compute_s + self.exposed_s
+
+
+def exchange(
+    config: RunConfig, layout: FlatLayout, options: PlanConfig, *, world_size: int, num_lanes: int, lane_s: float
+) -> Exchange:
+    """Returns the exchange of a step of so many lanes, each of which computes for `lane_s`.
+
+    The gradients of a micro-batch go to their owners during its own backward pass, and weights come during the pass
+    that needs them. Groups send 4 (K + 1) (P - P/W) bytes where each is one GPU, which the last backward pass alone
+    hides: to the owners of parts, and what these have summed to all. What follows an update, nothing hides.
+    """
+    train, shard, group = config.train, config.scaling.shard, group_of(config.scaling, world_size)
+    num_groups, near = world_size // group, min(world_size, options.gpus_per_node)
+    within = partial(between_all, size=group, near=min(group, near))
+    between = partial(between_all, size=num_groups, near=max(1, near // group))
+    passes = math.ceil(math.ceil(num_lanes / num_groups) * train.micro_batches_per_lane / group)
+    subtrees = subtrees_of_ranks(num_lanes, min(num_groups, num_lanes))
+
+    matrices, num_buckets = sum(map(len, layout.decoder_blocks)), len(layout.buckets)
+    num_calls = round(num_buckets * matrices / layout.size)
+    products = within(product_bytes(config) * matrices, num_calls=num_calls)
+    others = within(FP32_BYTES * (layout.size - matrices), num_calls=num_buckets - num_calls)
+    whole = between(FP32_BYTES * layout.size / group, num_calls=num_buckets)
+    last = whole * (max(map(len, subtrees)) + (shard != "optimizer"))
+    everything = within(FP32_BYTES * layout.size, num_calls=num_buckets)
+    updated = {"none": Traffic(), "optimizer": whole, "gradients": everything, "parameters": others}[shard]
+    first = again = Traffic()  # the weights of a pass
+    if shard == "parameters":
+        share = max(0.0, 1 - 2 / config.model.n_layer)  # the last two blocks are there when a pass turns round
+        again = within(product_bytes(config) * matrices * share, num_calls=round(num_calls * share))
+        first = products
+    backward = again + products + others
+
+    micro_batch_s, forward_share = lane_s / train.micro_batches_per_lane, 1 / 4 if train.recompute else 1 / 3
+    forward_s, backward_s = forward_share * micro_batch_s, (1 - forward_share) * micro_batch_s
+    parts = [  # what is sent, the seconds that hide it, and how many times
+        (first, forward_s, 1),
+        (again, forward_s, passes - 1),
+        (backward, backward_s, passes - 1),
+        (backward + last, backward_s, 1),
+        (updated, 0.0, 1),
+    ]
+    seconds = [(traffic.seconds(options), hiding_s, times) for traffic, hiding_s, times in parts]
+    total_s = sum(each_s * times for each_s, _, times in seconds)
+    sequence_s = micro_batch_s / train.micro_batch_size * (passes if group > 1 else 1)
+    return Exchange(
+        traffic=sum((traffic * times for traffic, _, times in parts), Traffic()),
+        seconds=total_s,
+        exposed_s=sum(max(0.0, each_s - hiding_s) * times for each_s, hiding_s, times in seconds),
+        compute_s=passes * micro_batch_s,
+        least_sequences=math.ceil(total_s / sequence_s),
+        counted_in="train.micro_batch_size" if group > 1 else "train.global_batch_size for each GPU",
+    )
+
+
+def product_bytes(config: RunConfig) -> int:
+    """Returns the bytes of a weight as lanes compute with it, and of its gradient, which is a product."""
+    return BF16_BYTES if config.train.precision == "bf16" else FP32_BYTES
