@@ -114,7 +114,7 @@ CASES = [
     Case("bf16", compute="plain", recompute=True, documents=True, micro_batches=2, shard="parameters"),
     Case("bf16", recompute=True, documents=True, micro_batches=2, shard="gradients", group=2),
     Case(num_lanes=8),
-    Case(num_lanes=8, shard="gradients", group=2),
+    Case(num_lanes=8, shard="gradients"),
     Case(num_lanes=8, shard="parameters", recompute=True),
     Case(num_lanes=13, start_lanes=5),  # 5, 7, 9, then 13 lanes
     Case(num_lanes=13, start_lanes=5, shard="optimizer"),

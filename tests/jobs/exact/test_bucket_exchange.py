@@ -123,7 +123,7 @@ def test_powers_of_two_send_a_rings_bytes(outcomes: list[Outcome], case: Case) -
             assert overhead <= 0.02 or run["world"] not in "24"
 
 
-@pytest.mark.parametrize("case", [case for case in EXACT if case.start_lanes is None], ids=str)
+@pytest.mark.parametrize("case", [case for case in WHOLE if case.start_lanes is None], ids=str)
 def test_the_planner_knows_what_is_sent(outcomes: list[Outcome], case: Case) -> None:
     config = case.config()
     layout = layout_of(config.model)
