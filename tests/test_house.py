@@ -17,7 +17,7 @@ from tests.time_limits import limit_s
 MAX_MODULES = 15  # of a folder
 MAX_PACKAGE_LINES = 1_800
 MAX_FILE_LINES = 450
-MAX_LINES = 31_700  # of all Python and C++ in the code folders
+MAX_LINES = 32_000  # of all Python and C++ in the code folders
 
 CONTRACTS = [contract["name"] for contract in PYPROJECT["tool"]["importlinter"]["contracts"]]
 

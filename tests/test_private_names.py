@@ -287,13 +287,14 @@ def test_every_private_name_that_is_imported_has_a_canary() -> None:
 
 def test_ray_reads_every_variable_that_is_set_for_it() -> None:
     """Ray ignores a variable that it does not know: one that it renames would change nothing, and nobody would notice."""
-    files = [path for folder in ("cluster", "jobs", "serving") for path in (REPOSITORY / folder).rglob("*.py")]
+    folders = [REPOSITORY / folder for folder in ("cluster", "jobs", "serving")]
+    files = [path for folder in folders for kind in ("py", "toml") for path in folder.rglob(f"*.{kind}")]
     text = "".join(path.read_text(encoding="utf-8") for path in [*files, REPOSITORY / "k8s/base/ray.env"])
-    names = set(re.findall(r'(?:"|^)(RAY_\w+)(?="|=)', text, re.MULTILINE))
+    names = set(re.findall(r'(?:"|^)(RAY_\w+)(?="| ?=)', text, re.MULTILINE))
     assert {"RAY_worker_niceness", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "RAY_health_check_period_ms"} <= names
     root = Path(ray.__file__).parent
-    folders = ("_private", "_common", "train/v2/_internal", "serve/_private", "dashboard/modules/job")
-    python = "".join(path.read_text(encoding="utf-8") for folder in folders for path in (root / folder).rglob("*.py"))
+    modules = ("_private", "_common", "train/v2/_internal", "serve/_private", "dashboard/modules/job")
+    python = "".join(path.read_text(encoding="utf-8") for module in modules for path in (root / module).rglob("*.py"))
     native = (root / "_raylet.so").read_bytes()  # its names lack the prefix
     assert {name for name in names if name not in python and name.removeprefix("RAY_").encode() not in native} == set()
 

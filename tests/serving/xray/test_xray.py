@@ -50,7 +50,8 @@ async def look(http: httpx.AsyncClient, **fields: Any) -> Body:
 
 
 def processes() -> list[psutil.Process]:
-    return [p for p in psutil.Process().children() if "serving.xray.run_xray" in p.cmdline()]
+    living = [p for p in psutil.Process().children() if p.status() != psutil.STATUS_ZOMBIE]
+    return [p for p in living if "serving.xray.run_xray" in p.cmdline()]
 
 
 @pytest.fixture(scope="module")
