@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import math
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from dataclasses import KW_ONLY, dataclass, replace
 
 import orjson
@@ -65,7 +65,7 @@ class Completion:
             parts.setdefault(part.index, []).append(part)
             if part.finish_reason is not None:
                 choices[part.index] = join_parts(parts.pop(part.index))
-        if max_scores(self.sequences) > SCORES_AT_ONCE:
+        if sum(sequence.max_scores for sequence in self.sequences) > SCORES_AT_ONCE:
             return await asyncio.to_thread(self._written, choices)
         return self._written(choices)
 
@@ -175,7 +175,7 @@ async def start_completion(
         for prompt_ids in prompts
         for index in range(request.n)
     ]
-    if (num_scores := max_scores(sequences)) > MAX_SCORES:
+    if (num_scores := sum(sequence.max_scores for sequence in sequences)) > MAX_SCORES:
         raise invalid_request(
             f"{num_scores} log-probabilities were asked for ({len(sequences)} sequences), at most {MAX_SCORES} are "
             "given in one answer; ask for fewer prompts, tokens or candidates",
@@ -187,13 +187,8 @@ async def start_completion(
     except EngineDiedError:
         raise error_of("engine_unavailable") from None
     facts.queued_s = time.monotonic()
-    timer = RequestTimer(
-        counted,
-        version.stats,
-        seq_ids=[sequence.seq_id for sequence in sequences],
-        num_prompt_tokens=sum(len(prompt_ids) for prompt_ids in prompts),
-        entered_s=generation.entered_s,
-    )
+    counted.prompt_tokens.inc(sum(map(len, prompts)))
+    timer = RequestTimer(counted, version.stats, generation.entered_s, [sequence.seq_id for sequence in sequences])
     completion = Completion(
         request, answer=answer, model=model, sequences=sequences, generation=generation, timer=timer, facts=facts
     )
@@ -227,10 +222,6 @@ def _require_possible(request: CompletionRequest, model: ServedModel) -> None:
     ending = {*request.stop_token_ids, *({model.eos_id} if model.eos_id is not None else ())}
     if request.min_tokens and len(ending) >= model.config.vocab_size:
         raise invalid_request("stop_token_ids leave no token for min_tokens", param="stop_token_ids")
-
-
-def max_scores(sequences: Iterable[SequenceRequest]) -> int:
-    return sum(sequence.max_scores for sequence in sequences)
 
 
 def refuse_when_full(engine: EngineClient, num_sequences: int, config: ServeConfig, *, key: str) -> None:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import InitVar, dataclass
 from enum import StrEnum
 from functools import partial
 from typing import get_args
@@ -116,44 +117,38 @@ class EngineMetrics(Collector):
                 yield family
 
 
+@dataclass(eq=False)
 class RequestTimer:
     """Times one request's sequences, each since it got in line, for the metrics and for the version that answers: the
     last of 256 prompts waits for those before it, and not for a slow engine."""
 
-    def __init__(
-        self,
-        metrics: VersionMetrics,
-        stats: VersionStats,
-        *,
-        seq_ids: list[int],
-        num_prompt_tokens: int,
-        entered_s: Mapping[int, float],
-    ) -> None:
-        self._metrics = metrics
-        self._stats = stats
-        self._entered_s = entered_s  # by sequence
+    metrics: VersionMetrics
+    stats: VersionStats
+    entered_s: Mapping[int, float]  # by sequence
+    seq_ids: InitVar[list[int]]
+
+    def __post_init__(self, seq_ids: list[int]) -> None:
         self._last_token_s: dict[int, float | None] = dict.fromkeys(seq_ids)  # of the open sequences
-        metrics.prompt_tokens.inc(num_prompt_tokens)
 
     def token(self, seq_id: int) -> None:
         now_s, last_s = time.monotonic(), self._last_token_s[seq_id]
         if last_s is None:
-            self._metrics.ttft_s.observe(now_s - self._entered_s[seq_id])
+            self.metrics.ttft_s.observe(now_s - self.entered_s[seq_id])
         else:
-            self._metrics.itl_s.observe(now_s - last_s)
-            self._stats.tokens += 1
-            self._stats.busy_s += now_s - last_s
-        self._metrics.generation_tokens.inc()
+            self.metrics.itl_s.observe(now_s - last_s)
+            self.stats.tokens += 1
+            self.stats.busy_s += now_s - last_s
+        self.metrics.generation_tokens.inc()
         self._last_token_s[seq_id] = now_s
 
     def finished(self, seq_id: int, finish_reason: str) -> None:
         del self._last_token_s[seq_id]
-        self._metrics.ended[finish_reason].inc()
+        self.metrics.ended[finish_reason].inc()
         if finish_reason != ABORTED:
-            since_start_s = time.monotonic() - self._entered_s[seq_id]
-            self._metrics.e2e_s.observe(since_start_s)
-            self._stats.sequences += 1
-            self._stats.errors += finish_reason == FinishReason.ERROR
+            since_start_s = time.monotonic() - self.entered_s[seq_id]
+            self.metrics.e2e_s.observe(since_start_s)
+            self.stats.sequences += 1
+            self.stats.errors += finish_reason == FinishReason.ERROR
 
     def close(self) -> None:
         """Counts every sequence that has not finished as aborted."""

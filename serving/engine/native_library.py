@@ -20,6 +20,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from model.durable_files import sync
 from model.processor import cpu_features
 from model.tables import read_table
 
@@ -67,10 +68,8 @@ def _baked() -> Path | None:
     if not (folder := os.environ.get(FOLDER_VARIABLE)):
         return None
     runs = [march for march, needs in TARGETS.get(platform.machine(), {}).items() if needs <= cpu_features()]
-    for march in runs if _march() == NATIVE else [_march()]:
-        if (path := Path(folder) / _baked_name(march)).exists():
-            return path
-    return None
+    paths = (Path(folder) / _baked_name(march) for march in (runs if _march() == NATIVE else [_march()]))
+    return next((path for path in paths if path.exists()), None)
 
 
 def _baked_name(march: str) -> str:
@@ -151,12 +150,8 @@ def _compile(compiler: str, march: str, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
         _run([compiler, *_flags(march), str(SOURCES / "decoder.cpp"), "-o", str(made)], Path(folder) / "log")
-        with made.open("r+b") as file:
-            content = _sealed(file.read())
-            file.seek(0)
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        made.write_bytes(_sealed(made.read_bytes()))
+        sync(made)
         made.chmod(0o755)  # some umasks let the group write
         made.replace(path)  # two processes may do this at once
 

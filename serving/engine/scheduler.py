@@ -111,23 +111,19 @@ class Scheduler:
     def advance(self, chunk: Chunk, token_id: int | None) -> FinishReason | None:
         """Records that a chunk was read, and the token that it drew. Returns why its sequence has finished, if it
         has."""
-        sequence, request = chunk.sequence, chunk.sequence.request
-        drew = chunk.draws
+        sequence = chunk.sequence
         sequence.num_read = chunk.last
         self._seal(sequence, first=chunk.first)
-        if not drew:
+        if not chunk.draws:
             return None
         self._end_promise(sequence)
         if token_id is not None:
             sequence.output_ids.append(token_id)
-        reason = None
-        if token_id in sequence.stop_ids:
-            reason = FinishReason.STOP
-        elif len(sequence.output_ids) >= request.max_tokens:
-            reason = FinishReason.LENGTH
-        if reason is not None:
-            self._release(sequence)
-        return reason
+        stops = token_id in sequence.stop_ids
+        if not stops and len(sequence.output_ids) < sequence.request.max_tokens:
+            return None
+        self._release(sequence)
+        return FinishReason.STOP if stops else FinishReason.LENGTH
 
     def fail(self, sequence: Sequence) -> FinishReason:
         """Ends a sequence whose blocks no other may share."""

@@ -1,6 +1,7 @@
 """The errors of the HTTP interface: one exception, its OpenAI-shaped body, and what constructs it."""
 
 import json
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 from model.tables import read_table
@@ -10,24 +11,19 @@ DRAINING_HEADER = "x-raymill-draining"  # by which the front door recognizes a p
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
+@dataclass(eq=False)
 class ApiError(Exception):
     """An answer other than 200. `message` tells the client what was wrong and what was expected, with the numbers."""
 
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        param: str | None = None,
-        code: str | None = None,
-        headers: dict[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.message = message
-        self.param = param
-        self.code = code
-        self.headers = headers or {}
+    status: int
+    message: str
+    _: KW_ONLY
+    param: str | None = None
+    code: str | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.message
 
     def body(self) -> dict[str, Any]:
         kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")

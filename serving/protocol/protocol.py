@@ -7,16 +7,7 @@ from dataclasses import fields
 from typing import Annotated, Any, ClassVar, Literal, NoReturn, Self, TypeVar
 
 import fastapi
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainValidator,
-    ValidationError,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PlainValidator, ValidationError, model_validator
 
 from model.sampling_params import SamplingParams
 from serving.protocol import harmless_fields
@@ -89,7 +80,7 @@ class Request(BaseModel):
     """The base of all request bodies: no conversion between types, no unknown field, no NaN."""
 
     harmless: ClassVar[harmless_fields.HarmlessValues] = {}  # fields that it lacks but accepts with these values
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = {"strict": True, "extra": "forbid", "frozen": True, "allow_inf_nan": False}
 
 
 Flag = Annotated[bool, BeforeValidator(lambda value: value is not None and value)]  # null is false

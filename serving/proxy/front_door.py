@@ -13,7 +13,7 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from enum import StrEnum
 from http import HTTPStatus
 from typing import Any
@@ -105,15 +105,8 @@ def middlewares() -> list[Middleware]:
 
     tracing = tracing_from_environment("raymill-proxy")
     front_door = Middleware(FrontDoor, config=config, count=count, log=log, tracing=tracing)
-    # Ray Serve puts each around those before it.
-    return [front_door, Middleware(NewestRoute), *_cross_origin(config)]
-
-
-def _cross_origin(config: HttpConfig) -> list[Middleware]:
-    """Lets the pages of other origins read all answers, refusals too, and answers what their browsers ask beforehand,
-    which has no key. Without origins there is nothing between a client and the front door."""
-    if not config.cors_origins:
-        return []
+    # Lets the pages of other origins read all answers, refusals too, and answers what their browsers ask beforehand,
+    # which has no key.
     cors = Middleware(
         CORSMiddleware,
         allow_origins=config.cors_origins,
@@ -121,43 +114,36 @@ def _cross_origin(config: HttpConfig) -> list[Middleware]:
         allow_headers=["*"],  # OpenAI's client sends some of its own
         expose_headers=["x-request-id", "x-model-version", "x-model-note", "retry-after"],
     )
-    return [cors]
+    # Ray Serve puts each around those before it. Without origins there is nothing before the front door.
+    return [front_door, Middleware(NewestRoute), *([cors] if config.cors_origins else [])]
 
 
+@dataclass(eq=False)
 class FrontDoor:
-    def __init__(
-        self,
-        app: ASGIApp,
-        *,
-        config: HttpConfig,
-        count: Callable[[Outcome, str], None],
-        log: LogRequest,
-        tracing: Tracing,
-    ) -> None:
-        """`count` is called with the outcome of each completion and the version that answered, empty for none, and
-        `log` with the fields of each request."""
-        self._app = app
-        self._config = config
-        self._count = count
-        self._log = log
-        self._tracing = tracing
-        self._relay = Relay()
-        self._key_names = KeyNames()
+    app: ASGIApp
+    _: KW_ONLY
+    config: HttpConfig
+    count: Callable[[Outcome, str], None]  # with each completion's outcome, and the version that answered or nothing
+    log: LogRequest
+    tracing: Tracing
+
+    def __post_init__(self) -> None:
+        self._relay, self._key_names = Relay(), KeyNames()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
+            await self.app(scope, receive, send)
             return
         began_s, clock_s = time.time(), time.monotonic()
         request_id, path = clean_request_id(scope["headers"]), scope["path"]
         is_post = scope["method"] == "POST"
-        span = self._tracing.start(f"POST {path[:MAX_LOGGED_PATH]}", scope["headers"]) if is_post else Span()
+        span = self.tracing.start(f"POST {path[:MAX_LOGGED_PATH]}", scope["headers"]) if is_post else Span()
         ending = Ending(Outcome.FAILED, reason="internal_error")
         try:
             ending = await self._answer(scope, receive, send, request_id, span)
         finally:
             if path in COUNTED_PATHS:
-                self._count(ending.outcome, ending.facts.get("model_version") or "")
+                self.count(ending.outcome, ending.facts.get("model_version") or "")
             is_failure = ending.outcome in (Outcome.FAILED, Outcome.CUT)
             span.end(
                 {"http.response.status_code": ending.status, "raymill.request_id": request_id.decode()},
@@ -176,7 +162,7 @@ class FrontDoor:
                     "attempts": ending.num_attempts,
                     "trace_id": span.trace_id,
                 }
-                self._log(**(ending.facts | seen_here))
+                self.log(**(ending.facts | seen_here))
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send, request_id: bytes, span: Span) -> Ending:
         scope = {**scope, "headers": self._forwarded_headers(scope["headers"], request_id)}
@@ -190,7 +176,7 @@ class FrontDoor:
             return Ending(outcome_of(error.status), error.status, error.code)
         if body is None:
             return Ending(Outcome.LEFT, reason=CLIENT_LEFT)
-        return await Exchange(self._app, scope, body, receive, send, request_id, span).run(self._relay)
+        return await Exchange(self.app, scope, body, receive, send, request_id, span).run(self._relay)
 
     def _forwarded_headers(self, headers: list[tuple[bytes, bytes]], request_id: bytes) -> list[tuple[bytes, bytes]]:
         dropped = (*DROPPED_HEADERS, TIMEOUT_HEADER, ASK_HEADER, RETRY_HEADER, b"x-request-id")
@@ -198,7 +184,7 @@ class FrontDoor:
         kept = [(n, v) for n, v in headers if n not in dropped and (v.isascii() or n == b"authorization")]
         kept.append((b"x-request-id", request_id))
         timeouts = [v for n, v in headers if n == TIMEOUT_HEADER]
-        timeout_s = clamped_timeout_s(timeouts[0], self._config.request_timeout_s) if len(timeouts) == 1 else None
+        timeout_s = clamped_timeout_s(timeouts[0], self.config.request_timeout_s) if len(timeouts) == 1 else None
         return kept if timeout_s is None else [*kept, (TIMEOUT_HEADER, str(timeout_s).encode())]
 
     async def _read_body(self, scope: Scope, receive: Receive) -> bytes | None:
@@ -209,7 +195,7 @@ class FrontDoor:
             raise error_of("body_too_large", most_bytes=MAX_BODY_BYTES)
         body, num_bytes = bytearray(), 0
         try:
-            async with asyncio.timeout(self._config.body_timeout_s):
+            async with asyncio.timeout(self.config.body_timeout_s):
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
@@ -220,7 +206,7 @@ class FrontDoor:
                     if not message["more_body"] or num_bytes > MAX_DISCARDED_BYTES:
                         break
         except TimeoutError:
-            raise error_of("request_timeout", most_s=self._config.body_timeout_s) from None
+            raise error_of("request_timeout", most_s=self.config.body_timeout_s) from None
         if num_bytes > MAX_BODY_BYTES:
             raise error_of("body_too_large", most_bytes=MAX_BODY_BYTES)
         return bytes(body)
@@ -357,7 +343,7 @@ def of_proxy(status: int, headers: Mapping[bytes, bytes]) -> ApiError:
         status,
         f"{phrase}; try again later",
         code="overloaded" if status == 429 else HTTPStatus(status).name.lower(),
-        headers={"Retry-After": retry_after} if status in (429, 503) else None,
+        headers={"Retry-After": retry_after} if status in (429, 503) else {},
     )
 
 

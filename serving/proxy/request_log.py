@@ -84,19 +84,10 @@ class KeyNames:
 
 def _write(target: str, data: bytes) -> None:
     """Appends whole lines. The file is opened each time, so that it may be moved away at any moment."""
-    if target == STDOUT:
-        _write_all(1, data)
-        return
-    file = os.open(target, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-    try:
+    is_stdout = target == STDOUT
+    file = 1 if is_stdout else os.open(target, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    with open(file, "wb", closefd=not is_stdout) as lines:
         about = os.fstat(file)
-        _write_all(file, data)
-    finally:
-        os.close(file)
-    if stat.S_ISREG(about.st_mode) and about.st_size + len(data) > MAX_FILE_BYTES:
+        lines.write(data)
+    if not is_stdout and stat.S_ISREG(about.st_mode) and about.st_size + len(data) > MAX_FILE_BYTES:
         Path(target).replace(f"{target}.1")
-
-
-def _write_all(file: int, data: bytes) -> None:
-    while data:
-        data = data[os.write(file, data) :]
