@@ -55,19 +55,12 @@ def index_corpus(store: Storage, chunks: Sequence[Chunk], data: DataConfig) -> I
 def index_chunk(chunk: Chunk, *, store: Storage, data: DataConfig) -> bytes:
     """Returns the index of a chunk once it is stored; an index that is already stored is used as it is."""
     key = f"{INDEX}/{chunk.number:05d}.safetensors"
-    content = _stored(store, key)
-    if content is None:
-        content = _indexed(chunk, data).to_bytes()
-        store.write_bytes(key, content)
-    return content
-
-
-def _stored(store: Storage, key: str) -> bytes | None:
     try:
         content = store.read_bytes(key)
         ChunkIndex.from_bytes(content)
     except (NotFoundError, SafetensorError, TypeError):  # or it was cut off on a disk that lost power
-        return None
+        content = _indexed(chunk, data).to_bytes()
+        store.write_bytes(key, content)
     return content
 
 

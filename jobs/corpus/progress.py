@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from typing import Self
+from contextlib import AbstractContextManager
 
 from cluster.monitoring.metric_export import Metrics
 from cluster.monitoring.metric_table import Exporter
@@ -11,7 +11,7 @@ from cluster.output.progress import report_progress
 _REPORT_INTERVAL_S = 1.0
 
 
-class DataProgress:
+class DataProgress(AbstractContextManager["DataProgress"]):
     """Counts what finished tasks did, and shows it as progress lines and as the metrics `raymill_data_*`."""
 
     def __init__(self, label: str, *, total_bytes: int, num_tasks: int) -> None:
@@ -19,9 +19,6 @@ class DataProgress:
         self._bytes = self._documents = self._tokens = self._peak_rss_bytes = 0
         self._started = self._reported = time.monotonic()
         self.metrics = Metrics(Exporter.DATA, stage=label)
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, kind: object, *error: object) -> None:
         if kind is None:

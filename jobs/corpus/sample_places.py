@@ -28,7 +28,7 @@ def sample_places(
     A place's parts reach up to the next place, so that a place where much is dropped can read further. The files
     are those of one source. An archive or csv file can be entered only at its front, so all the places in it are there.
     """
-    offsets = [0, *accumulate(map(_text_bytes, files))]
+    offsets = [0, *accumulate(file.size * EXPANSION[file.compression] for file in files)]
     total = offsets[-1]
     if total <= share_bytes:
         yield share_bytes, map(whole_file, files)
@@ -55,10 +55,6 @@ def _between(files: Sequence[CorpusFile], offsets: list[int], start: int, end: i
         file = files[place]
         yield Part(file, offset - first, min(last, end - turn) - first) if is_divisible(file) else whole_file(file)
         position = turn + last
-
-
-def _text_bytes(file: CorpusFile) -> int:
-    return file.size * EXPANSION[file.compression]
 
 
 def _entrance(file: CorpusFile, offset: int, max_document_bytes: int) -> int:

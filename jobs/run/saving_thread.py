@@ -38,7 +38,9 @@ class SavingThread(ABC, Generic[CopyT]):
 
     def finish(self) -> None:
         """Returns once the last copy is stored. Raises `LeaseLostError`."""
-        self._begin_finishing()
+        with self._changed:
+            self._is_finishing = True
+            self._changed.notify_all()
         self._thread.join()
         self._raise_failure()
 
@@ -46,11 +48,6 @@ class SavingThread(ABC, Generic[CopyT]):
         """Starts nothing more, and does not wait for the copy that is being stored."""
         with self._changed:
             self._pending, self._is_abandoned = None, True
-            self._changed.notify_all()
-
-    def _begin_finishing(self) -> None:
-        with self._changed:
-            self._is_finishing = True
             self._changed.notify_all()
 
     def _raise_failure(self) -> None:

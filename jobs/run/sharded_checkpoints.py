@@ -15,16 +15,8 @@ from typing import Any
 
 from cluster.storage.uris import Storage, StorageError
 from jobs.run.checkpoints import RunCheckpoints
+from model import checkpoint_folder as layout
 from model.checkpoint import manifest_of
-from model.checkpoint_folder import (
-    MANIFEST,
-    SHARDED_VERSION,
-    TRAIN_STATE,
-    WEIGHTS,
-    CheckpointError,
-    shard_of,
-    tensor_files,
-)
 from model.durable_files import sync
 from model.failpoints import failpoint
 from model.stored_tensors import StoredTensors
@@ -43,7 +35,7 @@ class ShardedCheckpoint:
 
     def file(self, whole: str, index: int) -> str:
         """Returns the name of a worker's shard of a file."""
-        return shard_of(whole, index, count=self._count)
+        return layout.shard_of(whole, index, count=self._count)
 
     def store(self, index: int, spooled: Path, report: Mapping[str, Any]) -> None:
         """Moves a worker's files from a folder of its own into the checkpoint, and adds their report. After an error
@@ -73,7 +65,7 @@ class ShardedCheckpoint:
         return [{"refused": f"{', '.join(wrong)} did not arrive whole"}] if wrong else reports
 
     def parameter_hash(self, shapes: Mapping[str, Sequence[int]]) -> str:
-        files = [self.file(WEIGHTS, index) for index in range(self._count)]
+        files = [self.file(layout.WEIGHTS, index) for index in range(self._count)]
         return _tensors(self._folder, files).parameter_hash(shapes)
 
     def complete(self, descriptions: Mapping[str, bytes], reports: Reports) -> None:
@@ -84,7 +76,7 @@ class ShardedCheckpoint:
             self._checkpoints.check_fence()
             self._folder.write_bytes(file, content)
             files[file] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        self._checkpoints.publish_manifest(self.name, manifest_of(files, version=SHARDED_VERSION))
+        self._checkpoints.publish_manifest(self.name, manifest_of(files, version=layout.SHARDED_VERSION))
         with suppress(StorageError):  # nobody reads them any more
             for index in range(self._count):
                 self._folder.delete(self.file(_REPORT, index))
@@ -94,10 +86,10 @@ def stored_state(checkpoints: RunCheckpoints, name: str) -> StoredTensors:
     """Returns the weights and the training state of a checkpoint, in shards or whole, where they are: nothing but what
     is asked for is read. Raises `CheckpointError`."""
     folder = checkpoints.folder(name)
-    files = json.loads(folder.read_bytes(MANIFEST))["files"]
-    wanted = [*tensor_files(WEIGHTS, files), *tensor_files(TRAIN_STATE, files)]
+    files = json.loads(folder.read_bytes(layout.MANIFEST))["files"]
+    wanted = [*layout.tensor_files(layout.WEIGHTS, files), *layout.tensor_files(layout.TRAIN_STATE, files)]
     if missing := [file for file in wanted if file not in files]:
-        raise CheckpointError(f"{folder.uri} has no {', '.join(missing)}: training can't continue from it")
+        raise layout.CheckpointError(f"{folder.uri} has no {', '.join(missing)}: training can't continue from it")
     return _tensors(folder, wanted)
 
 

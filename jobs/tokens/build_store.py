@@ -25,19 +25,9 @@ from jobs.corpus.file_pieces import PIECES, cut_files
 from jobs.corpus.listing import CorpusError, Listing, empty_corpus, list_corpus
 from jobs.corpus.progress import DataProgress
 from jobs.corpus.ray_data_tasks import run_tasks
+from jobs.tokens import token_store as stored
 from jobs.tokens.ready_shards import copy_shards
 from jobs.tokens.shard_writer import RESULT, ChunkResult, ChunkWriter
-from jobs.tokens.token_store import (
-    MANIFEST,
-    SEALED,
-    SOURCES,
-    TOKENIZER,
-    Manifest,
-    TokenStoreError,
-    canonical_json,
-    in_order,
-    read_manifest,
-)
 from jobs.tokens.train_tokenizer import ensure_tokenizer, text_sample
 from model.bulk_encoder import bulk_encoder
 from model.tables import read_table
@@ -64,7 +54,7 @@ def tokenize(config: RunConfig) -> dict[str, Any]:
         with Lease(builder.store) as lease:
             manifest = builder.build(lease)
     return {
-        "manifest": join_uri(builder.store.uri, MANIFEST),
+        "manifest": join_uri(builder.store.uri, stored.MANIFEST),
         "manifest_hash": manifest.hash,
         "documents": manifest.total("documents"),
         "tokens": manifest.total("tokens"),
@@ -82,7 +72,7 @@ def _builder(config: RunConfig) -> "_Builder":
     listing = list_corpus(config.data.source)
     tokenizer, _ = ensure_tokenizer(config, listing)
     shaping = [_shaping(config.data), listing.identity(), sorted(listing.token_stores.items()), tokenizer.hash]
-    key = hashlib.sha256(canonical_json(shaping)).hexdigest()[:12]
+    key = hashlib.sha256(stored.canonical_json(shaping)).hexdigest()[:12]
     return _Builder(config.data, listing, tokenizer, open_storage(config.storage.uri).child(f"tokens/{key}"))
 
 
@@ -90,12 +80,12 @@ def _shaping(data: DataConfig) -> dict[str, Any]:
     return data.model_dump(mode="json", include=set(read_table(__file__, "shaping")["store"]))
 
 
-def _finished(store: Storage) -> Manifest | None:
-    if not store.exists(MANIFEST):
+def _finished(store: Storage) -> stored.Manifest | None:
+    if not store.exists(stored.MANIFEST):
         return None
     try:
-        return read_manifest(store)
-    except TokenStoreError as error:
+        return stored.read_manifest(store)
+    except stored.TokenStoreError as error:
         say(f"repairing the token store: {error}")
         return None
 
@@ -118,12 +108,12 @@ class _Builder:
     tokenizer: Tokenizer
     store: Storage
 
-    def build(self, lease: Lease) -> Manifest:
+    def build(self, lease: Lease) -> stored.Manifest:
         """Writes the missing parts of the store and returns its manifest."""
         store, listing, tokenizer = self.store, self.listing, self.tokenizer
         is_bulk = self._is_bulk_proven()
-        store.write_bytes(TOKENIZER, tokenizer.to_json())
-        store.write_bytes(SOURCES, canonical_json(listing.record()))
+        store.write_bytes(stored.TOKENIZER, tokenizer.to_json())
+        store.write_bytes(stored.SOURCES, stored.canonical_json(listing.record()))
         chunks = plan_chunks(
             listing.files,
             cut_files(store, listing.files, self.data),
@@ -141,10 +131,10 @@ class _Builder:
         if not manifest.shards:
             raise empty_corpus(len(listing.files), manifest.dropped)
         lease.check()
-        store.write_bytes(MANIFEST, manifest.to_json())
+        store.write_bytes(stored.MANIFEST, manifest.to_json())
         for entry in [*store.list(f"{INDEX}/"), *store.list(f"{PIECES}/")]:
             store.delete(entry.key)
-        store.delete(SEALED)
+        store.delete(stored.SEALED)
         return manifest
 
     def _is_bulk_proven(self) -> bool:
@@ -183,7 +173,7 @@ class _Builder:
                 progress.drop({Drop.CONTAMINATED.value: result.contaminated})
                 yield chunk.number, result
 
-    def _manifest(self, summary: Summary, results: dict[int, ChunkResult]) -> Manifest:
+    def _manifest(self, summary: Summary, results: dict[int, ChunkResult]) -> stored.Manifest:
         """Returns the manifest of the results so far, in canonical order."""
         ordered = [results[number] for number in sorted(results)]
         samples: dict[str, list[Any]] = {}
@@ -192,18 +182,18 @@ class _Builder:
             for reason, found in result.samples.items():
                 samples[reason] = [*samples.get(reason, []), *found][:5]
         weights = [weight / sum(self.data.weights) for weight in self.data.weights]
-        return Manifest(
+        return stored.Manifest(
             tokenizer_hash=self.tokenizer.hash,
             vocab_size=self.tokenizer.vocab_size,
             eot_id=self.tokenizer.eot_id,
             source_hash=summary.source_hash,
-            config_hash=hashlib.sha256(canonical_json(_shaping(self.data))).hexdigest(),
+            config_hash=hashlib.sha256(stored.canonical_json(_shaping(self.data))).hexdigest(),
             weights=tuple(weights),
             revisions=self.listing.revisions,
             dropped=summary.dropped | {Drop.CONTAMINATED.value: contaminated},
             drop_samples=samples,
             replaced_utf8=sum(result.replaced for result in ordered),
-            shards=in_order(shard for result in ordered for shard in result.shards),
+            shards=stored.in_order(shard for result in ordered for shard in result.shards),
         )
 
 
@@ -215,7 +205,7 @@ class _SealedPrefix:
     """Keeps the stored list of sealed shards current, to a second or so, while results come in any order."""
 
     def __init__(
-        self, store: Storage, manifest: Manifest, chunks: Sequence[Chunk], results: Mapping[int, ChunkResult]
+        self, store: Storage, manifest: stored.Manifest, chunks: Sequence[Chunk], results: Mapping[int, ChunkResult]
     ) -> None:
         """`results` has those of ready shards, whose numbers follow the chunks', and gets one for each chunk."""
         self._store = store
@@ -233,7 +223,7 @@ class _SealedPrefix:
         if started < self._write_after:
             return
         sealed = [n for numbers in self._chunks.values() for n in takewhile(self._results.__contains__, numbers)]
-        shards = in_order(shard for number in [*sealed, *self._ready] for shard in self._results[number].shards)
-        self._store.write_bytes(SEALED, replace(self._manifest, shards=shards).to_json())
+        shards = stored.in_order(shard for number in [*sealed, *self._ready] for shard in self._results[number].shards)
+        self._store.write_bytes(stored.SEALED, replace(self._manifest, shards=shards).to_json())
         now = time.monotonic()
         self._write_after = now + max(_INTERVAL_S, (now - started) / _WRITE_SHARE)

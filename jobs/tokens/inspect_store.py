@@ -7,7 +7,7 @@ from typing import Any
 from cluster.output.progress import progress
 from cluster.storage.uris import Storage, open_storage
 from jobs.tokens.shard_writer import file_sha256
-from jobs.tokens.token_store import MANIFEST, SOURCES, SPLITS, Manifest, TokenStoreError, read_manifest, token_dtype
+from jobs.tokens.token_store import MANIFEST, SOURCES, SPLITS, TokenStoreError, read_manifest, token_dtype
 
 _READERS = 4
 
@@ -31,6 +31,7 @@ def stats(store: Storage) -> dict[str, Any]:
     manifest = read_manifest(store)
     tokens, documents = manifest.total("tokens"), manifest.total("documents")
     num_dropped = sum(manifest.dropped.values())
+    sources = json.loads(store.read_bytes(SOURCES))["sources"]
     return {
         "manifest_hash": manifest.hash,
         "documents": documents,
@@ -41,7 +42,15 @@ def stats(store: Storage) -> dict[str, Any]:
         "splits": {
             split: {name: manifest.total(name, split) for name in ("documents", "tokens", "bytes")} for split in SPLITS
         },
-        "sources": _sources(manifest, json.loads(store.read_bytes(SOURCES))),
+        "sources": [
+            {
+                "source": sources[number],
+                "weight": round(manifest.weights[number], 4) if manifest.weights else None,
+                "documents": sum(shard.documents for shard in manifest.shards if shard.source == number),
+                "tokens": sum(shard.tokens for shard in manifest.shards if shard.source == number),
+            }
+            for number in sorted({shard.source for shard in manifest.shards})
+        ],
         "shards": len(manifest.shards),
         "dtype": token_dtype(manifest.vocab_size).name,
         "vocab_size": manifest.vocab_size,
@@ -49,19 +58,6 @@ def stats(store: Storage) -> dict[str, Any]:
         "drop_rate": round(num_dropped / max(1, num_dropped + documents), 4),
         "replaced_utf8": manifest.replaced_utf8,
     }
-
-
-def _sources(manifest: Manifest, recorded: dict[str, Any]) -> list[dict[str, Any]]:
-    numbers = sorted({shard.source for shard in manifest.shards})
-    return [
-        {
-            "source": recorded["sources"][number],
-            "weight": round(manifest.weights[number], 4) if manifest.weights else None,
-            "documents": sum(shard.documents for shard in manifest.shards if shard.source == number),
-            "tokens": sum(shard.tokens for shard in manifest.shards if shard.source == number),
-        }
-        for number in numbers
-    ]
 
 
 def report(store: Storage) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 from cluster.settings.run import DataConfig, RunConfig
 from jobs.cleaning.quality_rules import failed_rule
 from jobs.corpus.chunks import Part, plan_chunks
-from jobs.corpus.documents import Document, Drop, read_documents
+from jobs.corpus.documents import Drop, read_documents
 from jobs.corpus.listing import empty_corpus, list_corpus
 from jobs.corpus.text_hashes import document_hash, normalized
 from jobs.tokens.train_tokenizer import load_tokenizer, sample_texts
@@ -39,23 +39,21 @@ class _Sample:
             if used >= most_bytes < part.end - part.start:
                 return
             used += document.size
-            self.add(part.file.uri, document)
-
-    def add(self, uri: str, document: Document) -> None:
-        drop = document.drop or failed_rule(document.text, self.data.quality_rules)
-        if drop is None and self.data.dedup:
-            digest = document_hash(normalized(document.text))
-            drop = Drop.DUPLICATE if digest in self.seen else None
-            self.seen.add(digest)
-        if drop is None:
-            self.texts.append(document.text)
-            if len(self.examples) < _EXAMPLES:
-                self.examples.append({"file": uri, "text": document.text[:_PREVIEW_CHARS]})
-            return
-        self.dropped[drop] += 1
-        found = self.samples.setdefault(str(drop), [])
-        if len(found) < _SAMPLES:
-            found.append({"file": uri, "preview": (document.preview or document.text)[:_PREVIEW_CHARS]})
+            drop = document.drop or failed_rule(document.text, self.data.quality_rules)
+            if drop is None and self.data.dedup:
+                digest = document_hash(normalized(document.text))
+                drop = Drop.DUPLICATE if digest in self.seen else None
+                self.seen.add(digest)
+            if drop is None:
+                self.texts.append(document.text)
+                if len(self.examples) < _EXAMPLES:
+                    self.examples.append({"file": part.file.uri, "text": document.text[:_PREVIEW_CHARS]})
+                continue
+            self.dropped[drop] += 1
+            found = self.samples.setdefault(str(drop), [])
+            if len(found) < _SAMPLES:
+                preview = (document.preview or document.text)[:_PREVIEW_CHARS]
+                found.append({"file": part.file.uri, "preview": preview})
 
 
 def preview(config: RunConfig) -> dict[str, Any]:

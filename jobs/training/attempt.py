@@ -154,8 +154,7 @@ class Attempt:
             with self.state.weights_in_use():
                 completed = samples(self.state.model, self.tokenizer, config.train)
         if self.ledger:
-            figures_of_sets = {"sets": sets} if sets else {}
-            self.ledger.event("validation", step=step, **figures, **figures_of_sets, samples=completed)
+            self.ledger.event("validation", step=step, **figures, **({"sets": sets} if sets else {}), samples=completed)
         return figures
 
     def save(self, step: int, validation: dict[str, Any], *, must: bool = False) -> None:
@@ -188,9 +187,13 @@ class Attempt:
         if self.ledger and why_none:
             self.ledger.event("snapshots_off", step=step, attempt=self.attempt, reason=why_none)
 
-    def finish(self, step: int) -> None:
-        """Returns once the storage has the attempt's last checkpoint and all of its ledger; `step` was its last one."""
-        self._finish_writing(step if step == self.schedule.max_steps else None)
+    def finish(self, step: int | None) -> None:
+        """Returns once the storage has the attempt's last checkpoint and all of its ledger; `step` was its last one, if
+        that stands."""
+        if self.shards:
+            self.shards.finish()
+        if self.writer:
+            self.writer.finish(step=step if step == self.schedule.max_steps else None)
 
     def leave(self, step: int, decision: Decision) -> bool:
         """Ends the attempt at a step that cannot stand. Returns whether another attempt continues."""
@@ -202,14 +205,8 @@ class Attempt:
             self.ledger.event("rollback", step=step, first=first, last=last, samples=samples, reason=decision.reason)
         elif self.ledger:
             self.ledger.event("gave_up", step=step, reason=f"step {step}: {decision.reason}")
-        self._finish_writing(None)
+        self.finish(None)
         return continues
-
-    def _finish_writing(self, step: int | None) -> None:
-        if self.shards:
-            self.shards.finish()
-        if self.writer:
-            self.writer.finish(step=step)
 
     def _record_precision(self, before: Ledger) -> None:
         """Records, once for each kind, a processor that is not made for the run's precision."""

@@ -4,9 +4,6 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
 from cluster.monitoring.metric_table import PHASES, REST
 from jobs.run.step_timer import StepTime
 from jobs.workers.worker_group import WorkerGroup
@@ -65,15 +62,10 @@ class RankPhases:
         self._num_steps += 1
         if not closes_window:
             return []
-        sums = torch.tensor([*self._sums.values(), self._num_lanes], dtype=torch.float64)
-        own = sums / self._num_steps
+        means = [total / self._num_steps for total in (*self._sums.values(), self._num_lanes)]
         self._clear()
-        rows = own.new_empty(self._group.world_size, len(own))  # (W, N)
-        if self._group.world_size > 1:
-            dist.all_gather(list(rows.unbind()), own)
-        else:
-            rows[0] = own
-        return [RankTime(dict(zip(_NAMES, row, strict=False)), row[-1]) for row in rows.tolist()]
+        rows = self._group.gather(means)
+        return [RankTime(dict(zip(_NAMES, row, strict=False)), row[-1]) for row in rows]
 
     def new_stragglers(self, ranks: list[RankTime]) -> dict[int, float]:
         """Returns the ranks that are slow in a second window in a row, as one may be noise; each once while it stays

@@ -51,7 +51,10 @@ class RunFigures:
         self._curves |= {(sample.name, sample.label): sample for sample in curve_samples(line)}
         match event:
             case None:
-                self._take_step(line)
+                self._lose(line["step"])  # one that is taken again
+                self._wall_s[line["step"]] = line["wall_s"]
+                self._useful_s += line["wall_s"]
+                self._last_times["train_last_step_timestamp_seconds"] = now_s
             case "preempted" if is_stop(line):
                 self._saved_s = now_s
             case "start":
@@ -90,12 +93,6 @@ class RunFigures:
         if (price := scaling.price_per_device_hour) is not None:
             yield Sample("cost_money_per_hour", self._world_size * devices * price)
             yield Sample("cost_money", self._worker_s * devices / 3600 * price)
-
-    def _take_step(self, line: Line) -> None:
-        self._lose(line["step"])  # one that is taken again
-        self._wall_s[line["step"]] = line["wall_s"]
-        self._useful_s += line["wall_s"]
-        self._last_times["train_last_step_timestamp_seconds"] = line["time"]
 
     def _lose(self, step: int) -> None:
         if step in self._wall_s:

@@ -73,7 +73,6 @@ def track_by(run: Storage, *, wandb: str | None, mlflow: str | None, follow: boo
     """Is `raymill track`: sends to a project of Weights & Biases or an experiment of MLflow, and reports the place."""
     config = recorded_config(run)
     run_id, settings = str(config.run_id), dict(flattened(config.model_dump(mode="json")))
-    tracker: Tracker
     tracker = WandbTracker(wandb, run_id, settings) if wandb else MlflowTracker(str(mlflow), run_id, settings)
     say(f"curves of {run_id} go to {tracker.place}, after step {max(0, tracker.last_step)}")
     return track(run, tracker, follow=follow)

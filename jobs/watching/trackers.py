@@ -7,7 +7,7 @@ import importlib
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 from model.errors import UserError
 
@@ -19,22 +19,6 @@ _RUN_TAG = "raymill.run_id"
 
 class TrackerError(UserError):
     """The tracker is not installed, cannot be reached, or refuses."""
-
-
-class Tracker(Protocol):
-    """A run's place in a tracker, which is found again by the run's id."""
-
-    place: str  # where to look at it
-    last_step: int  # the last one sent earlier; -1 for none
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Takes values by the name of their curve; steps ascend."""
-
-    def flush(self) -> None:
-        """Sends what was logged."""
-
-    def end(self, *, is_finished: bool) -> None:
-        """Sends the rest. A run that is not finished stays open where the tracker allows it."""
 
 
 class WandbTracker:
@@ -51,16 +35,18 @@ class WandbTracker:
                 config=dict(settings),
                 settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
             )
-        self.last_step = self._run.step - 1
-        self.place = self._run.url or self._run.dir
+        self.last_step = self._run.step - 1  # the last one sent earlier; -1 for none
+        self.place = self._run.url or self._run.dir  # where to look at it
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Takes values by the name of their curve; steps ascend."""
         self._run.log(dict(values), step=step)
 
     def flush(self) -> None:
         """Does nothing: the client sends by itself."""
 
     def end(self, *, is_finished: bool) -> None:
+        """Sends the rest. A run that is not finished stays open where the tracker allows it."""
         self._run.finish()
 
 
@@ -89,6 +75,7 @@ class MlflowTracker:
             self.flush()
 
     def flush(self) -> None:
+        """Sends what was logged."""
         with _failures("MLflow", self._error):
             for start in range(0, len(self._waiting), _MLFLOW_BATCH):
                 self._client.log_batch(self._id, metrics=self._waiting[start : start + _MLFLOW_BATCH])
@@ -106,6 +93,10 @@ class MlflowTracker:
         for start in range(0, len(parameters), _MLFLOW_PARAMETERS):
             self._client.log_batch(created.info.run_id, params=parameters[start : start + _MLFLOW_PARAMETERS])
         return str(created.info.run_id)
+
+
+Tracker = WandbTracker | MlflowTracker
+"""A run's place in a tracker, which is found again by the run's id."""
 
 
 def _installed(module: str) -> Any:
