@@ -16,17 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from model.checkpoint_folder import (
-    FORMAT_VERSION,
-    MANIFEST,
-    TRAIN_STATE,
-    WEIGHTS,
-    CheckpointError,
-    Metadata,
-    is_hf_folder,
-    tensor_files,
-    verify_checkpoint,
-)
+from model import checkpoint_folder
 from model.config import GPTConfig
 from model.durable_files import move_into_place, sync, write_file
 from model.failpoints import failpoint
@@ -41,7 +31,7 @@ _PIECE_BYTES = 8 << 20
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-class NotFiniteError(CheckpointError):
+class NotFiniteError(checkpoint_folder.CheckpointError):
     """Weights or moments are not finite. They are never written, as no training recovers from them."""
 
 
@@ -65,9 +55,9 @@ def write_checkpoint(
     config: GPTConfig,
     state: Mapping[str, Tensor],
     tokenizer: Tokenizer,
-    metadata: Metadata,
+    metadata: checkpoint_folder.Metadata,
     train_state: Mapping[str, Tensor] | None,
-) -> Metadata:
+) -> checkpoint_folder.Metadata:
     """Writes the checkpoint and returns its metadata with the parameter hash set.
 
     A crash at any point leaves `folder` absent or whole; an existing one is replaced by `move_into_place`. Raises
@@ -78,20 +68,20 @@ def write_checkpoint(
     staging = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(staging, ignore_errors=True)  # what a crash left
     staging.mkdir(parents=True)
-    contents: dict[str, Iterable[bytes | memoryview]] = {WEIGHTS: safetensors_pieces(state)}
+    contents: dict[str, Iterable[bytes | memoryview]] = {checkpoint_folder.WEIGHTS: safetensors_pieces(state)}
     contents |= {name: [content] for name, content in descriptions(config, tokenizer, metadata).items()}
     if train_state is not None:
-        contents[TRAIN_STATE] = safetensors_pieces(train_state)
+        contents[checkpoint_folder.TRAIN_STATE] = safetensors_pieces(train_state)
     try:
         files = {name: write_file(staging / name, pieces) for name, pieces in contents.items()}
-        manifest = manifest_of(files, version=FORMAT_VERSION)
+        manifest = manifest_of(files, version=checkpoint_folder.FORMAT_VERSION)
         failpoint("before_manifest")
-        with (staging / MANIFEST).open("wb") as file:
+        with (staging / checkpoint_folder.MANIFEST).open("wb") as file:
             file.write(manifest[: len(manifest) // 2])
             file.flush()
             failpoint("mid_manifest")
             file.write(manifest[len(manifest) // 2 :])
-        sync(staging / MANIFEST)
+        sync(staging / checkpoint_folder.MANIFEST)
         sync(staging)
         failpoint("after_manifest")
         move_into_place(staging, folder)
@@ -101,7 +91,7 @@ def write_checkpoint(
     return metadata
 
 
-def descriptions(config: GPTConfig, tokenizer: Tokenizer, metadata: Metadata) -> dict[str, bytes]:
+def descriptions(config: GPTConfig, tokenizer: Tokenizer, metadata: checkpoint_folder.Metadata) -> dict[str, bytes]:
     """Returns the files that tell what a checkpoint's weights are."""
     return {
         "config.json": _json(config_to_hf(config, eot_id=tokenizer.eot_id)),
@@ -138,22 +128,18 @@ def safetensors_pieces(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memory
 
 def check_finite(*states: Mapping[str, Tensor], step: int) -> None:
     """Raises `NotFiniteError` if a tensor holds a NaN or an infinity."""
-    if damaged := [name for tensors in states for name in not_finite(tensors)]:
-        raise NotFiniteError(
-            f"step {step} is not saved: {len(damaged)} tensors hold NaN or infinity, the first is {damaged[0]}; lower "
-            "train.learning_rate"
-        )
-
-
-def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Returns the names of the tensors that hold a NaN or an infinity."""
 
     def is_finite(tensor: Tensor) -> bool:
         # By numpy, as torch would use threads of its own beside the training's.
         parts = tensor.detach().cpu().float().reshape(-1).split(1 << 20)
         return all(np.isfinite(part.numpy()).all() for part in parts)
 
-    return [name for name, tensor in tensors.items() if tensor.is_floating_point() and not is_finite(tensor)]
+    tensors = [named for state in states for named in state.items()]
+    if damaged := [name for name, tensor in tensors if tensor.is_floating_point() and not is_finite(tensor)]:
+        raise NotFiniteError(
+            f"step {step} is not saved: {len(damaged)} tensors hold NaN or infinity, the first is {damaged[0]}; lower "
+            "train.learning_rate"
+        )
 
 
 def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, verify: bool = True) -> GPT:
@@ -161,24 +147,26 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, verify: bool
 
     Raises `CheckpointError` naming what is wrong, `UnsupportedModelError` for a model that `GPT` can't compute.
     """
-    if is_hf_folder(folder):
+    if checkpoint_folder.is_hf_folder(folder):
         return load_hf(folder).to(dtype)
-    if verify and (problems := verify_checkpoint(folder, to_train=False)):
-        raise CheckpointError(f"checkpoint {folder} is not valid: {'; '.join(problems)}. Use another checkpoint")
+    if verify and (problems := checkpoint_folder.verify_checkpoint(folder, to_train=False)):
+        raise checkpoint_folder.CheckpointError(
+            f"checkpoint {folder} is not valid: {'; '.join(problems)}. Use another checkpoint"
+        )
     config, shards = read_config(folder), shards_in(folder)
-    weights = shards.whole(parameter_shapes(config)) if shards else load_file(folder / WEIGHTS)
+    weights = shards.whole(parameter_shapes(config)) if shards else load_file(folder / checkpoint_folder.WEIGHTS)
     return build_model(config, weights, source=folder).to(dtype)
 
 
 def shards_in(folder: Path) -> StoredTensors | None:
     """Returns the weights in a folder with a checkpoint in shards; None where tensors are whole."""
-    files = tensor_files(WEIGHTS, [path.name for path in folder.iterdir()])
-    return None if files == [WEIGHTS] else stored_in(folder, files)
+    files = checkpoint_folder.tensor_files(checkpoint_folder.WEIGHTS, [path.name for path in folder.iterdir()])
+    return None if files == [checkpoint_folder.WEIGHTS] else stored_in(folder, files)
 
 
 def stored_parameter_hash(folder: Path) -> str:
     """Returns the hash of the weights in a checkpoint's folder, of which a part is in memory at a time."""
-    stored = shards_in(folder) or stored_in(folder, [WEIGHTS])
+    stored = shards_in(folder) or stored_in(folder, [checkpoint_folder.WEIGHTS])
     return stored.parameter_hash(parameter_shapes(read_config(folder)))
 
 

@@ -20,15 +20,10 @@ def load_hf(folder: Path) -> GPT:
     """
     try:
         config = config_from_hf(json.loads((folder / "config.json").read_bytes()))
-        weights = read_weights(folder)
+        weights = {name: tensor for file in weight_files(folder) for name, tensor in load_file(file).items()}
     except (ValueError, SafetensorError) as error:
         raise UnsupportedModelError(f"{folder}: config.json or the weights are damaged: {error}") from error
     return build_model(config, normalize_names(weights, config), source=folder)
-
-
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Returns every tensor of the folder."""
-    return {name: tensor for file in weight_files(folder) for name, tensor in load_file(file).items()}
 
 
 def weight_files(folder: Path) -> list[Path]:

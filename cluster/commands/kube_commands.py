@@ -7,23 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from cluster.kube import status as kube
 from cluster.kube.idle import held_by_nodes, why_not_idle
 from cluster.kube.kustomize import rendered_overlay
 from cluster.kube.pending import reasons
 from cluster.kube.scale import Patch, most_replicas, resume_group, scale_group, suspend, suspend_group
-from cluster.kube.status import (
-    KINDS,
-    RAY,
-    Object,
-    cluster_names,
-    component_of,
-    full_name,
-    groups,
-    has_ended,
-    lacks_head,
-    sentence,
-    wanted,
-)
 from cluster.settings.code_folders import CODE_ROOT
 from cluster.settings.parser import ConfigError
 from cluster.stages.jobs_api import JobsApi, ray_token
@@ -40,7 +28,7 @@ def render(arguments: argparse.Namespace) -> dict[str, Any] | None:
     return shown_objects(_objects(arguments), arguments)
 
 
-def shown_objects(objects: list[Object], arguments: argparse.Namespace, **fields: Any) -> dict[str, Any] | None:
+def shown_objects(objects: list[kube.Object], arguments: argparse.Namespace, **fields: Any) -> dict[str, Any] | None:
     """Returns the objects with `fields` for --json, or else prints them as YAML."""
     if arguments.json:
         return {**fields, "objects": objects}
@@ -63,13 +51,12 @@ def scale(arguments: argparse.Namespace) -> dict[str, Any]:
     """Changes the object, for its later clusters, and those that run, to which KubeRay passes no new bounds."""
     api = _api(arguments.namespace)
     manifest = _find(api, arguments.name)
-    if has_ended(manifest):
-        raise UserError(
-            f"{full_name(manifest)} {sentence(manifest)}: nothing of it runs, and KubeRay does not start it again"
-        )
+    if kube.has_ended(manifest):
+        said = f"{kube.full_name(manifest)} {kube.sentence(manifest)}"
+        raise UserError(f"{said}: nothing of it runs, and KubeRay does not start it again")
     of_all = arguments.group is None and (arguments.suspend or arguments.resume)
     clusters = [] if of_all or manifest["kind"] == "RayCluster" else _clusters_of(api, manifest)
-    patches: list[tuple[Object, Patch]] = []
+    patches: list[tuple[kube.Object, Patch]] = []
     problems = []
     for target in (*clusters, manifest):
         try:
@@ -80,15 +67,17 @@ def scale(arguments: argparse.Namespace) -> dict[str, Any]:
         raise problems[0]
     for target, patch in patches:
         api.patch(target, patch)
-    result: dict[str, Any] = {"changed": [full_name(target) for target, _ in patches]}
+    result: dict[str, Any] = {"changed": [kube.full_name(target) for target, _ in patches]}
     before = clusters or [manifest]
-    after = [api.get(RAY, target["kind"], target["metadata"]["name"]) or target for target in before]
-    result["groups"] = [line for target in after for line in groups(target)]
+    after = [api.get(kube.RAY, target["kind"], target["metadata"]["name"]) or target for target in before]
+    result["groups"] = [line for target in after for line in kube.groups(target)]
     if problems:
         result["not_changed"] = [str(problem) for problem in problems]
     if not clusters and not of_all and manifest["kind"] != "RayCluster":
         result["note"] = "it has no cluster now: the next one starts with these bounds"
-    elif any(lacks_head(new) and wanted(new) < wanted(old) for old, new in zip(before, after, strict=True)):
+    elif any(
+        kube.lacks_head(new) and kube.wanted(new) < kube.wanted(old) for old, new in zip(before, after, strict=True)
+    ):
         result["note"] = "its head is not up: surplus pods stay until its autoscaler, which alone removes any, is there"
     most = most_replicas(manifest) if manifest["kind"] == "RayService" else None
     if most is not None and (arguments.most or 0) > most:
@@ -96,7 +85,7 @@ def scale(arguments: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def _change(arguments: argparse.Namespace, manifest: Object) -> Patch:
+def _change(arguments: argparse.Namespace, manifest: kube.Object) -> Patch:
     if arguments.suspend or arguments.resume:
         if arguments.lowest is not None or arguments.most is not None:
             raise ConfigError("--suspend and --resume exclude --min and --max")
@@ -116,9 +105,9 @@ def status(arguments: argparse.Namespace) -> dict[str, Any]:
         lines = [
             f"{cluster['metadata']['name']}: {line}" if len(clusters) > 1 else line
             for cluster in clusters
-            for line in groups(cluster, pods)
+            for line in kube.groups(cluster, pods)
         ]
-        result[full_name(manifest)] = [sentence(manifest), *(lines or groups(manifest))]
+        result[kube.full_name(manifest)] = [kube.sentence(manifest), *(lines or kube.groups(manifest))]
     return result
 
 
@@ -136,7 +125,7 @@ def not_idle(arguments: argparse.Namespace) -> dict[str, Any]:
     manifest = _find(api, arguments.name)
     clusters = _clusters_of(api, manifest)
     if not clusters:
-        raise UserError(f"{full_name(manifest)} has no cluster now: it {sentence(manifest)}")
+        raise UserError(f"{kube.full_name(manifest)} has no cluster now: it {kube.sentence(manifest)}")
     cluster, rows = clusters[0], JobsApi(arguments.url, ray_token()).state_rows
     nodes = rows("nodes", "ALIVE")
     ids = {row["node_ip"]: row["node_id"] for row in nodes} | {row["node_name"]: row["node_id"] for row in nodes}
@@ -154,13 +143,13 @@ def not_idle(arguments: argparse.Namespace) -> dict[str, Any]:
     return why_not_idle(cluster, holds) or {"pods": "there is none but the head"}
 
 
-def _objects(arguments: argparse.Namespace) -> list[Object]:
+def _objects(arguments: argparse.Namespace) -> list[kube.Object]:
     objects = rendered_overlay(overlay_folder(arguments.overlay), arguments.namespace)
     if arguments.component is None:
         return objects
-    chosen = [o for o in objects if component_of(o) == arguments.component]
+    chosen = [o for o in objects if kube.component_of(o) == arguments.component]
     if not chosen:
-        known = sorted(filter(None, set(map(component_of, objects))))
+        known = sorted(filter(None, set(map(kube.component_of, objects))))
         raise ConfigError(f"unknown component {arguments.component!r}; expected one of {', '.join(known)}")
     return chosen
 
@@ -181,7 +170,7 @@ def _api(namespace: str | None) -> "KubeApi":
     return KubeApi(namespace)
 
 
-def _all(api: "KubeApi", name: str | None) -> list[Object]:
+def _all(api: "KubeApi", name: str | None) -> list[kube.Object]:
     """Returns the named object, or all but the clusters that others own."""
     if name is not None:
         return [_find(api, name)]
@@ -189,29 +178,29 @@ def _all(api: "KubeApi", name: str | None) -> list[Object]:
     if not found:
         kinds = "RayCluster, RayJob or RayService"
         raise UserError(f"the namespace {api.namespace} has no {kinds}: `raymill cluster apply` makes them")
-    owned = {name for manifest in found if manifest["kind"] != "RayCluster" for name in cluster_names(manifest)}
+    owned = {name for manifest in found if manifest["kind"] != "RayCluster" for name in kube.cluster_names(manifest)}
     return [o for o in found if o["kind"] != "RayCluster" or o["metadata"]["name"] not in owned]
 
 
-def _find(api: "KubeApi", name: str) -> Object:
+def _find(api: "KubeApi", name: str) -> kube.Object:
     """Returns the object called `NAME`, or `KIND/NAME` where several kinds share the name."""
     everything = _everything(api)
-    found = [o for o in everything if name.lower() in (o["metadata"]["name"], full_name(o).lower())]
+    found = [o for o in everything if name.lower() in (o["metadata"]["name"], kube.full_name(o).lower())]
     if not found:
-        names = ", ".join(map(full_name, everything)) or "none"
+        names = ", ".join(map(kube.full_name, everything)) or "none"
         raise UserError(f"the namespace {api.namespace} has no {name}; it has {names}")
     if len(found) > 1:
-        raise ConfigError(f"{name} may be {' or '.join(map(full_name, found))}; say which")
+        raise ConfigError(f"{name} may be {' or '.join(map(kube.full_name, found))}; say which")
     return found[0]
 
 
-def _everything(api: "KubeApi") -> list[Object]:
-    return [manifest for kind in KINDS for manifest in api.all(RAY, kind)]
+def _everything(api: "KubeApi") -> list[kube.Object]:
+    return [manifest for kind in kube.KINDS for manifest in api.all(kube.RAY, kind)]
 
 
-def _clusters_of(api: "KubeApi", manifest: Object) -> list[Object]:
+def _clusters_of(api: "KubeApi", manifest: kube.Object) -> list[kube.Object]:
     """Returns the RayClusters behind an object that are not being removed, or a RayCluster itself."""
     if manifest["kind"] == "RayCluster":
         return [manifest]
-    found = [api.get(RAY, "RayCluster", name) for name in cluster_names(manifest)]
+    found = [api.get(kube.RAY, "RayCluster", name) for name in kube.cluster_names(manifest)]
     return [cluster for cluster in found if cluster and "deletionTimestamp" not in cluster["metadata"]]

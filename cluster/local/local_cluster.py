@@ -235,10 +235,8 @@ class LocalCluster:
                 params={"filter_keys": "state", "filter_predicates": "=", "filter_values": "ALIVE"},
                 headers={"Authorization": f"Bearer {self.token}"},
                 timeout=30,
-            )
-        except httpx.TransportError:  # the dashboard is not up yet
-            return {}
-        if not response.is_success:
+            ).raise_for_status()
+        except httpx.HTTPError:  # the dashboard is not up yet
             return {}
         return {node["node_id"]: node["node_name"] for node in response.json()["data"]["result"]["result"]}
 

@@ -55,15 +55,10 @@ def settings_from_flags(
                 raise ConfigError(f"{parent} holds {branch!r} in {arguments.config}; expected `name: value` lines")
         branch[name] = value if is_list else None if value in ("null", "none") else value
         if path == "data.validation":
-            branch[name] = dict(_named(path, item) for item in value)
+            if wrong := [item for item in value if "=" not in item]:
+                raise ConfigError(f"--{path} {wrong[0]}: expected NAME=SOURCE")
+            branch[name] = dict(item.split("=", 1) for item in value)
     return values
-
-
-def _named(path: str, item: str) -> tuple[str, str]:
-    name, separator, value = item.partition("=")
-    if not separator:
-        raise ConfigError(f"--{path} {item}: expected NAME=SOURCE")
-    return name, value
 
 
 def validate_config(values: dict[str, Any], root: type[Config]) -> Config:

@@ -3,15 +3,8 @@
 import json
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    BeforeValidator,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    model_validator,
-)
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic.functional_validators import BeforeValidator, model_validator
 
 from cluster.settings.run import ClusterConfig, Settings, StorageConfig
 from model.tables import read_table

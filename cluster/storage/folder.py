@@ -13,16 +13,7 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import BinaryIO
 
-from cluster.storage.interface import (
-    AlreadyExistsError,
-    ConflictError,
-    Entries,
-    Entry,
-    NotFoundError,
-    Storage,
-    StorageError,
-    checked_key,
-)
+from cluster.storage import interface
 from model.durable_files import sync
 
 _TEMPORARY = ".partial-"
@@ -33,7 +24,7 @@ _NOTHING_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 
 @dataclass(frozen=True)
-class LocalStorage(Storage):
+class LocalStorage(interface.Storage):
     """Files below a folder, which the first write creates."""
 
     root: Path
@@ -43,7 +34,7 @@ class LocalStorage(Storage):
         return str(self.root)
 
     def local_path(self, key: str) -> Path:
-        return self.root / checked_key(key)
+        return self.root / interface.checked_key(key)
 
     def child(self, key: str) -> "LocalStorage":
         return LocalStorage(self.local_path(key))
@@ -67,7 +58,7 @@ class LocalStorage(Storage):
             try:
                 fill(temporary)
                 # The kernel dates files by its tick, up to 10 ms long, so two writes in a row could look the same.
-                _date(temporary, time.time_ns())
+                os.utime(temporary, ns=(time.time_ns(),) * 2)
                 sync(temporary)
                 with _expected(path, if_version):
                     _date_after(temporary, _version(path))
@@ -77,22 +68,22 @@ class LocalStorage(Storage):
                     else:
                         temporary.replace(path)
             except FileExistsError as error:
-                raise AlreadyExistsError(f"{path} exists already") from error
+                raise interface.AlreadyExistsError(f"{path} exists already") from error
             finally:
                 temporary.unlink(missing_ok=True)
             sync(path.parent)
         return version
 
-    def list(self, prefix: str = "") -> Entries:
+    def list(self, prefix: str = "") -> interface.Entries:
         folder = prefix.rpartition("/")[0]
         below = LocalStorage(self.local_path(folder)).walk()
         entries = [replace(entry, key=f"{folder}/{entry.key}" if folder else entry.key) for entry in below]
         return [entry for entry in entries if entry.key.startswith(prefix)]
 
-    def walk(self, *, max_depth: int | None = None) -> Entries:
+    def walk(self, *, max_depth: int | None = None) -> interface.Entries:
         """Returns the regular files at most `max_depth` folders down. Raises `StorageError` for an unreadable folder.
         Pipes, devices and dangling links hold no bytes; links to folders may loop and are not followed."""
-        entries: list[Entry | None] = []
+        entries: list[interface.Entry | None] = []
         for folder, folders, names in os.walk(self.root, onerror=_refused):
             relative = Path(folder).relative_to(self.root)
             if max_depth is not None and len(relative.parts) >= max_depth:
@@ -101,7 +92,7 @@ class LocalStorage(Storage):
             entries += [_entry(Path(folder, name), (relative / name).as_posix()) for name in named]
         return sorted((entry for entry in entries if entry is not None), key=lambda entry: entry.key)
 
-    def stat(self, key: str) -> Entry | None:
+    def stat(self, key: str) -> interface.Entry | None:
         return _entry(self.local_path(key), key)
 
     def delete(self, key: str, *, if_version: str | None = None) -> None:
@@ -116,7 +107,7 @@ class LocalStorage(Storage):
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
             if not S_ISREG(os.fstat(descriptor).st_mode):
                 os.close(descriptor)
-                raise StorageError(f"{path} is a folder, a pipe or a device; only regular files can be read")
+                raise interface.StorageError(f"{path} is a folder, a pipe or a device; only regular files can be read")
             return os.fdopen(descriptor, "rb")
 
     def upload_file(self, source: Path, key: str) -> None:
@@ -136,14 +127,14 @@ def _explained_errors(path: Path) -> Iterator[None]:
         raise _explain(path, error) from error
 
 
-def _explain(path: Path, error: OSError) -> StorageError:
+def _explain(path: Path, error: OSError) -> interface.StorageError:
     if isinstance(error, FileNotFoundError):
-        return NotFoundError(f"{path} does not exist; check the path")
+        return interface.NotFoundError(f"{path} does not exist; check the path")
     reason = (error.strerror or str(error)).lower()
-    return StorageError(f"{path}: {reason}; check the path, its rights and the space left")
+    return interface.StorageError(f"{path}: {reason}; check the path, its rights and the space left")
 
 
-def _entry(path: Path, key: str) -> Entry | None:
+def _entry(path: Path, key: str) -> interface.Entry | None:
     """Returns a regular file's entry, else None."""
     try:
         stat = path.stat()
@@ -151,7 +142,7 @@ def _entry(path: Path, key: str) -> Entry | None:
         if error.errno in _NOTHING_THERE:
             return None
         raise _explain(path, error) from error
-    return Entry(key, stat.st_size, str(stat.st_mtime_ns)) if S_ISREG(stat.st_mode) else None
+    return interface.Entry(key, stat.st_size, str(stat.st_mtime_ns)) if S_ISREG(stat.st_mode) else None
 
 
 def _refused(error: OSError) -> None:
@@ -168,16 +159,12 @@ def _version(path: Path) -> int:
         return -1
 
 
-def _date(path: Path, time_ns: int) -> None:
-    os.utime(path, ns=(time_ns, time_ns))
-
-
 def _date_after(path: Path, version: int) -> None:
     """Dates the file after the replaced one, even if the clock went back or the file system rounds times."""
     for step_ns in (1, 1000, 1_000_000, 2_000_000_000):
         if _version(path) > version:
             return
-        _date(path, version + step_ns)
+        os.utime(path, ns=(version + step_ns,) * 2)
 
 
 @contextmanager
@@ -196,12 +183,12 @@ def _expected(path: Path, if_version: str | None) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline_s:
-                    raise StorageError(
+                    raise interface.StorageError(
                         f"{lock} is locked for over {_LOCK_TIMEOUT_S} s; is a process stopped?"
                     ) from None
             time.sleep(0.002)
         if str(_version(path)) != if_version:
-            raise ConflictError(f"{path} was changed or removed by another process")
+            raise interface.ConflictError(f"{path} was changed or removed by another process")
         yield
     finally:
         os.close(descriptor)  # unlocks; the lock file stays, as others may wait for it

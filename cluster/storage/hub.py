@@ -16,41 +16,21 @@ from pathlib import Path
 from typing import Any, BinaryIO, Never
 from urllib.parse import quote
 
-from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url, parse_hf_uri
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HfUriError,
-    HTTPError,  # the base of what its HTTP library raises, whichever that is
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import HfApi, errors, get_hf_file_metadata, hf_hub_url, parse_hf_uri
 from huggingface_hub.file_download import HfFileMetadata
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
 
-from cluster.storage.interface import (
-    HF,
-    Entries,
-    Entry,
-    NotFoundError,
-    Storage,
-    StorageError,
-    checked_key,
-    join_uri,
-    reason_of,
-)
+from cluster.storage import interface
 from cluster.storage.ranged_reader import ranged_reader
 
 _COMMIT = re.compile("[0-9a-f]{40}")
 _TIMEOUT_S = 30.0
-_MISSING = (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError)
+_MISSING = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError)
 
 
 @dataclass(frozen=True)
-class HubStorage(Storage):
+class HubStorage(interface.Storage):
     """Files below a folder of one revision (a branch, a tag or a commit) of a dataset."""
 
     dataset: str  # owner/name
@@ -62,15 +42,15 @@ class HubStorage(Storage):
         """Returns the storage at a URI without a request. Raises `StorageError` for a malformed one."""
         try:
             parsed = parse_hf_uri(uri.rstrip("/"))
-        except HfUriError as error:
+        except errors.HfUriError as error:
             raise _wrong_uri(uri) from error
         if parsed.type != "dataset":
             raise _wrong_uri(uri)
-        return cls(parsed.id, parsed.revision or "main", checked_key(parsed.path_in_repo))
+        return cls(parsed.id, parsed.revision or "main", interface.checked_key(parsed.path_in_repo))
 
     @property
     def uri(self) -> str:
-        return join_uri(f"{HF}datasets/{self.dataset}@{quote(self.revision, safe='')}", self.folder)
+        return interface.join_uri(f"{interface.HF}datasets/{self.dataset}@{quote(self.revision, safe='')}", self.folder)
 
     def pinned(self) -> "HubStorage":
         """Returns the same place at the revision's current commit, so that no later commit is seen."""
@@ -84,35 +64,37 @@ class HubStorage(Storage):
         return replace(self, folder=self._path(key))
 
     def _path(self, key: str) -> str:
-        return "/".join(part for part in (self.folder, checked_key(key).strip("/")) if part)
+        return "/".join(part for part in (self.folder, interface.checked_key(key).strip("/")) if part)
 
-    def list(self, prefix: str = "") -> Entries:
+    def list(self, prefix: str = "") -> interface.Entries:
         folder = self._path(prefix.rpartition("/")[0]) or None
         options: dict[str, Any] = {"recursive": True, "revision": self.revision, "repo_type": "dataset"}
         with _explained_errors(self):
             try:
                 found = list(_api().list_repo_tree(self.dataset, folder, **options))
-            except EntryNotFoundError:
+            except errors.EntryNotFoundError:
                 return []
         root = f"{self.folder}/" if self.folder else ""
         entries = [
             # The Hub's entity tag for the file too: git's hash, or the SHA-256 of large files.
-            Entry(item.path.removeprefix(root), item.size, item.lfs.sha256 if item.lfs else item.blob_id)
+            interface.Entry(item.path.removeprefix(root), item.size, item.lfs.sha256 if item.lfs else item.blob_id)
             for item in found
             if isinstance(item, RepoFile)
         ]
         return sorted((entry for entry in entries if entry.key.startswith(prefix)), key=lambda entry: entry.key)
 
-    def stat(self, key: str) -> Entry | None:
+    def stat(self, key: str) -> interface.Entry | None:
         try:
             found = self._metadata(key)
-        except NotFoundError as error:
-            if isinstance(error.__cause__, EntryNotFoundError):
+        except interface.NotFoundError as error:
+            if isinstance(error.__cause__, errors.EntryNotFoundError):
                 return None
             raise
         if found.size is None or found.etag is None:
-            raise StorageError(f"{join_uri(self.uri, key)}: the Hub names neither size nor entity tag; set HF_ENDPOINT")
-        return Entry(key, found.size, found.etag)
+            raise interface.StorageError(
+                f"{interface.join_uri(self.uri, key)}: the Hub names neither size nor entity tag; set HF_ENDPOINT"
+            )
+        return interface.Entry(key, found.size, found.etag)
 
     def open(self, key: str) -> BinaryIO:
         # Size and ranges of one commit, whatever happens to a branch meanwhile.
@@ -132,7 +114,9 @@ class HubStorage(Storage):
             answer = http_backoff("GET", self._url(key), headers=headers, timeout=_TIMEOUT_S)
             hf_raise_for_status(answer)
         if not is_whole and answer.status_code != 206:
-            raise StorageError(f"{join_uri(self.uri, key)}: {_endpoint()} ignores byte ranges; set HF_ENDPOINT")
+            raise interface.StorageError(
+                f"{interface.join_uri(self.uri, key)}: {_endpoint()} ignores byte ranges; set HF_ENDPOINT"
+            )
         return answer.content
 
     def download_file(self, key: str, target: Path) -> None:
@@ -140,7 +124,7 @@ class HubStorage(Storage):
             shutil.copyfileobj(source, copy, 8 << 20)
 
     def _refuse(self, *arguments: Any, **options: Any) -> Never:
-        raise StorageError(f"{self.uri} can only be read; write to a folder or to s3://bucket/prefix")
+        raise interface.StorageError(f"{self.uri} can only be read; write to a folder or to s3://bucket/prefix")
 
     write_bytes = delete = upload_file = _refuse
 
@@ -172,8 +156,8 @@ def _api() -> HfApi:
     return HfApi(endpoint=_endpoint(), token=_token())
 
 
-def _wrong_uri(uri: str) -> StorageError:
-    return StorageError(
+def _wrong_uri(uri: str) -> interface.StorageError:
+    return interface.StorageError(
         f"cannot open {uri!r}: expected hf://datasets/owner/name@revision/path; @revision is main unless given, "
         "with %2F for each / in it"
     )
@@ -183,8 +167,10 @@ def _wrong_uri(uri: str) -> StorageError:
 def _explained_errors(storage: HubStorage, key: str = "") -> Iterator[None]:
     try:
         yield
-    except (HTTPError, EntryNotFoundError, OfflineModeIsEnabled) as error:
-        uri, host = join_uri(storage.uri, key), _endpoint().rpartition("@")[2]
-        code = str(error.response.status_code) if isinstance(error, HfHubHTTPError) else None
-        kind = NotFoundError if isinstance(error, _MISSING) and not isinstance(error, GatedRepoError) else StorageError
-        raise kind(f"{uri}: {reason_of('hub', error, code=code, host=host)}") from error
+    # The first is the base of what its HTTP library raises, whichever that is.
+    except (errors.HTTPError, errors.EntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        uri, host = interface.join_uri(storage.uri, key), _endpoint().rpartition("@")[2]
+        code = str(error.response.status_code) if isinstance(error, errors.HfHubHTTPError) else None
+        is_missing = isinstance(error, _MISSING) and not isinstance(error, errors.GatedRepoError)
+        kind = interface.NotFoundError if is_missing else interface.StorageError
+        raise kind(f"{uri}: {interface.reason_of('hub', error, code=code, host=host)}") from error

@@ -65,7 +65,8 @@ class Lease:
         self._uri = join_uri(storage.uri, key)
         self._interval_s = interval_s
         self._timeout_s = timeout_s
-        self._me = _myself()
+        since, process = time.strftime("%Y-%m-%d %H:%M:%S %Z"), asdict(ProcessIdentity.of())
+        self._me = Holder(secrets.token_hex(8), generation=1, host=socket.gethostname(), since=since, **process)
         self._version = ""
         self._lost: LeaseLostError | None = None
         self._renewing = threading.Lock()
@@ -192,11 +193,6 @@ def read_with_version(storage: Storage, key: str) -> tuple[bytes, str | None]:
         if storage.stat(key) == entry:
             return content, entry.version
     return b"", None
-
-
-def _myself() -> Holder:
-    since, me = time.strftime("%Y-%m-%d %H:%M:%S %Z"), asdict(ProcessIdentity.of())
-    return Holder(owner=secrets.token_hex(8), generation=1, host=socket.gethostname(), since=since, **me)
 
 
 def _stored(holder: Holder) -> bytes:

@@ -16,18 +16,7 @@ from botocore.config import Config
 from botocore.exceptions import ClientError
 from botocore.parsers import ResponseParserError
 
-from cluster.storage.interface import (
-    AlreadyExistsError,
-    ConflictError,
-    Entries,
-    Entry,
-    NotFoundError,
-    Storage,
-    StorageError,
-    checked_key,
-    join_uri,
-    reason_of,
-)
+from cluster.storage import interface
 from cluster.storage.ranged_reader import ranged_reader
 
 _PIECE_BYTES = 256 << 10
@@ -54,7 +43,7 @@ def _client_at(url: str | None) -> Any:
 
 
 @dataclass(frozen=True)
-class S3Storage(Storage):
+class S3Storage(interface.Storage):
     """Objects below a prefix of a bucket."""
 
     bucket: str
@@ -63,33 +52,37 @@ class S3Storage(Storage):
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}", self.bucket):
             shown = self.bucket.rpartition("@")[2]  # never a key that was put into the URI
-            raise StorageError(f"{shown!r} is no bucket name; expected s3://bucket/prefix, keys in the environment")
+            raise interface.StorageError(
+                f"{shown!r} is no bucket name; expected s3://bucket/prefix, keys in the environment"
+            )
 
     @property
     def uri(self) -> str:
-        return join_uri(f"s3://{self.bucket}", self.prefix)
+        return interface.join_uri(f"s3://{self.bucket}", self.prefix)
 
     def child(self, key: str) -> "S3Storage":
         return S3Storage(self.bucket, self._object_key(key))
 
     def _object_key(self, key: str) -> str:
-        return "/".join(part for part in (self.prefix, checked_key(key).strip("/")) if part)
+        return "/".join(part for part in (self.prefix, interface.checked_key(key).strip("/")) if part)
 
     @contextmanager
-    def _explained(self, key: str) -> Iterator[None]:
-        """Raises `StorageError` and `NotFoundError` for what boto3 raises in the block."""
-        uri = join_uri(self.uri, key)
+    def _explained(self, key: str, *, if_absent: bool = False, if_version: str | None = None) -> Iterator[None]:
+        """Raises `StorageError` of the fitting kind for what boto3 raises in the block, by the request's condition."""
+        uri = interface.join_uri(self.uri, key)
         try:
             yield
         except S3UploadFailedError as error:  # wraps the cause
             raise _explain(uri, self.bucket, error.__context__) from error
         except (ClientError, exceptions.BotoCoreError, ResponseParserError) as error:
+            code = _code_of(error)
+            if if_absent and code in _REFUSED_CONDITION:
+                raise interface.AlreadyExistsError(f"{uri} exists already") from error
+            if if_version is not None and code in (*_REFUSED_CONDITION, *_MISSING_KEY):
+                raise interface.ConflictError(f"{uri} was changed or removed by another process") from error
             raise _explain(uri, self.bucket, error) from error
 
-    def read_bytes(self, key: str, *, start: int = 0, end: int | None = None) -> bytes:
-        return self._read(key, start, end)
-
-    def _read(self, key: str, start: int, end: int | None, version: str | None = None) -> bytes:
+    def read_bytes(self, key: str, *, start: int = 0, end: int | None = None, version: str | None = None) -> bytes:
         """Returns bytes [start, end) of one version. botocore retries failed requests, but not a body that breaks off
         or is short: it is continued where it ended, until it brought less than a piece four times in a row."""
         if end is not None and end <= start:
@@ -109,7 +102,9 @@ class S3Storage(Storage):
                 if start + len(content) >= (total if end is None else min(end, total)):
                     return bytes(content)
                 tries = 0 if start + len(content) - position >= _PIECE_BYTES else tries + 1
-        raise StorageError(f"{join_uri(self.uri, key)}: the transfer broke off {tries} times; run again")
+        raise interface.StorageError(
+            f"{interface.join_uri(self.uri, key)}: the transfer broke off {tries} times; run again"
+        )
 
     def _get(self, key: str, position: int, end: int | None, version: str | None) -> dict[str, Any]:
         """Returns the answer to GetObject for the bytes [position, end) of a version."""
@@ -118,58 +113,46 @@ class S3Storage(Storage):
             wanted["Range"] = f"bytes={position}-{'' if end is None else end - 1}"
         answer: dict[str, Any] = _client().get_object(Bucket=self.bucket, Key=self._object_key(key), **wanted)
         if "Range" in wanted and not answer.get("ContentRange", "").startswith(f"bytes {position}-"):
-            raise StorageError(f"{join_uri(self.uri, key)}: the store ignores byte ranges; copy the file elsewhere")
+            raise interface.StorageError(
+                f"{interface.join_uri(self.uri, key)}: the store ignores byte ranges; copy the file elsewhere"
+            )
         return answer
 
     def write_bytes(self, key: str, data: bytes, *, if_absent: bool = False, if_version: str | None = None) -> str:
         condition = {"IfNoneMatch": "*"} if if_absent else _if_match(if_version)
-        with self._explained(key):
-            try:
-                answer = _client().put_object(Bucket=self.bucket, Key=self._object_key(key), Body=data, **condition)
-            except ClientError as error:
-                if if_absent and _code_of(error) in _REFUSED_CONDITION:
-                    raise AlreadyExistsError(f"{join_uri(self.uri, key)} exists already") from error
-                self._raise_conflict(key, error, if_version)
-                raise
+        with self._explained(key, if_absent=if_absent, if_version=if_version):
+            answer = _client().put_object(Bucket=self.bucket, Key=self._object_key(key), Body=data, **condition)
         return str(answer["ETag"]).strip('"')
 
-    def _raise_conflict(self, key: str, error: ClientError, if_version: str | None) -> None:
-        if if_version is not None and _code_of(error) in (*_REFUSED_CONDITION, *_MISSING_KEY):
-            raise ConflictError(f"{join_uri(self.uri, key)} was changed or removed by another process") from error
-
-    def list(self, prefix: str = "") -> Entries:
+    def list(self, prefix: str = "") -> interface.Entries:
         root = f"{self.prefix}/" if self.prefix else ""
         with self._explained(prefix):
             pages = _client().get_paginator("list_objects_v2")
             return [
-                Entry(item["Key"].removeprefix(root), item["Size"], item["ETag"].strip('"'))
+                interface.Entry(item["Key"].removeprefix(root), item["Size"], item["ETag"].strip('"'))
                 for page in pages.paginate(Bucket=self.bucket, Prefix=root + prefix)
                 for item in page.get("Contents", [])
                 if not item["Key"].endswith("/")  # "folders" that web consoles create
             ]
 
-    def stat(self, key: str) -> Entry | None:
+    def stat(self, key: str) -> interface.Entry | None:
         # A listing, as HEAD's bare 404 does not tell a missing object from a missing bucket.
         name = self._object_key(key)
         with self._explained(key):
             answer = _client().list_objects_v2(Bucket=self.bucket, Prefix=name, MaxKeys=1)
         found = [item for item in answer.get("Contents", []) if item["Key"] == name]
-        return Entry(key, found[0]["Size"], found[0]["ETag"].strip('"')) if found else None
+        return interface.Entry(key, found[0]["Size"], found[0]["ETag"].strip('"')) if found else None
 
     def delete(self, key: str, *, if_version: str | None = None) -> None:
-        with self._explained(key):
-            try:
-                _client().delete_object(Bucket=self.bucket, Key=self._object_key(key), **_if_match(if_version))
-            except ClientError as error:
-                self._raise_conflict(key, error, if_version)
-                raise
+        with self._explained(key, if_version=if_version):
+            _client().delete_object(Bucket=self.bucket, Key=self._object_key(key), **_if_match(if_version))
 
     def open(self, key: str) -> BinaryIO:
         entry = self.stat(key)
         if entry is None:
-            raise NotFoundError(f"{join_uri(self.uri, key)} does not exist; check the URI")
+            raise interface.NotFoundError(f"{interface.join_uri(self.uri, key)} does not exist; check the URI")
         version = f'"{entry.version}"'
-        return ranged_reader(entry.size, lambda start, end: self._read(key, start, end, version))
+        return ranged_reader(entry.size, lambda start, end: self.read_bytes(key, start=start, end=end, version=version))
 
     def upload_file(self, source: Path, key: str) -> None:
         with self._explained(key):
@@ -197,16 +180,16 @@ def _endpoint() -> str | None:
     return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
 
 
-def _code_of(error: ClientError) -> str:
-    """Returns S3's own word for the error, or the status of an answer without a body."""
-    return str(error.response["Error"]["Code"])
+def _code_of(error: BaseException | None) -> str | None:
+    """Returns S3's own word for the error, or the status of an answer without a body; None if it gave no answer."""
+    return str(error.response["Error"]["Code"]) if isinstance(error, ClientError) else None
 
 
-def _explain(uri: str, bucket: str, error: BaseException | None) -> StorageError:
+def _explain(uri: str, bucket: str, error: BaseException | None) -> interface.StorageError:
     host = (_endpoint() or "AWS").rpartition("@")[2]
-    code = _code_of(error) if isinstance(error, ClientError) else None
+    code = _code_of(error)
     if code == "NoSuchBucket":
-        return NotFoundError(f"{uri}: there is no bucket {bucket!r} at {host}; create it or correct the URI")
+        return interface.NotFoundError(f"{uri}: there is no bucket {bucket!r} at {host}; create it or correct the URI")
     if code in _MISSING_KEY:
-        return NotFoundError(f"{uri} does not exist; check the URI")
-    return StorageError(f"{uri}: {reason_of('s3', error, code=code, host=host)}")
+        return interface.NotFoundError(f"{uri} does not exist; check the URI")
+    return interface.StorageError(f"{uri}: {interface.reason_of('s3', error, code=code, host=host)}")

@@ -22,8 +22,11 @@ _NAME_CHARS = 36  # KubeRay allows 47 for a RayJob, and the number follows
 
 def rayjob(objects: list[Object], config: RunConfig, stage: str, *, name: str, needs: dict[str, Any]) -> list[Object]:
     """Returns a RayJob and the ConfigMap of its settings. Raises `AdmissionError` if the pods are too small."""
-    model = _model_of(objects, COMPONENTS[stage])
-    job = copy.deepcopy(model)
+    component = COMPONENTS[stage]
+    found = [o for o in objects if o["kind"] == "RayJob" and component_of(o) == component]
+    if len(found) != 1:
+        raise AdmissionError(f"the overlay has {len(found)} RayJobs of the component {component!r}; expected one")
+    job = copy.deepcopy(found[0])
     labels, annotations = job["metadata"]["labels"], job["metadata"].get("annotations", {})
     job["metadata"] |= {"name": name, "annotations": annotations | {RUN_ANNOTATION: str(config.run_id)}}
     job["spec"]["entrypoint"] = shlex.join(entrypoint(STAGES[stage], _PATH, job=name))
@@ -48,13 +51,6 @@ def rayjob_name(run_id: str, number: int) -> str:
     if plain != run_id or len(plain) > _NAME_CHARS:
         plain = f"{plain[: _NAME_CHARS - 7].strip('-')}-{hashlib.sha256(run_id.encode()).hexdigest()[:6]}"
     return f"run-{plain}-{number}"  # names of services begin with a letter
-
-
-def _model_of(objects: list[Object], component: str) -> Object:
-    found = [o for o in objects if o["kind"] == "RayJob" and component_of(o) == component]
-    if len(found) != 1:
-        raise AdmissionError(f"the overlay has {len(found)} RayJobs of the component {component!r}; expected one")
-    return found[0]
 
 
 def _fit_group(group: Object, config: RunConfig, needs: dict[str, Any]) -> None:
