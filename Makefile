@@ -20,12 +20,12 @@ unexport PYTHONDONTWRITEBYTECODE
 demo: $(INSTALLED)
 	$(BIN)/raymill demo
 
-# Four processes, as many tests wait; what files of a lane (tests/lanes.py) share is made once. Each process imports every
+# Three processes, as many tests wait; what files of a lane (tests/lanes.py) share is made once. Each process imports every
 # file that it is given, for 18 s of processor time if it is given all: those with slow tests alone are left out.
 SLOW = $(shell grep -rlE '^(pytestmark.*|    pytest\.)mark\.slow' tests --include='test_*.py')
 
 test: $(INSTALLED)
-	$(BIN)/pytest -m "not slow" --numprocesses 4 --dist loadfile --no-loadscope-reorder $(addprefix --ignore=,$(SLOW))
+	$(BIN)/pytest -m "not slow" --numprocesses 3 --dist loadfile --no-loadscope-reorder $(addprefix --ignore=,$(SLOW))
 
 test-all: $(TRACKING_INSTALLED) $(CLIENTS_INSTALLED)
 	$(BIN)/pytest
