@@ -93,6 +93,8 @@ def test_a_sharded_state_survives_a_worker(
     assert [start["from_memory"] for start in ledger.events("start")] == [False, True]
     assert max(recovery.lost_steps for recovery in ledger.recoveries()) <= 1
     assert (result["parameter_hash"], losses_of_run) == undisturbed
+    shards = Path(ledger.events("checkpoint")[-1]["checkpoint"]).glob("model-shard-*")
+    assert len([*shards]) == 2, "each worker stored its own"
 
 
 def test_a_worker_and_a_node_are_killed_and_a_node_joins(
