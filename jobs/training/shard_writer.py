@@ -30,6 +30,7 @@ from model.checkpoint_folder import TRAIN_STATE, WEIGHTS, Metadata
 from model.durable_files import write_file
 
 _POLL_S = 0.05
+_STORAGE_POLL_S = 0.5  # each time is a request
 
 
 @dataclass
@@ -132,7 +133,7 @@ class ShardWriter(SavingThread[Shard]):
             elif self._is_abandoned:
                 return
             else:
-                time.sleep(_POLL_S)
+                time.sleep(_STORAGE_POLL_S)
         self._storing = None
 
     def _store_own(self, shard: Shard) -> None:

@@ -20,7 +20,7 @@ from tests.jobs.corpora import number_texts
 
 pytestmark = pytest.mark.cluster
 
-NUM_STEPS = 80
+NUM_STEPS = 60
 HASH_EVERY = 10
 SIZES = (1, 2, 3, 4)
 
@@ -48,7 +48,7 @@ def run_config(folder: Path, run_id: str, compute: str, *, exact: bool = True, *
         folder,
         f"{run_id}-{compute}",
         num_steps=NUM_STEPS,
-        eval_every_steps=40,
+        eval_every_steps=20,
         save_every_steps=20,
         dropout=0.1,
         train={"exact": exact, "hash_every_steps": HASH_EVERY, "compute": compute},

@@ -53,7 +53,7 @@ def test_text_becomes_a_served_model_in_s3(tmp_path: Path, s3_bucket: str) -> No
     assert report["html"].startswith(f"s3://{s3_bucket}/")
 
     port = free_port()
-    command = [*RAYMILL, "serve", "latest", "--port", str(port), "--api-key-file", "key", *nodes, *storage, "--json"]
+    command = [*RAYMILL, "serve", "latest", "--port", str(port), "--api-key-file", "key", *storage, "--json"]
     server = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import Any
 
@@ -23,28 +24,46 @@ from jobs.plan.memory import layout_of
 from jobs.training.stored_state import hash_of_weights
 from jobs.workers.worker_group import WorkerGroup
 from tests.jobs.reference_reduce import reduce_worlds
-from tests.jobs.train_worlds import CASES, CPU, EOT, NUM_STEPS, Case, MadeRows, Trainer
+from tests.jobs.train_worlds import CASES, CPU, EOT, MORE_CASES, NUM_STEPS, Case, MadeRows, Trainer
 from tests.repository import REPOSITORY
 from tests.time_limits import limit_s
 
 MAX_WORLD_SIZE = 5
-EXACT = [case for case in CASES if case.exact]
+EXACT = [case for case in CASES + MORE_CASES if case.exact]
 WHOLE = [case for case in EXACT if case.shard in ("none", "optimizer")]
 """Cases whose workers sum whole gradients."""
 
 Outcome = dict[str, Any]
 
 
+def each(cases: Iterable[Case]) -> pytest.MarkDecorator:
+    params = [
+        pytest.param(case, marks=[pytest.mark.slow] if case in MORE_CASES else [], id=str(case)) for case in cases
+    ]
+    return pytest.mark.parametrize("case", params)
+
+
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[Outcome]:
+def runs_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], list[Outcome]]:
     """Returns the results of real processes, in worlds of 1 to 5 and in one of changing size."""
-    folder = tmp_path_factory.mktemp("worlds")
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.jobs.train_worlds", str(MAX_WORLD_SIZE), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=limit_s(120), check=False)
-    assert done.returncode == 0, done.stderr
-    found: list[Outcome] = json.loads(done.stdout.splitlines()[-1])
-    return found
+
+    @functools.cache
+    def outcomes(*more: str) -> list[Outcome]:
+        folder = tmp_path_factory.mktemp("worlds")
+        environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "tests.jobs.train_worlds", str(MAX_WORLD_SIZE), str(folder), *more]
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=environment, timeout=limit_s(120), check=False
+        )
+        assert done.returncode == 0, done.stderr
+        found: list[Outcome] = json.loads(done.stdout.splitlines()[-1])
+        return found
+
+    def runs(case: Case) -> list[Outcome]:
+        more = ["more"] if case in MORE_CASES else []
+        return [outcome for outcome in outcomes(*more) if outcome["case"] == asdict(case)]
+
+    return runs
 
 
 @functools.cache
@@ -90,9 +109,11 @@ def reference(case: Case) -> tuple[str, list[float]]:
     return hash_of_weights(state, WorkerGroup(0, 1), step=NUM_STEPS), losses
 
 
-@pytest.mark.parametrize("case", EXACT, ids=str)
-def test_any_world_and_any_resizes_give_the_reference_bits(outcomes: list[Outcome], case: Case) -> None:
-    runs = [outcome for outcome in outcomes if outcome["case"] == asdict(case)]
+@each(EXACT)
+def test_any_world_and_any_resizes_give_the_reference_bits(
+    runs_of: Callable[[Case], list[Outcome]], case: Case
+) -> None:
+    runs = runs_of(case)
     assert {run["world"] for run in runs} == {*map(str, range(1, MAX_WORLD_SIZE + 1)), "resized"}
     expected_hash, expected_losses = reference(case.numbers)
     for run in runs:
@@ -100,35 +121,35 @@ def test_any_world_and_any_resizes_give_the_reference_bits(outcomes: list[Outcom
         assert run["losses"] == expected_losses, run["world"]
 
 
-def test_stock_ddp_has_other_bits_in_each_world(outcomes: list[Outcome]) -> None:
+def test_stock_ddp_has_other_bits_in_each_world(runs_of: Callable[[Case], list[Outcome]]) -> None:
     """Shows that the test above can fail; the losses are the same up to rounding."""
-    runs = [outcome for outcome in outcomes if not outcome["case"]["exact"]]
+    runs = runs_of(Case(exact=False))
     assert len({run["hashes"][0] for run in runs}) > 2
     for run in runs:
         assert run["losses"] == pytest.approx(reference(Case())[1], rel=1e-5)
 
 
 def test_cases_differ() -> None:
-    numbers = {case.numbers for case in EXACT}
+    numbers = {case.numbers for case in CASES}
     assert len({reference(case)[0] for case in numbers}) == len(numbers)
 
 
-@pytest.mark.parametrize("case", WHOLE, ids=str)
-def test_powers_of_two_send_a_rings_bytes(outcomes: list[Outcome], case: Case) -> None:
-    for run in outcomes:
-        if run["case"] == asdict(case) and run["world"] in "245":
+@each(WHOLE)
+def test_powers_of_two_send_a_rings_bytes(runs_of: Callable[[Case], list[Outcome]], case: Case) -> None:
+    for run in runs_of(case):
+        if run["world"] in "245":
             overhead = run["bytes_per_step"] / run["ring_bytes"] - 1
             print(f"{run['world']} ranks: {overhead:+.1%} of a ring's bytes")
             assert overhead >= 0
             assert overhead <= 0.02 or run["world"] not in "24"
 
 
-@pytest.mark.parametrize("case", [case for case in WHOLE if case.start_lanes is None], ids=str)
-def test_the_planner_knows_what_is_sent(outcomes: list[Outcome], case: Case) -> None:
+@each(case for case in EXACT if case.start_lanes is None)
+def test_the_planner_knows_what_is_sent(runs_of: Callable[[Case], list[Outcome]], case: Case) -> None:
     config = case.config()
     layout = layout_of(config.model)
-    for run in outcomes:
-        if run["case"] != asdict(case) or run["world"] not in "2345":
+    for run in runs_of(case):
+        if run["world"] not in "2345":
             continue
         world_size, num_lanes = int(run["world"]), case.num_lanes
         group = group_of(config.scaling, world_size)

@@ -42,7 +42,7 @@ def run(storage_uri: str, folder: Path, *, num_seeds: int = 0, places: tuple[str
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("is_remote", [False, True])
+@pytest.mark.parametrize("is_remote", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_any_world_resumes_what_any_other_saved(
     s3_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_remote: bool
 ) -> None:
