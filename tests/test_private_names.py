@@ -36,7 +36,8 @@ PROTOCOL = f"{HTTP}.HttpToolsProtocol"
 FLOW = "uvicorn.protocols.http.flow_control.FlowControl"
 
 CANARIES = [
-    # cluster/local/start_node.py: one machine may have several nodes, their ports are on loopback, and none is Ray Client's.
+    # cluster/local/start_node.py: one machine may have several nodes, their ports are on loopback, and none is Ray Client's;
+    # a raylet on busy cores has longer than 30 s.
     Canary(
         "ray._private.services.resolve_ip_for_localhost", "host", "ray.scripts.scripts", "= services.resolve_ip_for_l"
     ),
@@ -54,6 +55,9 @@ CANARIES = [
         "",
         "ray.scripts.scripts",
         "has_ray_client = get_ray_client_dependency_error() is None",
+    ),
+    Canary(
+        "ray._private.services.get_node", "gcs_address node_id", "ray._private.node", "raylet_start_wait_time_s = 30"
     ),
     Canary("ray.scripts.scripts.main", None, "ray.scripts.scripts", 'if __name__ == "__main__":\n    main()'),
     # jobs/ray_train/callbacks.py

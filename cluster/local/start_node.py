@@ -3,11 +3,13 @@
 Ray replaces a node address of 127.0.0.1 by the machine's outside address, and opens its ports there, unless it believes
 that the machine cannot have several nodes (`RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0`); but then it refuses a second node.
 Both decisions are reversed here, in this one process. A head also gets no server of Ray Client, which nothing here uses
-and whose start takes a second of processor time. Ray 2.60 has no public setting for either; a test lists the listening
-sockets of a whole cluster.
+and whose start takes a second of processor time. And Ray gives a raylet 30 s to come, which busy cores make too few.
+Ray 2.60 has no public setting for any of this; a test lists the listening sockets of a whole cluster.
 """
 
 import sys
+import time
+from typing import Any
 
 # `ray` goes without the subcommands that it cannot import. These, with all of Ray Serve, took 1.3 of the 1.9 s of
 # processor time after which a node's start began.
@@ -17,8 +19,25 @@ for _name in ("ray.serve.scripts", "ray.dashboard.modules.job.cli", "ray.util.st
 from ray._private import ray_constants, services  # noqa: E402
 from ray.scripts import scripts  # noqa: E402
 
+_START_S = 100.0  # within which a node is there, or is not coming
+
+_get_node = services.get_node
+
+
+def _patient_get_node(*arguments: Any) -> Any:
+    deadline_s = time.monotonic() + _START_S
+    while True:
+        try:
+            return _get_node(*arguments)
+        except RuntimeError:
+            if time.monotonic() > deadline_s:
+                raise
+            time.sleep(0.1)
+
+
 if __name__ == "__main__":
     ray_constants.ENABLE_RAY_CLUSTER = True
     services.resolve_ip_for_localhost = lambda host: host
+    services.get_node = _patient_get_node
     scripts.get_ray_client_dependency_error = lambda: ImportError("not used")
     scripts.main()

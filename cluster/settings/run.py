@@ -182,9 +182,10 @@ class ScalingConfig(Settings):
         return self
 
     def group_size(self, world_size: int) -> int:
-        """Returns the number of workers that hold one copy of what is sharded."""
-        most = min(self.shard_group or world_size, world_size)
-        return next(size for size in range(most, 0, -1) if world_size % size == 0)
+        """Returns the number of workers that hold one copy of what is sharded: not fewer than were asked for, whose
+        memory might not hold their shares."""
+        least = min(self.shard_group or world_size, world_size)
+        return next(size for size in range(least, world_size + 1) if world_size % size == 0)
 
 
 class ClusterConfig(Settings):

@@ -82,7 +82,7 @@ class BatchGradient:
         self._exchange = BucketExchange(
             own_parts if state.sums_shards else state.layout.buckets,
             buffers,
-            Peers(mesh.counterparts, group.rank, group.world_size),
+            Peers(mesh.counterparts, group),
             most_subtrees=max(sum(map(len, plan.subtrees)) for plan in plans),
             sharded=state.shard == "optimizer",
         )

@@ -11,13 +11,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from jobs.exact.flat_layout import at, part_of
+from jobs.workers.failures import LostPeerError, OpenGroupError
+from jobs.workers.worker_group import WorkerGroup
 
 
 class Peers:
-    """The ranks in `ranks`, in the order of their parts, out of `world_size`; `rank` is this one."""
+    """Those of a group's ranks that are in `ranks`, in the order of their parts, this one among them."""
 
-    def __init__(self, ranks: Sequence[int], rank: int, world_size: int) -> None:
-        self._ranks, self.index, self._is_world = ranks, ranks.index(rank), len(ranks) == world_size
+    def __init__(self, ranks: Sequence[int], group: WorkerGroup) -> None:
+        self._ranks, self.index, self._is_world = ranks, ranks.index(group.rank), len(ranks) == group.world_size
+        self._aborted = group.meeting.aborted
 
     def __len__(self) -> int:
         return len(self._ranks)
@@ -44,6 +47,8 @@ class Peers:
         self, sent: Sequence[tuple[int, list[Tensor]]], received: Sequence[tuple[int, list[Tensor]]], *, tag: int = 0
     ) -> None:
         """Sends each peer its tensors and receives others from each, in order; what it has for itself is copied."""
+        if self._aborted.is_set():
+            raise LostPeerError("the messages were aborted")
         own = [dict(side).get(self.index, []) for side in (sent, received)]
         for source, target in zip(*own, strict=True):
             target.copy_(source)
@@ -54,5 +59,11 @@ class Peers:
             for values in tensors
             if peer != self.index and len(values)
         ]
-        for work in dist.batch_isend_irecv(messages) if messages else []:
+        try:
+            works = dist.batch_isend_irecv(messages) if messages else []
+        except RuntimeError as error:
+            if messages[0].tensor.is_cuda:
+                raise OpenGroupError(f"a message could not begin: {error}") from error
+            raise
+        for work in works:
             work.wait()

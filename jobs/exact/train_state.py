@@ -73,7 +73,7 @@ class TrainState:
         self.sums_shards = self.shard in ("gradients", "parameters")
         self.mesh = Mesh(group.rank, group.world_size, in_group if self.sums_shards else 1)
         holders = self.mesh.members if self.sums_shards else [*range(group.world_size)]
-        self.peers = Peers(holders, group.rank, group.world_size)
+        self.peers = Peers(holders, group)
         """Those that together hold one copy of what is sharded."""
         own_parts = layout.parts(self.peers.index, world_size=len(self.peers))
         self.owned = [range(layout.size)] if self.shard == "none" else own_parts
@@ -203,7 +203,7 @@ class TrainState:
 
     def is_finite(self) -> bool:
         """Reports whether every weight is finite, in one pass and without allocating; on all ranks alike."""
-        own = all(math.isfinite(float(bound)) for bound in self.values.aminmax())
+        own = not len(self.values) or all(math.isfinite(float(bound)) for bound in self.values.aminmax())
         return all(self._group.gather(own)) if self.shard == "parameters" else own
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:

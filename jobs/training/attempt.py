@@ -15,6 +15,7 @@ from cluster.settings.run import batch_schedule, cooldown_tokens, warmup_tokens,
 from cluster.storage.lease import LeaseLostError
 from cluster.storage.registry import metadata_of
 from jobs.exact.batch_gradient import BatchGradient
+from jobs.exact.compute import autocast
 from jobs.exact.train_state import TrainState
 from jobs.run.checkpoints import RunCheckpoints
 from jobs.run.ledger import Ledger
@@ -93,7 +94,8 @@ class Attempt:
         if self.state.gathered:
             complete = self.writer.saving.complete if self.writer else None
             publish = partial(complete, state=self.state, tokenizer=self.tokenizer) if complete else None
-            self.shards = ShardWriter(self.checkpoints, self.state, group, self.ledger, publish)
+            checkpoints = self.writer.checkpoints if self.writer else self.checkpoints  # rank 0's are fenced
+            self.shards = ShardWriter(checkpoints, self.state, group, self.ledger, publish)
             opened.callback(self.shards.abandon)
         own_kind = prepared(plan, group, self.state.device)
         opened.callback(self.state.close)
@@ -151,7 +153,7 @@ class Attempt:
         figures, sets = measure(self.val_rows), {name: measure(rows) for name, rows in self.val_sets.items()}
         completed = []
         if self.ledger or self.state.gathered:
-            with self.state.weights_in_use():
+            with self.state.weights_in_use(), autocast(config, self.state.device):
                 completed = samples(self.state.model, self.tokenizer, config.train)
         if self.ledger:
             self.ledger.event("validation", step=step, **figures, **({"sets": sets} if sets else {}), samples=completed)

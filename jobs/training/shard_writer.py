@@ -74,6 +74,7 @@ class ShardWriter(SavingThread[Shard]):
         while not self._makes_room():
             if not must:
                 return False
+            self._raise_failure()
             time.sleep(_POLL_S)
         state = self._state
         if state.mesh.number == 0:  # the other groups have the same

@@ -1,5 +1,6 @@
 """The training loop that every worker runs: one attempt, from the newest state to the end or to a failure."""
 
+import gc
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -43,6 +44,8 @@ def train(
                 if is_lost_peer(error):
                     attempt.snapshots.rescue(attempt.state)
                 raise
+        del attempt
+        gc.collect()  # its state, which refers to itself, before the next one takes as much memory
 
 
 def take_steps(attempt: Attempt, pulse: Pulse) -> bool:

@@ -1,5 +1,6 @@
 """Measures held-out text during training, with the same figures for any number of workers, and completes prompts."""
 
+import itertools
 import math
 
 import torch
@@ -51,7 +52,8 @@ def measured(
 
 @torch.no_grad()
 def samples(model: GPT, tokenizer: Tokenizer, config: TrainConfig) -> list[dict[str, str]]:
-    """Returns each `prompt` and its continuation `text`, with a fixed seed."""
+    """Returns each `prompt` and its continuation `text`, with a fixed seed. Whatever is drawn, the model computes as
+    often as on all ranks, which may have to gather its weights each time."""
     model.eval()
     found = []
     for prompt in config.sample_prompts:
@@ -61,8 +63,8 @@ def samples(model: GPT, tokenizer: Tokenizer, config: TrainConfig) -> list[dict[
             prompt_ids,
             max_tokens=min(SAMPLE_TOKENS, model.config.n_positions - len(prompt_ids)),
             params=SamplingParams(temperature=0.8, seed=config.seed),
-            eos_id=tokenizer.eot_id,
         )
-        found.append({"prompt": prompt, "text": tokenizer.decode(new_ids)})
+        own_ids = [*itertools.takewhile(lambda token_id: token_id != tokenizer.eot_id, new_ids)]
+        found.append({"prompt": prompt, "text": tokenizer.decode(own_ids)})
     model.train()
     return found

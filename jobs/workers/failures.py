@@ -30,6 +30,10 @@ class LostPeerError(RuntimeError):
     """What the workers sent one another in a step did not all arrive, though no message failed."""
 
 
+class OpenGroupError(RuntimeError):
+    """A message of several failed to begin, which leaves NCCL's group of them open: this thread can send no more."""
+
+
 def is_lost_peer(error: RuntimeError) -> bool:
     """Reports whether a connection to another worker broke; torch has no error type of its own for gloo's."""
     return bool(_LOST.search(f"{type(error).__name__}: {one_line(str(error))}"))

@@ -20,7 +20,7 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from jobs.workers.failures import is_lost_peer, one_line
+from jobs.workers.failures import OpenGroupError, is_lost_peer, one_line
 from jobs.workers.worker_group import Meeting
 from model.tables import read_table
 
@@ -29,7 +29,7 @@ _WATCH_S = 0.5
 _GRACE_S = 1.0
 _ABORT_S = 15.0  # the longest that an abort of 512 GPUs' connections may take
 _FRUITLESS = "fruitless"  # the number of fruitless rounds in a row, the last round, and why it ended
-_TIMEOUT = timedelta(minutes=30)  # of a message; in an outage, all ranks wait for the one that waits for the storage
+_TIMEOUT = timedelta(hours=6)  # of a message: all wait for one that waits for storage, or reads a large checkpoint
 
 
 class FruitlessError(Exception):
@@ -92,6 +92,8 @@ class Rendezvous:
         before, reason = self._progress(), "another worker was lost"
         try:
             work(meeting)
+        except OpenGroupError as error:
+            self._end_process(one_line(str(error)))
         except RuntimeError as error:
             if not is_lost_peer(error):
                 raise

@@ -129,7 +129,7 @@ def main(storage_uri: str, tokens_in: str, folder: Path, num_seeds: int, places:
     first = tiny_plan(
         storage_uri,
         tokens_in=tokens_in,
-        train={"sample_prompts": [], "global_batch_size": 8, "max_tokens": NUM_STEPS * 8 * 32},
+        train={"precision": "bf16", "global_batch_size": 8, "max_tokens": NUM_STEPS * 8 * 32},
         checkpoint={"save_every_steps": 2, "num_to_keep": 1 if num_seeds else 9},
     )
 

@@ -14,6 +14,7 @@ from cluster.settings.parser import ConfigError, Parser
 from cluster.settings.run import (
     EvaluateConfig,
     RunConfig,
+    ScalingConfig,
     batch_schedule,
     max_steps,
     seq_len,
@@ -180,3 +181,12 @@ def test_what_does_not_fit_is_named_with_its_numbers(values: dict[str, Any], wor
 def test_every_problem_is_named_at_once() -> None:
     message = refusal({"train": {"seed": -1, "beta1": 1.0}, "scalling": {}})
     assert all(word in message for word in ("train.seed", "train.beta1", "scalling"))
+
+
+@given(st.integers(1, 200), st.integers(1, 64))
+def test_a_group_is_never_smaller_than_asked_for(world_size: int, asked: int) -> None:
+    """A run that fits on groups of eight may not fit on the five that divide a world of fifteen."""
+    size = ScalingConfig(shard="parameters", shard_group=asked).group_size(world_size)
+    assert world_size % size == 0
+    assert size >= min(asked, world_size)
+    assert all(world_size % smaller for smaller in range(asked, size))

@@ -1,0 +1,75 @@
+"""The figures of a step, where a group has fewer lanes than members: some ranks then have no loss of their own."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from threading import Barrier
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor
+
+from jobs.exact.exact_reduce import tree_sum
+from jobs.exact.flat_layout import BLOCK, FlatLayout, part_of
+from jobs.exact.step_plan import Mesh, StepPlan
+from jobs.exact.step_totals import StepTotals, block_square_sums, norm_of
+from jobs.workers.worker_group import WorkerGroup
+
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Table:
+    """What every rank's `WorkerGroup.proven` returns, once all have called it."""
+
+    world_size: int
+    rows: list[Tensor] = field(default_factory=list)
+    barrier: Barrier = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rows, self.barrier = [torch.empty(0)] * self.world_size, Barrier(self.world_size, timeout=30)
+
+    def of(self, rank: int) -> WorkerGroup:
+        table = self
+
+        class Member:
+            world_size = table.world_size
+
+            def proven(self, own: Tensor, *, step: int, width: int) -> Tensor:
+                table.rows[rank] = torch.cat([own, own.new_zeros(width - len(own))])
+                table.barrier.wait()
+                return torch.stack(table.rows)
+
+        return cast(WorkerGroup, Member())
+
+
+def losses_of(numbers: Sequence[int]) -> list[Tensor]:
+    return [torch.tensor(1.0 / (number + 3)) for number in numbers]
+
+
+@pytest.mark.parametrize(("num_lanes", "world_size", "group_size"), [(11, 10, 2), (13, 12, 4), (16, 15, 5), (8, 4, 2)])
+def test_ranks_without_a_loss_know_the_same_figures(num_lanes: int, world_size: int, group_size: int) -> None:
+    layout, table = FlatLayout.of({"transformer.h.0.w": (64, 3 * BLOCK)}), Table(world_size)
+    gradient = torch.randn(layout.size, generator=torch.Generator().manual_seed(0))
+
+    def figures(rank: int) -> Any:
+        mesh = Mesh(rank, world_size, group_size)
+        plan = StepPlan(mesh, num_lanes, 1)
+        totals = StepTotals(layout, mesh, table.of(rank), device=CPU)
+        parts = [gradient[part.start : part.stop] for part in own_parts(layout, mesh)]
+        sums = [block_square_sums(part) for part in parts]
+        losses = losses_of(plan.counted[rank])
+        return len(losses), *totals.finish(1, plan, block_sums=sums, losses=losses)
+
+    with ThreadPoolExecutor(world_size) as ranks:
+        found = [*ranks.map(figures, range(world_size))]
+    assert any(count == 0 for count, *_ in found) == (world_size != 4)
+    loss = tree_sum(range(num_lanes), lambda node: losses_of([node.start])[0] if len(node) == 1 else None)
+    assert {(loss, norm) for _, loss, norm in found} == {(float(loss), norm_of(block_square_sums(gradient)))}
+
+
+def own_parts(layout: FlatLayout, mesh: Mesh) -> list[range]:
+    """Returns the parts whose sums a rank makes: of its group's part of each bucket, that of its group."""
+    members = [part_of(bucket, mesh.rank % mesh.group_size, world_size=mesh.group_size) for bucket in layout.buckets]
+    return [part_of(place, mesh.rank // mesh.group_size, world_size=mesh.num_groups) for place in members]
