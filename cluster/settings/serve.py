@@ -98,7 +98,6 @@ class HttpConfig(Settings):
     header_timeout_s: PositiveFloat = 10.0
     body_timeout_s: PositiveFloat = 15.0
     write_timeout_s: PositiveFloat = 30.0
-    request_timeout_s: PositiveFloat = 600.0
     request_log: str | None = None
     max_connections: PositiveInt = 1000
     cors_origins: list[Annotated[str, Field(pattern=r"^(\*|https?://[^/\s*]+)$")]] = Field(default=[])

@@ -16,6 +16,7 @@ from cluster.local.local_cluster import ClusterError
 
 _TOKEN, _TOKEN_PATH = "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 _TIMEOUT_S, _STATE_TIMEOUT_S = 10.0, 30.0
+_MAX_ROWS = 10_000  # the most that the state API sends unless configured; without a limit it sends 100
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class JobsApi:
 
     def state_rows(self, what: str, state: str) -> list[dict[str, Any]]:
         """Returns the nodes, tasks, actors or placement groups that are in a state, from Ray's state API."""
-        query = f"filter_keys=state&filter_predicates=%3D&filter_values={state}&detail=true"
+        query = f"filter_keys=state&filter_predicates=%3D&filter_values={state}&detail=true&limit={_MAX_ROWS}"
         answer = self._ask("GET", f"/api/v0/{what}?{query}", timeout_s=_STATE_TIMEOUT_S)
         return list(answer["data"]["result"]["result"])
 

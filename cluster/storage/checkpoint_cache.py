@@ -23,7 +23,6 @@ from typing import TextIO
 
 from cluster.storage.interface import Entries
 from cluster.storage.uris import NotFoundError, Storage, open_storage
-from model.checkpoint_folder import MANIFEST
 
 MAX_BYTES = 8 << 30  # half of the scratch space that the manifests give a pod; what is held may exceed it
 MAX_COPIES = 4  # the three that a delivery knows, and one to look at
@@ -38,7 +37,7 @@ _log = logging.getLogger(__name__)
 
 def fetch(storage: Storage) -> Path:
     """Returns a folder with the files of the checkpoint at a remote storage's root, fetched if there is no copy yet or
-    the manifest has changed. Raises `StorageError`."""
+    a file has changed. Raises `StorageError`."""
     files = [entry for entry in storage.list() if NEEDED.fullmatch(entry.key)]
     if not files:
         raise NotFoundError(f"{storage.uri} is empty or does not exist, or holds no checkpoint; check the location")
@@ -117,10 +116,8 @@ def _is_usable(copy: Path, files: Entries) -> bool:
 
 
 def _version(files: Entries) -> str:
-    """Returns the checkpoint's version: that of its manifest, which has the hashes of all files, if it has one."""
-    versions = {entry.key: entry.version for entry in files}
-    every = hashlib.sha256(repr(sorted(versions.items())).encode()).hexdigest()[:32]
-    return versions.get(MANIFEST, every).replace('"', "")
+    versions = sorted((entry.key, entry.version) for entry in files)
+    return hashlib.sha256(repr(versions).encode()).hexdigest()[:32]
 
 
 def _name(uri: str) -> str:

@@ -42,7 +42,7 @@ class LocalStorage(interface.Storage):
     def read_bytes(self, key: str, *, start: int = 0, end: int | None = None) -> bytes:
         with self.open(key) as file:
             file.seek(start)
-            return file.read() if end is None else file.read(end - start)
+            return file.read() if end is None else file.read(max(end - start, 0))
 
     def write_bytes(self, key: str, data: bytes, *, if_absent: bool = False, if_version: str | None = None) -> str:
         return self._store(key, lambda path: path.write_bytes(data), if_absent=if_absent, if_version=if_version)

@@ -6,6 +6,7 @@ the same number, and none is ever rewritten.
 
 import json
 import logging
+import re
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -24,6 +25,7 @@ LAST_GOOD = f"{ENDPOINTS}last-good/"
 """Folder with a copy of each of these files, in case one is damaged."""
 AUDIT = f"{ENDPOINTS}audit/"
 """Folder with the orders that each endpoint was given."""
+_PUBLICATION = re.compile(r"registry/\d+\.json")
 
 _log = logging.getLogger(__name__)
 
@@ -51,7 +53,7 @@ def publish(storage: Storage, reference: str) -> Publication:
     now_s, parameter_hash = round(time.time(), 3), str(metadata.parameter_hash)
     publication = Publication(checkpoint, parameter_hash, metadata.run_id, metadata.step, now_s)
     while True:
-        numbers = [int(Path(entry.key).stem) for entry in storage.list("registry/")]
+        numbers = [int(Path(key).stem) for key in _publication_keys(storage)]
         key = f"registry/{max(numbers, default=0) + 1:06d}.json"
         try:
             storage.write_bytes(key, json.dumps(asdict(publication)).encode(), if_absent=True)
@@ -67,8 +69,13 @@ def publications(storage: Storage) -> list[Publication]:
 
 def newest_first(storage: Storage) -> Iterator[Publication]:
     """Yields everything published, read one by one: `latest` is one request, not one for each publication."""
-    for entry in reversed(storage.list("registry/")):
-        yield Publication(**json.loads(storage.read_bytes(entry.key)))
+    for key in reversed(_publication_keys(storage)):
+        yield Publication(**json.loads(storage.read_bytes(key)))
+
+
+def _publication_keys(storage: Storage) -> list[str]:
+    """Returns the keys of the publications, oldest first; other files in that folder, such as notes, are left alone."""
+    return [entry.key for entry in storage.list("registry/") if _PUBLICATION.fullmatch(entry.key)]
 
 
 def what_latest_became(storage: Storage) -> str:

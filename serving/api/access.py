@@ -85,7 +85,7 @@ class CurrentAccess:
         try:
             now = read_keys(Path(file))
             problem = "a key in it is in the other key file too" if _hashes(now) & _hashes(excluded) else ""
-        except (UserError, OSError, ValueError) as error:
+        except (UserError, OSError) as error:
             problem = str(error)
         if problem and problem != self._problems.get(file):
             _log.error("%s: %s. Its keys from before stay valid, and none is added or revoked", file, problem)

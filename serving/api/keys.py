@@ -55,8 +55,9 @@ def read_keys(path: Path) -> tuple[ApiKey, ...]:
     """Returns the file's keys as hashes; replicas get nothing else, so that no key is in the cluster's state or logs.
     Raises `UserError`, which names the line and quotes none of it."""
     keys = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, encoded in enumerate(path.read_bytes().splitlines(), 1):
         try:
+            line = encoded.decode("utf-8")
             keys += [ApiKey.read(line)] if line.strip() else []
         except ValueError:
             raise UserError(f"the API key file {path}, line {number}: expected {EXPECTED}") from None

@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 from cluster.settings.serve import ServeConfig
+from cluster.storage.lease import read_with_version
 from cluster.storage.registry import AUDIT
 from cluster.storage.uris import AlreadyExistsError, ConflictError, StorageError, join_uri, open_storage
 from serving.delivery.delivery_file import endpoint_name
@@ -32,18 +33,14 @@ class AuditLog:
 
     def read(self) -> list[dict[str, Any]]:
         """Returns all entries, the oldest first. Raises `StorageError`."""
-        stored = b"" if self._storage.stat(self._key) is None else self._storage.read_bytes(self._key)
-        return [json.loads(line) for line in stored.splitlines()]
+        return [json.loads(line) for line in read_with_version(self._storage, self._key)[0].splitlines()]
 
     def _add(self, line: bytes) -> None:
         for _ in range(MAX_TRIES):
-            about = self._storage.stat(self._key)
-            before = [] if about is None else self._storage.read_bytes(self._key).splitlines()
-            data = b"".join(one + b"\n" for one in [*before[1 - MAX_ENTRIES :], line])
+            stored, version = read_with_version(self._storage, self._key)
+            data = b"".join(one + b"\n" for one in [*stored.splitlines()[1 - MAX_ENTRIES :], line])
             try:
-                self._storage.write_bytes(
-                    self._key, data, if_absent=about is None, if_version=None if about is None else about.version
-                )
+                self._storage.write_bytes(self._key, data, if_absent=version is None, if_version=version)
             except (AlreadyExistsError, ConflictError):
                 continue
             return

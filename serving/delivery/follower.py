@@ -46,6 +46,7 @@ class Follower:
     on_live_death: Callable[[str], None]  # see `Versions`
     versions: Versions = field(init=False)
     is_stored: bool = field(default=True, init=False)  # whether the storage has the endpoint's state
+    _following: asyncio.Task[None] | None = field(default=None, init=False)
     _away_since_s: float | None = field(default=None, init=False)
     _warned_s = 0.0
 
@@ -61,6 +62,8 @@ class Follower:
         return 0.0 if self._away_since_s is None else time.monotonic() - self._away_since_s
 
     async def close(self) -> None:
+        if self._following is None:  # `start` has failed before there was anything to close
+            return
         self._following.cancel()
         if self.versions.delivery.phase is not Phase.STEADY:  # the new version is not what ends this replica
             report = self._report(is_leaving=True)

@@ -1,18 +1,37 @@
 """The interface of a runner, which computes a step: the decoder on chunks of many sequences, with its KV cache in
-blocks.
+blocks; and the type in which it computes.
 
 There are two: the native kernels (native_runner.py), and PyTorch where they are missing (torch_runner.py).
 Shapes: N tokens of all chunks, C model width, M rows, V vocabulary.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from cluster.settings.serve import EngineConfig
+from model.checkpoint_folder import is_hf_folder, read_metadata
+from model.processor import fast_precision
+
 # The type in which a checkpoint is loaded, by `engine.dtype`; the native kernels turn it into int8.
 LOADED_IN = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.float32}
+
+
+def with_dtype(config: EngineConfig, folder: Path) -> EngineConfig:
+    """Returns the settings with a type instead of `auto`.
+
+    A run in bf16 rounded its matrices to bf16 in each step, so bf16 serves it without loss where the processor computes
+    bf16 at speed. All others are served in float32, which rounds nothing, except on a GPU: it has fast attention for
+    bf16 alone.
+    """
+    if config.dtype != "auto":
+        return config
+    trained = None if is_hf_folder(folder) else read_metadata(folder).precision
+    is_bf16 = (trained == "bf16" or config.device == "cuda") and fast_precision(config.device) == "bf16"
+    return config.model_copy(update={"dtype": "bfloat16" if is_bf16 else "float32"})
 
 
 class Reading(NamedTuple):

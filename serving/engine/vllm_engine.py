@@ -19,7 +19,6 @@ from model.config import GPTConfig
 from model.errors import UserError
 from model.hf_config import read_config
 from model.sampling_params import SamplingParams
-from serving.engine.engine_dtype import with_dtype
 from serving.engine.messages import (
     Admission,
     Candidates,
@@ -29,6 +28,7 @@ from serving.engine.messages import (
     StepReport,
     TokenEvent,
 )
+from serving.engine.runner import with_dtype
 from serving.engine.vllm_weights import replace_weights, stored_shapes, weights_alone
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # this process already belongs to the engine
@@ -130,8 +130,8 @@ class VllmEngine:
         return unstarted
 
     def replace_weights(self, checkpoint: Path) -> None:
-        """Replaces the weights in place. Raises `UserError` for a checkpoint of another shape, and then has changed
-        nothing."""
+        """Replaces the weights in place, and forgets all that was computed with those before. Called without any
+        sequence. Raises `UserError` for a checkpoint of another shape, and then has changed nothing."""
         if (shapes := stored_shapes(checkpoint)) != self._shapes:
             other = sorted(name for name, _ in shapes.items() ^ self._shapes.items())[0]
             raise UserError(f"{checkpoint}: {other} is not as in the checkpoint that the engine was started with")

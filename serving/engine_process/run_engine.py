@@ -20,11 +20,10 @@ from model.errors import UserError
 from model.gpt import GPT
 from serving.engine.block_pool import BlockPool, num_blocks_for
 from serving.engine.engine import Engine
-from serving.engine.engine_dtype import with_dtype
 from serving.engine.messages import EngineFacts, MetricFamily, encode_message, parse_request
 from serving.engine.native_library import NoNativeLibraryError
 from serving.engine.native_runner import NativeRunner
-from serving.engine.runner import LOADED_IN, Runner
+from serving.engine.runner import LOADED_IN, Runner, with_dtype
 from serving.engine.torch_runner import TorchRunner
 from serving.engine_process.peer_watchdog import watch_peer
 from serving.engine_process.weight_turns import WeightTurns

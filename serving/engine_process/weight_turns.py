@@ -10,10 +10,13 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from model.errors import UserError
 from serving.engine.messages import Admission, FinishReason, SequenceRequest, StepReport, TokenEvent
+
+if TYPE_CHECKING:
+    from serving.engine.vllm_engine import VllmEngine  # usually in another environment
 
 MIN_TURN_S = 2.0  # while sequences of another version wait
 REPLACEMENTS_PER_TURN = 8.0  # a turn lasts as many times as long as replacing the weights took
@@ -23,30 +26,10 @@ _log = logging.getLogger(__name__)
 Stamp = tuple[str, int, int, int]  # a file's name, inode, size and time of change
 
 
-class OneSetEngine(Protocol):
-    """An engine whose weights can be replaced."""
-
-    @property
-    def has_work(self) -> bool: ...
-
-    def submit(self, request: SequenceRequest) -> None: ...
-
-    def cancel(self, seq_id: int) -> None: ...
-
-    def step(self, on_admission: Callable[[Admission], None] | None = None) -> StepReport: ...
-
-    def take_back(self) -> list[SequenceRequest]:
-        """Returns the sequences that have not started, and forgets them."""
-
-    def replace_weights(self, checkpoint: Path) -> None:
-        """Replaces the weights, and forgets all that was computed with those before. Called without any sequence.
-        Raises `UserError` for a checkpoint that does not fit, and then has changed nothing."""
-
-
 class WeightTurns:
     """The engine's interface, for sequences of several versions. Weights 0 are those that it was started with."""
 
-    def __init__(self, engine: OneSetEngine, checkpoint: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, engine: "VllmEngine", checkpoint: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._engine = engine
         self._clock = clock
         self._checkpoints: dict[int, tuple[Path, list[Stamp]]] = {}

@@ -7,7 +7,6 @@ headers are in http_bounds.py, since only a connection's protocol sees them.
 
 import asyncio
 import json
-import math
 import os
 import re
 import time
@@ -38,7 +37,6 @@ SETTINGS_VARIABLE = "RAYMILL_HTTP"
 HIDDEN_PATHS = ("/-/routes",)  # Ray Serve's own; it keeps /-/healthz, which Kubernetes asks for
 # Ray Serve acts on these: one keeps a request running for a client that has gone, the others choose a replica.
 DROPPED_HEADERS = (b"x-request-disconnect-disabled", b"serve_multiplexed_model_id", b"serve-multiplexed-model-id")
-TIMEOUT_HEADER = b"x-request-timeout-seconds"
 REQUEST_ID = re.compile(rb"[A-Za-z0-9-]{1,64}")
 MAX_DISCARDED_BYTES = 64 << 20  # read of a body that is too large, so that its sender reads our answer
 MAX_ATTEMPTS = 2  # a request may be what ends its replicas: one that ended a third would end them all
@@ -179,13 +177,10 @@ class FrontDoor:
         return await Exchange(self.app, scope, body, receive, send, request_id, span).run(self._relay)
 
     def _forwarded_headers(self, headers: list[tuple[bytes, bytes]], request_id: bytes) -> list[tuple[bytes, bytes]]:
-        dropped = (*DROPPED_HEADERS, TIMEOUT_HEADER, ASK_HEADER, RETRY_HEADER, b"x-request-id")
+        dropped = (*DROPPED_HEADERS, ASK_HEADER, RETRY_HEADER, b"x-request-id")
         # Ray Serve reads further headers as UTF-8 and fails on others; only Authorization is ours to judge.
         kept = [(n, v) for n, v in headers if n not in dropped and (v.isascii() or n == b"authorization")]
-        kept.append((b"x-request-id", request_id))
-        timeouts = [v for n, v in headers if n == TIMEOUT_HEADER]
-        timeout_s = clamped_timeout_s(timeouts[0], self.config.request_timeout_s) if len(timeouts) == 1 else None
-        return kept if timeout_s is None else [*kept, (TIMEOUT_HEADER, str(timeout_s).encode())]
+        return [*kept, (b"x-request-id", request_id)]
 
     async def _read_body(self, scope: Scope, receive: Receive) -> bytes | None:
         """Returns the whole body, or None if the client has left. Raises `ApiError` (408, 413)."""
@@ -318,15 +313,6 @@ def clean_request_id(headers: list[tuple[bytes, bytes]]) -> bytes:
     """Returns the client's request id, or a new one if it has none or one that is unsafe in a log."""
     values = [value for name, value in headers if name == b"x-request-id"]
     return values[0] if len(values) == 1 and REQUEST_ID.fullmatch(values[0]) else uuid.uuid4().hex.encode()
-
-
-def clamped_timeout_s(value: bytes, longest_s: float) -> float | None:
-    """Returns the time that the client gets, or None if `value` is not a time."""
-    try:
-        asked_s = float(value)
-    except ValueError:
-        return None
-    return min(asked_s, longest_s) if asked_s > 0 and not math.isnan(asked_s) else None
 
 
 def require_one_host(scope: Scope) -> None:

@@ -43,13 +43,6 @@ inline F32 load(const float* from) { return *reinterpret_cast<const F32Any*>(fro
 inline void store(float* to, F32 value) { *reinterpret_cast<F32Any*>(to) = value; }
 inline F32 splat(float value) { return value - F32{}; }
 
-// 0, 1, 2 …
-inline I32 lane_numbers() {
-    I32 numbers;
-    for (int i = 0; i < LANES; i++) numbers[i] = i;
-    return numbers;
-}
-
 inline float sum(F32 v) {
     float total = 0;
     for (int i = 0; i < LANES; i++) total += v[i];
@@ -80,22 +73,18 @@ struct Survey {
 
 inline Survey survey_of(const float* numbers, int count) {
     F32 highest_yet = splat(-INFINITY), broken = {};  // NaN if a number is NaN or infinite
-    I32 where = lane_numbers(), here = where;
     int i = 0;
-    for (; i + LANES <= count; i += LANES, here += LANES) {
+    for (; i + LANES <= count; i += LANES) {
         const F32 x = load(numbers + i);
-        where = x > highest_yet ? here : where;
         highest_yet = x > highest_yet ? x : highest_yet;
         broken += x * 0.0f;
     }
     float top = highest(highest_yet), rest = sum(broken);
-    int best = count;
-    for (int lane = 0; lane < LANES; lane++)
-        if (highest_yet[lane] == top) best = std::min(best, int(where[lane]));
     for (; i < count; i++) {
-        if (numbers[i] > top) top = numbers[i], best = i;
+        top = std::max(top, numbers[i]);
         rest += numbers[i] * 0.0f;
     }
+    const int best = int(std::find(numbers, numbers + count, top) - numbers);
     return {best < count ? best : 0, rest == 0.0f};
 }
 

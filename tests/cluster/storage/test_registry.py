@@ -66,6 +66,17 @@ def test_what_is_published_is_the_checkpoint_that_the_reference_names(root: Path
     assert find_checkpoint("latest", str(root)) == (str(first), first)
 
 
+def test_other_files_beside_the_publications_are_left_alone(root: Path) -> None:
+    storage = open_storage(str(root))
+    first, second = steps(root, 1, 2)
+    published = [publish(storage, str(first))]
+    for name in ("notes.txt", "000001.json.bak", "latest.json", "old/000007.json"):
+        storage.write_bytes(f"registry/{name}", b"a note")
+    published.append(publish(storage, str(second)))
+    assert publications(storage) == published
+    assert (root / "registry/000002.json").is_file() and resolve_checkpoint("latest", str(root)) == second
+
+
 @pytest.mark.parametrize(
     ("val_loss", "data", "is_better"), [(3.5, "d", True), (3.5, "e", False), (1.5, "d", False), (None, "d", False)]
 )

@@ -49,6 +49,7 @@ def test_bytes_come_back_whole_and_by_range(storage: Storage) -> None:
     assert storage.read_bytes("a/b.bin", start=10_000) == data[10_000:]
     assert storage.read_bytes("a/b.bin", end=3) == data[:3]
     assert storage.read_bytes("a/b.bin", start=5, end=5) == b""
+    assert storage.read_bytes("a/b.bin", start=5, end=4) == b""
     assert pickle.loads(pickle.dumps(storage)).read_bytes("a/b.bin") == data
 
 

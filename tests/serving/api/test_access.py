@@ -65,6 +65,13 @@ def test_a_line_that_cannot_be_read_is_named_and_not_quoted(tmp_path: Path, word
     assert "secret" not in str(caught.value)
 
 
+def test_a_key_file_in_another_encoding_is_refused_by_its_line(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_bytes("one\nzwei name=zoë\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"keys, line 2: expected a key") as caught:
+        read_keys(tmp_path / "keys")
+    assert "zwei" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("values", "passes"),
     [

@@ -12,6 +12,7 @@ from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from cluster.settings.serve import ServeConfig
+from model.checkpoint_folder import CheckpointError
 from serving.delivery.coordinator import Reply
 from serving.delivery.follower import CoordinatorAwayError, Follower, answer_of
 from serving.delivery.promotion import Delivery, DeliveryError, version_of
@@ -112,6 +113,19 @@ def test_a_replica_that_starts_waits_for_a_coordinator_that_fails(checkpoint: Pa
         handle.answer = lambda: Reply(is_ours=True, delivery=state)
         await asyncio.wait_for(starting, 60)
         follower.versions.check_health()
+        await follower.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_replica_that_cannot_start_can_be_closed(checkpoint: Path, tmp_path: Path) -> None:
+    """Ray Serve closes it then, and an error there would hide the reason."""
+
+    async def scenario() -> None:
+        follower, _ = follower_of(Handle(lambda: Reply(is_ours=True, delivery=None)), checkpoint)
+        follower.config = ServeConfig(checkpoint=str(tmp_path / "missing"))
+        with pytest.raises(CheckpointError, match="unknown checkpoint"):
+            await follower.start()
         await follower.close()
 
     asyncio.run(scenario())

@@ -35,7 +35,6 @@ BOUNDS = HttpConfig(
     header_timeout_s=limit_s(0.25),
     body_timeout_s=limit_s(0.25),
     write_timeout_s=limit_s(0.4),
-    request_timeout_s=30.0,
     max_connections=40,
 )
 NUM_SLOTS, MAX_WAITING = 8, 100

@@ -71,15 +71,15 @@ def test_a_library_is_loaded_whatever_the_umask(cache: Path, tmp_path: Path) -> 
         os.umask(before)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5])
-def test_a_library_that_was_cut_short_is_compiled_once_more(cache: Path, share: float) -> None:
-    load_library()
-    [kept] = cache.iterdir()
-    content = kept.read_bytes()
-    kept.unlink()  # it is loaded
-    kept.write_bytes(content[: int(share * len(content))])
+def test_a_library_that_was_cut_short_is_never_found(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", compiler(tmp_path / "cxx", 'for made; do :; done; echo half > "$made"; kill -9 $$'))
+    with pytest.raises(NoNativeLibraryError, match="cannot compile native/ \\(exit status -9\\)"):
+        load_library()
+    assert list(cache.iterdir()) == []
+    monkeypatch.delenv("CXX")
     assert load_library().answer() == 42
-    assert kept.read_bytes() == content
 
 
 @pytest.mark.parametrize("place", ["file", "folder"])

@@ -6,8 +6,8 @@ import pytest
 
 from cluster.settings.serve import EngineConfig
 from model.processor import Precision
-from serving.engine import engine_dtype
-from serving.engine.engine_dtype import with_dtype
+from serving.engine import runner
+from serving.engine.runner import with_dtype
 from tests.checkpoints import write_tiny
 
 
@@ -27,7 +27,7 @@ def test_auto_keeps_to_the_checkpoint_and_to_the_processor(
     trained: str | None, fast: Precision, dtype: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_tiny(tmp_path / "checkpoint", precision=trained)
-    monkeypatch.setattr(engine_dtype, "fast_precision", lambda device: fast)
+    monkeypatch.setattr(runner, "fast_precision", lambda device: fast)
     config = EngineConfig.model_validate({"dtype": dtype, "max_num_seqs": 3})
     settled = with_dtype(config, tmp_path / "checkpoint")
     assert settled == config.model_copy(update={"dtype": expected})
@@ -39,7 +39,7 @@ def test_on_a_gpu_auto_keeps_to_the_gpu_alone(
 ) -> None:
     write_tiny(tmp_path / "checkpoint", precision="fp32")
     asked = []
-    monkeypatch.setattr(engine_dtype, "fast_precision", lambda device: asked.append(device) or fast)
+    monkeypatch.setattr(runner, "fast_precision", lambda device: asked.append(device) or fast)
     assert with_dtype(EngineConfig(device="cuda"), tmp_path / "checkpoint").dtype == expected
     assert asked == ["cuda"]
 
