@@ -15,6 +15,7 @@ from cluster.output.progress import say
 from cluster.settings.parser import ConfigError
 from cluster.settings.run import RunConfig, StorageConfig, batch_schedule, max_steps, seq_len
 from cluster.settings.serve import ServeConfig
+from jobs.plan.prediction import FIRST_STEPS
 from jobs.plan.rehearsal_corpus import rehearsal_corpus
 from model.config import flops_per_token
 
@@ -52,6 +53,11 @@ def in_small(config: RunConfig, *, faults: Sequence[Fault] = ()) -> tuple[RunCon
     steps = min(steps, max_steps(config))
     if faults and steps < _STEPS_WITH_FAULTS:
         raise ConfigError(f"a run of {steps} steps is too short for a rehearsal of its faults")
+    if steps <= FIRST_STEPS:
+        raise ConfigError(
+            f"a run of {steps} steps is too short for a rehearsal, which leaves out the first {FIRST_STEPS} as slower "
+            "ones; run it, or raise train.max_tokens"
+        )
     small = train.model_copy(
         update={
             "global_batch_size": lanes * train.lane_size,
