@@ -135,12 +135,6 @@ _LIMITS: tuple[tuple[str, Callable[[Row], bool], str, str], ...] = (
         f"{HEALTH_CHECK_S} s",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S raised: a lost worker is seen later by as much",
     ),
-    (
-        "data",
-        lambda row: row["read_bytes_per_s"] / row["num_gpus"] > 100e6,
-        "a GPU reads over 100 MB/s of token ids",
-        "nothing: it does not come to that",
-    ),
 )
 """Each part of a run, where it bounds the run, that in words, and what helps then."""
 
