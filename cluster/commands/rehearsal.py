@@ -88,7 +88,7 @@ def rehearsed(
         storage = StorageConfig(uri=folder)
         if not config.data.source:
             raise ConfigError("--calibrate trains on the run's own text: give --data.source, or plan the --demo")
-        corpus = rehearsal_corpus(config, Path(folder, "corpus"))
+        corpus = rehearsal_corpus(config, Path(folder, "corpus.jsonl"))
         data = config.data.model_copy(update={"source": corpus["source"], "weights": []})
         run = small.model_copy(update={"data": data, "storage": storage})
         if serving is not None:
