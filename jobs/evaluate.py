@@ -35,7 +35,7 @@ from model.checkpoint_folder import CheckpointError, is_hf_folder, read_metadata
 from model.errors import UserError
 from model.gpt import GPT
 from model.hf_config import read_config
-from model.processor import Device, bf16_slowdown, fast_precision
+from model.processor import Device, fast_precision
 from model.tokenizer import load_tokenizer
 
 _CHECKPOINT_PLACE = re.compile(r"(?P<storage>.+)/runs/[^/]+(/checkpoints/[^/]+)?")
@@ -81,9 +81,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     rows = _rows(folder, model, config.model_copy(update={"checkpoint": checkpoint}))
     if rows.device == "cpu" and rows.run.train.precision == "bf16" and fast_precision("cpu") == "fp32":
         say(
-            "this processor emulates bf16, in which the checkpoint's run computed: a projection takes "
-            f"{bf16_slowdown('cpu'):.0f} times as long as in fp32 (--precision fp32 is faster, but gives another loss "
-            "than the trainer's)"
+            "this processor emulates bf16, in which the checkpoint's run computed, and is slow at it (--precision fp32 "
+            "is faster, but gives another loss than the trainer's)"
         )
     start = time.perf_counter()
     losses = _batch_losses(model, rows, config)

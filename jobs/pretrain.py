@@ -36,6 +36,7 @@ from jobs.tokens.token_store import MANIFEST, TokenStoreError
 from jobs.tokens.train_tokenizer import ensure_tokenizer
 from jobs.training.background_tokenizing import tokenizing, wait_for_first_rows
 from jobs.training.train_worker import train_worker
+from jobs.training.validation import check_prompts
 from jobs.watching.run_watcher import watching
 from jobs.workers.failures import one_line
 from jobs.workers.precision import workers_precision
@@ -66,10 +67,11 @@ def validation_stores(config: RunConfig, *, tokenizer_uri: str) -> dict[str, str
 def pretrain(config: RunConfig) -> dict[str, Any]:
     """Trains the run to its end and returns its figures. Makes the tokenizer and the token store where missing.
 
-    Raises `ConfigError` when `run_id` names a run with other settings, `LeaseHeldError` when another launcher is
-    training it, `StageFailedError` when the run gave up.
+    Raises `ConfigError` when `run_id` names a run with other settings or a prompt cannot be continued, `LeaseHeldError`
+    when another launcher is training it, `StageFailedError` when the run gave up.
     """
     tokenizer, tokenizer_uri = ensure_tokenizer(config)
+    check_prompts(config, tokenizer)
     tokens = token_store(config)
     growing = config.train.while_tokenizing and not tokens.exists(MANIFEST)
     if not growing:

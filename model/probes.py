@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model.errors import UserError
 from model.gpt import GPT
 
 _NUM_SEQUENCES = 64
 _MAX_TOKENS = 256
 _NUM_KEYS = 4  # of the few-shot task
+_LEAST_TOKENS = 2 * 2 * _NUM_KEYS  # every key twice: only the second time is its value asked for
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,14 @@ def accuracy(model: GPT, task: Task) -> float:
 
 
 def probe(model: GPT, *, seq_len: int) -> dict[str, float]:
-    """Returns the accuracy by task, on sequences of at most `seq_len` tokens, the longest the model was trained on."""
+    """Returns the accuracy by task, on sequences of at most `seq_len` tokens, the longest the model was trained on.
+
+    Raises `UserError` where they are too short for the tasks.
+    """
+    if seq_len < _LEAST_TOKENS:
+        raise UserError(
+            f"the model was trained on sequences of {seq_len} tokens, the few-shot task needs {_LEAST_TOKENS}; probe a "
+            "run with a longer train.seq_len"
+        )
     size, length = model.config.vocab_size, min(seq_len, _MAX_TOKENS)
     return {n: accuracy(model, task(size, length, torch.Generator().manual_seed(0))) for n, task in TASKS.items()}

@@ -5,7 +5,6 @@ All others emulate bf16: on a CPU with AVX2 only, training in bf16 took eleven t
 
 import os
 import re
-import time
 from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Literal
@@ -26,9 +25,6 @@ _HELD_TO = {
     "ONEDNN_MAX_CPU_ISA": _OLDER_ISA,
     "ATEN_CPU_CAPABILITY": ("DEFAULT", "AVX2"),
 }
-
-_SHAPE = (512, 128, 512)  # of the measured projection: rows, in, out; 2 ms in fp32, 90 ms in the slowest bf16 seen
-_NUM_TRIES = 2
 
 
 def fast_precision(device: Device) -> Precision:
@@ -59,24 +55,3 @@ def cpu_field(name: str) -> str | None:
     cpuinfo = Path("/proc/cpuinfo")
     found = re.search(rf"^(?:{name})\s*:(.*)", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
     return found[1].strip() if found else None
-
-
-def bf16_slowdown(device: Device) -> float:
-    """Returns how many times as long a projection and its gradients take in bf16 as in fp32, measured in 0.3 s."""
-    import torch  # noqa: PLC0415
-
-    def projection_s(dtype: torch.dtype) -> float:
-        rows, num_in, num_out = _SHAPE
-        x, weight, grad = (
-            torch.ones(*shape, dtype=dtype, device=device)
-            for shape in ((rows, num_in), (num_in, num_out), (rows, num_out))
-        )
-        taken = []
-        for _ in range(1 + _NUM_TRIES):  # the first one warms up
-            start = time.perf_counter()
-            products = (x @ weight, grad @ weight.T, x.T @ grad)  # each reads its operands in another order
-            float(sum(product[0, 0] for product in products))  # waits for a GPU
-            taken.append(time.perf_counter() - start)
-        return min(taken[1:])
-
-    return projection_s(torch.bfloat16) / projection_s(torch.float32)

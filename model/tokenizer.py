@@ -132,10 +132,7 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int, normalize: Sequence[str]
 
 def from_gpt2_files(encoder: Path, merges: Path) -> Tokenizer:
     """Makes a tokenizer from GPT-2's `encoder.json` and `vocab.bpe`, Hugging Face's vocab.json and merges.txt."""
-    lines = (line for line in merges.read_text("utf-8").split("\n") if line and not line.startswith("#version"))
-    pairs = [(left, right) for left, right in map(str.split, lines)]
-    vocab = json.loads(encoder.read_text(encoding="utf-8"))
-    return _byte_level(tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=pairs)))
+    return _byte_level(tokenizers.Tokenizer(models.BPE.from_file(str(encoder), str(merges))))
 
 
 def load_tokenizer(folder: Path) -> Tokenizer | None:

@@ -15,6 +15,7 @@ from cluster.output.progress import say
 from cluster.settings.parser import ConfigError
 from cluster.settings.run import RunConfig, StorageConfig, batch_schedule, max_steps, seq_len
 from cluster.settings.serve import ServeConfig
+from jobs.plan.prediction import FIRST_STEPS
 from jobs.plan.rehearsal_corpus import rehearsal_corpus
 from model.config import flops_per_token
 
@@ -52,6 +53,11 @@ def in_small(config: RunConfig, *, faults: Sequence[Fault] = ()) -> tuple[RunCon
     steps = min(steps, max_steps(config))
     if faults and steps < _STEPS_WITH_FAULTS:
         raise ConfigError(f"a run of {steps} steps is too short for a rehearsal of its faults")
+    if steps <= FIRST_STEPS:
+        raise ConfigError(
+            f"a run of {steps} steps is too short for a rehearsal, which leaves out the first {FIRST_STEPS} as slower "
+            "ones; run it, or raise train.max_tokens"
+        )
     small = train.model_copy(
         update={
             "global_batch_size": lanes * train.lane_size,
@@ -82,7 +88,7 @@ def rehearsed(
         storage = StorageConfig(uri=folder)
         if not config.data.source:
             raise ConfigError("--calibrate trains on the run's own text: give --data.source, or plan the --demo")
-        corpus = rehearsal_corpus(config, Path(folder, "corpus"))
+        corpus = rehearsal_corpus(config, Path(folder, "corpus.jsonl"))
         data = config.data.model_copy(update={"source": corpus["source"], "weights": []})
         run = small.model_copy(update={"data": data, "storage": storage})
         if serving is not None:

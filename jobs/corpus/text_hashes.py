@@ -67,8 +67,6 @@ def word_ngrams(normalized: bytes, n: int) -> Hashes:
     each character is a word, so that an insertion changes only the runs across it. A word of more than 64 bytes is cut
     into words of 64.
     """
-    if n < 1:
-        raise ValueError(f"a run has at least one word, got n={n}")
     words = _word_hashes(normalized)
     size = min(n, len(words))
     num_runs = len(words) - size + 1 if size else 0

@@ -67,13 +67,8 @@ class BatchGradient:
 
     def _sum_up(self, lends: bool) -> None:
         """Makes what the exact sum needs: its buffers, the sums of a turn, and the exchange between the groups."""
-        config, state, group, mesh, plans = (
-            self._config,
-            self._state,
-            self._group,
-            self._state.mesh,
-            self._plans.values(),
-        )
+        config, state, group = self._config, self._state, self._group
+        mesh, plans = state.mesh, self._plans.values()
         num_buffers = max(plan.num_buffers for plan in plans)
         buffers = [state.gradient]
         buffers += [large_zeros(len(state.gradient), device=state.device) for _ in range(1, num_buffers)]

@@ -15,7 +15,7 @@ from jobs.run.ledger import Ledger, Line
 
 _LANE_PHASES = ("load", "forward", "loss", "backward")
 _APART = ("validation", "checkpoint")
-_FIRST_STEPS = 3
+FIRST_STEPS = 3
 """The first steps of an attempt, which take longer and are counted with the start."""
 
 
@@ -35,7 +35,7 @@ def pace(ledger: Ledger, *, stage_s: float, rehearsed: RunConfig, planned: RunCo
     """Returns the pace of a rehearsal that took `stage_s`; a step's seconds are scaled to the planned run's lanes."""
     lines, last_start = [line for line in ledger.lines if "event" not in line], ledger.events("start")[-1]
     first_of = {line["attempt"]: line["step"] for line in reversed(lines)}
-    usual = [line for line in lines if line["step"] >= first_of[line["attempt"]] + _FIRST_STEPS]
+    usual = [line for line in lines if line["step"] >= first_of[line["attempt"]] + FIRST_STEPS]
     # A run's first steps are slower: the mean of the demo's first 120 was 80 ms, their median 73.5, as the mean of all.
     step_s = {
         size: float(np.median([_scaled(line, rehearsed, planned) for line in usual if line["world_size"] == size]))
@@ -43,7 +43,7 @@ def pace(ledger: Ledger, *, stage_s: float, rehearsed: RunConfig, planned: RunCo
     }
     recovery_s = [recovery.seconds for recovery in ledger.recoveries()]
     # A recovery lasts until the first step after it is done; the run's first steps count as the start.
-    begun = {attempt: step + (_FIRST_STEPS if attempt == 1 else 1) for attempt, step in first_of.items()}
+    begun = {attempt: step + (FIRST_STEPS if attempt == 1 else 1) for attempt, step in first_of.items()}
     inside_s = sum(line["wall_s"] for line in lines if line["step"] >= begun[line["attempt"]])
     joining = [] if add_step is None else [n for n in lines if add_step < n["step"] <= last_start["step"]]
     whole = [line for line in lines if line["world_size"] == max(step_s)]
@@ -118,7 +118,7 @@ def _training_s(
     more_rows = planned.train.eval_max_tokens / rehearsed.train.eval_max_tokens
     return (
         measured.around_s
-        + (num_steps - _FIRST_STEPS - few_steps) * largest
+        + (num_steps - FIRST_STEPS - few_steps) * largest
         + few_steps * smallest
         + validations * measured.validation_s * more_rows
         + checkpoints * measured.checkpoint_s

@@ -3,7 +3,7 @@
 The global batch stays the same, as a run's does in raymill, so more GPUs have fewer lanes each.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cluster.settings.plan import PlanConfig
@@ -26,6 +26,7 @@ from jobs.plan.table import Figures, template
 from jobs.snapshots.choice import interval
 from jobs.tokens.token_store import token_dtype
 from model.config import flops_per_token
+from model.tables import read_table
 
 WORLD_SIZES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
@@ -103,55 +104,25 @@ def _scale(config: RunConfig, options: PlanConfig, layout: FlatLayout, size: int
     }
 
 
-_LIMITS: tuple[tuple[str, Callable[[Row], bool], str, str], ...] = (
-    (
-        "reduction",
-        lambda row: row["exposed_s"] > SLOW_SHARE * row["step_s"],
-        f"its exposed part is over {SLOW_SHARE:.0%} of a step",
-        "a larger global batch, so that a GPU has more lanes to one exchange; or fewer GPUs, as the run is elastic",
-    ),
-    (
-        "messages",
-        lambda row: row["messages_s"] > SLOW_SHARE * row["step_s"],
-        f"at 5 µs each they take over {SLOW_SHARE:.0%} of a step",
-        "scaling.shard gradients in groups of a node: an exchange in two levels, whose tree is as canonical",
-    ),
-    (
-        "snapshots",
-        lambda row: row["snapshot_every"] * row["step_s"] > SLOW_SHARE * row["mtbf_s"],
-        f"they come further apart than {SLOW_SHARE:.0%} of the time between failures",
-        "scaling.shard, with which every GPU writes its own share alone",
-    ),
-    (
-        "checkpoints",
-        lambda row: row["checkpoint_store_s"] > SLOW_SHARE * row["mtbf_s"],
-        f"storing one takes over {SLOW_SHARE:.0%} of the time between failures",
-        "faster storage (--storage-bytes-per-s), or scaling.shard parameters, of which each worker stores its shard",
-    ),
-    (
-        "control",
-        lambda row: row["health_calls_per_s"] > CALLS_PER_S,
-        f"Ray Train's controller gets over {CALLS_PER_S:,.0f} answers a second, one from each worker every "
-        f"{HEALTH_CHECK_S} s",
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S raised: a lost worker is seen later by as much",
-    ),
-    (
-        "data",
-        lambda row: row["read_bytes_per_s"] / row["num_gpus"] > 100e6,
-        "a GPU reads over 100 MB/s of token ids",
-        "nothing: it does not come to that",
-    ),
-)
-"""Each part of a run, where it bounds the run, that in words, and what helps then."""
+def loads(row: Row) -> dict[str, float]:
+    """Returns how heavy each part of a run is: above 1 it bounds the run."""
+    return {
+        "reduction": row["exposed_s"] / (SLOW_SHARE * row["step_s"]),
+        "messages": row["messages_s"] / (SLOW_SHARE * row["step_s"]),
+        "snapshots": row["snapshot_every"] * row["step_s"] / (SLOW_SHARE * row["mtbf_s"]),
+        "checkpoints": row["checkpoint_store_s"] / (SLOW_SHARE * row["mtbf_s"]),
+        "control": row["health_calls_per_s"] / CALLS_PER_S,
+    }
 
 
 def simulate(config: RunConfig, options: PlanConfig) -> dict[str, Any]:
     """Returns `scales`, and in `limits` the fewest GPUs at which each part bounds the run, or None, and what helps."""
     rows = scales(config, options)
     limits = []
-    for part, binds, sign, then in _LIMITS:
-        first = next((row["num_gpus"] for row in rows if binds(row)), None)
-        limits.append({"part": part, "num_gpus": first, "sign": sign, "then": then})
+    for part, text in read_table(__file__, "scale_limits").items():
+        first = next((row["num_gpus"] for row in rows if loads(row)[part] > 1), None)
+        sign = text["sign"].format(share=SLOW_SHARE, calls=CALLS_PER_S, every_s=HEALTH_CHECK_S)
+        limits.append({"part": part, "num_gpus": first, "sign": sign, "then": text["then"]})
     return {"scales": rows, "limits": limits}
 
 

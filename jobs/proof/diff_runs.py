@@ -6,7 +6,7 @@ from typing import Any
 
 from cluster.storage.uris import Storage
 from jobs.run.find_run import data_identity
-from jobs.run.history import former_differences, recorded_config, training_differences
+from jobs.run.history import recorded_config, training_differences
 from jobs.run.ledger import Ledger, Line
 from model.tables import read_table
 
@@ -66,10 +66,6 @@ def diff(run_a: Storage, run_b: Storage) -> dict[str, Any]:
     parted = first_difference(a, b, steps=steps)
     differing = training_differences(recorded_config(run_a), recorded_config(run_b))
     settings = {name: pair for name, pair in differing.items() if name not in _MEASURING}
-    former_a, former_b = former_differences(run_a), former_differences(run_b)
-    for name, (_, constant) in (former_a | former_b).items():
-        pair = former_a.get(name, (constant,))[0], former_b.get(name, (constant,))[0]
-        settings |= {name: pair} if pair[0] != pair[1] else {}
     data_a, data_b = (data_identity(ledger) for ledger in ledgers)
     if data_a != data_b:
         settings["data"] = (data_a, data_b)

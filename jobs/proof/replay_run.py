@@ -22,7 +22,7 @@ from cluster.storage.uris import Storage
 from jobs.proof.diff_runs import first_difference, step_values
 from jobs.run.checkpoints import RunCheckpoints, step_of
 from jobs.run.find_run import data_identity, find_tokens
-from jobs.run.history import CONFIG_FILE, former_differences, recorded_config
+from jobs.run.history import CONFIG_FILE, recorded_config
 from jobs.run.ledger import LEDGER, Ledger
 from jobs.run.run_plan import RunPlan
 from jobs.tokens.token_store import TOKENIZER
@@ -57,9 +57,6 @@ def replay(run: Storage, *, steps: range, num_workers: int = 1) -> dict[str, Any
     num_lanes = batch_schedule(config).num_lanes(1)  # no later step has fewer
     if not 1 <= num_workers <= num_lanes:
         raise ConfigError(f"--workers {num_workers}: the run has {num_lanes} lanes, and each worker needs one")
-    if former := former_differences(run):
-        words = ", ".join(f"{name} {value}, now fixed at {constant}" for name, (value, constant) in former.items())
-        raise ReplayError(f"{run.uri} was trained with {words}: replay it with the version that trained it")
     tokens = find_tokens(run, data_identity(ledger))
     with tempfile.TemporaryDirectory(prefix="raymill-replay-") as folder:
         plan = RunPlan(

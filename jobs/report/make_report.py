@@ -1,7 +1,6 @@
 """Draws a run from its ledger: figures as PNG, and a page with them, its statistics, events and samples."""
 
 import time
-from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -17,16 +16,12 @@ from jobs.run.ledger import Ledger
 from jobs.tokens.token_store import TokenStoreError, read_manifest
 
 
-def report(run: Storage, *, price: float | None, plan: Path | None) -> dict[str, Any]:
-    """Is `raymill report`: `make_report`, with the plan in a file."""
-    return make_report(run, price=price, plan=read_plan(plan) if plan else None)
-
-
-def make_report(run: Storage, *, price: float | None = None, plan: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def make_report(run: Storage, *, price: float | None = None, plan: Path | None = None) -> dict[str, Any]:
     """Writes `report/` into the run's folder and returns the URIs of the page and of each figure.
 
-    `price` is for an hour of a GPU, or of a CPU where workers have none; `plan` is what `raymill plan --json` printed.
+    `price` is for an hour of a GPU, or of a CPU where workers have none; `plan` has what `raymill plan --json` printed.
     """
+    planned = read_plan(plan) if plan else None
     ledger, config = begun_ledger(run), recorded_config(run)
     figures, uris = "", {}
     for name, drawn in pictures(ledger).items():
@@ -40,7 +35,7 @@ def make_report(run: Storage, *, price: float | None = None, plan: Mapping[str, 
 <p>{escape(why_slow(ledger)["verdict"])}</p>
 {pairs([*statistics(ledger, config), *cost_rows(ledger, config, price=price)])}
 <h2>Plan and actual</h2>
-{grid("Plan and actual", ("", "Planned", "Actual"), plan_rows(ledger, config, plan))}
+{grid("Plan and actual", ("", "Planned", "Actual"), plan_rows(ledger, config, planned))}
 <h2>Curves</h2>
 {figures}{f"<h2>Samples</h2>{samples}" if samples else ""}
 {f"<h2>Documents</h2>{grid('Documents', ('', 'Number', 'Share'), drops)}" if drops else ""}

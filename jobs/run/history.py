@@ -8,6 +8,7 @@ import yaml
 
 from cluster.monitoring.metric_table import PHASES, REST, UNTIMED
 from cluster.settings.flags import validate_config
+from cluster.settings.parser import ConfigError
 from cluster.settings.run import FORMER_SETTINGS, RunConfig, max_steps, with_precision
 from cluster.storage.uris import Storage
 from jobs.run.ledger import Ledger, Line
@@ -18,28 +19,21 @@ _MEASUREMENTS = ("phases", "layers")  # events that a run has hundreds of
 
 
 def recorded_config(run: Storage) -> RunConfig:
-    """Returns the settings that the run was started with, without former ones. Raises `NotFoundError`."""
-    return _recorded(run)[0]
+    """Returns the settings that the run was started with, without former ones.
 
-
-def former_differences(run: Storage) -> dict[str, tuple[Any, Any]]:
-    """Returns (the run's value, today's constant) of each former setting that changes the run's bits. A run with any
-    can be looked at, but neither continued nor replayed."""
-    return {
-        name: (value, FORMER_SETTINGS[name])
-        for name, value in _recorded(run)[1].items()
-        if FORMER_SETTINGS[name] is not None and value != FORMER_SETTINGS[name]
-    }
-
-
-def _recorded(run: Storage) -> tuple[RunConfig, dict[str, Any]]:
-    """Returns the run's settings, and the values of former settings, which are constants now."""
-    settings, former = yaml.safe_load(run.read_bytes(CONFIG_FILE)), {}
-    for path in FORMER_SETTINGS:
+    Raises `NotFoundError`, and `ConfigError` where a former setting had a value by which the run's bits are others.
+    """
+    settings = yaml.safe_load(run.read_bytes(CONFIG_FILE))
+    for path, constant in FORMER_SETTINGS.items():
         branch, name = path.split(".")
-        if name in settings.get(branch, {}):
-            former[path] = settings[branch].pop(name)
-    return validate_config(settings, RunConfig), former
+        value = settings.get(branch, {}).pop(name, constant)
+        if constant is not None and value != constant:
+            versions = {start["code_version"] for start in Ledger.read(run).events("start")}
+            raise ConfigError(
+                f"{run.uri} was trained with {path} {value}, which is fixed at {constant} now: only the version of "
+                f"raymill that trained it can use it (code_version {', '.join(sorted(versions))})"
+            )
+    return validate_config(settings, RunConfig)
 
 
 def changed_settings(run: Storage, now: RunConfig) -> list[str]:
@@ -47,8 +41,7 @@ def changed_settings(run: Storage, now: RunConfig) -> list[str]:
     before = recorded_config(run)
     if before.train.precision != "auto":
         now = with_precision(now, before.train.precision)
-    changed = former_differences(run) | training_differences(before, now)
-    return [f"{name} was {old}, now {new}" for name, (old, new) in changed.items()]
+    return [f"{name} was {old}, now {new}" for name, (old, new) in training_differences(before, now).items()]
 
 
 def training_differences(before: RunConfig, now: RunConfig) -> dict[str, tuple[Any, Any]]:

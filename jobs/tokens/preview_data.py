@@ -1,22 +1,26 @@
 """Previews a corpus from a sample and without a cluster: its documents and tokens, and what would be dropped."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from cluster.settings.run import DataConfig, RunConfig
-from jobs.cleaning.quality_rules import failed_rule
-from jobs.corpus.chunks import Part, plan_chunks
-from jobs.corpus.documents import Drop, read_documents
-from jobs.corpus.listing import empty_corpus, list_corpus
-from jobs.corpus.text_hashes import document_hash, normalized
-from jobs.tokens.train_tokenizer import load_tokenizer, sample_texts
+from cluster.storage.uris import split_uri
+from jobs.corpus.chunks import EXPANSION, Part
+from jobs.corpus.decompression import decompressed
+from jobs.corpus.documents import named_damage
+from jobs.corpus.listing import CorpusFile, empty_corpus, list_corpus
+from jobs.corpus.sample_places import sample_places
+from jobs.tokens.train_tokenizer import judged, load_tokenizer, sample_texts
 from model.bulk_encoder import bulk_encoder
 from model.tokenizer import train_bpe
 
 _SAMPLE_BYTES = 16 << 20  # of source text, from places all over the corpus
-_PLACES = 64
 _TRAINING_BYTES = 4 << 20  # enough for the rate of tokens to be right to a few percent
+_FRONT_BYTES = 2 << 20  # of an archive, of which decompression is some 64 KiB ahead
 _EXAMPLES = 3
 _SAMPLES = 5
 _PREVIEW_CHARS = 160
@@ -25,25 +29,37 @@ _PREVIEW_CHARS = 160
 @dataclass
 class _Sample:
     data: DataConfig
-    source_bytes: int = 0
     texts: list[str] = field(default_factory=list)
+    scales: list[float] = field(default_factory=list)  # how many documents of the corpus each text stands for
     examples: list[dict[str, str]] = field(default_factory=list)  # the first few texts
     dropped: Counter[str] = field(default_factory=Counter)
     samples: dict[str, list[dict[str, str]]] = field(default_factory=dict)
     seen: set[bytes] = field(default_factory=set)
 
-    def read(self, part: Part, *, most_bytes: int) -> None:
-        """Takes the documents of a part, or as many from its front."""
-        used, self.source_bytes = 0, self.source_bytes + min(part.end - part.start, most_bytes)
-        for document in read_documents(part, self.data):
-            if used >= most_bytes < part.end - part.start:
-                return
-            used += document.size
-            drop = document.drop or failed_rule(document.text, self.data.quality_rules)
-            if drop is None and self.data.dedup:
-                digest = document_hash(normalized(document.text))
-                drop = Drop.DUPLICATE if digest in self.seen else None
-                self.seen.add(digest)
+    def read(self, files: Sequence[CorpusFile], *, share_bytes: int) -> None:
+        """Takes a share from files of one kind; where a place holds no document, the next one makes up for it."""
+        left, read_bytes, before = 0, 0.0, len(self.texts)
+        for wanted, parts in sample_places(
+            files, share_bytes=share_bytes, max_document_bytes=self.data.max_document_bytes
+        ):
+            left += wanted
+            for part in parts:
+                if left <= 0:
+                    break
+                text_bytes, file_bytes = self._read_part(part, most_bytes=left)
+                left, read_bytes = left - text_bytes, read_bytes + file_bytes
+        scale = sum(file.size for file in files) / max(1, round(read_bytes))
+        self.scales += [max(1.0, scale)] * (len(self.texts) - before)
+
+    def _read_part(self, part: Part, *, most_bytes: int) -> tuple[int, float]:
+        """Takes the documents of a part, or as many from its front; returns the bytes read, of text and of the file."""
+        begin, count, text_bytes = -1, 0, 0
+        for document, drop in judged(part, self.data, self.seen):
+            begin = document.offset if begin < 0 else begin
+            units = document.offset - begin  # bytes of lines with all their fields; rows of Parquet
+            if max(text_bytes, units) >= most_bytes:
+                return most_bytes, units * _bytes_per_unit(part.file, self.data)
+            count, text_bytes = count + 1, text_bytes + document.size
             if drop is None:
                 self.texts.append(document.text)
                 if len(self.examples) < _EXAMPLES:
@@ -54,48 +70,62 @@ class _Sample:
             if len(found) < _SAMPLES:
                 preview = (document.preview or document.text)[:_PREVIEW_CHARS]
                 found.append({"file": part.file.uri, "preview": preview})
+        if part.file.kind == "parquet":  # whose row groups reach beyond the part that they begin in
+            return text_bytes, count * _bytes_per_unit(part.file, self.data)
+        return text_bytes, part.end - part.start
+
+
+def _bytes_per_unit(file: CorpusFile, data: DataConfig) -> float:
+    """Returns how many of the file's bytes hold what its documents' offsets count: a row of Parquet, or a byte of text,
+    judged by the front of an archive."""
+    if not file.compression and file.kind != "parquet":
+        return 1.0
+    storage, name = split_uri(file.uri)
+    with storage.open(name) as raw, named_damage(file.uri):
+        if file.kind == "parquet":
+            return file.size / max(1, pq.ParquetFile(raw).metadata.num_rows)
+        text, num_bytes = decompressed(raw, file, max_ratio=data.max_compression_ratio), 0
+        while raw.tell() < _FRONT_BYTES and (piece := text.read(1 << 20)):
+            num_bytes += len(piece)
+        return raw.tell() / num_bytes
 
 
 def preview(config: RunConfig) -> dict[str, Any]:
-    """Returns the sample's figures, and estimates for the whole corpus by its size in bytes.
+    """Returns the sample's figures, and estimates for the whole corpus, by the share of its bytes that was read.
 
     Duplicates are found within the sample only, near-duplicates and contamination not at all: the job may drop more.
     Raises `CorpusError` when the sample holds no document to keep.
     """
     data = config.data
     files = (listing := list_corpus(data.source)).files
-    total_bytes = sum(file.size for file in files)
-    chunks = plan_chunks(
-        files, {}, shard_bytes=min(data.shard_bytes, 1 << 20), max_document_bytes=data.max_document_bytes
-    )
-    parts = [part for chunk in chunks for part in chunk.parts]
-    if total_bytes > _SAMPLE_BYTES and len(parts) > _PLACES:
-        parts = [parts[place * len(parts) // _PLACES] for place in range(_PLACES)]
+    kinds: dict[tuple[str, str], list[CorpusFile]] = {}  # whose bytes stand for about as much text each
+    for file in files:
+        kinds.setdefault((file.kind, file.compression), []).append(file)
+    sizes = {kind: sum(file.size for file in own) * EXPANSION[kind[1]] for kind, own in kinds.items()}
     sample = _Sample(data)
-    for part in parts:
-        sample.read(part, most_bytes=_SAMPLE_BYTES // _PLACES)
+    for kind, own in kinds.items():
+        sample.read(own, share_bytes=max(1, _SAMPLE_BYTES * sizes[kind] // max(1, sum(sizes.values()))))
     if not sample.texts:
         raise empty_corpus(len(files), sample.dropped)
     if data.tokenizer:
         tokenizer, _ = load_tokenizer(data.tokenizer)
     else:
-        texts = sample_texts(files, data.model_copy(update={"tokenizer_sample_bytes": _TRAINING_BYTES}))
-        tokenizer = train_bpe(texts, vocab_size=data.vocab_size, normalize=data.normalize)
+        training = sample_texts(files, data.model_copy(update={"tokenizer_sample_bytes": _TRAINING_BYTES}))
+        tokenizer = train_bpe(training, vocab_size=data.vocab_size, normalize=data.normalize)
     encode = bulk_encoder(tokenizer)[0].encode
-    tokens = sum(len(encode(text)) + 1 for text in sample.texts)
-    scale = max(1.0, total_bytes / max(1, sample.source_bytes))
-    num_dropped = sum(sample.dropped.values())
+    tokens = [len(encode(text)) + 1 for text in sample.texts]
+    num_documents = len(tokens) + sample.dropped.total()
     return {
         "files": len(files),
         "skipped_files": listing.skipped,
-        "source_bytes": total_bytes,
-        "sampled_documents": len(sample.texts) + num_dropped,
+        "source_bytes": sum(file.size for file in files),
+        "sampled_documents": num_documents,
         "dropped": dict(sample.dropped),
-        "drop_rate": round(num_dropped / (len(sample.texts) + num_dropped), 4),
+        "drop_rate": round(sample.dropped.total() / num_documents, 4),
         "drop_samples": sample.samples,
-        "documents": round(len(sample.texts) * scale),
-        "tokens": round(tokens * scale),
-        "bytes_per_token": round(sum(len(text.encode()) for text in sample.texts) / tokens, 3),
-        "is_estimate": scale > 1,
+        "documents": round(sum(sample.scales)),
+        "tokens": round(sum(count * scale for count, scale in zip(tokens, sample.scales, strict=True))),
+        "bytes_per_token": round(sum(len(text.encode()) for text in sample.texts) / sum(tokens), 3),
+        "is_estimate": max(sample.scales) > 1,
         "examples": sample.examples,
     }

@@ -12,7 +12,7 @@ from cluster.settings.run import DataConfig, RunConfig
 from cluster.storage.uris import NotFoundError, join_uri, open_storage, split_uri
 from jobs.cleaning.quality_rules import failed_rule
 from jobs.corpus.chunks import Chunk, Part, whole_file
-from jobs.corpus.documents import read_documents
+from jobs.corpus.documents import Document, Drop, read_documents
 from jobs.corpus.listing import CorpusFile, Listing, empty_corpus, list_corpus
 from jobs.corpus.ray_data_tasks import run_tasks
 from jobs.corpus.sample_places import sample_places
@@ -69,13 +69,15 @@ def train_tokenizer(corpus: Chunk, *, data: DataConfig) -> bytes:
     return train_bpe(sample, vocab_size=data.vocab_size, normalize=data.normalize).to_json()
 
 
-def sample_texts(files: Sequence[CorpusFile], data: DataConfig) -> Iterator[str]:
+def sample_texts(
+    files: Sequence[CorpusFile], data: DataConfig, *, piece_chars: int = TRAINING_PIECE_CHARS
+) -> Iterator[str]:
     """Yields up to `data.tokenizer_sample_bytes` of the kept documents, an equal share from each source: all of a small
     source, or else text from places all over it.
 
-    The text is cut into pieces, because training takes time in the square of a word's length, and DNA is one word of a
-    megabyte. The last document of a place may be cut. The next place makes up for one where much is dropped. Raises
-    `CorpusError` when no document is kept.
+    The text is cut into pieces of `piece_chars` to twice as many, because training takes time in the square of a word's
+    length, and DNA is one word of a megabyte. The last document of a place may be cut. The next place makes up for one
+    where much is dropped. Raises `CorpusError` when no document is kept.
     """
     share_bytes = max(1, data.tokenizer_sample_bytes // len({file.source for file in files}))
     seen: set[bytes] = set()
@@ -87,7 +89,7 @@ def sample_texts(files: Sequence[CorpusFile], data: DataConfig) -> Iterator[str]
             remaining += num_bytes
             for text in kept_texts(parts, data, seen, dropped, most_bytes=_MOST_READ * remaining):
                 encoded = text.encode()
-                yield from cut_text(encoded[:remaining].decode(errors="ignore"), piece_chars=TRAINING_PIECE_CHARS)
+                yield from cut_text(encoded[:remaining].decode(errors="ignore"), piece_chars=piece_chars)
                 remaining -= min(len(encoded), remaining)
                 if not remaining:
                     break
@@ -104,18 +106,25 @@ def kept_texts(
     """
     num_bytes = 0
     for part in parts:
-        for document in read_documents(part, data):
-            if num_bytes > most_bytes and seen:
-                return
-            num_bytes += document.size
-            drop = document.drop or failed_rule(document.text, data.quality_rules)
+        for document, drop in judged(part, data, seen):
             if drop:
                 dropped[drop] += 1
-                continue
-            digest = document_hash(normalized(document.text))
-            if not (data.dedup and digest in seen):
-                seen.add(digest)
+            else:
                 yield document.text
+            num_bytes += document.size
+            if num_bytes > most_bytes and seen:
+                return
+
+
+def judged(part: Part, data: DataConfig, seen: set[bytes]) -> Iterator[tuple[Document, Drop | None]]:
+    """Yields the documents of a part, each with the reason to drop it, if any; what is kept is `seen` from then on."""
+    for document in read_documents(part, data):
+        drop = document.drop or failed_rule(document.text, data.quality_rules)
+        if drop is None:
+            digest = document_hash(normalized(document.text))
+            drop = Drop.DUPLICATE if data.dedup and digest in seen else None
+            seen.add(digest)
+        yield document, drop
 
 
 def text_sample(listing: Listing, data: DataConfig) -> list[str]:

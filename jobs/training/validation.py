@@ -6,6 +6,7 @@ import math
 import torch
 import torch.distributed as dist
 
+from cluster.settings.parser import ConfigError
 from cluster.settings.run import RunConfig, TrainConfig, seq_len
 from jobs.exact.compute import autocast, loss_of, micro_batch
 from jobs.exact.train_state import TrainState
@@ -48,6 +49,18 @@ def measured(
         dist.all_reduce(losses)
     mean = float(losses.sum()) / (num_rows * seq_len(config))
     return {"val_loss": mean, "val_bits_per_byte": mean / math.log(2) / rows.bytes_per_token(num_rows)}
+
+
+def check_prompts(config: RunConfig, tokenizer: Tokenizer) -> None:
+    """Raises `ConfigError` for a prompt that the model could not continue."""
+    longest = config.model.n_positions - 1
+    for prompt in config.train.sample_prompts:
+        num_tokens = len(tokenizer.encode(prompt))
+        if not 1 <= num_tokens <= longest:
+            raise ConfigError(
+                f"train.sample_prompts: {prompt[:40]!r} has {num_tokens} tokens, expected 1 to {longest}, which the "
+                f"model can continue within its context of {longest + 1} (model.n_positions); change it or leave it out"
+            )
 
 
 @torch.no_grad()

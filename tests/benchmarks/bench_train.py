@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from model.processor import bf16_slowdown, fast_precision
+from model.processor import fast_precision
 from tests.benchmarks import bench_insight
 from tests.benchmarks.bench_exact import measure, print_table
 from tests.benchmarks.gemm_peak import gemm_peak
@@ -125,7 +125,7 @@ def main() -> int:
         print(f"without torch.compile, which does not work here: {problem}")
     cells = CELLS[:2] if arguments.small else CELLS
     if fast_precision("cpu") == "fp32":
-        print(f"without bf16, which this processor emulates: {bf16_slowdown('cpu'):.0f} times as long a projection")
+        print("without bf16, which this processor emulates")
         cells = [cell for cell in cells if cell.precision == "fp32"]
     figures: dict[str, Any] = {"compiled": problem is None}
     for cell in cells:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.errors import UserError
 from model.probes import TASKS, Task, accuracy, probe
 from tests.model.small_models import small_model
 
@@ -43,6 +44,16 @@ def test_the_same_seed_asks_the_same() -> None:
     model = small_model()
     assert probe(model, seq_len=40) == probe(model, seq_len=40)
     assert probe(model, seq_len=40).keys() == TASKS.keys()
+
+
+@pytest.mark.parametrize("seq_len", [7, 8, 15])
+def test_sequences_too_short_for_a_task_are_refused(seq_len: int) -> None:
+    with pytest.raises(UserError, match=rf"sequences of {seq_len} tokens, the few-shot task needs 16"):
+        probe(small_model(), seq_len=seq_len)
+
+
+def test_the_shortest_sequences_ask_each_task_something() -> None:
+    assert all(0 <= share <= 1 for share in probe(small_model(), seq_len=16).values())
 
 
 class LookingBack:

@@ -1,12 +1,10 @@
-"""A processor's fast precision is known, and the cost of the other one is measured."""
+"""A processor's fast precision is known from its features."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 
-from model.processor import bf16_slowdown, cpu_features, cpu_precision, fast_precision
+from model.processor import cpu_features, cpu_precision, fast_precision
 
 ZEN_4 = frozenset(("avx2", "avx512f", "avx512_bf16"))
 SAPPHIRE_RAPIDS = ZEN_4 | {"amx_bf16", "amx_tile"}
@@ -40,13 +38,3 @@ def test_a_cpu_computes_bf16_at_speed_where_it_has_products_of_it_and_may_use_th
 def test_this_machine_is_asked() -> None:
     assert cpu_features(), "no features in /proc/cpuinfo"
     assert fast_precision("cpu") == cpu_precision(cpu_features(), os.environ)
-
-
-@pytest.mark.skipif(fast_precision("cpu") == "fp32", reason="needs a processor with bf16")
-def test_what_is_chosen_is_what_is_measured_to_be_fast() -> None:
-    assert bf16_slowdown("cpu") < 1
-    held = os.environ | {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
-    program = "from model.processor import *; print(fast_precision('cpu'), bf16_slowdown('cpu'))"
-    precision, slowdown = subprocess.check_output([sys.executable, "-c", program], env=held, text=True).split()
-    assert precision == "fp32"
-    assert float(slowdown) > 3

@@ -5,7 +5,6 @@ import sys
 import unicodedata
 
 import numpy as np
-import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -100,8 +99,3 @@ def test_an_insertion_into_text_without_blanks_changes_only_the_runs_across_it()
 
 def test_a_blob_without_blanks_is_cut_into_words() -> None:
     assert len(word_ngrams(b"x" * 1_000_000 + b" end", 1)) == 1_000_000 // 64 + 1
-
-
-def test_a_run_has_at_least_one_word() -> None:
-    with pytest.raises(ValueError, match="n=0"):
-        word_ngrams(b"a", 0)

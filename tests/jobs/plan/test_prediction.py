@@ -105,6 +105,20 @@ def test_a_rehearsal_is_the_run_in_small() -> None:
     assert all(fault.step < max_steps(small) / 2 for fault in moved)
 
 
+@pytest.mark.parametrize("num_steps", [1, 2, 3])
+def test_a_run_of_first_steps_only_is_not_rehearsed(num_steps: int) -> None:
+    with pytest.raises(ConfigError, match=rf"a run of {num_steps} steps is too short .* leaves out the first 3 "):
+        in_small(config(num_steps))
+
+
+def test_the_shortest_run_that_is_rehearsed_is_predicted() -> None:
+    planned = config(4)
+    rehearsed, _ = in_small(planned)
+    ledger, stage_s = simulated(rehearsed)
+    found = predict(rehearsal(stage_s), ledger, rehearsed=rehearsed, planned=planned)
+    assert found["step_s"] == {"2": 0.1}
+
+
 def test_large_models_are_rehearsed_with_fewer_lanes_or_not_at_all() -> None:
     values = {"run_id": "large", "data": {"source": "texts"}, "model": {"preset": "gpt2-124m", "n_positions": 128}}
     train = {"global_batch_size": 64, "micro_batch_size": 1, "max_tokens": 10**9}

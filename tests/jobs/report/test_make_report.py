@@ -21,7 +21,6 @@ from jobs.plan.make_plan import make_plan
 from jobs.plan.table import size
 from jobs.report.figures import pictures, smoothed
 from jobs.report.make_report import make_report
-from jobs.report.plan_actual import read_plan
 from jobs.report.why_slow import why_slow
 from jobs.run.find_run import RunError, find_run
 from jobs.run.history import (
@@ -159,19 +158,20 @@ def test_a_run_beside_its_plan(eventful: Storage, tmp_path: Path) -> None:
     plan = make_plan(recorded_config(eventful), PlanConfig(count=2))
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(plan))
-    result = make_report(eventful, price=1.5, plan=read_plan(path))
+    result = make_report(eventful, price=1.5, plan=path)
     page = Page(Path(result["html"]).read_text())
     assert page.value_of("Cost").endswith("at $1.5 for a CPU-hour")
     row = page.cells.index("Throughput", page.cells.index("Plan and actual"))
     assert page.cells[row + 1] == f"{plan['tokens_per_s']:,.0f} tokens/s"
     calibrated = plan | {"calibration": {"stage_s": {"train": 321.0}, "tokens_per_s": 7.0}}
-    page = Page(Path(make_report(eventful, plan=calibrated)["html"]).read_text())
+    path.write_text(json.dumps(calibrated))
+    page = Page(Path(make_report(eventful, plan=path)["html"]).read_text())
     planned, actual = (float(cell.split()[0]) for cell in page.cells[page.cells.index("Operations") :][1:3])
     assert actual / planned == pytest.approx(308 / 300, rel=1e-3), "eight steps were taken again"
     assert page.value_of("Wall time of training") == "5 min 21 s"
     path.write_text("{}")
     with pytest.raises(ConfigError, match="holds no plan"):
-        read_plan(path)
+        make_report(eventful, plan=path)
 
 
 def test_an_mfu_is_drawn_where_it_is_known(eventful: Storage) -> None:

@@ -1,13 +1,18 @@
 """The preview: estimates that the job then confirms, without a cluster; and `raymill data` at the command line."""
 
+import csv
+import gzip
 import json
 import random
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from cluster.cli import main
 from jobs.corpus.listing import CorpusError
+from jobs.tokens import preview_data
 from jobs.tokens.build_store import tokenize
 from jobs.tokens.preview_data import preview
 from tests.jobs.corpora import data_config, make_corpus
@@ -38,6 +43,50 @@ def test_a_large_corpus_is_estimated_from_places_all_over_it(tmp_path: Path) -> 
     assert seen["is_estimate"]
     assert seen["documents"] == pytest.approx(0.8 * num_documents, rel=0.05)
     assert seen["drop_rate"] == pytest.approx(0.2, abs=0.02)
+
+
+def write_alike(folder: Path, texts: list[str], kind: str) -> None:
+    """Writes the texts in one file, with a note beside each where a kind has fields."""
+    folder.mkdir(parents=True)
+    notes = [f"{number} {'note ' * 60}" for number in range(len(texts))]
+    lines = "\n".join(json.dumps({"id": note, "text": text}) for note, text in zip(notes, texts, strict=True))
+    match kind:
+        case "jsonl":
+            (folder / "a.jsonl").write_text(lines)
+        case "jsonl.gz":
+            (folder / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+        case "txt.zst":
+            for number in range(0, len(texts), 1000):
+                content = pa.compress("\n".join(texts[number:][:1000]).encode(), codec="zstd", asbytes=True)
+                (folder / f"{number}.txt.zst").write_bytes(content)
+        case "csv":
+            with (folder / "a.csv").open("w", newline="") as file:
+                csv.writer(file).writerows([("text", "id"), *zip(texts, notes, strict=True)])
+        case "parquet":
+            pq.write_table(pa.table({"text": texts, "id": notes}), folder / "a.parquet", row_group_size=6000)
+
+
+KINDS = ("jsonl", "jsonl.gz", "txt.zst", "csv", "parquet")
+
+
+@pytest.mark.parametrize("kinds", [*((kind,) for kind in KINDS), KINDS], ids="-".join)
+def test_each_kind_of_file_is_estimated_by_its_own_bytes(
+    kinds: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preview_data, "_SAMPLE_BYTES", 1 << 20)
+    monkeypatch.setattr(preview_data, "_FRONT_BYTES", 512 << 10)
+    rng = random.Random(0)
+    words = ["".join(rng.choices("aeioustrnlm", k=rng.randint(2, 9))) for _ in range(3000)]
+    text_bytes = 0
+    for kind in kinds:
+        texts = [" ".join(rng.choices(words, k=rng.randint(10, 90))) for _ in range(20_000)]
+        text_bytes += sum(map(len, texts))
+        write_alike(tmp_path / "texts" / kind, texts, kind)
+    seen = preview(data_config(f"{tmp_path}/texts/**", tmp_path / "storage"))
+    num_documents = sum(20 if kind == "txt.zst" else 20_000 for kind in kinds)
+    assert seen["is_estimate"]
+    assert seen["documents"] == pytest.approx(num_documents, rel=0.1)
+    assert seen["tokens"] * seen["bytes_per_token"] == pytest.approx(text_bytes, rel=0.1)
 
 
 def test_nothing_to_keep_is_an_error(tmp_path: Path) -> None:

@@ -66,10 +66,7 @@ def test_the_ledger_says_once_that_other_hardware_emulates_it(tmp_path: Path, mo
     assert plan.run.read_bytes("ledger.jsonl").startswith(ledger)
     (line,) = Ledger.read(plan.run).events("precision")
     assert (line["precision"], line["fast"], line["attempt"]) == ("bf16", "fp32", 2)
-    assert message_of(line) == (
-        "the run computes in bf16, as it began, which this processor emulates: a projection takes "
-        f"{line['slowdown']:g} times as long as in fp32"
-    )
+    assert message_of(line) == "the run computes in bf16, as it began, which this processor emulates"
 
 
 def test_a_run_in_fp32_is_told_of_a_faster_precision() -> None:
