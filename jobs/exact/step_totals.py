@@ -15,8 +15,6 @@ from jobs.exact.flat_layout import BLOCK, FlatLayout, part_of
 from jobs.exact.step_plan import Mesh, StepPlan
 from jobs.workers.worker_group import WorkerGroup
 
-_FEWEST_ROWS = 16  # of 1,024 values, from which on each has 32 threads (ATen/native/cuda/Reduce.cuh)
-
 
 class StepTotals:
     """Gathers what all ranks have, and with it the proof that every message of the step has arrived."""
@@ -40,8 +38,7 @@ class StepTotals:
         sums of squares of this rank's parts. Raises `LostPeerError` where a message of the step did not arrive."""
         longest = max(map(len, plan.counted))
         sums = torch.cat(list(block_sums))
-        own_losses = torch.stack(list(losses)).double() if losses else sums.new_zeros(0)
-        own = torch.cat([sums, sums.new_zeros(self._num_blocks - len(sums)), own_losses])
+        own = torch.cat([sums, sums.new_zeros(self._num_blocks - len(sums)), *(loss.double()[None] for loss in losses)])
         table = own[None]
         if self._group.world_size > 1:
             table = self._group.proven(own, step=step, width=self._num_blocks + longest)
@@ -75,13 +72,13 @@ def _block_order(
 def block_square_sums(values: Tensor) -> Tensor:
     """Returns sums of squares (P / BLOCK,), in float64, of values (P,) that begin at a block; the last may be short.
 
-    A block has the same bits whichever blocks are computed with it: CUDA's kernel gives each of fewer rows more
-    threads, so they are made as many as it divides alike. Within a block fp32 suffices, in half the time of float64.
+    A block has the same bits whichever blocks are computed with it: CUDA's kernel gives each of fewer than 16 rows more
+    threads (ATen/native/cuda/Reduce.cuh). Within a block fp32 suffices, in half the time of float64.
     """
     whole = len(values) - len(values) % BLOCK
     sums = [values.new_zeros(0, dtype=torch.float64)]
     for part in (values[:whole].view(-1, BLOCK), values[whole:].view(1, -1)):
-        rows = F.pad(part, (0, 0, 0, max(0, _FEWEST_ROWS - len(part)))) if part.is_cuda else part
+        rows = F.pad(part, (0, 0, 0, max(0, 16 - len(part)))) if part.is_cuda else part
         if part.numel():
             sums.append(torch.linalg.vector_norm(rows, dim=1)[: len(part)].double().square_())
     return torch.cat(sums)

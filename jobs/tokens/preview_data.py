@@ -48,7 +48,8 @@ class _Sample:
                     break
                 text_bytes, file_bytes = self._read_part(part, most_bytes=left)
                 left, read_bytes = left - text_bytes, read_bytes + file_bytes
-        scale = sum(file.size for file in files) / max(1, round(read_bytes))
+        is_all = left > 0  # had there been more, it would have been read
+        scale = 1.0 if is_all else sum(file.size for file in files) / max(1, round(read_bytes))
         self.scales += [max(1.0, scale)] * (len(self.texts) - before)
 
     def _read_part(self, part: Part, *, most_bytes: int) -> tuple[int, float]:
