@@ -41,7 +41,8 @@ def fetch(storage: Storage) -> Path:
     files = [entry for entry in storage.list() if NEEDED.fullmatch(entry.key)]
     if not files:
         raise NotFoundError(f"{storage.uri} is empty or does not exist, or holds no checkpoint; check the location")
-    copy = _cache("checkpoints") / f"{_name(storage.uri)}--{_version(files)}"
+    versions = repr([(entry.key, entry.version) for entry in files])
+    copy = _cache("checkpoints") / f"{_name(storage.uri)}--{hashlib.sha256(versions.encode()).hexdigest()[:32]}"
     if not _is_usable(copy, files):
         with _locked("lock", fcntl.LOCK_EX):
             if not _is_usable(copy, files):
@@ -113,11 +114,6 @@ def _is_usable(copy: Path, files: Entries) -> bool:
         os.utime(copy)
         return True
     return False
-
-
-def _version(files: Entries) -> str:
-    versions = sorted((entry.key, entry.version) for entry in files)
-    return hashlib.sha256(repr(versions).encode()).hexdigest()[:32]
 
 
 def _name(uri: str) -> str:

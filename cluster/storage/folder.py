@@ -113,11 +113,6 @@ class LocalStorage(interface.Storage):
     def upload_file(self, source: Path, key: str) -> None:
         self._store(key, lambda path: shutil.copyfile(source, path))
 
-    def download_file(self, key: str, target: Path) -> None:
-        path = self.local_path(key)
-        with _explained_errors(path):
-            shutil.copyfile(path, target)
-
 
 @contextmanager
 def _explained_errors(path: Path) -> Iterator[None]:

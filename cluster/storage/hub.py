@@ -7,12 +7,10 @@ keeps listings of branches that move, and accepts an answer that ignores the ran
 
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, BinaryIO, Never
 from urllib.parse import quote
 
@@ -118,10 +116,6 @@ class HubStorage(interface.Storage):
                 f"{interface.join_uri(self.uri, key)}: {_endpoint()} ignores byte ranges; set HF_ENDPOINT"
             )
         return answer.content
-
-    def download_file(self, key: str, target: Path) -> None:
-        with self.open(key) as source, target.open("wb") as copy:
-            shutil.copyfileobj(source, copy, 8 << 20)
 
     def _refuse(self, *arguments: Any, **options: Any) -> Never:
         raise interface.StorageError(f"{self.uri} can only be read; write to a folder or to s3://bucket/prefix")

@@ -10,7 +10,6 @@ from dataclasses import KW_ONLY, dataclass, replace
 import orjson
 
 from cluster.settings.serve import ServeConfig
-from model.sampling_params import SamplingParams
 from serving.api.answers import Answer, Usage
 from serving.api.choice_output import ChoiceOutput, Part, join_parts
 from serving.api.metrics import ReplicaMetrics, RequestTimer
@@ -163,7 +162,7 @@ async def start_completion(
             seq_id=engine.next_seq_id(),
             prompt_ids=prompt_ids,
             max_tokens=request.token_limit,
-            sampling=_of_choice(sampling, index),
+            sampling=replace(sampling, seed=choice_seed(sampling.seed, index)),
             ignore_eos=request.ignore_eos,
             stop_token_ids=tuple(request.stop_token_ids),
             min_tokens=request.min_tokens,
@@ -244,13 +243,9 @@ def refuse_when_full(engine: EngineClient, num_sequences: int, config: ServeConf
         )
 
 
-def choice_seed(seed: int, index: int) -> int:
-    """Returns the seed of choice `index`. The first has the request's own, so that n=1 is the first choice of any n."""
-    if index == 0:
+def choice_seed(seed: int | None, index: int) -> int | None:
+    """Returns the seed of choice `index`. The first has the request's own, so that n=1 is the first choice of any n.
+    Without a seed none has one, as vLLM draws rows with a seed alone."""
+    if seed is None or index == 0:
         return seed
     return int.from_bytes(hashlib.sha256(f"{seed}:{index}".encode()).digest()[:8]) >> 1
-
-
-def _of_choice(sampling: SamplingParams, index: int) -> SamplingParams:
-    """Returns how choice `index` is drawn: with a seed only if the client gave one, as vLLM draws such rows alone."""
-    return sampling if sampling.seed is None else replace(sampling, seed=choice_seed(sampling.seed, index))

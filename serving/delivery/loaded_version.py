@@ -9,9 +9,8 @@ from pathlib import Path
 from cluster.settings.serve import ServeConfig
 from cluster.storage.registry import resolve_checkpoint
 from model.errors import UserError
-from model.sampling_params import SamplingParams
 from serving.delivery.promotion import Version, VersionStats
-from serving.engine.messages import FinishReason, SequenceRequest
+from serving.engine.messages import FinishReason
 from serving.engine_process.client import EngineClient
 from serving.engine_process.health import HealthCheck
 from serving.protocol.served_model import ServedModel, is_of_one_kind, read_served_model
@@ -61,17 +60,7 @@ class LoadedVersion:
         """Returns the nats per token over the rows, NaN if the logits are not finite. The rows are read `at_once`,
         within one turn of an engine that is shared, or else one after the other, so that clients' tokens come in
         between."""
-        requests = [
-            SequenceRequest(
-                seq_id=self.engine.next_seq_id(),
-                prompt_ids=list(row),
-                max_tokens=0,
-                sampling=SamplingParams(temperature=0.0),
-                num_prompt_logprobs=0,
-                weights=self.weights,
-            )
-            for row in rows
-        ]
+        requests = [self.engine.own_sequence(list(row), max_tokens=0, weights=self.weights) for row in rows]
         logprobs: list[float] = []
         async for event in self.engine.submit(requests, at_once=None if at_once else 1):
             if event.finish_reason is FinishReason.ERROR:

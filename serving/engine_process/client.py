@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 from cluster.settings.serve import EngineConfig
 from model.errors import UserError
+from model.sampling_params import SamplingParams
 from serving.engine.messages import (
     Admission,
     EngineFacts,
@@ -143,6 +144,7 @@ class EngineClient:
             "threads": threads,
             "eos_id": eos_id,  # None without a tokenizer
         }
+        python = (config.vllm_python or os.environ.get(VLLM_PYTHON_VARIABLE)) if config.runs_vllm else None
         line, their_line = socket.socketpair()
         with their_line:
             client = cls(
@@ -151,7 +153,7 @@ class EngineClient:
                     arguments | {"watchdog": their_line.fileno()},
                     threads=threads,
                     pass_fds=[their_line.fileno()],
-                    python=_vllm_python(config) if config.runs_vllm else sys.executable,
+                    python=python or sys.executable,
                 )
             )
         messages = client._messages()
@@ -192,6 +194,12 @@ class EngineClient:
 
     def next_seq_id(self) -> int:
         return next(self._seq_ids)
+
+    def own_sequence(self, prompt_ids: list[int], *, max_tokens: int, weights: int) -> SequenceRequest:
+        """Returns a greedy sequence of the replica's own. All have their prompt's log-probabilities: vLLM compiles for
+        those once, in seconds, at its start and not while clients wait."""
+        seq_id, greedy = self.next_seq_id(), SamplingParams(temperature=0.0)
+        return SequenceRequest(seq_id, prompt_ids, max_tokens, greedy, num_prompt_logprobs=0, weights=weights)
 
     def share(self, checkpoint: Path) -> int:
         """Returns the number of another checkpoint of the same shape, for sequences to name. Each user closes."""
@@ -324,7 +332,3 @@ class EngineClient:
     async def _describe_death(self) -> str:
         exit_code = await asyncio.to_thread(self._process.wait)
         return f"engine process {self.pid} ended with exit code {exit_code}; its own log says why"
-
-
-def _vllm_python(config: EngineConfig) -> str:
-    return config.vllm_python or os.environ.get(VLLM_PYTHON_VARIABLE) or sys.executable

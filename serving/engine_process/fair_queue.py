@@ -2,6 +2,7 @@
 one. (Start-time fair queueing: Goyal, Vin and Cheng, 1996.)"""
 
 from bisect import bisect, insort
+from operator import attrgetter
 from typing import NamedTuple
 
 from serving.engine.messages import SequenceRequest
@@ -61,11 +62,7 @@ class FairQueue:
 
     def behind(self, key: str) -> list[SequenceRequest]:
         """Returns the sequences that a new one of this key would pass."""
-        return [held.request for held in self._held[bisect(self._held, self._next_turn(key), key=_turn) :]]
+        return [held.request for held in self._held[bisect(self._held, self._next_turn(key), key=attrgetter("turn")) :]]
 
     def _next_turn(self, key: str) -> int:
         return max(self._turn, self._next.get(key, 0))
-
-
-def _turn(held: Held) -> int:
-    return held.turn

@@ -6,8 +6,7 @@ import sys
 import time
 from typing import NoReturn
 
-from model.sampling_params import SamplingParams
-from serving.engine.messages import FinishReason, SequenceRequest
+from serving.engine.messages import FinishReason
 from serving.engine_process.client import EngineClient, EngineDiedError
 
 STALLED_S = 60.0  # the longest step: a prompt that fills the context of a large model
@@ -47,14 +46,7 @@ class HealthCheck:
 
     async def self_test(self) -> None:
         """Draws one greedy token, so that weights that give NaN are never served. Raises `EngineDiedError`."""
-        request = SequenceRequest(
-            seq_id=self._engine.next_seq_id(),
-            prompt_ids=self._prompt_ids,
-            max_tokens=1,
-            sampling=SamplingParams(temperature=0.0),
-            num_prompt_logprobs=0,  # vLLM compiles for them once, in seconds: at its start, not while clients wait
-            weights=self._weights,
-        )
+        request = self._engine.own_sequence(self._prompt_ids, max_tokens=1, weights=self._weights)
         async for event in self._engine.submit([request]):
             if event.finish_reason is FinishReason.ERROR:
                 raise EngineDiedError(

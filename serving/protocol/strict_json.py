@@ -6,7 +6,7 @@ from typing import Any
 import orjson
 from fastapi import Request
 
-from serving.protocol.errors import ApiError, invalid_request
+from serving.protocol.errors import invalid_request
 
 MAX_BODY_BYTES = 1 << 20
 MAX_DEPTH = 32
@@ -33,19 +33,16 @@ def parse_json_object(body: bytes) -> dict[str, Any]:
         # It refuses what `json` takes: NaN, 1e999, half of a surrogate pair, UTF-16. But it takes a key twice.
         orjson.loads(body)
         fields = json.loads(body, object_pairs_hook=_unique_keys)
-        if isinstance(fields, dict) and _depth(fields) > MAX_DEPTH:
+        if not isinstance(fields, dict):
+            raise invalid_request("The body must be a JSON object", code="invalid_json")
+        if _depth(fields) > MAX_DEPTH:
             raise RecursionError
+        return fields
     except RecursionError:
-        raise _not_valid(f"it is nested too deeply; at most {MAX_DEPTH} levels are read") from None
+        problem = f"it is nested too deeply; at most {MAX_DEPTH} levels are read"
     except ValueError as error:
-        raise _not_valid(str(error)) from None
-    if not isinstance(fields, dict):
-        raise invalid_request("The body must be a JSON object", code="invalid_json")
-    return fields
-
-
-def _not_valid(problem: str) -> ApiError:
-    return invalid_request(f"The body is not valid JSON: {problem}", code="invalid_json")
+        problem = str(error)
+    raise invalid_request(f"The body is not valid JSON: {problem}", code="invalid_json")
 
 
 def shown(name: str) -> str:

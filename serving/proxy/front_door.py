@@ -30,7 +30,7 @@ from serving.protocol.request_facts import FACTS, timestamp
 from serving.protocol.strict_json import MAX_BODY_BYTES
 from serving.protocol.tracing import Span, Tracing, tracing_from_environment
 from serving.proxy.http_bounds import install_bounds
-from serving.proxy.request_log import KeyNames, LogRequest, RequestLog, no_log
+from serving.proxy.request_log import LogRequest, RequestLog, no_log
 from serving.proxy.token_relay import ASK_HEADER, YES_HEADER, Relay, RelayedAnswer
 
 SETTINGS_VARIABLE = "RAYMILL_HTTP"
@@ -126,7 +126,7 @@ class FrontDoor:
     tracing: Tracing
 
     def __post_init__(self) -> None:
-        self._relay, self._key_names = Relay(), KeyNames()
+        self._relay = Relay()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -148,11 +148,9 @@ class FrontDoor:
                 error=ending.reason if is_failure else None,
             )
             if (is_post or is_failure or (ending.status or 0) >= 400) and path not in PROBED_PATHS:
-                is_unknown = ending.num_attempts > 0 and ending.status is None
                 seen_here = {
                     "time": timestamp(began_s),
                     "request_id": request_id.decode(),
-                    "key": self._key_names.of(scope["headers"], told=ending.facts.get("key"), is_unknown=is_unknown),
                     "route": path[:MAX_LOGGED_PATH],
                     "status": ending.status,
                     "reason": ending.reason,

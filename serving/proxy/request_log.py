@@ -14,13 +14,11 @@ from typing import Any
 import orjson
 
 from model.tables import read_table
-from serving.protocol.tracing import Headers
 
 FIELDS: list[str] = read_table(__file__, "request_log")["fields"]
 STDOUT = "-"
 WRITE_AFTER_S = 0.2
 MAX_WAITING_LINES = 10_000  # 4 MB; further ones are dropped, and counted in the program's own log
-MAX_KNOWN_KEYS = 1024
 MAX_FILE_BYTES = 64 << 20  # then the file is renamed to NAME.1, which replaces the one before
 
 _EMPTY = dict.fromkeys(FIELDS)
@@ -63,23 +61,6 @@ class RequestLog:
 
 def no_log(**_: Any) -> None:
     """Logs no request."""
-
-
-class KeyNames:
-    """The names of keys that replicas have accepted, for requests whose clients leave before any answer."""
-
-    def __init__(self) -> None:
-        self._names: dict[int, str] = {}  # by the header's hash
-
-    def of(self, headers: Headers, *, told: str | None, is_unknown: bool) -> str | None:
-        """Returns the name that the replica has told, or if that is unknown, what it told of an earlier request."""
-        header = hash(next((value for name, value in headers if name == b"authorization"), None))
-        if told is None:
-            return self._names.get(header) if is_unknown else None
-        if len(self._names) >= MAX_KNOWN_KEYS:
-            self._names.clear()
-        self._names[header] = told
-        return told
 
 
 def _write(target: str, data: bytes) -> None:

@@ -10,14 +10,11 @@
 #include <thread>
 #include <vector>
 
-#ifdef __x86_64__
-#include <immintrin.h>
-#endif
 #include <sched.h>
 
 inline void relax() {
 #ifdef __x86_64__
-    _mm_pause();
+    __builtin_ia32_pause();
 #endif
 }
 

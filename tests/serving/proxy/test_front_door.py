@@ -209,38 +209,6 @@ def test_what_the_replica_knows_is_logged_and_goes_no_further(is_whole: bool) ->
     assert (line["completion_tokens"], line["reason"]) == ((7, "stop") if is_whole else (2, "interrupted"))
 
 
-def test_a_client_that_leaves_before_an_answer_is_known_by_an_earlier_one() -> None:
-    calls = 0
-
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        nonlocal calls
-        calls += 1
-        await receive()
-        if calls == 1:
-            await send({**OK, FACTS: {"key": "alice"}})
-            await send({"type": "http.response.body", "body": b""})
-        else:
-            await receive()
-
-    logged: list[dict[str, Any]] = []
-    door = FrontDoor(
-        app, config=HttpConfig(), count=lambda *_: None, log=lambda **fields: logged.append(fields), tracing=Tracing()
-    )
-    for key in (b"alices", b"alices", b"another"):
-        messages = [{"type": "http.request", "body": b"{}", "more_body": False}, {"type": "http.disconnect"}]
-
-        async def receive(messages: list[Message] = messages) -> Message:
-            return messages.pop(0)
-
-        asyncio.run(door(scope((b"authorization", b"Bearer " + key)), receive, lambda _: asyncio.sleep(0)))
-    assert [(line["key"], line["reason"]) for line in logged] == [
-        ("alice", "ok"),
-        ("alice", "client_left"),
-        (None, "client_left"),
-    ]
-    assert "alices" not in repr(vars(door._key_names))
-
-
 def test_probes_and_what_is_only_read_are_not_logged() -> None:
     async def answer(send: Send) -> None:
         await send({**OK, "status": statuses.pop(0)})
