@@ -107,7 +107,7 @@ class Attempt:
         self.gradient = BatchGradient(config, self.state, self.train_rows, group, eot_id=self.eot_id)
         opened.callback(self.gradient.close)
         before = self.writer.before if self.writer else Ledger([])
-        self.attempt = 1 + len(before.world_sizes)
+        self.attempt = group.broadcast(1 + len(before.world_sizes))
         workers = group.gather({"pid": os.getpid(), "node": os.environ.get(NODE_NAME_VARIABLE, socket.gethostname())})
         self.notices = Notices(plan.run, group, signals)
         opened.callback(self.notices.close)

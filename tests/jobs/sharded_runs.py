@@ -48,6 +48,7 @@ save = Attempt.save
 
 def save_and_wait(self: Attempt, step: int, validation: dict[str, Any], *, must: bool = False) -> None:
     """Returns once each rank knows the checkpoint to be published."""
+    assert len({*self.group.gather(self.attempt)}) == 1, "or no snapshot of several workers would be whole"
     save(self, step, validation, must=must)
     name = checkpoint_name(step, self.generation)
     while not all(self.group.gather(name in self.checkpoints.names)):
