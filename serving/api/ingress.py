@@ -27,7 +27,7 @@ from serving.protocol.errors import ApiError, error_of
 from serving.protocol.protocol import CompletionRequest, EmbeddingRequest, read_request
 from serving.protocol.request_facts import FACTS
 from serving.protocol.served_model import ServedModel
-from serving.protocol.tracing import Span, tracing_from_environment
+from serving.protocol.tracing import NO_TRACER, Span, tracer_from_environment
 from serving.proxy.token_relay import YES_HEADER, RelayClient
 from serving.xray.page_routes import page_router
 
@@ -167,7 +167,7 @@ class Gate:
         self._access = access
         self._in_flight = RequestsInFlight(access.rules.max_requests_per_key)
         self._versions = versions
-        self._tracing = tracing_from_environment("raymill-replica")
+        self._tracer = tracer_from_environment("raymill-replica")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -175,7 +175,8 @@ class Gate:
             return
         routed = RoutedRequest(self._versions, scope)
         facts = routed.facts
-        span = self._tracing.start("replica", scope["headers"]) if scope["method"] == "POST" else Span()
+        tracer = self._tracer if scope["method"] == "POST" else NO_TRACER
+        span = Span.of_request(tracer, "replica", scope["headers"])
 
         async def send_with_version(message: Message) -> None:
             if message["type"] == "http.response.start":

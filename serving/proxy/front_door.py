@@ -17,6 +17,7 @@ from enum import StrEnum
 from http import HTTPStatus
 from typing import Any
 
+from opentelemetry.trace import Tracer
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -28,7 +29,7 @@ from serving.delivery.routed_request import RETRY_HEADER, NewestRoute
 from serving.protocol.errors import DRAINING_HEADER, ApiError, error_of, invalid_request
 from serving.protocol.request_facts import FACTS, timestamp
 from serving.protocol.strict_json import MAX_BODY_BYTES
-from serving.protocol.tracing import Span, Tracing, tracing_from_environment
+from serving.protocol.tracing import NO_TRACER, Span, tracer_from_environment
 from serving.proxy.http_bounds import install_bounds
 from serving.proxy.request_log import KeyNames, LogRequest, RequestLog, no_log
 from serving.proxy.token_relay import ASK_HEADER, YES_HEADER, Relay, RelayedAnswer
@@ -101,8 +102,8 @@ def middlewares() -> list[Middleware]:
         if version:
             of_versions.of(version)[outcome].inc()
 
-    tracing = tracing_from_environment("raymill-proxy")
-    front_door = Middleware(FrontDoor, config=config, count=count, log=log, tracing=tracing)
+    tracer = tracer_from_environment("raymill-proxy")
+    front_door = Middleware(FrontDoor, config=config, count=count, log=log, tracer=tracer)
     # Lets the pages of other origins read all answers, refusals too, and answers what their browsers ask beforehand,
     # which has no key.
     cors = Middleware(
@@ -123,7 +124,7 @@ class FrontDoor:
     config: HttpConfig
     count: Callable[[Outcome, str], None]  # with each completion's outcome, and the version that answered or nothing
     log: LogRequest
-    tracing: Tracing
+    tracer: Tracer
 
     def __post_init__(self) -> None:
         self._relay, self._key_names = Relay(), KeyNames()
@@ -135,7 +136,8 @@ class FrontDoor:
         began_s, clock_s = time.time(), time.monotonic()
         request_id, path = clean_request_id(scope["headers"]), scope["path"]
         is_post = scope["method"] == "POST"
-        span = self.tracing.start(f"POST {path[:MAX_LOGGED_PATH]}", scope["headers"]) if is_post else Span()
+        tracer = self.tracer if is_post else NO_TRACER
+        span = Span.of_request(tracer, f"POST {path[:MAX_LOGGED_PATH]}", scope["headers"])
         ending = Ending(Outcome.FAILED, reason="internal_error")
         try:
             ending = await self._answer(scope, receive, send, request_id, span)

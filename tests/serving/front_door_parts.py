@@ -6,7 +6,7 @@ from collections.abc import Callable
 from starlette.types import ASGIApp, Message, Scope, Send
 
 from cluster.settings.serve import HttpConfig
-from serving.protocol.tracing import Tracing
+from serving.protocol.tracing import NO_TRACER
 from serving.proxy.front_door import FrontDoor, Outcome
 from serving.proxy.request_log import LogRequest, no_log
 from tests.time_limits import limit_s
@@ -39,7 +39,7 @@ def ask(
         sent.append(message)
 
     config = HttpConfig(body_timeout_s=limit_s(0.05))
-    door = FrontDoor(app, config=config, count=count, log=log, tracing=Tracing())
+    door = FrontDoor(app, config=config, count=count, log=log, tracer=NO_TRACER)
     asyncio.run(door(scope(*headers), receive, send))
     return sent
 

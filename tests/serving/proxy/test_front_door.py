@@ -17,7 +17,7 @@ from serving.app import build_app
 from serving.delivery.routed_request import RETRY_HEADER, NewestRoute
 from serving.protocol.errors import DRAINING_HEADER
 from serving.protocol.request_facts import FACTS
-from serving.protocol.tracing import Tracing
+from serving.protocol.tracing import NO_TRACER
 from serving.proxy.front_door import FrontDoor, Outcome, clean_request_id
 from serving.proxy.token_relay import ASK_HEADER
 from tests.serving.front_door_parts import OK, ask, half, scope, whole
@@ -209,6 +209,21 @@ def test_what_the_replica_knows_is_logged_and_goes_no_further(is_whole: bool) ->
     assert (line["completion_tokens"], line["reason"]) == ((7, "stop") if is_whole else (2, "interrupted"))
 
 
+@pytest.mark.parametrize("trace", [None, "5a" * 16])
+def test_without_a_collector_a_client_s_trace_goes_on_and_none_begins(trace: str | None) -> None:
+    headers = () if trace is None else ((b"traceparent", f"00-{trace}-00f067aa0ba902b7-01".encode()),)
+    seen: list[tuple[bytes, bytes]] = []
+    logged: list[dict[str, Any]] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.extend(header for header in scope["headers"] if header[0].startswith(b"trace"))
+        await whole(send)
+
+    ask(app, headers=headers, log=lambda **fields: logged.append(fields))
+    assert seen == list(headers)
+    assert [line["trace_id"] for line in logged] == [trace]
+
+
 def test_a_client_that_leaves_before_an_answer_is_known_by_an_earlier_one() -> None:
     calls = 0
 
@@ -224,7 +239,7 @@ def test_a_client_that_leaves_before_an_answer_is_known_by_an_earlier_one() -> N
 
     logged: list[dict[str, Any]] = []
     door = FrontDoor(
-        app, config=HttpConfig(), count=lambda *_: None, log=lambda **fields: logged.append(fields), tracing=Tracing()
+        app, config=HttpConfig(), count=lambda *_: None, log=lambda **fields: logged.append(fields), tracer=NO_TRACER
     )
     for key in (b"alices", b"alices", b"another"):
         messages = [{"type": "http.request", "body": b"{}", "more_body": False}, {"type": "http.disconnect"}]
@@ -253,7 +268,7 @@ def test_probes_and_what_is_only_read_are_not_logged() -> None:
         config=HttpConfig(),
         count=lambda *_: None,
         log=lambda **fields: logged.append((fields["route"], fields["status"])),
-        tracing=Tracing(),
+        tracer=NO_TRACER,
     )
     for method, path in (
         ("GET", "/ready"),
