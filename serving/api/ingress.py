@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 from prometheus_client import generate_latest
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
@@ -144,18 +144,18 @@ def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> Response:
         RoutedRequest.of(request).facts.reason = error.code
-        return error_response(error)
+        return error.response()
 
     @app.exception_handler(HTTPException)
     async def routing_error(_request: Request, error: HTTPException) -> Response:
         """Answers 404 for an unknown path, and 405 with its Allow header."""
-        return error_response(ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {})))
+        return ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {})).response()
 
     @app.exception_handler(Exception)
     async def unexpected_error(request: Request, _error: Exception) -> Response:
         """Answers for a bug. The traceback is in the replica's log, not in the answer."""
         RoutedRequest.of(request).facts.reason = "internal_error"
-        return error_response(error_of("internal_error"))
+        return error_of("internal_error").response()
 
 
 class Gate:
@@ -196,7 +196,7 @@ class Gate:
                 await self._app(scope, receive, send_with_version)
         except ApiError as error:
             facts.reason = error.code
-            await error_response(error)(scope, receive, send_with_version)
+            await error.response()(scope, receive, send_with_version)
         finally:
             routed.close()
             facts.trace(span)
@@ -226,7 +226,3 @@ class EventStream(StreamingResponse):
             await send({"type": "http.response.body", "body": b""})
         finally:
             self._completion.close()
-
-
-def error_response(error: ApiError) -> JSONResponse:
-    return JSONResponse(error.body(), status_code=error.status, headers=error.headers)

@@ -6,7 +6,6 @@ headers are in http_bounds.py, since only a connection's protocol sees them.
 """
 
 import asyncio
-import json
 import os
 import re
 import time
@@ -172,7 +171,7 @@ class FrontDoor:
                 raise error_of("not_found", path=scope["path"][:64])
             body = await self._read_body(scope, receive)
         except ApiError as error:
-            await send_error(error, send, request_id=request_id)
+            await error.response(request_id=request_id)(scope, receive, send)
             return Ending(outcome_of(error.status), error.status, error.code)
         if body is None:
             return Ending(Outcome.LEFT, reason=CLIENT_LEFT)
@@ -261,7 +260,7 @@ class Exchange:
         if not self._status:
             error = error_of("replicas_ended", count=MAX_ATTEMPTS)
             self._status = error.status
-            await send_error(error, self.send, request_id=self.request_id)
+            await self._refuse(error)
             return Outcome.FAILED, str(error.code)
         if self._headers.get(b"content-type", b"").startswith(b"text/event-stream"):
             # Without it the stream would just stop. In any other answer the missing bytes show.
@@ -291,7 +290,7 @@ class Exchange:
             self._status, self._headers = message["status"], dict(message["headers"])
             if self._status >= 400 and b"x-model-version" not in self._headers:  # from Ray Serve itself
                 error = of_proxy(self._status, self._headers)
-                await send_error(error, self.send, request_id=self.request_id)
+                await self._refuse(error)
                 self._finished, self._facts = True, {"reason": error.code}
                 return
             if YES_HEADER in self._headers:
@@ -305,6 +304,9 @@ class Exchange:
                 return
             self._finished = last
         await self._send_on(message)
+
+    async def _refuse(self, error: ApiError) -> None:
+        await error.response(request_id=self.request_id)(self.scope, self.receive, self.send)
 
     async def _send_on(self, message: Message) -> None:
         self._num_events += message.get("body", b"").count(b"\n\n")
@@ -333,12 +335,3 @@ def of_proxy(status: int, headers: Mapping[bytes, bytes]) -> ApiError:
         code="overloaded" if status == 429 else HTTPStatus(status).name.lower(),
         headers={"Retry-After": retry_after} if status in (429, 503) else {},
     )
-
-
-async def send_error(error: ApiError, send: Send, *, request_id: bytes) -> None:
-    body = json.dumps(error.body()).encode()
-    headers = [(name.lower().encode(), value.encode()) for name, value in error.headers.items()]
-    headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    headers.append((b"x-request-id", request_id))
-    await send({"type": "http.response.start", "status": error.status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
