@@ -165,7 +165,7 @@ class Gate:
     def __init__(self, app: ASGIApp, *, access: CurrentAccess, versions: Versions) -> None:
         self._app = app
         self._access = access
-        self._in_flight = RequestsInFlight(access.rules.max_requests_per_key)
+        self._in_flight = RequestsInFlight(versions.config.replicas.max_requests_per_key)
         self._versions = versions
         self._tracer = tracer_from_environment("raymill-replica")
 
