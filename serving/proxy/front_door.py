@@ -24,7 +24,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from cluster.monitoring.metric_export import ByVersion, Metrics
 from cluster.monitoring.metric_table import Exporter
 from cluster.settings.serve import HttpConfig
-from serving.delivery.routed_request import RETRY_HEADER, NewestRoute
+from serving.delivery.promotion import ROUTE_HEADER
+from serving.delivery.routed_request import RETRY_HEADER, NewestRoutes
 from serving.protocol.errors import DRAINING_HEADER, ApiError, error_of, invalid_request
 from serving.protocol.request_facts import FACTS, timestamp
 from serving.protocol.strict_json import MAX_BODY_BYTES
@@ -113,7 +114,7 @@ def middlewares() -> list[Middleware]:
         expose_headers=["x-request-id", "x-model-version", "x-model-note", "retry-after"],
     )
     # Ray Serve puts each around those before it. Without origins there is nothing before the front door.
-    return [front_door, Middleware(NewestRoute), *([cors] if config.cors_origins else [])]
+    return [front_door, *([cors] if config.cors_origins else [])]
 
 
 @dataclass(eq=False)
@@ -126,7 +127,7 @@ class FrontDoor:
     tracer: Tracer
 
     def __post_init__(self) -> None:
-        self._relay, self._key_names = Relay(), KeyNames()
+        self._relay, self._key_names, self._routes = Relay(), KeyNames(), NewestRoutes()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -175,13 +176,14 @@ class FrontDoor:
             return Ending(outcome_of(error.status), error.status, error.code)
         if body is None:
             return Ending(Outcome.LEFT, reason=CLIENT_LEFT)
-        return await Exchange(self.app, scope, body, receive, send, request_id, span).run(self._relay)
+        exchange = Exchange(self.app, scope, body, receive, send, request_id, span, self._routes)
+        return await exchange.run(self._relay)
 
     def _forwarded_headers(self, headers: list[tuple[bytes, bytes]], request_id: bytes) -> list[tuple[bytes, bytes]]:
-        dropped = (*DROPPED_HEADERS, ASK_HEADER, RETRY_HEADER, b"x-request-id")
+        dropped = (*DROPPED_HEADERS, ASK_HEADER, RETRY_HEADER, ROUTE_HEADER.encode(), b"x-request-id")
         # Ray Serve reads further headers as UTF-8 and fails on others; only Authorization is ours to judge.
         kept = [(n, v) for n, v in headers if n not in dropped and (v.isascii() or n == b"authorization")]
-        return [*kept, (b"x-request-id", request_id)]
+        return [*kept, *self._routes.headers, (b"x-request-id", request_id)]
 
     async def _read_body(self, scope: Scope, receive: Receive) -> bytes | None:
         """Returns the whole body, or None if the client has left. Raises `ApiError` (408, 413)."""
@@ -220,6 +222,7 @@ class Exchange:
     send: Send
     request_id: bytes
     span: Span
+    routes: NewestRoutes  # of all answers
     _relayed: RelayedAnswer = field(init=False)
     _body_given = _client_gone = _finished = False
     _status = 0  # of the answer, once it has started
@@ -288,6 +291,7 @@ class Exchange:
         self._facts = message.pop(FACTS, self._facts)
         if message["type"] == "http.response.start":
             self._status, self._headers = message["status"], dict(message["headers"])
+            self.routes.learn(message["headers"])
             if self._status >= 400 and b"x-model-version" not in self._headers:  # from Ray Serve itself
                 error = of_proxy(self._status, self._headers)
                 await self._refuse(error)
