@@ -61,11 +61,8 @@ class FairQueue:
 
     def behind(self, key: str) -> list[SequenceRequest]:
         """Returns the sequences that a new one of this key would pass."""
-        return [held.request for held in self._held[bisect(self._held, self._next_turn(key), key=_turn) :]]
+        first = bisect(self._held, self._next_turn(key), key=lambda held: held.turn)
+        return [held.request for held in self._held[first:]]
 
     def _next_turn(self, key: str) -> int:
         return max(self._turn, self._next.get(key, 0))
-
-
-def _turn(held: Held) -> int:
-    return held.turn
