@@ -8,7 +8,6 @@ import ipaddress
 import sys
 import time
 import uuid
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from cluster.storage.registry import find_checkpoint
 from cluster.storage.uris import open_storage
 from model.errors import UserError
 from serving.api.access import read_rules
-from serving.delivery.autoscaling import ScalingPolicy, ScalingRules
+from serving.delivery.autoscaling import ScalingPolicy
 from serving.delivery.coordinator import Coordinator
 from serving.delivery.delivery_file import DeliveryFile, endpoint_name
 from serving.delivery.promotion import version_of
@@ -98,8 +97,8 @@ def _app(config: ServeConfig, *, deployment: str) -> serve.Application:
 def autoscaling(config: ServeConfig) -> AutoscalingConfig:
     """Scales by `ScalingPolicy`, with figures of the last seconds and its own delays instead of Ray Serve's."""
     replicas = config.replicas
-    rules = replicas.model_dump(include={field.name for field in fields(ScalingRules)})
-    rules["target_ongoing_requests"] = config.target_ongoing_requests
+    delays = replicas.model_dump(include={"scale_up_after_s", "scale_down_after_s", "scale_to_zero_after_s"})
+    rules = delays | {"target_ongoing_requests": config.target_ongoing_requests}
     return AutoscalingConfig(
         min_replicas=replicas.min_replicas,
         max_replicas=replicas.max_replicas,

@@ -41,9 +41,7 @@ class Replica:
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """Returns the application; Ray Serve calls this after the constructor."""
         versions = self._follower.versions
-        metrics = ReplicaMetrics(
-            versions=versions, model_name=versions.delivery.model_name, replica=self._id, start_s=self._start_s
-        )
+        metrics = ReplicaMetrics(versions=versions, replica=self._id, start_s=self._start_s)
         metrics.exported.of("raymill:coordinator_away_seconds").set_function(lambda: self._follower.away_s)
         metrics.exported.of("raymill:state_stored").set_function(lambda: self._follower.is_stored)
         self._publishing = asyncio.create_task(self._publish(metrics))

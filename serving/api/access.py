@@ -33,7 +33,6 @@ class AccessRules:
 
     user_keys: tuple[ApiKey, ...] = ()  # if empty, everybody may come in
     admin_keys: tuple[ApiKey, ...] = ()  # if empty, there is no /admin
-    max_requests_per_key: int | None = None  # of a key without a limit of its own
 
 
 def read_rules(config: ServeConfig) -> AccessRules:
@@ -48,7 +47,7 @@ def read_rules(config: ServeConfig) -> AccessRules:
         raise UserError(
             f"{len(both)} of the keys in {config.admin_key_file} are API keys too; an admin key opens /admin only"
         )
-    return AccessRules(user, admin, config.replicas.max_requests_per_key)
+    return AccessRules(user, admin)
 
 
 class CurrentAccess:
@@ -66,15 +65,15 @@ class CurrentAccess:
         coarse."""
         user = self._reread(self._user_file, self.rules.user_keys, excluded=self.rules.admin_keys)
         admin = self._reread(self._admin_file, self.rules.admin_keys, excluded=user)
-        rules = AccessRules(user, admin, self.rules.max_requests_per_key)
+        rules = AccessRules(user, admin)
         if rules != self.rules:
             _log.warning("the API keys have changed: %d for users and %d for admins now", len(user), len(admin))
             self.rules = rules
 
-    async def keep(self, *, every_s: float = RELOAD_S) -> NoReturn:
+    async def keep(self) -> NoReturn:
         while True:
             await asyncio.to_thread(self.reload)
-            await asyncio.sleep(every_s)
+            await asyncio.sleep(RELOAD_S)
 
     def _reread(
         self, file: str | None, before: tuple[ApiKey, ...], *, excluded: tuple[ApiKey, ...]

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 from prometheus_client import generate_latest
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
@@ -27,7 +27,7 @@ from serving.protocol.errors import ApiError, error_of
 from serving.protocol.protocol import CompletionRequest, EmbeddingRequest, read_request
 from serving.protocol.request_facts import FACTS
 from serving.protocol.served_model import ServedModel
-from serving.protocol.tracing import Span, tracing_from_environment
+from serving.protocol.tracing import NO_TRACER, Span, tracer_from_environment
 from serving.proxy.token_relay import YES_HEADER, RelayClient
 from serving.xray.page_routes import page_router
 
@@ -144,18 +144,18 @@ def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> Response:
         RoutedRequest.of(request).facts.reason = error.code
-        return error_response(error)
+        return error.response()
 
     @app.exception_handler(HTTPException)
     async def routing_error(_request: Request, error: HTTPException) -> Response:
         """Answers 404 for an unknown path, and 405 with its Allow header."""
-        return error_response(ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {})))
+        return ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {})).response()
 
     @app.exception_handler(Exception)
     async def unexpected_error(request: Request, _error: Exception) -> Response:
         """Answers for a bug. The traceback is in the replica's log, not in the answer."""
         RoutedRequest.of(request).facts.reason = "internal_error"
-        return error_response(error_of("internal_error"))
+        return error_of("internal_error").response()
 
 
 class Gate:
@@ -165,9 +165,9 @@ class Gate:
     def __init__(self, app: ASGIApp, *, access: CurrentAccess, versions: Versions) -> None:
         self._app = app
         self._access = access
-        self._in_flight = RequestsInFlight(access.rules.max_requests_per_key)
+        self._in_flight = RequestsInFlight(versions.config.replicas.max_requests_per_key)
         self._versions = versions
-        self._tracing = tracing_from_environment("raymill-replica")
+        self._tracer = tracer_from_environment("raymill-replica")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -175,7 +175,8 @@ class Gate:
             return
         routed = RoutedRequest(self._versions, scope)
         facts = routed.facts
-        span = self._tracing.start("replica", scope["headers"]) if scope["method"] == "POST" else Span()
+        tracer = self._tracer if scope["method"] == "POST" else NO_TRACER
+        span = Span.of_request(tracer, "replica", scope["headers"])
 
         async def send_with_version(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -195,7 +196,7 @@ class Gate:
                 await self._app(scope, receive, send_with_version)
         except ApiError as error:
             facts.reason = error.code
-            await error_response(error)(scope, receive, send_with_version)
+            await error.response()(scope, receive, send_with_version)
         finally:
             routed.close()
             facts.trace(span)
@@ -225,7 +226,3 @@ class EventStream(StreamingResponse):
             await send({"type": "http.response.body", "body": b""})
         finally:
             self._completion.close()
-
-
-def error_response(error: ApiError) -> JSONResponse:
-    return JSONResponse(error.body(), status_code=error.status, headers=error.headers)

@@ -29,8 +29,9 @@ class Role(StrEnum):
 class ReplicaMetrics:
     """Counts sequences where vLLM counts requests: one for each prompt and each choice of a request."""
 
-    def __init__(self, *, versions: Versions, model_name: str, replica: str, start_s: float) -> None:
-        self.exported = exported = Metrics(Exporter.REPLICA, model_name=model_name, replica=replica)
+    def __init__(self, *, versions: Versions, replica: str, start_s: float) -> None:
+        labels = {"model_name": versions.delivery.model_name, "replica": replica}
+        self.exported = exported = Metrics(Exporter.REPLICA, **labels)
         exported.of("vllm:num_requests_running").set_function(lambda: versions.num_running)
         exported.of("vllm:num_requests_waiting").set_function(lambda: versions.num_waiting)
         exported.of("vllm:kv_cache_usage_perc").set_function(lambda: versions.kv_cache_usage)
@@ -41,7 +42,7 @@ class ReplicaMetrics:
             exported.of("raymill:promotion_phase", phase=phase).set_function(partial(_is_in, versions, phase))
         for result in get_args(Result):
             exported.of("raymill:last_promotion", result=result).set_function(partial(_ended_so, versions, result))
-        exported.collectors.register(EngineMetrics(versions, {"model_name": model_name, "replica": replica}))
+        exported.collectors.register(EngineMetrics(versions, labels))
         self._versions = versions
         self.of = ByVersion(exported, lambda version: VersionMetrics(exported, version, versions)).of
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.requests import Request
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Scope
 
 from serving.delivery.loaded_version import LoadedVersion
 from serving.delivery.promotion import ROUTE_HEADER, Route
@@ -18,6 +18,7 @@ from serving.protocol.request_facts import RequestFacts
 
 RETRY_HEADER = b"x-raymill-retry"  # from the front door: a replica has ended while it worked on this request
 _SCOPE_KEY = "raymill.routed"
+_MAX_ORIGINS = 4
 
 
 class RoutedRequest:
@@ -33,7 +34,7 @@ class RoutedRequest:
         self._is_second_try = RETRY_HEADER.decode() in headers
         self.key: str | None = None  # hash of the API key
         self.facts = RequestFacts()
-        for route in filter(None, map(Route.from_header, headers.getlist(ROUTE_HEADER))):
+        for route in _routes_in(headers):
             versions.learn(route)
 
     @classmethod
@@ -86,38 +87,25 @@ class RoutedRequest:
             self.facts.model_version = version.model.version
 
 
-_NAME = ROUTE_HEADER.encode()
-_MAX_ORIGINS = 4
+class NewestRoutes:
+    """The newest routes that a proxy has seen in answers: one of each origin, as an endpoint that is redeployed begins
+    anew while replicas of the old one still answer."""
 
-
-class NewestRoute:
-    """The proxy's middleware that sends the newest route along: one of each origin, as an endpoint that is redeployed
-    begins anew while replicas of the old one still answer."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    def __init__(self) -> None:
         self._newest: dict[str, Route] = {}  # by origin; the one that was added last is the youngest
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
+    @property
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        return [(ROUTE_HEADER.encode(), route.to_header().encode()) for route in self._newest.values()]
 
-        async def learn(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                for route in filter(
-                    None, map(Route.from_header, Headers(raw=message["headers"]).getlist(ROUTE_HEADER))
-                ):
-                    self._learn(route)
-            await send(message)
+    def learn(self, headers: list[tuple[bytes, bytes]]) -> None:
+        for route in _routes_in(Headers(raw=headers)):
+            known = self._newest.get(route.origin)
+            if known is None or route.is_newer_than(known):
+                self._newest[route.origin] = route
+            if len(self._newest) > _MAX_ORIGINS:
+                del self._newest[next(iter(self._newest))]
 
-        headers = [header for header in scope["headers"] if header[0] != _NAME]  # a client may not choose
-        headers += [(_NAME, route.to_header().encode()) for route in self._newest.values()]
-        await self._app({**scope, "headers": headers}, receive, learn)
 
-    def _learn(self, route: Route) -> None:
-        known = self._newest.get(route.origin)
-        if known is None or route.is_newer_than(known):
-            self._newest[route.origin] = route
-        if len(self._newest) > _MAX_ORIGINS:
-            del self._newest[next(iter(self._newest))]
+def _routes_in(headers: Headers) -> list[Route]:
+    return [route for text in headers.getlist(ROUTE_HEADER) if (route := Route.from_header(text)) is not None]

@@ -2,7 +2,6 @@
 one. (Start-time fair queueing: Goyal, Vin and Cheng, 1996.)"""
 
 from bisect import bisect, insort
-from operator import attrgetter
 from typing import NamedTuple
 
 from serving.engine.messages import SequenceRequest
@@ -62,7 +61,8 @@ class FairQueue:
 
     def behind(self, key: str) -> list[SequenceRequest]:
         """Returns the sequences that a new one of this key would pass."""
-        return [held.request for held in self._held[bisect(self._held, self._next_turn(key), key=attrgetter("turn")) :]]
+        first = bisect(self._held, self._next_turn(key), key=lambda held: held.turn)
+        return [held.request for held in self._held[first:]]
 
     def _next_turn(self, key: str) -> int:
         return max(self._turn, self._next.get(key, 0))

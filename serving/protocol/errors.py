@@ -4,6 +4,8 @@ import json
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
+from starlette.responses import JSONResponse
+
 from model.tables import read_table
 
 DRAINING_HEADER = "x-raymill-draining"  # by which the front door recognizes a planned drain
@@ -28,6 +30,10 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self, *, request_id: bytes | None = None) -> JSONResponse:
+        headers = self.headers if request_id is None else self.headers | {"x-request-id": request_id.decode()}
+        return JSONResponse(self.body(), status_code=self.status, headers=headers)
 
     def event(self) -> str:
         """Returns a server-sent event, for a failure after the status has gone out."""

@@ -6,7 +6,6 @@ headers are in http_bounds.py, since only a connection's protocol sees them.
 """
 
 import asyncio
-import json
 import os
 import re
 import time
@@ -17,6 +16,7 @@ from enum import StrEnum
 from http import HTTPStatus
 from typing import Any
 
+from opentelemetry.trace import Tracer
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -24,11 +24,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from cluster.monitoring.metric_export import ByVersion, Metrics
 from cluster.monitoring.metric_table import Exporter
 from cluster.settings.serve import HttpConfig
-from serving.delivery.routed_request import RETRY_HEADER, NewestRoute
+from serving.delivery.promotion import ROUTE_HEADER
+from serving.delivery.routed_request import RETRY_HEADER, NewestRoutes
 from serving.protocol.errors import DRAINING_HEADER, ApiError, error_of, invalid_request
 from serving.protocol.request_facts import FACTS, timestamp
 from serving.protocol.strict_json import MAX_BODY_BYTES
-from serving.protocol.tracing import Span, Tracing, tracing_from_environment
+from serving.protocol.tracing import NO_TRACER, Span, tracer_from_environment
 from serving.proxy.http_bounds import install_bounds
 from serving.proxy.request_log import LogRequest, RequestLog, no_log
 from serving.proxy.token_relay import ASK_HEADER, YES_HEADER, Relay, RelayedAnswer
@@ -101,8 +102,8 @@ def middlewares() -> list[Middleware]:
         if version:
             of_versions.of(version)[outcome].inc()
 
-    tracing = tracing_from_environment("raymill-proxy")
-    front_door = Middleware(FrontDoor, config=config, count=count, log=log, tracing=tracing)
+    tracer = tracer_from_environment("raymill-proxy")
+    front_door = Middleware(FrontDoor, config=config, count=count, log=log, tracer=tracer)
     # Lets the pages of other origins read all answers, refusals too, and answers what their browsers ask beforehand,
     # which has no key.
     cors = Middleware(
@@ -113,7 +114,7 @@ def middlewares() -> list[Middleware]:
         expose_headers=["x-request-id", "x-model-version", "x-model-note", "retry-after"],
     )
     # Ray Serve puts each around those before it. Without origins there is nothing before the front door.
-    return [front_door, Middleware(NewestRoute), *([cors] if config.cors_origins else [])]
+    return [front_door, *([cors] if config.cors_origins else [])]
 
 
 @dataclass(eq=False)
@@ -123,10 +124,10 @@ class FrontDoor:
     config: HttpConfig
     count: Callable[[Outcome, str], None]  # with each completion's outcome, and the version that answered or nothing
     log: LogRequest
-    tracing: Tracing
+    tracer: Tracer
 
     def __post_init__(self) -> None:
-        self._relay = Relay()
+        self._relay, self._routes = Relay(), NewestRoutes()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -135,7 +136,8 @@ class FrontDoor:
         began_s, clock_s = time.time(), time.monotonic()
         request_id, path = clean_request_id(scope["headers"]), scope["path"]
         is_post = scope["method"] == "POST"
-        span = self.tracing.start(f"POST {path[:MAX_LOGGED_PATH]}", scope["headers"]) if is_post else Span()
+        tracer = self.tracer if is_post else NO_TRACER
+        span = Span.of_request(tracer, f"POST {path[:MAX_LOGGED_PATH]}", scope["headers"])
         ending = Ending(Outcome.FAILED, reason="internal_error")
         try:
             ending = await self._answer(scope, receive, send, request_id, span)
@@ -168,17 +170,18 @@ class FrontDoor:
                 raise error_of("not_found", path=scope["path"][:64])
             body = await self._read_body(scope, receive)
         except ApiError as error:
-            await send_error(error, send, request_id=request_id)
+            await error.response(request_id=request_id)(scope, receive, send)
             return Ending(outcome_of(error.status), error.status, error.code)
         if body is None:
             return Ending(Outcome.LEFT, reason=CLIENT_LEFT)
-        return await Exchange(self.app, scope, body, receive, send, request_id, span).run(self._relay)
+        exchange = Exchange(self.app, scope, body, receive, send, request_id, span, self._routes)
+        return await exchange.run(self._relay)
 
     def _forwarded_headers(self, headers: list[tuple[bytes, bytes]], request_id: bytes) -> list[tuple[bytes, bytes]]:
-        dropped = (*DROPPED_HEADERS, ASK_HEADER, RETRY_HEADER, b"x-request-id")
+        dropped = (*DROPPED_HEADERS, ASK_HEADER, RETRY_HEADER, ROUTE_HEADER.encode(), b"x-request-id")
         # Ray Serve reads further headers as UTF-8 and fails on others; only Authorization is ours to judge.
         kept = [(n, v) for n, v in headers if n not in dropped and (v.isascii() or n == b"authorization")]
-        return [*kept, (b"x-request-id", request_id)]
+        return [*kept, *self._routes.headers, (b"x-request-id", request_id)]
 
     async def _read_body(self, scope: Scope, receive: Receive) -> bytes | None:
         """Returns the whole body, or None if the client has left. Raises `ApiError` (408, 413)."""
@@ -217,6 +220,7 @@ class Exchange:
     send: Send
     request_id: bytes
     span: Span
+    routes: NewestRoutes  # of all answers
     _relayed: RelayedAnswer = field(init=False)
     _body_given = _client_gone = _finished = False
     _status = 0  # of the answer, once it has started
@@ -257,7 +261,7 @@ class Exchange:
         if not self._status:
             error = error_of("replicas_ended", count=MAX_ATTEMPTS)
             self._status = error.status
-            await send_error(error, self.send, request_id=self.request_id)
+            await self._refuse(error)
             return Outcome.FAILED, str(error.code)
         if self._headers.get(b"content-type", b"").startswith(b"text/event-stream"):
             # Without it the stream would just stop. In any other answer the missing bytes show.
@@ -285,9 +289,10 @@ class Exchange:
         self._facts = message.pop(FACTS, self._facts)
         if message["type"] == "http.response.start":
             self._status, self._headers = message["status"], dict(message["headers"])
+            self.routes.learn(message["headers"])
             if self._status >= 400 and b"x-model-version" not in self._headers:  # from Ray Serve itself
                 error = of_proxy(self._status, self._headers)
-                await send_error(error, self.send, request_id=self.request_id)
+                await self._refuse(error)
                 self._finished, self._facts = True, {"reason": error.code}
                 return
             if YES_HEADER in self._headers:
@@ -301,6 +306,9 @@ class Exchange:
                 return
             self._finished = last
         await self._send_on(message)
+
+    async def _refuse(self, error: ApiError) -> None:
+        await error.response(request_id=self.request_id)(self.scope, self.receive, self.send)
 
     async def _send_on(self, message: Message) -> None:
         self._num_events += message.get("body", b"").count(b"\n\n")
@@ -329,12 +337,3 @@ def of_proxy(status: int, headers: Mapping[bytes, bytes]) -> ApiError:
         code="overloaded" if status == 429 else HTTPStatus(status).name.lower(),
         headers={"Retry-After": retry_after} if status in (429, 503) else {},
     )
-
-
-async def send_error(error: ApiError, send: Send, *, request_id: bytes) -> None:
-    body = json.dumps(error.body()).encode()
-    headers = [(name.lower().encode(), value.encode()) for name, value in error.headers.items()]
-    headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    headers.append((b"x-request-id", request_id))
-    await send({"type": "http.response.start", "status": error.status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})

@@ -1,10 +1,10 @@
 """Serves the files of the x-ray page. They are open to everybody, as they hold no data; the data needs the key."""
 
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from fastapi import APIRouter
 from fastapi.responses import Response
+from starlette.routing import Route
 
 from model.tables import read_table
 
@@ -19,14 +19,6 @@ def page_router() -> APIRouter:
     router = APIRouter()
     for path in PAGE_PATHS:
         file = _FOLDER / (path.removeprefix("/page/").removeprefix("/") or "index.html")
-        router.add_api_route(path, _sender(file), methods=["GET", "HEAD"])
+        answer = Response(file.read_bytes(), media_type=_MEDIA_TYPES[file.suffix], headers=_HEADERS)
+        router.routes.append(Route(path, answer, methods=["GET"]))
     return router
-
-
-def _sender(file: Path) -> Callable[[], Awaitable[Response]]:
-    content = file.read_bytes()
-
-    async def send() -> Response:
-        return Response(content, media_type=_MEDIA_TYPES[file.suffix], headers=_HEADERS)
-
-    return send

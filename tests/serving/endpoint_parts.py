@@ -133,7 +133,7 @@ async def replica_app(
     live = version_of(read_served_model(folder, name=name), checkpoint=str(folder))
     versions = Versions(config, Delivery(deployment="test", model_name=name, live=live))
     await versions.wait_until_live()
-    metrics = ReplicaMetrics(versions=versions, model_name=name, replica="r", start_s=1.0)
+    metrics = ReplicaMetrics(versions=versions, replica="r", start_s=1.0)
     try:
         yield (
             build_http_app(

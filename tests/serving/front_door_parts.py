@@ -6,7 +6,7 @@ from collections.abc import Callable
 from starlette.types import ASGIApp, Message, Scope, Send
 
 from cluster.settings.serve import HttpConfig
-from serving.protocol.tracing import Tracing
+from serving.protocol.tracing import NO_TRACER
 from serving.proxy.front_door import FrontDoor, Outcome
 from serving.proxy.request_log import LogRequest, no_log
 from tests.time_limits import limit_s
@@ -26,7 +26,8 @@ def ask(
     count: Callable[[Outcome, str], None] = lambda outcome, version: None,
     log: LogRequest = no_log,
 ) -> list[Message]:
-    """What goes out to a client that sends `messages`, and then stays on the line."""
+    """What goes out to a client that sends `messages`, and then stays on the line. `app` is behind a new front door,
+    unless it is one."""
     sent: list[Message] = []
     incoming = list(messages) or [{"type": "http.request", "body": b"{}", "more_body": False}]
 
@@ -39,7 +40,7 @@ def ask(
         sent.append(message)
 
     config = HttpConfig(body_timeout_s=limit_s(0.05))
-    door = FrontDoor(app, config=config, count=count, log=log, tracing=Tracing())
+    door = app if isinstance(app, FrontDoor) else FrontDoor(app, config=config, count=count, log=log, tracer=NO_TRACER)
     asyncio.run(door(scope(*headers), receive, send))
     return sent
 

@@ -55,7 +55,7 @@ def test_each_version_of_a_canary_has_its_own_figures(checkpoint: Path, other: P
         versions = Versions(config, state)
         await versions.wait_until_live()
         await wait_in_loop_until(lambda: versions.report()[2].status == "ready")
-        metrics = ReplicaMetrics(versions=versions, model_name="tiny", replica="r", start_s=1.0)
+        metrics = ReplicaMetrics(versions=versions, replica="r", start_s=1.0)
         access = CurrentAccess(AccessRules())
         app = build_http_app(versions=versions, metrics=metrics, access=access, admin=APIRouter())
         try:

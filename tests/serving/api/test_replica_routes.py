@@ -42,8 +42,8 @@ CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "the quick"}], 
 
 @pytest.fixture(scope="module")
 def run(checkpoint: Path) -> Iterator[Run]:
-    config = ServeConfig(replicas=ReplicaConfig(max_ongoing_requests=OF_ALL))
-    access = AccessRules(tuple(map(ApiKey.read, KEYS)), max_requests_per_key=PER_KEY)
+    config = ServeConfig(replicas=ReplicaConfig(max_ongoing_requests=OF_ALL, max_requests_per_key=PER_KEY))
+    access = AccessRules(tuple(map(ApiKey.read, KEYS)))
     with shared_replica(checkpoint, config=config, access=access, key=KEYS[0]) as run:
         yield run
 

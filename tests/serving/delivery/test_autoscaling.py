@@ -1,44 +1,68 @@
 """The number of replicas, decided over a simulated day: waits stay short, replicas do not flap, and few are kept."""
 
 import heapq
+import inspect
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ray.serve.config import AutoscalingPolicy
+from ray.serve.config import AutoscalingContext, AutoscalingPolicy
 
-from serving.delivery.autoscaling import History, Observation, ScalingPolicy, ScalingRules, decide, wanted_replicas
+from serving.delivery.autoscaling import KV_USE, WAITING, History, ScalingPolicy
 
-RULES = ScalingRules(
-    min_replicas=0,
-    max_replicas=8,
+POLICY = ScalingPolicy(
     target_ongoing_requests=14,
     scale_up_after_s=2,
     scale_down_after_s=180,
     scale_to_zero_after_s=300,
 )
-BUSY = Observation(now_s=0, num_replicas=2, num_ongoing=28, waiting=0, kv_use=1.6)
+MAX_REPLICAS = 8
+NOTHING_KNOWN: dict[str, Any] = dict.fromkeys(inspect.signature(AutoscalingContext).parameters)
 NUM_SLOTS = 16
 DAY_S, SERVICE_S, COLD_START_S, WAIT_SLO_S = 86_400, 8.0, 20, 10.0
+
+
+def context(
+    num_requests: float = 28, *, waiting: float = 0, kv_use: float = 0, num_replicas: int = 2, **state: History
+) -> AutoscalingContext:
+    """What Ray Serve shows the policy. Of the cache and the queue each replica reports its part."""
+    about = NOTHING_KNOWN | {
+        "total_num_requests": num_requests,
+        "target_num_replicas": num_replicas,
+        "policy_state": state,
+    }
+    reported = {WAITING: waiting, KV_USE: kv_use}
+    parts = {name: {"one": amount / 2, "other": amount / 2} for name, amount in reported.items()}
+    return AutoscalingContext(**about | {"aggregated_metrics": parts})
 
 
 @pytest.mark.parametrize(
     ("seen", "wanted"),
     [
-        ({}, 2),
-        ({"num_ongoing": 29}, 3),
-        ({"kv_use": 1.7}, 3),  # few requests of many sequences
-        ({"waiting": 1}, 4),
-        ({"num_ongoing": 0, "kv_use": 0}, 0),
-        ({"num_ongoing": 1, "kv_use": 0.1}, 1),
-        ({"num_ongoing": 1e6}, 8),
+        (context(kv_use=1.6), 2),
+        (context(29), 3),
+        (context(kv_use=1.7), 3),  # few requests of many sequences
+        (context(kv_use=1.6, waiting=1), 4),
+        (context(0), 0),
+        (context(0.01), 0),  # an average
+        (context(1, kv_use=0.1), 1),
     ],
 )
-def test_what_a_moment_needs(seen: dict[str, float], wanted: int) -> None:
-    assert wanted_replicas(replace(BUSY, **seen), RULES) == wanted  # type: ignore[arg-type]
+def test_what_a_moment_needs(seen: AutoscalingContext, wanted: int) -> None:
+    assert POLICY.wanted_replicas(seen) == wanted
+
+
+def test_the_policy_keeps_its_history_in_ray_serve() -> None:
+    target, state = POLICY(context())
+    assert target == 2
+    began_s = state["history"][0].since_s
+    assert [entry.num_replicas for entry in POLICY(context(140, **state))[1]["history"]] == [2, 10]
+    earlier = {"history": tuple(replace(entry, since_s=began_s - 3) for entry in state["history"])}
+    assert POLICY(context(num_replicas=1, **earlier))[0] == 2
 
 
 def follow(loads: list[tuple[int, float]], *, num_replicas: int) -> list[int]:
@@ -46,8 +70,9 @@ def follow(loads: list[tuple[int, float]], *, num_replicas: int) -> list[int]:
     history: History = ()
     decisions = []
     for now_s, num_ongoing in enumerate(load for seconds, load in loads for _ in range(seconds)):
-        seen = Observation(now_s + 0.5, num_replicas, num_ongoing, 0, 0)
-        num_replicas, history = decide(seen, history, RULES)
+        wanted = POLICY.wanted_replicas(context(num_ongoing))
+        decided, history = POLICY.decide(wanted, num_replicas, history, now_s=now_s + 0.5)
+        num_replicas = min(decided, MAX_REPLICAS)  # as Ray Serve does it
         decisions.append(num_replicas)
     return decisions
 
@@ -70,10 +95,9 @@ def test_whatever_the_load_nothing_ends_within_minutes_of_having_been_started(
     loads: list[tuple[int, float]], num_replicas: int
 ) -> None:
     decisions = follow(loads, num_replicas=num_replicas)
-    assert all(RULES.min_replicas <= n <= RULES.max_replicas for n in decisions)
     ups = [i for i in range(1, len(decisions)) if decisions[i] > decisions[i - 1]]
     downs = [i for i in range(1, len(decisions)) if decisions[i] < decisions[i - 1]]
-    assert not any(0 < down - up < RULES.scale_down_after_s - 1 for up in ups for down in downs)
+    assert not any(0 < down - up < POLICY.scale_down_after_s - 1 for up in ups for down in downs)
 
 
 @dataclass
@@ -124,8 +148,9 @@ def live(seed: int, *, fixed: int | None = None) -> Day:
         target = num_ready + len(starting)
         if fixed is None:
             waiting, in_use = len(queue) / NUM_SLOTS, len(running) / NUM_SLOTS
-            seen = Observation(now_s, target, len(queue) + len(running), waiting, in_use)
-            target, history = decide(seen, history, RULES)
+            seen = context(len(queue) + len(running), waiting=waiting, kv_use=in_use)
+            decided, history = POLICY.decide(POLICY.wanted_replicas(seen), target, history, now_s=now_s)
+            target = min(decided, MAX_REPLICAS)
             more = target - num_ready - len(starting)
             starting += [now_s + COLD_START_S] * more
             num_ready -= max(0, -more - len(starting))
@@ -144,7 +169,7 @@ def test_a_day_of_traffic(seed: int) -> None:
         (up, down)
         for up in np.flatnonzero(changes > 0)
         for down in np.flatnonzero(changes < 0)
-        if 0 < down - up < RULES.scale_down_after_s - 1
+        if 0 < down - up < POLICY.scale_down_after_s - 1
     ]
     print(
         f"seed {seed}: {len(day.waits_s)} requests, {100 * day.slo_share:.2f} % wait at most {WAIT_SLO_S:.0f} s, "
@@ -159,7 +184,6 @@ def test_a_day_of_traffic(seed: int) -> None:
 
 
 def test_the_policy_survives_the_way_to_the_controller() -> None:
-    rules = {name: getattr(RULES, name) for name in RULES.__dataclass_fields__}
-    policy = AutoscalingPolicy(policy_function=ScalingPolicy, policy_kwargs=rules)
+    policy = AutoscalingPolicy(policy_function=ScalingPolicy, policy_kwargs=asdict(POLICY))
     policy.serialize_policy()
-    assert policy.get_policy()(**rules)._rules.target_ongoing_requests == 14
+    assert policy.get_policy()(**asdict(POLICY)).target_ongoing_requests == 14

@@ -14,11 +14,12 @@ from cluster.cli import main
 from cluster.settings.serve import HttpConfig, ServeConfig
 from model.errors import UserError
 from serving.app import build_app
-from serving.delivery.routed_request import RETRY_HEADER, NewestRoute
+from serving.delivery.routed_request import RETRY_HEADER
 from serving.protocol.errors import DRAINING_HEADER
 from serving.protocol.request_facts import FACTS
-from serving.protocol.tracing import Tracing
+from serving.protocol.tracing import NO_TRACER
 from serving.proxy.front_door import FrontDoor, Outcome, clean_request_id
+from serving.proxy.request_log import no_log
 from serving.proxy.token_relay import ASK_HEADER
 from tests.serving.front_door_parts import OK, ask, half, scope, whole
 
@@ -129,9 +130,9 @@ def test_a_redeployed_endpoint_has_the_newest_route_of_its_own() -> None:
         await send({**OK, "headers": [(b"x-route", answered[len(seen) - 1].encode())]})
         await send({"type": "http.response.body", "body": b""})
 
-    app = NewestRoute(replica)
+    door = FrontDoor(replica, config=HttpConfig(), count=lambda *_: None, log=no_log, tracer=NO_TRACER)
     for _ in answered:
-        ask(app, headers=((b"x-route", b"9:9:0:0.0:new"),))  # a client may not choose
+        ask(door, headers=((b"x-route", b"9:9:0:0.0:new"),))  # a client may not choose
     assert seen[0] == set() and seen[1] == {answered[0]}
     assert seen[2] == seen[3] == {answered[0], answered[1]} and seen[4] == seen[5] == {answered[0], answered[3]}
 
@@ -209,6 +210,21 @@ def test_what_the_replica_knows_is_logged_and_goes_no_further(is_whole: bool) ->
     assert (line["completion_tokens"], line["reason"]) == ((7, "stop") if is_whole else (2, "interrupted"))
 
 
+@pytest.mark.parametrize("trace", [None, "5a" * 16])
+def test_without_a_collector_a_client_s_trace_goes_on_and_none_begins(trace: str | None) -> None:
+    headers = () if trace is None else ((b"traceparent", f"00-{trace}-00f067aa0ba902b7-01".encode()),)
+    seen: list[tuple[bytes, bytes]] = []
+    logged: list[dict[str, Any]] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.extend(header for header in scope["headers"] if header[0].startswith(b"trace"))
+        await whole(send)
+
+    ask(app, headers=headers, log=lambda **fields: logged.append(fields))
+    assert seen == list(headers)
+    assert [line["trace_id"] for line in logged] == [trace]
+
+
 def test_probes_and_what_is_only_read_are_not_logged() -> None:
     async def answer(send: Send) -> None:
         await send({**OK, "status": statuses.pop(0)})
@@ -221,7 +237,7 @@ def test_probes_and_what_is_only_read_are_not_logged() -> None:
         config=HttpConfig(),
         count=lambda *_: None,
         log=lambda **fields: logged.append((fields["route"], fields["status"])),
-        tracing=Tracing(),
+        tracer=NO_TRACER,
     )
     for method, path in (
         ("GET", "/ready"),

@@ -16,7 +16,7 @@ import uvicorn
 from starlette.types import Receive, Scope, Send
 
 from cluster.settings.serve import HttpConfig
-from serving.protocol.tracing import Tracing
+from serving.protocol.tracing import NO_TRACER
 from serving.proxy.front_door import FrontDoor
 from serving.proxy.http_bounds import PIECE_BYTES, BoundedHttpProtocol
 from serving.proxy.request_log import no_log
@@ -53,7 +53,7 @@ class Server:
     """uvicorn in a thread."""
 
     def __init__(self, loop: Any) -> None:
-        app = FrontDoor(echo, config=BOUNDS, count=lambda *_: None, log=no_log, tracing=Tracing())
+        app = FrontDoor(echo, config=BOUNDS, count=lambda *_: None, log=no_log, tracer=NO_TRACER)
         self.port = free_port()
         config = uvicorn.Config(
             app, port=self.port, http=Protocol, loop=loop, lifespan="off", log_level="critical", timeout_keep_alive=1
