@@ -114,12 +114,7 @@ class _Builder:
         is_bulk = self._is_bulk_proven()
         store.write_bytes(stored.TOKENIZER, tokenizer.to_json())
         store.write_bytes(stored.SOURCES, stored.canonical_json(listing.record()))
-        chunks = plan_chunks(
-            listing.files,
-            cut_files(store, listing.files, self.data),
-            shard_bytes=self.data.shard_bytes,
-            max_document_bytes=self.data.max_document_bytes,
-        )
+        chunks = plan_chunks(listing.files, cut_files(store, listing.files, self.data), self.data)
         summary = self._select(chunks)
         results = copy_shards(store, listing.token_stores, tokenizer, first_chunk=len(chunks))
         sealed = _SealedPrefix(store, self._manifest(summary, {}), chunks, results)

@@ -84,8 +84,7 @@ def sample_texts(
     dropped: Counter[str] = Counter()
     for _, group in groupby(files, key=lambda file: file.source):
         remaining = 0
-        places = sample_places(list(group), share_bytes=share_bytes, max_document_bytes=data.max_document_bytes)
-        for num_bytes, parts in places:
+        for num_bytes, parts in sample_places(list(group), data, share_bytes=share_bytes):
             remaining += num_bytes
             for text in kept_texts(parts, data, seen, dropped, most_bytes=_MOST_READ * remaining):
                 encoded = text.encode()
