@@ -27,7 +27,6 @@ _NO_COUNTS = np.zeros(256, dtype=np.int64)
 @dataclass(frozen=True)
 class Summary:
     documents: int
-    held_out: int
     dropped: dict[str, int]  # by reason, with every reason
     source_hash: str  # of all texts in canonical order
 
@@ -67,7 +66,6 @@ class Selection:
             digests.update(self._index(chunk).digest.tobytes().hex().encode())
         return Summary(
             documents=int(counts[0] + counts[HELD_OUT]),
-            held_out=int(counts[HELD_OUT]),
             dropped={str(reason): int(counts[code]) for code, reason in enumerate(DROP_CODES) if reason},
             source_hash=digests.hexdigest(),
         )

@@ -64,7 +64,7 @@ class _Sample:
                     self.examples.append({"file": part.file.uri, "text": document.text[:_PREVIEW_CHARS]})
                 continue
             self.dropped[drop] += 1
-            found = self.samples.setdefault(str(drop), [])
+            found = self.samples.setdefault(drop, [])
             if len(found) < _SAMPLES:
                 preview = (document.preview or document.text)[:_PREVIEW_CHARS]
                 found.append({"file": part.file.uri, "preview": preview})

@@ -115,7 +115,7 @@ def kept_texts(
                 return
 
 
-def judged(part: Part, data: DataConfig, seen: set[bytes]) -> Iterator[tuple[Document, str | None]]:
+def judged(part: Part, data: DataConfig, seen: set[bytes]) -> Iterator[tuple[Document, Drop | None]]:
     """Yields the documents of a part, each with the reason to drop it, if any; what is kept is `seen` from then on."""
     for document in read_documents(part, data):
         drop = document.drop or failed_rule(document.text, data.quality_rules)
