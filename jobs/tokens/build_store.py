@@ -176,14 +176,13 @@ class _Builder:
         for result in ordered:
             for reason, found in result.samples.items():
                 samples[reason] = [*samples.get(reason, []), *found][:5]
-        weights = [weight / sum(self.data.weights) for weight in self.data.weights]
         return stored.Manifest(
             tokenizer_hash=self.tokenizer.hash,
             vocab_size=self.tokenizer.vocab_size,
             eot_id=self.tokenizer.eot_id,
             source_hash=summary.source_hash,
             config_hash=hashlib.sha256(stored.canonical_json(_shaping(self.data))).hexdigest(),
-            weights=tuple(weights),
+            weights=tuple(weight / sum(self.data.weights) for weight in self.data.weights),
             revisions=self.listing.revisions,
             dropped=summary.dropped | {Drop.CONTAMINATED.value: contaminated},
             drop_samples=samples,
@@ -205,11 +204,7 @@ class _SealedPrefix:
         """`results` has those of ready shards, whose numbers follow the chunks', and gets one for each chunk."""
         self._store = store
         self._manifest = replace(manifest, complete=False)
-        self._chunks = {
-            source: [chunk.number for chunk in group]
-            for source, group in groupby(chunks, key=lambda chunk: chunk.source)
-        }
-        self._ready, self._results = list(results), results
+        self._chunks, self._ready, self._results = chunks, list(results), results
         self._write_after = 0.0
 
     def update(self) -> None:
@@ -217,7 +212,8 @@ class _SealedPrefix:
         started = time.monotonic()
         if started < self._write_after:
             return
-        sealed = [n for numbers in self._chunks.values() for n in takewhile(self._results.__contains__, numbers)]
+        by_source = groupby(self._chunks, key=lambda chunk: chunk.source)
+        sealed = [n for _, own in by_source for n in takewhile(self._results.__contains__, (c.number for c in own))]
         shards = stored.in_order(shard for number in [*sealed, *self._ready] for shard in self._results[number].shards)
         self._store.write_bytes(stored.SEALED, replace(self._manifest, shards=shards).to_json())
         now = time.monotonic()

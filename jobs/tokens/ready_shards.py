@@ -1,6 +1,5 @@
 """Copies the shards of finished token stores (`tokens://` sources) into a new store."""
 
-import hashlib
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,6 +10,7 @@ from cluster.storage.uris import Storage, open_storage
 from jobs.corpus.listing import CorpusError
 from jobs.tokens.shard_writer import ChunkResult, file_sha256
 from jobs.tokens.token_store import Shard, TokenStoreError, read_manifest, shard_file
+from model.checkpoint_folder import fingerprint
 from model.tokenizer import Tokenizer
 
 
@@ -46,7 +46,6 @@ def _copy(other: Storage, shard: Shard, store: Storage, copy: Shard) -> None:
     with tempfile.TemporaryDirectory(prefix="raymill-shard-") as folder:
         path = Path(folder, copy.file)
         other.download_file(shard.file, path)
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
-                raise TokenStoreError(f"{other.uri}/{shard.file} does not have the bytes that its manifest says")
+        if fingerprint(path)["sha256"] != shard.sha256:
+            raise TokenStoreError(f"{other.uri}/{shard.file} does not have the bytes that its manifest says")
         store.upload_file(path, copy.file)

@@ -138,23 +138,21 @@ class _ShardFile:
         self._file = file
         self._dtype = dtype
         self._end = np.array([eot_id], dtype=dtype).tobytes()
-        self._tokens = self._bytes = self.documents = 0
+        self._bytes = self.documents = 0
 
     def add(self, document: Document, encoder: PlainEncoder) -> None:
         for piece in cut_text(document.text):
-            ids = encoder.encode(piece)
-            self._file.write(ids.astype(self._dtype).data)
-            self._tokens += len(ids)
+            self._file.write(encoder.encode(piece).astype(self._dtype).data)
         self._file.write(self._end)
-        self._tokens += 1
         self.documents += 1
         self._bytes += document.size
 
     def finished(self) -> dict[str, Any]:
         """Returns the figures of the `Shard`, whose bytes are in the file."""
+        tokens = self._file.tell() // self._dtype.itemsize
         self._file.seek(0)
         sha256 = hashlib.file_digest(self._file, "sha256").hexdigest()  # type: ignore[arg-type]
-        return {"tokens": self._tokens, "documents": self.documents, "bytes": self._bytes, "sha256": sha256}
+        return {"tokens": tokens, "documents": self.documents, "bytes": self._bytes, "sha256": sha256}
 
 
 @cache
