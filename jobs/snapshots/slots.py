@@ -59,7 +59,7 @@ class Checksum:
         self.size = self._crc = self._sum = 0
 
     def add(self, piece: Bytes, *, into: Bytes | None = None) -> None:
-        """Adds the next piece, after its copy to its place in the data `into`: chunk by chunk, while the cache has it."""
+        """Adds the next piece, first copied to its place in the data `into`: a chunk at a time, as the cache has it."""
         while piece.size:
             room = _CHUNK_BYTES - self.size % _CHUNK_BYTES
             chunk, piece = piece[:room], piece[room:]
