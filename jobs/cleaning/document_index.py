@@ -68,9 +68,7 @@ def _indexed(chunk: Chunk, data: DataConfig) -> ChunkIndex:
     digest = hashlib.sha256()
     hashes, drops, signatures = bytearray(), bytearray(), []
     for _, document in read_chunk(chunk, data, digest):
-        drop = document.drop
-        if drop is None and data.quality_rules and (rule := failed_rule(document.text, data.quality_rules)):
-            drop = Drop(rule)
+        drop = document.drop or failed_rule(document.text, data.quality_rules)
         text = normalized(document.text) if drop is None else b""
         drops.append(DROP_CODES.index(drop))
         hashes += document_hash(text) if drop is None else bytes(HASH_BYTES)

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +27,7 @@ _RECORD = np.dtype([("high", "u8"), ("low", "u8"), ("row", "u8")])  # halves of 
 _NUM_BUCKETS = 256  # a bucket of 10^9 documents takes 94 MB
 
 
-class DuplicateSearch(ABC):
+class DuplicateSearch(ExitStack, ABC):
     """A search for documents to drop: add all documents in their order, then call `find`.
 
     Memory holds a buffer and one bucket at a time. The files have no names, so nothing is left of them when the context
@@ -35,8 +35,8 @@ class DuplicateSearch(ABC):
     """
 
     def __init__(self, folder: Path, dtype: npt.DTypeLike, *, num_buckets: int) -> None:
+        super().__init__()
         self._folder, self._num_buckets = folder, num_buckets
-        self._files = ExitStack()
         self._records = BucketFile(self._open(), dtype, num_buckets=num_buckets)
         self._num_rows = 0
 
@@ -49,18 +49,12 @@ class DuplicateSearch(ABC):
             self._search(self._records.bucket(bucket), dropped)
         return dropped[: self._num_rows]
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._files.close()
-
     @abstractmethod
     def _search(self, records: Records, dropped: Marks) -> None:
         """Marks the documents to drop among the records of one bucket."""
 
     def _open(self) -> BinaryIO:
-        return self._files.enter_context(tempfile.TemporaryFile(dir=self._folder))
+        return self.enter_context(tempfile.TemporaryFile(dir=self._folder))
 
     def _next_rows(self, count: int) -> Rows:
         self._num_rows += count

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from itertools import islice
 
 from cluster.settings.run import QualityRule
+from jobs.corpus.documents import Drop
 
 _ELLIPSES = ("...", "…")
 _BULLETS = ("•", "‣", "◦", "●", "▪", "-", "*")
@@ -20,14 +21,14 @@ _LEAST_ALPHABETIC = 0.8
 _LEAST_STOP_WORDS = 2
 
 
-def failed_rule(text: str, rules: Sequence[QualityRule]) -> QualityRule | None:
-    """Returns the first of the rules that the text fails.
+def failed_rule(text: str, rules: Sequence[QualityRule]) -> Drop | None:
+    """Returns the first of the rules that the text fails, as the reason to drop it.
 
     `word_count` and `stop_words` are for English: the first counts the words between blanks, which Chinese, Japanese
     and Thai do not use; the second looks for English words.
     """
-    words = text.split()
-    return next((rule for rule in rules if not _PASSES[rule](text, words)), None)
+    words = text.split() if rules else []
+    return next((Drop(rule) for rule in rules if not _PASSES[rule](text, words)), None)
 
 
 def _word_count(text: str, words: list[str]) -> bool:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Self
 
+from cluster.settings.run import DataConfig
 from jobs.corpus.listing import CorpusFile
 
 EXPANSION = {".gz": 3, ".zst": 3, "": 1}  # bytes of text for each byte of an archive, to an order of magnitude
@@ -66,22 +67,16 @@ def text_step(max_document_bytes: int) -> int:
     return max(1, max_document_bytes - max(4, max_document_bytes // 16))
 
 
-def plan_chunks(
-    files: Sequence[CorpusFile],
-    pieces: Mapping[int, Sequence[Part]],
-    *,
-    shard_bytes: int,
-    max_document_bytes: int,
-) -> list[Chunk]:
+def plan_chunks(files: Sequence[CorpusFile], pieces: Mapping[int, Sequence[Part]], data: DataConfig) -> list[Chunk]:
     """Returns the chunks, none of which spans two sources; `pieces` holds the pieces of each file that was cut."""
     chunks: list[Chunk] = []
     for source, own in groupby(files, key=lambda file: file.source):
         parts: list[Part] = []
         weight = 0
         for file in own:
-            for part in pieces.get(file.number) or _ranges(file, shard_bytes, max_document_bytes):
+            for part in pieces.get(file.number) or _ranges(file, data):
                 added = (part.end - part.start) * EXPANSION[part.file.compression]
-                if parts and (weight + added > shard_bytes or len(parts) == _CHUNK_PARTS):
+                if parts and (weight + added > data.shard_bytes or len(parts) == _CHUNK_PARTS):
                     chunks.append(Chunk(len(chunks), source, parts))
                     parts, weight = [], 0
                 parts.append(part)
@@ -91,9 +86,9 @@ def plan_chunks(
     return chunks
 
 
-def _ranges(file: CorpusFile, shard_bytes: int, max_document_bytes: int) -> Iterator[Part]:
-    is_whole = not is_divisible(file) or (file.kind == "txt" and file.size <= max_document_bytes)
-    step = text_step(max_document_bytes) if file.kind == "txt" else shard_bytes
+def _ranges(file: CorpusFile, data: DataConfig) -> Iterator[Part]:
+    is_whole = not is_divisible(file) or (file.kind == "txt" and file.size <= data.max_document_bytes)
+    step = text_step(data.max_document_bytes) if file.kind == "txt" else data.shard_bytes
     if is_whole or file.size <= step:
         yield whole_file(file)
         return

@@ -11,6 +11,7 @@ from itertools import accumulate
 
 import numpy as np
 
+from cluster.settings.run import DataConfig
 from jobs.corpus.chunks import EXPANSION, Part, is_divisible, text_step, whole_file
 from jobs.corpus.listing import CorpusFile
 from jobs.corpus.text_hashes import mix64
@@ -21,7 +22,7 @@ _LEAST_PLACES = 64  # where the sample has room for as many
 
 
 def sample_places(
-    files: Sequence[CorpusFile], *, share_bytes: int, max_document_bytes: int
+    files: Sequence[CorpusFile], data: DataConfig, *, share_bytes: int
 ) -> Iterator[tuple[int, Iterator[Part]]]:
     """Yields (bytes of text to take, parts to take them from) for each place; the parts together are the whole source.
 
@@ -39,7 +40,7 @@ def sample_places(
     for number, fraction in enumerate(hashes):  # a fraction of 2^64
         offset = ((number << 64) + fraction) * total // num_places >> 64
         place = bisect_right(offsets, offset) - 1
-        found[offsets[place] + _entrance(files[place], offset - offsets[place], max_document_bytes)] += 1
+        found[offsets[place] + _entrance(files[place], offset - offsets[place], data.max_document_bytes)] += 1
     starts = sorted(found)
     for start, end in zip(starts, [*starts[1:], total + starts[0]], strict=True):
         yield found[start] * share_bytes // num_places, _between(files, offsets, start, end)

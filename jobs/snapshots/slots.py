@@ -15,9 +15,8 @@ import os
 import struct
 import time
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -59,18 +58,19 @@ class Checksum:
     def __init__(self) -> None:
         self.size = self._crc = self._sum = 0
 
-    def chunks(self, piece: Bytes) -> Iterator[Bytes]:
-        """Cuts the next piece where chunks end. The caller adds each part before it takes the next."""
+    def add(self, piece: Bytes, *, into: Bytes | None = None) -> None:
+        """Adds the next piece, first copied to its place in the data `into`: a chunk at a time, as the cache has it."""
         while piece.size:
             room = _CHUNK_BYTES - self.size % _CHUNK_BYTES
-            yield piece[:room]
-            piece = piece[room:]
-
-    def add(self, part: Bytes) -> None:
-        self._sum += int(part.view(np.uint64).sum(dtype=np.uint64))
-        self.size += part.size
-        if self.size % _CHUNK_BYTES == 0:
-            self._crc, self._sum = self.value, 0
+            chunk, piece = piece[:room], piece[room:]
+            if into is not None:
+                place = into[self.size : self.size + chunk.size]
+                place[:] = chunk
+                chunk = place
+            self._sum += int(chunk.view(np.uint64).sum(dtype=np.uint64))
+            self.size += chunk.size
+            if self.size % _CHUNK_BYTES == 0:
+                self._crc, self._sum = self.value, 0
 
     @property
     def value(self) -> int:
@@ -81,16 +81,16 @@ class Slots:
     """Two slots in a piece of memory that several processes of a node map."""
 
     def __init__(self, descriptor: int) -> None:
-        """Maps an open file, whose size is what `bytes_needed` returned."""
-        self._file = os.fdopen(os.dup(descriptor), "r+b", buffering=0)
+        """Maps an open file, whose size is what `bytes_needed` returned, and which is closed with the slots."""
+        self.file = os.fdopen(descriptor, "r+b", buffering=0)
         self._memory = mmap.mmap(descriptor, 0)
         self._bytes = np.frombuffer(self._memory, np.uint8)
-        self._slot_bytes = len(self._memory) // NUM_SLOTS
+        self.size = len(self._memory)
+        self._slot_bytes = self.size // NUM_SLOTS
 
     @classmethod
     def at(cls, path: str) -> Self:
-        with Path(path).open("r+b") as file:
-            return cls(file.fileno())
+        return cls(os.open(path, os.O_RDWR))
 
     @staticmethod
     def bytes_needed(num_bytes: int) -> int:
@@ -100,7 +100,7 @@ class Slots:
     def is_at(self, path: str) -> bool:
         """Reports whether the path still leads to this memory: an open file's number may be used again."""
         try:
-            return os.path.samestat(os.stat(path), os.fstat(self._file.fileno()))  # noqa: PTH116
+            return os.path.samestat(os.stat(path), os.fstat(self.file.fileno()))  # noqa: PTH116
         except OSError:
             return False
 
@@ -120,11 +120,11 @@ class Slots:
         """Writes into the slot that is unsealed or older, and not pinned if the other is not. Returns its number, or
         None where the step is there already, from another process, or the data do not match a checksum that the header
         brings."""
-        fcntl.flock(self._file, fcntl.LOCK_EX)  # which a process that is killed gives back
+        fcntl.flock(self.file, fcntl.LOCK_EX)  # which a process that is killed gives back
         try:
             return self._write(header, pieces)
         finally:
-            fcntl.flock(self._file, fcntl.LOCK_UN)
+            fcntl.flock(self.file, fcntl.LOCK_UN)
 
     def _write(self, header: Header, pieces: Iterable[Bytes]) -> int | None:
         before = [self.header(slot) for slot in range(NUM_SLOTS)]
@@ -137,10 +137,7 @@ class Slots:
         self._memory[start : start + len(_MAGIC)] = bytes(len(_MAGIC))
         data, checksum = self.data(slot), Checksum()
         for piece in pieces:
-            for chunk in checksum.chunks(piece):
-                place = data[checksum.size : checksum.size + chunk.size]
-                place[:] = chunk
-                checksum.add(place)
+            checksum.add(piece, into=data)
         if header.checksum not in (None, checksum.value):
             return None
         written = {"sequence": sequence, "num_bytes": checksum.size, "checksum": checksum.value}
@@ -174,6 +171,5 @@ class Slots:
         header, checksum = self.header(slot), Checksum()
         if header is None:
             return False
-        for chunk in checksum.chunks(self.data(slot)[: header.num_bytes]):
-            checksum.add(chunk)
+        checksum.add(self.data(slot)[: header.num_bytes])
         return checksum.value == header.checksum

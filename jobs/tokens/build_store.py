@@ -10,6 +10,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, takewhile
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from cluster.output.progress import say
@@ -32,6 +34,9 @@ from jobs.tokens.train_tokenizer import ensure_tokenizer, text_sample
 from model.bulk_encoder import bulk_encoder
 from model.tables import read_table
 from model.tokenizer import Tokenizer
+
+_SEAL_INTERVAL_S = 1.0  # between writes of the list of sealed shards, which grows with the store
+_SEAL_SHARE = 0.02  # of the time may go into it
 
 
 def token_store(config: RunConfig) -> Storage:
@@ -114,19 +119,17 @@ class _Builder:
         is_bulk = self._is_bulk_proven()
         store.write_bytes(stored.TOKENIZER, tokenizer.to_json())
         store.write_bytes(stored.SOURCES, stored.canonical_json(listing.record()))
-        chunks = plan_chunks(
-            listing.files,
-            cut_files(store, listing.files, self.data),
-            shard_bytes=self.data.shard_bytes,
-            max_document_bytes=self.data.max_document_bytes,
-        )
+        chunks = plan_chunks(listing.files, cut_files(store, listing.files, self.data), self.data)
         summary = self._select(chunks)
         results = copy_shards(store, listing.token_stores, tokenizer, first_chunk=len(chunks))
-        sealed = _SealedPrefix(store, self._manifest(summary, {}), chunks, results)
+        ready, growing, seal_at_s = [*results], replace(self._manifest(summary, {}), complete=False), 0.0
         for chunk, result in self._write(chunks, is_bulk=is_bulk, dropped=summary.dropped):
             results[chunk] = result
             lease.check()
-            sealed.update()
+            if (start_s := time.monotonic()) >= seal_at_s:
+                self._store_sealed(growing, chunks, results, ready=ready)
+                now_s = time.monotonic()
+                seal_at_s = now_s + max(_SEAL_INTERVAL_S, (now_s - start_s) / _SEAL_SHARE)
         manifest = self._manifest(summary, results)
         if not manifest.shards:
             raise empty_corpus(len(listing.files), manifest.dropped)
@@ -146,7 +149,8 @@ class _Builder:
 
     def _select(self, chunks: Sequence[Chunk]) -> Summary:
         """Decides which documents are kept, and stores that."""
-        with Selection(self.data, num_chunks=len(chunks)) as selection:
+        with TemporaryDirectory(prefix="raymill-selection-") as folder:
+            selection = Selection(self.data, Path(folder), num_chunks=len(chunks))
             for number, content in index_corpus(self.store, chunks, self.data):
                 selection.add(number, content)
             summary = selection.decide()
@@ -173,6 +177,16 @@ class _Builder:
                 progress.drop({Drop.CONTAMINATED.value: result.contaminated})
                 yield chunk.number, result
 
+    def _store_sealed(
+        self, growing: stored.Manifest, chunks: Sequence[Chunk], results: Mapping[int, ChunkResult], *, ready: list[int]
+    ) -> None:
+        """Stores the list of sealed shards: of each source those before the first chunk that has no result yet, and
+        those of finished stores, which are `ready`."""
+        by_source = groupby(chunks, key=lambda chunk: chunk.source)
+        sealed = [n for _, own in by_source for n in takewhile(results.__contains__, (chunk.number for chunk in own))]
+        shards = stored.in_order(shard for number in [*sealed, *ready] for shard in results[number].shards)
+        self.store.write_bytes(stored.SEALED, replace(growing, shards=shards).to_json())
+
     def _manifest(self, summary: Summary, results: dict[int, ChunkResult]) -> stored.Manifest:
         """Returns the manifest of the results so far, in canonical order."""
         ordered = [results[number] for number in sorted(results)]
@@ -181,49 +195,16 @@ class _Builder:
         for result in ordered:
             for reason, found in result.samples.items():
                 samples[reason] = [*samples.get(reason, []), *found][:5]
-        weights = [weight / sum(self.data.weights) for weight in self.data.weights]
         return stored.Manifest(
             tokenizer_hash=self.tokenizer.hash,
             vocab_size=self.tokenizer.vocab_size,
             eot_id=self.tokenizer.eot_id,
             source_hash=summary.source_hash,
             config_hash=hashlib.sha256(stored.canonical_json(_shaping(self.data))).hexdigest(),
-            weights=tuple(weights),
+            weights=tuple(weight / sum(self.data.weights) for weight in self.data.weights),
             revisions=self.listing.revisions,
             dropped=summary.dropped | {Drop.CONTAMINATED.value: contaminated},
             drop_samples=samples,
             replaced_utf8=sum(result.replaced for result in ordered),
             shards=stored.in_order(shard for result in ordered for shard in result.shards),
         )
-
-
-_WRITE_SHARE = 0.02  # of the time may go into rewriting the list, which grows with the store
-_INTERVAL_S = 1.0
-
-
-class _SealedPrefix:
-    """Keeps the stored list of sealed shards current, to a second or so, while results come in any order."""
-
-    def __init__(
-        self, store: Storage, manifest: stored.Manifest, chunks: Sequence[Chunk], results: Mapping[int, ChunkResult]
-    ) -> None:
-        """`results` has those of ready shards, whose numbers follow the chunks', and gets one for each chunk."""
-        self._store = store
-        self._manifest = replace(manifest, complete=False)
-        self._chunks = {
-            source: [chunk.number for chunk in group]
-            for source, group in groupby(chunks, key=lambda chunk: chunk.source)
-        }
-        self._ready, self._results = list(results), results
-        self._write_after = 0.0
-
-    def update(self) -> None:
-        """Writes the list again, unless it was written just now."""
-        started = time.monotonic()
-        if started < self._write_after:
-            return
-        sealed = [n for numbers in self._chunks.values() for n in takewhile(self._results.__contains__, numbers)]
-        shards = stored.in_order(shard for number in [*sealed, *self._ready] for shard in self._results[number].shards)
-        self._store.write_bytes(stored.SEALED, replace(self._manifest, shards=shards).to_json())
-        now = time.monotonic()
-        self._write_after = now + max(_INTERVAL_S, (now - started) / _WRITE_SHARE)

@@ -39,9 +39,7 @@ class _Sample:
     def read(self, files: Sequence[CorpusFile], *, share_bytes: int) -> None:
         """Takes a share from files of one kind; where a place holds no document, the next one makes up for it."""
         left, read_bytes, before = 0, 0.0, len(self.texts)
-        for wanted, parts in sample_places(
-            files, share_bytes=share_bytes, max_document_bytes=self.data.max_document_bytes
-        ):
+        for wanted, parts in sample_places(files, self.data, share_bytes=share_bytes):
             left += wanted
             for part in parts:
                 if left <= 0:
@@ -67,7 +65,7 @@ class _Sample:
                     self.examples.append({"file": part.file.uri, "text": document.text[:_PREVIEW_CHARS]})
                 continue
             self.dropped[drop] += 1
-            found = self.samples.setdefault(str(drop), [])
+            found = self.samples.setdefault(drop, [])
             if len(found) < _SAMPLES:
                 preview = (document.preview or document.text)[:_PREVIEW_CHARS]
                 found.append({"file": part.file.uri, "preview": preview})

@@ -1,6 +1,5 @@
 """Copies the shards of finished token stores (`tokens://` sources) into a new store."""
 
-import hashlib
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,6 +10,7 @@ from cluster.storage.uris import Storage, open_storage
 from jobs.corpus.listing import CorpusError
 from jobs.tokens.shard_writer import ChunkResult, file_sha256
 from jobs.tokens.token_store import Shard, TokenStoreError, read_manifest, shard_file
+from model.checkpoint_folder import fingerprint
 from model.tokenizer import Tokenizer
 
 
@@ -30,7 +30,7 @@ def copy_shards(
                 f"tokens://{location} was made with another tokenizer ({manifest.tokenizer_hash[:12]}, not "
                 f"{tokenizer.hash[:12]}); set data.tokenizer to its tokenizer.json, or tokenize its text again"
             )
-        with progress(f"copying {location}", total_bytes=sum(shard.bytes for shard in manifest.shards)) as advance:
+        with progress(f"copying {location}", total=manifest.total("bytes") / 1e6) as advance:
             for shard in manifest.shards:
                 number = first_chunk + len(results)
                 name = shard_file(shard.split, number)
@@ -38,7 +38,7 @@ def copy_shards(
                 if not (store.exists(name) and file_sha256(store, name) == shard.sha256):
                     _copy(other, shard, store, copy)
                 results[number] = ChunkResult(shards=[copy], documents=shard.documents)
-                advance(shard.bytes)
+                advance(shard.bytes / 1e6)
     return results
 
 
@@ -46,7 +46,6 @@ def _copy(other: Storage, shard: Shard, store: Storage, copy: Shard) -> None:
     with tempfile.TemporaryDirectory(prefix="raymill-shard-") as folder:
         path = Path(folder, copy.file)
         other.download_file(shard.file, path)
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
-                raise TokenStoreError(f"{other.uri}/{shard.file} does not have the bytes that its manifest says")
+        if fingerprint(path)["sha256"] != shard.sha256:
+            raise TokenStoreError(f"{other.uri}/{shard.file} does not have the bytes that its manifest says")
         store.upload_file(path, copy.file)

@@ -7,7 +7,7 @@ sidecar matches the task and the bytes is not written again; so a killed job con
 import hashlib
 import json
 import tempfile
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -81,15 +81,13 @@ class ChunkWriter:
         return RESULT.dump_json(result)
 
     def _finished(self, sidecar: str, made_of: dict[str, str]) -> ChunkResult | None:
-        try:
+        with suppress(NotFoundError, ValueError):  # or the sidecar was cut off on a disk that lost power
             values = json.loads(self.store.read_bytes(sidecar))
-            if values["made_of"] != made_of:
-                return None
             result = RESULT.validate_python(values["result"])
-            is_stored = all(file_sha256(self.store, shard.file) == shard.sha256 for shard in result.shards)
-        except (NotFoundError, ValueError):  # or the sidecar was cut off on a disk that lost power
-            return None
-        return result if is_stored else None
+            are_whole = (file_sha256(self.store, shard.file) == shard.sha256 for shard in result.shards)
+            if values["made_of"] == made_of and all(are_whole):
+                return result
+        return None
 
     def _write(
         self, chunk: Chunk, digest: str, codes: bytes, tokenizer: Tokenizer, encoder: PlainEncoder
@@ -138,23 +136,21 @@ class _ShardFile:
         self._file = file
         self._dtype = dtype
         self._end = np.array([eot_id], dtype=dtype).tobytes()
-        self._tokens = self._bytes = self.documents = 0
+        self._bytes = self.documents = 0
 
     def add(self, document: Document, encoder: PlainEncoder) -> None:
         for piece in cut_text(document.text):
-            ids = encoder.encode(piece)
-            self._file.write(ids.astype(self._dtype).data)
-            self._tokens += len(ids)
+            self._file.write(encoder.encode(piece).astype(self._dtype).data)
         self._file.write(self._end)
-        self._tokens += 1
         self.documents += 1
         self._bytes += document.size
 
     def finished(self) -> dict[str, Any]:
         """Returns the figures of the `Shard`, whose bytes are in the file."""
+        tokens = self._file.tell() // self._dtype.itemsize
         self._file.seek(0)
         sha256 = hashlib.file_digest(self._file, "sha256").hexdigest()  # type: ignore[arg-type]
-        return {"tokens": self._tokens, "documents": self.documents, "bytes": self._bytes, "sha256": sha256}
+        return {"tokens": tokens, "documents": self.documents, "bytes": self._bytes, "sha256": sha256}
 
 
 @cache

@@ -84,8 +84,7 @@ def sample_texts(
     dropped: Counter[str] = Counter()
     for _, group in groupby(files, key=lambda file: file.source):
         remaining = 0
-        places = sample_places(list(group), share_bytes=share_bytes, max_document_bytes=data.max_document_bytes)
-        for num_bytes, parts in places:
+        for num_bytes, parts in sample_places(list(group), data, share_bytes=share_bytes):
             remaining += num_bytes
             for text in kept_texts(parts, data, seen, dropped, most_bytes=_MOST_READ * remaining):
                 encoded = text.encode()
@@ -116,7 +115,7 @@ def kept_texts(
                 return
 
 
-def judged(part: Part, data: DataConfig, seen: set[bytes]) -> Iterator[tuple[Document, str | None]]:
+def judged(part: Part, data: DataConfig, seen: set[bytes]) -> Iterator[tuple[Document, Drop | None]]:
     """Yields the documents of a part, each with the reason to drop it, if any; what is kept is `seen` from then on."""
     for document in read_documents(part, data):
         drop = document.drop or failed_rule(document.text, data.quality_rules)

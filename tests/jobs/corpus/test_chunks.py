@@ -6,10 +6,12 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.settings.run import DataConfig
 from jobs.corpus.chunks import interleaved, is_divisible, plan_chunks, whole_file
 from jobs.corpus.listing import CorpusFile
 
 kinds = st.sampled_from([("txt", ""), ("jsonl", ""), ("jsonl", ".gz"), ("csv", ""), ("parquet", ""), ("txt", ".zst")])
+DATA = DataConfig(shard_bytes=100, max_document_bytes=150)
 
 
 @st.composite
@@ -29,7 +31,7 @@ def test_each_byte_is_in_one_chunk_of_its_source(files: list[CorpusFile]) -> Non
         for number, file in enumerate(files)
         if file.size > 100 and not is_divisible(file)
     }
-    chunks = plan_chunks(files, pieces, shard_bytes=100, max_document_bytes=150)
+    chunks = plan_chunks(files, pieces, DATA)
     assert [chunk.number for chunk in chunks] == list(range(len(chunks)))
     ranges = [(part.file.number, part.start, part.end) for chunk in chunks for part in chunk.parts]
     assert ranges == sorted(ranges)
@@ -42,7 +44,7 @@ def test_each_byte_is_in_one_chunk_of_its_source(files: list[CorpusFile]) -> Non
         divided = [part for part in chunk.parts if part.file.kind in ("jsonl", "parquet") and not part.file.compression]
         assert all(part.end - part.start <= 100 for part in divided if part.file.number not in pieces)
     renamed = [replace(file, uri=f"/elsewhere{file.uri}") for file in files]
-    again = plan_chunks(renamed, pieces, shard_bytes=100, max_document_bytes=150)
+    again = plan_chunks(renamed, pieces, DATA)
     assert [[(p.file.number, p.start, p.end) for p in c.parts] for c in again] == [
         [(p.file.number, p.start, p.end) for p in c.parts] for c in chunks
     ]
@@ -50,7 +52,7 @@ def test_each_byte_is_in_one_chunk_of_its_source(files: list[CorpusFile]) -> Non
 
 @given(corpora())
 def test_sources_advance_alike_and_each_in_order(files: list[CorpusFile]) -> None:
-    chunks = plan_chunks(files, {}, shard_bytes=100, max_document_bytes=150)
+    chunks = plan_chunks(files, {}, DATA)
     ordered = interleaved(chunks)
     assert sorted(chunk.number for chunk in ordered) == [chunk.number for chunk in chunks]
     for source in {chunk.source for chunk in chunks}:

@@ -28,10 +28,9 @@ def read(uri: Path | str, **settings: Any) -> list[Document]:
 def read_in_chunks(uri: Path | str, *, shard_bytes: int, max_document_bytes: int = 1 << 20) -> list[Document]:
     """Returns the documents of all parts of the file, of which there must be several."""
     files = list_corpus(str(uri)).files
-    chunks = plan_chunks(files, {}, shard_bytes=shard_bytes, max_document_bytes=max_document_bytes)
-    parts = [part for chunk in chunks for part in chunk.parts]
+    data = DataConfig(shard_bytes=shard_bytes, max_document_bytes=max_document_bytes)
+    parts = [part for chunk in plan_chunks(files, {}, data) for part in chunk.parts]
     assert len(parts) > 1
-    data = DataConfig(max_document_bytes=max_document_bytes)
     return [document for part in parts for document in read_documents(part, data)]
 
 

@@ -96,7 +96,7 @@ def test_no_pickle_of_a_parquet_file_is_loaded(tmp_path: Path) -> None:
 def test_byte_ranges_together_give_each_row_once(name: str, shard_bytes: int, tmp_path: Path) -> None:
     make_hostile_corpus(tmp_path / "texts")
     files = list_corpus(f"{tmp_path}/texts/{name}.parquet").files
-    chunks = plan_chunks(files, {}, shard_bytes=shard_bytes, max_document_bytes=1 << 20)
+    chunks = plan_chunks(files, {}, DataConfig(shard_bytes=shard_bytes))
     parts = [part for chunk in chunks for part in chunk.parts]
     rows = pq.read_table(files[0].uri, columns=["text"]).column("text").to_pylist()
     assert len(parts) > 1
