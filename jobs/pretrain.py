@@ -219,4 +219,4 @@ def _figures(run: Storage, ledger: Ledger, checkpoint: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(stage_main(pretrain))
+    sys.exit(stage_main(pretrain, RunConfig))

@@ -21,12 +21,12 @@ from typing import Any, TypeVar
 import ray
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from cluster.local.local_cluster import STOP_WAIT_S, ClusterError, LocalCluster, cpus_per_node
+from cluster.local.local_cluster import STOP_WAIT_S, ClusterError, LocalCluster
 from cluster.output.progress import ProgressView, doing, say
 from cluster.output.result_text import counted
 from cluster.settings.code_folders import snapshot_code
-from cluster.settings.flags import add_config_arguments, config_from_arguments
-from cluster.settings.parser import ConfigError, Parser
+from cluster.settings.flags import read_config, settled
+from cluster.settings.parser import ConfigError
 from cluster.settings.run import ClusterConfig, EvaluateConfig, RunConfig, write_config
 from cluster.settings.serve import ServeConfig
 from cluster.stages.jobs_api import JobsApi, ray_token
@@ -153,23 +153,14 @@ def _submit(client: JobSubmissionClient, **job: Any) -> str:
         time.sleep(_POLL_S)
 
 
-def stage_main(
-    run: Callable[[Config], dict[str, Any]],
-    root: type[Config] = RunConfig,  # type: ignore[assignment]
-) -> int:
-    """Is the command line of a stage module: reads settings, prints one JSON result, and returns the exit code. Inside
-    a Ray job it joins the job's cluster; started by hand it starts a local one and submits itself there."""
-    # Run as a script, the module is called __main__; its spec has the real name.
-    module = str(sys.modules["__main__"].__spec__.name)  # type: ignore[union-attr]
+def stage_main(run: Callable[[Config], dict[str, Any]], root: type[Config]) -> int:
+    """Runs a stage module in its Ray job, `python -m MODULE run.yaml`: joins the job's cluster, prints one JSON result,
+    and returns the exit code."""
 
     def result() -> dict[str, Any]:
-        parser = Parser(prog=f"python -m {module}", description=sys.modules["__main__"].__doc__)
-        parser.add_argument("config", nargs="?", type=Path, help="YAML file; flags override its settings")
-        add_config_arguments(parser, root)
-        config = config_from_arguments(parser.parse_args(), root)
-        if "RAY_ADDRESS" not in os.environ and not isinstance(config, ServeConfig):
-            with connected(config.cluster, cpus_per_node=cpus_per_node(config)) as connection:
-                return run_stage(connection, module, config)
+        if len(sys.argv) != 2 or "RAY_ADDRESS" not in os.environ:
+            raise ConfigError("a stage runs in a Ray job, with a file of settings: `raymill` submits it (see its --help)")
+        config = settled(read_config(Path(sys.argv[1]), root))
         ray.init(log_to_driver=True, logging_level=logging.WARNING)
         return run(config)
 
