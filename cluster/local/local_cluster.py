@@ -17,7 +17,6 @@ import tempfile
 import time
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
@@ -183,12 +182,8 @@ class LocalCluster:
     def _processes_of(self, name: str) -> list[psutil.Process]:
         """Returns a node's processes, even if the node has ended, by the environment that they were given."""
         mine = {NODE_NAME_VARIABLE: name, "RAY_AUTH_TOKEN_PATH": self.environment["RAY_AUTH_TOKEN_PATH"]}
-        found = []
-        for process in psutil.process_iter():
-            with suppress(psutil.Error):  # another user's, or gone
-                if mine.items() <= process.environ().items():
-                    found.append(process)
-        return found
+        running = psutil.process_iter(["environ"])  # which is None for another user's
+        return [process for process in running if mine.items() <= (process.info["environ"] or {}).items()]
 
     def _new_port(self) -> int:
         self._ports.add(port := free_port(self._ports))
