@@ -11,6 +11,7 @@ import pytest
 from ray.job_submission import JobStatus
 
 from cluster.cli import main
+from cluster.local.jobs_api import JobsApi
 from cluster.output.progress import ProgressView, report_progress, reports_shown
 from cluster.settings.parser import ConfigError
 from cluster.settings.run import RunConfig
@@ -89,7 +90,7 @@ def test_an_interrupt_has_the_job_save_and_says_what_is_saved(
     monkeypatch.setattr(stage, "_follow", interrupted)
     config = RunConfig.model_validate({"run_id": "r", "storage": {"uri": str(tmp_path)}})
     with pytest.raises(KeyboardInterrupt):
-        run_stage(Connection("http://127.0.0.1:9", {}, None), "jobs.pretrain", config)
+        run_stage(Connection(JobsApi("http://127.0.0.1:9", None), None), "jobs.pretrain", config)
     assert job.status == JobStatus.STOPPED
     assert capfd.readouterr().err.splitlines() == [
         "starting the job",
@@ -98,7 +99,9 @@ def test_an_interrupt_has_the_job_save_and_says_what_is_saved(
     ]
 
 
-@pytest.mark.parametrize(("words", "in_job"), [(["run.yaml"], False), ([], True), (["run.yaml", "--run-id", "r"], True)])
+@pytest.mark.parametrize(
+    ("words", "in_job"), [(["run.yaml"], False), ([], True), (["run.yaml", "--run-id", "r"], True)]
+)
 def test_a_stage_that_is_no_job_names_the_command_that_submits_it(
     words: list[str], in_job: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
