@@ -24,4 +24,4 @@ def pipeline(config: RunConfig) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(stage_main(pipeline))
+    sys.exit(stage_main(pipeline, RunConfig))

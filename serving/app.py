@@ -1,4 +1,4 @@
-"""Deploys the endpoint, from manifests (`serving.app:build_app`) and with `python -m serving.app`.
+"""Deploys the endpoint, from manifests (`serving.app:build_app`) and as the job of `raymill serve`.
 
 Never write `from __future__ import annotations` here: Ray Serve would pass `build_app` a plain dict.
 """

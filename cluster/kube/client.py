@@ -7,7 +7,7 @@ from typing import Any
 
 from cluster.kube.scale import Patch, as_applied
 from cluster.kube.status import KINDS, Object, full_name
-from cluster.local.local_cluster import ClusterError
+from cluster.local.jobs_api import ClusterError
 from model.errors import UserError
 
 try:
@@ -88,18 +88,16 @@ class KubeApi:
         if manifest["kind"] not in KINDS:
             self.apply(manifest, dry_run=dry_run)
             return []
-        tries = _TRIES
-        while True:
+        for tries_left in reversed(range(_TRIES)):
             live = self._ask("GET", _path_of(manifest), missing_is_none=True)
             wanted, kept = as_applied(manifest, live)
             try:
                 self.apply(wanted, dry_run=dry_run, force=True)
+                break
             except _RefusedError as error:
-                tries -= 1
-                if error.status != 409 or not tries:
+                if error.status != 409 or not tries_left:
                     raise
-            else:
-                return kept
+        return kept
 
     def delete(self, api_version: str, kind: str, name: str) -> None:
         """Deletes the object if it exists."""

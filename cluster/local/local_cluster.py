@@ -17,15 +17,14 @@ import tempfile
 import time
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
-import httpx
 import psutil
 
-from cluster.output.progress import say
-from cluster.output.result_text import printable
+from cluster.local.jobs_api import ClusterError, JobsApi, Token
+from cluster.output.progress import doing, say
+from cluster.output.result_text import counted, printable
 from cluster.settings.run import EvaluateConfig, RunConfig
 from cluster.storage.process_identity import die_with_parent, kill, with_descendants
 from model.errors import UserError
@@ -51,10 +50,6 @@ _OBJECT_STORE_BYTES = 256 << 20
 
 PATIENT_WORKERS: dict[str, str] = read_table(__file__, "ray_environment")["patient"]
 """Environment of a Ray whose machine does other things too."""
-
-
-class ClusterError(UserError):
-    """A cluster cannot be started or reached."""
 
 
 def free_port(promised: Collection[int] = ()) -> int:
@@ -92,7 +87,6 @@ class LocalCluster:
         self._nodes: dict[str, subprocess.Popen[bytes]] = {}
         self._flags: dict[str, list[str]] = {}  # of `ray start`
         self._joined: set[str] = set()  # ids of nodes that were waited for
-        self._num_started = 0
         self._is_ending = False
         # The kernel ends a node with the very thread that started it, so that thread must last as long as the cluster.
         self._starter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="node-starter")
@@ -101,6 +95,7 @@ class LocalCluster:
         self.address = f"127.0.0.1:{self._gcs_port}"  # for `ray.init`
         self.jobs_url = f"http://127.0.0.1:{self._jobs_port}"
         self.token = secrets.token_hex(32)
+        self.jobs_api = JobsApi(self.jobs_url, Token(self.token, "the local cluster"))
         interpreter = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
         self.environment: dict[str, str] = {
             **PATIENT_WORKERS,
@@ -130,8 +125,9 @@ class LocalCluster:
         token_path.touch(mode=0o600)
         token_path.write_text(self.token)
         try:
-            self._start_head()
-            self._wait([self.add_node(wait=False) for _ in range(self._num_nodes - 1)])
+            with doing(f"starting a local cluster of {counted(self._num_nodes, 'node')}"):
+                self._start_head()
+                self._wait([self.add_node(wait=False) for _ in range(self._num_nodes - 1)])
         except BaseException:
             self.stop()
             raise
@@ -142,7 +138,7 @@ class LocalCluster:
 
     def add_node(self, *, wait: bool = True) -> str:
         """Starts one more worker node and returns its name."""
-        name = f"node-{self._num_started}"
+        name = f"node-{len(self._flags)}"
         self._start_node(name, ["--address", self.address], num_cpus=self._cpus_per_node)
         if wait:
             self._wait([name])
@@ -183,12 +179,8 @@ class LocalCluster:
     def _processes_of(self, name: str) -> list[psutil.Process]:
         """Returns a node's processes, even if the node has ended, by the environment that they were given."""
         mine = {NODE_NAME_VARIABLE: name, "RAY_AUTH_TOKEN_PATH": self.environment["RAY_AUTH_TOKEN_PATH"]}
-        found = []
-        for process in psutil.process_iter():
-            with suppress(psutil.Error):  # another user's, or gone
-                if mine.items() <= process.environ().items():
-                    found.append(process)
-        return found
+        running = psutil.process_iter(["environ"])  # which is None for another user's
+        return [process for process in running if mine.items() <= (process.info["environ"] or {}).items()]
 
     def _new_port(self) -> int:
         self._ports.add(port := free_port(self._ports))
@@ -203,7 +195,6 @@ class LocalCluster:
     def _start_node(self, name: str, flags: list[str], *, num_cpus: int) -> None:
         self._flags[name] = ["--num-cpus", str(num_cpus), *flags]
         self._launch(name)
-        self._num_started += 1
 
     def _launch(self, name: str) -> None:
         command = [sys.executable, str(_START_NODE), "start", "--block", "--disable-usage-stats", "--node-name", name]
@@ -230,15 +221,10 @@ class LocalCluster:
     def _alive_nodes(self) -> dict[str, str]:
         """Returns ids and names of the nodes that the head counts as alive, including one that was just killed."""
         try:
-            response = httpx.get(
-                f"{self.jobs_url}/api/v0/nodes",
-                params={"filter_keys": "state", "filter_predicates": "=", "filter_values": "ALIVE"},
-                headers={"Authorization": f"Bearer {self.token}"},
-                timeout=30,
-            ).raise_for_status()
-        except httpx.HTTPError:  # the dashboard is not up yet
+            nodes = self.jobs_api.state_rows("nodes", "ALIVE")
+        except ClusterError:  # the dashboard is not up yet
             return {}
-        return {node["node_id"]: node["node_name"] for node in response.json()["data"]["result"]["result"]}
+        return {node["node_id"]: node["node_name"] for node in nodes}
 
     def _wait(self, names: Collection[str]) -> None:
         """Waits until the nodes are alive. One that ends or is late is started again, as a machine that was busy at the

@@ -35,7 +35,7 @@ def config_from_arguments(arguments: argparse.Namespace, root: type[Config], *, 
     is_run = needs_source and root is RunConfig
     if arguments.config is None and is_run and arguments.__dict__.get("data.source") is None:
         raise ConfigError("no configuration: name a YAML file, or at least --data.source")
-    return _settled(validate_config(settings_from_flags(arguments, root, over=values), root))
+    return settled(validate_config(settings_from_flags(arguments, root, over=values), root))
 
 
 def settings_from_flags(
@@ -68,7 +68,7 @@ def validate_config(values: dict[str, Any], root: type[Config]) -> Config:
         raise ConfigError("; ".join(_explained(problem, root) for problem in error.errors())) from None
 
 
-def _settled(config: Config) -> Config:
+def settled(config: Config) -> Config:
     """Makes paths absolute, since a job runs in another folder, and adds a run id if none was given."""
     update: dict[str, Any] = {}
     for name, value in config:
@@ -76,8 +76,7 @@ def _settled(config: Config) -> Config:
             case StorageConfig():
                 update[name] = value.model_copy(update={"uri": absolute_uri(value.uri)})
             case TextConfig():
-                sources = [value.source] if isinstance(value.source, str) else value.source
-                paths: dict[str, Any] = {"source": [_absolute_source(uri) for uri in sources]}
+                paths: dict[str, Any] = {"source": [_absolute_source(uri) for uri in value.source]}
                 if isinstance(value, DataConfig):
                     paths["validation"] = {name: _absolute_source(uri) for name, uri in value.validation.items()}
                     paths["tokenizer"] = value.tokenizer and absolute_uri(value.tokenizer)

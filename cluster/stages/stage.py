@@ -14,22 +14,21 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from cluster.local.local_cluster import STOP_WAIT_S, ClusterError, LocalCluster, cpus_per_node
+from cluster.local.jobs_api import ClusterError, JobsApi, ray_token
+from cluster.local.local_cluster import STOP_WAIT_S, LocalCluster
 from cluster.output.progress import ProgressView, doing, say
-from cluster.output.result_text import counted
 from cluster.settings.code_folders import snapshot_code
-from cluster.settings.flags import add_config_arguments, config_from_arguments
-from cluster.settings.parser import ConfigError, Parser
+from cluster.settings.flags import read_config, settled
+from cluster.settings.parser import ConfigError
 from cluster.settings.run import ClusterConfig, EvaluateConfig, RunConfig, write_config
 from cluster.settings.serve import ServeConfig
-from cluster.stages.jobs_api import JobsApi, ray_token
 from cluster.stages.run_mirrored import entrypoint
 from cluster.stages.stage_module import ERROR_MARK, MISUSED, StageFailedError, parse_result, print_result
 from cluster.storage.uris import open_storage
@@ -49,8 +48,7 @@ StageConfig = RunConfig | ServeConfig | EvaluateConfig
 class Connection:
     """A cluster that takes jobs."""
 
-    jobs_url: str
-    headers: dict[str, str]
+    api: JobsApi
     local: LocalCluster | None
 
 
@@ -60,13 +58,10 @@ def connected(config: ClusterConfig, *, cpus_per_node: int) -> Iterator[Connecti
     if config.address is not None:
         api = JobsApi(config.address, ray_token())
         api.probe()
-        yield Connection(api.url, api.headers, None)
+        yield Connection(api, None)
         return
-    with ExitStack() as stack:
-        with doing(f"starting a local cluster of {counted(config.num_nodes, 'node')}"):
-            nodes = LocalCluster(num_nodes=config.num_nodes, cpus_per_node=config.cpus_per_node or cpus_per_node)
-            cluster = stack.enter_context(nodes)
-        yield Connection(cluster.jobs_url, {"Authorization": f"Bearer {cluster.token}"}, cluster)
+    with LocalCluster(num_nodes=config.num_nodes, cpus_per_node=config.cpus_per_node or cpus_per_node) as cluster:
+        yield Connection(cluster.jobs_api, cluster)
 
 
 def run_stage(
@@ -153,23 +148,16 @@ def _submit(client: JobSubmissionClient, **job: Any) -> str:
         time.sleep(_POLL_S)
 
 
-def stage_main(
-    run: Callable[[Config], dict[str, Any]],
-    root: type[Config] = RunConfig,  # type: ignore[assignment]
-) -> int:
-    """Is the command line of a stage module: reads settings, prints one JSON result, and returns the exit code. Inside
-    a Ray job it joins the job's cluster; started by hand it starts a local one and submits itself there."""
-    # Run as a script, the module is called __main__; its spec has the real name.
-    module = str(sys.modules["__main__"].__spec__.name)  # type: ignore[union-attr]
+def stage_main(run: Callable[[Config], dict[str, Any]], root: type[Config]) -> int:
+    """Runs a stage module in its Ray job, `python -m MODULE run.yaml`: joins the job's cluster, prints one JSON result,
+    and returns the exit code."""
 
     def result() -> dict[str, Any]:
-        parser = Parser(prog=f"python -m {module}", description=sys.modules["__main__"].__doc__)
-        parser.add_argument("config", nargs="?", type=Path, help="YAML file; flags override its settings")
-        add_config_arguments(parser, root)
-        config = config_from_arguments(parser.parse_args(), root)
-        if "RAY_ADDRESS" not in os.environ and not isinstance(config, ServeConfig):
-            with connected(config.cluster, cpus_per_node=cpus_per_node(config)) as connection:
-                return run_stage(connection, module, config)
+        if len(sys.argv) != 2 or "RAY_ADDRESS" not in os.environ:
+            raise ConfigError(
+                "a stage runs in a Ray job, with a file of settings: `raymill` submits it (see --help)"
+            )
+        config = settled(read_config(Path(sys.argv[1]), root))
         ray.init(log_to_driver=True, logging_level=logging.WARNING)
         return run(config)
 
@@ -190,30 +178,13 @@ def _jobs_client(connection: Connection) -> JobSubmissionClient:
     for logger in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.runtime_env"):
         logging.getLogger(logger).setLevel(logging.WARNING)  # uploads and web sockets are no news
     try:
-        return JobSubmissionClient(connection.jobs_url, headers=connection.headers)
+        return JobSubmissionClient(connection.api.url, headers=connection.api.headers)
     except (ConnectionError, RuntimeError) as error:
-        raise ClusterError(f"no Ray Jobs API answers at {connection.jobs_url}: {str(error).splitlines()[0]}") from None
+        raise ClusterError(f"no Ray Jobs API answers at {connection.api.url}: {str(error).splitlines()[0]}") from None
 
 
 def _follow(client: JobSubmissionClient, job_id: str, view: ProgressView) -> dict[str, Any]:
-    result: dict[str, Any] | None = None
-    error = ""
-
-    async def tail() -> None:
-        nonlocal result, error
-        rest = ""
-        async for text in client.tail_job_logs(job_id):
-            *lines, rest = (rest + text).split("\n")
-            for line in lines:
-                found = parse_result(line)
-                result = result if found is None else found
-                if line.startswith(ERROR_MARK):  # shown once, by the command that reports the failure
-                    error = line.removeprefix(ERROR_MARK)
-                    view.keep(line)
-                elif found is None:
-                    view.line(line)
-
-    asyncio.run(tail())
+    result, error = asyncio.run(_shown_log(client, job_id, view))
     while (status := client.get_job_status(job_id)) in (JobStatus.PENDING, JobStatus.RUNNING):
         time.sleep(_POLL_S)
     if status == JobStatus.SUCCEEDED and result is not None:
@@ -221,3 +192,19 @@ def _follow(client: JobSubmissionClient, job_id: str, view: ProgressView) -> dic
     code = client.get_job_info(job_id).driver_exit_code
     kind = ConfigError if code == MISUSED else StageFailedError
     raise kind(f"{error or f'job {job_id} ended with exit code {code}'} (the whole log is in {view.log})")
+
+
+async def _shown_log(client: JobSubmissionClient, job_id: str, view: ProgressView) -> tuple[dict[str, Any] | None, str]:
+    """Shows the job's log as it comes, and returns the result and the error in it."""
+    result, error, rest = None, "", ""
+    async for text in client.tail_job_logs(job_id):
+        *lines, rest = (rest + text).split("\n")
+        for line in lines:
+            if (found := parse_result(line)) is not None:
+                result = found
+            elif line.startswith(ERROR_MARK):  # shown once, by the command that reports the failure
+                error = line.removeprefix(ERROR_MARK)
+                view.keep(line)
+            else:
+                view.line(line)
+    return result, error

@@ -12,7 +12,8 @@ from typing import Any
 
 import psutil
 
-from cluster.local.local_cluster import ClusterError, cpus_per_node
+from cluster.local.jobs_api import ClusterError
+from cluster.local.local_cluster import cpus_per_node
 from cluster.output.progress import doing
 from cluster.settings.code_folders import CODE_ROOT
 from cluster.settings.run import RunConfig, write_config

@@ -3,10 +3,9 @@
 from typing import Any
 from urllib.parse import urlsplit
 
-from cluster.local.local_cluster import ClusterError
+from cluster.local.jobs_api import ClusterError, JobsApi
 from cluster.output.progress import say
 from cluster.settings.run import RunConfig
-from cluster.stages.jobs_api import JobsApi
 from cluster.stages.stage import Connection, submit_stage
 from cluster.stages.stage_module import STAGES
 from cluster.submission.backend import JobBackend
@@ -37,9 +36,8 @@ class RayJobs(JobBackend):
             say(f"the job waits for new nodes: {error}")
 
     def start(self, config: RunConfig, record: JobRecord) -> JobRecord:
-        connection = Connection(self._api.url, self._api.headers, None)
         try:
-            submit_stage(connection, STAGES[record.stage], config, job=record.job)
+            submit_stage(Connection(self._api, None), STAGES[record.stage], config, job=record.job)
         except RuntimeError as error:
             raise ClusterError(f"{self._api.url} did not take the job: {str(error).splitlines()[0]}") from None
         return record

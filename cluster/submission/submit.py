@@ -5,11 +5,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cluster.local.local_cluster import ClusterError
+from cluster.local.jobs_api import ClusterError, JobsApi, ray_token
 from cluster.output.job_log import Ended, LogReader, Started, launches
 from cluster.settings.parser import ConfigError
 from cluster.settings.run import RunConfig
-from cluster.stages.jobs_api import JobsApi, ray_token
 from cluster.stages.run_mirrored import SILENCE_S, lease_key
 from cluster.storage.lease import living_holder
 from cluster.storage.uris import Storage, open_storage

@@ -142,7 +142,7 @@ def run_config(folder: Path) -> RunConfig:
 
 @contextmanager
 def raymill_training(cluster: LocalCluster, config: RunConfig) -> Iterator[None]:
-    connection = Connection(cluster.jobs_url, {"Authorization": f"Bearer {cluster.token}"}, cluster)
+    connection = Connection(cluster.jobs_api, cluster)
     failures: list[BaseException] = []
 
     def train() -> None:
@@ -156,7 +156,7 @@ def raymill_training(cluster: LocalCluster, config: RunConfig) -> Iterator[None]
     try:
         yield
     finally:
-        client = JobSubmissionClient(connection.jobs_url, headers=connection.headers)
+        client = JobSubmissionClient(connection.api.url, headers=connection.api.headers)
         for job in client.list_jobs():
             if job.submission_id:
                 client.stop_job(job.submission_id)

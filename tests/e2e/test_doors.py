@@ -19,11 +19,11 @@ import yaml
 
 from cluster.cli import main
 from cluster.endpoint.endpoint import Endpoint, deploy
+from cluster.local.jobs_api import JobsApi, Token
 from cluster.local.local_cluster import LocalCluster, free_port
 from cluster.settings.flags import validate_config
 from cluster.settings.run import ClusterConfig, RunConfig, StorageConfig, to_yaml
 from cluster.settings.serve import ServeConfig
-from cluster.stages.jobs_api import JobsApi, Token
 from cluster.stages.stage import connected, run_stage
 from cluster.storage.uris import open_storage
 from tests.jobs.corpora import number_texts

@@ -139,7 +139,7 @@ def test_sigterm_to_the_launcher_leaves_its_last_step(
     command = [sys.executable, "-m", "cluster.cli", "pretrain", str(folder / "run.yaml")]
     assert connection.local is not None
     environment = os.environ | connection.local.environment
-    launcher = subprocess.Popen([*command, "--cluster.address", connection.jobs_url], env=environment)
+    launcher = subprocess.Popen([*command, "--cluster.address", connection.api.url], env=environment)
     try:
         wait_until(lambda: launcher.poll() is not None or at_step(30)(ledger_of(config)), timeout_s=90)
         assert launcher.poll() is None

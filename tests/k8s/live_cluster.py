@@ -28,7 +28,7 @@ from cluster.cli import main
 from cluster.kube.client import KubeApi
 from cluster.kube.kustomize import rendered_overlay
 from cluster.kube.status import cluster_names
-from cluster.local.local_cluster import ClusterError
+from cluster.local.jobs_api import ClusterError
 from tests.k8s.manifests import K8S, Manifest
 from tests.waiting import wait_until
 

@@ -21,7 +21,8 @@ import httpx
 import psutil
 import pytest
 
-from cluster.local.local_cluster import NODE_NAME_VARIABLE, ClusterError, LocalCluster, free_port
+from cluster.local.jobs_api import ClusterError
+from cluster.local.local_cluster import NODE_NAME_VARIABLE, LocalCluster, free_port
 from cluster.storage.process_identity import kill
 from tests.repository import REPOSITORY
 from tests.time_limits import limit_s
@@ -244,7 +245,7 @@ def test_a_node_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch, caps
     assert log.read_text().count("No module named 'encodings'") == 3
     log.unlink()
     said = "ended while starting and said: ModuleNotFoundError: No module named 'encodings'; it is started again\n"
-    assert capsys.readouterr().err == 2 * f"the local cluster's head {said}"
+    assert capsys.readouterr().err == "starting a local cluster of 1 node\n" + 2 * f"the local cluster's head {said}"
     assert started_since(children) == []
     assert not Path(cluster.environment["RAY_AUTH_TOKEN_PATH"]).parent.exists()
 

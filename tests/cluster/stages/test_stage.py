@@ -1,19 +1,22 @@
 """A person who starts a stage reads its progress, and one line of error with the place of the whole log."""
 
+import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Never
 
 import pytest
 from ray.job_submission import JobStatus
 
 from cluster.cli import main
+from cluster.local.jobs_api import JobsApi
 from cluster.output.progress import ProgressView, report_progress, reports_shown
 from cluster.settings.parser import ConfigError
 from cluster.settings.run import RunConfig
 from cluster.stages import stage
-from cluster.stages.stage import Connection, _follow, run_stage
+from cluster.stages.stage import Connection, _follow, run_stage, stage_main
 from cluster.stages.stage_module import StageFailedError
 
 
@@ -87,13 +90,30 @@ def test_an_interrupt_has_the_job_save_and_says_what_is_saved(
     monkeypatch.setattr(stage, "_follow", interrupted)
     config = RunConfig.model_validate({"run_id": "r", "storage": {"uri": str(tmp_path)}})
     with pytest.raises(KeyboardInterrupt):
-        run_stage(Connection("http://127.0.0.1:9", {}, None), "jobs.pretrain", config)
+        run_stage(Connection(JobsApi("http://127.0.0.1:9", None), None), "jobs.pretrain", config)
     assert job.status == JobStatus.STOPPED
     assert capfd.readouterr().err.splitlines() == [
         "starting the job",
         "stopping: the job saves and ends",
         "run r is saved at step 41 of 60 and has ended, as asked",
     ]
+
+
+@pytest.mark.parametrize(
+    ("words", "in_job"), [(["run.yaml"], False), ([], True), (["run.yaml", "--run-id", "r"], True)]
+)
+def test_a_stage_that_is_no_job_names_the_command_that_submits_it(
+    words: list[str], in_job: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(config: RunConfig) -> Never:
+        raise AssertionError("it must not run")
+
+    monkeypatch.setattr(sys, "argv", ["jobs/pretrain.py", *words])
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if in_job:
+        monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    assert stage_main(refuse, RunConfig) == 2
+    assert "`raymill` submits it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("known", [[], ["--run-id", "mine"]])

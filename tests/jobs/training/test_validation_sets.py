@@ -105,7 +105,7 @@ def test_each_set_becomes_a_store_of_its_own_or_is_refused(tmp_path: Path, monke
 
     def tokenize(config: RunConfig) -> dict[str, Any]:
         asked.append(config)
-        tokens = 33 if config.data.source == "/good.txt" else 32
+        tokens = 33 if config.data.source == ["/good.txt"] else 32
         return {"manifest": join_uri(str(tmp_path / "tokens" / str(len(asked))), MANIFEST), "train_tokens": tokens}
 
     monkeypatch.setattr(pretrain, "tokenize", tokenize)

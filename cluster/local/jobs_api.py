@@ -12,11 +12,15 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from cluster.local.local_cluster import ClusterError
+from model.errors import UserError
 
 _TOKEN, _TOKEN_PATH = "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 _TIMEOUT_S, _STATE_TIMEOUT_S = 10.0, 30.0
 _MAX_ROWS = 10_000  # the most that the state API sends unless configured; without a limit it sends 100
+
+
+class ClusterError(UserError):
+    """A cluster cannot be started or reached."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import httpx
 import pytest
 from ray.util.state.common import DEFAULT_LIMIT, RAY_MAX_LIMIT_FROM_API_SERVER
 
-from cluster.stages.jobs_api import JobsApi
+from cluster.local.jobs_api import JobsApi
 
 NUM_NODES = 250
 
@@ -19,5 +19,5 @@ def test_the_nodes_of_a_large_cluster_are_all_seen(monkeypatch: pytest.MonkeyPat
         nodes = [{"node_id": str(number)} for number in range(NUM_NODES)]
         return httpx.Response(200, json={"data": {"result": {"result": nodes[:limit]}}})
 
-    monkeypatch.setattr("cluster.stages.jobs_api.httpx.request", answer)
+    monkeypatch.setattr("cluster.local.jobs_api.httpx.request", answer)
     assert len(JobsApi("http://127.0.0.1:8265", token=None).state_rows("nodes", "ALIVE")) == NUM_NODES
