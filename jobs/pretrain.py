@@ -53,7 +53,7 @@ def validation_stores(config: RunConfig, *, tokenizer_uri: str) -> dict[str, str
     whole = {"tokenizer": tokenizer_uri, "weights": [], "val_fraction": 0.0, "decontaminate_ngram": None}
     stores = {}
     for name, source in config.data.validation.items():
-        data = config.data.model_copy(update=whole | {"source": source})
+        data = config.data.model_copy(update=whole | {"source": [source]})
         made = tokenize(config.model_copy(update={"data": data}))
         if made["train_tokens"] <= seq_len(config):
             raise TokenStoreError(

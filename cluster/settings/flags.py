@@ -76,8 +76,7 @@ def settled(config: Config) -> Config:
             case StorageConfig():
                 update[name] = value.model_copy(update={"uri": absolute_uri(value.uri)})
             case TextConfig():
-                sources = [value.source] if isinstance(value.source, str) else value.source
-                paths: dict[str, Any] = {"source": [_absolute_source(uri) for uri in sources]}
+                paths: dict[str, Any] = {"source": [_absolute_source(uri) for uri in value.source]}
                 if isinstance(value, DataConfig):
                     paths["validation"] = {name: _absolute_source(uri) for name, uri in value.validation.items()}
                     paths["tokenizer"] = value.tokenizer and absolute_uri(value.tokenizer)

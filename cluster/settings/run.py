@@ -49,10 +49,14 @@ SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
 """The name of a text in `data.validation`."""
 
 
+Sources = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+"""Locations of text; a single one may stand without its list."""
+
+
 class TextConfig(Settings):
     """The text to read."""
 
-    source: str | list[str] = []
+    source: Sources = []
     text_field: str = "text"
 
 
@@ -78,9 +82,8 @@ class DataConfig(TextConfig):
 
     @model_validator(mode="after")
     def _one_weight_a_source(self) -> Self:
-        num_sources = 1 if isinstance(self.source, str) else len(self.source)
-        if self.weights and len(self.weights) != num_sources:
-            raise ValueError(f"{len(self.weights)} weights for {num_sources} sources; give one a source, or none")
+        if self.weights and len(self.weights) != len(self.source):
+            raise ValueError(f"{len(self.weights)} weights for {len(self.source)} sources; give one a source, or none")
         return self
 
 

@@ -45,9 +45,8 @@ def check_run(config: RunConfig, folders: Folders) -> None:
 
 def check_sources(data: TextConfig, folders: Folders) -> None:
     """Raises `AdmissionError` for a missing source, as far as this machine can tell."""
-    sources = [data.source] if isinstance(data.source, str) else data.source
     validation = data.validation.values() if isinstance(data, DataConfig) else ()
-    for uri in (source.removeprefix(TOKENS) for source in [*sources, *validation]):
+    for uri in (source.removeprefix(TOKENS) for source in [*data.source, *validation]):
         if uri.startswith(HF) or (_is_folder(uri) and folders is Folders.UNKNOWN):
             continue  # the cluster may reach what this machine cannot
         if _is_folder(uri) and folders is Folders.NONE:
