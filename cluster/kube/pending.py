@@ -97,7 +97,7 @@ def _last_failure(events: list[Object]) -> str | None:
     failure: KubeRay raced with its own cache."""
     failed = [e for e in events if e.get("reason", "").startswith(_NOT_MADE) and "already exists" not in e["message"]]
     made = [event for event in events if event.get("reason", "").startswith(_MADE)]
-    if not failed or (made and _time(_newest(made)) > _time(_newest(failed))):
+    if not failed or _time(_newest(made)) > _time(_newest(failed)):
         return None
     return _not_made(_newest(failed)["message"])
 
@@ -132,8 +132,7 @@ def _node_words(piece: str) -> str:
 def _why_unbound(pod: Object, events: list[Object]) -> str:
     volumes = [volume.get("persistentVolumeClaim", {}) for volume in pod["spec"].get("volumes", [])]
     claims = {("PersistentVolumeClaim", claim["claimName"]) for claim in volumes if claim}
-    said = [event for event in events if _about(event) in claims]
-    return _detail(_newest(said)) if said else ""
+    return _detail(_newest([event for event in events if _about(event) in claims]))
 
 
 def _waiting(status: Object, waiting: Object, events: list[Object]) -> str:
@@ -148,8 +147,7 @@ def _waiting(status: Object, waiting: Object, events: list[Object]) -> str:
             f"its container {status['name']} ended {status.get('restartCount', 0)} times, last with exit code "
             f"{last.get('exitCode', 'unknown')} ({last.get('reason', 'Error')}); `kubectl logs --previous` has its end"
         )
-    told = [event for event in events if event.get("reason") in (*_MOUNT, "Pulling", "Pulled")]
-    last = _newest(told) if told else {}
+    last = _newest([event for event in events if event.get("reason") in (*_MOUNT, "Pulling", "Pulled")])
     if last.get("reason") in _MOUNT:
         return f"a volume cannot be mounted{_detail(last)}"
     if last.get("reason") == "Pulling":
@@ -162,7 +160,8 @@ def _detail(source: Object) -> str:
 
 
 def _newest(events: list[Object]) -> Object:
-    return max(events, key=_time)
+    """Returns the last event, an empty object if there is none."""
+    return max(events, key=_time, default={})
 
 
 def _time(event: Object) -> str:

@@ -55,19 +55,17 @@ class Chaos:
         self._thread = threading.Thread(target=self._inject, daemon=True)
 
     def __enter__(self) -> Self:
-        if self._faults:
-            self._thread.start()
+        self._thread.start()
         return self
 
     def __exit__(self, *failure: object) -> None:
         self._ended.set()
-        if self._faults:
-            self._thread.join()
+        self._thread.join()
 
     def _inject(self) -> None:
-        assert self._cluster is not None, "only a local cluster's processes may be killed"
         killed_attempt = 0
         for fault in self._faults:
+            assert self._cluster is not None, "only a local cluster's processes may be killed"
             start: dict[str, Any] | None = None
             # After a kill the ledger still shows the attempt that was hit, until the next one has started.
             while start is None or start["attempt"] <= killed_attempt:

@@ -6,6 +6,7 @@ exact, and no series outlives its process for long. `rate` and `histogram_quanti
 """
 
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
 
@@ -52,8 +53,8 @@ class Metrics:
         """Publishes from a thread while the process lives."""
 
         def work() -> None:
-            never = threading.Event()
-            while not never.wait(PUBLISH_INTERVAL_S):
+            while True:
+                time.sleep(PUBLISH_INTERVAL_S)
                 self.publish()
 
         threading.Thread(target=work, name="metrics", daemon=True).start()

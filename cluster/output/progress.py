@@ -1,6 +1,7 @@
 """Progress of a stage: stages report in marked lines, and watchers draw bars at a terminal or print lines."""
 
 import json
+import os
 import re
 import sys
 import time
@@ -8,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Self, TextIO
+from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -137,19 +138,17 @@ class ProgressView:
     """Shows a stage's log as it comes: its own lines, and its reports as bars at a terminal or as a line now and then.
     All of it, with Ray's lines, is kept in the file `log` if given. `waiting` is shown until the first line comes."""
 
-    def __init__(self, log: Path | None = None, *, waiting: str = "") -> None:
+    def __init__(self, log: Path = Path(os.devnull), *, waiting: str = "") -> None:
         self.log = log
         self._waiting, self._until_first_line = waiting, ExitStack()
-        self._file: TextIO | None = None
         self._bars = _bars() if sys.stderr.isatty() else None
         self._tasks: dict[str, TaskID] = {}
         self._plain = PlainProgress()
         self._rays = RayFilter()
 
     def __enter__(self) -> Self:
-        if self.log is not None:
-            self.log.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.log.open("a", encoding="utf-8", buffering=1)
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.log.open("a", encoding="utf-8", buffering=1)
         if self._waiting:
             self._until_first_line.enter_context(doing(self._waiting))
         return self
@@ -158,13 +157,11 @@ class ProgressView:
         self._until_first_line.close()
         if self._bars is not None:
             self._bars.stop()
-        if self._file is not None:
-            self._file.close()
+        self._file.close()
 
     def keep(self, text: str) -> None:
         """Writes a line to the file alone."""
-        if self._file is not None:
-            self._file.write(f"{text}\n")
+        self._file.write(f"{text}\n")
 
     def line(self, text: str) -> None:
         """Shows one line of a stage's log."""

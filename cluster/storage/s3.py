@@ -127,11 +127,10 @@ class S3Storage(interface.Storage):
     def list(self, prefix: str = "") -> interface.Entries:
         root = f"{self.prefix}/" if self.prefix else ""
         with self._explained(prefix):
-            pages = _client().get_paginator("list_objects_v2")
+            pages = _client().get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=root + prefix)
             return [
                 interface.Entry(item["Key"].removeprefix(root), item["Size"], item["ETag"].strip('"'))
-                for page in pages.paginate(Bucket=self.bucket, Prefix=root + prefix)
-                for item in page.get("Contents", [])
+                for item in pages.build_full_result().get("Contents", [])
                 if not item["Key"].endswith("/")  # "folders" that web consoles create
             ]
 
@@ -162,9 +161,9 @@ class S3Storage(interface.Storage):
         name = {"Bucket": self.bucket}
         with self._explained(""):
             pages = _client().get_paginator("list_multipart_uploads")
-            for page in pages.paginate(**name, Prefix=f"{self.prefix}/" if self.prefix else ""):
-                for upload in page.get("Uploads", []):
-                    _client().abort_multipart_upload(**name, Key=upload["Key"], UploadId=upload["UploadId"])
+            found = pages.paginate(**name, Prefix=f"{self.prefix}/" if self.prefix else "").build_full_result()
+            for upload in found.get("Uploads", []):
+                _client().abort_multipart_upload(**name, Key=upload["Key"], UploadId=upload["UploadId"])
 
     def download_file(self, key: str, target: Path) -> None:
         with self._explained(key):
