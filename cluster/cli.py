@@ -16,7 +16,7 @@ from cluster.commands.table import add_argument, table
 from cluster.output.result_text import lines, printable
 from cluster.settings.code_folders import code_version, version
 from cluster.settings.parser import ConfigError, Parser
-from cluster.stages.stage_module import BadResultError, exit_on_signal
+from cluster.stages.stage_module import exit_on_signal
 from model.errors import UserError
 
 
@@ -25,12 +25,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     try:
         arguments = command_parser(words).parse_args(words)
-        arguments.words, arguments.next = words, ""
-        arguments.show = lambda result: _show(result, as_json=arguments.json)
+        # What a command may say besides its result: a text to print instead, that the result is bad, and what is next.
+        arguments.words, arguments.text, arguments.is_bad, arguments.next = words, None, False, ""
+        arguments.show = lambda result: _show(result, arguments)
         result = resolve_name(f"cluster.commands.{arguments.run}")(arguments)
-    except BadResultError as bad:
-        arguments.show(bad.result)
-        return 1
     except UserError as error:
         sys.stderr.write(f"error: {printable(str(error))}\n")
         return 2 if isinstance(error, ConfigError) else 1
@@ -41,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.show(result)
     if arguments.next:
         sys.stderr.write(f"next: {printable(arguments.next)}\n")
-    return 0
+    return int(arguments.is_bad)
 
 
 def command_parser(words: Sequence[str] | None = None) -> Parser:
@@ -71,8 +69,12 @@ def command_parser(words: Sequence[str] | None = None) -> Parser:
     return parser
 
 
-def _show(result: dict[str, Any], *, as_json: bool) -> None:
-    sys.stdout.write((json.dumps(result) if as_json else "\n".join(lines(result))) + "\n")
+def _show(result: dict[str, Any], arguments: argparse.Namespace) -> None:
+    if arguments.json:
+        text = json.dumps(result) + "\n"
+    else:
+        text = "\n".join(lines(result)) + "\n" if arguments.text is None else arguments.text
+    sys.stdout.write(text)
     sys.stdout.flush()
 
 

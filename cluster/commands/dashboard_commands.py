@@ -6,7 +6,6 @@ from typing import Any
 
 from cluster.monitoring.files import IN_CLUSTER_PROMETHEUS, documents, write_files
 from cluster.monitoring.grafana import Grafana, differences
-from cluster.stages.stage_module import BadResultError
 
 
 def push(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -22,9 +21,8 @@ def diff(arguments: argparse.Namespace) -> dict[str, Any]:
     for uid, document in documents().items():
         there = grafana.dashboard(uid)
         result[uid] = ["missing"] if there is None else differences(document, there)
-    if any(result.values()):
-        raise BadResultError({"equal": False, **result})
-    return {"equal": True, **result}
+    arguments.is_bad = any(result.values())
+    return {"equal": not arguments.is_bad, **result}
 
 
 def export(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from typing import Any, NoReturn
 from cluster.endpoint.delivery import Operator, RefusedError, next_checkpoint
 from cluster.endpoint.endpoint import Endpoint
 from cluster.output.progress import say
-from cluster.settings.parser import ConfigError
 from cluster.storage.uris import join_uri, open_storage
 from model.errors import UserError
 
@@ -19,9 +18,6 @@ _FOLLOW_S = 2.0
 
 def promote(arguments: argparse.Namespace) -> dict[str, Any]:
     """Promotes, and waits until the checkpoint has survived its watch window or serves as a canary."""
-    asked = [arguments.checkpoint is not None, arguments.finish, arguments.follow is not None]
-    if sum(asked) != 1:
-        raise ConfigError("name a checkpoint to promote, or give --follow RUN, or --finish for the current canary")
     operator, storage_uri = _operator(arguments), arguments.storage_uri
     operator.require_access()  # the gate's rows take PyTorch, and seconds
     gate = None if arguments.gate_source is None else _text_or_rows(arguments.gate_source)

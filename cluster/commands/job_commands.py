@@ -16,7 +16,6 @@ from cluster.output.result_text import table
 from cluster.settings.flags import config_from_arguments
 from cluster.settings.parser import ConfigError
 from cluster.settings.run import RunConfig
-from cluster.stages.stage_module import BadResultError
 from cluster.storage.uris import NotFoundError, Storage, absolute_uri, open_storage
 from cluster.submission.backend import JobBackend
 from cluster.submission.kuberay_backend import KubeJobs
@@ -31,7 +30,7 @@ _STATE_INTERVAL_S = 10.0
 _TAIL_BYTES = 64 << 10
 
 
-def submit(arguments: argparse.Namespace) -> dict[str, Any] | None:
+def submit(arguments: argparse.Namespace) -> dict[str, Any]:
     config = config_from_arguments(arguments, RunConfig)
     backend, stage = _backend(arguments, config), arguments.stage
     say(f"submit: {stage} of run {config.run_id}; checking the storage, the sources and the settings")
@@ -77,21 +76,18 @@ def _backend(arguments: argparse.Namespace, config: RunConfig) -> JobBackend:
     return backend_at(Backend.LOCAL)
 
 
-def list_jobs(arguments: argparse.Namespace) -> dict[str, Any] | None:
+def list_jobs(arguments: argparse.Namespace) -> dict[str, Any]:
     runs = open_storage(arguments.storage_uri).child("runs")
     rows = []
     for run in map(runs.child, recorded_runs(runs)):
         if view := view_job(run, arguments.token_file):
             rows.append(describe(view) | _progress(run))
     rows.sort(key=lambda row: str(row["submitted"]))
-    if arguments.json:
-        return {"jobs": rows}
-    if rows:
-        sys.stdout.write(table(("run_id", "stage", "state", "step", "backend", "where", "job"), rows))
-    else:
+    if not rows:
         start = "`raymill pretrain` or `raymill submit` starts one"
         say(f"no runs in {arguments.storage_uri}: {start}; --storage.uri names another place")
-    return None
+    arguments.text = table(("run_id", "stage", "state", "step", "backend", "where", "job"), rows)
+    return {"jobs": rows}
 
 
 def status(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -100,8 +96,7 @@ def status(arguments: argparse.Namespace) -> dict[str, Any]:
     result = describe(view) | _progress(run)
     if view.ended is not None and view.ended.result is not None:
         result["result"] = view.ended.result
-    if view.state.is_bad:
-        raise BadResultError(result)
+    arguments.is_bad = view.state.is_bad
     return result
 
 
@@ -116,7 +111,7 @@ def _progress(run: Storage) -> dict[str, Any]:
     return {name: steps[-1][name] for name in ("step", "tokens_seen", "loss", "world_size")} if steps else {}
 
 
-def logs(arguments: argparse.Namespace) -> dict[str, Any] | None:
+def logs(arguments: argparse.Namespace) -> dict[str, Any]:
     run = _run(arguments)
     names = launches(run)
     if not names:
@@ -125,10 +120,8 @@ def logs(arguments: argparse.Namespace) -> dict[str, Any] | None:
         return _follow(arguments, run)
     chosen = names if arguments.all else names[-1:]
     lines = [line for name in chosen for line in _lines(run, name, header=arguments.all, rays=arguments.ray)]
-    if arguments.json:
-        return {"run_id": arguments.run_id, "launches": chosen, "lines": lines}
-    sys.stdout.write("".join(f"{line}\n" for line in lines))
-    return None
+    arguments.text = "".join(f"{line}\n" for line in lines)
+    return {"run_id": arguments.run_id, "launches": chosen, "lines": lines}
 
 
 def _lines(run: Storage, launch: str, *, header: bool, rays: bool) -> list[str]:
@@ -157,12 +150,10 @@ def _follow(arguments: argparse.Namespace, run: Storage) -> dict[str, Any]:
             looked_s = time.monotonic()
             view = _view(arguments, run)
             if not view.state.is_live and view.launch in (shown or None, None):
-                result = describe(view)
-                if view.state.is_bad:
-                    if arguments.json:
-                        raise BadResultError(result)
+                if view.state.is_bad and not arguments.json:
                     raise UserError(f"the job of run {arguments.run_id}: {view.state}")
-                return result | {"result": view.ended.result if view.ended else None}
+                arguments.is_bad = view.state.is_bad
+                return describe(view) | {"result": view.ended.result if view.ended else None}
         time.sleep(pause_s)
 
 

@@ -1,7 +1,6 @@
 """`raymill cluster`: applies the manifests to Kubernetes, and explains and scales what runs there."""
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +11,9 @@ from cluster.kube.idle import held_by_nodes, why_not_idle
 from cluster.kube.kustomize import rendered_overlay
 from cluster.kube.pending import reasons
 from cluster.kube.scale import Patch, most_replicas, resume_group, scale_group, suspend, suspend_group
+from cluster.local.jobs_api import JobsApi, ray_token
 from cluster.settings.code_folders import CODE_ROOT
 from cluster.settings.parser import ConfigError
-from cluster.stages.jobs_api import JobsApi, ray_token
-from cluster.stages.stage_module import BadResultError
 from model.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,16 +22,14 @@ if TYPE_CHECKING:
 _OVERLAYS = CODE_ROOT / "cluster" / "k8s" / "overlays"  # a link, so that a wheel has them too
 
 
-def render(arguments: argparse.Namespace) -> dict[str, Any] | None:
+def render(arguments: argparse.Namespace) -> dict[str, Any]:
     return shown_objects(_objects(arguments), arguments)
 
 
-def shown_objects(objects: list[kube.Object], arguments: argparse.Namespace, **fields: Any) -> dict[str, Any] | None:
-    """Returns the objects with `fields` for --json, or else prints them as YAML."""
-    if arguments.json:
-        return {**fields, "objects": objects}
-    sys.stdout.write(yaml.safe_dump_all(objects, sort_keys=False))
-    return None
+def shown_objects(objects: list[kube.Object], arguments: argparse.Namespace, **fields: Any) -> dict[str, Any]:
+    """Returns the objects with `fields`, to be printed as the objects' YAML."""
+    arguments.text = yaml.safe_dump_all(objects, sort_keys=False)
+    return {**fields, "objects": objects}
 
 
 def apply(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -42,8 +38,7 @@ def apply(arguments: argparse.Namespace) -> dict[str, Any]:
     result = _api(next(filter(None, namespaces), None)).apply_all(objects, dry_run=arguments.dry_run)
     if "not_checked" in result:
         result["note"] = "the rest needs the namespace: apply the component `platform`, then check again"
-    if "failed" in result:
-        raise BadResultError(result)
+    arguments.is_bad = "failed" in result
     return result
 
 

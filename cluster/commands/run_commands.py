@@ -6,7 +6,6 @@ Each function imports only what it needs, so that no command waits for PyTorch o
 import argparse
 import os
 import shlex
-import sys
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ from cluster.commands.table import table
 from cluster.output.progress import reports_shown, say
 from cluster.output.result_text import printable
 from cluster.settings.parser import ConfigError
-from cluster.stages.stage_module import STAGES, BadResultError
+from cluster.stages.stage_module import STAGES
 from cluster.storage.uris import absolute_uri, open_storage
 from model.errors import UserError
 
@@ -41,7 +40,7 @@ def stage(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.command != "tokenize" and (reason := why_not_resumed(run, config)):
         raise ConfigError(reason)
     steps = "" if arguments.command == "tokenize" else f", {max_steps(config):,} steps"
-    sources = [config.data.source] if isinstance(config.data.source, str) else config.data.source
+    sources = config.data.source
     more = f" and {len(sources) - 1} more" if len(sources) > 1 else ""
     say(f"{arguments.command}: run {config.run_id}{steps}, on {sources[0]}{more}")
 
@@ -77,10 +76,8 @@ def storage_check(arguments: argparse.Namespace) -> dict[str, Any]:
 
     uri = absolute_uri(arguments.uri)
     passed, problem = check_storage(uri)
-    result = {"storage": uri, "usable": not problem, "passed": passed, "problem": problem}
-    if problem:
-        raise BadResultError(result)
-    return result
+    arguments.is_bad = bool(problem)
+    return {"storage": uri, "usable": not problem, "passed": passed, "problem": problem}
 
 
 def data_preview(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -158,8 +155,7 @@ def look(arguments: argparse.Namespace) -> dict[str, Any]:
     with reports_shown():
         passed = {name: getattr(arguments, name) for name in command.get("passes", [])}
         result: dict[str, Any] = resolve_name(command["looks_by"])(*runs, **passed)
-    if "good_if" in command and not result[command["good_if"]]:
-        raise BadResultError(result)
+    arguments.is_bad = "good_if" in command and not result[command["good_if"]]
     return result
 
 
@@ -205,7 +201,7 @@ def checkpoint_show(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"checkpoint": str(folder), "valid": not problems, "problems": problems, "files": files, **metadata}
 
 
-def checkpoint_list(arguments: argparse.Namespace) -> dict[str, Any] | None:
+def checkpoint_list(arguments: argparse.Namespace) -> dict[str, Any]:
     """Lists what was published, oldest first, with its validation loss and whether `latest` means it."""
     from cluster.output import result_text
     from cluster.storage.registry import metadata_of, publications
@@ -219,15 +215,14 @@ def checkpoint_list(arguments: argparse.Namespace) -> dict[str, Any] | None:
         metadata = metadata_of(publication.checkpoint)
         val_loss = metadata and metadata.val_loss
         rows.append(vars(publication) | {"val_loss": val_loss, "is_latest": publication is latest})
-    if arguments.json:
-        return {"published": rows}
-    for row in rows:
-        row |= {"published": result_text.date_of(row["time"]), "latest": "latest" if row["is_latest"] else ""}
-    if rows:
-        sys.stdout.write(result_text.table(("published", "run_id", "step", "val_loss", "latest", "checkpoint"), rows))
-    else:
+    if not rows:
         say(f"nothing is published in {arguments.storage_uri}: a run that ends publishes its last checkpoint")
-    return None
+    shown = [
+        row | {"published": result_text.date_of(row["time"]), "latest": "latest" if row["is_latest"] else ""}
+        for row in rows
+    ]
+    arguments.text = result_text.table(("published", "run_id", "step", "val_loss", "latest", "checkpoint"), shown)
+    return {"published": rows}
 
 
 def serve(arguments: argparse.Namespace) -> None:
@@ -269,15 +264,15 @@ def serve(arguments: argparse.Namespace) -> None:
                 connection.local.restart_head()
 
 
-def complete(arguments: argparse.Namespace) -> dict[str, Any] | None:
+def complete(arguments: argparse.Namespace) -> dict[str, Any]:
     """Streams the text to standard output as it comes, or returns all of it with --json."""
     from cluster.endpoint.endpoint import Endpoint, stream_completion
 
     endpoint = Endpoint.load(arguments.storage_uri, url=arguments.url, api_key_file=arguments.api_key_file)
     request = {name: getattr(arguments, name) for name in ("prompt", "max_tokens", "temperature", "seed")}
     show = (lambda text: None) if arguments.json else _write_now
-    completion = stream_completion(endpoint, request, on_text=show)
-    return completion if arguments.json else None
+    arguments.text = ""
+    return stream_completion(endpoint, request, on_text=show)
 
 
 def _write_now(text: str) -> None:

@@ -1,7 +1,6 @@
 """`raymill inspect --shapes`: the shape and bytes of a batch at each stage of the model."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from model.shapes import Stage, stages, weights
 _ROW = "  {:<28}{:<15}{:<24}{:>14}{:>7}  {}"
 
 
-def inspect(arguments: argparse.Namespace) -> dict[str, Any] | None:
+def inspect(arguments: argparse.Namespace) -> dict[str, Any]:
     """Shows the shapes of one lane: train.micro_batch_size sequences of train.seq_len tokens."""
     config = planned_vocabulary(config_from_arguments(arguments, RunConfig, needs_source=False))
     config = with_precision(config, "bf16" if config.scaling.use_gpu else fast_precision("cpu"))
@@ -23,23 +22,20 @@ def inspect(arguments: argparse.Namespace) -> dict[str, Any] | None:
     passed = stages(config.model, batch_size=batch_size, seq_len=tokens, bytes_per_value=small)
     held = weights(config.model)
     size = num_parameters(config.model)
-    if arguments.json:
-        return {"parameters": size, "stages": _values(passed), "weights": _values(held)}
     title = f"A lane of {batch_size} x {tokens:,} tokens, {config.train.precision}"
-    _write(title, passed)
-    _write(f"\n{size:,} parameters", held)
-    return None
+    arguments.text = _text(title, passed) + _text(f"\n{size:,} parameters", held)
+    return {"parameters": size, "stages": _values(passed), "weights": _values(held)}
 
 
 def _values(found: Sequence[Stage]) -> list[dict[str, Any]]:
     return [vars(stage) | {"shape": list(stage.shape), "num_bytes": stage.num_bytes} for stage in found]
 
 
-def _write(title: str, found: Sequence[Stage]) -> None:
+def _text(title: str, found: Sequence[Stage]) -> str:
     rows = [("stage", "dimensions", "shape", "bytes", "times", "")]
     for stage in found:
         shape = " x ".join(f"{length:,}" for length in stage.shape)
         num_bytes = f"{stage.num_bytes / 1e6:,.3f} MB"
         rows.append((stage.name, stage.dims, shape, num_bytes, f"{stage.times}", stage.note))
     lines = [_ROW.format(*row).rstrip() for row in rows]
-    sys.stdout.write("\n".join([title, *lines]) + "\n")
+    return "\n".join([title, *lines]) + "\n"

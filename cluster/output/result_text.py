@@ -5,7 +5,7 @@ Text from outside, such as a corpus or a model's, is printed as characters that 
 
 import time
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 
@@ -24,8 +24,11 @@ def lines(result: Mapping[str, Any]) -> Iterator[str]:
             yield f"{printable(name, keep=''):{width}}  {text_of(value)}"
 
 
-def table(names: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
-    """Returns lines with the names and, below them, the rows' values in aligned columns; missing ones stay empty."""
+def table(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns lines with the names and, below them, the rows' values in aligned columns; missing ones stay empty.
+    Without rows there are no lines."""
+    if not rows:
+        return ""
     cells = [list(names), *([text_of(row.get(name, "")) for name in names] for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(names))]
     padded = ("  ".join(f"{word:{width}}" for word, width in zip(line, widths, strict=True)) for line in cells)

@@ -32,14 +32,6 @@ class StageFailedError(UserError):
     """A stage ended without a result; its own log says why."""
 
 
-class BadResultError(UserError):
-    """A command found a problem in what it looked at; the result, which is shown instead of an error, says so."""
-
-    def __init__(self, result: dict[str, Any]) -> None:
-        super().__init__("the result says what is wrong")
-        self.result = result
-
-
 def parse_result(line: str) -> dict[str, Any] | None:
     """Returns the result in a line of a module's output, or None if the line has none."""
     return json.loads(line[len(RESULT_MARK) :]) if line.startswith(RESULT_MARK) else None
