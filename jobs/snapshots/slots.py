@@ -15,7 +15,7 @@ import os
 import struct
 import time
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -59,18 +59,19 @@ class Checksum:
     def __init__(self) -> None:
         self.size = self._crc = self._sum = 0
 
-    def chunks(self, piece: Bytes) -> Iterator[Bytes]:
-        """Cuts the next piece where chunks end. The caller adds each part before it takes the next."""
+    def add(self, piece: Bytes, *, into: Bytes | None = None) -> None:
+        """Adds the next piece, first copied to its place in the data `into`: a chunk at a time, as the cache has it."""
         while piece.size:
             room = _CHUNK_BYTES - self.size % _CHUNK_BYTES
-            yield piece[:room]
-            piece = piece[room:]
-
-    def add(self, part: Bytes) -> None:
-        self._sum += int(part.view(np.uint64).sum(dtype=np.uint64))
-        self.size += part.size
-        if self.size % _CHUNK_BYTES == 0:
-            self._crc, self._sum = self.value, 0
+            chunk, piece = piece[:room], piece[room:]
+            if into is not None:
+                place = into[self.size : self.size + chunk.size]
+                place[:] = chunk
+                chunk = place
+            self._sum += int(chunk.view(np.uint64).sum(dtype=np.uint64))
+            self.size += chunk.size
+            if self.size % _CHUNK_BYTES == 0:
+                self._crc, self._sum = self.value, 0
 
     @property
     def value(self) -> int:
@@ -137,10 +138,7 @@ class Slots:
         self._memory[start : start + len(_MAGIC)] = bytes(len(_MAGIC))
         data, checksum = self.data(slot), Checksum()
         for piece in pieces:
-            for chunk in checksum.chunks(piece):
-                place = data[checksum.size : checksum.size + chunk.size]
-                place[:] = chunk
-                checksum.add(place)
+            checksum.add(piece, into=data)
         if header.checksum not in (None, checksum.value):
             return None
         written = {"sequence": sequence, "num_bytes": checksum.size, "checksum": checksum.value}
@@ -174,6 +172,5 @@ class Slots:
         header, checksum = self.header(slot), Checksum()
         if header is None:
             return False
-        for chunk in checksum.chunks(self.data(slot)[: header.num_bytes]):
-            checksum.add(chunk)
+        checksum.add(self.data(slot)[: header.num_bytes])
         return checksum.value == header.checksum
