@@ -43,15 +43,15 @@ class Keeper:
 
     def __init__(self, *, node: str, max_bytes: int) -> None:
         self._node, self._max_bytes = node, max_bytes
-        self._areas: dict[str, tuple[int, Slots]] = {}
+        self._areas: dict[str, Slots] = {}
 
     def open(self, area: str, num_bytes: int) -> str | NoRoom:
         """Returns the path of an area for shares of so many bytes; one that has this size is left as it is."""
         needed = Slots.bytes_needed(num_bytes)
-        if area in self._areas and os.fstat(self._areas[area][0]).st_size != needed:
-            self._close(area)
+        if area in self._areas and self._areas[area].size != needed:
+            del self._areas[area]
         if area not in self._areas:
-            used = sum(os.fstat(descriptor).st_size for descriptor, _ in self._areas.values())
+            used = sum(slots.size for slots in self._areas.values())
             if used + needed > self._max_bytes:
                 return NoRoom(
                     f"node {self._node} allows {self._max_bytes / 1e9:.1f} GB for them (checkpoint.snapshot_bytes, or "
@@ -60,46 +60,42 @@ class Keeper:
                 )
             descriptor = os.memfd_create(f"raymill-{area}")
             os.ftruncate(descriptor, needed)
-            self._areas[area] = (descriptor, Slots(descriptor))
+            self._areas[area] = Slots(descriptor)
         return self.path(area)
 
     def path(self, area: str) -> str:
-        return f"/proc/{os.getpid()}/fd/{self._areas[area][0]}"
+        return f"/proc/{os.getpid()}/fd/{self._areas[area].file.fileno()}"
 
     def close_older(self, attempt: int) -> None:
         """Frees the areas that hold nothing as new as the attempt."""
-        for area, (_, slots) in list(self._areas.items()):
+        for area, slots in list(self._areas.items()):
             found = [header for slot in range(NUM_SLOTS) if (header := slots.header(slot))]
             if found and max(header.attempt for header in found) < attempt:
-                self._close(area)
-
-    def _close(self, area: str) -> None:
-        os.close(self._areas.pop(area)[0])
+                del self._areas[area]
 
     def holdings(self) -> list[Holding]:
         """Returns the sealed slots."""
         return [
             Holding(self._node, area, slot, header)
-            for area, (_, slots) in self._areas.items()
+            for area, slots in self._areas.items()
             for slot in range(NUM_SLOTS)
             if (header := slots.header(slot))
         ]
 
     def is_whole(self, held: Holding) -> bool:
         """Reports whether the slot was not written again since and its data match its checksum; reads all of them."""
-        slots = self._areas[held.area][1] if held.area in self._areas else None
+        slots = self._areas.get(held.area)
         return slots is not None and slots.holds(held.header, held.slot) and slots.is_whole(held.slot)
 
     def pin(self, held: Holding, seconds: float) -> None:
         """Keeps a slot from being written for so long."""
         if held.area in self._areas:
-            self._areas[held.area][1].pin(held.slot, seconds)
+            self._areas[held.area].pin(held.slot, seconds)
 
     def chunk(self, held: Holding, start: int, stop: int) -> Bytes | None:
         """Returns a copy of some of the data, or None when the slot was written again since."""
-        if held.area not in self._areas:
+        if (slots := self._areas.get(held.area)) is None:
             return None
-        slots = self._areas[held.area][1]
         content = slots.data(held.slot)[start:stop].copy()
         return content if slots.holds(held.header, held.slot) else None
 
@@ -110,7 +106,7 @@ class Keeper:
             return
         spans = [range(start, min(start + CHUNK_BYTES, num_bytes)) for start in range(0, num_bytes, CHUNK_BYTES)]
         try:
-            self._areas[area][1].write(held.header, fetch(held, other, spans))
+            self._areas[area].write(held.header, fetch(held, other, spans))
         except (RayError, LostError):  # the other keeper ended, most likely with its node; the older copy is left
             return
 

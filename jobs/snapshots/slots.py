@@ -17,7 +17,6 @@ import time
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -82,16 +81,16 @@ class Slots:
     """Two slots in a piece of memory that several processes of a node map."""
 
     def __init__(self, descriptor: int) -> None:
-        """Maps an open file, whose size is what `bytes_needed` returned."""
-        self._file = os.fdopen(os.dup(descriptor), "r+b", buffering=0)
+        """Maps an open file, whose size is what `bytes_needed` returned, and which is closed with the slots."""
+        self.file = os.fdopen(descriptor, "r+b", buffering=0)
         self._memory = mmap.mmap(descriptor, 0)
         self._bytes = np.frombuffer(self._memory, np.uint8)
-        self._slot_bytes = len(self._memory) // NUM_SLOTS
+        self.size = len(self._memory)
+        self._slot_bytes = self.size // NUM_SLOTS
 
     @classmethod
     def at(cls, path: str) -> Self:
-        with Path(path).open("r+b") as file:
-            return cls(file.fileno())
+        return cls(os.open(path, os.O_RDWR))
 
     @staticmethod
     def bytes_needed(num_bytes: int) -> int:
@@ -101,7 +100,7 @@ class Slots:
     def is_at(self, path: str) -> bool:
         """Reports whether the path still leads to this memory: an open file's number may be used again."""
         try:
-            return os.path.samestat(os.stat(path), os.fstat(self._file.fileno()))  # noqa: PTH116
+            return os.path.samestat(os.stat(path), os.fstat(self.file.fileno()))  # noqa: PTH116
         except OSError:
             return False
 
@@ -121,11 +120,11 @@ class Slots:
         """Writes into the slot that is unsealed or older, and not pinned if the other is not. Returns its number, or
         None where the step is there already, from another process, or the data do not match a checksum that the header
         brings."""
-        fcntl.flock(self._file, fcntl.LOCK_EX)  # which a process that is killed gives back
+        fcntl.flock(self.file, fcntl.LOCK_EX)  # which a process that is killed gives back
         try:
             return self._write(header, pieces)
         finally:
-            fcntl.flock(self._file, fcntl.LOCK_UN)
+            fcntl.flock(self.file, fcntl.LOCK_UN)
 
     def _write(self, header: Header, pieces: Iterable[Bytes]) -> int | None:
         before = [self.header(slot) for slot in range(NUM_SLOTS)]

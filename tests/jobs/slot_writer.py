@@ -17,9 +17,7 @@ NUM_BYTES = 3 * (5 << 18)  # three tensors of more than a chunk each
 def mapped(path: str | Path) -> Slots:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
     os.ftruncate(descriptor, Slots.bytes_needed(NUM_BYTES))
-    slots = Slots(descriptor)
-    os.close(descriptor)
-    return slots
+    return Slots(descriptor)
 
 
 def arrays(step: int) -> list[Bytes]:
