@@ -26,7 +26,6 @@ from jobs.exact.step_totals import StepTotals, gradient_norm
 from jobs.exact.train_state import TrainState
 from jobs.run.step_timer import StepTimer
 from jobs.run.storage_retry import patiently
-from jobs.tokens.batch_plan import Indices, micro_batch_samples
 from jobs.tokens.token_stream import TokenStream
 from jobs.workers.worker_group import WorkerGroup
 from model.cpu_ops.loans import Places, lent, weight_copies
@@ -73,9 +72,8 @@ class BatchGradient:
         buffers = [state.gradient]
         buffers += [large_zeros(len(state.gradient), device=state.device) for _ in range(1, num_buffers)]
         self._totals = StepTotals(state.layout, mesh, group, device=state.device)
-        own_parts = end_to_end(state.owned)
         self._exchange = BucketExchange(
-            own_parts if state.sums_shards else state.layout.buckets,
+            end_to_end(state.owned) if state.sums_shards else state.layout.buckets,
             buffers,
             Peers(mesh.counterparts, group),
             most_subtrees=max(sum(map(len, plan.subtrees)) for plan in plans),
@@ -86,26 +84,11 @@ class BatchGradient:
             group.streams.append(self._side_work.stream)
         self._sums: LaneSums | ShardSums
         if state.sums_shards:
-            self._sums = ShardSums(
-                state.model,
-                state.layout,
-                buffers,
-                own_parts,
-                state.peers,
-                self._side_work,
-                bf16=config.train.precision == "bf16",
-                lends=lends,
-                on_final=self._exchange.exchange,
-            )
-            return
-        self._sums = LaneSums(
-            state.model,
-            state.layout,
-            buffers,
-            num_micro_batches=config.train.micro_batches_per_lane,
-            lends=lends,
-            on_final=self._exchange_beside if group.world_size > 1 else self._exchange.exchange,
-        )
+            bf16, on_final = config.train.precision == "bf16", self._exchange.exchange
+            self._sums = ShardSums(state, buffers, self._side_work, bf16=bf16, lends=lends, on_final=on_final)
+        else:
+            on_final = self._exchange_beside if group.world_size > 1 else self._exchange.exchange
+            self._sums = LaneSums(state, buffers, lends=lends, on_final=on_final)
 
     def _exchange_beside(self, bucket: int) -> None:
         self._side_work.submit(lambda: self._exchange.exchange(bucket))
@@ -183,9 +166,10 @@ class BatchGradient:
     def _plan(self, step: int) -> StepPlan:
         return self._plans[self._schedule.num_lanes(step)]
 
-    def _samples_of(self, step: int, number: int) -> Indices:
+    def _samples_of(self, step: int, number: int) -> range:
+        """Returns the global indices of a micro-batch's samples: those of a step follow each other."""
         size = self._config.train.micro_batch_size
-        return micro_batch_samples(self._schedule.samples(step), number, micro_batch_size=size)
+        return self._schedule.samples(step)[number * size : (number + 1) * size]
 
 
 def dropout_seed(seed: int, *, step: int, micro_batch: int) -> int:

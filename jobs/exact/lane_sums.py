@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from jobs.exact.exact_reduce import LaneStep
 from jobs.exact.flat_layout import FlatLayout, shared
 from jobs.exact.step_plan import StepPlan
+from jobs.exact.train_state import TrainState
 from model.cpu_ops.loans import Scratch, gradient_sinks, lent, scratch_memory
 from model.training_memory import large_zeros
 
@@ -47,26 +48,17 @@ class FinalBuckets:
 class LaneSums:
     """Sums into `buffers`, flat buffers (P,) each; calls `on_final` with each bucket, in order, when it is final.
 
-    A lane has `num_micro_batches` backward passes. With `lends` the first of them is lent the buffers as sinks, which
-    `model.cpu_ops` writes gradients to.
+    With `lends` the first backward pass of a lane is lent the buffers as sinks, which `model.cpu_ops` writes gradients
+    to.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        layout: FlatLayout,
-        buffers: list[Tensor],
-        *,
-        num_micro_batches: int,
-        lends: bool,
-        on_final: Callable[[int], None],
+        self, state: TrainState, buffers: list[Tensor], *, lends: bool, on_final: Callable[[int], None]
     ) -> None:
-        self._num_micro_batches, self._lends = num_micro_batches, lends
-        self._parameters, self._final = dict(model.named_parameters()), FinalBuckets(layout, on_final)
-        self._views = {
-            name: [layout.view(buffer, name, parameter) for buffer in buffers]
-            for name, parameter in self._parameters.items()
-        }
+        self._lends, self._final = lends, FinalBuckets(state.layout, on_final)
+        self._parameters = dict(state.model.named_parameters())
+        in_buffers = [state.by_parameter(buffer) for buffer in buffers]
+        self._views = {name: [views[name] for views in in_buffers] for name in self._parameters}
         self._step: LaneStep | None = None
         self._num_passes: dict[str, int] = {}
         self._sinks: dict[nn.Parameter, Tensor] = {}
@@ -80,6 +72,7 @@ class LaneSums:
     def turn(self, plan: StepPlan, turn: int) -> Iterator[None]:
         """Lasts for the forward and backward passes of one lane."""
         self._num_passes = dict.fromkeys(self._parameters, 0)
+        self._num_micro_batches = plan.num_micro_batches
         for parameter in self._parameters.values():
             parameter.grad = None
         self._step, self._is_last, self._num_taken = plan.steps[turn], turn == len(plan.turns) - 1, 0

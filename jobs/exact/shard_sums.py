@@ -12,11 +12,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from jobs.exact.flat_layout import FlatLayout, at, moved, part_of, shared
+from jobs.exact.flat_layout import FlatLayout, at, end_to_end, moved, part_of, shared
 from jobs.exact.lane_sums import FinalBuckets, add_up
-from jobs.exact.peers import Peers
 from jobs.exact.side_thread import SideStream, SideThread
 from jobs.exact.step_plan import StepPlan
+from jobs.exact.train_state import TrainState
 from model.cpu_ops.loans import Scratch, gradient_sinks, lent, scratch_memory
 
 
@@ -29,21 +29,19 @@ class ShardSums:
 
     def __init__(
         self,
-        model: nn.Module,
-        layout: FlatLayout,
+        state: TrainState,
         buffers: list[Tensor],
-        own: list[range],
-        peers: Peers,
         side_work: SideThread | SideStream,
         *,
         bf16: bool,
         lends: bool,
         on_final: Callable[[int], None],
     ) -> None:
-        """`own` says where each bucket's part lies in the buffers."""
-        self._layout, self._buffers, self._own, self._peers = layout, buffers, own, peers
+        self._layout = layout = state.layout
+        self._buffers, self._peers = buffers, state.peers
+        self._own = end_to_end(state.owned)  # where each bucket's part lies in the buffers
         self._side_work, self._lends, self._on_final = side_work, lends, on_final
-        self._parameters, self._final = dict(model.named_parameters()), FinalBuckets(layout, self._send)
+        self._parameters, self._final = dict(state.model.named_parameters()), FinalBuckets(layout, self._send)
         self._types = [torch.bfloat16 if bf16 and _is_of_blocks(layout, b) else torch.float32 for b in layout.buckets]
         self._stretches = {name: _stretches(layout, place) for name, place in layout.places.items()}
         covered = [sum(len(shared(bucket, place)) for place in layout.places.values()) for bucket in layout.buckets]

@@ -112,10 +112,3 @@ def _permuted(places: Indices, key: str, size: int) -> Indices:
         values[outside] = (left << half) | right
         outside = values >= size
     return values.astype(np.int64)
-
-
-def micro_batch_samples(batch: range, number: int, *, micro_batch_size: int) -> Indices:
-    """Returns the global indices (micro_batch_size,) of a micro-batch's samples, in the step with the samples `batch`.
-    The micro-batches of a lane follow each other."""
-    first = batch.start + number * micro_batch_size
-    return np.arange(first, first + micro_batch_size, dtype=np.int64)

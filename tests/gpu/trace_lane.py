@@ -95,14 +95,7 @@ def traced(config: RunConfig) -> dict[str, Any]:
     with FakeTensorMode(), device:
         state = TrainState(GPT(config.model).train(), config.train, device=device)
         choose_operations(state.model, config)
-        sums = LaneSums(
-            state.model,
-            state.layout,
-            [state.gradient],
-            num_micro_batches=1,
-            lends=False,
-            on_final=lambda bucket: None,
-        )
+        sums = LaneSums(state, [state.gradient], lends=False, on_final=lambda bucket: None)
         ids = torch.zeros(BATCH_SIZE, SEQ_LEN, dtype=torch.int64)
         batch = MicroBatch(ids, ids, None, None)
         if config.train.document_mask:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobs.exact.exact_reduce import subtrees_of_ranks
-from jobs.tokens.batch_plan import SampleOrder, counts_of_sources, micro_batch_samples
+from jobs.tokens.batch_plan import SampleOrder, counts_of_sources
 
 seeds = st.integers(0, 2**63 - 1)
 weight_lists = st.lists(st.floats(0.01, 1.0), min_size=2, max_size=4).map(tuple)
@@ -146,20 +146,11 @@ def test_each_of_very_many_sources_gets_its_turn(weights: tuple[float, ...]) -> 
     assert counts[np.array(weights) == max(weights)].min() > counts[np.array(weights) == min(weights)].max() - 1
 
 
-@given(num_micro_batches=st.integers(1, 24), micro_batch_size=st.integers(1, 5), step=st.integers(0, 10**6))
-def test_the_micro_batches_of_a_step_cover_it_once(num_micro_batches: int, micro_batch_size: int, step: int) -> None:
-    size = num_micro_batches * micro_batch_size
-    batch = range(step * size, (step + 1) * size)
-    numbers = range(num_micro_batches)
-    found = [micro_batch_samples(batch, number, micro_batch_size=micro_batch_size) for number in numbers]
-    assert np.concatenate(found).tolist() == [*batch]
-
-
 def samples_of_rank(step: int, rank: int, world_size: int, num_lanes: int, micro_batch_size: int) -> np.ndarray:
     size = num_lanes * micro_batch_size
     batch = range(step * size, (step + 1) * size)
     lanes = itertools.chain(*subtrees_of_ranks(num_lanes, world_size)[rank])
-    return np.concatenate([micro_batch_samples(batch, lane, micro_batch_size=micro_batch_size) for lane in lanes])
+    return np.concatenate([batch[lane * micro_batch_size : (lane + 1) * micro_batch_size] for lane in lanes])
 
 
 @settings(max_examples=40, deadline=None)
