@@ -17,7 +17,7 @@ import ray
 import torch
 from ray.exceptions import RayTaskError
 
-from cluster.output.progress import report_progress, say
+from cluster.output.progress import progress, say
 from cluster.settings.parser import ConfigError
 from cluster.settings.run import DataConfig, EvaluateConfig, RunConfig, StorageConfig, seq_len
 from cluster.stages.stage import stage_main
@@ -39,8 +39,6 @@ from model.processor import Device, fast_precision
 from model.tokenizer import load_tokenizer
 
 _CHECKPOINT_PLACE = re.compile(r"(?P<storage>.+)/runs/[^/]+(/checkpoints/[^/]+)?")
-
-_REPORT_INTERVAL_S = 1.0
 
 GATE_ROWS, GATE_TOKENS = 8, 8192
 """The most rows, and the most tokens in all, that a promotion is judged by."""
@@ -190,22 +188,19 @@ def _batch_losses(model: GPT, rows: Rows, config: EvaluateConfig) -> list[float]
         for number in range(min(config.num_workers, num_batches))
     ]
     losses: dict[int, float] = {}
-    reported = time.monotonic()
-    while running:
-        ready: Any = ray.wait(running)[0][0]
-        try:
-            batch, loss = ray.get(next(ready))
-        except StopIteration:
-            running.remove(ready)
-            continue
-        except RayTaskError as error:
-            if isinstance(error.cause, UserError):
-                raise error.cause from error
-            raise
-        losses[batch] = loss
-        if len(losses) == num_batches or time.monotonic() - reported >= _REPORT_INTERVAL_S:
-            reported = time.monotonic()
-            report_progress("evaluating", done=len(losses), total=num_batches, unit="batches")
+    with progress("evaluating", total=num_batches, unit="batches") as advance:
+        while running:
+            ready: Any = ray.wait(running)[0][0]
+            try:
+                batch, loss = ray.get(next(ready))
+                losses[batch] = loss
+                advance(1)
+            except StopIteration:
+                running.remove(ready)
+            except RayTaskError as error:
+                if isinstance(error.cause, UserError):
+                    raise error.cause from error
+                raise
     return [losses[batch] for batch in range(num_batches)]
 
 

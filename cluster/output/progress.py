@@ -84,16 +84,16 @@ def report_progress(label: str, *, done: float, total: float, unit: str, note: s
 
 
 @contextmanager
-def progress(label: str, *, total_bytes: int) -> Iterator[Callable[[int], None]]:
-    """Gives a function to call with the number of bytes just finished."""
-    done_bytes, reported = 0, time.monotonic()
+def progress(label: str, *, total: float, unit: str = "MB") -> Iterator[Callable[[float], None]]:
+    """Gives a function to call with the number of units just finished."""
+    done, reported = 0.0, time.monotonic()
 
     def show() -> None:
-        report_progress(label, done=round(done_bytes / 1e6, 2), total=round(total_bytes / 1e6, 2), unit="MB")
+        report_progress(label, done=round(done, 2), total=round(total, 2), unit=unit)
 
-    def advance(num_bytes: int) -> None:
-        nonlocal done_bytes, reported
-        done_bytes += num_bytes
+    def advance(amount: float) -> None:
+        nonlocal done, reported
+        done += amount
         if time.monotonic() - reported >= _REPORT_INTERVAL_S:
             reported = time.monotonic()
             show()

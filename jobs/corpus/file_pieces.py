@@ -27,10 +27,10 @@ def cut_files(store: Storage, files: Sequence[CorpusFile], data: DataConfig) -> 
     tasks = [Chunk(file.number, file.source, [whole_file(file)]) for file in large]
     pieces: dict[int, list[Part]] = {}
     if tasks:
-        with progress("unpacking", total_bytes=sum(file.size for file in large)) as advance:
+        with progress("unpacking", total=sum(file.size for file in large) / 1e6) as advance:
             for result in run_tasks(tasks, partial(cut_file, store=store, data=data)):
                 pieces[result.chunk.number] = Chunk.from_json(result.content.decode()).parts
-                advance(result.chunk.bytes)
+                advance(result.chunk.bytes / 1e6)
     return pieces
 
 

@@ -92,11 +92,11 @@ def verify(store: Storage) -> dict[str, Any]:
     manifest = read_manifest(store)
     problems = []
     itemsize = token_dtype(manifest.vocab_size).itemsize
-    total_bytes = manifest.total("tokens") * itemsize
-    with ThreadPoolExecutor(_READERS) as pool, progress("verifying", total_bytes=total_bytes) as advance:
+    total = manifest.total("tokens") * itemsize / 1e6
+    with ThreadPoolExecutor(_READERS) as pool, progress("verifying", total=total) as advance:
         hashes = pool.map(lambda shard: file_sha256(store, shard.file), manifest.shards)
         for shard, found in zip(manifest.shards, hashes, strict=True):
-            advance(shard.tokens * itemsize)
+            advance(shard.tokens * itemsize / 1e6)
             if found != shard.sha256:
                 problems.append(f"{shard.file} has SHA-256 {found[:12]}…, the manifest says {shard.sha256[:12]}…")
     if problems:

@@ -30,7 +30,7 @@ def copy_shards(
                 f"tokens://{location} was made with another tokenizer ({manifest.tokenizer_hash[:12]}, not "
                 f"{tokenizer.hash[:12]}); set data.tokenizer to its tokenizer.json, or tokenize its text again"
             )
-        with progress(f"copying {location}", total_bytes=sum(shard.bytes for shard in manifest.shards)) as advance:
+        with progress(f"copying {location}", total=manifest.total("bytes") / 1e6) as advance:
             for shard in manifest.shards:
                 number = first_chunk + len(results)
                 name = shard_file(shard.split, number)
@@ -38,7 +38,7 @@ def copy_shards(
                 if not (store.exists(name) and file_sha256(store, name) == shard.sha256):
                     _copy(other, shard, store, copy)
                 results[number] = ChunkResult(shards=[copy], documents=shard.documents)
-                advance(shard.bytes)
+                advance(shard.bytes / 1e6)
     return results
 
 

@@ -69,9 +69,9 @@ def test_reports_are_rare_when_piped(
 
 
 def test_bytes_are_reported_to_the_end(capfd: pytest.CaptureFixture[str]) -> None:
-    with progress.progress("tokenizing", total_bytes=3_000_000) as advance:
+    with progress.progress("tokenizing", total=3_000_000 / 1e6) as advance:
         for _ in range(3):
-            advance(1_000_000)
+            advance(1_000_000 / 1e6)
     lines = [json.loads(line.partition(": ")[2]) for line in capfd.readouterr().err.splitlines()]
     assert (lines[-1]["done"], lines[-1]["total"], lines[-1]["unit"]) == (3.0, 3.0, "MB")
 
