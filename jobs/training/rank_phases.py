@@ -43,28 +43,22 @@ def stragglers(ranks: list[RankTime]) -> dict[int, float]:
 
 
 class RankPhases:
-    """Sums up this rank's steps and gathers the means of all ranks, a hundred bytes a window."""
+    """Gathers the means of all ranks' steps, a hundred bytes a window."""
 
     def __init__(self, group: WorkerGroup) -> None:
         self._group = group
         self._slow: set[int] = set()  # in the last window
         self._named: set[int] = set()
-        self._clear()
-
-    def _clear(self) -> None:
-        self._sums, self._num_lanes, self._num_steps = dict.fromkeys(_NAMES, 0.0), 0, 0
+        self._window: list[StepTime] = []
 
     def add(self, time: StepTime, *, closes_window: bool) -> list[RankTime]:
         """Returns the window's ranks where this step closes it, which all ranks must do at once; else an empty list."""
-        for name, seconds in time.seconds.items():
-            self._sums[name] += seconds
-        self._num_lanes += time.num_lanes
-        self._num_steps += 1
+        self._window.append(time)
         if not closes_window:
             return []
-        means = [total / self._num_steps for total in (*self._sums.values(), self._num_lanes)]
-        self._clear()
-        rows = self._group.gather(means)
+        window, self._window = self._window, []
+        seconds = [statistics.fmean(step.seconds.get(name, 0.0) for step in window) for name in _NAMES]
+        rows = self._group.gather([*seconds, statistics.fmean(step.num_lanes for step in window)])
         return [RankTime(dict(zip(_NAMES, row, strict=False)), row[-1]) for row in rows]
 
     def new_stragglers(self, ranks: list[RankTime]) -> dict[int, float]:

@@ -37,7 +37,5 @@ def at_odds(precision: Precision, device: Device) -> dict[str, Any] | None:
     fast = fast_precision(device)
     if fast == precision:
         return None
-    kept = f"the run computes in {precision}, as it began"
-    if precision == "fp32":
-        return {"precision": precision, "fast": fast, "reason": f"{kept}; this processor computes bf16 at speed"}
-    return {"precision": precision, "fast": fast, "reason": f"{kept}, which this processor emulates"}
+    why = "; this processor computes bf16 at speed" if precision == "fp32" else ", which this processor emulates"
+    return {"precision": precision, "fast": fast, "reason": f"the run computes in {precision}, as it began{why}"}
