@@ -5,7 +5,6 @@ of one micro-batch or of a few in order; its loss is the mean over all counted t
 """
 
 import hashlib
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from jobs.exact.peers import Peers
 from jobs.exact.shard_sums import ShardSums
 from jobs.exact.side_thread import SideStream, side_work
 from jobs.exact.step_plan import StepPlan
-from jobs.exact.step_totals import StepTotals, gradient_norm
+from jobs.exact.step_totals import Measured, StepTotals, gradient_norm
 from jobs.exact.train_state import TrainState
 from jobs.run.step_timer import StepTimer
 from jobs.run.storage_retry import patiently
@@ -33,14 +32,6 @@ from model.gpt import GPT
 from model.training_memory import large_zeros
 
 _MAX_WAITING = 3  # buckets on their way to the owners of their parts, beside the one that is being sent
-
-
-@dataclass(frozen=True)
-class Measured:
-    """The figures of a step's whole batch, equal on every rank."""
-
-    loss: float  # nats per token
-    norm: float  # of the gradient
 
 
 class BatchGradient:
@@ -129,8 +120,7 @@ class BatchGradient:
         counted = losses[: len(plan.counted[self._group.rank])]
         with timer.phase("sync"):
             self._side_work.wait()
-            totals = self._totals.finish(step, plan, block_sums=self._exchange.block_sums, losses=counted)
-            return Measured(*totals)
+            return self._totals.finish(step, plan, block_sums=self._exchange.block_sums, losses=counted)
 
     def _stock_gradient(self, step: int, timer: StepTimer) -> Measured:
         """Uses stock DistributedDataParallel: local accumulation, one all-reduce overlapped with the last backward."""

@@ -28,7 +28,6 @@ class FinalBuckets:
         in_buckets = [[name for name, place in layout.places.items() if shared(b, place)] for b in layout.buckets]
         self._num_in_bucket = [len(names) for names in in_buckets]
         self._buckets_of = {name: [b for b, of in enumerate(in_buckets) if name in of] for name in layout.places}
-        self._unfinished, self._next = [*self._num_in_bucket], 0
 
     def begin(self) -> None:
         self._unfinished, self._next = [*self._num_in_bucket], 0

@@ -5,6 +5,7 @@ Both have a fixed order: the losses that of the lanes' tree, the norm that of th
 
 from collections.abc import Sequence
 from functools import reduce
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,13 @@ from jobs.workers.worker_group import WorkerGroup
 _FEWEST_ROWS = 16  # of 1,024 values, from which on each has 32 threads (ATen/native/cuda/Reduce.cuh)
 
 
+class Measured(NamedTuple):
+    """The figures of a step's whole batch, equal on every rank."""
+
+    loss: float  # nats per token
+    norm: float  # of the gradient
+
+
 class StepTotals:
     """Gathers what all ranks have, and with it the proof that every message of the step has arrived."""
 
@@ -25,7 +33,7 @@ class StepTotals:
         self._group = group
         # The ranks in the order of their parts: the members' parts of a bucket, and the groups' parts of these.
         size, ranks = mesh.group_size, sorted(range(mesh.world_size), key=lambda rank: rank % mesh.group_size)
-        members = [[part_of(b, n, world_size=size) for b in layout.buckets] for n in range(size)]
+        members = [layout.parts(n, world_size=size) for n in range(size)]
         parts = [
             [part_of(place, rank // size, world_size=mesh.num_groups) for place in members[rank % size]]
             for rank in ranks
@@ -33,9 +41,7 @@ class StepTotals:
         self._num_blocks = max(sum(map(len, of_rank)) // BLOCK for of_rank in parts)
         self._block_order = _block_order(ranks, parts, device=device)
 
-    def finish(
-        self, step: int, plan: StepPlan, *, block_sums: Sequence[Tensor], losses: Sequence[Tensor]
-    ) -> tuple[float, float]:
+    def finish(self, step: int, plan: StepPlan, *, block_sums: Sequence[Tensor], losses: Sequence[Tensor]) -> Measured:
         """Returns the loss, from those of this rank's counted micro-batches in order, and the gradient's norm, from the
         sums of squares of this rank's parts. Raises `LostPeerError` where a message of the step did not arrive."""
         longest = max(map(len, plan.counted))
@@ -54,7 +60,7 @@ class StepTotals:
                 return None
             return reduce(torch.add, [by_number[number] for number in range(node.start * k, node.stop * k)])
 
-        return float(tree_sum(range(plan.num_lanes), of_lane)), norm_of(table[self._block_order])
+        return Measured(float(tree_sum(range(plan.num_lanes), of_lane)), norm_of(table[self._block_order]))
 
 
 def _block_order(

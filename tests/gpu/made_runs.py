@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from cluster.settings.run import RunConfig, Shard, seq_len
-from jobs.exact.batch_gradient import BatchGradient, Measured
+from jobs.exact.batch_gradient import BatchGradient
+from jobs.exact.step_totals import Measured
 from jobs.exact.train_state import TrainState
 from jobs.run.step_timer import CudaClock, StepTimer
 from jobs.training.mixed_hardware import settle_rounding

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from jobs.exact.batch_gradient import BatchGradient, Measured
+from jobs.exact.batch_gradient import BatchGradient
 from jobs.exact.self_test import self_test
+from jobs.exact.step_totals import Measured
 from jobs.exact.train_state import TrainState
 from jobs.run.step_timer import StepTimer
 from jobs.training.validation import measured
