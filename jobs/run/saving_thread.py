@@ -13,24 +13,21 @@ from cluster.storage.uris import StorageError
 from jobs.run.storage_retry import Outage
 
 CopyT = TypeVar("CopyT")
+BegunT = TypeVar("BegunT")
 
 
-class SavingThread(ABC, Generic[CopyT]):
+class SavingThread(ABC, Generic[CopyT, BegunT]):
     """The thread, which `finish` ends. `_changed` guards what it shares with the training thread."""
 
     def __init__(self, name: str, outage: Outage) -> None:
         self._outage = outage
         self._changed = threading.Condition()
         self._pending: CopyT | None = None
+        self._begun: BegunT | None = None  # what is stored in part
         self._is_finishing = self._is_abandoned = False
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
-
-    @property
-    @abstractmethod
-    def _has_begun(self) -> bool:
-        """Reports whether a copy is stored in part."""
 
     @abstractmethod
     def _store(self) -> None:
@@ -74,5 +71,5 @@ class SavingThread(ABC, Generic[CopyT]):
     def _has_work(self) -> bool:
         """Waits for work; returns False once there will be none."""
         with self._changed:
-            self._changed.wait_for(lambda: self._pending or self._has_begun or self._is_finishing or self._is_abandoned)
-            return bool(self._pending or self._has_begun) and not self._is_abandoned
+            self._changed.wait_for(lambda: self._pending or self._begun or self._is_finishing or self._is_abandoned)
+            return bool(self._pending or self._begun) and not self._is_abandoned

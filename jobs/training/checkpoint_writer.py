@@ -47,8 +47,8 @@ class Copy:
     from_device: HostCopy
 
 
-class CheckpointWriter(SavingThread[Copy]):
-    """Stores checkpoints in a thread of rank 0, which `finish` ends."""
+class CheckpointWriter(SavingThread[Copy, tuple[Path, Copy]]):
+    """Stores checkpoints in a thread of rank 0, which `finish` ends. One has begun while it is in the spool."""
 
     def __init__(
         self,
@@ -63,7 +63,6 @@ class CheckpointWriter(SavingThread[Copy]):
         self._checkpoints, self._ledger, self._keep = checkpoints, ledger, keep
         self._pinned, self._val_losses = pinned, val_losses
         self.verified: set[str] = set()  # names of checkpoints that were read or written whole
-        self._spooled: tuple[Path, Copy] | None = None  # in the spool, not yet published
         self._free: list[Tensor] = []
         super().__init__("checkpoints", Outage("checkpoints", ledger.event))
 
@@ -110,10 +109,6 @@ class CheckpointWriter(SavingThread[Copy]):
         shard.is_over = True
         self._record(metadata, shard.taken_at_s, exposed_s=shard.from_device.exposed_s)
 
-    @property
-    def _has_begun(self) -> bool:
-        return self._spooled is not None
-
     def _store(self) -> None:
         """Spools the pending copy and publishes the newest in the spool. Raises `StorageError` or `OSError`."""
         with self._changed:
@@ -129,13 +124,13 @@ class CheckpointWriter(SavingThread[Copy]):
                     self._pending = copy
                 else:
                     self._free.append(copy.flat)
-        if self._spooled is not None:
-            self._publish(*self._spooled)
+        if self._begun is not None:
+            self._publish(*self._begun)
         if refusal is not None:
             raise refusal
 
     def _spool(self, copy: Copy) -> None:
-        earlier, metadata = self._spooled, copy.metadata
+        earlier, metadata = self._begun, copy.metadata
         folder = self._checkpoints.spool / checkpoint_name(metadata.step, metadata.generation)
         copy.from_device.taken.result()
         try:
@@ -145,7 +140,7 @@ class CheckpointWriter(SavingThread[Copy]):
             return
         if earlier is not None and earlier[0] != folder:
             shutil.rmtree(earlier[0])
-        self._spooled = folder, replace(copy, metadata=metadata)
+        self._begun = folder, replace(copy, metadata=metadata)
 
     def _publish(self, folder: Path, copied: Copy) -> None:
         metadata = copied.metadata
@@ -153,11 +148,11 @@ class CheckpointWriter(SavingThread[Copy]):
             self._checkpoints.check_fence()  # a newer writer clears the spool
             self._ledger.event("checkpoint_refused", step=metadata.step, reason="; ".join(problems))
             shutil.rmtree(folder, ignore_errors=True)
-            self._spooled = None
+            self._begun = None
             return
         self._ledger.mirror()
         self._checkpoints.publish(folder)
-        self._spooled = None
+        self._begun = None
         self._record(metadata, copied.taken_at_s, exposed_s=copied.gathered_s + copied.from_device.exposed_s)
 
     def _record(self, metadata: Metadata, taken_at_s: float, *, exposed_s: float) -> None:

@@ -48,7 +48,7 @@ class Shard:
     is_over: bool = False  # published or refused
 
 
-class ShardWriter(SavingThread[Shard]):
+class ShardWriter(SavingThread[Shard, Shard]):
     """Stores one worker's shards, in a thread which `finish` ends."""
 
     def __init__(
@@ -61,7 +61,6 @@ class ShardWriter(SavingThread[Shard]):
     ) -> None:
         """Rank 0 has the ledger and `publish`, which gets its shard and the reports of all."""
         self._checkpoints, self._state, self._group, self._publish = checkpoints, state, group, publish
-        self._storing: Shard | None = None
         self._free: list[Tensor] = []
         for left in checkpoints.spool.glob(".step-*"):  # by an earlier attempt; no worker of this one has saved yet
             shutil.rmtree(left, ignore_errors=True)
@@ -112,18 +111,14 @@ class ShardWriter(SavingThread[Shard]):
 
     def _is_busy(self) -> bool:
         with self._changed:
-            is_storing = self._storing is not None and not self._storing.is_stored
+            is_storing = self._begun is not None and not self._begun.is_stored
             return self._failure is None and (self._pending is not None or is_storing)
-
-    @property
-    def _has_begun(self) -> bool:
-        return self._storing is not None
 
     def _store(self) -> None:
         with self._changed:
-            if self._storing is None:
-                self._storing, self._pending = self._pending, None
-            shard = self._storing
+            if self._begun is None:
+                self._begun, self._pending = self._pending, None
+            shard = self._begun
         if shard is None:
             return
         if not shard.is_stored:
@@ -135,7 +130,7 @@ class ShardWriter(SavingThread[Shard]):
                 return
             else:
                 time.sleep(_STORAGE_POLL_S)
-        self._storing = None
+        self._begun = None
 
     def _store_own(self, shard: Shard) -> None:
         index = self._state.peers.index

@@ -38,7 +38,7 @@ save = CheckpointWriter.save
 def save_and_wait(self: CheckpointWriter, *arguments: Any) -> None:
     """Waits until each step's checkpoint is written, however slow this machine is."""
     save(self, *arguments)
-    while self._thread.is_alive() and (self._pending or self._spooled or not self._free):
+    while self._thread.is_alive() and (self._pending or self._begun or not self._free):
         time.sleep(0.001)
 
 

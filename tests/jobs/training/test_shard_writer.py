@@ -154,7 +154,7 @@ def test_a_step_that_one_rank_stores_is_stored_by_all(
     go, saving = held_up(monkeypatch, 0), Saving(tmp_path, states)
     stored = lambda step: (tmp_path / "checkpoints" / checkpoint_name(step, 1)).glob("report-*")  # noqa: E731
     assert saving.save(1)
-    wait_until(lambda: saving.writers[0]._has_begun)
+    wait_until(lambda: saving.writers[0]._begun)
     assert saving.save(2)
     wait_until(lambda: any(stored(2)))
     assert not saving.save(3)
@@ -171,7 +171,7 @@ def test_the_newest_takes_the_place_of_what_waits_on_all_ranks(
 ) -> None:
     goes, saving = [held_up(monkeypatch, rank) for rank in range(NUM_RANKS)], Saving(tmp_path, states)
     assert saving.save(1)
-    wait_until(lambda: all(writer._has_begun for writer in saving.writers))
+    wait_until(lambda: all(writer._begun for writer in saving.writers))
     for step in range(2, 9):
         assert saving.save(step)
     for go in goes:
