@@ -7,8 +7,6 @@ compared across chunks lie in a local temporary folder: 40 bytes per document, a
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -34,19 +32,12 @@ class Summary:
 class Selection:
     """`add` every chunk's index, in any order; then `decide`; then read `codes`."""
 
-    def __init__(self, data: DataConfig, *, num_chunks: int) -> None:
-        self._data = data
-        self._num_chunks = num_chunks
+    def __init__(self, data: DataConfig, folder: Path, *, num_chunks: int) -> None:
+        """`folder` is a temporary one on a local disk."""
+        self._data, self._folder, self._num_chunks = data, folder, num_chunks
         self._duplicates: dict[Drop, Marks] = {}  # by reason, among the documents that nothing else drops
         self._starts = [0]  # the number of those before each chunk
         self._val_below = int(data.val_fraction * 2**64)
-
-    def __enter__(self) -> Self:
-        self._scratch = TemporaryDirectory(prefix="raymill-selection-")
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._scratch.cleanup()
 
     def add(self, chunk: int, content: bytes) -> None:
         self._path(chunk).write_bytes(content)
@@ -85,8 +76,8 @@ class Selection:
         store.write_bytes(_codes_key(chunk), self._index(chunk).digest.tobytes() + self.codes(chunk).tobytes())
 
     def _find_duplicates(self) -> None:
-        folder, threshold = Path(self._scratch.name), self._data.near_dedup_threshold
-        with Duplicates(folder) as exact, NearDuplicates(folder, threshold=threshold or 1.0) as near:
+        threshold = self._data.near_dedup_threshold
+        with Duplicates(self._folder) as exact, NearDuplicates(self._folder, threshold=threshold or 1.0) as near:
             for chunk in range(self._num_chunks):
                 index = self._index(chunk)
                 candidates = index.drops == 0
@@ -111,7 +102,7 @@ class Selection:
         return ChunkIndex.from_bytes(self._path(chunk).read_bytes())
 
     def _path(self, chunk: int) -> Path:
-        return Path(self._scratch.name, f"{chunk:05d}")
+        return self._folder / f"{chunk:05d}"
 
 
 def stored_codes(store: Storage, chunk: int) -> tuple[str, bytes]:

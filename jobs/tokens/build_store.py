@@ -10,6 +10,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, takewhile
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from cluster.output.progress import say
@@ -141,7 +143,8 @@ class _Builder:
 
     def _select(self, chunks: Sequence[Chunk]) -> Summary:
         """Decides which documents are kept, and stores that."""
-        with Selection(self.data, num_chunks=len(chunks)) as selection:
+        with TemporaryDirectory(prefix="raymill-selection-") as folder:
+            selection = Selection(self.data, Path(folder), num_chunks=len(chunks))
             for number, content in index_corpus(self.store, chunks, self.data):
                 selection.add(number, content)
             summary = selection.decide()

@@ -3,6 +3,8 @@
 import hashlib
 import random
 from itertools import chain
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from hypothesis import given
@@ -32,7 +34,8 @@ def index_of(texts: list[bytes]) -> ChunkIndex:
 def select(chunks: list[list[bytes]], *, seed: int = 0, **settings: object) -> tuple[Summary, list[list[int]]]:
     order = list(enumerate(chunks))
     random.Random(seed).shuffle(order)
-    with Selection(DataConfig.model_validate(settings), num_chunks=len(chunks)) as selection:
+    with TemporaryDirectory() as folder:
+        selection = Selection(DataConfig.model_validate(settings), Path(folder), num_chunks=len(chunks))
         for number, texts in order:
             selection.add(number, index_of(texts).to_bytes())
         return selection.decide(), [selection.codes(number).tolist() for number in range(len(chunks))]
