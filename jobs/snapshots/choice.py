@@ -47,11 +47,8 @@ def choose(
         if at_least <= head.step <= explained_step and not is_left_out(head.step):
             shares = states.setdefault((head.step, head.attempt, head.world_size), {})
             shares.setdefault(head.rank, []).append(held)
-    complete = {key: shares for key, shares in states.items() if len(shares) == key[2]}
-    if not complete:
-        return None
-    newest = max(complete)
-    return Snapshot([complete[newest][rank] for rank in range(newest[2])])
+    newest = max((key for key, shares in states.items() if len(shares) == key[2]), default=None)
+    return Snapshot([states[newest][rank] for rank in range(newest[2])]) if newest else None
 
 
 def reader_of(holders: Container[str], node_of_rank: Sequence[str]) -> int | None:

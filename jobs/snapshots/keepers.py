@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
@@ -105,10 +106,8 @@ class Keeper:
         if isinstance(self.open(area, num_bytes), NoRoom):
             return
         spans = [range(start, min(start + CHUNK_BYTES, num_bytes)) for start in range(0, num_bytes, CHUNK_BYTES)]
-        try:
+        with suppress(RayError, LostError):  # the other keeper ended, most likely with its node; the older copy is left
             self._areas[area].write(held.header, fetch(held, other, spans))
-        except (RayError, LostError):  # the other keeper ended, most likely with its node; the older copy is left
-            return
 
 
 class LostError(RuntimeError):
@@ -136,10 +135,8 @@ def find_keepers(launch: str) -> dict[str, Any]:
     found = {}
     for actor in ray.util.list_named_actors(all_namespaces=True):
         if actor["namespace"] == launch:
-            try:
+            with suppress(ValueError):  # it has just ended
                 found[actor["name"]] = ray.get_actor(actor["name"], namespace=launch)
-            except ValueError:
-                continue  # it has just ended
     return found
 
 
@@ -150,10 +147,8 @@ def ask(references: Mapping[Key, Any], *, num_bytes: int = 0) -> dict[Key, Any]:
     ready, _ = ray.wait(list(keys), num_returns=len(keys), timeout=timeout_s) if keys else ([], [])
     answers = {}
     for reference in ready:
-        try:
+        with suppress(RayError):  # a dead actor raises one of several kinds
             answers[keys[reference]] = ray.get(reference)
-        except RayError:  # a dead actor raises one of several kinds
-            continue
     return answers
 
 

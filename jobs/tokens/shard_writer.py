@@ -7,7 +7,7 @@ sidecar matches the task and the bytes is not written again; so a killed job con
 import hashlib
 import json
 import tempfile
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -81,15 +81,13 @@ class ChunkWriter:
         return RESULT.dump_json(result)
 
     def _finished(self, sidecar: str, made_of: dict[str, str]) -> ChunkResult | None:
-        try:
+        with suppress(NotFoundError, ValueError):  # or the sidecar was cut off on a disk that lost power
             values = json.loads(self.store.read_bytes(sidecar))
-            if values["made_of"] != made_of:
-                return None
             result = RESULT.validate_python(values["result"])
-            is_stored = all(file_sha256(self.store, shard.file) == shard.sha256 for shard in result.shards)
-        except (NotFoundError, ValueError):  # or the sidecar was cut off on a disk that lost power
-            return None
-        return result if is_stored else None
+            are_whole = (file_sha256(self.store, shard.file) == shard.sha256 for shard in result.shards)
+            if values["made_of"] == made_of and all(are_whole):
+                return result
+        return None
 
     def _write(
         self, chunk: Chunk, digest: str, codes: bytes, tokenizer: Tokenizer, encoder: PlainEncoder

@@ -81,10 +81,9 @@ class _Watcher:
             self._annotator.close()
 
     def look(self) -> None:
-        try:
+        lines: list[Line] = []
+        with suppress(StorageError):  # an outage, which the run itself reports
             lines = self._tail.read()
-        except StorageError:  # an outage, which the run itself reports
-            lines = []
         for number, line in enumerate(lines, start=len(self._tail.ledger.lines) - len(lines)):
             self._figures.add(line)
             self._curves.add(line)

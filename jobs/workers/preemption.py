@@ -6,7 +6,7 @@ A notice reaches one process; every rank acts on it at the end of the same step.
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import IntEnum
 from typing import Any
 
@@ -67,12 +67,10 @@ class Notices:
     def _look_for_request(self) -> None:
         pause_s = _REMOTE_POLL_S if self._run.local_path("") is None else _LOCAL_POLL_S
         while not self._closed.wait(pause_s):
-            try:
+            with suppress(StorageError):  # an outage; a request is found after it
                 if self._run.exists(STOP_REQUESTED):
                     self._stop_requested.set()
                     return
-            except StorageError:
-                continue  # an outage; a request is found after it
 
 
 @contextmanager
