@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import StrMethodFormatter
 
 from cluster.settings.parser import ConfigError
 from cluster.settings.run import RunConfig
@@ -81,7 +81,7 @@ def draw(runs: Sequence[Run]) -> bytes:
     factor, unit = next(((f, u) for f, u in ((1e9, "billion "), (1e6, "million ")) if most >= f), (1.0, ""))
     figure = new_figure(height_inches=4.6)
     axes = titled(figure, "Loss of each run", x=f"{unit}tokens seen", y="loss (nats/token)")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     for number, run in enumerate(runs):
         look: dict[str, Any] = {"color": _COLORS[number], "linestyle": _DASHES[number]}
         steps = run.ledger.steps

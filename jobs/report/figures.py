@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
-from matplotlib.ticker import FuncFormatter, MaxNLocator, StrMethodFormatter
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from jobs.report.theme import ACCENT, PHASES, RESIZE, RESTART, SERIES, TEXT, new_figure, png, style
 from jobs.report.why_slow import shares, why_slow
@@ -171,7 +171,7 @@ def _loss(axes: Axes, ledger: Ledger) -> None:
 
 def _learning_rate(axes: Axes, ledger: Ledger) -> None:
     axes.set_ylabel("learning rate (dimensionless)")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     rates = [line["lr"] for line in ledger.steps]
     axes.plot([line["step"] for line in ledger.steps], rates, ".-", color=SERIES, ms=3, label="learning rate")
     axes.set_ylim(0, 1.1 * max(rates))

@@ -48,10 +48,10 @@ def make_report(run: Storage, *, price: float | None = None, plan: Path | None =
 
 
 def _events(ledger: Ledger) -> str:
-    rows = []
-    for line, name, text in event_rows(ledger):
-        clock = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(line["time"]))
-        rows.append(cells([clock, str(line.get("step", "")), name, text]))
+    rows = [
+        cells([time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(line["time"])), str(line.get("step", "")), name, text])
+        for line, name, text in event_rows(ledger)
+    ]
     return table("Events of the run", ("Time (UTC)", "Step", "Event", "What it says"), rows)
 
 

@@ -17,7 +17,7 @@ from model.checkpoint import load_model
 from model.checkpoint_folder import read_metadata
 from model.probes import TASKS, probe
 
-_LOOKS = {"copy": ("-", "o"), "induction": ("--", "s"), "few-shot": ("-.", "D")}
+_LOOKS = {"copy": ("o-", PHASES[1]), "induction": ("s--", PHASES[4]), "few-shot": ("D-.", PHASES[3])}
 
 
 def probe_run(run: Storage) -> dict[str, Any]:
@@ -52,10 +52,9 @@ def draw(found: list[dict[str, Any]]) -> bytes:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
     steps = [line["step"] for line in found]
-    for number, name in enumerate(TASKS):
-        line, marker = _LOOKS[name]
-        shares = [checkpoint[name] for checkpoint in found]
-        axes.plot(steps, shares, linestyle=line, marker=marker, color=PHASES[(1, 4, 3)[number]], label=name)
+    for name in TASKS:
+        look, color = _LOOKS[name]
+        axes.plot(steps, [checkpoint[name] for checkpoint in found], look, color=color, label=name)
     axes.axhline(0.25, color=TEXT, linewidth=0.8, linestyle=":", label="a guess at few-shot")
     axes.set_ylim(-0.02, 1.02)
     return png(figure)

@@ -7,7 +7,6 @@ from typing import Any
 
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 _WIDTH_INCHES = 9.0
@@ -20,9 +19,7 @@ PHASES = ("#56b4e9", "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#99
 
 
 def new_figure(*, height_inches: float = 3.8) -> Figure:
-    figure = Figure((_WIDTH_INCHES, height_inches), _DOTS_PER_INCH, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure((_WIDTH_INCHES, height_inches), _DOTS_PER_INCH, layout="constrained")
 
 
 def titled(figure: Figure, title: str, *, x: str, y: str) -> Axes:

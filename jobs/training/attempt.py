@@ -63,14 +63,7 @@ class Attempt:
     guard: GuardState  # belongs to `state`
     is_hopeless: bool  # earlier attempts made no progress, or none can: the ledger says why, and nothing else is there
 
-    def __init__(
-        self,
-        plan: RunPlan,
-        group: WorkerGroup,
-        opened: ExitStack,
-        *,
-        signals: Callable[[], object] = lambda: None,
-    ) -> None:
+    def __init__(self, plan: RunPlan, group: WorkerGroup, opened: ExitStack, *, signals: Callable[[], object]) -> None:
         """Begins. `opened` ends the attempt's threads; the next attempt repeats what was not stored by then."""
         self.plan, self.group, config = plan, group, plan.config
         settle_rounding(config)

@@ -42,7 +42,7 @@ def attempt_of(side: str, preset: str, folder: Path) -> Attempt:
     train = {"sample_prompts": [], "seq_len": seq_len, "max_tokens": 10_000 * 4 * seq_len}
     model = {"preset": preset, "n_positions": seq_len, "vocab_size": 300}
     plan = tiny_plan(str(folder / side), tokens_in=str(folder), train=train | SIDES[side], model=model)
-    attempt = Attempt(plan, WorkerGroup(0, 1), ExitStack())
+    attempt = Attempt(plan, WorkerGroup(0, 1), ExitStack(), signals=lambda: None)
     if side == "without":
         attempt.record.timer = Untimed()
     return attempt
