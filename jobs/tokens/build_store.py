@@ -35,6 +35,9 @@ from model.bulk_encoder import bulk_encoder
 from model.tables import read_table
 from model.tokenizer import Tokenizer
 
+_SEAL_INTERVAL_S = 1.0  # between writes of the list of sealed shards, which grows with the store
+_SEAL_SHARE = 0.02  # of the time may go into it
+
 
 def token_store(config: RunConfig) -> Storage:
     """Returns the folder of the token store of `config.data`, finished or not. Needs Ray."""
@@ -119,11 +122,14 @@ class _Builder:
         chunks = plan_chunks(listing.files, cut_files(store, listing.files, self.data), self.data)
         summary = self._select(chunks)
         results = copy_shards(store, listing.token_stores, tokenizer, first_chunk=len(chunks))
-        sealed = _SealedPrefix(store, self._manifest(summary, {}), chunks, results)
+        ready, growing, seal_at_s = [*results], replace(self._manifest(summary, {}), complete=False), 0.0
         for chunk, result in self._write(chunks, is_bulk=is_bulk, dropped=summary.dropped):
             results[chunk] = result
             lease.check()
-            sealed.update()
+            if (start_s := time.monotonic()) >= seal_at_s:
+                self._store_sealed(growing, chunks, results, ready=ready)
+                now_s = time.monotonic()
+                seal_at_s = now_s + max(_SEAL_INTERVAL_S, (now_s - start_s) / _SEAL_SHARE)
         manifest = self._manifest(summary, results)
         if not manifest.shards:
             raise empty_corpus(len(listing.files), manifest.dropped)
@@ -171,6 +177,16 @@ class _Builder:
                 progress.drop({Drop.CONTAMINATED.value: result.contaminated})
                 yield chunk.number, result
 
+    def _store_sealed(
+        self, growing: stored.Manifest, chunks: Sequence[Chunk], results: Mapping[int, ChunkResult], *, ready: list[int]
+    ) -> None:
+        """Stores the list of sealed shards: of each source those before the first chunk that has no result yet, and
+        those of finished stores, which are `ready`."""
+        by_source = groupby(chunks, key=lambda chunk: chunk.source)
+        sealed = [n for _, own in by_source for n in takewhile(results.__contains__, (chunk.number for chunk in own))]
+        shards = stored.in_order(shard for number in [*sealed, *ready] for shard in results[number].shards)
+        self.store.write_bytes(stored.SEALED, replace(growing, shards=shards).to_json())
+
     def _manifest(self, summary: Summary, results: dict[int, ChunkResult]) -> stored.Manifest:
         """Returns the manifest of the results so far, in canonical order."""
         ordered = [results[number] for number in sorted(results)]
@@ -192,32 +208,3 @@ class _Builder:
             replaced_utf8=sum(result.replaced for result in ordered),
             shards=stored.in_order(shard for result in ordered for shard in result.shards),
         )
-
-
-_WRITE_SHARE = 0.02  # of the time may go into rewriting the list, which grows with the store
-_INTERVAL_S = 1.0
-
-
-class _SealedPrefix:
-    """Keeps the stored list of sealed shards current, to a second or so, while results come in any order."""
-
-    def __init__(
-        self, store: Storage, manifest: stored.Manifest, chunks: Sequence[Chunk], results: Mapping[int, ChunkResult]
-    ) -> None:
-        """`results` has those of ready shards, whose numbers follow the chunks', and gets one for each chunk."""
-        self._store = store
-        self._manifest = replace(manifest, complete=False)
-        self._chunks, self._ready, self._results = chunks, list(results), results
-        self._write_after = 0.0
-
-    def update(self) -> None:
-        """Writes the list again, unless it was written just now."""
-        started = time.monotonic()
-        if started < self._write_after:
-            return
-        by_source = groupby(self._chunks, key=lambda chunk: chunk.source)
-        sealed = [n for _, own in by_source for n in takewhile(self._results.__contains__, (c.number for c in own))]
-        shards = stored.in_order(shard for number in [*sealed, *self._ready] for shard in self._results[number].shards)
-        self._store.write_bytes(stored.SEALED, replace(self._manifest, shards=shards).to_json())
-        now = time.monotonic()
-        self._write_after = now + max(_INTERVAL_S, (now - started) / _WRITE_SHARE)
