@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
-from types import FrameType, ModuleType
+from types import ModuleType
 
 from cluster.settings.code_folders import CODE_ROOT
 from jobs.workers.watchdog import Beat, Place, Waits
@@ -49,20 +49,14 @@ class Pulse:
         self._place, self._num_moves = place, self._num_moves + 1
 
     def beat(self) -> Beat:
-        frame = sys._current_frames().get(self._thread_id)
-        stack = traceback.format_stack(frame)[-_NUM_FRAMES:] if frame else []
+        innermost = sys._current_frames().get(self._thread_id)
+        stack = traceback.extract_stack(innermost)[-_NUM_FRAMES:] if innermost else []
+        files, places = [Path(frame.filename) for frame in stack], self._waiting_places.items()
+        waits_for = [waits for waits, modules in places if any(_is_in(file, modules) for file in files)]
         usual = median(list(self._step_s)) if self._step_s else None
-        waits_for = self._waits_for(frame)
         if Waits.WORKERS not in waits_for and self.is_device_waiting():
             waits_for.append(Waits.WORKERS)
-        return Beat(self._place, self._num_moves, usual, waits_for, stack)
-
-    def _waits_for(self, frame: FrameType | None) -> list[Waits]:
-        if frame is None:
-            return []
-        files = [Path(each.f_code.co_filename) for each, _ in traceback.walk_stack(frame)][:_NUM_FRAMES]
-        places = self._waiting_places.items()
-        return [waits for waits, modules in places if any(_is_in(file, modules) for file in files)]
+        return Beat(self._place, self._num_moves, usual, waits_for, traceback.format_list(stack))
 
 
 def _is_in(file: Path, modules: Sequence[ModuleType]) -> bool:
