@@ -15,6 +15,7 @@ from jobs.run.ledger import Ledger, Line
 
 _LANE_PHASES = ("load", "forward", "loss", "backward")
 _APART = ("validation", "checkpoint")
+Faults = Sequence[Mapping[str, Any]]
 FIRST_STEPS = 3
 """The first steps of an attempt, which take longer and are counted with the start."""
 
@@ -31,8 +32,8 @@ class Pace:
     join_s: float  # from asking for a node until training grew
 
 
-def pace(ledger: Ledger, *, stage_s: float, rehearsed: RunConfig, planned: RunConfig, add_step: int | None) -> Pace:
-    """Returns the pace of a rehearsal that took `stage_s`; a step's seconds are scaled to the planned run's lanes."""
+def pace(found: Mapping[str, Any], ledger: Ledger, *, rehearsed: RunConfig, planned: RunConfig) -> Pace:
+    """Returns the pace of the rehearsal `found`; a step's seconds are scaled to the planned run's lanes."""
     lines, last_start = [line for line in ledger.lines if "event" not in line], ledger.events("start")[-1]
     first_of = {line["attempt"]: line["step"] for line in reversed(lines)}
     usual = [line for line in lines if line["step"] >= first_of[line["attempt"]] + FIRST_STEPS]
@@ -45,13 +46,14 @@ def pace(ledger: Ledger, *, stage_s: float, rehearsed: RunConfig, planned: RunCo
     # A recovery lasts until the first step after it is done; the run's first steps count as the start.
     begun = {attempt: step + (FIRST_STEPS if attempt == 1 else 1) for attempt, step in first_of.items()}
     inside_s = sum(line["wall_s"] for line in lines if line["step"] >= begun[line["attempt"]])
+    add_step = _step_of(found["rehearsed_faults"], "add")
     joining = [] if add_step is None else [n for n in lines if add_step < n["step"] <= last_start["step"]]
     whole = [line for line in lines if line["world_size"] == max(step_s)]
     return Pace(
         step_s=step_s,
         validation_s=_mean_of(whole, "validation"),
         checkpoint_s=_mean_of(whole, "checkpoint"),
-        around_s=stage_s - inside_s - sum(recovery_s),
+        around_s=found["stage_s"]["train"] - inside_s - sum(recovery_s),
         recovery_s=recovery_s,
         join_s=sum(line["wall_s"] for line in joining),
     )
@@ -79,15 +81,8 @@ def predict(found: Mapping[str, Any], ledger: Ledger, *, rehearsed: RunConfig, p
     start_s = stage_s["evaluate"] - evaluation["tokens"] / evaluation["tokens_per_s"]  # as of any job
     more_text = found["source_bytes"] / found["rehearsed_bytes"]
     stage_s["tokenize"] = start_s + (stage_s["tokenize"] - start_s) * more_text
-    kill_step, add_step = (_step_of(found["faults"], kind) for kind in ("kill", "add"))
-    measured = pace(
-        ledger,
-        stage_s=found["stage_s"]["train"],
-        rehearsed=rehearsed,
-        planned=planned,
-        add_step=_step_of(found["rehearsed_faults"], "add"),
-    )
-    stage_s["train"] = _training_s(measured, planned, rehearsed, kill_step=kill_step, add_step=add_step)
+    measured = pace(found, ledger, rehearsed=rehearsed, planned=planned)
+    stage_s["train"] = _training_s(measured, found["faults"], rehearsed=rehearsed, planned=planned)
     largest = max(measured.step_s)
     tokens = batch_schedule(planned).step_tokens(max_steps(planned))
     return {
@@ -105,9 +100,8 @@ def predict(found: Mapping[str, Any], ledger: Ledger, *, rehearsed: RunConfig, p
     }
 
 
-def _training_s(
-    measured: Pace, planned: RunConfig, rehearsed: RunConfig, *, kill_step: int | None, add_step: int | None
-) -> float:
+def _training_s(measured: Pace, faults: Faults, *, rehearsed: RunConfig, planned: RunConfig) -> float:
+    kill_step, add_step = (_step_of(faults, kind) for kind in ("kill", "add"))
     num_steps, every = max_steps(planned), planned.train.eval_every_steps
     largest, smallest = measured.step_s[max(measured.step_s)], measured.step_s[min(measured.step_s)]
     few_steps = 0.0  # that the smaller group takes
@@ -126,5 +120,5 @@ def _training_s(
     )
 
 
-def _step_of(faults: Sequence[Mapping[str, Any]], kind: str) -> int | None:
+def _step_of(faults: Faults, kind: str) -> int | None:
     return next((fault["step"] for fault in faults if fault["kind"].startswith(kind)), None)
