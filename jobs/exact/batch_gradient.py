@@ -57,7 +57,7 @@ class BatchGradient:
 
     def _sum_up(self, lends: bool) -> None:
         """Makes what the exact sum needs: its buffers, the sums of a turn, and the exchange between the groups."""
-        config, state, group = self._config, self._state, self._group
+        state, group = self._state, self._group
         mesh, plans = state.mesh, self._plans.values()
         num_buffers = max(plan.num_buffers for plan in plans)
         buffers = [state.gradient]
@@ -75,8 +75,8 @@ class BatchGradient:
             group.streams.append(self._side_work.stream)
         self._sums: LaneSums | ShardSums
         if state.sums_shards:
-            bf16, on_final = config.train.precision == "bf16", self._exchange.exchange
-            self._sums = ShardSums(state, buffers, self._side_work, bf16=bf16, lends=lends, on_final=on_final)
+            on_final = self._exchange.exchange
+            self._sums = ShardSums(state, buffers, self._side_work, lends=lends, on_final=on_final)
         else:
             on_final = self._exchange_beside if group.world_size > 1 else self._exchange.exchange
             self._sums = LaneSums(state, buffers, lends=lends, on_final=on_final)

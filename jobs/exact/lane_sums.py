@@ -59,8 +59,6 @@ class LaneSums:
         in_buffers = [state.by_parameter(buffer) for buffer in buffers]
         self._views = {name: [views[name] for views in in_buffers] for name in self._parameters}
         self._step: LaneStep | None = None
-        self._num_passes: dict[str, int] = {}
-        self._sinks: dict[nn.Parameter, Tensor] = {}
         self._largest = max(self._parameters.values(), key=nn.Parameter.numel)
         self._second: Tensor | None = None
         self._scratch = Scratch()

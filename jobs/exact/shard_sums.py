@@ -33,7 +33,6 @@ class ShardSums:
         buffers: list[Tensor],
         side_work: SideThread | SideStream,
         *,
-        bf16: bool,
         lends: bool,
         on_final: Callable[[int], None],
     ) -> None:
@@ -42,13 +41,13 @@ class ShardSums:
         self._own = end_to_end(state.owned)  # where each bucket's part lies in the buffers
         self._side_work, self._lends, self._on_final = side_work, lends, on_final
         self._parameters, self._final = dict(state.model.named_parameters()), FinalBuckets(layout, self._send)
+        bf16 = state.config.precision == "bf16"
         self._types = [torch.bfloat16 if bf16 and _is_of_blocks(layout, b) else torch.float32 for b in layout.buckets]
         self._stretches = {name: _stretches(layout, place) for name, place in layout.places.items()}
         covered = [sum(len(shared(bucket, place)) for place in layout.places.values()) for bucket in layout.buckets]
         self._has_gaps = [n < len(bucket) for n, bucket in zip(covered, layout.buckets, strict=True)]
         self._pieces: dict[int, Tensor] = {}  # of the buckets that backward has begun
         self._plan: StepPlan | None = None
-        self._turn = self._num_taken = 0
         self._scratch = Scratch()
         self._largest = max(self._parameters.values(), key=nn.Parameter.numel)
         for name, parameter in self._parameters.items():

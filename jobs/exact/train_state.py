@@ -66,7 +66,7 @@ class TrainState:
         self.model, self.device, self.num_updates = model, device, 0
         self.shapes = parameter_shapes(model.config)
         self.layout = layout = FlatLayout.of(self.shapes)
-        self._group, self._config = group, config
+        self._group, self.config = group, config
         self.copies = HostCopies(device)
         in_group = (group_size or group.world_size) if shard in ("gradients", "parameters") else group.world_size
         self.shard: Shard = shard if in_group > 1 else "none"
@@ -126,7 +126,7 @@ class TrainState:
         """Lists the stretches of this rank's places that AdamW treats alike, as views of the flat buffers."""
         decayed, undecayed = range(self.layout.boundary), range(self.layout.boundary, self.layout.size)
         for place, own_place in zip(self.owned, self._own_places, strict=True):
-            for half, weight_decay in ((decayed, self._config.weight_decay), (undecayed, 0.0)):
+            for half, weight_decay in ((decayed, self.config.weight_decay), (undecayed, 0.0)):
                 if stretch := shared(place, half):
                     own = moved(stretch, place.start, own_place.start)
                     count = torch.zeros((), device=self.device)  # of updates, which AdamW's kernel counts up
@@ -143,7 +143,7 @@ class TrainState:
         With a sharded optimizer, the exchange of the weights is phase `sync` of the timer.
         """
         self.copies.wait(timer)
-        grad_clip = self._config.grad_clip
+        grad_clip = self.config.grad_clip
         if grad_clip and norm > grad_clip:
             for _, gradients, *_ in self._updates.values():
                 for gradient in gradients:
@@ -156,8 +156,8 @@ class TrainState:
                 maximize=False,
                 lr=learning_rate,
                 weight_decay=weight_decay,
-                beta1=self._config.beta1,
-                beta2=self._config.beta2,
+                beta1=self.config.beta1,
+                beta2=self.config.beta2,
                 eps=_EPSILON,
             )
         self.num_updates += 1
