@@ -52,13 +52,11 @@ class Selection:
             if kept.size and kept.min() < kept.max():
                 self._val_below = int(kept.max() if counts[HELD_OUT] else kept.min() + np.uint64(1))
                 counts = self._counts()
-        digests = hashlib.sha256()
-        for chunk in range(self._num_chunks):
-            digests.update(self._index(chunk).digest.tobytes().hex().encode())
+        digests = "".join(self._index(chunk).digest.tobytes().hex() for chunk in range(self._num_chunks))
         return Summary(
             documents=int(counts[0] + counts[HELD_OUT]),
             dropped={str(reason): int(counts[code]) for code, reason in enumerate(DROP_CODES) if reason},
-            source_hash=digests.hexdigest(),
+            source_hash=hashlib.sha256(digests.encode()).hexdigest(),
         )
 
     def codes(self, chunk: int) -> Codes:

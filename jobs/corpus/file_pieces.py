@@ -41,10 +41,8 @@ def cut_file(chunk: Chunk, *, store: Storage, data: DataConfig) -> bytes:
         file, parts = chunk.parts[0].file, list[Part]()
         for offset, content in _pieces(file, data):
             name = f"{len(parts):05d}.{file.kind}"
-            folder.write_bytes(name, content)
-            entry = folder.stat(name)
-            assert entry is not None
-            stored = replace(file, uri=join_uri(folder.uri, name), size=len(content), version=entry.version)
+            version = folder.write_bytes(name, content)
+            stored = replace(file, uri=join_uri(folder.uri, name), size=len(content), version=version)
             parts.append(Part(replace(stored, compression=""), 0, len(content), offset, file.uri))
         folder.write_bytes("pieces.json", replace(chunk, parts=parts).to_json().encode())
     return folder.read_bytes("pieces.json")

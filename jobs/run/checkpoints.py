@@ -111,10 +111,8 @@ class RunCheckpoints:
             if folder.name > newest and not verify_checkpoint(folder):
                 self.publish(folder)
         self.check_fence()
-        for place in [self.spool] if self._local is None else [self.spool, self._local]:
-            for path in place.glob(".step-*"):
-                shutil.rmtree(path)
-        for folder in self.spool.glob("step-*"):
+        replaced = [] if self._local is None else self._local.glob(".step-*")
+        for folder in [*self.spool.glob("*step-*"), *replaced]:
             shutil.rmtree(folder)
         self._storage.abort_uploads()
 
