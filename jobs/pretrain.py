@@ -16,7 +16,7 @@ from cluster.output.progress import say
 from cluster.output.result_text import counted
 from cluster.settings.code_folders import code_version
 from cluster.settings.parser import ConfigError
-from cluster.settings.run import RunConfig, max_steps, seq_len, to_yaml, with_precision
+from cluster.settings.run import RunConfig, max_steps, run_storage, seq_len, to_yaml, with_precision
 from cluster.stages.stage import stage_main
 from cluster.stages.stage_module import StageFailedError
 from cluster.storage.lease import Lease
@@ -27,7 +27,7 @@ from jobs.ray_train.worker_backend import Drains, NodeLosses, Trainer, WorkerBac
 from jobs.run.checkpoints import RunCheckpoints
 from jobs.run.history import CONFIG_FILE, changed_settings, recorded_config
 from jobs.run.ledger import Ledger
-from jobs.run.run_plan import RunPlan, run_storage
+from jobs.run.run_plan import RunPlan
 from jobs.run.storage_retry import patiently
 from jobs.run.writer_generation import Fence
 from jobs.snapshots.keepers import Keepers

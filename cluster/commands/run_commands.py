@@ -27,7 +27,7 @@ def stage(arguments: argparse.Namespace) -> dict[str, Any]:
     from cluster.local.chaos import Chaos, parse_faults
     from cluster.local.local_cluster import cpus_per_node
     from cluster.settings.flags import config_from_arguments
-    from cluster.settings.run import RunConfig, max_steps
+    from cluster.settings.run import RunConfig, max_steps, run_storage
     from cluster.submission.preflight import check_sources, folders_at
     from jobs.run.history import why_not_resumed
 
@@ -36,8 +36,7 @@ def stage(arguments: argparse.Namespace) -> dict[str, Any]:
     if faults and config.cluster.address is not None:
         raise ConfigError("--chaos kills nodes of the local cluster; leave out --cluster.address")
     check_sources(config.data, folders_at(config.cluster.address))
-    run = open_storage(config.storage.uri).child(f"runs/{config.run_id}")
-    if arguments.command != "tokenize" and (reason := why_not_resumed(run, config)):
+    if arguments.command != "tokenize" and (reason := why_not_resumed(run_storage(config), config)):
         raise ConfigError(reason)
     steps = "" if arguments.command == "tokenize" else f", {max_steps(config):,} steps"
     sources = config.data.source

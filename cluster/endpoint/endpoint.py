@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from cluster.storage.uris import NotFoundError, open_storage
+from cluster.storage.uris import open_storage
 from model.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,12 +39,9 @@ class Endpoint:
         """Returns the endpoint at `url`, else the last one served from this storage. Raises `UserError` without one."""
         if url is not None:
             return cls(url.rstrip("/"), "", *(str(path) if path else None for path in (api_key_file, admin_key_file)))
-        try:
-            return cls(**json.loads(open_storage(storage_uri).read_bytes(_FILE)))
-        except NotFoundError:
-            raise UserError(
-                f"no endpoint was started from {storage_uri}: run `raymill serve latest`, or give --url"
-            ) from None
+        if (content := open_storage(storage_uri).find_bytes(_FILE)) is None:
+            raise UserError(f"no endpoint was started from {storage_uri}: run `raymill serve latest`, or give --url")
+        return cls(**json.loads(content))
 
     @property
     def headers(self) -> dict[str, str]:

@@ -12,8 +12,7 @@ from typing import Any, Self
 from cluster.local.local_cluster import LocalCluster
 from cluster.output.progress import say
 from cluster.settings.parser import ConfigError
-from cluster.settings.run import RunConfig
-from cluster.storage.uris import NotFoundError, open_storage
+from cluster.settings.run import RunConfig, run_storage
 
 _POLL_S = 0.1
 
@@ -50,7 +49,7 @@ class Chaos:
     def __init__(self, faults: Sequence[Fault], *, cluster: LocalCluster | None, config: RunConfig) -> None:
         self._faults = list(faults)
         self._cluster = cluster
-        self._run = open_storage(config.storage.uri).child(f"runs/{config.run_id}")
+        self._run = run_storage(config)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._inject, daemon=True)
 
@@ -87,10 +86,8 @@ class Chaos:
 
     def _attempt_at(self, step: int) -> dict[str, Any] | None:
         """Returns the start event of the current attempt once the run has completed `step`, until then None."""
-        try:
-            lines = [json.loads(line) for line in self._run.read_bytes("ledger.jsonl").split(b"\n")[:-1]]
-        except NotFoundError:
-            return None
+        content = self._run.find_bytes("ledger.jsonl") or b""
+        lines = [json.loads(line) for line in content.split(b"\n")[:-1]]
         steps = [line["step"] for line in lines if "event" not in line]
         starts = [line for line in lines if line.get("event") == "start"]
         return starts[-1] if starts and steps and steps[-1] >= step else None

@@ -131,10 +131,8 @@ class LogReader:
         return Started(**json.loads(self._folder.read_bytes(STARTED)))
 
     def ended(self) -> Ended | None:
-        try:
-            return Ended(**json.loads(self._folder.read_bytes(_ENDED)))
-        except NotFoundError:
-            return None
+        content = self._folder.find_bytes(_ENDED)
+        return None if content is None else Ended(**json.loads(content))
 
     def new_text(self) -> Iterator[str]:
         """Yields what is new since the last call, in pieces of whole lines."""

@@ -15,6 +15,7 @@ from pydantic.functional_serializers import PlainSerializer
 from pydantic.functional_validators import BeforeValidator, model_validator
 
 from cluster.settings.batch_schedule import BatchSchedule
+from cluster.storage.uris import Storage, open_storage
 from model.config import GPTConfig, preset_fields
 from model.processor import Precision
 from model.tables import read_table
@@ -257,6 +258,11 @@ class RunConfig(Settings):
                 f"(train.{batch} x sequence length)"
             )
         return self
+
+
+def run_storage(config: RunConfig) -> Storage:
+    """Returns the folder of the run's ledger, checkpoints and report."""
+    return open_storage(config.storage.uri).child(f"runs/{config.run_id}")
 
 
 def seq_len(config: RunConfig) -> int:

@@ -154,9 +154,7 @@ def stage_main(run: Callable[[Config], dict[str, Any]], root: type[Config]) -> i
 
     def result() -> dict[str, Any]:
         if len(sys.argv) != 2 or "RAY_ADDRESS" not in os.environ:
-            raise ConfigError(
-                "a stage runs in a Ray job, with a file of settings: `raymill` submits it (see --help)"
-            )
+            raise ConfigError("a stage runs in a Ray job, with a file of settings: `raymill` submits it (see --help)")
         config = settled(read_config(Path(sys.argv[1]), root))
         ray.init(log_to_driver=True, logging_level=logging.WARNING)
         return run(config)

@@ -100,6 +100,13 @@ class Storage(ABC):
     def exists(self, key: str) -> bool:
         return self.stat(key) is not None
 
+    def find_bytes(self, key: str) -> bytes | None:
+        """Returns all bytes of the file; None if nothing is stored under the key."""
+        try:
+            return self.read_bytes(key)
+        except NotFoundError:
+            return None
+
     def upload_folder(self, local: Path, key: str, *, last: str | None = None) -> None:
         """Copies a folder's files under `key`, the one called `last` (a manifest) after all others."""
         folder = self.child(key)

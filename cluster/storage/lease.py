@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Self
 
-from cluster.storage.interface import AlreadyExistsError, ConflictError, NotFoundError, Storage, StorageError, join_uri
+from cluster.storage.interface import AlreadyExistsError, ConflictError, Storage, StorageError, join_uri
 from cluster.storage.process_identity import ProcessIdentity
 
 _LOG = logging.getLogger(__name__)
@@ -31,21 +31,14 @@ class LeaseLostError(StorageError):
 
 
 @dataclass(frozen=True)
-class Holder:
-    """The stored content. `owner` is random; `host` and `since` are for people."""
+class Holder(ProcessIdentity):
+    """The stored content: a process, with a random `owner`; `host` and `since` are for people."""
 
     owner: str
     generation: int  # grows by one at each take-over
     host: str
-    machine: str  # these three: see ProcessIdentity
-    pid: int
-    started_s: float
     since: str
     beat: int = 0
-
-    @property
-    def process(self) -> ProcessIdentity:
-        return ProcessIdentity(self.machine, self.pid, self.started_s)
 
 
 class Lease:
@@ -65,8 +58,13 @@ class Lease:
         self._uri = join_uri(storage.uri, key)
         self._interval_s = interval_s
         self._timeout_s = timeout_s
-        since, process = time.strftime("%Y-%m-%d %H:%M:%S %Z"), asdict(ProcessIdentity.of())
-        self._me = Holder(secrets.token_hex(8), generation=1, host=socket.gethostname(), since=since, **process)
+        self._me = Holder(
+            **asdict(ProcessIdentity.of()),
+            owner=secrets.token_hex(8),
+            generation=1,
+            host=socket.gethostname(),
+            since=time.strftime("%Y-%m-%d %H:%M:%S %Z"),
+        )
         self._version = ""
         self._lost: LeaseLostError | None = None
         self._renewing = threading.Lock()
@@ -155,16 +153,16 @@ def living_holder(storage: Storage, key: str, *, timeout_s: float) -> Holder | N
     found = _held(storage, key)
     if found is None:
         return None
-    process = found[0].process
-    is_alive = not process.is_gone() and (process.is_here or _is_renewed(storage, key, found, timeout_s=timeout_s))
-    return found[0] if is_alive else None
+    holder = found[0]
+    is_alive = not holder.is_gone() and (holder.is_here or _is_renewed(storage, key, found, timeout_s=timeout_s))
+    return holder if is_alive else None
 
 
 def _is_renewed(storage: Storage, key: str, found: tuple[Holder, str], *, timeout_s: float) -> bool:
     """Says whether the holder renews its lease within `timeout_s`: not if its process is gone, or the lease."""
     holder, version = found
     deadline_s = time.monotonic() + timeout_s
-    while time.monotonic() < deadline_s and not holder.process.is_gone():
+    while time.monotonic() < deadline_s and not holder.is_gone():
         time.sleep(min(_LOOK_S, timeout_s / 20))
         entry = storage.stat(key)
         if entry is None or entry.version != version:
@@ -180,16 +178,12 @@ def _held(storage: Storage, key: str) -> tuple[Holder, str] | None:
     try:
         return Holder(**json.loads(content)), version
     except (ValueError, TypeError):  # cut off by a power loss: it is watched and then replaced
-        return Holder("", 0, "an unknown host", "", 0, 0.0, "an unknown time"), version
+        return Holder("", 0, 0.0, owner="", generation=0, host="an unknown host", since="an unknown time"), version
 
 
 def read_with_version(storage: Storage, key: str) -> tuple[bytes, str | None]:
     """Returns content and version of one and the same write; no bytes and None if there is no such file."""
-    while (entry := storage.stat(key)) is not None:
-        try:
-            content = storage.read_bytes(key)
-        except NotFoundError:
-            break
+    while (entry := storage.stat(key)) and (content := storage.find_bytes(key)) is not None:
         if storage.stat(key) == entry:
             return content, entry.version
     return b"", None

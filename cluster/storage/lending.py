@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
-from cluster.storage.uris import NotFoundError, Storage, StorageError
+from cluster.storage.uris import Storage, StorageError
 
 LENT_FILE = "lent.json"
 POLL_S = 1.0
@@ -36,10 +36,8 @@ def give_back(run: Storage) -> None:
 
 
 def read_loan(run: Storage) -> Loan | None:
-    try:
-        return Loan(**json.loads(run.read_bytes(LENT_FILE)))
-    except NotFoundError:
-        return None
+    content = run.find_bytes(LENT_FILE)
+    return None if content is None else Loan(**json.loads(content))
 
 
 class Lender:

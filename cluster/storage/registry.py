@@ -180,10 +180,8 @@ def _candidates(reference: str, storage_uri: str) -> tuple[Iterable[str], str]:
 
 def metadata_of(checkpoint: str) -> Metadata | None:
     """Returns where the checkpoint's weights come from; None if it is gone, such as with its run's folder."""
-    try:
-        return Metadata(**json.loads(open_storage(checkpoint).read_bytes("raymill.json")))
-    except NotFoundError:
-        return None
+    content = open_storage(checkpoint).find_bytes("raymill.json")
+    return None if content is None else Metadata(**json.loads(content))
 
 
 def _loss(metadata: Metadata | None) -> str:

@@ -8,10 +8,10 @@ from typing import Any
 from cluster.local.jobs_api import ClusterError, JobsApi, ray_token
 from cluster.output.job_log import Ended, LogReader, Started, launches
 from cluster.settings.parser import ConfigError
-from cluster.settings.run import RunConfig
+from cluster.settings.run import RunConfig, run_storage
 from cluster.stages.run_mirrored import SILENCE_S, lease_key
 from cluster.storage.lease import living_holder
-from cluster.storage.uris import Storage, open_storage
+from cluster.storage.uris import Storage
 from cluster.submission.backend import JobBackend
 from cluster.submission.record import Backend, JobRecord, JobState, read_record, write_record
 from model.errors import UserError
@@ -52,7 +52,7 @@ def backend_at(
 
 def living_job(config: RunConfig, stage: str, token_file: Path | None) -> JobView | None:
     """Returns the job of this stage that the run has now, if any. Raises `UserError` if the run has another job."""
-    view = view_job(_run(config), token_file)
+    view = view_job(run_storage(config), token_file)
     if view is None or not view.state.is_live:
         return None
     if view.record.stage != stage:
@@ -66,7 +66,7 @@ def living_job(config: RunConfig, stage: str, token_file: Path | None) -> JobVie
 def submit_job(config: RunConfig, stage: str, backend: JobBackend, token_file: Path | None) -> tuple[JobView, bool]:
     """Returns the run's job and whether it is new: of several submissions at once, one starts a job. A job that has
     ended is followed by another one, which resumes the run. Raises `UserError` if the job is refused."""
-    run = _run(config)
+    run = run_storage(config)
     while True:
         found = read_record(run)
         number, version = (found[0].number + 1, found[1]) if found else (1, None)
@@ -84,10 +84,6 @@ def submit_job(config: RunConfig, stage: str, backend: JobBackend, token_file: P
     if started != record:
         write_record(run, started, replaces=taken)
     return JobView(JobState.PENDING, started, None, None), True
-
-
-def _run(config: RunConfig) -> Storage:
-    return open_storage(config.storage.uri).child(f"runs/{config.run_id}")
 
 
 def view_job(run: Storage, token_file: Path | None) -> JobView | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.storage.lease import LeaseLostError
-from cluster.storage.uris import AlreadyExistsError, ConflictError, NotFoundError, Storage, StorageError
+from cluster.storage.uris import AlreadyExistsError, ConflictError, Storage, StorageError
 from jobs.run.storage_retry import Outage, node_spool, patiently
 from jobs.run.writer_generation import Fence
 
@@ -193,7 +193,7 @@ class Ledger:
     @classmethod
     def read(cls, run: Storage) -> "Ledger":
         """Reads a run's ledger, empty where there is none, without an unfinished last line."""
-        return cls.parse(_stored(run))
+        return cls.parse(run.find_bytes(LEDGER) or b"")
 
     @classmethod
     def parse(cls, content: bytes) -> "Ledger":
@@ -286,13 +286,6 @@ class LedgerTail:
         return new
 
 
-def _stored(run: Storage) -> bytes:
-    try:
-        return run.read_bytes(LEDGER)
-    except NotFoundError:
-        return b""
-
-
 def _version(run: Storage) -> str | None:
     entry = run.stat(LEDGER)
     return entry.version if entry else None
@@ -303,7 +296,7 @@ def _spooled(run: Storage, *, generation: int) -> Path:
 
     Each writer has its own file: a stale writer may still be appending to its own.
     """
-    stored, spool = _stored(run), node_spool(run)
+    stored, spool = run.find_bytes(LEDGER) or b"", node_spool(run)
     left = {path: path.read_bytes() for path in spool.glob("ledger-*")}
     begun = max([content for content in left.values() if content.startswith(stored)], key=len, default=stored)
     path = spool / f"ledger-{generation:04d}.jsonl"

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from functools import partial
 
-from cluster.settings.run import RunConfig, max_steps, seq_len
+from cluster.settings.run import RunConfig, max_steps, run_storage, seq_len
 from cluster.storage.uris import Storage, open_storage
 from jobs.tokens.token_store import Split, TokenStoreError
 from jobs.tokens.token_stream import TokenStream
@@ -33,11 +33,6 @@ class RunPlan:
     @property
     def last_step(self) -> int:
         return self.until or max_steps(self.config)
-
-
-def run_storage(config: RunConfig) -> Storage:
-    """Returns the folder of the run's ledger, checkpoints and report."""
-    return open_storage(config.storage.uri).child(f"runs/{config.run_id}")
 
 
 def check_writer(run: Storage) -> None:

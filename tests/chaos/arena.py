@@ -15,11 +15,10 @@ import psutil
 
 from cluster.local.local_cluster import LocalCluster
 from cluster.settings.flags import validate_config
-from cluster.settings.run import RunConfig, max_steps
+from cluster.settings.run import RunConfig, max_steps, run_storage
 from cluster.stages.stage import Connection, run_stage
 from cluster.storage.uris import open_storage
 from jobs.run.ledger import Ledger
-from jobs.run.run_plan import run_storage
 from tests.jobs.corpora import number_texts
 from tests.time_limits import limit_s
 

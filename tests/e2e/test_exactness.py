@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 
 from cluster.local.chaos import Chaos, parse_faults
-from cluster.settings.run import ClusterConfig, RunConfig
+from cluster.settings.run import ClusterConfig, RunConfig, run_storage
 from cluster.stages.stage import Connection, connected, run_stage
 from jobs.proof.replay_run import replay
-from jobs.run.run_plan import run_storage
 from tests.e2e.tiny_runs import losses, tiny_run
 from tests.jobs.corpora import number_texts
 

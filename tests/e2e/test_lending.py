@@ -14,13 +14,12 @@ import pytest
 from cluster.cli import main
 from cluster.endpoint.endpoint import deploy
 from cluster.local.local_cluster import free_port
-from cluster.settings.run import ClusterConfig, StorageConfig
+from cluster.settings.run import ClusterConfig, StorageConfig, run_storage
 from cluster.settings.serve import EngineConfig, ReplicaConfig, ServeConfig
 from cluster.stages.stage import Connection, connected, run_stage
 from cluster.storage.lending import Loan, read_loan
 from cluster.storage.registry import resolve_checkpoint
 from jobs.run.ledger import Ledger
-from jobs.run.run_plan import run_storage
 from model.checkpoint import load_model
 from model.tokenizer import load_tokenizer
 from tests.e2e.tiny_runs import tiny_run

@@ -9,10 +9,9 @@ import pytest
 
 from cluster.local.local_cluster import cpus_per_node
 from cluster.settings.flags import validate_config
-from cluster.settings.run import RunConfig
+from cluster.settings.run import RunConfig, run_storage
 from cluster.stages.stage import Connection, connected, run_stage
 from jobs.run.ledger import Ledger
-from jobs.run.run_plan import run_storage
 from model.checkpoint_folder import read_metadata
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]

@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from cluster.settings.flags import validate_config
-from cluster.settings.run import RunConfig, max_steps
+from cluster.settings.run import RunConfig, max_steps, run_storage
 from jobs.run.ledger import Ledger
-from jobs.run.run_plan import run_storage
 
 SEQ_LEN = 32
 

@@ -13,11 +13,11 @@ import yaml
 from ray.job_submission import JobStatus
 
 from cluster.settings.flags import validate_config
-from cluster.settings.run import RunConfig, write_config
+from cluster.settings.run import RunConfig, run_storage, write_config
 from cluster.storage.uris import open_storage
 from jobs.run.history import recorded_config
 from jobs.run.ledger import Ledger
-from jobs.run.run_plan import RunPlan, run_storage
+from jobs.run.run_plan import RunPlan
 from jobs.training.train_loop import train
 from model.tokenizer import train_bpe
 from tests.jobs.runs import make_store, make_text

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from cluster.settings.run import run_storage
 from jobs.proof.diff_runs import diff
 from jobs.report.why_slow import why_slow
 from jobs.run.ledger import Ledger
-from jobs.run.run_plan import run_storage
 from tests.jobs.insight_worlds import NUM_STEPS, SLOW_BY_S, WORLDS, plan_of
 from tests.repository import REPOSITORY
 from tests.time_limits import limit_s

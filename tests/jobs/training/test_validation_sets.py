@@ -125,7 +125,7 @@ def test_each_set_becomes_a_store_of_its_own_or_is_refused(tmp_path: Path, monke
     stores = validation_stores(config, tokenizer_uri="/t/tokenizer.json")
     assert stores == {"good": open_storage(str(tmp_path / "tokens" / "1")).uri}
     data = asked[0].data
-    assert (data.source, data.weights, data.val_fraction) == ("/good.txt", [], 0.0)
+    assert (data.source, data.weights, data.val_fraction) == (["/good.txt"], [], 0.0)
     assert (data.tokenizer, data.text_field, data.dedup) == ("/t/tokenizer.json", "body", True)
     assert asked[0].storage == config.storage
 
