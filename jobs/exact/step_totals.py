@@ -24,13 +24,6 @@ class Measured(NamedTuple):
     norm: float  # of the gradient
 
 
-class Measured(NamedTuple):
-    """The figures of a step's whole batch, equal on every rank."""
-
-    loss: float  # nats per token
-    norm: float  # of the gradient
-
-
 class StepTotals:
     """Gathers what all ranks have, and with it the proof that every message of the step has arrived."""
 
