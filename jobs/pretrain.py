@@ -37,12 +37,14 @@ from jobs.tokens.train_tokenizer import ensure_tokenizer
 from jobs.training.background_tokenizing import tokenizing, wait_for_first_rows
 from jobs.training.train_worker import train_worker
 from jobs.training.validation import check_prompts
+from jobs.warm_start import begin, like_its_source
 from jobs.watching.run_watcher import watching
 from jobs.workers.failures import one_line
 from jobs.workers.precision import workers_precision
 from jobs.workers.preemption import stopping_on_sigterm
 from jobs.workers.rendezvous import meeting_place
 from model.tables import read_table
+from model.tokenizer import Tokenizer
 
 
 def validation_stores(config: RunConfig, *, tokenizer_uri: str) -> dict[str, str]:
@@ -70,6 +72,7 @@ def pretrain(config: RunConfig) -> dict[str, Any]:
     Raises `ConfigError` when `run_id` names a run with other settings or a prompt cannot be continued, `LeaseHeldError`
     when another launcher is training it, `StageFailedError` when the run gave up.
     """
+    config = like_its_source(config)
     tokenizer, tokenizer_uri = ensure_tokenizer(config)
     check_prompts(config, tokenizer)
     tokens = token_store(config)
@@ -81,7 +84,7 @@ def pretrain(config: RunConfig) -> dict[str, Any]:
     config = config.model_copy(update={"model": model})
     run, storage = run_storage(config), open_storage(config.storage.uri)
     with Lease(run) as lease:
-        config = _enter(run, config)
+        config = _enter(run, config, tokenizer)
         plan = RunPlan(
             config=config,
             tokens_uri=tokens.uri,
@@ -106,8 +109,9 @@ def pretrain(config: RunConfig) -> dict[str, Any]:
         return _figures(run, ledger, checkpoint)
 
 
-def _enter(run: Storage, config: RunConfig) -> RunConfig:
-    """Records a new run's settings, or checks that a resumed run has the same ones. Returns them with its precision."""
+def _enter(run: Storage, config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
+    """Records a new run's settings and the weights that it begins from, or checks that a resumed run has the same
+    settings. Returns them with its precision."""
     if run.exists(CONFIG_FILE):
         if changed := changed_settings(run, config):
             raise ConfigError(f"run {config.run_id} has other settings: {'; '.join(changed)}. Choose another --run-id")
@@ -116,6 +120,8 @@ def _enter(run: Storage, config: RunConfig) -> RunConfig:
         return with_precision(config, precision)
     if config.train.precision == "auto":
         config = with_precision(config, workers_precision(config.scaling))
+    if config.train.init_from:
+        begin(run, config, tokenizer)
     run.write_bytes(CONFIG_FILE, to_yaml(config).encode())
     return config
 

@@ -96,7 +96,7 @@ def descriptions(config: GPTConfig, tokenizer: Tokenizer, metadata: checkpoint_f
     return {
         "config.json": _json(config_to_hf(config, eot_id=tokenizer.eot_id)),
         "tokenizer.json": tokenizer.to_json(),
-        "tokenizer_config.json": _json(tokenizer_config_to_hf(config)),
+        "tokenizer_config.json": _json(tokenizer_config_to_hf(config, end_of_text=tokenizer.end_of_text)),
         "raymill.json": _json(dataclasses.asdict(metadata)),
     }
 

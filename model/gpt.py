@@ -1,4 +1,5 @@
-"""GPT-2 in one file, in order of composition: projection, attention, feed-forward, block, decoder, loss.
+"""GPT-2 in one file, in order of composition: projection, attention, feed-forward, block, decoder, loss. What Llama has
+in place of its blocks is in `model.llama`.
 
 Shapes: B sequences, T tokens of each, C = n_embd, H heads of width D = C / H, V vocabulary, N = B x T.
 
@@ -7,66 +8,19 @@ Parameters have the names and the layout of Hugging Face's GPT2LMHeadModel, so t
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.attention import Mask, attention, document_mask, document_positions
 from model.config import GPTConfig
 from model.kv_cache import Cache, Window
-from model.operations import PLAIN, Operations
+from model.llama import Llama
+from model.operations import PLAIN, Operations, embedding
 from model.shapes import CHUNK_TOKENS, GPU_CHUNK_TOKENS, parameter_shapes
 
-
-class Documents(NamedTuple):
-    """The documents in rows of tokens, for attention without a mask: B x T tokens end to end are so many sequences."""
-
-    starts: Tensor  # (documents + 1,), int32: where each begins, and the end; the last may be empty
-    longest: int  # tokens, at most
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Returns what each token sees of its own document, up to itself; all are (B, T, H, D). CUDA, fp16 or bf16."""
-        from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415 (takes seconds, which a CPU need not wait)
-
-        q_flat, k_flat, v_flat = (part.flatten(0, 1) for part in (q, k, v))  # (B x T, H, D)
-        lengths = (self.starts, self.starts, self.longest, self.longest)
-        y = varlen_attn(q_flat, k_flat, v_flat, *lengths, window_size=(-1, 0))  # causal
-        assert isinstance(y, Tensor)
-        return y.view(q.shape)
-
-
-Mask = Tensor | Documents | None
-"""What a token may see of its row: where a mask (B, 1, T, T) is true, its own document, or, without one, all before it.
-"""
-
-
-def document_positions(token_ids: Tensor, *, eot_id: int) -> Tensor:
-    """Returns positions (B, T) for token_ids (B, T), which restart at 0 at each end-of-text token.
-
-    An end-of-text token is the last target of its document and the first input of the next one: a document's first
-    token is predicted from it alone, as in text generated without a prompt. A row may start in a document's middle.
-    """
-    places = torch.arange(token_ids.shape[1], device=token_ids.device)  # (T,)
-    return places - torch.where(token_ids == eot_id, places, 0).cummax(dim=1).values
-
-
-def document_mask(positions: Tensor) -> Tensor:
-    """Returns the attention mask (B, 1, T, T) of documents at `positions` (B, T), true where a token sees another."""
-    places = torch.arange(positions.shape[1], device=positions.device)  # (T,)
-    starts = places - positions
-    same = starts[:, :, None] == starts[:, None, :]  # (B, T, T)
-    return (same & (places <= places[:, None]))[:, None]
-
-
-def packed_documents(positions: Tensor) -> Documents:
-    """Returns the documents at `positions` (B, T), on a CPU, as the number of documents decides a shape. Empty ones
-    make that a power of two, so that a compiled model meets few shapes."""
-    begins = (positions == 0).flatten().nonzero().flatten()
-    size = max(64, 1 << (len(begins) - 1).bit_length())
-    starts = torch.full((size + 1,), positions.numel(), dtype=torch.int32)
-    starts[: len(begins)] = begins
-    return Documents(starts, positions.shape[1])
+_INTO_THE_STREAM = ("c_proj.weight", "o_proj.weight", "down_proj.weight")
 
 
 class Projection(nn.Module):
@@ -96,19 +50,9 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: Tensor, window: Window | None, mask: Mask) -> Tensor:
         B, T, C = x.shape  # noqa: N806
         q, k, v = (part.view(B, T, self.n_head, C // self.n_head) for part in self.c_attn(x).split(C, dim=2))
-        y = self._attend(q, k, v, window, mask)  # (B, T, H, D)
-        return F.dropout(self.c_proj(y.reshape(B, T, C)), self.dropout, self.training)
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, window: Window | None, mask: Mask) -> Tensor:
-        """Scores are scaled by 1 / sqrt(D)."""
-        if isinstance(mask, Documents):
-            return mask.attend(q, k, v)
-        q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, H, T, D)
-        if window is not None:
-            return window.attend(self.layer, q, k, v).transpose(1, 2)
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
-        return y.transpose(1, 2)
+        y = attention(q, k, v, layer=self.layer, window=window, mask=mask, dropout=dropout)  # (B, T, H, D)
+        return F.dropout(self.c_proj(y.reshape(B, T, C)), self.dropout, self.training)
 
 
 class MLP(nn.Module):
@@ -140,13 +84,13 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, window: Window | None, mask: Mask) -> Tensor:
-        x = x + self.attn(self.ln_1(x), window, mask)
+        return self.fed_forward(self.attended(x, window, mask))
+
+    def attended(self, x: Tensor, window: Window | None, mask: Mask) -> Tensor:
+        return x + self.attn(self.ln_1(x), window, mask)
+
+    def fed_forward(self, x: Tensor) -> Tensor:
         return x + self.mlp(self.ln_2(x))
-
-
-def embedding(num_rows: int, width: int) -> nn.Embedding:
-    """Returns an uninitialized embedding; nn.Embedding's own constructor would draw random numbers."""
-    return nn.Embedding.from_pretrained(torch.empty(num_rows, width), freeze=False)
 
 
 class Transformer(nn.Module):
@@ -171,35 +115,55 @@ class Transformer(nn.Module):
 
 def initial_weights(config: GPTConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
     """Yields GPT-2's initial weights, one parameter after the other: normal, biases zero, and the projections that end
-    in the residual stream scaled by 1 / sqrt(2 x n_layer). The random numbers come from the CPU, so a seed means the
-    same anywhere."""
+    in the residual stream scaled by 1 / sqrt(2 x n_layer); Llama's by the same rule. The random numbers come from the
+    CPU, so a seed means the same anywhere."""
     generator = torch.Generator().manual_seed(seed)
     for name, shape in parameter_shapes(config).items():
         if name.endswith(".bias"):
             yield name, torch.zeros(shape)
-        elif ".ln_" in name:
+        elif ".ln_" in name or name.endswith("norm.weight"):
             yield name, torch.ones(shape)
         else:
-            residual = math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1.0
+            residual = math.sqrt(2 * config.n_layer) if name.endswith(_INTO_THE_STREAM) else 1.0
             yield name, torch.empty(shape).normal_(0.0, config.initializer_range / residual, generator=generator)
 
 
 class GPT(nn.Module):
-    """The decoder. Its weights are uninitialized memory until `init_weights` or `load_state_dict`."""
+    """The decoder, GPT-2 or Llama. Its weights are uninitialized memory until `init_weights` or `load_state_dict`."""
 
     ops: Operations = PLAIN
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.transformer = Transformer(config)
+        if config.architecture == "gpt2":
+            self.transformer = Transformer(config)
+        else:
+            self.model = Llama(config)
         if not config.tie_word_embeddings:
             self.lm_head = embedding(config.vocab_size, config.n_embd)
 
     @property
+    def body(self) -> Transformer | Llama:
+        """All but the output head."""
+        return self.transformer if self.config.architecture == "gpt2" else self.model
+
+    @property
+    def token_embedding(self) -> nn.Embedding:
+        return self.body.wte if isinstance(self.body, Transformer) else self.body.embed_tokens
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.body.h if isinstance(self.body, Transformer) else self.body.layers
+
+    @property
+    def last_norm(self) -> nn.Module:
+        return self.body.ln_f if isinstance(self.body, Transformer) else self.body.norm
+
+    @property
     def head_weight(self) -> Tensor:
         """The output head's weight (V, C), which is the token embedding itself when tied."""
-        return (self.transformer.wte if self.config.tie_word_embeddings else self.lm_head).weight
+        return (self.token_embedding if self.config.tie_word_embeddings else self.lm_head).weight
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -215,7 +179,7 @@ class GPT(nn.Module):
         positions: Tensor | None = None,
         mask: Mask = None,
     ) -> Tensor:
-        """Returns hidden states (B, T, C) after the final LayerNorm, from token_ids (B, T).
+        """Returns hidden states (B, T, C) after the final norm, from token_ids (B, T).
 
         Without a cache each row attends to itself, causally or as `mask` says; `positions` then defaults to 0 … T-1.
         With a cache, the keys and values of the tokens are written at `positions` (B, T), and each token attends to all
@@ -227,7 +191,7 @@ class GPT(nn.Module):
         if kv_cache is not None:
             assert mask is None, "a KV cache makes its own mask"
             window = kv_cache.window(positions)
-        return self.transformer(token_ids, positions, window, mask)
+        return self.body(token_ids, positions, window, mask)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Returns logits (..., V), at least fp32, from hidden (..., C)."""

@@ -1,4 +1,4 @@
-"""Loads a GPT-2 from a folder that Hugging Face's transformers saved."""
+"""Loads a GPT-2 or a Llama from a folder that Hugging Face's transformers saved."""
 
 import json
 from pathlib import Path
@@ -44,18 +44,19 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def normalize_names(weights: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
-    """Returns the weights under `GPT`'s names: older files lack the prefix `transformer.`, store the causal mask as a
-    buffer (`attn.bias`, `attn.masked_bias`), and repeat a tied head."""
+    """Returns the weights under `GPT`'s names: older files lack the prefix, store the causal mask or the rotary
+    frequencies as a buffer, and repeat a tied head."""
+    prefix, tokens = ("transformer.", "wte") if config.architecture == "gpt2" else ("model.", "embed_tokens")
     named = {
-        name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}": tensor
+        name if name.startswith((prefix, "lm_head.")) else f"{prefix}{name}": tensor
         for name, tensor in weights.items()
-        if not name.endswith((".attn.bias", ".attn.masked_bias"))
+        if not name.endswith((".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq"))
     }
     if config.tie_word_embeddings:
         head = named.pop("lm_head.weight", None)
-        if head is not None and not torch.equal(head, named["transformer.wte.weight"]):
+        if head is not None and not torch.equal(head, named[f"{prefix}{tokens}.weight"]):
             raise UnsupportedModelError(
-                "lm_head.weight differs from transformer.wte.weight, but config.json says tie_word_embeddings: true; "
+                f"lm_head.weight differs from {prefix}{tokens}.weight, but config.json says tie_word_embeddings: true; "
                 "set it to false"
             )
     return named

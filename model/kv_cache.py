@@ -1,6 +1,7 @@
 """The keys and values of past tokens, kept so that each new token is read once.
 
-Shapes: L layers, H heads, D = head width, B rows of a call, T new tokens of a row, P positions up to the last new one.
+Shapes: L layers, H heads, G heads of keys and values, D = head width, B rows of a call, T new tokens of a row, P
+positions up to the last new one.
 """
 
 import math
@@ -17,7 +18,7 @@ class Window(Protocol):
     """What the rows of one forward call see of a cache."""
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Writes the new keys and values (B, H, T, D) of `layer`, and returns the attention of the queries (B, H, T, D)
+        """Writes the new keys and values (B, G, T, D) of `layer`, and returns the attention of the queries (B, H, T, D)
         to everything that their rows may see, (B, H, T, D)."""
 
 
@@ -41,11 +42,17 @@ def visible_mask(positions: Tensor, num_positions: int, *, dtype: torch.dtype) -
     return False, mask.masked_fill(~seen, -math.inf)[:, None]
 
 
+def for_each_head(values: Tensor, num_heads: int, *, dim: int) -> Tensor:
+    """Returns keys or values, whose heads G are at `dim`, once for each of so many heads: neighbors share one."""
+    times = num_heads // values.shape[dim]
+    return values if times == 1 else values.repeat_interleave(times, dim)
+
+
 class KVCache:
-    """Keys and values (L, 1, H, max_len, D) of one sequence."""
+    """Keys and values (L, 1, G, max_len, D) of one sequence."""
 
     def __init__(self, config: GPTConfig, *, max_len: int, dtype: torch.dtype, device: torch.device | str) -> None:
-        shape = (config.n_layer, 1, config.n_head, max_len, config.head_dim)
+        shape = (config.n_layer, 1, config.num_kv_heads, max_len, config.head_dim)
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty(shape, dtype=dtype, device=device)
 
@@ -62,10 +69,11 @@ class SequenceWindow:
         self._is_causal, self._mask = visible_mask(positions, self._end, dtype=cache.keys.dtype)
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        pool_keys, pool_values = self._cache.keys[layer], self._cache.values[layer]  # (1, H, max_len, D)
+        pool_keys, pool_values = self._cache.keys[layer], self._cache.values[layer]  # (1, G, max_len, D)
         pool_keys[:, :, self._first : self._end] = keys
         pool_values[:, :, self._first : self._end] = values
-        seen_keys, seen_values = (pool[:, :, : self._end] for pool in (pool_keys, pool_values))
+        seen = (pool[:, :, : self._end] for pool in (pool_keys, pool_values))
+        seen_keys, seen_values = (for_each_head(values, queries.shape[1], dim=1) for values in seen)
         return F.scaled_dot_product_attention(
             queries, seen_keys, seen_values, attn_mask=self._mask, is_causal=self._is_causal
         )

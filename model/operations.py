@@ -23,8 +23,10 @@ class Operations(NamedTuple):
     """(indices, weight (V, C), shared): the rows (..., C); `shared` tells that the output head has the weight too."""
     affine: Callable[[Tensor, Tensor, Tensor], Tensor]
     """(x (N, in), weight (in, out), bias): x @ weight + bias, in autocast's type where that is on."""
+    linear: Callable[[Tensor, Tensor], Tensor]
+    """(x (N, in), weight (out, in)): x @ weight.T, in autocast's type where that is on."""
     block: Callable[..., Tensor]
-    """(block, x (B, T, C), window of a KV cache, mask): what the block makes of x."""
+    """(block, x (B, T, C), window of a KV cache, mask, and what else its kind takes): what the block makes of x."""
     cross_entropy: Callable[..., Tensor]
     """As `linear_cross_entropy`."""
 
@@ -37,12 +39,12 @@ def _affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.addmm(bias, x, weight)
 
 
-def _block(block: nn.Module, x: Tensor, window: Any, mask: Any) -> Tensor:
-    y: Tensor = block(x, window, mask)
+def _block(block: nn.Module, *values: Any) -> Tensor:
+    y: Tensor = block(*values)
     return y
 
 
-PLAIN = Operations(_embed, _affine, _block, linear_cross_entropy)
+PLAIN = Operations(_embed, _affine, F.linear, _block, linear_cross_entropy)
 
 
 def recomputed(ops: Operations) -> Operations:
@@ -60,8 +62,8 @@ def compiled(backend: "str | Callable[..., Any]" = "inductor") -> Operations:
     fused = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend)
     block, chunk = fused(_block), fused(losses_and_gradients)
 
-    def block_in_training(module: nn.Module, x: Tensor, window: Any, mask: Any) -> Tensor:
-        y: Tensor = (block if torch.is_grad_enabled() else _block)(module, x, window, mask)
+    def block_in_training(module: nn.Module, *values: Any) -> Tensor:
+        y: Tensor = (block if torch.is_grad_enabled() else _block)(module, *values)
         return y
 
     return PLAIN._replace(block=block_in_training, cross_entropy=partial(linear_cross_entropy, chunk=chunk))
@@ -72,3 +74,8 @@ def use_operations(model: nn.Module, ops: Operations) -> None:
     for module in model.modules():
         if hasattr(module, "ops"):
             module.__dict__["ops"] = ops
+
+
+def embedding(num_rows: int, width: int) -> nn.Embedding:
+    """Returns an uninitialized embedding; nn.Embedding's own constructor would draw random numbers."""
+    return nn.Embedding.from_pretrained(torch.empty(num_rows, width), freeze=False)

@@ -1,6 +1,7 @@
 """The shape and the bytes of every stage on a batch's way to the loss, and of the weights, from the config alone.
 
-B sequences, T tokens of each, C = n_embd, H heads of width D = C / H, F = ffn_width, V vocabulary, K tokens of a chunk.
+B sequences, T tokens of each, C = n_embd, H heads of width D = C / H, G = kv_width, F = ffn_width, V vocabulary, K
+tokens of a chunk.
 """
 
 import math
@@ -43,20 +44,26 @@ def stages(config: GPTConfig, *, batch_size: int, seq_len: int, bytes_per_value:
     num_tokens = batch_size * seq_len
     chunk = min(CHUNK_TOKENS, num_tokens)
     lengths = _lengths(config) | {"B": batch_size, "T": seq_len, "H": config.n_head, "D": head_dim, "K": chunk}
+    is_llama = config.architecture == "llama"
+    norm, added = ("RMSNorm", "of tokens") if is_llama else ("LayerNorm", "of tokens and positions, added")
+    one = ("block: query, key, value", "B T 3C", small, layers, "")
+    three = [("block: query", "B T C", small, layers, ""), ("block: key, value", "B T G", small, 2 * layers, "")]
+    gate = [("block: feed-forward, gate", "B T F", small, layers, "")]
     rows = [
         ("token ids", "B T", 8, 1, ""),
-        ("embeddings", "B T C", 4, 1, "of tokens and positions, added: the residual stream"),
-        ("block: LayerNorm 1", "B T C", 4, layers, ""),
-        ("block: query, key, value", "B T 3C", small, layers, ""),
+        ("embeddings", "B T C", 4, 1, f"{added}: the residual stream"),
+        (f"block: {norm} 1", "B T C", 4, layers, ""),
+        *(three if is_llama else [one]),
         ("block: each in heads", "B H T D", small, 3 * layers, "a view"),
         ("block: scores", "B H T T", small, layers, f"over sqrt({head_dim}); never whole"),
         ("block: attention", "B H T D", small, layers, ""),
         ("block: projection", "B T C", small, layers, "added to the residual stream"),
-        ("block: LayerNorm 2", "B T C", 4, layers, ""),
+        (f"block: {norm} 2", "B T C", 4, layers, ""),
+        *(gate if is_llama else []),
         ("block: feed-forward, up", "B T F", small, layers, ""),
         (f"block: {config.activation_function}", "B T F", small, layers, ""),
         ("block: feed-forward, down", "B T C", small, layers, "added to the residual stream"),
-        ("last LayerNorm", "B T C", 4, 1, ""),
+        (f"last {norm}", "B T C", 4, 1, ""),
         ("logits", "B T V", 4, 1, "never whole"),
         ("logits, a chunk", "V K", small, -(-num_tokens // chunk), "all of them that exist at a time"),
         ("loss", "", 4, 1, ""),
@@ -68,7 +75,13 @@ def weights(config: GPTConfig) -> list[Stage]:
     """Returns the parameters, in fp32; a block's are listed once and count `n_layer` times."""
     lengths = _lengths(config)
     found = [
-        Stage(name.removeprefix("transformer."), dims, _shape(dims, lengths), 4, config.n_layer if "*" in name else 1)
+        Stage(
+            name.removeprefix("transformer.").removeprefix("model."),
+            dims,
+            _shape(dims, lengths),
+            4,
+            config.n_layer if "*" in name else 1,
+        )
         for name, dims in _parameter_dims(config, layers="*").items()
     ]
     assert sum(stage.times * math.prod(stage.shape) for stage in found) == num_parameters(config)
@@ -82,17 +95,20 @@ def parameter_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _parameter_dims(config: GPTConfig, *, layers: Iterable[object]) -> dict[str, str]:
-    block: dict[str, str] = read_table(__file__, "shapes")["block"]
+    block: dict[str, str] = read_table(__file__, "shapes")[config.architecture]
+    head = {} if config.tie_word_embeddings else {"lm_head.weight": "V C"}
+    if config.architecture == "llama":
+        blocks = {f"model.layers.{layer}.{name}": dims for layer in layers for name, dims in block.items()}
+        return {"model.embed_tokens.weight": "V C"} | blocks | {"model.norm.weight": "C"} | head
     decoder = {"wte.weight": "V C", "wpe.weight": "n_positions C"}
     decoder |= {f"h.{layer}.{name}": dims for layer in layers for name, dims in block.items()}
     decoder |= {"ln_f.weight": "C", "ln_f.bias": "C"}
-    head = {} if config.tie_word_embeddings else {"lm_head.weight": "V C"}
     return {f"transformer.{name}": dims for name, dims in decoder.items()} | head
 
 
 def _lengths(config: GPTConfig) -> dict[str, int]:
-    c = config.n_embd
-    return {"C": c, "3C": 3 * c, "F": config.ffn_width, "V": config.vocab_size, "n_positions": config.n_positions}
+    c, lengths = config.n_embd, {"G": config.kv_width, "V": config.vocab_size, "n_positions": config.n_positions}
+    return lengths | {"C": c, "3C": 3 * c, "F": config.ffn_width}
 
 
 def _shape(dims: str, lengths: Mapping[str, int]) -> tuple[int, ...]:

@@ -18,6 +18,8 @@ from model.checkpoint_folder import CheckpointError, is_hf_folder
 from model.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
+_ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>")
+"""Ours and GPT-2's, and what other byte-level tokenizers call it."""
 
 NORMALIZERS: dict[str, normalizers.Normalizer] = {
     "nfc": normalizers.NFC(),
@@ -45,10 +47,11 @@ class Tokenizer:
                 f"the tokenizer's model and decoder are {pieces[0]} and {pieces[1]}, expected BPE and ByteLevel as in "
                 "GPT-2's: others can't represent every text"
             )
-        eot_id = self.backend.token_to_id(END_OF_TEXT)
-        if eot_id is None:
+        ids = {token: self.backend.token_to_id(token) for token in _ENDS_OF_TEXT}
+        ends = [(token, token_id) for token, token_id in ids.items() if token_id is not None]
+        if not ends:
             raise TokenizerError(f"the tokenizer has no {END_OF_TEXT} token, which ends each document; add it")
-        self.eot_id: int = eot_id
+        self.end_of_text, self.eot_id = ends[0]
         self._content = content
         self.backend.no_truncation()
         self.backend.no_padding()
@@ -97,7 +100,7 @@ class Tokenizer:
         table = {
             token_id: bytes(byte_of[character] for character in token)
             for token, token_id in self.backend.get_vocab(with_added_tokens=False).items()
-            if token != END_OF_TEXT
+            if token != self.end_of_text
         }
         return table | {added["id"]: added["content"].encode() for added in self._content["added_tokens"]}
 

@@ -14,7 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model.gpt import GPT, Block
+from model.gpt import GPT, Block, Transformer
+from model.kv_cache import for_each_head
+from model.llama import LlamaBlock, Rotation
 from model.sampling import SamplingRow, adjusted, distribution, sample
 from model.sampling_params import SamplingParams
 
@@ -94,14 +96,14 @@ class Reader:
         self._model = model
         self._clock = clock
         config, parameter = model.config, next(model.parameters())
-        empty = torch.empty((config.n_head, 0, config.head_dim), dtype=parameter.dtype, device=parameter.device)
+        empty = torch.empty((config.num_kv_heads, 0, config.head_dim), dtype=parameter.dtype, device=parameter.device)
         self._past = [(empty, empty)] * config.n_layer
         self._attention: list[Attention] = []  # of the layers that the present call has reached
 
     @torch.inference_mode()
     def read(self, token_ids: Sequence[int]) -> Reading:
         """Reads the next tokens, at the positions after those read before."""
-        transformer = self._model.transformer
+        body, config = self._model.body, self._model.config
         stages: list[Stage] = []
         self._attention = []
         last_s = self._clock()
@@ -114,17 +116,20 @@ class Reader:
 
         first, device = self._past[0][0].shape[1], self._past[0][0].device
         ids = torch.tensor([token_ids], device=device)  # (1, N)
-        x = transformer.wte(ids)  # (1, N, C)
+        x = self._model.token_embedding(ids)  # (1, N, C)
         done("token embedding", x)
-        x = x + transformer.wpe(torch.arange(first, first + len(token_ids), device=device))
-        done("position embedding", x)
-        for layer, block in enumerate(transformer.h):
-            assert isinstance(block, Block)
-            x = x + block.attn(block.ln_1(x), self, None)
+        positions = torch.arange(first, first + len(token_ids), device=device)
+        rotation = [] if isinstance(body, Transformer) else [Rotation.of(config, positions[None])]
+        if isinstance(body, Transformer):
+            x = x + body.wpe(positions)
+            done("position embedding", x)
+        for layer, block in enumerate(self._model.blocks):
+            assert isinstance(block, Block | LlamaBlock)
+            x = block.attended(x, self, None, *rotation)
             done("attention", self._attention[layer].weights[None], layer=layer)  # (1, H, N, P)
-            x = x + block.mlp(block.ln_2(x))
+            x = block.fed_forward(x)
             done("mlp", x, layer=layer)
-        x = transformer.ln_f(x)
+        x = self._model.last_norm(x)
         done("final norm", x)
         logits = self._model.logits(x)  # (1, N, V)
         done("logits", logits)
@@ -133,9 +138,10 @@ class Reader:
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Returns the attention of the new tokens (1, H, N, D) to themselves and to all tokens read before."""
-        past_keys, past_values = self._past[layer]  # (H, P - N, D)
+        past_keys, past_values = self._past[layer]  # (G, P - N, D)
         seen_keys, seen_values = torch.cat((past_keys, keys[0]), dim=1), torch.cat((past_values, values[0]), dim=1)
-        self._past[layer] = seen_keys, seen_values  # (H, P, D)
+        self._past[layer] = seen_keys, seen_values  # (G, P, D)
+        seen_keys, seen_values = (for_each_head(part, queries.shape[1], dim=0) for part in (seen_keys, seen_values))
         scores = (queries[0] @ seen_keys.transpose(1, 2)).float() / math.sqrt(queries.shape[-1])  # (H, N, P)
         seen = torch.ones(scores.shape[1:], dtype=torch.bool, device=scores.device).tril(past_keys.shape[1])
         weights = scores.masked_fill(~seen, -math.inf).softmax(dim=-1)
@@ -211,7 +217,7 @@ def score(logits: Tensor, token_ids: Sequence[int]) -> list[Candidate]:
 @torch.inference_mode()
 def nearest_tokens(model: GPT, token_ids: Sequence[int], *, num_nearest: int) -> list[list[tuple[int, float]]]:
     """Returns for each token the ids of others whose embeddings point in the most similar directions, with cosines."""
-    table = model.transformer.wte.weight  # (V, C)
+    table = model.token_embedding.weight  # (V, C)
     norms = torch.linalg.vector_norm(table, dim=-1, dtype=torch.float32)  # (V,)
     ids = torch.tensor(token_ids, device=table.device)
     cosines = (table[ids] @ table.T).float() / (norms[ids, None] * norms).clamp(min=1e-12)  # (T, V)

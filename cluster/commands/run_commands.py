@@ -283,4 +283,4 @@ def demo(arguments: argparse.Namespace) -> dict[str, Any]:
 
     from cluster.commands.demo import run_demo
 
-    return run_demo(arguments.storage_uri, keep=arguments.keep)
+    return run_demo(arguments.storage_uri, preset=arguments.preset, keep=arguments.keep)

@@ -113,6 +113,7 @@ class TrainConfig(Settings):
     recompute: bool = False
     exact: bool = True
     seed: int = Field(default=0, ge=0, lt=2**63)
+    init_from: str | None = None
     max_skipped_steps: NonNegativeInt = 3
     max_rollbacks: NonNegativeInt = 3
     spike_factor: NonNegativeFloat = 0.0

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from cluster.settings.run import RunConfig, way_to_compute
 from jobs.exact.gathered_weights import GatheredWeights
+from model.attention import Mask, document_mask, document_positions, packed_documents
 from model.cpu_ops import operations as cpu_ops
-from model.gpt import GPT, Mask, document_mask, document_positions, packed_documents
+from model.gpt import GPT
 from model.operations import PLAIN, compiled, recomputed, use_operations
 
 

@@ -26,7 +26,7 @@ PIECE_VALUES = 16 << 20  # copied at a time from a GPU: 64 MiB of fp32, twice in
 _ALIGNMENT = 16
 
 _BUCKET_UNIT = 16 * BLOCK  # worlds of up to 16 ranks, if a power of two, divide a bucket evenly
-_OF_BLOCK = re.compile(r"transformer\.h\.(\d+)\.")
+_OF_BLOCK = re.compile(r"(?:transformer\.h|model\.layers)\.(\d+)\.")
 _MAX_BUCKET = 384 * _BUCKET_UNIT  # 25 MB of fp32, as DistributedDataParallel's
 
 

@@ -31,7 +31,7 @@ class GatheredWeights:
     def __init__(self, model: GPT, layout: FlatLayout, own_values: Tensor, peers: Peers, *, bf16: bool) -> None:
         """`own_values` has this member's parts of all buckets, end to end."""
         self._layout, self._own_values, self._peers = layout, own_values, peers
-        self._blocks = {id(block): number for number, block in enumerate(model.transformer.h)}
+        self._blocks = {id(block): number for number, block in enumerate(model.blocks)}
         self._side_work = side_work(own_values.device)
         self._parts = [[part_of(b, n, world_size=len(peers)) for b in layout.buckets] for n in range(len(peers))]
         self._held: list[int | None] = [None] * _NUM_SLOTS

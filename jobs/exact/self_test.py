@@ -24,13 +24,16 @@ _EOT = 3
 _SEED = 1
 
 _OPERATIONS = {
-    "ln_f": "the last LayerNorm, or the head's loss",
+    "ln_f": "the last norm, or the head's loss",
+    "model.norm": "the last norm, or the head's loss",
+    "layernorm": "a norm",
     "lm_head": "the head's loss",
     "mlp": "a feed-forward layer",
     "attn": "attention",
-    "ln_": "a LayerNorm",
+    "ln_": "a norm",
     "wpe": "the embedding of positions",
     "wte": "the embedding of tokens, or the head's loss",
+    "embed_tokens": "the embedding of tokens, or the head's loss",
 }
 """By the first part that a parameter's name has: what computes its gradient."""
 
@@ -128,6 +131,7 @@ def _in_tiny(config: RunConfig) -> RunConfig:
         n_positions=64,
         n_layer=2,
         n_head=2,
+        n_kv_head=None if config.model.architecture == "gpt2" else 1,
         n_embd=2 * config.model.head_dim,
         n_inner=None,
         dropout=0.0,

@@ -12,6 +12,7 @@ from cluster.settings.parser import ConfigError
 from cluster.settings.run import FORMER_SETTINGS, RunConfig, max_steps, with_precision
 from cluster.storage.uris import Storage
 from jobs.run.ledger import Ledger, Line
+from model.config import GPTConfig
 
 CONFIG_FILE = "config.yaml"
 ASSUMED_PRICES = {"GPU": 2.0, "CPU": 0.05}  # dollars per hour: round numbers near what clouds ask
@@ -41,6 +42,8 @@ def changed_settings(run: Storage, now: RunConfig) -> list[str]:
     before = recorded_config(run)
     if before.train.precision != "auto":
         now = with_precision(now, before.train.precision)
+    if now.train.init_from and now.model == GPTConfig():  # the shape is that of the weights that it began from
+        now = now.model_copy(update={"model": before.model})
     return [f"{name} was {old}, now {new}" for name, (old, new) in training_differences(before, now).items()]
 
 

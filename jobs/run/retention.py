@@ -33,8 +33,8 @@ def superseded(
     """Returns the checkpoints to delete, oldest first; none before two were verified.
 
     Kept are the newest `keep.num_to_keep`, the `keep.keep_best` of the lowest validation loss, each
-    `keep.keep_every_steps`-th step, the pinned ones, and the two newest verified ones. The `incomplete` remains of a
-    crash are deleted once they are older than those two.
+    `keep.keep_every_steps`-th step, that of step 0 with which a warm start begins, the pinned ones, and the two newest
+    verified ones. The `incomplete` remains of a crash are deleted once they are older than those two.
     """
     names = sorted(complete)
     trusted = [name for name in names if name in verified][-_MIN_VERIFIED:]
@@ -42,7 +42,8 @@ def superseded(
         return []
     losses = {name: loss for name, loss in (val_losses or {}).items() if name in names}
     best = sorted(losses, key=lambda name: (losses[name], name))[: keep.keep_best]
-    kept = {*names[-keep.num_to_keep :], *trusted, *best, *pinned}
+    begun_from = {name for name in names if step_of(name) == 0}
+    kept = {*names[-keep.num_to_keep :], *trusted, *best, *pinned, *begun_from}
     if keep.keep_every_steps:
         kept |= {name for name in names if step_of(name) % keep.keep_every_steps == 0}
     garbage = {name for name in incomplete if name < trusted[0] and name not in pinned}

@@ -14,6 +14,8 @@ from jobs.exact.train_state import TrainState
 from jobs.run.step_timer import StepTimer
 from jobs.workers.worker_group import WorkerGroup
 
+_OF_NORM = {"ln_1": "attn", "ln_2": "mlp", "input_layernorm": "self_attn", "post_attention_layernorm": "mlp"}
+
 
 class LayerStatistics:
     """Measures one step in every `every_steps`; 0 never."""
@@ -72,11 +74,12 @@ class LayerStatistics:
 
 
 def layer_of(parameter: str) -> str:
-    """Returns `wte`, `wpe`, `h.0.attn`, `h.0.mlp` …, `ln_f`; a LayerNorm counts with the layer that it precedes."""
-    parts = parameter.removeprefix("transformer.").split(".")
-    if parts[0] != "h":
+    """Returns `wte`, `wpe`, `h.0.attn`, `h.0.mlp` …, `ln_f`, or of Llama `embed_tokens`, `layers.0.self_attn`,
+    `layers.0.mlp` …, `norm`; a norm counts with the layer that it precedes."""
+    parts = parameter.removeprefix("transformer.").removeprefix("model.").split(".")
+    if parts[0] not in ("h", "layers"):
         return parts[0]
-    return ".".join([*parts[:2], {"ln_1": "attn", "ln_2": "mlp"}.get(parts[2], parts[2])])
+    return ".".join([*parts[:2], _OF_NORM.get(parts[2], parts[2])])
 
 
 def _rounded(values: Tensor) -> list[float]:

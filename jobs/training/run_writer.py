@@ -64,6 +64,10 @@ class RunWriter:
                 f"all checkpoints of {self._plan.run.uri} are damaged: {', '.join(quarantined)}. None was deleted; "
                 "restore one from a copy and remove its file QUARANTINED, or choose another --run-id"
             )
+        if name is None and (source := self._plan.config.train.init_from):
+            raise CheckpointError(
+                f"{self._plan.run.uri} began from {source}; its checkpoint of step 0 is gone: choose another --run-id"
+            )
         self.saving.verified |= {name} if name else set()
         return name
 

@@ -22,14 +22,14 @@ def restore(state: TrainState, stored: StoredTensors) -> None:
     for part, flat in state.parts.items():
         places = [range(state.layout.size)] if len(flat) == state.layout.size else state.owned
         pieces = state.layout.pieces(places)
-        stored.load((_stored_name(part, name), place, at(flat, own)) for name, place, own in pieces)
+        stored.load((stored_name(part, name), place, at(flat, own)) for name, place, own in pieces)
 
 
 def moments_by_name(state: TrainState, flat: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns the whole tensors of a training state, from flat moments (P,)."""
     tensors = {"step": torch.tensor(state.num_updates, dtype=torch.int64)}
     for moment in MOMENTS:
-        tensors |= {_stored_name(moment, name): view for name, view in state.by_parameter(flat[moment]).items()}
+        tensors |= {stored_name(moment, name): view for name, view in state.by_parameter(flat[moment]).items()}
     return tensors
 
 
@@ -41,7 +41,7 @@ def own_stretches(state: TrainState, flat: Mapping[str, Tensor]) -> tuple[dict[s
     for name, place, own in state.layout.pieces(state.owned):
         for part in ("values", *MOMENTS):
             tensors = weights if part == "values" else train_state
-            tensors[stretch_name(_stored_name(part, name), place.start)] = at(flat[part], own)
+            tensors[stretch_name(stored_name(part, name), place.start)] = at(flat[part], own)
     return weights, train_state
 
 
@@ -71,6 +71,6 @@ def fill(flat: Tensor, pieces: Iterator[Tensor]) -> None:
         flat[end : (end := end + len(piece))].copy_(piece)
 
 
-def _stored_name(part: str, parameter: str) -> str:
+def stored_name(part: str, parameter: str) -> str:
     """Returns the name by which a checkpoint has a part of the state's values of a parameter."""
     return parameter if part == "values" else f"{part}.{parameter}"

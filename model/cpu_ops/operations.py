@@ -43,6 +43,31 @@ class _Affine(torch.autograd.Function):
         return grad_x, grad_weight.result(), grad.sum(0, dtype=ctx.bias_dtype), None, None
 
 
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Returns x @ weight.T for x (N, in) and a weight (out, in), in autocast's type where that is on."""
+    if not torch.is_grad_enabled():
+        return F.linear(x, weight)
+    dtype = compute_dtype(x)
+    return _Linear.apply(x.to(dtype), weight, _in_type(weight, dtype), sink_of(weight))
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, w: Tensor, sink: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, w)
+        ctx.sink, ctx.dtype = sink, weight.dtype
+        return x @ w.T
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
+        (grad,) = grads  # (N, out)
+        x, w = ctx.saved_tensors
+        grad_x = grad @ w if ctx.needs_input_grad[0] else None
+        grad_weight = _Sum(w, ctx.sink, dtype=ctx.dtype)
+        grad_weight.add_product(grad.T, x)
+        return grad_x, grad_weight.result(), None, None
+
+
 def embed(indices: Tensor, weight: Tensor, *, shared: bool) -> Tensor:
     """Returns rows (..., C) of a weight (V, C). A `shared` one's sink holds the head's share before backward runs."""
     if not torch.is_grad_enabled():
@@ -186,4 +211,4 @@ def _in_type(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return copy if copy is not None and copy.dtype == dtype else weight.detach().to(dtype)
 
 
-CPU = PLAIN._replace(embed=embed, affine=affine, cross_entropy=cross_entropy)
+CPU = PLAIN._replace(embed=embed, affine=affine, linear=linear, cross_entropy=cross_entropy)

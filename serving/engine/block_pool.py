@@ -68,10 +68,6 @@ class BlockPool:
             if (prefix := self._prefix_of.pop(block, None)) is not None:
                 del self._block_of[prefix]
 
-    def held_once(self, blocks: Sequence[int]) -> list[int]:
-        """Returns those of `blocks` that only one sequence holds."""
-        return [block for block in blocks if self._num_holders[block] == 1]
-
     def _find(self, prompt_ids: Sequence[int]) -> list[int]:
         found: list[int] = []
         for prefix in _prefixes(prompt_ids):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from model.sampling import SamplingRow, sample_batch
 from serving.engine.block_pool import BlockPool
-from serving.engine.messages import Admission, Candidates, FinishReason, SequenceRequest, StepReport, TokenEvent
+from serving.engine.messages import Admission, Candidates, SequenceRequest, StepReport, TokenEvent
 from serving.engine.runner import Reading, Runner
 from serving.engine.scheduler import Chunk, Scheduler, Sequence
 
@@ -97,7 +97,7 @@ class Engine:
             sequence, token_id, logprobs = chunk.sequence, tokens.get(i), None
             if token_id is not None and sequence.request.num_logprobs is not None:
                 [logprobs] = _candidates(logits[i : i + 1], [token_id], sequence.request.num_logprobs)
-            finish_reason = self._scheduler.advance(chunk, token_id) if usable[i] else self._fail(sequence)
+            finish_reason = self._scheduler.advance(chunk, token_id) if usable[i] else self._scheduler.fail(sequence)
             events.append(
                 TokenEvent(
                     sequence.request.seq_id,
@@ -110,10 +110,6 @@ class Engine:
             )
             sequence.prompt_logprobs, sequence.hidden_states = [], []
         return events
-
-    def _fail(self, sequence: Sequence) -> FinishReason:
-        self._runner.clear(self._pool.held_once(sequence.blocks))
-        return self._scheduler.fail(sequence)
 
     def _keep_prompt_logprobs(self, chunk: Chunk, hidden: Tensor) -> None:
         """Keeps the log-probabilities of the prompt tokens that follow a chunk's, from hidden (chunk, C)."""

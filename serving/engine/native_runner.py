@@ -5,29 +5,35 @@ Shapes: N tokens of all readings, M rows, C model width, V vocabulary, W blocks 
 """
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from model.gpt import GPT
+from model.gpt import GPT, Projection, Transformer
+from model.llama import frequencies
 from model.tables import read_table
 from serving.engine.native_library import load_library
 from serving.engine.runner import Reading, Survey
 
 KINDS = {"float32": 0, "bfloat16": 1, "int8": 2}
-ACTIVATIONS = {"gelu": 0, "gelu_exact": 1, "relu": 2}
-NORMS = ("ln_1", "ln_2")  # in the order of decoder.cpp, like the following
-MATRICES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+ACTIVATIONS = {"gelu": 0, "gelu_exact": 1, "relu": 2, "swiglu": 3}
+NORMS = {"gpt2": ("ln_1", "ln_2"), "llama": ("input_layernorm", "post_attention_layernorm")}
+"""In the order of decoder.cpp, like the following."""
+_QKV = [f"self_attn.{part}_proj" for part in "qkv"]
+MATRICES = {
+    "gpt2": (["attn.c_attn"], ["attn.c_proj"], ["mlp.c_fc"], ["mlp.c_proj"]),
+    "llama": (_QKV, ["self_attn.o_proj"], ["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]),
+}
+"""By architecture, those that are one matrix to the kernels, side by side."""
 HEAD, TOKENS = 0, 1  # after the last layer
 
 
 class Shape(ctypes.Structure):
     _fields_: ClassVar = [
-        *((name, ctypes.c_int32) for name in ("layers", "width", "heads", "ffn_width", "vocabulary", "positions")),
-        ("activation", ctypes.c_int32),
-        ("num_blocks", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in ("layers", "width", "heads", "kv_heads", "ffn_width", "vocabulary")),
+        *((name, ctypes.c_int32) for name in ("positions", "activation", "num_blocks")),
         ("epsilon", ctypes.c_float),
     ]
 
@@ -56,6 +62,7 @@ class NativeRunner:
             layers=config.n_layer,
             width=config.n_embd,
             heads=config.n_head,
+            kv_heads=config.num_kv_heads,
             ffn_width=config.ffn_width,
             vocabulary=config.vocab_size,
             positions=config.n_positions,
@@ -63,21 +70,24 @@ class NativeRunner:
             num_blocks=num_blocks,
             epsilon=config.layer_norm_epsilon,
         )
-        positions = _as_float(model.transformer.wpe.weight)
+        body = model.body
+        positions = _as_float(body.wpe.weight if isinstance(body, Transformer) else frequencies(config))
         self._decoder = ctypes.c_void_p(
             self._library.raymill_create(ctypes.byref(shape), KINDS[dtype], threads, positions.data_ptr())
         )
-        weights = dict(model.named_parameters())
-        for layer in range(config.n_layer):
-            at = f"transformer.h.{layer}"
-            for which, name in enumerate(NORMS):
-                self._set_norm(layer, which, weights, f"{at}.{name}")
-            for which, name in enumerate(MATRICES):
-                self._set_matrix(layer, which, weights[f"{at}.{name}.weight"], weights[f"{at}.{name}.bias"])
-        self._set_norm(config.n_layer, 0, weights, "transformer.ln_f")
+        for layer, block in enumerate(model.blocks):
+            for which, name in enumerate(NORMS[config.architecture]):
+                self._set_norm(layer, which, block.get_submodule(name))
+            for which, names in enumerate(MATRICES[config.architecture]):
+                modules = [block.get_submodule(name) for name in names]
+                if isinstance(modules[0], Projection):
+                    self._set_matrix(layer, which, modules[0].weight, modules[0].bias)
+                else:
+                    self._set_matrix(layer, which, torch.cat([module.get_parameter("weight") for module in modules]).T)
+        self._set_norm(config.n_layer, 0, model.last_norm)
         self._set_matrix(config.n_layer, HEAD, model.head_weight.T)
         if not config.tie_word_embeddings:
-            self._set_matrix(config.n_layer, TOKENS, model.transformer.wte.weight.T)
+            self._set_matrix(config.n_layer, TOKENS, model.token_embedding.weight.T)
 
     def __del__(self) -> None:
         if hasattr(self, "_decoder"):
@@ -109,12 +119,10 @@ class NativeRunner:
         )
         return found
 
-    def clear(self, blocks: Sequence[int]) -> None:
-        """Does nothing: these kernels never read a position that a token may not see."""
-
-    def _set_norm(self, layer: int, which: int, weights: Mapping[str, Tensor], name: str) -> None:
-        weight, bias = _as_float(weights[f"{name}.weight"]), _as_float(weights[f"{name}.bias"])
-        self._library.raymill_set_norm(self._decoder, layer, which, weight.data_ptr(), bias.data_ptr())
+    def _set_norm(self, layer: int, which: int, norm: torch.nn.Module) -> None:
+        values = [_as_float(parameter) for parameter in norm.parameters()]  # the weight, and of LayerNorm the bias
+        pointers = [value.data_ptr() for value in values]
+        self._library.raymill_set_norm(self._decoder, layer, which, pointers[0], pointers[1] if pointers[1:] else None)
 
     def _set_matrix(self, layer: int, which: int, weight: Tensor, bias: Tensor | None = None) -> None:
         """Passes weight (in, out) to the kernels."""

@@ -62,6 +62,3 @@ class Runner(Protocol):
 
     def survey(self, logits: Tensor) -> Survey:
         """Surveys logits (M, V)."""
-
-    def clear(self, blocks: Sequence[int]) -> None:
-        """Removes NaN from the blocks; masked positions would still spread it (0 x NaN is NaN)."""

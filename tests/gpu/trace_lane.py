@@ -26,7 +26,8 @@ from jobs.exact.compute import MicroBatch, autocast, choose_operations, loss_of
 from jobs.exact.lane_sums import LaneSums
 from jobs.exact.step_plan import Mesh, StepPlan
 from jobs.exact.train_state import TrainState
-from model.gpt import GPT, Documents
+from model.attention import Documents
+from model.gpt import GPT
 
 BATCH_SIZE, SEQ_LEN = 2, 2048
 

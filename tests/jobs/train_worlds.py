@@ -54,6 +54,7 @@ class Case:
     recompute: bool = False
     micro_batches: int = 1  # of a lane
     documents: bool = False  # see nothing of each other
+    llama: bool = False
 
     @property
     def numbers(self) -> "Case":
@@ -71,6 +72,8 @@ class Case:
             "activation_function": self.activation,
             "dropout": 0.1,
         }
+        if self.llama:
+            model |= {"architecture": "llama", "activation_function": "swiglu", "n_kv_head": 2, "n_embd": 80}
         train = {
             "global_batch_size": 2 * self.micro_batches * self.num_lanes,
             "micro_batch_size": 2,
@@ -109,6 +112,7 @@ CASES = [
     Case(num_lanes=8, shard="parameters", recompute=True),
     Case(num_lanes=13, start_lanes=5),  # 5, 7, 9, then 13 lanes
     Case(num_lanes=13, start_lanes=5, shard="parameters", group=2),
+    Case("bf16", documents=True, llama=True, shard="parameters", group=2),
     Case(exact=False),
 ]
 MORE_CASES = [
@@ -117,6 +121,8 @@ MORE_CASES = [
     Case("bf16", compute="plain", recompute=True, documents=True, micro_batches=2, shard="optimizer"),
     Case(num_lanes=8),
     Case(num_lanes=13, start_lanes=5, shard="optimizer"),
+    Case(llama=True, recompute=True),
+    Case("bf16", llama=True, compute="plain", recompute=True, shard="gradients"),
 ]
 """Those of the longer suite."""
 

@@ -2,7 +2,8 @@
 
 import torch
 
-from model.gpt import GPT, document_mask, document_positions
+from model.attention import document_mask, document_positions
+from model.gpt import GPT
 from tests.model.small_models import small_model
 
 EOT = 96

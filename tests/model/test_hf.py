@@ -124,7 +124,7 @@ def test_sharded_weights_load(tmp_path: Path) -> None:
         ({"scale_attn_weights": False}, "scale_attn_weights is False"),
         ({"add_cross_attention": True}, "add_cross_attention is True"),
         ({"activation_function": "silu"}, "activation_function is 'silu'"),
-        ({"model_type": "llama"}, "model_type is 'llama'"),
+        ({"model_type": "mistral"}, "model_type is 'mistral'"),
         ({"n_head": 5}, "n_head=5 does not divide n_embd=32"),
         ({"n_inner": 64}, r"c_fc\.bias has shape \(128,\), config\.json makes it \(64,\)"),
         ({"n_layer": 3}, r"transformer\.h\.2\.attn\.c_attn\.bias has shape none \(it is missing\)"),

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.attention import document_mask, document_positions, packed_documents
 from model.cpu_ops.loans import gradient_sinks, lent
 from model.cpu_ops.operations import CPU
-from model.gpt import GPT, document_mask, document_positions, packed_documents
+from model.gpt import GPT
 from model.linear_cross_entropy import IGNORE_INDEX
 from model.operations import PLAIN, Operations, compiled, recomputed, use_operations
 from tests.model.small_models import chunked_loss, small_model

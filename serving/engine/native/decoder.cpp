@@ -4,7 +4,8 @@
 // A token's result has the same bits whatever else is in its pass and however its prompt is cut into passes: every sum
 // runs over its own numbers in an order that depends on nothing else.
 //
-// Shapes: N tokens of a pass, C width, H heads of width D (DP with padding), F feed-forward width, V vocabulary.
+// Shapes: N tokens of a pass, C width, H heads of width D (DP with padding), G heads of keys and values, each for H / G
+// neighboring heads, F feed-forward width, V vocabulary.
 
 #include "matrix.h"
 #include "numbers.h"
@@ -14,7 +15,7 @@ namespace {
 
 constexpr int BLOCK = 16;  // positions of a KV cache block
 
-enum Activation { GELU, GELU_EXACT, RELU };
+enum Activation { GELU, GELU_EXACT, RELU, SWIGLU };  // the last is Llama's
 
 F32 activate(F32 x, int activation) {
     switch (activation) {
@@ -27,12 +28,18 @@ F32 activate(F32 x, int activation) {
 }
 
 struct Shape {
-    int32_t layers, width, heads, ffn_width, vocabulary, positions, activation, num_blocks;
+    int32_t layers, width, heads, kv_heads, ffn_width, vocabulary, positions, activation, num_blocks;
     float epsilon;
+
+    bool is_llama() const { return activation == SWIGLU; }
+    int head_width() const { return width / heads; }
+    int kv_width() const { return kv_heads * head_width(); }
+    int qkv_width() const { return width + 2 * kv_width(); }
+    int ffn_in_width() const { return is_llama() ? 2 * ffn_width : ffn_width; }  // the gate comes before what it gates
 };
 
 struct Norm {
-    std::vector<float> weight, bias;
+    std::vector<float> weight, bias;  // an RMSNorm has no bias
 };
 
 struct Pass {
@@ -68,16 +75,18 @@ class DecoderOf : public Decoder {
 
 public:
     DecoderOf(const Shape& shape, int num_threads, const float* positions)
-        : s_(shape), head_width_(shape.width / shape.heads), padded_((head_width_ + LANES - 1) / LANES * LANES),
-          positions_(positions, positions + size_t(shape.positions) * shape.width), norms_(2 * shape.layers + 1),
-          matrices_(4 * shape.layers + 2), team_(num_threads) {
-        const size_t cache = size_t(s_.layers) * s_.num_blocks * s_.heads * BLOCK * padded_;
+        : s_(shape), head_width_(shape.head_width()), padded_((head_width_ + LANES - 1) / LANES * LANES),
+          positions_(positions,
+                     positions + (shape.is_llama() ? head_width_ / 2 : size_t(shape.positions) * shape.width)),
+          norms_(2 * shape.layers + 1), matrices_(4 * shape.layers + 2), team_(num_threads) {
+        const size_t cache = size_t(s_.layers) * s_.num_blocks * s_.kv_heads * BLOCK * padded_;
         keys_ = allocate<Number>(cache);
         values_ = allocate<Number>(cache);
     }
 
     void set_norm(int layer, int which, const float* weight, const float* bias) override {
-        norms_[2 * layer + which] = {{weight, weight + s_.width}, {bias, bias + s_.width}};
+        norms_[2 * layer + which] = {{weight, weight + s_.width}, {}};
+        if (bias) norms_[2 * layer + which].bias.assign(bias, bias + s_.width);
     }
 
     void set_matrix(int layer, int which, const float* weight, int in_stride, int out_stride,
@@ -85,7 +94,7 @@ public:
         const int C = s_.width, F = s_.ffn_width, V = s_.vocabulary;
         const bool is_head = layer == s_.layers;
         const int num_in = !is_head && which == FFN_OUT ? F : C;
-        const int num_out = is_head ? V : which == QKV ? 3 * C : which == FFN_IN ? F : C;
+        const int num_out = is_head ? V : which == QKV ? s_.qkv_width() : which == FFN_IN ? s_.ffn_in_width() : C;
         matrices_[4 * layer + which] = Matrix<Kind>(num_in, num_out, weight, in_stride, out_stride, bias);
     }
 
@@ -98,11 +107,15 @@ public:
         const int head_groups = (s_.heads + heads_each - 1) / heads_each;
         team_.run(12 * s_.layers + 2, [&] {
             int phase = 0;
-            team_.share(phase++, N, [&](int n) { embed(pass.token_ids[n], pass.positions[n], x + size_t(n) * C); });
+            team_.share(phase++, N, [&](int n) {
+                embed(pass.token_ids[n], pass.positions[n], x + size_t(n) * C);
+                if (s_.is_llama()) find_rotation(pass.positions[n], rotations_.get() + size_t(n) * head_width_);
+            });
             for (int layer = 0; layer < s_.layers; layer++) {
                 team_.share(phase++, N, [&](int n) { pack_normed(x, n, norms_[2 * layer + LN_1]); });
-                project(phase++, N, matrix(layer, QKV), [&](float* to, F32 y) { store(to, y); }, qkv_.get(), 3 * C);
-                team_.share(phase++, s_.heads, [&](int head) { remember(layer, pass, head); });
+                project(phase++, N, matrix(layer, QKV), [&](float* to, F32 y) { store(to, y); }, qkv_.get(),
+                        s_.qkv_width());
+                team_.share(phase++, s_.kv_heads, [&](int head) { remember(layer, pass, head); });
                 team_.share(phase++, N * head_groups, [&](int i) {
                     const int first = i % head_groups * heads_each;
                     attend(layer, pass, i / head_groups, first, std::min(first + heads_each, s_.heads));
@@ -111,8 +124,9 @@ public:
                 project(phase++, N, matrix(layer, ATTENTION_OUT), add, x, C);
                 team_.share(phase++, N, [&](int n) { pack_normed(x, n, norms_[2 * layer + LN_2]); });
                 project(phase++, N, matrix(layer, FFN_IN),
-                        [&](float* to, F32 y) { store(to, activate(y, s_.activation)); }, ffn_.get(), F);
-                team_.share(phase++, N, [&](int n) { pack(ffn_.get(), n, F); });
+                        [&](float* to, F32 y) { store(to, s_.is_llama() ? y : activate(y, s_.activation)); }, ffn_.get(),
+                        s_.ffn_in_width());
+                team_.share(phase++, N, [&](int n) { s_.is_llama() ? pack_gated(n) : pack(ffn_.get(), n, F); });
                 project(phase++, N, matrix(layer, FFN_OUT), add, x, C);
             }
             team_.share(phase++, N, [&](int n) { normalize(x + size_t(n) * C, norms_.back(), x + size_t(n) * C); });
@@ -147,9 +161,10 @@ private:
         capacity_ = (num_rows + ROWS - 1) / ROWS * ROWS;
         packed_ = allocate<Element>(size_t(capacity_) * padded_to_depth<Kind>(std::max(s_.width, s_.ffn_width)));
         units_.resize(capacity_);
-        qkv_ = allocate<float>(size_t(capacity_) * 3 * s_.width + LANES);
+        qkv_ = allocate<float>(size_t(capacity_) * s_.qkv_width() + LANES);
+        rotations_ = allocate<float>(size_t(capacity_) * head_width_);
         attended_ = allocate<float>(size_t(capacity_) * (s_.width + padded_));
-        ffn_ = allocate<float>(size_t(capacity_) * s_.ffn_width + LANES);
+        ffn_ = allocate<float>(size_t(capacity_) * s_.ffn_in_width() + LANES);
         queries_ = allocate<CachedElement>(size_t(capacity_) * s_.heads * query_width());
     }
 
@@ -180,11 +195,38 @@ private:
         const int C = s_.width;
         const Matrix<Kind>& own = matrix(s_.layers, TOKENS);
         const Matrix<Kind>& tokens = own.num_out > 0 ? own : matrix(s_.layers, HEAD);
-        for (int c = 0; c < C; c++) to[c] = tokens.at(c, token_id) + positions_[size_t(position) * C + c];
+        for (int c = 0; c < C; c++) to[c] = tokens.at(c, token_id);
+        if (s_.is_llama()) return;
+        for (int c = 0; c < C; c++) to[c] += positions_[size_t(position) * C + c];
+    }
+
+    // The cosines of the pairs' angles at a position, then their sines.
+    void find_rotation(int position, float* to) const {
+        const int half = head_width_ / 2;
+        for (int i = 0; i < half; i++) {
+            const float angle = float(position) * positions_[i];
+            to[i] = std::cos(angle);
+            to[half + i] = std::sin(angle);
+        }
+    }
+
+    void rotate(const float* x, const float* rotation, float* to) const {
+        const int half = head_width_ / 2;
+        for (int i = 0; i < half; i++) {
+            const float first = x[i], second = x[half + i], cosine = rotation[i], sine = rotation[half + i];
+            to[i] = first * cosine - second * sine;
+            to[half + i] = second * cosine + first * sine;
+        }
     }
 
     void normalize(const float* x, const Norm& norm, float* to) const {
         const int C = s_.width;
+        if (s_.is_llama()) {
+            const float square = sum_of(C, [&](int c) { return load(x + c) * load(x + c); }, [&](int c) { return x[c] * x[c]; });
+            const float scale = 1.0f / std::sqrt(square / C + s_.epsilon);
+            for (int c = 0; c < C; c++) to[c] = x[c] * scale * norm.weight[c];
+            return;
+        }
         const float mean = sum_of(C, [&](int c) { return load(x + c); }, [&](int c) { return x[c]; }) / C;
         const float variance = sum_of(
             C, [&](int c) { const F32 off = load(x + c) - mean; return off * off; },
@@ -203,9 +245,21 @@ private:
         units_[n] = pack_row<Kind>(from + size_t(n) * width, width, packed_.get() + size_t(n) * padded_to_depth<Kind>(width));
     }
 
+    // The feed-forward layer's middle, SwiGLU: gate / (1 + exp(-gate)) times what it gates.
+    void pack_gated(int n) {
+        const int F = s_.ffn_width;
+        std::vector<float> gated(F + LANES);
+        const float *gate = ffn_.get() + size_t(n) * 2 * F, *up = gate + F;
+        for (int f = 0; f < F; f += LANES) {
+            const F32 g = load(gate + f);
+            store(&gated[f], g / (1.0f + exponential(-g)) * load(up + f));
+        }
+        units_[n] = pack_row<Kind>(gated.data(), F, packed_.get() + size_t(n) * padded_to_depth<Kind>(F));
+    }
+
     // Keys of a block: [D / GROUP][position][GROUP]; values: [position][DP].
     Number* block_of(const Buffer<Number>& cache, int layer, int block, int head) const {
-        return cache.get() + ((size_t(layer) * s_.num_blocks + block) * s_.heads + head) * BLOCK * padded_;
+        return cache.get() + ((size_t(layer) * s_.num_blocks + block) * s_.kv_heads + head) * BLOCK * padded_;
     }
 
     int query_width() const { return padded_to_depth<Cached>(head_width_); }
@@ -214,19 +268,27 @@ private:
         return pass.tables[size_t(pass.rows[n]) * pass.table_width + index];
     }
 
-    // Stores the keys and values of a head in the cache, and its queries as attention reads them. Successive tokens share
-    // cache lines of keys, so one thread does a whole head.
+    // Stores the keys and values of one of the G heads in the cache, and the queries of its heads as attention reads them.
+    // Successive tokens share cache lines of keys, so one thread does a whole head.
     void remember(int layer, const Pass& pass, int head) {
-        const int C = s_.width, D = head_width_;
+        const int C = s_.width, D = head_width_, each = s_.heads / s_.kv_heads;
+        std::vector<float> turned(D);
         for (int n = 0; n < pass.num_tokens; n++) {
-            const float* row = qkv_.get() + size_t(n) * 3 * C + head * D;
+            const float *row = qkv_.get() + size_t(n) * s_.qkv_width(), *rotation = rotations_.get() + size_t(n) * D;
+            const auto in_place = [&](const float* x) {
+                if (!s_.is_llama()) return x;
+                rotate(x, rotation, turned.data());
+                return static_cast<const float*>(turned.data());
+            };
             const int block = block_at(pass, n, pass.positions[n] / BLOCK), lane = pass.positions[n] % BLOCK;
-            pack_row<Cached>(row, D, queries_.get() + (size_t(n) * s_.heads + head) * query_width());
+            for (int h = head * each; h < (head + 1) * each; h++)
+                pack_row<Cached>(in_place(row + h * D), D, queries_.get() + (size_t(n) * s_.heads + h) * query_width());
+            const float *key = in_place(row + C + head * D), *value = row + C + s_.kv_width() + head * D;
             Number* keys = block_of(keys_, layer, block, head) + lane * GROUP;
             for (int d = 0; d < D; d += GROUP, keys += BLOCK * GROUP)
-                for (int i = 0; i < GROUP; i++) keys[i] = d + i < D ? Cached::from(row[C + d + i]) : Number();
+                for (int i = 0; i < GROUP; i++) keys[i] = d + i < D ? Cached::from(key[d + i]) : Number();
             Number* values = block_of(values_, layer, block, head) + lane * padded_;
-            for (int d = 0; d < D; d++) values[d] = Cached::from(row[2 * C + d]);
+            for (int d = 0; d < D; d++) values[d] = Cached::from(value[d]);
         }
     }
 
@@ -235,14 +297,15 @@ private:
         const int num_positions = pass.positions[n] + 1, num_blocks = (num_positions + BLOCK - 1) / BLOCK;
         const int row = num_blocks * BLOCK;
         const float scale = 1.0f / std::sqrt(float(head_width_));
+        const int each = s_.heads / s_.kv_heads;
         thread_local std::vector<float> scores, mixed;
         scores.resize(size_t(last_head - first_head) * row);
         mixed.assign(size_t(last_head - first_head) * padded_, 0.0f);
         for (int b = 0; b < num_blocks; b++) {
-            const Number* keys = block_of(keys_, layer, block_at(pass, n, b), first_head);
-            for (int head = first_head; head < last_head; head++, keys += BLOCK * padded_) {
+            const Number* keys = block_of(keys_, layer, block_at(pass, n, b), 0);
+            for (int head = first_head; head < last_head; head++) {
                 const auto* query = queries_.get() + (size_t(n) * s_.heads + head) * query_width();
-                dot_products(keys, query, scale, &scores[(head - first_head) * row + b * BLOCK]);
+                dot_products(keys + size_t(head / each) * BLOCK * padded_, query, scale, &scores[(head - first_head) * row + b * BLOCK]);
             }
         }
         for (int head = first_head; head < last_head; head++) {
@@ -252,8 +315,9 @@ private:
         }
         for (int b = 0; b < num_blocks; b++) {
             const int here = std::min(BLOCK, num_positions - b * BLOCK);
-            const Number* values = block_of(values_, layer, block_at(pass, n, b), first_head);
-            for (int head = first_head; head < last_head; head++, values += BLOCK * padded_) {
+            const Number* all = block_of(values_, layer, block_at(pass, n, b), 0);
+            for (int head = first_head; head < last_head; head++) {
+                const Number* values = all + size_t(head / each) * BLOCK * padded_;
                 const float* weights = &scores[(head - first_head) * row + b * BLOCK];
                 float* to = &mixed[(head - first_head) * padded_];
                 int d = 0;
@@ -314,14 +378,14 @@ private:
 
     const Shape s_;
     const int head_width_, padded_;
-    std::vector<float> positions_;  // (n_positions, C)
+    std::vector<float> positions_;  // (n_positions, C), or of Llama the angles of the pairs for one position (D / 2,)
     std::vector<Norm> norms_;
     std::vector<Matrix<Kind>> matrices_;
     Buffer<Number> keys_, values_;  // [layer][block][head] blocks
     Buffer<Element> packed_;
     Buffer<CachedElement> queries_;
     std::vector<float> units_;  // of packed rows
-    Buffer<float> qkv_, attended_, ffn_;
+    Buffer<float> qkv_, attended_, ffn_, rotations_;
     int capacity_ = 0;
     Team team_;
 };

@@ -98,6 +98,21 @@ def test_a_seeded_sequence_is_the_same_alone_and_among_others(
         assert tokens(together[r.seq_id]) == tokens(alone[r.seq_id]) == plain
 
 
+def test_llama_gives_a_sequence_the_same_tokens_alone_and_among_others(
+    engine_of: EngineOf, prompts: list[list[int]]
+) -> None:
+    shape = {"architecture": "llama", "activation_function": "swiglu", "n_head": 4, "n_kv_head": 2, "n_embd": 64}
+    llama = GPT(GPTConfig(**{"vocab_size": 512, "n_positions": 128, "n_layer": 2, "initializer_range": 0.2} | shape))
+    llama.init_weights(4)
+    llama.eval()
+    drawn = [GREEDY, SamplingParams(temperature=1.1, top_p=0.9, seed=3)]
+    requests = [request(i, prompt, sampling=drawn[i % 2]) for i, prompt in enumerate(prompts)]
+    together = run(engine_of(llama, max_num_seqs=8), requests, per_step=2)
+    for r in requests:
+        plain = generate(llama, r.prompt_ids, max_tokens=r.max_tokens, params=r.sampling, eos_id=None)
+        assert tokens(together[r.seq_id]) == plain
+
+
 def test_end_of_text_ends_a_sequence_unless_ignored(engine_of: EngineOf, model: GPT, prompts: list[list[int]]) -> None:
     free = generate(model, prompts[3], max_tokens=20, params=GREEDY, eos_id=None)
     eos_id = free[5]
@@ -315,6 +330,18 @@ def test_a_cache_smaller_than_a_context_is_refused(engine_of: EngineOf, model: G
         {"n_embd": 100, "n_head": 1, "activation_function": "gelu_exact"},
         {"n_embd": 80, "n_head": 1, "activation_function": "relu", "tie_word_embeddings": False},
         {"n_embd": 66, "n_head": 2, "n_inner": 130},
+        {"architecture": "llama", "activation_function": "swiglu", "n_embd": 96, "n_head": 4, "n_kv_head": 2},
+        {
+            "architecture": "llama",
+            "activation_function": "swiglu",
+            "n_embd": 60,
+            "n_head": 6,
+            "n_kv_head": 1,
+            "n_inner": 70,
+            "tie_word_embeddings": False,
+            "rope_factor": 4.0,
+            "rope_original_positions": 16,
+        },
     ],
 )
 @pytest.mark.usefixtures("march")

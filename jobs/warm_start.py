@@ -1,0 +1,81 @@
+"""Begins a run from weights that exist: they become its checkpoint of step 0, from which it resumes like from any."""
+
+from dataclasses import asdict
+
+import torch
+
+from cluster.output.progress import say
+from cluster.settings.code_folders import code_version
+from cluster.settings.parser import ConfigError
+from cluster.settings.run import RunConfig
+from cluster.storage.registry import find_checkpoint
+from cluster.storage.uris import Storage
+from jobs.exact.train_state import MOMENTS
+from jobs.run.checkpoints import RunCheckpoints
+from jobs.run.history import CONFIG_FILE, recorded_config
+from jobs.run.retention import checkpoint_name
+from jobs.run.run_plan import run_storage
+from jobs.training.stored_state import stored_name
+from model.checkpoint import load_model, write_checkpoint
+from model.checkpoint_folder import Metadata
+from model.config import GPTConfig
+from model.hf_config import read_config
+from model.tokenizer import Tokenizer, load_tokenizer
+
+_OF_TRAINING = {"dropout", "initializer_range"}  # settings that those of a model may differ in
+
+
+def like_its_source(config: RunConfig) -> RunConfig:
+    """Returns the run with the tokenizer and the shape of the weights that it begins from, where its settings name
+    none. A run that has begun keeps what it began with. Raises `CheckpointError`."""
+    if config.train.init_from is None:
+        return config
+    run = run_storage(config)
+    if run.exists(CONFIG_FILE):
+        before = recorded_config(run)
+        tokenizer, shape = before.data.tokenizer, before.model
+    else:
+        tokenizer, folder = find_checkpoint(config.train.init_from, config.storage.uri)
+        shape = read_config(folder)
+    data = config.data.model_copy(update={"tokenizer": config.data.tokenizer or tokenizer})
+    return config.model_copy(update={"data": data, "model": shape if config.model == GPTConfig() else config.model})
+
+
+def begin(run: Storage, config: RunConfig, tokenizer: Tokenizer) -> None:
+    """Stores the weights that `train.init_from` names as the run's first checkpoint. They are whole in the memory of
+    this process, with the moments of an optimizer that has not begun. Raises `ConfigError` for another shape or
+    vocabulary."""
+    uri, folder = find_checkpoint(str(config.train.init_from), config.storage.uri)
+    model, own = load_model(folder), load_tokenizer(folder)
+    wanted, found = asdict(config.model), asdict(model.config)
+    problems = [
+        f"model.{name} is {wanted[name]}, there {found[name]}"
+        for name in wanted
+        if wanted[name] != found[name] and name not in _OF_TRAINING
+    ]
+    if own is not None and own.hash != tokenizer.hash:
+        problems.append("data.tokenizer is another one than there")
+    if problems:
+        raise ConfigError(f"train.init_from={uri}: {'; '.join(problems)}. Set these as there, or leave them out")
+    weights = dict(model.named_parameters())
+    train_state = {stored_name(moment, name): torch.zeros_like(w) for moment in MOMENTS for name, w in weights.items()}
+    checkpoints = RunCheckpoints(run)
+    spooled = checkpoints.spool / checkpoint_name(0)
+    metadata = Metadata(
+        run_id=str(config.run_id),
+        step=0,
+        tokens_seen=0,
+        data_manifest_hash=None,
+        code_version=code_version(),
+        precision=config.train.precision,
+    )
+    written = write_checkpoint(
+        spooled,
+        config=config.model,
+        state=weights,
+        tokenizer=tokenizer,
+        metadata=metadata,
+        train_state={"step": torch.tensor(0, dtype=torch.int64)} | train_state,
+    )
+    checkpoints.publish(spooled)
+    say(f"begins from {uri}, whose parameters have the hash {written.parameter_hash}")

@@ -1,0 +1,77 @@
+"""Attention, and what a token may see: all of its row before it, or, where documents share a row, its own document.
+
+Shapes: B sequences, T tokens of each, H heads of width D, G heads of keys and values, each for H / G heads in turn.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.kv_cache import Window, for_each_head
+
+
+class Documents(NamedTuple):
+    """The documents in rows of tokens, for attention without a mask: B x T tokens end to end are so many sequences."""
+
+    starts: Tensor  # (documents + 1,), int32: where each begins, and the end; the last may be empty
+    longest: int  # tokens, at most
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Returns what each token sees of its own document, up to itself; all are (B, T, H, D). CUDA, fp16 or bf16."""
+        from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415 (takes seconds, which a CPU need not wait)
+
+        q_flat, k_flat, v_flat = (part.flatten(0, 1) for part in (q, k, v))  # (B x T, H, D)
+        lengths = (self.starts, self.starts, self.longest, self.longest)
+        y = varlen_attn(q_flat, k_flat, v_flat, *lengths, window_size=(-1, 0))  # causal
+        assert isinstance(y, Tensor)
+        return y.view(q.shape)
+
+
+Mask = Tensor | Documents | None
+"""What a token may see of its row: where a mask (B, 1, T, T) is true, its own document, or, without one, all before it.
+"""
+
+
+def document_positions(token_ids: Tensor, *, eot_id: int) -> Tensor:
+    """Returns positions (B, T) for token_ids (B, T), which restart at 0 at each end-of-text token.
+
+    An end-of-text token is the last target of its document and the first input of the next one: a document's first
+    token is predicted from it alone, as in text generated without a prompt. A row may start in a document's middle.
+    """
+    places = torch.arange(token_ids.shape[1], device=token_ids.device)  # (T,)
+    return places - torch.where(token_ids == eot_id, places, 0).cummax(dim=1).values
+
+
+def document_mask(positions: Tensor) -> Tensor:
+    """Returns the attention mask (B, 1, T, T) of documents at `positions` (B, T), true where a token sees another."""
+    places = torch.arange(positions.shape[1], device=positions.device)  # (T,)
+    starts = places - positions
+    same = starts[:, :, None] == starts[:, None, :]  # (B, T, T)
+    return (same & (places <= places[:, None]))[:, None]
+
+
+def packed_documents(positions: Tensor) -> Documents:
+    """Returns the documents at `positions` (B, T), on a CPU, as the number of documents decides a shape. Empty ones
+    make that a power of two, so that a compiled model meets few shapes."""
+    begins = (positions == 0).flatten().nonzero().flatten()
+    size = max(64, 1 << (len(begins) - 1).bit_length())
+    starts = torch.full((size + 1,), positions.numel(), dtype=torch.int32)
+    starts[: len(begins)] = begins
+    return Documents(starts, positions.shape[1])
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, layer: int, window: Window | None, mask: Mask, dropout: float
+) -> Tensor:
+    """Returns what each token sees, (B, T, H, D), from q (B, T, H, D), k and v (B, T, G, D); scores are scaled by
+    1 / sqrt(D)."""
+    if window is not None:
+        return window.attend(layer, *(part.transpose(1, 2) for part in (q, k, v))).transpose(1, 2)
+    k, v = (for_each_head(part, q.shape[2], dim=2) for part in (k, v))
+    if isinstance(mask, Documents):
+        return mask.attend(q, k, v)
+    q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, H, T, D)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
+    return y.transpose(1, 2)

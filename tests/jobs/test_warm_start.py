@@ -1,0 +1,99 @@
+"""A run that begins from weights that transformers wrote: they are its step 0, and a resume has the same bits."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from cluster.settings.parser import ConfigError
+from cluster.settings.run import to_yaml
+from cluster.storage.uris import open_storage
+from jobs.proof.replay_run import replay
+from jobs.run.checkpoints import RunCheckpoints
+from jobs.run.history import changed_settings
+from jobs.run.ledger import Ledger
+from jobs.run.run_plan import RunPlan, run_storage
+from jobs.training.train_loop import train
+from jobs.warm_start import begin, like_its_source
+from model.checkpoint import load_model, parameter_hash
+from model.checkpoint_folder import CheckpointError, read_metadata
+from model.tokenizer import Tokenizer
+from tests.jobs.runs import tiny_plan
+
+
+def source_folder(folder: Path, tokenizer_json: bytes, **changes: Any) -> Path:
+    """Returns a folder with a random Llama that transformers saved."""
+    tokenizer = Tokenizer.from_json(tokenizer_json)
+    torch.manual_seed(5)
+    shape: dict[str, Any] = {
+        "vocab_size": tokenizer.vocab_size,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 48,
+        "tie_word_embeddings": True,
+    }
+    LlamaForCausalLM(LlamaConfig(**(shape | changes))).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend).save_pretrained(folder)
+    (folder / "tokenizer.json").write_bytes(tokenizer_json)
+    return folder
+
+
+def begun(tmp_path: Path, run_id: str, source: Path | str, **train_settings: Any) -> RunPlan:
+    """Returns the plan of a run that has begun from a folder, as `pretrain` makes it."""
+    plan = tiny_plan(str(tmp_path / "storage"), train={"init_from": str(source)} | train_settings)
+    settings = plan.config.model_dump() | {"run_id": run_id, "model": {}}
+    config = like_its_source(type(plan.config).model_validate(settings))
+    plan = replace(plan, config=config)
+    begin(plan.run, config, Tokenizer.from_json(plan.tokenizer_json))
+    plan.run.write_bytes("config.yaml", to_yaml(config).encode())
+    return plan
+
+
+def hashes(plan: RunPlan) -> list[str]:
+    return [line["parameter_hash"] for line in Ledger.read(plan.run).events("checkpoint")]
+
+
+def test_the_weights_of_a_folder_are_step_0_and_a_resume_has_the_bits_of_one_go(tmp_path: Path) -> None:
+    tokenizer_json = tiny_plan(str(tmp_path / "storage")).tokenizer_json
+    source = source_folder(tmp_path / "source", tokenizer_json)
+    whole = begun(tmp_path, "whole", source)
+    assert whole.config.model.architecture == "llama"
+    checkpoints = RunCheckpoints(whole.run)
+    first = checkpoints.fetch(checkpoints.names[0], tmp_path)
+    expected = parameter_hash(load_model(source).state_dict())
+    assert read_metadata(first).parameter_hash == expected
+    train(whole, rank=0, world_size=1)
+    parts = begun(tmp_path, "parts", source)
+    train(replace(parts, until=5), rank=0, world_size=1)
+    train(parts, rank=0, world_size=1)
+    assert hashes(parts)[-1] == hashes(whole)[-1] != expected
+    assert changed_settings(parts.run, parts.config.model_copy(update={"model": type(parts.config.model)()})) == []
+    found = replay(run_storage(whole.config), steps=range(1, 9), num_workers=2)
+    assert found["equal"], found["verdict"]
+    assert found["from_checkpoint"] == "step-000000000"
+
+
+def test_a_run_without_its_first_checkpoint_never_begins_with_random_weights(tmp_path: Path) -> None:
+    plan = tiny_plan(str(tmp_path / "storage"))
+    source = source_folder(tmp_path / "source", plan.tokenizer_json)
+    run = begun(tmp_path, "gone", source)
+    for entry in run.run.list("checkpoints/"):
+        run.run.delete(entry.key)
+    train(run, rank=0, world_size=1)
+    assert "step 0 is gone" in Ledger.read(run.run).events("gave_up")[-1]["reason"]
+
+
+def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
+    plan = tiny_plan(str(tmp_path / "storage"))
+    source = source_folder(tmp_path / "source", plan.tokenizer_json)
+    with pytest.raises(CheckpointError):
+        begun(tmp_path, "none", tmp_path / "nothing")
+    config = plan.config.model_copy(update={"train": plan.config.train.model_copy(update={"init_from": str(source)})})
+    with pytest.raises(ConfigError, match="architecture is gpt2, there llama"):
+        begin(open_storage(str(tmp_path / "other")), like_its_source(config), Tokenizer.from_json(plan.tokenizer_json))
