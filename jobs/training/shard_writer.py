@@ -30,7 +30,6 @@ from model.checkpoint_folder import TRAIN_STATE, WEIGHTS, Metadata
 from model.durable_files import write_file
 
 _POLL_S = 0.05
-_STORAGE_POLL_S = 0.5  # each time is a request
 
 
 @dataclass
@@ -123,13 +122,15 @@ class ShardWriter(SavingThread[Shard, Shard]):
             return
         if not shard.is_stored:
             self._store_own(shard)
+        wait_s = _POLL_S
         while self._publish and not shard.is_over:
             if (reports := shard.checkpoint.reports()) is not None:
                 self._publish(shard, reports)
             elif self._is_abandoned:
                 return
             else:
-                time.sleep(_STORAGE_POLL_S)
+                time.sleep(wait_s)
+                wait_s = min(1.5 * wait_s, 1.0)  # each time is a request
         self._begun = None
 
     def _store_own(self, shard: Shard) -> None:

@@ -16,6 +16,7 @@ from jobs.watching.run_watcher import message_of
 from jobs.workers import precision as run_precision
 from jobs.workers.precision import workers_precision
 from model.processor import Device, Precision, fast_precision
+from model.tokenizer import Tokenizer
 from tests.jobs.runs import tiny_plan
 
 
@@ -35,7 +36,7 @@ def test_it_is_what_the_workers_processor_computes_at_speed(
     assert workers_precision(ScalingConfig()) == fast_precision("cpu")
     plan = tiny_plan(str(tmp_path), train={"precision": "auto"})
     plan.run.delete(CONFIG_FILE)
-    settled = _enter(plan.run, plan.config)
+    settled = _enter(plan.run, plan.config, Tokenizer.from_json(plan.tokenizer_json))
     assert settled.train.precision == fast_precision("cpu")
     assert recorded_config(plan.run) == settled
 
@@ -46,11 +47,12 @@ def test_a_resume_keeps_it(recorded: str, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(ray, "nodes", lambda: pytest.fail("the workers were looked for"))
     plan = tiny_plan(str(tmp_path), train={"precision": recorded})
     asked = plan.config.train.model_copy(update={"precision": "auto"})
-    assert _enter(plan.run, plan.config.model_copy(update={"train": asked})) == plan.config
-    assert _enter(plan.run, plan.config) == plan.config
+    tokenizer = Tokenizer.from_json(plan.tokenizer_json)
+    assert _enter(plan.run, plan.config.model_copy(update={"train": asked}), tokenizer) == plan.config
+    assert _enter(plan.run, plan.config, tokenizer) == plan.config
     other = asked.model_copy(update={"precision": "bf16" if recorded == "fp32" else "fp32"})
     with pytest.raises(ConfigError, match=rf"train\.precision was {recorded}, now {other.precision}"):
-        _enter(plan.run, plan.config.model_copy(update={"train": other}))
+        _enter(plan.run, plan.config.model_copy(update={"train": other}), tokenizer)
 
 
 def test_the_ledger_says_once_that_other_hardware_emulates_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
