@@ -28,7 +28,7 @@ class Rotation(NamedTuple):
     @classmethod
     def of(cls, config: GPTConfig, positions: Tensor) -> "Rotation":
         """Returns the rotation of tokens at positions (B, T)."""
-        angles = positions[:, :, None, None] * frequencies(config).to(positions.device)
+        angles = positions[:, :, None, None] * frequencies(config, positions.device)
         return cls(angles.cos(), angles.sin())
 
     def of_heads(self, x: Tensor) -> Tensor:
@@ -38,11 +38,11 @@ class Rotation(NamedTuple):
         return torch.cat(turned, dim=-1).to(x.dtype)
 
 
-def frequencies(config: GPTConfig) -> Tensor:
+def frequencies(config: GPTConfig, device: torch.device | str = "cpu") -> Tensor:
     """Returns the angle of each pair (D / 2,) for one position, in radians, fp32. With `rope_original_positions` those
     that turn less than once in that context are divided by `rope_factor`, those that turn four times or more are kept,
     and in between it is a mixture; without it all are divided."""
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+    exponents = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
     plain = 1.0 / config.rope_theta**exponents
     if config.rope_original_positions is None:
         return plain / config.rope_factor

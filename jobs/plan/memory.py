@@ -76,9 +76,9 @@ def block_bytes(config: RunConfig) -> int:
     for each head; LayerNorms keep two."""
     model, small = config.model, BF16_BYTES if config.train.precision == "bf16" else FP32_BYTES
     c, f = model.n_embd, model.ffn_width
-    if model.architecture == "llama":  # both norms, query and key turned and not, keys and values also for each head
-        values = 2 * c + 3 * c + 3 * model.kv_width + 2 * c * (model.num_kv_heads < model.n_head) + c + 4 * f
-        return 2 * c * FP32_BYTES + values * small + FP32_BYTES * (model.n_head + 2) + 2 * c * bool(model.dropout)
+    if model.architecture == "llama":  # norms keep a second value, and in bf16 each of five projections its own input
+        values = (9 if small == BF16_BYTES else 6) * c + 4 * f
+        return 4 * c * FP32_BYTES + values * small + FP32_BYTES * (model.n_head + 2) + 2 * c * bool(model.dropout)
     return 2 * c * FP32_BYTES + (6 * c + 2 * f) * small + FP32_BYTES * (model.n_head + 4) + 2 * c * bool(model.dropout)
 
 

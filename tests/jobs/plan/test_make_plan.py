@@ -86,9 +86,10 @@ def test_intervals_by_young_and_daly() -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("activation", ["gelu", "relu"])
-def test_activations_are_those_that_autograd_keeps(precision: str, activation: str) -> None:
-    shape = GPTConfig(301, n_positions=32, n_layer=3, n_head=4, n_embd=64, activation_function=activation)  # type: ignore[arg-type]
+@pytest.mark.parametrize("activation", ["gelu", "relu", "swiglu"])
+def test_activations_are_those_that_autograd_keeps(precision: str, activation: Any) -> None:
+    of_llama: Any = {"architecture": "llama", "n_kv_head": 2, "n_inner": 160} if activation == "swiglu" else {}
+    shape = GPTConfig(301, n_positions=32, n_layer=3, n_head=4, n_embd=64, activation_function=activation, **of_llama)
     config = RunConfig.model_validate(
         {"model": vars(shape), "train": {"micro_batch_size": 4, "precision": precision, "max_tokens": 10**6}}
     )
@@ -112,7 +113,7 @@ def test_activations_are_those_that_autograd_keeps(precision: str, activation: s
         loss = model.loss(token_ids, token_ids)
     # A ReLU keeps its output, which the layer after it keeps anyway; GELU its input.
     spared = 3 * 4 * 32 * 256 * (2 if precision == "bf16" else 4) if activation == "relu" else 0
-    assert sum(kept.values()) == pytest.approx(activation_bytes(config) - spared, rel=0.03)
+    assert sum(kept.values()) == pytest.approx(activation_bytes(config) - spared, rel=0.05 if of_llama else 0.03)
     loss.backward()
 
 
