@@ -22,8 +22,6 @@ from model.config import GPTConfig
 from model.hf_config import read_config
 from model.tokenizer import Tokenizer, load_tokenizer
 
-_OF_TRAINING = {"dropout", "initializer_range"}  # settings that those of a model may differ in
-
 
 def like_its_source(config: RunConfig) -> RunConfig:
     """Returns the run with the tokenizer and the shape of the weights that it begins from, where its settings name
@@ -42,16 +40,15 @@ def like_its_source(config: RunConfig) -> RunConfig:
 
 
 def begin(run: Storage, config: RunConfig, tokenizer: Tokenizer) -> None:
-    """Stores the weights that `train.init_from` names as the run's first checkpoint. They are whole in the memory of
-    this process, with the moments of an optimizer that has not begun. Raises `ConfigError` for another shape or
-    vocabulary."""
+    """Stores the weights that `train.init_from` names as the run's first checkpoint, whole in this process's memory,
+    with the moments of an optimizer that has not begun. Raises `ConfigError` for another shape or vocabulary."""
     uri, folder = find_checkpoint(str(config.train.init_from), config.storage.uri)
     model, own = load_model(folder), load_tokenizer(folder)
     wanted, found = asdict(config.model), asdict(model.config)
     problems = [
         f"model.{name} is {wanted[name]}, there {found[name]}"
         for name in wanted
-        if wanted[name] != found[name] and name not in _OF_TRAINING
+        if wanted[name] != found[name] and name not in ("dropout", "initializer_range")
     ]
     if own is not None and own.hash != tokenizer.hash:
         problems.append("data.tokenizer is another one than there")

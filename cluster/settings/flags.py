@@ -81,6 +81,8 @@ def settled(config: Config) -> Config:
                     paths["validation"] = {name: _absolute_source(uri) for name, uri in value.validation.items()}
                     paths["tokenizer"] = value.tokenizer and absolute_uri(value.tokenizer)
                 update[name] = value.model_copy(update=paths)
+            case Settings() if (source := getattr(value, "init_from", None)) not in (None, "latest"):
+                update[name] = value.model_copy(update={"init_from": absolute_uri(source)})
             case HttpConfig(request_log=str(log)) if log != "-":
                 update[name] = value.model_copy(update={"request_log": str(Path(log).absolute())})
             case str() if name in ("api_key_file", "admin_key_file") or (name == "checkpoint" and value != "latest"):

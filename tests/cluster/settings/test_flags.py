@@ -102,6 +102,8 @@ def test_paths_are_made_absolute(file: str, tmp_path: Path, monkeypatch: pytest.
     assert config.data.tokenizer == f"{tmp_path}/tok.json"
     assert config.storage.uri == "/data/x"
     assert parsed(file).storage.uri == f"{tmp_path}/.raymill"
+    starts = {name: parsed(file, "--train.init-from", name).train.init_from for name in ("hf/model", "latest")}
+    assert starts == {"hf/model": f"{tmp_path}/hf/model", "latest": "latest"}
     serve = parsed("--checkpoint", "step-1", "--api-key-file", "key", "--admin-key-file", "admin", root=ServeConfig)
     assert (serve.checkpoint, serve.api_key_file) == (f"{tmp_path}/step-1", f"{tmp_path}/key")
     assert serve.admin_key_file == f"{tmp_path}/admin"
