@@ -43,7 +43,7 @@ def begin(run: Storage, config: RunConfig, tokenizer: Tokenizer) -> None:
     """Stores the weights that `train.init_from` names as the run's first checkpoint, whole in this process's memory,
     with the moments of an optimizer that has not begun. Raises `ConfigError` for another shape or vocabulary."""
     uri, folder = find_checkpoint(str(config.train.init_from), config.storage.uri)
-    model, own = load_model(folder), load_tokenizer(folder)
+    model, own = load_model(folder, verify=False), load_tokenizer(folder)
     wanted, found = asdict(config.model), asdict(model.config)
     problems = [
         f"model.{name} is {wanted[name]}, there {found[name]}"
