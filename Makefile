@@ -71,8 +71,9 @@ bench-sharded: $(INSTALLED)
 bench-data: $(BENCH_INSTALLED)
 	$(BIN)/python -m tests.benchmarks.bench_data
 
+PRESET ?= gpt2-124m
 bench-serve: $(BENCH_INSTALLED) $(VLLM_INSTALLED)
-	$(BIN)/python -m tests.benchmarks.bench_serve
+	$(BIN)/python -m tests.benchmarks.bench_serve --preset $(PRESET)
 
 # With any Python that has PyTorch, pydantic, PyYAML and psutil: python -m tests.benchmarks.bench_gpu
 bench-gpu: $(INSTALLED)

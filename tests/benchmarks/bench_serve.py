@@ -1,8 +1,8 @@
 """Serving in numbers: raymill's endpoint beside vLLM's CPU build and `transformers.generate`.
 
-    python -m tests.benchmarks.bench_serve [--rounds 3] [--requests 64]
+    python -m tests.benchmarks.bench_serve [--preset gpt2-124m] [--rounds 3] [--requests 64]
 
-GPT-2's 124M shape with random weights, two threads, prompts of 128 random tokens, 64 greedy new tokens, 1 and 16
+GPT-2's 124M shape, or another preset's, with random weights, two threads, prompts of 128 random tokens, 64 greedy new tokens, 1 and 16
 streams, each of which sends its next request when its last one has ended. All compute in bf16 where this processor does
 so at speed, and else in fp32; one more endpoint of raymill's computes in int8, its fastest precision, which vLLM has for
 quantized checkpoints only. Servers stream over HTTP to one client. Contenders take turns, and all but one stand still; a
@@ -44,6 +44,7 @@ from tests.repository import REPOSITORY
 FOLDER = REPOSITORY / ".benchmarks" / "serve"  # always the same one: vLLM keeps what it compiled by the model's path
 STREAMS = (16, 1)
 CONFIG = GPTConfig(**PRESETS["gpt2-124m"])
+N_POSITIONS = 1024
 RAY_ROLES = {"proxy": "ray::ProxyActor", "replica": "ray::ServeReplica"}
 
 Rounds = dict[tuple[str, int], list[Load]]  # by contender and number of streams
@@ -100,12 +101,16 @@ def read_bandwidth() -> float:
     return float(json.loads(done.stdout)["bytes_per_s"])
 
 
-def weight_bytes_per_token(dtype: str) -> int:
-    """Returns the bytes that a token reads: one row of the position embedding, and everything else."""
-    return getattr(torch, dtype).itemsize * (num_parameters(CONFIG) - CONFIG.n_positions * CONFIG.n_embd)
+def weight_bytes_per_token(config: GPTConfig, dtype: str) -> int:
+    """Returns the bytes that a token reads: one row of each embedding that is only looked up, and everything else."""
+    looked_up = config.n_positions * config.n_embd if config.architecture == "gpt2" else 0
+    looked_up += 0 if config.tie_word_embeddings else config.vocab_size * config.n_embd
+    return getattr(torch, dtype).itemsize * (num_parameters(config) - looked_up)
 
 
-def take_turns(contenders: list[Contender], *, num_rounds: int, num_requests: int) -> tuple[Rounds, dict[str, float]]:
+def take_turns(
+    contenders: list[Contender], *, num_rounds: int, num_requests: int, vocab_size: int
+) -> tuple[Rounds, dict[str, float]]:
     """Prints the loads, and the CPU seconds of the parts of raymill's HTTP path with 16 streams. The order of contenders
     turns round by round."""
     rounds: Rounds = defaultdict(list)
@@ -115,7 +120,7 @@ def take_turns(contenders: list[Contender], *, num_rounds: int, num_requests: in
             contender.resume()
             for num_streams in STREAMS:
                 count = num_streams if number == 0 else requests_of(contender, num_streams, num_requests)
-                prompts = random_prompts(count, seed=f"{number} {num_streams}")
+                prompts = random_prompts(count, seed=f"{number} {num_streams}", vocab_size=vocab_size)
                 before_s = contender.cpu_s()
                 load = contender.measure(prompts, num_streams=num_streams)
                 if load.num_tokens != NEW_TOKENS * count:
@@ -161,7 +166,9 @@ def latencies(loads: list[Load]) -> dict[str, list[float]]:
     return {"ttft": ttft_s, "itl": itl_s} if ttft_s else {}
 
 
-def figures(rounds: Rounds, http_cpu_s: dict[str, float], bandwidth: float, *, dtype: str) -> dict[str, float]:
+def figures(
+    rounds: Rounds, http_cpu_s: dict[str, float], bandwidth: float, *, bytes_per_token: int
+) -> dict[str, float]:
     def ratio(peer: str, num_streams: int, of: Callable[[Load], float], ours: str = "raymill") -> float:
         pairs = zip(rounds[ours, num_streams], rounds[peer, num_streams], strict=True)
         return round(statistics.median(of(our_load) / of(their_load) for our_load, their_load in pairs), 3)
@@ -188,7 +195,7 @@ def figures(rounds: Rounds, http_cpu_s: dict[str, float], bandwidth: float, *, d
         result[f"{label}_tokens_per_s"] = round(statistics.median(load.tokens_per_s for load in loads), 1)
         for kind, seconds in latencies(loads).items():
             result[f"{label}_{kind}_p50_ms"], result[f"{label}_{kind}_p99_ms"] = percentiles_ms(seconds)
-    read = weight_bytes_per_token(dtype) * result["raymill_1_tokens_per_s"]
+    read = bytes_per_token * result["raymill_1_tokens_per_s"]
     num_tokens = sum(load.num_tokens for load in rounds["raymill", many])
     cpu_ms = {f"{part}_cpu_ms_per_token": round(1000 * s / num_tokens, 3) for part, s in http_cpu_s.items()}
     return {"bandwidth_fraction": round(read / bandwidth, 3)} | result | cpu_ms
@@ -196,11 +203,12 @@ def figures(rounds: Rounds, http_cpu_s: dict[str, float], bandwidth: float, *, d
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="gpt2-124m", choices=PRESETS, help="the model's shape")
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds, after one to warm up")
     parser.add_argument("--requests", type=int, default=64, help="of a round with 16 streams; a tenth with one")
     arguments = parser.parse_args()
     try:
-        result = compare(num_rounds=arguments.rounds, num_requests=arguments.requests)
+        result = compare(arguments.preset, num_rounds=arguments.rounds, num_requests=arguments.requests)
     except BenchError as error:
         print(f"no comparison: {error}", file=sys.stderr)
         return 1
@@ -208,16 +216,17 @@ def main() -> int:
     return 0
 
 
-def compare(*, num_rounds: int, num_requests: int) -> dict[str, float]:
+def compare(preset: str, *, num_rounds: int, num_requests: int) -> dict[str, float]:
+    config = GPTConfig(**PRESETS[preset] | {"n_positions": N_POSITIONS})
     dtype = "bfloat16" if fast_precision("cpu") == "bf16" else "float32"
     held_to = os.environ.get(MARCH_VARIABLE)
     print(
-        f"all in {dtype}, {'which' if dtype == 'bfloat16' else 'as bf16 is not what'} this processor computes at speed",
+        f"{preset}, all in {dtype}, {'which' if dtype == 'bfloat16' else 'as bf16 is not what'} this processor computes at speed",
         end="",
     )
     print(f"; raymill's kernels are held to {held_to}" if held_to else "")
     print(f"writing a checkpoint, measuring the memory, starting the contenders; logs: {FOLDER}", flush=True)
-    checkpoint = write_model(FOLDER)
+    checkpoint = write_model(FOLDER / preset, config)
     bandwidth = read_bandwidth()
     with contextlib.ExitStack() as running:
         contenders: list[Contender] = []
@@ -230,12 +239,14 @@ def compare(*, num_rounds: int, num_requests: int) -> dict[str, float]:
         ):
             contenders.append(running.enter_context(contender))
             contender.pause()
-        rounds, http_cpu_s = take_turns(contenders, num_rounds=num_rounds, num_requests=num_requests)
+        rounds, http_cpu_s = take_turns(
+            contenders, num_rounds=num_rounds, num_requests=num_requests, vocab_size=config.vocab_size
+        )
     bandwidth = max(bandwidth, read_bandwidth())
     print(f"\nmedians, all in {dtype} but raymill-int8")
     for (name, num_streams), loads in rounds.items():
         print(row(name, num_streams, loads))
-    return figures(rounds, http_cpu_s, bandwidth, dtype=dtype)
+    return figures(rounds, http_cpu_s, bandwidth, bytes_per_token=weight_bytes_per_token(config, dtype))
 
 
 if __name__ == "__main__":

@@ -80,9 +80,9 @@ def engine_alone(folder: Path, dtype: str) -> Generate:
 
 def transformers_alone(folder: Path, dtype: str) -> Generate:
     """Runs streams as the rows of a batch; the next batch starts when the last one has ended: there is no other way."""
-    from transformers import GPT2LMHeadModel
+    from transformers import AutoModelForCausalLM
 
-    model = GPT2LMHeadModel.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
 
     def generate(prompts: list[list[int]], num_streams: int) -> int:
         num_tokens = 0

@@ -2,9 +2,10 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from model.checkpoint_folder import Metadata
-from model.config import GPTConfig
+from model.config import Architecture, GPTConfig
 from model.gpt import GPT
 from model.tokenizer import Tokenizer
 from tests.checkpoints import save_model
@@ -14,10 +15,21 @@ FRAGILE_POSITION = 120  # from which on the logits of the fragile checkpoint are
 LONG_CONTEXT_TOKENS = 256
 
 
-def lively_model(tokenizer: Tokenizer, *, n_embd: int = 32, spread: float = 0.3, seed: int = 1) -> GPT:
-    """Returns a model with widely spread weights (0.3 instead of 0.02), whose greedy output does not repeat one token."""
+def lively_model(
+    tokenizer: Tokenizer, *, n_embd: int = 32, spread: float = 0.3, seed: int = 1, architecture: Architecture = "gpt2"
+) -> GPT:
+    """Returns a model with widely spread weights (0.3 instead of 0.02), whose greedy output does not repeat one token.
+    Llama's has one head of keys and values for two of queries."""
+    shape: dict[str, Any] = {"n_kv_head": 1, "activation_function": "swiglu"} if architecture == "llama" else {}
     config = GPTConfig(
-        vocab_size=tokenizer.vocab_size, n_positions=128, n_layer=2, n_head=2, n_embd=n_embd, initializer_range=spread
+        vocab_size=tokenizer.vocab_size,
+        n_positions=128,
+        n_layer=2,
+        n_head=2,
+        n_embd=n_embd,
+        initializer_range=spread,
+        architecture=architecture,
+        **shape,
     )
     gpt = GPT(config)
     gpt.init_weights(seed)

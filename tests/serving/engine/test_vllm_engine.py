@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cluster.settings.serve import ServeConfig
+from model.config import Architecture
 from model.errors import UserError
 from model.generate import generate
 from model.gpt import GPT
@@ -68,7 +69,12 @@ def test_what_vllm_does_not_have_is_refused_with_a_word(
 @installed
 @pytest.mark.slow
 @pytest.mark.parametrize("tensor_parallel_size", [1, 2])
-def test_its_tokens_and_log_probabilities_are_the_models(folder: Path, model: GPT, tensor_parallel_size: int) -> None:
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_its_tokens_and_log_probabilities_are_the_models(
+    architecture: Architecture, tensor_parallel_size: int, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    model = vllm_model(tokenizer, seed=5, architecture=architecture)
+    folder = write_model(tmp_path / "step-1", model, tokenizer)
     prompts = [[(7 * i + 11 * k) % model.config.vocab_size for k in range(1 + 9 * i)] for i in range(6)]
 
     async def answers() -> list[list[TokenEvent]]:

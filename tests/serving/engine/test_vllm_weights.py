@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -24,9 +25,10 @@ pytestmark = [installed, pytest.mark.slow]
 
 GREEDY = SamplingParams(temperature=0.0)
 MEMORY_RATIO = 1.25
+LLAMA = {"architecture": "llama", "activation_function": "swiglu", "n_head": 4, "n_kv_head": 2, "n_embd": 256}
 
 
-def models(tokenizer: Tokenizer, *, num: int, tied: bool = True, **shape: int) -> list[GPT]:
+def models(tokenizer: Tokenizer, *, num: int, tied: bool = True, **shape: Any) -> list[GPT]:
     found = []
     for seed in range(num):
         sizes = {"n_positions": 128, "n_layer": 2, "n_head": 2, "n_embd": 128} | shape
@@ -59,13 +61,14 @@ async def fresh_answers(folder: Path, config: EngineConfig, prompts: list[list[i
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tied", "num_shards", "num_files"),
+    ("dtype", "tied", "num_shards", "num_files", "shape"),
     [
-        ("float32", True, 1, 1),
-        ("bfloat16", True, 1, 1),
-        ("float32", False, 1, 1),
-        ("float32", True, 2, 1),
-        ("float32", False, 1, 3),
+        ("float32", True, 1, 1, {}),
+        ("bfloat16", True, 1, 1, {}),
+        ("float32", False, 1, 1, {}),
+        ("float32", True, 2, 1, {}),
+        ("float32", False, 1, 3, {}),
+        ("bfloat16", False, 2, 1, LLAMA),
     ],
 )
 def test_replaced_weights_compute_what_a_fresh_engine_does(
@@ -73,13 +76,14 @@ def test_replaced_weights_compute_what_a_fresh_engine_does(
     tied: bool,
     num_shards: int,
     num_files: int,
+    shape: dict[str, Any],
     tokenizer: Tokenizer,
     prompts: list[list[int]],
     tmp_path: Path,
 ) -> None:
     """Bit by bit: the tokens, their log-probabilities and the prompts', there and back again. The checkpoints are those
     of a run that goes on, with a training state."""
-    found = models(tokenizer, num=2, tied=tied)
+    found = models(tokenizer, num=2, tied=tied, **shape)
     folders = [
         write_model(tmp_path / f"step-{i}", gpt, tokenizer, step=i, to_train=True) for i, gpt in enumerate(found)
     ]
