@@ -22,6 +22,7 @@ pytestmark = pytest.mark.cluster
 NUM_STEPS = 60
 HASH_EVERY = 10
 SIZES = (1, 2, 3, 4)
+LLAMA = {"architecture": "llama", "activation_function": "swiglu", "n_kv_head": 1}
 
 
 @pytest.fixture(scope="module")
@@ -37,31 +38,35 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=["cpu", pytest.param("plain", marks=pytest.mark.slow)])
-def compute(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(scope="module", params=["cpu", *(pytest.param(w, marks=pytest.mark.slow) for w in ("plain", "llama"))])
+def way(request: pytest.FixtureRequest) -> str:
+    """Two ways to compute GPT-2's shape, and Llama's in bf16."""
     return request.param
 
 
-def run_config(folder: Path, run_id: str, compute: str, *, exact: bool = True, **scaling: Any) -> RunConfig:
+def run_config(folder: Path, run_id: str, way: str, *, exact: bool = True, **scaling: Any) -> RunConfig:
+    is_llama = way == "llama"
+    how = {"compute": "cpu", "precision": "bf16"} if is_llama else {"compute": way}
     return tiny_run(
         folder,
-        f"{run_id}-{compute}",
+        f"{run_id}-{way}",
         num_steps=NUM_STEPS,
         eval_every_steps=20,
         save_every_steps=20,
         dropout=0.1,
-        train={"exact": exact, "hash_every_steps": HASH_EVERY, "compute": compute},
+        model=LLAMA if is_llama else None,
+        train={"exact": exact, "hash_every_steps": HASH_EVERY} | how,
         **scaling,
     )
 
 
 @pytest.fixture(scope="module")
-def disturbed(connection: Connection, folder: Path, compute: str) -> tuple[RunConfig, dict[str, Any]]:
+def disturbed(connection: Connection, folder: Path, way: str) -> tuple[RunConfig, dict[str, Any]]:
     """A run and its result: a worker and then a node, which is a group, are killed, and a node joins: it shrinks and grows.
 
     Its weights, gradients and moments are divided among the workers of a group, where that has two."""
     sharding = {"shard": "parameters", "shard_group": 2}
-    config = run_config(folder, "disturbed", compute, min_workers=1, max_workers=4, resize_check_s=2, **sharding)
+    config = run_config(folder, "disturbed", way, min_workers=1, max_workers=4, resize_check_s=2, **sharding)
     faults = parse_faults(["kill-worker@10", "kill-node@25", "add-node@35"])
     with Chaos(faults, cluster=connection.local, config=config):
         return config, run_stage(connection, "jobs.pretrain", config)
@@ -85,9 +90,9 @@ def test_any_number_of_workers_gives_the_same_bits(disturbed: tuple[RunConfig, d
 @pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 def test_any_number_of_workers_of_ray_train_gives_the_same_bits(
-    connection: Connection, folder: Path, compute: str, disturbed: tuple[RunConfig, dict[str, Any]], size: int
+    connection: Connection, folder: Path, way: str, disturbed: tuple[RunConfig, dict[str, Any]], size: int
 ) -> None:
-    config = run_config(folder, f"world-{size}", compute, min_workers=size, max_workers=size)
+    config = run_config(folder, f"world-{size}", way, min_workers=size, max_workers=size)
     result = run_stage(connection, "jobs.pretrain", config)
     assert result["world_sizes"] == [size]
     assert (result["parameter_hash"], losses(config)) == (disturbed[1]["parameter_hash"], losses(disturbed[0]))
@@ -96,10 +101,10 @@ def test_any_number_of_workers_of_ray_train_gives_the_same_bits(
 
 @pytest.mark.slow
 def test_stock_ddp_trains_too_but_with_other_bits(
-    connection: Connection, folder: Path, compute: str, disturbed: tuple[RunConfig, dict[str, Any]]
+    connection: Connection, folder: Path, way: str, disturbed: tuple[RunConfig, dict[str, Any]]
 ) -> None:
     """`exact: false` reaches the same loss up to rounding; that its bits differ shows that the tests above can fail."""
-    config = run_config(folder, "ddp", compute, exact=False, min_workers=3, max_workers=3)
+    config = run_config(folder, "ddp", way, exact=False, min_workers=3, max_workers=3)
     result = run_stage(connection, "jobs.pretrain", config)
     assert result["parameter_hash"] != disturbed[1]["parameter_hash"]
     assert losses(config) == pytest.approx(losses(disturbed[0]), rel=1e-3)

@@ -21,13 +21,14 @@ def tiny_run(
     batch_size: int = 8,
     lane_size: int = 1,
     dropout: float = 0.0,
+    model: Mapping[str, Any] | None = None,
     train: Mapping[str, Any] | None = None,
     **scaling: Any,
 ) -> RunConfig:
     """Returns the settings of a run on `folder/corpus` that keeps everything in `folder/storage`."""
     values = {
         "run_id": run_id,
-        "model": {"preset": "tiny", "dropout": dropout},
+        "model": {"preset": "tiny", "dropout": dropout, **(model or {})},
         "data": {"source": str(folder / "corpus"), "vocab_size": 300, "val_fraction": 0.2},
         "train": {
             "max_tokens": num_steps * batch_size * SEQ_LEN,
