@@ -70,6 +70,7 @@ bench-sharded: $(INSTALLED)
 
 bench-data: $(BENCH_INSTALLED)
 	$(BIN)/python -m tests.benchmarks.bench_data
+	$(BIN)/python -m tests.benchmarks.bench_near_duplicates
 
 PRESET ?= gpt2-124m
 bench-serve: $(BENCH_INSTALLED) $(VLLM_INSTALLED)

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,15 +75,20 @@ def datasets_map_s(tokenizer: Tokenizer, dataset: datasets.Dataset) -> tuple[flo
 
 
 def run_stage(
-    corpus: Path, tokenizer: Path, storage: Path, *, workers: int
+    corpus: Path, tokenizer: Path, storage: Path, *, workers: int, settings: Mapping[str, Any] | None = None
 ) -> tuple[dict[str, Any], ProcessMeter, float]:
-    """Returns the stage's result, the resources of its processes, and wall seconds."""
-    data = {"source": str(corpus), "tokenizer": str(tokenizer)}
+    """Returns the stage's result, the resources of its processes, and wall seconds; `settings` are more of `data`."""
+    data = {"source": str(corpus), "tokenizer": str(tokenizer)} | dict(settings or {})
     config = RunConfig.model_validate({"data": data, "storage": {"uri": str(storage)}})
     storage.mkdir(parents=True)
     config_file = storage / "config.json"
     config_file.write_text(config.model_dump_json(), encoding="utf-8")
-    command = [sys.executable, "-m", "tests.benchmarks.tokenize_stage", str(config_file), str(workers)]
+    return metered(["tests.benchmarks.tokenize_stage", str(config_file), str(workers)])
+
+
+def metered(arguments: list[str]) -> tuple[dict[str, Any], ProcessMeter, float]:
+    """Runs a module that says it is ready, works once it gets a line, and answers with a line of JSON."""
+    command = [sys.executable, "-m", *arguments]
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     with subprocess.Popen(command, cwd=REPOSITORY, env=environment, text=True, **pipes) as process:
@@ -97,7 +102,7 @@ def run_stage(
             answer = process.stdout.readline()
         wall_s = time.monotonic() - start
     if process.returncode or not answer:
-        sys.exit(f"the stage failed; see it with: {' '.join(command)}")
+        sys.exit(f"{arguments[0]} failed; see it with: {' '.join(command)}")
     return json.loads(answer), meter, wall_s
 
 

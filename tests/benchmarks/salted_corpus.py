@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 _MIN_CHARS = 2000
@@ -35,10 +35,15 @@ def _passages(text: str) -> Iterator[str]:
 
 
 def write_corpus(folder: Path, texts: Path, num_bytes: int) -> int:
+    """Writes the documents, and returns their number."""
+    return write_documents(folder, documents(texts, num_bytes))
+
+
+def write_documents(folder: Path, found: Iterable[str]) -> int:
     """Writes JSON lines in files of about 64 MB, and returns the number of documents."""
     folder.mkdir(parents=True)
     count, written, file = 0, 0, None
-    for document in documents(texts, num_bytes):
+    for document in found:
         if file is None or written >= _FILE_BYTES:
             if file is not None:
                 file.close()
