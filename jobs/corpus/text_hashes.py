@@ -6,6 +6,7 @@ The same text has the same hashes in every process and on every machine.
 import hashlib
 import re
 import unicodedata
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +15,7 @@ from model.tables import read_table
 
 Hashes = npt.NDArray[np.uint64]
 _Bytes = npt.NDArray[np.uint8]
-_Places = npt.NDArray[np.int64]
+Places = npt.NDArray[np.int64]
 
 HASH_BYTES = 16
 
@@ -61,20 +62,33 @@ def document_hash(normalized: bytes) -> bytes:
 
 
 def word_ngrams(normalized: bytes, n: int) -> Hashes:
-    """Returns a hash for each run of n words, in order: one for a text with fewer words, none for no text.
+    """Returns the hash of each run of n words, in order, as `ngrams_by_text` does."""
+    return ngrams_by_text([normalized], n)[0]
+
+
+def ngrams_by_text(normalized: Sequence[bytes], n: int) -> tuple[Hashes, Places]:
+    """Returns a hash for each run of n words, and the place of its text: one for a text with fewer words, none for no
+    text. Many texts at once take a quarter of the time.
 
     Words end at blanks. In scripts without blanks between words (Chinese, Japanese, Thai, Lao, Tibetan, Burmese, Khmer)
     each character is a word, so that an insertion changes only the runs across it. A word of more than 64 bytes is cut
     into words of 64.
     """
-    words = _word_hashes(normalized)
-    size = min(n, len(words))
-    num_runs = len(words) - size + 1 if size else 0
-    runs = np.full(num_runs, size, dtype=np.uint64)
-    for place in range(size):
-        runs *= _STEP
-        runs += words[place : place + num_runs]
-    return mix64(runs)
+    hashes, places = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
+    borders = np.cumsum([len(text) + 1 for text in normalized if text])
+    words, starts = _word_hashes(b" ".join(filter(None, normalized)))
+    texts = np.flatnonzero([*map(len, normalized)])[np.searchsorted(borders, starts, side="right")]
+    num_words = np.bincount(texts, minlength=len(normalized))
+    for size in np.unique(np.minimum(num_words[num_words > 0], n)).tolist():
+        first, last = texts[: len(texts) - size + 1], texts[size - 1 :]
+        is_run = first == last if size == n else (first == last) & (num_words[first] == size)
+        runs = np.full(len(first), size, dtype=np.uint64)
+        for place in range(size):
+            runs *= _STEP
+            runs += words[place : place + len(first)]
+        hashes.append(mix64(runs[is_run]))
+        places.append(first[is_run])
+    return np.concatenate(hashes), np.concatenate(places)
 
 
 def mix64(x: Hashes) -> Hashes:
@@ -86,29 +100,29 @@ def mix64(x: Hashes) -> Hashes:
     return x
 
 
-def _word_hashes(normalized: bytes) -> Hashes:
-    """Hashes eight bytes of every word at a time; most words have no more."""
+def _word_hashes(normalized: bytes) -> tuple[Hashes, Places]:
+    """Returns the hash of each word and its first byte: eight bytes of every word at a time, and most have no more."""
     if not normalized:
-        return np.empty(0, dtype=np.uint64)
+        return np.empty(0, np.uint64), np.empty(0, np.int64)
     padded = normalized + bytes(8)
     text = np.frombuffer(padded, dtype=np.uint8, count=len(normalized))
     starts, sizes = _words(text)
     eights: Hashes = np.ndarray(len(normalized) + 1, dtype="<u8", buffer=padded, strides=(1,))  # from each byte on
     hashes = mix64(sizes.astype(np.uint64))
-    for place in range(0, _LONGEST_WORD_BYTES, 8):
-        longer = np.flatnonzero(sizes > place)
-        if not longer.size:
-            break
+    hashes = mix64(hashes ^ (eights[starts] & _FIRST_BYTES[np.minimum(sizes, 8)]))
+    longer, place = np.flatnonzero(sizes > 8), 8
+    while longer.size:
         piece = eights[starts[longer] + place] & _FIRST_BYTES[np.minimum(sizes[longer] - place, 8)]
         hashes[longer] = mix64(hashes[longer] ^ piece)
-    return hashes
+        place += 8
+        longer = longer[sizes[longer] > place]
+    return hashes, starts
 
 
-def _words(text: _Bytes) -> tuple[_Places, _Places]:
+def _words(text: _Bytes) -> tuple[Places, Places]:
     """Returns the first byte and the size of each word."""
-    is_start = np.empty(len(text), dtype=np.bool_)
-    is_start[0] = True
-    np.equal(text[:-1], _BLANK, out=is_start[1:])
+    is_start = text != _BLANK
+    is_start[1:] &= text[:-1] == _BLANK
     leads = np.flatnonzero(text >= 0xE0)
     if leads.size:
         codes = text[leads].astype(np.uint16) << 8 | text[leads + 1]
@@ -128,6 +142,6 @@ def _words(text: _Bytes) -> tuple[_Places, _Places]:
     return starts, sizes
 
 
-def _sizes(text: _Bytes, starts: _Places) -> _Places:
+def _sizes(text: _Bytes, starts: Places) -> Places:
     ends = np.append(starts[1:], len(text))
     return ends - (text[ends - 1] == _BLANK) - starts

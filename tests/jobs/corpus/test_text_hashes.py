@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from jobs.corpus.text_hashes import document_hash, is_blank, normalized, word_ngrams
+from jobs.corpus.text_hashes import document_hash, is_blank, ngrams_by_text, normalized, word_ngrams
 
 UNSPACED = "中文とテ。กขລཀကខ𠀀"
 texts = st.text(
@@ -99,3 +99,12 @@ def test_an_insertion_into_text_without_blanks_changes_only_the_runs_across_it()
 
 def test_a_blob_without_blanks_is_cut_into_words() -> None:
     assert len(word_ngrams(b"x" * 1_000_000 + b" end", 1)) == 1_000_000 // 64 + 1
+
+
+@given(st.lists(st.text("ab 中\u3000", max_size=20), max_size=8), st.integers(1, 4))
+def test_many_texts_at_once_have_the_hashes_of_each_alone(texts: list[str], n: int) -> None:
+    prepared = [normalized(text) for text in texts]
+    hashes, places = ngrams_by_text(prepared, n)
+    for place, text in enumerate(prepared):
+        assert hashes[places == place].tolist() == word_ngrams(text, n).tolist()
+    assert len(hashes) == sum(len(word_ngrams(text, n)) for text in prepared)
