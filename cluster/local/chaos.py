@@ -4,15 +4,17 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Self
+from typing import Any
 
 from cluster.local.local_cluster import LocalCluster
 from cluster.output.progress import say
 from cluster.settings.parser import ConfigError
 from cluster.settings.run import RunConfig, run_storage
+from cluster.storage.uris import Storage
 
 _POLL_S = 0.1
 
@@ -43,51 +45,47 @@ def parse_faults(words: Sequence[str]) -> list[Fault]:
     return sorted(faults, key=lambda fault: fault.step)
 
 
-class Chaos:
-    """Watches the run's ledger while its context lasts, and injects each fault when its step is reached."""
+@contextmanager
+def chaos(faults: Sequence[Fault], *, cluster: LocalCluster | None, config: RunConfig) -> Iterator[None]:
+    """Watches the run's ledger while the context lasts, and injects each fault when its step is reached."""
+    ended = threading.Event()
+    thread = threading.Thread(target=_inject, args=(faults, cluster, run_storage(config), ended), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
-    def __init__(self, faults: Sequence[Fault], *, cluster: LocalCluster | None, config: RunConfig) -> None:
-        self._faults = list(faults)
-        self._cluster = cluster
-        self._run = run_storage(config)
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._inject, daemon=True)
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
+def _inject(faults: Sequence[Fault], cluster: LocalCluster | None, run: Storage, ended: threading.Event) -> None:
+    killed_attempt = 0
+    for fault in faults:
+        assert cluster is not None, "only a local cluster's processes may be killed"
+        start: dict[str, Any] | None = None
+        # After a kill the ledger still shows the attempt that was hit, until the next one has started.
+        while start is None or start["attempt"] <= killed_attempt:
+            if ended.wait(_POLL_S):
+                return
+            start = _attempt_at(run, fault.step)
+        worker = start["workers"][-1]
+        if fault.kind is Kind.ADD_NODE:
+            say(f"chaos: {cluster.add_node()} joined after step {fault.step}")
+            continue
+        killed_attempt = start["attempt"]
+        if fault.kind is Kind.KILL_WORKER:
+            say(f"chaos: SIGKILL to worker {worker['pid']} after step {fault.step}")
+            os.kill(worker["pid"], signal.SIGKILL)
+        else:
+            node = "head" if fault.kind is Kind.KILL_HEAD else worker["node"]
+            say(f"chaos: SIGKILL to {node} after step {fault.step}")
+            cluster.kill_node(node)
 
-    def __exit__(self, *failure: object) -> None:
-        self._ended.set()
-        self._thread.join()
 
-    def _inject(self) -> None:
-        killed_attempt = 0
-        for fault in self._faults:
-            assert self._cluster is not None, "only a local cluster's processes may be killed"
-            start: dict[str, Any] | None = None
-            # After a kill the ledger still shows the attempt that was hit, until the next one has started.
-            while start is None or start["attempt"] <= killed_attempt:
-                if self._ended.wait(_POLL_S):
-                    return
-                start = self._attempt_at(fault.step)
-            worker = start["workers"][-1]
-            if fault.kind is Kind.ADD_NODE:
-                say(f"chaos: {self._cluster.add_node()} joined after step {fault.step}")
-                continue
-            killed_attempt = start["attempt"]
-            if fault.kind is Kind.KILL_WORKER:
-                say(f"chaos: SIGKILL to worker {worker['pid']} after step {fault.step}")
-                os.kill(worker["pid"], signal.SIGKILL)
-            else:
-                node = "head" if fault.kind is Kind.KILL_HEAD else worker["node"]
-                say(f"chaos: SIGKILL to {node} after step {fault.step}")
-                self._cluster.kill_node(node)
-
-    def _attempt_at(self, step: int) -> dict[str, Any] | None:
-        """Returns the start event of the current attempt once the run has completed `step`, until then None."""
-        content = self._run.find_bytes("ledger.jsonl") or b""
-        lines = [json.loads(line) for line in content.split(b"\n")[:-1]]
-        steps = [line["step"] for line in lines if "event" not in line]
-        starts = [line for line in lines if line.get("event") == "start"]
-        return starts[-1] if starts and steps and steps[-1] >= step else None
+def _attempt_at(run: Storage, step: int) -> dict[str, Any] | None:
+    """Returns the start event of the current attempt once the run has completed `step`, until then None."""
+    content = run.find_bytes("ledger.jsonl") or b""
+    lines = [json.loads(line) for line in content.split(b"\n")[:-1]]
+    steps = [line["step"] for line in lines if "event" not in line]
+    starts = [line for line in lines if line.get("event") == "start"]
+    return starts[-1] if starts and steps and steps[-1] >= step else None
