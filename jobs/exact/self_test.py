@@ -104,7 +104,6 @@ def _gradients(config: RunConfig, device: torch.device) -> dict[str, Tensor]:
 def _in_float64(config: RunConfig) -> dict[str, Tensor]:
     """Returns the same, by autograd alone, in float64 and on the CPU."""
     model = _model(config).double()
-    config = config.model_copy(update={"train": config.train.model_copy(update={"precision": "fp32"})})
     use_operations(model, PLAIN)
     rows, cpu, num_rows = _Rows(config), torch.device("cpu"), config.train.global_batch_size
     for first in range(0, num_rows, config.train.micro_batch_size):
