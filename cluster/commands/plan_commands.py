@@ -1,16 +1,47 @@
-"""`raymill inspect --shapes`: the shape and bytes of a batch at each stage of the model."""
+"""`raymill plan`, and `raymill inspect --shapes`: the shape and bytes of a batch at each stage of the model."""
 
 import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from cluster.settings.flags import config_from_arguments
+from cluster.settings.flags import config_from_arguments, settings_from_flags, validate_config
+from cluster.settings.parser import ConfigError
+from cluster.settings.plan import PlanConfig
 from cluster.settings.run import RunConfig, planned_vocabulary, seq_len, with_precision
+from cluster.storage.uris import absolute_uri
 from model.config import num_parameters
 from model.processor import fast_precision
 from model.shapes import Stage, stages, weights
 
-_ROW = "  {:<28}{:<15}{:<24}{:>14}{:>7}  {}"
+_SHAPES_ROW = "  {:<28}{:<15}{:<24}{:>14}{:>7}  {}"
+
+
+def plan(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Returns the figures, to be printed as a table."""
+    from jobs.plan.make_plan import planned, simulated
+
+    options = validate_config(settings_from_flags(arguments, PlanConfig), PlanConfig)
+    if arguments.demo:
+        from cluster.commands.demo_run import demo_config
+
+        config, _ = demo_config(absolute_uri(getattr(arguments, "storage.uri") or ".raymill"))
+    else:
+        config = config_from_arguments(arguments, RunConfig, needs_source=False)
+    if arguments.simulate:
+        found = simulated(config, options)
+    elif not arguments.calibrate:
+        found = planned(config, options)
+    elif config.cluster.address is not None:
+        raise ConfigError("--calibrate measures on a local cluster; leave out --cluster.address")
+    else:
+        from cluster.commands.demo_run import demo_faults, demo_serving
+        from cluster.commands.rehearsal import rehearsed
+
+        faults = demo_faults(config) if arguments.demo else []
+        with rehearsed(config, faults=faults, serving=demo_serving(config) if arguments.demo else None) as rehearsal:
+            found = planned(config, options, rehearsal=rehearsal)
+    arguments.text = f"{found.pop('table')}\n"
+    return found
 
 
 def inspect(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -37,5 +68,5 @@ def _text(title: str, found: Sequence[Stage]) -> str:
         shape = " x ".join(f"{length:,}" for length in stage.shape)
         num_bytes = f"{stage.num_bytes / 1e6:,.3f} MB"
         rows.append((stage.name, stage.dims, shape, num_bytes, f"{stage.times}", stage.note))
-    lines = [_ROW.format(*row).rstrip() for row in rows]
+    lines = [_SHAPES_ROW.format(*row).rstrip() for row in rows]
     return "\n".join([title, *lines]) + "\n"
