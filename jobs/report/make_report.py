@@ -64,8 +64,8 @@ def _read_plan(path: Path) -> dict[str, Any]:
 
 
 def _plan_rows(ledger: Ledger, config: RunConfig, plan: Mapping[str, Any] | None) -> list[tuple[str, str, str]]:
-    """Returns (figure, planned value, actual one): what the settings alone plan, and what a plan adds where there is one:
-    for this machine if it was calibrated, else for its GPUs."""
+    """Returns (figure, planned value, actual one): what the settings alone plan, and what a plan adds where there is
+    one: for this machine if it was calibrated, else for its GPUs."""
     last, taken = ledger.steps[-1], [line for line in ledger.lines if "event" not in line]
     per_token = flops_per_token(config.model, seq_len(config))
     computed = sum(batch_schedule(config).step_tokens(line["step"]) for line in taken)
