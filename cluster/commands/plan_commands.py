@@ -18,7 +18,8 @@ _SHAPES_ROW = "  {:<28}{:<15}{:<24}{:>14}{:>7}  {}"
 
 def plan(arguments: argparse.Namespace) -> dict[str, Any]:
     """Returns the figures, to be printed as a table."""
-    from jobs.plan.make_plan import planned, simulated
+    from jobs.plan.make_plan import planned
+    from jobs.plan.scale_simulation import scale_table, simulate
 
     options = validate_config(settings_from_flags(arguments, PlanConfig), PlanConfig)
     if arguments.demo:
@@ -28,7 +29,8 @@ def plan(arguments: argparse.Namespace) -> dict[str, Any]:
     else:
         config = config_from_arguments(arguments, RunConfig, needs_source=False)
     if arguments.simulate:
-        found = simulated(config, options)
+        found = simulate(planned_vocabulary(config), options)
+        found["table"] = scale_table(found)
     elif not arguments.calibrate:
         found = planned(config, options)
     elif config.cluster.address is not None:
