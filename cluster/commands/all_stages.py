@@ -6,8 +6,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from cluster.commands.chaos import Fault, chaos
 from cluster.endpoint.endpoint import Endpoint, deploy
-from cluster.local.chaos import Fault, chaos
 from cluster.local.local_cluster import cpus_per_node, free_port
 from cluster.output.progress import say
 from cluster.settings.run import EvaluateConfig, RunConfig

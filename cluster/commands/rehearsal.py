@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 
 from cluster.commands.all_stages import river
-from cluster.local.chaos import Fault, Kind
+from cluster.commands.chaos import Fault, Kind
 from cluster.output.progress import say
 from cluster.settings.parser import ConfigError
 from cluster.settings.run import RunConfig, StorageConfig, batch_schedule, max_steps, seq_len

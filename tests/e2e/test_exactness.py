@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cluster.local.chaos import chaos, parse_faults
+from cluster.commands.chaos import chaos, parse_faults
 from cluster.settings.run import ClusterConfig, RunConfig, run_storage
 from cluster.stages.stage import Connection, connected, run_stage
 from jobs.proof.replay_run import replay

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from cluster.commands.chaos import chaos, parse_faults
 from cluster.endpoint.endpoint import Endpoint, deploy, stream_completion
-from cluster.local.chaos import chaos, parse_faults
 from cluster.local.local_cluster import free_port
 from cluster.settings.run import ClusterConfig, RunConfig, StorageConfig
 from cluster.settings.serve import ReplicaConfig, ServeConfig

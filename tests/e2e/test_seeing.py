@@ -9,8 +9,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from cluster.commands.chaos import chaos, parse_faults
 from cluster.endpoint.endpoint import deploy
-from cluster.local.chaos import chaos, parse_faults
 from cluster.local.local_cluster import LocalCluster, free_port
 from cluster.monitoring.files import Json, documents
 from cluster.settings.run import ClusterConfig, RunConfig

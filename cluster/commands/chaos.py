@@ -1,6 +1,5 @@
 """Injects faults into the local cluster at steps of a run: kills a worker, a node or the head, or adds a node."""
 
-import json
 import os
 import signal
 import threading
@@ -8,13 +7,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
 
 from cluster.local.local_cluster import LocalCluster
 from cluster.output.progress import say
 from cluster.settings.parser import ConfigError
 from cluster.settings.run import RunConfig, run_storage
 from cluster.storage.uris import Storage
+from jobs.run.ledger import Ledger, Line
 
 _POLL_S = 0.1
 
@@ -62,7 +61,7 @@ def _inject(faults: Sequence[Fault], cluster: LocalCluster | None, run: Storage,
     killed_attempt = 0
     for fault in faults:
         assert cluster is not None, "only a local cluster's processes may be killed"
-        start: dict[str, Any] | None = None
+        start: Line | None = None
         # After a kill the ledger still shows the attempt that was hit, until the next one has started.
         while start is None or start["attempt"] <= killed_attempt:
             if ended.wait(_POLL_S):
@@ -82,10 +81,8 @@ def _inject(faults: Sequence[Fault], cluster: LocalCluster | None, run: Storage,
             cluster.kill_node(node)
 
 
-def _attempt_at(run: Storage, step: int) -> dict[str, Any] | None:
+def _attempt_at(run: Storage, step: int) -> Line | None:
     """Returns the start event of the current attempt once the run has completed `step`, until then None."""
-    content = run.find_bytes("ledger.jsonl") or b""
-    lines = [json.loads(line) for line in content.split(b"\n")[:-1]]
-    steps = [line["step"] for line in lines if "event" not in line]
-    starts = [line for line in lines if line.get("event") == "start"]
+    ledger = Ledger.read(run)
+    starts, steps = ledger.events("start"), [line["step"] for line in ledger.lines if "event" not in line]
     return starts[-1] if starts and steps and steps[-1] >= step else None

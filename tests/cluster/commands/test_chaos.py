@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.local.chaos import Fault, Kind, chaos, parse_faults
+from cluster.commands.chaos import Fault, Kind, chaos, parse_faults
 from cluster.local.local_cluster import LocalCluster
 from cluster.settings.parser import ConfigError
 from cluster.settings.run import RunConfig, StorageConfig
