@@ -5,7 +5,7 @@ positions up to the last new one.
 """
 
 import math
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -49,30 +49,22 @@ def for_each_head(values: Tensor, num_heads: int, *, dim: int) -> Tensor:
 
 
 class KVCache:
-    """Keys and values (L, 1, G, max_len, D) of one sequence."""
+    """Keys and values (L, 1, G, max_len, D) of one sequence, and what the last `window` was asked for: one forward
+    call's view, the same for every layer."""
 
     def __init__(self, config: GPTConfig, *, max_len: int, dtype: torch.dtype, device: torch.device | str) -> None:
         shape = (config.n_layer, 1, config.num_kv_heads, max_len, config.head_dim)
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty(shape, dtype=dtype, device=device)
 
-    def window(self, positions: Tensor) -> "SequenceWindow":
-        return SequenceWindow(self, positions)
-
-
-class SequenceWindow:
-    """One forward call's view of the cache, the same for every layer."""
-
-    def __init__(self, cache: KVCache, positions: Tensor) -> None:
-        self._cache = cache
-        self._first, self._end = int(positions[0, 0]), int(positions[0, -1]) + 1
-        self._is_causal, self._mask = visible_mask(positions, self._end, dtype=cache.keys.dtype)
+    def window(self, positions: Tensor) -> Self:
+        self._new = slice(int(positions[0, 0]), int(positions[0, -1]) + 1)
+        self._is_causal, self._mask = visible_mask(positions, self._new.stop, dtype=self.keys.dtype)
+        return self
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        pool_keys, pool_values = self._cache.keys[layer], self._cache.values[layer]  # (1, G, max_len, D)
-        pool_keys[:, :, self._first : self._end] = keys
-        pool_values[:, :, self._first : self._end] = values
-        seen = (pool[:, :, : self._end] for pool in (pool_keys, pool_values))
+        self.keys[layer][:, :, self._new], self.values[layer][:, :, self._new] = keys, values
+        seen = (pool[layer][:, :, : self._new.stop] for pool in (self.keys, self.values))  # (1, G, P, D)
         seen_keys, seen_values = (for_each_head(values, queries.shape[1], dim=1) for values in seen)
         return F.scaled_dot_product_attention(
             queries, seen_keys, seen_values, attn_mask=self._mask, is_causal=self._is_causal

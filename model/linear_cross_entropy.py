@@ -48,13 +48,6 @@ def losses_and_gradients(h: Tensor, w: Tensor, targets: Tensor) -> tuple[Tensor,
     return losses[:, 0], gradients.to(scores.dtype)
 
 
-def _losses(h: Tensor, w: Tensor, targets: Tensor) -> Tensor:
-    """Returns each token's loss alone, the same bits."""
-    scores = h @ w.T
-    wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    return F.cross_entropy(wide, targets, ignore_index=IGNORE_INDEX, reduction="none")
-
-
 class _LinearCrossEntropy(torch.autograd.Function):
     """Turns each chunk into its share of the gradients in the forward pass, as the gradient of the scores is known as
     soon as they are: none are kept or computed again (Liger kernel, arXiv 2410.10989, section 3.2)."""
@@ -74,8 +67,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight: Tensor | None = None
         for some, labels in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True):
             h = some.to(dtype)  # (K, C)
-            if not with_grad:
-                losses.append(_losses(h, w, labels))
+            if not with_grad:  # the same bits of the losses alone
+                scores = h @ w.T
+                wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+                losses.append(F.cross_entropy(wide, labels, ignore_index=IGNORE_INDEX, reduction="none"))
                 continue
             chunk_losses, grad = chunk(h, w, labels)
             losses.append(chunk_losses)

@@ -22,8 +22,8 @@ from model.checkpoint_folder import CheckpointError
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "I64": torch.int64}
 """By their name in safetensors."""
 
-Read = Callable[[str, int, int], bytes]
-"""Returns the bytes [start, end) of a file."""
+Read = Callable[..., bytes]
+"""(file, start=…, end=…): the bytes [start, end) of a file."""
 
 _READ_BYTES, _NUM_READERS = 16 << 20, 8
 _HASHED_VALUES = 16 << 20
@@ -66,8 +66,8 @@ class StoredTensors:
             found.sort(key=lambda stretch: stretch.place.start)
 
     def _header(self, file: str) -> list[tuple[str, _Stretch]]:
-        first = 8 + int.from_bytes(self._read(file, 0, 8), "little")
-        header = json.loads(self._read(file, 8, first))
+        first = 8 + int.from_bytes(self._read(file, start=0, end=8), "little")
+        header = json.loads(self._read(file, start=8, end=first))
         found = []
         for key, entry in header.items():
             if key != "__metadata__":
@@ -133,7 +133,7 @@ class StoredTensors:
 
     def _fill(self, extents: Sequence[_Extent]) -> None:
         file, first, last = extents[0].file, extents[0].start, extents[-1].end
-        content = bytearray(self._read(file, first, last))
+        content = bytearray(self._read(file, start=first, end=last))
         if len(content) != last - first:
             raise CheckpointError(f"{file} in {self._source} is cut short: bytes {first} to {last} are not all there")
         for _, start, end, dtype, target in extents:

@@ -6,8 +6,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from cluster.commands.chaos import Fault, chaos
 from cluster.endpoint.endpoint import Endpoint, deploy
-from cluster.local.chaos import Chaos, Fault
 from cluster.local.local_cluster import cpus_per_node, free_port
 from cluster.output.progress import say
 from cluster.settings.run import EvaluateConfig, RunConfig
@@ -48,7 +48,7 @@ def river(config: RunConfig, *, faults: Sequence[Fault] = (), serving: ServeConf
         with found.stage("tokenize", "tokenizing"):
             found.tokens = run_stage(connection, "jobs.tokenize_corpus", config)
         title = "training, with a node killed and one added on purpose" if faults else "training"
-        with found.stage("train", title), Chaos(faults, cluster=connection.local, config=config):
+        with found.stage("train", title), chaos(faults, cluster=connection.local, config=config):
             found.run = run_stage(connection, "jobs.pretrain", config)
         with found.stage("evaluate", "evaluating"):
             evaluation = EvaluateConfig(checkpoint=found.run["checkpoint"], storage=config.storage)

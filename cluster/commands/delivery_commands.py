@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cluster.endpoint.delivery import Operator, RefusedError, next_checkpoint
+from cluster.endpoint.delivery import Operator, RefusedError
 from cluster.endpoint.endpoint import Endpoint
 from cluster.output.progress import say
 from cluster.storage.uris import join_uri, open_storage
@@ -46,12 +46,18 @@ def follow_run(
 ) -> NoReturn:
     """Promotes the newest checkpoint of a run (an id, or the path or URI of its folder) whenever it is newer than the
     live one, until a signal. A checkpoint that is refused or rolled back is reported and not tried again."""
+    from jobs.run.checkpoints import RunCheckpoints
+
     folder = open_storage(run if "/" in run else join_uri(storage_uri, f"runs/{run}"))
+    checkpoints = RunCheckpoints(folder)
     say(f"promoting the newest checkpoint of {folder.uri} as it appears; Ctrl-C ends it")
     tried: set[str] = set()
     while True:
         live = operator.wait_until_steady()["live"]["checkpoint"]
-        if (checkpoint := next_checkpoint(folder, live=live, tried=tried)) is None:
+        is_of_run = live.startswith(f"{folder.uri}/checkpoints/")
+        uris = [uri for name in checkpoints.names if (uri := checkpoints.uri(name)) > live or not is_of_run]
+        checkpoint = next((uri for uri in reversed(uris) if uri not in tried), None)
+        if checkpoint is None:
             time.sleep(_FOLLOW_S)
             continue
         tried.add(checkpoint)

@@ -7,7 +7,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from cluster.local.chaos import Fault, parse_faults
+from cluster.commands.chaos import Fault, parse_faults
 from cluster.output.progress import say
 from cluster.settings.code_folders import CODE_ROOT
 from cluster.settings.flags import new_run_id, read_config

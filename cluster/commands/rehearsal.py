@@ -1,5 +1,6 @@
 """A small-scale run on this machine for `raymill plan --calibrate`: real stages, real steps, in about a minute."""
 
+import json
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -10,13 +11,14 @@ from typing import Any
 import psutil
 
 from cluster.commands.all_stages import river
-from cluster.local.chaos import Fault, Kind
+from cluster.commands.chaos import Fault, Kind
 from cluster.output.progress import say
 from cluster.settings.parser import ConfigError
 from cluster.settings.run import RunConfig, StorageConfig, batch_schedule, max_steps, seq_len
 from cluster.settings.serve import ServeConfig
+from jobs.corpus.listing import list_corpus
 from jobs.plan.prediction import FIRST_STEPS
-from jobs.plan.rehearsal_corpus import rehearsal_corpus
+from jobs.tokens.train_tokenizer import sample_texts
 from model.config import flops_per_token
 
 STEPS_S = 20.0
@@ -28,6 +30,7 @@ _FLOPS_PER_S = {"cpu": 20e9, "gpu": 50e12}
 """A low guess for a thread and a GPU, which decides only the size of the rehearsal."""
 
 _VALIDATION_ROWS = 512
+MAX_CORPUS_BYTES = 8 << 20
 
 # The rehearsal's steps to which faults are moved. A node takes some ten seconds to join.
 _KILL_AT, _ADD_AT, _STEPS_WITH_FAULTS = 60, 66, 240
@@ -101,10 +104,26 @@ def rehearsed(
             "stage_s": found.stage_s,
             "run_dir": found.run["run_dir"],
             "evaluation": found.evaluation,
-            "source_bytes": corpus["source_bytes"],
-            "rehearsed_bytes": corpus["rehearsed_bytes"],
+            **corpus,
             "faults": [vars(fault) for fault in faults],
             "rehearsed_faults": [vars(fault) for fault in small_faults],
             "busy_before": busy_before,
             "took_s": round(time.monotonic() - start, 1),
         }
+
+
+def rehearsal_corpus(config: RunConfig, path: Path) -> dict[str, Any]:
+    """Returns `source`, a small corpus as it is, else a sample of each of its sources in one file, with the bytes of
+    the corpus and those of its sample. Raises `CorpusError`."""
+    data = config.data
+    listing = list_corpus(data.source)
+    if listing.token_stores:
+        raise ConfigError("--calibrate measures tokenizing too: name texts with --data.source, not token stores")
+    total = sum(file.size for file in listing.files)
+    if total <= MAX_CORPUS_BYTES:
+        return {"source": data.source, "source_bytes": total, "rehearsed_bytes": total}
+    sampled = data.model_copy(update={"tokenizer_sample_bytes": MAX_CORPUS_BYTES})
+    with path.open("w", encoding="utf-8") as file:
+        for text in sample_texts(listing.files, sampled, piece_chars=data.max_document_bytes):
+            file.write(json.dumps({data.text_field: text}, ensure_ascii=False) + "\n")
+    return {"source": [str(path)], "source_bytes": total, "rehearsed_bytes": path.stat().st_size}

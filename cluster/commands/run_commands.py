@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def stage(arguments: argparse.Namespace) -> dict[str, Any]:
     """Submits the stage that the command is named after as a job, and follows it."""
-    from cluster.local.chaos import Chaos, parse_faults
+    from cluster.commands.chaos import chaos, parse_faults
     from cluster.local.local_cluster import cpus_per_node
     from cluster.settings.flags import config_from_arguments
     from cluster.settings.run import RunConfig, max_steps, run_storage
@@ -48,7 +48,7 @@ def stage(arguments: argparse.Namespace) -> dict[str, Any]:
     try:
         with (
             connected(config.cluster, cpus_per_node=cpus_per_node(config)) as connection,
-            Chaos(faults, cluster=connection.local, config=config),
+            chaos(faults, cluster=connection.local, config=config),
         ):
             result = run_stage(connection, STAGES[arguments.command], config)
     except (KeyboardInterrupt, SystemExit):

@@ -1,7 +1,6 @@
 """Promotion as an operator sees it: requests to a running endpoint, and waiting for the outcome."""
 
 import time
-from collections.abc import Collection
 from typing import Any
 
 import httpx
@@ -9,8 +8,7 @@ import httpx
 from cluster.endpoint.endpoint import Endpoint, raise_for
 from cluster.output.progress import say
 from cluster.storage.registry import LATEST
-from cluster.storage.uris import Storage, absolute_uri
-from model.checkpoint_folder import MANIFEST
+from cluster.storage.uris import absolute_uri
 from model.errors import UserError
 
 POLL_S = 0.5
@@ -112,13 +110,3 @@ def progress_of(state: dict[str, Any], *, phase_s: float) -> str:
         case "watching":
             return f"watching: {live} serves; for {left}, errors or slowness roll it back"
     return f"{state['phase']}: {live} serves"
-
-
-def next_checkpoint(run: Storage, *, live: str, tried: Collection[str]) -> str | None:
-    """Returns a run's newest whole checkpoint that has not been tried and is newer than the live one of that run."""
-    folder = run.child("checkpoints")
-    files = {entry.key for entry in folder.list("step-")}
-    names = [key.removesuffix(f"/{MANIFEST}") for key in files if key.endswith(f"/{MANIFEST}")]
-    newer = sorted(name for name in names if not live.startswith(f"{folder.uri}/") or folder.child(name).uri > live)
-    usable = [folder.child(name).uri for name in newer if f"{name}/QUARANTINED" not in files]
-    return next((uri for uri in reversed(usable) if uri not in tried), None)

@@ -7,7 +7,7 @@ exact, and no series outlives its process for long. `rate` and `histogram_quanti
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import prometheus_client as prometheus
@@ -39,9 +39,12 @@ class Metrics:
         """Gives Ray the values, with `labels` added."""
         for family in self.collectors.collect():
             for sample in family.samples:
-                if not sample.name.endswith("_created"):
-                    tags = {**sample.labels, **labels}
-                    self._gauge(sample.name, tags, family.documentation).set(sample.value, tags=tags)
+                if sample.name.endswith("_created"):
+                    continue
+                name, tags = sample.name.replace(":", "_"), {**sample.labels, **labels}  # Ray refuses vLLM's colons
+                if name not in self._gauges:
+                    self._gauges[name] = Gauge(name, description=family.documentation, tag_keys=tuple(tags))
+                self._gauges[name].set(sample.value, tags=tags)
 
     def end(self, **labels: str) -> None:
         """Ends the series with these labels. Ray forgets them within some of its reports."""
@@ -65,12 +68,6 @@ class Metrics:
         if metric.kind is Kind.HISTOGRAM:
             return prometheus.Histogram(*arguments, buckets=metric.buckets)
         return {Kind.COUNTER: prometheus.Counter, Kind.GAUGE: prometheus.Gauge}[metric.kind](*arguments)
-
-    def _gauge(self, name: str, tags: Mapping[str, str], text: str) -> Gauge:
-        if name not in self._gauges:
-            # Ray does not accept vLLM's colons.
-            self._gauges[name] = Gauge(name.replace(":", "_"), description=text, tag_keys=tuple(tags))
-        return self._gauges[name]
 
 
 class ByVersion(Generic[Counted]):

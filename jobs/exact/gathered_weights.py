@@ -52,7 +52,6 @@ class GatheredWeights:
                 span, flat = _aligned(spans[number]), self._slots[number % _NUM_SLOTS]
             views[name] = at(flat, moved(place, span.start)).view(parameter.shape).data  # the slot is filled in between
         model.load_state_dict(views, assign=True)
-        self._num_bytes = [flat.nbytes for flat in self._rest]
         self._release()
 
     @property
@@ -62,10 +61,9 @@ class GatheredWeights:
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """Lasts while the model computes, between two updates; all members enter and leave together."""
-        for flat, num_bytes in zip(self._rest, self._num_bytes, strict=True):
-            flat.untyped_storage().resize_(num_bytes)
         self._held = [None] * _NUM_SLOTS
         for flat, span in zip(self._rest, self._rest_spans, strict=True):
+            flat.untyped_storage().resize_(flat.nbytes)
             self._gather(flat, span)
         yield
         self._side_work.wait()

@@ -35,11 +35,14 @@ class HostCopy:
 
 
 class HostCopies:
-    """Takes the copies of one device's tensors, one after another; with `beside` in a thread."""
+    """Takes the copies of one device's tensors, one after another; with `beside` in a thread, through two buffers, one
+    of which is filled from the device while the other one is read."""
 
     def __init__(self, device: torch.device, *, beside: bool = False, piece_values: int = PIECE_VALUES) -> None:
-        self._device, self._staging = device, Staging(device, piece_values)
-        self._thread = ThreadPoolExecutor(1, "host copies") if beside or device.type == "cuda" else None
+        self._device, self._piece_values = device, piece_values
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._buffers: list[Tensor] = []
+        self._thread = ThreadPoolExecutor(1, "host copies") if beside or self._stream else None
         self._unfinished: list[HostCopy] = []
 
     def start(self, phase: Phase, tensors: Sequence[Tensor], take: Take) -> HostCopy:
@@ -49,8 +52,8 @@ class HostCopies:
             take(iter(tensors))
             copy.taken.set_result(None)
         else:
-            now = torch.cuda.current_stream(self._device).record_event() if self._device.type == "cuda" else None
-            copy.taken = self._thread.submit(lambda: take(self._staging.pieces(tensors, after=now)))
+            now = torch.cuda.current_stream(self._device).record_event() if self._stream else None
+            copy.taken = self._thread.submit(lambda: take(self.pieces(tensors, after=now)))
             self._unfinished.append(copy)
         copy.exposed_s = time.perf_counter() - start_s
         return copy
@@ -68,20 +71,10 @@ class HostCopies:
         if self._thread:
             self._thread.shutdown()
 
-
-class Staging:
-    """Two buffers, one of which is filled from the device while the other one is read."""
-
-    def __init__(self, device: torch.device, piece_values: int) -> None:
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._piece_values = piece_values
-        self._buffers: list[Tensor] = []
-
     def pieces(self, tensors: Sequence[Tensor], *, after: torch.cuda.Event | None = None) -> Iterator[Tensor]:
         """Yields the tensors' values, end to end, as they are after the event."""
-        is_cuda = self._stream is not None
         if not self._buffers:
-            self._buffers = [torch.empty(self._piece_values, pin_memory=is_cuda) for _ in range(2)]
+            self._buffers = [torch.empty(self._piece_values, pin_memory=bool(self._stream)) for _ in range(2)]
         arriving: tuple[Tensor, torch.cuda.Event | None] | None = None
         with torch.cuda.stream(self._stream):  # which does nothing for None
             if after is not None and self._stream is not None:
@@ -90,7 +83,7 @@ class Staging:
                 piece = self._buffers[number % 2][: sum(map(len, views))]
                 for target, view in zip(piece.split([*map(len, views)]), views, strict=True):
                     target.copy_(view, non_blocking=True)
-                event = torch.cuda.Event(blocking=True) if is_cuda else None
+                event = torch.cuda.Event(blocking=True) if self._stream else None
                 if event is not None:
                     event.record()
                 if arriving is not None:

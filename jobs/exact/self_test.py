@@ -63,7 +63,8 @@ def self_test(config: RunConfig, device: torch.device) -> None:
     tiny = _in_tiny(config)
     _check(tiny, device, exact=_in_float64(tiny))
     if way_to_compute(config) == "compiled":
-        block = _in_one_block(config)
+        shape = dataclasses.replace(config.model, n_layer=1, dropout=0.0)
+        block = _with(config, shape, micro_batch_size=config.train.micro_batch_size, seq_len=seq_len(config))
         plain = block.model_copy(update={"train": block.train.model_copy(update={"compute": "plain"})})
         _check(block, device, exact=_gradients(plain, device))
 
@@ -104,7 +105,6 @@ def _gradients(config: RunConfig, device: torch.device) -> dict[str, Tensor]:
 def _in_float64(config: RunConfig) -> dict[str, Tensor]:
     """Returns the same, by autograd alone, in float64 and on the CPU."""
     model = _model(config).double()
-    config = config.model_copy(update={"train": config.train.model_copy(update={"precision": "fp32"})})
     use_operations(model, PLAIN)
     rows, cpu, num_rows = _Rows(config), torch.device("cpu"), config.train.global_batch_size
     for first in range(0, num_rows, config.train.micro_batch_size):
@@ -139,11 +139,6 @@ def _in_tiny(config: RunConfig) -> RunConfig:
     )
     compute = way_to_compute(config)
     return _with(config, shape, micro_batch_size=2, seq_len=64, compute="plain" if compute == "compiled" else compute)
-
-
-def _in_one_block(config: RunConfig) -> RunConfig:
-    shape = dataclasses.replace(config.model, n_layer=1, dropout=0.0)
-    return _with(config, shape, micro_batch_size=config.train.micro_batch_size, seq_len=seq_len(config))
 
 
 def _with(config: RunConfig, shape: object, *, micro_batch_size: int, **changes: object) -> RunConfig:

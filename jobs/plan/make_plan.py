@@ -26,7 +26,6 @@ from jobs.plan.formulas import (
 from jobs.plan.memory import gpu_memory, host_memory, layout_of
 from jobs.plan.plan_warnings import FULL_MEMORY, other_work, warnings
 from jobs.plan.prediction import predict
-from jobs.plan.scale_simulation import scale_table, simulate
 from jobs.plan.table import table
 from jobs.run.history import recorded_config
 from jobs.run.ledger import Ledger
@@ -177,12 +176,6 @@ def _data(config: RunConfig, tokens_per_s: float) -> dict[str, float]:
         "text_bytes": TEXT_BYTES_PER_TOKEN * config.train.max_tokens,
         "text_bytes_per_s": TEXT_BYTES_PER_TOKEN * tokens_per_s,
     }
-
-
-def simulated(config: RunConfig, options: PlanConfig) -> dict[str, Any]:
-    """Simulates the run at 8 to 4,096 GPUs, and returns the figures with their `table`."""
-    found = simulate(planned_vocabulary(config), options)
-    return found | {"table": scale_table(found)}
 
 
 def planned(config: RunConfig, options: PlanConfig, *, rehearsal: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Warns where the inputs of a plan disagree with each other, or with what raymill can do: a sentence each."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from cluster.settings.plan import PlanConfig
@@ -18,8 +18,13 @@ FULL_MEMORY = 0.9
 
 def warnings(config: RunConfig, options: PlanConfig, plan: dict[str, Any]) -> list[str]:
     """Returns the warnings, the gravest first; none where all agrees."""
-    is_on_cpus = not config.scaling.use_gpu and not _ASK_FOR_GPUS & options.model_fields_set
-    hardware = _on_cpus(config, options) if is_on_cpus else _on_gpus(config, options, plan)
+    hardware: Iterable[str] = _on_gpus(config, options, plan)
+    if not config.scaling.use_gpu and not _ASK_FOR_GPUS & options.model_fields_set:
+        hardware = [
+            f"The run computes on {config.scaling.max_workers} workers' CPUs (scaling.use_gpu is false), whose speed a "
+            "plan does not know: --calibrate measures this machine. Times and cost below are what GPUs would take "
+            f"({options.gpu}; --gpu and --count choose others)."
+        ]
     return [*_memory(options, plan), *hardware, *_schedule(config)]
 
 
@@ -47,14 +52,6 @@ def _memory(options: PlanConfig, plan: dict[str, Any]) -> Iterator[str]:
     yield (
         f"The run does not fit its GPUs: each needs {needed / 1e9:,.1f} GB, and the {options.gpu} has "
         f"{has / 1e9:,.0f} GB, a tenth of it for allocator and libraries. {way_out}"
-    )
-
-
-def _on_cpus(config: RunConfig, options: PlanConfig) -> Iterator[str]:
-    yield (
-        f"The run computes on {config.scaling.max_workers} workers' CPUs (scaling.use_gpu is false), whose speed a "
-        "plan does not know: --calibrate measures this machine. Times and cost below are what GPUs would take "
-        f"({options.gpu}; --gpu and --count choose others)."
     )
 
 

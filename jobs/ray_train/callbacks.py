@@ -8,7 +8,7 @@ from typing import Any
 
 from ray.train import UserCallback
 from ray.train.v2._internal.execution.callback import WorkerCallback
-from ray.train.v2._internal.execution.context import TrainContext, get_train_context
+from ray.train.v2._internal.execution.context import get_train_context
 
 from jobs.run.run_plan import RunPlan
 from jobs.run.storage_retry import patiently
@@ -30,7 +30,6 @@ class FailureRecorder(UserCallback):
 
 
 _num_sigterms = 0
-_context: TrainContext | None = None
 
 
 class SignalListener(WorkerCallback):
@@ -41,8 +40,6 @@ class SignalListener(WorkerCallback):
     """
 
     def after_init_train_context(self) -> None:
-        global _context  # noqa: PLW0603
-        _context = get_train_context()
         signal.signal(signal.SIGTERM, _count)
 
 
@@ -53,4 +50,4 @@ def _count(signum: int, frame: Any) -> None:
 
 def signals() -> tuple[int, Any]:
     """Returns the number of SIGTERMs, and what Ray knows of nodes that are being drained."""
-    return _num_sigterms, _context.preemption_context.preemption_info if _context else None
+    return _num_sigterms, get_train_context().preemption_context.preemption_info

@@ -15,7 +15,7 @@ from jobs.report.figures import smoothed
 from jobs.report.page import document, grid, picture
 from jobs.report.theme import new_figure, png, titled
 from jobs.run.find_run import begun_ledger
-from jobs.run.history import final_figures, flattened, recorded_config
+from jobs.run.history import flattened, recorded_config, statistics
 from jobs.run.ledger import Ledger
 
 _MAX_RUNS = 8
@@ -23,6 +23,8 @@ _DASHES = ("-", "--", "-.", ":", "-", "--", "-.", ":")
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999", "#7a3b69")
 _OF_THE_RUN = ("run_id", "storage.uri", "cluster.address")
 """Settings that say where a run is, not what it is."""
+_OF_ONE_RUN = {"Workers, by attempt", "Checkpoint", "Parameter hash", "Time lost"}
+"""Final figures that are about one run alone."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,9 @@ def compare(*runs: Storage, storage_uri: str) -> dict[str, Any]:
     read = [Run(run.uri.rpartition("/")[2], begun_ledger(run), recorded_config(run)) for run in runs]
     names = [run.name for run in read]
     settings = differing_settings(read)
-    finals = [dict(final_figures(run.ledger, run.config)) for run in read]
-    rows = {name: [figures.get(name, "") for figures in finals] for name in dict.fromkeys(n for f in finals for n in f)}
+    finals = [dict(statistics(run.ledger, run.config)) for run in read]
+    names_of_figures = [name for name in dict.fromkeys(n for f in finals for n in f) if name not in _OF_ONE_RUN]
+    rows = {name: [figures.get(name, "") for figures in finals] for name in names_of_figures}
     folder = f"comparisons/{hashlib.sha256(' '.join(run.uri for run in runs).encode()).hexdigest()[:12]}"
     heads = ["", *names]
     differing = grid("Settings that differ", heads, [[n, *values] for n, values in settings.items()])

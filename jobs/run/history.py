@@ -137,12 +137,6 @@ def cost_rows(ledger: Ledger, config: RunConfig, *, price: float | None) -> list
     return [("Cost", f"${shown} at ${hourly:g} for a {kind}-hour{note}")]
 
 
-def final_figures(ledger: Ledger, config: RunConfig) -> list[tuple[str, str]]:
-    """Returns the rows of `statistics` by which runs are compared; the others are about one run alone."""
-    apart = ("Workers, by attempt", "Checkpoint", "Parameter hash", "Time lost")
-    return [row for row in statistics(ledger, config) if row[0] not in apart]
-
-
 def lost_ranges(ledger: Ledger) -> list[tuple[int, int]]:
     """Returns the first and last step of each stretch of steps that were lost together."""
     ranges: list[tuple[int, int]] = []

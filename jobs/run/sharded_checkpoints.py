@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from cluster.storage.uris import Storage, StorageError
+from cluster.storage.uris import StorageError
 from jobs.run.checkpoints import RunCheckpoints
 from model import checkpoint_folder as layout
 from model.checkpoint import manifest_of
@@ -66,7 +66,7 @@ class ShardedCheckpoint:
 
     def parameter_hash(self, shapes: Mapping[str, Sequence[int]]) -> str:
         files = [self.file(layout.WEIGHTS, index) for index in range(self._count)]
-        return _tensors(self._folder, files).parameter_hash(shapes)
+        return StoredTensors(files, self._folder.read_bytes, source=self._folder.uri).parameter_hash(shapes)
 
     def complete(self, descriptions: Mapping[str, bytes], reports: Reports) -> None:
         """Publishes the checkpoint, whose shards are stored. After an error another call continues. Raises
@@ -90,11 +90,4 @@ def stored_state(checkpoints: RunCheckpoints, name: str) -> StoredTensors:
     wanted = [*layout.tensor_files(layout.WEIGHTS, files), *layout.tensor_files(layout.TRAIN_STATE, files)]
     if missing := [file for file in wanted if file not in files]:
         raise layout.CheckpointError(f"{folder.uri} has no {', '.join(missing)}: training can't continue from it")
-    return _tensors(folder, wanted)
-
-
-def _tensors(folder: Storage, files: list[str]) -> StoredTensors:
-    def read(file: str, start: int, end: int) -> bytes:
-        return folder.read_bytes(file, start=start, end=end)
-
-    return StoredTensors(files, read, source=folder.uri)
+    return StoredTensors(wanted, folder.read_bytes, source=folder.uri)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -16,22 +17,19 @@ from jobs.workers.worker_group import WorkerGroup
 
 
 def prepared(plan: RunPlan, group: WorkerGroup, device: torch.device) -> Hardware:
-    """Returns what decides how this worker rounds, after its self-test; its compiled kernels are part of that."""
-    found, test = hardware(device), lambda: self_test(plan.config, device)
+    """Returns what decides how this worker rounds, after its self-test; its compiled kernels are part of that.
+
+    Those are on every rank the kernels that the run's storage has for rank 0's hardware, or that rank 0 compiles now.
+    Whoever can write to that storage can thus run code in the workers, as PyTorch trusts what it loads.
+    """
+    found, test = hardware(device), partial(self_test, plan.config, device)
     if way_to_compute(plan.config) != "compiled":
         test()
         return found
-    return found | {"kernels": _share(plan.run, group, found, compiles=test)}
-
-
-def _share(run: Storage, group: WorkerGroup, on: Hardware, *, compiles: Callable[[], None]) -> str:
-    """Compiles on every rank with the kernels that the run's storage has for rank 0's hardware, or that rank 0 compiles
-    now. Returns their SHA-256. Whoever can write to that storage can thus run code in the workers, as PyTorch trusts
-    what it loads."""
-    kernels = group.broadcast(_kept(run, on, compiles) if group.rank == 0 else None)
+    kernels = group.broadcast(_kept(plan.run, found, test) if group.rank == 0 else None)
     torch.compiler.load_cache_artifacts(kernels)
-    compiles()
-    return hashlib.sha256(kernels).hexdigest()
+    test()
+    return found | {"kernels": hashlib.sha256(kernels).hexdigest()}
 
 
 def _kept(run: Storage, on: Hardware, compiles: Callable[[], None]) -> bytes:

@@ -42,8 +42,13 @@ class Notices:
             threading.Thread(target=self._look_for_request, name="notices", daemon=True).start()
 
     def ask(self) -> None:
-        """Starts the exchange with the other ranks at the start of a step, which costs the step nothing."""
-        self._level = torch.tensor([int(self._news())])  # on the host, so that no GPU is waited for
+        """Starts the exchange with the other ranks at the start of a step, which costs the step nothing. The news are
+        those since the last exchange; a request to stop stays."""
+        before, self._heard = self._heard, self._signals()
+        notice = Notice.NONE if self._heard == before else Notice.SAVE
+        if self._stop_requested.is_set():
+            notice = Notice.STOP
+        self._level = torch.tensor([int(notice)])  # on the host, so that no GPU is waited for
         self._work = (
             dist.all_reduce(self._level, dist.ReduceOp.MAX, async_op=True) if self._group.world_size > 1 else None
         )
@@ -56,13 +61,6 @@ class Notices:
 
     def close(self) -> None:
         self._closed.set()
-
-    def _news(self) -> Notice:
-        """Returns the notice since the last exchange; a request to stop stays."""
-        before, self._heard = self._heard, self._signals()
-        if self._stop_requested.is_set():
-            return Notice.STOP
-        return Notice.NONE if self._heard == before else Notice.SAVE
 
     def _look_for_request(self) -> None:
         pause_s = _REMOTE_POLL_S if self._run.local_path("") is None else _LOCAL_POLL_S

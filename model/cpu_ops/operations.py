@@ -20,52 +20,37 @@ _BLOCK_VALUES = 1 << 18
 
 def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Returns x @ weight + bias for x (N, in) and a weight (in, out), in autocast's type where that is on."""
-    if not torch.is_grad_enabled():
-        return torch.addmm(bias, x, weight)
-    dtype = compute_dtype(x)
-    return _Affine.apply(x.to(dtype), weight, bias, _in_type(weight, dtype), sink_of(weight))
-
-
-class _Affine(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, w: Tensor, sink: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, w)
-        ctx.sink, ctx.dtype, ctx.bias_dtype = sink, weight.dtype, bias.dtype
-        return torch.addmm(bias.to(x.dtype), x, w)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None]:
-        (grad,) = grads  # (N, out)
-        x, w = ctx.saved_tensors
-        grad_x = grad @ w.T if ctx.needs_input_grad[0] else None
-        grad_weight = _Sum(w, ctx.sink, dtype=ctx.dtype)
-        grad_weight.add_product(x.T, grad)
-        return grad_x, grad_weight.result(), grad.sum(0, dtype=ctx.bias_dtype), None, None
+    return _product(x, weight, bias) if torch.is_grad_enabled() else torch.addmm(bias, x, weight)
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """Returns x @ weight.T for x (N, in) and a weight (out, in), in autocast's type where that is on."""
-    if not torch.is_grad_enabled():
-        return F.linear(x, weight)
+    return _product(x, weight, None) if torch.is_grad_enabled() else F.linear(x, weight)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     dtype = compute_dtype(x)
-    return _Linear.apply(x.to(dtype), weight, _in_type(weight, dtype), sink_of(weight))
+    return _Product.apply(x.to(dtype), weight, bias, _in_type(weight, dtype), sink_of(weight))
 
 
-class _Linear(torch.autograd.Function):
+class _Product(torch.autograd.Function):
+    """`affine` with a bias, `linear` without one."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, w: Tensor, sink: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, w: Tensor, sink: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, w)
-        ctx.sink, ctx.dtype = sink, weight.dtype
-        return x @ w.T
+        ctx.sink, ctx.dtype, ctx.bias_dtype = sink, weight.dtype, None if bias is None else bias.dtype
+        return x @ w.T if bias is None else torch.addmm(bias.to(x.dtype), x, w)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads  # (N, out)
         x, w = ctx.saved_tensors
-        grad_x = grad @ w if ctx.needs_input_grad[0] else None
+        is_affine = ctx.bias_dtype is not None
+        grad_x = grad @ (w.T if is_affine else w) if ctx.needs_input_grad[0] else None
         grad_weight = _Sum(w, ctx.sink, dtype=ctx.dtype)
-        grad_weight.add_product(grad.T, x)
-        return grad_x, grad_weight.result(), None, None
+        grad_weight.add_product(*((x.T, grad) if is_affine else (grad.T, x)))
+        return grad_x, grad_weight.result(), grad.sum(0, dtype=ctx.bias_dtype) if is_affine else None, None, None
 
 
 def embed(indices: Tensor, weight: Tensor, *, shared: bool) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cluster.local.chaos import Chaos, parse_faults
+from cluster.commands.chaos import chaos, parse_faults
 from cluster.settings.run import ClusterConfig, RunConfig, run_storage
 from cluster.stages.stage import Connection, connected, run_stage
 from jobs.proof.replay_run import replay
@@ -68,7 +68,7 @@ def disturbed(connection: Connection, folder: Path, way: str) -> tuple[RunConfig
     sharding = {"shard": "parameters", "shard_group": 2}
     config = run_config(folder, "disturbed", way, min_workers=1, max_workers=4, resize_check_s=2, **sharding)
     faults = parse_faults(["kill-worker@10", "kill-node@25", "add-node@35"])
-    with Chaos(faults, cluster=connection.local, config=config):
+    with chaos(faults, cluster=connection.local, config=config):
         return config, run_stage(connection, "jobs.pretrain", config)
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from cluster.commands.chaos import chaos, parse_faults
 from cluster.endpoint.endpoint import Endpoint, deploy, stream_completion
-from cluster.local.chaos import Chaos, parse_faults
 from cluster.local.local_cluster import free_port
 from cluster.settings.run import ClusterConfig, RunConfig, StorageConfig
 from cluster.settings.serve import ReplicaConfig, ServeConfig
@@ -67,7 +67,7 @@ def test_a_run_goes_on_under_a_new_head(
     assert connection.local is not None
     nodes = connection.local.node_names
     config = run_config(folder, "disturbed")
-    with Chaos(parse_faults(["kill-head@120"]), cluster=connection.local, config=config):
+    with chaos(parse_faults(["kill-head@120"]), cluster=connection.local, config=config):
         disturbed = run_stage(connection, "jobs.pretrain", config)
     assert connection.local.node_names == nodes
     (recovery,) = ledger_of(config).recoveries()

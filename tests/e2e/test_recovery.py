@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import pytest
 
-from cluster.local.chaos import Chaos, parse_faults
+from cluster.commands.chaos import chaos, parse_faults
 from cluster.settings.run import ClusterConfig, RunConfig
 from cluster.stages.stage import Connection, connected, run_stage
 from jobs.run.ledger import Ledger
@@ -51,7 +51,7 @@ def run_config(folder: Path, run_id: str, **scaling: Any) -> RunConfig:
 
 
 def run(connection: Connection, config: RunConfig, *faults: str) -> tuple[dict[str, Any], list[float], Ledger]:
-    with Chaos(parse_faults(faults), cluster=connection.local, config=config):
+    with chaos(parse_faults(faults), cluster=connection.local, config=config):
         result = run_stage(connection, "jobs.pretrain", config)
     # Ray ends a finished job's processes soon, not at once.
     wait_until(lambda: not memory_left(), timeout_s=30, why=memory_left)

@@ -9,8 +9,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from cluster.commands.chaos import chaos, parse_faults
 from cluster.endpoint.endpoint import deploy
-from cluster.local.chaos import Chaos, parse_faults
 from cluster.local.local_cluster import LocalCluster, free_port
 from cluster.monitoring.files import Json, documents
 from cluster.settings.run import ClusterConfig, RunConfig
@@ -68,7 +68,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
         with connected(ClusterConfig(num_nodes=2), cpus_per_node=3) as connection:
             assert connection.local is not None
             with prometheus(folder / "prometheus", scrape_targets=scrape_targets(connection.local)) as server:
-                with Chaos(parse_faults(["kill-worker@100"]), cluster=connection.local, config=config):
+                with chaos(parse_faults(["kill-worker@100"]), cluster=connection.local, config=config):
                     run_stage(connection, "jobs.pretrain", config)
                 ask_an_endpoint(connection, folder, server)
                 yield Scene(server, began_s, "seen")

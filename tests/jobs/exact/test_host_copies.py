@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from jobs.exact.host_copies import HostCopies, Staging
+from jobs.exact.host_copies import HostCopies
 from tests.jobs.train_states import RATE, apply, gradients, make_state
 
 CPU = torch.device("cpu")
@@ -18,10 +18,10 @@ CPU = torch.device("cpu")
 @given(lengths=st.lists(st.integers(0, 40), max_size=6), piece_values=st.integers(1, 30))
 def test_pieces_are_the_values_end_to_end(lengths: list[int], piece_values: int) -> None:
     tensors = [torch.randn(length) for length in lengths]
-    staging = Staging(CPU, piece_values)
+    copies = HostCopies(CPU, piece_values=piece_values)
     for _ in range(2):
         pieces, memory = [], set()
-        for piece in staging.pieces(tensors):
+        for piece in copies.pieces(tensors):
             pieces.append(piece.clone())
             memory.add(piece.untyped_storage().data_ptr())
         assert torch.equal(torch.cat([torch.empty(0), *pieces]), torch.cat([torch.empty(0), *tensors]))

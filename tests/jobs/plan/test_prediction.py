@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
+from cluster.commands.chaos import Fault, Kind
 from cluster.commands.rehearsal import in_small
-from cluster.local.chaos import Fault, Kind
 from cluster.settings.parser import ConfigError
 from cluster.settings.run import RunConfig, max_steps
 from jobs.plan.plan_warnings import other_work

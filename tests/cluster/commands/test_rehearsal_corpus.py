@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from jobs.plan import rehearsal_corpus as rehearsed
-from jobs.plan.rehearsal_corpus import rehearsal_corpus
+from cluster.commands import rehearsal
+from cluster.commands.rehearsal import rehearsal_corpus
 from tests.jobs.corpora import data_config
 
 
 def test_a_large_corpus_is_sampled_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rehearsed, "MAX_BYTES", 100_000)
+    monkeypatch.setattr(rehearsal, "MAX_CORPUS_BYTES", 100_000)
     for name, word in (("a", "слово"), ("b", "word")):
         lines = [
             json.dumps({"text": f"{word} {number} {f'{word} ' * 50}"}, ensure_ascii=False) for number in range(2000)

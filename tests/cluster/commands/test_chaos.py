@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.local.chaos import Chaos, Fault, Kind, parse_faults
+from cluster.commands.chaos import Fault, Kind, chaos, parse_faults
 from cluster.local.local_cluster import LocalCluster
 from cluster.settings.parser import ConfigError
 from cluster.settings.run import RunConfig, StorageConfig
@@ -50,7 +50,7 @@ def test_the_highest_rank_is_killed_once_its_step_is_done(
     ledger = LedgerWriter(open_storage(str(tmp_path)).child("runs/r"))
     workers = [{"pid": process.pid, "node": f"node-{rank}"} for rank, process in enumerate(sleepers)]
     cluster = LocalCluster(num_nodes=1, cpus_per_node=1)  # never started: its nodes are not needed
-    with Chaos(parse_faults(["kill-worker@2"]), cluster=cluster, config=config):
+    with chaos(parse_faults(["kill-worker@2"]), cluster=cluster, config=config):
         ledger.event("start", attempt=1, world_size=2, step=0, checkpoint=None, workers=workers)
         ledger.step(step=1)
         with pytest.raises(subprocess.TimeoutExpired):  # several looks at the ledger long
