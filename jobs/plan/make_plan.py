@@ -30,7 +30,7 @@ from jobs.plan.table import table
 from jobs.run.history import recorded_config
 from jobs.run.ledger import Ledger
 from jobs.tokens.token_store import token_dtype
-from model.config import PRESETS, GPTConfig, flops_per_token, num_parameters
+from model.config import flops_per_token, num_parameters
 
 
 def make_plan(config: RunConfig, options: PlanConfig) -> dict[str, Any]:
@@ -77,7 +77,6 @@ def make_plan(config: RunConfig, options: PlanConfig) -> dict[str, Any]:
     plan["memory_bytes"] = _memory(config, layout, count)
     plan["gpu_memory_bytes"] = gpu.memory_bytes
     plan["advice"] = _advice(config, options, layout, count, step_s)
-    plan["largest_preset"] = largest_preset(config, options, count)
     plan["host_memory_bytes"] = host_memory(config, layout, world_size=count, gpus_per_node=options.gpus_per_node)
     moved = _exchange(config, options, layout, count, step_s)
     plan["exchange"] = asdict(moved) | {
@@ -89,19 +88,6 @@ def make_plan(config: RunConfig, options: PlanConfig) -> dict[str, Any]:
     plan["data"] = _data(config, plan["tokens_per_s"])
     plan["warnings"] = warnings(config, options, plan)
     return plan
-
-
-def largest_preset(config: RunConfig, options: PlanConfig, count: int) -> str | None:
-    """Returns the preset of most parameters that so many GPUs hold in bf16, sharded among all of them, with activations
-    computed again, each GPU a sequence at a time."""
-    least = _LEAST | {"precision": "bf16", "seq_len": None, "global_batch_size": count}
-    config = _changed(config, train=least, scaling={"shard": "parameters", "shard_group": None})
-    fitting = {}
-    for name, shape in PRESETS.items():
-        model = GPTConfig(**shape)
-        if _fits(_memory(config.model_copy(update={"model": model}), layout_of(model), count), options):
-            fitting[num_parameters(model)] = name
-    return fitting[max(fitting)] if fitting else None
 
 
 _LEAST = {"recompute": True, "micro_batch_size": 1, "micro_batches_per_lane": 1}

@@ -41,10 +41,7 @@ def _memory(options: PlanConfig, plan: dict[str, Any]) -> Iterator[str]:
     needed, has, advice = plan["memory_bytes"]["total"], options.hardware.memory_bytes, plan["advice"]
     if needed <= FULL_MEMORY * has:
         return
-    way_out = (
-        f"No sharding makes it fit {plan['count']:,} of them, which hold {plan['largest_preset']} in bf16 (shard: "
-        "parameters, recompute, a sequence at a time) and no larger preset. What follows is arithmetic."
-    )
+    way_out = f"No sharding makes it fit {plan['count']:,} of them. What follows is arithmetic."
     if advice is not None:
         settings = [(branch, name, value) for branch in ("scaling", "train") for name, value in advice[branch].items()]
         flags = " ".join(f"--{branch}.{name.replace('_', '-')} {value}" for branch, name, value in settings if value)
