@@ -5,12 +5,11 @@ clock, so that the same messages have the same tokens. It alone writes special t
 letters.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from jinja2 import Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -31,7 +30,7 @@ PLAIN_TEMPLATE = """\
 Message = Mapping[str, str]  # role, content and perhaps a name
 _Encode = Callable[[str], Iterable[int]]
 _MARK = "\ufdd0"  # stands in a special token's text that a message has; no text has this character (Unicode, 23.7)
-_QUESTION, _ANSWER = {"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}
+_PROBE = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
 
 
 class ChatError(UserError):
@@ -42,9 +41,9 @@ def rendered(chat: ChatFormat, messages: Sequence[Message], *, asks: bool = Fals
     """Returns the text of the messages; with `asks`, up to where the assistant's next answer begins. Raises `ChatError`
     with the template's words where it refuses them."""
     seen = [{**message, "role": message["role"].replace("developer", "system")} for message in messages]
-    tokens = {"bos_token": chat.bos_token, "eos_token": chat.eos_token}
+    names = {"bos_token": chat.bos_token, "eos_token": chat.eos_token, "tools": None, "documents": None}
     try:
-        return _compiled(chat.chat_template).render(messages=seen, add_generation_prompt=asks, **tokens)
+        return _compiled(chat.chat_template).render(messages=seen, add_generation_prompt=asks, **names)
     except Exception as error:  # a template is somebody's program, which may fail in any way
         raise ChatError(f"the chat template refuses the messages: {error}") from error
 
@@ -58,7 +57,7 @@ def format_to_train(tokenizer: Tokenizer) -> ChatFormat:
     a template that does not write it gets it in front. Raises `ChatError` where no token ends an answer."""
     start = tokenizer.token_bytes(tokenizer.start_id).decode()
     chat = tokenizer.chat or ChatFormat(PLAIN_TEMPLATE, start, tokenizer.end_of_text)
-    if not rendered(chat, [_QUESTION, _ANSWER]).startswith(start):
+    if not rendered(chat, _PROBE).startswith(start):
         chat = replace(chat, chat_template=start + chat.chat_template)
     if Chat(tokenizer, chat).end_of_turn is None:
         raise ChatError(
@@ -77,7 +76,7 @@ class Chat:
         bos = "" if tokenizer.bos_id is None else tokenizer.token_bytes(tokenizer.bos_id).decode()
         self.format = chat or tokenizer.chat or ChatFormat(PLAIN_TEMPLATE, bos, "")
         self._special_ids, self._encode = tokenizer.special_ids, encode or tokenizer.encode
-        self._specials = re.compile("|".join(map(re.escape, sorted(self._special_ids, key=len, reverse=True))))
+        self._specials = re.compile(f"({'|'.join(map(re.escape, sorted(self._special_ids, key=len, reverse=True)))})")
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Returns what the assistant's next answer follows. Raises `ChatError`."""
@@ -110,10 +109,10 @@ class Chat:
     def end_of_turn(self) -> int | None:
         """The special token that ends an answer; None where the template writes none."""
         try:
-            prompt, whole = rendered(self.format, [_QUESTION], asks=True), rendered(self.format, [_QUESTION, _ANSWER])
+            _, _, after = rendered(self.format, _PROBE).rpartition(_PROBE[-1]["content"])
         except ChatError:
             return None
-        found = self._specials.findall(whole.removeprefix(prompt)) if whole.startswith(prompt) else []
+        found = self._specials.findall(after)
         return self._special_ids[found[-1]] if found else None
 
     def _escaped(self, message: Message) -> Message:
@@ -123,14 +122,9 @@ class Chat:
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = []
-        place = 0
-        for found in self._specials.finditer(text):
-            ids += [*self._text_ids(text[place : found.start()]), self._special_ids[found[0]]]
-            place = found.end()
-        return ids + self._text_ids(text[place:])
-
-    def _text_ids(self, text: str) -> list[int]:
-        return [*map(int, self._encode(text.replace(_MARK, "")))] if text else []
+        for number, piece in enumerate(self._specials.split(text)):  # texts, and between them special tokens
+            ids += [self._special_ids[piece]] if number % 2 else map(int, self._encode(piece.replace(_MARK, "")))
+        return ids
 
 
 @lru_cache(32)
@@ -138,13 +132,8 @@ def _compiled(template: str) -> Template:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
-    environment.filters["tojson"] = _json  # Jinja's own writes for HTML
     environment.globals["raise_exception"] = _refuse
     return environment.from_string(template)
-
-
-def _json(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
 
 
 def _refuse(reason: str) -> NoReturn:

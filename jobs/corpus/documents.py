@@ -63,10 +63,7 @@ class Drop(StrEnum):
 
 
 CHAT_DROPS = (Drop.NO_MESSAGES, Drop.UNKNOWN_ROLE, Drop.NO_ANSWER, Drop.TEMPLATE_REFUSED)
-UNREADABLE = (
-    *(Drop.BINARY, Drop.INVALID_UTF8, Drop.INVALID_JSON, Drop.INVALID_CSV, Drop.MISSING_TEXT),
-    *CHAT_DROPS,
-)
+UNREADABLE = (Drop.BINARY, Drop.INVALID_UTF8, Drop.INVALID_JSON, Drop.INVALID_CSV, Drop.MISSING_TEXT, *CHAT_DROPS)
 """The reasons that point to a wrong setting or a damaged corpus, which data.max_unreadable_fraction bounds."""
 
 

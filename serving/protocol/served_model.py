@@ -30,10 +30,6 @@ class ServedModel:
         return None if self.tokenizer is None else self.tokenizer.eot_id
 
     @property
-    def bos_id(self) -> int | None:
-        return None if self.tokenizer is None else self.tokenizer.bos_id
-
-    @property
     def is_chat_tuned(self) -> bool:
         """Whether it has a chat template of its own."""
         return self.tokenizer is not None and self.tokenizer.chat is not None
