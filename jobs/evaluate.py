@@ -4,12 +4,13 @@ B sequences in a batch, T tokens of each. A batch's loss does not depend on whic
 adds the batches in their order: the result is the same for any number of workers.
 """
 
+import hashlib
 import math
 import re
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,11 @@ from cluster.settings.run import DataConfig, EvaluateConfig, RunConfig, StorageC
 from cluster.stages.stage import stage_main
 from cluster.storage.registry import find_checkpoint
 from cluster.storage.uris import Storage, absolute_uri, open_storage, split_uri
-from jobs.exact.compute import autocast, loss_of, micro_batch
+from jobs.exact.compute import autocast, loss_of, micro_batch, num_counted
 from jobs.run.find_run import find_tokens
 from jobs.run.history import CONFIG_FILE, recorded_config
 from jobs.tokens.build_store import tokenize
-from jobs.tokens.token_store import Split, TokenStoreError, read_manifest
+from jobs.tokens.token_store import Split, TokenStoreError, canonical_json, read_manifest
 from jobs.tokens.token_stream import TokenStream
 from jobs.tokens.train_tokenizer import TOKENIZER_FILE
 from model.checkpoint import load_model, parameter_hash
@@ -85,18 +86,18 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     start = time.perf_counter()
     losses = _batch_losses(model, rows, config)
     seconds = time.perf_counter() - start
-    num_tokens = rows.num_rows * rows.seq_len
-    loss = sum(losses) / num_tokens
-    bytes_per_token = rows.open().bytes_per_token(rows.num_rows)
+    num_read, num_tokens = rows.num_rows * rows.seq_len, sum(count for _, count in losses)
+    total = sum(loss for loss, _ in losses)
+    loss, bytes_per_token = total / max(1, num_tokens), rows.open().bytes_per_token(rows.num_rows)
     return {
         "checkpoint": checkpoint,
         "parameter_hash": parameter_hash(model.state_dict()),
         "tokens": num_tokens,
-        "bytes": round(num_tokens * bytes_per_token),
+        "bytes": round(num_read * bytes_per_token),
         "loss": loss,
         "perplexity": math.exp(loss),
-        "bits_per_byte": loss / math.log(2) / bytes_per_token,
-        "tokens_per_s": round(num_tokens / seconds, 1),
+        "bits_per_byte": total / num_read / math.log(2) / bytes_per_token,
+        "tokens_per_s": round(num_read / seconds, 1),
     }
 
 
@@ -168,15 +169,20 @@ def _documents(folder: Path, config: EvaluateConfig) -> tuple[Storage, Split]:
     tokenizer, storage = load_tokenizer(folder), storage_of(config)
     if tokenizer is None:
         raise CheckpointError(f"checkpoint {folder} has no tokenizer; add its tokenizer.json")
-    place = storage.child(f"tokenizers/{tokenizer.hash[:12]}")
+    settings = canonical_json(asdict(tokenizer.chat)) if tokenizer.chat else b""
+    key = hashlib.sha256(tokenizer.to_json() + settings).hexdigest()  # without settings, the tokenizer's hash
+    place = storage.child(f"tokenizers/{key[:12]}")
+    if settings:
+        place.write_bytes("tokenizer_config.json", settings)
     place.write_bytes(TOKENIZER_FILE, tokenizer.to_json())
     data = DataConfig(**config.data.model_dump(), tokenizer=place.uri, val_fraction=0.0)
     store = tokenize(RunConfig(data=data, storage=config.storage.model_copy(update={"uri": storage.uri})))
     return split_uri(store["manifest"])[0], "train"
 
 
-def _batch_losses(model: GPT, rows: Rows, config: EvaluateConfig) -> list[float]:
-    """Returns the summed loss of each batch, in order. A task whose worker dies is run again."""
+def _batch_losses(model: GPT, rows: Rows, config: EvaluateConfig) -> list[tuple[float, int]]:
+    """Returns the summed loss of each batch and how many tokens it counts, in order. A task whose worker dies is run
+    again."""
     num_batches = len(rows.batches)
     task = ray.remote(_worker_losses).options(
         num_cpus=config.threads_per_worker, num_gpus=int(rows.device == "cuda"), num_returns="streaming"
@@ -187,13 +193,12 @@ def _batch_losses(model: GPT, rows: Rows, config: EvaluateConfig) -> list[float]
         task.remote(shared, rows, range(number, num_batches, config.num_workers), config.threads_per_worker)
         for number in range(min(config.num_workers, num_batches))
     ]
-    losses: dict[int, float] = {}
+    losses: dict[int, tuple[float, int]] = {}
     with progress("evaluating", total=num_batches, unit="batches") as advance:
         while running:
             ready: Any = ray.wait(running)[0][0]
             try:
-                batch, loss = ray.get(next(ready))
-                losses[batch] = loss
+                batch, losses[batch] = ray.get(next(ready))
                 advance(1)
             except StopIteration:
                 running.remove(ready)
@@ -204,16 +209,17 @@ def _batch_losses(model: GPT, rows: Rows, config: EvaluateConfig) -> list[float]
     return [losses[batch] for batch in range(num_batches)]
 
 
-def _worker_losses(model: GPT, rows: Rows, batches: range, num_threads: int) -> Iterator[tuple[int, float]]:
-    """Yields the number and the summed loss of each of the worker's batches."""
+def _worker_losses(model: GPT, rows: Rows, batches: range, num_threads: int) -> Iterator[tuple[int, tuple[float, int]]]:
+    """Yields the number of each of the worker's batches, its summed loss and how many tokens that counts."""
     torch.set_num_threads(num_threads)
     device = torch.device(rows.device)
     model, stream = model.to(device), rows.open()
-    eot_id = stream.manifest.eot_id if rows.run.train.document_mask else None
+    eot_id = stream.manifest.start_id if rows.run.train.document_mask else None
     for number in batches:
-        batch = micro_batch(stream.rows(rows.batches[number]), rows.run, device, eot_id=eot_id)
+        read = stream.rows(rows.batches[number])
+        batch = micro_batch(read, rows.run, device, eot_id=eot_id)
         with torch.inference_mode(), autocast(rows.run, device):
-            yield number, float(loss_of(model, batch))
+            yield number, (float(loss_of(model, batch)), num_counted(read[1]))
 
 
 def gate_rows(checkpoint: str, storage_uri: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.kv_cache import Window, for_each_head
+from model.linear_cross_entropy import IGNORE_INDEX
 
 
 class Documents(NamedTuple):
@@ -34,14 +35,20 @@ Mask = Tensor | Documents | None
 """
 
 
-def document_positions(token_ids: Tensor, *, eot_id: int) -> Tensor:
-    """Returns positions (B, T) for token_ids (B, T), which restart at 0 at each end-of-text token.
+def document_positions(token_ids: Tensor, targets: Tensor | None = None, *, eot_id: int) -> Tensor:
+    """Returns positions (B, T) for token_ids (B, T), which restart at 0 at each end-of-text token, or at each BOS where
+    that is `eot_id`: the tokenizer's `start_id`.
 
     An end-of-text token is the last target of its document and the first input of the next one: a document's first
     token is predicted from it alone, as in text generated without a prompt. A row may start in a document's middle.
+    Where targets (B, T) are not counted, the rows have conversations. These begin with such a token that is not counted
+    either; one that is counted ends an answer, which more turns may follow.
     """
     places = torch.arange(token_ids.shape[1], device=token_ids.device)  # (T,)
-    return places - torch.where(token_ids == eot_id, places, 0).cummax(dim=1).values
+    begins = token_ids == eot_id
+    if targets is not None and (uncounted := targets == IGNORE_INDEX).any():
+        begins[:, 1:] &= uncounted[:, :-1]
+    return places - torch.where(begins, places, 0).cummax(dim=1).values
 
 
 def document_mask(positions: Tensor) -> Tensor:

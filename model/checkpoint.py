@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from model import checkpoint_folder
+from model.chat import Chat
 from model.config import GPTConfig
 from model.durable_files import move_into_place, sync, write_file
 from model.failpoints import failpoint
@@ -93,10 +94,15 @@ def write_checkpoint(
 
 def descriptions(config: GPTConfig, tokenizer: Tokenizer, metadata: checkpoint_folder.Metadata) -> dict[str, bytes]:
     """Returns the files that tell what a checkpoint's weights are."""
+    start, chat, ends = tokenizer.token_bytes(tokenizer.start_id).decode(), tokenizer.chat, [tokenizer.eot_id]
+    tokens: dict[str, str | None] = {"bos_token": start, "eos_token": tokenizer.end_of_text}
+    if chat is not None:
+        tokens = {name: value or None for name, value in dataclasses.asdict(chat).items()}
+        ends = [*dict.fromkeys([Chat(tokenizer).end_of_turn or tokenizer.eot_id, tokenizer.eot_id])]
     return {
-        "config.json": _json(config_to_hf(config, eot_id=tokenizer.eot_id)),
+        "config.json": _json(config_to_hf(config, start_id=tokenizer.start_id, end_ids=ends)),
         "tokenizer.json": tokenizer.to_json(),
-        "tokenizer_config.json": _json(tokenizer_config_to_hf(config, end_of_text=tokenizer.end_of_text)),
+        "tokenizer_config.json": _json(tokenizer_config_to_hf(config, **tokens)),
         "raymill.json": _json(dataclasses.asdict(metadata)),
     }
 

@@ -203,7 +203,7 @@ class GPT(nn.Module):
 
         With `eot_id` the documents in a row see nothing of each other.
         """
-        positions = None if eot_id is None else document_positions(token_ids, eot_id=eot_id)
+        positions = None if eot_id is None else document_positions(token_ids, targets, eot_id=eot_id)
         mask = None if positions is None else document_mask(positions)
         return self.loss_of(self.forward(token_ids, positions=positions, mask=mask), targets)
 

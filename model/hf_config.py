@@ -18,9 +18,9 @@ class UnsupportedModelError(UserError):
     """A Hugging Face folder holds no GPT-2 and no Llama that this package can compute exactly."""
 
 
-def config_to_hf(config: GPTConfig, *, eot_id: int) -> dict[str, Any]:
-    """Returns the content of config.json."""
-    ends = dict.fromkeys(("bos_token_id", "eos_token_id"), eot_id)
+def config_to_hf(config: GPTConfig, *, start_id: int, end_ids: list[int]) -> dict[str, Any]:
+    """Returns the content of config.json; `end_ids` end what is generated."""
+    ends = {"bos_token_id": start_id, "eos_token_id": end_ids[0] if len(end_ids) == 1 else end_ids}
     if config.architecture == "llama":
         same = {name: getattr(config, ours) for name, ours in _LLAMA["names"].items()}
         sizes = {"intermediate_size": config.ffn_width, "num_key_value_heads": config.num_kv_heads}
@@ -45,10 +45,9 @@ def _rope_to_hf(config: GPTConfig) -> dict[str, Any]:
     return {"head_dim": config.head_dim, "rope_theta": config.rope_theta, "rope_scaling": scaling}
 
 
-def tokenizer_config_to_hf(config: GPTConfig, *, end_of_text: str) -> dict[str, Any]:
-    """Returns the content of tokenizer_config.json."""
-    ends = dict.fromkeys(("bos_token", "eos_token"), end_of_text)
-    return {**_TABLE["tokenizer"], "model_max_length": config.n_positions, **ends}
+def tokenizer_config_to_hf(config: GPTConfig, **tokens: str | None) -> dict[str, Any]:
+    """Returns the content of tokenizer_config.json, with its special `tokens` and perhaps a chat template."""
+    return {**_TABLE["tokenizer"], "model_max_length": config.n_positions, **tokens}
 
 
 def config_from_hf(values: dict[str, Any]) -> GPTConfig:

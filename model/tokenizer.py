@@ -6,7 +6,8 @@ document wrote is not special and is encoded as its letters.
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -33,10 +34,19 @@ class TokenizerError(UserError):
     """A tokenizer is not byte-level BPE with an end-of-text token, or can't map a text or an id."""
 
 
+@dataclass(frozen=True)
+class ChatFormat:
+    """How a tokenizer's conversations are written, as tokenizer_config.json says it; `model.chat` does it."""
+
+    chat_template: str  # in Jinja
+    bos_token: str  # as the template gets it, like the next one
+    eos_token: str
+
+
 class Tokenizer:
     """Encodes and decodes with the content of a tokenizer.json. That content, in canonical form, is its identity."""
 
-    def __init__(self, content: dict[str, Any]) -> None:
+    def __init__(self, content: dict[str, Any], chat: ChatFormat | None = None) -> None:
         try:
             self.backend = tokenizers.Tokenizer.from_str(json.dumps(content))  # to be read only
         except Exception as error:  # the library's parser raises no narrower class
@@ -52,15 +62,15 @@ class Tokenizer:
         if not ends:
             raise TokenizerError(f"the tokenizer has no {END_OF_TEXT} token, which ends each document; add it")
         self.end_of_text, self.eot_id = ends[0]
-        self._content = content
+        self._content, self.chat = content, chat
         self.backend.no_truncation()
         self.backend.no_padding()
         self.backend.encode_special_tokens = True  # as the text that they are
 
     @classmethod
-    def from_json(cls, content: bytes) -> Self:
+    def from_json(cls, content: bytes, chat: ChatFormat | None = None) -> Self:
         try:
-            return cls(json.loads(content))
+            return cls(json.loads(content), chat)
         except ValueError as error:
             raise TokenizerError(f"tokenizer.json is not JSON: {error}") from error
 
@@ -77,6 +87,32 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """One more than the largest id."""
         return max(self._bytes_of_id) + 1
+
+    @cached_property
+    def special_ids(self) -> dict[str, int]:
+        """The id of each special token."""
+        special = {added["content"]: added["id"] for added in self._content["added_tokens"] if added["special"]}
+        return special | {self.end_of_text: self.eot_id}
+
+    @cached_property
+    def bos_id(self) -> int | None:
+        """The token that the tokenizer's post-processor puts before a text, as Llama 3's does; most have none."""
+        text, whole = (self.backend.encode("a", add_special_tokens=added).ids for added in (False, True))
+        front = whole[: whole.index(text[0])]
+        if len(front) > 1:
+            raise TokenizerError(
+                f"tokenizer.json puts {len(front)} tokens before each text, expected one (BOS) or none"
+            )
+        return front[0] if front else None
+
+    @property
+    def start_id(self) -> int:
+        """The token with which a document begins: BOS, or without one, the end-of-text token of the document before."""
+        return self.eot_id if self.bos_id is None else self.bos_id
+
+    def encode_whole(self, text: str) -> list[int]:
+        """Returns the ids of a whole text, or of its front: after BOS, where the tokenizer has one."""
+        return [*([] if self.bos_id is None else [self.bos_id]), *self.encode(text)]
 
     def encode(self, text: str) -> list[int]:
         try:  # as a batch, which computes no offsets
@@ -141,12 +177,25 @@ def from_gpt2_files(encoder: Path, merges: Path) -> Tokenizer:
 def load_tokenizer(folder: Path) -> Tokenizer | None:
     """Returns the checkpoint's tokenizer, or None where a folder that transformers saved holds none."""
     if (path := folder / "tokenizer.json").exists():
-        return Tokenizer.from_json(path.read_bytes())
+        chat = chat_format(lambda name: (folder / name).read_bytes() if (folder / name).exists() else None)
+        return Tokenizer.from_json(path.read_bytes(), chat)
     if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
         return from_gpt2_files(folder / "vocab.json", folder / "merges.txt")
     if is_hf_folder(folder):
         return None
     raise CheckpointError(f"checkpoint {folder} is not valid: tokenizer.json is missing")
+
+
+def chat_format(read: Callable[[str], bytes | None]) -> ChatFormat | None:
+    """Returns the chat template beside a tokenizer.json, from what `read` gives of a file by its name, or None."""
+    values = json.loads(read("tokenizer_config.json") or b"{}")
+    template = (read("chat_template.jinja") or b"").decode() or values.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = {each["name"]: each["template"] for each in template}.get("default")
+    if not template:
+        return None
+    bos, eos = (values.get(name) or "" for name in ("bos_token", "eos_token"))
+    return ChatFormat(template, *(token["content"] if isinstance(token, dict) else token for token in (bos, eos)))
 
 
 def _byte_level(backend: tokenizers.Tokenizer) -> Tokenizer:

@@ -58,6 +58,7 @@ class TextConfig(Settings):
     """The text to read."""
 
     source: Sources = []
+    format: Literal["text", "chat"] = "text"
     text_field: str = "text"
 
 

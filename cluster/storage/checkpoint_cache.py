@@ -28,7 +28,7 @@ MAX_BYTES = 8 << 30  # half of the scratch space that the manifests give a pod; 
 MAX_COPIES = 4  # the three that a delivery knows, and one to look at
 NEEDED = re.compile(
     r"manifest\.json|config\.json|raymill\.json|tokenizer\.json|tokenizer_config\.json|vocab\.json|merges\.txt"
-    r"|model((-shard)?-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
+    r"|chat_template\.jinja|model((-shard)?-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
 )
 """Files that are copied, of raymill's checkpoints and of folders that transformers saved."""
 

@@ -1,9 +1,10 @@
 """Reads the documents of a part of a corpus file one at a time, each with its text or the reason to drop it.
 
 A txt file holds one document (several if it is longer than a document may be), jsonl one per nonblank line, csv one
-per record, parquet one per row. Text is kept as it is, except for a byte order mark at a file's front. A document that
-cannot be used is dropped and counted. A *file* that cannot be read to its end (a truncated archive, a damaged footer),
-or that changed since it was listed, stops the job with its name, because nobody could say what was lost.
+per record, parquet one per row; a conversation is one too, of jsonl alone. Text is kept as it is, except for a byte
+order mark at a file's front. A document that cannot be used is dropped and counted. A *file* that cannot be read to
+its end (a truncated archive, a damaged footer), or that changed since it was listed, stops the job with its name,
+because nobody could say what was lost.
 """
 
 import csv
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import orjson
 import pyarrow as pa
@@ -26,6 +27,7 @@ from jobs.corpus.decompression import decompressed
 from jobs.corpus.listing import CorpusError
 from jobs.corpus.text_borders import cut_stream, lines, records
 from jobs.corpus.text_hashes import is_blank
+from model.chat import ROLES, plain_text
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
@@ -54,9 +56,14 @@ class Drop(StrEnum):
     DUPLICATE = "duplicate"  # the same normalized text came earlier in the corpus
     NEAR_DUPLICATE = "near_duplicate"  # nearly the same text came earlier: data.near_dedup_threshold
     CONTAMINATED = "contaminated"  # shares a run of words with a validation document: data.decontaminate_ngram
+    NO_MESSAGES = "no_messages"  # the line has no list of messages whose role and content are strings
+    UNKNOWN_ROLE = "unknown_role"  # of a message; system, developer, user and assistant are known
+    NO_ANSWER = "no_answer"  # no message of the assistant has text
+    TEMPLATE_REFUSED = "template_refused"  # the chat template cannot write these messages
 
 
-UNREADABLE = (Drop.BINARY, Drop.INVALID_UTF8, Drop.INVALID_JSON, Drop.INVALID_CSV, Drop.MISSING_TEXT)
+CHAT_DROPS = (Drop.NO_MESSAGES, Drop.UNKNOWN_ROLE, Drop.NO_ANSWER, Drop.TEMPLATE_REFUSED)
+UNREADABLE = (Drop.BINARY, Drop.INVALID_UTF8, Drop.INVALID_JSON, Drop.INVALID_CSV, Drop.MISSING_TEXT, *CHAT_DROPS)
 """The reasons that point to a wrong setting or a damaged corpus, which data.max_unreadable_fraction bounds."""
 
 
@@ -64,6 +71,7 @@ UNREADABLE = (Drop.BINARY, Drop.INVALID_UTF8, Drop.INVALID_JSON, Drop.INVALID_CS
 class Document:
     offset: int  # its first byte in the uncompressed file, or its row
     text: str = ""  # empty when dropped
+    messages: tuple[dict[str, str], ...] = ()  # of a conversation, whose text only shows them
     drop: Drop | None = None
     replaced: bool = False  # bytes that were not UTF-8 are now U+FFFD
     size: int = 0  # bytes of UTF-8, or of the part of a dropped document that was read
@@ -82,6 +90,8 @@ def read_documents(part: Part, data: DataConfig) -> Iterator[Document]:
         entry = storage.stat(name)
         if entry is None or (entry.version, entry.size) != (listed.version, listed.size):
             raise CorpusError(f"{listed.uri} changed after it was listed; run again")
+        if data.format == "chat" and listed.kind != "jsonl":
+            raise CorpusError(f"data.format=chat reads .jsonl files, and {listed.uri} is none; take it out")
         read = {"txt": reader.txt, "jsonl": reader.jsonl, "csv": reader.csv, "parquet": reader.parquet}[listed.kind]
         yield from read(decompressed(file, listed, max_ratio=data.max_compression_ratio))
 
@@ -197,11 +207,31 @@ class _Reader:
                 value, is_replaced = json.loads(decoded.text), decoded.replaced
             except (ValueError, RecursionError):  # thousands of digits or of nested brackets also raise these
                 return self.dropped(line, offset, Drop.INVALID_JSON)
+        if self.data.format == "chat":
+            return self.conversation(value, line, offset)
         text = value.get(self.data.text_field) if isinstance(value, dict) else None
         if not isinstance(text, str):
             return self.dropped(line, offset, Drop.MISSING_TEXT)
         document = self.judged_text(text, offset)
         return replace(document, replaced=True) if is_replaced and not document.drop else document
+
+    def conversation(self, value: Any, line: bytes, offset: int) -> Document:
+        """Returns the document that a line with messages makes; what they have beside role and content is not read."""
+        found = value.get("messages") if isinstance(value, dict) else None
+        turns = [turn for turn in found if isinstance(turn, dict)] if isinstance(found, list) else []
+        messages: list[dict[str, Any]] = [{name: turn.get(name) for name in ("role", "content")} for turn in turns]
+        is_text = all(isinstance(text, str) for message in messages for text in message.values())
+        if not (found and len(messages) == len(found) and is_text):
+            return self.dropped(line, offset, Drop.NO_MESSAGES)
+        if any(message["role"] not in ROLES for message in messages):
+            return self.dropped(line, offset, Drop.UNKNOWN_ROLE)
+        if not any(message["role"] == "assistant" and message["content"].strip() for message in messages):
+            return self.dropped(line, offset, Drop.NO_ANSWER)
+        document = self.judged_text(plain_text(messages), offset)
+        if document.replaced:  # a lone surrogate
+            for message in messages:
+                message["content"] = message["content"].encode(errors="surrogatepass").decode(errors="replace")
+        return document if document.drop else replace(document, messages=tuple(messages))
 
     def csv(self, file: BinaryIO) -> Iterator[Document]:
         limit = longest_line("csv", self.data)

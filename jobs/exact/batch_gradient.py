@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cluster.settings.run import RunConfig, batch_schedule, way_to_compute
 from jobs.exact.bucket_exchange import BucketExchange
-from jobs.exact.compute import MicroBatch, autocast, choose_operations, micro_batch
+from jobs.exact.compute import MicroBatch, autocast, choose_operations, micro_batch, num_counted
 from jobs.exact.flat_layout import at, end_to_end
 from jobs.exact.lane_sums import LaneSums
 from jobs.exact.peers import Peers
@@ -92,7 +92,12 @@ class BatchGradient:
             samples = [self._samples_of(each, n) for each in steps for turn in self._plan(each).turns for n in turn]
             self._rows.read_ahead(np.concatenate(samples))
         with self._state.weights_in_use(), lent(weight_copies, self._rounded_weights()):
-            return self._exact_gradient(step, timer) if self._is_exact else self._stock_gradient(step, timer)
+            measured = self._exact_gradient(step, timer) if self._is_exact else self._stock_gradient(step, timer)
+        # Only now is it known how many tokens the batch counts: so far, the sums are divided by all that it has.
+        scale = self._schedule.step_tokens(step) / max(1, measured.num_counted)
+        if scale != 1.0:
+            self._state.gradient.mul_(scale)
+        return Measured(measured.loss * scale, measured.norm * scale, measured.num_counted)
 
     def close(self) -> None:
         """Ends the work beside the training thread."""
@@ -125,20 +130,22 @@ class BatchGradient:
     def _stock_gradient(self, step: int, timer: StepTimer) -> Measured:
         """Uses stock DistributedDataParallel: local accumulation, one all-reduce overlapped with the last backward."""
         self._state.gradient.zero_()
-        loss, world_size = torch.zeros((), device=self._state.device), self._group.world_size
+        figures, world_size = torch.zeros(2, device=self._state.device), self._group.world_size
         numbers = [number for turn in self._plan(step).turns for number in turn]
         for number in numbers:
             if isinstance(self._stock, DistributedDataParallel):
                 self._stock.require_backward_grad_sync = number == numbers[-1]
             # DDP takes the mean over ranks; the scale makes it their sum.
-            loss += self._backward(self._stock, step, number, timer, scale=float(world_size))
+            figures += self._backward(self._stock, step, number, timer, scale=float(world_size))
         with timer.phase("sync"):
             if world_size > 1:
-                dist.all_reduce(loss)
-            return Measured(float(loss) / world_size, gradient_norm(self._state.gradient))
+                dist.all_reduce(figures)
+            loss, count = figures.tolist()
+            return Measured(loss / world_size, gradient_norm(self._state.gradient), int(count))
 
     def _backward(self, loss_of: nn.Module, step: int, number: int, timer: StepTimer, *, scale: float) -> Tensor:
-        """Returns `scale` times a micro-batch's share of the batch's loss, after its gradient went to the parameters.
+        """Returns `scale` times a micro-batch's share of the batch's loss and the number of tokens that it counts (2,),
+        after its gradient went to the parameters.
 
         Nothing in it waits for a GPU, which computes while the next rows are read.
         """
@@ -151,7 +158,7 @@ class BatchGradient:
             loss: Tensor = loss_of(batch, timer, scale=scale / self._schedule.step_tokens(step))
         with timer.phase("backward"):
             loss.backward()
-        return loss.detach()
+        return torch.stack([loss.detach(), loss.new_full((), num_counted(rows[1]))])
 
     def _plan(self, step: int) -> StepPlan:
         return self._plans[self._schedule.num_lanes(step)]

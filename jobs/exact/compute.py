@@ -10,6 +10,7 @@ from jobs.exact.gathered_weights import GatheredWeights
 from model.attention import Mask, document_mask, document_positions, packed_documents
 from model.cpu_ops import operations as cpu_ops
 from model.gpt import GPT
+from model.linear_cross_entropy import IGNORE_INDEX
 from model.operations import PLAIN, compiled, recomputed, use_operations
 
 
@@ -53,13 +54,18 @@ def micro_batch(
     inputs, targets = rows
     if eot_id is None:
         return MicroBatch(moved(inputs), moved(targets), None, None)
-    positions = document_positions(inputs, eot_id=eot_id)
+    positions = document_positions(inputs, targets, eot_id=eot_id)
     if device.type == "cuda" and config.train.precision == "bf16" and not config.model.dropout:
         documents = packed_documents(positions)
         mask = documents._replace(starts=moved(documents.starts))
         return MicroBatch(moved(inputs), moved(targets), moved(positions), mask)
     positions = moved(positions)
     return MicroBatch(moved(inputs), moved(targets), positions, document_mask(positions))
+
+
+def num_counted(targets: Tensor) -> int:
+    """Returns how many targets the loss counts: all of a text, in conversations those of answers."""
+    return int((targets != IGNORE_INDEX).sum())
 
 
 def loss_of(model: GPT, batch: MicroBatch, *, scale: float = 1.0) -> Tensor:

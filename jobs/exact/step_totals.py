@@ -20,8 +20,9 @@ from jobs.workers.worker_group import WorkerGroup
 class Measured(NamedTuple):
     """The figures of a step's whole batch, equal on every rank."""
 
-    loss: float  # nats per token
+    loss: float  # nats per counted token
     norm: float  # of the gradient
+    num_counted: int  # tokens that the loss counts
 
 
 class StepTotals:
@@ -40,15 +41,17 @@ class StepTotals:
         self._block_order = _block_order(ranks, parts, device=device)
 
     def finish(self, step: int, plan: StepPlan, *, block_sums: Sequence[Tensor], losses: Sequence[Tensor]) -> Measured:
-        """Returns the loss, from those of this rank's counted micro-batches in order, and the gradient's norm, from the
-        sums of squares of this rank's parts. Raises `LostPeerError` where a message of the step did not arrive."""
+        """Returns the sum of the losses, from those of this rank's counted micro-batches in order, each with the number
+        of tokens that it counts (2,), and the gradient's norm, from the sums of squares of this rank's parts. Raises
+        `LostPeerError` where a message of the step did not arrive."""
         longest = max(map(len, plan.counted))
         sums = torch.cat(list(block_sums))
-        own = torch.cat([sums, sums.new_zeros(self._num_blocks - len(sums)), *(loss.double()[None] for loss in losses)])
+        own = torch.cat([sums, sums.new_zeros(self._num_blocks - len(sums)), *(loss.double() for loss in losses)])
         table = own[None]
         if self._group.world_size > 1:
-            table = self._group.proven(own, step=step, width=self._num_blocks + longest)
-        values = table[:, self._num_blocks :].float().cpu()
+            table = self._group.proven(own, step=step, width=self._num_blocks + 2 * longest)
+        figures = table[:, self._num_blocks :].unflatten(1, (-1, 2)).cpu()  # (W, longest, 2)
+        values = figures[..., 0].float()
         by_number = {n: row[place] for row, of in zip(values, plan.counted, strict=True) for place, n in enumerate(of)}
         k = plan.num_micro_batches
 
@@ -57,7 +60,8 @@ class StepTotals:
                 return None
             return reduce(torch.add, [by_number[number] for number in range(node.start * k, node.stop * k)])
 
-        return Measured(float(tree_sum(range(plan.num_lanes), of_lane)), norm_of(table[self._block_order]))
+        total = float(tree_sum(range(plan.num_lanes), of_lane))
+        return Measured(total, norm_of(table[self._block_order]), int(figures[..., 1].sum()))
 
 
 def _block_order(

@@ -8,21 +8,21 @@ job that was killed continues where it was. The manifest comes last: without one
 import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby, takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from cluster.output.progress import say
-from cluster.settings.run import DataConfig, RunConfig
+from cluster.settings.run import DataConfig, RunConfig, seq_len
 from cluster.storage.lease import Lease
 from cluster.storage.uris import Storage, join_uri, open_storage
 from jobs.cleaning.decontamination import store_validation_ngrams
 from jobs.cleaning.document_index import INDEX, index_corpus
 from jobs.cleaning.selection import Selection, Summary
 from jobs.corpus.chunks import Chunk, interleaved, plan_chunks
-from jobs.corpus.documents import UNREADABLE, Drop
+from jobs.corpus.documents import CHAT_DROPS, UNREADABLE, Drop
 from jobs.corpus.file_pieces import PIECES, cut_files
 from jobs.corpus.listing import CorpusError, Listing, empty_corpus, list_corpus
 from jobs.corpus.progress import DataProgress
@@ -32,8 +32,9 @@ from jobs.tokens.ready_shards import copy_shards
 from jobs.tokens.shard_writer import RESULT, ChunkResult, ChunkWriter
 from jobs.tokens.train_tokenizer import ensure_tokenizer, text_sample
 from model.bulk_encoder import bulk_encoder
+from model.chat import format_to_train
 from model.tables import read_table
-from model.tokenizer import Tokenizer
+from model.tokenizer import ChatFormat, Tokenizer
 
 _SEAL_INTERVAL_S = 1.0  # between writes of the list of sealed shards, which grows with the store
 _SEAL_SHARE = 0.02  # of the time may go into it
@@ -53,11 +54,10 @@ def tokenize(config: RunConfig) -> dict[str, Any]:
     if skipped := builder.listing.skipped:
         say(f"skipped {len(skipped)} files of unknown ending, such as {skipped[0]!r}; sources.json names them all")
     manifest = _finished(builder.store)
-    if manifest is not None:
-        _check_readable(manifest.total("documents"), manifest.dropped, config.data)
-    else:
+    if manifest is None:
         with Lease(builder.store) as lease:
             manifest = builder.build(lease)
+    _check_readable(manifest.total("documents"), manifest.dropped, config.data)
     return {
         "manifest": join_uri(builder.store.uri, stored.MANIFEST),
         "manifest_hash": manifest.hash,
@@ -76,13 +76,14 @@ def _builder(config: RunConfig) -> "_Builder":
     """Lists the corpus and trains its tokenizer if there is none; both determine the store's place. Needs Ray."""
     listing = list_corpus(config.data.source)
     tokenizer, _ = ensure_tokenizer(config, listing)
-    shaping = [_shaping(config.data), listing.identity(), sorted(listing.token_stores.items()), tokenizer.hash]
+    chat = format_to_train(tokenizer) if config.data.format == "chat" else None
+    shape = config.data.model_dump(mode="json", include=set(read_table(__file__, "shaping")["store"]))
+    shape |= {} if tokenizer.bos_id is None else {"bos_id": tokenizer.bos_id}
+    shape |= {} if chat is None else {"chat": asdict(chat)}
+    shaping = [shape, listing.identity(), sorted(listing.token_stores.items()), tokenizer.hash]
     key = hashlib.sha256(stored.canonical_json(shaping)).hexdigest()[:12]
-    return _Builder(config.data, listing, tokenizer, open_storage(config.storage.uri).child(f"tokens/{key}"))
-
-
-def _shaping(data: DataConfig) -> dict[str, Any]:
-    return data.model_dump(mode="json", include=set(read_table(__file__, "shaping")["store"]))
+    store = open_storage(config.storage.uri).child(f"tokens/{key}")
+    return _Builder(config.data, listing, tokenizer, store, shape, chat, seq_len(config))
 
 
 def _finished(store: Storage) -> stored.Manifest | None:
@@ -96,7 +97,7 @@ def _finished(store: Storage) -> stored.Manifest | None:
 
 
 def _check_readable(documents: int, dropped: Mapping[str, int], data: DataConfig) -> None:
-    unreadable = {reason: dropped[reason] for reason in UNREADABLE if dropped[reason]}
+    unreadable = {reason: dropped[reason] for reason in UNREADABLE if dropped.get(reason)}
     total = documents + sum(dropped.values())
     if sum(unreadable.values()) > data.max_unreadable_fraction * total:
         counts = ", ".join(f"{count} {reason}" for reason, count in unreadable.items())
@@ -112,6 +113,9 @@ class _Builder:
     listing: Listing
     tokenizer: Tokenizer
     store: Storage
+    shape: dict[str, Any]  # the settings that shape the shards
+    chat: ChatFormat | None
+    seq_len: int
 
     def build(self, lease: Lease) -> stored.Manifest:
         """Writes the missing parts of the store and returns its manifest."""
@@ -121,7 +125,7 @@ class _Builder:
         store.write_bytes(stored.SOURCES, stored.canonical_json(listing.record()))
         chunks = plan_chunks(listing.files, cut_files(store, listing.files, self.data), self.data)
         summary = self._select(chunks)
-        results = copy_shards(store, listing.token_stores, tokenizer, first_chunk=len(chunks))
+        results = copy_shards(store, listing.token_stores, tokenizer, self.chat, first_chunk=len(chunks))
         ready, growing, seal_at_s = [*results], replace(self._manifest(summary, {}), complete=False), 0.0
         for chunk, result in self._write(chunks, is_bulk=is_bulk, dropped=summary.dropped):
             results[chunk] = result
@@ -131,8 +135,15 @@ class _Builder:
                 now_s = time.monotonic()
                 seal_at_s = now_s + max(_SEAL_INTERVAL_S, (now_s - start_s) / _SEAL_SHARE)
         manifest = self._manifest(summary, results)
+        for refused in manifest.drop_samples.get(Drop.TEMPLATE_REFUSED, [])[:1]:
+            say(f"{manifest.dropped[Drop.TEMPLATE_REFUSED]:,} conversations are left out; the first: {refused.preview}")
         if not manifest.shards:
             raise empty_corpus(len(listing.files), manifest.dropped)
+        if num_long := sum(result.long for result in results.values()):
+            say(
+                f"{num_long:,} of {manifest.total('documents'):,} conversations have more than train.seq_len="
+                f"{self.seq_len} tokens: what is beyond is trained on without its beginning; raise it, or shorten them"
+            )
         lease.check()
         store.write_bytes(stored.MANIFEST, manifest.to_json())
         for entry in [*store.list(f"{INDEX}/"), *store.list(f"{PIECES}/")]:
@@ -166,7 +177,8 @@ class _Builder:
     ) -> Iterator[tuple[int, ChunkResult]]:
         store, data = self.store, self.data
         ngrams_hash = store_validation_ngrams(store, chunks, data) if data.decontaminate_ngram else ""
-        writer = ChunkWriter(store, self.tokenizer.to_json(), data, is_bulk, ngrams_hash)
+        tokenizer_json = self.tokenizer.to_json()
+        writer = ChunkWriter(store, tokenizer_json, data, is_bulk, ngrams_hash, self.chat, self.seq_len)
         total_bytes = sum(chunk.bytes for chunk in chunks)
         with DataProgress("tokenizing", total_bytes=total_bytes, num_tasks=len(chunks)) as progress:
             progress.drop(dropped)
@@ -191,7 +203,10 @@ class _Builder:
         """Returns the manifest of the results so far, in canonical order."""
         ordered = [results[number] for number in sorted(results)]
         samples: dict[str, list[Any]] = {}
-        contaminated = sum(result.contaminated for result in ordered)
+        dropped = summary.dropped | {
+            Drop.CONTAMINATED.value: sum(result.contaminated for result in ordered),
+            Drop.TEMPLATE_REFUSED.value: sum(result.refused for result in ordered),
+        }
         for result in ordered:
             for reason, found in result.samples.items():
                 samples[reason] = [*samples.get(reason, []), *found][:5]
@@ -200,11 +215,13 @@ class _Builder:
             vocab_size=self.tokenizer.vocab_size,
             eot_id=self.tokenizer.eot_id,
             source_hash=summary.source_hash,
-            config_hash=hashlib.sha256(stored.canonical_json(_shaping(self.data))).hexdigest(),
+            config_hash=hashlib.sha256(stored.canonical_json(self.shape)).hexdigest(),
             weights=tuple(weight / sum(self.data.weights) for weight in self.data.weights),
             revisions=self.listing.revisions,
-            dropped=summary.dropped | {Drop.CONTAMINATED.value: contaminated},
+            dropped={r: n for r, n in dropped.items() if self.chat or r not in CHAT_DROPS},
             drop_samples=samples,
             replaced_utf8=sum(result.replaced for result in ordered),
             shards=stored.in_order(shard for result in ordered for shard in result.shards),
+            bos_id=self.tokenizer.bos_id,
+            chat=self.chat,
         )

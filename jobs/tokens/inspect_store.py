@@ -7,7 +7,7 @@ from typing import Any
 from cluster.output.progress import progress
 from cluster.storage.uris import Storage, open_storage
 from jobs.tokens.shard_writer import file_sha256
-from jobs.tokens.token_store import MANIFEST, SOURCES, SPLITS, TokenStoreError, read_manifest, token_dtype
+from jobs.tokens.token_store import MANIFEST, SOURCES, SPLITS, TokenStoreError, read_manifest
 
 _READERS = 4
 
@@ -52,7 +52,7 @@ def stats(store: Storage) -> dict[str, Any]:
             for number in sorted({shard.source for shard in manifest.shards})
         ],
         "shards": len(manifest.shards),
-        "dtype": token_dtype(manifest.vocab_size).name,
+        "dtype": manifest.dtype.name,
         "vocab_size": manifest.vocab_size,
         "dropped": {reason: count for reason, count in manifest.dropped.items() if count},
         "drop_rate": round(num_dropped / max(1, num_dropped + documents), 4),
@@ -91,7 +91,7 @@ def verify(store: Storage) -> dict[str, Any]:
     """Recomputes every shard's hash. Raises `TokenStoreError`, which names the altered shards."""
     manifest = read_manifest(store)
     problems = []
-    itemsize = token_dtype(manifest.vocab_size).itemsize
+    itemsize = manifest.dtype.itemsize
     total = manifest.total("tokens") * itemsize / 1e6
     with ThreadPoolExecutor(_READERS) as pool, progress("verifying", total=total) as advance:
         hashes = pool.map(lambda shard: file_sha256(store, shard.file), manifest.shards)

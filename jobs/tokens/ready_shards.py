@@ -11,15 +11,15 @@ from jobs.corpus.listing import CorpusError
 from jobs.tokens.shard_writer import ChunkResult, file_sha256
 from jobs.tokens.token_store import Shard, TokenStoreError, read_manifest, shard_file
 from model.checkpoint_folder import fingerprint
-from model.tokenizer import Tokenizer
+from model.tokenizer import ChatFormat, Tokenizer
 
 
 def copy_shards(
-    store: Storage, locations: Mapping[int, str], tokenizer: Tokenizer, *, first_chunk: int
+    store: Storage, locations: Mapping[int, str], tokenizer: Tokenizer, chat: ChatFormat | None, *, first_chunk: int
 ) -> dict[int, ChunkResult]:
     """Returns a result for each shard of the stores at `locations` (source -> location), numbered after the chunks.
 
-    Raises `CorpusError` for another tokenizer's store and `TokenStoreError` for a shard whose hash is wrong.
+    Raises `CorpusError` for a store of another tokenizer or format, `TokenStoreError` for a shard whose hash is wrong.
     """
     results: dict[int, ChunkResult] = {}
     for source, location in locations.items():
@@ -29,6 +29,12 @@ def copy_shards(
             raise CorpusError(
                 f"tokens://{location} was made with another tokenizer ({manifest.tokenizer_hash[:12]}, not "
                 f"{tokenizer.hash[:12]}); set data.tokenizer to its tokenizer.json, or tokenize its text again"
+            )
+        if (manifest.chat, manifest.bos_id) != (chat, tokenizer.bos_id):
+            raise CorpusError(
+                f"tokens://{location} holds {'conversations' if manifest.chat else 'text'}, and not as data.format="
+                f"{'chat' if chat else 'text'} with this tokenizer and its chat template would write it; tokenize its "
+                "source again"
             )
         with progress(f"copying {location}", total=manifest.total("bytes") / 1e6) as advance:
             for shard in manifest.shards:

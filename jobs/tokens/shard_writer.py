@@ -7,9 +7,11 @@ sidecar matches the task and the bytes is not written again; so a killed job con
 import hashlib
 import json
 import tempfile
+from collections.abc import Iterable
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,9 +27,10 @@ from jobs.corpus.chunks import Chunk, Part
 from jobs.corpus.documents import Document, Drop
 from jobs.corpus.listing import CorpusError
 from jobs.corpus.text_borders import cut_text
-from jobs.tokens.token_store import SPLITS, DropSample, Shard, canonical_json, shard_file, token_dtype
+from jobs.tokens.token_store import SPLITS, DropSample, Shard, canonical_json, mark_of, shard_file, token_dtype
 from model.bulk_encoder import BulkEncoder, PlainEncoder
-from model.tokenizer import Tokenizer
+from model.chat import Chat, ChatError
+from model.tokenizer import ChatFormat, Tokenizer
 
 _MAX_SAMPLES = 5
 _PREVIEW_CHARS = 200
@@ -41,6 +44,8 @@ class ChunkResult:
     documents: int = 0
     replaced: int = 0
     contaminated: int = 0
+    refused: int = 0  # by the chat template
+    long: int = 0  # conversations of more than train.seq_len tokens
     samples: dict[str, list[DropSample]] = field(default_factory=dict)
 
     def sample(self, reason: str, part: Part, document: Document) -> None:
@@ -62,6 +67,8 @@ class ChunkWriter:
     data: DataConfig
     is_bulk: bool  # whether the driver has proven that tiktoken gives the tokenizer's ids
     ngrams_hash: str  # of validation_ngrams; "" without decontamination
+    chat: ChatFormat | None = None  # of conversations
+    seq_len: int = 0  # of the run
 
     def __call__(self, chunk: Chunk) -> bytes:
         """Returns the `ChunkResult` as JSON once the shards and then their sidecar are stored."""
@@ -72,7 +79,7 @@ class ChunkWriter:
             "codes": hashlib.sha256(codes).hexdigest(),
             "tokenizer": tokenizer.hash,
             "ngrams": self.ngrams_hash,
-        }
+        } | ({"chat": repr((self.chat, self.seq_len))} if self.chat else {})
         sidecar = f"shard-{chunk.number:05d}.json"
         result = self._finished(sidecar, made_of)
         if result is None:
@@ -98,9 +105,9 @@ class ChunkWriter:
         names = {split: shard_file(split, chunk.number) for split in SPLITS}
         with ExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="raymill-shard-")))
-            dtype = token_dtype(tokenizer.vocab_size)
+            chat = Chat(tokenizer, self.chat, encode=encoder.encode) if self.chat else None
             writers = {
-                split: _ShardFile(stack.enter_context((folder / name).open("w+b")), tokenizer.eot_id, dtype)
+                split: _ShardFile(stack.enter_context((folder / name).open("w+b")), tokenizer, encoder, chat)
                 for split, name in names.items()
             }
             for number, (part, document) in enumerate(read_chunk(chunk, self.data, found)):
@@ -113,8 +120,14 @@ class ChunkWriter:
                     result.contaminated += 1
                     result.sample(Drop.CONTAMINATED, part, document)
                 else:
+                    try:
+                        num_tokens = writers["val" if code == HELD_OUT else "train"].add(document)
+                    except ChatError as error:
+                        result.refused += 1
+                        result.sample(Drop.TEMPLATE_REFUSED, part, replace(document, preview=str(error)))
+                        continue
                     result.replaced += document.replaced
-                    writers["val" if code == HELD_OUT else "train"].add(document, encoder)
+                    result.long += chat is not None and num_tokens > self.seq_len
             if found.hexdigest() != digest:
                 raise _changed(chunk)
             for split, writer in writers.items():
@@ -132,18 +145,27 @@ def _changed(chunk: Chunk) -> CorpusError:
 class _ShardFile:
     """A shard being written, in a local file because it may be larger than memory allows."""
 
-    def __init__(self, file: BinaryIO, eot_id: int, dtype: np.dtype[Any]) -> None:
-        self._file = file
-        self._dtype = dtype
-        self._end = np.array([eot_id], dtype=dtype).tobytes()
+    def __init__(self, file: BinaryIO, tokenizer: Tokenizer, encoder: PlainEncoder, chat: Chat | None) -> None:
+        self._file, self._encoder, self._chat = file, encoder, chat
+        self._dtype = token_dtype(tokenizer.vocab_size, marked=chat is not None)
+        self._front, self._end = tokenizer.encode_whole(""), [tokenizer.eot_id]
         self._bytes = self.documents = 0
 
-    def add(self, document: Document, encoder: PlainEncoder) -> None:
-        for piece in cut_text(document.text):
-            self._file.write(encoder.encode(piece).astype(self._dtype).data)
-        self._file.write(self._end)
+    def add(self, document: Document) -> int:
+        """Returns the number of tokens. Raises `ChatError` for a conversation, of which nothing is then written."""
+        pieces: Iterable[Any]
+        if self._chat is None:
+            texts = map(self._encoder.encode, cut_text(document.text))
+            pieces, num_bytes = chain([self._front], texts, [self._end]), document.size
+        else:
+            ids, counted = self._chat.conversation(document.messages)
+            pieces = [np.array(ids) | np.where(counted, 0, mark_of(self._dtype))]
+            answers = [message["content"] for message in document.messages if message["role"] == "assistant"]
+            num_bytes = sum(len(answer.encode()) for answer in answers)
+        sizes = [self._file.write(np.asarray(piece).astype(self._dtype).data) for piece in pieces]
         self.documents += 1
-        self._bytes += document.size
+        self._bytes += num_bytes
+        return sum(sizes) // self._dtype.itemsize
 
     def finished(self) -> dict[str, Any]:
         """Returns the figures of the `Shard`, whose bytes are in the file."""

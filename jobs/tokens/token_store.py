@@ -19,8 +19,9 @@ from pydantic import TypeAdapter
 
 from cluster.storage.uris import NotFoundError, Storage
 from model.errors import UserError
+from model.tokenizer import ChatFormat
 
-FORMAT_VERSION = 2
+FORMAT_VERSION, CHAT_VERSION = 2, 3  # of text, and of conversations, whose ids have marks
 MANIFEST = "manifest.json"
 SEALED = "sealed.json"
 SOURCES = "sources.json"
@@ -36,14 +37,15 @@ class TokenStoreError(UserError):
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of token ids; each document in it is followed by the end-of-text token."""
+    """One file of token ids; each document in it is followed by the end-of-text token. With `Manifest.chat` the highest
+    bit of an id tells that the loss does not count it, and each conversation begins with an uncounted start token."""
 
     file: str
     split: Split
     source: int  # index in data.source
     tokens: int  # including end-of-text tokens
     documents: int
-    bytes: int  # of UTF-8 text, without end-of-text tokens
+    bytes: int  # of UTF-8 text that is counted, without end-of-text tokens
     sha256: str
 
 
@@ -73,24 +75,36 @@ class Manifest:
     replaced_utf8: int  # documents kept with U+FFFD for bytes that were not UTF-8
     shards: tuple[Shard, ...]  # in canonical order: by source, then by place in it
     complete: bool = True  # False in sealed.json
+    bos_id: int | None = None  # each document's first token, where the tokenizer has one
+    chat: ChatFormat | None = None  # in which conversations were written; None for text
 
     def total(self, field: Literal["tokens", "documents", "bytes"], split: Split | None = None) -> int:
         return sum(getattr(shard, field) for shard in self.shards if split in (None, shard.split))
 
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return token_dtype(self.vocab_size, marked=self.chat is not None)
+
+    @property
+    def start_id(self) -> int:
+        """As `Tokenizer.start_id`."""
+        return self.eot_id if self.bos_id is None else self.bos_id
+
     def to_json(self) -> bytes:
         fields = ("documents", "tokens", "bytes")
+        known = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
         derived = {
-            "format_version": FORMAT_VERSION,
-            "dtype": token_dtype(self.vocab_size).name,
+            "format_version": CHAT_VERSION if self.chat else FORMAT_VERSION,
+            "dtype": self.dtype.name,
             "totals": {name: self.total(name) for name in fields}  # type: ignore[arg-type]
             | {f"{split}_{name}": self.total(name, split) for split in SPLITS for name in fields},  # type: ignore[arg-type]
         }
-        return canonical_json(dataclasses.asdict(self) | derived)
+        return canonical_json(known | derived)
 
     @classmethod
     def from_json(cls, data: bytes) -> Self:
         values = json.loads(data)
-        if values["format_version"] != FORMAT_VERSION:
+        if values["format_version"] not in (FORMAT_VERSION, CHAT_VERSION):
             raise TokenStoreError(
                 f"the token store has format {values['format_version']}, not {FORMAT_VERSION}; tokenize again"
             )
@@ -106,9 +120,14 @@ class Manifest:
         return hashlib.sha256(canonical_json([self.source_hash, self.config_hash, self.tokenizer_hash])).hexdigest()
 
 
-def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """Returns little-endian integers, of 16 bits if every id fits."""
-    return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
+def token_dtype(vocab_size: int, *, marked: bool = False) -> np.dtype[Any]:
+    """Returns little-endian integers, of 16 bits if every id fits, beside a mark where ids have one."""
+    return np.dtype("<u2") if vocab_size <= 1 << (15 if marked else 16) else np.dtype("<u4")
+
+
+def mark_of(dtype: np.dtype[Any]) -> int:
+    """Returns the highest bit, which marks an id that the loss does not count."""
+    return 1 << (8 * dtype.itemsize - 1)
 
 
 def shard_file(split: Split, number: int) -> str:
@@ -134,7 +153,7 @@ def read_manifest(store: Storage, *, name: str = MANIFEST) -> Manifest:
         raise TokenStoreError(f"{store.uri}/{name} is damaged ({error}); delete it and tokenize again") from error
     sizes = {entry.key: entry.size for entry in store.list()}
     for shard in manifest.shards:
-        expected = shard.tokens * token_dtype(manifest.vocab_size).itemsize
+        expected = shard.tokens * manifest.dtype.itemsize
         if sizes.get(shard.file) != expected:
             found = f"has {sizes[shard.file]} bytes" if shard.file in sizes else "is missing"
             raise TokenStoreError(

@@ -12,7 +12,8 @@ from cluster.storage.uris import Storage
 from jobs.tokens.batch_plan import SampleOrder
 from jobs.tokens.growing_store import Clock, GrowingStore
 from jobs.tokens.shard_reader import Piece, open_shards
-from jobs.tokens.token_store import Manifest, Shard, Split, TokenStoreError, read_manifest, token_dtype
+from jobs.tokens.token_store import Manifest, Shard, Split, TokenStoreError, mark_of, read_manifest
+from model.linear_cross_entropy import IGNORE_INDEX
 
 
 class ShardChain:
@@ -75,7 +76,7 @@ class TokenStream:
         self._uri, self._split, self._seed, self._window_rows = storage.uri, split, seed, window_rows
         self._store = GrowingStore(storage, check=check, clock=clock) if growing else None
         manifest = self._store.next_manifest(None) if self._store else read_manifest(storage)
-        self._reader = open_shards(storage, dtype=token_dtype(manifest.vocab_size), cache_bytes=cache_bytes)
+        self._reader = open_shards(storage, dtype=manifest.dtype, cache_bytes=cache_bytes)
         self._take(manifest)
 
     def _take(self, manifest: Manifest) -> None:
@@ -119,7 +120,8 @@ class TokenStream:
         self._wait_until(lambda: bool(self.order.covers(samples).all()))
 
     def rows(self, indices: npt.ArrayLike) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns inputs (B, T) and targets (B, T), the next tokens, int64, of rows by their number in the store."""
+        """Returns inputs (B, T) and targets (B, T), the next tokens, int64, of rows by their number in the store;
+        IGNORE_INDEX where the loss does not count them, as all that is no answer in a conversation."""
         wanted = np.asarray(indices, dtype=np.int64)
         if wanted.size:
             num_rows = self.count_rows(at_most=int(wanted.max()) + 1)
@@ -149,4 +151,8 @@ class TokenStream:
         for row, pieces in zip(tokens, places, strict=True):
             np.concatenate([read(piece) for piece in pieces], out=row)
         batch = torch.from_numpy(tokens)
-        return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+        inputs, targets = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+        if self.manifest.chat:
+            mark = mark_of(self.manifest.dtype)
+            return inputs & (mark - 1), targets.where(targets < mark, IGNORE_INDEX)
+        return inputs, targets

@@ -20,7 +20,7 @@ from jobs.corpus.text_borders import cut_text
 from jobs.corpus.text_hashes import document_hash, normalized
 from jobs.tokens.token_store import canonical_json
 from model.tables import read_table
-from model.tokenizer import Tokenizer, train_bpe
+from model.tokenizer import Tokenizer, chat_format, train_bpe
 
 TOKENIZER_FILE = "tokenizer.json"
 TRAINING_PIECE_CHARS = 1024
@@ -38,7 +38,9 @@ def ensure_tokenizer(config: RunConfig, listing: Listing | None = None) -> tuple
     if listing.token_stores:
         return load_tokenizer(next(iter(listing.token_stores.values())))
     settings = set(read_table(__file__, "shaping")["tokenizer"])
-    shaping = [config.data.model_dump(mode="json", include=settings), listing.identity()]
+    shape = config.data.model_dump(mode="json", include=settings)
+    shape |= {"format": "chat"} if config.data.format == "chat" else {}
+    shaping = [shape, listing.identity()]
     key = hashlib.sha256(canonical_json(shaping)).hexdigest()[:12]
     folder = open_storage(config.storage.uri).child(f"tokenizers/{key}")
     uri = join_uri(folder.uri, TOKENIZER_FILE)
@@ -54,11 +56,13 @@ def ensure_tokenizer(config: RunConfig, listing: Listing | None = None) -> tuple
 
 
 def load_tokenizer(uri: str) -> tuple[Tokenizer, str]:
-    """Returns the tokenizer at the location of a tokenizer.json or of its folder, and the file's URI."""
+    """Returns the tokenizer at the location of a tokenizer.json or of its folder, with the chat template beside it, and
+    the file's URI."""
     file_uri = uri if uri.endswith(".json") else join_uri(uri.rstrip("/"), TOKENIZER_FILE)
     storage, name = split_uri(file_uri)
     try:
-        return Tokenizer.from_json(storage.read_bytes(name)), join_uri(storage.uri, name)
+        chat = chat_format(lambda beside: storage.read_bytes(beside) if storage.exists(beside) else None)
+        return Tokenizer.from_json(storage.read_bytes(name), chat), join_uri(storage.uri, name)
     except NotFoundError as error:
         raise NotFoundError(f"{error}; data.tokenizer and tokens:// sources need one") from error
 

@@ -69,7 +69,6 @@ class Attempt:
         settle_rounding(config)
         keep_freed_memory()
         self.schedule = batch_schedule(config)
-        self.tokenizer = Tokenizer.from_json(plan.tokenizer_json)
         self.checkpoints = RunCheckpoints(plan.run)
         self.writer: RunWriter | None = None
         # Rank 0 chooses the checkpoint for all: another rank might see a newer or a damaged one.
@@ -83,6 +82,9 @@ class Attempt:
             return
         restored_step = self._restore(begun)
         self.generation = begun.generation
+        self.train_rows, self.val_rows = open_stream(plan, "train"), open_stream(plan, "val")
+        # A checkpoint has the template that its conversations were written with.
+        self.tokenizer = Tokenizer.from_json(plan.tokenizer_json, self.train_rows.manifest.chat)
         self.shards: ShardWriter | None = None
         if self.state.gathered:
             complete = self.writer.saving.complete if self.writer else None
@@ -94,9 +96,8 @@ class Attempt:
         opened.callback(self.state.close)
         self.guard = replace(self.guard, rollbacks=begun.rollbacks)
         self.first_step, self.guard = self.guard.entering(restored_step + 1)
-        self.train_rows, self.val_rows = open_stream(plan, "train"), open_stream(plan, "val")
         self.val_sets = open_validation_sets(plan)
-        self.eot_id = self.tokenizer.eot_id if config.train.document_mask else None
+        self.eot_id = self.tokenizer.start_id if config.train.document_mask else None
         self.gradient = BatchGradient(config, self.state, self.train_rows, group, eot_id=self.eot_id)
         opened.callback(self.gradient.close)
         before = self.writer.before if self.writer else Ledger([])

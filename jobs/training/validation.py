@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from cluster.settings.parser import ConfigError
 from cluster.settings.run import RunConfig, TrainConfig, seq_len
-from jobs.exact.compute import autocast, loss_of, micro_batch
+from jobs.exact.compute import autocast, loss_of, micro_batch, num_counted
 from jobs.exact.train_state import TrainState
 from jobs.run.run_plan import num_validation_rows
 from jobs.run.storage_retry import patiently
@@ -26,11 +26,12 @@ SAMPLE_TOKENS = 64
 def measured(
     rows: TokenStream, *, config: RunConfig, state: TrainState, group: WorkerGroup, eot_id: int | None
 ) -> dict[str, float]:
-    """Returns `val_loss` (nats per token) and `val_bits_per_byte` of held-out rows."""
+    """Returns `val_loss` (nats per counted token) and `val_bits_per_byte` of held-out rows."""
     num_rows, size = num_validation_rows(rows, config), config.train.micro_batch_size
     batches = [range(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
     # Each element has one contributor, so the all-reduce adds only zeros and rounds nothing.
     losses = torch.zeros(len(batches), dtype=torch.float64, device=state.device)
+    counts = torch.zeros(len(batches), dtype=torch.float64)
     state.model.eval()
     with state.weights_in_use():
         for first in range(0, len(batches), group.world_size):
@@ -42,20 +43,25 @@ def measured(
             with autocast(config, state.device):
                 loss = loss_of(state.model, micro_batch(read, config, state.device, eot_id=eot_id)).double()
             if index < len(batches):
-                losses[index] = loss
+                losses[index], counts[index] = loss, num_counted(read[1])
     state.model.train()
     losses = losses.cpu()  # over gloo, which fails where a worker is lost
     if group.world_size > 1:
         dist.all_reduce(losses)
-    mean = float(losses.sum()) / (num_rows * seq_len(config))
-    return {"val_loss": mean, "val_bits_per_byte": mean / math.log(2) / rows.bytes_per_token(num_rows)}
+        dist.all_reduce(counts)
+    total = float(losses.sum())
+    bits = total / (num_rows * seq_len(config)) / math.log(2)  # of a token, as the bytes of text are
+    return {
+        "val_loss": total / max(1.0, float(counts.sum())),
+        "val_bits_per_byte": bits / rows.bytes_per_token(num_rows),
+    }
 
 
 def check_prompts(config: RunConfig, tokenizer: Tokenizer) -> None:
     """Raises `ConfigError` for a prompt that the model could not continue."""
     longest = config.model.n_positions - 1
     for prompt in config.train.sample_prompts:
-        num_tokens = len(tokenizer.encode(prompt))
+        num_tokens = len(tokenizer.encode_whole(prompt))
         if not 1 <= num_tokens <= longest:
             raise ConfigError(
                 f"train.sample_prompts: {prompt[:40]!r} has {num_tokens} tokens, expected 1 to {longest}, which the "
@@ -70,7 +76,7 @@ def samples(model: GPT, tokenizer: Tokenizer, config: TrainConfig) -> list[dict[
     model.eval()
     found = []
     for prompt in config.sample_prompts:
-        prompt_ids = tokenizer.encode(prompt)
+        prompt_ids = tokenizer.encode_whole(prompt)
         new_ids = generate(
             model,
             prompt_ids,

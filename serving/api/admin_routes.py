@@ -136,7 +136,7 @@ def _gate_rows(asked: PromoteRequest, live: ServedModel) -> tuple[tuple[int, ...
     longest = live.config.n_positions
     rows = asked.gate_rows
     if asked.gate_text:
-        token_ids = live.require_tokenizer().encode(asked.gate_text)[:MAX_GATE_TOKENS]
+        token_ids = live.require_tokenizer().encode_whole(asked.gate_text)[:MAX_GATE_TOKENS]
         rows = [*rows, *(token_ids[start : start + longest] for start in range(0, len(token_ids) - 1, longest))]
     if (num_tokens := sum(map(len, rows))) > MAX_GATE_TOKENS:
         raise invalid_request(

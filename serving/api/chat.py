@@ -1,14 +1,16 @@
-"""Chat over a base model: a plain template, requests as completions, and answers in the shapes of chats.
+"""Chat: requests as completions, written by the checkpoint's own template, and answers in the shapes of chats.
 
-A base model was never taught to chat; it continues text. The template shows it a dialogue, and every answer says so in
-the header `x-model-note`.
+A base model has no template, as it was never taught to chat; it continues text. A plain template shows it a dialogue,
+and every answer says so in the header `x-model-note`.
 """
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 
+from model.chat import Chat, ChatError
 from serving.api.answers import Answer, Usage
 from serving.api.choice_output import Part, TokenEntry
 from serving.protocol import harmless_fields
@@ -18,8 +20,7 @@ from serving.protocol.served_model import ServedModel
 
 MAX_MESSAGES = 256
 NOTE_HEADER = {"x-model-note": "base model, not chat-tuned; the messages were given to it as plain text"}
-_SPEAKERS = {"system": "System", "developer": "System", "user": "User", "assistant": "Assistant"}
-_STOP = "\nUser:"  # or the model would continue with the other side's turn
+_STOP = "\nUser:"  # or a base model would continue with the other side's turn
 
 
 def _content(value: Any, info: ValidationInfo) -> Any:
@@ -74,20 +75,26 @@ class ChatRequest(GenerationRequest):
         return self
 
 
-def render(messages: list[Message]) -> str:
-    """Returns the text that the model continues: each turn after its speaker's name, the last one the assistant's."""
-    turns = [f"{message.name or _SPEAKERS[message.role]}: {message.content}\n" for message in messages]
-    return "".join(turns) + "Assistant:"
+_chat_of = lru_cache(8)(Chat)  # of the tokenizers of the versions that a delivery knows
 
 
 def as_completion(request: ChatRequest, model: ServedModel) -> CompletionRequest:
     """Returns the completion that answers a chat. Without a limit it may fill the context. Raises `ApiError` (400) if
-    there is no room for a token."""
+    there is no room for a token, or the template refuses the messages."""
     max_tokens = request.max_completion_tokens or request.max_tokens
-    prompt_ids = model.prompt_ids(render(request.messages), max_tokens=max_tokens or 1, param=ChatAnswer.PROMPT_FIELD)
+    chat, field = _chat_of(model.require_tokenizer()), ChatAnswer.PROMPT_FIELD
+    try:
+        rendered_ids = chat.prompt_ids([message.model_dump(exclude_none=True) for message in request.messages])
+    except ChatError as error:
+        raise invalid_request(str(error), param=field, code="invalid_value") from None
+    prompt_ids = model.prompt_ids(rendered_ids, max_tokens=max_tokens or 1, param=field)
     shared = {name: getattr(request, name) for name in GenerationRequest.model_fields}
+    if not model.is_chat_tuned:
+        shared["stop"] = (*request.stop, _STOP)
+    elif chat.end_of_turn is not None and not request.ignore_eos:
+        shared["stop_token_ids"] = [*request.stop_token_ids, chat.end_of_turn]
     return CompletionRequest.model_construct(
-        **shared | {"stop": (*request.stop, _STOP)},
+        **shared,
         prompt=[prompt_ids],
         max_tokens=max_tokens or model.config.n_positions - len(prompt_ids),
         logprobs=request.top_logprobs if request.logprobs else None,

@@ -90,7 +90,8 @@ class ChoiceOutput:
         unscored = [(token_id, None) for token_id in self._sequence.prompt_ids]
         for token_id, candidates in self._scored(prompt_logprobs, self._request.logprobs) or unscored:
             self._entries.append(TokenEntry(token_id, candidates, detokenizer.num_chars))
-            text += detokenizer.push(self._model.token_bytes(token_id))
+            is_bos = self._model.tokenizer is not None and token_id == self._model.tokenizer.bos_id
+            text += detokenizer.push(b"" if is_bos else self._model.token_bytes(token_id))
         text += detokenizer.finish()
         self._echoed_chars = len(text)
         return text

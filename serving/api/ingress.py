@@ -58,7 +58,8 @@ def build_http_app(*, versions: Versions, metrics: ReplicaMetrics, access: Curre
         parsed = await read_request(request, ChatRequest)
         version = RoutedRequest.of(request).take(parsed.model, user=parsed.user)
         completion = await asyncio.to_thread(as_completion, parsed, version.model)  # tokenizes
-        return await answer(completion, ChatAnswer, request, version=version, headers=NOTE_HEADER)
+        note = None if version.model.is_chat_tuned else NOTE_HEADER
+        return await answer(completion, ChatAnswer, request, version=version, headers=note)
 
     @app.post("/v1/embeddings")
     async def embeddings(request: Request) -> Response:

@@ -68,7 +68,8 @@ def tool_router(*, max_waiting: int) -> APIRouter:
 
 
 def _tokenized(request: TokenizeRequest, model: ServedModel) -> dict[str, Any]:
-    tokens = model.require_tokenizer().encode(request.prompt)
+    tokenizer = model.require_tokenizer()
+    tokens = (tokenizer.encode_whole if request.add_special_tokens else tokenizer.encode)(request.prompt)
     names = [model.token_name(token_id) for token_id in tokens] if request.return_token_strs else None
     return {"count": len(tokens), "max_model_len": model.config.n_positions, "tokens": tokens, "token_strs": names}
 

@@ -168,7 +168,7 @@ class EmbeddingRequest(Request):
 class TokenizeRequest(Request):
     model: str | None = None
     prompt: str
-    add_special_tokens: bool = True  # GPT-2 vocabularies add none
+    add_special_tokens: bool = True  # BOS, where the tokenizer has one
     return_token_strs: bool = False
 
 

@@ -29,11 +29,17 @@ class ServedModel:
     def eos_id(self) -> int | None:
         return None if self.tokenizer is None else self.tokenizer.eot_id
 
+    @property
+    def is_chat_tuned(self) -> bool:
+        """Whether it has a chat template of its own."""
+        return self.tokenizer is not None and self.tokenizer.chat is not None
+
     def prompt_ids(self, prompt: str | list[int], *, max_tokens: int, param: str = "prompt") -> list[int]:
-        """Returns the tokens of a prompt, the request's field `param`; an empty text has the end-of-text token. Raises
-        `ApiError` (400) for ids outside the vocabulary and for a prompt that leaves no room for `max_tokens`."""
+        """Returns the tokens of a prompt, the request's field `param`. A text begins with the tokenizer's BOS, if it
+        has one; an empty one without has the end-of-text token. Raises `ApiError` (400) for ids outside the vocabulary
+        and for a prompt that leaves no room for `max_tokens`."""
         if isinstance(prompt, str):
-            token_ids = self.require_tokenizer().encode(prompt) or [self.require_tokenizer().eot_id]
+            token_ids = self.require_tokenizer().encode_whole(prompt) or [self.require_tokenizer().eot_id]
         else:
             token_ids = self.checked_ids(prompt, param=param)
         if len(token_ids) + max_tokens > self.config.n_positions:
@@ -92,7 +98,7 @@ class ServedModel:
             "owned_by": "raymill",
             "max_model_len": self.config.n_positions,
             "version": self.version,
-            "chat_tuned": False,
+            "chat_tuned": self.is_chat_tuned,
             "lineage": self.lineage,
         }
 

@@ -32,6 +32,7 @@ from jobs.snapshots.snapshots import Snapshots
 from jobs.training.stored_state import hash_of_weights, moments_by_name, own_stretches, restore
 from jobs.workers.worker_group import WorkerGroup
 from model.gpt import GPT
+from model.linear_cross_entropy import IGNORE_INDEX
 from tests.jobs.sent_bytes import sent_bytes
 from tests.jobs.train_states import stored, whole
 
@@ -55,6 +56,7 @@ class Case:
     micro_batches: int = 1  # of a lane
     documents: bool = False  # see nothing of each other
     llama: bool = False
+    chat: bool = False  # rows of conversations, of which some targets do not count
 
     @property
     def numbers(self) -> "Case":
@@ -113,7 +115,10 @@ CASES = [
     Case(num_lanes=13, start_lanes=5),  # 5, 7, 9, then 13 lanes
     Case(num_lanes=13, start_lanes=5, shard="parameters", group=2),
     Case("bf16", documents=True, llama=True, shard="parameters", group=2),
+    Case(chat=True, documents=True, micro_batches=2, num_lanes=5, shard="gradients"),
+    Case("bf16", chat=True, compute="plain", shard="parameters", group=2),
     Case(exact=False),
+    Case(exact=False, chat=True),
 ]
 MORE_CASES = [
     Case("bf16", shard="optimizer"),
@@ -128,13 +133,21 @@ MORE_CASES = [
 
 
 class MadeRows:
-    """Rows that are a function of their sample's number."""
+    """Rows that are a function of their sample's number. Of conversations, another share of the targets counts in each
+    row, and in every fifth none."""
+
+    def __init__(self, *, chat: bool = False) -> None:
+        self._chat = chat
 
     def samples(self, indices: Any) -> tuple[Tensor, Tensor]:
         rows = [np.random.default_rng(int(index)).integers(VOCAB, size=SEQ_LEN + 1) for index in indices]
         batch = torch.from_numpy(np.stack(rows))
         batch[:, SEQ_LEN // 2] = EOT
-        return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+        inputs, targets = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+        if self._chat:
+            counted = [np.random.default_rng((7, int(i))).random(SEQ_LEN) < int(i) % 5 / 6 for i in indices]
+            targets[~torch.from_numpy(np.stack(counted))] = IGNORE_INDEX
+        return inputs, targets
 
     def read_ahead(self, indices: Any) -> None:
         pass
@@ -156,7 +169,9 @@ class Trainer:
             shard=config.scaling.shard,
             group_size=config.scaling.group_size(group.world_size),
         )
-        self.gradient = BatchGradient(config, self.state, MadeRows(), group, eot_id=EOT if case.documents else None)  # type: ignore[arg-type]
+        self.gradient = BatchGradient(
+            config, self.state, MadeRows(chat=case.chat), group, eot_id=EOT if case.documents else None
+        )  # type: ignore[arg-type]
 
     def steps(self, steps: range) -> list[float]:
         losses = []

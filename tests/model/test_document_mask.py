@@ -4,6 +4,7 @@ import torch
 
 from model.attention import document_mask, document_positions
 from model.gpt import GPT
+from model.linear_cross_entropy import IGNORE_INDEX
 from tests.model.small_models import small_model
 
 EOT = 96
@@ -27,6 +28,16 @@ def test_positions_and_mask_by_example() -> None:
     assert mask.shape == (1, 1, 7, 7)
     seen = [row.nonzero().flatten().tolist() for row in mask[0, 0]]
     assert seen == [[0], [0, 1], [2], [2, 3], [4], [5], [5, 6]]
+
+
+def test_conversations_are_apart_but_their_turns_are_not() -> None:
+    """An end-of-text token that is counted ends an answer; one that is not begins a conversation, as does BOS."""
+    inputs = torch.tensor([[5, EOT, EOT, 6, 7, EOT, 8, 9]])
+    targets = torch.tensor([[EOT, IGNORE_INDEX, IGNORE_INDEX, 7, EOT, IGNORE_INDEX, IGNORE_INDEX, 3]])
+    assert document_positions(inputs, targets, eot_id=EOT).tolist() == [[0, 1, 0, 1, 2, 3, 4, 5]]
+    assert document_positions(inputs, eot_id=EOT).tolist() == [[0, 0, 0, 1, 2, 0, 1, 2]]
+    inside = torch.tensor([[EOT, 6, 7, 8]]), torch.tensor([[6, 7, 8, EOT]])  # a row within a long answer
+    assert document_positions(*inside, eot_id=EOT).tolist() == [[0, 1, 2, 3]]
 
 
 def test_a_document_computes_as_if_it_were_alone(model: GPT) -> None:

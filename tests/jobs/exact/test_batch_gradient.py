@@ -7,13 +7,16 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from jobs.exact.batch_gradient import BatchGradient
 from jobs.exact.train_state import TrainState
 from jobs.run.step_timer import StepTimer
 from jobs.workers.worker_group import WorkerGroup
+from model.attention import document_mask, document_positions
 from model.gpt import GPT
-from tests.jobs.train_worlds import CPU, Case, MadeRows
+from model.linear_cross_entropy import IGNORE_INDEX
+from tests.jobs.train_worlds import CPU, EOT, Case, MadeRows
 
 DROPOUT = """
 import torch
@@ -41,6 +44,35 @@ def test_of_a_step_is_autograds(num_lanes: int, micro_batches: int, tied: bool, 
     gradient = BatchGradient(config, state, rows, WorkerGroup(0, 1), eot_id=None)  # type: ignore[arg-type]
     gradient.of_step(1, StepTimer())
     gradient.close()
+    for (name, parameter), whole in zip(model.named_parameters(), expected, strict=True):
+        assert parameter.grad is not None
+        assert (parameter.grad - whole).norm() / whole.norm() < 1e-5, name
+
+
+@pytest.mark.parametrize(("compute", "documents"), [("cpu", True), ("plain", False)])
+def test_of_conversations_is_that_of_the_mean_over_counted_tokens(compute: str, documents: bool) -> None:
+    """Held against PyTorch's cross-entropy of all logits, over micro-batches of which each counts as many as it has."""
+    config = Case(num_lanes=3, micro_batches=2, compute=compute).config()
+    config = config.model_copy(update={"model": dataclasses.replace(config.model, dropout=0.0)})
+    model = GPT(config.model)
+    model.init_weights(0)
+    rows, eot_id = MadeRows(chat=True), EOT if documents else None
+    inputs, targets = rows.samples(range(12))
+    counts = (targets != IGNORE_INDEX).sum(dim=1).view(6, 2).sum(dim=1).tolist()
+    assert len({*counts}) > 3
+    positions = document_positions(inputs, targets, eot_id=EOT) if documents else None
+    mask = None if positions is None else document_mask(positions)
+    logits = model.logits(model(inputs, positions=positions, mask=mask))
+    mean = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+    expected = torch.autograd.grad(mean, list(model.parameters()))
+
+    state = TrainState(model, config.train, device=CPU)
+    gradient = BatchGradient(config, state, rows, WorkerGroup(0, 1), eot_id=eot_id)  # type: ignore[arg-type]
+    measured = gradient.of_step(1, StepTimer())
+    gradient.close()
+    assert measured.num_counted == sum(counts)
+    assert measured.loss == pytest.approx(mean.item(), rel=1e-5)
+    assert measured.norm == pytest.approx(float(torch.cat([each.flatten() for each in expected]).norm()), rel=1e-5)
     for (name, parameter), whole in zip(model.named_parameters(), expected, strict=True):
         assert parameter.grad is not None
         assert (parameter.grad - whole).norm() / whole.norm() < 1e-5, name

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cluster.settings.plan import PlanConfig
 from jobs.exact.batch_gradient import dropout_seed
-from jobs.exact.compute import autocast, loss_of, micro_batch
+from jobs.exact.compute import autocast, loss_of, micro_batch, num_counted
 from jobs.exact.exact_reduce import subtrees_of_ranks, tree_sum
 from jobs.exact.step_totals import gradient_norm
 from jobs.plan.exchange import Traffic, between_all, exchange
@@ -24,7 +24,7 @@ from jobs.plan.memory import layout_of
 from jobs.training.stored_state import hash_of_weights
 from jobs.workers.worker_group import WorkerGroup
 from tests.jobs.reference_reduce import reduce_worlds
-from tests.jobs.train_worlds import CASES, CPU, EOT, MORE_CASES, NUM_STEPS, Case, MadeRows, Trainer
+from tests.jobs.train_worlds import CASES, CPU, EOT, MORE_CASES, NUM_STEPS, SEQ_LEN, Case, MadeRows, Trainer
 from tests.repository import REPOSITORY
 from tests.time_limits import limit_s
 
@@ -76,6 +76,7 @@ def reference(case: Case) -> tuple[str, list[float]]:
     for step in range(1, NUM_STEPS + 1):
         num_lanes = {1: 5, 2: 7, 3: 9, 4: 13}[step] if case.start_lanes else case.num_lanes
         lane_losses: dict[range, Tensor] = {}
+        counts: list[int] = []
 
         def lane_value(
             lane: int,
@@ -83,12 +84,14 @@ def reference(case: Case) -> tuple[str, list[float]]:
             first_sample: int = first_sample,
             num_lanes: int = num_lanes,
             lane_losses: dict[range, Tensor] = lane_losses,
+            counts: list[int] = counts,
         ) -> Tensor:
             state.gradient.zero_()
             of_lane = []
             for number in range(lane * case.micro_batches, (lane + 1) * case.micro_batches):
                 first = first_sample + number * 2
-                rows = MadeRows().samples(range(first, first + 2))
+                rows = MadeRows(chat=case.chat).samples(range(first, first + 2))
+                counts.append(num_counted(rows[1]))
                 batch = micro_batch(rows, config, CPU, eot_id=EOT if case.documents else None)
                 torch.manual_seed(dropout_seed(config.train.seed, step=step, micro_batch=number))
                 with autocast(config, CPU):
@@ -100,10 +103,11 @@ def reference(case: Case) -> tuple[str, list[float]]:
             return state.gradient.clone()
 
         summed = reduce_worlds(1, num_lanes=num_lanes, lane_value=lane_value)
-        losses.append(float(tree_sum(range(num_lanes), lane_losses.get)))
+        of_counted = num_lanes * case.micro_batches * 2 * SEQ_LEN / sum(counts)  # the mean is over counted tokens
+        losses.append(float(tree_sum(range(num_lanes), lane_losses.get)) * of_counted)
         first_sample += num_lanes * case.micro_batches * 2
-        state.gradient.copy_(summed)
-        state.apply(norm=gradient_norm(summed), learning_rate=1e-2)
+        state.gradient.copy_(summed * of_counted)
+        state.apply(norm=gradient_norm(summed) * of_counted, learning_rate=1e-2)
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(False)
     return hash_of_weights(state, WorkerGroup(0, 1), step=NUM_STEPS), losses
@@ -121,12 +125,13 @@ def test_any_world_and_any_resizes_give_the_reference_bits(
         assert run["losses"] == expected_losses, run["world"]
 
 
-def test_stock_ddp_has_other_bits_in_each_world(runs_of: Callable[[Case], list[Outcome]]) -> None:
+@pytest.mark.parametrize("chat", [False, True])
+def test_stock_ddp_has_other_bits_in_each_world(runs_of: Callable[[Case], list[Outcome]], chat: bool) -> None:
     """Shows that the test above can fail; the losses are the same up to rounding."""
-    runs = runs_of(Case(exact=False))
+    runs = runs_of(Case(exact=False, chat=chat))
     assert len({run["hashes"][0] for run in runs}) > 2
     for run in runs:
-        assert run["losses"] == pytest.approx(reference(Case())[1], rel=1e-5)
+        assert run["losses"] == pytest.approx(reference(Case(chat=chat))[1], rel=1e-5)
 
 
 def test_cases_differ() -> None:

@@ -15,7 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from cluster.settings.run import RunConfig, Shard
 from jobs.exact.batch_gradient import BatchGradient
-from jobs.exact.step_totals import StepTotals
+from jobs.exact.step_totals import Measured, StepTotals
 from jobs.exact.train_state import TrainState
 from jobs.plan.memory import layout_of
 from jobs.run.step_timer import StepTimer
@@ -64,7 +64,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Sent]:
     with monkeypatch.context() as patched:
         patched.setattr(dist, "batch_isend_irecv", exchange)
         patched.setattr(dist, "all_to_all_single", all_to_all)
-        patched.setattr(StepTotals, "finish", lambda *_, **__: (0.0, 0.0))
+        patched.setattr(StepTotals, "finish", lambda *_, **__: Measured(0.0, 0.0, 1))
         patched.setattr(WorkerGroup, "prove", lambda *_: None)
         yield sent
 

@@ -59,14 +59,15 @@ def test_ranks_without_a_loss_know_the_same_figures(num_lanes: int, world_size: 
         totals = StepTotals(layout, mesh, table.of(rank), device=CPU)
         parts = [gradient[part.start : part.stop] for part in own_parts(layout, mesh)]
         sums = [block_square_sums(part) for part in parts]
-        losses = losses_of(plan.counted[rank])
+        losses = [torch.stack([loss, torch.tensor(5.0)]) for loss in losses_of(plan.counted[rank])]
         return len(losses), *totals.finish(1, plan, block_sums=sums, losses=losses)
 
     with ThreadPoolExecutor(world_size) as ranks:
         found = [*ranks.map(figures, range(world_size))]
     assert any(count == 0 for count, *_ in found) == (world_size != 4)
     loss = tree_sum(range(num_lanes), lambda node: losses_of([node.start])[0] if len(node) == 1 else None)
-    assert {(loss, norm) for _, loss, norm in found} == {(float(loss), norm_of(block_square_sums(gradient)))}
+    expected = (float(loss), norm_of(block_square_sums(gradient)), 5 * num_lanes)
+    assert {tuple(measured) for _, *measured in found} == {expected}
 
 
 def own_parts(layout: FlatLayout, mesh: Mesh) -> list[range]:

@@ -111,7 +111,7 @@ def test_token_ids_are_those_that_were_read_and_drawn(run: Run, model: GPT, toke
         first, *others = [part["choices"][0] for part in parts]
         assert first["prompt_token_ids"] == prompt_ids and not any("prompt_token_ids" in part for part in others)
         chat = await post(http, "/v1/chat/completions", CHAT, return_token_ids=True, max_tokens=9)
-        rendered = tokenizer.encode(f"User: {TEXT}\nAssistant:")
+        rendered = tokenizer.encode(f"User:\n{TEXT}\nAssistant:\n")
         assert chat["prompt_token_ids"] == rendered
         text = b"".join(map(tokenizer.token_bytes, chat["choices"][0]["token_ids"])).decode(errors="replace")
         assert text.startswith(chat["choices"][0]["message"]["content"])

@@ -109,7 +109,7 @@ def greedy_text(model: GPT, tokenizer: Tokenizer, prompt: str, *, max_tokens: in
 
 
 def spoken(turns: list[tuple[str, str]]) -> str:
-    return "".join(f"{speaker}: {text}\n" for speaker, text in turns) + "Assistant:"
+    return "".join(f"{speaker}:\n{text}\n" for speaker, text in turns) + "Assistant:\n"
 
 
 def reply(model: GPT, tokenizer: Tokenizer, turns: list[tuple[str, str]], *, max_tokens: int) -> str:

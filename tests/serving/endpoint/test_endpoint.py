@@ -321,7 +321,7 @@ MESSAGES: list[Any] = [
     {"role": "system", "content": "be brief"},
     {"role": "user", "content": [{"type": "text", "text": "tea "}, {"type": "text", "text": "or €5?"}]},
 ]
-RENDERED = "System: be brief\nUser: tea or €5?\nAssistant:"
+RENDERED = "System:\nbe brief\nUser:\ntea or €5?\nAssistant:\n"
 
 
 def test_chat_goes_on_with_the_rendered_dialogue(client: openai.OpenAI) -> None:

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.api.chat import ChatRequest, Message, render
+from model.chat import plain_text
+from serving.api.chat import ChatRequest, Message
 from serving.protocol import harmless_fields
 from serving.protocol.errors import ApiError
 from serving.protocol.protocol import CompletionRequest, EmbeddingRequest, parse_request
@@ -226,7 +227,7 @@ def test_an_answer_can_be_sent_back_with_what_came_beside_its_text(name: str) ->
 
 def test_what_other_libraries_write_is_understood() -> None:
     silent = parse_chat(chat_body(messages=[{"role": "assistant", "content": None, "name": None}])).messages
-    assert render(silent) == "Assistant: \nAssistant:"
+    assert plain_text([message.model_dump(exclude_none=True) for message in silent]) == "Assistant:\n\n"
     assert parse_completion(body(seed=3.0)).seed == 3
     assert parse_chat(chat_body(max_tokens=-1)).max_tokens is None
     assert parse_completion(body(max_tokens=5, max_completion_tokens=7)).token_limit == 7
@@ -317,7 +318,8 @@ def test_a_chat_is_rendered_turn_by_turn() -> None:
         Message(role="assistant", content="ho"),
         Message(role="user", content=""),
     ]
-    assert render(messages) == "System: be brief\nAnn: hi\nAssistant: ho\nUser: \nAssistant:"
+    dumped = [message.model_dump(exclude_none=True) for message in messages]
+    assert plain_text(dumped) == "System:\nbe brief\nAnn:\nhi\nAssistant:\nho\nUser:\n\n"
 
 
 json_values = st.recursive(
