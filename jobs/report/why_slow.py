@@ -93,7 +93,7 @@ def shares(ledger: Ledger) -> Shares:
         else:
             sums["communication"] += waited_s
     sums["compute"] = sum(computing.values())
-    between_s = sum(max(0.0, recovery.seconds or 0.0) for recovery in ledger.recoveries())
+    between_s = sum(max(0.0, recovery.seconds) for recovery in ledger.recoveries())
     sums["restarts"] = between_s + sum(line["wall_s"] for line in lost_steps(ledger))
     if finish := ledger.events("finish"):  # which waits for the last checkpoint
         sums["checkpoints"] += max(0.0, finish[-1]["time"] - ledger.steps[-1]["time"])
