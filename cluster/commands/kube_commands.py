@@ -10,7 +10,7 @@ from cluster.kube import status as kube
 from cluster.kube.idle import held_by_nodes, why_not_idle
 from cluster.kube.kustomize import rendered_overlay
 from cluster.kube.pending import reasons
-from cluster.kube.scale import Patch, most_replicas, resume_group, scale_group, suspend, suspend_group
+from cluster.kube.scale import Patch, most_replicas, scale_group, suspend
 from cluster.local.jobs_api import JobsApi, ray_token
 from cluster.settings.code_folders import CODE_ROOT
 from cluster.settings.parser import ConfigError
@@ -49,25 +49,15 @@ def scale(arguments: argparse.Namespace) -> dict[str, Any]:
     if kube.has_ended(manifest):
         said = f"{kube.full_name(manifest)} {kube.sentence(manifest)}"
         raise UserError(f"{said}: nothing of it runs, and KubeRay does not start it again")
-    of_all = arguments.group is None and (arguments.suspend or arguments.resume)
+    of_all = arguments.suspend or arguments.resume
     clusters = [] if of_all or manifest["kind"] == "RayCluster" else _clusters_of(api, manifest)
-    patches: list[tuple[kube.Object, Patch]] = []
-    problems = []
-    for target in (*clusters, manifest):
-        try:
-            patches.append((target, _change(arguments, target)))
-        except ConfigError as error:  # such as a group that is suspended in one of them only
-            problems.append(error)
-    if not patches:
-        raise problems[0]
+    patches = [(target, _change(arguments, target)) for target in (*clusters, manifest)]
     for target, patch in patches:
         api.patch(target, patch)
     result: dict[str, Any] = {"changed": [kube.full_name(target) for target, _ in patches]}
     before = clusters or [manifest]
     after = [api.get(kube.RAY, target["kind"], target["metadata"]["name"]) or target for target in before]
     result["groups"] = [line for target in after for line in kube.groups(target)]
-    if problems:
-        result["not_changed"] = [str(problem) for problem in problems]
     if not clusters and not of_all and manifest["kind"] != "RayCluster":
         result["note"] = "it has no cluster now: the next one starts with these bounds"
     elif any(
@@ -82,11 +72,9 @@ def scale(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _change(arguments: argparse.Namespace, manifest: kube.Object) -> Patch:
     if arguments.suspend or arguments.resume:
-        if arguments.lowest is not None or arguments.most is not None:
-            raise ConfigError("--suspend and --resume exclude --min and --max")
-        if arguments.group is None:
-            return suspend(manifest, suspended=arguments.suspend)
-        return (suspend_group if arguments.suspend else resume_group)(manifest, arguments.group)
+        if (arguments.group, arguments.lowest, arguments.most) != (None, None, None):
+            raise ConfigError("--suspend and --resume are of all; --min 0 --max 0 takes a group's pods away")
+        return suspend(manifest, suspended=arguments.suspend)
     if arguments.lowest is None and arguments.most is None:
         raise ConfigError("nothing to change: give --min, --max, --suspend or --resume")
     return scale_group(manifest, arguments.group, lowest=arguments.lowest, most=arguments.most)

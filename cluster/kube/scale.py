@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from cluster.kube.status import SUSPENDED, Object, cluster_spec, suspended_bounds
+from cluster.kube.status import Object, cluster_spec
 from cluster.settings.parser import ConfigError
 
 Patch = list[dict[str, Any]]
@@ -19,15 +19,21 @@ def scale_group(manifest: Object, group: str | None, *, lowest: int | None, most
     """Sets new bounds of a worker group, by default the only one. Ray's autoscaler obeys them at once."""
     index, found = _group(manifest, group)
     name = found["groupName"]
-    if suspended_bounds(manifest, name):
-        raise ConfigError(f"the group {name} is suspended; resume it first")
     new_lowest = found.get("minReplicas", 0) if lowest is None else lowest
     new_most = found.get("maxReplicas", 0) if most is None else most
     if not 0 <= new_lowest <= new_most:
         raise ConfigError(f"the group {name} would have {new_lowest} to {new_most} pods; expected 0 <= min <= max")
     noted = _scaled(manifest, found)  # a group that is scaled twice still has its manifest's bounds noted
     note = f"{noted or _text(found)} {new_lowest}-{new_most}"
-    return [*_bounds(manifest, index, found, new_lowest, new_most), *_annotate(manifest, SCALED + name, note)]
+    inside = {"RayJob": "/rayClusterSpec", "RayService": "/rayClusterConfig"}.get(manifest["kind"], "")
+    at = f"/spec{inside}/workerGroupSpecs/{index}"
+    return [
+        {"op": "test", "path": f"{at}/groupName", "value": name},  # fails if the groups were reordered
+        _add(f"{at}/minReplicas", new_lowest),
+        _add(f"{at}/maxReplicas", new_most),
+        *([] if manifest["metadata"].get("annotations") else [_add("/metadata/annotations", {})]),
+        _add(f"/metadata/annotations/{(SCALED + name).replace('~', '~0').replace('/', '~1')}", note),
+    ]
 
 
 def as_applied(manifest: Object, live: Object | None) -> tuple[Object, list[str]]:
@@ -45,10 +51,9 @@ def as_applied(manifest: Object, live: Object | None) -> tuple[Object, list[str]
         name, keys = group["groupName"], ["replicas", "scaleStrategy"]
         if (found := running.get(name)) is None:
             continue
-        is_suspended = suspended_bounds(live, name) is not None
-        if is_suspended or _scaled(live, found) == _text(group):
+        if _scaled(live, found) == _text(group):
             keys += ["minReplicas", "maxReplicas"]
-            bounds = "suspended" if is_suspended else f"{found['minReplicas']} to {found['maxReplicas']} pods"
+            bounds = f"{found['minReplicas']} to {found['maxReplicas']} pods"
             kept.append(f"{name}: {bounds}, as `raymill cluster scale` left it")
         group |= {key: found[key] for key in keys if key in found}
     return wanted, kept
@@ -60,24 +65,6 @@ def most_replicas(service: Object) -> int | None:
     arguments = [application.get("args", {}) for application in settings.get("applications", [])]
     found = [most for given in arguments if (most := given.get("replicas", {}).get("max_replicas")) is not None]
     return sum(found) if found else None
-
-
-def suspend_group(manifest: Object, group: str) -> Patch:
-    """Sets the bounds to 0 and notes the old ones. (KubeRay's own `suspend` of a group excludes the autoscaler.)"""
-    index, found = _group(manifest, group)
-    if suspended_bounds(manifest, group):
-        raise ConfigError(f"the group {group} is suspended already")
-    return [*_bounds(manifest, index, found, 0, 0), *_annotate(manifest, SUSPENDED + group, _text(found))]
-
-
-def resume_group(manifest: Object, group: str) -> Patch:
-    """Restores the bounds that the group had before."""
-    index, found = _group(manifest, group)
-    before = suspended_bounds(manifest, group)
-    if before is None:
-        raise ConfigError(f"the group {group} is not suspended")
-    path = f"/metadata/annotations/{_escaped(SUSPENDED + group)}"
-    return [*_bounds(manifest, index, found, *before), {"op": "remove", "path": path}]
 
 
 def suspend(manifest: Object, *, suspended: bool) -> Patch:
@@ -99,21 +86,6 @@ def _group(manifest: Object, name: str | None) -> tuple[int, Object]:
     return named[0]
 
 
-def _bounds(manifest: Object, index: int, group: Object, lowest: int, most: int) -> Patch:
-    inside = {"RayJob": "/rayClusterSpec", "RayService": "/rayClusterConfig"}.get(manifest["kind"], "")
-    at = f"/spec{inside}/workerGroupSpecs/{index}"
-    return [
-        {"op": "test", "path": f"{at}/groupName", "value": group["groupName"]},  # fails if the groups were reordered
-        _add(f"{at}/minReplicas", lowest),
-        _add(f"{at}/maxReplicas", most),
-    ]
-
-
-def _annotate(manifest: Object, key: str, note: str) -> Patch:
-    empty = [] if manifest["metadata"].get("annotations") else [_add("/metadata/annotations", {})]
-    return [*empty, _add(f"/metadata/annotations/{_escaped(key)}", note)]
-
-
 def _scaled(manifest: Object, group: Object) -> str | None:
     """Returns the bounds from before the group was scaled, if it still has those that it was scaled to."""
     before, _, after = manifest["metadata"].get("annotations", {}).get(SCALED + group["groupName"], "").partition(" ")
@@ -126,7 +98,3 @@ def _text(group: Object) -> str:
 
 def _add(path: str, value: Any) -> dict[str, Any]:
     return {"op": "add", "path": path, "value": value}
-
-
-def _escaped(name: str) -> str:
-    return name.replace("~", "~0").replace("/", "~1")

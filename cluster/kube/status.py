@@ -38,8 +38,8 @@ def sentence(manifest: Object) -> str:
 
 
 def groups(manifest: Object, pods: list[Object] | None = None) -> Iterator[str]:
-    """Yields a line for each worker group: its bounds, or that `raymill cluster scale` suspended it. That of a running
-    RayCluster also has how many pods are wanted and how many of the namespace's `pods` run."""
+    """Yields a line for each worker group: its bounds. That of a running RayCluster also has how many pods are wanted
+    and how many of the namespace's `pods` run."""
     is_up = manifest["kind"] == "RayCluster" and bool(manifest.get("status")) and not manifest["spec"].get("suspend")
     running = Counter(
         (pod["metadata"]["labels"].get("ray.io/cluster"), pod["metadata"]["labels"].get("ray.io/group"))
@@ -48,8 +48,7 @@ def groups(manifest: Object, pods: list[Object] | None = None) -> Iterator[str]:
     )
     for group in cluster_spec(manifest).get("workerGroupSpecs", []):
         name, lowest, most = group["groupName"], group.get("minReplicas", 0), group.get("maxReplicas", 0)
-        before = suspended_bounds(manifest, name)
-        state = f"suspended, {before[0]} to {before[1]} pods when resumed" if before else f"{lowest} to {most} pods"
+        state = f"{lowest} to {most} pods"
         state += f", {_wanted(group)} wanted" if is_up else ""
         state += f", {running[manifest['metadata']['name'], name]} running" if is_up and pods is not None else ""
         yield f"{name}: {state}"
@@ -98,19 +97,6 @@ def full_name(manifest: Object) -> str:
 def conditions(manifest: Object) -> dict[str, Object]:
     """Returns the object's conditions by type."""
     return {condition["type"]: condition for condition in (manifest.get("status") or {}).get("conditions") or []}
-
-
-SUSPENDED = "raymill/suspended."
-"""Prefix, before a group's name, of the annotation with the group's bounds before it was suspended."""
-
-
-def suspended_bounds(manifest: Object, group: str) -> tuple[int, int] | None:
-    """Returns (`minReplicas`, `maxReplicas`) from before the group was suspended; None if it is not."""
-    kept = manifest["metadata"].get("annotations", {}).get(SUSPENDED + group)
-    if kept is None:
-        return None
-    lowest, _, most = kept.partition("-")
-    return int(lowest), int(most)
 
 
 def _job(status: Object) -> str:

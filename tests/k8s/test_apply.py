@@ -53,23 +53,21 @@ def test_what_the_autoscaler_and_scale_set_stays(api: ApiStandIn, asked: Asked) 
     asked("scale", "shared", "--max", "7")
     asked("scale", "completions", "--max", "5")
     asked("scale", "completions", "--min", "2")
-    asked("scale", "rayjob/pretrain", "--group", "trainers", "--suspend")
+    asked("scale", "rayjob/pretrain", "--group", "trainers", "--min", "0", "--max", "0")
     asked("scale", "rayjob/tokenize", "--suspend")
     operator.look()
     result = asked("apply", "dev")
     assert "failed" not in result
     assert result["kept"] == {
         "RayCluster/shared": ["workers: 0 to 7 pods, as `raymill cluster scale` left it"],
-        "RayJob/pretrain": ["trainers: suspended, as `raymill cluster scale` left it"],
+        "RayJob/pretrain": ["trainers: 0 to 0 pods, as `raymill cluster scale` left it"],
         "RayService/completions": ["servers: 2 to 5 pods, as `raymill cluster scale` left it"],
     }
     shared = group_of(api, "RayCluster", "shared")
     assert (shared["replicas"], shared["scaleStrategy"]) == (2, {"workersToDelete": ["a"]})
     assert (shared["minReplicas"], shared["maxReplicas"]) == (0, 7)
     assert ray_object(api, "RayJob", "tokenize")["spec"]["suspend"] is True
-    asked("scale", "rayjob/pretrain", "--group", "trainers", "--resume")
-    assert "RayJob/pretrain" not in asked("apply", "dev")["kept"]
-    assert group_of(api, "RayJob", "pretrain")["minReplicas"] == 1
+    assert group_of(api, "RayJob", "pretrain")["maxReplicas"] == 0
 
 
 def test_kubectl_undoes_what_the_autoscaler_and_scale_set(api: ApiStandIn, asked: Asked, tmp_path: Path) -> None:

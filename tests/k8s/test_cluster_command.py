@@ -48,16 +48,14 @@ def test_status_says_what_is_wanted_what_runs_and_what_is_suspended(api: ApiStan
     assert said["RayCluster/shared"][1:] == ["workers: 0 to 2 pods, 0 wanted, 0 running"]
     assert said["RayJob/pretrain"][1:] == ["trainers: 1 to 2 pods, 1 wanted, 1 running"]  # `replicas` is 0
     assert said["RayService/completions"][1:] == ["servers: 1 to 2 pods, 1 wanted, 1 running"]
-    asked("scale", "rayjob/pretrain", "--group", "trainers", "--suspend")
+    asked("scale", "rayjob/pretrain", "--group", "trainers", "--min", "0", "--max", "0")
     operator.look()
-    assert asked("status", "pretrain")["RayJob/pretrain"][1:] == [
-        "trainers: suspended, 1 to 2 pods when resumed, 0 wanted, 0 running"
-    ]
+    assert asked("status", "pretrain")["RayJob/pretrain"][1:] == ["trainers: 0 to 0 pods, 0 wanted, 0 running"]
     asked("scale", "pretrain", "--suspend")
     operator.look()
     assert asked("status", "pretrain")["RayJob/pretrain"] == [
         "is suspended: it has no pods; `raymill cluster scale` with --resume brings it back",
-        "trainers: suspended, 1 to 2 pods when resumed",
+        "trainers: 0 to 0 pods",
     ]
 
 

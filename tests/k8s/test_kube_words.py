@@ -7,7 +7,7 @@ import yaml
 
 from cluster.kube.idle import held_by_nodes, why_not_idle
 from cluster.kube.pending import is_pending, why_not_made, why_pending
-from cluster.kube.scale import resume_group, scale_group, suspend, suspend_group
+from cluster.kube.scale import scale_group, suspend
 from cluster.kube.status import groups, sentence
 from cluster.settings.parser import ConfigError
 from tests.k8s.api_objects import change as change_object
@@ -223,7 +223,7 @@ def test_a_pod_that_stays_says_what_it_holds() -> None:
 
 
 @pytest.mark.parametrize("name", ["RayCluster/shared", "RayService/completions"])
-def test_a_group_is_scaled_suspended_and_resumed(name: str) -> None:
+def test_a_group_is_scaled_twice(name: str) -> None:
     manifest = find(render("overlays/gpu"), name)
     group = next(iter(groups(manifest))).partition(":")[0]
 
@@ -238,17 +238,8 @@ def test_a_group_is_scaled_suspended_and_resumed(name: str) -> None:
     change(scale_group(manifest, None, lowest=1, most=3))
     assert bounds() == "1 to 3 pods"
     change(scale_group(manifest, None, lowest=None, most=2))
-    change(scale_group(manifest, None, lowest=None, most=3))
-    change(suspend_group(manifest, group))
-    assert bounds() == "suspended, 1 to 3 pods when resumed"
-    with pytest.raises(ConfigError, match="suspended already"):
-        suspend_group(manifest, group)
-    with pytest.raises(ConfigError, match="resume it first"):
-        scale_group(manifest, group, lowest=0, most=1)
-    change(resume_group(manifest, group))
+    change(scale_group(manifest, group, lowest=None, most=3))
     assert bounds() == "1 to 3 pods" != before
-    with pytest.raises(ConfigError, match="is not suspended"):
-        resume_group(manifest, group)
 
 
 def test_what_cannot_be_scaled_is_refused() -> None:

@@ -39,10 +39,10 @@ def test_the_pods_that_run_follow(api: ApiStandIn, asked: Asked, operator: Opera
     assert changed["changed"] == list(dict.fromkeys([f"RayCluster/{cluster['metadata']['name']}", owner]))
     assert changed["groups"][0].startswith(f"{group}: 2 to 6 pods, 2 wanted")
     assert workers() == 2
-    asked("scale", owner.lower(), "--group", group, "--suspend")
+    asked("scale", owner.lower(), "--group", group, "--min", "0", "--max", "0")
     assert workers() == 0
     assert bounds(ray_object(api, kind, name)) == (0, 0), "the next cluster would have pods"
-    asked("scale", owner.lower(), "--group", group, "--resume")
+    asked("scale", owner.lower(), "--group", group, "--min", "2", "--max", "6")
     assert workers() == 2
     assert before != bounds(ray_object(api, kind, name)) == (2, 6)
 
@@ -55,11 +55,11 @@ def test_without_a_head_surplus_pods_stay_and_it_says_so(
     assert "note" not in asked("scale", "shared", "--min", "2")
     operator.fates = [(lambda pod: True, unpulled("raymill:0.1.0"))]
     operator.look()
-    told = asked("scale", "shared", "--group", "workers", "--suspend")
+    told = asked("scale", "shared", "--group", "workers", "--min", "0", "--max", "0")
     assert told["note"].startswith("its head is not up: surplus pods stay until its autoscaler")
     operator.look()
     assert len(api.list("/api/v1/namespaces/raymill/pods", selector)["items"]) == 2
-    assert "note" not in asked("scale", "shared", "--group", "workers", "--resume")
+    assert "note" not in asked("scale", "shared", "--group", "workers", "--min", "2", "--max", "2")
     operator.fates = []
     operator.look()
     assert "note" not in asked("scale", "shared", "--min", "0", "--max", "1")
@@ -115,7 +115,7 @@ def test_a_service_has_a_maximum_of_its_own(asked: Asked, operator: OperatorStan
     assert "note" not in asked("scale", "completions", "--max", "2")
 
 
-@pytest.mark.parametrize("words", [["--suspend"], ["--resume"], ["--max", "3"], ["--group", "trainers", "--suspend"]])
+@pytest.mark.parametrize("words", [["--suspend"], ["--resume"], ["--max", "3"], ["--group", "trainers", "--max", "3"]])
 def test_a_job_that_has_ended_is_not_scaled(
     api: ApiStandIn, asked: Asked, operator: OperatorStandIn, words: list[str]
 ) -> None:
