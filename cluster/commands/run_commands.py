@@ -225,9 +225,7 @@ def checkpoint_list(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def serve(arguments: argparse.Namespace) -> None:
-    """Serves until a signal. On a cluster at an address it deploys and returns, unless it is to follow a run."""
-    from cluster.commands.delivery_commands import follow_run
-    from cluster.endpoint.delivery import Operator
+    """Serves until a signal. On a cluster at an address it deploys and returns."""
     from cluster.endpoint.endpoint import deploy, require_ray_proxies
     from cluster.local.local_cluster import require_free_port
     from cluster.settings.flags import config_from_arguments
@@ -235,8 +233,6 @@ def serve(arguments: argparse.Namespace) -> None:
 
     require_ray_proxies()
     config = config_from_arguments(arguments, ServeConfig)
-    if arguments.follow is not None and config.admin_key_file is None:
-        raise ConfigError("--follow promotes through /admin: name a file for its key with --admin-key-file")
     checkpoint = _named_by(config)
     if config.cluster.address is None:
         require_free_port(config.host, config.port)
@@ -249,8 +245,6 @@ def serve(arguments: argparse.Namespace) -> None:
     with connected(config.cluster, cpus_per_node=cpus) as connection:
         endpoint = deploy(connection, config)
         arguments.show({"url": endpoint.url, "model": endpoint.model})
-        if arguments.follow is not None:
-            follow_run(Operator(endpoint), arguments.follow, config.storage.uri, terms={}, gate=None)
         if connection.local is None:
             say(f"{endpoint.url} stays up; end it with Ray Serve's own tools")
             return

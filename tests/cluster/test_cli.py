@@ -134,7 +134,6 @@ def test_the_first_help_names_every_command() -> None:
         (["promote"], ["--follow", "--finish"]),
         (["promote", "x", "--finish"], ["--finish", "not allowed with", "checkpoint"]),
         (["plan", "run.yaml", "--demo"], ["--demo", "not allowed with", "config"]),
-        (["serve", "latest", "--follow", "run"], ["--admin-key-file"]),
     ],
     ids=" ".join,
 )

@@ -33,12 +33,15 @@ def test_an_endpoint_follows_a_run(tmp_path: Path) -> None:
     first = checkpoint(1)
     (tmp_path / "admin").write_text("sk-admin")
     command = [*RAYMILL, "serve", str(first), "--port", str(free_port()), "--admin-key-file", "admin"]
-    command += ["--follow", "r", "--delivery.watch-s", "1", "--replicas.max-replicas", "1", "--json"]
-    said = (tmp_path / "serve.log").open("w")
-    server = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=said, text=True)
+    command += ["--delivery.watch-s", "1", "--replicas.max-replicas", "1", "--json"]
+    log = tmp_path / "promote.log"
+    server = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True)
+    followers = []
     try:
         assert server.stdout is not None
         url = json.loads(server.stdout.readline())["url"]
+        follow = [*RAYMILL, "promote", "--follow", "r", "--url", url, "--admin-key-file", "admin"]
+        followers.append(subprocess.Popen(follow, cwd=tmp_path, env=environment(), stderr=log.open("w")))
 
         def live_step() -> int:
             return int(httpx.get(f"{url}/v1/models", timeout=limit_s(30)).json()["data"][0]["lineage"]["step"])
@@ -47,8 +50,8 @@ def test_an_endpoint_follows_a_run(tmp_path: Path) -> None:
         checkpoint(2)
         wait_until(lambda: live_step() == 2, timeout_s=90)
         checkpoint(3)
-        wait_until(lambda: "not promoted" in (tmp_path / "serve.log").read_text(), timeout_s=90)
-        assert "model.safetensors is altered" in (tmp_path / "serve.log").read_text()
+        wait_until(lambda: "not promoted" in log.read_text(), timeout_s=90)
+        assert "model.safetensors is altered" in log.read_text()
         fourth = checkpoint(4)
         wait_until(lambda: live_step() == 4, timeout_s=90)
         assert (
@@ -58,6 +61,9 @@ def test_an_endpoint_follows_a_run(tmp_path: Path) -> None:
         result = raymill_result("rollback", folder=tmp_path)
         assert result["phase"] == "steady" and Path(result["checkpoint"]).name == "step-000000002"
     finally:
+        for follower in followers:
+            follower.terminate()
+            follower.wait(limit_s(30))
         server.send_signal(signal.SIGTERM)
         assert server.wait(limit_s(60)) == 128 + signal.SIGTERM
         shutil.rmtree(tmp_path / ".raymill/logs", ignore_errors=True)
