@@ -57,12 +57,7 @@ class Generation:
     """The events of one request's sequences, in order, until each sequence has finished."""
 
     def __init__(
-        self,
-        client: "EngineClient",
-        requests: Sequence[SequenceRequest],
-        *,
-        key: str,
-        observer: StepObserver | None = None,
+        self, client: "EngineClient", requests: Sequence[SequenceRequest], *, key: str, observer: StepObserver | None
     ) -> None:
         self.observer = observer
         self._client = client
@@ -150,7 +145,7 @@ class EngineClient:
             "watchdog": fds[0],
         }
         with their_line:
-            child = await start_child(MODULE, arguments, threads=threads, pass_fds=fds, python=python or sys.executable)
+            child = await start_child(MODULE, arguments, pass_fds=fds, python=python or sys.executable)
         client = cls(child)
         messages = client._messages()
         first = await anext(messages, None)
