@@ -7,7 +7,6 @@ from collections.abc import Awaitable
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse
 from pydantic import Field
 
 from cluster.storage.registry import find_checkpoint
@@ -70,8 +69,8 @@ def admin_router(follower: Follower) -> APIRouter:
         finally:
             await asyncio.to_thread(audit.add, entry)
 
-    @router.post("/promote")
-    async def promote(request: Request) -> JSONResponse:
+    @router.post("/promote", status_code=202)
+    async def promote(request: Request) -> dict[str, Any]:
         """Answers once the promotion has begun; /admin/status reports its progress."""
         asked = await read_request(request, PromoteRequest)
 
@@ -84,7 +83,7 @@ def admin_router(follower: Follower) -> APIRouter:
             terms = Terms(**rules | given | {"gate_rows": gate_rows})
             return await _asked(coordinator.promote.remote(candidate, terms))
 
-        return JSONResponse(await obey(request, "promote", asked, begin()), status_code=202)
+        return await obey(request, "promote", asked, begin())
 
     @router.post("/finish")
     async def finish(request: Request) -> dict[str, Any]:

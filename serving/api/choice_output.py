@@ -100,8 +100,9 @@ class ChoiceOutput:
         """Removes and returns the entries whose text has been given out, at least in part. Entries after a stop string
         never are."""
         num_chars = self._echoed_chars + self._detokenizer.num_released_chars
-        nothing_held = not (self._detokenizer.holds_text or self._detokenizer.stopped)
-        taken = [e for e in self._entries if all_of_them or nothing_held or e.text_offset < num_chars]
+        nothing_held = self._detokenizer.num_chars == self._detokenizer.num_released_chars
+        everything = all_of_them or (nothing_held and not self._detokenizer.stopped)
+        taken = [e for e in self._entries if everything or e.text_offset < num_chars]
         self._entries = self._entries[len(taken) :]
         return taken
 

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import AsyncIterator
 from dataclasses import KW_ONLY, dataclass, replace
+from functools import partial
 
 import orjson
 
@@ -147,12 +148,8 @@ async def start_completion(
     if answer.EMBEDS and not engine.facts.embeds:
         raise error_of("unsupported_by_backend")
     # In the event loop other streams' tokens would wait for the milliseconds that a long prompt takes.
-    prompts = await asyncio.to_thread(
-        lambda: [
-            model.prompt_ids(prompt, max_tokens=request.token_limit, param=answer.PROMPT_FIELD)
-            for prompt in request.prompt
-        ]
-    )
+    read = partial(model.prompt_ids, max_tokens=request.token_limit, param=answer.PROMPT_FIELD)
+    prompts = await asyncio.to_thread(lambda: [read(prompt) for prompt in request.prompt])
     refuse_when_full(engine, at_once, config, key=key)
     echoed = request.logprobs if request.echo else None
     scored = [each for each in (echoed, request.prompt_logprobs) if each is not None]
@@ -187,7 +184,8 @@ async def start_completion(
         raise error_of("engine_unavailable") from None
     facts.queued_s = time.monotonic()
     counted.prompt_tokens.inc(sum(map(len, prompts)))
-    timer = RequestTimer(counted, version.stats, generation.entered_s, [sequence.seq_id for sequence in sequences])
+    unfinished: dict[int, float | None] = dict.fromkeys(sequence.seq_id for sequence in sequences)
+    timer = RequestTimer(counted, version.stats, generation.entered_s, unfinished)
     completion = Completion(
         request, answer=answer, model=model, sequences=sequences, generation=generation, timer=timer, facts=facts
     )

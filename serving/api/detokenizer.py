@@ -23,10 +23,6 @@ class Detokenizer:
         """The number of characters so far, including held ones: where the text of the next token starts."""
         return self.num_released_chars + len(self._held)
 
-    @property
-    def holds_text(self) -> bool:
-        return bool(self._held)
-
     def push(self, token: bytes) -> str:
         """Returns the text that this token makes final. Not to be called after `stopped`."""
         self._held += self._decoder.decode(token)

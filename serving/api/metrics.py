@@ -1,11 +1,11 @@
 """A replica's metrics, under vLLM's names, so that vLLM's dashboards work, and those of vLLM itself beside them."""
 
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import InitVar, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
-from typing import get_args
+from typing import Any, get_args
 
 from prometheus_client import Metric
 from prometheus_client.registry import Collector
@@ -39,9 +39,11 @@ class ReplicaMetrics:
         exported.of("raymill:replica_start_seconds").set(start_s)
         exported.of("raymill:draining").set_function(lambda: versions.delivery.draining)
         for phase in Phase:
-            exported.of("raymill:promotion_phase", phase=phase).set_function(partial(_is_in, versions, phase))
+            is_now = _whether(lambda: versions.delivery.phase, phase)
+            exported.of("raymill:promotion_phase", phase=phase).set_function(is_now)
         for result in get_args(Result):
-            exported.of("raymill:last_promotion", result=result).set_function(partial(_ended_so, versions, result))
+            was_last = _whether(lambda: versions.delivery.outcome and versions.delivery.outcome.result, result)
+            exported.of("raymill:last_promotion", result=result).set_function(was_last)
         exported.collectors.register(EngineMetrics(versions, labels))
         self._versions = versions
         self.of = ByVersion(exported, lambda version: VersionMetrics(exported, version, versions)).of
@@ -87,13 +89,9 @@ class VersionMetrics:
         self._found.inc(report.num_found)
 
 
-def _is_in(versions: Versions, phase: Phase) -> bool:
-    return versions.delivery.phase is phase
-
-
-def _ended_so(versions: Versions, result: str) -> bool:
-    outcome = versions.delivery.outcome
-    return outcome is not None and outcome.result == result
+def _whether(read: Callable[[], Any], value: str) -> Callable[[], bool]:
+    """Returns what a gauge shows: whether `read` gives `value` at that moment."""
+    return lambda: read() == value
 
 
 def _plays(versions: Versions, version: str, role: Role) -> bool:
@@ -126,13 +124,10 @@ class RequestTimer:
     metrics: VersionMetrics
     stats: VersionStats
     entered_s: Mapping[int, float]  # by sequence
-    seq_ids: InitVar[list[int]]
-
-    def __post_init__(self, seq_ids: list[int]) -> None:
-        self._last_token_s: dict[int, float | None] = dict.fromkeys(seq_ids)  # of the open sequences
+    last_token_s: dict[int, float | None]  # of the open sequences; None before their first one
 
     def token(self, seq_id: int) -> None:
-        now_s, last_s = time.monotonic(), self._last_token_s[seq_id]
+        now_s, last_s = time.monotonic(), self.last_token_s[seq_id]
         if last_s is None:
             self.metrics.ttft_s.observe(now_s - self.entered_s[seq_id])
         else:
@@ -140,10 +135,10 @@ class RequestTimer:
             self.stats.tokens += 1
             self.stats.busy_s += now_s - last_s
         self.metrics.generation_tokens.inc()
-        self._last_token_s[seq_id] = now_s
+        self.last_token_s[seq_id] = now_s
 
     def finished(self, seq_id: int, finish_reason: str) -> None:
-        del self._last_token_s[seq_id]
+        del self.last_token_s[seq_id]
         self.metrics.ended[finish_reason].inc()
         if finish_reason != ABORTED:
             since_start_s = time.monotonic() - self.entered_s[seq_id]
@@ -153,5 +148,5 @@ class RequestTimer:
 
     def close(self) -> None:
         """Counts every sequence that has not finished as aborted."""
-        for seq_id in list(self._last_token_s):
+        for seq_id in list(self.last_token_s):
             self.finished(seq_id, ABORTED)

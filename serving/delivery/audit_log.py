@@ -3,6 +3,7 @@ beside the endpoint's state."""
 
 import json
 import logging
+from contextlib import suppress
 from typing import Any
 
 from cluster.settings.serve import ServeConfig
@@ -26,22 +27,18 @@ class AuditLog:
 
     def add(self, entry: dict[str, Any]) -> None:
         """Adds an entry. If the storage does not take it, the program's log has it: no order fails for that."""
+        line = json.dumps(entry)
         try:
-            self._add(json.dumps(entry).encode())
+            for _ in range(MAX_TRIES):
+                stored, version = read_with_version(self._storage, self._key)
+                data = b"".join(one + b"\n" for one in [*stored.splitlines()[1 - MAX_ENTRIES :], line.encode()])
+                with suppress(AlreadyExistsError, ConflictError):
+                    self._storage.write_bytes(self._key, data, if_absent=version is None, if_version=version)
+                    return
+            raise StorageError(f"others have written there {MAX_TRIES} times meanwhile")
         except StorageError as error:
-            _log.error("not in %s: %s (%s)", join_uri(self._storage.uri, self._key), json.dumps(entry), error)
+            _log.error("not in %s: %s (%s)", join_uri(self._storage.uri, self._key), line, error)
 
     def read(self) -> list[dict[str, Any]]:
         """Returns all entries, the oldest first. Raises `StorageError`."""
         return [json.loads(line) for line in read_with_version(self._storage, self._key)[0].splitlines()]
-
-    def _add(self, line: bytes) -> None:
-        for _ in range(MAX_TRIES):
-            stored, version = read_with_version(self._storage, self._key)
-            data = b"".join(one + b"\n" for one in [*stored.splitlines()[1 - MAX_ENTRIES :], line])
-            try:
-                self._storage.write_bytes(self._key, data, if_absent=version is None, if_version=version)
-            except (AlreadyExistsError, ConflictError):
-                continue
-            return
-        raise StorageError(f"others have written there {MAX_TRIES} times meanwhile")

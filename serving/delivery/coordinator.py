@@ -76,11 +76,9 @@ class Coordinator:
         async with self._lock:
             await self._require_known()
             if self._delivery is None:
-                first = live.model_copy(update={"serial": 1})
-                origin = secrets.token_hex(4)
-                await self._change(
-                    Delivery(deployment=self._deployment, origin=origin, model_name=model_name, live=first)
-                )
+                origin, first = secrets.token_hex(4), live.having(serial=1)
+                begun = Delivery(deployment=self._deployment, origin=origin, model_name=model_name, live=first)
+                await self._change(begun)
             assert self._delivery is not None
             return self._delivery
 
@@ -108,7 +106,7 @@ class Coordinator:
     async def drain(self, draining: bool) -> Delivery:
         async with self._lock:
             for _ in range(2):  # the order applies to a newer state of another coordinator too
-                if await self._change(self._begun().model_copy(update={"draining": draining})):
+                if await self._change(self._begun().having(draining=draining)):
                     break
             return self._begun()
 

@@ -38,6 +38,10 @@ class DeliveryError(Exception):
 class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    def having(self, **changes: Any) -> Self:
+        """Returns a copy with these changes."""
+        return self.model_copy(update=changes)
+
 
 class Version(Record):
     """A checkpoint as it was promoted."""
@@ -128,9 +132,8 @@ class Delivery(Record):
     @property
     def route(self) -> "Route":
         if self.phase is Phase.CANARY and self.candidate and self.terms and self.terms.canary_percent:
-            return Route(
-                self.epoch, self.live.serial, self.candidate.serial, self.terms.canary_percent, origin=self.origin
-            )
+            beside = self.candidate.serial, self.terms.canary_percent
+            return Route(self.epoch, self.live.serial, *beside, origin=self.origin)
         return Route(self.epoch, self.live.serial, origin=self.origin)
 
 
@@ -204,15 +207,8 @@ def start(state: Delivery, candidate: Version, terms: Terms) -> Delivery:
         checkpoint = (state.candidate or state.live).checkpoint
         raise DeliveryError(f"{checkpoint} is being promoted ({state.phase}): wait for it, finish it, or roll it back")
     serial = state.last_serial + 1
-    return state.model_copy(
-        update={
-            "phase": Phase.LOADING,
-            "candidate": candidate.model_copy(update={"serial": serial}),
-            "terms": terms,
-            "last_serial": serial,
-            "outcome": None,
-        }
-    )
+    candidate = candidate.having(serial=serial)
+    return state.having(phase=Phase.LOADING, candidate=candidate, terms=terms, last_serial=serial, outcome=None)
 
 
 def finish(state: Delivery) -> Delivery:
@@ -224,19 +220,15 @@ def finish(state: Delivery) -> Delivery:
 
 def roll_back(state: Delivery, reason: str) -> Delivery:
     """Ends the promotion, or returns to the version before, which is loaded again if necessary."""
-    ended: dict[str, Any] = {"phase": Phase.STEADY, "candidate": None, "terms": None}
     if state.phase is Phase.STEADY:
         if state.previous is None:
             raise DeliveryError("there is no earlier version to return to")
         return start(state, state.previous, Terms(watch_s=0))
-    if state.phase is Phase.WATCHING:
-        assert state.previous is not None
-        ended |= {"live": state.previous, "previous": None}
     serves = state.phase is not Phase.LOADING
-    outcome = Outcome(
-        version=state.candidate or state.live, result="rolled_back" if serves else "refused", reason=reason
-    )
-    return _ended(state, outcome, ended | {"epoch": state.epoch + serves})
+    result: Result = "rolled_back" if serves else "refused"
+    outcome = Outcome(version=state.candidate or state.live, result=result, reason=reason)
+    previous = None if state.phase is Phase.WATCHING else state.previous
+    return _ended(state, outcome, epoch=state.epoch + serves, live=state.stable, previous=previous)
 
 
 def advance(
@@ -246,7 +238,7 @@ def advance(
     `elapsed_s` is the time since the phase began."""
     newest = max((report.epoch for report in present), default=0)
     if newest > state.epoch:  # a coordinator died before it could store its last decision
-        state = state.model_copy(update={"epoch": newest + 1})
+        state = state.having(epoch=newest + 1)
     if state.terms is None:
         return state
     new = state.canary
@@ -260,7 +252,8 @@ def advance(
         return roll_back(state, reason)
     if elapsed_s < state.terms.watch_s:
         return state
-    return _switched(state) if state.phase is Phase.CANARY else _settled(state)
+    promoted = Outcome(version=state.live, result="promoted", reason="")
+    return _switched(state) if state.phase is Phase.CANARY else _ended(state, promoted)
 
 
 def _loading(state: Delivery, terms: Terms, slots: Collection[SlotReport | None], elapsed_s: float) -> Delivery:
@@ -268,7 +261,7 @@ def _loading(state: Delivery, terms: Terms, slots: Collection[SlotReport | None]
     if slots and all(slot is not None and slot.status is SlotStatus.READY for slot in slots):
         if terms.canary_percent is None:
             return _switched(state)
-        return state.model_copy(update={"phase": Phase.CANARY, "epoch": state.epoch + 1})
+        return state.having(phase=Phase.CANARY, epoch=state.epoch + 1)
     if elapsed_s > terms.load_timeout_s:
         return roll_back(state, f"it was not loaded by every replica within {terms.load_timeout_s:g} s")
     return state
@@ -326,25 +319,13 @@ def total(reports: Collection[ReplicaReport], serial: int) -> VersionStats:
 
 
 def _switched(state: Delivery) -> Delivery:
-    return state.model_copy(
-        update={
-            "phase": Phase.WATCHING,
-            "epoch": state.epoch + 1,
-            "live": state.candidate,
-            "previous": state.live,
-            "candidate": None,
-        }
-    )
+    new, old = state.candidate, state.live
+    return state.having(phase=Phase.WATCHING, epoch=state.epoch + 1, live=new, previous=old, candidate=None)
 
 
-def _settled(state: Delivery) -> Delivery:
-    outcome = Outcome(version=state.live, result="promoted", reason="")
-    return _ended(state, outcome, {"phase": Phase.STEADY, "terms": None})
-
-
-def _ended(state: Delivery, outcome: Outcome, update: dict[str, Any]) -> Delivery:
+def _ended(state: Delivery, outcome: Outcome, **changes: Any) -> Delivery:
     history = (*state.history, outcome)[-HISTORY:]
-    return state.model_copy(update=update | {"outcome": outcome, "history": history})
+    return state.having(**changes, phase=Phase.STEADY, candidate=None, terms=None, outcome=outcome, history=history)
 
 
 def version_of(model: ServedModel, *, checkpoint: str) -> Version:

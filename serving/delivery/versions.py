@@ -36,16 +36,10 @@ class Slot:
     def report(self) -> SlotReport:
         loaded = self.loaded
         problem = self.problem or ("" if loaded is None else loaded.engine.death_notice)
-        ready = SlotStatus.READY if self.is_measured else SlotStatus.LOADING
+        status = SlotStatus.FAILED if problem else SlotStatus.READY if self.is_measured else SlotStatus.LOADING
+        in_place = loaded is not None and loaded.weights > 0
         stats = VersionStats() if loaded is None else replace(loaded.stats)
-        return SlotReport(
-            SlotStatus.FAILED if problem else ready,
-            problem,
-            self.loss,
-            self.live_loss,
-            in_place=loaded is not None and loaded.weights > 0,
-            stats=stats,
-        )
+        return SlotReport(status, problem, self.loss, self.live_loss, in_place=in_place, stats=stats)
 
 
 class Versions:

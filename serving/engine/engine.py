@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from model.sampling import SamplingRow, sample_batch
-from serving.engine.block_pool import BlockPool
 from serving.engine.messages import Admission, Candidates, SequenceRequest, StepReport, TokenEvent
 from serving.engine.runner import Reading, Runner
 from serving.engine.scheduler import Chunk, Scheduler, Sequence
@@ -23,20 +22,10 @@ PROMPT_LOGPROBS_CHUNK_TOKENS = 128  # 128 x 50,257 logits are 26 MB
 class Engine:
     """Generates the same tokens for a sequence as `model.generate`, whatever else shares its steps."""
 
-    def __init__(
-        self,
-        runner: Runner,
-        pool: BlockPool,
-        *,
-        max_num_seqs: int,
-        prefill_tokens_per_step: int,
-        eos_id: int | None,
-    ) -> None:
+    def __init__(self, runner: Runner, scheduler: Scheduler) -> None:
+        """The runner's cache has the blocks of the scheduler's pool."""
         self._runner = runner
-        self._pool = pool
-        self._scheduler = Scheduler(
-            pool, max_num_seqs=max_num_seqs, eos_id=eos_id, prefill_tokens_per_step=prefill_tokens_per_step
-        )
+        self._scheduler = scheduler
 
     @property
     def has_work(self) -> bool:
@@ -76,7 +65,7 @@ class Engine:
             events,
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
-            kv_cache_usage=round(self._pool.usage, 4),
+            kv_cache_usage=round(scheduler.pool.usage, 4),
             num_prompt_tokens=scheduler.num_prompt_tokens,
             num_tokens=sum(chunk.last - chunk.first for chunk in chunks),
             num_looked_up=scheduler.num_looked_up,
@@ -98,16 +87,9 @@ class Engine:
             if token_id is not None and sequence.request.num_logprobs is not None:
                 [logprobs] = _candidates(logits[i : i + 1], [token_id], sequence.request.num_logprobs)
             finish_reason = self._scheduler.advance(chunk, token_id) if usable[i] else self._scheduler.fail(sequence)
-            events.append(
-                TokenEvent(
-                    sequence.request.seq_id,
-                    token_id,
-                    finish_reason,
-                    logprobs,
-                    sequence.prompt_logprobs or None,
-                    _embedding(sequence.hidden_states),
-                )
-            )
+            of_prompt, embedding = sequence.prompt_logprobs or None, _embedding(sequence.hidden_states)
+            seq_id = sequence.request.seq_id
+            events.append(TokenEvent(seq_id, token_id, finish_reason, logprobs, of_prompt, embedding))
             sequence.prompt_logprobs, sequence.hidden_states = [], []
         return events
 

@@ -46,8 +46,7 @@ def load_library() -> ctypes.CDLL:
             f"{MARCH_VARIABLE}={_march()}, but this processor has no {' '.join(sorted(missing))}"
         )
     try:
-        baked = _baked()
-        return _load_compiled() if baked is None else _load(baked)
+        return _load(_baked() or _compiled())
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: no home
         raise NoNativeLibraryError(str(error)) from error
 
@@ -72,19 +71,23 @@ def _baked() -> Path | None:
 
 
 def _baked_name(march: str) -> str:
-    return f"decoder-{march}-{_digest(_sources(), ' '.join(_flags(march)).encode())}.so"
+    return f"decoder-{march}-{_digest(march)}.so"
 
 
-def _load_compiled() -> ctypes.CDLL:
+def _compiled() -> Path:
+    """Returns the library in this user's cache, compiled now if it is not there. Its name tells all that affects it, as
+    different machines may share a home."""
     compiler = _compiler()
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=COMPILE_TIMEOUT_S).stdout
+    processor = " ".join((platform.machine(), *sorted(cpu_features())))
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raymill" / "kernels"
-    path = folder / f"decoder-{_key(compiler)}.so"
+    path = folder / f"decoder-{_digest(_march(), version, processor.encode())}.so"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if os.statvfs(folder).f_flag & os.ST_NOEXEC:
         raise NoNativeLibraryError(f"{folder} is on a file system without execution (noexec)")
     if not path.exists():
         _compile(compiler, _march(), path)
-    return _load(path)
+    return path
 
 
 def _load(path: Path) -> ctypes.CDLL:
@@ -118,19 +121,9 @@ def _flags(march: str) -> list[str]:
     return [*FLAGS, f"-march={name}", *(f"-m{extension}" for extension in more)]
 
 
-def _key(compiler: str) -> str:
-    """Returns a hash of the sources and of all that affects the library: different machines may share a home."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=COMPILE_TIMEOUT_S).stdout
-    processor = " ".join((platform.machine(), *sorted(cpu_features())))
-    return _digest(_sources(), " ".join(_flags(_march())).encode(), version, processor.encode())
-
-
-def _digest(*parts: bytes) -> str:
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
-
-
-def _sources() -> bytes:
-    return b"".join(path.read_bytes() for path in sorted(SOURCES.iterdir()))
+def _digest(march: str, *more: bytes) -> str:
+    sources = b"".join(path.read_bytes() for path in sorted(SOURCES.iterdir()))
+    return hashlib.sha256(b"\0".join((sources, " ".join(_flags(march)).encode(), *more))).hexdigest()[:16]
 
 
 def _compile(compiler: str, march: str, path: Path) -> None:

@@ -120,17 +120,15 @@ class NativeRunner:
         return found
 
     def _set_norm(self, layer: int, which: int, norm: torch.nn.Module) -> None:
-        values = [_as_float(parameter) for parameter in norm.parameters()]  # the weight, and of LayerNorm the bias
-        pointers = [value.data_ptr() for value in values]
-        self._library.raymill_set_norm(self._decoder, layer, which, pointers[0], pointers[1] if pointers[1:] else None)
+        weight, bias, *_ = [*map(_as_float, norm.parameters()), torch.zeros(self._config.n_embd)]  # RMSNorm has no bias
+        self._library.raymill_set_norm(self._decoder, layer, which, weight.data_ptr(), bias.data_ptr())
 
     def _set_matrix(self, layer: int, which: int, weight: Tensor, bias: Tensor | None = None) -> None:
         """Passes weight (in, out) to the kernels."""
         weight = weight.detach().float()
         bias = None if bias is None else _as_float(bias)
-        self._library.raymill_set_matrix(
-            self._decoder, layer, which, weight.data_ptr(), *weight.stride(), None if bias is None else bias.data_ptr()
-        )
+        data = (weight.data_ptr(), *weight.stride(), None if bias is None else bias.data_ptr())
+        self._library.raymill_set_matrix(self._decoder, layer, which, *weight.shape, *data)
 
     def _declare(self) -> None:
         kinds = {"pointer": ctypes.c_void_p, "number": ctypes.c_int}

@@ -60,7 +60,7 @@ class Scheduler:
     """
 
     def __init__(self, pool: BlockPool, *, max_num_seqs: int, eos_id: int | None, prefill_tokens_per_step: int) -> None:
-        self._pool = pool
+        self.pool = pool
         self._max_num_seqs = max_num_seqs
         self._eos_id = eos_id
         self._prefill_tokens_per_step = prefill_tokens_per_step
@@ -127,7 +127,7 @@ class Scheduler:
 
     def fail(self, sequence: Sequence) -> FinishReason:
         """Ends a sequence whose blocks no other may share."""
-        self._pool.forget(sequence.blocks)
+        self.pool.forget(sequence.blocks)
         self._release(sequence)
         return FinishReason.ERROR
 
@@ -143,10 +143,10 @@ class Scheduler:
             return None
         sequence, request = self._waiting[0], self._waiting[0].request
         known = [] if request.reads_whole_prompt else request.prompt_ids
-        missing = self._pool.missing(request.prompt_ids)
+        missing = self.pool.missing(request.prompt_ids)
         if known and missing and missing[0] in self._promised:
             return None
-        allocation = self._pool.allocate(len(request.prompt_ids) + request.max_tokens, prompt_ids=known)
+        allocation = self.pool.allocate(len(request.prompt_ids) + request.max_tokens, prompt_ids=known)
         if allocation is None:
             return None
         self._waiting.popleft()
@@ -161,7 +161,7 @@ class Scheduler:
         """Marks the blocks that have become full since `first` tokens were read."""
         for index in range(first // BLOCK_TOKENS, sequence.num_read // BLOCK_TOKENS):
             tokens = sequence.token_ids[index * BLOCK_TOKENS : (index + 1) * BLOCK_TOKENS]
-            sequence.sealed_prefix = self._pool.seal(sequence.blocks[index], tokens, before=sequence.sealed_prefix)
+            sequence.sealed_prefix = self.pool.seal(sequence.blocks[index], tokens, before=sequence.sealed_prefix)
 
     def _end_promise(self, sequence: Sequence) -> None:
         self._promised.difference_update(sequence.promised)
@@ -170,7 +170,7 @@ class Scheduler:
     def _release(self, sequence: Sequence) -> None:
         del self._running[sequence.request.seq_id]
         self._end_promise(sequence)
-        self._pool.release(sequence.blocks)
+        self.pool.release(sequence.blocks)
         sequence.blocks = []
 
 

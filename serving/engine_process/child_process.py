@@ -18,16 +18,11 @@ Child = tuple[subprocess.Popen[bytes], asyncio.StreamReader, asyncio.StreamWrite
 
 
 async def start_child(
-    module: str,
-    arguments: Mapping[str, Any],
-    *,
-    threads: int,
-    pass_fds: Sequence[int] = (),
-    python: str = sys.executable,
+    module: str, arguments: Mapping[str, Any], *, pass_fds: Sequence[int] = (), python: str = sys.executable
 ) -> Child:
-    """Returns the process and our end of its socket. Its argument is a JSON object: `arguments`, and the other end as
-    `socket`. The process must end when the socket closes, as happens when the replica dies. Raises `UserError` if
-    `python` cannot be run."""
+    """Returns the process and our end of its socket. Its argument is a JSON object: `arguments`, with the
+    `threads` it computes with, and the other end as `socket`. The process must end when the socket closes, as when the
+    replica dies. Raises `UserError` if `python` cannot be run."""
     ours, theirs = socket.socketpair()
     # Neither fork nor multiprocessing: both break inside a Ray worker.
     with theirs:
@@ -35,7 +30,7 @@ async def start_child(
             process = subprocess.Popen(
                 [python, "-m", module, json.dumps({"socket": theirs.fileno(), **arguments})],
                 cwd=CODE_ROOT,
-                env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+                env=os.environ | {"OMP_NUM_THREADS": str(arguments["threads"])},
                 pass_fds=[theirs.fileno(), *pass_fds],
             )
         except OSError as error:

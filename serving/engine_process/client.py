@@ -35,6 +35,7 @@ from serving.engine_process.fair_queue import FairQueue
 from serving.engine_process.peer_watchdog import watch_peer
 from serving.engine_process.sequence_queue import SequenceQueue
 
+MODULE = "serving.engine_process.run_engine"
 SHUTDOWN_TIMEOUT_S = 5.0
 SPARE_SHARE = 0.25  # of the places: sequences that wait in the engine, so that a free place is taken in the next step
 VLLM_PYTHON_VARIABLE = "RAYMILL_VLLM_PYTHON"  # which the image sets
@@ -56,12 +57,7 @@ class Generation:
     """The events of one request's sequences, in order, until each sequence has finished."""
 
     def __init__(
-        self,
-        client: "EngineClient",
-        requests: Sequence[SequenceRequest],
-        *,
-        key: str,
-        observer: StepObserver | None = None,
+        self, client: "EngineClient", requests: Sequence[SequenceRequest], *, key: str, observer: StepObserver | None
     ) -> None:
         self.observer = observer
         self._client = client
@@ -138,24 +134,19 @@ class EngineClient:
     async def start(cls, checkpoint: Path, *, config: EngineConfig, eos_id: int | None, threads: int) -> "EngineClient":
         """Starts the process, and returns once the weights are loaded. Raises `UserError` for an unusable
         checkpoint."""
+        python = (config.vllm_python or os.environ.get(VLLM_PYTHON_VARIABLE)) if config.runs_vllm else None
+        line, their_line = socket.socketpair()
+        fds = [their_line.fileno()]
         arguments = {
             "checkpoint": str(checkpoint.absolute()),
             "config": config.model_dump(),
             "threads": threads,
             "eos_id": eos_id,  # None without a tokenizer
+            "watchdog": fds[0],
         }
-        python = (config.vllm_python or os.environ.get(VLLM_PYTHON_VARIABLE)) if config.runs_vllm else None
-        line, their_line = socket.socketpair()
         with their_line:
-            client = cls(
-                await start_child(
-                    "serving.engine_process.run_engine",
-                    arguments | {"watchdog": their_line.fileno()},
-                    threads=threads,
-                    pass_fds=[their_line.fileno()],
-                    python=python or sys.executable,
-                )
-            )
+            child = await start_child(MODULE, arguments, pass_fds=fds, python=python or sys.executable)
+        client = cls(child)
         messages = client._messages()
         first = await anext(messages, None)
         if first is None or "error" in first:

@@ -24,6 +24,7 @@ from serving.engine.messages import EngineFacts, MetricFamily, encode_message, p
 from serving.engine.native_library import NoNativeLibraryError
 from serving.engine.native_runner import NativeRunner
 from serving.engine.runner import LOADED_IN, Runner, with_dtype
+from serving.engine.scheduler import Scheduler
 from serving.engine.torch_runner import TorchRunner
 from serving.engine_process.peer_watchdog import watch_peer
 from serving.engine_process.weight_turns import WeightTurns
@@ -117,13 +118,10 @@ def build_engine(model: GPT, config: EngineConfig, *, eos_id: int | None, thread
             f"engine.kv_cache_tokens={kv_cache_tokens} is less than one context of this model, {n_positions} tokens"
         )
     pool = BlockPool(num_blocks_for(kv_cache_tokens), keep_prefixes=config.prefix_cache)
-    return Engine(
-        _build_runner(model, config, num_blocks=pool.num_blocks, threads=threads),
-        pool,
-        max_num_seqs=max_num_seqs,
-        prefill_tokens_per_step=prefill_tokens_per_step,
-        eos_id=eos_id,
+    scheduler = Scheduler(
+        pool, max_num_seqs=max_num_seqs, prefill_tokens_per_step=prefill_tokens_per_step, eos_id=eos_id
     )
+    return Engine(_build_runner(model, config, num_blocks=pool.num_blocks, threads=threads), scheduler)
 
 
 def _build_runner(model: GPT, config: EngineConfig, *, num_blocks: int, threads: int) -> Runner:

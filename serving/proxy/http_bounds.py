@@ -125,14 +125,9 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         body = json.dumps(self._refusal.body())
         request_id, (status, reason) = uuid.uuid4().hex, (self._refusal.status, self._refusal.code)
         self.log(time=timestamp(time.time()), request_id=request_id, status=status, reason=reason, attempts=0)
-        headers = {
-            "content-type": "application/json",
-            "content-length": len(body),
-            "connection": "close",
-            "x-request-id": request_id,
-        }
-        head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-        self.transport.write(STATUS_LINE[self._refusal.status] + f"{head}\r\n{body}".encode("ascii"))
+        head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n"
+        rest = f"{head}x-request-id: {request_id}\r\n\r\n{body}"
+        self.transport.write(STATUS_LINE[self._refusal.status] + rest.encode("ascii"))
         self.transport.close()
 
     def on_response_complete(self) -> None:

@@ -67,7 +67,7 @@ def answer_line(line: bytes, models: Models) -> tuple[int, bytes]:
 def main() -> int:
     args = json.loads(sys.argv[1])  # see `Xray`
     os.nice(LOW_PRIORITY)
-    torch.set_num_threads(1)
+    torch.set_num_threads(args["threads"])
     models = Models(Path(args["checkpoint"]), name=args["name"], dtype=LOADED_IN[args["dtype"]])
     connection = socket.socket(fileno=args["socket"])
     with contextlib.suppress(ConnectionError), connection.makefile("rb") as lines:

@@ -104,8 +104,8 @@ class Xray:
             self._idle.cancel()
         child, self._child = self._child, None
         if child is None:
-            arguments = {"checkpoint": str(self._folder), "dtype": self._dtype, "name": self._name}
-            child = await start_child("serving.xray.run_xray", arguments, threads=1)
+            arguments = {"checkpoint": str(self._folder), "dtype": self._dtype, "name": self._name, "threads": 1}
+            child = await start_child("serving.xray.run_xray", arguments)
         _, reader, writer = child
         try:
             writer.write(f"{message}\n".encode())

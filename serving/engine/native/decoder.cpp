@@ -39,7 +39,7 @@ struct Shape {
 };
 
 struct Norm {
-    std::vector<float> weight, bias;  // an RMSNorm has no bias
+    std::vector<float> weight, bias;
 };
 
 struct Pass {
@@ -53,7 +53,8 @@ class Decoder {
 public:
     virtual ~Decoder() = default;
     virtual void set_norm(int layer, int which, const float* weight, const float* bias) = 0;
-    virtual void set_matrix(int layer, int which, const float* weight, int in_stride, int out_stride, const float* bias) = 0;
+    virtual void set_matrix(int layer, int which, int num_in, int num_out, const float* weight, int in_stride,
+                            int out_stride, const float* bias) = 0;
     virtual void forward(const Pass& pass) = 0;
     virtual void logits(int num_rows, const float* hidden, float* logits) = 0;
     virtual void survey(int num_rows, const float* logits, int64_t* best, bool* finite) = 0;
@@ -85,16 +86,11 @@ public:
     }
 
     void set_norm(int layer, int which, const float* weight, const float* bias) override {
-        norms_[2 * layer + which] = {{weight, weight + s_.width}, {}};
-        if (bias) norms_[2 * layer + which].bias.assign(bias, bias + s_.width);
+        norms_[2 * layer + which] = {{weight, weight + s_.width}, {bias, bias + s_.width}};
     }
 
-    void set_matrix(int layer, int which, const float* weight, int in_stride, int out_stride,
+    void set_matrix(int layer, int which, int num_in, int num_out, const float* weight, int in_stride, int out_stride,
                     const float* bias) override {
-        const int C = s_.width, F = s_.ffn_width, V = s_.vocabulary;
-        const bool is_head = layer == s_.layers;
-        const int num_in = !is_head && which == FFN_OUT ? F : C;
-        const int num_out = is_head ? V : which == QKV ? s_.qkv_width() : which == FFN_IN ? s_.ffn_in_width() : C;
         matrices_[4 * layer + which] = Matrix<Kind>(num_in, num_out, weight, in_stride, out_stride, bias);
     }
 
@@ -219,15 +215,11 @@ private:
         }
     }
 
+    // LayerNorm, or Llama's RMSNorm: the same with a mean of 0 and no bias.
     void normalize(const float* x, const Norm& norm, float* to) const {
         const int C = s_.width;
-        if (s_.is_llama()) {
-            const float square = sum_of(C, [&](int c) { return load(x + c) * load(x + c); }, [&](int c) { return x[c] * x[c]; });
-            const float scale = 1.0f / std::sqrt(square / C + s_.epsilon);
-            for (int c = 0; c < C; c++) to[c] = x[c] * scale * norm.weight[c];
-            return;
-        }
-        const float mean = sum_of(C, [&](int c) { return load(x + c); }, [&](int c) { return x[c]; }) / C;
+        const float mean =
+            s_.is_llama() ? 0.0f : sum_of(C, [&](int c) { return load(x + c); }, [&](int c) { return x[c]; }) / C;
         const float variance = sum_of(
             C, [&](int c) { const F32 off = load(x + c) - mean; return off * off; },
             [&](int c) { return (x[c] - mean) * (x[c] - mean); }) / C;
@@ -336,7 +328,7 @@ private:
         constexpr int CHAINS = 4, PARTS = BLOCK / LANES;  // a single sum would wait for its own result
         F32 sums[CHAINS][PARTS] = {};
         const auto add = [&](F32* chain, int d) {
-            const uint32_t input = load_word(query + d);
+            const uint32_t input = read_as<uint32_t>(query + d);
 #pragma GCC unroll 4
             for (int i = 0; i < PARTS; i++)
                 chain[i] = Cached::multiply_add(chain[i], Cached::weights(keys + d * BLOCK + i * LANES * GROUP), input);
@@ -407,9 +399,9 @@ void* raymill_create(const Shape* shape, int kind, int num_threads, const float*
 void raymill_set_norm(void* d, int layer, int which, const float* weight, const float* bias) {
     static_cast<Decoder*>(d)->set_norm(layer, which, weight, bias);
 }
-void raymill_set_matrix(void* d, int layer, int which, const float* weight, int in_stride, int out_stride,
-                        const float* bias) {
-    static_cast<Decoder*>(d)->set_matrix(layer, which, weight, in_stride, out_stride, bias);
+void raymill_set_matrix(void* d, int layer, int which, int num_in, int num_out, const float* weight, int in_stride,
+                        int out_stride, const float* bias) {
+    static_cast<Decoder*>(d)->set_matrix(layer, which, num_in, num_out, weight, in_stride, out_stride, bias);
 }
 void raymill_forward(void* d, const Pass* pass) { static_cast<Decoder*>(d)->forward(*pass); }
 void raymill_logits(void* d, int num_rows, const float* hidden, float* logits) {

@@ -101,7 +101,7 @@ __attribute__((noinline)) void multiply_tile(const typename Kind::Number* panel,
         for (int v = 0; v < VECTORS; v++) weights[v] = Kind::weights(panel + v * LANES * GROUP);
 #pragma GCC unroll 8
         for (int m = 0; m < M; m++) {
-            const uint32_t input = load_word(inputs + size_t(m) * depth + k);
+            const uint32_t input = read_as<uint32_t>(inputs + size_t(m) * depth + k);
 #pragma GCC unroll 8
             for (int v = 0; v < VECTORS; v++) sums[m][v] = Kind::multiply_add(sums[m][v], weights[v], input);
         }

@@ -7,15 +7,6 @@
 
 #include "vectors.h"
 
-inline U32 load_bits(const void* from) { return *static_cast<const U32Any*>(from); }
-
-template <class Element>
-inline uint32_t load_word(const Element* from) {
-    uint32_t word;
-    std::memcpy(&word, from, sizeof word);
-    return word;
-}
-
 struct Fp32 {
     using Number = float;
     using Element = float;
@@ -40,10 +31,8 @@ struct Bf16 {
     static Number from(float x) { return x != x ? 0x7fc0 : rounded(x) >> 16; }
     static float value(Number x) { return bits<float>(uint32_t(x) << 16); }
     static F32 widened(const Number* from) {
-#if defined(__AVX512BW__)
-        return F32(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))), 16));
-#elif defined(__AVX2__)
-        return F32(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))), 16));
+#if defined(WIDE)
+        return F32(WIDE(slli_epi32)(WIDE(cvtepu16_epi32)(read_as<Half>(from)), 16));
 #elif defined(__aarch64__)
         return F32(vshll_n_u16(vld1_u16(from), 16));
 #else
@@ -56,7 +45,7 @@ struct Bf16 {
     using Element = Number;
     static constexpr int GROUP = 2;
     static Element element(float x) { return from(x); }
-    static U32 weights(const Number* from) { return load_bits(from); }
+    static U32 weights(const Number* from) { return read_as<U32>(from); }
     static F32 multiply_add(F32 sums, U32 weights, uint32_t input) {
         return F32(_mm512_dpbf16_ps(__m512(sums), __m512bh(weights), __m512bh(_mm512_set1_epi32(input))));
     }
@@ -85,37 +74,19 @@ struct Int8 {
     static constexpr int ZERO = 128;
     static Number from(float x) { return Number(std::lrint(x)); }
     static float value(Number x) { return x; }
-#if defined(__AVX512VNNI__)
+#if defined(__AVX512VNNI__) || (defined(__AVXVNNI__) && !defined(__AVX512BW__))
     using Element = uint8_t;
     static constexpr int GROUP = 4;
-    static U32 weights(const Number* from) { return load_bits(from); }
+    static U32 weights(const Number* from) { return read_as<U32>(from); }
     static I32 multiply_add(I32 sums, U32 weights, uint32_t input) {
-        return I32(_mm512_dpbusd_epi32(__m512i(sums), _mm512_set1_epi32(input), __m512i(weights)));
+        return I32(WIDE(dpbusd_epi32)(Wide(sums), WIDE(set1_epi32)(input), Wide(weights)));
     }
-#elif defined(__AVX512BW__)
+#elif defined(WIDE)
     using Element = int16_t;  // the pairs of products that vpmaddubsw adds would not fit into 16 bits
     static constexpr int GROUP = 2;
-    static U32 weights(const Number* from) {
-        return U32(_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
-    }
+    static U32 weights(const Number* from) { return U32(WIDE(cvtepi8_epi16)(read_as<Half>(from))); }
     static I32 multiply_add(I32 sums, U32 weights, uint32_t input) {
-        return sums + I32(_mm512_madd_epi16(__m512i(weights), _mm512_set1_epi32(input)));
-    }
-#elif defined(__AVXVNNI__)
-    using Element = uint8_t;
-    static constexpr int GROUP = 4;
-    static U32 weights(const Number* from) { return load_bits(from); }
-    static I32 multiply_add(I32 sums, U32 weights, uint32_t input) {
-        return I32(_mm256_dpbusd_avx_epi32(__m256i(sums), _mm256_set1_epi32(input), __m256i(weights)));
-    }
-#elif defined(__AVX2__)
-    using Element = int16_t;
-    static constexpr int GROUP = 2;
-    static U32 weights(const Number* from) {
-        return U32(_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
-    }
-    static I32 multiply_add(I32 sums, U32 weights, uint32_t input) {
-        return sums + I32(_mm256_madd_epi16(__m256i(weights), _mm256_set1_epi32(input)));
+        return sums + I32(WIDE(madd_epi16)(Wide(weights), WIDE(set1_epi32)(input)));
     }
 #else
     using Element = int32_t;

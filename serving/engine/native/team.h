@@ -10,8 +10,6 @@
 #include <thread>
 #include <vector>
 
-#include <sched.h>
-
 inline void relax() {
 #ifdef __x86_64__
     __builtin_ia32_pause();
@@ -73,7 +71,7 @@ private:
         }
         for (int spins = 0; round_.load(std::memory_order_acquire) == round; spins++) {
             if (spins < 4000) relax();
-            else sched_yield();  // the thread that all wait for may need this core
+            else std::this_thread::yield();  // the thread that all wait for may need this core
         }
     }
 

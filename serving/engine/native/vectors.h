@@ -16,8 +16,14 @@
 
 #if defined(__AVX512BW__)
 constexpr int LANES = 16, REGISTERS = 32;
+#define WIDE(operation) _mm512_##operation  // the intrinsic of that name for these vectors
+using Wide = __m512i;
+using Half = __m256i;
 #elif defined(__AVX2__)
 constexpr int LANES = 8, REGISTERS = 16;
+#define WIDE(operation) _mm256_##operation
+using Wide = __m256i;
+using Half = __m128i;
 #elif defined(__aarch64__)
 constexpr int LANES = 4, REGISTERS = 32;
 #else
@@ -29,14 +35,19 @@ typedef float F32 __attribute__((vector_size(VECTOR_BYTES)));
 typedef int32_t I32 __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint32_t U32 __attribute__((vector_size(VECTOR_BYTES)));
 typedef float F32Any __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
-typedef uint32_t U32Any __attribute__((vector_size(VECTOR_BYTES), aligned(1), may_alias));
+
+// Reads what lies at any address.
+template <class To>
+inline To read_as(const void* from) {
+    To to;
+    std::memcpy(&to, from, sizeof to);
+    return to;
+}
 
 template <class To, class From>
 inline To bits(From from) {
     static_assert(sizeof(To) == sizeof(From));
-    To to;
-    std::memcpy(&to, &from, sizeof to);
-    return to;
+    return read_as<To>(&from);
 }
 
 inline F32 load(const float* from) { return *reinterpret_cast<const F32Any*>(from); }

@@ -35,6 +35,7 @@ from serving.engine.messages import (
     submit_message,
 )
 from serving.engine.runner import Reading
+from serving.engine.scheduler import Scheduler
 from serving.engine.torch_runner import TorchRunner
 from serving.engine_process.client import EngineClient, EngineDiedError, Generation
 from serving.engine_process.run_engine import Channel, run_engine
@@ -168,7 +169,8 @@ class HeldRunner(TorchRunner):
 def test_what_a_step_begins_with_is_told_before_it_computes(model: GPT) -> None:
     """On a slow processor a step takes longer than `engine.max_queue_s`, which must not look like a wait."""
     runner = HeldRunner(model)
-    target = Engine(runner, BlockPool(64, keep_prefixes=True), max_num_seqs=2, prefill_tokens_per_step=96, eos_id=None)
+    pool = BlockPool(64, keep_prefixes=True)
+    target = Engine(runner, Scheduler(pool, max_num_seqs=2, prefill_tokens_per_step=96, eos_id=None))
     ours, theirs = socket.socketpair()
     ours.settimeout(limit_s(60))
 
