@@ -1,11 +1,14 @@
 """Sends a run's curves to Weights & Biases or MLflow, from its ledger: those there are, or also those to come.
 
 Training does not depend on it: it may start late, be interrupted and continue, or run again after the run has ended.
+Both are their own clients (`pip install 'raymill[tracking]'`); addresses and keys come from their own variables:
+WANDB_API_KEY, WANDB_MODE, MLFLOW_TRACKING_URI, …
 """
 
+import importlib
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from cluster.output.progress import say
@@ -14,9 +17,102 @@ from jobs.run.find_run import begun_ledger
 from jobs.run.history import flattened, recorded_config
 from jobs.run.ledger import Ledger, LedgerTail, Line
 from jobs.watching.run_metrics import curve_samples
-from jobs.watching.trackers import MlflowTracker, Tracker, WandbTracker
+from model.errors import UserError
 
 _INTERVAL_S = 2.0
+_MLFLOW_BATCH = 1000  # values of a request that MLflow takes
+_RUN_TAG = "raymill.run_id"
+
+
+class TrackerError(UserError):
+    """The tracker is not installed, cannot be reached, or refuses."""
+
+
+class WandbTracker:
+    """W&B, whose client sends from a process of its own and takes no step before its last one."""
+
+    def __init__(self, project: str, run_id: str, settings: Mapping[str, str]) -> None:
+        wandb = _installed("wandb")
+        with _failures("W&B", wandb.errors.Error):
+            self._run = wandb.init(
+                project=project,
+                id=run_id,
+                name=run_id,
+                resume="allow",
+                config=dict(settings),
+                settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
+            )
+        self.last_step = self._run.step - 1  # the last one sent earlier; -1 for none
+        self.place = self._run.url or self._run.dir  # where to look at it
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Takes values by the name of their curve; steps ascend."""
+        self._run.log(dict(values), step=step)
+
+    def flush(self) -> None:
+        """Does nothing: the client sends by itself."""
+
+    def end(self, *, is_finished: bool) -> None:
+        """Sends the rest. A run that is not finished stays open where the tracker allows it."""
+        self._run.finish()
+
+
+class MlflowTracker:
+    """MLflow, through its REST API, or in a folder where MLFLOW_TRACKING_URI names one."""
+
+    def __init__(self, experiment: str, run_id: str, settings: Mapping[str, str]) -> None:
+        mlflow = _installed("mlflow")
+        self._value, self._error = mlflow.entities.Metric, mlflow.exceptions.MlflowException
+        self._waiting: list[Any] = []
+        with _failures("MLflow", self._error):
+            self._client = mlflow.MlflowClient()
+            experiment_id = mlflow.set_experiment(experiment).experiment_id
+            if runs := self._client.search_runs([experiment_id], f"tags.`{_RUN_TAG}` = '{run_id}'"):
+                self._id = runs[0].info.run_id
+            else:
+                created = self._client.create_run(experiment_id, tags={_RUN_TAG: run_id}, run_name=run_id)
+                self._id = created.info.run_id
+                self._client.log_batch(self._id, params=[mlflow.entities.Param(*pair) for pair in settings.items()])
+            history = self._client.get_metric_history(self._id, "train/loss")
+        self.last_step = max((value.step for value in history), default=-1)
+        self.place = f"{mlflow.get_tracking_uri()} experiment {experiment_id} run {self._id}"
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        now_ms = int(time.time() * 1000)
+        self._waiting += [self._value(name, value, now_ms, step) for name, value in values.items()]
+        if len(self._waiting) >= _MLFLOW_BATCH:
+            self.flush()
+
+    def flush(self) -> None:
+        """Sends what was logged."""
+        with _failures("MLflow", self._error):
+            self._client.log_batch(self._id, metrics=self._waiting)
+        self._waiting.clear()
+
+    def end(self, *, is_finished: bool) -> None:
+        self.flush()
+        with _failures("MLflow", self._error):
+            if is_finished:
+                self._client.set_terminated(self._id)
+
+
+Tracker = WandbTracker | MlflowTracker
+"""A run's place in a tracker, which is found again by the run's id."""
+
+
+def _installed(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise TrackerError(f"{module} is not installed: pip install 'raymill[tracking]'") from None
+
+
+@contextmanager
+def _failures(name: str, kind: type[Exception]) -> Iterator[None]:
+    try:
+        yield
+    except kind as error:
+        raise TrackerError(f"{name} refuses the run: {str(error).splitlines()[0]}") from None
 
 
 def track(run: Storage, tracker: Tracker, *, follow: bool) -> dict[str, Any]:

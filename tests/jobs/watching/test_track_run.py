@@ -12,8 +12,7 @@ import pytest
 
 from cluster.storage.uris import Storage, open_storage
 from jobs.run.ledger import LEDGER, Ledger, Line
-from jobs.watching.track_run import track
-from jobs.watching.trackers import MlflowTracker, TrackerError, WandbTracker
+from jobs.watching.track_run import MlflowTracker, TrackerError, WandbTracker, track
 from tests.jobs.watching.eventful_ledger import EVENTFUL
 
 _BLOCK = 1 << 15
