@@ -152,7 +152,7 @@ CANARIES = [
         TRAINER,
         "scaling_policy=",
     ),
-    # jobs/ray_train/lending_policy.py
+    # jobs/ray_train/worker_backend.py
     Canary(
         f"{POLICY}.__init__",
         "self scaling_config",

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from cluster.kube import status as kube
-from cluster.kube.idle import held_by_nodes, why_not_idle
 from cluster.kube.kustomize import rendered_overlay
-from cluster.kube.pending import reasons
+from cluster.kube.pending import held_by_nodes, reasons, why_not_idle
 from cluster.kube.scale import Patch, most_replicas, scale_group, suspend
 from cluster.local.jobs_api import JobsApi, ray_token
 from cluster.settings.code_folders import CODE_ROOT

@@ -12,8 +12,7 @@ from cluster.settings.parser import ConfigError
 from cluster.settings.run import RunConfig
 from cluster.storage.uris import Storage, join_uri, open_storage
 from jobs.report.figures import smoothed
-from jobs.report.page import document, grid, picture
-from jobs.report.theme import new_figure, png, titled
+from jobs.report.page import document, grid, new_figure, picture, png, titled
 from jobs.run.find_run import begun_ledger
 from jobs.run.history import flattened, recorded_config, statistics
 from jobs.run.ledger import Ledger

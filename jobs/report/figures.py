@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-from jobs.report.theme import ACCENT, PHASES, RESIZE, RESTART, SERIES, TEXT, new_figure, png, style
+from jobs.report.page import ACCENT, PHASES, RESIZE, RESTART, SERIES, TEXT, new_figure, png, style
 from jobs.report.why_slow import shares, why_slow
 from jobs.run.history import duration, lost_ranges, seconds_by_phase
 from jobs.run.ledger import Ledger

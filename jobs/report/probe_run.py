@@ -9,7 +9,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from cluster.output.progress import say
 from cluster.settings.run import seq_len
 from cluster.storage.uris import Storage, join_uri
-from jobs.report.theme import PHASES, TEXT, new_figure, png, titled
+from jobs.report.page import PHASES, TEXT, new_figure, png, titled
 from jobs.run.checkpoints import RunCheckpoints
 from jobs.run.find_run import RunError
 from jobs.run.history import recorded_config

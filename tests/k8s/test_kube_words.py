@@ -5,8 +5,7 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster.kube.idle import held_by_nodes, why_not_idle
-from cluster.kube.pending import is_pending, why_not_made, why_pending
+from cluster.kube.pending import held_by_nodes, is_pending, why_not_idle, why_not_made, why_pending
 from cluster.kube.scale import scale_group, suspend
 from cluster.kube.status import groups, sentence
 from cluster.settings.parser import ConfigError

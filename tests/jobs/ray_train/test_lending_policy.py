@@ -2,7 +2,7 @@
 
 import pytest
 
-from jobs.ray_train.lending_policy import workers_to_run
+from jobs.ray_train.worker_backend import workers_to_run
 
 
 @pytest.mark.parametrize(
