@@ -1,4 +1,4 @@
-"""Says in a sentence why a pod does not run yet, from it and its events, or why it stays, from what Ray says of its nodes.
+"""Says in a sentence why a pod does not run yet, from its events, or why it stays, from what Ray says of its nodes.
 
 Pure: objects in, text out.
 """
