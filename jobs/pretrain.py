@@ -40,7 +40,7 @@ from jobs.training.validation import check_prompts
 from jobs.warm_start import begin, like_its_source
 from jobs.watching.run_watcher import watching
 from jobs.workers.failures import one_line
-from jobs.workers.precision import workers_precision
+from jobs.workers.placement import workers_precision
 from jobs.workers.preemption import stopping_on_sigterm
 from jobs.workers.rendezvous import meeting_place
 from model.tables import read_table

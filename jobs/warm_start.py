@@ -11,9 +11,8 @@ from cluster.settings.run import RunConfig
 from cluster.storage.registry import find_checkpoint
 from cluster.storage.uris import Storage
 from jobs.exact.train_state import MOMENTS
-from jobs.run.checkpoints import RunCheckpoints
+from jobs.run.checkpoints import RunCheckpoints, checkpoint_name
 from jobs.run.history import CONFIG_FILE, recorded_config
-from jobs.run.retention import checkpoint_name
 from jobs.run.run_plan import run_storage
 from jobs.training.stored_state import stored_name
 from model.checkpoint import load_model, write_checkpoint

@@ -34,7 +34,7 @@ from jobs.training.stored_state import restore
 from jobs.training.validation import measured, samples
 from jobs.workers.failures import why_give_up
 from jobs.workers.incident_notes import write_down
-from jobs.workers.precision import at_odds
+from jobs.workers.placement import at_odds
 from jobs.workers.preemption import Notices
 from jobs.workers.worker_group import WorkerGroup
 from model.checkpoint_folder import CheckpointError, Metadata

@@ -22,9 +22,8 @@ from cluster.settings.run import CheckpointConfig
 from cluster.storage.uris import StorageError
 from jobs.exact.host_copies import HostCopy
 from jobs.exact.train_state import MOMENTS, TrainState
-from jobs.run.checkpoints import RunCheckpoints
+from jobs.run.checkpoints import RunCheckpoints, checkpoint_name, superseded
 from jobs.run.ledger import LedgerWriter
-from jobs.run.retention import checkpoint_name, superseded
 from jobs.run.saving_thread import SavingThread
 from jobs.run.sharded_checkpoints import Reports
 from jobs.run.storage_retry import Outage

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from jobs.exact.host_copies import HostCopy
 from jobs.exact.train_state import TrainState
-from jobs.run.checkpoints import RunCheckpoints
+from jobs.run.checkpoints import RunCheckpoints, checkpoint_name
 from jobs.run.ledger import LedgerWriter
-from jobs.run.retention import checkpoint_name
 from jobs.run.saving_thread import SavingThread
 from jobs.run.sharded_checkpoints import Reports, ShardedCheckpoint
 from jobs.run.storage_retry import Outage

@@ -21,7 +21,7 @@ from jobs.run.ledger import Ledger, LedgerTail, Line
 from jobs.run.run_plan import RunPlan
 from jobs.watching.run_metrics import RunFigures, Sample
 from jobs.workers.incident_notes import INCIDENTS
-from jobs.workers.room import REPEAT_S, waiting_for
+from jobs.workers.placement import REPEAT_S, waiting_for
 from model.tables import read_table
 
 _INTERVAL_S = 2.0

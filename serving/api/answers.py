@@ -1,12 +1,16 @@
 """The JSON of answers, whole or as the events of a stream. chat.py has the shape of chats."""
 
+import base64
 import time
 import uuid
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
+import numpy as np
+
 from serving.api.choice_output import Part, TokenEntry
 from serving.engine.messages import Candidates
+from serving.protocol.protocol import CompletionRequest, EmbeddingRequest
 from serving.protocol.served_model import ServedModel
 
 Usage = dict[str, int]
@@ -98,3 +102,36 @@ class TextAnswer(Answer):
             ],
             "text_offset": [token.text_offset for token in tokens],
         }
+
+
+def reading_only(request: EmbeddingRequest) -> CompletionRequest:
+    """Returns the completion that reads the texts and draws no token."""
+    return CompletionRequest.model_construct(model=request.model, prompt=request.input, max_tokens=0, temperature=0.0)
+
+
+class EmbeddingAnswer(Answer):
+    """For each text the mean of its tokens' hidden states after the final norm, computed while the engine reads them."""
+
+    ID_PREFIX, KIND = "embd", "list"
+    EMBEDS, PROMPT_FIELD = True, "input"
+
+    def __init__(self, model: ServedModel, *, encoding: str) -> None:
+        super().__init__(model)
+        self._encoding = encoding
+
+    def whole(self, choices: list[Part], usage: Usage) -> dict[str, Any]:
+        return {
+            "id": self._id,
+            "object": self.KIND,
+            "created": self._created,
+            "model": self._model.name,
+            "data": [self._whole_choice(choice) for choice in choices],
+            "usage": {name: usage[name] for name in ("prompt_tokens", "total_tokens")},
+        }
+
+    def _whole_choice(self, part: Part) -> dict[str, Any]:
+        assert part.embedding is not None
+        vector: str | list[float] = part.embedding
+        if self._encoding != "base64":
+            vector = np.frombuffer(base64.b64decode(part.embedding), dtype="<f4").tolist()
+        return {"object": "embedding", "index": part.index, "embedding": vector}

@@ -14,10 +14,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.settings.code_folders import code_version
 from serving.api.access import CurrentAccess, RequestsInFlight, authorize
-from serving.api.answers import Answer, TextAnswer
+from serving.api.answers import Answer, EmbeddingAnswer, TextAnswer, reading_only
 from serving.api.chat import NOTE_HEADER, ChatAnswer, ChatRequest, as_completion
 from serving.api.completions import Completion, start_completion
-from serving.api.embeddings import EmbeddingAnswer, reading_only
 from serving.api.metrics import ReplicaMetrics
 from serving.api.tool_routes import tool_router
 from serving.delivery.loaded_version import LoadedVersion

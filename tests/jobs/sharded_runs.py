@@ -20,9 +20,8 @@ import torch
 import torch.distributed as dist
 
 from cluster.settings.run import Shard
-from jobs.run.checkpoints import RunCheckpoints, step_of
+from jobs.run.checkpoints import RunCheckpoints, checkpoint_name, step_of
 from jobs.run.ledger import Ledger
-from jobs.run.retention import checkpoint_name
 from jobs.run.run_plan import RunPlan
 from jobs.training.attempt import Attempt
 from jobs.training.train_loop import train

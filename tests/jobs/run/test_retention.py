@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 
 from cluster.settings.run import CheckpointConfig
 from cluster.storage.uris import open_storage
-from jobs.run.checkpoints import RunCheckpoints
+from jobs.run.checkpoints import RunCheckpoints, checkpoint_name, step_of, superseded
 from jobs.run.ledger import Ledger
-from jobs.run.retention import checkpoint_name, step_of, superseded
 from tests.jobs.runs import tiny_plan, train
 
 STEPS = st.sets(st.integers(1, 60), max_size=25)

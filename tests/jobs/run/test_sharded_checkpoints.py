@@ -12,9 +12,8 @@ import pytest
 from cluster.storage.uris import open_storage
 from jobs.export import export
 from jobs.proof.verify_run import verify
-from jobs.run.checkpoints import RunCheckpoints
+from jobs.run.checkpoints import RunCheckpoints, step_of
 from jobs.run.ledger import Ledger
-from jobs.run.retention import step_of
 from jobs.run.sharded_checkpoints import stored_state
 from model.checkpoint import load_model, parameter_hash
 from model.checkpoint_folder import MANIFEST, CheckpointError, read_metadata

@@ -17,9 +17,8 @@ from cluster.settings.run import CheckpointConfig, TrainConfig
 from cluster.storage.lease import LeaseLostError
 from cluster.storage.uris import Storage, open_storage
 from jobs.exact.train_state import TrainState
-from jobs.run.checkpoints import RunCheckpoints
+from jobs.run.checkpoints import RunCheckpoints, checkpoint_name, step_of
 from jobs.run.ledger import Ledger, LedgerWriter
-from jobs.run.retention import checkpoint_name, step_of
 from jobs.run.writer_generation import Fence
 from jobs.training.checkpoint_writer import CheckpointWriter
 from model.checkpoint import load_model, parameter_hash

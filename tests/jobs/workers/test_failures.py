@@ -5,7 +5,7 @@ import pytest
 from cluster.settings.run import ScalingConfig
 from jobs.run.ledger import Line
 from jobs.workers.failures import Kind, main_cause, why_give_up
-from jobs.workers.room import waiting_for
+from jobs.workers.placement import waiting_for
 
 GLOO = (
     "Traceback (most recent call last):\n  …\nRuntimeError: [gloo/transport/tcp/pair.cc:547] Connection closed by peer"
