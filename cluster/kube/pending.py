@@ -1,7 +1,4 @@
-"""Says in a sentence why a pod does not run yet, from its events, or why it stays, from what Ray says of its nodes.
-
-Pure: objects in, text out.
-"""
+"""Says in a sentence why a pod does not run yet, from events, or why one stays, from Ray's view of its nodes. Pure."""
 
 import re
 from collections import Counter, defaultdict

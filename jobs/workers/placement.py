@@ -10,8 +10,7 @@ from cluster.output.progress import say
 from cluster.settings.run import ScalingConfig
 from model.processor import Device, Precision, fast_precision
 
-REPEAT_S = 60.0
-"""Seconds without workers before a run says what it waits for, and between two such messages."""
+REPEAT_S = 60.0  # without workers before a run says what it waits for, and between two such messages
 
 
 def waiting_for(

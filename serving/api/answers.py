@@ -110,7 +110,7 @@ def reading_only(request: EmbeddingRequest) -> CompletionRequest:
 
 
 class EmbeddingAnswer(Answer):
-    """For each text the mean of its tokens' hidden states after the final norm, computed while the engine reads them."""
+    """For each text the mean of its tokens' hidden states after the final norm, computed as the engine reads them."""
 
     ID_PREFIX, KIND = "embd", "list"
     EMBEDS, PROMPT_FIELD = True, "input"
