@@ -14,8 +14,9 @@ from typing import NoReturn
 from jinja2 import Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from model.checkpoint_folder import ChatFormat
 from model.errors import UserError
-from model.tokenizer import ChatFormat, Tokenizer
+from model.tokenizer import Tokenizer
 
 ROLES = ("system", "developer", "user", "assistant")
 """Of a message; a template sees a developer as the system."""

@@ -25,6 +25,15 @@ class CheckpointError(UserError):
     """The folder is not a complete, unaltered checkpoint."""
 
 
+@dataclass(frozen=True)
+class ChatFormat:
+    """How a tokenizer's conversations are written, as tokenizer_config.json says it; `model.chat` does it."""
+
+    chat_template: str  # in Jinja
+    bos_token: str  # as the template gets it, like the next one
+    eos_token: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class Metadata:
     """Where a checkpoint's weights come from (raymill.json)."""

@@ -7,7 +7,6 @@ document wrote is not special and is encoded as its letters.
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -15,7 +14,7 @@ from typing import Any, Self
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from model.checkpoint_folder import CheckpointError, is_hf_folder
+from model.checkpoint_folder import ChatFormat, CheckpointError, is_hf_folder
 from model.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -32,15 +31,6 @@ NORMALIZERS: dict[str, normalizers.Normalizer] = {
 
 class TokenizerError(UserError):
     """A tokenizer is not byte-level BPE with an end-of-text token, or can't map a text or an id."""
-
-
-@dataclass(frozen=True)
-class ChatFormat:
-    """How a tokenizer's conversations are written, as tokenizer_config.json says it; `model.chat` does it."""
-
-    chat_template: str  # in Jinja
-    bos_token: str  # as the template gets it, like the next one
-    eos_token: str
 
 
 class Tokenizer:

@@ -33,8 +33,9 @@ from jobs.tokens.shard_writer import RESULT, ChunkResult, ChunkWriter
 from jobs.tokens.train_tokenizer import ensure_tokenizer, text_sample
 from model.bulk_encoder import bulk_encoder
 from model.chat import format_to_train
+from model.checkpoint_folder import ChatFormat
 from model.tables import read_table
-from model.tokenizer import ChatFormat, Tokenizer
+from model.tokenizer import Tokenizer
 
 _SEAL_INTERVAL_S = 1.0  # between writes of the list of sealed shards, which grows with the store
 _SEAL_SHARE = 0.02  # of the time may go into it

@@ -30,7 +30,8 @@ from jobs.corpus.text_borders import cut_text
 from jobs.tokens.token_store import SPLITS, DropSample, Shard, canonical_json, mark_of, shard_file, token_dtype
 from model.bulk_encoder import BulkEncoder, PlainEncoder
 from model.chat import Chat, ChatError
-from model.tokenizer import ChatFormat, Tokenizer
+from model.checkpoint_folder import ChatFormat
+from model.tokenizer import Tokenizer
 
 _MAX_SAMPLES = 5
 _PREVIEW_CHARS = 200

@@ -18,8 +18,8 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from cluster.storage.uris import NotFoundError, Storage
+from model.checkpoint_folder import ChatFormat
 from model.errors import UserError
-from model.tokenizer import ChatFormat
 
 FORMAT_VERSION, CHAT_VERSION = 2, 3  # of text, and of conversations, whose ids have marks
 MANIFEST = "manifest.json"

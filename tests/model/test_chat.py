@@ -11,9 +11,9 @@ from transformers import AutoTokenizer
 
 from model.chat import PLAIN_TEMPLATE, Chat, ChatError, format_to_train, plain_text
 from model.checkpoint import descriptions
-from model.checkpoint_folder import Metadata
+from model.checkpoint_folder import ChatFormat, Metadata
 from model.config import GPTConfig
-from model.tokenizer import ChatFormat, Tokenizer, TokenizerError, load_tokenizer, train_bpe
+from model.tokenizer import Tokenizer, TokenizerError, load_tokenizer, train_bpe
 
 TEXT = "User:\nwhat is 2+3?\nAssistant:\n5\nsystem user assistant be brief hello again "
 CHATML = """\

@@ -13,7 +13,7 @@ from jobs.run.history import CONFIG_FILE, recorded_config
 from jobs.run.ledger import Ledger
 from jobs.training.train_loop import train
 from jobs.watching.run_watcher import message_of
-from jobs.workers import precision as run_precision
+from jobs.workers import placement as run_precision
 from jobs.workers.placement import workers_precision
 from model.processor import Device, Precision, fast_precision
 from model.tokenizer import Tokenizer
