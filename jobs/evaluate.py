@@ -4,13 +4,12 @@ B sequences in a batch, T tokens of each. A batch's loss does not depend on whic
 adds the batches in their order: the result is the same for any number of workers.
 """
 
-import hashlib
 import math
 import re
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from jobs.exact.compute import autocast, loss_of, micro_batch, num_counted
 from jobs.run.find_run import find_tokens
 from jobs.run.history import CONFIG_FILE, recorded_config
 from jobs.tokens.build_store import tokenize
-from jobs.tokens.token_store import Split, TokenStoreError, canonical_json, read_manifest
+from jobs.tokens.token_store import Split, TokenStoreError, read_manifest
 from jobs.tokens.token_stream import TokenStream
 from jobs.tokens.train_tokenizer import TOKENIZER_FILE
 from model.checkpoint import load_model, parameter_hash
@@ -169,13 +168,12 @@ def _documents(folder: Path, config: EvaluateConfig) -> tuple[Storage, Split]:
     tokenizer, storage = load_tokenizer(folder), storage_of(config)
     if tokenizer is None:
         raise CheckpointError(f"checkpoint {folder} has no tokenizer; add its tokenizer.json")
-    settings = canonical_json(asdict(tokenizer.chat)) if tokenizer.chat else b""
-    key = hashlib.sha256(tokenizer.to_json() + settings).hexdigest()  # without settings, the tokenizer's hash
-    place = storage.child(f"tokenizers/{key[:12]}")
-    if settings:
-        place.write_bytes("tokenizer_config.json", settings)
-    place.write_bytes(TOKENIZER_FILE, tokenizer.to_json())
-    data = DataConfig(**config.data.model_dump(), tokenizer=place.uri, val_fraction=0.0)
+    location = str(folder)
+    if not (folder / TOKENIZER_FILE).exists():
+        place = storage.child(f"tokenizers/{tokenizer.hash[:12]}")
+        place.write_bytes(TOKENIZER_FILE, tokenizer.to_json())
+        location = place.uri
+    data = DataConfig(**config.data.model_dump(), tokenizer=location, val_fraction=0.0)
     store = tokenize(RunConfig(data=data, storage=config.storage.model_copy(update={"uri": storage.uri})))
     return split_uri(store["manifest"])[0], "train"
 

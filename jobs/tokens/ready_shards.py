@@ -25,16 +25,11 @@ def copy_shards(
     for source, location in locations.items():
         other = open_storage(location)
         manifest = read_manifest(other)
-        if manifest.tokenizer_hash != tokenizer.hash:
+        if (manifest.tokenizer_hash, manifest.bos_id, manifest.chat) != (tokenizer.hash, tokenizer.bos_id, chat):
             raise CorpusError(
                 f"tokens://{location} was made with another tokenizer ({manifest.tokenizer_hash[:12]}, not "
-                f"{tokenizer.hash[:12]}); set data.tokenizer to its tokenizer.json, or tokenize its text again"
-            )
-        if (manifest.chat, manifest.bos_id) != (chat, tokenizer.bos_id):
-            raise CorpusError(
-                f"tokens://{location} holds {'conversations' if manifest.chat else 'text'}, and not as data.format="
-                f"{'chat' if chat else 'text'} with this tokenizer and its chat template would write it; tokenize its "
-                "source again"
+                f"{tokenizer.hash[:12]}), BOS, data.format or chat template; set data.tokenizer to its tokenizer.json, "
+                "or tokenize its text again"
             )
         with progress(f"copying {location}", total=manifest.total("bytes") / 1e6) as advance:
             for shard in manifest.shards:

@@ -27,7 +27,7 @@ from jobs.corpus.chunks import Chunk, Part
 from jobs.corpus.documents import Document, Drop
 from jobs.corpus.listing import CorpusError
 from jobs.corpus.text_borders import cut_text
-from jobs.tokens.token_store import SPLITS, DropSample, Shard, canonical_json, mark_of, shard_file, token_dtype
+from jobs.tokens.token_store import SPLITS, DropSample, Shard, canonical_json, shard_file, token_dtype
 from model.bulk_encoder import BulkEncoder, PlainEncoder
 from model.chat import Chat, ChatError
 from model.checkpoint_folder import ChatFormat
@@ -148,7 +148,7 @@ class _ShardFile:
 
     def __init__(self, file: BinaryIO, tokenizer: Tokenizer, encoder: PlainEncoder, chat: Chat | None) -> None:
         self._file, self._encoder, self._chat = file, encoder, chat
-        self._dtype = token_dtype(tokenizer.vocab_size, marked=chat is not None)
+        self._dtype = token_dtype(tokenizer.vocab_size, signed=chat is not None)
         self._front, self._end = tokenizer.encode_whole(""), [tokenizer.eot_id]
         self._bytes = self.documents = 0
 
@@ -160,7 +160,7 @@ class _ShardFile:
             pieces, num_bytes = chain([self._front], texts, [self._end]), document.size
         else:
             ids, counted = self._chat.conversation(document.messages)
-            pieces = [np.array(ids) | np.where(counted, 0, mark_of(self._dtype))]
+            pieces = [np.where(counted, ids, ~np.array(ids))]
             answers = [message["content"] for message in document.messages if message["role"] == "assistant"]
             num_bytes = sum(len(answer.encode()) for answer in answers)
         sizes = [self._file.write(np.asarray(piece).astype(self._dtype).data) for piece in pieces]

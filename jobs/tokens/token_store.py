@@ -21,7 +21,7 @@ from cluster.storage.uris import NotFoundError, Storage
 from model.checkpoint_folder import ChatFormat
 from model.errors import UserError
 
-FORMAT_VERSION, CHAT_VERSION = 2, 3  # of text, and of conversations, whose ids have marks
+FORMAT_VERSION, CHAT_VERSION = 2, 3  # of text, and of conversations, whose ids may be negative
 MANIFEST = "manifest.json"
 SEALED = "sealed.json"
 SOURCES = "sources.json"
@@ -37,8 +37,9 @@ class TokenStoreError(UserError):
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of token ids; each document in it is followed by the end-of-text token. With `Manifest.chat` the highest
-    bit of an id tells that the loss does not count it, and each conversation begins with an uncounted start token."""
+    """One file of token ids; each document in it is followed by the end-of-text token. With `Manifest.chat` an id that
+    the loss does not count is stored as ~id, which is negative, and an uncounted start token begins each conversation.
+    """
 
     file: str
     split: Split
@@ -83,7 +84,7 @@ class Manifest:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        return token_dtype(self.vocab_size, marked=self.chat is not None)
+        return token_dtype(self.vocab_size, signed=self.chat is not None)
 
     @property
     def start_id(self) -> int:
@@ -120,14 +121,9 @@ class Manifest:
         return hashlib.sha256(canonical_json([self.source_hash, self.config_hash, self.tokenizer_hash])).hexdigest()
 
 
-def token_dtype(vocab_size: int, *, marked: bool = False) -> np.dtype[Any]:
-    """Returns little-endian integers, of 16 bits if every id fits, beside a mark where ids have one."""
-    return np.dtype("<u2") if vocab_size <= 1 << (15 if marked else 16) else np.dtype("<u4")
-
-
-def mark_of(dtype: np.dtype[Any]) -> int:
-    """Returns the highest bit, which marks an id that the loss does not count."""
-    return 1 << (8 * dtype.itemsize - 1)
+def token_dtype(vocab_size: int, *, signed: bool = False) -> np.dtype[Any]:
+    """Returns little-endian integers, of 16 bits if every id fits."""
+    return np.dtype(f"<{'i' if signed else 'u'}{2 if vocab_size <= 1 << (15 if signed else 16) else 4}")
 
 
 def shard_file(split: Split, number: int) -> str:

@@ -12,7 +12,7 @@ from cluster.storage.uris import Storage
 from jobs.tokens.batch_plan import SampleOrder
 from jobs.tokens.growing_store import Clock, GrowingStore
 from jobs.tokens.shard_reader import Piece, open_shards
-from jobs.tokens.token_store import Manifest, Shard, Split, TokenStoreError, mark_of, read_manifest
+from jobs.tokens.token_store import Manifest, Shard, Split, TokenStoreError, read_manifest
 from model.linear_cross_entropy import IGNORE_INDEX
 
 
@@ -152,7 +152,6 @@ class TokenStream:
             np.concatenate([read(piece) for piece in pieces], out=row)
         batch = torch.from_numpy(tokens)
         inputs, targets = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
-        if self.manifest.chat:
-            mark = mark_of(self.manifest.dtype)
-            return inputs & (mark - 1), targets.where(targets < mark, IGNORE_INDEX)
+        if self.manifest.chat:  # an uncounted id is stored as ~id
+            return inputs.maximum(~inputs), targets.where(targets >= 0, IGNORE_INDEX)
         return inputs, targets

@@ -30,8 +30,7 @@ def measured(
     num_rows, size = num_validation_rows(rows, config), config.train.micro_batch_size
     batches = [range(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
     # Each element has one contributor, so the all-reduce adds only zeros and rounds nothing.
-    losses = torch.zeros(len(batches), dtype=torch.float64, device=state.device)
-    counts = torch.zeros(len(batches), dtype=torch.float64)
+    figures = torch.zeros(2, len(batches), dtype=torch.float64, device=state.device)  # losses, and tokens counted
     state.model.eval()
     with state.weights_in_use():
         for first in range(0, len(batches), group.world_size):
@@ -43,18 +42,14 @@ def measured(
             with autocast(config, state.device):
                 loss = loss_of(state.model, micro_batch(read, config, state.device, eot_id=eot_id)).double()
             if index < len(batches):
-                losses[index], counts[index] = loss, num_counted(read[1])
+                figures[0, index], figures[1, index] = loss, num_counted(read[1])
     state.model.train()
-    losses = losses.cpu()  # over gloo, which fails where a worker is lost
+    figures = figures.cpu()  # over gloo, which fails where a worker is lost
     if group.world_size > 1:
-        dist.all_reduce(losses)
-        dist.all_reduce(counts)
-    total = float(losses.sum())
-    bits = total / (num_rows * seq_len(config)) / math.log(2)  # of a token, as the bytes of text are
-    return {
-        "val_loss": total / max(1.0, float(counts.sum())),
-        "val_bits_per_byte": bits / rows.bytes_per_token(num_rows),
-    }
+        dist.all_reduce(figures)
+    total, num_tokens = (float(row.sum()) for row in figures)
+    bits = total / (num_rows * seq_len(config)) / math.log(2)  # of a token, counted or not, as the bytes are
+    return {"val_loss": total / max(1.0, num_tokens), "val_bits_per_byte": bits / rows.bytes_per_token(num_rows)}
 
 
 def check_prompts(config: RunConfig, tokenizer: Tokenizer) -> None:

@@ -82,14 +82,14 @@ def result(folder: Path, ray_workers: int, tmp_path_factory: pytest.TempPathFact
 
 def conversations(manifest: Manifest, content: bytes) -> list[list[tuple[int, bool]]]:
     """Returns the (id, is counted) of each conversation in a shard, by the rule of the format alone."""
-    marked = np.frombuffer(content, "<u2")
-    pairs = [(int(value & 0x7FFF), value < 0x8000) for value in marked]
+    stored = np.frombuffer(content, "<i2").tolist()
+    pairs = [(value, True) if value >= 0 else (~value, False) for value in stored]
     starts = [place for place, pair in enumerate(pairs) if pair == (manifest.start_id, False)]
     assert starts[0] == 0
     return [pairs[start:end] for start, end in zip(starts, [*starts[1:], len(pairs)], strict=True)]
 
 
-def test_the_bytes_are_what_the_template_writes_with_marks(result: dict[str, Any], folder: Path) -> None:
+def test_the_bytes_are_what_the_template_writes_with_signs(result: dict[str, Any], folder: Path) -> None:
     store, _ = split_uri(result["manifest"])
     manifest, (tokenizer, _) = read_manifest(store), load_tokenizer(str(folder / "plain"))
     assert manifest.chat is not None and manifest.chat.chat_template == PLAIN_TEMPLATE
@@ -121,21 +121,21 @@ def test_any_number_of_workers_and_chunks_makes_the_same_conversations(
 def test_a_reader_gets_ids_and_the_targets_that_count(result: dict[str, Any]) -> None:
     store, _ = split_uri(result["manifest"])
     manifest = read_manifest(store)
-    marked = np.concatenate(
-        [np.frombuffer(store.read_bytes(s.file), "<u2") for s in manifest.shards if s.split == "train"]
+    stored = np.concatenate(
+        [np.frombuffer(store.read_bytes(s.file), "<i2") for s in manifest.shards if s.split == "train"]
     ).astype(int)
     stream = TokenStream(store, split="train", seq_len=16)
     inputs, targets = stream.rows(range(stream.count_rows()))
     length = inputs.numel()
-    assert inputs.flatten().tolist() == (marked[:length] & 0x7FFF).tolist()
-    expected = [value if value < 0x8000 else IGNORE_INDEX for value in marked[1 : length + 1].tolist()]
+    assert inputs.flatten().tolist() == [max(value, ~value) for value in stored[:length].tolist()]
+    expected = [value if value >= 0 else IGNORE_INDEX for value in stored[1 : length + 1].tolist()]
     assert targets.flatten().tolist() == expected
     assert 0.1 < expected.count(IGNORE_INDEX) / length < 0.95
 
 
-@pytest.mark.parametrize(("vocab_size", "dtype"), [(1 << 15, "<u2"), ((1 << 15) + 1, "<u4"), (1 << 17, "<u4")])
-def test_a_mark_has_a_bit_of_its_own(vocab_size: int, dtype: str) -> None:
-    assert token_dtype(vocab_size, marked=True) == np.dtype(dtype)
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(1 << 15, "<i2"), ((1 << 15) + 1, "<i4"), (1 << 17, "<i4")])
+def test_a_sign_has_a_bit_of_its_own(vocab_size: int, dtype: str) -> None:
+    assert token_dtype(vocab_size, signed=True) == np.dtype(dtype)
 
 
 def test_what_cannot_be_used_is_counted_under_its_reason(result: dict[str, Any]) -> None:
@@ -182,7 +182,7 @@ def test_other_files_and_other_stores_are_refused(folder: Path, result: dict[str
     with pytest.raises(UserError, match=r"data\.format=chat reads \.jsonl files, and .*a\.txt is none"):
         tokenize(data_config(str(tmp_path / "a.txt"), tmp_path / "storage", format="chat"))
     store = f"tokens://{Path(result['manifest']).parent}"
-    with pytest.raises(CorpusError, match=r"holds conversations, and not as data\.format=text"):
+    with pytest.raises(CorpusError, match=r"made with another tokenizer .*, BOS, data\.format or chat template"):
         tokenize(data_config(store, tmp_path / "storage"))
     copied = tokenize(data_config(store, tmp_path / "storage", format="chat"))
     assert copied["tokens"] == result["tokens"]
