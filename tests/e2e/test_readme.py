@@ -38,7 +38,7 @@ SETTINGS: dict[str, Any] = {
     "train.seq_len": 128,
     "train.eval_max_tokens": 4096,
 }
-SMALLER = {"small-10m": "tiny", "20000000": "16384"}
+SMALLER = {"small-10m": "tiny", "demo-llama": "tiny", "20000000": "16384", "4000000": "16384"}
 EXIT_CODES = {"diff": 1}  # the two runs differ
 BLOCKS = [
     block
@@ -143,6 +143,10 @@ def reader(tmp_path_factory: pytest.TempPathFactory, s3_server: str) -> Iterator
         for number in range(30):
             words = " ".join(f"w{(number * 31 + i * i) % 211}" for i in range(600))
             file.write(json.dumps({"text": f"Document {number}. {words}"}) + "\n")
+    with (folder / "says.jsonl").open("w", encoding="utf-8") as file:
+        for number in range(200):
+            turns = [{"role": "user", "content": f"Say {number}"}, {"role": "assistant", "content": str(number)}]
+            file.write(json.dumps({"messages": turns}) + "\n")
     settings: dict[str, Any] = {"data": {"source": str(folder / "texts" / "*.jsonl.gz")}}
     for name, value in SETTINGS.items():
         section, key = name.split(".")
