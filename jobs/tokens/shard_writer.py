@@ -18,11 +18,10 @@ from pydantic import TypeAdapter
 
 from cluster.settings.run import DataConfig
 from cluster.storage.uris import NotFoundError, Storage
-from jobs.cleaning.decontamination import shares_ngram, validation_ngrams
 from jobs.cleaning.document_index import DROP_CODES, read_chunk
 from jobs.cleaning.selection import HELD_OUT, stored_codes
 from jobs.corpus.chunks import Chunk, Part
-from jobs.corpus.documents import Document, Drop
+from jobs.corpus.documents import Document
 from jobs.corpus.listing import CorpusError
 from jobs.corpus.text_borders import cut_text
 from jobs.tokens.token_store import SPLITS, DropSample, Shard, canonical_json, shard_file, token_dtype
@@ -40,7 +39,6 @@ class ChunkResult:
     shards: list[Shard] = field(default_factory=list)
     documents: int = 0
     replaced: int = 0
-    contaminated: int = 0
     samples: dict[str, list[DropSample]] = field(default_factory=dict)
 
     def sample(self, reason: str, part: Part, document: Document) -> None:
@@ -61,18 +59,12 @@ class ChunkWriter:
     tokenizer_json: bytes
     data: DataConfig
     is_bulk: bool  # whether the driver has proven that tiktoken gives the tokenizer's ids
-    ngrams_hash: str  # of validation_ngrams; "" without decontamination
 
     def __call__(self, chunk: Chunk) -> bytes:
         """Returns the `ChunkResult` as JSON once the shards and then their sidecar are stored."""
         tokenizer, encoder = _encoder(self.tokenizer_json, is_bulk=self.is_bulk)
         digest, codes = stored_codes(self.store, chunk.number)
-        made_of = {
-            "digest": digest,
-            "codes": hashlib.sha256(codes).hexdigest(),
-            "tokenizer": tokenizer.hash,
-            "ngrams": self.ngrams_hash,
-        }
+        made_of = {"digest": digest, "codes": hashlib.sha256(codes).hexdigest(), "tokenizer": tokenizer.hash}
         sidecar = f"shard-{chunk.number:05d}.json"
         result = self._finished(sidecar, made_of)
         if result is None:
@@ -94,7 +86,6 @@ class ChunkWriter:
     ) -> ChunkResult:
         found = hashlib.sha256()
         result = ChunkResult(documents=len(codes))
-        ngrams = validation_ngrams(self.store, self.ngrams_hash) if self.ngrams_hash else None
         names = {split: shard_file(split, chunk.number) for split in SPLITS}
         with ExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="raymill-shard-")))
@@ -109,9 +100,6 @@ class ChunkWriter:
                     raise _changed(chunk)
                 if code not in (0, HELD_OUT):
                     result.sample(str(DROP_CODES[code]), part, document)
-                elif code == 0 and ngrams is not None and shares_ngram(document.text, ngrams, self.data):
-                    result.contaminated += 1
-                    result.sample(Drop.CONTAMINATED, part, document)
                 else:
                     result.replaced += document.replaced
                     writers["val" if code == HELD_OUT else "train"].add(document, encoder)
