@@ -19,6 +19,8 @@ from jobs.corpus.ray_data_tasks import run_tasks
 from jobs.corpus.text_borders import lines, records
 
 PIECES = "pieces"
+_LIST = "parts.json"  # another name than earlier versions' list, which was written in another way
+_MAX_PIECE_BYTES = 64 << 20  # is in memory at once
 
 
 def cut_files(store: Storage, files: Sequence[CorpusFile], data: DataConfig) -> dict[int, list[Part]]:
@@ -37,15 +39,15 @@ def cut_files(store: Storage, files: Sequence[CorpusFile], data: DataConfig) -> 
 def cut_file(chunk: Chunk, *, store: Storage, data: DataConfig) -> bytes:
     """Returns a file's parts as JSON once its pieces, and then their list, are stored."""
     folder = store.child(f"{PIECES}/{chunk.number:05d}")
-    if not folder.exists("pieces.json"):
+    if not folder.exists(_LIST):
         file, parts = chunk.parts[0].file, list[Part]()
         for offset, content in _pieces(file, data):
             name = f"{len(parts):05d}.{file.kind}"
             version = folder.write_bytes(name, content)
             stored = replace(file, uri=join_uri(folder.uri, name), size=len(content), version=version)
             parts.append(Part(replace(stored, compression=""), 0, len(content), offset, file.uri))
-        folder.write_bytes("pieces.json", replace(chunk, parts=parts).to_json().encode())
-    return folder.read_bytes("pieces.json")
+        folder.write_bytes(_LIST, replace(chunk, parts=parts).to_json().encode())
+    return folder.read_bytes(_LIST)
 
 
 def _pieces(file: CorpusFile, data: DataConfig) -> Iterator[tuple[int, bytes]]:
@@ -66,7 +68,7 @@ def _pieces(file: CorpusFile, data: DataConfig) -> Iterator[tuple[int, bytes]]:
             if len(piece) == len(header):
                 start = offset - len(header)
             piece += unit if is_whole or unit.endswith(b"\n") else unit + b"\n"
-            if len(piece) >= data.shard_bytes:
+            if len(piece) >= min(data.shard_bytes, _MAX_PIECE_BYTES):
                 yield start, bytes(piece)
                 piece = bytearray(header)
         if len(piece) > len(header) or not start:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from sys import intern
 from typing import Any
 
 from cluster.settings.run import TOKENS
@@ -10,6 +11,8 @@ from cluster.storage.uris import Entry, absolute_uri, glob_uris, pinned
 from model.errors import UserError
 
 _ENDINGS = re.compile(r"\.(txt|jsonl|csv)(\.gz|\.zst)?$|\.(parquet)$", re.IGNORECASE)
+MAX_FILES = 5_000_000  # the driver takes some 500 bytes for each
+UNFINISHED = "UNFINISHED"  # lies beside packed texts while there will be more of them
 _EXPECTED = "expected .txt .jsonl .csv .parquet, .gz and .zst of the first three"
 
 
@@ -17,7 +20,7 @@ class CorpusError(UserError):
     """The corpus cannot be used as it is; the message names the file and what to do."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class CorpusFile:
     number: int  # in the listing
     uri: str
@@ -38,6 +41,22 @@ class Listing:
     revisions: dict[str, str]  # hf:// source -> commit
     sources: list[str]  # absolute location of each
 
+    def add(self, entry: Entry, *, source: int, name: str) -> None:
+        """Adds a file of the newest source, which has that name. Raises `CorpusError` for what is none, or too many."""
+        if file := corpus_file(entry, len(self.files), source=source):
+            self.files.append(file)
+        elif entry.key == self.sources[-1]:
+            raise CorpusError(f"{name} has an unknown ending; {_EXPECTED}")
+        elif entry.key.endswith(f"/{UNFINISHED}"):
+            raise CorpusError(f"{name} holds texts that were not packed to the end: delete them and pack again")
+        else:
+            self.skipped.append(entry.key)
+        if len(self.files) + len(self.skipped) > MAX_FILES:
+            raise CorpusError(
+                f"{name} has more than {MAX_FILES:,} files; `raymill data pack {name} DEST` writes .txt files into a "
+                "few of Parquet, lines of .jsonl and .csv can be joined: set data.source to those"
+            )
+
     def identity(self) -> list[tuple[str, int, str]]:
         """Returns JSON values that change whenever a file of the corpus changes."""
         return [(file.uri, file.size, file.version) for file in self.files]
@@ -48,14 +67,15 @@ class Listing:
 
 
 def list_corpus(source: str | list[str]) -> Listing:
-    """Lists the files that `data.source` names, each once. Raises `CorpusError` and `StorageError`.
+    """Lists the files that `data.source` names, each once. Raises `CorpusError`, also for more than `MAX_FILES`, and
+    `StorageError`.
 
     A file of unknown ending is an error where it is named by itself, and is skipped in a folder or pattern.
     """
     sources = [source] if isinstance(source, str) else source
     if not sources:
         raise CorpusError("data.source is empty; name the corpus by a path or URI, globs allowed")
-    files: dict[str, CorpusFile] = {}
+    seen: set[str] = set()
     listing = Listing([], {}, [], {}, [])
     for number, name in enumerate(sources):
         if name.startswith(TOKENS):
@@ -67,25 +87,23 @@ def list_corpus(source: str | list[str]) -> Listing:
         if revision:
             listing.revisions[name] = revision
         for entry in glob_uris(location):
-            if file := _corpus_file(entry, len(files), source=number):
-                files.setdefault(entry.key, file)
-            elif entry.key == absolute_uri(location):
-                raise CorpusError(f"{name} has an unknown ending; {_EXPECTED}")
-            else:
-                listing.skipped.append(entry.key)
-    if not files and not listing.token_stores:
+            if entry.key not in seen:
+                listing.add(entry, source=number, name=name)
+            if len(sources) > 1:
+                seen.add(entry.key)
+    if not listing.files and not listing.token_stores:
         raise CorpusError(
             f"none of the {len(listing.skipped)} files at {', '.join(sources)} has a known ending; {_EXPECTED}"
         )
-    listing.files.extend(files.values())
     return listing
 
 
-def _corpus_file(entry: Entry, number: int, *, source: int) -> CorpusFile | None:
+def corpus_file(entry: Entry, number: int, *, source: int) -> CorpusFile | None:
+    """Returns the file by its ending; None for an unknown one."""
     ending = _ENDINGS.search(entry.key)
     if ending is None:
         return None
-    kind, compression, parquet = (part.lower() if part else "" for part in ending.groups())
+    kind, compression, parquet = (intern(part.lower()) if part else "" for part in ending.groups())
     return CorpusFile(number, entry.key, source, entry.size, entry.version, kind or parquet, compression)
 
 

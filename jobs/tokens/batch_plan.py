@@ -58,6 +58,23 @@ class SampleOrder:
             rows[chosen] = first + _permuted(places[chosen] - first, f"{self.seed} {source} {epoch} {window}", size)
         return sources, rows
 
+    def windows_ahead(self, first: int, *, end: int) -> list[tuple[int, int, int]]:
+        """Returns (source, first row, end row) of the windows that samples from `first` on take rows of, and then of
+        those that follow; as far as they are known, and before sample `end`."""
+        pattern, _, counts = _source_pattern(self.weights)
+        found: dict[tuple[int, int, int], None] = {}
+        samples = first + np.arange(len(pattern))
+        for _ in range(2):
+            samples = samples[(samples < end) & self.covers(samples)]
+            sources, numbers = self._turns(samples)
+            num_rows = np.array(self.num_rows, dtype=np.int64)[sources]
+            places = numbers % num_rows
+            starts = places // self.window_rows * self.window_rows
+            ends = np.minimum(starts + self.window_rows, num_rows)
+            found |= dict.fromkeys(zip(sources.tolist(), starts.tolist(), ends.tolist(), strict=True))
+            samples = samples + len(pattern) * -(-(ends - places) // counts[sources])
+        return list(found)
+
     def _turns(self, samples: npt.ArrayLike) -> tuple[Indices, Indices]:
         """Returns the source of each sample, and the number of earlier samples that took a row of it."""
         indices = np.asarray(samples, dtype=np.int64)

@@ -1,7 +1,9 @@
 """Defines the token store: the manifest that lists shards of token ids, and its exact bytes.
 
 The manifest holds no path and no time: the same text makes the same manifest wherever it lies (only `hf://` sources
-leave a trace, their pinned revision). It is written last: a folder without one is not a finished store.
+leave a trace, their pinned revision). It is written last: a folder without one is not a finished store. Where there are
+very many shards, it has lists in their place, each of up to 1,000 shards of one source and split in a file of its own,
+which a reader opens when it needs one of them.
 
 While a store grows, `sealed.json` lists the sealed shards: for each source those before the first missing one, of both
 splits. A sealed shard never changes, so a reader of this prefix reads what the finished store will hold.
@@ -9,8 +11,9 @@ splits. A sealed shard never changes, so a reader of this prefix reads what the 
 
 import dataclasses
 import hashlib
+import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -21,6 +24,8 @@ from cluster.storage.uris import NotFoundError, Storage
 from model.errors import UserError
 
 FORMAT_VERSION = 2
+_FORMAT_WITH_LISTS = 3
+MOST_SHARDS = 8192  # that the manifest itself holds, 2.5 MB; a corpus of up to 2 TiB makes no more
 MANIFEST = "manifest.json"
 SEALED = "sealed.json"
 SOURCES = "sources.json"
@@ -28,6 +33,8 @@ TOKENIZER = "tokenizer.json"
 
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("train", "val")
+Sum = Literal["documents", "tokens", "bytes"]
+_SUMS: tuple[Sum, ...] = ("documents", "tokens", "bytes")
 
 
 class TokenStoreError(UserError):
@@ -45,6 +52,16 @@ class Shard:
     documents: int
     bytes: int  # of UTF-8 text, without end-of-text tokens
     sha256: str
+
+    @property
+    def is_list(self) -> bool:
+        """Says that this stands for many shards: its figures are their sums, and its file lists them."""
+        return self.file.endswith(".json")
+
+    @property
+    def thousand(self) -> str:
+        """Returns the front of the file's name that the shards with the next numbers share: a listing's prefix."""
+        return self.file.removesuffix(".bin")[:-3]
 
 
 @dataclass(frozen=True)
@@ -74,27 +91,46 @@ class Manifest:
     shards: tuple[Shard, ...]  # in canonical order: by source, then by place in it
     complete: bool = True  # False in sealed.json
 
-    def total(self, field: Literal["tokens", "documents", "bytes"], split: Split | None = None) -> int:
+    def total(self, field: Sum, split: Split | None = None) -> int:
         return sum(getattr(shard, field) for shard in self.shards if split in (None, shard.split))
 
+    def with_lists(self) -> tuple["Manifest", dict[str, bytes]]:
+        """Returns the manifest as it is stored, with lists in place of very many shards, and their content by file."""
+        groups: dict[tuple[int, Split, str], list[Shard]] = {}
+        for shard in self.shards if len(self.shards) > MOST_SHARDS and not self.has_lists else ():
+            groups.setdefault((shard.source, shard.split, shard.thousand), []).append(shard)
+        lists, contents = list[Shard](), dict[str, bytes]()
+        for (source, split, thousand), group in groups.items():
+            content = canonical_json([dataclasses.asdict(shard) for shard in group])
+            part = dataclasses.replace(self, shards=tuple(group))
+            sums = {name: part.total(name) for name in _SUMS}
+            name = f"list-{source}-{thousand}.json"
+            lists.append(Shard(name, split, source, **sums, sha256=hashlib.sha256(content).hexdigest()))
+            contents[name] = content
+        return dataclasses.replace(self, shards=tuple(lists) or self.shards), contents
+
     def to_json(self) -> bytes:
-        fields = ("documents", "tokens", "bytes")
+        stored = self.with_lists()[0]
         derived = {
-            "format_version": FORMAT_VERSION,
+            "format_version": _FORMAT_WITH_LISTS if stored.has_lists else FORMAT_VERSION,
             "dtype": token_dtype(self.vocab_size).name,
-            "totals": {name: self.total(name) for name in fields}  # type: ignore[arg-type]
-            | {f"{split}_{name}": self.total(name, split) for split in SPLITS for name in fields},  # type: ignore[arg-type]
+            "totals": {name: self.total(name) for name in _SUMS}
+            | {f"{split}_{name}": self.total(name, split) for split in SPLITS for name in _SUMS},
         }
-        return canonical_json(dataclasses.asdict(self) | derived)
+        return canonical_json(dataclasses.asdict(stored) | derived)
 
     @classmethod
     def from_json(cls, data: bytes) -> Self:
         values = json.loads(data)
-        if values["format_version"] != FORMAT_VERSION:
+        if values["format_version"] not in (FORMAT_VERSION, _FORMAT_WITH_LISTS):
             raise TokenStoreError(
                 f"the token store has format {values['format_version']}, not {FORMAT_VERSION}; tokenize again"
             )
         return TypeAdapter(cls).validate_python(values)
+
+    @property
+    def has_lists(self) -> bool:
+        return any(shard.is_list for shard in self.shards)
 
     @property
     def hash(self) -> str:
@@ -121,23 +157,49 @@ def in_order(shards: Iterable[Shard]) -> tuple[Shard, ...]:
 
 
 def canonical_json(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, indent=1).encode() + b"\n"
+    written = io.BytesIO()  # as what a list of a million files takes in pieces would not fit
+    for piece in json.JSONEncoder(sort_keys=True, indent=1).iterencode(value):
+        written.write(piece.encode())
+    return written.getvalue() + b"\n"
 
 
-def read_manifest(store: Storage, *, name: str = MANIFEST) -> Manifest:
-    """Reads the manifest and checks that every shard is there in its full size. Raises `TokenStoreError`."""
+def read_manifest(store: Storage, *, name: str = MANIFEST, opens_lists: bool = True) -> Manifest:
+    """Reads the manifest and checks that every shard is there in its full size. Raises `TokenStoreError`.
+
+    Without `opens_lists`, lists stay in place of their shards, for `read_list` to open and check.
+    """
     try:
         manifest = Manifest.from_json(store.read_bytes(name))
     except NotFoundError as error:
         raise TokenStoreError(f"{store.uri} holds no {name}: tokenizing was not finished; run it again") from error
     except (ValueError, KeyError, TypeError) as error:
         raise TokenStoreError(f"{store.uri}/{name} is damaged ({error}); delete it and tokenize again") from error
-    sizes = {entry.key: entry.size for entry in store.list()}
-    for shard in manifest.shards:
-        expected = shard.tokens * token_dtype(manifest.vocab_size).itemsize
+    itemsize = token_dtype(manifest.vocab_size).itemsize
+    if not manifest.has_lists:
+        _check_sizes(store, manifest.shards, itemsize, prefix="")
+    elif opens_lists:
+        shards = tuple(shard for each in manifest.shards for shard in read_list(store, each, itemsize))
+        return dataclasses.replace(manifest, shards=shards)
+    return manifest
+
+
+def read_list(store: Storage, listed: Shard, itemsize: int) -> tuple[Shard, ...]:
+    """Returns the shards of a list, whose tokens have `itemsize` bytes; checks its hash and that every shard is there
+    in its full size. Raises `TokenStoreError`."""
+    content = store.find_bytes(listed.file) or b""
+    if hashlib.sha256(content).hexdigest() != listed.sha256:
+        raise TokenStoreError(f"{store.uri}/{listed.file} is missing or altered; tokenize again")
+    shards = TypeAdapter(tuple[Shard, ...]).validate_json(content)
+    _check_sizes(store, shards, itemsize, prefix=shards[0].thousand)
+    return shards
+
+
+def _check_sizes(store: Storage, shards: Sequence[Shard], itemsize: int, *, prefix: str) -> None:
+    sizes = {entry.key: entry.size for entry in store.list(prefix)}
+    for shard in shards:
+        expected = shard.tokens * itemsize
         if sizes.get(shard.file) != expected:
             found = f"has {sizes[shard.file]} bytes" if shard.file in sizes else "is missing"
             raise TokenStoreError(
                 f"{store.uri}/{shard.file} {found}, the manifest says {expected} bytes; tokenize again"
             )
-    return manifest
