@@ -23,19 +23,20 @@ from model.tokenizer import Tokenizer, load_tokenizer
 
 
 def like_its_source(config: RunConfig) -> RunConfig:
-    """Returns the run with the tokenizer and the shape of the weights that it begins from, where its settings name
-    none. A run that has begun keeps what it began with. Raises `CheckpointError`."""
+    """Returns the run with the exact place of the weights that it begins from, and with their tokenizer and shape where
+    its settings name none. A run that has begun keeps what it began with. Raises `CheckpointError`."""
     if config.train.init_from is None:
         return config
     run = run_storage(config)
     if run.exists(CONFIG_FILE):
         before = recorded_config(run)
-        tokenizer, shape = before.data.tokenizer, before.model
+        tokenizer, shape, train = before.data.tokenizer, before.model, config.train
     else:
         tokenizer, folder = find_checkpoint(config.train.init_from, config.storage.uri)
-        shape = read_config(folder)
+        shape, train = read_config(folder), config.train.model_copy(update={"init_from": tokenizer})
     data = config.data.model_copy(update={"tokenizer": config.data.tokenizer or tokenizer})
-    return config.model_copy(update={"data": data, "model": shape if config.model == GPTConfig() else config.model})
+    shape = shape if config.model == GPTConfig() else config.model
+    return config.model_copy(update={"data": data, "model": shape, "train": train})
 
 
 def begin(run: Storage, config: RunConfig, tokenizer: Tokenizer) -> None:

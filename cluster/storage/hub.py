@@ -1,4 +1,5 @@
-"""Datasets on the Hugging Face Hub, read only: hf://datasets/owner/name@revision/path.
+"""Repositories of the Hugging Face Hub, read only: hf://owner/name@revision/path is a model's, hf://datasets/owner/name
+a dataset's.
 
 The token comes from HF_TOKEN and the address from HF_ENDPOINT, as in all of Hugging Face's tools. huggingface_hub makes
 the requests and retries them for a while. Its `HfFileSystem` would not do: it lists a whole folder to open a file,
@@ -29,11 +30,12 @@ _MISSING = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors
 
 @dataclass(frozen=True)
 class HubStorage(interface.Storage):
-    """Files below a folder of one revision (a branch, a tag or a commit) of a dataset."""
+    """Files below a folder of one revision (a branch, a tag or a commit) of a repository."""
 
-    dataset: str  # owner/name
+    repository: str  # owner/name
     revision: str = "main"
     folder: str = ""
+    kind: str = "dataset"  # or model
 
     @classmethod
     def at(cls, uri: str) -> "HubStorage":
@@ -42,20 +44,21 @@ class HubStorage(interface.Storage):
             parsed = parse_hf_uri(uri.rstrip("/"))
         except errors.HfUriError as error:
             raise _wrong_uri(uri) from error
-        if parsed.type != "dataset":
+        if parsed.type not in ("dataset", "model"):
             raise _wrong_uri(uri)
-        return cls(parsed.id, parsed.revision or "main", interface.checked_key(parsed.path_in_repo))
+        return cls(parsed.id, parsed.revision or "main", interface.checked_key(parsed.path_in_repo), parsed.type)
 
     @property
     def uri(self) -> str:
-        return interface.join_uri(f"{interface.HF}datasets/{self.dataset}@{quote(self.revision, safe='')}", self.folder)
+        root = interface.HF + ("datasets/" if self.kind == "dataset" else "")
+        return interface.join_uri(f"{root}{self.repository}@{quote(self.revision, safe='')}", self.folder)
 
     def pinned(self) -> "HubStorage":
         """Returns the same place at the revision's current commit, so that no later commit is seen."""
         if _COMMIT.fullmatch(self.revision):
             return self
         with _explained_errors(self):
-            found = _api().dataset_info(self.dataset, revision=self.revision, timeout=_TIMEOUT_S)
+            found = _api().repo_info(self.repository, revision=self.revision, repo_type=self.kind, timeout=_TIMEOUT_S)
         return replace(self, revision=str(found.sha))
 
     def child(self, key: str) -> "HubStorage":
@@ -66,10 +69,10 @@ class HubStorage(interface.Storage):
 
     def list(self, prefix: str = "") -> interface.Entries:
         folder = self._path(prefix.rpartition("/")[0]) or None
-        options: dict[str, Any] = {"recursive": True, "revision": self.revision, "repo_type": "dataset"}
+        options: dict[str, Any] = {"recursive": True, "revision": self.revision, "repo_type": self.kind}
         with _explained_errors(self):
             try:
-                found = list(_api().list_repo_tree(self.dataset, folder, **options))
+                found = list(_api().list_repo_tree(self.repository, folder, **options))
             except errors.EntryNotFoundError:
                 return []
         root = f"{self.folder}/" if self.folder else ""
@@ -124,7 +127,7 @@ class HubStorage(interface.Storage):
 
     def _url(self, key: str) -> str:
         name = self._path(key)
-        return hf_hub_url(self.dataset, name, repo_type="dataset", revision=self.revision, endpoint=_endpoint())
+        return hf_hub_url(self.repository, name, repo_type=self.kind, revision=self.revision, endpoint=_endpoint())
 
     def _metadata(self, key: str) -> HfFileMetadata:
         ask = _file_metadata if _COMMIT.fullmatch(self.revision) else _file_metadata.__wrapped__
@@ -152,8 +155,8 @@ def _api() -> HfApi:
 
 def _wrong_uri(uri: str) -> interface.StorageError:
     return interface.StorageError(
-        f"cannot open {uri!r}: expected hf://datasets/owner/name@revision/path; @revision is main unless given, "
-        "with %2F for each / in it"
+        f"cannot open {uri!r}: expected hf://owner/name@revision/path for a model, or "
+        "hf://datasets/owner/name@revision/path; @revision is main unless given, with %2F for each / in it"
     )
 
 

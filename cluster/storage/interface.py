@@ -47,7 +47,7 @@ class Storage(ABC):
     @property
     @abstractmethod
     def uri(self) -> str:
-        """Absolute: a plain path for a local folder, else s3://bucket/prefix or hf://datasets/owner/name@…"""
+        """Absolute: a plain path for a local folder, else s3://bucket/prefix or hf://…@revision"""
 
     @abstractmethod
     def read_bytes(self, key: str, *, start: int = 0, end: int | None = None) -> bytes:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.storage.checkpoint_cache import discard, fetch
-from cluster.storage.uris import AlreadyExistsError, NotFoundError, Storage, StorageError, open_storage
+from cluster.storage.uris import AlreadyExistsError, NotFoundError, Storage, StorageError, open_storage, pinned
 from model.checkpoint_folder import MANIFEST, CheckpointError, Metadata, is_hf_folder, read_metadata, verify_checkpoint
 
 LATEST = "latest"
@@ -130,7 +130,8 @@ def find_checkpoint(reference: str, storage_uri: str) -> tuple[str, Path]:
     """Returns the URI of the verified checkpoint that `reference` names, and a local folder with it.
 
     `latest` is the newest valid published checkpoint; damaged ones are logged and skipped. A URI names a checkpoint's
-    folder, or a run's, which means its newest valid checkpoint; a remote one is copied here. Raises `CheckpointError`.
+    folder, or a run's, which means its newest valid checkpoint; a remote one is copied here, of a model on the Hub
+    (hf://owner/name@revision) the present commit, which the returned URI names. Raises `CheckpointError`.
     """
     candidates, none = _candidates(reference, storage_uri)
     for checkpoint in candidates:
@@ -166,7 +167,7 @@ def _candidates(reference: str, storage_uri: str) -> tuple[Iterable[str], str]:
     if reference == LATEST:
         published = (publication.checkpoint for publication in newest_first(storage))
         return published, f"nothing is published in {storage_uri}: finish a run there, or name a checkpoint's folder"
-    folder = open_storage(reference)
+    folder = open_storage(pinned(reference)[0])
     keys = [entry.key for entry in folder.list()]
     if not keys:
         run = storage.child(f"runs/{reference}")

@@ -1,4 +1,4 @@
-"""Storages by URI: a path, file://, s3://bucket/prefix or hf://datasets/owner/name."""
+"""Storages by URI: a path, file://, s3://bucket/prefix or hf://… (cluster/storage/hub.py)."""
 
 import glob
 import os
@@ -23,8 +23,8 @@ from cluster.storage.interface import (  # noqa: F401 (also for those who open s
 if TYPE_CHECKING:
     from cluster.storage.hub import HubStorage
 
-_ROOT = re.compile(r"s3://[^/]+|hf://[^/]+/[^/]+/[^/]+")
-"""Matches a bucket or a whole dataset, which has no folder above it."""
+_ROOT = re.compile(r"s3://[^/]+|hf://(datasets/)?[^/]+/[^/]+")
+"""Matches a bucket or a whole repository of the Hub, which has no folder above it."""
 
 
 def open_storage(uri: str) -> Storage:
@@ -61,7 +61,7 @@ def pinned(uri: str) -> tuple[str, str]:
 
 
 def split_uri(uri: str) -> tuple[Storage, str]:
-    """Returns the storage of a file's folder, and the file's key in it: empty for a bucket or a whole dataset."""
+    """Returns the storage of a file's folder, and the file's key in it: empty for a bucket or a whole repository."""
     whole = absolute_uri(uri)
     if _ROOT.fullmatch(whole):
         return open_storage(whole), ""
@@ -121,7 +121,7 @@ def _local_path(uri: str) -> Path:
             shown = uri.rpartition("@")[2]
             raise StorageError(
                 f"cannot open {shown!r}: expected a path, file:///absolute/path, "
-                "s3://bucket/prefix or hf://datasets/owner/name"
+                "s3://bucket/prefix, hf://owner/name or hf://datasets/owner/name"
             )
         path = unquote(parts.path)
     return Path(os.path.abspath(Path(path).expanduser()))  # noqa: PTH100 (`resolve` would follow symbolic links)

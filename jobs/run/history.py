@@ -1,5 +1,6 @@
 """Summarizes a run from its settings and its ledger: attempts, interruptions, lost steps and final figures."""
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -10,12 +11,14 @@ from cluster.monitoring.metric_table import PHASES, REST, UNTIMED
 from cluster.settings.flags import validate_config
 from cluster.settings.parser import ConfigError
 from cluster.settings.run import FORMER_SETTINGS, RunConfig, max_steps, with_precision
+from cluster.storage.registry import LATEST
 from cluster.storage.uris import Storage
 from jobs.run.ledger import Ledger, Line
 from model.config import GPTConfig
 
 CONFIG_FILE = "config.yaml"
 ASSUMED_PRICES = {"GPU": 2.0, "CPU": 0.05}  # dollars per hour: round numbers near what clouds ask
+_REVISION, _COMMIT = re.compile(r"^(hf://.+?)@[^/]+"), re.compile("^hf://.+?@[0-9a-f]{40}")
 _MEASUREMENTS = ("phases", "layers")  # events that a run has hundreds of
 
 
@@ -38,13 +41,21 @@ def recorded_config(run: Storage) -> RunConfig:
 
 
 def changed_settings(run: Storage, now: RunConfig) -> list[str]:
-    """Describes each changed setting on which the weights depend. Precision `auto` means the run's earlier one."""
+    """Describes each changed setting on which the weights depend. Precision `auto` means the run's earlier one, and a
+    branch of the Hub, a run or `latest` in `train.init_from` the weights that they named when the run began."""
     before = recorded_config(run)
     if before.train.precision != "auto":
         now = with_precision(now, before.train.precision)
     if now.train.init_from and now.model == GPTConfig():  # the shape is that of the weights that it began from
         now = now.model_copy(update={"model": before.model})
+    if (start := before.train.init_from) and _may_have_named(str(now.train.init_from), start):
+        now = now.model_copy(update={"train": now.train.model_copy(update={"init_from": start})})
     return [f"{name} was {old}, now {new}" for name, (old, new) in training_differences(before, now).items()]
+
+
+def _may_have_named(reference: str, checkpoint: str) -> bool:
+    at_head = "" if _COMMIT.search(reference) else _REVISION.sub(r"\1", reference)
+    return reference == LATEST or checkpoint.startswith(f"{reference}/") or _REVISION.sub(r"\1", checkpoint) == at_head
 
 
 def training_differences(before: RunConfig, now: RunConfig) -> dict[str, tuple[Any, Any]]:

@@ -2,7 +2,8 @@
 
 `/api/datasets/ID/revision/REV` (the commit), `/api/datasets/ID/tree/REV/PATH` (files, two a page, recursively) and
 `/datasets/ID/resolve/REV/PATH` (HEAD and GET with ranges; what lies in large-file storage is redirected to `/cdn/`),
-with the headers and error codes that huggingface_hub reads. It is not the Hub: what it leaves out is unproven.
+with the headers and error codes that huggingface_hub reads; a model's are `/api/models/ID/…` and `/ID/resolve/…`. It is
+not the Hub: what it leaves out is unproven.
 """
 
 import hashlib
@@ -16,14 +17,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
 PAGE = 2
-LARGE = ".parquet"
-"""The ending of the files that lie in large-file storage."""
+LARGE = ".parquet", ".safetensors"
+"""The endings of the files that lie in large-file storage."""
 
 
 @dataclass
 class HubStub:
-    """One dataset, `owner/texts`. `commit` adds a commit and moves a branch to it."""
+    """One dataset, `owner/texts`, or one model of that name. `commit` adds a commit and moves a branch to it."""
 
+    kind: str = "dataset"
     url: str = ""
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
@@ -39,8 +41,8 @@ class HubStub:
 
 
 @contextmanager
-def running_hub() -> Iterator[HubStub]:
-    hub = HubStub()
+def running_hub(kind: str = "dataset") -> Iterator[HubStub]:
+    hub = HubStub(kind)
 
     class Handler(_Handler):
         stub = hub
@@ -63,7 +65,13 @@ class _Handler(BaseHTTPRequestHandler):
             return self.answer(403, b"", {"X-Error-Code": "GatedRepo"})
         if found := re.fullmatch(r"/cdn/(\w+)/(.+)", parts.path):
             return self.send_file(self.stub.commits[found[1]][unquote(found[2])])
-        found = re.fullmatch(r"(?:/api)?/datasets/([^/]+/[^/]+)/(revision|tree|resolve)/([^/]+)(?:/(.*))?", parts.path)
+        routes = (
+            r"/api/{0}s/([^/]+/[^/]+)/(revision|tree)/([^/]+)(?:/(.*))?",
+            r"/{0}([^/]+/[^/]+)/(resolve)/([^/]+)/(.*)",
+        )
+        folders = self.stub.kind, "datasets/" if self.stub.kind == "dataset" else ""
+        tried = [re.fullmatch(route.format(name), parts.path) for route, name in zip(routes, folders, strict=True)]
+        found = next((match for match in tried if match), None)
         if found is None or found[1] != "owner/texts":
             return self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
         revision, path = unquote(found[3]), unquote(found[4] or "")

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from cluster.settings.parser import ConfigError
@@ -13,14 +14,16 @@ from cluster.settings.run import to_yaml
 from cluster.storage.uris import open_storage
 from jobs.proof.replay_run import replay
 from jobs.run.checkpoints import RunCheckpoints
-from jobs.run.history import changed_settings
+from jobs.run.history import changed_settings, recorded_config
 from jobs.run.ledger import Ledger
 from jobs.run.run_plan import RunPlan, run_storage
+from jobs.tokens.train_tokenizer import load_tokenizer
 from jobs.training.train_loop import train
 from jobs.warm_start import begin, like_its_source
 from model.checkpoint import load_model, parameter_hash
 from model.checkpoint_folder import CheckpointError, read_metadata
 from model.tokenizer import Tokenizer
+from tests.cluster.hub_stub import running_hub
 from tests.jobs.runs import tiny_plan
 
 
@@ -77,6 +80,35 @@ def test_the_weights_of_a_folder_are_step_0_and_a_resume_has_the_bits_of_one_go(
     found = replay(run_storage(whole.config), steps=range(1, 9), num_workers=2)
     assert found["equal"], found["verdict"]
     assert found["from_checkpoint"] == "step-000000000"
+
+
+def test_a_model_on_the_hub_is_recorded_by_its_commit_and_its_branch_may_move(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer_json = tiny_plan(str(tmp_path / "storage")).tokenizer_json
+    source = source_folder(tmp_path / "source", tokenizer_json)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with running_hub("model") as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        commit = hub.commit({file.name: file.read_bytes() for file in source.iterdir()})
+        plan = begun(tmp_path, "from-the-hub", "hf://owner/texts@main")
+        hub.commit({"config.json": b"{}"})
+        pinned = f"hf://owner/texts@{commit}"
+        assert recorded_config(plan.run).train.init_from == plan.config.train.init_from == pinned
+        assert plan.config.data.tokenizer == pinned
+        assert load_tokenizer(pinned)[0].to_json() == tokenizer_json
+        checkpoints = RunCheckpoints(plan.run)
+        begins = read_metadata(checkpoints.fetch(checkpoints.names[0], tmp_path)).parameter_hash
+        assert begins == parameter_hash(load_model(source).state_dict())
+
+        def changed(reference: str) -> list[str]:
+            train = plan.config.train.model_copy(update={"init_from": reference})
+            return changed_settings(plan.run, plan.config.model_copy(update={"train": train}))
+
+        assert changed("hf://owner/texts@main") == changed("hf://owner/texts@v1") == changed(pinned) == []
+        for other in (f"hf://owner/texts@{'0' * 40}", "hf://owner/others@main", "hf://owner/texts@main/nested"):
+            assert changed(other) == [f"train.init_from was {pinned}, now {other}"]
 
 
 def test_a_run_without_its_first_checkpoint_never_begins_with_random_weights(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""hf:// corpora, against a stub of the Hub: pinned to a commit, read by ranges, and errors that say what to do."""
+"""hf:// corpora and models, against a stub of the Hub: pinned to a commit, read by ranges, and errors that say what to do."""
 
 import io
 import pickle
@@ -11,6 +11,7 @@ import pytest
 from huggingface_hub import constants
 
 from cluster.storage.hub import HubStorage
+from cluster.storage.registry import find_checkpoint
 from cluster.storage.uris import (
     NotFoundError,
     StorageError,
@@ -144,6 +145,33 @@ def test_uris_and_pickling(hub: HubStub, tmp_path: Path) -> None:
     assert pinned("some/folder") == ("some/folder", "")
 
 
+def test_a_model_is_fetched_once_for_each_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    files = {
+        "config.json": b"{}",
+        "model.safetensors": b"weights" * 1000,
+        "card.md": b"a card",
+        "onnx/config.json": b"",
+    }
+    with running_hub("model") as stub:
+        monkeypatch.setenv("HF_ENDPOINT", stub.url)
+        first = stub.commit(files)
+        assert absolute_uri("hf://owner/texts/onnx") == "hf://owner/texts@main/onnx"
+        uri, folder = find_checkpoint("hf://owner/texts@main", str(tmp_path))
+        assert uri == f"hf://owner/texts@{first}"
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == dict(list(files.items())[:2])
+        stub.asked.clear()
+        assert find_checkpoint(uri, str(tmp_path)) == (uri, folder)
+        assert not [path for method, path, *_ in stub.asked if "/resolve/" in path]
+        second = stub.commit(files | {"model.safetensors": b"others"})
+        newer, other = find_checkpoint("hf://owner/texts", str(tmp_path))
+        assert (newer, (other / "model.safetensors").read_bytes()) == (f"hf://owner/texts@{second}", b"others")
+        assert find_checkpoint(uri, str(tmp_path)) == (uri, folder)
+        with pytest.raises(NotFoundError, match=r"datasets/owner/texts@main: no such repository .* is a model"):
+            pinned(ROOT)
+
+
 def test_it_is_read_only(hub: HubStub) -> None:
     storage = open_storage(ROOT)
     for action in (
@@ -179,7 +207,7 @@ def test_the_token_comes_from_the_environment_alone(
     [
         (
             "hf://datasets/owner/nothing",
-            r"@main(/x)?: no such dataset at http://127\.0\.0\.1:\d+, or HF_TOKEN may not see",
+            r"@main(/x)?: no such repository at http://127\.0\.0\.1:\d+, or HF_TOKEN may not see",
         ),
         (f"{ROOT}@v9/data", r"@v9/data(/x)?: no such revision; name a branch, a tag or a commit"),
     ],
@@ -206,7 +234,7 @@ def test_denied_gated_offline_and_out_of_reach(hub: HubStub, monkeypatch: pytest
         assert "\n" not in str(caught.value)
         assert "hf_secret" not in str(caught.value)
     hub.gated = True
-    with pytest.raises(StorageError, match="the dataset is gated; accept its terms"):
+    with pytest.raises(StorageError, match="the repository is gated; accept its terms"):
         pinned(ROOT)
     monkeypatch.setenv("HF_ENDPOINT", "http://user:sesame@127.0.0.1:9")
     with pytest.raises(StorageError, match=r"127\.0\.0\.1:9 cannot be reached \(ConnectError\); check") as caught:
@@ -218,10 +246,10 @@ def test_denied_gated_offline_and_out_of_reach(hub: HubStub, monkeypatch: pytest
 
 
 @pytest.mark.parametrize(
-    "uri", ["hf://datasets/owner", "hf://owner/texts", "hf://datasets/owner/texts@/x", "hf://", f"{ROOT}//a"]
+    "uri", ["hf://datasets/owner", "hf://spaces/owner/texts", "hf://datasets/owner/texts@/x", "hf://", f"{ROOT}//a"]
 )
 def test_another_form_is_refused(uri: str) -> None:
-    with pytest.raises(StorageError, match="expected hf://datasets/owner/name@revision/path"):
+    with pytest.raises(StorageError, match="expected hf://owner/name@revision/path for a model, hf://datasets"):
         open_storage(uri)
     with pytest.raises(StorageError, match="leaves its folder"):
         open_storage(f"{ROOT}/a/../../b")
