@@ -98,15 +98,15 @@ def logits_chunk_bytes(config: RunConfig) -> float:
 
 def host_memory(config: RunConfig, layout: FlatLayout, *, world_size: int, gpus_per_node: int) -> dict[str, float]:
     """Returns the bytes by part of a node's own memory: two slots of its GPUs' shares of the state, one of them being
-    written (`snapshots/slots`); where no other node has the same, as many of another node's (`snapshots/choice`); a
-    checkpoint that is being stored and one that waits, on rank 0's node, or its GPUs' shards of them where weights are
-    sharded; and two pieces of each GPU's copies (`exact/host_copies`)."""
+    written (`snapshots/slots`); where no other node has the same, a third, and two of another node's shares
+    (`snapshots/choice`); a checkpoint that is being stored and one that waits, on rank 0's node, or its GPUs' shards of
+    them where weights are sharded; and two pieces of each GPU's copies (`exact/host_copies`)."""
     state, num_ranks = STATE_BYTES * layout.size, min(world_size, gpus_per_node)
     holders, writers = (of(config.scaling, world_size) for of in (holders_of, writers_of))
-    snapshots = NUM_SLOTS * state * (num_ranks / holders if holders > 1 else 1.0)
+    shares, are_copied = state * (num_ranks / holders if holders > 1 else 1.0), holders == world_size > gpus_per_node
     return {
-        "snapshots": snapshots,
-        "copies_of_another_node": snapshots * (holders == world_size > gpus_per_node),
+        "snapshots": shares * (NUM_SLOTS + are_copied),
+        "copies_of_another_node": shares * NUM_SLOTS * are_copied,
         "checkpoints": 2 * state * min(1.0, num_ranks / writers),
         "pieces": float(2 * FP32_BYTES * PIECE_VALUES * num_ranks),
     }

@@ -5,10 +5,11 @@ import sys
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 
-from jobs.snapshots.slots import Header
+from jobs.snapshots.slots import NUM_SLOTS, Header
 
 MAX_SHARE = 0.01  # of a step's time that snapshots may cost
 COPIES = "copy-"  # begins the name of an area of copies
+ONLY = "rank-"  # begins that of a share of a sharded state which no other group of workers has
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,12 @@ def copies(holdings: Iterable[Holding], nodes: Sequence[str]) -> list[tuple[Hold
         wanted.append((share, target))
         load[target] += 1
     return wanted
+
+
+def num_slots(area: str) -> int:
+    """Returns the number of an area's slots. Where each node has a part of the state alone, the loss of one leaves a
+    whole state only of a step that all others keep too: the latest that was copied, in a third slot."""
+    return NUM_SLOTS + area.startswith(ONLY)
 
 
 def copy_area(share: Holding) -> str:

@@ -4,10 +4,11 @@ The memory has no name in any file system: workers reach it through the keeper's
 methods, and it is gone with the keeper, which ends with the launcher. So nothing is ever left behind.
 """
 
+import math
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
@@ -18,8 +19,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.ray_train.cluster_view import renew_view
 from jobs.run.run_plan import RunPlan
-from jobs.snapshots.choice import Holding, copies, copy_area
-from jobs.snapshots.slots import NUM_SLOTS, Bytes, Checksum, Slots
+from jobs.snapshots.choice import ONLY, Holding, copies, copy_area, num_slots
+from jobs.snapshots.slots import Bytes, Checksum, Slots
 
 CHUNK_BYTES = 16 << 20  # of one message of a transfer between nodes
 _POLL_S = 0.5
@@ -48,11 +49,11 @@ class Keeper:
 
     def open(self, area: str, num_bytes: int) -> str | NoRoom:
         """Returns the path of an area for shares of so many bytes; one that has this size is left as it is."""
-        needed = Slots.bytes_needed(num_bytes)
+        needed = Slots.bytes_needed(num_bytes, num_slots(area))
         if area in self._areas and self._areas[area].size != needed:
             del self._areas[area]
         if area not in self._areas:
-            used = sum(slots.size for slots in self._areas.values())
+            used = sum(slots.size for slots in list(self._areas.values()))
             if used + needed > self._max_bytes:
                 return NoRoom(
                     f"node {self._node} allows {self._max_bytes / 1e9:.1f} GB for them (checkpoint.snapshot_bytes, or "
@@ -61,7 +62,7 @@ class Keeper:
                 )
             descriptor = os.memfd_create(f"raymill-{area}")
             os.ftruncate(descriptor, needed)
-            self._areas[area] = Slots(descriptor)
+            self._areas[area] = Slots(descriptor, num_slots(area))
         return self.path(area)
 
     def path(self, area: str) -> str:
@@ -70,7 +71,7 @@ class Keeper:
     def close_older(self, attempt: int) -> None:
         """Frees the areas that hold nothing as new as the attempt."""
         for area, slots in list(self._areas.items()):
-            found = [header for slot in range(NUM_SLOTS) if (header := slots.header(slot))]
+            found = [header for slot in slots.numbers if (header := slots.header(slot))]
             if found and max(header.attempt for header in found) < attempt:
                 del self._areas[area]
 
@@ -78,8 +79,8 @@ class Keeper:
         """Returns the sealed slots."""
         return [
             Holding(self._node, area, slot, header)
-            for area, slots in self._areas.items()
-            for slot in range(NUM_SLOTS)
+            for area, slots in list(self._areas.items())  # `copy` opens areas in its own thread
+            for slot in slots.numbers
             if (header := slots.header(slot))
         ]
 
@@ -88,10 +89,12 @@ class Keeper:
         slots = self._areas.get(held.area)
         return slots is not None and slots.holds(held.header, held.slot) and slots.is_whole(held.slot)
 
-    def pin(self, held: Holding, seconds: float) -> None:
-        """Keeps a slot from being written for so long."""
-        if held.area in self._areas:
-            self._areas[held.area].pin(held.slot, seconds)
+    def pin(self, held: Holding, seconds: float) -> bool:
+        """Keeps a slot from being written for so long. Returns False if it was written again before."""
+        if (slots := self._areas.get(held.area)) is None:
+            return False
+        slots.pin(held.slot, seconds)
+        return slots.holds(held.header, held.slot)
 
     def chunk(self, held: Holding, start: int, stop: int) -> Bytes | None:
         """Returns a copy of some of the data, or None when the slot was written again since."""
@@ -100,14 +103,21 @@ class Keeper:
         content = slots.data(held.slot)[start:stop].copy()
         return content if slots.holds(held.header, held.slot) else None
 
-    def copy(self, held: Holding, other: Any) -> None:
-        """Copies a slot of another node's keeper, unless that is gone or there is no room."""
+    @ray.method(concurrency_group="copy")
+    def copy(self, held: Holding, other: Any) -> bool:
+        """Copies a slot of another node's keeper. Returns False where that is gone or there is no room here."""
         area, num_bytes = copy_area(held), held.header.num_bytes
         if isinstance(self.open(area, num_bytes), NoRoom):
-            return
+            return False
         spans = [range(start, min(start + CHUNK_BYTES, num_bytes)) for start in range(0, num_bytes, CHUNK_BYTES)]
         with suppress(RayError, LostError):  # the other keeper ended, most likely with its node; the older copy is left
             self._areas[area].write(held.header, fetch(held, other, spans))
+            return True
+        return False
+
+
+AS_ACTOR: dict[str, Any] = {"num_cpus": 0, "concurrency_groups": {"copy": 1}}
+"""How Ray runs a `Keeper`: with a thread of its own for copying, as two keepers may copy from each other."""
 
 
 class LostError(RuntimeError):
@@ -121,7 +131,7 @@ def fetch(held: Holding, keeper: Any, spans: Sequence[range]) -> Iterator[Bytes]
     checksum = Checksum()
     for number in range(len(spans)):
         asked += [keeper.chunk.remote(held, span.start, span.stop) for span in spans[number + 1 : number + 2]]
-        data = ray.get(asked.pop(0), timeout=_COPY_S)  # two keepers that copy from each other would wait forever
+        data = ray.get(asked.pop(0), timeout=_COPY_S)
         if data is None:
             break
         checksum.add(data)
@@ -140,10 +150,14 @@ def find_keepers(launch: str) -> dict[str, Any]:
     return found
 
 
-def ask(references: Mapping[Key, Any], *, num_bytes: int = 0) -> dict[Key, Any]:
-    """Returns the answers of the keepers that are alive, which read `num_bytes` for them."""
+def read_s(num_bytes: int) -> float:
+    """Returns the time in which a keeper has read so many bytes and answered."""
+    return ANSWER_S + num_bytes / READ_BYTES_PER_S
+
+
+def ask(references: Mapping[Key, Any], *, timeout_s: float = ANSWER_S) -> dict[Key, Any]:
+    """Returns the answers of the keepers that are alive."""
     keys = {reference: key for key, reference in references.items()}
-    timeout_s = ANSWER_S + num_bytes / READ_BYTES_PER_S
     ready, _ = ray.wait(list(keys), num_returns=len(keys), timeout=timeout_s) if keys else ([], [])
     answers = {}
     for reference in ready:
@@ -152,12 +166,32 @@ def ask(references: Mapping[Key, Any], *, num_bytes: int = 0) -> dict[Key, Any]:
     return answers
 
 
+def copy_to_second_nodes(
+    keepers: Mapping[str, Any], holdings: Sequence[Holding], nodes: Sequence[str], kept: Collection[Holding]
+) -> Collection[Holding]:
+    """Copies the shares of one step, all nodes at once, and returns those that stay as they are until the next are
+    copied: `kept` where one could not be, as it had been written again, or a node was lost."""
+    wanted = copies(holdings, nodes)
+    most_s = _COPY_S + read_s(sum(held.header.num_bytes for held, _ in wanted) // max(1, len(nodes)))
+    made = ask({n: keepers[held.node].pin.remote(held, math.inf) for n, (held, _) in enumerate(wanted)})
+    if sum(made.values()) == len(wanted):
+        made = {n: keepers[target].copy.remote(held, keepers[held.node]) for n, (held, target) in enumerate(wanted)}
+        made = ask(made, timeout_s=most_s)
+    are_copied = wanted and sum(made.values()) == len(wanted)
+    stay = [held for held, _ in wanted if held.area.startswith(ONLY)] if are_copied else kept
+    for held in [*kept, *(held for held, _ in wanted)]:
+        if held not in stay and held.node in keepers:
+            keepers[held.node].pin.remote(held, 0.0)
+    return stay
+
+
 class Keepers:
     """Keeps, while the context lasts, a keeper on every node that can hold a worker, and each snapshot on two nodes."""
 
     def __init__(self, plan: RunPlan) -> None:
         self._plan = plan
         self._keepers: dict[str, Any] = {}
+        self._kept: Collection[Holding] = ()
         self._newest_step = -1
         self.snapshot_time_s: float | None = None  # Unix time at which the newest snapshot was first seen
         self._ended = threading.Event()
@@ -186,7 +220,7 @@ class Keepers:
             if newest != self._newest_step:
                 self._newest_step, self.snapshot_time_s = newest, time.time()
             start = time.monotonic()
-            self._copy(holdings, list(answers))
+            self._kept = copy_to_second_nodes(self._keepers, holdings, list(answers), self._kept)
             copied_until = time.monotonic() + (time.monotonic() - start) / _COPY_SHARE
 
     def _start_missing(self) -> None:
@@ -198,18 +232,9 @@ class Keepers:
 
     def _start(self, node: str, resources: Mapping[str, float]) -> Any:
         place = NodeAffinitySchedulingStrategy(node, soft=False)
-        actor = ray.remote(Keeper).options(
-            name=node, namespace=self._plan.launch, num_cpus=0, max_restarts=-1, scheduling_strategy=place
+        actor = ray.remote(**AS_ACTOR)(Keeper).options(
+            name=node, namespace=self._plan.launch, max_restarts=-1, scheduling_strategy=place
         )
         allowed = self._plan.config.checkpoint.snapshot_bytes
         max_bytes = int(_MEMORY_SHARE * resources.get("memory", 0)) if allowed is None else allowed
         return actor.remote(node=node, max_bytes=max_bytes)
-
-    def _copy(self, holdings: Sequence[Holding], nodes: Sequence[str]) -> None:
-        """Copies the shares of one step, which stay as they are until all are copied."""
-        wanted = copies(holdings, nodes)
-        for held, _ in wanted:
-            self._keepers[held.node].pin.remote(held, _COPY_S)
-        for held, target in wanted:
-            ray.wait([self._keepers[target].copy.remote(held, self._keepers[held.node])], timeout=_COPY_S)
-            self._keepers[held.node].pin.remote(held, 0.0)

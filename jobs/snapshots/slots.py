@@ -1,5 +1,5 @@
-"""Stores a share of the training state in node-local memory, in two slots written in turn; a kill at any moment leaves
-one whole.
+"""Stores a share of the training state in node-local memory, in two slots written in turn, or three of which one stays
+while it is pinned; a kill at any moment leaves one whole.
 
     slot = magic (8) | header length (4) | header CRC-32 (4) | header, JSON … | pin (8) | data, from _DATA_OFFSET on
 
@@ -78,24 +78,25 @@ class Checksum:
 
 
 class Slots:
-    """Two slots in a piece of memory that several processes of a node map."""
+    """Slots in a piece of memory that several processes of a node map."""
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, descriptor: int, num_slots: int = NUM_SLOTS) -> None:
         """Maps an open file, whose size is what `bytes_needed` returned, and which is closed with the slots."""
         self.file = os.fdopen(descriptor, "r+b", buffering=0)
         self._memory = mmap.mmap(descriptor, 0)
         self._bytes = np.frombuffer(self._memory, np.uint8)
         self.size = len(self._memory)
-        self._slot_bytes = self.size // NUM_SLOTS
+        self._slot_bytes = self.size // num_slots
+        self.numbers = range(num_slots)
 
     @classmethod
-    def at(cls, path: str) -> Self:
-        return cls(os.open(path, os.O_RDWR))
+    def at(cls, path: str, num_slots: int = NUM_SLOTS) -> Self:
+        return cls(os.open(path, os.O_RDWR), num_slots)
 
     @staticmethod
-    def bytes_needed(num_bytes: int) -> int:
+    def bytes_needed(num_bytes: int, num_slots: int = NUM_SLOTS) -> int:
         """Returns the size of the file for shares of so many bytes."""
-        return NUM_SLOTS * (_DATA_OFFSET + -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE)
+        return num_slots * (_DATA_OFFSET + -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE)
 
     def is_at(self, path: str) -> bool:
         """Reports whether the path still leads to this memory: an open file's number may be used again."""
@@ -127,7 +128,7 @@ class Slots:
             fcntl.flock(self.file, fcntl.LOCK_UN)
 
     def _write(self, header: Header, pieces: Iterable[Bytes]) -> int | None:
-        before = [self.header(slot) for slot in range(NUM_SLOTS)]
+        before = [self.header(slot) for slot in self.numbers]
         if any(found and (found.attempt, found.step) == (header.attempt, header.step) for found in before):
             return None
         ages = [(self._is_pinned(slot), found.sequence if found else -1) for slot, found in enumerate(before)]

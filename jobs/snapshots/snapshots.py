@@ -21,8 +21,8 @@ from cluster.output.progress import say
 from jobs.exact.flat_layout import within
 from jobs.exact.host_copies import HostCopy
 from jobs.exact.train_state import StatePiece, TrainState
-from jobs.snapshots.choice import Holding, Snapshot, choose, interval, reader_of
-from jobs.snapshots.keepers import CHUNK_BYTES, NoRoom, ask, fetch, find_keepers
+from jobs.snapshots.choice import Holding, Snapshot, choose, interval, num_slots, reader_of
+from jobs.snapshots.keepers import CHUNK_BYTES, NoRoom, ask, fetch, find_keepers, read_s
 from jobs.snapshots.slots import Bytes, Header, Slots
 from jobs.workers.worker_group import WorkerGroup
 
@@ -62,7 +62,8 @@ class Snapshots:
             chosen = [held for holders in snapshot.shares for held in holders]
             # Only what is chosen is read: both slots of 1.3B parameters take a keeper 4 to 8 s.
             asked = {n: keepers[held.node].is_whole.remote(held) for n, held in enumerate(chosen)}
-            are_whole = ask(asked, num_bytes=sum(held.header.num_bytes for held in chosen))
+            num_bytes = sum(held.header.num_bytes for held in chosen)
+            are_whole = ask(asked, timeout_s=read_s(num_bytes))
             damaged = [held for n, held in enumerate(chosen) if not are_whole.get(n)]
             if not damaged:
                 return snapshot
@@ -104,7 +105,7 @@ class Snapshots:
         keeper = ray.get_actor(held.node, namespace=self._launch)
         if held.node != self._node:
             return map(np.copy, fetch(held, keeper, spans))  # torch warns of what it could not write
-        slots = Slots.at(str(ray.get(keeper.path.remote(held.area))))
+        slots = Slots.at(str(ray.get(keeper.path.remote(held.area))), num_slots(held.area))
         assert slots.holds(held.header, held.slot), "nobody writes during a restore"
         return (slots.data(held.slot)[span.start : span.stop] for span in spans)
 
@@ -150,7 +151,7 @@ class Snapshots:
         """Begins the copies of this worker's shares, and after them of the other ones on its node in a rescue."""
         ranks, count, name = [state.peers.index], len(state.peers), "rank"
         if state.num_copies > 1:
-            name = f"group-{state.mesh.number}-rank"  # a node may have several groups
+            name = f"group-{state.mesh.number}-rank"  # a node may have several groups; else see `choice.ONLY`
         if not state.is_sharded:
             neighbors = [rank for rank, node in enumerate(self._node_of_rank) if node == self._node]
             first, count, name = neighbors.index(self._group.rank), NUM_SHARES[state.device.type], "share"
@@ -177,7 +178,7 @@ class Snapshots:
             answers = ask({area: keeper.open.remote(area, sizes[area]) for area in missing}) if keeper else {}
             refusals = [answer.reason for answer in answers.values() if isinstance(answer, NoRoom)]
             self._why_none = refusals[0] if refusals else f"node {self._node} has no keeper that answers"
-            self._memory |= {area: (at, Slots.at(at)) for area, at in answers.items() if isinstance(at, str)}
+            self._memory |= {a: (at, Slots.at(at, num_slots(a))) for a, at in answers.items() if isinstance(at, str)}
         return sizes.keys() <= self._memory.keys()
 
     def _agree(self, attempt: int) -> str:

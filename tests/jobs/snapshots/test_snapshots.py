@@ -1,5 +1,7 @@
 """A training state through a keeper's memory and back: the same bits, of the right run only, within its bounds."""
 
+import itertools
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -18,8 +20,8 @@ import jobs.training.attempt
 from jobs.exact.host_copies import HostCopies
 from jobs.exact.train_state import TrainState
 from jobs.run.ledger import Ledger
-from jobs.snapshots.choice import Holding, Snapshot, choose, copy_area
-from jobs.snapshots.keepers import ANSWER_S, Keeper, NoRoom
+from jobs.snapshots.choice import COPIES, Holding, Snapshot, choose, copy_area, num_slots
+from jobs.snapshots.keepers import ANSWER_S, AS_ACTOR, Keeper, NoRoom, copy_to_second_nodes
 from jobs.snapshots.slots import Bytes, Header, Slots
 from jobs.snapshots.snapshots import Snapshots
 from jobs.training.train_loop import train
@@ -78,7 +80,7 @@ def test_a_large_state_has_the_time_to_be_read_and_a_damaged_one_is_named(
     ray_workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Both slots were read within 2 s or the keeper was left out, so a large run silently had no snapshots."""
-    keeper = ray.remote(num_cpus=0)(LargeKeeper).remote(node="a", max_bytes=1 << 30)
+    keeper = ray.remote(**AS_ACTOR)(LargeKeeper).remote(node="a", max_bytes=1 << 30)
     slots = Slots.at(ray.get(keeper.open.remote("state", SIZE)))
     write(slots, header_of(step=6))
     write(slots, header_of(step=7))
@@ -131,7 +133,7 @@ def test_a_share_is_copied_from_keeper_to_keeper_and_a_lack_of_room_is_reported(
     state = make_state()
     num_bytes = 12 * state.layout.size
     room = {"a": Slots.bytes_needed(num_bytes), "b": Slots.bytes_needed(num_bytes) - 1, "c": 1 << 30}
-    keepers = {node: ray.remote(num_cpus=0)(Keeper).remote(node=node, max_bytes=room[node]) for node in room}
+    keepers = {node: ray.remote(**AS_ACTOR)(Keeper).remote(node=node, max_bytes=room[node]) for node in room}
     ray.get([keeper.holdings.remote() for keeper in keepers.values()])  # they are there
     monkeypatch.setattr(jobs.snapshots.snapshots, "find_keepers", lambda launch: keepers)
     monkeypatch.setattr(jobs.snapshots.snapshots, "_FIRST_AGREEMENT", 2)
@@ -154,6 +156,51 @@ def test_a_share_is_copied_from_keeper_to_keeper_and_a_lack_of_room_is_reported(
     gone = replace(newest, header=replace(newest.header, step=9, sequence=99))
     ray.get(keepers["c"].copy.remote(gone, keepers["a"]))
     assert ray.get(keepers["c"].holdings.remote()) == [copied], "what is lost on its way is not kept"
+
+
+@pytest.mark.cluster
+def test_shares_that_are_written_all_the_time_are_copied_of_one_step(ray_workers: int) -> None:
+    """Two ranks of a sharded state write every 20 ms; while they do, their nodes' keepers copy from each other, and what
+    is left of one step after the loss of any node is whole."""
+    nodes = ["a", "b"]
+    keepers = {node: ray.remote(**AS_ACTOR)(Keeper).remote(node=node, max_bytes=1 << 30) for node in nodes}
+    areas = {node: f"rank-{rank}-of-2" for rank, node in enumerate(nodes)}
+    slots = {node: Slots.at(ray.get(keepers[node].open.remote(areas[node], SIZE)), 3) for node in nodes}
+    assert {num_slots(area) for area in areas.values()} == {3}
+    ended = threading.Event()
+
+    def train() -> None:
+        for step in itertools.count(1):
+            for rank, node in enumerate(nodes):
+                write(slots[node], replace(header_of(step=step), rank=rank, world_size=2))
+            if ended.wait(0.02):
+                return
+
+    def listed() -> list[Holding]:
+        return [held for keeper in keepers.values() for held in ray.get(keeper.holdings.remote())]
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    try:
+        steps, kept = set(), []
+        for _ in range(3):
+            before = kept
+            while kept is before:
+                kept = copy_to_second_nodes(keepers, listed(), nodes, before)
+            time.sleep(0.2)  # ten steps
+            copied = [held for held in listed() if held.area.startswith(COPIES)]
+            assert {(held.node, held.area) for held in copied} == {("a", "copy-rank-1-of-2"), ("b", "copy-rank-0-of-2")}
+            assert all(ray.get(keepers[held.node].is_whole.remote(held)) for held in copied)
+            for lost in nodes:  # whichever node is lost, the other has a whole state
+                left = [held for held in listed() if held.node != lost]
+                found = choose(left, explained_step=10**9, at_least=0, is_left_out=lambda step: False)
+                assert found is not None
+                steps.add(found.header.step)
+            assert {held.header.step for held in kept} <= steps
+        assert len(steps) == 3
+    finally:
+        ended.set()
+        thread.join()
 
 
 def test_memory_is_bounded_kept_and_given_back() -> None:
