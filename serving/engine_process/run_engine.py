@@ -7,6 +7,7 @@ import os
 import select
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -30,6 +31,9 @@ from serving.engine_process.peer_watchdog import watch_peer
 from serving.engine_process.weight_turns import WeightTurns
 
 RECEIVE_BYTES = 1 << 16
+HELD_S = 0.016
+"""For how long reports of steps may wait for later ones: a frame of a screen. Where steps take less, the replica, the
+proxy and the client wake once for several."""
 
 
 class Channel:
@@ -38,9 +42,17 @@ class Channel:
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
         self._rest = b""  # of a message that has not arrived whole
+        self._held = bytearray()
+        self._sent_s = 0.0
 
-    def send(self, message: Any) -> None:
-        self._connection.sendall(encode_message(message))
+    def send(self, message: Any, *, at_once: bool = True) -> None:
+        """Sends a message after those that are held, or else holds it too, for `HELD_S` at most if others follow."""
+        self._held += encode_message(message)
+        now_s = time.monotonic()
+        if at_once or now_s - self._sent_s >= HELD_S:
+            self._connection.sendall(self._held)
+            self._held.clear()
+            self._sent_s = now_s
 
     def receive(self, *, wait: bool) -> Iterator[Any]:
         """Yields the messages that have arrived; with `wait`, blocks until some bytes have. Raises `EOFError` once the
@@ -55,7 +67,9 @@ class Channel:
 
 
 def run_engine(engine: Engine | WeightTurns, channel: Channel) -> NoReturn:
-    """Takes commands, and sends admissions before and a report after each step, until the replica is gone."""
+    """Takes commands, and sends admissions before and a report after each step, until the replica is gone. A report
+    waits for later ones unless a sequence begins or ends with it."""
+    continuing: set[int] = set()
     while True:
         for message in channel.receive(wait=not engine.has_work):
             if "submit" in message:
@@ -67,7 +81,10 @@ def run_engine(engine: Engine | WeightTurns, channel: Channel) -> NoReturn:
                 engine.cancel(message["cancel"])
             else:
                 channel.send({"metrics": _metrics()})
-        channel.send(engine.step(lambda admission: channel.send({"admission": admission})))
+        report = engine.step(lambda admission: channel.send({"admission": admission}))
+        began = {event.seq_id for event in report.events} - continuing
+        continuing = {event.seq_id for event in report.events if event.finish_reason is None}
+        channel.send(report, at_once=bool(began) or len(continuing) < len(report.events) or not engine.has_work)
 
 
 def _metrics() -> list[MetricFamily]:

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -152,6 +153,48 @@ def test_the_engine_ends_with_its_replica(checkpoint: Path) -> None:
 def test_an_unusable_checkpoint_is_an_error_for_people(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=str(tmp_path)):
         asyncio.run(EngineClient.start(tmp_path, config=EngineConfig(max_num_seqs=1), eos_id=None, threads=1))
+
+
+class Recorded:
+    """A connection that keeps what is sent together."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.sent: list[list[Any]] = []
+        self.fileno, self.recv, self._sendall = connection.fileno, connection.recv, connection.sendall
+
+    def sendall(self, data: bytes) -> None:
+        self.sent.append([json.loads(line) for line in data.splitlines()])
+        self._sendall(data)
+
+
+@pytest.mark.parametrize(("held_s", "together"), [(1000.0, [1, 1, 3, 1, 1, 9]), (0.0, [1] * 16)])
+def test_reports_wait_for_each_other_unless_a_sequence_begins_or_ends(
+    model: GPT, monkeypatch: pytest.MonkeyPatch, held_s: float, together: list[int]
+) -> None:
+    monkeypatch.setattr("serving.engine_process.run_engine.HELD_S", held_s)
+    pool, runner = BlockPool(64, keep_prefixes=True), TorchRunner(model, num_blocks=64)
+    target = Engine(runner, Scheduler(pool, max_num_seqs=1, prefill_tokens_per_step=96, eos_id=None))
+    ours, theirs = socket.socketpair()
+    ours.settimeout(limit_s(60))
+    connection = Recorded(theirs)
+
+    def run() -> None:
+        with theirs, contextlib.suppress(EOFError):
+            run_engine(target, Channel(connection))  # type: ignore[arg-type]
+
+    with ours, ours.makefile("rb") as file:
+        for seq_id, max_tokens in enumerate((4, 10)):
+            ours.sendall(encode_message(submit_message(SequenceRequest(seq_id, [seq_id, 2], max_tokens, GREEDY))))
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        lines = [json.loads(file.readline()) for _ in range(sum(together))]
+    thread.join(limit_s(60))
+    assert [len(messages) for messages in connection.sent] == together
+    assert [message for messages in connection.sent for message in messages] == lines
+    events = [event for line in lines if isinstance(line, list) for event in parse_report(line).events]
+    for seq_id, max_tokens in enumerate((4, 10)):
+        tokens = [event.token_id for event in events if event.seq_id == seq_id]
+        assert tokens == generate(model, [seq_id, 2], max_tokens=max_tokens, params=GREEDY, eos_id=None)
 
 
 class HeldRunner(TorchRunner):
