@@ -221,7 +221,9 @@ class Keepers:
                 self._newest_step, self.snapshot_time_s = newest, time.time()
             start = time.monotonic()
             self._kept = copy_to_second_nodes(self._keepers, holdings, list(answers), self._kept)
-            copied_until = time.monotonic() + (time.monotonic() - start) / _COPY_SHARE
+            num_bytes = sum(held.header.num_bytes for held in holdings if held.header.step == newest)
+            took_s = min(time.monotonic() - start, num_bytes / READ_BYTES_PER_S)  # of small states it waits, and no more
+            copied_until = time.monotonic() + took_s / _COPY_SHARE
 
     def _start_missing(self) -> None:
         resources = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
