@@ -222,7 +222,8 @@ class Keepers:
             start = time.monotonic()
             self._kept = copy_to_second_nodes(self._keepers, holdings, list(answers), self._kept)
             num_bytes = sum(held.header.num_bytes for held in holdings if held.header.step == newest)
-            took_s = min(time.monotonic() - start, num_bytes / READ_BYTES_PER_S)  # of small states it waits, and no more
+            # Small states are no work: what takes long is waiting for answers.
+            took_s = min(time.monotonic() - start, num_bytes / READ_BYTES_PER_S)
             copied_until = time.monotonic() + took_s / _COPY_SHARE
 
     def _start_missing(self) -> None:
