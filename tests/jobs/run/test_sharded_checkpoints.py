@@ -82,7 +82,7 @@ def check_crashes(storage_uri: str, folder: Path, *, num_seeds: int, places: set
     for crash in crashed:
         print(crash)
         assert crash["codes"][crash["rank"]] == 137
-        assert crash["codes"][1 - crash["rank"]] == 1, "it lost the other one"
+        assert crash["codes"][1 - crash["rank"]] == 1 or crash["complete"] == NUM_STEPS, "it lost the other one"
         assert {*crash["ended"]} == {0}
         assert crash["damaged"] == []
         assert crash["complete"] <= crash["went_on_from"]
