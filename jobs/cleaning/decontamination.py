@@ -7,6 +7,7 @@ more do, at most 12 bytes for each word of the corpus, which lie in the store un
 """
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -14,13 +15,15 @@ from functools import lru_cache, partial
 import numpy as np
 import numpy.typing as npt
 
+from cluster.output.progress import say
 from cluster.settings.run import DataConfig
 from cluster.storage.uris import Storage
 from jobs.cleaning.disk_buckets import BucketFile, Records
-from jobs.cleaning.document_index import DROP_CODES, INDEX, read_chunk
+from jobs.cleaning.document_index import DROP_CODES, read_chunk, selection_folder
 from jobs.cleaning.duplicates import ROW, ROWS, Marks, Sections, distinct
 from jobs.cleaning.exchange import (
     Exchange,
+    Piece,
     Runner,
     Section,
     partitions_for,
@@ -36,6 +39,7 @@ from jobs.corpus.ray_data_tasks import run_tasks
 from jobs.corpus.text_hashes import Hashes, normalized, word_ngrams
 
 _NGRAM = np.dtype([("hash", "<u8"), ("row", ROW)])
+_CONTAMINATED = DROP_CODES.index(Drop.CONTAMINATED)
 _WORD_BYTES = 4  # of text, about
 _BITS_PER_NGRAM, _MOST_FILTER_BYTES = 16, 64 << 20
 
@@ -48,12 +52,13 @@ class ValidationNgrams:
     filter_bytes: int
 
     def hashes(self, partition: int) -> Hashes:
-        return np.concatenate([records["hash"] for records in self.sent.received(partition, _NGRAM)])
+        parts = self.sent.received(partition % self.sent.num_partitions, _NGRAM)
+        return np.concatenate([records["hash"] for records in parts])
 
     def store_filter(self, partition: int) -> bytes:
         bits = np.zeros(8 * self.filter_bytes, np.bool_)
         bits[self._bits(self.hashes(partition))] = True
-        return store_pieces(self.sent.store, self._key(partition), iter([np.packbits(bits).tobytes()]), count=1)
+        return store_pieces(self.sent.store, self._key(partition), iter([[np.packbits(bits).tobytes()]]), count=1)
 
     def may_hold(self, hashes: Hashes) -> Marks:
         """Marks the n-grams that pass the filter: all that are held, and a few others."""
@@ -70,37 +75,48 @@ class ValidationNgrams:
 
 @lru_cache(maxsize=1)
 def _read_filter(ngrams: ValidationNgrams) -> npt.NDArray[np.uint8]:
-    keys = map(ngrams._key, range(ngrams.sent.num_partitions))
-    return np.concatenate(read_pieces(ngrams.sent.store, keys, 0, np.dtype(np.uint8)))
+    keys = list(map(ngrams._key, range(ngrams.sent.num_partitions)))
+    return np.concatenate(list(read_pieces(ngrams.sent.store, keys, 0, np.dtype(np.uint8))))
 
 
 def decontaminate(store: Storage, chunks: Sequence[Chunk], data: DataConfig, *, run: Runner = run_tasks) -> int:
     """Changes the codes of contaminated documents, once all codes are stored; returns their number. Needs Ray."""
     sizes = [chunk.bytes for chunk in chunks]
     texts = [Section(section.number, [chunks[n] for n in section.chunks]) for section in sections_of(sizes, least=1)]
-    partitions = range(partitions_for(sum(sizes) // _WORD_BYTES * _NGRAM.itemsize))
+    num_bytes = sum(sizes) // _WORD_BYTES * _NGRAM.itemsize
 
-    def sent(name: str, label: str, code: int, known: ValidationNgrams | None) -> tuple[Exchange, int]:
-        exchange = Exchange(store, f"{INDEX}/{name}", len(texts), len(partitions))
+    def partitions(share: float) -> int:
+        return partitions_for(int(num_bytes * share), task_bytes=data.selection_task_bytes)
+
+    def sent(exchange: Exchange, label: str, code: int, known: ValidationNgrams | None) -> int:
         send = partial(exchange.send, pieces=partial(_ngrams, data=data, code=code, known=known))
-        return exchange, sum(map(int, run_step(label, texts, send, run=run))) // _NGRAM.itemsize
+        return sum(map(int, run_step(label, texts, send, run=run))) // _NGRAM.itemsize
 
-    held_out, num_ngrams = sent("held-out", "reading validation n-grams", HELD_OUT, None)
+    folder = selection_folder(data)
+    held_out = Exchange(store, f"{folder}/held-out", len(texts), partitions(data.val_fraction))
+    num_ngrams = sent(held_out, "reading validation n-grams", HELD_OUT, None)
     if not num_ngrams:
         return 0
-    filter_bytes = min(_MOST_FILTER_BYTES, num_ngrams * _BITS_PER_NGRAM // 8) // len(partitions) + 1
+    filter_bytes = min(_MOST_FILTER_BYTES, num_ngrams * _BITS_PER_NGRAM // 8) // held_out.num_partitions + 1
     known = ValidationNgrams(held_out, filter_bytes)
-    for _ in run_step("making the filter", partitions, known.store_filter, run=run):
+    for _ in run_step("making the filter", range(held_out.num_partitions), known.store_filter, run=run):
         pass
-    training, _ = sent("training", "reading training n-grams", 0, known)
-    for _ in run_step("comparing n-grams", partitions, partial(compare, known=known, training=training), run=run):
+    passing = -math.expm1(-num_ngrams / (8 * filter_bytes * held_out.num_partitions))
+    if passing > 0.1:
+        say(f"{passing:.0%} of n-grams are compared with those of validation; data.val_max_documents makes them fewer")
+    # A multiple, so that each partition's n-grams are in one partition of validation's.
+    num_partitions = held_out.num_partitions * max(1, partitions(passing) // held_out.num_partitions)
+    training = Exchange(store, f"{folder}/training", len(texts), num_partitions)
+    sent(training, "reading training n-grams", 0, known)
+    work = partial(compare, known=known, training=training)
+    for _ in run_step("comparing n-grams", range(training.num_partitions), work, run=run):
         pass
     return sum(map(int, run_step("storing contamination", texts, partial(mark, training=training), run=run)))
 
 
 def _ngrams(
     texts: Section, exchange: Exchange, *, data: DataConfig, code: int, known: ValidationNgrams | None
-) -> Iterator[bytes]:
+) -> Iterator[Piece]:
     """Sends the n-grams of the documents with this code; with `known`, those that pass its filter."""
     assert data.decontaminate_ngram is not None
     with BucketFile(_NGRAM, num_buckets=exchange.num_partitions) as buckets:
@@ -135,13 +151,14 @@ def compare(partition: int, *, known: ValidationNgrams, training: Exchange) -> b
 
 def mark(texts: Section, *, training: Exchange) -> bytes:
     """Stores the codes of a section's contaminated documents; returns their number in decimal digits."""
-    rows, row = distinct(np.concatenate(list(training.answers(texts.number, ROWS)))["row"]), 0
+    rows, row, count = distinct(np.concatenate([np.empty(0, ROWS), *training.answers(texts.number, ROWS)])["row"]), 0, 0
     for chunk in texts.chunks:
         digest, content = stored_codes(training.store, chunk.number)
         codes = np.frombuffer(content, np.uint8).copy()
         start, end = np.searchsorted(rows, [row, row + len(codes)])
-        codes[rows[start:end] - row] = DROP_CODES.index(Drop.CONTAMINATED)
+        codes[rows[start:end] - row] = _CONTAMINATED
+        count += np.count_nonzero(codes == _CONTAMINATED)
         if start < end:
             store_codes(training.store, chunk.number, digest, codes.tobytes())
         row += len(codes)
-    return b"%d" % len(rows)
+    return b"%d" % count

@@ -39,16 +39,18 @@ class BucketFile(ExitStack):
 
     def bucket(self, number: int) -> Records:
         """Returns all records of a bucket, in the order of adding."""
+        return np.frombuffer(b"".join(self.parts(number)), dtype=self._dtype)
+
+    def parts(self, number: int) -> Iterator[bytes]:
+        """Yields the bytes of a bucket, of one run at a time."""
         self._flush()
-        pieces = []
         for borders in self._runs:
             first, end = borders[number : number + 2].tolist()
-            pieces.append(os.pread(self._file.fileno(), end - first, first))
-        return np.frombuffer(b"".join(pieces), dtype=self._dtype)
+            yield os.pread(self._file.fileno(), end - first, first)
 
-    def pieces(self) -> Iterator[bytes]:
-        """Yields the bytes of each bucket."""
-        return (self.bucket(number).tobytes() for number in range(self._num_buckets))
+    def pieces(self) -> Iterator[Iterator[bytes]]:
+        """Yields the parts of each bucket."""
+        return map(self.parts, range(self._num_buckets))
 
     def _flush(self) -> None:
         if not self._pending:

@@ -35,6 +35,11 @@ class ChunkIndex:
     digest: npt.NDArray[np.uint8]  # (32,) SHA-256 of all texts, by which a second reader proves that it saw the same
 
 
+def selection_folder(data: DataConfig) -> str:
+    """Returns the folder of what the tasks of a selection exchange, which depends on their size."""
+    return f"{INDEX}/selection-{data.selection_task_bytes}"
+
+
 def index_corpus(store: Storage, chunks: Sequence[Chunk], data: DataConfig) -> list[tuple[bytes, int]]:
     """Indexes each chunk, and returns the digest of its texts and the number of its documents. Needs Ray."""
     total_bytes = sum(chunk.bytes for chunk in chunks)

@@ -38,6 +38,7 @@ SIGNATURE = np.dtype(("<u2", SIGNATURE_SIZE))
 ROW = np.dtype("<u4")  # a document's place in its section
 HASHED = np.dtype([("high", "<u8"), ("low", "<u8"), ("row", ROW)])  # halves of a document's hash
 BANDED = np.dtype([("key", "<u8"), ("row", ROW)])  # hash of a band
+_DECIDED = np.uint32(1 << 31)  # is added to the row of a document that is dropped already
 ROWS = np.dtype([("section", "<u4"), ("row", ROW)])  # a decision
 PAIR = np.dtype([*ROWS.descr, ("earlier_section", "<u4"), ("earlier_row", ROW)])  # of documents to compare
 
@@ -128,7 +129,7 @@ def drop_similar(
     """Marks the rows of a section that are similar to an earlier one, among the `BANDED` records of a partition.
 
     Returns the records that other sections must see, sorted: the first and last 64 of each key, as no window reaches
-    further into the section. `read` returns the signatures of rows.
+    further into the section. Rows that are dropped already are marked as decided. `read` returns rows' signatures.
     """
     records = records[np.argsort(records["key"], kind="stable")]
     first, end = _runs(_changes(records["key"]))
@@ -138,15 +139,18 @@ def drop_similar(
         rows, others = twins["row"][later[undecided]], twins["row"][earlier[undecided]]
         dropped[rows[similarity(read(rows), read(others)) >= least_estimate(threshold)]] = True
     places = np.arange(len(records))
-    return records[(places - first < _WINDOW) | (end - places <= _WINDOW)]
+    sent = records[(places - first < _WINDOW) | (end - places <= _WINDOW)]
+    sent["row"] |= dropped[sent["row"]] * _DECIDED
+    return sent
 
 
 def pairs_across(records: Records, sections: Sections) -> Iterator[Records]:
-    """Yields a `PAIR` for each `BANDED` record and each of an earlier section with its key at most 64 before it."""
+    """Yields a `PAIR` for each undecided `BANDED` record and each of an earlier section, 64 before it at most."""
     order = np.argsort(records["key"], kind="stable")
-    rows, owners = records["row"][order], sections[order]
+    rows, owners = records["row"][order] & ~_DECIDED, sections[order]
+    is_open = records["row"][order] < _DECIDED
     for later, earlier in _close_pairs(records["key"][order]):
-        is_across = owners[later] != owners[earlier]
+        is_across = (owners[later] != owners[earlier]) & is_open[later]
         fields = [values[places[is_across]] for places in (later, earlier) for values in (owners, rows)]
         yield np.rec.fromarrays(fields, dtype=PAIR)
 

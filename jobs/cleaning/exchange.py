@@ -3,8 +3,8 @@
 A section is some chunks in a row; a partition is all records whose keys it owns. The task of a section stores one
 object: a table of borders, then its records, partition by partition. The task of a partition reads its piece of every
 section's object, and stores one of answers, section by section. So S sections and P partitions make S + P objects,
-whose pieces are read by range. Both numbers follow from the corpus alone, and no decision depends on them. What is
-stored outlives its task and its node, and is not made again.
+whose pieces are read by range. Both numbers follow from the corpus and `data.selection_task_bytes`, and no decision
+depends on them. What is stored outlives its task and its node, and is not made again.
 """
 
 import tempfile
@@ -24,12 +24,14 @@ from jobs.corpus.progress import DataProgress
 from jobs.corpus.ray_data_tasks import Result
 
 _MOST_SECTIONS = 1024
-_PARTITION_BYTES = 32 << 20  # a task holds a few times as much
+_SLICE_BYTES = 1 << 20
 _READERS = 16  # requests at once: a piece is small against the time to its first byte
 
 Item = TypeVar("Item")
+Found = TypeVar("Found")
 Runner = Callable[[Sequence[Any], Callable[[Any], bytes]], Iterator[Result[Any]]]  # `run_tasks`, on a cluster
 Decide = Callable[[Records, Sections], Iterator[Records]]
+Piece = Iterable[bytes]  # its parts, which are written one after the other
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,9 @@ def sections_of(sizes: Sequence[int], *, least: int) -> list[Section]:
     return [Section(number, range(*pair)) for number, pair in enumerate(pairwise(borders))]
 
 
-def partitions_for(num_bytes: int) -> int:
+def partitions_for(num_bytes: int, *, task_bytes: int) -> int:
     """Returns the number of partitions for so many bytes of records."""
-    return min(MAX_BUCKETS, 1 + num_bytes // _PARTITION_BYTES)
+    return min(MAX_BUCKETS, 1 + num_bytes // task_bytes)
 
 
 @dataclass(frozen=True)
@@ -64,21 +66,21 @@ class Exchange:
     num_sections: int
     num_partitions: int
 
-    def send(self, section: Section, *, pieces: Callable[[Section, "Exchange"], Iterator[bytes]]) -> bytes:
+    def send(self, section: Section, *, pieces: Callable[[Section, "Exchange"], Iterator[Piece]]) -> bytes:
         """Stores a piece for each partition and perhaps one more, which stays; returns as `store_pieces` does."""
         return store_pieces(
             self.store, self._sent(section.number), pieces(section, self), count=self.num_partitions + 1
         )
 
-    def received(self, partition: int, dtype: np.dtype[Any]) -> list[Records]:
-        """Returns what each section sent to a partition."""
-        return read_pieces(self.store, map(self._sent, range(self.num_sections)), partition, dtype)
+    def received(self, partition: int, dtype: np.dtype[Any]) -> Iterator[Records]:
+        """Yields what each section sent to a partition."""
+        return read_pieces(self.store, list(map(self._sent, range(self.num_sections))), partition, dtype)
 
     def kept(self, section: int, dtype: np.dtype[Any]) -> Records:
         """Returns the last piece of a section."""
-        return read_pieces(self.store, [self._sent(section)], self.num_partitions, dtype)[0]
+        return next(read_pieces(self.store, [self._sent(section)], self.num_partitions, dtype))
 
-    def answer(self, partition: int, pieces: Iterator[bytes]) -> bytes:
+    def answer(self, partition: int, pieces: Iterator[Piece]) -> bytes:
         """Stores a piece for each section, and returns as `store_pieces` does."""
         return store_pieces(self.store, self._answers(partition), pieces, count=self.num_sections)
 
@@ -88,13 +90,16 @@ class Exchange:
         return self.answer(partition, self._decided(partition, by, dtype, answers))
 
     def answers(self, section: int, dtype: np.dtype[Any]) -> Iterator[Records]:
-        """Yields the answers to a section, in the order of the partitions."""
-        for first in range(0, self.num_partitions, _READERS):
-            keys = map(self._answers, range(first, min(first + _READERS, self.num_partitions)))
-            yield from read_pieces(self.store, keys, section, dtype)
+        """Yields the answers to a section in the order of the partitions, a megabyte at a time."""
+        step = _SLICE_BYTES // dtype.itemsize * dtype.itemsize
+        keys = list(map(self._answers, range(self.num_partitions)))
+        borders = zip(keys, _in_order(lambda key: _borders(self.store, key, section), keys), strict=True)
+        slices = [(key, at, min(at + step, end)) for key, (first, end) in borders for at in range(first, end, step)]
+        for content in _in_order(lambda place: _read(self.store, *place), slices):
+            yield np.frombuffer(content, dtype)
 
-    def _decided(self, partition: int, by: Decide, dtype: np.dtype[Any], answers: np.dtype[Any]) -> Iterator[bytes]:
-        parts = self.received(partition, dtype)
+    def _decided(self, partition: int, by: Decide, dtype: np.dtype[Any], answers: np.dtype[Any]) -> Iterator[Piece]:
+        parts = list(self.received(partition, dtype))
         sections = np.repeat(np.arange(len(parts), dtype=np.int32), list(map(len, parts)))
         records = np.concatenate(parts)
         del parts
@@ -110,7 +115,7 @@ class Exchange:
         return f"{self.name}/partition-{partition:05d}"
 
 
-def store_pieces(store: Storage, key: str, pieces: Iterator[bytes], *, count: int) -> bytes:
+def store_pieces(store: Storage, key: str, pieces: Iterator[Piece], *, count: int) -> bytes:
     """Stores up to `count` pieces as one object, unless it is there; returns their bytes in decimal digits."""
     table_bytes = 8 * (count + 1)
     entry = store.stat(key)
@@ -121,7 +126,7 @@ def store_pieces(store: Storage, key: str, pieces: Iterator[bytes], *, count: in
             with path.open("wb") as file:
                 borders = [file.seek(table_bytes)]
                 for piece in pieces:
-                    file.write(piece)
+                    file.writelines(piece)
                     borders.append(file.tell())
                 borders += [borders[-1]] * (count + 1 - len(borders))
                 file.seek(0)
@@ -131,16 +136,24 @@ def store_pieces(store: Storage, key: str, pieces: Iterator[bytes], *, count: in
     return b"%d" % (size - table_bytes)
 
 
-def read_pieces(store: Storage, keys: Iterable[str], number: int, dtype: np.dtype[Any]) -> list[Records]:
-    """Returns one piece of each object."""
+def read_pieces(store: Storage, keys: Sequence[str], number: int, dtype: np.dtype[Any]) -> Iterator[Records]:
+    """Yields one piece of each object."""
+    return _in_order(lambda key: np.frombuffer(_read(store, key, *_borders(store, key, number)), dtype), keys)
 
-    def read(key: str) -> Records:
-        table = store.read_bytes(key, start=8 * number, end=8 * number + 16)
-        first, end = _number(table[:8]), _number(table[8:])
-        return np.frombuffer(store.read_bytes(key, start=first, end=end) if first < end else b"", dtype)
 
+def _in_order(read: Callable[[Item], Found], items: Sequence[Item]) -> Iterator[Found]:
     with ThreadPoolExecutor(_READERS) as pool:
-        return list(pool.map(read, keys))
+        for first in range(0, len(items), _READERS):
+            yield from pool.map(read, items[first : first + _READERS])
+
+
+def _borders(store: Storage, key: str, number: int) -> tuple[int, int]:
+    table = store.read_bytes(key, start=8 * number, end=8 * number + 16)
+    return _number(table[:8]), _number(table[8:])
+
+
+def _read(store: Storage, key: str, first: int, end: int) -> bytes:
+    return store.read_bytes(key, start=first, end=end) if first < end else b""
 
 
 def _number(content: bytes) -> int:

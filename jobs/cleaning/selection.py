@@ -12,10 +12,11 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
+from cluster.output.progress import say
 from cluster.settings.run import DataConfig
 from cluster.storage.uris import Storage
 from jobs.cleaning.deduplication import Decisions, Deduplication
-from jobs.cleaning.document_index import DROP_CODES, INDEX, section_indexes
+from jobs.cleaning.document_index import DROP_CODES, INDEX, section_indexes, selection_folder
 from jobs.cleaning.exchange import Runner, Section, run_step
 from jobs.corpus.ray_data_tasks import run_tasks
 
@@ -36,20 +37,26 @@ def select(
 ) -> Summary:
     """Stores the codes of all documents, whose chunks are `indexed` as `index_corpus` says. Needs Ray."""
     sizes = [num_documents for _, num_documents in indexed]
-    search = Deduplication(store, sizes, threshold=data.near_dedup_threshold, run=run)
+    search = Deduplication(store, sizes, data, run=run)
     decisions: list[Decisions] = []
     if indexed and data.dedup:
         decisions.append(search.exact())
     if indexed and data.near_dedup_threshold is not None:
-        decisions.append(search.near())
+        decisions.append(search.near(*decisions))
 
     def settled(val_below: int) -> npt.NDArray[np.void]:
-        work = partial(settle, store=store, decisions=decisions, val_below=val_below)
+        key = f"{selection_folder(data)}/settled-{val_below:x}"
+        work = partial(settle, store=store, key=key, decisions=decisions, val_below=val_below)
         contents = run_step("storing decisions", search.sections, work, run=run)
         return np.frombuffer(b"".join(contents), _SETTLED)
 
-    found = settled(int(data.val_fraction * 2**64))
+    val_below = int(data.val_fraction * 2**64)
+    found = settled(val_below)
     counts = found["counts"].sum(axis=0)
+    if data.val_max_documents is not None and (num_held_out := int(counts[HELD_OUT])) > data.val_max_documents:
+        say(f"of {num_held_out:,} documents that data.val_fraction holds out, about {data.val_max_documents:,} are")
+        found = settled(val_below * data.val_max_documents // num_held_out)
+        counts = found["counts"].sum(axis=0)
     if indexed and data.val_fraction and 0 in (counts[0], counts[HELD_OUT]):
         # An exception for small corpora: at least one document trains and one validates.
         least, most = int(found["least"].min()), int(found["most"].max())
@@ -63,10 +70,10 @@ def select(
     )
 
 
-def settle(section: Section, *, store: Storage, decisions: Sequence[Decisions], val_below: int) -> bytes:
+def settle(section: Section, *, store: Storage, key: str, decisions: Sequence[Decisions], val_below: int) -> bytes:
     """Stores the codes of a section's chunks, and then what it returns: the number of documents by code, and the least
     and the largest hash among those that are kept."""
-    key = f"{INDEX}/settled/{val_below:x}-{section.number:05d}"
+    key = f"{key}/section-{section.number:05d}"
     if (content := store.find_bytes(key)) is not None and len(content) == _SETTLED.itemsize:
         return content
     dropped = [(DROP_CODES.index(found.reason), found.rows(section)) for found in decisions]

@@ -78,6 +78,7 @@ def _builder(config: RunConfig) -> "_Builder":
     chat = format_to_train(tokenizer) if config.data.format == "chat" else None
     shape = config.data.model_dump(mode="json", include=set(read_table(__file__, "shaping")["store"]))
     shape |= {} if tokenizer.bos_id is None else {"bos_id": tokenizer.bos_id}
+    shape |= config.data.model_dump(include={"val_max_documents"}, exclude_none=True)
     shape |= {} if chat is None else {"chat": asdict(chat)}
     shaping = [shape, listing.identity(), sorted(listing.token_stores.items()), tokenizer.hash]
     key = hashlib.sha256(stored.canonical_json(shaping)).hexdigest()[:12]

@@ -5,13 +5,10 @@ import sys
 from pathlib import Path
 
 from cluster.settings.run import RunConfig
-from jobs.cleaning import deduplication, exchange
 from jobs.tokens.build_store import tokenize
 from tests.local_ray import local_ray
 
 if __name__ == "__main__":
-    config_file, num_workers, *record_bytes = sys.argv[1:]
-    if record_bytes:  # of a section and a partition, so that a small corpus has many
-        deduplication._SECTION_BYTES = exchange._PARTITION_BYTES = int(*record_bytes)
+    config_file, num_workers = sys.argv[1:]
     with local_ray(num_cpus=int(num_workers)):
         print(json.dumps(tokenize(RunConfig.model_validate_json(Path(config_file).read_text()))))

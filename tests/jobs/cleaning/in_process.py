@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save
 
+from cluster.settings.run import DataConfig
 from cluster.storage.uris import Storage, open_storage
 from jobs.cleaning.deduplication import Decisions, Deduplication
 from jobs.cleaning.document_index import ChunkIndex
 from jobs.cleaning.duplicates import signatures_of
-from jobs.cleaning.exchange import Item
+from jobs.cleaning.exchange import Item, sections_of
 from jobs.corpus.ray_data_tasks import Result
 
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
@@ -62,21 +63,37 @@ def store_index(
     return digest, len(values)
 
 
-def exact_duplicates(folder: Path, chunks: Sequence[np.ndarray], *, run: InProcess) -> list[int]:
-    """Returns the numbers of the documents to drop, by the hashes (N, 16) of each chunk."""
+WHOLE = 1 << 30
+"""Bytes of a task that is given all records of a test."""
+
+
+def exact_duplicates(
+    folder: Path, chunks: Sequence[np.ndarray], *, run: InProcess, least: int = 1, task_bytes: int = WHOLE
+) -> list[int]:
+    """Returns the numbers of the documents to drop, by the hashes (N, 16) of each chunk. A section has at least so many
+    documents."""
     store = open_storage(str(folder))
     sizes = [store_index(store, number, hashes=hashes)[1] for number, hashes in enumerate(chunks)]
-    search = Deduplication(store, sizes, threshold=None, run=run)
+    search = Deduplication(store, sizes, DataConfig(selection_task_bytes=task_bytes), run=run)
+    search.sections = sections_of(sizes, least=least)
     return _numbers(search.exact(), search, sizes)
 
 
 def near_duplicates(
-    folder: Path, chunks: Sequence[np.ndarray], *, threshold: float, run: InProcess | None = None
+    folder: Path,
+    chunks: Sequence[np.ndarray],
+    *,
+    threshold: float,
+    run: InProcess | None = None,
+    least: int = 1,
+    task_bytes: int = WHOLE,
 ) -> list[int]:
     """Returns the numbers of the documents to drop, by the signatures (N, 128) of each chunk."""
     store = open_storage(str(folder))
     sizes = [store_index(store, number, signatures=own)[1] for number, own in enumerate(chunks)]
-    search = Deduplication(store, sizes, threshold=threshold, run=run or InProcess())
+    data = DataConfig(near_dedup_threshold=threshold, selection_task_bytes=task_bytes)
+    search = Deduplication(store, sizes, data, run=run or InProcess())
+    search.sections = sections_of(sizes, least=least)
     return _numbers(search.near(), search, sizes)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from cluster.settings.run import DataConfig
 from cluster.storage.uris import Storage, open_storage
-from jobs.cleaning import decontamination, exchange
+from jobs.cleaning import decontamination
 from jobs.cleaning.decontamination import ValidationNgrams, decontaminate
 from jobs.cleaning.document_index import DROP_CODES
 from jobs.cleaning.exchange import Exchange, Section
@@ -17,7 +17,7 @@ from jobs.cleaning.selection import HELD_OUT, store_codes, stored_codes
 from jobs.corpus.chunks import Chunk, whole_file
 from jobs.corpus.documents import Drop
 from jobs.corpus.listing import list_corpus
-from tests.jobs.cleaning.in_process import InProcess
+from tests.jobs.cleaning.in_process import WHOLE, InProcess
 
 CONTAMINATED = DROP_CODES.index(Drop.CONTAMINATED)
 DUPLICATE = DROP_CODES.index(Drop.DUPLICATE)
@@ -35,10 +35,12 @@ def runs_of(text: str) -> set[tuple[str, ...]]:
     return {tuple(words[place : place + SIZE]) for place in range(max(1, len(words) - SIZE + 1))} if words else set()
 
 
-def decided(texts: list[str], codes: list[int], folder: Path, store: Storage, *, seed: int = 0) -> list[int]:
+def decided(
+    texts: list[str], codes: list[int], folder: Path, store: Storage, *, seed: int = 0, task_bytes: int = WHOLE
+) -> list[int]:
     """Returns the codes after decontamination, having checked that a second call changes nothing."""
     chunks = chunks_of(texts, folder)
-    data = DataConfig(decontaminate_ngram=SIZE)
+    data = DataConfig(decontaminate_ngram=SIZE, selection_task_bytes=task_bytes)
     for chunk in chunks:
         store_codes(store, chunk.number, bytes(32).hex(), bytes(codes[20 * chunk.number : 20 * chunk.number + 20]))
     found = [decontaminate(store, chunks, data, run=InProcess(seed + again)) for again in (0, 1)]
@@ -56,15 +58,14 @@ def chunks_of(texts: list[str], folder: Path) -> list[Chunk]:
     return [Chunk(file.number, 0, [whole_file(file)]) for file in list_corpus(str(folder)).files]
 
 
-@pytest.mark.parametrize("partition_bytes", [3000, 1 << 20])
+@pytest.mark.parametrize("task_bytes", [300, WHOLE])
 @pytest.mark.parametrize("most_filter_bytes", [1, 1 << 20])
 @pytest.mark.parametrize("seed", range(3))
 def test_what_shares_a_run_with_a_validation_document_is_contaminated(
-    seed: int, most_filter_bytes: int, partition_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    seed: int, most_filter_bytes: int, task_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also with a filter so full that it lets everything pass."""
     monkeypatch.setattr(decontamination, "_MOST_FILTER_BYTES", most_filter_bytes)
-    monkeypatch.setattr(exchange, "_PARTITION_BYTES", partition_bytes)
     rng = random.Random(seed)
     texts = made_texts(150, rng)
     codes = rng.choices([0, HELD_OUT, DUPLICATE], [90, 4, 6], k=len(texts))
@@ -74,13 +75,21 @@ def test_what_shares_a_run_with_a_validation_document_is_contaminated(
         for text, code in zip(texts, codes, strict=True)
     ]
     assert expected.count(CONTAMINATED) > 3 and expected.count(0) > 3
-    assert decided(texts, codes, tmp_path / "texts", open_storage(f"{tmp_path}/store"), seed=seed) == expected
+    store = open_storage(f"{tmp_path}/store")
+    assert decided(texts, codes, tmp_path / "texts", store, seed=seed, task_bytes=task_bytes) == expected
+    folder = f"index/selection-{task_bytes}"
+    filters, partitions = (len(store.list(f"{folder}/{name}")) for name in ("held-out/filter", "training/partition"))
+    if task_bytes == WHOLE:
+        assert (filters, partitions) == (1, 1)
+    else:  # more of them where more n-grams pass
+        assert filters > 1 and partitions == filters * (partitions // filters)
+        assert (partitions > filters) == (most_filter_bytes == 1)
 
 
 def test_without_validation_documents_nothing_is_read_twice(tmp_path: Path) -> None:
     texts = made_texts(40, random.Random(0))
     assert decided(texts, [0] * 40, tmp_path / "texts", open_storage(f"{tmp_path}/store")) == [0] * 40
-    assert not open_storage(f"{tmp_path}/store").list("index/training")
+    assert not open_storage(f"{tmp_path}/store").list(f"index/selection-{WHOLE}/training")
 
 
 def test_the_filter_knows_all_that_is_held_and_little_else(tmp_path: Path, s3_bucket: str) -> None:
@@ -93,7 +102,10 @@ def test_the_filter_knows_all_that_is_held_and_little_else(tmp_path: Path, s3_bu
         records["hash"] = held
         for section, own in enumerate((records[:5000], records[5000:])):
             pieces = [own[own["hash"] % np.uint64(3) == part].tobytes() for part in range(3)]
-            sent.send(Section(section, range(0)), pieces=lambda section, exchange, pieces=pieces: iter(pieces))
+            sent.send(
+                Section(section, range(0)),
+                pieces=lambda section, exchange, pieces=pieces: iter([[piece] for piece in pieces]),
+            )
         known = ValidationNgrams(sent, filter_bytes=2 * len(held) // 3)
         for partition in range(3):
             known.store_filter(partition)

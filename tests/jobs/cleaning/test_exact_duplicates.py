@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.storage.uris import open_storage
-from jobs.cleaning import deduplication, disk_buckets, exchange
+from jobs.cleaning import disk_buckets
 from jobs.cleaning.duplicates import HASHED
 from jobs.cleaning.exchange import Exchange, sections_of
-from tests.jobs.cleaning.in_process import MEMORY, InProcess, exact_duplicates
+from tests.jobs.cleaning.in_process import MEMORY, WHOLE, InProcess, exact_duplicates
 from tests.repository import REPOSITORY
 from tests.time_limits import limit_s
 
@@ -29,21 +29,20 @@ def as_hashes(numbers: list[int]) -> np.ndarray:
 @given(
     parts=st.lists(st.lists(st.integers(0, 20), max_size=12), min_size=1, max_size=8),
     buffer_bytes=st.sampled_from([1, 100, 1 << 20]),
-    section_bytes=st.sampled_from([1, 200, 1 << 20]),
-    partition_bytes=st.sampled_from([30, 500, 1 << 20]),
+    least=st.sampled_from([1, 10, 100]),
+    task_bytes=st.sampled_from([30, 500, WHOLE]),
     seed=st.integers(0, 9),
 )
 @settings(max_examples=40, deadline=None)
 def test_the_first_of_equal_hashes_stays(
-    parts: list[list[int]], buffer_bytes: int, section_bytes: int, partition_bytes: int, seed: int
+    parts: list[list[int]], buffer_bytes: int, least: int, task_bytes: int, seed: int
 ) -> None:
     """In any number of sections and partitions, whatever the order of the tasks and the size of the buffers."""
     numbers = list(chain.from_iterable(parts))
     with TemporaryDirectory(dir=MEMORY) as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(disk_buckets, "_BUFFER_BYTES", buffer_bytes)
-        patch.setattr(deduplication, "_SECTION_BYTES", section_bytes)
-        patch.setattr(exchange, "_PARTITION_BYTES", partition_bytes)
-        dropped = exact_duplicates(Path(folder), list(map(as_hashes, parts)), run=InProcess(seed))
+        chunks = list(map(as_hashes, parts))
+        dropped = exact_duplicates(Path(folder), chunks, run=InProcess(seed), least=least, task_bytes=task_bytes)
     assert dropped == [place for place, number in enumerate(numbers) if number in numbers[:place]]
 
 
@@ -55,18 +54,18 @@ def test_sections_are_cut_by_the_corpus_alone_and_are_few() -> None:
     assert sections_of([], least=10) == []
 
 
-def test_a_hash_that_a_section_repeats_is_sent_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hash_that_a_section_repeats_is_sent_once(tmp_path: Path) -> None:
     """So no partition grows with the copies of one document."""
-    monkeypatch.setattr(deduplication, "_SECTION_BYTES", 1)
     crowd = [as_hashes([1] * 1000)] * 3
     assert len(exact_duplicates(tmp_path, crowd, run=InProcess())) == 2999
-    sent = Exchange(open_storage(str(tmp_path)), "index/hashes", 3, 1).received(0, HASHED)
+    sent = Exchange(open_storage(str(tmp_path)), f"index/selection-{WHOLE}/hashes", 3, 1).received(0, HASHED)
     assert list(map(len, sent)) == [1, 1, 1]
 
 
 FILL = """
 import sys
 import numpy as np
+from cluster.settings.run import DataConfig
 from cluster.storage.uris import open_storage
 from jobs.cleaning import deduplication
 from tests.jobs.cleaning.in_process import MEMORY, InProcess, store_index
@@ -87,7 +86,8 @@ for chunk in range(num_chunks):  # half of each chunk's documents repeat the chu
     former = hashes, signatures
     sizes.append(store_index(store, chunk, hashes=hashes, signatures=signatures)[1])
 before = peak_bytes()
-search = deduplication.Deduplication(store, sizes, threshold=threshold, run=InProcess())
+data = DataConfig(near_dedup_threshold=threshold)
+search = deduplication.Deduplication(store, sizes, data, run=InProcess())
 found = search.exact() if threshold is None else search.near()
 dropped = sum(len(np.unique(found.rows(section))) for section in search.sections)
 assert dropped == (num_chunks - 1) * 1000, dropped

@@ -20,7 +20,7 @@ from jobs.cleaning import deduplication, disk_buckets, duplicates, exchange
 from jobs.cleaning.duplicates import BANDED, NGRAM_WORDS, bands_for, least_estimate, similarity
 from jobs.cleaning.exchange import Exchange
 from jobs.corpus.text_hashes import normalized, word_ngrams
-from tests.jobs.cleaning.in_process import MEMORY, InProcess, near_duplicates, signature
+from tests.jobs.cleaning.in_process import MEMORY, WHOLE, InProcess, near_duplicates, signature
 
 PROSE = [re.sub(r"\s+", " ", part) for text in topics.values() for part in text.split("\n\n")]
 SENTENCES = [part for text in PROSE for part in re.split(r"(?<=[.:]) ", text) if part.count(" ") > 5]
@@ -205,7 +205,7 @@ CUTS = st.lists(st.integers(0, 60), max_size=8).map(lambda borders: [0, *sorted(
     window=st.sampled_from([1, 2, 5, 64]),
     crowd=st.booleans(),
     sizes=st.tuples(st.sampled_from([1, 2000, 1 << 20]), st.sampled_from([1, 7, 8192])),
-    splits=st.tuples(st.sampled_from([1, 3000, 1 << 20]), st.sampled_from([3000, 20_000, 1 << 20])),
+    splits=st.tuples(st.sampled_from([1, 15, 100]), st.sampled_from([3000, 20_000, WHOLE])),
 )
 @settings(max_examples=30, deadline=None)
 def test_dropped_is_what_shares_a_band_with_and_is_like_an_earlier_one(
@@ -226,10 +226,10 @@ def test_dropped_is_what_shares_a_band_with_and_is_like_an_earlier_one(
         patch.setattr(disk_buckets, "_BUFFER_BYTES", sizes[0])
         patch.setattr(duplicates, "_BLOCK", sizes[1])
         patch.setattr(deduplication, "_BLOCK", sizes[1])
-        patch.setattr(deduplication, "_SECTION_BYTES", splits[0])
-        patch.setattr(exchange, "_PARTITION_BYTES", splits[1])
+        patch.setattr(exchange, "_SLICE_BYTES", sizes[0] + 300)
         parts = [signatures[start:end] for start, end in pairwise(cuts)]
-        found = near_duplicates(Path(folder), parts, threshold=threshold, run=InProcess(seed))
+        options = {"threshold": threshold, "run": InProcess(seed), "least": splits[0], "task_bytes": splits[1]}
+        found = near_duplicates(Path(folder), parts, **options)
     assert found == expected_drops(signatures, threshold, window=window)
 
 
@@ -247,15 +247,13 @@ def test_work_in_a_crowd_is_bounded_and_a_chain_is_followed(
     compared: list[int] = []
     compare: Callable[..., np.ndarray] = duplicates.similarity
     monkeypatch.setattr(duplicates, "similarity", lambda a, b: (compared.append(len(a)), compare(a, b))[1])
-    monkeypatch.setattr(deduplication, "_SECTION_BYTES", 1)
     assert near_duplicates(tmp_path, np.array_split(signatures, num_chunks), threshold=0.7) == [400]
     assert 600 * 60 < sum(compared) <= 600 * 64 + bands
 
 
-def test_a_section_sends_no_more_of_a_crowd_than_a_window_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_section_sends_no_more_of_a_crowd_than_a_window_sees(tmp_path: Path) -> None:
     """So no partition grows with the documents that share a header."""
-    monkeypatch.setattr(deduplication, "_SECTION_BYTES", 1)
     crowd = np.tile(np.arange(128, dtype=np.uint16), (500, 1))
     assert near_duplicates(tmp_path, [crowd, crowd], threshold=0.7) == list(range(1, 1000))
-    sent = Exchange(open_storage(str(tmp_path)), "index/bands", 2, 1).received(0, BANDED)
+    sent = Exchange(open_storage(str(tmp_path)), f"index/selection-{WHOLE}/bands", 2, 1).received(0, BANDED)
     assert list(map(len, sent)) == [128 * bands_for(0.7)[0]] * 2

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cluster.settings.run import DataConfig
 from cluster.storage.uris import Storage, open_storage
-from jobs.cleaning import deduplication, exchange, selection
+from jobs.cleaning import selection
 from jobs.cleaning.document_index import DROP_CODES
 from jobs.cleaning.duplicates import SIGNATURE_SIZE
 from jobs.cleaning.selection import HELD_OUT, Summary, stored_codes
@@ -108,16 +108,27 @@ def test_the_share_that_is_held_out_is_the_one_asked_for() -> None:
     assert select([texts[:2000]], val_fraction=0.0)[1] == [[0] * 2000]
 
 
-def test_a_second_run_repeats_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_capped_validation_split_is_the_part_with_the_least_hashes(capsys: pytest.CaptureFixture[str]) -> None:
+    """So a document that a smaller split holds out is held out by a larger one."""
+    texts = [b"%d" % number for number in range(5000)]
+    (wide,) = select([texts], val_fraction=0.5)[1]
+    assert capsys.readouterr().err.count("holds out") == 0
+    summary, (codes,) = select([texts], val_fraction=0.5, val_max_documents=200)
+    assert 150 < codes.count(HELD_OUT) < 250
+    assert {place for place, code in enumerate(codes) if code} <= {place for place, code in enumerate(wide) if code}
+    assert f"{wide.count(HELD_OUT):,} documents that data.val_fraction holds out" in capsys.readouterr().err
+    assert summary.documents == 5000
+    assert select([texts], val_fraction=0.5, val_max_documents=3000)[1] == [wide]
+
+
+def test_a_second_run_repeats_nothing(tmp_path: Path) -> None:
     """All that a run stored before it was killed is used; what is gone is made again, with the same bytes."""
-    monkeypatch.setattr(deduplication, "_SECTION_BYTES", 1)
-    monkeypatch.setattr(exchange, "_PARTITION_BYTES", 2000)
     store = open_storage(str(tmp_path))
     texts = [
         [b"%d of the texts that differ in one word" % (number % 17) for number in range(n, n + 9)] for n in (0, 5, 9)
     ]
     indexed = [index(store, number, own) for number, own in enumerate(texts)]
-    config = DataConfig(near_dedup_threshold=0.5, val_fraction=0.3)
+    config = DataConfig(near_dedup_threshold=0.5, val_fraction=0.3, selection_task_bytes=2000)
 
     def files() -> dict[Path, tuple[bytes, int]]:
         paths = [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -135,7 +146,7 @@ def test_a_second_run_repeats_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
         "asked/partition-00000",
         "settled",
     ):
-        for path in [path for path in before if f"index/{name}" in str(path)]:
+        for path in [path for path in before if f"index/selection-2000/{name}" in str(path)]:
             path.write_bytes(path.read_bytes()[:-1])  # cut off by a power loss
     assert selection.select(store, indexed, config, run=InProcess(2)) == summary
     assert {path: content for path, (content, _) in files().items()} == {

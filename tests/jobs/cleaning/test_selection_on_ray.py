@@ -30,17 +30,13 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def start(corpus: Path, folder: Path, *, num_workers: int, record_bytes: int) -> subprocess.Popen[str]:
+def start(corpus: Path, folder: Path, *, num_workers: int, task_bytes: int) -> subprocess.Popen[str]:
     folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(data_config(str(corpus), folder / "storage", **SETTINGS).model_dump_json())
+    config = data_config(str(corpus), folder / "storage", selection_task_bytes=task_bytes, **SETTINGS)
+    (folder / "config.json").write_text(config.model_dump_json())
+    module = str(REPOSITORY / "tests/jobs/tokenize_once.py")
     return subprocess.Popen(
-        [
-            sys.executable,
-            str(REPOSITORY / "tests/jobs/tokenize_once.py"),
-            str(folder / "config.json"),
-            str(num_workers),
-            str(record_bytes),
-        ],
+        [sys.executable, module, str(folder / "config.json"), str(num_workers)],
         env=os.environ | {"PYTHONPATH": str(REPOSITORY), "RAY_AUTH_MODE": "disabled"},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -56,7 +52,7 @@ def finish(job: subprocess.Popen[str]) -> dict[str, Any]:
 
 def kill_a_worker(job: subprocess.Popen[str], folder: Path, *, after: str) -> None:
     """Kills a worker that has a task, once the store holds what `after` names."""
-    wait_until(lambda: any(folder.glob(f"storage/tokens/*/index/{after}")), poll_s=0.01, why=lambda: "no such step")
+    wait_until(lambda: any(folder.glob(f"storage/tokens/*/index/*/{after}")), poll_s=0.01, why=lambda: "no such step")
 
     def busy() -> list[psutil.Process]:
         titles = {process: process.cmdline()[:1] for process in psutil.Process(job.pid).children(recursive=True)}
@@ -69,7 +65,7 @@ def kill_a_worker(job: subprocess.Popen[str], folder: Path, *, after: str) -> No
 @pytest.fixture(scope="module")
 def undivided(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What one worker makes of the corpus as one section and one partition."""
-    result = finish(start(corpus, tmp_path_factory.mktemp("one") / "run", num_workers=1, record_bytes=1 << 30))
+    result = finish(start(corpus, tmp_path_factory.mktemp("one") / "run", num_workers=1, task_bytes=1 << 30))
     assert all(result["dropped"][reason] for reason in ("duplicate", "near_duplicate", "contaminated"))
     return result
 
@@ -86,7 +82,7 @@ def undivided(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 def test_workers_kills_and_divisions_change_no_byte(
     num_workers: int, after: str, corpus: Path, undivided: dict[str, Any], tmp_path: Path
 ) -> None:
-    job = start(corpus, tmp_path, num_workers=num_workers, record_bytes=60_000)
+    job = start(corpus, tmp_path, num_workers=num_workers, task_bytes=60_000)
     if after:
         kill_a_worker(job, tmp_path, after=after)
     assert finish(job) == undivided
@@ -95,8 +91,8 @@ def test_workers_kills_and_divisions_change_no_byte(
 def test_a_launcher_killed_in_the_middle_repeats_nothing(
     corpus: Path, undivided: dict[str, Any], tmp_path: Path
 ) -> None:
-    job = start(corpus, tmp_path, num_workers=2, record_bytes=60_000)
-    wait_until(lambda: any(tmp_path.glob("storage/tokens/*/index/asked/*")), poll_s=0.01, why=lambda: "no such step")
+    job = start(corpus, tmp_path, num_workers=2, task_bytes=60_000)
+    wait_until(lambda: any(tmp_path.glob("storage/tokens/*/index/*/asked/*")), poll_s=0.01, why=lambda: "no such step")
     processes = [*psutil.Process(job.pid).children(recursive=True), psutil.Process(job.pid)]
     for process in processes:
         process.kill()
@@ -104,13 +100,13 @@ def test_a_launcher_killed_in_the_middle_repeats_nothing(
     job.communicate()
     index = next(tmp_path.glob("storage/tokens/*/index"))
     kept = {path: path.stat().st_mtime_ns for path in index.rglob("*") if path.is_file()}
-    again = start(corpus, tmp_path, num_workers=2, record_bytes=60_000)
+    again = start(corpus, tmp_path, num_workers=2, task_bytes=60_000)
     times: dict[Path, int] = {}
 
     def is_selected() -> bool:
         """The index is removed with the last shard."""
         times.update({path: path.stat().st_mtime_ns for path in kept if path.exists()})
-        return any(index.glob("settled/*")) or again.poll() is not None
+        return any(index.glob("*/settled-*/*")) or again.poll() is not None
 
     wait_until(is_selected, poll_s=0.01, why=lambda: "no such step")
     assert {path: times[path] for path in kept} == kept
