@@ -157,7 +157,7 @@ def mark(texts: Section, *, training: Exchange) -> bytes:
         codes = np.frombuffer(content, np.uint8).copy()
         start, end = np.searchsorted(rows, [row, row + len(codes)])
         codes[rows[start:end] - row] = _CONTAMINATED
-        count += np.count_nonzero(codes == _CONTAMINATED)
+        count += int(np.count_nonzero(codes == _CONTAMINATED))
         if start < end:
             store_codes(training.store, chunk.number, digest, codes.tobytes())
         row += len(codes)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +55,15 @@ def kill_a_worker(job: subprocess.Popen[str], folder: Path, *, after: str) -> No
     """Kills a worker that has a task, once the store holds what `after` names."""
     wait_until(lambda: any(folder.glob(f"storage/tokens/*/index/*/{after}")), poll_s=0.01, why=lambda: "no such step")
 
-    def busy() -> list[psutil.Process]:
-        titles = {process: process.cmdline()[:1] for process in psutil.Process(job.pid).children(recursive=True)}
-        return [process for process, title in titles.items() if title and title[0].startswith("ray::Map")]
+    def is_killed() -> bool:
+        with suppress(psutil.NoSuchProcess):  # one that ends meanwhile
+            for process in psutil.Process(job.pid).children(recursive=True):
+                if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::Map"):
+                    process.kill()
+                    return True
+        return False
 
-    wait_until(lambda: bool(busy()), poll_s=0.005, why=lambda: "no worker has a task")
-    busy()[0].kill()
+    wait_until(is_killed, poll_s=0.005, why=lambda: "no worker has a task")
 
 
 @pytest.fixture(scope="module")
