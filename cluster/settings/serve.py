@@ -39,7 +39,6 @@ class ReplicaConfig(Settings):
     scale_up_after_s: NonNegativeFloat = 2.0
     scale_down_after_s: NonNegativeFloat = 180.0
     scale_to_zero_after_s: NonNegativeFloat = 300.0
-    borrow_from: str | None = Field(default=None, pattern=r"^[A-Za-z0-9._-]+$")
     threads_per_replica: PositiveInt = 1
 
     @model_validator(mode="after")

@@ -1,94 +1,164 @@
 """Finds training documents that share a run of words with a validation document (Brown et al., 2020, appendix C).
 
-The validation split's n-grams are gathered once, after the duplicates are known, and stored beside the shards. Each
-writer maps them from a file on its own disk: 8 bytes per word of the validation split.
+The n-grams of both meet in the partitions of their hashes. First the validation documents send theirs, and from them
+each partition makes its share of a filter. Then the training documents send those n-grams that pass the filter, which
+takes 64 MiB at most. Up to 33 million words of validation text, one of 16 other n-grams passes. Beyond that more and
+more do, at most 12 bytes for each word of the corpus, which lie in the store until it is finished.
 """
 
 import hashlib
-import tempfile
-from collections.abc import Iterable, Sequence
-from functools import cache, partial
-from pathlib import Path
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
 
 import numpy as np
 import numpy.typing as npt
 
+from cluster.output.progress import say
 from cluster.settings.run import DataConfig
 from cluster.storage.uris import Storage
-from jobs.cleaning.disk_buckets import BucketFile
-from jobs.cleaning.document_index import INDEX, read_chunk
-from jobs.cleaning.selection import HELD_OUT, stored_codes
+from jobs.cleaning.disk_buckets import BucketFile, Records
+from jobs.cleaning.document_index import DROP_CODES, read_chunk, selection_folder
+from jobs.cleaning.duplicates import ROW, ROWS, Marks, Sections, distinct
+from jobs.cleaning.exchange import (
+    Exchange,
+    Piece,
+    Runner,
+    Section,
+    partitions_for,
+    read_pieces,
+    run_step,
+    sections_of,
+    store_pieces,
+)
+from jobs.cleaning.selection import HELD_OUT, store_codes, stored_codes
 from jobs.corpus.chunks import Chunk
+from jobs.corpus.documents import Document, Drop
 from jobs.corpus.ray_data_tasks import run_tasks
-from jobs.corpus.text_hashes import normalized, word_ngrams
+from jobs.corpus.text_hashes import Hashes, normalized, word_ngrams
 
-_FILE = f"{INDEX}/validation-ngrams.bin"
-_BUCKET_BITS = 8
-
-Ngrams = npt.NDArray[np.uint64]
-
-
-def store_validation_ngrams(store: Storage, chunks: Sequence[Chunk], data: DataConfig) -> str:
-    """Gathers and stores the n-grams of all held-out documents; returns their hash. Needs Ray, and 16 bytes of the
-    driver's disk per word of the validation split."""
-    results = run_tasks(chunks, partial(held_out_ngrams, store=store, data=data))
-    with tempfile.TemporaryDirectory(prefix="raymill-ngrams-") as folder:
-        path = Path(folder, "merged")
-        content_hash = merge_runs((np.frombuffer(result.content, "<u8") for result in results), path)
-        store.upload_file(path, _FILE)
-    return content_hash
+_NGRAM = np.dtype([("hash", "<u8"), ("row", ROW)])
+_CONTAMINATED = DROP_CODES.index(Drop.CONTAMINATED)
+_WORD_BYTES = 4  # of text, about
+_BITS_PER_NGRAM, _MOST_FILTER_BYTES = 16, 64 << 20
 
 
-def merge_runs(runs: Iterable[Ngrams], path: Path) -> str:
-    """Writes the n-grams of all runs to a file, little-endian, ascending and each once; returns its SHA-256.
+@dataclass(frozen=True)
+class ValidationNgrams:
+    """The n-grams of the validation split; a filter of so many bytes for each partition knows them."""
 
-    The time is linear in the size of the runs. Memory holds the file's buffer and one of 256 buckets at a time: 31 MB
-    for 10^9 n-grams.
-    """
-    digest = hashlib.sha256()
-    with tempfile.TemporaryFile(dir=path.parent) as unnamed, path.open("wb") as file:
-        records = BucketFile(unnamed, "<u8", num_buckets=1 << _BUCKET_BITS)
-        for run in runs:
-            records.add((run >> np.uint64(64 - _BUCKET_BITS)).astype(np.uint16), run)
-        for bucket in range(1 << _BUCKET_BITS):
-            content = np.unique(records.bucket(bucket)).tobytes()
-            digest.update(content)
-            file.write(content)
-    return digest.hexdigest()
+    sent: Exchange
+    filter_bytes: int
 
+    def hashes(self, partition: int) -> Hashes:
+        parts = self.sent.received(partition % self.sent.num_partitions, _NGRAM)
+        return np.concatenate([records["hash"] for records in parts])
 
-def held_out_ngrams(chunk: Chunk, *, store: Storage, data: DataConfig) -> bytes:
-    """Returns the n-grams, little-endian and sorted, of a chunk's held-out documents."""
-    _, codes = stored_codes(store, chunk.number)
-    found: list[Ngrams] = [np.empty(0, np.uint64)]
-    if HELD_OUT in codes:
-        for code, (_, document) in zip(codes, read_chunk(chunk, data, hashlib.sha256()), strict=False):
-            if code == HELD_OUT:
-                found.append(_ngrams(document.text, data))
-    return np.unique(np.concatenate(found)).astype("<u8").tobytes()
+    def store_filter(self, partition: int) -> bytes:
+        bits = np.zeros(8 * self.filter_bytes, np.bool_)
+        bits[self._bits(self.hashes(partition))] = True
+        return store_pieces(self.sent.store, self._key(partition), iter([[np.packbits(bits).tobytes()]]), count=1)
 
+    def may_hold(self, hashes: Hashes) -> Marks:
+        """Marks the n-grams that pass the filter: all that are held, and a few others."""
+        places = hashes % np.uint64(self.sent.num_partitions) * np.uint64(8 * self.filter_bytes) + self._bits(hashes)
+        bits = _read_filter(self)[places >> np.uint64(3)] << (places & np.uint64(7)).astype(np.uint8)
+        return bits & np.uint8(128) != 0
 
-def shares_ngram(text: str, validation: Ngrams, data: DataConfig) -> bool:
-    ngrams = _ngrams(text, data)
-    if not len(validation) or not len(ngrams):
-        return False
-    places = np.searchsorted(validation, ngrams)
-    return bool((validation[np.minimum(places, len(validation) - 1)] == ngrams).any())
+    def _bits(self, hashes: Hashes) -> Hashes:
+        return (hashes >> np.uint64(32)) % np.uint64(8 * self.filter_bytes)
+
+    def _key(self, partition: int) -> str:
+        return f"{self.sent.name}/filter-{partition:05d}"
 
 
-def _ngrams(text: str, data: DataConfig) -> Ngrams:
+@lru_cache(maxsize=1)
+def _read_filter(ngrams: ValidationNgrams) -> npt.NDArray[np.uint8]:
+    keys = list(map(ngrams._key, range(ngrams.sent.num_partitions)))
+    return np.concatenate(list(read_pieces(ngrams.sent.store, keys, 0, np.dtype(np.uint8))))
+
+
+def decontaminate(store: Storage, chunks: Sequence[Chunk], data: DataConfig, *, run: Runner = run_tasks) -> int:
+    """Changes the codes of contaminated documents, once all codes are stored; returns their number. Needs Ray."""
+    sizes = [chunk.bytes for chunk in chunks]
+    texts = [Section(section.number, [chunks[n] for n in section.chunks]) for section in sections_of(sizes, least=1)]
+    num_bytes = sum(sizes) // _WORD_BYTES * _NGRAM.itemsize
+
+    def partitions(share: float) -> int:
+        return partitions_for(int(num_bytes * share), task_bytes=data.selection_task_bytes)
+
+    def sent(exchange: Exchange, label: str, code: int, known: ValidationNgrams | None) -> int:
+        send = partial(exchange.send, pieces=partial(_ngrams, data=data, code=code, known=known))
+        return sum(map(int, run_step(label, texts, send, run=run))) // _NGRAM.itemsize
+
+    folder = selection_folder(data)
+    held_out = Exchange(store, f"{folder}/held-out", len(texts), partitions(data.val_fraction))
+    num_ngrams = sent(held_out, "reading validation n-grams", HELD_OUT, None)
+    if not num_ngrams:
+        return 0
+    filter_bytes = min(_MOST_FILTER_BYTES, num_ngrams * _BITS_PER_NGRAM // 8) // held_out.num_partitions + 1
+    known = ValidationNgrams(held_out, filter_bytes)
+    for _ in run_step("making the filter", range(held_out.num_partitions), known.store_filter, run=run):
+        pass
+    passing = -math.expm1(-num_ngrams / (8 * filter_bytes * held_out.num_partitions))
+    if passing > 0.1:
+        say(f"{passing:.0%} of n-grams are compared with those of validation; data.val_max_documents makes them fewer")
+    # A multiple, so that each partition's n-grams are in one partition of validation's.
+    num_partitions = held_out.num_partitions * max(1, partitions(passing) // held_out.num_partitions)
+    training = Exchange(store, f"{folder}/training", len(texts), num_partitions)
+    sent(training, "reading training n-grams", 0, known)
+    work = partial(compare, known=known, training=training)
+    for _ in run_step("comparing n-grams", range(training.num_partitions), work, run=run):
+        pass
+    return sum(map(int, run_step("storing contamination", texts, partial(mark, training=training), run=run)))
+
+
+def _ngrams(
+    texts: Section, exchange: Exchange, *, data: DataConfig, code: int, known: ValidationNgrams | None
+) -> Iterator[Piece]:
+    """Sends the n-grams of the documents with this code; with `known`, those that pass its filter."""
     assert data.decontaminate_ngram is not None
-    return word_ngrams(normalized(text), data.decontaminate_ngram)
+    with BucketFile(_NGRAM, num_buckets=exchange.num_partitions) as buckets:
+        for row, document in _documents(texts, exchange.store, data, code):
+            hashes = word_ngrams(normalized(document.text), data.decontaminate_ngram)
+            hashes = distinct(hashes if known is None else hashes[known.may_hold(hashes)])
+            buckets.add(np.rec.fromarrays([hashes, np.full(len(hashes), row)], dtype=_NGRAM))
+        yield from buckets.pieces()
 
 
-@cache
-def validation_ngrams(store: Storage, content_hash: str) -> Ngrams:
-    """Returns the stored n-grams; `content_hash` keys the cache and proves the content."""
-    path = store.local_path(_FILE)
-    with tempfile.TemporaryDirectory(prefix="raymill-ngrams-") as folder:  # a map outlives the name of its file
-        if path is None:
-            path = Path(folder, "ngrams")
-            store.download_file(_FILE, path)
-        ngrams = np.memmap(path, dtype="<u8", mode="r") if path.stat().st_size else np.empty(0, "<u8")
-    assert hashlib.sha256(ngrams.data).hexdigest() == content_hash, "the n-grams changed while they were in use"
-    return ngrams
+def _documents(texts: Section, store: Storage, data: DataConfig, code: int) -> Iterator[tuple[int, Document]]:
+    """Yields the documents with this code, each with its place in the section."""
+    row = 0
+    for chunk in texts.chunks:
+        _, codes = stored_codes(store, chunk.number)
+        if code in codes:
+            for place, (_, document) in enumerate(read_chunk(chunk, data, hashlib.sha256())):
+                if codes[place : place + 1] == bytes([code]):
+                    yield row + place, document
+        row += len(codes)
+
+
+def compare(partition: int, *, known: ValidationNgrams, training: Exchange) -> bytes:
+    """Answers which training documents hold a known n-gram."""
+
+    def decide(records: Records, sections: Sections) -> Iterator[Records]:
+        places = np.flatnonzero(np.isin(records["hash"], known.hashes(partition)))
+        yield np.rec.fromarrays([sections[places], records["row"][places]], dtype=ROWS)
+
+    return training.decide(partition, by=decide, dtype=_NGRAM, answers=ROWS)
+
+
+def mark(texts: Section, *, training: Exchange) -> bytes:
+    """Stores the codes of a section's contaminated documents; returns their number in decimal digits."""
+    rows, row, count = distinct(np.concatenate([np.empty(0, ROWS), *training.answers(texts.number, ROWS)])["row"]), 0, 0
+    for chunk in texts.chunks:
+        digest, content = stored_codes(training.store, chunk.number)
+        codes = np.frombuffer(content, np.uint8).copy()
+        start, end = np.searchsorted(rows, [row, row + len(codes)])
+        codes[rows[start:end] - row] = _CONTAMINATED
+        count += int(np.count_nonzero(codes == _CONTAMINATED))
+        if start < end:
+            store_codes(training.store, chunk.number, digest, codes.tobytes())
+        row += len(codes)
+    return b"%d" % count

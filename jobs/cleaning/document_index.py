@@ -2,9 +2,9 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -13,73 +13,107 @@ from safetensors.numpy import load, save
 
 from cluster.settings.run import DataConfig
 from cluster.storage.uris import NotFoundError, Storage
-from jobs.cleaning.duplicates import NGRAM_WORDS, signature
+from jobs.cleaning.duplicates import SIGNATURE_SIZE, Signatures, signatures
 from jobs.cleaning.quality_rules import failed_rule
 from jobs.corpus.chunks import Chunk, Part
 from jobs.corpus.documents import Document, Drop, read_documents
 from jobs.corpus.progress import DataProgress
 from jobs.corpus.ray_data_tasks import run_tasks
-from jobs.corpus.text_hashes import HASH_BYTES, document_hash, normalized, word_ngrams
+from jobs.corpus.text_hashes import HASH_BYTES, document_hash, normalized
 
 INDEX = "index"
+_SIGNED_BYTES = 1 << 18  # of text at once, whose arrays stay in the cache
 DROP_CODES = [None, *Drop]  # the reason of each drop code, which is an index into this list; code 0 is kept
 
 
 @dataclass(frozen=True)
 class ChunkIndex:
-    """The N documents of a chunk, in their order."""
+    """The N documents of a chunk, in their order; their signatures are stored by themselves."""
 
     hashes: npt.NDArray[np.uint8]  # (N, 16) of the normalized text; zeros when dropped
     drops: npt.NDArray[np.uint8]  # (N,) drop codes
-    signatures: npt.NDArray[Any]  # (N, K) for near-duplicates; (N, 0) without data.near_dedup_threshold
     digest: npt.NDArray[np.uint8]  # (32,) SHA-256 of all texts, by which a second reader proves that it saw the same
 
-    def to_bytes(self) -> bytes:
-        return save(vars(self))
 
-    @classmethod
-    def from_bytes(cls, content: bytes) -> Self:
-        return cls(**load(content))
+def selection_folder(data: DataConfig) -> str:
+    """Returns the folder of what the tasks of a selection exchange, which depends on their size."""
+    return f"{INDEX}/selection-{data.selection_task_bytes}"
 
 
-def index_corpus(store: Storage, chunks: Sequence[Chunk], data: DataConfig) -> Iterator[tuple[int, bytes]]:
-    """Yields (chunk number, bytes of its `ChunkIndex`) in the order in which they are ready. Needs Ray."""
+def index_corpus(store: Storage, chunks: Sequence[Chunk], data: DataConfig) -> list[tuple[bytes, int]]:
+    """Indexes each chunk, and returns the digest of its texts and the number of its documents. Needs Ray."""
     total_bytes = sum(chunk.bytes for chunk in chunks)
+    found = [(b"", 0)] * len(chunks)
     with DataProgress("indexing documents", total_bytes=total_bytes, num_tasks=len(chunks)) as progress:
         for result in run_tasks(chunks, partial(index_chunk, store=store, data=data)):
-            index = ChunkIndex.from_bytes(result.content)
-            progress.advance(result.chunk.bytes, documents=len(index.drops), rss_bytes=result.rss_bytes)
-            yield result.chunk.number, result.content
+            digest, num_documents = result.content[:32], int.from_bytes(result.content[32:], "little")
+            progress.advance(result.item.bytes, documents=num_documents, rss_bytes=result.rss_bytes)
+            found[result.item.number] = digest, num_documents
+    return found
 
 
 def index_chunk(chunk: Chunk, *, store: Storage, data: DataConfig) -> bytes:
-    """Returns the index of a chunk once it is stored; an index that is already stored is used as it is."""
-    key = f"{INDEX}/{chunk.number:05d}.safetensors"
-    try:
-        content = store.read_bytes(key)
-        ChunkIndex.from_bytes(content)
-    except (NotFoundError, SafetensorError, TypeError):  # or it was cut off on a disk that lost power
-        content = _indexed(chunk, data).to_bytes()
-        store.write_bytes(key, content)
-    return content
+    """Stores the index of a chunk, unless it is stored; returns the digest and the number of documents, 8 bytes."""
+    index = None
+    with suppress(NotFoundError, SafetensorError, TypeError):  # or it was cut off on a disk that lost power
+        index = read_index(store, chunk.number)
+    if index is None:
+        index, signatures = _indexed(chunk, data)
+        if data.near_dedup_threshold is not None:
+            store.write_bytes(_signatures_key(chunk.number), signatures)
+        store.write_bytes(_index_key(chunk.number), save(vars(index)))
+    return index.digest.tobytes() + len(index.drops).to_bytes(8, "little")
 
 
-def _indexed(chunk: Chunk, data: DataConfig) -> ChunkIndex:
+def section_indexes(store: Storage, chunks: Sequence[int]) -> Iterator[tuple[int, int, ChunkIndex]]:
+    """Yields chunks with the row of each one's first document, counted from the first chunk, and its index."""
+    row = 0
+    for chunk in chunks:
+        index = read_index(store, chunk)
+        yield chunk, row, index
+        row += len(index.drops)
+
+
+def read_index(store: Storage, chunk: int) -> ChunkIndex:
+    return ChunkIndex(**load(store.read_bytes(_index_key(chunk))))
+
+
+def read_signatures(store: Storage, chunk: int) -> Signatures:
+    """Returns the signatures (N, 128) of a chunk's documents."""
+    return np.frombuffer(store.read_bytes(_signatures_key(chunk)), "<u2").reshape(-1, SIGNATURE_SIZE)
+
+
+def _index_key(chunk: int) -> str:
+    return f"{INDEX}/{chunk:05d}.safetensors"
+
+
+def _signatures_key(chunk: int) -> str:
+    return f"{INDEX}/{chunk:05d}.signatures"
+
+
+def _indexed(chunk: Chunk, data: DataConfig) -> tuple[ChunkIndex, bytes]:
+    """Returns the index and the bytes of the signatures, if `data.near_dedup_threshold` asks for them."""
     digest = hashlib.sha256()
-    hashes, drops, signatures = bytearray(), bytearray(), []
+    hashes, drops, signed = bytearray(), bytearray(), bytearray()
+    waiting: list[bytes] = []
+    num_waiting = 0
     for _, document in read_chunk(chunk, data, digest):
         drop = document.drop or failed_rule(document.text, data.quality_rules)
         text = normalized(document.text) if drop is None else b""
         drops.append(DROP_CODES.index(drop))
         hashes += document_hash(text) if drop is None else bytes(HASH_BYTES)
         if data.near_dedup_threshold is not None:
-            signatures.append(signature(word_ngrams(text, NGRAM_WORDS)))
-    return ChunkIndex(
+            waiting.append(text)
+            num_waiting += len(text)
+            if num_waiting >= _SIGNED_BYTES:
+                signed += signatures(waiting).tobytes()
+                waiting, num_waiting = [], 0
+    index = ChunkIndex(
         hashes=np.frombuffer(hashes, np.uint8).reshape(-1, HASH_BYTES),
         drops=np.frombuffer(drops, np.uint8),
-        signatures=np.array(signatures) if signatures else np.empty((len(drops), 0), np.uint8),
         digest=np.frombuffer(digest.digest(), np.uint8),
     )
+    return index, bytes(signed + signatures(waiting).tobytes())
 
 
 def read_chunk(chunk: Chunk, data: DataConfig, digest: "hashlib._Hash") -> Iterator[tuple[Part, Document]]:

@@ -1,4 +1,7 @@
-"""Finds the documents of a corpus that repeat or resemble an earlier one, on a local disk in bounded memory.
+"""Decides which documents repeat or resemble an earlier one: among those of a section, and where sections meet.
+
+A document is a near-duplicate if it is similar to an earlier one, kept or not. That takes no more than the two of them:
+each pair is compared where its records meet, and no decision waits for another.
 
 Similarity is estimated from MinHash signatures by one-permutation hashing (Li, Owen, Zhang, 2012): each n-gram's hash
 falls into one of 128 bins, and each bin keeps its least hash. An empty bin borrows from a filled one, in an order of
@@ -6,112 +9,71 @@ its own (Shrivastava, 2017), which keeps the estimate unbiased. So a signature c
 """
 
 import math
-import os
-import tempfile
-from abc import ABC, abstractmethod
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
-from jobs.cleaning.disk_buckets import BucketFile, Records
-from jobs.corpus.text_hashes import Hashes, mix64
+from jobs.cleaning.disk_buckets import Records
+from jobs.corpus.text_hashes import Hashes, Places, mix64, ngrams_by_text
 
 Marks = npt.NDArray[np.bool_]
-Rows = npt.NDArray[np.int64]
-
-_RECORD = np.dtype([("high", "u8"), ("low", "u8"), ("row", "u8")])  # halves of the hash; the document's row
-_NUM_BUCKETS = 256  # a bucket of 10^9 documents takes 94 MB
-
-
-class DuplicateSearch(ExitStack, ABC):
-    """A search for documents to drop: add all documents in their order, then call `find`.
-
-    Memory holds a buffer and one bucket at a time. The files have no names, so nothing is left of them when the context
-    or the process ends, however it ends.
-    """
-
-    def __init__(self, folder: Path, dtype: npt.DTypeLike, *, num_buckets: int) -> None:
-        super().__init__()
-        self._folder, self._num_buckets = folder, num_buckets
-        self._records = BucketFile(self._open(), dtype, num_buckets=num_buckets)
-        self._num_rows = 0
-
-    def find(self) -> Marks:
-        """Returns the documents to drop, marked in a mapped file (N,)."""
-        file = self._open()
-        file.truncate(max(1, self._num_rows))
-        dropped = np.memmap(file, dtype=np.bool_, mode="r+")
-        for bucket in range(self._num_buckets):
-            self._search(self._records.bucket(bucket), dropped)
-        return dropped[: self._num_rows]
-
-    @abstractmethod
-    def _search(self, records: Records, dropped: Marks) -> None:
-        """Marks the documents to drop among the records of one bucket."""
-
-    def _open(self) -> BinaryIO:
-        return self.enter_context(tempfile.TemporaryFile(dir=self._folder))
-
-    def _next_rows(self, count: int) -> Rows:
-        self._num_rows += count
-        return np.arange(self._num_rows - count, self._num_rows)
-
-
-class Duplicates(DuplicateSearch):
-    """Drops all documents of equal hash but the first."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder, _RECORD, num_buckets=_NUM_BUCKETS)
-
-    def add(self, hashes: npt.NDArray[np.uint8]) -> None:
-        """Adds the next documents by their hashes (D, 16)."""
-        records = np.empty(len(hashes), dtype=_RECORD)
-        records["high"], records["low"] = np.ascontiguousarray(hashes).view(np.uint64).reshape(-1, 2).T
-        records["row"] = self._next_rows(len(hashes))
-        self._records.add(hashes[:, 0].astype(np.uint16), records)
-
-    def _search(self, records: Records, dropped: Marks) -> None:
-        records = records[np.lexsort((records["row"], records["low"], records["high"]))]
-        later, former = records[1:], records[:-1]
-        repeats = (later["high"] == former["high"]) & (later["low"] == former["low"])
-        dropped[later["row"][repeats]] = True
-
-
+Sections = npt.NDArray[np.int32]
 Signatures = npt.NDArray[np.uint16]
 
 NGRAM_WORDS = 3  # words in a row that make one unit of comparison
 SIGNATURE_SIZE = 128
-_SIGNATURE_BYTES = 2 * SIGNATURE_SIZE
 _BIN_BITS = 7
 _CHANCE = 2.0**-16  # of two different hashes agreeing in the 16 bits that a signature keeps
 _EMPTY = np.uint64(2**64 - 1)
 
 _LEAST_RECALL = 0.98  # of the bands, for two documents exactly as similar as the threshold
 _MARGIN_DEVIATIONS = 2.0  # the estimate of such a pair falls short by more than this in 2% of cases
-_WINDOW = 64  # bounds the pairs of a group that shares a page header or license
+_WINDOW = 64  # bounds the pairs of documents that share a page header or license
+_BLOCK = 1 << 13  # pairs at once
 
-_BAND = np.dtype([("key", "u8"), ("row", "u8")])  # hash of a band; the document's row
-_NUM_BAND_BUCKETS = 1024  # a bucket of 10^8 documents, 25 bands each, takes 39 MB
-_BLOCK = 1 << 13  # documents or pairs at once
+# Records are in canonical order.
+SIGNATURE = np.dtype(("<u2", SIGNATURE_SIZE))
+ROW = np.dtype("<u4")  # a document's place in its section
+HASHED = np.dtype([("high", "<u8"), ("low", "<u8"), ("row", ROW)])  # halves of a document's hash
+BANDED = np.dtype([("key", "<u8"), ("row", ROW)])  # hash of a band
+_DECIDED = np.uint32(1 << 31)  # is added to the row of a document that is dropped already
+ROWS = np.dtype([("section", "<u4"), ("row", ROW)])  # a decision
+PAIR = np.dtype([*ROWS.descr, ("earlier_section", "<u4"), ("earlier_row", ROW)])  # of documents to compare
 
 
-def signature(ngrams: Hashes) -> Signatures:
-    """Returns the signature (128,) of a set of hashed n-grams (G,), repeats ignored; zeros for an empty set."""
-    if not len(ngrams):
-        return np.zeros(SIGNATURE_SIZE, dtype=np.uint16)
-    least = np.full(SIGNATURE_SIZE, _EMPTY)
-    np.minimum.at(least, (ngrams >> np.uint64(64 - _BIN_BITS)).astype(np.intp), ngrams)
+def repeats(records: Records) -> Places:
+    """Returns the places of the `HASHED` records that repeat an earlier one."""
+    order = np.lexsort((records["low"], records["high"]))  # stable
+    return np.sort(order[~_changes(records[["high", "low"]][order])])
+
+
+def repeats_across(records: Records, sections: Sections) -> Iterator[Records]:
+    """Yields the `ROWS` of the `HASHED` records of a partition that repeat an earlier one."""
+    places = repeats(records)
+    yield np.rec.fromarrays([sections[places], records["row"][places]], dtype=ROWS)
+
+
+def signatures(normalized: Sequence[bytes]) -> Signatures:
+    """Returns the signatures (D, 128) of the sets of n-grams of normalized texts; zeros for one without words."""
+    return signatures_of(*ngrams_by_text(normalized, NGRAM_WORDS), num_sets=len(normalized))
+
+
+def signatures_of(ngrams: Hashes, sets: Places, *, num_sets: int) -> Signatures:
+    """Returns the signatures (D, 128) of sets of hashed n-grams (G,), repeats ignored; `sets` (G,) has their owners."""
+    least = np.full((num_sets, SIGNATURE_SIZE), _EMPTY)
+    bins = sets * SIGNATURE_SIZE + (ngrams >> np.uint64(64 - _BIN_BITS)).astype(np.int64)
+    np.minimum.at(least.reshape(-1), bins, ngrams)
     filled = least != _EMPTY
-    if not filled.all():
-        lenders = _lenders()[~filled]
-        first = filled[lenders].argmax(axis=1)
-        least[~filled] = least[lenders[np.arange(len(lenders)), first]]
+    borrowers, empty = np.nonzero(~filled)
+    lenders = _lenders()[empty]
+    first = filled[borrowers[:, None], lenders].argmax(axis=1)
+    least[borrowers, empty] = least[borrowers, lenders[np.arange(len(lenders)), first]]
     # Each bin keeps different 16 bits, or a document of one n-gram would match one in 65,536 of its kind.
-    return (mix64(least ^ np.arange(SIGNATURE_SIZE, dtype=np.uint64)) & np.uint64(0xFFFF)).astype(np.uint16)
+    kept = (mix64(least ^ np.arange(SIGNATURE_SIZE, dtype=np.uint64)) & np.uint64(0xFFFF)).astype(np.uint16)
+    kept[~filled.any(axis=1)] = 0
+    return kept
 
 
 @cache
@@ -142,62 +104,82 @@ def bands_for(threshold: float) -> tuple[int, int]:
     return SIGNATURE_SIZE, 1
 
 
-class NearDuplicates(DuplicateSearch):
-    """Drops each document that is similar to an earlier one, kept or not.
+def band_keys(signatures: Signatures, threshold: float) -> Hashes:
+    """Returns keys (D, bands); equal values in different bands have different keys."""
+    bands, rows = bands_for(threshold)
+    cut = signatures[:, : bands * rows].astype(np.uint64).reshape(len(signatures), bands, rows)
+    keys = mix64(np.arange(bands, dtype=np.uint64))
+    for row in range(rows):
+        keys = mix64(keys ^ cut[:, :, row])
+    return keys
 
-    Two documents that share a band of their signatures are compared by the whole signatures. In a group that shares a
-    band, a document is compared with the 64 before it, so the work is linear in the documents, whatever they contain.
-    The disk takes 256 bytes per document and 16 per band (about 0.7 kB in all at a threshold of 0.7).
+
+def least_estimate(threshold: float) -> float:
+    """Returns the estimate from which on two documents count as similar."""
+    return threshold - _MARGIN_DEVIATIONS * math.sqrt(threshold * (1 - threshold) / SIGNATURE_SIZE)
+
+
+# Two documents that share a band of their signatures are compared by the whole signatures. Among those that share a
+# band, a document is compared with the 64 before it, so the work is linear in the documents, whatever they contain.
+
+
+def drop_similar(
+    records: Records, dropped: Marks, read: Callable[[Places], Signatures], *, threshold: float
+) -> Records:
+    """Marks the rows of a section that are similar to an earlier one, among the `BANDED` records of a partition.
+
+    Returns the records that other sections must see, sorted: the first and last 64 of each key, as no window reaches
+    further into the section. Rows that are dropped already are marked as decided. `read` returns rows' signatures.
     """
+    records = records[np.argsort(records["key"], kind="stable")]
+    first, end = _runs(_changes(records["key"]))
+    twins = records[end - first > 1]
+    for later, earlier in _close_pairs(twins["key"]):
+        undecided = ~dropped[twins["row"][later]]
+        rows, others = twins["row"][later[undecided]], twins["row"][earlier[undecided]]
+        dropped[rows[similarity(read(rows), read(others)) >= least_estimate(threshold)]] = True
+    places = np.arange(len(records))
+    sent = records[(places - first < _WINDOW) | (end - places <= _WINDOW)]
+    sent["row"] |= dropped[sent["row"]] * _DECIDED
+    return sent
 
-    def __init__(self, folder: Path, *, threshold: float) -> None:
-        super().__init__(folder, _BAND, num_buckets=_NUM_BAND_BUCKETS)
-        self._signatures = self._open()
-        self._bands, self._rows_a_band = bands_for(threshold)
-        deviation = math.sqrt(threshold * (1 - threshold) / SIGNATURE_SIZE)
-        self._least_estimate = threshold - _MARGIN_DEVIATIONS * deviation
 
-    def add(self, signatures: Signatures) -> None:
-        """Adds the next documents by their signatures (D, 128)."""
-        for start in range(0, len(signatures), _BLOCK):
-            block = signatures[start : start + _BLOCK]
-            keys = self._band_keys(block)
-            records = np.empty(keys.shape, dtype=_BAND)
-            records["key"], records["row"] = keys, self._next_rows(len(block))[:, None]
-            self._records.add((keys % np.uint64(_NUM_BAND_BUCKETS)).astype(np.uint16).reshape(-1), records.reshape(-1))
-        self._signatures.write(signatures.tobytes())
-        self._signatures.flush()
+def pairs_across(records: Records, sections: Sections) -> Iterator[Records]:
+    """Yields a `PAIR` for each undecided `BANDED` record and each of an earlier section, 64 before it at most."""
+    order = np.argsort(records["key"], kind="stable")
+    rows, owners = records["row"][order] & ~_DECIDED, sections[order]
+    is_open = records["row"][order] < _DECIDED
+    for later, earlier in _close_pairs(records["key"][order]):
+        is_across = (owners[later] != owners[earlier]) & is_open[later]
+        fields = [values[places[is_across]] for places in (later, earlier) for values in (owners, rows)]
+        yield np.rec.fromarrays(fields, dtype=PAIR)
 
-    def _band_keys(self, signatures: Signatures) -> Hashes:
-        """Returns keys (D, bands); equal values in different bands have different keys."""
-        used = signatures[:, : self._bands * self._rows_a_band].astype(np.uint64)
-        cut = used.reshape(len(signatures), self._bands, self._rows_a_band)
-        keys = mix64(np.arange(self._bands, dtype=np.uint64))
-        for row in range(self._rows_a_band):
-            keys = mix64(keys ^ cut[:, :, row])
-        return keys
 
-    def _search(self, records: Records, dropped: Marks) -> None:
-        records = records[np.argsort(records["key"])]
-        same = records["key"][1:] == records["key"][:-1]
-        has_twin = np.zeros(len(records), dtype=np.bool_)
-        has_twin[1:] |= same
-        has_twin[:-1] |= same
-        records = records[has_twin]
-        records = records[np.lexsort((records["row"], records["key"]))]
-        keys, rows = records["key"], records["row"].astype(np.int64)
-        for distance in range(1, _WINDOW + 1):
-            later = np.flatnonzero(keys[distance:] == keys[:-distance]) + distance
-            if not later.size:
-                break
-            later = later[~dropped[rows[later]]]
-            for start in range(0, len(later), _BLOCK):
-                pairs = later[start : start + _BLOCK]
-                estimates = similarity(self._read(rows[pairs]), self._read(rows[pairs - distance]))
-                dropped[rows[pairs[estimates >= self._least_estimate]]] = True
+def _close_pairs(keys: Hashes) -> Iterator[tuple[Places, Places]]:
+    """Yields the places (later, earlier) of equal keys at most 64 apart, some at a time; the keys are sorted."""
+    for distance in range(1, _WINDOW + 1):
+        later = np.flatnonzero(keys[distance:] == keys[:-distance]) + distance
+        if not later.size:
+            return
+        for start in range(0, len(later), _BLOCK):
+            block = later[start : start + _BLOCK]
+            yield block, block - distance
 
-    def _read(self, rows: Rows) -> Signatures:
-        """Returns signatures (R, 128), read one by one: a mapped file's pages would count as this process's memory."""
-        file = self._signatures.fileno()
-        content = b"".join(os.pread(file, _SIGNATURE_BYTES, row * _SIGNATURE_BYTES) for row in rows.tolist())
-        return np.frombuffer(content, dtype=np.uint16).reshape(-1, SIGNATURE_SIZE)
+
+def distinct(values: Records) -> Records:
+    """Returns them in order, each once. NumPy's `unique` hashes them, which takes ten times as long."""
+    values = np.sort(values)
+    return values[_changes(values)]
+
+
+def _changes(values: Records) -> Marks:
+    """Marks the first value and each that differs from the one before it."""
+    changes = np.ones(len(values), dtype=np.bool_)
+    changes[1:] = values[1:] != values[:-1]
+    return changes
+
+
+def _runs(changes: Marks) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    """Returns for each place where its run begins and ends."""
+    borders = np.append(np.flatnonzero(changes), len(changes)).astype(np.int32)
+    return np.repeat(borders[:-1], np.diff(borders)), np.repeat(borders[1:], np.diff(borders))

@@ -1,25 +1,28 @@
-"""Selects the documents that are kept and the split of each, in the driver, in canonical order and bounded memory.
+"""Selects the documents that are kept and the split of each, in tasks of bounded memory.
 
-The result does not depend on the number of workers or the order of their answers. The indexes and the records that are
-compared across chunks lie in a local temporary folder: 40 bytes per document, about 1 kB with near-duplicates.
+The result does not depend on the number of workers or the order of their answers. The driver holds some bytes for each
+chunk and 2 kB for each of 1,024 sections at most.
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
+from cluster.output.progress import say
 from cluster.settings.run import DataConfig
 from cluster.storage.uris import Storage
-from jobs.cleaning.document_index import DROP_CODES, INDEX, ChunkIndex
-from jobs.cleaning.duplicates import Duplicates, Marks, NearDuplicates
-from jobs.corpus.documents import Drop
+from jobs.cleaning.deduplication import Decisions, Deduplication
+from jobs.cleaning.document_index import DROP_CODES, INDEX, section_indexes, selection_folder
+from jobs.cleaning.exchange import Runner, Section, run_step
+from jobs.corpus.ray_data_tasks import run_tasks
 
-Codes = npt.NDArray[np.uint8]  # (N,) of a chunk's documents: 0 trains, `HELD_OUT` validates, others are drop codes
-HELD_OUT = 255
-_NO_COUNTS = np.zeros(256, dtype=np.int64)
+HELD_OUT = 255  # the code of a document that validates; 0 trains, and the others are drop codes
+_NO_HASH = 2**64 - 1
+_SETTLED = np.dtype([("counts", "<u8", 256), ("least", "<u8"), ("most", "<u8")])
 
 
 @dataclass(frozen=True)
@@ -29,78 +32,73 @@ class Summary:
     source_hash: str  # of all texts in canonical order
 
 
-class Selection:
-    """`add` every chunk's index, in any order; then `decide`; then read `codes`."""
+def select(
+    store: Storage, indexed: Sequence[tuple[bytes, int]], data: DataConfig, *, run: Runner = run_tasks
+) -> Summary:
+    """Stores the codes of all documents, whose chunks are `indexed` as `index_corpus` says. Needs Ray."""
+    sizes = [num_documents for _, num_documents in indexed]
+    search = Deduplication(store, sizes, data, run=run)
+    decisions: list[Decisions] = []
+    if indexed and data.dedup:
+        decisions.append(search.exact())
+    if indexed and data.near_dedup_threshold is not None:
+        decisions.append(search.near(*decisions))
 
-    def __init__(self, data: DataConfig, folder: Path, *, num_chunks: int) -> None:
-        """`folder` is a temporary one on a local disk."""
-        self._data, self._folder, self._num_chunks = data, folder, num_chunks
-        self._duplicates: dict[Drop, Marks] = {}  # by reason, among the documents that nothing else drops
-        self._starts = [0]  # the number of those before each chunk
-        self._val_below = int(data.val_fraction * 2**64)
+    def settled(val_below: int) -> npt.NDArray[np.void]:
+        key = f"{selection_folder(data)}/settled-{val_below:x}"
+        work = partial(settle, store=store, key=key, decisions=decisions, val_below=val_below)
+        contents = run_step("storing decisions", search.sections, work, run=run)
+        return np.frombuffer(b"".join(contents), _SETTLED)
 
-    def add(self, chunk: int, content: bytes) -> None:
-        self._path(chunk).write_bytes(content)
+    val_below = int(data.val_fraction * 2**64)
+    found = settled(val_below)
+    counts = found["counts"].sum(axis=0)
+    if data.val_max_documents is not None and (num_held_out := int(counts[HELD_OUT])) > data.val_max_documents:
+        say(f"of {num_held_out:,} documents that data.val_fraction holds out, about {data.val_max_documents:,} are")
+        found = settled(val_below * data.val_max_documents // num_held_out)
+        counts = found["counts"].sum(axis=0)
+    if indexed and data.val_fraction and 0 in (counts[0], counts[HELD_OUT]):
+        # An exception for small corpora: at least one document trains and one validates.
+        least, most = int(found["least"].min()), int(found["most"].max())
+        if least < most:
+            counts = settled(most if counts[HELD_OUT] else least + 1)["counts"].sum(axis=0)
+    digests = "".join(digest.hex() for digest, _ in indexed)
+    return Summary(
+        documents=int(counts[0] + counts[HELD_OUT]),
+        dropped={str(reason): int(counts[code]) for code, reason in enumerate(DROP_CODES) if reason},
+        source_hash=hashlib.sha256(digests.encode()).hexdigest(),
+    )
 
-    def decide(self) -> Summary:
-        """Finds the duplicates, once all chunks are added; then counts."""
-        self._find_duplicates()
-        counts = self._counts()
-        if self._num_chunks and self._data.val_fraction and 0 in (counts[0], counts[HELD_OUT]):
-            # An exception for small corpora: at least one document trains and one validates.
-            kept = np.concatenate([self._kept_hashes(chunk) for chunk in range(self._num_chunks)])
-            if kept.size and kept.min() < kept.max():
-                self._val_below = int(kept.max() if counts[HELD_OUT] else kept.min() + np.uint64(1))
-                counts = self._counts()
-        digests = "".join(self._index(chunk).digest.tobytes().hex() for chunk in range(self._num_chunks))
-        return Summary(
-            documents=int(counts[0] + counts[HELD_OUT]),
-            dropped={str(reason): int(counts[code]) for code, reason in enumerate(DROP_CODES) if reason},
-            source_hash=hashlib.sha256(digests.encode()).hexdigest(),
-        )
 
-    def codes(self, chunk: int) -> Codes:
-        index = self._index(chunk)
+def settle(section: Section, *, store: Storage, key: str, decisions: Sequence[Decisions], val_below: int) -> bytes:
+    """Stores the codes of a section's chunks, and then what it returns: the number of documents by code, and the least
+    and the largest hash among those that are kept."""
+    key = f"{key}/section-{section.number:05d}"
+    if (content := store.find_bytes(key)) is not None and len(content) == _SETTLED.itemsize:
+        return content
+    dropped = [(DROP_CODES.index(found.reason), found.rows(section)) for found in decisions]
+    settled = np.zeros(1, _SETTLED)
+    settled["least"] = _NO_HASH
+    for chunk, first, index in section_indexes(store, section.chunks):
         codes = index.drops.copy()
-        candidates = np.flatnonzero(codes == 0)
-        for reason, dropped in self._duplicates.items():
-            found = candidates[dropped[self._starts[chunk] : self._starts[chunk + 1]]]
-            codes[found[codes[found] == 0]] = DROP_CODES.index(reason)
-        codes[(codes == 0) & (leading(index.hashes) < np.uint64(self._val_below))] = HELD_OUT
-        return codes
+        for code, rows in dropped:
+            start, end = np.searchsorted(rows, [first, first + len(codes)])
+            own = rows[start:end] - first
+            codes[own[codes[own] == 0]] = code
+        hashes = leading(index.hashes)
+        codes[(codes == 0) & (hashes < np.uint64(val_below))] = HELD_OUT
+        kept = hashes[(codes == 0) | (codes == HELD_OUT)]
+        settled["counts"] += np.bincount(codes, minlength=256).astype("<u8")
+        settled["least"] = kept.min(initial=settled["least"][0])
+        settled["most"] = kept.max(initial=settled["most"][0])
+        store_codes(store, chunk, index.digest.tobytes().hex(), codes.tobytes())
+    store.write_bytes(key, settled.tobytes())
+    return settled.tobytes()
 
-    def store_codes(self, chunk: int, store: Storage) -> None:
-        """Stores the codes, and the digest of the texts, for the tasks that read the chunk again."""
-        store.write_bytes(_codes_key(chunk), self._index(chunk).digest.tobytes() + self.codes(chunk).tobytes())
 
-    def _find_duplicates(self) -> None:
-        threshold = self._data.near_dedup_threshold
-        with Duplicates(self._folder) as exact, NearDuplicates(self._folder, threshold=threshold or 1.0) as near:
-            for chunk in range(self._num_chunks):
-                index = self._index(chunk)
-                candidates = index.drops == 0
-                self._starts.append(self._starts[-1] + int(candidates.sum()))
-                if self._data.dedup:
-                    exact.add(index.hashes[candidates])
-                if threshold is not None:
-                    near.add(index.signatures[candidates])
-            if self._data.dedup:
-                self._duplicates[Drop.DUPLICATE] = exact.find()
-            if threshold is not None:
-                self._duplicates[Drop.NEAR_DUPLICATE] = near.find()
-
-    def _counts(self) -> npt.NDArray[np.int64]:
-        """Returns the number of documents by code."""
-        return sum((np.bincount(self.codes(chunk), minlength=256) for chunk in range(self._num_chunks)), _NO_COUNTS)
-
-    def _kept_hashes(self, chunk: int) -> npt.NDArray[np.uint64]:
-        return leading(self._index(chunk).hashes[np.isin(self.codes(chunk), (0, HELD_OUT))])
-
-    def _index(self, chunk: int) -> ChunkIndex:
-        return ChunkIndex.from_bytes(self._path(chunk).read_bytes())
-
-    def _path(self, chunk: int) -> Path:
-        return self._folder / f"{chunk:05d}"
+def store_codes(store: Storage, chunk: int, digest: str, codes: bytes) -> None:
+    """Stores the codes of a chunk, and the digest of its texts, for the tasks that read it again."""
+    store.write_bytes(_codes_key(chunk), bytes.fromhex(digest) + codes)
 
 
 def stored_codes(store: Storage, chunk: int) -> tuple[str, bytes]:

@@ -29,8 +29,8 @@ def cut_files(store: Storage, files: Sequence[CorpusFile], data: DataConfig) -> 
     if tasks:
         with progress("unpacking", total=sum(file.size for file in large) / 1e6) as advance:
             for result in run_tasks(tasks, partial(cut_file, store=store, data=data)):
-                pieces[result.chunk.number] = Chunk.from_json(result.content.decode()).parts
-                advance(result.chunk.bytes / 1e6)
+                pieces[result.item.number] = Chunk.from_json(result.content.decode()).parts
+                advance(result.item.bytes / 1e6)
     return pieces
 
 

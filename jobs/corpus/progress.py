@@ -15,7 +15,8 @@ class DataProgress(AbstractContextManager["DataProgress"]):
     """Counts what finished tasks did, and shows it as progress lines and as the metrics `raymill_data_*`."""
 
     def __init__(self, label: str, *, total_bytes: int, num_tasks: int) -> None:
-        self._label, self._total_bytes, self._queued = label, total_bytes, num_tasks
+        """Without `total_bytes` it shows the tasks that are done."""
+        self._label, self._total_bytes, self._queued, self._num_tasks = label, total_bytes, num_tasks, num_tasks
         self._bytes = self._documents = self._tokens = self._peak_rss_bytes = 0
         self._started = self._reported = time.monotonic()
         self.metrics = Metrics(Exporter.DATA, stage=label)
@@ -47,12 +48,11 @@ class DataProgress(AbstractContextManager["DataProgress"]):
     def _show(self) -> None:
         self.metrics.publish()
         seconds = max(1e-9, time.monotonic() - self._started)
-        tokens = f"{self._tokens:,} tokens, " if self._tokens else ""
-        report_progress(
-            self._label,
-            done=round(self._bytes / 1e6, 2),
-            total=round(self._total_bytes / 1e6, 2),
-            unit="MB",
-            note=f"{self._documents:,} documents, {tokens}{self._bytes / 1e6 / seconds:.1f} MB/s, "
-            f"workers up to {self._peak_rss_bytes >> 20} MiB, {self._queued} tasks queued",
-        )
+        counts = {"documents": self._documents, "tokens": self._tokens}
+        note = "".join(f"{count:,} {unit}, " for unit, count in counts.items() if count)
+        done, total, unit = float(self._num_tasks - self._queued), float(self._num_tasks), "tasks"
+        if self._total_bytes:
+            done, total, unit = round(self._bytes / 1e6, 2), round(self._total_bytes / 1e6, 2), "MB"
+            note += f"{self._bytes / 1e6 / seconds:.1f} MB/s, "
+        note += f"workers up to {self._peak_rss_bytes >> 20} MiB, {self._queued} tasks queued"
+        report_progress(self._label, done=done, total=total, unit=unit, note=note)

@@ -8,7 +8,6 @@ from typing import Any
 
 from cluster.settings.plan import PlanConfig
 from cluster.settings.run import RunConfig, batch_schedule, planned_vocabulary, seq_len, with_precision
-from cluster.storage.uris import open_storage
 from jobs.exact.flat_layout import FlatLayout
 from jobs.plan.exchange import Exchange, exchange
 from jobs.plan.formulas import (
@@ -24,11 +23,8 @@ from jobs.plan.formulas import (
     writers_of,
 )
 from jobs.plan.memory import gpu_memory, host_memory, layout_of
-from jobs.plan.plan_warnings import FULL_MEMORY, other_work, warnings
-from jobs.plan.prediction import predict
+from jobs.plan.plan_warnings import FULL_MEMORY, warnings
 from jobs.plan.table import table
-from jobs.run.history import recorded_config
-from jobs.run.ledger import Ledger
 from jobs.tokens.token_store import token_dtype
 from model.config import flops_per_token, num_parameters
 
@@ -164,12 +160,7 @@ def _data(config: RunConfig, tokens_per_s: float) -> dict[str, float]:
     }
 
 
-def planned(config: RunConfig, options: PlanConfig, *, rehearsal: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Returns the plan with its `table`; given a rehearsal's figures, also with the prediction that they allow."""
+def planned(config: RunConfig, options: PlanConfig) -> dict[str, Any]:
+    """Returns the plan with its `table`."""
     plan = make_plan(planned_vocabulary(config), options)
-    if rehearsal is not None:
-        run = open_storage(rehearsal["run_dir"])
-        found = predict(rehearsal, Ledger.read(run), rehearsed=recorded_config(run), planned=config)
-        plan["calibration"] = found
-        plan["warnings"] = [*other_work(found), *plan["warnings"]]
     return plan | {"table": table(plan, options)}

@@ -6,9 +6,6 @@ from typing import Any
 from cluster.settings.plan import PlanConfig
 from cluster.settings.run import RunConfig, batch_schedule, seq_len, warmup_tokens
 
-_BUSY = 0.2
-"""Share of the CPUs' time that other programs may take before it is worth a warning."""
-
 _ASK_FOR_GPUS = {"gpu", "count", "mfu", "sustained_tflops"}
 """Options that ask for a plan on GPUs, whatever the run itself is set to use."""
 
@@ -22,19 +19,10 @@ def warnings(config: RunConfig, options: PlanConfig, plan: dict[str, Any]) -> li
     if not config.scaling.use_gpu and not _ASK_FOR_GPUS & options.model_fields_set:
         hardware = [
             f"The run computes on {config.scaling.max_workers} workers' CPUs (scaling.use_gpu is false), whose speed a "
-            "plan does not know: --calibrate measures this machine. Times and cost below are what GPUs would take "
+            "plan does not know. Times and cost below are what GPUs would take "
             f"({options.gpu}; --gpu and --count choose others)."
         ]
     return [*_memory(options, plan), *hardware, *_schedule(config)]
-
-
-def other_work(calibration: dict[str, Any]) -> Iterator[str]:
-    """Warns of a rehearsal beside other programs."""
-    if (busy := calibration["busy_before"]) > _BUSY:
-        yield (
-            f"Other programs kept {busy:.0%} of this machine's CPUs busy when the rehearsal began: its figures are for "
-            "a machine that is shared like this."
-        )
 
 
 def _memory(options: PlanConfig, plan: dict[str, Any]) -> Iterator[str]:

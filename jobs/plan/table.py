@@ -45,7 +45,7 @@ def table(plan: Mapping[str, Any], options: PlanConfig) -> str:
         **plan,
     )
     assumed = [_wrapped(text, first="  ", further="    ") for text in _assumptions(plan, options)]
-    sections = ["\n".join(warned), _calibrated(plan), figures, "\n".join(["Assumed", *assumed])]
+    sections = ["\n".join(warned), figures, "\n".join(["Assumed", *assumed])]
     return "\n\n".join(filter(None, sections))
 
 
@@ -75,22 +75,6 @@ def size(num_bytes: float, per: str = "") -> str:
     """Formats bytes with four digits and a decimal prefix: `2.095 TB`."""
     factor, prefix = next(((f, p) for f, p in _PREFIXES if num_bytes >= f), (1, ""))
     return f"{num_bytes / factor:.4g} {prefix}B{per}"
-
-
-def _calibrated(plan: Mapping[str, Any]) -> str:
-    """Returns the section of what a rehearsal measured on this machine, if there was one."""
-    if (found := plan.get("calibration")) is None:
-        return ""
-    steps = ", ".join(f"{seconds:.3g} s with {size}" for size, seconds in found["step_s"].items())
-    rows = {
-        "wall time": duration(found["wall_s"]),
-        "by stage": ", ".join(f"{name} {seconds:,.0f} s" for name, seconds in found["stage_s"].items()),
-        "a step": f"{steps} workers; {found['tokens_per_s']:,.0f} tokens/s in {found['precision']}",
-        "a validation": f"{found['validation_s']:.3g} s",
-        "a restart": ", ".join(f"{seconds:.1f} s" for seconds in found["recovery_s"]) or "none rehearsed",
-    }
-    title = f"On this machine, from a rehearsal of {found['took_s']:,.0f} s"
-    return "\n".join([title, *(f"  {name:<{_LABEL}}{value}" for name, value in rows.items())])
 
 
 def _memory(parts: Mapping[str, float], advice: Mapping[str, Any] | None, has: float) -> str:

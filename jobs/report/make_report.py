@@ -64,8 +64,8 @@ def _read_plan(path: Path) -> dict[str, Any]:
 
 
 def _plan_rows(ledger: Ledger, config: RunConfig, plan: Mapping[str, Any] | None) -> list[tuple[str, str, str]]:
-    """Returns (figure, planned value, actual one): what the settings alone plan, and what a plan adds where there is
-    one: for this machine if it was calibrated, else for its GPUs."""
+    """Returns (figure, planned value, actual one): what the settings alone plan, and what a plan adds for its GPUs
+    where there is one."""
     last, taken = ledger.steps[-1], [line for line in ledger.lines if "event" not in line]
     per_token = flops_per_token(config.model, seq_len(config))
     computed = sum(batch_schedule(config).step_tokens(line["step"]) for line in taken)
@@ -84,10 +84,6 @@ def _plan_rows(ledger: Ledger, config: RunConfig, plan: Mapping[str, Any] | None
     useful_s = sum(line["wall_s"] for line in ledger.steps)
     speed = f"{last['tokens_seen'] / useful_s:,.0f} tokens/s"
     kind, hours = worker_hours(ledger, config)
-    if calibration := plan.get("calibration"):
-        stage_s = calibration["stage_s"]["train"]
-        rows.append(("Wall time of training", duration(stage_s), f"{duration(wall_s)}, without the job's start"))
-        return [*rows, ("Throughput", f"{calibration['tokens_per_s']:,.0f} tokens/s", speed)]
     mfu = [line["mfu"] for line in ledger.steps if line["mfu"] is not None]
     return [
         *rows,

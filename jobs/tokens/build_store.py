@@ -1,6 +1,6 @@
 """Builds the token store of a corpus, with the same bytes for any number of workers, kills and restarts.
 
-Two passes go over the chunks of the corpus. The first indexes the documents; from the indexes the driver decides, in
+Two passes go over the chunks of the corpus. The first indexes the documents; from the indexes further tasks decide, in
 canonical order, which documents are kept. The second writes the shards. Each task leaves its result in the store, so a
 job that was killed continues where it was. The manifest comes last: without one there is no store.
 """
@@ -10,17 +10,15 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby, takewhile
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from cluster.output.progress import say
 from cluster.settings.run import DataConfig, RunConfig, seq_len
 from cluster.storage.lease import Lease
 from cluster.storage.uris import Storage, join_uri, open_storage
-from jobs.cleaning.decontamination import store_validation_ngrams
+from jobs.cleaning.decontamination import decontaminate
 from jobs.cleaning.document_index import INDEX, index_corpus
-from jobs.cleaning.selection import Selection, Summary
+from jobs.cleaning.selection import Summary, select
 from jobs.corpus.chunks import Chunk, interleaved, plan_chunks
 from jobs.corpus.documents import CHAT_DROPS, UNREADABLE, Drop
 from jobs.corpus.file_pieces import PIECES, cut_files
@@ -80,6 +78,7 @@ def _builder(config: RunConfig) -> "_Builder":
     chat = format_to_train(tokenizer) if config.data.format == "chat" else None
     shape = config.data.model_dump(mode="json", include=set(read_table(__file__, "shaping")["store"]))
     shape |= {} if tokenizer.bos_id is None else {"bos_id": tokenizer.bos_id}
+    shape |= config.data.model_dump(include={"val_max_documents"}, exclude_none=True)
     shape |= {} if chat is None else {"chat": asdict(chat)}
     shaping = [shape, listing.identity(), sorted(listing.token_stores.items()), tokenizer.hash]
     key = hashlib.sha256(stored.canonical_json(shaping)).hexdigest()[:12]
@@ -161,33 +160,26 @@ class _Builder:
 
     def _select(self, chunks: Sequence[Chunk]) -> Summary:
         """Decides which documents are kept, and stores that."""
-        with TemporaryDirectory(prefix="raymill-selection-") as folder:
-            selection = Selection(self.data, Path(folder), num_chunks=len(chunks))
-            for number, content in index_corpus(self.store, chunks, self.data):
-                selection.add(number, content)
-            summary = selection.decide()
-            if not summary.documents and not self.listing.token_stores:
-                raise empty_corpus(len(self.listing.files), summary.dropped)
-            _check_readable(summary.documents, summary.dropped, self.data)
-            for chunk in chunks:
-                selection.store_codes(chunk.number, self.store)
+        summary = select(self.store, index_corpus(self.store, chunks, self.data), self.data)
+        if not summary.documents and not self.listing.token_stores:
+            raise empty_corpus(len(self.listing.files), summary.dropped)
+        _check_readable(summary.documents, summary.dropped, self.data)
+        if self.data.decontaminate_ngram:
+            contaminated = decontaminate(self.store, chunks, self.data)
+            summary = replace(summary, dropped=summary.dropped | {Drop.CONTAMINATED.value: contaminated})
         return summary
 
     def _write(
         self, chunks: Sequence[Chunk], *, is_bulk: bool, dropped: Mapping[str, int]
     ) -> Iterator[tuple[int, ChunkResult]]:
-        store, data = self.store, self.data
-        ngrams_hash = store_validation_ngrams(store, chunks, data) if data.decontaminate_ngram else ""
-        tokenizer_json = self.tokenizer.to_json()
-        writer = ChunkWriter(store, tokenizer_json, data, is_bulk, ngrams_hash, self.chat, self.seq_len)
+        writer = ChunkWriter(self.store, self.tokenizer.to_json(), self.data, is_bulk, self.chat, self.seq_len)
         total_bytes = sum(chunk.bytes for chunk in chunks)
         with DataProgress("tokenizing", total_bytes=total_bytes, num_tasks=len(chunks)) as progress:
             progress.drop(dropped)
             for answer in run_tasks(interleaved(chunks), writer):
-                chunk, result = answer.chunk, RESULT.validate_json(answer.content)
+                chunk, result = answer.item, RESULT.validate_json(answer.content)
                 tokens = sum(shard.tokens for shard in result.shards)
                 progress.advance(chunk.bytes, documents=result.documents, tokens=tokens, rss_bytes=answer.rss_bytes)
-                progress.drop({Drop.CONTAMINATED.value: result.contaminated})
                 yield chunk.number, result
 
     def _store_sealed(
@@ -204,10 +196,7 @@ class _Builder:
         """Returns the manifest of the results so far, in canonical order."""
         ordered = [results[number] for number in sorted(results)]
         samples: dict[str, list[Any]] = {}
-        dropped = summary.dropped | {
-            Drop.CONTAMINATED.value: sum(result.contaminated for result in ordered),
-            Drop.TEMPLATE_REFUSED.value: sum(result.refused for result in ordered),
-        }
+        dropped = summary.dropped | {Drop.TEMPLATE_REFUSED.value: sum(result.refused for result in ordered)}
         for result in ordered:
             for reason, found in result.samples.items():
                 samples[reason] = [*samples.get(reason, []), *found][:5]

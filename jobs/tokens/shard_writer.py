@@ -20,7 +20,6 @@ from pydantic import TypeAdapter
 
 from cluster.settings.run import DataConfig
 from cluster.storage.uris import NotFoundError, Storage
-from jobs.cleaning.decontamination import shares_ngram, validation_ngrams
 from jobs.cleaning.document_index import DROP_CODES, read_chunk
 from jobs.cleaning.selection import HELD_OUT, stored_codes
 from jobs.corpus.chunks import Chunk, Part
@@ -44,7 +43,6 @@ class ChunkResult:
     shards: list[Shard] = field(default_factory=list)
     documents: int = 0
     replaced: int = 0
-    contaminated: int = 0
     refused: int = 0  # by the chat template
     long: int = 0  # conversations of more than train.seq_len tokens
     samples: dict[str, list[DropSample]] = field(default_factory=dict)
@@ -67,7 +65,6 @@ class ChunkWriter:
     tokenizer_json: bytes
     data: DataConfig
     is_bulk: bool  # whether the driver has proven that tiktoken gives the tokenizer's ids
-    ngrams_hash: str  # of validation_ngrams; "" without decontamination
     chat: ChatFormat | None = None  # of conversations
     seq_len: int = 0  # of the run
 
@@ -75,12 +72,8 @@ class ChunkWriter:
         """Returns the `ChunkResult` as JSON once the shards and then their sidecar are stored."""
         tokenizer, encoder = _encoder(self.tokenizer_json, is_bulk=self.is_bulk)
         digest, codes = stored_codes(self.store, chunk.number)
-        made_of = {
-            "digest": digest,
-            "codes": hashlib.sha256(codes).hexdigest(),
-            "tokenizer": tokenizer.hash,
-            "ngrams": self.ngrams_hash,
-        } | ({"chat": repr((self.chat, self.seq_len))} if self.chat else {})
+        made_of = {"digest": digest, "codes": hashlib.sha256(codes).hexdigest(), "tokenizer": tokenizer.hash}
+        made_of |= {"chat": repr((self.chat, self.seq_len))} if self.chat else {}
         sidecar = f"shard-{chunk.number:05d}.json"
         result = self._finished(sidecar, made_of)
         if result is None:
@@ -102,7 +95,6 @@ class ChunkWriter:
     ) -> ChunkResult:
         found = hashlib.sha256()
         result = ChunkResult(documents=len(codes))
-        ngrams = validation_ngrams(self.store, self.ngrams_hash) if self.ngrams_hash else None
         names = {split: shard_file(split, chunk.number) for split in SPLITS}
         with ExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="raymill-shard-")))
@@ -117,9 +109,6 @@ class ChunkWriter:
                     raise _changed(chunk)
                 if code not in (0, HELD_OUT):
                     result.sample(str(DROP_CODES[code]), part, document)
-                elif code == 0 and ngrams is not None and shares_ngram(document.text, ngrams, self.data):
-                    result.contaminated += 1
-                    result.sample(Drop.CONTAMINATED, part, document)
                 else:
                     try:
                         num_tokens = writers["val" if code == HELD_OUT else "train"].add(document)

@@ -1,1 +1,1 @@
-"""Versions of the model: promotion, rollback, scaling, borrowed workers."""
+"""Versions of the model: promotion, rollback, scaling."""

@@ -11,13 +11,10 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ray import serve
-
 from cluster.monitoring.grafana import Annotation, Annotator
-from cluster.settings.serve import ReplicaConfig, ServeConfig
+from cluster.settings.serve import ServeConfig
 from cluster.storage.uris import StorageError, open_storage
 from serving.delivery import promotion
-from serving.delivery.borrowing import Borrower, Seen, num_wanted_replicas
 from serving.delivery.delivery_file import DamagedStateError, DeliveryFile, NewerStateError, endpoint_name
 from serving.delivery.promotion import Delivery, DeliveryError, ReplicaReport, Terms, Version
 
@@ -41,9 +38,8 @@ class Coordinator:
 
     def __init__(self, config: ServeConfig, *, deployment: str) -> None:
         self._deployment = deployment
-        self._storage = open_storage(config.storage.uri)
         self._name = endpoint_name(config)
-        self._file = DeliveryFile(self._storage, self._name, deployment=deployment)
+        self._file = DeliveryFile(open_storage(config.storage.uri), self._name, deployment=deployment)
         self._damage: DamagedStateError | None = None  # set if the stored state cannot be read
         self._delivery: Delivery | None = None
         self._stored: Delivery | None = None
@@ -52,10 +48,7 @@ class Coordinator:
         self._reports: dict[str, tuple[float, ReplicaReport]] = {}
         self._lock = asyncio.Lock()  # one change at a time
         self._annotator = Annotator.from_environment()
-        self._borrower: Borrower | None = None
         self._restore()
-        if config.replicas.borrow_from is not None:
-            self._borrow_from(config.replicas.borrow_from, config.replicas)
 
     async def exchange(self, deployment: str, report: ReplicaReport) -> Reply:
         """Takes a replica's report, and returns what it is to serve."""
@@ -117,7 +110,6 @@ class Coordinator:
         return {
             "delivery": state.shown(),
             "is_stored": self._stored is state,
-            "borrowing": self._borrower and {"num_workers": self._borrower.borrowed.num_workers},
             "phase_s": round(time.monotonic() - self._phase_began_s, 1),
             "replicas": [dataclasses.asdict(report) for report in present],
         }
@@ -137,19 +129,6 @@ class Coordinator:
                 "ask again if you still want it"
             )
         return self._begun()
-
-    def _borrow_from(self, run_id: str, replicas: ReplicaConfig) -> None:
-        application = serve.get_replica_context().app_name
-
-        def look() -> Seen:
-            """Returns the current replicas; runs in the borrower's thread."""
-            now_s = time.monotonic()
-            num_placed = sum(now_s - at_s < REPLICA_LOST_S for at_s, _ in list(self._reports.values()))
-            return Seen(num_wanted_replicas(application), num_placed)
-
-        run = self._storage.child(f"runs/{run_id}")
-        self._borrower = Borrower(run, min_replicas=replicas.min_replicas, look=look)
-        self._borrower.step_forever()
 
     def _by_presence(self) -> tuple[list[ReplicaReport], list[ReplicaReport]]:
         now_s = time.monotonic()

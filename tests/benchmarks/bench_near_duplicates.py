@@ -1,6 +1,6 @@
 """MB per CPU-second of the tokenize stage with `data.near_dedup_threshold`, beside tiktoken's bare loop and datatrove.
 
-    python -m tests.benchmarks.bench_near_duplicates [--megabytes 100] [--repeats 3]
+    python -m tests.benchmarks.bench_near_duplicates [--megabytes 300] [--repeats 3]
 
 The documents are English words in an order of their own, so that none resembles another, but for one in a hundred: that
 is an earlier one with another last word. The stage lists, reads, hashes, compares, encodes and writes, and counts with all
@@ -72,7 +72,7 @@ def compare(folder: Path, texts: Path, *, num_bytes: int, repeats: int) -> dict[
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=int, default=100, help="text of a round, MB")
+    parser.add_argument("--megabytes", type=int, default=300, help="text of a round, MB")
     parser.add_argument("--repeats", type=int, default=3, help="rounds")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="raymill-bench-", ignore_cleanup_errors=True) as scratch:

@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-from cluster.commands.all_stages import river
-from cluster.commands.demo import PROMPTS, ask
+from cluster.commands.demo import PROMPTS, ask, river
 from cluster.commands.demo_run import CONFIG, demo_faults, demo_serving
 from cluster.settings.flags import read_config, validate_config
 from cluster.settings.run import RunConfig
@@ -82,7 +81,6 @@ def config(corpus: str, storage_uri: str) -> RunConfig:
 def whole_way(run: RunConfig, *, disturbed: bool) -> dict[str, Any]:
     """Returns everything that must not differ."""
     with river(run, faults=demo_faults(run) if disturbed else (), serving=demo_serving(run)) as found:
-        assert found.endpoint is not None
         texts = [ask(found.endpoint, prompt)["text"] for prompt in PROMPTS]
         tokens = {
             name: value for name, value in found.tokens.items() if "hash" in name or name in ("tokens", "documents")

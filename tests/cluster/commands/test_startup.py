@@ -65,11 +65,8 @@ def test_each_help_answers_at_once(name: str, tmp_path: Path) -> None:
     assert shown.startswith(f"usage: raymill {name} ")
 
 
-@pytest.mark.parametrize("run", [str(REPOSITORY / "jobs/configs/demo.yaml"), "--demo"])
-def test_a_plan_needs_neither_pytorch_nor_ray(run: str, tmp_path: Path) -> None:
-    """The demo's corpus lies there already: fetching it takes another process."""
-    (tmp_path / ".raymill" / "corpus" / "shakespeare").mkdir(parents=True)
-    shown = check(["plan", run], tmp_path, limit_s=2, banned=HEAVY)
+def test_a_plan_needs_neither_pytorch_nor_ray(tmp_path: Path) -> None:
+    shown = check(["plan", str(REPOSITORY / "jobs/configs/demo.yaml")], tmp_path, limit_s=2, banned=HEAVY)
     assert "parameters" in shown
 
 

@@ -8,15 +8,19 @@ from collections.abc import Callable
 from itertools import accumulate, pairwise
 from pathlib import Path
 from pydoc_data.topics import topics
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs.cleaning import disk_buckets, duplicates
-from jobs.cleaning.duplicates import NGRAM_WORDS, NearDuplicates, bands_for, signature, similarity
+from cluster.storage.uris import open_storage
+from jobs.cleaning import deduplication, disk_buckets, duplicates, exchange
+from jobs.cleaning.duplicates import BANDED, NGRAM_WORDS, bands_for, least_estimate, similarity
+from jobs.cleaning.exchange import Exchange
 from jobs.corpus.text_hashes import normalized, word_ngrams
+from tests.jobs.cleaning.in_process import MEMORY, WHOLE, InProcess, near_duplicates, signature
 
 PROSE = [re.sub(r"\s+", " ", part) for text in topics.values() for part in text.split("\n\n")]
 SENTENCES = [part for text in PROSE for part in re.split(r"(?<=[.:]) ", text) if part.count(" ") > 5]
@@ -60,9 +64,8 @@ def test_a_signature_depends_on_the_set_alone() -> None:
 def test_short_documents_are_alike_only_if_they_are_equal(tmp_path: Path) -> None:
     """Three words are one n-gram; 16 bits of it alone would confuse many of 3,000 documents."""
     texts = [f"number {number} only" for number in range(3000)] + ["Number 5 ONLY"]
-    with NearDuplicates(tmp_path, threshold=0.6) as search:
-        search.add(np.array([signature(ngrams_of(text)) for text in texts]))
-        assert np.flatnonzero(search.find()).tolist() == [3000]
+    signatures = np.array([signature(ngrams_of(text)) for text in texts])
+    assert near_duplicates(tmp_path, [signatures], threshold=0.6) == [3000]
 
 
 @pytest.mark.parametrize("threshold", [0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
@@ -159,9 +162,8 @@ def test_planted_copies_are_found_and_unrelated_documents_stay(
     threshold: float, corpus: Corpus, tmp_path: Path
 ) -> None:
     sets, pairs, highest = corpus
-    with NearDuplicates(tmp_path, threshold=threshold) as search:
-        search.add(np.array([signature(ngrams) for ngrams in sets]))
-        dropped = set(np.flatnonzero(search.find()).tolist())
+    signatures = np.array([signature(ngrams) for ngrams in sets])
+    dropped = set(near_duplicates(tmp_path, np.array_split(signatures, 5), threshold=threshold))
     similar = {copy: jaccard(sets[original], sets[copy]) for original, copy in pairs}
     for kind, name in enumerate(KINDS):
         due = [copy for original, copy in pairs if original % len(KINDS) == kind and similar[copy] >= threshold]
@@ -180,45 +182,78 @@ def versions(count: int, rng: random.Random) -> list[str]:
     return texts
 
 
-@given(seed=st.integers(0, 2**32), threshold=st.sampled_from([0.3, 0.6, 0.8, 1.0]), data=st.data())
-@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-def test_dropped_is_what_shares_a_band_with_and_is_like_an_earlier_one(
-    seed: int, threshold: float, data: st.DataObject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rng = random.Random(seed)
-    signatures = np.array([signature(ngrams_of(text)) for text in versions(60, rng)])
-    cuts = [0, *sorted(rng.sample(range(61), 5)), 60]
-    monkeypatch.setattr(disk_buckets, "_BUFFER_BYTES", data.draw(st.sampled_from([1, 2000, 1 << 20])))
-    monkeypatch.setattr(duplicates, "_BLOCK", data.draw(st.sampled_from([1, 7, 8192])))
-    with NearDuplicates(tmp_path, threshold=threshold) as search:
-        for start, end in pairwise(cuts):
-            search.add(signatures[start:end])
-        found = np.flatnonzero(search.find())
+def expected_drops(signatures: np.ndarray, threshold: float, *, window: int) -> list[int]:
+    """Compares each document with those before it that share a band, `window` of them for each band."""
     bands, rows = bands_for(threshold)
-    cut = signatures[:, : bands * rows].reshape(60, bands, rows)
-    least = threshold - 2 * (threshold * (1 - threshold) / 128) ** 0.5
-    expected = [
-        later
-        for later in range(60)
-        if any(
-            (cut[later] == cut[former]).all(axis=1).any() and similarity(signatures[later], signatures[former]) >= least
-            for former in range(later)
-        )
-    ]
-    assert found.tolist() == expected
+    cut = signatures[:, : bands * rows].reshape(len(signatures), bands, rows)
+    dropped = []
+    for later in range(len(signatures)):
+        shares = (cut[later] == cut[:later]).all(axis=2)  # (earlier, bands)
+        earlier = {place for band in shares.T for place in np.flatnonzero(band)[-window:].tolist()}
+        if any(similarity(signatures[later], signatures[place]) >= least_estimate(threshold) for place in earlier):
+            dropped.append(later)
+    return dropped
 
 
-def test_work_in_a_crowd_is_bounded_and_a_chain_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Documents that share a header: each reads at most 64 earlier ones a band. Copies beside each other are found."""
+CUTS = st.lists(st.integers(0, 60), max_size=8).map(lambda borders: [0, *sorted(borders), 60])
+
+
+@given(
+    seed=st.integers(0, 2**32),
+    threshold=st.sampled_from([0.3, 0.6, 0.8, 1.0]),
+    cuts=CUTS,
+    window=st.sampled_from([1, 2, 5, 64]),
+    crowd=st.booleans(),
+    sizes=st.tuples(st.sampled_from([1, 2000, 1 << 20]), st.sampled_from([1, 7, 8192])),
+    splits=st.tuples(st.sampled_from([1, 15, 100]), st.sampled_from([3000, 20_000, WHOLE])),
+)
+@settings(max_examples=30, deadline=None)
+def test_dropped_is_what_shares_a_band_with_and_is_like_an_earlier_one(
+    seed: int,
+    threshold: float,
+    cuts: list[int],
+    window: int,
+    crowd: bool,
+    sizes: tuple[int, int],
+    splits: tuple[int, int],
+) -> None:
+    """A brute-force comparison decides the same, however the corpus is cut into chunks, sections and partitions."""
+    signatures = np.array([signature(ngrams_of(text)) for text in versions(60, random.Random(seed))])
+    if crowd:
+        signatures[:, : bands_for(threshold)[1]] = 7  # all meet in the first band
+    with TemporaryDirectory(dir=MEMORY) as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(duplicates, "_WINDOW", window)
+        patch.setattr(disk_buckets, "_BUFFER_BYTES", sizes[0])
+        patch.setattr(duplicates, "_BLOCK", sizes[1])
+        patch.setattr(deduplication, "_BLOCK", sizes[1])
+        patch.setattr(exchange, "_SLICE_BYTES", sizes[0] + 300)
+        parts = [signatures[start:end] for start, end in pairwise(cuts)]
+        options = {"threshold": threshold, "run": InProcess(seed), "least": splits[0], "task_bytes": splits[1]}
+        found = near_duplicates(Path(folder), parts, **options)
+    assert found == expected_drops(signatures, threshold, window=window)
+
+
+@pytest.mark.parametrize("num_chunks", [1, 6])
+def test_work_in_a_crowd_is_bounded_and_a_chain_is_followed(
+    num_chunks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Documents that share a header: each is compared with at most 64 earlier ones a band, in its section and then
+    beyond it. Copies beside each other are found."""
     rng = np.random.default_rng(0)
     signatures = rng.integers(0, 2**16, (600, 128), dtype=np.uint16)
     bands, rows = bands_for(0.7)
     signatures[:, :rows] = 7  # all meet in the first band
-    signatures[401] = signatures[400]
-    reads: list[int] = []
-    read: Callable[..., np.ndarray] = NearDuplicates._read
-    monkeypatch.setattr(NearDuplicates, "_read", lambda self, rows: (reads.append(len(rows)), read(self, rows))[1])
-    with NearDuplicates(tmp_path, threshold=0.7) as search:
-        search.add(signatures)
-        assert np.flatnonzero(search.find()).tolist() == [401]
-    assert 600 * 60 * 2 < sum(reads) <= 600 * 64 * 2 + 2 * bands
+    signatures[400] = signatures[399]  # in different sections, if there are several
+    compared: list[int] = []
+    compare: Callable[..., np.ndarray] = duplicates.similarity
+    monkeypatch.setattr(duplicates, "similarity", lambda a, b: (compared.append(len(a)), compare(a, b))[1])
+    assert near_duplicates(tmp_path, np.array_split(signatures, num_chunks), threshold=0.7) == [400]
+    assert 600 * 60 < sum(compared) <= 600 * 64 + bands
+
+
+def test_a_section_sends_no_more_of_a_crowd_than_a_window_sees(tmp_path: Path) -> None:
+    """So no partition grows with the documents that share a header."""
+    crowd = np.tile(np.arange(128, dtype=np.uint16), (500, 1))
+    assert near_duplicates(tmp_path, [crowd, crowd], threshold=0.7) == list(range(1, 1000))
+    sent = Exchange(open_storage(str(tmp_path)), f"index/selection-{WHOLE}/bands", 2, 1).received(0, BANDED)
+    assert list(map(len, sent)) == [128 * bands_for(0.7)[0]] * 2

@@ -1,46 +1,50 @@
 """Selection: what is kept and where it goes, checked against plain loops, whatever the order of arrival."""
 
 import hashlib
-import random
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-from hypothesis import given
+import pytest
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.settings.run import DataConfig
-from jobs.cleaning.document_index import DROP_CODES, ChunkIndex
-from jobs.cleaning.duplicates import SIGNATURE_SIZE, signature
-from jobs.cleaning.selection import HELD_OUT, Selection, Summary
+from cluster.storage.uris import Storage, open_storage
+from jobs.cleaning import selection
+from jobs.cleaning.document_index import DROP_CODES
+from jobs.cleaning.duplicates import SIGNATURE_SIZE
+from jobs.cleaning.selection import HELD_OUT, Summary, stored_codes
 from jobs.corpus.documents import Drop
 from jobs.corpus.text_hashes import document_hash, word_ngrams
+from tests.jobs.cleaning.in_process import MEMORY, InProcess, signature, store_index
 
 chunks_of_texts = st.lists(st.lists(st.text("abcde", max_size=2).map(str.encode), max_size=12), min_size=1, max_size=5)
 
 
-def index_of(texts: list[bytes]) -> ChunkIndex:
-    """Empty texts are dropped as such."""
+def index(store: Storage, number: int, texts: list[bytes]) -> tuple[bytes, int]:
+    """Stores the index of a chunk, in which empty texts are dropped as such."""
     hashes = [document_hash(text) if text else bytes(16) for text in texts]
-    return ChunkIndex(
+    return store_index(
+        store,
+        number,
         hashes=np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, 16),
-        drops=np.array([0 if text else DROP_CODES.index(Drop.EMPTY) for text in texts], np.uint8),
-        signatures=np.array([signature(word_ngrams(text, 3)) for text in texts]).reshape(len(texts), SIGNATURE_SIZE),
-        digest=np.frombuffer(hashlib.sha256(b"".join(texts)).digest(), np.uint8),
+        signatures=np.array([signature(word_ngrams(text, 3)) for text in texts]).reshape(-1, SIGNATURE_SIZE),
+        drops=[0 if text else DROP_CODES.index(Drop.EMPTY) for text in texts],
+        digest=hashlib.sha256(b"".join(texts)).digest(),
     )
 
 
-def select(chunks: list[list[bytes]], *, seed: int = 0, **settings: object) -> tuple[Summary, list[list[int]]]:
-    order = list(enumerate(chunks))
-    random.Random(seed).shuffle(order)
-    with TemporaryDirectory() as folder:
-        selection = Selection(DataConfig.model_validate(settings), Path(folder), num_chunks=len(chunks))
-        for number, texts in order:
-            selection.add(number, index_of(texts).to_bytes())
-        return selection.decide(), [selection.codes(number).tolist() for number in range(len(chunks))]
+def select(chunks: list[list[bytes]], *, seed: int = 0, **data: object) -> tuple[Summary, list[list[int]]]:
+    with TemporaryDirectory(dir=MEMORY) as folder:
+        store = open_storage(folder)
+        indexed = [index(store, number, texts) for number, texts in enumerate(chunks)]
+        summary = selection.select(store, indexed, DataConfig.model_validate(data), run=InProcess(seed))
+        return summary, [list(stored_codes(store, number)[1]) for number in range(len(chunks))]
 
 
+@settings(max_examples=50)
 @given(chunks_of_texts, st.sampled_from([0.0, 0.1, 0.5, 0.9]), st.booleans())
 def test_decisions_equal_a_plain_loop_in_any_order(chunks: list[list[bytes]], val_fraction: float, dedup: bool) -> None:
     summary, codes = select(chunks, val_fraction=val_fraction, dedup=dedup)
@@ -102,3 +106,49 @@ def test_the_share_that_is_held_out_is_the_one_asked_for() -> None:
     (codes,) = select([texts], val_fraction=0.05)[1]
     assert abs(codes.count(HELD_OUT) / len(texts) - 0.05) < 0.01
     assert select([texts[:2000]], val_fraction=0.0)[1] == [[0] * 2000]
+
+
+def test_a_capped_validation_split_is_the_part_with_the_least_hashes(capsys: pytest.CaptureFixture[str]) -> None:
+    """So a document that a smaller split holds out is held out by a larger one."""
+    texts = [b"%d" % number for number in range(5000)]
+    (wide,) = select([texts], val_fraction=0.5)[1]
+    assert capsys.readouterr().err.count("holds out") == 0
+    summary, (codes,) = select([texts], val_fraction=0.5, val_max_documents=200)
+    assert 150 < codes.count(HELD_OUT) < 250
+    assert {place for place, code in enumerate(codes) if code} <= {place for place, code in enumerate(wide) if code}
+    assert f"{wide.count(HELD_OUT):,} documents that data.val_fraction holds out" in capsys.readouterr().err
+    assert summary.documents == 5000
+    assert select([texts], val_fraction=0.5, val_max_documents=3000)[1] == [wide]
+
+
+def test_a_second_run_repeats_nothing(tmp_path: Path) -> None:
+    """All that a run stored before it was killed is used; what is gone is made again, with the same bytes."""
+    store = open_storage(str(tmp_path))
+    texts = [
+        [b"%d of the texts that differ in one word" % (number % 17) for number in range(n, n + 9)] for n in (0, 5, 9)
+    ]
+    indexed = [index(store, number, own) for number, own in enumerate(texts)]
+    config = DataConfig(near_dedup_threshold=0.5, val_fraction=0.3, selection_task_bytes=2000)
+
+    def files() -> dict[Path, tuple[bytes, int]]:
+        paths = [path for path in tmp_path.rglob("*") if path.is_file()]
+        return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in paths}
+
+    summary = selection.select(store, indexed, config, run=InProcess(0))
+    assert summary.dropped["duplicate"] and summary.dropped["near_duplicate"]
+    before = files()
+    assert selection.select(store, indexed, config, run=InProcess(1)) == summary
+    assert files() == before
+    for name in (
+        "hashes/section-00001",
+        "bands/partition-00000",
+        "asked/section-00002",
+        "asked/partition-00000",
+        "settled",
+    ):
+        for path in [path for path in before if f"index/selection-2000/{name}" in str(path)]:
+            path.write_bytes(path.read_bytes()[:-1])  # cut off by a power loss
+    assert selection.select(store, indexed, config, run=InProcess(2)) == summary
+    assert {path: content for path, (content, _) in files().items()} == {
+        p: content for p, (content, _) in before.items()
+    }

@@ -28,7 +28,12 @@ from tests.waiting import wait_until
 
 pytestmark = pytest.mark.cluster
 
-SETTINGS: dict[str, Any] = {"near_dedup_threshold": 0.8, "decontaminate_ngram": 13, "shard_bytes": 15_000}
+SETTINGS: dict[str, Any] = {
+    "near_dedup_threshold": 0.8,
+    "decontaminate_ngram": 13,
+    "shard_bytes": 15_000,
+    "selection_task_bytes": 30_000,  # several sections and partitions
+}
 QUICK_SEEDS, ALL_SEEDS = range(1), range(10)
 
 

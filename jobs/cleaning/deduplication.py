@@ -1,0 +1,206 @@
+"""Finds the duplicates of an indexed corpus, in tasks for its sections and for the partitions of their records."""
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+
+import numpy as np
+
+from cluster.settings.run import DataConfig
+from cluster.storage.uris import Storage
+from jobs.cleaning import duplicates
+from jobs.cleaning.disk_buckets import BucketFile, Records
+from jobs.cleaning.document_index import read_signatures, section_indexes, selection_folder
+from jobs.cleaning.duplicates import BANDED, HASHED, PAIR, ROW, ROWS, SIGNATURE, Places, Signatures
+from jobs.cleaning.exchange import Exchange, Item, Piece, Runner, Section, partitions_for, run_step, sections_of
+from jobs.corpus.documents import Drop
+from jobs.corpus.text_hashes import Hashes
+
+_BLOCK = 1 << 13  # documents at once
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """Where the rows to drop for a reason are: those found within a section, and across sections."""
+
+    reason: Drop
+    within: Exchange
+    send: Callable[[Section], bytes]
+    across: Callable[[Section], Records] | None  # None where all is one section
+
+    def rows(self, section: Section) -> Records:
+        """Returns them in order; one may be repeated."""
+        self.send(section)  # which is done already if there are several: a small corpus takes two jobs fewer
+        across = [] if self.across is None else [self.across(section)]
+        return np.sort(np.concatenate([self.within.kept(section.number, ROW), *across]))
+
+
+class Deduplication:
+    def __init__(self, store: Storage, sizes: Sequence[int], data: DataConfig, *, run: Runner) -> None:
+        """`sizes` are the documents of each chunk."""
+        threshold = data.near_dedup_threshold
+        self._store, self._threshold, self._run = store, threshold or 1.0, run
+        self._task_bytes, self._folder = data.selection_task_bytes, selection_folder(data)
+        self._num_documents = sum(sizes)
+        self._banded_bytes = BANDED.itemsize * duplicates.bands_for(self._threshold)[0]
+        record_bytes = HASHED.itemsize + (self._banded_bytes if threshold is not None else 0)
+        self.sections = sections_of([size * record_bytes for size in sizes], least=self._task_bytes)
+
+    def exact(self) -> Decisions:
+        hashes = self._exchange("hashes", self._num_documents * HASHED.itemsize)
+        send = partial(hashes.send, pieces=_hashes)
+        if len(self.sections) == 1:
+            return Decisions(Drop.DUPLICATE, hashes, send, None)
+        self._step("finding duplicates", self.sections, send)
+        work = partial(hashes.decide, by=duplicates.repeats_across, dtype=HASHED, answers=ROWS)
+        self._step("comparing sections", range(hashes.num_partitions), work)
+        return Decisions(Drop.DUPLICATE, hashes, send, partial(_repeating, hashes=hashes))
+
+    def near(self, exact: Decisions | None = None) -> Decisions:
+        """Also drops what `exact` drops, with which nothing has to be compared any longer.
+
+        Partitions name pairs of documents in different sections; the later one's section asks that of the earlier
+        one for its signature, once for all pairs, and compares them."""
+        bands = self._exchange("bands", self._num_documents * self._banded_bytes)
+        send = partial(bands.send, pieces=partial(_bands, threshold=self._threshold, exact=exact))
+        if len(self.sections) == 1:
+            return Decisions(Drop.NEAR_DUPLICATE, bands, send, None)
+        self._step("finding near-duplicates", self.sections, send)
+        work = partial(bands.decide, by=duplicates.pairs_across, dtype=BANDED, answers=PAIR)
+        self._step("pairing sections", range(bands.num_partitions), work)
+        asked = Exchange(self._store, f"{self._folder}/asked", len(self.sections), len(self.sections))
+        self._step("asking for signatures", self.sections, partial(asked.send, pieces=partial(_asked, bands=bands)))
+        self._step("sending signatures", self.sections, partial(send_signatures, asked=asked))
+        across = partial(_resembling, bands=bands, asked=asked, threshold=self._threshold)
+        return Decisions(Drop.NEAR_DUPLICATE, bands, send, across)
+
+    def _exchange(self, name: str, num_bytes: int) -> Exchange:
+        num_partitions = partitions_for(num_bytes, task_bytes=self._task_bytes)
+        return Exchange(self._store, f"{self._folder}/{name}", len(self.sections), num_partitions)
+
+    def _step(self, label: str, items: Sequence[Item], work: Callable[[Item], bytes]) -> int:
+        """Returns the sum of the tasks' answers."""
+        return sum(map(int, run_step(label, items, work, run=self._run)))
+
+
+def _hashes(section: Section, exchange: Exchange) -> Iterator[Piece]:
+    """Sends each hash of the section once, with the first row that has it."""
+    with BucketFile(HASHED, num_buckets=exchange.num_partitions) as buckets:
+        for _, first, index in section_indexes(exchange.store, section.chunks):
+            places = np.flatnonzero(index.drops == 0)
+            high, low = index.hashes[places].view("<u8").T
+            buckets.add(np.rec.fromarrays([high, low, first + places], dtype=HASHED))
+        dropped = []
+        for partition in range(exchange.num_partitions):
+            records = buckets.bucket(partition)
+            places = duplicates.repeats(records)
+            dropped.append(records["row"][places])
+            yield [np.delete(records, places).tobytes()]
+        yield [np.concatenate(dropped).tobytes()]
+
+
+def _repeating(section: Section, *, hashes: Exchange) -> Records:
+    return np.concatenate([np.empty(0, ROWS), *hashes.answers(section.number, ROWS)])["row"]
+
+
+def _bands(section: Section, exchange: Exchange, *, threshold: float, exact: Decisions | None) -> Iterator[Piece]:
+    """Sends the bands that other sections must see. The local disk takes 256 bytes per document and 12 per band (about
+    0.6 kB in all at a threshold of 0.7)."""
+    buckets = BucketFile(BANDED, num_buckets=exchange.num_partitions)
+    with buckets, SignatureFile() as file:
+        for chunk, first, index in section_indexes(exchange.store, section.chunks):
+            signatures, places = read_signatures(exchange.store, chunk), np.flatnonzero(index.drops == 0)
+            for start in range(0, len(places), _BLOCK):
+                block = places[start : start + _BLOCK]
+                keys = duplicates.band_keys(signatures[block], threshold)
+                rows = np.repeat(first + block, keys.shape[1])
+                buckets.add(np.rec.fromarrays([keys.reshape(-1), rows], dtype=BANDED))
+            file.write(signatures)
+        dropped = np.zeros(file.num_rows, np.bool_)
+        if exact is not None:
+            dropped[exact.rows(section)] = True
+        for partition in range(exchange.num_partitions):
+            records = duplicates.drop_similar(buckets.bucket(partition), dropped, file.read, threshold=threshold)
+            yield [records.tobytes()]
+        yield [np.flatnonzero(dropped).astype(ROW).tobytes()]
+
+
+def _asked(section: Section, exchange: Exchange, *, bands: Exchange) -> Iterator[Piece]:
+    """Asks each section for the signatures of some rows."""
+    earlier = _earlier(section, bands)
+    borders = np.searchsorted(earlier, np.arange(exchange.num_sections + 1, dtype=np.uint64) << np.uint64(32))
+    for first, end in pairwise(borders.tolist()):
+        yield [earlier[first:end].astype(ROW).tobytes()]
+
+
+def _earlier(section: Section, bands: Exchange) -> Hashes:
+    """Returns the documents of other sections with which those of a section are compared, in order, each once."""
+    found, others, num_others = np.empty(0, np.uint64), list[Hashes](), 0
+    for pairs in bands.answers(section.number, PAIR):
+        others.append(_document(pairs))
+        num_others += len(pairs)
+        if num_others > len(found):  # so that all sorts together take a few times the last one
+            found = duplicates.distinct(np.concatenate([found, *others]))
+            others, num_others = [], 0
+    return duplicates.distinct(np.concatenate([found, *others]))
+
+
+def _document(pairs: Records) -> Hashes:
+    return pairs["earlier_section"].astype(np.uint64) << np.uint64(32) | pairs["earlier_row"]
+
+
+def send_signatures(section: Section, *, asked: Exchange) -> bytes:
+    """Answers each section with the signatures of the rows that it asked for."""
+
+    def pieces() -> Iterator[Piece]:
+        with SignatureFile() as file:
+            for chunk in section.chunks:
+                file.write(read_signatures(asked.store, chunk))
+            for rows in asked.received(section.number, ROW):
+                yield (file.read(rows[first : first + _BLOCK]).tobytes() for first in range(0, len(rows), _BLOCK))
+
+    return asked.answer(section.number, pieces())
+
+
+def _resembling(section: Section, *, bands: Exchange, asked: Exchange, threshold: float) -> Records:
+    """Returns the rows that are similar to an earlier document of another section."""
+    earlier = _earlier(section, bands)
+    with SignatureFile() as own, SignatureFile() as others:
+        for chunk in section.chunks:
+            own.write(read_signatures(asked.store, chunk))
+        for signatures in asked.answers(section.number, SIGNATURE):
+            others.write(signatures)
+        dropped = np.zeros(own.num_rows, np.bool_)
+        for pairs in bands.answers(section.number, PAIR):
+            for start in range(0, len(pairs), _BLOCK):
+                block = pairs[start : start + _BLOCK]
+                block = block[~dropped[block["row"]]]
+                places = np.searchsorted(earlier, _document(block))
+                estimates = duplicates.similarity(own.read(block["row"]), others.read(places))
+                dropped[block["row"][estimates >= duplicates.least_estimate(threshold)]] = True
+    return np.flatnonzero(dropped).astype(ROW)
+
+
+class SignatureFile(ExitStack):
+    """Signatures in a local file without a name. They are read one by one: a mapped file's pages would count as this
+    process's memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._file = self.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 (as this context)
+        self.num_rows = 0
+
+    def write(self, signatures: Signatures) -> None:
+        self._file.write(signatures.tobytes())
+        self._file.flush()
+        self.num_rows += len(signatures)
+
+    def read(self, rows: Places) -> Signatures:
+        """Returns signatures (R, 128)."""
+        size = SIGNATURE.itemsize
+        content = b"".join(os.pread(self._file.fileno(), size, row * size) for row in rows.tolist())
+        return np.frombuffer(content, SIGNATURE)

@@ -1,0 +1,168 @@
+"""Carries records from the sections of a corpus to the partitions of their keys, and answers back, through the store.
+
+A section is some chunks in a row; a partition is all records whose keys it owns. The task of a section stores one
+object: a table of borders, then its records, partition by partition. The task of a partition reads its piece of every
+section's object, and stores one of answers, section by section. So S sections and P partitions make S + P objects,
+whose pieces are read by range. Both numbers follow from the corpus and `data.selection_task_bytes`, and no decision
+depends on them. What is stored outlives its task and its node, and is not made again.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from cluster.storage.uris import Storage
+from jobs.cleaning.disk_buckets import MAX_BUCKETS, BucketFile, Records
+from jobs.cleaning.duplicates import Sections
+from jobs.corpus.progress import DataProgress
+from jobs.corpus.ray_data_tasks import Result
+
+_MOST_SECTIONS = 1024
+_SLICE_BYTES = 1 << 20
+_READERS = 16  # requests at once: a piece is small against the time to its first byte
+
+Item = TypeVar("Item")
+Found = TypeVar("Found")
+Runner = Callable[[Sequence[Any], Callable[[Any], bytes]], Iterator[Result[Any]]]  # `run_tasks`, on a cluster
+Decide = Callable[[Records, Sections], Iterator[Records]]
+Piece = Iterable[bytes]  # its parts, which are written one after the other
+
+
+@dataclass(frozen=True)
+class Section:
+    number: int
+    chunks: Sequence[Any]  # numbers of its chunks, or the chunks
+
+
+def sections_of(sizes: Sequence[int], *, least: int) -> list[Section]:
+    """Cuts the chunks, by their sizes, into sections of at least `least` and a 1,024th of all."""
+    enough = max(least, sum(sizes) // _MOST_SECTIONS)
+    borders, size = [0], 0
+    for number, own in enumerate(sizes, start=1):
+        size += own
+        if size >= enough or number == len(sizes):
+            borders.append(number)
+            size = 0
+    return [Section(number, range(*pair)) for number, pair in enumerate(pairwise(borders))]
+
+
+def partitions_for(num_bytes: int, *, task_bytes: int) -> int:
+    """Returns the number of partitions for so many bytes of records."""
+    return min(MAX_BUCKETS, 1 + num_bytes // task_bytes)
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One kind of records, and the answers to them."""
+
+    store: Storage
+    name: str  # folder in the store
+    num_sections: int
+    num_partitions: int
+
+    def send(self, section: Section, *, pieces: Callable[[Section, "Exchange"], Iterator[Piece]]) -> bytes:
+        """Stores a piece for each partition and perhaps one more, which stays; returns as `store_pieces` does."""
+        return store_pieces(
+            self.store, self._sent(section.number), pieces(section, self), count=self.num_partitions + 1
+        )
+
+    def received(self, partition: int, dtype: np.dtype[Any]) -> Iterator[Records]:
+        """Yields what each section sent to a partition."""
+        return read_pieces(self.store, list(map(self._sent, range(self.num_sections))), partition, dtype)
+
+    def kept(self, section: int, dtype: np.dtype[Any]) -> Records:
+        """Returns the last piece of a section."""
+        return next(read_pieces(self.store, [self._sent(section)], self.num_partitions, dtype))
+
+    def answer(self, partition: int, pieces: Iterator[Piece]) -> bytes:
+        """Stores a piece for each section, and returns as `store_pieces` does."""
+        return store_pieces(self.store, self._answers(partition), pieces, count=self.num_sections)
+
+    def decide(self, partition: int, *, by: Decide, dtype: np.dtype[Any], answers: np.dtype[Any]) -> bytes:
+        """Stores the answers that `by` yields for the records (R,) in canonical order, with the section of each. An
+        answer's first field is the section that gets it."""
+        return self.answer(partition, self._decided(partition, by, dtype, answers))
+
+    def answers(self, section: int, dtype: np.dtype[Any]) -> Iterator[Records]:
+        """Yields the answers to a section in the order of the partitions, a megabyte at a time."""
+        step = _SLICE_BYTES // dtype.itemsize * dtype.itemsize
+        keys = list(map(self._answers, range(self.num_partitions)))
+        borders = zip(keys, _in_order(lambda key: _borders(self.store, key, section), keys), strict=True)
+        slices = [(key, at, min(at + step, end)) for key, (first, end) in borders for at in range(first, end, step)]
+        for content in _in_order(lambda place: _read(self.store, *place), slices):
+            yield np.frombuffer(content, dtype)
+
+    def _decided(self, partition: int, by: Decide, dtype: np.dtype[Any], answers: np.dtype[Any]) -> Iterator[Piece]:
+        parts = list(self.received(partition, dtype))
+        sections = np.repeat(np.arange(len(parts), dtype=np.int32), list(map(len, parts)))
+        records = np.concatenate(parts)
+        del parts
+        with BucketFile(answers, num_buckets=self.num_sections) as buckets:
+            for found in by(records, sections):
+                buckets.add(found)
+            yield from buckets.pieces()
+
+    def _sent(self, section: int) -> str:
+        return f"{self.name}/section-{section:05d}"
+
+    def _answers(self, partition: int) -> str:
+        return f"{self.name}/partition-{partition:05d}"
+
+
+def store_pieces(store: Storage, key: str, pieces: Iterator[Piece], *, count: int) -> bytes:
+    """Stores up to `count` pieces as one object, unless it is there; returns their bytes in decimal digits."""
+    table_bytes = 8 * (count + 1)
+    entry = store.stat(key)
+    size = entry.size if entry else 0
+    if size < table_bytes or _number(store.read_bytes(key, start=table_bytes - 8, end=table_bytes)) != size:
+        with tempfile.TemporaryDirectory(prefix="raymill-pieces-") as folder:
+            path = Path(folder, "pieces")
+            with path.open("wb") as file:
+                borders = [file.seek(table_bytes)]
+                for piece in pieces:
+                    file.writelines(piece)
+                    borders.append(file.tell())
+                borders += [borders[-1]] * (count + 1 - len(borders))
+                file.seek(0)
+                file.write(np.array(borders, "<u8").tobytes())
+            store.upload_file(path, key)
+        size = borders[-1]
+    return b"%d" % (size - table_bytes)
+
+
+def read_pieces(store: Storage, keys: Sequence[str], number: int, dtype: np.dtype[Any]) -> Iterator[Records]:
+    """Yields one piece of each object."""
+    return _in_order(lambda key: np.frombuffer(_read(store, key, *_borders(store, key, number)), dtype), keys)
+
+
+def _in_order(read: Callable[[Item], Found], items: Sequence[Item]) -> Iterator[Found]:
+    with ThreadPoolExecutor(_READERS) as pool:
+        for first in range(0, len(items), _READERS):
+            yield from pool.map(read, items[first : first + _READERS])
+
+
+def _borders(store: Storage, key: str, number: int) -> tuple[int, int]:
+    table = store.read_bytes(key, start=8 * number, end=8 * number + 16)
+    return _number(table[:8]), _number(table[8:])
+
+
+def _read(store: Storage, key: str, first: int, end: int) -> bytes:
+    return store.read_bytes(key, start=first, end=end) if first < end else b""
+
+
+def _number(content: bytes) -> int:
+    return int.from_bytes(content, "little")
+
+
+def run_step(label: str, items: Sequence[Item], work: Callable[[Item], bytes], *, run: Runner) -> Iterator[bytes]:
+    """Yields the content of each task's result, in the order in which tasks finish, and shows progress."""
+    with DataProgress(label, total_bytes=0, num_tasks=len(items)) as progress:
+        for result in run(items, work):
+            progress.advance(0, documents=0, rss_bytes=result.rss_bytes)
+            yield result.content
