@@ -8,9 +8,8 @@ import yaml
 
 from cluster.kube import status as kube
 from cluster.kube.kustomize import rendered_overlay
-from cluster.kube.pending import held_by_nodes, reasons, why_not_idle
+from cluster.kube.pending import reasons
 from cluster.kube.scale import Patch, most_replicas, scale_group, suspend
-from cluster.local.jobs_api import JobsApi, ray_token
 from cluster.settings.code_folders import CODE_ROOT
 from cluster.settings.parser import ConfigError
 from model.errors import UserError
@@ -100,29 +99,6 @@ def pending(arguments: argparse.Namespace) -> dict[str, Any]:
     for manifest in found:
         said |= reasons(manifest, _clusters_of(api, manifest), pods, events)
     return said or {"pending": "nothing: every requested pod runs"}
-
-
-def not_idle(arguments: argparse.Namespace) -> dict[str, Any]:
-    api = _api(arguments.namespace)
-    manifest = _find(api, arguments.name)
-    clusters = _clusters_of(api, manifest)
-    if not clusters:
-        raise UserError(f"{kube.full_name(manifest)} has no cluster now: it {kube.sentence(manifest)}")
-    cluster, rows = clusters[0], JobsApi(arguments.url, ray_token()).state_rows
-    nodes = rows("nodes", "ALIVE")
-    ids = {row["node_ip"]: row["node_id"] for row in nodes} | {row["node_name"]: row["node_id"] for row in nodes}
-    held = held_by_nodes(
-        tasks=rows("tasks", "RUNNING"),
-        actors=rows("actors", "ALIVE"),
-        placement_groups=rows("placement_groups", "CREATED"),
-    )
-    holds: dict[str, dict[str, list[str]]] = {}
-    selector = f"ray.io/cluster={cluster['metadata']['name']},ray.io/node-type=worker"
-    for pod in api.all("v1", "Pod", selector=selector):
-        name, group = pod["metadata"]["name"], pod["metadata"]["labels"]["ray.io/group"]
-        node_id = ids.get(name, ids.get(pod["status"].get("podIP", ""), ""))
-        holds.setdefault(group, {})[name] = held.get(node_id, [])
-    return why_not_idle(cluster, holds) or {"pods": "there is none but the head"}
 
 
 def _objects(arguments: argparse.Namespace) -> list[kube.Object]:

@@ -1,11 +1,8 @@
-"""Says in a sentence why a pod does not run yet, from events, or why one stays, from Ray's view of its nodes. Pure."""
+"""Says in a sentence why a pod does not run yet, from its status and events. Pure."""
 
 import re
-from collections import Counter, defaultdict
-from typing import Any
 
 from cluster.kube.status import WORDS, Object, cluster_names, cluster_spec, conditions, full_name, sentence
-from cluster.output.result_text import counted
 
 _IMAGE = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull")
 _CONFIG = ("CreateContainerConfigError", "CreateContainerError")
@@ -15,8 +12,6 @@ _CLAIM = re.compile(r"unbound immediate PersistentVolumeClaims|persistentvolumec
 _MOUNT = ("FailedMount", "FailedAttachVolume")
 _NOT_MADE = ("FailedToCreate", "FailedCreate")
 _MADE = ("Created", "SuccessfulCreate")
-Rows = list[dict[str, Any]]
-"""Rows of Ray's state API."""
 
 
 def reasons(manifest: Object, clusters: list[Object], pods: list[Object], events: list[Object]) -> dict[str, str]:
@@ -172,38 +167,3 @@ def _newest(events: list[Object]) -> Object:
 def _time(event: Object) -> str:
     series = event.get("series") or {}
     return series.get("lastObservedTime") or event.get("lastTimestamp") or event.get("eventTime") or ""
-
-
-def held_by_nodes(*, tasks: Rows, actors: Rows, placement_groups: Rows) -> dict[str, list[str]]:
-    """Returns in words what each node holds, by its id: running tasks, living actors, reserved resources."""
-    held = defaultdict[str, list[str]](list)
-    normal = [row for row in tasks if row["type"] == "NORMAL_TASK"]
-    for word, rows, key in (("task", normal, "name"), ("actor", actors, "class_name")):
-        for node, count in Counter(row["node_id"] for row in rows).items():
-            names = sorted({row[key] for row in rows if row["node_id"] == node})
-            some = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
-            held[node].append(f"{counted(count, word)} ({some})")
-    sharers = (node for row in placement_groups for node in {bundle["node_id"] for bundle in row["bundles"]})
-    for node, count in Counter(sharers).items():
-        held[node].append(f"a share of {counted(count, 'placement group')}")
-    return dict(held)
-
-
-def why_not_idle(cluster: Object, holds: dict[str, dict[str, list[str]]]) -> dict[str, str]:
-    """Returns a reason by pod name. `holds` has what each pod of each worker group holds; of a group's pods without
-    work, `minReplicas` decides how many stay."""
-    reasons, spec = {}, cluster_spec(cluster)
-    for group in spec["workerGroupSpecs"]:
-        name, lowest = group["groupName"], group.get("minReplicas", 0)
-        idle_s = group.get("idleTimeoutSeconds", spec["autoscalerOptions"].get("idleTimeoutSeconds", 60))
-        pods = holds.get(name, {})
-        num_kept = lowest - sum(map(bool, pods.values()))
-        for pod, held in pods.items():
-            if held:
-                reasons[pod] = f"holds {', '.join(held)}"
-            elif num_kept > 0:
-                num_kept -= 1
-                reasons[pod] = f"has no work, and stays as {name} keeps {lowest} pods (minReplicas)"
-            else:
-                reasons[pod] = f"has no work, and goes {idle_s} s after its last (idleTimeoutSeconds)"
-    return reasons

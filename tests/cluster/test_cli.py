@@ -49,7 +49,6 @@ COMMANDS = {
     "cluster scale": ["NAME", "--group", "--min", "--max", "--suspend", "--resume"],
     "cluster status": ["--json"],
     "cluster why-pending": ["--namespace"],
-    "cluster why-not-idle": ["--url"],
     "demo": ["--keep"],
 }
 

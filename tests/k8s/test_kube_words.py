@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster.kube.pending import held_by_nodes, is_pending, why_not_idle, why_not_made, why_pending
+from cluster.kube.pending import is_pending, why_not_made, why_pending
 from cluster.kube.scale import scale_group, suspend
 from cluster.kube.status import groups, sentence
 from cluster.settings.parser import ConfigError
@@ -198,27 +198,6 @@ def test_a_quota_that_is_used_up_is_named() -> None:
         "series": {"lastObservedTime": "3"},
     }
     assert why_not_made(_CLUSTER, [event, later]) is None
-
-
-def test_a_pod_that_stays_says_what_it_holds() -> None:
-    held = held_by_nodes(
-        tasks=[
-            {"node_id": "2", "name": "tokenize", "type": "NORMAL_TASK"},
-            {"node_id": "3", "name": "step", "type": "ACTOR_TASK"},
-        ],
-        actors=[{"node_id": "1", "class_name": "Trainer"}] * 2,
-        placement_groups=[{"bundles": [{"node_id": "1"}, {"node_id": "1"}]}],
-    )
-    groups = [{"groupName": "gpus"}, {"groupName": "cpus", "minReplicas": 1, "idleTimeoutSeconds": 120}]
-    spec = {"workerGroupSpecs": groups, "autoscalerOptions": {"idleTimeoutSeconds": 300}}
-    holds = {"gpus": {"a": held["1"], "b": held["2"], "c": held.get("3", [])}, "cpus": {"d": [], "e": []}}
-    assert why_not_idle({"kind": "RayCluster", "spec": spec}, holds) == {
-        "a": "holds 2 actors (Trainer), a share of 1 placement group",
-        "b": "holds 1 task (tokenize)",
-        "c": "has no work, and goes 300 s after its last (idleTimeoutSeconds)",
-        "d": "has no work, and stays as cpus keeps 1 pods (minReplicas)",
-        "e": "has no work, and goes 120 s after its last (idleTimeoutSeconds)",
-    }
 
 
 @pytest.mark.parametrize("name", ["RayCluster/shared", "RayService/completions"])
