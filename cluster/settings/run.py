@@ -80,7 +80,7 @@ class DataConfig(TextConfig):
     quality_rules: list[QualityRule] = []
     decontaminate_ngram: int | None = Field(default=None, ge=4)
     val_fraction: float = Field(default=0.05, ge=0, lt=1)
-    shard_bytes: PositiveInt = 16 << 20
+    shard_bytes: NonNegativeInt = 0
 
     @model_validator(mode="after")
     def _one_weight_a_source(self) -> Self:
@@ -174,6 +174,7 @@ class ScalingConfig(Settings):
     use_gpu: bool = False
     shard: Shard = "none"
     shard_group: PositiveInt | None = None
+    shard_cache_bytes: NonNegativeInt = 8 << 30  # half of the scratch space that the manifests give a pod
     resize_check_s: PositiveFloat = 10.0
     max_fruitless_attempts: PositiveInt = 6
     hang_timeout_s: NonNegativeFloat = 30.0

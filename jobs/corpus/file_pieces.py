@@ -19,6 +19,7 @@ from jobs.corpus.ray_data_tasks import run_tasks
 from jobs.corpus.text_borders import lines, records
 
 PIECES = "pieces"
+_MAX_PIECE_BYTES = 64 << 20  # is in memory at once
 
 
 def cut_files(store: Storage, files: Sequence[CorpusFile], data: DataConfig) -> dict[int, list[Part]]:
@@ -66,7 +67,7 @@ def _pieces(file: CorpusFile, data: DataConfig) -> Iterator[tuple[int, bytes]]:
             if len(piece) == len(header):
                 start = offset - len(header)
             piece += unit if is_whole or unit.endswith(b"\n") else unit + b"\n"
-            if len(piece) >= data.shard_bytes:
+            if len(piece) >= min(data.shard_bytes, _MAX_PIECE_BYTES):
                 yield start, bytes(piece)
                 piece = bytearray(header)
         if len(piece) > len(header) or not start:
