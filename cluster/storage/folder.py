@@ -83,23 +83,19 @@ class LocalStorage(interface.Storage):
         """Yields the regular files below a folder, a key that ends with a slash, at most `max_depth` folders down from
         the root. Raises `StorageError` for an unreadable folder. Pipes, devices and dangling links hold no bytes; links
         to folders may loop and are not followed."""
-        names: list[str] = []
         try:
-            with os.scandir(self.root / folder) as found:
-                for each in found:
-                    is_folder = each.is_dir(follow_symlinks=False)
-                    if is_folder or not each.name.startswith(_TEMPORARY):
-                        names.append(f"{each.name}/" if is_folder else each.name)
+            with os.scandir(self.root / folder) as found:  # with a folder's slash, the order of names is that of keys
+                names = sorted(each.name + "/" * each.is_dir(follow_symlinks=False) for each in found)
         except OSError as error:
             if error.errno not in _NOTHING_THERE:
                 raise _explain(self.root / folder, error) from error
-        names.sort()  # with the slash, the order of names is the order of keys
+            return
         for name in names:
-            if not name.endswith("/"):
-                if entry := _entry(self.root / folder / name, folder + name):
-                    yield entry
-            elif max_depth is None or folder.count("/") < max_depth:
-                yield from self.walk(folder + name, max_depth=max_depth)
+            if name.endswith("/"):
+                if max_depth is None or folder.count("/") < max_depth:
+                    yield from self.walk(folder + name, max_depth=max_depth)
+            elif not name.startswith(_TEMPORARY) and (entry := _entry(self.root / folder / name, folder + name)):
+                yield entry
 
     def stat(self, key: str) -> interface.Entry | None:
         return _entry(self.local_path(key), key)
@@ -120,7 +116,7 @@ class LocalStorage(interface.Storage):
                 raise interface.StorageError(f"{path} is a folder, a pipe or a device; only regular files can be read")
             if listed and (listed.size, listed.version) != (stat.st_size, str(stat.st_mtime_ns)):
                 os.close(descriptor)
-                raise interface.ConflictError(f"{path} was changed after it was listed")
+                raise interface.ConflictError(f"{path} was changed after it was listed; run again")
             return os.fdopen(descriptor, "rb")
 
     def upload_file(self, source: Path, key: str) -> None:

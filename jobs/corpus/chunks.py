@@ -5,12 +5,10 @@ file is divided into byte ranges; a range owns the documents that begin in it. A
 entered in the middle, so it is first cut into pieces (see file_pieces).
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import groupby
-from typing import Self
 
 from cluster.settings.run import DataConfig
 from jobs.corpus.listing import CorpusFile
@@ -47,16 +45,6 @@ class Chunk:
     @property
     def bytes(self) -> int:
         return sum(part.end - part.start for part in self.parts)
-
-    def to_json(self) -> str:
-        """Returns JSON, in which any file's name can be written, also one that is not UTF-8."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, content: str) -> Self:
-        values = json.loads(content)
-        parts = [Part(**part | {"file": CorpusFile(**part["file"])}) for part in values["parts"]]
-        return cls(**values | {"parts": parts})
 
 
 def is_divisible(file: CorpusFile) -> bool:

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.settings.run import DataConfig
-from cluster.storage.uris import ConflictError, Entry, split_uri
+from cluster.storage.uris import Entry, split_uri
 from jobs.corpus.chunks import Part, text_step
 from jobs.corpus.decompression import decompressed
 from jobs.corpus.listing import CorpusError
@@ -81,19 +81,16 @@ class Document:
 def read_documents(part: Part, data: DataConfig) -> Iterator[Document]:
     """Yields the documents of a part in order, with one document or parquet batch in memory at a time.
 
-    Raises `CorpusError` for a file that changed or cannot be read to its end, and for text that is not UTF-8 when
-    `data.invalid_utf8` is `fail`.
+    Raises `ConflictError` for a file that changed, and `CorpusError` for one that cannot be read to its end, and for
+    text that is not UTF-8 when `data.invalid_utf8` is `fail`.
     """
     listed, reader = part.file, _Reader(part, data)
     storage, name = split_uri(listed.uri)
     if data.format == "chat" and listed.kind != "jsonl":
         raise CorpusError(f"data.format=chat reads .jsonl files, and {listed.uri} is none; take it out")
     read = {"txt": reader.txt, "jsonl": reader.jsonl, "csv": reader.csv, "parquet": reader.parquet}[listed.kind]
-    try:
-        with storage.open(name, listed=Entry(name, listed.size, listed.version)) as file, named_damage(listed.uri):
-            yield from read(decompressed(file, listed, max_ratio=data.max_compression_ratio))
-    except ConflictError as error:
-        raise CorpusError(f"{listed.uri} changed after it was listed; run again") from error
+    with storage.open(name, listed=Entry(name, listed.size, listed.version)) as file, named_damage(listed.uri):
+        yield from read(decompressed(file, listed, max_ratio=data.max_compression_ratio))
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from typing import Any
 
 from cluster.storage.uris import Storage, join_uri
 from jobs.report.figures import draw, pictures
-from jobs.report.page import cells, document, grid, pairs, picture, table
+from jobs.report.page import cells, document, pairs, picture, table
 from jobs.report.why_slow import why_slow
 from jobs.run.find_run import begun_ledger, data_identity, find_tokens
 from jobs.run.history import cost_rows, event_rows, flattened, recorded_config, statistics
@@ -33,7 +33,7 @@ def make_report(run: Storage, *, price: float | None = None) -> dict[str, Any]:
 {pairs([*statistics(ledger, config), *cost_rows(ledger, config, price=price)])}
 <h2>Curves</h2>
 {figures}{f"<h2>Samples</h2>{samples}" if samples else ""}
-{f"<h2>Documents</h2>{grid('Documents', ('', 'Number', 'Share'), drops)}" if drops else ""}
+{f"<h2>Documents</h2>{drops}" if drops else ""}
 <h2>Events</h2>
 {_events(ledger)}
 <details><summary>Settings</summary>{pairs(flattened(config.model_dump(mode="json")))}</details>
@@ -62,12 +62,14 @@ def _samples(ledger: Ledger) -> str:
     return table("Samples by step", heads, rows) if rows else ""
 
 
-def _drops(run: Storage, ledger: Ledger) -> list[tuple[str, str, str]]:
-    """Returns (reason, documents, share of all) of what the run's token store kept and dropped."""
+def _drops(run: Storage, ledger: Ledger) -> str:
+    """Returns a table of the documents that the run's token store kept and dropped, by reason; nothing without one."""
     try:
         manifest = read_manifest(find_tokens(run, data_identity(ledger)))
     except TokenStoreError:
-        return []
+        return ""
     counts = {"kept": manifest.total("documents")}
     counts |= {f"dropped: {reason}": count for reason, count in manifest.dropped.items() if count}
-    return [(name, f"{count:,}", f"{count / sum(counts.values()):.2%}") for name, count in counts.items()]
+    total = sum(counts.values())
+    rows = [f'<th scope="row">{escape(n)}</th>{cells([f"{c:,}", f"{c / total:.2%}"])}' for n, c in counts.items()]
+    return table("Documents", ("", "Number", "Share"), rows)

@@ -1,14 +1,13 @@
 """Reads tokens of shards: by memory map where they or copies are near; else by ranged reads, cached and read ahead.
 
-All of it is bounded: the maps by number, the blocks in memory by bytes, what is read ahead by its caller, who names the
-rows of two steps, and the copies by the cache of the node.
+All of it is bounded: the maps and the blocks in memory by number, what is read ahead by its caller, who names the rows
+of two steps, and the copies by the cache of the node.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +20,7 @@ from jobs.tokens.token_store import Shard, TokenStoreError
 Tokens = npt.NDArray[Any]
 
 BLOCK_BYTES = 1 << 20  # the unit of sequential reads, whose neighbors share a block
+_MAX_BLOCKS = 64
 _MAX_MAPS = 256  # each holds a file open; a process may have 1,024
 _NUM_THREADS = 8  # of read-ahead; boto3 keeps ten connections
 
@@ -33,50 +33,18 @@ class Piece(NamedTuple):
     end: int
 
 
-def open_shards(
-    storage: Storage, *, dtype: np.dtype[Any], cache_bytes: int = 64 << 20, near_bytes: int = 0
-) -> "_MappedShards | RemoteShards":
-    """Returns a reader, for one thread, that opens no shard before the first read. Of a remote store it keeps up to
-    `cache_bytes` in memory, and this node up to `near_bytes` on its disk."""
-    if storage.local_path("") is not None:
-        return _MappedShards(lambda shard: storage.local_path(shard.file), dtype)
-    near = FileCache(storage, Path.home() / ".cache" / "raymill" / "shards", max_bytes=near_bytes)
-    return RemoteShards(storage, dtype, max_bytes=cache_bytes, near=near)
+class ShardReader:
+    """Reads from a disk where a shard or its copy is on one: it is mapped, and the page cache does the rest.
 
-
-class _MappedShards:
-    """Keeps the most recently used shards mapped; the page cache does the rest."""
-
-    def __init__(self, path_of: Callable[[Shard], Path | None], dtype: np.dtype[Any]) -> None:
-        self._path_of, self._dtype = path_of, dtype
-        self.mapped = lru_cache(_MAX_MAPS)(self._map)
-
-    def read(self, piece: Piece, *, scattered: bool) -> Tokens:
-        return self.mapped(piece.shard)[piece.start : piece.end]
-
-    def _map(self, shard: Shard) -> Tokens:
-        path = self._path_of(shard)
-        assert path is not None
-        return np.memmap(path, dtype=self._dtype, mode="r", shape=(shard.tokens,))
-
-    def read_ahead(self, pieces: Iterable[Piece]) -> None:
-        """Does nothing: a page fault costs less than a thread."""
-
-    def bring_near(self, shards: Iterable[Shard]) -> None:
-        """Does nothing: they are near."""
-
-
-class RemoteShards:
-    """Reads by ranged requests: scattered pieces one by one, and ahead of need where they are named early; others by
-    blocks, of which the last ones used are kept within `max_bytes`.
-
-    A shard that was brought near is read from its copy on this node's disk.
+    Else scattered pieces take a request each, ahead of need where they are named early; others share blocks, of which
+    the last ones used are kept. For one thread; opens no shard before the first read.
     """
 
-    def __init__(self, storage: Storage, dtype: np.dtype[Any], *, max_bytes: int, near: FileCache) -> None:
+    def __init__(self, storage: Storage, dtype: np.dtype[Any], *, near: FileCache | None) -> None:
+        """`near` has copies of the shards of a remote store on this node's disk; None for a store on a disk."""
         self._storage, self._dtype, self._near = storage, dtype, near
-        self._copies = _MappedShards(lambda shard: near.path(shard.sha256), dtype)
-        self._blocks = lru_cache(max(1, max_bytes // BLOCK_BYTES))(self._fetch)
+        self._mapped = lru_cache(_MAX_MAPS)(self._map)
+        self._blocks = lru_cache(_MAX_BLOCKS)(self._fetch)
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="read-ahead")  # starts them when needed
         self._ahead: dict[Piece, Future[bytes]] = {}
 
@@ -85,8 +53,8 @@ class RemoteShards:
 
         Raises what the storage raises, also for a piece that was read ahead; another call tries again.
         """
-        with suppress(FileNotFoundError):
-            return self._copies.read(piece, scattered=scattered)
+        if (tokens := self._on_disk(piece.shard)) is not None:
+            return tokens[piece.start : piece.end]
         if scattered:
             future = self._ahead.pop(piece, None)
             return np.frombuffer(future.result() if future else self._fetch(piece), dtype=self._dtype)
@@ -99,9 +67,11 @@ class RemoteShards:
     def read_ahead(self, pieces: Iterable[Piece]) -> None:
         """Begins to read these scattered pieces, in order, and holds them until they are read; those named before and
         not now are dropped. Raises `TokenStoreError` for a shard that was to come near and has other bytes."""
+        if self._near is None:
+            return  # a page fault costs less than a thread
         if self._near.altered:
             raise TokenStoreError(f"{self._near.altered[0]}; delete it and tokenize again")
-        wanted = dict.fromkeys(piece for piece in pieces if not self._is_near(piece.shard))
+        wanted = dict.fromkeys(piece for piece in pieces if self._on_disk(piece.shard) is None)
         for piece in self._ahead.keys() - wanted.keys():
             self._ahead.pop(piece).cancel()
         for piece in wanted:
@@ -110,13 +80,19 @@ class RemoteShards:
 
     def bring_near(self, shards: Iterable[Shard]) -> None:
         """Begins to copy these shards to this node's disk, in order, as many as have room there."""
-        self._copies.mapped.cache_clear()  # a copy that is removed takes space while it is mapped
-        self._near.want([Entry(each.file, each.tokens * self._dtype.itemsize, each.sha256) for each in shards])
+        if self._near is not None:
+            self._mapped.cache_clear()  # a copy that is removed takes space while it is mapped
+            self._near.want([Entry(each.file, each.tokens * self._dtype.itemsize, each.sha256) for each in shards])
 
-    def _is_near(self, shard: Shard) -> bool:
+    def _on_disk(self, shard: Shard) -> Tokens | None:
         with suppress(FileNotFoundError):
-            return bool(self._copies.mapped(shard).size)
-        return False
+            return self._mapped(shard)
+        return None
+
+    def _map(self, shard: Shard) -> Tokens:
+        path = self._near.path(shard.sha256) if self._near else self._storage.local_path(shard.file)
+        assert path is not None
+        return np.memmap(path, dtype=self._dtype, mode="r", shape=(shard.tokens,))
 
     def _fetch(self, piece: Piece) -> bytes:
         itemsize = self._dtype.itemsize

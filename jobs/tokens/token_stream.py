@@ -4,15 +4,17 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import lru_cache, partial
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from cluster.storage.file_cache import FileCache
 from cluster.storage.uris import Storage, StorageError
 from jobs.tokens.batch_plan import SampleOrder
 from jobs.tokens.growing_store import Clock, GrowingStore
-from jobs.tokens.shard_reader import Piece, open_shards
+from jobs.tokens.shard_reader import Piece, ShardReader
 from jobs.tokens.token_store import Manifest, Shard, Split, TokenStoreError, read_list, read_manifest
 from model.linear_cross_entropy import IGNORE_INDEX
 
@@ -89,7 +91,9 @@ class TokenStream:
         self._num_samples, self._windows_near = num_samples, list[tuple[int, int, int]]()
         self._store = GrowingStore(storage, check=check, clock=clock) if growing else None
         manifest = self._store.next_manifest(None) if self._store else read_manifest(storage, opens_lists=False)
-        self._reader = open_shards(storage, dtype=manifest.dtype, near_bytes=near_bytes)
+        is_here = storage.local_path("") is not None
+        near = None if is_here else FileCache(storage, Path.home() / ".cache/raymill/shards", max_bytes=near_bytes)
+        self._reader = ShardReader(storage, manifest.dtype, near=near)
         self._chain = partial(ShardChain, read_list=partial(read_list, storage, itemsize=manifest.dtype.itemsize))
         self._take(manifest)
 
