@@ -30,13 +30,9 @@ class FileCache:
     def __init__(self, storage: Storage, folder: Path, *, max_bytes: int) -> None:
         """Touches neither disk nor network before the first wish. The folder takes up to `max_bytes`, and never more
         than half of what is free on its disk."""
-        self._storage, self._folder, self._max_bytes = storage, folder, max_bytes
+        self._storage, self.folder, self._max_bytes = storage, folder, max_bytes
         self._wanted: Sequence[Entry] = []
         self.altered: list[str] = []  # says which files have other bytes than they should
-
-    def path(self, sha256: str) -> Path:
-        """Returns where the copy of a file is, if it is here."""
-        return self._folder / sha256
 
     def want(self, files: Sequence[Entry]) -> None:
         """Fetches these files in the background, in order, as many as have room together; never waits. Copies of other
@@ -52,13 +48,13 @@ class FileCache:
                     time.sleep(_RETRY_S)
                 kept[file.version] = None
         except OSError as error:
-            _log.info("%d of the next %d files are in %s, no more: %s", len(kept), len(files), self._folder, error)
+            _log.info("%d of the next %d files are in %s, no more: %s", len(kept), len(files), self.folder, error)
 
     def _is_settled(self, file: Entry, kept: Collection[str]) -> bool:
         """Fetches a file that is not here; returns False while the storage is down. Raises `OSError` without room."""
-        target, partial, digest = self.path(file.version), self._folder / "partial", hashlib.sha256()
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with self._folder.with_name(f"{self._folder.name}.lock").open("w") as lock:
+        target, partial, digest = self.folder / file.version, self.folder / "partial", hashlib.sha256()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self.folder.with_name(f"{self.folder.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if target.exists():
                 os.utime(target)
@@ -82,10 +78,10 @@ class FileCache:
             return True
 
     def _make_room(self, num_bytes: int, kept: Collection[str]) -> None:
-        wanted, copies = {file.version for file in self._wanted}, [*self._folder.iterdir()]
+        wanted, copies = {file.version for file in self._wanted}, [*self.folder.iterdir()]
         copies.sort(key=lambda copy: (copy.name in wanted, copy.stat().st_mtime_ns))
         held = sum(copy.stat().st_size for copy in copies)
-        bound = min(self._max_bytes, (held + shutil.disk_usage(self._folder).free) // 2)
+        bound = min(self._max_bytes, (held + shutil.disk_usage(self.folder).free) // 2)
         for copy in copies:
             if held + num_bytes > bound and copy.name not in kept:
                 held -= copy.stat().st_size

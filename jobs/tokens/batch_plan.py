@@ -39,7 +39,8 @@ class SampleOrder:
     def covers(self, samples: npt.ArrayLike) -> npt.NDArray[np.bool_]:
         """Reports for each sample whether its row is known."""
         sources, numbers = self._turns(samples)
-        return self._are_known(numbers, np.array(self.num_rows)[sources])
+        window_ends = (numbers // self.window_rows + 1) * self.window_rows
+        return self.complete | (window_ends <= np.array(self.num_rows)[sources])
 
     def rows(self, samples: npt.ArrayLike) -> tuple[Indices, Indices]:
         """Returns the source of each sample and its row there. An epoch of a source takes each of its rows once."""
@@ -56,29 +57,6 @@ class SampleOrder:
             size = min(self.window_rows, self.num_rows[source] - first)
             rows[chosen] = first + _permuted(places[chosen] - first, f"{self.seed} {source} {epoch} {window}", size)
         return sources, rows
-
-    def windows_ahead(self, first: int, *, end: int) -> list[tuple[int, int, int]]:
-        """Returns (source, first row, end row) of each source's window that samples from `first` on take rows of, and
-        then of those that follow; as far as they are known, and before sample `end`."""
-        numbers, ends, num_rows = self._taken(first), self._taken(end), np.array(self.num_rows)
-        found: list[tuple[int, int, int]] = []
-        for _ in range(2):
-            sources = np.flatnonzero((numbers < ends) & self._are_known(numbers, num_rows))
-            places = numbers[sources] % num_rows[sources]
-            starts = places - places % self.window_rows
-            stops = np.minimum(starts + self.window_rows, num_rows[sources])
-            found += zip(sources.tolist(), starts.tolist(), stops.tolist(), strict=True)
-            numbers[sources] += stops - places
-        return list(dict.fromkeys(found))
-
-    def _are_known(self, numbers: Indices, num_rows: Indices) -> npt.NDArray[np.bool_]:
-        return self.complete | ((numbers // self.window_rows + 1) * self.window_rows <= num_rows)
-
-    def _taken(self, sample: int) -> Indices:
-        """Returns the number of samples before this one that take a row of each source."""
-        pattern, _, counts = _source_pattern(self.weights)
-        periods, place = divmod(sample, len(pattern))
-        return periods * counts + np.bincount(pattern[:place], minlength=len(counts))
 
     def _turns(self, samples: npt.ArrayLike) -> tuple[Indices, Indices]:
         """Returns the source of each sample, and the number of earlier samples that took a row of it."""

@@ -40,8 +40,8 @@ class ShardReader:
     the last ones used are kept. For one thread; opens no shard before the first read.
     """
 
-    def __init__(self, storage: Storage, dtype: np.dtype[Any], *, near: FileCache | None) -> None:
-        """`near` has copies of the shards of a remote store on this node's disk; None for a store on a disk."""
+    def __init__(self, storage: Storage, dtype: np.dtype[Any], *, near: FileCache) -> None:
+        """`near` has copies on this node's disk of the shards of a remote store."""
         self._storage, self._dtype, self._near = storage, dtype, near
         self._mapped = lru_cache(_MAX_MAPS)(self._map)
         self._blocks = lru_cache(_MAX_BLOCKS)(self._fetch)
@@ -67,8 +67,6 @@ class ShardReader:
     def read_ahead(self, pieces: Iterable[Piece]) -> None:
         """Begins to read these scattered pieces, in order, and holds them until they are read; those named before and
         not now are dropped. Raises `TokenStoreError` for a shard that was to come near and has other bytes."""
-        if self._near is None:
-            return  # a page fault costs less than a thread
         if self._near.altered:
             raise TokenStoreError(f"{self._near.altered[0]}; delete it and tokenize again")
         wanted = dict.fromkeys(piece for piece in pieces if self._on_disk(piece.shard) is None)
@@ -80,9 +78,8 @@ class ShardReader:
 
     def bring_near(self, shards: Iterable[Shard]) -> None:
         """Begins to copy these shards to this node's disk, in order, as many as have room there."""
-        if self._near is not None:
-            self._mapped.cache_clear()  # a copy that is removed takes space while it is mapped
-            self._near.want([Entry(each.file, each.tokens * self._dtype.itemsize, each.sha256) for each in shards])
+        self._mapped.cache_clear()  # a copy that is removed takes space while it is mapped
+        self._near.want([Entry(each.file, each.tokens * self._dtype.itemsize, each.sha256) for each in shards])
 
     def _on_disk(self, shard: Shard) -> Tokens | None:
         with suppress(FileNotFoundError):
@@ -90,8 +87,7 @@ class ShardReader:
         return None
 
     def _map(self, shard: Shard) -> Tokens:
-        path = self._near.path(shard.sha256) if self._near else self._storage.local_path(shard.file)
-        assert path is not None
+        path = self._storage.local_path(shard.file) or self._near.folder / shard.sha256
         return np.memmap(path, dtype=self._dtype, mode="r", shape=(shard.tokens,))
 
     def _fetch(self, piece: Piece) -> bytes:

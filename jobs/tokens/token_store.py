@@ -111,8 +111,7 @@ class Manifest:
     def with_lists(self) -> tuple["Manifest", dict[str, bytes]]:
         """Returns the manifest as it is stored, with lists in place of very many shards, and their content by file."""
         groups: dict[tuple[int, Split, str], list[Shard]] = {}
-        has_many = self.complete and len(self.shards) > MOST_SHARDS and not self.has_lists
-        for shard in self.shards if has_many else ():
+        for shard in self.shards if self.complete and len(self.shards) > MOST_SHARDS else ():
             groups.setdefault((shard.source, shard.split, shard.thousand), []).append(shard)
         lists, contents = list[Shard](), dict[str, bytes]()
         for (source, split, thousand), group in groups.items():
@@ -126,9 +125,9 @@ class Manifest:
     def to_json(self) -> bytes:
         stored = self.with_lists()[0]
         known = {name: value for name, value in dataclasses.asdict(stored).items() if value is not None}
-        version = CHAT_VERSION if self.chat else FORMAT_VERSION
+        has_lists = any(shard.is_list for shard in stored.shards)
         derived = {
-            "format_version": _FORMAT_WITH_LISTS if stored.has_lists else version,
+            "format_version": _FORMAT_WITH_LISTS if has_lists else CHAT_VERSION if self.chat else FORMAT_VERSION,
             "dtype": self.dtype.name,
             "totals": {name: self.total(name) for name in _SUMS}
             | {f"{split}_{name}": self.total(name, split) for split in SPLITS for name in _SUMS},
@@ -143,10 +142,6 @@ class Manifest:
                 f"the token store has format {values['format_version']}, not {FORMAT_VERSION}; tokenize again"
             )
         return TypeAdapter(cls).validate_python(values)
-
-    @property
-    def has_lists(self) -> bool:
-        return any(shard.is_list for shard in self.shards)
 
     @property
     def hash(self) -> str:
@@ -191,7 +186,7 @@ def read_manifest(store: Storage, *, name: str = MANIFEST, opens_lists: bool = T
     except (ValueError, KeyError, TypeError) as error:
         raise TokenStoreError(f"{store.uri}/{name} is damaged ({error}); delete it and tokenize again") from error
     itemsize = manifest.dtype.itemsize
-    if not manifest.has_lists:
+    if not any(shard.is_list for shard in manifest.shards):
         _check_sizes(store, manifest.shards, itemsize, prefix="")
     elif opens_lists:
         shards = tuple(shard for each in manifest.shards for shard in read_list(store, each, itemsize))

@@ -19,6 +19,7 @@ from jobs.tokens.token_store import Manifest, Shard, Split, TokenStoreError, rea
 from model.linear_cross_entropy import IGNORE_INDEX
 
 _OPEN_LISTS = 8  # at once, of a source: a window has shards of two
+_LOOKS_A_WINDOW, _SAMPLES_A_LOOK = 8, 4096
 _LEAST_SHARE = 16  # a run that ends sooner in a window reads its rows one by one
 
 
@@ -88,11 +89,11 @@ class TokenStream:
         """
         self.seq_len = seq_len
         self._uri, self._split, self._seed, self._window_rows = storage.uri, split, seed, window_rows
-        self._num_samples, self._windows_near = num_samples, list[tuple[int, int, int]]()
+        self._num_samples, self._turn, self._is_here = num_samples, -1, storage.local_path("") is not None
+        self.near_shards: dict[Shard, None] = {}  # which are copied, or will be as far as there is room
         self._store = GrowingStore(storage, check=check, clock=clock) if growing else None
         manifest = self._store.next_manifest(None) if self._store else read_manifest(storage, opens_lists=False)
-        is_here = storage.local_path("") is not None
-        near = None if is_here else FileCache(storage, Path.home() / ".cache/raymill/shards", max_bytes=near_bytes)
+        near = FileCache(storage, Path.home() / ".cache/raymill/shards", max_bytes=near_bytes)
         self._reader = ShardReader(storage, manifest.dtype, near=near)
         self._chain = partial(ShardChain, read_list=partial(read_list, storage, itemsize=manifest.dtype.itemsize))
         self._take(manifest)
@@ -153,7 +154,9 @@ class TokenStream:
         return self._batch(self._places(np.asarray(indices)), scattered=True)
 
     def read_ahead(self, indices: npt.ArrayLike) -> None:
-        """Starts reading the next samples of a remote store, and copying the shards of their windows; never waits."""
+        """Starts reading the next samples of a remote store, and copying the shards of those to come; never waits."""
+        if self._is_here:
+            return  # a page fault costs less than a thread
         wanted = np.asarray(indices)
         known = wanted[self.order.covers(wanted)]
         with suppress(StorageError):  # which the rows' own read meets again, where it is waited for
@@ -162,17 +165,18 @@ class TokenStream:
             self._reader.read_ahead(piece for place in self._places(known) for piece in place)
 
     def _bring_near(self, first: int) -> None:
-        """Has the shards of other windows copied once the samples from `first` on come to them."""
-        windows = self.order.windows_ahead(first, end=self._num_samples)
+        """Has the shards of the next window of samples copied. Some thousand of them tell which: a shard that none of
+        these hits has few rows in the window."""
         window = min(self._window_rows, sum(self.order.num_rows))
-        if windows == self._windows_near or self._num_samples - first < window // _LEAST_SHARE:
+        turn, left = first // max(1, window // _LOOKS_A_WINDOW), self._num_samples - first
+        if turn == self._turn or left < window // _LEAST_SHARE:
             return
-        shards: dict[Shard, None] = {}
-        for source, start, end in windows:
-            pieces = self._sources[source].pieces(start * self.seq_len, end * self.seq_len + 1)
-            shards |= dict.fromkeys(piece.shard for piece in pieces)
-        self._reader.bring_near(shards)
-        self._windows_near = windows
+        ahead = np.arange(first, first + min(window, left), -(-window // _SAMPLES_A_LOOK))
+        places = self._places(ahead[self.order.covers(ahead)])
+        shards = dict.fromkeys(piece.shard for place in places for piece in place)
+        if shards.keys() != self.near_shards.keys():
+            self._reader.bring_near(shards)
+        self._turn, self.near_shards = turn, shards
 
     def _places(self, samples: npt.NDArray[np.int64]) -> list[Iterator[Piece]]:
         sources, rows = self.order.rows(samples)

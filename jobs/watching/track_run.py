@@ -81,13 +81,16 @@ def _failures(kind: type[Exception]) -> Iterator[None]:
         raise TrackerError(f"MLflow refuses the run: {str(error).splitlines()[0]}") from None
 
 
-def track(run: Storage, tracker: MlflowTracker, *, follow: bool) -> dict[str, Any]:
-    """Sends what the tracker lacks; with `follow` until the run has finished.
+def track(run: Storage, *, mlflow: str, follow: bool) -> dict[str, Any]:
+    """Sends what an experiment of MLflow lacks, and reports the place; with `follow` until the run has finished.
 
     Each step is sent once. A step that a followed run takes again after a failure has been sent already: it has the
     same bits, unless it was rolled back to be skipped.
     """
+    config = recorded_config(run)
+    tracker = MlflowTracker(mlflow, str(config.run_id), dict(flattened(config.model_dump(mode="json"))))
     num_steps, last = 0, tracker.last_step
+    say(f"curves of {config.run_id} go to {tracker.place}, after step {max(0, last)}")
     with suppress(KeyboardInterrupt):
         for step, values in _points(_growing(run) if follow else _counted(begun_ledger(run)), after=last):
             tracker.log(step, values)
@@ -129,12 +132,3 @@ def _points(lines: Iterable[Line], *, after: int) -> Iterator[tuple[int, dict[st
         values |= {sample.curve: sample.value for sample in samples}
     if values:
         yield step, values
-
-
-def track_by(run: Storage, *, mlflow: str, follow: bool) -> dict[str, Any]:
-    """Is `raymill track`: sends to an experiment of MLflow, and reports the place."""
-    config = recorded_config(run)
-    run_id = str(config.run_id)
-    tracker = MlflowTracker(mlflow, run_id, dict(flattened(config.model_dump(mode="json"))))
-    say(f"curves of {run_id} go to {tracker.place}, after step {max(0, tracker.last_step)}")
-    return track(run, tracker, follow=follow)

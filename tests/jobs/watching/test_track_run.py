@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from cluster.settings.run import RunConfig, to_yaml
 from cluster.storage.uris import Storage, open_storage
+from jobs.run.history import CONFIG_FILE
 from jobs.run.ledger import LEDGER, Ledger, Line
 from jobs.watching.track_run import MlflowTracker, TrackerError, track
 from tests.jobs.watching.eventful_ledger import EVENTFUL
@@ -20,12 +22,13 @@ LINES: list[Line] = [
 ]
 """Of a run that takes steps 4 and 5 again after a failure."""
 
-SETTINGS = {"train.learning_rate": "0.001", "long": "x" * 7000, **{f"setting-{number}": "1" for number in range(150)}}
+SETTINGS = {"run_id": "eventful", "train": {"learning_rate": 0.001, "sample_prompts": ["x" * 7000]}}
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Storage:
     run = open_storage(str(tmp_path)).child("runs/eventful")
+    run.write_bytes(CONFIG_FILE, to_yaml(RunConfig.model_validate(SETTINGS)).encode())
     run.write_bytes(LEDGER, b"".join(json.dumps(line).encode() + b"\n" for line in LINES))
     return run
 
@@ -56,14 +59,15 @@ def curve(client: Any, name: str) -> dict[int, float]:
 def test_mlflow_has_each_step_that_counts_once(run: Storage, mlflow: Any) -> None:
     ledger = Ledger.read(run)
     for sent in (len(ledger.steps), 0):  # asked again, nothing is sent twice
-        result = track(run, MlflowTracker("mill", "eventful", SETTINGS), follow=False)
+        result = track(run, mlflow="mill", follow=False)
         assert (result["sent_steps"], result["last_step"]) == (sent, ledger.steps[-1]["step"])
     assert curve(mlflow, "train/loss") == {line["step"]: line["loss"] for line in ledger.steps}
     validations = {line["step"]: line["val_loss"] for line in ledger.events("validation")}
     assert curve(mlflow, "train/validation_loss/val") == validations
     kept = of_run(mlflow)
     assert kept.info.run_name == "eventful" and kept.info.status == "FINISHED"
-    assert kept.data.params["train.learning_rate"] == "0.001" and len(kept.data.params["long"]) == 6000
+    assert kept.data.params["train.learning_rate"] == "0.001" and len(kept.data.params["train.sample_prompts"]) == 6000
+    assert len(kept.data.params) > 100  # more than a request takes
 
 
 def test_a_run_is_followed_to_its_end_and_taken_up_again(run: Storage, mlflow: Any) -> None:
@@ -71,7 +75,7 @@ def test_a_run_is_followed_to_its_end_and_taken_up_again(run: Storage, mlflow: A
     lines = whole.splitlines(keepends=True)
     half = b"".join(lines[: len(lines) // 2])
     run.write_bytes(LEDGER, half)
-    before = track(run, MlflowTracker("mill", "eventful", {}), follow=False)
+    before = track(run, mlflow="mill", follow=False)
     assert not before["finished"] and of_run(mlflow).info.status == "RUNNING"
 
     def grow() -> None:
@@ -80,7 +84,7 @@ def test_a_run_is_followed_to_its_end_and_taken_up_again(run: Storage, mlflow: A
 
     growing = threading.Thread(target=grow)
     growing.start()
-    after = track(run, MlflowTracker("mill", "eventful", {}), follow=True)
+    after = track(run, mlflow="mill", follow=True)
     growing.join()
     assert after["finished"]
     steps = [line["step"] for line in Ledger.read(run).steps]
