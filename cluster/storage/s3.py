@@ -79,7 +79,7 @@ class S3Storage(interface.Storage):
             if if_absent and code in _REFUSED_CONDITION:
                 raise interface.AlreadyExistsError(f"{uri} exists already") from error
             if if_version is not None and code in (*_REFUSED_CONDITION, *_MISSING_KEY):
-                raise interface.ConflictError(f"{uri} was changed or removed by another process") from error
+                raise interface.ConflictError(f"{uri} was changed or removed by another process; run again") from error
             raise _explain(uri, self.bucket, error) from error
 
     def read_bytes(self, key: str, *, start: int = 0, end: int | None = None, version: str | None = None) -> bytes:

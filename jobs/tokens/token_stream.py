@@ -169,7 +169,7 @@ class TokenStream:
         these hits has few rows in the window."""
         window = min(self._window_rows, sum(self.order.num_rows))
         turn, left = first // max(1, window // _LOOKS_A_WINDOW), self._num_samples - first
-        if turn == self._turn or left < window // _LEAST_SHARE:
+        if turn == self._turn or left <= window // _LEAST_SHARE:
             return
         ahead = np.arange(first, first + min(window, left), -(-window // _SAMPLES_A_LOOK))
         places = self._places(ahead[self.order.covers(ahead)])

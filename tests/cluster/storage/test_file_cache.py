@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.storage.file_cache import FileCache, RemoteFile
-from cluster.storage.uris import Storage, open_storage
+from cluster.storage.file_cache import FileCache
+from cluster.storage.uris import Entry, Storage, open_storage
 from tests.cluster.fault_proxy import Cut, FaultProxy, Stalled, running_proxy
 from tests.repository import REPOSITORY
 from tests.time_limits import limit_s
@@ -25,15 +25,14 @@ SIZE = 20_000
 WANT = """
 import sys, time
 from pathlib import Path
-from cluster.storage.file_cache import FileCache, RemoteFile
-from cluster.storage.uris import open_storage
+from cluster.storage.file_cache import FileCache
+from cluster.storage.uris import Entry, open_storage
 uri, folder, *files = sys.argv[1:]
-wanted = [RemoteFile(*each.split(":")) for each in files]
-wanted = [file._replace(size=int(file.size)) for file in wanted]
+wanted = [Entry(key, int(size), sha256) for key, size, sha256 in (each.split(":") for each in files)]
 cache = FileCache(open_storage(uri), Path(folder), max_bytes=1 << 30)
 cache.want(wanted)
 print("wanted", flush=True)
-while not all(cache.path(file.sha256).exists() for file in wanted):
+while not all((cache.folder / file.version).exists() for file in wanted):
     time.sleep(0.01)
 """
 
@@ -50,19 +49,19 @@ def storage(proxy: FaultProxy, s3_bucket: str) -> Storage:
     return open_storage(f"s3://{s3_bucket}/store")
 
 
-def stored(storage: Storage, *numbers: int, size: int = SIZE) -> list[RemoteFile]:
+def stored(storage: Storage, *numbers: int, size: int = SIZE) -> list[Entry]:
     contents = {f"file-{number}": random.Random(number).randbytes(size) for number in numbers}
     for key, content in contents.items():
         storage.write_bytes(key, content)
-    return [RemoteFile(key, size, hashlib.sha256(content).hexdigest()) for key, content in contents.items()]
+    return [Entry(key, size, hashlib.sha256(content).hexdigest()) for key, content in contents.items()]
 
 
-def are_here(cache: FileCache, files: list[RemoteFile]) -> list[bool]:
-    return [cache.path(file.sha256).exists() for file in files]
+def are_here(cache: FileCache, files: list[Entry]) -> list[bool]:
+    return [(cache.folder / file.version).exists() for file in files]
 
 
-def process(storage: Storage, folder: Path, files: list[RemoteFile]) -> subprocess.Popen[str]:
-    named = [":".join(map(str, file)) for file in files]
+def process(storage: Storage, folder: Path, files: list[Entry]) -> subprocess.Popen[str]:
+    named = [f"{file.key}:{file.size}:{file.version}" for file in files]
     command = [sys.executable, "-c", WANT, storage.uri, str(folder), *named]
     return subprocess.Popen(command, cwd=REPOSITORY, env=os.environ | {}, stdout=subprocess.PIPE, text=True)
 
@@ -73,7 +72,7 @@ def test_the_copies_are_the_files(storage: Storage, tmp_path: Path) -> None:
     cache.want(files)
     wait_until(lambda: all(are_here(cache, files)))
     for file in files:
-        assert cache.path(file.sha256).read_bytes() == storage.read_bytes(file.key)
+        assert (cache.folder / file.version).read_bytes() == storage.read_bytes(file.key)
 
 
 def test_the_processes_of_a_node_fetch_each_file_once(storage: Storage, proxy: FaultProxy, tmp_path: Path) -> None:
@@ -92,7 +91,7 @@ def test_what_a_killed_process_left_half_is_fetched_again(storage: Storage, prox
     wait_until((tmp_path / "cache" / "partial").exists)
     killed.kill()
     killed.wait()
-    assert not any((tmp_path / "cache" / file.sha256).exists() for file in files)
+    assert not any((tmp_path / "cache" / file.version).exists() for file in files)
     proxy.spoil = None
     assert process(storage, tmp_path / "cache", files).wait(limit_s(60)) == 0
     assert not (tmp_path / "cache" / "partial").exists()
@@ -134,7 +133,8 @@ def test_an_altered_file_is_named_and_not_kept(storage: Storage, tmp_path: Path)
     cache = FileCache(storage, tmp_path / "cache", max_bytes=1 << 30)
     cache.want(files)
     wait_until(lambda: cache.altered and all(are_here(cache, [files[0], files[2]])))
-    assert cache.altered == {files[1].key: hashlib.sha256(bytes(SIZE)).hexdigest()}
+    (said,) = cache.altered
+    assert f"/store/file-2 has SHA-256 {hashlib.sha256(bytes(SIZE)).hexdigest()[:12]}…, the manifest says" in said
     assert are_here(cache, files) == [True, False, True]
 
 

@@ -11,7 +11,7 @@ import pytest
 import zstandard
 
 from cluster.settings.run import DataConfig
-from cluster.storage.uris import NotFoundError, StorageError, open_storage
+from cluster.storage.uris import ConflictError, NotFoundError, StorageError, open_storage
 from jobs.corpus.chunks import plan_chunks, whole_file
 from jobs.corpus.documents import Document, Drop, read_documents
 from jobs.corpus.listing import CorpusError, list_corpus
@@ -218,7 +218,7 @@ def test_a_file_that_changed_after_its_listing_is_noticed(tmp_path: Path) -> Non
     path = write_lines(tmp_path / "a.jsonl", [{"text": "one"}])
     listed = whole_file(list_corpus(str(path)).files[0])
     write_lines(path, [{"text": "two"}])
-    with pytest.raises(CorpusError, match=r"a\.jsonl changed after it was listed; run again"):
+    with pytest.raises(ConflictError, match=r"a\.jsonl was changed after it was listed; run again"):
         list(read_documents(listed, DataConfig()))
 
 

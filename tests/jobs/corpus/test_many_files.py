@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import pickle
 import random
 import subprocess
 import sys
@@ -27,9 +28,9 @@ NUM_FILES = 1_000_000
 
 # In a process of its own, whose peak memory is that of this work alone.
 PLAN = """
-import hashlib, resource, sys, time
+import pickle, resource, sys, time
 from cluster.settings.run import DataConfig
-from jobs.corpus.chunks import Chunk, plan_chunks
+from jobs.corpus.chunks import plan_chunks
 from jobs.corpus.listing import CorpusFile, Listing
 from jobs.corpus.sample_places import sample_places
 from jobs.tokens.token_store import canonical_json
@@ -38,8 +39,8 @@ files = [CorpusFile(n, f"/corpus/{n % 997:03d}/{n:07d}.txt", 0, 900 + n % 500, s
 listing = Listing(files, {}, [], {}, ["/corpus"])
 data = DataConfig(shard_bytes=16 << 20)
 chunks = plan_chunks(files, {}, data)
-texts = [chunk.to_json() for chunk in chunks]
-assert Chunk.from_json(texts[-1]) == chunks[-1]
+travelling = [pickle.dumps(chunk) for chunk in chunks]  # as tasks get them
+assert pickle.loads(travelling[-1]) == chunks[-1]
 places = list(sample_places(files, data, share_bytes=256 << 20))
 assert sum(wanted for wanted, _ in places) <= 256 << 20
 written = canonical_json(listing.record())
@@ -127,7 +128,7 @@ def test_the_command_packs_for_the_stage(ray_workers: int, tmp_path: Path, capfd
     assert main(["data", "pack", f"{tmp_path}/texts", f"{tmp_path}/half"]) == 1
     assert "a.jsonl is no .txt file" in capfd.readouterr().err
     assert main(["data", "preview", "--data.source", f"{tmp_path}/half"]) == 1  # what is there is not all
-    assert "half holds texts that were not packed to the end" in capfd.readouterr().err
+    assert "half/PACKING-IS-NOT-FINISHED.parquet cannot be read to its end" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("place", ["local", "s3"])
@@ -152,5 +153,5 @@ def test_too_many_files_are_refused_with_the_way_out_before_all_are_listed(
 def test_chunks_travel_whole(tmp_path: Path) -> None:
     files = [CorpusFile(n, f"/a/\udcff{n}.txt.gz", n, n * 7, "v", "txt", ".gz") for n in range(3)]
     chunk = Chunk(5, 1, [whole_file(file) for file in files])
-    assert Chunk.from_json(chunk.to_json()) == chunk
+    assert pickle.loads(pickle.dumps(chunk)) == chunk
     assert [wanted for wanted, _ in sample_places(files[:1], DataConfig(), share_bytes=10)] == [10]

@@ -1,5 +1,6 @@
 """A store of very many shards: its manifest has lists in their place, and is read, checked and repaired as any other."""
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from jobs.corpus.chunks import default_shard_bytes
 from jobs.corpus.listing import CorpusFile
 from jobs.tokens import token_store
 from jobs.tokens.build_store import tokenize
-from jobs.tokens.token_store import MANIFEST, Manifest, Shard, TokenStoreError, read_manifest
+from jobs.tokens.token_store import MANIFEST, SEALED, Manifest, Shard, TokenStoreError, read_manifest
 from jobs.tokens.token_stream import TokenStream
 from tests.jobs.corpora import data_config, make_corpus
 from tests.jobs.stores import manifest_of, write_shard
@@ -24,8 +25,8 @@ SIZES = {0: 40, 1: 30, 2: 1, 999: 70, 1000: 25, 1001: 60, 2500: 90, 100_000: 33,
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Makes more than three shards very many."""
-    return lambda: monkeypatch.setattr(token_store, "MOST_SHARDS", 3)
+    """Makes more than eight shards very many."""
+    return lambda: monkeypatch.setattr(token_store, "MOST_SHARDS", 8)
 
 
 def write_store(storage: Storage, *, weights: tuple[float, ...] = ()) -> Manifest:
@@ -75,7 +76,7 @@ def test_rows_and_figures_are_those_of_a_store_without_lists(
     assert opened.hash == manifest.hash == hashlib.sha256(stored).hexdigest()
     assert Manifest.from_json(stored).hash == manifest.hash  # also with its lists unopened
     assert json.loads(stored)["totals"] == json.loads(plain.read_bytes(MANIFEST))["totals"]
-    assert json.loads(stored)["format_version"] == 3
+    assert json.loads(stored)["format_version"] == 4
     assert json.loads(plain.read_bytes(MANIFEST))["format_version"] == 2
 
 
@@ -134,8 +135,25 @@ def test_a_store_with_lists_is_made_looked_at_and_repaired(
     assert names == {path.name for path in folder.rglob("*") if path.is_file() and ".partial-lock" not in path.name}
 
 
-def of_size(num_bytes: int) -> list[CorpusFile]:
-    return [CorpusFile(0, "/f", 0, num_bytes, "v", "txt")]
+def test_a_growing_store_has_no_lists_until_it_is_finished(few: Callable[[], None], tmp_path: Path) -> None:
+    few()
+    storage = open_storage(str(tmp_path))
+    manifest = write_store(storage)
+    growing = dataclasses.replace(manifest, complete=False)
+    assert growing.with_lists() == (growing, {})
+    finished = storage.read_bytes(MANIFEST)
+    storage.delete(MANIFEST)
+    storage.write_bytes(SEALED, growing.to_json())
+    stream = TokenStream(storage, split="train", seq_len=5, seed=3, window_rows=7, growing=True)
+    early = stream.samples(range(20))[0]
+    storage.write_bytes(MANIFEST, finished)
+    assert stream.count_rows() == 63
+    assert stream.manifest.complete
+    assert early.equal(TokenStream(storage, split="train", seq_len=5, seed=3, window_rows=7).samples(range(20))[0])
+
+
+def of_size(num_bytes: int, compression: str = "") -> list[CorpusFile]:
+    return [CorpusFile(0, "/f", 0, num_bytes, "v", "txt", compression)]
 
 
 @pytest.mark.parametrize(
@@ -144,6 +162,7 @@ def of_size(num_bytes: int) -> list[CorpusFile]:
 )
 def test_shards_grow_with_the_corpus(corpus_gib: float, shard_mib: int) -> None:
     assert default_shard_bytes(of_size(int(corpus_gib * 2**30))) == shard_mib << 20
+    assert default_shard_bytes(of_size(int(corpus_gib * 2**30 / 3), ".zst")) == shard_mib << 20  # of text
 
 
 def test_a_small_corpus_makes_the_store_that_it_always_made(ray_workers: int, tmp_path: Path) -> None:

@@ -1,15 +1,21 @@
 """A training worker on S3: its window's shards come to the node's disk, so that rows take no requests of their own."""
 
+import dataclasses
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from cluster.storage.file_cache import FileCache
 from cluster.storage.uris import Storage, open_storage
-from jobs.tokens.batch_plan import SampleOrder
-from jobs.tokens.token_store import MANIFEST, SEALED, TokenStoreError
+from jobs.tokens import token_store, token_stream
+from jobs.tokens.token_store import MANIFEST, SEALED, Shard, TokenStoreError
 from jobs.tokens.token_stream import TokenStream
+from model.checkpoint_folder import ChatFormat
+from model.linear_cross_entropy import IGNORE_INDEX
 from tests.cluster.fault_proxy import FaultProxy, running_proxy
 from tests.jobs.stores import make_store, manifest_of, write_shard
 from tests.waiting import wait_until
@@ -36,15 +42,6 @@ def copies() -> set[str]:
     return {path.name for path in folder.iterdir() if path.name != "partial"} if folder.exists() else set()
 
 
-def wanted(stream: TokenStream, step: int, num_samples: int) -> set[str]:
-    """Returns the hashes of the shards that the windows ahead of a step need."""
-    chain = stream._all
-    windows = stream.order.windows_ahead(step * BATCH, end=num_samples)
-    return {
-        piece.shard.sha256 for _, start, end in windows for piece in chain.pieces(start * SEQ_LEN, end * SEQ_LEN + 1)
-    }
-
-
 def num_bytes(ranges: list[str | None]) -> int:
     bounds = [str(each).removeprefix("bytes=").split("-") for each in ranges]
     return sum(int(end) - int(start) + 1 for start, end in bounds)
@@ -65,7 +62,7 @@ def test_an_epoch_takes_few_requests_and_its_own_bytes_and_the_same_rows(
         samples = np.arange(step * BATCH, step * BATCH + BATCH)
         stream.read_ahead(np.arange(step * BATCH, min(num_samples, step * BATCH + 2 * BATCH)))
         assert stream.samples(samples)[0].tolist() == expected.samples(samples)[0].tolist()
-        wait_until(lambda: wanted(stream, step, num_samples) <= copies())  # noqa: B023
+        wait_until(lambda: {shard.sha256 for shard in stream.near_shards} <= copies())
         cold = cold or len(proxy.ranges)
     shards = [shard for shard in stream.manifest.shards if shard.split == "train"]
     assert cold <= 2 * BATCH + 12  # rows of the first steps, while the copies are made
@@ -134,13 +131,61 @@ def test_the_shards_of_a_growing_store_come_near_as_they_are_sealed(
     wait_until(lambda: set(places) <= copies())
 
 
+def test_copies_are_asked_for_only_when_other_shards_come(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_store(storage, sizes=SIZES)
+    wishes: list[list[str]] = []
+    monkeypatch.setattr(FileCache, "want", lambda self, files: wishes.append([file.key for file in files]))
+    stream = TokenStream(
+        storage, split="train", seq_len=SEQ_LEN, seed=4, window_rows=WINDOW, num_samples=21_000, near_bytes=1 << 30
+    )
+    for first in range(0, 20_000, BATCH):
+        wished = len(wishes)
+        stream.read_ahead(np.arange(first, first + BATCH))
+        needed = {piece.shard.file for place in stream._places(np.arange(first, first + BATCH)) for piece in place}
+        assert needed <= set(wishes[-1])
+        assert len(wishes) == wished or len(wishes) == 1 or set(wishes[-1]) != set(wishes[-2])
+    assert 5 <= len(wishes) <= 10  # five windows: each comes, and each goes
+    assert max(map(len, wishes)) < len(SIZES) - 1
+
+
 @pytest.mark.parametrize("weights", [(), (0.9, 0.1)])
-def test_the_windows_ahead_hold_every_row_that_is_taken_next(weights: tuple[float, ...]) -> None:
-    order = SampleOrder(1, 500, (1800, 700)[: len(weights) or 1], weights)
-    end = 30_000
-    for first in range(0, 25_000, 333):
-        windows = order.windows_ahead(first, end=end)
-        sources, rows = order.rows(np.arange(first, min(end, first + 200)))
-        for source, row in zip(sources.tolist(), rows.tolist(), strict=True):
-            assert any(source == s and start <= row < stop for s, start, stop in windows)
-    assert order.windows_ahead(end - 1, end=end)[1:] == []
+def test_shards_far_ahead_are_told_by_a_part_of_the_samples(
+    weights: tuple[float, ...], storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = [write_shard(storage, number, 20_000, source=number // 8)[0] for number in range(16)]
+    storage.write_bytes(MANIFEST, manifest_of(shards, weights=weights).to_json())
+    monkeypatch.setattr(token_stream, "_SAMPLES_A_LOOK", 300)
+    stream = TokenStream(storage, split="train", seq_len=SEQ_LEN, window_rows=4000, num_samples=9000, near_bytes=0)
+    stream.read_ahead(np.arange(BATCH))
+    needed = {piece.shard for place in stream._places(np.arange(4000)) for piece in place}
+    assert needed == stream.near_shards.keys()
+
+
+def test_a_store_of_conversations_with_lists_is_the_same_on_disk_row_by_row_and_near(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ids that the loss does not count are stored as their complements."""
+    monkeypatch.setattr(token_store, "MOST_SHARDS", 4)
+    disk, shards = open_storage(str(tmp_path)), []
+    for number in range(5):
+        random = np.random.default_rng(number)
+        ids = random.integers(0, 1000, 30_000)
+        content = np.where(random.random(len(ids)) < 0.5, ids, ~ids).astype("<i2").tobytes()
+        for place in (disk, storage):
+            place.write_bytes(f"shard-{number:05d}.bin", content)
+        digest = hashlib.sha256(content).hexdigest()
+        shards.append(Shard(f"shard-{number:05d}.bin", "train", 0, len(ids), 1, len(ids), digest))
+    manifest = dataclasses.replace(manifest_of(shards), chat=ChatFormat("{{ messages }}", "", "<end>"))
+    lists = manifest.with_lists()[1]
+    for place in (disk, storage):
+        for name, content in (lists | {MANIFEST: manifest.to_json()}).items():
+            place.write_bytes(name, content)
+    options = {"split": "train", "seq_len": SEQ_LEN, "window_rows": 2000}
+    expected = TokenStream(disk, **options).samples(np.arange(200))  # type: ignore[arg-type]
+    assert lists and expected[0].min() >= 0 and 0.4 < (expected[1] == IGNORE_INDEX).float().mean() < 0.6
+    apart = TokenStream(storage, **options)  # type: ignore[arg-type]
+    near = TokenStream(storage, num_samples=9000, near_bytes=1 << 30, **options)  # type: ignore[arg-type]
+    near.read_ahead(np.arange(200))
+    wait_until(lambda: near.near_shards and {shard.sha256 for shard in near.near_shards} <= copies())
+    for stream in (apart, near):
+        assert all(map(torch.equal, stream.samples(np.arange(200)), expected))
