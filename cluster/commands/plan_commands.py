@@ -23,7 +23,7 @@ def plan(arguments: argparse.Namespace) -> dict[str, Any]:
     config = config_from_arguments(arguments, RunConfig, needs_source=False)
     if arguments.simulate:
         rows = scales(planned_vocabulary(config), options)
-        found = {"scales": rows, "table": scale_table(rows)}
+        found: dict[str, Any] = {"scales": rows, "table": scale_table(rows)}
     else:
         found = planned(config, options)
     arguments.text = f"{found.pop('table')}\n"

@@ -173,7 +173,7 @@ class TokenStream:
             return
         ahead = np.arange(first, first + min(window, left), -(-window // _SAMPLES_A_LOOK))
         places = self._places(ahead[self.order.covers(ahead)])
-        shards = dict.fromkeys(piece.shard for place in places for piece in place)
+        shards = {piece.shard: None for place in places for piece in place}
         if shards.keys() != self.near_shards.keys():
             self._reader.bring_near(shards)
         self._turn, self.near_shards = turn, shards
