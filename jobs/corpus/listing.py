@@ -71,6 +71,7 @@ def list_corpus(source: str | list[str]) -> Listing:
         listing.sources.append(absolute_uri(location))
         if revision:
             listing.revisions[name] = revision
+        first = len(listing.files)
         for entry in glob_uris(location):
             if entry.key in seen:
                 continue
@@ -88,7 +89,7 @@ def list_corpus(source: str | list[str]) -> Listing:
                 )
             if num_files % _SAID_FILES == 0:
                 say(f"listing {name}: {num_files:,} files so far")
-        seen.update(file.uri for file in listing.files if len(sources) > 1)
+        seen.update(file.uri for file in listing.files[first:] if len(sources) > 1)
     if not listing.files and not listing.token_stores:
         raise CorpusError(
             f"none of the {len(listing.skipped)} files at {', '.join(sources)} has a known ending; {_EXPECTED}"
