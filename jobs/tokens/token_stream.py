@@ -171,7 +171,8 @@ class TokenStream:
         turn, left = first // max(1, window // _LOOKS_A_WINDOW), self._num_samples - first
         if turn == self._turn or left <= window // _LEAST_SHARE:
             return
-        ahead = np.arange(first, first + min(window, left), -(-window // _SAMPLES_A_LOOK))
+        ahead = np.arange(first, first + min(window, left), step := -(-window // _SAMPLES_A_LOOK))
+        ahead += np.random.default_rng(0).integers(0, step, len(ahead))  # as sources take turns at regular places
         places = self._places(ahead[self.order.covers(ahead)])
         shards = {piece.shard: None for place in places for piece in place}
         if shards.keys() != self.near_shards.keys():

@@ -68,7 +68,7 @@ def test_an_epoch_takes_few_requests_and_its_own_bytes_and_the_same_rows(
     assert cold <= 2 * BATCH + 12  # rows of the first steps, while the copies are made
     assert len(proxy.ranges) - cold < num_samples / 100
     assert num_bytes(proxy.ranges) < 1.03 * 2 * len(tokens)
-    assert copies() == {shard.sha256 for shard in shards}
+    assert {shard.tokens for shard in shards if shard.sha256 not in copies()} <= {3}  # in which one row of 5,000 lies
     again = TokenStream(storage, num_samples=num_samples, **options)  # type: ignore[arg-type]
     before = len(proxy.ranges)
     again.read_ahead(np.arange(BATCH))
@@ -121,8 +121,10 @@ def test_the_shards_of_a_growing_store_come_near_as_they_are_sealed(
     }
     stream = TokenStream(storage, **options)  # type: ignore[arg-type]
     stream.read_ahead(np.arange(BATCH))
-    first = {shards[0].sha256, shards[1].sha256} | ({shards[4].sha256} if weights else set())
-    wait_until(lambda: first <= copies())
+    first = {shards[0].sha256} | ({shards[4].sha256} if weights else set())
+    wait_until(lambda: copies() == first)
+    stream.read_ahead(np.arange(1500, 1500 + BATCH))  # from where the next window is in sight
+    wait_until(lambda: shards[1].sha256 in copies())
     assert copies() <= {shard.sha256 for shard in sealed.shards}
     storage.write_bytes(MANIFEST, manifest_of(shards, weights=weights).to_json())
     stream.wait_for(np.arange(8000, 8000 + BATCH))
@@ -138,13 +140,15 @@ def test_copies_are_asked_for_only_when_other_shards_come(storage: Storage, monk
     stream = TokenStream(
         storage, split="train", seq_len=SEQ_LEN, seed=4, window_rows=WINDOW, num_samples=21_000, near_bytes=1 << 30
     )
+    apart = 0
     for first in range(0, 20_000, BATCH):
         wished = len(wishes)
         stream.read_ahead(np.arange(first, first + BATCH))
-        needed = {piece.shard.file for place in stream._places(np.arange(first, first + BATCH)) for piece in place}
-        assert needed <= set(wishes[-1])
+        places = stream._places(np.arange(first, first + BATCH))
+        apart += sum(any(piece.shard.file not in wishes[-1] for piece in place) for place in places)
         assert len(wishes) == wished or len(wishes) == 1 or set(wishes[-1]) != set(wishes[-2])
-    assert 5 <= len(wishes) <= 10  # five windows: each comes, and each goes
+    assert apart <= 10  # rows that alone of their window have tokens of a shard
+    assert 5 <= len(wishes) <= 16  # five windows: each comes, and each goes
     assert max(map(len, wishes)) < len(SIZES) - 1
 
 
@@ -157,8 +161,8 @@ def test_shards_far_ahead_are_told_by_a_part_of_the_samples(
     monkeypatch.setattr(token_stream, "_SAMPLES_A_LOOK", 300)
     stream = TokenStream(storage, split="train", seq_len=SEQ_LEN, window_rows=4000, num_samples=9000, near_bytes=0)
     stream.read_ahead(np.arange(BATCH))
-    needed = {piece.shard for place in stream._places(np.arange(4000)) for piece in place}
-    assert needed == stream.near_shards.keys()
+    here, beyond = ({p.shard for place in stream._places(np.arange(end)) for p in place} for end in (4000, 4014))
+    assert here <= stream.near_shards.keys() <= beyond
 
 
 def test_a_store_of_conversations_with_lists_is_the_same_on_disk_row_by_row_and_near(
