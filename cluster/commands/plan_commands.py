@@ -17,13 +17,13 @@ _SHAPES_ROW = "  {:<28}{:<15}{:<24}{:>14}{:>7}  {}"
 def plan(arguments: argparse.Namespace) -> dict[str, Any]:
     """Returns the figures, to be printed as a table."""
     from jobs.plan.make_plan import planned
-    from jobs.plan.scale_simulation import scale_table, simulate
+    from jobs.plan.scale_simulation import scale_table, scales
 
     options = validate_config(settings_from_flags(arguments, PlanConfig), PlanConfig)
     config = config_from_arguments(arguments, RunConfig, needs_source=False)
     if arguments.simulate:
-        found = simulate(planned_vocabulary(config), options)
-        found["table"] = scale_table(found)
+        rows = scales(planned_vocabulary(config), options)
+        found: dict[str, Any] = {"scales": rows, "table": scale_table(rows)}
     else:
         found = planned(config, options)
     arguments.text = f"{found.pop('table')}\n"

@@ -92,6 +92,16 @@ def data_preview(arguments: argparse.Namespace) -> dict[str, Any]:
         return preview(config)
 
 
+def data_pack(arguments: argparse.Namespace) -> dict[str, Any]:
+    from cluster.settings.run import DataConfig
+    from jobs.corpus.pack_texts import pack  # imports PyArrow
+
+    say(f"data pack: {arguments.source} into {arguments.destination}")
+    result = pack(arguments.source, arguments.destination, DataConfig())
+    arguments.next = f"`raymill data preview --data.source {result['packed']}`"
+    return result
+
+
 def look_at_store(arguments: argparse.Namespace) -> dict[str, Any]:
     say(f"data {arguments.command}: {arguments.store or f'the token store in {arguments.storage_uri}'}")
 

@@ -81,7 +81,7 @@ class DataConfig(TextConfig):
     decontaminate_ngram: int | None = Field(default=None, ge=4)
     val_fraction: float = Field(default=0.05, ge=0, lt=1)
     val_max_documents: PositiveInt | None = None
-    shard_bytes: PositiveInt = 16 << 20
+    shard_bytes: NonNegativeInt = 0
     selection_task_bytes: PositiveInt = 32 << 20
 
     @model_validator(mode="after")
@@ -176,6 +176,7 @@ class ScalingConfig(Settings):
     use_gpu: bool = False
     shard: Shard = "none"
     shard_group: PositiveInt | None = None
+    shard_cache_bytes: NonNegativeInt = 8 << 30  # half of the scratch space that the manifests give a pod
     resize_check_s: PositiveFloat = 10.0
     max_fruitless_attempts: PositiveInt = 6
     hang_timeout_s: NonNegativeFloat = 30.0

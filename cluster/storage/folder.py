@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISREG
 from typing import BinaryIO
@@ -74,23 +74,28 @@ class LocalStorage(interface.Storage):
             sync(path.parent)
         return version
 
-    def list(self, prefix: str = "") -> interface.Entries:
-        folder = prefix.rpartition("/")[0]
-        below = LocalStorage(self.local_path(folder)).walk()
-        entries = [replace(entry, key=f"{folder}/{entry.key}" if folder else entry.key) for entry in below]
-        return [entry for entry in entries if entry.key.startswith(prefix)]
+    def entries(self, prefix: str = "") -> Iterator[interface.Entry]:
+        folder = interface.checked_key(prefix).rpartition("/")[0]
+        found = self.walk(f"{folder}/" if folder else "")
+        return (entry for entry in found if entry.key.startswith(prefix))
 
-    def walk(self, *, max_depth: int | None = None) -> interface.Entries:
-        """Returns the regular files at most `max_depth` folders down. Raises `StorageError` for an unreadable folder.
-        Pipes, devices and dangling links hold no bytes; links to folders may loop and are not followed."""
-        entries: list[interface.Entry | None] = []
-        for folder, folders, names in os.walk(self.root, onerror=_refused):
-            relative = Path(folder).relative_to(self.root)
-            if max_depth is not None and len(relative.parts) >= max_depth:
-                folders.clear()
-            named = [name for name in names if not name.startswith(_TEMPORARY)]
-            entries += [_entry(Path(folder, name), (relative / name).as_posix()) for name in named]
-        return sorted((entry for entry in entries if entry is not None), key=lambda entry: entry.key)
+    def walk(self, folder: str = "", *, max_depth: int | None = None) -> Iterator[interface.Entry]:
+        """Yields the regular files below a folder, a key that ends with a slash, at most `max_depth` folders down from
+        the root. Raises `StorageError` for an unreadable folder. Pipes, devices and dangling links hold no bytes; links
+        to folders may loop and are not followed."""
+        try:
+            with os.scandir(self.root / folder) as found:  # with a folder's slash, the order of names is that of keys
+                names = sorted(each.name + "/" * each.is_dir(follow_symlinks=False) for each in found)
+        except OSError as error:
+            if error.errno not in _NOTHING_THERE:
+                raise _explain(self.root / folder, error) from error
+            return
+        for name in names:
+            if name.endswith("/"):
+                if max_depth is None or folder.count("/") < max_depth:
+                    yield from self.walk(folder + name, max_depth=max_depth)
+            elif not name.startswith(_TEMPORARY) and (entry := _entry(self.root / folder / name, folder + name)):
+                yield entry
 
     def stat(self, key: str) -> interface.Entry | None:
         return _entry(self.local_path(key), key)
@@ -100,14 +105,18 @@ class LocalStorage(interface.Storage):
         with _explained_errors(path), _expected(path, if_version):
             path.unlink(missing_ok=True)
 
-    def open(self, key: str) -> BinaryIO:
+    def open(self, key: str, *, listed: interface.Entry | None = None) -> BinaryIO:
         path = self.local_path(key)
         with _explained_errors(path):
             # Without O_NONBLOCK, opening a pipe waits for a writer.
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-            if not S_ISREG(os.fstat(descriptor).st_mode):
+            stat = os.fstat(descriptor)
+            if not S_ISREG(stat.st_mode):
                 os.close(descriptor)
                 raise interface.StorageError(f"{path} is a folder, a pipe or a device; only regular files can be read")
+            if listed and (listed.size, listed.version) != (stat.st_size, str(stat.st_mtime_ns)):
+                os.close(descriptor)
+                raise interface.ConflictError(f"{path} was changed after it was listed; run again")
             return os.fdopen(descriptor, "rb")
 
     def upload_file(self, source: Path, key: str) -> None:
@@ -138,12 +147,6 @@ def _entry(path: Path, key: str) -> interface.Entry | None:
             return None
         raise _explain(path, error) from error
     return interface.Entry(key, stat.st_size, str(stat.st_mtime_ns)) if S_ISREG(stat.st_mode) else None
-
-
-def _refused(error: OSError) -> None:
-    """Handles a folder that `os.walk` would otherwise leave out silently."""
-    if error.errno not in _NOTHING_THERE:
-        raise _explain(Path(error.filename), error) from error
 
 
 def _version(path: Path) -> int:

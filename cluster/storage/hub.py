@@ -67,14 +67,14 @@ class HubStorage(interface.Storage):
     def _path(self, key: str) -> str:
         return "/".join(part for part in (self.folder, interface.checked_key(key).strip("/")) if part)
 
-    def list(self, prefix: str = "") -> interface.Entries:
+    def entries(self, prefix: str = "") -> Iterator[interface.Entry]:
         folder = self._path(prefix.rpartition("/")[0]) or None
         options: dict[str, Any] = {"recursive": True, "revision": self.revision, "repo_type": self.kind}
         with _explained_errors(self):
             try:
                 found = list(_api().list_repo_tree(self.repository, folder, **options))
             except errors.EntryNotFoundError:
-                return []
+                return
         root = f"{self.folder}/" if self.folder else ""
         entries = [
             # The Hub's entity tag for the file too: git's hash, or the SHA-256 of large files.
@@ -82,7 +82,7 @@ class HubStorage(interface.Storage):
             for item in found
             if isinstance(item, RepoFile)
         ]
-        return sorted((entry for entry in entries if entry.key.startswith(prefix)), key=lambda entry: entry.key)
+        yield from sorted((entry for entry in entries if entry.key.startswith(prefix)), key=lambda entry: entry.key)
 
     def stat(self, key: str) -> interface.Entry | None:
         try:
@@ -97,7 +97,7 @@ class HubStorage(interface.Storage):
             )
         return interface.Entry(key, found.size, found.etag)
 
-    def open(self, key: str) -> BinaryIO:
+    def open(self, key: str, *, listed: interface.Entry | None = None) -> BinaryIO:
         # Size and ranges of one commit, whatever happens to a branch meanwhile.
         source = replace(self, revision=self._metadata(key).commit_hash or self.revision)
         entry = source.stat(key)

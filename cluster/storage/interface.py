@@ -2,6 +2,7 @@
 
 import shutil
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -29,7 +30,7 @@ class ConflictError(StorageError):
     """A write or delete with `if_version` found another version under the key, or nothing."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One stored file; `version` (modification time in ns, or an entity tag) changes with its bytes."""
 
@@ -62,8 +63,11 @@ class Storage(ABC):
         """
 
     @abstractmethod
+    def entries(self, prefix: str = "") -> Iterator[Entry]:
+        """Yields the files whose key starts with `prefix`, in the order of their keys, without holding all of them."""
+
     def list(self, prefix: str = "") -> Entries:
-        """Returns the files whose key starts with `prefix`, in the order of their keys."""
+        return [*self.entries(prefix)]
 
     @abstractmethod
     def stat(self, key: str) -> Entry | None:
@@ -74,8 +78,12 @@ class Storage(ABC):
         """Removes the file if it exists; with `if_version` only that version, or raises `ConflictError`."""
 
     @abstractmethod
-    def open(self, key: str) -> BinaryIO:
-        """Returns a seekable, buffered reader. Raises `NotFoundError`."""
+    def open(self, key: str, *, listed: Entry | None = None) -> BinaryIO:
+        """Returns a seekable, buffered reader. Raises `NotFoundError`.
+
+        With the size and version that a listing gave, no other version is read: this, or a read, raises
+        `ConflictError`. In S3 that saves a request.
+        """
 
     @abstractmethod
     def upload_file(self, source: Path, key: str) -> None:

@@ -79,7 +79,7 @@ class S3Storage(interface.Storage):
             if if_absent and code in _REFUSED_CONDITION:
                 raise interface.AlreadyExistsError(f"{uri} exists already") from error
             if if_version is not None and code in (*_REFUSED_CONDITION, *_MISSING_KEY):
-                raise interface.ConflictError(f"{uri} was changed or removed by another process") from error
+                raise interface.ConflictError(f"{uri} was changed or removed by another process; run again") from error
             raise _explain(uri, self.bucket, error) from error
 
     def read_bytes(self, key: str, *, start: int = 0, end: int | None = None, version: str | None = None) -> bytes:
@@ -88,7 +88,7 @@ class S3Storage(interface.Storage):
         if end is not None and end <= start:
             return b""  # an HTTP range cannot be empty
         content, tries = bytearray(), 0
-        with self._explained(key):
+        with self._explained(key, if_version=version):
             while tries < _MAX_ATTEMPTS:
                 position = start + len(content)
                 answer = self._get(key, position, end, version)
@@ -124,15 +124,14 @@ class S3Storage(interface.Storage):
             answer = _client().put_object(Bucket=self.bucket, Key=self._object_key(key), Body=data, **condition)
         return str(answer["ETag"]).strip('"')
 
-    def list(self, prefix: str = "") -> interface.Entries:
+    def entries(self, prefix: str = "") -> Iterator[interface.Entry]:
         root = f"{self.prefix}/" if self.prefix else ""
         with self._explained(prefix):
-            pages = _client().get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=root + prefix)
-            return [
-                interface.Entry(item["Key"].removeprefix(root), item["Size"], item["ETag"].strip('"'))
-                for item in pages.build_full_result().get("Contents", [])
-                if not item["Key"].endswith("/")  # "folders" that web consoles create
-            ]
+            for page in _client().get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=root + prefix):
+                for item in page.get("Contents", []):
+                    if not item["Key"].endswith("/"):  # "folders" that web consoles create
+                        key = item["Key"].removeprefix(root)
+                        yield interface.Entry(key, item["Size"], item["ETag"].strip('"'))
 
     def stat(self, key: str) -> interface.Entry | None:
         # A listing, as HEAD's bare 404 does not tell a missing object from a missing bucket.
@@ -146,8 +145,8 @@ class S3Storage(interface.Storage):
         with self._explained(key, if_version=if_version):
             _client().delete_object(Bucket=self.bucket, Key=self._object_key(key), **_if_match(if_version))
 
-    def open(self, key: str) -> BinaryIO:
-        entry = self.stat(key)
+    def open(self, key: str, *, listed: interface.Entry | None = None) -> BinaryIO:
+        entry = listed or self.stat(key)
         if entry is None:
             raise interface.NotFoundError(f"{interface.join_uri(self.uri, key)} does not exist; check the URI")
         version = f'"{entry.version}"'

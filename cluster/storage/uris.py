@@ -3,7 +3,9 @@
 import glob
 import os
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
@@ -69,8 +71,8 @@ def split_uri(uri: str) -> tuple[Storage, str]:
     return open_storage(folder or "/"), name
 
 
-def glob_uris(pattern: str) -> list[Entry]:
-    """Returns the files that a location names, with absolute URIs as keys, in the order of their paths.
+def glob_uris(pattern: str) -> Iterator[Entry]:
+    """Finds the files that a location names, with absolute URIs as keys, in the order of their paths.
 
     A location is a file, a folder (everything below it), or a pattern in which `*`, `?` and `[...]` stay
     within one path component and `**` crosses them. Raises `NotFoundError` if nothing matches.
@@ -78,18 +80,18 @@ def glob_uris(pattern: str) -> list[Entry]:
     uri = absolute_uri(pattern)
     storage, name = split_uri(uri)
     if name and (entry := storage.stat(name)):
-        return [replace(entry, key=uri)]
-    found = _below(uri, open_storage(uri).list()) or (_matches(uri) if glob.has_magic(uri) else [])
-    if not found:
-        raise NotFoundError(f"nothing is at {pattern!r} (looked for {uri}); check the path or pattern")
-    return found
+        return iter([replace(entry, key=uri)])
+    for found in (_below(uri, open_storage(uri).entries()), _matches(uri) if glob.has_magic(uri) else iter(())):
+        if first := next(found, None):
+            return chain([first], found)
+    raise NotFoundError(f"nothing is at {pattern!r} (looked for {uri}); check the path or pattern")
 
 
-def _below(folder: str, entries: list[Entry]) -> list[Entry]:
-    return [replace(entry, key=join_uri(folder, entry.key)) for entry in entries]
+def _below(folder: str, entries: Iterable[Entry]) -> Iterator[Entry]:
+    return (Entry(join_uri(folder, entry.key), entry.size, entry.version) for entry in entries)
 
 
-def _matches(pattern: str) -> list[Entry]:
+def _matches(pattern: str) -> Iterator[Entry]:
     literal = re.split(r"[*?[]", pattern, maxsplit=1)[0]
     folder = literal.rpartition("/")[0] or "/"
     storage = open_storage(folder)
@@ -98,9 +100,9 @@ def _matches(pattern: str) -> list[Entry]:
         depth = None if "**" in pattern else pattern.removeprefix(folder).lstrip("/").count("/")
         entries = storage.walk(max_depth=depth)
     else:
-        entries = storage.list(literal.rpartition("/")[2])
+        entries = storage.entries(literal.rpartition("/")[2])
     regex = re.compile(_pattern_regex(pattern))
-    return [entry for entry in _below(folder, entries) if regex.fullmatch(entry.key)]
+    return (entry for entry in _below(folder, entries) if regex.fullmatch(entry.key))
 
 
 def _pattern_regex(pattern: str) -> str:

@@ -5,21 +5,21 @@ file is divided into byte ranges; a range owns the documents that begin in it. A
 entered in the middle, so it is first cut into pieces (see file_pieces).
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import groupby
-from typing import Self
 
 from cluster.settings.run import DataConfig
 from jobs.corpus.listing import CorpusFile
 
 EXPANSION = {".gz": 3, ".zst": 3, "": 1}  # bytes of text for each byte of an archive, to an order of magnitude
-_CHUNK_PARTS = 512  # tiny files are opened one by one: a larger chunk would take minutes from S3
+_MIN_SHARD_BYTES, _MAX_SHARD_BYTES = 16 << 20, 512 << 20
+_MANY_CHUNKS = 4096  # which all but the largest corpora stay below: readers list them, and the driver counts on each
+CHUNK_PARTS = 512  # tiny files are opened one by one: a larger chunk would take minutes from S3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Part:
     """The documents that begin at bytes [start, end) of a file."""
 
@@ -46,16 +46,6 @@ class Chunk:
     def bytes(self) -> int:
         return sum(part.end - part.start for part in self.parts)
 
-    def to_json(self) -> str:
-        """Returns JSON, in which any file's name can be written, also one that is not UTF-8."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, content: str) -> Self:
-        values = json.loads(content)
-        parts = [Part(**part | {"file": CorpusFile(**part["file"])}) for part in values["parts"]]
-        return cls(**values | {"parts": parts})
-
 
 def is_divisible(file: CorpusFile) -> bool:
     """Reports whether reading can begin within the file, and not at its front alone."""
@@ -67,6 +57,12 @@ def text_step(max_document_bytes: int) -> int:
     return max(1, max_document_bytes - max(4, max_document_bytes // 16))
 
 
+def default_shard_bytes(files: Sequence[CorpusFile]) -> int:
+    """Returns the bytes of a shard where `data.shard_bytes` is 0: a power of two that depends on the corpus's size."""
+    least = sum(file.size * EXPANSION[file.compression] for file in files) // _MANY_CHUNKS
+    return min(_MAX_SHARD_BYTES, max(_MIN_SHARD_BYTES, 1 << (least - 1).bit_length()))
+
+
 def plan_chunks(files: Sequence[CorpusFile], pieces: Mapping[int, Sequence[Part]], data: DataConfig) -> list[Chunk]:
     """Returns the chunks, none of which spans two sources; `pieces` holds the pieces of each file that was cut."""
     chunks: list[Chunk] = []
@@ -76,7 +72,7 @@ def plan_chunks(files: Sequence[CorpusFile], pieces: Mapping[int, Sequence[Part]
         for file in own:
             for part in pieces.get(file.number) or _ranges(file, data):
                 added = (part.end - part.start) * EXPANSION[part.file.compression]
-                if parts and (weight + added > data.shard_bytes or len(parts) == _CHUNK_PARTS):
+                if parts and (weight + added > data.shard_bytes or len(parts) == CHUNK_PARTS):
                     chunks.append(Chunk(len(chunks), source, parts))
                     parts, weight = [], 0
                 parts.append(part)

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.settings.run import DataConfig
-from cluster.storage.uris import split_uri
+from cluster.storage.uris import Entry, split_uri
 from jobs.corpus.chunks import Part, text_step
 from jobs.corpus.decompression import decompressed
 from jobs.corpus.listing import CorpusError
@@ -29,7 +29,7 @@ from jobs.corpus.text_borders import cut_stream, lines, records
 from jobs.corpus.text_hashes import is_blank
 from model.chat import ROLES, plain_text
 
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _LINE_FACTOR = {"jsonl": 6, "csv": 2}  # bytes in which a byte of text may be written: \\u0041, a doubled quote
 _LINE_MARGIN_BYTES = 1 << 20  # room for the other fields of a line
@@ -81,18 +81,15 @@ class Document:
 def read_documents(part: Part, data: DataConfig) -> Iterator[Document]:
     """Yields the documents of a part in order, with one document or parquet batch in memory at a time.
 
-    Raises `CorpusError` for a file that changed or cannot be read to its end, and for text that is not UTF-8 when
-    `data.invalid_utf8` is `fail`.
+    Raises `ConflictError` for a file that changed, and `CorpusError` for one that cannot be read to its end, and for
+    text that is not UTF-8 when `data.invalid_utf8` is `fail`.
     """
     listed, reader = part.file, _Reader(part, data)
     storage, name = split_uri(listed.uri)
-    with storage.open(name) as file, named_damage(listed.uri):
-        entry = storage.stat(name)
-        if entry is None or (entry.version, entry.size) != (listed.version, listed.size):
-            raise CorpusError(f"{listed.uri} changed after it was listed; run again")
-        if data.format == "chat" and listed.kind != "jsonl":
-            raise CorpusError(f"data.format=chat reads .jsonl files, and {listed.uri} is none; take it out")
-        read = {"txt": reader.txt, "jsonl": reader.jsonl, "csv": reader.csv, "parquet": reader.parquet}[listed.kind]
+    if data.format == "chat" and listed.kind != "jsonl":
+        raise CorpusError(f"data.format=chat reads .jsonl files, and {listed.uri} is none; take it out")
+    read = {"txt": reader.txt, "jsonl": reader.jsonl, "csv": reader.csv, "parquet": reader.parquet}[listed.kind]
+    with storage.open(name, listed=Entry(name, listed.size, listed.version)) as file, named_damage(listed.uri):
         yield from read(decompressed(file, listed, max_ratio=data.max_compression_ratio))
 
 
@@ -184,7 +181,7 @@ class _Reader:
 
     def txt(self, file: BinaryIO) -> Iterator[Document]:
         for offset, raw in stretches(file, self.data.max_document_bytes, start=self.part.start, end=self.end):
-            yield self.judged(raw if offset else raw.removeprefix(_BYTE_ORDER_MARK), offset)
+            yield self.judged(raw if offset else raw.removeprefix(BYTE_ORDER_MARK), offset)
 
     def jsonl(self, file: BinaryIO) -> Iterator[Document]:
         limit = longest_line("jsonl", self.data)
@@ -192,7 +189,7 @@ class _Reader:
             if not is_whole:
                 yield self.dropped(line, offset, Drop.TOO_LONG)
             elif not line.isspace():
-                yield self.json_document(line if offset else line.removeprefix(_BYTE_ORDER_MARK), offset)
+                yield self.json_document(line if offset else line.removeprefix(BYTE_ORDER_MARK), offset)
 
     def json_document(self, line: bytes, offset: int) -> Document:
         if b"\0" in line:
@@ -244,7 +241,7 @@ class _Reader:
                     raise endless_header(self.uri)
                 yield self.dropped(record, offset, Drop.TOO_LONG if len(record) == limit else Drop.INVALID_CSV)
                 continue
-            decoded = self.decoded(record if offset else record.removeprefix(_BYTE_ORDER_MARK), offset)
+            decoded = self.decoded(record if offset else record.removeprefix(BYTE_ORDER_MARK), offset)
             rows = csv.reader(io.StringIO(decoded.text, newline=""))  # several where CR ends the lines
             if column is None:
                 names = next(rows, [])

@@ -10,7 +10,7 @@ from functools import partial
 
 from cluster.output.progress import progress
 from cluster.settings.run import DataConfig
-from cluster.storage.uris import Storage, join_uri, split_uri
+from cluster.storage.uris import Entry, Storage, join_uri, split_uri
 from jobs.corpus.chunks import Chunk, Part, is_divisible, whole_file
 from jobs.corpus.decompression import decompressed
 from jobs.corpus.documents import endless_header, longest_line, named_damage, stretches
@@ -18,34 +18,39 @@ from jobs.corpus.listing import CorpusFile
 from jobs.corpus.ray_data_tasks import run_tasks
 from jobs.corpus.text_borders import lines, records
 
-PIECES = "pieces"
+PIECES = "unpacked"
+_ALL = "all"  # an empty file, which is written last
+_MAX_PIECE_BYTES = 64 << 20  # is in memory at once
 
 
 def cut_files(store: Storage, files: Sequence[CorpusFile], data: DataConfig) -> dict[int, list[Part]]:
-    """Returns the pieces of the large indivisible files, which lie in `store`'s folder `pieces`. Needs Ray."""
+    """Returns the pieces of the large indivisible files, which lie in `store`'s folder `unpacked`. Needs Ray."""
     large = [file for file in files if file.size > data.shard_bytes and not is_divisible(file)]
     tasks = [Chunk(file.number, file.source, [whole_file(file)]) for file in large]
     pieces: dict[int, list[Part]] = {}
     if tasks:
         with progress("unpacking", total=sum(file.size for file in large) / 1e6) as advance:
             for result in run_tasks(tasks, partial(cut_file, store=store, data=data)):
-                pieces[result.item.number] = Chunk.from_json(result.content.decode()).parts
-                advance(result.item.bytes / 1e6)
+                file, folder = result.item.parts[0].file, store.child(result.content.decode())
+                pieces[file.number] = [_part(file, folder.uri, entry) for entry in folder.entries("0")]
+                advance(file.size / 1e6)
     return pieces
 
 
 def cut_file(chunk: Chunk, *, store: Storage, data: DataConfig) -> bytes:
-    """Returns a file's parts as JSON once its pieces, and then their list, are stored."""
-    folder = store.child(f"{PIECES}/{chunk.number:05d}")
-    if not folder.exists("pieces.json"):
-        file, parts = chunk.parts[0].file, list[Part]()
+    """Stores the pieces of a file, each named by its place in the text, and returns the key of their folder."""
+    file, key = chunk.parts[0].file, f"{PIECES}/{chunk.number:05d}"
+    folder = store.child(key)
+    if not folder.exists(_ALL):
         for offset, content in _pieces(file, data):
-            name = f"{len(parts):05d}.{file.kind}"
-            version = folder.write_bytes(name, content)
-            stored = replace(file, uri=join_uri(folder.uri, name), size=len(content), version=version)
-            parts.append(Part(replace(stored, compression=""), 0, len(content), offset, file.uri))
-        folder.write_bytes("pieces.json", replace(chunk, parts=parts).to_json().encode())
-    return folder.read_bytes("pieces.json")
+            folder.write_bytes(f"{offset:015d}.{file.kind}", content)
+        folder.write_bytes(_ALL, b"")
+    return key.encode()
+
+
+def _part(file: CorpusFile, folder: str, entry: Entry) -> Part:
+    piece = replace(file, uri=join_uri(folder, entry.key), size=entry.size, version=entry.version, compression="")
+    return Part(piece, 0, entry.size, int(entry.key.partition(".")[0]), file.uri)
 
 
 def _pieces(file: CorpusFile, data: DataConfig) -> Iterator[tuple[int, bytes]]:
@@ -66,7 +71,7 @@ def _pieces(file: CorpusFile, data: DataConfig) -> Iterator[tuple[int, bytes]]:
             if len(piece) == len(header):
                 start = offset - len(header)
             piece += unit if is_whole or unit.endswith(b"\n") else unit + b"\n"
-            if len(piece) >= data.shard_bytes:
+            if len(piece) >= min(data.shard_bytes, _MAX_PIECE_BYTES):
                 yield start, bytes(piece)
                 piece = bytearray(header)
         if len(piece) > len(header) or not start:

@@ -3,13 +3,17 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from sys import intern
 from typing import Any
 
+from cluster.output.progress import say
 from cluster.settings.run import TOKENS
 from cluster.storage.uris import Entry, absolute_uri, glob_uris, pinned
 from model.errors import UserError
 
 _ENDINGS = re.compile(r"\.(txt|jsonl|csv)(\.gz|\.zst)?$|\.(parquet)$", re.IGNORECASE)
+MAX_FILES = 5_000_000  # the driver takes some 500 bytes for each
+_SAID_FILES = 250_000  # after which listing says how far it is
 _EXPECTED = "expected .txt .jsonl .csv .parquet, .gz and .zst of the first three"
 
 
@@ -17,7 +21,7 @@ class CorpusError(UserError):
     """The corpus cannot be used as it is; the message names the file and what to do."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class CorpusFile:
     number: int  # in the listing
     uri: str
@@ -48,14 +52,15 @@ class Listing:
 
 
 def list_corpus(source: str | list[str]) -> Listing:
-    """Lists the files that `data.source` names, each once. Raises `CorpusError` and `StorageError`.
+    """Lists the files that `data.source` names, each once. Raises `CorpusError`, also for more than `MAX_FILES`, and
+    `StorageError`.
 
     A file of unknown ending is an error where it is named by itself, and is skipped in a folder or pattern.
     """
     sources = [source] if isinstance(source, str) else source
     if not sources:
         raise CorpusError("data.source is empty; name the corpus by a path or URI, globs allowed")
-    files: dict[str, CorpusFile] = {}
+    seen: set[str] = set()
     listing = Listing([], {}, [], {}, [])
     for number, name in enumerate(sources):
         if name.startswith(TOKENS):
@@ -66,26 +71,38 @@ def list_corpus(source: str | list[str]) -> Listing:
         listing.sources.append(absolute_uri(location))
         if revision:
             listing.revisions[name] = revision
+        first = len(listing.files)
         for entry in glob_uris(location):
-            if file := _corpus_file(entry, len(files), source=number):
-                files.setdefault(entry.key, file)
-            elif entry.key == absolute_uri(location):
+            if entry.key in seen:
+                continue
+            if file := corpus_file(entry, len(listing.files), source=number):
+                listing.files.append(file)
+            elif entry.key == listing.sources[-1]:
                 raise CorpusError(f"{name} has an unknown ending; {_EXPECTED}")
             else:
                 listing.skipped.append(entry.key)
-    if not files and not listing.token_stores:
+            num_files = len(listing.files) + len(listing.skipped)
+            if num_files > MAX_FILES:
+                raise CorpusError(
+                    f"{name} has more than {MAX_FILES:,} files; `raymill data pack {name} DEST` writes .txt files into "
+                    "a few of Parquet, lines of .jsonl and .csv can be joined: set data.source to those"
+                )
+            if num_files % _SAID_FILES == 0:
+                say(f"listing {name}: {num_files:,} files so far")
+        seen.update(file.uri for file in listing.files[first:] if len(sources) > 1)
+    if not listing.files and not listing.token_stores:
         raise CorpusError(
             f"none of the {len(listing.skipped)} files at {', '.join(sources)} has a known ending; {_EXPECTED}"
         )
-    listing.files.extend(files.values())
     return listing
 
 
-def _corpus_file(entry: Entry, number: int, *, source: int) -> CorpusFile | None:
+def corpus_file(entry: Entry, number: int, *, source: int) -> CorpusFile | None:
+    """Returns the file by its ending; None for an unknown one."""
     ending = _ENDINGS.search(entry.key)
     if ending is None:
         return None
-    kind, compression, parquet = (part.lower() if part else "" for part in ending.groups())
+    kind, compression, parquet = (intern(part.lower()) if part else "" for part in ending.groups())
     return CorpusFile(number, entry.key, source, entry.size, entry.version, kind or parquet, compression)
 
 

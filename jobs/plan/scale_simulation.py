@@ -26,7 +26,6 @@ from jobs.plan.table import Figures, template
 from jobs.snapshots.choice import interval
 from jobs.tokens.token_store import token_dtype
 from model.config import flops_per_token
-from model.tables import read_table
 
 WORLD_SIZES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
@@ -35,12 +34,6 @@ COPY_BYTES_PER_S = 10e9
 
 HEALTH_CHECK_S = 0.2
 """Interval at which Ray Train's controller asks each worker (`pretrain`)."""
-
-CALLS_PER_S = 5_000.0
-"""Answers of actors that one Ray process can handle: an assumption, of the order of Ray's own microbenchmarks."""
-
-SLOW_SHARE = 0.1
-"""Share of a step from which a part counts as saturated."""
 
 Row = Mapping[str, Any]
 """The figures at one number of GPUs, by name."""
@@ -104,40 +97,14 @@ def _scale(config: RunConfig, options: PlanConfig, layout: FlatLayout, size: int
     }
 
 
-def loads(row: Row) -> dict[str, float]:
-    """Returns how heavy each part of a run is: above 1 it bounds the run."""
-    return {
-        "reduction": row["exposed_s"] / (SLOW_SHARE * row["step_s"]),
-        "messages": row["messages_s"] / (SLOW_SHARE * row["step_s"]),
-        "snapshots": row["snapshot_every"] * row["step_s"] / (SLOW_SHARE * row["mtbf_s"]),
-        "checkpoints": row["checkpoint_store_s"] / (SLOW_SHARE * row["mtbf_s"]),
-        "control": row["health_calls_per_s"] / CALLS_PER_S,
-    }
-
-
-def simulate(config: RunConfig, options: PlanConfig) -> dict[str, Any]:
-    """Returns `scales`, and in `limits` the fewest GPUs at which each part bounds the run, or None, and what helps."""
-    rows = scales(config, options)
-    limits = []
-    for part, text in read_table(__file__, "scale_limits").items():
-        first = next((row["num_gpus"] for row in rows if loads(row)[part] > 1), None)
-        sign = text["sign"].format(share=SLOW_SHARE, calls=CALLS_PER_S, every_s=HEALTH_CHECK_S)
-        limits.append({"part": part, "num_gpus": first, "sign": sign, "then": text["then"]})
-    return {"scales": rows, "limits": limits}
-
-
-def scale_table(found: Row) -> str:
-    """Formats the tables of `scales.txt` over the numbers of GPUs, and where each part saturates."""
+def scale_table(rows: Sequence[Row]) -> str:
+    """Formats the tables of `scales.txt` over the numbers of GPUs."""
     tables = [table.splitlines() for table in template("scales.txt").split("\n\n")]
     lines = [
-        [heads, *(Figures().format(row, **scale, mtbf_h=scale["mtbf_s"] / 3600) for scale in found["scales"])]
-        for heads, row in tables
+        [heads, *(Figures().format(line, **scale, mtbf_h=scale["mtbf_s"] / 3600) for scale in rows)]
+        for heads, line in tables
     ]
-    bounds = ["| part | saturates at | when | what then |"]
-    for limit in found["limits"]:
-        place = f"{num:,} GPUs" if (num := limit["num_gpus"]) else "not here"
-        bounds.append(f"| {limit['part']} | {place} | {limit['sign']} | {limit['then']} |")
-    return "\n\n".join(map(_aligned, [*lines, bounds]))
+    return "\n\n".join(map(_aligned, lines))
 
 
 def _aligned(lines: Sequence[str]) -> str:

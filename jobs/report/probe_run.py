@@ -9,7 +9,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from cluster.output.progress import say
 from cluster.settings.run import seq_len
 from cluster.storage.uris import Storage, join_uri
-from jobs.report.page import PHASES, TEXT, new_figure, png, titled
+from jobs.report.page import PHASES, TEXT, new_figure, png, style
 from jobs.run.checkpoints import RunCheckpoints
 from jobs.run.find_run import RunError
 from jobs.run.history import recorded_config
@@ -48,7 +48,10 @@ def probe_run(run: Storage) -> dict[str, Any]:
 
 def draw(found: list[dict[str, Any]]) -> bytes:
     figure = new_figure()
-    axes = titled(figure, "What checkpoints do in context", x="optimizer step", y="accuracy (%)")
+    axes = figure.subplots()
+    style(axes)
+    axes.set_title("What checkpoints do in context", loc="left", fontweight="bold")
+    axes.set(xlabel="optimizer step", ylabel="accuracy (%)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
     steps = [line["step"] for line in found]

@@ -43,12 +43,15 @@ def check_writer(run: Storage) -> None:
 
 def open_stream(plan: RunPlan, split: Split) -> TokenStream:
     """Returns the run's rows of a split, which may still be growing."""
+    num_samples = plan.config.train.max_tokens // seq_len(plan.config) if split == "train" else 0
     return TokenStream(
         open_storage(plan.tokens_uri),
         split=split,
         seq_len=seq_len(plan.config),
         seed=plan.config.train.seed,
         window_rows=plan.config.train.shuffle_window_rows,
+        num_samples=num_samples,
+        near_bytes=plan.config.scaling.shard_cache_bytes,
         growing=plan.growing,
         check=partial(check_writer, plan.run),
     )

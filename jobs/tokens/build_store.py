@@ -8,6 +8,7 @@ job that was killed continues where it was. The manifest comes last: without one
 import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby, takewhile
 from typing import Any
@@ -19,7 +20,7 @@ from cluster.storage.uris import Storage, join_uri, open_storage
 from jobs.cleaning.decontamination import decontaminate
 from jobs.cleaning.document_index import INDEX, index_corpus
 from jobs.cleaning.selection import Summary, select
-from jobs.corpus.chunks import Chunk, interleaved, plan_chunks
+from jobs.corpus.chunks import Chunk, default_shard_bytes, interleaved, plan_chunks
 from jobs.corpus.documents import CHAT_DROPS, UNREADABLE, Drop
 from jobs.corpus.file_pieces import PIECES, cut_files
 from jobs.corpus.listing import CorpusError, Listing, empty_corpus, list_corpus
@@ -36,6 +37,7 @@ from model.tables import read_table
 from model.tokenizer import Tokenizer
 
 _SEAL_INTERVAL_S = 1.0  # between writes of the list of sealed shards, which grows with the store
+_DELETING_THREADS = 8
 _SEAL_SHARE = 0.02  # of the time may go into it
 
 
@@ -64,7 +66,7 @@ def tokenize(config: RunConfig) -> dict[str, Any]:
         "tokens": manifest.total("tokens"),
         "bytes": manifest.total("bytes"),
         "dropped": manifest.dropped,
-        "shards": {shard.file: shard.sha256 for shard in manifest.shards},
+        "shards": {shard.file: shard.sha256 for shard in manifest.with_lists()[0].shards},
         "train_tokens": manifest.total("tokens", "train"),
         "val_tokens": manifest.total("tokens", "val"),
         "val_bytes": manifest.total("bytes", "val"),
@@ -75,15 +77,17 @@ def _builder(config: RunConfig) -> "_Builder":
     """Lists the corpus and trains its tokenizer if there is none; both determine the store's place. Needs Ray."""
     listing = list_corpus(config.data.source)
     tokenizer, _ = ensure_tokenizer(config, listing)
-    chat = format_to_train(tokenizer) if config.data.format == "chat" else None
-    shape = config.data.model_dump(mode="json", include=set(read_table(__file__, "shaping")["store"]))
+    shard_bytes = config.data.shard_bytes or default_shard_bytes(listing.files)
+    data = config.data.model_copy(update={"shard_bytes": shard_bytes})
+    chat = format_to_train(tokenizer) if data.format == "chat" else None
+    shape = data.model_dump(mode="json", include=set(read_table(__file__, "shaping")["store"]))
     shape |= {} if tokenizer.bos_id is None else {"bos_id": tokenizer.bos_id}
     shape |= config.data.model_dump(include={"val_max_documents"}, exclude_none=True)
     shape |= {} if chat is None else {"chat": asdict(chat)}
     shaping = [shape, listing.identity(), sorted(listing.token_stores.items()), tokenizer.hash]
     key = hashlib.sha256(stored.canonical_json(shaping)).hexdigest()[:12]
     store = open_storage(config.storage.uri).child(f"tokens/{key}")
-    return _Builder(config.data, listing, tokenizer, store, shape, chat, seq_len(config))
+    return _Builder(data, listing, tokenizer, store, shape, chat, seq_len(config))
 
 
 def _finished(store: Storage) -> stored.Manifest | None:
@@ -145,10 +149,13 @@ class _Builder:
                 f"{self.seq_len} tokens: what is beyond is trained on without its beginning; raise it, or shorten them"
             )
         lease.check()
+        for name, content in manifest.with_lists()[1].items():
+            store.write_bytes(name, content)
         store.write_bytes(stored.MANIFEST, manifest.to_json())
-        for entry in [*store.list(f"{INDEX}/"), *store.list(f"{PIECES}/")]:
-            store.delete(entry.key)
-        store.delete(stored.SEALED)
+        prefixes = (f"{INDEX}/", f"{PIECES}/", "shard-", stored.SEALED)  # what led here, with the shards' sidecars
+        superseded = [entry.key for prefix in prefixes for entry in store.list(prefix)]
+        with ThreadPoolExecutor(_DELETING_THREADS) as pool:
+            list(pool.map(store.delete, [key for key in superseded if not key.endswith(".bin")]))
         return manifest
 
     def _is_bulk_proven(self) -> bool:

@@ -102,6 +102,6 @@ def verify(store: Storage) -> dict[str, Any]:
     if problems:
         raise TokenStoreError(
             f"{len(problems)} of {len(manifest.shards)} shards of {store.uri} are altered: {'; '.join(problems[:10])}; "
-            "delete them and tokenize again, which rewrites only these"
+            "delete them and tokenize again, which makes the same bytes"
         )
     return {"valid": True, "manifest_hash": manifest.hash, "shards": len(manifest.shards)}

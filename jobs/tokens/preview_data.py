@@ -1,5 +1,6 @@
 """Previews a corpus from a sample and without a cluster: its documents and tokens, and what would be dropped."""
 
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,11 +10,12 @@ import pyarrow.parquet as pq
 
 from cluster.settings.run import DataConfig, RunConfig
 from cluster.storage.uris import split_uri
-from jobs.corpus.chunks import EXPANSION, Part
+from jobs.corpus.chunks import CHUNK_PARTS, EXPANSION, Part, default_shard_bytes
 from jobs.corpus.decompression import decompressed
 from jobs.corpus.documents import named_damage
 from jobs.corpus.listing import CorpusFile, empty_corpus, list_corpus
 from jobs.corpus.sample_places import sample_places
+from jobs.tokens.token_store import token_dtype
 from jobs.tokens.train_tokenizer import judged, load_tokenizer, sample_texts
 from model.bulk_encoder import bulk_encoder
 from model.tokenizer import train_bpe
@@ -24,6 +26,10 @@ _FRONT_BYTES = 2 << 20  # of an archive, of which decompression is some 64 KiB a
 _EXAMPLES = 3
 _SAMPLES = 5
 _PREVIEW_CHARS = 160
+
+# Of the stage's processes, as measured; a worker holds a document several times while it is cleaned and encoded.
+_DRIVER_BYTES, _DRIVER_FILE_BYTES = 400 << 20, 1500
+_WORKER_BYTES, _DOCUMENT_COPIES = 400 << 20, 8
 
 
 @dataclass
@@ -101,19 +107,24 @@ def preview(config: RunConfig) -> dict[str, Any]:
     for file in files:
         kinds.setdefault((file.kind, file.compression), []).append(file)
     sizes = {kind: sum(file.size for file in own) * EXPANSION[kind[1]] for kind, own in kinds.items()}
-    sample = _Sample(data)
+    sample, start_s = _Sample(data), time.process_time()
     for kind, own in kinds.items():
         sample.read(own, share_bytes=max(1, _SAMPLE_BYTES * sizes[kind] // max(1, sum(sizes.values()))))
     if not sample.texts:
         raise empty_corpus(len(files), sample.dropped)
+    read_s = time.process_time() - start_s
     if data.tokenizer:
         tokenizer, _ = load_tokenizer(data.tokenizer)
     else:
         training = sample_texts(files, data.model_copy(update={"tokenizer_sample_bytes": _TRAINING_BYTES}))
         tokenizer = train_bpe(training, vocab_size=data.vocab_size, normalize=data.normalize)
     encode = bulk_encoder(tokenizer)[0].encode
+    start_s = time.process_time()
     tokens = [len(encode(text)) + 1 for text in sample.texts]
+    encode_s = time.process_time() - start_s
     num_documents = len(tokens) + sample.dropped.total()
+    num_tokens = round(sum(count * scale for count, scale in zip(tokens, sample.scales, strict=True)))
+    shard_bytes = data.shard_bytes or default_shard_bytes(files)
     return {
         "files": len(files),
         "skipped_files": listing.skipped,
@@ -123,8 +134,16 @@ def preview(config: RunConfig) -> dict[str, Any]:
         "drop_rate": round(sample.dropped.total() / num_documents, 4),
         "drop_samples": sample.samples,
         "documents": round(sum(sample.scales)),
-        "tokens": round(sum(count * scale for count, scale in zip(tokens, sample.scales, strict=True))),
+        "tokens": num_tokens,
         "bytes_per_token": round(sum(len(text.encode()) for text in sample.texts) / sum(tokens), 3),
         "is_estimate": max(sample.scales) > 1,
+        "stage": {
+            "chunks": max(len(files) // CHUNK_PARTS, sum(sizes.values()) // shard_bytes) + 1,
+            # Every text is read twice, by the index and for the shards; both passes use all workers.
+            "worker_seconds": round((2 * read_s + encode_s) * num_tokens / sum(tokens), 2),
+            "store_bytes": num_tokens * token_dtype(tokenizer.vocab_size).itemsize,
+            "driver_memory_bytes": _DRIVER_BYTES + _DRIVER_FILE_BYTES * len(files),
+            "worker_memory_bytes": _WORKER_BYTES + _DOCUMENT_COPIES * data.max_document_bytes,
+        },
         "examples": sample.examples,
     }

@@ -9,7 +9,7 @@ from cluster.output.progress import progress
 from cluster.storage.uris import Storage, open_storage
 from jobs.corpus.listing import CorpusError
 from jobs.tokens.shard_writer import ChunkResult, file_sha256
-from jobs.tokens.token_store import Shard, TokenStoreError, read_manifest, shard_file
+from jobs.tokens.token_store import TokenStoreError, read_manifest, shard_file
 from model.checkpoint_folder import ChatFormat, fingerprint
 from model.tokenizer import Tokenizer
 
@@ -37,16 +37,12 @@ def copy_shards(
                 name = shard_file(shard.split, number)
                 copy = replace(shard, file=name, source=source)
                 if not (store.exists(name) and file_sha256(store, name) == shard.sha256):
-                    _copy(other, shard, store, copy)
+                    with tempfile.TemporaryDirectory(prefix="raymill-shard-") as folder:
+                        path = Path(folder, name)
+                        other.download_file(shard.file, path)
+                        if fingerprint(path)["sha256"] != shard.sha256:
+                            raise TokenStoreError(f"{other.uri}/{shard.file} has other bytes than its manifest says")
+                        store.upload_file(path, name)
                 results[number] = ChunkResult(shards=[copy], documents=shard.documents)
                 advance(shard.bytes / 1e6)
     return results
-
-
-def _copy(other: Storage, shard: Shard, store: Storage, copy: Shard) -> None:
-    with tempfile.TemporaryDirectory(prefix="raymill-shard-") as folder:
-        path = Path(folder, copy.file)
-        other.download_file(shard.file, path)
-        if fingerprint(path)["sha256"] != shard.sha256:
-            raise TokenStoreError(f"{other.uri}/{shard.file} does not have the bytes that its manifest says")
-        store.upload_file(path, copy.file)

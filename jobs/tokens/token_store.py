@@ -1,7 +1,9 @@
 """Defines the token store: the manifest that lists shards of token ids, and its exact bytes.
 
 The manifest holds no path and no time: the same text makes the same manifest wherever it lies (only `hf://` sources
-leave a trace, their pinned revision). It is written last: a folder without one is not a finished store.
+leave a trace, their pinned revision). It is written last: a folder without one is not a finished store. In place of
+very many shards it has lists, each of up to 1,000 shards of one source and split in a file of its own, which a reader
+opens when it needs one of them.
 
 While a store grows, `sealed.json` lists the sealed shards: for each source those before the first missing one, of both
 splits. A sealed shard never changes, so a reader of this prefix reads what the finished store will hold.
@@ -9,8 +11,9 @@ splits. A sealed shard never changes, so a reader of this prefix reads what the 
 
 import dataclasses
 import hashlib
+import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -22,6 +25,8 @@ from model.checkpoint_folder import ChatFormat
 from model.errors import UserError
 
 FORMAT_VERSION, CHAT_VERSION = 2, 3  # of text, and of conversations, whose ids may be negative
+_FORMAT_WITH_LISTS = 4  # of either
+MOST_SHARDS = 8192  # that the manifest itself holds, 2.5 MB; 2 TiB of text make no more
 MANIFEST = "manifest.json"
 SEALED = "sealed.json"
 SOURCES = "sources.json"
@@ -29,6 +34,8 @@ TOKENIZER = "tokenizer.json"
 
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("train", "val")
+Sum = Literal["documents", "tokens", "bytes"]
+_SUMS: tuple[Sum, ...] = ("documents", "tokens", "bytes")
 
 
 class TokenStoreError(UserError):
@@ -48,6 +55,16 @@ class Shard:
     documents: int
     bytes: int  # of UTF-8 text that is counted, without end-of-text tokens
     sha256: str
+
+    @property
+    def is_list(self) -> bool:
+        """Says that this stands for many shards: its figures are their sums, and its file lists them."""
+        return self.file.endswith(".json")
+
+    @property
+    def thousand(self) -> str:
+        """Returns the front of the file's name that the shards with the next numbers share: a listing's prefix."""
+        return self.file.removesuffix(".bin")[:-3]
 
 
 @dataclass(frozen=True)
@@ -79,7 +96,7 @@ class Manifest:
     bos_id: int | None = None  # each document's first token, where the tokenizer has one
     chat: ChatFormat | None = None  # in which conversations were written; None for text
 
-    def total(self, field: Literal["tokens", "documents", "bytes"], split: Split | None = None) -> int:
+    def total(self, field: Sum, split: Split | None = None) -> int:
         return sum(getattr(shard, field) for shard in self.shards if split in (None, shard.split))
 
     @property
@@ -91,21 +108,36 @@ class Manifest:
         """As `Tokenizer.start_id`."""
         return self.eot_id if self.bos_id is None else self.bos_id
 
+    def with_lists(self) -> tuple["Manifest", dict[str, bytes]]:
+        """Returns the manifest as it is stored, with lists in place of very many shards, and their content by file."""
+        groups: dict[tuple[int, Split, str], list[Shard]] = {}
+        for shard in self.shards if self.complete and len(self.shards) > MOST_SHARDS else ():
+            groups.setdefault((shard.source, shard.split, shard.thousand), []).append(shard)
+        lists, contents = list[Shard](), dict[str, bytes]()
+        for (source, split, thousand), group in groups.items():
+            content = canonical_json([dataclasses.asdict(shard) for shard in group])
+            sums = {name: dataclasses.replace(self, shards=tuple(group)).total(name) for name in _SUMS}
+            name = f"list-{source}-{thousand}.json"
+            lists.append(Shard(name, split, source, **sums, sha256=hashlib.sha256(content).hexdigest()))
+            contents[name] = content
+        return dataclasses.replace(self, shards=tuple(lists) or self.shards), contents
+
     def to_json(self) -> bytes:
-        fields = ("documents", "tokens", "bytes")
-        known = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        stored = self.with_lists()[0]
+        known = {name: value for name, value in dataclasses.asdict(stored).items() if value is not None}
+        has_lists = any(shard.is_list for shard in stored.shards)
         derived = {
-            "format_version": CHAT_VERSION if self.chat else FORMAT_VERSION,
+            "format_version": _FORMAT_WITH_LISTS if has_lists else CHAT_VERSION if self.chat else FORMAT_VERSION,
             "dtype": self.dtype.name,
-            "totals": {name: self.total(name) for name in fields}  # type: ignore[arg-type]
-            | {f"{split}_{name}": self.total(name, split) for split in SPLITS for name in fields},  # type: ignore[arg-type]
+            "totals": {name: self.total(name) for name in _SUMS}
+            | {f"{split}_{name}": self.total(name, split) for split in SPLITS for name in _SUMS},
         }
         return canonical_json(known | derived)
 
     @classmethod
     def from_json(cls, data: bytes) -> Self:
         values = json.loads(data)
-        if values["format_version"] not in (FORMAT_VERSION, CHAT_VERSION):
+        if values["format_version"] not in (FORMAT_VERSION, CHAT_VERSION, _FORMAT_WITH_LISTS):
             raise TokenStoreError(
                 f"the token store has format {values['format_version']}, not {FORMAT_VERSION}; tokenize again"
             )
@@ -136,23 +168,49 @@ def in_order(shards: Iterable[Shard]) -> tuple[Shard, ...]:
 
 
 def canonical_json(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, indent=1).encode() + b"\n"
+    written = io.BytesIO()  # as what a list of a million files takes in pieces would not fit
+    for piece in json.JSONEncoder(sort_keys=True, indent=1).iterencode(value):
+        written.write(piece.encode())
+    return written.getvalue() + b"\n"
 
 
-def read_manifest(store: Storage, *, name: str = MANIFEST) -> Manifest:
-    """Reads the manifest and checks that every shard is there in its full size. Raises `TokenStoreError`."""
+def read_manifest(store: Storage, *, name: str = MANIFEST, opens_lists: bool = True) -> Manifest:
+    """Reads the manifest and checks that every shard is there in its full size. Raises `TokenStoreError`.
+
+    Without `opens_lists`, lists stay in place of their shards, for `read_list` to open and check.
+    """
     try:
         manifest = Manifest.from_json(store.read_bytes(name))
     except NotFoundError as error:
         raise TokenStoreError(f"{store.uri} holds no {name}: tokenizing was not finished; run it again") from error
     except (ValueError, KeyError, TypeError) as error:
         raise TokenStoreError(f"{store.uri}/{name} is damaged ({error}); delete it and tokenize again") from error
-    sizes = {entry.key: entry.size for entry in store.list()}
-    for shard in manifest.shards:
-        expected = shard.tokens * manifest.dtype.itemsize
+    itemsize = manifest.dtype.itemsize
+    if not any(shard.is_list for shard in manifest.shards):
+        _check_sizes(store, manifest.shards, itemsize, prefix="")
+    elif opens_lists:
+        shards = tuple(shard for each in manifest.shards for shard in read_list(store, each, itemsize))
+        return dataclasses.replace(manifest, shards=shards)
+    return manifest
+
+
+def read_list(store: Storage, listed: Shard, itemsize: int) -> tuple[Shard, ...]:
+    """Returns the shards of a list, whose tokens have `itemsize` bytes; checks its hash and that every shard is there
+    in its full size. Raises `TokenStoreError`."""
+    content = store.find_bytes(listed.file) or b""
+    if hashlib.sha256(content).hexdigest() != listed.sha256:
+        raise TokenStoreError(f"{store.uri}/{listed.file} is missing or altered; tokenize again")
+    shards = TypeAdapter(tuple[Shard, ...]).validate_json(content)
+    _check_sizes(store, shards, itemsize, prefix=shards[0].thousand)
+    return shards
+
+
+def _check_sizes(store: Storage, shards: Sequence[Shard], itemsize: int, *, prefix: str) -> None:
+    sizes = {entry.key: entry.size for entry in store.list(prefix)}
+    for shard in shards:
+        expected = shard.tokens * itemsize
         if sizes.get(shard.file) != expected:
             found = f"has {sizes[shard.file]} bytes" if shard.file in sizes else "is missing"
             raise TokenStoreError(
                 f"{store.uri}/{shard.file} {found}, the manifest says {expected} bytes; tokenize again"
             )
-    return manifest

@@ -2,25 +2,33 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from contextlib import suppress
+from functools import lru_cache, partial
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from cluster.storage.uris import Storage
+from cluster.storage.file_cache import FileCache
+from cluster.storage.uris import Storage, StorageError
 from jobs.tokens.batch_plan import SampleOrder
 from jobs.tokens.growing_store import Clock, GrowingStore
-from jobs.tokens.shard_reader import Piece, open_shards
-from jobs.tokens.token_store import Manifest, Shard, Split, TokenStoreError, read_manifest
+from jobs.tokens.shard_reader import Piece, ShardReader
+from jobs.tokens.token_store import Manifest, Shard, Split, TokenStoreError, read_list, read_manifest
 from model.linear_cross_entropy import IGNORE_INDEX
+
+_OPEN_LISTS = 8  # at once, of a source: a window has shards of two
+_LOOKS_A_WINDOW, _SAMPLES_A_LOOK = 8, 4096
+_LEAST_SHARE = 16  # a run that ends sooner in a window reads its rows one by one
 
 
 class ShardChain:
     """Shards end to end. Row i is tokens i*T to i*T + T inclusive, so no token is a target twice."""
 
-    def __init__(self, shards: Sequence[Shard]) -> None:
+    def __init__(self, shards: Sequence[Shard], read_list: Callable[[Shard], Sequence[Shard]] = lambda _: ()) -> None:
         self.shards = shards
+        self._opened = lru_cache(_OPEN_LISTS)(lambda listed: ShardChain(read_list(listed)))
         self._ends = np.cumsum([shard.tokens for shard in shards], dtype=np.int64)
 
     @property
@@ -32,19 +40,24 @@ class ShardChain:
 
     def row(self, index: int, seq_len: int) -> Iterator[Piece]:
         """Yields the pieces of shards that hold the row's T + 1 tokens."""
-        position, end = index * seq_len, index * seq_len + seq_len + 1
+        return self.pieces(index * seq_len, index * seq_len + seq_len + 1)
+
+    def pieces(self, position: int, end: int) -> Iterator[Piece]:
+        """Yields the pieces of shards that hold tokens [position, end)."""
         while position < end:
             number = int(np.searchsorted(self._ends, position, side="right"))
             shard = self.shards[number]
             first = int(self._ends[number]) - shard.tokens
             stop = min(end, first + shard.tokens)
-            yield Piece(shard, position - first, stop - first)
+            if shard.is_list:
+                yield from self._opened(shard).pieces(position - first, stop - first)
+            else:
+                yield Piece(shard, position - first, stop - first)
             position = stop
 
     def bytes_per_token(self, num_tokens: int) -> float:
         """Returns the bytes of text per token of the shards that hold the first `num_tokens`, whatever follows them."""
-        last = int(np.searchsorted(self._ends, num_tokens))
-        counted = self.shards[: last + 1]
+        counted = [piece.shard for piece in self.pieces(0, num_tokens)]
         return sum(shard.bytes for shard in counted) / sum(shard.tokens for shard in counted)
 
 
@@ -62,30 +75,36 @@ class TokenStream:
         seq_len: int,
         seed: int = 0,
         window_rows: int = 1,
-        cache_bytes: int = 64 << 20,
+        num_samples: int = 0,
+        near_bytes: int = 0,
         growing: bool = False,
         check: Callable[[], None] = lambda: None,
         clock: Clock = Clock(),  # noqa: B008 (frozen)
     ) -> None:
         """Opens a finished store, or with `growing` an unfinished one, whose writer's failure `check` raises.
 
-        `seed` and `window_rows` shape `samples`. Raises `TokenStoreError` for a store that is unfinished, damaged or
-        too small for one row.
+        `seed` and `window_rows` shape `samples`, of which the run reads the first `num_samples`: where that is a good
+        part of a window, up to `near_bytes` of a remote store's shards are copied to this node. Raises
+        `TokenStoreError` for a store that is unfinished, damaged or too small for one row.
         """
         self.seq_len = seq_len
         self._uri, self._split, self._seed, self._window_rows = storage.uri, split, seed, window_rows
+        self._num_samples, self._turn, self._is_here = num_samples, -1, storage.local_path("") is not None
+        self.near_shards: dict[Shard, None] = {}  # which are copied, or will be as far as there is room
         self._store = GrowingStore(storage, check=check, clock=clock) if growing else None
-        manifest = self._store.next_manifest(None) if self._store else read_manifest(storage)
-        self._reader = open_shards(storage, dtype=manifest.dtype, cache_bytes=cache_bytes)
+        manifest = self._store.next_manifest(None) if self._store else read_manifest(storage, opens_lists=False)
+        near = FileCache(storage, Path.home() / ".cache/raymill/shards", max_bytes=near_bytes)
+        self._reader = ShardReader(storage, manifest.dtype, near=near)
+        self._chain = partial(ShardChain, read_list=partial(read_list, storage, itemsize=manifest.dtype.itemsize))
         self._take(manifest)
 
     def _take(self, manifest: Manifest) -> None:
         self.manifest = manifest
         shards = [shard for shard in manifest.shards if shard.split == self._split]
         weights = manifest.weights if self._split == "train" else ()
-        by_source = [ShardChain([shard for shard in shards if shard.source == n]) for n in range(len(weights))]
+        by_source = [self._chain([shard for shard in shards if shard.source == n]) for n in range(len(weights))]
         # While the store grows, only the first source's rows have their final place.
-        self._all = ShardChain(shards if manifest.complete else [shard for shard in shards if shard.source == 0])
+        self._all = self._chain(shards if manifest.complete else [shard for shard in shards if shard.source == 0])
         self._sources = by_source or [self._all]
         num_rows = tuple(chain.num_rows(self.seq_len) for chain in self._sources)
         if manifest.complete and 0 in num_rows:
@@ -135,10 +154,30 @@ class TokenStream:
         return self._batch(self._places(np.asarray(indices)), scattered=True)
 
     def read_ahead(self, indices: npt.ArrayLike) -> None:
-        """Starts reading the next samples of a remote store; never waits."""
+        """Starts reading the next samples of a remote store, and copying the shards of those to come; never waits."""
+        if self._is_here:
+            return  # a page fault costs less than a thread
         wanted = np.asarray(indices)
         known = wanted[self.order.covers(wanted)]
-        self._reader.read_ahead(piece for place in self._places(known) for piece in place)
+        with suppress(StorageError):  # which the rows' own read meets again, where it is waited for
+            if known.size:
+                self._bring_near(int(known.min()))
+            self._reader.read_ahead(piece for place in self._places(known) for piece in place)
+
+    def _bring_near(self, first: int) -> None:
+        """Has the shards of the next window of samples copied. Some thousand of them tell which: a shard that none of
+        these hits has few rows in the window."""
+        window = min(self._window_rows, sum(self.order.num_rows))
+        turn, left = first // max(1, window // _LOOKS_A_WINDOW), self._num_samples - first
+        if turn == self._turn or left <= window // _LEAST_SHARE:
+            return
+        ahead = np.arange(first, first + min(window, left), step := -(-window // _SAMPLES_A_LOOK))
+        ahead += np.random.default_rng(0).integers(0, step, len(ahead))  # as sources take turns at regular places
+        places = self._places(ahead[self.order.covers(ahead)])
+        shards = {piece.shard: None for place in places for piece in place}
+        if shards.keys() != self.near_shards.keys():
+            self._reader.bring_near(shards)
+        self._turn, self.near_shards = turn, shards
 
     def _places(self, samples: npt.NDArray[np.int64]) -> list[Iterator[Piece]]:
         sources, rows = self.order.rows(samples)

@@ -1,1 +1,1 @@
-"""The launcher's view of a run: metrics, messages, TensorBoard, trackers."""
+"""The launcher's view of a run: metrics, messages, TensorBoard, MLflow."""

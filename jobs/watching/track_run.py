@@ -1,8 +1,8 @@
-"""Sends a run's curves to Weights & Biases or MLflow, from its ledger: those there are, or also those to come.
+"""Sends a run's curves to MLflow, from its ledger: those there are, or also those to come.
 
 Training does not depend on it: it may start late, be interrupted and continue, or run again after the run has ended.
-Both are their own clients (`pip install 'raymill[tracking]'`); addresses and keys come from their own variables:
-WANDB_API_KEY, WANDB_MODE, MLFLOW_TRACKING_URI, …
+MLflow's own client sends them (`pip install 'raymill[tracking]'`); address and key come from its own variables:
+MLFLOW_TRACKING_URI, …
 """
 
 import importlib
@@ -28,43 +28,18 @@ class TrackerError(UserError):
     """The tracker is not installed, cannot be reached, or refuses."""
 
 
-class WandbTracker:
-    """W&B, whose client sends from a process of its own and takes no step before its last one."""
-
-    def __init__(self, project: str, run_id: str, settings: Mapping[str, str]) -> None:
-        wandb = _installed("wandb")
-        with _failures("W&B", wandb.errors.Error):
-            self._run = wandb.init(
-                project=project,
-                id=run_id,
-                name=run_id,
-                resume="allow",
-                config=dict(settings),
-                settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
-            )
-        self.last_step = self._run.step - 1  # the last one sent earlier; -1 for none
-        self.place = self._run.url or self._run.dir  # where to look at it
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Takes values by the name of their curve; steps ascend."""
-        self._run.log(dict(values), step=step)
-
-    def flush(self) -> None:
-        """Does nothing: the client sends by itself."""
-
-    def end(self, *, is_finished: bool) -> None:
-        """Sends the rest. A run that is not finished stays open where the tracker allows it."""
-        self._run.finish()
-
-
 class MlflowTracker:
-    """MLflow, through its REST API, or in a folder where MLFLOW_TRACKING_URI names one."""
+    """A run's place in MLflow, through its REST API, or in a folder where MLFLOW_TRACKING_URI names one. It is found
+    again by the run's id."""
 
     def __init__(self, experiment: str, run_id: str, settings: Mapping[str, str]) -> None:
-        mlflow = _installed("mlflow")
+        try:
+            mlflow = importlib.import_module("mlflow")
+        except ImportError:
+            raise TrackerError("mlflow is not installed: pip install 'raymill[tracking]'") from None
         self._value, self._error = mlflow.entities.Metric, mlflow.exceptions.MlflowException
         self._waiting: list[Any] = []
-        with _failures("MLflow", self._error):
+        with _failures(self._error):
             self._client = mlflow.MlflowClient()
             experiment_id = mlflow.set_experiment(experiment).experiment_id
             if runs := self._client.search_runs([experiment_id], f"tags.`{_RUN_TAG}` = '{run_id}'"):
@@ -74,10 +49,11 @@ class MlflowTracker:
                 self._id = created.info.run_id
                 self._client.log_batch(self._id, params=[mlflow.entities.Param(*pair) for pair in settings.items()])
             history = self._client.get_metric_history(self._id, "train/loss")
-        self.last_step = max((value.step for value in history), default=-1)
+        self.last_step = max((value.step for value in history), default=-1)  # the last one sent earlier; -1 for none
         self.place = f"{mlflow.get_tracking_uri()} experiment {experiment_id} run {self._id}"
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Takes values by the name of their curve."""
         now_ms = int(time.time() * 1000)
         self._waiting += [self._value(name, value, now_ms, step) for name, value in values.items()]
         if len(self._waiting) >= _MLFLOW_BATCH:
@@ -85,43 +61,36 @@ class MlflowTracker:
 
     def flush(self) -> None:
         """Sends what was logged."""
-        with _failures("MLflow", self._error):
+        with _failures(self._error):
             self._client.log_batch(self._id, metrics=self._waiting)
         self._waiting.clear()
 
     def end(self, *, is_finished: bool) -> None:
+        """Sends the rest. A run that is not finished stays open."""
         self.flush()
-        with _failures("MLflow", self._error):
+        with _failures(self._error):
             if is_finished:
                 self._client.set_terminated(self._id)
 
 
-Tracker = WandbTracker | MlflowTracker
-"""A run's place in a tracker, which is found again by the run's id."""
-
-
-def _installed(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise TrackerError(f"{module} is not installed: pip install 'raymill[tracking]'") from None
-
-
 @contextmanager
-def _failures(name: str, kind: type[Exception]) -> Iterator[None]:
+def _failures(kind: type[Exception]) -> Iterator[None]:
     try:
         yield
     except kind as error:
-        raise TrackerError(f"{name} refuses the run: {str(error).splitlines()[0]}") from None
+        raise TrackerError(f"MLflow refuses the run: {str(error).splitlines()[0]}") from None
 
 
-def track(run: Storage, tracker: Tracker, *, follow: bool) -> dict[str, Any]:
-    """Sends what the tracker lacks; with `follow` until the run has finished.
+def track(run: Storage, *, mlflow: str, follow: bool) -> dict[str, Any]:
+    """Sends what an experiment of MLflow lacks, and reports the place; with `follow` until the run has finished.
 
     Each step is sent once. A step that a followed run takes again after a failure has been sent already: it has the
     same bits, unless it was rolled back to be skipped.
     """
+    config = recorded_config(run)
+    tracker = MlflowTracker(mlflow, str(config.run_id), dict(flattened(config.model_dump(mode="json"))))
     num_steps, last = 0, tracker.last_step
+    say(f"curves of {config.run_id} go to {tracker.place}, after step {max(0, last)}")
     with suppress(KeyboardInterrupt):
         for step, values in _points(_growing(run) if follow else _counted(begun_ledger(run)), after=last):
             tracker.log(step, values)
@@ -163,12 +132,3 @@ def _points(lines: Iterable[Line], *, after: int) -> Iterator[tuple[int, dict[st
         values |= {sample.curve: sample.value for sample in samples}
     if values:
         yield step, values
-
-
-def track_by(run: Storage, *, wandb: str | None, mlflow: str | None, follow: bool) -> dict[str, Any]:
-    """Is `raymill track`: sends to a project of Weights & Biases or an experiment of MLflow, and reports the place."""
-    config = recorded_config(run)
-    run_id, settings = str(config.run_id), dict(flattened(config.model_dump(mode="json")))
-    tracker = WandbTracker(wandb, run_id, settings) if wandb else MlflowTracker(str(mlflow), run_id, settings)
-    say(f"curves of {run_id} go to {tracker.place}, after step {max(0, tracker.last_step)}")
-    return track(run, tracker, follow=follow)

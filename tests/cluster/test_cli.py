@@ -28,7 +28,6 @@ COMMANDS = {
     "storage check": ["URI", "--json"],
     "plan": ["CONFIG", "--gpu", "--count", "--mfu", "--sustained-tflops", "--price", "--simulate"],
     "inspect": ["CONFIG", "--shapes", "--model.preset"],
-    "compare": ["RUN", "--storage.uri"],
     "evaluate": ["CHECKPOINT", "--max-tokens", "--precision"],
     "export": ["DESTINATION", "--storage.uri"],
     "report": ["RUN", "--storage.uri"],

@@ -86,7 +86,7 @@ def trained(installed: Installation) -> str:
 
 def test_nothing_of_an_extra_is_there(installed: Installation) -> None:
     probe = (
-        "import importlib.util as u; print([n for n in ('openai', 'kubernetes', 'wandb', 'pytest') if u.find_spec(n)])"
+        "import importlib.util as u; print([n for n in ('openai', 'kubernetes', 'mlflow', 'pytest') if u.find_spec(n)])"
     )
     done = subprocess.run(
         [installed.environment / "bin" / "python", "-c", f"{probe}; import cluster; print(cluster.__file__)"],
@@ -137,7 +137,6 @@ def test_a_run_is_planned(installed: Installation) -> None:
         (["cluster", "render", "dev"], "k8s"),
         (["cluster", "status"], "k8s"),
         (["submit", "pretrain", "run.yaml", "--kuberay", "dev"], "k8s"),
-        (["track", "RUN", "--wandb", "project"], "tracking"),
         (["track", "RUN", "--mlflow", "experiment"], "tracking"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else value,

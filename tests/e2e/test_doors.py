@@ -31,7 +31,7 @@ from tests.time_limits import limit_s
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
-VARIABLES = ("AWS_SESSION_TOKEN", "GRAFANA_TOKEN", "HF_TOKEN", "WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD")
+VARIABLES = ("AWS_SESSION_TOKEN", "GRAFANA_TOKEN", "HF_TOKEN", "MLFLOW_TRACKING_PASSWORD")
 REFUSED = (401, 403)
 
 

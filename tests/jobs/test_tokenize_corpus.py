@@ -62,8 +62,7 @@ def test_result_manifest_and_files_agree(result: dict) -> None:
         assert ids[-1] == manifest.eot_id
     assert result["tokens"] == result["train_tokens"] + result["val_tokens"] == sum(s.tokens for s in manifest.shards)
     names = {path.name for path in folder.rglob("*") if path.is_file() and ".partial-lock" not in path.name}
-    sidecars = {name for name in names if name.startswith("shard-") and name.endswith(".json")}
-    assert names == {*result["shards"], *sidecars, "manifest.json", "sources.json", "tokenizer.json"}
+    assert names == {*result["shards"], "manifest.json", "sources.json", "tokenizer.json"}
 
 
 def test_every_document_is_kept_once_or_counted(result: dict, corpus: Path) -> None:

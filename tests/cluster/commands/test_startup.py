@@ -16,7 +16,7 @@ from tests.repository import REPOSITORY
 
 HEAVY = {
     "boto3", "botocore", "fastapi", "huggingface_hub", "kubernetes", "matplotlib", "openai", "pandas", "pyarrow", "ray",
-    "requests", "safetensors", "starlette", "tiktoken", "tokenizers", "torch", "transformers", "uvicorn", "wandb",
+    "requests", "safetensors", "starlette", "tiktoken", "tokenizers", "torch", "transformers", "uvicorn",
 }  # fmt: skip
 
 

@@ -82,15 +82,15 @@ def test_a_listing_and_the_file_itself_tell_the_same_version(hub: HubStub) -> No
 
 def test_a_moved_branch_is_not_seen_after_pinning(hub: HubStub) -> None:
     location, commit = pinned(f"{ROOT}/data/*.jsonl")
-    before = glob_uris(location)
+    before = list(glob_uris(location))
     with open_storage(ROOT).open("data/a.jsonl") as unpinned_but_open:
         hub.commit({"data/a.jsonl": b"new" * 10_000, "data/new.jsonl": b"{}"})
         assert unpinned_but_open.read() == LINES
-    assert glob_uris(location) == before
+    assert list(glob_uris(location)) == before
     storage, name = split_uri(before[0].key)
     assert storage.read_bytes(name) == LINES
     assert pinned(location) == (location, commit)
-    assert len(glob_uris(f"{ROOT}/data/*.jsonl")) == 2
+    assert len(list(glob_uris(f"{ROOT}/data/*.jsonl"))) == 2
     moved, newer = pinned(f"{ROOT}@main/data/*.jsonl")
     assert newer != commit
     assert [entry.size for entry in glob_uris(moved)] == [30_000, 2]

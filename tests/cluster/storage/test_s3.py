@@ -55,7 +55,7 @@ def test_an_object_replaced_between_two_attempts_is_noticed(proxy: FaultProxy, u
     with storage.open("file") as file:
         storage.write_bytes("file", DATA[::-1])
         proxy.script = [Cut(600 * KIB)]
-        with pytest.raises(StorageError, match=f"{uri}/file: the object changed while it was read; run again"):
+        with pytest.raises(StorageError, match=f"{uri}/file was changed or removed by another process"):
             file.read()
 
 

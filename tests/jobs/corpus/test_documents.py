@@ -11,10 +11,11 @@ import pytest
 import zstandard
 
 from cluster.settings.run import DataConfig
-from cluster.storage.uris import NotFoundError, StorageError, open_storage
+from cluster.storage.uris import ConflictError, NotFoundError, StorageError, open_storage
 from jobs.corpus.chunks import plan_chunks, whole_file
 from jobs.corpus.documents import Document, Drop, read_documents
 from jobs.corpus.listing import CorpusError, list_corpus
+from tests.cluster.fault_proxy import running_proxy
 
 TEXTS = ["first document\r\nwith two lines\n", "zweites Dokument: ÄÖÜ 你好 😀", "  third, blanks kept  "]
 
@@ -217,7 +218,7 @@ def test_a_file_that_changed_after_its_listing_is_noticed(tmp_path: Path) -> Non
     path = write_lines(tmp_path / "a.jsonl", [{"text": "one"}])
     listed = whole_file(list_corpus(str(path)).files[0])
     write_lines(path, [{"text": "two"}])
-    with pytest.raises(CorpusError, match=r"a\.jsonl changed after it was listed; run again"):
+    with pytest.raises(ConflictError, match=r"a\.jsonl was changed after it was listed; run again"):
         list(read_documents(listed, DataConfig()))
 
 
@@ -289,3 +290,19 @@ def test_a_bomb_is_refused_by_name(tmp_path: Path) -> None:
     path.write_bytes(gzip.compress(bytes(100 << 20)))
     with pytest.raises(CorpusError, match=r"a\.txt\.gz unpacks to more than 67108864 bytes; .*max_compression_ratio"):
         read(path, max_document_bytes=200 << 20)
+
+
+def test_a_listed_object_is_read_by_one_request(
+    tmp_path: Path, s3_server: str, s3_bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(5):
+        (tmp_path / f"{number}.txt").write_text(f"text {number}")
+    requests: list[str] = []
+    with running_proxy(s3_server) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        open_storage(f"s3://{s3_bucket}").upload_folder(tmp_path, "corpus")
+        files = list_corpus(f"s3://{s3_bucket}/corpus").files
+        proxy.spoil = lambda method, path: requests.append(f"{method} {path}")
+        documents = [document for file in files for document in read_documents(whole_file(file), DataConfig())]
+    assert [document.text for document in documents] == [f"text {number}" for number in range(5)]
+    assert [request.rpartition("/")[2] for request in requests] == [f"{number}.txt" for number in range(5)]

@@ -56,8 +56,8 @@ def truncate_unnoticed(path: Path) -> None:
 
 
 CHANGES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "truncated, its date kept": (truncate_unnoticed, r"b\.jsonl changed after it was listed; run again"),
-    "replaced": (lambda path: path.write_bytes(LINES[::-1]), r"b\.jsonl changed after it was listed; run again"),
+    "truncated, its date kept": (truncate_unnoticed, r"b\.jsonl was changed after it was listed; run again"),
+    "replaced": (lambda path: path.write_bytes(LINES[::-1]), r"b\.jsonl was changed after it was listed; run again"),
     "removed": (Path.unlink, r"b\.jsonl does not exist"),
 }
 
@@ -81,7 +81,9 @@ def test_an_object_replaced_during_the_run_stops_it(
     storage = open_storage(f"s3://{s3_bucket}/texts")
     storage.write_bytes("a.jsonl", LINES)
     after_listing(lambda: storage.write_bytes("a.jsonl", LINES[::-1]))
-    with pytest.raises(UserError, match=f"s3://{s3_bucket}/texts/a.jsonl changed after it was listed; run again"):
+    with pytest.raises(
+        UserError, match=f"s3://{s3_bucket}/texts/a.jsonl was changed or removed by another process; run again"
+    ):
         tokenize(data_config(f"s3://{s3_bucket}/texts", tmp_path, tokenizer=tokenizer))
 
 

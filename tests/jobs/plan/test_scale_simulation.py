@@ -9,7 +9,7 @@ from cluster.cli import command_parser
 from cluster.settings.flags import settings_from_flags, validate_config
 from cluster.settings.plan import PlanConfig
 from cluster.settings.run import RunConfig
-from jobs.plan.scale_simulation import scale_table, scales, simulate
+from jobs.plan.scale_simulation import scale_table, scales
 from tests.repository import REPOSITORY
 
 PAGE = REPOSITORY / "k8s" / "scale.md"
@@ -27,7 +27,7 @@ def documented() -> tuple[RunConfig, PlanConfig]:
 
 def test_the_page_holds_what_its_command_prints() -> None:
     written = PAGE.read_text().partition("<!-- begin -->\n")[2].partition("<!-- end -->")[0]
-    assert written.strip() == scale_table(simulate(*documented())), "paste the command's output between the marks"
+    assert written.strip() == scale_table(scales(*documented())), "paste the command's output between the marks"
 
 
 def test_more_gpus_compute_faster_and_wait_longer() -> None:
@@ -67,15 +67,3 @@ def test_groups_of_a_node_spare_the_network_and_the_storage() -> None:
     over_nodes = scales(sharded(config, "parameters", 64), options)[-1]
     assert over_nodes["checkpoint_store_s"] == pytest.approx(flat[-1]["checkpoint_store_s"] / 8)
     assert over_nodes["snapshot_s"] == pytest.approx(flat[-1]["snapshot_s"] / 8)
-
-
-def limits(config: RunConfig, options: PlanConfig) -> dict[str, int | None]:
-    return {limit["part"]: limit["num_gpus"] for limit in simulate(config, options)["limits"]}
-
-
-def test_limits_move_with_the_links() -> None:
-    config, options = documented()
-    slow = limits(config, options.model_copy(update={"network_gbit_per_s": 10}))
-    fast = limits(config, options)
-    assert (slow["reduction"] or 0) < (fast["reduction"] or 0)
-    assert fast["control"] == 1024

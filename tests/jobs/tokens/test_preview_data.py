@@ -16,6 +16,7 @@ from jobs.tokens import preview_data
 from jobs.tokens.build_store import tokenize
 from jobs.tokens.preview_data import preview
 from tests.jobs.corpora import data_config, make_corpus
+from tests.time_limits import limit_s
 
 
 def test_a_small_corpus_is_previewed_whole(ray_workers: int, tmp_path: Path) -> None:
@@ -26,6 +27,11 @@ def test_a_small_corpus_is_previewed_whole(ray_workers: int, tmp_path: Path) -> 
     assert seen["documents"] == done["documents"]
     assert seen["dropped"] == {reason: count for reason, count in done["dropped"].items() if count}
     assert seen["tokens"] == pytest.approx(done["tokens"], rel=0.05)
+    stage, made = seen["stage"], Path(done["manifest"]).parent
+    assert stage["store_bytes"] == pytest.approx(sum(path.stat().st_size for path in made.glob("*.bin")), rel=0.05)
+    assert stage["chunks"] == pytest.approx(len(list(made.glob("shard-*.bin"))), rel=0.5)
+    assert 0 < stage["worker_seconds"] < limit_s(60)
+    assert 2**28 < stage["worker_memory_bytes"] < 2**30
     assert seen["drop_samples"]["invalid_json"] == [{"file": f"{tmp_path}/texts/a.jsonl", "preview": "{broken"}]
     assert seen["examples"][0]["file"] == f"{tmp_path}/texts/a.jsonl"
     assert seen["skipped_files"] == [f"{tmp_path}/texts/readme.md"]

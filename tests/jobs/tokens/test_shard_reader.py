@@ -1,20 +1,24 @@
 """Reading shards: within the bound in memory and open files, ahead of need, and with the storage's own errors."""
 
 import threading
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from cluster.storage.file_cache import FileCache
 from cluster.storage.folder import LocalStorage
 from cluster.storage.uris import NotFoundError, Storage, StorageError, open_storage
-from jobs.tokens.shard_reader import _MAX_MAPS, Piece, RemoteShards, open_shards
-from jobs.tokens.token_store import Shard, token_dtype
+from jobs.tokens import shard_reader
+from jobs.tokens.shard_reader import _MAX_MAPS, _NUM_THREADS, Piece, ShardReader
+from jobs.tokens.token_store import Shard
 from tests.jobs.stores import write_shard
 from tests.time_limits import limit_s
+from tests.waiting import wait_until
 
-FILE, OTHER, MISSING = (Shard(name, "train", 0, 1000, 1, 1000, "") for name in ("file", "other", "missing"))
+FILE, OTHER, MISSING = (Shard(name, "train", 0, 1000, 1, 1000, name) for name in ("file", "other", "missing"))
 
 
 @dataclass(frozen=True)
@@ -43,62 +47,67 @@ def storage(tmp_path: Path) -> Watched:
     return watched
 
 
-def reader_of(storage: Storage, *, max_bytes: int) -> RemoteShards:
-    return RemoteShards(storage, np.dtype("u1"), max_bytes=max_bytes)
+def reader_of(storage: Storage, dtype: str) -> ShardReader:
+    return ShardReader(storage, np.dtype(dtype), near=FileCache(storage, Path("/nowhere"), max_bytes=0))
+
+
+def elsewhere(storage: Storage) -> ShardReader:
+    """Returns a reader of bytes that maps no file, as if the storage were remote."""
+    reader = reader_of(storage, "u1")
+    reader._on_disk = lambda shard: None  # type: ignore[method-assign]
+    return reader
 
 
 def ranges_of(pieces: list[Piece]) -> list[tuple[str, int, int]]:
     return [(piece.shard.file, piece.start, piece.end) for piece in pieces]
 
 
-def test_what_was_read_last_is_kept_within_the_bound(storage: Watched) -> None:
-    cache = reader_of(storage, max_bytes=300)
+def test_neighbors_share_a_block_and_the_last_blocks_are_kept(
+    storage: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_reader, "BLOCK_BYTES", 100)
+    monkeypatch.setattr(shard_reader, "_MAX_BLOCKS", 3)
+    cache = elsewhere(storage)
     blocks = [Piece(FILE, start, start + 100) for start in range(0, 500, 100)]
     for number in (0, 1, 2, 0, 3):
-        assert cache.read(blocks[number], scattered=True)[0] == number * 100 % 250
-        assert cache.held_bytes <= 300
+        for start in (20, 70):
+            begin = number * 100 + start
+            assert cache.read(Piece(FILE, begin, begin + 20), scattered=False)[0] == begin % 250
     assert storage.reads == ranges_of(blocks[:4])
     for number in (0, 2, 3, 1):
-        cache.read(blocks[number], scattered=True)
+        cache.read(blocks[number], scattered=False)
     assert storage.reads[4:] == ranges_of(blocks[1:2])
 
 
-def test_reading_ahead_stays_within_the_bound_and_goes_on_as_room_is_made(storage: Watched) -> None:
+def test_what_is_read_ahead_is_read_once_and_few_at_a_time(storage: Watched) -> None:
     storage.gate.clear()
-    cache = reader_of(storage, max_bytes=350)
-    wanted = [Piece(FILE, start, start + 100) for start in range(0, 1000, 100)]
-    cache.read_ahead(wanted)
-    assert cache.held_bytes == 300  # three are on their way although no read waits for them
+    reader = elsewhere(storage)
+    wanted = [Piece(FILE, start, start + 50) for start in range(0, 1000, 50)]
+    reader.read_ahead(wanted)
+    reader.read_ahead(wanted[:15])
+    wait_until(lambda: len(storage.reads) == _NUM_THREADS)
+    time.sleep(0.05)
+    assert storage.reads == ranges_of(wanted[:_NUM_THREADS])  # on their way although no read waits for them
     storage.gate.set()
-    for piece in wanted:
-        assert cache.read(piece, scattered=True)[0] == piece.start % 250
-        assert cache.held_bytes <= 350
-    assert sorted(storage.reads) == ranges_of(wanted)  # each was read once
-
-
-def test_more_than_the_bound_at_once_is_read_but_not_kept(storage: Watched) -> None:
-    cache = reader_of(storage, max_bytes=50)
-    cache.read_ahead([Piece(FILE, 0, 100)])
-    assert storage.reads == []
-    assert len(cache.read(Piece(FILE, 0, 100), scattered=True)) == 100
-    assert cache.held_bytes == 0
+    for piece in wanted[:15]:
+        assert reader.read(piece, scattered=True)[0] == piece.start % 250
+    assert sorted(storage.reads) == ranges_of(wanted[:15])
+    reader.read(wanted[0], scattered=True)  # not held: it was taken
+    assert storage.reads[15:] == ranges_of(wanted[:1])
 
 
 def test_a_new_wish_replaces_the_old_one(storage: Watched) -> None:
-    cache = reader_of(storage, max_bytes=200)
-    cache.read_ahead([Piece(FILE, 0, 100), Piece(FILE, 100, 200), Piece(FILE, 200, 300)])
-    for piece in (Piece(FILE, 0, 100), Piece(FILE, 100, 200)):
-        cache.read(piece, scattered=True)
-        cache.read_ahead([Piece(OTHER, 0, 100), Piece(OTHER, 100, 200)])
-    assert [cache.read(Piece(OTHER, start, start + 100), scattered=True).tobytes() for start in (0, 100)] == [
-        bytes(100)
-    ] * 2
-    assert cache.held_bytes <= 200
+    cache = elsewhere(storage)
+    old, new = ([Piece(shard, start, start + 100) for start in (0, 100, 200)] for shard in (FILE, OTHER))
+    cache.read_ahead(old)
+    cache.read_ahead(new)
+    assert [cache.read(piece, scattered=True).tobytes() for piece in new] == [bytes(100)] * 3
+    assert set(ranges_of(new)) <= set(storage.reads) <= set(ranges_of([*old, *new]))
 
 
 def test_an_error_ahead_surfaces_at_its_read_and_may_pass(storage: Watched) -> None:
     storage.broken.add("other")
-    cache = reader_of(storage, max_bytes=1000)
+    cache = elsewhere(storage)
     cache.read_ahead([Piece(FILE, 0, 10), Piece(OTHER, 0, 10), Piece(MISSING, 0, 10)])
     assert cache.read(Piece(FILE, 0, 10), scattered=True).tobytes() == bytes(range(10))
     with pytest.raises(StorageError, match="other: the disk is on fire"):
@@ -112,7 +121,7 @@ def test_an_error_ahead_surfaces_at_its_read_and_may_pass(storage: Watched) -> N
 def test_a_store_of_many_shards_holds_few_files_open(tmp_path: Path) -> None:
     storage = open_storage(str(tmp_path))
     written = [write_shard(storage, number, 3) for number in range(_MAX_MAPS + 60)]
-    reader = open_shards(storage, dtype=token_dtype(1000), cache_bytes=1)
+    reader = reader_of(storage, "<u2")
     for _ in range(2):
         for shard, tokens in written:
             assert reader.read(Piece(shard, 1, 3), scattered=True).tolist() == tokens[1:].tolist()
@@ -125,7 +134,7 @@ def test_a_store_of_many_shards_holds_few_files_open(tmp_path: Path) -> None:
 def test_remote_tokens_are_the_shards(scattered: bool, s3_bucket: str) -> None:
     storage: Storage = open_storage(f"s3://{s3_bucket}/store")
     shard, tokens = write_shard(storage, 0, 1_200_000)  # three blocks
-    reader = open_shards(storage, dtype=token_dtype(1000), cache_bytes=2 << 20)
+    reader = reader_of(storage, "<u2")
     starts = [0, 524_280, 1_199_900, *np.random.default_rng(0).integers(0, 1_199_900, 6).tolist()]
     pieces = [Piece(shard, start, start + 100) for start in starts]
     if scattered:

@@ -85,7 +85,7 @@ def test_read_ahead_fetches_what_is_used_and_little_else(s3_bucket: str, monkeyp
     """On S3, rows in shuffled order: the bytes fetched are the bytes used, each once, before they are asked for."""
     storage = open_storage(f"s3://{s3_bucket}/store")
     tokens = make_store(storage, sizes=[300_000, 200_001, 150_000])
-    stream = TokenStream(storage, split="train", seq_len=256, window_rows=1 << 20, cache_bytes=1 << 20)
+    stream = TokenStream(storage, split="train", seq_len=256, window_rows=1 << 20)
     fetched: list[int] = []
     read_bytes = S3Storage.read_bytes
 

@@ -1,7 +1,6 @@
-"""A run's curves in W&B and MLflow, by their own clients: MLflow's folder store, and W&B's own offline file."""
+"""A run's curves in MLflow, by its own client, in its folder store."""
 
 import json
-import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -10,40 +9,26 @@ from typing import Any
 
 import pytest
 
+from cluster.settings.run import RunConfig, to_yaml
 from cluster.storage.uris import Storage, open_storage
+from jobs.run.history import CONFIG_FILE
 from jobs.run.ledger import LEDGER, Ledger, Line
-from jobs.watching.track_run import MlflowTracker, TrackerError, WandbTracker, track
+from jobs.watching.track_run import MlflowTracker, TrackerError, track
 from tests.jobs.watching.eventful_ledger import EVENTFUL
 
-_BLOCK = 1 << 15
 LINES: list[Line] = [
     *(line for line in EVENTFUL[:-1] if line.get("event") not in ("skip", "rollback")),
     {"event": "finish", "time": 130, "step": 8},
 ]
 """Of a run that takes steps 4 and 5 again after a failure."""
 
-SETTINGS = {"train.learning_rate": "0.001", "long": "x" * 7000, **{f"setting-{number}": "1" for number in range(150)}}
-
-
-def wandb_records(content: bytes) -> Iterator[bytes]:
-    """Of W&B's file: a header, then LevelDB's log of blocks, in which a record stands in one piece or several."""
-    whole, begin = b"", 7
-    while begin < len(content):
-        left = _BLOCK - begin % _BLOCK
-        if left < 7:
-            begin += left
-            continue
-        length, kind = struct.unpack("<HB", content[begin + 4 : begin + 7])
-        whole += content[begin + 7 : begin + 7 + length]
-        begin += 7 + length
-        if kind in (1, 4):  # whole, or its last piece
-            yield whole
-            whole = b""
+SETTINGS = {"run_id": "eventful", "train": {"learning_rate": 0.001, "sample_prompts": ["x" * 7000]}}
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Storage:
     run = open_storage(str(tmp_path)).child("runs/eventful")
+    run.write_bytes(CONFIG_FILE, to_yaml(RunConfig.model_validate(SETTINGS)).encode())
     run.write_bytes(LEDGER, b"".join(json.dumps(line).encode() + b"\n" for line in LINES))
     return run
 
@@ -74,14 +59,15 @@ def curve(client: Any, name: str) -> dict[int, float]:
 def test_mlflow_has_each_step_that_counts_once(run: Storage, mlflow: Any) -> None:
     ledger = Ledger.read(run)
     for sent in (len(ledger.steps), 0):  # asked again, nothing is sent twice
-        result = track(run, MlflowTracker("mill", "eventful", SETTINGS), follow=False)
+        result = track(run, mlflow="mill", follow=False)
         assert (result["sent_steps"], result["last_step"]) == (sent, ledger.steps[-1]["step"])
     assert curve(mlflow, "train/loss") == {line["step"]: line["loss"] for line in ledger.steps}
     validations = {line["step"]: line["val_loss"] for line in ledger.events("validation")}
     assert curve(mlflow, "train/validation_loss/val") == validations
     kept = of_run(mlflow)
     assert kept.info.run_name == "eventful" and kept.info.status == "FINISHED"
-    assert kept.data.params["train.learning_rate"] == "0.001" and len(kept.data.params["long"]) == 6000
+    assert kept.data.params["train.learning_rate"] == "0.001" and len(kept.data.params["train.sample_prompts"]) == 6000
+    assert len(kept.data.params) > 80  # all settings
 
 
 def test_a_run_is_followed_to_its_end_and_taken_up_again(run: Storage, mlflow: Any) -> None:
@@ -89,7 +75,7 @@ def test_a_run_is_followed_to_its_end_and_taken_up_again(run: Storage, mlflow: A
     lines = whole.splitlines(keepends=True)
     half = b"".join(lines[: len(lines) // 2])
     run.write_bytes(LEDGER, half)
-    before = track(run, MlflowTracker("mill", "eventful", {}), follow=False)
+    before = track(run, mlflow="mill", follow=False)
     assert not before["finished"] and of_run(mlflow).info.status == "RUNNING"
 
     def grow() -> None:
@@ -98,32 +84,12 @@ def test_a_run_is_followed_to_its_end_and_taken_up_again(run: Storage, mlflow: A
 
     growing = threading.Thread(target=grow)
     growing.start()
-    after = track(run, MlflowTracker("mill", "eventful", {}), follow=True)
+    after = track(run, mlflow="mill", follow=True)
     growing.join()
     assert after["finished"]
     steps = [line["step"] for line in Ledger.read(run).steps]
     assert sorted(curve(mlflow, "train/loss")) == steps
     assert before["sent_steps"] + after["sent_steps"] == len(steps)
-
-
-def test_wandb_has_each_step_that_counts(run: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb", reason="no W&B here: pip install 'raymill[tracking]'")
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    track(run, WandbTracker("mill", "eventful", {"train.learning_rate": "0.001"}), follow=False)
-    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    losses, configured = {}, {}
-    for record in map(Record.FromString, wandb_records(file.read_bytes())):
-        if record.HasField("run"):
-            assert (record.run.project, record.run.run_id) == ("mill", "eventful")
-            configured |= {item.key: item.value_json for item in record.run.config.update}
-        for item in record.history.item:
-            if (item.key or "/".join(item.nested_key)) == "train/loss":
-                losses[record.history.step.num] = float(item.value_json)
-    assert losses == {line["step"]: line["loss"] for line in Ledger.read(run).steps}
-    assert configured["train.learning_rate"] == '"0.001"'
 
 
 def test_a_server_that_is_not_there_is_reported(mlflow: Any, monkeypatch: pytest.MonkeyPatch) -> None:
