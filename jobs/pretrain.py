@@ -4,7 +4,6 @@ import dataclasses
 import os
 import secrets
 import sys
-from contextlib import nullcontext
 from typing import Any
 
 import ray.train
@@ -31,10 +30,9 @@ from jobs.run.run_plan import RunPlan
 from jobs.run.storage_retry import patiently
 from jobs.run.writer_generation import Fence
 from jobs.snapshots.keepers import Keepers
-from jobs.tokens.build_store import token_store, tokenize
-from jobs.tokens.token_store import MANIFEST, TokenStoreError
+from jobs.tokens.build_store import tokenize
+from jobs.tokens.token_store import TokenStoreError
 from jobs.tokens.train_tokenizer import ensure_tokenizer
-from jobs.training.background_tokenizing import tokenizing, wait_for_first_rows
 from jobs.training.train_worker import train_worker
 from jobs.training.validation import check_prompts
 from jobs.warm_start import begin, like_its_source
@@ -75,10 +73,7 @@ def pretrain(config: RunConfig) -> dict[str, Any]:
     config = like_its_source(config)
     tokenizer, tokenizer_uri = ensure_tokenizer(config)
     check_prompts(config, tokenizer)
-    tokens = token_store(config)
-    growing = config.train.while_tokenizing and not tokens.exists(MANIFEST)
-    if not growing:
-        tokenize(config)
+    tokens = split_uri(tokenize(config)["manifest"])[0]
     sets = validation_stores(config, tokenizer_uri=tokenizer_uri)
     model = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
     config = config.model_copy(update={"model": model})
@@ -90,14 +85,12 @@ def pretrain(config: RunConfig) -> dict[str, Any]:
             tokens_uri=tokens.uri,
             tokenizer_json=tokenizer.to_json(),
             code_version=code_version(),
-            growing=growing,
             launcher=Fence(run, launcher=None).generation,
             launch=f"raymill-{secrets.token_hex(8)}",
             validation_uris=sets,
         )
         say(_begins(config, Ledger.read(run)))
-        with tokenizing(config, run) if growing else nullcontext():
-            _train(plan)
+        _train(plan)
         ledger = Ledger.read(run)
         lease.check()
         if not ledger.events("finish"):
@@ -142,8 +135,6 @@ def _train(plan: RunPlan) -> None:
     the same snapshots, as long as the run makes progress."""
     if Ledger.read(plan.run).events("finish"):
         return
-    if plan.growing:
-        wait_for_first_rows(plan)
     furthest = -1
     with (
         stopping_on_sigterm(plan.run),

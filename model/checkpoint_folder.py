@@ -41,9 +41,9 @@ class Metadata:
     run_id: str
     step: int
     tokens_seen: int
-    data_manifest_hash: str | None  # of the token store; None while the store was still being written
+    data_manifest_hash: str | None  # of the token store; None at step 0 and in some older checkpoints
     code_version: str
-    data_identity: str | None = None  # of the token store, known from its start
+    data_identity: str | None = None  # of what decides the token store's shards
     generation: int = 0  # of the attempt that wrote it: a later attempt has a higher number
     guard: dict[str, Any] | None = None  # the memory of the training's guard; see jobs/training/guards.py
     parameter_hash: str | None = None  # set by write_checkpoint

@@ -288,10 +288,8 @@ def _load() -> str:
 
 
 def cpus_per_node(config: RunConfig | EvaluateConfig) -> int:
-    """Returns the logical CPUs of each local node: enough that the workers still fit with one node fewer, and one more
-    if tokenizing runs beside them."""
+    """Returns the logical CPUs of each local node: enough that the workers still fit with one node fewer."""
     worker_nodes = max(1, config.cluster.num_nodes - 1)
     if isinstance(config, EvaluateConfig):
         return -(-config.num_workers // worker_nodes) * config.threads_per_worker
-    training = -(-config.scaling.max_workers // worker_nodes) * config.scaling.threads_per_worker
-    return training + config.train.while_tokenizing
+    return -(-config.scaling.max_workers // worker_nodes) * config.scaling.threads_per_worker

@@ -122,7 +122,6 @@ class TrainConfig(Settings):
     spike_factor: NonNegativeFloat = 0.0
     shuffle_window_rows: PositiveInt = 1 << 20
     document_mask: bool = False
-    while_tokenizing: bool = False
     eval_every_steps: PositiveInt = 100
     eval_max_tokens: PositiveInt = 1_000_000
     sample_prompts: list[str] = []

@@ -5,7 +5,6 @@ file is divided into byte ranges; a range owns the documents that begin in it. A
 entered in the middle, so it is first cut into pieces (see file_pieces).
 """
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -90,11 +89,3 @@ def _ranges(file: CorpusFile, data: DataConfig) -> Iterator[Part]:
         return
     for start in range(0, file.size, step):
         yield Part(file, start, min(start + step, file.size))
-
-
-def interleaved(chunks: Sequence[Chunk]) -> list[Chunk]:
-    """Returns the chunks in order within each source, with all sources advancing alike, so that each source has sealed
-    shards early."""
-    totals = Counter(chunk.source for chunk in chunks)
-    firsts = {chunk.source: chunk.number for chunk in reversed(chunks)}
-    return sorted(chunks, key=lambda c: ((c.number - firsts[c.source]) / totals[c.source], c.number))

@@ -1,15 +1,11 @@
 """The plan that the driver makes before a run trains, with the run's storage and the rows that it reads."""
 
 from dataclasses import dataclass, field
-from functools import partial
 
 from cluster.settings.run import RunConfig, max_steps, run_storage, seq_len
 from cluster.storage.uris import Storage, open_storage
-from jobs.tokens.token_store import Split, TokenStoreError
+from jobs.tokens.token_store import Split
 from jobs.tokens.token_stream import TokenStream
-
-TOKENIZING_FAILED = "tokenizing-failed"
-"""A file in the run's storage that says why the growing token store will not be finished."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +16,6 @@ class RunPlan:
     tokens_uri: str
     tokenizer_json: bytes
     code_version: str
-    growing: bool = False  # the token store is still being written
     launcher: int = 0  # the driver's number among the run's writers; writers of older drivers are refused
     until: int | None = None  # a replay ends after this step
     launch: str | None = None  # the name of the launch, by which its keepers are found; None without keepers
@@ -35,14 +30,8 @@ class RunPlan:
         return self.until or max_steps(self.config)
 
 
-def check_writer(run: Storage) -> None:
-    """Raises `TokenStoreError` when the driver has recorded that tokenizing failed."""
-    if run.exists(TOKENIZING_FAILED):
-        raise TokenStoreError(run.read_bytes(TOKENIZING_FAILED).decode())
-
-
 def open_stream(plan: RunPlan, split: Split) -> TokenStream:
-    """Returns the run's rows of a split, which may still be growing."""
+    """Returns the run's rows of a split."""
     num_samples = plan.config.train.max_tokens // seq_len(plan.config) if split == "train" else 0
     return TokenStream(
         open_storage(plan.tokens_uri),
@@ -52,8 +41,6 @@ def open_stream(plan: RunPlan, split: Split) -> TokenStream:
         window_rows=plan.config.train.shuffle_window_rows,
         num_samples=num_samples,
         near_bytes=plan.config.scaling.shard_cache_bytes,
-        growing=plan.growing,
-        check=partial(check_writer, plan.run),
     )
 
 
@@ -66,5 +53,5 @@ def open_validation_sets(plan: RunPlan) -> dict[str, TokenStream]:
 
 
 def num_validation_rows(stream: TokenStream, config: RunConfig) -> int:
-    """Returns the number of rows that a validation computes, once so many are sealed."""
+    """Returns the number of rows that a validation computes."""
     return stream.count_rows(at_most=max(1, config.train.eval_max_tokens // seq_len(config)))

@@ -24,27 +24,15 @@ _ROUNDS = 8  # four make a pseudorandom permutation (Luby and Rackoff, 1988); ei
 
 @dataclass(frozen=True)
 class SampleOrder:
-    """The row that each sample of a run takes.
-
-    While a store grows, `num_rows` counts the sealed rows. A sample whose whole window is sealed takes the same row as
-    in the finished store; `covers` reports that.
-    """
+    """The row that each sample of a run takes."""
 
     seed: int
     window_rows: int
     num_rows: tuple[int, ...]  # by source
     weights: tuple[float, ...] = ()  # share of the samples of each source; empty with one source
-    complete: bool = True
-
-    def covers(self, samples: npt.ArrayLike) -> npt.NDArray[np.bool_]:
-        """Reports for each sample whether its row is known."""
-        sources, numbers = self._turns(samples)
-        window_ends = (numbers // self.window_rows + 1) * self.window_rows
-        return self.complete | (window_ends <= np.array(self.num_rows)[sources])
 
     def rows(self, samples: npt.ArrayLike) -> tuple[Indices, Indices]:
         """Returns the source of each sample and its row there. An epoch of a source takes each of its rows once."""
-        assert self.covers(samples).all(), "these samples lie beyond the sealed windows"
         sources, numbers = self._turns(samples)
         num_rows = np.array(self.num_rows, dtype=np.int64)[sources]
         epochs, places = np.divmod(numbers, num_rows)

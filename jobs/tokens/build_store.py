@@ -6,11 +6,9 @@ job that was killed continues where it was. The manifest comes last: without one
 """
 
 import hashlib
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from itertools import groupby, takewhile
 from typing import Any
 
 from cluster.output.progress import say
@@ -20,7 +18,7 @@ from cluster.storage.uris import Storage, join_uri, open_storage
 from jobs.cleaning.decontamination import decontaminate
 from jobs.cleaning.document_index import INDEX, index_corpus
 from jobs.cleaning.selection import Summary, select
-from jobs.corpus.chunks import Chunk, default_shard_bytes, interleaved, plan_chunks
+from jobs.corpus.chunks import Chunk, default_shard_bytes, plan_chunks
 from jobs.corpus.documents import CHAT_DROPS, UNREADABLE, Drop
 from jobs.corpus.file_pieces import PIECES, cut_files
 from jobs.corpus.listing import CorpusError, Listing, empty_corpus, list_corpus
@@ -36,14 +34,7 @@ from model.checkpoint_folder import ChatFormat
 from model.tables import read_table
 from model.tokenizer import Tokenizer
 
-_SEAL_INTERVAL_S = 1.0  # between writes of the list of sealed shards, which grows with the store
 _DELETING_THREADS = 8
-_SEAL_SHARE = 0.02  # of the time may go into it
-
-
-def token_store(config: RunConfig) -> Storage:
-    """Returns the folder of the token store of `config.data`, finished or not. Needs Ray."""
-    return _builder(config).store
 
 
 def tokenize(config: RunConfig) -> dict[str, Any]:
@@ -130,14 +121,9 @@ class _Builder:
         chunks = plan_chunks(listing.files, cut_files(store, listing.files, self.data), self.data)
         summary = self._select(chunks)
         results = copy_shards(store, listing.token_stores, tokenizer, self.chat, first_chunk=len(chunks))
-        ready, growing, seal_at_s = [*results], replace(self._manifest(summary, {}), complete=False), 0.0
         for chunk, result in self._write(chunks, is_bulk=is_bulk, dropped=summary.dropped):
             results[chunk] = result
             lease.check()
-            if (start_s := time.monotonic()) >= seal_at_s:
-                self._store_sealed(growing, chunks, results, ready=ready)
-                now_s = time.monotonic()
-                seal_at_s = now_s + max(_SEAL_INTERVAL_S, (now_s - start_s) / _SEAL_SHARE)
         manifest = self._manifest(summary, results)
         for refused in manifest.drop_samples.get(Drop.TEMPLATE_REFUSED, [])[:1]:
             say(f"{manifest.dropped[Drop.TEMPLATE_REFUSED]:,} conversations are left out; the first: {refused.preview}")
@@ -152,7 +138,7 @@ class _Builder:
         for name, content in manifest.with_lists()[1].items():
             store.write_bytes(name, content)
         store.write_bytes(stored.MANIFEST, manifest.to_json())
-        prefixes = (f"{INDEX}/", f"{PIECES}/", "shard-", stored.SEALED)  # what led here, with the shards' sidecars
+        prefixes = (f"{INDEX}/", f"{PIECES}/", "shard-")  # what led here, with the shards' sidecars
         superseded = [entry.key for prefix in prefixes for entry in store.list(prefix)]
         with ThreadPoolExecutor(_DELETING_THREADS) as pool:
             list(pool.map(store.delete, [key for key in superseded if not key.endswith(".bin")]))
@@ -183,24 +169,14 @@ class _Builder:
         total_bytes = sum(chunk.bytes for chunk in chunks)
         with DataProgress("tokenizing", total_bytes=total_bytes, num_tasks=len(chunks)) as progress:
             progress.drop(dropped)
-            for answer in run_tasks(interleaved(chunks), writer):
+            for answer in run_tasks(chunks, writer):
                 chunk, result = answer.item, RESULT.validate_json(answer.content)
                 tokens = sum(shard.tokens for shard in result.shards)
                 progress.advance(chunk.bytes, documents=result.documents, tokens=tokens, rss_bytes=answer.rss_bytes)
                 yield chunk.number, result
 
-    def _store_sealed(
-        self, growing: stored.Manifest, chunks: Sequence[Chunk], results: Mapping[int, ChunkResult], *, ready: list[int]
-    ) -> None:
-        """Stores the list of sealed shards: of each source those before the first chunk that has no result yet, and
-        those of finished stores, which are `ready`."""
-        by_source = groupby(chunks, key=lambda chunk: chunk.source)
-        sealed = [n for _, own in by_source for n in takewhile(results.__contains__, (chunk.number for chunk in own))]
-        shards = stored.in_order(shard for number in [*sealed, *ready] for shard in results[number].shards)
-        self.store.write_bytes(stored.SEALED, replace(growing, shards=shards).to_json())
-
     def _manifest(self, summary: Summary, results: dict[int, ChunkResult]) -> stored.Manifest:
-        """Returns the manifest of the results so far, in canonical order."""
+        """Returns the manifest of the results, in canonical order."""
         ordered = [results[number] for number in sorted(results)]
         samples: dict[str, list[Any]] = {}
         dropped = summary.dropped | {Drop.TEMPLATE_REFUSED.value: sum(result.refused for result in ordered)}

@@ -4,9 +4,6 @@ The manifest holds no path and no time: the same text makes the same manifest wh
 leave a trace, their pinned revision). It is written last: a folder without one is not a finished store. In place of
 very many shards it has lists, each of up to 1,000 shards of one source and split in a file of its own, which a reader
 opens when it needs one of them.
-
-While a store grows, `sealed.json` lists the sealed shards: for each source those before the first missing one, of both
-splits. A sealed shard never changes, so a reader of this prefix reads what the finished store will hold.
 """
 
 import dataclasses
@@ -28,7 +25,6 @@ FORMAT_VERSION, CHAT_VERSION = 2, 3  # of text, and of conversations, whose ids 
 _FORMAT_WITH_LISTS = 4  # of either
 MOST_SHARDS = 8192  # that the manifest itself holds, 2.5 MB; 2 TiB of text make no more
 MANIFEST = "manifest.json"
-SEALED = "sealed.json"
 SOURCES = "sources.json"
 TOKENIZER = "tokenizer.json"
 
@@ -92,7 +88,6 @@ class Manifest:
     drop_samples: dict[str, list[DropSample]]  # the first few of each reason
     replaced_utf8: int  # documents kept with U+FFFD for bytes that were not UTF-8
     shards: tuple[Shard, ...]  # in canonical order: by source, then by place in it
-    complete: bool = True  # False in sealed.json
     bos_id: int | None = None  # each document's first token, where the tokenizer has one
     chat: ChatFormat | None = None  # in which conversations were written; None for text
 
@@ -111,7 +106,7 @@ class Manifest:
     def with_lists(self) -> tuple["Manifest", dict[str, bytes]]:
         """Returns the manifest as it is stored, with lists in place of very many shards, and their content by file."""
         groups: dict[tuple[int, Split, str], list[Shard]] = {}
-        for shard in self.shards if self.complete and len(self.shards) > MOST_SHARDS else ():
+        for shard in self.shards if len(self.shards) > MOST_SHARDS else ():
             groups.setdefault((shard.source, shard.split, shard.thousand), []).append(shard)
         lists, contents = list[Shard](), dict[str, bytes]()
         for (source, split, thousand), group in groups.items():
@@ -127,6 +122,7 @@ class Manifest:
         known = {name: value for name, value in dataclasses.asdict(stored).items() if value is not None}
         has_lists = any(shard.is_list for shard in stored.shards)
         derived = {
+            "complete": True,  # as earlier versions wrote, so that a store's hash stays
             "format_version": _FORMAT_WITH_LISTS if has_lists else CHAT_VERSION if self.chat else FORMAT_VERSION,
             "dtype": self.dtype.name,
             "totals": {name: self.total(name) for name in _SUMS}
@@ -149,7 +145,7 @@ class Manifest:
 
     @property
     def identity(self) -> str:
-        """A hash of everything that decides the shards: the same while the store grows as when it is finished."""
+        """A hash of everything that decides the shards."""
         return hashlib.sha256(canonical_json([self.source_hash, self.config_hash, self.tokenizer_hash])).hexdigest()
 
 
@@ -174,17 +170,17 @@ def canonical_json(value: Any) -> bytes:
     return written.getvalue() + b"\n"
 
 
-def read_manifest(store: Storage, *, name: str = MANIFEST, opens_lists: bool = True) -> Manifest:
+def read_manifest(store: Storage, *, opens_lists: bool = True) -> Manifest:
     """Reads the manifest and checks that every shard is there in its full size. Raises `TokenStoreError`.
 
     Without `opens_lists`, lists stay in place of their shards, for `read_list` to open and check.
     """
     try:
-        manifest = Manifest.from_json(store.read_bytes(name))
+        manifest = Manifest.from_json(store.read_bytes(MANIFEST))
     except NotFoundError as error:
-        raise TokenStoreError(f"{store.uri} holds no {name}: tokenizing was not finished; run it again") from error
+        raise TokenStoreError(f"{store.uri} holds no {MANIFEST}: tokenizing was not finished; run it again") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise TokenStoreError(f"{store.uri}/{name} is damaged ({error}); delete it and tokenize again") from error
+        raise TokenStoreError(f"{store.uri}/{MANIFEST} is damaged ({error}); delete it and tokenize again") from error
     itemsize = manifest.dtype.itemsize
     if not any(shard.is_list for shard in manifest.shards):
         _check_sizes(store, manifest.shards, itemsize, prefix="")

@@ -1,4 +1,4 @@
-"""Reads rows of tokens by number from a token store, finished or still growing."""
+"""Reads rows of tokens by number from a token store."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -13,9 +13,8 @@ import torch
 from cluster.storage.file_cache import FileCache
 from cluster.storage.uris import Storage, StorageError
 from jobs.tokens.batch_plan import SampleOrder
-from jobs.tokens.growing_store import Clock, GrowingStore
 from jobs.tokens.shard_reader import Piece, ShardReader
-from jobs.tokens.token_store import Manifest, Shard, Split, TokenStoreError, read_list, read_manifest
+from jobs.tokens.token_store import Shard, Split, TokenStoreError, read_list, read_manifest
 from model.linear_cross_entropy import IGNORE_INDEX
 
 _OPEN_LISTS = 8  # at once, of a source: a window has shards of two
@@ -62,10 +61,7 @@ class ShardChain:
 
 
 class TokenStream:
-    """A split's rows of `seq_len` tokens and the token that follows, in the store's order or in the run's.
-
-    Where rows of a growing store are not sealed yet, a call waits for them. For one thread.
-    """
+    """A split's rows of `seq_len` tokens and the token that follows, in the store's order or in the run's."""
 
     def __init__(
         self,
@@ -77,80 +73,57 @@ class TokenStream:
         window_rows: int = 1,
         num_samples: int = 0,
         near_bytes: int = 0,
-        growing: bool = False,
-        check: Callable[[], None] = lambda: None,
-        clock: Clock = Clock(),  # noqa: B008 (frozen)
     ) -> None:
-        """Opens a finished store, or with `growing` an unfinished one, whose writer's failure `check` raises.
+        """Opens a store, for one thread.
 
         `seed` and `window_rows` shape `samples`, of which the run reads the first `num_samples`: where that is a good
         part of a window, up to `near_bytes` of a remote store's shards are copied to this node. Raises
         `TokenStoreError` for a store that is unfinished, damaged or too small for one row.
         """
         self.seq_len = seq_len
-        self._uri, self._split, self._seed, self._window_rows = storage.uri, split, seed, window_rows
-        self._num_samples, self._turn, self._is_here = num_samples, -1, storage.local_path("") is not None
+        self._window_rows, self._num_samples, self._turn = window_rows, num_samples, -1
+        self._is_here = storage.local_path("") is not None
         self.near_shards: dict[Shard, None] = {}  # which are copied, or will be as far as there is room
-        self._store = GrowingStore(storage, check=check, clock=clock) if growing else None
-        manifest = self._store.next_manifest(None) if self._store else read_manifest(storage, opens_lists=False)
+        self.manifest = manifest = read_manifest(storage, opens_lists=False)
         near = FileCache(storage, Path.home() / ".cache/raymill/shards", max_bytes=near_bytes)
         self._reader = ShardReader(storage, manifest.dtype, near=near)
-        self._chain = partial(ShardChain, read_list=partial(read_list, storage, itemsize=manifest.dtype.itemsize))
-        self._take(manifest)
-
-    def _take(self, manifest: Manifest) -> None:
-        self.manifest = manifest
-        shards = [shard for shard in manifest.shards if shard.split == self._split]
-        weights = manifest.weights if self._split == "train" else ()
-        by_source = [self._chain([shard for shard in shards if shard.source == n]) for n in range(len(weights))]
-        # While the store grows, only the first source's rows have their final place.
-        self._all = self._chain(shards if manifest.complete else [shard for shard in shards if shard.source == 0])
+        chain = partial(ShardChain, read_list=partial(read_list, storage, itemsize=manifest.dtype.itemsize))
+        shards = [shard for shard in manifest.shards if shard.split == split]
+        weights = manifest.weights if split == "train" else ()
+        self._all = chain(shards)
+        by_source = [chain([shard for shard in shards if shard.source == n]) for n in range(len(weights))]
         self._sources = by_source or [self._all]
-        num_rows = tuple(chain.num_rows(self.seq_len) for chain in self._sources)
-        if manifest.complete and 0 in num_rows:
+        num_rows = tuple(each.num_rows(seq_len) for each in self._sources)
+        if 0 in num_rows:
             source = num_rows.index(0)
             num_tokens = self._sources[source].num_tokens
             raise TokenStoreError(
-                f"the {self._split} split of {f'source {source}' if weights else self._uri} has {num_tokens} tokens, "
-                f"a row needs {self.seq_len + 1} (train.seq_len + 1); add text, "
-                f"{'raise data.val_fraction, ' if self._split == 'val' else ''}or lower train.seq_len"
+                f"the {split} split of {f'source {source}' if weights else storage.uri} has {num_tokens} tokens, "
+                f"a row needs {seq_len + 1} (train.seq_len + 1); add text, "
+                f"{'raise data.val_fraction, ' if split == 'val' else ''}or lower train.seq_len"
             )
-        self.order = SampleOrder(self._seed, self._window_rows, num_rows, weights, manifest.complete)
-
-    def _wait_until(self, ready: Callable[[], bool]) -> None:
-        """Waits until `ready` holds for this stream with the newest manifest, or the store is finished."""
-        if self._store is None or self.manifest.complete:
-            return
-        self._store.check()
-        while not (self.manifest.complete or ready()):
-            self._take(self._store.next_manifest(self.manifest))
+        self.order = SampleOrder(seed, window_rows, num_rows, weights)
 
     def count_rows(self, *, at_most: float = math.inf) -> int:
-        """Returns the number of rows of the finished store, or `at_most` as soon as so many are sealed."""
-        self._wait_until(lambda: self._all.num_rows(self.seq_len) >= at_most)
+        """Returns the number of rows, or `at_most` where there are more."""
         return int(min(self._all.num_rows(self.seq_len), at_most))
 
     def bytes_per_token(self, num_rows: int) -> float:
         """Returns the bytes of text per token over the shards that hold the first `num_rows` rows."""
         return self._all.bytes_per_token(num_rows * self.seq_len + 1)
 
-    def wait_for(self, samples: npt.ArrayLike) -> None:
-        """Waits until the rows of these samples are known and sealed."""
-        self._wait_until(lambda: bool(self.order.covers(samples).all()))
-
     def rows(self, indices: npt.ArrayLike) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns inputs (B, T) and targets (B, T), the next tokens, int64, of rows by their number in the store;
         IGNORE_INDEX where the loss does not count them, as all that is no answer in a conversation."""
         wanted = np.asarray(indices, dtype=np.int64)
         if wanted.size:
-            num_rows = self.count_rows(at_most=int(wanted.max()) + 1)
+            num_rows = self.count_rows()
             if not 0 <= wanted.min() <= wanted.max() < num_rows:
                 raise IndexError(f"rows {wanted.min()} to {wanted.max()} were asked for, the stream has {num_rows}")
         return self._batch([self._all.row(index, self.seq_len) for index in wanted.tolist()], scattered=False)
 
     def samples(self, indices: npt.ArrayLike) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns inputs (B, T) and targets (B, T), int64, of samples by their global index, in the run's order."""
-        self.wait_for(indices)
         return self._batch(self._places(np.asarray(indices)), scattered=True)
 
     def read_ahead(self, indices: npt.ArrayLike) -> None:
@@ -158,11 +131,10 @@ class TokenStream:
         if self._is_here:
             return  # a page fault costs less than a thread
         wanted = np.asarray(indices)
-        known = wanted[self.order.covers(wanted)]
         with suppress(StorageError):  # which the rows' own read meets again, where it is waited for
-            if known.size:
-                self._bring_near(int(known.min()))
-            self._reader.read_ahead(piece for place in self._places(known) for piece in place)
+            if wanted.size:
+                self._bring_near(int(wanted.min()))
+            self._reader.read_ahead(piece for place in self._places(wanted) for piece in place)
 
     def _bring_near(self, first: int) -> None:
         """Has the shards of the next window of samples copied. Some thousand of them tell which: a shard that none of
@@ -173,7 +145,7 @@ class TokenStream:
             return
         ahead = np.arange(first, first + min(window, left), step := -(-window // _SAMPLES_A_LOOK))
         ahead += np.random.default_rng(0).integers(0, step, len(ahead))  # as sources take turns at regular places
-        places = self._places(ahead[self.order.covers(ahead)])
+        places = self._places(ahead)
         shards = {piece.shard: None for place in places for piece in place}
         if shards.keys() != self.near_shards.keys():
             self._reader.bring_near(shards)

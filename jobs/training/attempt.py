@@ -161,7 +161,7 @@ class Attempt:
             run_id=str(config.run_id),
             step=step,
             tokens_seen=self.schedule.tokens_seen(step),
-            data_manifest_hash=manifest.hash if manifest.complete else None,
+            data_manifest_hash=manifest.hash,
             data_identity=manifest.identity,
             generation=self.generation,
             code_version=self.plan.code_version,

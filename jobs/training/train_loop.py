@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from cluster.settings.run import max_steps
-from jobs.run.run_plan import TOKENIZING_FAILED, RunPlan
+from jobs.run.run_plan import RunPlan
 from jobs.training.attempt import Attempt
 from jobs.training.guards import Verdict, decide, roll_back
 from jobs.workers.failures import is_lost_peer
@@ -32,8 +32,6 @@ def train(
     """
     group, pulse = WorkerGroup(rank, world_size, meeting or Meeting()), pulse or Pulse({})
     pulse.is_device_waiting = group.is_device_waiting
-    if plan.growing and group.broadcast(plan.run.exists(TOKENIZING_FAILED) if rank == 0 else None):
-        return  # not an error, as Ray Train would restart the attempt; the launcher reports the reason
     continues = True
     while continues:  # a rollback is a restart without Ray Train
         with ExitStack() as opened:

@@ -16,7 +16,6 @@ def manifest_of(
     tokenizer: Tokenizer | None = None,
     vocab_size: int = 1000,
     weights: tuple[float, ...] = (),
-    complete: bool = True,
 ) -> Manifest:
     return Manifest(
         tokenizer_hash=tokenizer.hash if tokenizer else "t",
@@ -30,7 +29,6 @@ def manifest_of(
         drop_samples={},
         replaced_utf8=0,
         shards=tuple(shards),
-        complete=complete,
     )
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.settings.run import DataConfig
-from jobs.corpus.chunks import interleaved, is_divisible, plan_chunks, whole_file
+from jobs.corpus.chunks import is_divisible, plan_chunks, whole_file
 from jobs.corpus.listing import CorpusFile
 
 kinds = st.sampled_from([("txt", ""), ("jsonl", ""), ("jsonl", ".gz"), ("csv", ""), ("parquet", ""), ("txt", ".zst")])
@@ -48,15 +48,3 @@ def test_each_byte_is_in_one_chunk_of_its_source(files: list[CorpusFile]) -> Non
     assert [[(p.file.number, p.start, p.end) for p in c.parts] for c in again] == [
         [(p.file.number, p.start, p.end) for p in c.parts] for c in chunks
     ]
-
-
-@given(corpora())
-def test_sources_advance_alike_and_each_in_order(files: list[CorpusFile]) -> None:
-    chunks = plan_chunks(files, {}, DATA)
-    ordered = interleaved(chunks)
-    assert sorted(chunk.number for chunk in ordered) == [chunk.number for chunk in chunks]
-    for source in {chunk.source for chunk in chunks}:
-        own = [chunk.number for chunk in ordered if chunk.source == source]
-        assert own == sorted(own)
-        half = [chunk.source for chunk in ordered[: (len(ordered) + 1) // 2]]
-        assert abs(half.count(source) - len(own) / 2) <= len(files)

@@ -21,6 +21,7 @@ from tests.jobs.runs import tiny_plan
 UNUSUAL: dict[str, Any] = {
     "sample_tokens": 9,
     "timing": False,
+    "while_tokenizing": True,
     "max_failures": 3,
     "start_timeout_s": 5,
     "spool_bytes": 1,

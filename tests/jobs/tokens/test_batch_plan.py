@@ -1,6 +1,5 @@
 """The batch plan: each row once per epoch, each sample of a step on one rank, whatever the world size."""
 
-import dataclasses
 import itertools
 
 import numpy as np
@@ -15,8 +14,8 @@ seeds = st.integers(0, 2**63 - 1)
 weight_lists = st.lists(st.floats(0.01, 1.0), min_size=2, max_size=4).map(tuple)
 
 
-def one_source(seed: int, num_rows: int, window_rows: int, *, complete: bool = True) -> SampleOrder:
-    return SampleOrder(seed, window_rows, (num_rows,), complete=complete)
+def one_source(seed: int, num_rows: int, window_rows: int) -> SampleOrder:
+    return SampleOrder(seed, window_rows, (num_rows,))
 
 
 @given(seed=seeds, epoch=st.integers(0, 1000), num_rows=st.integers(1, 2000), window_rows=st.integers(40, 2500))
@@ -40,32 +39,6 @@ def test_a_sample_alone_is_the_same_as_among_others(
     rows = order.rows(samples)[1]
     assert rows.tolist() == [int(order.rows([sample])[1][0]) for sample in samples]
     assert 0 <= rows.min() <= rows.max() < num_rows
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    seed=seeds,
-    sealed=st.lists(st.integers(0, 300), min_size=2, max_size=2),
-    more=st.lists(st.integers(0, 300), min_size=2, max_size=2),
-    window_rows=st.integers(1, 100),
-    weights=st.just(()) | weight_lists.filter(lambda weights: len(weights) == 2),
-)
-def test_what_is_sealed_is_taken_as_from_the_finished_store(
-    seed: int, sealed: list[int], more: list[int], window_rows: int, weights: tuple[float, ...]
-) -> None:
-    growing = SampleOrder(seed, window_rows, tuple(sealed), weights, complete=False)
-    num_rows = tuple(max(1, a + b) for a, b in zip(sealed, more, strict=True))
-    finished = dataclasses.replace(growing, num_rows=num_rows, complete=True)
-    samples = np.arange(400)
-    known = samples[growing.covers(samples)]
-    assert np.array_equal(growing.rows(known), finished.rows(known))
-    # Known are the full windows and nothing else: of the one source, so many samples.
-    if not weights:
-        assert known.tolist() == list(range(sealed[0] // window_rows * window_rows))
-    sources, rows = growing.rows(known)
-    assert (rows < np.array(sealed)[sources]).all()
-    with pytest.raises(AssertionError, match="beyond the sealed windows"):
-        growing.rows([10**6])
 
 
 def test_seeds_epochs_windows_and_sources_order_differently_and_evenly() -> None:

@@ -1,6 +1,5 @@
 """A store of very many shards: its manifest has lists in their place, and is read, checked and repaired as any other."""
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from jobs.corpus.chunks import default_shard_bytes
 from jobs.corpus.listing import CorpusFile
 from jobs.tokens import token_store
 from jobs.tokens.build_store import tokenize
-from jobs.tokens.token_store import MANIFEST, SEALED, Manifest, Shard, TokenStoreError, read_manifest
+from jobs.tokens.token_store import MANIFEST, SPLITS, Manifest, Shard, TokenStoreError, read_manifest
 from jobs.tokens.token_stream import TokenStream
 from tests.jobs.corpora import data_config, make_corpus
 from tests.jobs.stores import manifest_of, write_shard
@@ -53,7 +52,7 @@ def test_rows_and_figures_are_those_of_a_store_without_lists(
 ) -> None:
     plain = open_storage(str(tmp_path / "plain"))
     write_store(plain, weights=weights)
-    expected = [TokenStream(plain, split=split, seq_len=5, seed=3, window_rows=7) for split in ("train", "val")]
+    expected = {split: TokenStream(plain, split=split, seq_len=5, seed=3, window_rows=7) for split in SPLITS}
     few()
     root = str(tmp_path / "lists") if place == "local" else f"s3://{request.getfixturevalue('s3_bucket')}/store"
     storage = open_storage(root)
@@ -63,12 +62,12 @@ def test_rows_and_figures_are_those_of_a_store_without_lists(
         *("list-0-shard-00.json", "list-0-val-00.json", "list-1-shard-01.json", "list-1-shard-02.json"),
         *("list-1-val-01.json", "list-1-shard-100.json", "list-1-val-100.json"),
     }
-    for stream in expected:
-        found = TokenStream(storage, split=stream._split, seq_len=5, seed=3, window_rows=7)
+    for split, stream in expected.items():
+        found = TokenStream(storage, split=split, seq_len=5, seed=3, window_rows=7)
         assert found.count_rows() == stream.count_rows()
         assert found.rows(range(found.count_rows()))[1].equal(stream.rows(range(found.count_rows()))[1])
         assert found.bytes_per_token(3) == stream.bytes_per_token(3)
-        if stream._split == "train":
+        if split == "train":
             assert found.samples(range(90))[0].equal(stream.samples(range(90))[0])
     stored = storage.read_bytes(MANIFEST)
     opened = read_manifest(storage)
@@ -133,24 +132,6 @@ def test_a_store_with_lists_is_made_looked_at_and_repaired(
     assert tokenize(config) == made
     assert (folder / "shard-00002.bin").read_bytes() == content
     assert names == {path.name for path in folder.rglob("*") if path.is_file() and ".partial-lock" not in path.name}
-
-
-def test_a_growing_store_has_no_lists_until_it_is_finished(few: Callable[[], None], tmp_path: Path) -> None:
-    few()
-    storage = open_storage(str(tmp_path))
-    manifest = write_store(storage)
-    growing = dataclasses.replace(manifest, complete=False)
-    assert growing.with_lists() == (growing, {})
-    finished = storage.read_bytes(MANIFEST)
-    storage.delete(MANIFEST)
-    storage.write_bytes(SEALED, growing.to_json())
-    stream = TokenStream(storage, split="train", seq_len=5, seed=3, window_rows=7, growing=True)
-    early = stream.samples(range(20))[0]
-    storage.write_bytes(MANIFEST, finished)
-    expected = TokenStream(storage, split="train", seq_len=5, seed=3, window_rows=7)
-    assert stream.count_rows() == expected.count_rows()
-    assert stream.manifest.complete
-    assert early.equal(expected.samples(range(20))[0])
 
 
 def of_size(num_bytes: int, compression: str = "") -> list[CorpusFile]:

@@ -12,7 +12,7 @@ import torch
 from cluster.storage.file_cache import FileCache
 from cluster.storage.uris import Storage, open_storage
 from jobs.tokens import token_store, token_stream
-from jobs.tokens.token_store import MANIFEST, SEALED, Shard, TokenStoreError
+from jobs.tokens.token_store import MANIFEST, Shard, TokenStoreError
 from jobs.tokens.token_stream import TokenStream
 from model.checkpoint_folder import ChatFormat
 from model.linear_cross_entropy import IGNORE_INDEX
@@ -102,35 +102,6 @@ def test_altered_bytes_end_the_run_by_name(storage: Storage) -> None:
 
     with pytest.raises(TokenStoreError, match=r"shard-00001\.bin has SHA-256 .*, the manifest says .*tokenize again"):
         wait_until(read)
-
-
-@pytest.mark.parametrize("weights", [(), (0.7, 0.3)])
-def test_the_shards_of_a_growing_store_come_near_as_they_are_sealed(
-    weights: tuple[float, ...], storage: Storage
-) -> None:
-    shards = [write_shard(storage, number, 40_000, source=number // 4)[0] for number in range(8)]
-    sealed = manifest_of([*shards[:3], *shards[4:6]], weights=weights, complete=False)
-    storage.write_bytes(SEALED, sealed.to_json())
-    options = {
-        "split": "train",
-        "seq_len": SEQ_LEN,
-        "window_rows": 2000,
-        "num_samples": 10_000,
-        "near_bytes": 1 << 30,
-        "growing": True,
-    }
-    stream = TokenStream(storage, **options)  # type: ignore[arg-type]
-    stream.read_ahead(np.arange(BATCH))
-    first = {shards[0].sha256} | ({shards[4].sha256} if weights else set())
-    wait_until(lambda: copies() == first)
-    stream.read_ahead(np.arange(1500, 1500 + BATCH))  # from where the next window is in sight
-    wait_until(lambda: shards[1].sha256 in copies())
-    assert copies() <= {shard.sha256 for shard in sealed.shards}
-    storage.write_bytes(MANIFEST, manifest_of(shards, weights=weights).to_json())
-    stream.wait_for(np.arange(8000, 8000 + BATCH))
-    stream.read_ahead(np.arange(8000, 8000 + BATCH))
-    places = [piece.shard.sha256 for place in stream._places(np.arange(8000, 8000 + BATCH)) for piece in place]
-    wait_until(lambda: set(places) <= copies())
 
 
 def test_copies_are_asked_for_only_when_other_shards_come(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
