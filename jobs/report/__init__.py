@@ -1,1 +1,1 @@
-"""Figures of a run: the page, why it is slow, probes."""
+"""Figures of a run: the page, why it is slow, comparisons, probes."""

@@ -31,6 +31,11 @@ def document(title: str, body: str) -> str:
     return Template(page).substitute(title=escape(title), body=body)
 
 
+def grid(caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Returns a table whose first column names its rows."""
+    return table(caption, heads, [f'<th scope="row">{escape(name)}</th>{cells(values)}' for name, *values in rows])
+
+
 def picture(description: str, png: bytes) -> str:
     return f'<img src="data:image/png;base64,{base64.b64encode(png).decode()}" alt="{escape(description)}">\n'
 
@@ -58,20 +63,30 @@ def new_figure(*, height_inches: float = 3.8) -> Figure:
     return Figure((_WIDTH_INCHES, height_inches), _DOTS_PER_INCH, layout="constrained")
 
 
+def titled(figure: Figure, title: str, *, x: str, y: str) -> Axes:
+    """Returns the figure's only axes, styled, with a title and labels."""
+    axes = figure.subplots()
+    style(axes)
+    axes.set_title(title, loc="left", fontweight="bold")
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    return axes
+
+
 def style(axes: Axes) -> None:
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def png(figure: Figure) -> bytes:
+def png(figure: Figure, *, columns: int = 4) -> bytes:
     """Renders the figure, with the legend of all axes below them, where it hides nothing."""
     handles: dict[str, Artist] = {}
     for axes in figure.axes:
         drawn, names = axes.get_legend_handles_labels()
         handles |= dict(zip(names, drawn, strict=True))
     if handles:
-        place: dict[str, Any] = {"ncols": 4, "frameon": False, "fontsize": "small"}
+        place: dict[str, Any] = {"ncols": columns, "frameon": False, "fontsize": "small"}
         figure.legend(list(handles.values()), list(handles), loc="outside lower left", **place)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")

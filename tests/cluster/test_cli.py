@@ -31,6 +31,7 @@ COMMANDS = {
     "evaluate": ["CHECKPOINT", "--max-tokens", "--precision"],
     "export": ["DESTINATION", "--storage.uri"],
     "report": ["RUN", "--storage.uri"],
+    "compare": ["RUN", "--storage.uri"],
     "why-slow": ["RUN", "--json"],
     "verify": ["RUN", "--json"],
     "replay": ["RUN", "--steps A..B", "--workers", "--json"],

@@ -1,0 +1,99 @@
+"""Puts runs side by side: their losses on one axis, the settings in which they differ, and their final figures."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from matplotlib.ticker import StrMethodFormatter
+
+from cluster.settings.parser import ConfigError
+from cluster.settings.run import RunConfig
+from cluster.storage.uris import Storage, join_uri, open_storage
+from jobs.report.figures import smoothed
+from jobs.report.page import document, grid, new_figure, picture, png, titled
+from jobs.run.find_run import begun_ledger
+from jobs.run.history import flattened, recorded_config, statistics
+from jobs.run.ledger import Ledger
+
+_MAX_RUNS = 8
+_DASHES = ("-", "--", "-.", ":", "-", "--", "-.", ":")
+_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999", "#7a3b69")
+_OF_THE_RUN = ("run_id", "storage.uri", "cluster.address")
+"""Settings that say where a run is, not what it is."""
+_OF_ONE_RUN = {"Workers, by attempt", "Checkpoint", "Parameter hash", "Time lost"}
+"""Final figures that are about one run alone."""
+
+
+@dataclass(frozen=True)
+class Run:
+    name: str
+    ledger: Ledger
+    config: RunConfig
+
+
+def compare(*runs: Storage, storage_uri: str) -> dict[str, Any]:
+    """Writes `comparisons/…/` into the storage; returns the page, the figure, the settings and the final figures.
+
+    Raises `RunError` for a run without a step, `ConfigError` for too few runs or too many.
+    """
+    if not 2 <= len(runs) <= _MAX_RUNS:
+        raise ConfigError(f"{len(runs)} runs cannot be compared; name 2 to {_MAX_RUNS}")
+    read = [Run(run.uri.rpartition("/")[2], begun_ledger(run), recorded_config(run)) for run in runs]
+    names = [run.name for run in read]
+    settings = differing_settings(read)
+    finals = [dict(statistics(run.ledger, run.config)) for run in read]
+    names_of_figures = [name for name in dict.fromkeys(n for f in finals for n in f) if name not in _OF_ONE_RUN]
+    rows = {name: [figures.get(name, "") for figures in finals] for name in names_of_figures}
+    folder = f"comparisons/{hashlib.sha256(' '.join(run.uri for run in runs).encode()).hexdigest()[:12]}"
+    heads = ["", *names]
+    differing = grid("Settings that differ", heads, [[n, *values] for n, values in settings.items()])
+    ends = "; ".join(f"{run.name} ends at {run.ledger.steps[-1]['loss']:.3f} nats per token" for run in read)
+    text = f"Training and validation loss of each run over the tokens seen: {ends}."
+    image = draw(read)
+    body = (
+        f"<h1>{escape(' and '.join(names))}</h1>{picture(text, image)}"
+        f"<h2>Final figures</h2>{grid('Final figures', heads, [[name, *row] for name, row in rows.items()])}"
+        f"<h2>Settings that differ</h2>{differing if settings else '<p>None.</p>'}"
+    )
+    storage = open_storage(storage_uri)
+    storage.write_bytes(f"{folder}/loss.png", image)
+    storage.write_bytes(f"{folder}/index.html", document("Comparison of runs", body).encode())
+    return {
+        "html": join_uri(storage.uri, f"{folder}/index.html"),
+        "figure": join_uri(storage.uri, f"{folder}/loss.png"),
+        "runs": names,
+        "settings": settings,
+        "figures": rows,
+    }
+
+
+def differing_settings(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """Returns each setting that is not the same in all runs, with its value in each."""
+    flat = [dict(flattened(run.config.model_dump(mode="json"))) for run in runs]
+    names = dict.fromkeys(name for values in flat for name in values)
+    found = {name: [values.get(name, "") for values in flat] for name in names if name not in _OF_THE_RUN}
+    return {name: values for name, values in found.items() if len(set(values)) > 1}
+
+
+def draw(runs: Sequence[Run]) -> bytes:
+    """Draws the training loss, smoothed, and the validation loss over the tokens seen."""
+    most = max(run.ledger.steps[-1]["tokens_seen"] for run in runs)
+    factor, unit = next(((f, u) for f, u in ((1e9, "billion "), (1e6, "million ")) if most >= f), (1.0, ""))
+    figure = new_figure(height_inches=4.6)
+    axes = titled(figure, "Loss of each run", x=f"{unit}tokens seen", y="loss (nats/token)")
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    for number, run in enumerate(runs):
+        look: dict[str, Any] = {"color": _COLORS[number], "linestyle": _DASHES[number]}
+        steps = run.ledger.steps
+        seen = {line["step"]: line["tokens_seen"] / factor for line in steps}
+        losses = smoothed([line["loss"] for line in steps], run.ledger)
+        axes.plot(list(seen.values()), losses, linewidth=1.6, label=f"{run.name}, training, smoothed", **look)
+        validations = {line["step"]: line["val_loss"] for line in run.ledger.events("validation")}
+        points = [(seen[step], loss) for step, loss in sorted(validations.items()) if step in seen]
+        if points:
+            look["linestyle"] = "none"
+            look |= {"marker": "osD^vPX*"[number], "markersize": 5 + number, "fillstyle": "none"}  # none hides another
+            axes.plot(*zip(*points, strict=True), label=f"{run.name}, validation", **look)
+    return png(figure, columns=2)
