@@ -249,7 +249,7 @@ def test_denied_gated_offline_and_out_of_reach(hub: HubStub, monkeypatch: pytest
     "uri", ["hf://datasets/owner", "hf://spaces/owner/texts", "hf://datasets/owner/texts@/x", "hf://", f"{ROOT}//a"]
 )
 def test_another_form_is_refused(uri: str) -> None:
-    with pytest.raises(StorageError, match="expected hf://owner/name@revision/path for a model, hf://datasets"):
+    with pytest.raises(StorageError, match="expected hf://owner/name@revision/path for a model, or hf://datasets"):
         open_storage(uri)
     with pytest.raises(StorageError, match="leaves its folder"):
         open_storage(f"{ROOT}/a/../../b")

@@ -10,7 +10,7 @@ import re
 from itertools import pairwise, takewhile
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from jobs.corpus.text_borders import cut_stream, cut_text, lines, records
@@ -56,6 +56,7 @@ def test_ranges_together_give_each_stretch_once(content: bytes, step: int) -> No
 
 
 @given(contents)
+@example(b'"\r"a,"\n\n')
 def test_records_hold_the_rows_of_the_csv_reader_and_lose_nothing(content: bytes) -> None:
     found = list(records(io.BytesIO(content), limit=5000))
     assert b"".join(record for _, record, _ in found) == content

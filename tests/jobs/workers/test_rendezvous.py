@@ -19,6 +19,7 @@ from jobs.workers.rendezvous import FruitlessError, Rendezvous, meeting_place
 from jobs.workers.worker_group import Meeting
 from tests.jobs.meeting_worker import meet
 from tests.jobs.worker_processes import exit_code, into_log, worker_process
+from tests.time_limits import limit_s
 from tests.waiting import wait_until
 
 WORLD_SIZE, ROUNDS = 3, 60
@@ -189,6 +190,7 @@ def test_a_watch_whose_meeting_place_is_gone_says_so(capsys: pytest.CaptureFixtu
     said: list[str] = []
 
     def work(meeting: Meeting) -> None:
+        time.sleep(limit_s(1))  # the watch has found the place
         place.close()
         wait_until(lambda: said.append(capsys.readouterr().err) or "no longer notices lost workers" in "".join(said))
 

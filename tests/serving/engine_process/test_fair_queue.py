@@ -141,7 +141,7 @@ def test_a_key_with_a_long_queue_keeps_no_other_waiting(checkpoint: Path, model:
             tasks = [asyncio.create_task(one) for one in many]
             await wait_in_loop_until(lambda: client.num_running == 2)
             before = len(ended)  # on busy cores the first may have ended already
-            assert client.ahead("a").num_sequences == client.num_open_sequences >= 20
+            assert client.ahead("a").num_sequences == client.num_open_sequences >= 12
             assert client.ahead("b").num_sequences <= 3
             few = [
                 asyncio.create_task(collect("b", client.submit([asked(client, prompts[i])], key="b"), ended))

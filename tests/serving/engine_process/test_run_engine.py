@@ -179,7 +179,7 @@ def test_reports_wait_for_each_other_unless_a_sequence_begins_or_ends(
     connection = Recorded(theirs)
 
     def run() -> None:
-        with theirs, contextlib.suppress(EOFError):
+        with theirs, contextlib.suppress(EOFError, ConnectionError):
             run_engine(target, Channel(connection))  # type: ignore[arg-type]
 
     with ours, ours.makefile("rb") as file:
@@ -218,7 +218,7 @@ def test_what_a_step_begins_with_is_told_before_it_computes(model: GPT) -> None:
     ours.settimeout(limit_s(60))
 
     def run() -> None:
-        with theirs, contextlib.suppress(EOFError):
+        with theirs, contextlib.suppress(EOFError, ConnectionError):
             run_engine(target, Channel(theirs))
 
     with ours:
