@@ -23,7 +23,6 @@ Unlike there, only blanks may follow a closing quote; anything else shows that i
 
 _OPEN_FIELD = re.compile(rb'[,\r\n]?"' + _QUOTED + rb"\Z")
 _STILL_OPEN = re.compile(_QUOTED + rb"\Z")
-_BETWEEN_QUOTES = re.compile(rb'"[^"]*+"')
 
 
 def lines(file: BinaryIO, start: int = 0, end: int | None = None, *, limit: int) -> Iterator[tuple[int, bytes, bool]]:
@@ -103,7 +102,7 @@ def _after(line: bytes, before: _Quotes) -> _Quotes:
     if rest.match(line) if found is None else _OPEN_FIELD.match(line, found.end()):
         return _Quotes.OPEN
     # In a file whose lines end with CR, this one is many: they are read one by one rather than lost together.
-    return _Quotes.CLOSED if b"\r" in _BETWEEN_QUOTES.sub(b"", line).rstrip(b"\r\n") else _Quotes.STRAY
+    return _Quotes.CLOSED if b"\r" in line.rstrip(b"\r\n") else _Quotes.STRAY
 
 
 def cut_stream(
