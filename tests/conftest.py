@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.cluster.fault_proxy import FaultProxy, running_proxy
 from tests.lanes import LaneScheduling, place
 from tests.time_limits import slowness
 
@@ -59,3 +60,11 @@ def s3_bucket(s3_server: str) -> str:
     name = f"bucket-{uuid.uuid4().hex[:12]}"
     boto3.client("s3", endpoint_url=s3_server).create_bucket(Bucket=name)
     return name
+
+
+@pytest.fixture
+def proxy(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """A proxy before the S3 server, which all of the test's clients take for the server."""
+    with running_proxy(s3_server) as running:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", running.url)
+        yield running

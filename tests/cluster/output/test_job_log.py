@@ -3,7 +3,6 @@
 import json
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ import pytest
 from cluster.output import job_log
 from cluster.output.job_log import Ended, JobLog, LogReader, Started, launches
 from cluster.storage.uris import Storage, open_storage
-from tests.cluster.fault_proxy import FaultProxy, running_proxy
+from tests.cluster.fault_proxy import FaultProxy
 from tests.time_limits import limit_s
 from tests.waiting import wait_until
 
@@ -77,13 +76,6 @@ def test_old_launches_make_room(run: Storage) -> None:
         JobLog(run, f"launch-{number:02d}", STARTED).close(WELL)
     assert launches(run) == [f"launch-{number:02d}" for number in range(2, 12)]
     assert not run.list("jobs/launch-00/")
-
-
-@pytest.fixture
-def proxy(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
-    with running_proxy(s3_server) as running:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", running.url)
-        yield running
 
 
 def test_an_outage_neither_holds_up_the_writer_nor_costs_lines(proxy: FaultProxy, s3_bucket: str) -> None:

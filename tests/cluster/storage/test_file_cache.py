@@ -7,7 +7,6 @@ import random
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import pytest
 
 from cluster.storage.file_cache import FileCache
 from cluster.storage.uris import Entry, Storage, open_storage
-from tests.cluster.fault_proxy import Cut, FaultProxy, Stalled, running_proxy
+from tests.cluster.fault_proxy import Cut, FaultProxy, Stalled
 from tests.repository import REPOSITORY
 from tests.time_limits import limit_s
 from tests.waiting import wait_until
@@ -35,13 +34,6 @@ print("wanted", flush=True)
 while not all((cache.folder / file.version).exists() for file in wanted):
     time.sleep(0.01)
 """
-
-
-@pytest.fixture
-def proxy(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
-    with running_proxy(s3_server) as running:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", running.url)
-        yield running
 
 
 @pytest.fixture

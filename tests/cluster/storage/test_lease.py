@@ -14,17 +14,10 @@ import pytest
 
 from cluster.storage.lease import Lease, LeaseHeldError, LeaseLostError
 from cluster.storage.uris import Storage, open_storage
-from tests.cluster.fault_proxy import Cut, FaultProxy, running_proxy
+from tests.cluster.fault_proxy import Cut, FaultProxy
 from tests.time_limits import limit_s
 
 INTERVAL_S = 0.2
-
-
-@pytest.fixture
-def proxy(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
-    with running_proxy(s3_server) as running:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", running.url)
-        yield running
 
 
 @pytest.fixture(params=["local", "s3"])

@@ -1,21 +1,12 @@
 """Reading from S3 through a proxy that misbehaves: the bytes come back whole, or one line says what to do."""
 
-from collections.abc import Iterator
-
 import pytest
 
 from cluster.storage.uris import NotFoundError, StorageError, open_storage
-from tests.cluster.fault_proxy import Cut, FaultProxy, Refused, running_proxy
+from tests.cluster.fault_proxy import Cut, FaultProxy, Refused
 
 DATA = bytes(range(251)) * 5000  # 1.2 MiB
 KIB = 1 << 10
-
-
-@pytest.fixture
-def proxy(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
-    with running_proxy(s3_server) as running:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", running.url)
-        yield running
 
 
 @pytest.fixture

@@ -15,16 +15,9 @@ import pytest
 from cluster.cli import main
 from cluster.storage.uris import open_storage
 from cluster.submission.storage_check import check_storage
-from tests.cluster.fault_proxy import Cut, FaultProxy, Refused, running_proxy
+from tests.cluster.fault_proxy import Cut, FaultProxy, Refused
 
 STEPS = ["list", "write", "read", "create only once", "replace only a known version", "delete"]
-
-
-@pytest.fixture
-def proxy(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
-    with running_proxy(s3_server) as running:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", running.url)
-        yield running
 
 
 def problem(uri: str) -> str:

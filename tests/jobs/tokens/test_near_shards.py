@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,19 +15,12 @@ from jobs.tokens.token_store import MANIFEST, Shard, TokenStoreError
 from jobs.tokens.token_stream import TokenStream
 from model.checkpoint_folder import ChatFormat
 from model.linear_cross_entropy import IGNORE_INDEX
-from tests.cluster.fault_proxy import FaultProxy, running_proxy
+from tests.cluster.fault_proxy import FaultProxy
 from tests.jobs.stores import make_store, manifest_of, write_shard
 from tests.waiting import wait_until
 
 SIZES = [40_000, 70_001, 3, 50_000, 40_000, 60_000, 40_000, 40_000]
 SEQ_LEN, WINDOW, BATCH = 16, 5000, 50  # 21,000 rows in five windows
-
-
-@pytest.fixture
-def proxy(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
-    with running_proxy(s3_server) as running:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", running.url)
-        yield running
 
 
 @pytest.fixture
