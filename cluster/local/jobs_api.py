@@ -78,10 +78,10 @@ class JobsApi:
         """Asks the job to end, without waiting for it; a job that has ended is left alone."""
         self._ask("POST", f"/api/jobs/{name}/stop", missing_is_none=True)
 
-    def state_rows(self, what: str, state: str) -> list[dict[str, Any]]:
-        """Returns the nodes, tasks, actors or placement groups that are in a state, from Ray's state API."""
-        query = f"filter_keys=state&filter_predicates=%3D&filter_values={state}&detail=true&limit={_MAX_ROWS}"
-        answer = self._ask("GET", f"/api/v0/{what}?{query}", timeout_s=_STATE_TIMEOUT_S)
+    def alive_nodes(self) -> list[dict[str, Any]]:
+        """Returns the rows of Ray's state API for nodes that are alive."""
+        query = f"filter_keys=state&filter_predicates=%3D&filter_values=ALIVE&detail=true&limit={_MAX_ROWS}"
+        answer = self._ask("GET", f"/api/v0/nodes?{query}", timeout_s=_STATE_TIMEOUT_S)
         return list(answer["data"]["result"]["result"])
 
     def has_autoscaler(self) -> bool:

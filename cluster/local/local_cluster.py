@@ -221,7 +221,7 @@ class LocalCluster:
     def _alive_nodes(self) -> dict[str, str]:
         """Returns ids and names of the nodes that the head counts as alive, including one that was just killed."""
         try:
-            nodes = self.jobs_api.state_rows("nodes", "ALIVE")
+            nodes = self.jobs_api.alive_nodes()
         except ClusterError:  # the dashboard is not up yet
             return {}
         return {node["node_id"]: node["node_name"] for node in nodes}

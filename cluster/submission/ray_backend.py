@@ -27,7 +27,7 @@ class RayJobs(JobBackend):
         self._api.probe()
 
     def check(self, config: RunConfig, stage: str, needs: dict[str, Any]) -> None:
-        nodes = [row["resources_total"] for row in self._api.state_rows("nodes", "ALIVE")]
+        nodes = [row["resources_total"] for row in self._api.alive_nodes()]
         try:
             check_rooms(config, stage, needs, nodes=nodes, where=self._api.url)
         except AdmissionError as error:

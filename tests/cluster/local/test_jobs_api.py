@@ -20,4 +20,4 @@ def test_the_nodes_of_a_large_cluster_are_all_seen(monkeypatch: pytest.MonkeyPat
         return httpx.Response(200, json={"data": {"result": {"result": nodes[:limit]}}})
 
     monkeypatch.setattr("cluster.local.jobs_api.httpx.request", answer)
-    assert len(JobsApi("http://127.0.0.1:8265", token=None).state_rows("nodes", "ALIVE")) == NUM_NODES
+    assert len(JobsApi("http://127.0.0.1:8265", token=None).alive_nodes()) == NUM_NODES
