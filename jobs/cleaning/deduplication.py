@@ -4,7 +4,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 
@@ -15,8 +15,9 @@ from cluster.storage.uris import Storage
 from jobs.cleaning import duplicates
 from jobs.cleaning.disk_buckets import BucketFile, Records
 from jobs.cleaning.document_index import read_signatures, section_indexes, selection_folder
-from jobs.cleaning.duplicates import BANDED, HASHED, PAIR, ROW, ROWS, SIGNATURE, Places, Signatures
+from jobs.cleaning.duplicates import BANDED, HASHED, JOINED, PAIR, ROW, ROWS, SIGNATURE, Places, Signatures
 from jobs.cleaning.exchange import Exchange, Item, Piece, Runner, Section, partitions_for, run_step, sections_of
+from jobs.cleaning.families import LINK, document, join_families, later_members, link
 from jobs.corpus.documents import Drop
 from jobs.corpus.text_hashes import Hashes
 
@@ -25,18 +26,8 @@ _BLOCK = 1 << 13  # documents at once
 
 @dataclass(frozen=True)
 class Decisions:
-    """Where the rows to drop for a reason are: those found within a section, and across sections."""
-
     reason: Drop
-    within: Exchange
-    send: Callable[[Section], bytes]
-    across: Callable[[Section], Records] | None  # None where all is one section
-
-    def rows(self, section: Section) -> Records:
-        """Returns them in order; one may be repeated."""
-        self.send(section)  # which is done already if there are several: a small corpus takes two jobs fewer
-        across = [] if self.across is None else [self.across(section)]
-        return np.sort(np.concatenate([self.within.kept(section.number, ROW), *across]))
+    rows: Callable[[Section], Records]  # those to drop, in order; one may be repeated
 
 
 class Deduplication:
@@ -45,46 +36,47 @@ class Deduplication:
         threshold = data.near_dedup_threshold
         self._store, self._threshold, self._run = store, threshold or 1.0, run
         self._task_bytes, self._folder = data.selection_task_bytes, selection_folder(data)
-        self._num_documents = sum(sizes)
+        self._sizes, self._num_documents = sizes, sum(sizes)
         self._banded_bytes = BANDED.itemsize * duplicates.bands_for(self._threshold)[0]
         record_bytes = HASHED.itemsize + (self._banded_bytes if threshold is not None else 0)
         self.sections = sections_of([size * record_bytes for size in sizes], least=self._task_bytes)
 
     def exact(self) -> Decisions:
         hashes = self._exchange("hashes", self._num_documents * HASHED.itemsize)
-        send = partial(hashes.send, pieces=_hashes)
-        if len(self.sections) == 1:
-            return Decisions(Drop.DUPLICATE, hashes, send, None)
-        self._step("finding duplicates", self.sections, send)
-        work = partial(hashes.decide, by=duplicates.repeats_across, dtype=HASHED, answers=ROWS)
-        self._step("comparing sections", range(hashes.num_partitions), work)
-        return Decisions(Drop.DUPLICATE, hashes, send, partial(_repeating, hashes=hashes))
+        if len(self.sections) > 1:
+            self._step("finding duplicates", self.sections, partial(hashes.send, pieces=_hashes))
+            work = partial(hashes.decide, by=duplicates.repeats_across, dtype=HASHED, answers=ROWS)
+            self._step("comparing sections", range(hashes.num_partitions), work)
+        return Decisions(Drop.DUPLICATE, partial(_repeating, hashes=hashes))
 
     def near(self, exact: Decisions | None = None) -> Decisions:
-        """Also drops what `exact` drops, with which nothing has to be compared any longer.
+        """Compares what `exact` leaves.
 
         Partitions name pairs of documents in different sections; the later one's section asks that of the earlier
-        one for its signature, once for all pairs, and compares them."""
+        one for its signature, once for all pairs, and compares them. Then sections join the families that span them."""
         bands = self._exchange("bands", self._num_documents * self._banded_bytes)
         send = partial(bands.send, pieces=partial(_bands, threshold=self._threshold, exact=exact))
         if len(self.sections) == 1:
-            return Decisions(Drop.NEAR_DUPLICATE, bands, send, None)
+            return Decisions(Drop.NEAR_DUPLICATE, partial(_joined, send=send, bands=bands))
         self._step("finding near-duplicates", self.sections, send)
         work = partial(bands.decide, by=duplicates.pairs_across, dtype=BANDED, answers=PAIR)
         self._step("pairing sections", range(bands.num_partitions), work)
         asked = Exchange(self._store, f"{self._folder}/asked", len(self.sections), len(self.sections))
         self._step("asking for signatures", self.sections, partial(asked.send, pieces=partial(_asked, bands=bands)))
         self._step("sending signatures", self.sections, partial(send_signatures, asked=asked))
-        across = partial(_resembling, bands=bands, asked=asked, threshold=self._threshold)
-        return Decisions(Drop.NEAR_DUPLICATE, bands, send, across)
+        links = replace(asked, name=f"{self._folder}/links")
+        work = partial(_compare, bands=bands, asked=asked, links=links, threshold=self._threshold)
+        self._step("comparing near-duplicates", self.sections, work)
+        stars = join_families(links, self.sections, self._sizes, run=self._run)
+        return Decisions(Drop.NEAR_DUPLICATE, partial(later_members, stars=stars))
 
     def _exchange(self, name: str, num_bytes: int) -> Exchange:
         num_partitions = partitions_for(num_bytes, task_bytes=self._task_bytes)
         return Exchange(self._store, f"{self._folder}/{name}", len(self.sections), num_partitions)
 
-    def _step(self, label: str, items: Sequence[Item], work: Callable[[Item], bytes]) -> int:
-        """Returns the sum of the tasks' answers."""
-        return sum(map(int, run_step(label, items, work, run=self._run)))
+    def _step(self, label: str, items: Sequence[Item], work: Callable[[Item], bytes]) -> None:
+        for _ in run_step(label, items, work, run=self._run):
+            pass
 
 
 def _hashes(section: Section, exchange: Exchange) -> Iterator[Piece]:
@@ -104,29 +96,38 @@ def _hashes(section: Section, exchange: Exchange) -> Iterator[Piece]:
 
 
 def _repeating(section: Section, *, hashes: Exchange) -> Records:
-    return np.concatenate([np.empty(0, ROWS), *hashes.answers(section.number, ROWS)])["row"]
+    hashes.send(section, pieces=_hashes)  # is done already if there are several: a small corpus takes two jobs fewer
+    across = [] if hashes.num_sections == 1 else [found["row"] for found in hashes.answers(section.number, ROWS)]
+    return np.sort(np.concatenate([hashes.kept(section.number, ROW), *across]))
 
 
 def _bands(section: Section, exchange: Exchange, *, threshold: float, exact: Decisions | None) -> Iterator[Piece]:
     """Sends the bands that other sections must see. The local disk takes 256 bytes per document and 12 per band (about
     0.6 kB in all at a threshold of 0.7)."""
     buckets = BucketFile(BANDED, num_buckets=exchange.num_partitions)
+    repeated = np.empty(0, ROW) if exact is None else exact.rows(section)
     with buckets, SignatureFile() as file:
         for chunk, first, index in section_indexes(exchange.store, section.chunks):
-            signatures, places = read_signatures(exchange.store, chunk), np.flatnonzero(index.drops == 0)
-            for start in range(0, len(places), _BLOCK):
-                block = places[start : start + _BLOCK]
-                keys = duplicates.band_keys(signatures[block], threshold)
-                rows = np.repeat(first + block, keys.shape[1])
-                buckets.add(np.rec.fromarrays([keys.reshape(-1), rows], dtype=BANDED))
+            signatures = read_signatures(exchange.store, chunk)
+            rows = np.setdiff1d(first + np.flatnonzero(index.drops == 0), repeated)
+            for start in range(0, len(rows), _BLOCK):
+                block = rows[start : start + _BLOCK]
+                keys = duplicates.band_keys(signatures[block - first], threshold)
+                rows_of_keys = np.repeat(block, keys.shape[1])
+                buckets.add(np.rec.fromarrays([keys.reshape(-1), rows_of_keys], dtype=BANDED))
             file.write(signatures)
-        dropped = np.zeros(file.num_rows, np.bool_)
-        if exact is not None:
-            dropped[exact.rows(section)] = True
+        families = np.arange(file.num_rows, dtype=ROW)
         for partition in range(exchange.num_partitions):
-            records = duplicates.drop_similar(buckets.bucket(partition), dropped, file.read, threshold=threshold)
+            records = duplicates.join_section(buckets.bucket(partition), families, file.read, threshold=threshold)
             yield [records.tobytes()]
-        yield [np.flatnonzero(dropped).astype(ROW).tobytes()]
+        families = duplicates.firsts(families)
+        rows = np.flatnonzero(families != np.arange(file.num_rows))
+        yield [np.rec.fromarrays([rows, families[rows]], dtype=JOINED).tobytes()]
+
+
+def _joined(section: Section, *, send: Callable[[Section], bytes], bands: Exchange) -> Records:
+    send(section)
+    return bands.kept(section.number, JOINED)["row"]
 
 
 def _asked(section: Section, exchange: Exchange, *, bands: Exchange) -> Iterator[Piece]:
@@ -141,16 +142,12 @@ def _earlier(section: Section, bands: Exchange) -> Hashes:
     """Returns the documents of other sections with which those of a section are compared, in order, each once."""
     found, others, num_others = np.empty(0, np.uint64), list[Hashes](), 0
     for pairs in bands.answers(section.number, PAIR):
-        others.append(_document(pairs))
+        others.append(document(pairs["earlier_section"], pairs["earlier_row"]))
         num_others += len(pairs)
         if num_others > len(found):  # so that all sorts together take a few times the last one
             found = duplicates.distinct(np.concatenate([found, *others]))
             others, num_others = [], 0
     return duplicates.distinct(np.concatenate([found, *others]))
-
-
-def _document(pairs: Records) -> Hashes:
-    return pairs["earlier_section"].astype(np.uint64) << np.uint64(32) | pairs["earlier_row"]
 
 
 def send_signatures(section: Section, *, asked: Exchange) -> bytes:
@@ -166,23 +163,31 @@ def send_signatures(section: Section, *, asked: Exchange) -> bytes:
     return asked.answer(section.number, pieces())
 
 
-def _resembling(section: Section, *, bands: Exchange, asked: Exchange, threshold: float) -> Records:
-    """Returns the rows that are similar to an earlier document of another section."""
-    earlier = _earlier(section, bands)
-    with SignatureFile() as own, SignatureFile() as others:
-        for chunk in section.chunks:
-            own.write(read_signatures(asked.store, chunk))
-        for signatures in asked.answers(section.number, SIGNATURE):
-            others.write(signatures)
-        dropped = np.zeros(own.num_rows, np.bool_)
-        for pairs in bands.answers(section.number, PAIR):
-            for start in range(0, len(pairs), _BLOCK):
-                block = pairs[start : start + _BLOCK]
-                block = block[~dropped[block["row"]]]
-                places = np.searchsorted(earlier, _document(block))
-                estimates = duplicates.similarity(own.read(block["row"]), others.read(places))
-                dropped[block["row"][estimates >= duplicates.least_estimate(threshold)]] = True
-    return np.flatnonzero(dropped).astype(ROW)
+def _compare(section: Section, *, bands: Exchange, asked: Exchange, links: Exchange, threshold: float) -> bytes:
+    """Links the section's documents to those of other sections that are alike, and to those of their families here."""
+
+    def pieces() -> Iterator[Piece]:
+        earlier = _earlier(section, bands)
+        with SignatureFile() as file, BucketFile(LINK, num_buckets=links.num_sections) as buckets:
+            for signatures in asked.answers(section.number, SIGNATURE):
+                file.write(signatures)
+            for chunk in section.chunks:
+                file.write(read_signatures(asked.store, chunk))
+            families = np.arange(file.num_rows, dtype=ROW)
+            known = bands.kept(section.number, JOINED)
+            families[len(earlier) + known["row"]] = len(earlier) + known["first"]
+            for pairs in bands.answers(section.number, PAIR):
+                for start in range(0, len(pairs), _BLOCK):
+                    block = pairs[start : start + _BLOCK]
+                    others = np.searchsorted(earlier, document(block["earlier_section"], block["earlier_row"]))
+                    own = len(earlier) + block["row"]
+                    duplicates.join_similar(own, others, families, file.read, threshold=threshold)
+            rows = np.arange(file.num_rows - len(earlier))
+            documents = np.concatenate([earlier, document(section.number, rows)])
+            buckets.add(link(documents, documents[duplicates.firsts(families)]))
+            yield from buckets.pieces()
+
+    return links.answer(section.number, pieces())
 
 
 class SignatureFile(ExitStack):

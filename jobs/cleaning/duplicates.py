@@ -1,7 +1,7 @@
 """Decides which documents repeat or resemble an earlier one: among those of a section, and where sections meet.
 
-A document is a near-duplicate if it is similar to an earlier one, kept or not. That takes no more than the two of them:
-each pair is compared where its records meet, and no decision waits for another.
+Documents that similar pairs connect, directly or through others, are a family. Its first document is kept, and the
+others are its near-duplicates: how many are kept does not depend on the order of the corpus.
 
 Similarity is estimated from MinHash signatures by one-permutation hashing (Li, Owen, Zhang, 2012): each n-gram's hash
 falls into one of 128 bins, and each bin keeps its least hash. An empty bin borrows from a filled one, in an order of
@@ -21,6 +21,7 @@ from jobs.corpus.text_hashes import Hashes, Places, mix64, ngrams_by_text
 Marks = npt.NDArray[np.bool_]
 Sections = npt.NDArray[np.int32]
 Signatures = npt.NDArray[np.uint16]
+Families = npt.NDArray[np.uint32]  # for each document an earlier one of its family; the first has itself
 
 NGRAM_WORDS = 3  # words in a row that make one unit of comparison
 SIGNATURE_SIZE = 128
@@ -38,7 +39,7 @@ SIGNATURE = np.dtype(("<u2", SIGNATURE_SIZE))
 ROW = np.dtype("<u4")  # a document's place in its section
 HASHED = np.dtype([("high", "<u8"), ("low", "<u8"), ("row", ROW)])  # halves of a document's hash
 BANDED = np.dtype([("key", "<u8"), ("row", ROW)])  # hash of a band
-_DECIDED = np.uint32(1 << 31)  # is added to the row of a document that is dropped already
+JOINED = np.dtype([("row", ROW), ("first", ROW)])  # a document, and the first of its family in its section
 ROWS = np.dtype([("section", "<u4"), ("row", ROW)])  # a decision
 PAIR = np.dtype([*ROWS.descr, ("earlier_section", "<u4"), ("earlier_row", ROW)])  # of documents to compare
 
@@ -123,34 +124,56 @@ def least_estimate(threshold: float) -> float:
 # band, a document is compared with the 64 before it, so the work is linear in the documents, whatever they contain.
 
 
-def drop_similar(
-    records: Records, dropped: Marks, read: Callable[[Places], Signatures], *, threshold: float
+def join_section(
+    records: Records, families: Families, read: Callable[[Places], Signatures], *, threshold: float
 ) -> Records:
-    """Marks the rows of a section that are similar to an earlier one, among the `BANDED` records of a partition.
+    """Joins the families of the similar rows of a section, among the `BANDED` records of a partition.
 
     Returns the records that other sections must see, sorted: the first and last 64 of each key, as no window reaches
-    further into the section. Rows that are dropped already are marked as decided. `read` returns rows' signatures.
+    further into the section. `read` returns rows' signatures.
     """
     records = records[np.argsort(records["key"], kind="stable")]
     first, end = _runs(_changes(records["key"]))
     twins = records[end - first > 1]
     for later, earlier in _close_pairs(twins["key"]):
-        undecided = ~dropped[twins["row"][later]]
-        rows, others = twins["row"][later[undecided]], twins["row"][earlier[undecided]]
-        dropped[rows[similarity(read(rows), read(others)) >= least_estimate(threshold)]] = True
+        join_similar(twins["row"][later], twins["row"][earlier], families, read, threshold=threshold)
     places = np.arange(len(records))
-    sent = records[(places - first < _WINDOW) | (end - places <= _WINDOW)]
-    sent["row"] |= dropped[sent["row"]] * _DECIDED
-    return sent
+    return records[(places - first < _WINDOW) | (end - places <= _WINDOW)]
+
+
+def join_similar(
+    later: Places, earlier: Places, families: Families, read: Callable[[Places], Signatures], *, threshold: float
+) -> None:
+    """Compares the documents of pairs (P,) that are not known as one family, and joins the families of those alike."""
+    apart = families[later] != families[earlier]
+    later, earlier = later[apart], earlier[apart]
+    alike = similarity(read(later), read(earlier)) >= least_estimate(threshold)
+    known = memoryview(families)
+    for pair in zip(later[alike].tolist(), earlier[alike].tolist(), strict=True):
+        firsts = [_first(known, place) for place in pair]
+        for place in (*pair, *firsts):
+            known[place] = min(firsts)
+
+
+def _first(known: memoryview, place: int) -> int:
+    while known[place] != place:
+        known[place] = place = known[known[place]]
+    return place
+
+
+def firsts(families: Families) -> Families:
+    """Returns the first of each document's family."""
+    while not np.array_equal(families, nearer := families[families]):
+        families = nearer
+    return families
 
 
 def pairs_across(records: Records, sections: Sections) -> Iterator[Records]:
-    """Yields a `PAIR` for each undecided `BANDED` record and each of an earlier section, 64 before it at most."""
+    """Yields a `PAIR` for each `BANDED` record and each of an earlier section, 64 before it at most."""
     order = np.argsort(records["key"], kind="stable")
-    rows, owners = records["row"][order] & ~_DECIDED, sections[order]
-    is_open = records["row"][order] < _DECIDED
+    rows, owners = records["row"][order], sections[order]
     for later, earlier in _close_pairs(records["key"][order]):
-        is_across = (owners[later] != owners[earlier]) & is_open[later]
+        is_across = owners[later] != owners[earlier]
         fields = [values[places[is_across]] for places in (later, earlier) for values in (owners, rows)]
         yield np.rec.fromarrays(fields, dtype=PAIR)
 

@@ -73,6 +73,7 @@ def _builder(config: RunConfig) -> "_Builder":
     chat = format_to_train(tokenizer) if data.format == "chat" else None
     shape = data.model_dump(mode="json", include=set(read_table(__file__, "shaping")["store"]))
     shape |= {} if tokenizer.bos_id is None else {"bos_id": tokenizer.bos_id}
+    shape |= {} if data.near_dedup_threshold is None else {"near_duplicates": "of a family"}  # of a pair, before
     shape |= config.data.model_dump(include={"val_max_documents"}, exclude_none=True)
     shape |= {} if chat is None else {"chat": asdict(chat)}
     shaping = [shape, listing.identity(), sorted(listing.token_stores.items()), tokenizer.hash]

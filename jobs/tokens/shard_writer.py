@@ -7,11 +7,9 @@ sidecar matches the task and the bytes is not written again; so a killed job con
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterable
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cache
-from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -114,7 +112,7 @@ class ChunkWriter:
                         num_tokens = writers["val" if code == HELD_OUT else "train"].add(document)
                     except ChatError as error:
                         result.refused += 1
-                        result.sample(Drop.TEMPLATE_REFUSED, part, replace(document, preview=str(error)))
+                        result.sample(Drop.TEMPLATE_REFUSED, part, document._replace(preview=str(error)))
                         continue
                     result.replaced += document.replaced
                     result.long += chat is not None and num_tokens > self.seq_len
@@ -138,24 +136,24 @@ class _ShardFile:
     def __init__(self, file: BinaryIO, tokenizer: Tokenizer, encoder: PlainEncoder, chat: Chat | None) -> None:
         self._file, self._encoder, self._chat = file, encoder, chat
         self._dtype = token_dtype(tokenizer.vocab_size, signed=chat is not None)
-        self._front, self._end = tokenizer.encode_whole(""), [tokenizer.eot_id]
+        self._front, self._end = (
+            np.array(ids, self._dtype) for ids in (tokenizer.encode_whole(""), [tokenizer.eot_id])
+        )
         self._bytes = self.documents = 0
 
     def add(self, document: Document) -> int:
         """Returns the number of tokens. Raises `ChatError` for a conversation, of which nothing is then written."""
-        pieces: Iterable[Any]
         if self._chat is None:
-            texts = map(self._encoder.encode, cut_text(document.text))
-            pieces, num_bytes = chain([self._front], texts, [self._end]), document.size
+            texts = (self._encoder.encode(text).astype(self._dtype) for text in cut_text(document.text))
+            pieces, num_bytes = [self._front, *texts, self._end], document.size
         else:
             ids, counted = self._chat.conversation(document.messages)
-            pieces = [np.where(counted, ids, ~np.array(ids))]
+            pieces = [np.where(counted, ids, ~np.array(ids)).astype(self._dtype)]
             answers = [message["content"] for message in document.messages if message["role"] == "assistant"]
             num_bytes = sum(len(answer.encode()) for answer in answers)
-        sizes = [self._file.write(np.asarray(piece).astype(self._dtype).data) for piece in pieces]
         self.documents += 1
         self._bytes += num_bytes
-        return sum(sizes) // self._dtype.itemsize
+        return self._file.write(b"".join(pieces)) // self._dtype.itemsize
 
     def finished(self) -> dict[str, Any]:
         """Returns the figures of the `Shard`, whose bytes are in the file."""

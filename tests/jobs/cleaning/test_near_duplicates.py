@@ -183,16 +183,18 @@ def versions(count: int, rng: random.Random) -> list[str]:
 
 
 def expected_drops(signatures: np.ndarray, threshold: float, *, window: int) -> list[int]:
-    """Compares each document with those before it that share a band, `window` of them for each band."""
+    """Compares each document with those before it that share a band, `window` of them for each band, and keeps the first
+    of those that similar pairs connect."""
     bands, rows = bands_for(threshold)
     cut = signatures[:, : bands * rows].reshape(len(signatures), bands, rows)
-    dropped = []
+    family_of = list(range(len(signatures)))
     for later in range(len(signatures)):
         shares = (cut[later] == cut[:later]).all(axis=2)  # (earlier, bands)
-        earlier = {place for band in shares.T for place in np.flatnonzero(band)[-window:].tolist()}
-        if any(similarity(signatures[later], signatures[place]) >= least_estimate(threshold) for place in earlier):
-            dropped.append(later)
-    return dropped
+        for place in {place for band in shares.T for place in np.flatnonzero(band)[-window:].tolist()}:
+            if similarity(signatures[later], signatures[place]) >= least_estimate(threshold):
+                joined = family_of[later], family_of[place]
+                family_of = [min(joined) if family in joined else family for family in family_of]
+    return [place for place, family in enumerate(family_of) if family != place]
 
 
 CUTS = st.lists(st.integers(0, 60), max_size=8).map(lambda borders: [0, *sorted(borders), 60])
@@ -208,7 +210,7 @@ CUTS = st.lists(st.integers(0, 60), max_size=8).map(lambda borders: [0, *sorted(
     splits=st.tuples(st.sampled_from([1, 15, 100]), st.sampled_from([3000, 20_000, WHOLE])),
 )
 @settings(max_examples=30, deadline=None)
-def test_dropped_is_what_shares_a_band_with_and_is_like_an_earlier_one(
+def test_of_those_that_similar_pairs_connect_the_first_is_kept(
     seed: int,
     threshold: float,
     cuts: list[int],

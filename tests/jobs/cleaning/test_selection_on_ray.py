@@ -80,6 +80,7 @@ def undivided(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
         pytest.param(1, "", marks=pytest.mark.slow),
         (2, "bands/partition-*"),
         pytest.param(4, "asked/section-*", marks=pytest.mark.slow),
+        pytest.param(2, "links/partition-*", marks=pytest.mark.slow),
         pytest.param(4, "training/section-*", marks=pytest.mark.slow),
     ],
 )
