@@ -148,7 +148,7 @@ def join_similar(
     apart = families[later] != families[earlier]
     later, earlier = later[apart], earlier[apart]
     alike = similarity(read(later), read(earlier)) >= least_estimate(threshold)
-    known = memoryview(families)
+    known = families.data
     for pair in zip(later[alike].tolist(), earlier[alike].tolist(), strict=True):
         firsts = [_first(known, place) for place in pair]
         for place in (*pair, *firsts):

@@ -63,7 +63,7 @@ def _turn(section: Section, *, sizes: Sequence[int], links: Exchange, stars: Exc
     num_crossed = 0
     for found in links.answers(section.number, LINK):
         nearest = first[found["row"]]
-        num_crossed += np.count_nonzero((nearest < own[found["row"]]) & (nearest != found["other"]))
+        num_crossed += int(np.count_nonzero((nearest < own[found["row"]]) & (nearest != found["other"])))
 
     def pieces() -> Iterator[Piece]:
         with BucketFile(LINK, num_buckets=stars.num_sections) as buckets:

@@ -153,7 +153,7 @@ class _ShardFile:
             num_bytes = sum(len(answer.encode()) for answer in answers)
         self.documents += 1
         self._bytes += num_bytes
-        return self._file.write(b"".join(pieces)) // self._dtype.itemsize
+        return self._file.write(np.concatenate(pieces).data) // self._dtype.itemsize
 
     def finished(self) -> dict[str, Any]:
         """Returns the figures of the `Shard`, whose bytes are in the file."""
