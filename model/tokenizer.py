@@ -11,7 +11,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-import orjson
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -39,7 +38,7 @@ class Tokenizer:
 
     def __init__(self, content: dict[str, Any], chat: ChatFormat | None = None) -> None:
         try:
-            self.backend = tokenizers.Tokenizer.from_buffer(orjson.dumps(content))  # to be read only
+            self.backend = tokenizers.Tokenizer.from_str(json.dumps(content))  # to be read only
         except Exception as error:  # the library's parser raises no narrower class
             raise TokenizerError(f"tokenizer.json does not load: {error}") from error
         pieces = [(content.get(part) or {}).get("type") for part in ("model", "decoder")]
