@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cluster.settings.run import RunConfig, seq_len, way_to_compute
 from jobs.exact.batch_gradient import BatchGradient
-from jobs.exact.compute import loss_of, micro_batch
+from jobs.exact.compute import micro_batch
 from jobs.exact.train_state import ALONE, TrainState
 from jobs.run.step_timer import StepTimer
 from jobs.tokens.batch_plan import Indices
@@ -109,7 +109,7 @@ def _in_float64(config: RunConfig) -> dict[str, Tensor]:
     rows, cpu, num_rows = _Rows(config), torch.device("cpu"), config.train.global_batch_size
     for first in range(0, num_rows, config.train.micro_batch_size):
         batch = micro_batch(rows.samples(range(first, num_rows)), config, cpu, eot_id=_eot_id(config))
-        loss_of(model, batch, scale=1 / (num_rows * seq_len(config))).backward()
+        model.loss(*batch, scale=1 / (num_rows * seq_len(config))).backward()
     return {name: weights.grad for name, weights in model.named_parameters() if weights.grad is not None}
 
 

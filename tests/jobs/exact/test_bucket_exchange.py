@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cluster.settings.plan import PlanConfig
 from jobs.exact.batch_gradient import dropout_seed
-from jobs.exact.compute import autocast, loss_of, micro_batch, num_counted
+from jobs.exact.compute import autocast, micro_batch, num_counted
 from jobs.exact.exact_reduce import subtrees_of_ranks, tree_sum
 from jobs.exact.step_totals import gradient_norm
 from jobs.plan.exchange import Traffic, between_all, exchange
@@ -96,7 +96,7 @@ def reference(case: Case) -> tuple[str, list[float]]:
                 torch.manual_seed(dropout_seed(config.train.seed, step=step, micro_batch=number))
                 with autocast(config, CPU):
                     scale = 1.0 / (num_lanes * case.micro_batches * batch.inputs.numel())
-                    loss = loss_of(state.model, batch, scale=scale)
+                    loss = state.model.loss(*batch, scale=scale)
                 loss.backward()
                 of_lane.append(loss.detach())
             lane_losses[range(lane, lane + 1)] = functools.reduce(torch.add, of_lane)
