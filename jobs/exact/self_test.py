@@ -38,10 +38,6 @@ _OPERATIONS = {
 """By the first part that a parameter's name has: what computes its gradient."""
 
 
-class SelfTestError(UserError):
-    """This device computes something else than the model."""
-
-
 class _Rows:
     """Rows that are a function of their number."""
 
@@ -59,7 +55,7 @@ class _Rows:
 
 
 def self_test(config: RunConfig, device: torch.device) -> None:
-    """Raises `SelfTestError`, which names the operation, where a gradient is wrong or is another one the next time."""
+    """Raises `UserError`, which names the operation, where a gradient is wrong or is another one the next time."""
     tiny = _in_tiny(config)
     _check(tiny, device, exact=_in_float64(tiny))
     if way_to_compute(config) == "compiled":
@@ -76,13 +72,13 @@ def _check(config: RunConfig, device: torch.device, *, exact: dict[str, Tensor])
         expected = exact[name].double()
         error = float((found[name].double() - expected).norm() / expected.norm())
         if not error < within:  # it may be NaN
-            raise SelfTestError(
+            raise UserError(
                 f"{_what(name, device)} has a gradient of {name} that is {error:.1g} off, relative to autograd in a "
                 f"wider type, and {within:g} is allowed in {config.train.precision}: nothing was trained. Try --train."
                 "compute plain, and another version of PyTorch or of the driver"
             )
         if not torch.equal(found[name], again[name]):
-            raise SelfTestError(
+            raise UserError(
                 f"{_what(name, device)} gives {name} another gradient each time, so that no run would have the same "
                 "bits twice: nothing was trained. Try --train.compute plain, or --train.exact false without equal bits"
             )
