@@ -23,7 +23,7 @@ from cluster.settings.run import DataConfig, EvaluateConfig, RunConfig, StorageC
 from cluster.stages.stage import stage_main
 from cluster.storage.registry import find_checkpoint
 from cluster.storage.uris import Storage, absolute_uri, open_storage, split_uri
-from jobs.exact.compute import autocast, loss_of, micro_batch, num_counted
+from jobs.exact.compute import autocast, micro_batch, num_counted
 from jobs.run.find_run import find_tokens
 from jobs.run.history import CONFIG_FILE, recorded_config
 from jobs.tokens.build_store import tokenize
@@ -61,8 +61,8 @@ class Rows:
 
     @property
     def batches(self) -> list[range]:
-        starts = range(0, self.num_rows, self.batch_size)
-        return [range(start, min(start + self.batch_size, self.num_rows)) for start in starts]
+        rows, size = range(self.num_rows), self.batch_size
+        return [rows[start : start + size] for start in rows[::size]]
 
     def open(self) -> TokenStream:
         return TokenStream(self.tokens, split=self.split, seq_len=self.seq_len)
@@ -101,7 +101,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def _rows(folder: Path, model: GPT, config: EvaluateConfig) -> Rows:
-    trained = _training_config(folder, config)
+    trained: RunConfig | None = None  # the settings of the checkpoint's run, where it is known
+    if not is_hf_folder(folder):
+        run = storage_of(config).child(f"runs/{read_metadata(folder).run_id}")
+        trained = recorded_config(run) if run.exists(CONFIG_FILE) else None
     # Positions that were never trained would spoil the loss, and in another precision it is not the trainer's.
     row_tokens = config.seq_len or (seq_len(trained) if trained else model.config.n_positions)
     if row_tokens > model.config.n_positions:
@@ -127,20 +130,11 @@ def _as_trained(trained: RunConfig | None, model: GPT, config: EvaluateConfig) -
         plain = {"precision": "fp32" if config.precision == "auto" else config.precision}
         return RunConfig.model_validate({"model": vars(model.config), "train": plain})
     if config.precision != "auto":
-        update = {"train": trained.train.model_copy(update={"precision": config.precision})}
-        trained = trained.model_copy(update=update)
+        trained = trained.model_copy(update={"train": trained.train.model_copy(update={"precision": config.precision})})
     if trained.scaling.use_gpu and ray.cluster_resources().get("GPU", 0) < 1:
         say("the checkpoint's run trained on GPUs and this cluster has none: CPUs round differently, and are slower")
         trained = trained.model_copy(update={"scaling": trained.scaling.model_copy(update={"use_gpu": False})})
     return trained
-
-
-def _training_config(folder: Path, config: EvaluateConfig) -> RunConfig | None:
-    """Returns the settings of the checkpoint's run, where it is known."""
-    if is_hf_folder(folder):
-        return None
-    run = storage_of(config).child(f"runs/{read_metadata(folder).run_id}")
-    return recorded_config(run) if run.exists(CONFIG_FILE) else None
 
 
 def storage_of(config: EvaluateConfig) -> Storage:
@@ -217,7 +211,7 @@ def _worker_losses(model: GPT, rows: Rows, batches: range, num_threads: int) -> 
         read = stream.rows(rows.batches[number])
         batch = micro_batch(read, rows.run, device, eot_id=eot_id)
         with torch.inference_mode(), autocast(rows.run, device):
-            yield number, (float(loss_of(model, batch)), num_counted(read[1]))
+            yield number, (float(model.loss(*batch)), num_counted(read[1]))
 
 
 def gate_rows(checkpoint: str, storage_uri: str) -> dict[str, Any]:

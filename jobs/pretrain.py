@@ -211,7 +211,7 @@ def _figures(run: Storage, ledger: Ledger, checkpoint: str) -> dict[str, Any]:
         "world_sizes": ledger.world_sizes,
         "restarts": len(ledger.world_sizes) - 1 - len(ledger.pauses),
         "lost_steps": sum(recovery.lost_steps for recovery in recoveries),
-        "recovery_s": max((recovery.seconds for recovery in recoveries), default=0.0),
+        "recovery_s": max((recovery.seconds or 0.0 for recovery in recoveries), default=0.0),
     }
 
 

@@ -104,9 +104,8 @@ def preset_fields(values: dict[str, Any]) -> dict[str, Any]:
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"preset {preset!r} is unknown, expected one of {', '.join(PRESETS)}")
     known = {f.name for f in fields(GPTConfig)}
-    for name in values:
-        if name not in known:
-            raise ValueError(f"{name!r} is not a model setting, expected one of preset, {', '.join(sorted(known))}")
+    if unknown := [name for name in values if name not in known]:
+        raise ValueError(f"{unknown[0]!r} is not a model setting, expected one of preset, {', '.join(sorted(known))}")
     return PRESETS.get(preset, {}) | values
 
 

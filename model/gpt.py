@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention import Mask, attention, document_mask, document_positions
+from model.attention import Mask, attention
 from model.config import GPTConfig
 from model.kv_cache import Cache, Window
 from model.llama import Llama
@@ -198,14 +198,12 @@ class GPT(nn.Module):
         logits = F.linear(hidden, self.head_weight)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-    def loss(self, token_ids: Tensor, targets: Tensor, *, eot_id: int | None = None) -> Tensor:
-        """Returns the summed cross-entropy (a scalar, at least fp32) of targets (B, T); IGNORE_INDEX is not counted.
-
-        With `eot_id` the documents in a row see nothing of each other.
-        """
-        positions = None if eot_id is None else document_positions(token_ids, targets, eot_id=eot_id)
-        mask = None if positions is None else document_mask(positions)
-        return self.loss_of(self.forward(token_ids, positions=positions, mask=mask), targets)
+    def loss(
+        self, token_ids: Tensor, targets: Tensor, positions: Tensor | None = None, mask: Mask = None, scale: float = 1.0
+    ) -> Tensor:
+        """Returns `scale` times the summed cross-entropy (a scalar, at least fp32) of targets (B, T); IGNORE_INDEX is
+        not counted."""
+        return self.loss_of(self.forward(token_ids, positions=positions, mask=mask), targets, scale=scale)
 
     def loss_of(self, hidden: Tensor, targets: Tensor, *, scale: float = 1.0) -> Tensor:
         """Returns `scale` times the loss of targets (B, T) from hidden (B, T, C), what `forward` returns."""

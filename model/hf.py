@@ -32,9 +32,7 @@ def weight_files(folder: Path) -> list[Path]:
     if whole.exists():
         return [whole]
     if index.exists():
-        return [
-            folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        ]
+        return [folder / name for name in sorted({*json.loads(index.read_bytes())["weight_map"].values()})]
     if pickled := sorted(path.name for path in folder.glob("*.bin")):
         raise UnsupportedModelError(
             f"{folder}: {pickled[0]} is a pickle, which can run code when it is loaded; "

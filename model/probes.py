@@ -29,9 +29,7 @@ def copy(vocab_size: int, length: int, generator: torch.Generator) -> Task:
     """Repeats a sequence: the second time, every token can be copied from the first."""
     half = length // 2
     first = torch.randint(vocab_size, (_NUM_SEQUENCES, half), generator=generator)
-    asked = torch.zeros(2 * half, dtype=torch.bool)
-    asked[half + 1 :] = True
-    return Task(torch.cat([first, first], dim=1), asked)
+    return Task(torch.cat([first, first], dim=1), torch.arange(2 * half) > half)
 
 
 def induction(vocab_size: int, length: int, generator: torch.Generator) -> Task:
@@ -40,9 +38,7 @@ def induction(vocab_size: int, length: int, generator: torch.Generator) -> Task:
     places = torch.randint(1, length - 3, (_NUM_SEQUENCES,), generator=generator)
     rows = torch.arange(_NUM_SEQUENCES)
     ids[:, -2], ids[:, -1] = ids[rows, places], ids[rows, places + 1]
-    asked = torch.zeros(length, dtype=torch.bool)
-    asked[-1] = True
-    return Task(ids, asked)
+    return Task(ids, torch.arange(length) == length - 1)
 
 
 def few_shot(vocab_size: int, length: int, generator: torch.Generator) -> Task:

@@ -9,7 +9,7 @@ import json
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import takewhile
+from itertools import chain, takewhile
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
@@ -59,11 +59,9 @@ class StoredTensors:
         self._read, self._source = read, source
         self._stretches: dict[str, list[_Stretch]] = {}
         with ThreadPoolExecutor(_NUM_READERS) as readers:
-            for stretches in readers.map(self._header, files):
-                for name, stretch in stretches:
-                    self._stretches.setdefault(name, []).append(stretch)
-        for found in self._stretches.values():
-            found.sort(key=lambda stretch: stretch.place.start)
+            found = [*chain.from_iterable(readers.map(self._header, files))]
+        for name, stretch in sorted(found, key=lambda named: named[1].place.start):
+            self._stretches.setdefault(name, []).append(stretch)
 
     def _header(self, file: str) -> list[tuple[str, _Stretch]]:
         first = 8 + int.from_bytes(self._read(file, start=0, end=8), "little")
@@ -90,8 +88,7 @@ class StoredTensors:
             else:
                 runs.append([extent])
         with ThreadPoolExecutor(_NUM_READERS) as readers:
-            for _ in readers.map(self._fill, runs):
-                pass
+            list(readers.map(self._fill, runs))
 
     def whole(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
         """Returns new tensors of these shapes."""

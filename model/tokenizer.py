@@ -47,8 +47,7 @@ class Tokenizer:
                 f"the tokenizer's model and decoder are {pieces[0]} and {pieces[1]}, expected BPE and ByteLevel as in "
                 "GPT-2's: others can't represent every text"
             )
-        ids = {token: self.backend.token_to_id(token) for token in _ENDS_OF_TEXT}
-        ends = [(token, token_id) for token, token_id in ids.items() if token_id is not None]
+        ends = [(end, token_id) for end in _ENDS_OF_TEXT if (token_id := self.backend.token_to_id(end)) is not None]
         if not ends:
             raise TokenizerError(f"the tokenizer has no {END_OF_TEXT} token, which ends each document; add it")
         self.end_of_text, self.eot_id = ends[0]
@@ -148,12 +147,8 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int, normalize: Sequence[str]
     backend = tokenizers.Tokenizer(models.BPE())
     if normalize:
         backend.normalizer = normalizers.Sequence([NORMALIZERS[name] for name in normalize])
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 1,
-        special_tokens=[],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.train_from_iterator(texts, trainer)
     return _byte_level(backend)

@@ -174,23 +174,19 @@ def run_query(
         """Ends the span that began where the one before it ended, so that no time lies between two."""
         spans.append(Span(name, spans[-1].end_s if spans else begun_s, clock()))
 
-    def read(name: str, token_ids: Sequence[int]) -> Reading:
-        reading = reader.read(token_ids)
-        end_span(name)
-        return reading
-
-    readings = [read("prefill", prompt_ids)]
+    readings = [reader.read(prompt_ids)]
+    end_span("prefill")
     while len(output_ids) < max_tokens:
         row = SamplingRow(params, prompt_ids, output_ids, position=len(prompt_ids) + len(output_ids))
         logits = readings[-1].logits[-1]  # (V,)
         token_id = sample(logits, params, prompt_ids=prompt_ids, output_ids=output_ids, position=row.position)
-        is_greedy = params.temperature == 0
-        drawn.append(1.0 if is_greedy else float(distribution(adjusted(logits, row), params)[token_id]))
+        drawn.append(float(distribution(adjusted(logits, row), params)[token_id]) if params.temperature else 1.0)
         output_ids.append(token_id)
         end_span("sample")
         if token_id == eos_id or len(output_ids) == max_tokens:
             break
-        readings.append(read("decode", [token_id]))
+        readings.append(reader.read([token_id]))
+        end_span("decode")
     return Query([*prompt_ids, *output_ids], len(prompt_ids), drawn, readings, spans)
 
 

@@ -295,9 +295,9 @@ class _Reader:
             raise CorpusError(f"column {field!r} of {self.uri} holds {kind}, not strings; set data.text_field")
 
     def column_values(self, parquet: pq.ParquetFile, group: int) -> Iterator[bytes | None]:
-        columns = [self.data.text_field]
-        for batch in parquet.iter_batches(256, row_groups=[group], columns=columns, use_threads=False):
-            column = batch.column(batch.schema.names.index(self.data.text_field))  # "a.b" also brings column "a"
+        field = self.data.text_field
+        for batch in parquet.iter_batches(256, row_groups=[group], columns=[field], use_threads=False):
+            column = batch.column(batch.schema.names.index(field))  # "a.b" also brings column "a"
             if pa.types.is_dictionary(column.type):
                 column = column.dictionary_decode()
             for value in column.cast(pa.large_binary()):

@@ -1,6 +1,7 @@
 """Counts how far reading and tokenizing are, for the person who watches and as Ray's metrics."""
 
 import time
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 
@@ -17,7 +18,8 @@ class DataProgress(AbstractContextManager["DataProgress"]):
     def __init__(self, label: str, *, total_bytes: int, num_tasks: int) -> None:
         """Without `total_bytes` it shows the tasks that are done."""
         self._label, self._total_bytes, self._queued, self._num_tasks = label, total_bytes, num_tasks, num_tasks
-        self._bytes = self._documents = self._tokens = self._peak_rss_bytes = 0
+        self._counts: Counter[str] = Counter()
+        self._peak_rss_bytes = 0
         self._started = self._reported = time.monotonic()
         self.metrics = Metrics(Exporter.DATA, stage=label)
 
@@ -28,11 +30,9 @@ class DataProgress(AbstractContextManager["DataProgress"]):
     def advance(self, num_bytes: int, *, documents: int, tokens: int = 0, rss_bytes: int) -> None:
         """Counts one finished task."""
         self._queued -= 1
-        self._bytes += num_bytes
-        self._documents += documents
-        self._tokens += tokens
         self._peak_rss_bytes = max(self._peak_rss_bytes, rss_bytes)
         for name, value in (("source_bytes", num_bytes), ("documents", documents), ("tokens", tokens)):
+            self._counts[name] += value
             self.metrics.of(f"raymill_data_{name}").inc(value)
         self.metrics.of("raymill_data_queued_tasks").set(self._queued)
         self.metrics.of("raymill_data_worker_rss_bytes").set(rss_bytes)
@@ -47,12 +47,11 @@ class DataProgress(AbstractContextManager["DataProgress"]):
 
     def _show(self) -> None:
         self.metrics.publish()
-        seconds = max(1e-9, time.monotonic() - self._started)
-        counts = {"documents": self._documents, "tokens": self._tokens}
-        note = "".join(f"{count:,} {unit}, " for unit, count in counts.items() if count)
+        megabytes, seconds = self._counts["source_bytes"] / 1e6, max(1e-9, time.monotonic() - self._started)
+        note = "".join(f"{self._counts[unit]:,} {unit}, " for unit in ("documents", "tokens") if self._counts[unit])
         done, total, unit = float(self._num_tasks - self._queued), float(self._num_tasks), "tasks"
         if self._total_bytes:
-            done, total, unit = round(self._bytes / 1e6, 2), round(self._total_bytes / 1e6, 2), "MB"
-            note += f"{self._bytes / 1e6 / seconds:.1f} MB/s, "
+            done, total, unit = round(megabytes, 2), round(self._total_bytes / 1e6, 2), "MB"
+            note += f"{megabytes / seconds:.1f} MB/s, "
         note += f"workers up to {self._peak_rss_bytes >> 20} MiB, {self._queued} tasks queued"
         report_progress(self._label, done=done, total=total, unit=unit, note=note)

@@ -5,6 +5,7 @@ of one micro-batch or of a few in order; its loss is the mean over all counted t
 """
 
 import hashlib
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,9 +20,9 @@ from jobs.exact.flat_layout import at, end_to_end
 from jobs.exact.lane_sums import LaneSums
 from jobs.exact.peers import Peers
 from jobs.exact.shard_sums import ShardSums
-from jobs.exact.side_thread import SideStream, side_work
+from jobs.exact.side_thread import side_work
 from jobs.exact.step_plan import StepPlan
-from jobs.exact.step_totals import Measured, StepTotals, gradient_norm
+from jobs.exact.step_totals import Measured, StepTotals, block_square_sums, norm_of
 from jobs.exact.train_state import TrainState
 from jobs.run.step_timer import StepTimer
 from jobs.run.storage_retry import patiently
@@ -60,8 +61,8 @@ class BatchGradient:
         state, group = self._state, self._group
         mesh, plans = state.mesh, self._plans.values()
         num_buffers = max(plan.num_buffers for plan in plans)
-        buffers = [state.gradient]
-        buffers += [large_zeros(len(state.gradient), device=state.device) for _ in range(1, num_buffers)]
+        more = (large_zeros(len(state.gradient), device=state.device) for _ in range(1, num_buffers))
+        buffers = [state.gradient, *more]
         self._totals = StepTotals(state.layout, mesh, group, device=state.device)
         self._exchange = BucketExchange(
             end_to_end(state.owned) if state.sums_shards else state.layout.buckets,
@@ -71,18 +72,15 @@ class BatchGradient:
             sharded=state.shard == "optimizer",
         )
         self._side_work = side_work(state.device, max_waiting=_MAX_WAITING if state.sums_shards else 0)
-        if isinstance(self._side_work, SideStream):
-            group.streams.append(self._side_work.stream)
+        group.streams.extend(self._side_work.streams)
         self._sums: LaneSums | ShardSums
         if state.sums_shards:
             on_final = self._exchange.exchange
             self._sums = ShardSums(state, buffers, self._side_work, lends=lends, on_final=on_final)
         else:
-            on_final = self._exchange_beside if group.world_size > 1 else self._exchange.exchange
+            exchange = self._exchange.exchange
+            on_final = partial(self._side_work.submit, exchange) if group.world_size > 1 else exchange
             self._sums = LaneSums(state, buffers, lends=lends, on_final=on_final)
-
-    def _exchange_beside(self, bucket: int) -> None:
-        self._side_work.submit(lambda: self._exchange.exchange(bucket))
 
     def of_step(self, step: int, timer: StepTimer) -> Measured:
         """Puts the gradient of the whole batch into the state's buffer; with a sharded optimizer, only this rank's own
@@ -141,7 +139,7 @@ class BatchGradient:
             if world_size > 1:
                 dist.all_reduce(figures)
             loss, count = figures.tolist()
-            return Measured(loss / world_size, gradient_norm(self._state.gradient), int(count))
+            return Measured(loss / world_size, norm_of(block_square_sums(self._state.gradient)), int(count))
 
     def _backward(self, loss_of: nn.Module, step: int, number: int, timer: StepTimer, *, scale: float) -> Tensor:
         """Returns `scale` times a micro-batch's share of the batch's loss and the number of tokens that it counts (2,),

@@ -15,7 +15,7 @@ from model.operations import PLAIN, compiled, recomputed, use_operations
 
 
 class MicroBatch(NamedTuple):
-    """Rows that are computed together, on the device: B sequences of T tokens."""
+    """Rows that are computed together, on the device, as `GPT.loss` takes them: B sequences of T tokens."""
 
     inputs: Tensor  # (B, T)
     targets: Tensor  # (B, T)
@@ -25,13 +25,8 @@ class MicroBatch(NamedTuple):
 
 def choose_operations(model: GPT, config: RunConfig, gathered: GatheredWeights | None = None) -> None:
     """Lets the model compute as the run's settings say, with weights that may have to be gathered."""
-    match way_to_compute(config):
-        case "plain":
-            ops = PLAIN
-        case "compiled":
-            ops = compiled()
-        case "cpu":
-            ops = cpu_ops.CPU
+    way = way_to_compute(config)
+    ops = compiled() if way == "compiled" else {"plain": PLAIN, "cpu": cpu_ops.CPU}[way]
     ops = recomputed(ops) if config.train.recompute else ops
     use_operations(model, gathered.operations(ops) if gathered else ops)
 
@@ -66,8 +61,3 @@ def micro_batch(
 def num_counted(targets: Tensor) -> int:
     """Returns how many targets the loss counts: all of a text, in conversations those of answers."""
     return int((targets != IGNORE_INDEX).sum())
-
-
-def loss_of(model: GPT, batch: MicroBatch, *, scale: float = 1.0) -> Tensor:
-    """Returns `scale` times the summed loss of the batch."""
-    return model.loss_of(model(batch.inputs, positions=batch.positions, mask=batch.mask), batch.targets, scale=scale)

@@ -42,14 +42,13 @@ class FlatLayout:
     def of(cls, shapes: Mapping[str, Sequence[int]]) -> "FlatLayout":
         """Lays out parameters by name and shape, given in the model's order (`model.shapes.parameter_shapes`)."""
         # Matrices and embeddings decay; biases and LayerNorms, which are vectors, do not (GPT-3, appendix B).
-        decayed = {name for name, shape in shapes.items() if len(shape) >= 2}
-        backward_order = list(reversed(list(shapes.items())))
+        backward_order = [*shapes.items()][::-1]
         places: dict[str, range] = {}
         end, boundary = 0, 0
-        for name, shape in sorted(backward_order, key=lambda item: item[0] not in decayed):
+        for name, shape in sorted(backward_order, key=lambda item: len(item[1]) < 2):
             places[name] = range(end, end + prod(shape))
             end += _rounded(prod(shape), _ALIGNMENT)
-            boundary = end if name in decayed else boundary
+            boundary = end if len(shape) >= 2 else boundary
         return cls(places, boundary, _rounded(end, BLOCK))
 
     @cached_property

@@ -12,16 +12,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from jobs.exact.flat_layout import FlatLayout, at, end_to_end, moved, part_of, shared
+from jobs.exact.flat_layout import FlatLayout, at, moved, shared, stretches
 from jobs.exact.peers import Peers
-from jobs.exact.side_thread import SideStream, side_work
+from jobs.exact.side_thread import side_work
 from model.gpt import GPT
 from model.operations import Operations
 
 _TAG = 1  # of these messages: gloo keeps them apart from those of the exchange, in another thread
-_ALIGNMENT = (
-    32  # values at whose multiples a slot's memory begins in the flat buffer, so that kernels find the same one
-)
+_ALIGNMENT = 32  # values: a slot's memory begins at a multiple in the flat buffer, so that kernels find the same one
 _NUM_SLOTS = 2
 
 
@@ -33,7 +31,8 @@ class GatheredWeights:
         self._layout, self._own_values, self._peers = layout, own_values, peers
         self._blocks = {id(block): number for number, block in enumerate(model.blocks)}
         self._side_work = side_work(own_values.device)
-        self._parts = [[part_of(b, n, world_size=len(peers)) for b in layout.buckets] for n in range(len(peers))]
+        self.streams = self._side_work.streams
+        self._parts = [layout.parts(n, world_size=len(peers)) for n in range(len(peers))]
         self._held: list[int | None] = [None] * _NUM_SLOTS
         spans = layout.decoder_blocks
         longest = max(len(span) for span in spans) + _ALIGNMENT
@@ -41,22 +40,15 @@ class GatheredWeights:
         self._slots = [own_values.new_zeros(longest, dtype=block_type) for _ in range(_NUM_SLOTS)]
         self._rest_spans = _between(spans, layout.size)
         self._rest = [own_values.new_empty(len(span)) for span in self._rest_spans]
+        homes = [(span, _aligned(span).start, self._slots[n % _NUM_SLOTS]) for n, span in enumerate(spans)]
+        homes += [(span, span.start, flat) for span, flat in zip(self._rest_spans, self._rest, strict=True)]
         views: dict[str, Tensor] = {}
         for name, parameter in model.named_parameters():
             place = layout.places[name]
-            number = next((n for n, span in enumerate(spans) if shared(span, place)), None)
-            if number is None:
-                n = next(n for n, span in enumerate(self._rest_spans) if shared(span, place))
-                span, flat = self._rest_spans[n], self._rest[n]
-            else:
-                span, flat = _aligned(spans[number]), self._slots[number % _NUM_SLOTS]
-            views[name] = at(flat, moved(place, span.start)).view(parameter.shape).data  # the slot is filled in between
+            start, flat = next((start, flat) for span, start, flat in homes if shared(span, place))
+            views[name] = at(flat, moved(place, start)).view(parameter.shape).data  # the slot is filled in between
         model.load_state_dict(views, assign=True)
         self._release()
-
-    @property
-    def streams(self) -> list[torch.cuda.Stream]:
-        return [self._side_work.stream] if isinstance(self._side_work, SideStream) else []
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -96,18 +88,13 @@ class GatheredWeights:
     def _start(self, number: int) -> None:
         slot = number % _NUM_SLOTS
         self._held[slot] = number
-        span = _aligned(self._layout.decoder_blocks[number])
-        self._side_work.submit(lambda: self._gather(self._slots[slot], span))
+        self._side_work.submit(self._gather, self._slots[slot], _aligned(self._layout.decoder_blocks[number]))
 
     def _gather(self, target: Tensor, span: range) -> None:
         """Fills the target with the values at a stretch of the flat buffer."""
         pieces = [[both for part in parts if (both := shared(part, span))] for parts in self._parts]
-        own_parts = self._parts[self._peers.index]
-        own = [
-            at(self._own_values, moved(both, part.start, own.start)).to(target.dtype)
-            for part, own in zip(own_parts, end_to_end(own_parts), strict=True)
-            if (both := shared(part, span))
-        ]
+        own_places = stretches(self._parts[self._peers.index], [span])
+        own = [at(self._own_values, place).to(target.dtype) for place, _ in own_places]
         places = [[at(target, moved(both, span.start)) for both in of_peer] for of_peer in pieces]
         self._peers.pass_on([(n, own) for n in range(len(self._peers))], [*enumerate(places)], tag=_TAG)
 

@@ -25,12 +25,11 @@ class FinalBuckets:
 
     def __init__(self, layout: FlatLayout, on_final: Callable[[int], None]) -> None:
         self._on_final = on_final
-        in_buckets = [[name for name, place in layout.places.items() if shared(b, place)] for b in layout.buckets]
-        self._num_in_bucket = [len(names) for names in in_buckets]
-        self._buckets_of = {name: [b for b, of in enumerate(in_buckets) if name in of] for name in layout.places}
+        self._names = [[name for name, place in layout.places.items() if shared(b, place)] for b in layout.buckets]
+        self._buckets_of = {name: [b for b, of in enumerate(self._names) if name in of] for name in layout.places}
 
     def begin(self) -> None:
-        self._unfinished, self._next = [*self._num_in_bucket], 0
+        self._unfinished, self._next = [*map(len, self._names)], 0
         self._report()
 
     def finish(self, name: str) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cluster.settings.run import RunConfig, seq_len, way_to_compute
 from jobs.exact.batch_gradient import BatchGradient
-from jobs.exact.compute import loss_of, micro_batch
+from jobs.exact.compute import micro_batch
 from jobs.exact.train_state import ALONE, TrainState
 from jobs.run.step_timer import StepTimer
 from jobs.tokens.batch_plan import Indices
@@ -38,10 +38,6 @@ _OPERATIONS = {
 """By the first part that a parameter's name has: what computes its gradient."""
 
 
-class SelfTestError(UserError):
-    """This device computes something else than the model."""
-
-
 class _Rows:
     """Rows that are a function of their number."""
 
@@ -59,7 +55,7 @@ class _Rows:
 
 
 def self_test(config: RunConfig, device: torch.device) -> None:
-    """Raises `SelfTestError`, which names the operation, where a gradient is wrong or is another one the next time."""
+    """Raises `UserError`, which names the operation, where a gradient is wrong or is another one the next time."""
     tiny = _in_tiny(config)
     _check(tiny, device, exact=_in_float64(tiny))
     if way_to_compute(config) == "compiled":
@@ -76,13 +72,13 @@ def _check(config: RunConfig, device: torch.device, *, exact: dict[str, Tensor])
         expected = exact[name].double()
         error = float((found[name].double() - expected).norm() / expected.norm())
         if not error < within:  # it may be NaN
-            raise SelfTestError(
+            raise UserError(
                 f"{_what(name, device)} has a gradient of {name} that is {error:.1g} off, relative to autograd in a "
                 f"wider type, and {within:g} is allowed in {config.train.precision}: nothing was trained. Try --train."
                 "compute plain, and another version of PyTorch or of the driver"
             )
         if not torch.equal(found[name], again[name]):
-            raise SelfTestError(
+            raise UserError(
                 f"{_what(name, device)} gives {name} another gradient each time, so that no run would have the same "
                 "bits twice: nothing was trained. Try --train.compute plain, or --train.exact false without equal bits"
             )
@@ -109,7 +105,7 @@ def _in_float64(config: RunConfig) -> dict[str, Tensor]:
     rows, cpu, num_rows = _Rows(config), torch.device("cpu"), config.train.global_batch_size
     for first in range(0, num_rows, config.train.micro_batch_size):
         batch = micro_batch(rows.samples(range(first, num_rows)), config, cpu, eot_id=_eot_id(config))
-        loss_of(model, batch, scale=1 / (num_rows * seq_len(config))).backward()
+        model.loss(*batch, scale=1 / (num_rows * seq_len(config))).backward()
     return {name: weights.grad for name, weights in model.named_parameters() if weights.grad is not None}
 
 

@@ -5,7 +5,7 @@ takes them in order. No member ever holds a whole gradient (ZeRO-2, arXiv 1910.0
 that is computed in bf16 is a bf16 number, and travels as one: no bit is lost. Sums are fp32.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -41,11 +41,10 @@ class ShardSums:
         self._own = end_to_end(state.owned)  # where each bucket's part lies in the buffers
         self._side_work, self._lends, self._on_final = side_work, lends, on_final
         self._parameters, self._final = dict(state.model.named_parameters()), FinalBuckets(layout, self._send)
-        bf16 = state.config.precision == "bf16"
-        self._types = [torch.bfloat16 if bf16 and _is_of_blocks(layout, b) else torch.float32 for b in layout.buckets]
+        product_type = torch.bfloat16 if state.config.precision == "bf16" else torch.float32
+        self._types = [product_type if _is_full(b, layout.decoder_blocks) else torch.float32 for b in layout.buckets]
         self._stretches = {name: _stretches(layout, place) for name, place in layout.places.items()}
-        covered = [sum(len(shared(bucket, place)) for place in layout.places.values()) for bucket in layout.buckets]
-        self._has_gaps = [n < len(bucket) for n, bucket in zip(covered, layout.buckets, strict=True)]
+        self._has_gaps = [not _is_full(bucket, layout.places.values()) for bucket in layout.buckets]
         self._pieces: dict[int, Tensor] = {}  # of the buckets that backward has begun
         self._plan: StepPlan | None = None
         self._scratch = Scratch()
@@ -80,12 +79,10 @@ class ShardSums:
         self._final.finish(name)
 
     def _send(self, bucket: int) -> None:
-        plan, turn = self._plan, self._turn
-        assert plan is not None
         piece = self._pieces.pop(bucket)
-        if isinstance(self._side_work, SideStream):
-            piece.record_stream(self._side_work.stream)
-        self._side_work.submit(lambda: self._add(bucket, piece, plan, turn))
+        for stream in self._side_work.streams:
+            piece.record_stream(stream)
+        self._side_work.submit(self._add, bucket, piece, self._plan, self._turn)
 
     def _add(self, bucket: int, piece: Tensor, plan: StepPlan, turn: int) -> None:
         size, steps, own = len(self._peers), plan.steps_of_turn(turn), self._own[bucket]
@@ -105,9 +102,9 @@ class ShardSums:
             self._on_final(bucket)
 
 
-def _is_of_blocks(layout: FlatLayout, bucket: range) -> bool:
-    """Reports whether a bucket has matrices of the decoder's blocks alone."""
-    return sum(len(shared(bucket, block)) for block in layout.decoder_blocks) == len(bucket)
+def _is_full(bucket: range, places: Iterable[range]) -> bool:
+    """Reports whether a bucket has nothing beside what lies at these places."""
+    return sum(len(shared(bucket, place)) for place in places) == len(bucket)
 
 
 def _stretches(layout: FlatLayout, place: range) -> list[tuple[int, range, range]]:

@@ -2,25 +2,28 @@
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
-Call = Callable[[], None]
+Call = Callable[..., None]
 
 
 class SideThread:
     """Runs calls in a thread, where at most `max_waiting` wait, if that is not 0. A call that fails ends the work:
     `wait` raises its error."""
 
+    streams: Sequence[torch.cuda.Stream] = ()  # on which calls run
+
     def __init__(self, max_waiting: int = 0) -> None:
-        self._calls: queue.Queue[Call | None] = queue.Queue(max_waiting)
+        self._calls: queue.Queue[partial[None] | None] = queue.Queue(max_waiting)
         self._error: BaseException | None = None
         # A daemon: a process whose peers are gone must be able to end while a call still waits for them.
         threading.Thread(target=self._run, name="exchange", daemon=True).start()
 
-    def submit(self, call: Call) -> None:
-        self._calls.put(call)
+    def submit(self, call: Call, *arguments: object) -> None:
+        self._calls.put(partial(call, *arguments))
 
     def wait(self) -> None:
         """Waits until all submitted calls have run."""
@@ -46,16 +49,17 @@ class SideStream:
     """Runs calls that only enqueue kernels and collectives, which then run beside the caller's stream."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self.stream = device, torch.cuda.Stream(device)
+        self._device, self._stream = device, torch.cuda.Stream(device)
+        self.streams = [self._stream]
 
-    def submit(self, call: Call) -> None:
-        self.stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self.stream):
-            call()
+    def submit(self, call: Call, *arguments: object) -> None:
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            call(*arguments)
 
     def wait(self) -> None:
         """Makes the caller's stream wait, not the caller."""
-        torch.cuda.current_stream(self._device).wait_stream(self.stream)
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
     def close(self) -> None:
         pass

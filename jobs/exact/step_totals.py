@@ -44,13 +44,12 @@ class StepTotals:
         """Returns the sum of the losses, from those of this rank's counted micro-batches in order, each with the number
         of tokens that it counts (2,), and the gradient's norm, from the sums of squares of this rank's parts. Raises
         `LostPeerError` where a message of the step did not arrive."""
-        longest = max(map(len, plan.counted))
         sums = torch.cat(list(block_sums))
         own = torch.cat([sums, sums.new_zeros(self._num_blocks - len(sums)), *(loss.double() for loss in losses)])
         table = own[None]
         if self._group.world_size > 1:
-            table = self._group.proven(own, step=step, width=self._num_blocks + 2 * longest)
-        figures = table[:, self._num_blocks :].unflatten(1, (-1, 2)).cpu()  # (W, longest, 2)
+            table = self._group.proven(own, step=step, width=self._num_blocks + 2 * max(map(len, plan.counted)))
+        figures = table[:, self._num_blocks :].unflatten(1, (-1, 2)).cpu()  # (W, most counted, 2)
         values = figures[..., 0].float()
         by_number = {n: row[place] for row, of in zip(values, plan.counted, strict=True) for place, n in enumerate(of)}
         k = plan.num_micro_batches
@@ -97,8 +96,3 @@ def block_square_sums(values: Tensor) -> Tensor:
 def norm_of(block_sums: Tensor) -> float:
     """Returns the Euclidean norm from the sums of all blocks, in order."""
     return float(block_sums.sum().sqrt())
-
-
-def gradient_norm(gradient: Tensor) -> float:
-    """Returns the Euclidean norm of a gradient (P,)."""
-    return norm_of(block_square_sums(gradient))

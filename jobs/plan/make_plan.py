@@ -81,7 +81,13 @@ def make_plan(config: RunConfig, options: PlanConfig) -> dict[str, Any]:
         "days": moved.step_s * schedule.max_steps / DAY_S,
     }
     plan["checkpoint"] = _checkpoint(config, options, size, count, step_s)
-    plan["data"] = _data(config, plan["tokens_per_s"])
+    id_bytes = token_dtype(config.model.vocab_size).itemsize
+    plan["data"] = {
+        "read_bytes_per_s": id_bytes * plan["tokens_per_s"],
+        "store_bytes": id_bytes * num_tokens,
+        "text_bytes": TEXT_BYTES_PER_TOKEN * num_tokens,
+        "text_bytes_per_s": TEXT_BYTES_PER_TOKEN * plan["tokens_per_s"],
+    }
     plan["warnings"] = warnings(config, options, plan)
     return plan
 
@@ -147,16 +153,6 @@ def _checkpoint(config: RunConfig, options: PlanConfig, size: int, count: int, s
         "interval_s": interval_s,
         "interval_steps": max(1, round(interval_s / step_s)),
         "goodput": goodput(interval_s=interval_s, cost_s=cost_s, restart_s=options.restart_s, mtbf_s=mtbf_s),
-    }
-
-
-def _data(config: RunConfig, tokens_per_s: float) -> dict[str, float]:
-    id_bytes = token_dtype(config.model.vocab_size).itemsize
-    return {
-        "read_bytes_per_s": id_bytes * tokens_per_s,
-        "store_bytes": id_bytes * config.train.max_tokens,
-        "text_bytes": TEXT_BYTES_PER_TOKEN * config.train.max_tokens,
-        "text_bytes_per_s": TEXT_BYTES_PER_TOKEN * tokens_per_s,
     }
 
 

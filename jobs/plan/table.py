@@ -35,7 +35,7 @@ _PARTS = {
 
 
 def table(plan: Mapping[str, Any], options: PlanConfig) -> str:
-    warned = [_wrapped(f"warning: {text}", further=" " * 9) for text in plan["warnings"]]
+    warned = [textwrap.fill(f"warning: {text}", _WIDTH, subsequent_indent=" " * 9) for text in plan["warnings"]]
     figures = Figures().format(
         template("plan.txt"),
         tflops=plan["flops_per_s_per_gpu"] / 1e12,
@@ -44,7 +44,8 @@ def table(plan: Mapping[str, Any], options: PlanConfig) -> str:
         node_memory="\n".join(f"  {_PARTS[k]:<{_LABEL}}{size(v)}" for k, v in plan["host_memory_bytes"].items() if v),
         **plan,
     )
-    assumed = [_wrapped(text, first="  ", further="    ") for text in _assumptions(plan, options)]
+    wrapper = textwrap.TextWrapper(_WIDTH, initial_indent="  ", subsequent_indent="    ")
+    assumed = map(wrapper.fill, _assumptions(plan, options))
     sections = ["\n".join(warned), figures, "\n".join(["Assumed", *assumed])]
     return "\n\n".join(filter(None, sections))
 
@@ -65,10 +66,6 @@ class Figures(string.Formatter):
             case "seconds":
                 return f"{value:,.3g} s" if value >= 1 else f"{1000 * value:,.3g} ms"
         return format(value, format_spec)
-
-
-def _wrapped(text: str, *, further: str, first: str = "") -> str:
-    return textwrap.fill(text, _WIDTH, initial_indent=first, subsequent_indent=further)
 
 
 def size(num_bytes: float, per: str = "") -> str:

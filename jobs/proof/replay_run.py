@@ -32,10 +32,6 @@ from jobs.workers.rendezvous import backend
 from model.errors import UserError
 
 
-class ReplayError(UserError):
-    """The steps cannot be taken again."""
-
-
 def replay_steps(run: Storage, *, steps: str, workers: int) -> dict[str, Any]:
     """Is `raymill replay`: `replay`, with the steps as a user writes them."""
     return replay(run, steps=parse_steps(steps, Ledger.read(run)), num_workers=workers)
@@ -44,13 +40,13 @@ def replay_steps(run: Storage, *, steps: str, workers: int) -> dict[str, Any]:
 def replay(run: Storage, *, steps: range, num_workers: int = 1) -> dict[str, Any]:
     """Takes the steps again in a scratch folder, from the nearest checkpoint before them, with the recorded settings.
 
-    Raises `ReplayError` for steps that the ledger does not have, `TokenStoreError` where the data is gone.
+    Raises `UserError` for steps that the ledger does not have, `TokenStoreError` where the data is gone.
     """
     config, ledger = recorded_config(run), Ledger.read(run)
     recorded = step_values(ledger)
     compared = [step for step in steps if step in recorded]  # a rollback may have left some out
     if steps[0] not in recorded or steps[-1] not in recorded:
-        raise ReplayError(
+        raise UserError(
             f"steps {steps[0]}..{steps[-1]} are not in the ledger of {run.uri}, which has "
             f"{min(recorded, default=0)}..{max(recorded, default=0)}"
         )
@@ -114,7 +110,7 @@ def _train(plan: RunPlan, *, num_workers: int, folder: Path) -> None:
     try:
         start_processes(_train_rank, arguments, nprocs=num_workers, start_method="forkserver")
     except ProcessException as error:  # after which the others were ended
-        raise ReplayError(f"a worker of the replay failed: {str(error).strip().splitlines()[-1]}") from error
+        raise UserError(f"a worker of the replay failed: {str(error).strip().splitlines()[-1]}") from error
 
 
 def _train_rank(rank: int, plan: RunPlan, world_size: int, meeting: str) -> None:

@@ -29,7 +29,7 @@ class FailureRecorder(UserCallback):
         threading.Thread(target=patiently, args=(write, "a failure"), name="failures", daemon=True).start()
 
 
-_num_sigterms = 0
+_sigterms: list[int] = []
 
 
 class SignalListener(WorkerCallback):
@@ -40,14 +40,9 @@ class SignalListener(WorkerCallback):
     """
 
     def after_init_train_context(self) -> None:
-        signal.signal(signal.SIGTERM, _count)
-
-
-def _count(signum: int, frame: Any) -> None:
-    global _num_sigterms  # noqa: PLW0603
-    _num_sigterms += 1
+        signal.signal(signal.SIGTERM, lambda signum, frame: _sigterms.append(signum))
 
 
 def signals() -> tuple[int, Any]:
     """Returns the number of SIGTERMs, and what Ray knows of nodes that are being drained."""
-    return _num_sigterms, get_train_context().preemption_context.preemption_info
+    return len(_sigterms), get_train_context().preemption_context.preemption_info

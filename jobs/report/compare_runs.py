@@ -36,7 +36,7 @@ class Run:
 def compare(*runs: Storage, storage_uri: str) -> dict[str, Any]:
     """Writes `comparisons/…/` into the storage; returns the page, the figure, the settings and the final figures.
 
-    Raises `RunError` for a run without a step, `ConfigError` for too few runs or too many.
+    Raises `UserError` for a run without a step, `ConfigError` for too few runs or too many.
     """
     if not 2 <= len(runs) <= _MAX_RUNS:
         raise ConfigError(f"{len(runs)} runs cannot be compared; name 2 to {_MAX_RUNS}")
@@ -44,9 +44,10 @@ def compare(*runs: Storage, storage_uri: str) -> dict[str, Any]:
     names = [run.name for run in read]
     settings = differing_settings(read)
     finals = [dict(statistics(run.ledger, run.config)) for run in read]
-    names_of_figures = [name for name in dict.fromkeys(n for f in finals for n in f) if name not in _OF_ONE_RUN]
-    rows = {name: [figures.get(name, "") for figures in finals] for name in names_of_figures}
-    folder = f"comparisons/{hashlib.sha256(' '.join(run.uri for run in runs).encode()).hexdigest()[:12]}"
+    known = dict.fromkeys(name for figures in finals for name in figures if name not in _OF_ONE_RUN)
+    rows = {name: [figures.get(name, "") for figures in finals] for name in known}
+    key = hashlib.sha256(" ".join(run.uri for run in runs).encode()).hexdigest()[:12]
+    folder = open_storage(storage_uri).child(f"comparisons/{key}")
     heads = ["", *names]
     differing = grid("Settings that differ", heads, [[n, *values] for n, values in settings.items()])
     ends = "; ".join(f"{run.name} ends at {run.ledger.steps[-1]['loss']:.3f} nats per token" for run in read)
@@ -57,12 +58,11 @@ def compare(*runs: Storage, storage_uri: str) -> dict[str, Any]:
         f"<h2>Final figures</h2>{grid('Final figures', heads, [[name, *row] for name, row in rows.items()])}"
         f"<h2>Settings that differ</h2>{differing if settings else '<p>None.</p>'}"
     )
-    storage = open_storage(storage_uri)
-    storage.write_bytes(f"{folder}/loss.png", image)
-    storage.write_bytes(f"{folder}/index.html", document("Comparison of runs", body).encode())
+    folder.write_bytes("loss.png", image)
+    folder.write_bytes("index.html", document("Comparison of runs", body).encode())
     return {
-        "html": join_uri(storage.uri, f"{folder}/index.html"),
-        "figure": join_uri(storage.uri, f"{folder}/loss.png"),
+        "html": join_uri(folder.uri, "index.html"),
+        "figure": join_uri(folder.uri, "loss.png"),
         "runs": names,
         "settings": settings,
         "figures": rows,

@@ -9,12 +9,12 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from cluster.output.progress import say
 from cluster.settings.run import seq_len
 from cluster.storage.uris import Storage, join_uri
-from jobs.report.page import PHASES, TEXT, new_figure, png, style
+from jobs.report.page import PHASES, TEXT, new_figure, png, titled
 from jobs.run.checkpoints import RunCheckpoints
-from jobs.run.find_run import RunError
 from jobs.run.history import recorded_config
 from model.checkpoint import load_model
 from model.checkpoint_folder import read_metadata
+from model.errors import UserError
 from model.probes import TASKS, probe
 
 _LOOKS = {"copy": ("o-", PHASES[1]), "induction": ("s--", PHASES[4]), "few-shot": ("D-.", PHASES[3])}
@@ -22,11 +22,11 @@ _LOOKS = {"copy": ("o-", PHASES[1]), "induction": ("s--", PHASES[4]), "few-shot"
 
 def probe_run(run: Storage) -> dict[str, Any]:
     """Returns `checkpoints`, oldest first, each with its step, tokens, validation figures and accuracy by task, and
-    draws them into the run's report. Raises `RunError` where the run keeps no checkpoint."""
+    draws them into the run's report. Raises `UserError` where the run keeps no checkpoint."""
     checkpoints, config = RunCheckpoints(run), recorded_config(run)
     names = checkpoints.names
     if not names:
-        raise RunError(f"{run.uri} keeps no checkpoint yet; try again once it has one")
+        raise UserError(f"{run.uri} keeps no checkpoint yet; try again once it has one")
     found = []
     for number, name in enumerate(names, start=1):
         with tempfile.TemporaryDirectory(prefix="raymill-probe-") as scratch:
@@ -48,10 +48,7 @@ def probe_run(run: Storage) -> dict[str, Any]:
 
 def draw(found: list[dict[str, Any]]) -> bytes:
     figure = new_figure()
-    axes = figure.subplots()
-    style(axes)
-    axes.set_title("What checkpoints do in context", loc="left", fontweight="bold")
-    axes.set(xlabel="optimizer step", ylabel="accuracy (%)")
+    axes = titled(figure, "What checkpoints do in context", x="optimizer step", y="accuracy (%)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
     steps = [line["step"] for line in found]

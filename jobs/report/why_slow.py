@@ -19,6 +19,7 @@ LEAST_SHARE = 0.1
 """Share of the wall time from which something other than computing bounds a run."""
 
 _COMPUTING = ("forward", "loss", "backward", "update")
+_PHASE_OF = {"data": "load", "snapshots": "snapshot", "checkpoints": "checkpoint", "validation": "validation"}
 
 _SENTENCES: dict[str, list[str]] = read_table(__file__, "why_slow")
 """The subject, the verb and the rest of the sentence for each cause, in the order of `shares`."""
@@ -74,10 +75,8 @@ def shares(ledger: Ledger) -> Shares:
         waited_s = mean["sync"] - exposed_s
         for name in _COMPUTING:
             computing[name] += mean[name]
-        sums["data"] += mean["load"]
-        sums["snapshots"] += mean["snapshot"]
-        sums["checkpoints"] += mean["checkpoint"]
-        sums["validation"] += mean["validation"]
+        for cause, phase in _PHASE_OF.items():
+            sums[cause] += mean[phase]
         sums["other"] += mean["statistics"] + mean[REST]
         if window.world_size == 1:  # nothing is exchanged
             computing["sync"] += exposed_s
@@ -93,7 +92,7 @@ def shares(ledger: Ledger) -> Shares:
         else:
             sums["communication"] += waited_s
     sums["compute"] = sum(computing.values())
-    between_s = sum(max(0.0, recovery.seconds) for recovery in ledger.recoveries())
+    between_s = sum(max(0.0, stop.seconds or 0.0) for stop in ledger.recoveries())
     sums["restarts"] = between_s + sum(line["wall_s"] for line in lost_steps(ledger))
     if finish := ledger.events("finish"):  # which waits for the last checkpoint
         sums["checkpoints"] += max(0.0, finish[-1]["time"] - ledger.steps[-1]["time"])
@@ -110,7 +109,7 @@ def shares(ledger: Ledger) -> Shares:
 
 
 def why_run_is_slow(run: Storage) -> dict[str, Any]:
-    """Is `raymill why-slow`. Raises `RunError` for a run without a step."""
+    """Is `raymill why-slow`. Raises `UserError` for a run without a step."""
     return why_slow(begun_ledger(run))
 
 

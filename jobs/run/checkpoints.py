@@ -19,6 +19,7 @@ QUARANTINED = "QUARANTINED"
 """A file in a damaged checkpoint's folder that says what is wrong. Nothing reads or deletes such a checkpoint."""
 
 _SPOOL = ".spool"
+_NAME = re.compile(r"step-\d{9}(-\d{4,})?")
 _MIN_VERIFIED = 2
 
 _log = logging.getLogger(__name__)
@@ -27,10 +28,6 @@ _log = logging.getLogger(__name__)
 def checkpoint_name(step: int, generation: int = 0) -> str:
     """Returns a name by which checkpoints sort in the order of their steps, then of their writers."""
     return f"step-{step:09d}-{generation:04d}" if generation else f"step-{step:09d}"
-
-
-def is_checkpoint_name(name: str) -> bool:
-    return re.fullmatch(r"step-\d{9}(-\d{4,})?", name) is not None
 
 
 def step_of(name: str) -> int:
@@ -204,7 +201,7 @@ class RunCheckpoints:
         folders: dict[str, set[str]] = {}
         for entry in self._storage.list():
             name, _, file = entry.key.partition("/")
-            if file and is_checkpoint_name(name):  # neither the spool nor files that people put there
+            if file and _NAME.fullmatch(name):  # neither the spool nor files that people put there
                 folders.setdefault(name, set()).add(file)
         if self._local is not None and self._local.is_dir():  # an interrupted deletion may leave an empty folder
             for path in self._local.glob("step-*"):

@@ -8,29 +8,25 @@ from jobs.tokens.token_store import MANIFEST, Manifest, TokenStoreError
 from model.errors import UserError
 
 
-class RunError(UserError):
-    """There is no such run, or it has no completed step yet."""
-
-
 def find_run(reference: str, storage_uri: str) -> Storage:
-    """Returns the run's storage, from its id under `storage_uri` or its folder's path or URI. Raises `RunError`."""
+    """Returns the run's storage, from its id under `storage_uri` or its folder's path or URI. Raises `UserError`."""
     runs = open_storage(storage_uri).child("runs")
     candidates = [open_storage(reference)] if "/" in reference else [runs.child(reference), open_storage(reference)]
     for run in candidates:
         if run.exists(LEDGER):
             return run
     known = sorted({entry.key.split("/")[0] for entry in runs.list() if entry.key.endswith(f"/{LEDGER}")})
-    raise RunError(
+    raise UserError(
         f"unknown run {reference!r}: no {LEDGER} in {' or '.join(run.uri for run in candidates)}; "
         + (f"{runs.uri} has {', '.join(known[-8:])}" if known else f"{runs.uri} has no runs")
     )
 
 
 def begun_ledger(run: Storage) -> Ledger:
-    """Returns the ledger of a run with at least one completed step. Raises `RunError`."""
+    """Returns the ledger of a run with at least one completed step. Raises `UserError`."""
     ledger = Ledger.read(run)
     if not ledger.steps:
-        raise RunError(f"{run.uri} has no completed step yet; try again once it has one")
+        raise UserError(f"{run.uri} has no completed step yet; try again once it has one")
     return ledger
 
 

@@ -9,7 +9,7 @@ import json
 import os
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -178,13 +178,6 @@ class Interruption:
 
 
 @dataclass(frozen=True)
-class Recovery(Interruption):
-    """An interruption between two steps of a run that had not been asked to stop."""
-
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True)
 class Ledger:
     """A run's lines as read back."""
 
@@ -254,12 +247,13 @@ class Ledger:
             elif "event" not in line:
                 if found and begun and last_step:
                     lost, seconds = last_step["step"] - begun["step"], round(line["time"] - last_step["time"], 3)
-                    found[-1] = Recovery(**vars(found[-1]) | {"lost_steps": lost, "seconds": seconds})
+                    found[-1] = replace(found[-1], lost_steps=lost, seconds=seconds)
                 begun, last_step = None, line
         return found
 
-    def recoveries(self) -> list[Recovery]:
-        return [stop for stop in self.interruptions() if isinstance(stop, Recovery)]
+    def recoveries(self) -> list[Interruption]:
+        """Returns the interruptions between two steps of a run that had not been asked to stop."""
+        return [stop for stop in self.interruptions() if stop.seconds is not None]
 
 
 def is_stop(line: Line) -> bool:

@@ -32,14 +32,13 @@ class RunPlan:
 
 def open_stream(plan: RunPlan, split: Split) -> TokenStream:
     """Returns the run's rows of a split."""
-    num_samples = plan.config.train.max_tokens // seq_len(plan.config) if split == "train" else 0
     return TokenStream(
         open_storage(plan.tokens_uri),
         split=split,
         seq_len=seq_len(plan.config),
         seed=plan.config.train.seed,
         window_rows=plan.config.train.shuffle_window_rows,
-        num_samples=num_samples,
+        num_samples=plan.config.train.max_tokens // seq_len(plan.config) if split == "train" else 0,
         near_bytes=plan.config.scaling.shard_cache_bytes,
     )
 
@@ -50,8 +49,3 @@ def open_validation_sets(plan: RunPlan) -> dict[str, TokenStream]:
         name: TokenStream(open_storage(uri), split="train", seq_len=seq_len(plan.config))
         for name, uri in plan.validation_uris.items()
     }
-
-
-def num_validation_rows(stream: TokenStream, config: RunConfig) -> int:
-    """Returns the number of rows that a validation computes."""
-    return stream.count_rows(at_most=max(1, config.train.eval_max_tokens // seq_len(config)))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from jobs.snapshots.slots import NUM_SLOTS, Header
 
 MAX_SHARE = 0.01  # of a step's time that snapshots may cost
-COPIES = "copy-"  # begins the name of an area of copies
+COPIES = "copy-"  # begins the name of an area with copies of a share, before the name of the share's own
 ONLY = "rank-"  # begins that of a share of a sharded state which no other group of workers has
 
 
@@ -72,7 +72,7 @@ def copies(holdings: Iterable[Holding], nodes: Sequence[str]) -> list[tuple[Hold
         others = [node for node in nodes if node != share.node]
         if not others or len({other.node for other in written if other.header.rank == share.header.rank}) > 1:
             continue
-        having = {copy.node for copy in held if copy.area == copy_area(share)}
+        having = {copy.node for copy in held if copy.area == COPIES + share.area}
         target = min(others, key=lambda node: (node not in having, load[node], node))
         wanted.append((share, target))
         load[target] += 1
@@ -83,11 +83,6 @@ def num_slots(area: str) -> int:
     """Returns the number of an area's slots. Where each node has a part of the state alone, the loss of one leaves a
     whole state only of a step that all others keep too: the latest that was copied, in a third slot."""
     return NUM_SLOTS + area.startswith(ONLY)
-
-
-def copy_area(share: Holding) -> str:
-    """Returns the name of the memory on another node that holds copies of the share."""
-    return f"{COPIES}{share.area}"
 
 
 def interval(*, copy_s: float, step_s: float) -> int:

@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.ray_train.cluster_view import renew_view
 from jobs.run.run_plan import RunPlan
-from jobs.snapshots.choice import ONLY, Holding, copies, copy_area, num_slots
+from jobs.snapshots.choice import COPIES, ONLY, Holding, copies, num_slots
 from jobs.snapshots.slots import Bytes, Checksum, Slots
 
 CHUNK_BYTES = 16 << 20  # of one message of a transfer between nodes
@@ -106,7 +106,7 @@ class Keeper:
     @ray.method(concurrency_group="copy")
     def copy(self, held: Holding, other: Any) -> bool:
         """Copies a slot of another node's keeper. Returns False where that is gone or there is no room here."""
-        area, num_bytes = copy_area(held), held.header.num_bytes
+        area, num_bytes = COPIES + held.area, held.header.num_bytes
         if isinstance(self.open(area, num_bytes), NoRoom):
             return False
         spans = [range(start, min(start + CHUNK_BYTES, num_bytes)) for start in range(0, num_bytes, CHUNK_BYTES)]

@@ -33,7 +33,11 @@ class SampleOrder:
 
     def rows(self, samples: npt.ArrayLike) -> tuple[Indices, Indices]:
         """Returns the source of each sample and its row there. An epoch of a source takes each of its rows once."""
-        sources, numbers = self._turns(samples)
+        indices = np.asarray(samples, dtype=np.int64)
+        pattern, ranks, num_in_pattern = _source_pattern(self.weights)
+        periods, places = np.divmod(indices, len(pattern))
+        sources = pattern[places]
+        numbers = periods * num_in_pattern[sources] + ranks[places]  # of earlier samples that took a row of the source
         num_rows = np.array(self.num_rows, dtype=np.int64)[sources]
         epochs, places = np.divmod(numbers, num_rows)
         rows = np.empty_like(places)
@@ -45,14 +49,6 @@ class SampleOrder:
             size = min(self.window_rows, self.num_rows[source] - first)
             rows[chosen] = first + _permuted(places[chosen] - first, f"{self.seed} {source} {epoch} {window}", size)
         return sources, rows
-
-    def _turns(self, samples: npt.ArrayLike) -> tuple[Indices, Indices]:
-        """Returns the source of each sample, and the number of earlier samples that took a row of it."""
-        indices = np.asarray(samples, dtype=np.int64)
-        pattern, ranks, counts = _source_pattern(self.weights)
-        periods, places = np.divmod(indices, len(pattern))
-        sources = pattern[places]
-        return sources, periods * counts[sources] + ranks[places]
 
 
 @cache

@@ -35,7 +35,6 @@ def copy_shards(
             for shard in manifest.shards:
                 number = first_chunk + len(results)
                 name = shard_file(shard.split, number)
-                copy = replace(shard, file=name, source=source)
                 if not (store.exists(name) and file_sha256(store, name) == shard.sha256):
                     with tempfile.TemporaryDirectory(prefix="raymill-shard-") as folder:
                         path = Path(folder, name)
@@ -43,6 +42,7 @@ def copy_shards(
                         if fingerprint(path)["sha256"] != shard.sha256:
                             raise TokenStoreError(f"{other.uri}/{shard.file} has other bytes than its manifest says")
                         store.upload_file(path, name)
-                results[number] = ChunkResult(shards=[copy], documents=shard.documents)
+                copied = replace(shard, file=name, source=source)
+                results[number] = ChunkResult(shards=[copied], documents=shard.documents)
                 advance(shard.bytes / 1e6)
     return results

@@ -115,11 +115,9 @@ class TokenStream:
     def rows(self, indices: npt.ArrayLike) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns inputs (B, T) and targets (B, T), the next tokens, int64, of rows by their number in the store;
         IGNORE_INDEX where the loss does not count them, as all that is no answer in a conversation."""
-        wanted = np.asarray(indices, dtype=np.int64)
-        if wanted.size:
-            num_rows = self.count_rows()
-            if not 0 <= wanted.min() <= wanted.max() < num_rows:
-                raise IndexError(f"rows {wanted.min()} to {wanted.max()} were asked for, the stream has {num_rows}")
+        wanted, num_rows = np.asarray(indices, dtype=np.int64), self.count_rows()
+        if wanted.size and not 0 <= wanted.min() <= wanted.max() < num_rows:
+            raise IndexError(f"rows {wanted.min()} to {wanted.max()} were asked for, the stream has {num_rows}")
         return self._batch([self._all.row(index, self.seq_len) for index in wanted.tolist()], scattered=False)
 
     def samples(self, indices: npt.ArrayLike) -> tuple[torch.Tensor, torch.Tensor]:

@@ -40,8 +40,7 @@ def ensure_tokenizer(config: RunConfig, listing: Listing | None = None) -> tuple
     settings = set(read_table(__file__, "shaping")["tokenizer"])
     shape = config.data.model_dump(mode="json", include=settings)
     shape |= {"format": "chat"} if config.data.format == "chat" else {}
-    shaping = [shape, listing.identity()]
-    key = hashlib.sha256(canonical_json(shaping)).hexdigest()[:12]
+    key = hashlib.sha256(canonical_json([shape, listing.identity()])).hexdigest()[:12]
     folder = open_storage(config.storage.uri).child(f"tokenizers/{key}")
     uri = join_uri(folder.uri, TOKENIZER_FILE)
     if not folder.exists(TOKENIZER_FILE):
@@ -61,7 +60,7 @@ def load_tokenizer(uri: str) -> tuple[Tokenizer, str]:
     file_uri = uri if uri.endswith(".json") else join_uri(uri.rstrip("/"), TOKENIZER_FILE)
     storage, name = split_uri(file_uri)
     try:
-        chat = chat_format(lambda beside: storage.read_bytes(beside) if storage.exists(beside) else None)
+        chat = chat_format(storage.find_bytes)
         return Tokenizer.from_json(storage.read_bytes(name), chat), join_uri(storage.uri, name)
     except NotFoundError as error:
         raise NotFoundError(f"{error}; data.tokenizer and tokens:// sources need one") from error
@@ -73,15 +72,13 @@ def train_tokenizer(corpus: Chunk, *, data: DataConfig) -> bytes:
     return train_bpe(sample, vocab_size=data.vocab_size, normalize=data.normalize).to_json()
 
 
-def sample_texts(
-    files: Sequence[CorpusFile], data: DataConfig, *, piece_chars: int = TRAINING_PIECE_CHARS
-) -> Iterator[str]:
+def sample_texts(files: Sequence[CorpusFile], data: DataConfig) -> Iterator[str]:
     """Yields up to `data.tokenizer_sample_bytes` of the kept documents, an equal share from each source: all of a small
     source, or else text from places all over it.
 
-    The text is cut into pieces of `piece_chars` to twice as many, because training takes time in the square of a word's
-    length, and DNA is one word of a megabyte. The last document of a place may be cut. The next place makes up for one
-    where much is dropped. Raises `CorpusError` when no document is kept.
+    The text is cut into pieces of `TRAINING_PIECE_CHARS` to twice as many, because training takes time in the square of
+    a word's length, and DNA is one word of a megabyte. The last document of a place may be cut. The next place makes up
+    for one where much is dropped. Raises `CorpusError` when no document is kept.
     """
     share_bytes = max(1, data.tokenizer_sample_bytes // len({file.source for file in files}))
     seen: set[bytes] = set()
@@ -92,7 +89,7 @@ def sample_texts(
             remaining += num_bytes
             for text in kept_texts(parts, data, seen, dropped, most_bytes=_MOST_READ * remaining):
                 encoded = text.encode()
-                yield from cut_text(encoded[:remaining].decode(errors="ignore"), piece_chars=piece_chars)
+                yield from cut_text(encoded[:remaining].decode(errors="ignore"), piece_chars=TRAINING_PIECE_CHARS)
                 remaining -= min(len(encoded), remaining)
                 if not remaining:
                     break

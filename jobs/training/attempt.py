@@ -219,14 +219,12 @@ class Attempt:
             opened.callback(self.writer.abandon)
             ledger, generation = self.writer.ledger, self.writer.fence.generation
             patiently(lambda: write_down(self.plan.run, ledger), "incidents")
-            read = ledger.read()
-            lines, rollbacks = read.lines, read.rollbacks
-            max_attempts = self.plan.config.scaling.max_fruitless_attempts
-            if reason := why_give_up(lines, max_fruitless_attempts=max_attempts):
+            read, scaling = ledger.read(), self.plan.config.scaling
+            rollbacks, left_out = read.rollbacks, GuardState(rollbacks=read.rollbacks).leaves_out
+            if reason := why_give_up(read.lines, max_fruitless_attempts=scaling.max_fruitless_attempts):
                 return _Beginning(stop_reason=reason)
-            left_out = GuardState(rollbacks=rollbacks).leaves_out
             saved_step = self.writer.newest_step(left_out=left_out)
-            last = max((line["step"] for line in lines if line.get("event") in (None, "skip")), default=0)
+            last = max((line["step"] for line in read.lines if line.get("event") in (None, "skip")), default=0)
             snapshot = self._newest_snapshot(last, at_least=saved_step, is_left_out=left_out)
             if snapshot is not None:
                 return _Beginning(rollbacks, snapshot=snapshot, generation=generation, saved_step=saved_step)

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from cluster.settings.run import way_to_compute
-from cluster.storage.uris import NotFoundError, Storage
+from cluster.storage.uris import Storage
 from jobs.exact.self_test import self_test
 from jobs.run.run_plan import RunPlan
 from jobs.run.storage_retry import patiently
@@ -34,12 +34,11 @@ def prepared(plan: RunPlan, group: WorkerGroup, device: torch.device) -> Hardwar
 
 def _kept(run: Storage, on: Hardware, compiles: Callable[[], None]) -> bytes:
     name = f"kernels/{hashlib.sha256(json.dumps(on, sort_keys=True).encode()).hexdigest()[:16]}.bin"
-    try:
-        return patiently(lambda: run.read_bytes(name), name)
-    except NotFoundError:
-        compiles()
-        saved = torch.compiler.save_cache_artifacts()
-        assert saved is not None, "something was compiled"
-        kernels = saved[0]
-        patiently(lambda: run.write_bytes(name, kernels), name)
-        return kernels
+    if (kept := patiently(lambda: run.find_bytes(name), name)) is not None:
+        return kept
+    compiles()
+    saved = torch.compiler.save_cache_artifacts()
+    assert saved is not None, "something was compiled"
+    kernels = saved[0]
+    patiently(lambda: run.write_bytes(name, kernels), name)
+    return kernels

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from jobs.exact.flat_layout import at, end_to_end, moved, shared
+from jobs.exact.flat_layout import at, moved
 from jobs.exact.train_state import TrainState
 from jobs.run.step_timer import StepTimer
 from jobs.workers.worker_group import WorkerGroup
@@ -59,12 +59,10 @@ class LayerStatistics:
         has its own parts if that is divided."""
         state, sums = self._state, torch.zeros(len(self._layers), dtype=torch.float64, device=flat.device)
         places = state.owned if is_divided else [range(state.layout.size)]
-        in_flat = places if len(flat) == state.layout.size else end_to_end(places)
-        for name, place in state.layout.places.items():
-            for part, own in zip(places, in_flat, strict=True):
-                if values := shared(place, part):
-                    norm = torch.linalg.vector_norm(at(flat, moved(values, part.start, own.start)), dtype=torch.float64)
-                    sums[self._layers.index(layer_of(name))] += norm.square()
+        for name, in_parameter, own in state.layout.pieces(places):
+            in_layout = moved(in_parameter, 0, state.layout.places[name].start)
+            values = at(flat, in_layout if len(flat) == state.layout.size else own)
+            sums[self._layers.index(layer_of(name))] += torch.linalg.vector_norm(values, dtype=torch.float64).square()
         sums = sums.cpu()
         if is_divided:
             if state.mesh.number and state.sums_shards:  # the first group has all of it

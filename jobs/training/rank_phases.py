@@ -38,8 +38,7 @@ def stragglers(ranks: list[RankTime]) -> dict[int, float]:
     median_s = statistics.median_low([rank.lane_s for rank in ranks])
     if not median_s:
         return {}
-    ratios = {number: rank.lane_s / median_s for number, rank in enumerate(ranks)}
-    return {number: ratio for number, ratio in ratios.items() if ratio > STRAGGLER_RATIO}
+    return {number: ratio for number, rank in enumerate(ranks) if (ratio := rank.lane_s / median_s) > STRAGGLER_RATIO}
 
 
 class RankPhases:

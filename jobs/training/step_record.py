@@ -48,9 +48,8 @@ class StepRecord:
 
         A step whose update was not applied, for the reason `skipped`, gets an event instead.
         """
-        config = self._config
         fields: dict[str, Any] = {}
-        hash_every = config.train.hash_every_steps
+        hash_every = self._config.train.hash_every_steps
         if hash_every and step % hash_every == 0 and (self._ledger or self._state.gathered):
             with self.timer.phase("statistics"):
                 fields["parameter_hash"] = hash_of_weights(self._state, self._group, step=step) or None

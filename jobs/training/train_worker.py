@@ -3,6 +3,7 @@
 It imports no more than it needs, as a replacement starts as fast as its imports.
 """
 
+from functools import partial
 from typing import Any
 
 import ray.train
@@ -53,12 +54,9 @@ def train_worker(settings: dict[str, Any]) -> None:
             progress=lambda: pulse.num_steps,
             max_fruitless=scaling.max_fruitless_attempts,
         )
+        training = partial(train, plan, rank=rank, world_size=world_size, pulse=pulse, signals=signals)
         try:
-            while not rendezvous.attend(
-                lambda meeting: train(
-                    plan, rank=rank, world_size=world_size, meeting=meeting, pulse=pulse, signals=signals
-                )
-            ):
+            while not rendezvous.attend(lambda meeting: training(meeting=meeting)):
                 pulse.at(Place.AROUND)
         except FruitlessError as error:
             pulse.at(Place.AROUND)

@@ -8,9 +8,8 @@ import torch.distributed as dist
 
 from cluster.settings.parser import ConfigError
 from cluster.settings.run import RunConfig, TrainConfig, seq_len
-from jobs.exact.compute import autocast, loss_of, micro_batch, num_counted
+from jobs.exact.compute import autocast, micro_batch, num_counted
 from jobs.exact.train_state import TrainState
-from jobs.run.run_plan import num_validation_rows
 from jobs.run.storage_retry import patiently
 from jobs.tokens.token_stream import TokenStream
 from jobs.workers.worker_group import WorkerGroup
@@ -27,7 +26,8 @@ def measured(
     rows: TokenStream, *, config: RunConfig, state: TrainState, group: WorkerGroup, eot_id: int | None
 ) -> dict[str, float]:
     """Returns `val_loss` (nats per counted token) and `val_bits_per_byte` of held-out rows."""
-    num_rows, size = num_validation_rows(rows, config), config.train.micro_batch_size
+    size, most_rows = config.train.micro_batch_size, max(1, config.train.eval_max_tokens // seq_len(config))
+    num_rows = rows.count_rows(at_most=most_rows)
     batches = [range(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
     # Each element has one contributor, so the all-reduce adds only zeros and rounds nothing.
     figures = torch.zeros(2, len(batches), dtype=torch.float64, device=state.device)  # losses, and tokens counted
@@ -40,7 +40,7 @@ def measured(
             batch = batches[min(index, len(batches) - 1)]  # a rank without one helps the others to gather the weights
             read = patiently(lambda: rows.rows(batch), "tokens")  # noqa: B023 (called at once)
             with autocast(config, state.device):
-                loss = loss_of(state.model, micro_batch(read, config, state.device, eot_id=eot_id)).double()
+                loss = state.model.loss(*micro_batch(read, config, state.device, eot_id=eot_id)).double()
             if index < len(batches):
                 figures[0, index], figures[1, index] = loss, num_counted(read[1])
     state.model.train()

@@ -69,10 +69,8 @@ class RunFigures:
                     self._lose(step)
             case "skip":
                 self._counts["train_skipped_steps"] += 1
-            case "failure":
-                self._failures[line["kind"]] += 1
-            case "hang":
-                self._failures["hang"] += 1
+            case "failure" | "hang":
+                self._failures[line.get("kind", "hang")] += 1
             case "checkpoint":
                 self._last_times["train_last_checkpoint_timestamp_seconds"] = now_s
 

@@ -97,8 +97,7 @@ class _Watcher:
         if last := next((line for line in reversed(lines) if "event" not in line), None):
             speed, workers = f"{last['tokens_per_s']:.0f} tokens/s", counted(last["world_size"], "worker")
             note = f"loss {last['loss']:.3f}, {speed}, {workers}"
-            total = max_steps(self._plan.config)
-            report_progress("training", done=last["step"], total=total, unit="steps", note=note)
+            report_progress("training", done=last["step"], total=max_steps(self._plan.config), unit="steps", note=note)
         self._export(is_running=True)
         with suppress(StorageError, OSError):  # the next launch writes them again, from the ledger
             self._curves.flush()

@@ -24,10 +24,6 @@ _MLFLOW_BATCH = 1000  # values of a request that MLflow takes
 _RUN_TAG = "raymill.run_id"
 
 
-class TrackerError(UserError):
-    """The tracker is not installed, cannot be reached, or refuses."""
-
-
 class MlflowTracker:
     """A run's place in MLflow, through its REST API, or in a folder where MLFLOW_TRACKING_URI names one. It is found
     again by the run's id."""
@@ -36,7 +32,7 @@ class MlflowTracker:
         try:
             mlflow = importlib.import_module("mlflow")
         except ImportError:
-            raise TrackerError("mlflow is not installed: pip install 'raymill[tracking]'") from None
+            raise UserError("mlflow is not installed: pip install 'raymill[tracking]'") from None
         self._value, self._error = mlflow.entities.Metric, mlflow.exceptions.MlflowException
         self._waiting: list[Any] = []
         with _failures(self._error):
@@ -78,7 +74,7 @@ def _failures(kind: type[Exception]) -> Iterator[None]:
     try:
         yield
     except kind as error:
-        raise TrackerError(f"MLflow refuses the run: {str(error).splitlines()[0]}") from None
+        raise UserError(f"MLflow refuses the run: {str(error).splitlines()[0]}") from None
 
 
 def track(run: Storage, *, mlflow: str, follow: bool) -> dict[str, Any]:

@@ -8,7 +8,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from enum import IntEnum
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -75,11 +74,7 @@ class Notices:
 def stopping_on_sigterm(run: Storage) -> Iterator[None]:
     """Turns SIGTERM to this process, the run's launcher, into a request to the workers to save and leave."""
     run.delete(STOP_REQUESTED)
-
-    def request(signum: int, frame: Any) -> None:
-        run.write_bytes(STOP_REQUESTED, b"")
-
-    before = signal.signal(signal.SIGTERM, request)
+    before = signal.signal(signal.SIGTERM, lambda signum, frame: run.write_bytes(STOP_REQUESTED, b""))
     try:
         yield
     finally:

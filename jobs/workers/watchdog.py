@@ -11,7 +11,6 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -121,11 +120,7 @@ def watch(run_uri: str, *, rank: int, hang_timeout_s: float, pid: int, pipe: int
     patiently(lambda: note(run, "hang", rank=rank, seconds=seconds, health=verdict, stack=name), name)
 
 
-def main(arguments: Sequence[str]) -> None:
-    run_uri, rank, hang_timeout_s = arguments
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    watch(run_uri, rank=int(rank), hang_timeout_s=float(hang_timeout_s), pid=os.getppid(), pipe=sys.stdin.fileno())
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _, uri, number, timeout_s = sys.argv
+    watch(uri, rank=int(number), hang_timeout_s=float(timeout_s), pid=os.getppid(), pipe=sys.stdin.fileno())

@@ -42,9 +42,8 @@ class WorkerGroup:
 
     def gather(self, value: Any) -> list[Any]:
         """Returns every rank's value, in the order of ranks."""
-        values: list[Any] = [value]
+        values: list[Any] = [value] * self.world_size
         if self.world_size > 1:
-            values = [None] * self.world_size
             dist.all_gather_object(values, value)
         return values
 

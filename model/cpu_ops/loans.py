@@ -63,10 +63,6 @@ def sink_of(parameter: Tensor) -> Tensor | None:
     return gradient_sinks.get({}).get(parameter)  # type: ignore[call-overload]
 
 
-def copy_of(parameter: Tensor) -> Tensor | None:
-    return weight_copies.get({}).get(parameter)  # type: ignore[call-overload]
-
-
 def scratch_like(x: Tensor, name: str, shape: tuple[int, ...]) -> Tensor | None:
     """Returns memory of x's type for an `out=`, or None, with which `out=` allocates its own."""
     scratch = scratch_memory.get(None)

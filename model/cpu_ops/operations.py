@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.cpu_ops.loans import copy_of, scratch_like, sink_of
+from model.cpu_ops.loans import scratch_like, sink_of, weight_copies
 from model.linear_cross_entropy import IGNORE_INDEX, compute_dtype
 from model.operations import PLAIN
 
@@ -192,7 +192,7 @@ class _Sum:
 
 
 def _in_type(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    copy = copy_of(weight)
+    copy: Tensor | None = weight_copies.get({}).get(weight)  # type: ignore[call-overload]
     return copy if copy is not None and copy.dtype == dtype else weight.detach().to(dtype)
 
 

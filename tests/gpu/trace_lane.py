@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cluster.settings.run import RunConfig
-from jobs.exact.compute import MicroBatch, autocast, choose_operations, loss_of
+from jobs.exact.compute import MicroBatch, autocast, choose_operations
 from jobs.exact.lane_sums import LaneSums
 from jobs.exact.step_plan import Mesh, StepPlan
 from jobs.exact.train_state import TrainState
@@ -117,7 +117,7 @@ def traced(config: RunConfig) -> dict[str, Any]:
             seen.count(tensor)
         with seen, sums.turn(StepPlan(Mesh(0, 1), num_lanes=2, num_micro_batches=1), 1):
             with autocast(config, device), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                loss = loss_of(state.model, batch, scale=1e-4)
+                loss = state.model.loss(*batch, scale=1e-4)
             loss.backward()
         with seen:
             state.apply(norm=2.0, learning_rate=1e-3)

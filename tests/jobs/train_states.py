@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cluster.settings.run import TrainConfig
 from jobs.exact.flat_layout import within
-from jobs.exact.step_totals import gradient_norm
+from jobs.exact.step_totals import block_square_sums, norm_of
 from jobs.exact.train_state import StatePiece, TrainState
 from jobs.training.stored_state import moments_by_name
 from model.checkpoint import safetensors_pieces
@@ -44,7 +44,7 @@ def gradients(state: TrainState, count: int, *, scale: float = 1.0) -> Iterator[
 def apply(state: TrainState, gradient: Tensor, *, learning_rate: float) -> float:
     """Returns the gradient's norm."""
     state.gradient.copy_(gradient)
-    norm = gradient_norm(state.gradient)
+    norm = norm_of(block_square_sums(state.gradient))
     state.apply(norm=norm, learning_rate=learning_rate)
     return norm
 

@@ -48,9 +48,10 @@ def test_a_document_computes_as_if_it_were_alone(model: GPT) -> None:
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
         positions = document_positions(inputs, eot_id=EOT)
         alone = torch.cat([model.logits(model(part[None]))[0] for part in parts])
-        logits = model.logits(model(inputs, positions=positions, mask=document_mask(positions)))[0]
+        mask = document_mask(positions)
+        logits = model.logits(model(inputs, positions=positions, mask=mask))[0]
         torch.testing.assert_close(logits, alone, rtol=0, atol=1e-5)
-        loss = model.loss(inputs, targets, eot_id=EOT)
+        loss = model.loss(inputs, targets, positions, mask)
         # Each document's last target, an end-of-text token, is the first input of the next one.
         ends = torch.tensor([len(part) for part in parts]).cumsum(0).tolist()
         pieces = [targets[:, end - len(part) : end] for end, part in zip(ends, parts, strict=True)]
@@ -66,4 +67,6 @@ def test_without_an_end_the_mask_is_the_causal_one() -> None:
     model = small_model().double()
     tokens = torch.randint(0, EOT, (2, 31), generator=torch.Generator().manual_seed(0))
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    torch.testing.assert_close(model.loss(inputs, targets, eot_id=EOT), model.loss(inputs, targets))
+    positions = document_positions(inputs, targets, eot_id=EOT)
+    masked = model.loss(inputs, targets, positions, document_mask(positions))
+    torch.testing.assert_close(masked, model.loss(inputs, targets))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from model.attention import document_mask, document_positions
 from model.checkpoint import load_model
 from model.checkpoint_folder import Metadata
 from model.config import GPTConfig, flops_per_token, num_parameters
@@ -147,11 +148,12 @@ def test_counts_are_those_of_the_model(shape: dict[str, Any]) -> None:
 def test_operations_for_cpus_give_the_gradients_of_plain_ones(shape: dict[str, Any]) -> None:
     model = small_llama(**shape)
     rows = torch.randint(97, (2, 49), generator=torch.Generator().manual_seed(3))
+    positions = document_positions(rows[:, :-1], eot_id=5)
     found = []
     for ops in (model.ops, CPU):
         use_operations(model, ops)
         model.zero_grad()
-        model.loss(rows[:, :-1], rows[:, 1:], eot_id=5).backward()
+        model.loss(rows[:, :-1], rows[:, 1:], positions, document_mask(positions)).backward()
         found.append({name: parameter.grad for name, parameter in model.named_parameters()})
     for name, expected in found[0].items():
         torch.testing.assert_close(found[1][name], expected, rtol=1e-4, atol=1e-4, msg=name)

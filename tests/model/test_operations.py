@@ -98,11 +98,13 @@ def test_a_loss_has_the_same_bits_without_gradients(autocast: bool) -> None:
 
 @pytest.mark.parametrize("ops", [PLAIN, CPU], ids=["plain", "cpu"])
 def test_recomputing_changes_no_bit(ops: Operations) -> None:
+    positions = document_positions(INPUTS, eot_id=EOT)
+
     def gradients(ops: Operations) -> list[Tensor]:
         model = with_operations(ops, dropout=0.3).train()
         torch.manual_seed(4)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = model.loss(INPUTS, TARGETS, eot_id=EOT)
+            loss = model.loss(INPUTS, TARGETS, positions, document_mask(positions))
         return [*torch.autograd.grad(loss, list(model.parameters())), loss.detach()]
 
     assert all(torch.equal(a, b) for a, b in zip(gradients(ops), gradients(recomputed(ops)), strict=True))

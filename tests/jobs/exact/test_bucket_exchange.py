@@ -15,9 +15,9 @@ from torch import Tensor
 
 from cluster.settings.plan import PlanConfig
 from jobs.exact.batch_gradient import dropout_seed
-from jobs.exact.compute import autocast, loss_of, micro_batch, num_counted
+from jobs.exact.compute import autocast, micro_batch, num_counted
 from jobs.exact.exact_reduce import subtrees_of_ranks, tree_sum
-from jobs.exact.step_totals import gradient_norm
+from jobs.exact.step_totals import block_square_sums, norm_of
 from jobs.plan.exchange import Traffic, between_all, exchange
 from jobs.plan.formulas import group_of
 from jobs.plan.memory import layout_of
@@ -96,7 +96,7 @@ def reference(case: Case) -> tuple[str, list[float]]:
                 torch.manual_seed(dropout_seed(config.train.seed, step=step, micro_batch=number))
                 with autocast(config, CPU):
                     scale = 1.0 / (num_lanes * case.micro_batches * batch.inputs.numel())
-                    loss = loss_of(state.model, batch, scale=scale)
+                    loss = state.model.loss(*batch, scale=scale)
                 loss.backward()
                 of_lane.append(loss.detach())
             lane_losses[range(lane, lane + 1)] = functools.reduce(torch.add, of_lane)
@@ -107,7 +107,7 @@ def reference(case: Case) -> tuple[str, list[float]]:
         losses.append(float(tree_sum(range(num_lanes), lane_losses.get)) * of_counted)
         first_sample += num_lanes * case.micro_batches * 2
         state.gradient.copy_(summed * of_counted)
-        state.apply(norm=gradient_norm(summed) * of_counted, learning_rate=1e-2)
+        state.apply(norm=norm_of(block_square_sums(summed)) * of_counted, learning_rate=1e-2)
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(False)
     return hash_of_weights(state, WorkerGroup(0, 1), step=NUM_STEPS), losses

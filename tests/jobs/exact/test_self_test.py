@@ -8,7 +8,8 @@ from torch import Tensor
 
 from cluster.settings.run import RunConfig
 from jobs.exact import compute
-from jobs.exact.self_test import SelfTestError, self_test
+from jobs.exact.self_test import self_test
+from model.errors import UserError
 from model.operations import PLAIN, Operations
 from tests.jobs.train_worlds import CPU
 
@@ -61,5 +62,5 @@ def unsteady(hidden: Tensor, weight: Tensor, *rest: Any, **options: Any) -> Tens
 )
 def test_a_planted_fault_is_named(ops: Operations, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compute, "PLAIN", ops)
-    with pytest.raises(SelfTestError, match=message):
+    with pytest.raises(UserError, match=message):
         self_test(config(compute="plain"), CPU)

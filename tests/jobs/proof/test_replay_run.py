@@ -7,8 +7,9 @@ import pytest
 
 from cluster.settings.parser import ConfigError
 from cluster.storage.uris import Storage, open_storage
-from jobs.proof.replay_run import ReplayError, parse_steps, replay
+from jobs.proof.replay_run import parse_steps, replay
 from jobs.run.ledger import Ledger
+from model.errors import UserError
 from tests.jobs.runs import trained_run
 from tests.jobs.tampering import change_line, change_setting, checkpoint_folder, flip_byte
 
@@ -81,7 +82,7 @@ def test_a_damaged_checkpoint_is_passed_over(run: Storage) -> None:
 
 
 def test_what_cannot_be_taken_again_is_said(run: Storage, tmp_path: Path) -> None:
-    with pytest.raises(ReplayError, match=r"steps 5\.\.12 are not in the ledger of .*, which has 1\.\.8"):
+    with pytest.raises(UserError, match=r"steps 5\.\.12 are not in the ledger of .*, which has 1\.\.8"):
         replay(run, steps=range(5, 13))
     with pytest.raises(ConfigError, match="the run has 2 lanes"):
         replay(run, steps=range(5, 7), num_workers=3)

@@ -18,7 +18,7 @@ from cluster.storage.uris import Storage, open_storage
 from jobs.report.figures import pictures, smoothed
 from jobs.report.make_report import make_report
 from jobs.report.why_slow import why_slow
-from jobs.run.find_run import RunError, find_run
+from jobs.run.find_run import find_run
 from jobs.run.history import (
     duration,
     lost_ranges,
@@ -26,6 +26,7 @@ from jobs.run.history import (
     statistics,
 )
 from jobs.run.ledger import Ledger
+from model.errors import UserError
 from tests.jobs.report.eventful_run import TOKENS_PER_STEP, Page, eventful_lines, write_run
 from tests.jobs.runs import trained_run
 from tests.repository import REPOSITORY
@@ -170,12 +171,12 @@ def test_a_report_in_s3(s3_bucket: str) -> None:
 def test_runs_are_found_by_id_and_by_folder(eventful: Storage, tmp_path: Path) -> None:
     for reference in ("eventful", eventful.uri, f"file://{eventful.uri}"):
         assert find_run(reference, str(tmp_path)).uri == eventful.uri
-    with pytest.raises(RunError, match=r"unknown run 'evenful': no ledger.jsonl in .*/runs/evenful.* has eventful"):
+    with pytest.raises(UserError, match=r"unknown run 'evenful': no ledger.jsonl in .*/runs/evenful.* has eventful"):
         find_run("evenful", str(tmp_path))
-    with pytest.raises(RunError, match=r"unknown run .*/none': .* has no runs"):
+    with pytest.raises(UserError, match=r"unknown run .*/none': .* has no runs"):
         find_run(str(tmp_path / "none"), str(tmp_path / "empty"))
     write_run(eventful, eventful_lines()[:1])
-    with pytest.raises(RunError, match="no completed step yet"):
+    with pytest.raises(UserError, match="no completed step yet"):
         make_report(eventful)
 
 

@@ -7,8 +7,8 @@ import pytest
 from cluster.storage.uris import open_storage
 from jobs.report.probe_run import probe_run
 from jobs.run.checkpoints import RunCheckpoints
-from jobs.run.find_run import RunError
 from jobs.run.ledger import Ledger
+from model.errors import UserError
 from model.probes import TASKS
 from tests.jobs.report.eventful_run import eventful_lines, write_run
 from tests.jobs.runs import trained_run
@@ -29,5 +29,5 @@ def test_every_kept_checkpoint(tmp_path: Path) -> None:
 def test_a_run_without_checkpoints(tmp_path: Path) -> None:
     run = open_storage(str(tmp_path)).child("runs/eventful")
     write_run(run, eventful_lines()[:20])
-    with pytest.raises(RunError, match="keeps no checkpoint yet"):
+    with pytest.raises(UserError, match="keeps no checkpoint yet"):
         probe_run(run)

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.snapshots.choice import MAX_SHARE, Holding, choose, copies, copy_area, interval, reader_of
+from jobs.snapshots.choice import COPIES, MAX_SHARE, Holding, choose, copies, interval, reader_of
 from jobs.snapshots.slots import Header
 
 
@@ -85,7 +85,7 @@ def test_a_rank_whose_node_holds_a_share_brings_it() -> None:
 def test_a_state_on_one_node_is_copied_to_another_and_to_the_same_one_again() -> None:
     share = held("a", 8)
     assert copies([held("a", 7), share], ["a", "b", "c"]) == [(share, "b")]
-    old_copy = held("c", 5, area=copy_area(share))
+    old_copy = held("c", 5, area=COPIES + share.area)
     assert copies([share, old_copy], ["a", "b", "c"]) == [(share, "c")]
 
 

@@ -20,7 +20,7 @@ import jobs.training.attempt
 from jobs.exact.host_copies import HostCopies
 from jobs.exact.train_state import TrainState
 from jobs.run.ledger import Ledger
-from jobs.snapshots.choice import COPIES, Holding, Snapshot, choose, copy_area, num_slots
+from jobs.snapshots.choice import COPIES, Holding, Snapshot, choose, num_slots
 from jobs.snapshots.keepers import ANSWER_S, AS_ACTOR, Keeper, NoRoom, copy_to_second_nodes
 from jobs.snapshots.slots import Bytes, Header, Slots
 from jobs.snapshots.snapshots import Snapshots
@@ -150,7 +150,7 @@ def test_a_share_is_copied_from_keeper_to_keeper_and_a_lack_of_room_is_reported(
         ray.get(keepers[node].copy.remote(newest, keepers["a"]))
     assert ray.get(keepers["b"].holdings.remote()) == []
     (copied,) = ray.get(keepers["c"].holdings.remote())
-    assert copied.area == copy_area(newest)
+    assert copied.area == COPIES + newest.area
     assert copied.header.checksum == newest.header.checksum
     assert ray.get(keepers["c"].is_whole.remote(copied))
     gone = replace(newest, header=replace(newest.header, step=9, sequence=99))

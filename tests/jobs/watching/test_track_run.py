@@ -13,7 +13,8 @@ from cluster.settings.run import RunConfig, to_yaml
 from cluster.storage.uris import Storage, open_storage
 from jobs.run.history import CONFIG_FILE
 from jobs.run.ledger import LEDGER, Ledger, Line
-from jobs.watching.track_run import MlflowTracker, TrackerError, track
+from jobs.watching.track_run import MlflowTracker, track
+from model.errors import UserError
 from tests.jobs.watching.eventful_ledger import EVENTFUL
 
 LINES: list[Line] = [
@@ -97,5 +98,5 @@ def test_a_server_that_is_not_there_is_reported(mlflow: Any, monkeypatch: pytest
 
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     module.set_tracking_uri("http://127.0.0.1:9")
-    with pytest.raises(TrackerError, match=r"MLflow refuses the run: .*127\.0\.0\.1"):
+    with pytest.raises(UserError, match=r"MLflow refuses the run: .*127\.0\.0\.1"):
         MlflowTracker("mill", "eventful", {})
