@@ -124,20 +124,15 @@ def run(config: ServeConfig) -> dict[str, Any]:
     if not serve.status().proxies:
         require_free_port(config.host, config.port)
         say("starting the endpoint's proxy")
-        start_proxies(config)
+        # Started from a task whose environment the proxies inherit; there is no other way to give them settings.
+        variables = proxy_environment(config.http) | {"RAY_SERVE_CONTROL_LOOP_INTERVAL_S": CONTROL_LOOP_S}
+        start = ray.remote(num_cpus=0, runtime_env={"env_vars": variables})(serve.start)
+        ray.get(start.remote(proxy_location="HeadOnly", http_options={"host": config.host, "port": config.port}))
     say(f"starting replicas of {name}, which load {checkpoint}")
     serve.run(app, name=APP_NAME, route_prefix="/", blocking=False)
     url = f"http://{config.host}:{config.port}"
     _wait_until_ready(url)
     return {"url": url, "model": name}
-
-
-def start_proxies(config: ServeConfig) -> None:
-    """Starts Ray Serve from a task whose environment its proxies inherit; there is no other way to give them
-    settings."""
-    environment = {"env_vars": proxy_environment(config.http) | {"RAY_SERVE_CONTROL_LOOP_INTERVAL_S": CONTROL_LOOP_S}}
-    start = ray.remote(num_cpus=0, runtime_env=environment)(serve.start)
-    ray.get(start.remote(proxy_location="HeadOnly", http_options={"host": config.host, "port": config.port}))
 
 
 def _is_loopback(host: str) -> bool:

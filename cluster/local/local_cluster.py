@@ -139,7 +139,8 @@ class LocalCluster:
     def add_node(self, *, wait: bool = True) -> str:
         """Starts one more worker node and returns its name."""
         name = f"node-{len(self._flags)}"
-        self._start_node(name, ["--address", self.address], num_cpus=self._cpus_per_node)
+        self._flags[name] = ["--address", self.address, "--num-cpus", str(self._cpus_per_node)]
+        self._launch(name)
         if wait:
             self._wait([name])
         return name
@@ -158,7 +159,10 @@ class LocalCluster:
 
     def _clear(self, name: str) -> None:
         """Ends what is left of a node before another one of the same name starts."""
-        kill(self._processes_of(name))  # even a driver that does not know yet, and would hold its lease
+        # Found by the environment that they were given, even a driver that does not know yet, and would hold its lease.
+        mine = {NODE_NAME_VARIABLE: name, "RAY_AUTH_TOKEN_PATH": self.environment["RAY_AUTH_TOKEN_PATH"]}
+        running = psutil.process_iter(["environ"])  # which is None for another user's
+        kill([process for process in running if mine.items() <= (process.info["environ"] or {}).items()])
         # With this file `ray start` would take the other nodes for a cluster whose head runs.
         (self._directory / name / "ray_current_cluster").unlink(missing_ok=True)
 
@@ -176,12 +180,6 @@ class LocalCluster:
         self._starter.shutdown()
         shutil.rmtree(self._directory, ignore_errors=True)
 
-    def _processes_of(self, name: str) -> list[psutil.Process]:
-        """Returns a node's processes, even if the node has ended, by the environment that they were given."""
-        mine = {NODE_NAME_VARIABLE: name, "RAY_AUTH_TOKEN_PATH": self.environment["RAY_AUTH_TOKEN_PATH"]}
-        running = psutil.process_iter(["environ"])  # which is None for another user's
-        return [process for process in running if mine.items() <= (process.info["environ"] or {}).items()]
-
     def _new_port(self) -> int:
         self._ports.add(port := free_port(self._ports))
         return port
@@ -189,12 +187,9 @@ class LocalCluster:
     def _start_head(self) -> None:
         flags = ["--head", "--dashboard-host", "127.0.0.1", "--port", str(self._gcs_port)]
         flags += ["--dashboard-port", str(self._jobs_port), "--no-monitor"]  # no autoscaler, as nodes are added by hand
-        self._start_node(_HEAD, flags, num_cpus=self._cpus_per_node if self._num_nodes == 1 else 0)
+        self._flags[_HEAD] = [*flags, "--num-cpus", str(self._cpus_per_node if self._num_nodes == 1 else 0)]
+        self._launch(_HEAD)
         self._wait([_HEAD])
-
-    def _start_node(self, name: str, flags: list[str], *, num_cpus: int) -> None:
-        self._flags[name] = ["--num-cpus", str(num_cpus), *flags]
-        self._launch(name)
 
     def _launch(self, name: str) -> None:
         command = [sys.executable, str(_START_NODE), "start", "--block", "--disable-usage-stats", "--node-name", name]

@@ -49,10 +49,6 @@ class Annotation:
     subject: str  # such as run:ID
     text: str
 
-    @property
-    def tags(self) -> list[str]:
-        return ["raymill", self.kind, self.subject]
-
 
 def _retried(ask: Callable[[], Answer]) -> Answer:
     """Asks again where Grafana did not answer."""
@@ -100,13 +96,8 @@ class Grafana:
         wanted = data_source(prometheus_url)
         path = f"/datasources/uid/{wanted['uid']}"
         found = self._ask("GET", path)
-        if found is None:
-            self._ask("POST", "/datasources", wanted)
-            return "created"
-        if not differences(wanted, found):
-            return "unchanged"
-        self._ask("PUT", path, wanted)
-        return "updated"
+        request = ("POST", "/datasources") if found is None else ("PUT", path)
+        return self._pushed(wanted, found, *request, wanted)
 
     def push_folder(self) -> str:
         if self._ask("GET", f"/folders/{FOLDER}") is not None:
@@ -115,12 +106,14 @@ class Grafana:
         return "created"
 
     def push_dashboard(self, dashboard: Json) -> str:
-        there = self.dashboard(dashboard["uid"])
-        if there is not None and not differences(dashboard, there):
-            return "unchanged"
         body = {"dashboard": dashboard, "folderUid": FOLDER, "overwrite": True, "message": "raymill dashboards"}
-        self._ask("POST", "/dashboards/db", body)
-        return "created" if there is None else "updated"
+        return self._pushed(dashboard, self.dashboard(dashboard["uid"]), "POST", "/dashboards/db", body)
+
+    def _pushed(self, wanted: Json, found: Json | None, method: str, path: str, body: Json) -> str:
+        if found is not None and not differences(wanted, found):
+            return "unchanged"
+        self._ask(method, path, body)
+        return "created" if found is None else "updated"
 
     def dashboard(self, uid: str) -> Json | None:
         found = self._ask("GET", f"/dashboards/uid/{uid}")
@@ -131,12 +124,12 @@ class Grafana:
         return _retried(lambda: self._annotate(annotation))
 
     def _annotate(self, annotation: Annotation) -> str:
-        time_ms = round(annotation.time_s * 1000)
-        tags = "&".join(f"tags={quote(tag)}" for tag in annotation.tags)
-        found = self._ask_once("GET", f"/annotations?from={time_ms}&to={time_ms}&{tags}")
+        time_ms, tags = round(annotation.time_s * 1000), ["raymill", annotation.kind, annotation.subject]
+        tagged = "&".join(f"tags={quote(tag)}" for tag in tags)
+        found = self._ask_once("GET", f"/annotations?from={time_ms}&to={time_ms}&{tagged}")
         if any(there["text"] == annotation.text for there in found):
             return "unchanged"
-        self._ask_once("POST", "/annotations", {"time": time_ms, "tags": annotation.tags, "text": annotation.text})
+        self._ask_once("POST", "/annotations", {"time": time_ms, "tags": tags, "text": annotation.text})
         return "created"
 
     def _ask(self, method: str, path: str, body: Json | None = None) -> Any:

@@ -5,10 +5,9 @@ histogram's sum only by the middle of its buckets. Each series becomes a gauge o
 exact, and no series outlives its process for long. `rate` and `histogram_quantile` ignore a series' type.
 """
 
-import threading
 import time
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import prometheus_client as prometheus
 from ray.util.metrics import Gauge
@@ -52,15 +51,11 @@ class Metrics:
             if labels.keys() <= set(metrics()[name].all_labels):
                 metric.remove_by_labels(labels)
 
-    def keep_published(self) -> None:
-        """Publishes from a thread while the process lives."""
-
-        def work() -> None:
-            while True:
-                time.sleep(PUBLISH_INTERVAL_S)
-                self.publish()
-
-        threading.Thread(target=work, name="metrics", daemon=True).start()
+    def keep_published(self) -> NoReturn:
+        """Publishes in a thread of its own while the process lives."""
+        while True:
+            time.sleep(PUBLISH_INTERVAL_S)
+            self.publish()
 
     def _make(self, metric: Metric) -> Any:
         # In the clients' order: name, text, labels, then namespace, subsystem and unit, which the name already has.
@@ -70,21 +65,18 @@ class Metrics:
         return {Kind.COUNTER: prometheus.Counter, Kind.GAUGE: prometheus.Gauge}[metric.kind](*arguments)
 
 
-class ByVersion(Generic[Counted]):
-    """What is counted for each version of the model. An endpoint that follows a run sees any number of them; only the
-    `MAX_VERSIONS` that were used last have series."""
+def by_version(metrics: Metrics, make: Callable[[str], Counted]) -> Callable[[str], Counted]:
+    """Returns a function that gives what is counted for a version of the model, which `make` returns for a new one. An
+    endpoint that follows a run sees any number of them; only the `MAX_VERSIONS` that were used last have series."""
+    kept: dict[str, Counted] = {}  # the one used last is the last one
 
-    def __init__(self, metrics: Metrics, make: Callable[[str], Counted]) -> None:
-        """`make` returns what is counted for a new version."""
-        self._metrics = metrics
-        self._make = make
-        self._kept: dict[str, Counted] = {}  # the one used last is the last one
-
-    def of(self, version: str) -> Counted:
-        counted = self._kept.pop(version, None)
-        self._kept[version] = counted = self._make(version) if counted is None else counted
-        if len(self._kept) > MAX_VERSIONS:
-            oldest = next(iter(self._kept))
-            del self._kept[oldest]
-            self._metrics.end(version=oldest)
+    def of(version: str) -> Counted:
+        counted = kept.pop(version, None)
+        kept[version] = counted = make(version) if counted is None else counted
+        if len(kept) > MAX_VERSIONS:
+            oldest = next(iter(kept))
+            del kept[oldest]
+            metrics.end(version=oldest)
         return counted
+
+    return of

@@ -141,7 +141,10 @@ class ProgressView:
     def __init__(self, log: Path = Path(os.devnull), *, waiting: str = "") -> None:
         self.log = log
         self._waiting, self._until_first_line = waiting, ExitStack()
-        self._bars = _bars() if sys.stderr.isatty() else None
+        amount = TextColumn("{task.completed:g} of {task.total:g} {task.fields[unit]}")
+        columns = (TextColumn("{task.description:>12}"), BarColumn(), amount, TimeRemainingColumn())
+        bars = Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True))
+        self._bars = bars if sys.stderr.isatty() else None
         self._tasks: dict[str, TaskID] = {}
         self._plain = PlainProgress()
         self._rays = RayFilter()
@@ -188,9 +191,3 @@ class ProgressView:
 
 def _report(line: str) -> Report:
     return Report(**json.loads(line[len(_MARK) :]))
-
-
-def _bars() -> Progress:
-    amount = TextColumn("{task.completed:g} of {task.total:g} {task.fields[unit]}")
-    columns = (TextColumn("{task.description:>12}"), BarColumn(), amount, TimeRemainingColumn())
-    return Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True))

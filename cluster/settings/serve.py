@@ -139,11 +139,6 @@ class ServeConfig(Settings):
         """The number of requests per replica that autoscaling aims at."""
         return self.replicas.target_ongoing_requests or (128 if self.engine.device == "cuda" else 8)
 
-    @property
-    def shares_engine(self) -> bool:
-        """Whether versions of one shape share an engine."""
-        return self.engine.runs_vllm and self.delivery.weights != "beside"
-
     @model_validator(mode="after")
     def _in_place(self) -> Self:
         if self.delivery.weights == "in_place" and not self.engine.runs_vllm:

@@ -24,7 +24,7 @@ from cluster.settings.parser import ConfigError, Parser
 from cluster.stages.stage_module import MISUSED, parse_result, stage_name
 from cluster.storage.lease import Lease, LeaseHeldError
 from cluster.storage.process_identity import die_with_parent
-from cluster.storage.uris import Storage, open_storage
+from cluster.storage.uris import open_storage
 from model.errors import UserError
 
 _LINE_BYTES = 64 << 10  # longer ones are cut into several
@@ -41,7 +41,12 @@ def main() -> int:
         parser.add_argument("module", help="the stage's module")
         parser.add_argument("config", help="the resolved run.yaml")
         arguments = parser.parse_args()
-        run, stage = _run_storage(Path(arguments.config)), stage_name(arguments.module)
+        # Not by the settings' classes, which would take half a second; the stage checks them anyway.
+        values = yaml.safe_load(Path(arguments.config).read_text(encoding="utf-8"))
+        if not isinstance(values, dict) or not values.get("run_id"):
+            raise ConfigError(f"{Path(arguments.config)} names no run_id, by which a restarted job finds its run")
+        storage = open_storage((values.get("storage") or {}).get("uri", ".raymill"))
+        run, stage = storage.child(f"runs/{values['run_id']}"), stage_name(arguments.module)
         with Lease(run, lease_key(stage), interval_s=_BEAT_S, timeout_s=SILENCE_S):
             started = Started(arguments.job, stage, socket.gethostname(), time.time())
             launch = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
@@ -63,14 +68,6 @@ def entrypoint(module: str, path: str, *, job: str) -> list[str]:
 def lease_key(stage: str) -> str:
     """Returns the key of the lease whose holder runs the stage."""
     return f"{JOBS}/{stage}.lease"
-
-
-def _run_storage(path: Path) -> Storage:
-    """Returns the run's storage. The settings' classes would take half a second, and the stage checks them anyway."""
-    values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(values, dict) or not values.get("run_id"):
-        raise ConfigError(f"{path} names no run_id, by which a restarted job finds its run")
-    return open_storage((values.get("storage") or {}).get("uri", ".raymill")).child(f"runs/{values['run_id']}")
 
 
 def _mirror(command: list[str], log: JobLog) -> int:

@@ -6,6 +6,7 @@ installation of this package, and a run records exactly which settings it had.
 
 import asyncio
 import dataclasses
+import json
 import logging
 import os
 import secrets
@@ -24,13 +25,14 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from cluster.local.jobs_api import ClusterError, JobsApi, ray_token
 from cluster.local.local_cluster import STOP_WAIT_S, LocalCluster
 from cluster.output.progress import ProgressView, doing, say
+from cluster.output.result_text import printable
 from cluster.settings.code_folders import snapshot_code
 from cluster.settings.flags import read_config, settled
 from cluster.settings.parser import ConfigError
 from cluster.settings.run import ClusterConfig, EvaluateConfig, RunConfig, write_config
 from cluster.settings.serve import ServeConfig
 from cluster.stages.run_mirrored import entrypoint
-from cluster.stages.stage_module import ERROR_MARK, MISUSED, StageFailedError, parse_result, print_result
+from cluster.stages.stage_module import ERROR_MARK, MISUSED, RESULT_MARK, StageFailedError, parse_result
 from cluster.storage.uris import open_storage
 from model.errors import UserError
 
@@ -106,7 +108,7 @@ def _submit_and_follow(
         with ProgressView(folder_of_logs.absolute() / f"{module}-{job}.log", waiting="starting the job") as view:
             job_id = submit_stage(connection, module, config, job=job)
             when_submitted()
-            return _follow(client, job_id, view)
+            return asyncio.run(_follow(client, job_id, view))
     except BaseException:
         if job_id is not None and client.get_job_status(job_id) in (JobStatus.PENDING, JobStatus.RUNNING):
             with doing("stopping: the job saves and ends"):
@@ -149,17 +151,19 @@ def _submit(client: JobSubmissionClient, **job: Any) -> str:
 
 
 def stage_main(run: Callable[[Config], dict[str, Any]], root: type[Config]) -> int:
-    """Runs a stage module in its Ray job, `python -m MODULE run.yaml`: joins the job's cluster, prints one JSON result,
-    and returns the exit code."""
-
-    def result() -> dict[str, Any]:
+    """Runs a stage module in its Ray job, `python -m MODULE run.yaml`: joins the job's cluster, prints one JSON result
+    as a line for `parse_result`, or the error for the user, and returns the exit code."""
+    try:
         if len(sys.argv) != 2 or "RAY_ADDRESS" not in os.environ:
             raise ConfigError("a stage runs in a Ray job, with a file of settings: `raymill` submits it (see --help)")
         config = settled(read_config(Path(sys.argv[1]), root))
         ray.init(log_to_driver=True, logging_level=logging.WARNING)
-        return run(config)
-
-    return print_result(result)
+        result = run(config)
+    except UserError as error:
+        sys.stderr.write(f"{ERROR_MARK}{printable(str(error))}\n")
+        return MISUSED if isinstance(error, ConfigError) else 1
+    sys.stdout.write(f"{RESULT_MARK}{json.dumps(result)}\n")
+    return 0
 
 
 def _job_environment(connection: Connection) -> dict[str, str]:
@@ -181,19 +185,8 @@ def _jobs_client(connection: Connection) -> JobSubmissionClient:
         raise ClusterError(f"no Ray Jobs API answers at {connection.api.url}: {str(error).splitlines()[0]}") from None
 
 
-def _follow(client: JobSubmissionClient, job_id: str, view: ProgressView) -> dict[str, Any]:
-    result, error = asyncio.run(_shown_log(client, job_id, view))
-    while (status := client.get_job_status(job_id)) in (JobStatus.PENDING, JobStatus.RUNNING):
-        time.sleep(_POLL_S)
-    if status == JobStatus.SUCCEEDED and result is not None:
-        return result
-    code = client.get_job_info(job_id).driver_exit_code
-    kind = ConfigError if code == MISUSED else StageFailedError
-    raise kind(f"{error or f'job {job_id} ended with exit code {code}'} (the whole log is in {view.log})")
-
-
-async def _shown_log(client: JobSubmissionClient, job_id: str, view: ProgressView) -> tuple[dict[str, Any] | None, str]:
-    """Shows the job's log as it comes, and returns the result and the error in it."""
+async def _follow(client: JobSubmissionClient, job_id: str, view: ProgressView) -> dict[str, Any]:
+    """Shows the job's log as it comes, and returns the result in it."""
     result, error, rest = None, "", ""
     async for text in client.tail_job_logs(job_id):
         *lines, rest = (rest + text).split("\n")
@@ -205,4 +198,10 @@ async def _shown_log(client: JobSubmissionClient, job_id: str, view: ProgressVie
                 view.keep(line)
             else:
                 view.line(line)
-    return result, error
+    while (status := client.get_job_status(job_id)) in (JobStatus.PENDING, JobStatus.RUNNING):
+        await asyncio.sleep(_POLL_S)
+    if status == JobStatus.SUCCEEDED and result is not None:
+        return result
+    code = client.get_job_info(job_id).driver_exit_code
+    kind = ConfigError if code == MISUSED else StageFailedError
+    raise kind(f"{error or f'job {job_id} ended with exit code {code}'} (the whole log is in {view.log})")

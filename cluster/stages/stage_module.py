@@ -3,12 +3,9 @@
 import json
 import signal
 import sys
-from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from cluster.output.result_text import printable
-from cluster.settings.parser import ConfigError
 from model.errors import UserError
 
 STAGES = {"tokenize": "jobs.tokenize_corpus", "pretrain": "jobs.pretrain", "pipeline": "jobs.pipeline"}
@@ -35,17 +32,6 @@ class StageFailedError(UserError):
 def parse_result(line: str) -> dict[str, Any] | None:
     """Returns the result in a line of a module's output, or None if the line has none."""
     return json.loads(line[len(RESULT_MARK) :]) if line.startswith(RESULT_MARK) else None
-
-
-def print_result(compute: Callable[[], dict[str, Any]]) -> int:
-    """Prints the result as a line for `parse_result`, or the error for the user, and returns the exit code."""
-    try:
-        result = compute()
-    except UserError as error:
-        sys.stderr.write(f"{ERROR_MARK}{printable(str(error))}\n")
-        return MISUSED if isinstance(error, ConfigError) else 1
-    sys.stdout.write(f"{RESULT_MARK}{json.dumps(result)}\n")
-    return 0
 
 
 def exit_on_signal(number: int, frame: FrameType | None) -> None:

@@ -9,7 +9,7 @@ keeps listings of branches that move, and accepts an answer that ignores the ran
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, BinaryIO, Never
@@ -40,13 +40,15 @@ class HubStorage(interface.Storage):
     @classmethod
     def at(cls, uri: str) -> "HubStorage":
         """Returns the storage at a URI without a request. Raises `StorageError` for a malformed one."""
-        try:
+        with suppress(errors.HfUriError):
             parsed = parse_hf_uri(uri.rstrip("/"))
-        except errors.HfUriError as error:
-            raise _wrong_uri(uri) from error
-        if parsed.type not in ("dataset", "model"):
-            raise _wrong_uri(uri)
-        return cls(parsed.id, parsed.revision or "main", interface.checked_key(parsed.path_in_repo), parsed.type)
+            if parsed.type in ("dataset", "model"):
+                key = interface.checked_key(parsed.path_in_repo)
+                return cls(parsed.id, parsed.revision or "main", key, parsed.type)
+        raise interface.StorageError(
+            f"cannot open {uri!r}: expected hf://owner/name@revision/path for a model, or "
+            "hf://datasets/owner/name@revision/path; @revision is main unless given, with %2F for each / in it"
+        )
 
     @property
     def uri(self) -> str:
@@ -151,13 +153,6 @@ def _token() -> str | bool:
 
 def _api() -> HfApi:
     return HfApi(endpoint=_endpoint(), token=_token())
-
-
-def _wrong_uri(uri: str) -> interface.StorageError:
-    return interface.StorageError(
-        f"cannot open {uri!r}: expected hf://owner/name@revision/path for a model, or "
-        "hf://datasets/owner/name@revision/path; @revision is main unless given, with %2F for each / in it"
-    )
 
 
 @contextmanager

@@ -6,10 +6,10 @@ saw the loan: no two machines' clocks are compared.
 
 import json
 import secrets
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from typing import NoReturn
 
 from cluster.storage.uris import Storage, StorageError
 
@@ -63,12 +63,8 @@ class Lender:
             return 0
         return self._loan.num_workers
 
-    def look_forever(self) -> None:
-        """Looks from a thread, as a storage may take long to answer."""
-
-        def look() -> None:
-            while True:
-                self.look()
-                time.sleep(POLL_S)
-
-        threading.Thread(target=look, name="lender", daemon=True).start()
+    def look_forever(self) -> NoReturn:
+        """Looks in a thread of its own, as a storage may take long to answer."""
+        while True:
+            self.look()
+            time.sleep(POLL_S)

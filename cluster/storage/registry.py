@@ -9,10 +9,10 @@ import logging
 import re
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from cluster.storage.checkpoint_cache import discard, fetch
 from cluster.storage.uris import AlreadyExistsError, NotFoundError, Storage, StorageError, open_storage, pinned
@@ -55,11 +55,9 @@ def publish(storage: Storage, reference: str) -> Publication:
     while True:
         numbers = [int(Path(key).stem) for key in _publication_keys(storage)]
         key = f"registry/{max(numbers, default=0) + 1:06d}.json"
-        try:
+        with suppress(AlreadyExistsError):  # another publisher took the number
             storage.write_bytes(key, json.dumps(asdict(publication)).encode(), if_absent=True)
-        except AlreadyExistsError:  # another publisher took the number
-            continue
-        return publication
+            return publication
 
 
 def publications(storage: Storage) -> list[Publication]:
@@ -103,22 +101,15 @@ def served_checkpoints(storage: Storage) -> set[str]:
 def _pinned(storage: Storage, key: str) -> list[str]:
     """Returns the checkpoints in an endpoint's file, or in its copy if the file is damaged."""
     for candidate in (key, LAST_GOOD + key.removeprefix(ENDPOINTS)):
-        try:
-            return [str(uri) for uri in endpoint_state(storage.read_bytes(candidate))["pinned"]]
-        except (ValueError, NotFoundError):
-            _log.warning("%s does not say which checkpoints its endpoint needs", candidate)
+        with suppress(ValueError, NotFoundError):
+            content = json.loads(storage.read_bytes(candidate))
+            if isinstance(content, dict) and isinstance(content.get("pinned"), list):
+                return [str(uri) for uri in content["pinned"]]
+        _log.warning("%s does not say which checkpoints its endpoint needs", candidate)
     raise StorageError(
         f"{storage.uri}/{key} is damaged, so the checkpoints that its endpoint needs are not known: restore the file, "
         "or delete it if the endpoint no longer exists"
     )
-
-
-def endpoint_state(data: bytes) -> dict[str, Any]:
-    """Returns the content of an endpoint's file. Raises `ValueError`."""
-    content = json.loads(data)
-    if not isinstance(content, dict) or not isinstance(content.get("pinned"), list):
-        raise ValueError("expected a JSON object with the list `pinned`")
-    return content
 
 
 def resolve_checkpoint(reference: str, storage_uri: str) -> Path:

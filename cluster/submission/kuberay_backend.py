@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.kube.kustomize import rendered_overlay
-from cluster.kube.status import RAY, Object
+from cluster.kube.status import RAY, Object, has_ended
 from cluster.settings.parser import ConfigError
 from cluster.settings.run import RunConfig
 from cluster.submission.backend import JobBackend
@@ -56,12 +56,10 @@ class KubeJobs(JobBackend):
         if job is None:
             return None
         status = job.get("status") or {}
-        deployment = status.get("jobDeploymentStatus", "")
         ray_status = status.get("jobStatus", "")
-        if deployment in ("Complete", "Failed", "ValidationFailed"):
-            has_ended = ray_status in ("SUCCEEDED", "FAILED", "STOPPED")
-            return JobState(ray_status.lower()) if has_ended else JobState.FAILED
-        is_running = deployment == "Running" and ray_status == "RUNNING"
+        if has_ended(job):
+            return JobState(ray_status.lower()) if ray_status in ("SUCCEEDED", "STOPPED") else JobState.FAILED
+        is_running = status.get("jobDeploymentStatus") == "Running" and ray_status == "RUNNING"
         return JobState.RUNNING if is_running else JobState.PENDING
 
     def stop(self, record: JobRecord) -> None:

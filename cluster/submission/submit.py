@@ -13,6 +13,8 @@ from cluster.stages.run_mirrored import SILENCE_S, lease_key
 from cluster.storage.lease import living_holder
 from cluster.storage.uris import Storage
 from cluster.submission.backend import JobBackend
+from cluster.submission.kuberay_backend import KubeJobs
+from cluster.submission.local_backend import LocalJobs
 from cluster.submission.record import Backend, JobRecord, JobState, read_record, write_record
 from model.errors import UserError
 
@@ -35,19 +37,11 @@ def backend_at(
     backend: Backend, where: str = "", *, token_file: Path | None = None, overlay: Path | None = None
 ) -> JobBackend:
     """Returns the backend of the kind at `where`. Ray and Kubernetes' client are imported only if it needs them."""
-    match backend:
-        case Backend.RAY:
-            from cluster.submission.ray_backend import RayJobs  # noqa: PLC0415
+    if backend is Backend.RAY:
+        from cluster.submission.ray_backend import RayJobs  # noqa: PLC0415
 
-            return RayJobs(JobsApi(where, ray_token(token_file)))
-        case Backend.KUBERAY:
-            from cluster.submission.kuberay_backend import KubeJobs  # noqa: PLC0415
-
-            return KubeJobs(where or None, overlay)
-        case _:
-            from cluster.submission.local_backend import LocalJobs  # noqa: PLC0415
-
-            return LocalJobs()
+        return RayJobs(JobsApi(where, ray_token(token_file)))
+    return KubeJobs(where or None, overlay) if backend is Backend.KUBERAY else LocalJobs()
 
 
 def living_job(config: RunConfig, stage: str, token_file: Path | None) -> JobView | None:

@@ -157,7 +157,7 @@ class LendingPolicy(ElasticScalingPolicy):
 
     def after_controller_start(self, train_run_context: Any) -> None:
         self._lender = Lender(open_storage(self._run_uri))
-        self._lender.look_forever()
+        threading.Thread(target=self._lender.look_forever, name="lender", daemon=True).start()
         super().after_controller_start(train_run_context)
 
     def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:

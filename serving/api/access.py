@@ -38,11 +38,10 @@ class AccessRules:
 def read_rules(config: ServeConfig) -> AccessRules:
     """Reads the key files, and creates those that are missing. Raises `UserError` for a file without a key, and for a
     key that is in both."""
-    for file in (config.api_key_file, config.admin_key_file):
-        if file is not None:
-            make_key_file(Path(file))
-    user = read_keys(Path(config.api_key_file)) if config.api_key_file else ()
-    admin = read_keys(Path(config.admin_key_file)) if config.admin_key_file else ()
+    files = [Path(file) if file else None for file in (config.api_key_file, config.admin_key_file)]
+    for file in filter(None, files):
+        make_key_file(file)
+    user, admin = (read_keys(file) if file else () for file in files)
     if both := _hashes(user) & _hashes(admin):
         raise UserError(
             f"{len(both)} of the keys in {config.admin_key_file} are API keys too; an admin key opens /admin only"

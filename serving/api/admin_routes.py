@@ -16,7 +16,7 @@ from serving.delivery.audit_log import AuditLog
 from serving.delivery.follower import CoordinatorAwayError, Follower, answer_of
 from serving.delivery.promotion import Delivery, DeliveryError, Terms, Version, version_of
 from serving.delivery.routed_request import RoutedRequest
-from serving.protocol.errors import ApiError, error_of, invalid_request
+from serving.protocol.errors import ApiError, error_of
 from serving.protocol.protocol import Request as Body
 from serving.protocol.protocol import read_request
 from serving.protocol.request_facts import timestamp
@@ -127,7 +127,7 @@ def _read_candidate(reference: str, live: ServedModel, storage_uri: str) -> Vers
         if not (problem := misfit(live, model)):
             return version_of(model, checkpoint=uri)
         message = f"checkpoint {uri} {problem}"
-    raise invalid_request(message, param="checkpoint", code="checkpoint_refused")
+    raise ApiError(message, param="checkpoint", code="checkpoint_refused")
 
 
 def _gate_rows(asked: PromoteRequest, live: ServedModel) -> tuple[tuple[int, ...], ...]:
@@ -138,9 +138,7 @@ def _gate_rows(asked: PromoteRequest, live: ServedModel) -> tuple[tuple[int, ...
         token_ids = live.require_tokenizer().encode_whole(asked.gate_text)[:MAX_GATE_TOKENS]
         rows = [*rows, *(token_ids[start : start + longest] for start in range(0, len(token_ids) - 1, longest))]
     if (num_tokens := sum(map(len, rows))) > MAX_GATE_TOKENS:
-        raise invalid_request(
-            f"gate_rows: {num_tokens} tokens, at most {MAX_GATE_TOKENS} are measured", param="gate_rows"
-        )
+        raise ApiError(f"gate_rows: {num_tokens} tokens, at most {MAX_GATE_TOKENS} are measured", param="gate_rows")
     cut = [live.checked_ids(row[:longest], param="gate_rows") for row in rows]
     return tuple(tuple(row) for row in cut if len(row) > 1)
 
@@ -149,6 +147,6 @@ async def _asked(call: Any) -> Any:
     try:
         return await answer_of(call)
     except DeliveryError as error:
-        raise invalid_request(str(error), code="delivery_conflict", status=409) from None
+        raise ApiError(str(error), status=409, code="delivery_conflict") from None
     except CoordinatorAwayError:
         raise error_of("coordinator_unavailable") from None

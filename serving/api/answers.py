@@ -10,7 +10,6 @@ import numpy as np
 
 from serving.api.choice_output import Part, TokenEntry
 from serving.engine.messages import Candidates
-from serving.protocol.protocol import CompletionRequest, EmbeddingRequest
 from serving.protocol.served_model import ServedModel
 
 Usage = dict[str, int]
@@ -102,11 +101,6 @@ class TextAnswer(Answer):
             ],
             "text_offset": [token.text_offset for token in tokens],
         }
-
-
-def reading_only(request: EmbeddingRequest) -> CompletionRequest:
-    """Returns the completion that reads the texts and draws no token."""
-    return CompletionRequest.model_construct(model=request.model, prompt=request.input, max_tokens=0, temperature=0.0)
 
 
 class EmbeddingAnswer(Answer):

@@ -14,7 +14,7 @@ from model.chat import Chat, ChatError
 from serving.api.answers import Answer, Usage
 from serving.api.choice_output import Part, TokenEntry
 from serving.protocol import harmless_fields
-from serving.protocol.errors import invalid_request
+from serving.protocol.errors import ApiError
 from serving.protocol.protocol import MAX_LOGPROBS, CompletionRequest, GenerationRequest, Request
 from serving.protocol.served_model import ServedModel
 
@@ -71,7 +71,7 @@ class ChatRequest(GenerationRequest):
     @model_validator(mode="after")
     def _candidates_need_logprobs(self) -> Self:
         if self.top_logprobs and not self.logprobs:
-            raise invalid_request("top_logprobs is allowed with logprobs=true only", param="top_logprobs")
+            raise ApiError("top_logprobs is allowed with logprobs=true only", param="top_logprobs")
         return self
 
 
@@ -86,7 +86,7 @@ def as_completion(request: ChatRequest, model: ServedModel) -> CompletionRequest
     try:
         rendered_ids = chat.prompt_ids([message.model_dump(exclude_none=True) for message in request.messages])
     except ChatError as error:
-        raise invalid_request(str(error), param=field, code="invalid_value") from None
+        raise ApiError(str(error), param=field, code="invalid_value") from None
     prompt_ids = model.prompt_ids(rendered_ids, max_tokens=max_tokens or 1, param=field)
     shared = {name: getattr(request, name) for name in GenerationRequest.model_fields}
     if not model.is_chat_tuned:

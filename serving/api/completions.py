@@ -17,7 +17,7 @@ from serving.api.metrics import ReplicaMetrics, RequestTimer
 from serving.delivery.loaded_version import LoadedVersion
 from serving.engine.messages import FinishReason, SequenceRequest
 from serving.engine_process.client import EngineClient, EngineDiedError, Generation
-from serving.protocol.errors import ApiError, error_of, invalid_request, overloaded
+from serving.protocol.errors import ApiError, error_of, overloaded
 from serving.protocol.protocol import CompletionRequest, StreamOptions, sampling_of
 from serving.protocol.request_facts import RequestFacts
 from serving.protocol.served_model import ServedModel
@@ -172,7 +172,7 @@ async def start_completion(
         for index in range(request.n)
     ]
     if (num_scores := sum(sequence.max_scores for sequence in sequences)) > MAX_SCORES:
-        raise invalid_request(
+        raise ApiError(
             f"{num_scores} log-probabilities were asked for ({len(sequences)} sequences), at most {MAX_SCORES} are "
             "given in one answer; ask for fewer prompts, tokens or candidates",
             param="logprobs" if request.prompt_logprobs is None else "prompt_logprobs",
@@ -212,29 +212,29 @@ def _require_possible(request: CompletionRequest, model: ServedModel) -> None:
     if request.stop:
         model.require_tokenizer()
     if request.min_tokens > request.token_limit:
-        raise invalid_request(
+        raise ApiError(
             f"min_tokens={request.min_tokens} exceeds the {request.token_limit} tokens of max_tokens",
             param="min_tokens",
         )
     ending = {*request.stop_token_ids, *({model.eos_id} if model.eos_id is not None else ())}
     if request.min_tokens and len(ending) >= model.config.vocab_size:
-        raise invalid_request("stop_token_ids leave no token for min_tokens", param="stop_token_ids")
+        raise ApiError("stop_token_ids leave no token for min_tokens", param="stop_token_ids")
 
 
 def refuse_when_full(engine: EngineClient, num_sequences: int, config: ServeConfig, *, key: str) -> None:
     """Raises `ApiError` (429) if there is no room for as many more sequences, or only after too long a wait. What they
     would pass in the queue takes no room from them: a key that fills the queue fills it for itself."""
-    ahead = engine.ahead(key)
+    num_requests, num_others, wait_s = engine.ahead(key)
     max_requests, max_sequences = config.max_ongoing_requests, engine.facts.max_num_seqs + config.engine.waiting_room
     max_queue_s = config.engine.max_queue_s
-    if ahead.num_requests >= max_requests:
+    if num_requests >= max_requests:
         raise overloaded(f"The replica is at its limit of {max_requests} requests; try again later")
-    if ahead.num_sequences + num_sequences > max_sequences:
+    if num_others + num_sequences > max_sequences:
         raise overloaded(
             f"The replica is at its limit of {max_sequences} running and waiting sequences "
-            f"({ahead.num_sequences} now, {num_sequences} asked for); try again later"
+            f"({num_others} now, {num_sequences} asked for); try again later"
         )
-    if (wait_s := ahead.wait_s) > EXPECTED_SHARE * max_queue_s:
+    if wait_s > EXPECTED_SHARE * max_queue_s:
         raise overloaded(
             f"The request would wait about {wait_s:.1f} s, and {max_queue_s:g} s are the most; try again later",
             retry_after_s=max(1, math.ceil(wait_s - max_queue_s)),

@@ -59,7 +59,5 @@ def _first_complete(text: str, stop: Sequence[str], *, after: int) -> int | None
 def _longest_start_of_stop(text: str, stop: Sequence[str]) -> int:
     """Returns the length of the longest end of `text` with which a stop string starts."""
     longest = max((len(s) for s in stop), default=1) - 1
-    for length in range(min(longest, len(text)), 0, -1):
-        if any(s.startswith(text[-length:]) for s in stop):
-            return length
-    return 0
+    lengths = range(min(longest, len(text)), 0, -1)
+    return next((length for length in lengths if any(s.startswith(text[-length:]) for s in stop)), 0)

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.settings.code_folders import code_version
 from serving.api.access import CurrentAccess, RequestsInFlight, authorize
-from serving.api.answers import Answer, EmbeddingAnswer, TextAnswer, reading_only
+from serving.api.answers import Answer, EmbeddingAnswer, TextAnswer
 from serving.api.chat import NOTE_HEADER, ChatAnswer, ChatRequest, as_completion
 from serving.api.completions import Completion, start_completion
 from serving.api.metrics import ReplicaMetrics
@@ -65,7 +65,11 @@ def build_http_app(*, versions: Versions, metrics: ReplicaMetrics, access: Curre
         parsed = await read_request(request, EmbeddingRequest)
         version = RoutedRequest.of(request).take(parsed.model, user=parsed.user)
         shape = partial(EmbeddingAnswer, encoding=parsed.encoding_format)
-        return await answer(reading_only(parsed), shape, request, version=version)
+        # The completion that reads the texts and draws no token.
+        reading = CompletionRequest.model_construct(
+            model=parsed.model, prompt=parsed.input, max_tokens=0, temperature=0.0
+        )
+        return await answer(reading, shape, request, version=version)
 
     async def answer(
         parsed: CompletionRequest,
@@ -149,7 +153,7 @@ def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def routing_error(_request: Request, error: HTTPException) -> Response:
         """Answers 404 for an unknown path, and 405 with its Allow header."""
-        return ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {})).response()
+        return ApiError(str(error.detail), status=error.status_code, headers=dict(error.headers or {})).response()
 
     @app.exception_handler(Exception)
     async def unexpected_error(request: Request, _error: Exception) -> Response:

@@ -10,7 +10,7 @@ from typing import Any, get_args
 from prometheus_client import Metric
 from prometheus_client.registry import Collector
 
-from cluster.monitoring.metric_export import ByVersion, Metrics
+from cluster.monitoring.metric_export import Metrics, by_version
 from cluster.monitoring.metric_table import Exporter, metrics
 from serving.delivery.promotion import Phase, Result, VersionStats
 from serving.delivery.versions import Versions
@@ -46,7 +46,7 @@ class ReplicaMetrics:
             exported.of("raymill:last_promotion", result=result).set_function(was_last)
         exported.collectors.register(EngineMetrics(versions, labels))
         self._versions = versions
-        self.of = ByVersion(exported, lambda version: VersionMetrics(exported, version, versions)).of
+        self.of = by_version(exported, lambda version: VersionMetrics(exported, version, versions))
 
     def publish(self, *, application: str) -> None:
         """Publishes, also the zeros of a version that has not answered yet: rates need a first value."""

@@ -16,43 +16,34 @@ from serving.protocol.served_model import ServedModel
 from serving.xray.xray import XrayRequest
 
 
-class ToolThread:
-    """Turns text into tokens and back in one thread, in order of arrival. A megabyte takes half a second: in the event
-    loop every stream of the replica would wait for it, and many threads would take the engine's processors."""
-
-    def __init__(self, max_waiting: int) -> None:
-        self._max_waiting = max_waiting
-        self._num_waiting = 0
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="tools")
-
-    async def answer(self, work: Callable[[], dict[str, Any]]) -> Response:
-        """Answers with the result of `work`. Raises `ApiError`: 429 if too many wait already, and what `work`
-        raises."""
-        if self._num_waiting >= self._max_waiting:
-            raise overloaded(f"The replica has {self._max_waiting} texts to turn into tokens or back; try again later")
-        self._num_waiting += 1
-        try:
-            content = await asyncio.get_running_loop().run_in_executor(self._thread, lambda: orjson.dumps(work()))
-        finally:
-            self._num_waiting -= 1
-        return Response(content, media_type="application/json")
-
-
 def tool_router(*, max_waiting: int) -> APIRouter:
-    router = APIRouter()
-    thread = ToolThread(max_waiting)
+    router, thread, num_waiting = APIRouter(), ThreadPoolExecutor(1, thread_name_prefix="tools"), 0
+
+    async def in_turn(work: Callable[[], dict[str, Any]]) -> Response:
+        """Answers with the result of `work`, which turns text into tokens or back in one thread, in order of arrival. A
+        megabyte takes half a second: in the event loop every stream of the replica would wait for it, and many threads
+        would take the engine's processors. Raises `ApiError`: 429 if too many wait already, and what `work` raises."""
+        nonlocal num_waiting
+        if num_waiting >= max_waiting:
+            raise overloaded(f"The replica has {max_waiting} texts to turn into tokens or back; try again later")
+        num_waiting += 1
+        try:
+            content = await asyncio.get_running_loop().run_in_executor(thread, lambda: orjson.dumps(work()))
+        finally:
+            num_waiting -= 1
+        return Response(content, media_type="application/json")
 
     @router.post("/tokenize")
     async def tokenize(request: Request) -> Response:
         parsed = await read_request(request, TokenizeRequest)
         model = RoutedRequest.of(request).take(parsed.model).model
-        return await thread.answer(lambda: _tokenized(parsed, model))
+        return await in_turn(lambda: _tokenized(parsed, model))
 
     @router.post("/detokenize")
     async def detokenize(request: Request) -> Response:
         parsed = await read_request(request, DetokenizeRequest)
         model = RoutedRequest.of(request).take(parsed.model).model
-        return await thread.answer(lambda: _detokenized(parsed, model))
+        return await in_turn(lambda: _detokenized(parsed, model))
 
     @router.get("/v1/xray")
     async def xray_limits(request: Request) -> dict[str, Any]:

@@ -42,7 +42,8 @@ class LoadedVersion:
         model = await asyncio.to_thread(read_served_model, folder, name=name)
         if model.version != version.version:
             raise UserError(f"{version.checkpoint} holds {model.version} now, but {version.version} was promoted")
-        if config.shares_engine and (alive := [other for other in others if other.engine.alive]):
+        alive = [other for other in others if other.engine.alive]
+        if alive and config.engine.runs_vllm and config.delivery.weights != "beside":
             for other in alive:
                 if is_of_one_kind(model, other.model):
                     return cls(folder, model=model, engine=other.engine, weights=other.engine.share(folder))

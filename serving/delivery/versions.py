@@ -45,9 +45,7 @@ class Slot:
 class Versions:
     """All versions of one replica. All methods run in one event loop."""
 
-    def __init__(
-        self, config: ServeConfig, delivery: Delivery, *, on_live_death: Callable[[str], None] | None = None
-    ) -> None:
+    def __init__(self, config: ServeConfig, delivery: Delivery, *, on_live_death: Callable[[str], None]) -> None:
         """`on_live_death` is called when a live engine dies that no other version can replace."""
         self._on_live_death = on_live_death
         self.config = config
@@ -201,7 +199,7 @@ class Versions:
     def _engine_died(self, notice: str) -> None:
         primary = self._slots.get(self.route.primary)
         has_lost_live = primary is not None and primary.loaded is not None and not primary.loaded.engine.alive
-        if self._on_live_death is not None and has_lost_live and not self._trusted:
+        if has_lost_live and not self._trusted:
             self._on_live_death(notice)
 
     async def _measure(self, slot: Slot, loaded: LoadedVersion, *, before: LoadedVersion) -> None:

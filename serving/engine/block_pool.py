@@ -3,6 +3,7 @@
 import hashlib
 from array import array
 from collections.abc import Sequence
+from itertools import takewhile
 
 BLOCK_TOKENS = 16
 
@@ -69,12 +70,7 @@ class BlockPool:
                 del self._block_of[prefix]
 
     def _find(self, prompt_ids: Sequence[int]) -> list[int]:
-        found: list[int] = []
-        for prefix in _prefixes(prompt_ids):
-            if (block := self._block_of.get(prefix)) is None:
-                break
-            found.append(block)
-        return found
+        return [self._block_of[prefix] for prefix in takewhile(self._block_of.__contains__, _prefixes(prompt_ids))]
 
     def _take(self) -> int:
         block = next(iter(self._free))

@@ -110,9 +110,8 @@ class Engine:
 
 def _reading(chunk: Chunk) -> Reading:
     sequence = chunk.sequence
-    if sequence.output_ids:
-        return Reading([sequence.output_ids[-1]], chunk.first, sequence.blocks)
-    return Reading(sequence.request.prompt_ids[chunk.first : chunk.last], chunk.first, sequence.blocks)
+    token_ids = sequence.output_ids[-1:] or sequence.request.prompt_ids[chunk.first : chunk.last]
+    return Reading(token_ids, chunk.first, sequence.blocks)
 
 
 def _sample(sequences: list[Sequence], logits: Tensor, best: Tensor) -> list[int]:

@@ -1,6 +1,5 @@
 """The messages between a replica and its engine process: lines of JSON over one socket."""
 
-import dataclasses
 import json
 from dataclasses import dataclass
 from enum import StrEnum
@@ -108,10 +107,6 @@ class StepReport(NamedTuple):
 
 parse_request = TypeAdapter(SequenceRequest).validate_python
 parse_report = TypeAdapter(StepReport).validate_python
-
-
-def submit_message(request: SequenceRequest) -> dict[str, Any]:
-    return {"submit": dataclasses.asdict(request)}
 
 
 def encode_message(message: Any) -> bytes:

@@ -56,7 +56,10 @@ class NativeRunner:
     def __init__(self, model: GPT, *, dtype: str, num_blocks: int, threads: int) -> None:
         """Raises `NoNativeLibraryError` if the kernels are not available."""
         self._library = load_library()
-        self._declare()
+        kinds = {"pointer": ctypes.c_void_p, "number": ctypes.c_int}
+        for name, arguments in read_table(__file__, "native_runner").items():
+            getattr(self._library, name).argtypes = [kinds[kind] for kind in arguments]
+        self._library.raymill_create.restype = ctypes.c_void_p
         self._config = config = model.config
         shape = Shape(
             layers=config.n_layer,
@@ -129,12 +132,6 @@ class NativeRunner:
         bias = None if bias is None else _as_float(bias)
         data = (weight.data_ptr(), *weight.stride(), None if bias is None else bias.data_ptr())
         self._library.raymill_set_matrix(self._decoder, layer, which, *weight.shape, *data)
-
-    def _declare(self) -> None:
-        kinds = {"pointer": ctypes.c_void_p, "number": ctypes.c_int}
-        for name, arguments in read_table(__file__, "native_runner").items():
-            getattr(self._library, name).argtypes = [kinds[kind] for kind in arguments]
-        self._library.raymill_create.restype = ctypes.c_void_p
 
 
 def _as_float(values: Tensor) -> Tensor:

@@ -25,10 +25,6 @@ class Sequence:
     hidden_states: list[Any] = field(default_factory=list)  # the engine's, of the tokens read, for an embedding
 
     @property
-    def token_ids(self) -> list[int]:
-        return self.request.prompt_ids + self.output_ids
-
-    @property
     def num_tokens(self) -> int:
         return len(self.request.prompt_ids) + len(self.output_ids)
 
@@ -160,7 +156,8 @@ class Scheduler:
     def _seal(self, sequence: Sequence, *, first: int) -> None:
         """Marks the blocks that have become full since `first` tokens were read."""
         for index in range(first // BLOCK_TOKENS, sequence.num_read // BLOCK_TOKENS):
-            tokens = sequence.token_ids[index * BLOCK_TOKENS : (index + 1) * BLOCK_TOKENS]
+            token_ids = sequence.request.prompt_ids + sequence.output_ids
+            tokens = token_ids[index * BLOCK_TOKENS : (index + 1) * BLOCK_TOKENS]
             sequence.sealed_prefix = self.pool.seal(sequence.blocks[index], tokens, before=sequence.sealed_prefix)
 
     def _end_promise(self, sequence: Sequence) -> None:

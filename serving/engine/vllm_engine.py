@@ -10,6 +10,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,8 @@ class VllmEngine:
             self._engine = LLMEngine.from_vllm_config(settings)
         core = self._engine.engine_core
         self._scheduler = core.engine_core.scheduler
-        core.get_output = self._noticing_nan(core.get_output)
-        self._scheduler.schedule = self._noticing_plans(self._scheduler.schedule)
+        core.get_output = partial(self._noticing_nan, core.get_output)
+        self._scheduler.schedule = partial(self._noticing_plans, self._scheduler.schedule)
         sizes = settings.scheduler_config
         self.facts = EngineFacts(config.dtype, sizes.max_num_seqs, sizes.max_num_batched_tokens)
         self._shapes = stored_shapes(checkpoint)
@@ -142,28 +143,20 @@ class VllmEngine:
         if not self._engine.reset_prefix_cache():
             raise RuntimeError("vLLM holds blocks of the old weights")
 
-    def _noticing_nan(self, get_output: Callable[[], Any]) -> Callable[[], Any]:
+    def _noticing_nan(self, get_output: Callable[[], Any]) -> Any:
         """Wraps the inner half of vLLM's step, whose outer half forgets how many logits were NaN."""
+        outputs = get_output()
+        self._not_finite = {_seq_id(o.request_id) for o in outputs.outputs if o.num_nans_in_logits}
+        return outputs
 
-        def noticed() -> Any:
-            outputs = get_output()
-            self._not_finite = {_seq_id(o.request_id) for o in outputs.outputs if o.num_nans_in_logits}
-            return outputs
-
-        return noticed
-
-    def _noticing_plans(self, schedule: Callable[..., Any]) -> Callable[..., Any]:
+    def _noticing_plans(self, schedule: Callable[..., Any], *arguments: Any) -> Any:
         """Wraps vLLM's decision what a step reads, of which its outputs say nothing."""
-
-        def noticed(*arguments: Any) -> Any:
-            plan = schedule(*arguments)
-            self._plans.append(plan)
-            if plan.scheduled_new_reqs and self._on_admission is not None:
-                scheduler, admitted = self._scheduler, [_seq_id(new.req_id) for new in plan.scheduled_new_reqs]
-                self._on_admission(Admission(admitted, len(scheduler.running), len(scheduler.waiting)))
-            return plan
-
-        return noticed
+        plan = schedule(*arguments)
+        self._plans.append(plan)
+        if plan.scheduled_new_reqs and self._on_admission is not None:
+            scheduler, admitted = self._scheduler, [_seq_id(new.req_id) for new in plan.scheduled_new_reqs]
+            self._on_admission(Admission(admitted, len(scheduler.running), len(scheduler.waiting)))
+        return plan
 
     def _params(self, request: SequenceRequest) -> Any:
         sampling: SamplingParams = request.sampling
@@ -240,10 +233,8 @@ def _require_device(config: EngineConfig) -> None:
 def _arguments(checkpoint: Path, config: EngineConfig) -> Any:
     """Returns vLLM's arguments. Raises `UserError` for names that it does not know."""
     known = sorted(field.name for field in dataclasses.fields(vllm.EngineArgs))
-    for name in config.vllm_args:
-        if name not in known:
-            hint = suggestion(name, known)
-            raise UserError(f"engine.vllm_args: vLLM {vllm.__version__} has no argument {name}{hint}")
+    if unknown := [f"{name}{suggestion(name, known)}" for name in config.vllm_args if name not in known]:
+        raise UserError(f"engine.vllm_args: vLLM {vllm.__version__} has no argument {unknown[0]}")
     shape = read_config(checkpoint)
     num_seqs, num_tokens = config.max_num_seqs, config.prefill_tokens_per_step
     if config.device == "cpu":

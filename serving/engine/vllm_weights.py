@@ -23,21 +23,19 @@ def weights_alone(checkpoint: Path) -> Iterator[Path]:
     """Gives a folder with the weights as its only tensors, and these whole: vLLM would take a training state beside
     them for weights too. It is the checkpoint itself if that is so already, since vLLM's compiled graphs are kept by
     its name."""
-    if shards := shards_in(checkpoint):
-        with TemporaryDirectory() as place:
-            (Path(place) / "config.json").symlink_to((checkpoint / "config.json").absolute())
-            whole = shards.whole(parameter_shapes(read_config(checkpoint)))
-            write_file(Path(place) / WEIGHTS, safetensors_pieces(whole))
-            del whole
-            yield Path(place)
-        return
-    files = weight_files(checkpoint)
-    if set(checkpoint.glob("*.safetensors")) == set(files):
+    shards = shards_in(checkpoint)
+    files = [] if shards else weight_files(checkpoint)
+    if not shards and set(checkpoint.glob("*.safetensors")) == set(files):
         yield checkpoint
         return
     with TemporaryDirectory() as place:
-        for file in [checkpoint / "config.json", *checkpoint.glob("*.index.json"), *files]:
+        indexes = [] if shards else checkpoint.glob("*.index.json")
+        for file in [checkpoint / "config.json", *indexes, *files]:
             (Path(place) / file.name).symlink_to(file.absolute())
+        if shards:
+            whole = shards.whole(parameter_shapes(read_config(checkpoint)))
+            write_file(Path(place) / WEIGHTS, safetensors_pieces(whole))
+            del whole
         yield Path(place)
 
 

@@ -12,8 +12,9 @@ import sys
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from cluster.settings.serve import EngineConfig
 from model.errors import UserError
@@ -28,7 +29,6 @@ from serving.engine.messages import (
     TokenEvent,
     encode_message,
     parse_report,
-    submit_message,
 )
 from serving.engine_process.child_process import Child, start_child
 from serving.engine_process.fair_queue import FairQueue
@@ -92,14 +92,6 @@ class Generation:
     def put(self, event: TokenEvent | None) -> None:
         self.has_begun.set()
         self._events.put_nowait(event)
-
-
-class Ahead(NamedTuple):
-    """What a new sequence would have before it."""
-
-    num_requests: int
-    num_sequences: int  # that run or wait
-    wait_s: float  # expected
 
 
 class EngineClient:
@@ -176,12 +168,12 @@ class EngineClient:
     def num_waiting(self) -> int:
         return self._num_waiting_there + len(self._held)
 
-    def ahead(self, key: str) -> Ahead:
-        """Returns what a new sequence of `key` would have before it; it passes others of a key that has asked for
-        more."""
+    def ahead(self, key: str) -> tuple[int, int, float]:
+        """Returns how many requests and how many sequences, running or waiting, a new sequence of `key` would have
+        before it, and its expected wait in seconds; it passes others of a key that has asked for more."""
         passed = {request.seq_id for request in self._held.behind(key)}
         requests = {generation for seq_id, generation in self._generations.items() if seq_id not in passed}
-        return Ahead(len(requests), len(self._generations) - len(passed), self.queue.wait_s(passed))
+        return len(requests), len(self._generations) - len(passed), self.queue.wait_s(passed)
 
     def next_seq_id(self) -> int:
         return next(self._seq_ids)
@@ -265,7 +257,7 @@ class EngineClient:
         """Sends what the engine can soon start."""
         places = self.queue.num_places
         while self._held and len(self._generations) - len(self._held) < places + math.ceil(SPARE_SHARE * places):
-            self._writer.write(encode_message(submit_message(self._held.take())))
+            self._writer.write(encode_message({"submit": asdict(self._held.take())}))
 
     async def _messages(self) -> AsyncIterator[Any]:
         """Yields what the engine process sends until it ends."""

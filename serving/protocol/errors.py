@@ -17,15 +17,12 @@ _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_
 class ApiError(Exception):
     """An answer other than 200. `message` tells the client what was wrong and what was expected, with the numbers."""
 
-    status: int
     message: str
     _: KW_ONLY
+    status: int = 400
     param: str | None = None
     code: str | None = None
     headers: dict[str, str] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        return self.message
 
     def body(self) -> dict[str, Any]:
         kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
@@ -44,12 +41,9 @@ def error_of(name: str, /, *, param: str | None = None, **values: Any) -> ApiErr
     """Returns the error of that name in errors.toml, with the values in its message."""
     known = read_table(__file__, "errors")[name]
     code, headers = known.get("code", name), dict(known.get("headers", {}))
-    return ApiError(known["status"], known["message"].format(**values), param=param, code=code, headers=headers)
-
-
-def invalid_request(message: str, *, param: str | None = None, code: str | None = None, status: int = 400) -> ApiError:
-    return ApiError(status, message, param=param, code=code)
+    message = known["message"].format(**values)
+    return ApiError(message, status=known["status"], param=param, code=code, headers=headers)
 
 
 def overloaded(message: str, *, retry_after_s: int = 1) -> ApiError:
-    return ApiError(429, message, code="overloaded", headers={"Retry-After": str(retry_after_s)})
+    return ApiError(message, status=429, code="overloaded", headers={"Retry-After": str(retry_after_s)})

@@ -27,12 +27,11 @@ FIELDS, MESSAGE_FIELDS = _table("request"), _table("message")
 
 
 def is_harmless(name: str, value: Any, table: HarmlessValues) -> bool:
-    return name in table and (
-        value is None
-        or any(
-            isinstance(value, known) if isinstance(known, type) else type(value) is type(known) and value == known
-            for known in table[name]
-        )
+    if value is None:
+        return name in table
+    return any(
+        isinstance(value, known) if isinstance(known, type) else type(value) is type(known) and value == known
+        for known in table.get(name, ())
     )
 
 

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PlainVal
 
 from model.sampling_params import SamplingParams
 from serving.protocol import harmless_fields
-from serving.protocol.errors import ApiError, invalid_request
+from serving.protocol.errors import ApiError
 from serving.protocol.strict_json import parse_json_object, read_json_body, shown
 
 MAX_PROMPTS = 256
@@ -121,9 +121,9 @@ class GenerationRequest(Request):
     @model_validator(mode="after")
     def _fits_a_stream(self) -> Self:
         if self.stream_options is not None and not self.stream:
-            raise invalid_request("stream_options is allowed with stream=true only", param="stream_options")
+            raise ApiError("stream_options is allowed with stream=true only", param="stream_options")
         if self.prompt_logprobs is not None and self.stream:
-            raise invalid_request("prompt_logprobs is allowed without stream=true only", param="prompt_logprobs")
+            raise ApiError("prompt_logprobs is allowed without stream=true only", param="prompt_logprobs")
         return self
 
 
@@ -151,7 +151,7 @@ class CompletionRequest(GenerationRequest):
     @model_validator(mode="after")
     def _no_tokens_need_another_result(self) -> Self:
         if self.token_limit == 0 and not self.echo and self.prompt_logprobs is None:
-            raise invalid_request("max_tokens=0 is allowed with echo=true or prompt_logprobs only", param="max_tokens")
+            raise ApiError("max_tokens=0 is allowed with echo=true or prompt_logprobs only", param="max_tokens")
         return self
 
 
@@ -206,14 +206,14 @@ def parse_request(body: bytes, request_type: type[RequestType]) -> RequestType:
 def _refuse_field(name: str, request_type: type[Request]) -> NoReturn:
     param = shown(name)
     if name in request_type.harmless:
-        raise invalid_request(
+        raise ApiError(
             f"{param} is not supported; {harmless_fields.advice(name, request_type.harmless)}",
             param=param,
             code="unsupported_parameter",
         )
     similar = difflib.get_close_matches(name[:64], list(request_type.model_fields), n=1)
     hint = f"; did you mean {similar[0]}?" if similar else ""
-    raise invalid_request(f"Unknown field: {param}{hint}", param=param, code="unknown_parameter")
+    raise ApiError(f"Unknown field: {param}{hint}", param=param, code="unknown_parameter")
 
 
 def _from_pydantic(error: ValidationError) -> ApiError:
@@ -221,10 +221,10 @@ def _from_pydantic(error: ValidationError) -> ApiError:
     first = error.errors(include_url=False)[0]
     param = ".".join(shown(str(part)) for part in first["loc"])
     if first["type"] == "missing":
-        return invalid_request(f"{param} is missing", param=param, code="missing_required_parameter")
+        return ApiError(f"{param} is missing", param=param, code="missing_required_parameter")
     if first["type"] == "extra_forbidden":
-        return invalid_request(f"{param} is not supported; leave it out", param=param, code="unknown_parameter")
+        return ApiError(f"{param} is not supported; leave it out", param=param, code="unknown_parameter")
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
     value = first["input"]
     got = f" (got {str(value)[:32]})" if isinstance(value, int | float) else ""
-    return invalid_request(f"{param}: {message}{got}", param=param, code="invalid_value")
+    return ApiError(f"{param}: {message}{got}", param=param, code="invalid_value")

@@ -11,7 +11,7 @@ from model.checkpoint_folder import CheckpointError, Metadata, is_hf_folder, rea
 from model.config import GPTConfig
 from model.hf_config import config_from_hf
 from model.tokenizer import Tokenizer, TokenizerError, load_tokenizer
-from serving.protocol.errors import error_of, invalid_request
+from serving.protocol.errors import ApiError, error_of
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class ServedModel:
     def checked_ids(self, token_ids: list[int], *, param: str) -> list[int]:
         for token_id in token_ids:
             if not 0 <= token_id < self.config.vocab_size:
-                raise invalid_request(
+                raise ApiError(
                     f"{param}: {token_id} is not a token id of this model; expected 0 to {self.config.vocab_size - 1}",
                     param=param,
                     code="invalid_value",

@@ -6,7 +6,7 @@ from typing import Any
 import orjson
 from fastapi import Request
 
-from serving.protocol.errors import invalid_request
+from serving.protocol.errors import ApiError
 
 MAX_BODY_BYTES = 1 << 20
 MAX_DEPTH = 32
@@ -16,14 +16,14 @@ async def read_json_body(request: Request) -> bytes:
     """Returns the raw body. Raises `ApiError` if its headers do not declare plain JSON, or if it is too large."""
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
-        raise invalid_request(
+        raise ApiError(
             "The body must be declared as JSON: send the header -H 'Content-Type: application/json'", status=415
         )
     if request.headers.get("content-encoding", "identity").lower() != "identity":
-        raise invalid_request("A compressed body is not supported; send it plain", status=415)
+        raise ApiError("A compressed body is not supported; send it plain", status=415)
     body = await request.body()  # the front door discards the rest of one that is too large
     if len(body) > MAX_BODY_BYTES:
-        raise invalid_request(f"The body exceeds {MAX_BODY_BYTES} bytes; send less", status=413)
+        raise ApiError(f"The body exceeds {MAX_BODY_BYTES} bytes; send less", status=413)
     return body
 
 
@@ -34,7 +34,7 @@ def parse_json_object(body: bytes) -> dict[str, Any]:
         orjson.loads(body)
         fields = json.loads(body, object_pairs_hook=_unique_keys)
         if not isinstance(fields, dict):
-            raise invalid_request("The body must be a JSON object", code="invalid_json")
+            raise ApiError("The body must be a JSON object", code="invalid_json")
         if _depth(fields) > MAX_DEPTH:
             raise RecursionError
         return fields
@@ -42,7 +42,7 @@ def parse_json_object(body: bytes) -> dict[str, Any]:
         problem = f"it is nested too deeply; at most {MAX_DEPTH} levels are read"
     except ValueError as error:
         problem = str(error)
-    raise invalid_request(f"The body is not valid JSON: {problem}", code="invalid_json")
+    raise ApiError(f"The body is not valid JSON: {problem}", code="invalid_json")
 
 
 def shown(name: str) -> str:

@@ -8,6 +8,7 @@ headers are in http_bounds.py, since only a connection's protocol sees them.
 import asyncio
 import os
 import re
+import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -21,12 +22,12 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cluster.monitoring.metric_export import ByVersion, Metrics
+from cluster.monitoring.metric_export import Metrics, by_version
 from cluster.monitoring.metric_table import Exporter
 from cluster.settings.serve import HttpConfig
 from serving.delivery.promotion import ROUTE_HEADER
 from serving.delivery.routed_request import RETRY_HEADER, NewestRoutes
-from serving.protocol.errors import DRAINING_HEADER, ApiError, error_of, invalid_request
+from serving.protocol.errors import DRAINING_HEADER, ApiError, error_of
 from serving.protocol.request_facts import FACTS, timestamp
 from serving.protocol.strict_json import MAX_BODY_BYTES
 from serving.protocol.tracing import NO_TRACER, Span, tracer_from_environment
@@ -91,16 +92,16 @@ def middlewares() -> list[Middleware]:
     install_bounds(config, log)
     metrics = Metrics(Exporter.PROXY)
     answers = {outcome: metrics.of("raymill:http_answers", outcome=outcome) for outcome in Outcome}
-    of_versions = ByVersion(
+    of_version = by_version(
         metrics,
         lambda version: {o: metrics.of("raymill:version_answers", version=version, outcome=o) for o in Outcome},
     )
-    metrics.keep_published()
+    threading.Thread(target=metrics.keep_published, name="metrics", daemon=True).start()
 
     def count(outcome: Outcome, version: str) -> None:
         answers[outcome].inc()
         if version:
-            of_versions.of(version)[outcome].inc()
+            of_version(version)[outcome].inc()
 
     tracer = tracer_from_environment("raymill-proxy")
     front_door = Middleware(FrontDoor, config=config, count=count, log=log, tracer=tracer)
@@ -163,9 +164,14 @@ class FrontDoor:
                 self.log(**(ending.facts | seen_here))
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send, request_id: bytes, span: Span) -> Ending:
-        scope = {**scope, "headers": self._forwarded_headers(scope["headers"], request_id)}
+        dropped = (*DROPPED_HEADERS, ASK_HEADER, RETRY_HEADER, ROUTE_HEADER.encode(), b"x-request-id")
+        # Ray Serve reads further headers as UTF-8 and fails on others; only Authorization is ours to judge.
+        kept = [(n, v) for n, v in scope["headers"] if n not in dropped and (v.isascii() or n == b"authorization")]
+        scope = {**scope, "headers": [*kept, *self._routes.headers, (b"x-request-id", request_id)]}
         try:
-            require_one_host(scope)
+            num_hosts = sum(name == b"host" for name, _ in scope["headers"])
+            if num_hosts > 1 or (num_hosts == 0 and scope["http_version"] != "1.0"):
+                raise ApiError(f"The request has {num_hosts} Host headers; expected one", code="invalid_host")
             if scope["path"] in HIDDEN_PATHS:
                 raise error_of("not_found", path=scope["path"][:64])
             body = await self._read_body(scope, receive)
@@ -176,12 +182,6 @@ class FrontDoor:
             return Ending(Outcome.LEFT, reason=CLIENT_LEFT)
         exchange = Exchange(self.app, scope, body, receive, send, request_id, span, self._routes)
         return await exchange.run(self._relay)
-
-    def _forwarded_headers(self, headers: list[tuple[bytes, bytes]], request_id: bytes) -> list[tuple[bytes, bytes]]:
-        dropped = (*DROPPED_HEADERS, ASK_HEADER, RETRY_HEADER, ROUTE_HEADER.encode(), b"x-request-id")
-        # Ray Serve reads further headers as UTF-8 and fails on others; only Authorization is ours to judge.
-        kept = [(n, v) for n, v in headers if n not in dropped and (v.isascii() or n == b"authorization")]
-        return [*kept, *self._routes.headers, (b"x-request-id", request_id)]
 
     async def _read_body(self, scope: Scope, receive: Receive) -> bytes | None:
         """Returns the whole body, or None if the client has left. Raises `ApiError` (408, 413)."""
@@ -321,19 +321,13 @@ def clean_request_id(headers: list[tuple[bytes, bytes]]) -> bytes:
     return values[0] if len(values) == 1 and REQUEST_ID.fullmatch(values[0]) else uuid.uuid4().hex.encode()
 
 
-def require_one_host(scope: Scope) -> None:
-    num_hosts = sum(name == b"host" for name, _ in scope["headers"])
-    if num_hosts > 1 or (num_hosts == 0 and scope["http_version"] != "1.0"):
-        raise invalid_request(f"The request has {num_hosts} Host headers; expected one", code="invalid_host")
-
-
 def of_proxy(status: int, headers: Mapping[bytes, bytes]) -> ApiError:
     """Translates Ray Serve's own refusal: no replica took the request, or none had time for it."""
     retry_after = headers.get(b"retry-after", b"1").decode("ascii")
     phrase = "No replica is free" if status == 429 else HTTPStatus(status).phrase
     return ApiError(
-        status,
         f"{phrase}; try again later",
+        status=status,
         code="overloaded" if status == 429 else HTTPStatus(status).name.lower(),
         headers={"Retry-After": retry_after} if status in (429, 503) else {},
     )

@@ -34,7 +34,7 @@ PIECE_BYTES = 4 << 10
 def install_bounds(config: HttpConfig, log: LogRequest) -> None:
     """Makes every HTTP server that starts later in this process use `BoundedHttpProtocol`, which logs what it
     refuses."""
-    BoundedHttpProtocol.config_of_bounds = config
+    BoundedHttpProtocol.bounds = config
     BoundedHttpProtocol.log = staticmethod(log)
     uvicorn.config.HTTP_PROTOCOLS["auto"] = f"{__name__}:BoundedHttpProtocol"
 
@@ -42,14 +42,13 @@ def install_bounds(config: HttpConfig, log: LogRequest) -> None:
 class BoundedHttpProtocol(HttpToolsProtocol):
     """One connection to the proxy."""
 
-    config_of_bounds: ClassVar[HttpConfig] = HttpConfig()
+    bounds: ClassVar[HttpConfig] = HttpConfig()
     log: ClassVar[LogRequest] = staticmethod(lambda **_: None)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.flow = PipelineFlow(transport, self.pipeline)
         transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
-        self._bounds = self.config_of_bounds
         self._refusal = error_of("invalid_http")
         self._unread = bytearray()
         self._in_headers = False
@@ -136,14 +135,14 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if self._unread:
             self.loop.call_soon(self._read)
         if self.transport.is_closing():  # a client gets this long to read the rest of the answer
-            self.loop.call_later(self._bounds.write_timeout_s, self.transport.abort)
+            self.loop.call_later(self.bounds.write_timeout_s, self.transport.abort)
 
     def timeout_keep_alive_handler(self) -> None:
         self.transport.abort()
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._write_timer = self.loop.call_later(self._bounds.write_timeout_s, self.transport.abort)
+        self._write_timer = self.loop.call_later(self.bounds.write_timeout_s, self.transport.abort)
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -182,7 +181,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def _expect_headers(self) -> None:
         if self._header_timer is None:
-            self._header_timer = self.loop.call_later(self._bounds.header_timeout_s, self._headers_are_late)
+            self._header_timer = self.loop.call_later(self.bounds.header_timeout_s, self._headers_are_late)
 
     def _headers_are_late(self) -> None:
         self._header_timer = None
@@ -192,7 +191,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self.transport.abort()
 
     def _close_longest_idle(self) -> None:
-        if len(self.connections) > self._bounds.max_connections:
+        if len(self.connections) > self.bounds.max_connections:
             idle = (c for c in self.connections if isinstance(c, BoundedHttpProtocol) and c.is_idle)
             min(idle, key=lambda connection: connection._idle_since_s).transport.abort()
 

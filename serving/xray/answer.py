@@ -14,7 +14,7 @@ import torch
 from model.gpt import GPT, Transformer
 from model.tables import read_table
 from model.xray import Candidate, Query, Span, nearest_tokens, predictions, run_query, score
-from serving.protocol.errors import invalid_request
+from serving.protocol.errors import ApiError
 from serving.protocol.protocol import sampling_of
 from serving.protocol.served_model import ServedModel
 from serving.xray.xray import MAX_SEQUENCE_TOKENS, MAX_WEIGHTS, XrayRequest
@@ -70,7 +70,7 @@ def xray_answer(request: XrayRequest, *, model: GPT, served: ServedModel, arrive
 
 def _check_limits(request: XrayRequest, model: GPT, *, num_tokens: int) -> None:
     if num_tokens > MAX_SEQUENCE_TOKENS:
-        raise invalid_request(
+        raise ApiError(
             f"{num_tokens} tokens were asked for ({num_tokens - request.max_tokens} in the prompt, "
             f"{request.max_tokens} in max_tokens), an x-ray shows at most {MAX_SEQUENCE_TOKENS}; shorten the prompt",
             param="prompt",
@@ -79,11 +79,11 @@ def _check_limits(request: XrayRequest, model: GPT, *, num_tokens: int) -> None:
     for name, indices, count in (("layers", request.layers, config.n_layer), ("heads", request.heads, config.n_head)):
         for index in indices or []:
             if index >= count:
-                raise invalid_request(f"{name}: {index} is not one of this model's, 0 to {count - 1}", param=name)
+                raise ApiError(f"{name}: {index} is not one of this model's, 0 to {count - 1}", param=name)
     num_maps = len(request.layers) * (len(request.heads) if request.heads else config.n_head)
     num_weights = num_maps * num_tokens * (num_tokens + 1) // 2
     if num_weights > MAX_WEIGHTS:
-        raise invalid_request(
+        raise ApiError(
             f"{num_maps} attention maps of {num_tokens} tokens hold {num_weights} numbers, at most {MAX_WEIGHTS} are "
             "given in one answer; ask for fewer layers or heads",
             param="layers",
@@ -112,9 +112,7 @@ def _tokens(query: Query, model: GPT, served: ServedModel) -> list[dict[str, Any
             "position_norm": position_norm,
             "nearest": [_token(near_id, served) | {"cosine": cosine} for near_id, cosine in nearest[token_id]],
         }
-        for index, (token_id, (embedding_norm, position_norm)) in enumerate(
-            zip(ids, zip(norms, position_norms, strict=True), strict=True)
-        )
+        for index, (token_id, embedding_norm, position_norm) in enumerate(zip(ids, norms, position_norms, strict=True))
     ]
 
 

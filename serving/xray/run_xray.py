@@ -16,7 +16,7 @@ from model.checkpoint import load_model
 from model.errors import UserError
 from model.gpt import GPT
 from serving.engine.runner import LOADED_IN
-from serving.protocol.errors import ApiError, error_of, invalid_request
+from serving.protocol.errors import ApiError, error_of
 from serving.protocol.served_model import ServedModel, read_served_model
 from serving.xray.answer import xray_answer
 from serving.xray.xray import XrayRequest, run_checkpoints
@@ -42,7 +42,7 @@ class Models:
         try:
             return self._load(checkpoints[step])
         except UserError as error:
-            raise invalid_request(f"The checkpoint of step {step} cannot be used: {error}", param="step") from None
+            raise ApiError(f"The checkpoint of step {step} cannot be used: {error}", param="step") from None
 
     def _read(self, folder: Path) -> tuple[GPT, ServedModel]:
         # The replica has verified the served one.

@@ -131,7 +131,7 @@ async def replica_app(
     """A replica's routes and its engine process, without Ray."""
     config = config or ServeConfig()
     live = version_of(read_served_model(folder, name=name), checkpoint=str(folder))
-    versions = Versions(config, Delivery(deployment="test", model_name=name, live=live))
+    versions = Versions(config, Delivery(deployment="test", model_name=name, live=live), on_live_death=print)
     await versions.wait_until_live()
     metrics = ReplicaMetrics(versions=versions, replica="r", start_s=1.0)
     try:

@@ -6,7 +6,7 @@ from typing import get_args
 
 import pytest
 
-from cluster.monitoring.metric_export import MAX_VERSIONS, ByVersion, Metrics
+from cluster.monitoring.metric_export import MAX_VERSIONS, Metrics, by_version
 from cluster.monitoring.metric_table import (
     COMMON_LABELS,
     REST,
@@ -99,10 +99,10 @@ def test_the_series_of_a_process_are_bounded_however_many_versions_it_serves(exp
                 own = {"version": version} if "version" in metric.labels else {}
                 exported.of(metric.name, **known, **own)
 
-    by_version = ByVersion(exported, make)
+    of_version = by_version(exported, make)
     for number in range(50):
-        by_version.of("live")
-        by_version.of(str(number))
+        of_version("live")
+        of_version(str(number))
     samples = [sample for family in exported.collectors.collect() for sample in family.samples]
     versions = {sample.labels["version"] for sample in samples if "version" in sample.labels}
     assert versions == {"live", "47", "48", "49"} and len(versions) == MAX_VERSIONS

@@ -1,5 +1,6 @@
 """A person who starts a stage reads its progress, and one line of error with the place of the whole log."""
 
+import asyncio
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -72,7 +73,7 @@ def test_a_failed_job_is_one_line_of_error(
 ) -> None:
     path = tmp_path / "job.log"
     with pytest.raises(kind) as failed, ProgressView(path, waiting="starting the job") as view:
-        _follow(EndedJob(log, driver_exit_code=code), "j", view)  # type: ignore[arg-type]
+        asyncio.run(_follow(EndedJob(log, driver_exit_code=code), "j", view))  # type: ignore[arg-type]
     assert str(failed.value) == f"{words}{path})"
     assert capfd.readouterr().err.splitlines() == ["starting the job", *(["listing"] if "listing" in log else [])]
     assert path.read_text() == log

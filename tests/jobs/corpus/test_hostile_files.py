@@ -17,7 +17,6 @@ import zstandard
 
 from cluster.cli import main
 from cluster.settings.run import DataConfig
-from cluster.stages.stage_module import print_result
 from cluster.storage.uris import open_storage
 from jobs.corpus.chunks import plan_chunks, whole_file
 from jobs.corpus.documents import read_documents
@@ -150,9 +149,10 @@ def test_a_refused_object_is_one_line_and_exit_code_1(
 ) -> None:
     uri = uploaded(s3_bucket, name, tmp_path)
     proxy.script = [Refused(403, "AccessDenied")]
-    assert print_result(lambda: preview(data_config(uri, "unused"))) == 1
-    error = capsys.readouterr().err
-    assert re.fullmatch(f"error: {uri}.*: access denied .AccessDenied.; check the credentials and .*\n", error)
+    assert main(["data", "preview", "--data.source", uri]) == 1
+    said, error = capsys.readouterr().err.splitlines()
+    assert said == "data preview: reading a sample of the corpus"
+    assert re.fullmatch(f"error: {uri}.*: access denied .AccessDenied.; check the credentials and .*", error)
 
 
 READ = """

@@ -52,7 +52,7 @@ def test_each_version_of_a_canary_has_its_own_figures(checkpoint: Path, other: P
 
     async def scenario() -> None:
         config = ServeConfig(engine=EngineConfig(max_num_seqs=1))
-        versions = Versions(config, state)
+        versions = Versions(config, state, on_live_death=print)
         await versions.wait_until_live()
         await wait_in_loop_until(lambda: versions.report()[2].status == "ready")
         metrics = ReplicaMetrics(versions=versions, replica="r", start_s=1.0)

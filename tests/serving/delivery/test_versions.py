@@ -30,7 +30,7 @@ def other(model: GPT, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFac
 @asynccontextmanager
 async def joined(state: Delivery) -> AsyncIterator[Versions]:
     """A replica that starts when the state is so already."""
-    versions = Versions(ServeConfig(engine=EngineConfig(max_num_seqs=2)), state)
+    versions = Versions(ServeConfig(engine=EngineConfig(max_num_seqs=2)), state, on_live_death=print)
     try:
         await versions.wait_until_live()
         yield versions

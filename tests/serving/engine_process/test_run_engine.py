@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,6 @@ from serving.engine.messages import (
     encode_message,
     parse_report,
     parse_request,
-    submit_message,
 )
 from serving.engine.runner import Reading
 from serving.engine.scheduler import Scheduler
@@ -73,7 +73,7 @@ def test_messages_survive_the_wire() -> None:
     sent = SequenceRequest(
         1, [1, 2], 3, sampling, ignore_eos=True, stop_token_ids=(5, 6), min_tokens=2, num_logprobs=2, embed=True
     )
-    message = json.loads(encode_message(submit_message(sent)))
+    message = json.loads(encode_message({"submit": asdict(sent)}))
     assert parse_request(message["submit"]) == sent
     event = TokenEvent(
         1, 5, FinishReason.STOP, Candidates(-0.5, [(5, -0.5)], 1), [None, Candidates(-1.0, [], 7)], "AACAPw=="
@@ -184,7 +184,7 @@ def test_reports_wait_for_each_other_unless_a_sequence_begins_or_ends(
 
     with ours, ours.makefile("rb") as file:
         for seq_id, max_tokens in enumerate((4, 10)):
-            ours.sendall(encode_message(submit_message(SequenceRequest(seq_id, [seq_id, 2], max_tokens, GREEDY))))
+            ours.sendall(encode_message({"submit": asdict(SequenceRequest(seq_id, [seq_id, 2], max_tokens, GREEDY))}))
         thread = threading.Thread(target=run, daemon=True)
         thread.start()
         lines = [json.loads(file.readline()) for _ in range(sum(together))]
@@ -223,7 +223,7 @@ def test_what_a_step_begins_with_is_told_before_it_computes(model: GPT) -> None:
 
     with ours:
         for seq_id in range(3):
-            ours.sendall(encode_message(submit_message(SequenceRequest(seq_id, [seq_id, 2, 3], 1, GREEDY))))
+            ours.sendall(encode_message({"submit": asdict(SequenceRequest(seq_id, [seq_id, 2, 3], 1, GREEDY))}))
         threading.Thread(target=run, daemon=True).start()
         lines = ours.makefile("rb")
         assert json.loads(lines.readline()) == {"admission": [[0, 1], 2, 1]}

@@ -32,7 +32,7 @@ FLOOD_BYTES = 24 << 20
 
 
 class Protocol(BoundedHttpProtocol):
-    config_of_bounds = BOUNDS
+    bounds = BOUNDS
 
 
 async def echo(scope: Scope, receive: Receive, send: Send) -> None:
