@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -12,7 +12,7 @@ from cluster.local.local_cluster import LocalCluster
 from cluster.output.progress import say
 from cluster.settings.parser import ConfigError
 from cluster.settings.run import RunConfig, run_storage
-from cluster.storage.uris import Storage
+from cluster.storage.uris import Storage, StorageError
 from jobs.run.ledger import Ledger, Line
 
 _POLL_S = 0.1
@@ -83,6 +83,8 @@ def _inject(faults: Sequence[Fault], cluster: LocalCluster | None, run: Storage,
 
 def _attempt_at(run: Storage, step: int) -> Line | None:
     """Returns the start event of the current attempt once the run has completed `step`, until then None."""
-    ledger = Ledger.read(run)
-    starts, steps = ledger.events("start"), [line["step"] for line in ledger.lines if "event" not in line]
-    return starts[-1] if starts and steps and steps[-1] >= step else None
+    with suppress(StorageError):  # it is asked again
+        ledger = Ledger.read(run)
+        starts, steps = ledger.events("start"), [line["step"] for line in ledger.lines if "event" not in line]
+        return starts[-1] if starts and steps and steps[-1] >= step else None
+    return None

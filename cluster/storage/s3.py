@@ -15,6 +15,7 @@ from botocore import exceptions
 from botocore.config import Config
 from botocore.exceptions import ClientError
 from botocore.parsers import ResponseParserError
+from urllib3.exceptions import HTTPError
 
 from cluster.storage import interface
 from cluster.storage.ranged_reader import ranged_reader
@@ -74,7 +75,8 @@ class S3Storage(interface.Storage):
             yield
         except S3UploadFailedError as error:  # wraps the cause
             raise _explain(uri, self.bucket, error.__context__) from error
-        except (ClientError, exceptions.BotoCoreError, ResponseParserError) as error:
+        # HTTPError: botocore neither retries nor wraps it where what a refused GetObject answers breaks off.
+        except (ClientError, exceptions.BotoCoreError, ResponseParserError, HTTPError) as error:
             code = _code_of(error)
             if if_absent and code in _REFUSED_CONDITION:
                 raise interface.AlreadyExistsError(f"{uri} exists already") from error

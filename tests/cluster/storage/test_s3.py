@@ -41,6 +41,18 @@ def test_a_body_that_always_breaks_off_ends_in_one_line(proxy: FaultProxy, uri: 
     assert proxy.ranges == [None, "bytes=5-", "bytes=10-", "bytes=15-"]
 
 
+def test_a_refusal_that_breaks_off_ends_in_one_line(proxy: FaultProxy, uri: str) -> None:
+    """botocore reads such an answer after its own handling of errors: that of its HTTP library comes through, unless
+    the reset overtakes the whole answer, which is then asked for again."""
+    found = set()
+    for _ in range(20):
+        proxy.script = [Cut(50, "reset")]
+        with pytest.raises(StorageError) as caught:
+            open_storage(uri).read_bytes("missing")
+        found.add(str(caught.value).removeprefix(f"{uri}/missing"))
+    assert found <= {": an answer broke off (ProtocolError); run again", " does not exist; check the URI"}
+
+
 def test_an_object_replaced_between_two_attempts_is_noticed(proxy: FaultProxy, uri: str) -> None:
     storage = open_storage(uri)
     with storage.open("file") as file:
