@@ -54,7 +54,7 @@ class Drop(StrEnum):
     ALPHABETIC_WORDS = "alphabetic_words"
     STOP_WORDS = "stop_words"
     DUPLICATE = "duplicate"  # the same normalized text came earlier in the corpus
-    NEAR_DUPLICATE = "near_duplicate"  # nearly the same text came earlier: data.near_dedup_threshold
+    NEAR_DUPLICATE = "near_duplicate"  # a later one of a family of similar texts: data.near_dedup_threshold
     CONTAMINATED = "contaminated"  # shares a run of words with a validation document: data.decontaminate_ngram
     NO_MESSAGES = "no_messages"  # the line has no list of messages whose role and content are strings
     UNKNOWN_ROLE = "unknown_role"  # of a message; system, developer, user and assistant are known
