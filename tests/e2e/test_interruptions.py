@@ -96,9 +96,8 @@ def test_a_stopped_worker_is_named_killed_and_replaced(
         f"from the last step before the hang to the first after it: {recovery.seconds} s, steps lost: {recovery.lost_steps}"
     )
     assert recovery.seconds <= limit_s(45)
-    kept = [path.name for path in (folder / "storage/runs/hang/hangs").iterdir()]
-    assert any("rank-0" in name for name in kept), kept
-    assert any("rank-1-silent" in name for name in kept), kept
+    (kept,) = (folder / "storage/runs/hang/hangs").iterdir()
+    assert kept.name.endswith("-rank-1-silent.txt")
     assert (result["parameter_hash"], losses(config)) == alone
 
 
@@ -159,7 +158,7 @@ def test_sigterm_to_the_launcher_leaves_its_last_step(
 
 
 def test_a_failure_that_comes_again_ends_the_run_with_its_reason(
-    connection: Connection, folder: Path, alone: tuple[str, list[float]], capfd: pytest.CaptureFixture[str]
+    connection: Connection, folder: Path, alone: tuple[str, list[float]]
 ) -> None:
     """A shard holds ids that no model has: the second attempt fails as the first one did, and there is no third."""
     config = run_config(folder, "damaged")
@@ -167,7 +166,7 @@ def test_a_failure_that_comes_again_ends_the_run_with_its_reason(
     tokens = shard.read_bytes()
     shard.write_bytes(b"\xff" * len(tokens))
     try:
-        with pytest.raises(StageFailedError):
+        with pytest.raises(StageFailedError) as caught:
             run_stage(connection, "jobs.pretrain", config)
     finally:
         shard.write_bytes(tokens)
@@ -176,4 +175,4 @@ def test_a_failure_that_comes_again_ends_the_run_with_its_reason(
     reason = ledger.events("gave_up")[-1]["reason"]
     assert "the same error came twice" in reason
     assert "index" in reason, reason
-    assert f"run damaged gave up: {reason}" in capfd.readouterr().err
+    assert str(caught.value).startswith(f"run damaged gave up: {reason}; more is in ")
