@@ -102,6 +102,8 @@ class Reader:
         result = json.loads(done.stdout.splitlines()[-1])
         if arguments[0] == "pretrain":
             self._stands_for.setdefault("RUN_ID", result["run_id"])
+        elif arguments[0] == "tokenize":
+            self._stands_for["MANIFEST"] = result["manifest"]
 
     def _serve(self, arguments: list[str]) -> None:
         self._server = subprocess.Popen(
