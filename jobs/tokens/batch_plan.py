@@ -43,7 +43,8 @@ class SampleOrder:
         rows = np.empty_like(places)
         keys = np.stack([sources, epochs, places // self.window_rows], axis=1)
         windows, inverse, counts = np.unique(keys, axis=0, return_inverse=True, return_counts=True)
-        groups = np.split(np.argsort(inverse, kind="stable"), np.cumsum(counts))[:-1]
+        order = np.argsort(inverse.ravel(), kind="stable")  # NumPy 2.0 gives a column
+        groups = np.split(order, np.cumsum(counts))[:-1]
         for (source, epoch, window), chosen in zip(windows.tolist(), groups, strict=True):
             first = window * self.window_rows
             size = min(self.window_rows, self.num_rows[source] - first)
