@@ -3,10 +3,11 @@
 import json
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from typing import Any
 
-from cluster.output.job_log import JOBS, STARTED
+from cluster.output.job_log import JOBS, STARTED, parsed
 from cluster.storage.lease import read_with_version
-from cluster.storage.uris import AlreadyExistsError, ConflictError, Storage
+from cluster.storage.uris import AlreadyExistsError, ConflictError, Storage, join_uri
 
 _SUBMITTED = "submitted.json"
 _KEY = f"{JOBS}/{_SUBMITTED}"
@@ -59,12 +60,13 @@ class JobRecord:
 
 
 def read_record(run: Storage) -> tuple[JobRecord, str] | None:
-    """Returns the run's last submission and the version of its file; None if there is none."""
+    """Returns the run's last submission and the version of its file; None if there is none. Raises `StorageError`."""
     content, version = read_with_version(run, _KEY)
-    if version is None:
-        return None
-    values = json.loads(content)
-    return JobRecord(**values | {"backend": Backend(values["backend"])}), version
+    return None if version is None else (parsed(_job_record, content, join_uri(run.uri, _KEY)), version)
+
+
+def _job_record(*, backend: str, **values: Any) -> JobRecord:
+    return JobRecord(backend=Backend(backend), **values)
 
 
 def write_record(run: Storage, record: JobRecord, *, replaces: str | None) -> str | None:
