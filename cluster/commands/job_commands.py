@@ -12,7 +12,7 @@ from typing import Any
 from cluster.commands.kube_commands import overlay_folder, shown_objects
 from cluster.output.job_log import LogReader, launches
 from cluster.output.progress import RayFilter, say
-from cluster.output.result_text import table
+from cluster.output.result_text import put, table
 from cluster.settings.flags import config_from_arguments
 from cluster.settings.parser import ConfigError
 from cluster.settings.run import RunConfig
@@ -150,8 +150,7 @@ def _follow(arguments: argparse.Namespace, run: Storage) -> dict[str, Any]:
         ended = reader.ended() if reader else None  # before its last lines are read
         for line in "".join(reader.new_text()).splitlines() if reader else ():
             if arguments.ray or not ray_filter.hides(line):
-                (sys.stderr if arguments.json else sys.stdout).write(f"{line}\n")
-        sys.stdout.flush()
+                put(f"{line}\n", sys.stderr if arguments.json else sys.stdout)
         if ended is not None or time.monotonic() - looked_s > _STATE_INTERVAL_S:
             looked_s = time.monotonic()
             view = _view(arguments, run)

@@ -4,14 +4,13 @@ Each function imports only what it needs, so that no command waits for PyTorch o
 """
 
 import argparse
-import os
 import shlex
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 from cluster.commands.table import table
 from cluster.output.progress import reports_shown, say
-from cluster.output.result_text import printable
+from cluster.output.result_text import put
 from cluster.settings.parser import ConfigError
 from cluster.stages.stage_module import STAGES
 from cluster.storage.uris import absolute_uri, open_storage
@@ -273,13 +272,9 @@ def complete(arguments: argparse.Namespace) -> dict[str, Any]:
 
     endpoint = Endpoint.load(arguments.storage_uri, url=arguments.url, api_key_file=arguments.api_key_file)
     request = {name: getattr(arguments, name) for name in ("prompt", "max_tokens", "temperature", "seed")}
-    show = (lambda text: None) if arguments.json else _write_now
+    show = (lambda text: None) if arguments.json else put
     arguments.text = ""
     return stream_completion(endpoint, request, on_text=show)
-
-
-def _write_now(text: str) -> None:
-    os.write(1, (printable(text) if os.isatty(1) else text).encode())
 
 
 def demo(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -3,10 +3,31 @@
 Text from outside, such as a corpus or a model's, is printed as characters that no terminal obeys.
 """
 
+import os
+import signal
+import sys
 import time
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TextIO
+
+from model.errors import UserError
+
+
+def put(text: str, stream: TextIO | None = None) -> None:
+    """Writes to standard output, or the stream, at once; for a terminal as `printable` text.
+
+    Exits as SIGPIPE would if the reader is gone, as in `raymill list | head`. Raises `UserError` for a full disk.
+    """
+    stream = stream or sys.stdout
+    try:
+        stream.write(printable(text) if stream.isatty() else text)
+        stream.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # Python writes what is left when it ends
+        if isinstance(error, BrokenPipeError):
+            sys.exit(128 + signal.SIGPIPE)
+        raise UserError(f"cannot write the output: {error.strerror}; free some room, or send it elsewhere") from None
 
 
 def lines(result: Mapping[str, Any]) -> Iterator[str]:

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -190,6 +191,23 @@ def test_logs_leave_out_what_ray_says_to_itself(tmp_path: Path, capsys: pytest.C
     assert capsys.readouterr().out.startswith("attempt 1: 2 workers\nsaved\n")
     assert main([*words, "--ray"]) == 0
     assert alarming in capsys.readouterr().out
+
+
+def test_a_log_moves_no_cursor(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "runs/second/jobs/20260101-000000-abcd"
+    folder.mkdir(parents=True)
+    (folder / "started.json").write_text('{"job": "j", "stage": "pretrain", "host": "desk", "time": 1.0}')
+    (folder / "ended.json").write_text('{"exit_code": 0, "stopped": false, "result": null, "time": 2.0}')
+    (folder / "log-000000000000").write_text("\x1b]0;name\x07\x1b[2J.txt\n")
+    words = ["logs", "second", "--storage.uri", str(tmp_path)]
+    for at_terminal, shown in ((False, "\x1b]0;name\x07\x1b[2J.txt\n"), (True, "\\x1b]0;name\\x07\\x1b[2J.txt\n")):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda at_terminal=at_terminal: at_terminal)
+        assert main(words) == 0
+        assert capsys.readouterr().out == shown
+        assert main([*words, "--follow"]) == 0
+        assert capsys.readouterr().out.startswith(shown)
 
 
 def test_the_published_ones_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
