@@ -5,6 +5,7 @@ errors go to standard error.
 """
 
 import argparse
+import io
 import json
 import os
 import signal
@@ -27,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed, as in `raymill list >&-`
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 (until the process ends)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as standard error: a name may need more than ASCII
     words = sys.argv[1:] if argv is None else list(argv)
     try:
         return _run(words)

@@ -234,6 +234,16 @@ def test_an_output_that_takes_nothing_is_no_traceback(
     assert done.stderr.startswith(said) and done.stderr.count("\n") == bool(said), done.stderr
 
 
+def test_an_ascii_output_shows_other_characters_as_escapes(tmp_path: Path) -> None:
+    jobs = tmp_path / ".raymill/runs/zwölf/jobs/20260101-000000-abcd"
+    jobs.mkdir(parents=True)
+    (jobs / "started.json").write_text('{"job": "j", "stage": "pretrain", "host": "desk", "time": 1.0}')
+    (jobs / "ended.json").write_text('{"exit_code": 0, "stopped": false, "result": null, "time": 2.0}')
+    done = raymill("list", env={"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[1].startswith("zw\\xf6lf  ")
+
+
 def test_a_checkpoint_is_shown(tmp_path: Path) -> None:
     metadata = write_tiny(tmp_path / "step-1")
     done = raymill("checkpoint", "show", "step-1", "--json")
