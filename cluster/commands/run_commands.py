@@ -4,6 +4,7 @@ Each function imports only what it needs, so that no command waits for PyTorch o
 """
 
 import argparse
+import math
 import shlex
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
@@ -177,6 +178,8 @@ def lend_workers(arguments: argparse.Namespace) -> dict[str, Any]:
         give_back(run)
     elif arguments.workers < 1:
         raise ConfigError(f"--workers {arguments.workers}: expected at least 1; --return ends a loan")
+    elif not 0 < arguments.for_s < math.inf:
+        raise ConfigError(f"--for {arguments.for_s:g}: expected seconds above 0; --return ends a loan")
     else:
         lend(run, Loan(arguments.workers, arguments.for_s))
     loan = read_loan(run)
