@@ -183,6 +183,7 @@ def test_misuse_is_named(file: str, argv: list[str], words: list[str]) -> None:
         (b"train: [", [], ["is not YAML"]),
         (b"a: b: c\n", [], ["is not YAML"]),
         (b"\xff\xfe\x00", [], ["is not YAML"]),
+        (b"train: {seed: 2026-13-45}\n", [], ["is not YAML", "month must be in 1..12"]),
         (b"", [], ["holds no settings"]),
         (b"- train\n", [], ["holds no settings"]),
         (b"train:\n", ["--train.seed", "1"], ["train", "None"]),
