@@ -101,7 +101,7 @@ def preset_fields(values: dict[str, Any]) -> dict[str, Any]:
     """Returns the fields in `values` over those of its `preset`. Raises `ValueError` for an unknown one."""
     values = dict(values)
     preset = values.pop("preset", None)
-    if preset is not None and preset not in PRESETS:
+    if preset is not None and preset not in list(PRESETS):  # a file may hold a list, which has no hash
         raise ValueError(f"preset {preset!r} is unknown, expected one of {', '.join(PRESETS)}")
     known = {f.name for f in fields(GPTConfig)}
     if unknown := [name for name in values if name not in known]:

@@ -191,6 +191,7 @@ def test_misuse_is_named(file: str, argv: list[str], words: list[str]) -> None:
         (b"train:\n  seed: 1\n  seq_len: 32\n  seed: 2\n", [], ["bad.yaml, line 4: seed", "on line 2"]),
         (b"train: {seed: 1}\ndata: {}\ntrain: {}\n", [], ["bad.yaml, line 3: train", "on line 1"]),
         (b"train: {seed: 1, seed: 1}\n", [], ["seed is set already, on line 1"]),
+        (b"model: {preset: [1]}\n", [], ["model: preset [1] is unknown", "gpt2-124m"]),
         (b"scalling: {max_workers: 3}\n", [], ["unknown setting scalling", "did you mean scaling?"]),
     ],
     ids=str,
