@@ -192,6 +192,7 @@ def test_misuse_is_named(file: str, argv: list[str], words: list[str]) -> None:
         (b"train: {seed: 1}\ndata: {}\ntrain: {}\n", [], ["bad.yaml, line 3: train", "on line 1"]),
         (b"train: {seed: 1, seed: 1}\n", [], ["seed is set already, on line 1"]),
         (b"model: {preset: [1]}\n", [], ["model: preset [1] is unknown", "gpt2-124m"]),
+        (b"model: {n_layer: 99999999}\n", [], ["n_layer is 99999999, expected at most 10000"]),
         (b"scalling: {max_workers: 3}\n", [], ["unknown setting scalling", "did you mean scaling?"]),
     ],
     ids=str,
