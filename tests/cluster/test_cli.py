@@ -123,6 +123,8 @@ def test_the_first_help_names_every_command() -> None:
         (["serve", "latest", "--port", "70000"], ["port", "65535", "70000"]),
         (["evaluate"], ["checkpoint"]),
         (["complete", "x", "--max-tokens", "many"], ["--max-tokens", "'many'"]),
+        (["cluster", "render", "dev", "-n", "Bad_NS!"], ["--namespace", "63", "'Bad_NS!'"]),
+        (["cluster", "status", "-n", "a" * 64], ["--namespace", "63", "'aaa"]),
         (["report", "x", "--price", "nan"], ["--price", "at least 0", "'nan'"]),
         (["report", "x", "--price", "-1"], ["--price", "at least 0", "'-1'"]),
         (["promote"], ["--follow", "--finish"]),
