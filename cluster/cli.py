@@ -86,11 +86,8 @@ def command_parser(words: Sequence[str] | None = None) -> Parser:
 
 
 def _show(result: dict[str, Any], arguments: argparse.Namespace) -> None:
-    if arguments.json:
-        text = json.dumps(result) + "\n"
-    else:
-        text = "\n".join(lines(result)) + "\n" if arguments.text is None else arguments.text
-    put(text)
+    text = "\n".join(lines(result)) + "\n" if arguments.text is None else arguments.text
+    put(json.dumps(result) + "\n" if arguments.json else text)
 
 
 if __name__ == "__main__":

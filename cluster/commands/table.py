@@ -5,7 +5,6 @@ Functions and settings are named there, not imported: a command line imports onl
 
 import argparse
 import math
-import re
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -20,13 +19,7 @@ def amount(text: str) -> float:
     return value
 
 
-def namespace(text: str) -> str:
-    if not re.fullmatch("[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", text):  # a label of RFC 1123
-        raise argparse.ArgumentTypeError(f"expected at most 63 of a-z, 0-9 and, within, -; not {text!r}")
-    return text
-
-
-_TYPES = {"int": int, "float": float, "amount": amount, "namespace": namespace, "path": Path, "uri": absolute_uri}
+_TYPES = {"int": int, "float": float, "amount": amount, "path": Path, "uri": absolute_uri}
 
 
 def table() -> dict[str, Any]:

@@ -15,10 +15,7 @@ from model.errors import UserError
 
 
 def put(text: str, stream: TextIO | None = None) -> None:
-    """Writes to standard output, or the stream, at once; for a terminal as `printable` text.
-
-    Exits as SIGPIPE would if the reader is gone, as in `raymill list | head`. Raises `UserError` for a full disk.
-    """
+    """Writes at once, `printable` for a terminal. Exits if the reader is gone; raises `UserError` for a full disk."""
     stream = stream or sys.stdout
     try:
         stream.write(printable(text) if stream.isatty() else text)

@@ -3,7 +3,6 @@
 import json
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from typing import Any
 
 from cluster.output.job_log import JOBS, STARTED, parsed
 from cluster.storage.lease import read_with_version
@@ -62,11 +61,10 @@ class JobRecord:
 def read_record(run: Storage) -> tuple[JobRecord, str] | None:
     """Returns the run's last submission and the version of its file; None if there is none. Raises `StorageError`."""
     content, version = read_with_version(run, _KEY)
-    return None if version is None else (parsed(_job_record, content, join_uri(run.uri, _KEY)), version)
-
-
-def _job_record(*, backend: str, **values: Any) -> JobRecord:
-    return JobRecord(backend=Backend(backend), **values)
+    if version is None:
+        return None
+    uri = join_uri(run.uri, _KEY)
+    return parsed(lambda backend, **rest: JobRecord(backend=Backend(backend), **rest), content, uri), version
 
 
 def write_record(run: Storage, record: JobRecord, *, replaces: str | None) -> str | None:
