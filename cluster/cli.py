@@ -5,15 +5,18 @@ errors go to standard error.
 """
 
 import argparse
+import io
 import json
+import os
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
 from cluster.commands.table import add_argument, table
-from cluster.output.result_text import lines, printable
+from cluster.output.result_text import lines, printable, put
 from cluster.settings.code_folders import code_version, version
 from cluster.settings.parser import ConfigError, Parser
 from cluster.stages.stage_module import exit_on_signal
@@ -22,19 +25,32 @@ from model.errors import UserError
 
 def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, exit_on_signal)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as in `raymill list >&-`
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 (until the process ends)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as standard error: a name may need more than ASCII
     words = sys.argv[1:] if argv is None else list(argv)
     try:
-        arguments = command_parser(words).parse_args(words)
-        # What a command may say besides its result: a text to print instead, that the result is bad, and what is next.
-        arguments.words, arguments.text, arguments.is_bad, arguments.next = words, None, False, ""
-        arguments.show = lambda result: _show(result, arguments)
-        result = resolve_name(f"cluster.commands.{arguments.run}")(arguments)
+        return _run(words)
     except UserError as error:
         sys.stderr.write(f"error: {printable(str(error))}\n")
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return 130
+
+
+def _run(words: list[str]) -> int:
+    try:
+        arguments = command_parser(words).parse_args(words)
+    except SystemExit:  # of --help and --version, whose text is not written yet
+        put("")
+        raise
+    # What a command may say besides its result: a text to print instead, that the result is bad, and what is next.
+    arguments.words, arguments.text, arguments.is_bad, arguments.next = words, None, False, ""
+    arguments.show = lambda result: _show(result, arguments)
+    result = resolve_name(f"cluster.commands.{arguments.run}")(arguments)
     if result is not None:
         arguments.show(result)
     if arguments.next:
@@ -70,12 +86,8 @@ def command_parser(words: Sequence[str] | None = None) -> Parser:
 
 
 def _show(result: dict[str, Any], arguments: argparse.Namespace) -> None:
-    if arguments.json:
-        text = json.dumps(result) + "\n"
-    else:
-        text = "\n".join(lines(result)) + "\n" if arguments.text is None else arguments.text
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    text = "\n".join(lines(result)) + "\n" if arguments.text is None else arguments.text
+    put(json.dumps(result) + "\n" if arguments.json else text)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The shape of a decoder, GPT-2's or Llama's, in GPT-2's own terms, presets, counts of parameters and operations."""
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
@@ -9,6 +10,8 @@ Architecture = Literal["gpt2", "llama"]
 
 Activation = Literal["gelu", "gelu_exact", "relu", "swiglu"]
 """`gelu` is GPT-2's tanh approximation (`gelu_new` in Hugging Face), `gelu_exact` the erf form, `swiglu` is Llama's."""
+
+_MOST = {"n_layer": 10_000}  # many times what was ever trained: a plan counts each block, of a typing error for minutes
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,9 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd", "ffn_width", "num_kv_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+            value, most = getattr(self, name), _MOST.get(name, math.inf)
+            if not 1 <= value <= most:
+                raise ValueError(f"{name} is {value}, expected at {'least 1' if value < 1 else f'most {most}'}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_head={self.n_head} does not divide n_embd={self.n_embd}; choose one of its divisors")
         if self.architecture not in (known := get_args(Architecture)):
@@ -101,7 +105,7 @@ def preset_fields(values: dict[str, Any]) -> dict[str, Any]:
     """Returns the fields in `values` over those of its `preset`. Raises `ValueError` for an unknown one."""
     values = dict(values)
     preset = values.pop("preset", None)
-    if preset is not None and preset not in PRESETS:
+    if preset is not None and preset not in list(PRESETS):  # a file may hold a list, which has no hash
         raise ValueError(f"preset {preset!r} is unknown, expected one of {', '.join(PRESETS)}")
     known = {f.name for f in fields(GPTConfig)}
     if unknown := [name for name in values if name not in known]:

@@ -12,11 +12,11 @@ from typing import Any
 from cluster.commands.kube_commands import overlay_folder, shown_objects
 from cluster.output.job_log import LogReader, launches
 from cluster.output.progress import RayFilter, say
-from cluster.output.result_text import table
+from cluster.output.result_text import put, table
 from cluster.settings.flags import config_from_arguments
 from cluster.settings.parser import ConfigError
 from cluster.settings.run import RunConfig
-from cluster.storage.uris import NotFoundError, Storage, absolute_uri, open_storage
+from cluster.storage.uris import NotFoundError, Storage, StorageError, absolute_uri, open_storage
 from cluster.submission.backend import JobBackend
 from cluster.submission.kuberay_backend import KubeJobs
 from cluster.submission.preflight import AdmissionError, Folders, check_run
@@ -78,8 +78,13 @@ def _backend(arguments: argparse.Namespace, config: RunConfig) -> JobBackend:
 
 def list_jobs(arguments: argparse.Namespace) -> dict[str, Any]:
     runs = open_storage(arguments.storage_uri).child("runs")
-    found = [(view_job(run, arguments.token_file), run) for run in map(runs.child, recorded_runs(runs))]
-    rows = [describe(view) | _progress(run) for view, run in found if view]
+    rows = []
+    for run in map(runs.child, recorded_runs(runs)):
+        try:
+            if view := view_job(run, arguments.token_file):
+                rows.append(describe(view) | _progress(run))
+        except StorageError as error:
+            say(f"{run.uri.rpartition('/')[2]} is left out: {error}")
     rows.sort(key=lambda row: str(row["submitted"]))
     if not rows:
         start = "`raymill pretrain` or `raymill submit` starts one"
@@ -99,13 +104,16 @@ def status(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _progress(run: Storage) -> dict[str, Any]:
-    """Returns figures of the newest step in the run's ledger."""
+    """Returns figures of the newest step in the run's ledger. Raises `StorageError` where it is damaged."""
     entry = run.stat("ledger.jsonl")
     if entry is None:
         return {}
     content = run.read_bytes("ledger.jsonl", start=max(0, entry.size - _TAIL_BYTES)).rpartition(b"\n")[0]
     whole = content.split(b"\n")[entry.size > _TAIL_BYTES :]  # the first line may be cut
-    steps = [line for text in whole if text and "step" in (line := json.loads(text)) and "event" not in line]
+    try:
+        steps = [line for text in whole if text and "step" in (line := json.loads(text)) and "event" not in line]
+    except (ValueError, TypeError):
+        raise StorageError(f"{run.uri}/ledger.jsonl has a damaged line; `raymill report` says which") from None
     return {name: steps[-1][name] for name in ("step", "tokens_seen", "loss", "world_size")} if steps else {}
 
 
@@ -142,8 +150,7 @@ def _follow(arguments: argparse.Namespace, run: Storage) -> dict[str, Any]:
         ended = reader.ended() if reader else None  # before its last lines are read
         for line in "".join(reader.new_text()).splitlines() if reader else ():
             if arguments.ray or not ray_filter.hides(line):
-                (sys.stderr if arguments.json else sys.stdout).write(f"{line}\n")
-        sys.stdout.flush()
+                put(f"{line}\n", sys.stderr if arguments.json else sys.stdout)
         if ended is not None or time.monotonic() - looked_s > _STATE_INTERVAL_S:
             looked_s = time.monotonic()
             view = _view(arguments, run)

@@ -4,14 +4,14 @@ Each function imports only what it needs, so that no command waits for PyTorch o
 """
 
 import argparse
-import os
+import math
 import shlex
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 from cluster.commands.table import table
 from cluster.output.progress import reports_shown, say
-from cluster.output.result_text import printable
+from cluster.output.result_text import put
 from cluster.settings.parser import ConfigError
 from cluster.stages.stage_module import STAGES
 from cluster.storage.uris import absolute_uri, open_storage
@@ -178,6 +178,8 @@ def lend_workers(arguments: argparse.Namespace) -> dict[str, Any]:
         give_back(run)
     elif arguments.workers < 1:
         raise ConfigError(f"--workers {arguments.workers}: expected at least 1; --return ends a loan")
+    elif not 0 < arguments.for_s < math.inf:
+        raise ConfigError(f"--for {arguments.for_s:g}: expected seconds above 0; --return ends a loan")
     else:
         lend(run, Loan(arguments.workers, arguments.for_s))
     loan = read_loan(run)
@@ -273,13 +275,9 @@ def complete(arguments: argparse.Namespace) -> dict[str, Any]:
 
     endpoint = Endpoint.load(arguments.storage_uri, url=arguments.url, api_key_file=arguments.api_key_file)
     request = {name: getattr(arguments, name) for name in ("prompt", "max_tokens", "temperature", "seed")}
-    show = (lambda text: None) if arguments.json else _write_now
+    show = (lambda text: None) if arguments.json else put
     arguments.text = ""
     return stream_completion(endpoint, request, on_text=show)
-
-
-def _write_now(text: str) -> None:
-    os.write(1, (printable(text) if os.isatty(1) else text).encode())
 
 
 def demo(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Functions and settings are named there, not imported: a command line imports onl
 """
 
 import argparse
+import math
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -11,7 +12,14 @@ from typing import Any
 from cluster.storage.uris import absolute_uri
 from model.tables import read_table
 
-_TYPES = {"int": int, "float": float, "path": Path, "uri": absolute_uri}
+
+def amount(text: str) -> float:
+    if not 0 <= (value := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, not {text!r}")
+    return value
+
+
+_TYPES = {"int": int, "float": float, "amount": amount, "path": Path, "uri": absolute_uri}
 
 
 def table() -> dict[str, Any]:

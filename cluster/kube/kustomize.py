@@ -1,6 +1,7 @@
 """Renders a kustomization with `kubectl kustomize`, which asks no cluster."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,8 @@ def rendered_overlay(folder: Path, namespace: str | None = None) -> list[dict[st
     """Returns the objects of a kustomization, in its own namespace unless `namespace` is given."""
     beside = Path(sys.executable).parent / "kubectl"
     kubectl = str(beside) if beside.exists() else shutil.which("kubectl")
+    if namespace is not None and not re.fullmatch("[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", namespace):
+        raise UserError(f"--namespace {namespace!r}: expected at most 63 of a-z, 0-9 and, within, -")
     if kubectl is None:
         raise UserError("no kubectl is beside Python or on PATH: `pip install 'raymill[k8s]'` brings it")
     with tempfile.TemporaryDirectory() as own:

@@ -10,12 +10,12 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from cluster.storage.uris import NotFoundError, Storage, StorageError
+from cluster.storage.uris import NotFoundError, Storage, StorageError, join_uri
 
 JOBS = "jobs"
 """Folder of the run's storage."""
@@ -30,6 +30,8 @@ _LAUNCH_BYTES = 64 << 20
 _NUM_LAUNCHES = 10
 _INTERVAL_S = 1.0
 _LOG = logging.getLogger(__name__)
+
+Stored = TypeVar("Stored")
 
 
 @dataclass(frozen=True)
@@ -128,11 +130,11 @@ class LogReader:
         self._position = 0
 
     def started(self) -> Started:
-        return Started(**json.loads(self._folder.read_bytes(STARTED)))
+        return parsed(Started, self._folder.read_bytes(STARTED), join_uri(self._folder.uri, STARTED))
 
     def ended(self) -> Ended | None:
         content = self._folder.find_bytes(_ENDED)
-        return None if content is None else Ended(**json.loads(content))
+        return None if content is None else parsed(Ended, content, join_uri(self._folder.uri, _ENDED))
 
     def new_text(self) -> Iterator[str]:
         """Yields what is new since the last call, in pieces of whole lines."""
@@ -150,6 +152,15 @@ class LogReader:
             whole = content.rpartition(b"\n")[0] + b"\n" if b"\n" in content else b""
             self._position += len(whole)
             yield whole.decode(errors="replace")
+
+
+def parsed(kind: Callable[..., Stored], content: bytes, uri: str) -> Stored:
+    """Returns the JSON object as a `kind`. Raises `StorageError` for a damaged file, or one of another version."""
+    try:
+        return kind(**json.loads(content))
+    except (ValueError, TypeError) as error:
+        remedy = "if it is whole, a newer raymill wrote it: use that one; if it is damaged, move it away"
+        raise StorageError(f"{uri} cannot be read ({error}): {remedy}") from None
 
 
 def launches(run: Storage) -> list[str]:

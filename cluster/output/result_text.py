@@ -3,10 +3,28 @@
 Text from outside, such as a corpus or a model's, is printed as characters that no terminal obeys.
 """
 
+import os
+import signal
+import sys
 import time
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TextIO
+
+from model.errors import UserError
+
+
+def put(text: str, stream: TextIO | None = None) -> None:
+    """Writes at once, `printable` for a terminal. Exits if the reader is gone; raises `UserError` for a full disk."""
+    stream = stream or sys.stdout
+    try:
+        stream.write(printable(text) if stream.isatty() else text)
+        stream.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # Python writes what is left when it ends
+        if isinstance(error, BrokenPipeError):
+            sys.exit(128 + signal.SIGPIPE)
+        raise UserError(f"cannot write the output: {error.strerror}; free some room, or send it elsewhere") from None
 
 
 def lines(result: Mapping[str, Any]) -> Iterator[str]:

@@ -113,7 +113,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             values = yaml.load(file, Loader=_UniqueKeys)  # noqa: S506 (a safe one, derived from SafeLoader)
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds no settings; expected `section:` lines with `name: value` below them")

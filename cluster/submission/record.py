@@ -4,9 +4,9 @@ import json
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 
-from cluster.output.job_log import JOBS, STARTED
+from cluster.output.job_log import JOBS, STARTED, parsed
 from cluster.storage.lease import read_with_version
-from cluster.storage.uris import AlreadyExistsError, ConflictError, Storage
+from cluster.storage.uris import AlreadyExistsError, ConflictError, Storage, join_uri
 
 _SUBMITTED = "submitted.json"
 _KEY = f"{JOBS}/{_SUBMITTED}"
@@ -59,12 +59,12 @@ class JobRecord:
 
 
 def read_record(run: Storage) -> tuple[JobRecord, str] | None:
-    """Returns the run's last submission and the version of its file; None if there is none."""
+    """Returns the run's last submission and the version of its file; None if there is none. Raises `StorageError`."""
     content, version = read_with_version(run, _KEY)
     if version is None:
         return None
-    values = json.loads(content)
-    return JobRecord(**values | {"backend": Backend(values["backend"])}), version
+    uri = join_uri(run.uri, _KEY)
+    return parsed(lambda backend, **rest: JobRecord(backend=Backend(backend), **rest), content, uri), version
 
 
 def write_record(run: Storage, record: JobRecord, *, replaces: str | None) -> str | None:

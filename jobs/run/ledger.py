@@ -17,6 +17,7 @@ from cluster.storage.lease import LeaseLostError
 from cluster.storage.uris import AlreadyExistsError, ConflictError, Storage, StorageError
 from jobs.run.storage_retry import Outage, node_spool, patiently
 from jobs.run.writer_generation import Fence
+from model.errors import UserError
 
 LEDGER = "ledger.jsonl"
 
@@ -68,7 +69,7 @@ class LedgerWriter:
 
     def read(self) -> "Ledger":
         """Returns all lines, including those that the storage does not have yet."""
-        return Ledger.parse(self._content())
+        return Ledger.parse(self._content(), str(self._path))
 
     def mirror(self) -> None:
         """Returns once the run's storage has every line. Raises `StorageError`, or `OSError` when a disk is full."""
@@ -186,12 +187,19 @@ class Ledger:
     @classmethod
     def read(cls, run: Storage) -> "Ledger":
         """Reads a run's ledger, empty where there is none, without an unfinished last line."""
-        return cls.parse(run.find_bytes(LEDGER) or b"")
+        return cls.parse(run.find_bytes(LEDGER) or b"", f"{run.uri}/{LEDGER}")
 
     @classmethod
-    def parse(cls, content: bytes) -> "Ledger":
-        complete = content.rpartition(b"\n")[0]
-        return cls([json.loads(line) for line in complete.splitlines()])
+    def parse(cls, content: bytes, uri: str, *, num_before: int = 0) -> "Ledger":
+        """Returns the whole lines of what follows the first `num_before`. Raises `UserError` for a damaged one."""
+        lines = []
+        for number, line in enumerate(content.rpartition(b"\n")[0].splitlines(), start=num_before + 1):
+            try:
+                lines.append({**json.loads(line)})
+            except (ValueError, TypeError):
+                damage = f"expected an object of JSON, not {line[:40]!r}; restore the file, or remove that line"
+                raise UserError(f"{uri}, line {number} is damaged: {damage}") from None
+        return cls(lines)
 
     @property
     def steps(self) -> list[Line]:
@@ -269,12 +277,12 @@ class LedgerTail:
         self.ledger = Ledger([])  # all lines so far
 
     def read(self) -> list[Line]:
-        """Returns the new lines. Raises `StorageError`."""
+        """Returns the new lines. Raises `StorageError`, and `UserError` for a damaged line."""
         entry = self._run.stat(LEDGER)
         if entry is None or entry.size <= self._size:
             return []
         content = self._run.read_bytes(LEDGER, start=self._size).rpartition(b"\n")[0] + b"\n"
-        new = Ledger.parse(content).lines
+        new = Ledger.parse(content, f"{self._run.uri}/{LEDGER}", num_before=len(self.ledger.lines)).lines
         self._size += len(content) if new else 0
         self.ledger.lines.extend(new)
         return new

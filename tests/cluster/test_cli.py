@@ -4,7 +4,9 @@ Only what needs no cluster; most of it in this process, since a Python that impo
 """
 
 import json
+import shlex
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,8 @@ import pytest
 from cluster.cli import main
 from model.checkpoint_folder import MANIFEST
 from tests.checkpoints import DAMAGES, damage, write_tiny
-from tests.command_line import raymill
+from tests.command_line import RAYMILL, environment, raymill
+from tests.time_limits import limit_s
 
 COMMANDS = {
     "tokenize": ["CONFIG", "--data.source", "--storage.uri", "--json"],
@@ -120,6 +123,8 @@ def test_the_first_help_names_every_command() -> None:
         (["serve", "latest", "--port", "70000"], ["port", "65535", "70000"]),
         (["evaluate"], ["checkpoint"]),
         (["complete", "x", "--max-tokens", "many"], ["--max-tokens", "'many'"]),
+        (["report", "x", "--price", "nan"], ["--price", "at least 0", "'nan'"]),
+        (["report", "x", "--price", "-1"], ["--price", "at least 0", "'-1'"]),
         (["promote"], ["--follow", "--finish"]),
         (["promote", "x", "--finish"], ["--finish", "not allowed with", "checkpoint"]),
     ],
@@ -165,6 +170,8 @@ def test_misuse_is_one_line_and_exit_code_2(
         (["status", "demo"], ["run demo has no job in", "`raymill list`"]),
         (["logs", "demo"], ["run demo has no job in"]),
         (["stop", "demo"], ["run demo has no job"]),
+        (["cluster", "render", "dev", "-n", "Bad_NS!"], ["--namespace", "63", "'Bad_NS!'"]),
+        (["cluster", "render", "dev", "-n", "a" * 64], ["--namespace", "63", "'aaa"]),
         (["publish", "ftp://host/x"], ["'ftp://host/x'", "s3://bucket/prefix"]),
     ],
     ids=" ".join,
@@ -197,6 +204,48 @@ def test_a_process_ends_with_the_codes_and_without_a_traceback() -> None:
         assert done.stdout == ""
         assert done.stderr.startswith("error: ")
         assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", ["list", "--help"])
+@pytest.mark.parametrize(
+    ("redirected", "code", "said"),
+    [
+        ("| true", 128 + signal.SIGPIPE, ""),
+        (">&-", 0, ""),
+        ("2>&- >&-", 0, ""),
+        ("> /dev/full", 1, "error: cannot write the output: No space left on device;"),
+    ],
+    ids=["a reader that is gone", "closed", "both closed", "a full disk"],
+)
+def test_an_output_that_takes_nothing_is_no_traceback(
+    words: str, redirected: str, code: int, said: str, tmp_path: Path
+) -> None:
+    jobs = tmp_path / ".raymill/runs/second/jobs/20260101-000000-abcd"
+    jobs.mkdir(parents=True)
+    (jobs / "started.json").write_text('{"job": "j", "stage": "pretrain", "host": "desk", "time": 1.0}')
+    (jobs / "ended.json").write_text('{"exit_code": 0, "stopped": false, "result": null, "time": 2.0}')
+    reader = "sleep 0.1; " if "|" in redirected else ""  # the pipe's other end is closed by then
+    command = f"({reader}exec {shlex.join(RAYMILL)} {words}) {redirected}"
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command],
+        env=environment() | {"PYTHONUNBUFFERED": ""},
+        capture_output=True,
+        text=True,
+        timeout=limit_s(60),
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (code, "")
+    assert done.stderr.startswith(said) and done.stderr.count("\n") == bool(said), done.stderr
+
+
+def test_an_ascii_output_shows_other_characters_as_escapes(tmp_path: Path) -> None:
+    jobs = tmp_path / ".raymill/runs/zwölf/jobs/20260101-000000-abcd"
+    jobs.mkdir(parents=True)
+    (jobs / "started.json").write_text('{"job": "j", "stage": "pretrain", "host": "desk", "time": 1.0}')
+    (jobs / "ended.json").write_text('{"exit_code": 0, "stopped": false, "result": null, "time": 2.0}')
+    done = raymill("list", env={"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[1].startswith("zw\\xf6lf  ")
 
 
 def test_a_checkpoint_is_shown(tmp_path: Path) -> None:

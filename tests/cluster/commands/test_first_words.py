@@ -3,10 +3,12 @@
 Measured on real processes by their own processor time, so that a busy machine changes little.
 """
 
+import json
 import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -144,6 +146,37 @@ def test_a_list_of_runs_says_where_it_looked(tmp_path: Path, capsys: pytest.Capt
     assert row.split() == ["second", "pretrain", "succeeded", "60", "by", "hand", "desk", "raymill-1"]
 
 
+RECORD = {"run_id": "bad", "stage": "pretrain", "backend": "local", "where": "desk", "job": "j", "number": 1}
+UNREADABLE = {
+    "a newer record": ("jobs/submitted.json", json.dumps(RECORD | {"submitted": 1.0, "later": 1}).encode()),
+    "an unknown backend": ("jobs/submitted.json", json.dumps(RECORD | {"submitted": 1.0, "backend": "slurm"}).encode()),
+    "no record": ("jobs/submitted.json", b"[]"),
+    "an empty start": ("jobs/20260101-000000-abcd/started.json", b""),
+    "an end that is not text": ("jobs/20260101-000000-abcd/ended.json", b"\xff"),
+    "a damaged ledger": ("ledger.jsonl", b'{"step": 1, "loss": \xff}\n'),
+}
+
+
+@pytest.mark.parametrize("damage", UNREADABLE)
+def test_a_run_that_cannot_be_read_is_named_and_the_others_are_listed(
+    damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for run in ("bad", "good"):
+        jobs = tmp_path / f"runs/{run}/jobs/20260101-000000-abcd"
+        jobs.mkdir(parents=True)
+        (jobs / "started.json").write_text('{"job": "j", "stage": "pretrain", "host": "desk", "time": 1.0}')
+        (jobs / "ended.json").write_text('{"exit_code": 0, "stopped": false, "result": null, "time": 2.0}')
+    name, content = UNREADABLE[damage]
+    path = tmp_path / "runs/bad" / name
+    path.write_bytes(content)
+    assert main(["list", "--storage.uri", str(tmp_path)]) == 0
+    said = capsys.readouterr()
+    assert [line.split()[0] for line in said.out.splitlines()] == ["run_id", "good"]
+    assert said.err.startswith(f"bad is left out: {path} ") and said.err.count("\n") == 1
+    assert main(["status", "bad", "--storage.uri", str(tmp_path)]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {path} ")
+
+
 def test_logs_leave_out_what_ray_says_to_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "runs/second/jobs/20260101-000000-abcd"
     folder.mkdir(parents=True)
@@ -158,6 +191,23 @@ def test_logs_leave_out_what_ray_says_to_itself(tmp_path: Path, capsys: pytest.C
     assert capsys.readouterr().out.startswith("attempt 1: 2 workers\nsaved\n")
     assert main([*words, "--ray"]) == 0
     assert alarming in capsys.readouterr().out
+
+
+def test_a_log_moves_no_cursor(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "runs/second/jobs/20260101-000000-abcd"
+    folder.mkdir(parents=True)
+    (folder / "started.json").write_text('{"job": "j", "stage": "pretrain", "host": "desk", "time": 1.0}')
+    (folder / "ended.json").write_text('{"exit_code": 0, "stopped": false, "result": null, "time": 2.0}')
+    (folder / "log-000000000000").write_text("\x1b]0;name\x07\x1b[2J.txt\n")
+    words = ["logs", "second", "--storage.uri", str(tmp_path)]
+    for at_terminal, shown in ((False, "\x1b]0;name\x07\x1b[2J.txt\n"), (True, "\\x1b]0;name\\x07\\x1b[2J.txt\n")):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda at_terminal=at_terminal: at_terminal)
+        assert main(words) == 0
+        assert capsys.readouterr().out == shown
+        assert main([*words, "--follow"]) == 0
+        assert capsys.readouterr().out.startswith(shown)
 
 
 def test_the_published_ones_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

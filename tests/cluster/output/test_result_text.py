@@ -5,8 +5,7 @@ import pty
 
 import pytest
 
-from cluster.commands.run_commands import _write_now
-from cluster.output.result_text import printable
+from cluster.output.result_text import printable, put
 
 
 def test_what_is_not_printable_is_escaped() -> None:
@@ -16,15 +15,11 @@ def test_what_is_not_printable_is_escaped() -> None:
 
 
 @pytest.mark.parametrize("at_terminal", [True, False])
-def test_a_completion_is_escaped_at_a_terminal_only(at_terminal: bool) -> None:
-    """A pipe gets the model's text as it is."""
+def test_a_text_is_escaped_at_a_terminal_only(at_terminal: bool) -> None:
+    """A pipe gets a model's text, and a job's log, as it is."""
     reader, writer = pty.openpty() if at_terminal else os.pipe()
-    kept = os.dup(1)
-    try:
-        os.dup2(writer, 1)
-        _write_now("\x1b[2Jtext\n")
-    finally:
-        os.dup2(kept, 1)
+    with os.fdopen(os.dup(writer), "w") as stream:
+        put("\x1b[2Jtext\n", stream)
     assert os.read(reader, 100) == (b"\\x1b[2Jtext\r\n" if at_terminal else b"\x1b[2Jtext\n")
-    for descriptor in (reader, writer, kept):
+    for descriptor in (reader, writer):
         os.close(descriptor)

@@ -43,3 +43,7 @@ def test_lending_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFix
     assert loan is not None and (loan.num_workers, loan.for_s) == (1, 30)
     assert main(["lend", "r1", "--return", *storage]) == 0
     assert read_loan(run) is None
+    for wrong in ("nan", "inf", "0", "-5"):
+        assert main(["lend", "r1", "--workers", "1", "--for", wrong, *storage]) == 2
+        assert capsys.readouterr().err == f"error: --for {wrong}: expected seconds above 0; --return ends a loan\n"
+    assert read_loan(run) is None

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from cluster.storage.uris import Storage, open_storage
-from jobs.run.ledger import LEDGER, Ledger, LedgerWriter
+from jobs.run.ledger import LEDGER, Ledger, LedgerTail, LedgerWriter
+from model.errors import UserError
 
 
 def lines_of(*words: tuple[Any, ...]) -> Ledger:
@@ -57,6 +58,19 @@ def test_a_torn_last_line_is_dropped_and_written_over(run: Storage) -> None:
     assert [line["step"] for line in Ledger.read(run).lines] == [1, 1]
     run.write_bytes(LEDGER, whole[:20])
     assert Ledger.read(run).lines == []
+
+
+@pytest.mark.parametrize("damaged", [b"\0" * 50, b'{"step": 2, "\xff": 1}', b"7", b"[]", b"null", b""], ids=repr)
+def test_a_damaged_line_is_named(damaged: bytes, tmp_path: Path) -> None:
+    run = open_storage(str(tmp_path))
+    whole = b'{"time": 1.0, "step": 1, "loss": 2.0}\n'
+    run.write_bytes(LEDGER, whole)
+    tail = LedgerTail(run)
+    assert len(tail.read()) == 1
+    run.write_bytes(LEDGER, whole + damaged + b"\n" + whole)
+    for read in (lambda: Ledger.read(run), tail.read):
+        with pytest.raises(UserError, match=f"^{tmp_path}/{LEDGER}, line 2 is damaged: expected an object of JSON"):
+            read()
 
 
 def test_of_a_step_taken_twice_the_last_line_counts() -> None:
