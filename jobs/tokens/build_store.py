@@ -76,7 +76,8 @@ def _builder(config: RunConfig) -> "_Builder":
     shape |= {} if data.near_dedup_threshold is None else {"near_duplicates": "of a family"}  # of a pair, before
     shape |= config.data.model_dump(include={"val_max_documents"}, exclude_none=True)
     shape |= {} if chat is None else {"chat": asdict(chat)}
-    shaping = [shape, listing.identity(), sorted(listing.token_stores.items()), tokenizer.hash]
+    ready = [(n, uri, stored.read_manifest(open_storage(uri)).hash) for n, uri in sorted(listing.token_stores.items())]
+    shaping = [shape, listing.identity(), ready, tokenizer.hash]
     key = hashlib.sha256(stored.canonical_json(shaping)).hexdigest()[:12]
     store = open_storage(config.storage.uri).child(f"tokens/{key}")
     return _Builder(data, listing, tokenizer, store, shape, chat, seq_len(config))

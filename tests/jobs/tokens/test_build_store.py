@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +75,17 @@ def test_a_store_whose_cleanup_was_killed_is_repaired_whole(
     assert tokenize(config) == finished
     assert texts_of(finished) == texts
     assert not list(store.glob("unpacked/*/*"))
+
+
+def test_a_store_of_shards_that_are_others_now_is_made_again(tokenizer: str, tmp_path: Path) -> None:
+    texts = {name: [f"text {name} {number}" for number in range(10)] for name in ("a", "b")}
+    made = {
+        name: tokenize(data_config(str(write(tmp_path / f"{name}.jsonl", own)), tmp_path / name, tokenizer=tokenizer))
+        for name, own in texts.items()
+    }
+    latest = tmp_path / "latest"
+    for name, own in texts.items():
+        shutil.rmtree(latest, ignore_errors=True)
+        shutil.copytree(Path(made[name]["manifest"]).parent, latest)
+        copied = tokenize(data_config(f"tokens://{latest}", tmp_path / "storage", tokenizer=tokenizer))
+        assert sorted(texts_of(copied)) == sorted(own)
