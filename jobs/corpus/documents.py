@@ -231,7 +231,7 @@ class _Reader:
 
     def csv(self, file: BinaryIO) -> Iterator[Document]:
         limit = longest_line("csv", self.data)
-        csv.field_size_limit(limit)
+        csv.field_size_limit(2 * limit)  # a record may cross the limit by the line that closes its quotes
         column: int | None = None
         num_columns = 0
         for offset, record, is_whole in records(file, limit=limit):

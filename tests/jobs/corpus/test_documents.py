@@ -263,6 +263,17 @@ def test_a_row_that_is_no_csv_is_counted_and_costs_no_other(tmp_path: Path) -> N
     assert kept(path) == ["ab", "ok"]
 
 
+def test_a_record_that_crosses_the_limit_by_its_last_line_is_one_that_is_too_long(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(f'text,id\n"good, one",1\n"{"a" * 700_000}\n{"b" * 700_000}",2\nlast,3\n')
+    documents = read(path, max_document_bytes=100_000)
+    assert [(document.drop, document.text) for document in documents] == [
+        (None, "good, one"),
+        (Drop.TOO_LONG, ""),
+        (None, "last"),
+    ]
+
+
 @pytest.mark.parametrize("ending", ["", ".gz"])
 def test_a_long_text_is_cut_at_line_ends_and_nothing_is_lost(tmp_path: Path, ending: str) -> None:
     text = "".join(f"line {number} of a long text ÄÖÜ\n" for number in range(5000))
