@@ -12,8 +12,9 @@ import zstandard
 
 from cluster.settings.run import DataConfig
 from cluster.storage.uris import ConflictError, NotFoundError, StorageError, open_storage
-from jobs.corpus.chunks import plan_chunks, whole_file
+from jobs.corpus.chunks import Chunk, plan_chunks, whole_file
 from jobs.corpus.documents import Document, Drop, read_documents
+from jobs.corpus.file_pieces import cut_file
 from jobs.corpus.listing import CorpusError, list_corpus
 from tests.cluster.fault_proxy import running_proxy
 
@@ -220,6 +221,15 @@ def test_a_file_that_changed_after_its_listing_is_noticed(tmp_path: Path) -> Non
     write_lines(path, [{"text": "two"}])
     with pytest.raises(ConflictError, match=r"a\.jsonl was changed after it was listed; run again"):
         list(read_documents(listed, DataConfig()))
+
+
+def test_an_archive_that_changed_after_its_listing_is_not_cut(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt.gz"
+    path.write_bytes(gzip.compress(b"one"))
+    chunk = Chunk(0, 0, [whole_file(list_corpus(str(path)).files[0])])
+    path.write_bytes(gzip.compress(b"two"))
+    with pytest.raises(ConflictError, match=r"a\.txt\.gz was changed after it was listed; run again"):
+        cut_file(chunk, store=open_storage(f"{tmp_path}/store"), data=DataConfig())
 
 
 def test_csv_records_with_quotes_line_ends_and_missing_fields(tmp_path: Path) -> None:
