@@ -34,6 +34,9 @@ _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _LINE_FACTOR = {"jsonl": 6, "csv": 2}  # bytes in which a byte of text may be written: \\u0041, a doubled quote
 _LINE_MARGIN_BYTES = 1 << 20  # room for the other fields of a line
 _STRINGS = (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), pa.binary_view())
+_MAX_MESSAGES = (
+    1000  # a template writes the whole again for each answer: ten times as many take a hundred times as long
+)
 _PREVIEW_BYTES = 200
 
 
@@ -46,7 +49,7 @@ class Drop(StrEnum):
     INVALID_JSON = "invalid_json"  # the line is not JSON
     INVALID_CSV = "invalid_csv"  # an unclosed quote, or more fields than the header
     MISSING_TEXT = "missing_text"  # the line or row has no string under data.text_field
-    TOO_LONG = "too_long"  # more than data.max_document_bytes
+    TOO_LONG = "too_long"  # more than data.max_document_bytes, or than 1,000 messages
     WORD_COUNT = "word_count"
     WORD_LENGTH = "word_length"
     SYMBOL_RATIO = "symbol_ratio"
@@ -219,6 +222,8 @@ class _Reader:
         is_text = all(isinstance(text, str) for message in messages for text in message.values())
         if not (found and len(messages) == len(found) and is_text):
             return self.dropped(line, offset, Drop.NO_MESSAGES)
+        if len(messages) > _MAX_MESSAGES:
+            return self.dropped(line, offset, Drop.TOO_LONG)
         if any(message["role"] not in ROLES for message in messages):
             return self.dropped(line, offset, Drop.UNKNOWN_ROLE)
         if not any(message["role"] == "assistant" and message["content"].strip() for message in messages):

@@ -136,6 +136,12 @@ def test_reasons_to_drop_a_line(tmp_path: Path) -> None:
     assert read_in_chunks(path, shard_bytes=50_000, max_document_bytes=200_000) == documents
 
 
+def test_a_conversation_of_very_many_messages_is_too_long(tmp_path: Path) -> None:
+    turn = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    path = write_lines(tmp_path / "a.jsonl", [{"messages": turn * 500}, {"messages": turn * 501}])
+    assert drops(path, format="chat") == [None, Drop.TOO_LONG]
+
+
 def test_blank_lines_hold_no_document(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "a.jsonl", [b"", {"text": "one"}, b"   ", {"text": "two"}, b""])
     assert kept(path) == ["one", "two"]
