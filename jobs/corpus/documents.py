@@ -207,11 +207,11 @@ class _Reader:
             except (ValueError, RecursionError):  # thousands of digits or of nested brackets also raise these
                 return self.dropped(line, offset, Drop.INVALID_JSON)
         if self.data.format == "chat":
-            return self.conversation(value, line, offset)
-        text = value.get(self.data.text_field) if isinstance(value, dict) else None
-        if not isinstance(text, str):
+            document = self.conversation(value, line, offset)
+        elif isinstance(value, dict) and isinstance(text := value.get(self.data.text_field), str):
+            document = self.judged_text(text, offset)
+        else:
             return self.dropped(line, offset, Drop.MISSING_TEXT)
-        document = self.judged_text(text, offset)
         return document._replace(replaced=True) if is_replaced and not document.drop else document
 
     def conversation(self, value: Any, line: bytes, offset: int) -> Document:

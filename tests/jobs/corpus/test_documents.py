@@ -142,6 +142,12 @@ def test_a_conversation_of_very_many_messages_is_too_long(tmp_path: Path) -> Non
     assert drops(path, format="chat") == [None, Drop.TOO_LONG]
 
 
+def test_replaced_bytes_of_a_conversation_are_counted(tmp_path: Path) -> None:
+    turns = b'{"messages": [{"role": "user", "content": "a%s"}, {"role": "assistant", "content": "b"}]}'
+    path = write_lines(tmp_path / "a.jsonl", [turns % content for content in (b"", b"\xff", b"\\ud800")])
+    assert [document.replaced for document in read(path, format="chat")] == [False, True, True]
+
+
 def test_blank_lines_hold_no_document(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "a.jsonl", [b"", {"text": "one"}, b"   ", {"text": "two"}, b""])
     assert kept(path) == ["one", "two"]
