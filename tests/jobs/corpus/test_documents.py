@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -225,6 +226,14 @@ def test_s3_documents_are_the_local_ones(tmp_path: Path, s3_bucket: str) -> None
         assert read(file.uri) == read(tmp_path / file.uri.rpartition("/")[2])
     with pytest.raises(StorageError, match=r"none.jsonl.gz"):
         list_corpus(f"s3://{s3_bucket}/corpus/none.jsonl.gz")
+
+
+def test_an_object_in_a_folder_without_a_name_is_refused(s3_server: str, s3_bucket: str) -> None:
+    """Its key, cut at slashes and joined again, is another one's."""
+    client = boto3.client("s3", endpoint_url=s3_server)
+    client.put_object(Bucket=s3_bucket, Key="texts/a//b.txt", Body=b"text")
+    with pytest.raises(CorpusError, match=r"texts/a//b\.txt is in a folder without a name.*; rename it"):
+        list_corpus(f"s3://{s3_bucket}/texts")
 
 
 def test_a_file_that_changed_after_its_listing_is_noticed(tmp_path: Path) -> None:
