@@ -245,16 +245,16 @@ class _Reader:
                     raise endless_header(self.uri)
                 yield self.dropped(record, offset, Drop.TOO_LONG if len(record) == limit else Drop.INVALID_CSV)
                 continue
-            decoded = self.decoded(record if offset else record.removeprefix(BYTE_ORDER_MARK), offset)
-            rows = csv.reader(io.StringIO(decoded.text, newline=""))  # several where CR ends the lines
+            raw = record if offset else record.removeprefix(BYTE_ORDER_MARK)
+            decoded = self.decoded(raw, offset)
+            text = raw.decode(errors="replace") if decoded.drop else decoded.text  # a header is read in any case
+            rows = csv.reader(io.StringIO(text, newline=""))  # several where CR ends the lines
             if column is None:
                 names = next(rows, [])
                 column, num_columns = self.column_of(names), len(names)
-            elif decoded.drop:
-                yield decoded
             for values in rows:
-                if any(values[num_columns:]):
-                    yield self.dropped(record, offset, Drop.INVALID_CSV)
+                if decoded.drop or any(values[num_columns:]):
+                    yield self.dropped(record, offset, decoded.drop or Drop.INVALID_CSV)
                 elif len(values) > column:
                     document = self.judged_text(values[column], offset)
                     yield document._replace(replaced=decoded.replaced and not document.drop)
@@ -296,7 +296,7 @@ class _Reader:
         field = self.data.text_field
         kind = schema.field(self.column_of(schema.names)).type
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-        if kind not in _STRINGS:
+        if kind not in (*_STRINGS, pa.null()):  # a column without a value has no other type
             raise CorpusError(f"column {field!r} of {self.uri} holds {kind}, not strings; set data.text_field")
 
     def column_values(self, parquet: pq.ParquetFile, group: int) -> Iterator[bytes | None]:

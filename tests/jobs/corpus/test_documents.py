@@ -95,6 +95,11 @@ def test_parquet(tmp_path: Path) -> None:
         read(path, text_field="number")
 
 
+def test_a_parquet_column_of_nothing_but_nulls_is_missing_text(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": pa.nulls(3)}), tmp_path / "a.parquet")
+    assert drops(tmp_path / "a.parquet") == [Drop.MISSING_TEXT] * 3
+
+
 def test_reasons_to_drop_a_text_file(tmp_path: Path) -> None:
     contents = {
         Drop.EMPTY: b"",
@@ -261,6 +266,17 @@ def test_csv_records_with_quotes_line_ends_and_missing_fields(tmp_path: Path) ->
     assert [drop for drop in drops(path) if drop] == [Drop.MISSING_TEXT, Drop.EMPTY]
     with pytest.raises(CorpusError, match=r"no column 'body'; set data\.text_field to one of id, text"):
         read(path, text_field="body")
+
+
+def test_a_csv_header_that_is_not_utf8_costs_no_record(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    for line_end in (b"\n", b"\r"):
+        path.write_bytes(line_end.join([b"text,cat\xe9gorie", b"hello,1", b"caf\xe9,2", b""]))
+        assert kept(path, invalid_utf8="replace") == ["hello", "caf\ufffd"]
+        expected = [None, Drop.INVALID_UTF8] if line_end == b"\n" else [Drop.INVALID_UTF8] * 2  # CR: one line
+        assert drops(path, invalid_utf8="skip") == expected
+    with pytest.raises(CorpusError, match="no column 'body'; set data\\.text_field to one of text, cat\ufffdgorie"):
+        read(path, invalid_utf8="skip", text_field="body")
 
 
 def test_a_stray_quote_costs_its_line_only(tmp_path: Path) -> None:
