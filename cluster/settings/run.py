@@ -76,7 +76,7 @@ class DataConfig(TextConfig):
     max_compression_ratio: float = Field(default=100.0, gt=1)
     max_unreadable_fraction: float = Field(default=1.0, ge=0, le=1)
     dedup: bool = True
-    near_dedup_threshold: float | None = Field(default=None, gt=0, le=1)
+    near_dedup_threshold: float | None = Field(default=None, ge=0.1, le=1)
     quality_rules: list[QualityRule] = []
     decontaminate_ngram: int | None = Field(default=None, ge=4)
     val_fraction: float = Field(default=0.05, ge=0, lt=1)

@@ -101,7 +101,7 @@ def _matches(pattern: str) -> Iterator[Entry]:
         entries = storage.walk(max_depth=depth)
     else:
         entries = storage.entries(literal.rpartition("/")[2])
-    regex = re.compile(_pattern_regex(pattern))
+    regex = re.compile(_pattern_regex(pattern), re.DOTALL)
     return (entry for entry in _below(folder, entries) if regex.fullmatch(entry.key))
 
 
@@ -126,4 +126,5 @@ def _local_path(uri: str) -> Path:
                 "s3://bucket/prefix, hf://owner/name or hf://datasets/owner/name"
             )
         path = unquote(parts.path)
-    return Path(os.path.abspath(Path(path).expanduser()))  # noqa: PTH100 (`resolve` would follow symbolic links)
+    # `Path.resolve` would follow symbolic links, and `Path.expanduser` refuses a file such as ~t.txt.
+    return Path(os.path.abspath(os.path.expanduser(path)))  # noqa: PTH100, PTH111

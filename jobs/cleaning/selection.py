@@ -58,10 +58,12 @@ def select(
         found = settled(val_below * data.val_max_documents // num_held_out)
         counts = found["counts"].sum(axis=0)
     if indexed and data.val_fraction and 0 in (counts[0], counts[HELD_OUT]):
-        # An exception for small corpora: at least one document trains and one validates.
+        # An exception for small corpora: at least one document trains and, of several texts, one validates.
         least, most = int(found["least"].min()), int(found["most"].max())
         if least < most:
             counts = settled(most if counts[HELD_OUT] else least + 1)["counts"].sum(axis=0)
+        elif counts[HELD_OUT]:
+            counts = settled(0)["counts"].sum(axis=0)  # the only text trains
     digests = "".join(digest.hex() for digest, _ in indexed)
     return Summary(
         documents=int(counts[0] + counts[HELD_OUT]),

@@ -34,6 +34,9 @@ _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _LINE_FACTOR = {"jsonl": 6, "csv": 2}  # bytes in which a byte of text may be written: \\u0041, a doubled quote
 _LINE_MARGIN_BYTES = 1 << 20  # room for the other fields of a line
 _STRINGS = (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), pa.binary_view())
+_MAX_MESSAGES = (
+    1000  # a template writes the whole again for each answer: ten times as many take a hundred times as long
+)
 _PREVIEW_BYTES = 200
 
 
@@ -46,7 +49,7 @@ class Drop(StrEnum):
     INVALID_JSON = "invalid_json"  # the line is not JSON
     INVALID_CSV = "invalid_csv"  # an unclosed quote, or more fields than the header
     MISSING_TEXT = "missing_text"  # the line or row has no string under data.text_field
-    TOO_LONG = "too_long"  # more than data.max_document_bytes
+    TOO_LONG = "too_long"  # more than data.max_document_bytes, or than 1,000 messages
     WORD_COUNT = "word_count"
     WORD_LENGTH = "word_length"
     SYMBOL_RATIO = "symbol_ratio"
@@ -204,11 +207,11 @@ class _Reader:
             except (ValueError, RecursionError):  # thousands of digits or of nested brackets also raise these
                 return self.dropped(line, offset, Drop.INVALID_JSON)
         if self.data.format == "chat":
-            return self.conversation(value, line, offset)
-        text = value.get(self.data.text_field) if isinstance(value, dict) else None
-        if not isinstance(text, str):
+            document = self.conversation(value, line, offset)
+        elif isinstance(value, dict) and isinstance(text := value.get(self.data.text_field), str):
+            document = self.judged_text(text, offset)
+        else:
             return self.dropped(line, offset, Drop.MISSING_TEXT)
-        document = self.judged_text(text, offset)
         return document._replace(replaced=True) if is_replaced and not document.drop else document
 
     def conversation(self, value: Any, line: bytes, offset: int) -> Document:
@@ -219,6 +222,8 @@ class _Reader:
         is_text = all(isinstance(text, str) for message in messages for text in message.values())
         if not (found and len(messages) == len(found) and is_text):
             return self.dropped(line, offset, Drop.NO_MESSAGES)
+        if len(messages) > _MAX_MESSAGES:
+            return self.dropped(line, offset, Drop.TOO_LONG)
         if any(message["role"] not in ROLES for message in messages):
             return self.dropped(line, offset, Drop.UNKNOWN_ROLE)
         if not any(message["role"] == "assistant" and message["content"].strip() for message in messages):
@@ -231,7 +236,7 @@ class _Reader:
 
     def csv(self, file: BinaryIO) -> Iterator[Document]:
         limit = longest_line("csv", self.data)
-        csv.field_size_limit(limit)
+        csv.field_size_limit(2 * limit)  # a record may cross the limit by the line that closes its quotes
         column: int | None = None
         num_columns = 0
         for offset, record, is_whole in records(file, limit=limit):
@@ -240,16 +245,16 @@ class _Reader:
                     raise endless_header(self.uri)
                 yield self.dropped(record, offset, Drop.TOO_LONG if len(record) == limit else Drop.INVALID_CSV)
                 continue
-            decoded = self.decoded(record if offset else record.removeprefix(BYTE_ORDER_MARK), offset)
-            rows = csv.reader(io.StringIO(decoded.text, newline=""))  # several where CR ends the lines
+            raw = record if offset else record.removeprefix(BYTE_ORDER_MARK)
+            decoded = self.decoded(raw, offset)
+            text = raw.decode(errors="replace") if decoded.drop else decoded.text  # a header is read in any case
+            rows = csv.reader(io.StringIO(text, newline=""))  # several where CR ends the lines
             if column is None:
                 names = next(rows, [])
                 column, num_columns = self.column_of(names), len(names)
-            elif decoded.drop:
-                yield decoded
             for values in rows:
-                if any(values[num_columns:]):
-                    yield self.dropped(record, offset, Drop.INVALID_CSV)
+                if decoded.drop or any(values[num_columns:]):
+                    yield self.dropped(record, offset, decoded.drop or Drop.INVALID_CSV)
                 elif len(values) > column:
                     document = self.judged_text(values[column], offset)
                     yield document._replace(replaced=decoded.replaced and not document.drop)
@@ -291,7 +296,7 @@ class _Reader:
         field = self.data.text_field
         kind = schema.field(self.column_of(schema.names)).type
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-        if kind not in _STRINGS:
+        if kind not in (*_STRINGS, pa.null()):  # a column without a value has no other type
             raise CorpusError(f"column {field!r} of {self.uri} holds {kind}, not strings; set data.text_field")
 
     def column_values(self, parquet: pq.ParquetFile, group: int) -> Iterator[bytes | None]:

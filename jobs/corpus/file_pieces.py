@@ -56,7 +56,7 @@ def _part(file: CorpusFile, folder: str, entry: Entry) -> Part:
 def _pieces(file: CorpusFile, data: DataConfig) -> Iterator[tuple[int, bytes]]:
     """Yields (offset in the text, content) of pieces of whole documents; each piece of a csv file has the header."""
     storage, name = split_uri(file.uri)
-    with storage.open(name) as raw, named_damage(file.uri):
+    with storage.open(name, listed=Entry(name, file.size, file.version)) as raw, named_damage(file.uri):
         text = decompressed(raw, file, max_ratio=data.max_compression_ratio)
         if file.kind == "txt":
             yield from stretches(text, data.max_document_bytes)

@@ -98,10 +98,12 @@ def list_corpus(source: str | list[str]) -> Listing:
 
 
 def corpus_file(entry: Entry, number: int, *, source: int) -> CorpusFile | None:
-    """Returns the file by its ending; None for an unknown one."""
+    """Returns the file by its ending; None for an unknown one. Raises `CorpusError` for a key that no storage reads."""
     ending = _ENDINGS.search(entry.key)
     if ending is None:
         return None
+    if "//" in entry.key.partition("://")[2]:
+        raise CorpusError(f"{entry.key} is in a folder without a name, and would be read as another; rename it")
     kind, compression, parquet = (intern(part.lower()) if part else "" for part in ending.groups())
     return CorpusFile(number, entry.key, source, entry.size, entry.version, kind or parquet, compression)
 

@@ -1,7 +1,7 @@
 """Packs many text files, each a document, into a few Parquet files, in canonical order."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from cluster.output.progress import say
 from cluster.settings.run import DataConfig
-from cluster.storage.uris import Entry, glob_uris, open_storage, split_uri
+from cluster.storage.uris import Entry, absolute_uri, glob_uris, open_storage, pinned, split_uri
 from jobs.corpus.chunks import EXPANSION
 from jobs.corpus.decompression import decompressed
 from jobs.corpus.documents import BYTE_ORDER_MARK, named_damage, stretches
@@ -28,16 +28,24 @@ def pack(source: str, destination: str, data: DataConfig) -> dict[str, Any]:
     """Writes the documents of the .txt files at `source` (also .gz and .zst) as column `data.text_field` of Parquet
     files, bytes as they are, and returns counts. They make the same documents as `source`, in the same order.
 
-    Raises `CorpusError` for a source with other corpus files and for a destination that is not empty.
+    Raises `CorpusError` for a source with no .txt file or with other corpus files, and for a destination that is in it
+    or not empty; `NotFoundError` for a source where nothing is.
     """
+    source, _ = pinned(source)
     target, counts = open_storage(destination), dict.fromkeys(("files", "documents", "bytes", "packed_files"), 0)
     if any(True for _ in target.entries()):
         raise CorpusError(f"{target.uri} is not empty; name a new folder, or delete what is there")
+    if f"{target.uri}/".startswith(f"{absolute_uri(source)}/"):
+        raise CorpusError(f"{target.uri} is in {source}, whose files are packed; name a folder elsewhere")
+    files = (file for entry in glob_uris(source) if (file := corpus_file(entry, 0, source=0)))
+    if (first_file := next(files, None)) is None:
+        raise CorpusError(f"{source} has no .txt files, and only those are packed")
+    batches = _batches(chain([first_file], files), counts)
     target.write_bytes(_UNFINISHED, b"")
     schema = pa.schema([(data.text_field, pa.large_binary())])
     with ThreadPoolExecutor(_READERS) as pool, tempfile.TemporaryDirectory(prefix="raymill-pack-") as folder:
         path = Path(folder, "packed.parquet")
-        groups = (group for batch in _batches(source, counts) for group in _groups(batch, pool, data))
+        groups = (group for batch in batches for group in _groups(batch, pool, data))
         for first in groups:
             num_bytes = 0
             with pq.ParquetWriter(path, schema, compression="zstd") as writer:
@@ -54,14 +62,11 @@ def pack(source: str, destination: str, data: DataConfig) -> dict[str, Any]:
     return {"packed": target.uri} | counts
 
 
-def _batches(source: str, counts: dict[str, int]) -> Iterator[list[CorpusFile]]:
+def _batches(files: Iterable[CorpusFile], counts: dict[str, int]) -> Iterator[list[CorpusFile]]:
     batch, num_bytes = list[CorpusFile](), 0
-    for entry in glob_uris(source):
-        file = corpus_file(entry, 0, source=0)
-        if file is None:
-            continue
+    for file in files:
         if file.kind != "txt":
-            raise CorpusError(f"{entry.key} is no .txt file; only those are packed, join .jsonl and .csv by lines")
+            raise CorpusError(f"{file.uri} is no .txt file; only those are packed, join .jsonl and .csv by lines")
         counts["files"] += 1
         size = file.size * EXPANSION[file.compression]
         if batch and (num_bytes + size > _BATCH_BYTES or len(batch) == _BATCH_FILES):

@@ -76,7 +76,8 @@ def _builder(config: RunConfig) -> "_Builder":
     shape |= {} if data.near_dedup_threshold is None else {"near_duplicates": "of a family"}  # of a pair, before
     shape |= config.data.model_dump(include={"val_max_documents"}, exclude_none=True)
     shape |= {} if chat is None else {"chat": asdict(chat)}
-    shaping = [shape, listing.identity(), sorted(listing.token_stores.items()), tokenizer.hash]
+    ready = [(n, uri, stored.read_manifest(open_storage(uri)).hash) for n, uri in sorted(listing.token_stores.items())]
+    shaping = [shape, listing.identity(), ready, tokenizer.hash]
     key = hashlib.sha256(stored.canonical_json(shaping)).hexdigest()[:12]
     store = open_storage(config.storage.uri).child(f"tokens/{key}")
     return _Builder(data, listing, tokenizer, store, shape, chat, seq_len(config))
@@ -116,6 +117,9 @@ class _Builder:
     def build(self, lease: Lease) -> stored.Manifest:
         """Writes the missing parts of the store and returns its manifest."""
         store, listing, tokenizer = self.store, self.listing, self.tokenizer
+        if store.exists(stored.MANIFEST):  # a kill within the last sweep left some of the results, not all
+            self._sweep()
+            store.delete(stored.MANIFEST)
         is_bulk = self._is_bulk_proven()
         store.write_bytes(stored.TOKENIZER, tokenizer.to_json())
         store.write_bytes(stored.SOURCES, stored.canonical_json(listing.record()))
@@ -139,11 +143,15 @@ class _Builder:
         for name, content in manifest.with_lists()[1].items():
             store.write_bytes(name, content)
         store.write_bytes(stored.MANIFEST, manifest.to_json())
-        prefixes = (f"{INDEX}/", f"{PIECES}/", "shard-")  # what led here, with the shards' sidecars
-        superseded = [entry.key for prefix in prefixes for entry in store.list(prefix)]
-        with ThreadPoolExecutor(_DELETING_THREADS) as pool:
-            list(pool.map(store.delete, [key for key in superseded if not key.endswith(".bin")]))
+        self._sweep()
         return manifest
+
+    def _sweep(self) -> None:
+        """Deletes what led to the shards, with their sidecars."""
+        prefixes = (f"{INDEX}/", f"{PIECES}/", "shard-")
+        superseded = [entry.key for prefix in prefixes for entry in self.store.list(prefix)]
+        with ThreadPoolExecutor(_DELETING_THREADS) as pool:
+            list(pool.map(self.store.delete, [key for key in superseded if not key.endswith(".bin")]))
 
     def _is_bulk_proven(self) -> bool:
         """Reports whether tiktoken gives the tokenizer's ids, also for the front of the corpus, and prints why not."""

@@ -180,7 +180,7 @@ def read_manifest(store: Storage, *, opens_lists: bool = True) -> Manifest:
     except NotFoundError as error:
         raise TokenStoreError(f"{store.uri} holds no {MANIFEST}: tokenizing was not finished; run it again") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise TokenStoreError(f"{store.uri}/{MANIFEST} is damaged ({error}); delete it and tokenize again") from error
+        raise TokenStoreError(f"{store.uri}/{MANIFEST} is damaged ({error}); tokenize again") from error
     itemsize = manifest.dtype.itemsize
     if not any(shard.is_list for shard in manifest.shards):
         _check_sizes(store, manifest.shards, itemsize, prefix="")

@@ -164,6 +164,10 @@ def test_a_tree_cannot_be_changed() -> None:
             ["train.cooldown_tokens=60", "train.warmup_tokens=50", "100 tokens"],
         ),
         ({"data": {"validation": {"a/b": "x.txt"}}}, ["data.validation.a/b", "pattern"]),
+        (
+            {"data": {"near_dedup_threshold": 0.05}},
+            ["data.near_dedup_threshold", "greater than or equal to 0.1", "0.05"],
+        ),
         ({"scaling": {"min_workers": 3}}, ["min_workers=3", "max_workers=2"]),
         ({"train": {"learning_rate": -1}}, ["train.learning_rate", "greater than 0", "-1"]),
         ({"train": {"learning_rate": float("nan")}}, ["train.learning_rate", "finite"]),

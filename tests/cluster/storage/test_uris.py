@@ -212,6 +212,17 @@ def test_patterns_folders_and_files_name_the_same_on_disk_and_s3(storage: Storag
         glob_uris(f"{root}/data/*.csv")
 
 
+def test_odd_names_on_disk_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "two\nlines").mkdir()
+    for name in ("two\nlines/a.txt", "~t.txt"):
+        (tmp_path / name).write_text("text")
+    assert [entry.key for entry in glob_uris(f"{tmp_path}/**/a.txt")] == [f"{tmp_path}/two\nlines/a.txt"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/root/of/homes")
+    assert absolute_uri("~t.txt") == f"{tmp_path}/~t.txt"
+    assert absolute_uri("~/t.txt") == "/root/of/homes/t.txt"
+
+
 def test_keys_stay_below_their_root(storage: Storage) -> None:
     for key in ("../outside", "/etc/passwd", "a/../../b"):
         with pytest.raises(StorageError, match="leaves its folder"):

@@ -65,9 +65,9 @@ def test_decisions_equal_a_plain_loop_in_any_order(chunks: list[list[bytes]], va
     flat = list(chain.from_iterable(expected))
     decided = list(chain.from_iterable(codes))
     kept = flat.count(0) + flat.count(HELD_OUT)
-    if not (val_fraction and kept >= 2 and (flat.count(0) == 0 or flat.count(HELD_OUT) == 0)):
+    if not (val_fraction and kept and (flat.count(0) == 0 or flat.count(HELD_OUT) == 0)):
         assert codes == expected
-    else:  # the exception for small corpora moves the text of the least hash, or of the largest
+    else:  # the exception for small corpora moves the text of the least hash, or of the largest; the only one trains
         moved = {
             texts[place]
             for texts, own in zip(chunks, codes, strict=True)
@@ -75,9 +75,9 @@ def test_decisions_equal_a_plain_loop_in_any_order(chunks: list[list[bytes]], va
             if code == (0 if flat.count(HELD_OUT) else HELD_OUT)
         }
         kept_texts = {text for texts in chunks for text in texts if text}
-        assert moved == (
-            {(max if flat.count(HELD_OUT) else min)(kept_texts, key=document_hash)} if len(kept_texts) > 1 else set()
-        )
+        is_moved = len(kept_texts) > 1 or flat.count(HELD_OUT)
+        chosen = (max if flat.count(HELD_OUT) else min)(kept_texts, key=document_hash)
+        assert moved == ({chosen} if is_moved else set())
         assert len(kept_texts) == 1 or {0, HELD_OUT} <= set(decided)
     assert summary.documents == kept
     assert summary.dropped["empty"] == flat.count(DROP_CODES.index(Drop.EMPTY))
@@ -106,6 +106,13 @@ def test_the_share_that_is_held_out_is_the_one_asked_for() -> None:
     (codes,) = select([texts], val_fraction=0.05)[1]
     assert abs(codes.count(HELD_OUT) / len(texts) - 0.05) < 0.01
     assert select([texts[:2000]], val_fraction=0.0)[1] == [[0] * 2000]
+
+
+def test_the_only_document_trains() -> None:
+    """Also where its hash is among those that validate."""
+    texts = [b"%d" % number for number in range(100)]
+    for val_fraction in (0.05, 0.5):
+        assert {codes[0] for text in texts for codes in select([[text]], val_fraction=val_fraction)[1]} == {0}
 
 
 def test_a_capped_validation_split_is_the_part_with_the_least_hashes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -12,8 +13,9 @@ import zstandard
 
 from cluster.settings.run import DataConfig
 from cluster.storage.uris import ConflictError, NotFoundError, StorageError, open_storage
-from jobs.corpus.chunks import plan_chunks, whole_file
+from jobs.corpus.chunks import Chunk, plan_chunks, whole_file
 from jobs.corpus.documents import Document, Drop, read_documents
+from jobs.corpus.file_pieces import cut_file
 from jobs.corpus.listing import CorpusError, list_corpus
 from tests.cluster.fault_proxy import running_proxy
 
@@ -93,6 +95,11 @@ def test_parquet(tmp_path: Path) -> None:
         read(path, text_field="number")
 
 
+def test_a_parquet_column_of_nothing_but_nulls_is_missing_text(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": pa.nulls(3)}), tmp_path / "a.parquet")
+    assert drops(tmp_path / "a.parquet") == [Drop.MISSING_TEXT] * 3
+
+
 def test_reasons_to_drop_a_text_file(tmp_path: Path) -> None:
     contents = {
         Drop.EMPTY: b"",
@@ -133,6 +140,18 @@ def test_reasons_to_drop_a_line(tmp_path: Path) -> None:
     documents = read(path, max_document_bytes=200_000)
     assert [document.drop for document in documents] == [reason for _, reason in lines]
     assert read_in_chunks(path, shard_bytes=50_000, max_document_bytes=200_000) == documents
+
+
+def test_a_conversation_of_very_many_messages_is_too_long(tmp_path: Path) -> None:
+    turn = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    path = write_lines(tmp_path / "a.jsonl", [{"messages": turn * 500}, {"messages": turn * 501}])
+    assert drops(path, format="chat") == [None, Drop.TOO_LONG]
+
+
+def test_replaced_bytes_of_a_conversation_are_counted(tmp_path: Path) -> None:
+    turns = b'{"messages": [{"role": "user", "content": "a%s"}, {"role": "assistant", "content": "b"}]}'
+    path = write_lines(tmp_path / "a.jsonl", [turns % content for content in (b"", b"\xff", b"\\ud800")])
+    assert [document.replaced for document in read(path, format="chat")] == [False, True, True]
 
 
 def test_blank_lines_hold_no_document(tmp_path: Path) -> None:
@@ -214,12 +233,29 @@ def test_s3_documents_are_the_local_ones(tmp_path: Path, s3_bucket: str) -> None
         list_corpus(f"s3://{s3_bucket}/corpus/none.jsonl.gz")
 
 
+def test_an_object_in_a_folder_without_a_name_is_refused(s3_server: str, s3_bucket: str) -> None:
+    """Its key, cut at slashes and joined again, is another one's."""
+    client = boto3.client("s3", endpoint_url=s3_server)
+    client.put_object(Bucket=s3_bucket, Key="texts/a//b.txt", Body=b"text")
+    with pytest.raises(CorpusError, match=r"texts/a//b\.txt is in a folder without a name.*; rename it"):
+        list_corpus(f"s3://{s3_bucket}/texts")
+
+
 def test_a_file_that_changed_after_its_listing_is_noticed(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "a.jsonl", [{"text": "one"}])
     listed = whole_file(list_corpus(str(path)).files[0])
     write_lines(path, [{"text": "two"}])
     with pytest.raises(ConflictError, match=r"a\.jsonl was changed after it was listed; run again"):
         list(read_documents(listed, DataConfig()))
+
+
+def test_an_archive_that_changed_after_its_listing_is_not_cut(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt.gz"
+    path.write_bytes(gzip.compress(b"one"))
+    chunk = Chunk(0, 0, [whole_file(list_corpus(str(path)).files[0])])
+    path.write_bytes(gzip.compress(b"two"))
+    with pytest.raises(ConflictError, match=r"a\.txt\.gz was changed after it was listed; run again"):
+        cut_file(chunk, store=open_storage(f"{tmp_path}/store"), data=DataConfig())
 
 
 def test_csv_records_with_quotes_line_ends_and_missing_fields(tmp_path: Path) -> None:
@@ -230,6 +266,17 @@ def test_csv_records_with_quotes_line_ends_and_missing_fields(tmp_path: Path) ->
     assert [drop for drop in drops(path) if drop] == [Drop.MISSING_TEXT, Drop.EMPTY]
     with pytest.raises(CorpusError, match=r"no column 'body'; set data\.text_field to one of id, text"):
         read(path, text_field="body")
+
+
+def test_a_csv_header_that_is_not_utf8_costs_no_record(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    for line_end in (b"\n", b"\r"):
+        path.write_bytes(line_end.join([b"text,cat\xe9gorie", b"hello,1", b"caf\xe9,2", b""]))
+        assert kept(path, invalid_utf8="replace") == ["hello", "caf\ufffd"]
+        expected = [None, Drop.INVALID_UTF8] if line_end == b"\n" else [Drop.INVALID_UTF8] * 2  # CR: one line
+        assert drops(path, invalid_utf8="skip") == expected
+    with pytest.raises(CorpusError, match="no column 'body'; set data\\.text_field to one of text, cat\ufffdgorie"):
+        read(path, invalid_utf8="skip", text_field="body")
 
 
 def test_a_stray_quote_costs_its_line_only(tmp_path: Path) -> None:
@@ -261,6 +308,17 @@ def test_a_row_that_is_no_csv_is_counted_and_costs_no_other(tmp_path: Path) -> N
     assert dropped == dict.fromkeys([rows[1], rows[3], rows[5]], Drop.INVALID_CSV)
     path.write_text('id,text\r1,"a"b\r2,"ok"\r', newline="")  # one line, if CR does not end it
     assert kept(path) == ["ab", "ok"]
+
+
+def test_a_record_that_crosses_the_limit_by_its_last_line_is_one_that_is_too_long(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(f'text,id\n"good, one",1\n"{"a" * 700_000}\n{"b" * 700_000}",2\nlast,3\n')
+    documents = read(path, max_document_bytes=100_000)
+    assert [(document.drop, document.text) for document in documents] == [
+        (None, "good, one"),
+        (Drop.TOO_LONG, ""),
+        (None, "last"),
+    ]
 
 
 @pytest.mark.parametrize("ending", ["", ".gz"])

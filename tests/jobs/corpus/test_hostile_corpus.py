@@ -236,6 +236,6 @@ def test_a_spoiled_store_is_refused_as_a_source(result: dict[str, Any], corpus: 
     with pytest.raises(TokenStoreError, match="the token store has format 99, not 2; tokenize again"):
         tokenize(config)
     (copy / "manifest.json").write_text(json.dumps(manifest | {"shards": [{"file": "../../etc/passwd"}]}))
-    with pytest.raises(TokenStoreError, match=r"manifest\.json is damaged .*; delete it and tokenize again"):
+    with pytest.raises(TokenStoreError, match=r"manifest\.json is damaged .*; tokenize again"):
         tokenize(config)
     assert not list((tmp_path / "storage").glob("tokens/*/manifest.json"))

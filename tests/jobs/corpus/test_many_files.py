@@ -13,7 +13,7 @@ import pytest
 
 from cluster.cli import main
 from cluster.settings.run import DataConfig
-from cluster.storage.uris import open_storage
+from cluster.storage.uris import NotFoundError, open_storage
 from jobs.corpus import listing, pack_texts
 from jobs.corpus.chunks import Chunk, plan_chunks, whole_file
 from jobs.corpus.documents import read_documents
@@ -107,6 +107,24 @@ def test_packed_texts_are_the_same_documents_in_the_same_order(
     assert result["documents"] == len(expected) > 65  # the long one is several
     assert {str(drop) for _, drop, _ in expected} == {"None", "empty", "binary"}
     assert any(replaced for _, _, replaced in expected)
+
+
+def test_a_source_that_cannot_be_packed_leaves_the_destination_as_it_is(tmp_path: Path) -> None:
+    write_texts(tmp_path / "texts")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "readme.md").write_text("not a corpus file")
+    refused = {
+        "textz": (NotFoundError, "nothing is at .*textz"),
+        "notes": (CorpusError, r"notes has no \.txt files"),
+    }
+    for name, (kind, words) in refused.items():
+        with pytest.raises(kind, match=words):
+            pack(f"{tmp_path}/{name}", f"{tmp_path}/packed", DataConfig())
+    with pytest.raises(CorpusError, match=r"texts/packed is in .*texts, .*; name a folder elsewhere"):
+        pack(f"{tmp_path}/texts", f"{tmp_path}/texts/packed", DataConfig())
+    assert {path.name for path in tmp_path.iterdir()} == {"texts", "notes"}
+    assert not (tmp_path / "texts" / "packed").exists()
+    assert pack(f"{tmp_path}/texts", f"{tmp_path}/packed", DataConfig())["files"] == 65
 
 
 def test_the_command_packs_for_the_stage(ray_workers: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
