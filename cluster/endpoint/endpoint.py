@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _FILE = "endpoint.json"
 _HAPROXY_VARIABLE = "RAY_SERVE_ENABLE_HA_PROXY"
-_DONE = "[DONE]"
+_DONE = b"[DONE]"
 _MAX_TOKENS = 64  # of a completion without `max_tokens`
 
 
@@ -99,8 +99,8 @@ def stream_completion(endpoint: Endpoint, request: dict[str, Any], *, on_text: C
                 if response.is_error:
                     response.read()
                 raise_for(response)
-                for line in response.iter_lines():
-                    data = line.removeprefix("data: ")
+                for line in _lines(response):
+                    data = line.removeprefix(b"data: ")
                     if not data or data == _DONE:
                         continue
                     chunk = json.loads(data)
@@ -115,6 +115,15 @@ def stream_completion(endpoint: Endpoint, request: dict[str, Any], *, on_text: C
     except httpx.TransportError as error:
         raise UserError(f"no endpoint answers at {endpoint.url} ({error}): start one with `raymill serve`") from None
     return result | {"text": "".join(texts), "total_s": round(time.perf_counter() - start, 4)}
+
+
+def _lines(response: httpx.Response) -> Iterator[bytes]:
+    """Yields the lines of a stream. httpx ends them at U+2028 and the like too, which JSON may hold as they are."""
+    rest = b""
+    for data in response.iter_bytes():
+        *lines, rest = (rest + data).split(b"\n")
+        yield from (line.removesuffix(b"\r") for line in lines)
+    yield rest
 
 
 def _what_fits(client: httpx.Client, model: str, prompt: str) -> int:

@@ -28,7 +28,7 @@ def served(answer: Any) -> Iterator[str]:
             size = int(self.headers.get("content-length", 0))
             status, text = answer(self.path, json.loads(self.rfile.read(size) or b"{}"))
             self.send_response(status)
-            self.send_header("content-length", str(len(text)))
+            self.send_header("content-length", str(len(text.encode())))
             self.end_headers()
             self.wfile.write(text.encode())
 
@@ -123,3 +123,12 @@ def test_a_refused_promotion_says_why(tmp_path: Any) -> None:
         pytest.raises(RefusedError, match="/new was refused: its loss"),
     ):
         Operator(Endpoint(url, "", None, str(key))).wait()
+
+
+def test_a_text_may_hold_what_ends_lines_elsewhere() -> None:
+    """JSON has U+2028, U+2029 and U+0085 as they are, and httpx would end lines at them."""
+    text = "one\u2028two\u2029three\x85four"
+    chunk = json.dumps({"choices": [{"text": text, "finish_reason": "stop"}]}, ensure_ascii=False)
+    with served(lambda path, body: (200, f"data: {chunk}\n\ndata: [DONE]\n\n")) as url:
+        request = {"prompt": "x", "max_tokens": 8}
+        assert stream_completion(Endpoint(url, "second", None), request, on_text=lambda _: None)["text"] == text

@@ -13,7 +13,7 @@ import pytest
 from cluster.settings.serve import EngineConfig, ReplicaConfig, ServeConfig
 from model.tokenizer import Tokenizer
 from serving.api.access import AccessRules
-from serving.api.completions import choice_seed
+from serving.api.completions import choice_seed, server_sent
 from serving.api.keys import ApiKey
 from serving.delivery.versions import Versions
 from serving.engine.messages import SequenceRequest
@@ -204,6 +204,13 @@ def test_usage_so_far_in_every_part(run: Run, path: str, asked: dict[str, Any], 
         assert all(u is None or u["total_tokens"] == u["prompt_tokens"] + u["completion_tokens"] for u in usages)
 
     run(check)
+
+
+def test_an_event_is_one_line_for_every_client() -> None:
+    """httpx and Python's splitlines end lines at more than the newline."""
+    text = "one\u2028two\u2029three\x85four \\u2028"
+    line, empty = server_sent({"text": text}).decode().splitlines()
+    assert json.loads(line.removeprefix("data: ")) == {"text": text} and not empty
 
 
 def test_a_body_that_is_not_declared_as_json_is_told_the_header(run: Run) -> None:
