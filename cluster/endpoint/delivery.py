@@ -84,8 +84,9 @@ class Operator:
 
     def _ask(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
         url, headers = self._endpoint.url, self._endpoint.admin_headers
+        settings: dict[str, Any] = {"timeout": ANSWER_TIMEOUT_S, "trust_env": self._endpoint.asks_proxies}
         try:
-            response = httpx.request(method, url + path, json=body, headers=headers, timeout=ANSWER_TIMEOUT_S)
+            response = httpx.request(method, url + path, json=body, headers=headers, **settings)
         except httpx.TransportError as error:
             raise AwayError(f"no endpoint answers at {url} ({error}): start one with `raymill serve`") from None
         if response.status_code in (400, 409):

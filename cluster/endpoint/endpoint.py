@@ -1,5 +1,6 @@
 """The endpoint as clients on this machine see it: deployed, remembered, asked for a completion."""
 
+import ipaddress
 import json
 import os
 import time
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 _FILE = "endpoint.json"
 _HAPROXY_VARIABLE = "RAY_SERVE_ENABLE_HA_PROXY"
 _DONE = b"[DONE]"
+_ALL_ADDRESSES = ("0.0.0.0", "::")  # noqa: S104 - asked here, of a server that listens on all
 _MAX_TOKENS = 64  # of a completion without `max_tokens`
 
 
@@ -44,6 +46,12 @@ class Endpoint:
         return cls(**json.loads(content))
 
     @property
+    def asks_proxies(self) -> bool:
+        """Whether a proxy that the environment names is asked for it: never for an endpoint on this machine."""
+        host = httpx.URL(self.url).host
+        return not is_loopback(host) and host not in _ALL_ADDRESSES
+
+    @property
     def headers(self) -> dict[str, str]:
         return {} if self.api_key_file is None else _bearer(Path(self.api_key_file), flag="--api-key-file")
 
@@ -52,6 +60,13 @@ class Endpoint:
         if self.admin_key_file is None:
             raise UserError(f"{self.url} asks for an admin key: give --admin-key-file here and to `raymill serve`")
         return _bearer(Path(self.admin_key_file), flag="--admin-key-file")
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name, which may be any address
+        return False
 
 
 def _bearer(path: Path, *, flag: str) -> dict[str, str]:
@@ -87,7 +102,9 @@ def stream_completion(endpoint: Endpoint, request: dict[str, Any], *, on_text: C
     texts: list[str] = []
     result: dict[str, Any] = {"model": endpoint.model, "prompt": request["prompt"], "ttft_s": None}
     try:
-        with httpx.Client(base_url=endpoint.url, headers=endpoint.headers, timeout=120) as client:
+        with httpx.Client(
+            base_url=endpoint.url, headers=endpoint.headers, timeout=120, trust_env=endpoint.asks_proxies
+        ) as client:
             if not endpoint.model:
                 models = client.get("/v1/models")
                 raise_for(models)

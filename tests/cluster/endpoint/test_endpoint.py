@@ -132,3 +132,36 @@ def test_a_text_may_hold_what_ends_lines_elsewhere() -> None:
     with served(lambda path, body: (200, f"data: {chunk}\n\ndata: [DONE]\n\n")) as url:
         request = {"prompt": "x", "max_tokens": 8}
         assert stream_completion(Endpoint(url, "second", None), request, on_text=lambda _: None)["text"] == text
+
+
+@pytest.mark.parametrize(
+    ("url", "asks"),
+    [
+        ("http://127.0.0.1:8000", False),
+        ("http://localhost:8000", False),
+        ("http://[::1]:8000", False),
+        ("http://0.0.0.0:8000", False),
+        ("http://192.0.2.1:8000", True),
+        ("https://models.example.com", True),
+    ],
+)
+def test_only_for_another_machine_a_proxy_is_asked(url: str, asks: bool) -> None:
+    assert Endpoint(url, "", None).asks_proxies is asks
+
+
+def test_no_proxy_stands_before_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")  # where nothing listens
+    (key := tmp_path / "key").write_text("k\n")
+
+    def answer(path: str, body: dict[str, Any]) -> tuple[int, str]:
+        if path == "/admin/status":
+            return 200, json.dumps({"delivery": state("steady")})
+        return 200, 'data: {"choices": [{"text": "hi", "finish_reason": "length"}]}\n\n'
+
+    with served(answer) as url:
+        endpoint = Endpoint(url, "second", None, str(key))
+        request = {"prompt": "x", "max_tokens": 8}
+        assert stream_completion(endpoint, request, on_text=lambda _: None)["text"] == "hi"
+        assert Operator(endpoint).wait_until_steady()["phase"] == "steady"
